@@ -1,0 +1,59 @@
+"""The errors that a user can cause. Everything else that is raised is a bug of ours.
+
+Each message is one sentence of fact and one of remedy:
+`<field or file:line>: <what must hold>, got <name>=<value>. <what to do>.`
+Entry points wrap their main in `exit_on_user_error`: user errors leave no stack trace and exit 2.
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+USER_ERROR_EXIT_CODE = 2
+
+
+class HammerError(Exception):
+    """A problem that the user can fix; its text says where, what and how.
+
+    problems: every problem found, one sentence each, so that all are reported at once.
+    """
+
+    def __init__(self, *problems: str):
+        super().__init__("\n".join(problems))
+        self.problems: Sequence[str] = problems
+
+
+class ConfigError(HammerError):
+    """A flag, a preset, or a combination of them cannot work."""
+
+
+class DataError(HammerError):
+    """A corpus, an indexed data set or a tokenizer is missing, malformed or does not match."""
+
+
+class ConversionError(HammerError):
+    """A checkpoint cannot be mapped to or from another format."""
+
+
+class CheckpointError(HammerError):
+    """A checkpoint is missing, incomplete or does not match."""
+
+
+class PlatformError(HammerError):
+    """This machine or this installation cannot do what was asked."""
+
+
+def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap an entry point: a HammerError becomes its lines on stderr and exit code 2, without a stack trace."""
+
+    @functools.wraps(main)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return main(*args, **kwargs)
+        except HammerError as error:
+            for problem in error.problems:
+                print(f"error: {problem}", file=sys.stderr)
+            sys.exit(USER_ERROR_EXIT_CODE)
+
+    return wrapped
