@@ -1,86 +1,187 @@
-"""Every shipped model and recipe: frozen dataclasses, each number with its source. No torch, no megatron.
+"""Every shipped model and recipe: each number with its source. No torch, no megatron.
 
-A `ModelPreset` says what is built; a `Recipe` how it is trained. `config/` turns both into Megatron's arguments,
-`model/accounting.py` counts them, `model/provider.py` builds them; a test holds the counts together.
+A `ModelPreset` says what is built; a `Recipe` how it is trained; a `Preset` joins the two under one name. `config/`
+turns them into Megatron's arguments, `model/accounting.py` counts them, `model/provider.py` builds them; a test holds
+the counts together. Left out on purpose: data, tokenizers and paths (they belong to a run), context parallelism
+(it needs TransformerEngine; add it on the command line).
+
+Sources by short name:
+  HammerLLM        Academic-Hammer/HammerLLM, published config.json, REPRODUCE.md and pretrain/train.sh
+  TinyLlama        arXiv 2401.02385 and jzhang38/TinyLlama, pretrain/tinyllama.py
+  GPT-2            openai-community/gpt2 config.json; trained as in karpathy/nanoGPT, config/train_gpt2.py
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
+import difflib
+
+from megatron_hammer.errors import ConfigError
+from megatron_hammer.preset_families import LLAMA_PRESETS, OPEN_LLAMA_7B, TINY_LLM_ZH_PRESETS
+from megatron_hammer.preset_types import ModelPreset, MoeShape, Preset, Recipe
+
+__all__ = ["PRESETS", "ModelPreset", "MoeShape", "Preset", "Recipe", "select_preset"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MoeShape:
-    """Experts of a mixture-of-experts layer. Every layer is one (no leading dense layers)."""
+# --- HammerLLM and its miniatures ------------------------------------------------------------------------------------
 
-    num_experts: int
-    router_topk: int
-    ffn_hidden_size: int  # of one routed expert
-    shared_expert_intermediate_size: int = 0  # 0: no shared expert
-    aux_loss_coeff: float = 0.01
+HAMMER_1B4 = Preset(
+    model=ModelPreset(
+        name="hammer-1b4",
+        source="HammerLLM config.json",
+        num_parameters=1_402_288_128,
+        num_layers=22,
+        hidden_size=2048,
+        ffn_hidden_size=5632,
+        num_attention_heads=32,
+        num_query_groups=4,
+        vocab_size=105_789,
+        max_position_embeddings=2048,
+    ),
+    recipe=Recipe(
+        # 8 sequences x 16 accumulations x 8 GPUs; --max_steps 1000000. Two differences, on purpose: the published
+        # script leaves betas and weight decay at its trainer's defaults (0.9/0.999, 0), here they are TinyLlama's;
+        # its cosine runs to zero and is cut off at min_lr, Megatron's reaches min_lr at the last step.
+        source="HammerLLM REPRODUCE.md and pretrain/train.sh; betas and weight decay from TinyLlama",
+        seq_length=2048,
+        global_batch_size=1024,
+        micro_batch_size=8,
+        lr=5e-4,
+        min_lr=5e-5,
+        lr_warmup_steps=2000,
+        train_tokens=1_000_000 * 1024 * 2048,
+    ),
+)
+
+_TINY_RECIPE = Recipe(
+    source="ours: sized for two CPU cores; lr : min_lr, betas, decay and clip are hammer-1b4's",
+    seq_length=256,
+    global_batch_size=8,
+    micro_batch_size=2,
+    lr=2e-3,
+    min_lr=2e-4,
+    lr_warmup_steps=20,
+    train_tokens=300 * 8 * 256,
+    precision="fp32",  # CPU cores have no fast bf16
+)
+
+HAMMER_TINY = Preset(
+    model=ModelPreset(
+        name="hammer-tiny",
+        source="ours: hammer-1b4 with hidden/8; 8 heads a query group, ffn 2.75 x hidden, vocab 16 x hidden or more",
+        num_parameters=4_851_968,
+        num_layers=4,  # the least that TP2 x PP2 x VP2 can share out
+        hidden_size=256,
+        ffn_hidden_size=704,
+        num_attention_heads=16,
+        num_query_groups=2,  # the least that TP2 can share out
+        vocab_size=4096,
+        max_position_embeddings=256,
+    ),
+    recipe=_TINY_RECIPE,
+)
+
+HAMMER_TINY_MOE = Preset(
+    model=ModelPreset(
+        name="hammer-tiny-moe",
+        source="ours: hammer-tiny with Qwen2-MoE layers; the active experts are as wide as hammer-tiny's MLP",
+        num_parameters=7_018_752,
+        num_layers=4,
+        hidden_size=256,
+        ffn_hidden_size=704,
+        num_attention_heads=16,
+        num_query_groups=2,
+        vocab_size=4096,
+        max_position_embeddings=256,
+        moe=MoeShape(
+            num_experts=4,
+            router_topk=2,
+            ffn_hidden_size=352,
+            shared_expert_intermediate_size=704,
+            has_shared_expert_gate=True,
+        ),
+    ),
+    recipe=_TINY_RECIPE,
+)
+
+# --- TinyLlama -------------------------------------------------------------------------------------------------------
+
+TINYLLAMA_1B1 = Preset(
+    model=ModelPreset(
+        name="tinyllama-1b1",
+        source="TinyLlama/TinyLlama-1.1B config.json",
+        num_parameters=1_100_048_384,
+        num_layers=22,
+        hidden_size=2048,
+        ffn_hidden_size=5632,
+        num_attention_heads=32,
+        num_query_groups=4,
+        vocab_size=32_000,
+        max_position_embeddings=2048,
+    ),
+    recipe=Recipe(
+        source="TinyLlama: 2M tokens a step, 2 x 715,256 steps (3T tokens)",
+        seq_length=2048,
+        global_batch_size=1024,
+        micro_batch_size=8,
+        lr=4e-4,
+        min_lr=4e-5,
+        lr_warmup_steps=2000,
+        train_tokens=2 * 715_256 * 1024 * 2048,
+    ),
+)
+
+# --- GPT-2: proves that nothing here is Llama-only -------------------------------------------------------------------
+
+GPT2_124M = Preset(
+    model=ModelPreset(
+        name="gpt2-124m",
+        source="GPT-2 config.json",
+        num_parameters=124_439_808,
+        num_layers=12,
+        hidden_size=768,
+        ffn_hidden_size=3072,
+        num_attention_heads=12,
+        num_query_groups=12,
+        vocab_size=50_257,
+        max_position_embeddings=1024,
+        normalization="LayerNorm",
+        activation="gelu",
+        position_embedding_type="learned_absolute",
+        has_linear_bias=True,
+        has_tied_embeddings=True,
+    ),
+    recipe=Recipe(
+        # 12 sequences x 5 accumulations x 8 GPUs; 600,000 steps = "300B".
+        source="karpathy/nanoGPT config/train_gpt2.py and train.py",
+        seq_length=1024,
+        global_batch_size=480,
+        micro_batch_size=12,
+        lr=6e-4,
+        min_lr=6e-5,
+        lr_warmup_steps=2000,
+        train_tokens=600_000 * 480 * 1024,
+    ),
+)
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        HAMMER_1B4,
+        HAMMER_TINY,
+        HAMMER_TINY_MOE,
+        TINYLLAMA_1B1,
+        *TINY_LLM_ZH_PRESETS,
+        OPEN_LLAMA_7B,
+        *LLAMA_PRESETS,
+        GPT2_124M,
+    )
+}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelPreset:
-    """The architecture of one model, in mcore's names. `num_parameters` excludes vocabulary padding."""
-
-    name: str
-    source: str  # where the numbers come from
-    num_parameters: int  # exact, checked against the built model
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int  # equal to num_attention_heads: multi-head attention
-    vocab_size: int  # of the tokenizer, before padding for tensor parallelism
-    max_position_embeddings: int
-    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
-    norm_epsilon: float = 1e-5
-    activation: Literal["swiglu", "gelu"] = "swiglu"
-    position_embedding_type: Literal["rope", "learned_absolute"] = "rope"
-    rotary_base: int = 10_000
-    has_linear_bias: bool = False
-    has_qkv_bias: bool = False
-    has_tied_embeddings: bool = False
-    has_embedding_norm: bool = False  # a norm on the embedding's output
-    init_method_std: float = 0.02
-    moe: MoeShape | None = None
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Recipe:
-    """How a preset is trained: batch, schedule, regularisation, precision and a published layout."""
-
-    source: str
-    seq_length: int
-    global_batch_size: int
-    micro_batch_size: int
-    lr: float
-    min_lr: float
-    lr_warmup_steps: int
-    train_tokens: int
-    weight_decay: float = 0.1
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    clip_grad: float = 1.0
-    hidden_dropout: float = 0.0
-    attention_dropout: float = 0.0
-    precision: Literal["bf16", "fp32"] = "bf16"
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    virtual_pipeline_model_parallel_size: int = 1
-    expert_model_parallel_size: int = 1
-    has_sequence_parallel: bool = False
-    extra_arguments: tuple[str, ...] = field(default=())  # further Megatron flags, as typed
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.global_batch_size * self.seq_length
-
-    @property
-    def train_steps(self) -> int:
-        return -(-self.train_tokens // self.tokens_per_step)
+def select_preset(name: str) -> Preset:
+    """The shipped preset of that name; raises ConfigError naming the nearest ones and all."""
+    if name in PRESETS:
+        return PRESETS[name]
+    nearest = difflib.get_close_matches(name.lower(), PRESETS, n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(nearest)}? " if nearest else ""
+    raise ConfigError(
+        f"preset: must be a shipped one, got preset={name!r}. {hint}Use one of: {', '.join(sorted(PRESETS))}."
+    )

@@ -1,0 +1,208 @@
+"""From a command line to Megatron's namespace and PretrainConfigContainer: the one file that touches both.
+
+`parse_arguments` reads flags over a preset and derives what follows from platform and backend; it starts nothing and
+needs no GPU. `finalize_arguments` lets Megatron validate and set its globals. In between, `preflight` looks for
+problems. Everything else in the package takes plain values.
+"""
+
+import argparse
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_hammer.config.options import add_hammer_options
+from megatron_hammer.config.preset_arguments import preset_arguments
+from megatron_hammer.errors import ConfigError
+from megatron_hammer.presets import Preset, select_preset
+
+DEFAULT_SPLIT = "98,2,0"  # Megatron's own "969,30,1" gives a test set that nobody asked for
+DEFAULT_SAVE_INTERVAL_STEPS = 1000
+DEFAULT_EVAL_ITERS = 10
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParsedArguments:
+    """Megatron's namespace, and what Megatron does not know: the preset, and which flags were typed."""
+
+    namespace: argparse.Namespace
+    preset: Preset | None
+    typed: frozenset[str]  # attributes of the namespace that were given on the command line
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with its complaints raised as ConfigError instead of printed with the whole usage."""
+
+    def error(self, message: str) -> Any:
+        raise ConfigError(f"command line: {message}. See --help.")
+
+
+def parse_arguments(argv: Sequence[str], *, platform: str, backend: str) -> ParsedArguments:
+    """Parse `argv` over the preset it names and derive the rest for `platform` and `backend`.
+
+    Raises ConfigError for an unknown flag, a value of the wrong type or an unknown preset.
+    """
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = _Parser(prog="megatron_hammer", allow_abbrev=False)
+    add_hammer_options(add_megatron_arguments(parser))
+    preset_name = read_option(argv, "--preset")
+    preset = None if preset_name is None else select_preset(preset_name)
+    defaults = _hammer_defaults()
+    if preset is not None:
+        defaults |= preset_arguments(preset)
+    known = {action.dest for action in parser._actions}
+    missing = sorted(set(defaults) - known)
+    if missing:
+        raise ValueError(f"preset sets arguments that Megatron does not have: {missing}")
+    parser.set_defaults(**defaults)
+    namespace = parser.parse_args(list(argv))
+    typed = _typed_destinations(parser, argv)
+    _drop_what_samples_replace(namespace, typed)
+    _read_environment(namespace)
+    _derive(namespace, platform=platform, backend=backend, typed=typed)
+    return ParsedArguments(namespace=namespace, preset=preset, typed=typed)
+
+
+def read_option(argv: Sequence[str], name: str, default: str | None = None) -> str | None:
+    """The value of one option without building Megatron's parser (which takes seconds to import)."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument(name, dest="value", default=default)
+    return parser.parse_known_args(list(argv))[0].value
+
+
+def _hammer_defaults() -> dict[str, Any]:
+    """Where our defaults differ from Megatron's, whatever the preset."""
+    return {
+        "log_interval": 1,
+        "eval_interval": None,
+        "eval_iters": DEFAULT_EVAL_ITERS,
+        "use_distributed_optimizer": True,
+        # Checkpoints that resume at any TP, PP and DP.
+        "ckpt_format": "torch_dist",
+        "dist_ckpt_optim_fully_reshardable": True,
+        # SIGTERM (and Ctrl-C, see training/pretrain.py) save a checkpoint and stop.
+        "exit_signal_handler": True,
+        # Both backends make the causal mask themselves; a dataloader's [s, s] mask would only be copied about.
+        "create_attention_mask_in_dataloader": False,
+        "log_validation_ppl_to_tensorboard": True,
+        "lr_decay_style": "cosine",
+    }
+
+
+def _typed_destinations(parser: argparse.ArgumentParser, argv: Sequence[str]) -> frozenset[str]:
+    names = {argument.split("=", 1)[0] for argument in argv if argument.startswith("--")}
+    return frozenset(
+        action.dest for name, action in parser._option_string_actions.items() if name in names
+    )
+
+
+def _drop_what_samples_replace(namespace: argparse.Namespace, typed: frozenset[str]) -> None:
+    """--train-samples replaces the preset's step count, and its warm-up becomes samples."""
+    if "train_samples" not in typed:
+        return
+    namespace.train_iters = namespace.train_iters if "train_iters" in typed else None
+    if "lr_warmup_iters" not in typed and "lr_warmup_samples" not in typed:
+        namespace.lr_warmup_samples = namespace.lr_warmup_iters * (namespace.global_batch_size or 0)
+        namespace.lr_warmup_iters = 0
+
+
+def _read_environment(namespace: argparse.Namespace) -> None:
+    """What torchrun and SLURM launchers tell a process about itself."""
+    namespace.rank = int(os.environ.get("RANK", "0"))
+    namespace.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    namespace.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if namespace.requested_world_size is not None:
+        namespace.world_size = namespace.requested_world_size
+
+
+def _derive(namespace: argparse.Namespace, *, platform: str, backend: str, typed: frozenset[str]) -> None:
+    """Fill in what follows from other values; a typed flag is never overruled."""
+
+    def default(name: str, value: Any) -> None:
+        if name not in typed:
+            setattr(namespace, name, value)
+
+    namespace.platform, namespace.backend = platform, backend
+    namespace._is_global_batch_size_explicitly_specified = "global_batch_size" in typed
+    namespace.bf16 = namespace.bf16 or namespace.precision == "bf16" and not namespace.fp16
+    namespace.fp16 = namespace.fp16 or namespace.precision == "fp16"
+    if not namespace.group_query_attention:
+        namespace.num_query_groups = namespace.num_attention_heads
+    default("distributed_backend", "gloo" if platform == "cpu" else "nccl")
+    default("num_workers", 0 if platform == "cpu" else 2)
+    default("transformer_impl", "transformer_engine" if backend == "te" else "local")
+    default("apply_rope_fusion", backend == "te")
+    default("no_persist_layer_norm", backend != "te")
+    default("masked_softmax_fusion", False)
+    default("gradient_accumulation_fusion", importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None)
+    if platform == "cpu":
+        default("disable_jit_fuser", True)
+    is_data_parallel = namespace.world_size > (
+        namespace.tensor_model_parallel_size * namespace.pipeline_model_parallel_size * namespace.context_parallel_size
+    )
+    default("overlap_grad_reduce", platform == "cuda" and is_data_parallel)
+    default("overlap_param_gather", platform == "cuda" and is_data_parallel and namespace.use_distributed_optimizer)
+    if namespace.tensor_model_parallel_size > 1 and namespace.num_experts:
+        default("sequence_parallel", True)  # mcore's MoE requires it with tensor parallelism
+    _derive_data(namespace, default)
+    _derive_schedule(namespace, default)
+    _derive_vocabulary(namespace)
+
+
+def _derive_data(namespace: argparse.Namespace, default: Any) -> None:
+    if namespace.tokenizer_type is None:
+        model = namespace.tokenizer_model
+        if model is None:
+            namespace.tokenizer_type = "NullTokenizer"
+        elif str(model).endswith(".model"):
+            namespace.tokenizer_type = "SentencePieceTokenizer"
+        else:
+            namespace.tokenizer_type = "HuggingFaceTokenizer"
+    if namespace.data_path is not None or namespace.data_args_path is not None:
+        default("split", DEFAULT_SPLIT)
+    if namespace.valid_data_path is not None and namespace.multiple_validation_sets:
+        default("full_validation", True)  # Megatron has several validation sets only with whole passes
+    if namespace.reset_attention_mask:
+        default("create_attention_mask_in_dataloader", True)
+
+
+def _derive_schedule(namespace: argparse.Namespace, default: Any) -> None:
+    steps = namespace.train_iters
+    default("eval_interval", namespace.eval_interval or max(1, min(1000, (steps or 1000) // 4)))
+    if namespace.save is not None:
+        default("save_interval", namespace.save_interval or DEFAULT_SAVE_INTERVAL_STEPS)
+        if namespace.metrics_path is None:
+            namespace.metrics_path = os.path.join(namespace.save, "metrics.jsonl")
+
+
+def _derive_vocabulary(namespace: argparse.Namespace) -> None:
+    """The padded size follows from the model's vocabulary, not from the tokenizer's; preflight compares the two."""
+    from megatron_hammer.model.accounting import padded_vocab_size
+
+    if namespace.padded_vocab_size is None and namespace.vocab_size is not None:
+        namespace.padded_vocab_size = padded_vocab_size(
+            namespace.vocab_size, namespace.make_vocab_size_divisible_by, namespace.tensor_model_parallel_size
+        )
+
+
+def finalize_arguments(namespace: argparse.Namespace) -> None:
+    """Let Megatron validate the namespace (it fills in and changes values) and set its globals."""
+    from megatron.training.arguments import validate_args
+    from megatron.training.global_vars import set_global_variables
+
+    validate_args(namespace)
+    set_global_variables(namespace)
+
+
+def build_config_container(namespace: argparse.Namespace) -> Any:
+    """Megatron's PretrainConfigContainer for a finalized namespace, with our model config in it."""
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+
+    from megatron_hammer.model.provider import HammerModelConfig
+
+    model_config = HammerModelConfig.from_gpt_config(
+        gpt_config_from_args(namespace), backend=namespace.backend, has_embedding_norm=namespace.embedding_norm
+    )
+    return pretrain_cfg_container_from_args(namespace, model_config)

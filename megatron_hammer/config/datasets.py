@@ -1,0 +1,47 @@
+"""The dataset configuration of a run, from Megatron's namespace."""
+
+import argparse
+from typing import Any
+
+
+def build_dataset_provider(namespace: argparse.Namespace) -> Any:
+    """A DatasetProvider for a finalized namespace; call it after Megatron's globals are set (it takes the tokenizer)."""
+    from megatron.core import parallel_state
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+    from megatron.training import get_tokenizer
+    from megatron.training.utils import get_blend_and_blend_per_split
+
+    from megatron_hammer.data.provider import DatasetProvider
+
+    blend, blend_per_split = get_blend_and_blend_per_split(namespace)
+    config = GPTDatasetConfig(
+        random_seed=namespace.seed,
+        sequence_length=namespace.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        multiple_validation_sets=namespace.multiple_validation_sets,
+        full_validation=namespace.full_validation,
+        split=namespace.split,
+        num_dataset_builder_threads=namespace.num_dataset_builder_threads,
+        path_to_cache=namespace.data_cache_path,
+        mmap_bin_files=namespace.mmap_bin_files,
+        tokenizer=get_tokenizer(),
+        reset_position_ids=namespace.reset_position_ids,
+        reset_attention_mask=namespace.reset_attention_mask,
+        eod_mask_loss=namespace.eod_mask_loss,
+        create_attention_mask=namespace.create_attention_mask_in_dataloader,
+        object_storage_cache_path=namespace.object_storage_cache_path,
+        mid_level_dataset_surplus=namespace.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=namespace.allow_ambiguous_pad_tokens,
+        fast_cache_load=namespace.dataloader_fast_cache_load,
+        defer_npy_index_mmap=namespace.dataloader_defer_npy_index_mmap,
+        data_parallel_size=namespace.data_parallel_size,
+        context_parallel_size=namespace.context_parallel_size,
+    )
+
+    def needs_data(vp_stage: int | None) -> bool:
+        is_first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+        is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+        return (is_first or is_last) and parallel_state.get_tensor_model_parallel_rank() == 0
+
+    return DatasetProvider(config, needs_data)

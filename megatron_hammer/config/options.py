@@ -1,0 +1,30 @@
+"""The flags that are ours; every other flag is Megatron's and passes through unchanged."""
+
+import argparse
+
+
+def add_hammer_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the `megatron_hammer` group to `parser`."""
+    group = parser.add_argument_group("megatron_hammer")
+    group.add_argument("--preset", help="model and recipe to start from; any other flag overrides it")
+    group.add_argument("--platform", choices=["auto", "cpu", "cuda"], default="auto", help="default: cuda if there is")
+    group.add_argument(
+        "--backend",
+        choices=["auto", "te", "torch"],
+        default="auto",
+        help="te: TransformerEngine kernels; torch: PyTorch alone; auto: te where it imports and there is a GPU",
+    )
+    group.add_argument(
+        "--precision", choices=["bf16", "fp32", "fp16"], help="of weights and activations (default: the preset's)"
+    )
+    group.add_argument("--embedding-norm", action="store_true", help="LayerNorm on the embedding's output")
+    group.add_argument("--dry-run", action="store_true", help="print what would run and every problem found, then stop")
+    group.add_argument(
+        "--world-size", type=int, dest="requested_world_size", help="processes to plan for (with --dry-run)"
+    )
+    group.add_argument("--json", action="store_true", help="print the dry run as JSON")
+    group.add_argument("--gpu-memory-gib", type=float, help="memory of a GPU, for --dry-run on a machine without it")
+    group.add_argument("--peak-tflops", type=float, help="dense peak of a GPU for MFU (default: by device name)")
+    group.add_argument("--metrics-path", help="one JSON object a step (default: metrics.jsonl under --save)")
+    group.add_argument("--verbose", action="store_true", help="megatron's own output on the terminal, not in a file")
+    return parser

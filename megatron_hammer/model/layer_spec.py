@@ -1,0 +1,92 @@
+"""What each transformer layer is made of, for the `te` and the `torch` backend of the same model.
+
+Both give the same checkpoint names: TransformerEngine fuses the norm in front of a linear layer into it
+(`self_attention.linear_qkv.layer_norm_weight`), and the torch layers map their separate norms to those names.
+"""
+
+from typing import Any, Literal
+
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_with_transformer_engine_spec,
+    get_mlp_module_spec_for_backend,
+)
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megatron_hammer.model.torch_modules import SdpaAttention, TorchNorm
+
+Backend = Literal["te", "torch"]
+
+
+class TorchSpecProvider(LocalSpecProvider):
+    """megatron's own parallel linear layers, with torch's norm and attention."""
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> Any:
+        return TorchNorm
+
+    def core_attention(self) -> type:
+        return SdpaAttention
+
+
+def has_transformer_engine() -> bool:
+    """Whether TransformerEngine imports here."""
+    return bool(HAVE_TE)
+
+
+def build_layer_spec(config: TransformerConfig, backend: Backend) -> ModuleSpec:
+    """The spec of one layer; every layer of a model is alike (dense, or a mixture of experts throughout)."""
+    if backend == "te":
+        return get_gpt_layer_with_transformer_engine_spec(
+            config.num_moe_experts, config.moe_grouped_gemm, config.qk_layernorm
+        )
+    return _build_torch_layer_spec(config)
+
+
+def _build_torch_layer_spec(config: TransformerConfig) -> ModuleSpec:
+    provider = TorchSpecProvider()
+    qk_norm = TorchNorm if config.qk_layernorm else IdentityOp
+    norm_names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if config.num_moe_experts is None:
+        # A mixture of experts keeps its norm apart in TransformerEngine too.
+        norm_names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=TorchNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=provider.column_parallel_linear(),
+                    core_attention=provider.core_attention(),
+                    linear_proj=provider.row_parallel_linear(),
+                    q_layernorm=qk_norm,
+                    k_layernorm=qk_norm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=TorchNorm,
+            mlp=get_mlp_module_spec_for_backend(
+                backend=provider, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
+            ),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=norm_names,
+        ),
+    )
+
+
+def build_block_spec(config: TransformerConfig, backend: Backend, vp_stage: int | None = None) -> Any:
+    """The layers of one pipeline chunk and the norm that ends the last one."""
+    layer_spec = build_layer_spec(config, backend)
+    if backend == "te":
+        return layer_spec  # megatron's block builds TENorm by itself
+    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer_spec] * num_layers, layer_norm=TorchNorm)

@@ -1,0 +1,97 @@
+"""Builds the model of one rank for megatron's training loop: `HammerModelConfig` says what, `HammerModelBuilder` how.
+
+megatron resolves the builder from the config's `builder` path, so nothing here is called by our own main path.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.pipeline_parallel.utils import (
+    is_pp_first_stage,
+    is_pp_last_stage,
+    is_vp_first_stage,
+    is_vp_last_stage,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+from torch import Tensor
+
+from megatron_hammer.model.layer_spec import Backend, build_block_spec
+from megatron_hammer.model.torch_modules import TorchNorm
+
+
+@dataclass(kw_only=True)
+class HammerModelConfig(GPTModelConfig):
+    """megatron's GPTModelConfig, the backend that builds it, and what the shipped presets need beyond it."""
+
+    builder: ClassVar[str] = "megatron_hammer.model.provider.HammerModelBuilder"
+    backend: Backend = "torch"
+    has_embedding_norm: bool = False
+
+    @classmethod
+    def from_gpt_config(cls, config: GPTModelConfig, **extra: Any) -> "HammerModelConfig":
+        values = {field.name: getattr(config, field.name) for field in dataclasses.fields(GPTModelConfig)}
+        return cls(**values, **extra)
+
+
+class HammerGPTModel(GPTModel):
+    """GPTModel with, where asked for, a norm on the embedding's output (Open-Llama's stable embedding).
+
+    That norm is LayerNorm with a bias whatever the layers use, as in transformers' OpenLlamaModel.embed_layer_norm.
+    """
+
+    def __init__(self, *, has_embedding_norm: bool = False, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.has_embedding_norm = has_embedding_norm and self.pre_process
+        if self.has_embedding_norm:
+            self.embedding_norm = TorchNorm(
+                self.config, self.config.hidden_size, eps=self.config.layernorm_epsilon, normalization="LayerNorm"
+            )
+
+    def _preprocess(
+        self, input_ids: Tensor, position_ids: Tensor, decoder_input: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        if self.has_embedding_norm and decoder_input is None:
+            decoder_input = self.embedding_norm(self.embedding(input_ids=input_ids, position_ids=position_ids))
+        return super()._preprocess(input_ids, position_ids, decoder_input=decoder_input, **kwargs)
+
+
+class HammerModelBuilder(GPTModelBuilder):
+    """Builds one pipeline chunk; distributing, wrapping and precision are megatron's."""
+
+    def build_model(
+        self,
+        pg_collection: ProcessGroupCollection,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> GPTModel:
+        config: Any = self._model_config
+        vp_size = config.transformer.virtual_pipeline_model_parallel_size
+        if pre_process is None:
+            pre_process = is_vp_first_stage(vp_stage=vp_stage, vp_size=vp_size) and is_pp_first_stage(pg_collection.pp)
+        if post_process is None:
+            post_process = is_vp_last_stage(vp_stage=vp_stage, vp_size=vp_size) and is_pp_last_stage(pg_collection.pp)
+        return HammerGPTModel(
+            config=config.transformer,
+            transformer_layer_spec=build_block_spec(config.transformer, config.backend, vp_stage),
+            vocab_size=config.vocab_size,
+            max_sequence_length=config.seq_length,
+            pre_process=pre_process,
+            post_process=post_process,
+            fp16_lm_cross_entropy=config.fp16_lm_cross_entropy,
+            parallel_output=config.parallel_output,
+            share_embeddings_and_output_weights=config.share_embeddings_and_output_weights,
+            position_embedding_type=config.position_embedding_type,
+            rotary_percent=config.rotary_percent,
+            rotary_base=config.rotary_base,
+            rope_scaling=config.rope_scaling,
+            rope_scaling_factor=config.rope_scaling_factor,
+            seq_len_interpolation_factor=config.seq_len_interpolation_factor,
+            scatter_embedding_sequence_parallel=config.scatter_embedding_sequence_parallel,
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
+            has_embedding_norm=config.has_embedding_norm,
+        )

@@ -1,0 +1,103 @@
+"""The two modules that the `torch` backend swaps into megatron's layers: a norm and the core attention.
+
+Both need nothing but PyTorch and follow the interfaces of megatron's own (`LayerNormBuilder`, `CoreAttention`).
+Context parallelism, sliding windows and packed sequences are left to the `te` backend; preflight refuses them here.
+"""
+
+import contextlib
+import math
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+NORM_CLASSES = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}
+
+
+class TorchNorm:
+    """Build torch's RMSNorm or LayerNorm as `config.normalization` says (or `normalization`, where given).
+
+    megatron's WrappedTorchNorm refuses sequence parallelism because it does not mark its parameters; here they carry
+    `sequence_parallel`, so that megatron all-reduces their gradients over the tensor-parallel group.
+    """
+
+    def __new__(  # type: ignore[misc]
+        cls,
+        config: TransformerConfig,
+        hidden_size: int,
+        eps: float = 1e-5,
+        normalization: str | None = None,
+        **_: Any,
+    ) -> torch.nn.Module:
+        norm = NORM_CLASSES[normalization or config.normalization](hidden_size, eps=eps, dtype=config.params_dtype)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
+
+
+class SdpaAttention(MegatronModule):
+    """Causal attention by torch.nn.functional.scaled_dot_product_attention, with grouped queries.
+
+    query [s, b, n, d]; key and value [s, b, g, d], where n is a multiple of g (all three already split over the
+    tensor-parallel group). Returns [s, b, n * d].
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+    ):
+        super().__init__(config=config)
+        if config.context_parallel_size != 1:
+            raise ValueError("SdpaAttention has no context parallelism; preflight must have refused it.")
+        self.attention_dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.softmax_scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
+        if config.apply_query_key_layer_scaling:
+            self.softmax_scale /= max(1, layer_number)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        """attention_mask: [b or 1, 1, s, s], True where attention is forbidden; None means causal."""
+        if attention_bias is not None or packed_seq_params is not None:
+            raise ValueError("SdpaAttention takes no attention bias and no packed sequences; use the te backend.")
+        sequence, batch, heads, head_dim = query.shape
+        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        dropout_ratio = self.attention_dropout if self.training else 0.0
+        mask = None if attention_mask is None else ~attention_mask
+        with _attention_rng(dropout_ratio):
+            context = torch.nn.functional.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                is_causal=mask is None,
+                dropout_p=dropout_ratio,
+                scale=self.softmax_scale,
+                enable_gqa=heads != key.shape[1],
+            )
+        return context.permute(2, 0, 1, 3).reshape(sequence, batch, heads * head_dim)
+
+
+def _attention_rng(dropout_ratio: float) -> contextlib.AbstractContextManager[None]:
+    """Heads on different tensor-parallel ranks must drop different entries: draw from the model-parallel RNG."""
+    if dropout_ratio == 0.0:
+        return contextlib.nullcontext()
+    return tensor_parallel.get_cuda_rng_tracker().fork()

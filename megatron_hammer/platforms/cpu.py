@@ -1,0 +1,19 @@
+"""The `cpu` platform: gloo between processes, one thread each unless OMP_NUM_THREADS says otherwise."""
+
+DISTRIBUTED_BACKEND = "gloo"
+
+# What an argument would have to be for the CPU to do it, by Megatron's attribute name: (is it asked for, why not).
+UNSUPPORTED = (
+    ("context_parallel_size", lambda value: value > 1, "context parallelism needs TransformerEngine's attention"),
+    ("fp8", bool, "fp8 needs TransformerEngine and a GPU of the Hopper generation or later"),
+    ("fp4", bool, "fp4 needs TransformerEngine and a GPU of the Blackwell generation or later"),
+    ("fp16", bool, "fp16 with loss scaling needs a GPU; bf16 and fp32 run on the CPU"),
+    ("use_torch_fsdp2", bool, "FSDP needs NCCL"),
+    ("use_megatron_fsdp", bool, "FSDP needs NCCL"),
+    ("moe_grouped_gemm", bool, "grouped GEMM is a CUDA kernel"),
+    ("tp_comm_overlap", bool, "communication overlap needs TransformerEngine's user buffers"),
+    ("async_save", bool, "asynchronous checkpointing copies from a GPU"),
+    ("optimizer_cpu_offload", bool, "there is no GPU to offload from"),
+    ("ddp_average_in_collective", bool, "gloo has no averaging reduction"),
+    ("overlap_moe_expert_parallel_comm", bool, "it overlaps work on CUDA streams"),
+)

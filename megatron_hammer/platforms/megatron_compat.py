@@ -1,0 +1,231 @@
+"""Every adjustment to megatron, in one place: what it changes, why, where upstream, and how to tell it is still needed.
+
+`install(platform)` applies those of a platform once, before megatron builds anything. Nothing else in the package
+changes an attribute of megatron or torch. Each adjustment is guarded by the version it was written against;
+tests/unit/platforms/test_megatron_compat.py fails when `is_needed` no longer holds, so that none outlives its cause.
+"""
+
+import functools
+import importlib.metadata
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_hammer.errors import PlatformError
+
+SUPPORTED_MEGATRON_VERSION = "0.19.2"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Adjustment:
+    """One change to megatron. `is_needed` looks at the untouched upstream and says whether the cause is still there."""
+
+    name: str
+    platforms: tuple[str, ...]
+    reason: str
+    upstream: str  # module and function that make it necessary
+    apply: Callable[[], None]
+    is_needed: Callable[[], bool]
+
+
+_installed_platform: str | None = None
+
+
+def check_megatron_version() -> None:
+    """Raise PlatformError unless the installed megatron-core is the one these adjustments were written against."""
+    installed = importlib.metadata.version("megatron-core")
+    if installed != SUPPORTED_MEGATRON_VERSION:
+        raise PlatformError(
+            f"megatron-core: must be {SUPPORTED_MEGATRON_VERSION}, the version that megatron_hammer adjusts and tests, "
+            f"got {installed}. Run pip install megatron-core=={SUPPORTED_MEGATRON_VERSION}."
+        )
+
+
+def install(platform: str) -> None:
+    """Apply the adjustments of `platform` ("cpu" or "cuda"); a second call with the same platform does nothing."""
+    global _installed_platform
+    if _installed_platform == platform:
+        return
+    if _installed_platform is not None:
+        raise PlatformError(
+            f"platform: one process has one, got {platform} after {_installed_platform}. Start a new process."
+        )
+    check_megatron_version()
+    if platform == "cpu":
+        # Before megatron is imported: its @jit_fuser is torch.compile, which on a CUDA build without a driver fails.
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+    for adjustment in ADJUSTMENTS:
+        if platform in adjustment.platforms:
+            adjustment.apply()
+    _installed_platform = platform
+
+
+def _source(function: Any) -> str:
+    return inspect.getsource(inspect.unwrap(function))
+
+
+# --- torch.cuda on a machine without one ---------------------------------------------------------------------------
+
+
+def _substitute_cuda() -> None:
+    from megatron_hammer.platforms import cpu_device
+
+    cpu_device.substitute_cuda_runtime()
+    cpu_device.substitute_cuda_tensors()
+
+
+def _upstream_names_cuda() -> bool:
+    from megatron.core.pipeline_parallel import schedules
+
+    return 'device="cuda"' in _source(schedules.forward_backward_no_pipelining)
+
+
+def _allow_no_cuda() -> None:
+    from megatron.training import training
+
+    training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
+
+
+def _upstream_requires_cuda() -> bool:
+    from megatron.training import initialize
+
+    return "Megatron requires CUDA" in _source(initialize.initialize_megatron)
+
+
+def _write_rng_state_on_cpu() -> None:
+    import torch
+    from megatron.core.tensor_parallel import random
+
+    def set_state(new_state: Any, device: int = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(new_state)
+
+    random._set_cuda_rng_state = set_state
+
+
+def _upstream_sets_cuda_rng_state() -> bool:
+    from megatron.core.tensor_parallel import random
+
+    return "torch.cuda.default_generators" in Path(random.__file__).read_text()
+
+
+# --- things a wheel lacks -------------------------------------------------------------------------------------------
+
+
+def _use_shipped_dataset_helpers() -> None:
+    from megatron.core.datasets import utils
+
+    def compile_helpers() -> None:
+        from megatron.core.datasets import helpers_cpp  # noqa: F401  the wheel's compiled module, or ImportError
+
+    utils.compile_helpers = compile_helpers
+
+
+def _upstream_calls_make() -> bool:
+    from megatron.core import datasets
+
+    return not (Path(datasets.__file__).parent / "Makefile").exists()
+
+
+# --- optimizer ------------------------------------------------------------------------------------------------------
+
+
+def _use_group_step_adam() -> None:
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    from megatron_hammer.platforms.adam import GroupStepAdam
+
+    if not optimizer.USING_PYTORCH_OPTIMIZER:
+        return
+    optimizer.Adam = GroupStepAdam
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = True
+    distrib_optimizer.USING_TE_OPTIMIZER = True
+
+
+def _upstream_asserts_one_step() -> bool:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    return 'steps = list(set([s["step"].item()' in _source(DistributedOptimizer.state_dict)
+
+
+# --- gloo -----------------------------------------------------------------------------------------------------------
+
+
+def _pass_all_to_all_splits_as_lists() -> None:
+    import torch
+
+    original = torch.distributed.all_to_all_single
+
+    @functools.wraps(original)
+    def all_to_all_single(
+        output: Any, input: Any, output_split_sizes: Any = None, input_split_sizes: Any = None, **kwargs: Any
+    ) -> Any:
+        return original(output, input, _as_list(output_split_sizes), _as_list(input_split_sizes), **kwargs)
+
+    torch.distributed.all_to_all_single = all_to_all_single
+
+
+def _as_list(split_sizes: Any) -> list[int] | None:
+    return None if split_sizes is None else [int(size) for size in split_sizes]
+
+
+def _upstream_passes_splits_unchanged() -> bool:
+    from megatron.core.tensor_parallel.mappings import _AllToAll
+
+    return "output_split_sizes=output_split_sizes" in _source(_AllToAll.forward)
+
+
+ADJUSTMENTS: tuple[Adjustment, ...] = (
+    Adjustment(
+        name="cuda-substitution",
+        platforms=("cpu",),
+        reason="megatron makes its tensors on 'cuda' and orders work by CUDA streams; see cpu_device.py",
+        upstream="megatron.core.pipeline_parallel.schedules and some 200 other places",
+        apply=_substitute_cuda,
+        is_needed=_upstream_names_cuda,
+    ),
+    Adjustment(
+        name="allow-no-cuda",
+        platforms=("cpu",),
+        reason="pretrain() calls initialize_megatron() without allow_no_cuda and stops at 'Megatron requires CUDA.'",
+        upstream="megatron.training.initialize.initialize_megatron",
+        apply=_allow_no_cuda,
+        is_needed=_upstream_requires_cuda,
+    ),
+    Adjustment(
+        name="cpu-rng-state",
+        platforms=("cpu",),
+        reason="the RNG tracker writes to torch.cuda.default_generators, which is empty without a GPU",
+        upstream="megatron.core.tensor_parallel.random._set_cuda_rng_state",
+        apply=_write_rng_state_on_cpu,
+        is_needed=_upstream_sets_cuda_rng_state,
+    ),
+    Adjustment(
+        name="shipped-dataset-helpers",
+        platforms=("cpu", "cuda"),
+        reason="compile_helpers() runs make, but the wheel ships the compiled module and no Makefile, so it exits",
+        upstream="megatron.core.datasets.utils.compile_helpers",
+        apply=_use_shipped_dataset_helpers,
+        is_needed=_upstream_calls_make,
+    ),
+    Adjustment(
+        name="group-step-adam",
+        platforms=("cpu", "cuda"),
+        reason="without TransformerEngine megatron falls back to torch's AdamW, whose state it cannot resume from",
+        upstream="megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.state_dict",
+        apply=_use_group_step_adam,
+        is_needed=_upstream_asserts_one_step,
+    ),
+    Adjustment(
+        name="all-to-all-lists",
+        platforms=("cpu",),
+        reason="gloo's all_to_all_single wants split sizes as lists of int; the MoE dispatcher passes arrays",
+        upstream="megatron.core.tensor_parallel.mappings._AllToAll",
+        apply=_pass_all_to_all_splits_as_lists,
+        is_needed=_upstream_passes_splits_unchanged,
+    ),
+)

@@ -1,0 +1,98 @@
+"""The types of `presets.py`: what is built, how it is trained, and the pair of both. No torch, no megatron."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoeShape:
+    """Experts of a mixture-of-experts layer. Every layer is one (no leading dense layers)."""
+
+    num_experts: int
+    router_topk: int
+    ffn_hidden_size: int  # of one routed expert
+    shared_expert_intermediate_size: int = 0  # 0: no shared expert
+    has_shared_expert_gate: bool = False  # Qwen2-MoE: the shared expert is scaled by sigmoid(x . w)
+    aux_loss_coeff: float = 0.01
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelPreset:
+    """The architecture of one model, in mcore's names. `num_parameters` excludes vocabulary padding.
+
+    activation "gelu" is the tanh approximation (GPT-2's `gelu_new`), which is what Megatron's fused bias-gelu computes.
+    """
+
+    name: str
+    source: str  # where the numbers come from
+    num_parameters: int  # exact, checked against the built model
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int  # equal to num_attention_heads: multi-head attention
+    vocab_size: int  # of the tokenizer, before padding for tensor parallelism
+    max_position_embeddings: int
+    normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
+    norm_epsilon: float = 1e-5
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    position_embedding_type: Literal["rope", "learned_absolute"] = "rope"
+    rotary_base: int = 10_000
+    has_linear_bias: bool = False  # every linear but the head; implies the qkv bias
+    has_qkv_bias: bool = False  # only linear_qkv
+    has_tied_embeddings: bool = False
+    has_embedding_norm: bool = False  # LayerNorm (weight, bias) on the embedding's output, whatever `normalization` is
+    init_method_std: float = 0.02
+    moe: MoeShape | None = None  # then ffn_hidden_size is unused: the experts have their own
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """How a preset is trained: batch, schedule, regularisation, precision and a published layout."""
+
+    source: str
+    seq_length: int
+    global_batch_size: int
+    micro_batch_size: int
+    lr: float
+    min_lr: float
+    lr_warmup_steps: int
+    train_tokens: int
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    precision: Literal["bf16", "fp32"] = "bf16"
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    has_sequence_parallel: bool = False
+    extra_arguments: tuple[str, ...] = field(default=())  # further Megatron flags, as typed
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch_size * self.seq_length
+
+    @property
+    def train_steps(self) -> int:
+        return -(-self.train_tokens // self.tokens_per_step)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preset:
+    """What `--preset NAME` selects."""
+
+    model: ModelPreset
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        return self.model.name

@@ -1,0 +1,175 @@
+"""Text to token ids and back: the one encoder that every tool uses.
+
+SentencePiece is the reference. A Hugging Face tokenizer is read from its `tokenizer.json` only: nothing that such a
+folder may carry is ever executed. A faster exact encoder belongs behind this same interface, not beside it.
+"""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+import tokenizers
+
+from megatron_hammer.errors import DataError
+
+# Bare tokenizer.json files do not say which token ends a document; these names do in every model we ship or convert.
+COMMON_BOS_TOKENS = ("<s>", "<|begin_of_text|>", "<bos>")
+COMMON_EOD_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>")
+
+
+class Encoder(ABC):
+    """A tokenizer that has been read and can be used; obtain one with `load_encoder`.
+
+    path: the file that defines the encoding. sha256: the hash of that file, which manifests record.
+    vocab_size: one more than the largest id that `encode` can return.
+    bos_id, eod_id: the ids that begin and end a document, or None where the tokenizer has none.
+    """
+
+    path: Path
+    sha256: str
+    vocab_size: int
+    bos_id: int | None
+    eod_id: int | None
+
+    @abstractmethod
+    def encode(self, text: str) -> np.ndarray:
+        """Return the ids of `text`: [num_tokens] int32, with no id added before or after."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Return the text of `ids`; raises IndexError for an id outside the vocabulary."""
+
+
+class SentencePieceEncoder(Encoder):
+    """A SentencePiece `.model`; control symbols such as a literal `</s>` in the text are encoded as plain text."""
+
+    def __init__(self, path: Path):
+        model_bytes = _read_bytes(path)
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
+        except (RuntimeError, OSError) as error:
+            raise _not_a_model(path) from error
+        if self._processor.get_piece_size() == 0:  # an empty file parses as a model without pieces
+            raise _not_a_model(path)
+        self.path = path
+        self.sha256 = hashlib.sha256(model_bytes).hexdigest()
+        self.vocab_size = self._processor.get_piece_size()
+        self.bos_id = _none_if_negative(self._processor.bos_id())
+        self.eod_id = _none_if_negative(self._processor.eos_id())
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self._processor.encode(text), dtype=np.int32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self._processor.decode([int(token_id) for token_id in ids])
+
+
+class HuggingFaceEncoder(Encoder):
+    """A Hugging Face `tokenizer.json`, alone or in its folder.
+
+    As in transformers, a special token spelt out in the text becomes that token's id.
+    `tokenizer_config.json` beside it names bos and eos; without one the usual names are looked up.
+    """
+
+    def __init__(self, path: Path):
+        json_bytes = _read_bytes(path)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(json_bytes)
+        except Exception as error:  # the tokenizers library raises bare Exception for any malformed file
+            raise DataError(
+                f"{path}: file must be a Hugging Face tokenizer.json, got one that does not parse ({error}). "
+                "Pass the tokenizer.json written by save_pretrained of a fast tokenizer."
+            ) from error
+        self.path = path
+        self.sha256 = hashlib.sha256(json_bytes).hexdigest()
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        special_tokens = _read_special_tokens(path.with_name("tokenizer_config.json"))
+        self.bos_id = self._first_known_id([special_tokens.get("bos_token"), *COMMON_BOS_TOKENS])
+        self.eod_id = self._first_known_id([special_tokens.get("eos_token"), *COMMON_EOD_TOKENS])
+
+    def _first_known_id(self, names: Sequence[str | None]) -> int | None:
+        ids = (self._tokenizer.token_to_id(name) for name in names if name is not None)
+        return next((token_id for token_id in ids if token_id is not None), None)
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        plain_ids = [int(token_id) for token_id in ids]
+        for token_id in plain_ids:
+            if not 0 <= token_id < self.vocab_size:
+                raise IndexError(f"token id {token_id} is outside the vocabulary of {self.vocab_size}")
+        return self._tokenizer.decode(plain_ids, skip_special_tokens=False)
+
+
+def load_encoder(path: str | Path) -> Encoder:
+    """Read a SentencePiece `.model`, a `tokenizer.json`, or a folder that holds one of them.
+
+    Raises DataError if nothing is there, or if it is not a tokenizer.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = _find_in_folder(path)
+    if not path.exists():
+        raise DataError(
+            f"{path}: tokenizer does not exist. Pass a SentencePiece .model, a tokenizer.json, or its folder."
+        )
+    return HuggingFaceEncoder(path) if path.suffix == ".json" else SentencePieceEncoder(path)
+
+
+def require_eod_id(encoder: Encoder) -> int:
+    """Return the id that ends a document; raises DataError if the tokenizer has none."""
+    if encoder.eod_id is None:
+        raise DataError(
+            f"{encoder.path}: tokenizer must have an end-of-document token, got none. "
+            "Name it as eos_token in tokenizer_config.json, or leave out --append-eod."
+        )
+    return encoder.eod_id
+
+
+def _find_in_folder(folder: Path) -> Path:
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (folder / name).is_file():
+            return folder / name
+    raise DataError(
+        f"{folder}: folder must hold tokenizer.json or tokenizer.model, got neither. "
+        "Pass the tokenizer file itself, or save a fast tokenizer there."
+    )
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: tokenizer cannot be read ({error.strerror}). Check its permissions.") from error
+
+
+def _not_a_model(path: Path) -> DataError:
+    return DataError(
+        f"{path}: file must be a SentencePiece model, got something else. "
+        "Pass a .model file, or a tokenizer.json for a Hugging Face tokenizer."
+    )
+
+
+def _none_if_negative(token_id: int) -> int | None:
+    return token_id if token_id >= 0 else None
+
+
+def _read_special_tokens(config_path: Path) -> dict[str, str]:
+    """Read the names of bos and eos from tokenizer_config.json: plain strings or AddedToken objects."""
+    if not config_path.is_file():
+        return {}
+    try:
+        config: dict[str, Any] = json.loads(config_path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{config_path}: file must be JSON, got {error}. Repair or remove it.") from error
+    names = {key: config.get(key) for key in ("bos_token", "eos_token")}
+    contents = {key: value["content"] if isinstance(value, dict) else value for key, value in names.items()}
+    return {key: value for key, value in contents.items() if value is not None}

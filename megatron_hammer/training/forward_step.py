@@ -1,0 +1,92 @@
+"""One micro-batch forward: fetch the batch, run the model, sum the loss over tokens."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+from torch import Tensor
+
+
+class ForwardStep:
+    """Megatron's forward_step_func for one run: called as (data_iterator, model).
+
+    micro_batch_size, seq_length: of a training batch [b, s]; evaluation may pass another micro-batch size, which then
+    comes from eval_micro_batch_size.
+    """
+
+    def __init__(
+        self,
+        *,
+        micro_batch_size: int,
+        eval_micro_batch_size: int,
+        seq_length: int,
+        context_parallel_size: int,
+        has_attention_mask: bool,
+        pipeline_model_parallel_size: int,
+    ):
+        self.micro_batch_size = micro_batch_size
+        self.eval_micro_batch_size = eval_micro_batch_size
+        self.seq_length = seq_length
+        self.context_parallel_size = context_parallel_size
+        self.has_attention_mask = has_attention_mask
+        self.pipeline_model_parallel_size = pipeline_model_parallel_size
+
+    def __call__(self, data_iterator: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tensor, Callable[..., Any]]:
+        vp_stage = get_attr_wrapped_model(model, "vp_stage")
+        batch = self.read_batch(data_iterator, vp_stage, is_training=model.training)
+        output = model(batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"])
+        return output, partial(sum_loss, batch["loss_mask"])
+
+    def read_batch(
+        self, data_iterator: Iterator[dict[str, Tensor]] | None, vp_stage: int | None, *, is_training: bool
+    ) -> dict[str, Tensor | None]:
+        """The part of the next micro-batch that this rank needs: tokens on the first stage, labels on the last.
+
+        Rank 0 of a tensor-parallel group reads the data and broadcasts it to the group.
+        """
+        is_first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+        is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+        if not (is_first or is_last):
+            return dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids", "attention_mask"))
+        tp_rank = parallel_state.get_tensor_model_parallel_rank()
+        batch: dict[str, Any] = {}
+        if tp_rank == 0:
+            assert data_iterator is not None
+            sample = next(data_iterator)
+            batch = {name: tensor.cuda(non_blocking=True) for name, tensor in sample.items()}
+        batch = get_batch_on_this_tp_rank(
+            batch,
+            has_cu_seqlens=False,
+            is_hybrid_cp=False,
+            create_attention_mask_in_dataloader=self.has_attention_mask,
+            broadcast_src_rank=parallel_state.get_tensor_model_parallel_src_rank(),
+            broadcast_group=parallel_state.get_tensor_model_parallel_group(),
+            cp_size=self.context_parallel_size,
+            tp_rank=tp_rank,
+            micro_batch_size=self.micro_batch_size if is_training else self.eval_micro_batch_size,
+            seq_length=self.seq_length,
+            mtp_on_this_rank=False,
+            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
+            is_pipeline_first_stage=is_first,
+            is_pipeline_last_stage=is_last,
+        )
+        batch.setdefault("attention_mask", None)
+        if self.context_parallel_size == 1:
+            return batch
+        return get_batch_on_this_cp_rank(batch, cp_group=parallel_state.get_context_parallel_group())
+
+
+def sum_loss(loss_mask: Tensor, token_losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum the losses [b, s] of the tokens that count; Megatron divides by their number.
+
+    Returns the sum, the number of tokens, and {"lm loss": [sum, number]} for reporting over the global batch.
+    """
+    losses = token_losses.view(-1).float()
+    mask = loss_mask.reshape(-1).float()
+    loss = torch.sum(losses * mask)
+    num_tokens = mask.sum().detach().to(torch.int)
+    report = torch.stack([loss.detach(), num_tokens.to(loss.dtype)])
+    return loss, num_tokens, {"lm loss": report}
