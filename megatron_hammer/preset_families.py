@@ -59,11 +59,15 @@ def _tiny_llm_zh(
 
 
 TINY_LLM_ZH_PRESETS = (
-    _tiny_llm_zh("16m", 0, num_layers=6, hidden_size=120, ffn_hidden_size=384, num_attention_heads=6, seq_length=512),
-    _tiny_llm_zh("42m", 0, num_layers=6, hidden_size=288, ffn_hidden_size=768, num_attention_heads=6, seq_length=512),
+    _tiny_llm_zh(
+        "16m", 16_730_280, num_layers=6, hidden_size=120, ffn_hidden_size=384, num_attention_heads=6, seq_length=512
+    ),
+    _tiny_llm_zh(
+        "42m", 43_304_544, num_layers=6, hidden_size=288, ffn_hidden_size=768, num_attention_heads=6, seq_length=512
+    ),
     _tiny_llm_zh(
         "92m",
-        0,
+        92_064_256,
         num_layers=8,
         hidden_size=512,
         ffn_hidden_size=1408,
@@ -72,17 +76,35 @@ TINY_LLM_ZH_PRESETS = (
         source="wdndev/tiny_llm_sft_92m config.json (the README's table says ffn 1024; its weights have 1408)",
     ),
     _tiny_llm_zh(
-        "210m", 0, num_layers=16, hidden_size=768, ffn_hidden_size=2048, num_attention_heads=12, seq_length=1024
+        "210m",
+        212_838_144,
+        num_layers=16,
+        hidden_size=768,
+        ffn_hidden_size=2048,
+        num_attention_heads=12,
+        seq_length=1024,
     ),
     _tiny_llm_zh(
-        "440m", 0, num_layers=24, hidden_size=1024, ffn_hidden_size=2816, num_attention_heads=16, seq_length=1024
+        "440m",
+        441_111_552,
+        num_layers=24,
+        hidden_size=1024,
+        ffn_hidden_size=2816,
+        num_attention_heads=16,
+        seq_length=1024,
     ),
     _tiny_llm_zh(
-        "1b5", 0, num_layers=24, hidden_size=2048, ffn_hidden_size=5504, num_attention_heads=16, seq_length=1024
+        "1b5",
+        1_479_911_424,
+        num_layers=24,
+        hidden_size=2048,
+        ffn_hidden_size=5504,
+        num_attention_heads=16,
+        seq_length=1024,
     ),
     _tiny_llm_zh(
         "moe",
-        0,
+        161_307_136,
         num_layers=8,
         hidden_size=512,
         ffn_hidden_size=1408,
@@ -234,7 +256,7 @@ _NVIDIA_LAYOUT = "layout: NeMo-Framework-Launcher"
 LLAMA_PRESETS = (
     _llama2(
         "7b",
-        0,
+        6_738_415_616,
         num_layers=32,
         hidden_size=4096,
         ffn_hidden_size=11_008,
@@ -247,7 +269,7 @@ LLAMA_PRESETS = (
     ),
     _llama2(
         "13b",
-        0,
+        13_015_864_320,
         num_layers=40,
         hidden_size=5120,
         ffn_hidden_size=13_824,
@@ -260,7 +282,7 @@ LLAMA_PRESETS = (
     ),
     _llama2(
         "70b",
-        0,
+        68_976_648_192,
         num_layers=80,
         hidden_size=8192,
         ffn_hidden_size=28_672,
@@ -273,7 +295,7 @@ LLAMA_PRESETS = (
     ),
     _llama3(
         "8b",
-        0,
+        8_030_261_248,
         num_layers=32,
         hidden_size=4096,
         ffn_hidden_size=14_336,
@@ -286,7 +308,7 @@ LLAMA_PRESETS = (
     ),
     _llama3(
         "70b",
-        0,
+        70_553_706_496,
         num_layers=80,
         hidden_size=8192,
         ffn_hidden_size=28_672,

@@ -1,0 +1,39 @@
+"""Exact integers about a model on a layout, before anything is built: the door to this folder's arithmetic.
+
+`layout.py` places ranks, `pipeline_split.py` shares layers out, `parameters.py` counts weights, `flops.py` the work of
+a token, `memory.py` estimates the bytes of a GPU. No torch and no megatron anywhere in it, so it runs on a login node;
+tests hold it against the installed megatron-core and transformers.
+"""
+
+from megatron_hammer.model.flops import FLOP_CONVENTIONS, FlopConvention, count_flops_per_token
+from megatron_hammer.model.layout import Layout, RankCoordinates, find_layout_problems, layout_from_recipe
+from megatron_hammer.model.parameters import (
+    RankParameters,
+    count_active_parameters,
+    count_optimizer_shard,
+    count_parameters,
+    count_rank_parameters,
+    find_shard_problems,
+    padded_vocab_size,
+)
+from megatron_hammer.model.pipeline_split import LayerRange, find_split_problems, split_layers
+
+__all__ = [
+    "FLOP_CONVENTIONS",
+    "FlopConvention",
+    "LayerRange",
+    "Layout",
+    "RankCoordinates",
+    "RankParameters",
+    "count_active_parameters",
+    "count_flops_per_token",
+    "count_optimizer_shard",
+    "count_parameters",
+    "count_rank_parameters",
+    "find_layout_problems",
+    "find_shard_problems",
+    "find_split_problems",
+    "layout_from_recipe",
+    "padded_vocab_size",
+    "split_layers",
+]

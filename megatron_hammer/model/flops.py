@@ -1,0 +1,40 @@
+"""Floating-point operations of one trained token, forward and backward, in the four conventions in circulation.
+
+A multiply-add is two operations and the backward pass twice the forward: 6 a weight and token. Recomputation, norms,
+softmax and the optimizer are in none of them. The four differ by up to 24% for one model, so no MFU without a letter.
+"""
+
+from typing import Literal
+
+from megatron_hammer.model.parameters import count_active_parameters, count_matmul_parameters
+from megatron_hammer.preset_types import ModelPreset
+
+FlopConvention = Literal["A", "B", "C", "D"]
+
+FLOP_CONVENTIONS: dict[FlopConvention, str] = {
+    "A": "layers and head, causal attention, no input embedding (Megatron-LM since 2025)",
+    "B": "layers and head, full attention, no input embedding (Megatron-LM README, NeMo 24.07)",
+    "C": "6N, no attention (Kaplan et al. 2020, arXiv 2001.08361)",
+    "D": "6N and full attention (PaLM, arXiv 2204.02311, appendix B)",
+}
+
+
+def count_flops_per_token(
+    model: ModelPreset, seq_length: int, convention: FlopConvention = "A", *, vocab_size: int | None = None
+) -> int:
+    """Training FLOPs a token of a sequence of `seq_length`; of a MoE layer only the experts that a token meets.
+
+    vocab_size: the rows of embedding and head, by default the tokenizer's; Megatron-LM logs with the padded ones.
+    Source of A: megatron.training.training.num_floating_point_operations, pinned by a test.
+    """
+    # Scores and their product with the values: 2 matmuls of s x head_dim a head and query, 6 operations a multiply-add
+    # of training; a causal mask leaves half of the s keys.
+    query_projection_size = model.num_attention_heads * model.head_dim
+    full_attention_flops = 12 * model.num_layers * query_projection_size * seq_length
+    if convention == "A":
+        return 6 * count_matmul_parameters(model, vocab_size) + full_attention_flops // 2
+    if convention == "B":
+        return 6 * count_matmul_parameters(model, vocab_size) + full_attention_flops
+    if convention == "C":
+        return 6 * count_active_parameters(model, vocab_size)
+    return 6 * count_active_parameters(model, vocab_size) + full_attention_flops

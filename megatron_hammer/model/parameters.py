@@ -1,0 +1,269 @@
+"""Exact parameter counts: of a model, of one rank of any layout, and of that rank's optimizer shard.
+
+Counted from a table of the tensors that megatron-core builds, each with how it is cut; no formula for a whole model.
+Source of the cuts: megatron.core SelfAttention, MLP, MoELayer, TopKRouter, SharedExpertMLP, LanguageModelEmbedding
+and GPTModel of 0.19.2; tests hold the totals against transformers' models and published figures.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from megatron_hammer.model.layout import Layout, divisors, find_layout_problems, or_list, raise_problems
+from megatron_hammer.model.pipeline_split import select_stage
+from megatron_hammer.preset_types import ModelPreset
+
+# tensor: cut over tensor-parallel ranks. replicated: whole on each of them (norms, router, biases of row-parallel
+# linears). expert_*: one such tensor for every expert, experts dealt out over expert-parallel ranks.
+Cut = Literal["tensor", "replicated", "expert_tensor", "expert_replicated"]
+
+
+class TensorSize(NamedTuple):
+    """One parameter by mcore's name: its unsharded number of elements (of one expert, for expert_*) and its cut."""
+
+    name: str
+    numel: int
+    cut: Cut
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankParameters:
+    """Parameters of one rank. Dense and expert ones are reduced and sharded over different groups of ranks."""
+
+    dense: int
+    expert: int
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.expert
+
+
+def padded_vocab_size(vocab_size: int, *, divisible_by: int = 128, tensor_model_parallel_size: int = 1) -> int:
+    """Rows of embedding and head: the next multiple of divisible_by * tp (--make-vocab-size-divisible-by)."""
+    multiple = divisible_by * tensor_model_parallel_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def count_parameters(model: ModelPreset, vocab_size: int | None = None) -> int:
+    """All parameters of the unsharded model; tied embeddings count once. vocab_size: the tokenizer's by default."""
+    rows = model.vocab_size if vocab_size is None else vocab_size
+    ends = sum(tensor.numel for tensor in embedding_tensors(model, rows) + head_tensors(model, rows))
+    num_experts = model.moe.num_experts if model.moe else 0
+    return ends + model.num_layers * _count_layer(model, num_experts)
+
+
+def count_active_parameters(model: ModelPreset, vocab_size: int | None = None) -> int:
+    """The parameters that one token meets: count_parameters with only the routed experts of a token."""
+    if model.moe is None:
+        return count_parameters(model, vocab_size)
+    idle_experts = model.moe.num_experts - model.moe.router_topk
+    idle = _count_layer(model, idle_experts) - _count_layer(model, 0)
+    return count_parameters(model, vocab_size) - model.num_layers * idle
+
+
+def count_matmul_parameters(model: ModelPreset, vocab_size: int | None = None) -> int:
+    """The weights that a token is multiplied with, as Megatron-LM counts them for its throughput.
+
+    Attention and MLP matrices and the head (which does its work whether or not it is tied). Not the input embedding,
+    which is a look-up, nor norms, biases, router and shared expert gate, which are left out there as well.
+    """
+    rows = model.vocab_size if vocab_size is None else vocab_size
+    matrices = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
+    topk = model.moe.router_topk if model.moe else 0
+    layer = sum(
+        tensor.numel * (topk if tensor.cut.startswith("expert") else 1)
+        for tensor in layer_tensors(model)
+        if tensor.name.endswith(matrices)
+    )
+    return model.num_layers * layer + model.hidden_size * rows
+
+
+def count_rank_parameters(
+    model: ModelPreset, layout: Layout, pp_rank: int, *, vocab_divisible_by: int = 128
+) -> RankParameters:
+    """What one rank of a pipeline stage holds, exact; the same for each of its tensor, expert and data ranks.
+
+    Vocabulary rows are padded (padded_vocab_size). Tied embeddings are held twice when pp > 1: the last stage keeps a
+    copy of the first one's. Raises ConfigError, all problems at once, for a model that the layout cannot cut.
+    """
+    raise_problems(find_shard_problems(model, layout))
+    tp = layout.tensor_model_parallel_size
+    last_pp_rank = layout.pipeline_model_parallel_size - 1
+    rows = padded_vocab_size(model.vocab_size, divisible_by=vocab_divisible_by, tensor_model_parallel_size=tp)
+    num_layers = sum(chunk.num_layers for chunk in select_stage(model.num_layers, layout, pp_rank))
+    dense, expert = _count_rank_tensors(model, layout, layer_tensors(model), num_layers)
+    ends: list[TensorSize] = []
+    if pp_rank == 0:
+        ends += embedding_tensors(model, rows)
+    if pp_rank == last_pp_rank:
+        ends += head_tensors(model, rows, holds_tied_copy=last_pp_rank > 0)
+    return RankParameters(dense=dense + _count_rank_tensors(model, layout, ends, 1)[0], expert=expert)
+
+
+def count_optimizer_shard(
+    model: ModelPreset, layout: Layout, pp_rank: int, *, vocab_divisible_by: int = 128
+) -> RankParameters:
+    """Parameters whose fp32 copy and Adam moments one rank keeps: its own, or with the distributed optimizer its share.
+
+    The share is the ceiling of rank parameters / ranks that hold the same ones (dp * cp for dense parameters, the
+    expert data-parallel size for experts). Megatron's real share is a little larger: each parameter starts at a
+    multiple of 64 elements and each bucket ends at one of lcm(ranks, 128) (lcm(ranks, 128, 65536) with
+    --ddp-pad-buckets-for-high-nccl-busbw), megatron.core.optimizer.param_layout. Ranks at the end may hold only that.
+    """
+    local = count_rank_parameters(model, layout, pp_rank, vocab_divisible_by=vocab_divisible_by)
+    if not layout.has_distributed_optimizer:
+        return local
+    return RankParameters(
+        dense=-(-local.dense // layout.dense_shard_size),
+        expert=-(-local.expert // layout.expert_data_parallel_size),
+    )
+
+
+def layer_tensors(model: ModelPreset) -> list[TensorSize]:
+    """The parameters of one transformer layer."""
+    h = model.hidden_size
+    query, key_value = model.num_attention_heads * model.head_dim, model.num_query_groups * model.head_dim
+    tensors = [
+        *_norm_tensors("input_layernorm", h, model.normalization),
+        TensorSize("self_attention.linear_qkv.weight", h * (query + 2 * key_value), "tensor"),
+        TensorSize("self_attention.linear_proj.weight", query * h, "tensor"),
+        *_norm_tensors("pre_mlp_layernorm", h, model.normalization),
+    ]
+    if model.has_linear_bias or model.has_qkv_bias:
+        tensors.append(TensorSize("self_attention.linear_qkv.bias", query + 2 * key_value, "tensor"))
+    if model.has_linear_bias:
+        # A row-parallel linear adds its bias after the sum over ranks, so each rank keeps the whole of it.
+        tensors.append(TensorSize("self_attention.linear_proj.bias", h, "replicated"))
+    if model.moe is None:
+        return tensors + _mlp_tensors("mlp", model, model.ffn_hidden_size, "tensor", "replicated")
+    return tensors + _moe_tensors(model)
+
+
+def embedding_tensors(model: ModelPreset, vocab_rows: int) -> list[TensorSize]:
+    """The parameters before the first layer; on the first pipeline stage."""
+    h = model.hidden_size
+    tensors = [TensorSize("embedding.word_embeddings.weight", vocab_rows * h, "tensor")]
+    if model.position_embedding_type == "learned_absolute":
+        tensors.append(
+            TensorSize("embedding.position_embeddings.weight", model.max_position_embeddings * h, "replicated")
+        )
+    if model.has_embedding_norm:
+        tensors += _norm_tensors("embedding.norm", h, "LayerNorm")
+    return tensors
+
+
+def head_tensors(model: ModelPreset, vocab_rows: int, *, holds_tied_copy: bool = False) -> list[TensorSize]:
+    """The parameters behind the last layer, on the last pipeline stage; there a tied head is a copy of the first's."""
+    tensors = _norm_tensors("decoder.final_layernorm", model.hidden_size, model.normalization)
+    if holds_tied_copy or not model.has_tied_embeddings:
+        tensors.append(TensorSize("output_layer.weight", vocab_rows * model.hidden_size, "tensor"))
+    return tensors
+
+
+def find_shard_problems(model: ModelPreset, layout: Layout) -> tuple[str, ...]:
+    """Every reason why this model cannot be cut over this layout's tensor and expert ranks; empty if it can."""
+    problems = list(find_layout_problems(layout))
+    if problems:
+        return tuple(problems)
+    tp, groups = layout.tensor_model_parallel_size, model.num_query_groups
+    cuts = {"num_attention_heads": model.num_attention_heads}
+    if model.moe is None:
+        cuts["ffn_hidden_size"] = model.ffn_hidden_size
+    elif model.moe.shared_expert_intermediate_size:
+        cuts["shared_expert_intermediate_size"] = model.moe.shared_expert_intermediate_size
+    for name, size in cuts.items():
+        if size % tp:
+            problems.append(_divide_problem("tensor-model-parallel-size", "tp", tp, name, size))
+    if groups % tp and tp % groups:  # mcore lets tp > groups share a key and value head between ranks
+        problems.append(
+            f"tensor-model-parallel-size: must divide num_query_groups or be a multiple of it, got tp={tp}, "
+            f"num_query_groups={groups}. Use {or_list(divisors(groups))}."
+        )
+    if model.hidden_size % model.num_attention_heads:
+        problems.append(
+            f"num_attention_heads: must divide hidden_size, got num_attention_heads={model.num_attention_heads}, "
+            f"hidden_size={model.hidden_size}. Change one of the two."
+        )
+    return tuple(problems + _find_expert_problems(model, layout))
+
+
+def _find_expert_problems(model: ModelPreset, layout: Layout) -> list[str]:
+    ep, etp, tp = layout.expert_model_parallel_size, layout.expert_tp, layout.tensor_model_parallel_size
+    if model.moe is None:
+        if ep == 1:
+            return []
+        return [f"expert-model-parallel-size: needs a model with experts, got ep={ep}, model={model.name}. Pass 1."]
+    problems = []
+    if model.moe.num_experts % ep:
+        problems.append(_divide_problem("expert-model-parallel-size", "ep", ep, "num_experts", model.moe.num_experts))
+    if model.moe.ffn_hidden_size % etp:
+        size = model.moe.ffn_hidden_size
+        problems.append(_divide_problem("expert-tensor-parallel-size", "etp", etp, "moe_ffn_hidden_size", size))
+    if model.has_linear_bias and etp > 1:
+        problems.append(f"expert-tensor-parallel-size: must be 1 for experts with a bias, got etp={etp}. Pass 1.")
+    if tp > 1 and not layout.has_sequence_parallel:
+        problems.append(
+            f"sequence-parallel: must be on for experts with tensor parallelism, got tp={tp}. Pass --sequence-parallel."
+        )
+    return problems
+
+
+def _divide_problem(flag: str, short: str, size: int, name: str, number: int) -> str:
+    fitting = [divisor for divisor in divisors(number) if divisor <= max(64, size)]
+    return f"{flag}: must divide {name}, got {short}={size}, {name}={number}. Use {or_list(fitting)}."
+
+
+def _norm_tensors(name: str, size: int, normalization: str) -> list[TensorSize]:
+    tensors = [TensorSize(f"{name}.weight", size, "replicated")]
+    if normalization == "LayerNorm":
+        tensors.append(TensorSize(f"{name}.bias", size, "replicated"))
+    return tensors
+
+
+def _mlp_tensors(name: str, model: ModelPreset, ffn: int, column: Cut, whole: Cut) -> list[TensorSize]:
+    h = model.hidden_size
+    fc1_rows = 2 * ffn if model.activation == "swiglu" else ffn  # gate and up in one matrix
+    tensors = [
+        TensorSize(f"{name}.linear_fc1.weight", h * fc1_rows, column),
+        TensorSize(f"{name}.linear_fc2.weight", ffn * h, column),
+    ]
+    if model.has_linear_bias:
+        tensors += [
+            TensorSize(f"{name}.linear_fc1.bias", fc1_rows, column),
+            TensorSize(f"{name}.linear_fc2.bias", h, whole),
+        ]
+    return tensors
+
+
+def _moe_tensors(model: ModelPreset) -> list[TensorSize]:
+    moe, h = model.moe, model.hidden_size
+    assert moe is not None
+    tensors = [TensorSize("mlp.router.weight", moe.num_experts * h, "replicated")]
+    if model.has_linear_bias:
+        tensors.append(TensorSize("mlp.router.bias", moe.num_experts, "replicated"))
+    if moe.shared_expert_intermediate_size:
+        ffn = moe.shared_expert_intermediate_size
+        tensors += _mlp_tensors("mlp.shared_experts", model, ffn, "tensor", "replicated")
+        if moe.has_shared_expert_gate:
+            tensors.append(TensorSize("mlp.shared_experts.gate_weight", h, "replicated"))
+    return tensors + _mlp_tensors("mlp.experts", model, moe.ffn_hidden_size, "expert_tensor", "expert_replicated")
+
+
+def _count_layer(model: ModelPreset, num_experts: int) -> int:
+    return sum(
+        tensor.numel * (num_experts if tensor.cut.startswith("expert") else 1) for tensor in layer_tensors(model)
+    )
+
+
+def _count_rank_tensors(model: ModelPreset, layout: Layout, tensors: list[TensorSize], copies: int) -> tuple[int, int]:
+    """(dense, expert) elements of these tensors on one rank, `copies` times over."""
+    num_local_experts = model.moe.num_experts // layout.expert_model_parallel_size if model.moe else 0
+    dense = expert = 0
+    for tensor in tensors:
+        if tensor.cut == "tensor":
+            dense += tensor.numel // layout.tensor_model_parallel_size
+        elif tensor.cut == "replicated":
+            dense += tensor.numel
+        else:
+            shards = layout.expert_tp if tensor.cut == "expert_tensor" else 1
+            expert += num_local_experts * tensor.numel // shards
+    return copies * dense, copies * expert
