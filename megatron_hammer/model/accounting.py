@@ -7,6 +7,7 @@ tests hold it against the installed megatron-core and transformers.
 
 from megatron_hammer.model.flops import FLOP_CONVENTIONS, FlopConvention, count_flops_per_token
 from megatron_hammer.model.layout import Layout, RankCoordinates, find_layout_problems, layout_from_recipe
+from megatron_hammer.model.memory import StageMemory, count_in_flight, count_layer_activation_bytes, estimate_memory
 from megatron_hammer.model.parameters import (
     RankParameters,
     count_active_parameters,
@@ -25,11 +26,15 @@ __all__ = [
     "Layout",
     "RankCoordinates",
     "RankParameters",
+    "StageMemory",
     "count_active_parameters",
     "count_flops_per_token",
+    "count_in_flight",
+    "count_layer_activation_bytes",
     "count_optimizer_shard",
     "count_parameters",
     "count_rank_parameters",
+    "estimate_memory",
     "find_layout_problems",
     "find_shard_problems",
     "find_split_problems",
