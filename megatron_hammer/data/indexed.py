@@ -1,9 +1,9 @@
 """Megatron's indexed dataset, `<prefix>.bin` and `<prefix>.idx`, in numpy alone: no torch, no megatron.
 
 .bin: the token ids of every sequence, one after another, with nothing between them.
-.idx: magic (9 bytes), version (u64), dtype code (u8), number of sequences S (u64), length of the document index D (u64),
-then lengths int32[S], byte offsets into .bin int64[S], document index int64[D] (starts with 0; document d holds the
-sequences from entry d up to entry d + 1), and in multimodal data sets a mode int8[S].
+.idx: magic (9 bytes), version (u64), dtype code (u8), number of sequences S (u64), length D of the document index
+(u64); then lengths int32[S], byte offsets into .bin int64[S], document index int64[D] (document d holds the sequences
+from entry d up to entry d + 1; the first entry is 0), and in multimodal data sets a mode int8[S].
 Source: megatron/core/datasets/indexed_dataset.py; byte equality with it is pinned by tests/unit/data/test_indexed.py.
 """
 
@@ -24,7 +24,7 @@ from megatron_hammer.errors import DataError
 IDX_MAGIC = b"MMIDIDX\x00\x00"
 IDX_VERSION = 1
 IDX_HEADER_BYTES = 34
-DTYPE_BY_CODE = {
+DTYPE_BY_CODE: dict[int, np.dtype] = {
     1: np.dtype(np.uint8),
     2: np.dtype(np.int8),
     3: np.dtype(np.int16),
@@ -166,7 +166,8 @@ def _read_num_tokens(path: Path, dtype: np.dtype, num_sequences: int, document_i
 
 def _truncated_index(path: Path, expected: str, actual_bytes: int) -> DataError:
     return DataError(
-        f"{path}: size must be {expected} bytes, got {actual_bytes}. The index is truncated; preprocess or copy it again."
+        f"{path}: size must be {expected} bytes, got {actual_bytes}. "
+        "The index is truncated; preprocess or copy it again."
     )
 
 
@@ -192,7 +193,7 @@ class IndexedWriter:
             self.prefix.parent.mkdir(parents=True, exist_ok=True)
             self._bin_file = open(self._partial_bin_path, "wb")  # noqa: SIM115 (closed by finish or abort)
         except OSError as error:
-            raise _cannot_write(self._partial_bin_path, error) from error
+            raise cannot_write(self._partial_bin_path, error) from error
 
     @property
     def num_documents(self) -> int:
@@ -228,7 +229,7 @@ class IndexedWriter:
             self._bin_file.close()
             self._write_index()
         except OSError as error:
-            raise _cannot_write(self._partial_idx_path, error) from error
+            raise cannot_write(self._partial_idx_path, error) from error
         self._is_finished = True
 
     def publish(self) -> None:
@@ -236,9 +237,12 @@ class IndexedWriter:
 
         The old .idx goes first and the new one comes last: a crash in between leaves no pair that opens.
         """
-        idx_path(self.prefix).unlink(missing_ok=True)
-        self._partial_bin_path.replace(bin_path(self.prefix))
-        self._partial_idx_path.replace(idx_path(self.prefix))
+        try:
+            idx_path(self.prefix).unlink(missing_ok=True)
+            self._partial_bin_path.replace(bin_path(self.prefix))
+            self._partial_idx_path.replace(idx_path(self.prefix))
+        except OSError as error:
+            raise cannot_write(bin_path(self.prefix), error) from error
         self._is_published = True
 
     def abort(self) -> None:
@@ -270,7 +274,7 @@ class IndexedWriter:
         try:
             self._bin_file.write(np.ascontiguousarray(ids, dtype=self.dtype).data)
         except OSError as error:
-            raise _cannot_write(self._partial_bin_path, error) from error
+            raise cannot_write(self._partial_bin_path, error) from error
         self.num_tokens += len(ids)
 
     def _write_index(self) -> None:
@@ -290,5 +294,6 @@ class IndexedWriter:
             os.fsync(file.fileno())
 
 
-def _cannot_write(path: Path, error: OSError) -> DataError:
+def cannot_write(path: Path, error: OSError) -> DataError:
+    """Say why a file could not be written, as on a full disk."""
     return DataError(f"{path}: file cannot be written ({error.strerror}). Free space, or choose another place.")

@@ -171,8 +171,8 @@ def _read_file(path: Path, on_bytes_read: OnBytesRead) -> Iterator[Record]:
                 yield Record(str(path), line, payload.removeprefix(UTF8_BOM) if line == 1 else payload)
 
 
-def _open_decompressed(path: Path, on_bytes_read: OnBytesRead) -> io.BufferedReader:
-    raw = io.BufferedReader(_CountingReader(path, on_bytes_read), READ_BUFFER_BYTES)
+def _open_decompressed(path: Path, on_bytes_read: OnBytesRead) -> "io.BufferedReader[Any]":
+    raw: io.BufferedReader[Any] = io.BufferedReader(_CountingReader(path, on_bytes_read), READ_BUFFER_BYTES)
     if path.name.lower().endswith(".gz"):
         return io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=raw)), READ_BUFFER_BYTES)
     if path.name.lower().endswith(".zst"):
@@ -234,7 +234,7 @@ class _ZstdReader(io.RawIOBase):
         super().close()
 
 
-def _starts_with_bracket(stream: io.BufferedReader) -> bool:
+def _starts_with_bracket(stream: "io.BufferedReader[Any]") -> bool:
     return stream.peek(64).removeprefix(UTF8_BOM).lstrip()[:1] == b"["
 
 

@@ -1,0 +1,142 @@
+"""`<prefix>.manifest.json`: what a .bin/.idx pair was made from, so that training can refuse a wrong tokenizer or file.
+
+It holds no time and no machine's name: the same inputs, tokenizer and options give the same manifest.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from megatron_hammer.errors import DataError
+
+FORMAT_VERSION = 1
+HASH_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceFile:
+    """An input file as the user named it."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenizerIdentity:
+    """The tokenizer by name and content; its folder does not matter."""
+
+    name: str
+    sha256: str
+    vocab_size: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """The record of one preprocessing run; see the field names for units.
+
+    problems: one sentence for each dropped record. num_empty_documents: documents without text, which are kept.
+    ignored_files: files found in input directories that no reader handles.
+    """
+
+    sources: tuple[SourceFile, ...]
+    ignored_files: tuple[str, ...]
+    tokenizer: TokenizerIdentity
+    options: dict[str, Any]
+    dtype: str
+    num_documents: int
+    num_tokens: int
+    text_bytes: int
+    num_empty_documents: int
+    problems: tuple[str, ...]
+    tool_version: str
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def num_dropped_documents(self) -> int:
+        return len(self.problems)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text a token, end-of-document tokens included; 0 without tokens."""
+        return self.text_bytes / self.num_tokens if self.num_tokens else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields and the derived figures, ready for a JSON encoder."""
+        derived = {"num_dropped_documents": self.num_dropped_documents, "bytes_per_token": self.bytes_per_token}
+        return dataclasses.asdict(self) | derived
+
+
+def manifest_path(prefix: str | Path) -> Path:
+    return Path(f"{prefix}.manifest.json")
+
+
+def partial_manifest_path(prefix: str | Path) -> Path:
+    return Path(f"{prefix}.manifest.json.partial")
+
+
+def write_partial_manifest(manifest: Manifest, prefix: str | Path) -> None:
+    """Write the manifest under its .partial name; whoever publishes the pair renames it."""
+    content = orjson.dumps(manifest.to_json(), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+    path = partial_manifest_path(prefix)
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise DataError(f"{path}: file cannot be written ({error.strerror}). Free space there.") from error
+
+
+def read_manifest(prefix: str | Path) -> Manifest | None:
+    """Read the manifest beside a pair; None if there is none, as for a pair that another tool wrote.
+
+    Raises DataError if it is not a manifest, or one of a later format.
+    """
+    path = manifest_path(prefix)
+    if not path.exists():
+        return None
+    try:
+        fields = orjson.loads(path.read_bytes())
+        if fields["format_version"] > FORMAT_VERSION:
+            raise DataError(
+                f"{path}: format_version must be at most {FORMAT_VERSION}, got {fields['format_version']}. "
+                "Update megatron_hammer."
+            )
+        names = {field.name for field in dataclasses.fields(Manifest)}
+        known = {name: value for name, value in fields.items() if name in names}
+        return Manifest(
+            **known
+            | {
+                "sources": tuple(SourceFile(**source) for source in fields["sources"]),
+                "ignored_files": tuple(fields["ignored_files"]),
+                "tokenizer": TokenizerIdentity(**fields["tokenizer"]),
+                "problems": tuple(fields["problems"]),
+            }
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path}: file must be a manifest of preprocess_data.py, got one that does not parse ({error!r}). "
+            "Preprocess the corpus again, or remove the manifest."
+        ) from error
+
+
+def describe_source(path: Path) -> SourceFile:
+    """Read the file once and return its size and hash."""
+    digest = hashlib.sha256()
+    size_bytes = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(HASH_CHUNK_BYTES):
+            digest.update(chunk)
+            size_bytes += len(chunk)
+    return SourceFile(path=str(path), size_bytes=size_bytes, sha256=digest.hexdigest())
+
+
+def read_tool_version() -> str:
+    """Return the installed version of this package, or say that it runs from a bare checkout."""
+    try:
+        return importlib.metadata.version("megatron_hammer")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

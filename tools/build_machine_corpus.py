@@ -1,0 +1,42 @@
+#!/usr/bin/env python3
+"""Build a small corpus for demonstrations from text found on this machine; nothing is downloaded."""
+
+import argparse
+from pathlib import Path
+
+from megatron_hammer.data.machine_text import build_machine_corpus
+from megatron_hammer.errors import exit_on_user_error
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True, help="the .jsonl to write")
+    parser.add_argument("--max-bytes", type=int, default=12_000_000, help="stop at this much text (%(default)s)")
+    parser.add_argument("--seed", type=int, default=1234, help="decides the order of documents (%(default)s)")
+    parser.add_argument("--valid-output", type=Path, help="a second .jsonl for held-out documents")
+    parser.add_argument(
+        "--valid-ratio", type=float, default=0.02, help="share of documents held out, by hash (%(default)s)"
+    )
+    return parser.parse_args()
+
+
+@exit_on_user_error
+def main() -> None:
+    arguments = parse_arguments()
+    corpus = build_machine_corpus(
+        arguments.output,
+        max_bytes=arguments.max_bytes,
+        seed=arguments.seed,
+        valid_output_path=arguments.valid_output,
+        valid_ratio=arguments.valid_ratio,
+    )
+    print(f"{arguments.output}: {corpus.num_train_documents} documents, {corpus.train_bytes / 1e6:.2f} MB of text")
+    if arguments.valid_output:
+        print(f"{arguments.valid_output}: {corpus.num_valid_documents} documents, {corpus.valid_bytes / 1e6:.2f} MB")
+    skipped = ", ".join(f"{count} {cause}" for cause, count in sorted(corpus.skipped.items())) or "none"
+    num_documents = corpus.num_train_documents + corpus.num_valid_documents
+    print(f"{num_documents + corpus.skipped.total()} documents found, {num_documents} written, skipped: {skipped}")
+
+
+if __name__ == "__main__":
+    main()
