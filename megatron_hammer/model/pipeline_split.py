@@ -103,6 +103,12 @@ def _find_uneven_problems(num_layers: int, layout: Layout) -> list[str]:
             problems.append(
                 f"{flag}: must be a multiple of the {vp} virtual chunks, got {size}. Use {size // vp * vp + vp}."
             )
+    if vp > 1 and pp == len(given):
+        # megatron-core 0.19.2 divides by its number of middle stages, get_transformer_layer_offset.
+        problems.append(
+            "decoder-last-pipeline-num-layers: cannot be given beside the first on two interleaved stages, "
+            f"got vp={vp}. Drop it: it follows from the first."
+        )
     middle_layers, middle_stages = num_layers - sum(given.values()), pp - len(given)
     split = ", ".join(f"{flag.split('-')[1]}={size}" for flag, size in given.items())
     facts = f"got num_layers={num_layers}, {split}, leaving {middle_layers} for {middle_stages} stages"

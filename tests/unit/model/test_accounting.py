@@ -1,0 +1,20 @@
+"""The door to the arithmetic: importable without torch, and complete."""
+
+import subprocess
+import sys
+
+from megatron_hammer.model import accounting
+
+
+def test_presets_and_accounting_import_neither_torch_nor_megatron():
+    heavy = "('torch', 'megatron', 'transformers', 'numpy')"
+    program = (
+        "import sys; import megatron_hammer.presets, megatron_hammer.model.accounting;"
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert finished.stdout.strip() == "[]"
+
+
+def test_every_public_name_exists():
+    assert [name for name in accounting.__all__ if not hasattr(accounting, name)] == []
