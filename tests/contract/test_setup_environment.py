@@ -1,5 +1,6 @@
 """The set-up script, on machines made of fake interpreters. Standard library only; installs nothing."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -272,3 +273,18 @@ def test_finding_a_ready_venv_takes_under_a_second(machine: Machine) -> None:
     started_at_s = time.monotonic()
     machine.run()
     assert time.monotonic() - started_at_s < 1
+
+
+def test_tested_versions_are_in_range() -> None:
+    requirements = pytest.importorskip("packaging.requirements", reason="packaging is missing: pip install packaging")
+    literals = {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in ast.parse((ROOT / "setup.py").read_text()).body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.lower().replace("_", "-").split("==") for line in lines if not line.startswith("#"))
+    for text in literals["INSTALL_REQUIRES"] + literals["EXTRAS_REQUIRE"]["dev"]:
+        requirement = requirements.Requirement(text)
+        assert requirement.specifier.contains(pins[requirement.name]), f"constraints.txt: {requirement.name}"
+    assert not any(name.startswith("apex") for texts in literals["EXTRAS_REQUIRE"].values() for name in texts)
