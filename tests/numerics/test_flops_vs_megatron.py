@@ -1,0 +1,53 @@
+"""Convention A is Megatron-LM's own arithmetic, to the last operation."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_hammer.model.accounting import count_flops_per_token, padded_vocab_size
+from megatron_hammer.presets import PRESETS, ModelPreset
+
+
+def count_by_megatron(model: ModelPreset, seq_length: int, batch_size: int, vocab_rows: int) -> float:
+    from megatron.training.training import num_floating_point_operations
+
+    moe = model.moe
+    arguments = SimpleNamespace(
+        seq_length=seq_length,
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        group_query_attention=model.num_query_groups < model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.head_dim,
+        swiglu=model.activation == "swiglu",
+        padded_vocab_size=vocab_rows,
+        num_experts=moe.num_experts if moe else None,
+        moe_router_topk=moe.router_topk if moe else None,
+        moe_ffn_hidden_size=moe.ffn_hidden_size if moe else None,
+        moe_shared_expert_intermediate_size=moe.shared_expert_intermediate_size if moe else None,
+        moe_layer_freq=1,
+        moe_latent_size=None,
+        mtp_num_layers=None,
+        multi_latent_attention=False,
+        attention_output_gate=False,
+        experimental_attention_variant=None,
+        hybrid_layer_pattern=None,
+    )
+    return num_floating_point_operations(arguments, batch_size)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_convention_a_is_what_megatron_logs(name):
+    model, seq_length, batch_size = PRESETS[name].model, PRESETS[name].recipe.seq_length, 3
+    rows = padded_vocab_size(model.vocab_size, tensor_model_parallel_size=2)
+    ours = count_flops_per_token(model, seq_length, "A", vocab_size=rows)
+    assert batch_size * seq_length * ours == count_by_megatron(model, seq_length, batch_size, rows)
+
+
+def test_twin_another_convention_is_noticed():
+    model = PRESETS["hammer-1b4"].model
+    for convention in ("B", "C", "D"):
+        ours = count_flops_per_token(model, 2048, convention)
+        assert 2048 * ours != count_by_megatron(model, 2048, 1, model.vocab_size)

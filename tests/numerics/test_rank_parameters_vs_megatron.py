@@ -1,0 +1,208 @@
+"""The parameters of one rank, counted, against the same rank of a model that megatron-core builds for it.
+
+Megatron's fake process group: a single process plays any rank of any world, no other process exists.
+"""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+
+from megatron_hammer.model.accounting import Layout, count_rank_parameters, padded_vocab_size
+from megatron_hammer.presets import ModelPreset, MoeShape
+
+# No two dimensions alike, so that no swapped axis can pass.
+LLAMA = ModelPreset(
+    name="toy-llama",
+    source="",
+    num_parameters=0,
+    num_layers=12,
+    hidden_size=96,
+    ffn_hidden_size=136,
+    num_attention_heads=16,
+    num_query_groups=4,
+    vocab_size=501,
+    max_position_embeddings=40,
+)
+TOYS = {
+    "llama": LLAMA,
+    "qkv bias": dataclasses.replace(LLAMA, has_qkv_bias=True, num_query_groups=16),
+    "tied": dataclasses.replace(LLAMA, has_tied_embeddings=True),
+    "gpt": dataclasses.replace(
+        LLAMA,
+        num_query_groups=16,
+        normalization="LayerNorm",
+        activation="gelu",
+        position_embedding_type="learned_absolute",
+        has_linear_bias=True,
+        has_tied_embeddings=True,
+    ),
+    "moe": dataclasses.replace(LLAMA, moe=MoeShape(num_experts=8, router_topk=2, ffn_hidden_size=56)),
+    "moe shared": dataclasses.replace(
+        LLAMA,
+        moe=MoeShape(
+            num_experts=8,
+            router_topk=2,
+            ffn_hidden_size=56,
+            shared_expert_intermediate_size=104,
+            has_shared_expert_gate=True,
+        ),
+    ),
+}
+DENSE_LAYOUTS = {
+    "one": Layout(),
+    "tp2": Layout(tensor_model_parallel_size=2),
+    "tp8 above the groups": Layout(tensor_model_parallel_size=8),
+    "pp3": Layout(pipeline_model_parallel_size=3),
+    "tp2 pp2 vp3": Layout(
+        tensor_model_parallel_size=2, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=3
+    ),
+    "uneven": Layout(pipeline_model_parallel_size=3, num_layers_first_stage=2, num_layers_last_stage=3),
+}
+MOE_LAYOUTS = {
+    "one": Layout(),
+    "ep4": Layout(data_parallel_size=4, expert_model_parallel_size=4),
+    "tp2 ep2 pp2": Layout(
+        tensor_model_parallel_size=2,
+        pipeline_model_parallel_size=2,
+        data_parallel_size=2,
+        expert_model_parallel_size=2,
+        has_sequence_parallel=True,
+    ),
+    "tp2 etp1 ep4": Layout(
+        tensor_model_parallel_size=2,
+        data_parallel_size=2,
+        expert_model_parallel_size=4,
+        expert_tensor_parallel_size=1,
+        has_sequence_parallel=True,
+    ),
+}
+CASES = [(model, layout) for model in ("llama", "qkv bias", "tied", "gpt") for layout in DENSE_LAYOUTS]
+MOE_CASES = [(model, layout) for model in ("moe", "moe shared") for layout in MOE_LAYOUTS]
+
+
+@pytest.fixture
+def play_rank(monkeypatch):
+    """play_rank(layout, rank): Megatron's parallel state as that rank would see it."""
+    # The one CUDA call while a model is built: the last stage fetches its copy of a tied embedding to the GPU.
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor, *_args, **_kwargs: tensor)
+    from megatron.core import parallel_state
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    def play(layout: Layout, rank: int) -> None:
+        torch.distributed.init_process_group("fake", rank=rank, world_size=layout.world_size, store=FakeStore())
+        vp = layout.virtual_pipeline_model_parallel_size
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor_model_parallel_size,
+            pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=vp if vp > 1 else None,
+            expert_model_parallel_size=layout.expert_model_parallel_size,
+            expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
+            create_gloo_process_groups=False,
+        )
+
+    yield play
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+def build_config(model: ModelPreset, layout: Layout):
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    vp, moe = layout.virtual_pipeline_model_parallel_size, model.moe
+    activation = torch.nn.functional.silu if model.activation == "swiglu" else torch.nn.functional.gelu
+    experts = {}
+    if moe is not None:
+        experts = {
+            "num_moe_experts": moe.num_experts,
+            "moe_router_topk": moe.router_topk,
+            "moe_ffn_hidden_size": moe.ffn_hidden_size,
+            "moe_shared_expert_intermediate_size": moe.shared_expert_intermediate_size or None,
+            "moe_shared_expert_gate": moe.has_shared_expert_gate,
+            "moe_token_dispatcher_type": "allgather",
+        }
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        normalization=model.normalization,
+        activation_func=activation,
+        gated_linear_unit=model.activation == "swiglu",
+        add_bias_linear=model.has_linear_bias,
+        add_qkv_bias=model.has_qkv_bias,
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=vp if vp > 1 else None,
+        expert_model_parallel_size=layout.expert_model_parallel_size,
+        expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
+        num_layers_in_first_pipeline_stage=layout.num_layers_first_stage,
+        num_layers_in_last_pipeline_stage=layout.num_layers_last_stage,
+        pipeline_dtype=torch.float32,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        **experts,
+    )
+
+
+def count_built(model: ModelPreset, layout: Layout, pp_rank: int) -> tuple[int, int]:
+    """(dense, expert) elements of the chunks that megatron-core builds for the rank being played."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    config = build_config(model, layout)
+    spec = get_gpt_layer_local_spec(
+        num_experts=model.moe.num_experts if model.moe else None, normalization=model.normalization
+    )
+    vp = layout.virtual_pipeline_model_parallel_size
+    build = functools.partial(
+        GPTModel,
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=padded_vocab_size(
+            model.vocab_size, divisible_by=8, tensor_model_parallel_size=layout.tensor_model_parallel_size
+        ),
+        max_sequence_length=model.max_position_embeddings,
+        share_embeddings_and_output_weights=model.has_tied_embeddings,
+        position_embedding_type=model.position_embedding_type,
+    )
+    dense = expert = 0
+    for vp_stage in range(vp):
+        is_first = pp_rank == 0 and vp_stage == 0
+        is_last = pp_rank == layout.pipeline_model_parallel_size - 1 and vp_stage == vp - 1
+        chunk = build(pre_process=is_first, post_process=is_last, vp_stage=vp_stage if vp > 1 else None)
+        for name, parameter in chunk.named_parameters():
+            if ".experts." in name:
+                expert += parameter.numel()
+            else:
+                dense += parameter.numel()
+    return dense, expert
+
+
+@pytest.mark.parametrize("model_name, layout_name", CASES + MOE_CASES)
+def test_every_stage_holds_what_is_counted(model_name, layout_name, play_rank):
+    from megatron.core import parallel_state
+
+    model = TOYS[model_name]
+    layout = (MOE_LAYOUTS if model.moe else DENSE_LAYOUTS)[layout_name]
+    pp = layout.pipeline_model_parallel_size
+    for pp_rank in range(pp):
+        rank = pp_rank * (layout.world_size // pp) + layout.world_size // pp - 1  # the stage's last rank
+        play_rank(layout, rank)
+        assert parallel_state.get_pipeline_model_parallel_rank() == layout.coordinates(rank).pp_rank == pp_rank
+        counted = count_rank_parameters(model, layout, pp_rank, vocab_divisible_by=8)
+        assert (counted.dense, counted.expert) == count_built(model, layout, pp_rank)
+        if pp_rank < pp - 1:
+            parallel_state.destroy_model_parallel()
+            torch.distributed.destroy_process_group()
+
+
+def test_twin_a_forgotten_replica_is_noticed(play_rank):
+    """The comparison must fail when norms are cut over tensor ranks, which they are not."""
+    layout = DENSE_LAYOUTS["tp2"]
+    play_rank(layout, 1)
+    counted = count_rank_parameters(LLAMA, layout, 0, vocab_divisible_by=8).dense
+    norms = (2 * LLAMA.num_layers + 1) * LLAMA.hidden_size
+    assert counted - norms // 2 != count_built(LLAMA, layout, 0)[0]
