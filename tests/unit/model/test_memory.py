@@ -1,4 +1,4 @@
-"""Estimated memory: the paper's formulas and figures, peaks that Megatron-LM recorded, and what must shrink with what."""
+"""Estimated memory: the paper's formulas and figures, peaks that Megatron-LM recorded, and what divides what."""
 
 import dataclasses
 
