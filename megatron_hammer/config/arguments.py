@@ -183,7 +183,9 @@ def _derive_vocabulary(namespace: argparse.Namespace) -> None:
 
     if namespace.padded_vocab_size is None and namespace.vocab_size is not None:
         namespace.padded_vocab_size = padded_vocab_size(
-            namespace.vocab_size, namespace.make_vocab_size_divisible_by, namespace.tensor_model_parallel_size
+            namespace.vocab_size,
+            divisible_by=namespace.make_vocab_size_divisible_by,
+            tensor_model_parallel_size=namespace.tensor_model_parallel_size,
         )
 
 
