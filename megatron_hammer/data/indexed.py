@@ -11,6 +11,7 @@ import os
 import struct
 from array import array
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Self
 
 import numpy as np
 
+from megatron_hammer.data.atomic_files import cannot_write, partial_path
 from megatron_hammer.errors import DataError
 
 IDX_MAGIC = b"MMIDIDX\x00\x00"
@@ -187,8 +189,8 @@ class IndexedWriter:
         self._document_index = array("q", [0])
         self._largest_id = int(np.iinfo(self.dtype).max)
         self._is_finished = self._is_published = False
-        self._partial_bin_path = Path(f"{bin_path(prefix)}.partial")
-        self._partial_idx_path = Path(f"{idx_path(prefix)}.partial")
+        self._partial_bin_path = partial_path(bin_path(prefix))
+        self._partial_idx_path = partial_path(idx_path(prefix))
         try:
             self.prefix.parent.mkdir(parents=True, exist_ok=True)
             self._bin_file = open(self._partial_bin_path, "wb")  # noqa: SIM115 (closed by finish or abort)
@@ -227,6 +229,9 @@ class IndexedWriter:
             self._bin_file.flush()
             os.fsync(self._bin_file.fileno())
             self._bin_file.close()
+        except OSError as error:
+            raise cannot_write(self._partial_bin_path, error) from error
+        try:
             self._write_index()
         except OSError as error:
             raise cannot_write(self._partial_idx_path, error) from error
@@ -248,7 +253,8 @@ class IndexedWriter:
     def abort(self) -> None:
         """Remove what was written under .partial names; does nothing after `publish`."""
         if not self._is_published:
-            self._bin_file.close()
+            with suppress(OSError):  # on a full disk, closing fails once more
+                self._bin_file.close()
             self._partial_bin_path.unlink(missing_ok=True)
             self._partial_idx_path.unlink(missing_ok=True)
 
@@ -292,8 +298,3 @@ class IndexedWriter:
             file.write(self._document_index)
             file.flush()
             os.fsync(file.fileno())
-
-
-def cannot_write(path: Path, error: OSError) -> DataError:
-    """Say why a file could not be written, as on a full disk."""
-    return DataError(f"{path}: file cannot be written ({error.strerror}). Free space, or choose another place.")

@@ -21,6 +21,7 @@ from typing import BinaryIO
 
 import orjson
 
+from megatron_hammer.data.atomic_files import open_atomically
 from megatron_hammer.errors import DataError
 
 # Not prose and not typical code: tables of code pages, generated topics (read as topics below), tests, vendored wheels.
@@ -66,22 +67,13 @@ def build_machine_corpus(
     names = sorted(candidates)
     random.Random(seed).shuffle(names)
     corpus = MachineCorpus()
-    outputs = [path for path in (output_path, valid_output_path) if path]
-    partial_paths = {path: path.with_name(f"{path.name}.partial") for path in outputs}
-    try:
-        with ExitStack() as stack:
-            files = {path: stack.enter_context(_open_new(partial_paths[path])) for path in outputs}
-            for name, text, digest in _select_texts(names, candidates, max_bytes, corpus.skipped):
-                is_valid = valid_output_path is not None and _hash_fraction(digest) < valid_ratio
-                _write_document(files[outputs[is_valid]], name, text, corpus, is_valid)
+    paths = [output_path, valid_output_path] if valid_output_path else [output_path]
+    with ExitStack() as stack:
+        files = [stack.enter_context(open_atomically(path)) for path in paths]
+        for name, text, digest in _select_texts(names, candidates, max_bytes, corpus.skipped):
+            is_valid = valid_output_path is not None and _hash_fraction(digest) < valid_ratio
+            _write_document(files[is_valid], name, text, corpus, is_valid)
         _refuse_empty(corpus, output_path, valid_output_path)
-        for path, partial_path in partial_paths.items():
-            partial_path.replace(path)
-    except OSError as error:
-        raise DataError(f"{output_path}: file cannot be written ({error.strerror}). Choose another place.") from error
-    finally:
-        for partial_path in partial_paths.values():
-            partial_path.unlink(missing_ok=True)
     return corpus
 
 
@@ -186,11 +178,6 @@ def _write_document(file: BinaryIO, name: str, text: str, corpus: MachineCorpus,
     else:
         corpus.num_train_documents += 1
         corpus.train_bytes += num_bytes
-
-
-def _open_new(path: Path) -> BinaryIO:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return open(path, "wb")
 
 
 def _refuse_empty(corpus: MachineCorpus, output_path: Path, valid_output_path: Path | None) -> None:

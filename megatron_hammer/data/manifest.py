@@ -76,18 +76,8 @@ def manifest_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.manifest.json")
 
 
-def partial_manifest_path(prefix: str | Path) -> Path:
-    return Path(f"{prefix}.manifest.json.partial")
-
-
-def write_partial_manifest(manifest: Manifest, prefix: str | Path) -> None:
-    """Write the manifest under its .partial name; whoever publishes the pair renames it."""
-    content = orjson.dumps(manifest.to_json(), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
-    path = partial_manifest_path(prefix)
-    try:
-        path.write_bytes(content)
-    except OSError as error:
-        raise DataError(f"{path}: file cannot be written ({error.strerror}). Free space there.") from error
+def encode_manifest(manifest: Manifest) -> bytes:
+    return orjson.dumps(manifest.to_json(), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
 
 
 def read_manifest(prefix: str | Path) -> Manifest | None:

@@ -14,21 +14,21 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from megatron_hammer.data.indexed import IndexedWriter, cannot_write, idx_path, select_dtype
+from megatron_hammer.data.atomic_files import open_atomically
+from megatron_hammer.data.indexed import IndexedWriter, idx_path, select_dtype
 from megatron_hammer.data.manifest import (
     Manifest,
     TokenizerIdentity,
     describe_source,
+    encode_manifest,
     manifest_path,
-    partial_manifest_path,
     read_tool_version,
-    write_partial_manifest,
 )
 from megatron_hammer.data.readers import InputFiles, Record, decode_record, find_input_files, read_records
 from megatron_hammer.errors import DataError, PlatformError
@@ -130,10 +130,8 @@ def preprocess(
     with ExitStack() as stack:
         dtype = select_dtype(encoder.vocab_size)
         writers = [stack.enter_context(IndexedWriter(options.prefix_of(key), dtype)) for key in options.json_keys]
-        for writer in writers:
-            stack.callback(partial_manifest_path(writer.prefix).unlink, missing_ok=True)
         run = _Run(options, writers, input_files)
-        batches = batch_records(read_records(input_files.files, run.count_read_bytes))
+        batches = batch_records(read_records(input_files.files, options.json_keys, run.count_read_bytes))
         # closing: an error in this loop must end the workers before the files go
         for encoded in stack.enter_context(closing(encode_in_order(batches, options, encoder))):
             run.write(encoded)
@@ -178,7 +176,8 @@ def encode_in_order(
     in_flight: deque[tuple[Future[EncodedBatch], Record]] = deque()
     try:
         for batch in batches:
-            in_flight.append((pool.submit(_encode_in_worker, batch), batch[0]))
+            with _blocked_interrupts():  # submit may start a worker, which inherits the mask
+                in_flight.append((pool.submit(_encode_in_worker, batch), batch[0]))
             if len(in_flight) >= options.num_workers * BATCHES_IN_FLIGHT_PER_WORKER:
                 yield in_flight.popleft()[0].result()
         while in_flight:
@@ -193,12 +192,21 @@ def encode_in_order(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+@contextmanager
+def _blocked_interrupts() -> Iterator[None]:
+    """Ctrl-C reaches every process of the terminal; workers leave it to the parent, where it waits for this block."""
+    old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
+
+
 _worker_encoder: BatchEncoder | None = None
 
 
 def _start_worker(options: PreprocessOptions) -> None:
     global _worker_encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     _worker_encoder = BatchEncoder(options, load_encoder(options.tokenizer_path))
 
@@ -285,16 +293,19 @@ class _Run:
         }
 
     def publish(self, manifests: dict[Path, Manifest]) -> None:
-        """Complete every file first, then rename them; the .idx, without which no pair opens, comes last."""
-        for writer in self._writers:
-            writer.finish()
-            write_partial_manifest(manifests[writer.prefix], writer.prefix)
-        for writer in self._writers:
-            try:
+        """Complete every file, then rename: an old .idx goes first and the new one comes last.
+
+        A crash at any point leaves no pair that opens with a manifest of another run.
+        """
+        with ExitStack() as stack:
+            for writer in self._writers:
+                writer.finish()
+                file = stack.enter_context(open_atomically(manifest_path(writer.prefix)))
+                file.write(encode_manifest(manifests[writer.prefix]))
+                file.flush()
+            for writer in self._writers:
                 idx_path(writer.prefix).unlink(missing_ok=True)
-                partial_manifest_path(writer.prefix).replace(manifest_path(writer.prefix))
-            except OSError as error:
-                raise cannot_write(manifest_path(writer.prefix), error) from error
+        for writer in self._writers:
             writer.publish()
 
     def _too_many_errors(self) -> DataError:

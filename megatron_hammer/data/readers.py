@@ -3,6 +3,7 @@
 Reading happens in two steps so that the costly one can run elsewhere: `read_records` finds the bounds of each
 document and is cheap; `decode_record` turns one record into text and can be called in another process.
 A record that cannot be decoded is a DataError naming file:line, never a skipped line.
+Lines and rows are streamed; a .txt file is one document, and a JSON array is parsed whole, so both must fit in memory.
 """
 
 import glob
@@ -56,27 +57,29 @@ class InputFiles:
     files: tuple[Path, ...]
     ignored: tuple[Path, ...]
 
-    @property
-    def size_bytes(self) -> int:
-        return sum(path.stat().st_size for path in self.files)
-
 
 def find_input_files(inputs: Sequence[str | Path]) -> InputFiles:
     """Resolve files, glob patterns and directories (searched recursively, in sorted order) to files.
 
-    Raises DataError listing every input that is missing, matches nothing, or has a type that cannot be read.
+    Raises DataError listing every input that is missing, matches nothing, has a type that cannot be read, or names a
+    file that another input names too: its documents would be there twice.
     """
-    files: dict[Path, None] = {}  # a dict keeps the order and drops a file that two inputs name
-    ignored: dict[Path, None] = {}
+    files: dict[Path, str] = {}
+    ignored: list[Path] = []
     problems: list[str] = []
-    for item in inputs:
+    for item in map(str, inputs):
         try:
-            found = _resolve_input(str(item))
+            found = _resolve_input(item)
         except DataError as error:
             problems.extend(error.problems)
             continue
-        files.update(dict.fromkeys(found.files))
-        ignored.update(dict.fromkeys(found.ignored))
+        ignored.extend(found.ignored)
+        for path in found.files:
+            if path in files:
+                problems.append(
+                    f"{path}: file must be named once, got it from {files[path]} and {item}. Drop one of them."
+                )
+            files[path] = item
     if problems:
         raise DataError(*problems)
     return InputFiles(files=tuple(files), ignored=tuple(ignored))
@@ -87,20 +90,23 @@ def read_documents(inputs: Sequence[str | Path], json_key: str = "text") -> Iter
 
     Raises DataError at the first record that is not a document, naming file:line.
     """
-    for record in read_records(find_input_files(inputs).files):
+    for record in read_records(find_input_files(inputs).files, (json_key,)):
         (text,) = decode_record(record, (json_key,))
         yield Document(text, record.source, record.line)
 
 
-def read_records(files: Iterable[Path], on_bytes_read: OnBytesRead = lambda num_bytes: None) -> Iterator[Record]:
+def read_records(
+    files: Iterable[Path], json_keys: Sequence[str], on_bytes_read: OnBytesRead = lambda num_bytes: None
+) -> Iterator[Record]:
     """Yield the undecoded records of the files; `on_bytes_read` is told of each chunk's size on disk as it is read.
 
+    json_keys: the fields that `decode_record` will ask for; of a Parquet file no other column is read.
     Raises DataError if a file cannot be read to its end: a broken or truncated archive, an unreadable file.
     """
     for path in files:
         line = 0
         try:
-            for record in _read_file(path, on_bytes_read):
+            for record in _read_file(path, json_keys, on_bytes_read):
                 line = record.line
                 yield record
         except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
@@ -131,6 +137,8 @@ def _resolve_input(text: str) -> InputFiles:
                 f"{path}: file type must be one of {' '.join(SUPPORTED_SUFFIXES)}, got {path.suffix or 'none'}. "
                 "Convert or rename it."
             )
+        if not path.is_file():  # its size and hash belong in the manifest, and a pipe can be read only once
+            raise DataError(f"{path}: input must be a regular file, got a pipe or a device. Write it to a file first.")
         return InputFiles(files=(path,), ignored=())
     if glob.has_magic(text):
         matches = sorted(Path(match) for match in glob.glob(text, recursive=True))
@@ -155,10 +163,10 @@ def _is_supported(path: Path) -> bool:
     return path.name.lower().endswith(SUPPORTED_SUFFIXES)
 
 
-def _read_file(path: Path, on_bytes_read: OnBytesRead) -> Iterator[Record]:
+def _read_file(path: Path, json_keys: Sequence[str], on_bytes_read: OnBytesRead) -> Iterator[Record]:
     name = path.name.lower()
     if name.endswith(".parquet"):
-        yield from _read_parquet(path, on_bytes_read)
+        yield from _read_parquet(path, json_keys, on_bytes_read)
         return
     with _open_decompressed(path, on_bytes_read) as stream:
         bare_name = name.removesuffix(".gz").removesuffix(".zst")
@@ -251,15 +259,17 @@ def _read_json_array(path: Path, stream: BinaryIO) -> Iterator[Record]:
         yield Record(str(path), line, payload)
 
 
-def _read_parquet(path: Path, on_bytes_read: OnBytesRead) -> Iterator[Record]:
+def _read_parquet(path: Path, json_keys: Sequence[str], on_bytes_read: OnBytesRead) -> Iterator[Record]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             bytes_per_row = path.stat().st_size / max(file.metadata.num_rows, 1)
+            has_all_keys = set(json_keys) <= set(file.schema_arrow.names)
+            columns = list(json_keys) if has_all_keys else None  # None: all, for the message that names them
             line = 0
-            for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS):
+            for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS, columns=columns):
                 on_bytes_read(round(bytes_per_row * batch.num_rows))
                 for row in batch.to_pylist():
                     line += 1
@@ -287,12 +297,15 @@ def _parse_json_line_slowly(record: Record, payload: bytes) -> Any:
     """
     if not payload.strip():
         raise _bad_record(record, "line must be one JSON object, got a blank line")
-    text = _decode_utf8(record, payload)
+    text = _decode_utf8(record, payload.rstrip())
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        cause = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-        raise _bad_record(record, f"line must be one JSON object, got invalid JSON ({cause})") from error
+        cause = str(error)
+        if isinstance(error, json.JSONDecodeError):
+            cause = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+        fact = f"line must be one JSON object, got invalid JSON ({cause})"
+        raise _bad_record(record, fact, "Repair it, or write one JSON object a line") from error
 
 
 def _decode_utf8(record: Record, payload: bytes) -> str:
@@ -322,7 +335,8 @@ def _select_text(record: Record, fields: dict[str, Any], key: str) -> str:
 
 def _name_of_type(value: Any) -> str:
     names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string"}
-    return names.get(type(value), "a list" if isinstance(value, list) else "an object")
+    names |= {list: "a list", dict: "an object"}
+    return names.get(type(value), type(value).__name__)
 
 
 def _bad_record(record: Record, fact: str, remedy: str = "") -> DataError:

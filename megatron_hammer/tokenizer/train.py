@@ -6,7 +6,6 @@ number is stored in the model), and a sample that depends on nothing but the see
 
 import heapq
 import io
-import os
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from megatron_hammer.data.atomic_files import open_atomically
 from megatron_hammer.data.readers import decode_record, find_input_files, read_records
 from megatron_hammer.errors import DataError
 
@@ -71,7 +71,8 @@ def train_tokenizer(
             f"{inputs[0]}: inputs must hold text, got none in {text_source.num_documents} documents. Add some."
         )
     model_bytes = _train_sentencepiece(sample, recipe)
-    _write_whole_file(output_path, model_bytes)
+    with open_atomically(output_path) as file:
+        file.write(model_bytes)
     return TrainedTokenizer(
         path=output_path,
         vocab_size=recipe.vocab_size,
@@ -93,7 +94,7 @@ class _TextLines:
         self.text_bytes = 0
 
     def __iter__(self) -> Iterator[bytes]:
-        for record in read_records(self._files, self._on_bytes_read):
+        for record in read_records(self._files, (self._json_key,), self._on_bytes_read):
             (text,) = decode_record(record, (self._json_key,))
             encoded = text.encode("utf-8")
             self.num_documents += 1
@@ -176,20 +177,6 @@ def _explain_training_error(error: RuntimeError, recipe: TokenizerRecipe) -> Dat
             f"needed={needed[1]}. Raise --vocab-size or lower --character-coverage."
         )
     return DataError(f"tokenizer training: sentencepiece refused the text or the options ({message}). Change them.")
-
-
-def _write_whole_file(path: Path, content: bytes) -> None:
-    partial_path = path.with_name(f"{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial_path, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial_path.replace(path)
-    except OSError as error:
-        partial_path.unlink(missing_ok=True)
-        raise DataError(f"{path}: file cannot be written ({error.strerror}). Choose another --output.") from error
 
 
 def read_required_chars(path: Path) -> str:

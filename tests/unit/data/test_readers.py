@@ -1,0 +1,219 @@
+"""Every input format gives every document, and each thing that is not a document has its sentence."""
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from megatron_hammer.data.readers import Document, find_input_files, read_documents, read_records
+from megatron_hammer.errors import DataError
+
+TEXTS = ["first", "第二\n行", "", "a\x00b", 'quote " and \\']
+
+
+def to_jsonl(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"text": text, "n": 1}) + "\n" for text in texts).encode()
+
+
+def read_texts(*inputs: Path | str) -> list[str]:
+    return [document.text for document in read_documents(inputs)]
+
+
+def error_of(*inputs: Path | str, key: str = "text") -> str:
+    with pytest.raises(DataError) as caught:
+        list(read_documents(inputs, key))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.jsonl", to_jsonl(TEXTS)),
+        ("a.JSONL", to_jsonl(TEXTS)),
+        ("a.json", to_jsonl(TEXTS)),
+        ("a.json", json.dumps([{"text": text} for text in TEXTS], indent=1).encode()),
+        ("a.jsonl", b"\xef\xbb\xbf" + to_jsonl(TEXTS)),
+        ("a.jsonl", to_jsonl(TEXTS).replace(b"\n", b"\r\n")),
+        ("a.jsonl", to_jsonl(TEXTS)[:-1]),
+        ("a.jsonl.gz", gzip.compress(to_jsonl(TEXTS[:2])) + gzip.compress(to_jsonl(TEXTS[2:]))),
+        ("a.jsonl.zst", zstandard.compress(to_jsonl(TEXTS[:2])) + zstandard.compress(to_jsonl(TEXTS[2:]))),
+        ("a.json.zst", zstandard.compress(json.dumps([{"text": text} for text in TEXTS]).encode())),
+    ],
+)
+def test_formats(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert read_texts(tmp_path / name) == TEXTS
+
+
+def test_documents_say_where_they_come_from(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(to_jsonl(TEXTS))
+    assert next(iter(read_documents([path]))) == Document("first", str(path), 1)
+    assert [document.line for document in read_documents([path])] == [1, 2, 3, 4, 5]
+
+
+def test_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    texts = [f"document {number}" for number in range(2500)]
+    pyarrow.parquet.write_table(pyarrow.table({"url": ["u"] * 2500, "text": texts}), path, row_group_size=700)
+    assert read_texts(path) == texts
+    assert error_of(path, key="body") == (
+        f'{path}:1: field "body" is missing, got keys [url, text]. Pass --json-keys text.'
+    )
+
+
+def test_null_in_parquet_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one", None]}), path)
+    assert error_of(path) == f'{path}:2: field "text" must be a string, got null. Repair or remove it.'
+
+
+def test_a_text_file_is_one_document(tmp_path: Path) -> None:
+    text = "Zeile 1\n\nZeile 3 ü\n"
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(text.encode()))
+    assert read_texts(tmp_path / "a.txt", tmp_path / "b.txt.gz") == [text, text]
+
+
+def test_directories_and_globs_are_sorted_and_say_what_they_leave_out(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.jsonl", "sub/c.jsonl", "notes.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(to_jsonl([name]))
+    found = find_input_files([tmp_path])
+    assert [path.name for path in found.files] == ["a.jsonl", "b.jsonl", "c.jsonl"]
+    assert found.ignored == (tmp_path / "notes.md",)
+    assert read_texts(f"{tmp_path}/*.jsonl") == ["a.jsonl", "b.jsonl"]
+    assert read_texts(f"{tmp_path}/**/*.jsonl") == ["a.jsonl", "b.jsonl", "sub/c.jsonl"]
+
+
+def test_bytes_read_add_up_to_the_size_on_disk(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(to_jsonl(["x" * 1000] * 50))
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(to_jsonl(["y"] * 50)))
+    counts: list[int] = []
+    assert len(list(read_records(find_input_files([tmp_path]).files, ["text"], counts.append))) == 100
+    assert sum(counts) == sum(path.stat().st_size for path in tmp_path.iterdir())
+
+
+def test_a_line_longer_than_any_buffer(tmp_path: Path) -> None:
+    text = "汉x" * 1_000_000
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(to_jsonl(["a", text, "b"])))
+    assert read_texts(tmp_path) == ["a", text, "b"]
+
+
+def test_what_python_accepts_as_json_is_accepted(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "score": NaN, "id": 123456789012345678901234567890}\n')
+    assert read_texts(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (
+            b'{"text": "cut off',
+            "line must be one JSON object, got invalid JSON (Unterminated string starting at column 10). "
+            "Repair it, or write one JSON object a line.",
+        ),
+        (
+            b'{"text": "a"} {"text": "b"}',
+            "line must be one JSON object, got invalid JSON (Extra data at column 15). "
+            "Repair it, or write one JSON object a line.",
+        ),
+        (b"", "line must be one JSON object, got a blank line. Repair or remove it."),
+        (b"  \t\r", "line must be one JSON object, got a blank line. Repair or remove it."),
+        (b'["a"]', "line must be one JSON object, got a list. Repair or remove it."),
+        (b'"a"', "line must be one JSON object, got a string. Repair or remove it."),
+        (b'{"text": "\xff\xfe"}', "text must be UTF-8, got byte 0xff at offset 10. Convert the file with iconv."),
+        (
+            b'{"url": "u", "content": "longer", "n": 3}',
+            'field "text" is missing, got keys [url, content, n]. Pass --json-keys content.',
+        ),
+        (b'{"n": 3}', 'field "text" is missing, got keys [n]. Repair or remove it.'),
+        (b'{"text": null}', 'field "text" must be a string, got null. Repair or remove it.'),
+        (b'{"text": 3.5}', 'field "text" must be a string, got a number. Repair or remove it.'),
+        (b'{"text": ["a"]}', 'field "text" must be a string, got a list. Repair or remove it.'),
+        (
+            b'{"text": "ab\\ud800"}',
+            'field "text" must be valid Unicode, got the lone surrogate U+D800 at character 2. Repair or remove it.',
+        ),
+    ],
+)
+def test_bad_lines_are_named_with_file_line_and_cause(tmp_path: Path, line: bytes, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(to_jsonl(["good", "good"]) + line + b"\n" + to_jsonl(["good"]))
+    assert error_of(path) == f"{path}:3: {message}"
+
+
+def test_an_element_of_an_array_that_is_not_an_object_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('[{"text": "a"}, 7]')
+    assert error_of(tmp_path / "a.json") == (
+        f"{tmp_path}/a.json:2: line must be one JSON object, got a number. Repair or remove it."
+    )
+
+
+def test_inputs_that_cannot_be_read_are_all_named(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "x.bin").touch()
+    (tmp_path / "a.pdf").touch()
+    (tmp_path / "a.jsonl").touch()
+    messages = error_of(
+        tmp_path / "absent.jsonl",
+        f"{tmp_path}/*.csv",
+        tmp_path / "empty",
+        tmp_path / "a.pdf",
+        tmp_path / "a.jsonl",
+        f"{tmp_path}/*.jsonl",
+    ).split("\n")
+    suffixes = ".jsonl .jsonl.gz .jsonl.zst .json .json.gz .json.zst .txt .txt.gz .txt.zst .parquet"
+    assert messages == [
+        f"{tmp_path}/absent.jsonl: input file does not exist. Check the path.",
+        f"{tmp_path}/*.csv: pattern must match a file, got none. Check the folder and the suffix.",
+        f"{tmp_path}/empty: directory must hold a file of type {suffixes}, got none among 1 files. Check the path.",
+        f"{tmp_path}/a.pdf: file type must be one of {suffixes}, got .pdf. Convert or rename it.",
+        f"{tmp_path}/a.jsonl: file must be named once, got it from {tmp_path}/a.jsonl and {tmp_path}/*.jsonl. "
+        "Drop one of them.",
+    ]
+
+
+def test_a_pipe_is_refused_rather_than_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    assert error_of(tmp_path / "a.jsonl") == (
+        f"{tmp_path}/a.jsonl: input must be a regular file, got a pipe or a device. Write it to a file first."
+    )
+
+
+@pytest.mark.parametrize(
+    "name, content, cause",
+    [
+        (
+            "a.jsonl.gz",
+            gzip.compress(to_jsonl(["x"] * 9))[:-9],
+            "Compressed file ended before the end-of-stream marker",
+        ),
+        ("a.jsonl.gz", to_jsonl(["x"]), "Not a gzipped file"),
+        ("a.jsonl.zst", zstandard.compress(to_jsonl(["x"] * 9))[:-5], "the file ends inside a zstd frame"),
+        ("a.jsonl.zst", to_jsonl(["x"]), "zstd decompress"),
+    ],
+)
+def test_truncated_archives_are_errors(tmp_path: Path, name: str, content: bytes, cause: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    message = error_of(tmp_path / name)
+    assert message.startswith(f"{tmp_path}/{name}:1: file must be readable to its end, got: ")
+    assert cause in message
+    assert message.endswith("Fetch or write it again; it may be truncated.")
+
+
+def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing")
+    assert error_of(tmp_path).startswith(f"{tmp_path}/a.parquet: file must be Parquet, got one that does not parse")
+
+
+def test_a_broken_json_array_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('[{"text": "a"},\n')
+    assert error_of(tmp_path).startswith(
+        f"{tmp_path}/a.json:1: file must be one JSON array or one JSON object a line, got invalid JSON ("
+    )
