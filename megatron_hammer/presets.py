@@ -51,14 +51,16 @@ HAMMER_1B4 = Preset(
 )
 
 _TINY_RECIPE = Recipe(
+    # lr 1e-3, 2e-3 and 4e-3 were tried for 120 steps of English text: final loss 5.33, 5.46, 5.46 (from 8.40), at
+    # 0.77 s a step on one core of a shared machine.
     source="ours: sized for two CPU cores; lr : min_lr, betas, decay and clip are hammer-1b4's",
     seq_length=256,
     global_batch_size=8,
     micro_batch_size=2,
-    lr=2e-3,
-    min_lr=2e-4,
+    lr=1e-3,
+    min_lr=1e-4,
     lr_warmup_steps=20,
-    train_tokens=300 * 8 * 256,
+    train_tokens=200 * 8 * 256,
     precision="fp32",  # CPU cores have no fast bf16
 )
 
