@@ -116,5 +116,5 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("error: interrupted; nothing was written. Run the same command again.", file=sys.stderr)
+        print("error: interrupted; incomplete files were removed. Run the same command again.", file=sys.stderr)
         sys.exit(INTERRUPTED_EXIT_CODE)

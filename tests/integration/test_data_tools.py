@@ -235,7 +235,7 @@ def test_ctrl_c_stops_and_leaves_nothing(tmp_path: Path, running_preprocessor: s
     os.killpg(running_preprocessor.pid, signal.SIGINT)
     _, stderr = running_preprocessor.communicate(timeout=WAIT_S)
     assert running_preprocessor.returncode == 130
-    assert stderr == "error: interrupted; nothing was written. Run the same command again.\n"
+    assert stderr == "error: interrupted; incomplete files were removed. Run the same command again.\n"
     assert not list((tmp_path / "out").iterdir())
 
 
