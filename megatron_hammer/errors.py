@@ -6,6 +6,7 @@ Entry points wrap their main in `exit_on_user_error`: user errors leave no stack
 """
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -52,8 +53,9 @@ def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return main(*args, **kwargs)
         except HammerError as error:
-            for problem in error.problems:
-                print(f"error: {problem}", file=sys.stderr)
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # every process of a node finds the same problem
+                for problem in error.problems:
+                    print(f"error: {problem}", file=sys.stderr)
             sys.exit(USER_ERROR_EXIT_CODE)
 
     return wrapped

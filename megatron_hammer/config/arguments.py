@@ -8,13 +8,12 @@ problems. Everything else in the package takes plain values.
 import argparse
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_hammer.config.options import add_hammer_options
+from megatron_hammer.config.options import Parser, add_hammer_options, read_option
 from megatron_hammer.config.preset_arguments import preset_arguments
-from megatron_hammer.errors import ConfigError
 from megatron_hammer.presets import Preset, select_preset
 
 DEFAULT_SPLIT = "98,2,0"  # Megatron's own "969,30,1" gives a test set that nobody asked for
@@ -31,13 +30,6 @@ class ParsedArguments:
     typed: frozenset[str]  # attributes of the namespace that were given on the command line
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse, with its complaints raised as ConfigError instead of printed with the whole usage."""
-
-    def error(self, message: str) -> Any:
-        raise ConfigError(f"command line: {message}. See --help.")
-
-
 def parse_arguments(argv: Sequence[str], *, platform: str, backend: str) -> ParsedArguments:
     """Parse `argv` over the preset it names and derive the rest for `platform` and `backend`.
 
@@ -45,8 +37,11 @@ def parse_arguments(argv: Sequence[str], *, platform: str, backend: str) -> Pars
     """
     from megatron.training.arguments import add_megatron_arguments
 
-    parser = _Parser(prog="megatron_hammer", allow_abbrev=False)
+    parser = Parser(prog="megatron_hammer", allow_abbrev=False)
     add_hammer_options(add_megatron_arguments(parser))
+    for action in parser._actions:  # megatron 0.19.2 writes a bare % in one help text, at which argparse fails
+        if action.help and "%)" in action.help:
+            action.help = action.help.replace("%)", "%%)")
     preset_name = read_option(argv, "--preset")
     preset = None if preset_name is None else select_preset(preset_name)
     defaults = _hammer_defaults()
@@ -63,13 +58,6 @@ def parse_arguments(argv: Sequence[str], *, platform: str, backend: str) -> Pars
     _read_environment(namespace)
     _derive(namespace, platform=platform, backend=backend, typed=typed)
     return ParsedArguments(namespace=namespace, preset=preset, typed=typed)
-
-
-def read_option(argv: Sequence[str], name: str, default: str | None = None) -> str | None:
-    """The value of one option without building Megatron's parser (which takes seconds to import)."""
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument(name, dest="value", default=default)
-    return parser.parse_known_args(list(argv))[0].value
 
 
 def _hammer_defaults() -> dict[str, Any]:
@@ -172,6 +160,7 @@ def _derive_schedule(namespace: argparse.Namespace, default: Any) -> None:
     steps = namespace.train_iters
     default("eval_interval", namespace.eval_interval or max(1, min(1000, (steps or 1000) // 4)))
     if namespace.save is not None:
+        default("load", namespace.save)  # the same command continues an interrupted run
         default("save_interval", namespace.save_interval or DEFAULT_SAVE_INTERVAL_STEPS)
         if namespace.metrics_path is None:
             namespace.metrics_path = os.path.join(namespace.save, "metrics.jsonl")
@@ -198,13 +187,15 @@ def finalize_arguments(namespace: argparse.Namespace) -> None:
     set_global_variables(namespace)
 
 
-def build_config_container(namespace: argparse.Namespace) -> Any:
-    """Megatron's PretrainConfigContainer for a finalized namespace, with our model config in it."""
+def build_config_container(namespace: argparse.Namespace, build_model_config: Callable[..., Any]) -> Any:
+    """Megatron's PretrainConfigContainer for a finalized namespace.
+
+    build_model_config: from megatron's GPTModelConfig to ours (model.provider.build_model_config; config/ may not
+    import it).
+    """
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 
-    from megatron_hammer.model.provider import HammerModelConfig
-
-    model_config = HammerModelConfig.from_gpt_config(
+    model_config = build_model_config(
         gpt_config_from_args(namespace), backend=namespace.backend, has_embedding_norm=namespace.embedding_norm
     )
     return pretrain_cfg_container_from_args(namespace, model_config)

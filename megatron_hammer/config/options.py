@@ -1,6 +1,10 @@
 """The flags that are ours; every other flag is Megatron's and passes through unchanged."""
 
 import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_hammer.errors import ConfigError
 
 
 def add_hammer_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -28,3 +32,17 @@ def add_hammer_options(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     group.add_argument("--metrics-path", help="one JSON object a step (default: metrics.jsonl under --save)")
     group.add_argument("--verbose", action="store_true", help="megatron's own output on the terminal, not in a file")
     return parser
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its complaints raised as ConfigError instead of printed with the whole usage."""
+
+    def error(self, message: str) -> Any:
+        raise ConfigError(f"command line: {message}. See --help.")
+
+
+def read_option(argv: Sequence[str], name: str, default: str | None = None) -> str | None:
+    """The value of one option without building Megatron's parser (which takes seconds to import)."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument(name, dest="value", default=default)
+    return parser.parse_known_args(list(argv))[0].value

@@ -30,10 +30,11 @@ class HammerModelConfig(GPTModelConfig):
     backend: Backend = "torch"
     has_embedding_norm: bool = False
 
-    @classmethod
-    def from_gpt_config(cls, config: GPTModelConfig, **extra: Any) -> "HammerModelConfig":
-        values = {field.name: getattr(config, field.name) for field in dataclasses.fields(GPTModelConfig)}
-        return cls(**values, **extra)
+
+def build_model_config(config: GPTModelConfig, *, backend: Backend, has_embedding_norm: bool) -> HammerModelConfig:
+    """Our model config with the values of megatron's."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(GPTModelConfig)}
+    return HammerModelConfig(**values, backend=backend, has_embedding_norm=has_embedding_norm)
 
 
 class HammerGPTModel(GPTModel):

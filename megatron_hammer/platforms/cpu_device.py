@@ -10,13 +10,14 @@ Installed by `megatron_compat.install`; nothing else calls this module.
 
 import contextlib
 import functools
-import resource
 import types
 from collections.abc import Callable
 from typing import Any
 
 import psutil
 import torch
+
+from megatron_hammer.platforms.device import read_peak_memory_bytes
 
 CPU = torch.device("cpu")
 
@@ -96,17 +97,12 @@ def _inert() -> Callable[..., None]:
     return do_nothing
 
 
-def read_peak_bytes() -> int:
-    """Peak resident memory of this process in bytes (ru_maxrss is in KiB on Linux)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def read_resident_bytes() -> int:
     return psutil.Process().memory_info().rss
 
 
 def read_memory_stats(*args: Any, **kwargs: Any) -> dict[str, int]:
-    resident, peak = read_resident_bytes(), read_peak_bytes()
+    resident, peak = read_resident_bytes(), read_peak_memory_bytes()
     return {
         "reserved_bytes.all.current": resident,
         "reserved_bytes.all.peak": peak,
@@ -199,8 +195,8 @@ def substitute_cuda_runtime() -> None:
         "is_current_stream_capturing": lambda: False,
         "memory_allocated": lambda device=None: read_resident_bytes(),
         "memory_reserved": lambda device=None: read_resident_bytes(),
-        "max_memory_allocated": lambda device=None: read_peak_bytes(),
-        "max_memory_reserved": lambda device=None: read_peak_bytes(),
+        "max_memory_allocated": lambda device=None: read_peak_memory_bytes(),
+        "max_memory_reserved": lambda device=None: read_peak_memory_bytes(),
         "reset_peak_memory_stats": _inert(),
         "memory_stats": lambda device=None: read_memory_stats(),
         "mem_get_info": lambda device=None: (psutil.virtual_memory().available, psutil.virtual_memory().total),

@@ -8,6 +8,7 @@ tests/unit/platforms/test_megatron_compat.py fails when `is_needed` no longer ho
 import functools
 import importlib.metadata
 import inspect
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ def install(platform: str) -> None:
     if platform == "cpu":
         # Before megatron is imported: its @jit_fuser is torch.compile, which on a CUDA build without a driver fails.
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+        # "No CUDA runtime is found": true, and said by our own line.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     for adjustment in ADJUSTMENTS:
         if platform in adjustment.platforms:
             adjustment.apply()
@@ -177,6 +180,72 @@ def _upstream_passes_splits_unchanged() -> bool:
     from megatron.core.tensor_parallel.mappings import _AllToAll
 
     return "output_split_sizes=output_split_sizes" in _source(_AllToAll.forward)
+
+
+# --- listening to the loop ------------------------------------------------------------------------------------------
+
+
+def observe_training(observer: Any) -> None:
+    """Call `observer` (training/observer.py) at the steps and evaluations of megatron's loop, which has no callbacks.
+
+    Wraps train_step, training_log, evaluate_and_print_results and evaluate of megatron.training.training; their
+    results are passed on unchanged. One difference: megatron does not reset its running means after the first step of
+    a process, so its second printed line is a mean of two steps and differs after a resume; here every line that
+    it prints covers just its own interval.
+    """
+    from megatron.training import training
+
+    original_step, original_log = training.train_step, training.training_log
+    original_evaluations, original_evaluate = training.evaluate_and_print_results, training.evaluate
+    current = {"step": 0, "is_test": False}
+
+    @functools.wraps(original_step)
+    def train_step(forward_step: Any, data_iterator: Any, model: Any, optimizer: Any, *rest: Any, **options: Any) -> Any:
+        observer.begin_step(optimizer.param_groups)
+        return original_step(forward_step, data_iterator, model, optimizer, *rest, **options)
+
+    @functools.wraps(original_log)
+    def training_log(
+        losses: Any, totals: Any, lr: Any, step: int, loss_scale: Any, report: Any, is_skipped: Any, grad_norm: Any,
+        *rest: Any, **options: Any,
+    ) -> Any:  # fmt: skip
+        observer.end_step(
+            step=step, losses=losses, grad_norm=grad_norm, loss_scale=loss_scale, is_skipped=bool(is_skipped)
+        )
+        options["is_first_iteration"] = False
+        return original_log(losses, totals, lr, step, loss_scale, report, is_skipped, grad_norm, *rest, **options)
+
+    @functools.wraps(original_evaluations)
+    def evaluate_and_print_results(
+        prefix: str, forward_step: Any, data_iterator: Any, model: Any, step: int, *rest: Any, **options: Any
+    ) -> Any:
+        current["step"], current["is_test"] = step, "test set" in prefix
+        observer.begin_evaluation()
+        return original_evaluations(prefix, forward_step, data_iterator, model, step, *rest, **options)
+
+    @functools.wraps(original_evaluate)
+    def evaluate(*arguments: Any, **options: Any) -> Any:
+        losses, other, is_out_of_time = original_evaluate(*arguments, **options)
+        if not is_out_of_time:
+            observer.end_evaluation_of_set(step=current["step"], is_test=current["is_test"], losses=losses)
+        return losses, other, is_out_of_time
+
+    training.train_step, training.training_log = train_step, training_log
+    training.evaluate_and_print_results, training.evaluate = evaluate_and_print_results, evaluate
+
+
+def stop_on_signals_too(signals: tuple[Any, ...]) -> None:
+    """Let these signals save and stop as megatron's own exit signal does; its handler takes only one.
+
+    Call after megatron's globals are set and before training.
+    """
+    import signal
+
+    from megatron.training.global_vars import get_signal_handler
+
+    handler = signal.getsignal(get_signal_handler().sig)
+    for number in signals:
+        signal.signal(number, handler)
 
 
 ADJUSTMENTS: tuple[Adjustment, ...] = (

@@ -1,5 +1,6 @@
 """One micro-batch forward: fetch the batch, run the model, sum the loss over tokens."""
 
+import argparse
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -8,6 +9,18 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from torch import Tensor
+
+
+def build_forward_step(namespace: argparse.Namespace) -> "ForwardStep":
+    """The forward step of a run, from Megatron's finalized namespace."""
+    return ForwardStep(
+        micro_batch_size=namespace.micro_batch_size,
+        eval_micro_batch_size=namespace.eval_micro_batch_size,
+        seq_length=namespace.seq_length,
+        context_parallel_size=namespace.context_parallel_size,
+        has_attention_mask=namespace.create_attention_mask_in_dataloader,
+        pipeline_model_parallel_size=namespace.pipeline_model_parallel_size,
+    )
 
 
 class ForwardStep:

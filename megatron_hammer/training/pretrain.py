@@ -1,54 +1,129 @@
-"""The main path: from a command line to a trained checkpoint. Read this file first.
+"""The main path: from a command line to a trained checkpoint. Read this file first, from top to bottom.
 
     torchrun --nproc-per-node 8 -m megatron_hammer.training.pretrain --preset hammer-1b4 --data-path data/corpus ...
     python -m megatron_hammer.training.pretrain --preset hammer-1b4 --world-size 64 --dry-run
 
-The engine is megatron.training.pretrain, unmodified; we hand it a configuration, a dataset provider and a forward step.
+The engine is megatron.training.pretrain, unmodified; we hand it a configuration, a dataset provider and a forward step
+and listen to its loop. Imports stay inside the functions: megatron takes seconds to import, the platform must be
+chosen before it is, and the processes that megatron spawns to write checkpoints import this module again.
 """
 
+import signal
 import sys
 from collections.abc import Sequence
+from typing import IO, TYPE_CHECKING
 
-from megatron_hammer.errors import exit_on_user_error
+from megatron_hammer.errors import USER_ERROR_EXIT_CODE, ConfigError, exit_on_user_error
+
+if TYPE_CHECKING:
+    from megatron_hammer.config.arguments import ParsedArguments
+    from megatron_hammer.training.observer import RunObserver
 
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, or with --dry-run say what would be trained. Raises HammerError for every problem a user can fix."""
     argv = sys.argv[1:] if argv is None else argv
+    terminal = open_terminal(argv)
+    arguments = prepare(argv)
+    if arguments.namespace.dry_run:
+        dry_run(arguments, terminal)
+    else:
+        check(arguments)
+        train(arguments, terminal)
 
-    from megatron_hammer.config.arguments import parse_arguments, read_option
+
+def open_terminal(argv: Sequence[str]) -> IO[str]:
+    """The stream for what a person reads; megatron's own output goes to a file unless --verbose."""
+    import os
+    from pathlib import Path
+
+    from megatron_hammer.config.options import read_option
+    from megatron_hammer.training.terminal import divert_output
+
+    if {"--verbose", "--dry-run", "--help", "-h"} & set(argv):
+        return sys.stdout
+    save_dir = read_option(argv, "--save")
+    log_dir = None if save_dir is None else Path(save_dir) / "logs"
+    return divert_output(log_dir, int(os.environ.get("RANK", "0")))[0]
+
+
+def prepare(argv: Sequence[str]) -> "ParsedArguments":
+    """Choose platform and backend, adjust megatron to them, and read the command line over its preset."""
+    from megatron_hammer.config.options import read_option
     from megatron_hammer.platforms import megatron_compat
     from megatron_hammer.platforms.select import select_backend, select_platform
 
-    platform = select_platform(read_option(argv, "--platform", "auto"))
-    backend = select_backend(read_option(argv, "--backend", "auto"), platform=platform)
+    platform = select_platform(read_option(argv, "--platform") or "auto")
+    backend = select_backend(read_option(argv, "--backend") or "auto", platform=platform)
     megatron_compat.install(platform)
-    arguments = parse_arguments(argv, platform=platform, backend=backend)
-    train(arguments)
+
+    from megatron_hammer.config.arguments import parse_arguments
+
+    return parse_arguments(argv, platform=platform, backend=backend)
 
 
-def train(arguments) -> None:
+def check(arguments: "ParsedArguments") -> None:
+    """Raise ConfigError with everything that preflight finds, before any process group forms."""
+    from megatron_hammer.config.preflight import find_problems
+
+    problems = find_problems(arguments)
+    if problems:
+        raise ConfigError(*problems)
+
+
+def dry_run(arguments: "ParsedArguments", terminal: IO[str]) -> None:
+    """Print what would run and every problem found; exit with 2 if there are any."""
+    from megatron_hammer.config.dry_run import build_report, print_report
+    from megatron_hammer.config.preflight import find_problems
+
+    problems = find_problems(arguments)
+    print_report(build_report(arguments, problems), terminal, as_json=arguments.namespace.json)
+    if problems:
+        sys.exit(USER_ERROR_EXIT_CODE)
+
+
+def train(arguments: "ParsedArguments", terminal: IO[str]) -> None:
+    """Run megatron's training loop to the end of the schedule or to a signal, and report."""
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
 
     from megatron_hammer.config.arguments import build_config_container, finalize_arguments
     from megatron_hammer.config.datasets import build_dataset_provider
-    from megatron_hammer.training.forward_step import ForwardStep
+    from megatron_hammer.model.provider import build_model_config
+    from megatron_hammer.platforms import megatron_compat
+    from megatron_hammer.training.forward_step import build_forward_step
+    from megatron_hammer.training.observer import build_observer
 
     namespace = arguments.namespace
     finalize_arguments(namespace)
-    container = build_config_container(namespace)
-    provider = build_dataset_provider(namespace)
-    step = ForwardStep(
-        micro_batch_size=namespace.micro_batch_size,
-        eval_micro_batch_size=namespace.eval_micro_batch_size,
-        seq_length=namespace.seq_length,
-        context_parallel_size=namespace.context_parallel_size,
-        has_attention_mask=namespace.create_attention_mask_in_dataloader,
-        pipeline_model_parallel_size=namespace.pipeline_model_parallel_size,
-    )
-    pretrain(container, provider, ModelType.encoder_or_decoder, step)
+    megatron_compat.stop_on_signals_too((signal.SIGINT, signal.SIGTERM))
+    config = build_config_container(namespace, build_model_config)
+    observer = build_observer(arguments, terminal)
+    megatron_compat.observe_training(observer)
+    try:
+        pretrain(
+            config, build_dataset_provider(namespace), ModelType.encoder_or_decoder, build_forward_step(namespace)
+        )
+    except SystemExit as stop:
+        report_early_stop(observer, stop)
+    observer.finish()
+    close_process_group()
+
+
+def report_early_stop(observer: "RunObserver", stop: SystemExit) -> None:
+    """megatron leaves its loop by exit(0) on a signal, a time limit or --exit-interval; say where the run stands."""
+    if stop.code not in (0, None):
+        raise stop
+    observer.report_early_stop()
+
+
+def close_process_group() -> None:
+    """Leave no process waiting for another."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

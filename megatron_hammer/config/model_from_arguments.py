@@ -1,0 +1,133 @@
+"""The model and the layout that a namespace asks for, so that a preset with overrides is counted exactly.
+
+Inverse of preset_arguments.py for the flags that change parameters or ranks. What Megatron derives when a flag is left
+out is derived here by the same rule. Flags that change the model in a way that is not counted are refused by
+preflight_flags.py, so every count stands for what is built. Pure; no torch, no megatron.
+"""
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+
+from megatron_hammer.model.accounting import Layout, count_parameters
+from megatron_hammer.preset_types import ModelPreset, MoeShape
+
+ESSENTIALS = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResolvedModel(ModelPreset):
+    """A ModelPreset whose heads may be wider or narrower than hidden_size / num_attention_heads (--kv-channels)."""
+
+    kv_channels: int
+
+    @property
+    def head_dim(self) -> int:
+        return self.kv_channels
+
+
+def list_missing_essentials(namespace: argparse.Namespace) -> list[str]:
+    """Attributes without which there is no model to count."""
+    return [name for name in ESSENTIALS if getattr(namespace, name) is None]
+
+
+def build_model(namespace: argparse.Namespace, *, name: str = "custom") -> ResolvedModel:
+    """The architecture; needs every attribute of ESSENTIALS."""
+    heads = namespace.num_attention_heads
+    ffn_hidden_size = namespace.ffn_hidden_size or default_ffn_hidden_size(namespace.hidden_size, namespace.swiglu)
+    model = ResolvedModel(
+        name=name,
+        source="command line",
+        num_parameters=0,
+        num_layers=namespace.num_layers,
+        hidden_size=namespace.hidden_size,
+        ffn_hidden_size=ffn_hidden_size,
+        num_attention_heads=heads,
+        num_query_groups=namespace.num_query_groups if namespace.group_query_attention else heads,
+        kv_channels=namespace.kv_channels or namespace.hidden_size // heads,
+        vocab_size=namespace.vocab_size,
+        max_position_embeddings=namespace.max_position_embeddings,
+        normalization=namespace.normalization,
+        norm_epsilon=namespace.layernorm_epsilon,
+        activation="swiglu" if namespace.swiglu else "gelu",
+        position_embedding_type=namespace.position_embedding_type,
+        rotary_base=namespace.rotary_base,
+        has_linear_bias=namespace.add_bias_linear,
+        has_qkv_bias=namespace.add_qkv_bias or namespace.add_bias_linear,
+        has_tied_embeddings=not namespace.untie_embeddings_and_output_weights,
+        has_embedding_norm=namespace.embedding_norm,
+        init_method_std=namespace.init_method_std,
+        moe=_build_moe(namespace, ffn_hidden_size),
+    )
+    return dataclasses.replace(model, num_parameters=count_parameters(model))
+
+
+def default_ffn_hidden_size(hidden_size: int, is_swiglu: bool) -> int:
+    """Megatron's width of the MLP where --ffn-hidden-size is left out (megatron.training.arguments.validate_args)."""
+    return int((4 * hidden_size * 2 / 3) / 64) * 64 if is_swiglu else 4 * hidden_size
+
+
+def _build_moe(namespace: argparse.Namespace, ffn_hidden_size: int) -> MoeShape | None:
+    if not namespace.num_experts:
+        return None
+    coefficients = namespace.moe_aux_loss_coeff
+    return MoeShape(
+        num_experts=namespace.num_experts,
+        router_topk=namespace.moe_router_topk,
+        ffn_hidden_size=namespace.moe_ffn_hidden_size or ffn_hidden_size,
+        shared_expert_intermediate_size=namespace.moe_shared_expert_intermediate_size or 0,
+        has_shared_expert_gate=namespace.moe_shared_expert_gate,
+        aux_loss_coeff=coefficients[0] if isinstance(coefficients, list) else coefficients,
+    )
+
+
+def count_ranks_of_model(namespace: argparse.Namespace) -> int:
+    """Ranks that hold one copy of the model between them: tp x pp x cp."""
+    return (
+        namespace.tensor_model_parallel_size * namespace.pipeline_model_parallel_size * namespace.context_parallel_size
+    )
+
+
+def count_least_world_size(namespace: argparse.Namespace) -> int:
+    """The smallest world that the parallel sizes fit in: tp x pp x cp, widened until the experts tile a stage."""
+    ranks_per_stage = namespace.tensor_model_parallel_size * namespace.context_parallel_size
+    expert_block = namespace.expert_model_parallel_size * (
+        namespace.expert_tensor_parallel_size or namespace.tensor_model_parallel_size
+    )
+    data_parallel_size = 1
+    while ranks_per_stage * data_parallel_size % expert_block:
+        data_parallel_size += 1
+    return ranks_per_stage * data_parallel_size * namespace.pipeline_model_parallel_size
+
+
+def virtual_size(namespace: argparse.Namespace) -> int:
+    """Model chunks a stage, from either of Megatron's two flags; 1 without interleaving.
+
+    --num-layers-per-virtual-pipeline-stage must divide the layers of a stage, which preflight checks.
+    """
+    if namespace.num_virtual_stages_per_pipeline_rank is not None:
+        return namespace.num_virtual_stages_per_pipeline_rank
+    if namespace.num_layers_per_virtual_pipeline_stage is None:
+        return 1
+    slots = namespace.num_layers
+    slots += int(namespace.account_for_embedding_in_pipeline_split) + int(namespace.account_for_loss_in_pipeline_split)
+    return slots // namespace.pipeline_model_parallel_size // namespace.num_layers_per_virtual_pipeline_stage
+
+
+def build_layout(namespace: argparse.Namespace) -> Layout:
+    """The layout, with as many data-parallel copies as fit in the world (at least one)."""
+    return Layout(
+        tensor_model_parallel_size=namespace.tensor_model_parallel_size,
+        pipeline_model_parallel_size=namespace.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual_size(namespace),
+        context_parallel_size=namespace.context_parallel_size,
+        data_parallel_size=max(1, namespace.world_size // count_ranks_of_model(namespace)),
+        expert_model_parallel_size=namespace.expert_model_parallel_size,
+        expert_tensor_parallel_size=namespace.expert_tensor_parallel_size,
+        has_sequence_parallel=namespace.sequence_parallel and namespace.tensor_model_parallel_size > 1,
+        has_distributed_optimizer=namespace.use_distributed_optimizer,
+        num_layers_first_stage=namespace.decoder_first_pipeline_num_layers,
+        num_layers_last_stage=namespace.decoder_last_pipeline_num_layers,
+        accounts_for_embedding=namespace.account_for_embedding_in_pipeline_split,
+        accounts_for_loss=namespace.account_for_loss_in_pipeline_split,
+    )

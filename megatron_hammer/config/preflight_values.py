@@ -1,0 +1,85 @@
+"""Values that are wrong by themselves: missing, not positive, or out of their range."""
+
+import argparse
+import math
+
+from megatron_hammer.config.model_from_arguments import list_missing_essentials
+
+# Attributes that, where set, must be whole numbers of at least 1. argparse has made them integers already.
+COUNTS = (
+    "world_size", "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
+    "expert_model_parallel_size", "expert_tensor_parallel_size", "num_virtual_stages_per_pipeline_rank",
+    "num_layers_per_virtual_pipeline_stage", "microbatch_group_size_per_vp_stage", "num_layers", "hidden_size",
+    "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "vocab_size",
+    "make_vocab_size_divisible_by", "max_position_embeddings", "seq_length", "micro_batch_size", "global_batch_size",
+    "eval_micro_batch_size", "eval_global_batch_size", "train_iters", "train_samples", "num_experts",
+    "moe_router_topk", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "recompute_num_layers",
+    "log_interval", "eval_interval", "save_interval", "lr_decay_iters", "lr_decay_samples", "exit_interval",
+    "rotary_base", "num_distributed_optimizer_instances",
+)  # fmt: skip
+# Attribute: (least, below) with least included and below not.
+RANGES: dict[str, tuple[float, float]] = {
+    "lr": (0, math.inf),
+    "min_lr": (0, math.inf),
+    "lr_warmup_iters": (0, math.inf),
+    "lr_warmup_samples": (0, math.inf),
+    "lr_warmup_fraction": (0, 1),
+    "weight_decay": (0, math.inf),
+    "clip_grad": (0, math.inf),
+    "adam_beta1": (0, 1),
+    "adam_beta2": (0, 1),
+    "adam_eps": (0, math.inf),
+    "hidden_dropout": (0, 1),
+    "attention_dropout": (0, 1),
+    "eval_iters": (0, math.inf),
+    "num_workers": (0, math.inf),
+    "layernorm_epsilon": (0, math.inf),
+    "init_method_std": (0, math.inf),
+    "gpu_memory_gib": (0, math.inf),
+    "peak_tflops": (0, math.inf),
+}
+REMEDIES = {
+    "num_layers": "Pass --preset hammer-1b4, or --num-layers",
+    "vocab_size": "Pass --vocab-size with the size of your tokenizer",
+    "max_position_embeddings": "Pass --max-position-embeddings, at least --seq-length",
+    "lr": "Pass --lr, for example 3e-4",
+}
+
+
+def flag_of(name: str) -> str:
+    """The flag of an attribute, without its dashes in front: num_layers -> num-layers."""
+    return {"world_size": "world-size", "fp8": "fp8-format", "fp4": "fp4-format"}.get(name, name.replace("_", "-"))
+
+
+def find_missing_problems(namespace: argparse.Namespace) -> list[str]:
+    """What a run cannot do without and neither the preset nor the command line gave."""
+    missing = list_missing_essentials(namespace)
+    missing += [name for name in ("seq_length", "micro_batch_size") if getattr(namespace, name) is None]
+    if namespace.lr is None and not namespace.skip_train:
+        missing.append("lr")
+    problems = [
+        f"{flag_of(name)}: must be given, got {name}=None. "
+        f"{REMEDIES.get(name, f'Pass --{flag_of(name)}, or a --preset that sets it')}."
+        for name in missing
+    ]
+    if namespace.train_iters is None and namespace.train_samples is None and not namespace.skip_train:
+        problems.append(
+            "train-iters: a run needs a length, got train_iters=None, train_samples=None. "
+            "Pass --train-iters or --train-samples."
+        )
+    return problems
+
+
+def find_value_problems(namespace: argparse.Namespace) -> list[str]:
+    """Numbers outside their range, and NaN."""
+    problems = []
+    for name in COUNTS:
+        value = getattr(namespace, name)
+        if value is not None and value < 1 and not (name == "num_experts" and value == 0):
+            problems.append(f"{flag_of(name)}: must be at least 1, got {name}={value}. Pass a positive number.")
+    for name, (least, below) in RANGES.items():
+        value = getattr(namespace, name)
+        if value is not None and not least <= value < below:
+            bounds = f"at least {least:g}" if below == math.inf else f"at least {least:g} and below {below:g}"
+            problems.append(f"{flag_of(name)}: must be {bounds}, got {name}={value}. Pass a number in that range.")
+    return problems

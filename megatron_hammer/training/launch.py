@@ -1,0 +1,57 @@
+"""Start the processes of one node, as torchrun does, and end as a user expects.
+
+    python -m megatron_hammer.training.launch --nproc-per-node 2 -- --preset hammer-tiny ...
+
+Everything before `--` is torchrun's (see torchrun --help); what follows goes to megatron_hammer.training.pretrain.
+Three differences from torchrun: a configuration error ends with its own sentence and exit code 2, not with a report of
+failed children; Ctrl-C and SIGTERM wait for the checkpoint instead of killing after 30 s; no process is restarted.
+torchrun itself works as well.
+"""
+
+import signal
+import sys
+from collections.abc import Sequence
+
+from megatron_hammer.errors import ConfigError, exit_on_user_error
+
+TRAINING_MODULE = "megatron_hammer.training.pretrain"
+CHECKPOINT_GRACE_S = 1800  # how long a stopping run may take to write its checkpoint
+
+
+@exit_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    """Launch and wait. Exits with 0, with 128 + the signal that stopped the run, or with the first failed child's code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if "--" not in argv:
+        raise ConfigError(
+            "launch: needs -- between torchrun's options and training's, got none. "
+            f"Use python -m {__spec__.name} --nproc-per-node 2 -- --preset hammer-tiny."
+        )
+    split = argv.index("--")
+    sys.exit(launch(argv[:split], argv[split + 1 :]))
+
+
+def launch(torchrun_options: Sequence[str], training_options: Sequence[str]) -> int:
+    """Run the training processes of this node to their end; returns the exit code."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    options = run.parse_args(
+        ["--shutdown-timeout", str(CHECKPOINT_GRACE_S), *torchrun_options, "-m", TRAINING_MODULE, *training_options]
+    )
+    try:
+        run.run(options)
+    except SignalException as stop:
+        return 128 + signal.Signals(stop.sigval).value
+    except ChildFailedError as error:
+        failure = error.get_first_failure()[1]
+        if failure.exitcode < 0:
+            print(f"error: a training process was killed by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
+            return 128 - failure.exitcode
+        return failure.exitcode
+    return 0
+
+
+if __name__ == "__main__":
+    main()

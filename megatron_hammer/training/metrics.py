@@ -1,0 +1,170 @@
+"""What is measured about a run: one object a step in metrics.jsonl, one an evaluation in validation.jsonl.
+
+No torch: megatron's values arrive as plain numbers from `training/observer.py`. Every figure carries its definition
+in `RunFacts`; where a figure has none (an MFU without a known peak) it is null, never a guess.
+"""
+
+import json
+import math
+import os
+import time
+from collections import deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from megatron_hammer.errors import DataError
+
+MFU_CONVENTION = "A"  # layers and head with causal attention, no input embedding; see model/flops.py
+ETA_WINDOW_STEPS = 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunFacts:
+    """What does not change while a run lasts."""
+
+    train_steps: int
+    seq_length: int
+    world_size: int
+    flops_per_token: int  # in MFU_CONVENTION, forward and backward, without recomputation
+    peak_tflops: float | None  # dense, of one GPU; None: no MFU
+    device_name: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepMetrics:
+    """One line of metrics.jsonl."""
+
+    step: int
+    loss: float
+    grad_norm: float | None
+    lr: float
+    num_samples: int
+    num_tokens: int  # consumed since the beginning of training
+    step_tokens: int
+    step_time_s: float  # from fetching the first micro-batch to the loss on the host; no evaluation, no checkpoint
+    tokens_per_s: float
+    tokens_per_s_per_gpu: float
+    model_tflops_per_gpu: float
+    mfu: float | None
+    mfu_convention: str
+    peak_tflops: float | None
+    eta_s: float
+    peak_memory_bytes: int  # of the rank that needs most
+    loss_scale: float
+    is_skipped: bool  # the optimizer skipped the step (overflow or NaN)
+
+
+class MetricsLog:
+    """Computes and appends step metrics. Used by the one rank that knows the loss.
+
+    metrics_path: None keeps the metrics in memory only. first_step: the first step of this process; lines of an
+    earlier process at or after it (it was killed behind its last checkpoint) are dropped, since those steps run again.
+    """
+
+    def __init__(self, facts: RunFacts, metrics_path: Path | None, first_step: int):
+        self.facts = facts
+        self.history: list[StepMetrics] = []
+        self.num_dropped = 0
+        self._step_times_s: deque[float] = deque(maxlen=ETA_WINDOW_STEPS)
+        self._file = self._validation_file = None
+        if metrics_path is not None:
+            metrics_path.parent.mkdir(parents=True, exist_ok=True)
+            self.num_dropped = drop_lines_from(metrics_path, first_step)
+            validation_path = metrics_path.with_name("validation.jsonl")
+            drop_lines_from(validation_path, first_step)
+            self._file = metrics_path.open("a", encoding="utf8")
+            self._validation_file = validation_path.open("a", encoding="utf8")
+
+    def add_step(self, *, num_samples: int, step_samples: int, step_time_s: float, **values: Any) -> StepMetrics:
+        """Derive the rates of one step and write its line. Returns the metrics."""
+        facts = self.facts
+        step_tokens = step_samples * facts.seq_length
+        self._step_times_s.append(step_time_s)
+        tokens_per_s = step_tokens / step_time_s
+        tflops_per_gpu = tokens_per_s * facts.flops_per_token / facts.world_size / 1e12
+        mean_step_time_s = sum(self._step_times_s) / len(self._step_times_s)
+        metrics = StepMetrics(
+            **values,
+            num_samples=num_samples,
+            num_tokens=num_samples * facts.seq_length,
+            step_tokens=step_tokens,
+            step_time_s=step_time_s,
+            tokens_per_s=tokens_per_s,
+            tokens_per_s_per_gpu=tokens_per_s / facts.world_size,
+            model_tflops_per_gpu=tflops_per_gpu,
+            mfu=None if facts.peak_tflops is None else tflops_per_gpu / facts.peak_tflops,
+            mfu_convention=MFU_CONVENTION,
+            peak_tflops=facts.peak_tflops,
+            eta_s=(facts.train_steps - values["step"]) * mean_step_time_s,
+        )
+        self.history.append(metrics)
+        _append(self._file, asdict(metrics))
+        return metrics
+
+    def add_validation(self, *, step: int, validation_set: str, loss: float) -> dict[str, Any]:
+        """Write one line of validation.jsonl: loss in nats a token and its perplexity. Returns the object."""
+        line = {
+            "step": step,
+            "validation_set": validation_set,
+            "loss": loss,
+            "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        }
+        _append(self._validation_file, line)
+        return line
+
+    def close(self) -> None:
+        for file in (self._file, self._validation_file):
+            if file is not None:
+                file.close()
+
+
+def _append(file: IO[str] | None, line: dict[str, Any]) -> None:
+    if file is not None:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+
+
+def drop_lines_from(path: Path, first_step: int) -> int:
+    """Keep the lines of `path` whose step is before `first_step`; returns how many were dropped.
+
+    A last line that was cut off by a kill counts as dropped. Raises DataError for any other line that is not ours.
+    """
+    if not path.exists():
+        return 0
+    lines = path.read_text(encoding="utf8").splitlines()
+    kept = []
+    for number, line in enumerate(lines, 1):
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines):
+                continue
+            raise DataError(
+                f"{path}:{number}: must be one JSON object with a step, got {line[:60]!r}. Move the file away."
+            ) from None
+        if step < first_step:
+            kept.append(line)
+    if len(kept) < len(lines):
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(line + "\n" for line in kept), encoding="utf8")
+        os.replace(partial, path)
+    return len(lines) - len(kept)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All lines of a metrics file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()]
+
+
+class Stopwatch:
+    """Seconds since the last start."""
+
+    def __init__(self) -> None:
+        self._started_at_s = time.perf_counter()
+
+    def start(self) -> None:
+        self._started_at_s = time.perf_counter()
+
+    def elapsed_s(self) -> float:
+        return time.perf_counter() - self._started_at_s

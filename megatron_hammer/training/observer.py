@@ -1,0 +1,177 @@
+"""Listens to megatron's training loop and turns what it hears into metrics and terminal output.
+
+megatron calls (through megatron_compat.observe_training) on every rank; the last rank holds the loss and does the
+recording. Reading the loss ends a step: it waits for the device, so the step time needs no other synchronisation.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from megatron_hammer.config.arguments import ParsedArguments
+from megatron_hammer.config.model_from_arguments import read_model
+from megatron_hammer.model.accounting import count_flops_per_token
+from megatron_hammer.platforms.device import max_over_ranks, read_device_name, read_peak_memory_bytes
+from megatron_hammer.platforms.gpu_peaks import find_dense_peak_tflops
+from megatron_hammer.training.metrics import MFU_CONVENTION, MetricsLog, RunFacts, Stopwatch, read_metrics
+from megatron_hammer.training.reporter import Reporter, write_loss_curve
+
+LOSS_NAME = "lm loss"  # the key of forward_step.sum_loss
+
+
+def build_observer(arguments: ParsedArguments, terminal: IO[str]) -> "RunObserver":
+    """The observer of a run, from its finalized arguments. terminal: where a person reads."""
+    namespace = arguments.namespace
+    device_name = read_device_name(namespace.platform)
+    facts = RunFacts(
+        train_steps=namespace.train_iters or namespace.train_samples // namespace.global_batch_size,
+        seq_length=namespace.seq_length,
+        world_size=namespace.world_size,
+        flops_per_token=count_flops_per_token(read_model(namespace), namespace.seq_length, MFU_CONVENTION),
+        peak_tflops=namespace.peak_tflops or find_dense_peak_tflops(device_name),
+        device_name=device_name,
+    )
+    is_recorder = namespace.rank == namespace.world_size - 1
+    return RunObserver(
+        namespace,
+        facts,
+        Reporter(terminal, facts),
+        is_recorder=is_recorder,
+        read_peak_memory_bytes=read_peak_memory_bytes,
+        max_over_ranks=max_over_ranks,
+    )
+
+
+class RunObserver:
+    """One run's ears.
+
+    is_recorder: whether this rank writes (the last one). max_over_ranks: collective maximum of a number, called by
+    every rank in the same order.
+    """
+
+    def __init__(
+        self,
+        namespace: argparse.Namespace,
+        facts: RunFacts,
+        reporter: Reporter,
+        *,
+        is_recorder: bool,
+        read_peak_memory_bytes: Callable[[], int],
+        max_over_ranks: Callable[[float], float],
+    ):
+        self.namespace, self.facts, self.reporter = namespace, facts, reporter
+        self.is_recorder = is_recorder
+        self._read_peak_memory_bytes, self._max_over_ranks = read_peak_memory_bytes, max_over_ranks
+        self._stopwatch, self._lr = Stopwatch(), 0.0
+        self._log: MetricsLog | None = None
+        self._validations: list[dict[str, Any]] = []
+        self._num_evaluated_sets = 0
+
+    # --- called by megatron's loop -----------------------------------------------------------------------------------
+
+    def begin_step(self, param_groups: Sequence[dict[str, Any]]) -> None:
+        """A step starts; `param_groups` still hold the learning rate that it will apply."""
+        if self._log is None and self.is_recorder:
+            self._open_log()
+        self._lr = max((group["lr"] for group in param_groups if group.get("lr") is not None), default=0.0)
+        self._stopwatch.start()
+
+    def end_step(
+        self, *, step: int, losses: dict[str, Any], grad_norm: float | None, loss_scale: float, is_skipped: bool
+    ) -> None:
+        """The optimizer has stepped. losses: {name: scalar tensor} on the last pipeline stage, else empty."""
+        loss = float(losses[LOSS_NAME]) if LOSS_NAME in losses else None
+        step_time_s = self._stopwatch.elapsed_s()
+        peak_memory_bytes = int(self._max_over_ranks(float(self._read_peak_memory_bytes())))
+        if not self.is_recorder:
+            return
+        assert self._log is not None
+        assert loss is not None
+        metrics = self._log.add_step(
+            step=step,
+            loss=loss,
+            grad_norm=None if grad_norm is None else float(grad_norm),
+            lr=self._lr,
+            num_samples=self.namespace.consumed_train_samples,
+            step_samples=self.namespace.global_batch_size,
+            step_time_s=step_time_s,
+            loss_scale=float(loss_scale),
+            is_skipped=bool(is_skipped),
+            peak_memory_bytes=peak_memory_bytes,
+        )
+        self.reporter.show_step(metrics)
+
+    def begin_evaluation(self) -> None:
+        """An evaluation starts; its sets follow one by one."""
+        self._num_evaluated_sets = 0
+
+    def end_evaluation_of_set(self, *, step: int, is_test: bool, losses: dict[str, Any]) -> None:
+        """One validation or test set has been evaluated. losses as in `end_step`."""
+        name = self._name_evaluated_set(is_test)
+        self._num_evaluated_sets += 1
+        if not self.is_recorder or LOSS_NAME not in losses:
+            return
+        if self._log is None:
+            self._open_log()
+        assert self._log is not None
+        validation = self._log.add_validation(step=step, validation_set=name, loss=float(losses[LOSS_NAME]))
+        self._validations.append(validation)
+        self.reporter.show_validation(validation)
+
+    # --- called by the main path -------------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Close the files; write the loss curve; print the summary."""
+        self.reporter.stop()
+        if not self.is_recorder or self._log is None:
+            return
+        self._log.close()
+        metrics_path = self._metrics_path()
+        curve_path = None
+        if metrics_path is not None and self._log.history:
+            curve_path = metrics_path.with_name("loss.png")
+            validations = read_metrics(metrics_path.with_name("validation.jsonl"))
+            write_loss_curve(read_metrics(metrics_path), validations, curve_path)
+        checkpoint_dir = None if self.namespace.save is None else Path(self.namespace.save)
+        self.reporter.show_summary(
+            self._log.history,
+            self._validations,
+            {"metrics": metrics_path, "loss curve": curve_path, "checkpoints": checkpoint_dir},
+        )
+
+    def report_early_stop(self) -> None:
+        """Say where a run stands that stopped before its last step."""
+        self.reporter.stop()
+        if self.is_recorder:
+            saved = "nothing was saved (no --save)" if self.namespace.save is None else f"saved to {self.namespace.save}"
+            self.reporter.say(
+                f"stopped after step {self.last_step} of {self.facts.train_steps}, {saved}; "
+                "the same command continues from there"
+            )
+
+    @property
+    def last_step(self) -> int:
+        return self._log.history[-1].step if self._log and self._log.history else self.namespace.iteration
+
+    def _metrics_path(self) -> Path | None:
+        return None if self.namespace.metrics_path is None else Path(self.namespace.metrics_path)
+
+    def _open_log(self) -> None:
+        first_step = self.namespace.iteration + 1
+        self._log = MetricsLog(self.facts, self._metrics_path(), first_step)
+        if first_step > 1:
+            self.reporter.say(f"resumed from the checkpoint of step {first_step - 1}")
+        if self._log.num_dropped:
+            self.reporter.say(
+                f"metrics: dropped {self._log.num_dropped} lines of steps after the checkpoint; they run again"
+            )
+        self.reporter.start(first_step)
+
+    def _name_evaluated_set(self, is_test: bool) -> str:
+        if is_test:
+            return "test"
+        if not self.namespace.multiple_validation_sets:
+            return "validation"
+        names = self.namespace.validation_set_names
+        return names[self._num_evaluated_sets] if names else f"validation-{self._num_evaluated_sets}"
