@@ -81,9 +81,7 @@ def _hammer_defaults() -> dict[str, Any]:
 
 def _typed_destinations(parser: argparse.ArgumentParser, argv: Sequence[str]) -> frozenset[str]:
     names = {argument.split("=", 1)[0] for argument in argv if argument.startswith("--")}
-    return frozenset(
-        action.dest for name, action in parser._option_string_actions.items() if name in names
-    )
+    return frozenset(action.dest for name, action in parser._option_string_actions.items() if name in names)
 
 
 def _drop_what_samples_replace(namespace: argparse.Namespace, typed: frozenset[str]) -> None:

@@ -129,8 +129,10 @@ def _write_rng_state(state: torch.Tensor, device: Any = None) -> None:
 
 
 def _is_cuda(device: Any) -> bool:
-    return isinstance(device, str) and device.startswith("cuda") or (
-        isinstance(device, torch.device) and device.type == "cuda"
+    return (
+        isinstance(device, str)
+        and device.startswith("cuda")
+        or (isinstance(device, torch.device) and device.type == "cuda")
     )
 
 

@@ -200,7 +200,9 @@ def observe_training(observer: Any) -> None:
     current = {"step": 0, "is_test": False}
 
     @functools.wraps(original_step)
-    def train_step(forward_step: Any, data_iterator: Any, model: Any, optimizer: Any, *rest: Any, **options: Any) -> Any:
+    def train_step(
+        forward_step: Any, data_iterator: Any, model: Any, optimizer: Any, *rest: Any, **options: Any
+    ) -> Any:
         observer.begin_step(optimizer.param_groups)
         return original_step(forward_step, data_iterator, model, optimizer, *rest, **options)
 

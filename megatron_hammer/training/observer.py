@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_hammer.config.arguments import ParsedArguments
-from megatron_hammer.config.model_from_arguments import read_model
+from megatron_hammer.config.model_from_arguments import build_model
 from megatron_hammer.model.accounting import count_flops_per_token
 from megatron_hammer.platforms.device import max_over_ranks, read_device_name, read_peak_memory_bytes
 from megatron_hammer.platforms.gpu_peaks import find_dense_peak_tflops
@@ -28,7 +28,7 @@ def build_observer(arguments: ParsedArguments, terminal: IO[str]) -> "RunObserve
         train_steps=namespace.train_iters or namespace.train_samples // namespace.global_batch_size,
         seq_length=namespace.seq_length,
         world_size=namespace.world_size,
-        flops_per_token=count_flops_per_token(read_model(namespace), namespace.seq_length, MFU_CONVENTION),
+        flops_per_token=count_flops_per_token(build_model(namespace), namespace.seq_length, MFU_CONVENTION),
         peak_tflops=namespace.peak_tflops or find_dense_peak_tflops(device_name),
         device_name=device_name,
     )
@@ -144,7 +144,9 @@ class RunObserver:
         """Say where a run stands that stopped before its last step."""
         self.reporter.stop()
         if self.is_recorder:
-            saved = "nothing was saved (no --save)" if self.namespace.save is None else f"saved to {self.namespace.save}"
+            saved = (
+                "nothing was saved (no --save)" if self.namespace.save is None else f"saved to {self.namespace.save}"
+            )
             self.reporter.say(
                 f"stopped after step {self.last_step} of {self.facts.train_steps}, {saved}; "
                 "the same command continues from there"

@@ -102,9 +102,7 @@ def train(arguments: "ParsedArguments", terminal: IO[str]) -> None:
     observer = build_observer(arguments, terminal)
     megatron_compat.observe_training(observer)
     try:
-        pretrain(
-            config, build_dataset_provider(namespace), ModelType.encoder_or_decoder, build_forward_step(namespace)
-        )
+        pretrain(config, build_dataset_provider(namespace), ModelType.encoder_or_decoder, build_forward_step(namespace))
     except SystemExit as stop:
         report_early_stop(observer, stop)
     observer.finish()

@@ -27,7 +27,11 @@ class Reporter:
         if not self.console.is_terminal:
             return
         self._progress = Progress(
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), console=self.console
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            console=self.console,
         )
         self._progress.start()
         self._task = self._progress.add_task("", total=self.facts.train_steps, completed=first_step - 1)
