@@ -8,10 +8,12 @@ Entry points wrap their main in `exit_on_user_error`: user errors leave no stack
 import functools
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 USER_ERROR_EXIT_CODE = 2
+FOLLOWER_GRACE_S = 10.0
 
 
 class HammerError(Exception):
@@ -53,9 +55,12 @@ def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return main(*args, **kwargs)
         except HammerError as error:
-            if os.environ.get("LOCAL_RANK", "0") == "0":  # every process of a node finds the same problem
-                for problem in error.problems:
-                    print(f"error: {problem}", file=sys.stderr)
+            # Every process of a node usually finds the same problem: the first one says it, and its end ends the
+            # others. What only another process finds, that one says after waiting.
+            if os.environ.get("LOCAL_RANK", "0") != "0":
+                time.sleep(FOLLOWER_GRACE_S)
+            for problem in error.problems:
+                print(f"error: {problem}", file=sys.stderr)
             sys.exit(USER_ERROR_EXIT_CODE)
 
     return wrapped

@@ -112,7 +112,7 @@ def _derive(namespace: argparse.Namespace, *, platform: str, backend: str, typed
 
     namespace.platform, namespace.backend = platform, backend
     namespace._is_global_batch_size_explicitly_specified = "global_batch_size" in typed
-    namespace.bf16 = namespace.bf16 or namespace.precision == "bf16" and not namespace.fp16
+    namespace.bf16 = namespace.bf16 or (namespace.precision == "bf16" and not namespace.fp16)
     namespace.fp16 = namespace.fp16 or namespace.precision == "fp16"
     if not namespace.group_query_attention:
         namespace.num_query_groups = namespace.num_attention_heads

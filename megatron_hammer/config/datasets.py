@@ -5,7 +5,7 @@ from typing import Any
 
 
 def build_dataset_provider(namespace: argparse.Namespace) -> Any:
-    """A DatasetProvider for a finalized namespace; call it after Megatron's globals are set (it takes the tokenizer)."""
+    """A DatasetProvider for a finalized namespace; its tokenizer is Megatron's global one, so call it after that."""
     from megatron.core import parallel_state
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
     from megatron.training import get_tokenizer

@@ -129,11 +129,9 @@ def _write_rng_state(state: torch.Tensor, device: Any = None) -> None:
 
 
 def _is_cuda(device: Any) -> bool:
-    return (
-        isinstance(device, str)
-        and device.startswith("cuda")
-        or (isinstance(device, torch.device) and device.type == "cuda")
-    )
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
 
 
 def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:

@@ -20,7 +20,7 @@ CHECKPOINT_GRACE_S = 1800  # how long a stopping run may take to write its check
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
-    """Launch and wait. Exits with 0, with 128 + the signal that stopped the run, or with the first failed child's code."""
+    """Launch and wait. Exits with 0, 128 + the signal that stopped the run, or the first failed child's code."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if "--" not in argv:
         raise ConfigError(
