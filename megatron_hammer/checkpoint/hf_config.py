@@ -1,0 +1,94 @@
+"""config.json and generation_config.json of a Hugging Face folder, as plain dictionaries; no import of transformers.
+
+`rope_theta` and `torch_dtype` are spelt as transformers 4 and other engines read them; transformers 5 reads them too.
+"""
+
+from typing import Any
+
+from megatron_hammer.checkpoint.architecture import Architecture
+from megatron_hammer.checkpoint.mapping import Family
+
+
+def build_config(
+    family: Family, model: Architecture, *, dtype: str, bos_id: int | None, eos_id: int | None
+) -> dict[str, Any]:
+    """config.json of `model`; dtype: "bfloat16", "float16" or "float32"."""
+    builders = {"llama": _llama, "qwen2": _qwen2, "qwen2_moe": _qwen2_moe, "gpt2": _gpt2}
+    return {
+        "architectures": [family.hf_class],
+        "model_type": family.name,
+        "torch_dtype": dtype,
+        "vocab_size": model.vocab_size,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "initializer_range": model.init_method_std,
+        "tie_word_embeddings": model.has_tied_embeddings,
+        "use_cache": True,
+        **builders[family.name](model),
+    }
+
+
+def build_generation_config(*, bos_id: int | None, eos_id: int | None) -> dict[str, Any]:
+    """generation_config.json: which ids begin and end a text, where the tokenizer says so."""
+    ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": eos_id}
+    return {name: token_id for name, token_id in ids.items() if token_id is not None}
+
+
+def _common(model: Architecture) -> dict[str, Any]:
+    """What Llama and the Qwen2 family share."""
+    return {
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_query_groups,
+        "head_dim": model.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": model.max_position_embeddings,
+        "rms_norm_eps": model.norm_epsilon,
+        "rope_theta": float(model.rotary_base),
+        "attention_dropout": model.attention_dropout,
+    }
+
+
+def _llama(model: Architecture) -> dict[str, Any]:
+    return {**_common(model), "attention_bias": model.has_linear_bias, "mlp_bias": model.has_linear_bias}
+
+
+def _qwen2(model: Architecture) -> dict[str, Any]:
+    return {**_common(model), "use_sliding_window": False}
+
+
+def _qwen2_moe(model: Architecture) -> dict[str, Any]:
+    """Every layer is a mixture. norm_topk_prob: a softmax over the chosen logits is one over all, renormalised."""
+    moe = model.moe
+    if moe is None:
+        raise ValueError("select_family gives qwen2_moe only to a model with experts")
+    return {
+        **_common(model),
+        "use_sliding_window": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.router_topk,
+        "norm_topk_prob": model.has_normalized_topk,
+        "moe_intermediate_size": moe.ffn_hidden_size,
+        "shared_expert_intermediate_size": moe.shared_expert_intermediate_size,
+        "router_aux_loss_coef": moe.aux_loss_coeff,
+        "qkv_bias": model.has_qkv_bias,
+    }
+
+
+def _gpt2(model: Architecture) -> dict[str, Any]:
+    return {
+        "n_embd": model.hidden_size,
+        "n_inner": model.ffn_hidden_size,
+        "n_layer": model.num_layers,
+        "n_head": model.num_attention_heads,
+        "n_positions": model.max_position_embeddings,
+        "activation_function": "gelu_new" if model.activation == "gelu_tanh" else "gelu",
+        "layer_norm_epsilon": model.norm_epsilon,
+        "attn_pdrop": model.attention_dropout,
+        "embd_pdrop": model.hidden_dropout,
+        "resid_pdrop": model.hidden_dropout,
+    }

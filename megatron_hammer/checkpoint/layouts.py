@@ -1,0 +1,107 @@
+"""How Megatron and Hugging Face arrange the same numbers: pairs of pure functions, each the exact inverse of the other.
+
+No arithmetic, no IO, no names of checkpoints; `mapping.py` says which tensor takes which layout.
+"""
+
+import torch
+from torch import Tensor
+
+from megatron_hammer.errors import ConversionError
+
+
+def split_qkv(qkv: Tensor, *, num_query_groups: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Split Megatron's fused QKV weight or bias into HF's q, k and v; exact inverse of `merge_qkv`.
+
+    qkv: [(n + 2*g) * d, ...]; each of the g groups stores its n/g query heads, then one key, then one value.
+    Returns q [n*d, ...], k [g*d, ...], v [g*d, ...]: contiguous copies, dtype unchanged, no arithmetic.
+    Raises ConversionError if qkv.shape[0] is not a multiple of g * d that leaves a query head, naming both numbers.
+    Source: row order of megatron.core SelfAttention.linear_qkv; pinned by tests/numerics/test_qkv_layout.py.
+    """
+    num_rows, group_rows = qkv.shape[0], num_query_groups * head_dim
+    if num_rows % group_rows or num_rows // group_rows < 3:
+        raise ConversionError(
+            f"qkv: rows must be a multiple of num_query_groups * head_dim, at least 3 of them, got rows={num_rows}, "
+            f"num_query_groups * head_dim={group_rows}. Check num_query_groups and kv_channels."
+        )
+    heads_per_group = num_rows // group_rows - 2
+    rest = qkv.shape[1:]
+    grouped = qkv.reshape(num_query_groups, heads_per_group + 2, head_dim, *rest)
+    query, key, value = grouped.split([heads_per_group, 1, 1], dim=1)
+    return (
+        query.reshape(-1, *rest).clone(),
+        key.reshape(-1, *rest).clone(),
+        value.reshape(-1, *rest).clone(),
+    )
+
+
+def merge_qkv(query: Tensor, key: Tensor, value: Tensor, *, num_query_groups: int, head_dim: int) -> Tensor:
+    """Fuse HF's q, k and v into Megatron's QKV; exact inverse of `split_qkv`, whose shapes these are.
+
+    Raises ConversionError if the rows of q, k or v are not whole heads of every group.
+    """
+    group_rows = num_query_groups * head_dim
+    if query.shape[0] % group_rows or query.shape[0] == 0 or key.shape[0] != group_rows or value.shape != key.shape:
+        raise ConversionError(
+            f"qkv: rows of k and v must be num_query_groups * head_dim and those of q a multiple of it, got "
+            f"q={query.shape[0]}, k={key.shape[0]}, v={value.shape[0]}, num_query_groups * head_dim={group_rows}. "
+            "Check num_key_value_heads and head_dim."
+        )
+    rest = query.shape[1:]
+    heads = [tensor.reshape(num_query_groups, -1, head_dim, *rest) for tensor in (query, key, value)]
+    return torch.cat(heads, dim=1).reshape(-1, *rest)
+
+
+def split_gate_up(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """Split Megatron's linear_fc1 of a gated MLP into HF's gate and up; exact inverse of `merge_gate_up`.
+
+    gate_up: [2*f, ...], the f rows that go through the activation first. Returns two contiguous copies [f, ...].
+    Raises ConversionError for an odd number of rows.
+    Source: megatron.core MLP.forward, `x = torch.chunk(x, 2, dim=-1); return activation_func(x[0]) * x[1]`.
+    """
+    if gate_up.shape[0] % 2:
+        raise ConversionError(
+            f"gate_up: rows must be even, one half each for gate and up, got rows={gate_up.shape[0]}. "
+            "Check ffn_hidden_size and swiglu."
+        )
+    gate, up = gate_up.chunk(2)
+    return gate.clone(), up.clone()
+
+
+def merge_gate_up(gate: Tensor, up: Tensor) -> Tensor:
+    """Fuse HF's gate and up [f, ...] into Megatron's linear_fc1 [2*f, ...]; exact inverse of `split_gate_up`.
+
+    Raises ConversionError if the two differ in shape.
+    """
+    if gate.shape != up.shape:
+        raise ConversionError(
+            f"gate_up: gate and up must have one shape, got gate={tuple(gate.shape)}, up={tuple(up.shape)}. "
+            "Check intermediate_size."
+        )
+    return torch.cat([gate, up])
+
+
+def pad_vocab(weight: Tensor, *, padded_vocab_size: int) -> Tensor:
+    """Append rows of zeros to an embedding [v, h] up to `padded_vocab_size`; `unpad_vocab` removes them again.
+
+    Raises ConversionError if the weight has more rows than that.
+    """
+    num_padding_rows = padded_vocab_size - weight.shape[0]
+    if num_padding_rows < 0:
+        raise ConversionError(
+            f"vocabulary: rows must not exceed padded_vocab_size, got rows={weight.shape[0]}, "
+            f"padded_vocab_size={padded_vocab_size}. Check --make-vocab-size-divisible-by."
+        )
+    return torch.cat([weight, weight.new_zeros(num_padding_rows, *weight.shape[1:])])
+
+
+def unpad_vocab(weight: Tensor, *, vocab_size: int) -> Tensor:
+    """Keep the first `vocab_size` rows of a padded embedding [p, h]; inverse of `pad_vocab` up to the padding.
+
+    Raises ConversionError if the weight has fewer rows than that.
+    """
+    if weight.shape[0] < vocab_size:
+        raise ConversionError(
+            f"vocabulary: rows must be at least vocab_size, got rows={weight.shape[0]}, vocab_size={vocab_size}. "
+            "Pass the vocabulary that the model was trained with."
+        )
+    return weight[:vocab_size].clone()

@@ -1,0 +1,75 @@
+"""README.md of an exported model: what it is, how it was trained, how to load it. Nothing that is not in its inputs."""
+
+from typing import Any
+
+from megatron_hammer.checkpoint.architecture import Architecture
+from megatron_hammer.checkpoint.mapping import Family
+
+
+def build_model_card(
+    family: Family,
+    model: Architecture,
+    *,
+    args: Any,
+    iteration: int,
+    dtype: str,
+    num_parameters: int,
+    has_tokenizer: bool,
+) -> str:
+    """Markdown with a table of the architecture and one of the recipe in Megatron's saved arguments."""
+    name = getattr(args, "preset", None) or f"{family.hf_class} with {num_parameters:,} parameters"
+    tokenizer_line = "" if has_tokenizer else "\nThis folder has no tokenizer; add the one that made its data.\n"
+    return (
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {name}\n\n"
+        f"Pretrained with megatron_hammer and exported at iteration {iteration:,}. A base model: it continues text.\n"
+        f"{tokenizer_line}\n"
+        "```python\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained(".")\n'
+        'tokenizer = AutoTokenizer.from_pretrained(".")\n'
+        "```\n\n"
+        f"## Architecture\n\n{_table(_architecture(family, model, dtype, num_parameters))}\n"
+        f"## Training\n\n{_table(_recipe(args, iteration))}"
+    )
+
+
+def _architecture(family: Family, model: Architecture, dtype: str, num_parameters: int) -> dict[str, Any]:
+    rows: dict[str, Any] = {
+        "class": family.hf_class,
+        "parameters": f"{num_parameters:,}",
+        "dtype": dtype,
+        "layers": model.num_layers,
+        "hidden size": model.hidden_size,
+        "attention heads / query groups": f"{model.num_attention_heads} / {model.num_query_groups}",
+        "MLP size": model.ffn_hidden_size,
+        "vocabulary": f"{model.vocab_size:,}",
+        "positions": f"{model.max_position_embeddings:,} ({model.position_embedding_type})",
+        "tied embeddings": "yes" if model.has_tied_embeddings else "no",
+    }
+    if model.moe is not None:
+        rows |= {
+            "experts": f"{model.moe.num_experts}, {model.moe.router_topk} a token, size {model.moe.ffn_hidden_size}",
+            "shared expert": f"size {model.moe.shared_expert_intermediate_size}",
+        }
+    return rows
+
+
+def _recipe(args: Any, iteration: int) -> dict[str, Any]:
+    samples = getattr(args, "consumed_train_samples", 0)
+    return {
+        "steps": f"{iteration:,}",
+        "tokens": f"{samples * args.seq_length:,}",
+        "sequence length": f"{args.seq_length:,}",
+        "global batch": f"{args.global_batch_size:,} sequences",
+        "learning rate": f"{args.lr} to {args.min_lr}, {args.lr_decay_style}",
+        "weight decay": args.weight_decay,
+        "Adam": f"beta1 {args.adam_beta1}, beta2 {args.adam_beta2}, epsilon {args.adam_eps}",
+        "gradient clipping": args.clip_grad,
+        "dropout": f"hidden {args.hidden_dropout}, attention {args.attention_dropout}",
+        "seed": args.seed,
+    }
+
+
+def _table(rows: dict[str, Any]) -> str:
+    lines = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+    return f"| | |\n|---|---|\n{lines}"

@@ -1,0 +1,108 @@
+"""Reads the pickles inside a torch_dist checkpoint without letting them run code.
+
+Two kinds: `.metadata`, a plain pickle, goes through an unpickler with a fixed list of types; every other object is a
+torch file and goes through `torch.load(weights_only=True)`, where megatron's own enums and records become inert
+`MegatronObject`s. So a checkpoint can be read without importing megatron, and an unlisted type stops the reading.
+"""
+
+import argparse
+import io
+import pathlib
+import pickle
+import signal
+import types
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from megatron_hammer.errors import CheckpointError
+
+_METADATA_TYPES = frozenset(
+    {
+        ("builtins", "set"),
+        ("builtins", "frozenset"),
+        ("collections", "OrderedDict"),
+        ("torch", "Size"),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
+        ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
+        ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
+        ("torch.distributed.checkpoint.metadata", "Metadata"),
+        ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
+        ("torch.distributed.checkpoint.metadata", "StorageMeta"),
+        ("torch.distributed.checkpoint.metadata", "TensorProperties"),
+        ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
+        ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
+        ("torch.distributed.checkpoint.planner", "SavePlan"),
+        ("torch.distributed.checkpoint.planner", "TensorWriteData"),
+        ("torch.distributed.checkpoint.planner", "WriteItem"),
+        ("torch.distributed.checkpoint.planner", "WriteItemType"),
+        ("torch.serialization", "_get_layout"),
+    }
+)
+_OBJECT_TYPES = (argparse.Namespace, types.SimpleNamespace, pathlib.PosixPath, signal.Signals)
+_STAND_IN_PREFIXES = ("megatron.core.", "megatron.training.", "transformer_engine.")
+
+
+class MegatronObject:
+    """Stands in for an enum or a record of megatron: keeps the values it was made from, has no behaviour."""
+
+    def __init__(self, *values: Any):
+        self.values = values
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(map(repr, self.values))})"
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _METADATA_TYPES:
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise pickle.UnpicklingError(f"type {module}.{name} is not on the list")
+
+
+def read_metadata(path: Path) -> Any:
+    """The torch.distributed.checkpoint Metadata in `path`.
+
+    Raises CheckpointError if the file is missing, damaged or holds a type that such a file never needs.
+    """
+    try:
+        with path.open("rb") as file:
+            return _MetadataUnpickler(file).load()
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: file must be readable, got {error.strerror}. The save was interrupted or the copy is incomplete."
+        ) from error
+    except Exception as error:  # damaged pickles raise nearly anything
+        raise _unreadable(path, error) from error
+
+
+def read_object(file: BinaryIO | io.BytesIO, *, where: str | Path) -> Any:
+    """A tensor or a plain object that torch.save wrote; raises CheckpointError, naming `where`, if it is neither."""
+    try:
+        stand_ins = _stand_ins(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+        file.seek(0)
+        with torch.serialization.safe_globals([*_OBJECT_TYPES, *stand_ins]):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files raise nearly anything
+        raise _unreadable(where, error) from error
+
+
+def _stand_ins(names: list[str]) -> list[tuple[Any, str]]:
+    """An inert class for every type of megatron in the file; others are left for torch.load to refuse."""
+    return [
+        (type(name.rsplit(".", 1)[1], (MegatronObject,), {}), name)
+        for name in names
+        if name.startswith(_STAND_IN_PREFIXES)
+    ]
+
+
+def _unreadable(where: str | Path, error: Exception) -> CheckpointError:
+    reason = str(error).strip().split("\n")[0]
+    return CheckpointError(
+        f"{where}: contents must be what torch_dist writes, got {type(error).__name__}: {reason}. "
+        "The file is damaged or not a checkpoint; use another iteration or copy it again."
+    )

@@ -1,0 +1,60 @@
+#!/usr/bin/env python3
+"""Continue a prompt with a Hugging Face model: shows that an export loads and what it has learnt."""
+
+import argparse
+import logging
+import os
+from pathlib import Path
+
+from megatron_hammer.errors import ConversionError, exit_on_user_error
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="folder of the model, with its tokenizer")
+    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=60, help="length of the continuation (%(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (%(default)s)")
+    parser.add_argument("--top-k", type=int, default=50, help="draw from this many tokens (%(default)s)")
+    parser.add_argument("--seed", type=int, default=1234, help="of the draw (%(default)s)")
+    return parser.parse_args()
+
+
+@exit_on_user_error
+def main() -> None:
+    arguments = parse_arguments()
+    for name in ("config.json", "tokenizer.json"):
+        if not (arguments.model / name).is_file():
+            raise ConversionError(
+                f"{arguments.model}: model folder must hold {name}, got none. "
+                "Pass a folder written by checkpoint_convert/megatron_to_hf.py with its tokenizer."
+            )
+    print(generate(arguments))
+
+
+def generate(arguments: argparse.Namespace) -> str:
+    """The prompt and its continuation; nothing that the folder may carry is executed."""
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(arguments.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, trust_remote_code=False, dtype="auto").to(device)
+    inputs = tokenizer(arguments.prompt, return_tensors="pt").to(device)
+    sampling = {"do_sample": True, "temperature": arguments.temperature, "top_k": arguments.top_k}
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=arguments.max_new_tokens,
+            **(sampling if arguments.temperature > 0 else {"do_sample": False}),
+        )
+    return tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+if __name__ == "__main__":
+    main()
