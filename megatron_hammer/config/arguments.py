@@ -133,6 +133,7 @@ def _derive(namespace: argparse.Namespace, *, platform: str, backend: str, typed
     if namespace.tensor_model_parallel_size > 1 and namespace.num_experts:
         default("sequence_parallel", True)  # mcore's MoE requires it with tensor parallelism
     _derive_data(namespace, default)
+    _derive_validation(namespace, default)
     _derive_schedule(namespace, default)
     _derive_vocabulary(namespace)
 
@@ -148,10 +149,24 @@ def _derive_data(namespace: argparse.Namespace, default: Any) -> None:
             namespace.tokenizer_type = "HuggingFaceTokenizer"
     if namespace.data_path is not None or namespace.data_args_path is not None:
         default("split", DEFAULT_SPLIT)
-    if namespace.valid_data_path is not None and namespace.multiple_validation_sets:
-        default("full_validation", True)  # Megatron has several validation sets only with whole passes
     if namespace.reset_attention_mask:
         default("create_attention_mask_in_dataloader", True)
+
+
+def _derive_validation(namespace: argparse.Namespace, default: Any) -> None:
+    """Megatron has several validation sets only with whole passes, and whole passes only one sample at a time."""
+    if namespace.multiple_validation_sets:
+        default("full_validation", True)
+    if not namespace.full_validation:
+        return
+    ranks_of_model = (
+        namespace.tensor_model_parallel_size * namespace.pipeline_model_parallel_size * namespace.context_parallel_size
+    )
+    # An interleaved schedule needs as many micro-batches as stages: each sample is then seen that often, equally.
+    is_interleaved = namespace.num_virtual_stages_per_pipeline_rank or namespace.num_layers_per_virtual_pipeline_stage
+    num_microbatches = namespace.pipeline_model_parallel_size if is_interleaved else 1
+    default("eval_micro_batch_size", 1)
+    default("eval_global_batch_size", max(1, namespace.world_size // ranks_of_model) * num_microbatches)
 
 
 def _derive_schedule(namespace: argparse.Namespace, default: Any) -> None:

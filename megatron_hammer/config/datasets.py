@@ -5,16 +5,45 @@ from typing import Any
 
 
 def build_dataset_provider(namespace: argparse.Namespace) -> Any:
-    """A DatasetProvider for a finalized namespace; its tokenizer is Megatron's global one, so call it after that."""
+    """A DatasetProvider that reads data on the ranks of this process's grid that need it."""
     from megatron.core import parallel_state
+
+    from megatron_hammer.data.provider import DatasetProvider
+
+    def needs_data(vp_stage: int | None) -> bool:
+        is_first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
+        is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+        return (is_first or is_last) and parallel_state.get_tensor_model_parallel_rank() == 0
+
+    return DatasetProvider(build_dataset_config(namespace), needs_data)
+
+
+def build_data_cache(namespace: argparse.Namespace) -> dict[str, int]:
+    """Build the sample indices of a run in this one process, into --data-cache-path; training then only maps them.
+
+    Returns {split: number of samples}.
+    """
+    from megatron.training import get_train_valid_test_num_samples
+
+    from megatron_hammer.data.provider import DatasetProvider
+
+    provider = DatasetProvider(build_dataset_config(namespace), lambda vp_stage: True)
+    datasets = provider(get_train_valid_test_num_samples())
+    counts: dict[str, int] = {}
+    for split, dataset in zip(("train", "valid", "test"), datasets, strict=True):
+        parts = dataset if isinstance(dataset, list) else [dataset]
+        counts[split] = sum(len(part) for part in parts if part is not None)
+    return counts
+
+
+def build_dataset_config(namespace: argparse.Namespace) -> Any:
+    """mcore's GPTDatasetConfig for a finalized namespace; its tokenizer is Megatron's global one."""
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
     from megatron.training import get_tokenizer
     from megatron.training.utils import get_blend_and_blend_per_split
 
-    from megatron_hammer.data.provider import DatasetProvider
-
     blend, blend_per_split = get_blend_and_blend_per_split(namespace)
-    config = GPTDatasetConfig(
+    return GPTDatasetConfig(
         random_seed=namespace.seed,
         sequence_length=namespace.seq_length,
         blend=blend,
@@ -38,10 +67,3 @@ def build_dataset_provider(namespace: argparse.Namespace) -> Any:
         data_parallel_size=namespace.data_parallel_size,
         context_parallel_size=namespace.context_parallel_size,
     )
-
-    def needs_data(vp_stage: int | None) -> bool:
-        is_first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
-        is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
-        return (is_first or is_last) and parallel_state.get_tensor_model_parallel_rank() == 0
-
-    return DatasetProvider(config, needs_data)

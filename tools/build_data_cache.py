@@ -1,0 +1,36 @@
+#!/usr/bin/env python3
+"""Build the sample indices of a training run beforehand, in one process, so that no rank waits for them.
+
+    python tools/build_data_cache.py --preset hammer-1b4 --data-path data/corpus_text_document --data-cache-path cache
+
+Takes the flags of the training run; the indices depend on its data, split, seed, sequence length and number of samples.
+"""
+
+import sys
+
+from megatron_hammer.errors import ConfigError, exit_on_user_error
+
+
+@exit_on_user_error
+def main() -> None:
+    from megatron_hammer.training.pretrain import check, open_terminal, prepare
+
+    terminal = open_terminal(sys.argv[1:])
+    arguments = prepare(["--platform", "cpu", *sys.argv[1:]])
+    if arguments.namespace.data_cache_path is None:
+        raise ConfigError(
+            "data-cache-path: must name the folder that training will read, got none. Pass --data-cache-path DIR."
+        )
+    check(arguments)
+
+    from megatron_hammer.config.arguments import finalize_arguments
+    from megatron_hammer.config.datasets import build_data_cache
+
+    finalize_arguments(arguments.namespace)
+    counts = build_data_cache(arguments.namespace)
+    samples = ", ".join(f"{count:,} {split}" for split, count in counts.items())
+    print(f"{arguments.namespace.data_cache_path}: samples: {samples}", file=terminal)
+
+
+if __name__ == "__main__":
+    main()
