@@ -64,7 +64,7 @@ class CheckpointReader:
             )
         self.args: Any = common_state["args"]
         self.iteration: int = common_state["iteration"]
-        self.tensors = _use_fused_norm_names(dict(self._list_tensors()))
+        self.tensors = use_fused_norm_names(dict(self._list_tensors()))
 
     def remove_vocab_padding(self, vocab_size: int) -> None:
         """From here on the embedding and the head have `vocab_size` rows; the padding is never read."""
@@ -248,7 +248,7 @@ def _unstack(key: str, size: tuple[int, ...], dtype: torch.dtype) -> Iterator[tu
         )
 
 
-def _use_fused_norm_names(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+def use_fused_norm_names[T](tensors: dict[str, T]) -> dict[str, T]:
     """Names of the local layer spec become TransformerEngine's, which the mapping is written on."""
     renamed = {}
     for name, stored in tensors.items():

@@ -1,0 +1,133 @@
+"""Our model of one CPU rank, built in this process through the same arguments and provider as training.
+
+For tests that look inside the model. `single_rank()` must be open while a model is built and run.
+"""
+
+import contextlib
+import tempfile
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_hammer.checkpoint.architecture import Architecture
+from megatron_hammer.checkpoint.layouts import pad_vocab
+from megatron_hammer.checkpoint.mapping import TensorPair, expand, select_family
+from megatron_hammer.checkpoint.reader import VOCABULARY_TENSORS, use_fused_norm_names
+from megatron_hammer.platforms import megatron_compat
+from megatron_hammer.preset_types import ModelPreset, Preset, Recipe
+
+# No two dimensions alike, so that no swapped axis can pass. Vocabulary 501 is padded to 512.
+TOY_LLAMA = ModelPreset(
+    name="toy-llama",
+    source="",
+    num_parameters=0,
+    num_layers=3,
+    hidden_size=96,
+    ffn_hidden_size=136,
+    num_attention_heads=12,
+    num_query_groups=4,
+    vocab_size=501,
+    max_position_embeddings=64,
+)
+TOY_RECIPE = Recipe(
+    source="",
+    seq_length=37,
+    global_batch_size=2,
+    micro_batch_size=2,
+    lr=1e-3,
+    min_lr=0.0,
+    lr_warmup_steps=0,
+    train_tokens=2 * 37,
+    precision="fp32",
+)
+
+
+@contextlib.contextmanager
+def single_rank() -> Iterator[None]:
+    """A gloo group of this process alone, with megatron's parallel state and random states on it."""
+    megatron_compat.install("cpu")
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    with tempfile.TemporaryDirectory() as folder:
+        store = torch.distributed.FileStore(f"{folder}/store", 1)
+        torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
+        try:
+            parallel_state.initialize_model_parallel()
+            model_parallel_cuda_manual_seed(1234)
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
+            torch.distributed.destroy_process_group()
+
+
+def read_arguments(model: ModelPreset, flags: Sequence[str] = ()) -> Namespace:
+    """Megatron's validated namespace for `--preset <model> <flags>`, as training makes it."""
+    megatron_compat.install("cpu")
+    from megatron.training.arguments import validate_args
+
+    from megatron_hammer import presets
+    from megatron_hammer.config.arguments import parse_arguments
+
+    presets.PRESETS[model.name] = Preset(model=model, recipe=TOY_RECIPE)
+    try:
+        parsed = parse_arguments(["--preset", model.name, "--mock-data", *flags], platform="cpu", backend="torch")
+    finally:
+        del presets.PRESETS[model.name]
+    with contextlib.redirect_stdout(None):
+        validate_args(parsed.namespace)
+    return parsed.namespace
+
+
+def build_model(namespace: Namespace) -> Any:
+    """The whole model, in evaluation mode, with megatron's initial weights."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.argument_utils import gpt_config_from_args
+
+    from megatron_hammer.model.provider import HammerModelBuilder, build_model_config
+
+    config = build_model_config(
+        gpt_config_from_args(namespace), backend="torch", has_embedding_norm=namespace.embedding_norm
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return HammerModelBuilder(config).build_model(groups, pre_process=True, post_process=True).eval()
+
+
+def checkpoint_parameters(model: Any) -> dict[str, Tensor]:
+    """The model's parameters by the names that a checkpoint has for them."""
+    named = {
+        name.replace(".experts.local_experts.", ".experts.experts."): parameter.data
+        for name, parameter in model.named_parameters()
+    }
+    return use_fused_norm_names(named)
+
+
+def load_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
+    """Copy tensors with checkpoint names and no vocabulary padding into the model, every one of its parameters."""
+    parameters = checkpoint_parameters(model)
+    assert parameters.keys() == weights.keys()
+    for name, parameter in parameters.items():
+        value = weights[name]
+        if name in VOCABULARY_TENSORS:
+            value = pad_vocab(value, padded_vocab_size=parameter.shape[0])
+        parameter.copy_(value)
+
+
+def merge_weights(architecture: Architecture, hf_weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """HF tensors as Megatron's, through the inverse direction of the mapping; uses every one of them."""
+    pairs: list[TensorPair] = expand(select_family(architecture), architecture)
+    assert {name for pair in pairs for name in pair.hf_names} == set(hf_weights)
+    return {
+        pair.megatron_name: pair.layout.merge([hf_weights[name] for name in pair.hf_names], architecture)
+        for pair in pairs
+    }
+
+
+def compute_logits(model: Any, tokens: Tensor, *, vocab_size: int) -> Tensor:
+    """Logits [b, s, v] of tokens [b, s]."""
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    with torch.no_grad():
+        return model(tokens, positions, None)[..., :vocab_size]

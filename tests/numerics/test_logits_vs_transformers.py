@@ -1,0 +1,278 @@
+"""The torch backend against transformers on the same weights: fp32, CPU, every decoder layer and the logits.
+
+The weights are transformers' own, saved by it and brought over by the inverse direction of the checkpoint mapping.
+Each test has twins that break one thing and must be noticed. Largest differences measured here stand at TOLERANCE.
+"""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+import transformers
+from build_model import (
+    TOY_LLAMA,
+    build_model,
+    checkpoint_parameters,
+    compute_logits,
+    load_weights,
+    merge_weights,
+    read_arguments,
+    single_rank,
+)
+from safetensors.torch import load_file
+
+from megatron_hammer.checkpoint import mapping
+from megatron_hammer.checkpoint.architecture import read_architecture
+from megatron_hammer.checkpoint.hf_config import build_config
+from megatron_hammer.checkpoint.layouts import merge_gate_up
+from megatron_hammer.checkpoint.mapping import Layout, select_family
+from megatron_hammer.preset_types import ModelPreset, MoeShape
+from megatron_hammer.presets import PRESETS
+
+TOLERANCE = 1e-4  # measured: at most 1e-5 on a layer's output and on the logits, whose standard deviation is about 1
+BATCH_SIZE, SEQ_LENGTH = 5, 37
+
+TOYS = {
+    "llama grouped queries": TOY_LLAMA,
+    "llama multi-head": dataclasses.replace(TOY_LLAMA, num_query_groups=12),
+    "llama one group": dataclasses.replace(TOY_LLAMA, num_query_groups=1, rotary_base=500_000),
+    "llama tied": dataclasses.replace(TOY_LLAMA, has_tied_embeddings=True),
+    "llama every bias": dataclasses.replace(TOY_LLAMA, has_linear_bias=True),
+    "qwen2": dataclasses.replace(TOY_LLAMA, has_qkv_bias=True, norm_epsilon=1e-6),
+    "gpt2": dataclasses.replace(
+        TOY_LLAMA,
+        num_query_groups=12,
+        normalization="LayerNorm",
+        activation="gelu",
+        position_embedding_type="learned_absolute",
+        has_linear_bias=True,
+        has_tied_embeddings=True,
+    ),
+}
+MOE = dataclasses.replace(
+    TOY_LLAMA,
+    has_qkv_bias=True,
+    moe=MoeShape(
+        num_experts=7,
+        router_topk=3,
+        ffn_hidden_size=56,
+        shared_expert_intermediate_size=72,
+        has_shared_expert_gate=True,
+    ),
+)
+PRE_SOFTMAX = ("--moe-router-pre-softmax",)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _rank():
+    with single_rank():
+        yield
+
+
+def build_reference(model: ModelPreset, flags, tmp_path, **config_changes):
+    """A transformers model for the preset, with random weights, norms and biases included, and those weights."""
+    architecture = read_architecture(read_arguments(model, flags))
+    family = select_family(architecture)
+    config = build_config(family, architecture, dtype="float32", bos_id=None, eos_id=None) | config_changes
+    config |= {"attn_implementation": "eager"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    hf_config = transformers.AutoConfig.from_pretrained(tmp_path)
+    hf_config._attn_implementation = "eager"
+    torch.manual_seed(7)
+    reference = transformers.AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32).eval()
+    assert type(reference).__name__ == family.hf_class
+    randomize(reference)
+    reference.save_pretrained(tmp_path)
+    return reference, load_file(tmp_path / "model.safetensors")
+
+
+def randomize(module: torch.nn.Module) -> None:
+    """Weights of standard deviation 1/sqrt(width), so that attention is far from uniform and nothing explodes; norms
+    not 1; small embeddings, so that epsilon matters.
+    """
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            is_norm = "norm" in name or ".ln_" in name
+            is_embedding = "embed_tokens" in name or "wte" in name
+            if is_norm and name.endswith("weight"):
+                parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
+            elif is_embedding:
+                parameter.normal_(std=0.02)
+            else:
+                parameter.normal_(std=0.1 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5)
+
+
+def build_ours(model: ModelPreset, flags, hf_weights):
+    namespace = read_arguments(model, flags)
+    ours = build_model(namespace)
+    load_weights(ours, merge_weights(read_architecture(namespace), hf_weights))
+    return ours
+
+
+def sample_tokens(vocab_size: int) -> torch.Tensor:
+    return torch.randint(0, vocab_size, (BATCH_SIZE, SEQ_LENGTH), generator=torch.Generator().manual_seed(3))
+
+
+def record_layers(layers) -> list[torch.Tensor]:
+    """The output of every layer of the next forward pass, in order."""
+    outputs: list[torch.Tensor] = []
+    for layer in layers:
+        layer.register_forward_hook(
+            lambda _module, _inputs, output: outputs.append(output[0] if isinstance(output, tuple) else output)
+        )
+    return outputs
+
+
+def compare(ours, reference, vocab_size: int) -> dict[str, float]:
+    """Largest absolute difference of every layer's output and of the logits."""
+    body = reference.model.layers if hasattr(reference, "model") else reference.transformer.h
+    our_layers, reference_layers = record_layers(ours.decoder.layers), record_layers(body)
+    tokens = sample_tokens(vocab_size)
+    logits = compute_logits(ours, tokens, vocab_size=vocab_size)
+    with torch.no_grad():
+        expected = reference(tokens).logits
+    assert logits.shape == expected.shape
+    assert expected.std() > 0.1  # else any two models agree
+    assert len(our_layers) == len(reference_layers) > 1
+    pairs = enumerate(zip(our_layers, reference_layers, strict=True))
+    differences = {f"layer {i}": (mine.transpose(0, 1) - theirs).abs().max().item() for i, (mine, theirs) in pairs}
+    return differences | {"logits": (logits - expected).abs().max().item()}
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_dense_model_equals_transformers(name, tmp_path):
+    reference, hf_weights = build_reference(TOYS[name], (), tmp_path)
+    differences = compare(build_ours(TOYS[name], (), hf_weights), reference, TOYS[name].vocab_size)
+    assert max(differences.values()) < TOLERANCE
+
+
+@pytest.mark.parametrize("flags", [(), PRE_SOFTMAX], ids=["softmax after top-k", "softmax before top-k"])
+def test_mixture_with_a_gated_shared_expert_equals_qwen2_moe(flags, tmp_path):
+    """Megatron's default is norm_topk_prob=True; --moe-router-pre-softmax is norm_topk_prob=False, Qwen2-MoE's own."""
+    reference, hf_weights = build_reference(MOE, flags, tmp_path)
+    assert reference.config.norm_topk_prob == (flags == ())
+    differences = compare(build_ours(MOE, flags, hf_weights), reference, MOE.vocab_size)
+    assert max(differences.values()) < TOLERANCE
+
+
+@pytest.mark.parametrize("flags", [(), PRE_SOFTMAX], ids=["softmax after top-k", "softmax before top-k"])
+def test_twin_the_other_router_normalisation_is_noticed(flags, tmp_path):
+    reference, hf_weights = build_reference(MOE, flags, tmp_path)
+    other = PRE_SOFTMAX if flags == () else ()
+    assert compare(build_ours(MOE, other, hf_weights), reference, MOE.vocab_size)["logits"] > 100 * TOLERANCE
+
+
+def test_twin_a_shared_expert_without_its_gate_is_noticed(tmp_path):
+    reference, hf_weights = build_reference(MOE, (), tmp_path)
+    ours = build_ours(MOE, (), hf_weights)
+    for name, parameter in checkpoint_parameters(ours).items():
+        if name.endswith("shared_experts.gate_weight"):
+            parameter.zero_()
+    assert compare(ours, reference, MOE.vocab_size)["logits"] > 100 * TOLERANCE
+
+
+def test_hammer_1b4_at_full_width_equals_transformers(tmp_path):
+    """Two of its 22 layers and a part of its vocabulary."""
+    model = dataclasses.replace(PRESETS["hammer-1b4"].model, name="hammer-two-layers", num_layers=2, vocab_size=5789)
+    reference, hf_weights = build_reference(model, (), tmp_path)
+    differences = compare(build_ours(model, (), hf_weights), reference, model.vocab_size)
+    assert max(differences.values()) < TOLERANCE
+
+
+BROKEN_LAYOUTS = {
+    "gate and up swapped": (
+        "GATE_UP",
+        Layout(split=mapping.GATE_UP.split, merge=lambda parts, _: merge_gate_up(parts[1], parts[0])),
+    ),
+    "q, k and v not interleaved": (
+        "QKV",
+        Layout(split=mapping.QKV.split, merge=lambda parts, _: torch.cat(list(parts))),
+    ),
+}
+BROKEN_GPT2_LAYOUTS = {
+    "q, k and v not interleaved": (
+        "CONV1D_QKV_WEIGHT",
+        Layout(split=mapping.CONV1D_QKV_WEIGHT.split, merge=lambda parts, _: parts[0].t().contiguous()),
+    ),
+    "square matrices not transposed": (
+        "TRANSPOSED",
+        Layout(
+            split=mapping.TRANSPOSED.split,
+            merge=lambda parts, _: parts[0] if parts[0].shape[0] == parts[0].shape[1] else parts[0].t(),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "toy, name",
+    [("llama grouped queries", name) for name in BROKEN_LAYOUTS] + [("gpt2", name) for name in BROKEN_GPT2_LAYOUTS],
+)
+def test_twin_a_broken_layout_is_noticed(toy, name, tmp_path, monkeypatch):
+    model = TOYS[toy]
+    reference, hf_weights = build_reference(model, (), tmp_path)
+    attribute, broken = (BROKEN_GPT2_LAYOUTS if toy == "gpt2" else BROKEN_LAYOUTS)[name]
+    whole = getattr(mapping, attribute)
+    expand = mapping.expand
+    monkeypatch.setattr(
+        "build_model.expand",
+        lambda family, architecture: [
+            dataclasses.replace(pair, layout=broken if pair.layout is whole else pair.layout)
+            for pair in expand(family, architecture)
+        ],
+    )
+    assert compare(build_ours(model, (), hf_weights), reference, model.vocab_size)["logits"] > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rotary_base": 20_000}, {"norm_epsilon": 1e-6}, {"num_query_groups": 2, "num_attention_heads": 6}],
+    ids=["rope base", "epsilon", "head size"],
+)
+def test_twin_a_wrong_argument_is_noticed(change, tmp_path):
+    model = TOYS["llama grouped queries"]
+    reference, hf_weights = build_reference(model, (), tmp_path)
+    weights = merge_weights(read_architecture(read_arguments(model)), hf_weights)
+    ours = build_model(read_arguments(dataclasses.replace(model, **change)))
+    load_weights(ours, weights)
+    assert compare(ours, reference, model.vocab_size)["logits"] > TOLERANCE
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_twin_another_activation_than_the_tanh_gelu_is_noticed(activation, tmp_path):
+    model = TOYS["gpt2"]
+    reference, hf_weights = build_reference(model, (), tmp_path, activation_function=activation)
+    assert compare(build_ours(model, (), hf_weights), reference, model.vocab_size)["logits"] > TOLERANCE
+
+
+def test_gelu_without_megatrons_fusion_is_the_exact_one(tmp_path):
+    model, flags = TOYS["gpt2"], ("--no-bias-gelu-fusion",)
+    reference, hf_weights = build_reference(model, flags, tmp_path)
+    assert reference.config.activation_function == "gelu"
+    assert max(compare(build_ours(model, flags, hf_weights), reference, model.vocab_size).values()) < TOLERANCE
+
+
+def test_embedding_norm_is_a_layer_norm_on_the_embedding(tmp_path):
+    """Open-Llama, which transformers dropped: transformers' Llama fed with a LayerNorm of the embedding, by hand."""
+    model = dataclasses.replace(TOY_LLAMA, has_tied_embeddings=True)
+    reference, hf_weights = build_reference(model, (), tmp_path)
+    namespace = read_arguments(dataclasses.replace(model, has_embedding_norm=True))
+    ours = build_model(namespace)
+    generator = torch.Generator().manual_seed(5)
+    weight = 1 + 0.3 * torch.randn(model.hidden_size, generator=generator)
+    bias = 0.1 * torch.randn(model.hidden_size, generator=generator)
+    body = merge_weights(read_architecture(read_arguments(model)), hf_weights)
+    load_weights(ours, body | {"embedding_norm.weight": weight, "embedding_norm.bias": bias})
+
+    tokens = sample_tokens(model.vocab_size)
+    embedded = hf_weights["model.embed_tokens.weight"][tokens]
+    mean = embedded.mean(-1, keepdim=True)
+    variance = ((embedded - mean) ** 2).mean(-1, keepdim=True)
+    normed = (embedded - mean) / torch.sqrt(variance + model.norm_epsilon) * weight + bias
+    with torch.no_grad():
+        expected = reference(inputs_embeds=normed).logits
+        without_norm = reference(tokens).logits
+    logits = compute_logits(ours, tokens, vocab_size=model.vocab_size)
+    assert (logits - expected).abs().max() < TOLERANCE
+    assert (logits - without_norm).abs().max() > 100 * TOLERANCE  # the twin
