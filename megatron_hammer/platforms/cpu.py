@@ -16,4 +16,12 @@ UNSUPPORTED = (
     ("optimizer_cpu_offload", bool, "there is no GPU to offload from"),
     ("ddp_average_in_collective", bool, "gloo has no averaging reduction"),
     ("overlap_moe_expert_parallel_comm", bool, "it overlaps work on CUDA streams"),
+    ("cuda_graph_impl", lambda value: value not in (None, "none"), "there are no CUDA graphs"),
+    ("optimizer_cuda_graph", bool, "there are no CUDA graphs"),
+    ("fine_grained_activation_offloading", bool, "there is no GPU to offload from"),
+    ("use_precision_aware_optimizer", bool, "it needs TransformerEngine's FusedAdam"),
+    ("te_rng_tracker", bool, "it needs TransformerEngine"),
+    ("nccl_ub", bool, "there is no NCCL"),
+    ("record_memory_history", bool, "it records CUDA's allocator"),
+    ("log_straggler", bool, "megatron times CUDA kernels for it, and reports nothing without them"),
 )

@@ -197,6 +197,7 @@ def substitute_cuda_runtime() -> None:
         "memory_reserved": lambda device=None: read_resident_bytes(),
         "max_memory_allocated": lambda device=None: read_peak_memory_bytes(),
         "max_memory_reserved": lambda device=None: read_peak_memory_bytes(),
+        "device_memory_used": lambda device=None: psutil.virtual_memory().used,
         "reset_peak_memory_stats": _inert(),
         "memory_stats": lambda device=None: read_memory_stats(),
         "mem_get_info": lambda device=None: (psutil.virtual_memory().available, psutil.virtual_memory().total),

@@ -114,6 +114,38 @@ def _upstream_sets_cuda_rng_state() -> bool:
     return "torch.cuda.default_generators" in Path(random.__file__).read_text()
 
 
+def _keep_data_loaders_off_the_generator() -> None:
+    import torch
+    from megatron.training import training
+
+    original = training.build_pretraining_data_loader
+
+    @functools.wraps(original)
+    def build_pretraining_data_loader(*args: Any, **kwargs: Any) -> Any:
+        loader = original(*args, **kwargs)
+        if isinstance(loader, torch.utils.data.DataLoader):
+            loader.generator = torch.Generator()
+        return loader
+
+    training.build_pretraining_data_loader = build_pretraining_data_loader
+
+
+def _upstream_loader_draws_from_the_generator() -> bool:
+    from megatron.training.datasets import data_samplers
+
+    return "generator=" not in _source(data_samplers.build_pretraining_data_loader)
+
+
+def _silence_rng_warning() -> None:
+    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
+
+
+def _upstream_expects_two_generators() -> bool:
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+    return "CPU RNG state changed within GPU RNG context" in _source(CudaRNGStatesTracker.fork)
+
+
 # --- things a wheel lacks -------------------------------------------------------------------------------------------
 
 
@@ -176,10 +208,10 @@ def _as_list(split_sizes: Any) -> list[int] | None:
     return None if split_sizes is None else [int(size) for size in split_sizes]
 
 
-def _upstream_passes_splits_unchanged() -> bool:
-    from megatron.core.tensor_parallel.mappings import _AllToAll
+def _upstream_leaves_splits_as_tensors() -> bool:
+    from megatron.core.transformer.moe.moe_utils import maybe_move_tensor_to_cpu
 
-    return "output_split_sizes=output_split_sizes" in _source(_AllToAll.forward)
+    return "torch.is_tensor(tensor) and tensor.is_cuda" in _source(maybe_move_tensor_to_cpu)
 
 
 # --- listening to the loop ------------------------------------------------------------------------------------------
@@ -276,6 +308,23 @@ ADJUSTMENTS: tuple[Adjustment, ...] = (
         is_needed=_upstream_sets_cuda_rng_state,
     ),
     Adjustment(
+        name="loader-generator",
+        platforms=("cpu",),
+        reason="starting a DataLoader draws a seed from the CPU generator, which here is the dropout's too: only the "
+        "first tensor-parallel rank reads data, so the ranks would drop different entries, and a resumed run others",
+        upstream="megatron.training.datasets.data_samplers.build_pretraining_data_loader",
+        apply=_keep_data_loaders_off_the_generator,
+        is_needed=_upstream_loader_draws_from_the_generator,
+    ),
+    Adjustment(
+        name="rng-warning",
+        platforms=("cpu",),
+        reason="with one generator for both devices, every fork of the tracker would warn that the CPU's has moved",
+        upstream="megatron.core.tensor_parallel.random.CudaRNGStatesTracker.fork",
+        apply=_silence_rng_warning,
+        is_needed=_upstream_expects_two_generators,
+    ),
+    Adjustment(
         name="shipped-dataset-helpers",
         platforms=("cpu", "cuda"),
         reason="compile_helpers() runs make, but the wheel ships the compiled module and no Makefile, so it exits",
@@ -294,9 +343,9 @@ ADJUSTMENTS: tuple[Adjustment, ...] = (
     Adjustment(
         name="all-to-all-lists",
         platforms=("cpu",),
-        reason="gloo's all_to_all_single wants split sizes as lists of int; the MoE dispatcher passes arrays",
-        upstream="megatron.core.tensor_parallel.mappings._AllToAll",
+        reason="the MoE dispatcher turns split sizes into arrays only where they are on a GPU; torch refuses tensors",
+        upstream="megatron.core.transformer.moe.moe_utils.maybe_move_tensor_to_cpu",
         apply=_pass_all_to_all_splits_as_lists,
-        is_needed=_upstream_passes_splits_unchanged,
+        is_needed=_upstream_leaves_splits_as_tensors,
     ),
 )
