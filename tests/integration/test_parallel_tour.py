@@ -1,0 +1,87 @@
+"""The parallel tour as a user runs it, on two of its layouts; its tool on runs that agree, stray or are not there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.integration
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 300
+
+
+def run_tour(output_dir: Path, *flags: str, **knobs: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OUTPUT_DIR": str(output_dir), "CORPUS_BYTES": "1500000"} | knobs
+    command = ["bash", str(ROOT / "examples" / "parallel_tour_cpu.sh"), *flags]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+
+
+def compare(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools" / "compare_runs.py"), *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+
+
+def write_metrics(path: Path, *losses: float) -> str:
+    lines = (json.dumps({"step": step, "loss": loss, "grad_norm": 1.0}) for step, loss in enumerate(losses, 1))
+    path.write_text("\n".join(lines), encoding="utf8")
+    return f"{path.stem}={path}"
+
+
+def test_tour_of_two_layouts(tmp_path: Path) -> None:
+    result = run_tour(tmp_path, "--seq-length", "64", STEPS="2", LAYOUTS="single tp2")
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+    assert "Traceback" not in result.stderr
+    assert result.stdout.splitlines()[-1].startswith("compared: 1 run with single, all within tolerance; ")
+    metrics = [json.loads(line) for line in (tmp_path / "tp2" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics] == [1, 2]
+    assert metrics[0]["step_tokens"] == 8 * 64, "flags given to the tour must reach every run"
+    assert metrics[1]["loss"] < metrics[0]["loss"] - 0.1, "the second step must start from weights that were updated"
+
+
+def test_tour_refuses_an_unknown_layout(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name in (
+        "corpus.jsonl",
+        "valid.jsonl",
+        "tokenizer.model",
+        "train_text_document.idx",
+        "valid_text_document.idx",
+    ):
+        (tmp_path / "data" / name).write_text("kept as it is")
+    result = run_tour(tmp_path, LAYOUTS="tp3")
+    assert result.returncode == 2
+    assert "LAYOUTS: must name layouts of this script, got tp3." in result.stderr
+
+
+def test_exit_codes_of_the_comparison(tmp_path: Path) -> None:
+    same, also = write_metrics(tmp_path / "a", 8.0, 7.0), write_metrics(tmp_path / "b", 8.0, 7.0)
+    strayed = write_metrics(tmp_path / "c", 8.0, 7.01)
+    assert compare("--runs", same, also).returncode == 0
+    result = compare("--runs", same, also, strayed, "--json")
+    assert result.returncode == 1
+    assert [run["difference"] and run["difference"]["is_within"] for run in json.loads(result.stdout)] == [
+        None,
+        True,
+        False,
+    ]
+    assert compare("--runs", same, strayed, "--tolerance", "0.01").returncode == 0
+
+
+@pytest.mark.parametrize(
+    "runs, message",
+    [
+        (("a=missing.jsonl",), "error: missing.jsonl: must be a metrics.jsonl, got no such file."),
+        (("a.jsonl",), "error: --runs: each must be NAME=PATH, got 'a.jsonl'."),
+        (("a=x", "a=y"), "error: --runs: names must differ, got a, a."),
+    ],
+)
+def test_user_errors_of_the_comparison(runs: tuple[str, ...], message: str) -> None:
+    result = compare("--runs", *runs)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(message)
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,63 @@
+#!/usr/bin/env python3
+"""Compare the losses of several runs of one model, step by step. Exits with 1 where one strays beyond the tolerance.
+
+python tools/compare_runs.py --runs single=a/metrics.jsonl tp2=b/metrics.jsonl
+"""
+
+import argparse
+import itertools
+import json
+import sys
+
+from rich.console import Console
+
+from megatron_hammer.errors import ConfigError, exit_on_user_error
+from megatron_hammer.training import compare
+
+STRAYED_EXIT_CODE = 1
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--runs",
+        nargs="+",
+        action="append",
+        required=True,
+        metavar="NAME=PATH",
+        help="metrics.jsonl of the runs of one model, the reference first; repeat --runs for another model",
+    )
+    parser.add_argument(
+        "--tolerance", type=float, default=compare.TOLERANCE, help="relative, of any step's loss (%(default)s)"
+    )
+    parser.add_argument(
+        "--first-step-tolerance", type=float, default=compare.FIRST_STEP_TOLERANCE, help="of the first (%(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON array, a run an object")
+    return parser.parse_args()
+
+
+@exit_on_user_error
+def main() -> None:
+    arguments = parse_arguments()
+    named_paths = [[compare.parse_named_path(text) for text in group] for group in arguments.runs]
+    names = [name for group in named_paths for name, _ in group]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--runs: names must differ, got {', '.join(names)}. Rename one.")
+    groups = [[compare.read_run(name, path) for name, path in group] for group in named_paths]
+    differences = [
+        compare.compare_to_first(
+            group, tolerance=arguments.tolerance, first_step_tolerance=arguments.first_step_tolerance
+        )
+        for group in groups
+    ]
+    if arguments.json:
+        print(json.dumps(compare.as_objects(groups, differences), indent=2))
+    else:
+        compare.print_comparison(groups, differences, Console())
+    if not all(difference.is_within for difference in itertools.chain(*differences)):
+        sys.exit(STRAYED_EXIT_CODE)
+
+
+if __name__ == "__main__":
+    main()
