@@ -56,6 +56,8 @@ class CheckpointReader:
     def __init__(self, directory: Path):
         self.directory = directory
         self._metadata = read_metadata(directory / ".metadata")
+        self.tensors = use_fused_norm_names(dict(self._list_tensors()))
+        self._validate_files()
         common_state = self._read_common_state()
         if "args" not in common_state or "iteration" not in common_state:
             raise CheckpointError(
@@ -64,7 +66,6 @@ class CheckpointReader:
             )
         self.args: Any = common_state["args"]
         self.iteration: int = common_state["iteration"]
-        self.tensors = use_fused_norm_names(dict(self._list_tensors()))
 
     def remove_vocab_padding(self, vocab_size: int) -> None:
         """From here on the embedding and the head have `vocab_size` rows; the padding is never read."""
@@ -98,10 +99,10 @@ class CheckpointReader:
             )
         return result.reshape(stored.shape)
 
-    def validate_files(self) -> None:
+    def _validate_files(self) -> None:
         """Raise one CheckpointError with a sentence for every data file of the model that is missing or too short."""
         needed_bytes: dict[str, int] = {}
-        keys = {stored.key for stored in self.tensors.values()}
+        keys = {COMMON_STATE_KEY, *(stored.key for stored in self.tensors.values())}
         for index, info in self._metadata.storage_data.items():
             if index.fqn in keys:
                 end = info.offset + info.length
@@ -178,7 +179,6 @@ def open_checkpoint(path: str | Path, *, iteration: int | None = None) -> Checkp
             f"{directory}: state must be of iteration {int(named[1])}, got iteration={reader.iteration}. "
             "Files of two checkpoints are mixed; copy it again."
         )
-    reader.validate_files()
     return reader
 
 

@@ -1,7 +1,7 @@
 """The torch backend against transformers on the same weights: fp32, CPU, every decoder layer and the logits.
 
 The weights are transformers' own, saved by it and brought over by the inverse direction of the checkpoint mapping.
-Each test has twins that break one thing and must be noticed. Largest differences measured here stand at TOLERANCE.
+Each test has twins that break one thing and must be noticed.
 """
 
 import dataclasses
@@ -30,7 +30,9 @@ from megatron_hammer.checkpoint.mapping import Layout, select_family
 from megatron_hammer.preset_types import ModelPreset, MoeShape
 from megatron_hammer.presets import PRESETS
 
-TOLERANCE = 1e-4  # measured: at most 1e-5 on a layer's output and on the logits, whose standard deviation is about 1
+# Measured: at most 2e-5 on a layer's output and 1.1e-5 on the logits, both of a standard deviation near 1; the twins
+# differ by 0.1 to 10, the exact gelu in place of its approximation by 3e-4.
+TOLERANCE = 1e-4
 BATCH_SIZE, SEQ_LENGTH = 5, 37
 
 TOYS = {

@@ -1,0 +1,79 @@
+"""Megatron's saved arguments become one architecture; what no mapping expresses is refused, all of it at once."""
+
+import argparse
+
+import pytest
+from toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments
+
+from megatron_hammer.checkpoint.architecture import read_architecture
+from megatron_hammer.errors import ConversionError
+
+
+def test_llama_is_read():
+    model = read_architecture(toy_arguments())
+    assert (model.num_query_groups, model.head_dim, model.vocab_size) == (2, 4, 53)
+    assert model.activation == "swiglu"
+    assert not model.has_tied_embeddings
+    assert model.moe is None
+
+
+def test_without_grouped_queries_every_head_is_a_group():
+    # Megatron's own default of --num-query-groups is 1, which means nothing without --group-query-attention.
+    assert read_architecture(toy_arguments(group_query_attention=False, num_query_groups=1)).num_query_groups == 6
+
+
+def test_the_vocabulary_may_be_given_or_left_padded():
+    assert read_architecture(toy_arguments(), vocab_size=50).vocab_size == 50
+    assert read_architecture(toy_arguments(vocab_size=None)).vocab_size == 64
+    with pytest.raises(ConversionError, match="vocab_size: the checkpoint's arguments must hold it"):
+        read_architecture(toy_arguments(vocab_size=None, padded_vocab_size=None))
+
+
+@pytest.mark.parametrize("fusion, activation", [(True, "gelu_tanh"), (False, "gelu")])
+def test_gelu_is_the_approximation_only_where_megatron_fuses_it(fusion, activation):
+    arguments = toy_arguments(**GPT2_ARGUMENTS | {"bias_gelu_fusion": fusion})
+    assert read_architecture(arguments).activation == activation
+
+
+def test_experts_are_read():
+    model = read_architecture(toy_arguments(**MOE_ARGUMENTS))
+    assert (model.moe.num_experts, model.moe.router_topk, model.moe.ffn_hidden_size) == (5, 2, 7)
+    assert model.has_normalized_topk
+    assert not read_architecture(toy_arguments(**MOE_ARGUMENTS | {"moe_router_pre_softmax": True})).has_normalized_topk
+
+
+def test_leading_dense_layers_are_refused():
+    arguments = toy_arguments(**MOE_ARGUMENTS | {"moe_layer_freq": [0, 1, 1]})
+    with pytest.raises(ConversionError, match=r"moe_layer_freq=\[0, 1, 1\]"):
+        read_architecture(arguments)
+    assert read_architecture(toy_arguments(**MOE_ARGUMENTS | {"moe_layer_freq": [1, 1, 1]})).moe
+
+
+def test_all_that_no_mapping_expresses_is_said_at_once():
+    arguments = toy_arguments(qk_layernorm=True, rotary_percent=0.5, multi_latent_attention=True, mtp_num_layers=1)
+    with pytest.raises(ConversionError) as caught:
+        read_architecture(arguments)
+    assert {problem.split(":")[0] for problem in caught.value.problems} == {
+        "qk_layernorm",
+        "rotary_percent",
+        "multi_latent_attention",
+        "mtp_num_layers",
+    }
+    assert "got rotary_percent=0.5: Llama rotates every dimension of a head" in str(caught.value)
+
+
+def test_megatrons_defaults_are_expressible():
+    """A list of refusals that refuses what nobody asked for would stop every export."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_hammer.checkpoint.architecture import _EXPRESSIBLE
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
+    defaults = {action.dest: action.default for action in parser._actions}
+    refused = {
+        name: defaults[name]
+        for name, (is_expressible, _) in _EXPRESSIBLE.items()
+        if name in defaults and not is_expressible(defaults[name])
+    }
+    assert refused == {}
+    assert set(_EXPRESSIBLE) - set(defaults) == set()

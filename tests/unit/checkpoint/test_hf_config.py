@@ -1,0 +1,98 @@
+"""config.json means to transformers what the architecture means to us."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments
+
+from megatron_hammer.checkpoint.architecture import read_architecture
+from megatron_hammer.checkpoint.hf_config import build_config, build_generation_config
+from megatron_hammer.checkpoint.mapping import expand, select_family
+from megatron_hammer.model.accounting import count_parameters
+from megatron_hammer.presets import PRESETS
+
+CASES = {
+    "llama": {},
+    "llama with biases": {"add_bias_linear": True},
+    "llama tied": {"untie_embeddings_and_output_weights": False},
+    "llama of wide heads": {"kv_channels": 16, "rotary_base": 500_000},
+    "qwen2": {"add_qkv_bias": True},
+    "qwen2 moe": MOE_ARGUMENTS | {"add_qkv_bias": True},
+    "qwen2 moe without bias": MOE_ARGUMENTS,
+    "gpt2": GPT2_ARGUMENTS,
+    "gpt2 untied": GPT2_ARGUMENTS | {"untie_embeddings_and_output_weights": True},
+}
+
+
+def load_config(model, folder, **changes):
+    config = build_config(select_family(model), model, dtype="bfloat16", bos_id=1, eos_id=2) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return transformers.AutoConfig.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_transformers_builds_every_mapped_tensor_and_no_other(name, tmp_path):
+    model = read_architecture(toy_arguments(**CASES[name]))
+    config = load_config(model, tmp_path)
+    with torch.device("meta"):
+        built = transformers.AutoModelForCausalLM.from_config(config)
+    assert type(built).__name__ == select_family(model).hf_class
+    shapes = {
+        hf_name: shape
+        for pair in expand(select_family(model), model)
+        for hf_name, shape in zip(pair.hf_names, pair.hf_shapes, strict=True)
+    }
+    expected = {hf_name: tuple(parameter.shape) for hf_name, parameter in built.named_parameters()}
+    if model.moe is None:
+        assert shapes == expected
+    else:  # in memory transformers keeps a layer's experts in two tensors
+        experts = sum(torch.Size(shape).numel() for hf_name, shape in shapes.items() if ".mlp.experts." in hf_name)
+        fused = sum(torch.Size(shape).numel() for hf_name, shape in expected.items() if ".mlp.experts." in hf_name)
+        assert experts == fused
+        assert {k: v for k, v in shapes.items() if ".mlp.experts." not in k} == {
+            k: v for k, v in expected.items() if ".mlp.experts." not in k
+        }
+
+
+def test_what_decides_the_computation_arrives(tmp_path):
+    arguments = toy_arguments(rotary_base=500_000, layernorm_epsilon=3e-6, kv_channels=16)
+    config = load_config(read_architecture(arguments), tmp_path)
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 500_000.0}
+    assert config.rms_norm_eps == 3e-6
+    assert config.head_dim == 16
+    assert config.dtype == torch.bfloat16
+    assert (config.bos_token_id, config.eos_token_id) == (1, 2)
+    assert config.max_position_embeddings == 32
+
+
+@pytest.mark.parametrize("is_pre_softmax", [False, True])
+def test_the_router_arrives(is_pre_softmax, tmp_path):
+    arguments = toy_arguments(**MOE_ARGUMENTS | {"moe_router_pre_softmax": is_pre_softmax})
+    config = load_config(read_architecture(arguments), tmp_path)
+    assert config.norm_topk_prob == (not is_pre_softmax)
+    assert (config.num_experts, config.num_experts_per_tok) == (5, 2)
+
+
+@pytest.mark.parametrize("fusion, activation", [(True, "gelu_new"), (False, "gelu")])
+def test_the_activation_of_gpt2_arrives(fusion, activation, tmp_path):
+    model = read_architecture(toy_arguments(**GPT2_ARGUMENTS | {"bias_gelu_fusion": fusion}))
+    assert load_config(model, tmp_path).activation_function == activation
+
+
+def test_a_tokenizer_without_ids_leaves_them_out():
+    assert build_generation_config(bos_id=None, eos_id=2) == {"eos_token_id": 2, "pad_token_id": 2}
+    assert build_generation_config(bos_id=None, eos_id=None) == {}
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name not in ("open-llama-7b", "hammer-tiny-moe")])
+def test_every_preset_has_a_class_with_exactly_its_parameters(name):
+    from megatron_hammer.config.preset_arguments import model_arguments
+
+    preset = PRESETS[name].model
+    arguments = toy_arguments(**model_arguments(preset), bias_gelu_fusion=True, moe_layer_freq=1)
+    model = read_architecture(arguments)
+    pairs = expand(select_family(model), model)
+    num_parameters = sum(torch.Size(shape).numel() for pair in pairs for shape in pair.hf_shapes)
+    assert num_parameters == count_parameters(preset) == preset.num_parameters

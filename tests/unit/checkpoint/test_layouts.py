@@ -1,0 +1,107 @@
+"""Each pair is exact in both directions; the order of the rows is written out by hand, and a wrong one is noticed."""
+
+import pytest
+import torch
+
+from megatron_hammer.checkpoint.layouts import (
+    merge_gate_up,
+    merge_qkv,
+    pad_vocab,
+    split_gate_up,
+    split_qkv,
+    unpad_vocab,
+)
+from megatron_hammer.errors import ConversionError
+
+GROUPS, HEADS_PER_GROUP, HEAD_DIM, HIDDEN = 2, 3, 4, 7
+ROWS = GROUPS * (HEADS_PER_GROUP + 2) * HEAD_DIM
+
+
+def numbered(*shape: int) -> torch.Tensor:
+    return torch.arange(torch.Size(shape).numel(), dtype=torch.bfloat16).reshape(shape)
+
+
+@pytest.mark.parametrize("shape", [(ROWS, HIDDEN), (ROWS,)], ids=["weight", "bias"])
+def test_qkv_there_and_back(shape):
+    qkv = numbered(*shape)
+    parts = split_qkv(qkv, num_query_groups=GROUPS, head_dim=HEAD_DIM)
+    assert [part.shape[0] for part in parts] == [24, 8, 8]
+    assert all(part.is_contiguous() and part.dtype == qkv.dtype for part in parts)
+    assert torch.equal(merge_qkv(*parts, num_query_groups=GROUPS, head_dim=HEAD_DIM), qkv)
+
+
+def test_qkv_rows_stand_group_by_group():
+    rows = torch.arange(ROWS)
+    query, key, value = split_qkv(rows, num_query_groups=GROUPS, head_dim=HEAD_DIM)
+    assert query.tolist() == [*range(0, 12), *range(20, 32)]
+    assert key.tolist() == [*range(12, 16), *range(32, 36)]
+    assert value.tolist() == [*range(16, 20), *range(36, 40)]
+
+
+def test_the_parts_of_qkv_are_copies():
+    qkv = numbered(ROWS, HIDDEN)
+    split_qkv(qkv, num_query_groups=GROUPS, head_dim=HEAD_DIM)[0].zero_()
+    assert torch.equal(qkv, numbered(ROWS, HIDDEN))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"num_query_groups": 4, "head_dim": 2}, {"num_query_groups": 1, "head_dim": 4}], ids=["groups", "one"]
+)
+def test_twin_wrong_groups_do_not_come_back(wrong):
+    qkv = numbered(ROWS, HIDDEN)
+    query, key, value = split_qkv(qkv, num_query_groups=GROUPS, head_dim=HEAD_DIM)
+    try:
+        merged = merge_qkv(query, key, value, **wrong)
+    except ConversionError:
+        return
+    assert not torch.equal(merged, qkv)
+
+
+def test_twin_exchanged_key_and_value_do_not_come_back():
+    qkv = numbered(ROWS, HIDDEN)
+    query, key, value = split_qkv(qkv, num_query_groups=GROUPS, head_dim=HEAD_DIM)
+    assert not torch.equal(merge_qkv(query, value, key, num_query_groups=GROUPS, head_dim=HEAD_DIM), qkv)
+
+
+@pytest.mark.parametrize("rows", [41, 16], ids=["not whole heads", "no query"])
+def test_qkv_of_impossible_rows_is_refused(rows):
+    with pytest.raises(ConversionError, match=f"rows={rows}, num_query_groups \\* head_dim=8"):
+        split_qkv(torch.empty(rows, HIDDEN), num_query_groups=GROUPS, head_dim=HEAD_DIM)
+
+
+def test_qkv_parts_that_do_not_fit_are_refused():
+    with pytest.raises(ConversionError, match="q=24, k=8, v=12"):
+        merge_qkv(numbered(24), numbered(8), numbered(12), num_query_groups=GROUPS, head_dim=HEAD_DIM)
+
+
+@pytest.mark.parametrize("shape", [(10, HIDDEN), (10,)], ids=["weight", "bias"])
+def test_gate_up_there_and_back(shape):
+    gate_up = numbered(*shape)
+    gate, up = split_gate_up(gate_up)
+    assert torch.equal(gate, gate_up[:5])
+    assert torch.equal(merge_gate_up(gate, up), gate_up)
+    assert not torch.equal(merge_gate_up(up, gate), gate_up)  # the twin
+
+
+def test_gate_up_that_do_not_fit_are_refused():
+    with pytest.raises(ConversionError, match="rows=11"):
+        split_gate_up(numbered(11, HIDDEN))
+    with pytest.raises(ConversionError, match=r"gate=\(5, 7\), up=\(6, 7\)"):
+        merge_gate_up(numbered(5, HIDDEN), numbered(6, HIDDEN))
+
+
+def test_vocabulary_there_and_back():
+    weight = numbered(53, HIDDEN)
+    padded = pad_vocab(weight, padded_vocab_size=64)
+    assert padded.shape == (64, HIDDEN)
+    assert padded.dtype == weight.dtype
+    assert not padded[53:].any()
+    assert torch.equal(unpad_vocab(padded, vocab_size=53), weight)
+    assert not torch.equal(unpad_vocab(padded, vocab_size=54), weight)  # the twin
+
+
+def test_vocabulary_that_does_not_fit_is_refused():
+    with pytest.raises(ConversionError, match="rows=53, padded_vocab_size=52"):
+        pad_vocab(numbered(53, HIDDEN), padded_vocab_size=52)
+    with pytest.raises(ConversionError, match="rows=53, vocab_size=54"):
+        unpad_vocab(numbered(53, HIDDEN), vocab_size=54)

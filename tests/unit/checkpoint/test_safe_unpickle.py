@@ -1,0 +1,91 @@
+"""Nothing in a checkpoint runs: unlisted types stop the reading, megatron's own become inert."""
+
+import io
+import os
+import pickle
+import sys
+import types
+from argparse import Namespace
+from enum import Enum
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_hammer.checkpoint.safe_unpickle import MegatronObject, read_metadata, read_object
+from megatron_hammer.errors import CheckpointError
+
+
+class RunsACommand:
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def saved(value: object) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return file
+
+
+def test_twin_the_attack_works_with_plain_pickle(tmp_path):
+    pickle.loads(pickle.dumps(RunsACommand(tmp_path / "ran")))
+    assert (tmp_path / "ran").exists()
+
+
+def test_metadata_that_runs_a_command_does_not(tmp_path):
+    path = tmp_path / ".metadata"
+    path.write_bytes(pickle.dumps(RunsACommand(tmp_path / "ran")))
+    with pytest.raises(CheckpointError, match=r"type posix.mkdir is not on the list"):
+        read_metadata(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_object_that_runs_a_command_does_not(tmp_path):
+    with pytest.raises(CheckpointError, match=r"shard.distcp: contents must be what torch_dist writes"):
+        read_object(saved({"args": RunsACommand(tmp_path / "ran")}), where="shard.distcp")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_attribute_of_torch_that_is_no_dtype_is_refused(tmp_path):
+    path = tmp_path / ".metadata"
+    path.write_bytes(pickle.dumps(torch.load))
+    with pytest.raises(CheckpointError, match="is not on the list"):
+        read_metadata(path)
+    path.write_bytes(pickle.dumps(torch.bfloat16))
+    assert read_metadata(path) is torch.bfloat16
+
+
+def test_missing_and_damaged_metadata(tmp_path):
+    with pytest.raises(CheckpointError, match="file must be readable, got No such file"):
+        read_metadata(tmp_path / ".metadata")
+    (tmp_path / ".metadata").write_bytes(b"\x80\x04 no pickle")
+    with pytest.raises(CheckpointError, match="The file is damaged or not a checkpoint"):
+        read_metadata(tmp_path / ".metadata")
+
+
+@pytest.fixture
+def megatron_enum(monkeypatch):
+    """An enum that pickles as megatron's, in a module that is gone when it is read."""
+    name = "megatron.core.made_up"
+    module = types.ModuleType(name)
+    module.Mode = Enum("Mode", {"FAST": "fast"}, module=name)
+    for part in ("megatron", "megatron.core", name):
+        if part not in sys.modules:
+            monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
+    monkeypatch.setitem(sys.modules, name, module)
+    value = Namespace(mode=module.Mode.FAST, seq_length=16, dtype=torch.bfloat16)
+    file = saved([{"args": value}])
+    monkeypatch.delitem(sys.modules, name)
+    return file
+
+
+def test_megatrons_types_become_inert_and_the_rest_is_read(megatron_enum):
+    args = read_object(megatron_enum, where="shard")[0]["args"]
+    assert (args.seq_length, args.dtype) == (16, torch.bfloat16)
+    assert isinstance(args.mode, MegatronObject)
+    assert args.mode.values == ("fast",)
+    assert repr(args.mode) == "Mode('fast')"

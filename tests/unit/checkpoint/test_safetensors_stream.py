@@ -1,0 +1,50 @@
+"""Streamed shards are what the safetensors library reads, bit for bit."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_hammer.checkpoint.safetensors_stream import plan_shards, write_shards
+
+SHAPES = {"a": (3, 5), "b": (7,), "c": (2, 3, 4)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_library_reads_what_was_written(tmp_path, dtype):
+    tensors = {name: torch.randn(shape).to(dtype) for name, shape in SHAPES.items()}
+    shards = plan_shards(SHAPES, dtype=dtype, max_shard_bytes=10**9)
+    write_shards(tmp_path, shards, tensors.items(), dtype=dtype)
+    read = load_file(tmp_path / "model.safetensors")
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert read[name].dtype == dtype
+        assert torch.equal(read[name], tensor)
+    assert not (tmp_path / "model.safetensors.index.json").exists()
+
+
+def test_shards_stay_under_the_limit_and_are_indexed(tmp_path):
+    shards = plan_shards(SHAPES, dtype=torch.float32, max_shard_bytes=90)
+    assert [list(shard.shapes) for shard in shards] == [["a", "b"], ["c"]]  # 60 + 28, then 96 alone
+    tensors = {name: torch.randn(shape) for name, shape in SHAPES.items()}
+    write_shards(tmp_path, shards, tensors.items(), dtype=torch.float32)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 60 + 28 + 96
+    for name, file_name in index["weight_map"].items():
+        assert torch.equal(load_file(tmp_path / file_name)[name], tensors[name])
+
+
+def test_a_view_and_a_transposed_tensor_are_written_in_their_own_order(tmp_path):
+    whole = torch.arange(24.0).reshape(4, 6)
+    tensors = {"view": whole[1:3], "transposed": whole.t()}
+    shards = plan_shards({name: tuple(t.shape) for name, t in tensors.items()}, dtype=whole.dtype, max_shard_bytes=999)
+    write_shards(tmp_path, shards, tensors.items(), dtype=whole.dtype)
+    read = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+
+
+def test_tensors_out_of_order_are_a_bug(tmp_path):
+    shards = plan_shards({"a": (1,), "b": (1,)}, dtype=torch.float32, max_shard_bytes=99)
+    with pytest.raises(ValueError, match=r"b .* came where a was planned"):
+        write_shards(tmp_path, shards, [("b", torch.ones(1)), ("a", torch.ones(1))], dtype=torch.float32)
