@@ -187,6 +187,37 @@ def _upstream_asserts_one_step() -> bool:
     return 'steps = list(set([s["step"].item()' in _source(DistributedOptimizer.state_dict)
 
 
+def _sum_gradient_norm_exactly() -> None:
+    from megatron.core.optimizer import clip_grads
+
+    from megatron_hammer.platforms.cpu_arithmetic import norm_of_all
+
+    clip_grads.l2_norm_impl = norm_of_all
+
+
+def _upstream_sums_norm_in_fp32() -> bool:
+    from megatron.core import utils
+
+    return "torch.norm(tensor)" in _source(utils.local_multi_tensor_l2_norm)
+
+
+# --- model ----------------------------------------------------------------------------------------------------------
+
+
+def _use_silu_kernels() -> None:
+    from megatron.core.fusions import fused_bias_swiglu
+
+    from megatron_hammer.platforms.cpu_arithmetic import swiglu_back
+
+    fused_bias_swiglu.swiglu_back = swiglu_back
+
+
+def _upstream_writes_silu_out() -> bool:
+    from megatron.core.fusions import fused_bias_swiglu
+
+    return "g * torch.sigmoid(y_1) * (1 + y_1 * " in Path(fused_bias_swiglu.__file__).read_text()
+
+
 # --- gloo -----------------------------------------------------------------------------------------------------------
 
 
@@ -212,6 +243,20 @@ def _upstream_leaves_splits_as_tensors() -> bool:
     from megatron.core.transformer.moe.moe_utils import maybe_move_tensor_to_cpu
 
     return "torch.is_tensor(tensor) and tensor.is_cuda" in _source(maybe_move_tensor_to_cpu)
+
+
+def _skip_gather_of_one_rank() -> None:
+    from megatron.core.distributed import param_and_grad_buffer
+
+    from megatron_hammer.platforms.cpu_arithmetic import skip_gather_of_one_rank
+
+    param_and_grad_buffer.dist_all_gather_func = skip_gather_of_one_rank(param_and_grad_buffer.dist_all_gather_func)
+
+
+def _upstream_gathers_always() -> bool:
+    from megatron.core.distributed import param_and_grad_buffer
+
+    return "dist_all_gather_func(" in _source(param_and_grad_buffer._ParamAndGradBucketGroup.start_param_sync)
 
 
 # --- listening to the loop ------------------------------------------------------------------------------------------
@@ -339,6 +384,30 @@ ADJUSTMENTS: tuple[Adjustment, ...] = (
         upstream="megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.state_dict",
         apply=_use_group_step_adam,
         is_needed=_upstream_asserts_one_step,
+    ),
+    Adjustment(
+        name="exact-gradient-norm",
+        platforms=("cpu",),
+        reason="the fallback norm loses 4e-5 to fp32 summation on a CPU, so the gradient norm differs between layouts",
+        upstream="megatron.core.utils.local_multi_tensor_l2_norm",
+        apply=_sum_gradient_norm_exactly,
+        is_needed=_upstream_sums_norm_in_fp32,
+    ),
+    Adjustment(
+        name="silu-kernels",
+        platforms=("cpu",),
+        reason="the backward pass of SwiGLU is written for torch.compile; without it it takes 6 times as long",
+        upstream="megatron.core.fusions.fused_bias_swiglu.swiglu_back",
+        apply=_use_silu_kernels,
+        is_needed=_upstream_writes_silu_out,
+    ),
+    Adjustment(
+        name="no-gather-of-one-rank",
+        platforms=("cpu",),
+        reason="gloo copies all parameters through a scratch buffer at every step, even for a group of one rank",
+        upstream="megatron.core.distributed.param_and_grad_buffer._ParamAndGradBucketGroup.start_param_sync",
+        apply=_skip_gather_of_one_rank,
+        is_needed=_upstream_gathers_always,
     ),
     Adjustment(
         name="all-to-all-lists",

@@ -1,0 +1,46 @@
+"""Megatron functions whose fallbacks are slow or inexact on a CPU, computed properly there.
+
+Installed by `megatron_compat.install`; nothing else calls this module. What each gains is in benchmarks/RESULTS.md.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def swiglu_back(grad: Tensor, gate_up: Tensor) -> Tensor:
+    """The gradient of silu(gate) * up by [gate, up], joined on the last dimension [..., 2f]; grad: [..., f].
+
+    megatron writes it out in nine elementwise steps and leaves it to torch.compile to fuse them, which is off on the
+    CPU; torch's own silu kernels give the same to rounding in a sixth of the time.
+    """
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.cat((torch.ops.aten.silu_backward(grad * up, gate), grad * torch.nn.functional.silu(gate)), dim=-1)
+
+
+def norm_of_all(
+    chunk_size: int, noop_flag: Any, tensor_lists: Sequence[Sequence[Tensor]], per_tensor: bool, *args: Any
+) -> tuple[Tensor, None]:
+    """The L2 norm [1] of all tensors together, with the signature of apex's amp_C.multi_tensor_l2norm.
+
+    Summed in fp64: torch.norm adds the squares of a CPU tensor one after the other in fp32, which loses 4e-5 of the
+    norm over a million elements, and so makes the gradient norm depend on how weights are cut over ranks.
+    """
+    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensors in tensor_lists for tensor in tensors]
+    return torch.linalg.vector_norm(torch.stack(norms)).float().reshape(1), None
+
+
+def skip_gather_of_one_rank(gather: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap all_gather_into_tensor: a group of one rank has nothing to gather, while gloo copies it through a scratch.
+
+    Megatron's optimizer gathers into the buffer that already holds the shard, so there is nothing left to do.
+    """
+
+    def gather_into(output: Tensor, shard: Tensor, group: Any = None, async_op: bool = False) -> Any:
+        if torch.distributed.get_world_size(group) > 1 or output.data_ptr() != shard.data_ptr():
+            return gather(output, shard, group=group, async_op=async_op)
+        return None  # megatron waits for the group of calls, not for one
+
+    return gather_into
