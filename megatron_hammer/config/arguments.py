@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_hammer.config.model_from_arguments import count_least_world_size
 from megatron_hammer.config.options import Parser, add_hammer_options, read_option
 from megatron_hammer.config.preset_arguments import preset_arguments
 from megatron_hammer.presets import Preset, select_preset
@@ -101,6 +102,8 @@ def _read_environment(namespace: argparse.Namespace) -> None:
     namespace.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if namespace.requested_world_size is not None:
         namespace.world_size = namespace.requested_world_size
+    elif namespace.dry_run and "WORLD_SIZE" not in os.environ:
+        namespace.world_size = count_least_world_size(namespace)
 
 
 def _derive(namespace: argparse.Namespace, *, platform: str, backend: str, typed: frozenset[str]) -> None:

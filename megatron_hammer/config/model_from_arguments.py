@@ -7,6 +7,7 @@ preflight_flags.py, so every count stands for what is built. Pure; no torch, no 
 
 import argparse
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from megatron_hammer.model.accounting import Layout, count_parameters
@@ -50,7 +51,9 @@ def build_model(namespace: argparse.Namespace, *, name: str = "custom") -> Resol
         normalization=namespace.normalization,
         norm_epsilon=namespace.layernorm_epsilon,
         activation="swiglu" if namespace.swiglu else "gelu",
-        position_embedding_type=namespace.position_embedding_type,
+        position_embedding_type="rope"
+        if namespace.use_rotary_position_embeddings
+        else namespace.position_embedding_type,
         rotary_base=namespace.rotary_base,
         has_linear_bias=namespace.add_bias_linear,
         has_qkv_bias=namespace.add_qkv_bias or namespace.add_bias_linear,
@@ -90,14 +93,12 @@ def count_ranks_of_model(namespace: argparse.Namespace) -> int:
 
 def count_least_world_size(namespace: argparse.Namespace) -> int:
     """The smallest world that the parallel sizes fit in: tp x pp x cp, widened until the experts tile a stage."""
-    ranks_per_stage = namespace.tensor_model_parallel_size * namespace.context_parallel_size
-    expert_block = namespace.expert_model_parallel_size * (
-        namespace.expert_tensor_parallel_size or namespace.tensor_model_parallel_size
-    )
-    data_parallel_size = 1
-    while ranks_per_stage * data_parallel_size % expert_block:
-        data_parallel_size += 1
-    return ranks_per_stage * data_parallel_size * namespace.pipeline_model_parallel_size
+    tp = namespace.tensor_model_parallel_size
+    ranks_per_stage = tp * namespace.context_parallel_size
+    expert_block = namespace.expert_model_parallel_size * (namespace.expert_tensor_parallel_size or tp)
+    if min(ranks_per_stage, expert_block, namespace.pipeline_model_parallel_size) < 1:
+        return 1  # preflight reports the size that is not positive
+    return math.lcm(ranks_per_stage, expert_block) * namespace.pipeline_model_parallel_size
 
 
 def virtual_size(namespace: argparse.Namespace) -> int:

@@ -108,7 +108,9 @@ def _find_sequence_problems(namespace: argparse.Namespace, layout: Layout) -> li
 def _find_lost_layers(model: ModelPreset, layout: Layout) -> list[str]:
     """The last word: the layers of all chunks together are the layers of the model, each once."""
     chunks = [chunk for stage in split_layers(model.num_layers, layout) for chunk in stage]
-    built = sorted(layer for chunk in chunks for layer in range(chunk.first_layer, chunk.first_layer + chunk.num_layers))
+    built = sorted(
+        layer for chunk in chunks for layer in range(chunk.first_layer, chunk.first_layer + chunk.num_layers)
+    )
     if built == list(range(model.num_layers)):
         return []
     return [
@@ -167,7 +169,9 @@ def _batch_problem(name: str, batch: int, micro_name: str, micro: int, dp: int) 
     )
 
 
-def _find_schedule_problems(name: str, num_microbatches: int, namespace: argparse.Namespace, layout: Layout) -> list[str]:
+def _find_schedule_problems(
+    name: str, num_microbatches: int, namespace: argparse.Namespace, layout: Layout
+) -> list[str]:
     """The interleaved schedule takes micro-batches in groups (megatron.core.pipeline_parallel.schedules)."""
     pp = layout.pipeline_model_parallel_size
     group = namespace.microbatch_group_size_per_vp_stage or pp

@@ -90,9 +90,9 @@ def find_checkpoint_problems(arguments: ParsedArguments) -> list[str]:
     is_own_run = namespace.save is not None and _same_place(namespace.load, namespace.save)
     if namespace.load is not None:
         tracker_path = Path(namespace.load) / TRACKER_NAME
-        if tracker_path.is_file():
-            problems += _find_tracker_problems(namespace, tracker_path)
-        elif not is_own_run and namespace.pretrained_checkpoint is None and namespace.ckpt_step is None:
+        if tracker_path.is_file() or namespace.ckpt_step:
+            problems += _find_step_problems(namespace, tracker_path)
+        elif not is_own_run and namespace.pretrained_checkpoint is None:
             what = f"a checkpoint ({TRACKER_NAME})" if Path(namespace.load).is_dir() else "an existing folder"
             problems.append(
                 f"load: must be {what}, got load={namespace.load}. Pass the folder that --save wrote, or leave "
@@ -108,19 +108,22 @@ def find_checkpoint_problems(arguments: ParsedArguments) -> list[str]:
     return problems
 
 
-def _find_tracker_problems(namespace: argparse.Namespace, tracker_path: Path) -> list[str]:
-    """The tracker names a folder that must exist, and that folder's optimizer must suit the expert layout."""
-    text = tracker_path.read_text(encoding="utf-8", errors="replace").strip()
-    if text != "release" and not text.isdecimal():
-        return [
-            f"{tracker_path}: must hold a step number or 'release', got {text[:40]!r}. "
-            "Restore it, or name a step that exists with --ckpt-step."
-        ]
-    folder = "release" if text == "release" else f"iter_{namespace.ckpt_step or int(text):07d}"
+def _find_step_problems(namespace: argparse.Namespace, tracker_path: Path) -> list[str]:
+    """The step that is asked for, or the tracker's, must be there, and its optimizer must suit the expert layout."""
+    if namespace.ckpt_step:
+        folder, named_by = f"iter_{namespace.ckpt_step:07d}", "--ckpt-step"
+    else:
+        text = tracker_path.read_text(encoding="utf-8", errors="replace").strip()
+        if text != "release" and not text.isdecimal():
+            return [
+                f"{tracker_path}: must hold a step number or 'release', got {text[:40]!r}. "
+                "Restore it, or name a step that exists with --ckpt-step."
+            ]
+        folder, named_by = "release" if text == "release" else f"iter_{int(text):07d}", TRACKER_NAME
     checkpoint_dir = tracker_path.parent / folder
     if not checkpoint_dir.is_dir():
         return [
-            f"load: checkpoint {folder} named by {TRACKER_NAME} is missing, got load={namespace.load}. "
+            f"load: checkpoint {folder} named by {named_by} is missing, got load={namespace.load}. "
             "Copy it there, or name a step that exists with --ckpt-step."
         ]
     return _find_saved_layout_problems(namespace, checkpoint_dir)
@@ -140,15 +143,16 @@ def _find_saved_layout_problems(namespace: argparse.Namespace, checkpoint_dir: P
                 f"{flag_of(name)}: must be the checkpoint's, got {name}={now}, in {checkpoint_dir} {before}. "
                 "Load another checkpoint, or change the model back."
             )
-    before, now = getattr(saved, "expert_model_parallel_size", 1), namespace.expert_model_parallel_size
+    saved_ep: int = getattr(saved, "expert_model_parallel_size", 1)
+    ep: int = namespace.expert_model_parallel_size
     loads_optimizer = not (namespace.finetune or namespace.no_load_optim)
-    if loads_optimizer and namespace.num_experts and (before > 1) != (now > 1):
+    if loads_optimizer and namespace.num_experts and (saved_ep > 1) != (ep > 1):
         # With EP the experts' parameters have an optimizer of their own, without it they share one
         # (megatron.core.optimizer.ChainedOptimizer.load_state_dict: 'Expected 2 entries').
         problems.append(
             "expert-model-parallel-size: an optimizer saved without expert parallelism resumes only without it, and "
-            f"one saved with it only with it, got ep={now}, in {checkpoint_dir} ep={before}. "
-            f"Use --expert-model-parallel-size {before}, or pass --no-load-optim or --finetune."
+            f"one saved with it only with it, got ep={ep}, in {checkpoint_dir} ep={saved_ep}. "
+            f"Use --expert-model-parallel-size {saved_ep}, or pass --no-load-optim or --finetune."
         )
     return problems
 

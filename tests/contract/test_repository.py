@@ -46,8 +46,8 @@ RESERVED = (
     ),
     (
         r"megatron\.training\.(arguments|argument_utils)(\.|$)",
-        ("config/arguments.py",),
-        "one file constructs Megatron's configuration",
+        ("config/arguments.py", "config/megatron_checks.py"),
+        "one file constructs Megatron's configuration, one tries it on a copy",
     ),
 )
 # Sourced, so they must leave their caller's shell options alone; every other script sets its own.

@@ -1,0 +1,263 @@
+"""The report of --dry-run: what would run, in numbers that are exact or say that they are estimates.
+
+Time is left out on purpose: nothing here has been measured. Needs no GPU and no process group.
+"""
+
+import argparse
+import dataclasses
+import enum
+import json
+import sys
+from collections.abc import Sequence
+from typing import IO, Any
+
+from megatron_hammer.config.arguments import ParsedArguments
+from megatron_hammer.config.data_sources import SPLIT_NAMES, DataPlan, read_data_plan
+from megatron_hammer.config.megatron_checks import read_megatron_defaults
+from megatron_hammer.config.model_from_arguments import build_layout, build_model, list_missing_essentials
+from megatron_hammer.config.preflight_data import count_split_tokens, read_indices
+from megatron_hammer.config.preflight_layout import find_layout_problems, select_global_batch_size
+from megatron_hammer.config.preflight_memory import estimate_run_memory, read_available_bytes, select_recompute
+from megatron_hammer.config.preflight_values import find_value_problems
+from megatron_hammer.config.preset_arguments import preset_arguments
+from megatron_hammer.config.report import (
+    GridAxis,
+    ModelReport,
+    Override,
+    Report,
+    RunReport,
+    SourceReport,
+    StageReport,
+)
+from megatron_hammer.config.report_tables import print_tables
+from megatron_hammer.model.accounting import (
+    FLOP_CONVENTIONS,
+    FlopConvention,
+    Layout,
+    count_active_parameters,
+    count_flops_per_token,
+    count_optimizer_shard,
+    count_parameters,
+    count_rank_parameters,
+    padded_vocab_size,
+    split_layers,
+)
+from megatron_hammer.preset_types import ModelPreset
+
+CONVENTION: FlopConvention = "A"
+# Derived by this package for its platform and backend, or of no interest in a list of settings.
+UNLISTED = frozenset({"preset", "platform", "backend", "dry_run", "json", "verbose", "requested_world_size", "help"})
+
+
+def build_report(arguments: ParsedArguments, problems: Sequence[str]) -> Report:
+    """Everything that can be said about the run; `problems` are those of preflight.find_problems."""
+    namespace = arguments.namespace
+    can_count = not list_missing_essentials(namespace) and not find_value_problems(namespace)
+    fits = can_count and not find_layout_problems(namespace)
+    has_batch = None not in (namespace.micro_batch_size, namespace.seq_length)
+    return Report(
+        preset=arguments.preset.name if arguments.preset else None,
+        platform=namespace.platform,
+        backend=namespace.backend,
+        precision="bf16" if namespace.bf16 else "fp16" if namespace.fp16 else "fp32",
+        world_size=namespace.world_size,
+        overrides=_list_overrides(arguments),
+        settings=_list_settings(namespace),
+        model=_report_model(namespace) if can_count else None,
+        grid=list_grid_axes(build_layout(namespace)) if fits else None,
+        stages=_report_stages(namespace, has_memory=has_batch) if fits else None,
+        available_bytes=read_available_bytes(namespace),
+        recompute=select_recompute(namespace),
+        run=_report_run(namespace) if fits and has_batch and _count_steps(namespace) else None,
+        problems=tuple(problems),
+    )
+
+
+def print_report(report: Report, stream: IO[str] | None = None, *, as_json: bool = False) -> None:
+    """The report on `stream` (stdout by default), as tables or as one JSON object; then the problems on stderr."""
+    stream = stream or sys.stdout
+    if as_json:
+        print(json.dumps(report.to_json(), indent=2), file=stream)
+    else:
+        print_tables(report, stream)
+    stream.flush()
+    for problem in report.problems:
+        print(f"error: {problem}", file=sys.stderr)
+    num_problems = len(report.problems)
+    verdict = f"{num_problems} problem{'s' if num_problems != 1 else ''}"
+    print(f"dry run: {verdict}, nothing was started", file=sys.stderr)
+
+
+# --- configuration --------------------------------------------------------------------------------------------------
+
+
+def _list_overrides(arguments: ParsedArguments) -> tuple[Override, ...]:
+    if arguments.preset is None:
+        return ()
+    namespace = arguments.namespace
+    return tuple(
+        Override(name=name, preset_value=_plain(value), value=_plain(getattr(namespace, name)))
+        for name, value in preset_arguments(arguments.preset).items()
+        if name in arguments.typed and getattr(namespace, name) != value
+    )
+
+
+def _list_settings(namespace: argparse.Namespace) -> dict[str, Any]:
+    defaults = read_megatron_defaults()
+    return {
+        name: _plain(value)
+        for name, value in sorted(vars(namespace).items())
+        if name not in UNLISTED and not name.startswith("_") and name in defaults and value != defaults[name]
+    }
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it."""
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+# --- model and ranks ------------------------------------------------------------------------------------------------
+
+
+def _report_model(namespace: argparse.Namespace) -> ModelReport:
+    model = build_model(namespace, name=namespace.preset or "custom")
+    rows = padded_vocab_size(
+        model.vocab_size,
+        divisible_by=namespace.make_vocab_size_divisible_by,
+        tensor_model_parallel_size=namespace.tensor_model_parallel_size,
+    )
+    return ModelReport(
+        name=model.name,
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_parameters=model.num_parameters,
+        num_parameters_padded=count_parameters(model, rows),
+        num_active_parameters=count_active_parameters(model),
+        vocab_size=model.vocab_size,
+        padded_vocab_size=rows,
+    )
+
+
+def list_grid_axes(layout: Layout) -> tuple[GridAxis, ...]:
+    """The axes in mcore's order tp-cp-dp-pp, and for experts etp-ep-edp over the same ranks of a stage."""
+    tp, cp, dp = layout.tensor_model_parallel_size, layout.context_parallel_size, layout.data_parallel_size
+    axes = [
+        GridAxis(name="tp", size=tp, stride=1),
+        GridAxis(name="cp", size=cp, stride=tp),
+        GridAxis(name="dp", size=dp, stride=tp * cp),
+        GridAxis(name="pp", size=layout.pipeline_model_parallel_size, stride=tp * cp * dp),
+    ]
+    ep = layout.expert_model_parallel_size
+    if ep > 1:
+        etp = layout.expert_tp
+        axes += [
+            GridAxis(name="etp", size=etp, stride=1),
+            GridAxis(name="ep", size=ep, stride=etp),
+            GridAxis(name="edp", size=layout.expert_data_parallel_size, stride=etp * ep),
+        ]
+    return tuple(axes)
+
+
+def _report_stages(namespace: argparse.Namespace, *, has_memory: bool) -> tuple[StageReport, ...]:
+    model, layout = build_model(namespace), build_layout(namespace)
+    memory = estimate_run_memory(namespace) if has_memory else None
+    stages = []
+    for pp_rank, chunks in enumerate(split_layers(model.num_layers, layout)):
+        divisible_by = namespace.make_vocab_size_divisible_by
+        local = count_rank_parameters(model, layout, pp_rank, vocab_divisible_by=divisible_by)
+        shard = count_optimizer_shard(model, layout, pp_rank, vocab_divisible_by=divisible_by)
+        stages.append(
+            StageReport(
+                pp_rank=pp_rank,
+                layers=tuple(tuple(range(chunk.first_layer, chunk.first_layer + chunk.num_layers)) for chunk in chunks),
+                dense_parameters=local.dense,
+                expert_parameters=local.expert,
+                optimizer_shard_parameters=shard.total,
+                memory_bytes=_list_memory_parts(memory[pp_rank]) if memory else None,
+                memory_total_bytes=memory[pp_rank].total_bytes if memory else None,
+            )
+        )
+    return tuple(stages)
+
+
+def _list_memory_parts(stage: Any) -> dict[str, int]:
+    """Every *_bytes field of a StageMemory without its suffix."""
+    return {
+        field.name.removesuffix("_bytes"): getattr(stage, field.name)
+        for field in dataclasses.fields(stage)
+        if field.name.endswith("_bytes")
+    }
+
+
+# --- run and data ---------------------------------------------------------------------------------------------------
+
+
+def _count_steps(namespace: argparse.Namespace) -> int:
+    if namespace.train_iters:
+        return namespace.train_iters
+    return -(-(namespace.train_samples or 0) // select_global_batch_size(namespace))
+
+
+def _report_run(namespace: argparse.Namespace) -> RunReport:
+    model: ModelPreset = build_model(namespace)
+    layout = build_layout(namespace)
+    batch = select_global_batch_size(namespace)
+    num_steps = _count_steps(namespace)
+    num_tokens = (namespace.train_samples or num_steps * batch) * namespace.seq_length
+    flops_per_token = count_flops_per_token(model, namespace.seq_length, CONVENTION)
+    split_tokens, sources = _report_data(namespace, num_tokens)
+    train_tokens = split_tokens["train"] if split_tokens else 0
+    return RunReport(
+        micro_batch_size=namespace.micro_batch_size,
+        global_batch_size=batch,
+        num_microbatches=max(1, batch // (namespace.micro_batch_size * layout.data_parallel_size)),
+        seq_length=namespace.seq_length,
+        tokens_per_step=batch * namespace.seq_length,
+        num_steps=num_steps,
+        num_tokens=num_tokens,
+        flops_per_token=flops_per_token,
+        flop_convention=f"{CONVENTION}: {FLOP_CONVENTIONS[CONVENTION]}",
+        total_flops=flops_per_token * num_tokens,
+        split_tokens=split_tokens,
+        epochs=num_tokens / train_tokens if train_tokens else None,
+        sources=sources,
+    )
+
+
+def _report_data(
+    namespace: argparse.Namespace, run_tokens: int
+) -> tuple[dict[str, int] | None, tuple[SourceReport, ...]]:
+    """Tokens of every split, and the sources of the training blend; (None, ()) without readable data."""
+    plan, plan_problems = read_data_plan(namespace)
+    indices, index_problems = read_indices(plan)
+    if plan.is_mock or plan_problems or index_problems or not indices:
+        return None, ()
+    tokens = {
+        name: {
+            source.prefix: count_split_tokens(indices[source.prefix], plan.bounds_of(name))
+            for source in plan.sources_of(name)
+        }
+        for name in SPLIT_NAMES
+    }
+    split_tokens = {name: sum(by_prefix.values()) for name, by_prefix in tokens.items()}
+    return split_tokens, _report_sources(plan, tokens["train"], run_tokens)
+
+
+def _report_sources(plan: DataPlan, tokens: dict[str, int], run_tokens: int) -> tuple[SourceReport, ...]:
+    """Without weights megatron-core draws from each source in proportion to its size."""
+    sources = plan.sources_of("train")
+    weights = [tokens[source.prefix] if source.weight is None else source.weight for source in sources]
+    total = sum(weights)
+    return tuple(
+        SourceReport(
+            prefix=source.prefix,
+            weight=weight / total if total else 0.0,
+            num_tokens=tokens[source.prefix],
+            epochs=run_tokens * weight / total / tokens[source.prefix] if total and tokens[source.prefix] else 0.0,
+        )
+        for source, weight in zip(sources, weights, strict=True)
+    )

@@ -1,0 +1,97 @@
+"""Megatron's own refusals, asked of a copy: its validation and its model configuration, without their side effects.
+
+The last net of preflight. It knows what ours do not list, but it stops at the first problem and speaks in asserts.
+"""
+
+import argparse
+import contextlib
+import copy
+import io
+import linecache
+import logging
+import os
+import traceback
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+
+def find_megatron_refusal(namespace: argparse.Namespace) -> str | None:
+    """What Megatron's validate_args or its TransformerConfig says about a copy of the namespace; None if it accepts.
+
+    Also None where it cannot answer because it asks a GPU that this machine lacks (a run planned for another one).
+    """
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.arguments import validate_args
+
+    with _without_side_effects():
+        try:
+            trial = copy.deepcopy(namespace)
+            validate_args(trial)
+            gpt_config_from_args(trial)
+        except (AssertionError, ValueError, RuntimeError, NotImplementedError, ImportError, SystemExit) as error:
+            return None if _asks_missing_gpu(error.__traceback__) else _describe(error)
+    return None
+
+
+def read_megatron_defaults() -> dict[str, Any]:
+    """Every attribute of Megatron's namespace with the value it has when no flag is given."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = add_megatron_arguments(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
+    # Where two flags share an attribute, argparse takes the first one's default.
+    return {action.dest: action.default for action in reversed(parser._actions)}
+
+
+def read_saved_arguments(checkpoint_dir: Path) -> argparse.Namespace | None:
+    """The arguments that a torch_dist checkpoint was saved with; None where there are none or they cannot be read.
+
+    Read with PyTorch's weights_only unpickler, which makes only the classes that megatron registers.
+    """
+    from megatron.core.dist_checkpointing.serialization import load_common_state_dict
+
+    if not (checkpoint_dir / ".metadata").is_file() or (checkpoint_dir / "common.pt").exists():
+        return None  # another format, or an old checkpoint whose common.pt was pickled
+    with _without_side_effects():
+        try:
+            return load_common_state_dict(str(checkpoint_dir)).get("args")
+        except Exception:  # an unreadable checkpoint is reported when it is loaded, with its own words
+            return None
+
+
+@contextlib.contextmanager
+def _without_side_effects() -> Iterator[None]:
+    """No output, and the environment as it was (deterministic mode sets variables)."""
+    environment = dict(os.environ)
+    disabled_level = logging.root.manager.disable
+    try:
+        logging.disable(logging.WARNING)
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled_level)
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+def _asks_missing_gpu(trace: TracebackType | None) -> bool:
+    """Whether the error was raised inside torch.cuda."""
+    frames = traceback.extract_tb(trace)
+    return bool(frames) and f"torch{os.sep}cuda{os.sep}" in frames[-1].filename
+
+
+def _describe(error: BaseException) -> str:
+    """The error's words in one line, or where it has none the condition that failed."""
+    text = " ".join(str(error).split())
+    if text and not isinstance(error, SystemExit):
+        return text.rstrip(".")
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    source = linecache.getline(frame.filename, frame.lineno or 0).strip()
+    return f"{source.removeprefix('assert ').rstrip(chr(92)).strip()} does not hold ({frame.name})"

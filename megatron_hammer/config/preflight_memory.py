@@ -1,0 +1,94 @@
+"""Estimated memory of each pipeline stage against what a device holds."""
+
+import argparse
+import os
+
+from megatron_hammer.config.model_from_arguments import build_layout, build_model
+from megatron_hammer.config.preflight_layout import select_global_batch_size
+from megatron_hammer.model.accounting import StageMemory, estimate_memory
+from megatron_hammer.model.memory import Recompute
+from megatron_hammer.platforms.device_facts import read_device_memory_bytes
+
+GIB = 2**30
+
+
+def estimate_run_memory(namespace: argparse.Namespace) -> tuple[StageMemory, ...]:
+    """The peak of each stage; needs a namespace whose layout and batch fit.
+
+    A run on this machine's CPU has no CUDA context and no caching allocator; a planned one is planned for GPUs.
+    """
+    layout = build_layout(namespace)
+    ranks_of_step = namespace.micro_batch_size * layout.data_parallel_size
+    is_for_gpu = namespace.platform == "cuda" or namespace.gpu_memory_gib is not None or is_planned(namespace)
+    gpu_allowances = {} if is_for_gpu else {"context_bytes": 0, "fragmentation_ratio": 0.0}
+    return estimate_memory(
+        build_model(namespace),
+        layout,
+        micro_batch_size=namespace.micro_batch_size,
+        seq_length=namespace.seq_length,
+        num_microbatches=max(1, select_global_batch_size(namespace) // ranks_of_step),
+        precision="bf16" if namespace.bf16 or namespace.fp16 else "fp32",
+        recompute=select_recompute(namespace),
+        hidden_dropout=namespace.hidden_dropout,
+        vocab_divisible_by=namespace.make_vocab_size_divisible_by,
+        **gpu_allowances,  # type: ignore[arg-type]
+    )
+
+
+def is_planned(namespace: argparse.Namespace) -> bool:
+    """Whether this is the plan of a run elsewhere: a dry run that no launcher started."""
+    return namespace.dry_run and (namespace.requested_world_size is not None or "WORLD_SIZE" not in os.environ)
+
+
+def select_recompute(namespace: argparse.Namespace) -> Recompute:
+    if namespace.recompute_granularity == "full":
+        return "full"
+    return "selective" if namespace.recompute_granularity or namespace.recompute_activations else "none"
+
+
+def read_available_bytes(namespace: argparse.Namespace) -> int | None:
+    """What one rank may use: --gpu-memory-gib, this machine's GPU, or its share of this machine's memory.
+
+    None for a plan on a machine without a GPU: there is nothing to compare with.
+    """
+    if namespace.gpu_memory_gib is not None:
+        return round(namespace.gpu_memory_gib * GIB)
+    if namespace.platform == "cpu" and is_planned(namespace):
+        return None
+    total = read_device_memory_bytes(namespace.platform)
+    if total is None or namespace.platform != "cpu":
+        return total
+    return total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def find_memory_problems(namespace: argparse.Namespace) -> list[str]:
+    """One problem for the stage that needs most, if it does not fit; needs a layout that holds the model."""
+    available = read_available_bytes(namespace)
+    if available is None or None in (namespace.micro_batch_size, namespace.seq_length):
+        return []
+    largest = max(estimate_run_memory(namespace), key=lambda stage: stage.total_bytes)
+    if largest.total_bytes <= available:
+        return []
+    parts = {
+        "weights": largest.weights_bytes,
+        "gradients": largest.gradients_bytes,
+        "optimizer": largest.optimizer_bytes,
+        "activations": largest.activations_bytes,
+        "logits": largest.logits_bytes,
+    }
+    heaviest = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size)
+    return [
+        f"memory: the estimate of pipeline stage {largest.pp_rank} must fit in a device, got "
+        f"{largest.total_bytes / GIB:.1f} GiB of {available / GIB:.1f} ({heaviest}). {_advise(namespace, parts)}."
+    ]
+
+
+def _advise(namespace: argparse.Namespace, parts: dict[str, int]) -> str:
+    """The cheapest remedy against what weighs most."""
+    state = parts["weights"] + parts["gradients"] + parts["optimizer"]
+    if parts["activations"] + parts["logits"] > state:
+        if namespace.micro_batch_size > 1:
+            return f"Pass --micro-batch-size {max(1, namespace.micro_batch_size // 2)}"
+        if namespace.recompute_granularity != "full":
+            return "Pass --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    return "Raise --tensor-model-parallel-size or --pipeline-model-parallel-size, or use more devices"

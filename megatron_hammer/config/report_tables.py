@@ -1,0 +1,145 @@
+"""A dry run's report for people: rich tables on stdout. `report.py` says what every number means."""
+
+from collections.abc import Iterable
+from typing import IO
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from megatron_hammer.config.report import GridAxis, ModelReport, Report, RunReport, StageReport
+
+GIB = 2**30
+MAX_STAGE_ROWS = 64
+SHORT_NAMES = {"gradients": "grads", "optimizer": "optim", "activations": "activ.", "fragmentation": "frag."}
+AXIS_NAMES = {
+    "tp": "tensor",
+    "cp": "context",
+    "dp": "data",
+    "pp": "pipeline",
+    "etp": "expert tensor",
+    "ep": "expert",
+    "edp": "expert data",
+}
+
+
+def print_tables(report: Report, stream: IO[str]) -> None:
+    """Print the report without its problems."""
+    console = Console(file=stream, highlight=False)
+    console.print(_build_configuration(report))
+    if report.model is not None:
+        console.print(_build_model(report.model))
+    if report.grid is not None:
+        console.print(_build_grid(report.grid, report.world_size))
+    if report.stages is not None:
+        console.print(_build_stages(report.stages))
+        console.print(_build_memory(report))
+    if report.run is not None:
+        console.print(_build_run(report.run))
+    if report.run is not None and report.run.sources:
+        console.print(_build_sources(report.run))
+
+
+def _table(title: str, *columns: str, left: int = 1) -> Table:
+    """A table whose first `left` columns are text and the others numbers."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
+    if not any(columns):
+        table.show_header = False
+    for position, column in enumerate(columns):
+        table.add_column(column, justify="left" if position < left else "right", overflow="fold")
+    return table
+
+
+def _build_configuration(report: Report) -> Table:
+    table = _table("Configuration (what differs from Megatron's defaults)", "setting", "value", "preset", left=3)
+    table.add_row("preset", report.preset or "none", "")
+    table.add_row("platform, backend, precision", f"{report.platform}, {report.backend}, {report.precision}", "")
+    replaced = {override.name: override for override in report.overrides}
+    names = sorted(set(report.settings) | set(replaced))
+    for name in names:
+        value = replaced[name].value if name in replaced else report.settings[name]
+        table.add_row(name, str(value), f"was {replaced[name].preset_value}" if name in replaced else "")
+    return table
+
+
+def _build_model(model: ModelReport) -> Table:
+    table = _table("Model (exact)", "", "", left=1)
+    table.add_row("layers x hidden size", f"{model.num_layers} x {model.hidden_size:,}")
+    table.add_row("parameters", f"{model.num_parameters:,}")
+    table.add_row("parameters, vocabulary padded", f"{model.num_parameters_padded:,}")
+    if model.num_active_parameters != model.num_parameters:
+        table.add_row("parameters that a token meets", f"{model.num_active_parameters:,}")
+    table.add_row("vocabulary, padded", f"{model.vocab_size:,}, {model.padded_vocab_size:,}")
+    return table
+
+
+def _build_grid(grid: tuple[GridAxis, ...], world_size: int) -> Table:
+    table = _table(f"Rank grid ({world_size:,} ranks)", "axis", "coordinate of a rank", "size", "last rank", left=2)
+    for axis in grid:
+        coordinate = f"rank // {axis.stride} % {axis.size}"
+        last = (world_size - 1) // axis.stride % axis.size
+        table.add_row(f"{axis.name} ({AXIS_NAMES[axis.name]})", coordinate, f"{axis.size:,}", f"{last:,}")
+    return table
+
+
+def _build_stages(stages: tuple[StageReport, ...]) -> Table:
+    has_experts = any(stage.expert_parameters for stage in stages)
+    columns = ["stage", "layers", "parameters a rank"]
+    columns += ["of experts"] if has_experts else []
+    table = _table("Pipeline stages (exact)", *columns, "optimizer shard", left=2)
+    for stage in _select_rows(stages):
+        cells = [str(stage.pp_rank), " | ".join(_name_range(chunk) for chunk in stage.layers)]
+        cells.append(f"{stage.dense_parameters + stage.expert_parameters:,}")
+        cells += [f"{stage.expert_parameters:,}"] if has_experts else []
+        table.add_row(*cells, f"{stage.optimizer_shard_parameters:,}")
+    return table
+
+
+def _build_memory(report: Report) -> Table:
+    stages = [stage for stage in report.stages or () if stage.memory_bytes is not None]
+    parts = [SHORT_NAMES.get(part, part) for part in (stages[0].memory_bytes or ())] if stages else []
+    available = "" if report.available_bytes is None else f" of {report.available_bytes / GIB:.1f} available"
+    title = f"Memory of a rank by stage (estimated, GiB{available}; recompute: {report.recompute})"
+    table = _table(title, "stage", *parts, "total")
+    for stage in _select_rows(stages):
+        sizes = (stage.memory_bytes or {}).values()
+        total = (stage.memory_total_bytes or 0) / GIB
+        table.add_row(str(stage.pp_rank), *(f"{size / GIB:.2f}" for size in sizes), f"{total:.2f}")
+    return table
+
+
+def _build_run(run: RunReport) -> Table:
+    table = _table("Run", "", "", left=1)
+    table.add_row("micro-batch, global batch", f"{run.micro_batch_size:,}, {run.global_batch_size:,}")
+    table.add_row("micro-batches a step and rank", f"{run.num_microbatches:,}")
+    table.add_row("sequence length", f"{run.seq_length:,}")
+    table.add_row("tokens a step", f"{run.tokens_per_step:,}")
+    table.add_row("steps", f"{run.num_steps:,}")
+    table.add_row("tokens", f"{run.num_tokens:,}")
+    table.add_row("FLOPs a token", f"{run.flops_per_token:,}")
+    table.add_row("convention", run.flop_convention)
+    table.add_row("FLOPs of the run", f"{run.total_flops:.4g}")
+    if run.split_tokens is not None:
+        table.add_row("tokens of train, valid, test", ", ".join(f"{size:,}" for size in run.split_tokens.values()))
+    if run.epochs is not None:
+        table.add_row("epochs of the training data", f"{run.epochs:.3f}")
+    return table
+
+
+def _build_sources(run: RunReport) -> Table:
+    table = _table("Training blend", "prefix", "share of the run", "tokens", "epochs")
+    for source in run.sources:
+        table.add_row(source.prefix, f"{source.weight:.4f}", f"{source.num_tokens:,}", f"{source.epochs:.3f}")
+    return table
+
+
+def _select_rows(stages: Iterable[StageReport]) -> list[StageReport]:
+    """The first and the last of very many stages; the JSON report has all."""
+    rows = list(stages)
+    return rows if len(rows) <= MAX_STAGE_ROWS else [*rows[: MAX_STAGE_ROWS - 1], rows[-1]]
+
+
+def _name_range(layers: tuple[int, ...]) -> str:
+    if not layers:
+        return "none"
+    return str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
