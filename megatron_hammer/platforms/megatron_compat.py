@@ -70,6 +70,25 @@ def _source(function: Any) -> str:
     return inspect.getsource(inspect.unwrap(function))
 
 
+# --- torch.compile where it is off ----------------------------------------------------------------------------------
+
+
+def _leave_functions_uncompiled() -> None:
+    import torch
+
+    def compile(model: Any = None, **options: Any) -> Any:
+        return model if model is not None else lambda function: function
+
+    if os.environ["TORCH_COMPILE_DISABLE"] == "1":  # else the user asked for it
+        torch.compile = compile
+
+
+def _upstream_compiles_at_import() -> bool:
+    from megatron.core import jit
+
+    return "jit_fuser = torch.compile" in Path(jit.__file__).read_text()
+
+
 # --- torch.cuda on a machine without one ---------------------------------------------------------------------------
 
 
@@ -328,6 +347,14 @@ def stop_on_signals_too(signals: tuple[Any, ...]) -> None:
 
 
 ADJUSTMENTS: tuple[Adjustment, ...] = (
+    Adjustment(
+        name="no-compiler-import",  # first: it must precede the import of megatron
+        platforms=("cpu",),
+        reason="decorating with torch.compile imports its compiler, 2 s a process, even where it is disabled",
+        upstream="megatron.core.jit.enable_jit_fuser",
+        apply=_leave_functions_uncompiled,
+        is_needed=_upstream_compiles_at_import,
+    ),
     Adjustment(
         name="cuda-substitution",
         platforms=("cpu",),

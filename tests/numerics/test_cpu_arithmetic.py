@@ -8,7 +8,7 @@ import torch
 from megatron_hammer.platforms.cpu_arithmetic import norm_of_all, skip_gather_of_one_rank, swiglu_back
 from megatron_hammer.platforms.megatron_compat import ADJUSTMENTS
 
-OURS = ("exact-gradient-norm", "silu-kernels", "no-gather-of-one-rank")
+OURS = ("no-compiler-import", "exact-gradient-norm", "silu-kernels", "no-gather-of-one-rank")
 
 
 def swiglu_by_autograd(grad: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
