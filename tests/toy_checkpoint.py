@@ -64,7 +64,7 @@ MOE_ARGUMENTS = {
     "num_experts": 5,
     "moe_layer_freq": 1,
     "moe_router_topk": 2,
-    "moe_ffn_hidden_size": 7,
+    "moe_ffn_hidden_size": 12,  # transformers' grouped matrix product wants rows of a multiple of 16 bytes
     "moe_shared_expert_intermediate_size": 9,
     "moe_shared_expert_gate": True,
     "moe_aux_loss_coeff": 0.01,

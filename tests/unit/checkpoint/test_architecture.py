@@ -37,7 +37,7 @@ def test_gelu_is_the_approximation_only_where_megatron_fuses_it(fusion, activati
 
 def test_experts_are_read():
     model = read_architecture(toy_arguments(**MOE_ARGUMENTS))
-    assert (model.moe.num_experts, model.moe.router_topk, model.moe.ffn_hidden_size) == (5, 2, 7)
+    assert (model.moe.num_experts, model.moe.router_topk, model.moe.ffn_hidden_size) == (5, 2, 12)
     assert model.has_normalized_topk
     assert not read_architecture(toy_arguments(**MOE_ARGUMENTS | {"moe_router_pre_softmax": True})).has_normalized_topk
 

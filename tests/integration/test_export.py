@@ -1,0 +1,169 @@
+"""From training to Hugging Face as a user does it: any layout gives the same folder, whose loss is the training's."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from toy_checkpoint import toy_arguments, toy_llama_tensors, write_toy_checkpoint
+from toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
+from training_runs import REPOSITORY, TOY_MODEL, TOY_MOE, TOY_SCHEDULE, environment, train
+
+from megatron_hammer.data.indexed import IndexedWriter
+
+pytestmark = pytest.mark.integration
+
+EXPORT = REPOSITORY / "checkpoint_convert" / "megatron_to_hf.py"
+SAMPLE = REPOSITORY / "tools" / "generate_sample.py"
+SEQ_LENGTH, VOCAB_SIZE = 64, 1000  # of TOY_MODEL
+NUM_STEPS = 2
+
+
+def run(script: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(script), *map(str, arguments)]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def sequence() -> torch.Tensor:
+    """One sequence of training: tokens [s + 1], the last of which is only a label."""
+    tokens = np.random.default_rng(9).integers(0, VOCAB_SIZE, SEQ_LENGTH)
+    return torch.tensor([*tokens, tokens[0]])
+
+
+@pytest.fixture(scope="module")
+def data_flags(tmp_path_factory, sequence) -> tuple[str, ...]:
+    """A corpus with the period of the sequence length: every sample of it is `sequence`, in whatever order."""
+    folder = tmp_path_factory.mktemp("data")
+    with IndexedWriter(folder / "data", np.dtype(np.uint16)) as writer:
+        writer.add_document(np.tile(sequence[:-1].numpy(), 200).astype(np.uint16))
+    data = ("--data-path", str(folder / "data"), "--split", "1,0,0", "--data-cache-path", str(folder / "cache"))
+    # Megatron's loss counts the padding of the vocabulary as classes, transformers has none: leave no padding.
+    return (*data, *TOY_SCHEDULE, "--lr-warmup-iters", "0", "--make-vocab-size-divisible-by", "4")
+
+
+def train_and_reshard(folder: Path, model_flags, first, second) -> float:
+    """Train NUM_STEPS in one layout; in another make one step that changes nothing. Returns the loss of that step."""
+    first_run = ("--train-iters", str(NUM_STEPS), "--save", str(folder / "first"))
+    train(first[0], folder / "first.jsonl", *model_flags, *first[1:], *first_run)
+    still = ("--train-iters", "1", "--lr", "0", "--min-lr", "0", "--finetune")
+    second_run = (*still, "--load", str(folder / "first"), "--save", str(folder / "second"))
+    (line,) = train(second[0], folder / "second.jsonl", *model_flags, *second[1:], *second_run)
+    return line["loss"]
+
+
+TP2_PP2 = (4, "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2")
+PP2_VP2 = (2, "--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2")
+EP2_TP2 = (
+    *(2, "--expert-model-parallel-size", "2", "--expert-tensor-parallel-size", "1"),
+    *("--tensor-model-parallel-size", "2"),
+)
+
+
+def hf_loss(model_dir: Path, sequence: torch.Tensor) -> float:
+    """Mean cross entropy of the sequence by transformers."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
+    with torch.no_grad():
+        logits = model(sequence[None, :-1]).logits[0]
+    return torch.nn.functional.cross_entropy(logits, sequence[1:]).item()
+
+
+@pytest.mark.parametrize(
+    "model, first, second, hf_class",
+    [
+        pytest.param((), TP2_PP2, PP2_VP2, "LlamaForCausalLM", id="llama-tp2-pp2-to-pp2-vp2"),
+        pytest.param(TOY_MOE, EP2_TP2, (1,), "Qwen2MoeForCausalLM", id="moe-ep2-tp2-to-one"),
+    ],
+)
+def test_every_layout_exports_the_same_model(tmp_path, data_flags, sequence, model, first, second, hf_class):
+    loss = train_and_reshard(tmp_path, (*TOY_MODEL, *model, *data_flags), first, second)
+    for name, iteration in (("first", NUM_STEPS), ("second", 1)):
+        result = run(EXPORT, "--load", tmp_path / name, "--save", tmp_path / f"hf-{name}")
+        assert result.returncode == 0, result.stderr
+        assert f"{hf_class} of iteration {iteration}," in result.stdout
+        assert "0 dropped, all read back equal" in result.stdout
+    weights = [load_file(tmp_path / f"hf-{name}" / "model.safetensors") for name in ("first", "second")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert hf_loss(tmp_path / "hf-first", sequence) == pytest.approx(loss, rel=2e-6)
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    write_toy_checkpoint(tmp_path / "checkpoint", toy_llama_tensors())
+    return tmp_path / "checkpoint"
+
+
+def test_bad_inputs_end_with_one_sentence_and_exit_code_2(tmp_path, checkpoint):
+    write_toy_checkpoint(tmp_path / "norm", toy_llama_tensors(), arguments=toy_arguments(embedding_norm=True))
+    shard = write_toy_checkpoint(tmp_path / "short", toy_llama_tensors()) / "__0_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:5000])
+    cases = {
+        ("--load", tmp_path / "nowhere"): "nowhere: checkpoint directory does not exist",
+        ("--load", tmp_path / "short"): "__0_0.distcp: must hold at least",
+        ("--load", tmp_path / "norm"): "transformers has no Open-Llama class any more",
+        ("--load", checkpoint, "--tokenizer-model", tmp_path / "no.model"): "no.model: tokenizer does not exist",
+    }
+    for arguments, message in cases.items():
+        result = run(EXPORT, *arguments, "--save", tmp_path / "hf")
+        assert result.returncode == 2, result.stderr
+        assert message in result.stderr
+        assert all(line.startswith("error: ") for line in result.stderr.splitlines())
+        assert not list(tmp_path.glob("hf*"))
+
+
+@pytest.mark.parametrize("number, exit_code", [(signal.SIGTERM, 130), (signal.SIGKILL, -9)])
+def test_a_killed_export_leaves_nothing_that_loads(tmp_path, number, exit_code):
+    """The weights are large enough that the signal comes while it writes; what SIGKILL leaves has another name and no config.json."""
+    tensors = toy_llama_tensors()
+    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        tensors[name] = torch.randn(2_000_000, 24)
+    arguments = toy_arguments(vocab_size=2_000_000)
+    write_toy_checkpoint(tmp_path / "checkpoint", tensors, arguments=arguments, num_chunks=1)
+    command = [sys.executable, str(EXPORT), "--load", str(tmp_path / "checkpoint"), "--save", str(tmp_path / "hf")]
+    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        weights = tmp_path / "hf.partial" / "model.safetensors"
+        deadline_s = time.monotonic() + 30
+        while not (weights.exists() and weights.stat().st_size > 1_000_000):
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline_s
+            time.sleep(0.001)
+        os.kill(process.pid, number)
+        process.communicate(timeout=30)
+    assert process.returncode == exit_code
+    assert not (tmp_path / "hf").exists()
+    assert (tmp_path / "hf.partial").exists() == (number == signal.SIGKILL)
+    assert not (tmp_path / "hf.partial" / "config.json").exists()
+
+
+def test_a_sample_comes_from_the_exported_model(tmp_path):
+    tokenizer = train_toy_tokenizer(tmp_path)
+    tensors = toy_llama_tensors()
+    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        tensors[name] = torch.randn(TOY_VOCAB_SIZE, 24)
+    arguments = toy_arguments(vocab_size=TOY_VOCAB_SIZE, tokenizer_model=str(tokenizer))
+    write_toy_checkpoint(tmp_path / "checkpoint", tensors, arguments=arguments)
+    result = run(EXPORT, "--load", tmp_path / "checkpoint", "--save", tmp_path / "hf")
+    assert result.returncode == 0, result.stderr
+    sample = ("--model", tmp_path / "hf", "--prompt", "the quick", "--max-new-tokens", "8")
+    one, again = (run(SAMPLE, *sample, "--seed", "1") for _ in range(2))
+    assert (one.returncode, one.stderr) == (0, "")
+    assert one.stdout.startswith("the quick")
+    assert len(one.stdout.strip()) > len("the quick")
+    assert one.stdout == again.stdout
+
+
+def test_a_sample_needs_a_whole_model(tmp_path):
+    result = run(SAMPLE, "--model", tmp_path, "--prompt", "x")
+    assert result.returncode == 2
+    assert "model folder must hold config.json, got none" in result.stderr
+    (tmp_path / "config.json").write_text(json.dumps({}))
+    assert "must hold tokenizer.json" in run(SAMPLE, "--model", tmp_path, "--prompt", "x").stderr

@@ -1,0 +1,261 @@
+"""A checkpoint becomes a folder that transformers loads; whatever goes wrong leaves nothing behind."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments, toy_llama_tensors, write_toy_checkpoint
+from toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
+
+from megatron_hammer.checkpoint import export, mapping
+from megatron_hammer.checkpoint.architecture import read_architecture
+from megatron_hammer.checkpoint.export import ExportOptions, export_to_hugging_face
+from megatron_hammer.checkpoint.layouts import split_qkv
+from megatron_hammer.checkpoint.mapping import expand, select_family
+from megatron_hammer.errors import CheckpointError, ConversionError
+
+
+@pytest.fixture
+def options(tmp_path):
+    write_toy_checkpoint(tmp_path / "checkpoint", toy_llama_tensors())
+    return ExportOptions(load_dir=tmp_path / "checkpoint", save_dir=tmp_path / "hf")
+
+
+def assert_nothing_was_left(options: ExportOptions) -> None:
+    assert [entry.name for entry in options.save_dir.parent.iterdir() if entry.name.startswith("hf")] == []
+
+
+def test_llama_becomes_a_complete_folder(options):
+    report = export_to_hugging_face(options)
+    names = {path.name for path in options.save_dir.iterdir()}
+    assert names == {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+    weights, source = load_file(options.save_dir / "model.safetensors"), toy_llama_tensors()
+    qkv = source["decoder.layers.self_attention.linear_qkv.weight"][1]
+    query, key, value = split_qkv(qkv, num_query_groups=2, head_dim=4)
+    assert torch.equal(weights["model.layers.1.self_attn.q_proj.weight"], query)
+    assert torch.equal(weights["model.layers.1.self_attn.k_proj.weight"], key)
+    assert torch.equal(weights["model.layers.1.self_attn.v_proj.weight"], value)
+    assert torch.equal(weights["lm_head.weight"], source["output_layer.weight"][:53])
+    assert report.num_parameters == sum(tensor.numel() for tensor in weights.values())
+    assert (report.num_megatron_tensors, report.num_hf_tensors, report.iteration) == (21, 30, 10)
+    assert report.notes == ("no tokenizer was written: the checkpoint names none, and --tokenizer-model was not given",)
+
+
+def test_the_model_card_says_what_and_how(options):
+    export_to_hugging_face(options)
+    card = (options.save_dir / "README.md").read_text()
+    for line in ("# toy", "iteration 10", "| vocabulary | 53 |", "| tokens | 1,280 |", "has no tokenizer"):
+        assert line in card
+
+
+FAMILIES = {
+    "llama": {},
+    "llama with biases": {"add_bias_linear": True},
+    "llama tied": {"untie_embeddings_and_output_weights": False},
+    "qwen2": {"add_qkv_bias": True},
+    "qwen2 moe": MOE_ARGUMENTS | {"add_qkv_bias": True},
+    "gpt2": GPT2_ARGUMENTS,
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_transformers_loads_every_family_without_a_missing_tensor(name, tmp_path):
+    arguments = toy_arguments(**FAMILIES[name])
+    model = read_architecture(arguments)
+    pairs = expand(select_family(model), model)
+    tensors = {pair.megatron_name: torch.randn(pair.megatron_shape) for pair in pairs}
+    write_toy_checkpoint(tmp_path / "checkpoint", tensors, arguments=arguments)
+    export_to_hugging_face(ExportOptions(load_dir=tmp_path / "checkpoint", save_dir=tmp_path / "hf"))
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert type(loaded).__name__ == select_family(model).hf_class
+    assert not any(info.values()), info
+    assert loaded(torch.arange(9)[None]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "stored, requested, written",
+    [
+        (torch.bfloat16, None, torch.bfloat16),
+        (torch.bfloat16, "fp32", torch.float32),
+        (torch.float32, None, torch.float32),
+        (torch.float32, "bf16", torch.bfloat16),
+        (torch.float32, "fp16", torch.float16),
+    ],
+)
+def test_the_dtype_is_the_stored_or_the_requested_one(tmp_path, stored, requested, written):
+    write_toy_checkpoint(tmp_path / "checkpoint", toy_llama_tensors(dtype=stored))
+    options = ExportOptions(load_dir=tmp_path / "checkpoint", save_dir=tmp_path / "hf", dtype=requested)
+    export_to_hugging_face(options)
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {written}
+    expected = toy_llama_tensors(dtype=stored)["decoder.final_layernorm.weight"].to(written)
+    assert torch.equal(weights["model.norm.weight"], expected)
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto").dtype == written
+
+
+def test_chunks_and_shards_do_not_change_the_weights(options, tmp_path):
+    export_to_hugging_face(options)
+    one_file = load_file(options.save_dir / "model.safetensors")
+    write_toy_checkpoint(tmp_path / "other", toy_llama_tensors(), num_chunks=3)
+    other = ExportOptions(load_dir=tmp_path / "other", save_dir=tmp_path / "hf2", max_shard_bytes=20_000)
+    assert export_to_hugging_face(other).num_shards > 2
+    index = json.loads((tmp_path / "hf2" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert index.keys() == one_file.keys()
+    for name, file_name in index.items():
+        assert (tmp_path / "hf2" / file_name).stat().st_size < 25_000
+        assert torch.equal(load_file(tmp_path / "hf2" / file_name)[name], one_file[name])
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_said_at_once(tmp_path):
+    tensors = toy_llama_tensors()
+    del tensors["decoder.final_layernorm.weight"]
+    tensors["decoder.layers.mlp.linear_fc1.bias"] = torch.ones(3, 40)
+    tensors["output_layer.weight"] = torch.ones(50, 24)
+    write_toy_checkpoint(tmp_path / "checkpoint", tensors)
+    options = ExportOptions(load_dir=tmp_path / "checkpoint", save_dir=tmp_path / "hf")
+    with pytest.raises(ConversionError) as caught:
+        export_to_hugging_face(options)
+    assert len(caught.value.problems) == 1 + 3 + 1
+    assert "output_layer.weight: expected shape (53, 24), got (50, 24)" in str(caught.value)
+    assert_nothing_was_left(options)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(tmp_path, value):
+    tensors = toy_llama_tensors()
+    tensors["decoder.layers.mlp.linear_fc2.weight"][1, 2, 3] = value
+    write_toy_checkpoint(tmp_path / "checkpoint", tensors)
+    options = ExportOptions(load_dir=tmp_path / "checkpoint", save_dir=tmp_path / "hf")
+    with pytest.raises(ConversionError, match=r"decoder.layers.1.mlp.linear_fc2.weight: weights must be finite"):
+        export_to_hugging_face(options)
+    assert_nothing_was_left(options)
+
+
+def test_weights_beyond_the_requested_dtype_are_named(tmp_path):
+    tensors = toy_llama_tensors()
+    tensors["output_layer.weight"][0, 0] = 1e6
+    write_toy_checkpoint(tmp_path / "checkpoint", tensors)
+    options = ExportOptions(load_dir=tmp_path / "checkpoint", save_dir=tmp_path / "hf", dtype="fp16")
+    with pytest.raises(ConversionError, match=r"output_layer.weight: weights must be finite in float16"):
+        export_to_hugging_face(options)
+
+
+def test_twin_a_wrong_split_does_not_pass_the_verification(options, monkeypatch):
+    wrong = dataclasses.replace(mapping.GATE_UP, split=lambda tensor, _: tuple(reversed(tensor.chunk(2))))
+    whole_expand = export.expand
+    monkeypatch.setattr(
+        export,
+        "expand",
+        lambda family, model: [
+            dataclasses.replace(pair, layout=wrong if pair.layout is mapping.GATE_UP else pair.layout)
+            for pair in whole_expand(family, model)
+        ],
+    )
+    with pytest.raises(ConversionError, match="what was written must read back equal") as caught:
+        export_to_hugging_face(options)
+    assert len(caught.value.problems) == 3  # one a layer
+    assert_nothing_was_left(options)
+
+
+@pytest.mark.parametrize("stage", ["writing", "verifying"])
+def test_an_interruption_leaves_nothing(options, stage):
+    def interrupt(current: str, done: int, total: int) -> None:
+        if current == stage and done > total // 2:
+            assert Path(f"{options.save_dir}.partial").is_dir()
+            assert not Path(f"{options.save_dir}.partial", "config.json").exists()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_to_hugging_face(options, interrupt)
+    assert_nothing_was_left(options)
+
+
+def test_what_a_killed_export_left_is_replaced(options):
+    partial = Path(f"{options.save_dir}.partial")
+    partial.mkdir()
+    (partial / "model-00007-of-00009.safetensors").write_bytes(b"half")
+    export_to_hugging_face(options)
+    assert not partial.exists()
+    assert not list(options.save_dir.glob("model-*"))
+
+
+def test_an_existing_target_is_replaced_only_when_asked_and_only_an_export(options):
+    export_to_hugging_face(options)
+    with pytest.raises(ConversionError, match="hf: target must not exist yet"):
+        export_to_hugging_face(options)
+    again = dataclasses.replace(options, overwrite=True, dtype="bf16")
+    assert export_to_hugging_face(again).dtype == "bfloat16"
+    (options.save_dir / "config.json").unlink()
+    with pytest.raises(ConversionError, match="--overwrite replaces an exported model only"):
+        export_to_hugging_face(again)
+
+
+def test_the_target_of_a_failed_replacement_stays(options):
+    export_to_hugging_face(options)
+    before = (options.save_dir / "model.safetensors").read_bytes()
+    again = dataclasses.replace(options, overwrite=True, load_dir=options.load_dir / "nowhere")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        export_to_hugging_face(again)
+    assert (options.save_dir / "model.safetensors").read_bytes() == before
+
+
+def test_a_target_that_cannot_be_made_is_refused(options, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConversionError, match="directory cannot be made"):
+        export_to_hugging_face(dataclasses.replace(options, save_dir=tmp_path / "file" / "hf"))
+
+
+@pytest.fixture
+def tokenizer_path(tmp_path):
+    return train_toy_tokenizer(tmp_path)
+
+
+def write_with_vocabulary(folder: Path, vocab_size: int, **arguments) -> ExportOptions:
+    tensors = toy_llama_tensors()
+    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        tensors[name] = torch.randn(vocab_size + 5, 24)
+    write_toy_checkpoint(folder, tensors, arguments=toy_arguments(vocab_size=vocab_size, **arguments))
+    return ExportOptions(load_dir=folder, save_dir=folder.with_name("hf"))
+
+
+def test_the_tokenizer_that_the_checkpoint_names_comes_along(tmp_path, tokenizer_path):
+    options = write_with_vocabulary(tmp_path / "checkpoint", TOY_VOCAB_SIZE, tokenizer_model=str(tokenizer_path))
+    report = export_to_hugging_face(options)
+    assert report.notes == ()
+    assert report.num_checked_texts > 90
+    tokenizer = transformers.AutoTokenizer.from_pretrained(options.save_dir)
+    model = transformers.AutoModelForCausalLM.from_pretrained(options.save_dir)
+    assert len(tokenizer) == TOY_VOCAB_SIZE == model.config.vocab_size
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 2
+    assert "AutoTokenizer" in (options.save_dir / "README.md").read_text()
+
+
+def test_a_tokenizer_that_moved_must_be_named_or_left_out(tmp_path, tokenizer_path):
+    options = write_with_vocabulary(tmp_path / "checkpoint", TOY_VOCAB_SIZE, tokenizer_model="/moved/away.model")
+    with pytest.raises(ConversionError, match=r"/moved/away.model: tokenizer that the checkpoint was trained with"):
+        export_to_hugging_face(options)
+    assert_nothing_was_left(options)
+    report = export_to_hugging_face(dataclasses.replace(options, has_tokenizer=False))
+    assert report.notes == ("no tokenizer was written: --no-tokenizer",)
+    again = dataclasses.replace(options, tokenizer_path=tokenizer_path, overwrite=True)
+    assert export_to_hugging_face(again).notes == ()
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path, tokenizer_path):
+    options = write_with_vocabulary(tmp_path / "checkpoint", TOY_VOCAB_SIZE - 1)
+    with pytest.raises(ConversionError, match=f"got {TOY_VOCAB_SIZE} ids, vocab_size={TOY_VOCAB_SIZE - 1}"):
+        export_to_hugging_face(dataclasses.replace(options, tokenizer_path=tokenizer_path))
+    assert_nothing_was_left(options)
+
+
+def test_an_unsupported_dtype_is_named(tmp_path):
+    tensors = toy_llama_tensors()
+    tensors["decoder.final_layernorm.weight"] = tensors["decoder.final_layernorm.weight"].double()
+    write_toy_checkpoint(tmp_path / "checkpoint", tensors)
+    options = ExportOptions(load_dir=tmp_path / "checkpoint", save_dir=tmp_path / "hf")
+    with pytest.raises(ConversionError, match=r"weights must be bf16, fp16 or fp32, got torch.float64"):
+        export_to_hugging_face(options)
