@@ -122,7 +122,7 @@ def test_bad_inputs_end_with_one_sentence_and_exit_code_2(tmp_path, checkpoint):
 
 @pytest.mark.parametrize("number, exit_code", [(signal.SIGTERM, 130), (signal.SIGKILL, -9)])
 def test_a_killed_export_leaves_nothing_that_loads(tmp_path, number, exit_code):
-    """The weights are large enough that the signal comes while it writes; what SIGKILL leaves has another name and no config.json."""
+    """The weights are large enough for the signal to come while it writes; SIGKILL leaves another name, no config."""
     tensors = toy_llama_tensors()
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         tensors[name] = torch.randn(2_000_000, 24)
