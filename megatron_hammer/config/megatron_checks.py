@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from megatron_hammer.errors import ConfigError
+
 
 def find_megatron_refusal(namespace: argparse.Namespace) -> str | None:
     """What Megatron's validate_args or its TransformerConfig says about a copy of the namespace; None if it accepts.
@@ -34,6 +36,28 @@ def find_megatron_refusal(namespace: argparse.Namespace) -> str | None:
         except (AssertionError, ValueError, RuntimeError, NotImplementedError, ImportError, SystemExit) as error:
             return None if _asks_missing_gpu(error.__traceback__) else _describe(error)
     return None
+
+
+def build_trial_config(namespace: argparse.Namespace) -> tuple[argparse.Namespace, Any]:
+    """A validated copy of the namespace and megatron's GPTModelConfig for it, without setting Megatron's globals.
+
+    Raises ConfigError with Megatron's words where it refuses.
+    """
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.arguments import validate_args
+
+    refusal = find_megatron_refusal(namespace)
+    if refusal is not None:
+        raise ConfigError(describe_refusal(refusal))
+    with _without_side_effects():
+        trial = copy.deepcopy(namespace)
+        validate_args(trial)
+        return trial, gpt_config_from_args(trial)
+
+
+def describe_refusal(refusal: str) -> str:
+    """Megatron's words as a problem."""
+    return f"megatron: refuses this configuration: {refusal}. Change or drop the flag it names."
 
 
 def read_megatron_defaults() -> dict[str, Any]:

@@ -7,7 +7,7 @@ Next: preflight_values, preflight_layout, preflight_schedule, preflight_flags, p
 """
 
 from megatron_hammer.config.arguments import ParsedArguments
-from megatron_hammer.config.megatron_checks import find_megatron_refusal
+from megatron_hammer.config.megatron_checks import describe_refusal, find_megatron_refusal
 from megatron_hammer.config.model_from_arguments import list_missing_essentials
 from megatron_hammer.config.preflight_data import find_data_problems
 from megatron_hammer.config.preflight_flags import find_flag_problems
@@ -32,7 +32,7 @@ def find_problems(arguments: ParsedArguments) -> list[str]:
     if not problems:
         refusal = find_megatron_refusal(namespace)
         if refusal is not None:
-            problems.append(f"megatron: refuses this configuration: {refusal}. Change or drop the flag it names.")
+            problems.append(describe_refusal(refusal))
     return list(dict.fromkeys(problems))
 
 

@@ -11,6 +11,7 @@ from megatron_hammer.config.arguments import ParsedArguments
 from megatron_hammer.config.preflight_values import flag_of
 from megatron_hammer.platforms import cpu
 
+MEGATRON_ROPE_SCALING_FACTOR = 8.0
 Condition = Callable[[argparse.Namespace], bool]
 
 
@@ -76,6 +77,12 @@ IDLE: tuple[Idle, ...] = (
     Idle("rotary_seq_len_interpolation_factor", _has_no_rope, _ROPE_WHY, _ROPE_REMEDY),
     Idle("use_rope_scaling", _has_no_rope, _ROPE_WHY, _ROPE_REMEDY),
     Idle("rope_scaling_factor", lambda args: not args.use_rope_scaling, "alone", "Pass --use-rope-scaling with it"),
+    Idle(
+        "rope_scaling_factor",
+        lambda args: args.use_rope_scaling and args.rope_scaling_factor != MEGATRON_ROPE_SCALING_FACTOR,
+        f"in megatron-core 0.19, which always builds with {MEGATRON_ROPE_SCALING_FACTOR:g} (gpt_config_from_args)",
+        _DROP,
+    ),
     Idle("transformer_impl", _always, "here: the backend decides", "Pass --backend te or --backend torch"),
     Idle("use_flash_attn", _always, "in megatron-core 0.19: the backend chooses the attention", _DROP),
     Idle("attention_backend", _is_torch, _TORCH_WHY, _TORCH_REMEDY),
@@ -216,7 +223,7 @@ def find_flag_problems(arguments: ParsedArguments) -> list[str]:
     return [
         *_find_idle_problems(arguments),
         *_find_companion_problems(arguments),
-        *_find_uncounted_problems(arguments.namespace),
+        *find_uncounted_problems(arguments.namespace),
         *_find_platform_problems(arguments.namespace),
         *_find_stale_preset_problems(arguments),
     ]
@@ -263,7 +270,8 @@ def _find_companion_problems(arguments: ParsedArguments) -> list[str]:
     return problems
 
 
-def _find_uncounted_problems(namespace: argparse.Namespace) -> list[str]:
+def find_uncounted_problems(namespace: argparse.Namespace) -> list[str]:
+    """What would make every count of parameters or layers wrong."""
     return [
         f"{flag_of(name)}: is not supported here: it changes what is built, and its parameters and layers would not "
         f"be counted, got {name}={_show(getattr(namespace, name))}. Drop it."

@@ -1,0 +1,42 @@
+"""Build one rank of a cluster of any size alone on this CPU, and report its place, layers, parameters and optimizer.
+
+    python tools/build_rank.py --preset llama2-70b --world-size 4096 --rank 3071 --tensor-model-parallel-size 8
+
+All other flags are training's. Exit code 2: the layout cannot be; 1: what was built is not what was counted.
+"""
+
+import argparse
+import json
+import sys
+
+from megatron_hammer.errors import exit_on_user_error
+
+
+@exit_on_user_error
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description="Build one rank of a large run alone. Any flag of training is taken too.", allow_abbrev=False
+    )
+    parser.add_argument("--preset", help="model and published layout to start from")
+    parser.add_argument("--world-size", type=int, required=True, help="ranks of the whole run")
+    parser.add_argument("--rank", type=int, required=True, help="the one to build, from 0")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments, rest = parser.parse_known_args()
+
+    from megatron_hammer.training.build_rank import DisagreementError, build_rank, print_built_rank
+
+    preset = ["--preset", arguments.preset] if arguments.preset else []
+    try:
+        built = build_rank([*preset, "--world-size", str(arguments.world_size), *rest], arguments.rank)
+    except DisagreementError as error:
+        print(f"bug: {error}", file=sys.stderr)
+        return 1
+    if arguments.json:
+        print(json.dumps(built.to_json()))
+    else:
+        print_built_rank(built)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
