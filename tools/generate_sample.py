@@ -41,9 +41,11 @@ def generate(arguments: argparse.Namespace) -> str:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
+    from megatron_hammer.platforms.select import select_platform
+
     disable_progress_bar()
     torch.manual_seed(arguments.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = select_platform()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, trust_remote_code=False, dtype="auto").to(device)
     inputs = tokenizer(arguments.prompt, return_tensors="pt").to(device)
