@@ -17,6 +17,7 @@ from toy_checkpoint import toy_arguments, toy_llama_tensors, write_toy_checkpoin
 from toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
 from training_runs import REPOSITORY, TOY_MODEL, TOY_MOE, TOY_SCHEDULE, environment, train
 
+from megatron_hammer.checkpoint.export import ExportOptions, export_to_hugging_face
 from megatron_hammer.data.indexed import IndexedWriter
 
 pytestmark = pytest.mark.integration
@@ -86,10 +87,9 @@ def hf_loss(model_dir: Path, sequence: torch.Tensor) -> float:
 def test_every_layout_exports_the_same_model(tmp_path, data_flags, sequence, model, first, second, hf_class):
     loss = train_and_reshard(tmp_path, (*TOY_MODEL, *model, *data_flags), first, second)
     for name, iteration in (("first", NUM_STEPS), ("second", 1)):
-        result = run(EXPORT, "--load", tmp_path / name, "--save", tmp_path / f"hf-{name}")
-        assert result.returncode == 0, result.stderr
-        assert f"{hf_class} of iteration {iteration}," in result.stdout
-        assert "0 dropped, all read back equal" in result.stdout
+        options = ExportOptions(load_dir=tmp_path / name, save_dir=tmp_path / f"hf-{name}")
+        report = export_to_hugging_face(options)
+        assert (report.hf_class, report.iteration) == (hf_class, iteration)
     weights = [load_file(tmp_path / f"hf-{name}" / "model.safetensors") for name in ("first", "second")]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
@@ -153,6 +153,7 @@ def test_a_sample_comes_from_the_exported_model(tmp_path):
     write_toy_checkpoint(tmp_path / "checkpoint", tensors, arguments=arguments)
     result = run(EXPORT, "--load", tmp_path / "checkpoint", "--save", tmp_path / "hf")
     assert result.returncode == 0, result.stderr
+    assert "30 out, 0 dropped, all read back equal; float32 in 1 file, tokenizer equal on" in result.stdout
     sample = ("--model", tmp_path / "hf", "--prompt", "the quick", "--max-new-tokens", "8")
     one, again = (run(SAMPLE, *sample, "--seed", "1") for _ in range(2))
     assert (one.returncode, one.stderr) == (0, "")
