@@ -13,7 +13,6 @@ import os
 import traceback
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -28,12 +27,14 @@ def find_megatron_refusal(namespace: argparse.Namespace) -> str | None:
     from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.arguments import validate_args
 
-    with _without_side_effects():
+    with _without_side_effects() as output:
         try:
             trial = copy.deepcopy(namespace)
             validate_args(trial)
             gpt_config_from_args(trial)
-        except (AssertionError, ValueError, RuntimeError, NotImplementedError, ImportError, SystemExit) as error:
+        except SystemExit:  # deprecated flags: a printed sentence, then exit()
+            return output.getvalue().strip().splitlines()[-1].rstrip(".")
+        except (AssertionError, ValueError, RuntimeError, NotImplementedError, ImportError) as error:
             return None if _asks_missing_gpu(error.__traceback__) else _describe(error)
     return None
 
@@ -69,36 +70,21 @@ def read_megatron_defaults() -> dict[str, Any]:
     return {action.dest: action.default for action in reversed(parser._actions)}
 
 
-def read_saved_arguments(checkpoint_dir: Path) -> argparse.Namespace | None:
-    """The arguments that a torch_dist checkpoint was saved with; None where there are none or they cannot be read.
-
-    Read with PyTorch's weights_only unpickler, which makes only the classes that megatron registers.
-    """
-    from megatron.core.dist_checkpointing.serialization import load_common_state_dict
-
-    if not (checkpoint_dir / ".metadata").is_file() or (checkpoint_dir / "common.pt").exists():
-        return None  # another format, or an old checkpoint whose common.pt was pickled
-    with _without_side_effects():
-        try:
-            return load_common_state_dict(str(checkpoint_dir)).get("args")
-        except Exception:  # an unreadable checkpoint is reported when it is loaded, with its own words
-            return None
-
-
 @contextlib.contextmanager
-def _without_side_effects() -> Iterator[None]:
-    """No output, and the environment as it was (deterministic mode sets variables)."""
+def _without_side_effects() -> Iterator[io.StringIO]:
+    """No output (what was printed is yielded), and the environment as it was: deterministic mode sets variables."""
     environment = dict(os.environ)
     disabled_level = logging.root.manager.disable
+    output = io.StringIO()
     try:
         logging.disable(logging.WARNING)
         with (
             warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.redirect_stdout(output),
+            contextlib.redirect_stderr(output),
         ):
             warnings.simplefilter("ignore")
-            yield
+            yield output
     finally:
         logging.disable(disabled_level)
         os.environ.clear()
@@ -111,10 +97,10 @@ def _asks_missing_gpu(trace: TracebackType | None) -> bool:
     return bool(frames) and f"torch{os.sep}cuda{os.sep}" in frames[-1].filename
 
 
-def _describe(error: BaseException) -> str:
+def _describe(error: Exception) -> str:
     """The error's words in one line, or where it has none the condition that failed."""
     text = " ".join(str(error).split())
-    if text and not isinstance(error, SystemExit):
+    if text:
         return text.rstrip(".")
     frame = traceback.extract_tb(error.__traceback__)[-1]
     source = linecache.getline(frame.filename, frame.lineno or 0).strip()

@@ -3,17 +3,19 @@
 `find_problems` only reads: the namespace, headers and samples of the data, the folders of checkpoints. Each problem is
 one sentence of fact and one of remedy: "flag: what must hold, got name=value. remedy." It goes from the narrow to the
 wide: single values, then how they fit together, then files, then Megatron's own word on a copy of the namespace.
-Next: preflight_values, preflight_layout, preflight_schedule, preflight_flags, preflight_data, preflight_memory.
+Next: preflight_values, preflight_flags, preflight_layout, preflight_memory, preflight_schedule, preflight_data,
+preflight_checkpoint, megatron_checks.
 """
 
 from megatron_hammer.config.arguments import ParsedArguments
 from megatron_hammer.config.megatron_checks import describe_refusal, find_megatron_refusal
 from megatron_hammer.config.model_from_arguments import list_missing_essentials
+from megatron_hammer.config.preflight_checkpoint import find_checkpoint_problems
 from megatron_hammer.config.preflight_data import find_data_problems
 from megatron_hammer.config.preflight_flags import find_flag_problems
 from megatron_hammer.config.preflight_layout import find_batch_problems, find_layout_problems
 from megatron_hammer.config.preflight_memory import find_memory_problems
-from megatron_hammer.config.preflight_schedule import find_checkpoint_problems, find_schedule_problems
+from megatron_hammer.config.preflight_schedule import find_schedule_problems
 from megatron_hammer.config.preflight_values import find_missing_problems, find_value_problems
 
 

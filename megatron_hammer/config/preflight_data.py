@@ -7,20 +7,26 @@ import numpy as np
 
 from megatron_hammer.config.arguments import ParsedArguments
 from megatron_hammer.config.data_sources import SPLIT_FLAGS, DataPlan, read_data_plan
+from megatron_hammer.config.preflight_checkpoint import find_unwritable
 from megatron_hammer.config.preflight_layout import select_global_batch_size
-from megatron_hammer.config.preflight_schedule import find_unwritable
 from megatron_hammer.data.indexed import SCAN_CHUNK_TOKENS, IndexSummary, read_index
 from megatron_hammer.data.manifest import Manifest, read_manifest
 from megatron_hammer.errors import DataError
 from megatron_hammer.tokenizer.encoder import Encoder, load_encoder
 
-NUM_SAMPLED_CHUNKS = 4  # of a large .bin, spread over it, when looking for ids beyond the vocabulary
+# Of a large .bin, spread over it, when looking for ids beyond the vocabulary.
+NUM_SAMPLED_CHUNKS = 4
+SAMPLED_CHUNK_TOKENS = 1 << 20
 
 
 def find_data_problems(arguments: ParsedArguments) -> list[str]:
-    """Everything about data sets and tokenizer that can be known without training; reads headers and samples."""
+    """Everything about data sets and tokenizer that can be known without training; reads headers and samples.
+
+    What reads more than headers is left to one process a node.
+    """
     namespace = arguments.namespace
-    plan, problems = read_data_plan(namespace)
+    plan, plan_problems = read_data_plan(namespace)
+    problems = list(plan_problems)
     problems += _find_validation_set_problems(namespace, plan)
     if namespace.data_cache_path is not None:
         problems += find_unwritable("data_cache_path", namespace.data_cache_path)
@@ -29,11 +35,12 @@ def find_data_problems(arguments: ParsedArguments) -> list[str]:
     problems += find_vocabulary_problems(arguments, encoder)
     indices, index_problems = read_indices(plan)
     problems += index_problems
-    for prefix, index in indices.items():
-        problems += _find_content_problems(namespace, prefix, index)
     problems += _find_manifest_problems(arguments, indices, encoder)
-    if namespace.seq_length is not None and not index_problems:
-        problems += _find_size_problems(namespace, plan, indices)
+    if namespace.local_rank == 0:
+        for prefix, index in indices.items():
+            problems += _find_content_problems(namespace, prefix, index)
+        if namespace.seq_length is not None and not plan_problems and not index_problems:
+            problems += _find_size_problems(namespace, plan, indices)
     return problems
 
 
@@ -113,9 +120,10 @@ def _find_content_problems(namespace: argparse.Namespace, prefix: str, index: In
 
 def _sample_extreme_ids(index: IndexSummary) -> tuple[int, int]:
     """Largest and smallest id, of all tokens or of chunks spread evenly over a large file (its end included)."""
-    last_start = max(0, index.num_tokens - SCAN_CHUNK_TOKENS)
+    size = index.num_tokens if index.num_tokens <= SCAN_CHUNK_TOKENS else SAMPLED_CHUNK_TOKENS
+    last_start = index.num_tokens - size
     starts = {last_start * step // (NUM_SAMPLED_CHUNKS - 1) for step in range(NUM_SAMPLED_CHUNKS)}
-    chunks = [index.tokens[start : start + SCAN_CHUNK_TOKENS] for start in sorted(starts)]
+    chunks = [index.tokens[start : start + size] for start in sorted(starts)]
     return max(int(chunk.max()) for chunk in chunks), min(int(chunk.min()) for chunk in chunks)
 
 

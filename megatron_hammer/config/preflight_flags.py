@@ -4,12 +4,14 @@ Only flags that were typed are reported as having no effect. Tables: (attribute,
 """
 
 import argparse
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 from megatron_hammer.config.arguments import ParsedArguments
 from megatron_hammer.config.preflight_values import flag_of
 from megatron_hammer.platforms import cpu
+from megatron_hammer.platforms.device_facts import read_device_generation
 
 MEGATRON_ROPE_SCALING_FACTOR = 8.0
 Condition = Callable[[argparse.Namespace], bool]
@@ -225,6 +227,7 @@ def find_flag_problems(arguments: ParsedArguments) -> list[str]:
         *_find_companion_problems(arguments),
         *find_uncounted_problems(arguments.namespace),
         *_find_platform_problems(arguments.namespace),
+        *_find_environment_problems(arguments.namespace),
         *_find_stale_preset_problems(arguments),
     ]
 
@@ -299,6 +302,21 @@ def _find_platform_problems(namespace: argparse.Namespace) -> list[str]:
         "backend=torch. Drop it, or pass --backend te on a GPU."
         for name in names
         if name not in refused
+    ]
+
+
+def _find_environment_problems(namespace: argparse.Namespace) -> list[str]:
+    """What Megatron asks of the environment on GPUs before Blackwell, so that kernels keep their order."""
+    name, value = "CUDA_DEVICE_MAX_CONNECTIONS", os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")
+    has_fsdp = namespace.use_torch_fsdp2 or namespace.use_megatron_fsdp
+    if max(namespace.tensor_model_parallel_size, namespace.context_parallel_size) == 1 or has_fsdp:
+        return []
+    generation = read_device_generation() if namespace.platform == "cuda" else None
+    if value == "1" or generation is None or generation >= 10 or namespace.overlap_moe_expert_parallel_comm:
+        return []
+    return [
+        f"{name}: must be 1 with tensor or context parallelism on this GPU, got {name}={value}. "
+        f"Run export {name}=1 before the launch."
     ]
 
 

@@ -11,3 +11,8 @@ def read_device_memory_bytes(platform: str) -> int | None:
     if not torch.cuda.is_available():
         return None
     return torch.cuda.get_device_properties(0).total_memory
+
+
+def read_device_generation() -> int | None:
+    """Major compute capability of this machine's GPU (8 Ampere, 9 Hopper, 10 Blackwell); None without one."""
+    return torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else None

@@ -30,6 +30,8 @@ ARITHMETIC = (
 LAYERS = (
     ("errors",),
     ("presets", "preset_types", "preset_families", *ARITHMETIC, "scaling"),
+    # Preflight looks into the checkpoint that a run would load; reading one needs nothing else of the package.
+    ("checkpoint.reader", "checkpoint.safe_unpickle"),
     ("config", "tokenizer", "data", "platforms"),
     ("model", "checkpoint"),
     ("training",),

@@ -1,0 +1,112 @@
+"""Where a run's checkpoints come from and go to."""
+
+import argparse
+import os
+from pathlib import Path
+
+from megatron_hammer.checkpoint.reader import open_checkpoint
+from megatron_hammer.config.arguments import ParsedArguments
+from megatron_hammer.config.preflight_values import flag_of
+from megatron_hammer.errors import CheckpointError
+
+TRACKER_NAME = "latest_checkpointed_iteration.txt"  # Megatron's pointer to the newest checkpoint of a folder
+
+
+def find_checkpoint_problems(arguments: ParsedArguments) -> list[str]:
+    """--load must hold a checkpoint, or Megatron would start from random weights with a warning in its log.
+
+    The exception is --load equal to --save: the command that continues its own run, whose folder is new at first.
+    """
+    namespace = arguments.namespace
+    problems = []
+    if namespace.save is not None:
+        problems += find_unwritable("save", namespace.save)
+    is_own_run = namespace.save is not None and _same_place(namespace.load, namespace.save)
+    if namespace.load is not None:
+        tracker_path = Path(namespace.load) / TRACKER_NAME
+        if tracker_path.is_file() or namespace.ckpt_step:
+            problems += _find_step_problems(namespace, tracker_path)
+        elif not is_own_run and namespace.pretrained_checkpoint is None:
+            what = f"a checkpoint ({TRACKER_NAME})" if Path(namespace.load).is_dir() else "an existing folder"
+            problems.append(
+                f"load: must be {what}, got load={namespace.load}. Pass the folder that --save wrote, or leave "
+                "--load out: Megatron would start from random weights."
+            )
+    name = "pretrained_checkpoint"
+    path = namespace.pretrained_checkpoint
+    if path is not None and not (Path(path) / TRACKER_NAME).is_file():
+        problems.append(
+            f"{flag_of(name)}: must be a checkpoint ({TRACKER_NAME}), got {name}={path}. "
+            "Pass the folder that --save wrote."
+        )
+    return problems
+
+
+def _find_step_problems(namespace: argparse.Namespace, tracker_path: Path) -> list[str]:
+    """The step that is asked for, or the tracker's, must be there, and its optimizer must suit the expert layout."""
+    if namespace.ckpt_step:
+        folder, named_by = f"iter_{namespace.ckpt_step:07d}", "--ckpt-step"
+    else:
+        text = tracker_path.read_text(encoding="utf-8", errors="replace").strip()
+        if text != "release" and not text.isdecimal():
+            return [
+                f"{tracker_path}: must hold a step number or 'release', got {text[:40]!r}. "
+                "Restore it, or name a step that exists with --ckpt-step."
+            ]
+        folder, named_by = "release" if text == "release" else f"iter_{int(text):07d}", TRACKER_NAME
+    checkpoint_dir = tracker_path.parent / folder
+    if not checkpoint_dir.is_dir():
+        return [
+            f"load: checkpoint {folder} named by {named_by} is missing, got load={namespace.load}. "
+            "Copy it there, or name a step that exists with --ckpt-step."
+        ]
+    return _find_saved_problems(namespace, checkpoint_dir)
+
+
+def _find_saved_problems(namespace: argparse.Namespace, checkpoint_dir: Path) -> list[str]:
+    """Whether the checkpoint is whole, of this model, and with an optimizer that this expert layout can take.
+
+    One process a node looks: a large checkpoint's metadata is large too. Other formats than torch_dist are left to
+    Megatron's loader.
+    """
+    if namespace.local_rank != 0 or not (checkpoint_dir / ".metadata").is_file():
+        return []
+    try:
+        saved = open_checkpoint(checkpoint_dir).args
+    except CheckpointError as error:
+        return [f"load: {problem}" for problem in error.problems]
+    problems = []
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "num_experts"):
+        before, now = getattr(saved, name, None), getattr(namespace, name)
+        if before is not None and now is not None and before != now:
+            problems.append(
+                f"{flag_of(name)}: must be the checkpoint's, got {name}={now}, in {checkpoint_dir} {before}. "
+                "Load another checkpoint, or change the model back."
+            )
+    saved_ep: int = getattr(saved, "expert_model_parallel_size", 1)
+    ep: int = namespace.expert_model_parallel_size
+    loads_optimizer = not (namespace.finetune or namespace.no_load_optim or getattr(saved, "no_save_optim", None))
+    if loads_optimizer and namespace.num_experts and (saved_ep > 1) != (ep > 1):
+        # With EP the experts' parameters have an optimizer of their own, without it they share one
+        # (megatron.core.optimizer.ChainedOptimizer.load_state_dict: 'Expected 2 entries').
+        problems.append(
+            "expert-model-parallel-size: an optimizer saved without expert parallelism resumes only without it, and "
+            f"one saved with it only with it, got ep={ep}, in {checkpoint_dir} ep={saved_ep}. "
+            f"Use --expert-model-parallel-size {saved_ep}, or pass --no-load-optim or --finetune."
+        )
+    return problems
+
+
+def find_unwritable(name: str, path: str) -> list[str]:
+    """Whether `path` is a folder that can be written, or could be made; nothing is made."""
+    folder = Path(path).absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if folder.is_dir() and os.access(folder, os.W_OK | os.X_OK):
+        return []
+    why = "is not writable" if folder.is_dir() else "is not a folder"
+    return [f"{flag_of(name)}: must be a folder that can be written, got {name}={path} ({folder} {why}). Pass another."]
+
+
+def _same_place(first: str | None, second: str | None) -> bool:
+    return first is not None and second is not None and os.path.realpath(first) == os.path.realpath(second)

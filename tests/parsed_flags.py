@@ -1,0 +1,47 @@
+"""Command lines parsed in this process, for tests of preflight and of the dry run. Importing megatron takes seconds."""
+
+import functools
+from pathlib import Path
+
+import numpy as np
+
+from megatron_hammer.config.arguments import ParsedArguments
+from megatron_hammer.data.indexed import IndexedWriter
+
+TINY = ("--preset", "hammer-tiny", "--mock-data")
+
+
+@functools.cache
+def install() -> None:
+    from megatron_hammer.platforms import megatron_compat
+
+    megatron_compat.install("cpu")
+
+
+def parse(*flags: str, platform: str = "cpu", backend: str = "torch") -> ParsedArguments:
+    install()
+    from megatron_hammer.config.arguments import parse_arguments
+
+    return parse_arguments(flags, platform=platform, backend=backend)
+
+
+def find(*flags: str, platform: str = "cpu", backend: str = "torch") -> list[str]:
+    """The problems of a command line."""
+    from megatron_hammer.config.preflight import find_problems
+
+    return find_problems(parse(*flags, platform=platform, backend=backend))
+
+
+def plan(world_size: int) -> tuple[str, ...]:
+    """Flags that plan a run of so many processes."""
+    return ("--dry-run", "--world-size", str(world_size))
+
+
+def write_data(prefix: Path, documents: list[int], *, vocab_size: int = 4096, dtype: type = np.uint16) -> str:
+    """Indexed data of documents of these lengths, ids counting up through the vocabulary."""
+    next_id = 0
+    with IndexedWriter(prefix, np.dtype(dtype)) as writer:
+        for length in documents:
+            writer.add_document((np.arange(next_id, next_id + length) % vocab_size).astype(dtype))
+            next_id += length
+    return str(prefix)
