@@ -144,13 +144,13 @@ class RunObserver:
         """Say where a run stands that stopped before its last step."""
         self.reporter.stop()
         if self.is_recorder:
-            saved = (
-                "nothing was saved (no --save)" if self.namespace.save is None else f"saved to {self.namespace.save}"
+            save_dir = self.namespace.save
+            fate = (
+                "nothing was saved: pass --save DIR to continue a stopped run"
+                if save_dir is None
+                else f"saved to {save_dir}; the same command continues from there"
             )
-            self.reporter.say(
-                f"stopped after step {self.last_step} of {self.facts.train_steps}, {saved}; "
-                "the same command continues from there"
-            )
+            self.reporter.say(f"stopped after step {self.last_step} of {self.facts.train_steps}, {fate}")
 
     @property
     def last_step(self) -> int:

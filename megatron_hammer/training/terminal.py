@@ -18,7 +18,9 @@ def divert_output(log_dir: Path | None, rank: int) -> tuple[IO[str], Path]:
     log_dir: None means a folder in the system's temporary directory. Returns the real stdout and the log's path.
     """
     if log_dir is None:
-        log_dir = Path(tempfile.gettempdir()) / f"megatron_hammer-{os.environ.get('TORCHELASTIC_RUN_ID', 'run')}"
+        # torchrun calls every run "none" unless told otherwise, and users share the machine.
+        name = f"megatron_hammer-{os.getuid()}-{os.environ.get('TORCHELASTIC_RUN_ID', 'run')}"
+        log_dir = Path(tempfile.gettempdir()) / name
     log_dir.mkdir(parents=True, exist_ok=True)
     log_path = log_dir / f"rank-{rank}.log"
     terminal = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf8", buffering=1)

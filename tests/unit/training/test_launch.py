@@ -1,0 +1,102 @@
+"""How a launched run ends, with a tiny program in the place of training: exit codes and what the terminal shows."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_hammer.training import launch
+
+DRIVER = "import sys; from megatron_hammer.training import launch; launch.TRAINING_MODULE = 'fake'; launch.main()"
+NO_NOISE = ("Traceback", "ChildFailedError", "SignalException", "failed (exitcode")
+REPOSITORY = Path(__file__).resolve().parents[3]
+TIMEOUT_S = 60
+
+
+def start(directory: Path, program: str, *flags: str, num_processes: int = 2) -> subprocess.Popen[str]:
+    (directory / "fake.py").write_text("import os, signal, sys, time\nfrom pathlib import Path\n" + program)
+    environment = {**os.environ, "PYTHONPATH": f"{directory}:{REPOSITORY}", "OMP_NUM_THREADS": "1"}
+    environment.pop("LOCAL_RANK", None)
+    return subprocess.Popen(
+        [sys.executable, "-c", DRIVER, "--standalone", "--nproc-per-node", str(num_processes), "--", *flags],
+        cwd=directory,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr; nothing of torchrun's own report may be in them."""
+    stdout, stderr = process.communicate(timeout=TIMEOUT_S)
+    assert [noise for noise in NO_NOISE if noise in stdout + stderr] == []
+    return process.returncode, stdout, stderr
+
+
+def test_options_without_a_separator_are_refused(capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        launch.main(["--nproc-per-node", "2", "--preset", "hammer-tiny"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: launch: needs -- between torchrun's options and training's, got none. "
+        "Use python -m megatron_hammer.training.launch --nproc-per-node 2 -- --preset hammer-tiny.\n"
+    )
+
+
+@pytest.mark.distributed
+def test_flags_reach_every_process(tmp_path: Path) -> None:
+    program = "Path(os.environ['RANK']).write_text(' '.join([os.environ['WORLD_SIZE'], *sys.argv[1:]]))"
+    code, _, _ = finish(start(tmp_path, program, "--preset", "x", "--", "--lr=1"))
+    assert code == 0
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["2 --preset x -- --lr=1"] * 2
+
+
+@pytest.mark.distributed
+def test_a_configuration_error_ends_as_itself(tmp_path: Path) -> None:
+    program = (
+        "from megatron_hammer.errors import ConfigError, exit_on_user_error\n"
+        "@exit_on_user_error\n"
+        "def main():\n"
+        "    raise ConfigError('num-layers: must be even, got 3. Use 4.')\n"
+        "main()"
+    )
+    code, _, stderr = finish(start(tmp_path, program))
+    assert code == 2
+    assert stderr.splitlines()[-1] == "error: num-layers: must be even, got 3. Use 4."
+    assert stderr.count("num-layers") == 1  # both processes found it, one says it
+
+
+@pytest.mark.distributed
+def test_a_killed_process_is_named(tmp_path: Path) -> None:
+    program = "if os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)"
+    code, _, stderr = finish(start(tmp_path, program))
+    assert code == 128 + signal.SIGKILL
+    assert stderr.splitlines()[-1] == "error: a training process was killed by SIGKILL"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_ends_its_processes_cleanly(tmp_path: Path, stop: signal.Signals) -> None:
+    program = (
+        "rank = os.environ['RANK']\n"
+        "def save(number, frame):\n"
+        "    time.sleep(1.0)\n"
+        "    Path(f'saved-{rank}').touch()\n"
+        "    sys.exit(0)\n"
+        "for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, save)\n"
+        "Path(f'ready-{rank}').touch()\n"
+        "time.sleep(60)"
+    )
+    process = start(tmp_path, program)
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while len(list(tmp_path.glob("ready-*"))) < 2 and time.monotonic() < deadline_s:
+        time.sleep(0.05)
+    process.send_signal(stop)
+    code, _, _ = finish(process)
+    assert code == 128 + stop
+    assert len(list(tmp_path.glob("saved-*"))) == 2

@@ -1,0 +1,57 @@
+"""What megatron prints goes into one file a rank; what a person reads, and errors, stay where they are."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+PROGRAM = """
+import ctypes, logging, os, sys, warnings
+from pathlib import Path
+from megatron_hammer.training.terminal import divert_output
+print("before")
+terminal, log_path = divert_output(eval(sys.argv[1]), 3)
+print("from print")
+os.write(1, b"from compiled code\\n")
+ctypes.CDLL(None).puts(b"from C"); ctypes.CDLL(None).fflush(None)
+warnings.warn("from warnings")
+logging.getLogger("megatron").info("from logging")
+print("to a person", file=terminal)
+print(log_path, file=terminal)
+print("an error", file=sys.stderr)
+"""
+
+
+def run_program(log_dir: Path | None, **environment: str) -> tuple[str, str, Path]:
+    """Returns stdout, stderr and the log's path."""
+    argument = "None" if log_dir is None else f"Path({str(log_dir)!r})"
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM, argument],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": ":".join(filter(None, sys.path)), **environment},
+    )
+    return result.stdout, result.stderr, Path(result.stdout.splitlines()[-1])
+
+
+def test_everything_but_errors_is_diverted(tmp_path: Path) -> None:
+    stdout, stderr, log_path = run_program(tmp_path / "logs")
+    assert log_path == tmp_path / "logs" / "rank-3.log"
+    assert stdout.splitlines() == ["before", "to a person", str(log_path)]
+    assert stderr == "an error\n"
+    log = log_path.read_text()
+    for line in ("from print", "from compiled code", "from C", "from warnings", "from logging"):
+        assert log.count(line) == 1, line
+
+
+def test_a_second_run_appends(tmp_path: Path) -> None:
+    for _ in range(2):
+        *_, log_path = run_program(tmp_path)
+    assert log_path.read_text().count("from print") == 2
+
+
+def test_without_a_folder_it_lies_among_temporary_files(tmp_path: Path) -> None:
+    *_, log_path = run_program(None, TMPDIR=str(tmp_path), TORCHELASTIC_RUN_ID="run-7")
+    assert log_path.parent.parent == tmp_path
+    assert log_path.parent.name.endswith("run-7")
+    assert "from print" in log_path.read_text()
