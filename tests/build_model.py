@@ -48,9 +48,6 @@ TOY_RECIPE = Recipe(
 @contextlib.contextmanager
 def single_rank() -> Iterator[None]:
     """A gloo group of this process alone, with megatron's parallel state and random states on it."""
-    # torch lists its tensor factories when a device context is first used; once they are replaced it knows none of
-    # them, and `with torch.device("meta")` makes real tensors.
-    torch.utils._device._device_constructors()
     megatron_compat.install("cpu")
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed

@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import torch
+import torch.utils._device
 
 from megatron_hammer.platforms.device import read_peak_memory_bytes
 
@@ -220,6 +221,9 @@ def substitute_cuda_runtime() -> None:
 
 def substitute_cuda_tensors() -> None:
     """Make `device="cuda"`, `.cuda()`, `.to("cuda")` and `.type()` mean what megatron expects, on CPU tensors."""
+    # torch lists its factories when a device context is first used; after they are replaced it would know none of them,
+    # and `with torch.device("meta")` would make real tensors.
+    torch.utils._device._device_constructors()
     for name in _FACTORY_NAMES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     tensor_class: Any = torch.Tensor

@@ -1,0 +1,206 @@
+"""The torch backend's two modules against attention written out in fp64, transformers' RMSNorm and torch's LayerNorm."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from build_model import single_rank
+from torch import Tensor
+
+SEQUENCE, BATCH, HEADS, HEAD_DIM = 13, 3, 6, 10
+ATTENTION_TOLERANCE = 1e-13  # fp64; measured 4e-16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _rank():
+    with single_rank():
+        yield
+
+
+def build_attention(*, num_query_groups: int = 2, **options):
+    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from megatron_hammer.model.torch_modules import SdpaAttention
+
+    layer_scaling = options.pop("apply_query_key_layer_scaling", False)
+    config = TransformerConfig(
+        num_layers=4,
+        hidden_size=HEADS * HEAD_DIM,
+        num_attention_heads=HEADS,
+        num_query_groups=num_query_groups,
+        attention_dropout=options.pop("config_dropout", 0.0),
+        apply_query_key_layer_scaling=layer_scaling,
+        attention_softmax_in_fp32=True,
+    )
+    layer_number = options.pop("layer_number", 1)
+    return SdpaAttention(config, layer_number, AttnMaskType.causal, "self", **options)
+
+
+def make_inputs(num_query_groups: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    shapes = [(SEQUENCE, BATCH, heads, HEAD_DIM) for heads in (HEADS, num_query_groups, num_query_groups)]
+    return [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, *, scale: float, forbidden: Tensor | None = None) -> Tensor:
+    """softmax(q k^T scale) v, head by head. forbidden: [b or 1, 1, s, s]; None means what comes later."""
+    if forbidden is None:
+        forbidden = torch.ones(SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1).expand(1, 1, -1, -1)
+    heads_per_group = HEADS // key.shape[2]
+    outputs = []
+    for head in range(HEADS):
+        group = head // heads_per_group
+        q, k, v = query[:, :, head], key[:, :, group], value[:, :, group]  # [s, b, d]
+        scores = torch.einsum("ibd,jbd->bij", q, k) * scale
+        weights = scores.masked_fill(forbidden[:, 0], -math.inf).softmax(dim=-1)
+        outputs.append(torch.einsum("bij,jbd->ibd", weights, v))
+    return torch.stack(outputs, dim=2).reshape(SEQUENCE, BATCH, HEADS * HEAD_DIM)
+
+
+def differ(one: Tensor, other: Tensor) -> bool:
+    return not torch.allclose(one, other, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("num_query_groups", [1, 2, 3, HEADS])
+def test_causal_attention(num_query_groups: int) -> None:
+    inputs = make_inputs(num_query_groups)
+    output = build_attention(num_query_groups=num_query_groups)(*inputs)
+    expected = attend(*inputs, scale=HEAD_DIM**-0.5)
+    assert output.shape == (SEQUENCE, BATCH, HEADS * HEAD_DIM)
+    torch.testing.assert_close(output, expected, rtol=0, atol=ATTENTION_TOLERANCE)
+    # Twins: heads of another group, another scale, and a query that sees what comes later.
+    if 1 < num_query_groups < HEADS:
+        query, key, value = inputs
+        assert differ(output, attend(query, key.flip(2), value.flip(2), scale=HEAD_DIM**-0.5))
+    assert differ(output, attend(*inputs, scale=HEAD_DIM**-0.4))
+    everything = torch.zeros(1, 1, SEQUENCE, SEQUENCE, dtype=torch.bool)
+    assert differ(output, attend(*inputs, scale=HEAD_DIM**-0.5, forbidden=everything))
+
+
+@pytest.mark.parametrize("mask_batch", [1, BATCH])
+def test_an_explicit_mask_forbids_where_it_is_true(mask_batch: int) -> None:
+    """Two documents in one sequence, cut in another place in each of the batch."""
+    causal = torch.ones(SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)
+    masks = []
+    for index in range(mask_batch):
+        document = torch.arange(SEQUENCE) >= 4 + index
+        masks.append(causal | (document[:, None] != document[None, :]))
+    mask = torch.stack(masks)[:, None]
+    inputs = make_inputs(2)
+    output = build_attention()(*inputs, attention_mask=mask)
+    torch.testing.assert_close(
+        output, attend(*inputs, scale=HEAD_DIM**-0.5, forbidden=mask), rtol=0, atol=ATTENTION_TOLERANCE
+    )
+    assert differ(output, attend(*inputs, scale=HEAD_DIM**-0.5))
+
+
+def test_softmax_scale() -> None:
+    inputs = make_inputs(2)
+    given = build_attention(softmax_scale=0.7)(*inputs)
+    torch.testing.assert_close(given, attend(*inputs, scale=0.7), rtol=0, atol=ATTENTION_TOLERANCE)
+    layer_scaled = build_attention(layer_number=3, apply_query_key_layer_scaling=True)(*inputs)
+    torch.testing.assert_close(
+        layer_scaled, attend(*inputs, scale=HEAD_DIM**-0.5 / 3), rtol=0, atol=ATTENTION_TOLERANCE
+    )
+
+
+def test_dropout_only_while_training() -> None:
+    inputs = make_inputs(2, torch.float32)
+    attention = build_attention(config_dropout=0.3)
+    plain = build_attention()(*inputs)
+    attention.eval()
+    assert torch.equal(attention(*inputs), plain)
+    attention.train()
+    assert differ(attention(*inputs), plain)
+    assert torch.equal(build_attention(config_dropout=0.3, attention_dropout=0.0).train()(*inputs), plain)
+
+
+def test_dropout_draws_from_the_model_parallel_generator() -> None:
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    inputs = make_inputs(2, torch.float32)
+    attention = build_attention(attention_dropout=0.3).train()
+
+    def run(seed: int, tp_rank: int = 0) -> Tensor:
+        model_parallel_cuda_manual_seed(seed, tp_rank=tp_rank, ep_rank=0, etp_rank=0)
+        before = torch.get_rng_state()
+        outputs = torch.stack([attention(*inputs), attention(*inputs)])
+        assert torch.equal(torch.get_rng_state(), before)  # the ranks of a group share it for hidden dropout
+        return outputs
+
+    first = run(1)
+    assert torch.equal(first, run(1))
+    assert differ(first[0], first[1])  # the second call draws on
+    assert differ(first, run(2))
+    assert differ(first, run(1, tp_rank=1))  # other heads, other entries
+
+
+def test_dropout_keeps_the_mean() -> None:
+    attention = build_attention(attention_dropout=0.25).train()
+    inputs = make_inputs(2, torch.float32)
+    mean = torch.stack([attention(*inputs) for _ in range(2000)]).mean(0)
+    # measured 0.064, the noise of 2,000 draws; without the factor 1 / (1 - p) it would be 0.71
+    torch.testing.assert_close(mean, build_attention()(*inputs), rtol=0, atol=0.1)
+
+
+def test_what_it_cannot_do_is_refused() -> None:
+    inputs = make_inputs(2)
+    with pytest.raises(ValueError, match="no attention bias and no packed sequences; use the te backend"):
+        build_attention()(*inputs, attention_bias=torch.zeros(1))
+    with pytest.raises(ValueError, match="no attention bias and no packed sequences; use the te backend"):
+        build_attention()(*inputs, packed_seq_params=object())
+
+
+def norm_config(normalization: str, **values) -> SimpleNamespace:
+    return SimpleNamespace(
+        **{"normalization": normalization, "params_dtype": torch.float32, "sequence_parallel": False} | values
+    )
+
+
+def randomize(norm: torch.nn.Module) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for parameter in norm.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-6])
+def test_rms_norm_is_transformers(eps: float) -> None:
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    from megatron_hammer.model.torch_modules import TorchNorm
+
+    norm, reference = TorchNorm(norm_config("RMSNorm"), 37, eps=eps), LlamaRMSNorm(37, eps=eps)
+    randomize(norm)
+    reference.load_state_dict(norm.state_dict())
+    hidden = 1e-3 * torch.randn(5, 3, 37, generator=torch.Generator().manual_seed(1))  # so small that eps counts
+    assert torch.equal(norm(hidden), reference(hidden))
+    assert differ(norm(hidden), TorchNorm(norm_config("RMSNorm"), 37, eps=eps)(hidden))
+    assert differ(norm(hidden), LlamaRMSNorm(37, eps=1e-8)(hidden) * norm.weight)
+
+
+def test_layer_norm_is_torchs_and_can_be_asked_for() -> None:
+    from megatron_hammer.model.torch_modules import TorchNorm
+
+    norms = [
+        TorchNorm(norm_config("LayerNorm"), 37, eps=1e-6),
+        TorchNorm(norm_config("RMSNorm"), 37, eps=1e-6, normalization="LayerNorm"),
+    ]
+    hidden = torch.randn(5, 3, 37, generator=torch.Generator().manual_seed(1))
+    for norm in norms:
+        randomize(norm)
+        expected = torch.nn.functional.layer_norm(hidden, (37,), norm.weight, norm.bias, 1e-6)
+        assert torch.equal(norm(hidden), expected)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("normalization", ["RMSNorm", "LayerNorm"])
+def test_norm_parameters_say_whether_the_sequence_is_split(normalization: str, sequence_parallel: bool) -> None:
+    from megatron_hammer.model.torch_modules import TorchNorm
+
+    config = norm_config(normalization, sequence_parallel=sequence_parallel, params_dtype=torch.bfloat16)
+    parameters = list(TorchNorm(config, 8).parameters())
+    assert len(parameters) == {"RMSNorm": 1, "LayerNorm": 2}[normalization]
+    assert all(parameter.sequence_parallel is sequence_parallel for parameter in parameters)
+    assert all(parameter.dtype == torch.bfloat16 for parameter in parameters)
