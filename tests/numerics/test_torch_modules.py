@@ -1,4 +1,4 @@
-"""The torch backend's two modules against attention written out in fp64, transformers' RMSNorm and torch's LayerNorm."""
+"""The torch backend's two modules against attention written out in fp64, LlamaRMSNorm of transformers and LayerNorm."""
 
 import math
 from types import SimpleNamespace
