@@ -1,0 +1,203 @@
+"""What each adjustment of megatron_compat changes, tried in a process of its own, with the adjustments or without.
+
+    python tests/adjustment_probes.py untouched|adjusted
+
+Its last line is a JSON object: the outcome of every probe and `is_needed` of every adjustment. Run it without a GPU.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_hammer.platforms import megatron_compat
+
+warnings.simplefilter("ignore")
+
+
+def attempt(function: Callable[[], Any]) -> str:
+    """`ok`, or the exception's name and the beginning of its text."""
+    try:
+        function()
+    except (Exception, SystemExit) as error:
+        return f"{type(error).__name__}: {str(error)[:100]}"
+    return "ok"
+
+
+def probe_no_compiler_import() -> Any:
+    import megatron.core.jit  # noqa: F401
+
+    return "torch._dynamo" in sys.modules
+
+
+def probe_meta_device() -> Any:
+    with torch.device("meta"):
+        return torch.zeros(3).device.type, torch.nn.Linear(2, 3).weight.device.type
+
+
+def probe_cuda_substitution() -> Any:
+    return {
+        "factory": attempt(lambda: torch.zeros(1, device="cuda")),
+        "current device": attempt(lambda: torch.ones(1, device=torch.cuda.current_device())),
+        "tensor": attempt(lambda: torch.ones(1).cuda().to("cuda")),
+        "event": attempt(lambda: torch.cuda.Event().record(torch.cuda.current_stream())),
+    }
+
+
+def probe_allow_no_cuda() -> Any:
+    from megatron.training import training
+
+    return attempt(training.initialize_megatron)  # with it, it gets as far as the arguments that nobody has set
+
+
+def probe_cpu_rng_state() -> Any:
+    from megatron.core.tensor_parallel import random
+
+    state = torch.get_rng_state()
+    first = torch.rand(3)
+    random._set_cuda_rng_state(state)
+    return torch.equal(torch.rand(3), first)
+
+
+def probe_loader_generator() -> Any:
+    from megatron.training import global_vars, training
+
+    arguments = Namespace(
+        micro_batch_size=2,
+        global_batch_size=2,
+        dataloader_type="single",
+        hybrid_context_parallel=False,
+        num_workers=0,
+        full_validation=False,
+    )
+    global_vars.set_args(arguments)
+    loader = training.build_pretraining_data_loader(list(range(8)), 0)
+    before = torch.get_rng_state()
+    assert next(iter(loader)).tolist() == [0, 1]
+    return torch.equal(torch.get_rng_state(), before)
+
+
+def probe_rng_warning() -> Any:
+    from megatron.core.tensor_parallel import random
+
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append  # type: ignore[method-assign]
+    logging.getLogger().addHandler(handler)
+    tracker = random.CudaRNGStatesTracker()
+    tracker.set_states({random._MODEL_PARALLEL_RNG_TRACKER_NAME: torch.get_rng_state()})
+    # Without a GPU the untouched functions cannot read a state at all; what they would read and write is the CPU's.
+    random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    with tracker.fork():
+        torch.rand(1)
+    logging.getLogger().removeHandler(handler)
+    return [record.getMessage() for record in records]
+
+
+def probe_shipped_dataset_helpers() -> Any:
+    from megatron.core.datasets import utils
+
+    return attempt(utils.compile_helpers).split(":")[0]
+
+
+def probe_group_step_adam() -> Any:
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    is_torch = optimizer.USING_PYTORCH_OPTIMIZER
+    adam = (torch.optim.AdamW if is_torch else optimizer.Adam)([torch.nn.Parameter(torch.ones(2))])
+    adam.param_groups[0]["params"][0].grad = torch.ones(2)
+    adam.step()
+    return {
+        "step in the group": adam.param_groups[0].get("step"),
+        "expects it there": distrib_optimizer.HAVE_APEX_OR_TE,
+    }
+
+
+def probe_exact_gradient_norm() -> Any:
+    from megatron.core.optimizer import clip_grads
+
+    from megatron_hammer.platforms import cpu_device
+
+    cpu_device.substitute_cuda_tensors()  # the untouched function too shall run here: its sum is in question
+    gradients = [torch.randn(2**21, generator=torch.Generator().manual_seed(1)), torch.ones(3)]
+    norm, _ = clip_grads.multi_tensor_applier(clip_grads.l2_norm_impl, torch.zeros(1), [gradients], False)
+    exact = torch.cat(gradients).double().norm()
+    return abs(float(norm / exact) - 1)
+
+
+def probe_silu_kernels() -> Any:
+    from megatron.core.fusions import fused_bias_swiglu
+
+    gate_up = torch.randn(3, 5, 14, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    gradient = torch.randn(3, 5, 7, generator=torch.Generator().manual_seed(2))
+    gate, up = gate_up.chunk(2, dim=-1)
+    (torch.nn.functional.silu(gate) * up).backward(gradient)
+    difference = fused_bias_swiglu.swiglu_back(gradient, gate_up.detach()) - gate_up.grad
+    return {"module": fused_bias_swiglu.swiglu_back.__module__, "difference": float(difference.abs().max())}
+
+
+def probe_no_gather_of_one_rank() -> Any:
+    from megatron.core.distributed import param_and_grad_buffer
+
+    gather = param_and_grad_buffer.dist_all_gather_func
+    buffer, shard = torch.zeros(4), torch.arange(4.0)
+    in_place = gather(buffer, buffer, group=torch.distributed.group.WORLD, async_op=True)
+    elsewhere = gather(buffer, shard, group=torch.distributed.group.WORLD, async_op=True)
+    elsewhere.wait()
+    return {"gathers in place": in_place is not None, "gathered": buffer.tolist()}
+
+
+def probe_all_to_all_lists() -> Any:
+    from megatron.core.transformer.moe.moe_utils import maybe_move_tensor_to_cpu
+
+    splits = maybe_move_tensor_to_cpu(torch.tensor([3]), as_numpy=True)
+    output, values = torch.zeros(3), torch.arange(3.0)
+    outcome = attempt(
+        lambda: torch.distributed.all_to_all_single(
+            output, values, output_split_sizes=splits, input_split_sizes=splits, group=torch.distributed.group.WORLD
+        )
+    )
+    return outcome.split(":")[0], output.tolist()
+
+
+@contextlib.contextmanager
+def single_rank() -> Any:
+    from megatron.core import parallel_state
+
+    with tempfile.TemporaryDirectory() as folder:
+        store = torch.distributed.FileStore(f"{folder}/store", 1)
+        torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
+        parallel_state.initialize_model_parallel()
+        yield
+        torch.distributed.destroy_process_group()
+
+
+def main() -> None:
+    if sys.argv[1] == "adjusted":
+        megatron_compat.install("cpu")
+    else:
+        os.environ["TORCH_COMPILE_DISABLE"] = "1"
+    probes = {
+        name.removeprefix("probe_").replace("_", "-"): probe
+        for name, probe in globals().items()
+        if name.startswith("probe_")
+    }
+    results = {"no-compiler-import": probes.pop("no-compiler-import")()}  # first, before anything else is imported
+    with single_rank():
+        results |= {name: probe() for name, probe in probes.items()}
+    is_needed = {adjustment.name: adjustment.is_needed() for adjustment in megatron_compat.ADJUSTMENTS}
+    print(json.dumps({"probes": results, "is_needed": is_needed}))
+
+
+if __name__ == "__main__":
+    main()

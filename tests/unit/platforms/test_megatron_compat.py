@@ -1,0 +1,139 @@
+"""Every adjustment is still needed: without it megatron fails or is wrong on this machine, with it it is right.
+
+The proofs are tests/adjustment_probes.py, run once in an untouched process and once in an adjusted one. A test here
+that fails after an upgrade of megatron or torch says that an adjustment can go.
+"""
+
+import functools
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_hammer.errors import PlatformError
+from megatron_hammer.platforms import megatron_compat
+from megatron_hammer.platforms.megatron_compat import ADJUSTMENTS, Adjustment
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+NAMES = [adjustment.name for adjustment in ADJUSTMENTS]
+WITHOUT_FAILS: dict[str, Any] = {
+    "no-compiler-import": lambda outcome: outcome is True,
+    "cuda-substitution": lambda outcome: len(outcome) == 4 and "ok" not in outcome.values(),
+    "allow-no-cuda": lambda outcome: outcome == "AssertionError: Megatron requires CUDA.",
+    "cpu-rng-state": lambda outcome: outcome is False,
+    "loader-generator": lambda outcome: outcome is False,
+    "rng-warning": lambda outcome: outcome == ["CPU RNG state changed within GPU RNG context"],
+    "shipped-dataset-helpers": lambda outcome: outcome in ("SystemExit", "FileNotFoundError"),  # no Makefile; no make
+    "group-step-adam": lambda outcome: outcome == {"step in the group": None, "expects it there": False},
+    "exact-gradient-norm": lambda outcome: outcome > 1e-5,  # measured 2.8e-5
+    "silu-kernels": lambda outcome: outcome["module"] == "megatron.core.fusions.fused_bias_swiglu",
+    "no-gather-of-one-rank": lambda outcome: outcome["gathers in place"],
+    "all-to-all-lists": lambda outcome: outcome == ["TypeError", [0.0, 0.0, 0.0]],
+}
+WITH_WORKS: dict[str, Any] = {
+    "no-compiler-import": lambda outcome: outcome is False,
+    "cuda-substitution": lambda outcome: set(outcome.values()) == {"ok"},
+    "allow-no-cuda": lambda outcome: outcome == "AssertionError: args is not initialized.",
+    "cpu-rng-state": lambda outcome: outcome is True,
+    "loader-generator": lambda outcome: outcome is True,
+    "rng-warning": lambda outcome: outcome == [],
+    "shipped-dataset-helpers": lambda outcome: outcome == "ok",
+    "group-step-adam": lambda outcome: outcome == {"step in the group": 1, "expects it there": True},
+    "exact-gradient-norm": lambda outcome: outcome < 1e-7,
+    "silu-kernels": lambda outcome: (
+        outcome["module"] == "megatron_hammer.platforms.cpu_arithmetic" and outcome["difference"] < 1e-6
+    ),
+    "no-gather-of-one-rank": lambda outcome: outcome == {"gathers in place": False, "gathered": [0.0, 1.0, 2.0, 3.0]},
+    "all-to-all-lists": lambda outcome: outcome == ["ok", [0.0, 1.0, 2.0]],
+}
+
+
+@functools.cache
+def probe(state: str) -> dict[str, Any]:
+    """The outcomes in a fresh process that sees no GPU. state: untouched or adjusted."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("TORCH_COMPILE_DISABLE", None)  # set by this process's own installation
+    command = [sys.executable, str(REPOSITORY / "tests" / "adjustment_probes.py"), state]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_every_adjustment_has_its_proof() -> None:
+    assert len(set(NAMES)) == len(NAMES)
+    assert sorted(NAMES) == sorted(WITHOUT_FAILS) == sorted(WITH_WORKS) == sorted(probe("untouched")["is_needed"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_still_needed(name: str) -> None:
+    assert probe("untouched")["is_needed"][name] is True
+    assert WITHOUT_FAILS[name](probe("untouched")["probes"][name]), probe("untouched")["probes"][name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_does_what_it_is_for(name: str) -> None:
+    assert WITH_WORKS[name](probe("adjusted")["probes"][name]), probe("adjusted")["probes"][name]
+
+
+def test_meta_tensors_stay_meta() -> None:
+    assert probe("adjusted")["probes"]["meta-device"] == ["meta", "meta"]
+
+
+@pytest.mark.parametrize("adjustment", ADJUSTMENTS, ids=NAMES)
+def test_each_says_why_and_where(adjustment: Adjustment) -> None:
+    assert adjustment.platforms
+    assert set(adjustment.platforms) <= {"cpu", "cuda"}
+    assert len(adjustment.reason) > 30
+    assert pkgutil.resolve_name(adjustment.upstream.split()[0])
+
+
+@pytest.fixture
+def applied(monkeypatch) -> list[str]:
+    """The names of the adjustments that are applied, in a process where none is yet; nothing is really changed."""
+    applied: list[str] = []
+    fakes = tuple(
+        Adjustment(
+            name=name,
+            platforms=platforms,
+            reason="",
+            upstream="",
+            apply=functools.partial(applied.append, name),
+            is_needed=lambda: True,
+        )
+        for name, platforms in [("a", ("cpu",)), ("b", ("cpu", "cuda")), ("c", ("cuda",))]
+    )
+    monkeypatch.setattr(megatron_compat, "ADJUSTMENTS", fakes)
+    monkeypatch.setattr(megatron_compat, "_installed_platform", None)
+    monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
+    return applied
+
+
+@pytest.mark.parametrize(("platform", "names"), [("cpu", ["a", "b"]), ("cuda", ["b", "c"])])
+def test_a_platform_gets_its_own_once(applied: list[str], platform: str, names: list[str]) -> None:
+    megatron_compat.install(platform)
+    megatron_compat.install(platform)
+    assert applied == names
+
+
+def test_a_second_platform_is_refused(applied: list[str]) -> None:
+    megatron_compat.install("cpu")
+    with pytest.raises(
+        PlatformError, match=r"^platform: one process has one, got cuda after cpu\. Start a new process\.$"
+    ):
+        megatron_compat.install("cuda")
+    assert applied == ["a", "b"]
+
+
+def test_another_megatron_is_refused(applied: list[str], monkeypatch) -> None:
+    monkeypatch.setattr(megatron_compat, "SUPPORTED_MEGATRON_VERSION", "0.0.7")
+    with pytest.raises(
+        PlatformError,
+        match=r"^megatron-core: must be 0\.0\.7, .* got 0\.19\.2\. Run pip install megatron-core==0\.0\.7\.$",
+    ):
+        megatron_compat.install("cpu")
+    assert applied == []
