@@ -75,7 +75,7 @@ fi
 if ((num_gpus == 0)); then
     echo "== export to Hugging Face"
     "$PYTHON" "$root/checkpoint_convert/megatron_to_hf.py" --load "$output_dir" --save "$output_dir/hf" \
-        --tokenizer-model "$TOKENIZER_MODEL"
+        --tokenizer-model "$TOKENIZER_MODEL" --overwrite
     echo "== a sample from the exported model, by transformers"
     "$PYTHON" "$root/tools/generate_sample.py" --model "$output_dir/hf" --prompt "${PROMPT:-def }" --max-new-tokens 60
 fi

@@ -169,7 +169,7 @@ def _derive_validation(namespace: argparse.Namespace, default: Any) -> None:
     is_interleaved = namespace.num_virtual_stages_per_pipeline_rank or namespace.num_layers_per_virtual_pipeline_stage
     num_microbatches = namespace.pipeline_model_parallel_size if is_interleaved else 1
     default("eval_micro_batch_size", 1)
-    default("eval_global_batch_size", max(1, namespace.world_size // ranks_of_model) * num_microbatches)
+    default("eval_global_batch_size", max(1, namespace.world_size // max(1, ranks_of_model)) * num_microbatches)
 
 
 def _derive_schedule(namespace: argparse.Namespace, default: Any) -> None:
@@ -186,7 +186,8 @@ def _derive_vocabulary(namespace: argparse.Namespace) -> None:
     """The padded size follows from the model's vocabulary, not from the tokenizer's; preflight compares the two."""
     from megatron_hammer.model.accounting import padded_vocab_size
 
-    if namespace.padded_vocab_size is None and namespace.vocab_size is not None:
+    sizes = (namespace.vocab_size, namespace.make_vocab_size_divisible_by, namespace.tensor_model_parallel_size)
+    if namespace.padded_vocab_size is None and namespace.vocab_size is not None and min(sizes) > 0:
         namespace.padded_vocab_size = padded_vocab_size(
             namespace.vocab_size,
             divisible_by=namespace.make_vocab_size_divisible_by,

@@ -22,6 +22,12 @@ def add_hammer_options(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         "--precision", choices=["bf16", "fp32", "fp16"], help="of weights and activations (default: the preset's)"
     )
     group.add_argument("--embedding-norm", action="store_true", help="LayerNorm on the embedding's output")
+    group.add_argument(
+        "--no-distributed-optimizer",
+        action="store_false",
+        dest="use_distributed_optimizer",
+        help="keep the whole optimizer state on every data-parallel rank (default: sharded)",
+    )
     group.add_argument("--dry-run", action="store_true", help="print what would run and every problem found, then stop")
     group.add_argument(
         "--world-size", type=int, dest="requested_world_size", help="processes to plan for (with --dry-run)"

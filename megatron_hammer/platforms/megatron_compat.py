@@ -339,9 +339,9 @@ def stop_on_signals_too(signals: tuple[Any, ...]) -> None:
     """
     import signal
 
-    from megatron.training.global_vars import get_signal_handler
+    from megatron.training import training
 
-    handler = signal.getsignal(get_signal_handler().sig)
+    handler = signal.getsignal(training.get_signal_handler().sig)
     for number in signals:
         signal.signal(number, handler)
 

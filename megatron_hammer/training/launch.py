@@ -8,6 +8,7 @@ failed children; Ctrl-C and SIGTERM wait for the checkpoint instead of killing a
 torchrun itself works as well.
 """
 
+import logging
 import signal
 import sys
 from collections.abc import Sequence
@@ -37,6 +38,8 @@ def launch(torchrun_options: Sequence[str], training_options: Sequence[str]) -> 
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    # torchrun's own account of children that ended; what matters is said below.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     options = run.parse_args(
         ["--shutdown-timeout", str(CHECKPOINT_GRACE_S), *torchrun_options, "-m", TRAINING_MODULE, *training_options]
     )

@@ -1,0 +1,126 @@
+"""Interrupted and resumed training is the uninterrupted one: bit for bit at the same layout, closely at another."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training_runs import TOY_MODEL, TOY_SCHEDULE, command, environment, read_lines, train, write_toy_data
+
+pytestmark = pytest.mark.distributed
+NUM_STEPS = 24
+SAVE_INTERVAL = 8
+TP2 = ("--tensor-model-parallel-size", "2")
+# What must be equal in every step; times and memory differ between any two runs.
+EXACT = ("step", "loss", "grad_norm", "lr", "num_samples", "num_tokens", "loss_scale", "is_skipped")
+
+
+def exact_values(lines: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    return [tuple(line[name] for name in EXACT) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    directory = tmp_path_factory.mktemp("data")
+    data = write_toy_data(directory / "data")
+    # Dropout, so that the random state counts too; the schedule is fixed, so that it does not depend on where we stop.
+    dropout = ("--hidden-dropout", "0.1", "--attention-dropout", "0.1")
+    return (*TOY_MODEL, *dropout, *TOY_SCHEDULE, "--train-iters", str(NUM_STEPS), "--data-path", data)
+
+
+def saving(directory: Path) -> tuple[str, ...]:
+    return ("--save", str(directory), "--save-interval", str(SAVE_INTERVAL))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(flags: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder of a whole run at TP2, with its metrics.jsonl."""
+    save = tmp_path_factory.mktemp("uninterrupted")
+    train(2, save / "metrics.jsonl", *flags, *TP2, *saving(save))
+    return save
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def wait_for_step(process: subprocess.Popen[str], metrics_path: Path, step: int) -> None:
+    """Until metrics.jsonl holds that step; fails if the run ends before."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if metrics_path.exists() and len(metrics_path.read_text().splitlines()) >= step:
+            return
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} did not come")
+
+
+def test_kill_minus_nine_and_resume_is_bit_exact(flags: tuple[str, ...], uninterrupted: Path, tmp_path: Path) -> None:
+    all_flags = (*flags, *TP2, *saving(tmp_path))
+    process = start(*command(2, *all_flags))
+    kill_after = random.randint(SAVE_INTERVAL + 1, NUM_STEPS - 2)  # any step will do; the message names it
+    wait_for_step(process, tmp_path / "metrics.jsonl", kill_after)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    resumed = train(2, tmp_path / "metrics.jsonl", *all_flags)
+    assert exact_values(resumed) == exact_values(read_lines(uninterrupted / "metrics.jsonl")), f"{kill_after=}"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_stops_cleanly(
+    flags: tuple[str, ...], uninterrupted: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    all_flags = (*flags, *TP2, *saving(tmp_path))
+    process = start(*command(2, *all_flags))
+    wait_for_step(process, tmp_path / "metrics.jsonl", 3)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does
+    else:
+        process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=90)
+    assert process.returncode == 128 + number, stderr[-3000:]
+    assert "Traceback" not in stderr, stderr[-3000:]
+    assert "the same command continues from there" in stdout
+    stopped_at = read_lines(tmp_path / "metrics.jsonl")[-1]["step"]
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == str(stopped_at)
+    if number == signal.SIGTERM:
+        resumed = train(2, tmp_path / "metrics.jsonl", *all_flags)
+        assert exact_values(resumed) == exact_values(read_lines(uninterrupted / "metrics.jsonl"))
+
+
+NO_DROPOUT = ("--hidden-dropout", "0", "--attention-dropout", "0")  # its draws differ between layouts
+
+
+@pytest.fixture(scope="module")
+def without_dropout(flags: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    save = tmp_path_factory.mktemp("without_dropout")
+    train(2, save / "metrics.jsonl", *flags, *NO_DROPOUT, *TP2, *saving(save))
+    return save
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "layout"),
+    [
+        pytest.param(2, ("--pipeline-model-parallel-size", "2"), id="pp2"),
+        pytest.param(2, (), id="dp2"),
+        pytest.param(4, (*TP2, "--pipeline-model-parallel-size", "2"), id="tp2-pp2"),
+    ],
+)
+def test_resume_at_another_layout(
+    flags: tuple[str, ...], without_dropout: Path, tmp_path: Path, num_processes: int, layout: tuple[str, ...]
+) -> None:
+    """Weights, moments, schedule and data order carry over."""
+    resume = ("--load", str(without_dropout), "--ckpt-step", str(SAVE_INTERVAL))
+    resumed = train(num_processes, tmp_path / "resumed.jsonl", *flags, *NO_DROPOUT, *layout, *resume)
+    assert [line["step"] for line in resumed] == list(range(SAVE_INTERVAL + 1, NUM_STEPS + 1))
+    whole = read_lines(without_dropout / "metrics.jsonl")
+    for line, expected in zip(resumed, whole[SAVE_INTERVAL:], strict=True):
+        assert line["lr"] == expected["lr"]
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)

@@ -1,0 +1,72 @@
+"""Start real training runs from tests, as a user would, and read what they wrote."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_hammer.data.indexed import IndexedWriter
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TIMEOUT_S = 240
+
+# A toy in which no two sizes are equal, so that a swapped axis cannot pass.
+TOY_MODEL = (
+    *("--num-layers", "4", "--hidden-size", "96", "--ffn-hidden-size", "176", "--num-attention-heads", "8"),
+    *("--group-query-attention", "--num-query-groups", "2", "--vocab-size", "1000", "--seq-length", "64"),
+    *("--max-position-embeddings", "64", "--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear"),
+    *("--position-embedding-type", "rope", "--untie-embeddings-and-output-weights"),
+    *("--hidden-dropout", "0", "--attention-dropout", "0", "--precision", "fp32"),
+)
+TOY_MOE = (
+    *("--num-experts", "4", "--moe-router-topk", "2", "--moe-ffn-hidden-size", "80"),
+    *("--moe-shared-expert-intermediate-size", "112", "--moe-shared-expert-gate", "--moe-aux-loss-coeff", "0.01"),
+    *("--moe-token-dispatcher-type", "alltoall"),
+)
+TOY_SCHEDULE = (
+    *("--micro-batch-size", "2", "--global-batch-size", "8", "--lr", "3e-3", "--min-lr", "3e-4"),
+    *("--lr-warmup-iters", "3", "--eval-iters", "0"),
+)
+
+
+def command(num_processes: int, *flags: str) -> list[str]:
+    """The command line of a run on this machine."""
+    launch = ["-m", "megatron_hammer.training.launch", "--standalone", "--nproc-per-node", str(num_processes), "--"]
+    return [sys.executable, *launch, *flags]
+
+
+def environment() -> dict[str, str]:
+    """One thread a process, and this clone's package."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
+
+
+def run(num_processes: int, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Run training to its end, whatever its exit code."""
+    return subprocess.run(
+        command(num_processes, *flags), env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S
+    )
+
+
+def train(num_processes: int, metrics_path: Path, *flags: str) -> list[dict[str, Any]]:
+    """Run training, which must succeed; returns its metrics, one object a step."""
+    result = run(num_processes, "--metrics-path", str(metrics_path), *flags)
+    assert result.returncode == 0, f"{' '.join(flags)}\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
+    return read_lines(metrics_path)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_toy_data(prefix: Path, *, num_documents: int = 300, vocab_size: int = 1000, seed: int = 5) -> str:
+    """Indexed data that can be learned: each document counts up from a random token in a random stride."""
+    generator = np.random.default_rng(seed)
+    with IndexedWriter(prefix, np.dtype(np.uint16)) as writer:
+        for length in generator.integers(20, 400, num_documents):
+            start, stride = generator.integers(0, vocab_size), generator.integers(1, 4)
+            writer.add_document(((start + stride * np.arange(length)) % vocab_size).astype(np.uint16))
+    return str(prefix)
