@@ -1,0 +1,113 @@
+"""Both backends write the same checkpoint: TransformerEngine's names, with each norm inside the layer behind it."""
+
+import dataclasses
+
+import pytest
+from build_model import TOY_LLAMA, build_model, read_arguments, single_rank
+
+from megatron_hammer.preset_types import ModelPreset, MoeShape
+
+ENDS = ("embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "output_layer.weight")
+ATTENTION = (
+    "self_attention.linear_qkv.layer_norm_weight",
+    "self_attention.linear_qkv.weight",
+    "self_attention.linear_proj.weight",
+)
+DENSE = (*ATTENTION, "mlp.linear_fc1.layer_norm_weight", "mlp.linear_fc1.weight", "mlp.linear_fc2.weight")
+MOE = (
+    *ATTENTION,
+    "pre_mlp_layernorm.weight",
+    "mlp.router.weight",
+    "mlp.experts.experts.linear_fc1.weight",
+    "mlp.experts.experts.linear_fc2.weight",
+    "mlp.shared_experts.linear_fc1.weight",
+    "mlp.shared_experts.linear_fc2.weight",
+    "mlp.shared_experts.gate_weight",
+)
+GPT = (
+    *DENSE,
+    "self_attention.linear_qkv.layer_norm_bias",
+    "self_attention.linear_qkv.bias",
+    "self_attention.linear_proj.bias",
+    "mlp.linear_fc1.layer_norm_bias",
+    "mlp.linear_fc1.bias",
+    "mlp.linear_fc2.bias",
+)
+MOE_SHAPE = MoeShape(
+    num_experts=5,
+    router_topk=2,
+    ffn_hidden_size=56,
+    shared_expert_intermediate_size=72,
+    has_shared_expert_gate=True,
+)
+GPT_TOY = dataclasses.replace(
+    TOY_LLAMA,
+    num_query_groups=12,
+    normalization="LayerNorm",
+    activation="gelu",
+    position_embedding_type="learned_absolute",
+    has_linear_bias=True,
+    has_tied_embeddings=True,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _rank():
+    with single_rank():
+        yield
+
+
+def list_keys(model: ModelPreset, *flags: str) -> list[str]:
+    """Names in a checkpoint of this model, in order; TransformerEngine's fp8 scales (_extra_state) carry no weights."""
+    state = build_model(read_arguments(model, flags)).sharded_state_dict()
+    return sorted({value.key for value in state.values() if not value.key.endswith("_extra_state")})
+
+
+def layers(names: tuple[str, ...]) -> list[str]:
+    return [f"decoder.layers.{name}" for name in names]
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (TOY_LLAMA, [*ENDS, *layers(DENSE)]),
+        (dataclasses.replace(TOY_LLAMA, moe=MOE_SHAPE), [*ENDS, *layers(MOE)]),
+        (
+            GPT_TOY,
+            [*ENDS[:2], "embedding.position_embeddings.weight", "decoder.final_layernorm.bias", *layers(GPT)],
+        ),
+    ],
+    ids=["llama", "mixture of experts", "gpt"],
+)
+def test_checkpoint_names(model: ModelPreset, expected: list[str]) -> None:
+    assert list_keys(model) == sorted(expected)
+
+
+def test_the_embedding_norm_has_a_name_of_its_own() -> None:
+    with_norm = list_keys(TOY_LLAMA, "--embedding-norm")
+    assert set(with_norm) - set(list_keys(TOY_LLAMA)) == {"embedding_norm.weight", "embedding_norm.bias"}
+
+
+def test_modules_are_torchs() -> None:
+    from megatron_hammer.model.torch_modules import SdpaAttention
+
+    layer = build_model(read_arguments(TOY_LLAMA)).decoder.layers[1]
+    assert isinstance(layer.self_attention.core_attention, SdpaAttention)
+    assert (
+        type(layer.input_layernorm).__module__
+        == type(layer.pre_mlp_layernorm).__module__
+        == "torch.nn.modules.normalization"
+    )
+    assert layer.self_attention.linear_qkv.weight.shape == (160, 96)  # (12 + 2 * 4) heads of 8
+
+
+def test_each_backend_builds_its_own_spec(monkeypatch) -> None:
+    from megatron_hammer.model import layer_spec
+    from megatron_hammer.model.torch_modules import TorchNorm
+
+    config = build_model(read_arguments(TOY_LLAMA)).config
+    block = layer_spec.build_block_spec(config, "torch")
+    assert block.layer_norm is TorchNorm
+    assert len(block.layer_specs) == TOY_LLAMA.num_layers
+    monkeypatch.setattr(layer_spec, "get_gpt_layer_with_transformer_engine_spec", lambda *arguments: arguments)
+    assert layer_spec.build_block_spec(config, "te") == (None, False, False)
