@@ -1,6 +1,6 @@
 """Which platform and backend a run uses, decided once and reported."""
 
-import importlib.util
+import importlib
 
 import torch
 
@@ -22,16 +22,31 @@ def select_platform(requested: str = "auto") -> str:
 
 def select_backend(requested: str = "auto", *, platform: str) -> str:
     """`te` where TransformerEngine imports on a GPU, else `torch`."""
-    has_te = importlib.util.find_spec("transformer_engine") is not None
-    if requested == "te" and platform == "cpu":
+    if platform == "cpu":
+        if requested == "te":
+            raise PlatformError(
+                "backend: te needs a GPU, got platform=cpu. Pass --backend torch, which computes the same model."
+            )
+        return "torch"
+    if requested == "torch":
+        return "torch"
+    failure = find_te_failure()
+    if requested == "te" and failure is not None:
         raise PlatformError(
-            "backend: te needs a GPU, got platform=cpu. Pass --backend torch, which computes the same model."
-        )
-    if requested == "te" and not has_te:
-        raise PlatformError(
-            "backend: te needs TransformerEngine, which is not installed. "
+            f"backend: te needs TransformerEngine, which does not import: {failure}. "
             "Run pip install 'transformer-engine[pytorch]', or pass --backend torch."
         )
-    if requested == "auto":
-        return "te" if platform == "cuda" and has_te else "torch"
-    return requested
+    return "te" if failure is None else "torch"
+
+
+def find_te_failure() -> str | None:
+    """Why TransformerEngine does not import, or None where it does: installed is not enough, its libraries must load.
+
+    The module is the one that megatron.core.extensions.transformer_engine imports; where that fails, megatron carries
+    on with stubs that cannot build a layer.
+    """
+    try:
+        importlib.import_module("transformer_engine.pytorch.fp8")
+    except (ImportError, OSError, RuntimeError) as error:
+        return str(error) or type(error).__name__
+    return None

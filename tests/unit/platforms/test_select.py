@@ -1,26 +1,25 @@
 """A platform and a backend are found by themselves, and a request that cannot be met is refused with its remedy."""
 
-import importlib.util
-
 import pytest
 import torch
 
 from megatron_hammer.errors import PlatformError
+from megatron_hammer.platforms import select
 from megatron_hammer.platforms.select import select_backend, select_platform
 
 
 @pytest.fixture
 def pretend(monkeypatch):
-    """pretend(gpu=..., te=...): a machine with or without a GPU and TransformerEngine."""
+    """pretend(gpu=..., te_error=...): a machine with or without a GPU, and how importing TransformerEngine ends."""
 
-    def set_machine(*, gpu: bool = False, te: bool = False) -> None:
+    def set_machine(*, gpu: bool = False, te_error: Exception | None = None) -> None:
+        def import_te(name: str) -> None:
+            assert name == "transformer_engine.pytorch.fp8"  # what megatron imports
+            if te_error is not None:
+                raise te_error
+
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-        find_spec = importlib.util.find_spec
-        monkeypatch.setattr(
-            importlib.util,
-            "find_spec",
-            lambda name, *args: te or None if name == "transformer_engine" else find_spec(name, *args),
-        )
+        monkeypatch.setattr(select.importlib, "import_module", import_te)
 
     return set_machine
 
@@ -40,29 +39,37 @@ def test_cuda_without_a_gpu_is_refused(pretend) -> None:
         select_platform("cuda")
 
 
+MISSING = ModuleNotFoundError("No module named 'transformer_engine'")
+BROKEN = OSError("libcudart.so.13: cannot open shared object file")
+
+
 @pytest.mark.parametrize(
-    ("requested", "platform", "te", "backend"),
+    ("requested", "platform", "te_error", "backend"),
     [
-        ("auto", "cpu", True, "torch"),
-        ("auto", "cuda", False, "torch"),
-        ("auto", "cuda", True, "te"),
-        ("te", "cuda", True, "te"),
-        ("torch", "cuda", True, "torch"),
-        ("torch", "cpu", False, "torch"),
+        ("auto", "cpu", None, "torch"),
+        ("auto", "cuda", MISSING, "torch"),
+        ("auto", "cuda", BROKEN, "torch"),
+        ("auto", "cuda", None, "te"),
+        ("te", "cuda", None, "te"),
+        ("torch", "cuda", None, "torch"),
+        ("torch", "cpu", MISSING, "torch"),
     ],
 )
-def test_backend(pretend, requested: str, platform: str, te: bool, backend: str) -> None:
-    pretend(te=te)
+def test_backend(pretend, requested: str, platform: str, te_error: Exception | None, backend: str) -> None:
+    pretend(te_error=te_error)
     assert select_backend(requested, platform=platform) == backend
 
 
 def test_te_on_cpu_is_refused(pretend) -> None:
-    pretend(te=True)
+    pretend()
     with pytest.raises(PlatformError, match=r"^backend: te needs a GPU, got platform=cpu\. Pass --backend torch"):
         select_backend("te", platform="cpu")
 
 
-def test_te_that_is_not_installed_is_refused(pretend) -> None:
-    pretend(te=False)
-    with pytest.raises(PlatformError, match=r"^backend: te needs TransformerEngine, which is not installed\. Run pip"):
+@pytest.mark.parametrize("te_error", [MISSING, BROKEN], ids=["missing", "broken"])
+def test_te_that_does_not_import_is_refused_with_the_cause(pretend, te_error: Exception) -> None:
+    pretend(te_error=te_error)
+    with pytest.raises(PlatformError) as refusal:
         select_backend("te", platform="cuda")
+    assert refusal.match(r"^backend: te needs TransformerEngine, which does not import: .*\. Run pip install ")
+    assert str(te_error) in str(refusal.value)
