@@ -11,11 +11,11 @@ import time
 from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Final
 
 from megatron_hammer.errors import DataError
 
-MFU_CONVENTION = "A"  # layers and head with causal attention, no input embedding; see model/flops.py
+MFU_CONVENTION: Final = "A"  # layers and head with causal attention, no input embedding; see model/flops.py
 ETA_WINDOW_STEPS = 20
 
 
