@@ -47,19 +47,21 @@ class DataPlan:
         return sum(self.split[:index]), sum(self.split[: index + 1])
 
 
+def list_data_flags(namespace: argparse.Namespace) -> list[str]:
+    """The flags that name data, of those that are set."""
+    values = {
+        "--mock-data": namespace.mock_data or None,
+        "--data-path": namespace.data_path,
+        "--data-args-path": namespace.data_args_path,
+        "--per-split-data-args-path": namespace.per_split_data_args_path,
+    }
+    values |= {f"--{name.replace('_', '-')}": getattr(namespace, name) for name in SPLIT_FLAGS.values()}
+    return [flag for flag, value in values.items() if value is not None]
+
+
 def read_data_plan(namespace: argparse.Namespace) -> tuple[DataPlan, list[str]]:
     """The data flags as a plan, and what is wrong with them; the plan is empty where they contradict each other."""
-    given = [
-        flag
-        for flag, value in (
-            ("--mock-data", namespace.mock_data or None),
-            ("--data-path", namespace.data_path),
-            ("--data-args-path", namespace.data_args_path),
-            ("--per-split-data-args-path", namespace.per_split_data_args_path),
-            *((f"--{name.replace('_', '-')}", getattr(namespace, name)) for name in SPLIT_FLAGS.values()),
-        )
-        if value is not None
-    ]
+    given = list_data_flags(namespace)
     ways = {
         "per split" if flag in ("--train-data-path", "--valid-data-path", "--test-data-path") else flag
         for flag in given

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from typing import IO, Any
 
 from megatron_hammer.config.arguments import ParsedArguments
-from megatron_hammer.config.data_sources import SPLIT_NAMES, DataPlan, read_data_plan
+from megatron_hammer.config.data_sources import SPLIT_NAMES, DataPlan, list_data_flags, read_data_plan
 from megatron_hammer.config.megatron_checks import read_megatron_defaults
 from megatron_hammer.config.model_from_arguments import build_layout, build_model, list_missing_essentials
-from megatron_hammer.config.preflight_data import count_split_tokens, read_indices
+from megatron_hammer.config.preflight_data import read_indices
+from megatron_hammer.config.preflight_data_sizes import count_split_tokens
 from megatron_hammer.config.preflight_layout import find_layout_problems, select_global_batch_size
 from megatron_hammer.config.preflight_memory import estimate_run_memory, read_available_bytes, select_recompute
 from megatron_hammer.config.preflight_values import find_value_problems
@@ -222,6 +223,7 @@ def _report_run(namespace: argparse.Namespace) -> RunReport:
         flops_per_token=flops_per_token,
         flop_convention=f"{CONVENTION}: {FLOP_CONVENTIONS[CONVENTION]}",
         total_flops=flops_per_token * num_tokens,
+        data_flags=tuple(list_data_flags(namespace)),
         split_tokens=split_tokens,
         epochs=num_tokens / train_tokens if train_tokens else None,
         sources=sources,

@@ -1,14 +1,14 @@
 """Whether the data sets are whole, big enough, and made with the tokenizer and the vocabulary of the model."""
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 
 from megatron_hammer.config.arguments import ParsedArguments
-from megatron_hammer.config.data_sources import SPLIT_FLAGS, DataPlan, read_data_plan
+from megatron_hammer.config.data_sources import SPLIT_FLAGS, DataPlan, list_data_flags, read_data_plan
 from megatron_hammer.config.preflight_checkpoint import find_unwritable
-from megatron_hammer.config.preflight_layout import select_global_batch_size
+from megatron_hammer.config.preflight_data_sizes import find_size_problems
+from megatron_hammer.config.preflight_memory import is_planned
 from megatron_hammer.data.indexed import SCAN_CHUNK_TOKENS, IndexSummary, read_index
 from megatron_hammer.data.manifest import Manifest, read_manifest
 from megatron_hammer.errors import DataError
@@ -25,6 +25,8 @@ def find_data_problems(arguments: ParsedArguments) -> list[str]:
     What reads more than headers is left to one process a node.
     """
     namespace = arguments.namespace
+    if not list_data_flags(namespace) and is_planned(namespace):
+        return []  # a cluster can be planned before there is a corpus; the report says that none is named
     plan, plan_problems = read_data_plan(namespace)
     problems = list(plan_problems)
     problems += _find_validation_set_problems(namespace, plan)
@@ -40,7 +42,7 @@ def find_data_problems(arguments: ParsedArguments) -> list[str]:
         for prefix, index in indices.items():
             problems += _find_content_problems(namespace, prefix, index)
         if namespace.seq_length is not None and not plan_problems and not index_problems:
-            problems += _find_size_problems(namespace, plan, indices)
+            problems += find_size_problems(namespace, plan, indices)
     return problems
 
 
@@ -58,17 +60,6 @@ def read_indices(plan: DataPlan) -> tuple[dict[str, IndexSummary], list[str]]:
         except OSError as error:
             problems.append(f"{prefix}: data set cannot be read ({error.strerror}). Check its permissions.")
     return indices, problems
-
-
-def count_split_tokens(index: IndexSummary, bounds: tuple[float, float]) -> int:
-    """Tokens of the sequences between two shares of a data set, cut where megatron-core cuts it.
-
-    Source: BlendedMegatronDatasetBuilder._build_megatron_dataset_splits (round of share x number of sequences).
-    """
-    first, last = (round(bound * float(index.num_sequences)) for bound in bounds)
-    if (first, last) == (0, index.num_sequences):
-        return index.num_tokens
-    return int(np.sum(index.sequence_lengths[first:last], dtype=np.int64))
 
 
 # --- tokenizer and vocabulary ---------------------------------------------------------------------------------------
@@ -179,12 +170,12 @@ def _find_tokenizer_mismatch(
     ]
 
 
-# --- sizes ----------------------------------------------------------------------------------------------------------
+# --- several validation sets ----------------------------------------------------------------------------------------
 
 
 def _find_validation_set_problems(namespace: argparse.Namespace, plan: DataPlan) -> list[str]:
     if not namespace.multiple_validation_sets:
-        return []
+        return _find_whole_pass_problems(namespace, plan)
     sources = plan.own.get("valid", ()) if plan.own is not None else ()
     if not sources:
         return [
@@ -209,53 +200,13 @@ def _find_validation_set_problems(namespace: argparse.Namespace, plan: DataPlan)
     return problems
 
 
-def _find_size_problems(namespace: argparse.Namespace, plan: DataPlan, indices: dict[str, IndexSummary]) -> list[str]:
-    """A split without tokens makes megatron-core count epochs for ever; one without a sample cannot be drawn from."""
-    if plan.is_mock or (plan.own is None and plan.split is None):
-        return []
-    is_evaluated = bool(namespace.eval_iters) or namespace.full_validation
-    problems = []
-    for name in SPLIT_FLAGS:
-        sources = plan.sources_of(name)
-        needed = 1 if name != "train" and not is_evaluated else namespace.seq_length + 1
-        for source in sources:
-            tokens = count_split_tokens(indices[source.prefix], plan.bounds_of(name))
-            if tokens < needed:
-                problems.append(_too_small(source.prefix, name, tokens, needed, plan))
-    if is_evaluated and not plan.sources_of("valid") and not namespace.skip_train:
-        problems.append(
-            f"eval-iters: evaluation needs a validation set, got eval_iters={namespace.eval_iters} and none. "
-            "Pass --eval-iters 0, or give validation a share: --split 98,2,0, or --valid-data-path."
-        )
-    return problems + _find_short_epoch_problems(namespace, plan, indices, is_reported=bool(problems))
-
-
-def _too_small(prefix: str, name: str, tokens: int, needed: int, plan: DataPlan) -> str:
-    remedy = (
-        "Give it a larger share in --split, no share (0), or more documents"
-        if plan.own is None
-        else f"Take it out of --{SPLIT_FLAGS[name].replace('_', '-')}, or give it more text"
-    )
-    what = "one sample (seq_length + 1 tokens)" if needed > 1 else "a token"
-    return (
-        f"{Path(prefix)}: its {name} split must hold {what}, got {tokens} tokens of {needed} needed. "
-        f"{remedy}, or lower --seq-length."
-    )
-
-
-def _find_short_epoch_problems(
-    namespace: argparse.Namespace, plan: DataPlan, indices: dict[str, IndexSummary], *, is_reported: bool
-) -> list[str]:
-    if is_reported or namespace.skip_train or namespace.micro_batch_size is None:
-        return []
-    tokens = sum(
-        count_split_tokens(indices[source.prefix], plan.bounds_of("train")) for source in plan.sources_of("train")
-    )
-    batch = select_global_batch_size(namespace)
-    if not plan.sources_of("train") or tokens >= batch * namespace.seq_length:
+def _find_whole_pass_problems(namespace: argparse.Namespace, plan: DataPlan) -> list[str]:
+    """megatron-core cannot weigh what it reads whole: its dataset builder raises after the run has started."""
+    sources = plan.sources_of("valid")
+    is_alone = plan.own is not None and len(sources) == 1
+    if not namespace.full_validation or is_alone or all(source.weight is None for source in sources):
         return []
     return [
-        f"data-path: training data must fill one step, got {tokens} tokens, global_batch_size={batch}, "
-        f"seq_length={namespace.seq_length} ({batch * namespace.seq_length} tokens a step). "
-        "Add data, or lower --global-batch-size."
+        "full-validation: reads each validation set once, got weights. Pass the prefixes without weights, or drop "
+        "--full-validation."
     ]

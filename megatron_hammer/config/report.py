@@ -77,6 +77,7 @@ class RunReport:
     flops_per_token: int
     flop_convention: str
     total_flops: int
+    data_flags: tuple[str, ...]  # which name the data; empty: none is named yet
     split_tokens: dict[str, int] | None
     epochs: float | None
     sources: tuple[SourceReport, ...]

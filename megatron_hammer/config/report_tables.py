@@ -119,6 +119,7 @@ def _build_run(run: RunReport) -> Table:
     table.add_row("FLOPs a token", f"{run.flops_per_token:,}")
     table.add_row("convention", run.flop_convention)
     table.add_row("FLOPs of the run", f"{run.total_flops:.4g}")
+    table.add_row("data", ", ".join(run.data_flags) or "none named: a run needs --data-path, or --mock-data")
     if run.split_tokens is not None:
         table.add_row("tokens of train, valid, test", ", ".join(f"{size:,}" for size in run.split_tokens.values()))
     if run.epochs is not None:

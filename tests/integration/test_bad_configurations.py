@@ -120,6 +120,8 @@ BAD = {
     "least rate above the rate": (f"{TINY} --min-lr 0.5", r"min-lr: must not be above lr, got min_lr=0\.5, lr="),
     # Values
     "a negative size": (f"{TINY} --micro-batch-size -2", r"must be at least 1, got micro_batch_size=-2"),
+    "no tensor ranks": (f"{TINY} --tensor-model-parallel-size 0", r"at least 1, got tensor_model_parallel_size=0"),
+    "no heads": (f"{TINY} --num-attention-heads 0", r"must be at least 1, got num_attention_heads=0"),
     "a rate that is no number": (f"{TINY} --lr nan", r"lr: must be at least 0, got lr=nan"),
     "dropout of one": (f"{TINY} --hidden-dropout 1", r"at least 0 and below 1, got hidden_dropout=1"),
     # Files
@@ -188,7 +190,7 @@ def test_one_sentence(name: str) -> None:
 def test_all_problems_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     flags = f"--preset hammer-tiny --data-path {tmp_path}/corpus --save {tmp_path}/file/run --load {tmp_path}/empty"
-    problems = find(*flags.split(), *"--min-lr 1 --sequence-parallel --seq-length 999".split())
+    problems = find(*flags.split(), "--min-lr", "1", "--sequence-parallel", "--seq-length", "999")
     starts = [problem.split(":")[0] for problem in problems]
     expected = ["sequence-parallel", "max-position-embeddings", "min-lr", str(tmp_path / "corpus.bin"), "save", "load"]
     assert starts == expected

@@ -1,0 +1,38 @@
+import copy
+import os
+
+import pytest
+from parsed_flags import TINY, parse
+
+from megatron_hammer.config.megatron_checks import (
+    build_trial_config,
+    describe_refusal,
+    find_megatron_refusal,
+    read_megatron_defaults,
+)
+from megatron_hammer.config.preflight import find_problems
+from megatron_hammer.errors import ConfigError
+
+
+def test_nothing_is_changed(capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = parse(*TINY, "--deterministic-mode")  # sets variables of the environment while it validates
+    before, environment = copy.deepcopy(vars(arguments.namespace)), dict(os.environ)
+    assert find_problems(arguments) == []
+    assert vars(arguments.namespace) == before
+    assert dict(os.environ) == environment
+    assert capfd.readouterr() == ("", "")
+
+
+def test_megatrons_words() -> None:
+    assert find_megatron_refusal(parse(*TINY).namespace) is None
+    refusal = find_megatron_refusal(parse(*TINY, "--moe-grouped-gemm", "--qk-clip").namespace)
+    assert refusal == "--qk-clip is only supported with TE >= 2.9.0"
+    with pytest.raises(ConfigError, match="megatron: refuses this configuration: --qk-clip is only"):
+        build_trial_config(parse(*TINY, "--qk-clip").namespace)
+    assert describe_refusal("x").endswith("Change or drop the flag it names.")
+
+
+def test_defaults_are_megatrons() -> None:
+    defaults = read_megatron_defaults()
+    assert (defaults["lr_decay_style"], defaults["num_layers"], defaults["swiglu"]) == ("linear", None, False)
+    assert "preset" not in defaults

@@ -1,0 +1,101 @@
+import argparse
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from parsed_flags import TINY, find
+
+from megatron_hammer.config import preflight_checkpoint
+from megatron_hammer.config.preflight_checkpoint import TRACKER_NAME, find_unwritable
+
+MOE = ("--preset", "hammer-tiny-moe", "--mock-data", "--global-batch-size", "8")
+
+
+def write_checkpoint(folder: Path, *, step: int = 7) -> Path:
+    """Only what preflight looks at before it opens the checkpoint itself."""
+    checkpoint_dir = folder / f"iter_{step:07d}"
+    checkpoint_dir.mkdir(parents=True)
+    (folder / TRACKER_NAME).write_text(str(step))
+    (checkpoint_dir / ".metadata").write_bytes(b"")
+    return checkpoint_dir
+
+
+def save_with(monkeypatch: pytest.MonkeyPatch, **arguments: object) -> None:
+    """Make every checkpoint one that was saved with these arguments."""
+    opened = SimpleNamespace(args=argparse.Namespace(**arguments))
+    monkeypatch.setattr(preflight_checkpoint, "open_checkpoint", lambda path: opened)
+
+
+def test_a_run_that_continues_itself_may_be_new(tmp_path: Path) -> None:
+    assert find(*TINY, "--save", str(tmp_path / "new")) == []  # --load is --save by default
+    assert find(*TINY, "--save", str(tmp_path / "new"), "--load", f"{tmp_path}/./new") == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_folder_must_hold_a_checkpoint(tmp_path: Path) -> None:
+    (problem,) = find(*TINY, "--save", str(tmp_path / "new"), "--load", str(tmp_path))
+    assert f"load: must be a checkpoint ({TRACKER_NAME}), got load={tmp_path}." in problem
+    (problem,) = find(*TINY, "--load", str(tmp_path / "gone"))
+    assert "load: must be an existing folder" in problem
+    (problem,) = find(*TINY, "--pretrained-checkpoint", str(tmp_path))
+    assert "pretrained-checkpoint: must be a checkpoint" in problem
+
+
+def test_the_tracker_must_point_somewhere(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    (tmp_path / TRACKER_NAME).write_text("8")
+    (problem,) = find(*TINY, "--load", str(tmp_path))
+    assert f"load: checkpoint iter_0000008 named by {TRACKER_NAME} is missing" in problem
+    (tmp_path / TRACKER_NAME).write_text("eight")
+    (problem,) = find(*TINY, "--load", str(tmp_path))
+    assert "must hold a step number or 'release', got 'eight'" in problem
+    (problem,) = find(*TINY, "--load", str(tmp_path), "--ckpt-step", "3")
+    assert "load: checkpoint iter_0000003 named by --ckpt-step is missing" in problem
+
+
+def test_a_damaged_checkpoint_is_reported(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    problems = find(*TINY, "--load", str(tmp_path))
+    assert len(problems) == 1
+    assert problems[0].startswith("load: ")
+    assert ".metadata" in problems[0]
+
+
+def test_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path)
+    save_with(monkeypatch, num_layers=6, hidden_size=256)
+    (problem,) = find(*TINY, "--load", str(tmp_path))
+    assert "num-layers: must be the checkpoint's, got num_layers=4" in problem
+
+
+@pytest.mark.parametrize(("saved_ep", "ep"), [(1, 2), (2, 1)])
+def test_optimizer_of_another_expert_layout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved_ep: int, ep: int
+) -> None:
+    write_checkpoint(tmp_path)
+    save_with(monkeypatch, expert_model_parallel_size=saved_ep)
+    flags = (*MOE, "--load", str(tmp_path), "--expert-model-parallel-size", str(ep), "--dry-run", "--world-size", "2")
+    (problem,) = find(*flags)
+    assert f"got ep={ep}, in" in problem
+    assert f"Use --expert-model-parallel-size {saved_ep}, or pass --no-load-optim or --finetune." in problem
+    assert find(*flags, "--finetune") == []
+    assert find(*flags, "--no-load-optim") == []
+
+
+def test_experts_may_change_between_parallel_layouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path)
+    save_with(monkeypatch, expert_model_parallel_size=2)
+    flags = (*MOE, "--load", str(tmp_path), "--expert-model-parallel-size", "4", "--dry-run", "--world-size", "4")
+    assert find(*flags) == []
+
+
+def test_unwritable_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_unwritable("save", str(tmp_path / "a" / "b")) == []
+    (tmp_path / "file").write_text("")
+    (problem,) = find_unwritable("save", str(tmp_path / "file" / "run"))
+    assert "save: must be a folder that can be written" in problem
+    assert "is not a folder" in problem
+    monkeypatch.setattr("os.access", lambda *_: False)
+    (problem,) = find_unwritable("data_cache_path", str(tmp_path))
+    assert f"data-cache-path: must be a folder that can be written, got data_cache_path={tmp_path}" in problem
+    assert "is not writable" in problem

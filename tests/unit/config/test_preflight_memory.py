@@ -1,0 +1,52 @@
+import pytest
+from parsed_flags import TINY, parse, plan
+
+from megatron_hammer.config import preflight_memory
+from megatron_hammer.config.preflight_memory import (
+    GIB,
+    estimate_run_memory,
+    find_memory_problems,
+    read_available_bytes,
+    select_recompute,
+)
+
+
+def test_a_plan_elsewhere_is_compared_with_nothing() -> None:
+    assert read_available_bytes(parse("--preset", "llama2-70b", *plan(32)).namespace) is None
+    assert find_memory_problems(parse("--preset", "llama2-70b", *plan(32)).namespace) == []
+
+
+def test_processes_of_a_node_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight_memory, "read_device_memory_bytes", lambda platform: 64 * GIB)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert read_available_bytes(parse(*TINY).namespace) == 16 * GIB
+
+
+def test_a_run_on_this_cpu_has_no_gpu_allowances() -> None:
+    here, there = parse(*TINY).namespace, parse(*TINY, *plan(1)).namespace
+    assert estimate_run_memory(here)[0].context_bytes == 0
+    assert estimate_run_memory(there)[0].context_bytes > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "gib", "remedy"),
+    [
+        ("--preset hammer-1b4", "30", "Pass --micro-batch-size 4"),
+        ("--preset hammer-1b4 --micro-batch-size 1 --seq-length 8192 --max-position-embeddings 8192", "16",
+         "Raise --tensor-model-parallel-size or --pipeline-model-parallel-size, or use more devices"),
+        ("--preset llama3-8b --seq-length 65536 --max-position-embeddings 65536 --tensor-model-parallel-size 8", "60",
+         "Pass --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
+    ],
+)  # fmt: skip
+def test_remedies(flags: str, gib: str, remedy: str) -> None:
+    namespace = parse(*flags.split(), "--dry-run", "--gpu-memory-gib", gib).namespace
+    (problem,) = find_memory_problems(namespace)
+    assert f"GiB of {float(gib):.1f} (weights" in problem
+    assert problem.endswith(f"{remedy}.")
+
+
+def test_what_is_recomputed() -> None:
+    assert select_recompute(parse(*TINY).namespace) == "none"
+    assert select_recompute(parse(*TINY, "--recompute-activations").namespace) == "selective"
+    full = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
+    assert select_recompute(parse(*TINY, *full).namespace) == "full"
