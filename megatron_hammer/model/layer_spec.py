@@ -6,7 +6,6 @@ Both give the same checkpoint names: TransformerEngine fuses the norm in front o
 
 from typing import Any, Literal
 
-from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -34,11 +33,6 @@ class TorchSpecProvider(LocalSpecProvider):
 
     def core_attention(self) -> type:
         return SdpaAttention
-
-
-def has_transformer_engine() -> bool:
-    """Whether TransformerEngine imports here."""
-    return bool(HAVE_TE)
 
 
 def build_layer_spec(config: TransformerConfig, backend: Backend) -> ModuleSpec:

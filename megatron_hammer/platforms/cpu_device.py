@@ -224,9 +224,6 @@ def substitute_cuda_tensors() -> None:
     # torch lists its factories when a device context is first used; after they are replaced it would know none of them,
     # and `with torch.device("meta")` would make real tensors.
     torch.utils._device._device_constructors()
-    # torch keeps a list of its factories for `with torch.device("meta")`, made at first use: made after the replacement
-    # it would not know the wrapped ones, and a meta model would be allocated for real.
-    torch.utils._device._device_constructors()
     for name in _FACTORY_NAMES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     tensor_class: Any = torch.Tensor
