@@ -6,7 +6,8 @@ from pathlib import Path
 
 from megatron_hammer.checkpoint.reader import open_checkpoint
 from megatron_hammer.config.arguments import ParsedArguments
-from megatron_hammer.config.preflight_values import flag_of
+from megatron_hammer.config.model_from_arguments import ResolvedModel, build_model, list_missing_essentials
+from megatron_hammer.config.preflight_values import find_value_problems, flag_of
 from megatron_hammer.errors import CheckpointError
 
 TRACKER_NAME = "latest_checkpointed_iteration.txt"  # Megatron's pointer to the newest checkpoint of a folder
@@ -75,14 +76,7 @@ def _find_saved_problems(namespace: argparse.Namespace, checkpoint_dir: Path) ->
         saved = open_checkpoint(checkpoint_dir).args
     except CheckpointError as error:
         return [f"load: {problem}" for problem in error.problems]
-    problems = []
-    for name in ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "num_experts"):
-        before, now = getattr(saved, name, None), getattr(namespace, name)
-        if before is not None and now is not None and before != now:
-            problems.append(
-                f"{flag_of(name)}: must be the checkpoint's, got {name}={now}, in {checkpoint_dir} {before}. "
-                "Load another checkpoint, or change the model back."
-            )
+    problems = _find_other_model(namespace, saved, checkpoint_dir)
     saved_ep: int = getattr(saved, "expert_model_parallel_size", 1)
     ep: int = namespace.expert_model_parallel_size
     loads_optimizer = not (namespace.finetune or namespace.no_load_optim or getattr(saved, "no_save_optim", None))
@@ -95,6 +89,46 @@ def _find_saved_problems(namespace: argparse.Namespace, checkpoint_dir: Path) ->
             f"Use --expert-model-parallel-size {saved_ep}, or pass --no-load-optim or --finetune."
         )
     return problems
+
+
+def _find_other_model(namespace: argparse.Namespace, saved: argparse.Namespace, checkpoint_dir: Path) -> list[str]:
+    """Differences that change the shape of a tensor. The vocabulary is left to Megatron, which can pad it anew."""
+    if list_missing_essentials(namespace) or find_value_problems(namespace):
+        return []
+    try:
+        before, now = _describe_shape(build_model(saved)), _describe_shape(build_model(namespace))
+    except AttributeError:  # saved by another version of Megatron, which had other arguments
+        return []
+    return [
+        f"{flag}: must be as in the checkpoint, got {now[flag]}, in {checkpoint_dir} {before[flag]}. "
+        "Load another checkpoint, or change the model back."
+        for flag in now
+        if now[flag] != before[flag]
+    ]
+
+
+def _describe_shape(model: ResolvedModel) -> dict[str, object]:
+    """What decides the names and shapes of the parameters, by the flag that sets it."""
+    moe = model.moe
+    return {
+        "num-layers": model.num_layers,
+        "hidden-size": model.hidden_size,
+        "num-attention-heads": model.num_attention_heads,
+        "num-query-groups": model.num_query_groups,
+        "kv-channels": model.kv_channels,
+        "ffn-hidden-size": model.ffn_hidden_size if moe is None else None,
+        "swiglu": model.activation == "swiglu",
+        "normalization": model.normalization,
+        "position-embedding-type": model.position_embedding_type,
+        "disable-bias-linear": not model.has_linear_bias,
+        "add-qkv-bias": model.has_qkv_bias,
+        "untie-embeddings-and-output-weights": not model.has_tied_embeddings,
+        "embedding-norm": model.has_embedding_norm,
+        "num-experts": moe and moe.num_experts,
+        "moe-ffn-hidden-size": moe and moe.ffn_hidden_size,
+        "moe-shared-expert-intermediate-size": moe and moe.shared_expert_intermediate_size,
+        "moe-shared-expert-gate": moe and moe.has_shared_expert_gate,
+    }
 
 
 def find_unwritable(name: str, path: str) -> list[str]:

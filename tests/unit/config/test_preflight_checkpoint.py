@@ -3,7 +3,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from parsed_flags import TINY, find
+from parsed_flags import TINY, find, parse
 
 from megatron_hammer.config import preflight_checkpoint
 from megatron_hammer.config.preflight_checkpoint import TRACKER_NAME, find_unwritable
@@ -20,10 +20,10 @@ def write_checkpoint(folder: Path, *, step: int = 7) -> Path:
     return checkpoint_dir
 
 
-def save_with(monkeypatch: pytest.MonkeyPatch, **arguments: object) -> None:
-    """Make every checkpoint one that was saved with these arguments."""
-    opened = SimpleNamespace(args=argparse.Namespace(**arguments))
-    monkeypatch.setattr(preflight_checkpoint, "open_checkpoint", lambda path: opened)
+def save_with(monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], **arguments: object) -> None:
+    """Make every checkpoint one that was saved with these flags, and arguments that stand for others."""
+    saved = argparse.Namespace(**(vars(parse(*flags).namespace) | arguments))
+    monkeypatch.setattr(preflight_checkpoint, "open_checkpoint", lambda path: SimpleNamespace(args=saved))
 
 
 def test_a_run_that_continues_itself_may_be_new(tmp_path: Path) -> None:
@@ -63,9 +63,20 @@ def test_a_damaged_checkpoint_is_reported(tmp_path: Path) -> None:
 
 def test_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_checkpoint(tmp_path)
-    save_with(monkeypatch, num_layers=6, hidden_size=256)
-    (problem,) = find(*TINY, "--load", str(tmp_path))
-    assert "num-layers: must be the checkpoint's, got num_layers=4" in problem
+    save_with(monkeypatch, TINY)
+    assert find(*TINY, "--load", str(tmp_path)) == []
+    problems = find(*TINY, "--load", str(tmp_path), "--num-layers", "6", "--add-qkv-bias", "--vocab-size", "5000")
+    assert [problem.split(":")[0] for problem in problems] == ["num-layers", "add-qkv-bias"]
+    assert f"num-layers: must be as in the checkpoint, got 6, in {tmp_path}/iter_0000007 4." in problems[0]
+    problems = find(*MOE, "--load", str(tmp_path), "--no-load-optim")
+    assert [problem.split(":")[0] for problem in problems][:2] == ["ffn-hidden-size", "num-experts"]
+
+
+def test_arguments_of_another_megatron(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path)
+    opened = SimpleNamespace(args=argparse.Namespace(num_layers=5))
+    monkeypatch.setattr(preflight_checkpoint, "open_checkpoint", lambda path: opened)
+    assert find(*TINY, "--load", str(tmp_path)) == []
 
 
 @pytest.mark.parametrize(("saved_ep", "ep"), [(1, 2), (2, 1)])
@@ -73,7 +84,7 @@ def test_optimizer_of_another_expert_layout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved_ep: int, ep: int
 ) -> None:
     write_checkpoint(tmp_path)
-    save_with(monkeypatch, expert_model_parallel_size=saved_ep)
+    save_with(monkeypatch, MOE, expert_model_parallel_size=saved_ep)
     flags = (*MOE, "--load", str(tmp_path), "--expert-model-parallel-size", str(ep), "--dry-run", "--world-size", "2")
     (problem,) = find(*flags)
     assert f"got ep={ep}, in" in problem
@@ -84,7 +95,7 @@ def test_optimizer_of_another_expert_layout(
 
 def test_experts_may_change_between_parallel_layouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_checkpoint(tmp_path)
-    save_with(monkeypatch, expert_model_parallel_size=2)
+    save_with(monkeypatch, MOE, expert_model_parallel_size=2)
     flags = (*MOE, "--load", str(tmp_path), "--expert-model-parallel-size", "4", "--dry-run", "--world-size", "4")
     assert find(*flags) == []
 
