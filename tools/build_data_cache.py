@@ -13,19 +13,22 @@ from megatron_hammer.errors import ConfigError, exit_on_user_error
 
 @exit_on_user_error
 def main() -> None:
-    from megatron_hammer.training.pretrain import check, open_terminal, prepare
+    from megatron_hammer.training.pretrain import open_terminal, prepare
 
     terminal = open_terminal(sys.argv[1:])
-    arguments = prepare(["--platform", "cpu", *sys.argv[1:]])
+    arguments = prepare(["--platform", "cpu", *sys.argv[1:]], is_plan=True)
     if arguments.namespace.data_cache_path is None:
         raise ConfigError(
             "data-cache-path: must name the folder that training will read, got none. Pass --data-cache-path DIR."
         )
-    check(arguments)
 
     from megatron_hammer.config.arguments import finalize_arguments
     from megatron_hammer.config.datasets import build_data_cache
+    from megatron_hammer.config.preflight_data import find_data_problems
 
+    problems = find_data_problems(arguments)  # the rest of preflight is about the machine that will train
+    if problems:
+        raise ConfigError(*problems)
     finalize_arguments(arguments.namespace)
     counts = build_data_cache(arguments.namespace)
     samples = ", ".join(f"{count:,} {split}" for split, count in counts.items())

@@ -31,8 +31,10 @@ class ParsedArguments:
     typed: frozenset[str]  # attributes of the namespace that were given on the command line
 
 
-def parse_arguments(argv: Sequence[str], *, platform: str, backend: str) -> ParsedArguments:
+def parse_arguments(argv: Sequence[str], *, platform: str, backend: str, is_plan: bool = False) -> ParsedArguments:
     """Parse `argv` over the preset it names and derive the rest for `platform` and `backend`.
+
+    is_plan: no process group will form, so this process stands for all ranks of the run.
 
     Raises ConfigError for an unknown flag, a value of the wrong type or an unknown preset.
     """
@@ -56,7 +58,7 @@ def parse_arguments(argv: Sequence[str], *, platform: str, backend: str) -> Pars
     namespace = parser.parse_args(list(argv))
     typed = _typed_destinations(parser, argv)
     _drop_what_samples_replace(namespace, typed)
-    _read_environment(namespace)
+    _read_environment(namespace, is_plan=is_plan or namespace.dry_run)
     _derive(namespace, platform=platform, backend=backend, typed=typed)
     return ParsedArguments(namespace=namespace, preset=preset, typed=typed)
 
@@ -95,14 +97,14 @@ def _drop_what_samples_replace(namespace: argparse.Namespace, typed: frozenset[s
         namespace.lr_warmup_iters = 0
 
 
-def _read_environment(namespace: argparse.Namespace) -> None:
-    """What torchrun and SLURM launchers tell a process about itself."""
+def _read_environment(namespace: argparse.Namespace, *, is_plan: bool) -> None:
+    """What torchrun and SLURM launchers tell a process about itself; a plan has the ranks that it needs at least."""
     namespace.rank = int(os.environ.get("RANK", "0"))
     namespace.world_size = int(os.environ.get("WORLD_SIZE", "1"))
     namespace.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if namespace.requested_world_size is not None:
         namespace.world_size = namespace.requested_world_size
-    elif namespace.dry_run and "WORLD_SIZE" not in os.environ:
+    elif is_plan and "WORLD_SIZE" not in os.environ:
         namespace.world_size = count_least_world_size(namespace)
 
 

@@ -215,6 +215,8 @@ NEEDS_TE: dict[str, tuple[object, ...]] = {
     "log_max_attention_logit": (False,),
     "delay_wgrad_compute": (False,),
     "tp_comm_overlap": (False,),
+    "use_precision_aware_optimizer": (False,),
+    "te_rng_tracker": (False,),
     "fp8": (None,),
     "fp4": (None,),
 }

@@ -10,6 +10,7 @@ import importlib.metadata
 import inspect
 import logging
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,8 +59,14 @@ def install(platform: str) -> None:
     if platform == "cpu":
         # Before megatron is imported: its @jit_fuser is torch.compile, which on a CUDA build without a driver fails.
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-        # "No CUDA runtime is found": true, and said by our own line.
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    else:
+        # megatron relies on the order of kernels, which more connections do not keep on GPUs before Blackwell.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # "No CUDA runtime is found": true on a login node and said by our own line.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    # Said once, by the backend that a run reports, instead of ten times at import.
+    for cause in (".*Transformer Engine and Apex", ".*Apex is not installed", ".*Only transformer-engine"):
+        warnings.filterwarnings("ignore", message=cause)
     for adjustment in ADJUSTMENTS:
         if platform in adjustment.platforms:
             adjustment.apply()

@@ -7,10 +7,16 @@ import torch
 from megatron_hammer.errors import PlatformError
 
 
-def select_platform(requested: str = "auto") -> str:
-    """`cuda` where PyTorch sees a GPU, else `cpu`; a request is checked, not trusted."""
+def select_platform(requested: str = "auto", *, is_plan: bool = False, is_for_this_machine: bool = True) -> str:
+    """`cuda` where PyTorch sees a GPU, else `cpu`; a request is checked, not trusted.
+
+    is_plan: nothing will be started (--dry-run), so a GPU need not be here. is_for_this_machine: False where a plan
+    names its own number of processes; it is then for a cluster, whatever this login node has.
+    """
     has_gpu = torch.cuda.is_available()
-    if requested == "cuda" and not has_gpu:
+    if is_plan and requested == "auto" and not is_for_this_machine:
+        return "cuda"
+    if requested == "cuda" and not has_gpu and not is_plan:
         raise PlatformError(
             "platform: cuda needs a GPU that PyTorch sees, got none (torch.cuda.is_available() is False). "
             "Check the driver with nvidia-smi, or pass --platform cpu."

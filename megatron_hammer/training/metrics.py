@@ -23,6 +23,7 @@ ETA_WINDOW_STEPS = 20
 class RunFacts:
     """What does not change while a run lasts."""
 
+    description: str  # model, layout, platform and backend in one line
     train_steps: int
     seq_length: int
     world_size: int

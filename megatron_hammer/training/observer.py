@@ -25,6 +25,7 @@ def build_observer(arguments: ParsedArguments, terminal: IO[str]) -> "RunObserve
     namespace = arguments.namespace
     device_name = read_device_name(namespace.platform)
     facts = RunFacts(
+        description=describe_run(arguments),
         train_steps=namespace.train_iters or namespace.train_samples // namespace.global_batch_size,
         seq_length=namespace.seq_length,
         world_size=namespace.world_size,
@@ -40,6 +41,25 @@ def build_observer(arguments: ParsedArguments, terminal: IO[str]) -> "RunObserve
         is_recorder=is_recorder,
         read_peak_memory_bytes=read_peak_memory_bytes,
         max_over_ranks=max_over_ranks,
+    )
+
+
+def describe_run(arguments: ParsedArguments) -> str:
+    """hammer-tiny: 4,851,968 parameters, 2 ranks (TP2 PP1 DP1), cpu platform, torch backend, fp32"""
+    namespace = arguments.namespace
+    sizes = {
+        "TP": namespace.tensor_model_parallel_size,
+        "PP": namespace.pipeline_model_parallel_size,
+        "VP": namespace.virtual_pipeline_model_parallel_size or 1,
+        "CP": namespace.context_parallel_size,
+        "EP": namespace.expert_model_parallel_size,
+        "DP": namespace.data_parallel_size,
+    }
+    layout = " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1 or name in ("TP", "PP", "DP"))
+    return (
+        f"{arguments.preset.name if arguments.preset else 'custom model'}: "
+        f"{build_model(namespace).num_parameters:,} parameters, {namespace.world_size} ranks ({layout}), "
+        f"{namespace.platform} platform, {namespace.backend} backend, {str(namespace.params_dtype).split('.')[-1]}"
     )
 
 
@@ -115,7 +135,10 @@ class RunObserver:
         if self._log is None:
             self._open_log()
         assert self._log is not None
-        validation = self._log.add_validation(step=step, validation_set=name, loss=float(losses[LOSS_NAME]))
+        loss = float(losses[LOSS_NAME])
+        if any((old["step"], old["validation_set"], old["loss"]) == (step, name, loss) for old in self._validations):
+            return  # megatron evaluates once more after the last step; on the same samples that says nothing new
+        validation = self._log.add_validation(step=step, validation_set=name, loss=loss)
         self._validations.append(validation)
         self.reporter.show_validation(validation)
 
@@ -161,6 +184,7 @@ class RunObserver:
 
     def _open_log(self) -> None:
         first_step = self.namespace.iteration + 1
+        self.reporter.say(self.facts.description)
         self._log = MetricsLog(self.facts, self._metrics_path(), first_step)
         if first_step > 1:
             self.reporter.say(f"resumed from the checkpoint of step {first_step - 1}")

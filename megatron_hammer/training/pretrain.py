@@ -48,19 +48,27 @@ def open_terminal(argv: Sequence[str]) -> IO[str]:
     return divert_output(log_dir, int(os.environ.get("RANK", "0")))[0]
 
 
-def prepare(argv: Sequence[str]) -> "ParsedArguments":
-    """Choose platform and backend, adjust megatron to them, and read the command line over its preset."""
+def prepare(argv: Sequence[str], *, is_plan: bool = False) -> "ParsedArguments":
+    """Choose platform and backend, adjust megatron to them, and read the command line over its preset.
+
+    is_plan: nothing will be started, as with --dry-run, so neither GPUs nor the other ranks need to be here.
+    """
     from megatron_hammer.config.options import read_option
     from megatron_hammer.platforms import megatron_compat
     from megatron_hammer.platforms.select import select_backend, select_platform
 
-    platform = select_platform(read_option(argv, "--platform") or "auto")
+    is_plan = is_plan or "--dry-run" in argv
+    platform = select_platform(
+        read_option(argv, "--platform") or "auto",
+        is_plan=is_plan,
+        is_for_this_machine=read_option(argv, "--world-size") is None,
+    )
     backend = select_backend(read_option(argv, "--backend") or "auto", platform=platform)
     megatron_compat.install(platform)
 
     from megatron_hammer.config.arguments import parse_arguments
 
-    return parse_arguments(argv, platform=platform, backend=backend)
+    return parse_arguments(argv, platform=platform, backend=backend, is_plan=is_plan)
 
 
 def check(arguments: "ParsedArguments") -> None:

@@ -17,10 +17,22 @@ from megatron_hammer.training.metrics import (
 )
 
 FACTS = RunFacts(
-    train_steps=50, seq_length=128, world_size=4, flops_per_token=6_000_000, peak_tflops=0.25, device_name="toy GPU"
+    description="toy",
+    train_steps=50,
+    seq_length=128,
+    world_size=4,
+    flops_per_token=6_000_000,
+    peak_tflops=0.25,
+    device_name="toy GPU",
 )
 NO_PEAK = RunFacts(
-    train_steps=50, seq_length=128, world_size=4, flops_per_token=6_000_000, peak_tflops=None, device_name="CPU process"
+    description="toy",
+    train_steps=50,
+    seq_length=128,
+    world_size=4,
+    flops_per_token=6_000_000,
+    peak_tflops=None,
+    device_name="CPU process",
 )
 
 

@@ -12,7 +12,13 @@ from megatron_hammer.training.observer import RunObserver
 from megatron_hammer.training.reporter import Reporter
 
 FACTS = RunFacts(
-    train_steps=6, seq_length=32, world_size=2, flops_per_token=1000, peak_tflops=None, device_name="CPU process"
+    description="toy",
+    train_steps=6,
+    seq_length=32,
+    world_size=2,
+    flops_per_token=1000,
+    peak_tflops=None,
+    device_name="CPU process",
 )
 
 

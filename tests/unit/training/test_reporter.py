@@ -23,6 +23,7 @@ VALIDATION = {"step": 4, "validation_set": "code", "loss": 1.5, "perplexity": 4.
 
 def make_facts(peak_tflops: float | None = None) -> RunFacts:
     return RunFacts(
+        description="toy",
         train_steps=9,
         seq_length=128,
         world_size=4,
