@@ -3,24 +3,25 @@
 # machine (Python's own library and documentation; no download), a tokenizer, and indexed data. What is there is kept.
 #   DIR/tokenizer.model   DIR/train_text_document.{bin,idx}   DIR/valid_text_document.{bin,idx}
 set -euo pipefail
+demo_tools="$(cd "$(dirname "${BASH_SOURCE[0]}")/../tools" && pwd)"
 
 build_demo_data() {
     local dir="$1" vocab_size="$2" part
     mkdir -p "$dir"
     if [[ ! -s "$dir/corpus.jsonl" || ! -s "$dir/valid.jsonl" ]]; then
         echo "== corpus from text on this machine"
-        "$PYTHON" "$root/tools/build_machine_corpus.py" --output "$dir/corpus.jsonl" --valid-output "$dir/valid.jsonl" \
+        "$PYTHON" "$demo_tools/build_machine_corpus.py" --output "$dir/corpus.jsonl" --valid-output "$dir/valid.jsonl" \
             --max-bytes "${CORPUS_BYTES:-8000000}"
     fi
     if [[ ! -s "$dir/tokenizer.model" ]]; then
         echo "== tokenizer"
-        "$PYTHON" "$root/tools/tokenizer_train.py" --input "$dir/corpus.jsonl" --output "$dir/tokenizer.model" \
+        "$PYTHON" "$demo_tools/tokenizer_train.py" --input "$dir/corpus.jsonl" --output "$dir/tokenizer.model" \
             --vocab-size "$vocab_size" --max-bytes 4000000
     fi
     for part in corpus:train valid:valid; do
         if [[ ! -s "$dir/${part#*:}_text_document.idx" ]]; then
             echo "== indexed data: ${part#*:}"
-            "$PYTHON" "$root/tools/preprocess_data.py" --input "$dir/${part%%:*}.jsonl" --append-eod \
+            "$PYTHON" "$demo_tools/preprocess_data.py" --input "$dir/${part%%:*}.jsonl" --append-eod \
                 --tokenizer-model "$dir/tokenizer.model" --output-prefix "$dir/${part#*:}" --workers 2
         fi
     done

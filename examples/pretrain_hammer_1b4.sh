@@ -44,7 +44,8 @@ else
     build_demo_data "$output_dir/data" "$num_demo_pieces"
     TOKENIZER_MODEL="$output_dir/data/tokenizer.model"
     arguments+=(--train-data-path "$output_dir/data/train_text_document"
-        --valid-data-path "$output_dir/data/valid_text_document" --tokenizer-model "$TOKENIZER_MODEL")
+        --valid-data-path "$output_dir/data/valid_text_document" --tokenizer-model "$TOKENIZER_MODEL"
+        --full-validation)
     if ((num_gpus > 0)); then
         echo "DATA_PATH is not set: the real model on demonstration data; its vocabulary stays HammerLLM's."
         arguments+=(--vocab-size 105789)

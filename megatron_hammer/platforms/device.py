@@ -1,6 +1,8 @@
 """Facts about the device of this process and the few collectives that report them."""
 
+import os
 import resource
+import socket
 
 import torch
 
@@ -22,3 +24,13 @@ def max_over_ranks(value: float) -> float:
     tensor = torch.tensor([value], dtype=torch.float64, device=device)
     torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
     return float(tensor.item())
+
+
+def stand_alone() -> None:
+    """Where no launcher started this process, give it what a launcher would: it is rank 0 of 1, and its own master."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))

@@ -100,10 +100,12 @@ def train(arguments: "ParsedArguments", terminal: IO[str]) -> None:
     from megatron_hammer.config.datasets import build_dataset_provider
     from megatron_hammer.model.provider import build_model_config
     from megatron_hammer.platforms import megatron_compat
+    from megatron_hammer.platforms.device import stand_alone
     from megatron_hammer.training.forward_step import build_forward_step
     from megatron_hammer.training.observer import build_observer
 
     namespace = arguments.namespace
+    stand_alone()
     finalize_arguments(namespace)
     megatron_compat.stop_on_signals_too((signal.SIGINT, signal.SIGTERM))
     config = build_config_container(namespace, build_model_config)
