@@ -69,6 +69,7 @@ class HammerModelBuilder(GPTModelBuilder):
         post_process: bool | None = None,
         vp_stage: int | None = None,
     ) -> GPTModel:
+        """The chunk of this rank and virtual stage; pre_process and post_process follow from them where not given."""
         config: Any = self._model_config
         vp_size = config.transformer.virtual_pipeline_model_parallel_size
         if pre_process is None:

@@ -35,6 +35,7 @@ class GroupStepAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient; ValueError for a closure, which megatron never passes."""
         if closure is not None:
             raise ValueError("GroupStepAdam takes no closure.")
         update = torch._fused_adamw_ if self.adam_w_mode else torch._fused_adam_

@@ -292,9 +292,10 @@ def observe_training(observer: Any) -> None:
     """Call `observer` (training/observer.py) at the steps and evaluations of megatron's loop, which has no callbacks.
 
     Wraps train_step, training_log, evaluate_and_print_results and evaluate of megatron.training.training; their
-    results are passed on unchanged. One difference: megatron does not reset its running means after the first step of
-    a process, so its second printed line is a mean of two steps and differs after a resume; here every line that
-    it prints covers just its own interval.
+    results are passed on unchanged. Two differences: megatron does not reset its running means after the first step of
+    a process, so its second printed line is a mean of two steps and differs after a resume; here every line that it
+    prints covers just its own interval. And it evaluates again after the last step where the loop has just done so, on
+    other samples of the set, which gives one step two validation losses; here that second time is left out.
     """
     from megatron.training import training
 
@@ -324,6 +325,8 @@ def observe_training(observer: Any) -> None:
     def evaluate_and_print_results(
         prefix: str, forward_step: Any, data_iterator: Any, model: Any, step: int, *rest: Any, **options: Any
     ) -> Any:
+        if "on validation set" in prefix and current["step"] == step > 0:
+            return None  # the loop has just evaluated these weights
         current["step"], current["is_test"] = step, "test set" in prefix
         observer.begin_evaluation()
         return original_evaluations(prefix, forward_step, data_iterator, model, step, *rest, **options)

@@ -58,7 +58,7 @@ def describe_run(arguments: ParsedArguments) -> str:
     layout = " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1 or name in ("TP", "PP", "DP"))
     return (
         f"{arguments.preset.name if arguments.preset else 'custom model'}: "
-        f"{build_model(namespace).num_parameters:,} parameters, {namespace.world_size} ranks ({layout}), "
+        f"{build_model(namespace).num_parameters:,} parameters, {namespace.world_size} rank{'s' * (namespace.world_size > 1)} ({layout}), "
         f"{namespace.platform} platform, {namespace.backend} backend, {str(namespace.params_dtype).split('.')[-1]}"
     )
 
@@ -135,10 +135,7 @@ class RunObserver:
         if self._log is None:
             self._open_log()
         assert self._log is not None
-        loss = float(losses[LOSS_NAME])
-        if any((old["step"], old["validation_set"], old["loss"]) == (step, name, loss) for old in self._validations):
-            return  # megatron evaluates once more after the last step; on the same samples that says nothing new
-        validation = self._log.add_validation(step=step, validation_set=name, loss=loss)
+        validation = self._log.add_validation(step=step, validation_set=name, loss=float(losses[LOSS_NAME]))
         self._validations.append(validation)
         self.reporter.show_validation(validation)
 

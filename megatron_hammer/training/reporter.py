@@ -32,6 +32,8 @@ class Reporter:
             BarColumn(),
             TextColumn("{task.description}"),
             console=self.console,
+            redirect_stdout=False,  # sys.stdout is megatron's log here, and stays it
+            redirect_stderr=False,
         )
         self._progress.start()
         self._task = self._progress.add_task("", total=self.facts.train_steps, completed=first_step - 1)
