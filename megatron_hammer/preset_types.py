@@ -13,6 +13,7 @@ class MoeShape:
     ffn_hidden_size: int  # of one routed expert
     shared_expert_intermediate_size: int = 0  # 0: no shared expert
     has_shared_expert_gate: bool = False  # Qwen2-MoE: the shared expert is scaled by sigmoid(x . w)
+    is_topk_renormalized: bool = False  # True: the chosen experts' weights sum to one (Mixtral); False: Qwen2-MoE
     aux_loss_coeff: float = 0.01
 
 

@@ -80,6 +80,7 @@ def _build_moe(namespace: argparse.Namespace, ffn_hidden_size: int) -> MoeShape 
         ffn_hidden_size=namespace.moe_ffn_hidden_size or ffn_hidden_size,
         shared_expert_intermediate_size=namespace.moe_shared_expert_intermediate_size or 0,
         has_shared_expert_gate=namespace.moe_shared_expert_gate,
+        is_topk_renormalized=not namespace.moe_router_pre_softmax,
         aux_loss_coeff=coefficients[0] if isinstance(coefficients, list) else coefficients,
     )
 

@@ -39,7 +39,7 @@ def model_arguments(model: ModelPreset) -> dict[str, Any]:
             "moe_router_topk": model.moe.router_topk,
             "moe_ffn_hidden_size": model.moe.ffn_hidden_size,
             "moe_shared_expert_intermediate_size": model.moe.shared_expert_intermediate_size or None,
-            "moe_router_pre_softmax": True,  # Qwen2-MoE: softmax over all experts, then the top k as they are
+            "moe_router_pre_softmax": not model.moe.is_topk_renormalized,
             "moe_aux_loss_coeff": model.moe.aux_loss_coeff,
             "moe_shared_expert_gate": model.moe.has_shared_expert_gate,
             "moe_token_dispatcher_type": "alltoall",

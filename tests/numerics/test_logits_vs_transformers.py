@@ -63,7 +63,9 @@ MOE = dataclasses.replace(
         has_shared_expert_gate=True,
     ),
 )
-PRE_SOFTMAX = ("--moe-router-pre-softmax",)
+RENORMALIZED_MOE = dataclasses.replace(
+    MOE, name="toy-moe-renormalized", moe=dataclasses.replace(MOE.moe, is_topk_renormalized=True)
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -149,20 +151,19 @@ def test_dense_model_equals_transformers(name, tmp_path):
     assert max(differences.values()) < TOLERANCE
 
 
-@pytest.mark.parametrize("flags", [(), PRE_SOFTMAX], ids=["softmax after top-k", "softmax before top-k"])
-def test_mixture_with_a_gated_shared_expert_equals_qwen2_moe(flags, tmp_path):
-    """Megatron's default is norm_topk_prob=True; --moe-router-pre-softmax is norm_topk_prob=False, Qwen2-MoE's own."""
-    reference, hf_weights = build_reference(MOE, flags, tmp_path)
-    assert reference.config.norm_topk_prob == (flags == ())
-    differences = compare(build_ours(MOE, flags, hf_weights), reference, MOE.vocab_size)
+@pytest.mark.parametrize("model", [MOE, RENORMALIZED_MOE], ids=["softmax before top-k", "softmax after top-k"])
+def test_mixture_with_a_gated_shared_expert_equals_qwen2_moe(model, tmp_path):
+    """Softmax over all experts is norm_topk_prob=False, Qwen2-MoE's own; over the chosen ones norm_topk_prob=True."""
+    reference, hf_weights = build_reference(model, (), tmp_path)
+    assert reference.config.norm_topk_prob == model.moe.is_topk_renormalized
+    differences = compare(build_ours(model, (), hf_weights), reference, model.vocab_size)
     assert max(differences.values()) < TOLERANCE
 
 
-@pytest.mark.parametrize("flags", [(), PRE_SOFTMAX], ids=["softmax after top-k", "softmax before top-k"])
-def test_twin_the_other_router_normalisation_is_noticed(flags, tmp_path):
-    reference, hf_weights = build_reference(MOE, flags, tmp_path)
-    other = PRE_SOFTMAX if flags == () else ()
-    assert compare(build_ours(MOE, other, hf_weights), reference, MOE.vocab_size)["logits"] > 100 * TOLERANCE
+@pytest.mark.parametrize(("model", "other"), [(MOE, RENORMALIZED_MOE), (RENORMALIZED_MOE, MOE)])
+def test_twin_the_other_router_normalisation_is_noticed(model, other, tmp_path):
+    reference, hf_weights = build_reference(model, (), tmp_path)
+    assert compare(build_ours(other, (), hf_weights), reference, model.vocab_size)["logits"] > 100 * TOLERANCE
 
 
 def test_twin_a_shared_expert_without_its_gate_is_noticed(tmp_path):
