@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_hammer.config.environment import read_process_place
 from megatron_hammer.config.model_from_arguments import count_least_world_size
 from megatron_hammer.config.options import Parser, add_hammer_options, read_option
 from megatron_hammer.config.preset_arguments import preset_arguments
@@ -36,9 +37,11 @@ def parse_arguments(argv: Sequence[str], *, platform: str, backend: str, is_plan
 
     is_plan: no process group will form, so this process stands for all ranks of the run.
 
-    Raises ConfigError for an unknown flag, a value of the wrong type or an unknown preset.
+    Raises ConfigError for an unknown flag, a value of the wrong type, an unknown preset or a senseless environment.
     """
     from megatron.training.arguments import add_megatron_arguments
+
+    read_process_place()  # megatron's parser reads the same variables, and fails on what is no number
 
     parser = Parser(prog="megatron_hammer", allow_abbrev=False)
     add_hammer_options(add_megatron_arguments(parser))
@@ -57,7 +60,7 @@ def parse_arguments(argv: Sequence[str], *, platform: str, backend: str, is_plan
     parser.set_defaults(**defaults)
     namespace = parser.parse_args(list(argv))
     typed = _typed_destinations(parser, argv)
-    _drop_what_samples_replace(namespace, typed)
+    _drop_what_is_replaced(namespace, typed)
     _read_environment(namespace, is_plan=is_plan or namespace.dry_run)
     _derive(namespace, platform=platform, backend=backend, typed=typed)
     return ParsedArguments(namespace=namespace, preset=preset, typed=typed)
@@ -87,21 +90,22 @@ def _typed_destinations(parser: argparse.ArgumentParser, argv: Sequence[str]) ->
     return frozenset(action.dest for name, action in parser._option_string_actions.items() if name in names)
 
 
-def _drop_what_samples_replace(namespace: argparse.Namespace, typed: frozenset[str]) -> None:
-    """--train-samples replaces the preset's step count, and its warm-up becomes samples."""
+def _drop_what_is_replaced(namespace: argparse.Namespace, typed: frozenset[str]) -> None:
+    """--train-samples replaces the preset's step count and turns its warm-up into samples; a fraction replaces both."""
+    if "lr_warmup_fraction" in typed and "lr_warmup_iters" not in typed:
+        namespace.lr_warmup_iters = 0
     if "train_samples" not in typed:
         return
     namespace.train_iters = namespace.train_iters if "train_iters" in typed else None
-    if "lr_warmup_iters" not in typed and "lr_warmup_samples" not in typed:
-        namespace.lr_warmup_samples = namespace.lr_warmup_iters * (namespace.global_batch_size or 0)
+    if "lr_warmup_iters" not in typed:
+        if "lr_warmup_samples" not in typed:
+            namespace.lr_warmup_samples = namespace.lr_warmup_iters * (namespace.global_batch_size or 0)
         namespace.lr_warmup_iters = 0
 
 
 def _read_environment(namespace: argparse.Namespace, *, is_plan: bool) -> None:
     """What torchrun and SLURM launchers tell a process about itself; a plan has the ranks that it needs at least."""
-    namespace.rank = int(os.environ.get("RANK", "0"))
-    namespace.world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    namespace.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    namespace.rank, namespace.world_size, namespace.local_rank, _ = read_process_place()
     if namespace.requested_world_size is not None:
         namespace.world_size = namespace.requested_world_size
     elif is_plan and "WORLD_SIZE" not in os.environ:

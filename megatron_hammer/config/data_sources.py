@@ -114,6 +114,8 @@ def _read_own(namespace: argparse.Namespace) -> tuple[DataPlan, list[str]]:
 
 def parse_blend(flag: str, words: list[str]) -> tuple[tuple[DataSource, ...], list[str]]:
     """Prefixes alone, or weights and prefixes in turn; anything between the two is a problem."""
+    if not words or not all(word.strip() for word in words):
+        return (), [f"{flag}: must name prefixes, got {words}. Pass --{flag} PREFIX."]
     numbers = [_read_number(word) for word in words]
     if all(number is None for number in numbers):
         return tuple(DataSource(prefix=word.strip(), weight=None) for word in words), []
@@ -166,6 +168,10 @@ def _read_split_file(path: str) -> tuple[dict[str, list[str] | None], list[str]]
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         lists = {name: content[name] for name in SPLIT_NAMES}
+        for name, value in lists.items():
+            is_list = isinstance(value, list) and all(isinstance(word, str) for word in value)
+            if not (value is None or isinstance(value, str) or is_list):
+                raise TypeError(f"{name} is neither a list of strings nor null")
     except (OSError, ValueError, KeyError, TypeError) as error:
         return {}, [
             f"per-split-data-args-path: must be a JSON object with the keys train, valid and test, got {path} "

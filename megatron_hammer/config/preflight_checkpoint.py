@@ -22,25 +22,38 @@ def find_checkpoint_problems(arguments: ParsedArguments) -> list[str]:
     problems = []
     if namespace.save is not None:
         problems += find_unwritable("save", namespace.save)
+    if namespace.tensorboard_dir is not None:
+        problems += find_unwritable("tensorboard_dir", namespace.tensorboard_dir)
+    problems += _find_metrics_problems(namespace)
     is_own_run = namespace.save is not None and _same_place(namespace.load, namespace.save)
     if namespace.load is not None:
         tracker_path = Path(namespace.load) / TRACKER_NAME
-        if tracker_path.is_file() or namespace.ckpt_step:
+        if os.path.isfile(tracker_path) or namespace.ckpt_step:
             problems += _find_step_problems(namespace, tracker_path)
         elif not is_own_run and namespace.pretrained_checkpoint is None:
-            what = f"a checkpoint ({TRACKER_NAME})" if Path(namespace.load).is_dir() else "an existing folder"
+            what = f"a checkpoint ({TRACKER_NAME})" if os.path.isdir(namespace.load) else "an existing folder"
             problems.append(
                 f"load: must be {what}, got load={namespace.load}. Pass the folder that --save wrote, or leave "
                 "--load out: Megatron would start from random weights."
             )
     name = "pretrained_checkpoint"
     path = namespace.pretrained_checkpoint
-    if path is not None and not (Path(path) / TRACKER_NAME).is_file():
+    if path is not None and not os.path.isfile(Path(path) / TRACKER_NAME):
         problems.append(
             f"{flag_of(name)}: must be a checkpoint ({TRACKER_NAME}), got {name}={path}. "
             "Pass the folder that --save wrote."
         )
     return problems
+
+
+def _find_metrics_problems(namespace: argparse.Namespace) -> list[str]:
+    """--metrics-path is a file in a folder that can be written; the one below --save is looked at with it."""
+    path = namespace.metrics_path
+    if path is None or (namespace.save is not None and _same_place(os.path.dirname(path), namespace.save)):
+        return []
+    if os.path.isdir(path):
+        return [f"metrics-path: must be a file, got a folder, metrics_path={path}. Pass {path}/metrics.jsonl."]
+    return find_unwritable("metrics_path", os.path.dirname(path) or ".")
 
 
 def _find_step_problems(namespace: argparse.Namespace, tracker_path: Path) -> list[str]:
@@ -132,9 +145,12 @@ def _describe_shape(model: ResolvedModel) -> dict[str, object]:
 
 
 def find_unwritable(name: str, path: str) -> list[str]:
-    """Whether `path` is a folder that can be written, or could be made; nothing is made."""
+    """Whether `path` is a folder that can be written, or could be made; nothing is made.
+
+    os.path and not pathlib, which raises where a folder on the way may not be entered.
+    """
     folder = Path(path).absolute()
-    while not folder.exists() and folder != folder.parent:
+    while not os.path.exists(folder) and folder != folder.parent:
         folder = folder.parent
     if folder.is_dir() and os.access(folder, os.W_OK | os.X_OK):
         return []

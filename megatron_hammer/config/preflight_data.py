@@ -1,6 +1,7 @@
 """Whether the data sets are whole, big enough, and made with the tokenizer and the vocabulary of the model."""
 
 import argparse
+import os
 
 import numpy as np
 
@@ -67,6 +68,9 @@ def read_indices(plan: DataPlan) -> tuple[dict[str, IndexSummary], list[str]]:
 
 def _read_tokenizer(namespace: argparse.Namespace) -> tuple[Encoder | None, list[str]]:
     if namespace.tokenizer_model is None:
+        type_problems = _find_tokenizer_type_problems(namespace)
+        if type_problems:
+            return None, type_problems
         needs_eod = [
             name for name in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask") if namespace.__dict__[name]
         ]
@@ -79,6 +83,24 @@ def _read_tokenizer(namespace: argparse.Namespace) -> tuple[Encoder | None, list
         return load_encoder(namespace.tokenizer_model), []
     except DataError as error:
         return None, [f"tokenizer-model: {problem}" for problem in error.problems]
+    except OSError as error:
+        path = namespace.tokenizer_model
+        return None, [f"tokenizer-model: must be a file that can be read, got {path} ({error.strerror}). Check it."]
+
+
+def _find_tokenizer_type_problems(namespace: argparse.Namespace) -> list[str]:
+    """A type without its files, which Megatron looks for only once all ranks are up."""
+    bpe_files = (namespace.vocab_file, namespace.merge_file)
+    has_bpe_files = all(path is not None and os.path.isfile(path) for path in bpe_files)
+    if namespace.tokenizer_type == "NullTokenizer" or (
+        namespace.tokenizer_type == "GPT2BPETokenizer" and has_bpe_files
+    ):
+        return []
+    return [
+        f"tokenizer-type: needs a tokenizer file that exists, got tokenizer_type={namespace.tokenizer_type}, "
+        f"tokenizer_model=None, vocab_file={namespace.vocab_file}, merge_file={namespace.merge_file}. "
+        "Pass --tokenizer-model, or drop --tokenizer-type."
+    ]
 
 
 def find_vocabulary_problems(arguments: ParsedArguments, encoder: Encoder | None) -> list[str]:

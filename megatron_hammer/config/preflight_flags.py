@@ -267,6 +267,11 @@ def _find_companion_problems(arguments: ParsedArguments) -> list[str]:
             f"recompute_method={namespace.recompute_method}, recompute_num_layers={namespace.recompute_num_layers}. "
             "Pass --recompute-method uniform --recompute-num-layers 1."
         )
+    problems += [
+        f"precision: a run has one precision, got precision={namespace.precision}, --{name}. Drop --{name}."
+        for name in ("bf16", "fp16")
+        if {name, "precision"} <= typed and name != namespace.precision
+    ]
     if namespace.wandb_project and not namespace.wandb_exp_name:
         problems.append(
             f"wandb-exp-name: must be given with --wandb-project, got wandb_exp_name={namespace.wandb_exp_name}. "

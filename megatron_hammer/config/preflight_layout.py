@@ -16,7 +16,7 @@ def find_layout_problems(namespace: argparse.Namespace) -> list[str]:
     model, layout = build_model(namespace), build_layout(namespace)
     problems += find_shard_problems(model, layout)
     problems += find_split_problems(model.num_layers, layout)
-    problems += _find_head_problems(model)
+    problems += _find_head_problems(model, rotary_percent=namespace.rotary_percent)
     problems += _find_sequence_problems(namespace, layout)
     if not problems:
         problems += _find_lost_layers(model, layout)
@@ -65,7 +65,7 @@ def _find_chunk_flag_problems(namespace: argparse.Namespace) -> list[str]:
     ]
 
 
-def _find_head_problems(model: ModelPreset) -> list[str]:
+def _find_head_problems(model: ModelPreset, *, rotary_percent: float) -> list[str]:
     heads, groups = model.num_attention_heads, model.num_query_groups
     problems = []
     if heads % groups:
@@ -78,6 +78,13 @@ def _find_head_problems(model: ModelPreset) -> list[str]:
             f"kv-channels: rotary embeddings turn pairs of channels, got kv_channels={model.head_dim}. "
             "Use an even number."
         )
+    elif model.position_embedding_type == "rope":
+        turned = model.head_dim * rotary_percent
+        if not 0 < turned <= model.head_dim or int(turned) < 2 or int(turned) % 2:
+            problems.append(
+                f"rotary-percent: must be a share of kv_channels that is an even number of channels, got "
+                f"rotary_percent={rotary_percent:g}, kv_channels={model.head_dim}. Pass 1, or 0.5."
+            )
     return problems
 
 
@@ -145,6 +152,11 @@ def find_batch_problems(namespace: argparse.Namespace) -> list[str]:
     eval_batch = namespace.eval_global_batch_size or batch
     eval_micro = namespace.eval_micro_batch_size or micro
     is_own = namespace.eval_global_batch_size is not None or namespace.eval_micro_batch_size is not None
+    if namespace.train_samples is not None and namespace.train_samples < batch:
+        problems.append(
+            f"train-samples: must fill one step, got train_samples={namespace.train_samples}, "
+            f"global_batch_size={batch}. Raise --train-samples, or lower --global-batch-size."
+        )
     if eval_batch % (eval_micro * dp) and (is_own or not problems):
         problems.append(_batch_problem("eval_global_batch_size", eval_batch, "eval_micro_batch_size", eval_micro, dp))
     if problems or scheduled or layout.virtual_pipeline_model_parallel_size == 1:

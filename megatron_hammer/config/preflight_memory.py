@@ -1,8 +1,10 @@
 """Estimated memory of each pipeline stage against what a device holds."""
 
 import argparse
+import math
 import os
 
+from megatron_hammer.config.environment import read_process_place
 from megatron_hammer.config.model_from_arguments import build_layout, build_model
 from megatron_hammer.config.preflight_layout import select_global_batch_size
 from megatron_hammer.model.accounting import StageMemory, estimate_memory
@@ -51,14 +53,14 @@ def read_available_bytes(namespace: argparse.Namespace) -> int | None:
 
     None for a plan on a machine without a GPU: there is nothing to compare with.
     """
-    if namespace.gpu_memory_gib is not None:
+    if namespace.gpu_memory_gib is not None and math.isfinite(namespace.gpu_memory_gib):
         return round(namespace.gpu_memory_gib * GIB)
     if namespace.platform == "cpu" and is_planned(namespace):
         return None
     total = read_device_memory_bytes(namespace.platform)
     if total is None or namespace.platform != "cpu":
         return total
-    return total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return total // read_process_place().local_world_size
 
 
 def find_memory_problems(namespace: argparse.Namespace) -> list[str]:

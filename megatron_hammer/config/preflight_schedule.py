@@ -29,6 +29,8 @@ def find_schedule_problems(arguments: ParsedArguments) -> list[str]:
             "lr-wsd-decay-iters: must be given with --lr-decay-style WSD, got lr_wsd_decay_iters=None. "
             "Pass the number of steps at the end over which the learning rate falls."
         )
+    elif namespace.lr_decay_style == "WSD" and not problems:
+        problems += _find_wsd_problems(namespace)
     return problems
 
 
@@ -53,6 +55,19 @@ def _find_unit_problems(namespace: argparse.Namespace) -> list[str]:
             f"lr_warmup_{unit}={getattr(namespace, f'lr_warmup_{unit}')}. Pass --lr-warmup-{unit} 0 with it."
         )
     return problems
+
+
+def _find_wsd_problems(namespace: argparse.Namespace) -> list[str]:
+    """A fall that is longer than the run would begin below the peak, without a word from Megatron."""
+    unit = "samples" if namespace.train_samples is not None else "iters"
+    length = getattr(namespace, f"lr_decay_{unit}") or getattr(namespace, f"train_{unit}")
+    fall = getattr(namespace, f"lr_wsd_decay_{unit}")
+    if length is None or fall is None or fall <= length:
+        return []
+    return [
+        f"lr-wsd-decay-{unit}: must be at most the {length} {unit} of the run (--lr-decay-{unit}, or --train-{unit}), "
+        f"got lr_wsd_decay_{unit}={fall}. Pass --lr-wsd-decay-{unit} {max(1, length // 10)}."
+    ]
 
 
 def _find_warmup_problems(namespace: argparse.Namespace) -> list[str]:

@@ -14,9 +14,19 @@ COUNTS = (
     "make_vocab_size_divisible_by", "max_position_embeddings", "seq_length", "micro_batch_size", "global_batch_size",
     "eval_micro_batch_size", "eval_global_batch_size", "train_iters", "train_samples", "num_experts",
     "moe_router_topk", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "recompute_num_layers",
-    "log_interval", "eval_interval", "save_interval", "lr_decay_iters", "lr_decay_samples", "exit_interval",
+    "log_interval", "eval_interval", "save_interval", "lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_iters",
+    "lr_wsd_decay_samples", "exit_interval", "exit_duration_in_mins",
+    "distributed_timeout_minutes",
     "rotary_base", "num_distributed_optimizer_instances",
 )  # fmt: skip
+# What a size may be at most; samples of a run are counted in 64 bits, and every layer is listed.
+LARGEST_COUNT = 2**31 - 1
+LARGEST = {
+    "num_layers": 100_000,
+    "train_samples": 2**63 - 1,
+    "lr_decay_samples": 2**63 - 1,
+    "lr_wsd_decay_samples": 2**63 - 1,
+}
 # Attribute: (least, below) with least included and below not.
 RANGES: dict[str, tuple[float, float]] = {
     "lr": (0, math.inf),
@@ -24,7 +34,11 @@ RANGES: dict[str, tuple[float, float]] = {
     "lr_warmup_iters": (0, math.inf),
     "lr_warmup_samples": (0, math.inf),
     "lr_warmup_fraction": (0, 1),
+    "lr_warmup_init": (0, math.inf),
     "weight_decay": (0, math.inf),
+    "start_weight_decay": (0, math.inf),
+    "end_weight_decay": (0, math.inf),
+    "seed": (1, 2**31),  # megatron refuses 0 once all ranks are up; numpy takes 32 bits, and ranks add to it
     "clip_grad": (0, math.inf),
     "adam_beta1": (0, 1),
     "adam_beta2": (0, 1),
@@ -71,15 +85,18 @@ def find_missing_problems(namespace: argparse.Namespace) -> list[str]:
 
 
 def find_value_problems(namespace: argparse.Namespace) -> list[str]:
-    """Numbers outside their range, and NaN."""
+    """Numbers outside their range, infinite or NaN."""
     problems = []
     for name in COUNTS:
         value = getattr(namespace, name)
         if value is not None and value < 1 and not (name == "num_experts" and value == 0):
             problems.append(f"{flag_of(name)}: must be at least 1, got {name}={value}. Pass a positive number.")
+        largest = LARGEST.get(name, LARGEST_COUNT)
+        if value is not None and value > largest:
+            problems.append(f"{flag_of(name)}: must be at most {largest}, got {name}={value}. Pass a smaller number.")
     for name, (least, below) in RANGES.items():
         value = getattr(namespace, name)
         if value is not None and not least <= value < below:
-            bounds = f"at least {least:g}" if below == math.inf else f"at least {least:g} and below {below:g}"
+            bounds = f"finite and at least {least:g}" if below == math.inf else f"at least {least:g} and below {below}"
             problems.append(f"{flag_of(name)}: must be {bounds}, got {name}={value}. Pass a number in that range.")
     return problems

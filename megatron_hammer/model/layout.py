@@ -4,6 +4,7 @@ Pure arithmetic on Megatron's rank order; nothing here starts a process group. `
 out, `parameters.py` counts what one rank holds, `memory.py` what it needs.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -135,7 +136,8 @@ def raise_problems(problems: tuple[str, ...]) -> None:
 
 
 def divisors(number: int) -> list[int]:
-    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+    small = [candidate for candidate in range(1, math.isqrt(number) + 1) if number % candidate == 0]
+    return small + [number // candidate for candidate in reversed(small) if candidate * candidate != number]
 
 
 def or_list(values: list[int]) -> str:

@@ -14,6 +14,7 @@ UNSUPPORTED = (
     ("tp_comm_overlap", bool, "communication overlap needs TransformerEngine's user buffers"),
     ("async_save", bool, "asynchronous checkpointing copies from a GPU"),
     ("optimizer_cpu_offload", bool, "there is no GPU to offload from"),
+    ("distributed_backend", lambda value: value == "nccl", "NCCL needs GPUs; processes talk over gloo"),
     ("ddp_average_in_collective", bool, "gloo has no averaging reduction"),
     ("overlap_moe_expert_parallel_comm", bool, "it overlaps work on CUDA streams"),
     ("cuda_graph_impl", lambda value: value not in (None, "none"), "there are no CUDA graphs"),

@@ -35,9 +35,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def open_terminal(argv: Sequence[str]) -> IO[str]:
     """The stream for what a person reads; megatron's own output goes to a file unless --verbose."""
-    import os
     from pathlib import Path
 
+    from megatron_hammer.config.environment import read_process_place
     from megatron_hammer.config.options import read_option
     from megatron_hammer.training.terminal import divert_output
 
@@ -45,7 +45,7 @@ def open_terminal(argv: Sequence[str]) -> IO[str]:
         return sys.stdout
     save_dir = read_option(argv, "--save")
     log_dir = None if save_dir is None else Path(save_dir) / "logs"
-    return divert_output(log_dir, int(os.environ.get("RANK", "0")))[0]
+    return divert_output(log_dir, read_process_place().rank)[0]
 
 
 def prepare(argv: Sequence[str], *, is_plan: bool = False) -> "ParsedArguments":

@@ -116,15 +116,61 @@ BAD = {
         r"a run has one length, got train_samples=800, train_iters=100",
     ),
     "warm-up in samples": (f"{TINY} --lr-warmup-samples 8", r"must be counted like the run, got lr_warmup_samples=8"),
-    "two warm-ups": (f"{TINY} --lr-warmup-fraction 0.1", r"a warm-up has one length, got lr_warmup_fraction=0\.1"),
+    "two warm-ups": (
+        f"{TINY} --lr-warmup-fraction 0.1 --lr-warmup-iters 20",
+        r"a warm-up has one length, got lr_warmup_fraction=0\.1",
+    ),
     "least rate above the rate": (f"{TINY} --min-lr 0.5", r"min-lr: must not be above lr, got min_lr=0\.5, lr="),
     # Values
     "a negative size": (f"{TINY} --micro-batch-size -2", r"must be at least 1, got micro_batch_size=-2"),
     "no tensor ranks": (f"{TINY} --tensor-model-parallel-size 0", r"at least 1, got tensor_model_parallel_size=0"),
     "no heads": (f"{TINY} --num-attention-heads 0", r"must be at least 1, got num_attention_heads=0"),
-    "a rate that is no number": (f"{TINY} --lr nan", r"lr: must be at least 0, got lr=nan"),
+    "a rate that is no number": (f"{TINY} --lr nan", r"lr: must be finite and at least 0, got lr=nan"),
     "dropout of one": (f"{TINY} --hidden-dropout 1", r"at least 0 and below 1, got hidden_dropout=1"),
+    "an infinite rate": (f"{TINY} --lr inf", r"lr: must be finite and at least 0, got lr=inf"),
+    "a rate to begin with that is no number": (
+        f"{TINY} --lr-warmup-init nan",
+        r"must be finite .* got lr_warmup_init=nan",
+    ),
+    "no time to meet": (f"{TINY} --distributed-timeout-minutes 0", r"got distributed_timeout_minutes=0"),
+    "memory that is no number": (
+        f"{TINY} --dry-run --gpu-memory-gib nan",
+        r"gpu-memory-gib: must be finite and at least 0, got gpu_memory_gib=nan",
+    ),
+    "a seed that megatron refuses": (f"{TINY} --seed 0", r"seed: must be at least 1 and below 2147483648, got seed=0"),
+    "more layers than can be listed": (
+        f"{TINY} --num-layers 99999999999",
+        r"num-layers: must be at most 100000, got num_layers=99999999999",
+    ),
+    "a batch that nothing divides": (
+        f"{TINY} --global-batch-size 9999999999999999",
+        r"global-batch-size: must be at most 2147483647, got global_batch_size=9999999999999999",
+    ),
+    "samples that fill no step": (
+        f"{TINY} --train-samples 7 --lr-warmup-samples 0",
+        r"train-samples: must fill one step, got train_samples=7, global_batch_size=8",
+    ),
+    "a fall longer than the run": (
+        f"{TINY} --lr-decay-style WSD --lr-wsd-decay-iters 500",
+        r"lr-wsd-decay-iters: must be at most the 200 iters .* got lr_wsd_decay_iters=500\. Pass .* 20\.",
+    ),
+    "rotary shares": (
+        f"{TINY} --rotary-percent 2",
+        r"rotary-percent: must be a share of kv_channels .*=2, kv_channels=16",
+    ),
     # Files
+    "no prefix": ("--preset hammer-tiny --data-path", r"data-path: must name prefixes, got \[\]"),
+    "a tokenizer type alone": (
+        f"{TINY} --tokenizer-type SentencePieceTokenizer",
+        r"tokenizer-type: needs a tokenizer file that exists, got tokenizer_type=SentencePieceTokenizer",
+    ),
+    "metrics in a folder's place": (f"{TINY} --metrics-path /tmp", r"metrics-path: must be a file, got a folder"),
+    "metrics below a file": (f"{TINY} --metrics-path {__file__}/m.jsonl", r"metrics-path: must be a folder that can"),
+    "tensorboard below a file": (
+        f"{TINY} --tensorboard-dir {__file__}/tb",
+        r"tensorboard-dir: must be a folder that can",
+    ),
+    "a name that is too long": (f"{TINY} --load {'a' * 300}", r"load: must be an existing folder, got load=aaa"),
     "no data": ("--preset hammer-tiny", r"a run needs data, got none \(Megatron would train on random tokens\)"),
     "two kinds of data": (
         f"{TINY} --data-path x --split 98,2,0",
@@ -170,6 +216,10 @@ BAD = {
     "what only Megatron refuses": (
         f"{TINY} --log-interval 2 --log-memory-interval 3",
         r"megatron: refuses this configuration: args\.log_memory_interval % args\.log_interval == 0 does not hold",
+    ),
+    "a file that only Megatron reads": (
+        f"{TINY} --te-precision-config-file nowhere.yaml",
+        r"megatron: refuses this configuration: .*nowhere\.yaml",
     ),
     "a retired flag": (
         f"{TINY} --checkpoint-activations",

@@ -104,3 +104,12 @@ def test_a_split_file_without_a_key(tmp_path: Path) -> None:
     (tmp_path / "splits.json").write_text('{"train": "a"}')
     _, (problem,) = read("--per-split-data-args-path", str(tmp_path / "splits.json"))
     assert "KeyError: 'valid'" in problem
+
+
+@pytest.mark.parametrize(
+    "content", ['{"train": [1, 2], "valid": null, "test": null}', '{"train": "a", "valid": 5, "test": null}']
+)
+def test_a_split_file_of_numbers(tmp_path: Path, content: str) -> None:
+    (tmp_path / "splits.json").write_text(content)
+    _, (problem,) = read("--per-split-data-args-path", str(tmp_path / "splits.json"))
+    assert "is neither a list of strings nor null" in problem

@@ -106,6 +106,8 @@ def test_the_upstream_reason_for_the_batch_ramp_is_still_there() -> None:
     [
         ("--recompute-granularity full", "recompute-granularity: full needs a method and a number of layers"),
         ("--wandb-project p", "wandb-exp-name: must be given with --wandb-project, got wandb_exp_name=None"),
+        ("--bf16 --precision fp32", "precision: a run has one precision, got precision=fp32, --bf16. Drop --bf16."),
+        ("--distributed-backend nccl", "distributed-backend: does not work on the cpu platform"),
         ("--padded-vocab-size 5000", "padded-vocab-size: follows from --vocab-size"),
         ("--world-size 8", "world-size: has no effect without --dry-run"),
     ],
