@@ -109,6 +109,29 @@ def probe_shipped_dataset_helpers() -> Any:
     return attempt(utils.compile_helpers).split(":")[0]
 
 
+def probe_validation_sets_of_virtual_stages() -> Any:
+    from megatron.training import training
+
+    seen: list[Any] = []
+
+    def evaluate(forward_step: Any, iterator: Any, *rest: Any, **options: Any) -> Any:
+        seen.append(iterator)
+        return {}, None, False
+
+    arguments = Namespace(
+        multiple_validation_sets=True, full_validation=False, eval_iters=[1, 1], validation_set_names=None
+    )
+    originals = training.get_args, training.evaluate
+    training.get_args, training.evaluate = lambda: arguments, evaluate
+    try:
+        by_stage = [["prose of stage 0", "code of stage 0"], ["prose of stage 1", "code of stage 1"]]
+        with contextlib.redirect_stdout(None):
+            training.evaluate_and_print_results("step 1", None, by_stage, ["chunk 0", "chunk 1"], 1, None, None)
+    finally:
+        training.get_args, training.evaluate = originals
+    return seen
+
+
 def probe_group_step_adam() -> Any:
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer

@@ -163,11 +163,16 @@ def _derive_data(namespace: argparse.Namespace, default: Any) -> None:
 
 
 def _derive_validation(namespace: argparse.Namespace, default: Any) -> None:
-    """Megatron has several validation sets only with whole passes, and whole passes only one sample at a time."""
+    """Megatron has several validation sets only with whole passes, and whole passes only one sample at a time.
+
+    A whole pass over a single set fails on ranks that read no data (it takes the length of None); as a list of one set
+    it does not.
+    """
     if namespace.multiple_validation_sets:
         default("full_validation", True)
     if not namespace.full_validation:
         return
+    namespace.multiple_validation_sets = True
     ranks_of_model = (
         namespace.tensor_model_parallel_size * namespace.pipeline_model_parallel_size * namespace.context_parallel_size
     )

@@ -13,7 +13,9 @@ def build_dataset_provider(namespace: argparse.Namespace) -> Any:
     def needs_data(vp_stage: int | None) -> bool:
         is_first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
-        return (is_first or is_last) and parallel_state.get_tensor_model_parallel_rank() == 0
+        # In a whole validation pass every stage must know how many steps it takes.
+        is_reading_stage = is_first or is_last or namespace.full_validation
+        return is_reading_stage and parallel_state.get_tensor_model_parallel_rank() == 0
 
     return DatasetProvider(build_dataset_config(namespace), needs_data)
 

@@ -285,6 +285,32 @@ def _upstream_gathers_always() -> bool:
     return "dist_all_gather_func(" in _source(param_and_grad_buffer._ParamAndGradBucketGroup.start_param_sync)
 
 
+# --- validation -----------------------------------------------------------------------------------------------------
+
+
+def _sort_validation_iterators_by_set() -> None:
+    from megatron.training import training
+
+    original = training.evaluate_and_print_results
+
+    @functools.wraps(original)
+    def evaluate_and_print_results(
+        prefix: str, forward_step: Any, data_iterator: Any, model: Any, *rest: Any, **options: Any
+    ) -> Any:
+        if len(model) > 1 and data_iterator and all(isinstance(of_stage, list) for of_stage in data_iterator):
+            data_iterator = [list(of_set) for of_set in zip(*data_iterator, strict=True)]
+        return original(prefix, forward_step, data_iterator, model, *rest, **options)
+
+    training.evaluate_and_print_results = evaluate_and_print_results
+
+
+def _upstream_takes_virtual_stages_for_sets() -> bool:
+    from megatron.training import training
+
+    source = _source(training.evaluate_and_print_results)
+    return "data_iterators = data_iterator if args.multiple_validation_sets else [data_iterator]" in source
+
+
 # --- listening to the loop ------------------------------------------------------------------------------------------
 
 
@@ -413,6 +439,15 @@ ADJUSTMENTS: tuple[Adjustment, ...] = (
         upstream="megatron.core.datasets.utils.compile_helpers",
         apply=_use_shipped_dataset_helpers,
         is_needed=_upstream_calls_make,
+    ),
+    Adjustment(
+        name="validation-sets-of-virtual-stages",
+        platforms=("cpu", "cuda"),
+        reason="with an interleaved pipeline the validation iterators come as [virtual stage][set] and are read as "
+        "[set][virtual stage]: as many sets as stages are then mixed without a word, any other number fails",
+        upstream="megatron.training.training.evaluate_and_print_results",
+        apply=_sort_validation_iterators_by_set,
+        is_needed=_upstream_takes_virtual_stages_for_sets,
     ),
     Adjustment(
         name="group-step-adam",

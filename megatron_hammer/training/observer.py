@@ -56,9 +56,10 @@ def describe_run(arguments: ParsedArguments) -> str:
         "DP": namespace.data_parallel_size,
     }
     layout = " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1 or name in ("TP", "PP", "DP"))
+    ranks = "1 rank" if namespace.world_size == 1 else f"{namespace.world_size} ranks"
     return (
         f"{arguments.preset.name if arguments.preset else 'custom model'}: "
-        f"{build_model(namespace).num_parameters:,} parameters, {namespace.world_size} rank{'s' * (namespace.world_size > 1)} ({layout}), "
+        f"{build_model(namespace).num_parameters:,} parameters, {ranks} ({layout}), "
         f"{namespace.platform} platform, {namespace.backend} backend, {str(namespace.params_dtype).split('.')[-1]}"
     )
 
@@ -194,7 +195,8 @@ class RunObserver:
     def _name_evaluated_set(self, is_test: bool) -> str:
         if is_test:
             return "test"
-        if not self.namespace.multiple_validation_sets:
-            return "validation"
-        names = self.namespace.validation_set_names
-        return names[self._num_evaluated_sets] if names else f"validation-{self._num_evaluated_sets}"
+        names, lengths = self.namespace.validation_set_names, self.namespace.eval_iters
+        if names:
+            return names[self._num_evaluated_sets]
+        has_several = isinstance(lengths, list) and len(lengths) > 1
+        return f"validation-{self._num_evaluated_sets}" if has_several else "validation"

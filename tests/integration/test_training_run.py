@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
-from training_runs import TOY_MODEL, read_lines, run, write_toy_data
+from training_runs import TOY_MODEL, read_lines, run, train, write_toy_data
 
 pytestmark = pytest.mark.integration
 NUM_STEPS = 6
@@ -15,13 +15,16 @@ SCHEDULE = ("--micro-batch-size", "2", "--global-batch-size", "8", "--lr", "1e-3
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A folder with everything a TP2 run wrote, and its standard output."""
     save = tmp_path_factory.mktemp("run")
-    train = write_toy_data(save / "train")
-    held_out, other = write_toy_data(save / "held", num_documents=20, seed=6), write_toy_data(save / "other", seed=7)
+    train_data = write_toy_data(save / "train")
+    held_out, other = (
+        write_toy_data(save / "held", num_documents=20, seed=6),
+        write_toy_data(save / "other", num_documents=20, seed=7),
+    )
     sets = ("--multiple-validation-sets", "--validation-set-names", "held-out", "other")
     result = run(
         2,
         *(*TOY_MODEL, *SCHEDULE, "--train-iters", str(NUM_STEPS), "--lr-warmup-iters", "2", "--eval-interval", "3"),
-        *("--tensor-model-parallel-size", "2", "--train-data-path", train, "--valid-data-path", held_out, other),
+        *("--tensor-model-parallel-size", "2", "--train-data-path", train_data, "--valid-data-path", held_out, other),
         *(*sets, "--save", str(save), "--tensorboard-dir", str(save / "tensorboard"), "--peak-tflops", "0.5"),
     )
     assert result.returncode == 0, result.stderr[-4000:]
@@ -71,3 +74,27 @@ def test_what_lies_in_the_folder(finished: tuple[Path, str]) -> None:
     assert "torch backend, float32" in stdout
     assert "held-out at step 6" in stdout
     assert "iteration        6/" not in stdout  # megatron's own output stays in the log
+
+
+def test_whole_validation_passes_agree_at_every_layout(tmp_path: Path) -> None:
+    """One set, read to its end: by one process, where a tensor-parallel rank reads no data, and through four stages."""
+    data = ("--train-data-path", write_toy_data(tmp_path / "train"))
+    held_out = ("--valid-data-path", write_toy_data(tmp_path / "held", num_documents=9, seed=6), "--full-validation")
+    layouts = {
+        "single": (1, ()),
+        "tp2": (2, ("--tensor-model-parallel-size", "2")),
+        "pp4": (4, ("--pipeline-model-parallel-size", "4")),
+        "pp2-vp2": (2, ("--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2")),
+    }
+    start = (*TOY_MODEL, *SCHEDULE, *data, "--lr-warmup-iters", "0")
+    saved = ("--save", str(tmp_path / "start"), "--lr", "0", "--min-lr", "0", "--eval-iters", "0")
+    train(1, tmp_path / "start.jsonl", *start, *saved, "--train-iters", "1")
+    losses = {}
+    for name, (num_processes, flags) in layouts.items():
+        folder = tmp_path / name
+        load = ("--load", str(tmp_path / "start"), "--finetune", "--train-iters", "2", "--eval-interval", "2")
+        train(num_processes, folder / "metrics.jsonl", *start, *held_out, *load, *flags)
+        (line,) = read_lines(folder / "validation.jsonl")
+        assert (line["step"], line["validation_set"]) == (2, "validation")
+        losses[name] = line["loss"]
+    assert all(loss == pytest.approx(losses["single"], rel=1e-5) for loss in losses.values()), losses

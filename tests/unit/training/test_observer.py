@@ -34,6 +34,7 @@ class Run:
             "consumed_train_samples": 0,
             "global_batch_size": 4,
             "multiple_validation_sets": False,
+            "eval_iters": 10,
             "validation_set_names": None,
         }
         self.namespace = argparse.Namespace(**defaults | values)
@@ -96,7 +97,12 @@ def test_other_ranks_reduce_and_stay_silent(tmp_path: Path) -> None:
     ("values", "num_sets", "names"),
     [
         ({}, 1, ["validation"]),
-        ({"multiple_validation_sets": True}, 3, ["validation-0", "validation-1", "validation-2"]),
+        ({"multiple_validation_sets": True, "eval_iters": [4]}, 1, ["validation"]),
+        (
+            {"multiple_validation_sets": True, "eval_iters": [4, 5, 6]},
+            3,
+            ["validation-0", "validation-1", "validation-2"],
+        ),
         ({"multiple_validation_sets": True, "validation_set_names": ["code", "prose"]}, 2, ["code", "prose"]),
     ],
 )
