@@ -15,7 +15,6 @@ from megatron_hammer.errors import ConfigError, exit_on_user_error
 def main() -> None:
     from megatron_hammer.training.pretrain import open_terminal, prepare
 
-    terminal = open_terminal(sys.argv[1:])
     arguments = prepare(["--platform", "cpu", *sys.argv[1:]], is_plan=True)
     if arguments.namespace.data_cache_path is None:
         raise ConfigError(
@@ -29,6 +28,7 @@ def main() -> None:
     problems = find_data_problems(arguments)  # the rest of preflight is about the machine that will train
     if problems:
         raise ConfigError(*problems)
+    terminal = open_terminal(arguments)
     finalize_arguments(arguments.namespace)
     counts = build_data_cache(arguments.namespace)
     samples = ", ".join(f"{count:,} {split}" for split, count in counts.items())

@@ -24,28 +24,12 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, or with --dry-run say what would be trained. Raises HammerError for every problem a user can fix."""
     argv = sys.argv[1:] if argv is None else argv
-    terminal = open_terminal(argv)
     arguments = prepare(argv)
     if arguments.namespace.dry_run:
-        dry_run(arguments, terminal)
+        dry_run(arguments, sys.stdout)
     else:
         check(arguments)
-        train(arguments, terminal)
-
-
-def open_terminal(argv: Sequence[str]) -> IO[str]:
-    """The stream for what a person reads; megatron's own output goes to a file unless --verbose."""
-    from pathlib import Path
-
-    from megatron_hammer.config.environment import read_process_place
-    from megatron_hammer.config.options import read_option
-    from megatron_hammer.training.terminal import divert_output
-
-    if {"--verbose", "--dry-run", "--help", "-h"} & set(argv):
-        return sys.stdout
-    save_dir = read_option(argv, "--save")
-    log_dir = None if save_dir is None else Path(save_dir) / "logs"
-    return divert_output(log_dir, read_process_place().rank)[0]
+        train(arguments, open_terminal(arguments))
 
 
 def prepare(argv: Sequence[str], *, is_plan: bool = False) -> "ParsedArguments":
@@ -89,6 +73,19 @@ def dry_run(arguments: "ParsedArguments", terminal: IO[str]) -> None:
     print_report(build_report(arguments, problems), terminal, as_json=arguments.namespace.json)
     if problems:
         sys.exit(USER_ERROR_EXIT_CODE)
+
+
+def open_terminal(arguments: "ParsedArguments") -> IO[str]:
+    """The stream for what a person reads; megatron's own output goes to a file unless --verbose."""
+    from pathlib import Path
+
+    from megatron_hammer.training.terminal import divert_output
+
+    namespace = arguments.namespace
+    if namespace.verbose:
+        return sys.stdout
+    log_dir = None if namespace.save is None else Path(namespace.save) / "logs"
+    return divert_output(log_dir, namespace.rank)[0]
 
 
 def train(arguments: "ParsedArguments", terminal: IO[str]) -> None:

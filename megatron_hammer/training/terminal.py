@@ -11,6 +11,8 @@ import warnings
 from pathlib import Path
 from typing import IO
 
+from megatron_hammer.errors import ConfigError
+
 
 def divert_output(log_dir: Path | None, rank: int) -> tuple[IO[str], Path]:
     """Send stdout, warnings and log records of this process to `<log_dir>/rank-<rank>.log`, appending.
@@ -21,7 +23,12 @@ def divert_output(log_dir: Path | None, rank: int) -> tuple[IO[str], Path]:
         # torchrun calls every run "none" unless told otherwise, and users share the machine.
         name = f"megatron_hammer-{os.getuid()}-{os.environ.get('TORCHELASTIC_RUN_ID', 'run')}"
         log_dir = Path(tempfile.gettempdir()) / name
-    log_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"save: must be a folder that can be made and written, got {log_dir}: {error.strerror}. Pass another --save."
+        ) from error
     log_path = log_dir / f"rank-{rank}.log"
     terminal = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf8", buffering=1)
     log_file = log_path.open("a", encoding="utf8", buffering=1)

@@ -4,6 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from megatron_hammer.errors import ConfigError
+from megatron_hammer.training.terminal import divert_output
+
 PROGRAM = """
 import ctypes, logging, os, sys, warnings
 from pathlib import Path
@@ -55,3 +60,9 @@ def test_without_a_folder_it_lies_among_temporary_files(tmp_path: Path) -> None:
     assert log_path.parent.parent == tmp_path
     assert log_path.parent.name.endswith("run-7")
     assert "from print" in log_path.read_text()
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ConfigError, match="save: must be a folder that can be made and written, got .*file/logs"):
+        divert_output(tmp_path / "file" / "logs", 0)
