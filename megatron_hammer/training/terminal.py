@@ -27,7 +27,8 @@ def divert_output(log_dir: Path | None, rank: int) -> tuple[IO[str], Path]:
         log_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"save: must be a folder that can be made and written, got {log_dir}: {error.strerror}. Pass another --save."
+            f"save: must be a folder that can be made and written, got {log_dir}: {error.strerror}. "
+            "Pass another --save."
         ) from error
     log_path = log_dir / f"rank-{rank}.log"
     terminal = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf8", buffering=1)

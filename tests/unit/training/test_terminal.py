@@ -64,5 +64,5 @@ def test_without_a_folder_it_lies_among_temporary_files(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ConfigError, match="save: must be a folder that can be made and written, got .*file/logs"):
+    with pytest.raises(ConfigError, match=r"save: must be a folder that can be made and written, got .*file/logs"):
         divert_output(tmp_path / "file" / "logs", 0)
