@@ -30,7 +30,10 @@ def find_data_problems(arguments: ParsedArguments) -> list[str]:
         return []  # a cluster can be planned before there is a corpus; the report says that none is named
     plan, plan_problems = read_data_plan(namespace)
     problems = list(plan_problems)
-    problems += _find_validation_set_problems(namespace, plan)
+    if "multiple_validation_sets" in arguments.typed:
+        problems += _find_validation_set_problems(namespace, plan)
+    else:
+        problems += _find_whole_pass_problems(namespace, plan)
     if namespace.data_cache_path is not None:
         problems += find_unwritable("data_cache_path", namespace.data_cache_path)
     encoder, tokenizer_problems = _read_tokenizer(namespace)
@@ -196,8 +199,6 @@ def _find_tokenizer_mismatch(
 
 
 def _find_validation_set_problems(namespace: argparse.Namespace, plan: DataPlan) -> list[str]:
-    if not namespace.multiple_validation_sets:
-        return _find_whole_pass_problems(namespace, plan)
     sources = plan.own.get("valid", ()) if plan.own is not None else ()
     if not sources:
         return [
