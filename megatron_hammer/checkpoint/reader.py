@@ -9,7 +9,6 @@ Optimizer state and megatron's `_extra_state` are left out.
 import io
 import itertools
 import json
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -273,8 +272,3 @@ def _overlap(
         into.append(slice(first - start, last - start))
         out_of.append(slice(first - chunk_start, last - chunk_start))
     return tuple(into), tuple(out_of)
-
-
-def count_bytes(tensors: dict[str, StoredTensor]) -> int:
-    """Bytes of all tensors as stored."""
-    return sum(math.prod(stored.shape) * stored.dtype.itemsize for stored in tensors.values())

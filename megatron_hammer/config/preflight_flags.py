@@ -11,7 +11,7 @@ from typing import NamedTuple
 from megatron_hammer.config.arguments import ParsedArguments
 from megatron_hammer.config.preflight_values import flag_of
 from megatron_hammer.platforms import cpu
-from megatron_hammer.platforms.device_facts import read_device_generation
+from megatron_hammer.platforms.device import read_device_generation
 
 MEGATRON_ROPE_SCALING_FACTOR = 8.0
 Condition = Callable[[argparse.Namespace], bool]

@@ -9,7 +9,7 @@ from megatron_hammer.config.model_from_arguments import build_layout, build_mode
 from megatron_hammer.config.preflight_layout import select_global_batch_size
 from megatron_hammer.model.accounting import StageMemory, estimate_memory
 from megatron_hammer.model.memory import Recompute
-from megatron_hammer.platforms.device_facts import read_device_memory_bytes
+from megatron_hammer.platforms.device import read_device_memory_bytes
 
 GIB = 2**30
 
