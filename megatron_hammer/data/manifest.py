@@ -1,6 +1,7 @@
 """`<prefix>.manifest.json`: what a .bin/.idx pair was made from, so that training can refuse a wrong tokenizer or file.
 
-It holds no time and no machine's name: the same inputs, tokenizer and options give the same manifest.
+It holds no time and no machine's name: the same inputs, tokenizer and options give the same manifest, and the shards of
+a job that are merged in order give that of the job done at once.
 """
 
 import dataclasses
@@ -36,24 +37,39 @@ class TokenizerIdentity:
     vocab_size: int
 
 
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Part `index`, from 0, of a job that `count` runs share."""
+
+    index: int
+    count: int
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """The record of one preprocessing run; see the field names for units.
 
-    problems: one sentence for each dropped record. num_empty_documents: documents without text, which are kept.
-    ignored_files: files found in input directories that no reader handles.
+    sources: the input files in reading order; of a shard those that it read from, each with its whole size and hash, so
+    a file that is cut between two shards is listed by both. ignored_files: files found in input directories that no
+    reader handles. options: every flag that shapes the bytes, but not the shard. problems: one sentence for each
+    dropped record. num_empty_documents: documents without tokens, which are kept.
+    Fields that are None are missing from manifests of earlier versions; `shard` is None for a job that is not shared.
     """
 
     sources: tuple[SourceFile, ...]
     ignored_files: tuple[str, ...]
     tokenizer: TokenizerIdentity
     options: dict[str, Any]
+    shard: Shard | None = None
     dtype: str
     num_documents: int
+    num_sequences: int | None = None
     num_tokens: int
     text_bytes: int
     num_empty_documents: int
     problems: tuple[str, ...]
+    bin_sha256: str | None = None
+    idx_sha256: str | None = None
     tool_version: str
     format_version: int = FORMAT_VERSION
 
@@ -95,22 +111,29 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
                 f"{path}: format_version must be at most {FORMAT_VERSION}, got {fields['format_version']}. "
                 "Update megatron_hammer."
             )
-        names = {field.name for field in dataclasses.fields(Manifest)}
-        known = {name: value for name, value in fields.items() if name in names}
-        return Manifest(
-            **known
-            | {
-                "sources": tuple(SourceFile(**source) for source in fields["sources"]),
-                "ignored_files": tuple(fields["ignored_files"]),
-                "tokenizer": TokenizerIdentity(**fields["tokenizer"]),
-                "problems": tuple(fields["problems"]),
-            }
-        )
+        return build_manifest(fields)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path}: file must be a manifest of preprocess_data.py, got one that does not parse ({error!r}). "
             "Preprocess the corpus again, or remove the manifest."
         ) from error
+
+
+def build_manifest(fields: dict[str, Any]) -> Manifest:
+    """The inverse of `Manifest.to_json`; fields of later versions are left out. Raises KeyError or TypeError."""
+    names = {field.name for field in dataclasses.fields(Manifest)}
+    known = {name: value for name, value in fields.items() if name in names}
+    shard = fields.get("shard")
+    return Manifest(
+        **known
+        | {
+            "sources": tuple(SourceFile(**source) for source in fields["sources"]),
+            "ignored_files": tuple(fields["ignored_files"]),
+            "tokenizer": TokenizerIdentity(**fields["tokenizer"]),
+            "shard": None if shard is None else Shard(**shard),
+            "problems": tuple(fields["problems"]),
+        }
+    )
 
 
 def describe_source(path: Path) -> SourceFile:
@@ -122,6 +145,11 @@ def describe_source(path: Path) -> SourceFile:
             digest.update(chunk)
             size_bytes += len(chunk)
     return SourceFile(path=str(path), size_bytes=size_bytes, sha256=digest.hexdigest())
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal."""
+    return describe_source(path).sha256
 
 
 def read_tool_version() -> str:

@@ -1,5 +1,6 @@
 """A manifest comes back as it was written, and one that cannot be trusted is named."""
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -8,10 +9,12 @@ import pytest
 
 from megatron_hammer.data.manifest import (
     Manifest,
+    Shard,
     SourceFile,
     TokenizerIdentity,
     describe_source,
     encode_manifest,
+    hash_file,
     manifest_path,
     read_manifest,
     read_tool_version,
@@ -23,12 +26,16 @@ MANIFEST = Manifest(
     ignored_files=("corpus/notes.md",),
     tokenizer=TokenizerIdentity(name="t.model", sha256="cd" * 32, vocab_size=347),
     options={"json_key": "text", "append_eod": True},
+    shard=Shard(3, 16),
     dtype="uint16",
     num_documents=7,
+    num_sequences=9,
     num_tokens=40,
     text_bytes=100,
     num_empty_documents=1,
     problems=("corpus/a.jsonl:3: bad. Repair or remove it.",),
+    bin_sha256="ef" * 32,
+    idx_sha256="01" * 32,
     tool_version="0.1.0",
 )
 
@@ -69,11 +76,21 @@ def test_a_later_format_is_refused_and_an_unknown_field_is_not(tmp_path: Path) -
         read_manifest(tmp_path / "pair")
 
 
+def test_a_manifest_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "pair")
+    added = {"shard", "num_sequences", "bin_sha256", "idx_sha256"}
+    fields = json.loads(path.read_bytes())
+    path.write_text(json.dumps({name: value for name, value in fields.items() if name not in added}))
+    expected = dataclasses.replace(MANIFEST, shard=None, num_sequences=None, bin_sha256=None, idx_sha256=None)
+    assert read_manifest(tmp_path / "pair") == expected
+
+
 def test_source_has_size_and_hash(tmp_path: Path) -> None:
     content = b"0123456789" * 300_000
     (tmp_path / "a").write_bytes(content)
     source = describe_source(tmp_path / "a")
     assert (source.size_bytes, source.sha256) == (3_000_000, hashlib.sha256(content).hexdigest())
+    assert hash_file(tmp_path / "a") == source.sha256
 
 
 def test_tool_version_is_never_empty() -> None:
