@@ -1,15 +1,16 @@
-"""What a SentencePiece `.model` file holds, read from its protobuf bytes without a protobuf library.
+"""What a SentencePiece `.model` file holds: read, and written again after an edit.
 
-The sentencepiece package encodes, but does not say which pieces are user-defined nor how text is normalised.
-Field numbers: google/sentencepiece src/sentencepiece_model.proto.
+The sentencepiece package encodes, but does not say which pieces are user-defined nor how text is normalised. The file
+is a protobuf message whose definition that package ships. Training one is train.py's, extending one merge.py's.
 """
 
-import struct
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2
 
 from megatron_hammer.errors import DataError
 
@@ -34,9 +35,14 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SentencePieceModel:
-    """Pieces by id, and the settings that change how text is encoded."""
+    """Pieces by id, and the settings that change how text is encoded.
+
+    specs: the serialised message without its pieces, which keeps every setting that has no field here.
+    To change the pieces, use `dataclasses.replace(model, pieces=...)`.
+    """
 
     pieces: tuple[Piece, ...]
+    specs: bytes
     model_type: str
     has_byte_fallback: bool
     treats_whitespace_as_suffix: bool
@@ -49,66 +55,62 @@ class SentencePieceModel:
 def read_sentencepiece_model(path: Path) -> SentencePieceModel:
     """Read a `.model` file; raises DataError if it cannot be read or is not one."""
     try:
-        return _parse_model(path.read_bytes())
+        return parse_sentencepiece_model(path.read_bytes())
     except OSError as error:
         raise DataError(f"{path}: tokenizer cannot be read ({error.strerror}). Check the path.") from error
-    except (IndexError, KeyError, ValueError, struct.error, TypeError) as error:
+    except (DecodeError, ValueError) as error:
         raise DataError(
             f"{path}: file must be a SentencePiece model, got something else. Pass a .model file."
         ) from error
 
 
-def _parse_model(data: bytes) -> SentencePieceModel:
-    pieces, trainer, normalizer = [], dict[int, Any](), dict[int, Any]()
-    for number, value in _read_fields(data):
-        if number == 1:
-            fields = dict(_read_fields(value))
-            score = struct.unpack("<f", fields[2])[0] if 2 in fields else 0.0
-            pieces.append(Piece(fields[1].decode("utf-8"), score, PieceType(fields.get(3, 1))))
-        elif number == 2:
-            trainer = dict(_read_fields(value))
-        elif number == 3:
-            normalizer = dict(_read_fields(value))
-    if not pieces:
-        raise ValueError("no pieces")
+def parse_sentencepiece_model(data: bytes) -> SentencePieceModel:
+    """Return the model that `data` holds; raises DecodeError or ValueError if it is not one."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(data)
+    types = {int(piece_type): piece_type for piece_type in PieceType}  # the enum's own look-up takes twice as long
+    pieces = tuple(Piece(piece.piece, piece.score, types[piece.type]) for piece in proto.pieces)
+    if not pieces or not all(piece.text and isinstance(piece.text, str) for piece in pieces):
+        raise ValueError("no pieces, an empty one, or one that is not UTF-8 (protobuf returns it as bytes)")
+    del proto.pieces[:]
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     return SentencePieceModel(
-        pieces=tuple(pieces),
-        model_type=_MODEL_TYPE_NAMES[trainer.get(3, 1)],
-        has_byte_fallback=bool(trainer.get(35, 0)),
-        treats_whitespace_as_suffix=bool(trainer.get(24, 0)),
-        precompiled_charsmap=normalizer.get(2, b""),
-        has_dummy_prefix=bool(normalizer.get(3, 1)),
-        removes_extra_whitespaces=bool(normalizer.get(4, 1)),
-        escapes_whitespaces=bool(normalizer.get(5, 1)),
+        pieces=pieces,
+        specs=proto.SerializeToString(deterministic=True),
+        model_type=_MODEL_TYPE_NAMES[trainer.model_type],
+        has_byte_fallback=trainer.byte_fallback,
+        treats_whitespace_as_suffix=trainer.treat_whitespace_as_suffix,
+        precompiled_charsmap=normalizer.precompiled_charsmap,
+        has_dummy_prefix=normalizer.add_dummy_prefix,
+        removes_extra_whitespaces=normalizer.remove_extra_whitespaces,
+        escapes_whitespaces=normalizer.escape_whitespaces,
     )
 
 
-def _read_fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """The (number, value) pairs of one protobuf message: varints as int, everything else as bytes."""
-    position = 0
-    while position < len(data):
-        key, position = _read_varint(data, position)
-        number, wire_type = key >> 3, key & 7
-        if wire_type == 0:
-            value, position = _read_varint(data, position)
-            yield number, value
-            continue
-        if wire_type == 2:
-            num_bytes, position = _read_varint(data, position)
-        else:
-            num_bytes = {1: 8, 5: 4}[wire_type]
-        if position + num_bytes > len(data):
-            raise ValueError("truncated")
-        yield number, data[position : position + num_bytes]
-        position += num_bytes
+def serialize_sentencepiece_model(model: SentencePieceModel) -> bytes:
+    """Return the bytes of the `.model` file: `model.pieces` with the settings in `model.specs`.
+
+    Exact inverse of `parse_sentencepiece_model` for every file that sentencepiece wrote.
+    The fields of `model` other than these two describe `specs` and are not written.
+    """
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model.specs)
+    proto.pieces.extend(_build_piece_messages(model.pieces))
+    return proto.SerializeToString(deterministic=True)
 
 
-def _read_varint(data: bytes, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
-        shift += 7
+def _build_piece_messages(pieces: Iterable[Piece]) -> list[sentencepiece_model_pb2.ModelProto.SentencePiece]:
+    """Sentencepiece writes the score always, and the type only where it is not the default."""
+    build = sentencepiece_model_pb2.ModelProto.SentencePiece
+    return [
+        build(piece=piece.text, score=piece.score)
+        if piece.type is PieceType.NORMAL
+        else build(piece=piece.text, score=piece.score, type=int(piece.type))
+        for piece in pieces
+    ]
+
+
+def set_trainer_settings(data: bytes, **settings: int | str | bool) -> bytes:
+    """Return the bytes of a model with some fields of its trainer_spec replaced; the pieces stay as they are."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(data)
+    for name, value in settings.items():
+        setattr(proto.trainer_spec, name, value)
+    return proto.SerializeToString(deterministic=True)
