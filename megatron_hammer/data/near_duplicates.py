@@ -1,0 +1,185 @@
+"""Documents that share most of their n-grams: MinHash signatures, found again through locality-sensitive hashing.
+
+A text is read as units, so that one definition serves Chinese, English and code: a run of letters, digits and
+underscores is a unit (a word, a number, an identifier), each character of a script that is written without spaces is
+one (Chinese, Japanese kana, Thai, Lao, Khmer, Burmese), and so is every other visible character (punctuation,
+operators). Case and white space do not count. A document is the set of its n-grams of units; the similarity of two is
+the share of n-grams that they have in common, |A & B| / |A | B| (Jaccard).
+Signatures and bands are datasketch's. Memory: about 6 KB for each indexed document at 128 permutations.
+"""
+
+import hashlib
+import math
+import re
+from dataclasses import dataclass
+
+import numpy as np
+from datasketch import MinHash, MinHashLSH
+
+from megatron_hammer.errors import ConfigError
+
+# CJK radicals and ideographs, kana, bopomofo; Thai, Lao, Burmese, Khmer; the supplementary ideographic planes.
+UNSPACED = (
+    "\u2e80-\u2fdf\u3005-\u3007\u3040-\u312f\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9d"
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\U00020000-\U0003ffff"
+)
+UNIT_PATTERN = re.compile(rf"[^\W{UNSPACED}]+|[{UNSPACED}]|[^\w\s]")
+NGRAM_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+MAX_CACHED_UNITS = 1 << 20
+# Larger blocks leave the processor's cache, and a whole document would need 512 bytes an n-gram.
+SIGNATURE_BLOCK_NGRAMS = 2048
+# A candidate that is not similar enough is refused by its signature, so bands may err on the side of finding more.
+FALSE_POSITIVE_WEIGHT, FALSE_NEGATIVE_WEIGHT = 0.1, 0.9
+MIN_PERMUTATIONS, MAX_PERMUTATIONS = 16, 4096
+MAX_SEED = 2**32 - 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NearDuplicateOptions:
+    """threshold: least similarity of a near duplicate. ngram: units an n-gram. seed: draws the permutations."""
+
+    threshold: float = 0.8
+    num_permutations: int = 128
+    ngram: int = 5
+    seed: int = 1234
+
+    def validate(self) -> None:
+        """Raises ConfigError naming every value that cannot work."""
+        problems = []
+        if not 0 < self.threshold <= 1:
+            problems.append(f"threshold: must lie above 0 and up to 1, got {self.threshold}. Pass --threshold 0.8.")
+        if not MIN_PERMUTATIONS <= self.num_permutations <= MAX_PERMUTATIONS:
+            problems.append(
+                f"num-permutations: must lie in {MIN_PERMUTATIONS}..{MAX_PERMUTATIONS}, "
+                f"got {self.num_permutations}. Pass --num-permutations 128."
+            )
+        if self.ngram < 1:
+            problems.append(f"ngram: must be at least 1, got {self.ngram}. Pass --ngram 5.")
+        if not 0 <= self.seed <= MAX_SEED:
+            problems.append(f"seed: must lie in 0..{MAX_SEED}, got {self.seed}. Pass another --seed.")
+        if problems:
+            raise ConfigError(*problems)
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The indexed document that a text resembles most, and the estimated similarity."""
+
+    key: int
+    similarity: float
+
+
+class NgramHasher:
+    """Texts to the hashes of their n-grams; the same on every machine and in every run."""
+
+    def __init__(self, ngram: int):
+        self._ngram = ngram
+        self._unit_hashes = _UnitHashes()
+
+    def hash(self, text: str) -> np.ndarray:
+        """Return a hash for every n-gram in order: uint32 [units - ngram + 1].
+
+        A text of fewer units is one n-gram; one without units has none.
+        """
+        units = UNIT_PATTERN.findall(text.casefold())
+        if len(self._unit_hashes) > MAX_CACHED_UNITS:
+            self._unit_hashes.clear()
+        hashes = np.fromiter(map(self._unit_hashes.__getitem__, units), np.uint64, len(units))
+        ngram = min(self._ngram, len(units))
+        combined = np.zeros(len(units) - ngram + 1 if units else 0, dtype=np.uint64)
+        for position in range(ngram):  # wraps modulo 2^64, as meant
+            combined = combined * NGRAM_MULTIPLIER + hashes[position : position + len(combined)]
+        return (combined >> np.uint64(32)).astype(np.uint32)
+
+
+class _UnitHashes(dict[str, int]):
+    """64 bits for each unit, kept because most units are met again; Python's own hash differs from run to run."""
+
+    def __missing__(self, unit: str) -> int:
+        value = int.from_bytes(hashlib.blake2b(unit.encode("utf-8"), digest_size=8).digest(), "little")
+        self[unit] = value
+        return value
+
+
+class NearDuplicateIndex:
+    """The documents kept so far, by signature; `find` what a text resembles, `add` what is kept."""
+
+    def __init__(self, options: NearDuplicateOptions):
+        options.validate()
+        self._options = options
+        self._min_matches = math.ceil(options.threshold * options.num_permutations - 1e-9)
+        self._hasher = NgramHasher(options.ngram)
+        self._sketch = MinHash(num_perm=options.num_permutations, seed=options.seed, hashfunc=_identity)
+        self._bands = build_bands(options)
+        self._signatures: dict[int, np.ndarray] = {}
+
+    def sign(self, text: str) -> np.ndarray | None:
+        """Return the signature of a text: uint32 [num_permutations]; None if it has no units."""
+        hashes = self._hasher.hash(text)
+        if not len(hashes):
+            return None
+        self._sketch.clear()
+        for start in range(0, len(hashes), SIGNATURE_BLOCK_NGRAMS):
+            # One "value" that is an array of hashes: datasketch flattens it, which spares a Python call an n-gram.
+            self._sketch.update_batch((hashes[start : start + SIGNATURE_BLOCK_NGRAMS],))
+        return self._sketch.hashvalues
+
+    def find(self, signature: np.ndarray) -> Match | None:
+        """Return the most similar document of those at or above the threshold, the first of equals; None if none is."""
+        self._sketch.hashvalues = signature
+        candidates = sorted(self._bands.query(self._sketch))
+        if not candidates:
+            return None
+        matches = (np.stack([self._signatures[key] for key in candidates]) == signature).sum(axis=1)
+        best = int(matches.argmax())
+        if matches[best] < self._min_matches:
+            return None
+        return Match(candidates[best], float(matches[best]) / self._options.num_permutations)
+
+    def add(self, key: int, signature: np.ndarray) -> None:
+        self._sketch.hashvalues = signature
+        self._bands.insert(key, self._sketch)
+        self._signatures[key] = signature
+
+
+def build_bands(options: NearDuplicateOptions) -> MinHashLSH:
+    """Return an empty LSH index whose bands suit the threshold; raises ConfigError where there are too few values."""
+    try:
+        return MinHashLSH(
+            threshold=options.threshold,
+            num_perm=options.num_permutations,
+            weights=(FALSE_POSITIVE_WEIGHT, FALSE_NEGATIVE_WEIGHT),
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"num-permutations: must allow two bands at this threshold, got num_permutations="
+            f"{options.num_permutations}, threshold={options.threshold} ({error}). Pass --num-permutations 256."
+        ) from error
+
+
+def removal_probability(similarity: float, options: NearDuplicateOptions) -> float:
+    """The chance that a document of this similarity to a kept one is removed; exact for random permutations.
+
+    Each of the k permutations agrees with chance s. A document is removed if all r of some band agree, and at least
+    threshold * k agree in all: P(all >= m) - P(no band is full, all >= m), by convolving the bands' distributions.
+    Source of the bands: Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, 3.4.
+    """
+    bands = build_bands(options)
+    num_spare = options.num_permutations - bands.b * bands.r
+    min_matches = math.ceil(options.threshold * options.num_permutations - 1e-9)
+    band = _binomial(bands.r, similarity)
+    not_full = band.copy()
+    not_full[-1] = 0.0
+    any_bands = unfilled_bands = _binomial(num_spare, similarity)
+    for _ in range(bands.b):
+        any_bands, unfilled_bands = np.convolve(any_bands, band), np.convolve(unfilled_bands, not_full)
+    return float(any_bands[min_matches:].sum() - unfilled_bands[min_matches:].sum())
+
+
+def _binomial(count: int, chance: float) -> np.ndarray:
+    """Probabilities of 0..count successes."""
+    return np.array([math.comb(count, k) * chance**k * (1 - chance) ** (count - k) for k in range(count + 1)])
+
+
+def _identity(value: np.ndarray) -> np.ndarray:
+    return value

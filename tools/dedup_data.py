@@ -1,0 +1,115 @@
+#!/usr/bin/env python3
+"""Drop duplicate documents from raw text: equal ones, and with --near-duplicates those that are almost equal.
+
+Inputs: whatever tools/preprocess_data.py reads. The first of every set of duplicates is kept, in input order.
+A kept JSON line is written as it was; of a Parquet row or a text file the text alone is kept.
+"""
+
+import argparse
+import dataclasses
+import time
+from pathlib import Path
+
+import orjson
+import rich.progress
+from rich.console import Console
+
+from megatron_hammer.data.deduplication import DedupCounts, DedupOptions, deduplicate
+from megatron_hammer.data.near_duplicates import NearDuplicateOptions, removal_probability
+from megatron_hammer.errors import exit_on_user_error
+
+SHOWN_SIMILARITIES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+
+
+def parse_arguments() -> argparse.Namespace:
+    defaults = NearDuplicateOptions()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", nargs="+", required=True, help="files, globs or directories")
+    parser.add_argument("--json-keys", default="text", metavar="KEY", help="field that holds the text (%(default)s)")
+    parser.add_argument("--output", type=Path, required=True, help=".jsonl, .jsonl.gz or .jsonl.zst to write")
+    parser.add_argument("--report", type=Path, help="write a line for each removed document: .jsonl, .gz or .zst")
+    parser.add_argument(
+        "--ignore-whitespace", action="store_true", help="texts that differ in white space alone are equal"
+    )
+    parser.add_argument("--near-duplicates", action="store_true", help="also drop documents that are almost equal")
+    near = parser.add_argument_group("near duplicates")
+    near.add_argument(
+        "--threshold", type=float, default=defaults.threshold, help="least share of common n-grams (%(default)s)"
+    )
+    near.add_argument(
+        "--ngram", type=int, default=defaults.ngram, help="words or Chinese characters an n-gram (%(default)s)"
+    )
+    near.add_argument(
+        "--num-permutations", type=int, default=defaults.num_permutations, help="values a signature (%(default)s)"
+    )
+    near.add_argument("--seed", type=int, default=defaults.seed, help="draws the permutations (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser.parse_args()
+
+
+@exit_on_user_error
+def main() -> None:
+    arguments = parse_arguments()
+    near = NearDuplicateOptions(
+        threshold=arguments.threshold,
+        num_permutations=arguments.num_permutations,
+        ngram=arguments.ngram,
+        seed=arguments.seed,
+    )
+    options = DedupOptions(
+        inputs=tuple(arguments.input),
+        output_path=arguments.output,
+        json_key=arguments.json_keys,
+        ignores_whitespace=arguments.ignore_whitespace,
+        near_duplicates=near if arguments.near_duplicates else None,
+        report_path=arguments.report,
+    )
+    started_at_s = time.monotonic()
+    counts = deduplicate_with_progress(options)
+    elapsed_s = time.monotonic() - started_at_s
+    chances = {s: removal_probability(s, near) for s in SHOWN_SIMILARITIES} if arguments.near_duplicates else {}
+    if arguments.json:
+        result = dataclasses.asdict(counts) | {"num_kept": counts.num_kept, "elapsed_s": elapsed_s}
+        result["removal_probability"] = {str(similarity): chance for similarity, chance in chances.items()}
+        print(orjson.dumps(result, option=orjson.OPT_INDENT_2).decode())
+        return
+    if chances:
+        listed = ", ".join(f"{similarity:g}: {chance:.1%}" for similarity, chance in chances.items())
+        print(f"chance that a document is removed, by its similarity to a kept one: {listed}")
+    print(summarise(arguments.output, counts, elapsed_s))
+
+
+def deduplicate_with_progress(options: DedupOptions) -> DedupCounts:
+    """Run with a live line on the terminal's stderr; where stderr is a file, it stays silent."""
+    console = Console(stderr=True)
+    bar = rich.progress.Progress(
+        rich.progress.BarColumn(),
+        rich.progress.DownloadColumn(),
+        rich.progress.TransferSpeedColumn(),
+        rich.progress.TextColumn("{task.fields[counts]}"),
+        rich.progress.TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("", total=None, counts="")
+
+        def show(counts: DedupCounts) -> None:
+            shown = f"{counts.num_documents:,} documents, {counts.num_kept:,} kept"
+            bar.update(task, completed=counts.read_bytes, total=counts.input_bytes, counts=shown)
+
+        return deduplicate(options, show)
+
+
+def summarise(output_path: Path, counts: DedupCounts, elapsed_s: float) -> str:
+    return (
+        f"{output_path}: {counts.num_documents:,} documents in, {counts.num_kept:,} kept, "
+        f"{counts.num_exact_duplicates:,} exact and {counts.num_near_duplicates:,} near duplicates removed; "
+        f"{counts.text_bytes / 1e6:.1f} MB of text in, {counts.kept_text_bytes / 1e6:.1f} MB kept; "
+        f"{elapsed_s:.1f} s, {counts.text_bytes / elapsed_s / 1e6:.1f} MB/s"
+    )
+
+
+if __name__ == "__main__":
+    main()
