@@ -22,6 +22,7 @@ import numpy as np
 
 from megatron_hammer.data.atomic_files import open_atomically
 from megatron_hammer.data.indexed import IndexedWriter, idx_path, select_dtype
+from megatron_hammer.data.input_files import InputFiles
 from megatron_hammer.data.manifest import (
     Manifest,
     TokenizerIdentity,
@@ -30,7 +31,7 @@ from megatron_hammer.data.manifest import (
     manifest_path,
     read_tool_version,
 )
-from megatron_hammer.data.readers import InputFiles, Record, decode_record, find_input_files, read_records
+from megatron_hammer.data.readers import Record, decode_record, find_input_files, read_records
 from megatron_hammer.errors import DataError, PlatformError
 from megatron_hammer.tokenizer.encoder import Encoder, load_encoder, require_eod_id
 

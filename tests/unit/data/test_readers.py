@@ -212,8 +212,32 @@ def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:
     assert error_of(tmp_path).startswith(f"{tmp_path}/a.parquet: file must be Parquet, got one that does not parse")
 
 
-def test_a_broken_json_array_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text('[{"text": "a"},\n')
-    assert error_of(tmp_path).startswith(
-        f"{tmp_path}/a.json:1: file must be one JSON array or one JSON object a line, got invalid JSON ("
+@pytest.mark.parametrize(
+    "content, cause",
+    [
+        ('[{"text": "a"},\n', "the array has no end"),
+        ('[{"text": "a"}, {"text": "b', "the array has no end"),
+        ('[{"text": "a"}] {"text": "b"}', "something follows the array"),
+    ],
+)
+def test_a_broken_json_array_is_named(tmp_path: Path, content: str, cause: str) -> None:
+    (tmp_path / "a.json").write_text(content)
+    assert error_of(tmp_path) == (
+        f"{tmp_path}/a.json: file must be one JSON array or one JSON object a line, got invalid JSON ({cause}). "
+        "Repair it."
     )
+
+
+def test_strings_that_are_not_utf8_in_parquet_are_named(tmp_path: Path) -> None:
+    column = pyarrow.array([b"good", b"\xff bad"], pyarrow.binary())
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": column.cast(pyarrow.string(), safe=False)}), tmp_path / "a.parquet"
+    )
+    assert error_of(tmp_path) == (
+        f"{tmp_path}/a.parquet:2: text must be UTF-8, got byte 0xff at offset 0. Convert the file with iconv."
+    )
+
+
+def test_bytes_in_parquet_are_text(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["é".encode(), b"b"]}), tmp_path / "a.parquet")
+    assert read_texts(tmp_path) == ["é", "b"]

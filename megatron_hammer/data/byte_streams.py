@@ -1,0 +1,104 @@
+"""The decompressed bytes of plain, .gz and .zst files, with what was read from the disk reported on the way."""
+
+import gzip
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import zstandard
+
+from megatron_hammer.data.input_files import is_compressed
+
+READ_BUFFER_BYTES = 1 << 20
+# A few bytes of zstd can stand for 128 KiB; small chunks keep what one of them becomes within memory.
+ZSTD_CHUNK_BYTES = 16 * 1024
+UTF8_BOM = b"\xef\xbb\xbf"
+
+OnBytesRead = Callable[[int], None]
+
+
+def open_decompressed(path: Path, on_bytes_read: OnBytesRead) -> "io.BufferedReader[Any]":
+    """Open for buffered reading; a truncated archive raises EOFError, zlib.error or ZstdError where it ends."""
+    raw: io.BufferedReader[Any] = io.BufferedReader(_CountingReader(path, on_bytes_read), READ_BUFFER_BYTES)
+    if not is_compressed(path):
+        return raw
+    stream = gzip.GzipFile(fileobj=raw) if path.name.lower().endswith(".gz") else _ZstdReader(raw)
+    return io.BufferedReader(cast(io.RawIOBase, stream), READ_BUFFER_BYTES)
+
+
+def skip_to(stream: "io.BufferedReader[Any]", path: Path, offset: int) -> None:
+    """Move from the start of the stream to `offset`, in decompressed bytes; only a plain file can jump there."""
+    if not is_compressed(path):
+        stream.seek(offset)
+        return
+    while offset > 0:
+        skipped = len(stream.read(min(offset, READ_BUFFER_BYTES)))
+        if not skipped:
+            raise EOFError(f"the file ends {offset} bytes before the position to go on from")
+        offset -= skipped
+
+
+def starts_with_bracket(stream: "io.BufferedReader[Any]") -> bool:
+    """Say whether the first character is `[`, as in a JSON array, without moving on."""
+    return stream.peek(64).removeprefix(UTF8_BOM).lstrip()[:1] == b"["
+
+
+class _CountingReader(io.RawIOBase):
+    """A file that reports how many bytes were read from it."""
+
+    def __init__(self, path: Path, on_bytes_read: OnBytesRead):
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by close)
+        self._on_bytes_read = on_bytes_read
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def readinto(self, buffer: Any) -> int:
+        num_bytes = self._file.readinto(buffer) or 0
+        self._on_bytes_read(num_bytes)
+        return num_bytes
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class _ZstdReader(io.RawIOBase):
+    """Every frame of a .zst file; unlike zstandard's own reader, a file that ends inside a frame is an error."""
+
+    def __init__(self, compressed: BinaryIO):
+        self._compressed = compressed
+        self._frame: Any = None
+        self._decompressed = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._decompressed:
+            leftover = b""
+            if self._frame is not None and self._frame.eof:
+                leftover, self._frame = self._frame.unused_data, None
+            chunk = leftover or self._compressed.read(ZSTD_CHUNK_BYTES)
+            if not chunk:
+                if self._frame is not None:
+                    raise EOFError("the file ends inside a zstd frame")
+                return 0
+            if self._frame is None:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            self._decompressed = memoryview(self._frame.decompress(chunk))
+        size = min(len(buffer), len(self._decompressed))
+        buffer[:size] = self._decompressed[:size]
+        self._decompressed = self._decompressed[size:]
+        return size
+
+    def close(self) -> None:
+        self._compressed.close()
+        super().close()

@@ -1,0 +1,100 @@
+"""Rows of a Parquet file in batches whose size in memory is bounded, and as bytes that another process can take."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_hammer.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+MAX_BATCH_ROWS = 1024
+READ_BUFFER_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class RowBatch:
+    """Neighbouring rows as an Arrow stream; `end` is the number of the row behind them, counted from 0 in the file."""
+
+    payload: bytes
+    end: int
+
+
+def count_rows(path: Path) -> int:
+    """Return the rows of the file, from its footer."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_metadata(path).num_rows
+    except pyarrow.ArrowException as error:
+        raise _not_parquet(path, error) from error
+
+
+def read_row_batches(
+    path: Path, columns: Sequence[str], batch_bytes: int, *, first_row: int, end_row: int
+) -> Iterator[RowBatch]:
+    """Yield rows `first_row` up to `end_row` with these columns (all columns if one is missing, to name them).
+
+    Row groups are read through a small buffer; the rows of a batch follow from their average size in the row group.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=READ_BUFFER_BYTES) as file:
+            known = list(columns) if set(columns) <= set(file.schema_arrow.names) else None
+            group_end = 0
+            for group in range(file.num_row_groups):
+                group_begin, group_end = group_end, group_end + file.metadata.row_group(group).num_rows
+                if group_end <= first_row or group_begin >= end_row:
+                    continue
+                batch_rows = _count_rows_a_batch(file.metadata.row_group(group), columns, batch_bytes)
+                row = group_begin
+                for batch in file.iter_batches(batch_rows, row_groups=[group], columns=known, use_threads=False):
+                    begin, row = row, row + batch.num_rows
+                    wanted = batch[max(first_row - begin, 0) : max(min(end_row, row) - begin, 0)]
+                    if wanted.num_rows:
+                        yield RowBatch(_to_stream(wanted), min(row, end_row))
+    except pyarrow.ArrowException as error:
+        raise _not_parquet(path, error) from error
+
+
+def decode_rows(payload: bytes) -> list[dict[str, Any]]:
+    """Return the rows of a batch; a string that is not UTF-8 stays bytes."""
+    import pyarrow
+
+    with pyarrow.ipc.open_stream(payload) as stream:
+        rows = stream.read_all()
+    try:
+        return rows.to_pylist()
+    except UnicodeDecodeError:
+        return [{name: _to_python(rows[name][row]) for name in rows.column_names} for row in range(rows.num_rows)]
+
+
+def _to_python(value: Any) -> Any:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        return value.as_buffer().to_pybytes()
+
+
+def _count_rows_a_batch(group: Any, columns: Sequence[str], batch_bytes: int) -> int:
+    chunks = [group.column(index) for index in range(group.num_columns)]
+    size_bytes = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema in columns)
+    return min(max(batch_bytes * group.num_rows // max(size_bytes, 1), 1), MAX_BATCH_ROWS)
+
+
+def _to_stream(batch: "pyarrow.RecordBatch") -> bytes:
+    import pyarrow
+
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, batch.schema) as stream:
+        stream.write_batch(batch)
+    return sink.getvalue().to_pybytes()
+
+
+def _not_parquet(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path}: file must be Parquet, got one that does not parse ({error}). Write it again.")
