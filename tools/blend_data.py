@@ -1,0 +1,183 @@
+#!/usr/bin/env python3
+"""Weigh data sets against each other for training, and preview what a run would draw from each.
+
+Prints a --data-path line, and with a budget the tokens and epochs of every source. Each source is the prefix of a
+.bin/.idx pair, or NAME=PREFIX. A budget is --train-tokens, or --train-iters with --global-batch-size.
+"""
+
+import argparse
+import dataclasses
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import orjson
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from megatron_hammer.data.atomic_files import open_atomically
+from megatron_hammer.data.blending import (
+    DEFAULT_MAX_EPOCHS,
+    BlendSource,
+    Budget,
+    SourcePreview,
+    cap_weights,
+    encode_data_args,
+    find_warnings,
+    list_data_path,
+    normalize_weights,
+    preview_blend,
+    read_sources,
+    round_weights,
+    validate_weights,
+    weigh_by_tokens,
+)
+from megatron_hammer.errors import ConfigError, exit_on_user_error
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+def parse_count(text: str) -> int:
+    """Read 20000000, 20_000_000, 20M, 1.5B or 3e11."""
+    match = re.fullmatch(r"([\d._]+(?:[eE]\d+)?)([KMBT]?)", text.strip(), re.IGNORECASE)
+    try:
+        count = round(float(match[1]) * UNITS[match[2].upper()]) if match else 0
+    except (ValueError, OverflowError):
+        count = 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive count such as 20000000, 20M or 1.5B, got {text}")
+    return count
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sources", nargs="+", metavar="[NAME=]PREFIX", help="pairs to blend, without .bin or .idx")
+    parser.add_argument("--split", help="shares of training, validation and test, as in training; all to training")
+    ways = parser.add_mutually_exclusive_group()
+    ways.add_argument("--temperature", type=float, default=1.0, help="weights ~ tokens^(1/T); 1: by size (%(default)s)")
+    ways.add_argument("--weights", nargs="+", type=float, help="weights in the order of the sources, of any sum")
+    budget = parser.add_argument_group("length of the run")
+    budget.add_argument("--train-tokens", type=parse_count, help="such as 20B")
+    budget.add_argument("--train-iters", type=parse_count, help="steps; needs --global-batch-size")
+    budget.add_argument("--global-batch-size", type=parse_count, help="samples a step")
+    budget.add_argument("--seq-length", type=parse_count, default=2048, help="tokens a sample (%(default)s)")
+    budget.add_argument(
+        "--max-epochs", type=float, default=DEFAULT_MAX_EPOCHS, help="warn where a source is read more (%(default)g)"
+    )
+    budget.add_argument("--cap-epochs", action="store_true", help="lower such weights, and raise the others")
+    parser.add_argument("--output", type=Path, help="file to write for --data-args-path")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser.parse_args()
+
+
+@exit_on_user_error
+def main() -> None:
+    arguments = parse_arguments()
+    budget = read_budget(arguments)
+    sources = read_sources(arguments.sources, arguments.split)
+    weights = round_weights(choose_weights(arguments, sources, budget))
+    previews = preview_blend(weights, sources, budget) if budget is not None else None
+    data_path = list_data_path(weights, sources)
+    warnings = find_warnings(previews, sources, budget, arguments.max_epochs) if previews and budget else []
+    if arguments.output is not None:
+        content = encode_data_args(weights, sources)
+        with open_atomically(arguments.output) as file:
+            file.write(content)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if arguments.json:
+        print_json(sources, weights, previews, budget, data_path, warnings)
+        return
+    Console(highlight=False).print(build_table(sources, weights, previews))
+    print(f"--data-path {shlex.join(data_path)}" + (f" --split {arguments.split}" if arguments.split else ""))
+    print(summarise(sources, budget, arguments))
+
+
+def read_budget(arguments: argparse.Namespace) -> Budget | None:
+    """The length of the run; None where none was given. Raises ConfigError where the flags contradict each other."""
+    if not 0 < arguments.max_epochs < float("inf"):
+        raise ConfigError(f"max-epochs: must be positive and finite, got {arguments.max_epochs}. Pass --max-epochs 4.")
+    if arguments.train_tokens is not None and arguments.train_iters is not None:
+        raise ConfigError("train-tokens: cannot be combined with --train-iters, got both. Drop one of them.")
+    if arguments.train_iters is not None:
+        if arguments.global_batch_size is None:
+            raise ConfigError("global-batch-size: must be given with --train-iters, got none. Pass the samples a step.")
+        num_samples = arguments.train_iters * arguments.global_batch_size
+        return Budget(num_samples=num_samples, seq_length=arguments.seq_length)
+    if arguments.train_tokens is not None:
+        num_samples = -(-arguments.train_tokens // arguments.seq_length)
+        return Budget(num_samples=num_samples, seq_length=arguments.seq_length)
+    if arguments.cap_epochs:
+        raise ConfigError("cap-epochs: needs the length of the run, got none. Pass --train-tokens or --train-iters.")
+    return None
+
+
+def choose_weights(arguments: argparse.Namespace, sources: Sequence[BlendSource], budget: Budget | None) -> np.ndarray:
+    num_tokens = [source.num_tokens for source in sources]
+    if arguments.weights is not None:
+        validate_weights(arguments.weights, len(sources))
+        weights = normalize_weights(arguments.weights)
+    else:
+        weights = weigh_by_tokens(num_tokens, arguments.temperature)
+    if arguments.cap_epochs and budget is not None:
+        weights = cap_weights(weights, num_tokens, budget, arguments.max_epochs)
+    return weights
+
+
+def build_table(
+    sources: Sequence[BlendSource], weights: Sequence[str], previews: Sequence[SourcePreview] | None
+) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("source", overflow="fold")
+    headings = ["weight", "training tokens", "of all"]
+    headings += ["drawn samples", "drawn tokens", "epochs", "built epochs"] if previews else []
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    total_tokens = sum(source.num_tokens for source in sources)
+    for index, (source, weight) in enumerate(zip(sources, weights, strict=True)):
+        cells = [f"{float(weight):.4%}", f"{source.num_tokens:,}", f"{source.num_tokens / total_tokens:.4%}"]
+        if previews:
+            drawn = previews[index]
+            cells += [f"{drawn.num_samples:,}", f"{drawn.num_tokens:,}", f"{drawn.epochs:.3f}"]
+            cells.append(f"{drawn.num_epochs_built:,}")
+        table.add_row(source.name, *cells)
+    return table
+
+
+def print_json(
+    sources: Sequence[BlendSource],
+    weights: Sequence[str],
+    previews: Sequence[SourcePreview] | None,
+    budget: Budget | None,
+    data_path: list[str],
+    warnings: list[str],
+) -> None:
+    rows = [
+        dataclasses.asdict(source)
+        | {"weight": float(weight)}
+        | ({"drawn": dataclasses.asdict(previews[index])} if previews else {})
+        for index, (source, weight) in enumerate(zip(sources, weights, strict=True))
+    ]
+    result = {"sources": rows, "data_path": data_path, "warnings": warnings}
+    if budget is not None:
+        result["budget"] = dataclasses.asdict(budget) | {"num_tokens": budget.num_tokens}
+    print(orjson.dumps(result, option=orjson.OPT_INDENT_2).decode())
+
+
+def summarise(sources: Sequence[BlendSource], budget: Budget | None, arguments: argparse.Namespace) -> str:
+    total_tokens = sum(source.num_tokens for source in sources)
+    written = f"; wrote {arguments.output}" if arguments.output is not None else ""
+    if budget is None:
+        return f"{len(sources)} sources, {total_tokens:,} training tokens{written}"
+    return (
+        f"{len(sources)} sources, {total_tokens:,} training tokens; the run draws {budget.num_samples:,} samples of "
+        f"{budget.seq_length:,}, {budget.num_tokens:,} tokens, {budget.num_tokens / total_tokens:.3f} epochs{written}"
+    )
+
+
+if __name__ == "__main__":
+    main()
