@@ -1,7 +1,11 @@
 """The dataset configuration of a run, from Megatron's namespace."""
 
 import argparse
+import functools
 from typing import Any
+
+from megatron_hammer.config.data_order import RECORD_NAME, build_record, plan_run_order
+from megatron_hammer.data.order import EPOCHWISE, MEGATRON
 
 
 def build_dataset_provider(namespace: argparse.Namespace) -> Any:
@@ -17,7 +21,27 @@ def build_dataset_provider(namespace: argparse.Namespace) -> Any:
         is_reading_stage = is_first or is_last or namespace.full_validation
         return is_reading_stage and parallel_state.get_tensor_model_parallel_rank() == 0
 
-    return DatasetProvider(build_dataset_config(namespace), needs_data)
+    return DatasetProvider(
+        build_dataset_config(namespace),
+        needs_data,
+        num_train_samples=_select_train_samples(namespace),
+        before_first_build=lambda: _record_order(namespace),
+    )
+
+
+def _select_train_samples(namespace: argparse.Namespace) -> int | None:
+    """What the whole training order is built for; the epochwise order is built for what is drawn."""
+    return namespace.data_order_samples if namespace.data_order == MEGATRON else None
+
+
+def _record_order(namespace: argparse.Namespace) -> None:
+    """Put the record of the data order among Megatron's arguments, the same on every rank, for the checkpoints."""
+    import torch
+
+    record = [build_record(namespace) if namespace.rank == 0 else None]
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        torch.distributed.broadcast_object_list(record, src=0)
+    setattr(namespace, RECORD_NAME, record[0])
 
 
 def build_data_cache(namespace: argparse.Namespace) -> dict[str, int]:
@@ -29,7 +53,9 @@ def build_data_cache(namespace: argparse.Namespace) -> dict[str, int]:
 
     from megatron_hammer.data.provider import DatasetProvider
 
-    provider = DatasetProvider(build_dataset_config(namespace), lambda vp_stage: True)
+    provider = DatasetProvider(
+        build_dataset_config(namespace), lambda vp_stage: True, num_train_samples=_select_train_samples(namespace)
+    )
     datasets = provider(get_train_valid_test_num_samples())
     counts: dict[str, int] = {}
     for split, dataset in zip(("train", "valid", "test"), datasets, strict=True):
@@ -39,13 +65,18 @@ def build_data_cache(namespace: argparse.Namespace) -> dict[str, int]:
 
 
 def build_dataset_config(namespace: argparse.Namespace) -> Any:
-    """mcore's GPTDatasetConfig for a finalized namespace; its tokenizer is Megatron's global one."""
+    """mcore's GPTDatasetConfig, or the epochwise one, for a finalized namespace; its tokenizer is Megatron's global."""
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
     from megatron.training import get_tokenizer
     from megatron.training.utils import get_blend_and_blend_per_split
 
+    from megatron_hammer.data.stable_order import EpochwiseGPTDatasetConfig
+
     blend, blend_per_split = get_blend_and_blend_per_split(namespace)
-    return GPTDatasetConfig(
+    config_class = functools.partial(GPTDatasetConfig)
+    if namespace.data_order == EPOCHWISE:
+        config_class = functools.partial(EpochwiseGPTDatasetConfig, joint_samples=_list_joint_samples(namespace))
+    return config_class(
         random_seed=namespace.seed,
         sequence_length=namespace.seq_length,
         blend=blend,
@@ -69,3 +100,11 @@ def build_dataset_config(namespace: argparse.Namespace) -> Any:
         data_parallel_size=namespace.data_parallel_size,
         context_parallel_size=namespace.context_parallel_size,
     )
+
+
+def _list_joint_samples(namespace: argparse.Namespace) -> dict[str, int]:
+    """The samples that the first block of each training source is built for; empty: one epoch."""
+    order = plan_run_order(namespace)
+    if order is None:
+        return {}
+    return {source.prefix: source.num_joint for source in order.sources if source.num_joint is not None}

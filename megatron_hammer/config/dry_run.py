@@ -6,16 +6,19 @@ Time is left out on purpose: nothing here has been measured. Needs no GPU and no
 import argparse
 import dataclasses
 import enum
+import itertools
 import json
 import sys
 from collections.abc import Sequence
 from typing import IO, Any
 
 from megatron_hammer.config.arguments import ParsedArguments
+from megatron_hammer.config.data_order import plan_run_order
 from megatron_hammer.config.data_sources import SPLIT_NAMES, DataPlan, list_data_flags, read_data_plan
 from megatron_hammer.config.megatron_checks import read_megatron_defaults
 from megatron_hammer.config.model_from_arguments import build_layout, build_model, list_missing_essentials
 from megatron_hammer.config.preflight_data import read_indices
+from megatron_hammer.config.preflight_data_order import describe_epochs, describe_order_state
 from megatron_hammer.config.preflight_data_sizes import count_split_tokens
 from megatron_hammer.config.preflight_layout import find_layout_problems, select_global_batch_size
 from megatron_hammer.config.preflight_memory import estimate_run_memory, read_available_bytes, select_recompute
@@ -226,6 +229,7 @@ def _report_run(namespace: argparse.Namespace) -> RunReport:
         data_flags=tuple(list_data_flags(namespace)),
         split_tokens=split_tokens,
         epochs=num_tokens / train_tokens if train_tokens else None,
+        data_order=describe_order_state(namespace) if split_tokens else None,
         sources=sources,
     )
 
@@ -246,10 +250,14 @@ def _report_data(
         for name in SPLIT_NAMES
     }
     split_tokens = {name: sum(by_prefix.values()) for name, by_prefix in tokens.items()}
-    return split_tokens, _report_sources(plan, tokens["train"], run_tokens)
+    order = plan_run_order(namespace)
+    shufflings = [describe_epochs(source) for source in order.sources] if order else []
+    return split_tokens, _report_sources(plan, tokens["train"], run_tokens, shufflings)
 
 
-def _report_sources(plan: DataPlan, tokens: dict[str, int], run_tokens: int) -> tuple[SourceReport, ...]:
+def _report_sources(
+    plan: DataPlan, tokens: dict[str, int], run_tokens: int, shufflings: Sequence[str]
+) -> tuple[SourceReport, ...]:
     """Without weights megatron-core draws from each source in proportion to its size."""
     sources = plan.sources_of("train")
     weights = [tokens[source.prefix] if source.weight is None else source.weight for source in sources]
@@ -260,6 +268,7 @@ def _report_sources(plan: DataPlan, tokens: dict[str, int], run_tokens: int) -> 
             weight=weight / total if total else 0.0,
             num_tokens=tokens[source.prefix],
             epochs=run_tokens * weight / total / tokens[source.prefix] if total and tokens[source.prefix] else 0.0,
+            shuffling=shuffling,
         )
-        for source, weight in zip(sources, weights, strict=True)
+        for source, weight, shuffling in itertools.zip_longest(sources, weights, shufflings)
     )

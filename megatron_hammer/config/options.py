@@ -28,6 +28,25 @@ def add_hammer_options(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         dest="use_distributed_optimizer",
         help="keep the whole optimizer state on every data-parallel rank (default: sharded)",
     )
+    group.add_argument(
+        "--data-order",
+        choices=["megatron", "epochwise"],
+        default="megatron",
+        help="megatron: all epochs of a source shuffled together, another order for a longer run; epochwise: each "
+        "epoch shuffled by itself, so that a longer run is the same order, continued (the first epoch is megatron's)",
+    )
+    group.add_argument(
+        "--data-order-samples",
+        type=int,
+        help="build megatron's order for so many samples, as many as the run may ever be extended to; with "
+        "--data-order epochwise, those that its first block of epochs is built for, to continue a run begun in "
+        "megatron's order (default: one epoch)",
+    )
+    group.add_argument(
+        "--accept-data-order-change",
+        action="store_true",
+        help="resume although samples would come again and others be skipped; preflight counts them",
+    )
     group.add_argument("--dry-run", action="store_true", help="print what would run and every problem found, then stop")
     group.add_argument(
         "--world-size", type=int, dest="requested_world_size", help="processes to plan for (with --dry-run)"

@@ -4,7 +4,7 @@
 one sentence of fact and one of remedy: "flag: what must hold, got name=value. remedy." It goes from the narrow to the
 wide: single values, then how they fit together, then files, then Megatron's own word on a copy of the namespace.
 Next: preflight_values, preflight_flags, preflight_layout, preflight_memory, preflight_schedule, preflight_data,
-preflight_checkpoint, megatron_checks.
+preflight_checkpoint, preflight_data_order, megatron_checks.
 """
 
 from megatron_hammer.config.arguments import ParsedArguments
@@ -12,6 +12,7 @@ from megatron_hammer.config.megatron_checks import describe_refusal, find_megatr
 from megatron_hammer.config.model_from_arguments import list_missing_essentials
 from megatron_hammer.config.preflight_checkpoint import find_checkpoint_problems
 from megatron_hammer.config.preflight_data import find_data_problems
+from megatron_hammer.config.preflight_data_order import find_data_order_problems
 from megatron_hammer.config.preflight_flags import find_flag_problems
 from megatron_hammer.config.preflight_layout import find_batch_problems, find_layout_problems
 from megatron_hammer.config.preflight_memory import find_memory_problems
@@ -26,11 +27,14 @@ def find_problems(arguments: ParsedArguments) -> list[str]:
     value_problems = find_value_problems(namespace)
     problems += value_problems
     problems += find_flag_problems(arguments)
+    file_problems = find_checkpoint_problems(arguments)
     if not value_problems:  # arithmetic on zeros and negative sizes would only add noise
         problems += _find_fit_problems(arguments)
         problems += find_schedule_problems(arguments)
-        problems += find_data_problems(arguments)
-    problems += find_checkpoint_problems(arguments)
+        file_problems = find_data_problems(arguments) + file_problems
+        if not file_problems and namespace.seq_length is not None:
+            file_problems = find_data_order_problems(namespace)
+    problems += file_problems
     if not problems:
         refusal = find_megatron_refusal(namespace)
         if refusal is not None:

@@ -4,13 +4,11 @@ import argparse
 import os
 from pathlib import Path
 
-from megatron_hammer.checkpoint.reader import open_checkpoint
 from megatron_hammer.config.arguments import ParsedArguments
 from megatron_hammer.config.model_from_arguments import ResolvedModel, build_model, list_missing_essentials
 from megatron_hammer.config.preflight_values import find_value_problems, flag_of
+from megatron_hammer.config.saved_run import TRACKER_NAME, read_saved_arguments
 from megatron_hammer.errors import CheckpointError
-
-TRACKER_NAME = "latest_checkpointed_iteration.txt"  # Megatron's pointer to the newest checkpoint of a folder
 
 
 def find_checkpoint_problems(arguments: ParsedArguments) -> list[str]:
@@ -86,7 +84,7 @@ def _find_saved_problems(namespace: argparse.Namespace, checkpoint_dir: Path) ->
     if namespace.local_rank != 0 or not (checkpoint_dir / ".metadata").is_file():
         return []
     try:
-        saved = open_checkpoint(checkpoint_dir).args
+        saved, _ = read_saved_arguments(checkpoint_dir, (checkpoint_dir / ".metadata").stat().st_mtime_ns)
     except CheckpointError as error:
         return [f"load: {problem}" for problem in error.problems]
     problems = _find_other_model(namespace, saved, checkpoint_dir)

@@ -61,6 +61,7 @@ class SourceReport:
     weight: float  # share of the run's tokens
     num_tokens: int
     epochs: float
+    shuffling: str | None  # of its epochs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +81,7 @@ class RunReport:
     data_flags: tuple[str, ...]  # which name the data; empty: none is named yet
     split_tokens: dict[str, int] | None
     epochs: float | None
+    data_order: str | None  # and, where the run resumes, whether it is the checkpoint's
     sources: tuple[SourceReport, ...]
 
 

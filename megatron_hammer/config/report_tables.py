@@ -124,13 +124,21 @@ def _build_run(run: RunReport) -> Table:
         table.add_row("tokens of train, valid, test", ", ".join(f"{size:,}" for size in run.split_tokens.values()))
     if run.epochs is not None:
         table.add_row("epochs of the training data", f"{run.epochs:.3f}")
+    if run.data_order is not None:
+        table.add_row("data order", run.data_order)
     return table
 
 
 def _build_sources(run: RunReport) -> Table:
-    table = _table("Training blend", "prefix", "share of the run", "tokens", "epochs")
+    table = _table("Training blend", "prefix", "share of the run", "tokens", "epochs", "order")
     for source in run.sources:
-        table.add_row(source.prefix, f"{source.weight:.4f}", f"{source.num_tokens:,}", f"{source.epochs:.3f}")
+        table.add_row(
+            source.prefix,
+            f"{source.weight:.4f}",
+            f"{source.num_tokens:,}",
+            f"{source.epochs:.3f}",
+            source.shuffling or "",
+        )
     return table
 
 

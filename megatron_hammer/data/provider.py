@@ -6,23 +6,48 @@ from typing import Any
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 
+from megatron_hammer.data.stable_order import EpochwiseGPTDataset, EpochwiseGPTDatasetConfig
+
 
 class DatasetProvider:
     """Megatron's train_valid_test_dataset_provider: called with (train, valid, test) sample counts and a vp_stage.
 
     needs_data: whether this rank reads data for that virtual stage (first or last pipeline stage, first of its
-    tensor-parallel group).
+    tensor-parallel group). num_train_samples: that the order of training samples is built for, instead of those that
+    are drawn. before_first_build: called once, on every rank.
     """
 
     is_distributed = True  # Megatron then calls it on every rank; mcore's builder synchronises them
 
-    def __init__(self, dataset_config: GPTDatasetConfig, needs_data: Callable[[int | None], bool]):
+    def __init__(
+        self,
+        dataset_config: GPTDatasetConfig,
+        needs_data: Callable[[int | None], bool],
+        *,
+        num_train_samples: int | None = None,
+        before_first_build: Callable[[], None] = lambda: None,
+    ):
         self.dataset_config = dataset_config
         self.needs_data = needs_data
+        self.num_train_samples = num_train_samples
+        self._before_first_build: Callable[[], None] | None = before_first_build
 
     def __call__(self, num_samples: Sequence[int | None], vp_stage: int | None = None) -> Any:
-        dataset_class = MockGPTDataset if self.dataset_config.mock else GPTDataset
+        if self._before_first_build is not None:
+            self._before_first_build()
+            self._before_first_build = None
+        if self.num_train_samples is not None:
+            num_samples = (self.num_train_samples, *num_samples[1:])
         builder = BlendedMegatronDatasetBuilder(
-            dataset_class, num_samples, lambda: self.needs_data(vp_stage), self.dataset_config
+            select_dataset_class(self.dataset_config),
+            num_samples,
+            lambda: self.needs_data(vp_stage),
+            self.dataset_config,
         )
         return builder.build()
+
+
+def select_dataset_class(config: GPTDatasetConfig) -> type[GPTDataset] | type[MockGPTDataset]:
+    if config.mock:
+        return MockGPTDataset
+    return EpochwiseGPTDataset if isinstance(config, EpochwiseGPTDatasetConfig) else GPTDataset

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_hammer.config.arguments import ParsedArguments
+from megatron_hammer.config.data_order import RECORD_NAME, describe_continuation
 from megatron_hammer.config.model_from_arguments import build_model
 from megatron_hammer.model.accounting import count_flops_per_token
 from megatron_hammer.platforms.device import max_over_ranks, read_device_name, read_peak_memory_bytes
@@ -186,6 +187,11 @@ class RunObserver:
         self._log = MetricsLog(self.facts, self._metrics_path(), first_step)
         if first_step > 1:
             self.reporter.say(f"resumed from the checkpoint of step {first_step - 1}")
+            order_line = describe_continuation(
+                getattr(self.namespace, RECORD_NAME, None), self.namespace.consumed_train_samples
+            )
+            if order_line is not None:
+                self.reporter.say(order_line)
         if self._log.num_dropped:
             self.reporter.say(
                 f"metrics: dropped {self._log.num_dropped} lines of steps after the checkpoint; they run again"

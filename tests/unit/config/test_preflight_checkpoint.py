@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 from parsed_flags import TINY, find, parse
 
-from megatron_hammer.config import preflight_checkpoint
-from megatron_hammer.config.preflight_checkpoint import TRACKER_NAME, find_unwritable
+from megatron_hammer.config import saved_run
+from megatron_hammer.config.preflight_checkpoint import find_unwritable
+from megatron_hammer.config.saved_run import TRACKER_NAME
 
 MOE = ("--preset", "hammer-tiny-moe", "--mock-data", "--global-batch-size", "8")
 
@@ -23,7 +24,7 @@ def write_checkpoint(folder: Path, *, step: int = 7) -> Path:
 def save_with(monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], **arguments: object) -> None:
     """Make every checkpoint one that was saved with these flags, and arguments that stand for others."""
     saved = argparse.Namespace(**(vars(parse(*flags).namespace) | arguments))
-    monkeypatch.setattr(preflight_checkpoint, "open_checkpoint", lambda path: SimpleNamespace(args=saved))
+    monkeypatch.setattr(saved_run, "open_checkpoint", lambda path: SimpleNamespace(args=saved, iteration=7))
 
 
 def test_a_run_that_continues_itself_may_be_new(tmp_path: Path) -> None:
@@ -74,8 +75,8 @@ def test_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_arguments_of_another_megatron(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_checkpoint(tmp_path)
-    opened = SimpleNamespace(args=argparse.Namespace(num_layers=5))
-    monkeypatch.setattr(preflight_checkpoint, "open_checkpoint", lambda path: opened)
+    opened = SimpleNamespace(args=argparse.Namespace(num_layers=5), iteration=7)
+    monkeypatch.setattr(saved_run, "open_checkpoint", lambda path: opened)
     assert find(*TINY, "--load", str(tmp_path)) == []
 
 
