@@ -92,7 +92,7 @@ def read_index(prefix: str | Path, *, is_partial: bool = False) -> IndexSummary:
                 f"{path}: file does not exist. Pass the prefix of a .bin/.idx pair without its suffix, "
                 "or write the pair with tools/preprocess_data.py."
             )
-    dtype, num_sequences, document_index_length = _read_header(index_path)
+    dtype, num_sequences, document_index_length = read_header(index_path)
     num_tokens = _read_num_tokens(index_path, dtype, num_sequences, document_index_length)
     expected_bytes = num_tokens * dtype.itemsize
     actual_bytes = data_path.stat().st_size
@@ -111,8 +111,11 @@ def read_index(prefix: str | Path, *, is_partial: bool = False) -> IndexSummary:
     )
 
 
-def _read_header(path: Path) -> tuple[np.dtype, int, int]:
-    """Return dtype, number of sequences and length of the document index, after checking magic, version and size."""
+def read_header(path: Path) -> tuple[np.dtype, int, int]:
+    """Return dtype, number of sequences and length of the document index of an .idx.
+
+    Raises DataError unless magic and version are Megatron's and the file has the size that its header asks for.
+    """
     with open(path, "rb") as file:
         header = file.read(IDX_HEADER_BYTES)
     if not header.startswith(IDX_MAGIC):
@@ -121,7 +124,7 @@ def _read_header(path: Path) -> tuple[np.dtype, int, int]:
             "It is not an index of Megatron's; preprocess the corpus again."
         )
     if len(header) < IDX_HEADER_BYTES:
-        raise _truncated_index(path, f"at least {IDX_HEADER_BYTES}", len(header))
+        raise _index_of_wrong_size(path, IDX_HEADER_BYTES, len(header))
     version, code, num_sequences, document_index_length = struct.unpack("<QBQQ", header[len(IDX_MAGIC) :])
     if version != IDX_VERSION or code not in DTYPE_BY_CODE or document_index_length < 1:
         raise DataError(
@@ -132,7 +135,7 @@ def _read_header(path: Path) -> tuple[np.dtype, int, int]:
     expected_bytes = IDX_HEADER_BYTES + 12 * num_sequences + 8 * document_index_length
     actual_bytes = path.stat().st_size
     if actual_bytes not in (expected_bytes, expected_bytes + num_sequences):  # the second: multimodal, with modes
-        raise _truncated_index(path, str(expected_bytes), actual_bytes)
+        raise _index_of_wrong_size(path, expected_bytes, actual_bytes)
     return DTYPE_BY_CODE[code], num_sequences, document_index_length
 
 
@@ -155,8 +158,10 @@ def _read_num_tokens(path: Path, dtype: np.dtype, num_sequences: int, document_i
     return last_offset_bytes // dtype.itemsize + last_length
 
 
-def _truncated_index(path: Path, expected: str, actual_bytes: int) -> DataError:
+def _index_of_wrong_size(path: Path, expected_bytes: int, actual_bytes: int) -> DataError:
+    at_least = "at least " if expected_bytes == IDX_HEADER_BYTES else ""
+    cause = "is truncated" if actual_bytes < expected_bytes else "has bytes too many"
     return DataError(
-        f"{path}: size must be {expected} bytes, got {actual_bytes}. "
-        "The index is truncated; preprocess or copy it again."
+        f"{path}: size must be {at_least}{expected_bytes} bytes, got {actual_bytes}. "
+        f"The index {cause}; preprocess or copy it again."
     )
