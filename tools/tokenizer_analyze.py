@@ -1,0 +1,110 @@
+#!/usr/bin/env python3
+"""Compare tokenizers: tokens needed, character coverage, fertility by script, and what a round trip loses.
+
+python tools/tokenizer_analyze.py --tokenizers ours=ours.model theirs=theirs/ --input corpus/ --plot comparison.png
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import rich.progress
+from rich.console import Console
+
+from megatron_hammer.data.readers import Document, find_input_files
+from megatron_hammer.errors import ConfigError, DataError, exit_on_user_error
+from megatron_hammer.tokenizer import analysis_files, analysis_report, analyze
+from megatron_hammer.tokenizer.coverage import read_character_levels
+
+PIPED_WIDTH = 160
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--tokenizers",
+        nargs="+",
+        required=True,
+        metavar="[NAME=]PATH",
+        help="SentencePiece .model files, tokenizer.json files, or folders that hold one",
+    )
+    parser.add_argument("--input", nargs="+", default=[], help="the corpus: files, globs or directories")
+    parser.add_argument("--json-keys", default="text", metavar="KEY", help="field that holds the text (%(default)s)")
+    parser.add_argument(
+        "--charset", type=Path, help='measure coverage of {"level": {"texts": ["一", ...]}} in this file'
+    )
+    parser.add_argument("--reference", metavar="NAME", help="what token counts are divided by (the first tokenizer)")
+    parser.add_argument("--max-bytes", type=int, help="use a random sample of documents of this much text (all of it)")
+    parser.add_argument("--seed", type=int, default=1234, help="decides the sample (%(default)s)")
+    parser.add_argument("--csv", type=Path, help="write a row a tokenizer to this file")
+    parser.add_argument("--plot", type=Path, help="draw the comparison to this PNG")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    return parser.parse_args()
+
+
+@exit_on_user_error
+def main() -> None:
+    arguments = parse_arguments()
+    started_at_s = time.monotonic()
+    if not arguments.input and arguments.charset is None:
+        raise ConfigError("--input: a corpus or a --charset must be given, got neither. Pass what to measure.")
+    if arguments.max_bytes is not None and arguments.max_bytes <= 0:
+        raise ConfigError(
+            f"--max-bytes: must be positive, got {arguments.max_bytes}. Leave it out for all of the text."
+        )
+    named_paths = [analyze.parse_named_tokenizer(text) for text in arguments.tokenizers]
+    encoders = analyze.load_named_tokenizers(named_paths, arguments.reference)
+    levels = read_character_levels(arguments.charset) if arguments.charset else None
+    with open_documents(arguments) as documents:
+        analysis = analyze.analyze_tokenizers(encoders, documents, levels=levels, reference=arguments.reference)
+    if arguments.input and not analysis.scripts:
+        raise DataError(
+            f"{arguments.input[0]}: inputs must hold a document, got none (max-bytes={arguments.max_bytes}). "
+            "Add one, or raise --max-bytes beyond the size of a document."
+        )
+    if arguments.csv:
+        analysis_files.write_csv(analysis, arguments.csv)
+    if arguments.plot:
+        analysis_files.write_plot(analysis, arguments.plot)
+    if arguments.json:
+        print(json.dumps(analysis_report.describe_analysis(analysis), ensure_ascii=False, indent=2))
+        return
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=PIPED_WIDTH)
+    analysis_report.print_analysis(analysis, console)
+    print(analysis_report.summarise_analysis(analysis, time.monotonic() - started_at_s))
+
+
+@contextmanager
+def open_documents(arguments: argparse.Namespace) -> Iterator[Iterable[Document]]:
+    """The documents to analyze, with a bar on a terminal's stderr that follows the bytes read from disk."""
+    if not arguments.input:
+        yield ()
+        return
+    console = Console(stderr=True)
+    bar = rich.progress.Progress(
+        rich.progress.BarColumn(),
+        rich.progress.DownloadColumn(),
+        rich.progress.TransferSpeedColumn(),
+        rich.progress.TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+    total_bytes = sum(path.stat().st_size for path in find_input_files(arguments.input).files)
+    with bar:
+        task = bar.add_task("", total=total_bytes)
+        documents: Iterable[Document] = analyze.stream_documents(
+            arguments.input, arguments.json_keys, lambda num_bytes: bar.advance(task, num_bytes)
+        )
+        if arguments.max_bytes is not None:
+            documents = analyze.sample_documents(documents, max_bytes=arguments.max_bytes, seed=arguments.seed)
+        yield documents
+
+
+if __name__ == "__main__":
+    main()
