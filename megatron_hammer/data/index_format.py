@@ -47,3 +47,8 @@ def idx_path(prefix: str | Path) -> Path:
 def encode_header(dtype: np.dtype, num_sequences: int, num_documents: int) -> bytes:
     """Return the first IDX_HEADER_BYTES of an .idx; the document index has one entry more than there are documents."""
     return IDX_MAGIC + struct.pack("<QBQQ", IDX_VERSION, CODE_BY_DTYPE[dtype], num_sequences, num_documents + 1)
+
+
+def count_index_bytes(num_sequences: int, num_documents: int) -> int:
+    """Return the size of an .idx without modes."""
+    return IDX_HEADER_BYTES + num_sequences * (LENGTH_BYTES + OFFSET_BYTES) + (num_documents + 1) * DOCUMENT_BYTES

@@ -17,6 +17,7 @@ from megatron_hammer.data.index_format import (
     IDX_MAGIC,
     IDX_VERSION,
     bin_path,
+    count_index_bytes,
     idx_path,
     select_dtype,
 )
@@ -46,6 +47,13 @@ class IndexSummary:
     num_documents: int
     num_sequences: int
     num_tokens: int
+
+    @property
+    def has_modes(self) -> bool:
+        """Whether the index ends with a mode for each sequence, as those of multimodal data sets do."""
+        return self.num_sequences > 0 and self.idx_path.stat().st_size != count_index_bytes(
+            self.num_sequences, self.num_documents
+        )
 
     @cached_property
     def sequence_lengths(self) -> np.ndarray:
@@ -132,7 +140,7 @@ def read_header(path: Path) -> tuple[np.dtype, int, int]:
             f"got version={version}, dtype code={code}, document index length={document_index_length}. "
             "Preprocess the corpus again."
         )
-    expected_bytes = IDX_HEADER_BYTES + 12 * num_sequences + 8 * document_index_length
+    expected_bytes = count_index_bytes(num_sequences, document_index_length - 1)
     actual_bytes = path.stat().st_size
     if actual_bytes not in (expected_bytes, expected_bytes + num_sequences):  # the second: multimodal, with modes
         raise _index_of_wrong_size(path, expected_bytes, actual_bytes)

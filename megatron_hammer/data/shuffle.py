@@ -6,7 +6,7 @@ buckets; each document is appended to the file of its bucket, then each bucket i
 Not here: naming the result and removing the source, which is the caller's.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,9 +14,11 @@ import numpy as np
 
 from megatron_hammer.data.atomic_files import cannot_write
 from megatron_hammer.data.documents import DOCUMENT_OVERHEAD_BYTES, Documents, bound_memory, read_documents
+from megatron_hammer.data.index_format import LENGTH_BYTES
 from megatron_hammer.data.indexed import IndexedWriter, IndexSummary
 
 MAX_MEMORY_BYTES = 128 << 20
+CHUNKS_IN_MEMORY = 4  # of the source at once; the rest is for their copies
 WORDS_PER_COUNTER = 4  # Philox 4x64
 DOCUMENT_RECORD = np.dtype([("key", np.uint64), ("num_sequences", np.int64)])
 BUCKET_GLOB = "bucket-*"
@@ -50,13 +52,38 @@ def shuffle_pairs(
         on_progress(done_bytes, total_bytes)
 
     for source, writer in zip(sources, writers, strict=True):
-        buckets = _Buckets(work_dir, source, max_memory_bytes)
-        try:
-            buckets.create()
-            buckets.scatter(seed, count)
-            buckets.append_to(writer, count)
-        finally:
-            buckets.remove()
+        shuffle_documents(
+            read_documents(source, chunk_bytes=max_memory_bytes // CHUNKS_IN_MEMORY),
+            writer,
+            seed=seed,
+            num_buckets=count_buckets([source], max_memory_bytes),
+            work_dir=work_dir,
+            max_memory_bytes=max_memory_bytes,
+            on_moved=count,
+        )
+
+
+def shuffle_documents(
+    documents: Iterable[Documents],
+    writer: IndexedWriter,
+    *,
+    seed: int,
+    num_buckets: int,
+    work_dir: Path,
+    max_memory_bytes: int = MAX_MEMORY_BYTES,
+    on_moved: Callable[[int], None] = lambda num_bytes: None,
+) -> None:
+    """Add documents that come in chunks to the writer in random order; see `shuffle_pairs`.
+
+    num_buckets: from `count_buckets`. on_moved: gets the bytes of every move, of which each document makes two.
+    """
+    buckets = _Buckets(work_dir, writer.dtype, num_buckets, max_memory_bytes)
+    try:
+        buckets.create()
+        buckets.scatter(documents, seed, on_moved)
+        buckets.append_to(writer, on_moved)
+    finally:
+        buckets.remove()
 
 
 def draw_keys(seed: int, first_document: int, num_documents: int) -> np.ndarray:
@@ -74,21 +101,25 @@ def select_buckets(keys: np.ndarray, num_buckets: int) -> np.ndarray:
     return ((keys >> np.uint64(32)) * np.uint64(num_buckets) >> np.uint64(32)).astype(np.int64)
 
 
-def count_buckets(source: IndexSummary, max_memory_bytes: int) -> int:
-    """Return how many buckets leave each at half the memory on average; it is the largest that must fit."""
-    size_bytes = source.num_tokens * source.dtype.itemsize
-    size_bytes += source.num_sequences * np.dtype(np.int32).itemsize + source.num_documents * DOCUMENT_OVERHEAD_BYTES
+def count_buckets(parts: Iterable[IndexSummary], max_memory_bytes: int = MAX_MEMORY_BYTES) -> int:
+    """Return into how many buckets the documents of all parts go, each at half the memory on average."""
+    size_bytes = sum(
+        part.num_tokens * part.dtype.itemsize
+        + part.num_sequences * LENGTH_BYTES
+        + part.num_documents * DOCUMENT_OVERHEAD_BYTES
+        for part in parts
+    )
     return -(-size_bytes // max(max_memory_bytes // 2, 1)) or 1
 
 
 class _Buckets:
-    """Files of one source's documents by range of keys; one file is open at a time, so there may be thousands."""
+    """Files of documents by range of keys; one file is open at a time, so there may be thousands."""
 
-    def __init__(self, work_dir: Path, source: IndexSummary, max_memory_bytes: int):
+    def __init__(self, work_dir: Path, dtype: np.dtype, num_buckets: int, max_memory_bytes: int):
         self._work_dir = work_dir
-        self._source = source
+        self._dtype = dtype
+        self._num_buckets = num_buckets
         self._max_memory_bytes = max_memory_bytes
-        self._num_buckets = count_buckets(source, max_memory_bytes)
 
     def create(self) -> None:
         self.remove()
@@ -104,10 +135,10 @@ class _Buckets:
             with suppress(OSError):  # it holds files of others
                 self._work_dir.rmdir()
 
-    def scatter(self, seed: int, count: Callable[[int], None]) -> None:
-        """Append each document of the source to its bucket."""
+    def scatter(self, chunks: Iterable[Documents], seed: int, on_moved: Callable[[int], None]) -> None:
+        """Append each document to its bucket."""
         first_document = 0
-        for documents in read_documents(self._source, chunk_bytes=self._max_memory_bytes // 4):
+        for documents in chunks:
             keys = draw_keys(seed, first_document, len(documents))
             first_document += len(documents)
             buckets = select_buckets(keys, self._num_buckets)
@@ -115,19 +146,19 @@ class _Buckets:
             used_buckets, starts = np.unique(buckets[order], return_index=True)
             for bucket, chosen in zip(used_buckets, np.split(order, starts[1:]), strict=True):
                 self._append(int(bucket), documents.select(chosen), keys[chosen])
-            count(documents.ids.nbytes)
+            on_moved(documents.ids.nbytes)
 
-    def append_to(self, writer: IndexedWriter, count: Callable[[int], None]) -> None:
+    def append_to(self, writer: IndexedWriter, on_moved: Callable[[int], None]) -> None:
         """Add the documents of one bucket after another to the writer, each bucket sorted by key."""
         for bucket in range(self._num_buckets):
             paths = self._paths(bucket)
             if paths[0].exists():
-                self._append_bucket_to(writer, paths, count)
+                self._append_bucket_to(writer, paths, on_moved)
                 for path in paths:
                     path.unlink()
 
     def _append_bucket_to(
-        self, writer: IndexedWriter, paths: tuple[Path, Path, Path], count: Callable[[int], None]
+        self, writer: IndexedWriter, paths: tuple[Path, Path, Path], on_moved: Callable[[int], None]
     ) -> None:
         ids_path, lengths_path, records_path = paths
         records = np.fromfile(records_path, DOCUMENT_RECORD)
@@ -137,7 +168,7 @@ class _Buckets:
         for start, stop in bound_memory(documents.estimate_bytes()[order], self._max_memory_bytes // 8):
             piece = documents.select(order[start:stop])
             writer.add_documents(piece.ids, piece.sequence_lengths, piece.sequences_per_document)
-            count(piece.ids.nbytes)
+            on_moved(piece.ids.nbytes)
 
     def _paths(self, bucket: int) -> tuple[Path, Path, Path]:
         ids_path, lengths_path, records_path = (
@@ -160,5 +191,5 @@ class _Buckets:
     def _read_ids(self, path: Path) -> np.ndarray:
         """Return the ids in memory, or mapped where a large document makes the bucket larger than that."""
         if path.stat().st_size > self._max_memory_bytes:
-            return np.memmap(path, self._source.dtype, mode="r")
-        return np.fromfile(path, self._source.dtype)
+            return np.memmap(path, self._dtype, mode="r")
+        return np.fromfile(path, self._dtype)

@@ -143,7 +143,9 @@ def test_megatrons_multimodal_index_is_read(tmp_path: Path) -> None:
     builder = IndexedDatasetBuilder(str(tmp_path / "pair.bin"), dtype=np.int32, multimodal=True)
     builder.add_document(torch.tensor([1, 2, 3]), [1, 2], [0, 1])
     builder.finalize(str(tmp_path / "pair.idx"))
-    assert read_index(tmp_path / "pair").num_tokens == 3
+    summary = read_index(tmp_path / "pair")
+    assert (summary.num_tokens, summary.has_modes) == (3, True)
+    assert not read_index(write_pair(tmp_path / "plain")).has_modes
 
 
 def error_of(prefix: Path) -> str:

@@ -56,7 +56,7 @@ def sort_by_key(documents: list, seed: int) -> list:
 @pytest.mark.parametrize("max_memory_bytes", [1, 4_000, 20_000, 1 << 20])
 def test_documents_are_moved_whole_and_the_memory_limit_changes_nothing(tmp_path: Path, max_memory_bytes: int) -> None:
     source = write_source(tmp_path / "source")
-    assert count_buckets(source, 1) > 1000
+    assert count_buckets([source], 1) > 1000
     before = list_documents(source)
     after = list_documents(read_index(shuffle_one(source, tmp_path / "out", max_memory_bytes=max_memory_bytes)))
     assert Counter(after) == Counter(before)

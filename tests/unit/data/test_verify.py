@@ -202,9 +202,10 @@ def test_files_of_another_pair_of_the_same_size(tmp_path: Path) -> None:
     other = write_pair(tmp_path / "other", OTHER_DOCUMENTS)
     content = bin_path(prefix).read_bytes()
     bin_path(prefix).write_bytes(bin_path(other).read_bytes())
+    expected, actual = hashlib.sha256(content).hexdigest()[:12], hash_file(bin_path(other))[:12]
     assert problem_of(prefix) == (
-        f"{prefix}.bin: content must have the SHA-256 {hashlib.sha256(content).hexdigest()[:12]}..., as in pair.manifest.json, "
-        f"got {hash_file(bin_path(other))[:12]}.... It is damaged or of another pair; preprocess or copy it again."
+        f"{prefix}.bin: content must have the SHA-256 {expected}..., as in pair.manifest.json, got {actual}.... "
+        "It is damaged or of another pair; preprocess or copy it again."
     )
     third = write_pair(tmp_path / "third", ([5, 6], [1], [], [8, 299, 3, 4, 9, 1], [2, 2, 2, 2], []))
     bin_path(prefix).write_bytes(content)
