@@ -2,16 +2,23 @@
 
 A SentencePiece BPE model becomes `tokenizer.model` (copied) and `tokenizer.json` (tokenizer/hugging_face.py). Files of
 a Hugging Face tokenizer are copied. Nothing is written before both encode the same texts alike.
+`export_tokenizer` fills a folder that a model's export makes; `export_tokenizer_folder` makes one, and holds what
+transformers loads from it to the original on a whole corpus (tokenizer_verification.py) before it gets its name.
 """
 
 import json
 import shutil
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_hammer.checkpoint.partial_directory import open_directory_atomically
+from megatron_hammer.checkpoint.tokenizer_verification import CheckedTexts, verify_with_transformers
+from megatron_hammer.data.readers import Document
+from megatron_hammer.errors import ConversionError
 from megatron_hammer.tokenizer.encoder import Encoder, SentencePieceEncoder, load_encoder
 from megatron_hammer.tokenizer.hugging_face import (
     SAMPLE_TEXTS,
@@ -43,9 +50,59 @@ class ExportedTokenizer:
     num_checked_texts: int
 
 
-def export_tokenizer(source: Path, target_dir: Path, *, max_length: int) -> ExportedTokenizer:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportedFolder:
+    """What was written, and how much text transformers encodes and decodes as the original does."""
+
+    tokenizer: ExportedTokenizer
+    samples: CheckedTexts
+    corpus: CheckedTexts
+
+
+def export_tokenizer_folder(
+    source: Path,
+    save_dir: Path,
+    documents: Iterable[Document] = (),
+    *,
+    max_length: int | None = None,
+    chat_template: str | None = None,
+    on_document: Callable[[int], None] = lambda num_documents: None,
+) -> ExportedFolder:
+    """Write a Hugging Face tokenizer folder that encodes every document as `source` does, or nothing at all.
+
+    documents: read once, streamed; `on_document` is told how many were compared. chat_template: Jinja text.
+    Raises ConversionError at the first text on which both differ, and if `save_dir` holds anything.
+    """
+    with open_directory_atomically(save_dir) as partial_dir:
+        tokenizer = export_tokenizer(source, partial_dir, max_length=max_length)
+        if chat_template is not None:
+            (partial_dir / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+        encoder = load_encoder(source)
+        samples = verify_with_transformers(encoder, partial_dir, _list_samples(encoder))
+        corpus = verify_with_transformers(encoder, partial_dir, documents, on_document)
+    return ExportedFolder(tokenizer=tokenizer, samples=samples, corpus=corpus)
+
+
+def read_chat_template(path: Path) -> str:
+    """Read a Jinja file; raises ConversionError if it cannot be read or is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        cause = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise ConversionError(f"{path}: chat template cannot be read ({cause}). Check the path.") from error
+
+
+def _list_samples(encoder: Encoder) -> Iterable[Document]:
+    texts = [*SAMPLE_TEXTS]
+    if isinstance(encoder, SentencePieceEncoder):
+        texts += list_piece_texts(read_sentencepiece_model(encoder.path))
+    return (Document(text, "sample text", line) for line, text in enumerate(texts, start=1))
+
+
+def export_tokenizer(source: Path, target_dir: Path, *, max_length: int | None) -> ExportedTokenizer:
     """Write the tokenizer files for `source` (a `.model`, a tokenizer.json or its folder) into `target_dir`.
 
+    max_length: the model's positions, or None to set no limit; a copied Hugging Face tokenizer keeps its own.
     Raises ConversionError if no exact Hugging Face tokenizer can be made, DataError if `source` is not a tokenizer.
     """
     encoder = load_encoder(source)
@@ -58,7 +115,7 @@ def export_tokenizer(source: Path, target_dir: Path, *, max_length: int) -> Expo
     )
 
 
-def _export_sentencepiece(encoder: SentencePieceEncoder, target_dir: Path, max_length: int) -> int:
+def _export_sentencepiece(encoder: SentencePieceEncoder, target_dir: Path, max_length: int | None) -> int:
     model = read_sentencepiece_model(encoder.path)
     tokenizer = build_fast_tokenizer(model, name=str(encoder.path))
     texts = [*SAMPLE_TEXTS, *list_piece_texts(model)]
@@ -82,14 +139,15 @@ def _copy_hugging_face(encoder: Encoder, target_dir: Path) -> int:
     return len(SAMPLE_TEXTS)
 
 
-def _tokenizer_config(model: SentencePieceModel, encoder: Encoder, max_length: int) -> dict[str, Any]:
+def _tokenizer_config(model: SentencePieceModel, encoder: Encoder, max_length: int | None) -> dict[str, Any]:
     """split_special_tokens: a control token spelt out in text is text, as in sentencepiece."""
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,
     }
+    if max_length is not None:
+        config["model_max_length"] = max_length
     names = {"bos_token": encoder.bos_id, "eos_token": encoder.eod_id}
     config |= {name: model.pieces[token_id].text for name, token_id in names.items() if token_id is not None}
     unknown = next((piece.text for piece in model.pieces if piece.type is PieceType.UNKNOWN), None)

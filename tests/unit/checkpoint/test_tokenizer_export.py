@@ -10,9 +10,16 @@ import transformers
 from data_paths import SHARED_DATA, needs_shared_data
 from toy_tokenizer import TOY_TEXTS, train_toy_tokenizer
 
-from megatron_hammer.checkpoint.tokenizer_export import export_tokenizer
+from megatron_hammer.checkpoint import tokenizer_export
+from megatron_hammer.checkpoint.tokenizer_export import (
+    export_tokenizer,
+    export_tokenizer_folder,
+    read_chat_template,
+)
+from megatron_hammer.checkpoint.tokenizer_verification import load_with_transformers
+from megatron_hammer.data.readers import Document
 from megatron_hammer.errors import ConversionError, DataError
-from megatron_hammer.tokenizer.encoder import load_encoder
+from megatron_hammer.tokenizer.encoder import SentencePieceEncoder, load_encoder
 from megatron_hammer.tokenizer.hugging_face import SAMPLE_TEXTS, build_fast_tokenizer, check_same_encoding
 from megatron_hammer.tokenizer.sentencepiece_model import PieceType, read_sentencepiece_model
 from megatron_hammer.tokenizer.train import TokenizerRecipe, train_tokenizer
@@ -181,3 +188,112 @@ def test_published_models_encode_real_text_alike(tmp_path, name):
     ]
     assert len(documents) > 50
     assert_same(tokenizer, source, [*SAMPLE_TEXTS, *documents])
+
+
+DOCUMENTS = [Document(text, "c.jsonl", line) for line, text in enumerate(TEXTS, start=1)]
+
+
+def test_a_folder_is_written_once_every_document_is_the_same(tmp_path):
+    source = train_toy_tokenizer(tmp_path)
+    counts = []
+    exported = export_tokenizer_folder(
+        source, tmp_path / "hf", iter(DOCUMENTS), chat_template="{{ messages }}", on_document=counts.append
+    )
+    assert exported.tokenizer.vocab_size == 347
+    assert exported.samples.num_documents == exported.tokenizer.num_checked_texts > 90
+    assert exported.corpus.num_documents == counts[-1] == len(TEXTS)
+    assert exported.corpus.text_bytes == sum(len(text.encode()) for text in TEXTS)
+    assert exported.corpus.num_tokens == sum(len(load_encoder(source).encode(text)) for text in TEXTS)
+    names = ["chat_template.jinja", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
+    assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == names
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer.chat_template == "{{ messages }}"
+    assert tokenizer.model_max_length > 10**9
+    assert_same(tokenizer, source, TEXTS)
+
+
+def test_twin_the_default_conversion_of_transformers_leaves_nothing(tmp_path, monkeypatch):
+    """With transformers' own LlamaTokenizer each text gets a space first: the files are the same, the ids are not."""
+    source = train_toy_tokenizer(tmp_path)
+    own_config = tokenizer_export._tokenizer_config
+    monkeypatch.setattr(
+        tokenizer_export, "_tokenizer_config", lambda *args: own_config(*args) | {"tokenizer_class": "LlamaTokenizer"}
+    )
+    monkeypatch.setattr(tokenizer_export, "SAMPLE_TEXTS", ())
+    monkeypatch.setattr(tokenizer_export, "list_piece_texts", lambda model: ())
+    message = r"c.jsonl:3: transformers must encode the text as the original does, got .* at token 0 of 'Hello, world!'"
+    with pytest.raises(ConversionError, match=message):
+        export_tokenizer_folder(source, tmp_path / "hf", DOCUMENTS[2:3])
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("hf")] == []
+
+
+@pytest.mark.parametrize(
+    "method, change, message",
+    [
+        ("encode", lambda ids: ids[:-1], r"c.jsonl:16: transformers must encode .* got .* for nothing at token \d+ of"),
+        ("encode", lambda ids: ids + 5, r"c.jsonl:16: .* for .* at token 0 of 'the quick brown fox"),
+        (
+            "decode",
+            lambda text: text.upper(),
+            r"c.jsonl:16: transformers must decode the ids as the original does, got",
+        ),
+    ],
+)
+def test_twin_one_different_document_leaves_nothing(tmp_path, monkeypatch, method, change, message):
+    source = train_toy_tokenizer(tmp_path)
+    original = getattr(SentencePieceEncoder, method)
+
+    def changed(self, value):
+        result = original(self, value)
+        text = value if method == "encode" else result
+        return change(result) if text == TOY_TEXTS[0] else result
+
+    monkeypatch.setattr(SentencePieceEncoder, method, changed)
+    with pytest.raises(ConversionError, match=message):
+        export_tokenizer_folder(source, tmp_path / "hf", DOCUMENTS)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("hf")] == []
+
+
+def test_a_hugging_face_folder_whose_template_adds_tokens_is_copied(tmp_path):
+    fast = tokenizers.ByteLevelBPETokenizer()
+    fast.train_from_iterator(TOY_TEXTS, vocab_size=300, special_tokens=["<|bos|>"], show_progress=False)
+    fast.post_processor = tokenizers.processors.TemplateProcessing("<|bos|> $A", special_tokens=[("<|bos|>", 0)])
+    (tmp_path / "source").mkdir()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=fast._tokenizer, bos_token="<|bos|>").save_pretrained(
+        tmp_path / "source"
+    )
+    exported = export_tokenizer_folder(tmp_path / "source", tmp_path / "hf", DOCUMENTS)
+    assert exported.corpus.num_documents == len(TEXTS)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")("the")["input_ids"][0] == 0
+
+
+def test_code_in_a_folder_is_not_run(tmp_path):
+    source = train_toy_tokenizer(tmp_path)
+    export_and_load(source, tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", "mine.Mine"]}}
+    (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "hf" / "mine.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(ConversionError, match="transformers must load the tokenizer, got ValueError"):
+        load_with_transformers(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("content", ["folder", "file"])
+def test_a_target_that_holds_something_is_refused(tmp_path, content):
+    target = tmp_path / "hf"
+    if content == "file":
+        target.write_text("")
+    else:
+        target.mkdir()
+        (target / "a").write_text("")
+    found = "a file" if content == "file" else "1 entries"
+    with pytest.raises(ConversionError, match=f"hf: target must be absent or an empty folder, got {found}"):
+        export_tokenizer_folder(train_toy_tokenizer(tmp_path), target)
+
+
+def test_a_missing_chat_template_is_named(tmp_path):
+    with pytest.raises(ConversionError, match=r"none.jinja: chat template cannot be read \(No such file"):
+        read_chat_template(tmp_path / "none.jinja")
+    (tmp_path / "latin.jinja").write_bytes(b"\xe9")
+    with pytest.raises(ConversionError, match=r"latin.jinja: chat template cannot be read \(not UTF-8\)"):
+        read_chat_template(tmp_path / "latin.jinja")

@@ -1,0 +1,66 @@
+#!/usr/bin/env python3
+"""Export a tokenizer as a Hugging Face folder that encodes identically, verified through transformers beforehand.
+
+python tools/tokenizer_export.py --tokenizer-model tokenizer.model --save hf/tokenizer --input corpus/
+"""
+
+import argparse
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.console import Console
+
+from megatron_hammer.checkpoint.tokenizer_export import ExportedFolder, export_tokenizer_folder, read_chat_template
+from megatron_hammer.data.readers import Document, find_input_files, read_documents
+from megatron_hammer.errors import exit_on_user_error
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--tokenizer-model", type=Path, required=True, help="a SentencePiece BPE .model, or a HF folder"
+    )
+    parser.add_argument("--save", type=Path, required=True, help="folder to make; it must be absent or empty")
+    parser.add_argument("--input", nargs="+", default=[], help="documents to compare on: files, globs or directories")
+    parser.add_argument("--json-keys", default="text", metavar="KEY", help="field that holds the text (%(default)s)")
+    parser.add_argument("--model-max-length", type=int, help="the model's positions, for transformers (no limit)")
+    parser.add_argument("--chat-template", type=Path, help="a Jinja file to ship with the tokenizer")
+    return parser.parse_args()
+
+
+@exit_on_user_error
+def main() -> None:
+    arguments = parse_arguments()
+    started_at_s = time.monotonic()
+    chat_template = read_chat_template(arguments.chat_template) if arguments.chat_template else None
+    documents: Iterable[Document] = ()
+    if arguments.input:
+        find_input_files(arguments.input)  # a wrong path is said before the sample texts are compared
+        documents = read_documents(arguments.input, arguments.json_keys)
+    console = Console(stderr=True)
+    with console.status("comparing sample texts") as status:
+        exported = export_tokenizer_folder(
+            arguments.tokenizer_model,
+            arguments.save,
+            documents,
+            max_length=arguments.model_max_length,
+            chat_template=chat_template,
+            on_document=lambda num_documents: status.update(f"{num_documents:,} documents compared"),
+        )
+    print(f"{summarise(arguments.save, exported)}; {time.monotonic() - started_at_s:.1f} s")
+
+
+def summarise(save_dir: Path, exported: ExportedFolder) -> str:
+    corpus = exported.corpus
+    compared = f"{exported.samples.num_documents:,} sample texts"
+    if corpus.num_documents:
+        size = f"{corpus.text_bytes / 1e6:,.2f} MB, {corpus.num_tokens:,} tokens"
+        compared += f" and {corpus.num_documents:,} documents ({size})"
+    else:
+        compared += " and no documents (pass --input)"
+    return f"{save_dir}: {exported.tokenizer.vocab_size:,} ids; {compared} encode and decode alike in transformers"
+
+
+if __name__ == "__main__":
+    main()
