@@ -1,0 +1,219 @@
+#!/usr/bin/env python3
+"""Look into .bin/.idx pairs: counts, lengths, token frequencies, duplicates, text, integrity.
+
+With --document or --search only that is shown; they and --samples need the tokenizer that encoded the pair.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import orjson
+import rich.progress
+from rich.console import Console
+
+from megatron_hammer.data.document_text import (
+    choose_samples,
+    describe_ids,
+    read_document,
+    require_same_tokenizer,
+    search_documents,
+)
+from megatron_hammer.data.indexed import read_index
+from megatron_hammer.data.inspection import inspect_pair
+from megatron_hammer.data.inspection_report import FrequentToken, PairReport, print_report, report_to_json
+from megatron_hammer.data.length_histogram import build_histogram, plot_histogram, write_histogram_csv
+from megatron_hammer.data.manifest import read_manifest
+from megatron_hammer.data.verify import VerifiedPair, verify_pair
+from megatron_hammer.errors import ConfigError, DataError, exit_on_user_error
+from megatron_hammer.tokenizer.encoder import Encoder, load_encoder
+
+OnProgress = Callable[[int, int], None]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="path of a pair without .bin or .idx")
+    parser.add_argument("--tokenizer-model", type=Path, help="shows tokens as text; .model, tokenizer.json, or folder")
+    parser.add_argument("--verify", action="store_true", help="check every byte of both files first")
+    parser.add_argument("--top", type=int, default=20, help="most frequent tokens to show (%(default)s)")
+    parser.add_argument("--samples", type=int, default=0, help="random documents to show as text (%(default)s)")
+    parser.add_argument("--seed", type=int, default=1234, help="chooses the samples (%(default)s)")
+    parser.add_argument("--plot", type=Path, help="PNG of the length histogram to write")
+    parser.add_argument("--csv", type=Path, help="CSV of the length histogram to write")
+    parser.add_argument("--document", type=int, metavar="N", help="print document N, from 0, and nothing else")
+    parser.add_argument("--search", metavar="TEXT", help="list the documents that contain TEXT, and nothing else")
+    parser.add_argument("--max-matches", type=int, default=20, help="stop the search after so many (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser.parse_args()
+
+
+@exit_on_user_error
+def main() -> None:
+    arguments = parse_arguments()
+    validate_arguments(arguments)
+    encoder = load_encoder(arguments.tokenizer_model) if arguments.tokenizer_model is not None else None
+    verified = verify_pairs(arguments, encoder)
+    if arguments.document is not None and encoder is not None:
+        show_document(arguments, encoder)
+    elif arguments.search is not None and encoder is not None:
+        show_matches(arguments, encoder)
+    else:
+        show_reports([build_report(prefix, arguments, encoder, verified) for prefix in arguments.prefixes], arguments)
+
+
+def validate_arguments(arguments: argparse.Namespace) -> None:
+    """Raises ConfigError naming every flag that cannot work."""
+    problems = []
+    for name, least in (("top", 0), ("samples", 0), ("max_matches", 1)):
+        value = getattr(arguments, name)
+        if value < least:
+            flag = name.replace("_", "-")
+            problems.append(f"{flag}: must be at least {least}, got {value}. Pass --{flag} {max(least, 10)}.")
+    needs_text = [flag for flag in ("samples", "document", "search") if getattr(arguments, flag) not in (None, 0)]
+    needs_text += ["document"] if arguments.document == 0 else []
+    if needs_text and arguments.tokenizer_model is None:
+        problems.append(
+            f"tokenizer-model: must be given to show text (--{needs_text[0]}), got none. "
+            "Pass the tokenizer that encoded the pair."
+        )
+    if arguments.document is not None and arguments.search is not None:
+        problems.append("document: cannot be combined with --search, got both. Drop one of them.")
+    for flag in ("plot", "csv", "document"):
+        if len(arguments.prefixes) > 1 and getattr(arguments, flag) is not None:
+            problems.append(f"{flag}: must be of one pair, got {len(arguments.prefixes)}. Pass one prefix.")
+    if arguments.plot is not None and arguments.plot.suffix != ".png":
+        problems.append(f"plot: file name must end with .png, got {arguments.plot}. Rename it.")
+    if problems:
+        raise ConfigError(*problems)
+
+
+def verify_pairs(arguments: argparse.Namespace, encoder: Encoder | None) -> dict[str, VerifiedPair]:
+    """Read every byte where --verify asks for it; raises DataError with the problems of all pairs."""
+    if not arguments.verify:
+        return {}
+    vocab_size = encoder.vocab_size if encoder is not None else None
+    verified = {}
+    for prefix in arguments.prefixes:
+        with show_progress(f"verifying {prefix}", "bytes") as on_progress:
+            verified[prefix] = verify_pair(prefix, vocab_size=vocab_size, on_progress=on_progress)
+    problems = [problem for pair in verified.values() for problem in pair.problems]
+    if problems:
+        raise DataError(*problems)
+    return verified
+
+
+def build_report(
+    prefix: str, arguments: argparse.Namespace, encoder: Encoder | None, verified: dict[str, VerifiedPair]
+) -> PairReport:
+    index, manifest = read_index(prefix), read_manifest(prefix)
+    vocab_size = manifest.tokenizer.vocab_size if manifest is not None else None
+    if encoder is not None:
+        require_same_tokenizer(prefix, encoder, manifest)
+        vocab_size = encoder.vocab_size
+    with show_progress(f"reading {prefix}", "tokens") as on_progress:
+        statistics = inspect_pair(index, vocab_size=vocab_size, on_progress=on_progress)
+    frequent = statistics.select_frequent_ids(arguments.top)
+    texts = describe_ids(encoder, [token_id for token_id, _ in frequent]) if encoder else [None] * len(frequent)
+    numbers = choose_samples(index, arguments.samples, arguments.seed)
+    return PairReport(
+        prefix=prefix,
+        statistics=statistics,
+        vocab_size=vocab_size,
+        manifest=manifest,
+        verified=verified.get(prefix),
+        frequent_tokens=[
+            FrequentToken(token_id=token_id, count=count, text=text)
+            for (token_id, count), text in zip(frequent, texts, strict=True)
+        ],
+        samples=[read_document(index, encoder, number) for number in numbers] if encoder is not None else [],
+    )
+
+
+def show_reports(reports: list[PairReport], arguments: argparse.Namespace) -> None:
+    lengths = reports[0].statistics.lengths
+    if arguments.csv is not None:
+        write_histogram_csv(arguments.csv, build_histogram(lengths))
+    if arguments.plot is not None:
+        plot_histogram(arguments.plot, lengths, f"{reports[0].prefix}: {len(lengths):,} documents")
+    if arguments.json:
+        print_json({"pairs": [report_to_json(report) for report in reports]})
+        return
+    for report in reports:
+        print_report(report, sys.stdout)
+    num_documents = sum(report.statistics.index.num_documents for report in reports)
+    num_tokens = sum(report.statistics.index.num_tokens for report in reports)
+    num_duplicates = sum(report.statistics.duplicates.num_duplicates for report in reports)
+    num_empty = sum(report.statistics.num_empty_documents for report in reports)
+    written = "".join(f"; wrote {path}" for path in (arguments.plot, arguments.csv) if path is not None)
+    print(
+        f"{len(reports)} pairs, {num_documents:,} documents, {num_tokens:,} tokens, {num_duplicates:,} duplicates "
+        f"within a pair, {num_empty:,} empty{', verified' if arguments.verify else ''}{written}"
+    )
+
+
+def show_document(arguments: argparse.Namespace, encoder: Encoder) -> None:
+    (prefix,) = arguments.prefixes
+    index = read_index(prefix)
+    require_same_tokenizer(prefix, encoder, read_manifest(prefix))
+    document = read_document(index, encoder, arguments.document)
+    if arguments.json:
+        print_json({"prefix": prefix} | dataclasses.asdict(document))
+        return
+    print(document.text)
+    print(
+        f"{prefix}: document {document.number:,} of {index.num_documents:,}, {document.num_tokens:,} tokens, "
+        f"{len(document.text):,} characters"
+    )
+
+
+def show_matches(arguments: argparse.Namespace, encoder: Encoder) -> None:
+    results = []
+    for prefix in arguments.prefixes:
+        index = read_index(prefix)
+        require_same_tokenizer(prefix, encoder, read_manifest(prefix))
+        matches = list(search_documents(index, encoder, arguments.search, max_matches=arguments.max_matches))
+        has_stopped = len(matches) == arguments.max_matches
+        num_searched = matches[-1].number + 1 if has_stopped else index.num_documents
+        results.append({"prefix": prefix, "num_searched_documents": num_searched, "has_stopped": has_stopped})
+        results[-1]["matches"] = [dataclasses.asdict(match) for match in matches]
+        if not arguments.json:
+            for match in matches:
+                print(f"{prefix}: document {match.number:,}, character {match.position:,}: {match.excerpt}")
+    if arguments.json:
+        print_json({"pairs": results})
+        return
+    num_matches = sum(len(result["matches"]) for result in results)
+    num_searched = sum(result["num_searched_documents"] for result in results)
+    stopped = " (stopped at --max-matches)" if any(result["has_stopped"] for result in results) else ""
+    print(f"{num_matches:,} documents contain {arguments.search!r}, of {num_searched:,} searched{stopped}")
+
+
+def print_json(value: dict[str, Any]) -> None:
+    print(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode())
+
+
+@contextmanager
+def show_progress(what: str, unit: str) -> Iterator[OnProgress]:
+    """A live line on the terminal's stderr; where stderr is a file, it stays silent."""
+    console = Console(stderr=True)
+    bar = rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}", markup=False),
+        rich.progress.BarColumn(),
+        rich.progress.TextColumn("{task.completed:,.0f} of {task.total:,.0f} " + unit),
+        rich.progress.TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task(what, total=0)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+if __name__ == "__main__":
+    main()
