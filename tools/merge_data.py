@@ -1,0 +1,94 @@
+#!/usr/bin/env python3
+"""Join .bin/.idx pairs into one: the shards of a preprocessing job in their order, or other pairs as they are named.
+
+    python tools/merge_data.py --input data/corpus-*-of-*_text_document --output-prefix data/corpus_text_document
+
+All parts must have the same dtype, tokenizer and options; all shards of the job must be there. The shards of a job give
+the .bin, .idx and manifest of the job done at once; with --shuffle, those of the job done with --shuffle.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import orjson
+import rich.progress
+from rich.console import Console
+
+from megatron_hammer.data.merge import MergedPair, merge_pairs
+from megatron_hammer.errors import exit_on_user_error
+
+INTERRUPTED_EXIT_CODE = 130
+DEFAULT_SEED = 1234
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--input", nargs="+", required=True, help="prefixes of pairs, .idx files, globs of either, or directories"
+    )
+    parser.add_argument("--output-prefix", type=Path, required=True, help="path of the result without .bin or .idx")
+    parser.add_argument("--shuffle", action="store_true", help="put the documents of all parts in random order")
+    parser.add_argument("--seed", type=int, default=None, help=f"of --shuffle ({DEFAULT_SEED})")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    arguments = parser.parse_args()
+    if arguments.seed is not None and not arguments.shuffle:
+        parser.error(f"--seed needs --shuffle, got seed={arguments.seed} alone")
+    if arguments.shuffle and arguments.seed is None:
+        arguments.seed = DEFAULT_SEED
+    if arguments.seed is not None and arguments.seed < 0:
+        parser.error(f"--seed must be at least 0, got seed={arguments.seed}")
+    return arguments
+
+
+@exit_on_user_error
+def main() -> None:
+    arguments = parse_arguments()
+    started_at_s = time.monotonic()
+    merged = merge_with_progress(arguments)
+    elapsed_s = time.monotonic() - started_at_s
+    for warning in merged.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if arguments.json:
+        print(orjson.dumps(merged.to_json() | {"elapsed_s": elapsed_s}, option=orjson.OPT_INDENT_2).decode())
+    else:
+        print(summarise(merged, elapsed_s))
+
+
+def merge_with_progress(arguments: argparse.Namespace) -> MergedPair:
+    """Run with a live line on the terminal's stderr; where stderr is a file, it stays silent."""
+    console = Console(stderr=True)
+    bar = rich.progress.Progress(
+        rich.progress.BarColumn(),
+        rich.progress.DownloadColumn(),
+        rich.progress.TransferSpeedColumn(),
+        rich.progress.TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("", total=None)
+        return merge_pairs(
+            arguments.input,
+            arguments.output_prefix,
+            seed=arguments.seed,
+            on_progress=lambda done_bytes, total_bytes: bar.update(task, completed=done_bytes, total=total_bytes),
+        )
+
+
+def summarise(merged: MergedPair, elapsed_s: float) -> str:
+    parts = "1 part" if len(merged.parts) == 1 else f"{len(merged.parts):,} parts"
+    return (
+        f"{merged.prefix}: {parts} in; {merged.num_documents:,} documents, {merged.num_sequences:,} sequences, "
+        f"{merged.num_tokens:,} tokens as {merged.dtype} out, 0 dropped; {elapsed_s:.1f} s"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("error: interrupted; incomplete files were removed. Run the same command again.", file=sys.stderr)
+        sys.exit(INTERRUPTED_EXIT_CODE)
