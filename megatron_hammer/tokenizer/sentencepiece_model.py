@@ -35,7 +35,7 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SentencePieceModel:
-    """Pieces by id, and the settings that change how text is encoded.
+    """Pieces by id, the settings that change how text is encoded, and what it had to hold when it was trained.
 
     specs: the serialised message without its pieces, which keeps every setting that has no field here.
     To change the pieces, use `dataclasses.replace(model, pieces=...)`.
@@ -50,6 +50,7 @@ class SentencePieceModel:
     has_dummy_prefix: bool
     removes_extra_whitespaces: bool
     escapes_whitespaces: bool
+    required_chars: str
 
 
 def read_sentencepiece_model(path: Path) -> SentencePieceModel:
@@ -83,6 +84,7 @@ def parse_sentencepiece_model(data: bytes) -> SentencePieceModel:
         has_dummy_prefix=normalizer.add_dummy_prefix,
         removes_extra_whitespaces=normalizer.remove_extra_whitespaces,
         escapes_whitespaces=normalizer.escape_whitespaces,
+        required_chars=trainer.required_chars,
     )
 
 
