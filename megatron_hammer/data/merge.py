@@ -138,19 +138,22 @@ def _shuffle(parts: Sequence[Part], writer: IndexedWriter, seed: int, count: Cal
 def _read_checked(parts: Sequence[Part], chunk_bytes: int) -> Iterator[Documents]:
     """Yield the documents of all parts in order; raises DataError where a part's hashes are not its manifest's."""
     for part in parts:
+        bin_sha256 = None if part.manifest is None else part.manifest.bin_sha256
+        idx_sha256 = None if part.manifest is None else part.manifest.idx_sha256
+        digest = hashlib.sha256()
         try:
-            if part.manifest is not None and part.manifest.idx_sha256 is not None:
-                _refuse_damaged(part.index.idx_path, part.manifest.idx_sha256, hash_file(part.index.idx_path))
-            digest = hashlib.sha256()
+            if idx_sha256 is not None:
+                _refuse_damaged(part.index.idx_path, idx_sha256, hash_file(part.index.idx_path))
             for documents in read_documents(part.index, chunk_bytes=chunk_bytes):
-                digest.update(documents.ids.data)
+                if bin_sha256 is not None:
+                    digest.update(documents.ids.data)
                 yield documents
         except OSError as error:
             raise DataError(
                 f"{part.prefix}: part cannot be read ({error.strerror}). Check the disk and the permissions."
             ) from error
-        if part.manifest is not None and part.manifest.bin_sha256 is not None:
-            _refuse_damaged(part.index.bin_path, part.manifest.bin_sha256, digest.hexdigest())
+        if bin_sha256 is not None:
+            _refuse_damaged(part.index.bin_path, bin_sha256, digest.hexdigest())
 
 
 def _refuse_damaged(path: Path, expected: str, actual: str) -> None:

@@ -15,6 +15,8 @@ PAIR_SUFFIXES = (".idx", ".bin")
 MAX_SHARDS_SHOWN = 10
 # Options that may differ between parts: they say where the documents come from, not how they were made into ids.
 SOURCE_OPTIONS = ("json_key", "shuffle", "seed")
+OPTION_REMEDY = "Preprocess it again with the options of the others."
+OPTION_REMEDIES = {"json_key": "Merge the shards of each key by themselves, naming them with a pattern."}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,8 @@ def find_part_prefixes(inputs: Sequence[str], output_prefix: Path) -> list[Path]
 
 def read_parts(prefixes: Sequence[Path]) -> list[Part]:
     """Read headers and manifests; raises DataError naming every part that cannot be read."""
-    parts, problems = [], []
+    parts: list[Part] = []
+    problems: list[str] = []
     for prefix in prefixes:
         try:
             parts.append(Part(prefix, read_index(prefix), read_manifest(prefix)))
@@ -83,7 +86,7 @@ def order_parts(parts: Sequence[Part]) -> list[Part]:
             if part.manifest is None
         ]
         problems += _find_manifest_problems(with_manifest)
-        problems += _find_shard_problems(with_manifest)
+        problems += [] if problems else _find_shard_problems(with_manifest)
     if problems:
         raise DataError(*problems)
     return sorted(parts, key=_shard_index)
@@ -168,7 +171,7 @@ def _find_manifest_problems(parts: Sequence[Part]) -> list[str]:
             )
         problems += [
             f"{part.prefix}: option {name} must be {_show(first.options.get(name))}, as of {parts[0].prefix}, got "
-            f"{_show(manifest.options.get(name))}. Preprocess it again with the options of the others."
+            f"{_show(manifest.options.get(name))}. {OPTION_REMEDIES.get(name, OPTION_REMEDY)}"
             for name in sorted(first.options | manifest.options)
             if (manifest.shard is not None or name not in SOURCE_OPTIONS)
             and first.options.get(name) != manifest.options.get(name)

@@ -280,12 +280,14 @@ def test_another_tokenizer_and_other_options(tmp_path: Path) -> None:
         f"{shards[1]}: tokenizer must be that of {shards[0]}, toy.model (aaaaaaaaaaaa), got "
         "other.model (bbbbbbbbbbbb). Preprocess it again with the tokenizer of the others.",
         *(
-            f"{shards[2]}: option {name} must be {expected}, as of {shards[0]}, got {actual}. "
-            "Preprocess it again with the options of the others."
-            for name, expected, actual in (
-                ("append_eod", "off", "on"),
-                ("json_key", "text", "content"),
-                ("prepend_bos", "nothing", "off"),
+            f"{shards[2]}: option {name} must be {expected}, as of {shards[0]}, got {actual}. {remedy}"
+            for name, expected, actual, remedy in (
+                ("append_eod", "off", "on", "Preprocess it again with the options of the others."),
+                (
+                    *("json_key", "text", "content"),
+                    "Merge the shards of each key by themselves, naming them with a pattern.",
+                ),
+                ("prepend_bos", "nothing", "off", "Preprocess it again with the options of the others."),
             )
         ),
     ]
