@@ -22,8 +22,8 @@ from megatron_hammer.data.merge_parts import SOURCE_OPTIONS, Part, find_part_pre
 from megatron_hammer.data.shuffle import (
     CHUNKS_IN_MEMORY,
     DOCUMENT_RECORD,
-    MAX_MEMORY_BYTES,
     count_buckets,
+    select_memory_bytes,
     shuffle_documents,
 )
 from megatron_hammer.errors import DataError
@@ -106,7 +106,8 @@ def refuse_small_disk(parts: Sequence[Part], output_prefix: Path, *, is_shuffled
     needed_bytes += count_index_bytes(num_sequences, num_documents)
     needed_bytes += num_sequences * LENGTH_BYTES + num_documents * DOCUMENT_BYTES  # the index, while it is collected
     if is_shuffled:  # a bucket is removed once it is written, so the ids are there once, and one bucket twice
-        needed_bytes += num_sequences * LENGTH_BYTES + num_documents * DOCUMENT_RECORD.itemsize + MAX_MEMORY_BYTES
+        needed_bytes += num_sequences * LENGTH_BYTES + num_documents * DOCUMENT_RECORD.itemsize
+        needed_bytes += select_memory_bytes([part.index for part in parts])
     folder = output_prefix.absolute().parent
     while not folder.exists():
         folder = folder.parent
@@ -125,12 +126,15 @@ def _copy(parts: Sequence[Part], writer: IndexedWriter, count: Callable[[int], N
 
 
 def _shuffle(parts: Sequence[Part], writer: IndexedWriter, seed: int, count: Callable[[int], None]) -> None:
+    indices = [part.index for part in parts]
+    memory_bytes = select_memory_bytes(indices)
     shuffle_documents(
-        _read_checked(parts, MAX_MEMORY_BYTES // CHUNKS_IN_MEMORY),
+        _read_checked(parts, memory_bytes // CHUNKS_IN_MEMORY),
         writer,
         seed=seed,
-        num_buckets=count_buckets(part.index for part in parts),
+        num_buckets=count_buckets(indices, memory_bytes),
         work_dir=partial_path(f"{writer.prefix}.buckets"),
+        max_memory_bytes=memory_bytes,
         on_moved=count,
     )
 

@@ -17,7 +17,9 @@ from megatron_hammer.data.documents import DOCUMENT_OVERHEAD_BYTES, Documents, b
 from megatron_hammer.data.index_format import LENGTH_BYTES
 from megatron_hammer.data.indexed import IndexedWriter, IndexSummary
 
-MAX_MEMORY_BYTES = 128 << 20
+MIN_MEMORY_BYTES = 128 << 20
+MAX_MEMORY_BYTES = 512 << 20
+FEW_BUCKETS = 1024  # each append opens a file, so many buckets want larger chunks
 CHUNKS_IN_MEMORY = 4  # of the source at once; the rest is for their copies
 WORDS_PER_COUNTER = 4  # Philox 4x64
 DOCUMENT_RECORD = np.dtype([("key", np.uint64), ("num_sequences", np.int64)])
@@ -30,7 +32,7 @@ def shuffle_pairs(
     *,
     seed: int,
     work_dir: Path,
-    max_memory_bytes: int = MAX_MEMORY_BYTES,
+    max_memory_bytes: int | None = None,
     on_progress: Callable[[int, int], None] = lambda done_bytes, total_bytes: None,
 ) -> None:
     """Add the documents of each source to its writer in random order, the same order for all sources.
@@ -38,7 +40,8 @@ def shuffle_pairs(
     sources: pairs of the same number of documents, read with `read_index`, also under their .partial names.
     seed: at least 0. work_dir: a folder for the buckets, as large as the largest source; what an earlier attempt left
     there is removed, and so is the folder in the end. max_memory_bytes: what is held at once, unless one document is
-    larger; the result does not depend on it. on_progress: gets the bytes moved so far, of all that will be.
+    larger; the result does not depend on it, and without it `select_memory_bytes` chooses. on_progress: gets the bytes
+    moved so far, of all that will be.
     Raises DataError where the buckets cannot be written or a source is damaged.
     """
     if len({source.num_documents for source in sources}) > 1:
@@ -52,13 +55,14 @@ def shuffle_pairs(
         on_progress(done_bytes, total_bytes)
 
     for source, writer in zip(sources, writers, strict=True):
+        memory_bytes = max_memory_bytes or select_memory_bytes([source])
         shuffle_documents(
-            read_documents(source, chunk_bytes=max_memory_bytes // CHUNKS_IN_MEMORY),
+            read_documents(source, chunk_bytes=memory_bytes // CHUNKS_IN_MEMORY),
             writer,
             seed=seed,
-            num_buckets=count_buckets([source], max_memory_bytes),
+            num_buckets=count_buckets([source], memory_bytes),
             work_dir=work_dir,
-            max_memory_bytes=max_memory_bytes,
+            max_memory_bytes=memory_bytes,
             on_moved=count,
         )
 
@@ -70,7 +74,7 @@ def shuffle_documents(
     seed: int,
     num_buckets: int,
     work_dir: Path,
-    max_memory_bytes: int = MAX_MEMORY_BYTES,
+    max_memory_bytes: int,
     on_moved: Callable[[int], None] = lambda num_bytes: None,
 ) -> None:
     """Add documents that come in chunks to the writer in random order; see `shuffle_pairs`.
@@ -101,15 +105,23 @@ def select_buckets(keys: np.ndarray, num_buckets: int) -> np.ndarray:
     return ((keys >> np.uint64(32)) * np.uint64(num_buckets) >> np.uint64(32)).astype(np.int64)
 
 
-def count_buckets(parts: Iterable[IndexSummary], max_memory_bytes: int = MAX_MEMORY_BYTES) -> int:
+def select_memory_bytes(parts: Sequence[IndexSummary]) -> int:
+    """Return how much memory keeps the buckets few: 128 MiB, and from 64 GiB of documents on up to 512 MiB."""
+    wanted_bytes = 2 * sum(map(_estimate_bytes, parts)) // FEW_BUCKETS
+    return min(max(wanted_bytes, MIN_MEMORY_BYTES), MAX_MEMORY_BYTES)
+
+
+def count_buckets(parts: Sequence[IndexSummary], max_memory_bytes: int) -> int:
     """Return into how many buckets the documents of all parts go, each at half the memory on average."""
-    size_bytes = sum(
+    return -(-sum(map(_estimate_bytes, parts)) // max(max_memory_bytes // 2, 1)) or 1
+
+
+def _estimate_bytes(part: IndexSummary) -> int:
+    return (
         part.num_tokens * part.dtype.itemsize
         + part.num_sequences * LENGTH_BYTES
         + part.num_documents * DOCUMENT_OVERHEAD_BYTES
-        for part in parts
     )
-    return -(-size_bytes // max(max_memory_bytes // 2, 1)) or 1
 
 
 class _Buckets:

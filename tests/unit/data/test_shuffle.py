@@ -1,5 +1,6 @@
 """A shuffle keeps every document whole, is uniform, and depends on the seed and the number of documents alone."""
 
+import dataclasses
 import tracemalloc
 from collections import Counter
 from itertools import pairwise, permutations
@@ -10,7 +11,7 @@ import pytest
 
 from megatron_hammer.data import shuffle
 from megatron_hammer.data.indexed import IndexedWriter, IndexSummary, bin_path, idx_path, read_index
-from megatron_hammer.data.shuffle import count_buckets, draw_keys, select_buckets, shuffle_pairs
+from megatron_hammer.data.shuffle import count_buckets, draw_keys, select_buckets, select_memory_bytes, shuffle_pairs
 from megatron_hammer.errors import DataError
 
 NUM_DOCUMENTS = 311
@@ -184,6 +185,14 @@ def test_memory_stays_within_the_limit_however_large_the_pair(tmp_path: Path) ->
     writer_buffers_bytes = 3 << 20
     assert peaks_bytes[0] < 1.5 * limit_bytes + writer_buffers_bytes
     assert peaks_bytes[1] < 2 * limit_bytes + 1.5 * limit_bytes + writer_buffers_bytes
+
+
+def test_a_larger_pair_gets_more_memory_up_to_a_limit(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "source", num_documents=1)
+    for num_gib, expected_mib, expected_buckets in ((1, 128, 17), (100, 200, 1025), (1024, 512, 4097)):
+        large = dataclasses.replace(source, num_tokens=num_gib << 28)
+        assert select_memory_bytes([large]) >> 20 == expected_mib
+        assert count_buckets([large], select_memory_bytes([large])) == expected_buckets
 
 
 # --- the random order ------------------------------------------------------------------------------------------------
