@@ -14,7 +14,7 @@ from megatron_hammer.config.preflight_data_sizes import count_needed_samples, co
 from megatron_hammer.config.preflight_layout import select_global_batch_size
 from megatron_hammer.config.saved_run import SavedRun, read_saved_run
 from megatron_hammer.data.indexed import IndexSummary, read_index
-from megatron_hammer.data.order import MEGATRON, DataOrder, TrainingSource, plan_order
+from megatron_hammer.data.order import EPOCHWISE, MEGATRON, DataOrder, TrainingSource, plan_order
 from megatron_hammer.data.order_change import Segment, is_continued, match_sources
 from megatron_hammer.data.order_identity import count_source, identify_source
 from megatron_hammer.errors import DataError
@@ -45,10 +45,13 @@ class OrderReview:
 # --- orders ---------------------------------------------------------------------------------------------------------
 
 
-def plan_run_order(namespace: argparse.Namespace, *, is_identified: bool = False, **replaced: Any) -> DataOrder | None:
+def plan_run_order(
+    namespace: argparse.Namespace, *, last_sample: int = 0, is_identified: bool = False, **replaced: Any
+) -> DataOrder | None:
     """The order of a run's training samples; None without training on data that can be read.
 
-    is_identified: read as much of the files as tells them from others. replaced: arguments to replace.
+    last_sample: where in its order a resumed run ends. is_identified: read as much of the files as tells them from
+    others. replaced: arguments to replace.
     """
     namespace = argparse.Namespace(**(vars(namespace) | replaced))
     plan, problems = read_data_plan(namespace)
@@ -59,7 +62,9 @@ def plan_run_order(namespace: argparse.Namespace, *, is_identified: bool = False
         indices = [read_index(source.prefix) for source in sources]
     except (DataError, OSError):
         return None
-    return _plan_order(namespace, sources, indices, is_own=plan.own is not None, is_identified=is_identified)
+    return _plan_order(
+        namespace, sources, indices, is_own=plan.own is not None, is_identified=is_identified, last_sample=last_sample
+    )
 
 
 def plan_saved_order(saved: argparse.Namespace, new: DataOrder) -> DataOrder | None:
@@ -89,9 +94,12 @@ def _plan_order(
     *,
     is_own: bool,
     is_identified: bool,
+    last_sample: int = 0,
 ) -> DataOrder:
     is_blend = len(sources) > 1 or (not is_own and sources[0].weight is not None)
     bounds = (0.0, 1.0) if is_own else read_training_bounds(namespace.split)
+    order = getattr(namespace, "data_order", MEGATRON)
+    num_samples = count_needed_samples(namespace)["train"]
     return plan_order(
         [
             _describe_source(
@@ -99,10 +107,10 @@ def _plan_order(
             )
             for source, index in zip(sources, indices, strict=True)
         ],
-        order=getattr(namespace, "data_order", MEGATRON),
+        order=order,
         seed=namespace.seed,
         seq_length=namespace.seq_length,
-        num_samples=count_needed_samples(namespace)["train"],
+        num_samples=max(num_samples, last_sample) if order == EPOCHWISE else num_samples,
         order_samples=getattr(namespace, "data_order_samples", None),
         split=None if is_own else namespace.split,
         surplus=namespace.mid_level_dataset_surplus,
@@ -141,16 +149,14 @@ def read_training_bounds(split: str) -> tuple[float, float]:
 def review_order(namespace: argparse.Namespace) -> OrderReview | None:
     """Compare the order of a run that resumes with the checkpoint's; None where nothing resumes or has no data."""
     saved = read_saved_run(namespace)
-    order = plan_run_order(namespace, is_identified=True) if saved is not None else None
-    if saved is None or order is None:
+    if saved is None:
+        return None
+    last_sample = count_last_sample(namespace, saved.iteration, saved.num_consumed)
+    order = plan_run_order(namespace, last_sample=last_sample, is_identified=True)
+    if order is None:
         return None
     history, is_recorded = read_history(saved, order)
-    new = Segment(
-        order=order,
-        keys=match_sources(order, order)[1],
-        first_sample=0,
-        last_sample=count_last_sample(namespace, saved, order),
-    )
+    new = Segment(order=order, keys=match_sources(order, order)[1], first_sample=0, last_sample=last_sample)
     is_same = bool(history) and is_continued(history[-1], new)
     return OrderReview(saved=saved, new=new, history=history, is_recorded=is_recorded, is_same=is_same)
 
@@ -186,13 +192,13 @@ def _read_record(saved: argparse.Namespace) -> tuple[list[int], list[DataOrder],
         return [], [], False
 
 
-def count_last_sample(namespace: argparse.Namespace, saved: SavedRun, order: DataOrder) -> int:
-    """Where in its order a resumed run ends: the batch may have changed on the way."""
+def count_last_sample(namespace: argparse.Namespace, iteration: int, num_consumed: int) -> int:
+    """Where in its order a run ends that goes on from there; the batch may have been another before."""
     batch = select_global_batch_size(namespace)
     if getattr(namespace, "step_batch_size_schedule", None):
-        return max(saved.num_consumed, count_needed_samples(namespace)["train"])
+        return max(num_consumed, count_needed_samples(namespace)["train"])
     num_steps = namespace.train_iters or (namespace.train_samples or 0) // batch
-    return saved.num_consumed + max(0, num_steps - saved.iteration) * batch
+    return num_consumed + max(0, num_steps - iteration) * batch
 
 
 # --- the record -----------------------------------------------------------------------------------------------------
@@ -200,11 +206,11 @@ def count_last_sample(namespace: argparse.Namespace, saved: SavedRun, order: Dat
 
 def build_record(namespace: argparse.Namespace) -> dict[str, Any] | None:
     """What this run's checkpoints say about its order: the checkpoint's own history, continued. None without data."""
-    order = plan_run_order(namespace, is_identified=True)
+    review = review_order(namespace)
+    order = review.new.order if review is not None else plan_run_order(namespace, is_identified=True)
     if order is None:
         return None
     segments: list[dict[str, Any]] = []
-    review = review_order(namespace)
     first_sample = 0
     if review is not None:
         kept = review.history[:-1] if review.is_same else review.history

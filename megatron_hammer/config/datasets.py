@@ -4,7 +4,7 @@ import argparse
 import functools
 from typing import Any
 
-from megatron_hammer.config.data_order import RECORD_NAME, build_record, plan_run_order
+from megatron_hammer.config.data_order import RECORD_NAME, build_record, count_last_sample, plan_run_order
 from megatron_hammer.data.order import EPOCHWISE, MEGATRON
 
 
@@ -24,14 +24,23 @@ def build_dataset_provider(namespace: argparse.Namespace) -> Any:
     return DatasetProvider(
         build_dataset_config(namespace),
         needs_data,
-        num_train_samples=_select_train_samples(namespace),
+        select_train_samples=functools.partial(select_train_samples, namespace),
         before_first_build=lambda: _record_order(namespace),
     )
 
 
-def _select_train_samples(namespace: argparse.Namespace) -> int | None:
-    """What the whole training order is built for; the epochwise order is built for what is drawn."""
-    return namespace.data_order_samples if namespace.data_order == MEGATRON else None
+def select_train_samples(namespace: argparse.Namespace, num_samples: int) -> int:
+    """What the training order is built for, where Megatron asks for `num_samples`.
+
+    The epochwise order is built to the end of the run, which is elsewhere if the batch was another one before. A run
+    that is complete draws nothing more, but Megatron asserts that something is left.
+    """
+    iteration, num_consumed = getattr(namespace, "iteration", 0), getattr(namespace, "consumed_train_samples", 0)
+    if namespace.data_order == MEGATRON:
+        num_samples = namespace.data_order_samples or num_samples
+    elif num_consumed:
+        num_samples = max(num_samples, count_last_sample(namespace, iteration, num_consumed))
+    return max(num_samples, num_consumed + 1)
 
 
 def _record_order(namespace: argparse.Namespace) -> None:
@@ -54,7 +63,9 @@ def build_data_cache(namespace: argparse.Namespace) -> dict[str, int]:
     from megatron_hammer.data.provider import DatasetProvider
 
     provider = DatasetProvider(
-        build_dataset_config(namespace), lambda vp_stage: True, num_train_samples=_select_train_samples(namespace)
+        build_dataset_config(namespace),
+        lambda vp_stage: True,
+        select_train_samples=functools.partial(select_train_samples, namespace),
     )
     datasets = provider(get_train_valid_test_num_samples())
     counts: dict[str, int] = {}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megatron_hammer.config.arguments import ParsedArguments
 from megatron_hammer.config.model_from_arguments import ResolvedModel, build_model, list_missing_essentials
+from megatron_hammer.config.preflight_resume import find_schedule_changes
 from megatron_hammer.config.preflight_values import find_value_problems, flag_of
 from megatron_hammer.config.saved_run import TRACKER_NAME, read_saved_arguments
 from megatron_hammer.errors import CheckpointError
@@ -88,6 +89,7 @@ def _find_saved_problems(namespace: argparse.Namespace, checkpoint_dir: Path) ->
     except CheckpointError as error:
         return [f"load: {problem}" for problem in error.problems]
     problems = _find_other_model(namespace, saved, checkpoint_dir)
+    problems += find_schedule_changes(namespace, saved, checkpoint_dir)
     saved_ep: int = getattr(saved, "expert_model_parallel_size", 1)
     ep: int = namespace.expert_model_parallel_size
     loads_optimizer = not (namespace.finetune or namespace.no_load_optim or getattr(saved, "no_save_optim", None))

@@ -98,8 +98,8 @@ def _find_shortage(review: OrderReview) -> list[str]:
         return []
     return [
         f"data-order: must hold all samples of the run, got {order.num_available} samples, {last} needed (the "
-        f"checkpoint has drawn {review.saved.num_consumed} and --global-batch-size is counted from there). Pass fewer "
-        f"--train-iters, or --data-order-samples {last}."
+        f"checkpoint has drawn {review.saved.num_consumed}, and --global-batch-size counts from there). Pass "
+        f"--data-order-samples {last}, or --data-order epochwise, which has no end."
     ]
 
 
@@ -158,7 +158,7 @@ def _list_source_changes(old: DataOrder, new: DataOrder) -> tuple[list[str], boo
         if shares[0][old_keys.index(key)] != shares[1][place]:
             old_share, new_share = shares[0][old_keys.index(key)], shares[1][place]
             changes.append(f"{source.prefix} with weight {new_share:.6g} (was {old_share:.6g})")
-        if describe_epochs(before) != describe_epochs(source):
+        if _joint_epochs(before) != _joint_epochs(source):
             has_other_epochs = True
             changes.append(f"{source.prefix} with {describe_epochs(source)} (was {describe_epochs(before)})")
     gone = [source.prefix for key, source in zip(old_keys, old.sources, strict=True) if key not in new_keys]
@@ -181,12 +181,18 @@ def _describe_contents(source: SourceOrder, before: SourceOrder | None) -> str:
     return "with other contents: as many documents and tokens, but not the same"
 
 
+def _joint_epochs(source: SourceOrder) -> tuple[int, bool]:
+    return source.epochs.num_joint_epochs, source.epochs.is_last_apart
+
+
 def describe_epochs(source: SourceOrder) -> str:
-    """2 epochs shuffled together, the last apart"""
-    joint = source.epochs.num_joint_epochs
-    if joint == 1:
-        return "each epoch shuffled by itself"
-    return f"{joint} epochs shuffled together" + (", the last apart" if source.epochs.is_last_apart else "")
+    """3 epochs shuffled together, the last apart"""
+    num_epochs, num_joint = source.epochs.num_epochs, source.epochs.num_joint_epochs
+    if num_joint == 1:
+        return "one epoch" if num_epochs == 1 else f"each of {num_epochs} epochs shuffled by itself"
+    apart = ", the last apart" if source.epochs.is_last_apart else ""
+    later = f", then {num_epochs - num_joint} by themselves" if num_epochs > num_joint else ""
+    return f"{num_joint} epochs shuffled together{apart}{later}"
 
 
 def _describe_counts(review: OrderReview) -> list[str]:
@@ -233,7 +239,13 @@ def find_keeping_flags(namespace: argparse.Namespace, review: OrderReview) -> st
     for data_order, samples in ((MEGATRON, built_for), (EPOCHWISE, None), (EPOCHWISE, built_for)):
         if data_order == MEGATRON and (samples or 0) < review.new.last_sample:
             continue
-        order = plan_run_order(namespace, is_identified=True, data_order=data_order, data_order_samples=samples)
+        order = plan_run_order(
+            namespace,
+            last_sample=review.new.last_sample,
+            is_identified=True,
+            data_order=data_order,
+            data_order_samples=samples,
+        )
         assert order is not None
         keys = match_sources(order, order)[1]
         kept = Segment(order=order, keys=keys, first_sample=0, last_sample=review.new.last_sample)

@@ -70,7 +70,7 @@ def _is_same(first: SourceOrder, second: SourceOrder) -> bool:
 
 
 def is_continued(old: Segment, new: Segment) -> bool:
-    """Whether both orders begin with the same samples, as far as `old.last_sample`."""
+    """Whether both orders begin with the same samples, as far as `old.last_sample`; they may end before."""
     num_samples = old.last_sample
     signatures = [
         [
@@ -79,8 +79,6 @@ def is_continued(old: Segment, new: Segment) -> bool:
         ]
         for segment in (old, new)
     ]
-    if num_samples > min(old.order.num_available, new.order.num_available):
-        return False
     if signatures[0] == signatures[1] and (
         len(signatures[0]) == 1 or old.order.blend_weights == new.order.blend_weights
     ):
