@@ -3,23 +3,30 @@
 
 Inputs: .jsonl .json .txt, each also as .gz or .zst, and .parquet; files, globs, directories.
 Writes <output-prefix>_<key>_document.{bin,idx,manifest.json} for each of --json-keys.
+A run that was stopped goes on when the same command is given again.
 """
 
 import argparse
 import os
+import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 import orjson
 import rich.progress
 from rich.console import Console
 
 from megatron_hammer.data.manifest import Manifest
-from megatron_hammer.data.preprocess import PreprocessOptions, Progress, preprocess
+from megatron_hammer.data.preprocess import Progress, describe_continuation, preprocess
+from megatron_hammer.data.preprocess_options import PreprocessOptions
+from megatron_hammer.data.preprocess_run import MAX_PROBLEMS_SHOWN
+from megatron_hammer.data.sharding import parse_shard
 from megatron_hammer.errors import exit_on_user_error
 
-INTERRUPTED_EXIT_CODE = 130
+SIGNAL_EXIT_CODE = 128
 
 
 def count_cores() -> int:
@@ -36,10 +43,18 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--output-prefix", type=Path, required=True, help="path of the outputs without _<key>_document")
     parser.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
+    parser.add_argument("--prepend-bos", action="store_true", help="begin every document with the token for that")
+    parser.add_argument("--split-sentences", action="store_true", help="one sequence a sentence, with nltk's Punkt")
+    parser.add_argument("--lang", default="english", help="language of the sentences (%(default)s)")
+    parser.add_argument("--keep-newlines", action="store_true", help="keep the white space between sentences")
     parser.add_argument(
         "--workers", type=int, default=count_cores(), help="encoding processes (one a core: %(default)s)"
     )
     parser.add_argument("--max-errors", type=int, default=0, help="bad records to skip before stopping (%(default)s)")
+    parser.add_argument("--shuffle", action="store_true", help="put the documents into random order")
+    parser.add_argument("--seed", type=int, default=1234, help="of --shuffle (%(default)s)")
+    parser.add_argument("--shard", metavar="I/N", help="do part I, from 0, of N; merge_data.py joins the parts")
+    parser.add_argument("--restart", action="store_true", help="throw away an unfinished or complete run, begin again")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     arguments = parser.parse_args()
     if arguments.workers < 1 or arguments.max_errors < 0:
@@ -52,69 +67,126 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-@exit_on_user_error
-def main() -> None:
-    arguments = parse_arguments()
-    options = PreprocessOptions(
+def build_options(arguments: argparse.Namespace) -> PreprocessOptions:
+    return PreprocessOptions(
         inputs=tuple(arguments.input),
         tokenizer_path=arguments.tokenizer_model,
         output_prefix=arguments.output_prefix,
         json_keys=tuple(arguments.json_keys),
         append_eod=arguments.append_eod,
+        prepend_bos=arguments.prepend_bos,
+        split_sentences=arguments.split_sentences,
+        language=arguments.lang,
+        keep_newlines=arguments.keep_newlines,
+        seed=arguments.seed if arguments.shuffle else None,
+        shard=None if arguments.shard is None else parse_shard(arguments.shard),
         num_workers=arguments.workers,
         max_errors=arguments.max_errors,
+        restart=arguments.restart,
     )
+
+
+@exit_on_user_error
+def main() -> None:
+    options = build_options(arguments := parse_arguments())
     started_at_s = time.monotonic()
-    manifests = preprocess_with_progress(options)
+    try:
+        with LiveLine() as line:
+            result = preprocess(options, line.show, print_note)
+    except KeyboardInterrupt:
+        exit_interrupted(options)
     elapsed_s = time.monotonic() - started_at_s
-    for problem in next(iter(manifests.values())).problems:
-        print(f"dropped: {problem}", file=sys.stderr)
+    print_dropped(next(iter(result.manifests.values())).problems)
     if arguments.json:
-        outputs = {str(prefix): manifest.to_json() for prefix, manifest in manifests.items()}
-        print(orjson.dumps({"outputs": outputs, "elapsed_s": elapsed_s}, option=orjson.OPT_INDENT_2).decode())
+        outputs = {str(prefix): manifest.to_json() for prefix, manifest in result.manifests.items()}
+        summary = {"outputs": outputs, "was_complete": result.was_complete, "elapsed_s": elapsed_s}
+        print(orjson.dumps(summary, option=orjson.OPT_INDENT_2).decode())
         return
-    for prefix, manifest in manifests.items():
-        print(summarise(prefix, manifest, elapsed_s))
+    for prefix, manifest in result.manifests.items():
+        effort = f"{elapsed_s:.1f} s, {manifest.text_bytes / elapsed_s / 1e6:.1f} MB/s"
+        if result.was_complete:
+            effort = "already complete, nothing was written"
+        elif result.was_continued:
+            effort = f"{elapsed_s:.1f} s since it was continued"
+        print(f"{summarise(prefix, manifest)}; {effort}")
 
 
-def preprocess_with_progress(options: PreprocessOptions) -> dict[Path, Manifest]:
-    """Run with a live line on the terminal's stderr; where stderr is a file, it stays silent."""
-    console = Console(stderr=True)
-    bar = rich.progress.Progress(
-        rich.progress.BarColumn(),
-        rich.progress.DownloadColumn(),
-        rich.progress.TransferSpeedColumn(),
-        rich.progress.TextColumn("{task.fields[counts]}"),
-        rich.progress.TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task("", total=None, counts="")
+class LiveLine:
+    """A live line with rate and time left on the terminal's stderr; where stderr is a file, it stays silent."""
 
-        def show(progress: Progress) -> None:
-            counts = f"{progress.num_documents:,} documents, {progress.num_tokens:,} tokens"
-            bar.update(task, completed=progress.read_bytes, total=progress.total_bytes, counts=counts)
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.DownloadColumn(),
+            rich.progress.TransferSpeedColumn(),
+            rich.progress.TextColumn("{task.fields[counts]}"),
+            rich.progress.TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=None, counts="")
+        self._description = ""
 
-        return preprocess(options, show)
+    def __enter__(self) -> "LiveLine":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def show(self, progress: Progress) -> None:
+        description = "shuffling" if progress.is_shuffling else "encoding"
+        if description != self._description:  # what an earlier run has done must not count as speed
+            self._bar.reset(self._task, description=description, completed=progress.done_bytes)
+            self._description = description
+        counts = f"{progress.num_documents:,} documents, {progress.num_tokens:,} tokens"
+        self._bar.update(self._task, completed=progress.done_bytes, total=progress.total_bytes, counts=counts)
 
 
-def summarise(prefix: Path, manifest: Manifest, elapsed_s: float) -> str:
+def print_note(note: str) -> None:
+    print(f"note: {note}", file=sys.stderr)
+
+
+def print_dropped(problems: Sequence[str]) -> None:
+    for problem in problems[:MAX_PROBLEMS_SHOWN]:
+        print(f"dropped: {problem}", file=sys.stderr)
+    if len(problems) > MAX_PROBLEMS_SHOWN:
+        print(f"dropped: {len(problems) - MAX_PROBLEMS_SHOWN:,} more, listed in the manifest", file=sys.stderr)
+
+
+def exit_interrupted(options: PreprocessOptions) -> NoReturn:
+    """Say what remains; the exit code is that of the signal, as shells have it."""
+    rest = "nothing was done yet. Run the same command again."
+    if options.journal_path.exists():
+        rest = describe_continuation(options)
+    print(f"error: interrupted; {rest}", file=sys.stderr)
+    sys.exit(SIGNAL_EXIT_CODE + (received_signal or signal.SIGINT))
+
+
+received_signal: int | None = None
+
+
+def interrupt(number: int, frame: Any) -> NoReturn:
+    """Let SIGTERM, which schedulers send, end a run like Ctrl-C."""
+    global received_signal
+    received_signal = number
+    raise KeyboardInterrupt
+
+
+def summarise(prefix: Path, manifest: Manifest) -> str:
     num_in = manifest.num_documents + manifest.num_dropped_documents
     ignored = f", {len(manifest.ignored_files)} files of other types ignored" if manifest.ignored_files else ""
     return (
         f"{prefix}: {num_in:,} documents in, {manifest.num_documents:,} out, "
         f"{manifest.num_dropped_documents:,} dropped, {manifest.num_empty_documents:,} empty{ignored}; "
-        f"{manifest.num_tokens:,} tokens as {manifest.dtype}, "
-        f"{manifest.bytes_per_token:.2f} bytes a token; {elapsed_s:.1f} s, "
-        f"{manifest.text_bytes / elapsed_s / 1e6:.1f} MB/s"
+        f"{manifest.num_tokens:,} tokens as {manifest.dtype}, {manifest.bytes_per_token:.2f} bytes a token"
     )
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("error: interrupted; incomplete files were removed. Run the same command again.", file=sys.stderr)
-        sys.exit(INTERRUPTED_EXIT_CODE)
+    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGINT, interrupt)
+    main()

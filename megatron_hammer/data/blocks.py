@@ -230,8 +230,11 @@ def _read_slice(
 
 
 def _read_lines(stream: BinaryIO, file_slice: FileSlice, begin: Position, block_bytes: int) -> Iterator[Block]:
-    """A block is cut at a line end; the last line of a slice is the last that begins in it."""
-    end_offset = None if file_slice.is_whole else file_slice.end
+    """A block is cut at a line end; the last line of a slice is the last that begins in it.
+
+    A file that grows while it is read is read as far as it went at the start.
+    """
+    end_offset = None if is_compressed(file_slice.path) else file_slice.end
     offset = begin.offset
     if not begin.num_records and file_slice.start:
         offset = find_first_line(stream, file_slice.start)

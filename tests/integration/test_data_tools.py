@@ -3,14 +3,10 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from toy_tokenizer import TOY_TEXTS, train_toy_tokenizer, write_jsonl
@@ -37,14 +33,12 @@ def start(tool: str, *arguments: str | Path, cwd: Path) -> subprocess.Popen[str]
 def run(tool: str, *arguments: str | Path, cwd: Path) -> tuple[int, str, str]:
     process = start(tool, *arguments, cwd=cwd)
     stdout, stderr = process.communicate(timeout=WAIT_S)
-    return process.returncode, stdout, stderr
+    return process.returncode, stdout, without_notes(stderr)
 
 
-def wait_until(is_true: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + WAIT_S
-    while not is_true():
-        assert time.monotonic() < deadline_s, "waited too long"
-        time.sleep(0.02)
+def without_notes(stderr: str) -> str:
+    """The errors only: whether the toy tokenizer suits the fast encoder is not tested here."""
+    return "".join(line for line in stderr.splitlines(keepends=True) if not line.startswith("note: "))
 
 
 @pytest.fixture(scope="module")
@@ -206,54 +200,3 @@ def test_missing_files_exit_2_without_a_trace(
     tmp_path: Path, tool: str, arguments: tuple[str, ...], expected: str
 ) -> None:
     assert run(tool, *arguments, cwd=tmp_path) == (2, "", expected)
-
-
-@pytest.fixture
-def running_preprocessor(tmp_path: Path, tokenizer_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A run with two busy workers, early in an input that takes them several seconds."""
-    line = json.dumps({"text": "the quick brown fox jumps " * 40}) + "\n"
-    (tmp_path / "c.jsonl").write_text(line * 60_000)
-    process = start(
-        "preprocess_data.py",
-        *("--input", "c.jsonl", "--tokenizer-model", tokenizer_path, "--output-prefix", "out/c", "--workers", "2"),
-        cwd=tmp_path,
-    )
-    partial_path = tmp_path / "out" / "c_text_document.bin.partial"
-    wait_until(lambda: partial_path.exists() and partial_path.stat().st_size > 0)
-    yield process
-    process.kill()
-    process.communicate(timeout=WAIT_S)
-
-
-def find_workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The encoding processes, without multiprocessing's resource tracker, which outlives them by a moment."""
-    children = psutil.Process(process.pid).children()
-    return [child for child in children if any("spawn_main" in part for part in child.cmdline())]
-
-
-def test_ctrl_c_stops_and_leaves_nothing(tmp_path: Path, running_preprocessor: subprocess.Popen[str]) -> None:
-    os.killpg(running_preprocessor.pid, signal.SIGINT)
-    _, stderr = running_preprocessor.communicate(timeout=WAIT_S)
-    assert running_preprocessor.returncode == 130
-    assert stderr == "error: interrupted; incomplete files were removed. Run the same command again.\n"
-    assert not list((tmp_path / "out").iterdir())
-
-
-def test_workers_end_with_a_killed_parent(tmp_path: Path, running_preprocessor: subprocess.Popen[str]) -> None:
-    workers = find_workers(running_preprocessor)
-    assert len(workers) == 2
-    running_preprocessor.kill()
-    assert not psutil.wait_procs(workers, timeout=WAIT_S)[1]
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["c_text_document.bin.partial"]
-
-
-def test_a_killed_worker_ends_the_run(tmp_path: Path, running_preprocessor: subprocess.Popen[str]) -> None:
-    find_workers(running_preprocessor)[0].kill()
-    _, stderr = running_preprocessor.communicate(timeout=WAIT_S)
-    assert running_preprocessor.returncode == 2
-    assert re.fullmatch(
-        r"error: workers: every worker must live to the end, got one that died near c.jsonl:\d+. It was killed, "
-        r"most often for want of memory; pass fewer --workers or use a machine with more memory.\n",
-        stderr,
-    )
-    assert not list((tmp_path / "out").iterdir())

@@ -67,7 +67,8 @@ def test_reading_goes_on_from_any_position(tmp_path: Path) -> None:
         rest = read(slices, blocks[done].end, counts)
         assert texts_of(rest) == texts_of(blocks[done + 1 :])
         assert [block.end for block in rest[-1:]] == [block.end for block in blocks[done + 1 :][-1:]]
-        assert sum(counts) == pytest.approx(total_bytes, abs=20)
+        look_ahead_bytes = slices[4].size_bytes  # the start of a .json is read to see what it is
+        assert total_bytes - 20 <= sum(counts) <= total_bytes + look_ahead_bytes
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "b.jsonl", "f.parquet"])

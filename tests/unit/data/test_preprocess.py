@@ -1,5 +1,6 @@
 """Preprocessing gives what Megatron's builder would, whatever the workers do, and leaves nothing behind on an error."""
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -15,7 +16,8 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 from toy_tokenizer import TOY_TEXTS, train_toy_tokenizer, write_jsonl
 
 from megatron_hammer.data.manifest import Manifest, read_manifest
-from megatron_hammer.data.preprocess import PreprocessOptions, Progress, preprocess
+from megatron_hammer.data.preprocess import Progress, preprocess
+from megatron_hammer.data.preprocess_options import PreprocessOptions
 from megatron_hammer.data.readers import read_documents
 from megatron_hammer.errors import DataError, PlatformError
 from megatron_hammer.tokenizer.encoder import load_encoder
@@ -38,7 +40,7 @@ def run(
         json_keys=json_keys,
         **more,
     )
-    return preprocess(options)
+    return preprocess(options).manifests
 
 
 def error_of(*arguments, **options) -> str:
@@ -110,7 +112,20 @@ def test_manifest_counts_everything(tmp_path: Path, tokenizer_path: Path) -> Non
     assert [source.path for source in manifest.sources] == [str(corpus_path)]
     assert manifest.ignored_files == (str(tmp_path / "in" / "notes.md"),)
     assert manifest.tokenizer.sha256 == load_encoder(tokenizer_path).sha256
-    assert manifest.options == {"json_key": "text", "append_eod": True}
+    assert manifest.options == {
+        "json_key": "text",
+        "append_eod": True,
+        "prepend_bos": False,
+        "split_sentences": False,
+        "lang": None,
+        "keep_newlines": False,
+        "sentence_model_sha256": None,
+        "shuffle": False,
+        "seed": None,
+    }
+    assert manifest.num_sequences == len(TEXTS) - 1
+    assert manifest.bin_sha256 == hashlib.sha256(Path(f"{prefix}.bin").read_bytes()).hexdigest()
+    assert manifest.idx_sha256 == hashlib.sha256(Path(f"{prefix}.idx").read_bytes()).hexdigest()
 
 
 def test_every_key_gets_its_own_pair(tmp_path: Path, tokenizer_path: Path) -> None:

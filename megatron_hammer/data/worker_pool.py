@@ -1,0 +1,215 @@
+"""Blocks through a pool of processes and back in order, with a bound on the memory of all that is under way.
+
+Each worker has a pipe of its own: when a worker dies, even in the middle of a message, its pipe ends and the parent
+knows; when the parent dies, the workers' pipes end and they leave at once. A pool of the standard library shares one
+pipe between its workers and can wait for ever on the rest of a message whose sender was killed.
+"""
+
+import multiprocessing
+import os
+import pickle
+import queue
+import signal
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from typing import Any, cast
+
+import numpy as np
+
+from megatron_hammer.data.block_encoder import EncodedBlock
+from megatron_hammer.data.blocks import Block, Position
+from megatron_hammer.errors import HammerError, PlatformError
+
+MAX_BYTES_IN_FLIGHT = 32 << 20  # one block may be larger; then it is alone
+MAX_BLOCKS_PER_WORKER = 2  # one to work on and one to go on with at once
+JOIN_TIMEOUT_S = 5.0
+
+Encode = Callable[[Block], EncodedBlock]
+
+
+def encode_in_order(
+    blocks: Iterable[Block],
+    build_encode: Callable[[], Encode],
+    num_workers: int,
+    locate: Callable[[Position], str] = str,
+) -> Generator[EncodedBlock]:
+    """Yield the encoded blocks in the order of the input; with one worker, in this process.
+
+    build_encode: called once in each worker, to which it must be sendable. locate: file:line for messages.
+    An error of `blocks` is raised after everything before it has been yielded, and one of a worker at its block.
+    Raises PlatformError as soon as a worker has died.
+    """
+    if num_workers == 1:
+        encode = build_encode()
+        yield from (encode(block) for block in blocks)
+        return
+    pool = _Pool(locate)
+    try:
+        pool.start(build_encode, num_workers)
+        yield from pool.run(_Feed(iter(blocks)))
+    finally:
+        pool.stop()
+
+
+class _Feed:
+    """The blocks with the next one in sight, and the error that ended them."""
+
+    def __init__(self, blocks: Iterator[Block]):
+        self._blocks = blocks
+        self.error: Exception | None = None
+        self.advance()
+
+    def advance(self) -> None:
+        self.block: Block | None = None
+        try:
+            self.block = next(self._blocks, None)
+        except Exception as error:
+            self.error = error
+
+
+class _Worker:
+    """The parent's end of one process; `in_hand`: number and beginning of the blocks sent and not yet answered."""
+
+    def __init__(self, build_encode: Callable[[], Encode]):
+        # spawn: a fork would copy whatever threads the caller has, in whatever state they are
+        context = multiprocessing.get_context("spawn")
+        self.in_hand: deque[tuple[int, Position]] = deque()
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, build_encode), daemon=True)
+        # these reach every process of a terminal or a job; a worker leaves them to the parent
+        old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
+            theirs.close()
+
+
+class _Pool:
+    def __init__(self, locate: Callable[[Position], str]):
+        self._locate = locate
+        self._workers: list[_Worker] = []
+        self._results: dict[int, EncodedBlock | Exception] = {}
+        self._sizes_bytes: deque[int] = deque()  # of the blocks under way, in order
+        self._first = 0  # number of the oldest of them
+
+    def start(self, build_encode: Callable[[], Encode], num_workers: int) -> None:
+        for _ in range(num_workers):
+            self._workers.append(_Worker(build_encode))
+
+    def run(self, feed: _Feed) -> Iterator[EncodedBlock]:
+        while True:
+            self._send(feed)
+            if not self._sizes_bytes:
+                break
+            if self._first in self._results:
+                yield self._take()
+            else:
+                self._receive()
+        if feed.error is not None:
+            raise feed.error
+
+    def stop(self) -> None:
+        """End the workers, whatever they are doing."""
+        for worker in self._workers:
+            worker.connection.close()
+        for worker in self._workers:
+            worker.process.join(JOIN_TIMEOUT_S)
+            if worker.process.is_alive():
+                worker.process.kill()
+                worker.process.join()
+
+    def _send(self, feed: _Feed) -> None:
+        """Hand out blocks as long as a worker has room and memory allows."""
+        while (block := feed.block) is not None:
+            worker = min(self._workers, key=lambda worker: len(worker.in_hand))
+            is_full = sum(self._sizes_bytes) + len(block.payload) > MAX_BYTES_IN_FLIGHT
+            if len(worker.in_hand) >= MAX_BLOCKS_PER_WORKER or (self._sizes_bytes and is_full):
+                return
+            worker.in_hand.append((self._first + len(self._sizes_bytes), block.begin))
+            self._sizes_bytes.append(len(block.payload))
+            try:
+                send_object(worker.connection, block)
+            except OSError as error:
+                raise self._explain_death(worker) from error
+            del block  # a large one must not stay while the next is read
+            feed.advance()
+
+    def _receive(self) -> None:
+        busy = {worker.connection: worker for worker in self._workers if worker.in_hand}
+        for connection in wait(list(busy)):
+            worker = busy[cast(Connection, connection)]
+            try:
+                result = receive_object(worker.connection)
+            except (EOFError, OSError) as error:
+                raise self._explain_death(worker) from error
+            number, _ = worker.in_hand.popleft()
+            self._results[number] = result
+
+    def _take(self) -> EncodedBlock:
+        result = self._results.pop(self._first)
+        self._first += 1
+        self._sizes_bytes.popleft()
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def _explain_death(self, worker: _Worker) -> PlatformError:
+        return PlatformError(
+            "workers: every worker must live to the end, got one that died near "
+            f"{self._locate(worker.in_hand[0][1])}. It was killed, most often for want of memory; "
+            "pass fewer --workers or use a machine with more memory."
+        )
+
+
+def _serve(connection: Connection, build_encode: Callable[[], Encode]) -> None:
+    """The worker: answer every block until the parent's end of the pipe is gone."""
+    blocks: queue.SimpleQueue[Block] = queue.SimpleQueue()
+    threading.Thread(target=_receive_blocks, args=(connection, blocks), daemon=True).start()
+    encode: Encode | None = None
+    while True:
+        block = blocks.get()
+        answer: EncodedBlock | Exception
+        try:
+            encode = encode or build_encode()
+            answer = encode(block)
+        except Exception as error:
+            is_explained = isinstance(error, HammerError)
+            answer = error if is_explained else RuntimeError(f"a worker failed:\n{traceback.format_exc()}")
+        del block  # a large one must not stay while waiting for the next
+        with suppress(OSError):  # then the parent is gone, and so is this process in a moment
+            send_object(connection, answer)
+        del answer
+
+
+def _receive_blocks(connection: Connection, blocks: "queue.SimpleQueue[Block]") -> None:
+    """Always ready to receive, so that the parent never waits for a worker that waits for the parent."""
+    with suppress(EOFError, OSError):
+        while True:
+            blocks.put(receive_object(connection))
+    os._exit(0)
+
+
+def send_object(connection: Connection, thing: Any) -> None:
+    """Send with pickle; numpy arrays go from their own memory, without a copy."""
+    buffers: list[pickle.PickleBuffer] = []
+    head = pickle.dumps(thing, protocol=5, buffer_callback=buffers.append)
+    views = [buffer.raw() for buffer in buffers]
+    connection.send_bytes(pickle.dumps((head, [view.nbytes for view in views])))
+    for view in views:
+        if view.nbytes:
+            connection.send_bytes(view)
+
+
+def receive_object(connection: Connection) -> Any:
+    """Receive what `send_object` sent."""
+    head, sizes_bytes = pickle.loads(connection.recv_bytes())
+    buffers = [np.empty(size_bytes, dtype=np.uint8) for size_bytes in sizes_bytes]
+    for buffer in buffers:
+        if buffer.nbytes:
+            connection.recv_bytes_into(buffer)
+    return pickle.loads(head, buffers=buffers)
