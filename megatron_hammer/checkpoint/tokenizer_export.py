@@ -78,7 +78,7 @@ def export_tokenizer_folder(
         if chat_template is not None:
             (partial_dir / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
         encoder = load_encoder(source)
-        samples = verify_with_transformers(encoder, partial_dir, _list_samples(encoder))
+        samples = verify_with_transformers(encoder, partial_dir, list_samples(encoder))
         corpus = verify_with_transformers(encoder, partial_dir, documents, on_document)
     return ExportedFolder(tokenizer=tokenizer, samples=samples, corpus=corpus)
 
@@ -92,7 +92,8 @@ def read_chat_template(path: Path) -> str:
         raise ConversionError(f"{path}: chat template cannot be read ({cause}). Check the path.") from error
 
 
-def _list_samples(encoder: Encoder) -> Iterable[Document]:
+def list_samples(encoder: Encoder) -> Iterable[Document]:
+    """Texts that have told tokenizers apart, and every piece of a SentencePiece model by itself."""
     texts = [*SAMPLE_TEXTS]
     if isinstance(encoder, SentencePieceEncoder):
         texts += list_piece_texts(read_sentencepiece_model(encoder.path))

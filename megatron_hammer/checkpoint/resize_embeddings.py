@@ -1,0 +1,330 @@
+"""A Hugging Face model for an extended tokenizer: new rows in its embeddings, everything else byte for byte.
+
+A new piece's row is the mean of the rows of the old pieces that spell it, in the input embeddings and in the output
+layer alike; the mean is computed in fp32 and stored in the matrix's dtype. A new piece that no old piece spells (a
+byte) gets the mean of all old pieces. Rows behind the old pieces are padding, of which no text ever made use: new
+pieces take their place, and those that no new piece needs stay.
+
+Left out on purpose: making a vocabulary smaller, quantised weights, and models whose embeddings have other names.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_hammer.checkpoint.partial_directory import open_directory_atomically
+from megatron_hammer.checkpoint.safetensors_copy import (
+    InsertedRows,
+    StoredTensor,
+    copy_with_rows,
+    list_different_tensors,
+    read_stored_tensors,
+)
+from megatron_hammer.checkpoint.safetensors_stream import INDEX_FILE
+from megatron_hammer.checkpoint.tokenizer_export import HF_TOKENIZER_FILES, export_tokenizer, list_samples
+from megatron_hammer.checkpoint.tokenizer_verification import verify_with_transformers
+from megatron_hammer.errors import ConversionError
+from megatron_hammer.tokenizer.encoder import Encoder, load_encoder
+from megatron_hammer.tokenizer.extension import spell_new_pieces, validate_extension
+
+EMBEDDING_NAMES = ("model.embed_tokens.weight", "transformer.wte.weight")  # Llama, Qwen2, Mistral, ...; GPT-2
+HEAD_NAME = "lm_head.weight"
+HEAD_BIAS_NAME = "lm_head.bias"
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+MODEL_CARD_NAME = "README.md"  # it speaks of the model before; what it says of the vocabulary is not true any more
+MAX_PADDING_ROWS = 1024  # a vocabulary is padded to a multiple of at most that; more means another tokenizer
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResizeOptions:
+    """has_tokenizer: False leaves the tokenizer's files out, for one that Hugging Face cannot express."""
+
+    model_dir: Path
+    old_tokenizer_path: Path
+    new_tokenizer_path: Path
+    save_dir: Path
+    has_tokenizer: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResizeReport:
+    """What was written. num_reused_padding_rows: of the new pieces' rows, those that were padding before.
+
+    num_unspelled_pieces: new pieces that got the mean of all old ones. left_out: files and folders not copied.
+    """
+
+    save_dir: Path
+    resized: tuple[str, ...]
+    num_old_rows: int
+    num_new_rows: int
+    num_added_pieces: int
+    num_reused_padding_rows: int
+    num_kept_padding_rows: int
+    num_unspelled_pieces: int
+    num_copied_tensors: int
+    left_out: tuple[str, ...]
+    elapsed_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Model:
+    """A folder that has been read: its configuration, its files of weights, and where each tensor lies."""
+
+    directory: Path
+    config: dict[str, Any]
+    index: dict[str, Any] | None
+    shard_names: tuple[str, ...]
+    tensors: Mapping[str, StoredTensor]
+    matrices: tuple[str, ...]
+
+    @property
+    def num_rows(self) -> int:
+        return self.tensors[self.matrices[0]].shape[0]
+
+
+def resize_embeddings(options: ResizeOptions, on_stage: Callable[[str], None] = lambda stage: None) -> ResizeReport:
+    """Write `options.save_dir`, complete and read back, or nothing; `on_stage` is told what is being done.
+
+    Raises ConversionError for a model that cannot be resized, DataError if the tokenizers do not fit each other.
+    """
+    started_at_s = time.monotonic()
+    model = _read_model(options.model_dir)
+    old, new = load_encoder(options.old_tokenizer_path), load_encoder(options.new_tokenizer_path)
+    validate_extension(old, new)
+    _validate_rows(model, old)
+    with open_directory_atomically(options.save_dir) as partial_dir:
+        on_stage("spelling new pieces")
+        spellings = list(spell_new_pieces(old, new))
+        on_stage("computing rows")
+        inserted = {name: _build_rows(model.tensors[name], old.vocab_size, spellings) for name in model.matrices}
+        _write_weights(model, partial_dir, inserted, on_stage)
+        left_out = _copy_other_files(model.directory, partial_dir)
+        _write_config(model, partial_dir, max(model.num_rows, new.vocab_size))
+        if options.has_tokenizer:
+            on_stage("writing the tokenizer")
+            _write_tokenizer(model, new, partial_dir)
+    return ResizeReport(
+        save_dir=options.save_dir,
+        resized=model.matrices,
+        num_old_rows=model.num_rows,
+        num_new_rows=max(model.num_rows, new.vocab_size),
+        num_added_pieces=new.vocab_size - old.vocab_size,
+        num_reused_padding_rows=min(model.num_rows, new.vocab_size) - old.vocab_size,
+        num_kept_padding_rows=max(0, model.num_rows - new.vocab_size),
+        num_unspelled_pieces=sum(not ids for ids in spellings),
+        num_copied_tensors=len(model.tensors) - len(model.matrices),
+        left_out=left_out,
+        elapsed_s=time.monotonic() - started_at_s,
+    )
+
+
+def _read_model(directory: Path) -> _Model:
+    config = _read_json(directory / "config.json")
+    index_path = directory / INDEX_FILE
+    index = _read_json(index_path) if index_path.is_file() else None
+    if index is not None and not isinstance(index.get("weight_map"), dict):
+        raise ConversionError(f"{index_path}: index must hold a weight_map, got none. Fetch the file again.")
+    shard_names = tuple(dict.fromkeys(index["weight_map"].values())) if index else ("model.safetensors",)
+    tensors: dict[str, StoredTensor] = {}
+    for name in shard_names:
+        tensors |= read_stored_tensors(directory / name)[0]
+    return _Model(
+        directory=directory,
+        config=config,
+        index=index,
+        shard_names=shard_names,
+        tensors=tensors,
+        matrices=_find_matrices(directory, config, tensors),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ConversionError(
+            f"{path}: file of a Hugging Face model cannot be read ({error.strerror}). Check --model."
+        ) from error
+    except ValueError as error:
+        raise ConversionError(f"{path}: file must be JSON, got {error}. Fetch it again.") from error
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path}: file must hold a JSON object, got {type(content).__name__}. Fetch it again.")
+    return content
+
+
+def _find_matrices(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> tuple[str, ...]:
+    """Names of the matrices with a row a piece; raises ConversionError, all reasons at once, where they are not known.
+
+    An output layer that is stored although it is tied is resized like the embeddings.
+    """
+    embedding = next((name for name in EMBEDDING_NAMES if name in tensors), None)
+    if embedding is None:
+        raise ConversionError(
+            f"{directory}: weights must hold {' or '.join(EMBEDDING_NAMES)}, got neither among {len(tensors)} tensors. "
+            "Only models with these names can be resized."
+        )
+    names = (embedding, *([HEAD_NAME] if HEAD_NAME in tensors else []))
+    num_rows = tensors[embedding].shape[0]
+    checks = [
+        ("quantization_config" in config, "config.json", "weights must not be quantised, got a quantization_config"),
+        (
+            config.get("vocab_size") != num_rows,
+            "config.json",
+            f"vocab_size must be the rows of {embedding}, got vocab_size={config.get('vocab_size')}, rows={num_rows}",
+        ),
+        (
+            config.get("tie_word_embeddings") is False and HEAD_NAME not in tensors,
+            "config.json",
+            f"a model that is not tied must hold {HEAD_NAME}, got none",
+        ),
+        (HEAD_BIAS_NAME in tensors, HEAD_BIAS_NAME, "output layer must have no bias, got one"),
+        *(
+            (
+                tensors[name].dtype not in DTYPES,
+                name,
+                f"weights must be {', '.join(DTYPES)}, got {tensors[name].dtype}",
+            )
+            for name in names
+        ),
+        *(
+            (
+                len(tensors[name].shape) != 2 or tensors[name].shape[0] != num_rows,
+                name,
+                f"expected a matrix of {num_rows} rows, got {tensors[name].shape}",
+            )
+            for name in names
+        ),
+    ]
+    problems = [
+        f"{directory}: {where}: {fact}. This model cannot be resized." for is_wrong, where, fact in checks if is_wrong
+    ]
+    if problems:
+        raise ConversionError(*problems)
+    return names
+
+
+def _validate_rows(model: _Model, old: Encoder) -> None:
+    num_padding_rows = model.num_rows - old.vocab_size
+    if not 0 <= num_padding_rows <= MAX_PADDING_ROWS:
+        raise ConversionError(
+            f"{old.path}: old tokenizer must be the model's, with at most {MAX_PADDING_ROWS:,} rows of padding, got "
+            f"{old.vocab_size:,} pieces for {model.num_rows:,} rows in {model.directory}. "
+            "Pass the tokenizer that the model was trained with."
+        )
+
+
+def _build_rows(stored: StoredTensor, num_old_pieces: int, spellings: Iterable[list[int]]) -> InsertedRows:
+    """The new pieces' rows of one matrix, in its dtype."""
+    old_rows = _read_matrix(stored)[:num_old_pieces]
+    rows = mean_rows(old_rows, spellings)
+    return InsertedRows(
+        first_row=num_old_pieces,
+        num_rows=len(rows),
+        data=memoryview(rows.reshape(-1).view(torch.uint8).numpy()),
+    )
+
+
+def mean_rows(old_rows: Tensor, spellings: Iterable[list[int]]) -> Tensor:
+    """One row a spelling: the mean of the old rows that it names, or of all of them where it names none.
+
+    old_rows: [pieces, h], any float dtype. Returns [spellings, h] in the same dtype; the mean is computed in fp32.
+    """
+    mean_of_all = None
+    rows = []
+    for ids in spellings:
+        if ids:
+            rows.append(old_rows[ids].float().mean(dim=0).to(old_rows.dtype))
+            continue
+        if mean_of_all is None:
+            mean_of_all = old_rows.float().mean(dim=0).to(old_rows.dtype)
+        rows.append(mean_of_all)
+    return torch.stack(rows)
+
+
+def _read_matrix(stored: StoredTensor) -> Tensor:
+    dtype = DTYPES[stored.dtype]
+    flat = torch.from_file(
+        str(stored.path), shared=False, size=stored.start + stored.num_bytes, dtype=torch.uint8
+    )  # a mapping of the file: only what is looked at is read
+    return flat[stored.start :].clone().view(dtype).reshape(stored.shape)
+
+
+def _write_weights(
+    model: _Model, target_dir: Path, inserted: Mapping[str, InsertedRows], on_stage: Callable[[str], None]
+) -> None:
+    """Every shard under its name, read back and compared; an index with the new sizes if the model has one."""
+    for name in model.shard_names:
+        on_stage(f"writing {name}")
+        source, target = model.directory / name, target_dir / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        copy_with_rows(source, target, inserted)
+        on_stage(f"reading back {name}")
+        if different := list_different_tensors(source, target, inserted):
+            raise ConversionError(
+                *(
+                    f"{tensor}: what was written must read back equal, got a difference in {target}. Check the disk."
+                    for tensor in different
+                )
+            )
+    if model.index is not None:
+        _write_json(target_dir / INDEX_FILE, _resize_index(model.index, model, target_dir))
+
+
+def _resize_index(index: dict[str, Any], model: _Model, target_dir: Path) -> dict[str, Any]:
+    """transformers counts the bytes, and since version 5 the parameters, of all shards in the index."""
+    metadata = dict(index.get("metadata", {}))
+    written = [tensor for name in model.shard_names for tensor in read_stored_tensors(target_dir / name)[0].values()]
+    if "total_size" in metadata:
+        metadata["total_size"] = sum(tensor.num_bytes for tensor in written)
+    if "total_parameters" in metadata:
+        grown = sum(tensor.num_bytes for tensor in written) - sum(tensor.num_bytes for tensor in model.tensors.values())
+        itemsize = DTYPES[model.tensors[model.matrices[0]].dtype].itemsize
+        metadata["total_parameters"] += grown // itemsize
+    return index | {"metadata": metadata}
+
+
+def _copy_other_files(source_dir: Path, target_dir: Path) -> tuple[str, ...]:
+    """Copy what is neither weights nor the old tokenizer's nor config.json; returns what was left out."""
+    left_out = []
+    for path in sorted(source_dir.iterdir()):
+        if path.name in (*HF_TOKENIZER_FILES, INDEX_FILE, "config.json", "added_tokens.json"):
+            continue
+        if (target_dir / path.name).exists():
+            continue
+        if path.is_dir() or path.name == MODEL_CARD_NAME or path.name.endswith(WEIGHT_SUFFIXES):
+            left_out.append(path.name)
+            continue
+        shutil.copyfile(path, target_dir / path.name)
+    return tuple(left_out)
+
+
+def _write_config(model: _Model, target_dir: Path, num_rows: int) -> None:
+    _write_json(target_dir / "config.json", model.config | {"vocab_size": num_rows})
+
+
+def _write_tokenizer(model: _Model, new: Encoder, target_dir: Path) -> None:
+    """The new tokenizer's files, held to it through transformers; the model's chat template stays with it."""
+    export_tokenizer(new.path, target_dir, max_length=_find_max_length(model))
+    template = model.directory / "chat_template.jinja"
+    if template.is_file() and not (target_dir / template.name).exists():
+        shutil.copyfile(template, target_dir / template.name)
+    verify_with_transformers(new, target_dir, list_samples(new))
+
+
+def _find_max_length(model: _Model) -> int | None:
+    path = model.directory / "tokenizer_config.json"
+    saved = _read_json(path).get("model_max_length") if path.is_file() else None
+    max_length = saved if isinstance(saved, int) else model.config.get("max_position_embeddings")
+    return max_length if isinstance(max_length, int) else None
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,151 @@
+"""Copies a safetensors file byte for byte, except for rows put into some of its matrices; memory for one chunk.
+
+Nothing is decoded, so that what is not changed cannot change. Format: see safetensors_stream.py.
+"""
+
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from megatron_hammer.errors import ConversionError
+
+CHUNK_BYTES = 1 << 24
+HEADER_ALIGNMENT_BYTES = 8
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+METADATA = "__metadata__"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies: `start` counts bytes from the beginning of the file. dtype: as safetensors spells it."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InsertedRows:
+    """Rows `first_row` and on of a matrix become `data`, row-major bytes; rows behind them, if any, stay."""
+
+    first_row: int
+    num_rows: int
+    data: memoryview
+
+
+def read_stored_tensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors of a file by name, in the order of their bytes, and its metadata.
+
+    Raises ConversionError if the file is not a complete safetensors file.
+    """
+    try:
+        with path.open("rb") as file:
+            (header_bytes,) = struct.unpack("<Q", file.read(8))
+            if header_bytes > MAX_HEADER_BYTES:
+                raise ValueError("a header beyond safetensors' limit")
+            header: dict[str, Any] = json.loads(file.read(header_bytes))
+        metadata = header.pop(METADATA, {})
+        data_start = 8 + header_bytes
+        entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+        tensors = {
+            name: StoredTensor(
+                path=path,
+                dtype=entry["dtype"],
+                shape=tuple(entry["shape"]),
+                start=data_start + entry["data_offsets"][0],
+                num_bytes=entry["data_offsets"][1] - entry["data_offsets"][0],
+            )
+            for name, entry in entries
+        }
+        expected_bytes = data_start + sum(tensor.num_bytes for tensor in tensors.values())
+        if expected_bytes != path.stat().st_size:
+            raise ValueError(f"{path.stat().st_size:,} bytes where its header says {expected_bytes:,}")
+    except OSError as error:
+        raise ConversionError(f"{path}: weights cannot be read ({error.strerror}). Check the path.") from error
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise ConversionError(
+            f"{path}: file must be complete safetensors, got {error}. Fetch it again; it may be truncated."
+        ) from error
+    return tensors, metadata
+
+
+def copy_with_rows(source: Path, target: Path, inserted: Mapping[str, InsertedRows]) -> None:
+    """Write `source` again with rows put into the matrices that `inserted` names; every other byte of data is equal."""
+    tensors, metadata = read_stored_tensors(source)
+    with source.open("rb") as reader, target.open("wb") as writer:
+        writer.write(_build_header(tensors, metadata, inserted))
+        for name, tensor in tensors.items():
+            for chunk in _iterate_chunks(reader, tensor, inserted.get(name)):
+                writer.write(chunk)
+
+
+def list_different_tensors(source: Path, target: Path, inserted: Mapping[str, InsertedRows]) -> list[str]:
+    """Names of tensors in `target` that are not what `copy_with_rows` writes, read back from both files."""
+    tensors, _ = read_stored_tensors(source)
+    written, _ = read_stored_tensors(target)
+    if list(tensors) != list(written):
+        return sorted(tensors.keys() ^ written.keys()) or list(tensors)
+    different = []
+    with source.open("rb") as reader, target.open("rb") as checked:
+        for name, tensor in tensors.items():
+            copy = written[name]
+            checked.seek(copy.start)
+            is_equal = copy.shape == _new_shape(tensor, inserted.get(name)) and copy.dtype == tensor.dtype
+            for chunk in _iterate_chunks(reader, tensor, inserted.get(name)):
+                is_equal = is_equal and checked.read(len(chunk)) == chunk
+            if not is_equal:
+                different.append(name)
+    return different
+
+
+def _iterate_chunks(
+    reader: BinaryIO, tensor: StoredTensor, inserted: InsertedRows | None
+) -> Iterator[bytes | memoryview]:
+    if inserted is None:
+        yield from _read_range(reader, tensor.start, tensor.num_bytes)
+        return
+    row_bytes = tensor.num_bytes // tensor.shape[0]
+    yield from _read_range(reader, tensor.start, inserted.first_row * row_bytes)
+    for start in range(0, len(inserted.data), CHUNK_BYTES):
+        yield inserted.data[start : start + CHUNK_BYTES]
+    last_row = inserted.first_row + inserted.num_rows
+    if last_row < tensor.shape[0]:
+        yield from _read_range(reader, tensor.start + last_row * row_bytes, (tensor.shape[0] - last_row) * row_bytes)
+
+
+def _read_range(reader: BinaryIO, start: int, num_bytes: int) -> Iterator[bytes]:
+    reader.seek(start)
+    while num_bytes:
+        chunk = reader.read(min(CHUNK_BYTES, num_bytes))
+        if not chunk:
+            raise ConversionError(f"{reader.name}: weights end early. Something else writes this file; try again.")
+        num_bytes -= len(chunk)
+        yield chunk
+
+
+def _new_shape(tensor: StoredTensor, inserted: InsertedRows | None) -> tuple[int, ...]:
+    if inserted is None:
+        return tensor.shape
+    return (max(tensor.shape[0], inserted.first_row + inserted.num_rows), *tensor.shape[1:])
+
+
+def _build_header(
+    tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str], inserted: Mapping[str, InsertedRows]
+) -> bytes:
+    header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
+    offset = 0
+    for name, tensor in tensors.items():
+        shape = _new_shape(tensor, inserted.get(name))
+        num_bytes = tensor.num_bytes
+        if shape != tensor.shape:
+            num_bytes = tensor.num_bytes // tensor.shape[0] * shape[0]
+        header[name] = {"dtype": tensor.dtype, "shape": list(shape), "data_offsets": [offset, offset + num_bytes]}
+        offset += num_bytes
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    encoded += b" " * (-len(encoded) % HEADER_ALIGNMENT_BYTES)
+    return struct.pack("<Q", len(encoded)) + encoded

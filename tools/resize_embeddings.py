@@ -1,0 +1,61 @@
+#!/usr/bin/env python3
+"""Give a Hugging Face model rows for an extended tokenizer; each new row is the mean of those of the old pieces.
+
+python tools/resize_embeddings.py --model hf/base --old-tokenizer old.model --new-tokenizer merged.model --save hf/new
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from megatron_hammer.checkpoint.resize_embeddings import ResizeOptions, ResizeReport, resize_embeddings
+from megatron_hammer.errors import exit_on_user_error
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, metavar="HF_DIR", help="folder of a Hugging Face model")
+    parser.add_argument("--old-tokenizer", type=Path, required=True, help="the one that the model was trained with")
+    parser.add_argument("--new-tokenizer", type=Path, required=True, help="the same ids and more behind them")
+    parser.add_argument("--save", type=Path, required=True, help="folder to make; it must be absent or empty")
+    parser.add_argument("--no-tokenizer", action="store_true", help="write no tokenizer files")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a sentence")
+    return parser.parse_args()
+
+
+@exit_on_user_error
+def main() -> None:
+    arguments = parse_arguments()
+    options = ResizeOptions(
+        model_dir=arguments.model,
+        old_tokenizer_path=arguments.old_tokenizer,
+        new_tokenizer_path=arguments.new_tokenizer,
+        save_dir=arguments.save,
+        has_tokenizer=not arguments.no_tokenizer,
+    )
+    with Console(stderr=True).status("reading the model") as status:
+        report = resize_embeddings(options, lambda stage: status.update(stage))
+    if arguments.json:
+        print(json.dumps(dataclasses.asdict(report), default=str, ensure_ascii=False, indent=2))
+    else:
+        print(summarise(report))
+
+
+def summarise(report: ResizeReport) -> str:
+    parts = [
+        f"{', '.join(report.resized)} from {report.num_old_rows:,} to {report.num_new_rows:,} rows",
+        f"{report.num_added_pieces:,} new pieces, {report.num_reused_padding_rows:,} of them in rows of padding, "
+        f"{report.num_unspelled_pieces:,} from the mean of all old pieces",
+        f"{report.num_kept_padding_rows:,} rows of padding kept",
+        f"{report.num_copied_tensors:,} other tensors copied",
+    ]
+    if report.left_out:
+        parts.append(f"left out: {', '.join(report.left_out)}")
+    return f"{report.save_dir}: {'; '.join(parts)}; {report.elapsed_s:.1f} s"
+
+
+if __name__ == "__main__":
+    main()
