@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Join .bin/.idx pairs into one: the shards of a preprocessing job in their order, or other pairs as they are named.
 
-    python tools/merge_data.py --input data/corpus-*-of-*_text_document --output-prefix data/corpus_text_document
+    python tools/merge_data.py --input 'data/corpus-*_text_document' --output-prefix data/corpus_text_document
 
 All parts must have the same dtype, tokenizer and options; all shards of the job must be there. The shards of a job give
 the .bin, .idx and manifest of the job done at once; with --shuffle, those of the job done with --shuffle.

@@ -17,6 +17,7 @@ from megatron_hammer.data.atomic_files import cannot_write, open_atomically, par
 from megatron_hammer.data.documents import Documents, read_documents
 from megatron_hammer.data.index_format import DOCUMENT_BYTES, LENGTH_BYTES, bin_path, count_index_bytes, idx_path
 from megatron_hammer.data.indexed import IndexedWriter
+from megatron_hammer.data.journal import lock_outputs
 from megatron_hammer.data.manifest import Manifest, SourceFile, encode_manifest, hash_file, manifest_path
 from megatron_hammer.data.merge_parts import SOURCE_OPTIONS, Part, find_part_prefixes, order_parts, read_parts
 from megatron_hammer.data.shuffle import (
@@ -64,8 +65,8 @@ def merge_pairs(
     """Join the pairs that the inputs stand for into `output_prefix`, and write a manifest if the parts have some.
 
     seed: shuffle the documents of all parts with it; None keeps their order. on_progress: gets the bytes moved so far,
-    of all that will be. Raises DataError, and leaves nothing, if parts are missing, damaged or do not match, or if the
-    disk is too small.
+    of all that will be. Raises DataError, and leaves nothing, if parts are missing, damaged or do not match, if the
+    disk is too small, or if another process is writing the same output.
     """
     parts = order_parts(read_parts(find_part_prefixes(inputs, output_prefix)))
     refuse_small_disk(parts, output_prefix, is_shuffled=seed is not None)
@@ -78,7 +79,7 @@ def merge_pairs(
         done_bytes += num_bytes
         on_progress(done_bytes, total_bytes)
 
-    with IndexedWriter(output_prefix, dtype) as writer:
+    with lock_outputs(Path(f"{output_prefix}.lock")), IndexedWriter(output_prefix, dtype) as writer:
         if seed is None:
             _copy(parts, writer, count)
         else:

@@ -12,6 +12,7 @@ from megatron_hammer.data.manifest import Manifest, manifest_path, read_manifest
 from megatron_hammer.errors import DataError
 
 PAIR_SUFFIXES = (".idx", ".bin")
+COMPANION_SUFFIXES = (".bin", ".manifest.json")
 MAX_SHARDS_SHOWN = 10
 # Options that may differ between parts: they say where the documents come from, not how they were made into ids.
 SOURCE_OPTIONS = ("json_key", "shuffle", "seed")
@@ -36,7 +37,7 @@ def find_part_prefixes(inputs: Sequence[str], output_prefix: Path) -> list[Path]
     """
     prefixes: dict[Path, Path] = {}
     problems = []
-    for item in inputs:
+    for item in _drop_companions(inputs):
         found, item_problems = _resolve_input(item, output_prefix)
         problems += item_problems
         for prefix in found:
@@ -101,6 +102,13 @@ def _shard_index(part: Part) -> int:
 
 
 # --- inputs ----------------------------------------------------------------------------------------------------------
+
+
+def _drop_companions(inputs: Sequence[str]) -> list[str]:
+    """Leave out the other files of a pair whose .idx is named too, as where a shell has expanded `parts/*`."""
+    pairs = [item.removesuffix(".idx") for item in inputs if item.endswith(".idx")]
+    companions = {f"{prefix}{suffix}" for prefix in pairs for suffix in COMPANION_SUFFIXES}
+    return [item for item in inputs if item not in companions]
 
 
 def _resolve_input(text: str, output_prefix: Path) -> tuple[list[Path], list[str]]:

@@ -11,6 +11,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_hammer.data import merge
 from megatron_hammer.data.indexed import IndexedWriter, bin_path, idx_path, read_index
+from megatron_hammer.data.journal import lock_outputs
 from megatron_hammer.data.manifest import (
     Manifest,
     Shard,
@@ -211,6 +212,14 @@ def test_inputs_may_be_files_and_names_with_brackets(tmp_path: Path) -> None:
     assert merged.parts == tuple(parts)
 
 
+def test_a_pattern_may_be_expanded_by_the_shell(tmp_path: Path) -> None:
+    (tmp_path / "parts").mkdir()
+    shards = write_shards(tmp_path / "parts")
+    inputs = sorted(map(str, (tmp_path / "parts").iterdir()))
+    assert len(inputs) == 9
+    assert merge_pairs(inputs, tmp_path / "merged").parts == tuple(shards)
+
+
 def problems_of(inputs: list[Path | str], output_prefix: Path, seed: int | None = None) -> list[str]:
     with pytest.raises(DataError) as caught:
         merge_pairs(list(map(str, inputs)), output_prefix, seed=seed)
@@ -405,6 +414,13 @@ def test_an_interrupt_while_publishing_leaves_no_manifest_alone(
     with pytest.raises(KeyboardInterrupt):
         merge_pairs(list(map(str, shards)), tmp_path / "merged")
     assert list_names(tmp_path) == names
+
+
+def test_two_merges_into_the_same_output(tmp_path: Path) -> None:
+    shards = write_shards(tmp_path)
+    with lock_outputs(tmp_path / "merged.lock"):
+        (problem,) = problems_of(shards, tmp_path / "merged")
+    assert problem.startswith(f"{tmp_path}/merged.lock: another run is writing this output, got process ")
 
 
 @pytest.mark.parametrize("seed, needed_bytes", [(None, 636), (3, 636 + 13 * 4 + 11 * 16 + (128 << 20))])
