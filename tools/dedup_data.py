@@ -7,6 +7,8 @@ A kept JSON line is written as it was; of a Parquet row or a text file the text 
 
 import argparse
 import dataclasses
+import os
+import sys
 import time
 from pathlib import Path
 
@@ -18,7 +20,13 @@ from megatron_hammer.data.deduplication import DedupCounts, DedupOptions, dedupl
 from megatron_hammer.data.near_duplicates import NearDuplicateOptions, removal_probability
 from megatron_hammer.errors import exit_on_user_error
 
+INTERRUPTED_EXIT_CODE = 130
 SHOWN_SIMILARITIES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+
+
+def count_cores() -> int:
+    """Return the cores that this process may use, which a scheduler may have limited."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -42,9 +50,15 @@ def parse_arguments() -> argparse.Namespace:
     near.add_argument(
         "--num-permutations", type=int, default=defaults.num_permutations, help="values a signature (%(default)s)"
     )
+    near.add_argument(
+        "--workers", type=int, default=count_cores(), help="processes that compute signatures (one a core: %(default)s)"
+    )
     near.add_argument("--seed", type=int, default=defaults.seed, help="draws the permutations (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.workers < 1:
+        parser.error(f"--workers must be at least 1, got {arguments.workers}")
+    return arguments
 
 
 @exit_on_user_error
@@ -62,6 +76,7 @@ def main() -> None:
         json_key=arguments.json_keys,
         ignores_whitespace=arguments.ignore_whitespace,
         near_duplicates=near if arguments.near_duplicates else None,
+        num_workers=arguments.workers,
         report_path=arguments.report,
     )
     started_at_s = time.monotonic()
@@ -112,4 +127,8 @@ def summarise(output_path: Path, counts: DedupCounts, elapsed_s: float) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("error: interrupted; incomplete files were removed. Run the same command again.", file=sys.stderr)
+        sys.exit(INTERRUPTED_EXIT_CODE)

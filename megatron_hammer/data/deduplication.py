@@ -3,47 +3,51 @@
 Exact duplicates have the same text, or the same but for white space. Near duplicates are those of
 `near_duplicates.py`. JSON that is kept is written as it was, with all its fields; of a Parquet row or a text file the
 text alone is, under the same key.
-The output depends on the inputs and the options only. Memory: 24 bytes a document, and what near duplicates add.
+The output depends on the inputs and the options only, never on the number of workers. Memory: 24 bytes a document, and
+with near duplicates 0.7 KB for each that is kept (signature_index.py).
 """
 
 import gzip
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import orjson
 import zstandard
 
 from megatron_hammer.data.atomic_files import open_atomically
-from megatron_hammer.data.blocks import BlockKind
-from megatron_hammer.data.near_duplicates import NearDuplicateIndex, NearDuplicateOptions
-from megatron_hammer.data.readers import Record, decode_record, find_input_files, read_records
+from megatron_hammer.data.block_signer import BlockSignerRecipe, SignedBlock
+from megatron_hammer.data.blocks import Position, read_blocks, select_whole_files
+from megatron_hammer.data.input_files import find_input_files
+from megatron_hammer.data.near_duplicates import NearDuplicateOptions, select_bands
+from megatron_hammer.data.signature_index import Match, SignatureIndex
+from megatron_hammer.data.sorted_runs import SortedRuns
+from megatron_hammer.data.worker_pool import encode_in_order
 from megatron_hammer.errors import ConfigError
 
 OUTPUT_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-DIGEST_BYTES = 16
-DIGEST_DTYPE = np.dtype(f"S{DIGEST_BYTES}")
-BATCH_DOCUMENTS = 4096
-BATCH_CHARACTERS = 8 << 20
 LINE_BITS = 40
 ZSTD_LEVEL = 3
 GZIP_LEVEL = 6
-LINE_ENDS_TO_SPACES = bytes.maketrans(b"\r\n", b"  ")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DedupOptions:
-    """One run; near_duplicates: None for exact duplicates alone. report_path: a line for each removed document."""
+    """One run; near_duplicates: None for exact duplicates alone, for which one worker is enough.
+
+    report_path: gets a line for each removed document.
+    """
 
     inputs: tuple[str, ...]
     output_path: Path
     json_key: str = "text"
     ignores_whitespace: bool = False
     near_duplicates: NearDuplicateOptions | None = None
+    num_workers: int = 1
     report_path: Path | None = None
 
 
@@ -64,31 +68,48 @@ class DedupCounts:
         return self.num_documents - self.num_exact_duplicates - self.num_near_duplicates
 
 
-@dataclass(frozen=True, slots=True)
-class _Document:
-    record: Record
-    text: str
-    location: int
-
-
 def deduplicate(options: DedupOptions, on_progress: Callable[[DedupCounts], None] = lambda counts: None) -> DedupCounts:
     """Write the documents that remain, and the report, and return the counts.
 
-    Raises ConfigError for options that cannot work, and DataError for inputs that cannot be read; then no output
-    has been written.
+    Raises ConfigError for options that cannot work, DataError for inputs that cannot be read and PlatformError if a
+    worker dies; then no output has been written.
     """
-    near = None if options.near_duplicates is None else NearDuplicateIndex(options.near_duplicates)
+    if options.near_duplicates is not None:
+        options.near_duplicates.validate()
+        select_bands(options.near_duplicates)
     files = find_input_files(options.inputs).files
     _refuse_bad_outputs(options, files)
     counts = DedupCounts(input_bytes=sum(path.stat().st_size for path in files))
     with ExitStack() as stack:
         output = stack.enter_context(open_compressed(options.output_path))
         report = None if options.report_path is None else stack.enter_context(open_compressed(options.report_path))
-        run = _Run(options, files, near, output, report, counts)
-        for batch in _read_batches(files, options.json_key, counts):
-            run.remove_duplicates(batch)
-            on_progress(counts)
+        run = _Run(options, files, output, report, counts)
+        with closing(_sign_blocks(options, files, counts)) as blocks:
+            for block in blocks:
+                run.remove_duplicates(block)
+                on_progress(counts)
     return counts
+
+
+def _sign_blocks(options: DedupOptions, files: Sequence[Path], counts: DedupCounts) -> Generator[SignedBlock]:
+    def count_read_bytes(num_bytes: int) -> None:
+        counts.read_bytes += num_bytes
+
+    recipe = BlockSignerRecipe(
+        paths=tuple(map(str, files)),
+        json_key=options.json_key,
+        ignores_whitespace=options.ignores_whitespace,
+        near_duplicates=options.near_duplicates,
+    )
+    blocks = read_blocks(select_whole_files(files), (options.json_key,), on_bytes_read=count_read_bytes)
+
+    def locate(position: Position) -> str:
+        return f"{files[position.file_index]}:{position.num_records + 1}"
+
+    # Digests alone are cheaper than sending texts to another process and back.
+    num_workers = 1 if options.near_duplicates is None else options.num_workers
+    signed = encode_in_order(blocks, cast(Any, recipe.build), num_workers, locate)  # it carries any function of a block
+    return cast(Generator[SignedBlock], signed)
 
 
 def _refuse_bad_outputs(options: DedupOptions, files: Sequence[Path]) -> None:
@@ -110,24 +131,6 @@ def _refuse_bad_outputs(options: DedupOptions, files: Sequence[Path]) -> None:
         raise ConfigError(*problems)
 
 
-def _read_batches(files: Sequence[Path], json_key: str, counts: DedupCounts) -> Iterator[list[_Document]]:
-    def count_read_bytes(num_bytes: int) -> None:
-        counts.read_bytes += num_bytes
-
-    file_numbers = {str(path): number for number, path in enumerate(files)}
-    batch: list[_Document] = []
-    num_characters = 0
-    for record in read_records(files, (json_key,), count_read_bytes):
-        (text,) = decode_record(record, (json_key,))
-        batch.append(_Document(record, text, file_numbers[record.source] << LINE_BITS | record.line))
-        num_characters += len(text)
-        if len(batch) >= BATCH_DOCUMENTS or num_characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, num_characters = [], 0
-    if batch:
-        yield batch
-
-
 class _Run:
     """The open outputs of one run, and what it remembers of the documents so far."""
 
@@ -135,108 +138,83 @@ class _Run:
         self,
         options: DedupOptions,
         files: Sequence[Path],
-        near: NearDuplicateIndex | None,
         output: BinaryIO,
         report: BinaryIO | None,
         counts: DedupCounts,
     ):
-        self._options = options
         self._files = files
-        self._near = near
         self._output = output
         self._report = report
         self._counts = counts
         self._occurrences = FirstOccurrences()
+        self._signatures = None if options.near_duplicates is None else SignatureIndex(options.near_duplicates)
 
-    def remove_duplicates(self, batch: Sequence[_Document]) -> None:
-        digests = [
-            digest_text(document.text, ignores_whitespace=self._options.ignores_whitespace) for document in batch
-        ]
-        locations = np.array([document.location for document in batch], dtype=np.int64)
-        firsts = self._occurrences.add(np.array(digests, dtype=DIGEST_DTYPE), locations)
-        for document, first in zip(batch, firsts.tolist(), strict=True):
-            text_bytes = len(document.text.encode("utf-8"))
-            self._counts.num_documents += 1
-            self._counts.text_bytes += text_bytes
-            if first != document.location:
-                self._counts.num_exact_duplicates += 1
-                self._report_removed(document, first, "exact", 1.0)
-            elif not self._is_near_duplicate(document):
-                self._counts.kept_text_bytes += text_bytes
-                self._output.write(encode_record(document.record, document.text, self._options.json_key))
+    def remove_duplicates(self, block: SignedBlock) -> None:
+        """Write the documents that are like none before them; a document is its file's number and its line."""
+        first = block.file_index << LINE_BITS | block.first_line
+        locations = np.arange(first, first + len(block.lines), dtype=np.int64)
+        firsts = self._occurrences.add(block.digests, locations)
+        is_kept = firsts == locations
+        self._counts.num_documents += len(locations)
+        self._counts.num_exact_duplicates += int((~is_kept).sum())
+        self._counts.text_bytes += int(block.text_bytes.sum())
+        removals = {place: (int(firsts[place]), "exact", 1.0) for place in np.flatnonzero(~is_kept).tolist()}
+        for place, match in self._find_near_duplicates(block, is_kept, locations):
+            self._counts.num_near_duplicates += 1
+            removals[place] = (match.key, "near", match.similarity)
+            is_kept[place] = False
+        self._counts.kept_text_bytes += int(block.text_bytes[is_kept].sum())
+        self._output.write(b"".join(compress(block.lines, is_kept)))
+        for place, removal in sorted(removals.items()):
+            self._report_removed(int(locations[place]), *removal)
 
-    def _is_near_duplicate(self, document: _Document) -> bool:
-        """Whether it resembles a document that was kept; if not, it is remembered as one."""
-        signature = None if self._near is None else self._near.sign(document.text)
-        if self._near is None or signature is None:
-            return False
-        match = self._near.find(signature)
-        if match is None:
-            self._near.add(document.location, signature)
-            return False
-        self._counts.num_near_duplicates += 1
-        self._report_removed(document, match.key, "near", match.similarity)
-        return True
+    def _find_near_duplicates(
+        self, block: SignedBlock, is_new: np.ndarray, locations: np.ndarray
+    ) -> list[tuple[int, Match]]:
+        """Return the places of documents that resemble one that was kept; the others are remembered as kept."""
+        if self._signatures is None or block.signatures is None:
+            return []
+        places = np.flatnonzero(is_new & block.is_signed)
+        matches = self._signatures.keep_unlike(block.signatures[is_new[block.is_signed]], locations[places].tolist())
+        return [(place, match) for place, match in zip(places.tolist(), matches, strict=True) if match is not None]
 
-    def _report_removed(self, document: _Document, first: int, kind: str, similarity: float) -> None:
+    def _report_removed(self, location: int, original: int, kind: str, similarity: float) -> None:
         if self._report is None:
             return
-        original = f"{self._files[first >> LINE_BITS]}:{first & ((1 << LINE_BITS) - 1)}"
         row = {
-            "removed": f"{document.record.source}:{document.record.line}",
-            "duplicate_of": original,
+            "removed": self._describe(location),
+            "duplicate_of": self._describe(original),
             "kind": kind,
             "similarity": similarity,
         }
         self._report.write(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE))
 
+    def _describe(self, location: int) -> str:
+        return f"{self._files[location >> LINE_BITS]}:{location & ((1 << LINE_BITS) - 1)}"
+
 
 class FirstOccurrences:
-    """Where each digest was first met; a few sorted runs that are merged as they grow, 24 bytes a digest."""
+    """Where each digest was first met; 24 bytes a digest."""
 
     def __init__(self) -> None:
-        self._runs: list[tuple[np.ndarray, np.ndarray]] = []
+        self._locations = SortedRuns()
+
+    def __len__(self) -> int:
+        return len(self._locations)
 
     def add(self, digests: np.ndarray, locations: np.ndarray) -> np.ndarray:
         """Return where each digest was first met, its own location if that is here: int64 [n].
 
         digests: [n] of DIGEST_DTYPE, in order of meeting; locations: int64 [n].
         """
-        unique, first_indices, inverse = np.unique(digests, return_index=True, return_inverse=True)
-        firsts = locations[first_indices]
-        is_known = np.zeros(len(unique), dtype=bool)
-        for run_digests, run_locations in self._runs:
-            positions = np.minimum(np.searchsorted(run_digests, unique), len(run_digests) - 1)
-            is_here = run_digests[positions] == unique
-            firsts[is_here] = run_locations[positions[is_here]]
-            is_known |= is_here
-        if not is_known.all():
-            self._append_run(unique[~is_known], firsts[~is_known])
+        unique, first_places, inverse = np.unique(digests, return_index=True, return_inverse=True)
+        firsts = locations[first_places]
+        is_new = np.ones(len(unique), dtype=bool)
+        for places, known in self._locations.find(unique):
+            firsts[places] = known
+            is_new[places] = False
+        self._locations.add(unique[is_new], firsts[is_new])
         return firsts[inverse]
-
-    def _append_run(self, digests: np.ndarray, locations: np.ndarray) -> None:
-        """Runs shrink by half or more from first to last, so that there are few, and each digest moves few times."""
-        while self._runs and len(self._runs[-1][0]) < 2 * len(digests):
-            run_digests, run_locations = self._runs.pop()
-            digests = np.concatenate((run_digests, digests))
-            locations = np.concatenate((run_locations, locations))
-            order = np.argsort(digests, kind="stable")
-            digests, locations = digests[order], locations[order]
-        self._runs.append((digests, locations))
-
-
-def digest_text(text: str, *, ignores_whitespace: bool) -> bytes:
-    """Return the 16 bytes that stand for a text; ignores_whitespace: a run counts as one space, at the ends as none."""
-    compared = " ".join(text.split()) if ignores_whitespace else text
-    return hashlib.blake2b(compared.encode("utf-8"), digest_size=DIGEST_BYTES).digest()
-
-
-def encode_record(record: Record, text: str, json_key: str) -> bytes:
-    """Return the document as a JSON line: the JSON that it came from where it came from any, with all its fields."""
-    if record.kind in (BlockKind.LINES, BlockKind.ELEMENTS) and isinstance(record.payload, bytes):
-        # A line end in JSON stands between values only: strings escape it.
-        return record.payload.strip().translate(LINE_ENDS_TO_SPACES) + b"\n"
-    return orjson.dumps({json_key: text}, option=orjson.OPT_APPEND_NEWLINE)
 
 
 @contextmanager

@@ -1,11 +1,11 @@
-"""Documents that share most of their n-grams: MinHash signatures, found again through locality-sensitive hashing.
+"""Documents that share most of their n-grams: MinHash signatures, and how likely they are to be found.
 
 A text is read as units, so that one definition serves Chinese, English and code: a run of letters, digits and
 underscores is a unit (a word, a number, an identifier), each character of a script that is written without spaces is
 one (Chinese, Japanese kana, Thai, Lao, Khmer, Burmese), and so is every other visible character (punctuation,
 operators). Case and white space do not count. A document is the set of its n-grams of units; the similarity of two is
 the share of n-grams that they have in common, |A & B| / |A | B| (Jaccard).
-Signatures and bands are datasketch's. Memory: about 6 KB for each indexed document at 128 permutations.
+Signatures and the choice of bands are datasketch's; signature_index.py finds documents again by them.
 """
 
 import hashlib
@@ -14,7 +14,6 @@ import re
 from dataclasses import dataclass
 
 import numpy as np
-from datasketch import MinHash, MinHashLSH
 
 from megatron_hammer.errors import ConfigError
 
@@ -23,7 +22,7 @@ UNSPACED = (
     "\u2e80-\u2fdf\u3005-\u3007\u3040-\u312f\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9d"
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\U00020000-\U0003ffff"
 )
-UNIT_PATTERN = re.compile(rf"[^\W{UNSPACED}]+|[{UNSPACED}]|[^\w\s]")
+UNIT_PATTERN = re.compile(rf"[^\W{UNSPACED}]+|[^\s]")
 NGRAM_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 MAX_CACHED_UNITS = 1 << 20
 # Larger blocks leave the processor's cache, and a whole document would need 512 bytes an n-gram.
@@ -42,6 +41,11 @@ class NearDuplicateOptions:
     num_permutations: int = 128
     ngram: int = 5
     seed: int = 1234
+
+    @property
+    def min_matches(self) -> int:
+        """Least number of equal values of two signatures that makes a near duplicate."""
+        return math.ceil(self.threshold * self.num_permutations - 1e-9)
 
     def validate(self) -> None:
         """Raises ConfigError naming every value that cannot work."""
@@ -62,11 +66,11 @@ class NearDuplicateOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Match:
-    """The indexed document that a text resembles most, and the estimated similarity."""
+class Bands:
+    """Signatures are compared where all `num_rows` values of one of `num_bands` bands agree."""
 
-    key: int
-    similarity: float
+    num_bands: int
+    num_rows: int
 
 
 class NgramHasher:
@@ -101,17 +105,14 @@ class _UnitHashes(dict[str, int]):
         return value
 
 
-class NearDuplicateIndex:
-    """The documents kept so far, by signature; `find` what a text resembles, `add` what is kept."""
+class Signer:
+    """Texts to MinHash signatures: the share of equal values estimates the similarity of two texts."""
 
     def __init__(self, options: NearDuplicateOptions):
-        options.validate()
-        self._options = options
-        self._min_matches = math.ceil(options.threshold * options.num_permutations - 1e-9)
+        from datasketch import MinHash  # loads scipy, which takes a second
+
         self._hasher = NgramHasher(options.ngram)
         self._sketch = MinHash(num_perm=options.num_permutations, seed=options.seed, hashfunc=_identity)
-        self._bands = build_bands(options)
-        self._signatures: dict[int, np.ndarray] = {}
 
     def sign(self, text: str) -> np.ndarray | None:
         """Return the signature of a text: uint32 [num_permutations]; None if it has no units."""
@@ -124,28 +125,16 @@ class NearDuplicateIndex:
             self._sketch.update_batch((hashes[start : start + SIGNATURE_BLOCK_NGRAMS],))
         return self._sketch.hashvalues
 
-    def find(self, signature: np.ndarray) -> Match | None:
-        """Return the most similar document of those at or above the threshold, the first of equals; None if none is."""
-        self._sketch.hashvalues = signature
-        candidates = sorted(self._bands.query(self._sketch))
-        if not candidates:
-            return None
-        matches = (np.stack([self._signatures[key] for key in candidates]) == signature).sum(axis=1)
-        best = int(matches.argmax())
-        if matches[best] < self._min_matches:
-            return None
-        return Match(candidates[best], float(matches[best]) / self._options.num_permutations)
 
-    def add(self, key: int, signature: np.ndarray) -> None:
-        self._sketch.hashvalues = signature
-        self._bands.insert(key, self._sketch)
-        self._signatures[key] = signature
+def select_bands(options: NearDuplicateOptions) -> Bands:
+    """Return the bands that suit the threshold, by datasketch's rule; raises ConfigError where values are too few.
 
+    The chance to be compared at similarity s is 1 - (1 - s^num_rows)^num_bands.
+    """
+    from datasketch import MinHashLSH
 
-def build_bands(options: NearDuplicateOptions) -> MinHashLSH:
-    """Return an empty LSH index whose bands suit the threshold; raises ConfigError where there are too few values."""
     try:
-        return MinHashLSH(
+        bands = MinHashLSH(
             threshold=options.threshold,
             num_perm=options.num_permutations,
             weights=(FALSE_POSITIVE_WEIGHT, FALSE_NEGATIVE_WEIGHT),
@@ -155,6 +144,7 @@ def build_bands(options: NearDuplicateOptions) -> MinHashLSH:
             f"num-permutations: must allow two bands at this threshold, got num_permutations="
             f"{options.num_permutations}, threshold={options.threshold} ({error}). Pass --num-permutations 256."
         ) from error
+    return Bands(bands.b, bands.r)
 
 
 def removal_probability(similarity: float, options: NearDuplicateOptions) -> float:
@@ -164,16 +154,16 @@ def removal_probability(similarity: float, options: NearDuplicateOptions) -> flo
     threshold * k agree in all: P(all >= m) - P(no band is full, all >= m), by convolving the bands' distributions.
     Source of the bands: Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, 3.4.
     """
-    bands = build_bands(options)
-    num_spare = options.num_permutations - bands.b * bands.r
-    min_matches = math.ceil(options.threshold * options.num_permutations - 1e-9)
-    band = _binomial(bands.r, similarity)
+    bands = select_bands(options)
+    num_spare = options.num_permutations - bands.num_bands * bands.num_rows
+    band = _binomial(bands.num_rows, similarity)
     not_full = band.copy()
     not_full[-1] = 0.0
     any_bands = unfilled_bands = _binomial(num_spare, similarity)
-    for _ in range(bands.b):
+    for _ in range(bands.num_bands):
         any_bands, unfilled_bands = np.convolve(any_bands, band), np.convolve(unfilled_bands, not_full)
-    return float(any_bands[min_matches:].sum() - unfilled_bands[min_matches:].sum())
+    least = options.min_matches
+    return float(any_bands[least:].sum() - unfilled_bands[least:].sum())
 
 
 def _binomial(count: int, chance: float) -> np.ndarray:

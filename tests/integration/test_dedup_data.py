@@ -36,6 +36,7 @@ def corpus_path(tmp_path: Path) -> Path:
 
 def test_duplicates_are_removed_and_reported(tmp_path: Path, corpus_path: Path) -> None:
     arguments = ("--input", "corpus.jsonl", "--json-keys", "content", "--near-duplicates", "--threshold", "0.7")
+    arguments += ("--workers", "1")
     code, stdout, stderr = run(*arguments, "--output", "a.jsonl", "--report", "removed.jsonl", cwd=tmp_path)
     assert (code, stderr) == (0, "")
     chances, summary = stdout.splitlines()
@@ -63,6 +64,7 @@ def test_duplicates_are_removed_and_reported(tmp_path: Path, corpus_path: Path) 
             ("--input", "corpus.jsonl", "--output", "a.jsonl", "--near-duplicates", "--threshold", "80"),
             "error: threshold: must lie above 0 and up to 1, got 80.0.",
         ),
+        (("--input", "corpus.jsonl", "--output", "a.jsonl", "--workers", "0"), "--workers must be at least 1, got 0"),
         (("--input", "corpus.jsonl"), "the following arguments are required: --output"),
     ],
 )
