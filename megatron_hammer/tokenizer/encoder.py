@@ -1,7 +1,7 @@
 """Text to token ids and back: the one encoder that every tool uses.
 
 SentencePiece is the reference. A Hugging Face tokenizer is read from its `tokenizer.json` only: nothing that such a
-folder may carry is ever executed. A faster exact encoder belongs behind this same interface, not beside it.
+folder may carry is ever executed. A faster encoder with the same ids and interface is in fast_encoder.py.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from megatron_hammer.errors import DataError
 # Bare tokenizer.json files do not say which token ends a document; these names do in every model we ship or convert.
 COMMON_BOS_TOKENS = ("<s>", "<|begin_of_text|>", "<bos>")
 COMMON_EOD_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>")
+SENTENCEPIECE_LOGS_ERRORS_ONLY = 2  # it would warn of HammerLLM's piece for NUL in every process
 
 
 class Encoder(ABC):
@@ -56,6 +57,7 @@ class SentencePieceEncoder(Encoder):
 
     def __init__(self, path: Path):
         model_bytes = _read_bytes(path)
+        sentencepiece.set_min_log_level(SENTENCEPIECE_LOGS_ERRORS_ONLY)
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
         except (RuntimeError, OSError) as error:
@@ -69,7 +71,8 @@ class SentencePieceEncoder(Encoder):
         self.eod_id = _none_if_negative(self._processor.eos_id())
 
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self._processor.encode(text), dtype=np.int32)
+        ids: np.ndarray = self._processor.encode_as_numpy(text)  # int32
+        return ids
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._processor.decode([int(token_id) for token_id in ids])

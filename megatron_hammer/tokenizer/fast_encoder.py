@@ -1,22 +1,46 @@
 """A fast encoder in front of the reference, used only where it has been seen to return the reference's ids.
 
 `select_encoder` builds it once and checks it; `EncoderChoice.load` makes it in each worker. What `fastokens` cannot
-express, or encodes otherwise, is left to the reference with a warning.
+express, or encodes otherwise, is left to the reference with a warning. Long texts are encoded in parts, see text_cuts.
 """
 
-import functools
-import json
-from collections.abc import Sequence
+import ctypes
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import fastokens
 import numpy as np
 
 from megatron_hammer.errors import ConversionError
-from megatron_hammer.tokenizer.encoder import Encoder, HuggingFaceEncoder, load_encoder
-from megatron_hammer.tokenizer.hugging_face import SAMPLE_TEXTS, build_fast_tokenizer
-from megatron_hammer.tokenizer.sentencepiece_model import read_sentencepiece_model
+from megatron_hammer.tokenizer.encoder import Encoder, SentencePieceEncoder, load_encoder
+from megatron_hammer.tokenizer.hugging_face import SAMPLE_TEXTS, WHITESPACE_SYMBOL, define_plain_tokenizer
+from megatron_hammer.tokenizer.sentencepiece_model import PieceType, SentencePieceModel, read_sentencepiece_model
+from megatron_hammer.tokenizer.text_cuts import MAX_PART_CHARS, TextCutter, build_text_cutter
+
+# One process encodes on one core: its own threads would spin on the cores of the other workers (read at import).
+os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")
+os.environ.setdefault("RAYON_NUM_THREADS", "1")
+import fastokens
+
+PIECES_PER_TEXT = 256
+BYTE_TOKEN_START = "<0x"  # fastokens takes a literal "<0x41>" for the byte token of that name where no piece joins it
+MAX_SAMPLE_CHARS = 100_000  # a tenth of a second of the reference
+
+# Beside SAMPLE_TEXTS: what a fast encoder might treat by another path than ordinary text.
+HOSTILE_TEXTS = (
+    "\0",
+    "a\0b\0\0",
+    "<s></s><unk><s",
+    "\ufffd\ufffe\uffff\U000e0001\U0010ffff\u0378",
+    "👩‍👩‍👧‍👦🏳️‍🌈🇨🇳 e\u0301\u0323 ﷽",
+    "a" * 3000,
+    " " * 3000 + "。" * 3000 + "\n" * 3000,
+    "0123456789" * 100 + "....!!!???---",
+    "".join(chr(code_point) for code_point in range(1, 0x3000)),
+    "日本語とEnglishと한국어и русский ١٢٣ ⅷ",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,71 +48,147 @@ class EncoderChoice:
     """Which encoder to use for the tokenizer at `path`; can be sent to another process.
 
     definition: the tokenizer.json that the fast encoder is built from, or None where the reference must be used.
+    prefix: what the fast encoder puts before every text that is not empty.
+    cutter: cuts long texts, or None where they must be encoded whole.
     warning: one sentence that says why the reference is used, or None.
     """
 
     path: Path
-    definition: str | None
+    definition: bytes | None
+    prefix: str
+    cutter: TextCutter | None
     warning: str | None
 
     def load(self) -> Encoder:
-        reference = load_encoder(self.path)
-        return reference if self.definition is None else FastEncoder(reference, self.definition)
+        encoder = load_encoder(self.path)
+        if self.definition is not None:
+            encoder = FastEncoder(encoder, self.definition, prefix=self.prefix)
+        _return_free_memory()
+        return encoder if self.cutter is None else PartwiseEncoder(encoder, self.cutter)
 
 
 class FastEncoder(Encoder):
-    """The ids of `reference`, several times faster; text is decoded by the reference itself."""
+    """The ids of `reference`, several times faster; ids are decoded by the reference itself.
 
-    def __init__(self, reference: Encoder, definition: str):
+    definition: a tokenizer.json. Raises ValueError if fastokens does not know something in it.
+    prefix: put before every text that is not empty.
+    """
+
+    def __init__(self, reference: Encoder, definition: bytes, *, prefix: str = ""):
         self._reference = reference
-        self._tokenizer = fastokens.Tokenizer.from_json_str(definition)
+        self._prefix = prefix
+        self._tokenizer = fastokens.Tokenizer.from_json_str(definition.decode("utf-8"))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.path, self.sha256, self.vocab_size = reference.path, reference.sha256, reference.vocab_size
-        self.bos_id, self.eod_id = reference.bos_id, reference.eod_id
+        _copy_facts(reference, self)
 
     def encode(self, text: str) -> np.ndarray:
-        return self.encode_batch([text])[0]
+        if BYTE_TOKEN_START in text:
+            return self._reference.encode(text)
+        ids, _ = self._tokenizer.encode_batch_flat([self._prefix + text if text else text])
+        return np.frombuffer(ids, dtype=np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        ids, offsets = self._tokenizer.encode_batch_flat(list(texts))
+        if any(BYTE_TOKEN_START in text for text in texts):
+            return super().encode_batch(texts)
+        prefixed = [self._prefix + text if text else text for text in texts] if self._prefix else list(texts)
+        ids, offsets = self._tokenizer.encode_batch_flat(prefixed)
         return np.frombuffer(ids, dtype=np.int32), np.diff(np.frombuffer(offsets, dtype=np.int64))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._reference.decode(ids)
 
 
-def select_encoder(path: str | Path, sample_texts: Sequence[str] = ()) -> EncoderChoice:
-    """Choose the fast encoder if it encodes our own sample and `sample_texts` as the reference does.
+class PartwiseEncoder(Encoder):
+    """The ids of `encoder`, with long texts encoded in parts, so that they need memory for one part at a time."""
 
-    Raises DataError if `path` is not a tokenizer.
+    def __init__(self, encoder: Encoder, cutter: TextCutter, max_part_chars: int = MAX_PART_CHARS):
+        self._encoder = encoder
+        self._cutter = cutter
+        self._max_part_chars = max_part_chars
+        _copy_facts(encoder, self)
+
+    def encode(self, text: str) -> np.ndarray:
+        parts = self._cutter.cut(text, self._max_part_chars)
+        return np.concatenate([self._encoder.encode(part) for part in parts])
+
+    def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        if any(len(text) > self._max_part_chars for text in texts):
+            return super().encode_batch(texts)
+        return self._encoder.encode_batch(texts)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self._encoder.decode(ids)
+
+
+def _copy_facts(source: Encoder, target: Encoder) -> None:
+    target.path, target.sha256, target.vocab_size = source.path, source.sha256, source.vocab_size
+    target.bos_id, target.eod_id = source.bos_id, source.eod_id
+
+
+def select_encoder(path: str | Path, sample_texts: Sequence[str] = ()) -> EncoderChoice:
+    """Choose the fast encoder if it returns the reference's ids for every piece, hostile text and `sample_texts`.
+
+    Of `sample_texts` about the first MAX_SAMPLE_CHARS are compared. Raises DataError if `path` is not a tokenizer.
     """
     reference = load_encoder(path)
+    model = read_sentencepiece_model(reference.path) if isinstance(reference, SentencePieceEncoder) else None
+    cutter = build_text_cutter(model) if model else None
+    prefix = " " if model and model.has_dummy_prefix else ""
     try:
-        definition = _define_fast_tokenizer(reference)
-        fast = FastEncoder(reference, definition)
+        definition = define_plain_tokenizer(model) if model else reference.path.read_bytes()
+        fast = FastEncoder(reference, definition, prefix=prefix)
+        reason = find_difference(fast, reference, list_checked_texts(reference, model, sample_texts))
     except (ConversionError, ValueError) as error:
-        return _fall_back(reference, f"cannot be expressed for the fast encoder ({error})")
-    for text in (*SAMPLE_TEXTS, *sample_texts):
-        if not np.array_equal(fast.encode(text), reference.encode(text)):
-            return _fall_back(reference, f"is encoded otherwise by the fast encoder, seen on {text[:60]!r}")
-    return EncoderChoice(path=reference.path, definition=definition, warning=None)
-
-
-def _fall_back(reference: Encoder, reason: str) -> EncoderChoice:
+        reason = f"cannot be expressed for the fast encoder ({'; '.join(str(error).splitlines())})"
+    if reason is None:
+        return EncoderChoice(path=reference.path, definition=definition, prefix=prefix, cutter=cutter, warning=None)
     warning = f"{reference.path}: tokenizer {reason}. The reference encodes instead, exactly but slower."
-    return EncoderChoice(path=reference.path, definition=None, warning=warning)
+    return EncoderChoice(path=reference.path, definition=None, prefix="", cutter=cutter, warning=warning)
 
 
-@functools.singledispatch
-def _define_fast_tokenizer(reference: Encoder) -> str:
-    """A tokenizer.json in which literal control tokens are plain text, as they are for sentencepiece."""
-    model = read_sentencepiece_model(reference.path)
-    definition = json.loads(build_fast_tokenizer(model, name=str(reference.path)).to_str())
-    definition["added_tokens"] = [token for token in definition["added_tokens"] if not token["special"]]
-    return json.dumps(definition, ensure_ascii=False)
+def list_checked_texts(
+    reference: Encoder, model: SentencePieceModel | None, sample_texts: Iterable[str]
+) -> Iterator[str]:
+    """Our own texts, every piece spelt out, and the beginning of `sample_texts`.
+
+    Pieces stand between NULs, which are part of no piece: each is encoded as if it were alone. User-defined symbols
+    must be found inside words too. Byte tokens are left out: by their names the reference encodes them.
+    """
+    yield from SAMPLE_TEXTS
+    yield from HOSTILE_TEXTS
+    for batch in itertools.batched(_list_piece_texts(reference, model), PIECES_PER_TEXT):
+        yield "\0".join(batch)
+    if model is not None:
+        yield "e".join(piece.text for piece in model.pieces if piece.type is PieceType.USER_DEFINED)
+    num_chars_left = MAX_SAMPLE_CHARS
+    for text in sample_texts:
+        yield text[:num_chars_left]
+        num_chars_left -= len(text)
+        if num_chars_left <= 0:
+            return
 
 
-@_define_fast_tokenizer.register
-def _(reference: HuggingFaceEncoder) -> str:
-    return reference.path.read_text(encoding="utf-8")
+def _list_piece_texts(reference: Encoder, model: SentencePieceModel | None) -> Iterator[str]:
+    if model is None:
+        return (reference.decode([token_id]) for token_id in range(reference.vocab_size))
+    return (piece.text.replace(WHITESPACE_SYMBOL, " ") for piece in model.pieces if piece.type is not PieceType.BYTE)
+
+
+def find_difference(encoder: Encoder, reference: Encoder, texts: Iterable[str]) -> str | None:
+    """Say where the two first differ, as the end of a sentence about the tokenizer; None if they never do."""
+    for text in texts:
+        ids, expected = encoder.encode(text), reference.encode(text)
+        if not np.array_equal(ids, expected):
+            num_common = min(len(ids), len(expected))
+            position = int(np.argmax(np.append(ids[:num_common] != expected[:num_common], True)))
+            context = reference.decode(expected[max(0, position - 2) : position + 3])
+            return f"is encoded otherwise by the fast encoder near {context!r}"
+    return None
+
+
+def _return_free_memory() -> None:
+    """Give back what building left behind, more than half of the process with 100,000 pieces; glibc keeps it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

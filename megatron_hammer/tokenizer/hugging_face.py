@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import orjson
 import tokenizers
 from tokenizers import decoders, models, normalizers
 
@@ -18,6 +19,7 @@ from megatron_hammer.tokenizer.sentencepiece_model import Piece, PieceType, Sent
 WHITESPACE_SYMBOL = "\u2581"
 NUL = "\0"
 ALL_LEADING = 1_000_000
+SPECIAL_TYPES = (PieceType.CONTROL, PieceType.UNKNOWN)
 
 # What has told tokenizers apart: Chinese, English, code, runs of whitespace, digits, characters outside any vocabulary
 # (bytes), normalisation, literal control tokens, text that begins or ends with a space, and nothing at all.
@@ -46,13 +48,11 @@ def build_fast_tokenizer(model: SentencePieceModel, *, name: str) -> tokenizers.
     Raises ConversionError for what `tokenizers` cannot express, calling the model `name`.
     """
     _validate_expressible(model, name)
-    vocabulary = {_vocabulary_key(piece, model): token_id for token_id, piece in enumerate(model.pieces)}
-    unknown = next((piece.text for piece in model.pieces if piece.type is PieceType.UNKNOWN), None)
     tokenizer = tokenizers.Tokenizer(
         models.BPE(
-            vocab=vocabulary,
+            vocab=_build_vocabulary(model),
             merges=list_merges(model),
-            unk_token=unknown,
+            unk_token=_unknown_piece(model),
             fuse_unk=True,
             byte_fallback=model.has_byte_fallback,
         )
@@ -60,47 +60,100 @@ def build_fast_tokenizer(model: SentencePieceModel, *, name: str) -> tokenizers.
     if steps := list(_normalizer_steps(model)):
         tokenizer.normalizer = normalizers.Sequence(steps)
     tokenizer.decoder = decoders.Sequence(list(_decoder_steps(model)))
-    special_types = (PieceType.CONTROL, PieceType.UNKNOWN)
     tokenizer.add_special_tokens(
-        [tokenizers.AddedToken(piece.text, normalized=False) for piece in model.pieces if piece.type in special_types]
+        [tokenizers.AddedToken(piece.text, normalized=False) for piece in model.pieces if piece.type in SPECIAL_TYPES]
     )
-    tokenizer.add_tokens(
-        [
-            tokenizers.AddedToken(piece.text, normalized=False)
-            for piece in model.pieces
-            if piece.type is PieceType.USER_DEFINED
-        ]
-    )
+    tokenizer.add_tokens([tokenizers.AddedToken(text, normalized=False) for _, text in _list_symbols(model)])
     tokenizer.encode_special_tokens = True
     return tokenizer
 
 
+def define_plain_tokenizer(model: SentencePieceModel) -> bytes:
+    """A tokenizer.json for encoding only, in which literal control tokens are plain text.
+
+    It adds no dummy prefix: give it text that begins with one. Raises ConversionError if the model cannot be expressed.
+    """
+    reasons = list_inexpressible(model)
+    if model.precompiled_charsmap or model.removes_extra_whitespaces:
+        reasons.append("its normaliser rewrites text: fastokens knows no character maps")
+    if reasons:
+        raise ConversionError(*reasons)
+    unknown = _unknown_piece(model)
+    control = {piece.text for piece in model.pieces if piece.type in SPECIAL_TYPES}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    definition = {
+        "version": "1.0",
+        "added_tokens": [{"id": token_id, "content": text, **flags} for token_id, text in _list_symbols(model)],
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": WHITESPACE_SYMBOL},
+        "model": {
+            "type": "BPE",
+            "unk_token": None if unknown is None else _unmatchable(unknown),
+            "fuse_unk": True,
+            "byte_fallback": model.has_byte_fallback,
+            "vocab": {_unmatchable(key) if key in control else key: i for key, i in _build_vocabulary(model).items()},
+            "merges": list_merges(model),
+        },
+    }
+    return orjson.dumps(definition)
+
+
+def _list_symbols(model: SentencePieceModel) -> list[tuple[int, str]]:
+    """The user-defined symbols by id; one with a space never matches, as spaces are escaped before it is looked for."""
+    return [
+        (token_id, piece.text)
+        for token_id, piece in enumerate(model.pieces)
+        if piece.type is PieceType.USER_DEFINED and " " not in piece.text
+    ]
+
+
+def _build_vocabulary(model: SentencePieceModel) -> dict[str, int]:
+    return {_vocabulary_key(piece, model): token_id for token_id, piece in enumerate(model.pieces)}
+
+
 def _vocabulary_key(piece: Piece, model: SentencePieceModel) -> str:
-    """With byte fallback sentencepiece never uses a piece for NUL, but its byte: double it, which nothing merges to."""
-    return NUL * 2 if piece.text == NUL and model.has_byte_fallback else piece.text
+    """With byte fallback sentencepiece never uses a piece for NUL, but its byte."""
+    return _unmatchable(NUL) if piece.text == NUL and model.has_byte_fallback else piece.text
+
+
+def _unmatchable(text: str) -> str:
+    """A key that no text can contain, because every space is escaped before pieces are looked up.
+
+    fastokens looks up whole stretches of text in the vocabulary before it merges, so that no merge is not enough.
+    """
+    return f" {text}"
+
+
+def _unknown_piece(model: SentencePieceModel) -> str | None:
+    return next((piece.text for piece in model.pieces if piece.type is PieceType.UNKNOWN), None)
 
 
 def _validate_expressible(model: SentencePieceModel, name: str) -> None:
-    types = {piece.type for piece in model.pieces}
-    reasons = [
-        (model.model_type != "bpe", f"model_type={model.model_type}", "only BPE merges are mapped"),
-        (PieceType.UNUSED in types, "unused pieces", "they are split again after merging"),
-        (model.treats_whitespace_as_suffix, "treat_whitespace_as_suffix", "whitespace must lead its word"),
-        (not model.escapes_whitespaces, "escape_whitespaces=false", "whitespace must be escaped"),
-        (
-            model.has_dummy_prefix and PieceType.USER_DEFINED in types,
-            "add_dummy_prefix with user-defined symbols",
-            "the prefix would be added after each of them",
-        ),
-    ]
+    reasons = list_inexpressible(model)
+    if model.has_dummy_prefix and any(piece.type is PieceType.USER_DEFINED for piece in model.pieces):
+        reasons.append("add_dummy_prefix with user-defined symbols: the prefix would be added after each of them")
     problems = [
-        f"{name}: tokenizer must be one that Hugging Face can express exactly, got {value}: {reason}. "
+        f"{name}: tokenizer must be one that Hugging Face can express exactly, got {reason}. "
         "Pass --no-tokenizer and encode with sentencepiece."
-        for is_wrong, value, reason in reasons
-        if is_wrong
+        for reason in reasons
     ]
     if problems:
         raise ConversionError(*problems)
+
+
+def list_inexpressible(model: SentencePieceModel) -> list[str]:
+    """What of the model a tokenizer.json cannot say, with the reason; empty if nothing."""
+    types = {piece.type for piece in model.pieces}
+    reasons = [
+        (model.model_type != "bpe", f"model_type={model.model_type}: only BPE merges are mapped"),
+        (PieceType.UNUSED in types, "unused pieces: they are split again after merging"),
+        (
+            model.removes_extra_whitespaces and PieceType.USER_DEFINED in types,
+            "remove_extra_whitespaces with user-defined symbols: spaces beside each of them would be removed",
+        ),
+        (model.treats_whitespace_as_suffix, "treat_whitespace_as_suffix: whitespace must lead its word"),
+        (not model.escapes_whitespaces, "escape_whitespaces=false: whitespace must be escaped"),
+    ]
+    return [reason for is_wrong, reason in reasons if is_wrong]
 
 
 def _normalizer_steps(model: SentencePieceModel) -> Iterator[Any]:
@@ -132,15 +185,12 @@ def list_merges(model: SentencePieceModel) -> list[tuple[str, str]]:
         for token_id, piece in enumerate(model.pieces)
         if piece.type is PieceType.NORMAL and _vocabulary_key(piece, model) == piece.text
     }
-    parts = set(mergeable)
-    ranked = [
-        (*rank, cut, text[:cut], text[cut:])
-        for text, rank in mergeable.items()
+    return [
+        (text[:cut], text[cut:])
+        for text in sorted(mergeable, key=mergeable.__getitem__)
         for cut in range(1, len(text))
-        if text[:cut] in parts and text[cut:] in parts
+        if text[:cut] in mergeable and text[cut:] in mergeable
     ]
-    ranked.sort()
-    return [(left, right) for *_, left, right in ranked]
 
 
 def list_piece_texts(model: SentencePieceModel) -> Iterator[str]:
