@@ -52,6 +52,8 @@ def summarise(report: ResizeReport) -> str:
         f"{report.num_kept_padding_rows:,} rows of padding kept",
         f"{report.num_copied_tensors:,} other tensors copied",
     ]
+    if not report.has_tokenizer:
+        parts.append("no tokenizer was written: --no-tokenizer")
     if report.left_out:
         parts.append(f"left out: {', '.join(report.left_out)}")
     return f"{report.save_dir}: {'; '.join(parts)}; {report.elapsed_s:.1f} s"

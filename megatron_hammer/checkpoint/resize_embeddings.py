@@ -69,6 +69,7 @@ class ResizeReport:
     num_reused_padding_rows: int
     num_kept_padding_rows: int
     num_unspelled_pieces: int
+    has_tokenizer: bool
     num_copied_tensors: int
     left_out: tuple[str, ...]
     elapsed_s: float
@@ -101,6 +102,9 @@ def resize_embeddings(options: ResizeOptions, on_stage: Callable[[str], None] = 
     validate_extension(old, new)
     _validate_rows(model, old)
     with open_directory_atomically(options.save_dir) as partial_dir:
+        if options.has_tokenizer:  # first, as it may turn out that Hugging Face cannot express it
+            on_stage("writing the tokenizer")
+            _write_tokenizer(model, new, partial_dir)
         on_stage("spelling new pieces")
         spellings = list(spell_new_pieces(old, new))
         on_stage("computing rows")
@@ -108,9 +112,9 @@ def resize_embeddings(options: ResizeOptions, on_stage: Callable[[str], None] = 
         _write_weights(model, partial_dir, inserted, on_stage)
         left_out = _copy_other_files(model.directory, partial_dir)
         _write_config(model, partial_dir, max(model.num_rows, new.vocab_size))
-        if options.has_tokenizer:
-            on_stage("writing the tokenizer")
-            _write_tokenizer(model, new, partial_dir)
+        if options.has_tokenizer:  # last, as transformers looks into config.json too
+            on_stage("comparing the tokenizer")
+            verify_with_transformers(new, partial_dir, list_samples(new))
     return ResizeReport(
         save_dir=options.save_dir,
         resized=model.matrices,
@@ -120,6 +124,7 @@ def resize_embeddings(options: ResizeOptions, on_stage: Callable[[str], None] = 
         num_reused_padding_rows=min(model.num_rows, new.vocab_size) - old.vocab_size,
         num_kept_padding_rows=max(0, model.num_rows - new.vocab_size),
         num_unspelled_pieces=sum(not ids for ids in spellings),
+        has_tokenizer=options.has_tokenizer,
         num_copied_tensors=len(model.tensors) - len(model.matrices),
         left_out=left_out,
         elapsed_s=time.monotonic() - started_at_s,
@@ -311,12 +316,11 @@ def _write_config(model: _Model, target_dir: Path, num_rows: int) -> None:
 
 
 def _write_tokenizer(model: _Model, new: Encoder, target_dir: Path) -> None:
-    """The new tokenizer's files, held to it through transformers; the model's chat template stays with it."""
+    """The new tokenizer's files; the model's chat template stays with it."""
     export_tokenizer(new.path, target_dir, max_length=_find_max_length(model))
     template = model.directory / "chat_template.jinja"
     if template.is_file() and not (target_dir / template.name).exists():
         shutil.copyfile(template, target_dir / template.name)
-    verify_with_transformers(new, target_dir, list_samples(new))
 
 
 def _find_max_length(model: _Model) -> int | None:

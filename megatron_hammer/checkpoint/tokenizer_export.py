@@ -74,7 +74,12 @@ def export_tokenizer_folder(
     Raises ConversionError at the first text on which both differ, and if `save_dir` holds anything.
     """
     with open_directory_atomically(save_dir) as partial_dir:
-        tokenizer = export_tokenizer(source, partial_dir, max_length=max_length)
+        try:
+            tokenizer = export_tokenizer(source, partial_dir, max_length=max_length)
+        except ConversionError as error:  # there is nothing here that could be written without the tokenizer
+            raise ConversionError(
+                *(problem.replace("Pass --no-tokenizer and encode", "Encode") for problem in error.problems)
+            ) from error
         if chat_template is not None:
             (partial_dir / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
         encoder = load_encoder(source)

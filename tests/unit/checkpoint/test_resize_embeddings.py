@@ -140,7 +140,8 @@ def test_the_folder_is_complete_and_its_tokenizer_the_new_one(options):
 
 def test_no_tokenizer_leaves_its_files_out(options):
     write_model(options.model_dir)
-    resize_embeddings(dataclasses.replace(options, has_tokenizer=False))
+    report = resize_embeddings(dataclasses.replace(options, has_tokenizer=False))
+    assert not report.has_tokenizer
     assert not list(options.save_dir.glob("tokenizer*"))
 
 
@@ -287,6 +288,28 @@ def test_a_target_that_holds_something_is_refused(options):
     write_model(options.model_dir)
     with pytest.raises(ConversionError, match="base: target must be absent or an empty folder, got "):
         resize_embeddings(dataclasses.replace(options, save_dir=options.model_dir))
+
+
+def test_a_tokenizer_that_hugging_face_cannot_express_is_said_before_any_weight_is_written(options):
+    from sentencepiece import sentencepiece_model_pb2
+
+    write_model(options.model_dir)
+    for path in (options.old_tokenizer_path, options.new_tokenizer_path):
+        proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+        proto.normalizer_spec.add_dummy_prefix = True
+        path.write_bytes(proto.SerializeToString())
+    stages = []
+    with pytest.raises(
+        ConversionError, match=r"got add_dummy_prefix with user-defined symbols: .* Pass --no-tokenizer"
+    ):
+        resize_embeddings(options, stages.append)
+    assert stages == ["writing the tokenizer"]
+    assert_nothing_was_left(options)
+    resize_embeddings(dataclasses.replace(options, has_tokenizer=False))
+    new_rows = load_all(options.save_dir)[EMBEDDING][TOY_VOCAB_SIZE:].double().numpy()
+    plain = dataclasses.replace(options, old_tokenizer_path=train_toy_tokenizer(options.save_dir.parent))
+    expected = brute_force_rows(plain, load_all(options.model_dir)[EMBEDDING])
+    assert abs(new_rows - expected).max() < 1e-6
 
 
 def test_twin_a_copy_that_differs_does_not_pass(options, monkeypatch):

@@ -135,6 +135,8 @@ def test_what_cannot_be_expressed_is_refused(tmp_path, options, message):
     source = train(tmp_path / "other.model", **options)
     with pytest.raises(ConversionError, match=message):
         export_tokenizer(source, tmp_path, max_length=99)
+    with pytest.raises(ConversionError, match=rf"{message}.*\. Encode with sentencepiece"):
+        export_tokenizer_folder(source, tmp_path / "hf")
 
 
 def test_a_hugging_face_tokenizer_is_copied(tmp_path):
