@@ -11,6 +11,7 @@ Signatures and the choice of bands are datasketch's; signature_index.py finds do
 import hashlib
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,8 @@ UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\U00020000-\U0003ffff"
 )
 UNIT_PATTERN = re.compile(rf"[^\W{UNSPACED}]+|[^\s]")
+UNIT_START_PATTERN = re.compile(rf"[\W{UNSPACED}]")  # a text may be cut before such a character
+SLICE_CHARACTERS = 1 << 20  # a unit takes sixty bytes as a Python string, and some documents are of 50 MB
 NGRAM_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 MAX_CACHED_UNITS = 1 << 20
 # Larger blocks leave the processor's cache, and a whole document would need 512 bytes an n-gram.
@@ -80,20 +83,41 @@ class NgramHasher:
         self._ngram = ngram
         self._unit_hashes = _UnitHashes()
 
-    def hash(self, text: str) -> np.ndarray:
-        """Return a hash for every n-gram in order: uint32 [units - ngram + 1].
+    def hash(self, text: str) -> Iterator[np.ndarray]:
+        """Yield the hashes of a text's n-grams, in order and in parts: uint32, units - ngram + 1 in all.
 
         A text of fewer units is one n-gram; one without units has none.
         """
-        units = UNIT_PATTERN.findall(text.casefold())
+        is_shorter = True
+        units = np.empty(0, dtype=np.uint64)
+        for more_units in self._hash_units(text):
+            units = np.concatenate((units, more_units))
+            if len(units) >= self._ngram:
+                yield _combine(units, self._ngram)
+                units = units[len(units) - self._ngram + 1 :]
+                is_shorter = False
+        if is_shorter and len(units):
+            yield _combine(units, len(units))
+
+    def _hash_units(self, text: str) -> Iterator[np.ndarray]:
+        """Yield 64 bits for every unit, in order and in parts: uint64."""
+        start = 0
+        while start < len(text):
+            unit_start = UNIT_START_PATTERN.search(text, start + SLICE_CHARACTERS)
+            end = unit_start.start() if unit_start is not None else len(text)
+            units = UNIT_PATTERN.findall(text[start:end].casefold())
+            yield np.fromiter(map(self._unit_hashes.__getitem__, units), np.uint64, len(units))
+            start = end
         if len(self._unit_hashes) > MAX_CACHED_UNITS:
             self._unit_hashes.clear()
-        hashes = np.fromiter(map(self._unit_hashes.__getitem__, units), np.uint64, len(units))
-        ngram = min(self._ngram, len(units))
-        combined = np.zeros(len(units) - ngram + 1 if units else 0, dtype=np.uint64)
-        for position in range(ngram):  # wraps modulo 2^64, as meant
-            combined = combined * NGRAM_MULTIPLIER + hashes[position : position + len(combined)]
-        return (combined >> np.uint64(32)).astype(np.uint32)
+
+
+def _combine(units: np.ndarray, ngram: int) -> np.ndarray:
+    """Return a hash for every run of `ngram` units: uint32 [len(units) - ngram + 1]."""
+    combined = np.zeros(len(units) - ngram + 1, dtype=np.uint64)
+    for position in range(ngram):  # wraps modulo 2^64, as meant
+        combined = combined * NGRAM_MULTIPLIER + units[position : position + len(combined)]
+    return (combined >> np.uint64(32)).astype(np.uint32)
 
 
 class _UnitHashes(dict[str, int]):
@@ -116,14 +140,14 @@ class Signer:
 
     def sign(self, text: str) -> np.ndarray | None:
         """Return the signature of a text: uint32 [num_permutations]; None if it has no units."""
-        hashes = self._hasher.hash(text)
-        if not len(hashes):
-            return None
         self._sketch.clear()
-        for start in range(0, len(hashes), SIGNATURE_BLOCK_NGRAMS):
-            # One "value" that is an array of hashes: datasketch flattens it, which spares a Python call an n-gram.
-            self._sketch.update_batch((hashes[start : start + SIGNATURE_BLOCK_NGRAMS],))
-        return self._sketch.hashvalues
+        has_ngrams = False
+        for hashes in self._hasher.hash(text):
+            has_ngrams = True
+            for start in range(0, len(hashes), SIGNATURE_BLOCK_NGRAMS):
+                # One "value" that is an array of hashes: datasketch flattens it, which spares a call an n-gram.
+                self._sketch.update_batch((hashes[start : start + SIGNATURE_BLOCK_NGRAMS],))
+        return self._sketch.hashvalues if has_ngrams else None
 
 
 def select_bands(options: NearDuplicateOptions) -> Bands:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from datasketch import MinHash
 
+from megatron_hammer.data import near_duplicates
 from megatron_hammer.data.near_duplicates import (
     SIGNATURE_BLOCK_NGRAMS,
     UNIT_PATTERN,
@@ -30,32 +31,42 @@ def test_units(text: str, units: list[str]) -> None:
     assert UNIT_PATTERN.findall(text) == units
 
 
+def hash_text(ngram: int, text: str) -> np.ndarray:
+    return np.concatenate([np.empty(0, dtype=np.uint32), *NgramHasher(ngram).hash(text)])
+
+
 def test_ngrams_ignore_case_and_white_space() -> None:
-    hasher = NgramHasher(3)
-    hashes = hasher.hash("One two\nTHREE four")
+    hashes = hash_text(3, "One two\nTHREE four")
     assert hashes.dtype == np.uint32
     assert len(hashes) == 2
-    assert np.array_equal(hashes, hasher.hash("one  two three   Four"))
-    assert np.array_equal(hashes, NgramHasher(3).hash("one two three four"))
-    assert not set(hashes) & set(hasher.hash("two one three four"))
+    assert np.array_equal(hashes, hash_text(3, "one  two three   Four"))
+    assert np.array_equal(hashes, hash_text(3, "one two three four"))
+    assert not set(hashes) & set(hash_text(3, "two one three four"))
 
 
 def test_a_short_text_is_one_ngram() -> None:
-    hasher = NgramHasher(5)
-    assert len(hasher.hash("one two")) == 1
-    assert len(hasher.hash("")) == 0
+    assert len(hash_text(5, "one two")) == 1
+    assert len(hash_text(5, "")) == 0
     assert Signer(NearDuplicateOptions()).sign(" \n") is None
 
 
+@pytest.mark.parametrize("slice_characters", [1, 5, 64])
+def test_a_long_text_is_hashed_in_slices(monkeypatch: pytest.MonkeyPatch, slice_characters: int) -> None:
+    text = "".join(("one_two  Straße 春眠不觉晓，", "x" * 150, "处处闻啼鸟 f(y)+=1;\n", "ไทย ", "end"))
+    whole = hash_text(3, text)
+    monkeypatch.setattr(near_duplicates, "SLICE_CHARACTERS", slice_characters)
+    assert np.array_equal(hash_text(3, text), whole)
+
+
 def test_hashes_do_not_depend_on_the_process() -> None:
-    assert NgramHasher(2).hash("a b 春").tolist() == [4097984014, 4175562964]
+    assert hash_text(2, "a b 春").tolist() == [4097984014, 4175562964]
 
 
 def test_a_signature_is_that_of_datasketch() -> None:
     text = " ".join(f"word{i}" for i in range(2 * SIGNATURE_BLOCK_NGRAMS + 7))
     options = NearDuplicateOptions(num_permutations=48, seed=7)
     oracle = MinHash(num_perm=48, seed=7, hashfunc=int)
-    for value in NgramHasher(options.ngram).hash(text).tolist():
+    for value in hash_text(options.ngram, text).tolist():
         oracle.update(value)
     assert np.array_equal(Signer(options).sign(text), oracle.hashvalues)
     other_seed = Signer(NearDuplicateOptions(num_permutations=48, seed=8))  # the twin
