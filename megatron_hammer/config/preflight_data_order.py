@@ -163,7 +163,11 @@ def _list_source_changes(old: DataOrder, new: DataOrder) -> tuple[list[str], boo
             changes.append(f"{source.prefix} with {describe_epochs(source)} (was {describe_epochs(before)})")
     gone = [source.prefix for key, source in zip(old_keys, old.sources, strict=True) if key not in new_keys]
     new_prefixes = {source.prefix for source in new.sources}
-    return changes + [f"no {prefix}" for prefix in gone if prefix not in new_prefixes], has_other_epochs
+    changes += [f"no {prefix}" for prefix in gone if prefix not in new_prefixes]
+    if sorted(old_keys) == sorted(new_keys) and old_keys != new_keys:
+        row, old_row = (", ".join(source.prefix for source in order.sources) for order in (new, old))
+        changes.append(f"sources in the row {row} (was {old_row})")
+    return changes, has_other_epochs
 
 
 def _shares(order: DataOrder) -> list[float]:

@@ -26,10 +26,12 @@ def exact_values(lines: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     directory = tmp_path_factory.mktemp("data")
-    data = write_toy_data(directory / "data")
+    data = write_toy_data(directory / "data", num_documents=25)
+    # Two epochs and a third begun, in our own order, so that the record of it is written by several ranks too.
+    order = ("--data-order", "epochwise", "--split", "100,0,0")
     # Dropout, so that the random state counts too; the schedule is fixed, so that it does not depend on where we stop.
     dropout = ("--hidden-dropout", "0.1", "--attention-dropout", "0.1")
-    return (*TOY_MODEL, *dropout, *TOY_SCHEDULE, "--train-iters", str(NUM_STEPS), "--data-path", data)
+    return (*TOY_MODEL, *dropout, *TOY_SCHEDULE, "--train-iters", str(NUM_STEPS), "--data-path", data, *order)
 
 
 def saving(directory: Path) -> tuple[str, ...]:

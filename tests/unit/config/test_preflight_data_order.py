@@ -227,6 +227,14 @@ def test_another_source(data: str, other: str, checkpoint: Resume) -> None:
     assert f"{data} with weight 0.7 (was 1); {other} as a new source (in" in problem
 
 
+def test_sources_in_another_row(data: str, other: str, checkpoint: Resume) -> None:
+    folder = checkpoint(*blend_of(1, data, 1, other), *steps(NUM_STEPS))
+    (problem,) = find(*MODEL, *blend_of(1, other, 1, data), *steps(13), "--load", str(folder))
+    assert f"got sources in the row {other}, {data} (was {data}, {other}) (in" in problem
+    folder = checkpoint(*blend_of(0.618, data, 0.382, other), *steps(NUM_STEPS))
+    assert find(*MODEL, *blend_of(0.382, other, 0.618, data), *steps(13), "--load", str(folder)) == []
+
+
 # --- files ----------------------------------------------------------------------------------------------------------
 
 

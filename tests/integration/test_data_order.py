@@ -1,0 +1,93 @@
+"""A run is extended across an epoch: real training, real checkpoints, and the guard between them."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from parsed_flags import find, parse
+from training_runs import TOY_MODEL, TOY_SCHEDULE, read_lines, run, train, write_toy_data
+
+from megatron_hammer.config import saved_run
+
+pytestmark = pytest.mark.integration
+SHORT, LONG = 6, 12  # steps of 8 samples; an epoch has 59
+EPOCHWISE = ("--data-order", "epochwise")
+LONGER = ("--train-iters", str(LONG), "--override-opt-param-scheduler")
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """The learning rate falls over the long run in both, so that only the data can tell them apart."""
+    data = write_toy_data(tmp_path_factory.mktemp("data") / "data", num_documents=21)
+    return (*TOY_MODEL, *TOY_SCHEDULE, "--lr-decay-iters", str(LONG), "--split", "100,0,0", "--data-path", data)
+
+
+@pytest.fixture(scope="module")
+def short_run(flags: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder of six steps in megatron's order."""
+    save = tmp_path_factory.mktemp("short")
+    train(1, save / "metrics.jsonl", *flags, "--train-iters", str(SHORT), "--save", str(save))
+    return save
+
+
+@pytest.fixture
+def resumed(short_run: Path, tmp_path: Path) -> Path:
+    """A copy to go on in."""
+    saved_run.read_saved_arguments.cache_clear()
+    shutil.copytree(short_run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_the_epochwise_order_goes_on_as_if_never_interrupted(
+    flags: tuple[str, ...], resumed: Path, tmp_path: Path
+) -> None:
+    whole = train(1, tmp_path / "whole.jsonl", *flags, *EPOCHWISE, "--train-iters", str(LONG))
+    result = run(1, *flags, *EPOCHWISE, *LONGER, "--save", str(resumed))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "data order: as in the checkpoint" in result.stdout
+    extended = read_lines(resumed / "metrics.jsonl")
+    assert [line["step"] for line in extended] == list(range(1, LONG + 1))
+    for name in ("loss", "grad_norm", "lr", "num_samples"):
+        assert [line[name] for line in extended] == [line[name] for line in whole], name
+
+
+def test_megatrons_order_stops_and_goes_on_only_when_told(flags: tuple[str, ...], resumed: Path) -> None:
+    resume = (*flags, *LONGER, "--save", str(resumed))
+    result = run(1, *resume)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    (data,) = parse(*flags).namespace.data_path
+    where = resumed / f"iter_{SHORT:07d}"
+    assert (
+        f"error: data-order: must be that of the checkpoint, got samples=96 (was 48); {data} with 2 epochs shuffled "
+        f"together, the last apart (was one epoch) (in {where}). Of the 48 samples (3,072 tokens) trained on so far, "
+    ) in result.stderr
+    assert len(read_lines(resumed / "metrics.jsonl")) == SHORT, "nothing was trained"
+    result = run(1, *resume, "--accept-data-order-change")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "data order: changed after sample 48, as accepted" in result.stdout
+    starts = [part["first_sample"] for part in read_record(resumed, LONG)["segments"]]
+    assert starts == [0, 48]
+
+
+def read_record(folder: Path, step: int) -> dict:
+    """As preflight reads it, from the checkpoint alone."""
+    saved_run.read_saved_arguments.cache_clear()
+    arguments, _ = saved_run.read_saved_arguments(folder / f"iter_{step:07d}", 0)
+    return arguments.data_order_record
+
+
+def test_a_checkpoint_names_its_data(flags: tuple[str, ...], short_run: Path) -> None:
+    """Without starting a process: what the guard says of a real checkpoint."""
+    (segment,) = read_record(short_run, SHORT)["segments"]
+    (source,) = segment["order"]["sources"]
+    assert (segment["first_sample"], segment["order"]["num_samples"]) == (0, 48)
+    assert source["identity"]["num_documents"] == 21
+    assert source["identity"]["fingerprint"]
+    resume = (*flags, "--train-iters", str(SHORT), "--load", str(short_run))
+    assert find(*resume) == []
+    assert "got seed=7 (was 1234) (in" in find(*resume, "--seed", "7")[0]
+    (problem,) = find(*flags, "--train-iters", str(LONG), *EPOCHWISE, "--load", str(short_run))
+    assert problem.startswith(
+        "override-opt-param-scheduler: the schedule must be that of the checkpoint, got samples=96"
+    )

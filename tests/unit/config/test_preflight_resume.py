@@ -1,0 +1,68 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from parsed_flags import TINY, parse
+
+from megatron_hammer.config.preflight_resume import describe_schedule, find_schedule_changes
+
+FOLDER = Path("checkpoints/iter_0000010")
+RUN = (*TINY, "--train-iters", "20", "--global-batch-size", "8")
+
+
+def changes(*flags: str, saved: tuple[str, ...] = RUN) -> list[str]:
+    return find_schedule_changes(parse(*RUN, *flags).namespace, parse(*saved).namespace, FOLDER)
+
+
+def test_a_longer_run_has_another_schedule() -> None:
+    assert changes() == []
+    (problem,) = changes("--train-iters", "40", "--lr-decay-iters", "20")
+    assert problem == (
+        f"override-opt-param-scheduler: the schedule must be that of the checkpoint, got samples=320 (was 160) in "
+        f"{FOLDER}. Pass --override-opt-param-scheduler to go on with the new one, or "
+        "--use-checkpoint-opt-param-scheduler to keep the old one."
+    )
+    (problem,) = changes("--train-iters", "40")
+    assert "got lr_decay_samples=320 (was 160), samples=320 (was 160) in" in problem
+    (problem,) = changes("--lr", "0.002", "--weight-decay", "0.3")
+    assert "lr=0.002 (was" in problem
+    assert "start_weight_decay=0.3 (was" in problem
+
+
+@pytest.mark.parametrize(
+    "flag", ["--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler", "--finetune", "--no-load-optim"]
+)
+def test_a_flag_settles_it(flag: str) -> None:
+    assert changes("--train-iters", "40", flag) == []
+
+
+def test_samples_are_counted_like_steps() -> None:
+    samples = (*TINY, "--global-batch-size", "8", "--train-samples", "160")
+    assert describe_schedule(parse(*samples).namespace) == describe_schedule(parse(*RUN).namespace)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--train-iters", "24", "--lr-decay-iters", "20"),
+        ("--lr-warmup-fraction", "0.25"),
+        ("--weight-decay-incr-style", "linear", "--start-weight-decay", "0.1", "--end-weight-decay", "0.2"),
+    ],
+)
+def test_the_schedule_is_megatrons(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the scheduler that Megatron builds from the same arguments."""
+    namespace = parse(*RUN, *flags).namespace
+    counted = describe_schedule(namespace)
+    from megatron.training import training
+
+    if namespace.weight_decay_incr_style == "constant":  # as validate_args fills it in
+        namespace.start_weight_decay = namespace.end_weight_decay = namespace.weight_decay
+    built: dict[str, Any] = {}
+    monkeypatch.setattr(training, "get_args", lambda: namespace)
+    monkeypatch.setattr(training, "OptimizerParamScheduler", lambda optimizer, **options: built.update(options))
+    training.get_optimizer_param_scheduler(None)
+    names = {"lr": "max_lr", "start_weight_decay": "start_wd", "end_weight_decay": "end_wd", "samples": "wd_incr_steps"}
+    names |= {"lr_warmup_samples": "lr_warmup_steps", "lr_decay_samples": "lr_decay_steps"}
+    names |= {"weight_decay_incr_style": "wd_incr_style"}
+    assert counted == {name: built[names.get(name, name)] for name in counted}
