@@ -133,17 +133,18 @@ def build_table(
 ) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("source", overflow="fold")
-    headings = ["weight", "training tokens", "of all"]
-    headings += ["drawn samples", "drawn tokens", "epochs", "built epochs"] if previews else []
+    headings = ["weight", "training tokens"]
+    headings += ["drawn tokens", "epochs", "built"] if previews else ["of all tokens"]
     for heading in headings:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     total_tokens = sum(source.num_tokens for source in sources)
     for index, (source, weight) in enumerate(zip(sources, weights, strict=True)):
-        cells = [f"{float(weight):.4%}", f"{source.num_tokens:,}", f"{source.num_tokens / total_tokens:.4%}"]
+        cells = [f"{float(weight):.4%}", f"{source.num_tokens:,}"]
         if previews:
             drawn = previews[index]
-            cells += [f"{drawn.num_samples:,}", f"{drawn.num_tokens:,}", f"{drawn.epochs:.3f}"]
-            cells.append(f"{drawn.num_epochs_built:,}")
+            cells += [f"{drawn.num_tokens:,}", f"{drawn.epochs:.3f}", f"{drawn.num_epochs_built:,}"]
+        else:
+            cells.append(f"{source.num_tokens / total_tokens:.4%}")
         table.add_row(source.name, *cells)
     return table
 
