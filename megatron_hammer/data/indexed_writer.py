@@ -65,10 +65,15 @@ class IndexedWriter:
         self._partial_idx_path = partial_path(idx_path(prefix))
         self._lengths_path = partial_path(f"{prefix}.lengths")
         self._documents_path = partial_path(f"{prefix}.documents")
-        if resume_from is None:
-            self._open("wb")
-        else:
+        if resume_from is not None:
             self._reopen(resume_from)
+            return
+        try:
+            self._open("wb")
+        except BaseException:  # Ctrl-C: the caller has no writer yet to call `abort` on
+            with suppress(OSError):
+                self.abort()
+            raise
 
     @classmethod
     def resume(cls, prefix: str | Path, dtype: np.dtype, state: WriterState) -> Self:

@@ -229,6 +229,17 @@ def test_an_exception_leaves_the_old_pair_and_no_new_one(tmp_path: Path) -> None
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_an_interrupt_while_the_files_are_opened_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_and_stop(path: Path, *_: object, **__: object) -> None:
+        path.touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(indexed_writer, "open", open_and_stop, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        IndexedWriter(tmp_path / "pair", np.dtype(np.int32))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which only Linux has")
 def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
     for suffix in ("bin", "idx", "lengths", "documents"):
