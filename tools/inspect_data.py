@@ -74,8 +74,12 @@ def validate_arguments(arguments: argparse.Namespace) -> None:
         if value < least:
             flag = name.replace("_", "-")
             problems.append(f"{flag}: must be at least {least}, got {value}. Pass --{flag} {max(least, 10)}.")
-    needs_text = [flag for flag in ("samples", "document", "search") if getattr(arguments, flag) not in (None, 0)]
-    needs_text += ["document"] if arguments.document == 0 else []
+    shows_text = {
+        "samples": arguments.samples > 0,
+        "document": arguments.document is not None,
+        "search": arguments.search is not None,
+    }
+    needs_text = [flag for flag, is_wanted in shows_text.items() if is_wanted]
     if needs_text and arguments.tokenizer_model is None:
         problems.append(
             f"tokenizer-model: must be given to show text (--{needs_text[0]}), got none. "
