@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -341,3 +342,23 @@ def test_twin_a_tokenizer_that_transformers_reads_otherwise_leaves_nothing(optio
     with pytest.raises(ConversionError, match="sample text:2: transformers must decode the ids as the original does"):
         resize_embeddings(options)
     assert_nothing_was_left(options)
+
+
+def test_hugging_face_tokenizers_are_copied(options, tmp_path):
+    fast = tokenizers.ByteLevelBPETokenizer()
+    fast.train_from_iterator(TOY_TEXTS, vocab_size=300, special_tokens=["<|endoftext|>"], show_progress=False)
+    num_old = fast.get_vocab_size()
+    for name, added in (("old", []), ("new", ["<|tool|>", "龘"])):
+        fast.add_tokens(added)
+        wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=fast._tokenizer, eos_token="<|endoftext|>")
+        wrapped.save_pretrained(tmp_path / name)
+    write_model(options.model_dir, num_rows=num_old)
+    options = dataclasses.replace(
+        options, old_tokenizer_path=tmp_path / "old", new_tokenizer_path=tmp_path / "new" / "tokenizer.json"
+    )
+    assert resize_embeddings(options).num_added_pieces == 2
+    before, after = load_all(options.model_dir)[EMBEDDING], load_all(options.save_dir)[EMBEDDING]
+    ids = load_encoder(tmp_path / "old").encode("龘").tolist()
+    assert torch.equal(after[num_old + 1], before[ids].mean(dim=0))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(options.save_dir)
+    assert tokenizer("龘<|tool|>")["input_ids"] == [num_old + 1, num_old]
