@@ -274,7 +274,9 @@ def _read_elements(stream: BinaryIO, begin: Position, block_bytes: int) -> Itera
         offset += 1
     position = Position(begin.file_index, offset, begin.num_records)
     for run in cut_elements(stream, block_bytes, is_first=begin.num_records == 0):
-        behind = Position(begin.file_index, offset + run.end, position.num_records + run.num_elements)
+        behind = Position(begin.file_index + 1)  # the bracket that ends the array is not a place to go on from
+        if run.end is not None:
+            behind = Position(begin.file_index, offset + run.end, position.num_records + run.num_elements)
         yield Block(BlockKind.ELEMENTS, run.payload, position, behind)
         position = behind
 

@@ -21,12 +21,12 @@ class BrokenArrayError(ValueError):
 class ElementRun:
     """Neighbouring elements as they stand in the file, commas between them; `end` is where the next one begins.
 
-    end: bytes from where the stream stood; after the last element, where the array ends.
+    end: bytes from where the stream stood, or None behind the last element.
     """
 
     payload: bytes
     num_elements: int
-    end: int
+    end: int | None
 
 
 def cut_elements(stream: BinaryIO, run_bytes: int, *, is_first: bool) -> Iterator[ElementRun]:
@@ -99,7 +99,7 @@ class _Cutter:
     def last_run(self, is_first: bool) -> ElementRun:
         payload = self._buffer[: self._scanned]
         is_empty_array = is_first and not self._num_runs and not self._num_elements and not payload.strip()
-        return ElementRun(payload, 0 if is_empty_array else self._num_elements + 1, self._buffer_offset + self._scanned)
+        return ElementRun(payload, 0 if is_empty_array else self._num_elements + 1, None)
 
     def _take(self, start: int, end: int) -> ElementRun:
         run = ElementRun(self._buffer[start:end], self._num_elements, self._buffer_offset + end + 1)

@@ -15,6 +15,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, cast
 
@@ -80,6 +81,7 @@ class _Worker:
         self.in_hand: deque[tuple[int, Position]] = deque()
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, build_encode), daemon=True)
+        resource_tracker.ensure_running()  # it is started with the first process and unblocks signals
         # these reach every process of a terminal or a job; a worker leaves them to the parent
         old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:

@@ -22,7 +22,7 @@ from megatron_hammer.data.blocks import (
 )
 
 TEXTS = [f"document {number} {'é' * (number * 7 % 50)}\n" for number in range(300)]
-BLOCK_BYTES = 500
+BLOCK_BYTES = 1500
 START = Position()
 
 
@@ -53,7 +53,7 @@ def test_every_document_is_in_one_block(tmp_path: Path) -> None:
     slices = select_whole_files(write_files(tmp_path))
     blocks = read(slices)
     assert texts_of(blocks) == TEXTS * 6 + [TEXTS[7]]
-    assert len(blocks) > 100
+    assert len(blocks) > 50
     numbers = [(block.begin.num_records, block.end.num_records) for block in blocks if block.begin.file_index == 2]
     assert [begin for begin, _ in numbers] == [0, *(end for _, end in numbers[:-1])]
 
@@ -62,9 +62,10 @@ def test_reading_goes_on_from_any_position(tmp_path: Path) -> None:
     slices = select_whole_files(write_files(tmp_path))
     blocks = read(slices)
     total_bytes = sum(part.size_bytes for part in slices)
-    for done in range(0, len(blocks), 9):
+    for done in range(len(blocks)):
         counts: list[int] = []
         rest = read(slices, blocks[done].end, counts)
+        assert not any(decode_block(block, ["text"]).problems for block in rest)
         assert texts_of(rest) == texts_of(blocks[done + 1 :])
         assert [block.end for block in rest[-1:]] == [block.end for block in blocks[done + 1 :][-1:]]
         look_ahead_bytes = slices[4].size_bytes  # the start of a .json is read to see what it is

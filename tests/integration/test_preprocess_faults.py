@@ -1,0 +1,355 @@
+"""The preprocessor is killed and starved: it never hangs, never looks finished, and ends with the same bytes."""
+
+import json
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from toy_tokenizer import TOY_TEXTS, train_toy_tokenizer
+
+pytestmark = pytest.mark.integration
+
+ROOT = Path(__file__).resolve().parents[2]
+WAIT_S = 60
+NUM_KILLS = 20
+# The package function as a user's script would call it; small blocks, and by default a journal after every one of them.
+SCRIPT = """
+import sys
+from pathlib import Path
+from megatron_hammer.data.manifest import Shard
+from megatron_hammer.data.preprocess import preprocess
+from megatron_hammer.data.preprocess_options import PreprocessOptions
+from megatron_hammer.errors import exit_on_user_error
+
+@exit_on_user_error
+def main():
+    preprocess(PreprocessOptions(
+        inputs=("in",), tokenizer_path=Path("toy.model"), json_keys=("text", "title"), append_eod=True, max_errors=9,
+        **(dict(journal_interval_s=0.0, block_bytes=16384) | eval(sys.argv[1])),
+    ))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.fixture(scope="module")
+def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_toy_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def start(*arguments: str | Path, cwd: Path, **more) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        **more,
+    )
+
+
+def run_tool(*arguments: str | Path, cwd: Path, **more) -> tuple[int, str, str]:
+    process = start(ROOT / "tools" / "preprocess_data.py", *arguments, cwd=cwd, **more)
+    try:
+        stdout, stderr = process.communicate(timeout=WAIT_S)
+    finally:
+        kill_group(process)
+    return process.returncode, stdout, without_notes(stderr)
+
+
+def without_notes(stderr: str) -> str:
+    return "".join(line for line in stderr.splitlines(keepends=True) if not line.startswith("note: "))
+
+
+def kill_group(process: subprocess.Popen[str]) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=WAIT_S)
+
+
+def wait_until(is_true: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + WAIT_S
+    while not is_true():
+        assert time.monotonic() < deadline_s, "waited too long"
+        time.sleep(0.01)
+
+
+def read_all(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# --- killed at any moment --------------------------------------------------------------------------------------------
+
+
+def write_inputs(folder: Path, tokenizer_path: Path) -> None:
+    """Several formats, some bad lines, more than one key."""
+    (folder / "in").mkdir()
+    (folder / "run.py").write_text(SCRIPT)
+    (folder / "toy.model").write_bytes(tokenizer_path.read_bytes())
+    rows = [{"text": TOY_TEXTS[n % 3] * (n % 7), "title": f"title {n}" if n % 5 else ""} for n in range(2500)]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    lines[100] = "\n"
+    lines[1900] = "broken\n"
+    (folder / "in" / "a.jsonl").write_text("".join(lines))
+    (folder / "in" / "b.json").write_text(json.dumps(rows[:400]))
+    import pyarrow
+    import pyarrow.parquet
+    import zstandard
+
+    (folder / "in" / "c.jsonl.zst").write_bytes(zstandard.compress("".join(lines[200:700]).encode()))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[:600]), folder / "in" / "d.parquet", row_group_size=97)
+
+
+def start_run(folder: Path, output: str, **options: object) -> subprocess.Popen[str]:
+    settings = repr(options).replace("'", '"')
+    return start("run.py", f'dict(output_prefix=Path("{output}"), **{settings})', cwd=folder)
+
+
+def run_once(folder: Path, output: str, **options: object) -> float:
+    """Run to the end and return its seconds."""
+    started_at_s = time.monotonic()
+    process = start_run(folder, output, **options)
+    _, stderr = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 0, stderr
+    return time.monotonic() - started_at_s
+
+
+def run_and_kill(folder: Path, output: str, delay_s: float, **options: object) -> bool:
+    """Start a run, kill its whole group some time later, and say whether it was complete by then."""
+    process = start_run(folder, output, **options)
+    try:
+        time.sleep(delay_s)
+        return process.poll() == 0
+    finally:
+        kill_group(process)
+
+
+@pytest.mark.parametrize(
+    "num_kills, options",
+    [(NUM_KILLS, {"seed": 7, "num_workers": 2}), (NUM_KILLS // 4, {"num_workers": 1})],
+    ids=["shuffled", "in order"],
+)
+def test_killed_at_random_moments_ends_with_the_same_bytes(
+    tmp_path: Path, tokenizer_path: Path, num_kills: int, options: dict[str, int]
+) -> None:
+    write_inputs(tmp_path, tokenizer_path)
+    duration_s = run_once(tmp_path, "whole/c", **options)
+    whole = read_all(tmp_path / "whole")
+    assert sorted(name.rpartition(".")[2] for name in whole) == ["bin", "bin", "idx", "idx", "json", "json"]
+    draw = random.Random(5)
+    num_killed = num_continued = 0
+    journal_path = tmp_path / "killed" / "c.journal.json"
+    while num_killed < num_kills:
+        num_continued += journal_path.exists()
+        if not run_and_kill(tmp_path, "killed/c", draw.uniform(0.4, 1) * duration_s, **options):
+            num_killed += 1
+            duration_s *= 1 if journal_path.exists() else 1.1  # the machine has become slower
+            continue
+        duration_s *= 0.9
+        assert read_all(tmp_path / "killed") == whole
+        for path in (tmp_path / "killed").iterdir():
+            path.unlink()
+    run_once(tmp_path, "killed/c", **options)
+    assert read_all(tmp_path / "killed") == whole
+    assert num_continued >= num_kills // 4
+
+
+# Which call of what ends the process, and whether before or after it; two keys, so two pairs and two to be shuffled.
+RUN = "megatron_hammer.data.preprocess_run"
+WRITER = "megatron_hammer.data.indexed_writer.IndexedWriter"
+MOMENTS = [
+    *((f"{WRITER}.finish", number, "before") for number in (1, 2)),
+    *((f"{RUN}.shuffle_pairs", 1, when) for when in ("before", "after")),
+    *((f"{WRITER}.finish", number, "after") for number in (3, 4)),
+    *((f"{RUN}.encode_manifest", number, "before") for number in (1, 2)),
+    *((f"{WRITER}.publish", number, when) for number in (1, 2) for when in ("before", "after")),
+    (f"{RUN}.remove_leftovers", 1, "after"),
+]
+# Ends the process, as SIGKILL does, before or after the given call of a function.
+KILLER = """
+import os, sys, pkgutil
+name, number, when = sys.argv[2], int(sys.argv[3]), sys.argv[4]
+owner, _, attribute = name.rpartition(".")
+owner = pkgutil.resolve_name(owner)
+original = getattr(owner, attribute)
+calls = 0
+def killing(*arguments, **options):
+    global calls
+    calls += 1
+    if calls == number and when == "before":
+        os._exit(9)
+    result = original(*arguments, **options)
+    if calls == number:
+        os._exit(9)
+    return result
+setattr(owner, attribute, killing)
+"""
+
+
+def test_killed_around_every_step_of_the_end(tmp_path: Path, tokenizer_path: Path) -> None:
+    """Random kills seldom hit the short phases, so each of their steps is hit on purpose, one after another."""
+    write_inputs(tmp_path, tokenizer_path)
+    (tmp_path / "in" / "a.jsonl").unlink()
+    run_once(tmp_path, "whole/c", seed=7)
+    whole = read_all(tmp_path / "whole")
+    (tmp_path / "kill.py").write_text(SCRIPT.replace('if __name__ == "__main__":', KILLER + "\nif True:"))
+    for function, number, when in MOMENTS:
+        settings = 'dict(output_prefix=Path("killed/c"), seed=7)'
+        process = start("kill.py", settings, function, str(number), when, cwd=tmp_path)
+        process.communicate(timeout=WAIT_S)
+        assert process.returncode == 9, (function, number, when)
+    run_once(tmp_path, "killed/c", seed=7)
+    assert read_all(tmp_path / "killed") == whole
+
+
+# --- stopped by signals, dead workers, a full disk -------------------------------------------------------------------
+
+
+@pytest.fixture
+def long_arguments(tmp_path: Path, tokenizer_path: Path) -> tuple[str | Path, ...]:
+    """A command that takes several seconds, with two workers."""
+    line = json.dumps({"text": "the quick brown fox jumps " * 40}) + "\n"
+    (tmp_path / "c.jsonl").write_text(line * 60_000)
+    return ("--input", "c.jsonl", "--tokenizer-model", tokenizer_path, "--output-prefix", "out/c", "--workers", "2")
+
+
+@pytest.fixture
+def running_tool(tmp_path: Path, long_arguments: tuple[str | Path, ...]) -> Iterator[subprocess.Popen[str]]:
+    """A run with two busy workers, early in its input and before its first journal."""
+    process = start(ROOT / "tools" / "preprocess_data.py", *long_arguments, cwd=tmp_path)
+    partial_path = tmp_path / "out" / "c_text_document.bin.partial"
+    wait_until(lambda: partial_path.exists() and partial_path.stat().st_size > 0)
+    yield process
+    kill_group(process)
+
+
+@pytest.fixture
+def journaled_run(tmp_path: Path, tokenizer_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A run with two workers that has a journal."""
+    write_inputs(tmp_path, tokenizer_path)
+    lines = (tmp_path / "in" / "a.jsonl").read_text()
+    (tmp_path / "in" / "0.jsonl").write_text((lines.replace("\n\n", "\n").replace("broken\n", "")) * 40)
+    process = start_run(tmp_path, "out/c", num_workers=2, journal_interval_s=0.1)
+    wait_until((tmp_path / "out" / "c.journal.json").exists)
+    yield process
+    kill_group(process)
+
+
+def find_workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The encoding processes, without multiprocessing's resource tracker, which outlives them by a moment."""
+    children = psutil.Process(process.pid).children()
+    return [child for child in children if any("spawn_main" in part for part in child.cmdline())]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_before_the_first_journal_leaves_nothing(
+    tmp_path: Path, running_tool: subprocess.Popen[str], number: signal.Signals, code: int
+) -> None:
+    workers = find_workers(running_tool)
+    os.killpg(running_tool.pid, number)
+    _, stderr = running_tool.communicate(timeout=WAIT_S)
+    assert running_tool.returncode == code
+    assert without_notes(stderr) == "error: interrupted; nothing was done yet. Run the same command again.\n"
+    assert not list((tmp_path / "out").iterdir())
+    assert not psutil.wait_procs(workers, timeout=WAIT_S)[1]
+
+
+def test_workers_end_with_a_killed_parent_and_leftovers_are_not_reused(
+    tmp_path: Path, running_tool: subprocess.Popen[str], long_arguments: tuple[str | Path, ...]
+) -> None:
+    workers = find_workers(running_tool)
+    assert len(workers) == 2
+    running_tool.kill()
+    assert not psutil.wait_procs(workers, timeout=WAIT_S)[1]
+    left = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert left == [
+        "c.lock",
+        *(f"c_text_document.{part}.partial" for part in ("bin", "documents", "lengths")),
+    ]
+    (tmp_path / "c.jsonl").write_text('{"text": "the fox"}\n')
+    assert run_tool(*long_arguments, cwd=tmp_path)[0] == 0
+    assert (tmp_path / "out" / "c_text_document.bin").stat().st_size < 40
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        f"c_text_document.{part}" for part in ("bin", "idx", "manifest.json")
+    ]
+
+
+def test_a_killed_worker_ends_the_run(tmp_path: Path, running_tool: subprocess.Popen[str]) -> None:
+    find_workers(running_tool)[0].kill()
+    _, stderr = running_tool.communicate(timeout=WAIT_S)
+    assert running_tool.returncode == 2
+    assert re.fullmatch(
+        r"error: workers: every worker must live to the end, got one that died near c.jsonl:\d+. It was killed, "
+        r"most often for want of memory; pass fewer --workers or use a machine with more memory.\n",
+        without_notes(stderr),
+    )
+    assert not list((tmp_path / "out").iterdir())
+
+
+KEPT_LINE = "error: out/c.journal.json: what was done is kept. Run the same command again to continue.\n"
+
+
+def test_a_killed_worker_costs_only_what_is_not_in_the_journal(
+    tmp_path: Path, journaled_run: subprocess.Popen[str]
+) -> None:
+    find_workers(journaled_run)[-1].kill()
+    _, stderr = journaled_run.communicate(timeout=WAIT_S)
+    assert journaled_run.returncode == 2
+    assert stderr.endswith(KEPT_LINE)
+    assert not any(path.suffix in (".bin", ".idx") for path in (tmp_path / "out").iterdir())
+    run_once(tmp_path, "out/c", journal_interval_s=9.0)
+    run_once(tmp_path, "whole/c", journal_interval_s=9.0)
+    assert read_all(tmp_path / "out") == read_all(tmp_path / "whole")
+
+
+def test_a_second_run_on_the_same_output_is_refused(tmp_path: Path, journaled_run: subprocess.Popen[str]) -> None:
+    second = start_run(tmp_path, "out/c")
+    _, stderr = second.communicate(timeout=WAIT_S)
+    assert second.returncode == 2
+    assert re.fullmatch(
+        rf"error: out/c.lock: another run is writing this output, got process {journaled_run.pid} on \S+. "
+        r"Wait for it to end, or pass another --output-prefix.\n",
+        stderr,
+    )
+
+
+def limit(num_bytes: int) -> None:
+    """As a disk that is full after so many bytes of one file."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path, long_arguments: tuple[str | Path, ...]) -> None:
+    code, stdout, stderr = run_tool(*long_arguments, cwd=tmp_path, preexec_fn=lambda: limit(2_000_000))
+    assert (code, stdout) == (2, "")
+    assert stderr == (
+        "error: out/c_text_document.bin.partial: file cannot be written (File too large). "
+        "Free space, or choose another place.\n"
+    )
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_full_disk_costs_only_what_is_not_in_the_journal(tmp_path: Path, tokenizer_path: Path) -> None:
+    write_inputs(tmp_path, tokenizer_path)
+    process = start("run.py", 'dict(output_prefix=Path("out/c"))', cwd=tmp_path, preexec_fn=lambda: limit(100_000))
+    _, stderr = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 2
+    assert without_notes(stderr) == (
+        "error: out/c_text_document.bin.partial: file cannot be written (File too large). "
+        "Free space, or choose another place.\n" + KEPT_LINE
+    )
+    assert not any(path.suffix in (".bin", ".idx") for path in (tmp_path / "out").iterdir())
+    run_once(tmp_path, "out/c", journal_interval_s=9.0)
+    run_once(tmp_path, "whole/c", journal_interval_s=9.0)
+    assert read_all(tmp_path / "out") == read_all(tmp_path / "whole")
