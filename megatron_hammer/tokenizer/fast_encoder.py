@@ -158,7 +158,7 @@ def list_checked_texts(
     yield from SAMPLE_TEXTS
     yield from HOSTILE_TEXTS
     for batch in itertools.batched(_list_piece_texts(reference, model), PIECES_PER_TEXT):
-        yield "\0".join(batch)
+        yield "\0".join(batch).replace(WHITESPACE_SYMBOL, " ")
     if model is not None:
         yield "e".join(piece.text for piece in model.pieces if piece.type is PieceType.USER_DEFINED)
     num_chars_left = MAX_SAMPLE_CHARS
@@ -172,7 +172,7 @@ def list_checked_texts(
 def _list_piece_texts(reference: Encoder, model: SentencePieceModel | None) -> Iterator[str]:
     if model is None:
         return (reference.decode([token_id]) for token_id in range(reference.vocab_size))
-    return (piece.text.replace(WHITESPACE_SYMBOL, " ") for piece in model.pieces if piece.type is not PieceType.BYTE)
+    return (piece.text for piece in model.pieces if piece.type is not PieceType.BYTE)
 
 
 def find_difference(encoder: Encoder, reference: Encoder, texts: Iterable[str]) -> str | None:

@@ -76,6 +76,8 @@ def define_plain_tokenizer(model: SentencePieceModel) -> bytes:
     reasons = list_inexpressible(model)
     if model.precompiled_charsmap or model.removes_extra_whitespaces:
         reasons.append("its normaliser rewrites text: fastokens knows no character maps")
+    if any(" " in piece.text for piece in model.pieces if piece.type is PieceType.NORMAL):
+        reasons.append("a piece with a space: spaces are escaped before pieces are looked up")
     if reasons:
         raise ConversionError(*reasons)
     unknown = _unknown_piece(model)
@@ -91,7 +93,7 @@ def define_plain_tokenizer(model: SentencePieceModel) -> bytes:
             "fuse_unk": True,
             "byte_fallback": model.has_byte_fallback,
             "vocab": {_unmatchable(key) if key in control else key: i for key, i in _build_vocabulary(model).items()},
-            "merges": list_merges(model),
+            "merges": [f"{left} {right}" for left, right in list_merges(model)],  # shorter to read than pairs
         },
     }
     return orjson.dumps(definition)
@@ -180,16 +182,18 @@ def _decoder_steps(model: SentencePieceModel) -> Iterator[Any]:
 
 def list_merges(model: SentencePieceModel) -> list[tuple[str, str]]:
     """Every pair of pieces whose concatenation is a piece, best score first, as sentencepiece merges them."""
-    mergeable = {
-        piece.text: (-piece.score, token_id)
+    never_merged = NUL if model.has_byte_fallback else None
+    ranked = sorted(
+        (-piece.score, token_id, piece.text)
         for token_id, piece in enumerate(model.pieces)
-        if piece.type is PieceType.NORMAL and _vocabulary_key(piece, model) == piece.text
-    }
+        if piece.type is PieceType.NORMAL and piece.text != never_merged
+    )
+    parts = {text for _, _, text in ranked}
     return [
         (text[:cut], text[cut:])
-        for text in sorted(mergeable, key=mergeable.__getitem__)
+        for _, _, text in ranked
         for cut in range(1, len(text))
-        if text[:cut] in mergeable and text[cut:] in mergeable
+        if text[:cut] in parts and text[cut:] in parts
     ]
 
 

@@ -78,15 +78,18 @@ def build_text_cutter(model: SentencePieceModel) -> TextCutter | None:
         or not model.escapes_whitespaces
     ):
         return None
-    matched_types = (PieceType.NORMAL, PieceType.USER_DEFINED, PieceType.UNUSED)
-    texts = [piece.text.replace(" ", WHITESPACE_SYMBOL) for piece in model.pieces if piece.type in matched_types]
-    chars = _code_points("\0".join(texts))  # adds pairs with NUL, which only costs boundaries beside a NUL
-    single_chars = [piece.text for piece in model.pieces if piece.type in matched_types[:2] and len(piece.text) == 1]
+    # Names of control and byte tokens, and NUL between pieces, only cost the boundaries at pairs that they add.
+    chars = _code_points("\0".join([piece.text for piece in model.pieces]).replace(" ", WHITESPACE_SYMBOL))
     return TextCutter(
         np.unique(chars[:-1] << _CODE_POINT_BITS | chars[1:]),
         has_dummy_prefix=model.has_dummy_prefix,
-        known_chars=None if model.has_byte_fallback else np.unique(_code_points("".join(single_chars))),
+        known_chars=None if model.has_byte_fallback else np.unique(_code_points(_join_single_chars(model))),
     )
+
+
+def _join_single_chars(model: SentencePieceModel) -> str:
+    types = (PieceType.NORMAL, PieceType.USER_DEFINED)
+    return "".join(piece.text for piece in model.pieces if piece.type in types and len(piece.text) == 1)
 
 
 def _code_points(text: str) -> np.ndarray:
