@@ -3,6 +3,7 @@
 
 Prints a --data-path line, and with a budget the tokens and epochs of every source. Each source is the prefix of a
 .bin/.idx pair, or NAME=PREFIX. A budget is --train-tokens, or --train-iters with --global-batch-size.
+epochs: how often a source is read; built: the whole epochs that Megatron lays out and shuffles to draw them from.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Look into .bin/.idx pairs: counts, lengths, token frequencies, duplicates, text, integrity.
 
+Of several pairs it also counts the documents that another one holds, as validation data that leaked into training.
 With --document or --search only that is shown; they and --samples need the tokenizer that encoded the pair.
 """
 
@@ -25,7 +26,14 @@ from megatron_hammer.data.document_text import (
 )
 from megatron_hammer.data.indexed import read_index
 from megatron_hammer.data.inspection import inspect_pair
-from megatron_hammer.data.inspection_report import FrequentToken, PairReport, print_report, report_to_json
+from megatron_hammer.data.inspection_report import (
+    FrequentToken,
+    PairReport,
+    find_common_documents,
+    print_common_documents,
+    print_report,
+    report_to_json,
+)
 from megatron_hammer.data.length_histogram import build_histogram, plot_histogram, write_histogram_csv
 from megatron_hammer.data.manifest import read_manifest
 from megatron_hammer.data.verify import VerifiedPair, verify_pair
@@ -144,11 +152,14 @@ def show_reports(reports: list[PairReport], arguments: argparse.Namespace) -> No
         write_histogram_csv(arguments.csv, build_histogram(lengths))
     if arguments.plot is not None:
         plot_histogram(arguments.plot, lengths, f"{reports[0].prefix}: {len(lengths):,} documents")
+    common = find_common_documents(reports)
     if arguments.json:
-        print_json({"pairs": [report_to_json(report) for report in reports]})
+        pairs = [report_to_json(report) for report in reports]
+        print_json({"pairs": pairs, "common_documents": [dataclasses.asdict(row) for row in common]})
         return
     for report in reports:
         print_report(report, sys.stdout)
+    print_common_documents(common, sys.stdout)
     num_documents = sum(report.statistics.index.num_documents for report in reports)
     num_tokens = sum(report.statistics.index.num_tokens for report in reports)
     num_duplicates = sum(report.statistics.duplicates.num_duplicates for report in reports)

@@ -23,7 +23,7 @@ from megatron_hammer.data.atomic_files import open_atomically
 from megatron_hammer.data.block_signer import BlockSignerRecipe, SignedBlock
 from megatron_hammer.data.blocks import Position, read_blocks, select_whole_files
 from megatron_hammer.data.input_files import find_input_files
-from megatron_hammer.data.near_duplicates import NearDuplicateOptions, select_bands
+from megatron_hammer.data.near_duplicates import NearDuplicateOptions
 from megatron_hammer.data.signature_index import Match, SignatureIndex
 from megatron_hammer.data.sorted_runs import SortedRuns
 from megatron_hammer.data.worker_pool import encode_in_order
@@ -76,7 +76,6 @@ def deduplicate(options: DedupOptions, on_progress: Callable[[DedupCounts], None
     """
     if options.near_duplicates is not None:
         options.near_duplicates.validate()
-        select_bands(options.near_duplicates)
     files = find_input_files(options.inputs).files
     _refuse_bad_outputs(options, files)
     counts = DedupCounts(input_bytes=sum(path.stat().st_size for path in files))

@@ -47,10 +47,15 @@ class DuplicateSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class PairStatistics:
-    """lengths: tokens of each document, int64 [num_documents]; token_counts: occurrences of each id, int64 [ids]."""
+    """What one pass finds.
+
+    lengths: tokens of each document, int64 [num_documents]; digests: of its ids, uint64 [num_documents];
+    token_counts: occurrences of each id, int64 [ids].
+    """
 
     index: IndexSummary
     lengths: np.ndarray
+    digests: np.ndarray
     token_counts: np.ndarray
     duplicates: DuplicateSummary
 
@@ -100,6 +105,7 @@ def inspect_pair(
     return PairStatistics(
         index=index,
         lengths=lengths,
+        digests=digests,
         token_counts=token_counts,
         duplicates=count_duplicates(digests, lengths),
     )
@@ -141,6 +147,12 @@ def count_duplicates(digests: np.ndarray, lengths: np.ndarray) -> DuplicateSumma
         num_texts_repeated=int((copies > 1).sum()),
         most_copies=int(copies.max(initial=0)),
     )
+
+
+def count_common_documents(statistics: PairStatistics, others: PairStatistics) -> int:
+    """Count the documents with tokens whose ids are those of some document of another pair of the same dtype."""
+    is_common = np.isin(statistics.digests, others.digests[others.lengths > 0])
+    return int((is_common & (statistics.lengths > 0)).sum())
 
 
 def summarise_lengths(lengths: np.ndarray) -> LengthSummary | None:

@@ -1,6 +1,7 @@
 """An inspected pair for people and for programs: rich tables, or a dictionary that a JSON encoder takes."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO, Any
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_hammer.data.document_text import DocumentText
-from megatron_hammer.data.inspection import PairStatistics, summarise_lengths
+from megatron_hammer.data.inspection import PairStatistics, count_common_documents, summarise_lengths
 from megatron_hammer.data.length_histogram import LengthHistogram, build_histogram
 from megatron_hammer.data.manifest import Manifest
 from megatron_hammer.data.verify import VerifiedPair
@@ -29,6 +30,16 @@ class FrequentToken:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CommonDocuments:
+    """Of the documents of one pair, those that another one holds too, as when validation data leaked into training."""
+
+    prefix: str
+    other_prefix: str
+    num_documents: int
+    num_common: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PairReport:
     """Everything that was found about one pair; verified: None where that was not asked for."""
 
@@ -39,6 +50,35 @@ class PairReport:
     verified: VerifiedPair | None
     frequent_tokens: Sequence[FrequentToken]
     samples: Sequence[DocumentText]
+
+
+def find_common_documents(reports: Sequence[PairReport]) -> list[CommonDocuments]:
+    """Compare every pair with every other one whose ids have the same type, in both directions."""
+    return [
+        CommonDocuments(
+            prefix=report.prefix,
+            other_prefix=other.prefix,
+            num_documents=report.statistics.index.num_documents,
+            num_common=count_common_documents(report.statistics, other.statistics),
+        )
+        for report, other in itertools.permutations(reports, 2)
+        if report.statistics.index.dtype == other.statistics.index.dtype
+    ]
+
+
+def print_common_documents(rows: Sequence[CommonDocuments], stream: IO[str]) -> None:
+    """Print a line for each two pairs; nothing where there is one pair."""
+    if not rows:
+        return
+    table = Table(title="documents that another pair holds too", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("of", overflow="fold")
+    table.add_column("in", overflow="fold")
+    table.add_column("documents", justify="right", no_wrap=True)
+    table.add_column("share", justify="right", no_wrap=True)
+    for row in rows:
+        share = _share(row.num_common, row.num_documents)
+        table.add_row(row.prefix, row.other_prefix, f"{row.num_common:,}", share)
+    Console(file=stream, highlight=False, markup=False, emoji=False).print(table)
 
 
 def report_to_json(report: PairReport) -> dict[str, Any]:

@@ -32,7 +32,7 @@ MAX_CACHED_UNITS = 1 << 20
 SIGNATURE_BLOCK_NGRAMS = 2048
 # A candidate that is not similar enough is refused by its signature, so bands may err on the side of finding more.
 FALSE_POSITIVE_WEIGHT, FALSE_NEGATIVE_WEIGHT = 0.1, 0.9
-MIN_PERMUTATIONS, MAX_PERMUTATIONS = 16, 4096
+MIN_PERMUTATIONS, MAX_PERMUTATIONS = 16, 1024
 MAX_SEED = 2**32 - 1
 
 
@@ -151,23 +151,17 @@ class Signer:
 
 
 def select_bands(options: NearDuplicateOptions) -> Bands:
-    """Return the bands that suit the threshold, by datasketch's rule; raises ConfigError where values are too few.
+    """Return the bands that suit the threshold, by datasketch's rule.
 
     The chance to be compared at similarity s is 1 - (1 - s^num_rows)^num_bands.
     """
     from datasketch import MinHashLSH
 
+    weights = (FALSE_POSITIVE_WEIGHT, FALSE_NEGATIVE_WEIGHT)
     try:
-        bands = MinHashLSH(
-            threshold=options.threshold,
-            num_perm=options.num_permutations,
-            weights=(FALSE_POSITIVE_WEIGHT, FALSE_NEGATIVE_WEIGHT),
-        )
-    except ValueError as error:
-        raise ConfigError(
-            f"num-permutations: must allow two bands at this threshold, got num_permutations="
-            f"{options.num_permutations}, threshold={options.threshold} ({error}). Pass --num-permutations 256."
-        ) from error
+        bands = MinHashLSH(threshold=options.threshold, num_perm=options.num_permutations, weights=weights)
+    except ValueError:  # near a threshold of 1 one band would be best, which datasketch refuses
+        return Bands(2, options.num_permutations // 2)
     return Bands(bands.b, bands.r)
 
 

@@ -15,6 +15,8 @@ from megatron_hammer.data.inspection_report import (
     SAMPLE_CHARACTERS,
     FrequentToken,
     PairReport,
+    find_common_documents,
+    print_common_documents,
     print_report,
     report_to_json,
 )
@@ -74,3 +76,19 @@ def test_without_a_tokenizer_tokens_have_no_text(tmp_path: Path, monkeypatch: py
     text = render(build_report(tmp_path / "pair", [[7]], frequent_tokens=[token]), monkeypatch)
     (heading,) = [line for line in text.splitlines() if "share" in line and "count" in line]
     assert heading.split() == ["id", "count", "share"]
+
+
+def test_documents_of_another_pair(tmp_path: Path) -> None:
+    train = build_report(tmp_path / "train", [[1, 2], [1, 2], [], [3], [4, 5]])
+    valid = build_report(tmp_path / "valid", [[], [3], [6], [5, 4]])
+    rows = find_common_documents([train, valid])
+    assert [(row.prefix, row.other_prefix, row.num_common, row.num_documents) for row in rows] == [
+        (train.prefix, valid.prefix, 1, 5),
+        (valid.prefix, train.prefix, 1, 4),
+    ]
+    assert [row.num_common for row in find_common_documents([train, train])] == [4, 4]
+    stream = io.StringIO()
+    print_common_documents(find_common_documents([train]), stream)
+    assert stream.getvalue() == ""
+    print_common_documents(rows, stream)
+    assert "25.00%" in stream.getvalue()
