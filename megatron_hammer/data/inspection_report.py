@@ -17,7 +17,7 @@ from megatron_hammer.data.manifest import Manifest
 from megatron_hammer.data.verify import VerifiedPair
 
 SAMPLE_CHARACTERS = 300
-BAR_CHARACTERS = 30
+BAR_CHARACTERS = 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,7 +156,7 @@ def _build_counts(report: PairReport) -> Table:
 
 
 def _build_manifest(manifest: Manifest) -> Table:
-    options = ", ".join(f"{name}={value}" for name, value in manifest.options.items())
+    options = ", ".join(f"{name}={value}" for name, value in manifest.options.items() if value not in (None, False))
     sources = ", ".join(source.path for source in manifest.sources[:3])
     more = f" and {len(manifest.sources) - 3:,} more" if len(manifest.sources) > 3 else ""
     tokenizer = manifest.tokenizer
@@ -181,9 +181,9 @@ def _build_list(title: str, rows: dict[str, str]) -> Table:
 
 def _build_lengths(histogram: LengthHistogram) -> Table:
     table = Table(title="documents by length", title_justify="left", box=box.SIMPLE_HEAD)
-    for heading in ("tokens", "documents", "in all tokens", "share of tokens"):
-        table.add_column(heading, justify="right")
-    table.add_column()
+    for heading in ("tokens", "documents", "tokens in all", "share"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column(no_wrap=True)
     total_tokens = int(histogram.num_tokens.sum())
     most_documents = int(histogram.num_documents.max(initial=1))
     for low, high, documents, tokens in _list_bins(histogram):

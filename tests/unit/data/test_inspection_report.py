@@ -54,7 +54,7 @@ def test_counts_and_lengths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert "tokens of a document min 0, median 1, mean 1.8, p90 3, p99 3, max 3" in lines
     assert "duplicate documents 1 (33.33%) with 3 tokens (42.86%); 1 texts repeat, the most 2 times" in lines
     assert "ids that never occur 4 of 8 up to the largest that occurs (50.00%)" in lines
-    assert "2 - 3 2 6 85.71% ##############################" in lines
+    assert "2 - 3 2 6 85.71% ####################" in lines
     histogram = report_to_json(report)["length_histogram"]
     assert [row["num_documents"] for row in histogram] == [1, 1, 2]
     assert [(row["min_tokens"], row["max_tokens"]) for row in histogram] == [(0, 0), (1, 1), (2, 3)]
