@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_hammer.config.data_sources import DataSource, read_data_plan
+from megatron_hammer.config.data_sources import SPLIT_NAMES, DataSource, read_data_plan
 from megatron_hammer.config.preflight_data_sizes import count_needed_samples, count_split_tokens
 from megatron_hammer.config.preflight_layout import select_global_batch_size
 from megatron_hammer.config.saved_run import SavedRun, read_saved_run
@@ -21,13 +21,15 @@ from megatron_hammer.errors import DataError
 
 RECORD_NAME = "data_order_record"
 RECORD_VERSION = 1
+OTHER_VALIDATION = "the validation samples are others than before"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OrderReview:
     """A resumed run's order against the checkpoint's. history: what was trained on, oldest first; empty: not known.
 
-    is_recorded: whether the checkpoint says which data it was trained on.
+    is_recorded: whether the checkpoint says which data it was trained on. is_evaluated_alike: whether the validation
+    samples come in the order of before.
     """
 
     saved: SavedRun
@@ -35,6 +37,7 @@ class OrderReview:
     history: tuple[Segment, ...]
     is_recorded: bool
     is_same: bool
+    is_evaluated_alike: bool
 
     @property
     def old(self) -> DataOrder:
@@ -46,24 +49,35 @@ class OrderReview:
 
 
 def plan_run_order(
-    namespace: argparse.Namespace, *, last_sample: int = 0, is_identified: bool = False, **replaced: Any
+    namespace: argparse.Namespace,
+    *,
+    split: str = "train",
+    last_sample: int = 0,
+    is_identified: bool = False,
+    **replaced: Any,
 ) -> DataOrder | None:
-    """The order of a run's training samples; None without training on data that can be read.
+    """The order of a run's samples; None without training on data that can be read.
 
-    last_sample: where in its order a resumed run ends. is_identified: read as much of the files as tells them from
-    others. replaced: arguments to replace.
+    split: whose samples. last_sample: where in its order a resumed run ends. is_identified: read as much of the files
+    as tells them from others. replaced: arguments to replace.
     """
     namespace = argparse.Namespace(**(vars(namespace) | replaced))
     plan, problems = read_data_plan(namespace)
-    sources = plan.sources_of("train")
-    if problems or not sources or namespace.skip_train or count_needed_samples(namespace)["train"] < 1:
+    sources = plan.sources_of(split)
+    if problems or not sources or namespace.skip_train or count_needed_samples(namespace)[split] < 1:
         return None
     try:
         indices = [read_index(source.prefix) for source in sources]
     except (DataError, OSError):
         return None
     return _plan_order(
-        namespace, sources, indices, is_own=plan.own is not None, is_identified=is_identified, last_sample=last_sample
+        namespace,
+        sources,
+        indices,
+        split=split,
+        is_own=plan.own is not None,
+        is_identified=is_identified,
+        last_sample=last_sample,
     )
 
 
@@ -94,12 +108,13 @@ def _plan_order(
     *,
     is_own: bool,
     is_identified: bool,
+    split: str = "train",
     last_sample: int = 0,
 ) -> DataOrder:
     is_blend = len(sources) > 1 or (not is_own and sources[0].weight is not None)
-    bounds = (0.0, 1.0) if is_own else read_training_bounds(namespace.split)
+    bounds = (0.0, 1.0) if is_own else read_bounds(namespace.split, split)
     order = getattr(namespace, "data_order", MEGATRON)
-    num_samples = count_needed_samples(namespace)["train"]
+    num_samples = count_needed_samples(namespace)[split]
     return plan_order(
         [
             _describe_source(
@@ -111,7 +126,7 @@ def _plan_order(
         seed=namespace.seed,
         seq_length=namespace.seq_length,
         num_samples=max(num_samples, last_sample) if order == EPOCHWISE else num_samples,
-        order_samples=getattr(namespace, "data_order_samples", None),
+        order_samples=getattr(namespace, "data_order_samples", None) if split == "train" else None,
         split=None if is_own else namespace.split,
         surplus=namespace.mid_level_dataset_surplus,
         is_blend=is_blend,
@@ -133,14 +148,14 @@ def _describe_source(
     )
 
 
-def read_training_bounds(split: str) -> tuple[float, float]:
-    """Where training data begins and ends in each source, as shares, to the last bit as megatron-core has them."""
+def read_bounds(shares: str, split: str) -> tuple[float, float]:
+    """Where a split begins and ends in each source, as shares, to the last bit as megatron-core has them."""
     from megatron.core.datasets import blended_megatron_dataset_config as config
 
-    bounds: tuple[float, float] = config.convert_split_vector_to_split_matrix(config.parse_and_normalize_split(split))[
-        0
-    ]
-    return bounds
+    matrix: list[tuple[float, float]] = config.convert_split_vector_to_split_matrix(
+        config.parse_and_normalize_split(shares)
+    )
+    return matrix[SPLIT_NAMES.index(split)]
 
 
 # --- what a checkpoint says -----------------------------------------------------------------------------------------
@@ -158,7 +173,30 @@ def review_order(namespace: argparse.Namespace) -> OrderReview | None:
     history, is_recorded = read_history(saved, order)
     new = Segment(order=order, keys=match_sources(order, order)[1], first_sample=0, last_sample=last_sample)
     is_same = bool(history) and is_continued(history[-1], new)
-    return OrderReview(saved=saved, new=new, history=history, is_recorded=is_recorded, is_same=is_same)
+    return OrderReview(
+        saved=saved,
+        new=new,
+        history=history,
+        is_recorded=is_recorded,
+        is_same=is_same,
+        is_evaluated_alike=is_evaluated_alike(namespace, saved.args),
+    )
+
+
+def is_evaluated_alike(namespace: argparse.Namespace, saved: argparse.Namespace) -> bool:
+    """Whether validation goes on in the order of before, as far as the arguments and files of both tell."""
+    try:
+        old, new = (plan_run_order(args, split="valid") for args in (saved, namespace))
+    except (AttributeError, TypeError):  # saved by another version of Megatron
+        return True
+    if old is None or new is None:
+        return True
+    keys = match_sources(old, new)
+    segments = [
+        Segment(order=order, keys=keys_of, first_sample=0, last_sample=min(old.num_available, new.num_available))
+        for order, keys_of in zip((old, new), keys, strict=True)
+    ]
+    return is_continued(*segments)
 
 
 def read_history(saved: SavedRun, new: DataOrder) -> tuple[tuple[Segment, ...], bool]:
@@ -217,7 +255,8 @@ def build_record(namespace: argparse.Namespace) -> dict[str, Any] | None:
         segments = [{"first_sample": segment.first_sample, "order": segment.order.to_json()} for segment in kept]
         first_sample = review.history[-1].first_sample if review.is_same else review.saved.num_consumed
     segments.append({"first_sample": first_sample, "order": order.to_json()})
-    return {"version": RECORD_VERSION, "segments": segments}
+    alike = review is None or review.is_evaluated_alike
+    return {"version": RECORD_VERSION, "segments": segments, "is_evaluated_alike": alike}
 
 
 def describe_continuation(record: dict[str, Any] | None, num_consumed: int) -> str | None:
@@ -227,6 +266,7 @@ def describe_continuation(record: dict[str, Any] | None, num_consumed: int) -> s
     starts = [segment["first_sample"] for segment in record["segments"]]
     if starts == [num_consumed]:
         return f"data order: recorded from sample {num_consumed:,} on, the checkpoint does not say its own"
+    validation = "" if record["is_evaluated_alike"] else f"; {OTHER_VALIDATION}"
     if starts[-1] == num_consumed:
-        return f"data order: changed after sample {num_consumed:,}, as accepted"
-    return "data order: as in the checkpoint"
+        return f"data order: changed after sample {num_consumed:,}, as accepted{validation}"
+    return f"data order: as in the checkpoint{validation}"

@@ -8,6 +8,7 @@ import numpy as np
 from megatron_hammer.config.arguments import ParsedArguments
 from megatron_hammer.config.data_sources import SPLIT_FLAGS, DataPlan, list_data_flags, read_data_plan
 from megatron_hammer.config.preflight_checkpoint import find_unwritable
+from megatron_hammer.config.preflight_data_cache import find_cache_problems
 from megatron_hammer.config.preflight_data_sizes import find_size_problems
 from megatron_hammer.config.preflight_memory import is_planned
 from megatron_hammer.data.indexed import SCAN_CHUNK_TOKENS, IndexSummary, read_index
@@ -47,6 +48,7 @@ def find_data_problems(arguments: ParsedArguments) -> list[str]:
             problems += _find_content_problems(namespace, prefix, index)
         if namespace.seq_length is not None and not plan_problems and not index_problems:
             problems += find_size_problems(namespace, plan, indices)
+            problems += find_cache_problems(namespace, plan, indices)
     return problems
 
 

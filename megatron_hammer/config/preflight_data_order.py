@@ -8,7 +8,7 @@ counted, and the run stops unless --accept-data-order-change is given.
 import argparse
 from collections.abc import Iterator
 
-from megatron_hammer.config.data_order import OrderReview, plan_run_order, review_order
+from megatron_hammer.config.data_order import OTHER_VALIDATION, OrderReview, plan_run_order, review_order
 from megatron_hammer.config.preflight_data_sizes import count_needed_samples
 from megatron_hammer.data.indexed import read_index
 from megatron_hammer.data.order import EPOCHWISE, MEGATRON, DataOrder, SourceOrder
@@ -65,6 +65,8 @@ def describe_order_state(namespace: argparse.Namespace) -> str | None:
 
 
 def _list_notes(review: OrderReview) -> Iterator[str]:
+    if not review.is_evaluated_alike:
+        yield OTHER_VALIDATION
     if not review.is_recorded:
         yield "the contents of the files were not compared, the checkpoint does not tell them"
     pairs = zip(review.old.sources, review.new.order.sources, strict=False)

@@ -1,6 +1,7 @@
 """The data-order guard: exact sentences, whose numbers are counted again from Megatron's own data sets."""
 
 import argparse
+import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -336,6 +337,25 @@ def test_a_continued_record_has_the_newest_description(data: str, checkpoint: Re
     )
 
 
+def test_other_validation_samples_are_said(data: str, checkpoint: Resume) -> None:
+    """More steps are more evaluations, from another number of epochs; the epochwise order keeps them."""
+    flags = ("--data-path", data, "--split", "80,20,0", "--eval-iters", "2", "--eval-interval", "2")
+    drawn = {}
+    for order in ("megatron", "epochwise"):
+        runs = [(*MODEL, *flags, *steps(count), "--data-order", order) for count in (10, 12)]
+        folder = checkpoint(*runs[0][len(MODEL) :], step=10)
+        resumed = (*runs[1], "--load", str(folder))
+        assert find(*resumed) == []
+        validation = [read_tokens(build_datasets(parse(*flags).namespace)[1], 0, 10) for flags in runs]
+        drawn[order] = np.array_equal(*validation)
+        state = describe_order_state(parse(*resumed).namespace)
+        line = describe_continuation(build_record(parse(*resumed).namespace), 40)
+        note = "" if drawn[order] else "; the validation samples are others than before"
+        assert state == f"{order}; as in the checkpoint (iter_0000010){note}"
+        assert line == f"data order: as in the checkpoint{note}"
+    assert drawn == {"megatron": False, "epochwise": True}
+
+
 # --- settings that do not fit ---------------------------------------------------------------------------------------
 
 
@@ -395,3 +415,25 @@ def test_nothing_is_compared_without_a_checkpoint_or_its_samples(data: str, chec
     assert find(*MODEL, *flags, *steps(40), "--seed", "7", "--load", str(folder), "--finetune") == []
     assert describe_order_state(parse(*MODEL, *flags, *steps(40)).namespace) == "megatron"
     assert describe_order_state(parse(*MODEL, "--mock-data", *steps(40)).namespace) is None
+
+
+def test_the_dry_run_says_it(data: str, other: str, checkpoint: Resume) -> None:
+    from megatron_hammer.config.dry_run import build_report, print_report
+
+    folder = checkpoint(*blend_of(0.7, data, 0.3, other), *steps(NUM_STEPS))
+    flags = (*MODEL, *blend_of(0.7, data, 0.3, other), *steps(60), "--load", str(folder), "--dry-run")
+    run = build_report(parse(*flags), []).run
+    assert run.data_order == "megatron; not as in the checkpoint (iter_0000012)"
+    assert [source.shuffling for source in run.sources] == [
+        "3 epochs shuffled together, the last apart",
+        "3 epochs shuffled together, the last apart",
+    ]
+    arguments = parse(*flags, "--data-order", "epochwise")
+    stream = io.StringIO()
+    print_report(build_report(arguments, []), stream)
+    text = " ".join(stream.getvalue().split())
+    assert "data order epochwise; as in the checkpoint (iter_0000012)" in text
+    accepted = build_report(parse(*flags, "--accept-data-order-change"), []).run.data_order
+    assert accepted == "megatron; not as in the checkpoint (iter_0000012), accepted"
+    mock = build_report(parse(*MODEL, "--mock-data", *steps(20), "--dry-run"), []).run
+    assert (mock.data_order, mock.sources) == (None, ())
