@@ -3,8 +3,8 @@
 Exact duplicates have the same text, or the same but for white space. Near duplicates are those of
 `near_duplicates.py`. JSON that is kept is written as it was, with all its fields; of a Parquet row or a text file the
 text alone is, under the same key.
-The output depends on the inputs and the options only, never on the number of workers. Memory: 24 bytes a document, and
-with near duplicates 0.7 KB for each that is kept (signature_index.py).
+The output depends on the inputs and the options only, never on the number of workers. Memory: 24 bytes a document,
+65 while they are merged, and with near duplicates 0.7 KB for each that is kept (signature_index.py).
 """
 
 import gzip
