@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from megatron_hammer.data.index_format import DOCUMENT_BYTES, IDX_HEADER_BYTES, LENGTH_BYTES, OFFSET_BYTES
+from megatron_hammer.data.index_format import DOCUMENT_BYTES, IDX_HEADER_BYTES, LENGTH_BYTES, OFFSET_BYTES, read_array
 from megatron_hammer.data.indexed import IndexSummary
 from megatron_hammer.errors import DataError
 
@@ -85,7 +85,7 @@ def read_documents(index: IndexSummary, *, chunk_bytes: int) -> Iterator[Documen
                 first_sequence = int(block.sequence_ends[start] - counts[start])
                 num_tokens = int(block.token_ends[stop - 1] - block.token_starts[start])
                 yield Documents(
-                    np.fromfile(bin_file, index.dtype, count=num_tokens),
+                    read_array(bin_file, index.dtype, num_tokens),
                     lengths[first_sequence : int(block.sequence_ends[stop - 1])],
                     counts[start:stop],
                 )
@@ -98,14 +98,14 @@ def _read_document_index(index: IndexSummary) -> Iterator[tuple[np.ndarray, np.n
         lengths_file.seek(IDX_HEADER_BYTES)
         documents_file.seek(IDX_HEADER_BYTES + (LENGTH_BYTES + OFFSET_BYTES) * index.num_sequences + DOCUMENT_BYTES)
         while num_left:
-            ends = np.fromfile(documents_file, np.int64, count=min(num_left, DOCUMENTS_AT_ONCE))
+            ends = read_array(documents_file, np.dtype(np.int64), min(num_left, DOCUMENTS_AT_ONCE))
             counts = np.diff(ends, prepend=first_sequence)
             if int(counts.min()) < 0 or int(ends[-1]) > index.num_sequences:
                 raise DataError(
                     f"{index.idx_path}: document index must not decrease, nor pass the {index.num_sequences} "
                     f"sequences, got {first_sequence}..{ends.max()}. The file is damaged; preprocess the corpus again."
                 )
-            lengths = np.fromfile(lengths_file, np.int32, count=int(ends[-1]) - first_sequence)
+            lengths = read_array(lengths_file, np.dtype(np.int32), int(ends[-1]) - first_sequence)
             if len(lengths) and int(lengths.min()) < 0:
                 raise DataError(
                     f"{index.idx_path}: lengths must be at least 0, got {lengths.min()}. "

@@ -9,8 +9,11 @@ Source: megatron/core/datasets/indexed_dataset.py; byte equality with it is pinn
 
 import struct
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+
+from megatron_hammer.errors import DataError
 
 IDX_MAGIC = b"MMIDIDX\x00\x00"
 IDX_VERSION = 1
@@ -52,3 +55,18 @@ def encode_header(dtype: np.dtype, num_sequences: int, num_documents: int) -> by
 def count_index_bytes(num_sequences: int, num_documents: int) -> int:
     """Return the size of an .idx without modes."""
     return IDX_HEADER_BYTES + num_sequences * (LENGTH_BYTES + OFFSET_BYTES) + (num_documents + 1) * DOCUMENT_BYTES
+
+
+def read_array(file: BinaryIO, dtype: np.dtype, count: int) -> np.ndarray:
+    """Read the next `count` entries: [count]. Raises DataError if the file ends before.
+
+    Not numpy.fromfile: that turns Ctrl-C into a TypeError, and returns fewer entries without a word.
+    """
+    array = np.empty(count, dtype)
+    num_bytes = file.readinto(array.data) if count else 0  # type: ignore[attr-defined]
+    if num_bytes != array.nbytes:
+        raise DataError(
+            f"{file.name}: file must have {array.nbytes} more bytes here, got {num_bytes}. "
+            "It was cut while it was read; preprocess or copy it again."
+        )
+    return array

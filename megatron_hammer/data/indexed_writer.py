@@ -39,6 +39,12 @@ class WriterState:
     num_documents: int
 
 
+def remove_partial_files(prefix: str | Path) -> None:
+    """Remove whatever a writer of this pair has left under .partial names."""
+    for name in ("bin", "idx", "lengths", "documents"):
+        partial_path(f"{prefix}.{name}").unlink(missing_ok=True)
+
+
 class IndexedWriter:
     """Write a pair as a stream; `finish` assembles the index, and `publish` gives both files their names.
 
@@ -185,9 +191,7 @@ class IndexedWriter:
         if not self._is_published:
             if self._is_open:
                 self._close_files()
-            self._partial_bin_path.unlink(missing_ok=True)
-            self._partial_idx_path.unlink(missing_ok=True)
-            self._remove_spools()
+            remove_partial_files(self.prefix)
 
     def __enter__(self) -> Self:
         return self

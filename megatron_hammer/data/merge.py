@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from megatron_hammer.data.atomic_files import cannot_write, open_atomically, partial_path
 from megatron_hammer.data.documents import Documents, read_documents
 from megatron_hammer.data.index_format import DOCUMENT_BYTES, LENGTH_BYTES, bin_path, count_index_bytes, idx_path
-from megatron_hammer.data.indexed import IndexedWriter
+from megatron_hammer.data.indexed_writer import IndexedWriter, remove_partial_files
 from megatron_hammer.data.journal import lock_outputs
 from megatron_hammer.data.manifest import Manifest, SourceFile, encode_manifest, hash_file, manifest_path
 from megatron_hammer.data.merge_parts import SOURCE_OPTIONS, Part, find_part_prefixes, order_parts, read_parts
@@ -79,7 +79,10 @@ def merge_pairs(
         done_bytes += num_bytes
         on_progress(done_bytes, total_bytes)
 
-    with lock_outputs(Path(f"{output_prefix}.lock")), IndexedWriter(output_prefix, dtype) as writer:
+    with ExitStack() as stack:
+        stack.enter_context(lock_outputs(Path(f"{output_prefix}.lock")))
+        stack.callback(remove_partial_files, output_prefix)  # Ctrl-C may come before the writer is entered
+        writer = stack.enter_context(IndexedWriter(output_prefix, dtype))
         if seed is None:
             _copy(parts, writer, count)
         else:

@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_hammer.data.atomic_files import cannot_write
 from megatron_hammer.data.documents import DOCUMENT_OVERHEAD_BYTES, Documents, bound_memory, read_documents
-from megatron_hammer.data.index_format import LENGTH_BYTES
+from megatron_hammer.data.index_format import LENGTH_BYTES, read_array
 from megatron_hammer.data.indexed import IndexedWriter, IndexSummary
 
 MIN_MEMORY_BYTES = 128 << 20
@@ -173,8 +173,8 @@ class _Buckets:
         self, writer: IndexedWriter, paths: tuple[Path, Path, Path], on_moved: Callable[[int], None]
     ) -> None:
         ids_path, lengths_path, records_path = paths
-        records = np.fromfile(records_path, DOCUMENT_RECORD)
-        lengths = np.fromfile(lengths_path, np.int32)
+        records = _read_file(records_path, DOCUMENT_RECORD)
+        lengths = _read_file(lengths_path, np.dtype(np.int32))
         documents = Documents(self._read_ids(ids_path), lengths, np.ascontiguousarray(records["num_sequences"]))
         order = np.argsort(records["key"], kind="stable")
         for start, stop in bound_memory(documents.estimate_bytes()[order], self._max_memory_bytes // 8):
@@ -204,4 +204,9 @@ class _Buckets:
         """Return the ids in memory, or mapped where a large document makes the bucket larger than that."""
         if path.stat().st_size > self._max_memory_bytes:
             return np.memmap(path, self._dtype, mode="r")
-        return np.fromfile(path, self._dtype)
+        return _read_file(path, self._dtype)
+
+
+def _read_file(path: Path, dtype: np.dtype) -> np.ndarray:
+    with open(path, "rb") as file:
+        return read_array(file, dtype, path.stat().st_size // dtype.itemsize)

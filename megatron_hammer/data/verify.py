@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_hammer.data.index_format import IDX_HEADER_BYTES, LENGTH_BYTES, OFFSET_BYTES
+from megatron_hammer.data.index_format import IDX_HEADER_BYTES, LENGTH_BYTES, OFFSET_BYTES, read_array
 from megatron_hammer.data.indexed import bin_path, idx_path, read_header
 from megatron_hammer.data.manifest import Manifest, hash_file, manifest_path, read_manifest
 from megatron_hammer.errors import DataError
@@ -69,7 +69,7 @@ def verify_pair(
     """Read a pair and its manifest whole and return what they hold, with every problem at once.
 
     vocab_size: ids must be below it; without it, below that of the manifest's tokenizer. on_progress: gets the bytes
-    of the .bin read so far, of all. Raises DataError only if a file cannot be opened.
+    of the .bin read so far, of all. Raises DataError only if a file cannot be read.
     """
     own_bin_path, own_idx_path = bin_path(prefix), idx_path(prefix)
     manifest, problems = _read_manifest(prefix)
@@ -134,8 +134,8 @@ def _scan_index(path: Path) -> tuple[_Index | None, list[str]]:
 
 def _scan_sequences(path: Path, dtype: np.dtype, num_sequences: int) -> tuple[int | None, list[str]]:
     """Return the sum of the lengths, None if they are wrong; each offset must be the bytes of the lengths before it."""
-    lengths = _read_array(path, np.dtype(np.int32), IDX_HEADER_BYTES, num_sequences)
-    offsets = _read_array(path, np.dtype(np.int64), IDX_HEADER_BYTES + LENGTH_BYTES * num_sequences, num_sequences)
+    lengths = _read_in_chunks(path, np.dtype(np.int32), IDX_HEADER_BYTES, num_sequences)
+    offsets = _read_in_chunks(path, np.dtype(np.int64), IDX_HEADER_BYTES + LENGTH_BYTES * num_sequences, num_sequences)
     end_bytes = first_sequence = 0
     for some_lengths, some_offsets in zip(lengths, offsets, strict=True):
         lengths_bytes = some_lengths.astype(np.int64) * dtype.itemsize
@@ -159,7 +159,7 @@ def _scan_document_index(path: Path, num_sequences: int, document_index_length: 
     """The document index must rise from 0 to the number of sequences."""
     start_bytes = IDX_HEADER_BYTES + (LENGTH_BYTES + OFFSET_BYTES) * num_sequences
     last = first_entry = 0
-    for entries in _read_array(path, np.dtype(np.int64), start_bytes, document_index_length):
+    for entries in _read_in_chunks(path, np.dtype(np.int64), start_bytes, document_index_length):
         before = np.concatenate(([last], entries[:-1]))
         wrong = np.flatnonzero((entries < before) | (entries > num_sequences))
         if first_entry == 0 and entries[0] != 0:
@@ -177,12 +177,12 @@ def _scan_document_index(path: Path, num_sequences: int, document_index_length: 
     return []
 
 
-def _read_array(path: Path, dtype: np.dtype, start_bytes: int, count: int) -> Iterator[np.ndarray]:
+def _read_in_chunks(path: Path, dtype: np.dtype, start_bytes: int, count: int) -> Iterator[np.ndarray]:
     """Yield `count` entries from `start_bytes` on, in chunks."""
     with open(path, "rb") as file:
         file.seek(start_bytes)
         for start in range(0, count, SCAN_CHUNK_ENTRIES):
-            yield np.fromfile(file, dtype, count=min(SCAN_CHUNK_ENTRIES, count - start))
+            yield read_array(file, dtype, min(SCAN_CHUNK_ENTRIES, count - start))
 
 
 # --- .bin ------------------------------------------------------------------------------------------------------------

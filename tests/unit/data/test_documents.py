@@ -79,3 +79,13 @@ def test_a_damaged_index_is_named(tmp_path: Path) -> None:
     damage(index.idx_path, 34 + 4, b"\xff\xff\xff\xff")
     with pytest.raises(DataError, match=r"pair.idx: lengths must be at least 0, got -1. The file is damaged"):
         list(read_documents(index, chunk_bytes=1 << 20))
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path: Path) -> None:
+    index = read_index(write_pair(tmp_path / "pair"))
+    with open(index.bin_path, "r+b") as file:
+        file.truncate(100)
+    with pytest.raises(
+        DataError, match=r"pair.bin: file must have 158 more bytes here, got 100. It was cut while it was read; prep"
+    ):
+        list(read_documents(index, chunk_bytes=1 << 20))
