@@ -216,9 +216,7 @@ def _read_slice(
     with open_decompressed(path, on_bytes_read) as stream:
         is_array = bare_name(path).endswith(".json") and starts_with_bracket(stream)
         if bare_name(path).endswith(".txt"):
-            if not begin.num_records:
-                text = stream.read().removeprefix(UTF8_BOM)
-                yield Block(BlockKind.TEXT, text, begin, Position(begin.file_index, len(text), 1))
+            yield Block(BlockKind.TEXT, stream.read().removeprefix(UTF8_BOM), begin, Position(begin.file_index + 1))
             return
         if begin.offset:
             skip_to(stream, path, begin.offset)
