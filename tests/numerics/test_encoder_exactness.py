@@ -1,0 +1,91 @@
+"""The fast encoder returns sentencepiece's ids: on every document that we have, and on text made to trip it."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import orjson
+import pytest
+from data_paths import SHARED_DATA, needs_shared_data
+from hostile_text import build_hostile_texts
+
+from megatron_hammer.data.readers import read_documents
+from megatron_hammer.tokenizer.encoder import Encoder, load_encoder
+from megatron_hammer.tokenizer.fast_encoder import EncoderChoice, FastEncoder, PartwiseEncoder, select_encoder
+from megatron_hammer.tokenizer.sentencepiece_model import read_sentencepiece_model
+
+MODEL_NAMES = ("hammerllm", "llama2-7b", "internlm-7b")
+LONG_RUN_CHARS = 1_000_000
+
+pytestmark = needs_shared_data
+
+
+@pytest.fixture(scope="module", params=MODEL_NAMES)
+def choice(request) -> EncoderChoice:
+    return select_encoder(SHARED_DATA / "tokenizer" / f"{request.param}.model")
+
+
+@pytest.fixture(scope="module")
+def hammerllm() -> Encoder:
+    return select_encoder(SHARED_DATA / "tokenizer" / "hammerllm.model").load()
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[str]:
+    corpora = sorted((SHARED_DATA / "corpus").glob("*.jsonl"))
+    texts = [document.text for document in read_documents(corpora)]
+    for path in sorted((SHARED_DATA / "post_training").glob("*.json")):
+        texts.extend(list_strings(json.loads(path.read_text(encoding="utf-8"))))
+    return texts
+
+
+def list_strings(value) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from list_strings(part)
+
+
+def find_differing(encoder: Encoder, reference: Encoder, texts: list[str]) -> list[str]:
+    ids, lengths = encoder.encode_batch(texts)
+    split_ids = np.split(ids, np.cumsum(lengths)[:-1])
+    return [text for text, got in zip(texts, split_ids, strict=True) if not np.array_equal(got, reference.encode(text))]
+
+
+def test_every_document(choice, documents):
+    assert choice.warning is None
+    assert len(documents) > 8_000
+    assert find_differing(choice.load(), load_encoder(choice.path), documents) == []
+
+
+def test_hostile_text(choice):
+    texts = build_hostile_texts(list_surfaces(choice.path), num_texts=6000, seed=23)
+    assert find_differing(choice.load(), load_encoder(choice.path), texts) == []
+
+
+def list_surfaces(path: Path) -> list[str]:
+    return [piece.text.replace("▁", " ") for piece in read_sentencepiece_model(path).pieces]
+
+
+@pytest.mark.parametrize("character", ["a", " ", "\n", "。", "\0", "0", "\U000e0001"])
+def test_long_runs_of_one_character(hammerllm, character):
+    text = "begin " + character * LONG_RUN_CHARS + " end"
+    assert find_differing(hammerllm, load_encoder(hammerllm.path), [text]) == []
+
+
+def test_one_long_line_in_parts(choice, documents):
+    line = "".join(documents)[:2_000_000].replace("\n", " ")
+    reference = load_encoder(choice.path)
+    expected = reference.encode(line)
+    assert choice.cutter is not None
+    assert np.array_equal(choice.load().encode(line), expected)
+    assert np.array_equal(PartwiseEncoder(reference, choice.cutter, max_part_chars=1000).encode(line), expected)
+
+
+def test_twin_one_merge_less_is_noticed(choice, documents):
+    definition = orjson.loads(choice.definition or b"")
+    definition["model"]["merges"].remove("在 线" if "在 线" in definition["model"]["merges"] else "t h")
+    broken = FastEncoder(load_encoder(choice.path), orjson.dumps(definition), prefix=choice.prefix)
+    assert find_differing(broken, load_encoder(choice.path), documents[:4000])
