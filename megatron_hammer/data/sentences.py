@@ -10,7 +10,7 @@ from megatron_hammer.errors import DataError, PlatformError
 PIECE_CHARS = 1_000_000
 MODEL_FOLDER = "tokenizers/punkt_tab"
 MODEL_FILES = ("abbrev_types.txt", "collocations.tab", "ortho_context.tab", "sent_starters.txt")
-# Like nltk's own pattern, except that the space behind a sentence belongs to it and is not dropped. Anchored where a run
+# Like nltk's own, except that the space behind a sentence belongs to it and is not dropped. Anchored where a run
 # of characters starts: it finds the same matches there as everywhere, in time that is linear in the length of the run.
 KEEP_SPACE_PATTERN = r"(?<!\S)\S*%(SentEndChars)s\s*(?=(?P<after_tok>%(NonWord)s|(?P<next_tok>\S+)))"
 
