@@ -89,7 +89,7 @@ class FastEncoder(Encoder):
         return np.frombuffer(ids, dtype=np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        if any(BYTE_TOKEN_START in text for text in texts):
+        if BYTE_TOKEN_START in "\0".join(texts):  # one search is several times faster than one a text
             return super().encode_batch(texts)
         prefixed = [self._prefix + text if text else text for text in texts] if self._prefix else list(texts)
         ids, offsets = self._tokenizer.encode_batch_flat(prefixed)
@@ -113,7 +113,7 @@ class PartwiseEncoder(Encoder):
         return np.concatenate([self._encoder.encode(part) for part in parts])
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        if any(len(text) > self._max_part_chars for text in texts):
+        if max(map(len, texts), default=0) > self._max_part_chars:
             return super().encode_batch(texts)
         return self._encoder.encode_batch(texts)
 
