@@ -53,8 +53,10 @@ class BlockEncoder:
 
     def encode(self, block: Block) -> EncodedBlock:
         decoded = decode_block(block, self._json_keys)
+        begin, end = block.begin, block.end
+        del block  # its payload may be large, and what follows needs memory too
         fields = tuple(self._encode_field(texts) for texts in decoded.columns)
-        return EncodedBlock(block.begin, block.end, fields, decoded.problems)
+        return EncodedBlock(begin, end, fields, decoded.problems)
 
     def _encode_field(self, texts: list[str]) -> EncodedField:
         text_bytes = sum(len(text) if text.isascii() else len(text.encode("utf-8")) for text in texts)

@@ -8,6 +8,7 @@ Lines, elements of JSON arrays and rows are streamed; a .txt file is one documen
 """
 
 import enum
+import pickle
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -74,9 +75,13 @@ class Block:
     """Neighbouring documents of one file; `begin` and `end` are the positions around them."""
 
     kind: BlockKind
-    payload: bytes
+    payload: bytes | bytearray
     begin: Position
     end: Position
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let pickle pass a payload on from where it lies."""
+        return Block, (self.kind, pickle.PickleBuffer(self.payload), self.begin, self.end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,15 +144,12 @@ def read_blocks(
 
 def split_block(block: Block) -> Sequence[bytes | dict[str, Any]]:
     """Return the documents of a block, undecoded."""
-    if block.kind is BlockKind.LINES:
-        lines = block.payload.split(b"\n")
-        return lines if lines[-1] else lines[:-1]
-    if block.kind is BlockKind.ELEMENTS:
-        return split_elements(block.payload)
-    return decode_rows(block.payload) if block.kind is BlockKind.ROWS else [block.payload]
+    return [bytes(part) if isinstance(part, bytearray) else part for part in _split_payload(block)]
 
 
-def decode_document(kind: BlockKind, payload: bytes | dict[str, Any], json_keys: Sequence[str]) -> Sequence[str]:
+def decode_document(
+    kind: BlockKind, payload: bytes | bytearray | dict[str, Any], json_keys: Sequence[str]
+) -> Sequence[str]:
     """Return the text of each key of one document of `split_block`; raises BadRecordError if it has no such texts."""
     if isinstance(payload, dict):
         return select_texts(payload, json_keys)
@@ -162,7 +164,7 @@ def decode_block(block: Block, json_keys: Sequence[str]) -> DecodedBlock:
     """Parse the documents of a block; a bad one is left out and described in `problems`."""
     columns: tuple[list[str], ...] = tuple([] for _ in json_keys)
     problems = []
-    for place, payload in enumerate(split_block(block)):
+    for place, payload in enumerate(_split_payload(block)):
         try:
             texts = decode_document(block.kind, payload, json_keys)
         except BadRecordError as error:
@@ -171,6 +173,18 @@ def decode_block(block: Block, json_keys: Sequence[str]) -> DecodedBlock:
         for column, text in zip(columns, texts, strict=True):
             column.append(text)
     return DecodedBlock(columns, tuple(problems))
+
+
+def _split_payload(block: Block) -> Sequence[bytes | bytearray | dict[str, Any]]:
+    if block.kind is BlockKind.ELEMENTS:
+        return split_elements(block.payload)
+    if block.kind is BlockKind.ROWS:
+        return decode_rows(block.payload)
+    is_one_line = block.payload.find(b"\n") in (-1, len(block.payload) - 1)
+    if block.kind is BlockKind.TEXT or is_one_line:  # it may be very long, so it is not copied
+        return [block.payload]
+    lines = block.payload.split(b"\n")
+    return lines if lines[-1] else lines[:-1]
 
 
 def count_records_before(file_slice: FileSlice) -> int:
@@ -238,29 +252,31 @@ def _read_lines(stream: BinaryIO, file_slice: FileSlice, begin: Position, block_
         offset = find_first_line(stream, file_slice.start)
     num_records = begin.num_records
     position = Position(begin.file_index, offset, num_records)
-    pending: list[bytes] = []
+    pending = bytearray()
     while (end_offset is None or offset < end_offset) and (lines := _read_whole_lines(stream, block_bytes, pending)):
         if end_offset is not None and offset + len(lines) >= end_offset:
-            lines = lines[: lines.find(b"\n", end_offset - 1 - offset) + 1] or lines
+            del lines[lines.find(b"\n", end_offset - 1 - offset) + 1 or len(lines) :]
         offset += len(lines)
         num_records += lines.count(b"\n") + (not lines.endswith(b"\n"))
         behind = Position(begin.file_index, offset, num_records)
-        payload = lines.removeprefix(UTF8_BOM) if position.offset == 0 else lines
-        yield Block(BlockKind.LINES, payload, position, behind)
+        if position.offset == 0 and lines.startswith(UTF8_BOM):
+            del lines[: len(UTF8_BOM)]
+        yield Block(BlockKind.LINES, lines, position, behind)
         position = behind
+        del lines  # a long one must not stay while the next is read
 
 
-def _read_whole_lines(stream: BinaryIO, block_bytes: int, pending: list[bytes]) -> bytes:
+def _read_whole_lines(stream: BinaryIO, block_bytes: int, pending: bytearray) -> bytearray:
     """Return at least one line, whole, and as many as about `block_bytes` hold; `pending` keeps a line's beginning."""
+    lines = bytearray(pending)
+    pending.clear()
     while chunk := stream.read(block_bytes):
         cut = chunk.rfind(b"\n") + 1
         if cut:
-            lines = b"".join((*pending, chunk[:cut]))
-            pending[:] = [chunk[cut:]]
-            return lines
-        pending.append(chunk)
-    lines = b"".join(pending)
-    pending.clear()
+            lines += memoryview(chunk)[:cut]
+            pending += memoryview(chunk)[cut:]
+            break
+        lines += chunk
     return lines
 
 

@@ -108,7 +108,7 @@ class _Cutter:
         return run
 
 
-def split_elements(payload: bytes) -> list[bytes]:
+def split_elements(payload: bytes | bytearray) -> list[bytes | bytearray]:
     """Return the elements of an ElementRun, each as it stands in the file."""
     ends = []
     depth = 0

@@ -17,7 +17,7 @@ class BadRecordError(Exception):
         super().__init__(f"{fact}. {remedy or 'Repair or remove it'}.")
 
 
-def decode_json_record(payload: bytes, json_keys: Sequence[str]) -> list[str]:
+def decode_json_record(payload: bytes | bytearray, json_keys: Sequence[str]) -> list[str]:
     """Return the text of each key of one JSON object; raises BadRecordError."""
     try:
         fields = orjson.loads(payload)
@@ -29,7 +29,7 @@ def decode_json_record(payload: bytes, json_keys: Sequence[str]) -> list[str]:
     return select_texts(fields, json_keys)
 
 
-def parse_json_object(payload: bytes) -> dict[str, Any]:
+def parse_json_object(payload: bytes | bytearray) -> dict[str, Any]:
     """Parse what orjson refuses too: NaN, huge integers and escaped surrogates are valid; raises BadRecordError."""
     if not payload.strip():
         raise BadRecordError("line must be one JSON object, got a blank line")
@@ -52,7 +52,7 @@ def select_texts(fields: dict[str, Any], json_keys: Sequence[str]) -> list[str]:
     return [_select_text(fields, key) for key in json_keys]
 
 
-def decode_utf8(payload: bytes) -> str:
+def decode_utf8(payload: bytes | bytearray) -> str:
     """Decode, or raise BadRecordError naming the first byte that is not UTF-8."""
     try:
         return payload.decode("utf-8")

@@ -29,7 +29,7 @@ from megatron_hammer.data.source_hasher import SourceHasher
 from megatron_hammer.data.worker_pool import encode_in_order
 from megatron_hammer.errors import DataError, HammerError
 from megatron_hammer.tokenizer.encoder import Encoder, load_encoder, require_eod_id
-from megatron_hammer.tokenizer.fast_encoder import select_encoder
+from megatron_hammer.tokenizer.fast_encoder import EncoderChoice, select_encoder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,19 +138,14 @@ class _Task:
 
     def _encode(self, hasher: SourceHasher) -> None:
         """Read, encode and write everything from the run's position on."""
-        slices, keys = self.sources.slices, self.options.json_keys
-        first_block = next(read_blocks(slices, keys, block_bytes=self.options.block_bytes), None)
-        choice = select_encoder(self.encoder.path, select_sample_texts(first_block, keys))
-        if choice.warning is not None:
-            self.on_note(choice.warning)
         blocks = read_blocks(
-            slices,
-            keys,
+            self.sources.slices,
+            self.options.json_keys,
             start=self.run.position,
             on_bytes_read=self._count_read_bytes,
             block_bytes=self.options.block_bytes,
         )
-        recipe = BlockEncoderRecipe(self.options, choice)
+        recipe = BlockEncoderRecipe(self.options, self._choose_encoder())
         num_read_files = 0
         # closing: an error in this loop must end the workers before the files go
         with closing(encode_in_order(blocks, recipe, self.options.num_workers, self._locate)) as encoded_blocks:
@@ -161,6 +156,15 @@ class _Task:
                     num_read_files = self.run.position.file_index
                     hasher.add(self.sources.paths[:num_read_files])
                 self._report(self.read_bytes, self.sources.total_bytes)
+
+    def _choose_encoder(self) -> EncoderChoice:
+        """Choose the fast encoder if it agrees with the reference on the first documents."""
+        slices, keys = self.sources.slices, self.options.json_keys
+        first_block = next(read_blocks(slices, keys, block_bytes=self.options.block_bytes), None)
+        choice = select_encoder(self.encoder.path, select_sample_texts(first_block, keys))
+        if choice.warning is not None:
+            self.on_note(choice.warning)
+        return choice
 
     def _describe(self, hasher: SourceHasher) -> list[Manifest]:
         output_paths = self.run.finish()

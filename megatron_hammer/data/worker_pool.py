@@ -19,8 +19,6 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, cast
 
-import numpy as np
-
 from megatron_hammer.data.block_encoder import EncodedBlock
 from megatron_hammer.data.blocks import Block, Position
 from megatron_hammer.errors import HammerError, PlatformError
@@ -57,19 +55,24 @@ def encode_in_order(
 
 
 class _Feed:
-    """The blocks with the next one in sight, and the error that ended them."""
+    """The blocks, read no sooner than they are asked for, and the error that ended them."""
 
     def __init__(self, blocks: Iterator[Block]):
         self._blocks = blocks
+        self._is_at_end = False
         self.error: Exception | None = None
-        self.advance()
 
-    def advance(self) -> None:
-        self.block: Block | None = None
+    def take(self) -> Block | None:
+        """Return the next block, or None if there is none."""
+        if self._is_at_end:
+            return None
         try:
-            self.block = next(self._blocks, None)
+            block = next(self._blocks, None)
         except Exception as error:
             self.error = error
+            block = None
+        self._is_at_end = block is None
+        return block
 
 
 class _Worker:
@@ -98,6 +101,7 @@ class _Pool:
         self._results: dict[int, EncodedBlock | Exception] = {}
         self._sizes_bytes: deque[int] = deque()  # of the blocks under way, in order
         self._first = 0  # number of the oldest of them
+        self._waiting: Block | None = None
 
     def start(self, build_encode: Callable[[], Encode], num_workers: int) -> None:
         for _ in range(num_workers):
@@ -126,11 +130,17 @@ class _Pool:
                 worker.process.join()
 
     def _send(self, feed: _Feed) -> None:
-        """Hand out blocks as long as a worker has room and memory allows."""
-        while (block := feed.block) is not None:
+        """Hand out blocks as long as a worker has room and memory allows; one more may be read and wait for that."""
+        while sum(self._sizes_bytes) < MAX_BYTES_IN_FLIGHT:
             worker = min(self._workers, key=lambda worker: len(worker.in_hand))
-            is_full = sum(self._sizes_bytes) + len(block.payload) > MAX_BYTES_IN_FLIGHT
-            if len(worker.in_hand) >= MAX_BLOCKS_PER_WORKER or (self._sizes_bytes and is_full):
+            if len(worker.in_hand) >= MAX_BLOCKS_PER_WORKER:
+                return
+            block = self._waiting or feed.take()
+            self._waiting = None
+            if block is None:
+                return
+            if self._sizes_bytes and sum(self._sizes_bytes) + len(block.payload) > MAX_BYTES_IN_FLIGHT:
+                self._waiting = block
                 return
             worker.in_hand.append((self._first + len(self._sizes_bytes), block.begin))
             self._sizes_bytes.append(len(block.payload))
@@ -139,7 +149,6 @@ class _Pool:
             except OSError as error:
                 raise self._explain_death(worker) from error
             del block  # a large one must not stay while the next is read
-            feed.advance()
 
     def _receive(self) -> None:
         busy = {worker.connection: worker for worker in self._workers if worker.in_hand}
@@ -174,15 +183,13 @@ def _serve(connection: Connection, build_encode: Callable[[], Encode]) -> None:
     threading.Thread(target=_receive_blocks, args=(connection, blocks), daemon=True).start()
     encode: Encode | None = None
     while True:
-        block = blocks.get()
         answer: EncodedBlock | Exception
         try:
             encode = encode or build_encode()
-            answer = encode(block)
+            answer = encode(blocks.get())  # not kept here: a large one must go as soon as it is decoded
         except Exception as error:
             is_explained = isinstance(error, HammerError)
             answer = error if is_explained else RuntimeError(f"a worker failed:\n{traceback.format_exc()}")
-        del block  # a large one must not stay while waiting for the next
         with suppress(OSError):  # then the parent is gone, and so is this process in a moment
             send_object(connection, answer)
         del answer
@@ -197,21 +204,26 @@ def _receive_blocks(connection: Connection, blocks: "queue.SimpleQueue[Block]") 
 
 
 def send_object(connection: Connection, thing: Any) -> None:
-    """Send with pickle; numpy arrays go from their own memory, without a copy."""
+    """Send with pickle; what is large in it, as arrays and payloads, goes from its own memory, without a copy."""
     buffers: list[pickle.PickleBuffer] = []
     head = pickle.dumps(thing, protocol=5, buffer_callback=buffers.append)
     views = [buffer.raw() for buffer in buffers]
-    connection.send_bytes(pickle.dumps((head, [view.nbytes for view in views])))
+    connection.send_bytes(pickle.dumps([view.nbytes for view in views]))
+    connection.send_bytes(head)
     for view in views:
-        if view.nbytes:
-            connection.send_bytes(view)
+        while view:
+            view = view[os.write(connection.fileno(), view) :]
 
 
 def receive_object(connection: Connection) -> Any:
-    """Receive what `send_object` sent."""
-    head, sizes_bytes = pickle.loads(connection.recv_bytes())
-    buffers = [np.empty(size_bytes, dtype=np.uint8) for size_bytes in sizes_bytes]
+    """Receive what `send_object` sent; raises EOFError where the other end is gone, even in the middle of it."""
+    buffers = [bytearray(size_bytes) for size_bytes in pickle.loads(connection.recv_bytes())]
+    head = connection.recv_bytes()
     for buffer in buffers:
-        if buffer.nbytes:
-            connection.recv_bytes_into(buffer)
+        view = memoryview(buffer)
+        while view:
+            num_bytes = os.readv(connection.fileno(), [view])  # Connection's own way holds what it receives twice
+            if num_bytes == 0:
+                raise EOFError
+            view = view[num_bytes:]
     return pickle.loads(head, buffers=buffers)
