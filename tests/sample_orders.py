@@ -54,7 +54,7 @@ def build_datasets(namespace: Any, num_samples: tuple[int, int, int] | None = No
         provider = DatasetProvider(
             config,
             lambda vp_stage: True,
-            select_train_samples=functools.partial(datasets.select_train_samples, namespace),
+            select_samples=functools.partial(datasets.select_samples, namespace),
         )
         return provider(num_samples or (needed["train"], needed["valid"], needed["test"]))
 

@@ -125,7 +125,7 @@ def _plan_order(
         order=order,
         seed=namespace.seed,
         seq_length=namespace.seq_length,
-        num_samples=max(num_samples, last_sample) if order == EPOCHWISE else num_samples,
+        num_samples=max(num_samples, last_sample) if order == EPOCHWISE or split == "valid" else num_samples,
         order_samples=getattr(namespace, "data_order_samples", None) if split == "train" else None,
         split=None if is_own else namespace.split,
         surplus=namespace.mid_level_dataset_surplus,
@@ -179,14 +179,17 @@ def review_order(namespace: argparse.Namespace) -> OrderReview | None:
         history=history,
         is_recorded=is_recorded,
         is_same=is_same,
-        is_evaluated_alike=is_evaluated_alike(namespace, saved.args),
+        is_evaluated_alike=is_evaluated_alike(namespace, saved),
     )
 
 
-def is_evaluated_alike(namespace: argparse.Namespace, saved: argparse.Namespace) -> bool:
+def is_evaluated_alike(namespace: argparse.Namespace, saved: SavedRun) -> bool:
     """Whether validation goes on in the order of before, as far as the arguments and files of both tell."""
+    consumed = getattr(saved.args, "consumed_valid_samples", 0)
+    last_sample = count_last_validation_sample(namespace, saved.iteration, consumed)
     try:
-        old, new = (plan_run_order(args, split="valid") for args in (saved, namespace))
+        old = plan_run_order(saved.args, split="valid")
+        new = plan_run_order(namespace, split="valid", last_sample=last_sample)
     except (AttributeError, TypeError):  # saved by another version of Megatron
         return True
     if old is None or new is None:
@@ -237,6 +240,16 @@ def count_last_sample(namespace: argparse.Namespace, iteration: int, num_consume
         return max(num_consumed, count_needed_samples(namespace)["train"])
     num_steps = namespace.train_iters or (namespace.train_samples or 0) // batch
     return num_consumed + max(0, num_steps - iteration) * batch
+
+
+def count_last_validation_sample(namespace: argparse.Namespace, iteration: int, num_consumed: int) -> int:
+    """Where in its order a run's validation ends: an evaluation at each interval that is left, and one at the end."""
+    if namespace.full_validation or not namespace.eval_iters or not namespace.train_iters:
+        return 0
+    an_evaluation = namespace.eval_iters * (namespace.eval_global_batch_size or select_global_batch_size(namespace))
+    first = max(iteration, namespace.start_eval_at_iter or 0)
+    num_left = namespace.train_iters // namespace.eval_interval - first // namespace.eval_interval + 1
+    return num_consumed + max(0, num_left) * an_evaluation
 
 
 # --- the record -----------------------------------------------------------------------------------------------------

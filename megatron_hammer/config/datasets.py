@@ -2,9 +2,16 @@
 
 import argparse
 import functools
+from collections.abc import Sequence
 from typing import Any
 
-from megatron_hammer.config.data_order import RECORD_NAME, build_record, count_last_sample, plan_run_order
+from megatron_hammer.config.data_order import (
+    RECORD_NAME,
+    build_record,
+    count_last_sample,
+    count_last_validation_sample,
+    plan_run_order,
+)
 from megatron_hammer.data.order import EPOCHWISE, MEGATRON
 
 
@@ -24,23 +31,29 @@ def build_dataset_provider(namespace: argparse.Namespace) -> Any:
     return DatasetProvider(
         build_dataset_config(namespace),
         needs_data,
-        select_train_samples=functools.partial(select_train_samples, namespace),
+        select_samples=functools.partial(select_samples, namespace),
         before_first_build=lambda: _record_order(namespace),
     )
 
 
-def select_train_samples(namespace: argparse.Namespace, num_samples: int) -> int:
-    """What the training order is built for, where Megatron asks for `num_samples`.
+def select_samples(namespace: argparse.Namespace, num_samples: Sequence[int | None]) -> tuple[int | None, ...]:
+    """What the orders of (train, valid, test) samples are built for, where Megatron asks for `num_samples`.
 
-    The epochwise order is built to the end of the run, which is elsewhere if the batch was another one before. A run
-    that is complete draws nothing more, but Megatron asserts that something is left.
+    Megatron counts as if the run had had its present settings from the start. Where a batch or an evaluation interval
+    was another one before, samples would end before the run does. A complete run draws nothing more, but Megatron
+    asserts that something is left.
     """
-    iteration, num_consumed = getattr(namespace, "iteration", 0), getattr(namespace, "consumed_train_samples", 0)
+    train, valid, *others = num_samples
+    assert train is not None
+    iteration = getattr(namespace, "iteration", 0)
+    num_consumed = getattr(namespace, "consumed_train_samples", 0)
     if namespace.data_order == MEGATRON:
-        num_samples = namespace.data_order_samples or num_samples
+        train = namespace.data_order_samples or train
     elif num_consumed:
-        num_samples = max(num_samples, count_last_sample(namespace, iteration, num_consumed))
-    return max(num_samples, num_consumed + 1)
+        train = max(train, count_last_sample(namespace, iteration, num_consumed))
+    if valid is not None and iteration:
+        valid = max(valid, count_last_validation_sample(namespace, iteration, namespace.consumed_valid_samples))
+    return max(train, num_consumed + 1), valid, *others
 
 
 def _record_order(namespace: argparse.Namespace) -> None:
@@ -65,7 +78,7 @@ def build_data_cache(namespace: argparse.Namespace) -> dict[str, int]:
     provider = DatasetProvider(
         build_dataset_config(namespace),
         lambda vp_stage: True,
-        select_train_samples=functools.partial(select_train_samples, namespace),
+        select_samples=functools.partial(select_samples, namespace),
     )
     datasets = provider(get_train_valid_test_num_samples())
     counts: dict[str, int] = {}

@@ -13,8 +13,8 @@ class DatasetProvider:
     """Megatron's train_valid_test_dataset_provider: called with (train, valid, test) sample counts and a vp_stage.
 
     needs_data: whether this rank reads data for that virtual stage (first or last pipeline stage, first of its
-    tensor-parallel group). select_train_samples: what the order of training samples is built for, from the number that
-    Megatron asks for. before_first_build: called once, on every rank.
+    tensor-parallel group). select_samples: what the orders are built for, from the numbers that Megatron asks for.
+    before_first_build: called once, on every rank.
     """
 
     is_distributed = True  # Megatron then calls it on every rank; mcore's builder synchronises them
@@ -24,23 +24,21 @@ class DatasetProvider:
         dataset_config: GPTDatasetConfig,
         needs_data: Callable[[int | None], bool],
         *,
-        select_train_samples: Callable[[int], int] = lambda num_samples: num_samples,
+        select_samples: Callable[[Sequence[int | None]], Sequence[int | None]] = lambda num_samples: num_samples,
         before_first_build: Callable[[], None] = lambda: None,
     ):
         self.dataset_config = dataset_config
         self.needs_data = needs_data
-        self.select_train_samples = select_train_samples
+        self.select_samples = select_samples
         self._before_first_build: Callable[[], None] | None = before_first_build
 
     def __call__(self, num_samples: Sequence[int | None], vp_stage: int | None = None) -> Any:
         if self._before_first_build is not None:
             self._before_first_build()
             self._before_first_build = None
-        train_samples, *others = num_samples
-        assert train_samples is not None
         builder = BlendedMegatronDatasetBuilder(
             select_dataset_class(self.dataset_config),
-            (self.select_train_samples(train_samples), *others),
+            self.select_samples(num_samples),
             lambda: self.needs_data(vp_stage),
             self.dataset_config,
         )

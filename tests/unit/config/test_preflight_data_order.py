@@ -388,7 +388,7 @@ def test_a_changed_batch_may_leave_a_run_without_samples(data: str, checkpoint: 
     assert find(*resumed, "--data-order-samples", "64") == []
     assert find(*resumed, "--data-order", "epochwise") == []
     namespace = parse(*resumed, "--data-order", "epochwise").namespace
-    namespace.iteration, namespace.consumed_train_samples = 12, 48
+    namespace.iteration, namespace.consumed_train_samples, namespace.consumed_valid_samples = 12, 48, 0
     assert len(build_datasets(namespace)[0]) == 64
 
 
@@ -396,8 +396,20 @@ def test_a_complete_run_may_be_started_again(data: str) -> None:
     """A blend holds no sample more than it is asked for, and Megatron refuses to start with none left."""
     namespace = parse(*MODEL, "--data-path", "1", data, *WHOLE, *steps(NUM_STEPS)).namespace
     assert len(build_datasets(namespace)[0]) == 48
-    namespace.iteration, namespace.consumed_train_samples = NUM_STEPS, 48
+    namespace.iteration, namespace.consumed_train_samples, namespace.consumed_valid_samples = NUM_STEPS, 48, 0
     assert len(build_datasets(namespace)[0]) == 49
+
+
+def test_validation_does_not_end_before_the_run(data: str) -> None:
+    """A run that was evaluated more often before: Megatron counts by the present interval and stops in the middle."""
+    evaluated = (*MODEL, "--data-path", "1", data, "--split", "80,20,0", "--eval-iters", "2")
+    namespace = parse(*evaluated, *steps(12), "--eval-interval", "4").namespace
+    assert len(build_datasets(namespace)[1]) == 4 * 2 * BATCH
+    namespace.iteration, namespace.consumed_train_samples = 8, 32
+    namespace.consumed_valid_samples = 2 * 2 * BATCH
+    assert len(build_datasets(namespace)[1]) == 4 * 2 * BATCH, "as before: every fourth step and at the end"
+    namespace.consumed_valid_samples = 8 * 2 * BATCH
+    assert len(build_datasets(namespace)[1]) == (8 + 2) * 2 * BATCH
 
 
 def test_a_shuffling_loader_is_not_compared(data: str, checkpoint: Resume) -> None:
