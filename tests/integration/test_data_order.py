@@ -10,16 +10,21 @@ from training_runs import TOY_MODEL, TOY_SCHEDULE, read_lines, run, train, write
 from megatron_hammer.config import saved_run
 
 pytestmark = pytest.mark.integration
-SHORT, LONG = 6, 12  # steps of 8 samples; an epoch has 59
+SHORT, LONG = 6, 12  # steps of 8 samples; an epoch has some 60
 EPOCHWISE = ("--data-order", "epochwise")
 LONGER = ("--train-iters", str(LONG), "--override-opt-param-scheduler")
 
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """The learning rate falls over the long run in both, so that only the data can tell them apart."""
-    data = write_toy_data(tmp_path_factory.mktemp("data") / "data", num_documents=21)
-    return (*TOY_MODEL, *TOY_SCHEDULE, "--lr-decay-iters", str(LONG), "--split", "100,0,0", "--data-path", data)
+    """The learning rate falls over the long run in both, so that only the data can tell them apart.
+
+    The short run is evaluated at every step, the long one at every third: more often than that would have been until
+    then.
+    """
+    data = write_toy_data(tmp_path_factory.mktemp("data") / "data", num_documents=27)
+    schedule = (*TOY_SCHEDULE, "--lr-decay-iters", str(LONG), "--eval-iters", "1")
+    return (*TOY_MODEL, *schedule, "--split", "80,20,0", "--data-path", "1", data)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +61,7 @@ def test_megatrons_order_stops_and_goes_on_only_when_told(flags: tuple[str, ...]
     result = run(1, *resume)
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
-    (data,) = parse(*flags).namespace.data_path
+    _, data = parse(*flags).namespace.data_path
     where = resumed / f"iter_{SHORT:07d}"
     assert (
         f"error: data-order: must be that of the checkpoint, got samples=96 (was 48); {data} with 2 epochs shuffled "
@@ -82,7 +87,7 @@ def test_a_checkpoint_names_its_data(flags: tuple[str, ...], short_run: Path) ->
     (segment,) = read_record(short_run, SHORT)["segments"]
     (source,) = segment["order"]["sources"]
     assert (segment["first_sample"], segment["order"]["num_samples"]) == (0, 48)
-    assert source["identity"]["num_documents"] == 21
+    assert source["identity"]["num_documents"] == 27
     assert source["identity"]["fingerprint"]
     resume = (*flags, "--train-iters", str(SHORT), "--load", str(short_run))
     assert find(*resume) == []
