@@ -1,5 +1,6 @@
 """Preprocessing gives what Megatron's builder would, whatever the workers do, and leaves nothing behind on an error."""
 
+import dataclasses
 import hashlib
 import json
 import multiprocessing
@@ -15,12 +16,14 @@ from data_paths import SHARED_DATA, needs_shared_data
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 from toy_tokenizer import TOY_TEXTS, train_toy_tokenizer, write_jsonl
 
-from megatron_hammer.data.manifest import Manifest, read_manifest
+from megatron_hammer.data.indexed import read_index
+from megatron_hammer.data.manifest import Manifest, Shard, read_manifest
 from megatron_hammer.data.preprocess import Progress, preprocess
 from megatron_hammer.data.preprocess_options import PreprocessOptions
 from megatron_hammer.data.readers import read_documents
-from megatron_hammer.errors import DataError, PlatformError
+from megatron_hammer.errors import ConfigError, DataError, PlatformError
 from megatron_hammer.tokenizer.encoder import load_encoder
+from megatron_hammer.tokenizer.train import TokenizerRecipe, train_tokenizer
 
 TEXTS = [*TOY_TEXTS, "", "a\x00b literal </s> 😀", *(f"{text} {n}" for n in range(40) for text in TOY_TEXTS)]
 
@@ -232,6 +235,185 @@ def test_a_killed_worker_is_an_error_and_not_a_wait(tmp_path: Path, tokenizer_pa
     assert killed
     assert read_all(tmp_path / "out") == {}
     assert not multiprocessing.active_children()
+
+
+# --- stopped and continued -------------------------------------------------------------------------------------------
+
+
+class Stop(Exception):
+    """Stands for what may end a run between two blocks."""
+
+
+def make_options(folder: Path, tokenizer_path: Path, path: Path, name: str = "out", **more) -> PreprocessOptions:
+    """Journal after every small block."""
+    return PreprocessOptions(
+        inputs=(str(path),),
+        tokenizer_path=tokenizer_path,
+        output_prefix=folder / name / "c",
+        **{"journal_interval_s": 0.0, "block_bytes": 500, **more},
+    )
+
+
+def stop_at(options: PreprocessOptions, num_documents: int) -> None:
+    def stop(progress: Progress) -> None:
+        if progress.num_documents >= num_documents:
+            raise Stop
+
+    with pytest.raises(Stop):
+        preprocess(options, stop)
+
+
+@pytest.fixture
+def corpus_path(tmp_path: Path) -> Path:
+    return write_jsonl(tmp_path / "c.jsonl", TEXTS)
+
+
+def test_a_stopped_run_goes_on_and_says_so(tmp_path: Path, tokenizer_path: Path, corpus_path: Path) -> None:
+    options = make_options(tmp_path, tokenizer_path, corpus_path)
+    stop_at(options, 30)
+    notes: list[str] = []
+    result = preprocess(dataclasses.replace(options, num_workers=2, max_errors=3), on_note=notes.append)
+    assert result.was_continued
+    assert re.fullmatch(rf"{options.journal_path}: going on with an unfinished run, \d+ documents encoded.", notes[0])
+    preprocess(make_options(tmp_path, tokenizer_path, corpus_path, "whole"))
+    assert read_all(tmp_path / "out") == read_all(tmp_path / "whole")
+
+
+def test_nothing_looks_finished_before_it_is(tmp_path: Path, tokenizer_path: Path, corpus_path: Path) -> None:
+    stop_at(make_options(tmp_path, tokenizer_path, corpus_path), 30)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "c.journal.json",
+        *(f"c_text_document.{part}.partial" for part in ("bin", "documents", "lengths")),
+    ]
+
+
+def test_a_changed_input_flag_or_tokenizer_is_refused(tmp_path: Path, tokenizer_path: Path, corpus_path: Path) -> None:
+    options = make_options(tmp_path, tokenizer_path, corpus_path)
+    stop_at(options, 30)
+    size_bytes = corpus_path.stat().st_size
+    with corpus_path.open("a") as file:
+        file.write('{"text": "late"}\n')
+    other_path = train_tokenizer([corpus_path], tmp_path / "other.model", TokenizerRecipe(vocab_size=350)).path
+    with pytest.raises(DataError) as caught:
+        preprocess(dataclasses.replace(options, append_eod=True, tokenizer_path=other_path))
+    old, new = load_encoder(tokenizer_path).sha256, load_encoder(other_path).sha256
+    assert list(caught.value.problems) == [
+        f"{corpus_path}: input must be as when the run began, got {size_bytes + 17} bytes where there were "
+        f"{size_bytes}.",
+        f"tokenizer-model: must be as when the run began, got {new} where it was {old}.",
+        "append-eod: must be as when the run began, got on where it was off.",
+        f"{options.journal_path}: an unfinished run can only be continued as it was begun. "
+        "Undo what changed, or pass --restart to throw that run away and begin again.",
+    ]
+    result = preprocess(dataclasses.replace(options, append_eod=True, restart=True))
+    assert not result.was_continued
+    assert next(iter(result.manifests.values())).num_documents == len(TEXTS) + 1
+
+
+def test_a_journal_without_its_files_is_refused(tmp_path: Path, tokenizer_path: Path, corpus_path: Path) -> None:
+    options = make_options(tmp_path, tokenizer_path, corpus_path)
+    stop_at(options, 30)
+    (tmp_path / "out" / "c_text_document.bin.partial").write_bytes(b"")
+    with pytest.raises(DataError, match=r"c_text_document.bin.partial: file must hold the first \d+ bytes of the run"):
+        preprocess(options)
+    assert options.journal_path.exists()
+    preprocess(dataclasses.replace(options, restart=True))
+
+
+def test_bad_records_beyond_the_limit_keep_what_was_done(
+    tmp_path: Path, tokenizer_path: Path, corpus_path: Path
+) -> None:
+    corpus_path.write_bytes(corpus_path.read_bytes() + b"bad\n")
+    options = make_options(tmp_path, tokenizer_path, corpus_path)
+    with pytest.raises(DataError) as caught:
+        preprocess(options)
+    assert caught.value.problems[-1] == (
+        f"{options.journal_path}: what was done is kept. Run the same command again to continue."
+    )
+    result = preprocess(dataclasses.replace(options, max_errors=1))
+    assert result.was_continued
+    assert next(iter(result.manifests.values())).num_dropped_documents == 1
+
+
+def test_a_complete_run_is_not_repeated(tmp_path: Path, tokenizer_path: Path, corpus_path: Path) -> None:
+    options = make_options(tmp_path, tokenizer_path, corpus_path)
+    first = preprocess(options)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    again = preprocess(dataclasses.replace(options, num_workers=2))
+    assert again.was_complete
+    assert again.manifests == first.manifests
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+    assert not preprocess(dataclasses.replace(options, restart=True)).was_complete
+    assert not preprocess(dataclasses.replace(options, append_eod=True)).was_complete
+    (tmp_path / "out" / "c_text_document.bin").write_bytes(b"\0\0")
+    assert not preprocess(options).was_complete
+    write_jsonl(corpus_path, ["X" + text[1:] if text else text for text in TEXTS])
+    assert not preprocess(options).was_complete
+
+
+# --- shuffled and shared ---------------------------------------------------------------------------------------------
+
+
+def read_documents_of(prefix: Path) -> list[bytes]:
+    dataset = IndexedDataset(str(prefix))  # named: its arrays die with it
+    return [ids.tobytes() for ids in dataset[:]]
+
+
+def test_shuffling_permutes_all_keys_alike(tmp_path: Path, tokenizer_path: Path) -> None:
+    rows = [{"a": f"the fox {n}", "b": f"the dog {n} sleeps"} for n in range(500)]
+    path = tmp_path / "c.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    orders = {}
+    for name, more in {"7": {"seed": 7}, "7 again": {"seed": 7, "num_workers": 2}, "8": {"seed": 8}}.items():
+        manifests = run(tmp_path, tokenizer_path, path, name=name, json_keys=("a", "b"), **more)
+        encoder = load_encoder(tokenizer_path)
+        texts = [[encoder.decode(np.frombuffer(ids, np.uint16)) for ids in read_documents_of(p)] for p in manifests]
+        numbers = [[int(re.findall(r"\d+", text)[0]) for text in column] for column in texts]
+        assert numbers[0] == numbers[1]
+        assert sorted(numbers[0]) == list(range(500))
+        orders[name] = numbers[0]
+        assert next(iter(manifests.values())).options["seed"] == more["seed"]
+    assert orders["7"] == orders["7 again"] != orders["8"]
+    assert orders["7"] != list(range(500))
+    assert read_all(tmp_path / "7") == read_all(tmp_path / "7 again")
+
+
+def test_shards_in_order_are_the_whole(tmp_path: Path, tokenizer_path: Path) -> None:
+    paths = [write_jsonl(tmp_path / f"{n}.jsonl", [f"{n} {text}" for text in TEXTS if text]) for n in range(3)]
+    with paths[1].open("a") as file:
+        file.write("bad\n")
+    (whole_prefix,) = whole = run(tmp_path, tokenizer_path, *paths, max_errors=1, append_eod=True)
+    parts = {}
+    for index in range(4):
+        parts |= run(
+            tmp_path, tokenizer_path, *paths, name="parts", max_errors=1, append_eod=True, shard=Shard(index, 4)
+        )
+    assert [prefix.name for prefix in parts] == [f"corpus-0000{n}-of-00004_text_document" for n in range(4)]
+    assert [text for prefix in parts for text in read_documents_of(prefix)] == read_documents_of(whole_prefix)
+    (manifest,) = whole.values()
+    assert sum(part.num_documents for part in parts.values()) == manifest.num_documents
+    assert [problem for part in parts.values() for problem in part.problems] == list(manifest.problems)
+    assert {source for part in parts.values() for source in part.sources} == set(manifest.sources)
+    assert [part.shard for part in parts.values()] == [Shard(index, 4) for index in range(4)]
+
+
+def test_a_shard_without_documents_is_empty_and_whole(tmp_path: Path, tokenizer_path: Path) -> None:
+    path = write_jsonl(tmp_path / "c.jsonl", ["the fox " * 100, "b"])
+    ((prefix, manifest),) = run(tmp_path, tokenizer_path, path, shard=Shard(1, 3)).items()
+    assert manifest.num_documents == read_index(prefix).num_documents == 0
+
+
+def test_a_shard_cannot_be_shuffled(tmp_path: Path, tokenizer_path: Path) -> None:
+    message = (
+        r"^shuffle: a shard cannot be shuffled alone, got shard=1/3. Shuffle when merging: merge_data.py --shuffle --"
+        r"seed.$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path, tokenizer_path, shard=Shard(1, 3), seed=1)
+    with pytest.raises(ConfigError, match=r"^seed: must be at least 0, got seed=-1. Pass another.$"):
+        run(tmp_path, tokenizer_path, seed=-1)
+    with pytest.raises(ConfigError, match=r"^keep-newlines: must come with --split-sentences, got it alone. Add that"):
+        run(tmp_path, tokenizer_path, keep_newlines=True)
 
 
 @needs_shared_data
