@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_paths import SHARED_DATA, needs_shared_data
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 from toy_tokenizer import TOY_TEXTS, train_toy_tokenizer, write_jsonl
 
@@ -20,7 +19,6 @@ from megatron_hammer.data.indexed import read_index
 from megatron_hammer.data.manifest import Manifest, Shard, read_manifest
 from megatron_hammer.data.preprocess import Progress, preprocess
 from megatron_hammer.data.preprocess_options import PreprocessOptions
-from megatron_hammer.data.readers import read_documents
 from megatron_hammer.errors import ConfigError, DataError, PlatformError
 from megatron_hammer.tokenizer.encoder import load_encoder
 from megatron_hammer.tokenizer.train import TokenizerRecipe, train_tokenizer
@@ -414,14 +412,3 @@ def test_a_shard_cannot_be_shuffled(tmp_path: Path, tokenizer_path: Path) -> Non
         run(tmp_path, tokenizer_path, seed=-1)
     with pytest.raises(ConfigError, match=r"^keep-newlines: must come with --split-sentences, got it alone. Add that"):
         run(tmp_path, tokenizer_path, keep_newlines=True)
-
-
-@needs_shared_data
-def test_real_corpus_equals_megatrons_bytes(tmp_path: Path) -> None:
-    tokenizer_path = SHARED_DATA / "tokenizer" / "hammerllm.model"
-    documents = read_documents([SHARED_DATA / "corpus" / "zh.jsonl"])
-    texts = [document.text for _, document in zip(range(300), documents, strict=False)]
-    (prefix,) = run(tmp_path, tokenizer_path, write_jsonl(tmp_path / "c.jsonl", texts), append_eod=True, num_workers=2)
-    write_with_megatron(tmp_path / "theirs" / prefix.name, tokenizer_path, texts, append_eod=True)
-    theirs = read_all(tmp_path / "theirs")
-    assert theirs == {name: content for name, content in read_all(tmp_path / "out").items() if name in theirs}
