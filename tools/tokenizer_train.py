@@ -1,67 +1,200 @@
 #!/usr/bin/env python3
-"""Train a SentencePiece BPE tokenizer with HammerLLM's parameters, on the inputs that preprocess_data.py reads."""
+"""Train a SentencePiece BPE tokenizer on the inputs that preprocess_data.py reads.
+
+Several sources are weighted as in Megatron's --data-path: --input 0.7 zh/*.jsonl.zst 0.3 en/
+"""
 
 import argparse
+import dataclasses
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import orjson
+import rich.progress
 from rich.console import Console
 
-from megatron_hammer.errors import exit_on_user_error
-from megatron_hammer.tokenizer.train import (
-    TokenizerRecipe,
+from megatron_hammer.data.input_files import find_input_files
+from megatron_hammer.errors import ConfigError, exit_on_user_error
+from megatron_hammer.tokenizer.recipes import RECIPES, TokenizerRecipe
+from megatron_hammer.tokenizer.text_sample import TextSource, count_fitting_bytes, parse_sources
+from megatron_hammer.tokenizer.train import TrainedTokenizer, train_tokenizer
+from megatron_hammer.tokenizer.vocabulary_files import (
+    describe_suspicious_symbols,
     read_required_chars,
     read_user_defined_symbols,
-    train_tokenizer,
 )
+
+INTERRUPTED_EXIT_CODE = 130
+DEFAULT_MAX_BYTES = 200_000_000
 
 
 def parse_arguments() -> argparse.Namespace:
-    default = TokenizerRecipe()
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--input", nargs="+", required=True, help="files, globs or directories")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="[WEIGHT] PATH",
+        help="files, globs or directories; a number before a path is the weight of the paths up to the next number",
+    )
     parser.add_argument("--output", type=Path, required=True, help="the .model to write")
+    parser.add_argument(
+        "--preset", choices=sorted(RECIPES), default="hammerllm-128k", help="settings to start from (%(default)s)"
+    )
     parser.add_argument("--json-keys", default="text", metavar="KEY", help="field that holds the text (%(default)s)")
-    parser.add_argument("--vocab-size", type=int, default=default.vocab_size, help="number of pieces (%(default)s)")
+    parser.add_argument("--vocab-size", type=int, help="number of pieces (the preset's)")
     parser.add_argument(
         "--character-coverage",
         type=float,
-        default=default.character_coverage,
-        help="share of the text's characters that get a piece of their own; the rest become bytes (%(default)s)",
+        help="share of the text's characters that get a piece of their own; the rest become bytes (the preset's)",
     )
-    parser.add_argument("--required-chars-file", type=Path, help="every character in this file gets a piece")
+    parser.add_argument("--required-chars-file", type=Path, help="every character of this text or JSON gets a piece")
     parser.add_argument("--user-defined-symbols-file", type=Path, help="every line of this file becomes one piece")
-    parser.add_argument("--max-bytes", type=int, help="train on a random sample of this much text (all of it)")
+    parser.add_argument(
+        "--max-bytes",
+        type=int,
+        default=DEFAULT_MAX_BYTES,
+        help="train on a random sample of this much text; training takes about 20 times this memory (%(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=1234, help="decides the sample (%(default)s)")
+    parser.add_argument(
+        "--num-threads", type=int, default=2, help="of training; never changes the result (%(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser.parse_args()
 
 
 @exit_on_user_error
 def main() -> None:
     arguments = parse_arguments()
+    validate_arguments(arguments)
     started_at_s = time.monotonic()
-    chars_path, symbols_path = arguments.required_chars_file, arguments.user_defined_symbols_file
-    recipe = TokenizerRecipe(
-        vocab_size=arguments.vocab_size,
-        character_coverage=arguments.character_coverage,
-        required_chars=read_required_chars(chars_path) if chars_path else "",
-        user_defined_symbols=read_user_defined_symbols(symbols_path) if symbols_path else (),
-    )
-    with Console(stderr=True).status("training the tokenizer"):
+    recipe, sources = build_recipe(arguments), parse_sources(arguments.input)
+    for warning in describe_suspicious_symbols(recipe.user_defined_symbols):
+        print(f"warning: {warning}", file=sys.stderr)
+    with show_progress(sources) as callbacks:
         trained = train_tokenizer(
-            arguments.input,
+            sources,
             arguments.output,
             recipe,
             json_key=arguments.json_keys,
             max_bytes=arguments.max_bytes,
             seed=arguments.seed,
+            num_threads=arguments.num_threads,
+            **callbacks,
         )
+    warn_of_shortfalls(trained)
+    elapsed_s = time.monotonic() - started_at_s
+    if arguments.json:
+        print_json(arguments, recipe, trained, elapsed_s)
+    else:
+        print_summary(recipe, trained, elapsed_s)
+
+
+def validate_arguments(arguments: argparse.Namespace) -> None:
+    coverage = arguments.character_coverage
+    checks = [
+        (arguments.vocab_size is None or arguments.vocab_size > 0, "vocab-size: must be positive", "vocab_size"),
+        (coverage is None or 0.98 <= coverage <= 1, "character-coverage: must be from 0.98 to 1", "character_coverage"),
+        (arguments.max_bytes > 0, "max-bytes: must be positive", "max_bytes"),
+        (1 <= arguments.num_threads <= 1024, "num-threads: must be from 1 to 1024", "num_threads"),
+    ]
+    problems = [
+        f"{rule}, got {name}={getattr(arguments, name)}. Change it." for is_met, rule, name in checks if not is_met
+    ]
+    if problems:
+        raise ConfigError(*problems)
+
+
+def build_recipe(arguments: argparse.Namespace) -> TokenizerRecipe:
+    """The preset with what was asked for besides."""
+    chars_path, symbols_path = arguments.required_chars_file, arguments.user_defined_symbols_file
+    changes: dict[str, Any] = {
+        "vocab_size": arguments.vocab_size,
+        "character_coverage": arguments.character_coverage,
+        "required_chars": read_required_chars(chars_path) if chars_path else None,
+        "user_defined_symbols": read_user_defined_symbols(symbols_path) if symbols_path else None,
+    }
+    changes = {name: value for name, value in changes.items() if value is not None}
+    return dataclasses.replace(RECIPES[arguments.preset], **changes)
+
+
+@contextmanager
+def show_progress(sources: tuple[TextSource, ...]) -> Iterator[dict[str, Any]]:
+    """Yield train_tokenizer's callbacks; a live line on the terminal's stderr, nothing where stderr is a file."""
+    files = find_input_files([item for source in sources for item in source.inputs]).files
+    console = Console(stderr=True)
+    bar = rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.DownloadColumn(),
+        rich.progress.TransferSpeedColumn(),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+    with bar:
+        reading = bar.add_task("reading", total=sum(path.stat().st_size for path in files))
+
+        def start_training(sampled_bytes: int) -> None:
+            bar.remove_task(reading)
+            bar.add_task(f"training on {sampled_bytes / 1e6:.1f} MB", total=None)
+
+        yield {
+            "on_bytes_read": lambda num_bytes: bar.advance(reading, num_bytes),
+            "on_training": start_training,
+        }
+
+
+def warn_of_shortfalls(trained: TrainedTokenizer) -> None:
+    if len(trained.sources) == 1:
+        return
+    fitting_bytes = count_fitting_bytes(trained.sources)
+    for source in trained.sources:
+        if source.shortfall_bytes:
+            print(
+                f"warning: {source.name}: source is smaller than its share, got {source.sampled_bytes / 1e6:.2f} of "
+                f"{(source.quota_bytes or 0) / 1e6:.2f} MB, and is used whole. Pass --max-bytes {fitting_bytes} for "
+                "the shares that you asked for, or add text.",
+                file=sys.stderr,
+            )
+
+
+def print_summary(recipe: TokenizerRecipe, trained: TrainedTokenizer, elapsed_s: float) -> None:
+    if len(trained.sources) > 1:
+        for source in trained.sources:
+            print(
+                f"{source.name}: weight {source.weight:g}, {source.sampled_bytes / 1e6:.2f} of "
+                f"{source.text_bytes / 1e6:.2f} MB, {source.sampled_bytes / trained.sampled_bytes:.1%} of the sample"
+            )
+    if recipe.removes_extra_whitespaces:
+        print("this preset removes surplus whitespace: decoding does not give it back")
+    num_characters, num_symbols = len(recipe.required_chars), len(recipe.user_defined_symbols)
+    requirements = f"{num_characters} required characters and {num_symbols} symbols, all present; "
     print(
         f"{trained.path}: {trained.vocab_size} pieces from {trained.num_sampled_lines} lines, "
-        f"{trained.sampled_bytes / 1e6:.2f} of {trained.text_bytes / 1e6:.2f} MB in {trained.num_documents} documents, "
-        f"{time.monotonic() - started_at_s:.1f} s"
+        f"{trained.sampled_bytes / 1e6:.2f} of {trained.text_bytes / 1e6:.2f} MB in {trained.num_documents} documents; "
+        f"{requirements if num_characters + num_symbols else ''}{elapsed_s:.1f} s"
     )
 
 
+def print_json(
+    arguments: argparse.Namespace, recipe: TokenizerRecipe, trained: TrainedTokenizer, elapsed_s: float
+) -> None:
+    facts = {"preset": arguments.preset, "recipe": dataclasses.asdict(recipe), **dataclasses.asdict(trained)}
+    facts |= {"path": str(trained.path), "seed": arguments.seed, "elapsed_s": elapsed_s}
+    print(orjson.dumps(facts, option=orjson.OPT_INDENT_2).decode())
+
+
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("error: interrupted; nothing was written. Run the same command again.", file=sys.stderr)
+        sys.exit(INTERRUPTED_EXIT_CODE)

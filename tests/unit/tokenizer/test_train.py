@@ -1,6 +1,9 @@
-"""HammerLLM's parameters reach the model, samples are uniform, the same input gives the same bytes."""
+"""The recipe reaches the model, the same input gives the same bytes, and what was required is there."""
 
+import _thread
+import dataclasses
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -8,15 +11,14 @@ from sentencepiece import sentencepiece_model_pb2
 from toy_tokenizer import TOY_TEXTS, write_jsonl
 
 from megatron_hammer.errors import DataError
+from megatron_hammer.tokenizer import train
 from megatron_hammer.tokenizer.encoder import load_encoder
-from megatron_hammer.tokenizer.train import (
-    TokenizerRecipe,
-    cut_line,
-    read_required_chars,
-    read_user_defined_symbols,
-    sample_lines,
-    train_tokenizer,
+from megatron_hammer.tokenizer.sentencepiece_model import (
+    read_sentencepiece_model,
+    serialize_sentencepiece_model,
 )
+from megatron_hammer.tokenizer.text_sample import TextSource
+from megatron_hammer.tokenizer.train import TokenizerRecipe, check_requirements, train_tokenizer
 
 
 @pytest.fixture
@@ -51,49 +53,101 @@ def test_same_text_and_seed_give_the_same_bytes(corpus_path: Path, tmp_path: Pat
     assert contents[0] != contents[2]
 
 
+def test_the_number_of_threads_changes_nothing(corpus_path: Path, tmp_path: Path) -> None:
+    recipe = TokenizerRecipe(vocab_size=331)
+    contents = {
+        train_tokenizer([corpus_path], tmp_path / "t.model", recipe, num_threads=num_threads).path.read_bytes()
+        for num_threads in (1, 2, 5)
+    }
+    assert len(contents) == 1
+    assert sentencepiece_model_pb2.ModelProto.FromString(contents.pop()).trainer_spec.num_threads == 1
+
+
 def test_counts_describe_text_and_sample(corpus_path: Path, tmp_path: Path) -> None:
-    trained = train_tokenizer([corpus_path], tmp_path / "t.model", TokenizerRecipe(vocab_size=323), max_bytes=1000)
+    told: list[int] = []
+    trained = train_tokenizer(
+        [corpus_path],
+        tmp_path / "t.model",
+        TokenizerRecipe(vocab_size=323),
+        max_bytes=1000,
+        on_bytes_read=told.append,
+        on_training=told.append,
+    )
     assert trained.num_documents == 21
     assert trained.text_bytes == 7 * sum(len(text.encode()) for text in TOY_TEXTS)
     assert 900 < trained.sampled_bytes <= 1000
+    assert sum(told[:-1]) == corpus_path.stat().st_size
+    assert told[-1] == trained.sampled_bytes
+
+
+def test_weighted_sources_shape_the_vocabulary(tmp_path: Path) -> None:
+    english = TextSource(inputs=(write_jsonl(tmp_path / "en.jsonl", TOY_TEXTS[:1] * 90),), weight=1)
+    chinese = write_jsonl(tmp_path / "zh.jsonl", TOY_TEXTS[2:] * 90)
+    pieces = []
+    for weight in (0.05, 20):
+        sources = [english, TextSource(inputs=(chinese,), weight=weight)]
+        recipe = TokenizerRecipe(vocab_size=315, character_coverage=1.0)
+        trained = train_tokenizer(sources, tmp_path / "t.model", recipe, max_bytes=4000)
+        assert [source.weight for source in trained.sources] == [1, weight]
+        texts = [piece.text for piece in read_sentencepiece_model(trained.path).pieces]
+        pieces.append(sum(len(text) > 1 and "\u4e00" <= text[0] <= "\u9fff" for text in texts))
+    assert pieces[0] < pieces[1]
 
 
 def test_required_characters_and_symbols_become_pieces(corpus_path: Path, tmp_path: Path) -> None:
-    (tmp_path / "chars.txt").write_text("龘\n靐\n龘\n", encoding="utf-8")
-    (tmp_path / "symbols.txt").write_text('<SEP>\n<a,b>\n\n"q"\n<SEP>\n', encoding="utf-8")
-    chars = read_required_chars(tmp_path / "chars.txt")
-    symbols = read_user_defined_symbols(tmp_path / "symbols.txt")
-    assert (chars, symbols) == ("龘靐", ("<SEP>", "<a,b>", '"q"'))
-    recipe = TokenizerRecipe(vocab_size=341, required_chars=chars, user_defined_symbols=symbols)
+    chars, symbols = "龘靐 <", ("<SEP>", "<a,b>", '"q"', "</p >", "靐", "<")
+    recipe = TokenizerRecipe(vocab_size=347, required_chars=chars, user_defined_symbols=symbols)
     encoder = load_encoder(train_tokenizer([corpus_path], tmp_path / "t.model", recipe).path)
     for piece in (*chars, *symbols):
         assert len(encoder.encode(piece)) == 1
 
 
-def test_sample_keeps_order_and_limit() -> None:
-    lines = [b"%04d" % number for number in range(1000)]
-    sample = sample_lines(lines, max_bytes=402, seed=3)
-    assert len(sample) == 100
-    assert sample == sorted(sample)
-    assert sample == sample_lines(iter(lines), max_bytes=402, seed=3)
-    assert sample != sample_lines(lines, max_bytes=402, seed=4)
-    assert 300 < sum(int(line) for line in sample) / len(sample) < 700  # not the head, not the tail
-    assert sample_lines(lines, max_bytes=None, seed=3) == lines
+def test_what_the_model_cannot_hold_is_named(corpus_path: Path, tmp_path: Path) -> None:
+    recipe = TokenizerRecipe(vocab_size=331, required_chars="龘\0", user_defined_symbols=("<s>", "<SEP>"))
+    with pytest.raises(DataError) as raised:
+        train_tokenizer([corpus_path], tmp_path / "t.model", recipe)
+    assert raised.value.problems == (
+        "required-chars-file: every character must become a piece, got none for '\\x00'. "
+        "Remove what sentencepiece cannot hold.",
+        "user-defined-symbols-file: every symbol must become a piece of its own, got none for '<s>'. "
+        "Remove names that have another role, such as <s>.",
+    )
+    assert not list(tmp_path.glob("t.model*"))
 
 
-@pytest.mark.parametrize("line", [b"", b"short", b"some words " * 30, "汉字没有空格".encode() * 20, b"x" * 200])
-def test_cut_lines_are_whole_characters_and_lose_nothing(line: bytes) -> None:
-    pieces = list(cut_line(line, 64))
-    assert b"".join(pieces) == line
-    assert all(len(piece) <= 64 and piece.decode("utf-8") is not None for piece in pieces)
+def test_twin_a_model_without_a_required_character_is_noticed(corpus_path: Path, tmp_path: Path) -> None:
+    recipe = TokenizerRecipe(vocab_size=331, required_chars="龘靐")
+    model = read_sentencepiece_model(train_tokenizer([corpus_path], tmp_path / "t.model", recipe).path)
+    check_requirements(serialize_sentencepiece_model(model), recipe)
+    fewer = dataclasses.replace(model, pieces=tuple(piece for piece in model.pieces if piece.text != "靐"))
+    with pytest.raises(DataError, match="got none for '靐'"):
+        check_requirements(serialize_sentencepiece_model(fewer), recipe)
+
+
+def test_ctrl_c_does_not_wait_for_sentencepiece(
+    corpus_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_over = threading.Event()
+
+    def train_for_long(*arguments: object) -> bytes:
+        _thread.interrupt_main()
+        is_over.wait(60)
+        return b""
+
+    monkeypatch.setattr(train, "_train_sentencepiece", train_for_long)
+    with pytest.raises(KeyboardInterrupt):
+        train_tokenizer([corpus_path], tmp_path / "t.model", TokenizerRecipe(vocab_size=331))
+    assert not is_over.is_set()
+    is_over.set()
+    assert not list(tmp_path.glob("t.model*"))
 
 
 def test_problems_are_named(corpus_path: Path, tmp_path: Path) -> None:
     output_path = tmp_path / "t.model"
 
-    def expect(message: str, vocab_size: int = 331, path: Path = corpus_path) -> None:
+    def expect(message: str, path: Path = corpus_path, **changes: object) -> None:
         with pytest.raises(DataError, match=message):
-            train_tokenizer([path], output_path, TokenizerRecipe(vocab_size=vocab_size))
+            train_tokenizer([path], output_path, TokenizerRecipe(**{"vocab_size": 331} | changes))
 
     expect(
         r"^vocab-size: must not exceed what the text can give, got vocab_size=50000, pieces found=\d+. "
@@ -105,15 +159,11 @@ def test_problems_are_named(corpus_path: Path, tmp_path: Path) -> None:
         r"Raise --vocab-size or lower --character-coverage.$",
         vocab_size=270,
     )
+    expect(
+        r"^tokenizer training: sentencepiece refused the text or the options .*already",
+        user_defined_symbols=("<0x41>",),
+    )
     empty_path = write_jsonl(tmp_path / "empty.jsonl", ["", " \n "])
     expect(re.escape(f"{empty_path}: inputs must hold text, got none in 2 documents. Add some."), path=empty_path)
     expect("absent.jsonl: input file does not exist. Check the path.", path=tmp_path / "absent.jsonl")
     assert not list(tmp_path.glob("t.model*"))
-
-
-def test_unreadable_word_lists_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"absent.txt: file cannot be read \(No such file or directory\)"):
-        read_required_chars(tmp_path / "absent.txt")
-    (tmp_path / "latin.txt").write_bytes(b"ab\xe9")
-    with pytest.raises(DataError, match=r"latin.txt: text must be UTF-8, got byte 0xe9 at offset 2. Convert the file"):
-        read_user_defined_symbols(tmp_path / "latin.txt")
