@@ -89,6 +89,8 @@ def build_options(arguments: argparse.Namespace) -> PreprocessOptions:
 @exit_on_user_error
 def main() -> None:
     options = build_options(arguments := parse_arguments())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     started_at_s = time.monotonic()
     try:
         with LiveLine() as line:
@@ -187,6 +189,4 @@ def summarise(prefix: Path, manifest: Manifest) -> str:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, interrupt)
-    signal.signal(signal.SIGINT, interrupt)
     main()

@@ -1,5 +1,6 @@
 """The data tools as a user runs them: exit codes, messages, and files that exist only when they are complete."""
 
+import gzip
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import zstandard
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from toy_tokenizer import TOY_TEXTS, train_toy_tokenizer, write_jsonl
 
@@ -134,6 +136,29 @@ SUFFIXES = ".jsonl .jsonl.gz .jsonl.zst .json .json.gz .json.zst .txt .txt.gz .t
             "error: latin.jsonl:1: text must be UTF-8, got byte 0xe9 at offset 10. Convert the file with iconv.\n"
             + MAX_ERRORS_LINE,
         ),
+        (
+            "null.jsonl",
+            b'{"text": null}\n',
+            'error: null.jsonl:1: field "text" must be a string, got null. Repair or remove it.\n' + MAX_ERRORS_LINE,
+        ),
+        (
+            "surrogate.jsonl",
+            b'{"text": "\\ud800"}\n',
+            'error: surrogate.jsonl:1: field "text" must be valid Unicode, got the lone surrogate U+D800 at character '
+            "0. Repair or remove it.\n" + MAX_ERRORS_LINE,
+        ),
+        (
+            "truncated.jsonl.gz",
+            gzip.compress(b'{"text": "a"}\n' * 9)[:-9],
+            "error: truncated.jsonl.gz:1: file must be readable to its end, got: Compressed file ended before the "
+            "end-of-stream marker was reached. Fetch or write it again; it may be truncated.\n",
+        ),
+        (
+            "truncated.jsonl.zst",
+            zstandard.compress(b'{"text": "a"}\n' * 9)[:-5],
+            "error: truncated.jsonl.zst:1: file must be readable to its end, got: the file ends inside a zstd frame. "
+            "Fetch or write it again; it may be truncated.\n",
+        ),
         ("absent.jsonl", None, "error: absent.jsonl: input file does not exist. Check the path.\n"),
         (
             ".",
@@ -167,6 +192,15 @@ def test_skipped_records_are_listed(tmp_path: Path, tokenizer_path: Path) -> Non
     [
         (("--workers", "0"), "--workers must be at least 1 and --max-errors at least 0, got workers=0, max_errors=0"),
         (("--json-keys", "a", "a"), "--json-keys must be distinct, got a a"),
+        (
+            ("--shard", "4/4"),
+            "shard: must be I/N with I from 0 to N - 1, got 4/4. Pass 0/4, 1/4, 2/4 and 3/4 to four runs.",
+        ),
+        (
+            ("--shard", "0/4", "--shuffle"),
+            "shuffle: a shard cannot be shuffled alone, got shard=0/4. "
+            "Shuffle when merging: merge_data.py --shuffle --seed.",
+        ),
     ],
 )
 def test_bad_flags(tmp_path: Path, tokenizer_path: Path, arguments: tuple[str, ...], expected: str) -> None:

@@ -266,6 +266,46 @@ def test_a_signal_before_the_first_journal_leaves_nothing(
     assert not psutil.wait_procs(workers, timeout=WAIT_S)[1]
 
 
+# The tool itself, with a journal after every small block.
+HASTY_TOOL = """
+import dataclasses, sys
+sys.path.insert(0, sys.argv.pop(1))
+import preprocess_data
+
+if __name__ == "__main__":
+    build = preprocess_data.build_options
+    preprocess_data.build_options = lambda arguments: dataclasses.replace(
+        build(arguments), journal_interval_s=0.0, block_bytes=16384
+    )
+    preprocess_data.main()
+"""
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_costs_only_what_is_not_in_the_journal(
+    tmp_path: Path, long_arguments: tuple[str | Path, ...], number: signal.Signals, code: int
+) -> None:
+    (tmp_path / "hasty.py").write_text(HASTY_TOOL)
+    process = start("hasty.py", ROOT / "tools", *long_arguments, cwd=tmp_path)
+    wait_until((tmp_path / "out" / "c.journal.json").exists)
+    os.killpg(process.pid, number)
+    _, stderr = process.communicate(timeout=WAIT_S)
+    assert process.returncode == code
+    assert without_notes(stderr) == (
+        "error: interrupted; out/c.journal.json: what was done is kept. Run the same command again to continue.\n"
+    )
+    code, stdout, _ = run_tool(*long_arguments, cwd=tmp_path)
+    assert code == 0
+    assert re.fullmatch(
+        r"out/c_text_document: 60,000 documents in, 60,000 out, 0 dropped, 0 empty; [\d,]+ tokens as uint16, "
+        r"[\d.]+ bytes a token; [\d.]+ s since it was continued\n",
+        stdout,
+    )
+    code, stdout, _ = run_tool(*long_arguments, cwd=tmp_path)
+    assert code == 0
+    assert stdout.endswith("; already complete, nothing was written\n")
+
+
 def test_workers_end_with_a_killed_parent_and_leftovers_are_not_reused(
     tmp_path: Path, running_tool: subprocess.Popen[str], long_arguments: tuple[str | Path, ...]
 ) -> None:
