@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import zstandard
 
@@ -81,7 +81,12 @@ class Block:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Let pickle pass a payload on from where it lies."""
-        return Block, (self.kind, pickle.PickleBuffer(self.payload), self.begin, self.end)
+        return _rebuild_block, (self.kind, pickle.PickleBuffer(self.payload), self.begin, self.end)
+
+
+def _rebuild_block(kind: BlockKind, payload: Any, begin: Position, end: Position) -> Block:
+    # pickle puts a view before a buffer that was read-only where it came from
+    return Block(kind, cast(bytearray, payload.obj) if isinstance(payload, memoryview) else payload, begin, end)
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,8 +56,10 @@ def read_row_batches(
                 for batch in file.iter_batches(batch_rows, row_groups=[group], columns=known, use_threads=False):
                     begin, row = row, row + batch.num_rows
                     wanted = batch[max(first_row - begin, 0) : max(min(end_row, row) - begin, 0)]
-                    if wanted.num_rows:
-                        yield RowBatch(_to_stream(wanted), min(row, end_row))
+                    end = max(first_row, begin)
+                    for part in _cut_batch(wanted, batch_bytes):
+                        end += part.num_rows
+                        yield RowBatch(_to_stream(part), end)
     except pyarrow.ArrowException as error:
         raise _not_parquet(path, error) from error
 
@@ -85,6 +87,16 @@ def _count_rows_a_batch(group: Any, columns: Sequence[str], batch_bytes: int) ->
     chunks = [group.column(index) for index in range(group.num_columns)]
     size_bytes = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema in columns)
     return min(max(batch_bytes * group.num_rows // max(size_bytes, 1), 1), MAX_BATCH_ROWS)
+
+
+def _cut_batch(batch: "pyarrow.RecordBatch", max_bytes: int) -> Iterator["pyarrow.RecordBatch"]:
+    """Halve a batch in which a few rows are much larger than the average, until each part is small or one row."""
+    if batch.num_rows > 1 and batch.nbytes > 2 * max_bytes:
+        middle = batch.num_rows // 2
+        yield from _cut_batch(batch[:middle], max_bytes)
+        yield from _cut_batch(batch[middle:], max_bytes)
+    elif batch.num_rows:
+        yield batch
 
 
 def _to_stream(batch: "pyarrow.RecordBatch") -> bytes:

@@ -1,6 +1,7 @@
 """Preprocessing gives what Megatron's builder would, whatever the workers do, and leaves nothing behind on an error."""
 
 import dataclasses
+import gzip
 import hashlib
 import json
 import multiprocessing
@@ -10,8 +11,11 @@ import signal
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
+import zstandard
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 from toy_tokenizer import TOY_TEXTS, train_toy_tokenizer, write_jsonl
 
@@ -92,6 +96,24 @@ def test_three_workers_give_the_bytes_of_one(tmp_path: Path, tokenizer_path: Pat
     for num_workers in (1, 3):
         run(tmp_path, tokenizer_path, *paths, name=str(num_workers), num_workers=num_workers, append_eod=True)
     assert read_all(tmp_path / "1") == read_all(tmp_path / "3")
+
+
+def test_every_format_gives_the_same_bytes_through_workers(tmp_path: Path, tokenizer_path: Path) -> None:
+    texts = [text for text in TEXTS if text] * 3
+    rows = [{"n": n, "text": text} for n, text in enumerate(texts)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.json").write_text(json.dumps(rows, indent=1))
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines))
+    (folder / "c.jsonl.zst").write_bytes(zstandard.compress(lines))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "d.parquet", row_group_size=50)
+    (folder / "e.txt").write_text(texts[0])
+    run(tmp_path, tokenizer_path, write_jsonl(tmp_path / "c.jsonl", texts * 4 + texts[:1]), name="lines")
+    (prefix,) = run(tmp_path, tokenizer_path, folder, name="formats", num_workers=2, block_bytes=3000)
+    expected = read_all(tmp_path / "lines")
+    for suffix in (".bin", ".idx"):
+        assert Path(f"{prefix}{suffix}").read_bytes() == expected[prefix.name + suffix]
 
 
 def test_manifest_counts_everything(tmp_path: Path, tokenizer_path: Path) -> None:
