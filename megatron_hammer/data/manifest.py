@@ -137,13 +137,16 @@ def build_manifest(fields: dict[str, Any]) -> Manifest:
 
 
 def describe_source(path: Path) -> SourceFile:
-    """Read the file once and return its size and hash."""
+    """Read the file once and return its size and hash; raises DataError if it cannot be read."""
     digest = hashlib.sha256()
     size_bytes = 0
-    with open(path, "rb") as file:
-        while chunk := file.read(HASH_CHUNK_BYTES):
-            digest.update(chunk)
-            size_bytes += len(chunk)
+    try:
+        with open(path, "rb") as file:
+            while chunk := file.read(HASH_CHUNK_BYTES):
+                digest.update(chunk)
+                size_bytes += len(chunk)
+    except OSError as error:
+        raise DataError(f"{path}: file must be readable to its end, got: {error.strerror}. Check it.") from error
     return SourceFile(path=str(path), size_bytes=size_bytes, sha256=digest.hexdigest())
 
 

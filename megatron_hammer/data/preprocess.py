@@ -175,7 +175,12 @@ class _Task:
     def _refuse_void_run(self) -> None:
         """Raise VoidRunError if nothing that has been written can be of use, to this run or to a later one."""
         for state in self.job.inputs:
-            now = InputState.of(Path(state.path))
+            try:
+                now = InputState.of(Path(state.path))
+            except FileNotFoundError as error:
+                raise VoidRunError(
+                    f"{state.path}: file must stay while it is read, got none at the end. Put it back."
+                ) from error
             if now != state:
                 change = f"{state.size_bytes} bytes at the start and {now.size_bytes} at the end"
                 if now.size_bytes == state.size_bytes:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Self
 
 from megatron_hammer.data.manifest import SourceFile, describe_source
+from megatron_hammer.errors import DataError
 
 
 class SourceHasher:
@@ -16,7 +17,7 @@ class SourceHasher:
         self._paths: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
         self._added: set[Path] = set()
         self._sources: dict[Path, SourceFile] = {}
-        self._error: OSError | None = None
+        self._error: DataError | None = None
         self._thread = threading.Thread(target=self._hash, daemon=True)
         self._thread.start()
 
@@ -34,7 +35,7 @@ class SourceHasher:
                 self._paths.put(path)
 
     def finish(self, paths: Sequence[Path]) -> tuple[SourceFile, ...]:
-        """Return the hashes of these files, when they are all known; raises OSError if one cannot be read."""
+        """Return the hashes of these files, when they are all known; raises DataError if one cannot be read."""
         self.add(paths)
         self._paths.put(None)
         self._thread.join()
@@ -46,5 +47,5 @@ class SourceHasher:
         while (path := self._paths.get()) is not None and self._error is None:
             try:
                 self._sources[path] = describe_source(path)
-            except OSError as error:
+            except DataError as error:
                 self._error = error

@@ -237,6 +237,14 @@ def test_a_source_that_grows_meanwhile_is_refused(tmp_path: Path, tokenizer_path
     assert read_all(tmp_path / "out") == {}
 
 
+def test_a_source_that_goes_meanwhile_is_refused(tmp_path: Path, tokenizer_path: Path, corpus_path: Path) -> None:
+    options = make_options(tmp_path, tokenizer_path, corpus_path)
+    message = r"c.jsonl: file must stay while it is read, got none at the end. Put it back."
+    with pytest.raises(DataError, match=message):
+        preprocess(options, lambda progress: corpus_path.unlink(missing_ok=True))
+    assert read_all(tmp_path / "out") == {}
+
+
 def test_a_killed_worker_is_an_error_and_not_a_wait(tmp_path: Path, tokenizer_path: Path) -> None:
     path = write_jsonl(tmp_path / "c.jsonl", TEXTS * 400)
     killed: list[int] = []

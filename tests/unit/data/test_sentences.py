@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import sys
 from pathlib import Path
 
 import nltk.data
@@ -10,7 +11,7 @@ from nltk.tokenize.punkt import PunktTokenizer
 from punkt_model import write_punkt_model
 
 from megatron_hammer.data.sentences import PIECE_CHARS, hash_sentence_model, load_sentence_splitter
-from megatron_hammer.errors import DataError
+from megatron_hammer.errors import DataError, PlatformError
 
 TEXT = 'Dr. Smith went home.\nHe slept! Then... he (woke).  \n\n"Why?" Nobody knew.\n'
 
@@ -70,4 +71,11 @@ def test_half_a_model_is_no_model(model_dir: Path) -> None:
     with pytest.raises(
         DataError, match="split-sentences: nltk must have its Punkt model of language english, got none"
     ):
+        hash_sentence_model("english")
+
+
+def test_a_missing_nltk_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nltk.data", None)
+    message = r"^split-sentences: nltk must be installed. Install it with `pip install nltk`.$"
+    with pytest.raises(PlatformError, match=message):
         hash_sentence_model("english")

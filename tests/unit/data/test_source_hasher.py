@@ -6,6 +6,7 @@ import pytest
 
 from megatron_hammer.data.manifest import describe_source
 from megatron_hammer.data.source_hasher import SourceHasher
+from megatron_hammer.errors import DataError
 
 
 def test_hashes_are_those_of_the_files_in_the_order_asked_for(tmp_path: Path) -> None:
@@ -20,5 +21,6 @@ def test_hashes_are_those_of_the_files_in_the_order_asked_for(tmp_path: Path) ->
 
 def test_a_file_that_vanished_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "b").touch()
-    with SourceHasher() as hasher, pytest.raises(FileNotFoundError):
+    message = r"a: file must be readable to its end, got: No such file or directory. Check it."
+    with SourceHasher() as hasher, pytest.raises(DataError, match=message):
         hasher.finish([tmp_path / "a", tmp_path / "b"])
