@@ -14,7 +14,7 @@ INSTALL_REQUIRES = [
     "megatron-core==0.19.2",  # exact: platforms/megatron_compat.py adjusts this version's internals
     "numpy>=2.0,<3",
     "packaging>=24.2",
-    "sentencepiece>=0.2,<0.3",
+    "sentencepiece>=0.2.3,<0.3",
     "protobuf>=5",  # the .model files of sentencepiece
     "tokenizers>=0.22,<0.24",
     "fastokens>=0.3.5,<0.4",

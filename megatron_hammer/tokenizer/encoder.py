@@ -81,8 +81,9 @@ class SentencePieceEncoder(Encoder):
 class HuggingFaceEncoder(Encoder):
     """A Hugging Face `tokenizer.json`, alone or in its folder.
 
-    As in transformers, a special token spelt out in the text becomes that token's id.
-    `tokenizer_config.json` beside it names bos and eos; without one the usual names are looked up.
+    As in transformers, a special token spelt out in the text becomes that token's id, unless `tokenizer_config.json`
+    beside it says split_special_tokens, as for our exports of SentencePiece models. That file also names bos and eos;
+    without one the usual names are looked up.
     """
 
     def __init__(self, path: Path):
@@ -95,13 +96,17 @@ class HuggingFaceEncoder(Encoder):
                 "Pass the tokenizer.json written by save_pretrained of a fast tokenizer."
             ) from error
         self.path = path
-        self.sha256 = hashlib.sha256(json_bytes).hexdigest()
+        config = _read_config(path.with_name("tokenizer_config.json"))
+        self.splits_special_tokens = bool(config.get("split_special_tokens"))
+        self._tokenizer.encode_special_tokens = self.splits_special_tokens
+        # the setting changes ids, so it is a part of what manifests record
+        setting = b"split_special_tokens" if self.splits_special_tokens else b""
+        self.sha256 = hashlib.sha256(json_bytes + setting).hexdigest()
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        special_tokens = _read_special_tokens(path.with_name("tokenizer_config.json"))
-        self.bos_id = self._first_known_id([special_tokens.get("bos_token"), *COMMON_BOS_TOKENS])
-        self.eod_id = self._first_known_id([special_tokens.get("eos_token"), *COMMON_EOD_TOKENS])
+        self.bos_id = self._first_known_id([_read_name(config, "bos_token"), *COMMON_BOS_TOKENS])
+        self.eod_id = self._first_known_id([_read_name(config, "eos_token"), *COMMON_EOD_TOKENS])
 
     def _first_known_id(self, names: Sequence[str | None]) -> int | None:
         ids = (self._tokenizer.token_to_id(name) for name in names if name is not None)
@@ -171,14 +176,18 @@ def _none_if_negative(token_id: int) -> int | None:
     return token_id if token_id >= 0 else None
 
 
-def _read_special_tokens(config_path: Path) -> dict[str, str]:
-    """Read the names of bos and eos from tokenizer_config.json: plain strings or AddedToken objects."""
+def _read_config(config_path: Path) -> dict[str, Any]:
+    """Read tokenizer_config.json; empty where there is none."""
     if not config_path.is_file():
         return {}
     try:
         config: dict[str, Any] = json.loads(config_path.read_bytes())
     except ValueError as error:
         raise DataError(f"{config_path}: file must be JSON, got {error}. Repair or remove it.") from error
-    names = {key: config.get(key) for key in ("bos_token", "eos_token")}
-    contents = {key: value["content"] if isinstance(value, dict) else value for key, value in names.items()}
-    return {key: value for key, value in contents.items() if value is not None}
+    return config
+
+
+def _read_name(config: dict[str, Any], key: str) -> str | None:
+    """The name of a special token: a plain string or the content of an AddedToken object."""
+    value = config.get(key)
+    return value["content"] if isinstance(value, dict) else value

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import orjson
 
 from megatron_hammer.errors import ConversionError
-from megatron_hammer.tokenizer.encoder import Encoder, SentencePieceEncoder, load_encoder
+from megatron_hammer.tokenizer.encoder import Encoder, HuggingFaceEncoder, SentencePieceEncoder, load_encoder
 from megatron_hammer.tokenizer.hugging_face import SAMPLE_TEXTS, WHITESPACE_SYMBOL, define_plain_tokenizer
 from megatron_hammer.tokenizer.sentencepiece_model import PieceType, SentencePieceModel, read_sentencepiece_model
 from megatron_hammer.tokenizer.text_cuts import MAX_PART_CHARS, TextCutter, build_text_cutter
@@ -136,7 +137,7 @@ def select_encoder(path: str | Path, sample_texts: Sequence[str] = ()) -> Encode
     cutter = build_text_cutter(model) if model else None
     prefix = " " if model and model.has_dummy_prefix else ""
     try:
-        definition = define_plain_tokenizer(model) if model else reference.path.read_bytes()
+        definition = define_plain_tokenizer(model) if model else define_without_special_tokens(reference)
         fast = FastEncoder(reference, definition, prefix=prefix)
         reason = find_difference(fast, reference, list_checked_texts(reference, model, sample_texts))
     except (ConversionError, ValueError) as error:
@@ -145,6 +146,16 @@ def select_encoder(path: str | Path, sample_texts: Sequence[str] = ()) -> Encode
         return EncoderChoice(path=reference.path, definition=definition, prefix=prefix, cutter=cutter, warning=None)
     warning = f"{reference.path}: tokenizer {reason}. The reference encodes instead, exactly but slower."
     return EncoderChoice(path=reference.path, definition=None, prefix="", cutter=cutter, warning=warning)
+
+
+def define_without_special_tokens(reference: Encoder) -> bytes:
+    """The tokenizer.json of `reference`; where it takes special tokens in text for text, without them."""
+    definition = reference.path.read_bytes()
+    if not (isinstance(reference, HuggingFaceEncoder) and reference.splits_special_tokens):
+        return definition
+    fields = orjson.loads(definition)
+    fields["added_tokens"] = [token for token in fields["added_tokens"] if not token["special"]]
+    return orjson.dumps(fields)
 
 
 def list_checked_texts(

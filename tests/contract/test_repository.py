@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.presets import PRESETS
+from megatron_hammer.tokenizer.recipes import RECIPES as TOKENIZER_PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "megatron_hammer"
@@ -55,7 +56,7 @@ RESERVED = (
 # Sourced, so they must leave their caller's shell options alone; every other script sets its own.
 SOURCED_SCRIPTS = ("tools/setup_environment.sh",)
 READMES = ("README.md", "README_zh-CN.md")
-DOCUMENTS = (*READMES, "CONTRIBUTING.md", "docs/architecture.md")
+DOCUMENTS = (*READMES, "CONTRIBUTING.md", "docs/architecture.md", "docs/data.md")
 TRAINING_MODULE = "megatron_hammer.training.pretrain"
 # These hand flags that they do not know to Megatron, like the training module itself.
 TAKES_MEGATRON_FLAGS = ("tools/build_rank.py",)
@@ -264,7 +265,7 @@ def test_documented_command_is_real(command: str) -> None:
     while re.fullmatch(r"[A-Z][A-Z0-9_]*=.*", words[0]):
         settings.append(words.pop(0))
     for preset in re.findall(r"--preset[ =](\S+)", command):
-        assert preset in PRESETS, command
+        assert preset in (TOKENIZER_PRESETS if "tools/tokenizer_train.py" in words else PRESETS), command
     program, *rest = words
     if program == "torchrun":
         split = rest.index("-m")

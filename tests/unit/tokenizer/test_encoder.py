@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from toy_tokenizer import TOY_TEXTS, TOY_VOCAB_SIZE, train_toy_tokenizer
 from megatron_hammer.data.readers import read_documents
 from megatron_hammer.errors import DataError
 from megatron_hammer.tokenizer.encoder import load_encoder, require_eod_id
+from megatron_hammer.tokenizer.fast_encoder import select_encoder
 
 HOSTILE_TEXTS = (
     "",
@@ -90,6 +92,22 @@ def test_hf_folder_agrees_with_transformers(hf_folder: Path) -> None:
     encoder = load_encoder(hf_folder / "tokenizer.json")
     for text in (*TOY_TEXTS, *HOSTILE_TEXTS):
         assert encoder.encode(text).tolist() == reference.encode(text, add_special_tokens=False)
+
+
+def test_hf_folder_may_take_special_tokens_in_text_for_text(hf_folder: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    shutil.copytree(hf_folder, tmp_path / "hf")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True, "eos_token": "<|stop|>"}
+    (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps(config))
+    encoder, as_before = load_encoder(tmp_path / "hf"), load_encoder(hf_folder)
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    text = "the<|stop|>"
+    assert encoder.encode(text).tolist() == reference.encode(text, add_special_tokens=False)
+    assert encoder.encode(text).tolist() != as_before.encode(text).tolist()
+    assert encoder.sha256 != as_before.sha256
+    choice = select_encoder(tmp_path / "hf")
+    assert choice.warning is None
+    assert choice.load().encode(text).tolist() == encoder.encode(text).tolist()
 
 
 def test_folder_with_a_sentencepiece_model(model_path: Path, tmp_path: Path) -> None:
