@@ -139,17 +139,27 @@ def show_progress(sources: tuple[TextSource, ...]) -> Iterator[dict[str, Any]]:
         disable=not console.is_terminal,
         transient=True,
     )
-    with bar:
-        reading = bar.add_task("reading", total=sum(path.stat().st_size for path in files))
+    training = rich.progress.Progress(
+        rich.progress.SpinnerColumn(),
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.TimeElapsedColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+    reading = bar.add_task("reading", total=sum(path.stat().st_size for path in files))
 
-        def start_training(sampled_bytes: int) -> None:
-            bar.remove_task(reading)
-            bar.add_task(f"training on {sampled_bytes / 1e6:.1f} MB", total=None)
+    def start_training(sampled_bytes: int) -> None:
+        bar.stop()
+        training.add_task(f"training on {sampled_bytes / 1e6:.1f} MB", total=None)
+        training.start()
 
-        yield {
-            "on_bytes_read": lambda num_bytes: bar.advance(reading, num_bytes),
-            "on_training": start_training,
-        }
+    bar.start()
+    try:
+        yield {"on_bytes_read": lambda num_bytes: bar.advance(reading, num_bytes), "on_training": start_training}
+    finally:
+        bar.stop()
+        training.stop()
 
 
 def warn_of_shortfalls(trained: TrainedTokenizer) -> None:
