@@ -123,6 +123,12 @@ class HuggingFaceEncoder(Encoder):
         return self._tokenizer.decode(plain_ids, skip_special_tokens=False)
 
 
+def copy_facts(source: Encoder, target: Encoder) -> None:
+    """Give an encoder that stands in for another the other's facts."""
+    target.path, target.sha256, target.vocab_size = source.path, source.sha256, source.vocab_size
+    target.bos_id, target.eod_id = source.bos_id, source.eod_id
+
+
 def load_encoder(path: str | Path) -> Encoder:
     """Read a SentencePiece `.model`, a `tokenizer.json`, or a folder that holds one of them.
 

@@ -1,7 +1,8 @@
 """A fast encoder in front of the reference, used only where it has been seen to return the reference's ids.
 
-`select_encoder` builds it once and checks it; `EncoderChoice.load` makes it in each worker. What `fastokens` cannot
-express, or encodes otherwise, is left to the reference with a warning. Long texts are encoded in parts, see text_cuts.
+`select_encoder` builds it once and checks it; `EncoderChoice.load` makes it in each worker. Our own C kernel is tried
+first (native_encoder.py), then `fastokens`. What neither can express, or what they encode otherwise, is left to the
+reference with a warning. Long texts are encoded in parts, see text_cuts.
 """
 
 import ctypes
@@ -15,8 +16,15 @@ import numpy as np
 import orjson
 
 from megatron_hammer.errors import ConversionError
-from megatron_hammer.tokenizer.encoder import Encoder, HuggingFaceEncoder, SentencePieceEncoder, load_encoder
+from megatron_hammer.tokenizer.encoder import (
+    Encoder,
+    HuggingFaceEncoder,
+    SentencePieceEncoder,
+    copy_facts,
+    load_encoder,
+)
 from megatron_hammer.tokenizer.hugging_face import SAMPLE_TEXTS, WHITESPACE_SYMBOL, define_plain_tokenizer
+from megatron_hammer.tokenizer.native_encoder import KernelTables, NativeEncoder, build_tables, load_kernel
 from megatron_hammer.tokenizer.sentencepiece_model import PieceType, SentencePieceModel, read_sentencepiece_model
 from megatron_hammer.tokenizer.text_cuts import MAX_PART_CHARS, TextCutter, build_text_cutter
 
@@ -48,24 +56,32 @@ HOSTILE_TEXTS = (
 class EncoderChoice:
     """Which encoder to use for the tokenizer at `path`; can be sent to another process.
 
-    definition: the tokenizer.json that the fast encoder is built from, or None where the reference must be used.
+    tables: what the native encoder is built from. definition: the tokenizer.json that fastokens is built from. Both are
+    None where the reference must be used.
     prefix: what the fast encoder puts before every text that is not empty.
     cutter: cuts long texts, or None where they must be encoded whole.
     warning: one sentence that says why the reference is used, or None.
     """
 
     path: Path
-    definition: bytes | None
-    prefix: str
-    cutter: TextCutter | None
-    warning: str | None
+    tables: KernelTables | None = None
+    definition: bytes | None = None
+    prefix: str = ""
+    cutter: TextCutter | None = None
+    warning: str | None = None
 
     def load(self) -> Encoder:
-        encoder = load_encoder(self.path)
-        if self.definition is not None:
-            encoder = FastEncoder(encoder, self.definition, prefix=self.prefix)
+        encoder = self.load_whole(load_encoder(self.path))
         _return_free_memory()
         return encoder if self.cutter is None else PartwiseEncoder(encoder, self.cutter)
+
+    def load_whole(self, reference: Encoder) -> Encoder:
+        """The encoder in front of `reference`, without the cutter."""
+        if self.tables is not None:
+            return NativeEncoder(reference, self.tables, prefix=self.prefix)
+        if self.definition is not None:
+            return FastEncoder(reference, self.definition, prefix=self.prefix)
+        return reference
 
 
 class FastEncoder(Encoder):
@@ -81,7 +97,7 @@ class FastEncoder(Encoder):
         self._tokenizer = fastokens.Tokenizer.from_json_str(definition.decode("utf-8"))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        _copy_facts(reference, self)
+        copy_facts(reference, self)
 
     def encode(self, text: str) -> np.ndarray:
         if BYTE_TOKEN_START in text:
@@ -107,7 +123,7 @@ class PartwiseEncoder(Encoder):
         self._encoder = encoder
         self._cutter = cutter
         self._max_part_chars = max_part_chars
-        _copy_facts(encoder, self)
+        copy_facts(encoder, self)
 
     def encode(self, text: str) -> np.ndarray:
         parts = self._cutter.cut(text, self._max_part_chars)
@@ -122,30 +138,46 @@ class PartwiseEncoder(Encoder):
         return self._encoder.decode(ids)
 
 
-def _copy_facts(source: Encoder, target: Encoder) -> None:
-    target.path, target.sha256, target.vocab_size = source.path, source.sha256, source.vocab_size
-    target.bos_id, target.eod_id = source.bos_id, source.eod_id
-
-
-def select_encoder(path: str | Path, sample_texts: Sequence[str] = ()) -> EncoderChoice:
-    """Choose the fast encoder if it returns the reference's ids for every piece, hostile text and `sample_texts`.
+def select_encoder(
+    path: str | Path, sample_texts: Sequence[str] = (), kinds: Sequence[str] = ("native", "fastokens")
+) -> EncoderChoice:
+    """Choose the first encoder that returns the reference's ids for every piece, hostile text and `sample_texts`.
 
     Of `sample_texts` about the first MAX_SAMPLE_CHARS are compared. Raises DataError if `path` is not a tokenizer.
     """
     reference = load_encoder(path)
     model = read_sentencepiece_model(reference.path) if isinstance(reference, SentencePieceEncoder) else None
     cutter = build_text_cutter(model) if model else None
-    prefix = " " if model and model.has_dummy_prefix else ""
-    try:
-        definition = define_plain_tokenizer(model) if model else define_without_special_tokens(reference)
-        fast = FastEncoder(reference, definition, prefix=prefix)
-        reason = find_difference(fast, reference, list_checked_texts(reference, model, sample_texts))
-    except (ConversionError, ValueError) as error:
-        reason = f"cannot be expressed for the fast encoder ({'; '.join(str(error).splitlines())})"
-    if reason is None:
-        return EncoderChoice(path=reference.path, definition=definition, prefix=prefix, cutter=cutter, warning=None)
+    reason = "has no fast encoder"
+    for kind in kinds:
+        if kind == "native" and (model is None or load_kernel() is None):
+            continue
+        try:
+            choice = _build_choice(kind, reference, model, cutter)
+            difference = find_difference(
+                choice.load_whole(reference), reference, list_checked_texts(reference, model, sample_texts)
+            )
+        except (ConversionError, ValueError) as error:
+            reason = f"cannot be expressed for the fast encoder ({'; '.join(str(error).splitlines())})"
+            continue
+        if difference is None:
+            return choice
+        reason = difference
     warning = f"{reference.path}: tokenizer {reason}. The reference encodes instead, exactly but slower."
-    return EncoderChoice(path=reference.path, definition=None, prefix="", cutter=cutter, warning=warning)
+    return EncoderChoice(path=reference.path, cutter=cutter, warning=warning)
+
+
+def _build_choice(
+    kind: str, reference: Encoder, model: SentencePieceModel | None, cutter: TextCutter | None
+) -> EncoderChoice:
+    """Raises ConversionError if the tokenizer cannot be expressed for this kind of encoder."""
+    if model is None:
+        return EncoderChoice(path=reference.path, definition=define_without_special_tokens(reference))
+    prefix = " " if model.has_dummy_prefix else ""
+    if kind == "native":
+        return EncoderChoice(path=reference.path, tables=build_tables(model), prefix=prefix, cutter=cutter)
+    definition = define_plain_tokenizer(model)
+    return EncoderChoice(path=reference.path, definition=definition, prefix=prefix, cutter=cutter)
 
 
 def define_without_special_tokens(reference: Encoder) -> bytes:

@@ -63,7 +63,7 @@ def build_fast_tokenizer(model: SentencePieceModel, *, name: str) -> tokenizers.
     tokenizer.add_special_tokens(
         [tokenizers.AddedToken(piece.text, normalized=False) for piece in model.pieces if piece.type in SPECIAL_TYPES]
     )
-    tokenizer.add_tokens([tokenizers.AddedToken(text, normalized=False) for _, text in _list_symbols(model)])
+    tokenizer.add_tokens([tokenizers.AddedToken(text, normalized=False) for _, text in list_symbols(model)])
     tokenizer.encode_special_tokens = True
     return tokenizer
 
@@ -73,19 +73,13 @@ def define_plain_tokenizer(model: SentencePieceModel) -> bytes:
 
     It adds no dummy prefix: give it text that begins with one. Raises ConversionError if the model cannot be expressed.
     """
-    reasons = list_inexpressible(model)
-    if model.precompiled_charsmap or model.removes_extra_whitespaces:
-        reasons.append("its normaliser rewrites text: fastokens knows no character maps")
-    if any(" " in piece.text for piece in model.pieces if piece.type is PieceType.NORMAL):
-        reasons.append("a piece with a space: spaces are escaped before pieces are looked up")
-    if reasons:
-        raise ConversionError(*reasons)
+    refuse_rewriting(model)
     unknown = _unknown_piece(model)
     control = {piece.text for piece in model.pieces if piece.type in SPECIAL_TYPES}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
     definition = {
         "version": "1.0",
-        "added_tokens": [{"id": token_id, "content": text, **flags} for token_id, text in _list_symbols(model)],
+        "added_tokens": [{"id": token_id, "content": text, **flags} for token_id, text in list_symbols(model)],
         "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": WHITESPACE_SYMBOL},
         "model": {
             "type": "BPE",
@@ -99,7 +93,18 @@ def define_plain_tokenizer(model: SentencePieceModel) -> bytes:
     return orjson.dumps(definition)
 
 
-def _list_symbols(model: SentencePieceModel) -> list[tuple[int, str]]:
+def refuse_rewriting(model: SentencePieceModel) -> None:
+    """Raise ConversionError, naming every reason, if `model` does more to a text than to escape spaces and to merge."""
+    reasons = list_inexpressible(model)
+    if model.precompiled_charsmap or model.removes_extra_whitespaces:
+        reasons.append("its normaliser rewrites text: fast encoders know no character maps")
+    if any(" " in piece.text for piece in model.pieces if piece.type is PieceType.NORMAL):
+        reasons.append("a piece with a space: spaces are escaped before pieces are looked up")
+    if reasons:
+        raise ConversionError(*reasons)
+
+
+def list_symbols(model: SentencePieceModel) -> list[tuple[int, str]]:
     """The user-defined symbols by id; one with a space never matches, as spaces are escaped before it is looked for."""
     return [
         (token_id, piece.text)

@@ -1,5 +1,6 @@
 """The fast encoder returns sentencepiece's ids: on every document that we have, and on text made to trip it."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,17 +14,19 @@ from hostile_text import build_hostile_texts
 from megatron_hammer.data.readers import read_documents
 from megatron_hammer.tokenizer.encoder import Encoder, load_encoder
 from megatron_hammer.tokenizer.fast_encoder import EncoderChoice, FastEncoder, PartwiseEncoder, select_encoder
+from megatron_hammer.tokenizer.native_encoder import NativeEncoder
 from megatron_hammer.tokenizer.sentencepiece_model import read_sentencepiece_model
 
 MODEL_NAMES = ("hammerllm", "llama2-7b", "internlm-7b")
-LONG_RUN_CHARS = 1_000_000
+LONG_RUN_CHARS = 1_100_000  # from 2^20 on the native encoder merges in passes
 
 pytestmark = needs_shared_data
 
 
-@pytest.fixture(scope="module", params=MODEL_NAMES)
+@pytest.fixture(scope="module", params=[(name, kind) for name in MODEL_NAMES for kind in ("native", "fastokens")])
 def choice(request) -> EncoderChoice:
-    return select_encoder(SHARED_DATA / "tokenizer" / f"{request.param}.model")
+    name, kind = request.param
+    return select_encoder(SHARED_DATA / "tokenizer" / f"{name}.model", kinds=(kind,))
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +72,8 @@ def list_surfaces(path: Path) -> list[str]:
     return [piece.text.replace("▁", " ") for piece in read_sentencepiece_model(path).pieces]
 
 
-@pytest.mark.parametrize("character", ["a", " ", "\n", "。", "\0", "0", "\U000e0001"])
-def test_long_runs_of_one_character(hammerllm, character):
+@pytest.mark.parametrize("character", ["a", " ", "\n", "。", "\0", "0", "\U000e0001", "ab", "the"])
+def test_long_runs(hammerllm, character):
     text = "begin " + character * LONG_RUN_CHARS + " end"
     assert find_differing(hammerllm, load_encoder(hammerllm.path), [text]) == []
 
@@ -85,7 +88,22 @@ def test_one_long_line_in_parts(choice, documents):
 
 
 def test_twin_one_merge_less_is_noticed(choice, documents):
+    if choice.tables is not None:
+        tables = dataclasses.replace(choice.tables, lefts=choice.tables.lefts.copy())
+        tables.lefts[np.flatnonzero(choice.tables.merged == most_used_piece(choice, documents))] = -2
+        broken = NativeEncoder(load_encoder(choice.path), tables, prefix=choice.prefix)
+        assert find_differing(broken, load_encoder(choice.path), documents[:4000])
+        return
     definition = orjson.loads(choice.definition or b"")
     definition["model"]["merges"].remove("在 线" if "在 线" in definition["model"]["merges"] else "t h")
     broken = FastEncoder(load_encoder(choice.path), orjson.dumps(definition), prefix=choice.prefix)
     assert find_differing(broken, load_encoder(choice.path), documents[:4000])
+
+
+def most_used_piece(choice: EncoderChoice, documents: list[str]) -> int:
+    """Of the pieces that merges make."""
+    ids, _ = choice.load().encode_batch(documents[:400])
+    counts = np.bincount(ids)
+    assert choice.tables is not None
+    made = choice.tables.merged[choice.tables.merged < len(counts)]
+    return int(made[np.argmax(counts[made])])

@@ -36,12 +36,15 @@ def assert_same_ids(encoder, reference, texts):
     assert np.array_equal(ids, np.concatenate(expected))
 
 
+@pytest.mark.parametrize("kind", ["native", "fastokens"])
 @pytest.mark.parametrize("name", ["plain", "dummy prefix", "no byte fallback", "symbols", "symbols and prefix"])
-def test_the_fast_encoder_is_chosen_and_exact(tmp_path, name):
+def test_the_fast_encoder_is_chosen_and_exact(tmp_path, name, kind):
     path = train_model(tmp_path / "a.model", **MODEL_OPTIONS[name])
-    choice = pickle.loads(pickle.dumps(select_encoder(path, TOY_TEXTS)))
+    kinds = (kind, "fastokens")
+    choice = pickle.loads(pickle.dumps(select_encoder(path, TOY_TEXTS, kinds)))
     assert choice.warning is None
-    assert choice.definition is not None
+    is_native = kind == "native" and name != "no byte fallback"
+    assert (choice.tables is not None, choice.definition is not None) == (is_native, not is_native)
     assert_same_ids(choice.load(), load_encoder(path), hostile_texts(path))
 
 
@@ -49,7 +52,7 @@ def test_the_fast_encoder_is_chosen_and_exact(tmp_path, name):
     "name, reason",
     [
         ("unigram", "cannot be expressed for the fast encoder (model_type=unigram: only BPE merges are mapped)"),
-        ("normalised", "cannot be expressed for the fast encoder (its normaliser rewrites text: fastokens knows no"),
+        ("normalised", "cannot be expressed for the fast encoder (its normaliser rewrites text: fast encoders know no"),
         ("extra whitespace removed", "cannot be expressed for the fast encoder (its normaliser rewrites text: "),
         (
             "symbols and extra whitespace removed",
@@ -79,7 +82,7 @@ def test_facts_and_decoding_are_the_references(symbols_path):
 
 def test_long_texts_go_in_parts_and_keep_their_place(symbols_path):
     reference = load_encoder(symbols_path)
-    choice = select_encoder(symbols_path)
+    choice = select_encoder(symbols_path, kinds=("fastokens",))
     assert choice.cutter is not None
     texts = ["", "x" * 3000, *TOY_TEXTS, "", TOY_TEXTS[2] * 50]
     assert_same_ids(PartwiseEncoder(reference, choice.cutter, max_part_chars=40), reference, texts)
@@ -114,7 +117,7 @@ def test_twin_a_wrong_encoder_is_noticed_at_start_up(symbols_path, monkeypatch, 
         return json.dumps(definition).encode()
 
     monkeypatch.setattr(fast_encoder, "define_plain_tokenizer", define_wrongly)
-    choice = select_encoder(symbols_path)
+    choice = select_encoder(symbols_path, kinds=("fastokens",))
     assert choice.definition is None
     assert choice.warning is not None
     assert "is encoded otherwise by the fast encoder near" in choice.warning
@@ -130,7 +133,7 @@ def test_twin_what_only_the_corpus_shows_is_noticed_too(symbols_path):
         def encode(self, text):
             return super().encode(text.replace("zebra", "horse"))
 
-    wrong = WrongOnOneWord(reference, select_encoder(symbols_path).definition)
+    wrong = WrongOnOneWord(reference, select_encoder(symbols_path, kinds=("fastokens",)).definition)
     assert find_difference(wrong, reference, ["a horse"]) is None
     assert find_difference(wrong, reference, ["a horse", "a zebra"]) == (
         "is encoded otherwise by the fast encoder near 'a zebr'"
