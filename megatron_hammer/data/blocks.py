@@ -27,12 +27,18 @@ from megatron_hammer.data.byte_streams import (
 )
 from megatron_hammer.data.input_files import bare_name, is_compressed
 from megatron_hammer.data.json_array import BrokenArrayError, cut_elements, split_elements
-from megatron_hammer.data.json_records import BadRecordError, decode_json_record, decode_utf8, select_texts
+from megatron_hammer.data.json_records import (
+    BadRecordError,
+    decode_json_record,
+    decode_plain_lines,
+    decode_utf8,
+    select_texts,
+)
 from megatron_hammer.data.parquet_rows import count_rows, decode_rows, read_row_batches
 from megatron_hammer.errors import DataError
 
-# Small enough to keep all workers busy on a small corpus, large enough that sending one costs nothing beside it.
-BLOCK_BYTES = 256 * 1024
+# Small beside the memory that is allowed, large enough that nobody waits for a pipe: 40 to 50 MB/s against 256 KiB.
+BLOCK_BYTES = 1024 * 1024
 
 
 class BlockKind(enum.Enum):
@@ -167,11 +173,22 @@ def decode_document(
 
 def decode_block(block: Block, json_keys: Sequence[str]) -> DecodedBlock:
     """Parse the documents of a block; a bad one is left out and described in `problems`."""
+    payloads = _split_payload(block)
+    if block.kind is BlockKind.LINES and len(json_keys) == 1:
+        texts = decode_plain_lines(cast("Sequence[bytes]", payloads), json_keys[0])
+        if texts is not None:
+            return DecodedBlock((texts,), ())
+    return _decode_one_by_one(block.kind, payloads, json_keys)
+
+
+def _decode_one_by_one(
+    kind: BlockKind, payloads: Sequence[bytes | bytearray | dict[str, Any]], json_keys: Sequence[str]
+) -> DecodedBlock:
     columns: tuple[list[str], ...] = tuple([] for _ in json_keys)
     problems = []
-    for place, payload in enumerate(_split_payload(block)):
+    for place, payload in enumerate(payloads):
         try:
-            texts = decode_document(block.kind, payload, json_keys)
+            texts = decode_document(kind, payload, json_keys)
         except BadRecordError as error:
             problems.append((place, str(error)))
             continue

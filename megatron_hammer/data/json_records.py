@@ -29,6 +29,15 @@ def decode_json_record(payload: bytes | bytearray, json_keys: Sequence[str]) -> 
     return select_texts(fields, json_keys)
 
 
+def decode_plain_lines(lines: Sequence[bytes], json_key: str) -> list[str] | None:
+    """Return the texts of many JSON objects at once; None if one of them needs a closer look."""
+    try:
+        texts = [orjson.loads(line)[json_key] for line in lines]
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return None
+    return texts if set(map(type, texts)) <= {str} else None
+
+
 def parse_json_object(payload: bytes | bytearray) -> dict[str, Any]:
     """Parse what orjson refuses too: NaN, huge integers and escaped surrogates are valid; raises BadRecordError."""
     if not payload.strip():

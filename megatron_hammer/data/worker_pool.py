@@ -24,7 +24,7 @@ from megatron_hammer.data.blocks import Block, Position
 from megatron_hammer.errors import HammerError, PlatformError
 
 MAX_BYTES_IN_FLIGHT = 32 << 20  # one block may be larger; then it is alone
-MAX_BLOCKS_PER_WORKER = 2  # one to work on and one to go on with at once
+MAX_BLOCKS_PER_WORKER = 3  # one to work on, one to go on with at once, one on its way
 JOIN_TIMEOUT_S = 5.0
 
 Encode = Callable[[Block], EncodedBlock]

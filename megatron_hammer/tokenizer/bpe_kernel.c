@@ -16,12 +16,12 @@
 #define SHORT_STRETCH 64              /* up to here a scan finds the next merge sooner than a heap */
 #define LONG_STRETCH (1 << 20)        /* from here on memory counts */
 #define MAX_PASSES 64
-#define CACHE_BITS 16                 /* 8 MiB in all */
+#define CACHE_BITS 14                 /* 16 MiB in all */
 #define CACHE_WAYS 2
 #define CACHED_BYTES 30               /* longer stretches rarely repeat */
 #define CACHED_IDS 8
 
-typedef struct {                      /* one line of the processor's cache */
+typedef struct {                      /* two lines of the processor's cache, the key in the first */
     uint8_t num_bytes, num_ids, bytes[CACHED_BYTES];
     int32_t ids[CACHED_IDS];
 } Entry;
@@ -320,6 +320,18 @@ int64_t kernel_encode(Kernel *k, const uint8_t *texts, const int64_t *starts, in
     return num_ids;
 }
 
+/* Zeroed memory for a table that is read all over, in large pages where the system has them. */
+static void *allocate_table(size_t num_bytes) {
+    const size_t page = (size_t)1 << 21;
+    num_bytes = (num_bytes + page - 1) / page * page;
+    void *table = aligned_alloc(page, num_bytes);
+    if (!table) return NULL;
+#ifdef MADV_HUGEPAGE
+    madvise(table, num_bytes, MADV_HUGEPAGE);
+#endif
+    return memset(table, 0, num_bytes);
+}
+
 /* All arrays but those of the symbols are copied. Returns NULL without memory. */
 Kernel *kernel_build(const uint32_t *chars, const int32_t *char_pieces, int64_t num_chars, const uint32_t *pairs,
                      int64_t num_pairs, const int32_t *lefts, const int32_t *rights, const int32_t *merged,
@@ -332,19 +344,14 @@ Kernel *kernel_build(const uint32_t *chars, const int32_t *char_pieces, int64_t 
     while (num_slots < 2 * (uint64_t)num_merges) num_slots *= 2;
     k->slot_mask = num_slots - 1;
     k->piece_of_char = malloc(CODE_POINTS * sizeof(int32_t));
-    k->pairs = calloc((size_t)1 << (PAIR_BITS - 6), sizeof(uint64_t));
+    k->pairs = allocate_table(((size_t)1 << (PAIR_BITS - 6)) * sizeof(uint64_t));
     k->merge_keys = malloc(num_slots * sizeof(uint64_t));
     k->merge_pieces = malloc(num_slots * sizeof(int32_t));
     k->rank_of_piece = malloc((size_t)num_pieces * sizeof(int32_t));
     k->first_symbol = calloc(65537, sizeof(int32_t));
-    size_t cache_bytes = sizeof(Entry) * CACHE_WAYS << CACHE_BITS;
-    k->cache = aligned_alloc(1 << 21, cache_bytes);
+    k->cache = allocate_table(sizeof(Entry) * CACHE_WAYS << CACHE_BITS);
     if (!k->piece_of_char || !k->pairs || !k->merge_keys || !k->merge_pieces || !k->rank_of_piece || !k->first_symbol ||
         !k->cache) return NULL;
-#ifdef MADV_HUGEPAGE
-    madvise(k->cache, cache_bytes, MADV_HUGEPAGE);
-#endif
-    memset(k->cache, 0, cache_bytes);
     memset(k->piece_of_char, 0xFF, CODE_POINTS * sizeof(int32_t));
     for (int64_t i = 0; i < num_chars; i++) k->piece_of_char[chars[i]] = char_pieces[i];
     for (int64_t i = 0; i < num_pairs; i++) {

@@ -23,7 +23,6 @@ from megatron_hammer.tokenizer.encoder import Encoder, copy_facts
 from megatron_hammer.tokenizer.hugging_face import (
     NUL,
     WHITESPACE_SYMBOL,
-    list_merges,
     list_symbols,
     refuse_rewriting,
 )
@@ -32,7 +31,7 @@ from megatron_hammer.tokenizer.sentencepiece_model import PieceType, SentencePie
 SOURCE_PATH = Path(__file__).with_name("bpe_kernel.c")
 COMPILER_FLAGS = ("-O3", "-shared", "-fPIC")
 COMPILE_TIMEOUT_S = 60
-CACHED_IDS = 8  # the kernel copies so many at once
+CACHED_IDS = 16  # the kernel copies so many at once
 KEPT_IDS = 1 << 20
 
 
@@ -71,7 +70,12 @@ def build_tables(model: SentencePieceModel) -> KernelTables:
     single_symbols = {text: i for i, text in symbols if len(text) == 1}
     normal = {piece.text: i for i, piece in enumerate(pieces) if piece.type is PieceType.NORMAL and piece.text != NUL}
     chars = {text: i for text, i in normal.items() if len(text) == 1} | single_symbols
-    merges = [(normal[left], normal[right], normal[left + right]) for left, right in list_merges(model)]
+    merges = [
+        (normal[left], normal[right], i)
+        for text, i in normal.items()
+        for cut in range(1, len(text))
+        if (left := text[:cut]) in normal and (right := text[cut:]) in normal
+    ]
     lefts, rights, merged = np.array(merges, dtype=np.int32).reshape(-1, 3).T.copy()
     encoded = sorted(
         ((text.encode(), i) for i, text in symbols if len(text) > 1),
