@@ -107,7 +107,8 @@ def _sign_blocks(options: DedupOptions, files: Sequence[Path], counts: DedupCoun
 
     # Digests alone are cheaper than sending texts to another process and back.
     num_workers = 1 if options.near_duplicates is None else options.num_workers
-    signed = encode_in_order(blocks, cast(Any, recipe.build), num_workers, locate)  # it carries any function of a block
+    build = cast(Any, recipe.build)  # the pool carries any function of a block
+    signed = encode_in_order(blocks, lambda: build, num_workers, locate)
     return cast(Generator[SignedBlock], signed)
 
 

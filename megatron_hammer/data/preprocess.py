@@ -29,7 +29,7 @@ from megatron_hammer.data.source_hasher import SourceHasher
 from megatron_hammer.data.worker_pool import encode_in_order
 from megatron_hammer.errors import DataError, HammerError
 from megatron_hammer.tokenizer.encoder import Encoder, load_encoder, require_eod_id
-from megatron_hammer.tokenizer.fast_encoder import EncoderChoice, select_encoder
+from megatron_hammer.tokenizer.fast_encoder import select_encoder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,10 +145,11 @@ class _Task:
             on_bytes_read=self._count_read_bytes,
             block_bytes=self.options.block_bytes,
         )
-        recipe = BlockEncoderRecipe(self.options, self._choose_encoder())
         num_read_files = 0
         # closing: an error in this loop must end the workers before the files go
-        with closing(encode_in_order(blocks, recipe, self.options.num_workers, self._locate)) as encoded_blocks:
+        with closing(
+            encode_in_order(blocks, self._build_recipe, self.options.num_workers, self._locate)
+        ) as encoded_blocks:
             for encoded in encoded_blocks:
                 self.run.add(encoded, self._locate)
                 self.run.save_if_due()
@@ -157,14 +158,14 @@ class _Task:
                     hasher.add(self.sources.paths[:num_read_files])
                 self._report(self.read_bytes, self.sources.total_bytes)
 
-    def _choose_encoder(self) -> EncoderChoice:
+    def _build_recipe(self) -> BlockEncoderRecipe:
         """Choose the fast encoder if it agrees with the reference on the first documents."""
         slices, keys = self.sources.slices, self.options.json_keys
         first_block = next(read_blocks(slices, keys, block_bytes=self.options.block_bytes), None)
         choice = select_encoder(self.encoder.path, select_sample_texts(first_block, keys))
         if choice.warning is not None:
             self.on_note(choice.warning)
-        return choice
+        return BlockEncoderRecipe(self.options, choice)
 
     def _describe(self, hasher: SourceHasher) -> list[Manifest]:
         output_paths = self.run.finish()

@@ -28,27 +28,30 @@ MAX_BLOCKS_PER_WORKER = 3  # one to work on, one to go on with at once, one on i
 JOIN_TIMEOUT_S = 5.0
 
 Encode = Callable[[Block], EncodedBlock]
+BuildEncode = Callable[[], Encode]
 
 
 def encode_in_order(
     blocks: Iterable[Block],
-    build_encode: Callable[[], Encode],
+    prepare: Callable[[], BuildEncode],
     num_workers: int,
     locate: Callable[[Position], str] = str,
 ) -> Generator[EncodedBlock]:
     """Yield the encoded blocks in the order of the input; with one worker, in this process.
 
-    build_encode: called once in each worker, to which it must be sendable. locate: file:line for messages.
+    prepare: called once, here, while the workers start; what it returns is sent to each and called there. locate:
+    file:line for messages.
     An error of `blocks` is raised after everything before it has been yielded, and one of a worker at its block.
     Raises PlatformError as soon as a worker has died.
     """
     if num_workers == 1:
-        encode = build_encode()
+        encode = prepare()()
         yield from (encode(block) for block in blocks)
         return
     pool = _Pool(locate)
     try:
-        pool.start(build_encode, num_workers)
+        pool.start(num_workers)
+        pool.send_recipe(prepare())
         yield from pool.run(_Feed(iter(blocks)))
     finally:
         pool.stop()
@@ -78,12 +81,12 @@ class _Feed:
 class _Worker:
     """The parent's end of one process; `in_hand`: number and beginning of the blocks sent and not yet answered."""
 
-    def __init__(self, build_encode: Callable[[], Encode]):
+    def __init__(self) -> None:
         # spawn: a fork would copy whatever threads the caller has, in whatever state they are
         context = multiprocessing.get_context("spawn")
         self.in_hand: deque[tuple[int, Position]] = deque()
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, build_encode), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
         resource_tracker.ensure_running()  # it is started with the first process and unblocks signals
         # these reach every process of a terminal or a job; a worker leaves them to the parent
         old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
@@ -103,9 +106,16 @@ class _Pool:
         self._first = 0  # number of the oldest of them
         self._waiting: Block | None = None
 
-    def start(self, build_encode: Callable[[], Encode], num_workers: int) -> None:
+    def start(self, num_workers: int) -> None:
         for _ in range(num_workers):
-            self._workers.append(_Worker(build_encode))
+            self._workers.append(_Worker())
+
+    def send_recipe(self, build_encode: BuildEncode) -> None:
+        for worker in self._workers:
+            try:
+                send_object(worker.connection, build_encode)
+            except OSError as error:
+                raise self._explain_death(worker) from error
 
     def run(self, feed: _Feed) -> Iterator[EncodedBlock]:
         while True:
@@ -170,23 +180,24 @@ class _Pool:
         return result
 
     def _explain_death(self, worker: _Worker) -> PlatformError:
+        place = f"near {self._locate(worker.in_hand[0][1])}" if worker.in_hand else "as it started"
         return PlatformError(
-            "workers: every worker must live to the end, got one that died near "
-            f"{self._locate(worker.in_hand[0][1])}. It was killed, most often for want of memory; "
-            "pass fewer --workers or use a machine with more memory."
+            f"workers: every worker must live to the end, got one that died {place}. "
+            "It was killed, most often for want of memory; pass fewer --workers or use a machine with more memory."
         )
 
 
-def _serve(connection: Connection, build_encode: Callable[[], Encode]) -> None:
-    """The worker: answer every block until the parent's end of the pipe is gone."""
-    blocks: queue.SimpleQueue[Block] = queue.SimpleQueue()
-    threading.Thread(target=_receive_blocks, args=(connection, blocks), daemon=True).start()
+def _serve(connection: Connection) -> None:
+    """The worker: take what makes its function, then answer every block until the parent's end of the pipe is gone."""
+    received: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=_receive_all, args=(connection, received), daemon=True).start()
+    build_encode: BuildEncode = received.get()
     encode: Encode | None = None
     while True:
         answer: EncodedBlock | Exception
         try:
             encode = encode or build_encode()
-            answer = encode(blocks.get())  # not kept here: a large one must go as soon as it is decoded
+            answer = encode(received.get())  # not kept here: a large one must go as soon as it is decoded
         except Exception as error:
             is_explained = isinstance(error, HammerError)
             answer = error if is_explained else RuntimeError(f"a worker failed:\n{traceback.format_exc()}")
@@ -195,11 +206,11 @@ def _serve(connection: Connection, build_encode: Callable[[], Encode]) -> None:
         del answer
 
 
-def _receive_blocks(connection: Connection, blocks: "queue.SimpleQueue[Block]") -> None:
+def _receive_all(connection: Connection, received: "queue.SimpleQueue[Any]") -> None:
     """Always ready to receive, so that the parent never waits for a worker that waits for the parent."""
     with suppress(EOFError, OSError):
         while True:
-            blocks.put(receive_object(connection))
+            received.put(receive_object(connection))
     os._exit(0)
 
 

@@ -166,7 +166,7 @@ def test_planted_near_duplicates_are_found_and_no_others(tmp_path: Path) -> None
 
 def test_the_same_bytes_with_any_number_of_workers(tmp_path: Path) -> None:
     rng = random.Random(23)
-    texts = [" ".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=400)) for _ in range(700)]
+    texts = [" ".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=1600)) for _ in range(700)]
     texts += [edit(rng, text, rng.randrange(3)) for text in texts]
     rng.shuffle(texts)
     path = write_jsonl(tmp_path / "in.jsonl", texts)

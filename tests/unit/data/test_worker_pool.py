@@ -62,12 +62,12 @@ def note_numbers(results: Iterable[EncodedBlock], numbers: list[int]) -> None:
 
 
 def numbers_of(blocks: Iterator[Block], function: Callable[[Block], EncodedBlock], num_workers: int) -> list[int]:
-    return [encoded.begin.num_records for encoded in encode_in_order(blocks, Recipe(function), num_workers)]
+    return [encoded.begin.num_records for encoded in encode_in_order(blocks, lambda: Recipe(function), num_workers)]
 
 
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_order_is_kept(num_workers: int) -> None:
-    results = list(encode_in_order(make_blocks(60), Recipe(encode), num_workers))
+    results = list(encode_in_order(make_blocks(60), lambda: Recipe(encode), num_workers))
     assert [int(result.fields[0].ids[-1]) for result in results] == list(range(60))
     assert [result.begin.num_records for result in results] == list(range(60))
 
@@ -82,7 +82,7 @@ def test_what_is_under_way_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
             num_read += 1
             yield block
 
-    for num_done, _ in enumerate(encode_in_order(count(make_blocks(40, 400)), Recipe(encode), 2)):
+    for num_done, _ in enumerate(encode_in_order(count(make_blocks(40, 400)), lambda: Recipe(encode), 2)):
         assert num_read <= num_done + 4  # two of 400 bytes, one that waits, and the one that is being yielded
     assert num_read == 40
     assert numbers_of(make_blocks(5, 5000), encode, 2) == [0, 1, 2, 3, 4]  # each larger than the bound
@@ -92,7 +92,7 @@ def test_what_is_under_way_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_error_comes_at_its_block(num_workers: int) -> None:
     done: list[int] = []
     with pytest.raises(DataError, match="seven: must not be"):
-        note_numbers(encode_in_order(make_blocks(30), Recipe(refuse_seventh), num_workers), done)
+        note_numbers(encode_in_order(make_blocks(30), lambda: Recipe(refuse_seventh), num_workers), done)
     assert done == [0, 1, 2, 3, 4, 5, 6]
     assert not multiprocessing.active_children()
 
@@ -110,7 +110,7 @@ def test_an_error_of_the_input_comes_after_what_was_before_it(num_workers: int) 
 
     done: list[int] = []
     with pytest.raises(DataError, match="the archive is truncated"):
-        note_numbers(encode_in_order(broken(), Recipe(encode), num_workers), done)
+        note_numbers(encode_in_order(broken(), lambda: Recipe(encode), num_workers), done)
     assert done == list(range(9))
 
 
@@ -124,12 +124,12 @@ def test_a_dead_worker_is_an_error() -> None:
         return f"c.jsonl:{position.num_records + 1}"
 
     with pytest.raises(PlatformError, match=message):
-        list(encode_in_order(make_blocks(30), Recipe(die_at_seventh), 2, locate))
+        list(encode_in_order(make_blocks(30), lambda: Recipe(die_at_seventh), 2, locate))
     assert not multiprocessing.active_children()
 
 
 def test_workers_end_when_the_caller_stops_early() -> None:
-    results = encode_in_order(make_blocks(1000), Recipe(encode), 2)
+    results = encode_in_order(make_blocks(1000), lambda: Recipe(encode), 2)
     assert next(results).begin.num_records == 0
     assert len(multiprocessing.active_children()) == 2
     results.close()
