@@ -62,7 +62,8 @@ static uint64_t mix(uint64_t x) {
 static uint64_t scramble(uint64_t hash, uint64_t word) { return mix(hash ^ word) * 0xC2B2AE3D27D4EB4Full; }
 
 static uint32_t pair_slot(uint32_t left, uint32_t right) {
-    return (uint32_t)(((uint64_t)left * 0x9E3779B97F4A7C15ull + (uint64_t)right * 0xC2B2AE3D27D4EB4Full) >> (64 - PAIR_BITS));
+    uint64_t hash = (uint64_t)left * 0x9E3779B97F4A7C15ull + (uint64_t)right * 0xC2B2AE3D27D4EB4Full;
+    return (uint32_t)(hash >> (64 - PAIR_BITS));
 }
 
 static int is_pair(const Kernel *k, uint32_t left, uint32_t right) {

@@ -10,6 +10,7 @@ from megatron_hammer.data.block_encoder import (
     BlockEncoder,
     EncodedField,
     add_document_ends,
+    count_utf8_bytes,
     require_bos_id,
     select_sample_texts,
 )
@@ -77,3 +78,10 @@ def test_sample_texts_are_bounded(tmp_path: Path) -> None:
     assert select_sample_texts(blocks[0], ["text"]) == list(TOY_TEXTS)
     assert select_sample_texts(blocks[0], ["text"], max_chars=10) == [TOY_TEXTS[0][:10]]
     assert select_sample_texts(None, ["text"]) == []
+
+
+@pytest.mark.parametrize(
+    "texts", [[], [""], ["abc"], ["é", "中文", "\U0001f980x"], ["߿ࠀ\uffff\U00010000"] * 3, ["中" * (1 << 22) + "a"]]
+)
+def test_bytes_are_counted_as_encoding_would(texts: list[str]) -> None:
+    assert count_utf8_bytes(texts) == len("".join(texts).encode("utf-8"))
