@@ -308,6 +308,8 @@ static int64_t encode_text(Kernel *k, const uint8_t *s, int64_t num_bytes, int32
     return num_ids;
 }
 
+const int64_t kernel_spare_ids = CACHED_IDS;  /* what the ids of a call must hold beyond one for each byte */
+
 /* texts: the bytes of all texts, text i at [starts[i], starts[i + 1]). Returns the number of ids, -1 without memory. */
 int64_t kernel_encode(Kernel *k, const uint8_t *texts, const int64_t *starts, int64_t num_texts, int32_t *ids,
                       int64_t *num_ids_of_text) {
@@ -333,6 +335,12 @@ static void *allocate_table(size_t num_bytes) {
     return memset(table, 0, num_bytes);
 }
 
+void kernel_free(Kernel *k) {
+    void *owned[] = {k->piece_of_char, k->pairs, k->merge_keys, k->merge_pieces, k->rank_of_piece, k->first_symbol,
+                     k->cache, k->piece, k->rank, k};
+    for (size_t i = 0; i < sizeof(owned) / sizeof(owned[0]); i++) free(owned[i]);
+}
+
 /* All arrays but those of the symbols are copied. Returns NULL without memory. */
 Kernel *kernel_build(const uint32_t *chars, const int32_t *char_pieces, int64_t num_chars, const uint32_t *pairs,
                      int64_t num_pairs, const int32_t *lefts, const int32_t *rights, const int32_t *merged,
@@ -352,7 +360,10 @@ Kernel *kernel_build(const uint32_t *chars, const int32_t *char_pieces, int64_t 
     k->first_symbol = calloc(65537, sizeof(int32_t));
     k->cache = allocate_table(sizeof(Entry) * CACHE_WAYS << CACHE_BITS);
     if (!k->piece_of_char || !k->pairs || !k->merge_keys || !k->merge_pieces || !k->rank_of_piece || !k->first_symbol ||
-        !k->cache) return NULL;
+        !k->cache) {
+        kernel_free(k);
+        return NULL;
+    }
     memset(k->piece_of_char, 0xFF, CODE_POINTS * sizeof(int32_t));
     for (int64_t i = 0; i < num_chars; i++) k->piece_of_char[chars[i]] = char_pieces[i];
     for (int64_t i = 0; i < num_pairs; i++) {

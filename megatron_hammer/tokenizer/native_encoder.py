@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,6 @@ from megatron_hammer.tokenizer.sentencepiece_model import PieceType, SentencePie
 SOURCE_PATH = Path(__file__).with_name("bpe_kernel.c")
 COMPILER_FLAGS = ("-O3", "-shared", "-fPIC")
 COMPILE_TIMEOUT_S = 60
-CACHED_IDS = 16  # the kernel copies so many at once
 KEPT_IDS = 1 << 20
 
 
@@ -123,6 +123,8 @@ class NativeEncoder(Encoder):
         self._kernel = library.kernel_build(*_list_arguments(tables))
         if not self._kernel:
             raise MemoryError("no memory for the tokenizer's tables")
+        weakref.finalize(self, library.kernel_free, self._kernel)
+        self._num_spare_ids = ctypes.c_int64.in_dll(library, "kernel_spare_ids").value
         copy_facts(reference, self)
 
     def encode(self, text: str) -> np.ndarray:
@@ -136,7 +138,7 @@ class NativeEncoder(Encoder):
         starts = np.concatenate((np.zeros(1, dtype=np.int64), np.cumsum(lengths_bytes)))
         joined = b"".join(encoded)
         del encoded
-        ids = self._reserve_ids(len(joined) + CACHED_IDS)  # a token has at least one byte
+        ids = self._reserve_ids(len(joined) + self._num_spare_ids)  # a token has at least one byte
         num_ids = np.empty(len(texts), dtype=np.int64)
         count = self._library.kernel_encode(
             self._kernel, joined, starts.ctypes.data, len(texts), ids.ctypes.data, num_ids.ctypes.data
@@ -187,6 +189,8 @@ def load_kernel() -> ctypes.CDLL | None:
     except OSError:
         return None
     library.kernel_build.restype = ctypes.c_void_p
+    library.kernel_free.restype = None
+    library.kernel_free.argtypes = [ctypes.c_void_p]
     library.kernel_encode.restype = ctypes.c_int64
     library.kernel_encode.argtypes = [
         ctypes.c_void_p,
