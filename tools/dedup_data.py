@@ -7,7 +7,6 @@ A kept JSON line is written as it was; of a Parquet row or a text file the text 
 
 import argparse
 import dataclasses
-import os
 import sys
 import time
 from pathlib import Path
@@ -18,15 +17,11 @@ from rich.console import Console
 
 from megatron_hammer.data.deduplication import DedupCounts, DedupOptions, deduplicate
 from megatron_hammer.data.near_duplicates import NearDuplicateOptions, removal_probability
+from megatron_hammer.data.worker_pool import count_cores
 from megatron_hammer.errors import exit_on_user_error
 
 INTERRUPTED_EXIT_CODE = 130
 SHOWN_SIMILARITIES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
-
-
-def count_cores() -> int:
-    """Return the cores that this process may use, which a scheduler may have limited."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def parse_arguments() -> argparse.Namespace:

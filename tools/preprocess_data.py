@@ -7,7 +7,6 @@ A run that was stopped goes on when the same command is given again.
 """
 
 import argparse
-import os
 import signal
 import sys
 import time
@@ -24,14 +23,10 @@ from megatron_hammer.data.preprocess import Progress, describe_continuation, pre
 from megatron_hammer.data.preprocess_options import PreprocessOptions
 from megatron_hammer.data.preprocess_run import MAX_PROBLEMS_SHOWN
 from megatron_hammer.data.sharding import parse_shard
+from megatron_hammer.data.worker_pool import count_cores
 from megatron_hammer.errors import exit_on_user_error
 
 SIGNAL_EXIT_CODE = 128
-
-
-def count_cores() -> int:
-    """Return the cores that this process may use, which a scheduler may have limited."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -57,6 +57,11 @@ def encode_in_order(
         pool.stop()
 
 
+def count_cores() -> int:
+    """Return the cores that this process may use, which a scheduler may have limited."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class _Feed:
     """The blocks, read no sooner than they are asked for, and the error that ended them."""
 
