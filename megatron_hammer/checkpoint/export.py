@@ -6,11 +6,8 @@ that even a killed conversion leaves nothing that loads.
 """
 
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +25,7 @@ from megatron_hammer.checkpoint.mapping import (
     validate_names_and_shapes,
 )
 from megatron_hammer.checkpoint.model_card import build_model_card
+from megatron_hammer.checkpoint.partial_directory import open_directory_atomically
 from megatron_hammer.checkpoint.reader import CheckpointReader, open_checkpoint
 from megatron_hammer.checkpoint.safetensors_stream import Shard, plan_shards, write_shards
 from megatron_hammer.errors import ConversionError
@@ -93,7 +91,7 @@ def export_to_hugging_face(
     dtype = _select_dtype(options.dtype, reader)
     shapes = {name: shape for pair in pairs for name, shape in zip(pair.hf_names, pair.hf_shapes, strict=True)}
     shards = plan_shards(shapes, dtype=dtype, max_shard_bytes=options.max_shard_bytes)
-    with _partial_directory(options.save_dir) as partial_dir:
+    with open_directory_atomically(options.save_dir, overwrite=options.overwrite) as partial_dir:
         tokenizer, notes = _export_tokenizer(options, reader, model, partial_dir)
         _write_weights(partial_dir, shards, pairs, model, reader, dtype, on_tensor)
         _verify_weights(partial_dir, shards, pairs, model, reader, dtype, on_tensor)
@@ -137,27 +135,6 @@ def _select_dtype(requested: str | None, reader: CheckpointReader) -> torch.dtyp
             f"{reader.directory}: weights must be bf16, fp16 or fp32, got {', '.join(unknown)}. Pass --dtype."
         )
     return max(stored, key=lambda dtype: (dtype.itemsize, str(dtype)))
-
-
-@contextmanager
-def _partial_directory(save_dir: Path) -> Iterator[Path]:
-    """`<save_dir>.partial`, renamed on success and removed on failure, an interruption included."""
-    partial_dir = save_dir.with_name(save_dir.name + ".partial")
-    shutil.rmtree(partial_dir, ignore_errors=True)
-    try:
-        partial_dir.mkdir(parents=True)
-    except OSError as error:
-        raise ConversionError(
-            f"{partial_dir}: directory cannot be made ({error.strerror}). Choose another --save."
-        ) from error
-    try:
-        yield partial_dir
-        if save_dir.exists():
-            shutil.rmtree(save_dir)
-        os.replace(partial_dir, save_dir)
-    except BaseException:
-        shutil.rmtree(partial_dir, ignore_errors=True)
-        raise
 
 
 def _export_tokenizer(

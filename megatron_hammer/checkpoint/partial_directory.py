@@ -13,12 +13,13 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
-def open_directory_atomically(save_dir: Path) -> Iterator[Path]:
+def open_directory_atomically(save_dir: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield `<save_dir>.partial`, empty; it gets its name when the block ends and is removed if the block raises.
 
-    Raises ConversionError if `save_dir` holds anything, and if the folder cannot be made or the disk is full.
+    overwrite: what `save_dir` holds is replaced then. Raises ConversionError if it holds anything otherwise, and if the
+    folder cannot be made or the disk is full.
     """
-    if save_dir.exists() and (not save_dir.is_dir() or any(save_dir.iterdir())):
+    if not overwrite and save_dir.exists() and (not save_dir.is_dir() or any(save_dir.iterdir())):
         found = f"{len(list(save_dir.iterdir()))} entries" if save_dir.is_dir() else "a file"
         raise ConversionError(
             f"{save_dir}: target must be absent or an empty folder, got {found}. Choose another --save."
@@ -33,6 +34,8 @@ def open_directory_atomically(save_dir: Path) -> Iterator[Path]:
         ) from error
     try:
         yield partial_dir
+        if overwrite and save_dir.exists():
+            shutil.rmtree(save_dir)
         os.replace(partial_dir, save_dir)
     except OSError as error:
         if error.errno not in _FULL:
