@@ -21,9 +21,7 @@ from megatron_hammer.checkpoint.export import (
     ExportReport,
     export_to_hugging_face,
 )
-from megatron_hammer.errors import exit_on_user_error
-
-INTERRUPTED_EXIT_CODE = 130
+from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -49,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@exit_on_interrupt("nothing was written")
 @exit_on_user_error
 def main() -> None:
     arguments = parse_arguments()
@@ -100,8 +99,4 @@ def summarise(report: ExportReport) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing was written. Run the same command again.", file=sys.stderr)
-        sys.exit(INTERRUPTED_EXIT_CODE)
+    main()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 USER_ERROR_EXIT_CODE = 2
+INTERRUPTED_EXIT_CODE = 130  # as shells have it
 FOLLOWER_GRACE_S = 10.0
 
 
@@ -64,3 +65,20 @@ def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
             sys.exit(USER_ERROR_EXIT_CODE)
 
     return wrapped
+
+
+def exit_on_interrupt(consequence: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Wrap an entry point: Ctrl-C becomes one line, which says with `consequence` what is left, and exit code 130."""
+
+    def wrap(main: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(main)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return main(*args, **kwargs)
+            except KeyboardInterrupt:
+                print(f"error: interrupted; {consequence}. Run the same command again.", file=sys.stderr)
+                sys.exit(INTERRUPTED_EXIT_CODE)
+
+        return wrapped
+
+    return wrap

@@ -7,7 +7,6 @@ A kept JSON line is written as it was; of a Parquet row or a text file the text 
 
 import argparse
 import dataclasses
-import sys
 import time
 from pathlib import Path
 
@@ -18,9 +17,8 @@ from rich.console import Console
 from megatron_hammer.data.deduplication import DedupCounts, DedupOptions, deduplicate
 from megatron_hammer.data.near_duplicates import NearDuplicateOptions, removal_probability
 from megatron_hammer.data.worker_pool import count_cores
-from megatron_hammer.errors import exit_on_user_error
+from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
 
-INTERRUPTED_EXIT_CODE = 130
 SHOWN_SIMILARITIES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 
 
@@ -56,6 +54,7 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
+@exit_on_interrupt("incomplete files were removed")
 @exit_on_user_error
 def main() -> None:
     arguments = parse_arguments()
@@ -122,8 +121,4 @@ def summarise(output_path: Path, counts: DedupCounts, elapsed_s: float) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("error: interrupted; incomplete files were removed. Run the same command again.", file=sys.stderr)
-        sys.exit(INTERRUPTED_EXIT_CODE)
+    main()

@@ -17,9 +17,8 @@ import rich.progress
 from rich.console import Console
 
 from megatron_hammer.data.merge import MergedPair, merge_pairs
-from megatron_hammer.errors import exit_on_user_error
+from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
 
-INTERRUPTED_EXIT_CODE = 130
 DEFAULT_SEED = 1234
 
 
@@ -42,6 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
+@exit_on_interrupt("incomplete files were removed")
 @exit_on_user_error
 def main() -> None:
     arguments = parse_arguments()
@@ -87,8 +87,4 @@ def summarise(merged: MergedPair, elapsed_s: float) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("error: interrupted; incomplete files were removed. Run the same command again.", file=sys.stderr)
-        sys.exit(INTERRUPTED_EXIT_CODE)
+    main()

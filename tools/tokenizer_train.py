@@ -18,7 +18,7 @@ import rich.progress
 from rich.console import Console
 
 from megatron_hammer.data.input_files import find_input_files
-from megatron_hammer.errors import ConfigError, exit_on_user_error
+from megatron_hammer.errors import ConfigError, exit_on_interrupt, exit_on_user_error
 from megatron_hammer.tokenizer.recipes import RECIPES, TokenizerRecipe
 from megatron_hammer.tokenizer.text_sample import TextSource, count_fitting_bytes, parse_sources
 from megatron_hammer.tokenizer.train import TrainedTokenizer, train_tokenizer
@@ -28,7 +28,6 @@ from megatron_hammer.tokenizer.vocabulary_files import (
     read_user_defined_symbols,
 )
 
-INTERRUPTED_EXIT_CODE = 130
 DEFAULT_MAX_BYTES = 200_000_000
 
 
@@ -68,6 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@exit_on_interrupt("nothing was written")
 @exit_on_user_error
 def main() -> None:
     arguments = parse_arguments()
@@ -203,8 +203,4 @@ def print_json(
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing was written. Run the same command again.", file=sys.stderr)
-        sys.exit(INTERRUPTED_EXIT_CODE)
+    main()
