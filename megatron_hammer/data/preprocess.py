@@ -90,6 +90,7 @@ def preprocess(
             refuse_other_job(options.journal_path, journal.job, job)
             on_note(f"{options.journal_path}: going on with an unfinished run, {describe_place(journal)}.")
         elif not options.restart and (complete := find_complete_outputs(options, encoder, sources)) is not None:
+            remove_leftovers(options)  # of a run that was killed while it removed them itself
             return PreprocessResult(complete, was_complete=True)
         run = PreprocessRun(options, job, select_dtype(encoder.vocab_size), journal)
         task = _Task(options, encoder, sources, job, run, on_progress, on_note)

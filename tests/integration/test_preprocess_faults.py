@@ -175,7 +175,8 @@ MOMENTS = [
     *((f"{WRITER}.finish", number, "after") for number in (3, 4)),
     *((f"{RUN}.encode_manifest", number, "before") for number in (1, 2)),
     *((f"{WRITER}.publish", number, when) for number in (1, 2) for when in ("before", "after")),
-    (f"{RUN}.remove_leftovers", 1, "after"),
+    (f"{RUN}.select_spool_prefix", 1, "before"),  # amid remove_leftovers: the journal is gone, spools are not
+    ("megatron_hammer.data.preprocess.remove_leftovers", 1, "after"),
 ]
 # Ends the process, as SIGKILL does, before or after the given call of a function.
 KILLER = """
