@@ -1,0 +1,261 @@
+"""Opens the weights of a Hugging Face folder: every name, shape and dtype at once, every tensor when it is asked for.
+
+safetensors and pytorch_model.bin, in one file or in shards with an index. No tensor is copied: each is a memory map of
+its own bytes, which goes away with the tensor, so that reading a whole model needs memory for one tensor at a time.
+No file's code is run. Which tensors a model must have is not known here; see `mapping.py`.
+"""
+
+import json
+import math
+import mmap
+import zipfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_hammer.checkpoint.safetensors_copy import StoredTensor, read_stored_tensors
+from megatron_hammer.errors import ConversionError
+
+SAFETENSORS_FILE, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
+PYTORCH_FILE, PYTORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocatedTensor:
+    """Where a tensor's elements lie: `start` in bytes from the beginning of the file, `stride` in elements.
+
+    in_memory: the tensor itself, where the file is of a format that cannot be mapped.
+    """
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    start: int
+    in_memory: Tensor | None = None
+
+
+class HfWeights:
+    """The tensors of a folder by name; obtain it with `open_hf_weights`.
+
+    shapes, dtypes: of every tensor, in the order of the files. num_bytes: of all of them together.
+    """
+
+    def __init__(self, folder: Path, located: Mapping[str, LocatedTensor]):
+        self.folder = folder
+        self._located = located
+        self.shapes = {name: tensor.shape for name, tensor in located.items()}
+        self.dtypes = {name: tensor.dtype for name, tensor in located.items()}
+        self.num_bytes = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in located.values())
+
+    def path_of(self, name: str) -> Path:
+        """The file that holds the tensor."""
+        return self._located[name].path
+
+    def read(self, name: str) -> Tensor:
+        """The tensor as it is stored: a view of the file, whose pages leave memory with it; writing changes a copy.
+
+        Raises ConversionError if the file has become shorter since it was opened.
+        """
+        located = self._located[name]
+        if located.in_memory is not None:
+            return located.in_memory
+        if math.prod(located.shape) == 0:
+            return torch.empty(located.shape, dtype=located.dtype)
+        last_element = sum((size - 1) * step for size, step in zip(located.shape, located.stride, strict=True))
+        flat = _map_elements(located, name, last_element + 1)
+        return flat.as_strided(located.shape, located.stride)
+
+
+def open_hf_weights(folder: Path) -> HfWeights:
+    """Open the weights in `folder`: model.safetensors or, where there is none, pytorch_model.bin; or their shards.
+
+    Raises ConversionError with a sentence for every shard that is missing, truncated or not of its format, every tensor
+    that the index names and no shard holds, that a shard holds and the index does not name, or that two shards hold.
+    """
+    index_path, file_names = _find_files(folder)
+    problems: list[str] = []
+    held: dict[str, dict[str, LocatedTensor]] = {}
+    for file_name in file_names:
+        try:
+            held[file_name] = _locate_tensors(folder / file_name)
+        except ConversionError as error:
+            problems.extend(error.problems)
+    if index_path is not None:
+        problems += _compare_with_index(index_path, held)
+    times_held = Counter(name for tensors in held.values() for name in tensors)
+    problems += [
+        f"{folder}: {name} must be in one file, got it in {', '.join(file for file in held if name in held[file])}. "
+        "Shards of two models are mixed; fetch the folder again."
+        for name, times in times_held.items()
+        if times > 1
+    ]
+    if problems:
+        raise ConversionError(*problems)
+    return HfWeights(folder, {name: located for tensors in held.values() for name, located in tensors.items()})
+
+
+def _find_files(folder: Path) -> tuple[Path | None, list[str]]:
+    """The index, if there is one, and the names of the files to read; transformers' own order of preference."""
+    if not folder.is_dir():
+        raise ConversionError(f"{folder}: model folder does not exist. Pass a Hugging Face folder.")
+    for file_name, index_name in ((SAFETENSORS_FILE, SAFETENSORS_INDEX), (PYTORCH_FILE, PYTORCH_INDEX)):
+        if (folder / file_name).is_file():
+            return None, [file_name]
+        if (folder / index_name).is_file():
+            weight_map = _read_weight_map(folder / index_name)
+            return folder / index_name, sorted(set(weight_map.values()))
+    present = sorted(entry.name for entry in folder.iterdir())[:20]
+    raise ConversionError(
+        f"{folder}: must hold {SAFETENSORS_FILE} or {PYTORCH_FILE}, or the index of its shards, got {present}. "
+        "Fetch the whole folder."
+    )
+
+
+def _read_weight_map(path: Path) -> dict[str, str]:
+    """Tensor name -> file name, each a plain name in the folder of the index."""
+    try:
+        weight_map = json.loads(path.read_bytes())["weight_map"]
+        strange = [name for name in weight_map.values() if Path(name).name != name or name in ("", ".", "..")]
+        if strange or not weight_map:
+            raise ValueError(f"the file name {strange[0]!r}" if strange else "no tensors")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConversionError(
+            f"{path}: index must map every tensor to a file beside it, got {error}. Fetch the file again."
+        ) from error
+    return weight_map
+
+
+def _compare_with_index(index_path: Path, held: Mapping[str, Mapping[str, LocatedTensor]]) -> list[str]:
+    """Problems of shards that could be opened; one that could not has its own sentence."""
+    weight_map = _read_weight_map(index_path)
+    absent = [
+        f"{index_path.with_name(file_name)}: must hold {name}, as {index_path.name} says, got no such tensor. "
+        "Fetch the folder again."
+        for name, file_name in weight_map.items()
+        if file_name in held and name not in held[file_name]
+    ]
+    unnamed = [
+        f"{index_path}: must name every tensor, got none for {name} of {file_name}. Fetch the folder again."
+        for file_name, tensors in held.items()
+        for name in tensors
+        if name not in weight_map
+    ]
+    return absent + unnamed
+
+
+def _locate_tensors(path: Path) -> dict[str, LocatedTensor]:
+    if not path.is_file():
+        raise ConversionError(f"{path}: shard does not exist. Fetch the whole folder.")
+    return _locate_safetensors(path) if path.suffix == ".safetensors" else _locate_pickled(path)
+
+
+def _locate_safetensors(path: Path) -> dict[str, LocatedTensor]:
+    stored, _ = read_stored_tensors(path)
+    problems = [problem for name, tensor in stored.items() if (problem := _find_fault(name, tensor))]
+    if problems:
+        raise ConversionError(*problems)
+    return {
+        name: LocatedTensor(
+            path=path,
+            dtype=_DTYPES[tensor.dtype],
+            shape=tensor.shape,
+            stride=tuple(math.prod(tensor.shape[axis + 1 :]) for axis in range(len(tensor.shape))),
+            start=tensor.start,
+        )
+        for name, tensor in stored.items()
+    }
+
+
+def _find_fault(name: str, stored: StoredTensor) -> str | None:
+    """What is wrong with an entry of the header, if anything."""
+    dtype = _DTYPES.get(stored.dtype)
+    if dtype is None:
+        return (
+            f"{stored.path}: {name} must be of a dtype that PyTorch has, got {stored.dtype}. "
+            "Pass the model before quantization."
+        )
+    num_bytes = math.prod(stored.shape) * dtype.itemsize
+    if num_bytes != stored.num_bytes:
+        return (
+            f"{stored.path}: {name} must have {num_bytes:,} bytes, as its shape and dtype say, "
+            f"got {stored.num_bytes:,}. Fetch the file again."
+        )
+    return None
+
+
+def _locate_pickled(path: Path) -> dict[str, LocatedTensor]:
+    """Tensors of a file that torch.save wrote; its pickle may name tensors and plain containers only."""
+    is_mappable = zipfile.is_zipfile(path)  # not so before PyTorch 1.6
+    try:
+        state = torch.load(path, map_location="meta" if is_mappable else "cpu", weights_only=True)
+    except Exception as error:  # damaged files raise nearly anything
+        reason = str(error).strip().split("\n")[0][:300]
+        raise ConversionError(
+            f"{path}: file must be complete weights of torch.save, got {type(error).__name__}: {reason}. "
+            "Fetch it again; it may be truncated, or hold more than tensors."
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ConversionError(
+            f"{path}: file must hold tensors by name, got {_describe_contents(state)}. "
+            "Save the model again with save_pretrained."
+        )
+    return {name: _locate_in_storage(path, tensor, is_mappable) for name, tensor in state.items()}
+
+
+def _locate_in_storage(path: Path, tensor: Tensor, is_mappable: bool) -> LocatedTensor:
+    storage: Any = tensor.untyped_storage()
+    start = storage._checkpoint_offset + tensor.storage_offset() * tensor.dtype.itemsize if is_mappable else 0
+    return LocatedTensor(
+        path=path,
+        dtype=tensor.dtype,
+        shape=tuple(tensor.shape),
+        stride=tensor.stride(),
+        start=start,
+        in_memory=None if is_mappable else tensor.detach(),
+    )
+
+
+def _describe_contents(state: Any) -> str:
+    if not isinstance(state, dict):
+        return type(state).__name__
+    name, value = next((name, value) for name, value in state.items() if not isinstance(value, Tensor))
+    return f"{type(value).__name__} under {name!r}"
+
+
+def _map_elements(located: LocatedTensor, name: str, num_elements: int) -> Tensor:
+    """The bytes of a tensor as a private memory map, one that no other tensor shares."""
+    num_bytes = num_elements * located.dtype.itemsize
+    first_page = located.start - located.start % mmap.ALLOCATIONGRANULARITY
+    end = located.start + num_bytes
+    with located.path.open("rb") as file:
+        try:
+            mapped = mmap.mmap(file.fileno(), end - first_page, access=mmap.ACCESS_COPY, offset=first_page)
+        except (OSError, ValueError) as error:
+            raise ConversionError(
+                f"{located.path}: {name} must end at byte {end:,}, got {error}. Something else writes this file."
+            ) from error
+    mapped.madvise(mmap.MADV_WILLNEED)
+    if located.start % located.dtype.itemsize:  # files of before safetensors aligned its data
+        raw = torch.frombuffer(mapped, dtype=torch.uint8, count=num_bytes, offset=located.start - first_page)
+        return raw.clone().view(located.dtype)
+    return torch.frombuffer(mapped, dtype=located.dtype, count=num_elements, offset=located.start - first_page)
