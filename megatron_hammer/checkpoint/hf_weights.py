@@ -76,14 +76,7 @@ class HfWeights:
 
         Raises ConversionError if the file has become shorter since it was opened.
         """
-        located = self._located[name]
-        if located.in_memory is not None:
-            return located.in_memory
-        if math.prod(located.shape) == 0:
-            return torch.empty(located.shape, dtype=located.dtype)
-        last_element = sum((size - 1) * step for size, step in zip(located.shape, located.stride, strict=True))
-        flat = _map_elements(located, name, last_element + 1)
-        return flat.as_strided(located.shape, located.stride)
+        return read_located(self._located[name], name)
 
 
 def open_hf_weights(folder: Path) -> HfWeights:
@@ -219,10 +212,11 @@ def _locate_pickled(path: Path) -> dict[str, LocatedTensor]:
             f"{path}: file must hold tensors by name, got {_describe_contents(state)}. "
             "Save the model again with save_pretrained."
         )
-    return {name: _locate_in_storage(path, tensor, is_mappable) for name, tensor in state.items()}
+    return {name: locate_in_storage(path, tensor, is_mappable) for name, tensor in state.items()}
 
 
-def _locate_in_storage(path: Path, tensor: Tensor, is_mappable: bool) -> LocatedTensor:
+def locate_in_storage(path: Path, tensor: Tensor, is_mappable: bool) -> LocatedTensor:
+    """Where a tensor lies that torch.load made from `path`: on the meta device if `is_mappable`, else in memory."""
     storage: Any = tensor.untyped_storage()
     start = storage._checkpoint_offset + tensor.storage_offset() * tensor.dtype.itemsize if is_mappable else 0
     return LocatedTensor(
@@ -240,6 +234,16 @@ def _describe_contents(state: Any) -> str:
         return type(state).__name__
     name, value = next((name, value) for name, value in state.items() if not isinstance(value, Tensor))
     return f"{type(value).__name__} under {name!r}"
+
+
+def read_located(located: LocatedTensor, name: str) -> Tensor:
+    """The tensor, as `HfWeights.read` gives it; `name` is for the error."""
+    if located.in_memory is not None:
+        return located.in_memory
+    if math.prod(located.shape) == 0:
+        return torch.empty(located.shape, dtype=located.dtype)
+    last_element = sum((size - 1) * step for size, step in zip(located.shape, located.stride, strict=True))
+    return _map_elements(located, name, last_element + 1).as_strided(located.shape, located.stride)
 
 
 def _map_elements(located: LocatedTensor, name: str, num_elements: int) -> Tensor:
