@@ -6,9 +6,7 @@ layer axis (and experts with an expert axis after it). Here every layer and expe
 Optimizer state and megatron's `_extra_state` are left out.
 """
 
-import io
 import itertools
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,12 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.safe_unpickle import read_metadata, read_object
+from megatron_hammer.checkpoint.torch_dist_store import TorchDistStore
 from megatron_hammer.errors import CheckpointError
 
 LATEST_FILE = "latest_checkpointed_iteration.txt"
-COMMON_STATE_KEY = "common_state/shard_0_1"
-LEGACY_COMMON_FILE = "common.pt"
 VOCABULARY_TENSORS = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 _STACKED_LAYERS = re.compile(r"^(decoder\.layers)\.(?!\d)")
@@ -54,10 +50,10 @@ class CheckpointReader:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self._metadata = read_metadata(directory / ".metadata")
+        self.store = TorchDistStore(directory)
         self.tensors = use_fused_norm_names(dict(self._list_tensors()))
-        self._validate_files()
-        common_state = self._read_common_state()
+        self.store.validate({stored.key for stored in self.tensors.values()})
+        common_state = self.store.common_state
         if "args" not in common_state or "iteration" not in common_state:
             raise CheckpointError(
                 f"{directory}: common state must hold args and iteration, got {sorted(common_state)}. "
@@ -76,92 +72,17 @@ class CheckpointReader:
             self.tensors[name] = replace(stored, sizes=rows, shape=rows)
 
     def read(self, name: str) -> Tensor:
-        """The tensor of that mcore name, contiguous and in its stored dtype.
+        """The tensor of that mcore name in its stored dtype: a view of the file where one chunk holds all of it.
 
         Raises CheckpointError if a chunk is missing or damaged.
         """
         stored = self.tensors[name]
-        result = torch.empty(stored.sizes, dtype=stored.dtype)
-        num_filled = 0
-        for chunk in self._metadata.state_dict_metadata[stored.key].chunks:
-            overlap = _overlap(stored, tuple(chunk.offsets), tuple(chunk.sizes))
-            if overlap is None:
-                continue
-            into, out_of = overlap
-            part = self._read_chunk(stored.key, chunk)[out_of]
-            result[into] = part
-            num_filled += part.numel()
-        if num_filled != result.numel():
-            raise CheckpointError(
-                f"{self.directory}: {name} must have {result.numel()} elements in its chunks, got {num_filled}. "
-                "Some ranks did not finish saving; use another iteration."
-            )
-        return result.reshape(stored.shape)
-
-    def _validate_files(self) -> None:
-        """Raise one CheckpointError with a sentence for every data file of the model that is missing or too short."""
-        needed_bytes: dict[str, int] = {}
-        keys = {COMMON_STATE_KEY, *(stored.key for stored in self.tensors.values())}
-        for index, info in self._metadata.storage_data.items():
-            if index.fqn in keys:
-                end = info.offset + info.length
-                needed_bytes[info.relative_path] = max(needed_bytes.get(info.relative_path, 0), end)
-        problems = []
-        for name, num_bytes in sorted(needed_bytes.items()):
-            path = self.directory / name
-            found = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
-            if not path.is_file() or path.stat().st_size < num_bytes:
-                problems.append(
-                    f"{path}: must hold at least {num_bytes} bytes, got {found}. "
-                    "The save was interrupted or the copy is incomplete; use another iteration or copy it again."
-                )
-        if problems:
-            raise CheckpointError(*problems)
+        return self.store.read(stored.key, stored.offsets, stored.sizes).reshape(stored.shape)
 
     def _list_tensors(self) -> Iterator[tuple[str, StoredTensor]]:
-        for key, metadata in self._metadata.state_dict_metadata.items():
-            is_tensor = hasattr(metadata, "chunks")
-            if is_tensor and not key.startswith(("optimizer.", "chained_")) and "_extra_state" not in key:
-                yield from _unstack(key, tuple(metadata.size), metadata.properties.dtype)
-
-    def _read_chunk(self, key: str, chunk: Any) -> Tensor:
-        from torch.distributed.checkpoint.metadata import MetadataIndex
-
-        part = self._read_item(MetadataIndex(key, chunk.offsets))
-        if not isinstance(part, Tensor) or part.shape != chunk.sizes:
-            raise CheckpointError(
-                f"{self.directory}: {key} must have a chunk of shape {tuple(chunk.sizes)} at {tuple(chunk.offsets)}, "
-                f"got {tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__}. "
-                "The file is damaged; use another iteration."
-            )
-        return part
-
-    def _read_item(self, index: Any) -> Any:
-        info = self._metadata.storage_data.get(index)
-        if info is None or getattr(info, "transform_descriptors", None):
-            what = "nothing" if info is None else f"data transformed by {info.transform_descriptors}"
-            raise CheckpointError(
-                f"{self.directory / '.metadata'}: {index.fqn} must be stored as plain data, got {what}. "
-                "Save the checkpoint again with --ckpt-format torch_dist."
-            )
-        path = self.directory / info.relative_path
-        try:
-            with path.open("rb") as file:
-                file.seek(info.offset)
-                data = file.read(info.length)
-        except OSError as error:
-            raise CheckpointError(f"{path}: file must be readable, got {error.strerror}. Copy it again.") from error
-        return read_object(io.BytesIO(data), where=f"{path} ({index.fqn})")
-
-    def _read_common_state(self) -> dict[str, Any]:
-        """megatron-core 0.19 stores it among the shards; earlier versions in common.pt."""
-        from torch.distributed.checkpoint.metadata import MetadataIndex
-
-        legacy_path = self.directory / LEGACY_COMMON_FILE
-        if legacy_path.is_file():
-            return read_object(io.BytesIO(legacy_path.read_bytes()), where=legacy_path)
-        state = self._read_item(MetadataIndex(COMMON_STATE_KEY))
-        return state[0] if isinstance(state, list) else state
+        for key, stored in self.store.tensors.items():
+            if not key.startswith(("optimizer.", "chained_")) and "_extra_state" not in key:
+                yield from _unstack(key, stored.shape, stored.dtype)
 
 
 def open_checkpoint(path: str | Path, *, iteration: int | None = None) -> CheckpointReader:
@@ -213,18 +134,6 @@ def _validate_format(directory: Path) -> None:
             f"{directory}: format must be torch_dist, got a legacy checkpoint of mp_rank_* files. "
             "Load it in training with --auto-detect-ckpt-format and save it with --ckpt-format torch_dist."
         )
-    description = directory / "metadata.json"
-    try:
-        backend = json.loads(description.read_bytes())["sharded_backend"] if description.is_file() else "torch_dist"
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{description}: must name the sharded_backend, got {error}. The copy is incomplete; copy it again."
-        ) from error
-    if backend != "torch_dist":
-        raise CheckpointError(
-            f"{directory}: format must be torch_dist, got sharded_backend={backend}. "
-            "Load it in training and save it with --ckpt-format torch_dist."
-        )
 
 
 def _unstack(key: str, size: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[str, StoredTensor]]:
@@ -256,19 +165,3 @@ def use_fused_norm_names[T](tensors: dict[str, T]) -> dict[str, T]:
                 name = name.replace(local, fused)
         renamed[name] = stored
     return renamed
-
-
-def _overlap(
-    stored: StoredTensor, chunk_offsets: tuple[int, ...], chunk_sizes: tuple[int, ...]
-) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
-    """The slices of the wanted box and of the chunk that are the same elements; None if they do not touch."""
-    into, out_of = [], []
-    for start, size, chunk_start, chunk_size in zip(
-        stored.offsets, stored.sizes, chunk_offsets, chunk_sizes, strict=True
-    ):
-        first, last = max(start, chunk_start), min(start + size, chunk_start + chunk_size)
-        if first >= last:
-            return None
-        into.append(slice(first - start, last - start))
-        out_of.append(slice(first - chunk_start, last - chunk_start))
-    return tuple(into), tuple(out_of)

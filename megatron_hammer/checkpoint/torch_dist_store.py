@@ -1,0 +1,251 @@
+"""What one torch_dist directory holds, by its own keys: every tensor (the optimizer's too), objects, common state.
+
+No process group, GPU or megatron. A tensor is a box of numbers cut into chunks that ranks wrote into their files; a
+read gives any box of it, as a view of the file where one chunk holds all of it. `reader.py` is the view by the names
+of a model's layers; `writer.py` makes such directories.
+"""
+
+import io
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_hammer.checkpoint.mapped_tensor import find_saved_tensor, map_tensor, read_into
+from megatron_hammer.checkpoint.safe_unpickle import read_metadata, read_object
+from megatron_hammer.errors import CheckpointError
+
+COMMON_STATE_KEY = "common_state/shard_0_1"
+LEGACY_COMMON_FILE = "common.pt"
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, sizes
+
+
+@dataclass(frozen=True, slots=True)
+class StoredChunk:
+    """A box of a stored tensor that one rank wrote."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredGlobal:
+    """One tensor under its key, with everything that the ranks cut it into."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: tuple[StoredChunk, ...]
+
+
+class TorchDistStore:
+    """One iteration's directory, opened. Nothing but the metadata is read before it is asked for.
+
+    tensors: by key, layers stacked as megatron stores them. objects: keys of what is no tensor, common state apart.
+    common_state: arguments, iteration, param groups and schedules.
+    Raises CheckpointError if the metadata is missing, damaged or of another format.
+    """
+
+    def __init__(self, directory: Path):
+        _validate_format(directory)
+        self.directory = directory
+        metadata = read_metadata(directory / ".metadata")
+        entries = metadata.state_dict_metadata
+        self.tensors = {key: _describe(entry) for key, entry in entries.items() if hasattr(entry, "chunks")}
+        self.objects = tuple(key for key in entries if key not in self.tensors and key != COMMON_STATE_KEY)
+        self._storage: dict[tuple[str, tuple[int, ...]], Any] = {
+            (index.fqn, tuple(index.offset or ())): info for index, info in metadata.storage_data.items()
+        }
+
+    @cached_property
+    def common_state(self) -> dict[str, Any]:
+        """megatron-core 0.19 stores it among the shards; earlier versions in common.pt."""
+        legacy_path = self.directory / LEGACY_COMMON_FILE
+        if legacy_path.is_file():
+            state = read_object(io.BytesIO(legacy_path.read_bytes()), where=legacy_path)
+        else:
+            state = self._read_item(COMMON_STATE_KEY, ())
+        state = state[0] if isinstance(state, list) and len(state) == 1 else state
+        if not isinstance(state, dict):
+            raise CheckpointError(
+                f"{self.directory}: common state must be a dictionary, got {type(state).__name__}. "
+                "Pass a checkpoint that Megatron's training loop saved."
+            )
+        return state
+
+    def validate(self, keys: Iterable[str] | None = None) -> None:
+        """Raise one CheckpointError with a sentence for every file and tensor that is incomplete.
+
+        keys: only what these need (everything). Looks at sizes and metadata, reads no tensor.
+        """
+        tensor_keys = list(self.tensors if keys is None else keys)
+        wanted = {COMMON_STATE_KEY, *tensor_keys, *(self.objects if keys is None else ())}
+        problems = [*self._list_damaged_files(wanted), *self._list_unfinished_tensors(tensor_keys)]
+        if problems:
+            raise CheckpointError(*problems)
+
+    def read(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+        """The box at `offsets` of `sizes` of a tensor, in its stored dtype.
+
+        A view of the file (private: writing to it does not change the file) where one chunk covers the box, else
+        assembled in memory. Raises CheckpointError if chunks are missing or damaged.
+        """
+        box = (tuple(offsets), tuple(sizes))
+        if (key, box[0]) in self._storage and StoredChunk(*box) in self._chunk_sets[key]:
+            return self._read_chunk(key, StoredChunk(*box))
+        touched = [(chunk, overlap) for chunk in self.tensors[key].chunks if (overlap := _overlap(box, chunk))]
+        if len(touched) == 1 and math.prod(touched[0][1].sizes) == math.prod(box[1]):
+            chunk, overlap = touched[0]
+            return self._read_chunk(key, chunk)[overlap.out_of]
+        return self._assemble(key, box, touched)
+
+    def read_object(self, key: str) -> Any:
+        """What is stored under one of `objects`, with megatron's own types made inert."""
+        return self._read_item(key, ())
+
+    @cached_property
+    def _chunk_sets(self) -> dict[str, frozenset[StoredChunk]]:
+        return {key: frozenset(stored.chunks) for key, stored in self.tensors.items()}
+
+    def _assemble(self, key: str, box: Box, touched: Sequence[tuple[StoredChunk, "_Overlap"]]) -> Tensor:
+        result = torch.empty(box[1], dtype=self.tensors[key].dtype)
+        num_filled = 0
+        for chunk, overlap in touched:
+            target = result[overlap.into]
+            if overlap.sizes == chunk.sizes and target.is_contiguous():
+                self._read_chunk(key, chunk, target)
+            else:
+                target.copy_(self._read_chunk(key, chunk)[overlap.out_of])
+            num_filled += target.numel()
+        if num_filled != result.numel():
+            raise CheckpointError(_unfinished(self.directory, key, result.numel(), num_filled))
+        return result
+
+    def _list_damaged_files(self, keys: set[str]) -> Iterator[str]:
+        needed_bytes: dict[str, int] = {}
+        for (key, _), info in self._storage.items():
+            if key in keys:
+                needed_bytes[info.relative_path] = max(
+                    needed_bytes.get(info.relative_path, 0), info.offset + info.length
+                )
+        for name, num_bytes in sorted(needed_bytes.items()):
+            path = self.directory / name
+            found = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
+            if not path.is_file() or path.stat().st_size < num_bytes:
+                yield (
+                    f"{path}: must hold at least {num_bytes} bytes, got {found}. "
+                    "The save was interrupted or the copy is incomplete; use another iteration or copy it again."
+                )
+
+    def _list_unfinished_tensors(self, keys: Iterable[str]) -> Iterator[str]:
+        for key in keys:
+            stored = self.tensors[key]
+            num_elements = math.prod(stored.shape)
+            num_written = sum(
+                math.prod(chunk.sizes) for chunk in stored.chunks if (key, chunk.offsets) in self._storage
+            )
+            if num_written != num_elements:
+                yield _unfinished(self.directory, key, num_elements, num_written)
+
+    def _read_chunk(self, key: str, chunk: StoredChunk, target: Tensor | None = None) -> Tensor:
+        """The chunk, in `target` if that is given: contiguous, of its shape."""
+        info, path = self._locate(key, chunk.offsets)
+        dtype = self.tensors[key].dtype
+        with _open(path) as file:
+            start = find_saved_tensor(file, offset=info.offset, length=info.length, shape=chunk.sizes, dtype=dtype)
+            if start is not None and target is None:
+                return map_tensor(file, start, chunk.sizes, dtype)
+            if start is not None and target is not None:
+                read_into(file, start, target)
+                return target
+        part = self._read_item(key, chunk.offsets)
+        if not isinstance(part, Tensor) or tuple(part.shape) != chunk.sizes or part.dtype != dtype:
+            found = f"{tuple(part.shape)} {part.dtype}" if isinstance(part, Tensor) else type(part).__name__
+            raise CheckpointError(
+                f"{self.directory}: {key} must have a chunk of shape {chunk.sizes} {dtype} at {chunk.offsets}, "
+                f"got {found}. The file is damaged; use another iteration."
+            )
+        return part if target is None else target.copy_(part)
+
+    def _read_item(self, key: str, offsets: tuple[int, ...]) -> Any:
+        info, path = self._locate(key, offsets)
+        with _open(path) as file:
+            file.seek(info.offset)
+            data = file.read(info.length)
+        return read_object(io.BytesIO(data), where=f"{path} ({key})")
+
+    def _locate(self, key: str, offsets: tuple[int, ...]) -> tuple[Any, Path]:
+        info = self._storage.get((key, offsets))
+        if info is None or getattr(info, "transform_descriptors", None):
+            what = "nothing" if info is None else f"data transformed by {info.transform_descriptors}"
+            raise CheckpointError(
+                f"{self.directory / '.metadata'}: {key} must be stored as plain data, got {what}. "
+                "Save the checkpoint again with --ckpt-format torch_dist."
+            )
+        return info, self.directory / info.relative_path
+
+
+def _open(path: Path) -> FileIO:
+    try:
+        return FileIO(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: file must be readable, got {error.strerror}. Copy it again.") from error
+
+
+def _validate_format(directory: Path) -> None:
+    description = directory / "metadata.json"
+    try:
+        backend = json.loads(description.read_bytes())["sharded_backend"] if description.is_file() else "torch_dist"
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{description}: must name the sharded_backend, got {error}. The copy is incomplete; copy it again."
+        ) from error
+    if backend != "torch_dist":
+        raise CheckpointError(
+            f"{directory}: format must be torch_dist, got sharded_backend={backend}. "
+            "Load it in training and save it with --ckpt-format torch_dist."
+        )
+
+
+def _describe(entry: Any) -> StoredGlobal:
+    return StoredGlobal(
+        shape=tuple(entry.size),
+        dtype=entry.properties.dtype,
+        chunks=tuple(StoredChunk(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks),
+    )
+
+
+def _unfinished(directory: Path, key: str, num_elements: int, num_written: int) -> str:
+    return (
+        f"{directory}: {key} must have {num_elements} elements in its chunks, got {num_written}. "
+        "Some ranks did not finish saving; use another iteration."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Overlap:
+    """The slices of the wanted box and of a chunk that are the same elements."""
+
+    into: tuple[slice, ...]
+    out_of: tuple[slice, ...]
+    sizes: tuple[int, ...]
+
+
+def _overlap(box: Box, chunk: StoredChunk) -> _Overlap | None:
+    """None if they do not touch."""
+    into, out_of, sizes = [], [], []
+    for start, size, chunk_start, chunk_size in zip(*box, chunk.offsets, chunk.sizes, strict=True):
+        first, last = max(start, chunk_start), min(start + size, chunk_start + chunk_size)
+        if first >= last:
+            return None
+        into.append(slice(first - start, last - start))
+        out_of.append(slice(first - chunk_start, last - chunk_start))
+        sizes.append(last - first)
+    return _Overlap(tuple(into), tuple(out_of), tuple(sizes))

@@ -1,0 +1,99 @@
+"""The raw contents of a torch_dist directory: every key, any box of any tensor, and what is incomplete by name."""
+
+import itertools
+import pickle
+
+import pytest
+import torch
+from toy_checkpoint import toy_llama_tensors, write_toy_checkpoint
+
+from megatron_hammer.checkpoint import torch_dist_store
+from megatron_hammer.checkpoint.torch_dist_store import COMMON_STATE_KEY, StoredChunk, TorchDistStore
+from megatron_hammer.errors import CheckpointError
+
+QKV = "decoder.layers.self_attention.linear_qkv.weight"
+
+
+def test_every_key_is_listed_with_its_shape_dtype_and_chunks(tmp_path):
+    tensors = toy_llama_tensors(dtype=torch.bfloat16)
+    store = TorchDistStore(write_toy_checkpoint(tmp_path, tensors, num_chunks=2))
+    assert store.tensors.keys() == tensors.keys()  # the optimizer's too
+    assert store.tensors[QKV].shape == (3, 40, 24)
+    assert store.tensors[QKV].dtype == torch.bfloat16
+    assert store.tensors[QKV].chunks == (
+        StoredChunk((0, 0, 0), (2, 40, 12)),
+        StoredChunk((0, 0, 12), (2, 40, 12)),
+        StoredChunk((2, 0, 0), (1, 40, 12)),
+        StoredChunk((2, 0, 12), (1, 40, 12)),
+    )
+    assert store.objects == ()
+    assert store.common_state["iteration"] == 10
+    assert store.read_object(COMMON_STATE_KEY)[0]["args"].hidden_size == 24
+    store.validate()
+
+
+@pytest.mark.parametrize("num_chunks", [1, 2, 3])
+@pytest.mark.parametrize("is_plain", [True, False])
+def test_any_box_is_read_from_any_chunks(tmp_path, num_chunks, is_plain, monkeypatch):
+    if not is_plain:  # as if every chunk were of a kind that only torch.load reads
+        monkeypatch.setattr(torch_dist_store, "find_saved_tensor", lambda *args, **kwargs: None)
+    tensor = torch.arange(3 * 8 * 10, dtype=torch.float32).reshape(3, 8, 10)
+    store = TorchDistStore(write_toy_checkpoint(tmp_path, {"key": tensor}, num_chunks=num_chunks))
+    for start, size in itertools.product(
+        itertools.product((0, 1), (0, 3), (0, 5)), itertools.product((1, 2), (5,), (2, 5))
+    ):
+        box = tuple(slice(first, first + number) for first, number in zip(start, size, strict=True))
+        assert torch.equal(store.read("key", start, size), tensor[box])
+    assert torch.equal(store.read("key", (0, 0, 0), tensor.shape), tensor)
+
+
+def test_what_is_incomplete_is_said_at_once_and_only_of_the_wanted_keys(tmp_path):
+    target = write_toy_checkpoint(tmp_path, toy_llama_tensors())
+    metadata = pickle.loads((target / ".metadata").read_bytes())
+    metadata.state_dict_metadata["output_layer.weight"].chunks.pop()
+    index = next(index for index in metadata.storage_data if index.fqn == QKV)
+    del metadata.storage_data[index]
+    (target / ".metadata").write_bytes(pickle.dumps(metadata))
+    (target / "__1_0.distcp").write_bytes((target / "__1_0.distcp").read_bytes()[:-100])
+    store = TorchDistStore(target)
+    with pytest.raises(CheckpointError) as caught:
+        store.validate()
+    short, *unfinished = caught.value.problems
+    assert "__1_0.distcp: must hold at least" in short
+    assert sorted(sentence.split(": ")[1] for sentence in unfinished) == [
+        f"{QKV} must have 2880 elements in its chunks, got 1920. "
+        "Some ranks did not finish saving; use another iteration.",
+        "output_layer.weight must have 1536 elements in its chunks, got 1152. "
+        "Some ranks did not finish saving; use another iteration.",
+    ]
+    with pytest.raises(CheckpointError) as caught:
+        store.validate(["output_layer.weight"])
+    assert [problem for problem in caught.value.problems if QKV in problem] == []
+
+
+def test_a_chunk_of_another_dtype_or_shape_than_the_metadata_says_is_refused(tmp_path):
+    target = write_toy_checkpoint(tmp_path, {"key": torch.randn(4, 6)}, num_chunks=1)
+    metadata = pickle.loads((target / ".metadata").read_bytes())
+    metadata.state_dict_metadata["key"].properties.dtype = torch.bfloat16
+    (target / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(
+        CheckpointError, match=r"key must have a chunk of shape \(4, 6\) torch.bfloat16 at \(0, 0\), got"
+    ):
+        TorchDistStore(target).read("key", (0, 0), (4, 6))
+
+
+def test_a_file_that_shrank_after_it_was_opened_is_named(tmp_path):
+    target = write_toy_checkpoint(tmp_path, {"key": torch.randn(4, 6)}, num_chunks=1)
+    store = TorchDistStore(target)
+    (target / "__0_0.distcp").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"__0_0.distcp \(key\): contents must be what torch_dist writes"):
+        store.read("key", (0, 0), (4, 6))
+    (target / "__0_0.distcp").unlink()
+    with pytest.raises(CheckpointError, match=r"__0_0.distcp: file must be readable, got No such file or directory"):
+        store.read("key", (0, 0), (4, 6))
+
+
+def test_common_state_that_is_no_dictionary_is_refused(tmp_path):
+    target = write_toy_checkpoint(tmp_path, toy_llama_tensors(), common_state=7)
+    with pytest.raises(CheckpointError, match="common state must be a dictionary, got int"):
+        TorchDistStore(target).common_state  # noqa: B018
