@@ -46,7 +46,12 @@ _STAND_IN_PREFIXES = ("megatron.core.", "megatron.training.", "transformer_engin
 
 
 class MegatronObject:
-    """Stands in for an enum or a record of megatron: keeps the values it was made from, has no behaviour."""
+    """Stands in for an enum or a record of megatron: keeps the values it was made from, has no behaviour.
+
+    global_name: the type's own, `megatron.core.transformer.enums.AttnBackend`.
+    """
+
+    global_name = ""
 
     def __init__(self, *values: Any):
         self.values = values
@@ -94,7 +99,7 @@ def read_object(file: BinaryIO | io.BytesIO, *, where: str | Path) -> Any:
 def _stand_ins(names: list[str]) -> list[tuple[Any, str]]:
     """An inert class for every type of megatron in the file; others are left for torch.load to refuse."""
     return [
-        (type(name.rsplit(".", 1)[1], (MegatronObject,), {}), name)
+        (type(name.rsplit(".", 1)[1], (MegatronObject,), {"global_name": name}), name)
         for name in names
         if name.startswith(_STAND_IN_PREFIXES)
     ]

@@ -110,6 +110,10 @@ class TorchDistStore:
         """What is stored under one of `objects`, with megatron's own types made inert."""
         return self._read_item(key, ())
 
+    def read_object_bytes(self, key: str) -> bytes:
+        """The torch file stored under one of `objects`, unopened."""
+        return self._read_bytes(key, ())[0]
+
     @cached_property
     def _chunk_sets(self) -> dict[str, frozenset[StoredChunk]]:
         return {key: frozenset(stored.chunks) for key, stored in self.tensors.items()}
@@ -175,11 +179,14 @@ class TorchDistStore:
         return part if target is None else target.copy_(part)
 
     def _read_item(self, key: str, offsets: tuple[int, ...]) -> Any:
+        data, path = self._read_bytes(key, offsets)
+        return read_object(io.BytesIO(data), where=f"{path} ({key})")
+
+    def _read_bytes(self, key: str, offsets: tuple[int, ...]) -> tuple[bytes, Path]:
         info, path = self._locate(key, offsets)
         with _open(path) as file:
             file.seek(info.offset)
-            data = file.read(info.length)
-        return read_object(io.BytesIO(data), where=f"{path} ({key})")
+            return file.read(info.length), path
 
     def _locate(self, key: str, offsets: tuple[int, ...]) -> tuple[Any, Path]:
         info = self._storage.get((key, offsets))

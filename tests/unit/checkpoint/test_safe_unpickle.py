@@ -89,3 +89,4 @@ def test_megatrons_types_become_inert_and_the_rest_is_read(megatron_enum):
     assert isinstance(args.mode, MegatronObject)
     assert args.mode.values == ("fast",)
     assert repr(args.mode) == "Mode('fast')"
+    assert args.mode.global_name == "megatron.core.made_up.Mode"
