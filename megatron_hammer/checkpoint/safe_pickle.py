@@ -1,0 +1,44 @@
+"""Writes what `safe_unpickle.read_object` read: megatron's enums and records go back under megatron's own names.
+
+An edited checkpoint keeps the saved arguments and the state of the training loop, which hold a few types of megatron.
+They were read as inert `MegatronObject`s and are written without importing megatron. Read next: safe_unpickle.py.
+"""
+
+import io
+import pickle
+import types
+from typing import Any
+
+import torch
+
+from megatron_hammer.checkpoint.safe_unpickle import MegatronObject
+
+
+class _StandInPickler(pickle._Pickler):  # the C pickler insists on importing what it names
+    def reducer_override(self, obj: Any) -> Any:
+        """An enum is its type called with its values; a record is made empty and given its fields."""
+        if isinstance(obj, type) and issubclass(obj, MegatronObject):
+            return obj.__name__  # by its name: save_global
+        if not isinstance(obj, MegatronObject):
+            return NotImplemented
+        fields = vars(obj)
+        return (type(obj), tuple(fields["values"])) if "values" in fields else object.__reduce_ex__(obj, 2)
+
+    def save_global(self, obj: Any, name: str | None = None) -> None:
+        if not (isinstance(obj, type) and issubclass(obj, MegatronObject)):
+            super().save_global(obj, name)  # type: ignore[misc]
+            return
+        module, _, type_name = obj.global_name.rpartition(".")
+        self.write(pickle.GLOBAL + f"{module}\n{type_name}\n".encode())  # type: ignore[attr-defined]
+        self.memoize(obj)  # type: ignore[attr-defined]
+
+
+_PICKLE_MODULE = types.ModuleType("pickle")
+_PICKLE_MODULE.Pickler = _StandInPickler  # type: ignore[attr-defined]
+
+
+def dump_object(value: Any) -> bytes:
+    """The torch file of `value`, which `torch.load` reads; plain values as torch.save writes them."""
+    file = io.BytesIO()
+    torch.save(value, file, pickle_module=_PICKLE_MODULE)
+    return file.getvalue()
