@@ -18,10 +18,24 @@ class MoeShape:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RopeScaling:
+    """Llama 3.1's stretch of the slow rotary frequencies for longer contexts; megatron-core fixes all but `factor`.
+
+    Source of the defaults: megatron.core RotaryEmbedding._apply_scaling and gpt_config_from_args.
+    """
+
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelPreset:
     """The architecture of one model, in mcore's names. `num_parameters` excludes vocabulary padding.
 
-    activation "gelu" is the tanh approximation (GPT-2's `gelu_new`), which is what Megatron's fused bias-gelu computes.
+    activation "gelu" is the tanh approximation (GPT-2's `gelu_new`), which is what Megatron's fused bias-gelu computes;
+    "gelu_erf" is the exact one, which it computes without that fusion.
     """
 
     name: str
@@ -36,7 +50,7 @@ class ModelPreset:
     max_position_embeddings: int
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
     norm_epsilon: float = 1e-5
-    activation: Literal["swiglu", "gelu"] = "swiglu"
+    activation: Literal["swiglu", "gelu", "gelu_erf"] = "swiglu"
     position_embedding_type: Literal["rope", "learned_absolute"] = "rope"
     rotary_base: int = 10_000
     has_linear_bias: bool = False  # every linear but the head; implies the qkv bias
@@ -45,10 +59,13 @@ class ModelPreset:
     has_embedding_norm: bool = False  # LayerNorm (weight, bias) on the embedding's output, whatever `normalization` is
     init_method_std: float = 0.02
     moe: MoeShape | None = None  # then ffn_hidden_size is unused: the experts have their own
+    kv_channels: int | None = None  # width of a head; None: hidden_size / num_attention_heads
+    has_qk_norm: bool = False  # a norm of width head_dim on every head's query and key, before the rotation (Qwen3)
+    rope_scaling: RopeScaling | None = None
 
     @property
     def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

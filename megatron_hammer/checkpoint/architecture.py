@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_hammer.errors import ConversionError
-from megatron_hammer.preset_types import MoeShape
+from megatron_hammer.preset_types import MoeShape, RopeScaling
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,7 +38,8 @@ class Architecture:
     attention_dropout: float
     hidden_dropout: float
     moe: MoeShape | None = None
-    has_normalized_topk: bool = True  # softmax over the chosen experts; False: over all, then the top k as they are
+    has_qk_norm: bool = False
+    rope_scaling: RopeScaling | None = None
 
     @property
     def dims(self) -> dict[str, int]:
@@ -50,6 +51,7 @@ class Architecture:
             "2f": 2 * self.ffn_hidden_size,
             "q": self.num_attention_heads * self.head_dim,
             "qkv": (self.num_attention_heads + 2 * self.num_query_groups) * self.head_dim,
+            "d": self.head_dim,
             "v": self.vocab_size,
             "p": self.max_position_embeddings,
             "1": 1,
@@ -68,11 +70,9 @@ _EXPRESSIBLE: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rotary_percent": (lambda value: value in (None, 1.0), "Llama rotates every dimension of a head"),
     "rotary_interleaved": (lambda value: not value, "transformers rotates halves, not neighbouring pairs"),
     "rotary_scaling_factor": (lambda value: value in (None, 1.0), "only MLA models have it"),
-    "rotary_seq_len_interpolation_factor": (lambda value: value in (None, 1), "rope scaling is not mapped"),
-    "use_rope_scaling": (lambda value: not value, "rope scaling is not mapped"),
+    "rotary_seq_len_interpolation_factor": (lambda value: value in (None, 1), "positions scaled down are not mapped"),
     "no_rope_freq": (lambda value: not value, "every layer must have the same position embedding"),
-    "qk_layernorm": (lambda value: not value, "a norm on queries and keys is not mapped"),
-    "qk_l2_norm": (lambda value: not value, "a norm on queries and keys is not mapped"),
+    "qk_l2_norm": (lambda value: not value, "a norm without weights on queries and keys is not mapped"),
     "multi_latent_attention": (lambda value: not value, "multi-latent attention is not mapped"),
     "attention_output_gate": (lambda value: not value, "a gate on the attention output is not mapped"),
     "experimental_attention_variant": (lambda value: not value, "the attention variant is not mapped"),
@@ -130,7 +130,8 @@ def read_architecture(args: Any, *, vocab_size: int | None = None) -> Architectu
         attention_dropout=args.attention_dropout,
         hidden_dropout=args.hidden_dropout,
         moe=_read_moe(args),
-        has_normalized_topk=not getattr(args, "moe_router_pre_softmax", False),
+        has_qk_norm=getattr(args, "qk_layernorm", False),
+        rope_scaling=_read_rope_scaling(args),
     )
 
 
@@ -152,6 +153,21 @@ def _read_activation(args: Any) -> Literal["swiglu", "gelu", "gelu_tanh"]:
     return "gelu_tanh" if args.bias_gelu_fusion and args.add_bias_linear else "gelu"
 
 
+def _read_rope_scaling(args: Any) -> RopeScaling | None:
+    """Our training builds with the factor that was asked for; Megatron's own (gpt_config_from_args) always with 8."""
+    if not getattr(args, "use_rope_scaling", False):
+        return None
+    factor, default = getattr(args, "rope_scaling_factor", RopeScaling().factor), RopeScaling().factor
+    is_ours = hasattr(args, "embedding_norm")
+    if factor != default and not is_ours:
+        raise ConversionError(
+            f"rope_scaling_factor: must be {default:g}, with which Megatron-LM builds whatever is asked for, got "
+            f"rope_scaling_factor={factor:g}. Set it to {default:g} in the checkpoint's arguments if that is what "
+            "the model was trained with."
+        )
+    return RopeScaling(factor=factor)
+
+
 def _read_moe(args: Any) -> MoeShape | None:
     if not getattr(args, "num_experts", None):
         return None
@@ -162,11 +178,13 @@ def _read_moe(args: Any) -> MoeShape | None:
             "Keep the checkpoint in Megatron's format."
         )
     coefficient = args.moe_aux_loss_coeff
+    shared_size = args.moe_shared_expert_intermediate_size or 0
     return MoeShape(
         num_experts=args.num_experts,
         router_topk=args.moe_router_topk,
         ffn_hidden_size=args.moe_ffn_hidden_size or args.ffn_hidden_size,
-        shared_expert_intermediate_size=args.moe_shared_expert_intermediate_size or 0,
-        has_shared_expert_gate=args.moe_shared_expert_gate,
+        shared_expert_intermediate_size=shared_size,
+        has_shared_expert_gate=shared_size > 0 and args.moe_shared_expert_gate,
+        is_topk_renormalized=not getattr(args, "moe_router_pre_softmax", False),
         aux_loss_coeff=math.fsum(coefficient) if isinstance(coefficient, list) else coefficient,
     )

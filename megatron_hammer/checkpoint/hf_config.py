@@ -7,13 +7,23 @@ from typing import Any
 
 from megatron_hammer.checkpoint.architecture import Architecture
 from megatron_hammer.checkpoint.mapping import Family
+from megatron_hammer.preset_types import MoeShape
 
 
 def build_config(
     family: Family, model: Architecture, *, dtype: str, bos_id: int | None, eos_id: int | None
 ) -> dict[str, Any]:
     """config.json of `model`; dtype: "bfloat16", "float16" or "float32"."""
-    builders = {"llama": _llama, "qwen2": _qwen2, "qwen2_moe": _qwen2_moe, "gpt2": _gpt2}
+    builders = {
+        "gpt2": _gpt2,
+        "llama": _llama,
+        "mistral": _mistral,
+        "mixtral": _mixtral,
+        "qwen2": _qwen,
+        "qwen2_moe": _qwen2_moe,
+        "qwen3": _qwen3,
+        "qwen3_moe": _qwen3_moe,
+    }
     return {
         "architectures": [family.hf_class],
         "model_type": family.name,
@@ -35,8 +45,8 @@ def build_generation_config(*, bos_id: int | None, eos_id: int | None) -> dict[s
 
 
 def _common(model: Architecture) -> dict[str, Any]:
-    """What Llama and the Qwen2 family share."""
-    return {
+    """What Llama and its descendants share."""
+    config = {
         "hidden_size": model.hidden_size,
         "intermediate_size": model.ffn_hidden_size,
         "num_hidden_layers": model.num_layers,
@@ -49,34 +59,78 @@ def _common(model: Architecture) -> dict[str, Any]:
         "rope_theta": float(model.rotary_base),
         "attention_dropout": model.attention_dropout,
     }
+    scaling = model.rope_scaling
+    if scaling is not None:
+        config["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_position_embeddings,
+        }
+    return config
 
 
 def _llama(model: Architecture) -> dict[str, Any]:
     return {**_common(model), "attention_bias": model.has_linear_bias, "mlp_bias": model.has_linear_bias}
 
 
-def _qwen2(model: Architecture) -> dict[str, Any]:
+def _mistral(model: Architecture) -> dict[str, Any]:
+    return {**_common(model), "sliding_window": None}
+
+
+def _qwen(model: Architecture) -> dict[str, Any]:
     return {**_common(model), "use_sliding_window": False}
 
 
-def _qwen2_moe(model: Architecture) -> dict[str, Any]:
-    """Every layer is a mixture. norm_topk_prob: a softmax over the chosen logits is one over all, renormalised."""
-    moe = model.moe
-    if moe is None:
-        raise ValueError("select_family gives qwen2_moe only to a model with experts")
+def _qwen3(model: Architecture) -> dict[str, Any]:
+    return {**_qwen(model), "attention_bias": False}
+
+
+def _mixtral(model: Architecture) -> dict[str, Any]:
+    """Its MLPs are the experts, so intermediate_size is theirs; a softmax over the chosen logits is its router's."""
+    moe = _experts(model)
     return {
         **_common(model),
-        "use_sliding_window": False,
+        "intermediate_size": moe.ffn_hidden_size,
+        "sliding_window": None,
+        "num_local_experts": moe.num_experts,
+        "num_experts_per_tok": moe.router_topk,
+        "router_aux_loss_coef": moe.aux_loss_coeff,
+    }
+
+
+def _qwen_moe(model: Architecture) -> dict[str, Any]:
+    """Every layer is a mixture. norm_topk_prob: a softmax over the chosen logits is one over all, renormalised."""
+    moe = _experts(model)
+    return {
+        **_qwen(model),
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
         "num_experts": moe.num_experts,
         "num_experts_per_tok": moe.router_topk,
-        "norm_topk_prob": model.has_normalized_topk,
+        "norm_topk_prob": moe.is_topk_renormalized,
         "moe_intermediate_size": moe.ffn_hidden_size,
-        "shared_expert_intermediate_size": moe.shared_expert_intermediate_size,
         "router_aux_loss_coef": moe.aux_loss_coeff,
+    }
+
+
+def _qwen2_moe(model: Architecture) -> dict[str, Any]:
+    return {
+        **_qwen_moe(model),
+        "shared_expert_intermediate_size": _experts(model).shared_expert_intermediate_size,
         "qkv_bias": model.has_qkv_bias,
     }
+
+
+def _qwen3_moe(model: Architecture) -> dict[str, Any]:
+    return {**_qwen_moe(model), "attention_bias": False}
+
+
+def _experts(model: Architecture) -> MoeShape:
+    if model.moe is None:
+        raise ValueError("select_family gives a class with experts only to a model that has them")
+    return model.moe
 
 
 def _gpt2(model: Architecture) -> dict[str, Any]:

@@ -89,6 +89,10 @@ LLAMA_BODY = _rows(
 LLAMA_QKV_BIAS = _rows(
     (_LAYER + "self_attention.linear_qkv.bias", "qkv", _HF_LAYER + "self_attn.<q|k|v>_proj.bias", QKV),
 )
+QK_NORM = _rows(
+    (_LAYER + "self_attention.q_layernorm.weight", "d", _HF_LAYER + "self_attn.q_norm.weight"),
+    (_LAYER + "self_attention.k_layernorm.weight", "d", _HF_LAYER + "self_attn.k_norm.weight"),
+)
 LLAMA_MLP = _rows(
     (_LAYER + "mlp.linear_fc1.layer_norm_weight", "h", _HF_LAYER + "post_attention_layernorm.weight"),
     (_LAYER + "mlp.linear_fc1.weight", "2f h", _HF_LAYER + "mlp.<gate|up>_proj.weight", GATE_UP),
@@ -103,14 +107,23 @@ LLAMA_HEAD = _rows(("output_layer.weight", "v h", "lm_head.weight"))
 
 _EXPERT, _HF_EXPERT = _LAYER + "mlp.experts.experts.{expert}.", _HF_LAYER + "mlp.experts.{expert}."
 _SHARED, _HF_SHARED = _LAYER + "mlp.shared_experts.", _HF_LAYER + "mlp.shared_expert"
-QWEN2_MOE_MLP = _rows(
+QWEN_EXPERTS = _rows(
     (_LAYER + "pre_mlp_layernorm.weight", "h", _HF_LAYER + "post_attention_layernorm.weight"),
     (_LAYER + "mlp.router.weight", "e h", _HF_LAYER + "mlp.gate.weight"),
     (_EXPERT + "linear_fc1.weight", "2m h", _HF_EXPERT + "<gate|up>_proj.weight", GATE_UP),
     (_EXPERT + "linear_fc2.weight", "h m", _HF_EXPERT + "down_proj.weight"),
+)
+QWEN_SHARED_EXPERT = _rows(
     (_SHARED + "linear_fc1.weight", "2s h", _HF_SHARED + ".<gate|up>_proj.weight", GATE_UP),
     (_SHARED + "linear_fc2.weight", "h s", _HF_SHARED + ".down_proj.weight"),
     (_SHARED + "gate_weight", "1 h", _HF_SHARED + "_gate.weight"),
+)
+_MIXTRAL = _HF_LAYER + "block_sparse_moe."
+MIXTRAL_EXPERTS = _rows(
+    (_LAYER + "pre_mlp_layernorm.weight", "h", _HF_LAYER + "post_attention_layernorm.weight"),
+    (_LAYER + "mlp.router.weight", "e h", _MIXTRAL + "gate.weight"),
+    (_EXPERT + "linear_fc1.weight", "2m h", _MIXTRAL + "experts.{expert}.<w1|w3>.weight", GATE_UP),
+    (_EXPERT + "linear_fc2.weight", "h m", _MIXTRAL + "experts.{expert}.w2.weight"),
 )
 
 GPT2 = _rows(
@@ -151,18 +164,50 @@ def select_family(model: Architecture) -> Family:
         _require_gpt2(model)
         return Family(name="gpt2", hf_class="GPT2LMHeadModel", rows=GPT2 + head)
     _require_llama_body(model)
-    if model.moe is not None:
-        _require_qwen2_moe(model)
-        bias = LLAMA_QKV_BIAS if model.has_qkv_bias else ()
-        rows = LLAMA_BODY + bias + QWEN2_MOE_MLP + head
-        return Family(name="qwen2_moe", hf_class="Qwen2MoeForCausalLM", rows=rows)
+    name, hf_class, rows = _select_dense(model) if model.moe is None else _select_mixture(model)
+    return Family(name=name, hf_class=hf_class, rows=LLAMA_BODY + rows + head)
+
+
+def _select_dense(model: Architecture) -> tuple[str, str, tuple[Row, ...]]:
+    """model_type, class, and the rows that it adds to Llama's body."""
+    if model.has_qk_norm:
+        if model.has_qkv_bias:
+            raise _no_family("qk_layernorm=True with a bias", "Qwen3 has none, or one on o_proj too")
+        return "qwen3", "Qwen3ForCausalLM", QK_NORM + LLAMA_MLP
+    has_whole_heads = model.hidden_size % model.num_attention_heads == 0  # LlamaConfig asks for it
     if model.has_linear_bias:  # attention_bias and mlp_bias of LlamaConfig
-        rows = LLAMA_BODY + LLAMA_QKV_BIAS + LLAMA_MLP + LLAMA_LINEAR_BIAS + head
-        return Family(name="llama", hf_class="LlamaForCausalLM", rows=rows)
+        if not has_whole_heads:
+            raise _no_family(f"kv_channels={model.head_dim} with biases", "Llama's heads must divide hidden_size")
+        return "llama", "LlamaForCausalLM", LLAMA_QKV_BIAS + LLAMA_MLP + LLAMA_LINEAR_BIAS
     if model.has_qkv_bias:  # LlamaConfig's attention_bias would bias o_proj too
-        rows = LLAMA_BODY + LLAMA_QKV_BIAS + LLAMA_MLP + head
-        return Family(name="qwen2", hf_class="Qwen2ForCausalLM", rows=rows)
-    return Family(name="llama", hf_class="LlamaForCausalLM", rows=LLAMA_BODY + LLAMA_MLP + head)
+        return "qwen2", "Qwen2ForCausalLM", LLAMA_QKV_BIAS + LLAMA_MLP
+    if not has_whole_heads:
+        return "mistral", "MistralForCausalLM", LLAMA_MLP
+    return "llama", "LlamaForCausalLM", LLAMA_MLP
+
+
+def _select_mixture(model: Architecture) -> tuple[str, str, tuple[Row, ...]]:
+    moe = model.moe
+    assert moe is not None
+    if model.has_linear_bias:
+        raise _no_family("experts with add_bias_linear=True", "no class with experts biases more than q, k and v")
+    if moe.shared_expert_intermediate_size:
+        if not moe.has_shared_expert_gate:
+            raise _no_family("a shared expert without its gate", "Qwen2-MoE, which has one, scales it by a gate")
+        if model.has_qk_norm:
+            raise _no_family("qk_layernorm=True with a shared expert", "Qwen3-MoE has none and Qwen2-MoE no such norm")
+        bias = LLAMA_QKV_BIAS if model.has_qkv_bias else ()
+        return "qwen2_moe", "Qwen2MoeForCausalLM", bias + QWEN_EXPERTS + QWEN_SHARED_EXPERT
+    if model.has_qkv_bias:
+        raise _no_family("experts with a QKV bias and no shared expert", "only Qwen2-MoE, which has one, biases them")
+    if model.has_qk_norm:
+        return "qwen3_moe", "Qwen3MoeForCausalLM", QK_NORM + QWEN_EXPERTS
+    if not moe.is_topk_renormalized:
+        raise _no_family(
+            "experts with moe_router_pre_softmax=True, no shared one and no norm on queries and keys",
+            "Mixtral's weights of the chosen experts sum to one",
+        )
+    return "mixtral", "MixtralForCausalLM", MIXTRAL_EXPERTS
 
 
 def _no_family(value: str, reason: str) -> ConversionError:
@@ -181,6 +226,8 @@ def _require_gpt2(model: Architecture) -> None:
         raise _no_family("normalization=LayerNorm without biases", "every linear layer of GPT-2 has one")
     if model.num_query_groups != model.num_attention_heads:
         raise _no_family(f"num_query_groups={model.num_query_groups}", "GPT-2 has multi-head attention only")
+    if model.has_qk_norm:
+        raise _no_family("normalization=LayerNorm with qk_layernorm=True", "GPT-2 has no norm on queries and keys")
     if model.head_dim * model.num_attention_heads != model.hidden_size:
         raise _no_family(f"kv_channels={model.head_dim}", "GPT-2's heads fill hidden_size exactly")
 
@@ -190,16 +237,6 @@ def _require_llama_body(model: Architecture) -> None:
         raise _no_family("normalization=RMSNorm with learned positions", "Llama rotates queries and keys")
     if model.activation != "swiglu":
         raise _no_family(f"normalization=RMSNorm with activation={model.activation}", "Llama's MLP is swiglu")
-
-
-def _require_qwen2_moe(model: Architecture) -> None:
-    moe = model.moe
-    if moe is None or not moe.shared_expert_intermediate_size or not moe.has_shared_expert_gate:
-        raise _no_family("experts without a gated shared one", "Qwen2-MoE, which is mapped, always has it")
-    if model.has_linear_bias:
-        raise _no_family("experts with add_bias_linear=True", "Qwen2-MoE biases only q, k and v")
-    if model.head_dim * model.num_attention_heads != model.hidden_size:
-        raise _no_family(f"kv_channels={model.head_dim}", "Qwen2-MoE's heads fill hidden_size exactly")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

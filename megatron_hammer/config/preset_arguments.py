@@ -32,7 +32,13 @@ def model_arguments(model: ModelPreset) -> dict[str, Any]:
         "untie_embeddings_and_output_weights": not model.has_tied_embeddings,
         "embedding_norm": model.has_embedding_norm,
         "init_method_std": model.init_method_std,
+        "qk_layernorm": model.has_qk_norm,
+        "use_rope_scaling": model.rope_scaling is not None,
     }
+    if model.rope_scaling is not None:
+        arguments["rope_scaling_factor"] = model.rope_scaling.factor
+    if model.activation == "gelu_erf":
+        arguments["bias_gelu_fusion"] = False
     if model.moe is not None:
         arguments |= {
             "num_experts": model.moe.num_experts,

@@ -145,6 +145,8 @@ def count_layer_activation_bytes(
     key_values = max(1, model.num_query_groups // tp) * model.head_dim
     # q, k, v and the output (which the row-parallel linear saves as its input), and flash attention's log-sum-exp.
     attention = element * (2 * queries + 2 * key_values) + 4 * model.num_attention_heads // tp
+    if model.has_qk_norm:  # q and k before their norms too
+        attention += element * (queries + key_values)
     mlp = _count_mlp_activation_bytes(model, layout, num_tokens, tokens_along_sequence, element)
     return tokens_along_sequence * along_sequence + num_tokens * attention + mlp
 

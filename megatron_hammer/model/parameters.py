@@ -128,6 +128,9 @@ def layer_tensors(model: ModelPreset) -> list[TensorSize]:
         TensorSize("self_attention.linear_proj.weight", query * h, "tensor"),
         *_norm_tensors("pre_mlp_layernorm", h, model.normalization),
     ]
+    if model.has_qk_norm:  # one norm for every head, so each tensor-parallel rank keeps the whole of it
+        tensors += _norm_tensors("self_attention.q_layernorm", model.head_dim, model.normalization)
+        tensors += _norm_tensors("self_attention.k_layernorm", model.head_dim, model.normalization)
     if model.has_linear_bias or model.has_qkv_bias:
         tensors.append(TensorSize("self_attention.linear_qkv.bias", query + 2 * key_value, "tensor"))
     if model.has_linear_bias:
@@ -178,7 +181,7 @@ def find_shard_problems(model: ModelPreset, layout: Layout) -> tuple[str, ...]:
             f"tensor-model-parallel-size: must divide num_query_groups or be a multiple of it, got tp={tp}, "
             f"num_query_groups={groups}. Use {or_list(divisors(groups))}."
         )
-    if model.hidden_size % model.num_attention_heads:
+    if model.kv_channels is None and model.hidden_size % model.num_attention_heads:
         problems.append(
             f"num_attention_heads: must divide hidden_size, got num_attention_heads={model.num_attention_heads}, "
             f"hidden_size={model.hidden_size}. Change one of the two."

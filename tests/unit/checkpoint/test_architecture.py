@@ -38,8 +38,9 @@ def test_gelu_is_the_approximation_only_where_megatron_fuses_it(fusion, activati
 def test_experts_are_read():
     model = read_architecture(toy_arguments(**MOE_ARGUMENTS))
     assert (model.moe.num_experts, model.moe.router_topk, model.moe.ffn_hidden_size) == (5, 2, 12)
-    assert model.has_normalized_topk
-    assert not read_architecture(toy_arguments(**MOE_ARGUMENTS | {"moe_router_pre_softmax": True})).has_normalized_topk
+    assert model.moe.is_topk_renormalized
+    pre_softmax = read_architecture(toy_arguments(**MOE_ARGUMENTS | {"moe_router_pre_softmax": True}))
+    assert not pre_softmax.moe.is_topk_renormalized
 
 
 def test_leading_dense_layers_are_refused():
@@ -50,11 +51,11 @@ def test_leading_dense_layers_are_refused():
 
 
 def test_all_that_no_mapping_expresses_is_said_at_once():
-    arguments = toy_arguments(qk_layernorm=True, rotary_percent=0.5, multi_latent_attention=True, mtp_num_layers=1)
+    arguments = toy_arguments(qk_l2_norm=True, rotary_percent=0.5, multi_latent_attention=True, mtp_num_layers=1)
     with pytest.raises(ConversionError) as caught:
         read_architecture(arguments)
     assert {problem.split(":")[0] for problem in caught.value.problems} == {
-        "qk_layernorm",
+        "qk_l2_norm",
         "rotary_percent",
         "multi_latent_attention",
         "mtp_num_layers",

@@ -8,6 +8,7 @@ from megatron_hammer.checkpoint.architecture import read_architecture
 from megatron_hammer.checkpoint.mapping import expand, select_family, validate_names_and_shapes
 from megatron_hammer.errors import ConversionError
 
+PLAIN_MOE_ARGUMENTS = MOE_ARGUMENTS | {"moe_shared_expert_intermediate_size": None}
 FAMILIES = {
     "llama": ({}, "LlamaForCausalLM"),
     "llama with biases": ({"add_bias_linear": True}, "LlamaForCausalLM"),
@@ -15,6 +16,11 @@ FAMILIES = {
     "qwen2": ({"add_qkv_bias": True}, "Qwen2ForCausalLM"),
     "qwen2 moe": (MOE_ARGUMENTS | {"add_qkv_bias": True}, "Qwen2MoeForCausalLM"),
     "qwen2 moe without bias": (MOE_ARGUMENTS, "Qwen2MoeForCausalLM"),
+    "qwen2 moe of wide heads": (MOE_ARGUMENTS | {"kv_channels": 8}, "Qwen2MoeForCausalLM"),
+    "qwen3": ({"qk_layernorm": True, "kv_channels": 10}, "Qwen3ForCausalLM"),
+    "qwen3 moe": (PLAIN_MOE_ARGUMENTS | {"qk_layernorm": True}, "Qwen3MoeForCausalLM"),
+    "mixtral": (PLAIN_MOE_ARGUMENTS, "MixtralForCausalLM"),
+    "mistral, for heads that do not fill the width": ({"hidden_size": 25}, "MistralForCausalLM"),
     "gpt2": (GPT2_ARGUMENTS, "GPT2LMHeadModel"),
 }
 
@@ -80,10 +86,14 @@ def test_every_expert_has_its_own_names():
         (GPT2_ARGUMENTS | {"kv_channels": 8}, "kv_channels=8"),
         ({"position_embedding_type": "learned_absolute"}, "RMSNorm with learned positions"),
         ({"swiglu": False}, "activation=gelu"),
-        (MOE_ARGUMENTS | {"moe_shared_expert_gate": False}, "experts without a gated shared one"),
-        (MOE_ARGUMENTS | {"moe_shared_expert_intermediate_size": None}, "experts without a gated shared one"),
+        (GPT2_ARGUMENTS | {"qk_layernorm": True}, "LayerNorm with qk_layernorm=True"),
+        ({"qk_layernorm": True, "add_qkv_bias": True}, "qk_layernorm=True with a bias"),
+        ({"add_bias_linear": True, "hidden_size": 25}, "kv_channels=4 with biases"),
+        (MOE_ARGUMENTS | {"moe_shared_expert_gate": False}, "a shared expert without its gate"),
+        (MOE_ARGUMENTS | {"qk_layernorm": True}, "qk_layernorm=True with a shared expert"),
         (MOE_ARGUMENTS | {"add_bias_linear": True}, "experts with add_bias_linear"),
-        (MOE_ARGUMENTS | {"kv_channels": 8}, "kv_channels=8"),
+        (PLAIN_MOE_ARGUMENTS | {"add_qkv_bias": True}, "experts with a QKV bias and no shared expert"),
+        (PLAIN_MOE_ARGUMENTS | {"moe_router_pre_softmax": True}, "experts with moe_router_pre_softmax=True, no shared"),
     ],
 )
 def test_an_architecture_without_a_class_is_refused(changes, message):

@@ -1,0 +1,240 @@
+"""The fields of a config.json, read one by one; every problem is kept until `raise_problems`, so all are said at once.
+
+`hf_architecture.py` says which field means what in which family; here is how a field is read and when it is refused.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from megatron_hammer.errors import ConversionError
+from megatron_hammer.preset_types import RopeScaling
+
+
+def _is_absent(value: Any) -> bool:
+    return not value
+
+
+def _is_one(value: Any) -> bool:
+    return value is None or value == 1
+
+
+# Field of any family: (the values that change nothing, why no other can be converted). transformers reads some of them
+# only for classes that are not mapped; on a mapped class they say that its author computes something else.
+_QUIET: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "quantization_config": (_is_absent, "quantized weights are not mapped"),
+    "compression_config": (_is_absent, "compressed weights are not mapped"),
+    "partial_rotary_factor": (_is_one, "Megatron's mapped models rotate every dimension of a head"),
+    "rotary_pct": (_is_one, "Megatron's mapped models rotate every dimension of a head"),
+    "no_rope_layers": (_is_absent, "every layer must have the same position embedding"),
+    "no_rope_layer_interval": (_is_absent, "every layer must have the same position embedding"),
+    "alibi": (_is_absent, "ALiBi is not mapped"),
+    "attention_sink": (_is_absent, "attention sinks are not mapped"),
+    "attention_sinks": (_is_absent, "attention sinks are not mapped"),
+    "attention_chunk_size": (_is_absent, "attention within chunks is not mapped"),
+    "attn_temperature_tuning": (_is_absent, "a temperature of the attention is not mapped"),
+    "attn_logit_softcapping": (_is_absent, "capped attention scores are not mapped"),
+    "final_logit_softcapping": (_is_absent, "capped logits are not mapped"),
+    "logit_scale": (_is_one, "scaled logits are not mapped"),
+    "logits_scaling": (_is_one, "scaled logits are not mapped"),
+    "embedding_multiplier": (_is_one, "scaled embeddings are not mapped"),
+    "residual_multiplier": (_is_one, "scaled residuals are not mapped"),
+    "attention_multiplier": (lambda value: value is None, "another scale of the attention is not mapped"),
+    "use_parallel_residual": (_is_absent, "attention and MLP side by side are not mapped"),
+    "parallel_attn": (_is_absent, "attention and MLP side by side are not mapped"),
+    "num_nextn_predict_layers": (_is_absent, "multi-token prediction layers are not mapped"),
+    "is_encoder_decoder": (_is_absent, "only decoders are mapped"),
+    "pruned_heads": (_is_absent, "pruned heads are not mapped"),
+    "mlp_only_layers": (_is_absent, "every layer must be a mixture of experts"),
+    "decoder_sparse_step": (_is_one, "every layer must be a mixture of experts"),
+    "first_k_dense_replace": (_is_absent, "every layer must be a mixture of experts"),
+    "moe_layer_freq": (_is_one, "every layer must be a mixture of experts"),
+    "scoring_func": (lambda value: value in (None, "softmax"), "the router must use softmax"),
+    "routed_scaling_factor": (_is_one, "scaled router weights are not mapped"),
+    "n_group": (_is_one, "group-limited routing is not mapped"),
+    "n_shared_experts": (_is_absent, "a shared expert without a gate is not mapped"),
+}
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
+_OWN_CODE = ("AutoModelForCausalLM", "AutoModel")
+
+
+class HfFields:
+    """config.json as it is read, and the problems found on the way."""
+
+    def __init__(self, config: Mapping[str, Any]):
+        self._config = config
+        self._problems: list[str] = []
+
+    def raise_problems(self) -> None:
+        """Raise one ConversionError with every problem so far."""
+        if self._problems:
+            raise ConversionError(*dict.fromkeys(self._problems))
+
+    def refuse(self, name: str, reason: str) -> None:
+        """Note that the value of `name` cannot be converted."""
+        self._problems.append(
+            f"config.json, {name}: cannot be converted, got {name}={self._config.get(name)!r}: {reason}. "
+            "Use a model without it."
+        )
+
+    def count(self, name: str, default: int | None = None) -> int:
+        """A positive whole number; 1 stands for one that is missing or wrong, which is a problem."""
+        value = self._config.get(name)
+        if value is None and default is not None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            self._wrong(name, "a positive whole number", value)
+            return 1
+        return value
+
+    def number(self, name: str, default: float) -> float:
+        """A number that is not negative."""
+        value = self._config.get(name)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+            self._wrong(name, "a number that is not negative", value)
+            return default
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """True or false."""
+        value = self._config.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            self._wrong(name, "true or false", value)
+            return default
+        return value
+
+    def _wrong(self, name: str, expected: str, value: Any) -> None:
+        self._problems.append(
+            f"config.json, {name}: must be {expected}, got {name}={value!r}. Restore the file as transformers wrote it."
+        )
+
+    def require_class(self, names: Sequence[str], *, runs_own_code: bool) -> None:
+        """The class that computes the model must be the family's own."""
+        classes = self._config.get("architectures")
+        if classes and not set(classes) & set(names):
+            self._problems.append(
+                f"config.json, architectures: must be {names[0]}, got architectures={classes!r}. "
+                "Use the causal language model of this family."
+            )
+        own_code = self._config.get("auto_map") or {}
+        if not runs_own_code and any(name in own_code for name in _OWN_CODE):
+            self.refuse("auto_map", "the folder brings code of its own, which is never run and may compute anything")
+
+    def require_nothing_else(self) -> None:
+        """No field of any family that asks for what is not mapped."""
+        for name, (is_quiet, reason) in _QUIET.items():
+            if not is_quiet(self._config.get(name)):
+                self.refuse(name, reason)
+        layer_types = self._config.get("layer_types")
+        if layer_types and set(layer_types) != {"full_attention"}:
+            self.refuse("layer_types", "every layer must have full attention")
+
+    def require_choice(self, name: str, choices: Sequence[str], *, default: str) -> str:
+        """One of the spellings; returns it."""
+        value = self._config.get(name, default)
+        if value not in choices:
+            self.refuse(name, f"only {', '.join(choices)} can be")
+        return value
+
+    def require_false(self, name: str, reason: str) -> None:
+        """A switch that is off or absent."""
+        if self._config.get(name):
+            self.refuse(name, reason)
+
+    def require_no_experts(self) -> None:
+        """A dense model has no number of experts."""
+        for name in _EXPERT_COUNTS:
+            if self._config.get(name):
+                self.refuse(name, "this family is mapped without experts")
+
+    def require_no_window(self, *, default: int | None) -> None:
+        """Attention within a window is the full one only where the window holds the longest sequence."""
+        window = self._config.get("sliding_window", default)
+        if window is None:
+            return
+        longest = self._config.get("max_position_embeddings")
+        if not isinstance(window, int) or not isinstance(longest, int) or window < longest:
+            self._problems.append(
+                f"config.json, sliding_window: must be null or at least max_position_embeddings={longest}, got "
+                f"sliding_window={window!r}. Use a model with full attention, or one whose sequences fit in the window."
+            )
+
+    def require_no_switched_window(self, *, has_layer_choice: bool = True) -> None:
+        """Qwen's window counts only with use_sliding_window, in its dense models from layer max_window_layers on."""
+        if not self.flag("use_sliding_window", False):
+            return
+        if has_layer_choice and self.count("max_window_layers", 28) >= self.count("num_hidden_layers"):
+            return
+        self.require_no_window(default=4096)
+
+    def query_groups(self, heads: int, *, may_be_absent: bool) -> int:
+        """Key and value heads: null is one for every query head; an absent field too, in families that are older."""
+        if not may_be_absent and "num_key_value_heads" not in self._config:
+            self._wrong("num_key_value_heads", "a positive whole number", None)
+        groups = self.count("num_key_value_heads", default=heads)
+        if heads % groups:
+            self.refuse("num_key_value_heads", f"it must divide num_attention_heads={heads}")
+        return groups
+
+    def head_dim(self, hidden_size: int, heads: int, *, default: int | None = None, must_fill: bool = False) -> int:
+        """Width of a head."""
+        is_filled = hidden_size % heads == 0
+        if (must_fill or (self._config.get("head_dim") is None and default is None)) and not is_filled:
+            self._problems.append(
+                f"config.json, hidden_size: must be a multiple of the number of heads, got hidden_size={hidden_size}, "
+                f"heads={heads}. Restore the file as transformers wrote it."
+            )
+            return 1
+        if must_fill:
+            return hidden_size // heads
+        return self.count("head_dim", default=default or hidden_size // heads)
+
+    def rope(self, default_theta: float) -> tuple[int, RopeScaling | None]:
+        """Base of the rotary embedding and its scaling; rope_scaling in transformers 4, rope_parameters in 5."""
+        older, newer = self._config.get("rope_scaling") or {}, self._config.get("rope_parameters") or {}
+        name = "rope_scaling" if older else "rope_parameters"
+        parameters = older or newer
+        if older and newer and older != newer:
+            self.refuse("rope_scaling", f"rope_parameters={newer!r} says something else")
+        if not isinstance(parameters, dict) or any(isinstance(value, dict) for value in parameters.values()):
+            self.refuse(name, "every layer must have the same position embedding")
+            return 10_000, None
+        theta = parameters.get("rope_theta", self._config.get("rope_theta"))
+        theta = default_theta if theta is None else theta
+        if isinstance(theta, bool) or not isinstance(theta, int | float) or theta < 1 or theta != int(theta):
+            self._problems.append(
+                f"config.json, rope_theta: must be a whole number, as Megatron's --rotary-base is, got "
+                f"rope_theta={theta!r}. Use a model with a whole base."
+            )
+            return 10_000, None
+        if not _is_one(parameters.get("partial_rotary_factor")):
+            self.refuse(name, "Megatron's mapped models rotate every dimension of a head")
+        return int(theta), self._rope_scaling(name, parameters)
+
+    def _rope_scaling(self, name: str, parameters: Mapping[str, Any]) -> RopeScaling | None:
+        kind = parameters.get("rope_type", parameters.get("type", "default"))
+        if kind == "default":
+            return None
+        if kind != "llama3":
+            self.refuse(name, f"Megatron scales as Llama 3.1 does (llama3), not by {kind!r}")
+            return None
+        longest = self._config.get("original_max_position_embeddings", self._config.get("max_position_embeddings"))
+        given = {"original_max_position_embeddings": longest} | dict(parameters)
+        fixed = RopeScaling()
+        for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+            if given.get(key) != getattr(fixed, key):
+                self._problems.append(
+                    f"config.json, {name}.{key}: must be {getattr(fixed, key):g}, which megatron-core has built in, "
+                    f"got {key}={given.get(key)!r}. Use a model with Llama 3.1's scaling."
+                )
+        factor = given.get("factor")
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or factor < 1:
+            self._problems.append(
+                f"config.json, {name}.factor: must be a number of at least 1, got factor={factor!r}. "
+                "Restore the file as transformers wrote it."
+            )
+            return None
+        return RopeScaling(factor=float(factor))
