@@ -1,0 +1,289 @@
+"""Writes a torch_dist checkpoint one piece at a time, with no process group, GPU or megatron: what `--load` takes.
+
+The tensors are Megatron's global ones, under its own keys (layers stacked), cut into boxes in any way; each box goes to
+disk when it comes, so that memory is needed for one box. `.metadata` and metadata.json, without which nothing loads,
+come last, then the folder's name, then the tracker that points to it. `torch_dist_store.py` reads it again.
+"""
+
+import io
+import json
+import math
+import os
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_hammer.checkpoint.hf_weights import locate_in_storage, read_located
+from megatron_hammer.checkpoint.partial_directory import open_directory_atomically
+from megatron_hammer.checkpoint.reader import LATEST_FILE
+from megatron_hammer.checkpoint.safe_pickle import dump_object
+from megatron_hammer.checkpoint.torch_dist_store import COMMON_STATE_KEY
+from megatron_hammer.errors import ConversionError
+
+MAX_FILE_BYTES = 4 << 30
+RELEASE = "release"
+# torch.save aligns data to this within its archive, so an archive that starts at a multiple can be mapped.
+ALIGNMENT_BYTES = 64
+
+Offsets = tuple[int, ...]
+
+
+@dataclass(slots=True)
+class _Declared:
+    """A global tensor and the sizes of its boxes that have been written, by their offsets."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: dict[Offsets, tuple[int, ...]] = field(default_factory=dict)
+
+
+class CheckpointWriter:
+    """One iteration being written into `directory`; obtain it with `open_checkpoint_writer`.
+
+    Every declared tensor must be covered by its chunks when `commit` is called; whoever calls it is held to that with
+    ValueError, since no user can cause it.
+    """
+
+    def __init__(self, directory: Path, *, max_file_bytes: int = MAX_FILE_BYTES):
+        self.directory = directory
+        self.num_bytes = 0
+        self.is_committed = False
+        self._max_file_bytes = max_file_bytes
+        self._declared: dict[str, _Declared] = {}
+        self._stored: dict[tuple[str, Offsets | None], tuple[str, int, int]] = {}
+        self._num_files = 0
+        self._file: io.BufferedWriter | None = None
+
+    def declare(self, key: str, shape: Sequence[int], dtype: torch.dtype) -> None:
+        """Announce a global tensor under Megatron's key; its chunks follow in any order."""
+        if key in self._declared:
+            raise ValueError(f"{key} is declared twice")
+        self._declared[key] = _Declared(tuple(shape), dtype)
+
+    def write_chunk(self, key: str, offsets: Sequence[int], tensor: Tensor) -> None:
+        """Write one box of a declared tensor to disk; `tensor` has as many axes and the same dtype."""
+        declared, at = self._declared[key], tuple(offsets)
+        ends = [start + size for start, size in zip(at, tensor.shape, strict=True)]
+        is_inside = len(at) == len(declared.shape) and all(
+            start >= 0 and end <= size for start, end, size in zip(at, ends, declared.shape, strict=True)
+        )
+        if not is_inside or tensor.dtype != declared.dtype or at in declared.chunks:
+            raise ValueError(f"{key}: {tuple(tensor.shape)} {tensor.dtype} at {at} is no new box of {declared}")
+        with self._append(key, at) as file:
+            torch.save(_own_storage(tensor), file)  # type: ignore[arg-type]
+        declared.chunks[at] = tuple(tensor.shape)
+
+    def read_chunk(self, key: str, offsets: Sequence[int]) -> Tensor:
+        """A chunk that was written, read back from the file: a view of it."""
+        from torch.distributed.checkpoint.utils import _create_file_view
+
+        name, start, length = self._stored[(key, tuple(offsets))]
+        if self._file is not None:
+            self._file.flush()
+        path = self.directory / name
+        try:
+            with path.open("rb") as file:
+                view = _create_file_view(file, start, length)
+                described = torch.load(view, map_location="meta", weights_only=True)
+        except (RuntimeError, ValueError, pickle.UnpicklingError, EOFError) as error:
+            raise ConversionError(
+                f"{path}: {key} must read back as it was written, got {str(error).splitlines()[0]}. Check the disk."
+            ) from error
+        located = locate_in_storage(path, described, is_mappable=True)
+        return read_located(replace(located, start=start + located.start), key)
+
+    def write_object(self, key: str, value: Any) -> None:
+        """Write what is no tensor (Megatron's ShardedObject: a list of one value) as torch.save does."""
+        self.write_object_bytes(key, dump_object(value))
+
+    def write_object_bytes(self, key: str, data: bytes) -> None:
+        """Write an object that is a torch file already."""
+        if (key, None) in self._stored:
+            raise ValueError(f"{key} is written twice")
+        with self._append(key, None) as file:
+            file.write(data)
+
+    def commit(self, common_state: Mapping[str, Any]) -> None:
+        """Write the common state and what makes the directory a checkpoint; nothing can be added to it afterwards.
+
+        common_state: at least `args` and `iteration`, as Megatron's training loop saves it.
+        """
+        incomplete = [key for key, declared in self._declared.items() if not _is_covered(declared)]
+        if incomplete:
+            raise ValueError(f"chunks do not cover {', '.join(incomplete)}")
+        self.write_object(COMMON_STATE_KEY, [dict(common_state)])
+        self._close_file()
+        with (self.directory / ".metadata").open("wb") as file:
+            pickle.dump(self._build_metadata(), file)
+        description = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+        (self.directory / "metadata.json").write_text(json.dumps(description))
+        self.is_committed = True
+
+    def close(self) -> None:
+        """Close the files; without `commit` they are no checkpoint."""
+        with suppress(OSError):  # of a full disk, which has been reported
+            self._close_file()
+
+    @contextmanager
+    def _append(self, key: str, offsets: Offsets | None) -> Iterator["_Sink"]:
+        """Where to append; what the block writes is stored under `key`. Raises OSError of a full disk as it is."""
+        if self.is_committed:
+            raise ValueError(f"{key}: the checkpoint is complete")
+        if self._file is not None and self._file.tell() >= self._max_file_bytes:
+            self._close_file()
+        if self._file is None:
+            self._file = (self.directory / f"__0_{self._num_files}.distcp").open("wb")
+            self._num_files += 1
+        self._file.write(bytes(-self._file.tell() % ALIGNMENT_BYTES))
+        start = self._file.tell()
+        sink = _Sink(self._file)
+        try:
+            yield sink
+        except RuntimeError as error:
+            raise (sink.error or error) from None
+        length = self._file.tell() - start
+        self._stored[(key, offsets)] = (Path(self._file.name).name, start, length)
+        self.num_bytes += length
+
+    def _close_file(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+
+    def _build_metadata(self) -> Any:
+        """torch.distributed.checkpoint's description of everything written."""
+        from torch.distributed.checkpoint.filesystem import _StorageInfo
+        from torch.distributed.checkpoint.metadata import (
+            BytesStorageMetadata,
+            ChunkStorageMetadata,
+            Metadata,
+            MetadataIndex,
+            TensorProperties,
+            TensorStorageMetadata,
+        )
+
+        entries: dict[str, Any] = {
+            key: TensorStorageMetadata(
+                properties=TensorProperties(dtype=declared.dtype),
+                size=torch.Size(declared.shape),
+                chunks=[
+                    ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+                    for offsets, sizes in declared.chunks.items()
+                ],
+            )
+            for key, declared in self._declared.items()
+        }
+        storage = {}
+        for (key, offsets), (name, start, length) in self._stored.items():
+            if offsets is None:
+                entries[key] = BytesStorageMetadata()
+            index = MetadataIndex(key, None if offsets is None else torch.Size(offsets))
+            storage[index] = _StorageInfo(name, start, length)
+        return Metadata(state_dict_metadata=entries, storage_data=storage)
+
+
+class _Sink:
+    """A file that remembers why it could not be written: torch.save hides it behind a RuntimeError of its own."""
+
+    def __init__(self, file: io.BufferedWriter):
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        """Nothing: torch.save asks for it after every tensor."""
+
+
+@contextmanager
+def open_checkpoint_writer(
+    save_dir: Path, *, iteration: int | None, overwrite: bool = False
+) -> Iterator[CheckpointWriter]:
+    """A writer whose checkpoint appears under `save_dir` when the block ends, and not at all if it raises.
+
+    iteration: of the state; None for a "release", from which Megatron starts at iteration 0 with a new optimizer.
+    overwrite: replace what `save_dir` holds of this iteration, and let the tracker point to it whatever it names now.
+    The tracker never goes back to an earlier iteration otherwise. Raises ConversionError if the target is taken, cannot
+    be written, or the disk is full.
+    """
+    name = RELEASE if iteration is None else f"iter_{iteration:07d}"
+    _validate_target(save_dir, name, overwrite)
+    was_there = save_dir.exists()
+    try:
+        with open_directory_atomically(save_dir / name, overwrite=overwrite) as partial_dir:
+            writer = CheckpointWriter(partial_dir)
+            try:
+                yield writer
+            finally:
+                writer.close()
+            if not writer.is_committed:
+                raise ValueError(f"{save_dir / name}: the block ended without commit()")
+    except BaseException:
+        if not was_there:
+            with suppress(OSError):
+                save_dir.rmdir()  # what it holds besides, if anything, is not ours
+        raise
+    _write_tracker(save_dir, iteration, overwrite)
+
+
+def _validate_target(save_dir: Path, name: str, overwrite: bool) -> None:
+    if overwrite:
+        return
+    if (save_dir / name).exists():
+        raise ConversionError(
+            f"{save_dir / name}: target must not exist yet. Choose another --save, or pass --overwrite."
+        )
+    tracked = _read_tracker(save_dir)
+    if name == RELEASE and tracked is not None:
+        raise ConversionError(
+            f"{save_dir / LATEST_FILE}: must not point to a training run's checkpoint yet, got {tracked!r}: the run "
+            "would start anew from the imported weights. Choose another --save, or pass --overwrite."
+        )
+
+
+def _read_tracker(save_dir: Path) -> str | None:
+    try:
+        return (save_dir / LATEST_FILE).read_text().strip()
+    except OSError:
+        return None
+
+
+def _write_tracker(save_dir: Path, iteration: int | None, overwrite: bool) -> None:
+    tracked = _read_tracker(save_dir)
+    is_later = tracked is not None and tracked.isdecimal() and iteration is not None and int(tracked) > iteration
+    if is_later and not overwrite:
+        return
+    partial_path = save_dir / (LATEST_FILE + ".partial")
+    partial_path.write_text(RELEASE if iteration is None else str(iteration))
+    os.replace(partial_path, save_dir / LATEST_FILE)
+
+
+def _own_storage(tensor: Tensor) -> Tensor:
+    """The same elements as a contiguous tensor whose storage holds nothing else, in the same memory where possible.
+
+    torch.save writes the whole storage of what it is given.
+    """
+    contiguous = tensor.detach().contiguous()
+    if contiguous.numel() == 0:
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+    if contiguous.untyped_storage().nbytes() == contiguous.nbytes:
+        return contiguous
+    flat = contiguous.reshape(-1).view(torch.uint8).numpy()
+    return torch.frombuffer(flat, dtype=tensor.dtype).view(tensor.shape)
+
+
+def _is_covered(declared: _Declared) -> bool:
+    """Whether the boxes are the whole tensor, counted: they lie inside it and no two start at one place."""
+    num_written = sum(math.prod(sizes) for sizes in declared.chunks.values())
+    return num_written == math.prod(declared.shape) and bool(declared.chunks)
