@@ -8,7 +8,7 @@ Optimizer state and megatron's `_extra_state` are left out.
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,11 @@ from megatron_hammer.errors import CheckpointError
 LATEST_FILE = "latest_checkpointed_iteration.txt"
 VOCABULARY_TENSORS = ("embedding.word_embeddings.weight", "output_layer.weight")
 
+WEIGHTS = ("model", "master")
+
+# The fp32 copy of a weight: "param" by the distributed optimizer, "fp32_param" by the plain one. Optimizers of dense
+# and expert weights, which Megatron chains, share the prefix; before megatron-core 0.13 each had its own.
+_MASTER_WEIGHT = re.compile(r"^(?:chained_\d+\.)?optimizer\.state\.(?:fp32_param|param)\.(.+)$")
 _STACKED_LAYERS = re.compile(r"^(decoder\.layers)\.(?!\d)")
 _STACKED_EXPERTS = re.compile(r"(\.mlp\.experts\.experts)\.(?!\d)")
 # The local layer spec keeps its norms apart where TransformerEngine fuses them into the next linear layer.
@@ -46,12 +51,14 @@ class CheckpointReader:
     """One iteration of a checkpoint, opened; obtain it with `open_checkpoint`.
 
     tensors: the model's, by mcore name. args: the arguments that Megatron saved. iteration: of the saved state.
+    store: everything that the directory holds, by its own keys.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, *, weights: str = "model"):
         self.directory = directory
         self.store = TorchDistStore(directory)
-        self.tensors = use_fused_norm_names(dict(self._list_tensors()))
+        keys = self._list_keys() if weights == "model" else self._find_master_keys()
+        self.tensors = use_fused_norm_names(dict(self._list_tensors(keys)))
         self.store.validate({stored.key for stored in self.tensors.values()})
         common_state = self.store.common_state
         if "args" not in common_state or "iteration" not in common_state:
@@ -79,20 +86,53 @@ class CheckpointReader:
         stored = self.tensors[name]
         return self.store.read(stored.key, stored.offsets, stored.sizes).reshape(stored.shape)
 
-    def _list_tensors(self) -> Iterator[tuple[str, StoredTensor]]:
-        for key, stored in self.store.tensors.items():
-            if not key.startswith(("optimizer.", "chained_")) and "_extra_state" not in key:
-                yield from _unstack(key, stored.shape, stored.dtype)
+    def _list_keys(self) -> dict[str, str]:
+        """The key of every weight, by the key that the model has for it: the same."""
+        return {
+            key: key
+            for key in self.store.tensors
+            if not key.startswith(("optimizer.", "chained_")) and "_extra_state" not in key
+        }
+
+    def _find_master_keys(self) -> dict[str, str]:
+        """The key of every weight's fp32 copy in the optimizer's state, by the key that the model has for it.
+
+        A weight that the model itself has in fp32 needs no copy. Raises CheckpointError if any other has none.
+        """
+        copies = {match[1]: key for key in self.store.tensors if (match := _MASTER_WEIGHT.match(key))}
+        keys = {key: copies.get(key, key) for key in self._list_keys()}
+        lacking = [
+            key
+            for key, master in keys.items()
+            if self.store.tensors[master].dtype != torch.float32
+            or self.store.tensors[master].shape != self.store.tensors[key].shape
+        ]
+        if lacking:
+            raise CheckpointError(
+                f"{self.directory}: fp32 master weights must be in the optimizer's state in the model's shapes, got "
+                f"none of {len(lacking)} tensors ({lacking[0]}, ...). Pass --weights model; checkpoints saved with the "
+                "optimizer and --dist-ckpt-optim-fully-reshardable, the default, have them."
+            )
+        return keys
+
+    def _list_tensors(self, keys: Mapping[str, str]) -> Iterator[tuple[str, StoredTensor]]:
+        for key, stored_key in keys.items():
+            stored = self.store.tensors[stored_key]
+            for name, tensor in _unstack(key, stored.shape, stored.dtype):
+                yield name, replace(tensor, key=stored_key)
 
 
-def open_checkpoint(path: str | Path, *, iteration: int | None = None) -> CheckpointReader:
+def open_checkpoint(path: str | Path, *, iteration: int | None = None, weights: str = "model") -> CheckpointReader:
     """Open `path`: a directory that Megatron saved into (the latest or the given iteration) or one iteration of it.
 
+    weights: "model", or "master" for the fp32 copies in the optimizer's state under the same names.
     Raises CheckpointError if it is not there, is of another format, or the state is of another iteration than its name.
     """
+    if weights not in WEIGHTS:
+        raise CheckpointError(f"weights: must be one of {', '.join(WEIGHTS)}, got {weights}. Choose one of them.")
     directory = find_iteration(Path(path), iteration)
     _validate_format(directory)
-    reader = CheckpointReader(directory)
+    reader = CheckpointReader(directory, weights=weights)
     named = re.fullmatch(r"iter_(\d+)", directory.name)
     if named and int(named[1]) != reader.iteration:
         raise CheckpointError(

@@ -41,6 +41,13 @@ _METADATA_TYPES = frozenset(
         ("torch.serialization", "_get_layout"),
     }
 )
+# Megatron-core before 0.16 pickled its own subclasses, which only add to torch's.
+_EARLIER_METADATA_TYPES = frozenset(
+    {
+        ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"),
+        ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"),
+    }
+)
 _OBJECT_TYPES = (argparse.Namespace, types.SimpleNamespace, pathlib.PosixPath, signal.Signals)
 _STAND_IN_PREFIXES = ("megatron.core.", "megatron.training.", "transformer_engine.")
 
@@ -64,6 +71,8 @@ class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _METADATA_TYPES:
             return super().find_class(module, name)
+        if (module, name) in _EARLIER_METADATA_TYPES:
+            return _stand_in(f"{module}.{name}")
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         raise pickle.UnpicklingError(f"type {module}.{name} is not on the list")
@@ -98,11 +107,11 @@ def read_object(file: BinaryIO | io.BytesIO, *, where: str | Path) -> Any:
 
 def _stand_ins(names: list[str]) -> list[tuple[Any, str]]:
     """An inert class for every type of megatron in the file; others are left for torch.load to refuse."""
-    return [
-        (type(name.rsplit(".", 1)[1], (MegatronObject,), {"global_name": name}), name)
-        for name in names
-        if name.startswith(_STAND_IN_PREFIXES)
-    ]
+    return [(_stand_in(name), name) for name in names if name.startswith(_STAND_IN_PREFIXES)]
+
+
+def _stand_in(name: str) -> type[MegatronObject]:
+    return type(name.rsplit(".", 1)[1], (MegatronObject,), {"global_name": name})
 
 
 def _unreadable(where: str | Path, error: Exception) -> CheckpointError:

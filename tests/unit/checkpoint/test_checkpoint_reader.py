@@ -55,6 +55,61 @@ def test_norms_of_the_local_spec_get_the_fused_names(tmp_path):
     assert "decoder.layers.0.pre_mlp_layernorm.weight" in names
 
 
+def write_with_master_weights(directory, prefix="optimizer.state.param.", **changes):
+    """bf16 weights and, under `prefix`, fp32 ones that round to them; changes: key to another fp32 tensor or None."""
+    masters = {key: value for key, value in toy_llama_tensors().items() if not key.startswith("optimizer.")}
+    tensors = {key: value.bfloat16() for key, value in masters.items()}
+    stored = {prefix + key: changes.get(key, value) for key, value in masters.items()}
+    write_toy_checkpoint(directory, tensors | {key: value for key, value in stored.items() if value is not None})
+    return tensors, masters
+
+
+@pytest.mark.parametrize(
+    "prefix", ["optimizer.state.param.", "optimizer.state.fp32_param.", "chained_1.optimizer.state.fp32_param."]
+)
+def test_master_weights_come_under_the_names_of_the_weights(tmp_path, prefix):
+    tensors, masters = write_with_master_weights(tmp_path, prefix)
+    model, master = open_checkpoint(tmp_path), open_checkpoint(tmp_path, weights="master")
+    assert model.tensors.keys() == master.tensors.keys()
+    master.remove_vocab_padding(53)
+    for layer in range(3):
+        name = f"decoder.layers.{layer}.self_attention.linear_qkv.weight"
+        assert torch.equal(model.read(name), tensors[QKV][layer])
+        assert torch.equal(master.read(name), masters[QKV][layer])
+        assert not torch.equal(master.read(name), model.read(name).float())
+    assert torch.equal(master.read("output_layer.weight"), masters["output_layer.weight"][:53])
+
+
+def test_weights_that_are_fp32_themselves_are_their_own_master(tmp_path):
+    tensors = toy_llama_tensors()
+    write_toy_checkpoint(tmp_path, tensors)
+    assert torch.equal(
+        open_checkpoint(tmp_path, weights="master").read("output_layer.weight"), tensors["output_layer.weight"]
+    )
+
+
+@pytest.mark.parametrize(
+    "changes, num_lacking",
+    [
+        ({QKV: None}, 1),
+        ({QKV: torch.zeros(3 * 40 * 24)}, 1),  # a flat buffer of a rank
+        ({QKV: torch.zeros(3, 40, 24, dtype=torch.int16), "output_layer.weight": None}, 2),
+    ],
+)
+def test_master_weights_that_cannot_be_had_are_one_sentence(tmp_path, changes, num_lacking):
+    write_with_master_weights(tmp_path, **changes)
+    message = rf"fp32 master weights must be .*, got none of {num_lacking} tensors \({QKV}.*Pass --weights model"
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_checkpoint(tmp_path, weights="master")
+    assert len(caught.value.problems) == 1
+    open_checkpoint(tmp_path)
+
+
+def test_other_weights_than_the_models_and_the_masters_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="weights: must be one of model, master, got ema"):
+        open_checkpoint(tmp_path, weights="ema")
+
+
 def test_the_padding_of_the_vocabulary_is_left_out(tmp_path):
     tensors = toy_llama_tensors()
     write_toy_checkpoint(tmp_path, tensors)

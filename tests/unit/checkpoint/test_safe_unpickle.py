@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from megatron_hammer.checkpoint.safe_unpickle import MegatronObject, read_metadata, read_object
 from megatron_hammer.errors import CheckpointError
@@ -57,6 +58,22 @@ def test_an_attribute_of_torch_that_is_no_dtype_is_refused(tmp_path):
         read_metadata(path)
     path.write_bytes(pickle.dumps(torch.bfloat16))
     assert read_metadata(path) is torch.bfloat16
+
+
+def test_metadata_of_earlier_megatron_is_read_without_its_classes(tmp_path, monkeypatch):
+    name = "megatron.core.dist_checkpointing.strategies.torch"
+    module = types.ModuleType(name)
+    module.MCoreMetadata = type("MCoreMetadata", (Metadata,), {"__module__": name})
+    module.Evil = type("Evil", (), {"__module__": name})
+    parts = name.split(".")
+    for depth in range(1, len(parts) + 1):  # each of them, so that pickle finds the class by its name
+        monkeypatch.setitem(sys.modules, ".".join(parts[:depth]), module)
+    path = tmp_path / ".metadata"
+    path.write_bytes(pickle.dumps(module.MCoreMetadata({"a": BytesStorageMetadata()}, storage_data={})))
+    assert read_metadata(path).state_dict_metadata == {"a": BytesStorageMetadata()}
+    path.write_bytes(pickle.dumps(module.Evil()))
+    with pytest.raises(CheckpointError, match=r"type megatron.core.dist_checkpointing.strategies.torch.Evil is not on"):
+        read_metadata(path)
 
 
 def test_missing_and_damaged_metadata(tmp_path):
