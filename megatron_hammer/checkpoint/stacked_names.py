@@ -1,0 +1,45 @@
+"""From the name of one layer's tensor to the key under which torch_dist keeps it, with all layers in one tensor.
+
+The inverse of how `reader.py` names them. Megatron stacks the layers of a model whose layers are all alike, and the
+experts of a layer; this package maps no other models. Source: TransformerBlock.sharded_state_dict (0.19.2).
+"""
+
+import re
+from dataclasses import dataclass
+
+_LAYER = re.compile(r"^(decoder\.layers)\.(\d+)\.")
+_EXPERT = re.compile(r"(\.mlp\.experts\.experts)\.(\d+)\.")
+# Modules that keep a state beside their weights (TransformerEngine's fp8 scales), which may be empty but must be there.
+_STATEFUL = re.compile(r"(.*\.(?:linear_\w+|\w+_layernorm))\.(?:layer_norm_)?weight")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StackedName:
+    """A tensor's key, and which of the stacked layers and experts it is: one index for each leading axis."""
+
+    key: str
+    indices: tuple[int, ...]
+
+
+def stack_name(name: str) -> StackedName:
+    """`decoder.layers.3.mlp.linear_fc1.weight` is number 3 of `decoder.layers.mlp.linear_fc1.weight`."""
+    indices = []
+    for pattern in (_LAYER, _EXPERT):
+        if found := pattern.search(name):
+            indices.append(int(found[2]))
+            name = name[: found.start()] + found[1] + "." + name[found.end() :]
+    return StackedName(key=name, indices=tuple(indices))
+
+
+def extra_state_key(name: str, *, num_layers: int, num_experts: int) -> str | None:
+    """The key of the module's extra state, where the module of the tensor `name` has one.
+
+    Megatron's ShardedObject.unique_key: `<module>._extra_state/shard_<indices>_<sizes of the stacked axes>`.
+    """
+    stacked = stack_name(name)
+    module = _STATEFUL.fullmatch(stacked.key)
+    if module is None:
+        return None
+    sizes = (num_layers, num_experts)[: len(stacked.indices)] or (1,)
+    at = ".".join(map(str, stacked.indices or (0,)))
+    return f"{module[1]}._extra_state/shard_{at}_{'.'.join(map(str, sizes))}"
