@@ -111,7 +111,7 @@ def _interpret_mixtral(fields: HfFields) -> Architecture:
     """Its router's softmax goes over the chosen experts."""
     fields.require_no_window(default=None)
     moe = MoeShape(
-        num_experts=fields.count("num_local_experts"),
+        num_experts=fields.num_experts(),
         router_topk=fields.count("num_experts_per_tok"),
         ffn_hidden_size=fields.count("intermediate_size"),
         is_topk_renormalized=True,
@@ -134,7 +134,7 @@ def _interpret_qwen3_moe(fields: HfFields) -> Architecture:
 
 def _qwen_experts(fields: HfFields, *, shared_expert_size: int) -> MoeShape:
     return MoeShape(
-        num_experts=fields.count("num_experts"),
+        num_experts=fields.num_experts(),
         router_topk=fields.count("num_experts_per_tok"),
         ffn_hidden_size=fields.count("moe_intermediate_size"),
         shared_expert_intermediate_size=shared_expert_size,

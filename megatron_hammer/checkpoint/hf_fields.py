@@ -106,6 +106,10 @@ class HfFields:
             return default
         return value
 
+    def _is_noted(self, *names: str) -> bool:
+        """Whether one of these fields is a problem already, so that its value says nothing."""
+        return any(problem.startswith(f"config.json, {name}:") for problem in self._problems for name in names)
+
     def _wrong(self, name: str, expected: str, value: Any) -> None:
         self._problems.append(
             f"config.json, {name}: must be {expected}, got {name}={value!r}. Restore the file as transformers wrote it."
@@ -144,6 +148,13 @@ class HfFields:
         if self._config.get(name):
             self.refuse(name, reason)
 
+    def num_experts(self) -> int:
+        """num_experts or num_local_experts: transformers 5 writes the second where version 4 wrote the first."""
+        name = "num_local_experts" if self._config.get("num_experts") is None else "num_experts"
+        if self._config.get("num_local_experts") not in (None, self._config.get(name)):
+            self.refuse("num_local_experts", "num_experts says something else")
+        return self.count(name)
+
     def require_no_experts(self) -> None:
         """A dense model has no number of experts."""
         for name in _EXPERT_COUNTS:
@@ -175,13 +186,13 @@ class HfFields:
         if not may_be_absent and "num_key_value_heads" not in self._config:
             self._wrong("num_key_value_heads", "a positive whole number", None)
         groups = self.count("num_key_value_heads", default=heads)
-        if heads % groups:
+        if heads % groups and not self._is_noted("num_attention_heads", "num_key_value_heads"):
             self.refuse("num_key_value_heads", f"it must divide num_attention_heads={heads}")
         return groups
 
     def head_dim(self, hidden_size: int, heads: int, *, default: int | None = None, must_fill: bool = False) -> int:
         """Width of a head."""
-        is_filled = hidden_size % heads == 0
+        is_filled = hidden_size % heads == 0 or self._is_noted("hidden_size", "num_attention_heads", "n_embd", "n_head")
         if (must_fill or (self._config.get("head_dim") is None and default is None)) and not is_filled:
             self._problems.append(
                 f"config.json, hidden_size: must be a multiple of the number of heads, got hidden_size={hidden_size}, "

@@ -1,0 +1,299 @@
+"""config.json becomes an architecture, exactly the inverse of build_config; what cannot be is named, all at once."""
+
+import dataclasses
+import json
+
+import pytest
+import transformers
+from toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments
+
+from megatron_hammer.checkpoint.architecture import read_architecture
+from megatron_hammer.checkpoint.hf_architecture import interpret_config, read_hf_architecture
+from megatron_hammer.checkpoint.hf_config import build_config
+from megatron_hammer.checkpoint.mapping import select_family
+from megatron_hammer.checkpoint.model_preset import build_model_preset
+from megatron_hammer.config.preset_arguments import model_arguments
+from megatron_hammer.errors import ConversionError
+from megatron_hammer.preset_types import RopeScaling
+
+PLAIN_MOE = MOE_ARGUMENTS | {"moe_shared_expert_intermediate_size": None, "moe_shared_expert_gate": False}
+SCALING = {"use_rope_scaling": True, "rope_scaling_factor": 32.0}
+CASES = {
+    "llama": {"attention_dropout": 0.25, "init_method_std": 0.006},
+    "llama with biases": {"add_bias_linear": True},
+    "llama tied": {"untie_embeddings_and_output_weights": False},
+    "llama of wide heads": {"kv_channels": 16, "rotary_base": 500_000, "layernorm_epsilon": 3e-6},
+    "llama with scaled rope": SCALING,
+    "mistral": {"hidden_size": 25},
+    "qwen2": {"add_qkv_bias": True},
+    "qwen2 with scaled rope": SCALING | {"add_qkv_bias": True},
+    "qwen3": {"qk_layernorm": True, "kv_channels": 10, "untie_embeddings_and_output_weights": False},
+    "mixtral": PLAIN_MOE | {"ffn_hidden_size": 12},
+    "qwen2 moe": MOE_ARGUMENTS | {"add_qkv_bias": True, "moe_router_pre_softmax": True},
+    "qwen2 moe without bias": MOE_ARGUMENTS | {"moe_aux_loss_coeff": 0.002},
+    "qwen3 moe": PLAIN_MOE | {"qk_layernorm": True, "kv_channels": 10},
+    "gpt2": GPT2_ARGUMENTS | {"attention_dropout": 0.1, "hidden_dropout": 0.2},
+    "gpt2 untied with the exact gelu": GPT2_ARGUMENTS
+    | {"untie_embeddings_and_output_weights": True, "bias_gelu_fusion": False},
+}
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 53,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 32,
+}
+QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_key_value_heads": 2}
+QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "num_key_value_heads": 2}
+MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "num_key_value_heads": 2}
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+QWEN3_MOE = QWEN3 | EXPERTS | {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
+QWEN2_MOE = QWEN3_MOE | {
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "model_type": "qwen2_moe",
+    "shared_expert_intermediate_size": 9,
+}
+MIXTRAL = MISTRAL | {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+}
+GPT2 = {
+    "architectures": ["GPT2LMHeadModel"],
+    "model_type": "gpt2",
+    "vocab_size": 53,
+    "n_embd": 24,
+    "n_layer": 3,
+    "n_head": 6,
+    "n_positions": 32,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def write_config(model, folder):
+    config = build_config(select_family(model), model, dtype="bfloat16", bos_id=1, eos_id=2)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_architecture_comes_back_exactly(name, tmp_path):
+    model = read_architecture(toy_arguments(**CASES[name]))
+    write_config(model, tmp_path)
+    read = read_hf_architecture(tmp_path)
+    assert read.architecture == model
+    assert read.family == select_family(model)
+    assert read.dtype == "bfloat16"
+    assert read.config["vocab_size"] == 53
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_architecture_comes_back_exactly_from_what_transformers_saves(name, tmp_path):
+    """transformers reads our file and writes its own, in its own spelling."""
+    model = read_architecture(toy_arguments(**CASES[name]))
+    write_config(model, tmp_path)
+    transformers.AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+    read = read_hf_architecture(tmp_path / "again")
+    assert read.architecture == model
+    assert read.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_preset_of_an_architecture_asks_megatron_for_the_same(name):
+    """Megatron's flags for the preset, read as a checkpoint's saved arguments are, give the architecture again."""
+    model = read_architecture(toy_arguments(**CASES[name]))
+    preset = build_model_preset(model, name="toy", source="here")
+    training = {"attention_dropout": model.attention_dropout, "hidden_dropout": model.hidden_dropout}
+    arguments = toy_arguments(**{"bias_gelu_fusion": True, "moe_layer_freq": 1} | model_arguments(preset) | training)
+    assert read_architecture(arguments) == model
+
+
+def test_twin_another_field_gives_another_architecture():
+    llama = interpret_config(LLAMA)
+    assert interpret_config(LLAMA | {"rope_theta": 5e5}) == dataclasses.replace(llama, rotary_base=500_000)
+    assert interpret_config(LLAMA | {"rms_norm_eps": 1e-5}) == dataclasses.replace(llama, norm_epsilon=1e-5)
+    assert interpret_config(LLAMA | {"tie_word_embeddings": True}) == dataclasses.replace(
+        llama, has_tied_embeddings=True
+    )
+
+
+def test_absent_fields_mean_what_transformers_takes_them_for():
+    """Llama 1's file knows neither groups nor rotary base; GPT-2's has n_inner null."""
+    llama = interpret_config(LLAMA)
+    built = transformers.LlamaConfig(**{key: value for key, value in LLAMA.items() if key != "model_type"})
+    assert (llama.num_query_groups, llama.head_dim) == (built.num_key_value_heads, built.head_dim) == (6, 4)
+    assert (llama.rotary_base, llama.norm_epsilon) == (built.rope_parameters["rope_theta"], built.rms_norm_eps)
+    gpt2 = interpret_config(GPT2 | {"n_inner": None})
+    assert (gpt2.ffn_hidden_size, gpt2.activation, gpt2.has_tied_embeddings) == (96, "gelu_tanh", True)
+    assert (gpt2.attention_dropout, gpt2.hidden_dropout) == (0.1, 0.1)
+    assert interpret_config(MIXTRAL).rotary_base == transformers.MixtralConfig().rope_parameters["rope_theta"] == 1e6
+    assert interpret_config(MIXTRAL).norm_epsilon == transformers.MixtralConfig().rms_norm_eps
+    assert interpret_config(QWEN3).head_dim == transformers.Qwen3Config().head_dim == 128
+    assert interpret_config(QWEN3_MOE).head_dim == 4
+    assert not interpret_config(QWEN3_MOE).moe.is_topk_renormalized
+    assert interpret_config(QWEN2_MOE).has_qkv_bias
+
+
+def test_tiny_llm_zh_is_a_llama_with_biases_that_qwen2_computes():
+    config = LLAMA | {
+        "architectures": ["TinyllmForCausalLM"],
+        "model_type": "tinyllm",
+        "auto_map": {"AutoConfig": "configuration_tinyllm.TinyllmConfig", "AutoModelForCausalLM": "modeling_tinyllm.X"},
+    }
+    model = interpret_config(config)
+    assert (model.has_qkv_bias, model.has_linear_bias, model.num_query_groups) == (True, False, 6)
+    assert select_family(model).hf_class == "Qwen2ForCausalLM"
+    assert dataclasses.replace(model, has_qkv_bias=False) == interpret_config(LLAMA)
+
+
+@pytest.mark.parametrize("name", ["gelu_new", "gelu_pytorch_tanh", "gelu_fast"])
+def test_every_spelling_of_the_approximate_gelu_is_one(name):
+    assert interpret_config(GPT2 | {"activation_function": name}).activation == "gelu_tanh"
+    assert interpret_config(GPT2 | {"activation_function": "gelu"}).activation == "gelu"
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"rope_scaling": LLAMA3, "rope_theta": 5e5}, {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}}],
+    ids=["transformers 4", "transformers 5"],
+)
+def test_both_spellings_of_the_rope_scaling_are_read(field):
+    model = interpret_config(LLAMA | field)
+    assert (model.rotary_base, model.rope_scaling) == (500_000, RopeScaling(factor=8.0))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MISTRAL | {"sliding_window": None},
+        MISTRAL | {"sliding_window": 32},
+        MIXTRAL,
+        QWEN2 | {"sliding_window": 8},
+        QWEN2 | {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 3},
+        QWEN3 | {"layer_types": ["full_attention"] * 3},
+    ],
+)
+def test_a_window_that_hides_nothing_is_none(config):
+    interpret_config(config)
+
+
+REFUSED = {
+    "config.json, model_type: must be one of gpt2, llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe, "
+    "tinyllm, got model_type='gemma'. Use a model of one of these families.": {"model_type": "gemma"},
+    "config.json, architectures: must be LlamaForCausalLM, got architectures=['LlamaForSequenceClassification']. "
+    "Use the causal language model of this family.": {"architectures": ["LlamaForSequenceClassification"]},
+    "config.json, hidden_size: must be a positive whole number, got hidden_size='24'. "
+    "Restore the file as transformers wrote it.": {"hidden_size": "24"},
+    "config.json, rms_norm_eps: must be a number that is not negative, got rms_norm_eps='x'. "
+    "Restore the file as transformers wrote it.": {"rms_norm_eps": "x"},
+    "config.json, tie_word_embeddings: must be true or false, got tie_word_embeddings='no'. "
+    "Restore the file as transformers wrote it.": {"tie_word_embeddings": "no"},
+    "config.json, hidden_size: must be a multiple of the number of heads, got hidden_size=25, heads=6. "
+    "Restore the file as transformers wrote it.": {"hidden_size": 25},
+    "config.json, num_key_value_heads: cannot be converted, got num_key_value_heads=4: "
+    "it must divide num_attention_heads=6. Use a model without it.": {"num_key_value_heads": 4},
+    "config.json, hidden_act: cannot be converted, got hidden_act='gelu': only silu, swish can be. "
+    "Use a model without it.": {"hidden_act": "gelu"},
+    "config.json, attention_bias: cannot be converted, got attention_bias=True: Megatron biases every linear layer "
+    "or only q, k and v; mlp_bias differs. Use a model without it.": {"attention_bias": True},
+    "config.json, sliding_window: must be null or at least max_position_embeddings=32, got sliding_window=16. "
+    "Use a model with full attention, or one whose sequences fit in the window.": {"sliding_window": 16},
+    "config.json, rope_theta: must be a whole number, as Megatron's --rotary-base is, got rope_theta=10000.5. "
+    "Use a model with a whole base.": {"rope_theta": 10000.5},
+    "config.json, rope_scaling: cannot be converted, got rope_scaling={'type': 'dynamic', 'factor': 2.0}: Megatron "
+    "scales as Llama 3.1 does (llama3), not by 'dynamic'. Use a model without it.": {
+        "rope_scaling": {"type": "dynamic", "factor": 2.0}
+    },
+    "config.json, rope_scaling.low_freq_factor: must be 1, which megatron-core has built in, got low_freq_factor=2.0. "
+    "Use a model with Llama 3.1's scaling.": {"rope_scaling": LLAMA3 | {"low_freq_factor": 2.0}},
+    "config.json, rope_scaling.original_max_position_embeddings: must be 8192, which megatron-core has built in, got "
+    "original_max_position_embeddings=32. Use a model with Llama 3.1's scaling.": {
+        "rope_scaling": {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
+    },
+    "config.json, rope_scaling.factor: must be a number of at least 1, got factor=None. "
+    "Restore the file as transformers wrote it.": {"rope_scaling": LLAMA3 | {"factor": None}},
+    "config.json, layer_types: cannot be converted, got layer_types=['full_attention', 'sliding_attention']: "
+    "every layer must have full attention. Use a model without it.": {
+        "layer_types": ["full_attention", "sliding_attention"]
+    },
+    "config.json, auto_map: cannot be converted, got auto_map={'AutoModelForCausalLM': 'x.Y'}: the folder brings code "
+    "of its own, which is never run and may compute anything. Use a model without it.": {
+        "auto_map": {"AutoModelForCausalLM": "x.Y"}
+    },
+    "config.json, quantization_config: cannot be converted, got quantization_config={'bits': 4}: quantized weights "
+    "are not mapped. Use a model without it.": {"quantization_config": {"bits": 4}},
+    "config.json, partial_rotary_factor: cannot be converted, got partial_rotary_factor=0.5: Megatron's mapped models "
+    "rotate every dimension of a head. Use a model without it.": {"partial_rotary_factor": 0.5},
+    "config.json, num_local_experts: cannot be converted, got num_local_experts=8: this family is mapped without "
+    "experts. Use a model without it.": {"num_local_experts": 8},
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_a_field_that_cannot_be_converted_is_named(message):
+    with pytest.raises(ConversionError) as caught:
+        interpret_config(LLAMA | REFUSED[message])
+    assert caught.value.problems == (message,)
+
+
+@pytest.mark.parametrize(
+    "config, fields",
+    [
+        (LLAMA | {"mlp_bias": True}, ["attention_bias"]),
+        (LLAMA | {"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}}, ["rope_scaling"]),
+        (LLAMA | {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, ["rope_parameters"]),
+        (LLAMA | {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, ["rope_parameters"]),
+        (MISTRAL | {"max_position_embeddings": 8192}, ["sliding_window"]),  # absent is 4096 in MistralConfig
+        (MIXTRAL | {"sliding_window": 4}, ["sliding_window"]),
+        (MIXTRAL | {"num_experts": 6}, ["num_local_experts"]),
+        (MIXTRAL | {"num_experts_per_tok": 6}, ["num_experts_per_tok"]),
+        (MIXTRAL | {"num_experts_per_tok": 1}, ["num_experts_per_tok"]),
+        (QWEN2 | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}, ["sliding_window"]),
+        ({key: value for key, value in QWEN2.items() if key != "num_key_value_heads"}, ["num_key_value_heads"]),
+        (QWEN3 | {"attention_bias": True}, ["attention_bias"]),
+        (
+            QWEN3_MOE | {"attention_bias": True, "use_sliding_window": True, "sliding_window": 8},
+            ["sliding_window", "attention_bias"],
+        ),
+        (QWEN3_MOE | {"decoder_sparse_step": 2, "mlp_only_layers": [0]}, ["mlp_only_layers", "decoder_sparse_step"]),
+        (QWEN2_MOE | {"shared_expert_intermediate_size": None}, ["shared_expert_intermediate_size"]),
+        (GPT2 | {"scale_attn_weights": False}, ["scale_attn_weights"]),
+        (GPT2 | {"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx"]),
+        (GPT2 | {"activation_function": "relu", "n_embd": 25}, ["activation_function", "hidden_size"]),
+        ({"model_type": "gpt2"}, ["n_embd", "n_head", "n_layer", "vocab_size", "n_positions"]),
+    ],
+)
+def test_every_field_that_cannot_be_converted_is_named_at_once(config, fields):
+    with pytest.raises(ConversionError) as caught:
+        interpret_config(config)
+    assert [problem.removeprefix("config.json, ").split(":")[0] for problem in caught.value.problems] == fields
+
+
+def test_a_folder_without_a_readable_file_is_refused(tmp_path):
+    with pytest.raises(
+        ConversionError, match=r"config\.json: must exist, got none\. Pass a Hugging Face model folder\."
+    ):
+        read_hf_architecture(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConversionError, match=r"config\.json: must be readable JSON, got .* Fetch the file again\."):
+        read_hf_architecture(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ConversionError, match=r"must hold one JSON object, got list\. Fetch the file again\."):
+        read_hf_architecture(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "value, dtype", [("torch.float16", "float16"), ("bfloat16", "bfloat16"), ("auto", None), (None, None)]
+)
+def test_the_dtype_is_read(value, dtype, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"torch_dtype": value}))
+    assert read_hf_architecture(tmp_path).dtype == dtype
