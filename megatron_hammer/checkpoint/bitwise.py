@@ -23,13 +23,10 @@ def is_bit_equal(first: Tensor, second: Tensor) -> bool:
     """
     if first.shape != second.shape or first.dtype != second.dtype:
         return False
-    return torch.equal(_as_words(first), _as_words(second))
-
-
-def _as_words(tensor: Tensor) -> Tensor:
-    """The bits of a tensor as the widest integers that it is a whole number of."""
-    flat = tensor.detach().contiguous().reshape(-1)
-    for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8):
-        if flat.nbytes % dtype.itemsize == 0 and flat.data_ptr() % dtype.itemsize == 0:
-            break
-    return flat.view(torch.uint8).view(dtype)
+    flats = [tensor.detach().contiguous().reshape(-1) for tensor in (first, second)]
+    words = next(
+        dtype
+        for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8)
+        if all(flat.nbytes % dtype.itemsize == 0 and flat.data_ptr() % dtype.itemsize == 0 for flat in flats)
+    )
+    return torch.equal(*(flat.view(torch.uint8).view(words) for flat in flats))
