@@ -95,6 +95,11 @@ class IndexedWriter:
         """What has been added so far; only that of `sync` is on disk."""
         return WriterState(self.num_tokens, self.num_sequences, self.num_documents)
 
+    @property
+    def num_bytes_in_bin(self) -> int:
+        """How much of the .bin has been handed to the system; the rest is in this process's buffer."""
+        return os.lseek(self._bin_file.fileno(), 0, os.SEEK_CUR)
+
     def add_document(self, ids: np.ndarray, sequence_lengths: Sequence[int] | None = None) -> None:
         """Add one document of one sequence, or of several whose lengths add up to `ids`: [num_tokens] integer.
 

@@ -146,8 +146,12 @@ def describe_source(path: Path) -> SourceFile:
                 digest.update(chunk)
                 size_bytes += len(chunk)
     except OSError as error:
-        raise DataError(f"{path}: file must be readable to its end, got: {error.strerror}. Check it.") from error
+        raise cannot_read(path, error) from error
     return SourceFile(path=str(path), size_bytes=size_bytes, sha256=digest.hexdigest())
+
+
+def cannot_read(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path}: file must be readable to its end, got: {error.strerror}. Check it.")
 
 
 def hash_file(path: Path) -> str:

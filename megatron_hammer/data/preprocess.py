@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megatron_hammer.data.block_encoder import BlockEncoderRecipe, require_bos_id, select_sample_texts
 from megatron_hammer.data.blocks import Position, count_records_before, read_blocks
+from megatron_hammer.data.file_hasher import FileHasher
 from megatron_hammer.data.indexed import select_dtype
 from megatron_hammer.data.journal import InputState, Job, Journal, lock_outputs, read_journal, refuse_other_job
 from megatron_hammer.data.manifest import Manifest
@@ -25,7 +26,6 @@ from megatron_hammer.data.preprocess_manifest import (
 )
 from megatron_hammer.data.preprocess_options import PreprocessOptions
 from megatron_hammer.data.preprocess_run import PreprocessRun, remove_leftovers
-from megatron_hammer.data.source_hasher import SourceHasher
 from megatron_hammer.data.worker_pool import encode_in_order
 from megatron_hammer.errors import DataError, HammerError
 from megatron_hammer.tokenizer.encoder import Encoder, load_encoder, require_eod_id
@@ -123,7 +123,7 @@ class _Task:
             if self.run.phase == "publish":
                 self.run.finish()
                 return self.run.publish()
-            with SourceHasher() as hasher:
+            with FileHasher() as hasher:
                 if self.run.phase == "encode":
                     self._encode(hasher)
                 self._refuse_void_run()
@@ -137,7 +137,7 @@ class _Task:
                 raise type(error)(*error.problems, describe_continuation(self.options)) from error
             raise
 
-    def _encode(self, hasher: SourceHasher) -> None:
+    def _encode(self, hasher: FileHasher) -> None:
         """Read, encode and write everything from the run's position on."""
         blocks = read_blocks(
             self.sources.slices,
@@ -146,7 +146,6 @@ class _Task:
             on_bytes_read=self._count_read_bytes,
             block_bytes=self.options.block_bytes,
         )
-        num_read_files = 0
         # closing: an error in this loop must end the workers before the files go
         with closing(
             encode_in_order(blocks, self._build_recipe, self.options.num_workers, self._locate)
@@ -154,25 +153,35 @@ class _Task:
             for encoded in encoded_blocks:
                 self.run.add(encoded, self._locate)
                 self.run.save_if_due()
-                if self.run.position.file_index > num_read_files:
-                    num_read_files = self.run.position.file_index
-                    hasher.add(self.sources.paths[:num_read_files])
+                self._hash_what_is_done(hasher)
                 self._report(self.read_bytes, self.sources.total_bytes)
 
     def _build_recipe(self) -> BlockEncoderRecipe:
         """Choose the fast encoder if it agrees with the reference on the first documents."""
         slices, keys = self.sources.slices, self.options.json_keys
         first_block = next(read_blocks(slices, keys, block_bytes=self.options.block_bytes), None)
-        choice = select_encoder(self.encoder.path, select_sample_texts(first_block, keys))
+        choice = select_encoder(self.encoder, select_sample_texts(first_block, keys))
         if choice.warning is not None:
             self.on_note(choice.warning)
         return BlockEncoderRecipe(self.options, choice)
 
-    def _describe(self, hasher: SourceHasher) -> list[Manifest]:
+    def _describe(self, hasher: FileHasher) -> list[Manifest]:
         output_paths = self.run.finish()
-        hasher.add(self.sources.paths)  # in their thread while the outputs are hashed here
-        described = hasher.finish(self.sources.paths)
-        return describe_outputs(self.options, self.encoder, self.sources, self.run, described, output_paths)
+        described = hasher.finish([*self.sources.paths, *output_paths])
+        num_sources = len(self.sources.paths)
+        return describe_outputs(
+            self.options, self.encoder, self.sources, self.run, described[:num_sources], described[num_sources:]
+        )
+
+    def _hash_what_is_done(self, hasher: FileHasher) -> None:
+        """Hash what will be read or written no more, as long as the system still has it in memory."""
+        position = self.run.position
+        hasher.complete(self.sources.paths[: position.file_index])
+        if position.offset:  # in an archive or in rows it is another place, further on or back, but a fit pace
+            hasher.follow(self.sources.paths[position.file_index], position.offset)
+        if self.options.seed is None:  # else it is shuffled into another file
+            for path, num_bytes in self.run.list_growing_files():
+                hasher.follow(path, num_bytes)
 
     def _refuse_void_run(self) -> None:
         """Raise VoidRunError if nothing that has been written can be of use, to this run or to a later one."""

@@ -71,15 +71,14 @@ def describe_outputs(
     encoder: Encoder,
     sources: Sources,
     run: PreprocessRun,
-    described_sources: tuple[SourceFile, ...],
-    output_paths: Sequence[Path],
+    described_sources: Sequence[SourceFile],
+    described_outputs: Sequence[SourceFile],
 ) -> list[Manifest]:
-    """Return the manifest of each key; output_paths: its .bin and its .idx, which are read to hash them."""
-    hashes = [hash_file(path) for path in output_paths]
+    """Return the manifest of each key; described_outputs: its .bin and its .idx."""
     flags = describe_flags(options)
     return [
         Manifest(
-            sources=described_sources,
+            sources=tuple(described_sources),
             ignored_files=tuple(map(str, sources.files.ignored)),
             tokenizer=identify_tokenizer(encoder),
             options={"json_key": key} | flags,
@@ -91,8 +90,8 @@ def describe_outputs(
             text_bytes=run.text_bytes[k],
             num_empty_documents=run.num_empty_documents[k],
             problems=tuple(run.problems),
-            bin_sha256=hashes[2 * k],
-            idx_sha256=hashes[2 * k + 1],
+            bin_sha256=described_outputs[2 * k].sha256,
+            idx_sha256=described_outputs[2 * k + 1].sha256,
             tool_version=read_tool_version(),
         )
         for k, (key, writer) in enumerate(zip(options.json_keys, run.writers, strict=True))

@@ -111,6 +111,10 @@ class PreprocessRun:
             self.writers = spools
             raise
 
+    def list_growing_files(self) -> list[tuple[Path, int]]:
+        """Each .bin that is being written, and how many of its bytes have left this process's buffers."""
+        return [(partial_path(bin_path(writer.prefix)), writer.num_bytes_in_bin) for writer in self.writers]
+
     def finish(self) -> list[Path]:
         """Complete the pairs under their .partial names; returns each .bin and .idx, in the order of the keys."""
         for writer in self.writers:

@@ -19,21 +19,27 @@
 #define CACHE_BITS 14                 /* 16 MiB in all */
 #define CACHE_WAYS 2
 #define CACHED_BYTES 30               /* longer stretches rarely repeat */
+#define KEY_WORDS 4                   /* their bytes, and in the next byte how many; reading a key may pass their end */
 #define CACHED_IDS 8
+#define CHARS_AHEAD 64                /* read before the first of them is used: their memory is on its way meanwhile */
+#define STRETCHES_AHEAD 16            /* the same for stretches */
+#define NO_CHAR UINT32_MAX
 
-typedef struct {                      /* two lines of the processor's cache, the key in the first */
-    uint8_t num_bytes, num_ids, bytes[CACHED_BYTES];
+typedef struct { uint64_t words[KEY_WORDS]; } Key;
+
+typedef struct {                      /* a line of the processor's cache; num_ids is the last byte of the key */
+    Key key;
     int32_t ids[CACHED_IDS];
 } Entry;
+
+typedef struct { uint64_t key; int32_t piece, rank; } Merge;  /* left << 32 | right, or all ones where empty */
 
 typedef struct {
     int32_t *piece_of_char;           /* [CODE_POINTS]: the piece of a character, or NO_PIECE */
     uint64_t *pairs;                  /* a bit for each hash of two characters that stand together in a piece */
     uint8_t is_ascii_pair[128][128];  /* the same for ASCII, exactly */
-    uint64_t *merge_keys;             /* [num_slots]: left << 32 | right, or all ones where empty */
-    int32_t *merge_pieces;            /* [num_slots] */
+    Merge *merges;                    /* [slot_mask + 1]; rank 0 is merged first */
     uint64_t slot_mask;
-    int32_t *rank_of_piece;           /* 0 is merged first */
     int32_t byte_pieces[256];
     const uint8_t *symbol_bytes;      /* symbols of several characters, by their first two bytes, longest first */
     const int32_t *symbol_starts;     /* [num_symbols + 1] */
@@ -46,6 +52,26 @@ typedef struct {
     int32_t *piece, *rank;
 } Kernel;
 
+/* How a character stands to the one before it; a symbol or one without a piece is no part of a stretch. */
+typedef enum { APART, JOINED, JOINED_IF_PAIR, SYMBOL, SPELT_IN_BYTES } Link;
+
+typedef struct { Link link; uint32_t pair_slot; int32_t piece, num_bytes; } Char;
+
+typedef struct {                      /* of `count` characters; with none it is the id `piece` */
+    const uint8_t *s;
+    int64_t num_bytes, count;
+    Key key;
+    Entry *set;
+    int32_t piece;
+} Stretch;
+
+typedef struct {                      /* the ids of one text, and what still waits to be encoded */
+    int32_t *ids;
+    int64_t num_ids;
+    int num_waiting;
+    Stretch waiting[STRETCHES_AHEAD];
+} Output;
+
 typedef struct { int32_t rank, left, left_piece, right_piece; } Candidate;
 
 typedef struct {                      /* the pieces of a stretch as a list, and the merges that may be next */
@@ -54,36 +80,36 @@ typedef struct {                      /* the pieces of a stretch as a list, and 
     int64_t size;
 } Heap;
 
+static uint64_t word_masks[CACHED_BYTES + 1][KEY_WORDS];  /* the bits of a key's words that its bytes fill */
+
+static void fill_word_masks(void) {
+    for (int num_bytes = 0; num_bytes <= CACHED_BYTES; num_bytes++) {
+        for (int i = 0; i < KEY_WORDS; i++) {
+            int in_word = num_bytes - 8 * i;
+            word_masks[num_bytes][i] = in_word >= 8 ? UINT64_MAX : in_word > 0 ? (1ull << (8 * in_word)) - 1 : 0;
+        }
+    }
+}
+
 static uint64_t mix(uint64_t x) {
     x ^= x >> 32; x *= 0x9E3779B97F4A7C15ull; x ^= x >> 29;
     return x;
 }
-
-static uint64_t scramble(uint64_t hash, uint64_t word) { return mix(hash ^ word) * 0xC2B2AE3D27D4EB4Full; }
 
 static uint32_t pair_slot(uint32_t left, uint32_t right) {
     uint64_t hash = (uint64_t)left * 0x9E3779B97F4A7C15ull + (uint64_t)right * 0xC2B2AE3D27D4EB4Full;
     return (uint32_t)(hash >> (64 - PAIR_BITS));
 }
 
-static int is_pair(const Kernel *k, uint32_t left, uint32_t right) {
-    if ((left | right) < 128) return k->is_ascii_pair[left][right];
-    uint32_t slot = pair_slot(left, right);
-    return (int)(k->pairs[slot >> 6] >> (slot & 63) & 1);
-}
-
-static int32_t find_merge(const Kernel *k, int32_t left, int32_t right) {
+/* The merge of two pieces; its rank is INT32_MAX where there is none. */
+static Merge find_merge(const Kernel *k, int32_t left, int32_t right) {
     uint64_t key = (uint64_t)(uint32_t)left << 32 | (uint32_t)right;
     for (uint64_t slot = mix(key) & k->slot_mask;; slot = (slot + 1) & k->slot_mask) {
-        if (k->merge_keys[slot] == key) return k->merge_pieces[slot];
-        if (k->merge_keys[slot] == UINT64_MAX) return NO_PIECE;
+        if (k->merges[slot].key == key || k->merges[slot].key == UINT64_MAX) return k->merges[slot];
     }
 }
 
-static int32_t find_rank(const Kernel *k, int32_t left, int32_t right) {
-    int32_t piece = find_merge(k, left, right);
-    return piece == NO_PIECE ? INT32_MAX : k->rank_of_piece[piece];
-}
+static int32_t find_rank(const Kernel *k, int32_t left, int32_t right) { return find_merge(k, left, right).rank; }
 
 /* Decode one character of valid UTF-8; a space is the whitespace symbol. Returns its number of bytes. */
 static int decode(const uint8_t *s, uint32_t *code_point) {
@@ -121,19 +147,29 @@ static int reserve(Kernel *k, int64_t count) {
 
 /* Merge piece[0, count) in place by scanning; returns how many are left. */
 static int64_t merge_short(Kernel *k, int64_t count) {
-    int32_t *piece = k->piece, *rank = k->rank;
-    for (int64_t i = 0; i + 1 < count; i++) rank[i] = find_rank(k, piece[i], piece[i + 1]);
+    int32_t *piece = k->piece;
+    struct { int32_t rank, piece; } merge[SHORT_STRETCH];
+    Merge found;
+    for (int64_t i = 0; i + 1 < count; i++) {
+        found = find_merge(k, piece[i], piece[i + 1]);
+        merge[i].rank = found.rank; merge[i].piece = found.piece;
+    }
     while (count > 1) {
         int64_t best = 0;
-        for (int64_t i = 1; i + 1 < count; i++) if (rank[i] < rank[best]) best = i;
-        if (rank[best] == INT32_MAX) break;
-        piece[best] = find_merge(k, piece[best], piece[best + 1]);
-        size_t behind = (size_t)(count - best - 2) * sizeof(int32_t);
-        memmove(piece + best + 1, piece + best + 2, behind);
-        memmove(rank + best, rank + best + 1, (size_t)(count - best - 1) * sizeof(int32_t));
+        for (int64_t i = 1; i + 1 < count; i++) if (merge[i].rank < merge[best].rank) best = i;
+        if (merge[best].rank == INT32_MAX) break;
+        piece[best] = merge[best].piece;
+        memmove(piece + best + 1, piece + best + 2, (size_t)(count - best - 2) * sizeof(piece[0]));
+        memmove(merge + best, merge + best + 1, (size_t)(count - best - 2) * sizeof(merge[0]));
         count--;
-        if (best + 1 < count) rank[best] = find_rank(k, piece[best], piece[best + 1]);
-        if (best > 0) rank[best - 1] = find_rank(k, piece[best - 1], piece[best]);
+        if (best + 1 < count) {
+            found = find_merge(k, piece[best], piece[best + 1]);
+            merge[best].rank = found.rank; merge[best].piece = found.piece;
+        }
+        if (best > 0) {
+            found = find_merge(k, piece[best - 1], piece[best]);
+            merge[best - 1].rank = found.rank; merge[best - 1].piece = found.piece;
+        }
     }
     return count;
 }
@@ -155,7 +191,7 @@ static int64_t merge_by_passes(Kernel *k, int64_t count) {
         int is_interrupted = 0;
         while (i < count) {
             int is_merged = !is_interrupted && i + 1 < count && k->rank[i] == best;
-            piece[kept] = is_merged ? find_merge(k, piece[i], piece[i + 1]) : piece[i];
+            piece[kept] = is_merged ? find_merge(k, piece[i], piece[i + 1]).piece : piece[i];
             i += is_merged ? 2 : 1;
             if (is_merged && kept > 0 && find_rank(k, piece[kept - 1], piece[kept]) <= best) is_interrupted = 1;
             if (is_merged && i < count && find_rank(k, piece[kept], piece[i]) <= best) is_interrupted = 1;
@@ -204,7 +240,7 @@ static int64_t merge_list(Kernel *k, Heap *heap, int64_t count) {
         Candidate best = pop(heap);
         int32_t right = heap->next[best.left];
         if (right < 0 || k->piece[best.left] != best.left_piece || k->piece[right] != best.right_piece) continue;
-        k->piece[best.left] = find_merge(k, best.left_piece, best.right_piece);
+        k->piece[best.left] = find_merge(k, best.left_piece, best.right_piece).piece;
         k->piece[right] = NO_PIECE;
         heap->next[best.left] = heap->next[right];
         heap->next[right] = -1;
@@ -248,67 +284,149 @@ static int64_t encode_stretch(Kernel *k, const uint8_t *s, int64_t num_bytes, in
     return num_ids;
 }
 
-static int64_t look_up_stretch(Kernel *k, const uint8_t *s, int64_t num_bytes, int64_t count, int32_t *ids) {
-    if (num_bytes > CACHED_BYTES) return encode_stretch(k, s, num_bytes, count, ids);
-    uint64_t hash = (uint64_t)num_bytes, word;
-    int64_t at = 0;
-    for (; at + 8 <= num_bytes; at += 8) { memcpy(&word, s + at, 8); hash = scramble(hash, word); }
-    for (word = 0; at < num_bytes; at++) word = word << 8 | s[at];
-    hash = scramble(hash, word);
-    Entry *set = k->cache + (hash >> (64 - CACHE_BITS)) * CACHE_WAYS;
-    for (Entry *entry = set; entry < set + CACHE_WAYS; entry++) {
-        if (entry->num_bytes == num_bytes && memcmp(entry->bytes, s, (size_t)num_bytes) == 0) {
+/* Reads 8 * KEY_WORDS bytes whatever num_bytes is: no branch that the processor would have to guess. */
+static void build_key(Key *key, const uint8_t *s, int64_t num_bytes) {
+    memcpy(key->words, s, sizeof(key->words));
+    for (int i = 0; i < KEY_WORDS; i++) key->words[i] &= word_masks[num_bytes][i];
+    key->words[KEY_WORDS - 1] |= (uint64_t)num_bytes << 48;
+}
+
+static Entry *find_set(const Kernel *k, const Key *key) {
+    uint64_t hash = key->words[0] * 0x9E3779B97F4A7C15ull ^ key->words[1] * 0xC2B2AE3D27D4EB4Full
+                  ^ key->words[2] * 0x165667B19E3779F9ull ^ key->words[3] * 0xD6E8FEB86659FD93ull;
+    hash = (hash ^ hash >> 32) * 0x9E3779B97F4A7C15ull;
+    return k->cache + (hash >> (64 - CACHE_BITS)) * CACHE_WAYS;
+}
+
+static int is_same_key(const Key *stored, const Key *key) {
+    uint64_t difference = (stored->words[KEY_WORDS - 1] ^ key->words[KEY_WORDS - 1]) << 8;
+    for (int i = 0; i < KEY_WORDS - 1; i++) difference |= stored->words[i] ^ key->words[i];
+    return difference == 0;
+}
+
+static int64_t look_up_stretch(Kernel *k, const Stretch *stretch, int32_t *ids) {
+    if (stretch->num_bytes > CACHED_BYTES) {
+        return encode_stretch(k, stretch->s, stretch->num_bytes, stretch->count, ids);
+    }
+    for (const Entry *entry = stretch->set; entry < stretch->set + CACHE_WAYS; entry++) {
+        if (is_same_key(&entry->key, &stretch->key)) {
             memcpy(ids, entry->ids, sizeof(entry->ids));
-            return entry->num_ids;
+            return (int64_t)(entry->key.words[KEY_WORDS - 1] >> 56);
         }
     }
-    int64_t num_ids = encode_stretch(k, s, num_bytes, count, ids);
+    int64_t num_ids = encode_stretch(k, stretch->s, stretch->num_bytes, stretch->count, ids);
     if (num_ids >= 0 && num_ids <= CACHED_IDS) {
-        set[1] = set[0];
-        set->num_bytes = (uint8_t)num_bytes; set->num_ids = (uint8_t)num_ids;
-        memcpy(set->bytes, s, (size_t)num_bytes);
-        memcpy(set->ids, ids, (size_t)num_ids * sizeof(int32_t));
+        stretch->set[1] = stretch->set[0];
+        stretch->set->key = stretch->key;
+        stretch->set->key.words[KEY_WORDS - 1] |= (uint64_t)num_ids << 56;
+        memcpy(stretch->set->ids, ids, (size_t)num_ids * sizeof(int32_t));
     }
     return num_ids;
+}
+
+/* Encode what waits, in order; 0 without memory. */
+static int flush(Kernel *k, Output *out) {
+    for (int i = 0; i < out->num_waiting; i++) {
+        const Stretch *stretch = out->waiting + i;
+        if (stretch->count == 0) { out->ids[out->num_ids++] = stretch->piece; continue; }
+        int64_t found = look_up_stretch(k, stretch, out->ids + out->num_ids);
+        if (found < 0) return 0;
+        out->num_ids += found;
+    }
+    out->num_waiting = 0;
+    return 1;
+}
+
+/* The place of the next stretch, or NULL without memory to encode those before it. */
+static Stretch *add_stretch(Kernel *k, Output *out) {
+    if (out->num_waiting == STRETCHES_AHEAD && !flush(k, out)) return NULL;
+    return out->waiting + out->num_waiting++;
+}
+
+static int add_text(Kernel *k, Output *out, const uint8_t *s, int64_t num_bytes, int64_t count) {
+    Stretch *stretch = add_stretch(k, out);
+    if (!stretch) return 0;
+    stretch->s = s; stretch->num_bytes = num_bytes; stretch->count = count;
+    if (num_bytes > CACHED_BYTES) return 1;
+    build_key(&stretch->key, s, num_bytes);
+    stretch->set = find_set(k, &stretch->key);
+    for (int way = 0; way < CACHE_WAYS; way++) __builtin_prefetch(stretch->set + way);
+    return 1;
+}
+
+static int add_id(Kernel *k, Output *out, int32_t id) {
+    Stretch *stretch = add_stretch(k, out);
+    if (!stretch) return 0;
+    stretch->count = 0; stretch->piece = id;
+    return 1;
+}
+
+/* Read characters and symbols from `s` on until there are CHARS_AHEAD or the text ends. last: the character before `s`
+   that may be joined to the first, or NO_CHAR; afterwards the last one read. Returns how many were read. */
+static int read_chars(const Kernel *k, const uint8_t *s, int64_t num_bytes, uint32_t *last, Char *chars) {
+    int num_chars = 0;
+    for (int64_t at = 0; at < num_bytes && num_chars < CHARS_AHEAD; num_chars++) {
+        Char *c = chars + num_chars;
+        uint32_t code_point;
+        c->num_bytes = (int32_t)match_symbol(k, s + at, num_bytes - at, &c->piece);
+        c->link = SYMBOL;
+        if (!c->num_bytes) {
+            c->num_bytes = decode(s + at, &code_point);
+            c->piece = k->piece_of_char[code_point];
+            c->link = APART;
+            if (c->piece == NO_PIECE) {
+                c->link = SPELT_IN_BYTES;
+            } else if (*last != NO_CHAR && (*last | code_point) < 128) {
+                c->link = k->is_ascii_pair[*last][code_point] ? JOINED : APART;
+            } else if (*last != NO_CHAR) {
+                c->link = JOINED_IF_PAIR;
+                c->pair_slot = pair_slot(*last, code_point);
+                __builtin_prefetch(k->pairs + (c->pair_slot >> 6));
+            }
+        }
+        *last = c->link <= JOINED_IF_PAIR ? code_point : NO_CHAR;
+        at += c->num_bytes;
+    }
+    return num_chars;
+}
+
+static int is_joined(const Kernel *k, const Char *c) {
+    if (c->link != JOINED_IF_PAIR) return c->link == JOINED;
+    return (int)(k->pairs[c->pair_slot >> 6] >> (c->pair_slot & 63) & 1);
 }
 
 /* Encode one text; ids holds at least num_bytes + CACHED_IDS entries. Returns the number of ids, -1 without memory. */
 static int64_t encode_text(Kernel *k, const uint8_t *s, int64_t num_bytes, int32_t *ids) {
-    int64_t num_ids = 0, start = 0, count = 0, at = 0;
-    uint32_t last = 0, code_point;
-    while (at <= num_bytes) {
-        int32_t symbol = NO_PIECE, piece = NO_PIECE;
-        int64_t symbol_bytes = 0;
-        int width = 0, is_joined = 0;
-        if (at < num_bytes) {
-            symbol_bytes = match_symbol(k, s + at, num_bytes - at, &symbol);
-            if (!symbol_bytes) {
-                width = decode(s + at, &code_point);
-                piece = k->piece_of_char[code_point];
-                is_joined = count > 0 && piece != NO_PIECE && is_pair(k, last, code_point);
+    Output out;
+    Char chars[CHARS_AHEAD];
+    const uint8_t *start = s;
+    int64_t count = 0;
+    uint32_t last = NO_CHAR;
+    out.ids = ids;
+    out.num_ids = out.num_waiting = 0;
+    for (const uint8_t *end = s + num_bytes; s < end;) {
+        int num_chars = read_chars(k, s, end - s, &last, chars);
+        for (const Char *c = chars; c < chars + num_chars; s += c->num_bytes, c++) {
+            if (!is_joined(k, c)) {
+                if (count > 0 && !add_text(k, &out, start, s - start, count)) return -1;
+                start = s;
+                count = 0;
+            }
+            if (c->link == SYMBOL) {
+                if (!add_id(k, &out, c->piece)) return -1;
+            } else if (c->link == SPELT_IN_BYTES) {
+                for (int i = 0; i < c->num_bytes; i++) if (!add_id(k, &out, k->byte_pieces[s[i]])) return -1;
+            } else {
+                count++;
             }
         }
-        if (!is_joined && count > 0) {
-            int64_t found = look_up_stretch(k, s + start, at - start, count, ids + num_ids);
-            if (found < 0) return -1;
-            num_ids += found;
-            count = 0;
-        }
-        if (at == num_bytes) break;
-        if (symbol_bytes) { ids[num_ids++] = symbol; at += symbol_bytes; continue; }
-        if (piece == NO_PIECE) {
-            for (int i = 0; i < width; i++) ids[num_ids++] = k->byte_pieces[s[at + i]];
-        } else {
-            if (count == 0) start = at;
-            count++;
-            last = code_point;
-        }
-        at += width;
     }
-    return num_ids;
+    if (count > 0 && !add_text(k, &out, start, s - start, count)) return -1;
+    return flush(k, &out) ? out.num_ids : -1;
 }
 
-const int64_t kernel_spare_ids = CACHED_IDS;  /* what the ids of a call must hold beyond one for each byte */
+const int64_t kernel_spare_ids = CACHED_IDS;     /* what the ids of a call must hold beyond one for each byte */
+const int64_t kernel_spare_bytes = sizeof(Key);  /* what must be readable behind the last text */
 
 /* texts: the bytes of all texts, text i at [starts[i], starts[i + 1]). Returns the number of ids, -1 without memory. */
 int64_t kernel_encode(Kernel *k, const uint8_t *texts, const int64_t *starts, int64_t num_texts, int32_t *ids,
@@ -336,17 +454,17 @@ static void *allocate_table(size_t num_bytes) {
 }
 
 void kernel_free(Kernel *k) {
-    void *owned[] = {k->piece_of_char, k->pairs, k->merge_keys, k->merge_pieces, k->rank_of_piece, k->first_symbol,
-                     k->cache, k->piece, k->rank, k};
+    void *owned[] = {k->piece_of_char, k->pairs, k->merges, k->first_symbol, k->cache, k->piece, k->rank, k};
     for (size_t i = 0; i < sizeof(owned) / sizeof(owned[0]); i++) free(owned[i]);
 }
 
 /* All arrays but those of the symbols are copied. Returns NULL without memory. */
 Kernel *kernel_build(const uint32_t *chars, const int32_t *char_pieces, int64_t num_chars, const uint32_t *pairs,
                      int64_t num_pairs, const int32_t *lefts, const int32_t *rights, const int32_t *merged,
-                     int64_t num_merges, const int32_t *rank_of_piece, int64_t num_pieces, const int32_t *byte_pieces,
+                     const int32_t *rank_of_piece, int64_t num_merges, const int32_t *byte_pieces,
                      const uint8_t *symbol_bytes, const int32_t *symbol_starts, const int32_t *symbol_pieces,
                      int64_t num_symbols) {
+    fill_word_masks();
     Kernel *k = calloc(1, sizeof(Kernel));
     if (!k) return NULL;
     uint64_t num_slots = 1024;
@@ -354,13 +472,10 @@ Kernel *kernel_build(const uint32_t *chars, const int32_t *char_pieces, int64_t 
     k->slot_mask = num_slots - 1;
     k->piece_of_char = malloc(CODE_POINTS * sizeof(int32_t));
     k->pairs = allocate_table(((size_t)1 << (PAIR_BITS - 6)) * sizeof(uint64_t));
-    k->merge_keys = malloc(num_slots * sizeof(uint64_t));
-    k->merge_pieces = malloc(num_slots * sizeof(int32_t));
-    k->rank_of_piece = malloc((size_t)num_pieces * sizeof(int32_t));
+    k->merges = allocate_table(num_slots * sizeof(Merge));
     k->first_symbol = calloc(65537, sizeof(int32_t));
     k->cache = allocate_table(sizeof(Entry) * CACHE_WAYS << CACHE_BITS);
-    if (!k->piece_of_char || !k->pairs || !k->merge_keys || !k->merge_pieces || !k->rank_of_piece || !k->first_symbol ||
-        !k->cache) {
+    if (!k->piece_of_char || !k->pairs || !k->merges || !k->first_symbol || !k->cache) {
         kernel_free(k);
         return NULL;
     }
@@ -371,14 +486,12 @@ Kernel *kernel_build(const uint32_t *chars, const int32_t *char_pieces, int64_t 
         uint32_t slot = pair_slot(pairs[2 * i], pairs[2 * i + 1]);
         k->pairs[slot >> 6] |= 1ull << (slot & 63);
     }
-    memset(k->merge_keys, 0xFF, num_slots * sizeof(uint64_t));
+    for (uint64_t slot = 0; slot < num_slots; slot++) k->merges[slot] = (Merge){UINT64_MAX, NO_PIECE, INT32_MAX};
     for (int64_t i = 0; i < num_merges; i++) {
         uint64_t key = (uint64_t)(uint32_t)lefts[i] << 32 | (uint32_t)rights[i], slot = mix(key) & k->slot_mask;
-        while (k->merge_keys[slot] != UINT64_MAX) slot = (slot + 1) & k->slot_mask;
-        k->merge_keys[slot] = key;
-        k->merge_pieces[slot] = merged[i];
+        while (k->merges[slot].key != UINT64_MAX) slot = (slot + 1) & k->slot_mask;
+        k->merges[slot] = (Merge){key, merged[i], rank_of_piece[merged[i]]};
     }
-    memcpy(k->rank_of_piece, rank_of_piece, (size_t)num_pieces * sizeof(int32_t));
     memcpy(k->byte_pieces, byte_pieces, sizeof(k->byte_pieces));
     k->symbol_bytes = symbol_bytes; k->symbol_starts = symbol_starts; k->symbol_pieces = symbol_pieces;
     for (int64_t i = 0; i < num_symbols; i++) {

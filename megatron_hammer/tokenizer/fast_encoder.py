@@ -139,13 +139,12 @@ class PartwiseEncoder(Encoder):
 
 
 def select_encoder(
-    path: str | Path, sample_texts: Sequence[str] = (), kinds: Sequence[str] = ("native", "fastokens")
+    reference: Encoder, sample_texts: Sequence[str] = (), kinds: Sequence[str] = ("native", "fastokens")
 ) -> EncoderChoice:
     """Choose the first encoder that returns the reference's ids for every piece, hostile text and `sample_texts`.
 
-    Of `sample_texts` about the first MAX_SAMPLE_CHARS are compared. Raises DataError if `path` is not a tokenizer.
+    Of `sample_texts` about the first MAX_SAMPLE_CHARS are compared.
     """
-    reference = load_encoder(path)
     model = read_sentencepiece_model(reference.path) if isinstance(reference, SentencePieceEncoder) else None
     cutter = build_text_cutter(model) if model else None
     reason = "has no fast encoder"

@@ -99,10 +99,11 @@ def build_tables(model: SentencePieceModel) -> KernelTables:
 
 
 def _list_char_pairs(texts: Sequence[str]) -> np.ndarray:
-    """Every two code points that stand together in a text: [num_pairs, 2] uint32."""
+    """Every two code points that stand together in a text: [num_pairs, 2] uint32, each pair once."""
     chars = np.frombuffer(NUL.join(texts).encode("utf-32-le"), dtype=np.uint32)
-    pairs = np.stack((chars[:-1], chars[1:]), axis=1)
-    return np.unique(pairs[(pairs != 0).all(axis=1)], axis=0)
+    is_pair = (chars[:-1] != 0) & (chars[1:] != 0)
+    pairs = np.unique(chars[:-1][is_pair].astype(np.uint64) << 32 | chars[1:][is_pair])  # numbers sort fast
+    return np.stack((pairs >> 32, pairs & 0xFFFFFFFF), axis=1).astype(np.uint32)
 
 
 class NativeEncoder(Encoder):
@@ -124,6 +125,7 @@ class NativeEncoder(Encoder):
         if not self._kernel:
             raise MemoryError("no memory for the tokenizer's tables")
         weakref.finalize(self, library.kernel_free, self._kernel)
+        self._spare_bytes = bytes(ctypes.c_int64.in_dll(library, "kernel_spare_bytes").value)
         self._num_spare_ids = ctypes.c_int64.in_dll(library, "kernel_spare_ids").value
         copy_facts(reference, self)
 
@@ -136,9 +138,9 @@ class NativeEncoder(Encoder):
         encoded = [text.encode() for text in texts]
         lengths_bytes = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
         starts = np.concatenate((np.zeros(1, dtype=np.int64), np.cumsum(lengths_bytes)))
-        joined = b"".join(encoded)
+        joined = b"".join([*encoded, self._spare_bytes])
         del encoded
-        ids = self._reserve_ids(len(joined) + self._num_spare_ids)  # a token has at least one byte
+        ids = self._reserve_ids(int(starts[-1]) + self._num_spare_ids)  # a token has at least one byte
         num_ids = np.empty(len(texts), dtype=np.int64)
         count = self._library.kernel_encode(
             self._kernel, joined, starts.ctypes.data, len(texts), ids.ctypes.data, num_ids.ctypes.data
@@ -165,8 +167,7 @@ def _list_arguments(tables: KernelTables) -> list[ctypes.c_void_p | ctypes.c_int
     groups = (
         ((tables.chars, tables.char_pieces), len(tables.chars)),
         ((tables.char_pairs,), len(tables.char_pairs)),
-        ((tables.lefts, tables.rights, tables.merged), len(tables.lefts)),
-        ((tables.rank_of_piece,), len(tables.rank_of_piece)),
+        ((tables.lefts, tables.rights, tables.merged, tables.rank_of_piece), len(tables.lefts)),
         (
             (tables.byte_pieces, tables.symbol_bytes, tables.symbol_starts, tables.symbol_pieces),
             len(tables.symbol_pieces),

@@ -26,12 +26,12 @@ pytestmark = needs_shared_data
 @pytest.fixture(scope="module", params=[(name, kind) for name in MODEL_NAMES for kind in ("native", "fastokens")])
 def choice(request) -> EncoderChoice:
     name, kind = request.param
-    return select_encoder(SHARED_DATA / "tokenizer" / f"{name}.model", kinds=(kind,))
+    return select_encoder(load_encoder(SHARED_DATA / "tokenizer" / f"{name}.model"), kinds=(kind,))
 
 
 @pytest.fixture(scope="module")
 def hammerllm() -> Encoder:
-    return select_encoder(SHARED_DATA / "tokenizer" / "hammerllm.model").load()
+    return select_encoder(load_encoder(SHARED_DATA / "tokenizer" / "hammerllm.model")).load()
 
 
 @pytest.fixture(scope="module")

@@ -105,7 +105,7 @@ def test_hf_folder_may_take_special_tokens_in_text_for_text(hf_folder: Path, tmp
     assert encoder.encode(text).tolist() == reference.encode(text, add_special_tokens=False)
     assert encoder.encode(text).tolist() != as_before.encode(text).tolist()
     assert encoder.sha256 != as_before.sha256
-    choice = select_encoder(tmp_path / "hf")
+    choice = select_encoder(load_encoder(tmp_path / "hf"))
     assert choice.warning is None
     assert choice.load().encode(text).tolist() == encoder.encode(text).tolist()
 

@@ -41,7 +41,7 @@ def assert_same_ids(encoder, reference, texts):
 def test_the_fast_encoder_is_chosen_and_exact(tmp_path, name, kind):
     path = train_model(tmp_path / "a.model", **MODEL_OPTIONS[name])
     kinds = (kind, "fastokens")
-    choice = pickle.loads(pickle.dumps(select_encoder(path, TOY_TEXTS, kinds)))
+    choice = pickle.loads(pickle.dumps(select_encoder(load_encoder(path), TOY_TEXTS, kinds)))
     assert choice.warning is None
     is_native = kind == "native" and name != "no byte fallback"
     assert (choice.tables is not None, choice.definition is not None) == (is_native, not is_native)
@@ -63,7 +63,7 @@ def test_the_fast_encoder_is_chosen_and_exact(tmp_path, name, kind):
 )
 def test_other_models_are_left_to_the_reference_with_a_warning(tmp_path, name, reason):
     path = train_model(tmp_path / "a.model", **MODEL_OPTIONS[name])
-    choice = select_encoder(path)
+    choice = select_encoder(load_encoder(path))
     assert choice.warning is not None
     assert choice.warning.startswith(f"{path}: tokenizer {reason}")
     assert choice.warning.endswith(". The reference encodes instead, exactly but slower.")
@@ -71,7 +71,7 @@ def test_other_models_are_left_to_the_reference_with_a_warning(tmp_path, name, r
 
 
 def test_facts_and_decoding_are_the_references(symbols_path):
-    encoder, reference = select_encoder(symbols_path).load(), load_encoder(symbols_path)
+    encoder, reference = select_encoder(load_encoder(symbols_path)).load(), load_encoder(symbols_path)
     for name in ("path", "sha256", "vocab_size", "bos_id", "eod_id"):
         assert getattr(encoder, name) == getattr(reference, name)
     assert encoder.decode(encoder.encode("the 花落 dog")) == "the 花落 dog"
@@ -82,7 +82,7 @@ def test_facts_and_decoding_are_the_references(symbols_path):
 
 def test_long_texts_go_in_parts_and_keep_their_place(symbols_path):
     reference = load_encoder(symbols_path)
-    choice = select_encoder(symbols_path, kinds=("fastokens",))
+    choice = select_encoder(load_encoder(symbols_path), kinds=("fastokens",))
     assert choice.cutter is not None
     texts = ["", "x" * 3000, *TOY_TEXTS, "", TOY_TEXTS[2] * 50]
     assert_same_ids(PartwiseEncoder(reference, choice.cutter, max_part_chars=40), reference, texts)
@@ -117,7 +117,7 @@ def test_twin_a_wrong_encoder_is_noticed_at_start_up(symbols_path, monkeypatch, 
         return json.dumps(definition).encode()
 
     monkeypatch.setattr(fast_encoder, "define_plain_tokenizer", define_wrongly)
-    choice = select_encoder(symbols_path, kinds=("fastokens",))
+    choice = select_encoder(load_encoder(symbols_path), kinds=("fastokens",))
     assert choice.definition is None
     assert choice.warning is not None
     assert "is encoded otherwise by the fast encoder near" in choice.warning
@@ -133,7 +133,7 @@ def test_twin_what_only_the_corpus_shows_is_noticed_too(symbols_path):
         def encode(self, text):
             return super().encode(text.replace("zebra", "horse"))
 
-    wrong = WrongOnOneWord(reference, select_encoder(symbols_path, kinds=("fastokens",)).definition)
+    wrong = WrongOnOneWord(reference, select_encoder(load_encoder(symbols_path), kinds=("fastokens",)).definition)
     assert find_difference(wrong, reference, ["a horse"]) is None
     assert find_difference(wrong, reference, ["a horse", "a zebra"]) == (
         "is encoded otherwise by the fast encoder near 'a zebr'"
@@ -158,7 +158,7 @@ def write_byte_level_tokenizer(folder: Path) -> Path:
 
 
 def test_a_byte_level_tokenizer_json_is_encoded_fast(tmp_path):
-    choice = select_encoder(write_byte_level_tokenizer(tmp_path))
+    choice = select_encoder(load_encoder(write_byte_level_tokenizer(tmp_path)))
     assert choice.warning is None
     reference = load_encoder(tmp_path)
     assert isinstance(reference, HuggingFaceEncoder)
@@ -170,6 +170,6 @@ def test_a_tokenizer_json_that_the_fast_encoder_does_not_know_is_left_to_the_ref
     tokenizers.Tokenizer(tokenizers.models.WordLevel({"the": 0, "[UNK]": 1}, unk_token="[UNK]")).save(
         str(tmp_path / "tokenizer.json")
     )
-    choice = select_encoder(tmp_path)
+    choice = select_encoder(load_encoder(tmp_path))
     assert choice.warning is not None
     assert choice.load().encode("the").tolist() == [0]

@@ -42,7 +42,7 @@ def test_without_a_compiler_another_encoder_does_the_work(symbols_path, tmp_path
     native_encoder.load_kernel.cache_clear()
     try:
         assert compile_kernel() is None
-        choice = select_encoder(symbols_path)
+        choice = select_encoder(load_encoder(symbols_path))
         assert (choice.tables, choice.warning) == (None, None)
         assert choice.definition is not None
         with pytest.raises(PlatformError, match=r"the kernel must be compiled, got none\. Install a C compiler\."):
@@ -107,7 +107,7 @@ def test_twin_a_wrong_kernel_is_noticed_at_start_up(symbols_path, monkeypatch):
         return tables
 
     monkeypatch.setattr(fast_encoder, "build_tables", build_wrongly)
-    choice = select_encoder(symbols_path, kinds=("native",))
+    choice = select_encoder(load_encoder(symbols_path), kinds=("native",))
     assert choice.tables is None
     assert choice.warning is not None
     assert "is encoded otherwise by the fast encoder near" in choice.warning
