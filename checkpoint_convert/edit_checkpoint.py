@@ -1,0 +1,247 @@
+#!/usr/bin/env python3
+"""Edit a Megatron torch_dist checkpoint on a CPU, without training, a process group or megatron.
+
+reshard: another TP/PP/VPP/EP layout, weights and optimizer bit for bit; training resumes from it with --load.
+average: the mean of several checkpoints' weights.
+resize-vocab: more or fewer tokens, or those of an extended tokenizer.
+weights-only: no optimizer, random states or schedule.
+upcycle: a dense model as a mixture of experts that computes the same function.
+
+The result is read back and compared before it gets its name; an interrupted edit leaves nothing that loads.
+"""
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from megatron_hammer.checkpoint.surgery.average import average
+from megatron_hammer.checkpoint.surgery.reshard import TargetLayout, reshard
+from megatron_hammer.checkpoint.surgery.upcycle import ExpertShape, upcycle
+from megatron_hammer.checkpoint.surgery.vocab_resize import NewVocabulary, resize_vocabulary
+from megatron_hammer.checkpoint.surgery.weights_only import keep_weights
+from megatron_hammer.errors import ConfigError, exit_on_interrupt, exit_on_user_error
+
+OnTensor = Callable[[str, int, int], None]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_reshard(commands)
+    add_average(commands)
+    add_resize_vocab(commands)
+    add_command(commands, "weights-only", run_weights_only, "drop everything but the weights")
+    add_upcycle(commands)
+    return parser.parse_args()
+
+
+def add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace, OnTensor], str], text: str, *, has_load: bool = True
+) -> argparse.ArgumentParser:
+    """A subcommand that reads one checkpoint and writes another."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(run=run)
+    if has_load:
+        parser.add_argument(
+            "--load", type=Path, required=True, help="directory that training saved into, or one iteration"
+        )
+        parser.add_argument("--iteration", type=int, help="which one to read (the latest)")
+    parser.add_argument("--save", type=Path, required=True, help="directory to write, as for training's --load")
+    parser.add_argument("--overwrite", action="store_true", help="replace what --save holds of the same iteration")
+    return parser
+
+
+def add_reshard(commands: Any) -> None:
+    parser = add_command(commands, "reshard", run_reshard, "another layout, weights and optimizer bit for bit")
+    for flag, text in (
+        ("tensor-model-parallel-size", "ranks that share every matrix"),
+        ("pipeline-model-parallel-size", "pipeline stages"),
+        ("num-virtual-stages-per-pipeline-rank", "chunks a stage, with interleaving"),
+        ("expert-model-parallel-size", "ranks that share the experts"),
+        ("expert-tensor-parallel-size", "ranks that share every expert's matrices"),
+        ("decoder-first-pipeline-num-layers", "layers of the first stage, where stages are uneven"),
+        ("decoder-last-pipeline-num-layers", "layers of the last stage, where stages are uneven"),
+    ):
+        parser.add_argument(f"--{flag}", type=int, help=f"{text} (the checkpoint's)")
+
+
+def add_average(commands: Any) -> None:
+    parser = add_command(commands, "average", run_average, "the mean of several checkpoints' weights", has_load=False)
+    parser.add_argument("checkpoints", type=Path, nargs="+", help="directories of --save, or iterations of them")
+    parser.add_argument("--weights", help="one number a checkpoint, with commas between them (all equal)")
+
+
+def add_resize_vocab(commands: Any) -> None:
+    parser = add_command(commands, "resize-vocab", run_resize_vocab, "another number of tokens")
+    parser.add_argument("--vocab-size", type=int, help="tokens, without padding (the new tokenizer's)")
+    parser.add_argument(
+        "--tokenizer-model",
+        type=Path,
+        help="extended tokenizer: a new piece's row is the mean of the old pieces' that spell it",
+    )
+    parser.add_argument("--old-tokenizer-model", type=Path, help="the model's own tokenizer (the checkpoint's)")
+
+
+def add_upcycle(commands: Any) -> None:
+    parser = add_command(commands, "upcycle", run_upcycle, "a dense model as a mixture of experts")
+    parser.add_argument("--num-experts", type=int, required=True, help="experts in every layer")
+    parser.add_argument("--moe-router-topk", type=int, required=True, help="experts that a token goes through")
+    parser.add_argument(
+        "--moe-upcycling-granularity", type=int, default=1, help="slices to cut the dense MLP into (%(default)s)"
+    )
+    parser.add_argument(
+        "--moe-router-pre-softmax",
+        action="store_true",
+        help="softmax over all experts before the top k; the function is then not exactly the dense one",
+    )
+    parser.add_argument(
+        "--router-init-std", type=float, help="of the router's random rows (the model's init_method_std)"
+    )
+    parser.add_argument("--seed", type=int, default=1234, help="of the router's random rows (%(default)s)")
+
+
+@exit_on_interrupt("nothing was written")
+@exit_on_user_error
+def main() -> None:
+    arguments = parse_arguments()
+    signal.signal(signal.SIGTERM, _raise_interrupt)
+    print(run_with_progress(arguments))
+
+
+def _raise_interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def run_with_progress(arguments: argparse.Namespace) -> str:
+    """Run the subcommand with a live line on the terminal's stderr; where stderr is a file, it stays silent."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(f"{stage} tensors", total=total)
+            bar.update(tasks[stage], completed=done)
+
+        summary: str = arguments.run(arguments, show)
+    return summary
+
+
+def run_reshard(arguments: argparse.Namespace, on_tensor: OnTensor) -> str:
+    target = TargetLayout(**{name: getattr(arguments, name) for name in TargetLayout.__dataclass_fields__})
+    report = reshard(
+        arguments.load,
+        arguments.save,
+        target,
+        iteration=arguments.iteration,
+        overwrite=arguments.overwrite,
+        on_tensor=on_tensor,
+    )
+    for note in report.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return (
+        f"{report.save_dir}: {name_iteration(report.iteration)} from {report.layout_before} to {report.layout}; "
+        f"{report.num_weights} weights and {report.num_optimizer_tensors} optimizer tensors in and out, all read back "
+        f"equal; {report.num_bytes:,} bytes; {report.elapsed_s:.1f} s"
+    )
+
+
+def run_average(arguments: argparse.Namespace, on_tensor: OnTensor) -> str:
+    weights = parse_numbers(arguments.weights) if arguments.weights is not None else None
+    report = average(
+        arguments.checkpoints, arguments.save, weights=weights, overwrite=arguments.overwrite, on_tensor=on_tensor
+    )
+    for path, share in report.sources:
+        print(f"note: {share:.6f} x {path}", file=sys.stderr)
+    return (
+        f"{report.save_dir}: mean of {len(report.sources)} checkpoints; {report.num_weights} weights out "
+        f"({report.num_parameters:,} numbers), all recomputed equal, no optimizer; {report.elapsed_s:.1f} s"
+    )
+
+
+def parse_numbers(text: str) -> list[float]:
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"weights: must be numbers with commas between them, got {text}. Pass --weights 0.5,0.3,0.2."
+        ) from None
+
+
+def run_resize_vocab(arguments: argparse.Namespace, on_tensor: OnTensor) -> str:
+    vocabulary = NewVocabulary(
+        vocab_size=arguments.vocab_size,
+        old_tokenizer_path=arguments.old_tokenizer_model,
+        new_tokenizer_path=arguments.tokenizer_model,
+    )
+    report = resize_vocabulary(
+        arguments.load,
+        arguments.save,
+        vocabulary,
+        iteration=arguments.iteration,
+        overwrite=arguments.overwrite,
+        on_tensor=on_tensor,
+    )
+    num_dropped = max(0, report.num_tokens_before - report.num_tokens)
+    return (
+        f"{report.save_dir}: {name_iteration(report.iteration)} with {report.num_tokens:,} tokens (was "
+        f"{report.num_tokens_before:,}), padded to {report.num_padded_rows:,} (was "
+        f"{report.num_padded_rows_before:,}); {report.num_new_rows:,} new rows, {report.num_spelled:,} of them spelled "
+        f"by old pieces, {num_dropped:,} dropped; {' and '.join(report.resized)} resized, "
+        f"{report.num_copied_tensors} tensors copied, all read back equal; {report.elapsed_s:.1f} s"
+    )
+
+
+def run_weights_only(arguments: argparse.Namespace, on_tensor: OnTensor) -> str:
+    report = keep_weights(
+        arguments.load,
+        arguments.save,
+        iteration=arguments.iteration,
+        overwrite=arguments.overwrite,
+        on_tensor=on_tensor,
+    )
+    return (
+        f"{report.save_dir}: release of iteration {report.iteration}; {report.num_weights} weights kept and read back "
+        f"equal, {report.num_dropped_tensors} optimizer tensors and {report.num_dropped_objects} states of the run "
+        f"dropped; {report.num_bytes_before:,} bytes before, {report.num_bytes:,} after; {report.elapsed_s:.1f} s"
+    )
+
+
+def run_upcycle(arguments: argparse.Namespace, on_tensor: OnTensor) -> str:
+    shape = ExpertShape(
+        num_experts=arguments.num_experts,
+        router_topk=arguments.moe_router_topk,
+        granularity=arguments.moe_upcycling_granularity,
+        has_pre_softmax=arguments.moe_router_pre_softmax,
+        router_std=arguments.router_init_std,
+        seed=arguments.seed,
+    )
+    report = upcycle(
+        arguments.load,
+        arguments.save,
+        shape,
+        iteration=arguments.iteration,
+        overwrite=arguments.overwrite,
+        on_tensor=on_tensor,
+    )
+    function = "the dense function up to rounding" if report.is_exact else "near the dense function, not equal to it"
+    return (
+        f"{report.save_dir}: release of iteration {report.iteration} with {report.num_experts} experts of width "
+        f"{report.expert_ffn_hidden_size}, {function}; {report.num_parameters_before:,} numbers in, "
+        f"{report.num_parameters:,} out, all recomputed equal, no optimizer; {report.elapsed_s:.1f} s"
+    )
+
+
+def name_iteration(iteration: int | None) -> str:
+    return "release" if iteration is None else f"iteration {iteration}"
+
+
+if __name__ == "__main__":
+    main()

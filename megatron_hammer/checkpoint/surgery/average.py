@@ -1,0 +1,180 @@
+"""The mean of several checkpoints' weights, as a release without an optimizer.
+
+Each element is (w1*x1 + w2*x2 + ...) / (w1 + w2 + ...), computed in fp32 in the order given: a product, a sum and at
+the end a quotient, each rounded once; the result is rounded once more to the weights' dtype. With equal weights no
+product is rounded, and the mean of a checkpoint with itself is that checkpoint.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_hammer.checkpoint.surgery.rewriting import (
+    OnTensor,
+    PlannedCheckpoint,
+    PlannedTensor,
+    copy_objects,
+    write_planned_checkpoint,
+)
+from megatron_hammer.checkpoint.surgery.source import TrainingCheckpoint, open_training_checkpoint
+from megatron_hammer.checkpoint.surgery.weights_only import build_release_state
+from megatron_hammer.errors import ConversionError
+
+# What the weights mean; two models that differ in one of these are not the same function of their tensors.
+_MODEL_ARGUMENTS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "group_query_attention",
+    "num_query_groups",
+    "kv_channels",
+    "vocab_size",
+    "padded_vocab_size",
+    "max_position_embeddings",
+    "normalization",
+    "layernorm_epsilon",
+    "swiglu",
+    "position_embedding_type",
+    "rotary_base",
+    "rotary_percent",
+    "use_rope_scaling",
+    "rope_scaling_factor",
+    "qk_layernorm",
+    "add_bias_linear",
+    "add_qkv_bias",
+    "untie_embeddings_and_output_weights",
+    "embedding_norm",
+    "num_experts",
+    "moe_router_topk",
+    "moe_router_pre_softmax",
+    "moe_router_topk_scaling_factor",
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+    "moe_shared_expert_gate",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AverageReport:
+    """What was written. sources: the folders and their weights, which sum to 1."""
+
+    save_dir: Path
+    sources: tuple[tuple[Path, float], ...]
+    num_weights: int
+    num_parameters: int
+    elapsed_s: float
+
+
+def average(
+    load_dirs: Sequence[Path],
+    save_dir: Path,
+    *,
+    weights: Sequence[float] | None = None,
+    overwrite: bool = False,
+    on_tensor: OnTensor = lambda stage, done, total: None,
+) -> AverageReport:
+    """Write `save_dir/release` with the mean, complete and recomputed, or nothing.
+
+    load_dirs: folders given to --save (their latest iteration) or iterations of one. weights: one each (all equal).
+    Raises ConversionError for weights that make no mean, and one sentence for every difference between the models.
+    """
+    started_at_s = time.monotonic()
+    shares = _validate_weights(load_dirs, weights)
+    checkpoints = [open_training_checkpoint(path) for path in load_dirs]
+    _validate_same_model(checkpoints)
+    first = checkpoints[0]
+    planned = PlannedCheckpoint(
+        tensors=[_plan_mean(checkpoints, shares, key) for key in first.model],
+        objects=copy_objects(first, first.list_model_objects()),
+        common_state=build_release_state(first),
+        iteration=None,
+    )
+    write_planned_checkpoint(save_dir, planned, on_tensor, sources=checkpoints, overwrite=overwrite)
+    return AverageReport(
+        save_dir=save_dir,
+        sources=tuple(
+            (checkpoint.directory, share / math.fsum(shares))
+            for checkpoint, share in zip(checkpoints, shares, strict=True)
+        ),
+        num_weights=len(first.model),
+        num_parameters=sum(math.prod(stored.shape) for stored in first.model.values()),
+        elapsed_s=time.monotonic() - started_at_s,
+    )
+
+
+def mean_of(parts: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    """The weighted mean in the dtype of `parts`, as this module's docstring defines it."""
+    total = torch.zeros(parts[0].shape, dtype=torch.float32)
+    for part, share in zip(parts, shares, strict=True):
+        total += part.float() * share
+    return (total / math.fsum(shares)).to(parts[0].dtype)
+
+
+def _plan_mean(checkpoints: Sequence[TrainingCheckpoint], shares: Sequence[float], key: str) -> PlannedTensor:
+    stored = checkpoints[0].model[key]
+
+    def read(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+        return mean_of([checkpoint.store.read(key, offsets, sizes) for checkpoint in checkpoints], shares)
+
+    return PlannedTensor(
+        key=key,
+        shape=stored.shape,
+        dtype=stored.dtype,
+        boxes=[(chunk.offsets, chunk.sizes) for chunk in stored.chunks],
+        read=read,
+    )
+
+
+def _validate_weights(load_dirs: Sequence[Path], weights: Sequence[float] | None) -> tuple[float, ...]:
+    if len(load_dirs) < 2:
+        raise ConversionError(f"checkpoints: must be at least two, got {len(load_dirs)}. Name another.")
+    if weights is None:
+        return (1.0,) * len(load_dirs)
+    if len(weights) != len(load_dirs):
+        raise ConversionError(
+            f"weights: must be one for each checkpoint, got {len(weights)} for {len(load_dirs)} checkpoints. "
+            "Pass as many."
+        )
+    if not all(math.isfinite(weight) for weight in weights) or not math.fsum(weights) > 0:
+        raise ConversionError(
+            f"weights: must be finite numbers with a positive sum, got {', '.join(map(str, weights))}. Change them."
+        )
+    return tuple(weights)
+
+
+def _validate_same_model(checkpoints: Sequence[TrainingCheckpoint]) -> None:
+    """Every difference of an argument, a name, a shape or a dtype is one sentence."""
+    first = checkpoints[0]
+    problems = []
+    for other in checkpoints[1:]:
+        where = f"in {other.directory}, unlike {first.directory}"
+        for name in _MODEL_ARGUMENTS:
+            before, now = _argument(first, name), _argument(other, name)
+            if before != now:
+                problems.append(
+                    f"{name}: must be the same in all checkpoints, got {now} {where}: {before}. Leave it out."
+                )
+        for key in sorted(first.model.keys() | other.model.keys()):
+            before, now = _describe(first, key), _describe(other, key)
+            if before != now:
+                problems.append(
+                    f"{key}: must be the same in all checkpoints, got {now} {where}: {before}. Leave it out."
+                )
+    if problems:
+        raise ConversionError(*problems)
+
+
+def _argument(checkpoint: TrainingCheckpoint, name: str) -> Any:
+    return getattr(checkpoint.args, name, None) or None  # False, 0 and absent mean the same
+
+
+def _describe(checkpoint: TrainingCheckpoint, key: str) -> str:
+    stored = checkpoint.model.get(key)
+    return "no such tensor" if stored is None else f"{stored.shape} {stored.dtype}"

@@ -1,0 +1,143 @@
+"""Writes an edited checkpoint box by box, reads it back, and only then gives it its name.
+
+An edit is a plan: every tensor with its boxes and a function that computes any box of it from the source. So the same
+computation writes and verifies, peak memory is that of one box, and nothing depends on which edit it is.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_hammer.checkpoint.surgery.source import TrainingCheckpoint
+from megatron_hammer.checkpoint.torch_dist_store import Box, StoredGlobal, TorchDistStore
+from megatron_hammer.checkpoint.writer import open_checkpoint_writer
+from megatron_hammer.errors import ConversionError
+
+ReadBox = Callable[[tuple[int, ...], tuple[int, ...]], Tensor]
+OnTensor = Callable[[str, int, int], None]  # stage, done, total
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedTensor:
+    """A tensor to be written. read: any of its boxes; called once to write it and once to verify it."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    boxes: Sequence[Box]
+    read: ReadBox
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedCheckpoint:
+    """Everything that the edited checkpoint holds. objects: the raw bytes of what is no tensor, read when needed.
+
+    iteration: None for a release.
+    """
+
+    tensors: Sequence[PlannedTensor]
+    objects: Mapping[str, Callable[[], bytes]]
+    common_state: dict[str, Any]
+    iteration: int | None
+
+
+def plan_copy(
+    checkpoint: TrainingCheckpoint, key: str, boxes: Sequence[Box] | None = None, *, written_as: str | None = None
+) -> PlannedTensor:
+    """A tensor as it is, in other boxes or in its own."""
+    stored: StoredGlobal = checkpoint.store.tensors[key]
+    return PlannedTensor(
+        key=written_as or key,
+        shape=stored.shape,
+        dtype=stored.dtype,
+        boxes=[(chunk.offsets, chunk.sizes) for chunk in stored.chunks] if boxes is None else boxes,
+        read=lambda offsets, sizes: checkpoint.store.read(key, offsets, sizes),
+    )
+
+
+def copy_objects(checkpoint: TrainingCheckpoint, keys: Sequence[str]) -> dict[str, Callable[[], bytes]]:
+    """What is no tensor is never opened: its bytes are copied."""
+    return {key: functools.partial(checkpoint.store.read_object_bytes, key) for key in keys}
+
+
+def write_planned_checkpoint(
+    save_dir: Path,
+    planned: PlannedCheckpoint,
+    on_tensor: OnTensor = lambda stage, done, total: None,
+    *,
+    sources: Sequence[TrainingCheckpoint],
+    overwrite: bool = False,
+) -> None:
+    """Write `save_dir/iter_N` (or release) and the tracker file, complete and read back, or nothing.
+
+    Raises ConversionError if the target is taken or one of `sources`, if a tensor holds NaN or infinity, or does not
+    read back equal.
+    """
+    _validate_not_source(save_dir, planned, sources)
+    with open_checkpoint_writer(save_dir, iteration=planned.iteration, overwrite=overwrite) as writer:
+        not_finite = []
+        for number, tensor in enumerate(planned.tensors, start=1):
+            writer.declare(tensor.key, tensor.shape, tensor.dtype)
+            is_finite = True
+            for offsets, sizes in tensor.boxes:
+                part = tensor.read(offsets, sizes).contiguous()
+                is_finite = is_finite and bool(torch.isfinite(part).all())
+                writer.write_chunk(tensor.key, offsets, part)
+            if not is_finite:
+                not_finite.append(tensor.key)
+            on_tensor("writing", number, len(planned.tensors))
+        if not_finite:
+            raise ConversionError(
+                *(f"{key}: values must be finite, got NaN or infinity. Use an earlier iteration." for key in not_finite)
+            )
+        for key, read_bytes in planned.objects.items():
+            writer.write_object_bytes(key, read_bytes())
+        writer.commit(planned.common_state)
+        _verify(writer.directory, planned, on_tensor)
+
+
+def _validate_not_source(save_dir: Path, planned: PlannedCheckpoint, sources: Sequence[TrainingCheckpoint]) -> None:
+    name = "release" if planned.iteration is None else f"iter_{planned.iteration:07d}"
+    target = (save_dir / name).resolve()
+    if any(checkpoint.directory.resolve() == target for checkpoint in sources):
+        raise ConversionError(
+            f"{save_dir}: target must be another folder than the checkpoint that is read, got --save {save_dir}. "
+            "Choose another."
+        )
+
+
+def _verify(directory: Path, planned: PlannedCheckpoint, on_tensor: OnTensor) -> None:
+    """Open what was written as any reader would, and compare every box bit for bit."""
+    store = TorchDistStore(directory)
+    store.validate()
+    different = [key for key, read_bytes in planned.objects.items() if store.read_object_bytes(key) != read_bytes()]
+    different += sorted(store.tensors.keys() ^ {tensor.key for tensor in planned.tensors})
+    for number, tensor in enumerate(planned.tensors, start=1):
+        if not all(is_same_bits(store.read(tensor.key, *box), tensor.read(*box)) for box in tensor.boxes):
+            different.append(tensor.key)
+        on_tensor("verifying", number, len(planned.tensors))
+    if different:
+        raise ConversionError(
+            *(
+                f"{key}: what was written must read back equal, got a difference. "
+                "Check the disk; if it is sound, this is a defect of the tool."
+                for key in different
+            )
+        )
+
+
+def is_same_bits(first: Tensor, second: Tensor) -> bool:
+    """Whether shape, dtype and every bit agree (-0.0 is not 0.0)."""
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    return torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))

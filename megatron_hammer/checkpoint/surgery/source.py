@@ -1,0 +1,136 @@
+"""A checkpoint that is about to be edited: everything in it, the optimizer's tensors and the training loop's too.
+
+`reader.py` shows a model by the names of its layers; surgery keeps megatron's own keys, so that what is not edited is
+copied as it lies.
+"""
+
+import copy
+import re
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_hammer.checkpoint.reader import find_iteration
+from megatron_hammer.checkpoint.torch_dist_store import StoredGlobal, TorchDistStore
+from megatron_hammer.errors import CheckpointError
+
+RNG_PREFIX = "rng_state/"
+RERUN_PREFIX = "rerun_state_machine_state/"
+VOCABULARY_KEYS = ("embedding.word_embeddings.weight", "output_layer.weight")
+RELEASE = "release"
+_OPTIMIZER_PREFIX = re.compile(r"^optimizer\.state\.([^.]+)\.")
+_CHAINED_PREFIX = re.compile(r"^(chained_\d+\.)?optimizer\.|^chained_\d+\.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingCheckpoint:
+    """One iteration, opened. model: the parameters by key. optimizer: its tensors by key; empty without one.
+
+    iteration: None for a release, which training starts from at step 0 with a fresh optimizer.
+    """
+
+    store: TorchDistStore
+    model: dict[str, StoredGlobal]
+    optimizer: dict[str, StoredGlobal]
+    iteration: int | None
+
+    @property
+    def directory(self) -> Path:
+        return self.store.directory
+
+    @property
+    def args(self) -> Any:
+        return self.store.common_state["args"]
+
+    def copy_common_state(self) -> dict[str, Any]:
+        """A deep copy, whose arguments may be changed."""
+        state = copy.deepcopy(self.store.common_state)
+        state["args"] = Namespace(**vars(state["args"]))
+        return state
+
+    def list_objects(self, *prefixes: str) -> list[str]:
+        """Keys of what is no tensor and begins so."""
+        return [key for key in self.store.objects if key.startswith(prefixes)]
+
+    def list_model_objects(self) -> list[str]:
+        """What layers keep beside their parameters (megatron's `_extra_state`)."""
+        return [key for key in self.store.objects if "_extra_state" in key]
+
+
+def open_training_checkpoint(path: Path, *, iteration: int | None = None) -> TrainingCheckpoint:
+    """Open what --save wrote (the latest or the given iteration), or one iteration of it.
+
+    Raises CheckpointError if it is missing, incomplete, of another format, or mixed from two iterations.
+    """
+    directory = find_iteration(path, iteration)
+    if list(directory.glob("mp_rank_*")):
+        raise CheckpointError(
+            f"{directory}: format must be torch_dist, got a legacy checkpoint of mp_rank_* files. "
+            "Load it in training with --auto-detect-ckpt-format and save it with --ckpt-format torch_dist."
+        )
+    store = TorchDistStore(directory)
+    store.validate()
+    state = store.common_state
+    if "args" not in state or "iteration" not in state:
+        raise CheckpointError(
+            f"{directory}: common state must hold args and iteration, got {sorted(state)}. "
+            "Pass a checkpoint that Megatron's training loop saved."
+        )
+    named = re.fullmatch(r"iter_(\d+)", directory.name)
+    if named and int(named[1]) != state["iteration"]:
+        raise CheckpointError(
+            f"{directory}: state must be of iteration {int(named[1])}, got iteration={state['iteration']}. "
+            "Files of two checkpoints are mixed; copy it again."
+        )
+    tensors = {key: stored for key, stored in store.tensors.items() if "_extra_state" not in key}
+    return TrainingCheckpoint(
+        store=store,
+        model={key: stored for key, stored in tensors.items() if not is_optimizer_key(key)},
+        optimizer={key: stored for key, stored in tensors.items() if is_optimizer_key(key)},
+        iteration=None if directory.name == RELEASE else state["iteration"],
+    )
+
+
+def is_optimizer_key(key: str) -> bool:
+    return _CHAINED_PREFIX.match(key) is not None
+
+
+def split_optimizer_key(key: str) -> tuple[str, str] | None:
+    """(kind of state, key of its parameter), as `optimizer.state.exp_avg.<key>`; None for another form of state."""
+    match = _OPTIMIZER_PREFIX.match(key)
+    return (match[1], key[match.end() :]) if match else None
+
+
+def parameter_key(key: str) -> str:
+    """The parameter that a tensor belongs to: the key itself, or what the optimizer keeps state of."""
+    parts = split_optimizer_key(key)
+    return parts[1] if parts else key
+
+
+def require_reshardable_optimizer(checkpoint: TrainingCheckpoint, *, remedy: str) -> None:
+    """Raise CheckpointError where the optimizer is not stored parameter by parameter, in the parameter's shape.
+
+    Megatron's `fully_reshardable` format is, and what it writes without the distributed optimizer.
+    """
+    metadata = checkpoint.store.common_state.get("content_metadata") or {}
+    sharding = metadata.get("distrib_optim_sharding_type", "fully_reshardable")
+    where = checkpoint.directory
+    problems = []
+    if sharding != "fully_reshardable" and not _has_no_optimizer(checkpoint):
+        problems.append(f"{where}: optimizer must be stored as fully_reshardable, got {sharding}. {remedy}")
+    else:
+        for key, stored in checkpoint.optimizer.items():
+            owner = checkpoint.model.get(parameter_key(key)) if split_optimizer_key(key) else None
+            if owner is None or owner.shape != stored.shape:
+                found = "no such parameter" if owner is None else f"{owner.shape}"
+                problems.append(
+                    f"{key}: optimizer state must have the shape of its parameter, got {stored.shape} for {found} in "
+                    f"{where}. {remedy}"
+                )
+    if problems:
+        raise CheckpointError(*problems)
+
+
+def _has_no_optimizer(checkpoint: TrainingCheckpoint) -> bool:
+    return not checkpoint.optimizer and not checkpoint.list_objects("optimizer.", "chained_")

@@ -1,0 +1,235 @@
+"""A checkpoint for another vocabulary: rows of the embedding and the head, in the weights and in the optimizer.
+
+New rows are the mean of all old ones, or, with the two tokenizers, the mean of the rows of the old pieces that spell a
+new piece (`resize_embeddings.py` does the same to Hugging Face folders). Where the optimizer keeps fp32 weights, the
+mean is taken of those, and the model's row is that mean rounded. New rows have no gradient history: their moments are
+zero. Padding behind the tokens is zero everywhere.
+"""
+
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_hammer.checkpoint.resize_embeddings import MAX_PADDING_ROWS, mean_rows
+from megatron_hammer.checkpoint.surgery.chunk_layout import layout_of
+from megatron_hammer.checkpoint.surgery.rewriting import (
+    OnTensor,
+    PlannedCheckpoint,
+    PlannedTensor,
+    copy_objects,
+    plan_copy,
+    write_planned_checkpoint,
+)
+from megatron_hammer.checkpoint.surgery.source import (
+    VOCABULARY_KEYS,
+    TrainingCheckpoint,
+    open_training_checkpoint,
+    parameter_key,
+    require_reshardable_optimizer,
+    split_optimizer_key,
+)
+from megatron_hammer.checkpoint.surgery.vocabulary import (
+    count_padded_rows,
+    is_vocabulary_key,
+    read_rows,
+    read_vocab_size,
+)
+from megatron_hammer.errors import ConversionError
+
+_MASTER_KINDS = ("param", "fp32_param")  # of the distributed optimizer, and of mixed precision without it
+_BLOCK_ROWS = 4096
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NewVocabulary:
+    """What to make. vocab_size: tokens; None for as many as the new tokenizer has, or the model if that is more.
+
+    Tokenizers: both or none; the new one must have the old one's pieces under their ids.
+    """
+
+    vocab_size: int | None = None
+    old_tokenizer_path: Path | None = None
+    new_tokenizer_path: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VocabularyReport:
+    """What was written. num_spelled: new rows from the pieces that spell them; the others are the mean of all."""
+
+    save_dir: Path
+    iteration: int | None
+    num_tokens_before: int
+    num_tokens: int
+    num_padded_rows_before: int
+    num_padded_rows: int
+    num_new_rows: int
+    num_spelled: int
+    resized: tuple[str, ...]
+    num_copied_tensors: int
+    elapsed_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Rows:
+    """The rows of the new vocabulary: the first `num_kept` as they are, then one for each spelling.
+
+    spellings: old ids, of which the new row is the mean; empty for the mean of the `num_old` first rows.
+    """
+
+    num_old: int
+    num_kept: int
+    spellings: Sequence[list[int]]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_kept + len(self.spellings)
+
+
+def resize_vocabulary(
+    load_dir: Path,
+    save_dir: Path,
+    vocabulary: NewVocabulary,
+    *,
+    iteration: int | None = None,
+    overwrite: bool = False,
+    on_tensor: OnTensor = lambda stage, done, total: None,
+) -> VocabularyReport:
+    """Write `save_dir`, complete and read back, or nothing.
+
+    Raises ConversionError or CheckpointError for what cannot be resized, DataError if the tokenizers do not fit.
+    """
+    started_at_s = time.monotonic()
+    checkpoint = open_training_checkpoint(load_dir, iteration=iteration)
+    require_reshardable_optimizer(checkpoint, remedy="Drop the optimizer first, with the subcommand weights-only.")
+    num_tokens_before = read_vocab_size(checkpoint)
+    rows = _plan_rows(checkpoint, vocabulary, num_tokens_before)
+    state = checkpoint.copy_common_state()
+    args = state["args"]
+    rows_before = checkpoint.model[VOCABULARY_KEYS[0]].shape[0]
+    args.vocab_size = rows.num_tokens
+    args.padded_vocab_size = count_padded_rows(args)
+    if vocabulary.new_tokenizer_path is not None:
+        args.tokenizer_model = str(vocabulary.new_tokenizer_path.resolve())
+    keys = (*checkpoint.model, *checkpoint.optimizer)
+    planned = PlannedCheckpoint(
+        tensors=[
+            _plan_tensor(checkpoint, key, rows, args) if is_vocabulary_key(key) else plan_copy(checkpoint, key)
+            for key in keys
+        ],
+        objects=copy_objects(checkpoint, checkpoint.store.objects),
+        common_state=state,
+        iteration=checkpoint.iteration,
+    )
+    write_planned_checkpoint(save_dir, planned, on_tensor, sources=[checkpoint], overwrite=overwrite)
+    return VocabularyReport(
+        save_dir=save_dir,
+        iteration=checkpoint.iteration,
+        num_tokens_before=num_tokens_before,
+        num_tokens=rows.num_tokens,
+        num_padded_rows_before=rows_before,
+        num_padded_rows=args.padded_vocab_size,
+        num_new_rows=len(rows.spellings),
+        num_spelled=sum(bool(ids) for ids in rows.spellings),
+        resized=tuple(key for key in VOCABULARY_KEYS if key in checkpoint.model),
+        num_copied_tensors=sum(not is_vocabulary_key(key) for key in keys),
+        elapsed_s=time.monotonic() - started_at_s,
+    )
+
+
+def _plan_rows(checkpoint: TrainingCheckpoint, vocabulary: NewVocabulary, num_tokens: int) -> _Rows:
+    wanted = vocabulary.vocab_size
+    if vocabulary.new_tokenizer_path is None:
+        if wanted is None:
+            raise ConversionError("vocab-size: must be given where no new tokenizer is. Pass one of the two.")
+        if wanted < 1 or wanted == num_tokens:
+            raise ConversionError(
+                f"vocab-size: must be a positive number other than the model's, got vocab_size={wanted}, "
+                f"{num_tokens} in {checkpoint.directory}. Pass another."
+            )
+        return _Rows(
+            num_old=num_tokens, num_kept=min(num_tokens, wanted), spellings=[[] for _ in range(wanted - num_tokens)]
+        )
+    num_old, spellings = _spell(checkpoint, vocabulary, num_tokens)
+    num_new = wanted or max(num_tokens, num_old + len(spellings))
+    if num_new < num_old + len(spellings):
+        raise ConversionError(
+            f"vocab-size: must hold the new tokenizer's pieces, got vocab_size={num_new}, "
+            f"{num_old + len(spellings)} pieces in {vocabulary.new_tokenizer_path}. Leave it out, or pass a larger one."
+        )
+    # Rows of the model behind the old tokenizer's pieces stood for no token: new pieces take their place.
+    spellings += [[] for _ in range(num_new - num_old - len(spellings))]
+    return _Rows(num_old=num_old, num_kept=num_old, spellings=spellings)
+
+
+def _spell(checkpoint: TrainingCheckpoint, vocabulary: NewVocabulary, num_tokens: int) -> tuple[int, list[list[int]]]:
+    """(pieces of the old tokenizer, the old ids that spell each new piece)."""
+    from megatron_hammer.tokenizer.encoder import load_encoder
+    from megatron_hammer.tokenizer.extension import spell_new_pieces, validate_extension
+
+    saved = getattr(checkpoint.args, "tokenizer_model", None)
+    old_path = vocabulary.old_tokenizer_path or (Path(saved) if saved else None)
+    if old_path is None or vocabulary.new_tokenizer_path is None:
+        raise ConversionError(
+            "old-tokenizer-model: must be known to spell new pieces, got none in the checkpoint's arguments. "
+            "Pass --old-tokenizer-model."
+        )
+    old, new = load_encoder(old_path), load_encoder(vocabulary.new_tokenizer_path)
+    validate_extension(old, new)
+    if not 0 <= num_tokens - old.vocab_size <= MAX_PADDING_ROWS:
+        raise ConversionError(
+            f"{old.path}: old tokenizer must be the model's, with at most {MAX_PADDING_ROWS:,} rows of padding, got "
+            f"{old.vocab_size:,} pieces for vocab_size={num_tokens:,} in {checkpoint.directory}. "
+            "Pass the tokenizer that the model was trained with as --old-tokenizer-model."
+        )
+    return old.vocab_size, list(spell_new_pieces(old, new))
+
+
+def _plan_tensor(checkpoint: TrainingCheckpoint, key: str, rows: _Rows, args: Namespace) -> PlannedTensor:
+    stored = checkpoint.store.tensors[key]
+    shape = (args.padded_vocab_size, *stored.shape[1:])
+    built: list[Tensor] = []  # the new rows, between the first and the last of the boxes
+
+    def read(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+        first, last = offsets[0], offsets[0] + sizes[0]
+        box = read_rows(checkpoint, key, offsets, sizes, num_rows=rows.num_kept)
+        begin, end = max(first, rows.num_kept), min(last, rows.num_tokens)
+        if begin < end:
+            if not built:
+                built.append(_build_new_rows(checkpoint, key, rows))
+            box[begin - first : end - first] = built[0][begin - rows.num_kept : end - rows.num_kept]
+        if last == shape[0]:
+            built.clear()
+        return box
+
+    return PlannedTensor(key=key, shape=shape, dtype=stored.dtype, boxes=layout_of(args).cut(key, shape), read=read)
+
+
+def _build_new_rows(checkpoint: TrainingCheckpoint, key: str, rows: _Rows) -> Tensor:
+    """[new rows, h] in the tensor's dtype."""
+    dtype, hidden_size = checkpoint.store.tensors[key].dtype, checkpoint.store.tensors[key].shape[1]
+    parts = split_optimizer_key(key)
+    if parts and parts[0] not in _MASTER_KINDS:
+        return torch.zeros(len(rows.spellings), hidden_size, dtype=dtype)
+    masters = [f"optimizer.state.{kind}.{parameter_key(key)}" for kind in _MASTER_KINDS]
+    source = next((master for master in masters if master in checkpoint.optimizer), key)
+    old = checkpoint.store.read(source, (0, 0), (rows.num_old, hidden_size))
+    new = torch.empty(len(rows.spellings), hidden_size, dtype=old.dtype)
+    is_spelled = torch.tensor([bool(ids) for ids in rows.spellings], dtype=torch.bool)
+    if is_spelled.any():
+        new[is_spelled] = mean_rows(old, [ids for ids in rows.spellings if ids])
+    if not is_spelled.all():
+        new[~is_spelled] = mean_of_all(old)
+    return new.to(dtype)
+
+
+def mean_of_all(rows: Tensor) -> Tensor:
+    """The mean [h] of all rows [n, h], summed in fp64 block by block and rounded once to their dtype."""
+    total = torch.zeros(rows.shape[1], dtype=torch.float64)
+    for block in rows.split(_BLOCK_ROWS):
+        total += block.double().sum(dim=0)
+    return (total / max(rows.shape[0], 1)).to(rows.dtype)
