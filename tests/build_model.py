@@ -90,7 +90,10 @@ def build_model(namespace: Namespace) -> Any:
     from megatron_hammer.model.provider import HammerModelBuilder, build_model_config
 
     config = build_model_config(
-        gpt_config_from_args(namespace), backend="torch", has_embedding_norm=namespace.embedding_norm
+        gpt_config_from_args(namespace),
+        backend="torch",
+        has_embedding_norm=namespace.embedding_norm,
+        rope_scaling_factor=namespace.rope_scaling_factor,
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return HammerModelBuilder(config).build_model(groups, pre_process=True, post_process=True).eval()

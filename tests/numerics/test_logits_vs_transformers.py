@@ -20,6 +20,7 @@ from build_model import (
     read_arguments,
     single_rank,
 )
+from reference_model import compare, randomize, sample_tokens
 from safetensors.torch import load_file
 
 from megatron_hammer.checkpoint import mapping
@@ -27,13 +28,12 @@ from megatron_hammer.checkpoint.architecture import read_architecture
 from megatron_hammer.checkpoint.hf_config import build_config
 from megatron_hammer.checkpoint.layouts import merge_gate_up
 from megatron_hammer.checkpoint.mapping import Layout, select_family
-from megatron_hammer.preset_types import ModelPreset, MoeShape
+from megatron_hammer.preset_types import ModelPreset, MoeShape, RopeScaling
 from megatron_hammer.presets import PRESETS
 
 # Measured: at most 2e-5 on a layer's output and 1.1e-5 on the logits, both of a standard deviation near 1; the twins
 # differ by 0.1 to 10, the exact gelu in place of its approximation by 3e-4.
 TOLERANCE = 1e-4
-BATCH_SIZE, SEQ_LENGTH = 5, 37
 
 TOYS = {
     "llama grouped queries": TOY_LLAMA,
@@ -42,6 +42,12 @@ TOYS = {
     "llama tied": dataclasses.replace(TOY_LLAMA, has_tied_embeddings=True),
     "llama every bias": dataclasses.replace(TOY_LLAMA, has_linear_bias=True),
     "qwen2": dataclasses.replace(TOY_LLAMA, has_qkv_bias=True, norm_epsilon=1e-6),
+    "llama wide heads": dataclasses.replace(TOY_LLAMA, kv_channels=14),
+    "llama 3.2's rope": dataclasses.replace(
+        TOY_LLAMA, kv_channels=16, rotary_base=500_000, rope_scaling=RopeScaling(factor=32.0)
+    ),
+    "mistral, heads that do not divide the width": dataclasses.replace(TOY_LLAMA, hidden_size=100, kv_channels=10),
+    "qwen3": dataclasses.replace(TOY_LLAMA, has_qk_norm=True, kv_channels=14, norm_epsilon=1e-6),
     "gpt2": dataclasses.replace(
         TOY_LLAMA,
         num_query_groups=12,
@@ -52,20 +58,24 @@ TOYS = {
         has_tied_embeddings=True,
     ),
 }
-MOE = dataclasses.replace(
-    TOY_LLAMA,
-    has_qkv_bias=True,
-    moe=MoeShape(
-        num_experts=7,
-        router_topk=3,
-        ffn_hidden_size=56,
-        shared_expert_intermediate_size=72,
-        has_shared_expert_gate=True,
-    ),
-)
+EXPERTS = MoeShape(num_experts=7, router_topk=3, ffn_hidden_size=56)
+GATED = dataclasses.replace(EXPERTS, shared_expert_intermediate_size=72, has_shared_expert_gate=True)
+MOE = dataclasses.replace(TOY_LLAMA, has_qkv_bias=True, moe=GATED)
 RENORMALIZED_MOE = dataclasses.replace(
-    MOE, name="toy-moe-renormalized", moe=dataclasses.replace(MOE.moe, is_topk_renormalized=True)
+    MOE, name="toy-moe-renormalized", moe=dataclasses.replace(GATED, is_topk_renormalized=True)
 )
+MIXTRAL = dataclasses.replace(
+    TOY_LLAMA, name="toy-mixtral", moe=dataclasses.replace(EXPERTS, is_topk_renormalized=True), rotary_base=1_000_000
+)
+QWEN3_MOE = dataclasses.replace(TOY_LLAMA, name="toy-qwen3-moe", moe=EXPERTS, has_qk_norm=True, kv_channels=14)
+MIXTURES = {
+    "qwen2, softmax before top-k": MOE,
+    "qwen2, softmax after top-k": RENORMALIZED_MOE,
+    "qwen2, wide heads and no bias": dataclasses.replace(MOE, has_qkv_bias=False, kv_channels=14),
+    "mixtral": MIXTRAL,
+    "qwen3, softmax before top-k": QWEN3_MOE,
+    "qwen3, softmax after top-k": dataclasses.replace(QWEN3_MOE, moe=MIXTRAL.moe),
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -91,57 +101,11 @@ def build_reference(model: ModelPreset, flags, tmp_path, **config_changes):
     return reference, load_file(tmp_path / "model.safetensors")
 
 
-def randomize(module: torch.nn.Module) -> None:
-    """Weights of standard deviation 1/sqrt(width), so that attention is far from uniform and nothing explodes; norms
-    not 1; small embeddings, so that epsilon matters.
-    """
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            is_norm = "norm" in name or ".ln_" in name
-            is_embedding = "embed_tokens" in name or "wte" in name
-            if is_norm and name.endswith("weight"):
-                parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
-            elif is_embedding:
-                parameter.normal_(std=0.02)
-            else:
-                parameter.normal_(std=0.1 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5)
-
-
 def build_ours(model: ModelPreset, flags, hf_weights):
     namespace = read_arguments(model, flags)
     ours = build_model(namespace)
     load_weights(ours, merge_weights(read_architecture(namespace), hf_weights))
     return ours
-
-
-def sample_tokens(vocab_size: int) -> torch.Tensor:
-    return torch.randint(0, vocab_size, (BATCH_SIZE, SEQ_LENGTH), generator=torch.Generator().manual_seed(3))
-
-
-def record_layers(layers) -> list[torch.Tensor]:
-    """The output of every layer of the next forward pass, in order."""
-    outputs: list[torch.Tensor] = []
-    for layer in layers:
-        layer.register_forward_hook(
-            lambda _module, _inputs, output: outputs.append(output[0] if isinstance(output, tuple) else output)
-        )
-    return outputs
-
-
-def compare(ours, reference, vocab_size: int) -> dict[str, float]:
-    """Largest absolute difference of every layer's output and of the logits."""
-    body = reference.model.layers if hasattr(reference, "model") else reference.transformer.h
-    our_layers, reference_layers = record_layers(ours.decoder.layers), record_layers(body)
-    tokens = sample_tokens(vocab_size)
-    logits = compute_logits(ours, tokens, vocab_size=vocab_size)
-    with torch.no_grad():
-        expected = reference(tokens).logits
-    assert logits.shape == expected.shape
-    assert expected.std() > 0.1  # else any two models agree
-    assert len(our_layers) == len(reference_layers) > 1
-    pairs = enumerate(zip(our_layers, reference_layers, strict=True))
-    differences = {f"layer {i}": (mine.transpose(0, 1) - theirs).abs().max().item() for i, (mine, theirs) in pairs}
-    return differences | {"logits": (logits - expected).abs().max().item()}
 
 
 @pytest.mark.parametrize("name", TOYS)
@@ -151,19 +115,29 @@ def test_dense_model_equals_transformers(name, tmp_path):
     assert max(differences.values()) < TOLERANCE
 
 
-@pytest.mark.parametrize("model", [MOE, RENORMALIZED_MOE], ids=["softmax before top-k", "softmax after top-k"])
-def test_mixture_with_a_gated_shared_expert_equals_qwen2_moe(model, tmp_path):
-    """Softmax over all experts is norm_topk_prob=False, Qwen2-MoE's own; over the chosen ones norm_topk_prob=True."""
+@pytest.mark.parametrize("name", MIXTURES)
+def test_mixture_equals_transformers(name, tmp_path):
+    """Softmax over all experts is norm_topk_prob=False, over the chosen ones norm_topk_prob=True or Mixtral's."""
+    model = MIXTURES[name]
     reference, hf_weights = build_reference(model, (), tmp_path)
-    assert reference.config.norm_topk_prob == model.moe.is_topk_renormalized
+    assert getattr(reference.config, "norm_topk_prob", True) == model.moe.is_topk_renormalized
     differences = compare(build_ours(model, (), hf_weights), reference, model.vocab_size)
     assert max(differences.values()) < TOLERANCE
 
 
-@pytest.mark.parametrize(("model", "other"), [(MOE, RENORMALIZED_MOE), (RENORMALIZED_MOE, MOE)])
-def test_twin_the_other_router_normalisation_is_noticed(model, other, tmp_path):
+@pytest.mark.parametrize(
+    "name, other",
+    [
+        ("qwen2, softmax before top-k", "qwen2, softmax after top-k"),
+        ("qwen2, softmax after top-k", "qwen2, softmax before top-k"),
+        ("qwen3, softmax before top-k", "qwen3, softmax after top-k"),
+    ],
+)
+def test_twin_the_other_router_normalisation_is_noticed(name, other, tmp_path):
+    model = MIXTURES[name]
     reference, hf_weights = build_reference(model, (), tmp_path)
-    assert compare(build_ours(other, (), hf_weights), reference, model.vocab_size)["logits"] > 100 * TOLERANCE
+    ours = build_ours(MIXTURES[other], (), hf_weights)
+    assert compare(ours, reference, model.vocab_size)["logits"] > 100 * TOLERANCE
 
 
 def test_twin_a_shared_expert_without_its_gate_is_noticed(tmp_path):
@@ -226,6 +200,33 @@ def test_twin_a_broken_layout_is_noticed(toy, name, tmp_path, monkeypatch):
         ],
     )
     assert compare(build_ours(model, (), hf_weights), reference, model.vocab_size)["logits"] > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight"])
+def test_twin_a_norm_of_queries_or_keys_left_at_one_is_noticed(name, tmp_path):
+    model = TOYS["qwen3"]
+    reference, hf_weights = build_reference(model, (), tmp_path)
+    ours = build_ours(model, (), hf_weights)
+    checkpoint_parameters(ours)[f"decoder.layers.1.{name}"].fill_(1.0)
+    assert compare(ours, reference, model.vocab_size)["logits"] > 100 * TOLERANCE
+
+
+def test_twin_queries_and_keys_with_each_others_norm_are_noticed(tmp_path):
+    model = TOYS["qwen3"]
+    reference, hf_weights = build_reference(model, (), tmp_path)
+    swapped = {
+        name.replace("q_norm", "x").replace("k_norm", "q_norm").replace(".x.", ".k_norm."): tensor
+        for name, tensor in hf_weights.items()
+    }
+    assert compare(build_ours(model, (), swapped), reference, model.vocab_size)["logits"] > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("scaling", [None, RopeScaling(factor=8.0)], ids=["none", "Llama 3.1's"])
+def test_twin_another_scaling_of_the_rope_is_noticed(scaling, tmp_path):
+    model = TOYS["llama 3.2's rope"]
+    reference, hf_weights = build_reference(model, (), tmp_path)
+    ours = build_ours(dataclasses.replace(model, rope_scaling=scaling), (), hf_weights)
+    assert compare(ours, reference, model.vocab_size)["logits"] > 10 * TOLERANCE
 
 
 @pytest.mark.parametrize(
