@@ -1,0 +1,113 @@
+#!/usr/bin/env python3
+"""Import a Hugging Face model as a torch_dist checkpoint that --load takes at any parallel layout.
+
+Reads safetensors or pytorch_model.bin on a CPU, without megatron, a process group or a GPU, and verifies every tensor
+by reading it back before the checkpoint gets its name; then runs the model in Megatron and in transformers, each in a
+process of its own. Training starts from it at step 0, with a new optimizer.
+"""
+
+import argparse
+import dataclasses
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from megatron_hammer.checkpoint.import_hf import DTYPES, ImportOptions, ImportReport, import_from_hugging_face
+from megatron_hammer.checkpoint.verify import LEVELS
+from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--load", type=Path, required=True, help="Hugging Face folder: config.json and weights")
+    parser.add_argument(
+        "--save", type=Path, required=True, help="folder for the checkpoint, as training's --load wants it"
+    )
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the written weights (as stored)")
+    parser.add_argument(
+        "--tokenizer-model",
+        type=Path,
+        help="SentencePiece .model, tokenizer.json or its folder (the one in --load)",
+    )
+    parser.add_argument("--no-tokenizer", action="store_true", help="copy no tokenizer")
+    parser.add_argument(
+        "--verify",
+        choices=LEVELS,
+        default="auto",
+        help="what is computed with Megatron and with transformers: the whole model (logits), sampled layers, nothing "
+        "(tensors; each is compared in any case), or as much as fits into memory (%(default)s)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier import in --save")
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    return parser.parse_args()
+
+
+@exit_on_interrupt("nothing was written")
+@exit_on_user_error
+def main() -> None:
+    arguments = parse_arguments()
+    options = ImportOptions(
+        hf_dir=arguments.load,
+        save_dir=arguments.save,
+        dtype=arguments.dtype,
+        tokenizer_path=arguments.tokenizer_model,
+        has_tokenizer=not arguments.no_tokenizer,
+        verify=arguments.verify,
+        overwrite=arguments.overwrite,
+    )
+    signal.signal(signal.SIGTERM, _raise_interrupt)
+    report = import_with_progress(options)
+    for note in report.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if arguments.json:
+        print(json.dumps(dataclasses.asdict(report), default=str, indent=2))
+        return
+    Console().print(build_table(report))
+    print(summarise(report))
+
+
+def _raise_interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def import_with_progress(options: ImportOptions) -> ImportReport:
+    """Run with a live line on the terminal's stderr; where stderr is a file, it stays silent."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("reading headers", total=None)
+
+        def show(done: int, total: int) -> None:
+            is_last = done == total
+            bar.update(
+                task, completed=done, total=total, description="verifying" if is_last else "writing and verifying"
+            )
+
+        return import_from_hugging_face(options, show)
+
+
+def build_table(report: ImportReport) -> Table:
+    """What was verified; a check that could not be done says why."""
+    table = Table("check", "result", "", box=None, pad_edge=False, header_style="bold")
+    for check in report.checks:
+        table.add_row(check.check, check.result, "not done" if check.is_passed is None else "passed")
+    return table
+
+
+def summarise(report: ImportReport) -> str:
+    tokenizer = "no tokenizer" if report.tokenizer_dir is None else f"tokenizer in {report.tokenizer_dir}"
+    return (
+        f"{report.save_dir}: {report.model_type} with {report.num_parameters:,} parameters in {report.dtype}; "
+        f"{report.num_hf_tensors} tensors in, {report.num_skipped} left out, {report.num_megatron_tensors} out, "
+        f"all read back equal; {tokenizer}; {report.elapsed_s:.1f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()

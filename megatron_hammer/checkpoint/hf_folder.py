@@ -1,0 +1,90 @@
+"""A Hugging Face folder as a source of Megatron's tensors: architecture, weights and the table between them, checked.
+
+Everything that can be known from config.json and the headers of the weights is validated when the folder is opened; no
+tensor is read before it is asked for. `import_hf.py` makes a checkpoint of it.
+"""
+
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_hammer.checkpoint.bitwise import is_bit_equal
+from megatron_hammer.checkpoint.hf_architecture import HfModel, read_hf_architecture
+from megatron_hammer.checkpoint.hf_names import HfSources, locate_hf_tensors
+from megatron_hammer.checkpoint.hf_weights import HfWeights, open_hf_weights
+from megatron_hammer.checkpoint.mapping import TensorPair, expand, validate_names_and_shapes
+from megatron_hammer.errors import ConversionError
+
+WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HfFolder:
+    """One model, opened with `open_hf_folder`. pairs: every Megatron tensor and the table's names of its HF tensors."""
+
+    folder: Path
+    model: HfModel
+    pairs: list[TensorPair]
+    weights: HfWeights
+    sources: HfSources
+
+    def read(self, hf_name: str) -> Tensor:
+        """The tensor of the table as it is stored: a view of the file."""
+        source = self.sources.sources[hf_name]
+        return source.select(self.weights.read(source.name))
+
+    def dtype_of(self, hf_name: str) -> torch.dtype:
+        """As it is stored."""
+        return self.weights.dtypes[self.sources.sources[hf_name].name]
+
+    def pair_dtype(self, pair: TensorPair) -> torch.dtype:
+        """The dtype that holds every part of a Megatron tensor exactly."""
+        return reduce(torch.promote_types, map(self.dtype_of, pair.hf_names))
+
+    def read_pair(self, pair: TensorPair) -> Tensor:
+        """The whole Megatron tensor, without vocabulary padding."""
+        dtype = self.pair_dtype(pair)
+        return pair.layout.merge([self.read(name).to(dtype) for name in pair.hf_names], self.model.architecture)
+
+    def list_unequal_duplicates(self) -> list[str]:
+        """A sentence for every stored tensor that should be a copy of another and is not; reads both."""
+        return [
+            f"{self.folder}: {stored} must equal {name}, since config.json ties them, got a difference. "
+            "Set tie_word_embeddings to false in config.json if the model has a head of its own."
+            for stored, name in self.sources.duplicates.items()
+            if not is_bit_equal(self.weights.read(stored), self.read(name))
+        ]
+
+
+def open_hf_folder(folder: Path) -> HfFolder:
+    """Open a folder in a form that transformers writes; reads config.json and the headers of the weights.
+
+    Raises ConversionError naming everything in config.json that no mapping expresses, or every fault of the files, or
+    every tensor that is missing, unexpected, of another shape or of a dtype that weights do not have.
+    """
+    model = read_hf_architecture(folder)
+    weights = open_hf_weights(folder)
+    pairs = expand(model.family, model.architecture)
+    sources = locate_hf_tensors(pairs, model.architecture, weights.shapes)
+    expected = {name: shape for pair in pairs for name, shape in zip(pair.hf_names, pair.hf_shapes, strict=True)}
+    problems = _list_strange_dtypes(weights, sources)
+    try:
+        validate_names_and_shapes(expected, sources.shapes, where=str(folder))
+    except ConversionError as error:
+        problems += error.problems
+    if problems:
+        raise ConversionError(*problems)
+    return HfFolder(folder=folder, model=model, pairs=pairs, weights=weights, sources=sources)
+
+
+def _list_strange_dtypes(weights: HfWeights, sources: HfSources) -> list[str]:
+    used = sorted({source.name for source in sources.sources.values()} | sources.duplicates.keys())
+    return [
+        f"{weights.path_of(name)}: {name} must be bf16, fp16 or fp32, got {weights.dtypes[name]}. "
+        "Pass the model before quantization."
+        for name in used
+        if weights.dtypes[name] not in WEIGHT_DTYPES
+    ]

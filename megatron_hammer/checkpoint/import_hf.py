@@ -1,0 +1,312 @@
+"""A Hugging Face folder to a checkpoint that `--load` takes at any layout, verified before it gets its name.
+
+The path: open the folder and compare every name and shape, then tensor by tensor read, merge, write, read back, split
+again and compare with the source; then what the whole model computes (`verify.py`); then the name. Each tensor is
+checked while its source is still in memory, so that nothing is read from disk twice. Needs no GPU, process group or
+megatron; memory for one tensor.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_hammer.checkpoint.bitwise import is_bit_equal, is_finite
+from megatron_hammer.checkpoint.hf_architecture import DIALECTS
+from megatron_hammer.checkpoint.hf_folder import HfFolder, open_hf_folder
+from megatron_hammer.checkpoint.mapping import AS_IS, GATE_UP, TensorPair
+from megatron_hammer.checkpoint.saved_arguments import build_common_state, build_saved_arguments
+from megatron_hammer.checkpoint.stacked_names import extra_state_key, stack_name
+from megatron_hammer.checkpoint.tokenizer_export import export_tokenizer_folder
+from megatron_hammer.checkpoint.verify import CheckRow, verify_model
+from megatron_hammer.checkpoint.writer import RELEASE, CheckpointWriter, open_checkpoint_writer
+from megatron_hammer.errors import ConversionError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+TOKENIZER_DIR = "tokenizer"  # inside the iteration's folder, so that they come and go together
+# Weights are cut into boxes of at most this: the box, its source and what is read back are in memory at once.
+MAX_CHUNK_BYTES = 256 << 20
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImportOptions:
+    """dtype: a key of DTYPES, or None for the stored one. tokenizer_path: None for the one in the folder, if any.
+
+    has_tokenizer: False leaves it out. verify: as `verify_model` takes it; every tensor is always compared.
+    """
+
+    hf_dir: Path
+    save_dir: Path
+    dtype: str | None = None
+    tokenizer_path: Path | None = None
+    has_tokenizer: bool = True
+    verify: Literal["auto", "logits", "layers", "tensors"] = "auto"
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImportReport:
+    """What was written. num_skipped: tensors of the folder that are copies of others or no weights; `notes` say which.
+
+    tokenizer_dir: None where none was written. checks: what was verified, all of it passed.
+    """
+
+    save_dir: Path
+    model_type: str
+    num_hf_tensors: int
+    num_megatron_tensors: int
+    num_skipped: int
+    num_parameters: int
+    num_bytes: int
+    dtype: str
+    tokenizer_dir: Path | None
+    checks: tuple[CheckRow, ...]
+    elapsed_s: float
+    notes: tuple[str, ...]
+
+
+def import_from_hugging_face(
+    options: ImportOptions, on_parameters: Progress = lambda done, total: None
+) -> ImportReport:
+    """Convert a folder; `on_parameters(done, total)` is told how many are written and verified.
+
+    Raises HammerError for everything a user can cause; then nothing is left under `save_dir` that was not there before.
+    """
+    started_at_s = time.monotonic()
+    source = open_hf_folder(options.hf_dir)
+    dtypes = _select_dtypes(source, options.dtype)
+    _require_space(source, dtypes, options.save_dir)
+    tokenizer_source, notes = _find_tokenizer(options)
+    checks: list[CheckRow] = []
+    with open_checkpoint_writer(options.save_dir, iteration=None, overwrite=options.overwrite) as writer:
+        tokenizer_dir = None
+        if tokenizer_source is not None:
+            checks.append(_import_tokenizer(tokenizer_source, writer.directory / TOKENIZER_DIR, source))
+            tokenizer_dir = options.save_dir.absolute() / RELEASE / TOKENIZER_DIR
+        checks.append(_convert_weights(source, dtypes, writer, on_parameters))
+        arguments = build_saved_arguments(
+            source.model.architecture,
+            dtype=_most_frequent_dtype(source, dtypes),
+            imported_from=options.hf_dir.absolute().name,
+            tokenizer_model=None if tokenizer_dir is None else str(tokenizer_dir),
+        )
+        writer.commit(build_common_state(arguments))
+        checks += _verify_computation(writer.directory, source, options)
+    skipped = source.sources.duplicates.keys() | source.sources.buffers.keys()
+    return ImportReport(
+        save_dir=options.save_dir,
+        model_type=source.model.config["model_type"],
+        num_hf_tensors=len(source.weights.shapes),
+        num_megatron_tensors=len(source.pairs),
+        num_skipped=len(skipped),
+        num_parameters=sum(torch.Size(pair.megatron_shape).numel() for pair in source.pairs),
+        num_bytes=writer.num_bytes,
+        dtype=", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()})),
+        tokenizer_dir=tokenizer_dir,
+        checks=tuple(checks),
+        elapsed_s=time.monotonic() - started_at_s,
+        notes=(*notes, *_describe_skipped(source)),
+    )
+
+
+# --- before anything is written --------------------------------------------------------------------------------------
+
+
+def _select_dtypes(source: HfFolder, requested: str | None) -> dict[str, torch.dtype]:
+    """The dtype of every key: the requested one, or the narrowest that holds all of its stored parts exactly."""
+    dtypes: dict[str, torch.dtype] = {}
+    for pair in source.pairs:
+        key = stack_name(pair.megatron_name).key
+        dtype = DTYPES[requested] if requested else source.pair_dtype(pair)
+        dtypes[key] = torch.promote_types(dtypes.get(key, dtype), dtype)
+    return dtypes
+
+
+def _most_frequent_dtype(source: HfFolder, dtypes: dict[str, torch.dtype]) -> torch.dtype:
+    """The dtype of most parameters."""
+    counts: dict[torch.dtype, int] = {}
+    for pair in source.pairs:
+        dtype = dtypes[stack_name(pair.megatron_name).key]
+        counts[dtype] = counts.get(dtype, 0) + torch.Size(pair.megatron_shape).numel()
+    return max(counts, key=lambda dtype: counts[dtype])
+
+
+def _require_space(source: HfFolder, dtypes: dict[str, torch.dtype], save_dir: Path) -> None:
+    needed_bytes = sum(
+        torch.Size(pair.megatron_shape).numel() * dtypes[stack_name(pair.megatron_name).key].itemsize
+        for pair in source.pairs
+    )
+    existing = next(path for path in (save_dir.absolute(), *save_dir.absolute().parents) if path.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < needed_bytes:
+        raise ConversionError(
+            f"{save_dir}: disk must have {needed_bytes:,} bytes free for the weights, got {free_bytes:,}. "
+            "Free space, or choose another --save."
+        )
+
+
+def _find_tokenizer(options: ImportOptions) -> tuple[Path | None, tuple[str, ...]]:
+    """The tokenizer to copy, and a note where there is none."""
+    if not options.has_tokenizer:
+        return None, ("no tokenizer was written: --no-tokenizer",)
+    if options.tokenizer_path is not None:
+        return options.tokenizer_path, ()
+    if any((options.hf_dir / name).is_file() for name in _TOKENIZER_FILES):
+        return options.hf_dir, ()
+    return None, (
+        f"no tokenizer was written: {options.hf_dir} holds neither {' nor '.join(_TOKENIZER_FILES)}, and "
+        "--tokenizer-model was not given",
+    )
+
+
+def _describe_skipped(source: HfFolder) -> Iterator[str]:
+    for name, twin in sorted(source.sources.duplicates.items()):
+        yield f"{name} was left out: it is a copy of {twin}, to which config.json ties it"
+    for what in sorted(set(source.sources.buffers.values())):
+        names = sorted(name for name, kind in source.sources.buffers.items() if kind == what)
+        yield f"{len(names)} buffers were left out, {names[0]} the first: {what}"
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def _convert_weights(
+    source: HfFolder, dtypes: dict[str, torch.dtype], writer: CheckpointWriter, on_parameters: Progress
+) -> CheckRow:
+    """Write and verify every tensor; raises ConversionError naming every one that is not finite or reads back wrong."""
+    model = source.model.architecture
+    num_experts = model.moe.num_experts if model.moe else 0
+    axis_sizes = (model.num_layers, num_experts)
+    objects = {}
+    for pair in source.pairs:
+        stacked = stack_name(pair.megatron_name)
+        if not any(stacked.indices):  # the first of its stack
+            shape = (*axis_sizes[: len(stacked.indices)], *pair.megatron_shape)
+            writer.declare(stacked.key, shape, dtypes[stacked.key])
+        objects[extra_state_key(pair.megatron_name, num_layers=model.num_layers, num_experts=num_experts)] = [None]
+    problems = source.list_unequal_duplicates()
+    total = sum(torch.Size(pair.megatron_shape).numel() for pair in source.pairs)
+    done = 0
+    for pair in source.pairs:
+        problems += _convert_pair(pair, source, dtypes, writer)
+        done += torch.Size(pair.megatron_shape).numel()
+        on_parameters(done, total)
+    if problems:
+        raise ConversionError(*problems)
+    for key, value in objects.items():
+        if key is not None:
+            writer.write_object(key, value)
+    num_parts = sum(len(pair.hf_names) for pair in source.pairs)
+    return CheckRow("tensors read back and split again", f"all {num_parts:,} equal, bit for bit", True)
+
+
+def _convert_pair(
+    pair: TensorPair, source: HfFolder, dtypes: dict[str, torch.dtype], writer: CheckpointWriter
+) -> list[str]:
+    """Write one Megatron tensor, read it back, split it and compare it with what it was made of."""
+    stacked = stack_name(pair.megatron_name)
+    dtype = dtypes[stacked.key]
+    if pair.layout in (AS_IS, GATE_UP):
+        return _convert_rows(pair, source, dtype, writer)
+    parts = [source.read(name).to(dtype) for name in pair.hf_names]
+    if problems := _list_not_finite(pair.hf_names, parts, source, dtype):
+        return problems
+    model = source.model.architecture
+    offsets = (*stacked.indices, *([0] * len(pair.megatron_shape)))
+    _write_box(writer, stacked.key, offsets, len(stacked.indices), pair.layout.merge(parts, model))
+    written = writer.read_chunk(stacked.key, offsets).view(pair.megatron_shape)
+    again = pair.layout.split(written, model)
+    return [
+        _unequal(name, pair.megatron_name, writer)
+        for name, part, copy in zip(pair.hf_names, parts, again, strict=True)
+        if not is_bit_equal(part, copy)
+    ]
+
+
+def _convert_rows(pair: TensorPair, source: HfFolder, dtype: torch.dtype, writer: CheckpointWriter) -> list[str]:
+    """The same for tensors whose parts lie one under the other in Megatron's: no part is copied to merge it, and one
+    that is large goes box by box.
+    """
+    stacked = stack_name(pair.megatron_name)
+    num_stacked, row = len(stacked.indices), 0
+    for name in pair.hf_names:
+        whole = source.read(name)
+        for piece in _split_rows(whole, dtype):
+            part = piece.to(dtype)
+            if problems := _list_not_finite([name], [part], source, dtype):
+                return problems
+            offsets = (*stacked.indices, row, *([0] * (part.dim() - 1)))
+            _write_box(writer, stacked.key, offsets, num_stacked, part)
+            written = writer.read_chunk(stacked.key, offsets).view(part.shape)
+            if not is_bit_equal(part, written):
+                return [_unequal(name, pair.megatron_name, writer)]
+            row += len(part)
+    return []
+
+
+def _split_rows(tensor: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
+    """Views of at most MAX_CHUNK_BYTES each, or of one row that is larger."""
+    row_bytes = max(1, tensor[0].numel() * max(dtype.itemsize, tensor.dtype.itemsize))
+    return tensor.split(max(1, MAX_CHUNK_BYTES // row_bytes))
+
+
+def _write_box(writer: CheckpointWriter, key: str, offsets: Sequence[int], num_stacked: int, tensor: Tensor) -> None:
+    writer.write_chunk(key, offsets, tensor.reshape((1,) * num_stacked + tensor.shape))
+
+
+def _list_not_finite(names: Sequence[str], parts: Sequence[Tensor], source: HfFolder, dtype: torch.dtype) -> list[str]:
+    return [
+        f"{name}: weights must be finite in {str(dtype).removeprefix('torch.')}, got NaN or infinity in "
+        f"{source.folder}. Fetch the folder again, or pass another --dtype."
+        for name, part in zip(names, parts, strict=True)
+        if not is_finite(part)
+    ]
+
+
+def _unequal(hf_name: str, megatron_name: str, writer: CheckpointWriter) -> str:
+    return (
+        f"{hf_name}: what was written as {megatron_name} must read back equal, got a difference in "
+        f"{writer.directory}. Check the disk; if it is sound, this is a defect of the converter."
+    )
+
+
+# --- the whole model and its tokenizer -------------------------------------------------------------------------------
+
+
+def _verify_computation(partial_dir: Path, source: HfFolder, options: ImportOptions) -> list[CheckRow]:
+    model_type = source.model.config["model_type"]
+    if DIALECTS[model_type].has_own_code and options.verify != "tensors":
+        reason = f"not done: transformers computes {model_type} only with code of the folder, which is not run"
+        return [CheckRow("Megatron against transformers", reason, None)]
+    checks = verify_model(partial_dir, options.hf_dir, level=options.verify)
+    failed = [
+        f"{options.hf_dir}: Megatron must compute from the checkpoint what transformers computes from the folder, "
+        f"got {check.check}: {check.result}. Nothing was written; report it if the folder works in transformers."
+        for check in checks
+        if check.is_passed is False
+    ]
+    if failed:
+        raise ConversionError(*failed)
+    return checks
+
+
+def _import_tokenizer(source_path: Path, target_dir: Path, source: HfFolder) -> CheckRow:
+    """Copy the tokenizer, compared through transformers. Raises HammerError if it cannot be copied exactly."""
+    exported = export_tokenizer_folder(source_path, target_dir)
+    num_ids, vocab_size = exported.tokenizer.vocab_size, source.model.architecture.vocab_size
+    if num_ids > vocab_size:
+        raise ConversionError(
+            f"{source_path}: tokenizer must not have more ids than the model, got {num_ids} ids, "
+            f"vocab_size={vocab_size}. Pass the tokenizer of the model with --tokenizer-model, or --no-tokenizer."
+        )
+    texts = exported.samples
+    result = f"{texts.num_documents:,} texts, {texts.num_tokens:,} tokens equal in transformers"
+    return CheckRow("tokenizer copied", result, True)

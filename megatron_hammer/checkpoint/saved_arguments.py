@@ -1,0 +1,105 @@
+"""The arguments that a checkpoint made from a Hugging Face folder holds in Megatron's place: what is known, no more.
+
+`architecture.read_architecture` gives the same architecture back from them, Megatron's `--use-checkpoint-args` finds
+the model's flags in them, and its loader what it compares. There is no recipe: no step was trained. The vocabulary is
+not padded, and no padded size is named, so that each run pads for its own tensor-parallel size.
+"""
+
+import argparse
+from typing import Any
+
+import torch
+
+from megatron_hammer.checkpoint.architecture import Architecture
+from megatron_hammer.checkpoint.model_preset import build_model_preset
+from megatron_hammer.config.preset_arguments import model_arguments
+
+CHECKPOINT_VERSION = 3.0  # since Megatron-LM 3.0, in which the rows of QKV have their present order
+PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+# What Megatron's flags are by default and every mapped model has. Source: megatron.training.arguments 0.19.2,
+# load_args_from_checkpoint and check_checkpoint_args of megatron.training.checkpointing.
+_SHARED: dict[str, Any] = {
+    "add_position_embedding": True,
+    "use_rotary_position_embeddings": False,
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+    "rotary_seq_len_interpolation_factor": None,
+    "rotary_scaling_factor": 1.0,
+    "apply_query_key_layer_scaling": False,
+    "apply_residual_connection_post_layernorm": False,
+    "layernorm_zero_centered_gamma": False,
+    "squared_relu": False,
+    "openai_gelu": False,
+    "multi_latent_attention": False,
+    "make_vocab_size_divisible_by": 128,
+    "spec": None,
+    "hybrid_layer_pattern": None,
+    "mtp_num_layers": None,
+    "num_experts": None,
+    "moe_layer_freq": 1,
+    "moe_ffn_hidden_size": None,
+    "moe_shared_expert_intermediate_size": None,
+    "moe_shared_expert_gate": False,
+    "moe_router_topk": 2,
+    "moe_router_pre_softmax": False,
+    "moe_router_score_function": "softmax",
+    "moe_router_enable_expert_bias": False,
+    "moe_router_topk_scaling_factor": None,
+    "moe_aux_loss_coeff": 0.0,
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": None,
+    "context_parallel_size": 1,
+    "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": 1,
+    "world_size": 1,
+    "data_parallel_size": 1,
+    "consumed_train_samples": 0,
+    "skipped_train_samples": 0,
+    "consumed_valid_samples": 0,
+    "iteration": 0,
+    "preset": None,
+    "ckpt_format": "torch_dist",
+    "async_save": False,
+    # There is neither an optimizer nor a random state to load.
+    "no_save_optim": True,
+    "no_save_rng": True,
+}
+
+
+def build_saved_arguments(
+    model: Architecture, *, dtype: torch.dtype, imported_from: str, tokenizer_model: str | None
+) -> argparse.Namespace:
+    """Megatron's namespace for `model`; dtype: of most weights. imported_from: the name of the folder, for humans."""
+    precision = PRECISIONS[dtype]
+    preset = build_model_preset(model, name=imported_from, source="config.json")
+    return argparse.Namespace(
+        **{
+            **_SHARED,
+            **model_arguments(preset),
+            "seq_length": model.max_position_embeddings,
+            "bias_gelu_fusion": model.activation == "gelu_tanh",
+            "bias_swiglu_fusion": True,
+            "hidden_dropout": model.hidden_dropout,
+            "attention_dropout": model.attention_dropout,
+            "precision": precision,
+            "bf16": precision == "bf16",
+            "fp16": precision == "fp16",
+            "params_dtype": dtype,
+            "tokenizer_model": tokenizer_model,
+            "tokenizer_type": "NullTokenizer" if tokenizer_model is None else "HuggingFaceTokenizer",
+            "imported_from": imported_from,
+        }
+    )
+
+
+def build_common_state(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What Megatron's loader looks for beside the weights, for a state before the first step."""
+    return {
+        "args": arguments,
+        "checkpoint_version": CHECKPOINT_VERSION,
+        "iteration": 0,
+        "num_floating_point_operations_so_far": 0,
+        "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
+    }
