@@ -16,6 +16,7 @@ from megatron_hammer.config.environment import read_process_place
 from megatron_hammer.config.model_from_arguments import count_least_world_size
 from megatron_hammer.config.options import Parser, add_hammer_options, read_option
 from megatron_hammer.config.preset_arguments import preset_arguments
+from megatron_hammer.config.start_model import StartModel, select_start_tokenizer, start_arguments
 from megatron_hammer.presets import Preset, select_preset
 
 DEFAULT_SPLIT = "98,2,0"  # Megatron's own "969,30,1" gives a test set that nobody asked for
@@ -25,17 +26,21 @@ DEFAULT_EVAL_ITERS = 10
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParsedArguments:
-    """Megatron's namespace, and what Megatron does not know: the preset, and which flags were typed."""
+    """Megatron's namespace, and what Megatron does not know: preset, model to start from, which flags were typed."""
 
     namespace: argparse.Namespace
     preset: Preset | None
     typed: frozenset[str]  # attributes of the namespace that were given on the command line
+    start: StartModel | None = None  # of --load-hf
 
 
-def parse_arguments(argv: Sequence[str], *, platform: str, backend: str, is_plan: bool = False) -> ParsedArguments:
+def parse_arguments(
+    argv: Sequence[str], *, platform: str, backend: str, is_plan: bool = False, start: StartModel | None = None
+) -> ParsedArguments:
     """Parse `argv` over the preset it names and derive the rest for `platform` and `backend`.
 
-    is_plan: no process group will form, so this process stands for all ranks of the run.
+    is_plan: no process group will form, so this process stands for all ranks of the run. start: what --load-hf names;
+    its model takes the place of the preset's.
 
     Raises ConfigError for an unknown flag, a value of the wrong type, an unknown preset or a senseless environment.
     """
@@ -53,6 +58,8 @@ def parse_arguments(argv: Sequence[str], *, platform: str, backend: str, is_plan
     defaults = _hammer_defaults()
     if preset is not None:
         defaults |= preset_arguments(preset)
+    if start is not None:
+        defaults |= start_arguments(start, has_preset=preset is not None)
     known = {action.dest for action in parser._actions}
     missing = sorted(set(defaults) - known)
     if missing:
@@ -62,8 +69,10 @@ def parse_arguments(argv: Sequence[str], *, platform: str, backend: str, is_plan
     typed = _typed_destinations(parser, argv)
     _drop_what_is_replaced(namespace, typed)
     _read_environment(namespace, is_plan=is_plan or namespace.dry_run)
+    if start is not None and namespace.tokenizer_model is None and namespace.tokenizer_type is None:
+        namespace.tokenizer_model = select_start_tokenizer(namespace, start)
     _derive(namespace, platform=platform, backend=backend, typed=typed)
-    return ParsedArguments(namespace=namespace, preset=preset, typed=typed)
+    return ParsedArguments(namespace=namespace, preset=preset, typed=typed, start=start)
 
 
 def _hammer_defaults() -> dict[str, Any]:
@@ -224,6 +233,10 @@ def build_config_container(namespace: argparse.Namespace, build_model_config: Ca
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 
     model_config = build_model_config(
-        gpt_config_from_args(namespace), backend=namespace.backend, has_embedding_norm=namespace.embedding_norm
+        gpt_config_from_args(namespace),
+        backend=namespace.backend,
+        has_embedding_norm=namespace.embedding_norm,
+        num_tokens=namespace.vocab_size,
+        rope_scaling_factor=namespace.rope_scaling_factor,
     )
     return pretrain_cfg_container_from_args(namespace, model_config)

@@ -34,6 +34,7 @@ from megatron_hammer.config.report import (
     StageReport,
 )
 from megatron_hammer.config.report_tables import print_tables
+from megatron_hammer.config.start_model import describe_weights
 from megatron_hammer.model.accounting import (
     FLOP_CONVENTIONS,
     FlopConvention,
@@ -65,6 +66,7 @@ def build_report(arguments: ParsedArguments, problems: Sequence[str]) -> Report:
         backend=namespace.backend,
         precision="bf16" if namespace.bf16 else "fp16" if namespace.fp16 else "fp32",
         world_size=namespace.world_size,
+        weights=describe_weights(namespace, arguments.start),
         overrides=_list_overrides(arguments),
         settings=_list_settings(namespace),
         model=_report_model(namespace) if can_count else None,

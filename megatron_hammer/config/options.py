@@ -11,6 +11,12 @@ def add_hammer_options(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     """Add the `megatron_hammer` group to `parser`."""
     group = parser.add_argument_group("megatron_hammer")
     group.add_argument("--preset", help="model and recipe to start from; any other flag overrides it")
+    group.add_argument(
+        "--load-hf",
+        metavar="DIR",
+        help="the model and the first weights of a Hugging Face folder; the checkpoint in --load, once there is one, "
+        "is resumed instead",
+    )
     group.add_argument("--platform", choices=["auto", "cpu", "cuda"], default="auto", help="default: cuda if there is")
     group.add_argument(
         "--backend",

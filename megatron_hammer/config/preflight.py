@@ -4,7 +4,7 @@
 one sentence of fact and one of remedy: "flag: what must hold, got name=value. remedy." It goes from the narrow to the
 wide: single values, then how they fit together, then files, then Megatron's own word on a copy of the namespace.
 Next: preflight_values, preflight_flags, preflight_layout, preflight_memory, preflight_schedule, preflight_data,
-preflight_checkpoint, preflight_data_order, megatron_checks.
+preflight_checkpoint, preflight_start, preflight_data_order, megatron_checks.
 """
 
 from megatron_hammer.config.arguments import ParsedArguments
@@ -17,6 +17,7 @@ from megatron_hammer.config.preflight_flags import find_flag_problems
 from megatron_hammer.config.preflight_layout import find_batch_problems, find_layout_problems
 from megatron_hammer.config.preflight_memory import find_memory_problems
 from megatron_hammer.config.preflight_schedule import find_schedule_problems
+from megatron_hammer.config.preflight_start import find_start_problems
 from megatron_hammer.config.preflight_values import find_missing_problems, find_value_problems
 
 
@@ -27,6 +28,7 @@ def find_problems(arguments: ParsedArguments) -> list[str]:
     value_problems = find_value_problems(namespace)
     problems += value_problems
     problems += find_flag_problems(arguments)
+    problems += find_start_problems(arguments)
     file_problems = find_checkpoint_problems(arguments)
     if not value_problems:  # arithmetic on zeros and negative sizes would only add noise
         problems += _find_fit_problems(arguments)

@@ -5,17 +5,19 @@ import os
 from pathlib import Path
 
 from megatron_hammer.config.arguments import ParsedArguments
-from megatron_hammer.config.model_from_arguments import ResolvedModel, build_model, list_missing_essentials
+from megatron_hammer.config.model_from_arguments import build_model, list_missing_essentials
 from megatron_hammer.config.preflight_resume import find_schedule_changes
 from megatron_hammer.config.preflight_values import find_value_problems, flag_of
 from megatron_hammer.config.saved_run import TRACKER_NAME, read_saved_arguments
 from megatron_hammer.errors import CheckpointError
+from megatron_hammer.preset_types import ModelPreset
 
 
 def find_checkpoint_problems(arguments: ParsedArguments) -> list[str]:
     """--load must hold a checkpoint, or Megatron would start from random weights with a warning in its log.
 
-    The exception is --load equal to --save: the command that continues its own run, whose folder is new at first.
+    The exceptions are --load equal to --save, the command that continues its own run, whose folder is new at first;
+    and a folder that is there for that case with --load-hf or --pretrained-checkpoint, which then give the weights.
     """
     namespace = arguments.namespace
     problems = []
@@ -29,7 +31,7 @@ def find_checkpoint_problems(arguments: ParsedArguments) -> list[str]:
         tracker_path = Path(namespace.load) / TRACKER_NAME
         if os.path.isfile(tracker_path) or namespace.ckpt_step:
             problems += _find_step_problems(namespace, tracker_path)
-        elif not is_own_run and namespace.pretrained_checkpoint is None:
+        elif not is_own_run and namespace.pretrained_checkpoint is None and arguments.start is None:
             what = f"a checkpoint ({TRACKER_NAME})" if os.path.isdir(namespace.load) else "an existing folder"
             problems.append(
                 f"load: must be {what}, got load={namespace.load}. Pass the folder that --save wrote, or leave "
@@ -99,7 +101,9 @@ def _find_saved_problems(namespace: argparse.Namespace, checkpoint_dir: Path) ->
         problems.append(
             "expert-model-parallel-size: an optimizer saved without expert parallelism resumes only without it, and "
             f"one saved with it only with it, got ep={ep}, in {checkpoint_dir} ep={saved_ep}. "
-            f"Use --expert-model-parallel-size {saved_ep}, or pass --no-load-optim or --finetune."
+            f"Use --expert-model-parallel-size {saved_ep}, convert the checkpoint with "
+            f"checkpoint_convert/edit_checkpoint.py reshard --expert-model-parallel-size {ep}, or pass --no-load-optim "
+            "or --finetune."
         )
     return problems
 
@@ -120,7 +124,7 @@ def _find_other_model(namespace: argparse.Namespace, saved: argparse.Namespace, 
     ]
 
 
-def _describe_shape(model: ResolvedModel) -> dict[str, object]:
+def _describe_shape(model: ModelPreset) -> dict[str, object]:
     """What decides the names and shapes of the parameters, by the flag that sets it."""
     moe = model.moe
     return {
@@ -128,7 +132,7 @@ def _describe_shape(model: ResolvedModel) -> dict[str, object]:
         "hidden-size": model.hidden_size,
         "num-attention-heads": model.num_attention_heads,
         "num-query-groups": model.num_query_groups,
-        "kv-channels": model.kv_channels,
+        "kv-channels": model.head_dim,
         "ffn-hidden-size": model.ffn_hidden_size if moe is None else None,
         "swiglu": model.activation == "swiglu",
         "normalization": model.normalization,
@@ -137,6 +141,7 @@ def _describe_shape(model: ResolvedModel) -> dict[str, object]:
         "add-qkv-bias": model.has_qkv_bias,
         "untie-embeddings-and-output-weights": not model.has_tied_embeddings,
         "embedding-norm": model.has_embedding_norm,
+        "qk-layernorm": model.has_qk_norm,
         "num-experts": moe and moe.num_experts,
         "moe-ffn-hidden-size": moe and moe.ffn_hidden_size,
         "moe-shared-expert-intermediate-size": moe and moe.shared_expert_intermediate_size,

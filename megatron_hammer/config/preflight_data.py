@@ -113,12 +113,23 @@ def find_vocabulary_problems(arguments: ParsedArguments, encoder: Encoder | None
     vocab_size = arguments.namespace.vocab_size
     if encoder is None or vocab_size is None or vocab_size == encoder.vocab_size:
         return []
-    if "vocab_size" in arguments.typed and vocab_size > encoder.vocab_size:
+    if _is_vocabulary_chosen(arguments) and vocab_size > encoder.vocab_size:
         return []
+    if arguments.start is not None:
+        return [
+            f"tokenizer-model: must have no more tokens than the model in {arguments.start.folder}, got "
+            f"{encoder.vocab_size} in {encoder.path}, vocab_size={vocab_size}. Pass the model's own tokenizer, or add "
+            "rows to the model with tools/resize_embeddings.py."
+        ]
     return [
         f"vocab-size: must be the tokenizer's, got vocab_size={vocab_size}, tokenizer={encoder.vocab_size} "
         f"({encoder.path}). Pass --vocab-size {encoder.vocab_size}."
     ]
+
+
+def _is_vocabulary_chosen(arguments: ParsedArguments) -> bool:
+    """Whether config.json or the command line said how many rows the model has; they may be more than tokens."""
+    return arguments.start is not None or "vocab_size" in arguments.typed
 
 
 def _find_content_problems(namespace: argparse.Namespace, prefix: str, index: IndexSummary) -> list[str]:
@@ -188,9 +199,15 @@ def _find_tokenizer_mismatch(
             "Pass the tokenizer that the corpus was preprocessed with, or preprocess it again."
         ]
     vocab_size = arguments.namespace.vocab_size
-    is_larger_on_purpose = "vocab_size" in arguments.typed and vocab_size and vocab_size > made_with.vocab_size
+    is_larger_on_purpose = _is_vocabulary_chosen(arguments) and vocab_size and vocab_size > made_with.vocab_size
     if vocab_size in (None, made_with.vocab_size) or is_larger_on_purpose:
         return []
+    if arguments.start is not None:
+        return [
+            f"{prefix}: must be made with a tokenizer that fits the model in {arguments.start.folder}, got "
+            f"{made_with.vocab_size} tokens ({made_with.name}), vocab_size={vocab_size}. "
+            "Preprocess the corpus with the model's own tokenizer."
+        ]
     return [
         f"vocab-size: must be that of the data's tokenizer, got vocab_size={vocab_size}, in {prefix}.manifest.json "
         f"{made_with.vocab_size} ({made_with.name}). Pass --vocab-size {made_with.vocab_size}."

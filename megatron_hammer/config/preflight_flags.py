@@ -13,7 +13,6 @@ from megatron_hammer.config.preflight_values import flag_of
 from megatron_hammer.platforms import cpu
 from megatron_hammer.platforms.device import read_device_generation
 
-MEGATRON_ROPE_SCALING_FACTOR = 8.0
 Condition = Callable[[argparse.Namespace], bool]
 
 
@@ -79,12 +78,6 @@ IDLE: tuple[Idle, ...] = (
     Idle("rotary_seq_len_interpolation_factor", _has_no_rope, _ROPE_WHY, _ROPE_REMEDY),
     Idle("use_rope_scaling", _has_no_rope, _ROPE_WHY, _ROPE_REMEDY),
     Idle("rope_scaling_factor", lambda args: not args.use_rope_scaling, "alone", "Pass --use-rope-scaling with it"),
-    Idle(
-        "rope_scaling_factor",
-        lambda args: args.use_rope_scaling and args.rope_scaling_factor != MEGATRON_ROPE_SCALING_FACTOR,
-        f"in megatron-core 0.19, which always builds with {MEGATRON_ROPE_SCALING_FACTOR:g} (gpt_config_from_args)",
-        _DROP,
-    ),
     Idle("transformer_impl", _always, "here: the backend decides", "Pass --backend te or --backend torch"),
     Idle("use_flash_attn", _always, "in megatron-core 0.19: the backend chooses the attention", _DROP),
     Idle("attention_backend", _is_torch, _TORCH_WHY, _TORCH_REMEDY),
@@ -191,7 +184,6 @@ UNCOUNTED: dict[str, tuple[object, ...]] = {
     "spec": (None,),
     "yaml_cfg": (None,),
     "attention_output_gate": (False,),
-    "qk_layernorm": (False,),
     "qk_l2_norm": (False,),
     "quick_geglu": (False,),
     "squared_relu": (False,),

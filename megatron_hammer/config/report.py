@@ -94,6 +94,7 @@ class Report:
     backend: str
     precision: str
     world_size: int
+    weights: str  # where the first ones come from
     overrides: tuple[Override, ...]
     settings: dict[str, Any]  # what differs from Megatron's own defaults
     model: ModelReport | None

@@ -54,6 +54,7 @@ def _build_configuration(report: Report) -> Table:
     table = _table("Configuration (what differs from Megatron's defaults)", "setting", "value", "preset", left=3)
     table.add_row("preset", report.preset or "none", "")
     table.add_row("platform, backend, precision", f"{report.platform}, {report.backend}, {report.precision}", "")
+    table.add_row("first weights", report.weights, "")
     replaced = {override.name: override for override in report.overrides}
     names = sorted(set(report.settings) | set(replaced))
     for name in names:

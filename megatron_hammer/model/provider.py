@@ -20,31 +20,47 @@ from torch import Tensor
 
 from megatron_hammer.model.layer_spec import Backend, build_block_spec
 from megatron_hammer.model.torch_modules import TorchNorm
+from megatron_hammer.model.vocabulary_padding import mask_padding_logits
 
 
 @dataclass(kw_only=True)
 class HammerModelConfig(GPTModelConfig):
-    """megatron's GPTModelConfig, the backend that builds it, and what the shipped presets need beyond it."""
+    """megatron's GPTModelConfig, the backend that builds it, and what the shipped presets need beyond it.
+
+    num_tokens: of the vocabulary without its padding; None counts the padding as tokens, in the loss too.
+    """
 
     builder: ClassVar[str] = "megatron_hammer.model.provider.HammerModelBuilder"
     backend: Backend = "torch"
     has_embedding_norm: bool = False
+    num_tokens: int | None = None
 
 
-def build_model_config(config: GPTModelConfig, *, backend: Backend, has_embedding_norm: bool) -> HammerModelConfig:
-    """Our model config with the values of megatron's."""
+def build_model_config(
+    config: GPTModelConfig,
+    *,
+    backend: Backend,
+    has_embedding_norm: bool,
+    num_tokens: int | None = None,
+    rope_scaling_factor: float | None = None,
+) -> HammerModelConfig:
+    """Our model config with the values of megatron's; rope_scaling_factor is one that gpt_config_from_args drops."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(GPTModelConfig)}
-    return HammerModelConfig(**values, backend=backend, has_embedding_norm=has_embedding_norm)
+    if rope_scaling_factor is not None:
+        values["rope_scaling_factor"] = rope_scaling_factor
+    return HammerModelConfig(**values, backend=backend, has_embedding_norm=has_embedding_norm, num_tokens=num_tokens)
 
 
 class HammerGPTModel(GPTModel):
-    """GPTModel with, where asked for, a norm on the embedding's output (Open-Llama's stable embedding).
+    """GPTModel whose loss is over the vocabulary without its padding, and with, where asked for, a norm on the
+    embedding's output (Open-Llama's stable embedding).
 
     That norm is LayerNorm with a bias whatever the layers use, as in transformers' OpenLlamaModel.embed_layer_norm.
     """
 
-    def __init__(self, *, has_embedding_norm: bool = False, **kwargs: Any):
+    def __init__(self, *, has_embedding_norm: bool = False, num_tokens: int | None = None, **kwargs: Any):
         super().__init__(**kwargs)
+        self.num_tokens = num_tokens
         self.has_embedding_norm = has_embedding_norm and self.pre_process
         if self.has_embedding_norm:
             self.embedding_norm = TorchNorm(
@@ -57,6 +73,12 @@ class HammerGPTModel(GPTModel):
         if self.has_embedding_norm and decoder_input is None:
             decoder_input = self.embedding_norm(self.embedding(input_ids=input_ids, position_ids=position_ids))
         return super()._preprocess(input_ids, position_ids, decoder_input=decoder_input, **kwargs)
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Loss [b, s] of labels [b, s] under logits [s, b, p / tp], whose padding columns are overwritten."""
+        if self.num_tokens is not None:
+            mask_padding_logits(logits, num_tokens=self.num_tokens, tp_rank=self.pg_collection.tp.rank())
+        return super().compute_language_model_loss(labels, logits)
 
 
 class HammerModelBuilder(GPTModelBuilder):
@@ -96,4 +118,5 @@ class HammerModelBuilder(GPTModelBuilder):
             pg_collection=pg_collection,
             vp_stage=vp_stage,
             has_embedding_norm=config.has_embedding_norm,
+            num_tokens=config.num_tokens,
         )

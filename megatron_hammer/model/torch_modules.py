@@ -61,9 +61,8 @@ class SdpaAttention(MegatronModule):
         if config.context_parallel_size != 1:
             raise ValueError("SdpaAttention has no context parallelism; preflight must have refused it.")
         self.attention_dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        # --apply-query-key-layer-scaling changes nothing: megatron's softmax multiplies back what it divides here.
         self.softmax_scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
-        if config.apply_query_key_layer_scaling:
-            self.softmax_scale /= max(1, layer_number)
 
     def forward(
         self,

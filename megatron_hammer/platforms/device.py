@@ -41,6 +41,13 @@ def max_over_ranks(value: float) -> float:
     return float(tensor.item())
 
 
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Collective sum of a small int64 tensor of the host over all ranks."""
+    tensor = values.to("cuda" if torch.cuda.is_available() else "cpu", copy=True)
+    torch.distributed.all_reduce(tensor)
+    return tensor.cpu()
+
+
 def stand_alone() -> None:
     """Where no launcher started this process, give it what a launcher would: it is rank 0 of 1, and its own master."""
     if "RANK" in os.environ:

@@ -368,6 +368,25 @@ def observe_training(observer: Any) -> None:
     training.evaluate_and_print_results, training.evaluate = evaluate_and_print_results, evaluate
 
 
+def fill_new_model(fill: Callable[[Any, Any], None]) -> None:
+    """Call `fill(model chunks, optimizer)` once megatron has built both, on every rank.
+
+    After the optimizer, whose fp32 weights are to be filled with what a 16-bit parameter rounds away; megatron's own
+    hook (ModelConfig.pre_wrap_hooks) comes before there is an optimizer.
+    """
+    from megatron.training import training
+
+    original = training.setup_model_and_optimizer
+
+    @functools.wraps(original)
+    def setup_model_and_optimizer(*arguments: Any, **options: Any) -> Any:
+        model, optimizer, scheduler = original(*arguments, **options)
+        fill(model, optimizer)
+        return model, optimizer, scheduler
+
+    training.setup_model_and_optimizer = setup_model_and_optimizer
+
+
 def stop_on_signals_too(signals: tuple[Any, ...]) -> None:
     """Let these signals save and stop as megatron's own exit signal does; its handler takes only one.
 

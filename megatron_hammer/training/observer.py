@@ -12,6 +12,7 @@ from typing import IO, Any
 from megatron_hammer.config.arguments import ParsedArguments
 from megatron_hammer.config.data_order import RECORD_NAME, describe_continuation
 from megatron_hammer.config.model_from_arguments import build_model
+from megatron_hammer.config.start_model import describe_weights
 from megatron_hammer.model.accounting import count_flops_per_token
 from megatron_hammer.platforms.device import max_over_ranks, read_device_name, read_peak_memory_bytes
 from megatron_hammer.platforms.gpu_peaks import find_dense_peak_tflops
@@ -39,6 +40,7 @@ def build_observer(arguments: ParsedArguments, terminal: IO[str]) -> "RunObserve
         namespace,
         facts,
         Reporter(terminal, facts),
+        weights=describe_weights(namespace, arguments.start),
         is_recorder=is_recorder,
         read_peak_memory_bytes=read_peak_memory_bytes,
         max_over_ranks=max_over_ranks,
@@ -58,8 +60,9 @@ def describe_run(arguments: ParsedArguments) -> str:
     }
     layout = " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1 or name in ("TP", "PP", "DP"))
     ranks = "1 rank" if namespace.world_size == 1 else f"{namespace.world_size} ranks"
+    name = arguments.preset.name if arguments.preset else arguments.start.model.name if arguments.start else None
     return (
-        f"{arguments.preset.name if arguments.preset else 'custom model'}: "
+        f"{name or 'custom model'}: "
         f"{build_model(namespace).num_parameters:,} parameters, {ranks} ({layout}), "
         f"{namespace.platform} platform, {namespace.backend} backend, {str(namespace.params_dtype).split('.')[-1]}"
     )
@@ -69,7 +72,7 @@ class RunObserver:
     """One run's ears.
 
     is_recorder: whether this rank writes (the last one). max_over_ranks: collective maximum of a number, called by
-    every rank in the same order.
+    every rank in the same order. weights: where the first ones come from.
     """
 
     def __init__(
@@ -78,12 +81,13 @@ class RunObserver:
         facts: RunFacts,
         reporter: Reporter,
         *,
+        weights: str,
         is_recorder: bool,
         read_peak_memory_bytes: Callable[[], int],
         max_over_ranks: Callable[[float], float],
     ):
         self.namespace, self.facts, self.reporter = namespace, facts, reporter
-        self.is_recorder = is_recorder
+        self.is_recorder, self.weights = is_recorder, weights
         self._read_peak_memory_bytes, self._max_over_ranks = read_peak_memory_bytes, max_over_ranks
         self._stopwatch, self._lr = Stopwatch(), 0.0
         self._log: MetricsLog | None = None
@@ -184,6 +188,7 @@ class RunObserver:
     def _open_log(self) -> None:
         first_step = self.namespace.iteration + 1
         self.reporter.say(self.facts.description)
+        self.reporter.say(f"weights: {self.weights}")
         self._log = MetricsLog(self.facts, self._metrics_path(), first_step)
         if first_step > 1:
             self.reporter.say(f"resumed from the checkpoint of step {first_step - 1}")

@@ -17,6 +17,7 @@ from megatron_hammer.errors import USER_ERROR_EXIT_CODE, ConfigError, exit_on_us
 
 if TYPE_CHECKING:
     from megatron_hammer.config.arguments import ParsedArguments
+    from megatron_hammer.config.start_model import StartModel
     from megatron_hammer.training.observer import RunObserver
 
 
@@ -52,7 +53,18 @@ def prepare(argv: Sequence[str], *, is_plan: bool = False) -> "ParsedArguments":
 
     from megatron_hammer.config.arguments import parse_arguments
 
-    return parse_arguments(argv, platform=platform, backend=backend, is_plan=is_plan)
+    load_hf = read_option(argv, "--load-hf")
+    start = None if load_hf is None else read_start(load_hf)
+    return parse_arguments(argv, platform=platform, backend=backend, is_plan=is_plan, start=start)
+
+
+def read_start(folder: str) -> "StartModel":
+    """The model of --load-hf; raises ConversionError if it is none that is mapped."""
+    from pathlib import Path
+
+    from megatron_hammer.training.hugging_face_start import read_start_model
+
+    return read_start_model(Path(folder))
 
 
 def check(arguments: "ParsedArguments") -> None:
@@ -108,12 +120,25 @@ def train(arguments: "ParsedArguments", terminal: IO[str]) -> None:
     config = build_config_container(namespace, build_model_config)
     observer = build_observer(arguments, terminal)
     megatron_compat.observe_training(observer)
+    fill_from_start(arguments, terminal)
     try:
         pretrain(config, build_dataset_provider(namespace), ModelType.encoder_or_decoder, build_forward_step(namespace))
     except SystemExit as stop:
         report_early_stop(observer, stop)
     observer.finish()
     close_process_group()
+
+
+def fill_from_start(arguments: "ParsedArguments", terminal: IO[str]) -> None:
+    """Have megatron's new model filled with the weights of --load-hf, unless there is a checkpoint to go on from."""
+    from megatron_hammer.config.start_model import find_checkpoint_to_load
+    from megatron_hammer.platforms import megatron_compat
+
+    namespace, start = arguments.namespace, arguments.start
+    if start is not None and find_checkpoint_to_load(namespace) is None:
+        from megatron_hammer.training.hugging_face_start import build_filler
+
+        megatron_compat.fill_new_model(build_filler(start, rank=namespace.rank, terminal=terminal))
 
 
 def report_early_stop(observer: "RunObserver", stop: SystemExit) -> None:

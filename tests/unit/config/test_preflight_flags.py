@@ -55,7 +55,7 @@ def test_idle_flag_is_reported_when_typed(idle) -> None:
     arguments = with_values(idle.name, **CIRCUMSTANCES.get(idle.name, {}))
     flag = "world-size" if idle.name == "requested_world_size" else idle.name.replace("_", "-")
     problems = [problem for problem in find_flag_problems(arguments) if problem.startswith(f"{flag}: has no effect")]
-    assert len(problems) == 1 or idle.name == "rope_scaling_factor"
+    assert len(problems) == 1
     assert find_flag_problems(with_values(**CIRCUMSTANCES.get(idle.name, {}))) == []  # the preset's own are silent
 
 
@@ -77,20 +77,14 @@ def test_moe_flags_without_experts() -> None:
     assert "moe-router-topk: has no effect without experts, got --moe-router-topk typed" in problem
 
 
-def test_rope_scaling_factor_that_megatron_drops() -> None:
-    """gpt_config_from_args hands over use_rope_scaling but not the factor, so the model always has 8."""
-    flags = (*TINY, "--use-rope-scaling", "--rope-scaling-factor")
-    (problem,) = find(*flags, "4")
-    assert "rope-scaling-factor: has no effect in megatron-core 0.19, which always builds with 8" in problem
-    assert find(*flags, "8") == []
-
-
-def test_the_upstream_reason_for_that_is_still_there() -> None:
+def test_rope_scaling_reaches_the_model() -> None:
+    """gpt_config_from_args hands over use_rope_scaling but not the factor, for which megatron then has 8."""
     import inspect
 
     from megatron.training.argument_utils import gpt_config_from_args
 
-    assert "rope_scaling_factor" not in inspect.getsource(gpt_config_from_args)
+    assert "rope_scaling_factor" not in inspect.getsource(gpt_config_from_args)  # else ours need not
+    assert find(*TINY, "--use-rope-scaling", "--rope-scaling-factor", "4") == []
 
 
 def test_the_upstream_reason_for_the_batch_ramp_is_still_there() -> None:

@@ -44,6 +44,7 @@ class Run:
             self.namespace,
             FACTS,
             Reporter(self.stream, FACTS),
+            weights="random",
             is_recorder=is_recorder,
             read_peak_memory_bytes=lambda: 11,
             max_over_ranks=self.find_max,

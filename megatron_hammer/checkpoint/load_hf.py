@@ -1,0 +1,230 @@
+"""Fills the model chunks of one rank from a Hugging Face folder, at any parallel layout, one parameter at a time.
+
+Which part of which global tensor a parameter is, the model's own `sharded_state_dict` says, which writes and reads
+checkpoints too; what the global tensor is made of, the rows of `mapping.py` say. Nothing is written to disk.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_hammer.checkpoint.architecture import Architecture
+from megatron_hammer.checkpoint.hf_architecture import read_hf_architecture
+from megatron_hammer.checkpoint.hf_names import HfSources, locate_hf_tensors
+from megatron_hammer.checkpoint.hf_weights import HfWeights, open_hf_weights
+from megatron_hammer.checkpoint.mapping import TensorPair, expand, validate_names_and_shapes
+from megatron_hammer.checkpoint.reader import VOCABULARY_TENSORS
+from megatron_hammer.errors import ConversionError
+
+# Where a checkpoint's key leaves out a layer's or an expert's number, whose axis then leads the tensor.
+_STACKED = re.compile(r"(\bdecoder\.layers|\bmlp\.experts\.experts)\.(?!\d)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MasterWeights:
+    """The fp32 copy of a 16-bit parameter that this rank's optimizer keeps: elements [start, start + numel) of it."""
+
+    tensor: Tensor
+    start: int
+
+
+class HfStart:
+    """A folder whose tensors are exactly those of its architecture; obtain it with `open_hf_start`.
+
+    pairs: every Megatron tensor by its name. weights: the tensors that they are made of.
+    """
+
+    def __init__(self, architecture: Architecture, weights: HfWeights, pairs: Sequence[TensorPair], located: HfSources):
+        self.architecture = architecture
+        self.weights = weights
+        self.pairs = {pair.megatron_name: pair for pair in pairs}
+        self._located = located
+
+    def read(self, name: str) -> Tensor:
+        """The whole Megatron tensor, without vocabulary padding, in its stored dtype."""
+        pair = self.pairs[name]
+        sources = [self._located.sources[hf_name] for hf_name in pair.hf_names]
+        return pair.layout.merge(
+            [source.select(self.weights.read(source.name)) for source in sources], self.architecture
+        )
+
+    def require_equal_duplicates(self) -> None:
+        """Raise ConversionError if a tensor that is stored twice, as a tied model's head may be, is two tensors."""
+        problems = [
+            f"{self.weights.folder}: {name} must equal {twin}, to which config.json ties it, got another tensor. "
+            "Set tie_word_embeddings to false if the model has both."
+            for name, twin in self._located.duplicates.items()
+            if not torch.equal(self.weights.read(name), self.weights.read(self._located.sources[twin].name))
+        ]
+        if problems:
+            raise ConversionError(*problems)
+
+    def count_elements(self) -> Tensor:
+        """Elements of each Megatron tensor, in the order of `pairs`: [len(pairs)] int64."""
+        return torch.tensor([torch.Size(pair.megatron_shape).numel() for pair in self.pairs.values()])
+
+
+def open_hf_start(folder: Path) -> HfStart:
+    """Open a Hugging Face folder to start a model from; reads headers only.
+
+    Raises ConversionError for an architecture that is not mapped, for files that are missing or damaged, and with a
+    sentence for every tensor that is missing, unexpected or of another shape.
+    """
+    model = read_hf_architecture(folder)
+    weights = open_hf_weights(folder)
+    pairs = expand(model.family, model.architecture)
+    located = locate_hf_tensors(pairs, model.architecture, weights.shapes)
+    expected = {name: shape for pair in pairs for name, shape in zip(pair.hf_names, pair.hf_shapes, strict=True)}
+    validate_names_and_shapes(expected, located.shapes, where=str(folder))
+    return HfStart(model.architecture, weights, pairs, located)
+
+
+def fill_chunks(
+    chunks: Sequence[Any],
+    source: HfStart,
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    find_master: Callable[[Tensor], MasterWeights | None] = lambda parameter: None,
+    on_parameter: Callable[[int], None] = lambda num_bytes: None,
+) -> Tensor:
+    """Fill every parameter of this rank's model chunks, and the fp32 copies that `find_master` knows.
+
+    metadata: of sharded_state_dict. on_parameter: called with the bytes of each parameter once it is filled. Padding
+    rows of the vocabulary become 0. Returns how many elements of each tensor, in the order of `source.pairs`, this rank
+    holds first (not as the copy of another rank's): int64.
+    Raises ConversionError with a sentence for every parameter that has no source and every value that is not finite.
+    """
+    filler = _Filler(source, find_master, on_parameter)
+    for chunk in chunks:
+        filler.fill(chunk, dict(metadata or {}))
+    if filler.problems:
+        raise ConversionError(*filler.problems)
+    return torch.tensor([filler.num_held[name] for name in source.pairs])
+
+
+def require_every_element(source: HfStart, num_held: Tensor) -> None:
+    """Raise ConversionError unless all ranks together hold each element once. num_held: summed over all ranks."""
+    expected = source.count_elements()
+    problems = [
+        f"{source.weights.folder}: {', '.join(pair.hf_names)} must go into the model whole, got {int(held):,} of "
+        f"{int(whole):,} elements. This is a bug; please report the command."
+        for pair, held, whole in zip(source.pairs.values(), num_held, expected, strict=True)
+        if held != whole
+    ]
+    if problems:
+        raise ConversionError(*problems)
+
+
+class _Filler:
+    def __init__(
+        self,
+        source: HfStart,
+        find_master: Callable[[Tensor], MasterWeights | None],
+        on_parameter: Callable[[int], None],
+    ):
+        self.source, self.find_master, self.on_parameter = source, find_master, on_parameter
+        self.problems: list[str] = []
+        self.num_held = dict.fromkeys(source.pairs, 0)
+
+    @torch.no_grad()
+    def fill(self, chunk: Any, metadata: dict[str, Any]) -> None:
+        left = {parameter.data_ptr(): (name, parameter) for name, parameter in chunk.named_parameters()}
+        for entry in _list_entries(chunk.sharded_state_dict(metadata=metadata)):
+            _, parameter = left.pop(entry.data.data_ptr(), (None, None))
+            if parameter is None:
+                self._report(entry.key, "nothing of the folder belongs into it, got a tensor that is no parameter")
+            else:
+                self._fill_parameter(entry, parameter)
+        for name, _ in left.values():
+            self._report(name, "a checkpoint must have a name for it, got none")
+
+    def _fill_parameter(self, entry: Any, parameter: Tensor) -> None:
+        names = {name for name in map(_name_shard, _build_shards(entry, parameter.detach())) if name is not None}
+        if len(names) != 1 or not names <= self.source.pairs.keys():
+            self._report(entry.key, "must be one tensor of the folder's architecture, got none")
+            return
+        (name,) = names
+        whole = self.source.read(name)
+        staged = torch.empty(parameter.shape, dtype=whole.dtype)
+        num_filled = sum(self._fill_shard(name, shard, whole) for shard in _build_shards(entry, staged))
+        if num_filled != staged.numel():
+            self._report(name, f"must be filled whole, got {num_filled:,} of {staged.numel():,} elements")
+        elif not torch.isfinite(staged).all():
+            self._report(name, "must have finite values, got NaN or infinity")
+        else:
+            self._copy(name, staged, parameter)
+
+    def _fill_shard(self, name: str, shard: Any, whole: Tensor) -> int:
+        """Fill one shard's data, a view of the staged parameter; returns its elements, 0 where the shapes disagree."""
+        global_shape = shard.global_shape[shard.prepend_axis_num :]
+        starts = shard.global_offset[shard.prepend_axis_num :]
+        can_be_padded = name in VOCABULARY_TENSORS and global_shape[0] > whole.shape[0]
+        if tuple(global_shape) != tuple(whole.shape) and not (can_be_padded and global_shape[1:] == whole.shape[1:]):
+            return 0
+        boxes = zip(starts, shard.data.shape, whole.shape, strict=True)
+        part = whole[tuple(slice(min(start, end), min(start + size, end)) for start, size, end in boxes)]
+        shard.data[: part.shape[0]].copy_(part)
+        shard.data[part.shape[0] :].zero_()
+        if _is_first_copy(shard.replica_id):
+            self.num_held[name] += part.numel()
+        return int(shard.data.numel())
+
+    def _copy(self, name: str, staged: Tensor, parameter: Tensor) -> None:
+        parameter.copy_(staged)
+        if parameter.dtype == torch.float16 and not torch.isfinite(parameter).all():
+            self._report(name, f"must fit into fp16, got values up to {staged.abs().max():.4g}")
+        master = self.find_master(parameter)
+        if master is not None:
+            flat = staged.view(-1)[master.start : master.start + master.tensor.numel()]
+            master.tensor.view(-1).copy_(flat)
+        self.on_parameter(staged.numel() * staged.element_size())
+
+    def _report(self, name: str, fact: str) -> None:
+        remedies = {"NaN": "Fetch the folder again, or save the model anew.", "fp16": "Pass --precision bf16."}
+        remedy = next((remedy for word, remedy in remedies.items() if word in fact), "Check config.json.")
+        self.problems.append(f"{self._describe(name)}: {fact}. {remedy}")
+
+    def _describe(self, name: str) -> str:
+        """The HF names of a Megatron tensor, in their folder, where it has any."""
+        pair = self.source.pairs.get(name)
+        return name if pair is None else f"{self.source.weights.folder}: {', '.join(pair.hf_names)}"
+
+
+def _list_entries(state: Mapping[str, Any]) -> Iterator[Any]:
+    """Sharded tensors and factories of them; objects without weights (fp8 scales) are left out."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    for entry in nested_values(dict(state)):
+        if isinstance(entry, (ShardedTensor, ShardedTensorFactory)):
+            yield entry
+
+
+def _build_shards(entry: Any, data: Tensor) -> list[Any]:
+    """The sharded tensors that `entry` would be with `data` in place of its own, which are views of `data`."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+
+    if isinstance(entry, ShardedTensorFactory):
+        return list(nested_values([entry.build_fn(entry.key, data, entry.replica_id, entry.flattened_range)]))
+    return [dataclasses.replace(entry, data=data, dtype=data.dtype)]
+
+
+def _name_shard(shard: Any) -> str | None:
+    """The mcore name of a shard, with the numbers that its leading axes stand for; None if they do not fit its key."""
+    numbers = iter(shard.global_offset[: shard.prepend_axis_num])
+    if len(_STACKED.findall(shard.key)) != shard.prepend_axis_num:
+        return None
+    return _STACKED.sub(lambda match: f"{match[1]}.{next(numbers)}.", shard.key)
+
+
+def _is_first_copy(replica_id: Any) -> bool:
+    from megatron.core.dist_checkpointing.mapping import is_main_replica
+
+    return bool(is_main_replica(replica_id))

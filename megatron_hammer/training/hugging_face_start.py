@@ -1,0 +1,128 @@
+"""Starts a run from a Hugging Face folder (--load-hf): reads what it holds, and fills the model that megatron built.
+
+The folder's config.json is read before the command line is, its weights' names and shapes before any process group
+forms, and the weights themselves once, by every rank for its own parameters.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+from megatron_hammer.checkpoint.hf_architecture import read_hf_architecture
+from megatron_hammer.checkpoint.load_hf import (
+    HfStart,
+    MasterWeights,
+    fill_chunks,
+    open_hf_start,
+    require_every_element,
+)
+from megatron_hammer.checkpoint.model_preset import build_model_preset
+from megatron_hammer.config.start_model import StartModel
+from megatron_hammer.errors import ConversionError
+from megatron_hammer.platforms.device import sum_over_ranks
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+def read_start_model(folder: Path) -> StartModel:
+    """What --load-hf names; problems of the weights are kept for preflight, a run that resumes does not read them.
+
+    Raises ConversionError for a folder whose config.json is not one of a mapped architecture.
+    """
+    hf_model = read_hf_architecture(folder)
+    architecture = hf_model.architecture
+    problems: tuple[str, ...] = ()
+    dtype, description = hf_model.dtype or "float32", "not read"
+    try:
+        source = open_hf_start(folder)
+        dtype, description = _describe(source)
+    except ConversionError as error:
+        problems = tuple(f"load-hf: {problem}" for problem in error.problems)
+    return StartModel(
+        folder=folder,
+        model=build_model_preset(architecture, name=folder.resolve().name, source=str(folder)),
+        dtype=dtype,
+        hidden_dropout=architecture.hidden_dropout,
+        attention_dropout=architecture.attention_dropout,
+        description=description,
+        problems=problems,
+        tokenizers=_list_tokenizers(folder),
+    )
+
+
+def _describe(source: HfStart) -> tuple[str, str]:
+    """(dtype, weights in a few words)"""
+    dtypes = Counter(str(dtype).removeprefix("torch.") for dtype in source.weights.dtypes.values())
+    dtype = next(iter(dtypes)) if len(dtypes) == 1 else "mixed"
+    num_bytes = source.weights.num_bytes
+    size = f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
+    return dtype, f"{len(source.weights.shapes):,} tensors, {size}, {' and '.join(sorted(dtypes))}"
+
+
+def _list_tokenizers(folder: Path) -> tuple[Path, ...]:
+    """As --tokenizer-model takes them: the folder itself for its tokenizer.json, a SentencePiece model as the file."""
+    found = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    return tuple(folder if name.endswith(".json") else folder / name for name in found)
+
+
+def build_filler(start: StartModel, *, rank: int, terminal: IO[str]) -> Callable[[Sequence[Any], Any], None]:
+    """A function of megatron's (model chunks, optimizer) that fills both from the folder; every rank must call it."""
+
+    def fill(chunks: Sequence[Any], optimizer: Any) -> None:
+        from megatron.core import parallel_state
+        from megatron.core.utils import unwrap_model
+
+        source = open_hf_start(start.folder)
+        if rank == 0:
+            source.require_equal_duplicates()
+        modules = unwrap_model(list(chunks))
+        metadata = {
+            "singleton_local_shards": False,
+            "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        }
+        with _progress(modules, terminal if rank == 0 else None) as on_parameter:
+            num_held = fill_chunks(
+                modules, source, metadata=metadata, find_master=_find_master(optimizer), on_parameter=on_parameter
+            )
+        require_every_element(source, sum_over_ranks(num_held))
+
+    return fill
+
+
+def _find_master(optimizer: Any) -> Callable[[torch.Tensor], MasterWeights | None]:
+    """Where the optimizer keeps the fp32 copy of a 16-bit parameter, whole or this rank's shard of it."""
+    masters: dict[torch.Tensor, MasterWeights] = {}
+    for part in getattr(optimizer, "chained_optimizers", [optimizer] if optimizer is not None else []):
+        if hasattr(part, "shard_fp32_from_float16_groups"):
+            groups = zip(part.model_float16_groups, part.shard_fp32_from_float16_groups, strict=True)
+        else:
+            groups = zip(
+                getattr(part, "float16_groups", ()), getattr(part, "fp32_from_float16_groups", ()), strict=True
+            )
+        for parameters, copies in groups:
+            for parameter, copy in zip(parameters, copies, strict=True):
+                if copy is not None:
+                    is_sharded = hasattr(part, "shard_fp32_from_float16_groups")
+                    start = part._get_model_param_range_map(parameter)["param"].start if is_sharded else 0
+                    masters[parameter] = MasterWeights(tensor=copy.data, start=start)
+    return masters.get
+
+
+@contextmanager
+def _progress(modules: Sequence[Any], terminal: IO[str] | None) -> Iterator[Callable[[int], None]]:
+    """A bar over the bytes of this rank's part of the model, where a person watches."""
+    if terminal is None or not terminal.isatty():
+        yield lambda num_bytes: None
+        return
+    columns = (TextColumn("weights"), BarColumn(), DownloadColumn())
+    console = Console(file=terminal)
+    with Progress(*columns, console=console, redirect_stdout=False, redirect_stderr=False, transient=True) as progress:
+        parameters = [parameter for module in modules for parameter in module.parameters()]
+        task = progress.add_task("", total=sum(parameter.numel() for parameter in parameters) * 4)
+        yield lambda num_bytes: progress.advance(task, num_bytes)
