@@ -27,6 +27,7 @@ MODEL_FILES = ("model_optim_rng.pt", "model_rng.pt")  # the second where the opt
 _SAFE_TYPES = (argparse.Namespace, types.SimpleNamespace, pathlib.PosixPath, signal.Signals)
 _SAFE_NAMES = frozenset(f"{known.__module__}.{known.__qualname__}" for known in _SAFE_TYPES)
 _INERT_PREFIXES = ("megatron.", "numpy.", "transformer_engine.", "apex.", "_io.BytesIO")
+_ZIP_SIGNATURE = b"PK"
 _NUM_PICKLES_BEFORE_STATE = 3  # in a file of before PyTorch 1.6: magic number, protocol, system
 
 
@@ -187,6 +188,9 @@ def _list_types(path: Path, is_mappable: bool) -> set[str]:
             name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
             return _scan(io.BytesIO(archive.read(name)))
     with path.open("rb") as file:
+        if file.read(len(_ZIP_SIGNATURE)) == _ZIP_SIGNATURE:
+            raise EOFError("the archive has no end")
+        file.seek(0)
         for _ in range(_NUM_PICKLES_BEFORE_STATE):
             _scan(file)
         return _scan(file)

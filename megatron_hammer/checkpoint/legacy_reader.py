@@ -162,7 +162,12 @@ def _locate_chunk(
                 "Load the checkpoint with the Megatron that wrote it and save it again."
             )
             continue
-        is_old_qkv = ".query_key_value." in own_name and file.checkpoint_version < 2
+        is_old_qkv = ".query_key_value." in own_name and file.checkpoint_version not in (2, 3)
+        if is_old_qkv and file.checkpoint_version not in (0, 1):
+            problems.append(
+                "checkpoint_version: the order of query_key_value is defined for 0, 1, 2 and 3, got "
+                f"{file.checkpoint_version}. Load the checkpoint with the Megatron that wrote it and save it again."
+            )
         name = shift_name(
             translate_name(own_name),
             num_layers=num_layers_before,
