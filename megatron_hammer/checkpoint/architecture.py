@@ -162,8 +162,8 @@ def _read_rope_scaling(args: Any) -> RopeScaling | None:
     if factor != default and not is_ours:
         raise ConversionError(
             f"rope_scaling_factor: must be {default:g}, with which Megatron-LM builds whatever is asked for, got "
-            f"rope_scaling_factor={factor:g}. Set it to {default:g} in the checkpoint's arguments if that is what "
-            "the model was trained with."
+            f"rope_scaling_factor={factor:g}. Load and save it once with --rope-scaling-factor and what it was "
+            "trained with."
         )
     return RopeScaling(factor=factor)
 

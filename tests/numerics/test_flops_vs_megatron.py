@@ -1,5 +1,6 @@
 """Convention A is Megatron-LM's own arithmetic, to the last operation."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -44,6 +45,12 @@ def test_convention_a_is_what_megatron_logs(name):
     rows = padded_vocab_size(model.vocab_size, tensor_model_parallel_size=2)
     ours = count_flops_per_token(model, seq_length, "A", vocab_size=rows)
     assert batch_size * seq_length * ours == count_by_megatron(model, seq_length, batch_size, rows)
+
+
+def test_norms_of_queries_and_keys_are_not_counted_and_wide_heads_are():
+    model = dataclasses.replace(PRESETS["hammer-1b4"].model, kv_channels=96, has_qk_norm=True)
+    assert 2048 * count_flops_per_token(model, 2048, "A") == count_by_megatron(model, 2048, 1, model.vocab_size)
+    assert count_flops_per_token(model, 2048) > count_flops_per_token(PRESETS["hammer-1b4"].model, 2048)
 
 
 def test_twin_another_convention_is_noticed():

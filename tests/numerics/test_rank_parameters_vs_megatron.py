@@ -28,6 +28,7 @@ LLAMA = ModelPreset(
 TOYS = {
     "llama": LLAMA,
     "qkv bias": dataclasses.replace(LLAMA, has_qkv_bias=True, num_query_groups=16),
+    "qk norm and wide heads": dataclasses.replace(LLAMA, has_qk_norm=True, kv_channels=10),
     "tied": dataclasses.replace(LLAMA, has_tied_embeddings=True),
     "gpt": dataclasses.replace(
         LLAMA,
@@ -78,7 +79,11 @@ MOE_LAYOUTS = {
         has_sequence_parallel=True,
     ),
 }
-CASES = [(model, layout) for model in ("llama", "qkv bias", "tied", "gpt") for layout in DENSE_LAYOUTS]
+CASES = [
+    (model, layout)
+    for model in ("llama", "qkv bias", "qk norm and wide heads", "tied", "gpt")
+    for layout in DENSE_LAYOUTS
+]
 MOE_CASES = [(model, layout) for model in ("moe", "moe shared") for layout in MOE_LAYOUTS]
 
 
@@ -128,6 +133,8 @@ def build_config(model: ModelPreset, layout: Layout):
         ffn_hidden_size=model.ffn_hidden_size,
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_query_groups,
+        kv_channels=model.head_dim,
+        qk_layernorm=model.has_qk_norm,
         normalization=model.normalization,
         activation_func=activation,
         gated_linear_unit=model.activation == "swiglu",
@@ -154,7 +161,9 @@ def count_built(model: ModelPreset, layout: Layout, pp_rank: int) -> tuple[int, 
 
     config = build_config(model, layout)
     spec = get_gpt_layer_local_spec(
-        num_experts=model.moe.num_experts if model.moe else None, normalization=model.normalization
+        num_experts=model.moe.num_experts if model.moe else None,
+        qk_layernorm=model.has_qk_norm,
+        normalization=model.normalization,
     )
     vp = layout.virtual_pipeline_model_parallel_size
     build = functools.partial(

@@ -7,6 +7,7 @@ from toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments
 
 from megatron_hammer.checkpoint.architecture import read_architecture
 from megatron_hammer.errors import ConversionError
+from megatron_hammer.preset_types import RopeScaling
 
 
 def test_llama_is_read():
@@ -78,3 +79,30 @@ def test_megatrons_defaults_are_expressible():
     }
     assert refused == {}
     assert set(_EXPRESSIBLE) - set(defaults) == set()
+
+
+def test_norms_of_queries_and_keys_and_heads_of_any_width_are_read():
+    model = read_architecture(toy_arguments(qk_layernorm=True, kv_channels=10))
+    assert (model.has_qk_norm, model.head_dim) == (True, 10)
+    assert not read_architecture(toy_arguments()).has_qk_norm
+
+
+def test_our_training_builds_the_rope_with_the_factor_asked_for_and_megatrons_own_with_8():
+    scaled = {"use_rope_scaling": True, "rope_scaling_factor": 32.0}
+    assert read_architecture(toy_arguments(**scaled)).rope_scaling == RopeScaling(factor=32.0)
+    assert read_architecture(toy_arguments(rope_scaling_factor=32.0)).rope_scaling is None
+    plain_megatron = toy_arguments(use_rope_scaling=True, rope_scaling_factor=8.0)
+    del plain_megatron.embedding_norm
+    assert read_architecture(plain_megatron).rope_scaling == RopeScaling()
+    plain_megatron.rope_scaling_factor = 32.0
+    with pytest.raises(
+        ConversionError,
+        match=r"^rope_scaling_factor: must be 8, with which Megatron-LM builds whatever is asked for, got "
+        r"rope_scaling_factor=32\. Load and save it once with --rope-scaling-factor and what it was trained with\.$",
+    ):
+        read_architecture(plain_megatron)
+
+
+def test_a_gate_of_no_shared_expert_is_none():
+    arguments = toy_arguments(**MOE_ARGUMENTS | {"moe_shared_expert_intermediate_size": None})
+    assert not read_architecture(arguments).moe.has_shared_expert_gate

@@ -8,6 +8,7 @@ from megatron_hammer.config.model_from_arguments import (
     default_ffn_hidden_size,
 )
 from megatron_hammer.model.accounting import count_parameters, layout_from_recipe
+from megatron_hammer.preset_types import RopeScaling
 from megatron_hammer.presets import PRESETS
 
 
@@ -29,6 +30,19 @@ def test_overrides_are_counted() -> None:
     wide_heads = build_model(parse(*TINY, "--kv-channels", "24").namespace)
     attention_per_layer = 256 * 8 * (16 + 2 * 2 + 16)  # 8 channels more in each head of q, k, v and the projection
     assert wide_heads.num_parameters == plain.num_parameters + 4 * attention_per_layer
+
+
+def test_norms_of_queries_and_keys_and_the_scaled_rope_are_read() -> None:
+    plain = build_model(parse(*TINY).namespace)
+    model = build_model(parse(*TINY, "--qk-layernorm", "--use-rope-scaling", "--rope-scaling-factor", "32").namespace)
+    assert (model.has_qk_norm, model.rope_scaling) == (True, RopeScaling(factor=32.0))
+    assert (plain.has_qk_norm, plain.rope_scaling) == (False, None)
+    assert model.num_parameters == plain.num_parameters + 4 * 2 * 16  # two norms of a head's width a layer
+
+
+def test_gelu_is_the_exact_one_without_megatrons_fusion() -> None:
+    assert build_model(parse("--preset", "gpt2-124m").namespace).activation == "gelu"
+    assert build_model(parse("--preset", "gpt2-124m", "--no-bias-gelu-fusion").namespace).activation == "gelu_erf"
 
 
 def _ends(model) -> int:

@@ -286,3 +286,10 @@ def test_a_layout_that_cannot_be_is_refused():
         estimate_hammer(layout=Layout(pipeline_model_parallel_size=4))
     with pytest.raises(ConfigError, match="must divide num_attention_heads, got tp=3"):
         estimate_hammer(layout=Layout(tensor_model_parallel_size=3))
+
+
+def test_norms_of_queries_and_keys_keep_their_inputs():
+    model = PRESETS["hammer-1b4"].model
+    plain = count_layer_activation_bytes(model, Layout(), num_tokens=100)
+    normed = count_layer_activation_bytes(dataclasses.replace(model, has_qk_norm=True), Layout(), num_tokens=100)
+    assert normed - plain == 100 * 2 * (32 + 4) * 64
