@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
-"""Export a torch_dist checkpoint as a Hugging Face model: weights, config, tokenizer and model card.
+"""Export a Megatron checkpoint as a Hugging Face model: weights, config, tokenizer and model card.
 
-Reads any parallel layout on a CPU, without megatron, a process group or a reference model, and verifies every tensor
-by reading it back before the folder gets its name.
+Reads torch_dist of any parallel layout, and mp_rank_* files, on a CPU, without a process group or a reference model.
+Every tensor is read back from the written file and must equal the checkpoint's bit for bit; then Megatron's own model
+and transformers compute the same text, as far as memory allows. Only then does the folder get its name.
 """
 
 import argparse
+import dataclasses
+import json
 import signal
 import sys
 from pathlib import Path
@@ -13,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from megatron_hammer.checkpoint.export import (
     DEFAULT_MAX_SHARD_BYTES,
@@ -21,6 +25,8 @@ from megatron_hammer.checkpoint.export import (
     ExportReport,
     export_to_hugging_face,
 )
+from megatron_hammer.checkpoint.reader import WEIGHTS
+from megatron_hammer.checkpoint.verify import LEVELS
 from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
 
 
@@ -29,6 +35,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--load", type=Path, required=True, help="directory that training saved into, or one iteration")
     parser.add_argument("--save", type=Path, required=True, help="Hugging Face folder to write")
     parser.add_argument("--iteration", type=int, help="which one to export (the latest)")
+    parser.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        default="model",
+        help="those that the model computes with, or the optimizer's fp32 master copies (%(default)s)",
+    )
     parser.add_argument(
         "--tokenizer-model",
         type=Path,
@@ -43,7 +55,15 @@ def parse_arguments() -> argparse.Namespace:
         default=DEFAULT_MAX_SHARD_BYTES / 1e9,
         help="largest safetensors file in units of 10^9 bytes (%(default)g)",
     )
+    parser.add_argument(
+        "--verify",
+        choices=LEVELS,
+        default="auto",
+        help="after the exact comparison of every tensor, compare the logits of Megatron and transformers, sampled "
+        "layers, or nothing more; auto takes logits where both fit in memory, else layers (%(default)s)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in --save")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser.parse_args()
 
 
@@ -55,18 +75,24 @@ def main() -> None:
         load_dir=arguments.load,
         save_dir=arguments.save,
         iteration=arguments.iteration,
+        weights=arguments.weights,
         tokenizer_path=arguments.tokenizer_model,
         has_tokenizer=not arguments.no_tokenizer,
         vocab_size=arguments.vocab_size,
         dtype=arguments.dtype,
         max_shard_bytes=int(arguments.max_shard_gb * 1e9),
+        verify=arguments.verify,
         overwrite=arguments.overwrite,
     )
     signal.signal(signal.SIGTERM, _raise_interrupt)
     report = export_with_progress(options)
     for note in report.notes:
         print(f"note: {note}", file=sys.stderr)
-    print(summarise(report))
+    if arguments.json:
+        print(json.dumps(dataclasses.asdict(report), default=str))
+    else:
+        print_checks(report)
+        print(summarise(report))
 
 
 def _raise_interrupt(*_: Any) -> None:
@@ -82,17 +108,28 @@ def export_with_progress(options: ExportOptions) -> ExportReport:
 
         def show(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
-                tasks[stage] = bar.add_task(f"{stage} tensors", total=total)
+                tasks[stage] = bar.add_task(stage, total=total)
             bar.update(tasks[stage], completed=done)
 
         return export_to_hugging_face(options, show)
 
 
+def print_checks(report: ExportReport) -> None:
+    """One line a check: what was held against what, and what came out."""
+    table = Table("check", "result", "")
+    marks = {True: "passed", False: "failed", None: "not done"}
+    for row in report.checks:
+        table.add_row(row.check, row.result, marks[row.is_passed])
+    Console().print(table)
+
+
 def summarise(report: ExportReport) -> str:
     tokenizer = f"tokenizer equal on {report.num_checked_texts:,} texts" if report.num_checked_texts else "no tokenizer"
     files = "1 file" if report.num_shards == 1 else f"{report.num_shards} files"
+    master = ", the optimizer's master weights" if report.weights == "master" else ""
     return (
-        f"{report.save_dir}: {report.hf_class} of iteration {report.iteration}, {report.num_parameters:,} parameters; "
+        f"{report.save_dir}: {report.hf_class} of iteration {report.iteration}{master}, "
+        f"{report.num_parameters:,} parameters; "
         f"{report.num_megatron_tensors} tensors in, {report.num_hf_tensors} out, 0 dropped, all read back equal; "
         f"{report.dtype} in {files}, {tokenizer}; {report.elapsed_s:.1f} s"
     )

@@ -1,19 +1,20 @@
-"""Megatron's torch_dist checkpoint to a complete Hugging Face folder, verified before it gets its name.
+"""Megatron's checkpoint to a complete Hugging Face folder, verified before it gets its name.
 
 The path: open the checkpoint, choose the family, compare every name and shape, write into `<out>.partial` tensor by
-tensor, read everything back through the inverse mapping, rename. A failure leaves nothing; config.json comes last, so
-that even a killed conversion leaves nothing that loads.
+tensor, each proved as soon as it is written (weight_export.py), let both models compute the same text (verify.py),
+rename. A failure leaves nothing; config.json comes last, so that even a killed conversion leaves nothing that loads.
 """
 
 import json
+import shutil
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron_hammer.checkpoint.architecture import Architecture, read_architecture
 from megatron_hammer.checkpoint.hf_config import build_config, build_generation_config
@@ -27,7 +28,9 @@ from megatron_hammer.checkpoint.mapping import (
 from megatron_hammer.checkpoint.model_card import build_model_card
 from megatron_hammer.checkpoint.partial_directory import open_directory_atomically
 from megatron_hammer.checkpoint.reader import CheckpointReader, open_checkpoint
-from megatron_hammer.checkpoint.safetensors_stream import Shard, plan_shards, write_shards
+from megatron_hammer.checkpoint.safetensors_stream import Shard, plan_shards
+from megatron_hammer.checkpoint.verify import CheckRow, Level, verify_model
+from megatron_hammer.checkpoint.weight_export import write_verified_weights
 from megatron_hammer.errors import ConversionError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -38,47 +41,111 @@ DEFAULT_MAX_SHARD_BYTES = 5_000_000_000  # transformers' own
 class ExportOptions:
     """dtype: a key of DTYPES, or None for the stored one. tokenizer_path: None for the one the checkpoint names.
 
-    vocab_size: None for the checkpoint's. has_tokenizer: False leaves the tokenizer's files out.
+    vocab_size: None for the checkpoint's. has_tokenizer: False leaves the tokenizer's files out. weights: "model", or
+    "master" for the optimizer's fp32 copies. verify: how far the models are compared after their tensors have been.
     """
 
     load_dir: Path
     save_dir: Path
     iteration: int | None = None
+    weights: str = "model"
     tokenizer_path: Path | None = None
     has_tokenizer: bool = True
     vocab_size: int | None = None
     dtype: str | None = None
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES
+    verify: Level = "auto"
     overwrite: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportReport:
-    """What was written; `notes` are sentences about what was left out."""
+    """What was written and every check of it; `notes` are sentences about what was left out."""
 
     save_dir: Path
     hf_class: str
     iteration: int
+    weights: str
     num_megatron_tensors: int
     num_hf_tensors: int
     num_parameters: int
+    num_bytes: int
     num_shards: int
     dtype: str
     num_checked_texts: int
+    checks: tuple[CheckRow, ...]
     elapsed_s: float
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Plan:
+    """Everything that is known before a tensor is read."""
+
+    reader: CheckpointReader
+    model: Architecture
+    family: Family
+    pairs: list[TensorPair]
+    shapes: dict[str, tuple[int, ...]]
+    dtype: torch.dtype
+    shards: list[Shard]
+    num_parameters: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_parameters * self.dtype.itemsize
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+
 def export_to_hugging_face(
-    options: ExportOptions, on_tensor: Callable[[str, int, int], None] = lambda stage, done, total: None
+    options: ExportOptions, on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None
 ) -> ExportReport:
-    """Convert a checkpoint; `on_tensor(stage, done, total)` is told of every Megatron tensor written and verified.
+    """Convert a checkpoint; `on_progress(stage, done, total)` is told of every tensor converted and every stage.
 
     Raises HammerError for everything a user can cause; then nothing is left under `save_dir` or beside it.
     """
     started_at_s = time.monotonic()
     _validate_target(options)
-    reader = open_checkpoint(options.load_dir, iteration=options.iteration)
+    plan = _plan_export(options)
+    _validate_free_space(options.save_dir, plan.num_bytes)
+    with open_directory_atomically(options.save_dir, overwrite=options.overwrite) as partial_dir:
+        tokenizer, notes = _export_tokenizer(options, plan, partial_dir, on_progress)
+        config = _write_descriptions(partial_dir, plan, tokenizer)
+        write_verified_weights(
+            partial_dir,
+            plan.shards,
+            plan.pairs,
+            plan.model,
+            plan.reader,
+            plan.dtype,
+            lambda done, total: on_progress("tensors", done, total),
+        )
+        checks = [*_describe_checks(plan, tokenizer), *_compare_models(options, partial_dir, config, on_progress)]
+        (partial_dir / "config.json").write_text(config)
+    return ExportReport(
+        save_dir=options.save_dir,
+        hf_class=plan.family.hf_class,
+        iteration=plan.reader.iteration,
+        weights=options.weights,
+        num_megatron_tensors=len(plan.pairs),
+        num_hf_tensors=len(plan.shapes),
+        num_parameters=plan.num_parameters,
+        num_bytes=plan.num_bytes,
+        num_shards=len(plan.shards),
+        dtype=plan.dtype_name,
+        num_checked_texts=tokenizer.num_checked_texts if tokenizer else 0,
+        checks=tuple(checks),
+        elapsed_s=time.monotonic() - started_at_s,
+        notes=notes,
+    )
+
+
+def _plan_export(options: ExportOptions) -> _Plan:
+    """Open the checkpoint and hold its names, shapes and dtypes to its architecture; reads no tensor."""
+    reader = open_checkpoint(options.load_dir, iteration=options.iteration, weights=options.weights)
     model = read_architecture(reader.args, vocab_size=options.vocab_size)
     family = select_family(model)
     pairs = expand(family, model)
@@ -90,25 +157,15 @@ def export_to_hugging_face(
     )
     dtype = _select_dtype(options.dtype, reader)
     shapes = {name: shape for pair in pairs for name, shape in zip(pair.hf_names, pair.hf_shapes, strict=True)}
-    shards = plan_shards(shapes, dtype=dtype, max_shard_bytes=options.max_shard_bytes)
-    with open_directory_atomically(options.save_dir, overwrite=options.overwrite) as partial_dir:
-        tokenizer, notes = _export_tokenizer(options, reader, model, partial_dir)
-        _write_weights(partial_dir, shards, pairs, model, reader, dtype, on_tensor)
-        _verify_weights(partial_dir, shards, pairs, model, reader, dtype, on_tensor)
-        num_parameters = sum(torch.Size(shape).numel() for shape in shapes.values())
-        _write_descriptions(partial_dir, family, model, reader, dtype, num_parameters, tokenizer)
-    return ExportReport(
-        save_dir=options.save_dir,
-        hf_class=family.hf_class,
-        iteration=reader.iteration,
-        num_megatron_tensors=len(pairs),
-        num_hf_tensors=len(shapes),
-        num_parameters=num_parameters,
-        num_shards=len(shards),
-        dtype=_dtype_name(dtype),
-        num_checked_texts=tokenizer.num_checked_texts if tokenizer else 0,
-        elapsed_s=time.monotonic() - started_at_s,
-        notes=notes,
+    return _Plan(
+        reader=reader,
+        model=model,
+        family=family,
+        pairs=pairs,
+        shapes=shapes,
+        dtype=dtype,
+        shards=plan_shards(shapes, dtype=dtype, max_shard_bytes=options.max_shard_bytes),
+        num_parameters=sum(torch.Size(shape).numel() for shape in shapes.values()),
     )
 
 
@@ -125,6 +182,16 @@ def _validate_target(options: ExportOptions) -> None:
         )
 
 
+def _validate_free_space(save_dir: Path, num_bytes: int) -> None:
+    existing = next(parent for parent in save_dir.absolute().parents if parent.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < num_bytes:
+        raise ConversionError(
+            f"{save_dir}: disk must have {num_bytes:,} bytes free for the weights, got {free_bytes:,}. "
+            "Free space, or choose another --save."
+        )
+
+
 def _select_dtype(requested: str | None, reader: CheckpointReader) -> torch.dtype:
     """The requested dtype, or that of the widest stored tensor."""
     if requested is not None:
@@ -138,12 +205,12 @@ def _select_dtype(requested: str | None, reader: CheckpointReader) -> torch.dtyp
 
 
 def _export_tokenizer(
-    options: ExportOptions, reader: CheckpointReader, model: Architecture, target_dir: Path
+    options: ExportOptions, plan: _Plan, target_dir: Path, on_progress: Callable[[str, int, int], None]
 ) -> tuple[Any, tuple[str, ...]]:
     """Write the tokenizer's files; returns what was exported (or None) and a note where nothing was."""
     if not options.has_tokenizer:
         return None, ("no tokenizer was written: --no-tokenizer",)
-    saved = getattr(reader.args, "tokenizer_model", None)
+    saved = getattr(plan.reader.args, "tokenizer_model", None)
     path = options.tokenizer_path or (Path(saved) if saved else None)
     if path is None:
         return None, ("no tokenizer was written: the checkpoint names none, and --tokenizer-model was not given",)
@@ -154,103 +221,80 @@ def _export_tokenizer(
         )
     from megatron_hammer.checkpoint.tokenizer_export import export_tokenizer
 
-    tokenizer = export_tokenizer(path, target_dir, max_length=model.max_position_embeddings)
-    if tokenizer.vocab_size > model.vocab_size:
+    on_progress("tokenizer", 0, 1)
+    tokenizer = export_tokenizer(path, target_dir, max_length=plan.model.max_position_embeddings)
+    if tokenizer.vocab_size > plan.model.vocab_size:
         raise ConversionError(
             f"{path}: tokenizer must not have more ids than the model, got {tokenizer.vocab_size} ids, "
-            f"vocab_size={model.vocab_size}. Pass the tokenizer that the model was trained with."
+            f"vocab_size={plan.model.vocab_size}. Pass the tokenizer that the model was trained with."
         )
+    on_progress("tokenizer", 1, 1)
     return tokenizer, ()
 
 
-def _write_weights(
-    directory: Path,
-    shards: list[Shard],
-    pairs: list[TensorPair],
-    model: Architecture,
-    reader: CheckpointReader,
-    dtype: torch.dtype,
-    on_tensor: Callable[[str, int, int], None],
-) -> None:
-    not_finite = []
-
-    def convert() -> Iterator[tuple[str, Tensor]]:
-        for number, pair in enumerate(pairs, start=1):
-            tensor = reader.read(pair.megatron_name).to(dtype)
-            if not torch.isfinite(tensor).all():
-                not_finite.append(pair.megatron_name)
-            yield from zip(pair.hf_names, pair.layout.split(tensor, model), strict=True)
-            on_tensor("writing", number, len(pairs))
-
-    write_shards(directory, shards, convert(), dtype=dtype)
-    if not_finite:
-        raise ConversionError(
-            *(
-                f"{name}: weights must be finite in {_dtype_name(dtype)}, got NaN or infinity in {reader.directory}. "
-                "Export an earlier iteration, or another --dtype."
-                for name in not_finite
-            )
-        )
-
-
-def _verify_weights(
-    directory: Path,
-    shards: list[Shard],
-    pairs: list[TensorPair],
-    model: Architecture,
-    reader: CheckpointReader,
-    dtype: torch.dtype,
-    on_tensor: Callable[[str, int, int], None],
-) -> None:
-    """Read back every written tensor and merge it to Megatron's: it must equal the source exactly."""
-    from safetensors import safe_open
-
-    files = {shard.file_name: safe_open(directory / shard.file_name, framework="pt") for shard in shards}
-    file_of = {name: files[shard.file_name] for shard in shards for name in shard.shapes}
-    different = []
-    for number, pair in enumerate(pairs, start=1):
-        merged = pair.layout.merge([file_of[name].get_tensor(name) for name in pair.hf_names], model)
-        if not torch.equal(merged, reader.read(pair.megatron_name).to(dtype)):
-            different.append(pair.megatron_name)
-        on_tensor("verifying", number, len(pairs))
-    if different:
-        raise ConversionError(
-            *(
-                f"{name}: what was written must read back equal to the checkpoint, got a difference. "
-                "Check the disk; if it is sound, this is a defect of the converter."
-                for name in different
-            )
-        )
-
-
-def _write_descriptions(
-    directory: Path,
-    family: Family,
-    model: Architecture,
-    reader: CheckpointReader,
-    dtype: torch.dtype,
-    num_parameters: int,
-    tokenizer: Any,
-) -> None:
-    """The model card, generation_config.json and, last, config.json, without which nothing loads."""
+def _write_descriptions(directory: Path, plan: _Plan, tokenizer: Any) -> str:
+    """Write the model card and generation_config.json; returns what belongs into config.json."""
     ids = {"bos_id": tokenizer.bos_id if tokenizer else None, "eos_id": tokenizer.eos_id if tokenizer else None}
     card = build_model_card(
-        family,
-        model,
-        args=reader.args,
-        iteration=reader.iteration,
-        dtype=_dtype_name(dtype),
-        num_parameters=num_parameters,
+        plan.family,
+        plan.model,
+        args=plan.reader.args,
+        iteration=plan.reader.iteration,
+        dtype=plan.dtype_name,
+        num_parameters=plan.num_parameters,
         has_tokenizer=tokenizer is not None,
     )
     (directory / "README.md").write_text(card)
-    _write_json(directory / "generation_config.json", build_generation_config(**ids))
-    _write_json(directory / "config.json", build_config(family, model, dtype=_dtype_name(dtype), **ids))
+    (directory / "generation_config.json").write_text(_format_json(build_generation_config(**ids)))
+    return _format_json(build_config(plan.family, plan.model, dtype=plan.dtype_name, **ids))
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+def _format_json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2) + "\n"
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _describe_checks(plan: _Plan, tokenizer: Any) -> list[CheckRow]:
+    """What has been proved by the time every weight is written: failing raised."""
+    tensors = CheckRow(
+        "tensors", f"{len(plan.pairs)} of {len(plan.pairs)} read back from the files bit for bit, all finite", True
+    )
+    if tokenizer is None:
+        return [tensors, CheckRow("tokenizer", "none was written", None)]
+    texts = f"{tokenizer.num_checked_texts:,} of {tokenizer.num_checked_texts:,} texts encode to the original's ids"
+    return [tensors, CheckRow("tokenizer", texts, True)]
+
+
+def _compare_models(
+    options: ExportOptions, partial_dir: Path, config: str, on_progress: Callable[[str, int, int], None]
+) -> Sequence[CheckRow]:
+    """Let Megatron and transformers compute the same; raises ConversionError with a sentence for every failed check.
+
+    The folder under test is one of links with a config.json of its own, so that the partial folder never loads.
+    """
+    if options.verify == "tensors":
+        return [CheckRow("Megatron against transformers", "not compared: --verify tensors", None)]
+    on_progress("computing with both models", 0, 1)
+    with tempfile.TemporaryDirectory(prefix="megatron_hammer_") as name:
+        linked_dir = Path(name) / "model"
+        linked_dir.mkdir()
+        for path in partial_dir.iterdir():
+            (linked_dir / path.name).symlink_to(path)
+        (linked_dir / "config.json").write_text(config)
+        rows = verify_model(
+            options.load_dir,
+            linked_dir,
+            level=options.verify,
+            iteration=options.iteration,
+            weights=options.weights,
+        )
+    failed = [row for row in rows if row.is_passed is False]
+    if failed:
+        raise ConversionError(
+            *(
+                f"{options.load_dir}: transformers must compute what Megatron does, got {row.check}: {row.result}. "
+                "Nothing was written; this is a defect of the mapping, and --verify tensors exports all the same."
+                for row in failed
+            )
+        )
+    on_progress("computing with both models", 1, 1)
+    return rows

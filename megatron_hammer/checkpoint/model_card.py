@@ -55,19 +55,31 @@ def _architecture(family: Family, model: Architecture, dtype: str, num_parameter
 
 
 def _recipe(args: Any, iteration: int) -> dict[str, Any]:
-    samples = getattr(args, "consumed_train_samples", 0)
-    return {
-        "steps": f"{iteration:,}",
-        "tokens": f"{samples * args.seq_length:,}",
-        "sequence length": f"{args.seq_length:,}",
-        "global batch": f"{args.global_batch_size:,} sequences",
-        "learning rate": f"{args.lr} to {args.min_lr}, {args.lr_decay_style}",
-        "weight decay": args.weight_decay,
-        "Adam": f"beta1 {args.adam_beta1}, beta2 {args.adam_beta2}, epsilon {args.adam_eps}",
-        "gradient clipping": args.clip_grad,
-        "dropout": f"hidden {args.hidden_dropout}, attention {args.attention_dropout}",
-        "seed": args.seed,
-    }
+    """Rows for what the saved arguments say; a converted checkpoint has never been trained and says less."""
+    values = vars(args)
+
+    def has(*names: str) -> bool:
+        return all(values.get(name) is not None for name in names)
+
+    samples = values.get("consumed_train_samples") or 0
+    rows: dict[str, Any] = {"steps": f"{iteration:,}"}
+    if has("seq_length"):
+        rows |= {"tokens": f"{samples * args.seq_length:,}", "sequence length": f"{args.seq_length:,}"}
+    if has("global_batch_size"):
+        rows["global batch"] = f"{args.global_batch_size:,} sequences"
+    if has("lr", "min_lr", "lr_decay_style"):
+        rows["learning rate"] = f"{args.lr} to {args.min_lr}, {args.lr_decay_style}"
+    if has("weight_decay"):
+        rows["weight decay"] = args.weight_decay
+    if has("adam_beta1", "adam_beta2", "adam_eps"):
+        rows["Adam"] = f"beta1 {args.adam_beta1}, beta2 {args.adam_beta2}, epsilon {args.adam_eps}"
+    if has("clip_grad"):
+        rows["gradient clipping"] = args.clip_grad
+    if has("hidden_dropout", "attention_dropout"):
+        rows["dropout"] = f"hidden {args.hidden_dropout}, attention {args.attention_dropout}"
+    if has("seed"):
+        rows["seed"] = args.seed
+    return rows
 
 
 def _table(rows: dict[str, Any]) -> str:

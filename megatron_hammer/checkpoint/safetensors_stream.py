@@ -6,18 +6,23 @@ safetensors' own `save_file` wants a whole shard in memory. Format: eight bytes 
 
 import json
 import math
+import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_hammer.checkpoint.bit_patterns import is_bitwise_equal
+
 INDEX_FILE = "model.safetensors.index.json"
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _HEADER_ALIGNMENT_BYTES = 8
+_BLOCK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,22 +52,71 @@ def plan_shards(shapes: Mapping[str, tuple[int, ...]], *, dtype: torch.dtype, ma
     ]
 
 
-def write_shards(
-    directory: Path, shards: Iterable[Shard], tensors: Iterable[tuple[str, Tensor]], *, dtype: torch.dtype
-) -> None:
-    """Write `tensors`, which must come in the order of `shards`, and an index if there is more than one shard."""
-    shards = list(shards)
-    remaining = iter(tensors)
-    for shard in shards:
-        with (directory / shard.file_name).open("wb") as file:
-            file.write(_build_header(shard, dtype))
-            for expected_name, expected_shape in shard.shapes.items():
-                name, tensor = next(remaining)
-                if name != expected_name or tuple(tensor.shape) != expected_shape or tensor.dtype != dtype:
-                    raise ValueError(f"{name} {tensor.shape} {tensor.dtype} came where {expected_name} was planned")
-                file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
-    if len(shards) > 1:
-        _write_index(directory, shards, dtype)
+class ShardWriter:
+    """Shards being written into `directory`, tensor by tensor in the order of `shards`; use as a context.
+
+    The index of several shards is written when the context ends without an exception.
+    """
+
+    def __init__(self, directory: Path, shards: Sequence[Shard], *, dtype: torch.dtype):
+        self._directory = directory
+        self._shards = shards
+        self._dtype = dtype
+        self._order = iter([(shard, name) for shard in shards for name in shard.shapes])
+        self._file: FileIO | None = None
+        self._open_shard: Shard | None = None
+        self._read_buffer = torch.empty(_BLOCK_BYTES, dtype=torch.uint8)
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if self._file is not None:
+            self._file.close()
+        if kind is None:
+            if (missing := next(self._order, None)) is not None:
+                raise ValueError(f"{missing[1]} was planned and never written")
+            if len(self._shards) > 1:
+                _write_index(self._directory, self._shards, self._dtype)
+
+    def write(self, name: str, tensor: Tensor) -> int:
+        """Append the next tensor; returns where in its file it begins, for `holds`."""
+        shard, expected_name = next(self._order)
+        shape = shard.shapes[expected_name]
+        if name != expected_name or tuple(tensor.shape) != shape or tensor.dtype != self._dtype:
+            raise ValueError(f"{name} {tensor.shape} {tensor.dtype} came where {expected_name} was planned")
+        if shard is not self._open_shard:
+            if self._file is not None:
+                self._file.close()
+            self._open_shard, self._file = shard, FileIO(self._directory / shard.file_name, "w+")
+            _write_all(self._file, _build_header(shard, self._dtype))
+        assert self._file is not None
+        start = self._file.tell()
+        _write_all(self._file, memoryview(_bytes_of(tensor).numpy()))
+        return start
+
+    def holds(self, start: int, tensor: Tensor) -> bool:
+        """Whether the file that was written last has exactly these bits at `start`: reads them back from it."""
+        assert self._file is not None
+        for block in _bytes_of(tensor).split(_BLOCK_BYTES):
+            into = self._read_buffer[: len(block)]
+            if os.preadv(self._file.fileno(), [memoryview(into.numpy())], start) != len(block):
+                return False
+            if not is_bitwise_equal(into, block):
+                return False
+            start += len(block)
+        return True
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def _write_all(file: FileIO, data: bytes | memoryview) -> None:
+    """One write call takes at most 2 GiB."""
+    remaining = memoryview(data)
+    while remaining:
+        remaining = remaining[file.write(remaining) :]
 
 
 def _build_header(shard: Shard, dtype: torch.dtype) -> bytes:
@@ -77,7 +131,7 @@ def _build_header(shard: Shard, dtype: torch.dtype) -> bytes:
     return struct.pack("<Q", len(encoded)) + encoded
 
 
-def _write_index(directory: Path, shards: list[Shard], dtype: torch.dtype) -> None:
+def _write_index(directory: Path, shards: Sequence[Shard], dtype: torch.dtype) -> None:
     total_bytes = sum(math.prod(shape) * dtype.itemsize for shard in shards for shape in shard.shapes.values())
     index = {
         "metadata": {"total_size": total_bytes},

@@ -87,7 +87,7 @@ def hf_loss(model_dir: Path, sequence: torch.Tensor) -> float:
 def test_every_layout_exports_the_same_model(tmp_path, data_flags, sequence, model, first, second, hf_class):
     loss = train_and_reshard(tmp_path, (*TOY_MODEL, *model, *data_flags), first, second)
     for name, iteration in (("first", NUM_STEPS), ("second", 1)):
-        options = ExportOptions(load_dir=tmp_path / name, save_dir=tmp_path / f"hf-{name}")
+        options = ExportOptions(load_dir=tmp_path / name, save_dir=tmp_path / f"hf-{name}", verify="tensors")
         report = export_to_hugging_face(options)
         assert (report.hf_class, report.iteration) == (hf_class, iteration)
     weights = [load_file(tmp_path / f"hf-{name}" / "model.safetensors") for name in ("first", "second")]

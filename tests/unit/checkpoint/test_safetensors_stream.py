@@ -1,12 +1,21 @@
 """Streamed shards are what the safetensors library reads, bit for bit."""
 
 import json
+import os
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_hammer.checkpoint.safetensors_stream import plan_shards, write_shards
+from megatron_hammer.checkpoint.safetensors_stream import ShardWriter, plan_shards
+
+
+def write_shards(directory, shards, tensors, *, dtype):
+    with ShardWriter(directory, shards, dtype=dtype) as writer:
+        for name, tensor in tensors:
+            start = writer.write(name, tensor)
+            assert writer.holds(start, tensor)
+
 
 SHAPES = {"a": (3, 5), "b": (7,), "c": (2, 3, 4)}
 
@@ -48,3 +57,24 @@ def test_tensors_out_of_order_are_a_bug(tmp_path):
     shards = plan_shards({"a": (1,), "b": (1,)}, dtype=torch.float32, max_shard_bytes=99)
     with pytest.raises(ValueError, match=r"b .* came where a was planned"):
         write_shards(tmp_path, shards, [("b", torch.ones(1)), ("a", torch.ones(1))], dtype=torch.float32)
+
+
+def test_a_tensor_that_never_came_is_a_bug(tmp_path):
+    shards = plan_shards({"a": (1,), "b": (1,)}, dtype=torch.float32, max_shard_bytes=99)
+    with pytest.raises(ValueError, match="b was planned and never written"):
+        write_shards(tmp_path, shards, [("a", torch.ones(1))], dtype=torch.float32)
+
+
+@pytest.mark.parametrize("position", [0, 5_000_000, 9_999_999])
+def test_twin_a_bit_that_changed_on_disk_is_found(tmp_path, position):
+    tensor = torch.zeros(10_000_000, dtype=torch.uint8).view(torch.bfloat16)
+    shards = plan_shards({"a": (5_000_000,)}, dtype=torch.bfloat16, max_shard_bytes=10**9)
+    with ShardWriter(tmp_path, shards, dtype=torch.bfloat16) as writer:
+        start = writer.write("a", tensor)
+        assert writer.holds(start, tensor)
+        with (tmp_path / "model.safetensors").open("r+b") as file:
+            file.seek(start + position)
+            file.write(b"\x01")
+        assert not writer.holds(start, tensor)
+        os.truncate(tmp_path / "model.safetensors", start + 5)
+        assert not writer.holds(start, tensor)
