@@ -13,7 +13,7 @@ def split_qkv(qkv: Tensor, *, num_query_groups: int, head_dim: int) -> tuple[Ten
     """Split Megatron's fused QKV weight or bias into HF's q, k and v; exact inverse of `merge_qkv`.
 
     qkv: [(n + 2*g) * d, ...]; each of the g groups stores its n/g query heads, then one key, then one value.
-    Returns q [n*d, ...], k [g*d, ...], v [g*d, ...]: contiguous copies, dtype unchanged, no arithmetic.
+    Returns q [n*d, ...], k [g*d, ...], v [g*d, ...]: contiguous, views of qkv where its rows allow it, no arithmetic.
     Raises ConversionError if qkv.shape[0] is not a multiple of g * d that leaves a query head, naming both numbers.
     Source: row order of megatron.core SelfAttention.linear_qkv; pinned by tests/numerics/test_qkv_layout.py.
     """
@@ -27,11 +27,7 @@ def split_qkv(qkv: Tensor, *, num_query_groups: int, head_dim: int) -> tuple[Ten
     rest = qkv.shape[1:]
     grouped = qkv.reshape(num_query_groups, heads_per_group + 2, head_dim, *rest)
     query, key, value = grouped.split([heads_per_group, 1, 1], dim=1)
-    return (
-        query.reshape(-1, *rest).clone(),
-        key.reshape(-1, *rest).clone(),
-        value.reshape(-1, *rest).clone(),
-    )
+    return query.reshape(-1, *rest), key.reshape(-1, *rest), value.reshape(-1, *rest)
 
 
 def merge_qkv(query: Tensor, key: Tensor, value: Tensor, *, num_query_groups: int, head_dim: int) -> Tensor:
@@ -54,7 +50,7 @@ def merge_qkv(query: Tensor, key: Tensor, value: Tensor, *, num_query_groups: in
 def split_gate_up(gate_up: Tensor) -> tuple[Tensor, Tensor]:
     """Split Megatron's linear_fc1 of a gated MLP into HF's gate and up; exact inverse of `merge_gate_up`.
 
-    gate_up: [2*f, ...], the f rows that go through the activation first. Returns two contiguous copies [f, ...].
+    gate_up: [2*f, ...], the f rows that go through the activation first. Returns two contiguous views [f, ...].
     Raises ConversionError for an odd number of rows.
     Source: megatron.core MLP.forward, `x = torch.chunk(x, 2, dim=-1); return activation_func(x[0]) * x[1]`.
     """
@@ -64,7 +60,7 @@ def split_gate_up(gate_up: Tensor) -> tuple[Tensor, Tensor]:
             "Check ffn_hidden_size and swiglu."
         )
     gate, up = gate_up.chunk(2)
-    return gate.clone(), up.clone()
+    return gate, up
 
 
 def merge_gate_up(gate: Tensor, up: Tensor) -> Tensor:
@@ -95,7 +91,7 @@ def pad_vocab(weight: Tensor, *, padded_vocab_size: int) -> Tensor:
 
 
 def unpad_vocab(weight: Tensor, *, vocab_size: int) -> Tensor:
-    """Keep the first `vocab_size` rows of a padded embedding [p, h]; inverse of `pad_vocab` up to the padding.
+    """The first `vocab_size` rows of a padded embedding [p, h], a view; inverse of `pad_vocab` up to the padding.
 
     Raises ConversionError if the weight has fewer rows than that.
     """
@@ -104,4 +100,4 @@ def unpad_vocab(weight: Tensor, *, vocab_size: int) -> Tensor:
             f"vocabulary: rows must be at least vocab_size, got rows={weight.shape[0]}, vocab_size={vocab_size}. "
             "Pass the vocabulary that the model was trained with."
         )
-    return weight[:vocab_size].clone()
+    return weight[:vocab_size]

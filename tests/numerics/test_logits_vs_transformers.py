@@ -172,6 +172,10 @@ BROKEN_GPT2_LAYOUTS = {
         "CONV1D_QKV_WEIGHT",
         Layout(split=mapping.CONV1D_QKV_WEIGHT.split, merge=lambda parts, _: parts[0].t().contiguous()),
     ),
+    "biases of q, k and v not interleaved": (
+        "CONV1D_QKV_BIAS",
+        Layout(split=mapping.CONV1D_QKV_BIAS.split, merge=lambda parts, _: parts[0]),
+    ),
     "square matrices not transposed": (
         "TRANSPOSED",
         Layout(
