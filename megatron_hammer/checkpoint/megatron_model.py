@@ -80,7 +80,12 @@ def build_model(namespace: Namespace) -> Any:
     from megatron_hammer.model.provider import HammerModelBuilder, build_model_config
 
     _, megatron_config = build_trial_config(namespace)
-    config = build_model_config(megatron_config, backend="torch", has_embedding_norm=namespace.embedding_norm)
+    config = build_model_config(
+        megatron_config,
+        backend="torch",
+        has_embedding_norm=namespace.embedding_norm,
+        rope_scaling_factor=namespace.rope_scaling_factor,
+    )
     config.transformer.perform_initialization = False
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return HammerModelBuilder(config).build_model(groups, pre_process=True, post_process=True).eval()

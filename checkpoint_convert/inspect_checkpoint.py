@@ -1,0 +1,182 @@
+#!/usr/bin/env python3
+"""Show what a checkpoint holds, or compare two: Megatron's (torch_dist, legacy) at any layout, or Hugging Face folders.
+
+Lists tensors, the layout it was saved with, iteration, tokens, recipe and the exact number of parameters; with
+--statistics the range and the NaN of every weight. Exit code of --compare: 0 equal, 1 different, 2 not compared;
+saved arguments are listed and decide nothing. No stored code is run.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from megatron_hammer.checkpoint.checkpoint_comparison import compare_checkpoints
+from megatron_hammer.checkpoint.checkpoint_inspection import describe_checkpoint, measure_tensors, select_views
+from megatron_hammer.checkpoint.checkpoint_report import (
+    comparison_to_json,
+    description_to_json,
+    print_comparison,
+    print_description,
+    print_rows,
+    print_statistics,
+    statistics_to_json,
+    summarise_comparison,
+    summarise_description,
+    summarise_statistics,
+)
+from megatron_hammer.checkpoint.tensor_views import OpenedCheckpoint, open_any
+from megatron_hammer.checkpoint.verify import LEVELS, CheckRow, verify_model
+from megatron_hammer.errors import ConfigError, exit_on_interrupt, exit_on_user_error
+
+DIFFERENT_EXIT_CODE = 1
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", type=Path, help="directory that training saved into, one iteration, or a model folder")
+    parser.add_argument("--iteration", type=int, help="which one of the first directory (the latest)")
+    parser.add_argument(
+        "--weights",
+        choices=("model", "master"),
+        default="model",
+        help="of a torch_dist checkpoint: the model's, or the optimizer's fp32 copies (%(default)s)",
+    )
+    parser.add_argument("--statistics", action="store_true", help="read every weight: range, mean, spread, NaN")
+    parser.add_argument(
+        "--names",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="statistics of these tensors only, the optimizer's too: shell wildcards, as '*linear_qkv*'",
+    )
+    parser.add_argument("--compare", type=Path, metavar="OTHER", help="compare with this one")
+    parser.add_argument("--other-iteration", type=int, help="which one of OTHER (the latest)")
+    parser.add_argument("--optimizer", action="store_true", help="compare the optimizer's state too")
+    parser.add_argument(
+        "--ignore-dtype", action="store_true", help="compare values in the narrower of two dtypes (a dtype differs)"
+    )
+    parser.add_argument(
+        "--forward",
+        choices=[level for level in LEVELS if level != "tensors"],
+        help="compare also what Megatron and transformers compute: the whole model (logits), sampled layers, or "
+        "whichever fits in memory (auto)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser.parse_args()
+
+
+@exit_on_interrupt("nothing was changed")
+@exit_on_user_error
+def main() -> None:
+    arguments = parse_arguments()
+    validate_arguments(arguments)
+    if arguments.compare is not None:
+        compare(arguments)
+    else:
+        inspect(arguments)
+
+
+def validate_arguments(arguments: argparse.Namespace) -> None:
+    """Raises ConfigError naming every flag that would have no effect."""
+    needed = {
+        "--compare": {
+            "--other-iteration": arguments.other_iteration is not None,
+            "--optimizer": arguments.optimizer,
+            "--ignore-dtype": arguments.ignore_dtype,
+            "--forward": arguments.forward is not None,
+        },
+        "--statistics": {"--names": bool(arguments.names)},
+    }
+    has = {"--compare": arguments.compare is not None, "--statistics": arguments.statistics}
+    problems = [
+        f"{flag}: works with {other} only, got no {other}. Add it, or leave {flag} out."
+        for other, flags in needed.items()
+        for flag, is_given in flags.items()
+        if is_given and not has[other]
+    ]
+    if arguments.compare is not None and arguments.statistics:
+        problems.append("--statistics: is about one checkpoint, got --compare too. Run the two one after the other.")
+    if problems:
+        raise ConfigError(*problems)
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    opened = open_any(arguments.path, iteration=arguments.iteration, weights=arguments.weights)
+    found = describe_checkpoint(opened)
+    measured = {}
+    if arguments.statistics:
+        with show_progress("reading tensors") as on_tensor:
+            measured = measure_tensors(select_views(opened, tuple(arguments.names)), on_tensor)
+    if arguments.json:
+        statistics = {"statistics": statistics_to_json(measured)} if measured else {}
+        print(json.dumps(description_to_json(found) | statistics))
+        return
+    console = open_console()
+    print_description(found, console)
+    if measured:
+        print_statistics(measured, console)
+        print(summarise_statistics(measured))
+    print(summarise_description(found))
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    first = open_any(arguments.path, iteration=arguments.iteration, weights=arguments.weights)
+    second = open_any(arguments.compare, iteration=arguments.other_iteration)
+    if arguments.forward is not None and first.is_megatron == second.is_megatron:
+        raise ConfigError(
+            "--forward: one checkpoint must be Megatron's and the other a Hugging Face folder, got "
+            f"{first.format} and {second.format}. Leave --forward out."
+        )
+    with show_progress("comparing tensors") as on_tensor:
+        found = compare_checkpoints(
+            first,
+            second,
+            ignores_dtype=arguments.ignore_dtype,
+            has_optimizer=arguments.optimizer,
+            on_tensor=on_tensor,
+        )
+    rows = [] if arguments.forward is None else run_forward(first, second, arguments)
+    if arguments.json:
+        forward = {"forward": [dataclasses.asdict(row) for row in rows]} if rows else {}
+        print(json.dumps(comparison_to_json(found) | forward))
+    else:
+        print_comparison(found, open_console())
+        if rows:
+            print_rows(rows, open_console())
+        print(summarise_comparison(found))
+    if not found.is_equal or any(row.is_passed is False for row in rows):
+        sys.exit(DIFFERENT_EXIT_CODE)
+
+
+def run_forward(first: OpenedCheckpoint, second: OpenedCheckpoint, arguments: argparse.Namespace) -> list[CheckRow]:
+    """What both compute, each in a process of its own."""
+    megatron, folder = (first, second) if first.is_megatron else (second, first)
+    weights = arguments.weights if first.is_megatron else "model"
+    return verify_model(megatron.directory, folder.directory, level=arguments.forward, weights=weights)
+
+
+def open_console() -> Console:
+    """Standard output; in a file or a pipe, lines as wide as their content needs."""
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
+
+
+@contextmanager
+def show_progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A live line on the terminal's stderr; where stderr is a file, it stays silent."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+if __name__ == "__main__":
+    main()

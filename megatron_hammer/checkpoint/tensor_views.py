@@ -1,0 +1,181 @@
+"""Any checkpoint as tensors by name that are read one at a time, so that they can be listed, measured and compared.
+
+torch_dist at any layout, legacy mp_rank_* folders, Hugging Face folders; a Megatron checkpoint also under the names
+that Hugging Face has for its tensors. No tensor is read before it is asked for, and no stored code is run.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megatron_hammer.checkpoint.architecture import Architecture, read_architecture
+from megatron_hammer.checkpoint.hf_architecture import CONFIG_NAME, read_hf_architecture
+from megatron_hammer.checkpoint.hf_names import locate_hf_tensors
+from megatron_hammer.checkpoint.hf_weights import PYTORCH_FILE, PYTORCH_INDEX, HfWeights, open_hf_weights
+from megatron_hammer.checkpoint.mapping import TensorPair, expand, select_family
+from megatron_hammer.checkpoint.reader import find_iteration, open_checkpoint
+from megatron_hammer.checkpoint.torch_dist_store import TorchDistStore
+from megatron_hammer.errors import CheckpointError
+
+Format = Literal["torch_dist", "legacy", "Hugging Face"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorView:
+    """A tensor that is read when `read` is called; shape and dtype are known before."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @property
+    def num_elements(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * self.dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OpenedCheckpoint:
+    """views: of the weights by Megatron's or Hugging Face's names. directory: one iteration, or the folder.
+
+    reader: of a Megatron checkpoint. weights: of a Hugging Face folder. store: of torch_dist only.
+    """
+
+    directory: Path
+    format: Format
+    views: dict[str, TensorView]
+    reader: Any = None
+    weights: HfWeights | None = None
+
+    @property
+    def is_megatron(self) -> bool:
+        return self.reader is not None
+
+    @property
+    def store(self) -> TorchDistStore | None:
+        return getattr(self.reader, "store", None)
+
+    @property
+    def label(self) -> str:
+        return f"{self.directory} ({self.format})"
+
+
+def open_any(path: Path, *, iteration: int | None = None, weights: str = "model") -> OpenedCheckpoint:
+    """Open what lies at `path`: a directory that Megatron saved into, one iteration of it, or a Hugging Face folder.
+
+    weights: "model", or "master" for the fp32 copies in the optimizer's state.
+    Raises HammerError naming every file that is missing, truncated or not of its format.
+    """
+    if is_hugging_face(path):
+        if iteration is not None or weights != "model":
+            raise CheckpointError(
+                f"{path}: a Hugging Face folder has one set of weights, got iteration={iteration}, weights={weights}. "
+                "Leave both out."
+            )
+        stored = open_hf_weights(path)
+        return OpenedCheckpoint(directory=path, format="Hugging Face", views=view_folder(stored), weights=stored)
+    directory = find_iteration(path, iteration)
+    is_legacy = any(directory.glob("mp_rank_*"))
+    if not is_legacy:
+        TorchDistStore(directory).validate()  # every file, also those that the weights do not need
+    reader = open_checkpoint(directory, weights=weights)
+    views = {name: _view(reader, name) for name in reader.tensors}
+    return OpenedCheckpoint(
+        directory=directory, format="legacy" if is_legacy else "torch_dist", views=views, reader=reader
+    )
+
+
+def is_hugging_face(path: Path) -> bool:
+    """Whether the folder looks like one of Hugging Face's, complete or not."""
+    names = (CONFIG_NAME, PYTORCH_FILE, PYTORCH_INDEX)
+    return path.is_dir() and (any((path / name).is_file() for name in names) or any(path.glob("*.safetensors*")))
+
+
+def _view(reader: Any, name: str) -> TensorView:
+    stored = reader.tensors[name]
+    return TensorView(shape=tuple(stored.shape), dtype=stored.dtype, read=lambda: reader.read(name))
+
+
+def view_folder(stored: HfWeights) -> dict[str, TensorView]:
+    """The tensors of a Hugging Face folder under their stored names."""
+
+    def view(name: str) -> TensorView:
+        return TensorView(shape=stored.shapes[name], dtype=stored.dtypes[name], read=lambda: stored.read(name))
+
+    return {name: view(name) for name in stored.shapes}
+
+
+def view_store(store: TorchDistStore) -> dict[str, TensorView]:
+    """Every tensor of a torch_dist directory under its own key, the optimizer's too."""
+
+    def view(key: str) -> TensorView:
+        shape = store.tensors[key].shape
+        return TensorView(
+            shape=shape, dtype=store.tensors[key].dtype, read=lambda: store.read(key, [0] * len(shape), shape)
+        )
+
+    return {key: view(key) for key in store.tensors}
+
+
+# --- the same tensors on both sides ----------------------------------------------------------------------------------
+
+
+def view_as_hugging_face(opened: OpenedCheckpoint, model: Architecture) -> dict[str, TensorView]:
+    """A Megatron checkpoint's tensors under the names that an export would give them; what no row maps keeps its own.
+
+    A tensor of another shape than the architecture's cannot be split, and keeps its own name too.
+    """
+    opened.reader.remove_vocab_padding(model.vocab_size)
+    views: dict[str, TensorView] = {}
+    mapped = set()
+    for pair in expand(select_family(model), model):
+        stored = opened.reader.tensors.get(pair.megatron_name)
+        if stored is None or tuple(stored.shape) != pair.megatron_shape:
+            continue
+        mapped.add(pair.megatron_name)
+        views |= _view_parts(opened.reader, pair, stored.dtype, model)
+    return views | {name: _view(opened.reader, name) for name in opened.reader.tensors if name not in mapped}
+
+
+def _view_parts(reader: Any, pair: TensorPair, dtype: torch.dtype, model: Architecture) -> dict[str, TensorView]:
+    def view(index: int) -> TensorView:
+        return TensorView(
+            shape=pair.hf_shapes[index],
+            dtype=dtype,
+            read=lambda: pair.layout.split(reader.read(pair.megatron_name), model)[index],
+        )
+
+    return {name: view(index) for index, name in enumerate(pair.hf_names)}
+
+
+def view_by_table_names(opened: OpenedCheckpoint, model: Architecture) -> dict[str, TensorView]:
+    """A Hugging Face folder's tensors under the names of the mapping, packed experts taken apart; buffers left out."""
+    if opened.weights is None:
+        raise ValueError("only a Hugging Face folder has them")
+    stored = opened.weights
+    found = locate_hf_tensors(expand(select_family(model), model), model, stored.shapes)
+    views = {name: opened.views[name] for name in found.shapes if name not in found.sources}
+
+    def view(name: str) -> TensorView:
+        source = found.sources[name]
+        return TensorView(
+            shape=found.shapes[name],
+            dtype=stored.dtypes[source.name],
+            read=lambda: source.select(stored.read(source.name)),
+        )
+
+    return {name: view(name) for name in found.sources} | views
+
+
+def read_model(opened: OpenedCheckpoint, *, vocab_size: int | None = None) -> Architecture:
+    """The architecture that the checkpoint describes; raises ConversionError where no mapping expresses it."""
+    if opened.is_megatron:
+        return read_architecture(opened.reader.args, vocab_size=vocab_size)
+    return read_hf_architecture(opened.directory).architecture
