@@ -301,8 +301,8 @@ def test_missing_truncated_and_mixed_ranks_are_all_named(tmp_path):
     ) as caught:
         open_legacy_checkpoint(target)
     truncated, _, foreign, mixed = caught.value.problems
-    assert "mp_rank_01_000/model_optim_rng.pt: contents must be what --ckpt-format torch writes, got EOFError: "
-        "the archive has no end." in truncated
+    assert "mp_rank_01_000/model_optim_rng.pt: contents must be what --ckpt-format torch writes, got EOF" in truncated
+    assert "EOFError: the archive has no end. The file is damaged" in truncated
     assert "mp_rank_07_000: rank must be one of tp=2, pp=2, ep=1" in foreign
     assert "mp_rank_01_001/model_optim_rng.pt: iteration must be that of mp_rank_00_000, got 11 and 10" in mixed
 
