@@ -24,6 +24,13 @@ _METADATA_TYPES = frozenset(
         ("builtins", "frozenset"),
         ("collections", "OrderedDict"),
         ("torch", "Size"),
+        ("torch.serialization", "_get_layout"),
+    }
+)
+# These become records that keep what was pickled: importing torch.distributed takes seconds. Megatron-core before 0.16
+# had subclasses of its own, which only add to torch's.
+_METADATA_RECORDS = frozenset(
+    {
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
         ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
         ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
@@ -31,25 +38,30 @@ _METADATA_TYPES = frozenset(
         ("torch.distributed.checkpoint.metadata", "Metadata"),
         ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
         ("torch.distributed.checkpoint.metadata", "StorageMeta"),
-        ("torch.distributed.checkpoint.metadata", "TensorProperties"),
         ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
         ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
         ("torch.distributed.checkpoint.planner", "SavePlan"),
         ("torch.distributed.checkpoint.planner", "TensorWriteData"),
         ("torch.distributed.checkpoint.planner", "WriteItem"),
         ("torch.distributed.checkpoint.planner", "WriteItemType"),
-        ("torch.serialization", "_get_layout"),
-    }
-)
-# Megatron-core before 0.16 pickled its own subclasses, which only add to torch's.
-_EARLIER_METADATA_TYPES = frozenset(
-    {
         ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"),
         ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"),
     }
 )
-_OBJECT_TYPES = (argparse.Namespace, types.SimpleNamespace, pathlib.PosixPath, signal.Signals)
+_TENSOR_PROPERTIES = ("torch.distributed.checkpoint.metadata", "TensorProperties")
+# What objects may hold besides plain values and tensors, under the names by which Pythons pickle it.
+_OBJECT_TYPES: dict[str, Any] = {
+    "argparse.Namespace": argparse.Namespace,
+    "types.SimpleNamespace": types.SimpleNamespace,
+    "pathlib.PosixPath": pathlib.PosixPath,
+    "pathlib._local.PosixPath": pathlib.PosixPath,
+    "signal.Signals": signal.Signals,
+}
 _STAND_IN_PREFIXES = ("megatron.core.", "megatron.training.", "transformer_engine.")
+ALLOWED = (
+    f"Allowed are plain values, tensors, {', '.join(_OBJECT_TYPES)}, and the types under "
+    f"{', '.join(prefix + '*' for prefix in _STAND_IN_PREFIXES)}, which become inert records"
+)
 
 
 class MegatronObject:
@@ -67,19 +79,37 @@ class MegatronObject:
         return f"{type(self).__name__}({', '.join(map(repr, self.values))})"
 
 
+class MetadataRecord:
+    """Stands in for a record or an enum of torch.distributed.checkpoint: its attributes, no behaviour."""
+
+    def __init__(self, *values: Any):
+        self.values = values
+
+
+class _TensorProperties:
+    """Of the tuple that torch pickles, what a reader needs."""
+
+    dtype: torch.dtype
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.dtype = state[0]
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _METADATA_TYPES:
             return super().find_class(module, name)
-        if (module, name) in _EARLIER_METADATA_TYPES:
-            return _stand_in(f"{module}.{name}")
+        if (module, name) in _METADATA_RECORDS:
+            return type(name, (MetadataRecord,), {})
+        if (module, name) == _TENSOR_PROPERTIES:
+            return _TensorProperties
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        raise pickle.UnpicklingError(f"type {module}.{name} is not on the list")
+        raise pickle.UnpicklingError(f"type {module}.{name} is not on the list of those that metadata needs")
 
 
 def read_metadata(path: Path) -> Any:
-    """The torch.distributed.checkpoint Metadata in `path`.
+    """The torch.distributed.checkpoint Metadata in `path`, as records with its attributes.
 
     Raises CheckpointError if the file is missing, damaged or holds a type that such a file never needs.
     """
@@ -97,17 +127,16 @@ def read_metadata(path: Path) -> Any:
 def read_object(file: BinaryIO | io.BytesIO, *, where: str | Path) -> Any:
     """A tensor or a plain object that torch.save wrote; raises CheckpointError, naming `where`, if it is neither."""
     try:
-        stand_ins = _stand_ins(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         file.seek(0)
-        with torch.serialization.safe_globals([*_OBJECT_TYPES, *stand_ins]):
+        stand_ins = [(_stand_in(name), name) for name in names if name.startswith(_STAND_IN_PREFIXES)]
+        known = [(known_type, name) for name, known_type in _OBJECT_TYPES.items()]
+        if refused := sorted({*names} - {name for _, name in [*stand_ins, *known]}):
+            raise pickle.UnpicklingError(f"types that are not on the list: {', '.join(refused)}. {ALLOWED}")
+        with torch.serialization.safe_globals([*known, *stand_ins]):
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise nearly anything
         raise _unreadable(where, error) from error
-
-
-def _stand_ins(names: list[str]) -> list[tuple[Any, str]]:
-    """An inert class for every type of megatron in the file; others are left for torch.load to refuse."""
-    return [(_stand_in(name), name) for name in names if name.startswith(_STAND_IN_PREFIXES)]
 
 
 def _stand_in(name: str) -> type[MegatronObject]:

@@ -61,7 +61,8 @@ class TorchDistStore:
         self.tensors = {key: _describe(entry) for key, entry in entries.items() if hasattr(entry, "chunks")}
         self.objects = tuple(key for key in entries if key not in self.tensors and key != COMMON_STATE_KEY)
         self._storage: dict[tuple[str, tuple[int, ...]], Any] = {
-            (index.fqn, tuple(index.offset or ())): info for index, info in metadata.storage_data.items()
+            (index.fqn, tuple(getattr(index, "offset", None) or ())): info
+            for index, info in metadata.storage_data.items()
         }
 
     @cached_property

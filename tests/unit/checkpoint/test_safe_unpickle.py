@@ -46,7 +46,11 @@ def test_metadata_that_runs_a_command_does_not(tmp_path):
 
 
 def test_an_object_that_runs_a_command_does_not(tmp_path):
-    with pytest.raises(CheckpointError, match=r"shard.distcp: contents must be what torch_dist writes"):
+    message = (
+        r"shard.distcp: contents must be what torch_dist writes, got UnpicklingError: types that are not on the list: "
+        r"posix.mkdir. Allowed are plain values, tensors, argparse.Namespace, .* which become inert records"
+    )
+    with pytest.raises(CheckpointError, match=message):
         read_object(saved({"args": RunsACommand(tmp_path / "ran")}), where="shard.distcp")
     assert not (tmp_path / "ran").exists()
 
@@ -70,7 +74,8 @@ def test_metadata_of_earlier_megatron_is_read_without_its_classes(tmp_path, monk
         monkeypatch.setitem(sys.modules, ".".join(parts[:depth]), module)
     path = tmp_path / ".metadata"
     path.write_bytes(pickle.dumps(module.MCoreMetadata({"a": BytesStorageMetadata()}, storage_data={})))
-    assert read_metadata(path).state_dict_metadata == {"a": BytesStorageMetadata()}
+    entries = read_metadata(path).state_dict_metadata
+    assert {key: type(entry).__name__ for key, entry in entries.items()} == {"a": "BytesStorageMetadata"}
     path.write_bytes(pickle.dumps(module.Evil()))
     with pytest.raises(CheckpointError, match=r"type megatron.core.dist_checkpointing.strategies.torch.Evil is not on"):
         read_metadata(path)
