@@ -123,6 +123,31 @@ class HuggingFaceEncoder(Encoder):
         return self._tokenizer.decode(plain_ids, skip_special_tokens=False)
 
 
+class DeferredEncoder(Encoder):
+    """The facts of `encoder`; its file is read again when this is first asked to encode or decode.
+
+    For a process that needs the facts at once and the rest hardly ever. Can be sent to another process.
+    """
+
+    def __init__(self, encoder: Encoder):
+        copy_facts(encoder, self)
+        self._encoder: Encoder | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_encoder": None}
+
+    def encode(self, text: str) -> np.ndarray:
+        return self._load().encode(text)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self._load().decode(ids)
+
+    def _load(self) -> Encoder:
+        if self._encoder is None:
+            self._encoder = load_encoder(self.path)
+        return self._encoder
+
+
 def copy_facts(source: Encoder, target: Encoder) -> None:
     """Give an encoder that stands in for another the other's facts."""
     target.path, target.sha256, target.vocab_size = source.path, source.sha256, source.vocab_size

@@ -10,18 +10,17 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import orjson
 
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.tokenizer.encoder import (
+    DeferredEncoder,
     Encoder,
     HuggingFaceEncoder,
     SentencePieceEncoder,
     copy_facts,
-    load_encoder,
 )
 from megatron_hammer.tokenizer.hugging_face import SAMPLE_TEXTS, WHITESPACE_SYMBOL, define_plain_tokenizer
 from megatron_hammer.tokenizer.native_encoder import KernelTables, NativeEncoder, build_tables, load_kernel
@@ -54,7 +53,7 @@ HOSTILE_TEXTS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncoderChoice:
-    """Which encoder to use for the tokenizer at `path`; can be sent to another process.
+    """Which encoder to use in front of `reference`; can be sent to another process.
 
     tables: what the native encoder is built from. definition: the tokenizer.json that fastokens is built from. Both are
     None where the reference must be used.
@@ -63,7 +62,7 @@ class EncoderChoice:
     warning: one sentence that says why the reference is used, or None.
     """
 
-    path: Path
+    reference: DeferredEncoder
     tables: KernelTables | None = None
     definition: bytes | None = None
     prefix: str = ""
@@ -71,7 +70,7 @@ class EncoderChoice:
     warning: str | None = None
 
     def load(self) -> Encoder:
-        encoder = self.load_whole(load_encoder(self.path))
+        encoder = self.load_whole(self.reference)
         _return_free_memory()
         return encoder if self.cutter is None else PartwiseEncoder(encoder, self.cutter)
 
@@ -163,7 +162,7 @@ def select_encoder(
             return choice
         reason = difference
     warning = f"{reference.path}: tokenizer {reason}. The reference encodes instead, exactly but slower."
-    return EncoderChoice(path=reference.path, cutter=cutter, warning=warning)
+    return EncoderChoice(reference=DeferredEncoder(reference), cutter=cutter, warning=warning)
 
 
 def _build_choice(
@@ -171,12 +170,14 @@ def _build_choice(
 ) -> EncoderChoice:
     """Raises ConversionError if the tokenizer cannot be expressed for this kind of encoder."""
     if model is None:
-        return EncoderChoice(path=reference.path, definition=define_without_special_tokens(reference))
+        return EncoderChoice(reference=DeferredEncoder(reference), definition=define_without_special_tokens(reference))
     prefix = " " if model.has_dummy_prefix else ""
     if kind == "native":
-        return EncoderChoice(path=reference.path, tables=build_tables(model), prefix=prefix, cutter=cutter)
+        return EncoderChoice(
+            reference=DeferredEncoder(reference), tables=build_tables(model), prefix=prefix, cutter=cutter
+        )
     definition = define_plain_tokenizer(model)
-    return EncoderChoice(path=reference.path, definition=definition, prefix=prefix, cutter=cutter)
+    return EncoderChoice(reference=DeferredEncoder(reference), definition=definition, prefix=prefix, cutter=cutter)
 
 
 def define_without_special_tokens(reference: Encoder) -> bytes:

@@ -60,12 +60,12 @@ def find_differing(encoder: Encoder, reference: Encoder, texts: list[str]) -> li
 def test_every_document(choice, documents):
     assert choice.warning is None
     assert len(documents) > 8_000
-    assert find_differing(choice.load(), load_encoder(choice.path), documents) == []
+    assert find_differing(choice.load(), load_encoder(choice.reference.path), documents) == []
 
 
 def test_hostile_text(choice):
-    texts = build_hostile_texts(list_surfaces(choice.path), num_texts=6000, seed=23)
-    assert find_differing(choice.load(), load_encoder(choice.path), texts) == []
+    texts = build_hostile_texts(list_surfaces(choice.reference.path), num_texts=6000, seed=23)
+    assert find_differing(choice.load(), load_encoder(choice.reference.path), texts) == []
 
 
 def list_surfaces(path: Path) -> list[str]:
@@ -80,7 +80,7 @@ def test_long_runs(hammerllm, character):
 
 def test_one_long_line_in_parts(choice, documents):
     line = "".join(documents)[:2_000_000].replace("\n", " ")
-    reference = load_encoder(choice.path)
+    reference = load_encoder(choice.reference.path)
     expected = reference.encode(line)
     assert choice.cutter is not None
     assert np.array_equal(choice.load().encode(line), expected)
@@ -91,13 +91,13 @@ def test_twin_one_merge_less_is_noticed(choice, documents):
     if choice.tables is not None:
         tables = dataclasses.replace(choice.tables, lefts=choice.tables.lefts.copy())
         tables.lefts[np.flatnonzero(choice.tables.merged == most_used_piece(choice, documents))] = -2
-        broken = NativeEncoder(load_encoder(choice.path), tables, prefix=choice.prefix)
-        assert find_differing(broken, load_encoder(choice.path), documents[:4000])
+        broken = NativeEncoder(load_encoder(choice.reference.path), tables, prefix=choice.prefix)
+        assert find_differing(broken, load_encoder(choice.reference.path), documents[:4000])
         return
     definition = orjson.loads(choice.definition or b"")
     definition["model"]["merges"].remove("在 线" if "在 线" in definition["model"]["merges"] else "t h")
-    broken = FastEncoder(load_encoder(choice.path), orjson.dumps(definition), prefix=choice.prefix)
-    assert find_differing(broken, load_encoder(choice.path), documents[:4000])
+    broken = FastEncoder(load_encoder(choice.reference.path), orjson.dumps(definition), prefix=choice.prefix)
+    assert find_differing(broken, load_encoder(choice.reference.path), documents[:4000])
 
 
 def most_used_piece(choice: EncoderChoice, documents: list[str]) -> int:
