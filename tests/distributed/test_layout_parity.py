@@ -41,6 +41,13 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> Family:
     return Family(tmp_path_factory.mktemp("moe"), TOY_MODEL + TOY_MOE)
 
 
+@pytest.fixture(scope="module")
+def qk_norm(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """Qwen3's norms and wide heads with Llama 3.2's rope."""
+    flags = ("--qk-layernorm", "--kv-channels", "20", "--use-rope-scaling", "--rope-scaling-factor", "32")
+    return Family(tmp_path_factory.mktemp("qk_norm"), TOY_MODEL + flags)
+
+
 def largest_difference(losses: Losses, reference: Losses) -> float:
     """Largest relative difference of the losses, step by step."""
     assert [line["step"] for line in losses] == [line["step"] for line in reference]
@@ -89,6 +96,11 @@ def test_dense_layouts(
 def test_moe_layouts(moe: Family, num_processes: int, flags: tuple[str, ...], request: pytest.FixtureRequest) -> None:
     losses = moe.train(request.node.callspec.id, num_processes, *flags)
     assert_same_training(losses, moe.reference)
+
+
+def test_norms_of_queries_and_keys_learn_from_every_head(qk_norm: Family) -> None:
+    """Every tensor-parallel rank holds the whole norm and sees only its own heads, so its gradients must be summed."""
+    assert_same_training(qk_norm.train("tp2", 2, *TP2), qk_norm.reference)
 
 
 def test_loss_falls(dense: Family) -> None:
