@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.bitwise import is_bit_equal
+from megatron_hammer.checkpoint.bit_patterns import is_bitwise_equal
 from megatron_hammer.checkpoint.hf_architecture import HfModel, read_hf_architecture
 from megatron_hammer.checkpoint.hf_names import HfSources, locate_hf_tensors
 from megatron_hammer.checkpoint.hf_weights import HfWeights, open_hf_weights
@@ -55,7 +55,7 @@ class HfFolder:
             f"{self.folder}: {stored} must equal {name}, since config.json ties them, got a difference. "
             "Set tie_word_embeddings to false in config.json if the model has a head of its own."
             for stored, name in self.sources.duplicates.items()
-            if not is_bit_equal(self.weights.read(stored), self.read(name))
+            if not is_bitwise_equal(self.weights.read(stored), self.read(name))
         ]
 
 

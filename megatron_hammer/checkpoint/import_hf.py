@@ -6,6 +6,7 @@ checked while its source is still in memory, so that nothing is read from disk t
 megatron; memory for one tensor.
 """
 
+import functools
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +17,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.bitwise import is_bit_equal, is_finite
+from megatron_hammer.checkpoint.architecture import Architecture
+from megatron_hammer.checkpoint.bit_patterns import is_bitwise_equal, is_finite
 from megatron_hammer.checkpoint.hf_architecture import DIALECTS
 from megatron_hammer.checkpoint.hf_folder import HfFolder, open_hf_folder
-from megatron_hammer.checkpoint.mapping import AS_IS, GATE_UP, TensorPair
+from megatron_hammer.checkpoint.mapping import Layout, TensorPair
 from megatron_hammer.checkpoint.saved_arguments import build_common_state, build_saved_arguments
 from megatron_hammer.checkpoint.stacked_names import extra_state_key, stack_name
 from megatron_hammer.checkpoint.tokenizer_export import export_tokenizer_folder
@@ -214,12 +216,12 @@ def _convert_pair(
     """Write one Megatron tensor, read it back, split it and compare it with what it was made of."""
     stacked = stack_name(pair.megatron_name)
     dtype = dtypes[stacked.key]
-    if pair.layout in (AS_IS, GATE_UP):
+    model = source.model.architecture
+    if _stacks_rows(pair.layout, tuple(shape[0] for shape in pair.hf_shapes), model):
         return _convert_rows(pair, source, dtype, writer)
     parts = [source.read(name).to(dtype) for name in pair.hf_names]
     if problems := _list_not_finite(pair.hf_names, parts, source, dtype):
         return problems
-    model = source.model.architecture
     offsets = (*stacked.indices, *([0] * len(pair.megatron_shape)))
     _write_box(writer, stacked.key, offsets, len(stacked.indices), pair.layout.merge(parts, model))
     written = writer.read_chunk(stacked.key, offsets).view(pair.megatron_shape)
@@ -227,14 +229,23 @@ def _convert_pair(
     return [
         _unequal(name, pair.megatron_name, writer)
         for name, part, copy in zip(pair.hf_names, parts, again, strict=True)
-        if not is_bit_equal(part, copy)
+        if not is_bitwise_equal(part, copy)
     ]
 
 
+@functools.lru_cache(maxsize=64)
+def _stacks_rows(layout: Layout, part_rows: tuple[int, ...], model: Architecture) -> bool:
+    """Whether the layout puts its parts one under the other, tried on numbered matrices of three columns."""
+    numbers = torch.arange(3 * sum(part_rows)).view(-1, 3)
+    try:
+        merged = layout.merge(numbers.split(part_rows), model)
+    except ConversionError:  # of a layout whose parts lie across
+        return False
+    return torch.equal(merged, numbers)
+
+
 def _convert_rows(pair: TensorPair, source: HfFolder, dtype: torch.dtype, writer: CheckpointWriter) -> list[str]:
-    """The same for tensors whose parts lie one under the other in Megatron's: no part is copied to merge it, and one
-    that is large goes box by box.
-    """
+    """The same where the parts lie one under the other: nothing is copied, and what is large goes box by box."""
     stacked = stack_name(pair.megatron_name)
     num_stacked, row = len(stacked.indices), 0
     for name in pair.hf_names:
@@ -246,7 +257,7 @@ def _convert_rows(pair: TensorPair, source: HfFolder, dtype: torch.dtype, writer
             offsets = (*stacked.indices, row, *([0] * (part.dim() - 1)))
             _write_box(writer, stacked.key, offsets, num_stacked, part)
             written = writer.read_chunk(stacked.key, offsets).view(part.shape)
-            if not is_bit_equal(part, written):
+            if not is_bitwise_equal(part, written):
                 return [_unequal(name, pair.megatron_name, writer)]
             row += len(part)
     return []

@@ -1,0 +1,52 @@
+"""A Hugging Face folder written by hand: config.json of a toy Llama and random weights, without transformers."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_hammer.checkpoint.hf_architecture import interpret_config
+from megatron_hammer.checkpoint.mapping import expand, select_family
+
+# No two sizes alike.
+LLAMA_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 53,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 20000.0,
+    "tie_word_embeddings": False,
+}
+
+
+def draw_weights(config: Mapping[str, Any], *, dtype: torch.dtype = torch.bfloat16, seed: int = 3) -> dict[str, Tensor]:
+    """Random weights under the names that transformers gives them."""
+    generator = torch.Generator().manual_seed(seed)
+    architecture = interpret_config(config)
+    return {
+        name: torch.randn(shape, generator=generator).to(dtype)
+        for pair in expand(select_family(architecture), architecture)
+        for name, shape in zip(pair.hf_names, pair.hf_shapes, strict=True)
+    }
+
+
+def write_toy_folder(
+    folder: Path, *, weights: Mapping[str, Tensor] | None = None, dtype: torch.dtype = torch.bfloat16, **changes: Any
+) -> dict[str, Tensor]:
+    """Write config.json with `changes` and the weights (random ones); returns them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {**LLAMA_CONFIG, **changes}
+    weights = dict(draw_weights(config, dtype=dtype) if weights is None else weights)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return weights
