@@ -13,7 +13,6 @@ from typing import Literal
 from megatron_hammer.model.accounting import Layout, count_parameters
 from megatron_hammer.preset_types import ModelPreset, MoeShape, RopeScaling
 
-ResolvedModel = ModelPreset  # its name where preflight_checkpoint.py still asks for one
 ESSENTIALS = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
 
 

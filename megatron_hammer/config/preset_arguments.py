@@ -26,7 +26,7 @@ def model_arguments(model: ModelPreset) -> dict[str, Any]:
         "layernorm_epsilon": model.norm_epsilon,
         "swiglu": model.activation == "swiglu",
         "add_bias_linear": model.has_linear_bias,
-        "add_qkv_bias": model.has_qkv_bias,
+        "add_qkv_bias": model.has_qkv_bias or model.has_linear_bias,
         "position_embedding_type": model.position_embedding_type,
         "rotary_base": model.rotary_base,
         "untie_embeddings_and_output_weights": not model.has_tied_embeddings,

@@ -8,17 +8,26 @@ import transformers
 from toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments
 
 from megatron_hammer.checkpoint.architecture import read_architecture
+from megatron_hammer.checkpoint.hf_architecture import interpret_config
 from megatron_hammer.checkpoint.hf_config import build_config, build_generation_config
 from megatron_hammer.checkpoint.mapping import expand, select_family
+from megatron_hammer.checkpoint.model_preset import build_model_preset
 from megatron_hammer.model.accounting import count_parameters
 from megatron_hammer.presets import PRESETS
 
+PLAIN_MOE_ARGUMENTS = MOE_ARGUMENTS | {"moe_shared_expert_intermediate_size": None}
+SCALED_ROPE = {"rotary_base": 500_000, "use_rope_scaling": True, "rope_scaling_factor": 32.0}
 CASES = {
     "llama": {},
     "llama with biases": {"add_bias_linear": True},
     "llama tied": {"untie_embeddings_and_output_weights": False},
     "llama of wide heads": {"kv_channels": 16, "rotary_base": 500_000},
+    "llama with scaled rope": SCALED_ROPE,
+    "mistral": {"hidden_size": 25},
+    "mixtral": PLAIN_MOE_ARGUMENTS | {"kv_channels": 10},
     "qwen2": {"add_qkv_bias": True},
+    "qwen3": {"qk_layernorm": True, "kv_channels": 10},
+    "qwen3 moe": PLAIN_MOE_ARGUMENTS | {"qk_layernorm": True, "kv_channels": 10},
     "qwen2 moe": MOE_ARGUMENTS | {"add_qkv_bias": True},
     "qwen2 moe without bias": MOE_ARGUMENTS,
     "gpt2": GPT2_ARGUMENTS,
@@ -47,7 +56,8 @@ def test_transformers_builds_every_mapped_tensor_and_no_other(name, tmp_path):
     expected = {hf_name: tuple(parameter.shape) for hf_name, parameter in built.named_parameters()}
     if model.moe is None:
         assert shapes == expected
-    else:  # in memory transformers keeps a layer's experts in two tensors
+    else:  # in memory transformers keeps a layer's experts in two tensors, and Mixtral's under other names
+        shapes = {hf_name.replace(".block_sparse_moe.", ".mlp."): shape for hf_name, shape in shapes.items()}
         experts = sum(torch.Size(shape).numel() for hf_name, shape in shapes.items() if ".mlp.experts." in hf_name)
         fused = sum(torch.Size(shape).numel() for hf_name, shape in expected.items() if ".mlp.experts." in hf_name)
         assert experts == fused
@@ -65,6 +75,18 @@ def test_what_decides_the_computation_arrives(tmp_path):
     assert config.dtype == torch.bfloat16
     assert (config.bos_token_id, config.eos_token_id) == (1, 2)
     assert config.max_position_embeddings == 32
+
+
+def test_the_scaled_rope_arrives(tmp_path):
+    config = load_config(read_architecture(toy_arguments(**SCALED_ROPE)), tmp_path)
+    assert config.rope_parameters == {
+        "rope_type": "llama3",
+        "rope_theta": 500_000.0,
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
 
 
 @pytest.mark.parametrize("is_pre_softmax", [False, True])
@@ -96,3 +118,7 @@ def test_every_preset_has_a_class_with_exactly_its_parameters(name):
     pairs = expand(select_family(model), model)
     num_parameters = sum(torch.Size(shape).numel() for pair in pairs for shape in pair.hf_shapes)
     assert num_parameters == count_parameters(preset) == preset.num_parameters
+    config = build_config(select_family(model), model, dtype="bfloat16", bos_id=1, eos_id=2)
+    assert interpret_config(config) == model
+    again = build_model_preset(interpret_config(config), name=preset.name, source=preset.source)
+    assert model_arguments(again) == model_arguments(preset)
