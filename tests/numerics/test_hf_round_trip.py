@@ -1,0 +1,137 @@
+"""Hugging Face -> Megatron -> Hugging Face gives every family back bit for bit: weights, and the config they need.
+
+transformers writes the folders, in the forms that are in circulation, and loads what comes back.
+"""
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from megatron_hammer.checkpoint.export import ExportOptions, export_to_hugging_face
+from megatron_hammer.checkpoint.hf_architecture import read_hf_architecture
+from megatron_hammer.checkpoint.import_hf import ImportOptions, import_from_hugging_face
+
+# No two sizes alike.
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+EXPERTS = {
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}  # transformers' grouped products want multiples of 16 bytes
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+GPT2_SIZES = {"vocab_size": 61, "n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 32, "n_inner": 40}
+GPT2_SIZES |= {"bos_token_id": 1, "eos_token_id": 2}
+FAMILIES = {
+    "llama": transformers.LlamaConfig(**SIZES, head_dim=10),
+    "llama with biases": transformers.LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    "llama 3.2": transformers.LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),
+    "mistral": transformers.MistralConfig(**SIZES, sliding_window=None),
+    "qwen2": transformers.Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "qwen3": transformers.Qwen3Config(**SIZES, head_dim=14),
+    "mixtral": transformers.MixtralConfig(**SIZES, num_local_experts=5, num_experts_per_tok=2),
+    "qwen2 moe": transformers.Qwen2MoeConfig(**SIZES, **EXPERTS, shared_expert_intermediate_size=36),
+    "qwen3 moe": transformers.Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=14),
+    "gpt2": transformers.GPT2Config(**GPT2_SIZES),
+    "gpt2 with a head of its own": transformers.GPT2Config(**GPT2_SIZES, tie_word_embeddings=False),
+}
+
+
+def save_reference(config, folder, **options):
+    """A model of transformers with random weights, biases and norms too."""
+    torch.manual_seed(11)
+    reference = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for parameter in reference.parameters():
+        torch.nn.init.normal_(parameter)
+    reference.save_pretrained(folder, **options)
+    return reference
+
+
+def go_and_return(folder):
+    """Import `folder`, export what was written; returns the export's folder."""
+    checkpoint, target = folder.with_name("megatron"), folder.with_name("again")
+    import_from_hugging_face(ImportOptions(hf_dir=folder, save_dir=checkpoint, verify="tensors"))
+    export_to_hugging_face(ExportOptions(load_dir=checkpoint, save_dir=target, verify="tensors"))
+    return target
+
+
+def assert_same_bits(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        assert first[name].dtype == second[name].dtype, name
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_comes_back(name, tmp_path):
+    reference = save_reference(FAMILIES[name], tmp_path / "hf")
+    target = go_and_return(tmp_path / "hf")
+    weights = load_file(target / "model.safetensors")
+    assert_same_bits(load_file(tmp_path / "hf" / "model.safetensors"), weights)
+    before, after = (read_hf_architecture(folder).architecture for folder in (tmp_path / "hf", target))
+    assert before == after
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16)
+    assert_same_bits(reference.state_dict(), loaded.state_dict())
+    tokens = torch.arange(12).view(1, -1)
+    with torch.no_grad():
+        assert torch.equal(reference.eval()(tokens).logits, loaded.eval()(tokens).logits)
+
+
+def test_shards_and_pytorch_files_give_the_same_checkpoint(tmp_path):
+    reference = save_reference(FAMILIES["qwen3 moe"], tmp_path / "hf")
+    save_reference(FAMILIES["qwen3 moe"], tmp_path / "shards" / "hf", max_shard_size="40KB")
+    assert len(list((tmp_path / "shards" / "hf").glob("model-*.safetensors"))) > 3
+    (tmp_path / "bin" / "hf").mkdir(parents=True)
+    reference.config.save_pretrained(tmp_path / "bin" / "hf")
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    torch.save(weights, tmp_path / "bin" / "hf" / "pytorch_model.bin")
+    for folder in (tmp_path, tmp_path / "shards", tmp_path / "bin"):
+        assert_same_bits(weights, load_file(go_and_return(folder / "hf") / "model.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3 moe"])
+def test_experts_that_transformers_packs_are_taken_apart(name, tmp_path):
+    save_reference(FAMILIES[name], tmp_path / "hf")
+    save_reference(FAMILIES[name], tmp_path / "packed" / "hf", save_original_format=False)
+    packed = load_file(tmp_path / "packed" / "hf" / "model.safetensors")
+    assert packed["model.layers.0.mlp.experts.gate_up_proj"].dim() == 3
+    target = go_and_return(tmp_path / "packed" / "hf")
+    assert_same_bits(load_file(tmp_path / "hf" / "model.safetensors"), load_file(target / "model.safetensors"))
+
+
+def test_gpt2_as_it_is_published_comes_back_with_the_names_of_today(tmp_path):
+    """openai-community/gpt2 has no `transformer.` before its names, and the causal masks among its weights."""
+    save_reference(FAMILIES["gpt2"], tmp_path / "hf")
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    published = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
+    masks = {f"h.{layer}.attn.bias": torch.ones(1, 1, 32, 32).tril() for layer in range(3)}
+    save_file(published | masks, tmp_path / "hf" / "model.safetensors")
+    assert_same_bits(weights, load_file(go_and_return(tmp_path / "hf") / "model.safetensors"))
+
+
+def test_another_weight_does_not_come_back(tmp_path):
+    """The twin: one changed bit on the way is a difference."""
+    save_reference(FAMILIES["qwen2"], tmp_path / "hf")
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    again = load_file(go_and_return(tmp_path / "hf") / "model.safetensors")
+    again["model.layers.1.self_attn.k_proj.bias"].view(torch.int16)[3] ^= 1
+    with pytest.raises(AssertionError, match=r"model.layers.1.self_attn.k_proj.bias"):
+        assert_same_bits(weights, again)
