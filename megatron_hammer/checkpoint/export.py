@@ -210,15 +210,9 @@ def _export_tokenizer(
     """Write the tokenizer's files; returns what was exported (or None) and a note where nothing was."""
     if not options.has_tokenizer:
         return None, ("no tokenizer was written: --no-tokenizer",)
-    saved = getattr(plan.reader.args, "tokenizer_model", None)
-    path = options.tokenizer_path or (Path(saved) if saved else None)
+    path = options.tokenizer_path or _find_saved_tokenizer(options, plan)
     if path is None:
         return None, ("no tokenizer was written: the checkpoint names none, and --tokenizer-model was not given",)
-    if options.tokenizer_path is None and not path.exists():
-        raise ConversionError(
-            f"{path}: tokenizer that the checkpoint was trained with does not exist here. "
-            "Pass --tokenizer-model, or --no-tokenizer."
-        )
     from megatron_hammer.checkpoint.tokenizer_export import export_tokenizer
 
     on_progress("tokenizer", 0, 1)
@@ -230,6 +224,21 @@ def _export_tokenizer(
         )
     on_progress("tokenizer", 1, 1)
     return tokenizer, ()
+
+
+def _find_saved_tokenizer(options: ExportOptions, plan: _Plan) -> Path | None:
+    """The tokenizer that the checkpoint names, or the one beside it if it was converted here and has moved since."""
+    saved = getattr(plan.reader.args, "tokenizer_model", None)
+    if not saved:
+        return None
+    beside = [parent / "tokenizer" for parent in (options.load_dir, options.load_dir.absolute().parent)]
+    for path in (Path(saved), *beside):
+        if path.exists():
+            return path
+    raise ConversionError(
+        f"{saved}: tokenizer that the checkpoint was trained with does not exist here. "
+        "Pass --tokenizer-model, or --no-tokenizer."
+    )
 
 
 def _write_descriptions(directory: Path, plan: _Plan, tokenizer: Any) -> str:

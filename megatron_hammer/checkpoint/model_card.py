@@ -1,5 +1,6 @@
 """README.md of an exported model: what it is, how it was trained, how to load it. Nothing that is not in its inputs."""
 
+from pathlib import Path
 from typing import Any
 
 from megatron_hammer.checkpoint.architecture import Architecture
@@ -16,20 +17,31 @@ def build_model_card(
     num_parameters: int,
     has_tokenizer: bool,
 ) -> str:
-    """Markdown with a table of the architecture and one of the recipe in Megatron's saved arguments."""
+    """Markdown with a table of the architecture and one of the recipe in Megatron's saved arguments.
+
+    A checkpoint that was converted from elsewhere and not trained since has no recipe; the card says so.
+    """
     name = getattr(args, "preset", None) or f"{family.hf_class} with {num_parameters:,} parameters"
+    origin = getattr(args, "imported_from", None)
+    if origin is not None and not iteration:
+        history = f"Converted by megatron_hammer from {Path(origin).name}, not trained further."
+        training = "See the model that it was converted from.\n"
+    else:
+        history = (
+            f"Pretrained with megatron_hammer and exported at iteration {iteration:,}. A base model: it continues text."
+        )
+        training = _table(_recipe(args, iteration))
     tokenizer_line = "" if has_tokenizer else "\nThis folder has no tokenizer; add the one that made its data.\n"
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n---\n\n# {name}\n\n"
-        f"Pretrained with megatron_hammer and exported at iteration {iteration:,}. A base model: it continues text.\n"
-        f"{tokenizer_line}\n"
+        f"{history}\n{tokenizer_line}\n"
         "```python\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained(".")\n'
         'tokenizer = AutoTokenizer.from_pretrained(".")\n'
         "```\n\n"
         f"## Architecture\n\n{_table(_architecture(family, model, dtype, num_parameters))}\n"
-        f"## Training\n\n{_table(_recipe(args, iteration))}"
+        f"## Training\n\n{training}"
     )
 
 

@@ -1,9 +1,10 @@
-"""Reads a torch_dist checkpoint of any layout, one tensor at a time, with no process group, GPU or megatron.
+"""Reads a checkpoint of any layout, one tensor at a time, with no process group, GPU or megatron.
 
-torch_dist keeps global tensors cut into chunks, and the layers of a model stacked into one tensor with a leading
-layer axis (and experts with an expert axis after it). Here every layer and expert has a name of its own,
-`decoder.layers.3.mlp.experts.experts.1.linear_fc1.weight`, and a read touches only the chunks it needs.
-Optimizer state and megatron's `_extra_state` are left out.
+`open_checkpoint` takes torch_dist, read here, and legacy mp_rank_* folders (legacy_reader.py). torch_dist keeps global
+tensors cut into chunks, and the layers of a model stacked into one tensor with a leading layer axis (and experts with
+an expert axis after it). Here every layer and expert has a name of its own,
+`decoder.layers.3.mlp.experts.experts.1.linear_fc1.weight`, and a read touches only the chunks it needs. Megatron's
+`_extra_state` is left out, and of the optimizer's state everything but, when asked for, the fp32 weights.
 """
 
 import itertools
@@ -11,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -47,12 +48,33 @@ class StoredTensor:
     dtype: torch.dtype
 
 
-class CheckpointReader:
-    """One iteration of a checkpoint, opened; obtain it with `open_checkpoint`.
+class DescribedTensor(Protocol):
+    """What readers of every format know of a tensor before it is read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+class CheckpointReader(Protocol):
+    """One iteration of a checkpoint of any format, opened; obtain it with `open_checkpoint`.
 
     tensors: the model's, by mcore name. args: the arguments that Megatron saved. iteration: of the saved state.
-    store: everything that the directory holds, by its own keys.
     """
+
+    directory: Path
+    args: Any
+    iteration: int
+
+    @property
+    def tensors(self) -> Mapping[str, DescribedTensor]: ...
+    def remove_vocab_padding(self, vocab_size: int) -> None: ...
+    def read(self, name: str) -> Tensor: ...
+
+
+class TorchDistReader:
+    """A CheckpointReader of a torch_dist directory. store: everything in it, by its own keys."""
 
     def __init__(self, directory: Path, *, weights: str = "model"):
         self.directory = directory
@@ -126,13 +148,17 @@ def open_checkpoint(path: str | Path, *, iteration: int | None = None, weights: 
     """Open `path`: a directory that Megatron saved into (the latest or the given iteration) or one iteration of it.
 
     weights: "model", or "master" for the fp32 copies in the optimizer's state under the same names.
-    Raises CheckpointError if it is not there, is of another format, or the state is of another iteration than its name.
+    Raises CheckpointError if it is not there, is of another format, is incomplete, or the state is of another
+    iteration than its name.
     """
     if weights not in WEIGHTS:
         raise CheckpointError(f"weights: must be one of {', '.join(WEIGHTS)}, got {weights}. Choose one of them.")
     directory = find_iteration(Path(path), iteration)
-    _validate_format(directory)
-    reader = CheckpointReader(directory, weights=weights)
+    if is_legacy(directory):
+        from megatron_hammer.checkpoint.legacy_reader import open_legacy_checkpoint  # it imports this module
+
+        return open_legacy_checkpoint(directory, weights="master" if weights == "master" else "model")
+    reader = TorchDistReader(directory, weights=weights)
     named = re.fullmatch(r"iter_(\d+)", directory.name)
     if named and int(named[1]) != reader.iteration:
         raise CheckpointError(
@@ -146,7 +172,7 @@ def find_iteration(path: Path, iteration: int | None = None) -> Path:
     """The directory of one iteration under `path`; raises CheckpointError naming what is there instead."""
     if not path.is_dir():
         raise CheckpointError(f"{path}: checkpoint directory does not exist. Pass the directory given to --save.")
-    if (path / ".metadata").is_file():
+    if (path / ".metadata").is_file() or is_legacy(path):
         return path
     if (path / LATEST_FILE).is_file() and iteration is None:
         tracker = (path / LATEST_FILE).read_text().strip()
@@ -168,12 +194,9 @@ def find_iteration(path: Path, iteration: int | None = None) -> Path:
     return directory
 
 
-def _validate_format(directory: Path) -> None:
-    if list(directory.glob("mp_rank_*")):
-        raise CheckpointError(
-            f"{directory}: format must be torch_dist, got a legacy checkpoint of mp_rank_* files. "
-            "Load it in training with --auto-detect-ckpt-format and save it with --ckpt-format torch_dist."
-        )
+def is_legacy(directory: Path) -> bool:
+    """Whether the directory of an iteration is of `--ckpt-format torch`: one folder a rank."""
+    return any(directory.glob("mp_rank_*"))
 
 
 def _unstack(key: str, size: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[str, StoredTensor]]:

@@ -6,24 +6,15 @@ that were meant; and these, merged by the inverse layout, must be the checkpoint
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from megatron_hammer.checkpoint.architecture import Architecture
 from megatron_hammer.checkpoint.bit_patterns import is_bitwise_equal, is_finite
 from megatron_hammer.checkpoint.mapping import TensorPair
+from megatron_hammer.checkpoint.reader import CheckpointReader
 from megatron_hammer.checkpoint.safetensors_stream import Shard, ShardWriter
 from megatron_hammer.errors import ConversionError
-
-
-class WeightReader(Protocol):
-    """What this needs of the readers of both checkpoint formats."""
-
-    directory: Path
-
-    def read(self, name: str) -> Tensor: ...
 
 
 def write_verified_weights(
@@ -31,7 +22,7 @@ def write_verified_weights(
     shards: Sequence[Shard],
     pairs: Sequence[TensorPair],
     model: Architecture,
-    reader: WeightReader,
+    reader: CheckpointReader,
     dtype: torch.dtype,
     on_tensor: Callable[[int, int], None],
 ) -> None:
@@ -49,7 +40,7 @@ def write_verified_weights(
 
 
 def _write_pair(
-    writer: ShardWriter, pair: TensorPair, model: Architecture, reader: WeightReader, dtype: torch.dtype
+    writer: ShardWriter, pair: TensorPair, model: Architecture, reader: CheckpointReader, dtype: torch.dtype
 ) -> list[str]:
     """Write one Megatron tensor as Hugging Face's; returns a sentence for each thing that is wrong with it."""
     problems = []

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from toy_checkpoint import toy_arguments, toy_llama_tensors, write_toy_checkpoint
+from toy_legacy_checkpoint import llama_weights, write_legacy_checkpoint
 
 from megatron_hammer.checkpoint.reader import open_checkpoint
 from megatron_hammer.errors import CheckpointError
@@ -192,9 +193,15 @@ def test_other_formats_are_named(tmp_path):
     (target / "metadata.json").write_text("{}")
     with pytest.raises(CheckpointError, match="must name the sharded_backend"):
         open_checkpoint(tmp_path)
-    (target / "mp_rank_00").mkdir()
-    with pytest.raises(CheckpointError, match="got a legacy checkpoint of mp_rank_"):
-        open_checkpoint(tmp_path)
+
+
+def test_a_legacy_checkpoint_is_opened_by_its_own_reader(tmp_path):
+    weights = llama_weights()
+    target = write_legacy_checkpoint(tmp_path, weights, tp=2)
+    for path in (tmp_path, target):  # the directory given to --save, and one iteration of it
+        reader = open_checkpoint(path)
+        assert reader.tensors.keys() == weights.keys()
+        assert torch.equal(reader.read("output_layer.weight"), weights["output_layer.weight"])
 
 
 def test_a_checkpoint_without_arguments_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from megatron_hammer.checkpoint.architecture import read_architecture
 from megatron_hammer.checkpoint.export import ExportOptions, export_to_hugging_face
 from megatron_hammer.checkpoint.layouts import split_qkv
 from megatron_hammer.checkpoint.mapping import expand, select_family
+from megatron_hammer.checkpoint.safetensors_stream import ShardWriter
 from megatron_hammer.errors import CheckpointError, ConversionError
 
 
@@ -55,6 +57,22 @@ def test_the_model_card_says_what_and_how(options):
     card = (options.save_dir / "README.md").read_text()
     for line in ("# toy", "iteration 10", "| vocabulary | 53 |", "| tokens | 1,280 |", "has no tokenizer"):
         assert line in card
+
+
+def test_the_card_of_a_converted_checkpoint_says_where_it_comes_from(tmp_path):
+    arguments = toy_arguments(imported_from="/models/Tiny-3")
+    for name in ("lr", "min_lr", "seed", "weight_decay", "adam_beta1", "clip_grad", "global_batch_size", "seq_length"):
+        delattr(arguments, name)
+    write_toy_checkpoint(tmp_path / "checkpoint", toy_llama_tensors(), arguments=arguments, iteration=0)
+    export_to_hugging_face(export_options(load_dir=tmp_path / "checkpoint", save_dir=tmp_path / "hf"))
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "Converted by megatron_hammer from Tiny-3, not trained further." in card
+    assert "| steps |" not in card
+    write_toy_checkpoint(tmp_path / "trained", toy_llama_tensors(), arguments=arguments, iteration=7)
+    export_to_hugging_face(export_options(load_dir=tmp_path / "trained", save_dir=tmp_path / "hf2"))
+    card = (tmp_path / "hf2" / "README.md").read_text()
+    assert "| steps | 7 |" in card
+    assert "learning rate" not in card
 
 
 FAMILIES = {
@@ -136,6 +154,49 @@ def test_weights_that_are_not_finite_are_named(tmp_path, value):
     write_toy_checkpoint(tmp_path / "checkpoint", tensors)
     options = export_options(load_dir=tmp_path / "checkpoint", save_dir=tmp_path / "hf")
     with pytest.raises(ConversionError, match=r"decoder.layers.1.mlp.linear_fc2.weight: weights must be finite"):
+        export_to_hugging_face(options)
+    assert_nothing_was_left(options)
+
+
+def test_master_weights_are_exported_in_fp32_or_as_asked(tmp_path):
+    masters = {key: value for key, value in toy_llama_tensors().items() if not key.startswith("optimizer.")}
+    tensors = {key: value.bfloat16() for key, value in masters.items()}
+    tensors |= {f"optimizer.state.param.{key}": value for key, value in masters.items()}
+    write_toy_checkpoint(tmp_path / "checkpoint", tensors)
+    options = export_options(load_dir=tmp_path / "checkpoint", save_dir=tmp_path / "hf", weights="master")
+    assert export_to_hugging_face(options).dtype == "float32"
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    assert torch.equal(weights["lm_head.weight"], masters["output_layer.weight"][:53])
+    rounded = dataclasses.replace(options, save_dir=tmp_path / "rounded", dtype="bf16")
+    plain = dataclasses.replace(options, save_dir=tmp_path / "plain", weights="model")
+    assert export_to_hugging_face(rounded).dtype == export_to_hugging_face(plain).dtype == "bfloat16"
+    files = [load_file(tmp_path / name / "model.safetensors") for name in ("rounded", "plain")]
+    assert all(torch.equal(tensor, files[1][name]) for name, tensor in files[0].items())
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_is_written(options, monkeypatch):
+    monkeypatch.setattr(export.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(ConversionError, match=r"hf: disk must have 46,560 bytes free for the weights, got 1,000"):
+        export_to_hugging_face(options)
+    assert_nothing_was_left(options)
+
+
+def test_a_bit_that_changes_on_disk_is_noticed(options, monkeypatch):
+    """The file is written right, then damaged before it is read back."""
+    write = ShardWriter.write
+
+    def write_and_damage(self, name, tensor):
+        start = write(self, name, tensor)
+        if name == "model.layers.2.mlp.down_proj.weight":
+            with (self._directory / "model.safetensors").open("r+b") as file:
+                file.seek(start + 7)
+                file.write(b"\xa5")
+        return start
+
+    monkeypatch.setattr(ShardWriter, "write", write_and_damage)
+    with pytest.raises(
+        ConversionError, match=r"decoder.layers.2.mlp.linear_fc2.weight: what was written must read back"
+    ):
         export_to_hugging_face(options)
     assert_nothing_was_left(options)
 
@@ -247,6 +308,15 @@ def test_a_tokenizer_that_moved_must_be_named_or_left_out(tmp_path, tokenizer_pa
     assert report.notes == ("no tokenizer was written: --no-tokenizer",)
     again = dataclasses.replace(options, tokenizer_path=tokenizer_path, overwrite=True)
     assert export_to_hugging_face(again).notes == ()
+
+
+def test_a_converted_checkpoint_that_moved_has_its_tokenizer_beside_it(tmp_path, tokenizer_path):
+    options = write_with_vocabulary(tmp_path / "checkpoint", TOY_VOCAB_SIZE, tokenizer_model="/moved/away/tokenizer")
+    (tmp_path / "checkpoint" / "tokenizer").mkdir()
+    tokenizer_path.rename(tmp_path / "checkpoint" / "tokenizer" / "tokenizer.model")
+    for load_dir in (options.load_dir, options.load_dir / "iter_0000010"):
+        again = dataclasses.replace(options, load_dir=load_dir, overwrite=True)
+        assert export_to_hugging_face(again).num_checked_texts > 90
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path, tokenizer_path):
