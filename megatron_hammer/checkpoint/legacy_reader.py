@@ -24,6 +24,7 @@ from megatron_hammer.checkpoint.legacy_layouts import (
     order_qkv_by_heads,
     select_rank_layout,
 )
+from megatron_hammer.checkpoint.legacy_master import locate_masters
 from megatron_hammer.checkpoint.legacy_names import (
     TIED_HEAD,
     select_expert,
@@ -39,9 +40,15 @@ EMBEDDING = VOCABULARY_TENSORS[0]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankPart:
-    """What one rank holds of a tensor; `old_qkv_version` where its rows are in the order of that old version."""
+    """What one rank holds of a tensor.
 
+    own_name: in the rank's file. model: the weight that a master weight must round to. old_qkv_version: where the rows
+    are in the order of that version.
+    """
+
+    own_name: str
     located: LocatedTensor
+    model: LocatedTensor | None = None
     old_qkv_version: float | None = None
 
 
@@ -62,14 +69,14 @@ class LegacyReader:
     them. iteration: of the saved state.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, *, weights: str = "model"):
         self.directory = directory
         sizes, files = load_rank_files(directory)
         self.args: Any = complete_arguments(files[0].args)
         self.iteration: int = files[0].iteration or 0
         self._head_dim: int = self.args.kv_channels
         self._agreed: set[str] = set()
-        self.tensors = _assemble(directory, sizes, files, self.args)
+        self.tensors = _assemble(directory, sizes, files, self.args, weights)
 
     def remove_vocab_padding(self, vocab_size: int) -> None:
         """From here on the embedding and the head have `vocab_size` rows; the padding is left out."""
@@ -92,16 +99,25 @@ class LegacyReader:
     def _read_part(self, name: str, copies: tuple[RankPart, ...]) -> Tensor:
         first = read_located(copies[0].located, name)
         if name not in self._agreed:
-            for copy in copies[1:]:
-                if not has_same_bits(first, read_located(copy.located, name)):
-                    raise ConversionError(
-                        f"{copy.located.path}: {name} must equal its copy in {copies[0].located.path}, "
-                        "got a difference. The ranks are of different runs or did not stay in step; "
-                        "use another iteration."
-                    )
+            for number, copy in enumerate(copies):
+                _validate_copy(name, copies[0], copy, first, read_located(copy.located, name) if number else first)
         if copies[0].old_qkv_version is None:
             return first
         return order_qkv_by_heads(first, checkpoint_version=copies[0].old_qkv_version, head_dim=self._head_dim)
+
+
+def _validate_copy(name: str, original: RankPart, copy: RankPart, expected: Tensor, found: Tensor) -> None:
+    """A copy has the bits of the original; a master weight rounds to the model's own."""
+    if not has_same_bits(expected, found):
+        raise ConversionError(
+            f"{copy.located.path}: {name} must equal its copy in {original.located.path}, got a difference. "
+            "The ranks are of different runs or did not stay in step; use another iteration."
+        )
+    if copy.model is not None and not has_same_bits(found.to(copy.model.dtype), read_located(copy.model, name)):
+        raise ConversionError(
+            f"{copy.located.path}: the fp32 master weight of {name} must round to the model's, got a difference. "
+            "The optimizer's order is another, or it is of another step. Pass --weights model."
+        )
 
 
 def open_legacy_checkpoint(directory: str | Path, weights: Literal["model", "master"] = "model") -> LegacyReader:
@@ -113,7 +129,7 @@ def open_legacy_checkpoint(directory: str | Path, weights: Literal["model", "mas
     directory = Path(directory)
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: checkpoint directory does not exist. Pass the directory given to --save.")
-    reader = LegacyReader(directory)
+    reader = LegacyReader(directory, weights=weights)
     named = re.fullmatch(r"iter_(\d+)", directory.name)
     if named and int(named[1]) != reader.iteration:
         raise CheckpointError(
@@ -123,14 +139,19 @@ def open_legacy_checkpoint(directory: str | Path, weights: Literal["model", "mas
     return reader
 
 
-def _assemble(directory: Path, sizes: ParallelSizes, files: list[RankFile], args: Any) -> dict[str, LegacyTensor]:
+def _assemble(
+    directory: Path, sizes: ParallelSizes, files: list[RankFile], args: Any, weights: str
+) -> dict[str, LegacyTensor]:
     """Every tensor of the whole model, its parts put in their places by name."""
     before = count_layers_before(directory, files, args)
     problems: list[str] = []
     parts: dict[str, dict[int, list[RankPart]]] = {}
     for file in files:
-        for vp_stage, chunk in enumerate(file.chunks):
-            named = _locate_chunk(file, chunk, args, before[file.rank.pp][vp_stage], problems)
+        masters = locate_masters(file, args) if weights == "master" else None
+        for vp_stage, num_layers_before in enumerate(before[file.rank.pp]):
+            named = _locate_chunk(file, vp_stage, num_layers_before, args, problems)
+            if masters is not None:
+                named = _select_masters(named, vp_stage, masters)
             for name, part in named.items():
                 position = _select_position(name, file, sizes)
                 parts.setdefault(name, {}).setdefault(position, []).append(part)
@@ -148,14 +169,13 @@ def _assemble(directory: Path, sizes: ParallelSizes, files: list[RankFile], args
 
 
 def _locate_chunk(
-    file: RankFile, chunk: Mapping[str, Any], args: Any, num_layers_before: int, problems: list[str]
+    file: RankFile, vp_stage: int, num_layers_before: int, args: Any, problems: list[str]
 ) -> dict[str, RankPart]:
     """The tensors of one model chunk under the names that they have in the whole model."""
-    num_local_experts = (getattr(args, "num_experts", None) or 0) // (
-        getattr(args, "expert_model_parallel_size", None) or 1
-    )
+    num_ep_ranks = getattr(args, "expert_model_parallel_size", None) or 1
+    num_local_experts = (getattr(args, "num_experts", None) or 0) // num_ep_ranks
     located = {}
-    for own_name, value in chunk.items():
+    for own_name, value in file.chunks[vp_stage].items():
         if not isinstance(value, Tensor):
             problems.append(
                 f"{own_name} must be a tensor, got {type(value).__name__} in {file.path.parent.name}. "
@@ -169,15 +189,27 @@ def _locate_chunk(
                 f"{file.checkpoint_version}. Load the checkpoint with the Megatron that wrote it and save it again."
             )
         name = shift_name(
-            translate_name(own_name),
-            num_layers=num_layers_before,
-            num_experts=num_local_experts * file.rank.ep,
+            translate_name(own_name), num_layers=num_layers_before, num_experts=num_local_experts * file.rank.ep
         )
         located[name] = RankPart(
+            own_name=own_name,
             located=locate_in_storage(file.path, value, file.is_mappable),
             old_qkv_version=file.checkpoint_version if is_old_qkv else None,
         )
     return use_fused_norm_names(located)
+
+
+def _select_masters(
+    named: Mapping[str, RankPart], vp_stage: int, masters: Mapping[tuple[int, str], LocatedTensor]
+) -> dict[str, RankPart]:
+    """The fp32 copy in place of each weight that has one in this file; fp32 weights are their own."""
+    selected = {}
+    for name, part in named.items():
+        if part.located.dtype == torch.float32:
+            selected[name] = part
+        elif (master := masters.get((vp_stage, part.own_name))) is not None:
+            selected[name] = replace(part, located=master, model=part.located)
+    return selected
 
 
 def _select_position(name: str, file: RankFile, sizes: ParallelSizes) -> int:
