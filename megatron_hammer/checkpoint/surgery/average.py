@@ -1,8 +1,8 @@
 """The mean of several checkpoints' weights, as a release without an optimizer.
 
-Each element is (w1*x1 + w2*x2 + ...) / (w1 + w2 + ...), computed in fp32 in the order given: a product, a sum and at
-the end a quotient, each rounded once; the result is rounded once more to the weights' dtype. With equal weights no
-product is rounded, and the mean of a checkpoint with itself is that checkpoint.
+Each element is (w1*x1 + w2*x2 + ...) / (w1 + w2 + ...), computed in fp32 in the order given: products, sums and at the
+end a quotient, each rounded once; the result is rounded once more to the weights' dtype. With equal weights, which are
+taken as 1, no product is rounded; then the sum of up to 256 bf16 numbers of one magnitude is not rounded either.
 """
 
 import math
