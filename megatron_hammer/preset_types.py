@@ -62,6 +62,7 @@ class ModelPreset:
     kv_channels: int | None = None  # width of a head; None: hidden_size / num_attention_heads
     has_qk_norm: bool = False  # a norm of width head_dim on every head's query and key, before the rotation (Qwen3)
     rope_scaling: RopeScaling | None = None
+    rotary_seq_len_interpolation_factor: int | None = None  # positions are divided by it (linear scaling)
 
     @property
     def head_dim(self) -> int:

@@ -40,6 +40,7 @@ class Architecture:
     moe: MoeShape | None = None
     has_qk_norm: bool = False
     rope_scaling: RopeScaling | None = None
+    rotary_seq_len_interpolation_factor: int | None = None  # positions are divided by it
 
     @property
     def dims(self) -> dict[str, int]:
@@ -70,7 +71,6 @@ _EXPRESSIBLE: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rotary_percent": (lambda value: value in (None, 1.0), "Llama rotates every dimension of a head"),
     "rotary_interleaved": (lambda value: not value, "transformers rotates halves, not neighbouring pairs"),
     "rotary_scaling_factor": (lambda value: value in (None, 1.0), "only MLA models have it"),
-    "rotary_seq_len_interpolation_factor": (lambda value: value in (None, 1), "positions scaled down are not mapped"),
     "no_rope_freq": (lambda value: not value, "every layer must have the same position embedding"),
     "qk_l2_norm": (lambda value: not value, "a norm without weights on queries and keys is not mapped"),
     "multi_latent_attention": (lambda value: not value, "multi-latent attention is not mapped"),
@@ -132,6 +132,7 @@ def read_architecture(args: Any, *, vocab_size: int | None = None) -> Architectu
         moe=_read_moe(args),
         has_qk_norm=getattr(args, "qk_layernorm", False),
         rope_scaling=_read_rope_scaling(args),
+        rotary_seq_len_interpolation_factor=_read_interpolation_factor(args),
     )
 
 
@@ -166,6 +167,17 @@ def _read_rope_scaling(args: Any) -> RopeScaling | None:
             "trained with."
         )
     return RopeScaling(factor=factor)
+
+
+def _read_interpolation_factor(args: Any) -> int | None:
+    factor = getattr(args, "rotary_seq_len_interpolation_factor", None)
+    if factor is not None and getattr(args, "use_rope_scaling", False):
+        raise ConversionError(
+            "rotary_seq_len_interpolation_factor: cannot be exported together with use_rope_scaling, got "
+            f"rotary_seq_len_interpolation_factor={factor}: transformers scales a rope in one way. "
+            "Keep the checkpoint in Megatron's format."
+        )
+    return None if factor == 1 else factor
 
 
 def _read_moe(args: Any) -> MoeShape | None:

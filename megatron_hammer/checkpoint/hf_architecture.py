@@ -159,7 +159,7 @@ def _llama_body(
     """What Llama and its descendants share."""
     hidden_size, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
     fields.require_choice("hidden_act", ("silu", "swish"), default="silu")
-    rotary_base, rope_scaling = fields.rope(default_rope_theta)
+    rope = fields.rope(default_rope_theta)
     if moe is None:
         fields.require_no_experts()
     elif moe.router_topk > moe.num_experts:
@@ -179,7 +179,7 @@ def _llama_body(
         norm_epsilon=fields.number("rms_norm_eps", default_epsilon),
         activation="swiglu",
         position_embedding_type="rope",
-        rotary_base=rotary_base,
+        rotary_base=rope.base,
         has_linear_bias=has_linear_bias,
         has_qkv_bias=has_qkv_bias,
         has_tied_embeddings=fields.flag("tie_word_embeddings", False),
@@ -189,7 +189,8 @@ def _llama_body(
         hidden_dropout=0.0,
         moe=moe,
         has_qk_norm=has_qk_norm,
-        rope_scaling=rope_scaling,
+        rope_scaling=rope.scaling,
+        rotary_seq_len_interpolation_factor=rope.interpolation_factor,
     )
 
 

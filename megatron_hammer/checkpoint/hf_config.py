@@ -59,7 +59,9 @@ def _common(model: Architecture) -> dict[str, Any]:
         "rope_theta": float(model.rotary_base),
         "attention_dropout": model.attention_dropout,
     }
-    scaling = model.rope_scaling
+    scaling, interpolation = model.rope_scaling, model.rotary_seq_len_interpolation_factor
+    if interpolation is not None:
+        config["rope_scaling"] = {"rope_type": "linear", "factor": float(interpolation)}
     if scaling is not None:
         config["rope_scaling"] = {
             "rope_type": "llama3",

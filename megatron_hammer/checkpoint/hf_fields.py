@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_hammer.errors import ConversionError
@@ -25,6 +26,10 @@ _QUIET: dict[str, tuple[Callable[[Any], bool], str]] = {
     "compression_config": (_is_absent, "compressed weights are not mapped"),
     "partial_rotary_factor": (_is_one, "Megatron's mapped models rotate every dimension of a head"),
     "rotary_pct": (_is_one, "Megatron's mapped models rotate every dimension of a head"),
+    "rope_interleaved": (_is_absent, "rotated pairs must stand half a head apart"),
+    "qk_norm": (_is_absent, "of this family no norm on queries and keys is mapped"),
+    "use_qk_norm": (_is_absent, "of this family no norm on queries and keys is mapped"),
+    "qk_layernorm": (_is_absent, "of this family no norm on queries and keys is mapped"),
     "no_rope_layers": (_is_absent, "every layer must have the same position embedding"),
     "no_rope_layer_interval": (_is_absent, "every layer must have the same position embedding"),
     "alibi": (_is_absent, "ALiBi is not mapped"),
@@ -55,6 +60,15 @@ _QUIET: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _OWN_CODE = ("AutoModelForCausalLM", "AutoModel")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rope:
+    """A rotary embedding in Megatron's terms; at most one of scaling and interpolation_factor is there."""
+
+    base: int = 10_000
+    scaling: RopeScaling | None = None
+    interpolation_factor: int | None = None
 
 
 class HfFields:
@@ -203,8 +217,8 @@ class HfFields:
             return hidden_size // heads
         return self.count("head_dim", default=default or hidden_size // heads)
 
-    def rope(self, default_theta: float) -> tuple[int, RopeScaling | None]:
-        """Base of the rotary embedding and its scaling; rope_scaling in transformers 4, rope_parameters in 5."""
+    def rope(self, default_theta: float) -> Rope:
+        """The rotary embedding; its scaling stands in rope_scaling in transformers 4, in rope_parameters in 5."""
         older, newer = self._config.get("rope_scaling") or {}, self._config.get("rope_parameters") or {}
         name = "rope_scaling" if older else "rope_parameters"
         parameters = older or newer
@@ -212,26 +226,35 @@ class HfFields:
             self.refuse("rope_scaling", f"rope_parameters={newer!r} says something else")
         if not isinstance(parameters, dict) or any(isinstance(value, dict) for value in parameters.values()):
             self.refuse(name, "every layer must have the same position embedding")
-            return 10_000, None
+            return Rope()
         theta = parameters.get("rope_theta", self._config.get("rope_theta"))
         theta = default_theta if theta is None else theta
-        if isinstance(theta, bool) or not isinstance(theta, int | float) or theta < 1 or theta != int(theta):
+        if isinstance(theta, bool) or not isinstance(theta, int | float) or theta < 1 or theta % 1:
             self._problems.append(
                 f"config.json, rope_theta: must be a whole number, as Megatron's --rotary-base is, got "
                 f"rope_theta={theta!r}. Use a model with a whole base."
             )
-            return 10_000, None
+            return Rope()
         if not _is_one(parameters.get("partial_rotary_factor")):
             self.refuse(name, "Megatron's mapped models rotate every dimension of a head")
-        return int(theta), self._rope_scaling(name, parameters)
-
-    def _rope_scaling(self, name: str, parameters: Mapping[str, Any]) -> RopeScaling | None:
         kind = parameters.get("rope_type", parameters.get("type", "default"))
-        if kind == "default":
+        scaling = self._llama3_scaling(name, parameters) if kind == "llama3" else None
+        interpolation_factor = self._interpolation_factor(name, parameters) if kind == "linear" else None
+        if kind not in ("default", "linear", "llama3"):
+            self.refuse(name, f"Megatron scales a rope by llama3 or linear, not by {kind}")
+        return Rope(base=int(theta), scaling=scaling, interpolation_factor=interpolation_factor)
+
+    def _interpolation_factor(self, name: str, parameters: Mapping[str, Any]) -> int | None:
+        factor = parameters.get("factor")
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or factor < 1 or factor % 1:
+            self._problems.append(
+                f"config.json, {name}.factor: must be a whole number, as Megatron's "
+                f"--rotary-seq-len-interpolation-factor is, got factor={factor!r}. Use a model with a whole factor."
+            )
             return None
-        if kind != "llama3":
-            self.refuse(name, f"Megatron scales as Llama 3.1 does (llama3), not by {kind!r}")
-            return None
+        return None if factor == 1 else int(factor)
+
+    def _llama3_scaling(self, name: str, parameters: Mapping[str, Any]) -> RopeScaling | None:
         longest = self._config.get("original_max_position_embeddings", self._config.get("max_position_embeddings"))
         given = {"original_max_position_embeddings": longest} | dict(parameters)
         fixed = RopeScaling()

@@ -53,6 +53,7 @@ def build_model(namespace: argparse.Namespace, *, name: str = "custom") -> Model
         moe=_build_moe(namespace, ffn_hidden_size),
         has_qk_norm=namespace.qk_layernorm,
         rope_scaling=RopeScaling(factor=namespace.rope_scaling_factor) if namespace.use_rope_scaling else None,
+        rotary_seq_len_interpolation_factor=namespace.rotary_seq_len_interpolation_factor,
     )
     return dataclasses.replace(model, num_parameters=count_parameters(model))
 

@@ -34,6 +34,7 @@ def model_arguments(model: ModelPreset) -> dict[str, Any]:
         "init_method_std": model.init_method_std,
         "qk_layernorm": model.has_qk_norm,
         "use_rope_scaling": model.rope_scaling is not None,
+        "rotary_seq_len_interpolation_factor": model.rotary_seq_len_interpolation_factor,
     }
     if model.rope_scaling is not None:
         arguments["rope_scaling_factor"] = model.rope_scaling.factor

@@ -65,6 +65,10 @@ FAMILIES = {
         transformers.LlamaConfig(**SIZES, head_dim=16, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),
         {"rope_scaling": None},
     ),
+    "llama with positions divided": (
+        transformers.LlamaConfig(**SIZES, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}),
+        {"rotary_seq_len_interpolation_factor": None},
+    ),
     "mistral": (transformers.MistralConfig(**SIZES, head_dim=14, sliding_window=None), {"rotary_base": 20_000}),
     "qwen2": (transformers.Qwen2Config(**SIZES, tie_word_embeddings=True), {"norm_epsilon": 1e-5}),
     "qwen3": (transformers.Qwen3Config(**SIZES, head_dim=14), {"rotary_base": 20_000}),

@@ -103,6 +103,20 @@ def test_our_training_builds_the_rope_with_the_factor_asked_for_and_megatrons_ow
         read_architecture(plain_megatron)
 
 
+def test_a_rope_is_scaled_in_one_way():
+    assert (
+        read_architecture(toy_arguments(rotary_seq_len_interpolation_factor=4)).rotary_seq_len_interpolation_factor == 4
+    )
+    assert read_architecture(toy_arguments(rotary_seq_len_interpolation_factor=1)) == read_architecture(toy_arguments())
+    with pytest.raises(
+        ConversionError,
+        match=r"^rotary_seq_len_interpolation_factor: cannot be exported together with use_rope_scaling, got "
+        r"rotary_seq_len_interpolation_factor=4: transformers scales a rope in one way\. "
+        r"Keep the checkpoint in Megatron's format\.$",
+    ):
+        read_architecture(toy_arguments(rotary_seq_len_interpolation_factor=4, use_rope_scaling=True))
+
+
 def test_a_gate_of_no_shared_expert_is_none():
     arguments = toy_arguments(**MOE_ARGUMENTS | {"moe_shared_expert_intermediate_size": None})
     assert not read_architecture(arguments).moe.has_shared_expert_gate

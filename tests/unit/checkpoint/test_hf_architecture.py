@@ -24,6 +24,7 @@ CASES = {
     "llama tied": {"untie_embeddings_and_output_weights": False},
     "llama of wide heads": {"kv_channels": 16, "rotary_base": 500_000, "layernorm_epsilon": 3e-6},
     "llama with scaled rope": SCALING,
+    "llama with positions divided": {"rotary_seq_len_interpolation_factor": 4},
     "mistral": {"hidden_size": 25},
     "qwen2": {"add_qkv_bias": True},
     "qwen2 with scaled rope": SCALING | {"add_qkv_bias": True},
@@ -171,6 +172,13 @@ def test_both_spellings_of_the_rope_scaling_are_read(field):
     assert (model.rotary_base, model.rope_scaling) == (500_000, RopeScaling(factor=8.0))
 
 
+@pytest.mark.parametrize("kind", ["type", "rope_type"])
+def test_positions_divided_are_read(kind):
+    model = interpret_config(LLAMA | {"rope_scaling": {kind: "linear", "factor": 4.0}})
+    assert (model.rotary_seq_len_interpolation_factor, model.rope_scaling) == (4, None)
+    assert interpret_config(LLAMA | {"rope_scaling": {kind: "linear", "factor": 1.0}}) == interpret_config(LLAMA)
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -210,7 +218,7 @@ REFUSED = {
     "config.json, rope_theta: must be a whole number, as Megatron's --rotary-base is, got rope_theta=10000.5. "
     "Use a model with a whole base.": {"rope_theta": 10000.5},
     "config.json, rope_scaling: cannot be converted, got rope_scaling={'type': 'dynamic', 'factor': 2.0}: Megatron "
-    "scales as Llama 3.1 does (llama3), not by 'dynamic'. Use a model without it.": {
+    "scales a rope by llama3 or linear, not by dynamic. Use a model without it.": {
         "rope_scaling": {"type": "dynamic", "factor": 2.0}
     },
     "config.json, rope_scaling.low_freq_factor: must be 1, which megatron-core has built in, got low_freq_factor=2.0. "
@@ -221,6 +229,10 @@ REFUSED = {
     },
     "config.json, rope_scaling.factor: must be a number of at least 1, got factor=None. "
     "Restore the file as transformers wrote it.": {"rope_scaling": LLAMA3 | {"factor": None}},
+    "config.json, rope_scaling.factor: must be a whole number, as Megatron's --rotary-seq-len-interpolation-factor is, "
+    "got factor=2.5. Use a model with a whole factor.": {"rope_scaling": {"type": "linear", "factor": 2.5}},
+    "config.json, rope_interleaved: cannot be converted, got rope_interleaved=True: rotated pairs must stand half a "
+    "head apart. Use a model without it.": {"rope_interleaved": True},
     "config.json, layer_types: cannot be converted, got layer_types=['full_attention', 'sliding_attention']: "
     "every layer must have full attention. Use a model without it.": {
         "layer_types": ["full_attention", "sliding_attention"]
