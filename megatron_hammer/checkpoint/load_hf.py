@@ -5,25 +5,18 @@ checkpoints too; what the global tensor is made of, the rows of `mapping.py` say
 """
 
 import dataclasses
-import re
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.architecture import Architecture
-from megatron_hammer.checkpoint.hf_architecture import read_hf_architecture
-from megatron_hammer.checkpoint.hf_names import HfSources, locate_hf_tensors
-from megatron_hammer.checkpoint.hf_weights import HfWeights, open_hf_weights
-from megatron_hammer.checkpoint.mapping import TensorPair, expand, validate_names_and_shapes
+from megatron_hammer.checkpoint.hf_folder import HfFolder
 from megatron_hammer.checkpoint.reader import VOCABULARY_TENSORS
+from megatron_hammer.checkpoint.stacked_names import StackedName, stack_name
 from megatron_hammer.errors import ConversionError
-
-# Where a checkpoint's key leaves out a layer's or an expert's number, whose axis then leads the tensor.
-_STACKED = re.compile(r"(\bdecoder\.layers|\bmlp\.experts\.experts)\.(?!\d)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,60 +27,9 @@ class MasterWeights:
     start: int
 
 
-class HfStart:
-    """A folder whose tensors are exactly those of its architecture; obtain it with `open_hf_start`.
-
-    pairs: every Megatron tensor by its name. weights: the tensors that they are made of.
-    """
-
-    def __init__(self, architecture: Architecture, weights: HfWeights, pairs: Sequence[TensorPair], located: HfSources):
-        self.architecture = architecture
-        self.weights = weights
-        self.pairs = {pair.megatron_name: pair for pair in pairs}
-        self._located = located
-
-    def read(self, name: str) -> Tensor:
-        """The whole Megatron tensor, without vocabulary padding, in its stored dtype."""
-        pair = self.pairs[name]
-        sources = [self._located.sources[hf_name] for hf_name in pair.hf_names]
-        return pair.layout.merge(
-            [source.select(self.weights.read(source.name)) for source in sources], self.architecture
-        )
-
-    def require_equal_duplicates(self) -> None:
-        """Raise ConversionError if a tensor that is stored twice, as a tied model's head may be, is two tensors."""
-        problems = [
-            f"{self.weights.folder}: {name} must equal {twin}, to which config.json ties it, got another tensor. "
-            "Set tie_word_embeddings to false if the model has both."
-            for name, twin in self._located.duplicates.items()
-            if not torch.equal(self.weights.read(name), self.weights.read(self._located.sources[twin].name))
-        ]
-        if problems:
-            raise ConversionError(*problems)
-
-    def count_elements(self) -> Tensor:
-        """Elements of each Megatron tensor, in the order of `pairs`: [len(pairs)] int64."""
-        return torch.tensor([torch.Size(pair.megatron_shape).numel() for pair in self.pairs.values()])
-
-
-def open_hf_start(folder: Path) -> HfStart:
-    """Open a Hugging Face folder to start a model from; reads headers only.
-
-    Raises ConversionError for an architecture that is not mapped, for files that are missing or damaged, and with a
-    sentence for every tensor that is missing, unexpected or of another shape.
-    """
-    model = read_hf_architecture(folder)
-    weights = open_hf_weights(folder)
-    pairs = expand(model.family, model.architecture)
-    located = locate_hf_tensors(pairs, model.architecture, weights.shapes)
-    expected = {name: shape for pair in pairs for name, shape in zip(pair.hf_names, pair.hf_shapes, strict=True)}
-    validate_names_and_shapes(expected, located.shapes, where=str(folder))
-    return HfStart(model.architecture, weights, pairs, located)
-
-
 def fill_chunks(
     chunks: Sequence[Any],
-    source: HfStart,
+    source: HfFolder,
     *,
     metadata: Mapping[str, Any] | None = None,
     find_master: Callable[[Tensor], MasterWeights | None] = lambda parameter: None,
@@ -105,17 +47,16 @@ def fill_chunks(
         filler.fill(chunk, dict(metadata or {}))
     if filler.problems:
         raise ConversionError(*filler.problems)
-    return torch.tensor([filler.num_held[name] for name in source.pairs])
+    return torch.tensor(list(filler.num_held.values()))
 
 
-def require_every_element(source: HfStart, num_held: Tensor) -> None:
+def require_every_element(source: HfFolder, num_held: Tensor) -> None:
     """Raise ConversionError unless all ranks together hold each element once. num_held: summed over all ranks."""
-    expected = source.count_elements()
     problems = [
-        f"{source.weights.folder}: {', '.join(pair.hf_names)} must go into the model whole, got {int(held):,} of "
-        f"{int(whole):,} elements. This is a bug; please report the command."
-        for pair, held, whole in zip(source.pairs.values(), num_held, expected, strict=True)
-        if held != whole
+        f"{source.folder}: {', '.join(pair.hf_names)} must go into the model whole, got {held:,} of "
+        f"{math.prod(pair.megatron_shape):,} elements. This is a bug; please report the command."
+        for pair, held in zip(source.pairs, num_held.tolist(), strict=True)
+        if held != math.prod(pair.megatron_shape)
     ]
     if problems:
         raise ConversionError(*problems)
@@ -124,13 +65,15 @@ def require_every_element(source: HfStart, num_held: Tensor) -> None:
 class _Filler:
     def __init__(
         self,
-        source: HfStart,
+        source: HfFolder,
         find_master: Callable[[Tensor], MasterWeights | None],
         on_parameter: Callable[[int], None],
     ):
         self.source, self.find_master, self.on_parameter = source, find_master, on_parameter
         self.problems: list[str] = []
-        self.num_held = dict.fromkeys(source.pairs, 0)
+        self.pairs = {pair.megatron_name: pair for pair in source.pairs}
+        self.names = {stack_name(name): name for name in self.pairs}
+        self.num_held = dict.fromkeys(self.pairs, 0)
 
     @torch.no_grad()
     def fill(self, chunk: Any, metadata: dict[str, Any]) -> None:
@@ -145,12 +88,12 @@ class _Filler:
             self._report(name, "a checkpoint must have a name for it, got none")
 
     def _fill_parameter(self, entry: Any, parameter: Tensor) -> None:
-        names = {name for name in map(_name_shard, _build_shards(entry, parameter.detach())) if name is not None}
-        if len(names) != 1 or not names <= self.source.pairs.keys():
+        names = {self.names.get(_stacked_name(shard)) for shard in _build_shards(entry, parameter.detach())}
+        name = names.pop()
+        if name is None or names:
             self._report(entry.key, "must be one tensor of the folder's architecture, got none")
             return
-        (name,) = names
-        whole = self.source.read(name)
+        whole = self.source.read_pair(self.pairs[name])
         staged = torch.empty(parameter.shape, dtype=whole.dtype)
         num_filled = sum(self._fill_shard(name, shard, whole) for shard in _build_shards(entry, staged))
         if num_filled != staged.numel():
@@ -192,8 +135,8 @@ class _Filler:
 
     def _describe(self, name: str) -> str:
         """The HF names of a Megatron tensor, in their folder, where it has any."""
-        pair = self.source.pairs.get(name)
-        return name if pair is None else f"{self.source.weights.folder}: {', '.join(pair.hf_names)}"
+        pair = self.pairs.get(name)
+        return name if pair is None else f"{self.source.folder}: {', '.join(pair.hf_names)}"
 
 
 def _list_entries(state: Mapping[str, Any]) -> Iterator[Any]:
@@ -216,12 +159,8 @@ def _build_shards(entry: Any, data: Tensor) -> list[Any]:
     return [dataclasses.replace(entry, data=data, dtype=data.dtype)]
 
 
-def _name_shard(shard: Any) -> str | None:
-    """The mcore name of a shard, with the numbers that its leading axes stand for; None if they do not fit its key."""
-    numbers = iter(shard.global_offset[: shard.prepend_axis_num])
-    if len(_STACKED.findall(shard.key)) != shard.prepend_axis_num:
-        return None
-    return _STACKED.sub(lambda match: f"{match[1]}.{next(numbers)}.", shard.key)
+def _stacked_name(shard: Any) -> StackedName:
+    return StackedName(key=shard.key, indices=tuple(shard.global_offset[: shard.prepend_axis_num]))
 
 
 def _is_first_copy(replica_id: Any) -> bool:

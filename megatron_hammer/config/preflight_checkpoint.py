@@ -12,6 +12,13 @@ from megatron_hammer.config.saved_run import TRACKER_NAME, read_saved_arguments
 from megatron_hammer.errors import CheckpointError
 from megatron_hammer.preset_types import ModelPreset
 
+# Attributes whose flag has another name.
+FLAGS = {
+    "layernorm_epsilon": "norm-epsilon",
+    "add_bias_linear": "disable-bias-linear",
+    "bias_gelu_fusion": "no-bias-gelu-fusion",
+}
+
 
 def find_checkpoint_problems(arguments: ParsedArguments) -> list[str]:
     """--load must hold a checkpoint, or Megatron would start from random weights with a warning in its log.
@@ -30,7 +37,7 @@ def find_checkpoint_problems(arguments: ParsedArguments) -> list[str]:
     if namespace.load is not None:
         tracker_path = Path(namespace.load) / TRACKER_NAME
         if os.path.isfile(tracker_path) or namespace.ckpt_step:
-            problems += _find_step_problems(namespace, tracker_path)
+            problems += _find_step_problems(arguments, tracker_path)
         elif not is_own_run and namespace.pretrained_checkpoint is None and arguments.start is None:
             what = f"a checkpoint ({TRACKER_NAME})" if os.path.isdir(namespace.load) else "an existing folder"
             problems.append(
@@ -57,8 +64,9 @@ def _find_metrics_problems(namespace: argparse.Namespace) -> list[str]:
     return find_unwritable("metrics_path", os.path.dirname(path) or ".")
 
 
-def _find_step_problems(namespace: argparse.Namespace, tracker_path: Path) -> list[str]:
+def _find_step_problems(arguments: ParsedArguments, tracker_path: Path) -> list[str]:
     """The step that is asked for, or the tracker's, must be there, and its optimizer must suit the expert layout."""
+    namespace = arguments.namespace
     if namespace.ckpt_step:
         folder, named_by = f"iter_{namespace.ckpt_step:07d}", "--ckpt-step"
     else:
@@ -75,22 +83,25 @@ def _find_step_problems(namespace: argparse.Namespace, tracker_path: Path) -> li
             f"load: checkpoint {folder} named by {named_by} is missing, got load={namespace.load}. "
             "Copy it there, or name a step that exists with --ckpt-step."
         ]
-    return _find_saved_problems(namespace, checkpoint_dir)
+    return _find_saved_problems(arguments, checkpoint_dir)
 
 
-def _find_saved_problems(namespace: argparse.Namespace, checkpoint_dir: Path) -> list[str]:
+def _find_saved_problems(arguments: ParsedArguments, checkpoint_dir: Path) -> list[str]:
     """Whether the checkpoint is whole, of this model, and with an optimizer that this expert layout can take.
 
     One process a node looks: a large checkpoint's metadata is large too. Other formats than torch_dist are left to
     Megatron's loader.
     """
+    namespace = arguments.namespace
     if namespace.local_rank != 0 or not (checkpoint_dir / ".metadata").is_file():
         return []
     try:
         saved, _ = read_saved_arguments(checkpoint_dir, (checkpoint_dir / ".metadata").stat().st_mtime_ns)
     except CheckpointError as error:
         return [f"load: {problem}" for problem in error.problems]
-    problems = _find_other_model(namespace, saved, checkpoint_dir)
+    problems = _find_other_model(arguments, saved, checkpoint_dir)
+    if checkpoint_dir.name == "release":
+        return problems  # weights alone: Megatron loads neither optimizer nor schedule from it
     problems += find_schedule_changes(namespace, saved, checkpoint_dir)
     saved_ep: int = getattr(saved, "expert_model_parallel_size", 1)
     ep: int = namespace.expert_model_parallel_size
@@ -108,19 +119,32 @@ def _find_saved_problems(namespace: argparse.Namespace, checkpoint_dir: Path) ->
     return problems
 
 
-def _find_other_model(namespace: argparse.Namespace, saved: argparse.Namespace, checkpoint_dir: Path) -> list[str]:
-    """Differences that change the shape of a tensor. The vocabulary is left to Megatron, which can pad it anew."""
+def _find_other_model(arguments: ParsedArguments, saved: argparse.Namespace, checkpoint_dir: Path) -> list[str]:
+    """Differences that change the shape of a tensor or what is computed from it. The vocabulary is left to Megatron,
+    which can pad it anew. With --finetune a typed flag may change the computation.
+    """
+    namespace = arguments.namespace
     if list_missing_essentials(namespace) or find_value_problems(namespace):
         return []
     try:
-        before, now = _describe_shape(build_model(saved)), _describe_shape(build_model(namespace))
+        models = build_model(saved), build_model(namespace)
     except AttributeError:  # saved by another version of Megatron, which had other arguments
         return []
-    return [
+    before, now = map(_describe_shape, models)
+    computed_before, computed_now = map(_describe_computation, models)
+    problems = [
         f"{flag}: must be as in the checkpoint, got {now[flag]}, in {checkpoint_dir} {before[flag]}. "
         "Load another checkpoint, or change the model back."
         for flag in now
         if now[flag] != before[flag]
+    ]
+    return problems + [
+        f"{FLAGS.get(name, flag_of(name))}: must be as in the checkpoint, or it computes something else from the same "
+        f"weights, got {computed_now[name]}, in {checkpoint_dir} {computed_before[name]}. "
+        f"Pass --{FLAGS.get(name, flag_of(name))} as it was, or --finetune with it to begin a run that changes it."
+        for name in computed_now
+        if computed_now[name] != computed_before.get(name, computed_now[name])
+        and not (namespace.finetune and name in arguments.typed)
     ]
 
 
@@ -147,6 +171,22 @@ def _describe_shape(model: ModelPreset) -> dict[str, object]:
         "moe-shared-expert-intermediate-size": moe and moe.shared_expert_intermediate_size,
         "moe-shared-expert-gate": moe and moe.has_shared_expert_gate,
     }
+
+
+def _describe_computation(model: ModelPreset) -> dict[str, object]:
+    """What changes no tensor but what is computed from them, by Megatron's attribute; where it has any effect."""
+    values: dict[str, object] = {"layernorm_epsilon": model.norm_epsilon}
+    if model.position_embedding_type == "rope":
+        values["rotary_base"] = model.rotary_base
+        values["use_rope_scaling"] = model.rope_scaling is not None
+    if model.rope_scaling is not None:
+        values["rope_scaling_factor"] = model.rope_scaling.factor
+    if model.activation != "swiglu":
+        values["bias_gelu_fusion"] = model.activation == "gelu"
+    if model.moe is not None:
+        values["moe_router_topk"] = model.moe.router_topk
+        values["moe_router_pre_softmax"] = not model.moe.is_topk_renormalized
+    return values
 
 
 def find_unwritable(name: str, path: str) -> list[str]:

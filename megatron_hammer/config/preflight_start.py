@@ -5,6 +5,7 @@ from typing import Any
 
 from megatron_hammer.config.arguments import ParsedArguments
 from megatron_hammer.config.model_from_arguments import build_model, list_missing_essentials
+from megatron_hammer.config.preflight_checkpoint import FLAGS
 from megatron_hammer.config.preflight_values import find_value_problems, flag_of
 from megatron_hammer.config.preset_arguments import model_arguments
 from megatron_hammer.config.start_model import StartModel, find_checkpoint_to_load
@@ -61,7 +62,7 @@ def _find_flag_differences(namespace: argparse.Namespace, start: StartModel) -> 
         return []
     differences = _list_differences(model_arguments(build_model(namespace)), model_arguments(start.model))
     return [
-        f"{flag_of(name)}: must be as in {start.folder}/config.json, got {name}={_show(value)}, there "
+        f"{FLAGS.get(name, flag_of(name))}: must be as in {start.folder}/config.json, got {name}={_show(value)}, there "
         f"{_show(expected)}. Drop the flag."
         for name, value, expected in differences
     ]

@@ -15,13 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from megatron_hammer.checkpoint.hf_architecture import read_hf_architecture
-from megatron_hammer.checkpoint.load_hf import (
-    HfStart,
-    MasterWeights,
-    fill_chunks,
-    open_hf_start,
-    require_every_element,
-)
+from megatron_hammer.checkpoint.hf_folder import HfFolder, open_hf_folder
+from megatron_hammer.checkpoint.load_hf import MasterWeights, fill_chunks, require_every_element
 from megatron_hammer.checkpoint.model_preset import build_model_preset
 from megatron_hammer.config.start_model import StartModel
 from megatron_hammer.errors import ConversionError
@@ -40,7 +35,7 @@ def read_start_model(folder: Path) -> StartModel:
     problems: tuple[str, ...] = ()
     dtype, description = hf_model.dtype or "float32", "not read"
     try:
-        source = open_hf_start(folder)
+        source = open_hf_folder(folder)
         dtype, description = _describe(source)
     except ConversionError as error:
         problems = tuple(f"load-hf: {problem}" for problem in error.problems)
@@ -56,7 +51,7 @@ def read_start_model(folder: Path) -> StartModel:
     )
 
 
-def _describe(source: HfStart) -> tuple[str, str]:
+def _describe(source: HfFolder) -> tuple[str, str]:
     """(dtype, weights in a few words)"""
     dtypes = Counter(str(dtype).removeprefix("torch.") for dtype in source.weights.dtypes.values())
     dtype = next(iter(dtypes)) if len(dtypes) == 1 else "mixed"
@@ -78,9 +73,9 @@ def build_filler(start: StartModel, *, rank: int, terminal: IO[str]) -> Callable
         from megatron.core import parallel_state
         from megatron.core.utils import unwrap_model
 
-        source = open_hf_start(start.folder)
-        if rank == 0:
-            source.require_equal_duplicates()
+        source = open_hf_folder(start.folder)
+        if rank == 0 and (unequal := source.list_unequal_duplicates()):
+            raise ConversionError(*unequal)
         modules = unwrap_model(list(chunks))
         metadata = {
             "singleton_local_shards": False,

@@ -10,7 +10,10 @@ import pytest
 import torch
 import transformers
 from sample_orders import build_datasets
-from training_runs import train, write_toy_data
+from training_runs import read_lines, run, train, write_toy_data
+
+from megatron_hammer.checkpoint.hf_folder import open_hf_folder
+from megatron_hammer.checkpoint.reader import open_checkpoint
 
 pytestmark = pytest.mark.distributed
 LOSS_TOLERANCE, NORM_TOLERANCE = 1e-6, 5e-5
@@ -44,6 +47,8 @@ TP2 = ("--tensor-model-parallel-size", "2")
 PP2 = ("--pipeline-model-parallel-size", "2")
 VP2 = ("--num-virtual-stages-per-pipeline-rank", "2")
 EP2 = ("--expert-model-parallel-size", "2", "--moe-aux-loss-coeff", "0")
+# bf16 with fp32 copies in the optimizer, which a learning rate of 0 leaves as they were loaded.
+STANDSTILL = ("--precision", "bf16", "--lr", "0", "--min-lr", "0", "--override-opt-param-scheduler")
 # Padded to 2048: the second rank has no token at all.
 ALL_PADDING = ("--make-vocab-size-divisible-by", "1024")
 
@@ -118,6 +123,67 @@ def test_the_first_step_is_that_of_transformers(
 ) -> None:
     reference = references[name]
     (line,) = reference.train(num_processes, tmp_path / "metrics.jsonl", *flags)
-    print(name, flags, line["loss"] / reference.loss - 1, line["grad_norm"] / reference.norm - 1)
     assert line["loss"] == pytest.approx(reference.loss, rel=LOSS_TOLERANCE)
     assert line["grad_norm"] == pytest.approx(reference.norm, rel=NORM_TOLERANCE)
+
+
+def test_the_oracle_sees_small_faults(references: dict[str, Reference]) -> None:
+    """The twins: padding rows counted as 24 tokens of logit 0, gate and up swapped in one layer, a norm left at 1."""
+    reference = references["llama"]
+    with torch.no_grad():
+        logits = torch.nn.functional.pad(reference.model(reference.tokens).logits, (0, 24))
+        padded = torch.nn.functional.cross_entropy(logits.flatten(0, 1), reference.labels.flatten()).item()
+    losses = [padded]
+    layer = reference.model.model.layers[2]
+    gate, up, norm = layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight, layer.input_layernorm.weight
+    kept = norm.data.clone()
+    gate.data, up.data = up.data, gate.data
+    losses.append(reference.measure()[0])
+    gate.data, up.data = up.data, gate.data
+    norm.data = torch.ones_like(norm)
+    losses.append(reference.measure()[0])
+    norm.data = kept
+    assert all(abs(loss / reference.loss - 1) > 100 * LOSS_TOLERANCE for loss in losses), losses
+    assert reference.measure()[0] == reference.loss
+
+
+@pytest.fixture(scope="module")
+def saved(references: dict[str, Reference], tmp_path_factory: pytest.TempPathFactory) -> tuple[Reference, Path]:
+    """A bf16 run of one step from fp32 weights with a learning rate of 0, on two data-parallel ranks."""
+    reference, save = references["qwen3-tied"], tmp_path_factory.mktemp("saved")
+    reference.train(2, save / "metrics.jsonl", *STANDSTILL, "--save", str(save))
+    return reference, save
+
+
+def assert_masters_are_the_folders(reference: Reference, save: Path) -> None:
+    folder = open_hf_folder(reference.folder)
+    masters, rounded = open_checkpoint(save, weights="master"), open_checkpoint(save)
+    masters.remove_vocab_padding(VOCAB_SIZE)
+    rounded.remove_vocab_padding(VOCAB_SIZE)
+    assert {pair.megatron_name for pair in folder.pairs} == masters.tensors.keys()
+    for pair in folder.pairs:
+        whole = folder.read_pair(pair)
+        assert torch.equal(masters.read(pair.megatron_name), whole), pair.megatron_name
+        assert torch.equal(rounded.read(pair.megatron_name), whole.bfloat16()), pair.megatron_name
+        assert not torch.equal(rounded.read(pair.megatron_name).float(), whole), pair.megatron_name  # the twin
+
+
+def test_the_optimizer_has_every_digit(saved: tuple[Reference, Path]) -> None:
+    assert_masters_are_the_folders(*saved)
+
+
+def test_an_optimizer_that_is_not_distributed_has_them_too(references: dict[str, Reference], tmp_path: Path) -> None:
+    reference = references["qwen3-tied"]
+    flags = (*STANDSTILL, *TP2, "--no-distributed-optimizer", "--save", str(tmp_path))
+    reference.train(2, tmp_path / "metrics.jsonl", *flags)
+    assert_masters_are_the_folders(reference, tmp_path)
+
+
+def test_the_same_command_goes_on_from_its_own_checkpoint(saved: tuple[Reference, Path]) -> None:
+    reference, save = saved
+    flags = (*reference.flags, *STANDSTILL, "--train-iters", "2", "--save", str(save))
+    result = run(2, *flags)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert f"weights: checkpoint in {save}; {reference.folder} is not read again" in result.stdout
+    assert "resumed from the checkpoint of step 1" in result.stdout
+    assert [line["step"] for line in read_lines(save / "metrics.jsonl")] == [1, 2]

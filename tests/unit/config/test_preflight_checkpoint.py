@@ -73,6 +73,32 @@ def test_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [problem.split(":")[0] for problem in problems][:2] == ["ffn-hidden-size", "num-experts"]
 
 
+def test_another_computation_from_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path)
+    save_with(monkeypatch, TINY, layernorm_epsilon=1e-6)
+    flags = (*TINY, "--load", str(tmp_path))
+    (problem,) = find(*flags)
+    assert problem == (
+        "norm-epsilon: must be as in the checkpoint, or it computes something else from the same weights, got 1e-05, "
+        f"in {tmp_path}/iter_0000007 1e-06. "
+        "Pass --norm-epsilon as it was, or --finetune with it to begin a run that changes it."
+    )
+    assert find(*flags, "--norm-epsilon", "1e-6") == []
+    assert find(*flags, "--finetune") == [problem]  # nobody said so
+    assert find(*flags, "--finetune", "--norm-epsilon", "1e-5") == []
+    problems = find(*flags, "--norm-epsilon", "1e-6", "--rotary-base", "500000", "--use-rope-scaling")
+    assert [text.split(":")[0] for text in problems] == ["rotary-base", "use-rope-scaling"]
+
+
+def test_a_release_has_neither_optimizer_nor_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path).rename(tmp_path / "release")
+    (tmp_path / TRACKER_NAME).write_text("release")
+    save_with(monkeypatch, MOE, expert_model_parallel_size=2, lr=0.5)
+    assert find(*MOE, "--load", str(tmp_path)) == []
+    (problem,) = find(*MOE, "--load", str(tmp_path), "--norm-epsilon", "1e-3")
+    assert problem.startswith("norm-epsilon: must be as in the checkpoint")
+
+
 def test_arguments_of_another_megatron(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_checkpoint(tmp_path)
     opened = SimpleNamespace(args=argparse.Namespace(num_layers=5), iteration=7)

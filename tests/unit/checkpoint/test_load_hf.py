@@ -1,0 +1,150 @@
+"""Filling a model's parameters from a Hugging Face folder, on one rank; other layouts: test_load_hf_runs.py."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from build_model import TOY_LLAMA, build_model, checkpoint_parameters, read_arguments, single_rank
+from safetensors.torch import save_file
+
+from megatron_hammer.checkpoint.architecture import read_architecture
+from megatron_hammer.checkpoint.hf_config import build_config
+from megatron_hammer.checkpoint.hf_folder import HfFolder, open_hf_folder
+from megatron_hammer.checkpoint.load_hf import MasterWeights, fill_chunks, require_every_element
+from megatron_hammer.checkpoint.mapping import expand, select_family
+from megatron_hammer.errors import ConversionError
+from megatron_hammer.preset_types import ModelPreset, MoeShape
+
+MOE = dataclasses.replace(
+    TOY_LLAMA,
+    has_qkv_bias=True,
+    moe=MoeShape(
+        num_experts=5,
+        router_topk=2,
+        ffn_hidden_size=56,
+        shared_expert_intermediate_size=72,
+        has_shared_expert_gate=True,
+    ),
+)
+TIED = dataclasses.replace(TOY_LLAMA, has_tied_embeddings=True, has_qk_norm=True)
+GPT2 = dataclasses.replace(
+    TOY_LLAMA,
+    num_query_groups=12,
+    normalization="LayerNorm",
+    activation="gelu",
+    position_embedding_type="learned_absolute",
+    has_linear_bias=True,
+    has_tied_embeddings=True,
+)
+EMBEDDING = "model.embed_tokens.weight"
+ROWS = TOY_LLAMA.vocab_size
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _rank():
+    with single_rank():
+        yield
+
+
+def write_folder(folder: Path, model: ModelPreset, *, dtype: torch.dtype = torch.float32, **changes: Any) -> HfFolder:
+    """Random weights; changes: tensors that replace some, None to leave one out."""
+    architecture = read_architecture(read_arguments(model))
+    family = select_family(architecture)
+    generator = torch.Generator().manual_seed(11)
+    tensors = {
+        name: torch.randn(shape, generator=generator).to(dtype)
+        for pair in expand(family, architecture)
+        for name, shape in zip(pair.hf_names, pair.hf_shapes, strict=True)
+    }
+    tensors |= changes
+    folder.mkdir()
+    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors")
+    config = build_config(family, architecture, dtype="float32", bos_id=None, eos_id=None)
+    (folder / "config.json").write_text(json.dumps(config))
+    return open_hf_folder(folder)
+
+
+@pytest.mark.parametrize("model", [TOY_LLAMA, TIED, MOE, GPT2], ids=["llama", "tied-qk-norm", "moe", "gpt2"])
+def test_every_parameter_is_what_the_mapping_makes_of_the_folder(model: ModelPreset, tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "hf", model)
+    built = build_model(read_arguments(model))
+    num_held = fill_chunks([built], source)
+    require_every_element(source, num_held)
+    parameters = checkpoint_parameters(built)
+    assert parameters.keys() == {pair.megatron_name for pair in source.pairs}
+    for pair in source.pairs:
+        expected, parameter = source.read_pair(pair), parameters[pair.megatron_name]
+        assert torch.equal(parameter[: len(expected)], expected), pair.megatron_name
+        assert not parameter[len(expected) :].any(), "padding rows"
+    assert parameters["embedding.word_embeddings.weight"].shape[0] == 512
+
+
+def test_a_swapped_layer_would_show(tmp_path: Path) -> None:
+    """The twin: every tensor of every layer has values of its own."""
+    source = write_folder(tmp_path / "hf", TOY_LLAMA)
+    built = build_model(read_arguments(TOY_LLAMA))
+    fill_chunks([built], source)
+    first, second = (layer.mlp.linear_fc1.weight for layer in built.decoder.layers[:2])
+    assert not torch.equal(first, second)
+    gate, up = first.chunk(2)
+    assert not torch.equal(gate, up)
+
+
+def test_fp32_copies_take_the_digits_that_bf16_drops(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "hf", TOY_LLAMA)
+    built = build_model(read_arguments(TOY_LLAMA)).bfloat16()
+    weight = built.decoder.layers[1].mlp.linear_fc1.weight
+    masters = {weight: MasterWeights(tensor=torch.zeros(96 * 7), start=96 * 3)}
+    fill_chunks([built], source, find_master=masters.get)
+    pair = next(pair for pair in source.pairs if pair.megatron_name == "decoder.layers.1.mlp.linear_fc1.weight")
+    expected = source.read_pair(pair)
+    assert torch.equal(masters[weight].tensor, expected[3:10].flatten())
+    assert torch.equal(weight, expected.bfloat16())
+    assert not torch.equal(weight.float(), expected)
+
+
+def test_values_that_are_not_finite_are_named_all_at_once(tmp_path: Path) -> None:
+    embedding, norm = torch.zeros(ROWS, 96), torch.ones(96)
+    embedding[7, 3], norm[5] = math.nan, math.inf
+    source = write_folder(tmp_path / "hf", TOY_LLAMA, **{EMBEDDING: embedding, "model.norm.weight": norm})
+    with pytest.raises(ConversionError) as caught:
+        fill_chunks([build_model(read_arguments(TOY_LLAMA))], source)
+    assert caught.value.problems == tuple(
+        f"{tmp_path}/hf: {name}: must have finite values, got NaN or infinity. "
+        "Fetch the folder again, or save the model anew."
+        for name in (EMBEDDING, "model.norm.weight")
+    )
+
+
+def test_values_beyond_fp16_are_refused(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "hf", TOY_LLAMA, **{"model.norm.weight": torch.full((96,), 70_000.0)})
+    with pytest.raises(ConversionError, match=r"model\.norm\.weight: must fit into fp16, got values up to 7e\+04\."):
+        fill_chunks([build_model(read_arguments(TOY_LLAMA)).half()], source)
+
+
+def test_a_model_of_another_shape_is_not_half_filled(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "hf", TOY_LLAMA)
+    other = dataclasses.replace(TOY_LLAMA, ffn_hidden_size=128, num_layers=4, has_qkv_bias=True)
+    with pytest.raises(ConversionError) as caught:
+        fill_chunks([build_model(read_arguments(other))], source)
+    problems = "\n".join(caught.value.problems)
+    assert "model.layers.0.mlp.down_proj.weight: must be filled whole, got 0 of 12,288 elements. Check" in problems
+    fact = "must be one tensor of the folder's architecture, got none. Check config.json."
+    assert f"decoder.layers.self_attention.linear_qkv.bias: {fact}" in problems
+    assert f"decoder.layers.mlp.linear_fc1.weight: {fact}" in problems  # of the fourth layer
+
+
+def test_what_no_rank_holds_is_named(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "hf", TOY_LLAMA)
+    num_held = fill_chunks([build_model(read_arguments(TOY_LLAMA))], source)
+    num_held[0] -= 96
+    with pytest.raises(ConversionError) as caught:
+        require_every_element(source, num_held)
+    assert caught.value.problems == (
+        f"{tmp_path}/hf: {EMBEDDING} must go into the model whole, got 48,000 of 48,096 elements. "
+        "This is a bug; please report the command.",
+    )
