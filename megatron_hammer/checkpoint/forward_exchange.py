@@ -51,6 +51,7 @@ class ForwardRequest:
     hf_dir: str
     vocab_size: int
     num_tokens: int
+    has_experts: bool
     dtype: Literal["float32", "bfloat16"]
     megatron_rounding: str | None = None
     hf_rounding: str | None = None

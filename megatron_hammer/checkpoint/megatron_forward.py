@@ -23,7 +23,7 @@ from megatron_hammer.checkpoint.forward_exchange import (
     write_findings,
 )
 from megatron_hammer.checkpoint.layer_check import draw_hidden_states, draw_tokens, replace_layer_input, select_names
-from megatron_hammer.checkpoint.logit_comparison import compare_logits, largest, max_difference, merge_differences
+from megatron_hammer.checkpoint.logit_comparison import compare_logits, measure_difference, merge_texts
 from megatron_hammer.checkpoint.reader import VOCABULARY_TENSORS, open_checkpoint
 from megatron_hammer.errors import exit_on_user_error
 
@@ -69,7 +69,7 @@ def compare_model(request: ForwardRequest, reference: Any, num_texts: int) -> di
         tokens = reference.get_tensor(f"tokens.{number}")
         logits = compute_logits(model, tokens)
         differences.append(compare_logits(logits, reference.get_tensor(f"logits.{number}"), tokens))
-    return dataclasses.asdict(merge_differences(differences))
+    return dataclasses.asdict(merge_texts(differences))
 
 
 def compare_layers(request: ForwardRequest, reference: Any) -> dict[str, Any]:
@@ -77,9 +77,8 @@ def compare_layers(request: ForwardRequest, reference: Any) -> dict[str, Any]:
     from megatron_hammer.checkpoint.megatron_model import build_model, read_model_arguments
 
     reader = _open(request)
-    layers = request.layers or ()
-    found: dict[str, list[float]] = {name: [] for name in ("output", "output_std", "logits", "logits_std", "embedding")}
-    for layer in layers:
+    found = []
+    for layer in request.layers or ():
         changes = {**_changes(request, len(request.rows)), "num_layers": 1}
         if isinstance(getattr(reader.args, "moe_layer_freq", None), list):
             changes["moe_layer_freq"] = 1  # read_architecture wants every layer to be a mixture
@@ -89,17 +88,19 @@ def compare_layers(request: ForwardRequest, reference: Any) -> dict[str, Any]:
         hidden = hidden.to(getattr(torch, request.dtype))
         output, logits = run_layer(model, hidden, num_rows=len(request.rows))
         expected, expected_logits = (reference.get_tensor(f"{name}.{layer}") for name in ("output", "logits"))
-        found["output"].append(max_difference(output, expected))
-        found["output_std"].append((expected - hidden.float()).std().item())
-        found["logits"].append(max_difference(logits, expected_logits))
-        found["logits_std"].append(expected_logits.std().item())
         embedding = model.embedding.word_embeddings.weight
-        found["embedding"].append(max_difference(embedding, reference.get_tensor("embedding")))
-    return {name: largest(values) for name, values in found.items() if not name.endswith("_std")} | {
-        "output_std": min(found["output_std"]),
-        "logits_std": min(found["logits_std"]),
-        "num_layers": len(layers),
-    }
+        found.append(
+            {
+                "layer": layer,
+                "output": dataclasses.asdict(measure_difference(output, expected)),
+                "output_std": (expected - hidden.float()).std().item(),  # of what the layer adds
+                "logits": dataclasses.asdict(measure_difference(logits, expected_logits)),
+                "logits_std": expected_logits.std().item(),
+                "embedding": measure_difference(embedding, reference.get_tensor("embedding")).max,
+            }
+        )
+        del model
+    return {"layers": found}
 
 
 def run_layer(model: Any, hidden: Tensor, *, num_rows: int) -> tuple[Tensor, Tensor]:

@@ -88,7 +88,9 @@ def build_model(namespace: Namespace) -> Any:
     )
     config.transformer.perform_initialization = False
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    return HammerModelBuilder(config).build_model(groups, pre_process=True, post_process=True).eval()
+    model = HammerModelBuilder(config).build_model(groups, pre_process=True, post_process=True).eval()
+    # Position embeddings are made in fp32; in training megatron's Float16Module converts the whole model.
+    return model.to(config.transformer.params_dtype)
 
 
 def name_parameters(model: Any) -> dict[str, Tensor]:

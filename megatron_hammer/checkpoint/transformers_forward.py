@@ -4,6 +4,8 @@ Reads the request in `folder` and leaves the reference tensors and what it found
 the model's folder is run. `verify.py` starts it; `megatron_forward.py` reads what it leaves.
 """
 
+import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,11 @@ from megatron_hammer.checkpoint.forward_exchange import (
     read_request,
     write_findings,
 )
+from megatron_hammer.checkpoint.hf_architecture import CONFIG_NAME, DIALECTS, read_hf_architecture
+from megatron_hammer.checkpoint.hf_config import build_config
 from megatron_hammer.checkpoint.hf_weights import HfWeights, open_hf_weights
 from megatron_hammer.checkpoint.layer_check import draw_hidden_states, draw_tokens, replace_layer_input, select_names
-from megatron_hammer.checkpoint.logit_comparison import largest, max_difference
+from megatron_hammer.checkpoint.logit_comparison import measure_difference
 from megatron_hammer.errors import ConversionError, exit_on_user_error
 
 ATTENTION = "eager"  # the plainest one; how far sdpa is from it says how much rounding alone can do
@@ -58,15 +62,16 @@ def run_model(request: ForwardRequest) -> tuple[dict[str, Tensor], dict[str, Any
     """Logits [s, v] of every text, and how much they change with another attention kernel on the first text."""
     import transformers
 
-    model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-        request.hf_dir,
-        dtype=getattr(torch, request.dtype),
-        local_files_only=True,
-        trust_remote_code=False,
-        attn_implementation=ATTENTION,
-        output_loading_info=True,
-        **_experts_implementation(request),
-    )
+    config, class_note = load_config(request.hf_dir)
+    options = _loading_options(request, config)
+    if class_note:  # the folder's own class is not to be run: its equal, with the folder's weights
+        weights = open_hf_weights(Path(request.hf_dir))
+        state = {name: weights.read(name) for name in weights.shapes}
+        model, loading = _find_class(config).from_pretrained(None, config=config, state_dict=state, **options)
+    else:
+        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            request.hf_dir, config=config, local_files_only=True, trust_remote_code=False, **options
+        )
     _validate_loading(loading, request.hf_dir)
     _round_weights(model, request.hf_rounding)
     model.eval()
@@ -76,26 +81,49 @@ def run_model(request: ForwardRequest) -> tuple[dict[str, Tensor], dict[str, Any
         tensors[f"tokens.{number}"] = tokens
         tensors[f"logits.{number}"] = model(tokens[None]).logits[0].float()
     model.set_attn_implementation(OTHER_ATTENTION)
-    noise = max_difference(model(texts[0][None]).logits[0], tensors["logits.0"])
+    noise = measure_difference(model(texts[0][None]).logits[0], tensors["logits.0"])
     stacked = torch.cat([tensors[f"logits.{number}"].flatten() for number in range(len(texts))])
     findings = {
-        "class": type(model).__name__,
+        "class": type(model).__name__ + class_note,
         "attention": ATTENTION,
         "num_texts": len(texts),
         "has_tokenizer": has_tokenizer,
-        "noise": noise,
+        "noise": dataclasses.asdict(noise),
         "std": stacked.std().item(),
     }
     return tensors, findings
 
 
-def _experts_implementation(request: ForwardRequest) -> dict[str, str]:
-    """The loop over experts: the grouped product, which is faster, refuses some widths."""
+def load_config(hf_dir: str) -> tuple[Any, str]:
+    """The folder's config, and "" or which class stands for one whose code is in the folder and therefore not run."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(request.hf_dir, local_files_only=True, trust_remote_code=False)
+    model_type = json.loads((Path(hf_dir) / CONFIG_NAME).read_bytes()).get("model_type")
+    if model_type not in DIALECTS or not DIALECTS[model_type].has_own_code:
+        config = transformers.AutoConfig.from_pretrained(hf_dir, local_files_only=True, trust_remote_code=False)
+        return config, ""
+    found = read_hf_architecture(Path(hf_dir))
+    values = build_config(found.family, found.architecture, dtype=found.dtype or "float32", bos_id=None, eos_id=None)
+    return transformers.AutoConfig.for_model(**values), f" in place of {DIALECTS[model_type].hf_classes[0]}"
+
+
+def _loading_options(request: ForwardRequest, config: Any) -> dict[str, Any]:
+    """Of from_pretrained. Experts in a loop: the grouped product, which is faster, refuses some widths."""
     has_experts = any(hasattr(config, name) for name in ("num_experts", "num_local_experts"))
-    return {"experts_implementation": "eager"} if has_experts else {}
+    return {
+        "dtype": getattr(torch, request.dtype),
+        "attn_implementation": ATTENTION,
+        "output_loading_info": True,
+        **({"experts_implementation": "eager"} if has_experts else {}),
+    }
+
+
+def _find_class(config: Any) -> Any:
+    """The class with a language-model head for that config."""
+    import transformers
+
+    with torch.device("meta"):
+        return type(transformers.AutoModelForCausalLM.from_config(config))
 
 
 def _validate_loading(loading: dict[str, Any], hf_dir: str) -> None:
@@ -134,16 +162,23 @@ def tokenize(request: ForwardRequest) -> tuple[list[Tensor], bool]:
             f"{request.hf_dir}: tokenizer must give ids below vocab_size={request.vocab_size}, got {too_large}. "
             "It is the tokenizer of another model."
         )
+    if not any(len(tokens) > 1 for tokens in texts):
+        raise ConversionError(
+            f"texts: at least one must have two tokens, got {list(request.texts)[:3]}. Pass longer ones."
+        )
     return [torch.tensor(tokens) for tokens in texts if len(tokens) > 1], True
 
 
 def _load_tokenizer(hf_dir: str) -> Any:
-    """The folder's tokenizer, None if it has none."""
+    """The folder's tokenizer, None if it has none that loads without running the folder's code."""
     import transformers
 
     if not any((Path(hf_dir) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
-    return transformers.AutoTokenizer.from_pretrained(hf_dir, local_files_only=True, trust_remote_code=False)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(hf_dir, local_files_only=True, trust_remote_code=False)
+    except ValueError:  # its class is code of the folder
+        return None
 
 
 # --- layer by layer --------------------------------------------------------------------------------------------------
@@ -151,23 +186,23 @@ def _load_tokenizer(hf_dir: str) -> Any:
 
 def run_layers(request: ForwardRequest) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Of every sampled layer alone: its output [s, h], the logits [s, rows] after it, and the embedding's rows."""
-    import transformers
-
     weights = open_hf_weights(Path(request.hf_dir))
     tensors: dict[str, Tensor] = {}
-    noise, name = [], ""
+    noise: dict[str, list[dict[str, Any]]] = {"noise": [], "logits_noise": []}
+    name = ""
     for layer in request.layers or ():
-        config = transformers.AutoConfig.from_pretrained(request.hf_dir, local_files_only=True, trust_remote_code=False)
+        config, class_note = load_config(request.hf_dir)
         model = build_one_layer(config, weights, layer, request)
-        name = type(model).__name__
+        name = type(model).__name__ + class_note
         hidden = draw_hidden_states(request.num_tokens, config.hidden_size, seed=SEED + layer).to(model.dtype)
         output, logits = run_layer(model, hidden)
         tensors[f"output.{layer}"], tensors[f"logits.{layer}"] = output.float(), logits.float()
         tensors["embedding"] = model.get_input_embeddings().weight[: len(request.rows)].clone()
         model.set_attn_implementation(OTHER_ATTENTION)
-        noise.append(max_difference(run_layer(model, hidden)[0], output))
+        for kind, again, before in zip(noise, run_layer(model, hidden), (output, logits), strict=True):
+            noise[kind].append(dataclasses.asdict(measure_difference(again, before)))
         del model
-    return tensors, {"class": name, "attention": ATTENTION, "noise": largest(noise)}
+    return tensors, {"class": name, "attention": ATTENTION, **noise}
 
 
 def run_layer(model: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,16 +217,12 @@ def run_layer(model: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
 
 def build_one_layer(config: Any, weights: HfWeights, layer: int, request: ForwardRequest) -> Any:
     """The folder's class with this layer as its only one and the sampled rows as its vocabulary."""
-    import transformers
-
     names = select_names(weights.shapes, layer)
     config.num_hidden_layers, config.vocab_size = 1, len(request.rows)
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, token, None)
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[layer]]
-    with torch.device("meta"):
-        model_class = type(transformers.AutoModelForCausalLM.from_config(config))
     dtype = getattr(torch, request.dtype)
     rounding = getattr(torch, request.hf_rounding) if request.hf_rounding else None
     state = {}
@@ -200,16 +231,8 @@ def build_one_layer(config: Any, weights: HfWeights, layer: int, request: Forwar
         if name.endswith(VOCABULARY_ENDINGS):
             tensor = tensor[list(request.rows)]
         state[new_name] = (tensor if rounding is None else tensor.to(rounding)).to(dtype)
-    has_experts = any(hasattr(config, name) for name in ("num_experts", "num_local_experts"))
-    model, loading = model_class.from_pretrained(
-        None,
-        config=config,
-        state_dict=state,
-        dtype=dtype,
-        attn_implementation=ATTENTION,
-        output_loading_info=True,
-        **({"experts_implementation": "eager"} if has_experts else {}),
-    )
+    options = _loading_options(request, config)
+    model, loading = _find_class(config).from_pretrained(None, config=config, state_dict=state, **options)
     _validate_loading(loading, request.hf_dir)
     return model.eval()
 

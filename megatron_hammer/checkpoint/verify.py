@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +32,10 @@ from megatron_hammer.checkpoint.forward_exchange import (
 from megatron_hammer.checkpoint.hf_weights import open_hf_weights
 from megatron_hammer.checkpoint.layer_check import sample_layers, sample_rows
 from megatron_hammer.checkpoint.reader import VOCABULARY_TENSORS, open_checkpoint
+from megatron_hammer.checkpoint.verification_rows import CheckRow, judge_layers, judge_logits
 from megatron_hammer.errors import ConversionError
+
+__all__ = ["LEVELS", "CheckRow", "Level", "verify_model"]
 
 Level = Literal["auto", "logits", "layers", "tensors"]
 LEVELS = ("auto", "logits", "layers", "tensors")
@@ -44,25 +46,7 @@ MODEL_MEMORY_SHARE = 1 / 3
 # A layer is computed in fp32 where it takes at most this; else in bf16.
 MAX_FP32_LAYER_BYTES = 1_500_000_000
 
-# Largest difference over the standard deviation of what is compared. fp32: two orders of the same sums; measured 5e-6
-# to 4e-5 on random weights, while the twins (gate and up swapped, heads not interleaved) are off by 0.1 to 10. bf16:
-# every layer rounds to 8 bits.
-TOLERANCE_RATIO = {"float32": 1e-4, "bfloat16": 5e-2}
-# A deep or badly conditioned model amplifies rounding: then this many times the difference between transformers' own
-# two attention kernels on the same weights.
-NOISE_FACTOR = 10.0
 _LAST_LINES = 3
-
-
-@dataclass(frozen=True, slots=True)
-class CheckRow:
-    """One line of the table: what was checked, what came out, and whether that is right; None: not done, `result`
-    says why.
-    """
-
-    check: str
-    result: str
-    is_passed: bool | None
 
 
 def verify_model(
@@ -142,6 +126,7 @@ def plan_comparison(
         hf_dir=str(hf_dir),
         vocab_size=vocab_size,
         num_tokens=min(MAX_TOKENS, max_positions),
+        has_experts=bool(getattr(reader.args, "num_experts", None)),
         dtype="float32" if is_fp32 else "bfloat16",
         megatron_rounding=_dtype_name(hf_dtype) if hf_dtype.itemsize < megatron_dtype.itemsize else None,
         hf_rounding=_dtype_name(megatron_dtype) if megatron_dtype.itemsize < hf_dtype.itemsize else None,
@@ -193,8 +178,8 @@ def _run_both(request: ForwardRequest, folder: Path) -> list[CheckRow]:
         findings.append(read_findings(folder / findings_file))
         if NOT_DONE in findings[-1]:
             return [CheckRow(check, findings[-1][NOT_DONE], None)]
-    describe = describe_logits if request.layers is None else describe_layers
-    return describe(request, *findings)
+    judge = judge_logits if request.layers is None else judge_layers
+    return judge(request, *findings)
 
 
 def _run_side(module: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -218,80 +203,3 @@ def _describe_end(result: subprocess.CompletedProcess[str]) -> str:
     lines = [line.strip() for line in result.stderr.splitlines() if line.strip()][-_LAST_LINES:]
     how = f"killed by signal {-result.returncode}" if result.returncode < 0 else f"exit code {result.returncode}"
     return f"{how}: {' | '.join(lines) or 'no message'}"
-
-
-# --- rows ------------------------------------------------------------------------------------------------------------
-
-
-def describe_logits(request: ForwardRequest, theirs: dict[str, Any], ours: dict[str, Any]) -> list[CheckRow]:
-    """The rows of the whole model."""
-    tolerance, cause = _tolerance(request, theirs["std"], theirs["noise"])
-    source = "texts" if theirs["has_tokenizer"] else "sequences of random ids (the folder has no tokenizer)"
-    on = f"{theirs['class']} in {request.dtype} on {theirs['num_texts']} {source}, {ours['num_tokens']} tokens"
-    if not theirs["std"] > 0:
-        return [CheckRow(f"logits, {on}", f"standard deviation {theirs['std']:.3g}: nothing to compare", False)]
-    loss, expected_loss = (ours[name] / ours["num_targets"] for name in ("loss_sum", "reference_loss_sum"))
-    return [
-        CheckRow(
-            f"logits, {on}",
-            f"max |difference| {ours['max_logit']:.2e} at a standard deviation of {theirs['std']:.3g}; "
-            f"tolerance {tolerance:.2e}, {cause}",
-            ours["max_logit"] <= tolerance,
-        ),
-        CheckRow(
-            "log-probabilities",
-            f"max |difference| {ours['max_log_probability']:.2e}; tolerance {2 * tolerance:.2e}",
-            ours["max_log_probability"] <= 2 * tolerance,
-        ),
-        CheckRow(
-            "most probable token",
-            f"equal at {ours['num_same_choice']} of {ours['num_tokens']} positions"
-            + _describe_changed(ours, tolerance),
-            ours["changed_margin"] <= 2 * tolerance,
-        ),
-        CheckRow(
-            "mean loss",
-            f"Megatron {loss:.6f}, transformers {expected_loss:.6f}",
-            abs(loss - expected_loss) <= 2 * tolerance,
-        ),
-    ]
-
-
-def _describe_changed(ours: dict[str, Any], tolerance: float) -> str:
-    if ours["num_same_choice"] == ours["num_tokens"]:
-        return ""
-    return f"; the others were {ours['changed_margin']:.2e} apart at most, tolerance {2 * tolerance:.2e}"
-
-
-def _tolerance(request: ForwardRequest, std: float, noise: float) -> tuple[float, str]:
-    """The largest difference that is still rounding, and why that much."""
-    plain = TOLERANCE_RATIO[request.dtype] * std
-    if NOISE_FACTOR * noise > plain:
-        return NOISE_FACTOR * noise, f"{NOISE_FACTOR:g} times what transformers' eager and sdpa attention differ by"
-    return plain, f"{TOLERANCE_RATIO[request.dtype]:g} of it: {request.dtype} sums in another order"
-
-
-def describe_layers(request: ForwardRequest, theirs: dict[str, Any], ours: dict[str, Any]) -> list[CheckRow]:
-    """The rows of the sampled layers."""
-    layers = ", ".join(map(str, request.layers or ()))
-    output_tolerance, output_cause = _tolerance(request, ours["output_std"], theirs["noise"])
-    logits_tolerance, logits_cause = _tolerance(request, ours["logits_std"], 0.0)
-    return [
-        CheckRow(
-            f"decoder layers {layers}, {theirs['class']} in {request.dtype} on {request.num_tokens} hidden states each",
-            f"max |difference| {ours['output']:.2e} at a contribution of standard deviation {ours['output_std']:.3g}; "
-            f"tolerance {output_tolerance:.2e}, {output_cause}",
-            ours["output"] <= output_tolerance,
-        ),
-        CheckRow(
-            f"final norm and {len(request.rows)} rows of the head after them",
-            f"max |difference| {ours['logits']:.2e} at a standard deviation of {ours['logits_std']:.3g}; "
-            f"tolerance {logits_tolerance:.2e}, {logits_cause}",
-            ours["logits"] <= logits_tolerance,
-        ),
-        CheckRow(
-            f"{len(request.rows)} rows of the embedding",
-            "equal" if ours["embedding"] == 0 else f"max |difference| {ours['embedding']:.2e}",
-            ours["embedding"] == 0,
-        ),
-    ]

@@ -1,0 +1,224 @@
+"""Megatron against transformers on a checkpoint and its folder: equal where they are, and every twin noticed.
+
+One test runs the two processes as users do; the others call the same code in this process, which imports both once.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS
+from toy_pair import change_folder, read_folder, write_toy_pair
+from toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
+
+from megatron_hammer.checkpoint import megatron_forward, transformers_forward, verify
+from megatron_hammer.checkpoint.tokenizer_export import export_tokenizer
+from megatron_hammer.checkpoint.verify import CheckRow, verify_model
+from megatron_hammer.errors import ConversionError
+
+FAMILIES = {
+    "llama": {},
+    "moe": MOE_ARGUMENTS,
+    "mixtral": MOE_ARGUMENTS | {"moe_shared_expert_intermediate_size": None, "moe_shared_expert_gate": False},
+    "gpt2": GPT2_ARGUMENTS,
+    "qwen3 of wide heads": {"qk_layernorm": True, "kv_channels": 10},
+    "tied": {"untie_embeddings_and_output_weights": False},
+}
+LEVELS = ("logits", "layers")
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Both sides in this process, one after the other."""
+    modules = {"transformers_forward": transformers_forward, "megatron_forward": megatron_forward}
+
+    def run(module, folder):
+        monkeypatch.setattr(sys, "argv", [module, str(folder)])
+        try:
+            modules[module].main()
+        except SystemExit as error:
+            return subprocess.CompletedProcess([], error.code, "", "error: said on stderr")
+        return subprocess.CompletedProcess([], 0, "", "")
+
+    monkeypatch.setattr(verify, "_run_side", run)
+
+
+def failed_checks(rows: list[CheckRow]) -> list[str]:
+    assert rows
+    return [row.check for row in rows if not row.is_passed]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_same_weights_compute_the_same(name, level, tmp_path, in_process):
+    rows = verify_model(*write_toy_pair(tmp_path, FAMILIES[name]), level=level)
+    assert failed_checks(rows) == []
+    assert len(rows) == (4 if level == "logits" else 3)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_weights_in_bf16_on_both_sides_are_computed_in_fp32(level, tmp_path, in_process):
+    rows = verify_model(*write_toy_pair(tmp_path, {}, dtype=torch.bfloat16), level=level)
+    assert failed_checks(rows) == []
+    assert "LlamaForCausalLM in float32" in rows[0].check
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hf_dtype"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=["out", "in"]
+)
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_folder_of_another_dtype_is_compared_with_rounded_weights(level, dtype, hf_dtype, tmp_path, in_process):
+    rows = verify_model(*write_toy_pair(tmp_path, {}, dtype=dtype, hf_dtype=hf_dtype), level=level)
+    assert failed_checks(rows) == []
+
+
+@pytest.mark.parametrize("name", ["llama", "moe", "gpt2"])
+def test_computing_in_bf16_has_its_own_tolerance(name, tmp_path, in_process, monkeypatch):
+    """As for layers of over 1.5 GB, and for whole models whose fp32 weights do not fit."""
+    megatron_dir, hf_dir = write_toy_pair(tmp_path, FAMILIES[name], dtype=torch.bfloat16)
+    monkeypatch.setattr(verify, "MAX_FP32_LAYER_BYTES", 0)
+    rows = verify_model(megatron_dir, hf_dir, level="layers")
+    assert failed_checks(rows) == []
+    assert "in bfloat16" in rows[0].check
+    swap_gate_and_up(hf_dir, name)
+    assert failed_checks(verify_model(megatron_dir, hf_dir, level="layers"))[0].startswith("decoder layers")
+
+
+# --- twins -----------------------------------------------------------------------------------------------------------
+
+
+def swap_gate_and_up(hf_dir, name: str) -> None:
+    """Of the middle layer; of GPT-2, which has no gate, two halves of the MLP's first bias."""
+    weights = read_folder(hf_dir)
+    if name == "gpt2":
+        change_folder(hf_dir, transformer__h__1__mlp__c_fc__bias=weights["transformer.h.1.mlp.c_fc.bias"].roll(10))
+        return
+    mlp = {"llama": "model.layers.1.mlp.", "moe": "model.layers.1.mlp.experts.3."}[name]
+    gate, up = (f"{mlp}{part}_proj.weight" for part in ("gate", "up"))
+    change_folder(hf_dir, **{gate.replace(".", "__"): weights[up], up.replace(".", "__"): weights[gate]})
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", ["llama", "moe", "gpt2"])
+def test_twin_gate_and_up_swapped_in_one_layer_are_noticed(name, level, tmp_path, in_process):
+    megatron_dir, hf_dir = write_toy_pair(tmp_path, FAMILIES[name])
+    swap_gate_and_up(hf_dir, name)
+    failed = failed_checks(verify_model(megatron_dir, hf_dir, level=level))
+    assert failed[0].startswith("logits" if level == "logits" else "decoder layers 0, 1, 2")
+
+
+LLAMA_TWINS = {
+    # heads of one query group in another order: transformers' rows are not Megatron's
+    "model.layers.2.self_attn.q_proj.weight": lambda tensor: tensor.roll(4, 0),
+    "model.layers.0.self_attn.k_proj.weight": lambda tensor: tensor.roll(4, 0),
+    "model.layers.0.input_layernorm.weight": lambda tensor: tensor.flip(0),
+    "model.norm.weight": lambda tensor: tensor.flip(0),
+    "lm_head.weight": lambda tensor: tensor.roll(1, 0),
+    "model.embed_tokens.weight": lambda tensor: tensor.roll(1, 0),
+}
+FAILED_LAYER_ROW = {
+    "model.norm.weight": "final norm",
+    "lm_head.weight": "final norm",
+    "model.embed_tokens.weight": "53 ",
+}
+
+
+@pytest.mark.parametrize("tensor_name", LLAMA_TWINS)
+def test_twin_one_tensor_in_another_order_is_noticed(tensor_name, tmp_path, in_process):
+    megatron_dir, hf_dir = write_toy_pair(tmp_path, {})
+    changed = LLAMA_TWINS[tensor_name](read_folder(hf_dir)[tensor_name])
+    change_folder(hf_dir, **{tensor_name.replace(".", "__"): changed})
+    assert "log-probabilities" in failed_checks(verify_model(megatron_dir, hf_dir, level="logits"))
+    failed = failed_checks(verify_model(megatron_dir, hf_dir, level="layers"))
+    assert failed[0].startswith(FAILED_LAYER_ROW.get(tensor_name, "decoder layers"))
+
+
+@pytest.mark.parametrize(("field", "value"), [("rope_theta", 20_000.0), ("rms_norm_eps", 1e-3), ("hidden_act", "gelu")])
+def test_twin_a_wrong_config_is_noticed(field, value, tmp_path, in_process):
+    megatron_dir, hf_dir = write_toy_pair(tmp_path, {})
+    config = json.loads((hf_dir / "config.json").read_text())
+    assert field in config
+    (hf_dir / "config.json").write_text(json.dumps(config | {field: value}))
+    for level in LEVELS:
+        assert failed_checks(verify_model(megatron_dir, hf_dir, level=level))
+
+
+def test_twin_nan_in_the_folder_passes_no_check(tmp_path, in_process):
+    megatron_dir, hf_dir = write_toy_pair(tmp_path, {})
+    norm = read_folder(hf_dir)["model.norm.weight"]
+    norm[3] = float("nan")
+    change_folder(hf_dir, model__norm__weight=norm)
+    for level in LEVELS:
+        assert failed_checks(verify_model(megatron_dir, hf_dir, level=level))
+
+
+# --- folders of other kinds -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_class_whose_code_is_in_the_folder_is_computed_by_its_equal_in_transformers(level, tmp_path, in_process):
+    """tiny-llm-zh: Llama's names with biases on q, k and v, which is Qwen2."""
+    megatron_dir, hf_dir = write_toy_pair(tmp_path, {"add_qkv_bias": True})
+    config = json.loads((hf_dir / "config.json").read_text())
+    assert config.pop("use_sliding_window") is False
+    own = {"model_type": "tinyllm", "architectures": ["TinyllmForCausalLM"], "auto_map": {"AutoConfig": "own.Config"}}
+    (hf_dir / "config.json").write_text(json.dumps(config | own))
+    (hf_dir / "own.py").write_text("raise SystemExit('code of the folder was run')")
+    rows = verify_model(megatron_dir, hf_dir, level=level)
+    assert failed_checks(rows) == []
+    assert "Qwen2ForCausalLM in place of TinyllmForCausalLM in float32" in rows[0].check
+
+
+def test_texts_are_tokenized_by_the_folders_tokenizer(tmp_path, in_process):
+    vocab_size = TOY_VOCAB_SIZE + 2
+    megatron_dir, hf_dir = write_toy_pair(tmp_path, {"vocab_size": vocab_size})
+    export_tokenizer(train_toy_tokenizer(tmp_path), hf_dir, max_length=32)
+    rows = verify_model(megatron_dir, hf_dir, level="logits", texts=["the quick brown fox", "春眠不觉晓"])
+    assert failed_checks(rows) == []
+    assert "in float32 on 2 texts, " in rows[0].check
+    rows = verify_model(megatron_dir, hf_dir, level="logits")
+    assert failed_checks(rows) == []
+    assert "in float32 on 5 texts, 160 tokens" in rows[0].check
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path, in_process, capsys):
+    megatron_dir, hf_dir = write_toy_pair(tmp_path, {})
+    export_tokenizer(train_toy_tokenizer(tmp_path), hf_dir, max_length=32)
+    (row,) = verify_model(megatron_dir, hf_dir, level="logits")
+    assert (row.check, row.is_passed) == ("transformers runs the folder", False)
+    assert "hf: tokenizer must give ids below vocab_size=53, got " in capsys.readouterr().err
+
+
+def test_a_folder_without_a_tensor_is_not_filled_by_chance(tmp_path, in_process, capsys):
+    megatron_dir, hf_dir = write_toy_pair(tmp_path, {})
+    weights = read_folder(hf_dir)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, hf_dir / "model.safetensors", metadata={"format": "pt"})
+    for level in LEVELS:
+        (row,) = verify_model(megatron_dir, hf_dir, level=level)
+        assert (row.check, row.is_passed) == ("transformers runs the folder", False)
+        assert "hf: transformers must load every tensor, got missing ['model.layers." in capsys.readouterr().err
+
+
+# --- as users run it -------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_say_what_each_of_them_found(tmp_path):
+    megatron_dir, hf_dir = write_toy_pair(tmp_path, {})
+    rows = verify_model(megatron_dir, hf_dir)  # so small a model fits in memory
+    assert [row.is_passed for row in rows] == [True] * 4
+    assert rows[0].check == (
+        "logits, LlamaForCausalLM in float32 on 5 sequences of random ids (the folder has no tokenizer that loads), "
+        "160 tokens"
+    )
+    assert rows[2].result == "equal at 160 of 160 positions"
+
+
+def test_a_level_that_does_not_exist_is_refused(tmp_path):
+    with pytest.raises(
+        ConversionError, match=r"^verify: level must be one of auto, logits, layers, tensors, got bits\."
+    ):
+        verify_model(tmp_path, tmp_path, level="bits")

@@ -1,0 +1,76 @@
+"""A toy Megatron checkpoint and the Hugging Face folder of the same weights, written without any converter's path."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from toy_checkpoint import toy_arguments, write_toy_checkpoint
+
+from megatron_hammer.checkpoint.architecture import read_architecture
+from megatron_hammer.checkpoint.hf_config import build_config
+from megatron_hammer.checkpoint.mapping import expand, select_family
+
+PADDED_VOCAB_SIZE = 64
+VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+
+
+def write_toy_pair(
+    folder: Path,
+    changes: Mapping[str, Any],
+    *,
+    dtype: torch.dtype = torch.float32,
+    hf_dtype: torch.dtype | None = None,
+) -> tuple[Path, Path]:
+    """Random weights for `toy_arguments(**changes)` as (checkpoint directory, folder of transformers).
+
+    Matrices have a standard deviation of 1/sqrt(width) and norms differ from 1, so that every part counts. dtype: of
+    the checkpoint; hf_dtype: of the folder (the same). Rows of vocabulary padding are huge: to read one is noticed.
+    """
+    arguments = toy_arguments(**changes)
+    model = read_architecture(arguments)
+    family = select_family(model)
+    generator = torch.Generator().manual_seed(3)
+    tensors, folder_tensors = {}, {}
+    for pair in expand(family, model):
+        tensor = _draw(pair.megatron_name, pair.megatron_shape, generator).to(dtype)
+        tensors[pair.megatron_name] = tensor
+        if pair.megatron_name in VOCABULARY:
+            num_rows = max(0, PADDED_VOCAB_SIZE - len(tensor))
+            tensors[pair.megatron_name] = torch.cat([tensor, torch.full((num_rows, tensor.shape[1]), 1e3, dtype=dtype)])
+        parts = pair.layout.split(tensor, model)
+        folder_tensors |= {
+            name: part.to(hf_dtype or dtype).contiguous() for name, part in zip(pair.hf_names, parts, strict=True)
+        }
+    write_toy_checkpoint(folder / "megatron", tensors, arguments=arguments)
+    hf_dir = folder / "hf"
+    hf_dir.mkdir()
+    save_file(folder_tensors, hf_dir / "model.safetensors", metadata={"format": "pt"})
+    dtype_name = str(hf_dtype or dtype).removeprefix("torch.")
+    config = build_config(family, model, dtype=dtype_name, bos_id=None, eos_id=None)
+    (hf_dir / "config.json").write_text(json.dumps(config))
+    return folder / "megatron", hf_dir
+
+
+def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    noise = torch.randn(shape, generator=generator)
+    is_norm = "norm" in name and name.endswith("weight")
+    if is_norm:
+        return 1 + 0.3 * noise
+    return noise * (shape[-1] ** -0.5 if len(shape) > 1 else 0.1)
+
+
+def change_folder(hf_dir: Path, **changed: Tensor) -> None:
+    """Put other tensors in place of some of the folder's; a dot in a name is spelt `__` here."""
+    path = hf_dir / "model.safetensors"
+    weights = load_file(path)
+    replaced = {name.replace("__", "."): tensor.contiguous().clone() for name, tensor in changed.items()}
+    assert replaced.keys() <= weights.keys()
+    save_file(weights | replaced, path, metadata={"format": "pt"})
+
+
+def read_folder(hf_dir: Path) -> dict[str, Tensor]:
+    return load_file(hf_dir / "model.safetensors")
