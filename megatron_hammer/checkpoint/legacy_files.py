@@ -6,6 +6,7 @@ and apex, which become inert; any other type stops the reading.
 """
 
 import argparse
+import contextlib
 import io
 import pathlib
 import pickletools
@@ -13,7 +14,7 @@ import re
 import signal
 import types
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -169,7 +170,7 @@ def load_state(path: Path) -> dict[Any, Any]:
             for name in sorted(_list_types(path, is_mappable) - _SAFE_NAMES)
             if name.startswith(_INERT_PREFIXES)
         ]
-        with torch.serialization.safe_globals([*_SAFE_TYPES, *inert]):
+        with _allow_only([*_SAFE_TYPES, *inert]):
             state = torch.load(path, map_location="meta" if is_mappable else "cpu", weights_only=True)
         if not isinstance(state, (dict, list)):
             raise TypeError(f"a {type(state).__name__}")
@@ -179,6 +180,18 @@ def load_state(path: Path) -> dict[Any, Any]:
             "The file is damaged or not a checkpoint; use another iteration or copy it again."
         ) from error
     return state  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def _allow_only(types_and_names: list[Any]) -> Iterator[None]:
+    """Let torch.load build these and what it always allows, whatever this process allowed: megatron adds numpy's."""
+    allowed_before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        with torch.serialization.safe_globals(types_and_names):
+            yield
+    finally:
+        torch.serialization.add_safe_globals(allowed_before)
 
 
 def _list_types(path: Path, is_mappable: bool) -> set[str]:

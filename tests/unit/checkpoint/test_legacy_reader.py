@@ -396,6 +396,20 @@ def test_types_of_megatron_and_numpy_are_read_as_inert(tmp_path):
     assert_reads(target, weights)
 
 
+def test_what_the_process_allowed_before_does_not_count(tmp_path):
+    """megatron's import allows numpy's functions, which must neither run nor clash with their stand-ins."""
+    weights = llama_weights()
+    reconstruct = np.arange(3).__reduce__()[0]
+    target = write_legacy_checkpoint(tmp_path, weights, change=lambda state, *_: state.update(rng_state=np.arange(3)))
+    with torch.serialization.safe_globals([reconstruct, np.ndarray, np.dtype, exec]):
+        before = set(torch.serialization.get_safe_globals())
+        assert_reads(target, weights)
+        assert set(torch.serialization.get_safe_globals()) == before
+        torch.save({"model": {}, "args": Evil()}, target / "mp_rank_00" / "model_optim_rng.pt")
+        with pytest.raises(CheckpointError, match=r"UnpicklingError: type \S+ is not on the list\."):
+            open_legacy_checkpoint(target)
+
+
 def test_reading_imports_no_megatron(tmp_path):
     target = write_legacy_checkpoint(tmp_path, llama_weights())
     code = (
