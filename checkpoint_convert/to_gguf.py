@@ -1,0 +1,130 @@
+#!/usr/bin/env python3
+"""Write a Llama-family model as one GGUF file for llama.cpp, and ask llama.cpp itself whether it is right.
+
+Takes a Hugging Face folder, or a Megatron checkpoint of one of these families. The tokenizer goes along. Before the
+file gets its name every tensor is read back, and llama.cpp (pip install xllamacpp) loads it: its tokens of sample texts
+and of --corpus, and its greedy continuations, are compared with the tokenizer's and with transformers'.
+"""
+
+import argparse
+import dataclasses
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from megatron_hammer.errors import USER_ERROR_EXIT_CODE, exit_on_interrupt, exit_on_user_error
+
+try:
+    from megatron_hammer.checkpoint.gguf_export import GgufOptions, GgufReport, export_to_gguf
+    from megatron_hammer.checkpoint.gguf_types import FILE_TYPES
+except ModuleNotFoundError as error:
+    if error.name != "gguf":
+        raise
+    print("error: gguf: must be installed, got none. Run pip install gguf xllamacpp.", file=sys.stderr)
+    sys.exit(USER_ERROR_EXIT_CODE)
+
+LOG_WIDTH = 300  # of a table that goes to a file, so that no row is broken
+MARKS = {True: "passed", False: "FAILED", None: ""}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--load", type=Path, required=True, help="Hugging Face folder, or directory that training saved into"
+    )
+    parser.add_argument("--save", type=Path, required=True, help="GGUF file to write")
+    parser.add_argument(
+        "--type",
+        choices=list(FILE_TYPES),
+        default="f16",
+        help="of the weights; vectors are f32 in every file (%(default)s)",
+    )
+    parser.add_argument("--iteration", type=int, help="of a Megatron checkpoint (the latest)")
+    parser.add_argument("--tokenizer-model", type=Path, help="of a Megatron checkpoint (the one it was trained with)")
+    parser.add_argument("--name", help="that llama.cpp shows (the folder's)")
+    parser.add_argument(
+        "--corpus", nargs="+", default=[], help="documents that both tokenizers must encode alike: files or folders"
+    )
+    parser.add_argument("--text-key", default="text", help="field of --corpus that holds the text (%(default)s)")
+    parser.add_argument(
+        "--no-verify", action="store_true", help="do not ask llama.cpp; tensors are read back all the same"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the file in --save")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON instead of the table")
+    return parser.parse_args()
+
+
+@exit_on_interrupt("nothing was written")
+@exit_on_user_error
+def main() -> None:
+    arguments = parse_arguments()
+    options = GgufOptions(
+        load_dir=arguments.load,
+        save_path=arguments.save,
+        file_type=arguments.type,
+        iteration=arguments.iteration,
+        tokenizer_path=arguments.tokenizer_model,
+        name=arguments.name,
+        is_verified=not arguments.no_verify,
+        corpus=tuple(arguments.corpus),
+        text_key=arguments.text_key,
+        overwrite=arguments.overwrite,
+    )
+    signal.signal(signal.SIGTERM, _raise_interrupt)
+    report = export_with_progress(options)
+    if arguments.json:
+        print(json.dumps(dataclasses.asdict(report), default=str, ensure_ascii=False))
+        return
+    for note in report.notes:
+        print(f"note: {note}", file=sys.stderr)
+    print_checks(report)
+    for example in report.examples:
+        print(f"example: {example}")
+    print(summarise(report))
+
+
+def _raise_interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def export_with_progress(options: GgufOptions) -> GgufReport:
+    """Run with a live line on the terminal's stderr; where stderr is a file, it stays silent."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(stage: str, done: int, total: int | None) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done)
+
+        return export_to_gguf(options, show)
+
+
+def print_checks(report: GgufReport) -> None:
+    """One line a check; what could not be done says why and has no mark."""
+    table = Table("check", "result", "", box=box.SIMPLE)
+    for row in report.checks:
+        table.add_row(row.check, row.result, MARKS[row.is_passed])
+    is_terminal = sys.stdout.isatty()
+    Console(width=None if is_terminal else LOG_WIDTH).print(table)
+
+
+def summarise(report: GgufReport) -> str:
+    types = ", ".join(f"{count} {name}" for name, count in report.types.items())
+    return (
+        f"{report.save_path}: {report.arch} in {report.file_type}, {report.num_parameters:,} parameters; "
+        f"{report.num_tensors} tensors ({types}), 0 dropped; {report.file_bytes:,} bytes; {report.elapsed_s:.1f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()

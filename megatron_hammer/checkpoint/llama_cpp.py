@@ -1,0 +1,145 @@
+"""Asks real llama.cpp, from the wheel of xllamacpp, about a GGUF file: tokens of texts and greedy continuations.
+
+It runs in a process of its own (llama_cpp_process.py) and is spoken to on a Unix socket in a private folder, so that no
+port is opened. CPU only.
+"""
+
+import http.client
+import importlib.util
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_hammer.errors import ConversionError
+
+END_TIMEOUT_S = 30.0
+CHILD = Path(__file__).with_name("llama_cpp_process.py")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GreedyStep:
+    """One generated token, and the log-probabilities (nats) of the likeliest ones by id.
+
+    log_probabilities: empty for a token that is a part of a character; llama.cpp says none there.
+    """
+
+    token: int
+    log_probabilities: dict[int, float]
+
+
+class LlamaCpp:
+    """A running llama.cpp; obtain it with `open_llama_cpp`."""
+
+    def __init__(self, path: Path, socket_path: Path, log_path: Path):
+        self._path, self._log_path = path, log_path
+        self._connection = _UnixConnection(socket_path)
+
+    def tokenize(self, text: str, *, reads_control_tokens: bool = False) -> list[int]:
+        """The ids of a text without bos and eos. reads_control_tokens: one spelt out in the text becomes its id."""
+        request = {"content": text, "add_special": False, "parse_special": reads_control_tokens}
+        return [int(token) for token in self._post("/tokenize", request)["tokens"]]
+
+    def continue_greedily(self, tokens: Sequence[int], *, num_tokens: int, num_likeliest: int) -> list[GreedyStep]:
+        """At most `num_tokens` likeliest next tokens after `tokens`; it stops at the end of a text.
+
+        One request a token: of several llama.cpp leaves out those that end inside a character, unsaid which.
+        """
+        steps: list[GreedyStep] = []
+        while len(steps) < num_tokens:
+            request = {
+                "prompt": [*tokens, *(step.token for step in steps)],
+                "n_predict": 1,
+                "samplers": ["top_k"],
+                "top_k": 1,
+                "n_probs": num_likeliest,
+                "return_tokens": True,
+                "cache_prompt": True,
+            }
+            answer = self._post("/completion", request)
+            if answer["stop_type"] == "eos" or not answer["tokens"]:
+                break
+            likeliest = [entry for step in answer.get("completion_probabilities", []) for entry in step["top_logprobs"]]
+            log_probabilities = {entry["id"]: entry["logprob"] for entry in likeliest}
+            steps.append(GreedyStep(token=answer["tokens"][0], log_probabilities=log_probabilities))
+        return steps
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        try:
+            self._connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+            response = self._connection.getresponse()
+            content = response.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise _describe_failure(self._path, self._log_path) from error
+        if response.status != http.client.OK:
+            raise ConversionError(
+                f"{self._path}: llama.cpp must answer {path}, got status {response.status}: {content[:300]!r}. "
+                "If the machine has memory left, this is a defect of the converter."
+            )
+        answer: dict[str, Any] = json.loads(content)
+        return answer
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, socket_path: Path):
+        super().__init__("localhost")
+        self._socket_path = str(socket_path)
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.connect(self._socket_path)
+
+
+def is_llama_cpp_installed() -> bool:
+    """Whether the wheel of llama.cpp is there; it is not imported."""
+    return importlib.util.find_spec("xllamacpp") is not None
+
+
+@contextmanager
+def open_llama_cpp(path: Path, *, num_context_tokens: int, num_threads: int) -> Iterator[LlamaCpp]:
+    """Load a GGUF file with llama.cpp and yield it; it ends with the block.
+
+    Raises ConversionError if llama.cpp does not load the file or dies on it, with what it said last.
+    """
+    with tempfile.TemporaryDirectory(prefix="gguf-") as folder, open(Path(folder) / "log", "w+b") as log:
+        socket_path, log_path = Path(folder) / "llama.sock", Path(folder) / "log"
+        settings = [str(path.resolve()), str(socket_path), str(num_context_tokens), str(num_threads)]
+        process = subprocess.Popen(
+            [sys.executable, "-P", str(CHILD), *settings], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
+        )
+        try:
+            if process.stdout is None or process.stdout.readline().strip() != b"ready":
+                raise _describe_failure(path, log_path)
+            llama_cpp = LlamaCpp(path, socket_path, log_path)
+            yield llama_cpp
+            llama_cpp.close()
+        finally:
+            _end(process)
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """Ask it to end by closing its stdin, and kill it if it does not."""
+    try:
+        process.communicate(timeout=END_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _describe_failure(path: Path, log_path: Path) -> ConversionError:
+    """The last lines of its log that say what went wrong."""
+    lines = log_path.read_text(errors="replace").splitlines()
+    said = [line for line in lines if any(word in line.lower() for word in ("error", "fail", "assert", " e "))]
+    return ConversionError(
+        f"{path}: llama.cpp must load the file and answer, got: {' | '.join((said or lines)[-3:])[:600]}. "
+        "If the machine has memory left, this is a defect of the converter."
+    )
