@@ -100,8 +100,7 @@ def reshard(
         checkpoint, remedy="Resume once at its own layout and save with --dist-ckpt-optim-fully-reshardable."
     )
     args = _change_arguments(checkpoint.args, target)
-    problems = find_layout_problems(args)
-    if problems:
+    if problems := _find_problems(args):
         raise ConversionError(*problems)
     planned, notes = _plan(checkpoint, args)
     write_planned_checkpoint(save_dir, planned, on_tensor, sources=[checkpoint], overwrite=overwrite)
@@ -116,6 +115,19 @@ def reshard(
         notes=notes,
         elapsed_s=time.monotonic() - started_at_s,
     )
+
+
+class _Unset(Namespace):
+    """Arguments of which one that the checkpoint's version did not have is None, which is to say unset."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+def _find_problems(args: Namespace) -> list[str]:
+    """What training's own preflight says of the layout."""
+    return find_layout_problems(_Unset(**vars(args)))
 
 
 def describe_layout(args: Any) -> str:
