@@ -27,6 +27,7 @@ _QUIET: dict[str, tuple[Callable[[Any], bool], str]] = {
     "partial_rotary_factor": (_is_one, "Megatron's mapped models rotate every dimension of a head"),
     "rotary_pct": (_is_one, "Megatron's mapped models rotate every dimension of a head"),
     "rope_interleaved": (_is_absent, "rotated pairs must stand half a head apart"),
+    "use_mrope": (_is_absent, "a rope over several axes is not mapped"),
     "qk_norm": (_is_absent, "of this family no norm on queries and keys is mapped"),
     "use_qk_norm": (_is_absent, "of this family no norm on queries and keys is mapped"),
     "qk_layernorm": (_is_absent, "of this family no norm on queries and keys is mapped"),
@@ -255,8 +256,10 @@ class HfFields:
         return None if factor == 1 else int(factor)
 
     def _llama3_scaling(self, name: str, parameters: Mapping[str, Any]) -> RopeScaling | None:
-        longest = self._config.get("original_max_position_embeddings", self._config.get("max_position_embeddings"))
-        given = {"original_max_position_embeddings": longest} | dict(parameters)
+        # As in transformers' standardize_rope_params: the config's own field goes before the one of the parameters.
+        given = {"original_max_position_embeddings": self._config.get("max_position_embeddings"), **parameters}
+        if "original_max_position_embeddings" in self._config:
+            given["original_max_position_embeddings"] = self._config["original_max_position_embeddings"]
         fixed = RopeScaling()
         for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
             if given.get(key) != getattr(fixed, key):

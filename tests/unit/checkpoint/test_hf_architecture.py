@@ -262,6 +262,10 @@ def test_a_field_that_cannot_be_converted_is_named(message):
     [
         (LLAMA | {"mlp_bias": True}, ["attention_bias"]),
         (LLAMA | {"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}}, ["rope_scaling"]),
+        (
+            LLAMA | {"rope_scaling": LLAMA3, "original_max_position_embeddings": 4096},
+            ["rope_scaling.original_max_position_embeddings"],
+        ),
         (LLAMA | {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, ["rope_parameters"]),
         (LLAMA | {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, ["rope_parameters"]),
         (MISTRAL | {"max_position_embeddings": 8192}, ["sliding_window"]),  # absent is 4096 in MistralConfig
