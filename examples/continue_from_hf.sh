@@ -1,0 +1,113 @@
+#!/usr/bin/env bash
+# Continue the pretraining of a Hugging Face model, on all GPUs of this node or on the CPU, and export what comes out.
+#
+#   HF_DIR=models/Qwen2.5-0.5B DATA_PATH=data/corpus_text_document bash examples/continue_from_hf.sh [any flag]
+#
+# The first step starts at the loss that transformers computes for that model. The same command, after an interrupt or
+# with more TRAIN_STEPS, goes on from its own newest checkpoint.
+# From the environment:
+#   HF_DIR           the model, with its tokenizer (default: what examples/pretrain_hammer_1b4.sh exported, or, where it
+#                    has not run, a miniature that is first pretrained for PRETRAIN_STEPS steps)
+#   DATA_PATH        prefixes of data indexed with the model's tokenizer, "PREFIX" or "WEIGHT PREFIX WEIGHT PREFIX"
+#                    (default: text on this machine)
+#   OUTPUT_DIR       checkpoints, logs, metrics, and the export in hf/ (default: outputs/continued)
+#   SEQ_LENGTH MICRO_BATCH_SIZE GLOBAL_BATCH_SIZE LR MIN_LR WARMUP_STEPS TRAIN_STEPS   the recipe, or instead of them:
+#   PRESET           a preset of the same architecture, for its recipe
+#   TP PP VP CP EP   parallel sizes
+#   NPROC            processes on this node (default: its GPUs; 2 on the CPU)
+#   NNODES NODE_RANK MASTER_ADDR MASTER_PORT   several nodes; SLURM's own variables are read where these are not set
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+# shellcheck source=tools/setup_environment.sh
+source "$root/tools/setup_environment.sh"
+# shellcheck source=examples/demo_data.sh
+source "$root/examples/demo_data.sh"
+
+num_gpus=0
+if command -v nvidia-smi >/dev/null 2>&1; then
+    num_gpus="$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)"
+fi
+if ((num_gpus > 0)); then
+    nproc="${NPROC:-$num_gpus}"
+    seq_length=2048 global_batch_size=256 train_steps=1000 warmup_steps=100
+else
+    nproc="${NPROC:-2}"
+    seq_length=256 global_batch_size=8 train_steps=30 warmup_steps=3
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+fi
+output_dir="${OUTPUT_DIR:-$root/outputs/continued}"
+
+pretrain_miniature() { # DIR: leaves a Hugging Face folder in DIR/hf
+    local dir="$1"
+    if [[ -s "$dir/hf/config.json" ]]; then return; fi
+    build_demo_data "$dir/data" 4096
+    echo "== pretrain hammer-tiny, so that there is a model to continue"
+    "$PYTHON" -m megatron_hammer.training.pretrain --preset hammer-tiny --platform cpu --save "$dir" \
+        --train-data-path "$dir/data/train_text_document" --tokenizer-model "$dir/data/tokenizer.model" \
+        --eval-iters 0 --train-iters "${PRETRAIN_STEPS:-30}" --lr-warmup-iters 5
+    echo "== export it"
+    "$PYTHON" "$root/checkpoint_convert/megatron_to_hf.py" --load "$dir" --save "$dir/hf" \
+        --tokenizer-model "$dir/data/tokenizer.model" --overwrite
+}
+
+hf_dir="${HF_DIR:-}"
+if [[ -z "$hf_dir" && -s "$root/outputs/hammer-tiny/hf/config.json" ]]; then
+    hf_dir="$root/outputs/hammer-tiny/hf"
+    echo "HF_DIR is not set: continuing $hf_dir, which examples/pretrain_hammer_1b4.sh exported."
+elif [[ -z "$hf_dir" ]]; then
+    echo "HF_DIR is not set: continuing a miniature, pretrained here for a few steps."
+    pretrain_miniature "$output_dir/miniature"
+    hf_dir="$output_dir/miniature/hf"
+fi
+
+arguments=()
+if [[ -n "${DATA_PATH:-}" ]]; then
+    read -r -a data_path <<<"$DATA_PATH"
+    arguments+=(--data-path "${data_path[@]}")
+else
+    echo "DATA_PATH is not set: continuing on demonstration text, encoded with the model's tokenizer."
+    build_demo_corpus "$output_dir/data"
+    for part in corpus:train valid:valid; do
+        if [[ ! -s "$output_dir/data/${part#*:}_text_document.idx" ]]; then
+            echo "== indexed data: ${part#*:}"
+            "$PYTHON" "$root/tools/preprocess_data.py" --input "$output_dir/data/${part%%:*}.jsonl" --append-eod \
+                --tokenizer-model "$hf_dir" --output-prefix "$output_dir/data/${part#*:}" --workers 2
+        fi
+    done
+    arguments+=(--train-data-path "$output_dir/data/train_text_document"
+        --valid-data-path "$output_dir/data/valid_text_document" --full-validation)
+fi
+if [[ -n "${PRESET:-}" ]]; then
+    arguments+=(--preset "$PRESET")
+else
+    arguments+=(--seq-length "${SEQ_LENGTH:-$seq_length}" --micro-batch-size "${MICRO_BATCH_SIZE:-1}"
+        --global-batch-size "${GLOBAL_BATCH_SIZE:-$global_batch_size}" --train-iters "${TRAIN_STEPS:-$train_steps}"
+        --lr "${LR:-1e-4}" --min-lr "${MIN_LR:-1e-5}" --lr-warmup-iters "${WARMUP_STEPS:-$warmup_steps}"
+        --weight-decay 0.1 --clip-grad 1.0 --adam-beta2 0.95)
+fi
+if [[ -n "${TP:-}" ]]; then arguments+=(--tensor-model-parallel-size "$TP"); fi
+if [[ -n "${PP:-}" ]]; then arguments+=(--pipeline-model-parallel-size "$PP"); fi
+if [[ -n "${VP:-}" ]]; then arguments+=(--num-virtual-stages-per-pipeline-rank "$VP"); fi
+if [[ -n "${CP:-}" ]]; then arguments+=(--context-parallel-size "$CP"); fi
+if [[ -n "${EP:-}" ]]; then arguments+=(--expert-model-parallel-size "$EP"); fi
+
+launch=(--nproc-per-node "$nproc")
+nnodes="${NNODES:-${SLURM_NNODES:-1}}"
+if ((nnodes > 1)); then
+    if [[ -z "${MASTER_ADDR:-}" ]]; then
+        MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+    fi
+    launch+=(--nnodes "$nnodes" --node-rank "${NODE_RANK:-${SLURM_NODEID:?NODE_RANK is not set}}"
+        --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
+else
+    launch+=(--standalone)
+fi
+
+"$PYTHON" -m megatron_hammer.training.launch "${launch[@]}" -- \
+    --load-hf "$hf_dir" --save "$output_dir" "${arguments[@]}" "$@"
+
+if ((${NODE_RANK:-${SLURM_NODEID:-0}} == 0)); then
+    echo "== export to Hugging Face"
+    "$PYTHON" "$root/checkpoint_convert/megatron_to_hf.py" --load "$output_dir" --save "$output_dir/hf" \
+        --tokenizer-model "$hf_dir" --overwrite
+fi
