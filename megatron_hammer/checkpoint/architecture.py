@@ -64,6 +64,7 @@ class Architecture:
         }
 
 
+_RANKED_OTHERWISE = {"sinkhorn", "quantile_balancing"}  # load balancing that is part of the choice of experts
 # Argument: (the values that the mapping expresses, why no other is). Absent arguments count as unset.
 _EXPRESSIBLE: dict[str, tuple[Callable[[Any], bool], str]] = {
     "normalization": (lambda value: value in ("RMSNorm", "LayerNorm"), "only RMSNorm and LayerNorm are mapped"),
@@ -84,16 +85,32 @@ _EXPRESSIBLE: dict[str, tuple[Callable[[Any], bool], str]] = {
     "quick_geglu": (lambda value: not value, "the activation is not mapped"),
     "openai_gelu": (lambda value: not value, "the activation is not mapped"),
     "activation_func_clamp_value": (lambda value: value is None, "a clamped activation is not mapped"),
+    "glu_linear_offset": (lambda value: not value, "a shifted gate is not mapped"),
     "mtp_num_layers": (lambda value: not value, "multi-token prediction layers are not mapped"),
     "hybrid_layer_pattern": (lambda value: not value, "hybrid models are not mapped"),
+    "is_hybrid_model": (lambda value: not value, "hybrid models are not mapped"),
+    "linear_attention_freq": (lambda value: not value, "linear attention is not mapped"),
     "heterogeneous_layers_config_path": (lambda value: not value, "heterogeneous layers are not mapped"),
+    "heterogeneous_layers_config_encoded_json": (lambda value: not value, "heterogeneous layers are not mapped"),
     "use_mup": (lambda value: not value, "muP's multipliers are not mapped"),
     "moe_router_score_function": (lambda value: value in (None, "softmax"), "the router must use softmax"),
     "moe_router_topk_scaling_factor": (lambda value: value in (None, 1.0), "scaled router weights are not mapped"),
+    "moe_router_load_balancing_type": (
+        lambda value: not _RANKED_OTHERWISE & set([value] if isinstance(value, str) else value or []),
+        "the router must choose the largest scores",
+    ),
+    "moe_router_force_load_balancing": (lambda value: not value, "its router chooses at random"),
+    "moe_router_force_biased": (lambda value: value is None, "its router chooses at random"),
     "moe_router_num_groups": (lambda value: not value, "group-limited routing is not mapped"),
     "moe_router_enable_expert_bias": (lambda value: not value, "the router's expert bias is not mapped"),
     "moe_latent_size": (lambda value: not value, "latent experts are not mapped"),
     "moe_apply_probs_on_input": (lambda value: not value, "transformers weights the experts' outputs"),
+    "moe_mlp_glu_interleave_size": (lambda value: value is None, "interleaved rows of gate and up are not mapped"),
+    "moe_shared_expert_glu_interleave_size": (
+        lambda value: value is None,
+        "interleaved rows of gate and up are not mapped",
+    ),
+    "moe_expert_rank_capacity_factor": (lambda value: value is None, "transformers drops no token"),
     "moe_expert_capacity_factor": (lambda value: value is None, "transformers drops no token"),
 }
 

@@ -64,6 +64,24 @@ def test_all_that_no_mapping_expresses_is_said_at_once():
     assert "got rotary_percent=0.5: Llama rotates every dimension of a head" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("glu_linear_offset", 1.0),
+        ("linear_attention_freq", 4),
+        ("moe_router_load_balancing_type", "sinkhorn"),
+        ("moe_router_load_balancing_type", ["aux_loss", "quantile_balancing"]),
+        ("moe_router_force_load_balancing", True),
+        ("moe_mlp_glu_interleave_size", 32),
+        ("moe_expert_rank_capacity_factor", 2.0),
+    ],
+)
+def test_what_changes_the_computation_is_refused(name, value):
+    with pytest.raises(ConversionError, match=f"^{name}: cannot be exported, got {name}="):
+        read_architecture(toy_arguments(**MOE_ARGUMENTS, **{name: value}))
+    read_architecture(toy_arguments(**MOE_ARGUMENTS, moe_router_load_balancing_type=["aux_loss", "seq_aux_loss"]))
+
+
 def test_megatrons_defaults_are_expressible():
     """A list of refusals that refuses what nobody asked for would stop every export."""
     from megatron.training.arguments import add_megatron_arguments
