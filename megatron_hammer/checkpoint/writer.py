@@ -132,7 +132,7 @@ class CheckpointWriter:
 
     @contextmanager
     def _append(self, key: str, offsets: Offsets | None) -> Iterator["_Sink"]:
-        """Where to append; what the block writes is stored under `key`. Raises OSError of a full disk as it is."""
+        """Where to append; what the block writes is stored under `key`. Raises what stopped a write as it is."""
         if self.is_committed:
             raise ValueError(f"{key}: the checkpoint is complete")
         if self._file is not None and self._file.tell() >= self._max_file_bytes:
@@ -146,7 +146,8 @@ class CheckpointWriter:
         try:
             yield sink
         except RuntimeError as error:
-            raise (sink.error or error) from None
+            interrupt = error.__context__ if isinstance(error.__context__, KeyboardInterrupt) else None
+            raise (sink.error or interrupt or error) from None
         length = self._file.tell() - start
         self._stored[(key, offsets)] = (Path(self._file.name).name, start, length)
         self.num_bytes += length
@@ -189,16 +190,16 @@ class CheckpointWriter:
 
 
 class _Sink:
-    """A file that remembers why it could not be written: torch.save hides it behind a RuntimeError of its own."""
+    """A file that remembers what stopped a write: torch.save hides it behind a RuntimeError of its own."""
 
     def __init__(self, file: io.BufferedWriter):
         self._file = file
-        self.error: OSError | None = None
+        self.error: BaseException | None = None
 
     def write(self, data: bytes | memoryview) -> int:
         try:
             return self._file.write(data)
-        except OSError as error:
+        except (OSError, KeyboardInterrupt) as error:
             self.error = error
             raise
 

@@ -181,6 +181,29 @@ def test_an_error_leaves_nothing_and_keeps_what_was_there(tmp_path):
     assert open_checkpoint(tmp_path / "save").iteration == 10
 
 
+class InterruptedFile(io.BytesIO):
+    """A file during whose writing somebody presses Ctrl-C."""
+
+    name = "__0_0.distcp"
+
+    def write(self, data):
+        if len(data) > 1000:
+            raise KeyboardInterrupt
+        return super().write(data)
+
+
+def test_an_interrupt_in_the_middle_of_a_tensor_is_an_interrupt(tmp_path):
+    def write_interrupted():
+        with open_checkpoint_writer(tmp_path / "save", iteration=3) as writer:
+            writer.declare("a", (5000,), torch.float32)
+            writer._file = InterruptedFile()
+            writer.write_chunk("a", (0,), torch.ones(5000))
+
+    with pytest.raises(KeyboardInterrupt):
+        write_interrupted()
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("num_elements", [10, 1_000_000])
 def test_a_full_disk_is_one_sentence(tmp_path, num_elements):
     def write_to_full_disk():

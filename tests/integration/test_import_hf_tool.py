@@ -1,0 +1,184 @@
+"""From Hugging Face to continued pretraining as a user does it: any layout starts at the loss of transformers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from toy_hf_folder import write_toy_folder
+from toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
+from training_runs import REPOSITORY, TOY_MODEL, TOY_MOE, TOY_SCHEDULE, environment, train
+
+from megatron_hammer.checkpoint.export import ExportOptions, export_to_hugging_face
+from megatron_hammer.checkpoint.import_hf import ImportOptions, import_from_hugging_face
+from megatron_hammer.data.indexed import IndexedWriter
+
+pytestmark = pytest.mark.integration
+
+IMPORT = REPOSITORY / "checkpoint_convert" / "hf_to_megatron.py"
+# TOY_MODEL and TOY_MOE, as transformers spells them.
+SIZES = {
+    "vocab_size": 1000,
+    "hidden_size": 96,
+    "intermediate_size": 176,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.1,
+}
+LLAMA = transformers.LlamaConfig(**SIZES)
+MOE = transformers.Qwen2MoeConfig(
+    **SIZES,
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=80,
+    shared_expert_intermediate_size=112,
+    norm_topk_prob=True,
+    qkv_bias=False,
+    router_aux_loss_coef=0.01,
+)
+TP2_PP2 = (4, "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2")
+EP2_TP2 = (
+    *(2, "--expert-model-parallel-size", "2", "--expert-tensor-parallel-size", "1"),
+    *("--tensor-model-parallel-size", "2"),
+)
+
+
+def run(script: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(script), *map(str, arguments)]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+
+
+def save_model(config, folder):
+    torch.manual_seed(3)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="module")
+def sequence() -> torch.Tensor:
+    """One sequence of training: tokens [s + 1], the last of which is only a label."""
+    tokens = np.random.default_rng(9).integers(0, SIZES["vocab_size"], SIZES["max_position_embeddings"])
+    return torch.tensor([*tokens, tokens[0]])
+
+
+@pytest.fixture(scope="module")
+def data_flags(tmp_path_factory, sequence) -> tuple[str, ...]:
+    """A corpus with the period of the sequence length: every sample of it is `sequence`. No step changes anything."""
+    folder = tmp_path_factory.mktemp("data")
+    with IndexedWriter(folder / "data", np.dtype(np.uint16)) as writer:
+        writer.add_document(np.tile(sequence[:-1].numpy(), 200).astype(np.uint16))
+    data = ("--data-path", str(folder / "data"), "--split", "1,0,0", "--data-cache-path", str(folder / "cache"))
+    still = ("--train-iters", "1", "--lr", "0", "--min-lr", "0", "--lr-warmup-iters", "0")
+    return (*data, *TOY_SCHEDULE, *still, "--make-vocab-size-divisible-by", "4")  # leaves no padding
+
+
+def hf_loss(model, sequence) -> float:
+    with torch.no_grad():
+        logits = model(sequence[None, :-1]).logits[0]
+    return torch.nn.functional.cross_entropy(logits, sequence[1:]).item()
+
+
+def first_loss(folder: Path, checkpoint: Path, flags, num_processes, *layout) -> float:
+    """Loss of the first step that starts from the checkpoint."""
+    load = ("--load", str(checkpoint), "--save", str(folder / "saved"))
+    (line,) = train(num_processes, folder / "metrics.jsonl", *flags, *load, *layout)
+    assert line["step"] == 1
+    return line["loss"]
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """A Llama of transformers, imported by the tool with every check, and what the tool said."""
+    folder = tmp_path_factory.mktemp("imported")
+    model = save_model(LLAMA, folder / "hf")
+    result = run(IMPORT, "--load", folder / "hf", "--save", folder / "megatron", "--json")
+    assert result.returncode == 0, result.stderr
+    return folder, model, json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("layout", [(1,), TP2_PP2], ids=["one", "tp2-pp2"])
+def test_training_starts_at_the_loss_of_transformers(tmp_path, imported, data_flags, sequence, layout):
+    folder, model, report = imported
+    assert [check["is_passed"] for check in report["checks"]] == [True] * len(report["checks"])
+    assert any(check["check"].startswith("logits, LlamaForCausalLM") for check in report["checks"])
+    loss = first_loss(tmp_path, folder / "megatron", (*TOY_MODEL, *data_flags), *layout)
+    assert loss == pytest.approx(hf_loss(model, sequence), rel=2e-6)
+    target = tmp_path / "again"
+    export_to_hugging_face(ExportOptions(load_dir=tmp_path / "saved", save_dir=target, verify="tensors"))
+    before, after = (load_file(path / "model.safetensors") for path in (folder / "hf", target))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_experts_are_spread_over_ranks(tmp_path, data_flags, sequence):
+    model = save_model(MOE, tmp_path / "hf")
+    options = ImportOptions(hf_dir=tmp_path / "hf", save_dir=tmp_path / "megatron", verify="tensors")
+    import_from_hugging_face(options)
+    loss = first_loss(tmp_path, tmp_path / "megatron", (*TOY_MODEL, *TOY_MOE, *data_flags), *EP2_TP2)
+    assert loss == pytest.approx(hf_loss(model, sequence), rel=2e-6)
+
+
+def test_the_tool_says_what_it_did(tmp_path):
+    tokenizer = train_toy_tokenizer(tmp_path)
+    write_toy_folder(tmp_path / "hf", vocab_size=TOY_VOCAB_SIZE)
+    flags = ("--tokenizer-model", tokenizer, "--verify", "tensors", "--dtype", "fp32")
+    result = run(IMPORT, "--load", tmp_path / "hf", "--save", tmp_path / "save", *flags)
+    assert (result.returncode, result.stderr) == (0, "")
+    *table, summary = result.stdout.splitlines()
+    assert "all 30 equal, bit for bit" in "\n".join(table)
+    assert "parameters in float32; 30 tensors in, 0 left out, 21 out, all read back equal; tokenizer in " in summary
+
+
+def test_bad_inputs_end_with_one_sentence_and_exit_code_2(tmp_path):
+    write_toy_folder(tmp_path / "short")
+    weights = tmp_path / "short" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    write_toy_folder(tmp_path / "window", model_type="mistral", architectures=["MistralForCausalLM"])
+    config = json.loads((tmp_path / "window" / "config.json").read_text())
+    (tmp_path / "window" / "config.json").write_text(json.dumps(config | {"sliding_window": 8}))
+    cases = {
+        ("--load", tmp_path / "nowhere"): "nowhere/config.json: must exist, got none",
+        ("--load", tmp_path / "short"): "model.safetensors: file must be complete safetensors, got ",
+        ("--load", tmp_path / "window"): "sliding_window: must be null or at least max_position_embeddings=32, got",
+    }
+    for arguments, message in cases.items():
+        result = run(IMPORT, *arguments, "--save", tmp_path / "save")
+        assert result.returncode == 2, result.stderr
+        assert message in result.stderr
+        assert all(line.startswith("error: ") for line in result.stderr.splitlines())
+        assert not (tmp_path / "save").exists()
+
+
+@pytest.mark.parametrize("number, exit_code", [(signal.SIGTERM, 130), (signal.SIGKILL, -9)])
+def test_a_killed_import_leaves_nothing_that_loads(tmp_path, number, exit_code):
+    """The weights are large enough for the signal to come while it writes."""
+    write_toy_folder(tmp_path / "hf", vocab_size=2_000_000)
+    flags = ("--load", tmp_path / "hf", "--save", tmp_path / "save", "--verify", "tensors", "--dtype", "fp32")
+    command = [sys.executable, str(IMPORT), *map(str, flags)]
+    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        file = tmp_path / "save" / "release.partial" / "__0_0.distcp"
+        deadline_s = time.monotonic() + 60
+        while not (file.exists() and file.stat().st_size > 1_000_000):
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline_s
+            time.sleep(0.001)
+        os.kill(process.pid, number)
+        process.communicate(timeout=30)
+    assert process.returncode == exit_code
+    if number == signal.SIGKILL:
+        assert [path.name for path in (tmp_path / "save").iterdir()] == ["release.partial"]
+        assert not (tmp_path / "save" / "release.partial" / ".metadata").exists()
+    else:
+        assert not (tmp_path / "save").exists()
