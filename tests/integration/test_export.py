@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
 from training_runs import REPOSITORY, TOY_MODEL, TOY_MOE, TOY_SCHEDULE, environment, train
 
 from megatron_hammer.checkpoint.export import ExportOptions, export_to_hugging_face
+from megatron_hammer.checkpoint.reader import open_checkpoint
 from megatron_hammer.data.indexed import IndexedWriter
 
 pytestmark = pytest.mark.integration
@@ -30,7 +32,7 @@ NUM_STEPS = 2
 
 def run(script: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(script), *map(str, arguments)]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
 
 
 @pytest.fixture(scope="module")
@@ -51,17 +53,19 @@ def data_flags(tmp_path_factory, sequence) -> tuple[str, ...]:
     return (*data, *TOY_SCHEDULE, "--lr-warmup-iters", "0", "--make-vocab-size-divisible-by", "4")
 
 
-def train_and_reshard(folder: Path, model_flags, first, second) -> float:
-    """Train NUM_STEPS in one layout; in another make one step that changes nothing. Returns the loss of that step."""
-    first_run = ("--train-iters", str(NUM_STEPS), "--save", str(folder / "first"))
-    train(first[0], folder / "first.jsonl", *model_flags, *first[1:], *first_run)
-    still = ("--train-iters", "1", "--lr", "0", "--min-lr", "0", "--finetune")
-    second_run = (*still, "--load", str(folder / "first"), "--save", str(folder / "second"))
-    (line,) = train(second[0], folder / "second.jsonl", *model_flags, *second[1:], *second_run)
+def train_and_reshard(folder: Path, model_flags, first, others) -> float:
+    """Train NUM_STEPS in one layout; in each other make one step that changes nothing. Returns the loss of the last."""
+    first_run = ("--train-iters", str(NUM_STEPS), "--save", str(folder / "0"))
+    train(first[0], folder / "0.jsonl", *model_flags, *first[1:], *first_run)
+    still = ("--train-iters", "1", "--lr", "0", "--min-lr", "0", "--finetune", "--load", str(folder / "0"))
+    for number, layout in enumerate(others, start=1):
+        save = ("--save", str(folder / str(number)))
+        (line,) = train(layout[0], folder / f"{number}.jsonl", *model_flags, *layout[1:], *still, *save)
     return line["loss"]
 
 
 TP2_PP2 = (4, "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2")
+DP2 = (2,)  # with the distributed optimizer, as everywhere
 PP2_VP2 = (2, "--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2")
 EP2_TP2 = (
     *(2, "--expert-model-parallel-size", "2", "--expert-tensor-parallel-size", "1"),
@@ -78,22 +82,46 @@ def hf_loss(model_dir: Path, sequence: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    "model, first, second, hf_class",
+    "model, first, others, hf_class",
     [
-        pytest.param((), TP2_PP2, PP2_VP2, "LlamaForCausalLM", id="llama-tp2-pp2-to-pp2-vp2"),
-        pytest.param(TOY_MOE, EP2_TP2, (1,), "Qwen2MoeForCausalLM", id="moe-ep2-tp2-to-one"),
+        pytest.param((), TP2_PP2, [PP2_VP2, DP2, (1,)], "LlamaForCausalLM", id="llama-tp2-pp2-vp2-dp2"),
+        pytest.param(TOY_MOE, EP2_TP2, [(1,)], "Qwen2MoeForCausalLM", id="moe-ep2-tp2"),
     ],
 )
-def test_every_layout_exports_the_same_model(tmp_path, data_flags, sequence, model, first, second, hf_class):
-    loss = train_and_reshard(tmp_path, (*TOY_MODEL, *model, *data_flags), first, second)
-    for name, iteration in (("first", NUM_STEPS), ("second", 1)):
-        options = ExportOptions(load_dir=tmp_path / name, save_dir=tmp_path / f"hf-{name}", verify="tensors")
+def test_every_layout_exports_the_same_model(tmp_path, data_flags, sequence, model, first, others, hf_class):
+    loss = train_and_reshard(tmp_path, (*TOY_MODEL, *model, *data_flags), first, others)
+    weights = []
+    for number in range(1 + len(others)):
+        options = ExportOptions(load_dir=tmp_path / str(number), save_dir=tmp_path / f"hf-{number}", verify="tensors")
         report = export_to_hugging_face(options)
-        assert (report.hf_class, report.iteration) == (hf_class, iteration)
-    weights = [load_file(tmp_path / f"hf-{name}" / "model.safetensors") for name in ("first", "second")]
-    assert weights[0].keys() == weights[1].keys()
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    assert hf_loss(tmp_path / "hf-first", sequence) == pytest.approx(loss, rel=2e-6)
+        assert (report.hf_class, report.iteration) == (hf_class, 1 if number else NUM_STEPS)
+        weights.append(load_file(tmp_path / f"hf-{number}" / "model.safetensors"))
+    single_rank = weights.pop()
+    for other in weights:
+        assert other.keys() == single_rank.keys()
+        assert all(torch.equal(tensor, single_rank[name]) for name, tensor in other.items())
+    assert hf_loss(tmp_path / "hf-0", sequence) == pytest.approx(loss, rel=2e-6)
+
+
+@pytest.mark.parametrize(
+    "layout, model",
+    [
+        pytest.param((2,), TOY_MOE, id="distributed optimizers of dense and expert weights"),
+        pytest.param((1, "--no-distributed-optimizer"), (), id="plain optimizer"),
+    ],
+)
+def test_master_weights_of_bf16_training_round_to_the_weights(tmp_path, data_flags, layout, model):
+    flags = (*TOY_MODEL, *model, *data_flags, "--precision", "bf16", "--train-iters", "1")
+    if model:
+        flags += ("--expert-model-parallel-size", "2")
+    train(layout[0], tmp_path / "log.jsonl", *flags, *layout[1:], "--save", str(tmp_path / "saved"))
+    reader, masters = (open_checkpoint(tmp_path / "saved", weights=weights) for weights in ("model", "master"))
+    assert reader.tensors.keys() == masters.tensors.keys()
+    for name, stored in reader.tensors.items():
+        weight, master = reader.read(name), masters.read(name)
+        assert (stored.dtype, master.dtype) == (torch.bfloat16, torch.float32)
+        assert torch.equal(master.bfloat16(), weight), name
+        assert not torch.equal(master, weight.float()), name
 
 
 @pytest.fixture
@@ -144,22 +172,45 @@ def test_a_killed_export_leaves_nothing_that_loads(tmp_path, number, exit_code):
     assert not (tmp_path / "hf.partial" / "config.json").exists()
 
 
-def test_a_sample_comes_from_the_exported_model(tmp_path):
-    tokenizer = train_toy_tokenizer(tmp_path)
+@pytest.fixture(scope="module")
+def with_tokenizer(tmp_path_factory) -> Path:
+    """A checkpoint that names the tokenizer that it was trained with."""
+    folder = tmp_path_factory.mktemp("with_tokenizer")
     tensors = toy_llama_tensors()
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         tensors[name] = torch.randn(TOY_VOCAB_SIZE, 24)
-    arguments = toy_arguments(vocab_size=TOY_VOCAB_SIZE, tokenizer_model=str(tokenizer))
-    write_toy_checkpoint(tmp_path / "checkpoint", tensors, arguments=arguments)
-    result = run(EXPORT, "--load", tmp_path / "checkpoint", "--save", tmp_path / "hf")
+    arguments = toy_arguments(vocab_size=TOY_VOCAB_SIZE, tokenizer_model=str(train_toy_tokenizer(folder)))
+    write_toy_checkpoint(folder / "checkpoint", tensors, arguments=arguments)
+    return folder / "checkpoint"
+
+
+def test_both_models_compute_the_same_and_a_sample_comes_from_the_exported_one(tmp_path, with_tokenizer):
+    result = run(EXPORT, "--load", with_tokenizer, "--save", tmp_path / "hf")
     assert result.returncode == 0, result.stderr
     assert "30 out, 0 dropped, all read back equal; float32 in 1 file, tokenizer equal on" in result.stdout
+    assert re.search(r"most probable token .* passed", result.stdout)
     sample = ("--model", tmp_path / "hf", "--prompt", "the quick", "--max-new-tokens", "8")
     one, again = (run(SAMPLE, *sample, "--seed", "1") for _ in range(2))
     assert (one.returncode, one.stderr) == (0, "")
     assert one.stdout.startswith("the quick")
     assert len(one.stdout.strip()) > len("the quick")
     assert one.stdout == again.stdout
+
+
+def test_the_example_looks_exports_and_passes_flags_on(tmp_path, with_tokenizer):
+    knobs = {"CHECKPOINT": str(with_tokenizer), "OUTPUT_DIR": str(tmp_path / "hf"), "PROMPT": "the quick"}
+    command = ["bash", str(REPOSITORY / "examples" / "convert_to_hf.sh"), "--verify", "tensors", "--json"]
+    result = subprocess.run(command, env=environment() | knobs, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    (report,) = (json.loads(line) for line in result.stdout.splitlines() if line.startswith("{"))
+    assert (report["iteration"], report["num_hf_tensors"], report["dtype"]) == (10, 30, "float32")
+    assert [(row["check"], row["is_passed"]) for row in report["checks"]] == [
+        ("tensors", True),
+        ("tokenizer", True),
+        ("Megatron against transformers", None),
+    ]
+    assert "iteration 10" in result.stdout.split("== export")[0]
+    assert result.stdout.split("by transformers\n")[1].startswith("the quick")
 
 
 def test_a_sample_needs_a_whole_model(tmp_path):

@@ -18,6 +18,7 @@ from megatron_hammer.checkpoint.export import ExportOptions, export_to_hugging_f
 from megatron_hammer.checkpoint.layouts import split_qkv
 from megatron_hammer.checkpoint.mapping import expand, select_family
 from megatron_hammer.checkpoint.safetensors_stream import ShardWriter
+from megatron_hammer.checkpoint.verify import CheckRow
 from megatron_hammer.errors import CheckpointError, ConversionError
 
 
@@ -224,6 +225,38 @@ def test_twin_a_wrong_split_does_not_pass_the_verification(options, monkeypatch)
     with pytest.raises(ConversionError, match="what was written must read back equal") as caught:
         export_to_hugging_face(options)
     assert len(caught.value.problems) == 3  # one a layer
+    assert_nothing_was_left(options)
+
+
+def test_the_models_are_compared_on_links_so_that_the_partial_folder_never_loads(options, monkeypatch):
+    calls = []
+
+    def compare(megatron_dir, hf_dir, **settings):
+        partial = Path(f"{options.save_dir}.partial")
+        assert not (partial / "config.json").exists()
+        assert transformers.AutoModelForCausalLM.from_pretrained(hf_dir).config.vocab_size == 53
+        calls.append((megatron_dir, settings))
+        return [CheckRow("logits", "equal", True), CheckRow("layers", "not needed", None)]
+
+    monkeypatch.setattr(export, "verify_model", compare)
+    report = export_to_hugging_face(dataclasses.replace(options, verify="auto", iteration=10, weights="master"))
+    assert calls == [(options.load_dir, {"level": "auto", "iteration": 10, "weights": "master"})]
+    assert [(row.check, row.is_passed) for row in report.checks] == [
+        ("tensors", True),
+        ("tokenizer", None),
+        ("logits", True),
+        ("layers", None),
+    ]
+    assert transformers.AutoModelForCausalLM.from_pretrained(options.save_dir).config.vocab_size == 53
+
+
+def test_a_comparison_that_fails_leaves_nothing_and_names_each_failed_row(options, monkeypatch):
+    rows = [CheckRow("logits", "off by 3", False), CheckRow("tokens", "equal", True), CheckRow("loss", "nan", False)]
+    monkeypatch.setattr(export, "verify_model", lambda *args, **kwargs: rows)
+    message = "checkpoint: transformers must compute what Megatron does, got logits: off by 3. Nothing was written;"
+    with pytest.raises(ConversionError, match=message) as caught:
+        export_to_hugging_face(dataclasses.replace(options, verify="logits"))
+    assert len(caught.value.problems) == 2
     assert_nothing_was_left(options)
 
 
