@@ -19,13 +19,13 @@ from torch import Tensor
 
 from megatron_hammer.checkpoint.architecture import Architecture
 from megatron_hammer.checkpoint.bit_patterns import is_bitwise_equal, is_finite
-from megatron_hammer.checkpoint.hf_architecture import DIALECTS
 from megatron_hammer.checkpoint.hf_folder import HfFolder, open_hf_folder
 from megatron_hammer.checkpoint.mapping import Layout, TensorPair
 from megatron_hammer.checkpoint.saved_arguments import build_common_state, build_saved_arguments
 from megatron_hammer.checkpoint.stacked_names import extra_state_key, stack_name
 from megatron_hammer.checkpoint.tokenizer_export import export_tokenizer_folder
-from megatron_hammer.checkpoint.verify import CheckRow, verify_model
+from megatron_hammer.checkpoint.verification_rows import CheckRow
+from megatron_hammer.checkpoint.verify import verify_model
 from megatron_hammer.checkpoint.writer import RELEASE, CheckpointWriter, open_checkpoint_writer
 from megatron_hammer.errors import ConversionError
 
@@ -101,7 +101,7 @@ def import_from_hugging_face(
             tokenizer_model=None if tokenizer_dir is None else str(tokenizer_dir),
         )
         writer.commit(build_common_state(arguments))
-        checks += _verify_computation(writer.directory, source, options)
+        checks += _verify_computation(writer.directory, options)
     skipped = source.sources.duplicates.keys() | source.sources.buffers.keys()
     return ImportReport(
         save_dir=options.save_dir,
@@ -292,11 +292,7 @@ def _unequal(hf_name: str, megatron_name: str, writer: CheckpointWriter) -> str:
 # --- the whole model and its tokenizer -------------------------------------------------------------------------------
 
 
-def _verify_computation(partial_dir: Path, source: HfFolder, options: ImportOptions) -> list[CheckRow]:
-    model_type = source.model.config["model_type"]
-    if DIALECTS[model_type].has_own_code and options.verify != "tensors":
-        reason = f"not done: transformers computes {model_type} only with code of the folder, which is not run"
-        return [CheckRow("Megatron against transformers", reason, None)]
+def _verify_computation(partial_dir: Path, options: ImportOptions) -> list[CheckRow]:
     checks = verify_model(partial_dir, options.hf_dir, level=options.verify)
     failed = [
         f"{options.hf_dir}: Megatron must compute from the checkpoint what transformers computes from the folder, "

@@ -19,7 +19,7 @@ from megatron_hammer.checkpoint.import_hf import ImportOptions, import_from_hugg
 from megatron_hammer.checkpoint.mapping import GATE_UP, QKV, TRANSPOSED, Layout
 from megatron_hammer.checkpoint.reader import open_checkpoint
 from megatron_hammer.checkpoint.torch_dist_store import TorchDistStore
-from megatron_hammer.checkpoint.verify import CheckRow
+from megatron_hammer.checkpoint.verification_rows import CheckRow
 from megatron_hammer.checkpoint.writer import CheckpointWriter
 from megatron_hammer.errors import ConversionError, DataError
 
@@ -259,15 +259,13 @@ def test_a_failed_comparison_with_transformers_leaves_nothing(folder, monkeypatc
     assert convert(folder).checks[-1] == CheckRow("memory", "too small", None)
 
 
-def test_a_model_with_code_of_its_own_is_not_run(folder, monkeypatch):
-    monkeypatch.setattr(import_hf, "verify_model", None)
-    changes = {"model_type": "tinyllm", "architectures": ["TinyllmForCausalLM"], "hidden_act": "silu"}
-    weights = write_toy_folder(folder, **changes)
-    options = ImportOptions(hf_dir=folder, save_dir=folder.with_name("save"))
-    check = import_from_hugging_face(options).checks[-1]
-    assert check.is_passed is None
-    assert "only with code of the folder, which is not run" in check.result
+def test_a_family_that_transformers_does_not_have_comes_back(folder):
+    """tiny-llm-zh: Llama with biases on q, k and v. Its export is of the class that computes it, with its names."""
+    weights = write_toy_folder(folder, model_type="tinyllm", architectures=["TinyllmForCausalLM"], hidden_act="silu")
+    assert "model.layers.0.self_attn.k_proj.bias" in weights
+    assert convert(folder).model_type == "tinyllm"
     assert_equal(weights, export(folder))
+    assert json.loads((folder.with_name("again") / "config.json").read_text())["model_type"] == "qwen2"
 
 
 def test_the_tokenizer_comes_along(folder, tmp_path):
