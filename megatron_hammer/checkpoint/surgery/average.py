@@ -46,6 +46,7 @@ _MODEL_ARGUMENTS = (
     "rotary_percent",
     "use_rope_scaling",
     "rope_scaling_factor",
+    "rotary_seq_len_interpolation_factor",
     "qk_layernorm",
     "add_bias_linear",
     "add_qkv_bias",

@@ -47,6 +47,13 @@ _STAGE_ARGUMENTS = (
     "pipeline_model_parallel_layout",
 )
 
+# Of arguments that are never None.
+_DEFAULTS = {
+    "account_for_embedding_in_pipeline_split": False,
+    "account_for_loss_in_pipeline_split": False,
+    "rotary_percent": 1.0,
+}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TargetLayout:
@@ -118,11 +125,12 @@ def reshard(
 
 
 class _Unset(Namespace):
-    """Arguments of which one that the checkpoint's version did not have is None, which is to say unset."""
+    """Arguments of which one that the checkpoint's version did not have is unset, or has Megatron's default."""
 
-    def __getattr__(self, name: str) -> None:
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        return _DEFAULTS.get(name)
 
 
 def _find_problems(args: Namespace) -> list[str]:
@@ -134,10 +142,10 @@ def describe_layout(args: Any) -> str:
     """As `TP2 PP4 VPP2 EP1`."""
     virtual = getattr(args, "num_virtual_stages_per_pipeline_rank", None)
     sizes = {
-        "TP": args.tensor_model_parallel_size,
-        "PP": args.pipeline_model_parallel_size,
+        "TP": getattr(args, "tensor_model_parallel_size", 1),
+        "PP": getattr(args, "pipeline_model_parallel_size", 1),
         "VPP": virtual if virtual and virtual > 1 else None,
-        "EP": args.expert_model_parallel_size,
+        "EP": getattr(args, "expert_model_parallel_size", 1),
     }
     return " ".join(f"{name}{size}" for name, size in sizes.items() if size is not None)
 
@@ -199,25 +207,26 @@ def _change_optimizer(checkpoint: TrainingCheckpoint, state: dict[Any, Any], arg
 
 def _change_arguments(saved: Any, target: TargetLayout) -> Namespace:
     """The saved arguments with the target's sizes, and with what megatron derives from them."""
-    args = Namespace(**vars(saved))
-    tp = target.tensor_model_parallel_size or saved.tensor_model_parallel_size
-    pp = target.pipeline_model_parallel_size or saved.pipeline_model_parallel_size
-    etp_saved = getattr(saved, "expert_tensor_parallel_size", None) or saved.tensor_model_parallel_size
-    etp_kept = tp if etp_saved == saved.tensor_model_parallel_size else etp_saved
+    args, saved = Namespace(**vars(saved)), _Unset(**vars(saved))
+    tp = target.tensor_model_parallel_size or saved.tensor_model_parallel_size or 1
+    pp = target.pipeline_model_parallel_size or saved.pipeline_model_parallel_size or 1
+    tp_saved = saved.tensor_model_parallel_size or 1
+    etp_saved = saved.expert_tensor_parallel_size or tp_saved
+    etp_kept = tp if etp_saved == tp_saved else etp_saved
     args.tensor_model_parallel_size = tp
     args.pipeline_model_parallel_size = args.transformer_pipeline_model_parallel_size = pp
-    args.expert_model_parallel_size = target.expert_model_parallel_size or saved.expert_model_parallel_size
+    args.expert_model_parallel_size = target.expert_model_parallel_size or saved.expert_model_parallel_size or 1
     args.expert_tensor_parallel_size = target.expert_tensor_parallel_size or etp_kept
-    args.sequence_parallel = tp > 1 and bool(saved.sequence_parallel or getattr(saved, "num_experts", None))
+    args.sequence_parallel = tp > 1 and bool(saved.sequence_parallel or saved.num_experts)
     for name, before, now in (
-        ("tensor_parallel_num_weight_shards", saved.tensor_model_parallel_size, tp),
+        ("tensor_parallel_num_weight_shards", tp_saved, tp),
         ("expert_tensor_parallel_num_weight_shards", etp_saved, args.expert_tensor_parallel_size),
     ):
         if getattr(saved, name, None):
             setattr(args, name, getattr(saved, name) // before * now)
     _change_stages(args, saved, target)
     _change_world(args, saved)
-    if getattr(saved, "vocab_size", None) and tp != saved.tensor_model_parallel_size:
+    if saved.vocab_size and tp != tp_saved:
         args.padded_vocab_size = count_padded_rows(args)
     return args
 
@@ -239,11 +248,12 @@ def _change_stages(args: Namespace, saved: Any, target: TargetLayout) -> None:
 
 def _change_world(args: Namespace, saved: Any) -> None:
     """The world is kept where the layout tiles it, else the least that it tiles. Only the saved arguments say it."""
+    args.context_parallel_size = saved.context_parallel_size or 1
     least = count_least_world_size(args)
-    args.world_size = saved.world_size if saved.world_size % least == 0 else least
+    args.world_size = saved.world_size if saved.world_size and saved.world_size % least == 0 else least
     ranks = args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
     args.data_parallel_size = args.world_size // ranks
 
 
 def _is_same(saved: Any, args: Namespace, *names: str) -> bool:
-    return all(getattr(saved, name) == getattr(args, name) for name in names)
+    return all(getattr(saved, name, None) == getattr(args, name) for name in names)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_hammer.checkpoint.reader import find_iteration
+from megatron_hammer.checkpoint.reader import find_iteration, is_legacy
+from megatron_hammer.checkpoint.surgery.legacy_source import LegacyStore
 from megatron_hammer.checkpoint.torch_dist_store import StoredGlobal, TorchDistStore
 from megatron_hammer.errors import CheckpointError
 
@@ -30,7 +31,7 @@ class TrainingCheckpoint:
     iteration: None for a release, which training starts from at step 0 with a fresh optimizer.
     """
 
-    store: TorchDistStore
+    store: TorchDistStore | LegacyStore
     model: dict[str, StoredGlobal]
     optimizer: dict[str, StoredGlobal]
     iteration: int | None
@@ -61,15 +62,11 @@ class TrainingCheckpoint:
 def open_training_checkpoint(path: Path, *, iteration: int | None = None) -> TrainingCheckpoint:
     """Open what --save wrote (the latest or the given iteration), or one iteration of it.
 
+    Of a legacy checkpoint only the weights are read, as a release.
     Raises CheckpointError if it is missing, incomplete, of another format, or mixed from two iterations.
     """
     directory = find_iteration(path, iteration)
-    if list(directory.glob("mp_rank_*")):
-        raise CheckpointError(
-            f"{directory}: format must be torch_dist, got a legacy checkpoint of mp_rank_* files. "
-            "Load it in training with --auto-detect-ckpt-format and save it with --ckpt-format torch_dist."
-        )
-    store = TorchDistStore(directory)
+    store: TorchDistStore | LegacyStore = LegacyStore(directory) if is_legacy(directory) else TorchDistStore(directory)
     store.validate()
     state = store.common_state
     if "args" not in state or "iteration" not in state:
@@ -88,7 +85,7 @@ def open_training_checkpoint(path: Path, *, iteration: int | None = None) -> Tra
         store=store,
         model={key: stored for key, stored in tensors.items() if not is_optimizer_key(key)},
         optimizer={key: stored for key, stored in tensors.items() if is_optimizer_key(key)},
-        iteration=None if directory.name == RELEASE else state["iteration"],
+        iteration=None if directory.name == RELEASE or isinstance(store, LegacyStore) else state["iteration"],
     )
 
 

@@ -11,6 +11,7 @@ mean factor E*G/K is taken as there, and the function is near the dense one as l
 Source: arXiv:2410.07524; megatron.core.transformer.moe.upcycling_utils.
 """
 
+import functools
 import math
 import time
 from argparse import Namespace
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_hammer.checkpoint.safe_pickle import dump_object
 from megatron_hammer.checkpoint.surgery.chunk_layout import layout_of
 from megatron_hammer.checkpoint.surgery.rewriting import (
     OnTensor,
@@ -208,7 +210,7 @@ def _box_of(matrix: Tensor, offsets: tuple[int, ...], sizes: tuple[int, ...]) ->
 
 def _plan_objects(checkpoint: TrainingCheckpoint, shape: ExpertShape) -> dict[str, Any]:
     """megatron's extra states: those of the dense matrices become those of every expert."""
-    objects = {}
+    objects: dict[str, Any] = {}
     layers = checkpoint.model[_FC1].shape[0]
     for key, read_bytes in copy_objects(checkpoint, checkpoint.list_model_objects()).items():
         if not key.startswith(_LAYERS + "mlp."):
@@ -218,6 +220,9 @@ def _plan_objects(checkpoint: TrainingCheckpoint, shape: ExpertShape) -> dict[st
         layer = place.split("_")[0]
         for expert in range(shape.num_experts):
             objects[f"{_EXPERTS}{name}/shard_{layer}.{expert}_{layers}.{shape.num_experts}"] = read_bytes
+        if name.startswith("linear_fc1."):  # of TransformerEngine's norm, which has left it
+            norm = f"{_LAYERS}pre_mlp_layernorm._extra_state/shard_{layer}_{layers}"
+            objects[norm] = functools.partial(dump_object, [None])
     return objects
 
 

@@ -70,9 +70,3 @@ def test_a_state_without_arguments_is_refused(tmp_path):
     write_toy_checkpoint(tmp_path, toy_llama_tensors(), common_state={"iteration": 10})
     with pytest.raises(CheckpointError, match=r"common state must hold args and iteration, got \['iteration'\]"):
         open_training_checkpoint(tmp_path)
-
-
-def test_legacy_files_are_refused(tmp_path):
-    (tmp_path / "iter_0000010" / "mp_rank_00").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match=r"format must be torch_dist, got a legacy checkpoint of mp_rank_"):
-        open_training_checkpoint(tmp_path, iteration=10)

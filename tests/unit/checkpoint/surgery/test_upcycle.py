@@ -38,7 +38,8 @@ def test_whole_copies(tmp_path):
     assert saved == (5, 3, 20, False)
     assert "optimizer" not in store.common_state
     extra = "decoder.layers.mlp.experts.experts.linear_fc1._extra_state/shard_1"
-    assert store.objects == tuple(f"{extra}.{expert}_4.5" for expert in range(5))
+    norm_state = "decoder.layers.pre_mlp_layernorm._extra_state/shard_1_4"
+    assert store.objects == (*(f"{extra}.{expert}_4.5" for expert in range(5)), norm_state)
     assert (report.num_experts, report.expert_ffn_hidden_size, report.is_exact) == (5, 20, True)
     assert report.num_parameters == sum(tensor.numel() for tensor in found.values())
 
