@@ -17,7 +17,7 @@ from megatron_hammer.checkpoint.hf_architecture import CONFIG_NAME, read_hf_arch
 from megatron_hammer.checkpoint.hf_names import locate_hf_tensors
 from megatron_hammer.checkpoint.hf_weights import PYTORCH_FILE, PYTORCH_INDEX, HfWeights, open_hf_weights
 from megatron_hammer.checkpoint.mapping import TensorPair, expand, select_family
-from megatron_hammer.checkpoint.reader import find_iteration, open_checkpoint
+from megatron_hammer.checkpoint.reader import find_iteration, is_legacy, open_checkpoint
 from megatron_hammer.checkpoint.torch_dist_store import TorchDistStore
 from megatron_hammer.errors import CheckpointError
 
@@ -82,13 +82,13 @@ def open_any(path: Path, *, iteration: int | None = None, weights: str = "model"
         stored = open_hf_weights(path)
         return OpenedCheckpoint(directory=path, format="Hugging Face", views=view_folder(stored), weights=stored)
     directory = find_iteration(path, iteration)
-    is_legacy = any(directory.glob("mp_rank_*"))
-    if not is_legacy:
+    has_rank_files = is_legacy(directory)
+    if not has_rank_files:
         TorchDistStore(directory).validate()  # every file, also those that the weights do not need
     reader = open_checkpoint(directory, weights=weights)
     views = {name: _view(reader, name) for name in reader.tensors}
     return OpenedCheckpoint(
-        directory=directory, format="legacy" if is_legacy else "torch_dist", views=views, reader=reader
+        directory=directory, format="legacy" if has_rank_files else "torch_dist", views=views, reader=reader
     )
 
 

@@ -1,6 +1,6 @@
 """Megatron against transformers on a checkpoint and its folder: equal where they are, and every twin noticed.
 
-One test runs the two processes as users do; the others call the same code in this process, which imports both once.
+Both sides run in this process, which imports transformers and megatron once; tests/integration has the two processes.
 """
 
 import json
@@ -201,20 +201,6 @@ def test_a_folder_without_a_tensor_is_not_filled_by_chance(tmp_path, in_process,
         (row,) = verify_model(megatron_dir, hf_dir, level=level)
         assert (row.check, row.is_passed) == ("transformers runs the folder", False)
         assert "hf: transformers must load every tensor, got missing ['model.layers." in capsys.readouterr().err
-
-
-# --- as users run it -------------------------------------------------------------------------------------------------
-
-
-def test_two_processes_say_what_each_of_them_found(tmp_path):
-    megatron_dir, hf_dir = write_toy_pair(tmp_path, {})
-    rows = verify_model(megatron_dir, hf_dir)  # so small a model fits in memory
-    assert [row.is_passed for row in rows] == [True] * 4
-    assert rows[0].check == (
-        "logits, LlamaForCausalLM in float32 on 5 sequences of random ids (the folder has no tokenizer that loads), "
-        "160 tokens"
-    )
-    assert rows[2].result == "equal at 160 of 160 positions"
 
 
 def test_a_level_that_does_not_exist_is_refused(tmp_path):

@@ -1,0 +1,111 @@
+"""inspect_checkpoint.py as a user runs it: tables or JSON on stdout, one summary line, exit codes 0, 1 and 2.
+
+Loading torch takes seconds, so one test starts the tool in a process of its own, the others in this one.
+"""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from toy_checkpoint import toy_llama_tensors, write_toy_checkpoint
+from toy_pair import write_toy_pair
+from training_runs import REPOSITORY, environment
+
+pytestmark = pytest.mark.integration
+
+TOOL = REPOSITORY / "checkpoint_convert" / "inspect_checkpoint.py"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the tool in this process; returns (exit code, stdout, stderr)."""
+
+    def run_tool(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
+        code = 0
+        try:
+            runpy.run_path(str(TOOL), run_name="__main__")
+        except SystemExit as error:
+            code = error.code
+        return (code, *capsys.readouterr())
+
+    return run_tool
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> tuple[Path, Path]:
+    return write_toy_pair(tmp_path_factory.mktemp("pair"), {})
+
+
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory) -> Path:
+    return write_toy_checkpoint(tmp_path_factory.mktemp("changed"), toy_llama_tensors(seed=5), iteration=20).parent
+
+
+def test_a_process_of_its_own_compares_values_and_what_both_compute(pair):
+    command = [sys.executable, str(TOOL), str(pair[0]), "--compare", str(pair[1]), "--forward", "auto"]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr + result.stdout
+    assert result.stderr == ""
+    assert "logits, LlamaForCausalLM in float32 on 5 sequences of random ids" in result.stdout
+    assert "equal at 160 of 160 positions" in result.stdout
+    assert result.stdout.count(" passed ") == 4
+    assert result.stdout.splitlines()[-1].startswith("equal; 30 of 30 tensors equal, 0 arguments differ: ")
+
+
+def test_a_checkpoint_is_shown_and_measured(pair, run):
+    megatron_dir, hf_dir = pair
+    code, output, errors = run(megatron_dir, "--statistics", "--names", "*final_layernorm*")
+    assert (code, errors) == (0, "")
+    assert "decoder.final_layernorm.weight" in output
+    *_, measured, last = output.splitlines()
+    assert measured == "1 tensors measured, 24 elements, 0 with NaN or infinity"
+    assert last.startswith(f"{megatron_dir}/iter_0000010: torch_dist, iteration 10, 1,280 tokens, 11,640 parameters, ")
+    code, output, errors = run(hf_dir, "--json")
+    found = json.loads(output)
+    assert (code, errors) == (0, "")
+    assert (found["format"], found["num_parameters"], found["iteration"]) == ("Hugging Face", 11_640, None)
+
+
+def test_a_difference_is_exit_code_1(pair, changed, run):
+    code, output, _ = run(pair[0], "--compare", changed)
+    assert code == 1
+    assert output.splitlines()[-1].startswith("different: 21 value; 0 of 21 tensors equal, 1 arguments differ: ")
+    code, output, _ = run(pair[1], "--compare", changed, "--json")
+    found = json.loads(output)
+    assert (code, found["is_equal"]) == (1, False)
+    assert {difference["kind"] for difference in found["differences"]} == {"value"}
+
+
+def test_user_errors_are_sentences_with_exit_code_2(pair, tmp_path, run):
+    write_toy_checkpoint(tmp_path / "short", toy_llama_tensors())
+    shard = tmp_path / "short" / "iter_0000010" / "__0_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:5000])
+    cases = {
+        (tmp_path / "nowhere",): "nowhere: checkpoint directory does not exist",
+        (tmp_path / "short",): "__0_0.distcp: must hold at least",
+        (pair[0], "--iteration", "7"): "iter_0000007: iteration does not exist, got ['iter_0000010'].",
+        (pair[0], "--optimizer", "--names", "x"): "--optimizer: works with --compare only, got no --compare.",
+        (
+            pair[0],
+            "--compare",
+            pair[0],
+            "--forward",
+            "auto",
+        ): "--forward: one checkpoint must be Megatron's and the other",
+        (
+            pair[0],
+            "--compare",
+            pair[0],
+            "--optimizer",
+        ): "must hold the optimizer's state as torch_dist has it, got none.",
+        (pair[0], "--compare", pair[1], "--statistics"): "--statistics: is about one checkpoint, got --compare too.",
+    }
+    for arguments, message in cases.items():
+        code, output, errors = run(*arguments)
+        assert (code, output) == (2, ""), arguments
+        assert message in errors
+        assert all(line.startswith("error: ") for line in errors.splitlines())
