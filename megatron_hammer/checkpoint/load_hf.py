@@ -50,12 +50,12 @@ def fill_chunks(
     return torch.tensor(list(filler.num_held.values()))
 
 
-def require_every_element(source: HfFolder, num_held: Tensor) -> None:
+def require_every_element(source: HfFolder, num_held: Sequence[int]) -> None:
     """Raise ConversionError unless all ranks together hold each element once. num_held: summed over all ranks."""
     problems = [
         f"{source.folder}: {', '.join(pair.hf_names)} must go into the model whole, got {held:,} of "
         f"{math.prod(pair.megatron_shape):,} elements. This is a bug; please report the command."
-        for pair, held in zip(source.pairs, num_held.tolist(), strict=True)
+        for pair, held in zip(source.pairs, num_held, strict=True)
         if held != math.prod(pair.megatron_shape)
     ]
     if problems:

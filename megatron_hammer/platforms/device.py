@@ -3,6 +3,8 @@
 import os
 import resource
 import socket
+from collections.abc import Sequence
+from typing import Any
 
 import psutil
 import torch
@@ -46,6 +48,13 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     tensor = values.to("cuda" if torch.cuda.is_available() else "cpu", copy=True)
     torch.distributed.all_reduce(tensor)
     return tensor.cpu()
+
+
+def gather_lines(lines: Sequence[str]) -> list[str]:
+    """Collective list of every rank's lines, each once, in the order of the ranks."""
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, list(lines))
+    return list(dict.fromkeys(line for of_rank in gathered for line in of_rank))
 
 
 def stand_alone() -> None:

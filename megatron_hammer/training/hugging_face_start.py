@@ -20,7 +20,7 @@ from megatron_hammer.checkpoint.load_hf import MasterWeights, fill_chunks, requi
 from megatron_hammer.checkpoint.model_preset import build_model_preset
 from megatron_hammer.config.start_model import StartModel
 from megatron_hammer.errors import ConversionError
-from megatron_hammer.platforms.device import sum_over_ranks
+from megatron_hammer.platforms.device import gather_lines, sum_over_ranks
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
@@ -74,18 +74,25 @@ def build_filler(start: StartModel, *, rank: int, terminal: IO[str]) -> Callable
         from megatron.core.utils import unwrap_model
 
         source = open_hf_folder(start.folder)
-        if rank == 0 and (unequal := source.list_unequal_duplicates()):
-            raise ConversionError(*unequal)
         modules = unwrap_model(list(chunks))
         metadata = {
             "singleton_local_shards": False,
             "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         }
-        with _progress(modules, terminal if rank == 0 else None) as on_parameter:
-            num_held = fill_chunks(
-                modules, source, metadata=metadata, find_master=_find_master(optimizer), on_parameter=on_parameter
-            )
-        require_every_element(source, sum_over_ranks(num_held))
+        num_held, problems = torch.zeros(len(source.pairs), dtype=torch.int64), list[str]()
+        try:
+            if rank == 0 and (unequal := source.list_unequal_duplicates()):
+                raise ConversionError(*unequal)
+            with _progress(modules, terminal if rank == 0 else None) as on_parameter:
+                num_held = fill_chunks(
+                    modules, source, metadata=metadata, find_master=_find_master(optimizer), on_parameter=on_parameter
+                )
+        except ConversionError as error:  # said once all ranks have looked: a rank that leaves alone hangs the others
+            problems = list(error.problems)
+        *num_held_by_all, num_problems = sum_over_ranks(torch.cat([num_held, torch.tensor([len(problems)])])).tolist()
+        if num_problems:
+            raise ConversionError(*gather_lines(problems))
+        require_every_element(source, num_held_by_all)
 
     return fill
 

@@ -73,7 +73,7 @@ def test_every_parameter_is_what_the_mapping_makes_of_the_folder(model: ModelPre
     source = write_folder(tmp_path / "hf", model)
     built = build_model(read_arguments(model))
     num_held = fill_chunks([built], source)
-    require_every_element(source, num_held)
+    require_every_element(source, num_held.tolist())
     parameters = checkpoint_parameters(built)
     assert parameters.keys() == {pair.megatron_name for pair in source.pairs}
     for pair in source.pairs:
@@ -143,7 +143,7 @@ def test_what_no_rank_holds_is_named(tmp_path: Path) -> None:
     num_held = fill_chunks([build_model(read_arguments(TOY_LLAMA))], source)
     num_held[0] -= 96
     with pytest.raises(ConversionError) as caught:
-        require_every_element(source, num_held)
+        require_every_element(source, num_held.tolist())
     assert caught.value.problems == (
         f"{tmp_path}/hf: {EMBEDDING} must go into the model whole, got 48,000 of 48,096 elements. "
         "This is a bug; please report the command.",
