@@ -60,7 +60,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 def interpret_config(config: Mapping[str, Any]) -> Architecture:
     """The architecture of a config.json that was read; raises ConversionError naming every unsupported field."""
     model_type = config.get("model_type")
-    if model_type not in DIALECTS:
+    if not isinstance(model_type, str) or model_type not in DIALECTS:
         raise ConversionError(
             f"config.json, model_type: must be one of {', '.join(sorted(DIALECTS))}, got model_type={model_type!r}. "
             "Use a model of one of these families."

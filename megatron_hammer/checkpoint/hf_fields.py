@@ -133,13 +133,14 @@ class HfFields:
     def require_class(self, names: Sequence[str], *, runs_own_code: bool) -> None:
         """The class that computes the model must be the family's own."""
         classes = self._config.get("architectures")
-        if classes and not set(classes) & set(names):
+        if classes and not (isinstance(classes, list) and any(name in classes for name in names)):
             self._problems.append(
                 f"config.json, architectures: must be {names[0]}, got architectures={classes!r}. "
                 "Use the causal language model of this family."
             )
         own_code = self._config.get("auto_map") or {}
-        if not runs_own_code and any(name in own_code for name in _OWN_CODE):
+        names_a_model = not isinstance(own_code, dict) or any(name in own_code for name in _OWN_CODE)
+        if names_a_model and not runs_own_code:
             self.refuse("auto_map", "the folder brings code of its own, which is never run and may compute anything")
 
     def require_nothing_else(self) -> None:
@@ -148,7 +149,8 @@ class HfFields:
             if not is_quiet(self._config.get(name)):
                 self.refuse(name, reason)
         layer_types = self._config.get("layer_types")
-        if layer_types and set(layer_types) != {"full_attention"}:
+        kinds = layer_types if isinstance(layer_types, list) else [layer_types]
+        if layer_types and any(kind != "full_attention" for kind in kinds):
             self.refuse("layer_types", "every layer must have full attention")
 
     def require_choice(self, name: str, choices: Sequence[str], *, default: str) -> str:
@@ -268,7 +270,7 @@ class HfFields:
                     f"got {key}={given.get(key)!r}. Use a model with Llama 3.1's scaling."
                 )
         factor = given.get("factor")
-        if isinstance(factor, bool) or not isinstance(factor, int | float) or factor < 1:
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 1 <= factor < float("inf"):
             self._problems.append(
                 f"config.json, {name}.factor: must be a number of at least 1, got factor={factor!r}. "
                 "Restore the file as transformers wrote it."

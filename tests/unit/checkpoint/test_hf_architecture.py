@@ -294,6 +294,31 @@ def test_every_field_that_cannot_be_converted_is_named_at_once(config, fields):
     assert [problem.removeprefix("config.json, ").split(":")[0] for problem in caught.value.problems] == fields
 
 
+@pytest.mark.parametrize("value", [True, -1, float("nan"), "x", [["x"]], {"a": 1}, 10**30], ids=repr)
+@pytest.mark.parametrize("config", [LLAMA, MIXTRAL, QWEN2_MOE, GPT2], ids=lambda config: config["model_type"])
+def test_a_value_of_the_wrong_kind_is_a_users_error(config, value):
+    """Never a stack trace: a file that somebody edited, or one that is no model's."""
+    optional = (
+        "head_dim",
+        "num_key_value_heads",
+        "rope_theta",
+        "rope_scaling",
+        "sliding_window",
+        "layer_types",
+        "auto_map",
+    )
+    refused = {name for name in (*config, *optional) if is_refused(config | {name: value})}
+    assert {"model_type", "vocab_size"} - refused <= ({"vocab_size"} if value == 10**30 else set())
+
+
+def is_refused(config) -> bool:
+    try:
+        interpret_config(config)
+    except ConversionError:
+        return True
+    return False
+
+
 def test_a_folder_without_a_readable_file_is_refused(tmp_path):
     with pytest.raises(
         ConversionError, match=r"config\.json: must exist, got none\. Pass a Hugging Face model folder\."
