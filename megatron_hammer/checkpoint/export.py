@@ -27,7 +27,7 @@ from megatron_hammer.checkpoint.mapping import (
 )
 from megatron_hammer.checkpoint.model_card import build_model_card
 from megatron_hammer.checkpoint.partial_directory import open_directory_atomically
-from megatron_hammer.checkpoint.reader import CheckpointReader, open_checkpoint
+from megatron_hammer.checkpoint.reader import CheckpointReader, TorchDistReader, open_checkpoint
 from megatron_hammer.checkpoint.safetensors_stream import Shard, plan_shards
 from megatron_hammer.checkpoint.verify import CheckRow, Level, verify_model
 from megatron_hammer.checkpoint.weight_export import write_verified_weights
@@ -80,7 +80,7 @@ class ExportReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Plan:
-    """Everything that is known before a tensor is read."""
+    """Everything that is known before a tensor is converted."""
 
     reader: CheckpointReader
     model: Architecture
@@ -90,6 +90,7 @@ class _Plan:
     dtype: torch.dtype
     shards: list[Shard]
     num_parameters: int
+    num_compared_files: int
 
     @property
     def num_bytes(self) -> int:
@@ -144,7 +145,7 @@ def export_to_hugging_face(
 
 
 def _plan_export(options: ExportOptions) -> _Plan:
-    """Open the checkpoint and hold its names, shapes and dtypes to its architecture; reads no tensor."""
+    """Open the checkpoint and hold its names, shapes and dtypes to its architecture; converts no tensor."""
     reader = open_checkpoint(options.load_dir, iteration=options.iteration, weights=options.weights)
     model = read_architecture(reader.args, vocab_size=options.vocab_size)
     family = select_family(model)
@@ -155,6 +156,7 @@ def _plan_export(options: ExportOptions) -> _Plan:
         {name: stored.shape for name, stored in reader.tensors.items()},
         where=str(reader.directory),
     )
+    num_compared_files = reader.validate_one_save() if isinstance(reader, TorchDistReader) else 0
     dtype = _select_dtype(options.dtype, reader)
     shapes = {name: shape for pair in pairs for name, shape in zip(pair.hf_names, pair.hf_shapes, strict=True)}
     return _Plan(
@@ -164,6 +166,7 @@ def _plan_export(options: ExportOptions) -> _Plan:
         pairs=pairs,
         shapes=shapes,
         dtype=dtype,
+        num_compared_files=num_compared_files,
         shards=plan_shards(shapes, dtype=dtype, max_shard_bytes=options.max_shard_bytes),
         num_parameters=sum(torch.Size(shape).numel() for shape in shapes.values()),
     )
@@ -264,13 +267,16 @@ def _format_json(content: dict[str, Any]) -> str:
 
 def _describe_checks(plan: _Plan, tokenizer: Any) -> list[CheckRow]:
     """What has been proved by the time every weight is written: failing raised."""
-    tensors = CheckRow(
-        "tensors", f"{len(plan.pairs)} of {len(plan.pairs)} read back from the files bit for bit, all finite", True
-    )
+    rows = []
+    if plan.num_compared_files:
+        result = f"weights are the rounded fp32 copies in other files: {plan.num_compared_files} pairs of files"
+        rows.append(CheckRow("files of one save", result, True))
+    num = len(plan.pairs)
+    rows.append(CheckRow("tensors", f"{num} of {num} read back from the files bit for bit, all finite", True))
     if tokenizer is None:
-        return [tensors, CheckRow("tokenizer", "none was written", None)]
+        return [*rows, CheckRow("tokenizer", "none was written", None)]
     texts = f"{tokenizer.num_checked_texts:,} of {tokenizer.num_checked_texts:,} texts encode to the original's ids"
-    return [tensors, CheckRow("tokenizer", texts, True)]
+    return [*rows, CheckRow("tokenizer", texts, True)]
 
 
 def _compare_models(

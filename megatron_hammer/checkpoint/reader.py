@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from megatron_hammer.checkpoint.save_consistency import validate_one_save
 from megatron_hammer.checkpoint.torch_dist_store import TorchDistStore
 from megatron_hammer.errors import CheckpointError
 
@@ -91,6 +92,13 @@ class TorchDistReader:
         self.args: Any = common_state["args"]
         self.iteration: int = common_state["iteration"]
 
+    def validate_one_save(self) -> int:
+        """Raise CheckpointError if files of two saves are found to be mixed; see save_consistency.py.
+
+        Returns how many pairs of files were compared.
+        """
+        return validate_one_save(self.store, self._list_copies())
+
     def remove_vocab_padding(self, vocab_size: int) -> None:
         """From here on the embedding and the head have `vocab_size` rows; the padding is never read."""
         for name in VOCABULARY_TENSORS:
@@ -121,8 +129,7 @@ class TorchDistReader:
 
         A weight that the model itself has in fp32 needs no copy. Raises CheckpointError if any other has none.
         """
-        copies = {match[1]: key for key in self.store.tensors if (match := _MASTER_WEIGHT.match(key))}
-        keys = {key: copies.get(key, key) for key in self._list_keys()}
+        keys = self._list_keys() | self._list_copies()
         lacking = [
             key
             for key, master in keys.items()
@@ -136,6 +143,11 @@ class TorchDistReader:
                 "optimizer and --dist-ckpt-optim-fully-reshardable, the default, have them."
             )
         return keys
+
+    def _list_copies(self) -> dict[str, str]:
+        """The key of the fp32 copy of every weight that has one, by the key that the model has for it."""
+        copies = {match[1]: key for key in self.store.tensors if (match := _MASTER_WEIGHT.match(key))}
+        return {key: copies[key] for key in self._list_keys() if key in copies}
 
     def _list_tensors(self, keys: Mapping[str, str]) -> Iterator[tuple[str, StoredTensor]]:
         for key, stored_key in keys.items():

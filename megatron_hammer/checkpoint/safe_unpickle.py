@@ -126,6 +126,8 @@ def read_metadata(path: Path) -> Any:
 
 def read_object(file: BinaryIO | io.BytesIO, *, where: str | Path) -> Any:
     """A tensor or a plain object that torch.save wrote; raises CheckpointError, naming `where`, if it is neither."""
+    allowed_before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()  # importing megatron allows types of its own and numpy's
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
         file.seek(0)
@@ -137,6 +139,8 @@ def read_object(file: BinaryIO | io.BytesIO, *, where: str | Path) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise nearly anything
         raise _unreadable(where, error) from error
+    finally:
+        torch.serialization.add_safe_globals(allowed_before)
 
 
 def _stand_in(name: str) -> type[MegatronObject]:

@@ -107,6 +107,10 @@ class TorchDistStore:
             return self._read_chunk(key, chunk)[overlap.out_of]
         return self._assemble(key, box, touched)
 
+    def file_of(self, key: str, chunk: StoredChunk) -> str:
+        """The name of the file that holds a chunk."""
+        return self._locate(key, chunk.offsets)[1].name
+
     def read_object(self, key: str) -> Any:
         """What is stored under one of `objects`, with megatron's own types made inert."""
         return self._read_item(key, ())

@@ -55,6 +55,16 @@ def test_an_object_that_runs_a_command_does_not(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_what_this_process_allows_elsewhere_is_not_allowed_here(tmp_path):
+    """Importing megatron puts types of its own and of numpy on torch's list."""
+    with torch.serialization.safe_globals([(os.mkdir, "posix.mkdir")]):
+        allowed = torch.serialization.get_safe_globals()
+        with pytest.raises(CheckpointError, match=r"types that are not on the list: posix.mkdir"):
+            read_object(saved(RunsACommand(tmp_path / "ran")), where="shard.distcp")
+        assert torch.serialization.get_safe_globals() == allowed
+    assert not (tmp_path / "ran").exists()
+
+
 def test_an_attribute_of_torch_that_is_no_dtype_is_refused(tmp_path):
     path = tmp_path / ".metadata"
     path.write_bytes(pickle.dumps(torch.load))
