@@ -47,6 +47,9 @@ TOYS = {
         TOY_LLAMA, kv_channels=16, rotary_base=500_000, rope_scaling=RopeScaling(factor=32.0)
     ),
     "mistral, heads that do not divide the width": dataclasses.replace(TOY_LLAMA, hidden_size=100, kv_channels=10),
+    "qwen2, heads that do not divide the width": dataclasses.replace(
+        TOY_LLAMA, hidden_size=100, kv_channels=10, has_qkv_bias=True, has_tied_embeddings=True
+    ),
     "qwen3": dataclasses.replace(TOY_LLAMA, has_qk_norm=True, kv_channels=14, norm_epsilon=1e-6),
     "gpt2": dataclasses.replace(
         TOY_LLAMA,
@@ -73,6 +76,7 @@ MIXTURES = {
     "qwen2, softmax after top-k": RENORMALIZED_MOE,
     "qwen2, wide heads and no bias": dataclasses.replace(MOE, has_qkv_bias=False, kv_channels=14),
     "mixtral": MIXTRAL,
+    "mixtral, heads that do not divide the width": dataclasses.replace(MIXTRAL, hidden_size=104, kv_channels=10),
     "qwen3, softmax before top-k": QWEN3_MOE,
     "qwen3, softmax after top-k": dataclasses.replace(QWEN3_MOE, moe=MIXTRAL.moe),
 }
