@@ -27,7 +27,7 @@ from megatron_hammer.checkpoint.tokenizer_export import export_tokenizer_folder
 from megatron_hammer.checkpoint.verification_rows import CheckRow
 from megatron_hammer.checkpoint.verify import verify_model
 from megatron_hammer.checkpoint.writer import RELEASE, CheckpointWriter, open_checkpoint_writer
-from megatron_hammer.errors import ConversionError
+from megatron_hammer.errors import ConversionError, HammerError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOKENIZER_DIR = "tokenizer"  # inside the iteration's folder, so that they come and go together
@@ -307,7 +307,10 @@ def _verify_computation(partial_dir: Path, options: ImportOptions) -> list[Check
 
 def _import_tokenizer(source_path: Path, target_dir: Path, source: HfFolder) -> CheckRow:
     """Copy the tokenizer, compared through transformers. Raises HammerError if it cannot be copied exactly."""
-    exported = export_tokenizer_folder(source_path, target_dir)
+    try:
+        exported = export_tokenizer_folder(source_path, target_dir)
+    except HammerError as error:
+        raise type(error)(*(f"{problem} Or pass --no-tokenizer." for problem in error.problems)) from error
     num_ids, vocab_size = exported.tokenizer.vocab_size, source.model.architecture.vocab_size
     if num_ids > vocab_size:
         raise ConversionError(
