@@ -158,8 +158,8 @@ def read_parallel_sizes(args: Any, directory: Path) -> ParallelSizes:
     return sizes
 
 
-def load_state(path: Path) -> dict[Any, Any]:
-    """What torch.save wrote to `path`: tensors on the meta device, or in memory where the file cannot be mapped.
+def load_state(path: Path, kind: type | tuple[type, ...] = dict) -> Any:
+    """What torch.save wrote to `path`, of that kind: tensors on the meta device, or in memory where no map is possible.
 
     Raises CheckpointError, naming the file, if it is damaged or names a type that no checkpoint needs.
     """
@@ -172,14 +172,14 @@ def load_state(path: Path) -> dict[Any, Any]:
         ]
         with _allow_only([*_SAFE_TYPES, *inert]):
             state = torch.load(path, map_location="meta" if is_mappable else "cpu", weights_only=True)
-        if not isinstance(state, (dict, list)):
+        if not isinstance(state, kind):
             raise TypeError(f"a {type(state).__name__}")
     except Exception as error:  # damaged files raise nearly anything
         raise CheckpointError(
             f"{path}: contents must be what --ckpt-format torch writes, got {type(error).__name__}: {_reason(error)}. "
             "The file is damaged or not a checkpoint; use another iteration or copy it again."
         ) from error
-    return state  # type: ignore[return-value]
+    return state
 
 
 @contextlib.contextmanager

@@ -50,7 +50,7 @@ def locate_masters(file: RankFile, args: Any) -> dict[tuple[int, str], LocatedTe
     groups = [group for group in (dense, experts) if group]
     path = file.path.with_name(OPTIMIZER_FILE)
     is_distributed = path.is_file()
-    states = load_state(path) if is_distributed else file.optimizer
+    states = load_state(path, (dict, list)) if is_distributed else file.optimizer
     states = states if isinstance(states, list) else [states]
     if len(states) != len(groups) or not any(isinstance(state, Mapping) for state in states):
         raise _unknown(

@@ -307,6 +307,28 @@ def test_missing_truncated_and_mixed_ranks_are_all_named(tmp_path):
     assert "mp_rank_01_001/model_optim_rng.pt: iteration must be that of mp_rank_00_000, got 11 and 10" in mixed
 
 
+def test_a_model_whose_optimizer_lies_apart_is_read(tmp_path):
+    """Before megatron-core the distributed optimizer wrote mp_rank_TT/model_rng.pt and mp_rank_TT_DDD/optim.pt."""
+    weights = llama_weights()
+    target = write_legacy_checkpoint(tmp_path, weights, tp=2)
+    for tp_rank in range(2):
+        folder = target / f"mp_rank_{tp_rank:02d}"
+        (folder / "model_optim_rng.pt").rename(folder / "model_rng.pt")
+        (target / f"{folder.name}_000").mkdir()
+        torch.save({}, target / f"{folder.name}_000" / "optim.pt")
+    assert_reads(target, weights)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"iteration": 10}, {"args": None, "model": 3}])
+def test_a_file_without_a_model_is_refused(tmp_path, content):
+    target = write_legacy_checkpoint(tmp_path, llama_weights(), tp=2)
+    torch.save(content, target / "mp_rank_01" / "model_optim_rng.pt")
+    with pytest.raises(
+        CheckpointError, match=r"mp_rank_01/model_optim_rng\.pt: (must hold model, or|contents must be)"
+    ):
+        open_legacy_checkpoint(target)
+
+
 def test_files_of_two_iterations_are_noticed(tmp_path):
     target = write_legacy_checkpoint(tmp_path, llama_weights())
     renamed = target.rename(tmp_path / "iter_0000020")
