@@ -4,9 +4,8 @@ For tests that look inside the model. `single_rank()` must be open while a model
 """
 
 import contextlib
-import tempfile
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +14,9 @@ from torch import Tensor
 from megatron_hammer.checkpoint.architecture import Architecture
 from megatron_hammer.checkpoint.layouts import pad_vocab
 from megatron_hammer.checkpoint.mapping import TensorPair, expand, select_family
-from megatron_hammer.checkpoint.reader import VOCABULARY_TENSORS, use_fused_norm_names
+from megatron_hammer.checkpoint.megatron_model import name_parameters as checkpoint_parameters
+from megatron_hammer.checkpoint.megatron_model import single_rank as single_rank
+from megatron_hammer.checkpoint.reader import VOCABULARY_TENSORS
 from megatron_hammer.platforms import megatron_compat
 from megatron_hammer.preset_types import ModelPreset, Preset, Recipe
 
@@ -43,25 +44,6 @@ TOY_RECIPE = Recipe(
     train_tokens=2 * 37,
     precision="fp32",
 )
-
-
-@contextlib.contextmanager
-def single_rank() -> Iterator[None]:
-    """A gloo group of this process alone, with megatron's parallel state and random states on it."""
-    megatron_compat.install("cpu")
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-
-    with tempfile.TemporaryDirectory() as folder:
-        store = torch.distributed.FileStore(f"{folder}/store", 1)
-        torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
-        try:
-            parallel_state.initialize_model_parallel()
-            model_parallel_cuda_manual_seed(1234)
-            yield
-        finally:
-            parallel_state.destroy_model_parallel()
-            torch.distributed.destroy_process_group()
 
 
 def read_arguments(model: ModelPreset, flags: Sequence[str] = ()) -> Namespace:
@@ -97,15 +79,6 @@ def build_model(namespace: Namespace) -> Any:
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return HammerModelBuilder(config).build_model(groups, pre_process=True, post_process=True).eval()
-
-
-def checkpoint_parameters(model: Any) -> dict[str, Tensor]:
-    """The model's parameters by the names that a checkpoint has for them."""
-    named = {
-        name.replace(".experts.local_experts.", ".experts.experts."): parameter.data
-        for name, parameter in model.named_parameters()
-    }
-    return use_fused_norm_names(named)
 
 
 def load_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
