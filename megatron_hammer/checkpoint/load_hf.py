@@ -33,11 +33,11 @@ def fill_chunks(
     *,
     metadata: Mapping[str, Any] | None = None,
     find_master: Callable[[Tensor], MasterWeights | None] = lambda parameter: None,
-    on_parameter: Callable[[int], None] = lambda num_bytes: None,
+    on_parameter: Callable[[int], None] = lambda num_elements: None,
 ) -> Tensor:
     """Fill every parameter of this rank's model chunks, and the fp32 copies that `find_master` knows.
 
-    metadata: of sharded_state_dict. on_parameter: called with the bytes of each parameter once it is filled. Padding
+    metadata: of sharded_state_dict. on_parameter: called with the elements of each parameter once it is filled. Padding
     rows of the vocabulary become 0. Returns how many elements of each tensor, in the order of `source.pairs`, this rank
     holds first (not as the copy of another rank's): int64.
     Raises ConversionError with a sentence for every parameter that has no source and every value that is not finite.
@@ -126,7 +126,7 @@ class _Filler:
         if master is not None:
             flat = staged.view(-1)[master.start : master.start + master.tensor.numel()]
             master.tensor.view(-1).copy_(flat)
-        self.on_parameter(staged.numel() * staged.element_size())
+        self.on_parameter(staged.numel())
 
     def _report(self, name: str, fact: str) -> None:
         remedies = {"NaN": "Fetch the folder again, or save the model anew.", "fp16": "Pass --precision bf16."}

@@ -89,11 +89,15 @@ def read_namespace(argv: Sequence[str]) -> argparse.Namespace:
     """Training's command line, planned for GPUs; raises ConfigError with every problem of model and layout."""
     from megatron_hammer.config.arguments import parse_arguments
     from megatron_hammer.config.model_from_arguments import build_layout
+    from megatron_hammer.config.options import read_option
     from megatron_hammer.config.preflight_flags import find_uncounted_problems
     from megatron_hammer.config.preflight_layout import find_layout_problems
     from megatron_hammer.config.preflight_values import find_missing_problems, find_value_problems
+    from megatron_hammer.training.pretrain import read_start
 
-    namespace = parse_arguments(argv, platform="cuda", backend="torch").namespace
+    load_hf = read_option(argv, "--load-hf")
+    start = None if load_hf is None else read_start(load_hf)
+    namespace = parse_arguments(argv, platform="cuda", backend="torch", start=start).namespace
     problems = find_missing_problems(namespace) + find_value_problems(namespace) + find_uncounted_problems(namespace)
     problems = problems or find_layout_problems(namespace)
     if problems:

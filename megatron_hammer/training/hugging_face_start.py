@@ -4,7 +4,7 @@ The folder's config.json is read before the command line is, its weights' names 
 forms, and the weights themselves once, by every rank for its own parameters.
 """
 
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from megatron_hammer.checkpoint.hf_architecture import read_hf_architecture
 from megatron_hammer.checkpoint.hf_folder import HfFolder, open_hf_folder
@@ -79,13 +79,19 @@ def build_filler(start: StartModel, *, rank: int, terminal: IO[str]) -> Callable
             "singleton_local_shards": False,
             "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         }
+        parts = _list_parts(optimizer)
+        masters = [_list_masters(part) for part in parts]
         num_held, problems = torch.zeros(len(source.pairs), dtype=torch.int64), list[str]()
         try:
             if rank == 0 and (unequal := source.list_unequal_duplicates()):
                 raise ConversionError(*unequal)
             with _progress(modules, terminal if rank == 0 else None) as on_parameter:
                 num_held = fill_chunks(
-                    modules, source, metadata=metadata, find_master=_find_master(optimizer), on_parameter=on_parameter
+                    modules,
+                    source,
+                    metadata=metadata,
+                    find_master=ChainMap(*masters).get,  # type: ignore[arg-type]
+                    on_parameter=on_parameter,
                 )
         except ConversionError as error:  # said once all ranks have looked: a rank that leaves alone hangs the others
             problems = list(error.problems)
@@ -93,38 +99,46 @@ def build_filler(start: StartModel, *, rank: int, terminal: IO[str]) -> Callable
         if num_problems:
             raise ConversionError(*gather_lines(problems))
         require_every_element(source, num_held_by_all)
+        for part, known in zip(parts, masters, strict=True):
+            if not known:  # one that keeps its copies elsewhere; preflight has seen to it that none would be rounded
+                part.reload_model_params()
 
     return fill
 
 
-def _find_master(optimizer: Any) -> Callable[[torch.Tensor], MasterWeights | None]:
-    """Where the optimizer keeps the fp32 copy of a 16-bit parameter, whole or this rank's shard of it."""
-    masters: dict[torch.Tensor, MasterWeights] = {}
-    for part in getattr(optimizer, "chained_optimizers", [optimizer] if optimizer is not None else []):
-        if hasattr(part, "shard_fp32_from_float16_groups"):
-            groups = zip(part.model_float16_groups, part.shard_fp32_from_float16_groups, strict=True)
-        else:
-            groups = zip(
-                getattr(part, "float16_groups", ()), getattr(part, "fp32_from_float16_groups", ()), strict=True
-            )
-        for parameters, copies in groups:
-            for parameter, copy in zip(parameters, copies, strict=True):
-                if copy is not None:
-                    is_sharded = hasattr(part, "shard_fp32_from_float16_groups")
-                    start = part._get_model_param_range_map(parameter)["param"].start if is_sharded else 0
-                    masters[parameter] = MasterWeights(tensor=copy.data, start=start)
-    return masters.get
+def _list_parts(optimizer: Any) -> list[Any]:
+    """The optimizers that megatron chains, or the only one; none for a run that only evaluates."""
+    return [] if optimizer is None else list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def _list_masters(part: Any) -> dict[torch.Tensor, MasterWeights]:
+    """Where an optimizer keeps the fp32 copy of each 16-bit parameter, whole or this rank's shard of it."""
+    is_sharded = hasattr(part, "shard_fp32_from_float16_groups")
+    names = (
+        ("model_float16_groups", "shard_fp32_from_float16_groups")
+        if is_sharded
+        else ("float16_groups", "fp32_from_float16_groups")
+    )
+    groups = zip(*(getattr(part, name, ()) for name in names), strict=True)
+    return {
+        parameter: MasterWeights(
+            tensor=copy.data, start=part._get_model_param_range_map(parameter)["param"].start if is_sharded else 0
+        )
+        for parameters, copies in groups
+        for parameter, copy in zip(parameters, copies, strict=True)
+        if copy is not None
+    }
 
 
 @contextmanager
 def _progress(modules: Sequence[Any], terminal: IO[str] | None) -> Iterator[Callable[[int], None]]:
-    """A bar over the bytes of this rank's part of the model, where a person watches."""
+    """A bar over the parameters of this rank's part of the model, where a person watches."""
     if terminal is None or not terminal.isatty():
-        yield lambda num_bytes: None
+        yield lambda num_elements: None
         return
-    columns = (TextColumn("weights"), BarColumn(), DownloadColumn())
+    columns = (TextColumn("weights"), BarColumn(), TaskProgressColumn())
     console = Console(file=terminal)
     with Progress(*columns, console=console, redirect_stdout=False, redirect_stderr=False, transient=True) as progress:
         parameters = [parameter for module in modules for parameter in module.parameters()]
-        task = progress.add_task("", total=sum(parameter.numel() for parameter in parameters) * 4)
-        yield lambda num_bytes: progress.advance(task, num_bytes)
+        task = progress.add_task("", total=sum(parameter.numel() for parameter in parameters))
+        yield lambda num_elements: progress.advance(task, num_elements)

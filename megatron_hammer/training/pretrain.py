@@ -138,7 +138,9 @@ def fill_from_start(arguments: "ParsedArguments", terminal: IO[str]) -> None:
     if start is not None and find_checkpoint_to_load(namespace) is None:
         from megatron_hammer.training.hugging_face_start import build_filler
 
-        megatron_compat.fill_new_model(build_filler(start, rank=namespace.rank, terminal=terminal))
+        fill = build_filler(start, rank=namespace.rank, terminal=terminal)
+        # megatron may have found a checkpoint elsewhere, such as --non-persistent-global-ckpt-dir
+        megatron_compat.fill_new_model(lambda *built: None if namespace.iteration else fill(*built))
 
 
 def report_early_stop(observer: "RunObserver", stop: SystemExit) -> None:
