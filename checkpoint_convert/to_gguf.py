@@ -54,7 +54,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--text-key", default="text", help="field of --corpus that holds the text (%(default)s)")
     parser.add_argument(
-        "--no-verify", action="store_true", help="do not ask llama.cpp; tensors are read back all the same"
+        "--no-verify",
+        action="store_true",
+        help="do not ask llama.cpp nor compare logits; tensors are read back all the same",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the file in --save")
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of the table")

@@ -156,6 +156,7 @@ def _open_hugging_face(options: GgufOptions, on_step: OnStep) -> Iterator[Path]:
             save_dir=Path(folder) / "hf",
             iteration=options.iteration,
             tokenizer_path=options.tokenizer_path,
+            verify="auto" if options.is_verified else "tensors",
         )
         export_to_hugging_face(export_options, lambda stage, done, total: on_step(f"{stage} the export", done, total))
         yield export_options.save_dir

@@ -28,9 +28,10 @@ NUM_GENERATED_TOKENS = 16
 NUM_LIKELIEST = 20
 # Largest difference of the log-probability of a likely token, and margin below which two tokens count as equally
 # likely, in standard deviations of the logits. Measured at most on random models (3 layers, hidden 384, logits with
-# standard deviation 0.6 to 1.6): f32 2e-5, f16 0.009, bf16 0.09; deeper models get three and more times that.
+# standard deviation 0.6 to 1.6): f32 2e-5, f16 0.009, bf16 0.09; with weights of standard deviation 1, which
+# magnify every rounding, bf16 0.33. Rows in a wrong order are beyond 2.
 # Quantized files are not judged: q8_0 had 0.3 and q4_k_m 1.7 there, the price of quantization, not a mistake.
-TOLERANCES: dict[str, float | None] = {"f32": 1e-3, "f16": 0.05, "bf16": 0.3}
+TOLERANCES: dict[str, float | None] = {"f32": 1e-3, "f16": 0.05, "bf16": 0.6}
 MEMORY_RESERVE_BYTES = 1 << 30
 
 

@@ -1,0 +1,78 @@
+"""Small random models of every family that becomes GGUF, with all-different dimensions and a tokenizer."""
+
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import torch
+import transformers
+from toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
+
+from megatron_hammer.checkpoint.tokenizer_export import export_tokenizer
+
+VOCAB_SIZE = TOY_VOCAB_SIZE + 5  # rows that no token has
+SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 112,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.2,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "llama": (transformers.LlamaConfig, {}),
+    "llama with biases": (transformers.LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
+    "llama tied": (transformers.LlamaConfig, {"tie_word_embeddings": True}),
+    "llama 3.1": (transformers.LlamaConfig, {"rope_parameters": LLAMA3_ROPE}),
+    "llama linear": (
+        transformers.LlamaConfig,
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 3.0}},
+    ),
+    "mistral": (transformers.MistralConfig, {"sliding_window": None}),
+    "qwen2": (transformers.Qwen2Config, {"head_dim": 16}),
+    "qwen3": (transformers.Qwen3Config, {}),
+}
+
+
+def write_gguf_source(folder: Path, family: str = "llama", *, seed: int = 0, **changes: Any) -> Path:
+    """Write a Hugging Face folder; biases are not zero and norms not one, so that none can be lost unseen."""
+    config_class, own = FAMILIES[family]
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config_class(**(SIZES | own | changes)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
+    model.save_pretrained(folder)
+    export_tokenizer(make_toy_model(), folder, max_length=None)
+    return folder
+
+
+@cache
+def make_toy_model() -> Path:
+    """The toy SentencePiece model, trained once a process."""
+    return train_toy_tokenizer(Path(mkdtemp(prefix="gguf-toy-")))
+
+
+class PlainTokenizer:
+    """Stands for what transformers makes of a tokenizer that adds nothing to a text, where that takes long or fails."""
+
+    bos_token_id = eos_token_id = unk_token_id = chat_template = None
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [9]}

@@ -1,0 +1,110 @@
+"""to_gguf.py as a user runs it: a Hugging Face folder or a Megatron checkpoint in, one file or one sentence out."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from gguf import GGUFReader
+from gguf_models import VOCAB_SIZE, make_toy_model, write_gguf_source
+from safetensors.torch import load_file, save_file
+from toy_checkpoint import toy_arguments, toy_llama_tensors, write_toy_checkpoint
+
+pytestmark = pytest.mark.integration
+
+ROOT = Path(__file__).resolve().parents[2]
+HAS_LLAMA_CPP = importlib.util.find_spec("xllamacpp") is not None
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    return write_gguf_source(tmp_path_factory.mktemp("source") / "toy-model")
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "checkpoint_convert" / "to_gguf.py"), *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_a_hugging_face_folder_becomes_one_proved_file(tmp_path, source):
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"body": "春眠不觉晓 the quick brown fox"}) + "\n")
+    target = tmp_path / "new" / "model.gguf"
+    corpus = ("--corpus", tmp_path / "texts.jsonl", "--text-key", "body")
+    result = run("--load", source, "--save", target, *corpus)
+    assert result.returncode == 0, result.stderr
+    assert [path.name for path in target.parent.iterdir()] == ["model.gguf"]
+    last = result.stdout.splitlines()[-1]
+    assert last.startswith(f"{target}: llama in f16, 353,952 parameters; 30 tensors (23 f16, 7 f32), 0 dropped; ")
+    fields = GGUFReader(target).fields
+    assert fields["general.name"].contents() == "toy-model"
+    assert fields["llama.attention.head_count_kv"].contents() == 2
+    assert len(fields["tokenizer.ggml.tokens"].data) == VOCAB_SIZE
+    assert "30 read back, all equal to their source" in result.stdout
+    if HAS_LLAMA_CPP:
+        assert "equal on 1 texts, " in result.stdout
+        assert "greedy tokens equal; log-probabilities within 0.0" in result.stdout
+        assert result.stdout.count("passed") == 4
+    else:
+        assert "not asked: xllamacpp is not installed" in result.stdout
+
+
+def test_a_megatron_checkpoint_becomes_one_file(tmp_path):
+    tensors = {
+        key: torch.randn(352, 24) if tensor.shape == (64, 24) else tensor for key, tensor in toy_llama_tensors().items()
+    }
+    arguments = toy_arguments(
+        vocab_size=VOCAB_SIZE, padded_vocab_size=352, tokenizer_model=str(make_toy_model()), max_position_embeddings=64
+    )
+    write_toy_checkpoint(tmp_path / "run", tensors, arguments=arguments)
+    target = tmp_path / "out" / "model.gguf"
+    result = run("--load", tmp_path / "run", "--save", target, "--type", "f32", "--no-verify", "--json")
+    assert result.returncode == 0, result.stderr
+    assert [path.name for path in target.parent.iterdir()] == ["model.gguf"]
+    report = json.loads(result.stdout)
+    assert (report["arch"], report["num_tensors"], report["types"]) == ("llama", 30, {"f32": 30})
+    assert report["checks"][1] == {"check": "llama.cpp", "result": "not asked: --no-verify", "is_passed": None}
+    stored = {entry.name: entry.data for entry in GGUFReader(target).tensors}
+    assert torch.equal(torch.tensor(stored["output.weight"]), tensors["output_layer.weight"])
+    down = tensors["decoder.layers.mlp.linear_fc2.weight"][2]
+    assert torch.equal(torch.tensor(stored["blk.2.ffn_down.weight"]), down)
+
+
+def test_what_cannot_be_converted_ends_with_one_sentence_and_leaves_nothing(tmp_path, source):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in source.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    result = run("--load", broken, "--save", tmp_path / "model.gguf")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.splitlines()[-1] == (
+        "error: model.layers.1.mlp.up_proj.weight: weights must be finite in f16, got NaN or infinity. "
+        "Export an earlier iteration, or pass --type bf16: f16 ends at 65,504."
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
+
+
+def test_bad_arguments_end_with_one_sentence(tmp_path, source):
+    taken = tmp_path / "model.gguf"
+    taken.write_text("mine")
+    result = run("--load", source, "--save", taken)
+    message = f"error: {taken}: target must not exist yet. Choose another name, or pass --overwrite.\n"
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", message)
+    assert taken.read_text() == "mine"
+    result = run("--load", source, "--save", tmp_path / "new.gguf", "--iteration", "3")
+    assert result.returncode == 2
+    assert result.stderr == (
+        f"error: {source}: --iteration and --tokenizer-model are for a Megatron checkpoint, got a Hugging Face folder. "
+        "Leave them out.\n"
+    )
