@@ -23,7 +23,7 @@ BLOCK_BYTES = 1 << 25  # of rows as f32
 NUM_SAMPLED_ROWS = 512
 LARGEST_F16 = 65_504
 # Largest relative error (rms) of the values read back: three times what each type has on normally distributed weights,
-# and below sqrt(2), which rows in a wrong order have. Measured in tests/numerics/test_gguf_types.py.
+# and below sqrt(2), which rows in a wrong order have. Measured in test_gguf_file.py and test_gguf_vs_llama_cpp.py.
 MAX_RELATIVE_ERROR: Mapping[GGMLQuantizationType, float] = {
     GGMLQuantizationType.Q8_0: 0.016,
     GGMLQuantizationType.Q4_0: 0.26,
