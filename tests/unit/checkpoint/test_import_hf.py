@@ -31,9 +31,9 @@ def folder(tmp_path):
     return tmp_path / "hf"
 
 
-def convert(folder, **options):
+def convert(folder, *, verify="tensors", **options):
     save_dir = folder.with_name("save")
-    return import_from_hugging_face(ImportOptions(hf_dir=folder, save_dir=save_dir, verify="tensors", **options))
+    return import_from_hugging_face(ImportOptions(hf_dir=folder, save_dir=save_dir, verify=verify, **options))
 
 
 def export(folder, **options):
@@ -62,7 +62,10 @@ def test_the_folder_comes_back_bit_for_bit(folder, monkeypatch, max_chunk_bytes)
     assert (report.num_hf_tensors, report.num_megatron_tensors, report.num_skipped) == (30, 21, 0)
     assert report.num_parameters == sum(tensor.numel() for tensor in weights.values())
     assert report.dtype == "bfloat16"
-    assert report.checks == (CheckRow("tensors read back and split again", "all 30 equal, bit for bit", True),)
+    assert report.checks == (
+        CheckRow("tensors read back and split again", "all 30 equal, bit for bit", True),
+        CheckRow("Megatron against transformers", "not compared: --verify tensors", None),
+    )
     assert progress[-1] == (report.num_parameters, report.num_parameters)
     assert len(progress) == 21
     assert_equal(weights, export(folder))
@@ -253,10 +256,12 @@ def test_a_failed_comparison_with_transformers_leaves_nothing(folder, monkeypatc
         return rows
 
     monkeypatch.setattr(import_hf, "verify_model", verify)
-    assert_refused(folder, r"transformers computes from the folder, got logits: max \|difference\| 3. Nothing was")
-    assert seen == [(0, folder, "tensors")]
+    assert_refused(
+        folder, r"transformers computes from the folder, got logits: max \|difference\| 3. Nothing was", verify="auto"
+    )
+    assert seen == [(0, folder, "auto")]
     rows.pop(0)
-    assert convert(folder).checks[-1] == CheckRow("memory", "too small", None)
+    assert convert(folder, verify="auto").checks[-1] == CheckRow("memory", "too small", None)
 
 
 def test_a_family_that_transformers_does_not_have_comes_back(folder):
