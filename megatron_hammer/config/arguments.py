@@ -75,6 +75,13 @@ def parse_arguments(
     return ParsedArguments(namespace=namespace, preset=preset, typed=typed, start=start)
 
 
+def describe_model(arguments: ParsedArguments) -> str:
+    """The name of the model that a run trains: its preset's, its folder's, or custom."""
+    if arguments.preset is not None:
+        return arguments.preset.name
+    return "custom" if arguments.start is None else arguments.start.model.name
+
+
 def _hammer_defaults() -> dict[str, Any]:
     """Where our defaults differ from Megatron's, whatever the preset."""
     return {

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import IO, Any
 
-from megatron_hammer.config.arguments import ParsedArguments
+from megatron_hammer.config.arguments import ParsedArguments, describe_model
 from megatron_hammer.config.data_order import plan_run_order
 from megatron_hammer.config.data_sources import SPLIT_NAMES, DataPlan, list_data_flags, read_data_plan
 from megatron_hammer.config.megatron_checks import read_megatron_defaults
@@ -69,7 +69,7 @@ def build_report(arguments: ParsedArguments, problems: Sequence[str]) -> Report:
         weights=describe_weights(namespace, arguments.start),
         overrides=_list_overrides(arguments),
         settings=_list_settings(namespace),
-        model=_report_model(namespace) if can_count else None,
+        model=_report_model(arguments) if can_count else None,
         grid=list_grid_axes(build_layout(namespace)) if fits else None,
         stages=_report_stages(namespace, has_memory=has_batch) if fits else None,
         available_bytes=read_available_bytes(namespace),
@@ -129,8 +129,9 @@ def _plain(value: Any) -> Any:
 # --- model and ranks ------------------------------------------------------------------------------------------------
 
 
-def _report_model(namespace: argparse.Namespace) -> ModelReport:
-    model = build_model(namespace, name=namespace.preset or "custom")
+def _report_model(arguments: ParsedArguments) -> ModelReport:
+    namespace = arguments.namespace
+    model = build_model(namespace, name=describe_model(arguments))
     rows = padded_vocab_size(
         model.vocab_size,
         divisible_by=namespace.make_vocab_size_divisible_by,

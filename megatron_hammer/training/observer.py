@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_hammer.config.arguments import ParsedArguments
+from megatron_hammer.config.arguments import ParsedArguments, describe_model
 from megatron_hammer.config.data_order import RECORD_NAME, describe_continuation
 from megatron_hammer.config.model_from_arguments import build_model
 from megatron_hammer.config.start_model import describe_weights
@@ -60,9 +60,8 @@ def describe_run(arguments: ParsedArguments) -> str:
     }
     layout = " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1 or name in ("TP", "PP", "DP"))
     ranks = "1 rank" if namespace.world_size == 1 else f"{namespace.world_size} ranks"
-    name = arguments.preset.name if arguments.preset else arguments.start.model.name if arguments.start else None
     return (
-        f"{name or 'custom model'}: "
+        f"{describe_model(arguments)}: "
         f"{build_model(namespace).num_parameters:,} parameters, {ranks} ({layout}), "
         f"{namespace.platform} platform, {namespace.backend} backend, {str(namespace.params_dtype).split('.')[-1]}"
     )

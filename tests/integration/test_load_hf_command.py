@@ -93,6 +93,7 @@ def test_a_dry_run_says_what_is_in_the_folder(folder: Path, data: str) -> None:
     report = report_of("--load-hf", str(folder), "--data-path", data)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert report["model"]["num_parameters"] == model.num_parameters()
+    assert report["model"]["name"] == "toy-model"
     assert (report["problems"], report["precision"]) == ([], "fp32")
     assert report["weights"].startswith(f"{folder} (39 tensors, ")
     settings = report["settings"]
