@@ -52,10 +52,31 @@ def plan_shards(shapes: Mapping[str, tuple[int, ...]], *, dtype: torch.dtype, ma
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class WrittenTensor:
+    """Where a tensor lies in a file that is still open."""
+
+    file: FileIO
+    start: int
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether the file has exactly these bits there: reads them back from it."""
+        start, data = self.start, _bytes_of(tensor)
+        buffer = torch.empty(min(len(data), _BLOCK_BYTES), dtype=torch.uint8)
+        for block in data.split(_BLOCK_BYTES):
+            into = buffer[: len(block)]
+            if os.preadv(self.file.fileno(), [memoryview(into.numpy())], start) != len(block):
+                return False
+            if not is_bitwise_equal(into, block):
+                return False
+            start += len(block)
+        return True
+
+
 class ShardWriter:
     """Shards being written into `directory`, tensor by tensor in the order of `shards`; use as a context.
 
-    The index of several shards is written when the context ends without an exception.
+    The files stay open until the context ends. If it ends without an exception, the index of several shards is written.
     """
 
     def __init__(self, directory: Path, shards: Sequence[Shard], *, dtype: torch.dtype):
@@ -63,49 +84,33 @@ class ShardWriter:
         self._shards = shards
         self._dtype = dtype
         self._order = iter([(shard, name) for shard in shards for name in shard.shapes])
-        self._file: FileIO | None = None
-        self._open_shard: Shard | None = None
-        self._read_buffer = torch.empty(_BLOCK_BYTES, dtype=torch.uint8)
+        self._files: dict[str, FileIO] = {}
 
     def __enter__(self) -> "ShardWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        if self._file is not None:
-            self._file.close()
+        for file in self._files.values():
+            file.close()
         if kind is None:
             if (missing := next(self._order, None)) is not None:
                 raise ValueError(f"{missing[1]} was planned and never written")
             if len(self._shards) > 1:
                 _write_index(self._directory, self._shards, self._dtype)
 
-    def write(self, name: str, tensor: Tensor) -> int:
-        """Append the next tensor; returns where in its file it begins, for `holds`."""
+    def write(self, name: str, tensor: Tensor) -> WrittenTensor:
+        """Append the next tensor to its shard."""
         shard, expected_name = next(self._order)
         shape = shard.shapes[expected_name]
         if name != expected_name or tuple(tensor.shape) != shape or tensor.dtype != self._dtype:
             raise ValueError(f"{name} {tensor.shape} {tensor.dtype} came where {expected_name} was planned")
-        if shard is not self._open_shard:
-            if self._file is not None:
-                self._file.close()
-            self._open_shard, self._file = shard, FileIO(self._directory / shard.file_name, "w+")
-            _write_all(self._file, _build_header(shard, self._dtype))
-        assert self._file is not None
-        start = self._file.tell()
-        _write_all(self._file, memoryview(_bytes_of(tensor).numpy()))
-        return start
-
-    def holds(self, start: int, tensor: Tensor) -> bool:
-        """Whether the file that was written last has exactly these bits at `start`: reads them back from it."""
-        assert self._file is not None
-        for block in _bytes_of(tensor).split(_BLOCK_BYTES):
-            into = self._read_buffer[: len(block)]
-            if os.preadv(self._file.fileno(), [memoryview(into.numpy())], start) != len(block):
-                return False
-            if not is_bitwise_equal(into, block):
-                return False
-            start += len(block)
-        return True
+        file = self._files.get(shard.file_name)
+        if file is None:
+            file = self._files[shard.file_name] = FileIO(self._directory / shard.file_name, "w+")
+            _write_all(file, _build_header(shard, self._dtype))
+        start = file.tell()
+        _write_all(file, memoryview(_bytes_of(tensor).numpy()))
+        return WrittenTensor(file, start)
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments, toy_llama_tensors, write_toy_checkpoint
 from toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
 
-from megatron_hammer.checkpoint import export, mapping
+from megatron_hammer.checkpoint import export, mapping, weight_export
 from megatron_hammer.checkpoint.architecture import read_architecture
 from megatron_hammer.checkpoint.export import ExportOptions, export_to_hugging_face
 from megatron_hammer.checkpoint.layouts import split_qkv
@@ -187,12 +187,12 @@ def test_a_bit_that_changes_on_disk_is_noticed(options, monkeypatch):
     write = ShardWriter.write
 
     def write_and_damage(self, name, tensor):
-        start = write(self, name, tensor)
+        written = write(self, name, tensor)
         if name == "model.layers.2.mlp.down_proj.weight":
             with (self._directory / "model.safetensors").open("r+b") as file:
-                file.seek(start + 7)
+                file.seek(written.start + 7)
                 file.write(b"\xa5")
-        return start
+        return written
 
     monkeypatch.setattr(ShardWriter, "write", write_and_damage)
     with pytest.raises(
@@ -200,6 +200,14 @@ def test_a_bit_that_changes_on_disk_is_noticed(options, monkeypatch):
     ):
         export_to_hugging_face(options)
     assert_nothing_was_left(options)
+
+
+def test_large_tensors_are_proved_one_at_a_time(options, monkeypatch):
+    export_to_hugging_face(options)
+    overlapped = (options.save_dir / "model.safetensors").read_bytes()
+    monkeypatch.setattr(weight_export, "_MAX_OVERLAPPED_BYTES", 2000)  # of both kinds, by turns
+    export_to_hugging_face(dataclasses.replace(options, overwrite=True))
+    assert (options.save_dir / "model.safetensors").read_bytes() == overlapped
 
 
 def test_weights_beyond_the_requested_dtype_are_named(tmp_path):

@@ -13,8 +13,7 @@ from megatron_hammer.checkpoint.safetensors_stream import ShardWriter, plan_shar
 def write_shards(directory, shards, tensors, *, dtype):
     with ShardWriter(directory, shards, dtype=dtype) as writer:
         for name, tensor in tensors:
-            start = writer.write(name, tensor)
-            assert writer.holds(start, tensor)
+            assert writer.write(name, tensor).holds(tensor)
 
 
 SHAPES = {"a": (3, 5), "b": (7,), "c": (2, 3, 4)}
@@ -70,11 +69,11 @@ def test_twin_a_bit_that_changed_on_disk_is_found(tmp_path, position):
     tensor = torch.zeros(10_000_000, dtype=torch.uint8).view(torch.bfloat16)
     shards = plan_shards({"a": (5_000_000,)}, dtype=torch.bfloat16, max_shard_bytes=10**9)
     with ShardWriter(tmp_path, shards, dtype=torch.bfloat16) as writer:
-        start = writer.write("a", tensor)
-        assert writer.holds(start, tensor)
+        written = writer.write("a", tensor)
+        assert written.holds(tensor)
         with (tmp_path / "model.safetensors").open("r+b") as file:
-            file.seek(start + position)
+            file.seek(written.start + position)
             file.write(b"\x01")
-        assert not writer.holds(start, tensor)
-        os.truncate(tmp_path / "model.safetensors", start + 5)
-        assert not writer.holds(start, tensor)
+        assert not written.holds(tensor)
+        os.truncate(tmp_path / "model.safetensors", written.start + 5)
+        assert not written.holds(tensor)
