@@ -96,6 +96,9 @@ def add_upcycle(commands: Any) -> None:
         "--moe-upcycling-granularity", type=int, default=1, help="slices to cut the dense MLP into (%(default)s)"
     )
     parser.add_argument(
+        "--moe-ffn-hidden-size", type=int, help="width of an expert: the dense width over the granularity"
+    )
+    parser.add_argument(
         "--moe-router-pre-softmax",
         action="store_true",
         help="softmax over all experts before the top k; the function is then not exactly the dense one",
@@ -227,6 +230,7 @@ def run_upcycle(arguments: argparse.Namespace, on_tensor: OnTensor) -> str:
         arguments.load,
         arguments.save,
         shape,
+        expert_ffn_hidden_size=arguments.moe_ffn_hidden_size,
         iteration=arguments.iteration,
         overwrite=arguments.overwrite,
         on_tensor=on_tensor,

@@ -16,7 +16,7 @@ import math
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,16 +90,20 @@ def upcycle(
     save_dir: Path,
     shape: ExpertShape,
     *,
+    expert_ffn_hidden_size: int | None = None,
     iteration: int | None = None,
     overwrite: bool = False,
     on_tensor: OnTensor = lambda stage, done, total: None,
 ) -> UpcycleReport:
     """Write `save_dir/release` with the experts, complete and recomputed, or nothing.
 
+    expert_ffn_hidden_size: width of an expert, another way to say the granularity.
     Raises ConversionError, all reasons at once, where the model or the numbers do not allow it.
     """
     started_at_s = time.monotonic()
     checkpoint = open_training_checkpoint(load_dir, iteration=iteration)
+    if expert_ffn_hidden_size is not None:
+        shape = replace(shape, granularity=_find_granularity(checkpoint, shape, expert_ffn_hidden_size))
     _validate(checkpoint, shape)
     state = build_release_state(checkpoint)
     args = state["args"]
@@ -235,6 +239,17 @@ def _change_arguments(args: Namespace, shape: ExpertShape) -> None:
     args.moe_router_score_function = "softmax"
     args.moe_shared_expert_intermediate_size = None
     args.moe_shared_expert_gate = False
+
+
+def _find_granularity(checkpoint: TrainingCheckpoint, shape: ExpertShape, width: int) -> int:
+    ffn = checkpoint.args.ffn_hidden_size
+    if width < 1 or ffn % width or shape.granularity not in (1, ffn // width):
+        raise ConversionError(
+            "moe-ffn-hidden-size: must be ffn_hidden_size over the granularity, got "
+            f"moe_ffn_hidden_size={width}, ffn_hidden_size={ffn}, moe_upcycling_granularity={shape.granularity}. "
+            "Pass one of the two."
+        )
+    return int(ffn // width)
 
 
 def _validate(checkpoint: TrainingCheckpoint, shape: ExpertShape) -> None:

@@ -59,6 +59,19 @@ def test_slices_in_turn(tmp_path):
     assert not torch.equal(router[0], router[1])
 
 
+def test_the_width_of_an_expert_says_the_granularity(tmp_path):
+    write_training_checkpoint(tmp_path / "dense")
+    shape = ExpertShape(num_experts=8, router_topk=4)
+    report = upcycle(tmp_path / "dense", tmp_path / "moe", shape, expert_ffn_hidden_size=5)
+    assert report.expert_ffn_hidden_size == 5
+    assert read_all(tmp_path / "moe", "release")[0][EXPERT_FC2].shape == (4, 8, 24, 5)
+    for wrong, granularity in ((6, 1), (5, 2), (0, 1)):
+        shape = ExpertShape(num_experts=8, router_topk=4, granularity=granularity)
+        text = f"moe-ffn-hidden-size: must be ffn_hidden_size over the granularity, got moe_ffn_hidden_size={wrong}, "
+        with pytest.raises(ConversionError, match=re.escape(text)):
+            upcycle(tmp_path / "dense", tmp_path / "new", shape, expert_ffn_hidden_size=wrong)
+
+
 def swiglu(x, fc1, fc2):
     gate, up = (x @ fc1.T).chunk(2, dim=-1)
     return (torch.nn.functional.silu(gate) * up) @ fc2.T
