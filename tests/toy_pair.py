@@ -1,6 +1,7 @@
 """A toy Megatron checkpoint and the Hugging Face folder of the same weights, written without any converter's path."""
 
 import json
+from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,13 +47,18 @@ def write_toy_pair(
             name: part.to(hf_dtype or dtype).contiguous() for name, part in zip(pair.hf_names, parts, strict=True)
         }
     write_toy_checkpoint(folder / "megatron", tensors, arguments=arguments)
-    hf_dir = folder / "hf"
+    write_folder(folder / "hf", arguments, folder_tensors, hf_dtype or dtype)
+    return folder / "megatron", folder / "hf"
+
+
+def write_folder(hf_dir: Path, arguments: Namespace, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """What transformers needs to load a model of these saved arguments."""
+    model = read_architecture(arguments)
     hf_dir.mkdir()
-    save_file(folder_tensors, hf_dir / "model.safetensors", metadata={"format": "pt"})
-    dtype_name = str(hf_dtype or dtype).removeprefix("torch.")
-    config = build_config(family, model, dtype=dtype_name, bos_id=None, eos_id=None)
+    save_file(dict(tensors), hf_dir / "model.safetensors", metadata={"format": "pt"})
+    dtype_name = str(dtype).removeprefix("torch.")
+    config = build_config(select_family(model), model, dtype=dtype_name, bos_id=None, eos_id=None)
     (hf_dir / "config.json").write_text(json.dumps(config))
-    return folder / "megatron", hf_dir
 
 
 def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -11,10 +11,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS
-from toy_pair import change_folder, read_folder, write_toy_pair
+from toy_legacy_checkpoint import legacy_arguments, llama_weights, write_legacy_checkpoint
+from toy_pair import change_folder, read_folder, write_folder, write_toy_pair
 from toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
 
 from megatron_hammer.checkpoint import megatron_forward, transformers_forward, verify
+from megatron_hammer.checkpoint.architecture import read_architecture
+from megatron_hammer.checkpoint.mapping import expand, select_family
 from megatron_hammer.checkpoint.tokenizer_export import export_tokenizer
 from megatron_hammer.checkpoint.verify import CheckRow, verify_model
 from megatron_hammer.errors import ConversionError
@@ -26,6 +29,7 @@ FAMILIES = {
     "gpt2": GPT2_ARGUMENTS,
     "qwen3 of wide heads": {"qk_layernorm": True, "kv_channels": 10},
     "tied": {"untie_embeddings_and_output_weights": False},
+    "llama 3.2 positions": {"use_rope_scaling": True, "rope_scaling_factor": 32.0, "rotary_base": 500_000},
 }
 LEVELS = ("logits", "layers")
 
@@ -156,6 +160,23 @@ def test_twin_nan_in_the_folder_passes_no_check(tmp_path, in_process):
 
 
 # --- folders of other kinds -------------------------------------------------------------------------------------------
+
+
+def test_a_legacy_checkpoint_is_computed_too(tmp_path, in_process):
+    arguments = legacy_arguments(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    weights = {name: tensor * (1 if tensor.dim() == 1 else 0.2) for name, tensor in llama_weights().items()}
+    write_legacy_checkpoint(tmp_path / "legacy", weights, tp=2, stages=((2,), (2,)), arguments=arguments)
+    model = read_architecture(arguments)
+    tensors = {}
+    for pair in expand(select_family(model), model):
+        parts = pair.layout.split(weights[pair.megatron_name][: pair.megatron_shape[0]], model)
+        tensors |= {name: part.contiguous() for name, part in zip(pair.hf_names, parts, strict=True)}
+    write_folder(tmp_path / "hf", arguments, tensors, torch.float32)
+    for level in LEVELS:
+        assert failed_checks(verify_model(tmp_path / "legacy", tmp_path / "hf", level=level)) == []
+    change_folder(tmp_path / "hf", model__layers__3__self_attn__v_proj__weight=torch.randn(8, 24))
+    for level in LEVELS:
+        assert failed_checks(verify_model(tmp_path / "legacy", tmp_path / "hf", level=level))
 
 
 @pytest.mark.parametrize("level", LEVELS)
