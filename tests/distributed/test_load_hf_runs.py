@@ -1,6 +1,7 @@
 """A run from a Hugging Face folder starts where transformers stands: its loss and its gradient on the first batch.
 
-Relative, in fp32; sums are taken in another order. The twins differ by 1e-3 and more.
+Relative, in fp32, where sums are taken in another order: at most 7e-8 for the loss and 9e-8 for the gradient's norm were
+measured at these layouts. The twins differ by 1e-4 and more.
 """
 
 from pathlib import Path
@@ -16,7 +17,7 @@ from megatron_hammer.checkpoint.hf_folder import open_hf_folder
 from megatron_hammer.checkpoint.reader import open_checkpoint
 
 pytestmark = pytest.mark.distributed
-LOSS_TOLERANCE, NORM_TOLERANCE = 1e-6, 5e-5
+LOSS_TOLERANCE, NORM_TOLERANCE = 5e-7, 1e-6
 BATCH_SIZE, SEQ_LENGTH, VOCAB_SIZE = 8, 64, 1000
 # No two sizes alike; 1000 tokens are padded to 1024 or more.
 SIZES = {
