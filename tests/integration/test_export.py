@@ -176,9 +176,9 @@ def test_a_killed_export_leaves_nothing_that_loads(tmp_path, number, exit_code):
 def with_tokenizer(tmp_path_factory) -> Path:
     """A checkpoint that names the tokenizer that it was trained with."""
     folder = tmp_path_factory.mktemp("with_tokenizer")
-    tensors = toy_llama_tensors()
+    tensors = {key: value * 0.1 for key, value in toy_llama_tensors().items()}  # well conditioned, for the comparison
     for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-        tensors[name] = torch.randn(TOY_VOCAB_SIZE, 24)
+        tensors[name] = torch.randn(TOY_VOCAB_SIZE, 24) * 0.1
     arguments = toy_arguments(vocab_size=TOY_VOCAB_SIZE, tokenizer_model=str(train_toy_tokenizer(folder)))
     write_toy_checkpoint(folder / "checkpoint", tensors, arguments=arguments)
     return folder / "checkpoint"
