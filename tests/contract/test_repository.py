@@ -32,7 +32,21 @@ LAYERS = (
     ("errors",),
     ("presets", "preset_types", "preset_families", *ARITHMETIC, "scaling"),
     # Preflight looks into the checkpoint that a run would load; reading one needs nothing else of the package.
-    ("checkpoint.reader", "checkpoint.safe_unpickle"),
+    (
+        "checkpoint.hf_weights",
+        "checkpoint.legacy_arguments",
+        "checkpoint.legacy_files",
+        "checkpoint.legacy_layouts",
+        "checkpoint.legacy_master",
+        "checkpoint.legacy_names",
+        "checkpoint.legacy_reader",
+        "checkpoint.legacy_stages",
+        "checkpoint.mapped_tensor",
+        "checkpoint.reader",
+        "checkpoint.safe_unpickle",
+        "checkpoint.safetensors_copy",
+        "checkpoint.torch_dist_store",
+    ),
     ("config", "tokenizer", "data", "platforms"),
     ("model", "checkpoint"),
     ("training",),
@@ -56,7 +70,7 @@ RESERVED = (
 # Sourced, so they must leave their caller's shell options alone; every other script sets its own.
 SOURCED_SCRIPTS = ("tools/setup_environment.sh",)
 READMES = ("README.md", "README_zh-CN.md")
-DOCUMENTS = (*READMES, "CONTRIBUTING.md", "docs/architecture.md", "docs/data.md")
+DOCUMENTS = (*READMES, "CONTRIBUTING.md", "docs/architecture.md", "docs/checkpoints.md", "docs/data.md")
 TRAINING_MODULE = "megatron_hammer.training.pretrain"
 # These hand flags that they do not know to Megatron, like the training module itself.
 TAKES_MEGATRON_FLAGS = ("tools/build_rank.py",)
