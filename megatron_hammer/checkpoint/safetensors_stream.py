@@ -74,7 +74,7 @@ class WrittenTensor:
 
 
 class ShardWriter:
-    """Shards being written into `directory`, tensor by tensor in the order of `shards`; use as a context.
+    """Shards being written into `directory`, each tensor at its place, from any thread; use as a context.
 
     The files stay open until the context ends. If it ends without an exception, the index of several shards is written.
     """
@@ -83,45 +83,49 @@ class ShardWriter:
         self._directory = directory
         self._shards = shards
         self._dtype = dtype
-        self._order = iter([(shard, name) for shard in shards for name in shard.shapes])
-        self._files: dict[str, FileIO] = {}
+        self._places: dict[str, tuple[tuple[int, ...], WrittenTensor]] = {}  # of what is still to come
 
     def __enter__(self) -> "ShardWriter":
+        for shard in self._shards:
+            file = FileIO(self._directory / shard.file_name, "w+")
+            header = _build_header(shard, self._dtype)
+            _write_at(file, 0, memoryview(header))
+            start = len(header)
+            for name, shape in shard.shapes.items():
+                self._places[name] = shape, WrittenTensor(file, start)
+                start += math.prod(shape) * self._dtype.itemsize
+        self._files = {place.file for _, place in self._places.values()}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        for file in self._files.values():
+        for file in self._files:
             file.close()
         if kind is None:
-            if (missing := next(self._order, None)) is not None:
-                raise ValueError(f"{missing[1]} was planned and never written")
+            if self._places:
+                raise ValueError(f"{', '.join(self._places)} was planned and never written")
             if len(self._shards) > 1:
                 _write_index(self._directory, self._shards, self._dtype)
 
     def write(self, name: str, tensor: Tensor) -> WrittenTensor:
-        """Append the next tensor to its shard."""
-        shard, expected_name = next(self._order)
-        shape = shard.shapes[expected_name]
-        if name != expected_name or tuple(tensor.shape) != shape or tensor.dtype != self._dtype:
-            raise ValueError(f"{name} {tensor.shape} {tensor.dtype} came where {expected_name} was planned")
-        file = self._files.get(shard.file_name)
-        if file is None:
-            file = self._files[shard.file_name] = FileIO(self._directory / shard.file_name, "w+")
-            _write_all(file, _build_header(shard, self._dtype))
-        start = file.tell()
-        _write_all(file, memoryview(_bytes_of(tensor).numpy()))
-        return WrittenTensor(file, start)
+        """Write a planned tensor, once."""
+        if name not in self._places:
+            raise ValueError(f"{name} was not planned, or came twice")
+        shape, place = self._places.pop(name)
+        if tuple(tensor.shape) != shape or tensor.dtype != self._dtype:
+            raise ValueError(f"{name} was planned as {shape} {self._dtype}, got {tuple(tensor.shape)} {tensor.dtype}")
+        _write_at(place.file, place.start, memoryview(_bytes_of(tensor).numpy()))
+        return place
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
-def _write_all(file: FileIO, data: bytes | memoryview) -> None:
+def _write_at(file: FileIO, start: int, data: memoryview) -> None:
     """One write call takes at most 2 GiB."""
-    remaining = memoryview(data)
-    while remaining:
-        remaining = remaining[file.write(remaining) :]
+    while data:
+        num_written = os.pwrite(file.fileno(), data, start)
+        data, start = data[num_written:], start + num_written
 
 
 def _build_header(shard: Shard, dtype: torch.dtype) -> bytes:

@@ -33,6 +33,7 @@ LAYERS = (
     ("presets", "preset_types", "preset_families", *ARITHMETIC, "scaling"),
     # Preflight looks into the checkpoint that a run would load; reading one needs nothing else of the package.
     (
+        "checkpoint.bit_patterns",
         "checkpoint.hf_weights",
         "checkpoint.legacy_arguments",
         "checkpoint.legacy_files",
@@ -45,6 +46,7 @@ LAYERS = (
         "checkpoint.reader",
         "checkpoint.safe_unpickle",
         "checkpoint.safetensors_copy",
+        "checkpoint.save_consistency",
         "checkpoint.torch_dist_store",
     ),
     ("config", "tokenizer", "data", "platforms"),

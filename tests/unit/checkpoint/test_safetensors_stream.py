@@ -52,10 +52,30 @@ def test_a_view_and_a_transposed_tensor_are_written_in_their_own_order(tmp_path)
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
 
 
-def test_tensors_out_of_order_are_a_bug(tmp_path):
-    shards = plan_shards({"a": (1,), "b": (1,)}, dtype=torch.float32, max_shard_bytes=99)
-    with pytest.raises(ValueError, match=r"b .* came where a was planned"):
-        write_shards(tmp_path, shards, [("b", torch.ones(1)), ("a", torch.ones(1))], dtype=torch.float32)
+@pytest.mark.parametrize("max_shard_bytes", [10**9, 90])
+def test_tensors_may_come_in_any_order(tmp_path, max_shard_bytes):
+    tensors = {name: torch.randn(shape) for name, shape in SHAPES.items()}
+    shards = plan_shards(SHAPES, dtype=torch.float32, max_shard_bytes=max_shard_bytes)
+    write_shards(tmp_path, shards, [(name, tensors[name]) for name in ("c", "a", "b")], dtype=torch.float32)
+    for shard in shards:
+        read = load_file(tmp_path / shard.file_name)
+        assert list(read) == list(shard.shapes)
+        assert all(torch.equal(read[name], tensors[name]) for name in shard.shapes)
+
+
+@pytest.mark.parametrize(
+    "tensors, message",
+    [
+        ([("b", torch.ones(1))], "b was not planned, or came twice"),
+        ([("a", torch.ones(1)), ("a", torch.ones(1))], "a was not planned, or came twice"),
+        ([("a", torch.ones(2))], r"a was planned as \(1,\) torch.float32, got \(2,\) torch.float32"),
+        ([("a", torch.ones(1).half())], r"a was planned as \(1,\) torch.float32, got \(1,\) torch.float16"),
+    ],
+)
+def test_what_was_not_planned_is_a_bug(tmp_path, tensors, message):
+    shards = plan_shards({"a": (1,)}, dtype=torch.float32, max_shard_bytes=99)
+    with pytest.raises(ValueError, match=message):
+        write_shards(tmp_path, shards, tensors, dtype=torch.float32)
 
 
 def test_a_tensor_that_never_came_is_a_bug(tmp_path):
