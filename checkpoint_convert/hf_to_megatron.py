@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from megatron_hammer.checkpoint.import_hf import DTYPES, ImportOptions, ImportReport, import_from_hugging_face
-from megatron_hammer.checkpoint.verify import LEVELS
+from megatron_hammer.checkpoint.verification.verify import LEVELS
 from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
 
 

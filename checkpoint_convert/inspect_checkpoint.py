@@ -17,9 +17,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megatron_hammer.checkpoint.checkpoint_comparison import compare_checkpoints
-from megatron_hammer.checkpoint.checkpoint_inspection import describe_checkpoint, measure_tensors, select_views
-from megatron_hammer.checkpoint.checkpoint_report import (
+from megatron_hammer.checkpoint.inspection.comparison import compare_checkpoints
+from megatron_hammer.checkpoint.inspection.inspection import describe_checkpoint, measure_tensors, select_views
+from megatron_hammer.checkpoint.inspection.report import (
     comparison_to_json,
     description_to_json,
     print_comparison,
@@ -31,8 +31,8 @@ from megatron_hammer.checkpoint.checkpoint_report import (
     summarise_description,
     summarise_statistics,
 )
-from megatron_hammer.checkpoint.tensor_views import OpenedCheckpoint, open_any
-from megatron_hammer.checkpoint.verify import LEVELS, CheckRow, verify_model
+from megatron_hammer.checkpoint.inspection.tensor_views import OpenedCheckpoint, open_any
+from megatron_hammer.checkpoint.verification.verify import LEVELS, CheckRow, verify_model
 from megatron_hammer.errors import ConfigError, exit_on_interrupt, exit_on_user_error
 
 DIFFERENT_EXIT_CODE = 1

@@ -26,7 +26,7 @@ from megatron_hammer.checkpoint.export import (
     export_to_hugging_face,
 )
 from megatron_hammer.checkpoint.reader import WEIGHTS
-from megatron_hammer.checkpoint.verify import LEVELS
+from megatron_hammer.checkpoint.verification.verify import LEVELS
 from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
 
 

@@ -22,8 +22,8 @@ from rich.table import Table
 from megatron_hammer.errors import USER_ERROR_EXIT_CODE, exit_on_interrupt, exit_on_user_error
 
 try:
-    from megatron_hammer.checkpoint.gguf_export import GgufOptions, GgufReport, export_to_gguf
-    from megatron_hammer.checkpoint.gguf_types import FILE_TYPES
+    from megatron_hammer.checkpoint.gguf.export import GgufOptions, GgufReport, export_to_gguf
+    from megatron_hammer.checkpoint.gguf.file_types import FILE_TYPES
 except ModuleNotFoundError as error:
     if error.name != "gguf":
         raise

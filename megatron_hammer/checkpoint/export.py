@@ -1,8 +1,9 @@
 """Megatron's checkpoint to a complete Hugging Face folder, verified before it gets its name.
 
 The path: open the checkpoint, choose the family, compare every name and shape, write into `<out>.partial` tensor by
-tensor, each proved as soon as it is written (weight_export.py), let both models compute the same text (verify.py),
-rename. A failure leaves nothing; config.json comes last, so that even a killed conversion leaves nothing that loads.
+tensor, each proved as soon as it is written (weight_export.py), let both models compute the same text
+(verification/verify.py), rename. A failure leaves nothing; config.json comes last, so that even a killed conversion
+leaves nothing that loads.
 """
 
 import json
@@ -29,7 +30,7 @@ from megatron_hammer.checkpoint.model_card import build_model_card
 from megatron_hammer.checkpoint.partial_directory import open_directory_atomically
 from megatron_hammer.checkpoint.reader import CheckpointReader, TorchDistReader, open_checkpoint
 from megatron_hammer.checkpoint.safetensors_stream import Shard, plan_shards
-from megatron_hammer.checkpoint.verify import CheckRow, Level, verify_model
+from megatron_hammer.checkpoint.verification.verify import CheckRow, Level, verify_model
 from megatron_hammer.checkpoint.weight_export import write_verified_weights
 from megatron_hammer.errors import ConversionError
 

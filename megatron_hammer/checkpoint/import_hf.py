@@ -1,9 +1,9 @@
 """A Hugging Face folder to a checkpoint that `--load` takes at any layout, verified before it gets its name.
 
 The path: open the folder and compare every name and shape, then tensor by tensor read, merge, write, read back, split
-again and compare with the source; then what the whole model computes (`verify.py`); then the name. Each tensor is
-checked while its source is still in memory, so that nothing is read from disk twice. Needs no GPU, process group or
-megatron; memory for one tensor.
+again and compare with the source; then what the whole model computes (verification/verify.py); then the name. Each
+tensor is checked while its source is still in memory, so that nothing is read from disk twice. Needs no GPU, process
+group or megatron; memory for one tensor.
 """
 
 import functools
@@ -24,8 +24,8 @@ from megatron_hammer.checkpoint.mapping import Layout, TensorPair
 from megatron_hammer.checkpoint.saved_arguments import build_common_state, build_saved_arguments
 from megatron_hammer.checkpoint.stacked_names import extra_state_key, stack_name
 from megatron_hammer.checkpoint.tokenizer_export import export_tokenizer_folder
-from megatron_hammer.checkpoint.verification_rows import CheckRow
-from megatron_hammer.checkpoint.verify import verify_model
+from megatron_hammer.checkpoint.verification.rows import CheckRow
+from megatron_hammer.checkpoint.verification.verify import verify_model
 from megatron_hammer.checkpoint.writer import RELEASE, CheckpointWriter, open_checkpoint_writer
 from megatron_hammer.errors import ConversionError, HammerError
 

@@ -1,6 +1,6 @@
 """Reads a checkpoint of any layout, one tensor at a time, with no process group, GPU or megatron.
 
-`open_checkpoint` takes torch_dist, read here, and legacy mp_rank_* folders (legacy_reader.py). torch_dist keeps global
+`open_checkpoint` takes torch_dist, read here, and legacy mp_rank_* folders (legacy/reader.py). torch_dist keeps global
 tensors cut into chunks, and the layers of a model stacked into one tensor with a leading layer axis (and experts with
 an expert axis after it). Here every layer and expert has a name of its own,
 `decoder.layers.3.mlp.experts.experts.1.linear_fc1.weight`, and a read touches only the chunks it needs. Megatron's
@@ -167,7 +167,7 @@ def open_checkpoint(path: str | Path, *, iteration: int | None = None, weights: 
         raise CheckpointError(f"weights: must be one of {', '.join(WEIGHTS)}, got {weights}. Choose one of them.")
     directory = find_iteration(Path(path), iteration)
     if is_legacy(directory):
-        from megatron_hammer.checkpoint.legacy_reader import open_legacy_checkpoint  # it imports this module
+        from megatron_hammer.checkpoint.legacy.reader import open_legacy_checkpoint  # it imports this module
 
         return open_legacy_checkpoint(directory, weights="master" if weights == "master" else "model")
     reader = TorchDistReader(directory, weights=weights)

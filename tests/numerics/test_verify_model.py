@@ -15,11 +15,11 @@ from toy_legacy_checkpoint import legacy_arguments, llama_weights, write_legacy_
 from toy_pair import change_folder, read_folder, write_folder, write_toy_pair
 from toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
 
-from megatron_hammer.checkpoint import megatron_forward, transformers_forward, verify
 from megatron_hammer.checkpoint.architecture import read_architecture
 from megatron_hammer.checkpoint.mapping import expand, select_family
 from megatron_hammer.checkpoint.tokenizer_export import export_tokenizer
-from megatron_hammer.checkpoint.verify import CheckRow, verify_model
+from megatron_hammer.checkpoint.verification import megatron_forward, transformers_forward, verify
+from megatron_hammer.checkpoint.verification.verify import CheckRow, verify_model
 from megatron_hammer.errors import ConversionError
 
 FAMILIES = {

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.legacy_reader import open_legacy_checkpoint
+from megatron_hammer.checkpoint.legacy.reader import open_legacy_checkpoint
 from megatron_hammer.checkpoint.safe_pickle import dump_object
 from megatron_hammer.checkpoint.stacked_names import extra_state_key, stack_name
 from megatron_hammer.checkpoint.torch_dist_store import StoredChunk, StoredGlobal

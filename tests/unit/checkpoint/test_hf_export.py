@@ -18,7 +18,7 @@ from megatron_hammer.checkpoint.export import ExportOptions, export_to_hugging_f
 from megatron_hammer.checkpoint.layouts import split_qkv
 from megatron_hammer.checkpoint.mapping import expand, select_family
 from megatron_hammer.checkpoint.safetensors_stream import ShardWriter
-from megatron_hammer.checkpoint.verify import CheckRow
+from megatron_hammer.checkpoint.verification.verify import CheckRow
 from megatron_hammer.errors import CheckpointError, ConversionError
 
 

@@ -19,7 +19,7 @@ from megatron_hammer.checkpoint.import_hf import ImportOptions, import_from_hugg
 from megatron_hammer.checkpoint.mapping import GATE_UP, QKV, TRANSPOSED, Layout
 from megatron_hammer.checkpoint.reader import open_checkpoint
 from megatron_hammer.checkpoint.torch_dist_store import TorchDistStore
-from megatron_hammer.checkpoint.verification_rows import CheckRow
+from megatron_hammer.checkpoint.verification.rows import CheckRow
 from megatron_hammer.checkpoint.writer import CheckpointWriter
 from megatron_hammer.errors import ConversionError, DataError
 

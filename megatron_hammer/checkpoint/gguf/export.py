@@ -1,0 +1,228 @@
+"""A Hugging Face folder, or a Megatron checkpoint, to one GGUF file that real llama.cpp has been asked about.
+
+The path: read config.json, choose llama.cpp's arch, name every tensor, read the tokenizer, write `<out>.partial` in one
+pass, read it back, let llama.cpp load it and compare its tokens and logits, rename. A failure leaves nothing.
+"""
+
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from gguf import GGML_QUANT_SIZES, MODEL_ARCH_NAMES
+
+from megatron_hammer.checkpoint.gguf.file_types import FILE_TYPES, FLOAT_DTYPES, load_quantizer
+from megatron_hammer.checkpoint.gguf.gguf_file import verify_gguf, write_gguf
+from megatron_hammer.checkpoint.gguf.metadata import describe_model, list_extra_tensors
+from megatron_hammer.checkpoint.gguf.tensors import GgufTensor, open_hf_tensors, plan_tensors, select_architecture
+from megatron_hammer.checkpoint.gguf.tokenizer import GgufVocabulary, read_vocabulary
+from megatron_hammer.checkpoint.gguf.verification import GgufProof, explain_absence, verify_with_llama_cpp
+from megatron_hammer.checkpoint.hf_architecture import CONFIG_NAME, HfModel, read_hf_architecture
+from megatron_hammer.checkpoint.verification.verify import CheckRow
+from megatron_hammer.errors import ConversionError
+
+OnStep = Callable[[str, int, int | None], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GgufOptions:
+    """load_dir: a Hugging Face folder or what training saved. file_type: a key of FILE_TYPES.
+
+    iteration, tokenizer_path: of a Megatron checkpoint, as in ExportOptions. name: what llama.cpp shows; None for the
+    folder's. corpus: files of documents that both tokenizers must encode alike; text_key: their field.
+    """
+
+    load_dir: Path
+    save_path: Path
+    file_type: str = "f16"
+    iteration: int | None = None
+    tokenizer_path: Path | None = None
+    name: str | None = None
+    is_verified: bool = True
+    corpus: tuple[str, ...] = ()
+    text_key: str = "text"
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GgufReport:
+    """What was written. types: tensors by type; checks: what was proved; notes: what was left out or fell back.
+
+    examples: some of the texts that llama.cpp encodes in another way, with the cause.
+    """
+
+    save_path: Path
+    arch: str
+    file_type: str
+    num_tensors: int
+    num_parameters: int
+    file_bytes: int
+    types: dict[str, int]
+    checks: tuple[CheckRow, ...]
+    examples: tuple[str, ...]
+    notes: tuple[str, ...]
+    elapsed_s: float
+
+
+def export_to_gguf(options: GgufOptions, on_step: OnStep = lambda stage, done, total: None) -> GgufReport:
+    """Convert a model; `on_step(stage, done, total)` is told of tensors written and verified and of texts compared.
+
+    Raises HammerError for everything a user can cause; then nothing is left at `save_path` or beside it.
+    """
+    started_at_s = time.monotonic()
+    _validate_options(options)
+    with _open_hugging_face(options, on_step) as hf_dir, _open_partial(options.save_path) as partial_path:
+        model = read_hf_architecture(hf_dir)
+        file_type = FILE_TYPES[options.file_type]
+        arch = MODEL_ARCH_NAMES[select_architecture(model)]
+        tensors = plan_tensors(model, file_type)
+        source = open_hf_tensors(hf_dir, model)
+        vocabulary = read_vocabulary(hf_dir, vocab_size=model.architecture.vocab_size, config=model.config)
+        writer = describe_model(
+            model.architecture, vocabulary, arch=arch, file_type=options.file_type, name=_select_name(options)
+        )
+        extras = list_extra_tensors(model.architecture)
+        total = len(tensors)
+        write_gguf(
+            partial_path, writer, extras, tensors, source.read, lambda done: on_step("writing tensors", done, total)
+        )
+        verify_gguf(partial_path, extras, tensors, source.read, lambda done: on_step("verifying tensors", done, total))
+        num_parameters = sum(math.prod(tensor.shape) for tensor in tensors)
+        proof = _prove(options, partial_path, hf_dir, model, vocabulary, num_parameters, on_step)
+        checks = (CheckRow("tensors", f"{total} read back, {_describe_exactness(tensors)}", True), *proof.rows)
+        if failed := [row for row in checks if row.is_passed is False]:
+            raise ConversionError(
+                *(
+                    f"{options.save_path}: {row.check} must agree, got {row.result}. Nothing was written."
+                    for row in failed
+                )
+            )
+        file_bytes = partial_path.stat().st_size
+    return GgufReport(
+        save_path=options.save_path,
+        arch=arch,
+        file_type=options.file_type,
+        num_tensors=total + len(extras),
+        num_parameters=num_parameters,
+        file_bytes=file_bytes,
+        types=dict(Counter(tensor.type.name.lower() for tensor in tensors)),
+        checks=checks,
+        examples=proof.examples,
+        notes=(*source.notes, *_list_fallbacks(tensors, options.file_type)),
+        elapsed_s=time.monotonic() - started_at_s,
+    )
+
+
+def _validate_options(options: GgufOptions) -> None:
+    if options.file_type not in FILE_TYPES:
+        raise ConversionError(
+            f"type: must be one of {', '.join(FILE_TYPES)}, got {options.file_type}. "
+            "Others need an importance matrix; make them with llama-quantize."
+        )
+    if FILE_TYPES[options.file_type].needs_llama_cpp:
+        load_quantizer()
+    if options.save_path.is_dir():
+        raise ConversionError(f"{options.save_path}: must be a file to write, got a folder. Add a name, as model.gguf.")
+    if options.save_path.exists() and not options.overwrite:
+        raise ConversionError(
+            f"{options.save_path}: target must not exist yet. Choose another name, or pass --overwrite."
+        )
+
+
+@contextmanager
+def _open_hugging_face(options: GgufOptions, on_step: OnStep) -> Iterator[Path]:
+    """The folder itself; of a Megatron checkpoint an export beside the target, which goes away with the block."""
+    if (options.load_dir / CONFIG_NAME).is_file() or not options.load_dir.is_dir():
+        if options.iteration is not None or options.tokenizer_path is not None:
+            raise ConversionError(
+                f"{options.load_dir}: --iteration and --tokenizer-model are for a Megatron checkpoint, "
+                "got a Hugging Face folder. Leave them out."
+            )
+        yield options.load_dir
+        return
+    from megatron_hammer.checkpoint.export import ExportOptions, export_to_hugging_face
+
+    options.save_path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(
+        prefix=f"{options.save_path.name}.", suffix=".partial", dir=options.save_path.parent
+    ) as folder:
+        export_options = ExportOptions(
+            load_dir=options.load_dir,
+            save_dir=Path(folder) / "hf",
+            iteration=options.iteration,
+            tokenizer_path=options.tokenizer_path,
+            verify="auto" if options.is_verified else "tensors",
+        )
+        export_to_hugging_face(export_options, lambda stage, done, total: on_step(f"{stage} the export", done, total))
+        yield export_options.save_dir
+
+
+@contextmanager
+def _open_partial(save_path: Path) -> Iterator[Path]:
+    """Yield `<save_path>.partial`; it gets its name when the block ends and is removed if the block raises."""
+    partial_path = save_path.with_name(save_path.name + ".partial")
+    try:
+        partial_path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial_path
+        os.replace(partial_path, save_path)
+    except OSError as error:
+        raise ConversionError(
+            f"{error.filename or partial_path}: cannot be written or read ({error.strerror}). "
+            "Free space, or choose another --save."
+        ) from error
+    finally:
+        partial_path.unlink(missing_ok=True)
+
+
+def _select_name(options: GgufOptions) -> str:
+    return options.name or options.load_dir.resolve().name
+
+
+def _prove(
+    options: GgufOptions,
+    path: Path,
+    hf_dir: Path,
+    model: HfModel,
+    vocabulary: GgufVocabulary,
+    num_parameters: int,
+    on_step: OnStep,
+) -> GgufProof:
+    if absence := explain_absence(is_asked=options.is_verified):
+        return GgufProof(rows=(CheckRow("llama.cpp", absence, None),))
+    return verify_with_llama_cpp(
+        path,
+        hf_dir,
+        vocabulary,
+        file_type=options.file_type,
+        num_parameters=num_parameters,
+        max_positions=model.architecture.max_position_embeddings,
+        corpus=options.corpus,
+        text_key=options.text_key,
+        on_text=lambda done: on_step("comparing texts", done, None),
+    )
+
+
+def _describe_exactness(tensors: list[GgufTensor]) -> str:
+    num_exact = sum(tensor.type in FLOAT_DTYPES for tensor in tensors)
+    if num_exact == len(tensors):
+        return "all equal to their source"
+    return f"{num_exact} equal to their source, {len(tensors) - num_exact} near it"
+
+
+def _list_fallbacks(tensors: list[GgufTensor], file_type: str) -> list[str]:
+    """Tensors that are not in a type of the mixture because their rows are not whole blocks."""
+    block_size = GGML_QUANT_SIZES[FILE_TYPES[file_type].default][0]
+    fallen = Counter(
+        (tensor.shape[-1], tensor.type.name.lower())
+        for tensor in tensors
+        if len(tensor.shape) > 1 and tensor.shape[-1] % block_size
+    )
+    return [
+        f"{count} tensor(s) are {name}: their rows of {size} values are not whole blocks of {block_size}"
+        for (size, name), count in fallen.items()
+    ]

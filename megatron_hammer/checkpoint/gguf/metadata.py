@@ -1,0 +1,73 @@
+"""The key-value pairs of a GGUF file: what llama.cpp must be told of a model and of its tokenizer.
+
+Source of the keys: gguf.constants.Keys; llama.cpp's src/llama-model.cpp and src/llama-vocab.cpp read them.
+"""
+
+from gguf import GGML_QUANT_VERSION, GGUFWriter, RopeScalingType
+
+from megatron_hammer.checkpoint.architecture import Architecture
+from megatron_hammer.checkpoint.gguf.file_types import FILE_TYPES
+from megatron_hammer.checkpoint.gguf.gguf_file import ExtraTensor
+from megatron_hammer.checkpoint.gguf.tensors import ROPE_FACTORS, compute_rope_factors
+from megatron_hammer.checkpoint.gguf.tokenizer import GgufVocabulary
+
+
+def describe_model(
+    model: Architecture, vocabulary: GgufVocabulary, *, arch: str, file_type: str, name: str
+) -> GGUFWriter:
+    """A writer with every key-value pair of the model and its tokenizer, and no file yet."""
+    writer = GGUFWriter(None, arch)
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_file_type(FILE_TYPES[file_type].code)
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    writer.add_vocab_size(model.vocab_size)
+    writer.add_context_length(model.max_position_embeddings)
+    writer.add_embedding_length(model.hidden_size)
+    writer.add_block_count(model.num_layers)
+    writer.add_feed_forward_length(model.ffn_hidden_size)
+    writer.add_head_count(model.num_attention_heads)
+    writer.add_head_count_kv(model.num_query_groups)
+    writer.add_key_length(model.head_dim)
+    writer.add_value_length(model.head_dim)
+    writer.add_layer_norm_rms_eps(model.norm_epsilon)
+    writer.add_rope_dimension_count(model.head_dim)
+    writer.add_rope_freq_base(float(model.rotary_base))
+    if model.rotary_seq_len_interpolation_factor is not None:
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(model.rotary_seq_len_interpolation_factor))
+    _describe_tokenizer(writer, vocabulary)
+    return writer
+
+
+def _describe_tokenizer(writer: GGUFWriter, vocabulary: GgufVocabulary) -> None:
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.splitting_rule)
+    writer.add_token_list([token.encode("utf-8") for token in vocabulary.tokens])
+    writer.add_token_types([int(kind) for kind in vocabulary.types])
+    if vocabulary.scores is not None:
+        writer.add_token_scores(vocabulary.scores)
+    if vocabulary.merges is not None:
+        writer.add_token_merges(vocabulary.merges)
+    ids = (
+        (writer.add_bos_token_id, vocabulary.bos_id),
+        (writer.add_eos_token_id, vocabulary.eos_id),
+        (writer.add_unk_token_id, vocabulary.unknown_id),
+    )
+    for add, token_id in ids:
+        if token_id is not None:
+            add(token_id)
+    writer.add_add_bos_token(vocabulary.adds_bos)
+    writer.add_add_eos_token(vocabulary.adds_eos)
+    if vocabulary.adds_space_prefix is not None:
+        writer.add_add_space_prefix(vocabulary.adds_space_prefix)
+    if vocabulary.chat_template is not None:
+        writer.add_chat_template(vocabulary.chat_template)
+
+
+def list_extra_tensors(model: Architecture) -> list[ExtraTensor]:
+    """What llama.cpp reads from the file and transformers computes: the stretch of the rotary frequencies."""
+    if model.rope_scaling is None:
+        return []
+    factors = compute_rope_factors(model.rope_scaling, rotary_base=float(model.rotary_base), head_dim=model.head_dim)
+    return [ExtraTensor(name=ROPE_FACTORS, values=factors)]

@@ -1,0 +1,164 @@
+"""The tensors of a GGUF file for one model: names, order, layout and type, all known before a tensor is read.
+
+The Hugging Face side comes from `mapping.py`, so that every tensor has exactly one row; the names on llama.cpp's side
+come from the `gguf` package.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from gguf import MODEL_ARCH, GGMLQuantizationType, get_tensor_name_map
+from torch import Tensor
+
+from megatron_hammer.checkpoint.architecture import Architecture
+from megatron_hammer.checkpoint.gguf.file_types import FLOAT_DTYPES, FileType, Place, count_bytes, select_type
+from megatron_hammer.checkpoint.gguf.layouts import permute_rope, unpermute_rope
+from megatron_hammer.checkpoint.hf_architecture import HfModel
+from megatron_hammer.checkpoint.hf_names import HfSource, HfSources, locate_hf_tensors
+from megatron_hammer.checkpoint.hf_weights import HfWeights, open_hf_weights
+from megatron_hammer.checkpoint.mapping import expand, validate_names_and_shapes
+from megatron_hammer.errors import ConversionError
+from megatron_hammer.preset_types import RopeScaling
+
+ARCHITECTURES = {  # by family
+    "llama": MODEL_ARCH.LLAMA,
+    "mistral": MODEL_ARCH.LLAMA,
+    "qwen2": MODEL_ARCH.QWEN2,
+    "qwen3": MODEL_ARCH.QWEN3,
+}
+SUPPORTED = "Llama, TinyLlama, HammerLLM, Mistral, Qwen2, tiny-llm-zh, Qwen3"
+ROPE_FACTORS = "rope_freqs.weight"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GgufTensor:
+    """One tensor. rope_heads: the heads whose rows take llama.cpp's order, None where rows stay as they are."""
+
+    name: str
+    hf_name: str
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+    rope_heads: int | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return count_bytes(self.shape, self.type)
+
+    def arrange(self, tensor: Tensor) -> Tensor:
+        """A Hugging Face tensor in llama.cpp's order; exact inverse of `restore`."""
+        return tensor if self.rope_heads is None else permute_rope(tensor, num_heads=self.rope_heads)
+
+    def restore(self, tensor: Tensor) -> Tensor:
+        """A tensor of the file in transformers' order."""
+        return tensor if self.rope_heads is None else unpermute_rope(tensor, num_heads=self.rope_heads)
+
+
+def select_architecture(model: HfModel) -> MODEL_ARCH:
+    """llama.cpp's arch for the model; raises ConversionError where none is mapped."""
+    arch = ARCHITECTURES.get(model.family.name)
+    if arch is None:
+        raise ConversionError(
+            f"config.json, model_type: GGUF is written for {SUPPORTED}, got model_type={model.config['model_type']!r}, "
+            f"which is {model.family.hf_class}. Use llama.cpp's own converter."
+        )
+    return arch
+
+
+def plan_tensors(model: HfModel, file_type: FileType) -> list[GgufTensor]:
+    """Every tensor that comes from a Hugging Face one, in the order in which it is written."""
+    arch, architecture = select_architecture(model), model.architecture
+    names = get_tensor_name_map(arch, architecture.num_layers)
+    tensors = []
+    for pair in expand(model.family, architecture):
+        for hf_name, shape in zip(pair.hf_names, pair.hf_shapes, strict=True):
+            name = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
+            if name is None:
+                raise ConversionError(f"{hf_name}: llama.cpp must have a name for it, got none. Update gguf.")
+            place = _find_place(name, architecture)
+            heads = _count_rope_heads(place.kind, architecture) if arch is MODEL_ARCH.LLAMA else None
+            tensor_type = select_type(file_type, place, shape)
+            tensors.append(GgufTensor(name=name, hf_name=hf_name, shape=shape, type=tensor_type, rope_heads=heads))
+    return tensors
+
+
+def _find_place(name: str, model: Architecture) -> Place:
+    """blk.3.attn_v.weight is "attn_v" of layer 3."""
+    parts = name.split(".")
+    return Place(
+        kind=parts[-2],
+        layer=int(parts[1]) if parts[0] == "blk" else 0,
+        num_layers=model.num_layers,
+        heads_per_group=model.num_attention_heads // model.num_query_groups,
+        is_output=parts[-2] == "output" or (model.has_tied_embeddings and parts[-2] == "token_embd"),
+    )
+
+
+def _count_rope_heads(kind: str, model: Architecture) -> int | None:
+    return {"attn_q": model.num_attention_heads, "attn_k": model.num_query_groups}.get(kind)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HfTensors:
+    """The tensors of a Hugging Face folder by the names that `plan_tensors` uses. notes: on stored ones left out."""
+
+    weights: HfWeights
+    sources: Mapping[str, HfSource]
+    notes: tuple[str, ...]
+
+    def read(self, hf_name: str) -> Tensor:
+        """The stored tensor, a view of its file."""
+        source = self.sources[hf_name]
+        return source.select(self.weights.read(source.name))
+
+
+def open_hf_tensors(folder: Path, model: HfModel) -> HfTensors:
+    """Open the weights; raises ConversionError for every tensor that is missing, unexpected, misshapen or no float."""
+    weights = open_hf_weights(folder)
+    pairs = expand(model.family, model.architecture)
+    located = locate_hf_tensors(pairs, model.architecture, weights.shapes)
+    expected = {name: shape for pair in pairs for name, shape in zip(pair.hf_names, pair.hf_shapes, strict=True)}
+    validate_names_and_shapes(expected, located.shapes, where=str(folder))
+    tensors = HfTensors(weights=weights, sources=located.sources, notes=_list_notes(located))
+    if problems := [*_list_unreadable(tensors), *_list_unequal(tensors, located.duplicates)]:
+        raise ConversionError(*problems)
+    return tensors
+
+
+def _list_unreadable(tensors: HfTensors) -> list[str]:
+    dtypes = {name: tensors.weights.dtypes[source.name] for name, source in tensors.sources.items()}
+    return [
+        f"{name}: weights must be f32, f16 or bf16, got {str(dtype).removeprefix('torch.')}. "
+        "Pass the model before quantization."
+        for name, dtype in dtypes.items()
+        if dtype not in FLOAT_DTYPES.values()
+    ]
+
+
+def _list_unequal(tensors: HfTensors, duplicates: Mapping[str, str]) -> list[str]:
+    return [
+        f"{name}: must equal {original}, to which it is tied, got a difference. Set tie_word_embeddings to false."
+        for name, original in duplicates.items()
+        if not torch.equal(tensors.weights.read(name), tensors.read(original))
+    ]
+
+
+def _list_notes(located: HfSources) -> tuple[str, ...]:
+    reasons = Counter([*(f"tied to {name}" for name in located.duplicates.values()), *located.buffers.values()])
+    return tuple(f"{count} stored tensor(s) left out: {reason}" for reason, count in reasons.items())
+
+
+def compute_rope_factors(scaling: RopeScaling, *, rotary_base: float, head_dim: int) -> Tensor:
+    """What llama.cpp divides the rotary frequencies [d/2] by for Llama 3.1's longer contexts, f32.
+
+    Short waves stay, long ones are stretched by `factor`, between them the frequency is interpolated.
+    Source: transformers' _compute_llama3_parameters; a division in place of its multiplication.
+    """
+    frequencies = rotary_base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    wavelengths = 2 * math.pi / frequencies
+    context, low, high = scaling.original_max_position_embeddings, scaling.low_freq_factor, scaling.high_freq_factor
+    share = ((context / wavelengths - low) / (high - low)).clamp(0, 1)
+    return (1 / ((1 - share) / scaling.factor + share)).float()

@@ -1,0 +1,215 @@
+"""The tokenizer of a Hugging Face folder as the vocabulary of a GGUF file.
+
+A SentencePiece BPE model (tokenizer.model) becomes llama.cpp's model "llama", which merges by score as sentencepiece
+does. A byte-level BPE tokenizer.json becomes "gpt2", whose splitting rule llama.cpp knows by a name: the rule in the
+file must be one of those. What llama.cpp cannot do is refused here; where it encodes some texts in another way,
+`tokenizer_check.py` finds and names them.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_hammer.checkpoint.tokenizer_verification import load_with_transformers
+from megatron_hammer.errors import ConversionError
+from megatron_hammer.tokenizer.encoder import Encoder, HuggingFaceEncoder, load_encoder
+from megatron_hammer.tokenizer.hugging_face import WHITESPACE_SYMBOL
+from megatron_hammer.tokenizer.sentencepiece_model import (
+    Piece,
+    PieceType,
+    SentencePieceModel,
+    read_sentencepiece_model,
+)
+
+_GPT2_RULE = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+_LLAMA3_RULE = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# How a byte-level BPE cuts text before it merges -> llama.cpp's name of it. Source: llama.cpp, llama-vocab.cpp.
+SPLITTING_RULES = {
+    _GPT2_RULE: "gpt-2",
+    _LLAMA3_RULE: "llama-bpe",
+    _LLAMA3_RULE.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GgufVocabulary:
+    """What tokenizer.ggml.* says, one entry for every row of the embedding, and the tokenizer that it stands for.
+
+    scores: of a "llama" model; merges: of a "gpt2" model, best first. adds_space_prefix: None for "gpt2".
+    reads_control_tokens: whether one spelt out in a text becomes its id.
+    """
+
+    encoder: Encoder
+    model: str
+    splitting_rule: str
+    tokens: tuple[str, ...]
+    types: tuple[PieceType, ...]
+    scores: tuple[float, ...] | None
+    merges: tuple[str, ...] | None
+    bos_id: int | None
+    eos_id: int | None
+    unknown_id: int | None
+    adds_bos: bool
+    adds_eos: bool
+    adds_space_prefix: bool | None
+    reads_control_tokens: bool
+    chat_template: str | None
+
+
+def read_vocabulary(folder: Path, *, vocab_size: int, config: Mapping[str, Any]) -> GgufVocabulary:
+    """The vocabulary for `vocab_size` rows; `config` is the model's config.json, which names the end of a text first.
+
+    Raises ConversionError if there is no tokenizer that llama.cpp can be told of, or if it has more ids than the model.
+    """
+    is_sentencepiece = (folder / "tokenizer.model").is_file()
+    if not is_sentencepiece and not (folder / "tokenizer.json").is_file():
+        raise ConversionError(
+            f"{folder}: must hold tokenizer.model or tokenizer.json, got neither. Pass --tokenizer-model, "
+            "or export the model with its tokenizer."
+        )
+    encoder = load_encoder(folder / ("tokenizer.model" if is_sentencepiece else "tokenizer.json"))
+    added = _read_added_tokens(folder / "tokenizer.json")
+    if is_sentencepiece:
+        entries, facts = _read_sentencepiece(encoder.path)
+    else:
+        entries, facts = _read_byte_level(encoder.path)
+    entries = _complete(entries, added, vocab_size=vocab_size, where=encoder.path)
+    tokenizer = load_with_transformers(folder)
+    adds_bos, adds_eos = _find_added_ends(tokenizer)
+    return GgufVocabulary(
+        encoder=encoder,
+        tokens=tuple(entry.text for entry in entries),
+        types=tuple(entry.type for entry in entries),
+        scores=tuple(entry.score for entry in entries) if is_sentencepiece else None,
+        bos_id=_first_id(tokenizer.bos_token_id, config.get("bos_token_id"), encoder.bos_id),
+        eos_id=_first_id(config.get("eos_token_id"), tokenizer.eos_token_id, encoder.eod_id),
+        unknown_id=_first_id(tokenizer.unk_token_id),
+        adds_bos=adds_bos,
+        adds_eos=adds_eos,
+        reads_control_tokens=isinstance(encoder, HuggingFaceEncoder) and not encoder.splits_special_tokens,
+        chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
+        **facts,
+    )
+
+
+def _first_id(*candidates: Any) -> int | None:
+    """The first that is an id; of a list of ids (Llama 3 ends a text in several ways) its first."""
+    flat = (value[0] if isinstance(value, list) and value else value for value in candidates)
+    return next((value for value in flat if isinstance(value, int) and value >= 0), None)
+
+
+def _find_added_ends(tokenizer: Any) -> tuple[bool, bool]:
+    """Whether the tokenizer as users call it puts a token before a text, and one after it."""
+    plain, called = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    is_before = bool(called) and called[:1] != plain[:1] and called[0] == tokenizer.bos_token_id
+    is_after = bool(called) and called[-1:] != plain[-1:] and called[-1] == tokenizer.eos_token_id
+    if len(called) != len(plain) + is_before + is_after:
+        raise ConversionError(
+            f"tokenizer: at most bos and eos may be added to a text, got {called} for {plain}. "
+            "llama.cpp has no setting for others; change the tokenizer's template."
+        )
+    return is_before, is_after
+
+
+def _read_sentencepiece(path: Path) -> tuple[list[Piece], dict[str, Any]]:
+    """Entries by id. llama.cpp looks for user-defined symbols before it escapes spaces, so theirs are plain."""
+    model = read_sentencepiece_model(path)
+    if reasons := list_unsupported(model):
+        raise ConversionError(
+            *(
+                f"{path}: llama.cpp must encode as this tokenizer does, got {reason}. "
+                "Serve the model with transformers or vLLM."
+                for reason in reasons
+            )
+        )
+    entries = [_show_spaces(piece) if piece.type is PieceType.USER_DEFINED else piece for piece in model.pieces]
+    facts = {"model": "llama", "splitting_rule": "default", "merges": None, "adds_space_prefix": model.has_dummy_prefix}
+    return entries, facts
+
+
+def _show_spaces(piece: Piece) -> Piece:
+    return Piece(piece.text.replace(WHITESPACE_SYMBOL, " "), piece.score, piece.type)
+
+
+def list_unsupported(model: SentencePieceModel) -> list[str]:
+    """What of a SentencePiece model llama.cpp's "llama" tokenizer does not do, with the reason; empty if nothing."""
+    types = {piece.type for piece in model.pieces}
+    reasons = [
+        (model.model_type != "bpe", f"model_type={model.model_type}: it merges by score, as BPE does"),
+        (not model.has_byte_fallback, "byte_fallback=false: it writes unknown characters as bytes"),
+        (bool(model.precompiled_charsmap), "a normaliser that rewrites characters: it has none"),
+        (model.removes_extra_whitespaces, "remove_extra_whitespaces=true: it keeps every space"),
+        (model.treats_whitespace_as_suffix, "treat_whitespace_as_suffix=true: a space leads its word"),
+        (not model.escapes_whitespaces, "escape_whitespaces=false: it escapes every space"),
+        (PieceType.UNUSED in types, "unused pieces: it does not split them again"),
+    ]
+    return [reason for is_wrong, reason in reasons if is_wrong]
+
+
+def _read_byte_level(path: Path) -> tuple[list[Piece], dict[str, Any]]:
+    content = json.loads(path.read_bytes())
+    model = content.get("model") or {}
+    if model.get("type") != "BPE" or model.get("byte_fallback"):
+        raise ConversionError(
+            f"{path}: tokenizer must be byte-level BPE, got type={model.get('type')}, "
+            f"byte_fallback={bool(model.get('byte_fallback'))}. Put the SentencePiece tokenizer.model beside it."
+        )
+    entries = [Piece("", 0.0, PieceType.UNUSED)] * (max(model["vocab"].values(), default=-1) + 1)
+    for text, token_id in model["vocab"].items():
+        entries[token_id] = Piece(text, 0.0, PieceType.NORMAL)
+    merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
+    rule = _name_splitting_rule(content.get("pre_tokenizer") or {}, path)
+    return entries, {"model": "gpt2", "splitting_rule": rule, "merges": tuple(merges), "adds_space_prefix": None}
+
+
+def _name_splitting_rule(pre_tokenizer: Mapping[str, Any], path: Path) -> str:
+    """llama.cpp's name for the regular expression that cuts text before merging."""
+    steps: Sequence[Mapping[str, Any]] = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
+    patterns = [step["pattern"].get("Regex", "") for step in steps if step.get("type") == "Split"]
+    byte_level = [step for step in steps if step.get("type") == "ByteLevel"]
+    if len(byte_level) == 1 and byte_level[0].get("use_regex", True) and not patterns:
+        patterns = [_GPT2_RULE]
+    has_prefix = any(step.get("add_prefix_space") for step in byte_level)
+    if len(byte_level) != 1 or len(patterns) != 1 or patterns[0] not in SPLITTING_RULES or has_prefix:
+        raise ConversionError(
+            f"{path}: text must be split by the rule of {', '.join(SPLITTING_RULES.values())}, "
+            f"got {json.dumps(pre_tokenizer, ensure_ascii=False)[:300]}. Use llama.cpp's own converter."
+        )
+    return SPLITTING_RULES[patterns[0]]
+
+
+def _read_added_tokens(path: Path) -> dict[int, Piece]:
+    if not path.is_file():
+        return {}
+    added = json.loads(path.read_bytes()).get("added_tokens") or []
+    return {
+        token["id"]: Piece(token["content"], 0.0, PieceType.CONTROL if token.get("special") else PieceType.USER_DEFINED)
+        for token in added
+    }
+
+
+def _complete(entries: list[Piece], added: Mapping[int, Piece], *, vocab_size: int, where: Path) -> list[Piece]:
+    """One entry a row: the tokenizer's own, tokens added to it, and names for rows that no token has.
+
+    Of a SentencePiece model's own ids the model says the type, of a tokenizer.json's the list of added tokens.
+    """
+    num_ids = max([len(entries), *(token_id + 1 for token_id in added)])
+    if num_ids > vocab_size:
+        raise ConversionError(
+            f"{where}: tokenizer must not have more ids than the model, got {num_ids} ids, vocab_size={vocab_size}. "
+            "Pass the tokenizer that the model was trained with."
+        )
+    is_sentencepiece = any(entry.type is PieceType.BYTE for entry in entries)
+    completed = list(entries) + [Piece("", 0.0, PieceType.UNUSED)] * (vocab_size - len(entries))
+    for token_id, token in added.items():
+        if token_id >= len(entries) or not is_sentencepiece:
+            completed[token_id] = token
+    return [
+        entry if entry.text else Piece(f"[PAD{token_id}]", 0.0, PieceType.UNUSED)
+        for token_id, entry in enumerate(completed)
+    ]

@@ -1,0 +1,194 @@
+"""Compares llama.cpp's tokens of real text with those of the tokenizer that a GGUF file stands for.
+
+llama.cpp's tokenizers are its own code. Where they are known to differ, the text itself tells: it holds two symbols
+that overlap, a control token spelt out, or characters that a normaliser composes. A difference in such a place is
+listed under its class; any other means that the vocabulary was written wrongly.
+"""
+
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from megatron_hammer.checkpoint.gguf.tokenizer import GgufVocabulary
+from megatron_hammer.data.readers import Document
+from megatron_hammer.tokenizer.hugging_face import WHITESPACE_SYMBOL
+from megatron_hammer.tokenizer.sentencepiece_model import PieceType
+
+OVERLAP = "symbols that overlap: llama.cpp takes the longest of the text first, the tokenizer the first from the left"
+SPELT_OUT = "a control token spelt out: llama.cpp merges pieces to it, the tokenizer leaves it text"
+PREFIX = "a symbol and a space prefix: llama.cpp puts a space after every symbol, the tokenizer before the text only"
+COMPOSED = "characters that the tokenizer composes (NFC) and llama.cpp does not"
+UNEXPLAINED = "no known cause"
+CONTEXT_TOKENS = 2
+SHOWN_TOKENS = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Difference:
+    """The first place of a document where the two differ. cause: one of this module's."""
+
+    source: str
+    line: int
+    cause: str
+    expected: tuple[str, ...]
+    got: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class TokenizerComparison:
+    """How many documents, tokens and differing documents there were, and each difference."""
+
+    num_documents: int = 0
+    num_tokens: int = 0
+    differences: list[Difference] = field(default_factory=list)
+
+    def count_causes(self) -> dict[str, int]:
+        """Documents by the cause of their difference."""
+        causes = [difference.cause for difference in self.differences]
+        return {cause: causes.count(cause) for cause in dict.fromkeys(causes)}
+
+
+def compare_tokenizers(
+    vocabulary: GgufVocabulary,
+    tokenize: Callable[[str], list[int]],
+    documents: Iterable[Document],
+    on_document: Callable[[int], None] = lambda num_documents: None,
+) -> TokenizerComparison:
+    """Encode every document both ways; `tokenize` is llama.cpp's."""
+    comparison = TokenizerComparison()
+    causes = _KnownCauses(vocabulary)
+    for document in documents:
+        expected = vocabulary.encoder.encode(document.text).tolist()
+        got = tokenize(document.text)
+        comparison.num_documents += 1
+        comparison.num_tokens += len(expected)
+        if expected != got:
+            comparison.differences.append(_describe(document, expected, got, vocabulary, causes))
+        on_document(comparison.num_documents)
+    return comparison
+
+
+def _describe(
+    document: Document, expected: list[int], got: list[int], vocabulary: GgufVocabulary, causes: "_KnownCauses"
+) -> Difference:
+    """The first unexplained place, or the first one if all are explained."""
+    places = _list_places(expected, got, vocabulary)
+    explained = [
+        (causes.explain(document.text, _show(expected[begin:end], vocabulary)), begin) for begin, end in places
+    ]
+    cause, begin = next((place for place in explained if place[0] == UNEXPLAINED), explained[0])
+    shown = slice(begin, begin + SHOWN_TOKENS)
+    return Difference(
+        source=document.source,
+        line=document.line,
+        cause=cause,
+        expected=tuple(_name_tokens(expected[shown], vocabulary)),
+        got=tuple(_name_tokens(got[shown], vocabulary)),
+    )
+
+
+def _list_places(expected: list[int], got: list[int], vocabulary: GgufVocabulary) -> list[tuple[int, int]]:
+    """Where in `expected` the two differ: tokens between places of the text that both cut, and a few around them."""
+    ends, other_ends = _measure_ends(expected, vocabulary), _measure_ends(got, vocabulary)
+    cuts = np.intersect1d(ends, other_ends)
+    bounds = [0, *(np.searchsorted(ends, cuts) + 1).tolist(), len(expected)]
+    other_bounds = [0, *(np.searchsorted(other_ends, cuts) + 1).tolist(), len(got)]
+    return [
+        (max(0, begin - CONTEXT_TOKENS), end + CONTEXT_TOKENS)
+        for begin, end, other_begin, other_end in zip(
+            bounds[:-1], bounds[1:], other_bounds[:-1], other_bounds[1:], strict=True
+        )
+        if expected[begin:end] != got[other_begin:other_end]
+    ]
+
+
+def _measure_ends(ids: Sequence[int], vocabulary: GgufVocabulary) -> np.ndarray:
+    """Where every token ends in the text, in bytes of the text with its spaces escaped."""
+    return np.cumsum([_count_bytes(vocabulary, token_id) for token_id in ids], dtype=np.int64)
+
+
+def _count_bytes(vocabulary: GgufVocabulary, token_id: int) -> int:
+    text, kind = vocabulary.tokens[token_id], vocabulary.types[token_id]
+    if kind is PieceType.BYTE:
+        return 1
+    if vocabulary.model == "gpt2" and kind is PieceType.NORMAL:
+        return len(text)  # a character stands for a byte
+    return len(text.replace(" ", WHITESPACE_SYMBOL).encode("utf-8"))
+
+
+def _name_tokens(ids: Sequence[int], vocabulary: GgufVocabulary) -> list[str]:
+    return [vocabulary.tokens[token_id] for token_id in ids]
+
+
+def _show(ids: Sequence[int], vocabulary: GgufVocabulary) -> str:
+    return vocabulary.encoder.decode(ids)
+
+
+class _KnownCauses:
+    """What llama.cpp is known to do in another way with this vocabulary, by the text that sets it off."""
+
+    def __init__(self, vocabulary: GgufVocabulary):
+        typed = list(zip(vocabulary.tokens, vocabulary.types, strict=True))
+        reserved = (PieceType.CONTROL, PieceType.UNKNOWN, PieceType.BYTE)
+        self._symbols = [text for text, kind in typed if kind is PieceType.USER_DEFINED]
+        self._reserved = [text for text, kind in typed if kind in reserved]
+        self._overlaps = list_overlaps(self._symbols)
+        self._adds_prefix = bool(vocabulary.adds_space_prefix)
+        self._may_compose = vocabulary.model == "gpt2"
+
+    def explain(self, text: str, place: str) -> str:
+        """The cause of a difference around `place`, a part of `text`."""
+        if any(overlap in place for overlap in self._overlaps):
+            return OVERLAP
+        if any(reserved in place for reserved in self._reserved):
+            return SPELT_OUT
+        if self._adds_prefix and any(symbol in place for symbol in self._symbols):
+            return PREFIX
+        if self._may_compose and unicodedata.normalize("NFC", text) != text:
+            return COMPOSED
+        return UNEXPLAINED
+
+
+def list_overlaps(symbols: Sequence[str]) -> list[str]:
+    """Every text in which one symbol begins inside another and ends behind it: "--->" of "---" and "-->"."""
+    return sorted(
+        {
+            first + second[shared:]
+            for first in symbols
+            for second in symbols
+            if first != second
+            for shared in range(1, min(len(first), len(second)))
+            if first.endswith(second[:shared])
+        }
+    )
+
+
+def summarise_comparison(comparison: TokenizerComparison) -> tuple[str, bool]:
+    """A sentence for the table, and whether every difference is explained."""
+    counts = f"{comparison.num_documents:,} texts, {comparison.num_tokens:,} tokens"
+    if not comparison.differences:
+        return f"equal on {counts}", True
+    causes = comparison.count_causes()
+    listed = "; ".join(f"{count} with {cause}" for cause, count in causes.items())
+    return f"{len(comparison.differences)} of {counts} differ: {listed}", UNEXPLAINED not in causes
+
+
+def list_examples(comparison: TokenizerComparison, *, most: int) -> list[str]:
+    """A line for each of the first differences of every cause."""
+    lines: list[str] = []
+    seen: dict[str, int] = {}
+    for difference in comparison.differences:
+        seen[difference.cause] = seen.get(difference.cause, 0) + 1
+        if seen[difference.cause] <= most:
+            lines.append(
+                f"{difference.source}:{difference.line}: {difference.cause}; "
+                f"{_join(difference.expected)} became {_join(difference.got)}"
+            )
+    return lines
+
+
+def _join(tokens: Sequence[Any]) -> str:
+    return " ".join(map(repr, tokens))

@@ -1,0 +1,277 @@
+"""Opens the files of a legacy checkpoint, one for each rank of the model, without running their code.
+
+`--ckpt-format torch` keeps `mp_rank_TT`, `mp_rank_TT_PPP`, `mp_rank_TT_EEE` or `mp_rank_TT_PPP_EEE`, each with a pickle
+of everything the rank had. Tensors are only located here, on the meta device. The pickles name types of megatron, numpy
+and apex, which become inert; any other type stops the reading.
+"""
+
+import argparse
+import contextlib
+import io
+import pathlib
+import pickletools
+import re
+import signal
+import types
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from megatron_hammer.checkpoint.legacy.names import flatten_state
+from megatron_hammer.errors import CheckpointError
+
+MODEL_FILES = ("model_optim_rng.pt", "model_rng.pt")  # the second where the optimizer lay apart, before megatron-core
+_SAFE_TYPES = (argparse.Namespace, types.SimpleNamespace, pathlib.PosixPath, signal.Signals)
+_SAFE_NAMES = frozenset(f"{known.__module__}.{known.__qualname__}" for known in _SAFE_TYPES)
+_INERT_PREFIXES = ("megatron.", "numpy.", "transformer_engine.", "apex.", "_io.BytesIO")
+_ZIP_SIGNATURE = b"PK"
+_NUM_PICKLES_BEFORE_STATE = 3  # in a file of before PyTorch 1.6: magic number, protocol, system
+
+
+class InertObject:
+    """Stands in for a type that the file names: keeps what it was made from, has no behaviour."""
+
+    def __init__(self, *values: Any):
+        self.values = values
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(map(repr, getattr(self, 'values', ())))})"
+
+
+class ModelRank(NamedTuple):
+    """Where a rank sits among those that hold different parts of the model."""
+
+    tp: int
+    pp: int
+    ep: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankFile:
+    """One rank's state: `chunks` has the entries of each virtual pipeline stage by their own names."""
+
+    path: Path
+    rank: ModelRank
+    args: Any
+    iteration: int | None
+    checkpoint_version: float
+    chunks: tuple[dict[str, Any], ...]
+    optimizer: Any
+    is_mappable: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelSizes:
+    """What the saved arguments say about the ranks; before checkpoint version 3 under other names, or not at all."""
+
+    tp: int
+    pp: int
+    ep: int
+    expert_tp: int
+    cp: int
+
+    @property
+    def ranks(self) -> list[ModelRank]:
+        """Those that wrote a file: data-parallel rank 0 of the dense layers, and of the experts.
+
+        The expert grid reuses the ranks of a pipeline stage, so not every (tp, ep) exists where expert_tp < tp.
+        Source: megatron.training.checkpointing.save_checkpoint, megatron.core.parallel_state.RankGenerator.
+        """
+        num_writers = max(self.tp * self.cp, self.expert_tp * self.ep)
+        cells = {(rank % self.tp, rank // self.expert_tp % self.ep) for rank in range(num_writers)}
+        return [ModelRank(tp, pp, ep) for pp in range(self.pp) for tp, ep in sorted(cells)]
+
+    def folder_name(self, rank: ModelRank) -> str:
+        """Source: megatron.training.checkpointing.get_checkpoint_name."""
+        pipeline = f"_{rank.pp:03d}" if self.pp > 1 else ""
+        expert = f"_{rank.ep:03d}" if self.ep > 1 else ""
+        return f"mp_rank_{rank.tp:02d}{pipeline}{expert}"
+
+
+def load_rank_files(directory: Path) -> tuple[ParallelSizes, list[RankFile]]:
+    """Every rank's file in one iteration's directory.
+
+    Raises CheckpointError with a sentence for every rank that is missing, every file that is damaged or holds a type
+    that no checkpoint needs, and every rank whose iteration or version is not that of the first.
+    """
+    folders = sorted(path for path in directory.glob("mp_rank_*") if _find_model_file(path) is not None)
+    if not folders:
+        raise CheckpointError(
+            f"{directory}: must hold mp_rank_* folders with {MODEL_FILES[0]}, got none. Copy the checkpoint again."
+        )
+    sizes = read_parallel_sizes(_load_first(folders).get("args"), directory)
+    files, problems = [], []
+    for rank in sizes.ranks:
+        folder = directory / sizes.folder_name(rank)
+        path = _find_model_file(folder)
+        if path is None:
+            problems.append(
+                f"{folder}: rank must hold {MODEL_FILES[0]}, got no such file. "
+                "The save was interrupted or the copy is incomplete; use another iteration or copy it again."
+            )
+            continue
+        try:
+            files.append(_open_rank_file(path, rank))
+        except CheckpointError as error:
+            problems += error.problems
+    expected = {sizes.folder_name(rank) for rank in sizes.ranks}
+    problems += [
+        f"{folder}: rank must be one of tp={sizes.tp}, pp={sizes.pp}, ep={sizes.ep}, as the arguments say, "
+        "got another. Files of two checkpoints are mixed; remove what does not belong."
+        for folder in folders
+        if folder.name not in expected
+    ]
+    problems += _find_mixed_states(files)
+    if problems:
+        raise CheckpointError(*problems)
+    return sizes, files
+
+
+def read_parallel_sizes(args: Any, directory: Path) -> ParallelSizes:
+    """Raises CheckpointError where the arguments are missing, or spread experts in a way that overwrites files."""
+    if args is None or not hasattr(args, "num_layers"):
+        raise CheckpointError(
+            f"{directory}: must hold Megatron's arguments, got none. Checkpoints of before they were saved do not say "
+            "the number of heads; load it with the Megatron that wrote it and save it again."
+        )
+    tp = getattr(args, "tensor_model_parallel_size", None) or getattr(args, "model_parallel_size", None) or 1
+    sizes = ParallelSizes(
+        tp=tp,
+        pp=getattr(args, "pipeline_model_parallel_size", None) or 1,
+        ep=getattr(args, "expert_model_parallel_size", None) or 1,
+        expert_tp=getattr(args, "expert_tensor_parallel_size", None) or tp,
+        cp=getattr(args, "context_parallel_size", None) or 1,
+    )
+    if getattr(args, "num_experts", None) and sizes.tp % sizes.expert_tp:
+        raise CheckpointError(
+            f"{directory}: expert_tensor_parallel_size must divide tensor_model_parallel_size, got "
+            f"etp={sizes.expert_tp}, tp={sizes.tp}: ranks of different expert shards wrote to one file. "
+            "Save it with --ckpt-format torch_dist."
+        )
+    return sizes
+
+
+def load_state(path: Path, kind: type | tuple[type, ...] = dict) -> Any:
+    """What torch.save wrote to `path`, of that kind: tensors on the meta device, or in memory where no map is possible.
+
+    Raises CheckpointError, naming the file, if it is damaged or names a type that no checkpoint needs.
+    """
+    try:
+        is_mappable = zipfile.is_zipfile(path)
+        inert = [
+            (type(name.rpartition(".")[2], (InertObject,), {}), name)
+            for name in sorted(_list_types(path, is_mappable) - _SAFE_NAMES)
+            if name.startswith(_INERT_PREFIXES)
+        ]
+        with _allow_only([*_SAFE_TYPES, *inert]):
+            state = torch.load(path, map_location="meta" if is_mappable else "cpu", weights_only=True)
+        if not isinstance(state, kind):
+            raise TypeError(f"a {type(state).__name__}")
+    except Exception as error:  # damaged files raise nearly anything
+        raise CheckpointError(
+            f"{path}: contents must be what --ckpt-format torch writes, got {type(error).__name__}: {_reason(error)}. "
+            "The file is damaged or not a checkpoint; use another iteration or copy it again."
+        ) from error
+    return state
+
+
+@contextlib.contextmanager
+def _allow_only(types_and_names: list[Any]) -> Iterator[None]:
+    """Let torch.load build these and what it always allows, whatever this process allowed: megatron adds numpy's."""
+    allowed_before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        with torch.serialization.safe_globals(types_and_names):
+            yield
+    finally:
+        torch.serialization.add_safe_globals(allowed_before)
+
+
+def _list_types(path: Path, is_mappable: bool) -> set[str]:
+    """Every type and function that the pickle names, as module.name."""
+    if is_mappable:
+        with zipfile.ZipFile(path) as archive:
+            name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+            return _scan(io.BytesIO(archive.read(name)))
+    with path.open("rb") as file:
+        if file.read(len(_ZIP_SIGNATURE)) == _ZIP_SIGNATURE:
+            raise EOFError("the archive has no end")
+        file.seek(0)
+        for _ in range(_NUM_PICKLES_BEFORE_STATE):
+            _scan(file)
+        return _scan(file)
+
+
+def _scan(file: Any) -> set[str]:
+    return {
+        str(argument).replace(" ", ".")
+        for opcode, argument, _ in pickletools.genops(file)
+        if opcode.name in ("GLOBAL", "INST")
+    }
+
+
+def _reason(error: Exception) -> str:
+    """The sentence of torch that says what is wrong, not its advice to trust the file."""
+    text = str(error).strip()
+    refused = re.search(r"Unsupported global: GLOBAL (\S+)", text)
+    return f"type {refused[1]} is not on the list" if refused else text.split("\n")[0][:300]
+
+
+def _load_first(folders: list[Path]) -> dict[Any, Any]:
+    """The first file that can be read; where none can, the problems of all."""
+    problems: list[str] = []
+    for folder in folders:
+        path = _find_model_file(folder)
+        try:
+            return load_state(path) if path else {}
+        except CheckpointError as error:
+            problems += error.problems
+    raise CheckpointError(*problems)
+
+
+def _find_model_file(folder: Path) -> Path | None:
+    return next((folder / name for name in MODEL_FILES if (folder / name).is_file()), None)
+
+
+def _open_rank_file(path: Path, rank: ModelRank) -> RankFile:
+    state = load_state(path)
+    keys = ["model"] if "model" in state else sorted(filter(_is_chunk, state), key=lambda key: int(key[5:]))
+    if not keys or not all(isinstance(state[key], Mapping) for key in keys):
+        raise CheckpointError(
+            f"{path}: must hold model, or model0, model1, ..., got {sorted(map(str, state))[:20]}. "
+            "Pass a checkpoint that Megatron's training loop saved."
+        )
+    return RankFile(
+        path=path,
+        rank=rank,
+        args=state.get("args"),
+        iteration=state.get("iteration"),
+        checkpoint_version=state.get("checkpoint_version", 0),
+        chunks=tuple(dict(flatten_state(state[key])) for key in keys),
+        optimizer=state.get("optimizer"),
+        is_mappable=zipfile.is_zipfile(path),
+    )
+
+
+def _is_chunk(key: Any) -> bool:
+    return isinstance(key, str) and re.fullmatch(r"model\d+", key) is not None
+
+
+def _find_mixed_states(files: list[RankFile]) -> list[str]:
+    problems = []
+    for file in files[1:]:
+        for what in ("iteration", "checkpoint_version"):  # the arguments name the rank and cannot be compared whole
+            first, own = getattr(files[0], what), getattr(file, what)
+            if own != first:
+                problems.append(
+                    f"{file.path}: {what} must be that of {files[0].path.parent.name}, got {own} and {first}. "
+                    "Files of two checkpoints are mixed; copy it again."
+                )
+    return problems

@@ -1,0 +1,80 @@
+"""What the check of layers feeds to both sides: which layers and rows, and hidden states that do not depend on a model.
+
+A layer is run inside a model of one layer, whose vocabulary is the sampled rows: so the embedding, the positions, the
+final norm and the head are each side's own, and the layer gets the same hidden states on both sides.
+"""
+
+import random
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_hammer.checkpoint.verification.forward_exchange import SEED
+
+NUM_ROWS = 64
+
+
+def sample_layers(num_layers: int) -> tuple[int, ...]:
+    """First, middle, last, and one more drawn by a fixed seed."""
+    drawn = random.Random(SEED).randrange(num_layers)
+    return tuple(sorted({0, num_layers // 2, num_layers - 1, drawn}))
+
+
+def sample_rows(vocab_size: int) -> tuple[int, ...]:
+    """Rows of the embedding and the head: the first and the last, and others drawn by a fixed seed."""
+    drawn = random.Random(SEED).sample(range(vocab_size), min(NUM_ROWS, vocab_size))
+    return tuple(sorted({0, vocab_size - 1, *drawn}))
+
+
+def draw_hidden_states(num_tokens: int, hidden_size: int, *, seed: int) -> Tensor:
+    """Hidden states [s, h] of standard deviation 1, some channels a few times larger, as trained models have them."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = 1 + 4 * (torch.rand(hidden_size, generator=generator) > 0.98)
+    return torch.randn(num_tokens, hidden_size, generator=generator) * scale
+
+
+def draw_tokens(num_rows: int, *, length: int, seed: int = SEED) -> Tensor:
+    """Token ids [s] below num_rows."""
+    return torch.randint(0, num_rows, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+def select_names(names: Iterable[str], layer: int) -> dict[str, str]:
+    """Stored name -> name with the layer numbered 0, of that layer's tensors and of those outside the layers."""
+    selected = {}
+    for name in names:
+        parts = name.split(".")
+        number = next((i for i in range(1, len(parts)) if parts[i].isdigit() and parts[i - 1] in ("layers", "h")), None)
+        if number is None:
+            selected[name] = name
+        elif int(parts[number]) == layer:
+            selected[name] = ".".join((*parts[:number], "0", *parts[number + 1 :]))
+    return selected
+
+
+@contextmanager
+def replace_layer_input(layer: Any, hidden: Tensor) -> Iterator[list[Tensor]]:
+    """While open, `layer` sees `hidden` as its input; yields the list that its outputs are appended to.
+
+    The input may come as the first argument (transformers) or by the name hidden_states (megatron).
+    """
+    outputs: list[Tensor] = []
+
+    def replace(
+        _module: Any, arguments: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if "hidden_states" in named:
+            return arguments, named | {"hidden_states": hidden}
+        return (hidden, *arguments[1:]), named
+
+    def record(_module: Any, _arguments: Any, output: Any) -> None:
+        outputs.append((output[0] if isinstance(output, tuple) else output).detach())
+
+    hooks = (layer.register_forward_pre_hook(replace, with_kwargs=True), layer.register_forward_hook(record))
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()

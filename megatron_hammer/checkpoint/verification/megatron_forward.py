@@ -1,0 +1,154 @@
+"""What Megatron's modules compute from a checkpoint, against what transformers left: `python -m ... <folder>`.
+
+The second process of `verify.py`. It reads the request and the reference in `folder` and leaves findings: numbers only.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_hammer.checkpoint.reader import VOCABULARY_TENSORS, open_checkpoint
+from megatron_hammer.checkpoint.verification.forward_exchange import (
+    MEGATRON_FINDINGS_FILE,
+    NOT_DONE,
+    REFERENCE_FILE,
+    SEED,
+    TRANSFORMERS_FINDINGS_FILE,
+    ForwardRequest,
+    read_findings,
+    read_request,
+    write_findings,
+)
+from megatron_hammer.checkpoint.verification.layer_check import (
+    draw_hidden_states,
+    draw_tokens,
+    replace_layer_input,
+    select_names,
+)
+from megatron_hammer.checkpoint.verification.logit_comparison import compare_logits, measure_difference, merge_texts
+from megatron_hammer.errors import exit_on_user_error
+
+_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
+
+
+@exit_on_user_error
+def main() -> None:
+    folder = Path(sys.argv[1])
+    request = read_request(folder)
+    try:
+        from megatron_hammer.platforms import megatron_compat
+
+        megatron_compat.install("cpu")
+        import megatron.training  # noqa: F401
+    except Exception as error:  # a broken installation raises nearly anything
+        write_findings(folder / MEGATRON_FINDINGS_FILE, {NOT_DONE: f"megatron-core does not import: {error}"})
+        return
+    from safetensors import safe_open
+
+    from megatron_hammer.checkpoint.verification.megatron_model import single_rank
+
+    torch.manual_seed(SEED)
+    with safe_open(folder / REFERENCE_FILE, framework="pt") as reference, single_rank(), torch.no_grad():
+        if request.layers is None:
+            num_texts = read_findings(folder / TRANSFORMERS_FINDINGS_FILE)["num_texts"]
+            findings = compare_model(request, reference, num_texts)
+        else:
+            findings = compare_layers(request, reference)
+    write_findings(folder / MEGATRON_FINDINGS_FILE, findings)
+
+
+def compare_model(request: ForwardRequest, reference: Any, num_texts: int) -> dict[str, Any]:
+    """The differences over every text; reference: the opened file of transformers' tokens and logits."""
+    from megatron_hammer.checkpoint.verification.megatron_model import build_model, compute_logits, read_model_arguments
+
+    reader = _open(request)
+    namespace = read_model_arguments(reader.args, **_changes(request, request.vocab_size))
+    model = build_model(namespace)
+    _fill(model, reader, request, {name: name for name in reader.tensors})
+    differences = []
+    for number in range(num_texts):
+        tokens = reference.get_tensor(f"tokens.{number}")
+        logits = compute_logits(model, tokens)
+        differences.append(compare_logits(logits, reference.get_tensor(f"logits.{number}"), tokens))
+    return dataclasses.asdict(merge_texts(differences))
+
+
+def compare_layers(request: ForwardRequest, reference: Any) -> dict[str, Any]:
+    """The differences of every sampled layer alone, of the rows of the embedding, and of the norm and head after it."""
+    from megatron_hammer.checkpoint.verification.megatron_model import build_model, read_model_arguments
+
+    reader = _open(request)
+    found = []
+    for layer in request.layers or ():
+        changes = {**_changes(request, len(request.rows)), "num_layers": 1}
+        if isinstance(getattr(reader.args, "moe_layer_freq", None), list):
+            changes["moe_layer_freq"] = 1  # read_architecture wants every layer to be a mixture
+        model = build_model(read_model_arguments(reader.args, **changes))
+        _fill(model, reader, request, select_names(reader.tensors, layer))
+        hidden = draw_hidden_states(request.num_tokens, reader.args.hidden_size, seed=SEED + layer)
+        hidden = hidden.to(getattr(torch, request.dtype))
+        output, logits = run_layer(model, hidden, num_rows=len(request.rows))
+        expected, expected_logits = (reference.get_tensor(f"{name}.{layer}") for name in ("output", "logits"))
+        embedding = model.embedding.word_embeddings.weight
+        found.append(
+            {
+                "layer": layer,
+                "output": dataclasses.asdict(measure_difference(output, expected)),
+                "output_std": (expected - hidden.float()).std().item(),  # of what the layer adds
+                "logits": dataclasses.asdict(measure_difference(logits, expected_logits)),
+                "logits_std": expected_logits.std().item(),
+                "embedding": measure_difference(embedding, reference.get_tensor("embedding")).max,
+            }
+        )
+        del model
+    return {"layers": found}
+
+
+def run_layer(model: Any, hidden: Tensor, *, num_rows: int) -> tuple[Tensor, Tensor]:
+    """The output [s, h] of the model's only layer on `hidden` [s, h], and the logits [s, v] that follow."""
+    from megatron_hammer.checkpoint.verification.megatron_model import compute_logits
+
+    tokens = draw_tokens(num_rows, length=len(hidden))
+    with replace_layer_input(model.decoder.layers[0], hidden[:, None]) as outputs:  # megatron's are [s, b, h]
+        logits = compute_logits(model, tokens)
+    return outputs[0][:, 0], logits
+
+
+def _open(request: ForwardRequest) -> Any:
+    """The checkpoint without vocabulary padding, at the master weights where they are asked for."""
+    which = {} if request.weights == "model" else {"weights": request.weights}
+    reader = open_checkpoint(request.megatron_dir, iteration=request.iteration, **which)
+    reader.remove_vocab_padding(request.vocab_size)
+    return reader
+
+
+def _changes(request: ForwardRequest, vocab_size: int) -> dict[str, Any]:
+    return {
+        "vocab_size": vocab_size,
+        "padded_vocab_size": vocab_size,
+        "precision": _PRECISIONS[request.dtype],
+    }
+
+
+def _fill(model: Any, reader: Any, request: ForwardRequest, stored_names: dict[str, str]) -> None:
+    """Weights under the model's names; stored_names: stored name -> the model's."""
+    from megatron_hammer.checkpoint.verification.megatron_model import fill_weights
+
+    source = {name: stored for stored, name in stored_names.items()}
+    rounding = getattr(torch, request.megatron_rounding) if request.megatron_rounding else None
+
+    def read(name: str) -> Tensor:
+        tensor: Tensor = reader.read(source[name])
+        if request.rows and name in VOCABULARY_TENSORS:
+            tensor = tensor[list(request.rows)]
+        return tensor if rounding is None else tensor.to(rounding)
+
+    fill_weights(model, set(source), read, where=str(reader.directory))
+
+
+if __name__ == "__main__":
+    main()

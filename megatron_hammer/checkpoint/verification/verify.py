@@ -1,0 +1,205 @@
+"""Does a Hugging Face folder compute what a Megatron checkpoint computes? Both run for real, each in its own process.
+
+`verify_model` starts transformers on the folder, then Megatron's GPTModel on the checkpoint, on this CPU, and returns a
+row for every check. Where the model does not fit in memory, sampled layers are compared one at a time. The converters
+call it on folders that do not have their names yet, after their own exact comparison of every tensor.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+
+import megatron_hammer
+from megatron_hammer.checkpoint.hf_weights import open_hf_weights
+from megatron_hammer.checkpoint.reader import VOCABULARY_TENSORS, open_checkpoint
+from megatron_hammer.checkpoint.verification.forward_exchange import (
+    DEFAULT_TEXTS,
+    MAX_TOKENS,
+    MEGATRON_FINDINGS_FILE,
+    NOT_DONE,
+    TRANSFORMERS_FINDINGS_FILE,
+    ForwardRequest,
+    read_findings,
+)
+from megatron_hammer.checkpoint.verification.layer_check import sample_layers, sample_rows
+from megatron_hammer.checkpoint.verification.rows import CheckRow, judge_layers, judge_logits
+from megatron_hammer.errors import ConversionError
+
+__all__ = ["LEVELS", "CheckRow", "Level", "verify_model"]
+
+Level = Literal["auto", "logits", "layers", "tensors"]
+LEVELS = ("auto", "logits", "layers", "tensors")
+
+# The whole model is compared where its fp32 weights take at most this share of the memory that is free: while it
+# loads, transformers was measured to need 1.6 times as much (hammer-1b4: 8.6 GiB), and Megatron's side less.
+MODEL_MEMORY_SHARE = 1 / 3
+# A layer is computed in fp32 where it takes at most this; else in bf16.
+MAX_FP32_LAYER_BYTES = 1_500_000_000
+
+_LAST_LINES = 3
+
+
+def verify_model(
+    megatron_dir: Path,
+    hf_dir: Path,
+    *,
+    level: Level = "auto",
+    iteration: int | None = None,
+    texts: Sequence[str] | None = None,
+    weights: str = "model",
+) -> list[CheckRow]:
+    """Compare what Megatron computes from `megatron_dir` with what transformers computes from `hf_dir`.
+
+    level: "logits" the whole model on `texts`; "layers" sampled layers; "auto" whichever fits; "tensors" nothing (the
+    converters compare every tensor exactly themselves). weights: "model" or "master", as for `open_checkpoint`.
+    A side that crashes is a failed row. Raises HammerError only if one of the two cannot be opened.
+    """
+    if level not in LEVELS:
+        raise ConversionError(f"verify: level must be one of {', '.join(LEVELS)}, got {level}. Choose one of them.")
+    if level == "tensors":
+        return []
+    absent = [name for name in ("transformers", "megatron.training") if not _is_installed(name)]
+    if absent:
+        reason = f"{' and '.join(absent)} not installed: pip install megatron-core transformers"
+        return [CheckRow("Megatron against transformers", reason, None)]
+    request = plan_comparison(megatron_dir, hf_dir, level=level, iteration=iteration, texts=texts, weights=weights)
+    with tempfile.TemporaryDirectory(prefix="megatron_hammer_") as name:
+        folder = Path(name)
+        request.write(folder)
+        return _run_both(request, folder)
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+# --- planning --------------------------------------------------------------------------------------------------------
+
+
+def plan_comparison(
+    megatron_dir: Path,
+    hf_dir: Path,
+    *,
+    level: Level,
+    iteration: int | None,
+    texts: Sequence[str] | None,
+    weights: str,
+) -> ForwardRequest:
+    """What to compare and in which dtype, from the sizes of both sides and the memory that is free."""
+    which = {} if weights == "model" else {"weights": weights}
+    reader = open_checkpoint(megatron_dir, iteration=iteration, **which)
+    stored = open_hf_weights(hf_dir)
+    config = _read_config(hf_dir)
+    num_layers, vocab_size = reader.args.num_layers, config["vocab_size"]
+    sizes = {name: torch.Size(tensor.shape).numel() for name, tensor in reader.tensors.items()}
+    fp32_bytes = 4 * sum(sizes.values())
+    free_bytes = psutil.virtual_memory().available
+    if level == "auto":
+        level = "logits" if fp32_bytes <= MODEL_MEMORY_SHARE * free_bytes else "layers"
+    if level == "layers":
+        rows = sample_rows(vocab_size)
+        layer_bytes = 4 * sum(size for name, size in sizes.items() if name not in VOCABULARY_TENSORS) // num_layers
+        is_fp32 = layer_bytes <= MAX_FP32_LAYER_BYTES
+    else:
+        rows = ()
+        is_fp32 = fp32_bytes <= 2 * MODEL_MEMORY_SHARE * free_bytes
+    megatron_dtype = _most_frequent({name: t.dtype for name, t in reader.tensors.items()}, sizes)
+    hf_dtype = _most_frequent(stored.dtypes, {name: torch.Size(shape).numel() for name, shape in stored.shapes.items()})
+    max_positions = config.get("max_position_embeddings") or config.get("n_positions") or MAX_TOKENS
+    return ForwardRequest(
+        megatron_dir=str(reader.directory),
+        iteration=None,
+        weights=weights,
+        hf_dir=str(hf_dir),
+        vocab_size=vocab_size,
+        num_tokens=min(MAX_TOKENS, max_positions),
+        has_experts=bool(getattr(reader.args, "num_experts", None)),
+        dtype="float32" if is_fp32 else "bfloat16",
+        megatron_rounding=_dtype_name(hf_dtype) if hf_dtype.itemsize < megatron_dtype.itemsize else None,
+        hf_rounding=_dtype_name(megatron_dtype) if megatron_dtype.itemsize < hf_dtype.itemsize else None,
+        texts=tuple(texts) if texts is not None else DEFAULT_TEXTS,
+        layers=sample_layers(num_layers) if level == "layers" else None,
+        rows=rows,
+    )
+
+
+def _read_config(hf_dir: Path) -> dict[str, Any]:
+    path = hf_dir / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config["vocab_size"], int):
+            raise ValueError(f"vocab_size={config['vocab_size']!r}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConversionError(
+            f"{path}: file must describe the model and its vocab_size, got {error!r}. Fetch it again."
+        ) from error
+    return dict(config)
+
+
+def _most_frequent(dtypes: dict[str, torch.dtype], sizes: dict[str, int]) -> torch.dtype:
+    """The dtype of most elements."""
+    counts: Counter[torch.dtype] = Counter()
+    for name, dtype in dtypes.items():
+        counts[dtype] += sizes[name]
+    return counts.most_common(1)[0][0]
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+
+def _run_both(request: ForwardRequest, folder: Path) -> list[CheckRow]:
+    """transformers, then Megatron; the first that does not finish is the only row."""
+    sides = (
+        ("transformers runs the folder", "transformers_forward", TRANSFORMERS_FINDINGS_FILE),
+        ("Megatron runs the checkpoint", "megatron_forward", MEGATRON_FINDINGS_FILE),
+    )
+    findings = []
+    for check, module, findings_file in sides:
+        result = _run_side(module, folder)
+        if result.returncode:
+            return [CheckRow(check, _describe_end(result), False)]
+        findings.append(read_findings(folder / findings_file))
+        if NOT_DONE in findings[-1]:
+            return [CheckRow(check, findings[-1][NOT_DONE], None)]
+    judge = judge_logits if request.layers is None else judge_layers
+    return judge(request, *findings)
+
+
+def _run_side(module: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """A side in a process of its own, which sees no GPU and no network; modules of the working directory stay out."""
+    root = str(Path(megatron_hammer.__file__).resolve().parents[1])
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        environment.pop(name, None)  # of a launcher that this process may run under
+    command = [sys.executable, "-P", "-m", f"megatron_hammer.checkpoint.{module}", str(folder)]
+    return subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+
+
+def _describe_end(result: subprocess.CompletedProcess[str]) -> str:
+    lines = [line.strip() for line in result.stderr.splitlines() if line.strip()][-_LAST_LINES:]
+    how = f"killed by signal {-result.returncode}" if result.returncode < 0 else f"exit code {result.returncode}"
+    return f"{how}: {' | '.join(lines) or 'no message'}"

@@ -1,0 +1,127 @@
+"""What llama.cpp is told of a tokenizer, and which tokenizers it cannot be told of."""
+
+import json
+import re
+
+import pytest
+import tokenizers
+from gguf_models import VOCAB_SIZE, PlainTokenizer, make_toy_model
+from sentencepiece_models import MODEL_OPTIONS, train_model
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from toy_tokenizer import TOY_TEXTS, TOY_VOCAB_SIZE
+
+from megatron_hammer.checkpoint.gguf import tokenizer as gguf_tokenizer
+from megatron_hammer.checkpoint.gguf.tokenizer import SPLITTING_RULES, list_unsupported, read_vocabulary
+from megatron_hammer.checkpoint.tokenizer_export import export_tokenizer
+from megatron_hammer.errors import ConversionError
+from megatron_hammer.tokenizer.sentencepiece_model import PieceType, read_sentencepiece_model
+
+CONFIG = {"eos_token_id": [2, 7], "bos_token_id": None}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    export_tokenizer(make_toy_model(), tmp_path, max_length=None)
+    return tmp_path
+
+
+def test_a_sentencepiece_model_keeps_its_pieces_scores_and_types(folder):
+    vocabulary = read_vocabulary(folder, vocab_size=VOCAB_SIZE, config=CONFIG)
+    pieces = read_sentencepiece_model(folder / "tokenizer.model").pieces
+    assert (vocabulary.model, vocabulary.splitting_rule, vocabulary.merges) == ("llama", "default", None)
+    assert vocabulary.tokens[:TOY_VOCAB_SIZE] == tuple(piece.text for piece in pieces)
+    assert vocabulary.scores[:TOY_VOCAB_SIZE] == tuple(piece.score for piece in pieces)
+    assert vocabulary.types[:TOY_VOCAB_SIZE] == tuple(piece.type for piece in pieces)
+    assert vocabulary.tokens[TOY_VOCAB_SIZE:] == tuple(f"[PAD{row}]" for row in range(TOY_VOCAB_SIZE, VOCAB_SIZE))
+    assert set(vocabulary.types[TOY_VOCAB_SIZE:]) == {PieceType.UNUSED}
+    assert (vocabulary.bos_id, vocabulary.eos_id, vocabulary.unknown_id) == (1, 2, 0)
+    assert (vocabulary.adds_bos, vocabulary.adds_eos, vocabulary.adds_space_prefix) == (False, False, False)
+    assert not vocabulary.reads_control_tokens
+
+
+def test_symbols_are_told_with_plain_spaces(tmp_path, monkeypatch):
+    train_model(tmp_path / "tokenizer.model", **MODEL_OPTIONS["symbols of whitespace"])
+    monkeypatch.setattr(gguf_tokenizer, "load_with_transformers", lambda folder: PlainTokenizer())
+    vocabulary = read_vocabulary(tmp_path, vocab_size=400, config={})
+    symbols = [
+        text for text, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind is PieceType.USER_DEFINED
+    ]
+    assert symbols == ["  ", " fox"]
+
+
+@pytest.mark.parametrize(
+    "options, reasons",
+    [
+        ("plain", []),
+        ("dummy prefix", []),
+        ("no byte fallback", ["byte_fallback=false: it writes unknown characters as bytes"]),
+        ("normalised", ["a normaliser that rewrites characters: it has none"]),
+        ("extra whitespace removed", ["remove_extra_whitespaces=true: it keeps every space"]),
+        ("unigram", ["model_type=unigram: it merges by score, as BPE does"]),
+    ],
+)
+def test_what_llama_cpp_does_not_do_is_refused(tmp_path, options, reasons):
+    path = train_model(tmp_path / "tokenizer.model", **MODEL_OPTIONS[options])
+    assert list_unsupported(read_sentencepiece_model(path)) == reasons
+    if reasons:
+        message = (
+            f"{path}: llama.cpp must encode as this tokenizer does, got {reasons[0]}. "
+            "Serve the model with transformers or vLLM."
+        )
+        with pytest.raises(ConversionError, match=f"^{re.escape(message)}$"):
+            read_vocabulary(tmp_path, vocab_size=400, config={})
+
+
+def test_more_ids_than_rows_are_refused(folder):
+    with pytest.raises(
+        ConversionError, match=r"tokenizer must not have more ids than the model, got 347 ids, vocab_size=300\. Pass"
+    ):
+        read_vocabulary(folder, vocab_size=300, config=CONFIG)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+    with pytest.raises(
+        ConversionError, match=r"must hold tokenizer\.model or tokenizer\.json, got neither\. Pass --tok"
+    ):
+        read_vocabulary(tmp_path, vocab_size=300, config=CONFIG)
+
+
+def write_byte_level(folder, rule: str, **changes) -> None:
+    """A byte-level BPE of a few merges that splits by `rule`, as Qwen2's does."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(tokenizers.Regex(rule), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=[], show_progress=False)
+    tokenizer.train_from_iterator(TOY_TEXTS, trainer)
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    content = json.loads(tokenizer.to_str()) | changes
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("rule, name", SPLITTING_RULES.items(), ids=SPLITTING_RULES.values())
+def test_a_byte_level_bpe_is_told_with_its_rule_and_merges(tmp_path, rule, name):
+    write_byte_level(tmp_path, rule)
+    vocabulary = read_vocabulary(tmp_path, vocab_size=320, config={})
+    assert (vocabulary.model, vocabulary.splitting_rule) == ("gpt2", name)
+    assert vocabulary.scores is None
+    assert len(vocabulary.merges) == 300 - 256
+    assert all(len(merge.split(" ")) == 2 for merge in vocabulary.merges)
+    assert vocabulary.tokens[300] == "<|endoftext|>"
+    assert vocabulary.types[300] is PieceType.CONTROL
+    assert vocabulary.types[5] is PieceType.NORMAL
+    assert vocabulary.eos_id == 300
+    assert vocabulary.reads_control_tokens
+
+
+def test_another_rule_is_refused(tmp_path):
+    write_byte_level(tmp_path, r"\p{L}+|\s")
+    with pytest.raises(
+        ConversionError, match=r"text must be split by the rule of gpt-2, llama-bpe, qwen2, got \{.*\\p\{L\}\+"
+    ):
+        read_vocabulary(tmp_path, vocab_size=320, config={})

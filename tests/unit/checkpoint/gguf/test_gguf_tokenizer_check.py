@@ -1,0 +1,86 @@
+"""A difference with a known cause is listed under it; any other does not pass."""
+
+import pytest
+from gguf_models import VOCAB_SIZE, make_toy_model
+from sentencepiece_models import MODEL_OPTIONS, train_model
+
+from megatron_hammer.checkpoint.gguf.tokenizer import GgufVocabulary, read_vocabulary
+from megatron_hammer.checkpoint.gguf.tokenizer_check import (
+    OVERLAP,
+    SPELT_OUT,
+    UNEXPLAINED,
+    compare_tokenizers,
+    list_examples,
+    list_overlaps,
+    summarise_comparison,
+)
+from megatron_hammer.checkpoint.tokenizer_export import export_tokenizer
+from megatron_hammer.data.readers import Document
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory) -> GgufVocabulary:
+    """Symbols "---" and "-->" overlap, as two of HammerLLM's do."""
+    folder = tmp_path_factory.mktemp("vocabulary")
+    options = MODEL_OPTIONS["plain"] | {"user_defined_symbols": ["---", "-->"]}
+    model = train_model(folder / "symbols.model", **options)
+    export_tokenizer(model, folder, max_length=None)
+    return read_vocabulary(folder, vocab_size=400, config={})
+
+
+def id_of(vocabulary: GgufVocabulary, text: str) -> int:
+    return vocabulary.tokens.index(text)
+
+
+def test_texts_in_which_symbols_overlap():
+    assert list_overlaps(["---", "-->", "<h1>"]) == ["---->", "--->"]
+    assert list_overlaps(["0", "1", "```"]) == []
+
+
+def test_equal_tokens_pass(vocabulary):
+    documents = [Document("the dog", "a.jsonl", 1), Document("春眠", "a.jsonl", 2)]
+    comparison = compare_tokenizers(vocabulary, lambda text: vocabulary.encoder.encode(text).tolist(), documents)
+    assert comparison.differences == []
+    sentence, is_explained = summarise_comparison(comparison)
+    assert sentence == f"equal on 2 texts, {comparison.num_tokens} tokens"
+    assert is_explained
+
+
+def test_an_overlap_is_named_where_it_is(vocabulary):
+    text = "the --->dog and the fox"
+    expected = vocabulary.encoder.encode(text).tolist()
+    place = expected.index(id_of(vocabulary, "---"))
+    assert vocabulary.tokens[expected[place + 1]] == "<0x3E>"  # ">", which the toy texts lack
+    got = [*expected[:place], id_of(vocabulary, "<0x2D>"), id_of(vocabulary, "-->"), *expected[place + 2 :]]
+    comparison = compare_tokenizers(vocabulary, lambda _: got, [Document(text, "a.jsonl", 9)])
+    assert comparison.count_causes() == {OVERLAP: 1}
+    assert summarise_comparison(comparison)[1]
+    (example,) = list_examples(comparison, most=3)
+    assert example.startswith(f"a.jsonl:9: {OVERLAP}; ")
+    assert "'---' '<0x3E>'" in example
+    assert "'<0x2D>' '-->'" in example
+
+
+def test_a_control_token_spelt_out_is_named(vocabulary):
+    text = "a<s>b"
+    got = [id_of(vocabulary, "a"), id_of(vocabulary, "<s>"), id_of(vocabulary, "b")]
+    comparison = compare_tokenizers(vocabulary, lambda _: got, [Document(text, "a.jsonl", 1)])
+    assert comparison.count_causes() == {SPELT_OUT: 1}
+
+
+def test_twin_a_difference_elsewhere_in_such_a_text_does_not_pass(vocabulary):
+    text = "---> and then, much later in the text, the quick brown fox"
+    expected = vocabulary.encoder.encode(text).tolist()
+    got = [*expected[:-1], id_of(vocabulary, "z")]
+    comparison = compare_tokenizers(vocabulary, lambda _: got, [Document(text, "a.jsonl", 1)])
+    assert comparison.count_causes() == {UNEXPLAINED: 1}
+    sentence, is_explained = summarise_comparison(comparison)
+    assert sentence.endswith("1 with no known cause")
+    assert not is_explained
+
+
+def test_the_toy_model_has_no_overlaps(tmp_path):
+    export_tokenizer(make_toy_model(), tmp_path, max_length=None)
+    toy = read_vocabulary(tmp_path, vocab_size=VOCAB_SIZE, config={})
+    comparison = compare_tokenizers(toy, lambda text: [5], [Document("the", "a", 1)])
+    assert comparison.count_causes() == {UNEXPLAINED: 1}

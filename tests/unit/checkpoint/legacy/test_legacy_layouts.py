@@ -1,0 +1,149 @@
+"""What ranks hold: every pair is an exact inverse, and every rule notices its twin that breaks one thing."""
+
+import pytest
+import torch
+
+from megatron_hammer.checkpoint.legacy.layouts import (
+    COLUMN,
+    GATED_COLUMN,
+    REPLICATED,
+    ROW,
+    has_same_bits,
+    merge_columns,
+    merge_gated_columns,
+    merge_replicated,
+    merge_rows,
+    order_qkv_by_heads,
+    order_qkv_by_version,
+    select_rank_layout,
+    split_columns,
+    split_gated_columns,
+    split_replicated,
+    split_rows,
+)
+from megatron_hammer.errors import ConversionError
+
+PAIRS = [
+    (split_columns, merge_columns),
+    (split_rows, merge_rows),
+    (split_gated_columns, merge_gated_columns),
+    (split_replicated, merge_replicated),
+]
+
+
+@pytest.mark.parametrize("split, merge", PAIRS)
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_split_merges_to_itself(split, merge, num_ranks, dtype):
+    weight = torch.randn(60, 42).to(dtype)
+    parts = split(weight, num_ranks)
+    assert len(parts) == num_ranks
+    assert torch.equal(merge(parts), weight)
+    again = split(merge(parts), num_ranks)
+    assert all(torch.equal(part, other) for part, other in zip(parts, again, strict=True))
+
+
+def test_what_each_rank_holds():
+    weight = torch.arange(8 * 6).reshape(8, 6)
+    assert torch.equal(split_columns(weight, 2)[1], weight[4:])
+    assert torch.equal(split_rows(weight, 2)[1], weight[:, 3:])
+    assert torch.equal(split_gated_columns(weight, 2)[1], weight[[2, 3, 6, 7]])  # gate's rows, then up's
+    assert split_replicated(weight, 2)[1] is weight
+
+
+def test_a_bias_is_cut_as_its_weight():
+    bias = torch.randn(60)
+    assert torch.equal(merge_gated_columns(split_gated_columns(bias, 3)), bias)
+    assert torch.equal(merge_columns(split_columns(bias, 3)), bias)
+
+
+def test_gate_and_up_merged_as_plain_rows_are_noticed():
+    weight = torch.randn(60, 42)
+    parts = split_gated_columns(weight, 2)
+    assert not torch.equal(merge_columns(parts), weight)
+    assert not torch.equal(merge_gated_columns(parts[::-1]), weight)
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    weight = torch.randn(10, 9)
+    with pytest.raises(ConversionError, match="rows: must hold one block for each rank, got size=10, which 3 does not"):
+        split_columns(weight, 3)
+    with pytest.raises(ConversionError, match="must hold one block for each rank, got size=9, which 2 does not divide"):
+        split_rows(weight, 2)
+    with pytest.raises(ConversionError, match="must hold gate and up, got size=9, which 2 does not divide"):
+        split_gated_columns(weight.t(), 1)
+    with pytest.raises(ConversionError, match="must hold gate and up of a rank, got size=9"):
+        merge_gated_columns([weight.t(), weight.t()])
+    with pytest.raises(ConversionError, match=r"parts: must have one shape on all ranks, got \[\(10, 9\), \(9, 10\)\]"):
+        merge_columns([weight, weight.t()])
+
+
+def test_replicated_parts_must_have_the_same_bits():
+    tensor = torch.tensor([1.0, float("nan"), 0.0])
+    assert has_same_bits(tensor, tensor.clone())
+    assert not has_same_bits(tensor, torch.tensor([1.0, float("nan"), -0.0]))
+    assert has_same_bits(torch.tensor(1.0), torch.tensor(1.0))
+    assert not has_same_bits(tensor, tensor.double())
+    with pytest.raises(ConversionError, match="must be equal on all ranks, got a difference between 0 and 2"):
+        merge_replicated([tensor, tensor, tensor + 1])
+
+
+@pytest.mark.parametrize("checkpoint_version", [0, 1.0, 2.0, 3.0])
+@pytest.mark.parametrize("rest", [(), (7,)])
+def test_the_order_of_every_checkpoint_version_is_undone(checkpoint_version, rest):
+    num_heads, head_dim = 5, 4
+    qkv = torch.randn(3 * num_heads * head_dim, *rest)
+    options = {"checkpoint_version": checkpoint_version, "head_dim": head_dim}
+    stored = order_qkv_by_version(qkv, **options)
+    assert torch.equal(order_qkv_by_heads(stored, **options), qkv)
+    assert torch.equal(order_qkv_by_version(order_qkv_by_heads(qkv, **options), **options), qkv)
+    assert torch.equal(stored, qkv) == (checkpoint_version >= 2)
+
+
+def test_which_row_is_which_in_versions_0_and_1():
+    """Element d of the key of head n: row n*3*D + D + d today, N*D + n*D + d in version 0, n*D*3 + d*3 + 1 in 1."""
+    num_heads, head_dim = 5, 4
+    rows = torch.arange(3 * num_heads * head_dim)
+    for head in range(num_heads):
+        for element in range(head_dim):
+            today = head * 3 * head_dim + head_dim + element
+            version_0 = order_qkv_by_heads(rows, checkpoint_version=0, head_dim=head_dim)
+            assert version_0[today] == num_heads * head_dim + head * head_dim + element
+            version_1 = order_qkv_by_heads(rows, checkpoint_version=1, head_dim=head_dim)
+            assert version_1[today] == head * head_dim * 3 + element * 3 + 1
+
+
+def test_other_versions_and_broken_heads_are_refused():
+    with pytest.raises(ConversionError, match=r"order of query_key_value is defined for 0, 1, 2 and 3, got 1\.5"):
+        order_qkv_by_heads(torch.randn(60), checkpoint_version=1.5, head_dim=4)
+    with pytest.raises(ConversionError, match="must hold q, k and v of every head, got size=50, which 12 does not"):
+        order_qkv_by_version(torch.randn(50), checkpoint_version=0, head_dim=4)
+
+
+@pytest.mark.parametrize(
+    "name, layout",
+    [
+        ("embedding.word_embeddings.weight", COLUMN),
+        ("embedding.position_embeddings.weight", REPLICATED),
+        ("output_layer.weight", COLUMN),
+        ("decoder.layers.11.self_attention.linear_qkv.bias", COLUMN),
+        ("decoder.layers.0.self_attention.linear_qkv.layer_norm_weight", REPLICATED),
+        ("decoder.layers.0.self_attention.linear_proj.weight", ROW),
+        ("decoder.layers.0.self_attention.linear_proj.bias", REPLICATED),
+        ("decoder.layers.0.self_attention.q_layernorm.weight", REPLICATED),
+        ("decoder.layers.0.mlp.linear_fc1.weight", GATED_COLUMN),
+        ("decoder.layers.0.mlp.linear_fc2.weight", ROW),
+        ("decoder.layers.0.mlp.linear_fc2.bias", REPLICATED),
+        ("decoder.layers.0.mlp.experts.experts.13.linear_fc1.weight", GATED_COLUMN),
+        ("decoder.layers.0.mlp.experts.experts.13.linear_fc2.weight", ROW),
+        ("decoder.layers.0.mlp.shared_experts.linear_fc1.weight", GATED_COLUMN),
+        ("decoder.layers.0.mlp.shared_experts.gate_weight", REPLICATED),
+        ("decoder.layers.0.mlp.router.weight", REPLICATED),
+        ("decoder.final_layernorm.weight", REPLICATED),
+        ("decoder.layers.0.mlp.linear_fc3.weight", None),
+        ("encoder.layers.0.mlp.linear_fc1.weight", None),
+    ],
+)
+def test_every_name_has_its_layout(name, layout):
+    assert select_rank_layout(name, is_gated=True) is layout
+    assert select_rank_layout(name, is_gated=False) is (COLUMN if layout is GATED_COLUMN else layout)
