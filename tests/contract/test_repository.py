@@ -70,6 +70,8 @@ DOCUMENTS = (*READMES, "CONTRIBUTING.md", "docs/architecture.md", "docs/checkpoi
 TRAINING_MODULE = "megatron_hammer.training.pretrain"
 # These hand flags that they do not know to Megatron, like the training module itself.
 TAKES_MEGATRON_FLAGS = ("tools/build_rank.py",)
+# The first word after these is a command with flags of its own.
+HAS_COMMANDS = ("checkpoint_convert/edit_checkpoint.py",)
 LARGEST_FILE_BYTES = 1_000_000
 
 
@@ -253,7 +255,7 @@ def check_python_command(words: list[str], command: str) -> None:
         return
     script, *rest = words
     assert (ROOT / script).is_file(), command
-    known = read_known_flags(script)
+    known = read_known_flags(script, *rest[: script in HAS_COMMANDS])
     if script in TAKES_MEGATRON_FLAGS:
         known |= read_known_flags("-m", TRAINING_MODULE)
     assert_flags_are_known(rest, known, command)
