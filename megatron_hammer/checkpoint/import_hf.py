@@ -10,6 +10,7 @@ import functools
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -36,6 +37,7 @@ MAX_CHUNK_BYTES = 256 << 20
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 Progress = Callable[[int, int], None]
+Prove = Callable[[], list[str]]  # returns a sentence for each thing that is wrong
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,10 +199,15 @@ def _convert_weights(
     problems = source.list_unequal_duplicates()
     total = sum(torch.Size(pair.megatron_shape).numel() for pair in source.pairs)
     done = 0
-    for pair in source.pairs:
-        problems += _convert_pair(pair, source, dtypes, writer)
-        done += torch.Size(pair.megatron_shape).numel()
-        on_parameters(done, total)
+    pending: Future[list[str]] | None = None
+    with ThreadPoolExecutor(max_workers=1) as pool:  # proves one box while the next is written
+        for pair in source.pairs:
+            for prove in _write_pair(pair, source, dtypes, writer):
+                problems += pending.result() if pending else []
+                pending = pool.submit(prove)
+            done += torch.Size(pair.megatron_shape).numel()
+            on_parameters(done, total)
+        problems += pending.result() if pending else []
     if problems:
         raise ConversionError(*problems)
     for key, value in objects.items():
@@ -210,27 +217,25 @@ def _convert_weights(
     return CheckRow("tensors read back and split again", f"all {num_parts:,} equal, bit for bit", True)
 
 
-def _convert_pair(
+def _write_pair(
     pair: TensorPair, source: HfFolder, dtypes: dict[str, torch.dtype], writer: CheckpointWriter
-) -> list[str]:
-    """Write one Megatron tensor, read it back, split it and compare it with what it was made of."""
+) -> Iterator[Prove]:
+    """Write one Megatron tensor; yields what proves it: finite, and read back and split again what it was made of."""
     stacked = stack_name(pair.megatron_name)
     dtype = dtypes[stacked.key]
     model = source.model.architecture
     if _stacks_rows(pair.layout, tuple(shape[0] for shape in pair.hf_shapes), model):
-        return _convert_rows(pair, source, dtype, writer)
+        yield from _write_rows(pair, source, dtype, writer)
+        return
     parts = [source.read(name).to(dtype) for name in pair.hf_names]
-    if problems := _list_not_finite(pair.hf_names, parts, source, dtype):
-        return problems
     offsets = (*stacked.indices, *([0] * len(pair.megatron_shape)))
     _write_box(writer, stacked.key, offsets, len(stacked.indices), pair.layout.merge(parts, model))
-    written = writer.read_chunk(stacked.key, offsets).view(pair.megatron_shape)
-    again = pair.layout.split(written, model)
-    return [
-        _unequal(name, pair.megatron_name, writer)
-        for name, part, copy in zip(pair.hf_names, parts, again, strict=True)
-        if not is_bitwise_equal(part, copy)
-    ]
+
+    def prove() -> list[str]:
+        written = writer.read_chunk(stacked.key, offsets).view(pair.megatron_shape)
+        return _list_problems(pair, pair.hf_names, parts, pair.layout.split(written, model), source, writer)
+
+    yield prove
 
 
 @functools.lru_cache(maxsize=64)
@@ -244,23 +249,29 @@ def _stacks_rows(layout: Layout, part_rows: tuple[int, ...], model: Architecture
     return torch.equal(merged, numbers)
 
 
-def _convert_rows(pair: TensorPair, source: HfFolder, dtype: torch.dtype, writer: CheckpointWriter) -> list[str]:
+def _write_rows(pair: TensorPair, source: HfFolder, dtype: torch.dtype, writer: CheckpointWriter) -> Iterator[Prove]:
     """The same where the parts lie one under the other: nothing is copied, and what is large goes box by box."""
     stacked = stack_name(pair.megatron_name)
     num_stacked, row = len(stacked.indices), 0
     for name in pair.hf_names:
-        whole = source.read(name)
-        for piece in _split_rows(whole, dtype):
+        for piece in _split_rows(source.read(name), dtype):
             part = piece.to(dtype)
-            if problems := _list_not_finite([name], [part], source, dtype):
-                return problems
             offsets = (*stacked.indices, row, *([0] * (part.dim() - 1)))
             _write_box(writer, stacked.key, offsets, num_stacked, part)
-            written = writer.read_chunk(stacked.key, offsets).view(part.shape)
-            if not is_bitwise_equal(part, written):
-                return [_unequal(name, pair.megatron_name, writer)]
+            yield functools.partial(_prove_rows, pair, name, part, offsets, source, writer)
             row += len(part)
-    return []
+
+
+def _prove_rows(
+    pair: TensorPair,
+    name: str,
+    part: Tensor,
+    offsets: Sequence[int],
+    source: HfFolder,
+    writer: CheckpointWriter,
+) -> list[str]:
+    written = writer.read_chunk(stack_name(pair.megatron_name).key, offsets).view(part.shape)
+    return _list_problems(pair, [name], [part], [written], source, writer)
 
 
 def _split_rows(tensor: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:
@@ -273,20 +284,27 @@ def _write_box(writer: CheckpointWriter, key: str, offsets: Sequence[int], num_s
     writer.write_chunk(key, offsets, tensor.reshape((1,) * num_stacked + tensor.shape))
 
 
-def _list_not_finite(names: Sequence[str], parts: Sequence[Tensor], source: HfFolder, dtype: torch.dtype) -> list[str]:
-    return [
-        f"{name}: weights must be finite in {str(dtype).removeprefix('torch.')}, got NaN or infinity in "
-        f"{source.folder}. Fetch the folder again, or pass another --dtype."
-        for name, part in zip(names, parts, strict=True)
-        if not is_finite(part)
-    ]
-
-
-def _unequal(hf_name: str, megatron_name: str, writer: CheckpointWriter) -> str:
-    return (
-        f"{hf_name}: what was written as {megatron_name} must read back equal, got a difference in "
-        f"{writer.directory}. Check the disk; if it is sound, this is a defect of the converter."
-    )
+def _list_problems(
+    pair: TensorPair,
+    names: Sequence[str],
+    parts: Sequence[Tensor],
+    written: Sequence[Tensor],
+    source: HfFolder,
+    writer: CheckpointWriter,
+) -> list[str]:
+    problems = []
+    for name, part, copy in zip(names, parts, written, strict=True):
+        if not is_finite(part):
+            problems.append(
+                f"{name}: weights must be finite in {str(part.dtype).removeprefix('torch.')}, got NaN or infinity in "
+                f"{source.folder}. Fetch the folder again, or pass another --dtype."
+            )
+        if not is_bitwise_equal(part, copy):
+            problems.append(
+                f"{name}: what was written as {pair.megatron_name} must read back equal, got a difference in "
+                f"{writer.directory}. Check the disk; if it is sound, this is a defect of the converter."
+            )
+    return problems
 
 
 # --- the whole model and its tokenizer -------------------------------------------------------------------------------

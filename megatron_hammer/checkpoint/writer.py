@@ -67,7 +67,10 @@ class CheckpointWriter:
         self._declared[key] = _Declared(tuple(shape), dtype)
 
     def write_chunk(self, key: str, offsets: Sequence[int], tensor: Tensor) -> None:
-        """Write one box of a declared tensor to disk; `tensor` has as many axes and the same dtype."""
+        """Write one box of a declared tensor; `tensor` has as many axes and the same dtype.
+
+        Afterwards any thread may read it back, also while the next one is written.
+        """
         declared, at = self._declared[key], tuple(offsets)
         ends = [start + size for start, size in zip(at, tensor.shape, strict=True)]
         is_inside = len(at) == len(declared.shape) and all(
@@ -84,8 +87,6 @@ class CheckpointWriter:
         from torch.distributed.checkpoint.utils import _create_file_view
 
         name, start, length = self._stored[(key, tuple(offsets))]
-        if self._file is not None:
-            self._file.flush()
         path = self.directory / name
         try:
             with path.open("rb") as file:
@@ -148,6 +149,7 @@ class CheckpointWriter:
         except RuntimeError as error:
             interrupt = error.__context__ if isinstance(error.__context__, KeyboardInterrupt) else None
             raise (sink.error or interrupt or error) from None
+        self._file.flush()
         length = self._file.tell() - start
         self._stored[(key, offsets)] = (Path(self._file.name).name, start, length)
         self.num_bytes += length
