@@ -61,7 +61,8 @@ def build_machine_corpus(
     """Write {"text", "source"} lines until the texts reach `max_bytes` (UTF-8), in an order that the seed decides.
 
     With `valid_output_path`, a document whose hash falls under `valid_ratio` goes there: the same text always lands on
-    the same side. Raises DataError if the machine has no such text, or if either file would be empty.
+    the same side, but for a corpus so small that the one with the least hash must do. Raises DataError if the machine
+    has no such text, or if either file would be empty.
     """
     candidates = find_machine_text() if candidates is None else candidates
     names = sorted(candidates)
@@ -70,8 +71,12 @@ def build_machine_corpus(
     paths = [output_path, valid_output_path] if valid_output_path else [output_path]
     with ExitStack() as stack:
         files = [stack.enter_context(open_atomically(path)) for path in paths]
-        for name, text, digest in _select_texts(names, candidates, max_bytes, corpus.skipped):
-            is_valid = valid_output_path is not None and _hash_fraction(digest) < valid_ratio
+        selected = list(_select_texts(names, candidates, max_bytes, corpus.skipped))  # it is a small corpus
+        limit = valid_ratio
+        if valid_ratio > 0 and len(selected) > 1:
+            limit = max(limit, min(_hash_fraction(digest) for _, _, digest in selected))
+        for name, text, digest in selected:
+            is_valid = valid_output_path is not None and _hash_fraction(digest) <= limit
             _write_document(files[is_valid], name, text, corpus, is_valid)
         _refuse_empty(corpus, output_path, valid_output_path)
     return corpus

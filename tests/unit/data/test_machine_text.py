@@ -66,6 +66,13 @@ def test_split_is_by_content_and_complete(tmp_path: Path) -> None:
     assert split(seed=2) == (train, valid)
 
 
+def test_a_small_corpus_has_one_document_held_out(tmp_path: Path) -> None:
+    train = build(tmp_path, max_bytes=10_000, valid_output_path=tmp_path / "v.jsonl", valid_ratio=1e-9)
+    (held_out,) = read(tmp_path / "v.jsonl")
+    assert len(train) > 5
+    assert held_out not in train
+
+
 def test_an_empty_side_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"v.jsonl: held-out corpus must have a document, got none of 200. Raise --valid"
