@@ -149,7 +149,7 @@ SUFFIXES = ".jsonl .jsonl.gz .jsonl.zst .json .json.gz .json.zst .txt .txt.gz .t
         ),
         (
             "truncated.jsonl.gz",
-            gzip.compress(b'{"text": "a"}\n' * 9)[:-9],
+            gzip.compress(b'{"text": "a"}\n' * 9, mtime=0)[:-9],
             "error: truncated.jsonl.gz:1: file must be readable to its end, got: Compressed file ended before the "
             "end-of-stream marker was reached. Fetch or write it again; it may be truncated.\n",
         ),

@@ -40,7 +40,7 @@ def error_of(*inputs: Path | str, key: str = "text") -> str:
         ("a.jsonl", b"\xef\xbb\xbf" + to_jsonl(TEXTS)),
         ("a.jsonl", to_jsonl(TEXTS).replace(b"\n", b"\r\n")),
         ("a.jsonl", to_jsonl(TEXTS)[:-1]),
-        ("a.jsonl.gz", gzip.compress(to_jsonl(TEXTS[:2])) + gzip.compress(to_jsonl(TEXTS[2:]))),
+        ("a.jsonl.gz", gzip.compress(to_jsonl(TEXTS[:2]), mtime=0) + gzip.compress(to_jsonl(TEXTS[2:]), mtime=0)),
         ("a.jsonl.zst", zstandard.compress(to_jsonl(TEXTS[:2])) + zstandard.compress(to_jsonl(TEXTS[2:]))),
         ("a.json.zst", zstandard.compress(json.dumps([{"text": text} for text in TEXTS]).encode())),
     ],
@@ -191,7 +191,7 @@ def test_a_pipe_is_refused_rather_than_waited_for(tmp_path: Path) -> None:
     [
         (
             "a.jsonl.gz",
-            gzip.compress(to_jsonl(["x"] * 9))[:-9],
+            gzip.compress(to_jsonl(["x"] * 9), mtime=0)[:-9],
             "Compressed file ended before the end-of-stream marker",
         ),
         ("a.jsonl.gz", to_jsonl(["x"]), "Not a gzipped file"),
