@@ -195,7 +195,7 @@ def _run_side(module: str, folder: Path) -> subprocess.CompletedProcess[str]:
     }
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         environment.pop(name, None)  # of a launcher that this process may run under
-    command = [sys.executable, "-P", "-m", f"megatron_hammer.checkpoint.{module}", str(folder)]
+    command = [sys.executable, "-P", "-m", f"megatron_hammer.checkpoint.verification.{module}", str(folder)]
     return subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
 
 
