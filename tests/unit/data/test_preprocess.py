@@ -254,9 +254,8 @@ def test_a_killed_worker_is_an_error_and_not_a_wait(tmp_path: Path, tokenizer_pa
             killed.append(multiprocessing.active_children()[0].pid or 0)
             os.kill(killed[0], signal.SIGKILL)
 
-    options = PreprocessOptions(
-        inputs=(str(path),), tokenizer_path=tokenizer_path, output_prefix=tmp_path / "out" / "c", num_workers=2
-    )
+    # many more blocks than are ever under way: the dead worker is asked for another, however late it is killed
+    options = make_options(tmp_path, tokenizer_path, path, num_workers=2, journal_interval_s=60.0)
     message = rf"workers: every worker must live to the end, got one that died near {re.escape(str(path))}:\d+. It was"
     with pytest.raises(PlatformError, match=message):
         preprocess(options, kill_one)
