@@ -1,0 +1,113 @@
+"""The types of a projection: the machine, the run that is planned on it, and what is predicted of a step.
+
+`hardware.py` reads GPUs and clusters from data files, `step_time.py` predicts, `search.py` looks for the best plan.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from megatron_hammer.model.accounting import Layout
+from megatron_hammer.preset_types import ModelPreset
+
+Precision = Literal["fp32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4"]  # of the matrix products; the rest is 16-bit
+Recompute = Literal["none", "selective", "full"]
+Sharding = Literal["none", "distributed_optimizer", "fsdp"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gpu:
+    """One accelerator as its data sheet has it: dense peaks (no sparsity), None where it lacks the format."""
+
+    name: str
+    source: str
+    aliases: tuple[str, ...] = ()  # other spellings, as published tables and torch.cuda write them
+    fp32_tflops: float  # TF32 where there is one
+    fp16_tflops: float
+    bf16_tflops: float | None
+    fp8_tflops: float | None
+    fp4_tflops: float | None
+    memory_bytes: int
+    memory_bytes_per_s: float
+    power_w: float  # of the board at full load
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cluster:
+    """How GPUs are wired. Bandwidths are of one GPU in one direction, before any efficiency."""
+
+    name: str
+    source: str
+    gpu: str  # name of what it is usually built of
+    gpus_per_node: int
+    nvlink_domain_size: int  # GPUs that reach one another at nvlink_bytes_per_s; 72 in an NVL72 rack
+    nvlink_bytes_per_s: float
+    nvlink_latency_s: float
+    network_bytes_per_s: float
+    network_latency_s: float
+    leaf_size: int = 0  # GPUs under one leaf of the fat tree (a rail group); 0: one flat network
+    spine_oversubscription_ratio: float = 1.0  # 2: half the bandwidth between leaves
+    cpu_power_w_per_node: float = 0.0  # everything of a node but its GPUs
+    power_usage_effectiveness: float = 1.0
+    usd_per_gpu_hour: float | None = None
+    # Processes of a node that compute at full speed at once; None: all. On CPU hosts it is the number of cores.
+    full_speed_processes_per_node: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """One training run to be predicted. Data-parallel size and Megatron's other sizes are in `layout`."""
+
+    model: ModelPreset
+    layout: Layout
+    gpu: Gpu
+    cluster: Cluster
+    seq_length: int
+    micro_batch_size: int
+    global_batch_size: int
+    precision: Precision = "bf16"
+    recompute: Recompute = "none"
+    sharding: Sharding = "distributed_optimizer"
+    shard_size: int | None = None  # ranks that share one copy of what is sharded; None: all data and context ranks
+    has_flash_attention: bool = True
+    overlaps_grad_reduce: bool = True
+    overlaps_param_gather: bool = True
+    overlaps_tensor_parallel: bool = False  # --tp-comm-overlap
+    gradient_bytes: int = 4  # an element on its way through the reduction
+    vocab_divisible_by: int = 128
+
+    @property
+    def num_microbatches(self) -> int:
+        return max(1, self.global_batch_size // (self.micro_batch_size * self.layout.data_parallel_size))
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch_size * self.seq_length
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepTime:
+    """Seconds of one step on its critical path: communication only as far as nothing hides it."""
+
+    matmul_s: float
+    attention_s: float
+    pointwise_s: float  # norms, activations, rotary, dropout, residuals: bound by memory
+    embedding_and_loss_s: float
+    recompute_s: float
+    overhead_s: float  # launches and host work that the device waits for
+    tensor_parallel_s: float
+    context_parallel_s: float
+    expert_parallel_s: float
+    pipeline_p2p_s: float
+    bubble_s: float
+    data_parallel_s: float
+    optimizer_s: float
+    jitter_s: float
+    low_s: float  # the band about total_s that 80 % of measured steps fall into
+    high_s: float
+
+    @property
+    def total_s(self) -> float:
+        return sum(getattr(self, name) for name in PARTS)
+
+
+PARTS = tuple(field.name for field in fields(StepTime) if field.name not in ("low_s", "high_s"))

@@ -1,0 +1,60 @@
+#!/usr/bin/env python3
+"""What a cluster will do with a model: projected, measured, calibrated and validated.
+
+project: the best layouts at each number of GPUs, with step time, memory, cost and an error band.
+emit: launch scripts of chosen rows of a projection.
+measure: a sweep of real short trainings.
+profile: this machine's operators, timed.
+calibrate: fit the model's coefficients to measured runs.
+validate: predictions against measured runs, with the errors by source.
+fit: a scaling law of the loss, and the best size for a budget.
+"""
+
+import argparse
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
+from megatron_hammer.preset_types import ModelPreset
+
+COMMANDS: tuple[str, ...] = ()
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in COMMANDS:
+        module = importlib.import_module(f"megatron_hammer.scaling.commands.{name}")
+        text = (module.__doc__ or "").strip()
+        command = commands.add_parser(
+            name,
+            help=text.splitlines()[0].rstrip("."),
+            description=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run, read_hf_model=read_hf_model)
+    return parser.parse_args()
+
+
+def read_hf_model(path: Path) -> ModelPreset:
+    """The model of a Hugging Face folder or its config.json; here because scaling/ knows nothing of Hugging Face."""
+    from megatron_hammer.checkpoint.hf_architecture import read_hf_architecture
+    from megatron_hammer.checkpoint.model_preset import build_model_preset
+
+    folder = path.parent if path.name == "config.json" else path
+    architecture = read_hf_architecture(folder).architecture
+    return build_model_preset(architecture, name=folder.resolve().name, source=str(folder / "config.json"))
+
+
+@exit_on_user_error
+@exit_on_interrupt("what was written is complete")
+def main() -> None:
+    arguments = parse_arguments()
+    run: Callable[[argparse.Namespace], None] = arguments.run
+    run(arguments)
+
+
+if __name__ == "__main__":
+    main()
