@@ -112,9 +112,11 @@ def write_toy_checkpoint(
     iteration: int = 10,
     num_chunks: int = 2,
     common_state: Any = None,
+    is_cut_by_rows: bool = False,
 ) -> Path:
     """Write `directory/iter_<iteration>` and the tracker file; every tensor is cut into chunks along its first and
-    its last axis, which lie in two files by turns. Returns the iteration's directory.
+    its last axis, or only along the rows of each layer, which lie in two files by turns. Returns the iteration's
+    directory.
     """
     target = directory / f"iter_{iteration:07d}"
     target.mkdir(parents=True)
@@ -133,7 +135,9 @@ def write_toy_checkpoint(
 
     for key, tensor in tensors.items():
         chunks = []
-        for offsets, chunk in cut(tensor, num_chunks):
+        is_stacked = key.startswith("decoder.layers.")
+        pieces = cut_rows(tensor, num_chunks, is_stacked) if is_cut_by_rows else cut(tensor, num_chunks)
+        for offsets, chunk in pieces:
             chunks.append(ChunkStorageMetadata(torch.Size(offsets), chunk.shape))
             store(MetadataIndex(key, torch.Size(offsets)), chunk.clone())
         entries[key] = TensorStorageMetadata(TensorProperties(tensor.dtype), tensor.shape, chunks)
@@ -161,3 +165,16 @@ def cut(tensor: Tensor, num_chunks: int) -> list[tuple[tuple[int, ...], Tensor]]
             last += piece.shape[-1]
         first += rows.shape[0]
     return pieces
+
+
+def cut_rows(tensor: Tensor, num_chunks: int, is_stacked: bool) -> list[tuple[tuple[int, ...], Tensor]]:
+    """Chunks with their offsets, last rows first: whole rows of one layer, as column-parallel ranks write them."""
+    layers = tensor.split(1) if is_stacked else [tensor]
+    pieces = []
+    for layer, rows in enumerate(layers):
+        first = 0
+        for piece in rows.chunk(num_chunks, dim=1 if is_stacked else 0):
+            offsets = (layer, first) if is_stacked else (first,)
+            pieces.append(((*offsets, *[0] * (tensor.dim() - len(offsets))), piece))
+            first += piece.shape[1 if is_stacked else 0]
+    return pieces[::-1]

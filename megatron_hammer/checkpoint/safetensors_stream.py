@@ -89,7 +89,7 @@ class ShardWriter:
         for shard in self._shards:
             file = FileIO(self._directory / shard.file_name, "w+")
             header = _build_header(shard, self._dtype)
-            _write_at(file, 0, memoryview(header))
+            write_at(file, 0, torch.frombuffer(header, dtype=torch.uint8))
             start = len(header)
             for name, shape in shard.shapes.items():
                 self._places[name] = shape, WrittenTensor(file, start)
@@ -108,12 +108,17 @@ class ShardWriter:
 
     def write(self, name: str, tensor: Tensor) -> WrittenTensor:
         """Write a planned tensor, once."""
+        place = self.take(name, tuple(tensor.shape), tensor.dtype)
+        write_at(place.file, place.start, tensor)
+        return place
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> WrittenTensor:
+        """The place of a planned tensor, once: who takes it writes all of it."""
         if name not in self._places:
             raise ValueError(f"{name} was not planned, or came twice")
-        shape, place = self._places.pop(name)
-        if tuple(tensor.shape) != shape or tensor.dtype != self._dtype:
-            raise ValueError(f"{name} was planned as {shape} {self._dtype}, got {tuple(tensor.shape)} {tensor.dtype}")
-        _write_at(place.file, place.start, memoryview(_bytes_of(tensor).numpy()))
+        planned_shape, place = self._places.pop(name)
+        if shape != planned_shape or dtype != self._dtype:
+            raise ValueError(f"{name} was planned as {planned_shape} {self._dtype}, got {shape} {dtype}")
         return place
 
 
@@ -121,14 +126,15 @@ def _bytes_of(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
-def _write_at(file: FileIO, start: int, data: memoryview) -> None:
-    """One write call takes at most 2 GiB."""
+def write_at(file: FileIO, start: int, tensor: Tensor) -> None:
+    """Write the bytes of a tensor at byte `start`; one call of the system takes at most 2 GiB."""
+    data = memoryview(_bytes_of(tensor).numpy())
     while data:
         num_written = os.pwrite(file.fileno(), data, start)
         data, start = data[num_written:], start + num_written
 
 
-def _build_header(shard: Shard, dtype: torch.dtype) -> bytes:
+def _build_header(shard: Shard, dtype: torch.dtype) -> bytearray:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in shard.shapes.items():
@@ -137,7 +143,7 @@ def _build_header(shard: Shard, dtype: torch.dtype) -> bytes:
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % _HEADER_ALIGNMENT_BYTES)
-    return struct.pack("<Q", len(encoded)) + encoded
+    return bytearray(struct.pack("<Q", len(encoded)) + encoded)  # torch.frombuffer wants it writable
 
 
 def _write_index(directory: Path, shards: Sequence[Shard], dtype: torch.dtype) -> None:

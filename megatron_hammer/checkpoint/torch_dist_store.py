@@ -8,6 +8,7 @@ of a model's layers; `writer.py` makes such directories.
 import io
 import json
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -64,6 +65,7 @@ class TorchDistStore:
             (index.fqn, tuple(getattr(index, "offset", None) or ())): info
             for index, info in metadata.storage_data.items()
         }
+        self._chunks_by_leading: dict[tuple[str, int], dict[tuple[int, ...], list[StoredChunk]]] = {}
 
     @cached_property
     def common_state(self) -> dict[str, Any]:
@@ -106,6 +108,22 @@ class TorchDistStore:
             chunk, overlap = touched[0]
             return self._read_chunk(key, chunk)[overlap.out_of]
         return self._assemble(key, box, touched)
+
+    def list_chunks(self, key: str, leading: tuple[int, ...]) -> list[StoredChunk]:
+        """The chunks of a tensor whose offsets begin with `leading`."""
+        index = (key, len(leading))
+        if index not in self._chunks_by_leading:
+            groups: dict[tuple[int, ...], list[StoredChunk]] = defaultdict(list)
+            for chunk in self.tensors[key].chunks:
+                groups[chunk.offsets[: len(leading)]].append(chunk)
+            self._chunks_by_leading[index] = groups
+        return self._chunks_by_leading[index].get(leading, [])
+
+    def find_chunk_start(self, file: FileIO, key: str, chunk: StoredChunk) -> int | None:
+        """Where in `file`, which is the chunk's, its elements begin, one after the other; None if they do not."""
+        info, _ = self._locate(key, chunk.offsets)
+        dtype = self.tensors[key].dtype
+        return find_saved_tensor(file, offset=info.offset, length=info.length, shape=chunk.sizes, dtype=dtype)
 
     def file_of(self, key: str, chunk: StoredChunk) -> str:
         """The name of the file that holds a chunk."""

@@ -1,14 +1,15 @@
 """Moves every weight from a checkpoint into safetensors shards, and proves each one as soon as it is written.
 
 It must be finite; what was written is read back from the file and must be the bits that were meant; and these, merged
-by the inverse layout, must be the checkpoint's bits again. Two threads share the tensors, so at most two are in memory,
-and of large ones one.
+by the inverse layout, must be the checkpoint's bits again. Most tensors go row by row (row_copy.py); the others whole,
+at most two of them in memory, and of large ones one.
 """
 
 import math
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import torch
@@ -16,12 +17,14 @@ import torch
 from megatron_hammer.checkpoint.architecture import Architecture
 from megatron_hammer.checkpoint.bit_patterns import is_bitwise_equal, is_finite
 from megatron_hammer.checkpoint.mapping import TensorPair
-from megatron_hammer.checkpoint.reader import CheckpointReader
+from megatron_hammer.checkpoint.reader import CheckpointReader, TorchDistReader
+from megatron_hammer.checkpoint.row_copy import CopyResult, copy_rows, find_row_runs, find_stored_rows
 from megatron_hammer.checkpoint.safetensors_stream import Shard, ShardWriter
 from megatron_hammer.errors import ConversionError
 
 _NUM_THREADS = 2  # more would share one disk, and memory for each
-_MAX_OVERLAPPED_BYTES = 192 << 20  # a larger tensor is alone in memory
+_MAX_SHARED_BYTES = 192 << 20
+_large_tensor = threading.Lock()  # at most one larger tensor is in memory
 
 
 def write_verified_weights(
@@ -38,45 +41,77 @@ def write_verified_weights(
     Raises one ConversionError that names every tensor with NaN or infinity, or that did not read back equal.
     """
     problems: list[str] = []
-    pending: deque[Future[list[str]]] = deque()
-    num_done = 0
-
-    def wait_for(num_left: int) -> None:
-        nonlocal num_done
-        while len(pending) > num_left:
-            problems.extend(pending.popleft().result())
-            num_done += 1
-            on_tensor(num_done, len(pairs))
-
     with ShardWriter(directory, shards, dtype=dtype) as writer, ThreadPoolExecutor(_NUM_THREADS) as pool:
-        for pair in pairs:
-            is_large = math.prod(pair.megatron_shape) * dtype.itemsize > _MAX_OVERLAPPED_BYTES
-            wait_for(0 if is_large else _NUM_THREADS - 1)
-            pending.append(pool.submit(_write_pair, writer, pair, model, reader, dtype))
-            if is_large:
-                wait_for(0)
-        wait_for(0)
+        jobs = [pool.submit(_write_pair, writer, pair, model, reader, dtype) for pair in _from_both_ends(pairs)]
+        try:
+            for num_done, job in enumerate(jobs, start=1):
+                problems.extend(job.result())
+                on_tensor(num_done, len(pairs))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     if problems:
         raise ConversionError(*problems)
+
+
+def _from_both_ends[T](items: Sequence[T]) -> Iterator[T]:
+    """First, last, second, last but one: two threads then seldom write into one file, which locks it."""
+    first, last = 0, len(items) - 1
+    while first <= last:
+        yield items[first]
+        if first < last:
+            yield items[last]
+        first, last = first + 1, last - 1
 
 
 def _write_pair(
     writer: ShardWriter, pair: TensorPair, model: Architecture, reader: CheckpointReader, dtype: torch.dtype
 ) -> list[str]:
     """Write one Megatron tensor as its Hugging Face tensors; returns a sentence for each thing wrong with it."""
-    name, source = pair.megatron_name, reader.read(pair.megatron_name).to(dtype)
-    parts = [part.contiguous() for part in pair.layout.split(source, model)]
-    written = [writer.write(hf_name, part) for hf_name, part in zip(pair.hf_names, parts, strict=True)]
+    result = _copy_rows_of(writer, pair, model, reader, dtype) or _write_whole(writer, pair, model, reader, dtype)
     problems = []
-    if not is_finite(source):
+    if not result.is_finite:
         problems.append(
-            f"{name}: weights must be finite in {str(dtype).removeprefix('torch.')}, got NaN or infinity "
+            f"{pair.megatron_name}: weights must be finite in {str(dtype).removeprefix('torch.')}, got NaN or infinity "
             f"in {reader.directory}. Export an earlier iteration, or another --dtype."
         )
-    is_on_disk = all(place.holds(part) for place, part in zip(written, parts, strict=True))
-    if not is_on_disk or not is_bitwise_equal(pair.layout.merge(parts, model), source):
+    if not result.is_equal:
         problems.append(
-            f"{name}: what was written must read back equal to the checkpoint, got a difference. "
+            f"{pair.megatron_name}: what was written must read back equal to the checkpoint, got a difference. "
             "Check the disk; if it is sound, this is a defect of the converter."
         )
     return problems
+
+
+def _copy_rows_of(
+    writer: ShardWriter, pair: TensorPair, model: Architecture, reader: CheckpointReader, dtype: torch.dtype
+) -> CopyResult | None:
+    """Move it row by row; None, with nothing written, where its layout or its place in the checkpoint is another."""
+    runs = find_row_runs(pair, model) if isinstance(reader, TorchDistReader) else None
+    if runs is None or not isinstance(reader, TorchDistReader):
+        return None
+    with ExitStack() as files:
+        rows = find_stored_rows(reader, pair.megatron_name, files)
+        if rows is None:
+            return None
+        stored_dtype = reader.tensors[pair.megatron_name].dtype
+        targets = [writer.take(*named, dtype) for named in zip(pair.hf_names, pair.hf_shapes, strict=True)]
+        results = [
+            copy_rows(rows, part_runs, target, stored_dtype=stored_dtype, dtype=dtype)
+            for part_runs, target in zip(runs, targets, strict=True)
+        ]
+    return CopyResult(all(result.is_finite for result in results), all(result.is_equal for result in results))
+
+
+def _write_whole(
+    writer: ShardWriter, pair: TensorPair, model: Architecture, reader: CheckpointReader, dtype: torch.dtype
+) -> CopyResult:
+    """Write it through the layout itself, and its inverse in proof."""
+    is_large = math.prod(pair.megatron_shape) * dtype.itemsize > _MAX_SHARED_BYTES
+    with _large_tensor if is_large else nullcontext():
+        source = reader.read(pair.megatron_name).to(dtype)
+        parts = [part.contiguous() for part in pair.layout.split(source, model)]
+        written = [writer.write(hf_name, part) for hf_name, part in zip(pair.hf_names, parts, strict=True)]
+        is_on_disk = all(place.holds(part) for place, part in zip(written, parts, strict=True))
+        is_equal = is_on_disk and is_bitwise_equal(pair.layout.merge(parts, model), source)
+        return CopyResult(is_finite(source), is_equal)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -12,12 +13,11 @@ from safetensors.torch import load_file
 from toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments, toy_llama_tensors, write_toy_checkpoint
 from toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
 
-from megatron_hammer.checkpoint import export, mapping, weight_export
+from megatron_hammer.checkpoint import export, mapping, row_copy, safetensors_stream, weight_export
 from megatron_hammer.checkpoint.architecture import read_architecture
 from megatron_hammer.checkpoint.export import ExportOptions, export_to_hugging_face
 from megatron_hammer.checkpoint.layouts import split_qkv
 from megatron_hammer.checkpoint.mapping import expand, select_family
-from megatron_hammer.checkpoint.safetensors_stream import ShardWriter
 from megatron_hammer.checkpoint.verification.verify import CheckRow
 from megatron_hammer.errors import CheckpointError, ConversionError
 
@@ -148,11 +148,12 @@ def test_missing_unexpected_and_misshapen_tensors_are_said_at_once(tmp_path):
     assert_nothing_was_left(options)
 
 
+@pytest.mark.parametrize("is_cut_by_rows", [False, True])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_named(tmp_path, value):
+def test_weights_that_are_not_finite_are_named(tmp_path, value, is_cut_by_rows):
     tensors = toy_llama_tensors()
     tensors["decoder.layers.mlp.linear_fc2.weight"][1, 2, 3] = value
-    write_toy_checkpoint(tmp_path / "checkpoint", tensors)
+    write_toy_checkpoint(tmp_path / "checkpoint", tensors, is_cut_by_rows=is_cut_by_rows)
     options = export_options(load_dir=tmp_path / "checkpoint", save_dir=tmp_path / "hf")
     with pytest.raises(ConversionError, match=r"decoder.layers.1.mlp.linear_fc2.weight: weights must be finite"):
         export_to_hugging_face(options)
@@ -182,32 +183,51 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_written(options, mo
     assert_nothing_was_left(options)
 
 
-def test_a_bit_that_changes_on_disk_is_noticed(options, monkeypatch):
+@pytest.fixture(params=[False, True], ids=["whole", "by-rows"])
+def cut_options(tmp_path, request):
+    """Tensors that are moved whole, and tensors that are moved row by row."""
+    write_toy_checkpoint(tmp_path / "checkpoint", toy_llama_tensors(), is_cut_by_rows=request.param)
+    return export_options(load_dir=tmp_path / "checkpoint", save_dir=tmp_path / "hf")
+
+
+def test_rows_moved_alone_are_the_same_bytes(options, tmp_path, monkeypatch):
+    export_to_hugging_face(options)
+    write_toy_checkpoint(tmp_path / "rows", toy_llama_tensors(), num_chunks=3, is_cut_by_rows=True)
+    monkeypatch.delattr(weight_export, "_write_whole")  # nothing needs it
+    for block_bytes in (1 << 19, 40):  # a row of fp32 has 80 or 96 bytes
+        monkeypatch.setattr(row_copy, "BLOCK_BYTES", block_bytes)
+        export_to_hugging_face(
+            dataclasses.replace(options, load_dir=tmp_path / "rows", save_dir=tmp_path / "hf2", overwrite=True)
+        )
+        name = "model.safetensors"
+        assert (tmp_path / "hf2" / name).read_bytes() == (options.save_dir / name).read_bytes()
+
+
+def test_a_bit_that_changes_on_disk_is_noticed(cut_options, monkeypatch):
     """The file is written right, then damaged before it is read back."""
-    write = ShardWriter.write
+    write = safetensors_stream.write_at
+    damaged = toy_llama_tensors()["decoder.layers.mlp.linear_fc2.weight"][2].flatten()[:5]
 
-    def write_and_damage(self, name, tensor):
-        written = write(self, name, tensor)
-        if name == "model.layers.2.mlp.down_proj.weight":
-            with (self._directory / "model.safetensors").open("r+b") as file:
-                file.seek(written.start + 7)
-                file.write(b"\xa5")
-        return written
+    def write_and_damage(file, start, tensor):
+        write(file, start, tensor)
+        if torch.equal(tensor.flatten()[:5], damaged):
+            os.pwrite(file.fileno(), b"\xa5", start + 7)
 
-    monkeypatch.setattr(ShardWriter, "write", write_and_damage)
+    monkeypatch.setattr(row_copy, "write_at", write_and_damage)
+    monkeypatch.setattr(safetensors_stream, "write_at", write_and_damage)
     with pytest.raises(
         ConversionError, match=r"decoder.layers.2.mlp.linear_fc2.weight: what was written must read back"
     ):
-        export_to_hugging_face(options)
-    assert_nothing_was_left(options)
+        export_to_hugging_face(cut_options)
+    assert_nothing_was_left(cut_options)
 
 
 def test_large_tensors_are_proved_one_at_a_time(options, monkeypatch):
     export_to_hugging_face(options)
-    overlapped = (options.save_dir / "model.safetensors").read_bytes()
-    monkeypatch.setattr(weight_export, "_MAX_OVERLAPPED_BYTES", 2000)  # of both kinds, by turns
+    shared = (options.save_dir / "model.safetensors").read_bytes()
+    monkeypatch.setattr(weight_export, "_MAX_SHARED_BYTES", 2000)  # of both kinds, by turns
     export_to_hugging_face(dataclasses.replace(options, overwrite=True))
-    assert (options.save_dir / "model.safetensors").read_bytes() == overlapped
+    assert (options.save_dir / "model.safetensors").read_bytes() == shared
 
 
 def test_weights_beyond_the_requested_dtype_are_named(tmp_path):
@@ -219,7 +239,7 @@ def test_weights_beyond_the_requested_dtype_are_named(tmp_path):
         export_to_hugging_face(options)
 
 
-def test_twin_a_wrong_split_does_not_pass_the_verification(options, monkeypatch):
+def test_twin_a_wrong_split_does_not_pass_the_verification(cut_options, monkeypatch):
     wrong = dataclasses.replace(mapping.GATE_UP, split=lambda tensor, _: tuple(reversed(tensor.chunk(2))))
     whole_expand = export.expand
     monkeypatch.setattr(
@@ -231,9 +251,9 @@ def test_twin_a_wrong_split_does_not_pass_the_verification(options, monkeypatch)
         ],
     )
     with pytest.raises(ConversionError, match="what was written must read back equal") as caught:
-        export_to_hugging_face(options)
+        export_to_hugging_face(cut_options)
     assert len(caught.value.problems) == 3  # one a layer
-    assert_nothing_was_left(options)
+    assert_nothing_was_left(cut_options)
 
 
 def test_the_models_are_compared_on_links_so_that_the_partial_folder_never_loads(options, monkeypatch):

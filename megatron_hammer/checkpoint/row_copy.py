@@ -1,0 +1,158 @@
+"""Moves a tensor whose layout only reorders rows from file to file, block by block, proving each block on its way.
+
+A layout applied to row numbers says which rows go where, and its inverse applied to those says that none is lost. What
+remains is to copy bytes, and a block that stays in the processor's cache while it is read, checked, written, read back
+and compared costs little more than `cp`. Layouts that transpose, and tensors cut along their columns, are no rows:
+`weight_export.py` moves them whole.
+"""
+
+import itertools
+import math
+import os
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from io import FileIO
+
+import torch
+from torch import Tensor
+
+from megatron_hammer.checkpoint.architecture import Architecture
+from megatron_hammer.checkpoint.bit_patterns import is_bitwise_equal, is_finite
+from megatron_hammer.checkpoint.mapping import TensorPair
+from megatron_hammer.checkpoint.reader import TorchDistReader
+from megatron_hammer.checkpoint.safetensors_stream import WrittenTensor, write_at
+
+BLOCK_BYTES = 1 << 19
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowRange:
+    """Consecutive rows [first_row, first_row + num_rows) of a tensor, stored from byte `start` of `file`."""
+
+    first_row: int
+    num_rows: int
+    row_bytes: int
+    file: FileIO
+    start: int
+
+    def overlap(self, first_row: int, num_rows: int) -> "RowRange | None":
+        """Those of its rows that are among [first_row, first_row + num_rows)."""
+        first = max(first_row, self.first_row)
+        num_shared = min(first_row + num_rows, self.first_row + self.num_rows) - first
+        start = self.start + (first - self.first_row) * self.row_bytes
+        return replace(self, first_row=first, num_rows=num_shared, start=start) if num_shared > 0 else None
+
+
+@dataclass(frozen=True, slots=True)
+class CopyResult:
+    """is_equal: everything read back from the target as it was meant."""
+
+    is_finite: bool
+    is_equal: bool
+
+
+def find_row_runs(pair: TensorPair, model: Architecture) -> list[list[tuple[int, int]]] | None:
+    """For every Hugging Face tensor of `pair` the runs (first row, number of rows) of Megatron rows it is made of.
+
+    None if the layout does more than reorder rows, or its inverse does not bring every row back.
+    """
+    shape = pair.megatron_shape
+    numbers = torch.arange(shape[0]).view(-1, *[1] * (len(shape) - 1))
+    parts = pair.layout.split(numbers, model)
+    for part, hf_shape in zip(parts, pair.hf_shapes, strict=True):
+        if part.shape != (len(part), *numbers.shape[1:]) or hf_shape != (len(part), *shape[1:]):
+            return None
+    if not torch.equal(pair.layout.merge(parts, model), numbers):
+        return None
+    return [_find_runs(part.reshape(-1)) for part in parts]
+
+
+def _find_runs(numbers: Tensor) -> list[tuple[int, int]]:
+    """[4, 5, 6, 0, 1] -> [(4, 3), (0, 2)]."""
+    breaks = (torch.nonzero(numbers.diff() != 1).view(-1) + 1).tolist()
+    edges = [0, *breaks, len(numbers)]
+    return [(int(numbers[first]), last - first) for first, last in itertools.pairwise(edges)]
+
+
+def find_stored_rows(reader: TorchDistReader, name: str, files: ExitStack) -> list[RowRange] | None:
+    """Where the rows of a tensor lie, in order; `files` closes what is opened for it.
+
+    None if they are not stored plainly, one after the other, each whole.
+    """
+    stored = reader.tensors[name]
+    num_leading = len(stored.offsets) - len(stored.shape)
+    leading, row_shape = stored.offsets[:num_leading], stored.shape[1:]
+    ranges = []
+    for chunk in reader.store.list_chunks(stored.key, leading):
+        is_whole = chunk.sizes == (*[1] * num_leading, chunk.sizes[num_leading], *row_shape)
+        file = files.enter_context(FileIO(reader.directory / reader.store.file_of(stored.key, chunk)))
+        start = reader.store.find_chunk_start(file, stored.key, chunk) if is_whole else None
+        if start is None:
+            return None
+        ranges.append(
+            RowRange(
+                first_row=chunk.offsets[num_leading],
+                num_rows=chunk.sizes[num_leading],
+                row_bytes=math.prod(row_shape) * stored.dtype.itemsize,
+                file=file,
+                start=start,
+            )
+        )
+    ranges.sort(key=lambda rows: rows.first_row)
+    ends = [0, *(rows.first_row + rows.num_rows for rows in ranges)]
+    is_gapless = [rows.first_row for rows in ranges] == ends[:-1] and ends[-1] >= stored.shape[0]
+    return ranges if is_gapless else None
+
+
+class _Blocks(threading.local):
+    """Two buffers a thread, used again for every block."""
+
+    def __init__(self) -> None:
+        self.read, self.read_back = (torch.empty(BLOCK_BYTES, dtype=torch.uint8) for _ in range(2))
+
+
+_blocks = _Blocks()
+
+
+def copy_rows(
+    source: Sequence[RowRange],
+    runs: Sequence[tuple[int, int]],
+    target: WrittenTensor,
+    *,
+    stored_dtype: torch.dtype,
+    dtype: torch.dtype,
+) -> CopyResult:
+    """Write the rows of `runs`, one after the other, to `target` in `dtype`, and compare what the file then holds.
+
+    source: every row of the tensor once, in order. Raises EOFError if a file ends before its rows do.
+    """
+    position, are_finite = target.start, True
+    for rows in (rows for run in runs for held in source if (rows := held.overlap(*run))):
+        first_byte, left = rows.start, rows.num_rows * rows.row_bytes // stored_dtype.itemsize
+        while left:
+            num_elements = min(left, BLOCK_BYTES // max(stored_dtype.itemsize, dtype.itemsize))
+            block = _read(rows.file, first_byte, num_elements * stored_dtype.itemsize).view(stored_dtype).to(dtype)
+            are_finite = are_finite and is_finite(block)
+            write_at(target.file, position, block)
+            read_back = _blocks.read_back[: block.nbytes]
+            is_whole = os.preadv(target.file.fileno(), [memoryview(read_back.numpy())], position) == block.nbytes
+            if not is_whole or not is_bitwise_equal(read_back.view(dtype), block):
+                return CopyResult(are_finite, False)
+            first_byte += num_elements * stored_dtype.itemsize
+            position += block.nbytes
+            left -= num_elements
+    return CopyResult(are_finite, True)
+
+
+def _read(file: FileIO, start: int, num_bytes: int) -> Tensor:
+    """The bytes at `start`, in this thread's buffer."""
+    buffer = _blocks.read[:num_bytes]
+    view = memoryview(buffer.numpy())
+    while view:
+        num_read = os.preadv(file.fileno(), [view], start)
+        if not num_read:
+            raise EOFError(f"{len(view)} bytes are missing")
+        view, start = view[num_read:], start + num_read
+    return buffer

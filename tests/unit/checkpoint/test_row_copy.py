@@ -1,0 +1,85 @@
+"""Rows of a checkpoint's tensor go where its layout sends them, in any dtype, whatever pieces they are stored in."""
+
+import dataclasses
+from contextlib import ExitStack
+
+import pytest
+import torch
+from toy_checkpoint import GPT2_ARGUMENTS, toy_arguments, toy_llama_tensors, write_toy_checkpoint
+
+from megatron_hammer.checkpoint import row_copy
+from megatron_hammer.checkpoint.architecture import read_architecture
+from megatron_hammer.checkpoint.mapping import expand, select_family
+from megatron_hammer.checkpoint.reader import TorchDistReader
+from megatron_hammer.checkpoint.row_copy import copy_rows, find_row_runs, find_stored_rows
+from megatron_hammer.checkpoint.safetensors_stream import ShardWriter, plan_shards
+
+MODEL = read_architecture(toy_arguments())
+PAIRS = {pair.megatron_name: pair for pair in expand(select_family(MODEL), MODEL)}
+QKV, FC1 = (f"decoder.layers.1.{name}.weight" for name in ("self_attention.linear_qkv", "mlp.linear_fc1"))
+
+
+def test_a_layout_says_which_rows_go_where():
+    # two groups, each of three query heads, a key and a value of four rows
+    assert find_row_runs(PAIRS[QKV], MODEL) == [[(0, 12), (20, 12)], [(12, 4), (32, 4)], [(16, 4), (36, 4)]]
+    assert find_row_runs(PAIRS[FC1], MODEL) == [[(0, 20)], [(20, 20)]]
+    assert find_row_runs(PAIRS["decoder.final_layernorm.weight"], MODEL) == [[(0, 24)]]
+
+
+def test_what_transposes_or_loses_rows_moves_no_rows():
+    gpt2 = read_architecture(toy_arguments(**GPT2_ARGUMENTS))
+    runs = {pair.megatron_name: find_row_runs(pair, gpt2) for pair in expand(select_family(gpt2), gpt2)}
+    assert runs["decoder.layers.1.mlp.linear_fc2.weight"] is runs[QKV] is None
+    assert runs["decoder.layers.1.self_attention.linear_qkv.bias"] == [
+        [*((first, 4) for first in range(0, 72, 12)), *((first, 4) for first in range(4, 72, 12))]
+        + [(first, 4) for first in range(8, 72, 12)]
+    ]
+    layout = dataclasses.replace(PAIRS[FC1].layout, split=lambda tensor, _: (tensor[:20], tensor[:20]))
+    assert find_row_runs(dataclasses.replace(PAIRS[FC1], layout=layout), MODEL) is None
+
+
+@pytest.mark.parametrize("num_chunks", [1, 3])
+@pytest.mark.parametrize("block_bytes", [1 << 19, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_arrive_as_the_layout_splits_them(tmp_path, monkeypatch, num_chunks, block_bytes, dtype):
+    monkeypatch.setattr(row_copy, "BLOCK_BYTES", block_bytes)
+    directory = write_toy_checkpoint(tmp_path / "in", toy_llama_tensors(), num_chunks=num_chunks, is_cut_by_rows=True)
+    reader, pair = TorchDistReader(directory), PAIRS[QKV]
+    shards = plan_shards(dict(zip(pair.hf_names, pair.hf_shapes, strict=True)), dtype=dtype, max_shard_bytes=10**6)
+    parts = pair.layout.split(reader.read(QKV).to(dtype), MODEL)
+    with ShardWriter(tmp_path, shards, dtype=dtype) as writer, ExitStack() as files:
+        rows = find_stored_rows(reader, QKV, files)
+        assert rows is not None
+        assert len(rows) == num_chunks
+        for name, part, runs in zip(pair.hf_names, parts, find_row_runs(pair, MODEL), strict=True):
+            place = writer.take(name, tuple(part.shape), dtype)
+            result = copy_rows(rows, runs, place, stored_dtype=torch.float32, dtype=dtype)
+            assert (result.is_finite, result.is_equal) == (True, True)
+            assert place.holds(part.contiguous())
+
+
+@pytest.mark.parametrize("damage", ["column", "gap", "stack"])
+def test_rows_in_pieces_are_no_rows(tmp_path, damage):
+    """Cut along columns, with a piece missing, or several layers in one piece."""
+    directory = write_toy_checkpoint(
+        tmp_path, toy_llama_tensors(), num_chunks=1 if damage == "stack" else 2, is_cut_by_rows=damage == "gap"
+    )
+    reader = TorchDistReader(directory)
+    if damage == "gap":
+        key = "decoder.layers.self_attention.linear_qkv.weight"
+        chunks = reader.store.tensors[key].chunks
+        whole = tuple(chunk for chunk in chunks if chunk.offsets != (1, 20, 0))
+        reader.store.tensors[key] = dataclasses.replace(reader.store.tensors[key], chunks=whole)
+    with ExitStack() as files:
+        assert find_stored_rows(reader, QKV, files) is None
+
+
+def test_a_file_that_ends_too_soon_is_an_error(tmp_path):
+    reader = TorchDistReader(write_toy_checkpoint(tmp_path, toy_llama_tensors(), num_chunks=1, is_cut_by_rows=True))
+    shards = plan_shards({"a": (24,)}, dtype=torch.float32, max_shard_bytes=10**6)
+    with ShardWriter(tmp_path, shards, dtype=torch.float32) as writer, ExitStack() as files:
+        (rows,) = find_stored_rows(reader, "decoder.final_layernorm.weight", files) or []
+        cut_short = dataclasses.replace(rows, start=(tmp_path / "iter_0000010" / "__0_0.distcp").stat().st_size * 9)
+        place = writer.take("a", (24,), torch.float32)
+        with pytest.raises(EOFError, match="96 bytes are missing"):
+            copy_rows([cut_short], [(0, 24)], place, stored_dtype=torch.float32, dtype=torch.float32)
