@@ -24,6 +24,10 @@ ARITHMETIC = (
     "model.flops",
     "model.layout",
     "model.memory",
+    "model.memory_activations",
+    "model.memory_loss",
+    "model.memory_options",
+    "model.memory_state",
     "model.parameters",
     "model.pipeline_split",
 )
@@ -71,7 +75,7 @@ TRAINING_MODULE = "megatron_hammer.training.pretrain"
 # These hand flags that they do not know to Megatron, like the training module itself.
 TAKES_MEGATRON_FLAGS = ("tools/build_rank.py",)
 # The first word after these is a command with flags of its own.
-HAS_COMMANDS = ("checkpoint_convert/edit_checkpoint.py",)
+HAS_COMMANDS = ("checkpoint_convert/edit_checkpoint.py", "tools/scaling_study.py")
 LARGEST_FILE_BYTES = 1_000_000
 
 
