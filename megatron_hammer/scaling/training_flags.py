@@ -1,0 +1,125 @@
+"""A model, a layout and a batch as flags of megatron_hammer.training.pretrain: what `measure` runs and `emit` writes.
+
+Sizes that a preset's recipe sets are always given, so that a layout means the same whatever recipe it is laid over.
+Left out: data, schedule and precision formats of TransformerEngine; `emit` adds those.
+"""
+
+from megatron_hammer.errors import ConfigError
+from megatron_hammer.model.accounting import Layout
+from megatron_hammer.preset_types import ModelPreset, Recipe
+from megatron_hammer.presets import PRESETS
+from megatron_hammer.scaling.plan import Recompute
+
+
+def list_model_flags(model: ModelPreset) -> list[str]:
+    """--preset where the model is a shipped one, else its architecture flag by flag (a Hugging Face model's)."""
+    preset = PRESETS.get(model.name)
+    if preset is not None and preset.model == model:
+        return ["--preset", model.name]
+    sizes = {
+        "--num-layers": model.num_layers,
+        "--hidden-size": model.hidden_size,
+        "--ffn-hidden-size": model.ffn_hidden_size,
+        "--num-attention-heads": model.num_attention_heads,
+        "--kv-channels": model.head_dim,
+        "--vocab-size": model.vocab_size,
+        "--max-position-embeddings": model.max_position_embeddings,
+        "--normalization": model.normalization,
+        "--norm-epsilon": f"{model.norm_epsilon:g}",
+        "--init-method-std": f"{model.init_method_std:g}",
+        "--position-embedding-type": model.position_embedding_type,
+    }
+    flags = [word for flag, size in sizes.items() for word in (flag, str(size))]
+    if model.position_embedding_type == "rope":
+        flags += ["--rotary-base", str(model.rotary_base)]
+        flags += _list_rope_flags(model)
+    if model.num_query_groups != model.num_attention_heads:
+        flags += ["--group-query-attention", "--num-query-groups", str(model.num_query_groups)]
+    switches = {
+        "--swiglu": model.activation == "swiglu",
+        "--no-bias-gelu-fusion": model.activation == "gelu_erf",
+        "--disable-bias-linear": not model.has_linear_bias,
+        "--add-qkv-bias": model.has_qkv_bias and not model.has_linear_bias,
+        "--untie-embeddings-and-output-weights": not model.has_tied_embeddings,
+        "--embedding-norm": model.has_embedding_norm,
+        "--qk-layernorm": model.has_qk_norm,
+    }
+    return [*flags, *(flag for flag, is_set in switches.items() if is_set), *_list_expert_flags(model)]
+
+
+def _list_rope_flags(model: ModelPreset) -> list[str]:
+    flags = []
+    if model.rope_scaling is not None:
+        flags += ["--use-rope-scaling", "--rope-scaling-factor", f"{model.rope_scaling.factor:g}"]
+    if model.rotary_seq_len_interpolation_factor is not None:
+        flags += ["--rotary-seq-len-interpolation-factor", str(model.rotary_seq_len_interpolation_factor)]
+    return flags
+
+
+def _list_expert_flags(model: ModelPreset) -> list[str]:
+    moe = model.moe
+    if moe is None:
+        return []
+    flags = ["--num-experts", str(moe.num_experts), "--moe-router-topk", str(moe.router_topk)]
+    flags += ["--moe-ffn-hidden-size", str(moe.ffn_hidden_size), "--moe-aux-loss-coeff", f"{moe.aux_loss_coeff:g}"]
+    flags += ["--moe-token-dispatcher-type", "alltoall"]
+    if moe.shared_expert_intermediate_size:
+        flags += ["--moe-shared-expert-intermediate-size", str(moe.shared_expert_intermediate_size)]
+    if moe.has_shared_expert_gate:
+        flags.append("--moe-shared-expert-gate")
+    return flags if moe.is_topk_renormalized else [*flags, "--moe-router-pre-softmax"]
+
+
+def list_layout_flags(model: ModelPreset, layout: Layout) -> list[str]:
+    """Every parallel size, over whatever the preset's recipe has.
+
+    Raises ConfigError for what no flag can take back: the sequence parallelism of a recipe.
+    """
+    recipe = PRESETS[model.name].recipe if list_model_flags(model)[0] == "--preset" else None
+    tp = layout.tensor_model_parallel_size
+    flags = ["--tensor-model-parallel-size", str(tp)]
+    flags += ["--pipeline-model-parallel-size", str(layout.pipeline_model_parallel_size)]
+    flags += _list_stage_flags(layout, recipe)
+    if layout.context_parallel_size > 1:
+        flags += ["--context-parallel-size", str(layout.context_parallel_size)]
+    if layout.expert_model_parallel_size > 1 or (recipe is not None and recipe.expert_model_parallel_size > 1):
+        flags += ["--expert-model-parallel-size", str(layout.expert_model_parallel_size)]
+    if layout.expert_tensor_parallel_size is not None and model.moe is not None:
+        flags += ["--expert-tensor-parallel-size", str(layout.expert_tensor_parallel_size)]
+    if layout.has_sequence_parallel and tp > 1:
+        flags.append("--sequence-parallel")
+    elif recipe is not None and recipe.has_sequence_parallel and tp > 1:
+        raise ConfigError(
+            f"sequence-parallel: must be on where the preset's recipe has it, got preset={model.name}, tp={tp}, "
+            "has_sequence_parallel=False. Choose a layout with sequence parallelism."
+        )
+    return flags if layout.has_distributed_optimizer else [*flags, "--no-distributed-optimizer"]
+
+
+def _list_stage_flags(layout: Layout, recipe: Recipe | None) -> list[str]:
+    """How layers are shared out over pipeline stages and their chunks."""
+    flags = []
+    vp = layout.virtual_pipeline_model_parallel_size
+    if vp > 1 or (recipe is not None and recipe.virtual_pipeline_model_parallel_size > 1):
+        flags += ["--num-virtual-stages-per-pipeline-rank", str(vp)]
+    if layout.num_layers_first_stage is not None:
+        flags += ["--decoder-first-pipeline-num-layers", str(layout.num_layers_first_stage)]
+    if layout.num_layers_last_stage is not None:
+        flags += ["--decoder-last-pipeline-num-layers", str(layout.num_layers_last_stage)]
+    if layout.accounts_for_embedding:
+        flags.append("--account-for-embedding-in-pipeline-split")
+    if layout.accounts_for_loss:
+        flags.append("--account-for-loss-in-pipeline-split")
+    return flags
+
+
+def list_batch_flags(*, micro_batch_size: int, global_batch_size: int, seq_length: int) -> list[str]:
+    sizes = {"micro-batch-size": micro_batch_size, "global-batch-size": global_batch_size, "seq-length": seq_length}
+    return [word for flag, size in sizes.items() for word in (f"--{flag}", str(size))]
+
+
+def list_recompute_flags(recompute: Recompute) -> list[str]:
+    """selective recomputes the core attention, full every layer by itself."""
+    if recompute == "full":
+        return ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
+    return [] if recompute == "none" else ["--recompute-granularity", "selective"]
