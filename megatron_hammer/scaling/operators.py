@@ -1,0 +1,252 @@
+"""The work of one transformer layer and of the model's two ends on one rank: multiplications, bytes, kernels.
+
+Nothing here depends on a GPU or a coefficient: `compute.py` turns work into seconds. A matrix product is kept with its
+shape, because its efficiency depends on it; everything bound by memory is kept as the bytes that it reads and writes.
+"""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from megatron_hammer.model.accounting import padded_vocab_size
+from megatron_hammer.preset_types import ModelPreset
+
+# Bytes that unfused attention moves for each of the s * s * heads scores, 16-bit elements, one-byte dropout masks.
+# Forward: scores written (2), scaled and masked softmax (2 + 2), dropout (2 + 2 + 1), read by the product with the
+# values (2). Backward: dropped scores read (2), their gradient written (2), dropout (2 + 1 + 2), softmax (2 + 2 + 2),
+# read by the gradients of query and key (2 + 2). Source: the kernels of megatron's CoreAttention with
+# --masked-softmax-fusion; Dao et al. 2022, arXiv 2205.14135, section 2.2 for why these bytes matter.
+UNFUSED_FORWARD_BYTES_PER_SCORE = 13
+UNFUSED_BACKWARD_BYTES_PER_SCORE = 19
+# Dao 2023, arXiv 2307.08691, section 2.3.1: five products of the size of the forward pass's two, without storing scores.
+FLASH_BACKWARD_RATIO = 2.5
+
+
+class Gemm(NamedTuple):
+    """`count` products [m, k] x [k, n]; a batched product is one of count > 1. extra_bytes: traffic of its epilogue."""
+
+    m: float
+    n: float
+    k: float
+    count: float = 1.0
+    extra_bytes: float = 0.0
+    is_low_precision: bool = False  # takes fp8 or fp4 where the run does
+
+
+class Work(NamedTuple):
+    """One pass (forward or backward) over one micro-batch on one rank."""
+
+    gemms: tuple[Gemm, ...] = ()
+    attention_flops: float = 0.0  # of flash attention
+    attention_gemms: tuple[Gemm, ...] = ()  # of unfused attention
+    attention_bytes: float = 0.0  # of unfused attention
+    pointwise_bytes: float = 0.0
+    num_kernels: float = 0.0
+
+
+class LayerWork(NamedTuple):
+    forward: Work
+    backward: Work
+
+
+class Shard(NamedTuple):
+    """What the work of a layer depends on besides the model: the cuts, the micro-batch and the precision."""
+
+    tp: int
+    cp: int
+    ep: int
+    expert_tp: int
+    has_sequence_parallel: bool
+    num_tokens: int  # of one micro-batch on one context-parallel rank, before tensor parallelism
+    seq_length: int
+    precision: str
+    has_flash_attention: bool
+    vocab_divisible_by: int
+
+    @property
+    def element_bytes(self) -> int:
+        return 4 if self.precision == "fp32" else 2
+
+    @property
+    def is_low_precision(self) -> bool:
+        return self.precision in ("fp8", "mxfp8", "nvfp4")
+
+    @property
+    def pointwise_tokens(self) -> float:
+        """Tokens of the norms, dropouts and residuals on one rank: the sequence is cut with sequence parallelism."""
+        return self.num_tokens / self.tp if self.has_sequence_parallel else self.num_tokens
+
+
+@lru_cache(maxsize=4096)
+def build_layer_work(model: ModelPreset, shard: Shard) -> LayerWork:
+    """The work of one layer, forward and backward."""
+    linears = _build_linears(model, shard)
+    attention_forward, attention_backward = _build_attention(model, shard)
+    forward_bytes, backward_bytes = _count_pointwise_bytes(model, shard)
+    cast_forward, cast_backward = _count_cast_bytes(linears, shard)
+    tensor_kernels = 2 if shard.tp > 1 else 0
+    unfused_kernels = 0 if shard.has_flash_attention else 8
+    expert_kernels = 25 if model.moe else 0
+    forward = Work(
+        gemms=tuple(linears),
+        pointwise_bytes=forward_bytes + cast_forward,
+        num_kernels=13 + unfused_kernels + tensor_kernels + expert_kernels + (8 if shard.is_low_precision else 0),
+        **attention_forward,
+    )
+    backward = Work(
+        gemms=tuple(product for linear in linears for product in _differentiate(linear, shard)),
+        pointwise_bytes=backward_bytes + cast_backward,
+        num_kernels=22 + 1.5 * unfused_kernels + tensor_kernels + expert_kernels + (8 if shard.is_low_precision else 0),
+        **attention_backward,
+    )
+    return LayerWork(forward, backward)
+
+
+@lru_cache(maxsize=4096)
+def build_embedding_work(model: ModelPreset, shard: Shard) -> LayerWork:
+    """The look-up of the input embedding: rows read and written forward, gradients of 4 bytes added backward."""
+    size = shard.num_tokens * model.hidden_size
+    norm = 2.5 * shard.element_bytes * size if model.has_embedding_norm else 0.0
+    return LayerWork(
+        Work(pointwise_bytes=3 * shard.element_bytes * size + norm, num_kernels=6),
+        Work(pointwise_bytes=(2 * shard.element_bytes + 8) * size + norm, num_kernels=6),
+    )
+
+
+@lru_cache(maxsize=4096)
+def build_head_work(model: ModelPreset, shard: Shard) -> LayerWork:
+    """The final norm, the head over the padded vocabulary and the cross-entropy; always in 16 bit or fp32.
+
+    megatron.core.tensor_parallel.cross_entropy makes a fp32 copy of the logits and passes over it for the maximum, the
+    subtraction, the target's logit, the exponential, its sum and the division; backward it scales, and casts back.
+    """
+    rows = padded_vocab_size(
+        model.vocab_size, divisible_by=shard.vocab_divisible_by, tensor_model_parallel_size=shard.tp
+    )
+    columns = rows / shard.tp
+    head = Gemm(shard.num_tokens, columns, model.hidden_size)
+    logits = shard.num_tokens * columns
+    norm_bytes = 5 * shard.element_bytes * shard.num_tokens * model.hidden_size
+    return LayerWork(
+        Work(gemms=(head,), pointwise_bytes=30 * logits + 0.4 * norm_bytes, num_kernels=18),
+        Work(gemms=_differentiate(head, shard), pointwise_bytes=14 * logits + 0.6 * norm_bytes, num_kernels=12),
+    )
+
+
+def _build_linears(model: ModelPreset, shard: Shard) -> list[Gemm]:
+    """Forward products of the linears of one layer, [tokens, in] x [in, out / tp] or the rows cut for the second."""
+    h, tokens, low = model.hidden_size, shard.num_tokens, shard.is_low_precision
+    queries = model.num_attention_heads * model.head_dim
+    key_values = 2 * max(model.num_query_groups, shard.tp) * model.head_dim
+    linears = [
+        Gemm(tokens, (queries + key_values) / shard.tp, h, is_low_precision=low),
+        Gemm(tokens, h, queries / shard.tp, is_low_precision=low),
+    ]
+    gates = 2 if model.activation == "swiglu" else 1
+    if model.moe is None:
+        ffn = model.ffn_hidden_size / shard.tp
+        return [
+            *linears,
+            Gemm(tokens, gates * ffn, h, is_low_precision=low),
+            Gemm(tokens, h, ffn, is_low_precision=low),
+        ]
+    moe = model.moe
+    local_experts = moe.num_experts / shard.ep
+    # Balanced load: the ranks of an expert group bring tokens / tp each, every token goes to top-k experts.
+    per_expert = tokens / shard.tp * shard.ep * shard.expert_tp * moe.router_topk / moe.num_experts
+    ffn = moe.ffn_hidden_size / shard.expert_tp
+    linears += [
+        Gemm(shard.pointwise_tokens, moe.num_experts, h),
+        Gemm(per_expert, gates * ffn, h, local_experts, is_low_precision=low),
+        Gemm(per_expert, h, ffn, local_experts, is_low_precision=low),
+    ]
+    if moe.shared_expert_intermediate_size:
+        ffn = moe.shared_expert_intermediate_size / shard.tp
+        linears += [
+            Gemm(tokens, gates * ffn, h, is_low_precision=low),
+            Gemm(tokens, h, ffn, is_low_precision=low),
+        ]
+    return linears
+
+
+def _differentiate(linear: Gemm, shard: Shard) -> tuple[Gemm, Gemm]:
+    """Gradient of the input, and of the weight, which is added to a fp32 buffer (read and written) in its epilogue."""
+    m, n, k, count = linear.m, linear.n, linear.k, linear.count
+    accumulated_bytes = 8.0 * n * k * count
+    return (
+        Gemm(m, k, n, count, is_low_precision=linear.is_low_precision),
+        Gemm(k, n, m, count, accumulated_bytes, linear.is_low_precision),
+    )
+
+
+def _build_attention(model: ModelPreset, shard: Shard) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Core attention of one rank: FLOPs of flash attention under a causal mask, or products and traffic of the scores.
+
+    Each of the two forward products takes 2 * s * head_dim operations a query and head; the mask leaves half of them
+    to flash attention, which skips the blocks, and none to the unfused one.
+    """
+    queries = model.num_attention_heads * model.head_dim / shard.tp
+    if shard.has_flash_attention:
+        flops = 2.0 * shard.num_tokens * shard.seq_length * queries
+        return {"attention_flops": flops}, {"attention_flops": FLASH_BACKWARD_RATIO * flops}
+    s, d = shard.seq_length, model.head_dim
+    heads = shard.num_tokens * shard.cp / s * model.num_attention_heads / shard.tp  # of all sequences
+    scores = heads * s * s / shard.cp
+    forward = (Gemm(s / shard.cp, s, d, heads), Gemm(s / shard.cp, d, s, heads))
+    backward = (forward[0], forward[1], Gemm(s, d, s / shard.cp, heads), Gemm(s, d, s / shard.cp, heads))
+    scale = shard.element_bytes / 2
+    return (
+        {"attention_gemms": forward, "attention_bytes": scale * UNFUSED_FORWARD_BYTES_PER_SCORE * scores},
+        {"attention_gemms": backward, "attention_bytes": scale * UNFUSED_BACKWARD_BYTES_PER_SCORE * scores},
+    )
+
+
+def _count_pointwise_bytes(model: ModelPreset, shard: Shard) -> tuple[float, float]:
+    """(forward, backward) bytes of norms, residuals, rotary, activation and of layout changes between kernels.
+
+    In elements read and written: a norm 2 and 3, a residual sum (with bias and dropout where there are) 3 and 2, a
+    rotation of query and key 2 and 2, SwiGLU 3 and 5, GELU 2 and 3. Unfused attention moves query, key, value and
+    output once more.
+    """
+    along_sequence = shard.pointwise_tokens * model.hidden_size
+    queries = shard.num_tokens * model.num_attention_heads * model.head_dim / shard.tp
+    key_values = shard.num_tokens * max(model.num_query_groups / shard.tp, 1) * model.head_dim
+    forward, backward = 10 * along_sequence, 10 * along_sequence
+    if model.position_embedding_type == "rope":
+        forward, backward = forward + 2 * (queries + key_values), backward + 2 * (queries + key_values)
+    if model.has_qk_norm:
+        forward, backward = forward + 2 * (queries + key_values), backward + 3 * (queries + key_values)
+    if not shard.has_flash_attention:
+        moved = 2 * (2 * queries + 2 * key_values)
+        dropout = 2 * along_sequence  # masks, and biases added in kernels of their own
+        forward, backward = forward + moved + dropout, backward + moved + dropout
+    else:  # the fused qkv is cut into contiguous parts and its gradient put together
+        forward, backward = forward + (queries + 2 * key_values), backward + 2 * (queries + 2 * key_values)
+    read_written = (3, 5) if model.activation == "swiglu" else (2, 3)
+    width = _count_activation_elements(model, shard)
+    forward, backward = forward + read_written[0] * width, backward + read_written[1] * width
+    if model.moe is not None:  # dispatch and combine permute every copy of a token on both sides
+        copies = shard.num_tokens * model.moe.router_topk * shard.expert_tp / shard.tp * model.hidden_size
+        forward, backward = forward + 8 * copies, backward + 8 * copies
+    return shard.element_bytes * forward, shard.element_bytes * backward
+
+
+def _count_activation_elements(model: ModelPreset, shard: Shard) -> float:
+    """Outputs of the activation function on one rank."""
+    if model.moe is None:
+        return shard.num_tokens * model.ffn_hidden_size / shard.tp
+    routed = shard.num_tokens * model.moe.router_topk * model.moe.ffn_hidden_size / shard.tp
+    return routed + shard.num_tokens * model.moe.shared_expert_intermediate_size / shard.tp
+
+
+def _count_cast_bytes(linears: list[Gemm], shard: Shard) -> tuple[float, float]:
+    """Bytes of casting the operands of 8-bit products: each input read (2), written as it is and transposed (1 + 1).
+
+    Forward the inputs (weights are cast once a step and kept), backward the outputs' gradients. TransformerEngine's
+    cast-transpose kernels; the second copy is what the weight gradient multiplies.
+    """
+    low = [linear for linear in linears if linear.is_low_precision]
+    if not low:
+        return 0.0, 0.0
+    forward = sum(linear.m * linear.k * linear.count for linear in low)
+    backward = sum(linear.m * linear.n * linear.count for linear in low)
+    return 4.0 * forward, 4.0 * backward

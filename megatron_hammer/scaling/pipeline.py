@@ -1,0 +1,63 @@
+"""The schedule of a pipeline: what one micro-batch costs on each stage, and what filling and draining adds.
+
+Narayanan et al. 2021, arXiv 2104.04473, sections 2.2.1 and 2.2.2. Stages are uneven: the first has the embedding, the
+last the head and the loss, and the slowest sets the pace of all.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from megatron_hammer.model.accounting import Layout, split_layers
+
+
+class StageKind(NamedTuple):
+    """Stages alike: `count` of them with so many layers, with or without the model's ends."""
+
+    num_layers: int
+    has_embedding: bool
+    has_head: bool
+    count: int
+
+
+class Schedule(NamedTuple):
+    """Seconds of one step's passes on the slowest stage, and what its rank waits for the others."""
+
+    slowest: int  # index of the slowest kind of stage
+    bubble_s: float
+
+
+@lru_cache(maxsize=4096)
+def list_stages(
+    num_layers: int,
+    pp: int,
+    vp: int,
+    first: int | None,
+    last: int | None,
+    accounts_for_embedding: bool,
+    accounts_for_loss: bool,
+) -> tuple[StageKind, ...]:
+    """The kinds of stages of a layout; ConfigError where the layers do not split."""
+    layout = Layout(
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vp,
+        num_layers_first_stage=first,
+        num_layers_last_stage=last,
+        accounts_for_embedding=accounts_for_embedding,
+        accounts_for_loss=accounts_for_loss,
+    )
+    counts: dict[tuple[int, bool, bool], int] = {}
+    for pp_rank, chunks in enumerate(split_layers(num_layers, layout)):
+        key = (sum(chunk.num_layers for chunk in chunks), pp_rank == 0, pp_rank == pp - 1)
+        counts[key] = counts.get(key, 0) + 1
+    return tuple(StageKind(*key, count) for key, count in counts.items())
+
+
+def build_schedule(stage_s: list[float], counts: list[int], num_chunks: int) -> Schedule:
+    """stage_s: forward and backward of one micro-batch on each kind of stage, `counts` of them.
+
+    The first micro-batch passes every stage, the others follow at the pace of the slowest, so a step takes
+    m * slowest + (sum of all stages - slowest) seconds; of v interleaved chunks only 1 / v of the filling.
+    """
+    slowest = max(range(len(stage_s)), key=stage_s.__getitem__)
+    passed = sum(seconds * count for seconds, count in zip(stage_s, counts, strict=True))
+    return Schedule(slowest, (passed - stage_s[slowest]) / num_chunks)
