@@ -140,7 +140,8 @@ def build_prior_coefficients() -> Coefficients:
         )
         for generation, priors in GPU_PRIORS.items()
     }
-    return Coefficients(gpus=gpus, **{name: prior.value for name, prior in PRIORS.items()})
+    shared: dict[str, Any] = {name: prior.value for name, prior in PRIORS.items()}
+    return Coefficients(gpus=gpus, **shared)
 
 
 def flatten_coefficients(coefficients: Coefficients) -> dict[str, float]:
@@ -153,8 +154,8 @@ def flatten_coefficients(coefficients: Coefficients) -> dict[str, float]:
 
 def replace_values(coefficients: Coefficients, values: Mapping[str, float]) -> Coefficients:
     """The coefficients with some numbers changed, by the names of `flatten_coefficients`."""
-    shared = {name: value for name, value in values.items() if "." not in name}
-    changed: dict[str, dict[str, float]] = {}
+    shared: dict[str, Any] = {name: value for name, value in values.items() if "." not in name}
+    changed: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
         gpu, dot, own = name.rpartition(".")
         if dot:

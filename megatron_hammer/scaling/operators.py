@@ -17,17 +17,17 @@ from megatron_hammer.preset_types import ModelPreset
 # --masked-softmax-fusion; Dao et al. 2022, arXiv 2205.14135, section 2.2 for why these bytes matter.
 UNFUSED_FORWARD_BYTES_PER_SCORE = 13
 UNFUSED_BACKWARD_BYTES_PER_SCORE = 19
-# Dao 2023, arXiv 2307.08691, section 2.3.1: five products of the size of the forward pass's two, without storing scores.
+# Dao 2023, arXiv 2307.08691, section 2.3.1: five products where the forward pass has two, scores are not stored.
 FLASH_BACKWARD_RATIO = 2.5
 
 
 class Gemm(NamedTuple):
-    """`count` products [m, k] x [k, n]; a batched product is one of count > 1. extra_bytes: traffic of its epilogue."""
+    """`batch` products [m, k] x [k, n]. extra_bytes: traffic of the epilogue besides the 16-bit result."""
 
     m: float
     n: float
     k: float
-    count: float = 1.0
+    batch: float = 1.0
     extra_bytes: float = 0.0
     is_low_precision: bool = False  # takes fp8 or fp4 where the run does
 
@@ -170,11 +170,11 @@ def _build_linears(model: ModelPreset, shard: Shard) -> list[Gemm]:
 
 def _differentiate(linear: Gemm, shard: Shard) -> tuple[Gemm, Gemm]:
     """Gradient of the input, and of the weight, which is added to a fp32 buffer (read and written) in its epilogue."""
-    m, n, k, count = linear.m, linear.n, linear.k, linear.count
-    accumulated_bytes = 8.0 * n * k * count
+    m, n, k, batch = linear.m, linear.n, linear.k, linear.batch
+    accumulated_bytes = 8.0 * n * k * batch
     return (
-        Gemm(m, k, n, count, is_low_precision=linear.is_low_precision),
-        Gemm(k, n, m, count, accumulated_bytes, linear.is_low_precision),
+        Gemm(m, k, n, batch, is_low_precision=linear.is_low_precision),
+        Gemm(k, n, m, batch, accumulated_bytes, linear.is_low_precision),
     )
 
 
@@ -247,6 +247,6 @@ def _count_cast_bytes(linears: list[Gemm], shard: Shard) -> tuple[float, float]:
     low = [linear for linear in linears if linear.is_low_precision]
     if not low:
         return 0.0, 0.0
-    forward = sum(linear.m * linear.k * linear.count for linear in low)
-    backward = sum(linear.m * linear.n * linear.count for linear in low)
+    forward = sum(linear.m * linear.k * linear.batch for linear in low)
+    backward = sum(linear.m * linear.n * linear.batch for linear in low)
     return 4.0 * forward, 4.0 * backward

@@ -11,12 +11,12 @@ from megatron_hammer.model.accounting import Layout, split_layers
 
 
 class StageKind(NamedTuple):
-    """Stages alike: `count` of them with so many layers, with or without the model's ends."""
+    """Stages alike: `num_stages` of them with so many layers, with or without the model's ends."""
 
     num_layers: int
     has_embedding: bool
     has_head: bool
-    count: int
+    num_stages: int
 
 
 class Schedule(NamedTuple):

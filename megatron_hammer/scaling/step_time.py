@@ -106,7 +106,7 @@ def predict_step(plan: Plan, coefficients: Coefficients | None = None) -> StepTi
     fsdp_s = _estimate_fsdp_s(plan, layer, coefficients) if plan.sharding == "fsdp" else 0.0
     stages = [_build_stage_cost(kind, layer, embedding, head, fsdp_s) for kind in kinds]
     send_s, fill_send_s = _estimate_pipeline_sends(plan, shard, coefficients)
-    counts = [kind.count for kind in kinds]
+    counts = [kind.num_stages for kind in kinds]
     schedule = build_schedule(
         [stage.total_s + send_s for stage in stages], counts, layout.virtual_pipeline_model_parallel_size
     )
