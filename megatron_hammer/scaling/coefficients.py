@@ -36,6 +36,7 @@ class GpuCoefficients:
     gemm_4bit_ratio: float
     attention_ratio: float  # of the 16-bit peak, in flash attention over a long sequence
     memory_ratio: float  # of the memory bandwidth, in kernels bound by it
+    kernel_s: float  # between two kernels on the device; on a CPU all that Python does for one
     num_multiprocessors: int  # a fact: tiles of a matrix product that run at once
 
 
@@ -46,6 +47,7 @@ GPU_PRIORS: dict[str, dict[str, Prior]] = {
         "gemm_4bit_ratio": Prior(0.5, 0.2, 0.95, 0.01),
         "attention_ratio": Prior(0.45, 0.2, 0.9, 0.2),
         "memory_ratio": Prior(0.8, 0.5, 0.95, 0.1),
+        "kernel_s": Prior(3e-6, 5e-7, 1.5e-5, 0.3),
     },
     "ampere": {
         "gemm_ratio": Prior(0.80, 0.5, 0.95, 0.1),
@@ -53,6 +55,7 @@ GPU_PRIORS: dict[str, dict[str, Prior]] = {
         "gemm_4bit_ratio": Prior(0.5, 0.2, 0.95, 0.01),
         "attention_ratio": Prior(0.58, 0.3, 0.9, 0.15),
         "memory_ratio": Prior(0.8, 0.5, 0.95, 0.1),
+        "kernel_s": Prior(3e-6, 5e-7, 1.5e-5, 0.3),
     },
     "hopper": {
         "gemm_ratio": Prior(0.72, 0.4, 0.95, 0.1),
@@ -60,6 +63,7 @@ GPU_PRIORS: dict[str, dict[str, Prior]] = {
         "gemm_4bit_ratio": Prior(0.5, 0.2, 0.95, 0.01),
         "attention_ratio": Prior(0.50, 0.25, 0.9, 0.15),
         "memory_ratio": Prior(0.8, 0.5, 0.95, 0.1),
+        "kernel_s": Prior(3e-6, 5e-7, 1.5e-5, 0.3),
     },
     "blackwell": {
         "gemm_ratio": Prior(0.68, 0.35, 0.95, 0.15),
@@ -67,15 +71,28 @@ GPU_PRIORS: dict[str, dict[str, Prior]] = {
         "gemm_4bit_ratio": Prior(0.45, 0.15, 0.95, 0.2),
         "attention_ratio": Prior(0.45, 0.2, 0.9, 0.2),
         "memory_ratio": Prior(0.8, 0.5, 0.95, 0.1),
+        "kernel_s": Prior(3e-6, 5e-7, 1.5e-5, 0.3),
     },
 }
-NUM_MULTIPROCESSORS = {"volta": 80, "ampere": 108, "hopper": 132, "blackwell": 148}
+# By name, not by generation: one core of a CPU, which runs every operator as Python reaches it.
+GPU_PRIORS["cpu-core"] = {
+    "gemm_ratio": Prior(0.6, 0.02, 1.5, 0.7),
+    "gemm_8bit_ratio": Prior(0.5, 0.02, 1.0, 0.01),
+    "gemm_4bit_ratio": Prior(0.5, 0.02, 1.0, 0.01),
+    "attention_ratio": Prior(0.25, 0.005, 1.5, 0.7),
+    "memory_ratio": Prior(0.4, 0.005, 1.5, 0.7),
+    "kernel_s": Prior(6e-5, 1e-6, 1e-3, 0.7),
+}
+NUM_MULTIPROCESSORS = {"volta": 80, "ampere": 108, "hopper": 132, "blackwell": 148, "cpu-core": 1}
+# Watts of the board for one dense 16-bit TFLOP/s, of the GPU that a generation's ratios are about: V100 SXM2, A100 SXM,
+# H100 SXM, GB200.
+REFERENCE_WATTS = {"volta": 300 / 125, "ampere": 400 / 312, "hopper": 700 / 989, "blackwell": 1200 / 2500}
 
 PRIORS: dict[str, Prior] = {
     "gemm_fill_waves": Prior(0.3, 0.02, 2.0, 0.5),
     "gemm_epilogue_ratio": Prior(0.7, 0.05, 2.0, 0.5),
     "attention_fill_tokens": Prior(400.0, 20.0, 3000.0, 0.5),
-    "kernel_s": Prior(3e-6, 5e-7, 1.5e-5, 0.4),
+    "power_exponent": Prior(0.5, 0.02, 1.0, 0.5),
     "host_s": Prior(2e-5, 3e-6, 1e-4, 0.5),
     "step_s": Prior(5e-3, 1e-4, 1e-1, 0.7),
     "nvlink_ratio": Prior(0.75, 0.4, 1.0, 0.15),
@@ -98,7 +115,7 @@ class Coefficients:
     gemm_fill_waves: float  # waves of tiles lost in filling and emptying the multiprocessors, a matrix product
     gemm_epilogue_ratio: float  # of the time to write a matrix product's result that nothing hides
     attention_fill_tokens: float  # sequence length at which flash attention reaches half its speed
-    kernel_s: float  # between two kernels on the device
+    power_exponent: float  # speed of products over the board's watts a peak TFLOP/s, between GPUs of one generation
     host_s: float  # of the host to launch one kernel, with all that Python does for it
     step_s: float  # of the host, once a step
     nvlink_ratio: float  # of the bandwidth inside a domain that a large collective reaches

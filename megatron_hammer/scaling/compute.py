@@ -4,7 +4,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.scaling.coefficients import Coefficients
+from megatron_hammer.scaling.coefficients import REFERENCE_WATTS, Coefficients, select_generation
 from megatron_hammer.scaling.operators import Gemm, LayerWork, Shard, Work
 from megatron_hammer.scaling.plan import Gpu
 
@@ -40,6 +40,7 @@ class Rates(NamedTuple):
     memory_bytes_per_s: float
     result_bytes_per_s: float  # of a product's result, as far as it is not hidden
     wave_elements: float  # elements of a result that are worked on at once
+    kernel_s: float
 
 
 @lru_cache(maxsize=256)
@@ -57,15 +58,30 @@ def build_rates(gpu: Gpu, precision: str, coefficients: Coefficients) -> Rates:
             f"precision: must be one that the GPU multiplies in, got precision={precision}, gpu={gpu.name}. "
             "Use bf16 (fp16 before Ampere)."
         )
+    power = estimate_power_ratio(gpu, coefficients)
     memory_bytes_per_s = own.memory_ratio * gpu.memory_bytes_per_s
     return Rates(
-        gemm_flops_per_s=1e12 * peak * own.gemm_ratio,
-        low_gemm_flops_per_s=1e12 * low_peak * low_ratio,
-        attention_flops_per_s=1e12 * peak * own.attention_ratio,
+        gemm_flops_per_s=1e12 * peak * own.gemm_ratio * power,
+        low_gemm_flops_per_s=1e12 * low_peak * low_ratio * power,
+        attention_flops_per_s=1e12 * peak * own.attention_ratio * power,
         memory_bytes_per_s=memory_bytes_per_s,
         result_bytes_per_s=memory_bytes_per_s / coefficients.gemm_epilogue_ratio,
         wave_elements=TILE_ELEMENTS * own.num_multiprocessors,
+        kernel_s=own.kernel_s,
     )
+
+
+def estimate_power_ratio(gpu: Gpu, coefficients: Coefficients) -> float:
+    """How much faster products run than on the generation's reference board, which has other watts a TFLOP/s.
+
+    Large products run at the clock that the board's power allows, not at the data sheet's (H100 PCIe: 46% of the SXM
+    board's power for 76% of its peak). A GPU with coefficients of its own needs no such correction.
+    """
+    generation = select_generation(gpu)
+    if gpu.name in coefficients.gpus:
+        return 1.0
+    ratio = gpu.power_w / (gpu.bf16_tflops or gpu.fp16_tflops) / REFERENCE_WATTS[generation]
+    return min(1.2, max(0.4, ratio**coefficients.power_exponent))
 
 
 def estimate_gemm_s(gemm: Gemm, rates: Rates, fill_waves: float) -> float:
@@ -94,7 +110,7 @@ def estimate_work(work: Work, rates: Rates, coefficients: Coefficients, attentio
         matmul_s=sum(estimate_gemm_s(gemm, rates, fill_waves) for gemm in work.gemms),
         attention_s=attention_s,
         pointwise_s=work.pointwise_bytes / rates.memory_bytes_per_s,
-        gap_s=work.num_kernels * coefficients.kernel_s,
+        gap_s=work.num_kernels * rates.kernel_s,
         host_s=work.num_kernels * coefficients.host_s,
     )
 

@@ -111,29 +111,31 @@ def predict_step(plan: Plan, coefficients: Coefficients | None = None) -> StepTi
         [stage.total_s + send_s for stage in stages], counts, layout.virtual_pipeline_model_parallel_size
     )
     kind, stage = kinds[schedule.slowest], stages[schedule.slowest]
-    slowdown = _count_slowdown(plan)
-    passes = num_microbatches * slowdown
+    passes = num_microbatches
     forward_layers, backward_layers = layer.time
     embedding_s = sum(one.device_s for one in embedding) if kind.has_embedding else 0.0
     head_s = sum(one.device_s for one in head) if kind.has_head else 0.0
-    layers = passes * kind.num_layers
+    layers = num_microbatches * kind.num_layers
     gaps_s = kind.num_layers * (forward_layers.gap_s + backward_layers.gap_s)
     data_s = _estimate_data_parallel_s(plan, stage, kind, coefficients)
     parts = {
         "matmul_s": layers * (forward_layers.matmul_s + backward_layers.matmul_s),
         "attention_s": layers * (forward_layers.attention_s + backward_layers.attention_s),
         "pointwise_s": layers * (forward_layers.pointwise_s + backward_layers.pointwise_s),
-        "embedding_and_loss_s": passes * (embedding_s + head_s),
+        "embedding_and_loss_s": num_microbatches * (embedding_s + head_s),
         "recompute_s": layers * layer.recompute.device_s,
-        "overhead_s": passes * (stage.total_s - stage.device_s + gaps_s) + coefficients.step_s,
+        "overhead_s": num_microbatches * (stage.total_s - stage.device_s + gaps_s) + coefficients.step_s,
         "tensor_parallel_s": num_microbatches * kind.num_layers * (layer.tensor_forward_s + layer.tensor_backward_s),
         "context_parallel_s": num_microbatches * kind.num_layers * (layer.context_forward_s + layer.context_backward_s),
         "expert_parallel_s": num_microbatches * kind.num_layers * layer.expert_s,
         "pipeline_p2p_s": num_microbatches * send_s + fill_send_s,
-        "bubble_s": schedule.bubble_s * slowdown,
+        "bubble_s": schedule.bubble_s,
         "data_parallel_s": data_s + num_microbatches * kind.num_layers * fsdp_s,
-        "optimizer_s": _estimate_optimizer_s(plan, coefficients) * slowdown,
+        "optimizer_s": _estimate_optimizer_s(plan, coefficients),
     }
+    slowdown = _estimate_slowdown(plan, sum(parts.values()), parts["bubble_s"])
+    if slowdown > 1.0:
+        parts = {name: seconds * slowdown for name, seconds in parts.items()}
     total_s = sum(parts.values())
     num_nodes = layout.world_size / plan.cluster.gpus_per_node
     jitter_s = total_s * coefficients.jitter_ratio * math.log(max(1.0, num_nodes))
@@ -407,15 +409,14 @@ def _estimate_optimizer_s(plan: Plan, coefficients: Coefficients) -> float:
     return num_bytes / (own.memory_ratio * plan.gpu.memory_bytes_per_s)
 
 
-def _count_slowdown(plan: Plan) -> float:
-    """How much longer computing takes where more processes compute on a node than it runs at full speed (CPU hosts).
+def _estimate_slowdown(plan: Plan, total_s: float, bubble_s: float) -> float:
+    """How much longer a step takes where more processes work on a node than it runs at full speed (CPU hosts).
 
-    Stages that wait in the pipeline's bubble leave their core to others.
+    Processes that wait leave their core to others: a step is the longer of its critical path and of all busy seconds of
+    a node over its cores.
     """
     full_speed = plan.cluster.full_speed_processes_per_node
     if full_speed is None:
         return 1.0
-    pp, vp = plan.layout.pipeline_model_parallel_size, plan.layout.virtual_pipeline_model_parallel_size
     processes = min(plan.layout.world_size, plan.cluster.gpus_per_node)
-    busy_ratio = plan.num_microbatches / (plan.num_microbatches + (pp - 1) / vp)
-    return max(1.0, processes * busy_ratio / full_speed)
+    return max(1.0, processes / full_speed * (total_s - bubble_s) / total_s)
