@@ -1,0 +1,187 @@
+"""Every layout of a model on a number of GPUs that would start: what the search chooses from.
+
+The rules are those of preflight (config/preflight_layout.py), asked of the same functions of model/: a layout listed
+here passes `--dry-run`. Two are narrower than Megatron's, on purpose: tensor parallelism always comes with sequence
+parallelism, and Megatron-FSDP stands without pipeline stages (each micro-batch would gather every weight again).
+Of the splits that are not even, one a pipeline size is tried: see _list_splits.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from megatron_hammer.model.accounting import Layout, find_layout_problems, find_shard_problems, find_split_problems
+from megatron_hammer.model.layout import divisors
+from megatron_hammer.preset_types import ModelPreset
+from megatron_hammer.scaling.plan import Cluster, Recompute, Sharding
+
+RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")  # from the fastest to the smallest
+SHARDINGS: tuple[Sharding, ...] = ("none", "distributed_optimizer", "fsdp")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchSpace:
+    """What is left open; None: every size that fits."""
+
+    tensor_model_parallel_sizes: tuple[int, ...] | None = None
+    pipeline_model_parallel_sizes: tuple[int, ...] | None = None
+    virtual_pipeline_model_parallel_sizes: tuple[int, ...] | None = None
+    context_parallel_sizes: tuple[int, ...] | None = None
+    expert_model_parallel_sizes: tuple[int, ...] | None = None
+    expert_tensor_parallel_sizes: tuple[int, ...] | None = None
+    micro_batch_sizes: tuple[int, ...] | None = None
+    recomputes: tuple[Recompute, ...] = RECOMPUTES
+    shardings: tuple[Sharding, ...] = SHARDINGS
+    overlaps_tensor_parallel: bool | None = None  # None: where it is possible
+
+
+class Grid(NamedTuple):
+    """Parallel sizes of the dense ranks; their product is the number of GPUs."""
+
+    tp: int
+    cp: int
+    pp: int
+    dp: int
+
+
+def is_cpu_host(cluster: Cluster) -> bool:
+    """Whether the ranks are CPU processes: without TransformerEngine there is no CP, FSDP, fp8 or overlap of TP."""
+    return cluster.full_speed_processes_per_node is not None
+
+
+def list_layouts(
+    model: ModelPreset,
+    cluster: Cluster,
+    *,
+    num_gpus: int,
+    global_batch_size: int,
+    seq_length: int,
+    space: SearchSpace,
+) -> Iterator[Layout]:
+    """Every layout of the space that holds the model, in a fixed order; sharding and micro-batch are still open."""
+    for grid in _list_grids(model, cluster, num_gpus, global_batch_size, seq_length, space):
+        for layout in _list_splits(model.num_layers, _dense_layout(grid), space):
+            yield from _list_expert_layouts(model, layout, space)
+
+
+def list_micro_batch_sizes(layout: Layout, global_batch_size: int, space: SearchSpace) -> list[int]:
+    """The micro-batch sizes that divide the batch and that the schedule takes, from the smallest.
+
+    An interleaved schedule takes micro-batches in groups of as many as there are stages.
+    """
+    per_rank = global_batch_size // layout.data_parallel_size
+    sizes = [size for size in divisors(per_rank) if _is_allowed(size, space.micro_batch_sizes)]
+    if layout.virtual_pipeline_model_parallel_size == 1:
+        return sizes
+    return [size for size in sizes if per_rank // size % layout.pipeline_model_parallel_size == 0]
+
+
+def list_shardings(layout: Layout, cluster: Cluster, space: SearchSpace) -> list[Sharding]:
+    """What may be done with the optimizer state. "none" only where nothing else is allowed: see search.py.
+
+    Where a rank has nobody to share with, the distributed optimizer and "none" are the same.
+    """
+    is_alone = layout.dense_shard_size == 1 and layout.expert_data_parallel_size == 1
+    has_fsdp = layout.pipeline_model_parallel_size == 1 and not is_alone and not is_cpu_host(cluster)
+    shardings: list[Sharding] = ["distributed_optimizer"] if "distributed_optimizer" in space.shardings else []
+    if has_fsdp and "fsdp" in space.shardings:
+        shardings.append("fsdp")
+    return shardings if shardings or "none" not in space.shardings else ["none"]
+
+
+def can_overlap_tensor_parallel(layout: Layout, cluster: Cluster) -> bool:
+    """TransformerEngine's user buffers: sequence parallelism inside one NVLink domain."""
+    tp = layout.tensor_model_parallel_size
+    return layout.has_sequence_parallel and tp <= cluster.nvlink_domain_size and not is_cpu_host(cluster)
+
+
+def _is_allowed(size: int, allowed: tuple[int, ...] | None) -> bool:
+    return allowed is None or size in allowed
+
+
+def _list_grids(
+    model: ModelPreset, cluster: Cluster, num_gpus: int, global_batch_size: int, seq_length: int, space: SearchSpace
+) -> Iterator[Grid]:
+    for tp in divisors(num_gpus):
+        alone = Layout(tensor_model_parallel_size=tp, has_sequence_parallel=tp > 1, expert_tensor_parallel_size=1)
+        if not _is_allowed(tp, space.tensor_model_parallel_sizes) or find_shard_problems(model, alone):
+            continue
+        for cp in divisors(num_gpus // tp):
+            if not _is_allowed(cp, space.context_parallel_sizes) or not _divides_sequence(seq_length, tp, cp):
+                continue
+            if cp > 1 and is_cpu_host(cluster):
+                continue
+            for pp in divisors(num_gpus // tp // cp):
+                dp = num_gpus // tp // cp // pp
+                is_allowed = pp <= model.num_layers and _is_allowed(pp, space.pipeline_model_parallel_sizes)
+                if is_allowed and global_batch_size % dp == 0:
+                    yield Grid(tp, cp, pp, dp)
+
+
+def _divides_sequence(seq_length: int, tp: int, cp: int) -> bool:
+    """Two pieces a context rank (causal load balance), and with sequence parallelism tp pieces of a rank's tokens."""
+    return seq_length % (tp * cp * (2 if cp > 1 else 1)) == 0
+
+
+def _dense_layout(grid: Grid) -> Layout:
+    return Layout(
+        tensor_model_parallel_size=grid.tp,
+        pipeline_model_parallel_size=grid.pp,
+        context_parallel_size=grid.cp,
+        data_parallel_size=grid.dp,
+        has_sequence_parallel=grid.tp > 1,
+    )
+
+
+def _list_splits(num_layers: int, layout: Layout, space: SearchSpace) -> Iterator[Layout]:
+    """The layout with every exact split of the layers and every number of virtual chunks.
+
+    Beside the even split: the embedding and the head in the place of a layer each, the head alone in one (both make
+    room for the head's work), and, where none of these is exact, first and last stages that share what the middle
+    ones leave, as near to even as it gets.
+    """
+    if layout.pipeline_model_parallel_size == 1:
+        if _is_allowed(1, space.virtual_pipeline_model_parallel_sizes):
+            yield layout
+        return
+    splits = [
+        layout,
+        replace(layout, accounts_for_embedding=True, accounts_for_loss=True),
+        replace(layout, accounts_for_loss=True),
+    ]
+    splits = [split for split in splits if not find_split_problems(num_layers, split)]
+    for split in splits or _list_uneven_splits(num_layers, layout):
+        for vp in range(1, num_layers // layout.pipeline_model_parallel_size + 2):
+            if _is_allowed(vp, space.virtual_pipeline_model_parallel_sizes):
+                chunked = replace(split, virtual_pipeline_model_parallel_size=vp)
+                if not find_split_problems(num_layers, chunked):
+                    yield chunked
+
+
+def _list_uneven_splits(num_layers: int, layout: Layout) -> list[Layout]:
+    """The last stage takes what is left, the smaller half of it, as it has the head; none if a stage were empty."""
+    pp = layout.pipeline_model_parallel_size
+    middle = -(-num_layers // pp)
+    left = num_layers - middle * (pp - 2)
+    if left < 2:
+        return []
+    split = replace(layout, num_layers_first_stage=left - left // 2, num_layers_last_stage=left // 2)
+    return [] if find_split_problems(num_layers, split) else [split]
+
+
+def _list_expert_layouts(model: ModelPreset, layout: Layout, space: SearchSpace) -> Iterator[Layout]:
+    """The layout itself, or with experts one for each way to deal them out that tiles the ranks of a stage."""
+    if model.moe is None:
+        if _is_allowed(1, space.expert_model_parallel_sizes):
+            yield layout
+        return
+    tp = layout.tensor_model_parallel_size
+    for ep in divisors(model.moe.num_experts):
+        for etp in sorted({1, tp}):
+            if not _is_allowed(ep, space.expert_model_parallel_sizes):
+                continue
+            if not _is_allowed(etp, space.expert_tensor_parallel_sizes):
+                continue
+            dealt = replace(layout, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp)
+            if not find_layout_problems(dealt) and not find_shard_problems(model, dealt):
+                yield dealt
