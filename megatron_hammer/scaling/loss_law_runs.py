@@ -1,7 +1,7 @@
 """Runs for a loss law: from training's metrics.jsonl and validation.jsonl, or from a table.
 
-A metrics.jsonl does not name its model, so a run is given as MODEL=PATH; its FLOPs a token, which it does hold, check
-the model and tell the size of the vocabulary that was trained. The fields are those of training/metrics.py.
+A metrics.jsonl does not name its model, so a run is given as MODEL=PATH, and checked by its FLOPs a token, which the
+file does hold. The fields are those of training/metrics.py.
 """
 
 import csv
@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from megatron_hammer.errors import ConfigError, DataError, HammerError
-from megatron_hammer.model.accounting import FlopConvention, count_active_parameters, count_flops_per_token
+from megatron_hammer.model.accounting import (
+    FlopConvention,
+    count_active_parameters,
+    count_flops_per_token,
+    count_parameters,
+)
 from megatron_hammer.model.parameters import embedding_tensors, head_tensors
 from megatron_hammer.preset_types import ModelPreset
 from megatron_hammer.presets import PRESETS, select_preset
@@ -118,12 +123,20 @@ def _read_metrics_run(spec: str, name: str, read_hf_model: Callable[[Path], Mode
 
 
 def _read_model(text: str, read_hf_model: Callable[[Path], ModelPreset]) -> ModelPreset | int:
+    """A number of parameters, a folder or a preset; NAME@ROWS is one with a vocabulary of ROWS."""
     number = _parse_count(text)
     if number is not None:
         return number
-    if text not in PRESETS and Path(text).exists():
-        return read_hf_model(Path(text))
-    return select_preset(text).model
+    name, separator, rows = text.rpartition("@")
+    vocab_size = _parse_count(rows) if separator else None
+    if vocab_size is not None:
+        text = name
+    is_folder = text not in PRESETS and Path(text).exists()
+    model = read_hf_model(Path(text)) if is_folder else select_preset(text).model
+    if vocab_size is None:
+        return model
+    model = replace(model, vocab_size=vocab_size)
+    return replace(model, num_parameters=count_parameters(model))
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
@@ -194,20 +207,22 @@ def _build_point(run: MetricsRun, options: ReadOptions, *, use_validation: bool)
         loss, source = float(line["loss"]), f"loss of {name} at step {last['step']}"
     else:
         loss, source = training_loss, f"mean training loss of the last {window_steps} of {len(run.steps)} steps"
-    model, notes = _fit_vocabulary(run)
-    is_known = isinstance(model, ModelPreset)
+    _check_model(run)
+    model = run.model
     return LossRun(
         name=run.name,
         source=str(run.metrics_path),
-        num_parameters=count_size(model, options.parameters) if is_known else _take_count(model, options.parameters),
+        num_parameters=_count_run_size(model, options.parameters),
         num_tokens=int(last["num_tokens"]),
         loss=loss,
         loss_source=source,
-        tokenizer=f"a vocabulary of {model.vocab_size:,}" if is_known else None,
+        tokenizer=None if isinstance(model, int) else f"a vocabulary of {model.vocab_size:,}",
         flops_per_token=(
-            count_flops_per_token(model, _seq_length(last), options.flops) if is_known and options.flops else None
+            None
+            if isinstance(model, int) or options.flops is None
+            else count_flops_per_token(model, _seq_length(last), options.flops)
         ),
-        notes=tuple(notes + _describe_schedule(run)),
+        notes=tuple(_describe_schedule(run)),
     )
 
 
@@ -220,11 +235,13 @@ def count_size(model: ModelPreset, convention: ParameterConvention) -> int:
     return total - sum(tensor.numel for tensor in ends if "embeddings" in tensor.name or "output_layer" in tensor.name)
 
 
-def _take_count(number: int, convention: ParameterConvention) -> int:
+def _count_run_size(model: ModelPreset | int, convention: ParameterConvention) -> int:
+    if isinstance(model, ModelPreset):
+        return count_size(model, convention)
     if convention == "total":
-        return number
+        return model
     raise ConfigError(
-        f"parameters: must be total for a run that is named by a number, got {convention} for {number:,}. "
+        f"parameters: must be total for a run that is named by a number, got {convention} for {model:,}. "
         f"Name a preset or a Hugging Face folder as MODEL."
     )
 
@@ -247,27 +264,23 @@ def _find_final_loss(run: MetricsRun, window_steps: int) -> float:
     return final
 
 
-def _fit_vocabulary(run: MetricsRun) -> tuple[Any, list[str]]:
-    """The run's model with the vocabulary that was trained, which its FLOPs a token tell (convention A).
-
-    Raises DataError where no vocabulary explains them: the run is of another model.
-    """
+def _check_model(run: MetricsRun) -> None:
+    """Raise DataError where the run's FLOPs a token (convention A) are not its model's."""
     model, last = run.model, run.steps[-1]
     if isinstance(model, int) or last.get("mfu_convention") != "A":
-        return model, []
-    rate, tflops = last["tokens_per_s_per_gpu"], last["model_tflops_per_gpu"]
-    measured = round(tflops * 1e12 / rate)
+        return
+    measured = round(last["model_tflops_per_gpu"] * 1e12 / last["tokens_per_s_per_gpu"])
     expected = count_flops_per_token(model, _seq_length(last), "A")
     if abs(measured - expected) <= 1e-9 * expected:
-        return model, []
-    flops_per_row = 6 * model.hidden_size
-    vocab_size, rest = divmod(measured - expected + flops_per_row * model.vocab_size, flops_per_row)
-    if min(rest, flops_per_row - rest) > 1e-9 * expected or vocab_size <= 0:
-        raise DataError(
-            f"{run.metrics_path}: must be of a {model.name} at some vocabulary, got {measured:,} FLOPs a token where "
-            f"{model.name} has {expected:,}. Name the run's own model in --runs."
-        )
-    return replace(model, vocab_size=vocab_size), [f"{model.name} with a vocabulary of {vocab_size:,}"]
+        return
+    # A row of the head is 6 h FLOPs. More layers look the same, so this is a question and no answer.
+    vocab_size, rest = divmod(measured - expected, 6 * model.hidden_size)
+    vocab_size += model.vocab_size
+    hint = f", or {model.name}@{vocab_size} if only the vocabulary differs" if rest == 0 and vocab_size > 0 else ""
+    raise DataError(
+        f"{run.metrics_path}: must be a run of {model.name}, got {measured:,} FLOPs a token where {model.name} with a "
+        f"vocabulary of {model.vocab_size:,} has {expected:,}. Name the run's own model{hint}."
+    )
 
 
 def _seq_length(step: dict[str, Any]) -> int:

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="MODEL=PATH",
         help="finished trainings: a preset, a Hugging Face folder or a number of parameters, and the folder of "
-        "metrics.jsonl (or the file)",
+        "metrics.jsonl (or the file); PRESET@4000=PATH for another vocabulary than the preset's",
     )
     source.add_argument(
         "--table", type=Path, help="CSV with num_parameters, num_tokens, loss and, if known, run and tokenizer"
