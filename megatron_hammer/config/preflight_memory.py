@@ -7,8 +7,8 @@ import os
 from megatron_hammer.config.environment import read_process_place
 from megatron_hammer.config.model_from_arguments import build_layout, build_model
 from megatron_hammer.config.preflight_layout import select_global_batch_size
-from megatron_hammer.model.accounting import StageMemory, estimate_memory
-from megatron_hammer.model.memory import Recompute
+from megatron_hammer.model.accounting import Layout, MemoryOptions, StageMemory, estimate_memory
+from megatron_hammer.model.memory_options import Recompute
 from megatron_hammer.platforms.device import read_device_memory_bytes
 
 GIB = 2**30
@@ -29,11 +29,30 @@ def estimate_run_memory(namespace: argparse.Namespace) -> tuple[StageMemory, ...
         micro_batch_size=namespace.micro_batch_size,
         seq_length=namespace.seq_length,
         num_microbatches=max(1, select_global_batch_size(namespace) // ranks_of_step),
-        precision="bf16" if namespace.bf16 or namespace.fp16 else "fp32",
-        recompute=select_recompute(namespace),
-        hidden_dropout=namespace.hidden_dropout,
-        vocab_divisible_by=namespace.make_vocab_size_divisible_by,
+        options=build_memory_options(namespace, layout),
         **gpu_allowances,  # type: ignore[arg-type]
+    )
+
+
+def build_memory_options(namespace: argparse.Namespace, layout: Layout) -> MemoryOptions:
+    """The flags of a run that change its memory; Megatron's spelling of each is in `MemoryOptions`."""
+    is_16_bit = namespace.bf16 or namespace.fp16
+    has_fp32_gradients = namespace.bf16 or namespace.accumulate_allreduce_grads_in_fp32 or not is_16_bit
+    is_sharded = layout.has_distributed_optimizer
+    instances = namespace.num_distributed_optimizer_instances
+    comm_types = namespace.cp_comm_type if isinstance(namespace.cp_comm_type, list) else [namespace.cp_comm_type]
+    return MemoryOptions(
+        precision="bf16" if is_16_bit else "fp32",
+        recompute=select_recompute(namespace),
+        recompute_modules=tuple(namespace.recompute_modules or ("core_attn",)),
+        has_hidden_dropout=namespace.hidden_dropout > 0,
+        has_attention_dropout=namespace.attention_dropout > 0,
+        cross_entropy=namespace.cross_entropy_fusion_impl if namespace.cross_entropy_loss_fusion else "unfused",
+        is_context_parallel_all_to_all=comm_types == ["a2a"],
+        shard_size=layout.dense_shard_size // instances if is_sharded and instances > 1 else None,
+        gradient_bytes=4 if has_fp32_gradients and not namespace.grad_reduce_in_bf16 else 2,
+        has_fused_weight_gradients=namespace.gradient_accumulation_fusion,
+        vocab_divisible_by=namespace.make_vocab_size_divisible_by,
     )
 
 
@@ -75,8 +94,10 @@ def find_memory_problems(namespace: argparse.Namespace) -> list[str]:
         "weights": largest.weights_bytes,
         "gradients": largest.gradients_bytes,
         "optimizer": largest.optimizer_bytes,
+        "buffers": largest.buffers_bytes,
         "activations": largest.activations_bytes,
         "logits": largest.logits_bytes,
+        "transient": largest.transient_bytes,
     }
     heaviest = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size)
     return [
@@ -88,7 +109,7 @@ def find_memory_problems(namespace: argparse.Namespace) -> list[str]:
 def _advise(namespace: argparse.Namespace, parts: dict[str, int]) -> str:
     """The cheapest remedy against what weighs most."""
     state = parts["weights"] + parts["gradients"] + parts["optimizer"]
-    if parts["activations"] + parts["logits"] > state:
+    if parts["activations"] + parts["logits"] + parts["transient"] > state:
         if namespace.micro_batch_size > 1:
             return f"Pass --micro-batch-size {max(1, namespace.micro_batch_size // 2)}"
         if namespace.recompute_granularity != "full":

@@ -1,13 +1,15 @@
 """Exact integers about a model on a layout, before anything is built: the door to this folder's arithmetic.
 
 `layout.py` places ranks, `pipeline_split.py` shares layers out, `parameters.py` counts weights, `flops.py` the work of
-a token, `memory.py` estimates the bytes of a GPU. No torch and no megatron anywhere in it, so it runs on a login node;
-tests hold it against the installed megatron-core and transformers.
+a token, `memory.py` estimates the bytes of a GPU (`memory_options.py`: the flags that change them). No torch and no
+megatron anywhere in it, so it runs on a login node; tests hold it against the installed megatron-core and transformers.
 """
 
 from megatron_hammer.model.flops import FLOP_CONVENTIONS, FlopConvention, count_flops_per_token
 from megatron_hammer.model.layout import Layout, RankCoordinates, find_layout_problems, layout_from_recipe
-from megatron_hammer.model.memory import StageMemory, count_in_flight, count_layer_activation_bytes, estimate_memory
+from megatron_hammer.model.memory import StageMemory, count_in_flight, estimate_memory
+from megatron_hammer.model.memory_activations import count_layer_activation_bytes
+from megatron_hammer.model.memory_options import MemoryOptions
 from megatron_hammer.model.parameters import (
     RankParameters,
     count_active_parameters,
@@ -24,6 +26,7 @@ __all__ = [
     "FlopConvention",
     "LayerRange",
     "Layout",
+    "MemoryOptions",
     "RankCoordinates",
     "RankParameters",
     "StageMemory",

@@ -5,53 +5,72 @@ the GPU, the cluster or overlaps, and the number of micro-batches only as far as
 """
 
 from functools import lru_cache
-from typing import NamedTuple
 
-from megatron_hammer.model.accounting import Layout, StageMemory, estimate_memory
+from megatron_hammer.model.accounting import Layout, MemoryOptions, StageMemory, estimate_memory
 from megatron_hammer.preset_types import ModelPreset
-from megatron_hammer.scaling.plan import Plan, Recompute
-
-
-class _MemoryKey(NamedTuple):
-    """What the memory of a plan depends on."""
-
-    model: ModelPreset
-    layout: Layout
-    seq_length: int
-    micro_batch_size: int
-    num_microbatches: int
-    is_16_bit: bool
-    recompute: Recompute
-    vocab_divisible_by: int
+from megatron_hammer.scaling.plan import Plan, Precision, Recompute, Sharding
 
 
 def estimate_plan_memory(plan: Plan) -> tuple[StageMemory, ...]:
-    """The peak of a rank of every pipeline stage; ConfigError for a layout that cannot hold the model."""
+    """The peak of a rank of every pipeline stage; ConfigError for a layout that cannot hold the model.
+
+    fp16 is kept as bf16 is. The loss is Megatron's unfused one; quantized formats keep 16-bit weights beside them.
+    """
     layout = plan.layout
     most_in_flight = layout.pipeline_model_parallel_size * (layout.virtual_pipeline_model_parallel_size + 1)
     return _estimate(
-        _MemoryKey(
-            model=plan.model,
-            layout=layout,
-            seq_length=plan.seq_length,
-            micro_batch_size=plan.micro_batch_size,
-            num_microbatches=min(plan.num_microbatches, most_in_flight),
-            is_16_bit=plan.precision != "fp32",
-            recompute=plan.recompute,
-            vocab_divisible_by=plan.vocab_divisible_by,
-        )
+        plan.model,
+        layout,
+        plan.seq_length,
+        plan.micro_batch_size,
+        min(plan.num_microbatches, most_in_flight),
+        _build_options(
+            plan.precision,
+            plan.recompute,
+            plan.sharding,
+            plan.shard_size,
+            plan.has_flash_attention,
+            plan.gradient_bytes,
+            plan.vocab_divisible_by,
+        ),
+    )
+
+
+@lru_cache(maxsize=256)
+def _build_options(
+    precision: Precision,
+    recompute: Recompute,
+    sharding: Sharding,
+    shard_size: int | None,
+    has_flash_attention: bool,
+    gradient_bytes: int,
+    vocab_divisible_by: int,
+) -> MemoryOptions:
+    return MemoryOptions(
+        precision="bf16" if precision == "fp16" else precision,
+        recompute=recompute,
+        sharding=sharding,
+        shard_size=shard_size,
+        has_flash_attention=has_flash_attention,
+        gradient_bytes=gradient_bytes,
+        vocab_divisible_by=vocab_divisible_by,
     )
 
 
 @lru_cache(maxsize=1 << 16)
-def _estimate(key: _MemoryKey) -> tuple[StageMemory, ...]:
+def _estimate(
+    model: ModelPreset,
+    layout: Layout,
+    seq_length: int,
+    micro_batch_size: int,
+    num_microbatches: int,
+    options: MemoryOptions,
+) -> tuple[StageMemory, ...]:
     return estimate_memory(
-        key.model,
-        key.layout,
-        micro_batch_size=key.micro_batch_size,
-        seq_length=key.seq_length,
-        num_microbatches=key.num_microbatches,
-        precision="bf16" if key.is_16_bit else "fp32",
-        recompute=key.recompute,
-        vocab_divisible_by=key.vocab_divisible_by,
+        model,
+        layout,
+        micro_batch_size=micro_batch_size,
+        seq_length=seq_length,
+        num_microbatches=num_microbatches,
+        options=options,
     )

@@ -1,0 +1,204 @@
+"""What one transformer layer keeps for its backward pass, module by module, and what that pass needs beside it.
+
+After Korthikanti et al. 2022 (arXiv 2205.05198, sections 4 and 5), adapted to what megatron-core and
+TransformerEngine keep today: SwiGLU, grouped queries, flash attention (q, k, v, the output and one number a row
+instead of the s^2 terms), quantized inputs of linears, and each module of --recompute-modules.
+"""
+
+from typing import NamedTuple
+
+from megatron_hammer.model.layout import Layout
+from megatron_hammer.model.memory_options import Batch, MemoryOptions
+from megatron_hammer.preset_types import ModelPreset
+
+
+class LayerActivations(NamedTuple):
+    """Bytes of one layer and micro-batch on one rank.
+
+    kept: from the forward to the backward pass. whole: what is kept once everything is recomputed, while its own
+    backward pass runs. transient: gradients and gathered tensors that exist beside these at the worst moment of it.
+    """
+
+    kept: int
+    whole: int
+    transient: int
+
+
+class _Widths(NamedTuple):
+    """Elements a token on one rank, cut over the tensor-parallel ranks; h is not."""
+
+    tokens: int  # of the context-parallel rank
+    sequence_tokens: int  # of these, the share of a sequence-parallel rank
+    queries: int
+    key_values: int  # of the keys alone
+    heads: int
+
+
+def count_layer_activation_bytes(
+    model: ModelPreset,
+    layout: Layout,
+    *,
+    num_tokens: int,
+    options: MemoryOptions | None = None,
+) -> int:
+    """Activations that one layer keeps for its backward pass on one rank, one sequence of `num_tokens` tokens.
+
+    Without dropout, 16-bit, SwiGLU, per token: 8h of norms' inputs and outputs, (4q + 4kv) / tp of attention, with q
+    and kv the widths of the queries and of the keys, and 6 ffn / tp of the MLP. For GPT with dropout it is the paper's
+    34h (its equation 6), 10h + 24h / tp without sequence parallelism, and 4 bytes a head and token more.
+    """
+    batch = Batch(micro_batch_size=1, seq_length=num_tokens * layout.context_parallel_size)
+    return estimate_layer_activations(model, layout, batch, options or MemoryOptions()).kept
+
+
+def estimate_layer_activations(
+    model: ModelPreset, layout: Layout, batch: Batch, options: MemoryOptions
+) -> LayerActivations:
+    """What one layer keeps under its recompute mode, what it is when whole, and what its backward pass adds."""
+    widths = _cut_widths(model, layout, batch)
+    attention, dropped = _count_attention(model, layout, batch, options, widths)
+    mlp, mlp_dropped = _count_mlp(model, layout, options, widths)
+    whole = round(attention + mlp)
+    if options.recompute == "full":
+        kept = count_hidden_bytes(model, layout, batch, options)
+        # The layer that is being recomputed is whole; its input is one of those kept.
+        return LayerActivations(kept, whole, _count_transient(model, layout, batch, options, widths))
+    return LayerActivations(
+        round(whole - dropped - mlp_dropped), whole, _count_transient(model, layout, batch, options, widths)
+    )
+
+
+def count_hidden_bytes(model: ModelPreset, layout: Layout, batch: Batch, options: MemoryOptions) -> int:
+    """One hidden state of a micro-batch: cut along the sequence only with sequence parallelism."""
+    tokens = batch.count_tokens(layout.context_parallel_size)
+    if layout.has_sequence_parallel:
+        tokens //= layout.tensor_model_parallel_size
+    return tokens * options.element_bytes * model.hidden_size
+
+
+def count_gathered_bytes(model: ModelPreset, layout: Layout, batch: Batch, options: MemoryOptions) -> int:
+    """One hidden state of all tokens: what sequence parallelism gathers for a column-parallel linear, else 0."""
+    if not layout.has_sequence_parallel or layout.tensor_model_parallel_size == 1:
+        return 0
+    return batch.count_tokens(layout.context_parallel_size) * options.element_bytes * model.hidden_size
+
+
+def _cut_widths(model: ModelPreset, layout: Layout, batch: Batch) -> _Widths:
+    tp = layout.tensor_model_parallel_size
+    tokens = batch.count_tokens(layout.context_parallel_size)
+    return _Widths(
+        tokens=tokens,
+        sequence_tokens=tokens // tp if layout.has_sequence_parallel else tokens,
+        queries=model.num_attention_heads * model.head_dim // tp,
+        key_values=max(1, model.num_query_groups // tp) * model.head_dim,
+        heads=model.num_attention_heads // tp,
+    )
+
+
+def _count_attention(
+    model: ModelPreset, layout: Layout, batch: Batch, options: MemoryOptions, widths: _Widths
+) -> tuple[float, float]:
+    """(kept without recomputation, of that given up by --recompute-modules) of norm, linears and core attention."""
+    element, linear, h = options.element_bytes, options.linear_input_bytes, model.hidden_size
+    norm_output = widths.sequence_tokens * linear * h  # which linear_qkv saves as its input
+    kept = widths.sequence_tokens * element * h + norm_output
+    if options.has_hidden_dropout:
+        kept += widths.sequence_tokens * h  # a mask is one byte
+    kept += widths.tokens * element * (widths.queries + 2 * widths.key_values)  # q, k and v
+    if model.has_qk_norm:  # q and k before their norms too
+        kept += widths.tokens * element * (widths.queries + widths.key_values)
+    kept += widths.tokens * linear * widths.queries  # the input of linear_proj
+    core = _count_core_attention(batch, layout, options, widths)
+    dropped = core if options.is_recomputed("core_attn") else 0
+    if options.is_recomputed("layernorm"):
+        dropped += norm_output
+    return kept + core, dropped
+
+
+def _count_core_attention(batch: Batch, layout: Layout, options: MemoryOptions, widths: _Widths) -> float:
+    """What core attention keeps besides q, k, v and the tensor that linear_proj takes."""
+    element = options.element_bytes
+    if options.has_flash_attention:
+        row_statistics = 4.0 * widths.heads * widths.tokens  # log-sum-exp, fp32
+        # The output is linear_proj's input as well, unless that is quantized or exchanged between context ranks.
+        has_own_output = options.linear_input_bytes < element or (
+            options.is_context_parallel_all_to_all and layout.context_parallel_size > 1
+        )
+        return row_statistics + has_own_output * widths.tokens * element * widths.queries
+    pairs = widths.heads * widths.tokens * batch.seq_length
+    # Probabilities; with dropout its mask and what it lets through: 5 a s^2 b (the paper's section 4.1).
+    scores = pairs * (element + (1 + element if options.has_attention_dropout else 0))
+    repeated_keys = widths.tokens * element * 2 * max(0, widths.queries - widths.key_values)
+    return scores + repeated_keys
+
+
+def _count_mlp(model: ModelPreset, layout: Layout, options: MemoryOptions, widths: _Widths) -> tuple[float, float]:
+    """(kept without recomputation, of that given up by --recompute-modules) of the norm and the MLP or the experts."""
+    element, linear, h = options.element_bytes, options.linear_input_bytes, model.hidden_size
+    norm_output = widths.sequence_tokens * linear * h
+    kept = widths.sequence_tokens * element * h
+    if options.has_hidden_dropout:
+        kept += widths.sequence_tokens * h
+    if model.moe is None:
+        inner = norm_output + widths.tokens * _count_mlp_width(model, options, model.ffn_hidden_size) / _tp(layout)
+        if options.is_recomputed("mlp"):
+            return kept + inner, inner
+        return kept + inner, norm_output if options.is_recomputed("layernorm") else 0
+    routed, activation_outputs = _count_experts(model, layout, options, widths)
+    shared_size = model.moe.shared_expert_intermediate_size
+    shared = widths.tokens * _count_mlp_width(model, options, shared_size) / _tp(layout)
+    inner = norm_output + routed + shared
+    if options.is_recomputed("moe"):  # the norm lies outside
+        return kept + inner, routed + shared
+    dropped = activation_outputs if options.is_recomputed("moe_act") else 0
+    dropped += shared if options.is_recomputed("shared_experts") else 0
+    dropped += norm_output if options.is_recomputed("layernorm") else 0
+    return kept + inner, dropped
+
+
+def _count_mlp_width(model: ModelPreset, options: MemoryOptions, ffn_hidden_size: int) -> float:
+    """Bytes a token of the activation's input (gate and up for SwiGLU) and of its output, which linear_fc2 takes."""
+    inputs = 2 if model.activation == "swiglu" else 1
+    return ffn_hidden_size * (inputs * options.element_bytes + options.linear_input_bytes)
+
+
+def _count_experts(model: ModelPreset, layout: Layout, options: MemoryOptions, widths: _Widths) -> tuple[float, float]:
+    """(all, of that the activations' outputs) of router, permuted tokens and routed experts.
+
+    Balanced load: a rank works on as many copies of tokens as it sends out, times the ranks that share an expert.
+    Each copy is kept as the experts' input and, for the gradient of its probability, as it comes back.
+    """
+    moe, element, linear = model.moe, options.element_bytes, options.linear_input_bytes
+    assert moe is not None
+    copies = widths.tokens * moe.router_topk * layout.expert_tp / _tp(layout)
+    ffn = moe.ffn_hidden_size / layout.expert_tp
+    router = widths.sequence_tokens * 4 * moe.num_experts  # fp32 scores
+    activation_outputs = copies * linear * ffn
+    inputs = 2 if model.activation == "swiglu" else 1
+    routed = copies * ((linear + element) * model.hidden_size + inputs * element * ffn) + activation_outputs
+    return router + routed, activation_outputs
+
+
+def _count_transient(model: ModelPreset, layout: Layout, batch: Batch, options: MemoryOptions, widths: _Widths) -> int:
+    """Beside what is kept, when the backward pass of a layer needs most: behind the activation of its MLP.
+
+    There the gradient of the activation's output takes the place of linear_fc2's input, and the gradient of its input
+    is new; beside them the gradient of the residual and, with sequence parallelism, two gathered hidden states.
+    Without fused weight gradients the largest of them is a tensor of its own.
+    """
+    element = options.element_bytes
+    inputs = 2 if model.activation == "swiglu" else 1
+    ffn = model.ffn_hidden_size
+    tokens: float = widths.tokens
+    if model.moe is not None:
+        ffn = model.moe.ffn_hidden_size
+        tokens *= model.moe.router_topk
+    total = tokens * element * inputs * ffn / _tp(layout) + count_hidden_bytes(model, layout, batch, options)
+    total += 2 * count_gathered_bytes(model, layout, batch, options)
+    if not options.has_fused_weight_gradients:
+        total += element * inputs * model.hidden_size * model.ffn_hidden_size / _tp(layout)
+    return round(total)
+
+
+def _tp(layout: Layout) -> int:
+    return layout.tensor_model_parallel_size

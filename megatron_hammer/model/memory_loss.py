@@ -1,0 +1,63 @@
+"""The ends of the model: what embedding, final norm, head and loss hold, on the stages that have them.
+
+Two moments count on the last stage: the loss, with every copy of the logits, and the head's backward pass, with the
+gradient of the logits and of the hidden state.
+"""
+
+from typing import NamedTuple
+
+from megatron_hammer.model.layout import Layout
+from megatron_hammer.model.memory_activations import count_gathered_bytes, count_hidden_bytes
+from megatron_hammer.model.memory_options import Batch, CrossEntropy, MemoryOptions
+from megatron_hammer.model.parameters import padded_vocab_size
+from megatron_hammer.preset_types import ModelPreset
+
+# Bytes a logit at the loss, 16-bit logits. unfused: megatron.core.tensor_parallel.cross_entropy casts them to fp32 and
+# works in place from then on (max, exp, softmax, gradient); the 16-bit logits, and later their gradient, live beside
+# that copy. native (fused_cross_entropy): its compiled parts do not work in place, so there is a second fp32 copy; a
+# recorded peak of Megatron-LM's tests shows it (3.9 bytes more). te: the 16-bit logits become their own gradient.
+LOGIT_BYTES: dict[CrossEntropy, int] = {"unfused": 6, "native": 10, "te": 2}
+
+
+class HeadMemory(NamedTuple):
+    """Bytes of the last stage: logits at the loss and at the head's backward pass, and what else is there."""
+
+    loss_logits: int
+    backward_logits: int
+    kept: int  # inputs of the final norm and of the head
+    loss_transient: int
+    backward_transient: int
+
+
+def estimate_head(model: ModelPreset, layout: Layout, batch: Batch, options: MemoryOptions) -> HeadMemory:
+    """Final norm, head and loss of one micro-batch; rows cut over the context, columns over the tensor ranks."""
+    tp = layout.tensor_model_parallel_size
+    rows = padded_vocab_size(model.vocab_size, divisible_by=options.vocab_divisible_by, tensor_model_parallel_size=tp)
+    num_logits = batch.count_tokens(layout.context_parallel_size) * (rows // tp)
+    element = options.element_bytes
+    hidden = count_hidden_bytes(model, layout, batch, options)
+    gathered = count_gathered_bytes(model, layout, batch, options)
+    backward = gathered or hidden  # the gradient of the head's input, of all tokens of the rank
+    if gathered:
+        backward += gathered + hidden  # the gathered input and the scattered gradient
+    if layout.pipeline_model_parallel_size > 1:
+        backward += hidden
+    if not options.has_fused_weight_gradients:
+        backward += element * rows // tp * model.hidden_size
+    return HeadMemory(
+        # The loss of fp32 logits casts nothing: one copy, in place.
+        loss_logits=num_logits * (LOGIT_BYTES[options.cross_entropy] if element == 2 else 4),
+        backward_logits=num_logits * element,
+        kept=2 * hidden,
+        loss_transient=gathered,
+        backward_transient=backward,
+    )
+
+
+def count_embedding_bytes(model: ModelPreset, layout: Layout, batch: Batch, options: MemoryOptions) -> int:
+    """What the embedding keeps of one micro-batch: token ids, its dropout mask, the input of its norm."""
+    hidden = count_hidden_bytes(model, layout, batch, options)
+    dropout_mask = hidden // options.element_bytes if options.has_hidden_dropout else 0
+    norm_input = hidden if model.has_embedding_norm else 0
+    token_ids = 8 * batch.count_tokens(layout.context_parallel_size)  # int64
+    return dropout_mask + norm_input + token_ids

@@ -1,0 +1,63 @@
+"""What the memory of a run depends on besides model and layout: its batch, its number formats and what is recomputed.
+
+`memory.py` is the door; `memory_state.py`, `memory_activations.py` and `memory_loss.py` do the counting.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+# Of the matrix products; everything else is 16-bit beside the 8- and 4-bit ones (bf16 stands for fp16 too).
+Precision = Literal["fp32", "bf16", "fp8", "mxfp8", "nvfp4"]
+Recompute = Literal["none", "selective", "full"]
+RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts"]
+Sharding = Literal["none", "distributed_optimizer", "fsdp"]
+CrossEntropy = Literal["unfused", "native", "te"]  # the two others: --cross-entropy-fusion-impl
+
+# Bytes of one element that a linear keeps as its input, and of one copy of its quantized weight, with their block
+# scales: a byte for 32 elements (MXFP8), a byte for 16 (NVFP4). Per-tensor fp8 scales are no memory.
+QUANTIZED_BYTES: dict[Precision, float] = {"fp8": 1.0, "mxfp8": 33 / 32, "nvfp4": 9 / 16}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryOptions:
+    """Flags of a run that change its memory; the defaults are Megatron's with TransformerEngine in bf16."""
+
+    precision: Precision = "bf16"
+    recompute: Recompute = "none"
+    recompute_modules: tuple[RecomputeModule, ...] = ("core_attn",)  # of "selective"
+    has_hidden_dropout: bool = False
+    has_attention_dropout: bool = False
+    has_flash_attention: bool = True  # False: scores and probabilities of every pair of positions are kept
+    cross_entropy: CrossEntropy = "unfused"
+    is_context_parallel_all_to_all: bool = False  # --cp-comm-type a2a: attention keeps an output of its own
+    sharding: Sharding | None = None  # None: what the layout says of the distributed optimizer
+    shard_size: int | None = None  # ranks that share one copy of what is sharded; None: all that hold the same
+    gradient_bytes: int = 4  # of an element of the gradient buffer; 2 where gradients are accumulated in 16 bits
+    has_fused_weight_gradients: bool = True  # --gradient-accumulation-fusion: none is ever a tensor of its own
+    has_fp8_parameters: bool = False  # --fp8-param-gather: the weights themselves are quantized
+    vocab_divisible_by: int = 128
+
+    @property
+    def element_bytes(self) -> int:
+        """Of a weight and of an activation outside the matrix products."""
+        return 4 if self.precision == "fp32" else 2
+
+    @property
+    def linear_input_bytes(self) -> float:
+        """Of an element that a linear keeps for its weight gradient: its quantized copy, where there is one."""
+        return QUANTIZED_BYTES.get(self.precision, float(self.element_bytes))
+
+    def is_recomputed(self, module: RecomputeModule) -> bool:
+        return self.recompute == "selective" and module in self.recompute_modules
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """One micro-batch."""
+
+    micro_batch_size: int
+    seq_length: int
+
+    def count_tokens(self, context_parallel_size: int) -> int:
+        """Of one context-parallel rank."""
+        return self.micro_batch_size * self.seq_length // context_parallel_size

@@ -1,0 +1,184 @@
+"""What stays allocated from step to step: weights, gradients, optimizer state, and buffers that are never freed.
+
+Sizes come tensor by tensor from `parameters.py`; bytes a parameter from Rajbhandari et al. 2020 (arXiv 1910.02054,
+section 3.1) and megatron.core's distributed optimizer, Megatron-FSDP and TransformerEngine.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from megatron_hammer.model.layout import Layout
+from megatron_hammer.model.memory_options import QUANTIZED_BYTES, MemoryOptions
+from megatron_hammer.model.parameters import (
+    TensorSize,
+    embedding_tensors,
+    head_tensors,
+    layer_tensors,
+    padded_vocab_size,
+)
+from megatron_hammer.preset_types import ModelPreset
+
+# cuBLAS takes its workspaces from torch's allocator (32 MiB each since Hopper), so they are part of a recorded peak.
+# With what TransformerEngine and small tensors add, it is 50 MiB in each of SimuMax's 16 published B200 peaks of Llama
+# models and 50 to 130 MiB in the H100 runs of Megatron-LM's own tests.
+WORKSPACE_BYTES = 80 * 2**20
+
+
+class StageState(NamedTuple):
+    """Bytes of one rank of a stage."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    buffers: int
+
+
+class _PartSizes(NamedTuple):
+    """Elements on one rank of one part of the model (a layer, the embedding, the head)."""
+
+    dense: int
+    expert: int
+    linear: int  # of both, in the matrices of the layers' linears: what 8-bit formats apply to
+    weight_sizes: tuple[tuple[str, int], ...]  # each weight matrix by name: its elements
+
+
+def estimate_state(
+    model: ModelPreset,
+    layout: Layout,
+    options: MemoryOptions,
+    *,
+    num_layers: int,
+    is_first_stage: bool,
+    is_last_stage: bool,
+) -> StageState:
+    """Weights, gradients, optimizer and lasting buffers of a rank whose stage holds `num_layers` layers.
+
+    16-bit: 2 bytes of weight, 4 of main_grad (Megatron reduces bf16 gradients in fp32) and 12 of the optimizer, the
+    fp32 master and Adam's two moments; fp32 needs no master. The distributed optimizer divides the 12, FSDP all 18.
+    """
+    layer, embedding, head = select_part_sizes(model, layout, options.vocab_divisible_by)
+    dense, expert = num_layers * layer.dense, num_layers * layer.expert
+    if is_first_stage:
+        dense += embedding.dense
+    if is_last_stage:
+        dense += head.dense
+    total, linear = dense + expert, num_layers * layer.linear
+    dense_ranks, expert_ranks = count_shard_ranks(layout, options)
+    shard = -(-dense // dense_ranks) + -(-expert // expert_ranks)
+    element = options.element_bytes
+    weight_bytes, weight_copies = _count_weight_bytes(options, total, linear)
+    is_fsdp = options.sharding == "fsdp"
+    buffers = WORKSPACE_BYTES + weight_copies
+    if options.has_fused_weight_gradients:
+        buffers += _count_placeholder_bytes(layer, head if is_last_stage else None, element)
+    if is_fsdp:
+        ends = (embedding.dense * is_first_stage, head.dense * is_last_stage)
+        buffers += _count_gathered_bytes(layer, max(ends), options)
+    held = shard if is_fsdp else total
+    return StageState(
+        weights=round(weight_bytes * held / total) if total else 0,
+        gradients=options.gradient_bytes * held,
+        optimizer=(12 if element == 2 else 8) * (shard if _is_sharded(layout, options) else total),
+        buffers=buffers,
+    )
+
+
+def count_shard_ranks(layout: Layout, options: MemoryOptions) -> tuple[int, int]:
+    """Ranks over which dense and expert state is sharded: (1, 1) where it is not."""
+    if not _is_sharded(layout, options):
+        return 1, 1
+    dense, expert = layout.dense_shard_size, layout.expert_data_parallel_size
+    if options.shard_size is None:
+        return dense, expert
+    return min(dense, options.shard_size), min(expert, options.shard_size)
+
+
+@lru_cache(maxsize=4096)
+def _select_part_sizes(
+    model: ModelPreset, layout: Layout, vocab_divisible_by: int
+) -> tuple[_PartSizes, _PartSizes, _PartSizes]:
+    tp = layout.tensor_model_parallel_size
+    rows = padded_vocab_size(model.vocab_size, divisible_by=vocab_divisible_by, tensor_model_parallel_size=tp)
+    holds_tied_copy = layout.pipeline_model_parallel_size > 1
+    return (
+        _cut_tensors(model, layout, layer_tensors(model)),
+        _cut_tensors(model, layout, embedding_tensors(model, rows)),
+        _cut_tensors(model, layout, head_tensors(model, rows, holds_tied_copy=holds_tied_copy)),
+    )
+
+
+def select_part_sizes(
+    model: ModelPreset, layout: Layout, vocab_divisible_by: int
+) -> tuple[_PartSizes, _PartSizes, _PartSizes]:
+    """One layer, the embedding and the head on one rank; kept, for they depend on few of a layout's fields."""
+    cut = Layout(
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=min(2, layout.pipeline_model_parallel_size),
+        expert_model_parallel_size=layout.expert_model_parallel_size,
+        expert_tensor_parallel_size=layout.expert_tp,
+    )
+    return _select_part_sizes(model, cut, vocab_divisible_by)
+
+
+def _cut_tensors(model: ModelPreset, layout: Layout, tensors: list[TensorSize]) -> _PartSizes:
+    num_local_experts = model.moe.num_experts // layout.expert_model_parallel_size if model.moe else 0
+    dense = expert = linear = 0
+    shapes = []
+    for tensor in tensors:
+        if tensor.cut.startswith("expert"):
+            numel = tensor.numel // (layout.expert_tp if tensor.cut == "expert_tensor" else 1)
+            copies = num_local_experts
+            expert += copies * numel
+        else:
+            numel = tensor.numel // (layout.tensor_model_parallel_size if tensor.cut == "tensor" else 1)
+            copies = 1
+            dense += numel
+        if "linear_" in tensor.name and tensor.name.endswith(".weight"):
+            linear += copies * numel
+            shapes.append((tensor.name, numel))
+        elif tensor.name == "output_layer.weight":
+            shapes.append((tensor.name, numel))
+    return _PartSizes(dense, expert, linear, tuple(shapes))
+
+
+def _is_sharded(layout: Layout, options: MemoryOptions) -> bool:
+    if options.sharding is None:
+        return layout.has_distributed_optimizer
+    return options.sharding != "none"
+
+
+def _count_weight_bytes(options: MemoryOptions, total: int, linear: int) -> tuple[int, int]:
+    """(the weights themselves, quantized copies beside them).
+
+    Quantized matrix products need a row-wise and a column-wise copy of every linear's weight. TransformerEngine makes
+    them once a step and keeps them; with quantized parameters they are the weights and no 16-bit ones exist.
+    """
+    element = options.element_bytes
+    quantized = QUANTIZED_BYTES.get(options.precision)
+    if quantized is None:
+        return element * total, 0
+    copies = round(2 * quantized * linear)
+    if options.has_fp8_parameters:
+        return element * (total - linear) + copies, 0
+    return element * total, copies
+
+
+def _count_placeholder_bytes(layer: _PartSizes, head: _PartSizes | None, element: int) -> int:
+    """TransformerEngine's placeholders for weight gradients that were added to main_grad: one a shape, never freed.
+
+    Source: transformer_engine.pytorch.module.base.get_dummy_wgrad, used by megatron.core.tensor_parallel.layers for
+    the head too. 2.1 GB for the head of a model with hidden size 8192 and 128,256 tokens.
+    """
+    shapes = {numel for _, numel in layer.weight_sizes}
+    if head is not None:
+        shapes |= {numel for _, numel in head.weight_sizes}
+    return element * sum(shapes)
+
+
+def _count_gathered_bytes(layer: _PartSizes, largest_end: int, options: MemoryOptions) -> int:
+    """FSDP's whole parts: the layer at work and the next one's weights, a part's gradient on its way, the ends.
+
+    Units are a layer, the embedding and the head (Megatron-FSDP and FSDP2 alike); an end is whole while it works.
+    """
+    element, layer_size = options.element_bytes, layer.dense + layer.expert
+    return 2 * element * layer_size + (element + options.gradient_bytes) * max(layer_size, largest_end)
