@@ -3,9 +3,10 @@
 `search.py` fills the answers in, `projection_file.py` keeps them, `study_report.py` shows them. Only arithmetic here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.accounting import FlopConvention, StageMemory, count_flops_per_token
@@ -228,3 +229,13 @@ def _build_knee(knee: tuple[int, float] | None, beyond: int | None, threshold_ra
     if knee is None:
         return None
     return Knee(num_gpus=knee[0], num_gpus_beyond=beyond, ratio=knee[1], threshold_ratio=threshold_ratio)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudyResult:
+    """A study answered. provenance: of the coefficients, as their file has it."""
+
+    study: Study
+    sizes: tuple[SizeProjection, ...]
+    knee: Knee | None
+    provenance: Mapping[str, Any]
