@@ -1,0 +1,129 @@
+"""`scaling_study.py fit` as a user runs it: on a table, on the folders of trainings, and on what it must refuse."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from planted_losses import PLANTED, plant_runs
+
+from megatron_hammer.model.accounting import count_flops_per_token
+from megatron_hammer.presets import PRESETS
+
+pytestmark = pytest.mark.integration
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_fit(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools" / "scaling_study.py"), "fit", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def write_table(path: Path, *rows: tuple[object, ...]) -> Path:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("run", "num_parameters", "num_tokens", "loss"))
+        writer.writerows((run.name, run.num_parameters, run.num_tokens, run.loss) for run in plant_runs())
+        writer.writerows(rows)
+    return path
+
+
+def test_a_table_gives_the_law_the_plot_and_the_best_size(tmp_path: Path) -> None:
+    table = write_table(tmp_path / "losses.csv", ("wild", 1e9, 1e10, "nan"))
+    common = ("--table", str(table), "--leave-out", "wild", "--bootstrap-samples", "200")
+    result = run_fit(*common, "--budget-flops", "1e21", "--output-dir", str(tmp_path / "study"), "--json")
+    assert result.returncode == 0, result.stderr
+    study = json.loads(result.stdout)
+    for name, (low, high) in study["law_intervals"].items():
+        assert low <= getattr(PLANTED, name) <= high
+    assert json.loads((tmp_path / "study" / "loss_law.json").read_text()) == study
+    assert (tmp_path / "study" / "loss_law.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in (tmp_path / "study").iterdir()) == ["loss_law.json", "loss_law.png"]
+    assert study["budgets"][0]["num_parameters"] == pytest.approx(2.5e9, rel=0.3)
+    assert run_fit(*common).stdout.splitlines()[-1].startswith("fitted: 25 runs of 5 sizes and 25 numbers of tokens, ")
+
+
+def test_trainings_are_read_from_their_folders(tmp_path: Path) -> None:
+    specs = []
+    for name in ("hammer-tiny", "tiny-llm-zh-16m", "tiny-llm-zh-42m"):
+        for num_steps in (10, 30):
+            folder = tmp_path / f"{name}-{num_steps}"
+            write_training(folder, name, num_steps)
+            vocabulary = "" if name == "hammer-tiny" else "@4096"
+            specs.append(f"{name}{vocabulary}={folder}")
+    result = run_fit("--runs", *specs, "--flop-convention", "A", "--bootstrap-samples", "100", "--json")
+    # Six runs of two numbers of tokens determine nothing.
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == (
+        "error: runs: must be at least 6 of at least 3 sizes and 3 numbers of tokens for five parameters, got 6 runs "
+        "of 3 sizes and 2 numbers of tokens. Train more.\n"
+    )
+    write_training(tmp_path / "longest", "hammer-tiny", 90)
+    specs.append(f"hammer-tiny={tmp_path / 'longest'}")
+    result = run_fit("--runs", *specs, "--flop-convention", "A", "--bootstrap-samples", "100", "--json")
+    assert result.returncode == 0, result.stderr
+    study = json.loads(result.stdout)
+    assert study["compute_convention"].startswith("convention A: layers and head, causal attention, no input embedding")
+    assert [run["num_tokens"] for run in study["runs"]] == [81920, 245760, 81920, 245760, 81920, 245760, 737280]
+    assert {run["loss_source"] for run in study["runs"]} == {f"loss of validation at step {n}" for n in (10, 30, 90)}
+
+
+def write_training(folder: Path, preset: str, num_steps: int) -> None:
+    """The files of a training of 32 sequences of 256 tokens a step, with a vocabulary of 4096, of a planted loss."""
+    model = replace(PRESETS[preset].model, vocab_size=4096)
+    folder.mkdir()
+    steps = []
+    for step in range(1, num_steps + 1):
+        tokens = 32 * 256 * step
+        step_line = {"step": step, "num_samples": 32 * step, "num_tokens": tokens, "mfu_convention": "A"}
+        step_line |= {"loss": PLANTED.predict(5e6, tokens), "lr": 1e-3 if step < num_steps else 1e-4}
+        step_line |= {"tokens_per_s_per_gpu": 100.0}
+        step_line |= {"model_tflops_per_gpu": 100.0 * count_flops_per_token(model, 256, "A") / 1e12}
+        steps.append(json.dumps(step_line))
+    (folder / "metrics.jsonl").write_text("\n".join(steps) + "\n")
+    loss = PLANTED.predict(model.num_parameters, 32 * 256 * num_steps)
+    validation = {"step": num_steps, "validation_set": "validation", "loss": loss}
+    (folder / "validation.jsonl").write_text(json.dumps(validation) + "\n")
+
+
+@pytest.mark.parametrize(
+    "arguments, messages",
+    [
+        (
+            (),
+            [
+                "error: planted.csv:27: run wild must have a positive, finite loss, got nan. It diverged or the row is "
+                "wrong: leave it out with --leave-out wild."
+            ],
+        ),
+        (
+            ("--confidence", "90", "--budget-flops", "-1", "--bootstrap-samples", "5"),
+            [
+                "error: confidence: must be between 0 and 1, got 90. Pass 0.9 for 90%.",
+                "error: bootstrap-samples: must be at least 100 for an interval, got 5. Pass 1000.",
+                "error: budget-flops: must be positive and finite, got -1. Pass FLOPs, such as 1e21.",
+            ],
+        ),
+        (
+            ("--flop-convention", "A", "--loss", "training"),
+            [
+                "error: flop-convention: must be left out with --table, whose columns say it. Use --runs.",
+                "error: loss: must be left out with --table, whose columns say it. Use --runs.",
+            ],
+        ),
+    ],
+)
+def test_what_cannot_be_fitted_leaves_nothing_behind(
+    tmp_path: Path, arguments: tuple[str, ...], messages: list[str]
+) -> None:
+    table = write_table(tmp_path / "planted.csv", ("wild", 1e9, 1e10, "nan"))
+    result = run_fit("--table", str(table), "--output-dir", str(tmp_path / "study"), *arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert [line.replace(str(tmp_path) + "/", "") for line in result.stderr.splitlines()] == messages
+    assert not (tmp_path / "study").exists()
