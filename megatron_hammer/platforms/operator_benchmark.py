@@ -316,6 +316,11 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def count_multiprocessors(platform: str) -> int:
+    """Of one GPU; a core of a CPU works on one tile at a time."""
+    return torch.cuda.get_device_properties(0).multi_processor_count if platform == "cuda" else 1
+
+
 @contextlib.contextmanager
 def open_group(platform: str) -> Iterator[None]:
     """A process group where a launcher started several processes, and this process's GPU."""
@@ -365,6 +370,7 @@ def main() -> None:
                 "num_processes": bench.num_processes,
                 "num_threads": torch.get_num_threads(),
                 "num_cores": len(os.sched_getaffinity(0)),
+                "num_multiprocessors": count_multiprocessors(platform),
                 "memory_bytes": read_device_memory_bytes(platform),
                 "versions": {"torch": torch.__version__},
                 "timings": [asdict(timing) for timing in bench.timings],
