@@ -100,7 +100,7 @@ def find_optimum(fit: LossFit, cost: TokenCost, budget: float) -> Optimum:
     notes = []
     if budget > largest:
         doubt = "; expect more error than the interval says" if budget > EXTRAPOLATION_WARNING_RATIO * largest else ""
-        notes.append(f"{budget:.3g} {cost.unit} is {budget / largest:.3g} times the largest run{doubt}")
+        notes.append(f"{format_budget(budget, cost)} is {budget / largest:.3g} times the largest run{doubt}")
     return Optimum(
         budget=budget,
         cost=cost,
@@ -112,6 +112,12 @@ def find_optimum(fit: LossFit, cost: TokenCost, budget: float) -> Optimum:
         loss_interval=fit.interval(fit.predict_samples(sizes, token_counts)),
         notes=tuple(notes),
     )
+
+
+def format_budget(budget: float, cost: TokenCost) -> str:
+    if cost.unit == "GPU-seconds":
+        return f"{budget / 3600:,.4g} GPU-hours"
+    return f"{budget:.3g} {cost.unit}"
 
 
 def allocation_exponents(fit: LossFit, cost: TokenCost) -> dict[str, tuple[float, Interval]]:

@@ -8,7 +8,13 @@ from typing import Any, Final
 import numpy as np
 
 from megatron_hammer.scaling.loss_law import Interval, LossFit
-from megatron_hammer.scaling.loss_law_optimum import Optimum, TokenCost, allocation_exponents, find_optimum
+from megatron_hammer.scaling.loss_law_optimum import (
+    Optimum,
+    TokenCost,
+    allocation_exponents,
+    find_optimum,
+    format_budget,
+)
 
 _NUM_FRONTIER_POINTS: Final = 60
 _PLOT_DPI: Final = 150
@@ -75,6 +81,9 @@ def print_study(study: LossStudy) -> None:
     console.print(_build_run_table(fit))
     if study.optima:
         console.print(_build_optimum_table(study))
+    for definition in dict.fromkeys(optimum.cost.definition for optimum in study.optima):
+        if definition != study.cost.definition:
+            console.print(f"note: {definition}", markup=False)
     for run in fit.runs:
         for note in run.notes:
             console.print(f"note: {run.name}: {note}", markup=False)
@@ -133,7 +142,7 @@ def _build_optimum_table(study: LossStudy) -> Any:
         table.add_column(name, justify="right")
     for optimum in study.optima:
         table.add_row(
-            format_budget(optimum),
+            format_budget(optimum.budget, optimum.cost),
             f"{optimum.num_parameters:.3g}",
             _format_interval(optimum.num_parameters_interval),
             f"{optimum.num_tokens:.3g}",
@@ -143,12 +152,6 @@ def _build_optimum_table(study: LossStudy) -> Any:
             _format_interval(optimum.loss_interval),
         )
     return table
-
-
-def format_budget(optimum: Optimum) -> str:
-    if optimum.cost.unit == "GPU-seconds":
-        return f"{optimum.budget / 3600:,.4g} GPU-hours"
-    return f"{optimum.budget:.3g} {optimum.cost.unit}"
 
 
 def _format_interval(interval: Interval) -> str:

@@ -111,6 +111,14 @@ def write_training(folder: Path, preset: str, num_steps: int) -> None:
             ],
         ),
         (
+            ("--budget-gpu-hours", "0", "10"),
+            [
+                "error: budget-gpu-hours: must be positive and finite, got 0. Pass hours, such as 5000.",
+                "error: budget-gpu-hours: must come with --projection, got it alone. A projection is made by "
+                "scaling_study.py project --output-dir DIR.",
+            ],
+        ),
+        (
             ("--flop-convention", "A", "--loss", "training"),
             [
                 "error: flop-convention: must be left out with --table, whose columns say it. Use --runs.",

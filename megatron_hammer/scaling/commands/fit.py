@@ -17,6 +17,7 @@ from megatron_hammer.model.accounting import FLOP_CONVENTIONS
 from megatron_hammer.scaling import loss_law_runs
 from megatron_hammer.scaling.loss_law import LossFit, LossRun, fit_loss_law
 from megatron_hammer.scaling.loss_law_optimum import TokenCost, find_optimum, fit_flops_cost, six_nd_cost
+from megatron_hammer.scaling.loss_law_rates import read_gpu_cost
 from megatron_hammer.scaling.loss_law_report import LossStudy, as_object, draw_study, print_study
 from megatron_hammer.scaling.output_files import write_files_atomically
 
@@ -64,6 +65,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of compute: 6 N D, or a letter of megatron_hammer/model/flops.py (%(default)s)",
     )
     parser.add_argument("--budget-flops", nargs="+", type=float, default=[], metavar="FLOPS", help="budgets to spend")
+    parser.add_argument(
+        "--budget-gpu-hours", nargs="+", type=float, default=[], metavar="HOURS", help="budgets at --projection's speed"
+    )
+    parser.add_argument(
+        "--projection",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="projection.json of `project`, of one model or better of several sizes on the same GPUs",
+    )
+    parser.add_argument(
+        "--projection-gpus", type=int, help="the number of GPUs of --projection (default: the only one)"
+    )
     parser.add_argument("--confidence", type=float, default=0.9, help="of every interval (%(default)s)")
     parser.add_argument("--bootstrap-samples", type=int, default=1000, help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (%(default)s)")
@@ -103,10 +118,21 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
             f"bootstrap-samples: must be at least 100 for an interval, got {arguments.bootstrap_samples}. Pass 1000."
         )
     problems += [
-        f"budget-flops: must be positive and finite, got {budget:g}. Pass FLOPs, such as 1e21."
-        for budget in arguments.budget_flops
+        f"{flag}: must be positive and finite, got {budget:g}. {remedy}."
+        for flag, budgets, remedy in (
+            ("budget-flops", arguments.budget_flops, "Pass FLOPs, such as 1e21"),
+            ("budget-gpu-hours", arguments.budget_gpu_hours, "Pass hours, such as 5000"),
+        )
+        for budget in budgets
         if not (math.isfinite(budget) and budget > 0)
     ]
+    pair = {"budget-gpu-hours": arguments.budget_gpu_hours, "projection": arguments.projection}
+    for flag, other in (tuple(pair), tuple(pair)[::-1]):
+        if pair[flag] and not pair[other]:
+            problems.append(
+                f"{flag}: must come with --{other}, got it alone. "
+                f"A projection is made by scaling_study.py project --output-dir DIR."
+            )
     if problems:
         raise ConfigError(*problems)
 
@@ -148,9 +174,12 @@ def _build_study(arguments: argparse.Namespace, fit: LossFit) -> LossStudy:
     else:
         convention = loss_law_runs.PARAMETER_CONVENTIONS[arguments.parameters]
     cost = _build_cost(arguments, fit, convention)
-    optima = tuple(find_optimum(fit, cost, budget) for budget in arguments.budget_flops)
+    optima = [find_optimum(fit, cost, budget) for budget in arguments.budget_flops]
+    if arguments.budget_gpu_hours:
+        gpu_cost = read_gpu_cost(arguments.projection, arguments.projection_gpus, arguments.parameters)
+        optima += [find_optimum(fit, gpu_cost, 3600 * hours) for hours in arguments.budget_gpu_hours]
     notes = (*fit.notes, *(note for optimum in optima for note in optimum.notes))
-    return LossStudy(fit=fit, parameter_convention=convention, cost=cost, optima=optima, notes=notes)
+    return LossStudy(fit=fit, parameter_convention=convention, cost=cost, optima=tuple(optima), notes=notes)
 
 
 def _build_cost(arguments: argparse.Namespace, fit: LossFit, convention: str) -> TokenCost:
