@@ -7,7 +7,7 @@ megatron anywhere in it, so it runs on a login node; tests hold it against the i
 
 from megatron_hammer.model.flops import FLOP_CONVENTIONS, FlopConvention, count_flops_per_token
 from megatron_hammer.model.layout import Layout, RankCoordinates, find_layout_problems, layout_from_recipe
-from megatron_hammer.model.memory import StageMemory, count_in_flight, estimate_memory
+from megatron_hammer.model.memory import StageMemory, count_in_flight, estimate_heaviest_stage, estimate_memory
 from megatron_hammer.model.memory_activations import count_layer_activation_bytes
 from megatron_hammer.model.memory_options import MemoryOptions
 from megatron_hammer.model.parameters import (
@@ -37,6 +37,7 @@ __all__ = [
     "count_optimizer_shard",
     "count_parameters",
     "count_rank_parameters",
+    "estimate_heaviest_stage",
     "estimate_memory",
     "find_layout_problems",
     "find_shard_problems",

@@ -67,8 +67,17 @@ class _Moment(NamedTuple):
     transient: int
 
 
-class _StagePeak(NamedTuple):
+class _StageKind(NamedTuple):
+    """What the state of a stage depends on."""
+
     num_layers: int
+    is_first: bool
+    is_last: bool
+
+
+class _StagePeak(NamedTuple):
+    pp_rank: int
+    kind: _StageKind
     num_in_flight: int
     moment: _Moment
 
@@ -92,16 +101,27 @@ def estimate_memory(
     raise_problems(find_layout_problems(layout))
     batch = Batch(micro_batch_size=micro_batch_size, seq_length=seq_length)
     peaks = _list_peaks(model, _drop_data_parallelism(layout), batch, options, num_microbatches)
-    states: dict[tuple[int, bool, bool], StageState] = {}
-    stages = []
-    for pp_rank, peak in enumerate(peaks):
-        key = peak.num_layers, pp_rank == 0, pp_rank == len(peaks) - 1
-        if key not in states:
-            states[key] = estimate_state(
-                model, layout, options, num_layers=key[0], is_first_stage=key[1], is_last_stage=key[2]
-            )
-        stages.append(_build_stage(pp_rank, peak, states[key], context_bytes, fragmentation_ratio))
-    return tuple(stages)
+    return _build_stages(model, layout, options, peaks, context_bytes, fragmentation_ratio)
+
+
+def estimate_heaviest_stage(
+    model: ModelPreset,
+    layout: Layout,
+    *,
+    micro_batch_size: int,
+    seq_length: int,
+    num_microbatches: int,
+    options: MemoryOptions | None = None,
+    context_bytes: int = CUDA_CONTEXT_BYTES,
+    fragmentation_ratio: float = FRAGMENTATION_RATIO,
+) -> StageMemory:
+    """The stage of `estimate_memory` with the largest total, without building the others: for searches."""
+    options = options or MemoryOptions()
+    raise_problems(find_layout_problems(layout))
+    batch = Batch(micro_batch_size=micro_batch_size, seq_length=seq_length)
+    peaks = _list_heaviest_peaks(model, _drop_data_parallelism(layout), batch, options, num_microbatches)
+    stages = _build_stages(model, layout, options, peaks, context_bytes, fragmentation_ratio)
+    return max(stages, key=lambda stage: stage.total_bytes)
 
 
 def count_in_flight(layout: Layout, pp_rank: int, num_microbatches: int) -> int:
@@ -136,6 +156,7 @@ def _list_peaks(
     embedding = count_embedding_bytes(model, layout, batch, options)
     head = estimate_head(model, layout, batch, options)
     peaks = []
+    last_pp_rank = len(split) - 1
     for pp_rank, chunks in enumerate(split):
         num_in_flight = count_in_flight(layout, pp_rank, num_microbatches)
         # The chunks of a stage hold equally many layers unless the embedding or the loss takes a place; then the
@@ -143,10 +164,24 @@ def _list_peaks(
         layers_alive = num_in_flight * max(chunk.num_layers for chunk in chunks)
         first_chunks = -(-num_in_flight // layout.virtual_pipeline_model_parallel_size) if pp_rank == 0 else 0
         moment = _select_worst_moment(
-            layer, layers_alive, first_chunks * embedding, head if pp_rank == len(split) - 1 else None
+            layer, layers_alive, first_chunks * embedding, head if pp_rank == last_pp_rank else None
         )
-        peaks.append(_StagePeak(sum(chunk.num_layers for chunk in chunks), num_in_flight, moment))
+        kind = _StageKind(sum(chunk.num_layers for chunk in chunks), pp_rank == 0, pp_rank == last_pp_rank)
+        peaks.append(_StagePeak(pp_rank, kind, num_in_flight, moment))
     return tuple(peaks)
+
+
+@lru_cache(maxsize=1 << 14)
+def _list_heaviest_peaks(
+    model: ModelPreset, layout: Layout, batch: Batch, options: MemoryOptions, num_microbatches: int
+) -> tuple[_StagePeak, ...]:
+    """Of the stages that hold the same state, the one that holds most beside it."""
+    heaviest: dict[_StageKind, _StagePeak] = {}
+    for peak in _list_peaks(model, layout, batch, options, num_microbatches):
+        best = heaviest.get(peak.kind)
+        if best is None or sum(peak.moment) > sum(best.moment):
+            heaviest[peak.kind] = peak
+    return tuple(heaviest.values())
 
 
 def _select_worst_moment(
@@ -162,13 +197,33 @@ def _select_worst_moment(
     return max(moments, key=sum)
 
 
-def _build_stage(
-    pp_rank: int, peak: _StagePeak, state: StageState, context_bytes: int, fragmentation_ratio: float
-) -> StageMemory:
+def _build_stages(
+    model: ModelPreset,
+    layout: Layout,
+    options: MemoryOptions,
+    peaks: tuple[_StagePeak, ...],
+    context_bytes: int,
+    fragmentation_ratio: float,
+) -> tuple[StageMemory, ...]:
+    states = {
+        kind: estimate_state(
+            model,
+            layout,
+            options,
+            num_layers=kind.num_layers,
+            is_first_stage=kind.is_first,
+            is_last_stage=kind.is_last,
+        )
+        for kind in {peak.kind for peak in peaks}
+    }
+    return tuple(_build_stage(peak, states[peak.kind], context_bytes, fragmentation_ratio) for peak in peaks)
+
+
+def _build_stage(peak: _StagePeak, state: StageState, context_bytes: int, fragmentation_ratio: float) -> StageMemory:
     moment = peak.moment
     return StageMemory(
-        pp_rank=pp_rank,
-        num_layers=peak.num_layers,
+        pp_rank=peak.pp_rank,
+        num_layers=peak.kind.num_layers,
         num_in_flight=peak.num_in_flight,
         weights_bytes=state.weights,
         gradients_bytes=state.gradients,

@@ -165,8 +165,9 @@ def _count_mlp_width(model: ModelPreset, options: MemoryOptions, ffn_hidden_size
 def _count_experts(model: ModelPreset, layout: Layout, options: MemoryOptions, widths: _Widths) -> tuple[float, float]:
     """(all, of that the activations' outputs) of router, permuted tokens and routed experts.
 
-    Balanced load: a rank works on as many copies of tokens as it sends out, times the ranks that share an expert.
-    Each copy is kept as the experts' input and, for the gradient of its probability, as it comes back.
+    Balanced load: a rank works on as many copies of tokens as it sends out, times the ranks that share an expert. A
+    copy is kept where the experts take it in; permuting keeps indices only, and probabilities are multiplied into the
+    activation, which for SwiGLU is one fused kernel and else keeps its plain output too.
     """
     moe, element, linear = model.moe, options.element_bytes, options.linear_input_bytes
     assert moe is not None
@@ -174,8 +175,7 @@ def _count_experts(model: ModelPreset, layout: Layout, options: MemoryOptions, w
     ffn = moe.ffn_hidden_size / layout.expert_tp
     router = widths.sequence_tokens * 4 * moe.num_experts  # fp32 scores
     activation_outputs = copies * linear * ffn
-    inputs = 2 if model.activation == "swiglu" else 1
-    routed = copies * ((linear + element) * model.hidden_size + inputs * element * ffn) + activation_outputs
+    routed = copies * (linear * model.hidden_size + 2 * element * ffn) + activation_outputs
     return router + routed, activation_outputs
 
 
