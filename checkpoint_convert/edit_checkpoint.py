@@ -11,7 +11,6 @@ The result is read back and compared before it gets its name; an interrupted edi
 """
 
 import argparse
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -113,12 +112,7 @@ def add_upcycle(commands: Any) -> None:
 @exit_on_user_error
 def main() -> None:
     arguments = parse_arguments()
-    signal.signal(signal.SIGTERM, _raise_interrupt)
     print(run_with_progress(arguments))
-
-
-def _raise_interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def run_with_progress(arguments: argparse.Namespace) -> str:

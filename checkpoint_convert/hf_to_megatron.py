@@ -9,10 +9,8 @@ process of its own. Training starts from it at step 0, with a new optimizer.
 import argparse
 import dataclasses
 import json
-import signal
 import sys
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -61,7 +59,6 @@ def main() -> None:
         verify=arguments.verify,
         overwrite=arguments.overwrite,
     )
-    signal.signal(signal.SIGTERM, _raise_interrupt)
     report = import_with_progress(options)
     for note in report.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -70,10 +67,6 @@ def main() -> None:
         return
     Console().print(build_table(report))
     print(summarise(report))
-
-
-def _raise_interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def import_with_progress(options: ImportOptions) -> ImportReport:

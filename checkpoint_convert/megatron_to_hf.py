@@ -9,7 +9,6 @@ and transformers compute the same text, as far as memory allows. Only then does 
 import argparse
 import dataclasses
 import json
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -84,7 +83,6 @@ def main() -> None:
         verify=arguments.verify,
         overwrite=arguments.overwrite,
     )
-    signal.signal(signal.SIGTERM, _raise_interrupt)
     report = export_with_progress(options)
     for note in report.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -93,10 +91,6 @@ def main() -> None:
     else:
         print_checks(report)
         print(summarise(report))
-
-
-def _raise_interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def export_with_progress(options: ExportOptions) -> ExportReport:

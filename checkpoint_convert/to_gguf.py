@@ -9,7 +9,6 @@ and of --corpus, and its greedy continuations, are compared with the tokenizer's
 import argparse
 import dataclasses
 import json
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -79,7 +78,6 @@ def main() -> None:
         text_key=arguments.text_key,
         overwrite=arguments.overwrite,
     )
-    signal.signal(signal.SIGTERM, _raise_interrupt)
     report = export_with_progress(options)
     if arguments.json:
         print(json.dumps(dataclasses.asdict(report), default=str, ensure_ascii=False))
@@ -90,10 +88,6 @@ def main() -> None:
     for example in report.examples:
         print(f"example: {example}")
     print(summarise(report))
-
-
-def _raise_interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def export_with_progress(options: GgufOptions) -> GgufReport:

@@ -7,10 +7,12 @@ Entry points wrap their main in `exit_on_user_error`: user errors leave no stack
 
 import functools
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130  # as shells have it
@@ -68,17 +70,27 @@ def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def exit_on_interrupt(consequence: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Wrap an entry point: Ctrl-C becomes one line, which says with `consequence` what is left, and exit code 130."""
+    """Wrap an entry point: Ctrl-C, or SIGTERM, which schedulers send, becomes one line and exit code 130.
+
+    consequence: what is left, for that line.
+    """
 
     def wrap(main: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(main)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
+            old_handler = signal.signal(signal.SIGTERM, _raise_interrupt)
             try:
                 return main(*args, **kwargs)
             except KeyboardInterrupt:
                 print(f"error: interrupted; {consequence}. Run the same command again.", file=sys.stderr)
                 sys.exit(INTERRUPTED_EXIT_CODE)
+            finally:
+                signal.signal(signal.SIGTERM, old_handler)
 
         return wrapped
 
     return wrap
+
+
+def _raise_interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
