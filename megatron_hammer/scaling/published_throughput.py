@@ -17,9 +17,9 @@ from megatron_hammer.scaling.published_stacks import Stack
 # What a mfu_definition says -> the convention; first match wins.
 _DEFINITIONS: tuple[tuple[str, str], ...] = (
     (r"hfu|incl(\.|ude) recompute|hardware flop|96bsl|sc21 formula", "hardware"),
-    (r"full[^;]*attention[^;]*no input-embedding|full \(non-causal\) attention|2205\.05198", "B"),
-    (r"causal", "A"),
     (r"2n\*t|incl\. embedding|palm|nanogpt", "D"),
+    (r"(?<!non-)causal", "A"),
+    (r"non-causal|full attention|2205\.05198", "B"),
     (r"6n", "C"),
 )
 
@@ -78,10 +78,9 @@ def _select_convention(row: PublishedRow, stack: Stack) -> tuple[str, str]:
 def _select_peak(row: PublishedRow, plan: Plan) -> tuple[float, str]:
     """(TFLOP/s that a utilisation is of, why)."""
     is_eight_bit = plan.precision in ("fp8", "mxfp8")
-    stated = re.search(r"peak (\d+)(?:\D+(\d{3,}))?", row.mfu_definition.lower())
+    stated = re.findall(r"\b\d{3,5}\b", row.mfu_definition.lower().partition("peak ")[2])  # 16 bits, then 8
     if stated:
-        peak = stated.group(2) if is_eight_bit and stated.group(2) else stated.group(1)
-        return float(peak), "the row's mfu_definition"
+        return float(stated[min(int(is_eight_bit), len(stated) - 1)]), "the row's mfu_definition"
     if is_eight_bit and plan.gpu.fp8_tflops is not None:
         return plan.gpu.fp8_tflops, "the data sheet's 8-bit peak"
     return plan.gpu.bf16_tflops or plan.gpu.fp16_tflops, "the data sheet's 16-bit peak"

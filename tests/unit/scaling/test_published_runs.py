@@ -1,0 +1,255 @@
+"""A row becomes the plan that it describes; every blank is filled by a named assumption or makes it unpredictable."""
+
+from pathlib import Path
+
+import pytest
+from data_paths import SHARED_DATA, needs_shared_data
+from published_tables import COLUMNS, write_table
+
+from megatron_hammer.scaling.plan import Plan
+from megatron_hammer.scaling.published_runs import MeasuredRun, read_runs
+
+RUNS_PATH = SHARED_DATA / "scaling" / "published_runs.csv"
+VTRAIN_PATH = SHARED_DATA / "scaling" / "vtrain_ground_truth_single.csv"
+
+
+def read_one(folder: Path, **cells: str) -> MeasuredRun:
+    runs, unpredictable = read_runs(write_table(folder / "one.csv", cells))
+    assert unpredictable == []
+    return runs[0]
+
+
+def read_plan(folder: Path, **cells: str) -> Plan:
+    return read_one(folder, **cells).plan
+
+
+def test_a_complete_row(tmp_path: Path) -> None:
+    run = read_one(tmp_path)
+    plan, layout = run.plan, run.plan.layout
+    assert (plan.model.num_layers, plan.model.hidden_size, plan.model.ffn_hidden_size) == (24, 2048, 8192)
+    assert (plan.model.activation, plan.model.num_query_groups, plan.model.vocab_size) == ("gelu", 16, 51200)
+    sizes = (layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.data_parallel_size)
+    assert sizes == (2, 1, 8)
+    assert layout.has_sequence_parallel
+    assert (plan.micro_batch_size, plan.global_batch_size, plan.num_microbatches) == (2, 64, 4)
+    assert (plan.gpu.name, plan.cluster.name, plan.precision, plan.recompute) == (
+        "h100-sxm",
+        "dgx-h100",
+        "bf16",
+        "none",
+    )
+    assert (plan.sharding, plan.shard_size, plan.has_flash_attention) == ("distributed_optimizer", None, True)
+    assert (run.step_time_s, run.measured_as, run.row_number) == (0.7, "iteration_time_s", 2)
+    assert run.is_megatron_style
+
+
+def test_step_time_from_each_measure(tmp_path: Path) -> None:
+    tokens = 64 * 2048
+    by_tokens = read_one(tmp_path, iteration_time_s="", tokens_per_s_per_gpu="10000")
+    assert by_tokens.step_time_s == pytest.approx(tokens / 10000 / 16)
+    per_token = 6 * (24 * 12 * 2048**2 + 51200 * 2048)  # no biases or norms in the counted matrices
+    attention = 12 * 24 * 2048 * 2048
+    by_flops = {
+        "FULL (non-causal) attention, no input-embedding FLOPs": per_token + attention,
+        "CAUSAL (half) attention": per_token + attention / 2,
+        "hardware FLOPs": per_token + attention + (24 * 12 * 2048**2 * 6 + attention) / 3,
+    }
+    for definition, flops in by_flops.items():
+        recompute = "full" if "hardware" in definition else "none"
+        cells = {"iteration_time_s": "", "tflops_per_gpu": "400", "recompute": recompute}
+        run = read_one(tmp_path, **cells, mfu_definition=definition)
+        assert run.step_time_s == pytest.approx(flops * tokens / 400e12 / 16, rel=1e-6), definition
+        assert run.measured_as == "tflops_per_gpu"
+        assert any(text.startswith("FLOP convention") for text in run.assumptions)
+    definition = "FULL (non-causal) attention, peak 989 (bf16) / 1979 (fp8)"
+    for precision, peak in (("bf16", 989e12), ("fp8", 1979e12)):
+        run = read_one(tmp_path, iteration_time_s="", mfu="0.4", mfu_definition=definition, precision=precision)
+        expected = (per_token + attention) * tokens / (0.4 * peak) / 16
+        assert run.step_time_s == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("text", "gpu", "precision"),
+    [
+        ("mixed fp16", "A100-80GB", "fp16"),
+        ("amp_bf16", "H100", "bf16"),
+        ("FP8-CS", "H100", "fp8"),
+        ("fp8 tensorwise", "H100", "fp8"),
+        ("FP8-MX / fine-grained", "GB200", "mxfp8"),
+        ("FP8-MX / fine-grained", "H100", "fp8"),
+        ("NVFP4", "GB300", "nvfp4"),
+        ("", "H100", "bf16"),
+    ],
+)
+def test_precisions(tmp_path: Path, text: str, gpu: str, precision: str) -> None:
+    assert read_plan(tmp_path, precision=text, gpu_type=gpu).precision == precision
+
+
+@pytest.mark.parametrize(
+    ("text", "sharding", "shard_size"),
+    [
+        ("", "distributed_optimizer", None),
+        ("DDP/dist-opt", "distributed_optimizer", None),
+        ("ZeRO-1 within 4", "distributed_optimizer", 4),
+        ("ZeRO-0", "none", None),
+        ("none", "none", None),
+        ("ZeRO-3", "fsdp", None),
+        ("FSDP=4+DP", "fsdp", 4),
+        ("FSDP=8", "fsdp", None),  # all of the data-parallel ranks
+        ("FSDP HYBRID_SHARD", "fsdp", None),
+        ("FSDP SHARD_GRAD_OP", "distributed_optimizer", None),
+    ],
+)
+def test_shardings(tmp_path: Path, text: str, sharding: str, shard_size: int | None) -> None:
+    plan = read_plan(tmp_path, sharding=text)
+    assert (plan.sharding, plan.shard_size) == (sharding, shard_size)
+    assert plan.layout.has_distributed_optimizer == (sharding == "distributed_optimizer")
+
+
+def test_known_models_fill_blanks(tmp_path: Path) -> None:
+    shape = {"layers": "", "hidden": "", "heads": "", "kv_heads": "", "ffn": "", "vocab": ""}
+    model = read_plan(tmp_path, **shape, model="Nemotron4-340B", tp="8", dp="2").model
+    assert (model.num_layers, model.hidden_size, model.num_query_groups, model.vocab_size) == (96, 18432, 8, 256_000)
+    assert (model.activation, model.has_tied_embeddings) == ("gelu", False)  # squared ReLU: two matrices
+    run = read_one(tmp_path, **shape, model="llama3.1-8b", params_B="8.03")
+    assert run.plan.model.num_parameters == 8_030_261_248
+    assert not any("parameters as built" in text for text in run.assumptions)
+    hammer = read_plan(tmp_path, **shape, model="HammerLLM-1.4B")
+    assert hammer.model.name == "hammer-1b4"
+
+
+def test_a_proxy_keeps_its_layers_and_says_so(tmp_path: Path) -> None:
+    cells = {"model": "llama3.1-405b", "layers": "7", "hidden": "16384", "heads": "128", "kv_heads": "8"}
+    run = read_one(tmp_path, **cells, ffn="53248", vocab="128256")
+    assert run.plan.model.num_layers == 7
+    assert "7 layers as the row has them, a proxy of the 126 of its name" in run.assumptions
+
+
+def test_blank_sizes_by_rule(tmp_path: Path) -> None:
+    run = read_one(tmp_path, heads="", kv_heads="", ffn="", vocab="", micro_batch="")
+    model = run.plan.model
+    assert (model.num_attention_heads, model.num_query_groups, model.ffn_hidden_size) == (16, 16, 8192)
+    assert (model.vocab_size, run.plan.micro_batch_size) == (51_200, 4)
+    for text in (
+        "heads 16: blank",
+        "kv_heads 16: blank",
+        "ffn 8192: blank",
+        "vocab 51200: blank",
+        "micro_batch 4: blan",
+    ):
+        assert any(assumption.startswith(text) for assumption in run.assumptions), text
+
+
+def test_126_layers_over_eight_interleaved_stages_count_embedding_and_loss(tmp_path: Path) -> None:
+    cells = {"model": "llama3-405b", "layers": "126", "hidden": "16384", "heads": "128", "kv_heads": "8"}
+    run = read_one(tmp_path, **cells, ffn="53248", vocab="128256", tp="8", pp="8", vpp="8", gpus="128", dp="2")
+    layout = run.plan.layout
+    assert layout.accounts_for_embedding
+    assert layout.accounts_for_loss
+    assert layout.virtual_pipeline_model_parallel_size == 8
+    even = read_plan(tmp_path, **cells, ffn="53248", vocab="128256", tp="8", pp="9", vpp="7", gpus="144", dp="2").layout
+    assert not even.accounts_for_embedding
+
+
+def test_an_old_stack_recomputes_without_flash_attention(tmp_path: Path) -> None:
+    plan = read_plan(tmp_path, gpu_type="A100", precision="mixed fp16", recompute="full (uniform)", sharding="")
+    assert (plan.has_flash_attention, plan.overlaps_grad_reduce, plan.sharding) == (False, False, "none")
+    assert (plan.recompute, plan.gradient_bytes, plan.layout.has_sequence_parallel) == ("full", 2, False)
+    plan = read_plan(tmp_path, gpu_type="A100", precision="bf16", recompute="full")
+    assert (plan.has_flash_attention, plan.layout.has_sequence_parallel) == (True, True)
+
+
+def test_a_blank_layout_is_that_of_the_source_s_other_row(tmp_path: Path) -> None:
+    blank = {"tp": "", "pp": "", "dp": "", "gpus": "32"}
+    runs, unpredictable = read_runs(write_table(tmp_path / "two.csv", {}, blank))
+    assert unpredictable == []
+    assert (runs[1].plan.layout.tensor_model_parallel_size, runs[1].plan.layout.data_parallel_size) == (2, 16)
+    assert "tp 2, pp 1: the layout of the source's other row of this model" in runs[1].assumptions
+
+
+def test_a_batch_that_does_not_divide_is_rounded_and_the_time_with_it(tmp_path: Path) -> None:
+    run = read_one(tmp_path, micro_batch="3", global_batch="100", iteration_time_s="1.0")
+    assert run.plan.global_batch_size == 96
+    assert run.step_time_s == pytest.approx(0.96)
+
+
+@pytest.mark.parametrize(
+    ("cells", "reason"),
+    [
+        ({"iteration_time_s": ""}, "it holds no measured time, throughput or utilisation"),
+        ({"gpu_type": "TPU v5"}, "its GPU 'TPU v5' is not known; describe it with --gpus-file"),
+        ({"gpu_type": ""}, "gpu_type is blank"),
+        ({"tp": "", "dp": ""}, "tp blank, and nothing says how its GPUs were laid out"),
+        ({"gpus": "24"}, "its 24 GPUs are not tp 2 x pp 1 x cp 1 x dp 8"),
+        ({"gpus": "15", "dp": ""}, "its 15 GPUs are no multiple of tp 2 x pp 1 x cp 1"),
+        ({"gpus": "", "dp": ""}, "gpus and dp are blank"),
+        ({"seq": ""}, "seq is blank and its source's sequence length is not known"),
+        ({"layers": "", "model": "X-9B"}, "layers is blank and the model 'X-9B' is not known by its name"),
+        ({"model": "Mixtral-8x7B"}, "its model has experts, whose sizes the table has no columns for"),
+        ({"precision": "int8"}, "its precision 'int8' is not known"),
+        ({"precision": "fp8", "gpu_type": "A100"}, "its GPU a100-sxm-80gb has no fp8"),
+        ({"recompute": "clever"}, "its recomputation 'clever' is not known"),
+        ({"sharding": "ZeRO-3+offload"}, "its optimizer is offloaded to the host, which is not modelled"),
+        ({"micro_batch": "", "global_batch": ""}, "micro_batch and global_batch are blank"),
+        ({"micro_batch": "16"}, "its global batch 64 is below micro-batch 16 x dp 8"),
+        ({"pp": "5", "gpus": "80"}, "its 24 layers cannot be split over pp 5 and vpp 7"),
+        ({"tp": "32", "gpus": "256"}, "its layout cannot be built: tensor-model-parallel-size: must divide"),
+    ],
+)
+def test_what_cannot_be_predicted_says_why(tmp_path: Path, cells: dict[str, str], reason: str) -> None:
+    if "vpp 7" in reason:
+        cells = cells | {"vpp": "7"}
+    runs, unpredictable = read_runs(write_table(tmp_path / "one.csv", cells))
+    assert runs == []
+    assert unpredictable[0].reason.startswith(reason)
+    assert (unpredictable[0].row_number, unpredictable[0].source) == (2, "team_a")
+
+
+def test_cpu_runs_of_measure(tmp_path: Path) -> None:
+    cells = {"model": "hammer-tiny", "gpu_type": "cpu-core", "precision": "fp32", "sequence_parallel": "no"}
+    blank = {name: "" for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab")}
+    columns = [*COLUMNS, "sequence_parallel"]
+    runs, unpredictable = read_runs(write_table(tmp_path / "cpu.csv", cells | blank, columns=columns))
+    assert unpredictable == []
+    plan = runs[0].plan
+    assert (plan.cluster.name, plan.model.name, plan.precision) == ("cpu-host", "hammer-tiny", "fp32")
+    assert not plan.layout.has_sequence_parallel
+    assert not plan.overlaps_grad_reduce
+
+
+def test_a_fingerprint_is_of_the_run_and_not_of_its_place(tmp_path: Path) -> None:
+    first = read_one(tmp_path)
+    again = read_one(tmp_path, source="team_b", notes="moved", hidden="2048.0")
+    other = read_one(tmp_path, iteration_time_s="0.71")
+    assert len(first.fingerprint) == 16
+    assert first.fingerprint == again.fingerprint != other.fingerprint
+
+
+def test_source_families(tmp_path: Path) -> None:
+    names = {
+        "Suite_perf_26.04.01": "Suite_perf",
+        "Lab-bench_v25.02": "Lab-bench",
+        "Paper2021_Table1": "Paper2021_Table1",
+    }
+    for name, family in names.items():
+        assert read_one(tmp_path, source=name).source_family == family
+
+
+@needs_shared_data
+def test_no_published_row_is_dropped() -> None:
+    runs, unpredictable = read_runs(RUNS_PATH)
+    assert len(runs) + len(unpredictable) == 495
+    assert len(unpredictable) <= 21
+    assert len({*(run.row_number for run in runs), *(row.row_number for row in unpredictable)}) == 495
+    for run in runs:
+        flops_per_s = 6 * run.plan.model.num_parameters * run.plan.tokens_per_step / run.step_time_s
+        utilisation = flops_per_s / run.plan.layout.world_size / (run.plan.gpu.fp16_tflops * 1e12)
+        assert 0.02 < utilisation < 1.5, f"line {run.row_number}: {run.assumptions}"  # NVFP4 exceeds the 16-bit peak
+
+
+@needs_shared_data
+def test_every_row_of_vtrain_is_predictable() -> None:
+    runs, unpredictable = read_runs(VTRAIN_PATH)
+    assert (len(runs), unpredictable) == (1440, [])
+    assert {run.plan.cluster.name for run in runs} == {"vtrain-a100"}
+    assert not any(run.plan.has_flash_attention for run in runs)
