@@ -200,5 +200,4 @@ def _as_vtrain(row: PublishedRow) -> PublishedRow:
         model=f"GPT-h{row.hidden}-l{row.layers}",
         gpu_type="A100",
         iteration_time_s=None if row.iteration_time_s is None else row.iteration_time_s / 1e3,
-        recompute="full",
     )

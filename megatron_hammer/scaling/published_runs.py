@@ -2,20 +2,19 @@
 
 A blank is filled by a public configuration, by the source's own recipe or by a stated rule, and each such filling is
 one of the run's `assumptions`; what cannot be filled so makes the row unpredictable. `published_cells.py` reads,
-`published_models.py` and `published_stacks.py` know, `published_throughput.py` turns throughputs into seconds.
+`published_models.py`, `published_layouts.py` and `published_stacks.py` know, `published_throughput.py` turns
+throughputs into seconds.
 """
 
 import hashlib
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.model.accounting import Layout, find_layout_problems, find_shard_problems, find_split_problems
-from megatron_hammer.preset_types import ModelPreset
+from megatron_hammer.model.accounting import Layout
 from megatron_hammer.presets import PRESETS
 from megatron_hammer.scaling.hardware import (
     load_clusters,
@@ -26,6 +25,7 @@ from megatron_hammer.scaling.hardware import (
 )
 from megatron_hammer.scaling.plan import Cluster, Gpu, Plan, Precision, Recompute, Sharding
 from megatron_hammer.scaling.published_cells import MEASUREMENT_COLUMNS, PublishedRow, read_rows
+from megatron_hammer.scaling.published_layouts import Siblings, build_row_layout, collect_siblings, name_source_family
 from megatron_hammer.scaling.published_models import UnpredictableError, build_row_model
 from megatron_hammer.scaling.published_stacks import Recipe, Stack, select_recipe, select_stack
 from megatron_hammer.scaling.published_throughput import find_step_time
@@ -52,9 +52,7 @@ class MeasuredRun:
 
     @property
     def source_family(self) -> str:
-        """The source less its version: rows of two versions are near copies, and are left out together."""
-        bare = re.sub(r"[_-]?v?\d+(\.\d+)+$", "", self.source)
-        return re.sub(r"_(weak|strong|flops|modelparallel|dataparallel)$", "", bare)
+        return name_source_family(self.source)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,12 +74,12 @@ def read_runs(
     """
     rows = read_rows(path)
     hardware = _Hardware(gpus_path, clusters_path)
-    layouts = _collect_layouts(rows)
+    siblings = collect_siblings(rows)
     runs: list[MeasuredRun] = []
     unpredictable: list[UnpredictableRow] = []
     for row in rows:
         try:
-            runs.append(_build_run(row, hardware, layouts))
+            runs.append(_build_run(row, hardware, siblings))
         except UnpredictableError as error:
             unpredictable.append(
                 UnpredictableRow(row_number=row.row_number, source=row.source, model=row.model, reason=str(error))
@@ -120,19 +118,7 @@ class _Hardware:
             raise UnpredictableError(f"no cluster of {gpu.name} is known; describe one with --clusters-file") from error
 
 
-_Layouts = dict[tuple[str, str], set[tuple[int, int]]]
-
-
-def _collect_layouts(rows: Sequence[PublishedRow]) -> _Layouts:
-    """(tp, pp) that the rows of one source give for one model."""
-    layouts: _Layouts = {}
-    for row in rows:
-        if row.tp is not None and row.pp is not None:
-            layouts.setdefault((row.source, row.model), set()).add((row.tp, row.pp))
-    return layouts
-
-
-def _build_run(row: PublishedRow, hardware: _Hardware, layouts: _Layouts) -> MeasuredRun:
+def _build_run(row: PublishedRow, hardware: _Hardware, siblings: Siblings) -> MeasuredRun:
     if all(getattr(row, name) is None for name in MEASUREMENT_COLUMNS):
         raise UnpredictableError("it holds no measured time, throughput or utilisation")
     gpu, stack, assumptions = hardware.select(row)
@@ -142,7 +128,7 @@ def _build_run(row: PublishedRow, hardware: _Hardware, layouts: _Layouts) -> Mea
     model, model_assumptions = build_row_model(row)
     assumptions += model_assumptions
     row, recipe = _fill_from_recipe(row, gpu, assumptions)
-    layout = _build_layout(row, model, stack, layouts, assumptions)
+    layout = build_row_layout(row, model, stack, siblings, assumptions)
     seq_length = _fill_seq_length(row, stack, assumptions)
     micro_batch, global_batch = _fill_batch(row, layout, stack, assumptions)
     precision = _read_precision(row, gpu, stack, assumptions)
@@ -199,85 +185,6 @@ def _fill_from_recipe(row: PublishedRow, gpu: Gpu, assumptions: list[str]) -> tu
         filled["global_batch"] = round(recipe.samples_per_gpu * row.gpus)
     assumptions += [f"{name} {value}: {recipe.source}" for name, value in filled.items()]
     return replace(row, **filled), recipe
-
-
-def _build_layout(
-    row: PublishedRow, model: ModelPreset, stack: Stack, layouts: _Layouts, assumptions: list[str]
-) -> Layout:
-    tp, pp = _fill_model_parallel(row, layouts, assumptions)
-    cp = row.cp or 1
-    dp = row.dp
-    if row.gpus is None and dp is None:
-        raise UnpredictableError("gpus and dp are blank")
-    if dp is None:
-        assert row.gpus is not None
-        if row.gpus % (tp * pp * cp):
-            raise UnpredictableError(f"its {row.gpus} GPUs are no multiple of tp {tp} x pp {pp} x cp {cp}")
-        dp = row.gpus // (tp * pp * cp)
-    if row.gpus is not None and row.gpus != tp * pp * cp * dp:
-        raise UnpredictableError(f"its {row.gpus} GPUs are not tp {tp} x pp {pp} x cp {cp} x dp {dp}")
-    has_sequence_parallel = row.sequence_parallel
-    if has_sequence_parallel is None:
-        has_sequence_parallel = stack.has_sequence_parallel and tp > 1
-    base = Layout(
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        context_parallel_size=cp,
-        data_parallel_size=dp,
-        has_sequence_parallel=has_sequence_parallel,
-    )
-    layout = _split_over_stages(base, model.num_layers, _fill_chunks(row, model, pp, stack, assumptions), assumptions)
-    problems = (*find_layout_problems(layout), *find_shard_problems(model, layout))
-    if problems:
-        raise UnpredictableError(f"its layout cannot be built: {problems[0]}")
-    return layout
-
-
-def _fill_model_parallel(row: PublishedRow, layouts: _Layouts, assumptions: list[str]) -> tuple[int, int]:
-    if row.tp is not None and row.pp is not None:
-        return row.tp, row.pp
-    if row.dp is not None and row.dp == row.gpus:
-        assumptions.append("tp 1, pp 1: dp is the number of GPUs")
-        return 1, 1
-    same = layouts.get((row.source, row.model), set())
-    if row.tp is None and row.pp is None and len(same) == 1:
-        tp, pp = next(iter(same))
-        if row.gpus is not None and row.gpus % (tp * pp) == 0:
-            assumptions.append(f"tp {tp}, pp {pp}: the layout of the source's other row of this model")
-            return tp, pp
-    blank = " and ".join(name for name in ("tp", "pp") if getattr(row, name) is None)
-    raise UnpredictableError(f"{blank} blank, and nothing says how its GPUs were laid out")
-
-
-def _fill_chunks(row: PublishedRow, model: ModelPreset, pp: int, stack: Stack, assumptions: list[str]) -> int:
-    if row.vpp is not None or pp == 1 or stack.chunks_where_blank == 1:
-        return row.vpp or 1
-    per_stage = model.num_layers // pp
-    chunks = max(c for c in range(1, stack.chunks_where_blank + 1) if per_stage % c == 0)
-    assumptions.append(
-        f"vpp {chunks}: blank, interleaved over at most {stack.chunks_where_blank} chunks ({stack.name})"
-    )
-    return chunks
-
-
-def _split_over_stages(base: Layout, num_layers: int, vpp: int, assumptions: list[str]) -> Layout:
-    """The first exact way to share the layers out: evenly, with embedding and loss as layers, or a short last stage."""
-    layout = replace(base, virtual_pipeline_model_parallel_size=vpp if base.pipeline_model_parallel_size > 1 else 1)
-    pp = layout.pipeline_model_parallel_size
-    last = num_layers - math.ceil(num_layers / pp) * (pp - 1)
-    ways = [
-        (layout, ""),
-        (replace(layout, accounts_for_embedding=True, accounts_for_loss=True), "embedding and loss count as layers"),
-        (replace(layout, accounts_for_loss=True), "the loss counts as a layer"),
-    ]
-    if last > 0:
-        ways.append((replace(layout, num_layers_last_stage=last), f"the last stage has {last} layers"))
-    for way, text in ways:
-        if not find_split_problems(num_layers, way):
-            if text:
-                assumptions.append(f"{num_layers} layers over pp {pp}, vpp {vpp}: {text}")
-            return way
-    raise UnpredictableError(f"its {num_layers} layers cannot be split over pp {pp} and vpp {vpp}")
 
 
 def _fill_seq_length(row: PublishedRow, stack: Stack, assumptions: list[str]) -> int:

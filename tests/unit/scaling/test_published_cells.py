@@ -86,6 +86,6 @@ def test_the_header_of_vtrain(tmp_path: Path) -> None:
     path.write_text(f"\ufeff{header}\n4,24,3,1536,12,18,512,2,1,2,250.5\n", encoding="utf-8")
     (row,) = read_rows(path)
     assert (row.gpus, row.global_batch, row.micro_batch, row.hidden, row.heads, row.layers) == (4, 24, 3, 1536, 12, 18)
-    assert (row.seq, row.tp, row.dp, row.pp, row.gpu_type, row.recompute) == (512, 2, 1, 2, "A100", "full")
+    assert (row.seq, row.tp, row.dp, row.pp, row.gpu_type, row.recompute) == (512, 2, 1, 2, "A100", "")
     assert row.iteration_time_s == pytest.approx(0.2505)
     assert row.source == "vTrain_ground_truth_single"

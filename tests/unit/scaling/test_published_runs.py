@@ -167,6 +167,17 @@ def test_a_blank_layout_is_that_of_the_source_s_other_row(tmp_path: Path) -> Non
     assert "tp 2, pp 1: the layout of the source's other row of this model" in runs[1].assumptions
 
 
+def test_a_blank_vpp_of_an_interleaving_source(tmp_path: Path) -> None:
+    cells = {"source": "NeMo_suite_v1.2", "pp": "4", "gpus": "64", "vpp": ""}
+    assert read_plan(tmp_path, **cells).layout.virtual_pipeline_model_parallel_size == 6  # all layers of a stage
+    given = cells | {"source": "NeMo_suite_v1.3", "vpp": "3"}
+    runs, _ = read_runs(write_table(tmp_path / "two.csv", cells, given))
+    assert [run.plan.layout.virtual_pipeline_model_parallel_size for run in runs] == [3, 3]
+    assert "vpp 3: blank, that of the source's other row of this model and layout" in runs[0].assumptions
+    unknown = cells | {"source": "team_a"}
+    assert read_plan(tmp_path, **unknown).layout.virtual_pipeline_model_parallel_size == 1
+
+
 def test_a_batch_that_does_not_divide_is_rounded_and_the_time_with_it(tmp_path: Path) -> None:
     run = read_one(tmp_path, micro_batch="3", global_batch="100", iteration_time_s="1.0")
     assert run.plan.global_batch_size == 96
