@@ -16,15 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from megatron_hammer.checkpoint.surgery.average import average
 from megatron_hammer.checkpoint.surgery.reshard import TargetLayout, reshard
 from megatron_hammer.checkpoint.surgery.upcycle import ExpertShape, upcycle
 from megatron_hammer.checkpoint.surgery.vocab_resize import NewVocabulary, resize_vocabulary
 from megatron_hammer.checkpoint.surgery.weights_only import keep_weights
 from megatron_hammer.errors import ConfigError, exit_on_interrupt, exit_on_user_error
+from megatron_hammer.platforms.terminal_progress import show_stages
 
 OnTensor = Callable[[str, int, int], None]
 
@@ -117,16 +115,7 @@ def main() -> None:
 
 def run_with_progress(arguments: argparse.Namespace) -> str:
     """Run the subcommand with a live line on the terminal's stderr; where stderr is a file, it stays silent."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        tasks: dict[str, Any] = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(f"{stage} tensors", total=total)
-            bar.update(tasks[stage], completed=done)
-
+    with show_stages("{} tensors") as show:
         summary: str = arguments.run(arguments, show)
     return summary
 

@@ -13,12 +13,13 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from megatron_hammer.checkpoint.import_hf import DTYPES, ImportOptions, ImportReport, import_from_hugging_face
 from megatron_hammer.checkpoint.verification.verify import LEVELS
 from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
+from megatron_hammer.platforms.terminal_progress import build_progress
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -71,9 +72,8 @@ def main() -> None:
 
 def import_with_progress(options: ImportOptions) -> ImportReport:
     """Run with a live line on the terminal's stderr; where stderr is a file, it stays silent."""
-    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+    with build_progress(*columns) as bar:
         task = bar.add_task("reading headers", total=None)
 
         def show(done: int, total: int) -> None:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from megatron_hammer.checkpoint.inspection.comparison import compare_checkpoints
 from megatron_hammer.checkpoint.inspection.inspection import describe_checkpoint, measure_tensors, select_views
@@ -34,6 +34,7 @@ from megatron_hammer.checkpoint.inspection.report import (
 from megatron_hammer.checkpoint.inspection.tensor_views import OpenedCheckpoint, open_any
 from megatron_hammer.checkpoint.verification.verify import LEVELS, CheckRow, verify_model
 from megatron_hammer.errors import ConfigError, exit_on_interrupt, exit_on_user_error
+from megatron_hammer.platforms.terminal_progress import build_progress
 
 DIFFERENT_EXIT_CODE = 1
 
@@ -171,9 +172,8 @@ def open_console() -> Console:
 @contextmanager
 def show_progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """A live line on the terminal's stderr; where stderr is a file, it stays silent."""
-    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+    with build_progress(*columns) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -11,10 +11,8 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from megatron_hammer.checkpoint.export import (
@@ -27,6 +25,7 @@ from megatron_hammer.checkpoint.export import (
 from megatron_hammer.checkpoint.reader import WEIGHTS
 from megatron_hammer.checkpoint.verification.verify import LEVELS
 from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
+from megatron_hammer.platforms.terminal_progress import show_stages
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -95,16 +94,7 @@ def main() -> None:
 
 def export_with_progress(options: ExportOptions) -> ExportReport:
     """Run with a live line on the terminal's stderr; where stderr is a file, it stays silent."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        tasks: dict[str, Any] = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done)
-
+    with show_stages() as show:
         return export_to_hugging_face(options, show)
 
 

@@ -11,14 +11,13 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from megatron_hammer.errors import USER_ERROR_EXIT_CODE, exit_on_interrupt, exit_on_user_error
+from megatron_hammer.platforms.terminal_progress import show_stages
 
 try:
     from megatron_hammer.checkpoint.gguf.export import GgufOptions, GgufReport, export_to_gguf
@@ -92,16 +91,7 @@ def main() -> None:
 
 def export_with_progress(options: GgufOptions) -> GgufReport:
     """Run with a live line on the terminal's stderr; where stderr is a file, it stays silent."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        tasks: dict[str, Any] = {}
-
-        def show(stage: str, done: int, total: int | None) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done)
-
+    with show_stages() as show:
         return export_to_gguf(options, show)
 
 

@@ -11,13 +11,13 @@ import time
 from pathlib import Path
 
 import orjson
-import rich.progress
-from rich.console import Console
+from rich.progress import TextColumn
 
 from megatron_hammer.data.deduplication import DedupCounts, DedupOptions, deduplicate
 from megatron_hammer.data.near_duplicates import NearDuplicateOptions, removal_probability
 from megatron_hammer.data.worker_pool import count_cores
 from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
+from megatron_hammer.platforms.terminal_progress import build_byte_progress
 
 SHOWN_SIMILARITIES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 
@@ -90,18 +90,7 @@ def main() -> None:
 
 def deduplicate_with_progress(options: DedupOptions) -> DedupCounts:
     """Run with a live line on the terminal's stderr; where stderr is a file, it stays silent."""
-    console = Console(stderr=True)
-    bar = rich.progress.Progress(
-        rich.progress.BarColumn(),
-        rich.progress.DownloadColumn(),
-        rich.progress.TransferSpeedColumn(),
-        rich.progress.TextColumn("{task.fields[counts]}"),
-        rich.progress.TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    )
-    with bar:
+    with build_byte_progress(TextColumn("{task.fields[counts]}")) as bar:
         task = bar.add_task("", total=None, counts="")
 
         def show(counts: DedupCounts) -> None:

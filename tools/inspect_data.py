@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-import rich.progress
-from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
 from megatron_hammer.data.document_text import (
     choose_samples,
@@ -38,6 +37,7 @@ from megatron_hammer.data.length_histogram import build_histogram, plot_histogra
 from megatron_hammer.data.manifest import read_manifest
 from megatron_hammer.data.verify import VerifiedPair, verify_pair
 from megatron_hammer.errors import ConfigError, DataError, exit_on_user_error
+from megatron_hammer.platforms.terminal_progress import build_progress
 from megatron_hammer.tokenizer.encoder import Encoder, load_encoder
 
 OnProgress = Callable[[int, int], None]
@@ -215,17 +215,13 @@ def print_json(value: dict[str, Any]) -> None:
 @contextmanager
 def show_progress(what: str, unit: str) -> Iterator[OnProgress]:
     """A live line on the terminal's stderr; where stderr is a file, it stays silent."""
-    console = Console(stderr=True)
-    bar = rich.progress.Progress(
-        rich.progress.TextColumn("{task.description}", markup=False),
-        rich.progress.BarColumn(),
-        rich.progress.TextColumn("{task.completed:,.0f} of {task.total:,.0f} " + unit),
-        rich.progress.TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f} of {task.total:,.0f} " + unit),
+        TimeRemainingColumn(),
     )
-    with bar:
+    with build_progress(*columns) as bar:
         task = bar.add_task(what, total=0)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -13,11 +13,10 @@ import time
 from pathlib import Path
 
 import orjson
-import rich.progress
-from rich.console import Console
 
 from megatron_hammer.data.merge import MergedPair, merge_pairs
 from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
+from megatron_hammer.platforms.terminal_progress import build_byte_progress
 
 DEFAULT_SEED = 1234
 
@@ -58,17 +57,7 @@ def main() -> None:
 
 def merge_with_progress(arguments: argparse.Namespace) -> MergedPair:
     """Run with a live line on the terminal's stderr; where stderr is a file, it stays silent."""
-    console = Console(stderr=True)
-    bar = rich.progress.Progress(
-        rich.progress.BarColumn(),
-        rich.progress.DownloadColumn(),
-        rich.progress.TransferSpeedColumn(),
-        rich.progress.TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    )
-    with bar:
+    with build_byte_progress() as bar:
         task = bar.add_task("", total=None)
         return merge_pairs(
             arguments.input,

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import orjson
-import rich.progress
-from rich.console import Console
+from rich.progress import TextColumn
 
 from megatron_hammer.data.manifest import Manifest
 from megatron_hammer.data.preprocess import Progress, describe_continuation, preprocess
@@ -25,6 +24,7 @@ from megatron_hammer.data.preprocess_run import MAX_PROBLEMS_SHOWN
 from megatron_hammer.data.sharding import parse_shard
 from megatron_hammer.data.worker_pool import count_cores
 from megatron_hammer.errors import exit_on_user_error
+from megatron_hammer.platforms.terminal_progress import build_byte_progress
 
 SIGNAL_EXIT_CODE = 128
 
@@ -112,18 +112,7 @@ class LiveLine:
     """A live line with rate and time left on the terminal's stderr; where stderr is a file, it stays silent."""
 
     def __init__(self) -> None:
-        console = Console(stderr=True)
-        self._bar = rich.progress.Progress(
-            rich.progress.TextColumn("{task.description}"),
-            rich.progress.BarColumn(),
-            rich.progress.DownloadColumn(),
-            rich.progress.TransferSpeedColumn(),
-            rich.progress.TextColumn("{task.fields[counts]}"),
-            rich.progress.TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
-        )
+        self._bar = build_byte_progress(TextColumn("{task.fields[counts]}"), has_description=True)
         self._task = self._bar.add_task("", total=None, counts="")
         self._description = ""
 

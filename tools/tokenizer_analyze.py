@@ -11,11 +11,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import rich.progress
 from rich.console import Console
 
 from megatron_hammer.data.readers import Document, find_input_files
 from megatron_hammer.errors import ConfigError, DataError, exit_on_user_error
+from megatron_hammer.platforms.terminal_progress import build_byte_progress
 from megatron_hammer.tokenizer import analysis_files, analysis_report, analyze
 from megatron_hammer.tokenizer.coverage import read_character_levels
 
@@ -85,18 +85,8 @@ def open_documents(arguments: argparse.Namespace) -> Iterator[Iterable[Document]
     if not arguments.input:
         yield ()
         return
-    console = Console(stderr=True)
-    bar = rich.progress.Progress(
-        rich.progress.BarColumn(),
-        rich.progress.DownloadColumn(),
-        rich.progress.TransferSpeedColumn(),
-        rich.progress.TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    )
     total_bytes = sum(path.stat().st_size for path in find_input_files(arguments.input).files)
-    with bar:
+    with build_byte_progress() as bar:
         task = bar.add_task("", total=total_bytes)
         documents: Iterable[Document] = analyze.stream_documents(
             arguments.input, arguments.json_keys, lambda num_bytes: bar.advance(task, num_bytes)

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-import rich.progress
-from rich.console import Console
+from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from megatron_hammer.data.input_files import find_input_files
 from megatron_hammer.errors import ConfigError, exit_on_interrupt, exit_on_user_error
+from megatron_hammer.platforms.terminal_progress import build_byte_progress, build_progress
 from megatron_hammer.tokenizer.recipes import RECIPES, TokenizerRecipe
 from megatron_hammer.tokenizer.text_sample import TextSource, count_fitting_bytes, parse_sources
 from megatron_hammer.tokenizer.train import TrainedTokenizer, train_tokenizer
@@ -127,26 +127,8 @@ def build_recipe(arguments: argparse.Namespace) -> TokenizerRecipe:
 def show_progress(sources: tuple[TextSource, ...]) -> Iterator[dict[str, Any]]:
     """Yield train_tokenizer's callbacks; a live line on the terminal's stderr, nothing where stderr is a file."""
     files = find_input_files([item for source in sources for item in source.inputs]).files
-    console = Console(stderr=True)
-    bar = rich.progress.Progress(
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
-        rich.progress.DownloadColumn(),
-        rich.progress.TransferSpeedColumn(),
-        rich.progress.TimeElapsedColumn(),
-        rich.progress.TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    )
-    training = rich.progress.Progress(
-        rich.progress.SpinnerColumn(),
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.TimeElapsedColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    )
+    bar = build_byte_progress(TimeElapsedColumn(), has_description=True)
+    training = build_progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     reading = bar.add_task("reading", total=sum(path.stat().st_size for path in files))
 
     def start_training(sampled_bytes: int) -> None:
