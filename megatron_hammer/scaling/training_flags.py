@@ -1,14 +1,26 @@
 """A model, a layout and a batch as flags of megatron_hammer.training.pretrain: what `measure` runs and `emit` writes.
 
 Sizes that a preset's recipe sets are always given, so that a layout means the same whatever recipe it is laid over.
-Left out: data, schedule and precision formats of TransformerEngine; `emit` adds those.
+Left out: data, schedule and outputs; `emit` adds those.
 """
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.accounting import Layout
 from megatron_hammer.preset_types import ModelPreset, Recipe
 from megatron_hammer.presets import PRESETS
-from megatron_hammer.scaling.plan import Recompute
+from megatron_hammer.scaling.plan import Plan, Recompute
+
+# Flags of a run whose products are in a lower precision than its 16-bit rest. TransformerEngine's recipes.
+LOW_PRECISION_FLAGS = {
+    "fp8": ("--precision", "bf16", "--fp8-format", "hybrid"),
+    "mxfp8": ("--precision", "bf16", "--fp8-format", "e4m3", "--fp8-recipe", "mxfp8"),
+    "nvfp4": ("--precision", "bf16", "--fp4-format", "e2m1"),
+}
+FSDP_FLAGS = (
+    *("--use-megatron-fsdp", "--data-parallel-sharding-strategy", "optim_grads_params"),
+    *("--ckpt-format", "fsdp_dtensor"),
+)
+DEFAULT_VOCAB_DIVISOR = 128
 
 
 def list_model_flags(model: ModelPreset) -> list[str]:
@@ -123,3 +135,39 @@ def list_recompute_flags(recompute: Recompute) -> list[str]:
     if recompute == "full":
         return ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
     return [] if recompute == "none" else ["--recompute-granularity", "selective"]
+
+
+def list_plan_flags(plan: Plan, *, is_cpu: bool) -> list[str]:
+    """Everything of a planned run but data, schedule, backend and outputs.
+
+    is_cpu: its ranks are CPU processes, where nothing overlaps. Raises ConfigError as list_layout_flags does.
+    """
+    flags = [*list_model_flags(plan.model), "--platform", "cpu" if is_cpu else "cuda"]
+    flags += list_layout_flags(plan.model, plan.layout)
+    flags += list_batch_flags(
+        micro_batch_size=plan.micro_batch_size,
+        global_batch_size=plan.global_batch_size,
+        seq_length=plan.seq_length,
+    )
+    if plan.seq_length > plan.model.max_position_embeddings:
+        flags += ["--max-position-embeddings", str(plan.seq_length)]
+    if plan.vocab_divisible_by != DEFAULT_VOCAB_DIVISOR:
+        flags += ["--make-vocab-size-divisible-by", str(plan.vocab_divisible_by)]
+    flags += LOW_PRECISION_FLAGS.get(plan.precision, ("--precision", plan.precision))
+    return [*flags, *list_recompute_flags(plan.recompute), *_list_data_parallel_flags(plan, is_cpu=is_cpu)]
+
+
+def _list_data_parallel_flags(plan: Plan, *, is_cpu: bool) -> list[str]:
+    """Sharding, overlap, and the type in which gradients are reduced."""
+    flags = list(FSDP_FLAGS) if plan.sharding == "fsdp" else []
+    ranks = plan.layout.dense_shard_size
+    if plan.shard_size is not None and plan.shard_size < ranks and plan.sharding != "none":
+        flags += ["--num-distributed-optimizer-instances", str(ranks // plan.shard_size)]
+    if ranks > 1 and not is_cpu:
+        flags += ["--overlap-grad-reduce"] if plan.overlaps_grad_reduce else []
+        flags += ["--overlap-param-gather"] if plan.overlaps_param_gather and plan.sharding != "none" else []
+    if plan.overlaps_tensor_parallel and plan.layout.tensor_model_parallel_size > 1:
+        flags.append("--tp-comm-overlap")
+    if plan.gradient_bytes == 2 and plan.precision != "fp32":
+        flags.append("--grad-reduce-in-bf16")
+    return flags

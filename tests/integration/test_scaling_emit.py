@@ -1,0 +1,166 @@
+"""Emitted scripts under shellcheck, run by bash, and their commands under the project's own dry run."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from parsed_flags import find
+
+from megatron_hammer.model.accounting import Layout
+from megatron_hammer.presets import PRESETS
+from megatron_hammer.scaling.emit import SUFFIXES, build_launch, render
+from megatron_hammer.scaling.hardware import select_cluster, select_gpu
+from megatron_hammer.scaling.plan import Plan
+
+pytestmark = pytest.mark.integration
+SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size")
+
+# name: (preset, (tp, pp, dp), further sizes of the layout, further fields of the plan)
+ROWS: dict[str, tuple[str, tuple[int, int, int], dict[str, Any], dict[str, Any]]] = {
+    "one-node": ("hammer-1b4", (1, 1, 8), {}, {"seq_length": 2048, "global_batch_size": 1024, "micro_batch_size": 4}),
+    "interleaved": ("llama3-70b", (8, 4, 4), {"virtual_pipeline_model_parallel_size": 5}, {}),
+    "uneven": ("llama3-8b", (2, 3, 8), {"num_layers_first_stage": 10, "num_layers_last_stage": 10}, {}),
+    "recompute": ("llama2-70b", (8, 2, 4), {}, {"seq_length": 4096, "recompute": "full"}),
+    "selective": ("llama3-8b", (4, 1, 4), {}, {"recompute": "selective", "gradient_bytes": 2}),
+    "fsdp": ("llama3-8b", (1, 1, 16), {}, {"sharding": "fsdp"}),
+    "instances": ("llama3-8b", (2, 1, 16), {}, {"shard_size": 8}),
+    "long": ("tinyllama-1b1", (2, 1, 4), {}, {"seq_length": 8192}),
+    "unsharded": ("hammer-1b4", (2, 2, 2), {"has_distributed_optimizer": False}, {"sharding": "none"}),
+    "hugging-face": ("own", (4, 1, 4), {}, {}),
+}  # fmt: skip
+NEEDS_TE: dict[str, tuple[str, tuple[int, int, int], dict[str, Any], dict[str, Any]]] = {
+    "context": ("llama3-8b", (2, 1, 2), {"context_parallel_size": 2}, {}),
+    "fp8": ("llama3-70b", (4, 4, 1), {}, {"precision": "fp8"}),
+}
+
+
+def build_script(name: str, launcher: Any) -> tuple[str, int]:
+    """(text, world size) of a row of ROWS or NEEDS_TE on H100s."""
+    preset, sizes, layout, changes = (ROWS | NEEDS_TE)[name]
+    model = PRESETS[preset].model if preset != "own" else build_own_model()
+    plan = Plan(
+        model=model,
+        layout=Layout(**dict(zip(SIZES, sizes, strict=True)), has_sequence_parallel=sizes[0] > 1, **layout),
+        gpu=select_gpu("h100-sxm"),
+        cluster=select_cluster("dgx-h100"),
+        **{"seq_length": 8192, "micro_batch_size": 1, "global_batch_size": 128, **changes},
+    )
+    launch = build_launch(plan, name=f"{model.name}-{name}", train_tokens=None, comment=f"row {name}")
+    return render(launch, launcher), launch.num_nodes * launch.processes_per_node
+
+
+def build_own_model() -> Any:
+    from dataclasses import replace
+
+    return replace(PRESETS["llama3-8b"].model, name="own", num_layers=24, num_parameters=0)
+
+
+def list_words(script: Path, tmp_path: Path, *flags: str, **variables: str) -> list[str]:
+    """What the script hands to python: a stand-in writes down its arguments."""
+    words = tmp_path / "words"
+    python = tmp_path / "python"
+    python.write_text('#!/usr/bin/env bash\nprintf "%s\\0" "$@" >"$WORDS"\nenv >"$WORDS.env"\n')
+    python.chmod(0o755)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "MASTER", "NODE"))}
+    environment |= {"PYTHON": str(python), "WORDS": str(words), **variables}
+    result = subprocess.run(
+        ["bash", str(script), *flags], env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=60
+    )
+    assert result.returncode == 0, result.stderr
+    return words.read_text().split("\0")[:-1]
+
+
+def write_script(name: str, launcher: Any, tmp_path: Path) -> Path:
+    path = tmp_path / f"launch{SUFFIXES[launcher]}"
+    path.write_text(build_script(name, launcher)[0])
+    return path
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "slurm"])
+@pytest.mark.parametrize("name", ["uneven", "context"])
+def test_shellcheck(name: str, launcher: str, tmp_path: Path) -> None:
+    checker = Path(sys.executable).parent / "shellcheck"
+    if not checker.exists() and shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is missing; bash tests/run.sh installs it")
+    path = write_script(name, launcher, tmp_path)
+    command = [str(checker) if checker.exists() else "shellcheck", "--shell=bash", str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_dry_run_accepts_every_row(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The words of DRY_RUN=1 are those of the run, planned at the row's number of processes, and have no problem."""
+    world_size = build_script(name, "torchrun")[1]
+    words = list_words(write_script(name, "torchrun", tmp_path), tmp_path, DRY_RUN="1")
+    assert words[:2] == ["-m", "megatron_hammer.training.pretrain"]
+    assert words[-3:] == ["--dry-run", "--world-size", str(world_size)]
+    variables = dict(line.split("=", 1) for line in (tmp_path / "words.env").read_text().splitlines() if "=" in line)
+    if "CUDA_DEVICE_MAX_CONNECTIONS" in variables:
+        monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", variables["CUDA_DEVICE_MAX_CONNECTIONS"])
+    assert find(*words[2:], platform="cuda") == []
+
+
+@pytest.mark.parametrize("name", NEEDS_TE)
+def test_dry_run_of_rows_for_transformer_engine(name: str, tmp_path: Path) -> None:
+    """Without TransformerEngine on this machine that is the only problem."""
+    words = list_words(write_script(name, "torchrun", tmp_path), tmp_path, DRY_RUN="1")
+    assert words[words.index("--backend") + 1] == "te"
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except ImportError:
+        problems = find(*words[2:], platform="cuda", backend="te")
+        assert [problem.split(": ", 2)[-1].split(".")[0] for problem in problems] == [
+            "apply_rope_fusion is not available"
+        ]
+    else:
+        assert find(*words[2:], platform="cuda", backend="te") == []
+
+
+def test_torchrun_on_several_nodes(tmp_path: Path) -> None:
+    script = write_script("interleaved", "torchrun", tmp_path)
+    words = list_words(script, tmp_path, "--seed", "7", NODE_RANK="3", MASTER_ADDR="host0", TRAIN_ITERS="50")
+    launch, training = words[: words.index("--")], words[words.index("--") + 1 :]
+    assert launch[:2] == ["-m", "megatron_hammer.training.launch"]
+    assert launch[2:] == [
+        *("--nproc-per-node", "8", "--nnodes", "16", "--node-rank", "3"),
+        *("--master-addr", "host0", "--master-port", "29500"),
+    ]  # fmt: skip
+    assert training[-2:] == ["--seed", "7"]
+    assert training[training.index("--train-iters") + 1] == "50"
+    assert "--mock-data" in training
+
+
+def test_one_node_reads_data(tmp_path: Path) -> None:
+    words = list_words(
+        write_script("one-node", "torchrun", tmp_path), tmp_path, DATA_PATH="3 a 1 b", TOKENIZER_MODEL="t.model"
+    )
+    assert "--standalone" in words
+    assert words[words.index("--data-path") :][:7] == [
+        "--data-path",
+        "3",
+        "a",
+        "1",
+        "b",
+        "--tokenizer-model",
+        "t.model",
+    ]
+    assert "--mock-data" not in words
+
+
+def test_slurm_starts_one_launcher_a_node(tmp_path: Path) -> None:
+    """srun and scontrol are stand-ins: the first runs its command as the second node would."""
+    for name, body in (("srun", 'shift\nSLURM_NODEID=1 "$@"'), ("scontrol", "printf 'n1\\nn2\\n'")):
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    words = list_words(
+        write_script("fsdp", "slurm", tmp_path), tmp_path, "--seed", "7",
+        PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_NNODES="2", SLURM_JOB_NODELIST="n[1-2]",
+    )  # fmt: skip
+    assert words[words.index("--node-rank") + 1] == "1"
+    assert words[words.index("--master-addr") + 1] == "n1"
+    assert (words[words.index("--nnodes") + 1], words[-2:]) == ("2", ["--seed", "7"])
