@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -26,12 +26,12 @@ PART_NAMES = {
     "embedding_and_loss_s": "embedding and loss",
     "recompute_s": "recomputation",
     "overhead_s": "launch overhead",
-    "tensor_parallel_s": "tensor-parallel communication",
-    "context_parallel_s": "context-parallel communication",
-    "expert_parallel_s": "expert-parallel communication",
+    "tensor_parallel_s": "TP communication",
+    "context_parallel_s": "CP communication",
+    "expert_parallel_s": "EP communication",
     "pipeline_p2p_s": "pipeline transfers",
     "bubble_s": "pipeline bubble",
-    "data_parallel_s": "data-parallel communication",
+    "data_parallel_s": "DP communication",
     "optimizer_s": "optimizer",
     "jitter_s": "jitter",
 }
@@ -41,8 +41,12 @@ MEMORY_NAMES = {
     "weights_bytes": "weights",
     "gradients_bytes": "gradients",
     "optimizer_bytes": "optimizer state",
+    "buffers_bytes": "lasting buffers",
     "activations_bytes": "activations",
     "logits_bytes": "logits and loss",
+    "transient_bytes": "gradients and gathers in passing",
+    "context_bytes": "CUDA and NCCL (allowance)",
+    "fragmentation_bytes": "fragmentation (allowance)",
 }
 
 
@@ -232,6 +236,43 @@ def _build_knee(knee: tuple[int, float] | None, beyond: int | None, threshold_ra
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class OverlaidRun:
+    """One measured run of the study's model and GPU beside its own prediction."""
+
+    row_number: int
+    source: str
+    plan: Plan
+    measured_s: float
+    step: StepTime
+
+    @property
+    def error_ratio(self) -> float:
+        """Above zero where the prediction is too slow."""
+        return self.step.total_s / self.measured_s - 1
+
+    @property
+    def is_in_band(self) -> bool:
+        return self.step.low_s <= self.measured_s <= self.step.high_s
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LeftOutRow:
+    """A row of the file that is not of this study, or that cannot be predicted."""
+
+    row_number: int
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Overlay:
+    """Every row of the file once, in one of the two."""
+
+    runs: tuple[OverlaidRun, ...] = ()
+    left_out: tuple[LeftOutRow, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StudyResult:
     """A study answered. provenance: of the coefficients, as their file has it."""
 
@@ -239,3 +280,23 @@ class StudyResult:
     sizes: tuple[SizeProjection, ...]
     knee: Knee | None
     provenance: Mapping[str, Any]
+    overlay: Overlay | None = None  # measured runs, where some were given
+    companion: "StudyResult | None" = None  # the other way of scaling, for comparison: see build_companion_study
+
+
+def build_companion_study(study: Study, sizes: Sequence[SizeProjection]) -> Study | None:
+    """The same question with the batch scaled the other way, one layout a size; None where nothing fits.
+
+    The two curves meet at the middle one of the feasible sizes: of a fixed batch, its samples a GPU there, at every
+    size where they make a whole batch; of a batch that grows, the batch there, at every size.
+    """
+    feasible = sorted(size.num_gpus for size in sizes if size.best)
+    if not feasible:
+        return None
+    middle = feasible[len(feasible) // 2]
+    batch = study.global_batch_size_at(middle)
+    if study.is_weak:
+        return replace(study, global_batch_size=batch, samples_per_gpu=None, num_best=1)
+    samples = Fraction(batch, middle)
+    counts = tuple(count for count in study.gpu_counts if (samples * count).denominator == 1)
+    return replace(study, global_batch_size=None, samples_per_gpu=samples, gpu_counts=counts, num_best=1)

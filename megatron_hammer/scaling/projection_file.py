@@ -17,6 +17,7 @@ from megatron_hammer.model.accounting import FLOP_CONVENTIONS, Layout, StageMemo
 from megatron_hammer.preset_types import ModelPreset, MoeShape, RopeScaling
 from megatron_hammer.scaling.plan import PARTS, Cluster, Gpu, Plan
 from megatron_hammer.scaling.projection import (
+    Overlay,
     Projection,
     SizeProjection,
     Study,
@@ -78,6 +79,8 @@ def build_document(result: StudyResult) -> dict[str, Any]:
         "sizes": [_build_size(result, size) for size in result.sizes],
         "knee": None if result.knee is None else asdict(result.knee),
         "rows": list_rows(result),
+        "companion": None if result.companion is None else _build_companion(result.companion),
+        "overlay": None if result.overlay is None else _build_overlay(result.overlay),
     }
 
 
@@ -151,6 +154,35 @@ def _build_size(result: StudyResult, size: SizeProjection) -> dict[str, Any]:
         "best_row": f"{size.num_gpus}-1" if best else None,
         "scaling_efficiency_ratio": scaling_efficiency_ratio(result.sizes, size),
         "bottleneck": best.bottleneck if best else None,
+    }
+
+
+def _build_companion(companion: StudyResult) -> dict[str, Any]:
+    """The curve of the other way of scaling: the fastest layout of each size; its ids are not those of `rows`."""
+    document = build_document(companion)
+    rows = [{**row, "id": None} for row in document["rows"]]
+    sizes = [{**size, "best_row": None} for size in document["sizes"]]
+    return {"batch": document["study"]["batch"], "sizes": sizes, "rows": rows, "knee": document["knee"]}
+
+
+def _build_overlay(overlay: Overlay) -> dict[str, Any]:
+    return {
+        "runs": [
+            {
+                "row_number": run.row_number,
+                "source": run.source,
+                "layout": asdict(run.plan.layout),
+                "plan": {name: getattr(run.plan, name) for name in PLAN_FIELDS},
+                "measured_s": run.measured_s,
+                "predicted_s": run.step.total_s,
+                "low_s": run.step.low_s,
+                "high_s": run.step.high_s,
+                "error_ratio": run.error_ratio,
+                "is_in_band": run.is_in_band,
+            }
+            for run in overlay.runs
+        ],
+        "left_out": [asdict(row) for row in overlay.left_out],
     }
 
 

@@ -14,12 +14,12 @@ own numbers, so the same question gets the same answer, bit for bit.
 import heapq
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from math import lcm
+from math import ceil, lcm, log2
 from typing import Any, NamedTuple
 
 from megatron_hammer.model.accounting import Layout, StageMemory
 from megatron_hammer.scaling.plan import Plan, Sharding, StepTime
-from megatron_hammer.scaling.plan_memory import estimate_plan_memory
+from megatron_hammer.scaling.plan_memory import estimate_heaviest_plan_stage
 from megatron_hammer.scaling.projection import Projection, SizeProjection, Study
 from megatron_hammer.scaling.search_space import (
     RECOMPUTES,
@@ -38,7 +38,7 @@ BOUND_MARGIN_RATIO = 0.98
 # What every layer costs each micro-batch, wherever the other ranks are.
 LAYER_PARTS = ("matmul_s", "attention_s", "pointwise_s", "tensor_parallel_s", "context_parallel_s", "expert_parallel_s")
 Predict = Callable[[Plan], StepTime]
-EstimateMemory = Callable[[Plan], tuple[StageMemory, ...]]
+EstimateMemory = Callable[[Plan], StageMemory]
 
 
 class _Candidate(NamedTuple):
@@ -68,20 +68,18 @@ class _Ranked:
 
 
 class Search:
-    """One study's search. It keeps what the sizes share: the time of a layer in each shape of micro-batch and cut."""
+    """Searches that share what they learn: the time of a layer in each shape of micro-batch and cut."""
 
-    def __init__(self, study: Study, *, predict: Predict, estimate: EstimateMemory = estimate_plan_memory) -> None:
-        """predict: step_time.predict_step with its coefficients; estimate: memory of every stage of a plan."""
-        self._study = study
+    def __init__(self, *, predict: Predict, estimate: EstimateMemory = estimate_heaviest_plan_stage) -> None:
+        """predict: step_time.predict_step with its coefficients; estimate: memory of its heaviest stage."""
         self._predict = predict
         self._estimate = estimate
         self._layer_times_s: dict[tuple[Any, ...], float] = {}
 
-    def search_plans(self, num_gpus: int) -> SizeProjection:
+    def search_plans(self, study: Study, num_gpus: int) -> SizeProjection:
         """The study's best plans on so many GPUs; with none, the reason and a remedy."""
-        study = self._study
         batch = study.global_batch_size_at(num_gpus)
-        candidates = sorted(self._list_candidates(num_gpus, batch))
+        candidates = sorted(self._list_candidates(study, num_gpus, batch))
         fit = _Fit(study, self._estimate)
         best: list[_Ranked] = []
         for candidate in candidates:
@@ -106,8 +104,7 @@ class Search:
             least_memory_bytes=fit.least.memory.total_bytes if fit.least and not best else None,
         )
 
-    def _list_candidates(self, num_gpus: int, batch: int) -> Iterator[_Candidate]:
-        study = self._study
+    def _list_candidates(self, study: Study, num_gpus: int, batch: int) -> Iterator[_Candidate]:
         for layout in list_layouts(
             study.model,
             study.cluster,
@@ -139,7 +136,8 @@ class Search:
         layout = plan.layout
         tp, cp = layout.tensor_model_parallel_size, layout.context_parallel_size
         ep, etp = layout.expert_model_parallel_size, layout.expert_tp
-        key = (tp, cp, ep, etp, plan.micro_batch_size)
+        run = (plan.model, plan.gpu, plan.cluster, plan.seq_length, plan.precision, plan.overlaps_tensor_parallel)
+        key = (*run, tp, cp, ep, etp, plan.micro_batch_size)
         if key not in self._layer_times_s:
             dp = lcm(tp * cp, ep * etp) // (tp * cp)
             alone = Layout(
@@ -182,7 +180,7 @@ class _Fit:
         return next((fitting for fitting in tries if fitting is not None), smallest)
 
     def _try(self, plan: Plan) -> tuple[Plan, StageMemory] | None:
-        memory = max(self._estimate(plan), key=lambda stage: stage.total_bytes)
+        memory = self._estimate(plan)
         if memory.total_bytes <= self._limit_bytes:
             return plan, memory
         if self.least is None or memory.total_bytes < self.least.memory.total_bytes:  # the first of equals
@@ -246,8 +244,8 @@ def _describe_failure(study: Study, num_gpus: int, batch: int, least: _Failure |
     state_bytes = memory.weights_bytes + memory.gradients_bytes + memory.optimizer_bytes
     limit = study.memory_limit_bytes
     if 2 * state_bytes > memory.total_bytes:
-        enough = -(-num_gpus * memory.total_bytes // limit)
-        remedy = f"Use more GPUs (about {enough:,} share it out), or some with more memory"
+        enough = num_gpus * memory.total_bytes / limit
+        remedy = f"Use {2 ** ceil(log2(enough)):,} GPUs or more to share it out, or some with more memory"
     else:
         remedy = "Lower --seq-length, use more GPUs for context parallelism, or some with more memory"
     return (

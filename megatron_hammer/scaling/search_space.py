@@ -144,11 +144,9 @@ def _list_splits(num_layers: int, layout: Layout, space: SearchSpace) -> Iterato
         if _is_allowed(1, space.virtual_pipeline_model_parallel_sizes):
             yield layout
         return
-    splits = [
-        layout,
-        replace(layout, accounts_for_embedding=True, accounts_for_loss=True),
-        replace(layout, accounts_for_loss=True),
-    ]
+    splits = [layout, replace(layout, accounts_for_loss=True)]
+    if layout.pipeline_model_parallel_size > 2:  # with two stages it is the even split again
+        splits.insert(1, replace(layout, accounts_for_embedding=True, accounts_for_loss=True))
     splits = [split for split in splits if not find_split_problems(num_layers, split)]
     for split in splits or _list_uneven_splits(num_layers, layout):
         for vp in range(1, num_layers // layout.pipeline_model_parallel_size + 2):
