@@ -77,6 +77,7 @@ class _Filler:
 
     @torch.no_grad()
     def fill(self, chunk: Any, metadata: dict[str, Any]) -> None:
+        """Fill one model chunk; what does not fit is noted in `problems`, with every other problem."""
         left = {parameter.data_ptr(): (name, parameter) for name, parameter in chunk.named_parameters()}
         for entry in _list_entries(chunk.sharded_state_dict(metadata=metadata)):
             _, parameter = left.pop(entry.data.data_ptr(), (None, None))

@@ -11,6 +11,10 @@ import sys
 
 
 def main() -> None:
+    """Serve the file on the socket: print `ready` once it listens, end when standard input does.
+
+    Arguments: the GGUF file, the socket's path, tokens of context, threads.
+    """
     file_path, socket_path, num_context_tokens, num_threads = sys.argv[1:5]
     to_parent = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # llama.cpp prints on either

@@ -195,6 +195,7 @@ def _plan_tensor(checkpoint: TrainingCheckpoint, key: str, rows: _Rows, args: Na
     built: list[Tensor] = []  # the new rows, between the first and the last of the boxes
 
     def read(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+        """One box of the new tensor: old rows, rows of new tokens, and zeros for the padding after them."""
         first, last = offsets[0], offsets[0] + sizes[0]
         box = read_rows(checkpoint, key, offsets, sizes, num_rows=rows.num_kept)
         begin, end = max(first, rows.num_kept), min(last, rows.num_tokens)

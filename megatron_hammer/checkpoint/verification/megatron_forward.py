@@ -37,6 +37,10 @@ _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 
 @exit_on_user_error
 def main() -> None:
+    """Compute what the request asks for with Megatron, compare it with transformers' file and write the findings.
+
+    Argument: the folder of the exchange. Where megatron does not import, the findings say so instead.
+    """
     folder = Path(sys.argv[1])
     request = read_request(folder)
     try:

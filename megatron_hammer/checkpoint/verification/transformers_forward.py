@@ -42,6 +42,10 @@ VOCABULARY_ENDINGS = ("embed_tokens.weight", "wte.weight", "lm_head.weight")
 
 @exit_on_user_error
 def main() -> None:
+    """Compute what the request asks for with transformers; write the tensors, then the findings.
+
+    Argument: the folder of the exchange. Where transformers does not import, the findings say so instead.
+    """
     folder = Path(sys.argv[1])
     request = read_request(folder)
     try:
