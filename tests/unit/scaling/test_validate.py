@@ -1,0 +1,171 @@
+"""Errors are those of runs that the coefficients have not seen; layouts are ranked among runs of one job."""
+
+import argparse
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from published_tables import write_table
+
+from megatron_hammer.errors import ConfigError
+from megatron_hammer.scaling.coefficients import Coefficients, load_coefficients
+from megatron_hammer.scaling.commands import validate as command
+from megatron_hammer.scaling.plan import StepTime
+from megatron_hammer.scaling.published_runs import MeasuredRun, read_runs
+from megatron_hammer.scaling.step_time import predict_step
+from megatron_hammer.scaling.validate import (
+    Prediction,
+    build_report,
+    list_fitted_fingerprints,
+    rank_layouts,
+    summarise_errors,
+    validate_runs,
+)
+from megatron_hammer.scaling.validation_report import FITTED_SENTENCE, format_csv, list_rows
+
+
+def read(path: Path, *rows: dict[str, str]) -> list[MeasuredRun]:
+    runs, unpredictable = read_runs(write_table(path, *rows))
+    assert unpredictable == []
+    return runs
+
+
+def predict(run: MeasuredRun, total_s: float, band_ratio: float = 0.1, **cells: Any) -> Prediction:
+    """A prediction that says total_s, its band that ratio to either side."""
+    step = predict_step(run.plan)
+    scaled = {name: getattr(step, name) * total_s / step.total_s for name in STEP_FIELDS}
+    band = {"low_s": total_s * (1 - band_ratio), "high_s": total_s * (1 + band_ratio)}
+    return Prediction(run=run, step=replace(step, **scaled | band), **({"status": "predicted"} | cells))
+
+
+STEP_FIELDS = [name for name in StepTime.__dataclass_fields__ if name not in ("low_s", "high_s")]
+
+
+def unseen() -> Coefficients:
+    return replace(load_coefficients(), provenance={})
+
+
+def test_figures_by_hand(tmp_path: Path) -> None:
+    runs = read(tmp_path / "runs.csv", *({"iteration_time_s": text} for text in ("1", "2", "4")))
+    predictions = [predict(runs[0], 1.2), predict(runs[1], 1.9), predict(runs[2], 4.04)]
+    figures = summarise_errors(predictions)
+    assert figures.num_rows == 3
+    assert figures.median_absolute_ratio == pytest.approx(0.05)
+    assert figures.mean_absolute_ratio == pytest.approx((0.2 + 0.05 + 0.01) / 3)
+    assert figures.bias_ratio == pytest.approx(0.01)
+    assert figures.band_coverage_ratio == pytest.approx(2 / 3)
+
+
+def test_fitted_rows_are_in_no_figure(tmp_path: Path) -> None:
+    runs = read(tmp_path / "runs.csv", {}, {"source": "team_b", "iteration_time_s": "0.9"})
+    known = replace(unseen(), provenance={"sources": {"team_a": [runs[0].fingerprint]}})
+    assert list_fitted_fingerprints(known) == {runs[0].fingerprint}
+    report = validate_runs(runs, [], known)
+    assert [one.status for one in report.predictions] == ["fitted", "predicted"]
+    assert set(report.errors["source"]) == {"team_b"}
+    assert report.errors["all"]["all rows"].num_rows == 1
+    first, second = list_rows(report)
+    assert first["error_ratio"] is None
+    assert first["is_in_band"] is None
+    assert first["predicted_s"] > 0
+    expected = predict_step(runs[1].plan, known).total_s / 0.9 - 1
+    assert second["error_ratio"] == pytest.approx(expected)
+
+
+def test_figures_by_each_dimension(tmp_path: Path) -> None:
+    runs = read(
+        tmp_path / "runs.csv",
+        {"gpu_type": "A100", "gpus": "8", "dp": "4"},
+        {"precision": "fp8"},
+        {"source": "MosaicML_x", "gpus": "1024", "dp": "512", "global_batch": "1024"},
+    )
+    errors = validate_runs(runs, [], unseen()).errors
+    assert set(errors["GPU"]) == {"a100-sxm-80gb", "h100-sxm"}
+    assert set(errors["precision"]) == {"bf16", "fp8"}
+    assert list(errors["scale"]) == ["1-8 GPUs", "9-64 GPUs", "over 512 GPUs"]
+    assert {name: figures.num_rows for name, figures in errors["software"].items()} == {
+        "Megatron-style": 2,
+        "other software": 1,
+    }
+
+
+def test_layouts_of_one_job_are_ranked(tmp_path: Path) -> None:
+    wide = {"tp": "4", "dp": "4", "iteration_time_s": "0.75"}
+    slow = {"tp": "1", "dp": "16", "iteration_time_s": "0.9"}
+    other_job = {"global_batch": "128", "iteration_time_s": "0.1"}
+    runs = read(tmp_path / "runs.csv", {"iteration_time_s": "0.7"}, wide, slow, other_job)
+    predictions = [predict(run, time) for run, time in zip(runs, (0.8, 0.7, 1.0, 0.1), strict=True)]
+    (ranking,) = rank_layouts(predictions)
+    assert ranking.num_layouts == 3
+    assert (ranking.predicted_best.row_number, ranking.measured_best.row_number) == (3, 2)
+    assert ranking.loss_ratio == pytest.approx(0.75 / 0.7 - 1)
+    assert "GPT-tiny x16 h100-sxm bf16, batch 64" in ranking.description
+    fitted = [replace(one, status="fitted") for one in predictions]
+    assert build_report(fitted, []).rankings == ()
+
+
+def run_command(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    command.run(parser.parse_args(words))
+    return capsys.readouterr().out
+
+
+def test_the_command_prints_every_row_and_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_table(tmp_path / "runs.csv", {}, {"seq": ""}, {"tp": "4", "dp": "4"})
+    text = run_command(capsys, "--runs", str(path))
+    assert "seq is blank and its source's sequence length is not known" in text
+    assert "Errors by GPU" in text
+    assert "Ranking of layouts" in text
+    last = text.strip().splitlines()[-1]
+    assert last.startswith("3 rows: 2 predicted, 0 fitted, 1 unpredictable; error of the step time: median ")
+    assert FITTED_SENTENCE not in text
+
+
+def test_the_command_refuses_accuracy_on_fitted_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_table(tmp_path / "runs.csv", {})
+    runs, _ = read_runs(path)
+    known = replace(unseen(), provenance={"fingerprints": [runs[0].fingerprint]})
+    monkeypatch.setattr(command, "load_coefficients", lambda path: known)
+    text = run_command(capsys, "--runs", str(path), "--output-dir", str(tmp_path / "out"))
+    assert "No accuracy is quoted on fitted rows" in text
+    assert text.strip().splitlines()[-1] == "1 rows: 0 predicted, 1 fitted, 0 unpredictable"
+    assert "Errors" not in text
+    assert sorted(item.name for item in (tmp_path / "out").iterdir()) == ["validation.csv", "validation.json"]
+
+
+def test_files_and_json_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_table(tmp_path / "runs.csv", {}, {"gpu_type": "abacus"})
+    text = run_command(capsys, "--runs", str(path), "--json", "--output-dir", str(tmp_path / "out"))
+    document = json.loads(text)
+    assert json.loads((tmp_path / "out" / "validation.json").read_text()) == document
+    assert document["summary"] == {"rows": 2, "counted": 1, "fitted": 0, "unpredictable": 1}
+    assert [row["status"] for row in document["rows"]] == ["predicted", "unpredictable"]
+    assert document["rows"][1]["reason"] == "its GPU 'abacus' is not known; describe it with --gpus-file"
+    assert document["errors"]["all"]["all rows"]["num_rows"] == 1
+    with (tmp_path / "out" / "validation.csv").open(newline="") as file:
+        cells = list(csv.DictReader(file))
+    assert float(cells[0]["predicted_s"]) == pytest.approx(document["rows"][0]["predicted_s"], rel=1e-5)
+    assert cells[1]["predicted_s"] == ""
+    assert (tmp_path / "out" / "validation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_table_is_written_the_same_twice(tmp_path: Path) -> None:
+    runs = read(tmp_path / "runs.csv", {}, {"tp": "4", "dp": "4"})
+    assert format_csv(validate_runs(runs, [], unseen())) == format_csv(validate_runs(runs, [], unseen()))
+
+
+def test_arguments_that_cannot_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match=r"runs: must be given, or --memory, got neither\. Pass --runs FILE\.csv or"):
+        run_command(capsys)
+    with pytest.raises(ConfigError, match=r"cross-validate: needs --runs, got none\. Pass --runs FILE\.csv\."):
+        run_command(capsys, "--cross-validate", "--memory", str(tmp_path / "memory.csv"))
+    path = write_table(tmp_path / "runs.csv", {})
+    words = ("--runs", str(path), "--cross-validate", "--coefficients", "mine.toml")
+    with pytest.raises(ConfigError, match=r"fits its own coefficients, got --coefficients mine\.toml\. Drop one of"):
+        run_command(capsys, *words)
