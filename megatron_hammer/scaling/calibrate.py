@@ -29,6 +29,7 @@ from megatron_hammer.scaling.step_time import predict_step
 
 RELATIVE_ERROR = 0.05  # of one run: software versions, clusters and rounding differ by that much
 SOURCE_WEIGHT_EXPONENT = 0.35  # n runs of one publication count as n to this power, once squared: 0.5 would be equal
+MOST_RUNS_OF_A_SOURCE = 120  # more of one table say nothing new: they are thinned out evenly
 STEP_OF_DIFFERENCE = 1e-3  # of a coefficient's logarithm
 
 
@@ -127,6 +128,18 @@ def select_free_coefficients(
     if not free:
         raise ConfigError("runs: must inform at least one coefficient, got none that does. Add other rows.")
     return free
+
+
+def select_fit_runs[R: Run](runs: Sequence[R]) -> list[R]:
+    """The runs that a fit takes: of a source with very many, MOST_RUNS_OF_A_SOURCE of them evenly spaced."""
+    by_source: dict[str, list[R]] = {}
+    for run in runs:
+        by_source.setdefault(run.source, []).append(run)
+    chosen = []
+    for group in by_source.values():
+        step = max(1.0, len(group) / MOST_RUNS_OF_A_SOURCE)
+        chosen += [group[int(index * step)] for index in range(min(len(group), MOST_RUNS_OF_A_SOURCE))]
+    return chosen
 
 
 def weigh_runs(runs: Sequence[Run]) -> NDArray[np.float64]:

@@ -61,11 +61,10 @@ def estimate_gather_s(num_bytes: float, group: Group, cluster: Cluster, coeffici
     if group.size == 1 or num_bytes == 0:
         return 0.0
     link = build_link(group, cluster, coefficients)
-    seconds = num_bytes * (group.size - 1) / group.size / link.local_bytes_per_s if group.local_size > 1 else 0.0
-    if group.num_domains > 1:
-        remote_s = num_bytes * (group.num_domains - 1) / group.num_domains / link.remote_bytes_per_s
-        seconds = max(seconds, remote_s)
-    return seconds + link.latency_s
+    bandwidth = link.local_bytes_per_s if group.local_size > 1 else link.remote_bytes_per_s
+    if group.num_domains > 1:  # a ring is as slow as its slowest link
+        bandwidth = min(bandwidth, link.remote_bytes_per_s)
+    return num_bytes * (group.size - 1) / group.size / bandwidth + link.latency_s
 
 
 def estimate_all_reduce_s(num_bytes: float, group: Group, cluster: Cluster, coefficients: Coefficients) -> float:

@@ -14,6 +14,7 @@ from megatron_hammer.model.accounting import Layout, RankParameters, count_rank_
 from megatron_hammer.preset_types import ModelPreset
 from megatron_hammer.scaling.coefficients import Coefficients, load_coefficients, select_generation
 from megatron_hammer.scaling.communication import (
+    Group,
     estimate_all_reduce_s,
     estimate_all_to_all_s,
     estimate_exposed_s,
@@ -111,7 +112,6 @@ def predict_step(plan: Plan, coefficients: Coefficients | None = None) -> StepTi
         [stage.total_s + send_s for stage in stages], counts, layout.virtual_pipeline_model_parallel_size
     )
     kind, stage = kinds[schedule.slowest], stages[schedule.slowest]
-    passes = num_microbatches
     forward_layers, backward_layers = layer.time
     embedding_s = sum(one.device_s for one in embedding) if kind.has_embedding else 0.0
     head_s = sum(one.device_s for one in head) if kind.has_head else 0.0
@@ -162,6 +162,8 @@ def build_shard(plan: Plan) -> Shard:
 
 def select_band_class(plan: Plan) -> str:
     """The class of plans whose cross-validated errors are alike: the band's key in the coefficients."""
+    if plan.cluster.full_speed_processes_per_node is not None:
+        return "cpu"
     if plan.sharding == "fsdp":
         return "fsdp"
     if not plan.has_flash_attention:
@@ -220,6 +222,8 @@ def _estimate_tensor_parallel_s(
     group = place_group(shard.tp, 1, cluster)
     num_bytes = shard.element_bytes * shard.num_tokens * model.hidden_size
     one_s = estimate_all_reduce_s(num_bytes, group, cluster, coefficients)
+    if shard.has_sequence_parallel and shard.is_low_precision:
+        one_s *= 0.75  # TransformerEngine gathers the inputs of 8-bit products in 8 bits; sums stay in 16
     shown = coefficients.tensor_exposed_ratio if is_overlapped else 1.0
     forward_s = backward_s = 2.0 * one_s * shown
     return forward_s, backward_s
@@ -296,7 +300,10 @@ def _estimate_pipeline_sends(plan: Plan, shard: Shard, coefficients: Coefficient
     if pp == 1:
         return 0.0, 0.0
     group = place_group(pp, plan.layout.world_size // pp, plan.cluster)
-    num_bytes = shard.element_bytes * shard.pointwise_tokens * plan.model.hidden_size
+    # With sequence parallelism each tensor-parallel rank has its part to send; the older stacks cut the message up as
+    # well, and put it together inside the node (scatter/gather, arXiv 2104.04473, section 4.1).
+    is_cut = shard.has_sequence_parallel or not shard.has_flash_attention
+    num_bytes = shard.element_bytes * shard.num_tokens * plan.model.hidden_size / (shard.tp if is_cut else 1)
     one_s = 2.0 * estimate_send_s(num_bytes, group, plan.cluster, coefficients)
     shown = vp * coefficients.pipeline_exposed_ratio if vp > 1 else 1.0
     return shown * one_s, (pp - 1) * one_s
@@ -375,11 +382,25 @@ def _estimate_data_parallel_s(plan: Plan, stage: StageCost, kind: StageKind, coe
     traffic = _estimate_traffic(plan, _count_kind_parameters(plan, kind), coefficients)
     least = coefficients.data_exposed_ratio
     reduce_s, gather_s = traffic
+    embedding_s = _estimate_tied_embedding_s(plan, coefficients)
     if plan.overlaps_grad_reduce:
         reduce_s = estimate_exposed_s(reduce_s, stage.total_s * (1 - stage.forward_ratio), least)
     if plan.overlaps_param_gather:
         gather_s = estimate_exposed_s(gather_s, stage.total_s * stage.forward_ratio, least)
-    return reduce_s + gather_s
+    return reduce_s + gather_s + embedding_s
+
+
+def _estimate_tied_embedding_s(plan: Plan, coefficients: Coefficients) -> float:
+    """The first and the last stage sum the gradients of the embedding that both hold, after everything else."""
+    pp = plan.layout.pipeline_model_parallel_size
+    if pp == 1 or not plan.model.has_tied_embeddings:
+        return 0.0
+    stride = plan.layout.world_size // pp
+    is_inside = plan.layout.world_size <= plan.cluster.nvlink_domain_size
+    group = Group(2, 2 if is_inside else 1, stride * pp <= (plan.cluster.leaf_size or stride * pp))
+    embedding_size = plan.model.vocab_size * plan.model.hidden_size
+    num_bytes = plan.gradient_bytes * embedding_size / plan.layout.tensor_model_parallel_size
+    return estimate_all_reduce_s(num_bytes, group, plan.cluster, coefficients)
 
 
 def _estimate_fsdp_s(plan: Plan, layer: LayerCost, coefficients: Coefficients) -> float:
@@ -399,11 +420,11 @@ def _estimate_optimizer_s(plan: Plan, coefficients: Coefficients) -> float:
     heaviest = max(
         (_count_kind_parameters(plan, StageKind(num_layers, *ends, 1)) for ends in kinds), key=lambda one: one.total
     )
-    shards = 1.0
+    shards = 1
     if plan.sharding != "none":
         ranks = layout.data_parallel_size * layout.context_parallel_size
         shards = min(plan.shard_size or ranks, ranks)
-    local = heaviest.total / (shards if plan.sharding == "fsdp" else 1.0)
+    local = heaviest.total / (shards if plan.sharding == "fsdp" else 1)
     num_bytes = OPTIMIZER_BYTES_PER_PARAMETER * heaviest.total / shards + plan.gradient_bytes * local
     own = coefficients.select_gpu(plan.gpu)
     return num_bytes / (own.memory_ratio * plan.gpu.memory_bytes_per_s)
