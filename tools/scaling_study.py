@@ -18,7 +18,7 @@ from pathlib import Path
 from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
 from megatron_hammer.preset_types import ModelPreset
 
-COMMANDS: tuple[str, ...] = ("project", "emit", "measure", "profile", "validate", "fit")
+COMMANDS: tuple[str, ...] = ("project", "emit", "measure", "profile", "calibrate", "validate", "fit")
 
 
 def parse_arguments() -> argparse.Namespace:
