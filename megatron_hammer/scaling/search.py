@@ -23,7 +23,6 @@ from megatron_hammer.scaling.plan_memory import estimate_heaviest_plan_stage
 from megatron_hammer.scaling.projection import Projection, SizeProjection, Study
 from megatron_hammer.scaling.search_space import (
     RECOMPUTES,
-    SHARDINGS,
     can_overlap_tensor_parallel,
     is_cpu_host,
     list_layouts,
@@ -37,6 +36,8 @@ GIB = 2**30
 BOUND_MARGIN_RATIO = 0.98
 # What every layer costs each micro-batch, wherever the other ranks are.
 LAYER_PARTS = ("matmul_s", "attention_s", "pointwise_s", "tensor_parallel_s", "context_parallel_s", "expert_parallel_s")
+# Between equally fast plans, the one that Megatron's own checkpoints and defaults know best.
+TIE_SHARDINGS: tuple[Sharding, ...] = ("distributed_optimizer", "none", "fsdp")
 Predict = Callable[[Plan], StepTime]
 EstimateMemory = Callable[[Plan], StageMemory]
 
@@ -224,7 +225,7 @@ def _tie_key(plan: Plan) -> tuple[Any, ...]:
         layout.expert_tp,
         -plan.micro_batch_size,
         RECOMPUTES.index(plan.recompute),
-        -SHARDINGS.index(plan.sharding),
+        TIE_SHARDINGS.index(plan.sharding),
         layout.accounts_for_embedding,
         layout.accounts_for_loss,
         layout.num_layers_first_stage or 0,
