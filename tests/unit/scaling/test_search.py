@@ -104,7 +104,7 @@ def test_the_bound_prunes() -> None:
         calls.append(plan)
         return predict(plan)
 
-    size = Search(predict=counted).search_plans(build_toy_study(num_best=1), 16)
+    size = Search(predict=counted).search_plans(build_toy_study(num_best=1, global_batch_size=256), 64)
     assert 2 * len(calls) < size.num_candidates
 
 
