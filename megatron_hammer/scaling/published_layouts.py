@@ -18,7 +18,7 @@ from megatron_hammer.scaling.published_stacks import Stack
 
 def name_source_family(source: str) -> str:
     """The source less its version or table: rows of two versions are near copies, and are left out together."""
-    bare = re.sub(r"[_-]?v?\d+(\.\d+)+$", "", source)
+    bare = re.sub(r"[_-]v?\d+(\.\d+)+$", "", source)
     return re.sub(r"_(weak|strong|flops|modelparallel|dataparallel)$", "", bare)
 
 

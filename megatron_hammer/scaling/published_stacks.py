@@ -104,23 +104,6 @@ STACKS: tuple[Stack, ...] = (
         flop_convention="hardware",
     ),
     Stack(
-        name="Megatron-DeepSpeed of vTrain, one node",
-        source_pattern=r"vtrain_ground_truth_single",
-        source=(
-            "VIA-Research/vTrain src/: fp16, vocabulary 50,257, unfused attention; not recomputed, although configs "
-            "say so: its 144 TFLOP/s of convention B at hidden 2048 would be 190 of hardware"
-        ),
-        precision="fp16",
-        sharding="none",
-        has_flash_attention=False,
-        has_sequence_parallel=False,
-        overlaps_data_parallel=False,
-        overlaps_tensor_parallel=False,
-        gradient_bytes=2,
-        flop_convention="hardware",
-        cluster_of_gpu=(("a100-sxm-80gb", "vtrain-a100"),),
-    ),
-    Stack(
         name="Megatron-DeepSpeed of vTrain",
         source_pattern=r"vtrain",
         source="VIA-Research/vTrain src/ and config/validation: fp16, vocabulary 50,257, recomputed, unfused attention",
