@@ -40,6 +40,9 @@ GPU_GEMM_SHAPES = (
     *((2048, 2048, 2560), (2048, 2048, 11264), (2048, 5632, 2048), (4096, 4096, 6144), (4096, 4096, 28672)),
     *((4096, 14336, 4096), (8192, 8192, 10240), (8192, 8192, 57344), (8192, 28672, 8192)),
 )
+# Sequence lengths, heads and their width.
+CPU_ATTENTION = ((256, 512, 1024), 16, 16)
+GPU_ATTENTION = ((1024, 2048, 4096, 8192), 16, 128)
 MESSAGE_BYTES = tuple(4**power for power in range(5, 13))  # 1 KiB to 16 MiB
 
 
@@ -199,8 +202,7 @@ def time_fp8_gemms(bench: Bench) -> None:
 
 def time_attention(bench: Bench, dtype: str) -> None:
     """Causal attention of one layer, forward, and forward with backward; FLOPs with the masked half left out."""
-    is_gpu = bench.device == "cuda"
-    lengths, heads, width = ((1024, 2048, 4096, 8192), 16, 128) if is_gpu else ((256, 512, 1024), 16, 16)
+    lengths, heads, width = GPU_ATTENTION if bench.device == "cuda" else CPU_ATTENTION
     for length in lengths:
         qkv = [random_tensor(bench, dtype, 2, heads, length, width).requires_grad_() for _ in range(3)]
         grad = random_tensor(bench, dtype, 2, heads, length, width)
