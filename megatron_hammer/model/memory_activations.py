@@ -59,13 +59,12 @@ def estimate_layer_activations(
     attention, dropped = _count_attention(model, layout, batch, options, widths)
     mlp, mlp_dropped = _count_mlp(model, layout, options, widths)
     whole = round(attention + mlp)
-    if options.recompute == "full":
+    kept = round(whole - dropped - mlp_dropped)
+    if options.recompute == "full":  # the layer that is being recomputed is whole; its input is one of those kept
         kept = count_hidden_bytes(model, layout, batch, options)
-        # The layer that is being recomputed is whole; its input is one of those kept.
-        return LayerActivations(kept, whole, _count_transient(model, layout, batch, options, widths))
-    return LayerActivations(
-        round(whole - dropped - mlp_dropped), whole, _count_transient(model, layout, batch, options, widths)
-    )
+    elif options.is_recomputed("every_other_matmul"):
+        kept = _count_every_other_matmul(model, layout, options, widths)
+    return LayerActivations(kept, whole, _count_transient(model, layout, batch, options, widths))
 
 
 def count_hidden_bytes(model: ModelPreset, layout: Layout, batch: Batch, options: MemoryOptions) -> int:
@@ -158,7 +157,9 @@ def _count_mlp(model: ModelPreset, layout: Layout, options: MemoryOptions, width
 
 def _count_mlp_width(model: ModelPreset, options: MemoryOptions, ffn_hidden_size: int) -> float:
     """Bytes a token of the activation's input (gate and up for SwiGLU) and of its output, which linear_fc2 takes."""
-    inputs = 2 if model.activation == "swiglu" else 1
+    inputs = 1
+    if model.activation == "swiglu":
+        inputs = 2 if options.has_fused_activation else 3
     return ffn_hidden_size * (inputs * options.element_bytes + options.linear_input_bytes)
 
 
@@ -177,6 +178,16 @@ def _count_experts(model: ModelPreset, layout: Layout, options: MemoryOptions, w
     activation_outputs = copies * linear * ffn
     routed = copies * (linear * model.hidden_size + 2 * element * ffn) + activation_outputs
     return router + routed, activation_outputs
+
+
+def _count_every_other_matmul(model: ModelPreset, layout: Layout, options: MemoryOptions, widths: _Widths) -> int:
+    """Input of the layer, attention's output, and of q, k, v, out, gate, up and down the first, third, ... product.
+
+    Source: pytorch/torchtitan distributed/activation_checkpoint.py, selective_ac_option "op".
+    """
+    along_sequence = 2 * model.hidden_size * widths.sequence_tokens
+    cut = 2 * widths.queries + widths.key_values + model.ffn_hidden_size / _tp(layout)
+    return round(options.element_bytes * (along_sequence + cut * widths.tokens))
 
 
 def _count_transient(model: ModelPreset, layout: Layout, batch: Batch, options: MemoryOptions, widths: _Widths) -> int:

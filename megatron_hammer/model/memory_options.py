@@ -9,13 +9,19 @@ from typing import Literal
 # Of the matrix products; everything else is 16-bit beside the 8- and 4-bit ones (bf16 stands for fp16 too).
 Precision = Literal["fp32", "bf16", "fp8", "mxfp8", "nvfp4"]
 Recompute = Literal["none", "selective", "full"]
-RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts"]
+# Megatron's --recompute-modules, and torchtitan's checkpointing of operators, which keeps every second product.
+RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts", "every_other_matmul"]
 Sharding = Literal["none", "distributed_optimizer", "fsdp"]
 CrossEntropy = Literal["unfused", "native", "te"]  # the two others: --cross-entropy-fusion-impl
 
 # Bytes of one element that a linear keeps as its input, and of one copy of its quantized weight, with their block
 # scales: a byte for 32 elements (MXFP8), a byte for 16 (NVFP4). Per-tensor fp8 scales are no memory.
 QUANTIZED_BYTES: dict[Precision, float] = {"fp8": 1.0, "mxfp8": 33 / 32, "nvfp4": 9 / 16}
+
+# cuBLAS takes its workspaces from torch's allocator (32 MiB each since Hopper), so they are part of a recorded peak.
+# With what TransformerEngine and small tensors add, it is 50 MiB in each of SimuMax's 16 published B200 peaks of Llama
+# models and 50 to 130 MiB in the H100 runs of Megatron-LM's own tests.
+WORKSPACE_BYTES = 80 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,8 +39,11 @@ class MemoryOptions:
     sharding: Sharding | None = None  # None: what the layout says of the distributed optimizer
     shard_size: int | None = None  # ranks that share one copy of what is sharded; None: all that hold the same
     gradient_bytes: int = 4  # of an element of the gradient buffer; 2 where gradients are accumulated in 16 bits
+    reshards_after_forward: bool = True  # of FSDP; False: gathered weights and whole gradients stay for a step
+    has_fused_activation: bool = True  # False: the output of SiLU is kept beside its product with the other half
     has_fused_weight_gradients: bool = True  # --gradient-accumulation-fusion: none is ever a tensor of its own
     has_fp8_parameters: bool = False  # --fp8-param-gather: the weights themselves are quantized
+    workspace_bytes: int = WORKSPACE_BYTES
     vocab_divisible_by: int = 128
 
     @property

@@ -18,11 +18,6 @@ from megatron_hammer.model.parameters import (
 )
 from megatron_hammer.preset_types import ModelPreset
 
-# cuBLAS takes its workspaces from torch's allocator (32 MiB each since Hopper), so they are part of a recorded peak.
-# With what TransformerEngine and small tensors add, it is 50 MiB in each of SimuMax's 16 published B200 peaks of Llama
-# models and 50 to 130 MiB in the H100 runs of Megatron-LM's own tests.
-WORKSPACE_BYTES = 80 * 2**20
-
 
 class StageState(NamedTuple):
     """Bytes of one rank of a stage."""
@@ -68,12 +63,12 @@ def estimate_state(
     element = options.element_bytes
     weight_bytes, weight_copies = _count_weight_bytes(options, total, linear)
     is_fsdp = options.sharding == "fsdp"
-    buffers = WORKSPACE_BYTES + weight_copies
+    buffers = options.workspace_bytes + weight_copies
     if options.has_fused_weight_gradients:
         buffers += _count_placeholder_bytes(layer, head if is_last_stage else None, element)
     if is_fsdp:
         ends = (embedding.dense * is_first_stage, head.dense * is_last_stage)
-        buffers += _count_gathered_bytes(layer, max(ends), options)
+        buffers += _count_gathered_bytes(layer, max(ends), options, total)
     held = shard if is_fsdp else total
     return StageState(
         weights=round(weight_bytes * held / total) if total else 0,
@@ -175,10 +170,13 @@ def _count_placeholder_bytes(layer: _PartSizes, head: _PartSizes | None, element
     return element * sum(shapes)
 
 
-def _count_gathered_bytes(layer: _PartSizes, largest_end: int, options: MemoryOptions) -> int:
+def _count_gathered_bytes(layer: _PartSizes, largest_end: int, options: MemoryOptions, total: int) -> int:
     """FSDP's whole parts: the layer at work and the next one's weights, a part's gradient on its way, the ends.
 
     Units are a layer, the embedding and the head (Megatron-FSDP and FSDP2 alike); an end is whole while it works.
+    Without resharding, as FSDP2 under a pipeline, all of the rank's weights and gradients are whole.
     """
     element, layer_size = options.element_bytes, layer.dense + layer.expert
+    if not options.reshards_after_forward:
+        return (element + options.gradient_bytes) * total
     return 2 * element * layer_size + (element + options.gradient_bytes) * max(layer_size, largest_end)

@@ -1,0 +1,99 @@
+"""State and lasting buffers of a stage: bytes a parameter, quantized copies, placeholders, gathered layers."""
+
+import dataclasses
+
+import pytest
+
+from megatron_hammer.model.layout import Layout
+from megatron_hammer.model.memory_options import WORKSPACE_BYTES, MemoryOptions
+from megatron_hammer.model.memory_state import count_shard_ranks, estimate_state, select_part_sizes
+from megatron_hammer.model.parameters import count_optimizer_shard, count_rank_parameters
+from megatron_hammer.presets import PRESETS
+
+MODEL = PRESETS["hammer-1b4"].model
+H, FFN, KV, ROWS = 2048, 5632, 256, 105_856  # the vocabulary is padded to a multiple of 128
+LAYER_LINEARS = H * (H + 2 * KV) + H * H + 3 * H * FFN
+LAYER = LAYER_LINEARS + 2 * H
+WHOLE_MODEL = {"num_layers": 22, "is_first_stage": True, "is_last_stage": True}
+
+
+def estimate(layout=None, stage=WHOLE_MODEL, **options):
+    return estimate_state(MODEL, layout or Layout(has_distributed_optimizer=False), MemoryOptions(**options), **stage)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize(
+    "model_name, pp",
+    [("hammer-1b4", 1), ("hammer-1b4", 11), ("gpt2-124m", 1), ("gpt2-124m", 3), ("tiny-llm-zh-moe", 1),
+     ("tiny-llm-zh-moe", 2)],
+)  # fmt: skip
+def test_parts_add_up_to_the_exact_count_of_a_rank(tp, pp, model_name):
+    model = PRESETS[model_name].model
+    ep = 2 if model.moe else 1
+    layout = Layout(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        data_parallel_size=4,
+        expert_model_parallel_size=ep,
+        has_sequence_parallel=tp > 1,
+    )
+    for pp_rank in {0, pp - 1}:
+        exact = count_rank_parameters(model, layout, pp_rank)
+        shard = count_optimizer_shard(model, layout, pp_rank)
+        state = estimate_state(
+            model,
+            layout,
+            MemoryOptions(),
+            num_layers=model.num_layers // pp,
+            is_first_stage=pp_rank == 0,
+            is_last_stage=pp_rank == pp - 1,
+        )
+        assert (state.weights, state.gradients, state.optimizer) == (2 * exact.total, 4 * exact.total, 12 * shard.total)
+
+
+def test_placeholders_of_weight_gradients_are_one_for_each_shape():
+    plain, fused = estimate(has_fused_weight_gradients=False), estimate()
+    assert plain.buffers == WORKSPACE_BYTES
+    assert fused.buffers - plain.buffers == 2 * (LAYER_LINEARS + ROWS * H)
+    middle = {"num_layers": 11, "is_first_stage": False, "is_last_stage": False}
+    assert estimate(stage=middle).buffers - WORKSPACE_BYTES == 2 * LAYER_LINEARS  # no head there
+
+
+@pytest.mark.parametrize("precision, copy_bytes", [("fp8", 1), ("mxfp8", 33 / 32), ("nvfp4", 9 / 16)])
+def test_quantized_weights_are_kept_twice(precision, copy_bytes):
+    linears = 22 * LAYER_LINEARS
+    beside, instead = estimate(precision=precision), estimate(precision=precision, has_fp8_parameters=True)
+    assert beside.weights == estimate().weights
+    assert beside.buffers - estimate().buffers == round(2 * copy_bytes * linears)
+    assert instead.weights == estimate().weights - 2 * linears + round(2 * copy_bytes * linears)
+    assert instead.buffers == estimate().buffers
+
+
+def test_fsdp_divides_all_state_and_gathers_layers():
+    layout = Layout(data_parallel_size=8)
+    whole = estimate(has_fused_weight_gradients=False)
+    sharded = estimate(layout, sharding="fsdp", has_fused_weight_gradients=False)
+    parameters = whole.weights // 2
+    shard = -(-parameters // 8)
+    assert (sharded.weights, sharded.gradients, sharded.optimizer) == (2 * shard, 4 * shard, 12 * shard)
+    # Two layers in 16 bits; the head, which is larger, with its weight and gradient.
+    assert sharded.buffers - whole.buffers == 2 * 2 * LAYER + 6 * (ROWS * H + H)
+    kept = estimate(layout, sharding="fsdp", has_fused_weight_gradients=False, reshards_after_forward=False)
+    assert kept.buffers - whole.buffers == 6 * parameters
+
+
+def test_shard_ranks():
+    layout = Layout(data_parallel_size=8, context_parallel_size=2, expert_model_parallel_size=4)
+    assert count_shard_ranks(layout, MemoryOptions()) == (16, 4)
+    assert count_shard_ranks(layout, MemoryOptions(shard_size=8)) == (8, 4)
+    assert count_shard_ranks(layout, MemoryOptions(sharding="none")) == (1, 1)
+    whole = dataclasses.replace(layout, has_distributed_optimizer=False)
+    assert count_shard_ranks(whole, MemoryOptions()) == (1, 1)
+    assert count_shard_ranks(whole, MemoryOptions(sharding="fsdp")) == (16, 4)
+
+
+def test_a_tied_head_is_a_copy_only_on_a_stage_of_its_own():
+    tied = PRESETS["gpt2-124m"].model
+    assert select_part_sizes(tied, Layout(), 128)[2].dense == 2 * tied.hidden_size  # the final norm
+    _, embedding, head = select_part_sizes(tied, Layout(pipeline_model_parallel_size=2), 128)
+    assert head.dense - 2 * tied.hidden_size == 50_304 * tied.hidden_size < embedding.dense
