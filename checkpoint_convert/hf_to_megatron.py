@@ -12,11 +12,10 @@ import json
 import sys
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from megatron_hammer.checkpoint.import_hf import DTYPES, ImportOptions, ImportReport, import_from_hugging_face
+from megatron_hammer.checkpoint.verification.table import print_checks
 from megatron_hammer.checkpoint.verification.verify import LEVELS
 from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
 from megatron_hammer.platforms.terminal_progress import build_progress
@@ -66,7 +65,7 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(dataclasses.asdict(report), default=str, indent=2))
         return
-    Console().print(build_table(report))
+    print_checks(report.checks)
     print(summarise(report))
 
 
@@ -83,14 +82,6 @@ def import_with_progress(options: ImportOptions) -> ImportReport:
             )
 
         return import_from_hugging_face(options, show)
-
-
-def build_table(report: ImportReport) -> Table:
-    """What was verified; a check that could not be done says why."""
-    table = Table("check", "result", "", box=None, pad_edge=False, header_style="bold")
-    for check in report.checks:
-        table.add_row(check.check, check.result, "not done" if check.is_passed is None else "passed")
-    return table
 
 
 def summarise(report: ImportReport) -> str:

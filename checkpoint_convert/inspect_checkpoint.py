@@ -24,7 +24,6 @@ from megatron_hammer.checkpoint.inspection.report import (
     description_to_json,
     print_comparison,
     print_description,
-    print_rows,
     print_statistics,
     statistics_to_json,
     summarise_comparison,
@@ -32,6 +31,7 @@ from megatron_hammer.checkpoint.inspection.report import (
     summarise_statistics,
 )
 from megatron_hammer.checkpoint.inspection.tensor_views import OpenedCheckpoint, open_any
+from megatron_hammer.checkpoint.verification.table import print_checks
 from megatron_hammer.checkpoint.verification.verify import LEVELS, CheckRow, verify_model
 from megatron_hammer.errors import ConfigError, exit_on_interrupt, exit_on_user_error
 from megatron_hammer.platforms.terminal_progress import build_progress
@@ -150,7 +150,7 @@ def compare(arguments: argparse.Namespace) -> None:
     else:
         print_comparison(found, open_console())
         if rows:
-            print_rows(rows, open_console())
+            print_checks(rows, title="Megatron against transformers")
         print(summarise_comparison(found))
     if not found.is_equal or any(row.is_passed is False for row in rows):
         sys.exit(DIFFERENT_EXIT_CODE)

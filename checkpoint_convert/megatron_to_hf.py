@@ -12,9 +12,6 @@ import json
 import sys
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from megatron_hammer.checkpoint.export import (
     DEFAULT_MAX_SHARD_BYTES,
     DTYPES,
@@ -23,6 +20,7 @@ from megatron_hammer.checkpoint.export import (
     export_to_hugging_face,
 )
 from megatron_hammer.checkpoint.reader import WEIGHTS
+from megatron_hammer.checkpoint.verification.table import print_checks
 from megatron_hammer.checkpoint.verification.verify import LEVELS
 from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
 from megatron_hammer.platforms.terminal_progress import show_stages
@@ -88,7 +86,7 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(dataclasses.asdict(report), default=str))
     else:
-        print_checks(report)
+        print_checks(report.checks)
         print(summarise(report))
 
 
@@ -96,15 +94,6 @@ def export_with_progress(options: ExportOptions) -> ExportReport:
     """Run with a live line on the terminal's stderr; where stderr is a file, it stays silent."""
     with show_stages() as show:
         return export_to_hugging_face(options, show)
-
-
-def print_checks(report: ExportReport) -> None:
-    """One line a check: what was held against what, and what came out."""
-    table = Table("check", "result", "")
-    marks = {True: "passed", False: "failed", None: "not done"}
-    for row in report.checks:
-        table.add_row(row.check, row.result, marks[row.is_passed])
-    Console().print(table)
 
 
 def summarise(report: ExportReport) -> str:

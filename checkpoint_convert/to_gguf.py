@@ -12,10 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
+from megatron_hammer.checkpoint.verification.table import print_checks
 from megatron_hammer.errors import USER_ERROR_EXIT_CODE, exit_on_interrupt, exit_on_user_error
 from megatron_hammer.platforms.terminal_progress import show_stages
 
@@ -27,9 +24,6 @@ except ModuleNotFoundError as error:
         raise
     print("error: gguf: must be installed, got none. Run pip install gguf xllamacpp.", file=sys.stderr)
     sys.exit(USER_ERROR_EXIT_CODE)
-
-LOG_WIDTH = 300  # of a table that goes to a file, so that no row is broken
-MARKS = {True: "passed", False: "FAILED", None: ""}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -83,7 +77,7 @@ def main() -> None:
         return
     for note in report.notes:
         print(f"note: {note}", file=sys.stderr)
-    print_checks(report)
+    print_checks(report.checks)
     for example in report.examples:
         print(f"example: {example}")
     print(summarise(report))
@@ -93,15 +87,6 @@ def export_with_progress(options: GgufOptions) -> GgufReport:
     """Run with a live line on the terminal's stderr; where stderr is a file, it stays silent."""
     with show_stages() as show:
         return export_to_gguf(options, show)
-
-
-def print_checks(report: GgufReport) -> None:
-    """One line a check; what could not be done says why and has no mark."""
-    table = Table("check", "result", "", box=box.SIMPLE)
-    for row in report.checks:
-        table.add_row(row.check, row.result, MARKS[row.is_passed])
-    is_terminal = sys.stdout.isatty()
-    Console(width=None if is_terminal else LOG_WIDTH).print(table)
 
 
 def summarise(report: GgufReport) -> str:

@@ -13,9 +13,7 @@ from rich.table import Table
 from megatron_hammer.checkpoint.inspection.comparison import Comparison, TensorDifference
 from megatron_hammer.checkpoint.inspection.inspection import CheckpointDescription, TensorEntry
 from megatron_hammer.checkpoint.inspection.tensor_statistics import TensorStatistics
-from megatron_hammer.checkpoint.verification.verify import CheckRow
 
-VERDICTS = {True: "passed", False: "FAILED", None: "not done"}
 MAX_LISTED = 60  # of differences, in tables; JSON has all
 _FIRST = ("embedding.", "model.embed_tokens.", "transformer.wte.", "transformer.wpe.", "wte.", "wpe.")
 _MOMENT = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.\w+\.")
@@ -142,6 +140,7 @@ def description_to_json(found: CheckpointDescription) -> dict[str, Any]:
 
 
 def print_statistics(measured: Mapping[str, TensorStatistics], console: Console) -> None:
+    """One row a tensor: its finite elements in numbers, and how many are none; a broken one stands out."""
     table = Table(title="statistics of the finite elements", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("name", overflow="fold")
     for name in ("elements", "min", "max", "mean", "std", "NaN", "infinite", "zero"):
@@ -203,17 +202,6 @@ def _difference_cells(difference: TensorDifference) -> tuple[str, ...]:
         largest,
         count,
     )
-
-
-def print_rows(rows: Sequence[CheckRow], console: Console) -> None:
-    """The table of `verify_model`."""
-    table = Table(title="Megatron against transformers", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("check", overflow="fold")
-    table.add_column("result", overflow="fold")
-    table.add_column("", no_wrap=True)
-    for row in rows:
-        table.add_row(row.check, row.result, VERDICTS[row.is_passed])
-    console.print(table)
 
 
 def summarise_comparison(found: Comparison) -> str:
