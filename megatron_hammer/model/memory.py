@@ -138,6 +138,27 @@ def count_in_flight(layout: Layout, pp_rank: int, num_microbatches: int) -> int:
     return min(num_warmup + 1, num_microbatches * vp)
 
 
+def count_layers_alive(layout: Layout, chunk_sizes: tuple[int, ...], num_in_flight: int, num_microbatches: int) -> int:
+    """Layers of a stage whose activations are alive at the peak; chunk_sizes: the layers of each of its chunks.
+
+    Chunks of equal size, or one: size x passes. Else (the embedding or the loss takes a layer's place in one chunk)
+    the passes are counted in Megatron's order: pp micro-batches through a chunk, then through the next one; backward
+    from the last chunk on, one pass behind `num_in_flight` forward ones.
+    """
+    if len(set(chunk_sizes)) == 1:
+        return num_in_flight * chunk_sizes[0]
+    pp, vp = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size
+    num_passes = num_microbatches * vp
+    alive = most = 0
+    for forward in range(min(num_passes, num_in_flight + 2 * pp * vp)):
+        backward = forward - num_in_flight
+        if backward >= 0:
+            alive -= chunk_sizes[vp - 1 - backward // pp % vp]
+        alive += chunk_sizes[forward // pp % vp]
+        most = max(most, alive)
+    return most
+
+
 def _drop_data_parallelism(layout: Layout) -> Layout:
     """The layout with as few model copies as its experts allow: their number changes no activation."""
     expert_ranks = layout.expert_model_parallel_size * layout.expert_tp
@@ -159,9 +180,8 @@ def _list_peaks(
     last_pp_rank = len(split) - 1
     for pp_rank, chunks in enumerate(split):
         num_in_flight = count_in_flight(layout, pp_rank, num_microbatches)
-        # The chunks of a stage hold equally many layers unless the embedding or the loss takes a place; then the
-        # larger chunk stands for all of them.
-        layers_alive = num_in_flight * max(chunk.num_layers for chunk in chunks)
+        sizes = tuple(chunk.num_layers for chunk in chunks)
+        layers_alive = count_layers_alive(layout, sizes, num_in_flight, num_microbatches)
         first_chunks = -(-num_in_flight // layout.virtual_pipeline_model_parallel_size) if pp_rank == 0 else 0
         moment = _select_worst_moment(
             layer, layers_alive, first_chunks * embedding, head if pp_rank == last_pp_rank else None

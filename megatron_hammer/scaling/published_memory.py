@@ -17,7 +17,7 @@ from megatron_hammer.model.layout import find_layout_problems
 from megatron_hammer.model.memory_options import RecomputeModule
 from megatron_hammer.model.parameters import find_shard_problems
 from megatron_hammer.model.pipeline_split import find_split_problems
-from megatron_hammer.preset_types import ModelPreset
+from megatron_hammer.preset_types import ModelPreset, MoeShape
 from megatron_hammer.scaling.plan import Precision, Recompute, Sharding
 from megatron_hammer.scaling.published_cells import PublishedRow
 from megatron_hammer.scaling.published_memory_cells import MemoryKind, read_cells, read_count, read_measurement
@@ -144,7 +144,8 @@ def _refuse_what_is_not_modelled(cells: Mapping[str, str]) -> None:
 def _apply_name_rules(cells: Mapping[str, str], assumptions: list[str]) -> dict[str, Any]:
     """Fields that the row's own words decide, by field name."""
     source = cells["source"].lower()
-    text = _spell(cells["model"]), cells["quantity"].lower(), cells["model"].lower()
+    name = cells["model"].lower()
+    text = _spell(name), name, cells["quantity"].lower(), f"{cells['gpu_type']} {cells['provenance']} {name}".lower()
     changes: dict[str, Any] = {}
     for rule in NAME_RULES:
         if re.search(rule.source_pattern, source) and any(re.search(rule.pattern, words) for words in text):
@@ -178,6 +179,13 @@ def _build_model(
         ffn = int(4 * row.hidden * 2 / 3 / 64) * 64
         model = replace(model, activation="swiglu", ffn_hidden_size=ffn)
         assumptions.append(f"ffn {ffn}: Megatron's default for SwiGLU; the row's 4 x hidden is its default without")
+    experts = re.search(r"_(\d+)experts", row.model)
+    if experts and "moe_topk" in changes:
+        moe = MoeShape(
+            num_experts=int(experts[1]), router_topk=changes["moe_topk"], ffn_hidden_size=model.ffn_hidden_size
+        )
+        model = replace(model, moe=moe)
+        assumptions.append(f"{moe.num_experts} experts, {moe.router_topk} a token: its name")
     return replace(model, **_select_fields(changes, ModelPreset))
 
 
@@ -201,6 +209,7 @@ def _build_layout(
         context_parallel_size=cp,
         data_parallel_size=dp,
         has_sequence_parallel=has_sequence_parallel,
+        expert_model_parallel_size=read_count(cells, "ep") or 1,
         **_select_fields(changes, Layout),
     )
     if find_split_problems(model.num_layers, layout):

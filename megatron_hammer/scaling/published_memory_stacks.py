@@ -181,6 +181,26 @@ NAME_RULES: tuple[NameRule, ...] = (
         says="--attention-backend unfused, as the tests that do not resume", changes=(("has_flash_attention", False),),
     ),
     NameRule(
+        pattern=r"golden_values_lts\S* gpt3_mcore_te_(?!.*(nondeterministic|cp2|reshard_1x4|reshard_8x1))",
+        source_pattern=_CI, says="unfused attention: the lts image's fused attention is not deterministic",
+        changes=(("has_flash_attention", False),),
+    ),
+    NameRule(
+        pattern=r"^a100", source_pattern=_CI, says="40 MiB of workspaces: cuBLAS takes 8 MiB each before Hopper",
+        changes=(("workspace_bytes", 40 * 2**20),),
+    ),
+    NameRule(
+        pattern=r"\dexperts", source_pattern=_CI, says="one expert a token and no biases",
+        changes=(("moe_topk", 1), ("has_linear_bias", False)),
+    ),
+    NameRule(
+        pattern=r"top2router|etp1_ep4", source_pattern=_CI, says="two experts a token", changes=(("moe_topk", 2),)
+    ),
+    NameRule(
+        pattern=r"etp1", source_pattern=_CI, says="experts not cut by tensor parallelism",
+        changes=(("expert_tensor_parallel_size", 1),),
+    ),
+    NameRule(
         pattern=r"_cp\d", source_pattern=_CI, says="no dropout with context parallelism",
         changes=(("has_dropout", False),),
     ),

@@ -6,7 +6,13 @@ import pytest
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.layout import Layout, layout_from_recipe
-from megatron_hammer.model.memory import CUDA_CONTEXT_BYTES, count_in_flight, estimate_memory
+from megatron_hammer.model.memory import (
+    CUDA_CONTEXT_BYTES,
+    count_in_flight,
+    count_layers_alive,
+    estimate_heaviest_stage,
+    estimate_memory,
+)
 from megatron_hammer.model.memory_activations import count_layer_activation_bytes
 from megatron_hammer.model.memory_options import MemoryOptions
 from megatron_hammer.presets import PRESETS, ModelPreset
@@ -268,6 +274,21 @@ def test_in_flight(pp, vp, num_microbatches, in_flight):
     assert [count_in_flight(layout, rank, num_microbatches) for rank in range(pp)] == in_flight
 
 
+@pytest.mark.parametrize(
+    "chunk_sizes, num_in_flight, num_microbatches, alive",
+    [
+        ((2, 2), 5, 8, 10),
+        ((1, 0), 5, 4, 4),  # four micro-batches through the first chunk, then one through the empty one
+        ((1, 0), 5, 8, 5),  # the fifth enters the first chunk before the first leaves it
+        ((0, 1), 11, 4, 4),
+        ((3,), 4, 8, 12),
+    ],
+)
+def test_layers_alive_in_uneven_chunks(chunk_sizes, num_in_flight, num_microbatches, alive):
+    layout = Layout(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=len(chunk_sizes))
+    assert count_layers_alive(layout, chunk_sizes, num_in_flight, num_microbatches) == alive
+
+
 def test_interleaving_costs_the_papers_factor():
     def first_stage(vp):
         layout = Layout(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=vp)
@@ -289,6 +310,29 @@ def test_experts_are_shared_out():
     assert estimate(4).weights_bytes < estimate(1).weights_bytes
     assert estimate(4).activations_bytes == estimate(1).activations_bytes  # balanced load
     assert estimate(4).optimizer_bytes == pytest.approx(estimate(1).optimizer_bytes, abs=24)
+
+
+def test_the_worst_moment_of_a_step():
+    batch = {"micro_batch_size": 8, "seq_length": 2048, "num_microbatches": 16}
+    model = PRESETS["hammer-1b4"].model
+    # With fused cross entropy the head's backward pass needs more than the loss; without a head a layer's does.
+    (loss,) = estimate_memory(model, Layout(), **batch)
+    (head,) = estimate_memory(model, Layout(), **batch, options=MemoryOptions(cross_entropy="te"))
+    first, _ = estimate_memory(model, Layout(pipeline_model_parallel_size=2), **batch)
+    logits, hidden = 8 * 2048 * 105_856, 2 * 8 * 2048 * 2048
+    assert (loss.logits_bytes, loss.transient_bytes) == (6 * logits, 0)
+    assert (head.logits_bytes, head.transient_bytes) == (2 * logits, hidden)
+    assert (first.logits_bytes, first.transient_bytes) == (0, 2 * 8 * 2048 * 2 * 5632 + hidden)
+    (full,) = estimate_memory(model, Layout(), **batch, options=MemoryOptions(recompute="full"))
+    # At the loss no layer is being recomputed: 22 inputs, those of the final norm and the head, and the token ids.
+    assert full.activations_bytes == 24 * hidden + 8 * 8 * 2048
+
+
+def test_heaviest_stage_of_many():
+    model, layout = PRESETS["llama2-7b"].model, Layout(pipeline_model_parallel_size=8)
+    batch = {"micro_batch_size": 1, "seq_length": 4096, "num_microbatches": 32}
+    stages = estimate_memory(model, layout, **batch)
+    assert estimate_heaviest_stage(model, layout, **batch) == max(stages, key=lambda stage: stage.total_bytes)
 
 
 def test_a_layout_that_cannot_be_is_refused():
