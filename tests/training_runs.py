@@ -1,9 +1,13 @@
 """Start real training runs from tests, as a user would, and read what they wrote."""
 
+import functools
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +49,52 @@ def environment() -> dict[str, str]:
 
 
 def run(num_processes: int, *flags: str) -> subprocess.CompletedProcess[str]:
-    """Run training to its end, whatever its exit code."""
+    """Run training to its end, whatever its exit code; its ranks are forked (see rank_server) where that is safe."""
+    if sys.platform == "linux":
+        return _start_rank_server().run(num_processes, *flags)
     return subprocess.run(
         command(num_processes, *flags), env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S
     )
+
+
+class RankServer:
+    """A process that forks ranks of training runs; it ends with this one."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(REPOSITORY / "tests" / "rank_server.py")],
+            env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+
+    def run(self, num_processes: int, *flags: str) -> subprocess.CompletedProcess[str]:
+        """One run to its end. Raises TimeoutExpired, and ends every process of it, as subprocess.run does."""
+        with tempfile.TemporaryDirectory() as folder:
+            streams = {name: Path(folder, name) for name in ("stdout_path", "stderr_path")}
+            for path in streams.values():
+                path.touch()
+            start = {"num_processes": num_processes, "flags": flags, "directory": Path.cwd()}
+            answer = self._ask(json.dumps(start | streams | {"environment": environment()}, default=str))
+            stdout, stderr = (path.read_text() for path in streams.values())
+        return subprocess.CompletedProcess(command(num_processes, *flags), int(answer), stdout, stderr)
+
+    def _ask(self, request: str) -> str:
+        assert self.process.stdin
+        assert self.process.stdout
+        print(request, file=self.process.stdin, flush=True)
+        is_answered, _, _ = select.select([self.process.stdout], [], [], TIMEOUT_S)
+        answer = self.process.stdout.readline() if is_answered else ""
+        if not answer:
+            _start_rank_server.cache_clear()
+            code = self.process.poll()
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise subprocess.TimeoutExpired(request, TIMEOUT_S) if code is None else RuntimeError(f"server: {code}")
+        return answer
+
+
+@functools.cache
+def _start_rank_server() -> RankServer:
+    """The one of this process; it takes as long to start as one rank, and only the first run waits for it."""
+    return RankServer()
 
 
 def train(num_processes: int, metrics_path: Path, *flags: str) -> list[dict[str, Any]]:

@@ -1,0 +1,132 @@
+"""Ranks of training runs that start at once: each is forked from this process, which has imported what a run imports.
+
+    python tests/rank_server.py   (started and asked by tests/training_runs.py)
+
+Importing torch, megatron and transformers costs a rank 6 s, most of what a run of a few steps takes. Nothing else of a
+rank changes: it is a process of its own, with its own environment, standard streams, process group and exit code, and
+nothing has been built before it was forked. What starts ranks for users is tested by itself: unit/training/test_launch,
+distributed/test_resume and the tests of examples/.
+
+One request a line on stdin, {"num_processes", "flags", "directory", "environment", "stdout_path", "stderr_path"}; one
+answer a line on stdout, the exit code as megatron_hammer.training.launch gives it. The end of stdin ends this process.
+"""
+
+import json
+import os
+import runpy
+import signal
+import socket
+import sys
+import time
+from typing import Any
+
+TRAINING_MODULE = "megatron_hammer.training.pretrain"
+GRACE_S = 5.0  # between SIGTERM and SIGKILL to the ranks that another one left behind
+
+
+def import_what_runs_import() -> None:
+    """Everything slow that a CPU run imports sooner or later; it must leave this process with a single thread."""
+    from megatron_hammer.platforms import megatron_compat
+
+    megatron_compat.install("cpu")
+    import matplotlib.pyplot  # noqa: F401
+    import megatron.core.dist_checkpointing.strategies.filesystem_async
+    import megatron.core.tokenizers.text.text_tokenizer
+    import megatron.training  # noqa: F401
+    import torch._dynamo  # noqa: F401
+
+    import megatron_hammer.config.arguments
+    import megatron_hammer.config.preflight
+    import megatron_hammer.model.provider
+    import megatron_hammer.training.observer  # noqa: F401
+
+    if sys.platform == "linux":
+        assert len(os.listdir("/proc/self/task")) == 1, "a forked process has none of the threads of its parent"
+
+
+def serve() -> dict[str, Any] | None:
+    """Answer requests until stdin ends, which returns None; in a forked rank, return the request that it is to run."""
+    while line := sys.stdin.readline():
+        request = json.loads(line)
+        agent = os.fork()
+        if agent == 0:
+            return run_ranks(request)
+        _, status = os.waitpid(agent, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+    return None
+
+
+def run_ranks(request: dict[str, Any]) -> dict[str, Any]:
+    """Fork the ranks of one run and end with its exit code; in a rank, prepare the process and return its request."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    pids = []
+    for rank in range(request["num_processes"]):
+        pid = os.fork()
+        if pid == 0:
+            become_rank(request, rank, listener.getsockname()[1])
+            listener.close()
+            return request
+        pids.append(pid)
+    from torch.distributed import TCPStore
+
+    # Where the ranks find each other, as torchrun's own process holds it for them.
+    address, port = listener.getsockname()
+    store = TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+    code = wait_for_ranks(pids)
+    del store
+    os._exit(code)
+
+
+def become_rank(request: dict[str, Any], rank: int, port: int) -> None:
+    """Directory, environment, arguments and streams of one rank."""
+    os.chdir(request["directory"])
+    world_size = str(request["num_processes"])
+    os.environ.update(request["environment"])
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), GROUP_RANK="0", TORCHELASTIC_USE_AGENT_STORE="True")
+    os.environ.update(WORLD_SIZE=world_size, LOCAL_WORLD_SIZE=world_size)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    sys.argv = [TRAINING_MODULE, *request["flags"]]
+    for descriptor, path, mode in (
+        (0, os.devnull, os.O_RDONLY),
+        (1, request["stdout_path"], os.O_WRONLY | os.O_APPEND),
+        (2, request["stderr_path"], os.O_WRONLY | os.O_APPEND),
+    ):
+        opened = os.open(path, mode)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    if "--save" in request["flags"]:
+        # The process through which megatron passes what was written, forked as for --async-save: else it imports too.
+        from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+        filesystem_async.get_write_results_queue(mp_mode="fork")
+
+
+def wait_for_ranks(pids: list[int]) -> int:
+    """Exit code of the run: 0, or that of the first rank that failed, which ends the others."""
+    running, first_failure = set(pids), 0
+    while running:
+        pid, status = os.wait()
+        running.remove(pid)
+        code = os.waitstatus_to_exitcode(status)
+        if code and not first_failure:
+            first_failure = code if code > 0 else 128 - code
+            end_ranks(running)
+    return first_failure
+
+
+def end_ranks(running: set[int]) -> None:
+    for pid in running:
+        os.kill(pid, signal.SIGTERM)
+    deadline_s = time.monotonic() + GRACE_S
+    while running and time.monotonic() < deadline_s:
+        pid, _ = os.waitpid(-1, os.WNOHANG)
+        running.discard(pid)
+        time.sleep(0.02)
+    for pid in running:
+        os.kill(pid, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    import_what_runs_import()
+    if serve() is not None:
+        runpy.run_module(TRAINING_MODULE, run_name="__main__", alter_sys=True)
