@@ -154,6 +154,8 @@ def _build_run(row: PublishedRow, hardware: _Hardware, siblings: Siblings) -> Me
         overlaps_tensor_parallel=layout.tensor_model_parallel_size > 1 and _overlaps_tensor_parallel(row, stack),
         gradient_bytes=_select_gradient_bytes(precision, recipe, stack),
     )
+    if "deterministic" in row.notes.lower():
+        assumptions.append("its kernels were the deterministic ones, which are slower and not modelled")
     step_time_s, measured_as = find_step_time(row, plan, stack, assumptions)
     if row.global_batch is not None and row.global_batch != global_batch:
         step_time_s *= global_batch / row.global_batch

@@ -232,6 +232,14 @@ STACKS: tuple[Stack, ...] = (
         gradient_bytes=2,
     ),
     Stack(
+        name="Hugging Face Trainer",
+        source_pattern=r"hammerllm",
+        source="Academic-Hammer/HammerLLM REPRODUCE.md: transformers' Trainer, DeepSpeed ZeRO-1, only attention fused",
+        is_megatron_style=False,
+        overlaps_tensor_parallel=False,
+        gradient_bytes=2,
+    ),
+    Stack(
         name="llm.c",
         source_pattern=r"llm\.c",
         source="karpathy/llm.c scripts/run_gpt2_1558M.sh: one process a GPU, ZeRO-1",

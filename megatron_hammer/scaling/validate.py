@@ -1,16 +1,16 @@
 """How far predictions are from measured runs that the coefficients have not seen, and whether they rank layouts right.
 
 A run that the coefficients were fitted on proves nothing: it is marked and left out of every figure.
-`cross_validation.py` predicts each run by coefficients fitted without its publication; `validation_report.py` prints.
+Cross-validation predicts each run by coefficients fitted without its publication. `validation_report.py` prints.
 """
 
 import re
 import statistics
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from megatron_hammer.scaling.coefficients import Coefficients
+from megatron_hammer.scaling.coefficients import Coefficients, build_prior_coefficients, load_coefficients
 from megatron_hammer.scaling.plan import StepTime
 from megatron_hammer.scaling.published_runs import MeasuredRun, UnpredictableRow
 from megatron_hammer.scaling.step_time import predict_step
@@ -38,11 +38,11 @@ class Prediction:
     @property
     def error_ratio(self) -> float:
         """Predicted over measured step time, less one: positive where the prediction is slow."""
-        return self.step.total_s / self.run.step_time_s - 1
+        return float(self.step.total_s / self.run.step_time_s - 1)
 
     @property
     def is_in_band(self) -> bool:
-        return self.step.low_s <= self.run.step_time_s <= self.step.high_s
+        return bool(self.step.low_s <= self.run.step_time_s <= self.step.high_s)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,6 +103,32 @@ def validate_runs(
         )
         for run in runs
     ]
+    return build_report(predictions, unpredictable)
+
+
+def cross_validate_runs(
+    runs: Sequence[MeasuredRun], unpredictable: Sequence[UnpredictableRow], announce: Callable[[str], None] = print
+) -> ValidationReport:
+    """Predict every run by coefficients fitted to the Megatron-style runs of all other publications, from the priors.
+
+    Only the bands' widths are the shipped ones. announce: is told of every fit, which takes seconds.
+    """
+    from megatron_hammer.scaling.calibrate import fit, name_publication, select_fit_runs
+
+    start = replace(build_prior_coefficients(), band_ratio=load_coefficients().band_ratio)
+    fit_runs = select_fit_runs([run for run in runs if run.is_megatron_style])
+    fitted_to = {name_publication(run.source) for run in fit_runs}
+    coefficients: dict[str | None, Coefficients] = {}
+    predictions = []
+    for run in runs:
+        publication = name_publication(run.source)
+        left_out = publication if publication in fitted_to else None
+        if left_out not in coefficients:
+            others = [other for other in fit_runs if name_publication(other.source) != left_out]
+            announce(f"fitting to {len(others)} runs" + (f", {left_out} left out" if left_out else ""))
+            coefficients[left_out] = fit(others, start) if others else start
+        step = predict_step(run.plan, coefficients[left_out])
+        predictions.append(Prediction(run=run, step=step, status="cross-validated"))
     return build_report(predictions, unpredictable)
 
 

@@ -141,17 +141,18 @@ def print_report(report: ValidationReport, stream: IO[str]) -> None:
 
 
 def describe_report(report: ValidationReport) -> str:
-    """The last line: counts of rows, and the error of those that count."""
+    """The last line: counts of rows, and the error of the Megatron-style ones, which the model is about."""
     num_rows = len(report.predictions) + len(report.unpredictable)
+    how = "cross-validated" if any(one.status == "cross-validated" for one in report.predictions) else "predicted"
     counts = (
-        f"{num_rows} rows: {len(report.counted)} predicted, {report.num_fitted} fitted, "
+        f"{num_rows} rows: {len(report.counted)} {how}, {report.num_fitted} fitted, "
         f"{len(report.unpredictable)} unpredictable"
     )
     if not report.counted:
         return counts
-    figures = report.errors["all"]["all rows"]
+    style, figures = next(iter(report.errors["software"].items()))  # Megatron-style before other software
     return (
-        f"{counts}; error of the step time: median {figures.median_absolute_ratio:.1%}, "
+        f"{counts}; {figures.num_rows} of {style}: median error {figures.median_absolute_ratio:.1%}, "
         f"mean {figures.mean_absolute_ratio:.1%}, bias {figures.bias_ratio:+.1%}, "
         f"{figures.band_coverage_ratio:.0%} in the band"
     )
@@ -277,7 +278,7 @@ def draw_scatter(report: ValidationReport) -> bytes | None:
         axes.plot(ends, [ratio * end for end in ends], color="black", linewidth=0.6, linestyle="--")
     axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
     axes.set(xlabel="measured step time (s)", ylabel="predicted step time (s)")
-    axes.set_title(f"{len(report.counted)} runs not fitted on; dashed: 10 % off", fontsize=10)
+    axes.set_title(f"{len(report.counted)} runs, none fitted on; dashed: 10 % off", fontsize=10)
     axes.grid(visible=True, which="major", linewidth=0.3)
     axes.legend(fontsize=6, loc="upper left")
     image = io.BytesIO()

@@ -11,14 +11,15 @@ predicted is listed with the reason. No accuracy is quoted on rows that the coef
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.scaling.coefficients import load_coefficients
 from megatron_hammer.scaling.output_files import write_files_atomically
-from megatron_hammer.scaling.published_runs import MeasuredRun, UnpredictableRow, read_runs
-from megatron_hammer.scaling.validate import Prediction, ValidationReport, build_report, validate_runs
+from megatron_hammer.scaling.published_runs import read_runs
+from megatron_hammer.scaling.validate import ValidationReport, cross_validate_runs, validate_runs
 from megatron_hammer.scaling.validation_report import build_document, draw_scatter, format_csv, print_report
 
 
@@ -81,18 +82,8 @@ def _validate(arguments: argparse.Namespace) -> ValidationReport:
         arguments.runs, gpus_path=arguments.gpus_file, clusters_path=arguments.clusters_file
     )
     if arguments.cross_validate:
-        return _cross_validate(runs, unpredictable)
+        return cross_validate_runs(runs, unpredictable, partial(print, file=sys.stderr, flush=True))
     return validate_runs(runs, unpredictable, load_coefficients(arguments.coefficients))
-
-
-def _cross_validate(runs: list[MeasuredRun], unpredictable: list[UnpredictableRow]) -> ValidationReport:
-    from megatron_hammer.scaling.cross_validation import cross_validate
-
-    print(f"fitting without each publication in turn, {len(runs)} runs", file=sys.stderr)
-    by_line = {run.row_number: step for run, step in cross_validate(runs)}
-    return build_report(
-        [Prediction(run=run, step=by_line[run.row_number], status="cross-validated") for run in runs], unpredictable
-    )
 
 
 def _validate_memory(path: Path) -> Any:

@@ -11,6 +11,7 @@ import pytest
 from published_tables import write_table
 
 from megatron_hammer.errors import ConfigError
+from megatron_hammer.scaling import calibrate
 from megatron_hammer.scaling.coefficients import Coefficients, load_coefficients
 from megatron_hammer.scaling.commands import validate as command
 from megatron_hammer.scaling.plan import StepTime
@@ -19,6 +20,7 @@ from megatron_hammer.scaling.step_time import predict_step
 from megatron_hammer.scaling.validate import (
     Prediction,
     build_report,
+    cross_validate_runs,
     list_fitted_fingerprints,
     rank_layouts,
     summarise_errors,
@@ -107,6 +109,31 @@ def test_layouts_of_one_job_are_ranked(tmp_path: Path) -> None:
     assert build_report(fitted, []).rankings == ()
 
 
+def test_no_run_is_predicted_by_coefficients_of_its_publication(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = ("team_a_v1.0", "team_a_v2.0", "lab_b", "MosaicML_x")
+    cells = [{"source": name, "iteration_time_s": f"0.{position + 5}"} for position, name in enumerate(sources)]
+    runs = read(tmp_path / "runs.csv", *cells)
+    seen: list[list[str]] = []
+
+    def fit(others: list[MeasuredRun], start: Coefficients) -> Coefficients:
+        seen.append([other.source for other in others])
+        return replace(start, step_s=start.step_s * (1 + len(seen)))
+
+    monkeypatch.setattr(calibrate, "fit", fit)
+    announced: list[str] = []
+    report = cross_validate_runs(runs, [], announced.append)
+    assert seen == [["lab_b"], ["team_a_v1.0", "team_a_v2.0"], ["team_a_v1.0", "team_a_v2.0", "lab_b"]]
+    assert announced[0] == "fitting to 1 runs, team_a left out"
+    assert announced[2] == "fitting to 3 runs"
+    assert [one.status for one in report.predictions] == ["cross-validated"] * 4
+    times = [one.step.total_s for one in report.predictions]
+    assert times[0] == times[1]  # one fit for both tables of the publication
+    assert len(set(times)) == 3
+    assert report.errors["all"]["all rows"].num_rows == 4
+
+
 def run_command(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
@@ -121,7 +148,7 @@ def test_the_command_prints_every_row_and_counts(tmp_path: Path, capsys: pytest.
     assert "Errors by GPU" in text
     assert "Ranking of layouts" in text
     last = text.strip().splitlines()[-1]
-    assert last.startswith("3 rows: 2 predicted, 0 fitted, 1 unpredictable; error of the step time: median ")
+    assert last.startswith("3 rows: 2 predicted, 0 fitted, 1 unpredictable; 2 of Megatron-style: median error ")
     assert FITTED_SENTENCE not in text
 
 
