@@ -62,7 +62,8 @@ launch=(--nproc-per-node "$nproc")
 nnodes="${NNODES:-${SLURM_NNODES:-1}}"
 if ((nnodes > 1)); then
     if [[ -z "${MASTER_ADDR:-}" ]]; then
-        MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+        hosts="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
+        MASTER_ADDR="${hosts%%$'\n'*}"
     fi
     launch+=(--nnodes "$nnodes" --node-rank "${NODE_RANK:-${SLURM_NODEID:?NODE_RANK is not set}}"
         --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")

@@ -10,6 +10,7 @@ import io
 import linecache
 import logging
 import os
+import re
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -17,25 +18,28 @@ from types import TracebackType
 from typing import Any
 
 from megatron_hammer.errors import ConfigError
+from megatron_hammer.platforms.select import find_te_failure
 
 
 def find_megatron_refusal(namespace: argparse.Namespace) -> str | None:
     """What Megatron's validate_args or its TransformerConfig says about a copy of the namespace; None if it accepts.
 
-    Also None where it cannot answer because it asks a GPU that this machine lacks (a run planned for another one).
+    Also None where it cannot answer because it asks a GPU or TransformerEngine, which this machine lacks (a run
+    planned for another one).
     """
     from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.arguments import validate_args
 
     with _without_side_effects() as output:
         try:
-            trial = copy.deepcopy(namespace)
+            trial = _copy_for_trial(namespace)
             validate_args(trial)
             gpt_config_from_args(trial)
         except SystemExit:  # deprecated flags: a printed sentence, then exit()
             return output.getvalue().strip().splitlines()[-1].rstrip(".")
         except Exception as error:  # whatever stops megatron here would stop the run: missing files, bad keys, asserts
-            return None if _asks_missing_gpu(error.__traceback__) else _describe(error)
+            is_answer = not _asks_missing_gpu(error.__traceback__) and not _asks_missing_te(trial, error)
+            return _describe(error) if is_answer else None
     return None
 
 
@@ -51,7 +55,7 @@ def build_trial_config(namespace: argparse.Namespace) -> tuple[argparse.Namespac
     if refusal is not None:
         raise ConfigError(describe_refusal(refusal))
     with _without_side_effects():
-        trial = copy.deepcopy(namespace)
+        trial = _copy_for_trial(namespace)
         validate_args(trial)
         return trial, gpt_config_from_args(trial)
 
@@ -89,6 +93,20 @@ def _without_side_effects() -> Iterator[io.StringIO]:
         logging.disable(disabled_level)
         os.environ.clear()
         os.environ.update(environment)
+
+
+def _copy_for_trial(namespace: argparse.Namespace) -> argparse.Namespace:
+    """A copy that megatron may change; of a run planned for TransformerEngine, without the kernel that it looks for."""
+    trial = copy.deepcopy(namespace)
+    if trial.transformer_impl == "transformer_engine" and find_te_failure() is not None:
+        trial.apply_rope_fusion = False
+    return trial
+
+
+def _asks_missing_te(trial: argparse.Namespace, error: Exception) -> bool:
+    """Whether the error is about TransformerEngine's version, on a machine that has none."""
+    is_about_te = re.search(r"\bTE\b|transformer[-_ ]engine", str(error), re.IGNORECASE) is not None
+    return is_about_te and trial.transformer_impl == "transformer_engine" and find_te_failure() is not None
 
 
 def _asks_missing_gpu(trace: TracebackType | None) -> bool:

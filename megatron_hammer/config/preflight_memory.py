@@ -8,7 +8,7 @@ from megatron_hammer.config.environment import read_process_place
 from megatron_hammer.config.model_from_arguments import build_layout, build_model
 from megatron_hammer.config.preflight_layout import select_global_batch_size
 from megatron_hammer.model.accounting import Layout, MemoryOptions, StageMemory, estimate_memory
-from megatron_hammer.model.memory_options import Recompute
+from megatron_hammer.model.memory_options import WORKSPACE_BYTES, Recompute
 from megatron_hammer.platforms.device import read_device_memory_bytes
 
 GIB = 2**30
@@ -29,12 +29,12 @@ def estimate_run_memory(namespace: argparse.Namespace) -> tuple[StageMemory, ...
         micro_batch_size=namespace.micro_batch_size,
         seq_length=namespace.seq_length,
         num_microbatches=max(1, select_global_batch_size(namespace) // ranks_of_step),
-        options=build_memory_options(namespace, layout),
+        options=build_memory_options(namespace, layout, is_for_gpu=is_for_gpu),
         **gpu_allowances,  # type: ignore[arg-type]
     )
 
 
-def build_memory_options(namespace: argparse.Namespace, layout: Layout) -> MemoryOptions:
+def build_memory_options(namespace: argparse.Namespace, layout: Layout, *, is_for_gpu: bool) -> MemoryOptions:
     """The flags of a run that change its memory; Megatron's spelling of each is in `MemoryOptions`."""
     is_16_bit = namespace.bf16 or namespace.fp16
     has_fp32_gradients = namespace.bf16 or namespace.accumulate_allreduce_grads_in_fp32 or not is_16_bit
@@ -45,13 +45,18 @@ def build_memory_options(namespace: argparse.Namespace, layout: Layout) -> Memor
         precision="bf16" if is_16_bit else "fp32",
         recompute=select_recompute(namespace),
         recompute_modules=tuple(namespace.recompute_modules or ("core_attn",)),
+        recompute_method=namespace.recompute_method or "uniform",
+        recompute_num_layers=namespace.recompute_num_layers,
         has_hidden_dropout=namespace.hidden_dropout > 0,
         has_attention_dropout=namespace.attention_dropout > 0,
+        has_flash_attention=getattr(namespace.attention_backend, "name", "auto") not in ("unfused", "local"),
         cross_entropy=namespace.cross_entropy_fusion_impl if namespace.cross_entropy_loss_fusion else "unfused",
         is_context_parallel_all_to_all=comm_types == ["a2a"],
         shard_size=layout.dense_shard_size // instances if is_sharded and instances > 1 else None,
         gradient_bytes=4 if has_fp32_gradients and not namespace.grad_reduce_in_bf16 else 2,
+        has_fused_activation=namespace.bias_swiglu_fusion,
         has_fused_weight_gradients=namespace.gradient_accumulation_fusion,
+        workspace_bytes=WORKSPACE_BYTES if is_for_gpu else 0,
         vocab_divisible_by=namespace.make_vocab_size_divisible_by,
     )
 

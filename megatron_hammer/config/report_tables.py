@@ -11,7 +11,7 @@ from megatron_hammer.config.report import GridAxis, ModelReport, Report, RunRepo
 
 GIB = 2**30
 MAX_STAGE_ROWS = 64
-SHORT_NAMES = {"gradients": "grads", "optimizer": "optim", "activations": "activ.", "fragmentation": "frag."}
+MEMORY_COLUMNS = ("weights", "gradients", "optimizer", "activations", "logits")  # the others are summed in one
 AXIS_NAMES = {
     "tp": "tensor",
     "cp": "context",
@@ -98,14 +98,16 @@ def _build_stages(stages: tuple[StageReport, ...]) -> Table:
 
 def _build_memory(report: Report) -> Table:
     stages = [stage for stage in report.stages or () if stage.memory_bytes is not None]
-    parts = [SHORT_NAMES.get(part, part) for part in (stages[0].memory_bytes or ())] if stages else []
     available = "" if report.available_bytes is None else f" of {report.available_bytes / GIB:.1f} available"
     title = f"Memory of a rank by stage (estimated, GiB{available}; recompute: {report.recompute})"
-    table = _table(title, "stage", *parts, "total")
+    table = _table(title, "stage", *MEMORY_COLUMNS, "other", "total")
+    table.caption, table.caption_justify = "other: buffers, what a moment needs, CUDA and NCCL, fragmentation", "left"
     for stage in _select_rows(stages):
-        sizes = (stage.memory_bytes or {}).values()
-        total = (stage.memory_total_bytes or 0) / GIB
-        table.add_row(str(stage.pp_rank), *(f"{size / GIB:.2f}" for size in sizes), f"{total:.2f}")
+        sizes = stage.memory_bytes or {}
+        shown = [sizes.get(name, 0) for name in MEMORY_COLUMNS]
+        total = stage.memory_total_bytes or 0
+        cells = [*shown, total - sum(shown), total]
+        table.add_row(str(stage.pp_rank), *(f"{size / GIB:.2f}" for size in cells))
     return table
 
 

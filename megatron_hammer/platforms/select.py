@@ -26,16 +26,21 @@ def select_platform(requested: str = "auto", *, is_plan: bool = False, is_for_th
     return requested
 
 
-def select_backend(requested: str = "auto", *, platform: str) -> str:
-    """`te` where TransformerEngine imports on a GPU, else `torch`."""
+def select_backend(
+    requested: str = "auto", *, platform: str, is_plan: bool = False, is_for_this_machine: bool = True
+) -> str:
+    """`te` where TransformerEngine imports on a GPU, else `torch`; is_plan and is_for_this_machine as above.
+
+    A plan for a cluster that asks for `te` has it there, whatever this login node has.
+    """
     if platform == "cpu":
         if requested == "te":
             raise PlatformError(
                 "backend: te needs a GPU, got platform=cpu. Pass --backend torch, which computes the same model."
             )
         return "torch"
-    if requested == "torch":
-        return "torch"
+    if requested == "torch" or (requested == "te" and is_plan and not is_for_this_machine):
+        return requested
     failure = find_te_failure()
     if requested == "te" and failure is not None:
         raise PlatformError(

@@ -43,12 +43,9 @@ def prepare(argv: Sequence[str], *, is_plan: bool = False) -> "ParsedArguments":
     from megatron_hammer.platforms.select import select_backend, select_platform
 
     is_plan = is_plan or "--dry-run" in argv
-    platform = select_platform(
-        read_option(argv, "--platform") or "auto",
-        is_plan=is_plan,
-        is_for_this_machine=read_option(argv, "--world-size") is None,
-    )
-    backend = select_backend(read_option(argv, "--backend") or "auto", platform=platform)
+    where = {"is_plan": is_plan, "is_for_this_machine": read_option(argv, "--world-size") is None}
+    platform = select_platform(read_option(argv, "--platform") or "auto", **where)
+    backend = select_backend(read_option(argv, "--backend") or "auto", platform=platform, **where)
     megatron_compat.install(platform)
 
     from megatron_hammer.config.arguments import parse_arguments

@@ -4,6 +4,7 @@ import os
 import pytest
 from parsed_flags import TINY, parse
 
+from megatron_hammer.config import megatron_checks
 from megatron_hammer.config.megatron_checks import (
     build_trial_config,
     describe_refusal,
@@ -30,6 +31,16 @@ def test_megatrons_words() -> None:
     with pytest.raises(ConfigError, match="megatron: refuses this configuration: --qk-clip is only"):
         build_trial_config(parse(*TINY, "--qk-clip").namespace)
     assert describe_refusal("x").endswith("Change or drop the flag it names.")
+
+
+def test_a_plan_for_te_is_checked_without_te(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What megatron says about TransformerEngine's absence here is no answer; everything else is."""
+    monkeypatch.setattr(megatron_checks, "find_te_failure", lambda: "No module named 'transformer_engine'")
+    plan = parse(*TINY, "--qk-clip", platform="cuda", backend="te").namespace
+    assert plan.transformer_impl == "transformer_engine"
+    assert find_megatron_refusal(plan) is None  # only supported with TE >= 2.9.0
+    plan.qk_clip, plan.recompute_granularity = False, "full"
+    assert "recompute_method" in str(find_megatron_refusal(plan))
 
 
 def test_defaults_are_megatrons() -> None:

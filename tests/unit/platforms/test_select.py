@@ -60,6 +60,16 @@ def test_backend(pretend, requested: str, platform: str, te_error: Exception | N
     assert select_backend(requested, platform=platform) == backend
 
 
+def test_a_plan_for_a_cluster_has_te_there(pretend) -> None:
+    pretend(te_error=MISSING)
+    elsewhere = {"platform": "cuda", "is_plan": True, "is_for_this_machine": False}
+    assert select_backend("te", **elsewhere) == "te"
+    assert select_backend("auto", **elsewhere) == "torch"
+    for changed in ({"is_plan": False}, {"is_for_this_machine": True}):
+        with pytest.raises(PlatformError, match=r"^backend: te needs TransformerEngine, which does not import: "):
+            select_backend("te", **elsewhere | changed)
+
+
 def test_te_on_cpu_is_refused(pretend) -> None:
     pretend()
     with pytest.raises(PlatformError, match=r"^backend: te needs a GPU, got platform=cpu\. Pass --backend torch"):
