@@ -116,6 +116,7 @@ def _draw_speed(axis: Axes, result: StudyResult) -> None:
     axis.set_title(_describe_batch(result), fontsize=11)
     axis.set_ylabel("tokens / s")
     axis.yaxis.set_major_formatter(FuncFormatter(_shorten))
+    axis.yaxis.set_minor_formatter(NullFormatter())
     axis.grid(True, which="major", color="#DDDDDD", linewidth=0.7)
     axis.legend(loc="upper left", fontsize=9)
 

@@ -29,6 +29,7 @@ from megatron_hammer.scaling.projection import (
 
 FORMAT = "megatron_hammer.scaling.projection"
 FORMAT_VERSION = 1
+MAX_LISTED = 20  # entries of a list in the coefficients' provenance
 # What a row says of its plan besides the layout; model, GPU and cluster are the study's.
 PLAN_FIELDS = tuple(field.name for field in fields(Plan) if field.name not in ("model", "layout", "gpu", "cluster"))
 MEMORY_FIELDS = tuple(field.name for field in fields(StageMemory) if field.name.endswith("_bytes"))
@@ -75,7 +76,7 @@ def build_document(result: StudyResult) -> dict[str, Any]:
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "study": _build_study(result.study),
-        "coefficients": dict(result.provenance),
+        "coefficients": _summarise(result.provenance),
         "sizes": [_build_size(result, size) for size in result.sizes],
         "knee": None if result.knee is None else asdict(result.knee),
         "rows": list_rows(result),
@@ -154,6 +155,18 @@ def _build_size(result: StudyResult, size: SizeProjection) -> dict[str, Any]:
         "best_row": f"{size.num_gpus}-1" if best else None,
         "scaling_efficiency_ratio": scaling_efficiency_ratio(result.sizes, size),
         "bottleneck": best.bottleneck if best else None,
+    }
+
+
+def _summarise(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The coefficients' provenance with its long lists (fingerprints of rows) only counted."""
+    return {
+        name: _summarise(value)
+        if isinstance(value, Mapping)
+        else {"num_entries": len(value)}
+        if isinstance(value, list | tuple) and len(value) > MAX_LISTED
+        else value
+        for name, value in provenance.items()
     }
 
 

@@ -6,6 +6,7 @@ from megatron_hammer.errors import ConfigError
 from megatron_hammer.scaling.projection import Study, select_peak_tflops
 from megatron_hammer.scaling.search_space import is_cpu_host
 
+GIB = 2**30
 # Restrictions that are sizes, by their flags.
 SIZE_FLAGS = {
     "tensor_model_parallel_sizes": "tensor-model-parallel-size",
@@ -40,19 +41,21 @@ def _find_number_problems(study: Study) -> list[str]:
     if repeated:
         got = ", ".join(str(count) for count in repeated)
         problems.append(f"gpus: must name each size once, got {got} more than once. Drop the repetition.")
-    limits = {
-        "top": (study.num_best, 1, math.inf, "--top 5"),
-        "memory-gib": (study.memory_limit_bytes / 2**30, 2**-30, math.inf, "--memory-gib 76"),
-        "knee": (study.knee_ratio, 0.01, 1.0, "--knee 0.8"),
-    }
+    memory_gib, price = study.memory_limit_bytes / GIB, study.usd_per_gpu_hour
+    limits = [
+        ("top", study.num_best, study.num_best >= 1, "at least 1", "--top 5"),
+        ("memory-gib", memory_gib, 0 < memory_gib < math.inf, "above 0", "--memory-gib 76"),
+        ("knee", study.knee_ratio, 0 < study.knee_ratio <= 1, "above 0 and at most 1", "--knee 0.8"),
+    ]
     if study.train_tokens is not None:
-        limits["train-tokens"] = (study.train_tokens, 1, math.inf, "--train-tokens 15T")
-    if study.usd_per_gpu_hour is not None:
-        limits["usd-per-gpu-hour"] = (study.usd_per_gpu_hour, 0, math.inf, "--usd-per-gpu-hour 2.5")
-    for flag, (value, low, high, example) in limits.items():
-        if not low <= value <= high or value == math.inf:
-            bound = f"{low:g} to {high:g}" if high < math.inf else f"at least {low:.3g}"
-            problems.append(f"{flag}: must be {bound}, got {value:g}. Pass {example}.")
+        limits.append(("train-tokens", study.train_tokens, study.train_tokens >= 1, "at least 1", "--train-tokens 15T"))
+    if price is not None:
+        limits.append(("usd-per-gpu-hour", price, 0 <= price < math.inf, "0 or more", "--usd-per-gpu-hour 2.5"))
+    problems += [
+        f"{flag}: must be {bound}, got {value:g}. Pass {example}."
+        for flag, value, is_good, bound, example in limits
+        if not is_good
+    ]
     return problems
 
 
