@@ -184,7 +184,10 @@ def _list_peaks(
         layers_alive = count_layers_alive(layout, sizes, num_in_flight, num_microbatches)
         first_chunks = -(-num_in_flight // layout.virtual_pipeline_model_parallel_size) if pp_rank == 0 else 0
         moment = _select_worst_moment(
-            layer, layers_alive, first_chunks * embedding, head if pp_rank == last_pp_rank else None
+            _share_units(layer, options, max(sizes)),
+            layers_alive,
+            first_chunks * embedding,
+            head if pp_rank == last_pp_rank else None,
         )
         kind = _StageKind(sum(chunk.num_layers for chunk in chunks), pp_rank == 0, pp_rank == last_pp_rank)
         peaks.append(_StagePeak(pp_rank, kind, num_in_flight, moment))
@@ -204,13 +207,30 @@ def _list_heaviest_peaks(
     return tuple(heaviest.values())
 
 
+def _share_units(layer: LayerActivations, options: MemoryOptions, num_layers: int) -> LayerActivations:
+    """A layer of a chunk of `num_layers` when units of several are recomputed, or only some of them.
+
+    uniform: one input is kept for a unit, and a whole unit is made again at once. block: the first layers of a chunk
+    are recomputed one by one, the others keep everything; here every layer stands for its share.
+    """
+    size = options.recompute_num_layers
+    if options.recompute != "full" or size is None or num_layers == 0:
+        return layer
+    whole = layer.kept + layer.remade
+    if options.recompute_method == "uniform":
+        size = min(size, num_layers)
+        return layer._replace(kept=layer.kept // size, remade=size * whole - layer.kept)
+    num_recomputed = min(size, num_layers)
+    kept = (num_recomputed * layer.kept + (num_layers - num_recomputed) * whole) // num_layers
+    return layer._replace(kept=kept, remade=layer.remade if num_recomputed else 0)
+
+
 def _select_worst_moment(
     layer: LayerActivations, layers_alive: int, embedding: int, head: HeadMemory | None
 ) -> _Moment:
     """The moment that needs most: a layer's backward pass with all micro-batches in flight, the loss or the head's."""
     kept = layers_alive * layer.kept + embedding
-    recomputed = layer.whole - layer.kept if layers_alive else 0
-    moments = [_Moment(kept + recomputed, 0, layer.transient if layers_alive else 0)]
+    moments = [_Moment(kept + layer.remade, 0, layer.transient) if layers_alive else _Moment(kept, 0, 0)]
     if head is not None:
         moments.append(_Moment(kept + head.kept, head.loss_logits, head.loss_transient))
         moments.append(_Moment(kept + head.kept, head.backward_logits, head.backward_transient))

@@ -15,12 +15,12 @@ from megatron_hammer.preset_types import ModelPreset
 class LayerActivations(NamedTuple):
     """Bytes of one layer and micro-batch on one rank.
 
-    kept: from the forward to the backward pass. whole: what is kept once everything is recomputed, while its own
-    backward pass runs. transient: gradients and gathered tensors that exist beside these at the worst moment of it.
+    kept: from the forward to the backward pass. remade: what recomputation makes again while the layer's own backward
+    pass runs. transient: gradients and gathered tensors that exist beside these at the worst moment of it.
     """
 
     kept: int
-    whole: int
+    remade: int
     transient: int
 
 
@@ -54,17 +54,17 @@ def count_layer_activation_bytes(
 def estimate_layer_activations(
     model: ModelPreset, layout: Layout, batch: Batch, options: MemoryOptions
 ) -> LayerActivations:
-    """What one layer keeps under its recompute mode, what it is when whole, and what its backward pass adds."""
+    """What one layer keeps under its recompute mode, what is made again of it, and what its backward pass adds."""
     widths = _cut_widths(model, layout, batch)
     attention, dropped = _count_attention(model, layout, batch, options, widths)
     mlp, mlp_dropped = _count_mlp(model, layout, options, widths)
     whole = round(attention + mlp)
     kept = round(whole - dropped - mlp_dropped)
-    if options.recompute == "full":  # the layer that is being recomputed is whole; its input is one of those kept
+    if options.recompute == "full":  # its input
         kept = count_hidden_bytes(model, layout, batch, options)
     elif options.is_recomputed("every_other_matmul"):
         kept = _count_every_other_matmul(model, layout, options, widths)
-    return LayerActivations(kept, whole, _count_transient(model, layout, batch, options, widths))
+    return LayerActivations(kept, whole - kept, _count_transient(model, layout, batch, options, widths))
 
 
 def count_hidden_bytes(model: ModelPreset, layout: Layout, batch: Batch, options: MemoryOptions) -> int:

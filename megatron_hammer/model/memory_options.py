@@ -31,6 +31,8 @@ class MemoryOptions:
     precision: Precision = "bf16"
     recompute: Recompute = "none"
     recompute_modules: tuple[RecomputeModule, ...] = ("core_attn",)  # of "selective"
+    recompute_method: Literal["uniform", "block"] = "uniform"  # of "full"
+    recompute_num_layers: int | None = None  # uniform: of a unit, 1 where None; block: of a chunk, all where None
     has_hidden_dropout: bool = False
     has_attention_dropout: bool = False
     has_flash_attention: bool = True  # False: scores and probabilities of every pair of positions are kept

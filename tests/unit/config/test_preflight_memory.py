@@ -2,13 +2,16 @@ import pytest
 from parsed_flags import TINY, parse, plan
 
 from megatron_hammer.config import preflight_memory
+from megatron_hammer.config.model_from_arguments import build_layout
 from megatron_hammer.config.preflight_memory import (
     GIB,
+    build_memory_options,
     estimate_run_memory,
     find_memory_problems,
     read_available_bytes,
     select_recompute,
 )
+from megatron_hammer.model.memory_options import WORKSPACE_BYTES, MemoryOptions
 
 
 def test_a_plan_elsewhere_is_compared_with_nothing() -> None:
@@ -50,3 +53,32 @@ def test_what_is_recomputed() -> None:
     assert select_recompute(parse(*TINY, "--recompute-activations").namespace) == "selective"
     full = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
     assert select_recompute(parse(*TINY, *full).namespace) == "full"
+
+
+def build_options(*flags: str, is_for_gpu: bool = True) -> MemoryOptions:
+    namespace = parse("--preset", "llama3-8b", *plan(8), *flags).namespace
+    return build_memory_options(namespace, build_layout(namespace), is_for_gpu=is_for_gpu)
+
+
+def test_flags_that_change_memory_reach_the_estimate() -> None:
+    plain = build_options()
+    assert (plain.recompute, plain.cross_entropy, plain.gradient_bytes, plain.shard_size) == (
+        "none",
+        "unfused",
+        4,
+        None,
+    )
+    assert plain.workspace_bytes == WORKSPACE_BYTES
+    assert build_options(is_for_gpu=False).workspace_bytes == 0  # cuBLAS is not there
+    block = build_options(
+        "--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers", "3"
+    )
+    assert (block.recompute, block.recompute_method, block.recompute_num_layers) == ("full", "block", 3)
+    modules = build_options("--recompute-granularity", "selective", "--recompute-modules", "mlp", "core_attn")
+    assert (modules.recompute, modules.recompute_modules) == ("selective", ("mlp", "core_attn"))
+    fused = build_options("--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl", "native")
+    assert fused.cross_entropy == "native"
+    assert not build_options("--no-bias-swiglu-fusion").has_fused_activation
+    dropout = build_options("--hidden-dropout", "0.1", "--attention-dropout", "0.2")
+    assert dropout.has_hidden_dropout
+    assert dropout.has_attention_dropout

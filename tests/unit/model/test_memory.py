@@ -347,3 +347,38 @@ def test_norms_of_queries_and_keys_keep_their_inputs():
     plain = count_layer_activation_bytes(model, Layout(), num_tokens=100)
     normed = count_layer_activation_bytes(dataclasses.replace(model, has_qk_norm=True), Layout(), num_tokens=100)
     assert normed - plain == 100 * 2 * (32 + 4) * 64
+
+
+@pytest.mark.parametrize(
+    "method, num_layers, kept_layers, whole_layers",
+    [
+        ("uniform", None, 22, 1),
+        ("uniform", 11, 2, 11),  # one input for 11 layers, which are made again at once
+        ("block", None, 22, 1),
+        ("block", 22, 22, 1),
+        ("block", 2, 2, 21),  # 20 layers keep everything, and one of the others is made again
+        ("block", 0, 0, 22),
+    ],
+)
+def test_units_of_full_recomputation(method, num_layers, kept_layers, whole_layers):
+    model, layout = PRESETS["hammer-1b4"].model, Layout(pipeline_model_parallel_size=1)
+    whole = count_layer_activation_bytes(model, layout, num_tokens=8 * 2048)
+    options = MemoryOptions(
+        recompute="full",
+        recompute_method=method,
+        recompute_num_layers=num_layers,
+        cross_entropy="te",  # so that a layer's backward pass is the worst moment
+    )
+    tokens = 8 * 2048
+    (stage,) = estimate_memory(
+        dataclasses.replace(model, vocab_size=128),
+        layout,
+        micro_batch_size=8,
+        seq_length=2048,
+        num_microbatches=1,
+        options=options,
+    )
+    expected = kept_layers * 2 * tokens * model.hidden_size + whole_layers * whole + 8 * tokens
+    # The input of a layer that is made again counts once: among those kept.
+    remade = 0 if method == "block" and num_layers == 0 else 1
+    assert stage.activations_bytes == pytest.approx(expected - remade * 2 * tokens * model.hidden_size, rel=1e-6)
