@@ -106,12 +106,18 @@ def load_clusters(path: Path | None = None, *, gpus_path: Path | None = None) ->
 
 
 def select_gpu(name: str, path: Path | None = None) -> Gpu:
-    """The GPU of this name or alias, capitals, spaces and hyphens aside. Raises ConfigError with the known names."""
+    """The GPU of this name or alias, capitals, spaces and hyphens aside, else the one that its parts name.
+
+    Raises ConfigError with the known names.
+    """
     gpus = load_gpus(path)
     wanted = normalise_name(name)
     for gpu in gpus.values():
         if wanted in {normalise_name(spelling) for spelling in (gpu.name, *gpu.aliases)}:
             return gpu
+    named = _find_gpu_by_parts(name, list(gpus.values()))
+    if named is not None:
+        return named
     raise ConfigError(
         f"gpu: must be a known GPU, got gpu={name!r}. "
         f"Use one of {', '.join(gpus)}, or describe it in a file for --gpus-file."
@@ -149,6 +155,25 @@ def find_gpu_by_device_name(device_name: str) -> Gpu | None:
         if re.search(rf"(?<![A-Za-z0-9]){re.escape(alias)}(?![A-Za-z0-9])", device_name, re.IGNORECASE)
     ]
     return max(found, key=lambda pair: pair[0])[1] if found else None
+
+
+def _find_gpu_by_parts(name: str, gpus: list[Gpu]) -> Gpu | None:
+    """The GPU of a chip, a form and a memory in any order: 'DGX A100 SXM4 (40 GB)' -> a100-sxm-40gb."""
+    text = name.lower()
+    chip = re.search(r"(?<![a-z0-9])(gb[23]00|[abhlv]\d{2,3}s?)(?![a-z0-9])", text)
+    if chip is None:
+        return None
+    form = "pcie" if "pcie" in text or "pci-e" in text else "nvl" if re.search(r"nvl(?!ink|\d)", text) else None
+    gigabytes = re.search(r"(\d{2,3}) ?g(?:i?b)?(?![a-z0-9])", text)
+    found = []
+    for gpu in gpus:
+        parts = gpu.name.split("-")
+        own_form = next((part for part in ("pcie", "nvl") if part in parts), None)
+        has_memory = gigabytes is None or abs(gpu.memory_bytes / (int(gigabytes.group(1)) * 1e9) - 1) < 0.12
+        if parts[0] == chip.group(1) and own_form == form and has_memory:
+            found.append(gpu)
+    # Where a memory is not named, the variant that the bare name of the chip means.
+    return min(found, key=lambda gpu: chip.group(1) not in map(normalise_name, gpu.aliases), default=None)
 
 
 def normalise_name(name: str) -> str:

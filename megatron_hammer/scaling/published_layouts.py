@@ -49,6 +49,9 @@ def build_row_layout(
     tp, pp = _fill_model_parallel(row, siblings, assumptions)
     cp = row.cp or 1
     dp = row.dp
+    if dp is not None and cp > 1 and row.gpus == tp * pp * dp and dp % cp == 0:
+        dp //= cp
+        assumptions.append(f"dp {dp}: the row's {row.dp} counts the context-parallel ranks")
     if row.gpus is None and dp is None:
         raise UnpredictableError("gpus and dp are blank")
     if dp is None:
@@ -82,6 +85,11 @@ def _fill_model_parallel(row: PublishedRow, siblings: Siblings, assumptions: lis
     if row.dp is not None and row.dp == row.gpus:
         assumptions.append("tp 1, pp 1: dp is the number of GPUs")
         return 1, 1
+    if row.gpus is not None and row.dp is not None and (row.tp is None) != (row.pp is None):
+        rest, remainder = divmod(row.gpus, (row.tp or row.pp or 1) * (row.cp or 1) * row.dp)
+        if rest and not remainder:
+            assumptions.append(f"{'tp' if row.tp is None else 'pp'} {rest}: the GPUs over the other sizes")
+            return row.tp or rest, row.pp or rest
     same = siblings.layouts.get((row.source, row.model), set())
     if row.tp is None and row.pp is None and len(same) == 1:
         tp, pp = next(iter(same))

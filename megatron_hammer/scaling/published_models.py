@@ -74,6 +74,7 @@ def _nemotron(pattern: str, source: str, shape: tuple[int, int, int, int]) -> Kn
     )  # fmt: skip
 
 
+_SC21 = "arXiv 2104.04473, table 1"
 _NANOTRON = "huggingface/nanotron scripts/scaling_benchmarks.py"
 _LLAMA1 = "arXiv 2302.13971, table 2 and the published config.json"
 _LLAMA2 = "meta-llama/Llama-2-*-hf config.json"
@@ -131,6 +132,17 @@ KNOWN_MODELS: tuple[KnownModel, ...] = (
     _gpt(r"gpt-?3-?13b", _GPT3, (40, 5120, 40)),
     _gpt(r"gpt-?3-?6\.7b", _GPT3, (32, 4096, 32)),
     _gpt(r"gpt-?3-?2\.7b", _GPT3, (32, 2560, 32)),
+    _gpt(r"^gpt-?1\.7b", _SC21, (24, 2304, 24)),
+    _gpt(r"^gpt-?3\.6b", _SC21, (30, 3072, 32)),
+    _gpt(r"^gpt-?7\.5b", _SC21, (36, 4096, 32)),
+    _gpt(r"^gpt-?18(\.4)?b", _SC21, (40, 6144, 48)),
+    _gpt(r"^gpt-?39(\.1)?b", _SC21, (48, 8192, 64)),
+    _gpt(r"^gpt-?76(\.1)?b", _SC21, (60, 10240, 80)),
+    _gpt(r"^gpt-?145(\.6)?b", _SC21, (80, 12288, 96)),
+    _gpt(r"^gpt-?310(\.1)?b", _SC21, (96, 16384, 128)),
+    _gpt(r"^gpt-?5(29\.6|30)b", _SC21, (105, 20480, 128)),
+    _gpt(r"^gpt-?(1t|1008b)", _SC21, (128, 25600, 160)),
+    _gpt(r"^gpt-?22b", "arXiv 2205.05198, table 3", (48, 6144, 64)),
     _gpt(r"gpt-?2-?1558m", "openai-community/gpt2-xl config.json", (48, 1600, 25), 50_257),
     KnownModel(
         pattern=r"starcoder2-?3b", source="bigcode/starcoder2-3b config.json", layers=30, hidden=3072, heads=24,

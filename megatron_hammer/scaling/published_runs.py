@@ -203,9 +203,7 @@ def _fill_batch(row: PublishedRow, layout: Layout, stack: Stack, assumptions: li
     dp, pp = layout.data_parallel_size, layout.pipeline_model_parallel_size
     micro_batch, global_batch = row.micro_batch, row.global_batch
     if global_batch is None:
-        if micro_batch is None:
-            raise UnpredictableError("micro_batch and global_batch are blank")
-        global_batch = _fill_global_batch(row, micro_batch * dp, assumptions)
+        global_batch = _fill_global_batch(row, dp, assumptions)
     if stack.name == "torchtitan" and pp > 1 and micro_batch is not None and micro_batch % pp == 0:
         assumptions.append(
             f"micro_batch {micro_batch // pp}: the row's is the local batch, which torchtitan cuts by pp"
@@ -224,7 +222,16 @@ def _fill_batch(row: PublishedRow, layout: Layout, stack: Stack, assumptions: li
     return micro_batch, num_microbatches * micro_batch * dp
 
 
-def _fill_global_batch(row: PublishedRow, smallest: int, assumptions: list[str]) -> int:
+def _fill_global_batch(row: PublishedRow, dp: int, assumptions: list[str]) -> int:
+    if row.iteration_time_s is not None:
+        if row.tokens_per_s_per_gpu is None or row.gpus is None or row.seq is None:
+            raise UnpredictableError("global_batch is blank, on which the time of a step depends")
+        global_batch = round(row.tokens_per_s_per_gpu * row.gpus * row.iteration_time_s / row.seq)
+        assumptions.append(f"global_batch {global_batch}: the row's tokens a second over its time")
+        return global_batch
+    if row.micro_batch is None:
+        raise UnpredictableError("micro_batch and global_batch are blank")
+    smallest = row.micro_batch * dp
     preset = PRESETS.get("hammer-1b4") if "hammerllm" in row.model.lower() else None
     if preset is not None and preset.recipe.global_batch_size % smallest == 0:
         assumptions.append(f"global_batch {preset.recipe.global_batch_size}: {preset.recipe.source}")
@@ -283,11 +290,11 @@ def _read_recompute(row: PublishedRow, recipe: Recipe | None, stack: Stack, assu
         reason = recipe.source if recipe and recipe.recompute else stack.name
         assumptions.append(f"recompute {recompute}: blank, {reason}")
         return recompute
-    if text in ("none", "no", "off", "false"):
+    if text in ("none", "no", "off", "false", "0"):
         return "none"
-    if "full" in text:
+    if "full" in text or "uniform" in text or text in ("yes", "on", "true", "1"):
         return "full"
-    if "selective" in text or "sac" in text:
+    if "selective" in text or "sac" in text or "core_attn" in text:
         return "selective"
     raise UnpredictableError(f"its recomputation {row.recompute!r} is not known")
 
@@ -305,13 +312,14 @@ def _read_sharding(row: PublishedRow, stack: Stack, assumptions: list[str]) -> t
     if "hybrid" in text or "hsdp" in text:
         size = size or 8
         assumptions.append(f"shards over {size} GPUs: hybrid sharding keeps to a node")
-    if "zero-0" in text or text in ("none", "no", "ddp"):
-        return "none", None
-    if "zero-1" in text or "dist" in text or "shard_grad_op" in text:
+    if any(name in text for name in ("zero-1", "zero-2", "dist", "shard_grad_op")):
         return "distributed_optimizer", size
     if "fsdp" in text or "zero-3" in text or "full_shard" in text or "hsdp" in text:
         return "fsdp", size
-    raise UnpredictableError(f"its sharding {row.sharding!r} is not known")
+    if "zero-0" in text or "ddp" in text or text in ("none", "no"):
+        return "none", None
+    assumptions.append(f"sharding {stack.sharding}: {row.sharding!r} is not known, {stack.name}")
+    return stack.sharding, None
 
 
 def _overlaps_tensor_parallel(row: PublishedRow, stack: Stack) -> bool:

@@ -36,6 +36,11 @@ def write(path: Path, text: str) -> Path:
         ("H100-64GB (MareNostrum5)", "h100-sxm-64gb"),
         ("GB200", "gb200"),
         ("nvidia l40s", "l40s"),
+        ("DGX A100 SXM4 (40 GB)", "a100-sxm-40gb"),
+        ("DGX A100", "a100-sxm-80gb"),
+        ("H100-SXM5-80GB", "h100-sxm"),
+        ("80GB PCIe A100", "a100-pcie-80gb"),
+        ("GB200 NVL72 (186 GB)", "gb200"),
     ],
 )
 def test_spellings_of_published_tables_and_of_torch(spelling: str, name: str) -> None:

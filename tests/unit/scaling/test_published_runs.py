@@ -93,6 +93,9 @@ def test_precisions(tmp_path: Path, text: str, gpu: str, precision: str) -> None
         ("ZeRO-1 within 4", "distributed_optimizer", 4),
         ("ZeRO-0", "none", None),
         ("none", "none", None),
+        ("DDP", "none", None),
+        ("ZeRO-2", "distributed_optimizer", None),
+        ("by hand", "distributed_optimizer", None),  # unknown: the stack's, and that is said
         ("ZeRO-3", "fsdp", None),
         ("FSDP=4+DP", "fsdp", 4),
         ("FSDP=8", "fsdp", None),  # all of the data-parallel ranks
@@ -178,6 +181,18 @@ def test_a_blank_vpp_of_an_interleaving_source(tmp_path: Path) -> None:
     assert read_plan(tmp_path, **unknown).layout.virtual_pipeline_model_parallel_size == 1
 
 
+def test_sizes_that_follow_from_the_others(tmp_path: Path) -> None:
+    run = read_one(tmp_path, tp="", pp="2", gpus="32")
+    assert run.plan.layout.tensor_model_parallel_size == 2
+    assert "tp 2: the GPUs over the other sizes" in run.assumptions
+    run = read_one(tmp_path, cp="2")  # dp 8 of 16 GPUs with tp 2 leaves no room for cp 2 beside it
+    assert (run.plan.layout.data_parallel_size, run.plan.layout.context_parallel_size) == (4, 2)
+    assert "dp 4: the row's 8 counts the context-parallel ranks" in run.assumptions
+    run = read_one(tmp_path, global_batch="", tokens_per_s_per_gpu="11702.86")
+    assert run.plan.global_batch_size == 64
+    assert run.step_time_s == 0.7
+
+
 def test_a_batch_that_does_not_divide_is_rounded_and_the_time_with_it(tmp_path: Path) -> None:
     run = read_one(tmp_path, micro_batch="3", global_batch="100", iteration_time_s="1.0")
     assert run.plan.global_batch_size == 96
@@ -190,6 +205,7 @@ def test_a_batch_that_does_not_divide_is_rounded_and_the_time_with_it(tmp_path: 
         ({"iteration_time_s": ""}, "it holds no measured time, throughput or utilisation"),
         ({"gpu_type": "TPU v5"}, "its GPU 'TPU v5' is not known; describe it with --gpus-file"),
         ({"gpu_type": ""}, "gpu_type is blank"),
+        ({"global_batch": ""}, "global_batch is blank, on which the time of a step depends"),
         ({"tp": "", "dp": ""}, "tp blank, and nothing says how its GPUs were laid out"),
         ({"gpus": "24"}, "its 24 GPUs are not tp 2 x pp 1 x cp 1 x dp 8"),
         ({"gpus": "15", "dp": ""}, "its 15 GPUs are no multiple of tp 2 x pp 1 x cp 1"),
@@ -201,7 +217,10 @@ def test_a_batch_that_does_not_divide_is_rounded_and_the_time_with_it(tmp_path: 
         ({"precision": "fp8", "gpu_type": "A100"}, "its GPU a100-sxm-80gb has no fp8"),
         ({"recompute": "clever"}, "its recomputation 'clever' is not known"),
         ({"sharding": "ZeRO-3+offload"}, "its optimizer is offloaded to the host, which is not modelled"),
-        ({"micro_batch": "", "global_batch": ""}, "micro_batch and global_batch are blank"),
+        (
+            {"micro_batch": "", "global_batch": "", "iteration_time_s": "", "mfu": "0.4"},
+            "micro_batch and global_batch are blank",
+        ),
         ({"micro_batch": "16"}, "its global batch 64 is below micro-batch 16 x dp 8"),
         ({"pp": "5", "gpus": "80"}, "its 24 layers cannot be split over pp 5 and vpp 7"),
         ({"tp": "32", "gpus": "256"}, "its layout cannot be built: tensor-model-parallel-size: must divide"),
