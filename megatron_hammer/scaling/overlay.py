@@ -58,6 +58,7 @@ def _shape_of(model: ModelPreset) -> ModelPreset:
         name="",
         source="",
         num_parameters=0,
+        kv_channels=model.head_dim,
         max_position_embeddings=0,
         norm_epsilon=0.0,
         rotary_base=0,

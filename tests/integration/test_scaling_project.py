@@ -1,0 +1,99 @@
+"""tools/scaling_study.py project as a user runs it: the files it leaves, exit codes, and the speed of a search."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.integration
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 8000,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+}
+
+
+def project(*arguments: str | Path, cwd: Path) -> tuple[int, str, str]:
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "scaling_study.py"), "project", *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return result.returncode, result.stdout, result.stderr
+
+
+def test_a_study_of_llama3_70b(tmp_path: Path) -> None:
+    flags = ("--preset", "llama3-70b", "--gpu", "h100-sxm", "--gpus", "8,64,512", "--output-dir", "study")
+    code, stdout, stderr = project(*flags, "--usd-per-gpu-hour", "2.5", "--top", "2", cwd=tmp_path)
+    assert code == 0, stderr
+    assert re.search(r"^3 sizes, 2 feasible; [0-9,]+ candidates, 4 layouts shown; written to study$", stdout, re.M)
+    assert "gpus: one GPU must hold its share of llama3-70b, got " in stdout
+    folder = tmp_path / "study"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "breakdown.png",
+        "memory.png",
+        "projection.csv",
+        "projection.json",
+        "report.html",
+        "scaling.png",
+    ]
+    document = json.loads((folder / "projection.json").read_text(encoding="utf-8"))
+    assert [row["id"] for row in document["rows"]] == ["64-1", "64-2", "512-1", "512-2"]
+    for row in document["rows"]:
+        prediction = row["prediction"]
+        assert prediction["low_s"] < prediction["step_time_s"] < prediction["high_s"]
+        assert 0.2 < prediction["mfu_ratio"] < 0.7
+        assert row["memory"]["total_bytes"] <= document["study"]["memory_limit_bytes"]
+        assert prediction["cost_usd"] == pytest.approx(2.5 * prediction["gpu_hours"])
+    with open(folder / "projection.csv", newline="", encoding="utf-8") as file:
+        assert [row["id"] for row in csv.DictReader(file)] == ["64-1", "64-2", "512-1", "512-2"]
+    first = {path.name: path.read_bytes() for path in folder.iterdir()}
+    project(*flags, "--usd-per-gpu-hour", "2.5", "--top", "2", cwd=tmp_path)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
+
+
+def test_a_hugging_face_config(tmp_path: Path) -> None:
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "config.json").write_text(json.dumps(CONFIG))
+    flags = ("--gpu", "a100-sxm-80gb", "--gpus", "4", "--samples-per-gpu", "2", "--train-tokens", "1B", "--json")
+    code, stdout, stderr = project("--hf-config", "small/config.json", *flags, cwd=tmp_path)
+    assert code == 0, stderr
+    document = json.loads(stdout)
+    assert (document["study"]["preset"], document["study"]["hf_config"]) == (None, "small/config.json")
+    assert document["study"]["model"]["hidden_size"] == 512
+    assert document["rows"][0]["id"] == "4-1"
+
+
+def test_problems_of_a_user_exit_2_without_a_trace(tmp_path: Path) -> None:
+    code, stdout, stderr = project(
+        *("--preset", "llama3-70b", "--gpu", "a100-sxm-80gb", "--gpus", "8,x", "--precision", "fp8"),
+        *("--output-dir", "study"),
+        cwd=tmp_path,
+    )
+    assert (code, stdout) == (2, "")
+    assert stderr.splitlines() == [
+        "error: gpus: must be whole numbers with commas between them, got '8,x'. Pass --gpus 8,64.",
+        "error: precision: must be a format that the GPU has, got precision=fp8, gpu=a100-sxm-80gb. "
+        "Use one of: fp32, fp16, bf16.",
+    ]
+    assert list(tmp_path.iterdir()) == []
