@@ -1,0 +1,90 @@
+#!/usr/bin/env bash
+# What this machine does, measured and laid over its projection; then what a cluster would do with hammer-1b4 and
+# Llama-3 70B. Ends with an HTML report of each.
+#
+#   bash examples/scaling_study.sh [any megatron_hammer or Megatron flag, for every measured run]
+#
+# The sweep: operators are timed, short trainings of PRESET run on 1 and 2 CPU processes, the performance model is
+# calibrated on these alone, and then held against runs on 4 processes, which it has not seen.
+#
+# From the environment:
+#   OUTPUT_DIR         everything that is made (default: outputs/scaling-study); what is there is kept
+#   PRESET             of the sweep (default: hammer-tiny)
+#   LAYOUTS            that the model is calibrated on (default: single,dp2,tp2,pp2)
+#   HELD_OUT_LAYOUTS   that it is judged by (default: dp4,tp2-dp2,pp2-dp2; - for none)
+#   STEPS              of each training (default: 15), of which WARMUP_STEPS are left out (default: 3)
+#   STATISTIC          of steps and operators: median, or fastest on a machine that does other work (default: median)
+#   SAMPLES_PER_RANK   of a step, so that the batch grows with the processes (default: 4)
+#   PROFILE_S          seconds an operator is timed (default: 0.2), with PROFILE_PROCESSES (default: 2)
+#   CPU_PROCESSES      numbers of processes that are projected (default: 1,2,4,8)
+#   STUDIES            presets that are projected (default: hammer-1b4 llama3-70b; - for none)
+#   STUDY_GPU          on which GPU (default: h100-sxm)
+#   STUDY_GPUS         on how many (default: 8,16,32,64,128,256,512,1024,2048,4096)
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+# shellcheck source=tools/setup_environment.sh
+source "$root/tools/setup_environment.sh"
+
+output_dir="${OUTPUT_DIR:-$root/outputs/scaling-study}"
+preset="${PRESET:-hammer-tiny}"
+held_out_layouts="${HELD_OUT_LAYOUTS:-dp4,tp2-dp2,pp2-dp2}"
+statistic="${STATISTIC:-median}"
+samples_per_rank="${SAMPLES_PER_RANK:-4}"
+read -r -a studies <<<"${STUDIES:-hammer-1b4 llama3-70b}"
+# Sums keep one order, and several processes share few cores.
+export OMP_NUM_THREADS=1
+machine=(--gpus-file "$output_dir/machine/gpus.toml" --clusters-file "$output_dir/machine/clusters.toml")
+mkdir -p "$output_dir"
+
+study() {
+    "$PYTHON" "$root/tools/scaling_study.py" "$@"
+}
+
+# measure DIR LAYOUTS TRAINING_FLAG...: short trainings on CPU processes; finished ones are kept
+measure() {
+    local dir="$1" layouts="$2"
+    shift 2
+    study measure --platform cpu --presets "$preset" --layouts "$layouts" --samples-per-rank "$samples_per_rank" \
+        --steps "${STEPS:-15}" --warmup-steps "${WARMUP_STEPS:-3}" --statistic "$statistic" --output-dir "$dir" -- "$@"
+}
+
+if [[ ! -s "$output_dir/machine/coefficients.toml" ]]; then
+    echo "== operators of this machine"
+    study profile --platform cpu --processes "${PROFILE_PROCESSES:-2}" --seconds-per-operator "${PROFILE_S:-0.2}" \
+        --statistic "$statistic" --output-dir "$output_dir/machine"
+fi
+
+echo "== trainings of $preset on 1 and 2 processes, to calibrate on"
+measure "$output_dir/sweep" "${LAYOUTS:-single,dp2,tp2,pp2}" "$@"
+cp "$output_dir/sweep/runs.csv" "$output_dir/runs.csv"
+echo "== calibration on these"
+coefficients="$output_dir/calibrated.toml"
+study calibrate --runs "$output_dir/sweep/runs.csv" --start "$output_dir/machine/coefficients.toml" "${machine[@]}" \
+    --output "$coefficients"
+
+if [[ "$held_out_layouts" != - ]]; then
+    echo "== trainings that the calibration has not seen"
+    measure "$output_dir/held-out" "$held_out_layouts" "$@"
+    tail -n +2 "$output_dir/held-out/runs.csv" >>"$output_dir/runs.csv"
+    echo "== what the calibrated model says of them"
+    study validate --runs "$output_dir/held-out/runs.csv" --coefficients "$coefficients" "${machine[@]}" \
+        --output-dir "$output_dir/validation"
+fi
+
+echo "== measured runs on the projected curve of this machine"
+study project --preset "$preset" --gpu cpu-core --cluster cpu-host "${machine[@]}" --coefficients "$coefficients" \
+    --gpus "${CPU_PROCESSES:-1,2,4,8}" --samples-per-gpu "$samples_per_rank" --overlay "$output_dir/runs.csv" \
+    --output-dir "$output_dir/cpu"
+reports=("$output_dir/cpu/report.html")
+
+for name in "${studies[@]}"; do
+    if [[ "$name" == - ]]; then continue; fi
+    echo "== $name on ${STUDY_GPU:-h100-sxm}"
+    study project --preset "$name" --gpu "${STUDY_GPU:-h100-sxm}" \
+        --gpus "${STUDY_GPUS:-8,16,32,64,128,256,512,1024,2048,4096}" --output-dir "$output_dir/$name"
+    reports+=("$output_dir/$name/report.html")
+    study emit --projection "$output_dir/$name/projection.json" --launcher torchrun,slurm \
+        --output-dir "$output_dir/$name/launch"
+done
+
+printf '%s\n' "== reports" "${reports[@]}"
