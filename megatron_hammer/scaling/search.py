@@ -12,7 +12,7 @@ own numbers, so the same question gets the same answer, bit for bit.
 """
 
 import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, lcm, log2
 from typing import Any, NamedTuple
@@ -43,11 +43,12 @@ EstimateMemory = Callable[[Plan], StageMemory]
 
 
 class _Candidate(NamedTuple):
-    """A plan before its recomputation is chosen; sorted by its bound, then by its own numbers."""
+    """A plan before its recomputation is chosen; sorted by its bound, then by its place in the list."""
 
     bound_s: float
-    tie_key: tuple[Any, ...]
-    plan: Plan
+    place: int
+    plan: Plan  # of any micro-batch size
+    micro_batch_size: int
 
 
 class _Failure(NamedTuple):
@@ -75,7 +76,7 @@ class Search:
         """predict: step_time.predict_step with its coefficients; estimate: memory of its heaviest stage."""
         self._predict = predict
         self._estimate = estimate
-        self._layer_times_s: dict[tuple[Any, ...], float] = {}
+        self._layer_times_s: dict[tuple[Any, ...], dict[int, float]] = {}
 
     def search_plans(self, study: Study, num_gpus: int) -> SizeProjection:
         """The study's best plans on so many GPUs; with none, the reason and a remedy."""
@@ -86,7 +87,7 @@ class Search:
         for candidate in candidates:
             if len(best) == study.num_best and candidate.bound_s * BOUND_MARGIN_RATIO > best[0].key[0]:
                 break
-            fitting = fit.choose_recompute(candidate.plan)
+            fitting = fit.choose_recompute(replace(candidate.plan, micro_batch_size=candidate.micro_batch_size))
             if fitting is None:
                 continue
             plan, memory = fitting
@@ -106,22 +107,24 @@ class Search:
         )
 
     def _list_candidates(self, study: Study, num_gpus: int, batch: int) -> Iterator[_Candidate]:
-        for layout in list_layouts(
+        layouts = list_layouts(
             study.model,
             study.cluster,
             num_gpus=num_gpus,
             global_batch_size=batch,
             seq_length=study.seq_length,
             space=study.space,
-        ):
+        )
+        place = 0
+        for layout in layouts:
             sizes = list_micro_batch_sizes(layout, batch, study.space)
             for sharding in list_shardings(layout, study.cluster, study.space):
                 plan = _build_plan(study, layout, sharding, batch)
-                for size in sizes:
-                    sized = replace(plan, micro_batch_size=size)
-                    yield _Candidate(self._bound_s(sized), _tie_key(sized), sized)
+                for size, bound_s in zip(sizes, self._list_bounds_s(plan, sizes), strict=True):
+                    yield _Candidate(bound_s, place, plan, size)
+                    place += 1
 
-    def _bound_s(self, plan: Plan) -> float:
+    def _list_bounds_s(self, plan: Plan, micro_batch_sizes: Sequence[int]) -> Iterator[float]:
         """No step of the plan is faster: its layers on every micro-batch, and the pipeline's ideal bubble.
 
         A stage has num_layers / pp layers on average and the slowest no less; (pp - 1) / vp micro-batches' time passes
@@ -129,29 +132,34 @@ class Search:
         """
         layout = plan.layout
         pp, vp = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size
-        layers = plan.model.num_layers / pp
-        return self._layer_time_s(plan) * layers * (plan.num_microbatches + (pp - 1) / vp)
-
-    def _layer_time_s(self, plan: Plan) -> float:
-        """LAYER_PARTS of one layer and micro-batch, from one prediction for all plans that cut a layer alike."""
-        layout = plan.layout
+        layers, bubble = plan.model.num_layers / pp, (pp - 1) / vp
+        per_rank = plan.global_batch_size // layout.data_parallel_size
         tp, cp = layout.tensor_model_parallel_size, layout.context_parallel_size
-        ep, etp = layout.expert_model_parallel_size, layout.expert_tp
+        cut = (tp, cp, layout.expert_model_parallel_size, layout.expert_tp)
         run = (plan.model, plan.gpu, plan.cluster, plan.seq_length, plan.precision, plan.overlaps_tensor_parallel)
-        key = (*run, tp, cp, ep, etp, plan.micro_batch_size)
-        if key not in self._layer_times_s:
-            dp = lcm(tp * cp, ep * etp) // (tp * cp)
-            alone = Layout(
-                tensor_model_parallel_size=tp,
-                context_parallel_size=cp,
-                data_parallel_size=dp,
-                expert_model_parallel_size=ep,
-                expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
-                has_sequence_parallel=layout.has_sequence_parallel,
-            )
-            step = self._predict(replace(plan, layout=alone, global_batch_size=plan.micro_batch_size * dp))
-            self._layer_times_s[key] = sum(getattr(step, name) for name in LAYER_PARTS) / plan.model.num_layers
-        return self._layer_times_s[key]
+        times_s = self._layer_times_s.setdefault((*run, *cut), {})
+        for size in micro_batch_sizes:
+            if size not in times_s:
+                times_s[size] = self._predict_layer_s(replace(plan, micro_batch_size=size))
+            yield times_s[size] * layers * (per_rank // size + bubble)
+
+    def _predict_layer_s(self, plan: Plan) -> float:
+        """LAYER_PARTS of one layer and micro-batch of all plans that cut a layer like this one."""
+        layout = plan.layout
+        ranks = layout.tensor_model_parallel_size * layout.context_parallel_size
+        dp = lcm(ranks, layout.expert_model_parallel_size * layout.expert_tp) // ranks
+        alone = replace(
+            layout,
+            data_parallel_size=dp,
+            pipeline_model_parallel_size=1,
+            virtual_pipeline_model_parallel_size=1,
+            num_layers_first_stage=None,
+            num_layers_last_stage=None,
+            accounts_for_embedding=False,
+            accounts_for_loss=False,
+        )
+        step = self._predict(replace(plan, layout=alone, global_batch_size=plan.micro_batch_size * dp))
+        return sum(getattr(step, name) for name in LAYER_PARTS) / plan.model.num_layers
 
 
 class _Fit:
