@@ -8,7 +8,7 @@ from megatron_hammer.config.environment import read_process_place
 from megatron_hammer.config.model_from_arguments import build_layout, build_model
 from megatron_hammer.config.preflight_layout import select_global_batch_size
 from megatron_hammer.model.accounting import Layout, MemoryOptions, StageMemory, estimate_memory
-from megatron_hammer.model.memory_options import WORKSPACE_BYTES, Recompute
+from megatron_hammer.model.memory_options import WORKSPACE_BYTES, Recompute, Sharding
 from megatron_hammer.platforms.device import read_device_memory_bytes
 
 GIB = 2**30
@@ -52,6 +52,7 @@ def build_memory_options(namespace: argparse.Namespace, layout: Layout, *, is_fo
         has_flash_attention=getattr(namespace.attention_backend, "name", "auto") not in ("unfused", "local"),
         cross_entropy=namespace.cross_entropy_fusion_impl if namespace.cross_entropy_loss_fusion else "unfused",
         is_context_parallel_all_to_all=comm_types == ["a2a"],
+        sharding=_select_sharding(namespace, layout),
         shard_size=layout.dense_shard_size // instances if is_sharded and instances > 1 else None,
         gradient_bytes=4 if has_fp32_gradients and not namespace.grad_reduce_in_bf16 else 2,
         has_fused_activation=namespace.bias_swiglu_fusion,
@@ -59,6 +60,16 @@ def build_memory_options(namespace: argparse.Namespace, layout: Layout, *, is_fo
         workspace_bytes=WORKSPACE_BYTES if is_for_gpu else 0,
         vocab_divisible_by=namespace.make_vocab_size_divisible_by,
     )
+
+
+def _select_sharding(namespace: argparse.Namespace, layout: Layout) -> Sharding:
+    """FSDP shards everything unless Megatron's is told to shard less; shards of gradients alone count as none."""
+    if namespace.use_torch_fsdp2:
+        return "fsdp"
+    if namespace.use_megatron_fsdp:
+        strategies: dict[str, Sharding] = {"optim_grads_params": "fsdp", "no_shard": "none"}
+        return strategies.get(namespace.data_parallel_sharding_strategy, "distributed_optimizer")
+    return "distributed_optimizer" if layout.has_distributed_optimizer else "none"
 
 
 def is_planned(namespace: argparse.Namespace) -> bool:

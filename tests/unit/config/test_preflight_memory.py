@@ -82,3 +82,20 @@ def test_flags_that_change_memory_reach_the_estimate() -> None:
     dropout = build_options("--hidden-dropout", "0.1", "--attention-dropout", "0.2")
     assert dropout.has_hidden_dropout
     assert dropout.has_attention_dropout
+
+
+@pytest.mark.parametrize(
+    ("attributes", "sharding"),
+    [
+        ({}, "distributed_optimizer"),
+        ({"use_torch_fsdp2": True}, "fsdp"),
+        ({"use_megatron_fsdp": True}, "fsdp"),
+        ({"use_megatron_fsdp": True, "data_parallel_sharding_strategy": "optim_grads"}, "distributed_optimizer"),
+        ({"use_megatron_fsdp": True, "data_parallel_sharding_strategy": "no_shard"}, "none"),
+    ],
+)
+def test_what_is_sharded(attributes: dict[str, object], sharding: str) -> None:
+    namespace = parse("--preset", "llama3-8b", *plan(8)).namespace
+    vars(namespace).update(attributes)
+    options = build_memory_options(namespace, build_layout(namespace), is_for_gpu=True)
+    assert options.sharding == sharding
