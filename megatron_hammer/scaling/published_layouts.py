@@ -61,15 +61,12 @@ def build_row_layout(
         dp = row.gpus // (tp * pp * cp)
     if row.gpus is not None and row.gpus != tp * pp * cp * dp:
         raise UnpredictableError(f"its {row.gpus} GPUs are not tp {tp} x pp {pp} x cp {cp} x dp {dp}")
-    has_sequence_parallel = row.sequence_parallel
-    if has_sequence_parallel is None:
-        has_sequence_parallel = stack.has_sequence_parallel and tp > 1
     base = Layout(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         context_parallel_size=cp,
         data_parallel_size=dp,
-        has_sequence_parallel=has_sequence_parallel,
+        has_sequence_parallel=_has_sequence_parallel(row, tp, stack),
     )
     vpp = _fill_chunks(row, (tp, pp), model, stack, siblings, assumptions)
     layout = _split_over_stages(base, model.num_layers, vpp, assumptions)
@@ -77,6 +74,20 @@ def build_row_layout(
     if problems:
         raise UnpredictableError(f"its layout cannot be built: {problems[0]}")
     return layout
+
+
+def _has_sequence_parallel(row: PublishedRow, tp: int, stack: Stack) -> bool:
+    """The row's own cell, else what its text says, else the stack's; full recomputation of 2022 went without it."""
+    if row.sequence_parallel is not None:
+        return row.sequence_parallel
+    text = f"{row.recompute} {row.notes}".lower()
+    if re.search(r"(no|without) (sequence.parallel|sp\b)", text):
+        return False
+    if "sequence parallel" in text:
+        return tp > 1
+    return (
+        stack.has_sequence_parallel and tp > 1 and not (stack.recomputes_without_sequence_parallel and "full" in text)
+    )
 
 
 def _fill_model_parallel(row: PublishedRow, siblings: Siblings, assumptions: list[str]) -> tuple[int, int]:

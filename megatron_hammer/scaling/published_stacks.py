@@ -29,6 +29,7 @@ class Stack:
     sharding: Sharding = "distributed_optimizer"
     has_flash_attention: bool = True
     has_sequence_parallel: bool = True  # where tp > 1
+    recomputes_without_sequence_parallel: bool = False  # its runs with full recomputation are the baseline without it
     overlaps_data_parallel: bool = True
     overlaps_tensor_parallel: bool = True
     gradient_bytes: int = 4
@@ -81,6 +82,7 @@ STACKS: tuple[Stack, ...] = (
         name="Megatron-LM of 2022",
         source_pattern=r"korthikanti",
         source="arXiv 2205.05198, section 6: fp16, selective recomputation, sequence parallelism",
+        recomputes_without_sequence_parallel=True,
         precision="fp16",
         recompute="selective",
         sharding="none",
@@ -117,6 +119,44 @@ STACKS: tuple[Stack, ...] = (
         gradient_bytes=2,
         flop_convention="hardware",
         cluster_of_gpu=(("a100-sxm-80gb", "vtrain-a100"),),
+    ),
+    Stack(
+        name="Megatron-DeepSpeed of BigScience",
+        source_pattern=r"bloom|bigscience|megatron-?deepspeed|neox",
+        source="arXiv 2211.05100, section 3.4 and 2204.06745: 1F1B, ZeRO-1, unfused attention, recomputed",
+        recompute="full",
+        has_flash_attention=False,
+        has_sequence_parallel=False,
+        overlaps_data_parallel=False,
+        overlaps_tensor_parallel=False,
+        flop_convention="hardware",
+    ),
+    Stack(
+        name="metaseq",
+        source_pattern=r"metaseq|opt-?175",
+        source="arXiv 2205.01068, section 2.4: FSDP over Megatron's tensor parallelism, fp16, recomputed",
+        precision="fp16",
+        recompute="full",
+        sharding="fsdp",
+        has_flash_attention=False,
+        has_sequence_parallel=False,
+        overlaps_tensor_parallel=False,
+        gradient_bytes=2,
+        flop_convention="hardware",
+    ),
+    Stack(
+        name="MegaScale",
+        source_pattern=r"megascale",
+        source="arXiv 2402.15627, sections 3 and 6.1: Megatron-LM with all communication overlapped, interleaved",
+        is_interleaved=True,
+    ),
+    Stack(
+        name="Llama 3",
+        source_pattern=r"llama-?_?3.*paper|llama3_herd|2407\.21783",
+        source="arXiv 2407.21783, section 3.3: interleaved pipeline, sharded optimizer, MFU as PaLM counts it",
+        is_interleaved=True,
+        overlaps_tensor_parallel=False,
+        flop_convention="D",
     ),
     Stack(
         name="MaxText",

@@ -181,6 +181,22 @@ def test_a_blank_vpp_of_an_interleaving_source(tmp_path: Path) -> None:
     assert read_plan(tmp_path, **unknown).layout.virtual_pipeline_model_parallel_size == 1
 
 
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        ({"source": "Korthikanti2022_T5", "recompute": "full"}, False),
+        ({"source": "Korthikanti2022_T5", "recompute": "selective"}, True),
+        ({"source": "Korthikanti2022_T5", "recompute": "selective", "notes": "no sequence parallelism"}, False),
+        ({"source": "Korthikanti2022_T5", "recompute": "full, sequence parallel"}, True),
+        ({"source": "Narayanan2021"}, False),
+        ({"source": "team_a", "recompute": "full"}, True),
+        ({"source": "team_a", "tp": "1", "dp": "16"}, False),
+    ],
+)
+def test_sequence_parallelism_of_each_stack(tmp_path: Path, cells: dict[str, str], expected: bool) -> None:
+    assert read_plan(tmp_path, **cells).layout.has_sequence_parallel is expected
+
+
 def test_sizes_that_follow_from_the_others(tmp_path: Path) -> None:
     run = read_one(tmp_path, tp="", pp="2", gpus="32")
     assert run.plan.layout.tensor_model_parallel_size == 2
