@@ -22,11 +22,10 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 source "$root/tools/setup_environment.sh"
 # shellcheck source=examples/demo_data.sh
 source "$root/examples/demo_data.sh"
+# shellcheck source=examples/launch_training.sh
+source "$root/examples/launch_training.sh"
 
-num_gpus=0
-if command -v nvidia-smi >/dev/null 2>&1; then
-    num_gpus="$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)"
-fi
+num_gpus="$(count_gpus)"
 if ((num_gpus > 0)); then
     nproc="${NPROC:-$num_gpus}"
     seq_length=2048 global_batch_size=256 train_steps=1000 warmup_steps=100
@@ -85,27 +84,7 @@ else
         --lr "${LR:-1e-4}" --min-lr "${MIN_LR:-1e-5}" --lr-warmup-iters "${WARMUP_STEPS:-$warmup_steps}"
         --weight-decay 0.1 --clip-grad 1.0 --adam-beta2 0.95)
 fi
-if [[ -n "${TP:-}" ]]; then arguments+=(--tensor-model-parallel-size "$TP"); fi
-if [[ -n "${PP:-}" ]]; then arguments+=(--pipeline-model-parallel-size "$PP"); fi
-if [[ -n "${VP:-}" ]]; then arguments+=(--num-virtual-stages-per-pipeline-rank "$VP"); fi
-if [[ -n "${CP:-}" ]]; then arguments+=(--context-parallel-size "$CP"); fi
-if [[ -n "${EP:-}" ]]; then arguments+=(--expert-model-parallel-size "$EP"); fi
-
-launch=(--nproc-per-node "$nproc")
-nnodes="${NNODES:-${SLURM_NNODES:-1}}"
-if ((nnodes > 1)); then
-    if [[ -z "${MASTER_ADDR:-}" ]]; then
-        hosts="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
-        MASTER_ADDR="${hosts%%$'\n'*}"
-    fi
-    launch+=(--nnodes "$nnodes" --node-rank "${NODE_RANK:-${SLURM_NODEID:?NODE_RANK is not set}}"
-        --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
-else
-    launch+=(--standalone)
-fi
-
-"$PYTHON" -m megatron_hammer.training.launch "${launch[@]}" -- \
-    --load-hf "$hf_dir" --save "$output_dir" "${arguments[@]}" "$@"
+launch_training "$nproc" --load-hf "$hf_dir" --save "$output_dir" "${arguments[@]}" "$@"
 
 if ((${NODE_RANK:-${SLURM_NODEID:-0}} == 0)); then
     echo "== export to Hugging Face"
