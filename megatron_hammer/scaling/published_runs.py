@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.model.accounting import Layout
+from megatron_hammer.model.accounting import Layout, count_rank_parameters
+from megatron_hammer.preset_types import ModelPreset
 from megatron_hammer.presets import PRESETS
 from megatron_hammer.scaling.hardware import (
     load_clusters,
@@ -135,6 +136,11 @@ def _build_run(row: PublishedRow, hardware: _Hardware, siblings: Siblings) -> Me
     sharding, shard_size = _read_sharding(row, stack, assumptions)
     if shard_size == layout.data_parallel_size:
         shard_size = None  # all of them, context ranks included
+    if sharding == "distributed_optimizer" and not _fits_unsharded(model, layout, gpu):
+        assumptions.append(
+            "sharding fsdp: whole weights and gradients beside an optimizer shard exceed the GPU's memory"
+        )
+        sharding = "fsdp"
     recompute = _read_recompute(row, recipe, stack, assumptions)
     plan = Plan(
         model=model,
@@ -320,6 +326,12 @@ def _read_sharding(row: PublishedRow, stack: Stack, assumptions: list[str]) -> t
         return "none", None
     assumptions.append(f"sharding {stack.sharding}: {row.sharding!r} is not known, {stack.name}")
     return stack.sharding, None
+
+
+def _fits_unsharded(model: ModelPreset, layout: Layout, gpu: Gpu) -> bool:
+    """Whether 16-bit weights and gradients and a shard of Adam's 12 bytes fit at all, before any activation."""
+    num_parameters = count_rank_parameters(model, layout, 0).total
+    return num_parameters * (4 + 12 / layout.dense_shard_size) < gpu.memory_bytes
 
 
 def _overlaps_tensor_parallel(row: PublishedRow, stack: Stack) -> bool:

@@ -109,6 +109,14 @@ def test_shardings(tmp_path: Path, text: str, sharding: str, shard_size: int | N
     assert plan.layout.has_distributed_optimizer == (sharding == "distributed_optimizer")
 
 
+def test_what_cannot_fit_whole_is_sharded(tmp_path: Path) -> None:
+    shape = {"layers": "", "hidden": "", "heads": "", "kv_heads": "", "ffn": "", "vocab": "", "model": "llama3-70b"}
+    run = read_one(tmp_path, **shape, tp="1", gpus="64", dp="64", global_batch="128", sharding="DDP/dist-opt")
+    assert run.plan.sharding == "fsdp"
+    assert any(text.startswith("sharding fsdp: whole weights and gradients") for text in run.assumptions)
+    assert read_plan(tmp_path, **shape, tp="8", gpus="64", dp="8").sharding == "distributed_optimizer"
+
+
 def test_known_models_fill_blanks(tmp_path: Path) -> None:
     shape = {"layers": "", "hidden": "", "heads": "", "kv_heads": "", "ffn": "", "vocab": ""}
     model = read_plan(tmp_path, **shape, model="Nemotron4-340B", tp="8", dp="2").model
