@@ -68,12 +68,14 @@ def fit_token_cost(
             definition=f"{definition}, taken as proportional to N from one size",
         )
     exponent, log_coefficient = np.polyfit(log_n, log_cost, 1)
+    # Two sizes are met exactly, which says nothing of a third.
     worst = np.abs(np.expm1(log_coefficient + exponent * log_n - log_cost)).max()
+    closeness = "through two sizes" if len(set(sizes)) == 2 else f"within {worst:.1%}"
     return TokenCost(
         coefficient=float(np.exp(log_coefficient)),
         exponent=float(exponent),
         unit=unit,
-        definition=f"{definition}, as {np.exp(log_coefficient):.4g} N^{exponent:.4f} a token (within {worst:.1%})",
+        definition=f"{definition}, as {np.exp(log_coefficient):.4g} N^{exponent:.4f} a token ({closeness})",
     )
 
 
