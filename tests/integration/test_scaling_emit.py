@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from parsed_flags import find
+from training_runs import REPOSITORY, environment
 
 from megatron_hammer.model.accounting import Layout
 from megatron_hammer.presets import PRESETS
@@ -80,6 +81,13 @@ def write_script(name: str, launcher: Any, tmp_path: Path) -> Path:
     return path
 
 
+def adopt_connections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the script exported for Megatron, which preflight looks at on a machine with a GPU."""
+    variables = dict(line.split("=", 1) for line in (tmp_path / "words.env").read_text().splitlines() if "=" in line)
+    if "CUDA_DEVICE_MAX_CONNECTIONS" in variables:
+        monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", variables["CUDA_DEVICE_MAX_CONNECTIONS"])
+
+
 @pytest.mark.parametrize("launcher", ["torchrun", "slurm"])
 @pytest.mark.parametrize("name", ["uneven", "context"])
 def test_shellcheck(name: str, launcher: str, tmp_path: Path) -> None:
@@ -99,9 +107,7 @@ def test_dry_run_accepts_every_row(name: str, tmp_path: Path, monkeypatch: pytes
     words = list_words(write_script(name, "torchrun", tmp_path), tmp_path, DRY_RUN="1")
     assert words[:2] == ["-m", "megatron_hammer.training.pretrain"]
     assert words[-3:] == ["--dry-run", "--world-size", str(world_size)]
-    variables = dict(line.split("=", 1) for line in (tmp_path / "words.env").read_text().splitlines() if "=" in line)
-    if "CUDA_DEVICE_MAX_CONNECTIONS" in variables:
-        monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", variables["CUDA_DEVICE_MAX_CONNECTIONS"])
+    adopt_connections(tmp_path, monkeypatch)
     assert find(*words[2:], platform="cuda") == []
 
 
@@ -156,3 +162,40 @@ def test_slurm_starts_one_launcher_a_node(tmp_path: Path) -> None:
     assert words[words.index("--node-rank") + 1] == "1"
     assert words[words.index("--master-addr") + 1] == "n1"
     assert (words[words.index("--nnodes") + 1], words[-2:]) == ("2", ["--seed", "7"])
+
+
+def study(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(REPOSITORY / "tools" / "scaling_study.py"), *words]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+def test_rows_of_a_projection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From `project` to a script whose command the dry run accepts; unknown rows and launchers are named."""
+    path = tmp_path / "projection.json"
+    project = study(
+        *("project", "--preset", "llama3-8b", "--gpu", "h100-sxm", "--gpus", "8,64", "--top", "2", "--json")
+    )
+    assert project.returncode == 0, project.stderr
+    path.write_text(project.stdout)
+    emit = ("emit", "--projection", str(path), "--output-dir", str(tmp_path / "jobs"))
+    result = study(*emit, "--launcher", "torchrun,kubernetes")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.splitlines()[-1] == "2 rows of 4 emitted, 4 files"
+    names = ["llama3-8b-64-1.sh", "llama3-8b-64-1.yaml", "llama3-8b-8-1.sh", "llama3-8b-8-1.yaml"]
+    assert sorted(file.name for file in (tmp_path / "jobs").iterdir()) == names
+    words = list_words(tmp_path / "jobs" / "llama3-8b-64-1.sh", tmp_path, DRY_RUN="1")
+    adopt_connections(tmp_path, monkeypatch)
+    backend = words[words.index("--backend") + 1]
+    assert find(*words[2:], platform="cuda", backend="te" if backend == "te" else "torch") == []
+    assert words[-1] == "64"
+
+    slurm = study(*emit, "--rows", "8-2", "--launcher", "slurm")
+    assert slurm.stdout == f"{tmp_path / 'jobs' / 'llama3-8b-8-2.sbatch'}\n"
+    unknown = study(*emit, "--rows", "8-7")
+    assert unknown.returncode == 2
+    assert "must hold the row that is asked for, got row='8-7'. Use one of: 8-1, 8-2, 64-1, 64-2." in unknown.stderr
+    launcher = study(*emit, "--launcher", "torchrun,lsf")
+    assert launcher.returncode == 2
+    assert launcher.stderr == (
+        "error: launcher: must be of torchrun, slurm, kubernetes, got lsf. Choose one of them, or several.\n"
+    )
