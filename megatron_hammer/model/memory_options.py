@@ -19,7 +19,7 @@ CrossEntropy = Literal["unfused", "native", "te"]  # the two others: --cross-ent
 QUANTIZED_BYTES: dict[Precision, float] = {"fp8": 1.0, "mxfp8": 33 / 32, "nvfp4": 9 / 16}
 
 # cuBLAS takes its workspaces from torch's allocator (32 MiB each since Hopper), so they are part of a recorded peak.
-# With what TransformerEngine and small tensors add, it is 50 MiB in each of SimuMax's 16 published B200 peaks of Llama
+# With what TransformerEngine and small tensors add, it is 50 MiB in each of SimuMax's 15 published B200 peaks of Llama
 # models and 50 to 130 MiB in the H100 runs of Megatron-LM's own tests.
 WORKSPACE_BYTES = 80 * 2**20
 

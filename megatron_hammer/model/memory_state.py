@@ -34,7 +34,7 @@ class _PartSizes(NamedTuple):
     dense: int
     expert: int
     linear: int  # of both, in the matrices of the layers' linears: what 8-bit formats apply to
-    weight_sizes: tuple[tuple[str, int], ...]  # each weight matrix by name: its elements
+    matrices: int  # of one copy of every weight matrix: all experts of a layer have the same shapes
 
 
 def estimate_state(
@@ -65,10 +65,12 @@ def estimate_state(
     is_fsdp = options.sharding == "fsdp"
     buffers = options.workspace_bytes + weight_copies
     if options.has_fused_weight_gradients:
-        buffers += _count_placeholder_bytes(layer, head if is_last_stage else None, element)
+        # A tied head on the only stage is the embedding's weight.
+        ends = (head.matrices or embedding.matrices) if is_last_stage else 0
+        buffers += _count_placeholder_bytes(layer.matrices + ends, element)
     if is_fsdp:
-        ends = (embedding.dense * is_first_stage, head.dense * is_last_stage)
-        buffers += _count_gathered_bytes(layer, max(ends), options, total)
+        largest_end = max(embedding.dense * is_first_stage, head.dense * is_last_stage)
+        buffers += _count_gathered_bytes(layer, largest_end, options, total)
     held = shard if is_fsdp else total
     return StageState(
         weights=round(weight_bytes * held / total) if total else 0,
@@ -117,8 +119,7 @@ def select_part_sizes(
 
 def _cut_tensors(model: ModelPreset, layout: Layout, tensors: list[TensorSize]) -> _PartSizes:
     num_local_experts = model.moe.num_experts // layout.expert_model_parallel_size if model.moe else 0
-    dense = expert = linear = 0
-    shapes = []
+    dense = expert = linear = matrices = 0
     for tensor in tensors:
         if tensor.cut.startswith("expert"):
             numel = tensor.numel // (layout.expert_tp if tensor.cut == "expert_tensor" else 1)
@@ -130,10 +131,10 @@ def _cut_tensors(model: ModelPreset, layout: Layout, tensors: list[TensorSize]) 
             dense += numel
         if "linear_" in tensor.name and tensor.name.endswith(".weight"):
             linear += copies * numel
-            shapes.append((tensor.name, numel))
-        elif tensor.name == "output_layer.weight":
-            shapes.append((tensor.name, numel))
-    return _PartSizes(dense, expert, linear, tuple(shapes))
+            matrices += numel
+        elif tensor.name in ("output_layer.weight", "embedding.word_embeddings.weight"):
+            matrices += numel
+    return _PartSizes(dense, expert, linear, matrices)
 
 
 def _is_sharded(layout: Layout, options: MemoryOptions) -> bool:
@@ -158,16 +159,15 @@ def _count_weight_bytes(options: MemoryOptions, total: int, linear: int) -> tupl
     return element * total, copies
 
 
-def _count_placeholder_bytes(layer: _PartSizes, head: _PartSizes | None, element: int) -> int:
+def _count_placeholder_bytes(num_elements: int, element: int) -> int:
     """TransformerEngine's placeholders for weight gradients that were added to main_grad: one a shape, never freed.
+
+    The matrices of a layer all have different shapes, and the same ones in every layer.
 
     Source: transformer_engine.pytorch.module.base.get_dummy_wgrad, used by megatron.core.tensor_parallel.layers for
     the head too. 2.1 GB for the head of a model with hidden size 8192 and 128,256 tokens.
     """
-    shapes = {numel for _, numel in layer.weight_sizes}
-    if head is not None:
-        shapes |= {numel for _, numel in head.weight_sizes}
-    return element * sum(shapes)
+    return element * num_elements
 
 
 def _count_gathered_bytes(layer: _PartSizes, largest_end: int, options: MemoryOptions, total: int) -> int:

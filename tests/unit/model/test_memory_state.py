@@ -92,6 +92,15 @@ def test_shard_ranks():
     assert count_shard_ranks(whole, MemoryOptions(sharding="fsdp")) == (16, 4)
 
 
+def test_a_tied_head_has_a_placeholder_too():
+    tied = PRESETS["gpt2-124m"].model
+    h, rows = tied.hidden_size, 50_304
+    layout = Layout(has_distributed_optimizer=False)
+    state = estimate_state(tied, layout, MemoryOptions(), num_layers=12, is_first_stage=True, is_last_stage=True)
+    # fc1 and fc2 have as many elements but not the same shape.
+    assert state.buffers - WORKSPACE_BYTES == 2 * (3 * h * h + h * h + 2 * 4 * h * h + rows * h)
+
+
 def test_a_tied_head_is_a_copy_only_on_a_stage_of_its_own():
     tied = PRESETS["gpt2-124m"].model
     assert select_part_sizes(tied, Layout(), 128)[2].dense == 2 * tied.hidden_size  # the final norm
