@@ -195,8 +195,12 @@ def _find_preset(row: PublishedRow) -> ModelPreset | None:
     preset = PRESETS.get(row.model.strip()) or PRESETS.get(_PRESET_SPELLINGS.get(row.model.lower(), ""))
     if preset is None:
         return None
-    is_same = row.layers in (None, preset.model.num_layers) and row.hidden in (None, preset.model.hidden_size)
-    return preset.model if is_same else None
+    model = preset.model
+    sizes = {
+        "layers": model.num_layers, "hidden": model.hidden_size, "heads": model.num_attention_heads,
+        "kv_heads": model.num_query_groups, "ffn": model.ffn_hidden_size, "vocab": model.vocab_size,
+    }  # fmt: skip
+    return model if all(getattr(row, name) in (None, size) for name, size in sizes.items()) else None
 
 
 _PRESET_SPELLINGS = {"hammerllm-1.4b": "hammer-1b4"}
