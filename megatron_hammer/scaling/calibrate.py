@@ -81,7 +81,7 @@ def fit(runs: Sequence[Run], start: Coefficients | None = None, *, is_prior_star
     low, high = np.log([one.prior.low for one in free]), np.log([one.prior.high for one in free])
 
     def build(logarithms: NDArray[np.float64]) -> Coefficients:
-        return replace_values(start, dict(zip(names, np.exp(logarithms), strict=True)))
+        return replace_values(start, dict(zip(names, np.exp(logarithms).tolist(), strict=True)))
 
     def predict(logarithms: NDArray[np.float64], rows: NDArray[np.intp]) -> NDArray[np.float64]:
         coefficients = build(logarithms)

@@ -92,8 +92,8 @@ def estimate_gemm_s(gemm: Gemm, rates: Rates, fill_waves: float) -> float:
     Unhidden writing does the same to products with a short summed dimension.
     """
     m, n, k, batch, extra_bytes, is_low = gemm
-    rate = rates.low_gemm_flops_per_s if is_low else rates.gemm_flops_per_s
     results = m * n * batch
+    rate = rates.low_gemm_flops_per_s if is_low else rates.gemm_flops_per_s
     multiply_s = 2.0 * results * k / rate * (1.0 + fill_waves * rates.wave_elements / results)
     read_s = (1.0 if is_low else 2.0) * batch * k * (m + n) / rates.memory_bytes_per_s
     return max(multiply_s, read_s) + (2.0 * results + extra_bytes) / rates.result_bytes_per_s

@@ -24,6 +24,7 @@ class Schedule(NamedTuple):
 
     slowest: int  # index of the slowest kind of stage
     bubble_s: float
+    imbalance_s: float  # of one micro-batch: what the slowest stage works longer than the mean of all
 
 
 @lru_cache(maxsize=4096)
@@ -60,4 +61,5 @@ def build_schedule(stage_s: list[float], counts: list[int], num_chunks: int) -> 
     """
     slowest = max(range(len(stage_s)), key=stage_s.__getitem__)
     passed = sum(seconds * count for seconds, count in zip(stage_s, counts, strict=True))
-    return Schedule(slowest, (passed - stage_s[slowest]) / num_chunks)
+    mean = passed / sum(counts)
+    return Schedule(slowest, (passed - stage_s[slowest]) / num_chunks, stage_s[slowest] - mean)
