@@ -1,0 +1,42 @@
+"""Measured runs that take exactly what known coefficients say, for tests of fits."""
+
+from dataclasses import dataclass
+
+from megatron_hammer.model.accounting import Layout
+from megatron_hammer.presets import PRESETS
+from megatron_hammer.scaling.coefficients import Coefficients
+from megatron_hammer.scaling.hardware import select_cluster, select_gpu
+from megatron_hammer.scaling.plan import Plan
+from megatron_hammer.scaling.step_time import predict_step
+
+
+@dataclass(frozen=True)
+class PlantedRun:
+    source: str
+    plan: Plan
+    step_time_s: float
+    fingerprint: str = ""
+
+
+def build_planted_runs(coefficients: Coefficients, source: str = "one") -> list[PlantedRun]:
+    """Nine runs on 64 H100: three models, three layouts; the sequence length belongs to the layout."""
+    plans = []
+    for name in ("llama3-8b", "llama3-70b", "hammer-1b4"):
+        for tp, seq_length in ((1, 2048), (2, 16384), (8, 8192)):
+            layout = Layout(tensor_model_parallel_size=tp, data_parallel_size=64 // tp, has_sequence_parallel=tp > 1)
+            plans.append(
+                Plan(
+                    model=PRESETS[name].model,
+                    layout=layout,
+                    gpu=select_gpu("h100-sxm"),
+                    cluster=select_cluster("dgx-h100"),
+                    seq_length=seq_length,
+                    micro_batch_size=1,
+                    global_batch_size=128,
+                    overlaps_grad_reduce=False,
+                )
+            )
+    return [
+        PlantedRun(source, plan, predict_step(plan, coefficients).total_s, f"{source}-{number}")
+        for number, plan in enumerate(plans)
+    ]
