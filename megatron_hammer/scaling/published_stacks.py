@@ -193,6 +193,13 @@ STACKS: tuple[Stack, ...] = (
         gradient_bytes=2,
         is_interleaved=True,
     ),
+    Stack(
+        name="NeMo 2 recipes",
+        source_pattern=r"dgxc.*v(25\.(0[4-9]|1)|2[6-9])",
+        source=f"{_NVIDIA}; NVIDIA/NeMo scripts/performance: grad_reduce_in_fp32=False",
+        gradient_bytes=2,
+        is_interleaved=True,
+    ),
     Stack(name="NeMo recipes", source_pattern=r"dgxc|nemo|mlperf|mlcommons", source=_NVIDIA, is_interleaved=True),
     Stack(
         name="Megatron-LM CI",
