@@ -5,9 +5,18 @@ it depends on: not the GPU, the cluster, overlaps or model copies, and micro-bat
 """
 
 from functools import lru_cache
+from typing import TypedDict
 
 from megatron_hammer.model.accounting import MemoryOptions, StageMemory, estimate_heaviest_stage, estimate_memory
+from megatron_hammer.model.memory_options import WORKSPACE_BYTES
 from megatron_hammer.scaling.plan import Plan, Precision, Recompute, Sharding
+
+
+class Allowances(TypedDict, total=False):
+    """What `estimate_memory` adds to what is allocated, where it is not the default."""
+
+    context_bytes: int
+    fragmentation_ratio: float
 
 
 def estimate_plan_memory(plan: Plan) -> tuple[StageMemory, ...]:
@@ -22,6 +31,7 @@ def estimate_plan_memory(plan: Plan) -> tuple[StageMemory, ...]:
         seq_length=plan.seq_length,
         num_microbatches=_count_relevant_microbatches(plan),
         options=build_plan_options(plan),
+        **_list_allowances(plan),
     )
 
 
@@ -34,12 +44,14 @@ def estimate_heaviest_plan_stage(plan: Plan) -> StageMemory:
         seq_length=plan.seq_length,
         num_microbatches=_count_relevant_microbatches(plan),
         options=build_plan_options(plan),
+        **_list_allowances(plan),
     )
 
 
 def build_plan_options(plan: Plan) -> MemoryOptions:
     """What a plan says of memory beside its model, layout and batch."""
     return _build_options(
+        _is_for_gpu(plan),
         plan.precision,
         plan.recompute,
         plan.sharding,
@@ -48,6 +60,15 @@ def build_plan_options(plan: Plan) -> MemoryOptions:
         plan.gradient_bytes,
         plan.vocab_divisible_by,
     )
+
+
+def _is_for_gpu(plan: Plan) -> bool:
+    return plan.cluster.full_speed_processes_per_node is None
+
+
+def _list_allowances(plan: Plan) -> Allowances:
+    """CPU processes have no CUDA context and no caching allocator, as preflight_memory.py has it."""
+    return {} if _is_for_gpu(plan) else {"context_bytes": 0, "fragmentation_ratio": 0.0}
 
 
 def _count_relevant_microbatches(plan: Plan) -> int:
@@ -59,6 +80,7 @@ def _count_relevant_microbatches(plan: Plan) -> int:
 
 @lru_cache(maxsize=256)
 def _build_options(
+    is_for_gpu: bool,
     precision: Precision,
     recompute: Recompute,
     sharding: Sharding,
@@ -74,5 +96,7 @@ def _build_options(
         shard_size=shard_size,
         has_flash_attention=has_flash_attention,
         gradient_bytes=gradient_bytes,
+        has_fused_weight_gradients=is_for_gpu,
+        workspace_bytes=WORKSPACE_BYTES if is_for_gpu else 0,
         vocab_divisible_by=vocab_divisible_by,
     )

@@ -81,3 +81,14 @@ def test_precision_reaches_the_estimate():
     assert fp8.activations_bytes < bf16.activations_bytes  # inputs of linears are kept in 8 bits
     assert fp8.buffers_bytes > bf16.buffers_bytes  # 8-bit copies of the weights
     assert estimate_plan_memory(dataclasses.replace(PLAN, precision="fp16"))[0] == bf16
+
+
+def test_processes_on_cpus_need_nothing_that_only_gpus_have():
+    host = dataclasses.replace(PLAN, cluster=dataclasses.replace(CLUSTER, full_speed_processes_per_node=2))
+    for gpu, cpu in zip(estimate_plan_memory(PLAN), estimate_plan_memory(host), strict=True):
+        assert (cpu.context_bytes, cpu.fragmentation_bytes, cpu.buffers_bytes) == (0, 0, 0)
+        assert gpu.buffers_bytes > 0
+        assert cpu.state_bytes == gpu.state_bytes
+    assert estimate_heaviest_plan_stage(host).total_bytes == max(
+        stage.allocated_bytes for stage in estimate_plan_memory(host)
+    )
