@@ -1,7 +1,7 @@
 """The memory model against published figures: a prediction and its error a row, then errors by source and kind.
 
-Nothing in the model is fitted to rows as such; three workspace constants come from published runs and are named in
-`published_memory_stacks.py` and `model/memory_options.py`. Rows that cannot be predicted are listed with the reason.
+Nothing is fitted by a solver, but `PROVENANCE` says which constants were read off which rows; the report repeats it.
+Rows that cannot be predicted are listed with the reason.
 """
 
 import statistics
@@ -17,6 +17,11 @@ from megatron_hammer.model.memory_state import select_part_sizes
 from megatron_hammer.scaling.published_memory import MemoryRow, UnpredictableMemoryRow, read_memory_rows
 
 GIB = 2**30
+PROVENANCE = (
+    "Workspaces (50 to 107 MiB), the bytes of a logit with native fusion and which gathered tensors meet at the head "
+    "were read off rows of SimuMax and of Megatron-LM's tests, so their errors are those of a fit. Facts about a "
+    "source's software come from its repository. All else is counted."
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +63,7 @@ class MemoryReport:
             "rows": [_row_as_json(prediction) for prediction in self.rows],
             "unpredictable": [asdict(row) for row in self.unpredictable],
             "errors": [asdict(group) for group in self.groups],
+            "provenance": PROVENANCE,
         }
 
 
@@ -197,6 +203,7 @@ def format_memory_report(report: MemoryReport) -> str:
         ]
     lines += ["", f"{'rows':>5}  {'median':>7}  {'mean':>7}  {'bias':>7}  {'largest':>8}  {'in 5 %':>6}  errors by"]
     lines += list(_format_groups(report.groups))
+    lines += ["", PROVENANCE]
     total = len(report.rows) + len(report.unpredictable)
     lines += ["", f"{total} rows: {len(report.rows)} predicted, {len(report.unpredictable)} not, each with its reason."]
     return "\n".join(lines)

@@ -122,6 +122,9 @@ def test_printed_report(report):
     assert lines[-1] == "4 rows: 3 predicted, 1 not, each with its reason."
     assert "   5  two: llama2-7b: seq is blank and not known of Megatron-style software" in lines
     assert sum("one: llama2-7b" in line for line in lines) == 2
+    assert any(
+        "were read off rows of SimuMax" in line for line in lines
+    )  # no accuracy without where constants are from
 
 
 @needs_shared_data
