@@ -151,6 +151,27 @@ class Knee:
     threshold_ratio: float
 
 
+def describe_plan(plan: Plan) -> str:
+    """A plan in a few words, with what is switched off left out: tp=8 pp=4 vp=5 dp=16, micro-batch 1, ..."""
+    layout = plan.layout
+    sizes = {
+        "tp": layout.tensor_model_parallel_size,
+        "cp": layout.context_parallel_size,
+        "pp": layout.pipeline_model_parallel_size,
+        "vp": layout.virtual_pipeline_model_parallel_size,
+        "ep": layout.expert_model_parallel_size,
+        "dp": layout.data_parallel_size,
+    }
+    cuts = " ".join(f"{name}={size}" for name, size in sizes.items() if size > 1) or "one rank"
+    words = [cuts, f"micro-batch {plan.micro_batch_size}"]
+    if plan.recompute != "none":
+        words.append(f"{plan.recompute} recomputation")
+    words.append(
+        {"none": "no sharding", "distributed_optimizer": "distributed optimizer", "fsdp": "FSDP"}[plan.sharding]
+    )
+    return ", ".join(words)
+
+
 def select_peak_tflops(gpu: Gpu, precision: Precision) -> float:
     """Dense peak of the matrix products of a run; ConfigError where the GPU lacks the format."""
     peaks = {

@@ -3,6 +3,7 @@
 `projection_file.py` has the same and more for machines.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO
@@ -15,6 +16,7 @@ from megatron_hammer.scaling.projection import (
     Projection,
     SizeProjection,
     StudyResult,
+    describe_plan,
     estimate_bill,
     estimate_mfu_ratio,
     scaling_efficiency_ratio,
@@ -63,6 +65,8 @@ def build_tables(result: StudyResult) -> list[ResultTable]:
     tables.append(_build_memory_table(result))
     if result.study.train_tokens is not None:
         tables.append(_build_bill_table(result))
+    if result.companion is not None:
+        tables.append(_build_companion_table(result.companion))
     if result.overlay is not None:
         tables += [_build_overlay_table(result), _build_left_out_table(result)]
     return [table for table in tables if any(table.groups)]
@@ -141,6 +145,14 @@ def format_tokens(tokens: int) -> str:
     return f"{tokens:,}"
 
 
+def format_amount(amount: float) -> str:
+    """A quantity in three digits at least and without a power of ten: 0.0123, 4.57, 38.2, 1,234."""
+    if amount >= 1000 or amount == 0:
+        return f"{amount:,.0f}"
+    digits = max(0, 2 - math.floor(math.log10(amount)))
+    return f"{amount:.{digits}f}"
+
+
 def share_of(step: StepTime, parts: Sequence[str]) -> float:
     return sum(getattr(step, name) for name in parts) / step.total_s
 
@@ -153,6 +165,17 @@ def describe_stages(projection: Projection) -> str:
         return f"{size} ({layout.num_layers_first_stage}..{layout.num_layers_last_stage})"
     extra = ("E" if layout.accounts_for_embedding else "") + ("L" if layout.accounts_for_loss else "")
     return f"{size}+{extra}" if extra else size
+
+
+def describe_experts(projection: Projection) -> str:
+    """The expert-parallel size, with the tensor-parallel size of an expert where it is its own: 8 etp1."""
+    layout = projection.plan.layout
+    is_own = projection.plan.model.moe is not None and layout.expert_tp != layout.tensor_model_parallel_size
+    return (
+        f"{layout.expert_model_parallel_size} etp{layout.expert_tp}"
+        if is_own
+        else str(layout.expert_model_parallel_size)
+    )
 
 
 def _best(result: StudyResult) -> list[tuple[SizeProjection, Projection]]:
@@ -202,7 +225,7 @@ def _build_layout_table(result: StudyResult) -> ResultTable:
                     str(layout.context_parallel_size),
                     describe_stages(projection),
                     str(layout.virtual_pipeline_model_parallel_size),
-                    str(layout.expert_model_parallel_size),
+                    describe_experts(projection),
                     str(layout.data_parallel_size),
                     str(plan.micro_batch_size),
                     f"{plan.global_batch_size:,}",
@@ -267,11 +290,11 @@ def _build_bill_table(result: StudyResult) -> ResultTable:
             (
                 f"{size.num_gpus:,}",
                 f"{bill.num_steps:,}",
-                f"{bill.days:,.1f}",
-                f"{bill.low_days:,.1f} - {bill.high_days:,.1f}",
-                f"{bill.gpu_hours:,.0f}",
-                f"{bill.energy_mwh:,.1f}",
-                *(() if bill.cost_usd is None else (f"{bill.cost_usd:,.0f}",)),
+                format_amount(bill.days),
+                f"{format_amount(bill.low_days)} - {format_amount(bill.high_days)}",
+                format_amount(bill.gpu_hours),
+                format_amount(bill.energy_mwh),
+                *(() if bill.cost_usd is None else (format_amount(bill.cost_usd),)),
             )
         )
     price = study.usd_per_gpu_hour
@@ -280,6 +303,31 @@ def _build_bill_table(result: StudyResult) -> ResultTable:
         columns=("GPUs", "steps", "days", "80 % band", "GPU-hours", "MWh", *(() if price is None else ("USD",))),
         groups=(tuple(rows),),
         note="No price is known: pass --usd-per-gpu-hour." if price is None else f"At {price:g} USD a GPU-hour.",
+    )
+
+
+def _build_companion_table(companion: StudyResult) -> ResultTable:
+    """The curve of the other way of scaling."""
+    letter = companion.study.mfu_convention
+    rows = []
+    for size, best in _best(companion):
+        ratio = scaling_efficiency_ratio(companion.sizes, size)
+        rows.append(
+            (
+                f"{size.num_gpus:,}",
+                f"{size.global_batch_size:,}",
+                f"{best.step.total_s:.3f}",
+                f"{best.tokens_per_s_per_gpu:,.0f}",
+                f"{estimate_mfu_ratio(best, letter):.1%}",
+                "" if ratio is None else f"{ratio:.1%}",
+                describe_plan(best.plan),
+            )
+        )
+    return ResultTable(
+        title=f"For comparison: {describe_batch(companion)}",
+        columns=("GPUs", "batch", "s a step", "tokens/s/GPU", f"MFU {letter}", "scaling", "layout"),
+        groups=(tuple(rows),),
+        note=describe_knee(companion),
     )
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from megatron_hammer.model.accounting import Layout, StageMemory
 from megatron_hammer.scaling.plan import Plan, Sharding, StepTime
 from megatron_hammer.scaling.plan_memory import estimate_heaviest_plan_stage
-from megatron_hammer.scaling.projection import Projection, SizeProjection, Study
+from megatron_hammer.scaling.projection import Projection, SizeProjection, Study, describe_plan
 from megatron_hammer.scaling.search_space import (
     RECOMPUTES,
     can_overlap_tensor_parallel,
@@ -261,24 +261,3 @@ def _describe_failure(study: Study, num_gpus: int, batch: int, least: _Failure |
         f"gpus: one GPU must hold its share of {study.model.name}, got {memory.total_bytes / GIB:.1f} GiB at least of "
         f"{limit / GIB:.1f} with gpus={num_gpus} ({describe_plan(plan)}). {remedy}."
     )
-
-
-def describe_plan(plan: Plan) -> str:
-    """A plan in a few words, with what is switched off left out: tp=8 pp=4 vp=5 dp=16, micro-batch 1, ..."""
-    layout = plan.layout
-    sizes = {
-        "tp": layout.tensor_model_parallel_size,
-        "cp": layout.context_parallel_size,
-        "pp": layout.pipeline_model_parallel_size,
-        "vp": layout.virtual_pipeline_model_parallel_size,
-        "ep": layout.expert_model_parallel_size,
-        "dp": layout.data_parallel_size,
-    }
-    cuts = " ".join(f"{name}={size}" for name, size in sizes.items() if size > 1) or "one rank"
-    words = [cuts, f"micro-batch {plan.micro_batch_size}"]
-    if plan.recompute != "none":
-        words.append(f"{plan.recompute} recomputation")
-    words.append(
-        {"none": "no sharding", "distributed_optimizer": "distributed optimizer", "fsdp": "FSDP"}[plan.sharding]
-    )
-    return ", ".join(words)

@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.model.accounting import FLOP_CONVENTIONS
-from megatron_hammer.scaling.projection import StudyResult, estimate_bill, estimate_mfu_ratio, select_peak_tflops
+from megatron_hammer.scaling.projection import (
+    StudyResult,
+    describe_plan,
+    estimate_bill,
+    estimate_mfu_ratio,
+    select_peak_tflops,
+)
 from megatron_hammer.scaling.projection_tables import (
     GIB,
     build_tables,
@@ -17,10 +23,10 @@ from megatron_hammer.scaling.projection_tables import (
     describe_knee,
     describe_result,
     describe_study,
+    format_amount,
     format_tokens,
     list_problems,
 )
-from megatron_hammer.scaling.search import describe_plan
 
 TEMPLATE_DIR = Path(__file__).resolve().parent / "data"
 PLOT_TITLES = {
@@ -76,10 +82,11 @@ def list_findings(result: StudyResult) -> list[str]:
         if result.study.train_tokens is not None:
             price = result.study.usd_per_gpu_hour
             bill = estimate_bill(best, train_tokens=result.study.train_tokens, usd_per_gpu_hour=price)
-            cost = "" if bill.cost_usd is None else f" and {bill.cost_usd:,.0f} USD"
+            cost = "" if bill.cost_usd is None else f" and {format_amount(bill.cost_usd)} USD"
             text += (
-                f" {format_tokens(result.study.train_tokens)} tokens take {bill.days:,.1f} days "
-                f"({bill.low_days:,.1f} to {bill.high_days:,.1f}), {bill.energy_mwh:,.0f} MWh{cost}."
+                f" {format_tokens(result.study.train_tokens)} tokens take {format_amount(bill.days)} days "
+                f"({format_amount(bill.low_days)} to {format_amount(bill.high_days)}), "
+                f"{format_amount(bill.energy_mwh)} MWh{cost}."
             )
         findings.append(text)
     return findings

@@ -8,15 +8,17 @@ import pytest
 from toy_study import build_toy_study, project_toy_study
 
 from megatron_hammer.scaling.plan import PARTS
-from megatron_hammer.scaling.projection import LeftOutRow, OverlaidRun, Overlay, StudyResult
+from megatron_hammer.scaling.projection import LeftOutRow, OverlaidRun, Overlay, StudyResult, describe_plan
 from megatron_hammer.scaling.projection_tables import (
     PLAIN_WIDTH,
     SHARES,
     build_tables,
+    describe_experts,
     describe_knee,
     describe_result,
     describe_stages,
     describe_study,
+    format_amount,
     format_tokens,
     print_tables,
 )
@@ -121,6 +123,39 @@ def test_uneven_stages_are_shown(result: StudyResult) -> None:
     ):
         layout = replace(best.plan.layout, pipeline_model_parallel_size=4, **changes)
         assert describe_stages(replace(best, plan=replace(best.plan, layout=layout))) == words
+
+
+def test_experts_cut_otherwise_than_the_rest_are_shown() -> None:
+    result = project_toy_study(build_toy_study("hammer-tiny-moe", seq_length=256, gpu_counts=(4,)))
+    best = result.sizes[0].best
+    assert best is not None
+    for tp, ep, etp, words in ((2, 4, 1, "4 etp1"), (2, 4, 2, "4"), (1, 2, 1, "2")):
+        layout = replace(
+            best.plan.layout,
+            tensor_model_parallel_size=tp,
+            expert_model_parallel_size=ep,
+            expert_tensor_parallel_size=etp,
+        )
+        assert describe_experts(replace(best, plan=replace(best.plan, layout=layout))) == words
+
+
+def test_the_other_way_of_scaling_is_a_table(result: StudyResult) -> None:
+    weak = replace(result.study, global_batch_size=None, samples_per_gpu=Fraction(2), num_best=1)
+    companion = project_toy_study(weak)
+    table = build_tables(replace(result, companion=companion))[-1]
+    assert table.title == "For comparison: weak scaling, 2 samples a GPU"
+    assert [row[:2] for row in table.groups[0]] == [("4", "8"), ("13", "26"), ("8", "16")]
+    best = companion.sizes[0].best
+    assert best is not None
+    assert table.groups[0][0][-1] == describe_plan(best.plan)
+
+
+@pytest.mark.parametrize(
+    ("amount", "words"),
+    [(0, "0"), (0.01234, "0.0123"), (4.567, "4.57"), (38.21, "38.2"), (999.4, "999"), (12345.6, "12,346")],
+)
+def test_amounts(amount: float, words: str) -> None:
+    assert format_amount(amount) == words
 
 
 @pytest.mark.parametrize(

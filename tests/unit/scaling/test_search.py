@@ -13,8 +13,8 @@ from megatron_hammer.scaling.coefficients import build_prior_coefficients
 from megatron_hammer.scaling.hardware import select_cluster, select_gpu
 from megatron_hammer.scaling.plan import Plan, StepTime
 from megatron_hammer.scaling.plan_memory import estimate_plan_memory
-from megatron_hammer.scaling.projection import Study
-from megatron_hammer.scaling.search import GIB, Predict, Search, describe_plan
+from megatron_hammer.scaling.projection import Study, describe_plan
+from megatron_hammer.scaling.search import GIB, Predict, Search
 from megatron_hammer.scaling.search_space import (
     RECOMPUTES,
     SearchSpace,
