@@ -68,7 +68,11 @@ def read_metrics_runs(
 ) -> list[LossRun]:
     """The runs of MODEL=PATH each; all problems of all runs at once (DataError)."""
     found: list[MetricsRun] = []
-    problems: list[str] = []
+    problems: list[str] = [
+        f"runs: each must be given once, got {spec} twice. Remove one."
+        for spec in dict.fromkeys(specs)
+        if specs.count(spec) > 1
+    ]
     for spec, name in zip(specs, name_runs(specs), strict=True):
         try:
             found.append(_read_metrics_run(spec, name, read_hf_model))
@@ -141,7 +145,7 @@ def _read_model(text: str, read_hf_model: Callable[[Path], ModelPreset]) -> Mode
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file; a last line that a kill cut off is dropped, as training itself drops it."""
-    lines = path.read_text(encoding="utf8").splitlines()
+    lines = path.read_text(encoding="utf8", errors="replace").splitlines()
     objects: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         try:
@@ -250,7 +254,7 @@ def _find_final_loss(run: MetricsRun, window_steps: int) -> float:
     """Mean training loss at the end. Raises DataError for a run that diverged."""
     losses = [float(step["loss"]) for step in run.steps]
     means = [math.fsum(losses[end - window_steps : end]) / window_steps for end in range(window_steps, len(losses) + 1)]
-    final, lowest = means[-1], min(means)
+    final, lowest = means[-1], min((mean for mean in means if math.isfinite(mean)), default=math.inf)
     if not math.isfinite(final):
         raise DataError(
             f"{run.metrics_path}: run {run.name} must end with a finite loss, got {final} over its last {window_steps} "
@@ -303,6 +307,10 @@ def read_table(path: Path) -> list[LossRun]:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise DataError(f"{path}: must be a CSV file, got {error.strerror}. Check --table.") from None
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: must be UTF-8 text, got {error.reason} at byte {error.start}. Save it as UTF-8."
+        ) from None
     reader = csv.DictReader(text.splitlines())
     missing = [column for column in TABLE_COLUMNS if column not in (reader.fieldnames or ())]
     if missing:

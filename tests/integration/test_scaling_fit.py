@@ -64,6 +64,9 @@ def test_trainings_are_read_from_their_folders(tmp_path: Path) -> None:
         "error: runs: must be at least 6 of at least 3 sizes and 3 numbers of tokens for five parameters, got 6 runs "
         "of 3 sizes and 2 numbers of tokens. Train more.\n"
     )
+    result = run_fit("--runs", *specs, "--loss", "training", "--validation-set", "zh")
+    message = "error: validation-set: must be left out with --loss training, got zh. Drop one of the two.\n"
+    assert (result.returncode, result.stderr) == (2, message)
     write_training(tmp_path / "longest", "hammer-tiny", 90)
     specs.append(f"hammer-tiny={tmp_path / 'longest'}")
     result = run_fit("--runs", *specs, "--flop-convention", "A", "--bootstrap-samples", "100", "--json")
@@ -111,18 +114,20 @@ def write_training(folder: Path, preset: str, num_steps: int) -> None:
             ],
         ),
         (
-            ("--budget-gpu-hours", "0", "10"),
+            ("--budget-gpu-hours", "0", "10", "--projection-gpus", "8"),
             [
-                "error: budget-gpu-hours: must be positive and finite, got 0. Pass hours, such as 5000.",
+                "error: projection-gpus: must come with --projection, got 8 alone. Pass both.",
                 "error: budget-gpu-hours: must come with --projection, got it alone. A projection is made by "
                 "scaling_study.py project --output-dir DIR.",
+                "error: budget-gpu-hours: must be positive and finite, got 0. Pass hours, such as 5000.",
             ],
         ),
         (
-            ("--flop-convention", "A", "--loss", "training"),
+            ("--flop-convention", "A", "--loss", "training", "--validation-set", "zh"),
             [
                 "error: flop-convention: must be left out with --table, whose columns say it. Use --runs.",
                 "error: loss: must be left out with --table, whose columns say it. Use --runs.",
+                "error: validation-set: must be left out with --table, whose columns say it. Use --runs.",
             ],
         ),
     ],

@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    _check_numbers(arguments)
+    _check_arguments(arguments)
     runs = _read_runs(arguments)
     fit = fit_loss_law(
         runs, num_samples=arguments.bootstrap_samples, confidence=arguments.confidence, seed=arguments.seed
@@ -107,8 +107,8 @@ def run(arguments: argparse.Namespace) -> None:
         print_study(study)
 
 
-def _check_numbers(arguments: argparse.Namespace) -> None:
-    problems = []
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    problems = _find_lonely_flags(arguments)
     if not 0 < arguments.confidence < 1:
         problems.append(f"confidence: must be between 0 and 1, got {arguments.confidence:g}. Pass 0.9 for 90%.")
     if not 0 < arguments.window_ratio <= 1:
@@ -126,20 +126,43 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
         for budget in budgets
         if not (math.isfinite(budget) and budget > 0)
     ]
-    pair = {"budget-gpu-hours": arguments.budget_gpu_hours, "projection": arguments.projection}
-    for flag, other in (tuple(pair), tuple(pair)[::-1]):
-        if pair[flag] and not pair[other]:
-            problems.append(
-                f"{flag}: must come with --{other}, got it alone. "
-                f"A projection is made by scaling_study.py project --output-dir DIR."
-            )
     if problems:
         raise ConfigError(*problems)
 
 
+def _find_lonely_flags(arguments: argparse.Namespace) -> list[str]:
+    """Flags that would change nothing beside the others: none is ignored."""
+    problems = []
+    if arguments.table is not None:
+        given = {
+            "parameters": arguments.parameters != "total",
+            "flop-convention": arguments.flop_convention != SIX_ND,
+            "loss": arguments.loss != "auto",
+            "validation-set": arguments.validation_set is not None,
+        }
+        problems += [
+            f"{flag}: must be left out with --table, whose columns say it. Use --runs."
+            for flag, is_given in given.items()
+            if is_given
+        ]
+    elif arguments.validation_set is not None and arguments.loss == "training":
+        name = arguments.validation_set
+        problems.append(f"validation-set: must be left out with --loss training, got {name}. Drop one of the two.")
+    if arguments.projection_gpus is not None and not arguments.projection:
+        number = arguments.projection_gpus
+        problems.append(f"projection-gpus: must come with --projection, got {number} alone. Pass both.")
+    pair = {"budget-gpu-hours": arguments.budget_gpu_hours, "projection": arguments.projection}
+    problems += [
+        f"{flag}: must come with --{other}, got it alone. "
+        "A projection is made by scaling_study.py project --output-dir DIR."
+        for flag, other in (tuple(pair), tuple(pair)[::-1])
+        if pair[flag] and not pair[other]
+    ]
+    return problems
+
+
 def _read_runs(arguments: argparse.Namespace) -> list[LossRun]:
     if arguments.table is not None:
-        _refuse_table_flags(arguments)
         runs = loss_law_runs.read_table(arguments.table)
         return loss_law_runs.leave_out(runs, [run.name for run in runs], arguments.leave_out)
     specs = loss_law_runs.leave_out(arguments.runs, loss_law_runs.name_runs(arguments.runs), arguments.leave_out)
@@ -151,21 +174,6 @@ def _read_runs(arguments: argparse.Namespace) -> list[LossRun]:
         window_ratio=arguments.window_ratio,
     )
     return loss_law_runs.read_metrics_runs(specs, options, arguments.read_hf_model)
-
-
-def _refuse_table_flags(arguments: argparse.Namespace) -> None:
-    """A table's columns are taken as they are; a flag that could change nothing is not ignored."""
-    flags = {
-        "parameters": arguments.parameters != "total",
-        "flop-convention": arguments.flop_convention != SIX_ND,
-        "loss": arguments.loss != "auto",
-        "validation-set": arguments.validation_set is not None,
-    }
-    problems = [
-        f"{flag}: must be left out with --table, whose columns say it. Use --runs." for flag in flags if flags[flag]
-    ]
-    if problems:
-        raise ConfigError(*problems)
 
 
 def _build_study(arguments: argparse.Namespace, fit: LossFit) -> LossStudy:

@@ -252,6 +252,28 @@ def test_problems_of_a_table(tmp_path: Path) -> None:
         read_table(tmp_path / "absent.csv")
 
 
+def test_a_table_in_another_encoding(tmp_path: Path) -> None:
+    path = tmp_path / "losses.csv"
+    path.write_bytes("num_parameters,num_tokens,loss,run\n1,2,3,größe\n".encode("latin-1"))
+    message = f"{path}: must be UTF-8 text, got invalid start byte at byte 43. Save it as UTF-8."
+    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+        read_table(path)
+
+
+def test_a_run_that_is_given_twice_is_refused(tmp_path: Path) -> None:
+    spec = f"hammer-tiny={write_run(tmp_path / 'a', losses=FALLING)}"
+    with pytest.raises(
+        DataError, match=f"^{re.escape(f'runs: each must be given once, got {spec} twice. Remove one.')}$"
+    ):
+        read(spec, spec)
+
+
+def test_a_step_that_was_skipped_on_the_way_is_no_divergence(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", losses=[8.0, math.nan, *FALLING])
+    (run,) = read(f"hammer-tiny={folder}")
+    assert run.loss == 4.7
+
+
 def test_runs_are_left_out_by_name() -> None:
     assert leave_out([1, 2, 3], ["a", "b", "c"], ["b"]) == [1, 3]
     message = "leave-out: must name given runs, got d. The runs are a, b, c."
