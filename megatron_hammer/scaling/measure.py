@@ -50,15 +50,14 @@ class Outcome:
     is_new: bool  # False: it was finished before
 
 
-def find_gpu_name() -> str | None:
-    """The name of this machine's first GPU as its driver writes it; None where there is none."""
+def list_gpu_names() -> list[str]:
+    """The names of this machine's GPUs as its driver writes them."""
     try:
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         result = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
-        return None
-    names = result.stdout.strip().splitlines()
-    return names[0].strip() if names else None
+        return []
+    return [line.strip() for line in result.stdout.strip().splitlines()]
 
 
 def describe_run(setting: Setting, machine: Machine, repeat: int) -> dict[str, Any]:

@@ -142,6 +142,9 @@ def build_profile(
         memory_ratio=_measure_memory_ratio(alone, measured_gpu),
         num_multiprocessors=alone.num_multiprocessors,
     )
+    fp8_gemms = [timing for timing in alone.select("gemm") if timing.dtype == "fp8"]
+    if fp8_gemms and gpu.fp8_tflops:
+        own = replace(own, gemm_8bit_ratio=_measure_large_gemms(fp8_gemms, gpu.fp8_tflops))
     coefficients = replace(start, gpus={**start.gpus, gpu.name: own})
     measured_cluster = cluster
     if together is not None:
@@ -179,13 +182,19 @@ def _measure_gpu(report: OperatorReport, gpu: Gpu) -> Gpu:
 
 
 def _measure_gemm_ratio(report: OperatorReport, gpu: Gpu) -> float:
-    """Of the peak in 16-bit products where they were timed, else fp32; over the larger half of the shapes."""
+    """Of the peak in 16-bit products where they were timed, else fp32."""
     for dtype in ("bf16", "fp16", "fp32"):
-        gemms = sorted((t for t in report.select("gemm") if t.dtype == dtype), key=lambda timing: timing.flops)
+        gemms = [timing for timing in report.select("gemm") if timing.dtype == dtype]
         peak = getattr(gpu, PRECISION_FIELDS[dtype])
         if gemms and peak:
-            return _rate(gemms[len(gemms) // 2 :], "flops") / (1e12 * peak)
+            return _measure_large_gemms(gemms, peak)
     raise DataError("profile: must hold matrix products of bf16, fp16 or fp32, got none. Run profile again.")
+
+
+def _measure_large_gemms(gemms: Sequence[Timing], peak_tflops: float) -> float:
+    """Of the peak, over the larger half of the shapes."""
+    by_size = sorted(gemms, key=lambda timing: timing.flops)
+    return _rate(by_size[len(by_size) // 2 :], "flops") / (1e12 * peak_tflops)
 
 
 def _measure_attention_ratio(report: OperatorReport, gpu: Gpu, fill_tokens: float) -> float:

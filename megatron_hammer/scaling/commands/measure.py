@@ -18,7 +18,7 @@ from megatron_hammer.scaling.measure import (
     Outcome,
     collect_measured,
     describe_processes,
-    find_gpu_name,
+    list_gpu_names,
     run_sweep,
 )
 from megatron_hammer.scaling.measured_runs import build_row, describe_spread, format_rows
@@ -132,12 +132,12 @@ def list_to_stdout(settings: list[Setting]) -> None:
 
 def select_machine(arguments: argparse.Namespace) -> Machine:
     """Raises PlatformError where cuda is asked for and the driver shows no GPU."""
-    gpu_name = None if arguments.platform == "cpu" else find_gpu_name()
-    if arguments.platform == "cuda" and gpu_name is None:
+    gpu_names = [] if arguments.platform == "cpu" else list_gpu_names()
+    if arguments.platform == "cuda" and not gpu_names:
         raise PlatformError("platform: cuda needs a GPU that nvidia-smi lists, got none. Pass --platform cpu.")
     return Machine(
-        platform="cpu" if gpu_name is None else "cuda",
-        gpu_type=gpu_name or CPU_TYPE,
+        platform="cuda" if gpu_names else "cpu",
+        gpu_type=gpu_names[0] if gpu_names else CPU_TYPE,
         num_threads=arguments.threads,
         timeout_s=arguments.timeout_s,
     )

@@ -12,10 +12,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_hammer.errors import ConfigError
+from megatron_hammer.errors import ConfigError, PlatformError
 from megatron_hammer.scaling.coefficients import load_coefficients
 from megatron_hammer.scaling.hardware import find_gpu_by_device_name, select_cluster, select_default_cluster, select_gpu
-from megatron_hammer.scaling.measure import find_gpu_name
+from megatron_hammer.scaling.measure import list_gpu_names
 from megatron_hammer.scaling.operator_profile import (
     HostProfile,
     OperatorReport,
@@ -30,7 +30,9 @@ from megatron_hammer.scaling.plan import Gpu
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--platform", choices=["auto", "cpu", "cuda"], default="auto", help="default: cuda if there is")
-    parser.add_argument("--processes", type=int, default=2, help="for the collectives; 1 leaves them out (default: 2)")
+    parser.add_argument(
+        "--processes", type=int, default=2, help="for collectives, at most one a GPU; 1 leaves them out (default: 2)"
+    )
     parser.add_argument("--precision", action="append", choices=["fp32", "bf16", "fp16"], help="default: by platform")
     parser.add_argument(
         "--statistic",
@@ -47,17 +49,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    gpu_name = None if arguments.platform == "cpu" else find_gpu_name()
-    platform = "cpu" if gpu_name is None and arguments.platform != "cuda" else "cuda"
     if arguments.processes < 1:
         raise ConfigError(f"processes: must be at least 1, got {arguments.processes}. Raise it.")
-    gpu = select_measured_gpu(arguments, gpu_name)
+    gpu_names = [] if arguments.platform == "cpu" else list_gpu_names()
+    if arguments.platform == "cuda" and not gpu_names:
+        raise PlatformError("platform: cuda needs a GPU that nvidia-smi lists, got none. Pass --platform cpu.")
+    platform = "cuda" if gpu_names else "cpu"
+    num_processes = min(arguments.processes, len(gpu_names)) if gpu_names else arguments.processes
+    gpu = select_measured_gpu(arguments, gpu_names[0] if gpu_names else None)
     cluster_name = arguments.cluster or ("cpu-host" if platform == "cpu" else None)
     files = {"path": arguments.clusters_file, "gpus_path": arguments.gpus_file}
     cluster = select_cluster(cluster_name, **files) if cluster_name else select_default_cluster(gpu.name, **files)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     alone = time_reported(arguments, platform, 1)
-    together = time_reported(arguments, platform, arguments.processes) if arguments.processes > 1 else None
+    together = time_reported(arguments, platform, num_processes) if num_processes > 1 else None
     start = load_coefficients(arguments.coefficients)
     profile = build_profile(alone, together, gpu=gpu, cluster=cluster, start=start)
     write_profile(profile, alone, arguments.output_dir)

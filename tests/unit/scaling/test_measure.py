@@ -139,13 +139,13 @@ def test_command_of_a_run(tmp_path: Path) -> None:
     assert command[-4:] == ["--platform", "cpu", "--metrics-path", str(tmp_path / "metrics.jsonl")]
 
 
-def test_gpu_name_comes_from_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_names_come_from_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     done = subprocess.CompletedProcess([], 0, stdout="NVIDIA H100 80GB HBM3\nNVIDIA H100 80GB HBM3\n")
     monkeypatch.setattr(measure.subprocess, "run", lambda *args, **options: done)
-    assert measure.find_gpu_name() == "NVIDIA H100 80GB HBM3"
+    assert measure.list_gpu_names() == ["NVIDIA H100 80GB HBM3"] * 2
 
     def fail(*args: Any, **options: Any) -> Any:
         raise FileNotFoundError
 
     monkeypatch.setattr(measure.subprocess, "run", fail)
-    assert measure.find_gpu_name() is None
+    assert measure.list_gpu_names() == []

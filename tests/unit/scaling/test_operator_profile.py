@@ -118,7 +118,19 @@ def test_a_gpu_keeps_its_data_sheet(tmp_path: Path) -> None:
     own = profile.coefficients.gpus[gpu.name]
     assert own.gemm_ratio == pytest.approx(0.9 * PEAK_FLOPS_PER_S / 1e12 / gpu.fp32_tflops)
     assert profile.coefficients.nvlink_ratio == pytest.approx(BANDWIDTH_BYTES_PER_S / cluster.nvlink_bytes_per_s)
+    assert own.gemm_8bit_ratio == start.select_gpu(gpu).gemm_8bit_ratio
     assert "hopper" in profile.coefficients.gpus
+
+
+def test_fp8_products_have_a_ratio_of_their_own(tmp_path: Path) -> None:
+    gpu, start = select_gpu("h100-sxm"), load_coefficients()
+    assert gpu.fp8_tflops is not None
+    path = write_alone(tmp_path / "1.json", fill_tokens=start.attention_fill_tokens, platform="cuda")
+    content = json.loads(path.read_text())
+    content["timings"].append(timing("gemm", (1, 1, 1), 1e-3, flops=0.55e9 * gpu.fp8_tflops) | {"dtype": "fp8"})
+    path.write_text(json.dumps(content))
+    profile = build_profile(read_report(path), None, gpu=gpu, cluster=select_cluster("dgx-h100"), start=start)
+    assert profile.coefficients.gpus[gpu.name].gemm_8bit_ratio == pytest.approx(0.55)
 
 
 def test_without_collectives_the_wires_stay(tmp_path: Path) -> None:
