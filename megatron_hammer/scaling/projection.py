@@ -151,8 +151,8 @@ class Knee:
     threshold_ratio: float
 
 
-def describe_plan(plan: Plan) -> str:
-    """A plan in a few words, with what is switched off left out: tp=8 pp=4 vp=5 dp=16, micro-batch 1, ..."""
+def describe_cuts(plan: Plan) -> str:
+    """The parallel sizes above one: tp=8 pp=4 vp=5 dp=16."""
     layout = plan.layout
     sizes = {
         "tp": layout.tensor_model_parallel_size,
@@ -162,8 +162,12 @@ def describe_plan(plan: Plan) -> str:
         "ep": layout.expert_model_parallel_size,
         "dp": layout.data_parallel_size,
     }
-    cuts = " ".join(f"{name}={size}" for name, size in sizes.items() if size > 1) or "one rank"
-    words = [cuts, f"micro-batch {plan.micro_batch_size}"]
+    return " ".join(f"{name}={size}" for name, size in sizes.items() if size > 1) or "one rank"
+
+
+def describe_plan(plan: Plan) -> str:
+    """A plan in a few words, with what is switched off left out: tp=8 dp=16, micro-batch 1, full recomputation, ..."""
+    words = [describe_cuts(plan), f"micro-batch {plan.micro_batch_size}"]
     if plan.recompute != "none":
         words.append(f"{plan.recompute} recomputation")
     words.append(

@@ -16,7 +16,7 @@ from megatron_hammer.scaling.projection import (
     Projection,
     SizeProjection,
     StudyResult,
-    describe_plan,
+    describe_cuts,
     estimate_bill,
     estimate_mfu_ratio,
     scaling_efficiency_ratio,
@@ -320,12 +320,13 @@ def _build_companion_table(companion: StudyResult) -> ResultTable:
                 f"{best.tokens_per_s_per_gpu:,.0f}",
                 f"{estimate_mfu_ratio(best, letter):.1%}",
                 "" if ratio is None else f"{ratio:.1%}",
-                describe_plan(best.plan),
+                str(best.plan.micro_batch_size),
+                describe_cuts(best.plan),
             )
         )
     return ResultTable(
         title=f"For comparison: {describe_batch(companion)}",
-        columns=("GPUs", "batch", "s a step", "tokens/s/GPU", f"MFU {letter}", "scaling", "layout"),
+        columns=("GPUs", "batch", "s a step", "tokens/s/GPU", f"MFU {letter}", "scaling", "micro", "layout"),
         groups=(tuple(rows),),
         note=describe_knee(companion),
     )

@@ -8,7 +8,7 @@ import pytest
 from toy_study import build_toy_study, project_toy_study
 
 from megatron_hammer.scaling.plan import PARTS
-from megatron_hammer.scaling.projection import LeftOutRow, OverlaidRun, Overlay, StudyResult, describe_plan
+from megatron_hammer.scaling.projection import LeftOutRow, OverlaidRun, Overlay, StudyResult, describe_cuts
 from megatron_hammer.scaling.projection_tables import (
     PLAIN_WIDTH,
     SHARES,
@@ -147,7 +147,7 @@ def test_the_other_way_of_scaling_is_a_table(result: StudyResult) -> None:
     assert [row[:2] for row in table.groups[0]] == [("4", "8"), ("13", "26"), ("8", "16")]
     best = companion.sizes[0].best
     assert best is not None
-    assert table.groups[0][0][-1] == describe_plan(best.plan)
+    assert table.groups[0][0][-1] == describe_cuts(best.plan)
 
 
 @pytest.mark.parametrize(
