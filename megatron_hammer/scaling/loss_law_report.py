@@ -215,7 +215,14 @@ def _draw_losses(axes: Any, study: LossStudy, budgets: np.ndarray, frontier: Seq
         losses = [run.loss for run in fit.runs if run.num_parameters == size]
         label = f"N = {_short(size)}" if _is_labelled(size, sizes) else None
         axes.scatter(spent[of_size], losses, color=colors[size], s=22, zorder=3, label=label)
-    axes.plot(budgets, [point.loss for point in frontier], color="black", linewidth=1.6, label="best for its compute")
+    axes.plot(
+        budgets,
+        [point.loss for point in frontier],
+        color="black",
+        linewidth=1.6,
+        zorder=4,
+        label="best for its compute",
+    )
     low, high = zip(*(point.loss_interval for point in frontier), strict=True)
     axes.fill_between(
         budgets, low, high, color="black", alpha=0.15, linewidth=0, label=f"{fit.confidence:.0%} interval"
