@@ -2,33 +2,21 @@
 
 import argparse
 import json
-import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tool_runs import Finished, run_tool
 
 from megatron_hammer.config.data_sources import parse_blend
 from megatron_hammer.data.indexed_writer import IndexedWriter
 
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-def run(*arguments: str | Path, cwd: Path) -> tuple[int, str, str]:
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "blend_data.py"), *map(str, arguments)],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "160"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    return result.returncode, result.stdout, result.stderr
+def run(*arguments: str | Path, cwd: Path) -> Finished:
+    return run_tool("tools/blend_data.py", *arguments, cwd=cwd, COLUMNS="160")
 
 
 @pytest.fixture

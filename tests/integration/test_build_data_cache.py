@@ -1,26 +1,22 @@
 """The data cache, built beforehand, is the one that training maps."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from training_runs import REPOSITORY, environment, train, write_toy_data
+from tool_runs import run_tool, run_tool_here
+from training_runs import train, write_toy_data
 
 pytestmark = pytest.mark.integration
-TOOL = str(REPOSITORY / "tools" / "build_data_cache.py")
 
 
-def build(*flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, TOOL, "--preset", "hammer-tiny", "--vocab-size", "1000", *flags]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+COMMAND = ("tools/build_data_cache.py", "--preset", "hammer-tiny", "--vocab-size", "1000")
 
 
 def test_training_adds_nothing_to_a_cache_built_beforehand(tmp_path: Path) -> None:
     data, cache = write_toy_data(tmp_path / "data"), tmp_path / "cache"
     flags = ("--seq-length", "64", "--train-iters", "2", "--lr-warmup-iters", "1", "--eval-iters", "1")
     sources = ("--data-path", data, "--data-cache-path", str(cache))
-    result = build(*flags, *sources)
+    result = run_tool(*COMMAND, *flags, *sources)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "samples: " in result.stdout
     files = {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
@@ -31,10 +27,10 @@ def test_training_adds_nothing_to_a_cache_built_beforehand(tmp_path: Path) -> No
 
 
 def test_a_cache_needs_a_folder_and_data(tmp_path: Path) -> None:
-    result = build("--mock-data")
+    result = run_tool_here(*COMMAND, "--mock-data")
     assert result.returncode == 2
     assert "data-cache-path: must name the folder" in result.stderr
-    result = build("--data-path", str(tmp_path / "missing"), "--data-cache-path", str(tmp_path / "cache"))
+    result = run_tool_here(*COMMAND, "--data-path", tmp_path / "missing", "--data-cache-path", tmp_path / "cache")
     assert result.returncode == 2
     assert "missing.bin: file does not exist" in result.stderr
     assert not (tmp_path / "cache").exists()

@@ -2,15 +2,13 @@
 
 import gzip
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import zstandard
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from tool_runs import run_tool
 from toy_tokenizer import TOY_TEXTS, train_toy_tokenizer, write_jsonl
 
 pytestmark = pytest.mark.integration
@@ -20,22 +18,9 @@ TOOLS = ("build_machine_corpus.py", "tokenizer_train.py", "preprocess_data.py")
 WAIT_S = 30
 
 
-def start(tool: str, *arguments: str | Path, cwd: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
 def run(tool: str, *arguments: str | Path, cwd: Path) -> tuple[int, str, str]:
-    process = start(tool, *arguments, cwd=cwd)
-    stdout, stderr = process.communicate(timeout=WAIT_S)
-    return process.returncode, stdout, without_notes(stderr)
+    code, stdout, stderr = run_tool(Path("tools", tool), *arguments, cwd=cwd)
+    return code, stdout, without_notes(stderr)
 
 
 def without_notes(stderr: str) -> str:

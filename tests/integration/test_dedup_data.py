@@ -1,30 +1,18 @@
 """tools/dedup_data.py as a user runs it: from raw text with duplicates to what the preprocessor reads."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from tool_runs import Finished, run_tool
 from toy_tokenizer import TOY_TEXTS, write_jsonl
 
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-def run(*arguments: str | Path, cwd: Path) -> tuple[int, str, str]:
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "dedup_data.py"), *map(str, arguments)],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "random"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    return result.returncode, result.stdout, result.stderr
+def run(*arguments: str | Path, cwd: Path) -> Finished:
+    return run_tool("tools/dedup_data.py", *arguments, cwd=cwd, PYTHONHASHSEED="random")
 
 
 @pytest.fixture

@@ -2,37 +2,25 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from tool_runs import Finished, run_tool, run_tool_here, start_tool
 from toy_training_checkpoint import read_all, training_arguments, write_training_checkpoint
-from training_runs import (
-    REPOSITORY,
-    TOY_MODEL,
-    TOY_MOE,
-    TOY_SCHEDULE,
-    environment,
-    read_lines,
-    run,
-    train,
-    write_toy_data,
-)
+from training_runs import TOY_MODEL, TOY_MOE, TOY_SCHEDULE, read_lines, run, train, write_toy_data
 
 pytestmark = pytest.mark.integration
 
-TOOL = REPOSITORY / "checkpoint_convert" / "edit_checkpoint.py"
+TOOL = "checkpoint_convert/edit_checkpoint.py"
 NUM_STEPS, SAVE_INTERVAL = 4, 2
 SAVING = ("--save-interval", str(SAVE_INTERVAL), "--save")
 EP2 = ("--expert-model-parallel-size", "2")
 
 
-def edit(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+def edit(*arguments: str | Path) -> Finished:
+    return run_tool_here(TOOL, *arguments)
 
 
 def edit_well(*arguments: str | Path) -> str:
@@ -126,9 +114,8 @@ def test_weights_alone_start_a_new_run(flags: tuple[str, ...], trained: Path, tm
 def test_a_killed_edit_leaves_nothing_that_loads(tmp_path: Path, number: signal.Signals, exit_code: int) -> None:
     rows = {name: torch.randn(700_000, 24) for name in ("embedding.word_embeddings.weight", "output_layer.weight")}
     write_training_checkpoint(tmp_path / "old", tensors=rows, arguments=training_arguments(vocab_size=700_000))
-    command = [sys.executable, str(TOOL), "weights-only", "--load", str(tmp_path / "old"), "--save"]
-    command.append(str(tmp_path / "new"))
-    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    command = ("weights-only", "--load", tmp_path / "old", "--save", tmp_path / "new")
+    with start_tool(TOOL, *command) as process:
         partial = tmp_path / "new" / "release.partial" / "__0_0.distcp"
         deadline_s = time.monotonic() + 60
         while not (partial.exists() and partial.stat().st_size > 1_000_000):
@@ -142,7 +129,7 @@ def test_a_killed_edit_leaves_nothing_that_loads(tmp_path: Path, number: signal.
     assert left == ({"release.partial"} if number == signal.SIGKILL else set())
     refused = edit("weights-only", "--load", tmp_path / "new", "--save", tmp_path / "other")
     assert refused.returncode == 2
-    again = edit(*command[2:])
+    again = run_tool(TOOL, *command)
     assert again.returncode == 0, again.stderr
     assert {path.name for path in (tmp_path / "new").glob("*")} == {"release", "latest_checkpointed_iteration.txt"}
 

@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from tool_runs import run_tool, run_tool_here, start_tool
 from toy_checkpoint import toy_arguments, toy_llama_tensors, write_toy_checkpoint
 from toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
 from training_runs import REPOSITORY, TOY_MODEL, TOY_MOE, TOY_SCHEDULE, environment, train
@@ -24,15 +24,10 @@ from megatron_hammer.data.indexed import IndexedWriter
 
 pytestmark = pytest.mark.integration
 
-EXPORT = REPOSITORY / "checkpoint_convert" / "megatron_to_hf.py"
-SAMPLE = REPOSITORY / "tools" / "generate_sample.py"
+EXPORT = "checkpoint_convert/megatron_to_hf.py"
+SAMPLE = "tools/generate_sample.py"
 SEQ_LENGTH, VOCAB_SIZE = 64, 1000  # of TOY_MODEL
 NUM_STEPS = 2
-
-
-def run(script: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(script), *map(str, arguments)]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +136,7 @@ def test_bad_inputs_end_with_one_sentence_and_exit_code_2(tmp_path, checkpoint):
         ("--load", checkpoint, "--tokenizer-model", tmp_path / "no.model"): "no.model: tokenizer does not exist",
     }
     for arguments, message in cases.items():
-        result = run(EXPORT, *arguments, "--save", tmp_path / "hf")
+        result = run_tool_here(EXPORT, *arguments, "--save", tmp_path / "hf")
         assert result.returncode == 2, result.stderr
         assert message in result.stderr
         assert all(line.startswith("error: ") for line in result.stderr.splitlines())
@@ -156,8 +151,7 @@ def test_a_killed_export_leaves_nothing_that_loads(tmp_path, number, exit_code):
         tensors[name] = torch.randn(2_000_000, 24)
     arguments = toy_arguments(vocab_size=2_000_000)
     write_toy_checkpoint(tmp_path / "checkpoint", tensors, arguments=arguments, num_chunks=1)
-    command = [sys.executable, str(EXPORT), "--load", str(tmp_path / "checkpoint"), "--save", str(tmp_path / "hf")]
-    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with start_tool(EXPORT, "--load", tmp_path / "checkpoint", "--save", tmp_path / "hf") as process:
         weights = tmp_path / "hf.partial" / "model.safetensors"
         deadline_s = time.monotonic() + 30
         while not (weights.exists() and weights.stat().st_size > 1_000_000):
@@ -185,12 +179,12 @@ def with_tokenizer(tmp_path_factory) -> Path:
 
 
 def test_both_models_compute_the_same_and_a_sample_comes_from_the_exported_one(tmp_path, with_tokenizer):
-    result = run(EXPORT, "--load", with_tokenizer, "--save", tmp_path / "hf")
+    result = run_tool(EXPORT, "--load", with_tokenizer, "--save", tmp_path / "hf")
     assert result.returncode == 0, result.stderr
     assert "30 out, 0 dropped, all read back equal; float32 in 1 file, tokenizer equal on" in result.stdout
     assert re.search(r"most probable token .* passed", result.stdout)
     sample = ("--model", tmp_path / "hf", "--prompt", "the quick", "--max-new-tokens", "8")
-    one, again = (run(SAMPLE, *sample, "--seed", "1") for _ in range(2))
+    one, again = (start(SAMPLE, *sample, "--seed", "1") for start in (run_tool, run_tool_here))
     assert (one.returncode, one.stderr) == (0, "")
     assert one.stdout.startswith("the quick")
     assert len(one.stdout.strip()) > len("the quick")
@@ -214,8 +208,8 @@ def test_the_example_looks_exports_and_passes_flags_on(tmp_path, with_tokenizer)
 
 
 def test_a_sample_needs_a_whole_model(tmp_path):
-    result = run(SAMPLE, "--model", tmp_path, "--prompt", "x")
+    result = run_tool_here(SAMPLE, "--model", tmp_path, "--prompt", "x")
     assert result.returncode == 2
     assert "model folder must hold config.json, got none" in result.stderr
     (tmp_path / "config.json").write_text(json.dumps({}))
-    assert "must hold tokenizer.json" in run(SAMPLE, "--model", tmp_path, "--prompt", "x").stderr
+    assert "must hold tokenizer.json" in run_tool_here(SAMPLE, "--model", tmp_path, "--prompt", "x").stderr

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,9 +11,10 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from tool_runs import run_tool, run_tool_here, start_tool
 from toy_hf_folder import write_toy_folder
 from toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
-from training_runs import REPOSITORY, TOY_MODEL, TOY_MOE, TOY_SCHEDULE, environment, train
+from training_runs import TOY_MODEL, TOY_MOE, TOY_SCHEDULE, train
 
 from megatron_hammer.checkpoint.export import ExportOptions, export_to_hugging_face
 from megatron_hammer.checkpoint.import_hf import ImportOptions, import_from_hugging_face
@@ -23,7 +22,7 @@ from megatron_hammer.data.indexed import IndexedWriter
 
 pytestmark = pytest.mark.integration
 
-IMPORT = REPOSITORY / "checkpoint_convert" / "hf_to_megatron.py"
+IMPORT = "checkpoint_convert/hf_to_megatron.py"
 # TOY_MODEL and TOY_MOE, as transformers spells them.
 SIZES = {
     "vocab_size": 1000,
@@ -52,11 +51,6 @@ EP2_TP2 = (
     *(2, "--expert-model-parallel-size", "2", "--expert-tensor-parallel-size", "1"),
     *("--tensor-model-parallel-size", "2"),
 )
-
-
-def run(script: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(script), *map(str, arguments)]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
 
 
 def save_model(config, folder):
@@ -103,7 +97,7 @@ def imported(tmp_path_factory):
     """A Llama of transformers, imported by the tool with every check, and what the tool said."""
     folder = tmp_path_factory.mktemp("imported")
     model = save_model(LLAMA, folder / "hf")
-    result = run(IMPORT, "--load", folder / "hf", "--save", folder / "megatron", "--json")
+    result = run_tool(IMPORT, "--load", folder / "hf", "--save", folder / "megatron", "--json")
     assert result.returncode == 0, result.stderr
     return folder, model, json.loads(result.stdout)
 
@@ -134,7 +128,7 @@ def test_the_tool_says_what_it_did(tmp_path):
     tokenizer = train_toy_tokenizer(tmp_path)
     write_toy_folder(tmp_path / "hf", vocab_size=TOY_VOCAB_SIZE)
     flags = ("--tokenizer-model", tokenizer, "--verify", "tensors", "--dtype", "fp32")
-    result = run(IMPORT, "--load", tmp_path / "hf", "--save", tmp_path / "save", *flags)
+    result = run_tool_here(IMPORT, "--load", tmp_path / "hf", "--save", tmp_path / "save", *flags)
     assert (result.returncode, result.stderr) == (0, "")
     *table, summary = result.stdout.splitlines()
     assert "all 30 equal, bit for bit" in "\n".join(table)
@@ -154,7 +148,7 @@ def test_bad_inputs_end_with_one_sentence_and_exit_code_2(tmp_path):
         ("--load", tmp_path / "window"): "sliding_window: must be null or at least max_position_embeddings=32, got",
     }
     for arguments, message in cases.items():
-        result = run(IMPORT, *arguments, "--save", tmp_path / "save")
+        result = run_tool_here(IMPORT, *arguments, "--save", tmp_path / "save")
         assert result.returncode == 2, result.stderr
         assert message in result.stderr
         assert all(line.startswith("error: ") for line in result.stderr.splitlines())
@@ -166,8 +160,7 @@ def test_a_killed_import_leaves_nothing_that_loads(tmp_path, number, exit_code):
     """The weights are large enough for the signal to come while it writes."""
     write_toy_folder(tmp_path / "hf", vocab_size=2_000_000)
     flags = ("--load", tmp_path / "hf", "--save", tmp_path / "save", "--verify", "tensors", "--dtype", "fp32")
-    command = [sys.executable, str(IMPORT), *map(str, flags)]
-    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with start_tool(IMPORT, *flags) as process:
         file = tmp_path / "save" / "release.partial" / "__0_0.distcp"
         deadline_s = time.monotonic() + 60
         while not (file.exists() and file.stat().st_size > 1_000_000):

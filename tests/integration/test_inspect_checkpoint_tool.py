@@ -4,35 +4,20 @@ Loading torch takes seconds, so one test starts the tool in a process of its own
 """
 
 import json
-import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from tool_runs import Finished, run_tool, run_tool_here
 from toy_checkpoint import toy_llama_tensors, write_toy_checkpoint
 from toy_pair import write_toy_pair
-from training_runs import REPOSITORY, environment
 
 pytestmark = pytest.mark.integration
 
-TOOL = REPOSITORY / "checkpoint_convert" / "inspect_checkpoint.py"
+TOOL = "checkpoint_convert/inspect_checkpoint.py"
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the tool in this process; returns (exit code, stdout, stderr)."""
-
-    def run_tool(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
-        code = 0
-        try:
-            runpy.run_path(str(TOOL), run_name="__main__")
-        except SystemExit as error:
-            code = error.code
-        return (code, *capsys.readouterr())
-
-    return run_tool
+def run(*arguments: str | Path) -> Finished:
+    return run_tool_here(TOOL, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +31,7 @@ def changed(tmp_path_factory) -> Path:
 
 
 def test_a_process_of_its_own_compares_values_and_what_both_compute(pair):
-    command = [sys.executable, str(TOOL), str(pair[0]), "--compare", str(pair[1]), "--forward", "auto"]
-    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240)
+    result = run_tool(TOOL, pair[0], "--compare", pair[1], "--forward", "auto")
     assert result.returncode == 0, result.stderr + result.stdout
     assert result.stderr == ""
     assert "logits, LlamaForCausalLM in float32 on 5 sequences of random ids" in result.stdout
@@ -56,7 +40,7 @@ def test_a_process_of_its_own_compares_values_and_what_both_compute(pair):
     assert result.stdout.splitlines()[-1].startswith("equal; 30 of 30 tensors equal, 0 arguments differ: ")
 
 
-def test_a_checkpoint_is_shown_and_measured(pair, run):
+def test_a_checkpoint_is_shown_and_measured(pair):
     megatron_dir, hf_dir = pair
     code, output, errors = run(megatron_dir, "--statistics", "--names", "*final_layernorm*")
     assert (code, errors) == (0, "")
@@ -70,7 +54,7 @@ def test_a_checkpoint_is_shown_and_measured(pair, run):
     assert (found["format"], found["num_parameters"], found["iteration"]) == ("Hugging Face", 11_640, None)
 
 
-def test_a_difference_is_exit_code_1(pair, changed, run):
+def test_a_difference_is_exit_code_1(pair, changed):
     code, output, _ = run(pair[0], "--compare", changed)
     assert code == 1
     assert output.splitlines()[-1].startswith("different: 21 value; 0 of 21 tensors equal, 1 arguments differ: ")
@@ -80,7 +64,7 @@ def test_a_difference_is_exit_code_1(pair, changed, run):
     assert {difference["kind"] for difference in found["differences"]} == {"value"}
 
 
-def test_user_errors_are_sentences_with_exit_code_2(pair, tmp_path, run):
+def test_user_errors_are_sentences_with_exit_code_2(pair, tmp_path):
     write_toy_checkpoint(tmp_path / "short", toy_llama_tensors())
     shard = tmp_path / "short" / "iter_0000010" / "__0_0.distcp"
     shard.write_bytes(shard.read_bytes()[:5000])

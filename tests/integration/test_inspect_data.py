@@ -1,30 +1,19 @@
 """tools/inspect_data.py as a user runs it, on pairs of the preprocessor."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from tool_runs import Finished, run_tool
 from toy_tokenizer import TOY_TEXTS, TOY_VOCAB_SIZE, train_toy_tokenizer, write_jsonl
 
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).resolve().parents[2]
 TEXTS = [*TOY_TEXTS, TOY_TEXTS[0], "", "[bold]the fox[/bold] 春"]
 
 
-def run(tool: str, *arguments: str | Path, cwd: Path) -> tuple[int, str, str]:
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "120"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    return result.returncode, result.stdout, result.stderr
+def run(tool: str, *arguments: str | Path, cwd: Path) -> Finished:
+    return run_tool(Path("tools", tool), *arguments, cwd=cwd, COLUMNS="120")
 
 
 def inspect(*arguments: str | Path, cwd: Path) -> tuple[int, str, str]:

@@ -1,16 +1,14 @@
 """tools/merge_data.py as a user runs it: shards give the job done at once, and nothing half-written stays."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tool_runs import Finished, run_tool, start_tool
 from toy_tokenizer import TOY_TEXTS, train_toy_tokenizer, write_jsonl
 
 from megatron_hammer.data.index_format import encode_header
@@ -19,28 +17,12 @@ from megatron_hammer.data.manifest import manifest_path
 
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).resolve().parents[2]
 WAIT_S = 60
 NUM_SHARDS = 3
 
 
-def start(tool: str, *arguments: str | Path, cwd: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # whoever runs the tests in the background may have them ignore Ctrl-C, which children inherit
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-
-def run(tool: str, *arguments: str | Path, cwd: Path) -> tuple[int, str, str]:
-    process = start(tool, *arguments, cwd=cwd)
-    stdout, stderr = process.communicate(timeout=WAIT_S)
-    return process.returncode, stdout, stderr
+def run(tool: str, *arguments: str | Path, cwd: Path) -> Finished:
+    return run_tool(Path("tools", tool), *arguments, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +114,7 @@ def test_parts_without_manifests_are_merged_with_a_warning(tmp_path: Path) -> No
 @pytest.mark.parametrize("flags", [(), ("--shuffle",)])
 def test_an_interrupt_leaves_nothing(tmp_path: Path, flags: tuple[str, ...]) -> None:
     write_large_pair(tmp_path / "large")
-    process = start("merge_data.py", "--input", "large", "--output-prefix", "merged", *flags, cwd=tmp_path)
+    process = start_tool("tools/merge_data.py", "--input", "large", "--output-prefix", "merged", *flags, cwd=tmp_path)
     deadline_s = time.monotonic() + WAIT_S
     while not (tmp_path / "merged.bin.partial").exists():
         assert process.poll() is None

@@ -1,9 +1,6 @@
 """From a base model and two published tokenizers to a model that transformers loads, as a user does it."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,26 +8,15 @@ import torch
 import transformers
 from data_paths import SHARED_DATA, needs_shared_data
 from safetensors.torch import load_file
+from tool_runs import run_tool, run_tool_here
 from toy_tokenizer import train_toy_tokenizer
 
 from megatron_hammer.tokenizer.encoder import load_encoder
 
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).resolve().parents[2]
+TOOL = "tools/resize_embeddings.py"
 MODELS = SHARED_DATA / "tokenizer"
-
-
-def run(*arguments: str | Path, cwd: Path) -> tuple[int, str, str]:
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "resize_embeddings.py"), *map(str, arguments)],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    return result.returncode, result.stdout, result.stderr
 
 
 def write_model(folder: Path, vocab_size: int) -> None:
@@ -49,7 +35,7 @@ def write_model(folder: Path, vocab_size: int) -> None:
 def test_internlm_becomes_hammerllm(tmp_path: Path) -> None:
     write_model(tmp_path / "base", 103_168)
     tokenizers = ("--old-tokenizer", MODELS / "internlm-7b.model", "--new-tokenizer", MODELS / "hammerllm.model")
-    code, stdout, _ = run("--model", "base", *tokenizers, "--save", "new", cwd=tmp_path)
+    code, stdout, _ = run_tool(TOOL, "--model", "base", *tokenizers, "--save", "new", cwd=tmp_path)
     assert code == 0
     assert stdout.startswith(
         "new: model.embed_tokens.weight, lm_head.weight from 103,168 to 105,789 rows; 2,621 new pieces, "
@@ -69,7 +55,8 @@ def test_internlm_becomes_hammerllm(tmp_path: Path) -> None:
 def test_a_tokenizer_that_adds_nothing_is_refused(tmp_path: Path) -> None:
     train_toy_tokenizer(tmp_path)
     write_model(tmp_path / "base", 347)
-    code, stdout, stderr = run(
+    code, stdout, stderr = run_tool_here(
+        TOOL,
         *("--model", "base", "--old-tokenizer", "toy.model", "--new-tokenizer", "toy.model", "--save", "new"),
         cwd=tmp_path,
     )
@@ -85,7 +72,8 @@ def test_a_tokenizer_that_adds_nothing_is_refused(tmp_path: Path) -> None:
 def test_json_is_the_report(tmp_path: Path) -> None:
     write_model(tmp_path / "base", 103_200)
     tokenizers = ("--old-tokenizer", MODELS / "internlm-7b.model", "--new-tokenizer", MODELS / "hammerllm.model")
-    code, stdout, _ = run("--model", "base", *tokenizers, "--save", "new", "--no-tokenizer", "--json", cwd=tmp_path)
+    flags = ("--model", "base", *tokenizers, "--save", "new", "--no-tokenizer", "--json")
+    code, stdout, _ = run_tool_here(TOOL, *flags, cwd=tmp_path)
     assert code == 0
     report = json.loads(stdout)
     assert (report["num_reused_padding_rows"], report["num_added_pieces"], report["has_tokenizer"]) == (32, 2621, False)

@@ -2,9 +2,6 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,11 +9,12 @@ import torch
 from gguf import GGUFReader
 from gguf_models import VOCAB_SIZE, make_toy_model, write_gguf_source
 from safetensors.torch import load_file, save_file
+from tool_runs import run_tool, run_tool_here
 from toy_checkpoint import toy_arguments, toy_llama_tensors, write_toy_checkpoint
 
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).resolve().parents[2]
+TOOL = "checkpoint_convert/to_gguf.py"
 HAS_LLAMA_CPP = importlib.util.find_spec("xllamacpp") is not None
 
 
@@ -25,21 +23,11 @@ def source(tmp_path_factory) -> Path:
     return write_gguf_source(tmp_path_factory.mktemp("source") / "toy-model")
 
 
-def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "checkpoint_convert" / "to_gguf.py"), *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-
-
 def test_a_hugging_face_folder_becomes_one_proved_file(tmp_path, source):
     (tmp_path / "texts.jsonl").write_text(json.dumps({"body": "春眠不觉晓 the quick brown fox"}) + "\n")
     target = tmp_path / "new" / "model.gguf"
     corpus = ("--corpus", tmp_path / "texts.jsonl", "--text-key", "body")
-    result = run("--load", source, "--save", target, *corpus)
+    result = run_tool(TOOL, "--load", source, "--save", target, *corpus)
     assert result.returncode == 0, result.stderr
     assert [path.name for path in target.parent.iterdir()] == ["model.gguf"]
     last = result.stdout.splitlines()[-1]
@@ -66,7 +54,7 @@ def test_a_megatron_checkpoint_becomes_one_file(tmp_path):
     )
     write_toy_checkpoint(tmp_path / "run", tensors, arguments=arguments)
     target = tmp_path / "out" / "model.gguf"
-    result = run("--load", tmp_path / "run", "--save", target, "--type", "f32", "--no-verify", "--json")
+    result = run_tool_here(TOOL, "--load", tmp_path / "run", "--save", target, "--type", "f32", "--no-verify", "--json")
     assert result.returncode == 0, result.stderr
     assert [path.name for path in target.parent.iterdir()] == ["model.gguf"]
     report = json.loads(result.stdout)
@@ -86,7 +74,7 @@ def test_what_cannot_be_converted_ends_with_one_sentence_and_leaves_nothing(tmp_
     weights = load_file(broken / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    result = run("--load", broken, "--save", tmp_path / "model.gguf")
+    result = run_tool_here(TOOL, "--load", broken, "--save", tmp_path / "model.gguf")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.splitlines()[-1] == (
         "error: model.layers.1.mlp.up_proj.weight: weights must be finite in f16, got NaN or infinity. "
@@ -98,11 +86,11 @@ def test_what_cannot_be_converted_ends_with_one_sentence_and_leaves_nothing(tmp_
 def test_bad_arguments_end_with_one_sentence(tmp_path, source):
     taken = tmp_path / "model.gguf"
     taken.write_text("mine")
-    result = run("--load", source, "--save", taken)
+    result = run_tool_here(TOOL, "--load", source, "--save", taken)
     message = f"error: {taken}: target must not exist yet. Choose another name, or pass --overwrite.\n"
     assert (result.returncode, result.stdout, result.stderr) == (2, "", message)
     assert taken.read_text() == "mine"
-    result = run("--load", source, "--save", tmp_path / "new.gguf", "--iteration", "3")
+    result = run_tool_here(TOOL, "--load", source, "--save", tmp_path / "new.gguf", "--iteration", "3")
     assert result.returncode == 2
     assert result.stderr == (
         f"error: {source}: --iteration and --tokenizer-model are for a Megatron checkpoint, got a Hugging Face folder. "

@@ -2,32 +2,21 @@
 
 import csv
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from data_paths import SHARED_DATA, needs_shared_data
+from tool_runs import Finished, run_tool
 from toy_tokenizer import TOY_TEXTS, train_toy_tokenizer, write_jsonl
 
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).resolve().parents[2]
 MODELS = SHARED_DATA / "tokenizer"
 
 
-def run(*arguments: str | Path, cwd: Path) -> tuple[int, str, str]:
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "tokenizer_analyze.py"), *map(str, arguments)],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    return result.returncode, result.stdout, result.stderr
+def run(*arguments: str | Path, cwd: Path) -> Finished:
+    return run_tool("tools/tokenizer_analyze.py", *arguments, cwd=cwd)
 
 
 @needs_shared_data

@@ -1,30 +1,17 @@
 """tokenizer_export.py as a user runs it."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import transformers
 from data_paths import SHARED_DATA, needs_shared_data
+from tool_runs import run_tool, run_tool_here
 from toy_tokenizer import TOY_TEXTS, train_toy_tokenizer, write_jsonl
 
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-def run(*arguments: str | Path, cwd: Path) -> tuple[int, str, str]:
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "tokenizer_export.py"), *map(str, arguments)],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    return result.returncode, result.stdout, result.stderr
+TOOL = "tools/tokenizer_export.py"
 
 
 def test_a_tokenizer_is_exported_and_compared(tmp_path: Path) -> None:
@@ -32,13 +19,15 @@ def test_a_tokenizer_is_exported_and_compared(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "c.jsonl", TOY_TEXTS)
     (tmp_path / "chat.jinja").write_text("{{ messages }}")
     arguments = ("--tokenizer-model", model, "--save", "out/hf", "--model-max-length", "77")
-    code, stdout, stderr = run(*arguments, "--input", "c.jsonl", "--chat-template", "chat.jinja", cwd=tmp_path)
+    code, stdout, stderr = run_tool(
+        TOOL, *arguments, "--input", "c.jsonl", "--chat-template", "chat.jinja", cwd=tmp_path
+    )
     assert (code, stderr) == (0, "")
     assert stdout.startswith("out/hf: 347 ids; ")
     assert " sample texts and 3 documents (0.00 MB, " in stdout
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out" / "hf")
     assert (tokenizer.model_max_length, tokenizer.chat_template) == (77, "{{ messages }}")
-    code, stdout, stderr = run(*arguments, cwd=tmp_path)
+    code, stdout, stderr = run_tool_here(TOOL, *arguments, cwd=tmp_path)
     assert (code, stdout) == (2, "")
     assert stderr == (
         "error: out/hf: target must be absent or an empty folder, got 4 entries. Choose another --save.\n"
@@ -48,7 +37,9 @@ def test_a_tokenizer_is_exported_and_compared(tmp_path: Path) -> None:
 @needs_shared_data
 def test_hammerllm_encodes_the_whole_corpus_alike(tmp_path: Path) -> None:
     model = SHARED_DATA / "tokenizer" / "hammerllm.model"
-    code, stdout, _ = run("--tokenizer-model", model, "--save", "hf", "--input", SHARED_DATA / "corpus", cwd=tmp_path)
+    code, stdout, _ = run_tool(
+        TOOL, "--tokenizer-model", model, "--save", "hf", "--input", SHARED_DATA / "corpus", cwd=tmp_path
+    )
     assert code == 0
     assert stdout.startswith("hf: 105,789 ids; 105,545 sample texts and 8,780 documents (9.21 MB, 2,790,855 tokens)")
 
@@ -65,7 +56,7 @@ def test_hammerllm_encodes_the_whole_corpus_alike(tmp_path: Path) -> None:
 def test_wrong_use_is_one_sentence_and_leaves_nothing(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
     train_toy_tokenizer(tmp_path)
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text"\n')
-    code, stdout, stderr = run(*arguments, "--save", "hf", cwd=tmp_path)
+    code, stdout, stderr = run_tool_here(TOOL, *arguments, "--save", "hf", cwd=tmp_path)
     assert (code, stdout) == (2, "")
     assert stderr.startswith(f"error: {message}")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("hf")] == []

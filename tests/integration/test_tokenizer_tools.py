@@ -1,34 +1,20 @@
 """The tokenizer tools as a user runs them: a vocabulary is trained from weighted sources, and extends another."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from data_paths import SHARED_DATA, needs_shared_data
+from tool_runs import Finished, run_tool
 from toy_tokenizer import TOY_TEXTS, train_toy_tokenizer, write_jsonl
 
 from megatron_hammer.tokenizer.encoder import load_encoder
 
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).resolve().parents[2]
-WAIT_S = 60
 
-
-def run(tool: str, *arguments: str | Path, cwd: Path) -> tuple[int, str, str]:
-    finished = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=WAIT_S,
-        check=False,
-    )
-    return finished.returncode, finished.stdout, finished.stderr
+def run(tool: str, *arguments: str | Path, cwd: Path) -> Finished:
+    return run_tool(Path("tools", tool), *arguments, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
