@@ -43,31 +43,6 @@ def test_a_complete_row(tmp_path: Path) -> None:
     assert run.is_megatron_style
 
 
-def test_step_time_from_each_measure(tmp_path: Path) -> None:
-    tokens = 64 * 2048
-    by_tokens = read_one(tmp_path, iteration_time_s="", tokens_per_s_per_gpu="10000")
-    assert by_tokens.step_time_s == pytest.approx(tokens / 10000 / 16)
-    per_token = 6 * (24 * 12 * 2048**2 + 51200 * 2048)  # no biases or norms in the counted matrices
-    attention = 12 * 24 * 2048 * 2048
-    by_flops = {
-        "FULL (non-causal) attention, no input-embedding FLOPs": per_token + attention,
-        "CAUSAL (half) attention": per_token + attention / 2,
-        "hardware FLOPs": per_token + attention + (24 * 12 * 2048**2 * 6 + attention) / 3,
-    }
-    for definition, flops in by_flops.items():
-        recompute = "full" if "hardware" in definition else "none"
-        cells = {"iteration_time_s": "", "tflops_per_gpu": "400", "recompute": recompute}
-        run = read_one(tmp_path, **cells, mfu_definition=definition)
-        assert run.step_time_s == pytest.approx(flops * tokens / 400e12 / 16, rel=1e-6), definition
-        assert run.measured_as == "tflops_per_gpu"
-        assert any(text.startswith("FLOP convention") for text in run.assumptions)
-    definition = "FULL (non-causal) attention, peak 989 (bf16) / 1979 (fp8)"
-    for precision, peak in (("bf16", 989e12), ("fp8", 1979e12)):
-        run = read_one(tmp_path, iteration_time_s="", mfu="0.4", mfu_definition=definition, precision=precision)
-        expected = (per_token + attention) * tokens / (0.4 * peak) / 16
-        assert run.step_time_s == pytest.approx(expected, rel=1e-6)
-
-
 @pytest.mark.parametrize(
     ("text", "gpu", "precision"),
     [
@@ -151,60 +126,6 @@ def test_blank_sizes_by_rule(tmp_path: Path) -> None:
         assert any(assumption.startswith(text) for assumption in run.assumptions), text
 
 
-def test_126_layers_over_eight_interleaved_stages_count_embedding_and_loss(tmp_path: Path) -> None:
-    cells = {"model": "llama3-405b", "layers": "126", "hidden": "16384", "heads": "128", "kv_heads": "8"}
-    run = read_one(tmp_path, **cells, ffn="53248", vocab="128256", tp="8", pp="8", vpp="8", gpus="128", dp="2")
-    layout = run.plan.layout
-    assert layout.accounts_for_embedding
-    assert layout.accounts_for_loss
-    assert layout.virtual_pipeline_model_parallel_size == 8
-    even = read_plan(tmp_path, **cells, ffn="53248", vocab="128256", tp="8", pp="9", vpp="7", gpus="144", dp="2").layout
-    assert not even.accounts_for_embedding
-
-
-def test_an_old_stack_recomputes_without_flash_attention(tmp_path: Path) -> None:
-    plan = read_plan(tmp_path, gpu_type="A100", precision="mixed fp16", recompute="full (uniform)", sharding="")
-    assert (plan.has_flash_attention, plan.overlaps_grad_reduce, plan.sharding) == (False, False, "none")
-    assert (plan.recompute, plan.gradient_bytes, plan.layout.has_sequence_parallel) == ("full", 2, False)
-    plan = read_plan(tmp_path, gpu_type="A100", precision="bf16", recompute="full")
-    assert (plan.has_flash_attention, plan.layout.has_sequence_parallel) == (True, True)
-
-
-def test_a_blank_layout_is_that_of_the_source_s_other_row(tmp_path: Path) -> None:
-    blank = {"tp": "", "pp": "", "dp": "", "gpus": "32"}
-    runs, unpredictable = read_runs(write_table(tmp_path / "two.csv", {}, blank))
-    assert unpredictable == []
-    assert (runs[1].plan.layout.tensor_model_parallel_size, runs[1].plan.layout.data_parallel_size) == (2, 16)
-    assert "tp 2, pp 1: the layout of the source's other row of this model" in runs[1].assumptions
-
-
-def test_a_blank_vpp_of_an_interleaving_source(tmp_path: Path) -> None:
-    cells = {"source": "NeMo_suite_v1.2", "pp": "4", "gpus": "64", "vpp": ""}
-    assert read_plan(tmp_path, **cells).layout.virtual_pipeline_model_parallel_size == 6  # all layers of a stage
-    given = cells | {"source": "NeMo_suite_v1.3", "vpp": "3"}
-    runs, _ = read_runs(write_table(tmp_path / "two.csv", cells, given))
-    assert [run.plan.layout.virtual_pipeline_model_parallel_size for run in runs] == [3, 3]
-    assert "vpp 3: blank, that of the source's other row of this model and layout" in runs[0].assumptions
-    unknown = cells | {"source": "team_a"}
-    assert read_plan(tmp_path, **unknown).layout.virtual_pipeline_model_parallel_size == 1
-
-
-@pytest.mark.parametrize(
-    ("cells", "expected"),
-    [
-        ({"source": "Korthikanti2022_T5", "recompute": "full"}, False),
-        ({"source": "Korthikanti2022_T5", "recompute": "selective"}, True),
-        ({"source": "Korthikanti2022_T5", "recompute": "selective", "notes": "no sequence parallelism"}, False),
-        ({"source": "Korthikanti2022_T5", "recompute": "full, sequence parallel"}, True),
-        ({"source": "Narayanan2021"}, False),
-        ({"source": "team_a", "recompute": "full"}, True),
-        ({"source": "team_a", "tp": "1", "dp": "16"}, False),
-    ],
-)
-def test_sequence_parallelism_of_each_stack(tmp_path: Path, cells: dict[str, str], expected: bool) -> None:
-    assert read_plan(tmp_path, **cells).layout.has_sequence_parallel is expected
-
-
 def test_sizes_that_follow_from_the_others(tmp_path: Path) -> None:
     run = read_one(tmp_path, tp="", pp="2", gpus="32")
     assert run.plan.layout.tensor_model_parallel_size == 2
@@ -277,16 +198,6 @@ def test_a_fingerprint_is_of_the_run_and_not_of_its_place(tmp_path: Path) -> Non
     other = read_one(tmp_path, iteration_time_s="0.71")
     assert len(first.fingerprint) == 16
     assert first.fingerprint == again.fingerprint != other.fingerprint
-
-
-def test_source_families(tmp_path: Path) -> None:
-    names = {
-        "Suite_perf_26.04.01": "Suite_perf",
-        "Lab-bench_v25.02": "Lab-bench",
-        "Paper2021_Table1": "Paper2021_Table1",
-    }
-    for name, family in names.items():
-        assert read_one(tmp_path, source=name).source_family == family
 
 
 @needs_shared_data

@@ -1,8 +1,6 @@
 """Errors are those of runs that the coefficients have not seen; layouts are ranked among runs of one job."""
 
 import argparse
-import csv
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from megatron_hammer.scaling.validate import (
     summarise_errors,
     validate_runs,
 )
-from megatron_hammer.scaling.validation_report import FITTED_SENTENCE, format_csv, list_rows
+from megatron_hammer.scaling.validation_report import FITTED_SENTENCE, list_rows
 
 
 def read(path: Path, *rows: dict[str, str]) -> list[MeasuredRun]:
@@ -164,27 +162,6 @@ def test_the_command_refuses_accuracy_on_fitted_rows(
     assert text.strip().splitlines()[-1] == "1 rows: 0 predicted, 1 fitted, 0 unpredictable"
     assert "Errors" not in text
     assert sorted(item.name for item in (tmp_path / "out").iterdir()) == ["validation.csv", "validation.json"]
-
-
-def test_files_and_json_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write_table(tmp_path / "runs.csv", {}, {"gpu_type": "abacus"})
-    text = run_command(capsys, "--runs", str(path), "--json", "--output-dir", str(tmp_path / "out"))
-    document = json.loads(text)
-    assert json.loads((tmp_path / "out" / "validation.json").read_text()) == document
-    assert document["summary"] == {"rows": 2, "counted": 1, "fitted": 0, "unpredictable": 1}
-    assert [row["status"] for row in document["rows"]] == ["predicted", "unpredictable"]
-    assert document["rows"][1]["reason"] == "its GPU 'abacus' is not known; describe it with --gpus-file"
-    assert document["errors"]["all"]["all rows"]["num_rows"] == 1
-    with (tmp_path / "out" / "validation.csv").open(newline="") as file:
-        cells = list(csv.DictReader(file))
-    assert float(cells[0]["predicted_s"]) == pytest.approx(document["rows"][0]["predicted_s"], rel=1e-5)
-    assert cells[1]["predicted_s"] == ""
-    assert (tmp_path / "out" / "validation.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_table_is_written_the_same_twice(tmp_path: Path) -> None:
-    runs = read(tmp_path / "runs.csv", {}, {"tp": "4", "dp": "4"})
-    assert format_csv(validate_runs(runs, [], unseen())) == format_csv(validate_runs(runs, [], unseen()))
 
 
 def test_arguments_that_cannot_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
