@@ -2,27 +2,21 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from planted_losses import PLANTED, plant_runs
+from tool_runs import Finished, run_tool, run_tool_here
 
 from megatron_hammer.model.accounting import count_flops_per_token
 from megatron_hammer.presets import PRESETS
 
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
-def run_fit(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "scaling_study.py"), "fit", *arguments]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+def run_fit(*arguments: str) -> Finished:
+    return run_tool_here("tools/scaling_study.py", "fit", *arguments)
 
 
 def write_table(path: Path, *rows: tuple[object, ...]) -> Path:
@@ -37,7 +31,8 @@ def write_table(path: Path, *rows: tuple[object, ...]) -> Path:
 def test_a_table_gives_the_law_the_plot_and_the_best_size(tmp_path: Path) -> None:
     table = write_table(tmp_path / "losses.csv", ("wild", 1e9, 1e10, "nan"))
     common = ("--table", str(table), "--leave-out", "wild", "--bootstrap-samples", "200")
-    result = run_fit(*common, "--budget-flops", "1e21", "--output-dir", str(tmp_path / "study"), "--json")
+    flags = (*common, "--budget-flops", "1e21", "--output-dir", str(tmp_path / "study"), "--json")
+    result = run_tool("tools/scaling_study.py", "fit", *flags)
     assert result.returncode == 0, result.stderr
     study = json.loads(result.stdout)
     for name, (low, high) in study["law_intervals"].items():
