@@ -70,6 +70,7 @@ class PublishedRow:
     provenance: str = ""
     notes: str = ""
     sequence_parallel: bool | None = None
+    ep: int | None = None
 
 
 def read_rows(path: Path) -> list[PublishedRow]:

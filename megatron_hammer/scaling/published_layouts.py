@@ -66,6 +66,7 @@ def build_row_layout(
         pipeline_model_parallel_size=pp,
         context_parallel_size=cp,
         data_parallel_size=dp,
+        expert_model_parallel_size=row.ep or 1,
         has_sequence_parallel=_has_sequence_parallel(row, tp, stack),
     )
     vpp = _fill_chunks(row, (tp, pp), model, stack, siblings, assumptions)

@@ -355,4 +355,6 @@ def compute_fingerprint(row: PublishedRow) -> str:
     measured = next(getattr(row, name) for name in MEASUREMENT_COLUMNS if getattr(row, name) is not None)
     cells = [getattr(row, name) for name in _IDENTIFYING_FIELDS]
     texts = ["" if cell is None else cell.lower().strip() if isinstance(cell, str) else f"{cell}" for cell in cells]
+    later = {"sequence_parallel": row.sequence_parallel, "ep": row.ep}  # columns that the first tables did not have
+    texts += [f"{name}={cell}" for name, cell in later.items() if cell is not None]
     return hashlib.sha256("|".join([*texts, f"{measured:.6g}"]).encode()).hexdigest()[:16]

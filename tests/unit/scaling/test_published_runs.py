@@ -192,6 +192,17 @@ def test_cpu_runs_of_measure(tmp_path: Path) -> None:
     assert not plan.overlaps_grad_reduce
 
 
+def test_experts_and_sequence_parallelism_of_measured_runs(tmp_path: Path) -> None:
+    blank = {name: "" for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab")}
+    cells = blank | {"model": "hammer-tiny-moe", "gpu_type": "cpu-core", "precision": "fp32"}
+    columns = [*COLUMNS, "sequence_parallel", "ep"]
+    rows = [cells | {"sequence_parallel": "yes", "ep": text} for text in ("1", "2", "")]
+    runs, unpredictable = read_runs(write_table(tmp_path / "moe.csv", *rows, columns=columns))
+    assert unpredictable == []
+    assert [run.plan.layout.expert_model_parallel_size for run in runs] == [1, 2, 1]
+    assert len({run.fingerprint for run in runs}) == 3
+
+
 def test_a_fingerprint_is_of_the_run_and_not_of_its_place(tmp_path: Path) -> None:
     first = read_one(tmp_path)
     again = read_one(tmp_path, source="team_b", notes="moved", hidden="2048.0")
