@@ -23,18 +23,19 @@ def study(*words: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_sweep_is_measured_and_goes_on(tmp_path: Path) -> None:
     options = ("--presets", "hammer-tiny", "--steps", "3", "--warmup-steps", "1", "--output-dir", str(tmp_path))
-    options += ("--global-batch-sizes", "2", "--seq-lengths", "64", "--platform", "cpu")
-    first = study("measure", *options, "--layouts", "single,pp3", "--", "--seed", "7")
+    options += ("--seq-lengths", "64", "--platform", "cpu")
+    first = study("measure", *options, "--global-batch-sizes", "2,3", "--", "--seed", "7")
     assert first.returncode == 1, first.stderr
     assert first.stderr.splitlines()[-1] == (
         f"2 runs of 2 settings: 2 run now, 0 finished before, 1 failed; 1 rows in {tmp_path / 'runs.csv'}"
     )
-    assert "error: hammer-tiny_pp3_s64_mb2_gb2: exit code 2: pipeline-model-parallel-size: must divide" in first.stderr
+    problem = "error: hammer-tiny_single_s64_mb2_gb3: exit code 2: global-batch-size: must be a multiple of"
+    assert problem in first.stderr
     records = {
-        path.parent.name.split("_")[1]: json.loads(path.read_text()) for path in tmp_path.glob("runs/*/run.json")
+        path.parent.name.split("_")[-1][:3]: json.loads(path.read_text()) for path in tmp_path.glob("runs/*/run.json")
     }
-    assert {name: record["status"] for name, record in records.items()} == {"single": "complete", "pp3": "failed"}
-    assert "--seed" in records["single"]["command"]
+    assert {name: record["status"] for name, record in records.items()} == {"gb2": "complete", "gb3": "failed"}
+    assert "--seed" in records["gb2"]["command"]
     with (tmp_path / "runs.csv").open() as file:
         (row,) = csv.DictReader(file)
     assert (row["model"], row["gpus"], row["gpu_type"], row["global_batch"]) == ("hammer-tiny", "1", "cpu-core", "2")
@@ -42,7 +43,7 @@ def test_a_sweep_is_measured_and_goes_on(tmp_path: Path) -> None:
     assert unpredictable == []
     assert run.step_time_s == pytest.approx(float(row["iteration_time_s"]))
 
-    again = study("measure", *options, "--layouts", "single", "--", "--seed", "7")
+    again = study("measure", *options, "--global-batch-sizes", "2", "--", "--seed", "7")
     assert again.returncode == 0, again.stderr
     assert "0 run now, 1 finished before, 0 failed" in again.stderr.splitlines()[-1]
     assert again.stdout.startswith("hammer-tiny_single_s64_mb2_gb2: ")
