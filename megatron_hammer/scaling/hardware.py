@@ -136,8 +136,13 @@ def select_cluster(name: str, path: Path | None = None, *, gpus_path: Path | Non
 
 
 def select_default_cluster(gpu_name: str, path: Path | None = None, *, gpus_path: Path | None = None) -> Cluster:
-    """The first cluster that is built of this GPU (its name, not an alias). Raises ConfigError where none is."""
-    for cluster in load_clusters(path, gpus_path=gpus_path).values():
+    """The first cluster that is built of this GPU (its name, not an alias): one that `path` adds before a shipped one.
+
+    Raises ConfigError where there is none.
+    """
+    clusters = load_clusters(path, gpus_path=gpus_path).values()
+    shipped = _load_shipped_clusters()
+    for cluster in sorted(clusters, key=lambda cluster: cluster.name in shipped):
         if cluster.gpu == gpu_name:
             return cluster
     raise ConfigError(

@@ -6,6 +6,7 @@ one of the run's `assumptions`; what cannot be filled so makes the row unpredict
 throughputs into seconds.
 """
 
+import functools
 import hashlib
 import math
 import re
@@ -92,29 +93,33 @@ class _Hardware:
     """GPUs and clusters, the user's files over the shipped ones, read once."""
 
     def __init__(self, gpus_path: Path | None, clusters_path: Path | None):
-        self.gpus_path, self.clusters_path = gpus_path, clusters_path
-        load_gpus(gpus_path)
+        load_gpus(gpus_path)  # reports what is wrong with the files, not with the rows
         load_clusters(clusters_path, gpus_path=gpus_path)
+        self._select_gpu = functools.cache(lambda name: select_gpu(name, gpus_path))
+        self._select_cluster = functools.cache(lambda name: select_cluster(name, clusters_path, gpus_path=gpus_path))
+        self._select_default_cluster = functools.cache(
+            lambda name: select_default_cluster(name, clusters_path, gpus_path=gpus_path)
+        )
 
     def select(self, row: PublishedRow) -> tuple[Gpu, Stack, list[str]]:
         if not row.gpu_type:
             raise UnpredictableError("gpu_type is blank")
         try:
-            gpu = select_gpu(row.gpu_type, self.gpus_path)
+            gpu = self._select_gpu(row.gpu_type)
         except ConfigError as error:
             raise UnpredictableError(f"its GPU {row.gpu_type!r} is not known; describe it with --gpus-file") from error
         stack, assumptions = select_stack(row, gpu.name)
         variant = dict(stack.gpu_of_gpu).get(gpu.name)
         if variant is None:
             return gpu, stack, list(assumptions)
-        return select_gpu(variant, self.gpus_path), stack, [*assumptions, f"GPU {variant}: the variant of its year"]
+        return self._select_gpu(variant), stack, [*assumptions, f"GPU {variant}: the variant of its year"]
 
     def select_cluster(self, gpu: Gpu, stack: Stack) -> Cluster:
         name = dict(stack.cluster_of_gpu).get(gpu.name)
         if name is not None:
-            return select_cluster(name, self.clusters_path, gpus_path=self.gpus_path)
+            return self._select_cluster(name)
         try:
-            return select_default_cluster(gpu.name, self.clusters_path, gpus_path=self.gpus_path)
+            return self._select_default_cluster(gpu.name)
         except ConfigError as error:
             raise UnpredictableError(f"no cluster of {gpu.name} is known; describe one with --clusters-file") from error
 

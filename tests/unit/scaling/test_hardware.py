@@ -110,6 +110,16 @@ def test_a_file_changes_a_field_and_adds_a_gpu(tmp_path: Path) -> None:
         load_clusters(clusters)
 
 
+def test_a_cluster_of_one_s_own_is_the_default_of_its_gpu(tmp_path: Path) -> None:
+    fields = 'source = "ours"\ngpu = "h100-sxm"\ngpus_per_node = 4\nnvlink_domain_size = 4\nnvlink_bytes_per_s = 4e11\n'
+    links = "nvlink_latency_s = 0\nnetwork_bytes_per_s = 1e10\nnetwork_latency_s = 1e-5\n"
+    own = write(tmp_path / "own.toml", f"[ours]\n{fields}{links}")
+    assert select_default_cluster("h100-sxm", own).name == "ours"
+    assert select_default_cluster("h200-sxm", own).name == "dgx-h200"
+    changed = write(tmp_path / "changed.toml", "[aws-p5]\nusd_per_gpu_hour = 3.0\n")
+    assert select_default_cluster("h100-sxm", changed).name == "dgx-h100"
+
+
 def test_every_bad_field_is_named_at_once(tmp_path: Path) -> None:
     path = write(
         tmp_path / "gpus.toml",

@@ -192,6 +192,24 @@ def test_cpu_runs_of_measure(tmp_path: Path) -> None:
     assert not plan.overlaps_grad_reduce
 
 
+def test_machines_of_one_s_own(tmp_path: Path) -> None:
+    gpus = tmp_path / "gpus.toml"
+    gpus.write_text(
+        '[abacus]\nsource = "ours"\naliases = ["Abacus 9"]\nfp32_tflops = 1\nfp16_tflops = 2\nbf16_tflops = 2\n'
+        "memory_bytes = 100_000_000_000\nmemory_bytes_per_s = 1e12\npower_w = 100\n"
+    )
+    path = write_table(tmp_path / "runs.csv", {"gpu_type": "Abacus 9"})
+    _, (row,) = read_runs(path, gpus_path=gpus)
+    assert row.reason == "no cluster of abacus is known; describe one with --clusters-file"
+    clusters = tmp_path / "clusters.toml"
+    clusters.write_text(
+        '[ours]\nsource = "ours"\ngpu = "abacus"\ngpus_per_node = 4\nnvlink_domain_size = 4\n'
+        "nvlink_bytes_per_s = 4e11\nnvlink_latency_s = 0\nnetwork_bytes_per_s = 1e10\nnetwork_latency_s = 1e-5\n"
+    )
+    (run,), _ = read_runs(path, gpus_path=gpus, clusters_path=clusters)
+    assert (run.plan.gpu.name, run.plan.cluster.name) == ("abacus", "ours")
+
+
 def test_experts_and_sequence_parallelism_of_measured_runs(tmp_path: Path) -> None:
     blank = {name: "" for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab")}
     cells = blank | {"model": "hammer-tiny-moe", "gpu_type": "cpu-core", "precision": "fp32"}
