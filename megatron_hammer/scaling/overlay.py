@@ -3,7 +3,7 @@
 The file is a table of runs as `measure` writes them and as published ones come (published_runs.py reads it).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,10 +18,14 @@ def build_overlay(
     study: Study,
     predict: Callable[[Plan], StepTime],
     *,
+    fitted_fingerprints: Collection[str] = (),
     gpus_path: Path | None = None,
     clusters_path: Path | None = None,
 ) -> Overlay:
-    """Every row of a table of runs, predicted or left out with the reason; ConfigError for an unreadable file."""
+    """Every row of a table of runs, predicted or left out with the reason; ConfigError for an unreadable file.
+
+    fitted_fingerprints: of the runs that the coefficients were fitted on, as their provenance lists them.
+    """
     measured, unpredictable = read_runs(path, gpus_path=gpus_path, clusters_path=clusters_path)
     runs = []
     left_out = [LeftOutRow(row_number=row.row_number, source=row.source, reason=row.reason) for row in unpredictable]
@@ -38,6 +42,7 @@ def build_overlay(
                 plan=plan,
                 measured_s=run.step_time_s,
                 step=predict(plan),
+                is_fitted=run.fingerprint in fitted_fingerprints,
             )
         )
     return Overlay(runs=tuple(runs), left_out=tuple(sorted(left_out, key=lambda row: row.row_number)))

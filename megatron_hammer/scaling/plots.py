@@ -5,6 +5,7 @@ The same result gives the same bytes. matplotlib without its state machine, so t
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -77,6 +78,7 @@ def _draw_scaling(result: StudyResult) -> Figure:
     figure.suptitle(_title(result), fontsize=12)
     axes = figure.subplots(2, len(results), squeeze=False, sharex="col", height_ratios=(3, 2))
     for column, one in enumerate(results):
+        one = replace(one, overlay=result.overlay)
         _draw_speed(axes[0][column], one)
         _draw_mfu(axes[1][column], one)
     for row in axes:
@@ -137,24 +139,23 @@ def _knee_label(result: StudyResult) -> str:
 
 
 def _mark_measured(axis: Axes, result: StudyResult) -> None:
-    """Measured runs where they lie; those of other batches than the projection's hollow."""
-    for is_same, face, words in ((True, "#CC3311", "measured"), (False, "none", "measured, another batch")):
-        runs = [
-            run
-            for run in (result.overlay.runs if result.overlay else ())
-            if _has_batch_of(result.study, run) == is_same
-        ]
+    """Measured runs where they lie; those of another batch, sequence or precision than the projection's hollow."""
+    for is_same, face, words in (
+        (True, "#CC3311", "measured"),
+        (False, "none", "measured, another batch or precision"),
+    ):
+        runs = [run for run in (result.overlay.runs if result.overlay else ()) if _is_of(result.study, run) == is_same]
         if runs:
             speeds = [run.plan.tokens_per_step / run.measured_s for run in runs]
             counts = [run.plan.layout.world_size for run in runs]
             axis.scatter(counts, speeds, marker="s", s=26, facecolors=face, edgecolors="#CC3311", zorder=3, label=words)
 
 
-def _has_batch_of(study: Study, run: OverlaidRun) -> bool:
-    num_gpus = run.plan.layout.world_size
-    samples = study.samples_per_gpu
-    if samples is not None:
-        return samples * num_gpus == run.plan.global_batch_size
+def _is_of(study: Study, run: OverlaidRun) -> bool:
+    if (run.plan.seq_length, run.plan.precision) != (study.seq_length, study.precision):
+        return False
+    if study.samples_per_gpu is not None:
+        return study.samples_per_gpu * run.plan.layout.world_size == run.plan.global_batch_size
     return study.global_batch_size == run.plan.global_batch_size
 
 

@@ -269,6 +269,7 @@ class OverlaidRun:
     plan: Plan
     measured_s: float
     step: StepTime
+    is_fitted: bool = False  # the coefficients were fitted on this very run, so that its error says nothing of others
 
     @property
     def error_ratio(self) -> float:

@@ -192,6 +192,7 @@ def _build_overlay(overlay: Overlay) -> dict[str, Any]:
                 "high_s": run.step.high_s,
                 "error_ratio": run.error_ratio,
                 "is_in_band": run.is_in_band,
+                "is_fitted": run.is_fitted,
             }
             for run in overlay.runs
         ],

@@ -336,29 +336,27 @@ def _build_overlay_table(result: StudyResult) -> ResultTable:
     assert result.overlay is not None
     rows = []
     for run in result.overlay.runs:
-        layout = run.plan.layout
+        is_as_long = run.plan.seq_length == result.study.seq_length
         rows.append(
             (
                 f"{run.row_number} {run.source}",
-                f"{layout.world_size:,}",
-                str(layout.tensor_model_parallel_size),
-                str(layout.pipeline_model_parallel_size),
-                str(layout.data_parallel_size),
-                str(run.plan.micro_batch_size),
+                f"{run.plan.layout.world_size:,}",
+                describe_cuts(run.plan),
                 f"{run.plan.global_batch_size:,}",
+                run.plan.precision if is_as_long else f"{run.plan.precision} s={run.plan.seq_length}",
                 f"{run.measured_s:.3f}",
                 f"{run.step.total_s:.3f}",
-                f"{run.error_ratio:+.1%}",
-                "yes" if run.is_in_band else "no",
+                f"{run.error_ratio:+.1%}{'*' if run.is_fitted else ''}",
+                "in" if run.is_in_band else "out",
             )
         )
-    columns = ("line and source", "GPUs", "tp", "pp", "dp", "micro", "batch", "measured s", "predicted s", "error")
     return ResultTable(
-        title="Measured runs, each predicted with its own layout",
-        columns=(*columns, "in band"),
+        title="Measured runs, each predicted with its own layout, s a step",
+        columns=("line, source", "GPUs", "layout", "batch", "numbers", "measured", "predicted", "error", "band"),
         groups=(tuple(rows),),
         num_text=1,
-        note="error: above zero where the prediction is too slow.",
+        note="error: above zero where the prediction is too slow; * the coefficients were fitted on this very run, so "
+        "that its error says nothing of new ones.",
     )
 
 

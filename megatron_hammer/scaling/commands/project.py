@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     study = build_study(arguments, arguments.read_hf_model)
     coefficients = load_coefficients(arguments.coefficients)
     predict = partial(predict_step, coefficients=coefficients)
-    overlay = _build_overlay(arguments, study, predict)
+    overlay = _build_overlay(arguments, study, predict, coefficients)
     search = Search(predict=predict)
     result = replace(_project(study, search, coefficients), overlay=overlay)
     companion = build_companion_study(study, result.sizes)
@@ -67,13 +67,20 @@ def run(arguments: argparse.Namespace) -> None:
     _print_result(arguments, result)
 
 
-def _build_overlay(arguments: argparse.Namespace, study: Study, predict: Predict) -> Overlay | None:
+def _build_overlay(
+    arguments: argparse.Namespace, study: Study, predict: Predict, coefficients: Coefficients
+) -> Overlay | None:
     if arguments.overlay is None:
         return None
     from megatron_hammer.scaling.overlay import build_overlay
 
     return build_overlay(
-        arguments.overlay, study, predict, gpus_path=arguments.gpus_file, clusters_path=arguments.clusters_file
+        arguments.overlay,
+        study,
+        predict,
+        fitted_fingerprints=frozenset(coefficients.provenance.get("fingerprints", ())),
+        gpus_path=arguments.gpus_file,
+        clusters_path=arguments.clusters_file,
     )
 
 

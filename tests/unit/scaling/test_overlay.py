@@ -13,6 +13,7 @@ from megatron_hammer.presets import select_preset
 from megatron_hammer.scaling.hardware import select_cluster, select_gpu
 from megatron_hammer.scaling.overlay import build_overlay
 from megatron_hammer.scaling.projection import Study
+from megatron_hammer.scaling.published_runs import read_runs
 
 MODEL = select_preset("llama3-8b").model
 CELLS = {
@@ -65,6 +66,13 @@ def test_what_changes_no_work_changes_no_match(study: Study, tmp_path: Path) -> 
     model = replace(study.model, name="ours", rotary_base=10_000, norm_epsilon=1e-6, max_position_embeddings=131_072)
     overlay = build_overlay(write_table(tmp_path / "runs.csv", CELLS), replace(study, model=model), predict)
     assert [run.plan.model.name for run in overlay.runs] == ["ours"]
+
+
+def test_runs_that_the_coefficients_were_fitted_on_are_marked(study: Study, tmp_path: Path) -> None:
+    path = write_table(tmp_path / "runs.csv", CELLS, CELLS | {"global_batch": "128"})
+    first = read_runs(path)[0][0].fingerprint
+    runs = build_overlay(path, study, predict, fitted_fingerprints={first}).runs
+    assert [run.is_fitted for run in runs] == [True, False]
 
 
 def test_a_file_that_is_not_there(study: Study, tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_the_knee_and_measured_runs_are_marked(result: StudyResult) -> None:
     assert texts(axis)[3:] == [
         "knee: 8 GPUs (80% of the best speed a GPU)",
         "measured",
-        "measured, another batch",
+        "measured, another batch or precision",
     ]
 
 

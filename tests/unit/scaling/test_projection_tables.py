@@ -96,8 +96,10 @@ def test_measured_runs_and_what_was_left_out(result: StudyResult) -> None:
     assert best is not None
     run = OverlaidRun(row_number=2, source="team", plan=best.plan, measured_s=0.8 * best.step.total_s, step=best.step)
     left_out = LeftOutRow(row_number=3, source="team", reason="its GPU 'X' is not known")
-    tables = build_tables(replace(result, overlay=Overlay(runs=(run,), left_out=(left_out,))))
-    assert tables[-2].groups[0][0][-2:] == ("+25.0%", "no")
+    fitted = replace(run, is_fitted=True, plan=replace(run.plan, seq_length=512))
+    tables = build_tables(replace(result, overlay=Overlay(runs=(run, fitted), left_out=(left_out,))))
+    assert [row[-2:] for row in tables[-2].groups[0]] == [("+25.0%", "out"), ("+25.0%*", "out")]
+    assert [row[4] for row in tables[-2].groups[0]] == ["bf16", "bf16 s=512"]
     assert tables[-1].groups[0] == (("3", "team", "its GPU 'X' is not known"),)
 
 
