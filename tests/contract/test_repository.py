@@ -70,7 +70,14 @@ RESERVED = (
 # Sourced, so they must leave their caller's shell options alone; every other script sets its own.
 SOURCED_SCRIPTS = ("tools/setup_environment.sh",)
 READMES = ("README.md", "README_zh-CN.md")
-DOCUMENTS = (*READMES, "CONTRIBUTING.md", "docs/architecture.md", "docs/checkpoints.md", "docs/data.md")
+DOCUMENTS = (
+    *READMES,
+    "CONTRIBUTING.md",
+    "docs/architecture.md",
+    "docs/checkpoints.md",
+    "docs/data.md",
+    "docs/scaling.md",
+)
 TRAINING_MODULE = "megatron_hammer.training.pretrain"
 # These hand flags that they do not know to Megatron, like the training module itself.
 TAKES_MEGATRON_FLAGS = ("tools/build_rank.py",)
