@@ -30,6 +30,7 @@ FLAGS_OF_KNOBS = {
     "LR": "--lr",
     "MIN_LR": "--min-lr",
 }
+FSDP_CONNECTIONS = "8"  # CUDA's own default
 # Weight decay and the like, which Megatron's defaults do not have as language models are trained today.
 UNTUNED_FLAGS = (
     *("--weight-decay", "0.1", "--adam-beta1", "0.9", "--adam-beta2", "0.95", "--clip-grad", "1.0"),
@@ -83,12 +84,14 @@ def build_launch(plan: Plan, *, name: str, train_tokens: int | None, comment: st
 def list_environment(launch: Launch) -> dict[str, str]:
     """What Megatron asks of the environment; a variable that is set keeps its value.
 
-    Before Blackwell, kernels of tensor and context parallelism keep their order only on one connection, which FSDP
-    must not have (megatron.training.arguments.validate_args).
+    Before Blackwell, kernels of tensor and context parallelism keep their order only on one connection; FSDP must not
+    have one alone (megatron.training.arguments.validate_args), and one is what this package sets where nothing is set.
     """
     plan, environment = launch.plan, {"OMP_NUM_THREADS": "1"}
     is_ordered = max(plan.layout.tensor_model_parallel_size, plan.layout.context_parallel_size) > 1
-    if is_ordered and not launch.is_cpu and plan.sharding != "fsdp" and plan.gpu.fp4_tflops is None:
+    if plan.sharding == "fsdp":
+        environment["CUDA_DEVICE_MAX_CONNECTIONS"] = FSDP_CONNECTIONS
+    elif is_ordered and not launch.is_cpu and plan.gpu.fp4_tflops is None:
         environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     return environment
 

@@ -214,7 +214,8 @@ def _wait(command: Sequence[str], machine: Machine, output: Any) -> int | None:
     """The exit code of the run, or None where it outran its time. Nothing of it is left running."""
     environment = os.environ | {"OMP_NUM_THREADS": str(machine.num_threads)}
     if machine.platform == "cuda":
-        environment["CUDA_DEVICE_MAX_CONNECTIONS"] = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        connections = "8" if "--use-megatron-fsdp" in command else "1"  # FSDP must not have one alone
+        environment["CUDA_DEVICE_MAX_CONNECTIONS"] = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", connections)
     process = subprocess.Popen(
         command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
     )

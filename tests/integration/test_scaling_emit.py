@@ -119,6 +119,19 @@ def test_dry_run_of_rows_for_transformer_engine(name: str, tmp_path: Path) -> No
     assert find(*words[2:], platform="cuda", backend="te") == []
 
 
+def test_dry_run_as_a_user_types_it(tmp_path: Path) -> None:
+    """The whole command, in a process of its own: FSDP, which must not have the connections that others need."""
+    script = write_script("fsdp", "torchrun", tmp_path)
+    variables = environment() | {"DRY_RUN": "1", "PYTHON": sys.executable, "HAMMER_ROOT": str(REPOSITORY)}
+    variables.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
+    result = subprocess.run(
+        ["bash", str(script), "--backend", "torch"], env=variables, capture_output=True, text=True, cwd=tmp_path,
+        timeout=200,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.splitlines()[-1] == "dry run: 0 problems, nothing was started"
+
+
 def test_torchrun_on_several_nodes(tmp_path: Path) -> None:
     script = write_script("interleaved", "torchrun", tmp_path)
     words = list_words(script, tmp_path, "--seed", "7", NODE_RANK="3", MASTER_ADDR="host0", TRAIN_ITERS="50")

@@ -53,13 +53,13 @@ def test_flags_of_a_plan() -> None:
     assert "--no-distributed-optimizer" not in flags
 
 
-def test_fsdp_has_its_checkpoints_and_no_single_connection() -> None:
+def test_fsdp_has_its_checkpoints_and_connections() -> None:
     layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 1, "data_parallel_size": 8}
     launch = build(sharding="fsdp", layout=layout)
     flags = list_launch_flags(launch)
     assert "--use-megatron-fsdp" in flags
     assert value_of(flags, "--ckpt-format") == "fsdp_dtensor"
-    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in list_environment(launch)
+    assert list_environment(launch)["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
     assert list_environment(build())["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
     assert "CUDA_DEVICE_MAX_CONNECTIONS" not in list_environment(build(gpu="b200-sxm", cluster="dgx-b200"))
 
