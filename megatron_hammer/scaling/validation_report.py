@@ -270,7 +270,10 @@ def draw_scatter(report: ValidationReport) -> bytes | None:
         measured = [one.run.step_time_s for one in group]
         predicted = [one.step.total_s for one in group]
         marker = "osD^vP*X"[position // 10 % 8]
-        axes.plot(measured, predicted, marker, color=f"C{position % 10}", markersize=4, alpha=0.75, label=family)
+        fill = f"C{position % 10}" if group[0].run.is_megatron_style else "none"
+        axes.plot(
+            measured, predicted, marker, color=f"C{position % 10}", markerfacecolor=fill, markersize=4, label=family
+        )
     times = [time for one in report.counted for time in (one.run.step_time_s, one.step.total_s)]
     ends = (min(times) / 1.3, max(times) * 1.3)
     axes.plot(ends, ends, color="black", linewidth=0.8)
@@ -278,7 +281,8 @@ def draw_scatter(report: ValidationReport) -> bytes | None:
         axes.plot(ends, [ratio * end for end in ends], color="black", linewidth=0.6, linestyle="--")
     axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
     axes.set(xlabel="measured step time (s)", ylabel="predicted step time (s)")
-    axes.set_title(f"{len(report.counted)} runs, none fitted on; dashed: 10 % off", fontsize=10)
+    title = f"{len(report.counted)} runs, none fitted on; hollow: other software than Megatron; dashed: 10 % off"
+    axes.set_title(title, fontsize=10)
     axes.grid(visible=True, which="major", linewidth=0.3)
     axes.legend(fontsize=6, loc="upper left")
     image = io.BytesIO()
