@@ -84,7 +84,8 @@ def build_layer_work(model: ModelPreset, shard: Shard) -> LayerWork:
     forward_bytes, backward_bytes = _count_pointwise_bytes(model, shard)
     cast_forward, cast_backward = _count_cast_bytes(linears, shard)
     tensor_kernels = 2 if shard.tp > 1 else 0
-    unfused_kernels = 0 if shard.has_flash_attention else 8
+    # Stacks of 2020 to 2022: scores, masks and dropouts one by one, biases apart, random states kept for recomputation.
+    unfused_kernels = 0 if shard.has_flash_attention else 25
     expert_kernels = 25 if model.moe else 0
     forward = Work(
         gemms=tuple(linears),
@@ -95,7 +96,7 @@ def build_layer_work(model: ModelPreset, shard: Shard) -> LayerWork:
     backward = Work(
         gemms=tuple(product for linear in linears for product in _differentiate(linear, shard)),
         pointwise_bytes=backward_bytes + cast_backward,
-        num_kernels=22 + 1.5 * unfused_kernels + tensor_kernels + expert_kernels + (8 if shard.is_low_precision else 0),
+        num_kernels=22 + unfused_kernels + tensor_kernels + expert_kernels + (8 if shard.is_low_precision else 0),
         **attention_backward,
     )
     return LayerWork(forward, backward)
