@@ -9,9 +9,10 @@ import pytest
 from toy_study import GPU, build_toy_study, predict
 
 from megatron_hammer.model.accounting import Layout
+from megatron_hammer.presets import select_preset
 from megatron_hammer.scaling.coefficients import build_prior_coefficients
-from megatron_hammer.scaling.hardware import select_cluster, select_gpu
-from megatron_hammer.scaling.plan import Plan, StepTime
+from megatron_hammer.scaling.hardware import select_cluster, select_default_cluster, select_gpu
+from megatron_hammer.scaling.plan import Plan, Precision, StepTime
 from megatron_hammer.scaling.plan_memory import estimate_plan_memory
 from megatron_hammer.scaling.projection import Study, describe_plan
 from megatron_hammer.scaling.search import GIB, Predict, Search
@@ -95,6 +96,37 @@ def test_so_it_is_with_the_performance_model() -> None:
     )
     found = Search(predict=predictor).search_plans(study, 8).projections
     assert [projection.step.total_s for projection in found] == find_fastest_s(study, 8, predictor)
+
+
+@pytest.mark.parametrize(
+    ("preset", "gpu", "precision"),
+    [
+        ("llama3-70b", "h100-sxm", "bf16"),
+        ("llama3-8b", "a100-sxm-80gb", "bf16"),
+        ("tiny-llm-zh-moe", "gb200", "fp8"),
+        ("gpt2-124m", "v100-sxm3-32gb", "fp16"),
+        ("hammer-tiny", "cpu-core", "fp32"),
+    ],
+)
+def test_what_the_search_leaves_out_is_slower(preset: str, gpu: str, precision: Precision) -> None:
+    """Of the shipped performance model: no plan beats its bound, and recomputation never makes one faster."""
+    chosen = select_preset(preset)
+    study = build_toy_study(
+        preset,
+        gpu=select_gpu(gpu),
+        cluster=select_default_cluster(gpu),
+        seq_length=chosen.recipe.seq_length,
+        precision=precision,
+        global_batch_size=1024,
+    )
+    search = Search(predict=predict_step)
+    for num_gpus in (4, 64):
+        candidates = list(search._list_candidates(study, num_gpus, 1024))
+        for candidate in candidates[:: len(candidates) // 40 + 1]:
+            plan = replace(candidate.plan, micro_batch_size=candidate.micro_batch_size)
+            times = [predict_step(replace(plan, recompute=recompute)).total_s for recompute in RECOMPUTES]
+            assert candidate.bound_s <= times[0]
+            assert times == sorted(times)
 
 
 def test_the_bound_prunes() -> None:
