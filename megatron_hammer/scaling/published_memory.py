@@ -167,9 +167,10 @@ def _spell(model: str) -> str:
 def _build_model(
     line: int, cells: Mapping[str, str], stack: MemoryStack, changes: Mapping[str, Any], assumptions: list[str]
 ) -> ModelPreset:
-    sizes = {name: read_count(cells, name) for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "seq")}
-    row = PublishedRow(row_number=line, source=cells["source"], model=_spell(cells["model"]))
-    row = replace(row, **sizes)
+    sizes: dict[str, Any] = {
+        name: read_count(cells, name) for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "seq")
+    }
+    row = PublishedRow(row_number=line, source=cells["source"], model=_spell(cells["model"]), **sizes)
     if row.vocab is None and stack.vocab_size is not None:
         row = replace(row, vocab=stack.vocab_size)
         assumptions.append(f"vocab {stack.vocab_size}: {stack.name}")
