@@ -20,9 +20,9 @@ from megatron_hammer.scaling.communication import (
 from megatron_hammer.scaling.pipeline import StageKind
 from megatron_hammer.scaling.plan import Plan
 
-# Bytes that the optimizer moves for one parameter of its shard: the gradient read for the norm, scaled and copied, then
-# gradient, master weight and two moments read, the last three written, and the 16-bit weight.
-OPTIMIZER_BYTES_PER_PARAMETER = 46
+# Bytes that the optimizer moves for one parameter of its shard: the gradient read for the norm (4), then gradient,
+# master weight and two moments read (16), the last three written (12), the 16-bit weight (2), and a copy's share.
+OPTIMIZER_BYTES_PER_PARAMETER = 36
 
 
 class DataTraffic(NamedTuple):
