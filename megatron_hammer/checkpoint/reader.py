@@ -171,13 +171,18 @@ def open_checkpoint(path: str | Path, *, iteration: int | None = None, weights: 
 
         return open_legacy_checkpoint(directory, weights="master" if weights == "master" else "model")
     reader = TorchDistReader(directory, weights=weights)
-    named = re.fullmatch(r"iter_(\d+)", directory.name)
+    validate_iteration(reader)
+    return reader
+
+
+def validate_iteration(reader: CheckpointReader) -> None:
+    """Raise CheckpointError if the state is of another iteration than the name of its directory."""
+    named = re.fullmatch(r"iter_(\d+)", reader.directory.name)
     if named and int(named[1]) != reader.iteration:
         raise CheckpointError(
-            f"{directory}: state must be of iteration {int(named[1])}, got iteration={reader.iteration}. "
+            f"{reader.directory}: state must be of iteration {int(named[1])}, got iteration={reader.iteration}. "
             "Files of two checkpoints are mixed; copy it again."
         )
-    return reader
 
 
 def find_iteration(path: Path, iteration: int | None = None) -> Path:

@@ -6,7 +6,6 @@ norms on every tensor-parallel rank, dense layers on every expert-parallel rank)
 No process group, GPU or megatron. The same surface as CheckpointReader; `open_checkpoint` in reader.py chooses.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +31,7 @@ from megatron_hammer.checkpoint.legacy.names import (
     translate_name,
 )
 from megatron_hammer.checkpoint.legacy.stages import count_layers_before
-from megatron_hammer.checkpoint.reader import VOCABULARY_TENSORS, use_fused_norm_names
+from megatron_hammer.checkpoint.reader import VOCABULARY_TENSORS, use_fused_norm_names, validate_iteration
 from megatron_hammer.errors import CheckpointError, ConversionError
 
 EMBEDDING = VOCABULARY_TENSORS[0]
@@ -130,12 +129,7 @@ def open_legacy_checkpoint(directory: str | Path, weights: Literal["model", "mas
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: checkpoint directory does not exist. Pass the directory given to --save.")
     reader = LegacyReader(directory, weights=weights)
-    named = re.fullmatch(r"iter_(\d+)", directory.name)
-    if named and int(named[1]) != reader.iteration:
-        raise CheckpointError(
-            f"{directory}: state must be of iteration {int(named[1])}, got iteration={reader.iteration}. "
-            "Files of two checkpoints are mixed; copy it again."
-        )
+    validate_iteration(reader)
     return reader
 
 
