@@ -23,8 +23,8 @@ from megatron_hammer.scaling.plan import Plan, StepTime
 
 # The host's queue runs ahead of the device: a stage waits for the slower of the two, and a little for both.
 HOST_NORM = 4.0
-# Fitted to a simulation of 1F1B by more processes than cores; within 6% of it.
-SHARED_CORES_NORM = 6.0
+# Between a simulation of 1F1B by more processes than cores and what such processes took when measured.
+SHARED_CORES_NORM = 4.0
 
 
 class StageCost(NamedTuple):
