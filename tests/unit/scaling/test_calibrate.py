@@ -25,7 +25,7 @@ from megatron_hammer.scaling.step_time import predict_step
 
 PRIORS = build_prior_coefficients()
 PLANTED = replace_values(
-    PRIORS, {"hopper.gemm_ratio": 0.62, "hopper.attention_ratio": 0.58, "network_ratio": 0.6, "host_s": 3e-5}
+    PRIORS, {"hopper.gemm_ratio": 0.68, "hopper.attention_ratio": 0.6, "network_ratio": 0.5, "host_s": 3e-5}
 )
 
 
@@ -38,10 +38,11 @@ def test_planted_coefficients_are_found(fitted):
     runs = build_planted_runs(PLANTED)
     errors = [abs(predict_step(run.plan, fitted).total_s / run.step_time_s - 1) for run in runs]
     before = [abs(predict_step(run.plan, PRIORS).total_s / run.step_time_s - 1) for run in runs]
-    assert max(errors) < 0.05 < max(before)
-    assert fitted.gpus["hopper"].gemm_ratio < 0.705  # planted 0.62; its prior 0.72 is narrow, other ratios take a share
-    assert fitted.gpus["hopper"].attention_ratio > 0.51
-    assert fitted.network_ratio < 0.70
+    assert max(errors) < 0.06 < 0.12 < max(before)
+    # each on its way from its prior (0.72, 0.5, 0.75) to what was planted; where two explain the same they share
+    assert fitted.gpus["hopper"].gemm_ratio < 0.71
+    assert fitted.gpus["hopper"].attention_ratio > 0.52
+    assert fitted.network_ratio < 0.68
 
 
 def test_what_no_run_informs_stays(fitted):
