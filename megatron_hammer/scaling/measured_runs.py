@@ -52,7 +52,10 @@ class MeasuredSetting:
     repeats: tuple[StepTimes, ...]
 
     def step_time_s(self, statistic: Statistic) -> float:
-        """median: of the repeats' medians. fastest: the shortest step of all, for a machine that does other work."""
+        """median: of the repeats' medians. fastest: the shortest step of all, for a machine that does other work.
+
+        One rank takes the times; where data-parallel ranks drift apart, a step that it began late is too short.
+        """
         if statistic == "fastest":
             return min(times.fastest_s for times in self.repeats)
         return statistics.median(times.median_s for times in self.repeats)
