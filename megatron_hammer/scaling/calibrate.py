@@ -117,10 +117,13 @@ def select_free_coefficients(
     free = []
     for name, value in values.items():
         gpu, dot, own = name.rpartition(".")
-        prior = GPU_PRIORS.get(gpu, GPU_PRIORS["cpu-core"])[own] if dot else PRIORS[name]
+        rows = [row for row, run in enumerate(runs) if not dot or _is_of_gpu(run.plan, gpu, start)]
+        if not rows:
+            continue
+        table = gpu if gpu in GPU_PRIORS else select_generation(runs[rows[0]].plan.gpu)  # a GPU's own: its generation's
+        prior = GPU_PRIORS[table][own] if dot else PRIORS[name]
         if is_prior_start:
             prior = prior._replace(value=value, low=min(prior.low, value), high=max(prior.high, value))
-        rows = [row for row, run in enumerate(runs) if not dot or _is_of_gpu(run.plan, gpu, start)]
         moved = replace_values(start, {name: value * 1.02})
         informed = [row for row in rows if abs(predict_step(runs[row].plan, moved).total_s / base[row] - 1) > 1e-6]
         if informed:
