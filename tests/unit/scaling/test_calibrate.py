@@ -81,6 +81,14 @@ def test_only_coefficients_that_a_run_feels_are_free():
     assert len(free["network_ratio"].runs) < len(free["hopper.gemm_ratio"].runs) + 1
 
 
+def test_a_gpu_with_a_table_of_its_own_is_held_like_its_generation():
+    own = dataclasses.replace(PRIORS.gpus["hopper"], gemm_ratio=0.66)
+    start = dataclasses.replace(PRIORS, gpus={**PRIORS.gpus, "h100-sxm": own})
+    free = {one.name: one for one in select_free_coefficients(build_planted_runs(PLANTED), start, is_prior_start=True)}
+    assert "hopper.gemm_ratio" not in free  # no run is predicted with it
+    assert free["h100-sxm.gemm_ratio"].prior == GPU_PRIORS["hopper"]["gemm_ratio"]._replace(value=0.66)
+
+
 def test_versions_of_a_table_are_one_publication():
     assert name_publication("NVIDIA_dgxc-benchmarking_v24.11.1") == name_publication("NVIDIA_dgxc-benchmarking_v25.05")
     assert name_publication("MegatronBridge_perf_25.09") == name_publication("MegatronBridge_perf_26.02.01")
