@@ -109,7 +109,8 @@ def _draw_speed(axis: Axes, result: StudyResult) -> None:
     high = [one.plan.tokens_per_step / one.step.low_s for one in best]
     ideal = [speeds[0] * count / counts[0] for count in counts]
     axis.fill_between(counts, low, high, color="#4477AA", alpha=0.25, linewidth=0, label="80 % band")
-    axis.plot(counts, ideal, color="#777777", linestyle="--", linewidth=1, label=f"linear from {counts[0]:,} GPUs")
+    label = f"linear from {counts[0]:,} GPU{'s' if counts[0] > 1 else ''}"
+    axis.plot(counts, ideal, color="#777777", linestyle="--", linewidth=1, label=label)
     axis.plot(counts, speeds, color="#332288", marker="o", markersize=4, label="projected, best layout")
     _mark_knee(axis, result, counts, speeds)
     _mark_measured(axis, result)
