@@ -39,13 +39,17 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def read_hf_model(path: Path) -> ModelPreset:
-    """The model of a Hugging Face folder or its config.json; here because scaling/ knows nothing of Hugging Face."""
+    """The model of a Hugging Face folder, or of a config.json under any name.
+
+    Here because scaling/ knows nothing of Hugging Face.
+    """
     from megatron_hammer.checkpoint.hf_architecture import read_hf_architecture
     from megatron_hammer.checkpoint.model_preset import build_model_preset
 
-    folder = path.parent if path.name == "config.json" else path
-    architecture = read_hf_architecture(folder).architecture
-    return build_model_preset(architecture, name=folder.resolve().name, source=str(folder / "config.json"))
+    architecture = read_hf_architecture(path).architecture
+    is_own_name = path.is_file() and path.name != "config.json"
+    folder = path.parent if path.is_file() else path
+    return build_model_preset(architecture, name=path.stem if is_own_name else folder.resolve().name, source=str(path))
 
 
 @exit_on_user_error

@@ -32,9 +32,12 @@ class HfModel:
     config: dict[str, Any]
 
 
-def read_hf_architecture(folder: Path) -> HfModel:
-    """The model of a Hugging Face folder. Raises ConversionError naming every field that cannot be converted."""
-    config = _read_config(folder / CONFIG_NAME)
+def read_hf_architecture(path: Path) -> HfModel:
+    """The model of a Hugging Face folder, or of a config.json under any name.
+
+    Raises ConversionError naming every field that cannot be converted.
+    """
+    config = _read_config(path if path.is_file() else path / CONFIG_NAME)
     architecture = interpret_config(config)
     dtype = config.get("dtype") or config.get("torch_dtype")
     return HfModel(

@@ -72,15 +72,24 @@ def test_a_study_of_llama3_70b(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
 
 
-def test_a_hugging_face_config(tmp_path: Path) -> None:
-    (tmp_path / "small").mkdir()
-    (tmp_path / "small" / "config.json").write_text(json.dumps(CONFIG))
+@pytest.mark.parametrize(
+    ("written", "passed", "name"),
+    [
+        ("small/config.json", "small/config.json", "small"),
+        ("small/config.json", "small", "small"),
+        ("own-config.json", "own-config.json", "own-config"),
+    ],
+)
+def test_a_hugging_face_config(written: str, passed: str, name: str, tmp_path: Path) -> None:
+    """In its folder, or alone under any name."""
+    (tmp_path / written).parent.mkdir(exist_ok=True)
+    (tmp_path / written).write_text(json.dumps(CONFIG))
     flags = ("--gpu", "a100-sxm-80gb", "--gpus", "4", "--samples-per-gpu", "2", "--train-tokens", "1B", "--json")
-    code, stdout, stderr = project("--hf-config", "small/config.json", *flags, cwd=tmp_path)
+    code, stdout, stderr = project("--hf-config", passed, *flags, cwd=tmp_path)
     assert code == 0, stderr
     document = json.loads(stdout)
-    assert (document["study"]["preset"], document["study"]["hf_config"]) == (None, "small/config.json")
-    assert document["study"]["model"]["hidden_size"] == 512
+    assert (document["study"]["preset"], document["study"]["hf_config"]) == (None, passed)
+    assert (document["study"]["model"]["name"], document["study"]["model"]["hidden_size"]) == (name, 512)
     assert document["rows"][0]["id"] == "4-1"
 
 
