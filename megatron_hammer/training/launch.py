@@ -5,10 +5,12 @@
 Everything before `--` is torchrun's (see torchrun --help); what follows goes to megatron_hammer.training.pretrain.
 Three differences from torchrun: a configuration error ends with its own sentence and exit code 2, not with a report of
 failed children; Ctrl-C and SIGTERM wait for the checkpoint instead of killing after 30 s; no process is restarted.
-torchrun itself works as well.
+torchrun itself works as well. Under either, no training process outlives a launcher that was killed.
 """
 
+import ctypes
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -17,6 +19,7 @@ from megatron_hammer.errors import ConfigError, exit_on_user_error
 
 TRAINING_MODULE = "megatron_hammer.training.pretrain"
 CHECKPOINT_GRACE_S = 1800  # how long a stopping run may take to write its checkpoint
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @exit_on_user_error
@@ -54,6 +57,20 @@ def launch(torchrun_options: Sequence[str], training_options: Sequence[str]) -> 
             return 128 - failure.exitcode
         return failure.exitcode
     return 0
+
+
+def end_with_launcher() -> None:
+    """Have the kernel end this training process when the launcher that started it dies (Linux).
+
+    torchrun gives every process a session of its own, so a launcher that is killed with SIGKILL, as by the kernel for
+    want of memory, would leave them training on, beside those of the run that takes their place and into its files.
+    """
+    if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    launcher = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != launcher:  # it died in between
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING
 
 from megatron_hammer.errors import USER_ERROR_EXIT_CODE, ConfigError, exit_on_user_error
+from megatron_hammer.training.launch import end_with_launcher
 
 if TYPE_CHECKING:
     from megatron_hammer.config.arguments import ParsedArguments
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, or with --dry-run say what would be trained. Raises HammerError for every problem a user can fix."""
+    end_with_launcher()
     argv = sys.argv[1:] if argv is None else argv
     arguments = prepare(argv)
     if arguments.namespace.dry_run:

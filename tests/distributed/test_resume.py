@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from training_runs import TOY_MODEL, TOY_SCHEDULE, command, environment, read_lines, train, write_toy_data
 
@@ -68,8 +69,11 @@ def test_kill_minus_nine_and_resume_is_bit_exact(flags: tuple[str, ...], uninter
     process = start(*command(2, *all_flags))
     kill_after = random.randint(SAVE_INTERVAL + 1, NUM_STEPS - 2)  # any step will do; the message names it
     wait_for_step(process, tmp_path / "metrics.jsonl", kill_after)
-    os.killpg(process.pid, signal.SIGKILL)
+    ranks = psutil.Process(process.pid).children()
+    assert len(ranks) == 2
+    process.kill()  # the launcher alone: its ranks, in sessions of their own, must not train on
     process.wait()
+    assert psutil.wait_procs(ranks, timeout=10)[1] == []
     resumed = train(2, tmp_path / "metrics.jsonl", *all_flags)
     assert exact_values(resumed) == exact_values(read_lines(uninterrupted / "metrics.jsonl")), f"{kill_after=}"
 
