@@ -67,13 +67,15 @@ def wait_for_step(process: subprocess.Popen[str], metrics_path: Path, step: int)
 def test_kill_minus_nine_and_resume_is_bit_exact(flags: tuple[str, ...], uninterrupted: Path, tmp_path: Path) -> None:
     all_flags = (*flags, *TP2, *saving(tmp_path))
     process = start(*command(2, *all_flags))
-    kill_after = random.randint(SAVE_INTERVAL + 1, NUM_STEPS - 2)  # any step will do; the message names it
+    # any step will do, if it is not so late that the run could end by itself; the message names it
+    kill_after = random.randint(SAVE_INTERVAL + 1, NUM_STEPS - SAVE_INTERVAL)
     wait_for_step(process, tmp_path / "metrics.jsonl", kill_after)
     ranks = psutil.Process(process.pid).children()
     assert len(ranks) == 2
     process.kill()  # the launcher alone: its ranks, in sessions of their own, must not train on
     process.wait()
     assert psutil.wait_procs(ranks, timeout=10)[1] == []
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) < NUM_STEPS, f"{kill_after=}"
     resumed = train(2, tmp_path / "metrics.jsonl", *all_flags)
     assert exact_values(resumed) == exact_values(read_lines(uninterrupted / "metrics.jsonl")), f"{kill_after=}"
 
