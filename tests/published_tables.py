@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_hammer.scaling.plan import Plan
+from megatron_hammer.scaling.published_runs import MeasuredRun, read_runs
+
 COLUMNS = (
     *("source", "model", "params_B", "layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "seq", "gpus"),
     *("gpu_type", "tp", "pp", "vpp", "cp", "dp", "micro_batch", "global_batch", "precision", "recompute"),
@@ -44,3 +47,14 @@ def write_table(path: Path, *rows: dict[str, str], columns: Sequence[str] = COLU
         lines.append(",".join('"' + cells.get(column, "").replace('"', '""') + '"' for column in columns))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def read_one(folder: Path, **cells: str) -> MeasuredRun:
+    """The run of a table of one row, which must be predictable."""
+    runs, unpredictable = read_runs(write_table(folder / "one.csv", cells))
+    assert unpredictable == []
+    return runs[0]
+
+
+def read_plan(folder: Path, **cells: str) -> Plan:
+    return read_one(folder, **cells).plan

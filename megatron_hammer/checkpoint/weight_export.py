@@ -87,8 +87,10 @@ def _copy_rows_of(
     writer: ShardWriter, pair: TensorPair, model: Architecture, reader: CheckpointReader, dtype: torch.dtype
 ) -> CopyResult | None:
     """Move it row by row; None, with nothing written, where its layout or its place in the checkpoint is another."""
-    runs = find_row_runs(pair, model) if isinstance(reader, TorchDistReader) else None
-    if runs is None or not isinstance(reader, TorchDistReader):
+    if not isinstance(reader, TorchDistReader):
+        return None
+    runs = find_row_runs(pair, model)
+    if runs is None:
         return None
     with ExitStack() as files:
         rows = find_stored_rows(reader, pair.megatron_name, files)

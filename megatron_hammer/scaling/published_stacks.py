@@ -5,7 +5,7 @@ left blank, from the very recipe that the source ran. Nothing here was chosen to
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_hammer.model.accounting import FlopConvention
@@ -60,19 +60,11 @@ _NVIDIA = "NVIDIA's published recipes: distributed optimizer, communication over
 
 # First match wins.
 STACKS: tuple[Stack, ...] = (
-    Stack(
+    replace(
+        _OLD_MEGATRON,
         name="Megatron-LM of 2020",
         source_pattern=r"megatronlm_readme_2020",
         source="NVIDIA/Megatron-LM README of September 2020; seq 1024 and recomputation reproduce time x TFLOP/s",
-        precision="fp16",
-        recompute="full",
-        sharding="none",
-        has_flash_attention=False,
-        has_sequence_parallel=False,
-        overlaps_data_parallel=False,
-        overlaps_tensor_parallel=False,
-        gradient_bytes=2,
-        flop_convention="hardware",
         seq_length=1024,
         accumulates_gradients=False,
         gpu_of_gpu=(("a100-sxm-80gb", "a100-sxm-40gb"),),
@@ -105,19 +97,11 @@ STACKS: tuple[Stack, ...] = (
         gradient_bytes=2,
         flop_convention="hardware",
     ),
-    Stack(
+    replace(
+        _OLD_MEGATRON,
         name="Megatron-DeepSpeed of vTrain",
         source_pattern=r"vtrain",
         source="VIA-Research/vTrain src/ and config/validation: fp16, vocabulary 50,257, recomputed, unfused attention",
-        precision="fp16",
-        recompute="full",
-        sharding="none",
-        has_flash_attention=False,
-        has_sequence_parallel=False,
-        overlaps_data_parallel=False,
-        overlaps_tensor_parallel=False,
-        gradient_bytes=2,
-        flop_convention="hardware",
         cluster_of_gpu=(("a100-sxm-80gb", "vtrain-a100"),),
     ),
     Stack(

@@ -3,20 +3,9 @@
 from pathlib import Path
 
 import pytest
-from published_tables import write_table
+from published_tables import read_one, read_plan, write_table
 
-from megatron_hammer.scaling.plan import Plan
-from megatron_hammer.scaling.published_runs import MeasuredRun, read_runs
-
-
-def read_one(folder: Path, **cells: str) -> MeasuredRun:
-    runs, unpredictable = read_runs(write_table(folder / "one.csv", cells))
-    assert unpredictable == []
-    return runs[0]
-
-
-def read_plan(folder: Path, **cells: str) -> Plan:
-    return read_one(folder, **cells).plan
+from megatron_hammer.scaling.published_runs import read_runs
 
 
 def test_126_layers_over_eight_interleaved_stages_count_embedding_and_loss(tmp_path: Path) -> None:

@@ -4,23 +4,12 @@ from pathlib import Path
 
 import pytest
 from data_paths import SHARED_DATA, needs_shared_data
-from published_tables import COLUMNS, write_table
+from published_tables import COLUMNS, read_one, read_plan, write_table
 
-from megatron_hammer.scaling.plan import Plan
-from megatron_hammer.scaling.published_runs import MeasuredRun, read_runs
+from megatron_hammer.scaling.published_runs import read_runs
 
 RUNS_PATH = SHARED_DATA / "scaling" / "published_runs.csv"
 VTRAIN_PATH = SHARED_DATA / "scaling" / "vtrain_ground_truth_single.csv"
-
-
-def read_one(folder: Path, **cells: str) -> MeasuredRun:
-    runs, unpredictable = read_runs(write_table(folder / "one.csv", cells))
-    assert unpredictable == []
-    return runs[0]
-
-
-def read_plan(folder: Path, **cells: str) -> Plan:
-    return read_one(folder, **cells).plan
 
 
 def test_a_complete_row(tmp_path: Path) -> None:

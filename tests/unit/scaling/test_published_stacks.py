@@ -3,18 +3,10 @@
 from pathlib import Path
 
 import pytest
-from published_tables import write_table
+from published_tables import read_plan
 
-from megatron_hammer.scaling.plan import Plan
 from megatron_hammer.scaling.published_cells import PublishedRow
-from megatron_hammer.scaling.published_runs import read_runs
 from megatron_hammer.scaling.published_stacks import RECIPES, STACKS, select_recipe, select_stack
-
-
-def read_plan(folder: Path, **cells: str) -> Plan:
-    runs, unpredictable = read_runs(write_table(folder / "one.csv", cells))
-    assert unpredictable == []
-    return runs[0].plan
 
 
 def test_an_old_stack_recomputes_without_flash_attention(tmp_path: Path) -> None:

@@ -3,15 +3,7 @@
 from pathlib import Path
 
 import pytest
-from published_tables import write_table
-
-from megatron_hammer.scaling.published_runs import MeasuredRun, read_runs
-
-
-def read_one(folder: Path, **cells: str) -> MeasuredRun:
-    runs, unpredictable = read_runs(write_table(folder / "one.csv", cells))
-    assert unpredictable == []
-    return runs[0]
+from published_tables import read_one
 
 
 def test_step_time_from_each_measure(tmp_path: Path) -> None:
