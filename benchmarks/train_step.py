@@ -163,7 +163,7 @@ def record_start(work_dir: Path, num_steps: int) -> None:
 
 
 def read_recipe() -> Any:
-    from megatron_hammer.presets import PRESETS
+    from megatron_hammer.presets.catalogue import PRESETS
 
     return PRESETS[PRESET].recipe
 

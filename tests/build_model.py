@@ -17,8 +17,8 @@ from megatron_hammer.checkpoint.mapping import TensorPair, expand, select_family
 from megatron_hammer.checkpoint.reader import VOCABULARY_TENSORS
 from megatron_hammer.checkpoint.verification.megatron_model import name_parameters as checkpoint_parameters
 from megatron_hammer.checkpoint.verification.megatron_model import single_rank as single_rank
+from megatron_hammer.model.shape import ModelPreset, Preset, Recipe
 from megatron_hammer.platforms import megatron_compat
-from megatron_hammer.preset_types import ModelPreset, Preset, Recipe
 
 # No two dimensions alike, so that no swapped axis can pass. Vocabulary 501 is padded to 512.
 TOY_LLAMA = ModelPreset(
@@ -51,8 +51,8 @@ def read_arguments(model: ModelPreset, flags: Sequence[str] = ()) -> Namespace:
     megatron_compat.install("cpu")
     from megatron.training.arguments import validate_args
 
-    from megatron_hammer import presets
     from megatron_hammer.config.arguments import parse_arguments
+    from megatron_hammer.presets.catalogue import catalogue as presets
 
     presets.PRESETS[model.name] = Preset(model=model, recipe=TOY_RECIPE)
     try:

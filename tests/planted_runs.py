@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_hammer.model.accounting import Layout
-from megatron_hammer.presets import PRESETS
+from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.coefficients import Coefficients
 from megatron_hammer.scaling.hardware import select_cluster, select_gpu
 from megatron_hammer.scaling.plan import Plan

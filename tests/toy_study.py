@@ -5,7 +5,7 @@ The predictor is a double: its coefficients are invented, but more work costs mo
 
 from typing import Any
 
-from megatron_hammer.presets import select_preset
+from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.scaling.plan import PARTS, Cluster, Gpu, Plan, StepTime
 from megatron_hammer.scaling.projection import Study, StudyResult, find_knee
 from megatron_hammer.scaling.search import GIB, Search

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
-from megatron_hammer.preset_types import ModelPreset
+from megatron_hammer.model.shape import ModelPreset
 
 COMMANDS: tuple[str, ...] = ("project", "emit", "measure", "profile", "calibrate", "validate", "fit")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_hammer.errors import ConversionError
-from megatron_hammer.preset_types import MoeShape, RopeScaling
+from megatron_hammer.model.shape import MoeShape, RopeScaling
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

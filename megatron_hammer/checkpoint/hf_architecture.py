@@ -15,7 +15,7 @@ from megatron_hammer.checkpoint.architecture import Architecture
 from megatron_hammer.checkpoint.hf_fields import HfFields
 from megatron_hammer.checkpoint.mapping import Family, select_family
 from megatron_hammer.errors import ConversionError
-from megatron_hammer.preset_types import MoeShape
+from megatron_hammer.model.shape import MoeShape
 
 CONFIG_NAME = "config.json"
 # megatron's gelu with its bias fused is the tanh approximation, which transformers spells in several ways.

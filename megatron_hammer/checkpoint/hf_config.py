@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_hammer.checkpoint.architecture import Architecture
 from megatron_hammer.checkpoint.mapping import Family
-from megatron_hammer.preset_types import MoeShape
+from megatron_hammer.model.shape import MoeShape
 
 
 def build_config(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_hammer.errors import ConversionError
-from megatron_hammer.preset_types import RopeScaling
+from megatron_hammer.model.shape import RopeScaling
 
 
 def _is_absent(value: Any) -> bool:

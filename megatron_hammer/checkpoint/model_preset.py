@@ -4,7 +4,7 @@ import dataclasses
 
 from megatron_hammer.checkpoint.architecture import Architecture
 from megatron_hammer.model.accounting import count_parameters
-from megatron_hammer.preset_types import ModelPreset
+from megatron_hammer.model.shape import ModelPreset
 
 _ACTIVATIONS = {"swiglu": "swiglu", "gelu_tanh": "gelu", "gelu": "gelu_erf"}
 

@@ -47,7 +47,7 @@ from megatron_hammer.model.accounting import (
     padded_vocab_size,
     split_layers,
 )
-from megatron_hammer.preset_types import ModelPreset
+from megatron_hammer.model.shape import ModelPreset
 
 CONVENTION: FlopConvention = "A"
 # Derived by this package for its platform and backend, or of no interest in a list of settings.

@@ -11,7 +11,7 @@ import math
 from typing import Literal
 
 from megatron_hammer.model.accounting import Layout, count_parameters
-from megatron_hammer.preset_types import ModelPreset, MoeShape, RopeScaling
+from megatron_hammer.model.shape import ModelPreset, MoeShape, RopeScaling
 
 ESSENTIALS = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
 

@@ -10,7 +10,7 @@ from megatron_hammer.config.preflight_resume import find_schedule_changes
 from megatron_hammer.config.preflight_values import find_value_problems, flag_of
 from megatron_hammer.config.saved_run import TRACKER_NAME, read_saved_arguments
 from megatron_hammer.errors import CheckpointError
-from megatron_hammer.preset_types import ModelPreset
+from megatron_hammer.model.shape import ModelPreset
 
 # Attributes whose flag has another name.
 FLAGS = {

@@ -5,7 +5,7 @@ import argparse
 from megatron_hammer.config.model_from_arguments import build_layout, build_model, count_ranks_of_model
 from megatron_hammer.model.accounting import Layout, find_shard_problems, find_split_problems, split_layers
 from megatron_hammer.model.layout import divisors, or_list
-from megatron_hammer.preset_types import ModelPreset
+from megatron_hammer.model.shape import ModelPreset
 
 
 def find_layout_problems(namespace: argparse.Namespace) -> list[str]:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron_hammer.presets import ModelPreset, Preset, Recipe
+from megatron_hammer.presets.catalogue import ModelPreset, Preset, Recipe
 
 
 def preset_arguments(preset: Preset) -> dict[str, Any]:

@@ -7,7 +7,7 @@ softmax and the optimizer are in none of them. The four differ by up to 24% for 
 from typing import Literal
 
 from megatron_hammer.model.parameters import count_active_parameters, count_matmul_parameters
-from megatron_hammer.preset_types import ModelPreset
+from megatron_hammer.model.shape import ModelPreset
 
 FlopConvention = Literal["A", "B", "C", "D"]
 

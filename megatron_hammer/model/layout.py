@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.preset_types import Recipe
+from megatron_hammer.model.shape import Recipe
 
 
 class RankCoordinates(NamedTuple):

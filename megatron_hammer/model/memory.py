@@ -18,7 +18,7 @@ from megatron_hammer.model.memory_options import Batch, MemoryOptions
 from megatron_hammer.model.memory_state import StageState, estimate_state
 from megatron_hammer.model.parameters import find_shard_problems
 from megatron_hammer.model.pipeline_split import split_layers
-from megatron_hammer.preset_types import ModelPreset
+from megatron_hammer.model.shape import ModelPreset
 
 # Allowances, not measurements of this machine: CUDA context and kernels (about 0.5 GiB on A100 and H100), NCCL
 # communicators and TransformerEngine workspaces (about 1 GiB with three or four groups).

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from megatron_hammer.model.layout import Layout
 from megatron_hammer.model.memory_options import Batch, MemoryOptions
-from megatron_hammer.preset_types import ModelPreset
+from megatron_hammer.model.shape import ModelPreset
 
 
 class LayerActivations(NamedTuple):

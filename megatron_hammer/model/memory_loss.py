@@ -10,7 +10,7 @@ from megatron_hammer.model.layout import Layout
 from megatron_hammer.model.memory_activations import count_gathered_bytes, count_hidden_bytes
 from megatron_hammer.model.memory_options import Batch, CrossEntropy, MemoryOptions
 from megatron_hammer.model.parameters import padded_vocab_size
-from megatron_hammer.preset_types import ModelPreset
+from megatron_hammer.model.shape import ModelPreset
 
 # Bytes a logit at the loss, 16-bit logits. unfused: megatron.core.tensor_parallel.cross_entropy casts them to fp32 and
 # works in place from then on (max, exp, softmax, gradient); the 16-bit logits, and later their gradient, live beside

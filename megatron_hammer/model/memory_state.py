@@ -16,7 +16,7 @@ from megatron_hammer.model.parameters import (
     layer_tensors,
     padded_vocab_size,
 )
-from megatron_hammer.preset_types import ModelPreset
+from megatron_hammer.model.shape import ModelPreset
 
 
 class StageState(NamedTuple):

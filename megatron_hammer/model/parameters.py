@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 from megatron_hammer.model.layout import Layout, divisors, find_layout_problems, or_list, raise_problems
 from megatron_hammer.model.pipeline_split import select_stage
-from megatron_hammer.preset_types import ModelPreset
+from megatron_hammer.model.shape import ModelPreset
 
 # tensor: cut over tensor-parallel ranks. replicated: whole on each of them (norms, router, biases of row-parallel
 # linears). expert_*: one such tensor for every expert, experts dealt out over expert-parallel ranks.

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from megatron_hammer.model.accounting import Layout, RankParameters, count_rank_parameters
-from megatron_hammer.preset_types import ModelPreset
+from megatron_hammer.model.shape import ModelPreset
 from megatron_hammer.scaling.coefficients import Coefficients
 from megatron_hammer.scaling.communication import (
     Group,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.presets import PRESETS
+from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.plan import Plan
 from megatron_hammer.scaling.training_flags import list_model_flags, list_plan_flags
 

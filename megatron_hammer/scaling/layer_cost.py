@@ -7,7 +7,7 @@ of a step (pipeline, data parallelism) is in `step_time.py` and `data_parallel.p
 from functools import lru_cache
 from typing import NamedTuple
 
-from megatron_hammer.preset_types import ModelPreset
+from megatron_hammer.model.shape import ModelPreset
 from megatron_hammer.scaling.coefficients import Coefficients
 from megatron_hammer.scaling.communication import (
     estimate_all_reduce_s,

@@ -20,8 +20,8 @@ from megatron_hammer.model.accounting import (
     count_parameters,
 )
 from megatron_hammer.model.parameters import embedding_tensors, head_tensors
-from megatron_hammer.preset_types import ModelPreset
-from megatron_hammer.presets import PRESETS, select_preset
+from megatron_hammer.model.shape import ModelPreset
+from megatron_hammer.presets.catalogue import PRESETS, select_preset
 from megatron_hammer.scaling.loss_law import LossRun
 
 ParameterConvention = Literal["total", "non-embedding"]

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from megatron_hammer.model.accounting import padded_vocab_size
-from megatron_hammer.preset_types import ModelPreset
+from megatron_hammer.model.shape import ModelPreset
 
 # Bytes that unfused attention moves for each of the s * s * heads scores, 16-bit elements, one-byte dropout masks.
 # Forward: scores written (2), scaled and masked softmax (2 + 2), dropout (2 + 2 + 1), read by the product with the

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_hammer.preset_types import ModelPreset
+from megatron_hammer.model.shape import ModelPreset
 from megatron_hammer.scaling.plan import Plan, StepTime
 from megatron_hammer.scaling.projection import LeftOutRow, OverlaidRun, Overlay, Study
 from megatron_hammer.scaling.published_runs import MeasuredRun, read_runs

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.accounting import FlopConvention, StageMemory, count_flops_per_token
-from megatron_hammer.preset_types import ModelPreset
+from megatron_hammer.model.shape import ModelPreset
 from megatron_hammer.scaling.plan import PARTS, Cluster, Gpu, Plan, Precision, StepTime
 from megatron_hammer.scaling.search_space import SearchSpace
 

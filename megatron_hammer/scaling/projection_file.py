@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.accounting import FLOP_CONVENTIONS, Layout, StageMemory
-from megatron_hammer.preset_types import ModelPreset, MoeShape, RopeScaling
+from megatron_hammer.model.shape import ModelPreset, MoeShape, RopeScaling
 from megatron_hammer.scaling.plan import PARTS, Cluster, Gpu, Plan
 from megatron_hammer.scaling.projection import (
     Overlay,

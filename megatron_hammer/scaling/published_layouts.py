@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_hammer.model.accounting import Layout, find_layout_problems, find_shard_problems, find_split_problems
-from megatron_hammer.preset_types import ModelPreset
+from megatron_hammer.model.shape import ModelPreset
 from megatron_hammer.scaling.published_cells import PublishedRow
 from megatron_hammer.scaling.published_models import UnpredictableError
 from megatron_hammer.scaling.published_stacks import Stack

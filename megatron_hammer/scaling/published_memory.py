@@ -17,7 +17,7 @@ from megatron_hammer.model.layout import find_layout_problems
 from megatron_hammer.model.memory_options import RecomputeModule
 from megatron_hammer.model.parameters import find_shard_problems
 from megatron_hammer.model.pipeline_split import find_split_problems
-from megatron_hammer.preset_types import ModelPreset, MoeShape
+from megatron_hammer.model.shape import ModelPreset, MoeShape
 from megatron_hammer.scaling.plan import Precision, Recompute, Sharding
 from megatron_hammer.scaling.published_cells import PublishedRow
 from megatron_hammer.scaling.published_memory_cells import MemoryKind, read_cells, read_count, read_measurement

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_hammer.model.accounting import count_parameters
-from megatron_hammer.preset_types import ModelPreset
-from megatron_hammer.presets import PRESETS
+from megatron_hammer.model.shape import ModelPreset
+from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.published_cells import PublishedRow
 
 DEFAULT_HEAD_DIM = 128

@@ -16,8 +16,8 @@ from typing import Any
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.accounting import Layout, count_rank_parameters
-from megatron_hammer.preset_types import ModelPreset
-from megatron_hammer.presets import PRESETS
+from megatron_hammer.model.shape import ModelPreset
+from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.hardware import (
     load_clusters,
     load_gpus,

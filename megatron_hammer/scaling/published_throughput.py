@@ -8,7 +8,7 @@ import re
 from dataclasses import replace
 
 from megatron_hammer.model.accounting import FlopConvention, count_flops_per_token
-from megatron_hammer.preset_types import ModelPreset
+from megatron_hammer.model.shape import ModelPreset
 from megatron_hammer.scaling.plan import Plan
 from megatron_hammer.scaling.published_cells import PublishedRow
 from megatron_hammer.scaling.published_models import UnpredictableError

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from megatron_hammer.model.accounting import Layout, find_layout_problems, find_shard_problems, find_split_problems
 from megatron_hammer.model.layout import divisors
-from megatron_hammer.preset_types import ModelPreset
+from megatron_hammer.model.shape import ModelPreset
 from megatron_hammer.scaling.plan import Cluster, Recompute, Sharding
 
 RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")  # from the fastest to the smallest

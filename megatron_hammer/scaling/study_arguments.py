@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.preset_types import ModelPreset, Recipe
-from megatron_hammer.presets import select_preset
+from megatron_hammer.model.shape import ModelPreset, Recipe
+from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.scaling.hardware import select_cluster, select_default_cluster, select_gpu
 from megatron_hammer.scaling.plan import Cluster, Gpu
 from megatron_hammer.scaling.projection import Study

@@ -6,8 +6,8 @@ Left out: data, schedule and outputs; `emit` adds those.
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.accounting import Layout
-from megatron_hammer.preset_types import ModelPreset, Recipe
-from megatron_hammer.presets import PRESETS
+from megatron_hammer.model.shape import ModelPreset, Recipe
+from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.plan import Plan, Recompute
 
 # Flags of a run whose products are in a lower precision than its 16-bit rest. TransformerEngine's recipes.

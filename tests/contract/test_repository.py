@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hammer.presets import PRESETS
+from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.tokenizer.recipes import RECIPES as TOKENIZER_PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -174,7 +174,7 @@ def test_imports_go_one_way(module: str) -> None:
 
 
 def test_a_wrong_import_is_caught() -> None:
-    source = "def f():\n    from megatron_hammer.presets import PRESETS"
+    source = "def f():\n    from megatron_hammer.presets.catalogue import PRESETS"
     assert list_layer_violations("errors", ast.parse(source)) == ["errors imports presets"]
     assert list_layer_violations("config.options", ast.parse(source)) == []
 

@@ -9,7 +9,7 @@ import pytest
 from training_runs import REPOSITORY, environment
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.presets import PRESETS
+from megatron_hammer.presets.catalogue import PRESETS
 
 NUM_COPIES = 16  # of the model: a small cluster; the one rank of 4,096 below is a large one
 LAYOUTS = {

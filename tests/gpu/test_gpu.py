@@ -17,7 +17,7 @@ import torch
 
 from megatron_hammer.model.accounting import Layout, estimate_memory
 from megatron_hammer.platforms.select import find_te_failure
-from megatron_hammer.presets import HAMMER_1B4
+from megatron_hammer.presets.catalogue import HAMMER_1B4
 
 REPOSITORY, HAS_GPU = Path(__file__).resolve().parents[2], torch.cuda.is_available()
 NUM_LAYERS, VOCAB_SIZE, MICRO_BATCH_SIZE, SEQ_LENGTH = 4, 32_000, 2, 2048  # of hammer-1b4's width

@@ -11,7 +11,7 @@ import pytest
 from parsed_flags import parse, plan, write_data
 from training_runs import environment
 
-from megatron_hammer.presets import PRESETS
+from megatron_hammer.presets.catalogue import PRESETS
 
 SECONDS_A_PRESET = 5.0
 

@@ -12,7 +12,7 @@ from parsed_flags import find
 from training_runs import REPOSITORY, environment
 
 from megatron_hammer.model.accounting import Layout
-from megatron_hammer.presets import PRESETS
+from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.emit import SUFFIXES, build_launch, render
 from megatron_hammer.scaling.hardware import select_cluster, select_gpu
 from megatron_hammer.scaling.plan import Plan

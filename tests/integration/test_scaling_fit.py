@@ -10,7 +10,7 @@ from planted_losses import PLANTED, plant_runs
 from tool_runs import Finished, run_tool, run_tool_here
 
 from megatron_hammer.model.accounting import count_flops_per_token
-from megatron_hammer.presets import PRESETS
+from megatron_hammer.presets.catalogue import PRESETS
 
 pytestmark = pytest.mark.integration
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from megatron_hammer.presets import PRESETS
+from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.calibrate import fit
 from megatron_hammer.scaling.coefficients import load_coefficients
 from megatron_hammer.scaling.hardware import select_cluster, select_gpu

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_hammer.model.accounting import count_flops_per_token, padded_vocab_size
-from megatron_hammer.presets import PRESETS, ModelPreset
+from megatron_hammer.presets.catalogue import PRESETS, ModelPreset
 
 
 def count_by_megatron(model: ModelPreset, seq_length: int, batch_size: int, vocab_rows: int) -> float:

@@ -28,8 +28,8 @@ from megatron_hammer.checkpoint.architecture import read_architecture
 from megatron_hammer.checkpoint.hf_config import build_config
 from megatron_hammer.checkpoint.layouts import merge_gate_up
 from megatron_hammer.checkpoint.mapping import Layout, select_family
-from megatron_hammer.preset_types import ModelPreset, MoeShape, RopeScaling
-from megatron_hammer.presets import PRESETS
+from megatron_hammer.model.shape import ModelPreset, MoeShape, RopeScaling
+from megatron_hammer.presets.catalogue import PRESETS
 
 # Measured: at most 2e-5 on a layer's output and 1.1e-5 on the logits, both of a standard deviation near 1; the twins
 # differ by 0.1 to 10, the exact gelu in place of its approximation by 3e-4.

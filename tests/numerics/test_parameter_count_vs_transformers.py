@@ -10,7 +10,7 @@ import transformers
 from megatron_hammer.checkpoint.hf_architecture import interpret_config
 from megatron_hammer.checkpoint.model_preset import build_model_preset
 from megatron_hammer.model.accounting import count_parameters
-from megatron_hammer.presets import PRESETS, ModelPreset
+from megatron_hammer.presets.catalogue import PRESETS, ModelPreset
 
 # transformers has no OpenLlama any more; its body is a tied Llama, the norm on the embedding is counted by hand below.
 NO_EQUIVALENT = {"open-llama-7b"}

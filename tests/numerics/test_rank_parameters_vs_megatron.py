@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_hammer.model.accounting import Layout, count_rank_parameters, padded_vocab_size
-from megatron_hammer.presets import ModelPreset, MoeShape
+from megatron_hammer.presets.catalogue import ModelPreset, MoeShape
 
 # No two dimensions alike, so that no swapped axis can pass.
 LLAMA = ModelPreset(

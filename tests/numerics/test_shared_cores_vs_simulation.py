@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_hammer.presets import PRESETS
+from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.coefficients import load_coefficients
 from megatron_hammer.scaling.hardware import select_cluster, select_gpu
 from megatron_hammer.scaling.plan import Plan, StepTime

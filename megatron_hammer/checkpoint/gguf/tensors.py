@@ -22,7 +22,7 @@ from megatron_hammer.checkpoint.hf_names import HfSource, HfSources, locate_hf_t
 from megatron_hammer.checkpoint.hf_weights import HfWeights, open_hf_weights
 from megatron_hammer.checkpoint.mapping import expand, validate_names_and_shapes
 from megatron_hammer.errors import ConversionError
-from megatron_hammer.preset_types import RopeScaling
+from megatron_hammer.model.shape import RopeScaling
 
 ARCHITECTURES = {  # by family
     "llama": MODEL_ARCH.LLAMA,

@@ -7,7 +7,7 @@ from toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments
 
 from megatron_hammer.checkpoint.architecture import read_architecture
 from megatron_hammer.errors import ConversionError
-from megatron_hammer.preset_types import RopeScaling
+from megatron_hammer.model.shape import RopeScaling
 
 
 def test_llama_is_read():

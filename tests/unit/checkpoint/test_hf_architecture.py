@@ -14,7 +14,7 @@ from megatron_hammer.checkpoint.mapping import select_family
 from megatron_hammer.checkpoint.model_preset import build_model_preset
 from megatron_hammer.config.preset_arguments import model_arguments
 from megatron_hammer.errors import ConversionError
-from megatron_hammer.preset_types import RopeScaling
+from megatron_hammer.model.shape import RopeScaling
 
 PLAIN_MOE = MOE_ARGUMENTS | {"moe_shared_expert_intermediate_size": None, "moe_shared_expert_gate": False}
 SCALING = {"use_rope_scaling": True, "rope_scaling_factor": 32.0}

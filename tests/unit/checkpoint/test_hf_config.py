@@ -13,7 +13,7 @@ from megatron_hammer.checkpoint.hf_config import build_config, build_generation_
 from megatron_hammer.checkpoint.mapping import expand, select_family
 from megatron_hammer.checkpoint.model_preset import build_model_preset
 from megatron_hammer.model.accounting import count_parameters
-from megatron_hammer.presets import PRESETS
+from megatron_hammer.presets.catalogue import PRESETS
 
 PLAIN_MOE_ARGUMENTS = MOE_ARGUMENTS | {"moe_shared_expert_intermediate_size": None}
 SCALED_ROPE = {"rotary_base": 500_000, "use_rope_scaling": True, "rope_scaling_factor": 32.0}

@@ -17,7 +17,7 @@ from megatron_hammer.checkpoint.hf_folder import HfFolder, open_hf_folder
 from megatron_hammer.checkpoint.load_hf import MasterWeights, fill_chunks, require_every_element
 from megatron_hammer.checkpoint.mapping import expand, select_family
 from megatron_hammer.errors import ConversionError
-from megatron_hammer.preset_types import ModelPreset, MoeShape
+from megatron_hammer.model.shape import ModelPreset, MoeShape
 
 MOE = dataclasses.replace(
     TOY_LLAMA,

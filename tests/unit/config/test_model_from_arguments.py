@@ -8,8 +8,8 @@ from megatron_hammer.config.model_from_arguments import (
     default_ffn_hidden_size,
 )
 from megatron_hammer.model.accounting import count_parameters, layout_from_recipe
-from megatron_hammer.preset_types import RopeScaling
-from megatron_hammer.presets import PRESETS
+from megatron_hammer.model.shape import RopeScaling
+from megatron_hammer.presets.catalogue import PRESETS
 
 
 @pytest.mark.parametrize("name", PRESETS)

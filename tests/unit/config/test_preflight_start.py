@@ -8,8 +8,8 @@ from parsed_flags import install, write_data
 
 from megatron_hammer.config.arguments import ParsedArguments
 from megatron_hammer.config.start_model import StartModel, describe_weights
-from megatron_hammer.preset_types import MoeShape
-from megatron_hammer.presets import PRESETS
+from megatron_hammer.model.shape import MoeShape
+from megatron_hammer.presets.catalogue import PRESETS
 
 MODEL = dataclasses.replace(PRESETS["hammer-tiny"].model, name="folder", max_position_embeddings=512)
 RECIPE = (

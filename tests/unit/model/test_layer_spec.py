@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from build_model import TOY_LLAMA, build_model, read_arguments, single_rank
 
-from megatron_hammer.preset_types import ModelPreset, MoeShape
+from megatron_hammer.model.shape import ModelPreset, MoeShape
 
 ENDS = ("embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "output_layer.weight")
 ATTENTION = (

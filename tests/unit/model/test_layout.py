@@ -6,7 +6,7 @@ import pytest
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.layout import Layout, find_layout_problems, layout_from_recipe
-from megatron_hammer.presets import PRESETS
+from megatron_hammer.presets.catalogue import PRESETS
 
 
 @pytest.mark.parametrize("tp, cp, dp, pp", [(2, 1, 3, 4), (3, 2, 2, 1), (1, 1, 5, 2), (2, 3, 1, 5)])

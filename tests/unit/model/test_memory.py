@@ -15,7 +15,7 @@ from megatron_hammer.model.memory import (
 )
 from megatron_hammer.model.memory_activations import count_layer_activation_bytes
 from megatron_hammer.model.memory_options import MemoryOptions
-from megatron_hammer.presets import PRESETS, ModelPreset
+from megatron_hammer.presets.catalogue import PRESETS, ModelPreset
 
 GIB = 2**30
 GPT_22B = ModelPreset(

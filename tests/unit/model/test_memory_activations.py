@@ -7,8 +7,8 @@ import pytest
 from megatron_hammer.model.layout import Layout
 from megatron_hammer.model.memory_activations import count_layer_activation_bytes, estimate_layer_activations
 from megatron_hammer.model.memory_options import Batch, MemoryOptions
-from megatron_hammer.preset_types import MoeShape
-from megatron_hammer.presets import PRESETS
+from megatron_hammer.model.shape import MoeShape
+from megatron_hammer.presets.catalogue import PRESETS
 
 # hidden 512, ffn 1408, 8 heads of 64, 2 query groups: all widths differ.
 LLAMA = dataclasses.replace(

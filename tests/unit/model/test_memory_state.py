@@ -8,7 +8,7 @@ from megatron_hammer.model.layout import Layout
 from megatron_hammer.model.memory_options import WORKSPACE_BYTES, MemoryOptions
 from megatron_hammer.model.memory_state import count_shard_ranks, estimate_state, select_part_sizes
 from megatron_hammer.model.parameters import count_optimizer_shard, count_rank_parameters
-from megatron_hammer.presets import PRESETS
+from megatron_hammer.presets.catalogue import PRESETS
 
 MODEL = PRESETS["hammer-1b4"].model
 H, FFN, KV, ROWS = 2048, 5632, 256, 105_856  # the vocabulary is padded to a multiple of 128

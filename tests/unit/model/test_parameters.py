@@ -14,7 +14,7 @@ from megatron_hammer.model.parameters import (
     find_shard_problems,
     padded_vocab_size,
 )
-from megatron_hammer.presets import PRESETS, ModelPreset, MoeShape
+from megatron_hammer.presets.catalogue import PRESETS, ModelPreset, MoeShape
 
 TOY = ModelPreset(
     name="toy",

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.presets import PRESETS
+from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.coefficients import build_prior_coefficients, replace_values
 from megatron_hammer.scaling.compute import build_rates, estimate_gemm_s, estimate_layer, estimate_power_ratio
 from megatron_hammer.scaling.hardware import select_gpu

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from megatron_hammer.model.accounting import Layout, count_rank_parameters
-from megatron_hammer.presets import PRESETS
+from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.coefficients import build_prior_coefficients, replace_values
 from megatron_hammer.scaling.data_parallel import (
     OPTIMIZER_BYTES_PER_PARAMETER,

@@ -8,7 +8,7 @@ import yaml
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.accounting import Layout
-from megatron_hammer.presets import PRESETS
+from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.emit import (
     SUFFIXES,
     KubernetesOptions,

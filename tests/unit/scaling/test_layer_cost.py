@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from megatron_hammer.model.accounting import Layout
-from megatron_hammer.preset_types import MoeShape
-from megatron_hammer.presets import PRESETS
+from megatron_hammer.model.shape import MoeShape
+from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.coefficients import build_prior_coefficients, replace_values
 from megatron_hammer.scaling.hardware import select_cluster, select_gpu
 from megatron_hammer.scaling.layer_cost import build_end_times, build_layer_cost, build_shard

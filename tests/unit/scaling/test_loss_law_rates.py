@@ -7,7 +7,7 @@ import pytest
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.accounting import Layout, estimate_memory
-from megatron_hammer.presets import PRESETS
+from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.hardware import select_cluster, select_default_cluster, select_gpu
 from megatron_hammer.scaling.loss_law_rates import read_gpu_cost
 from megatron_hammer.scaling.plan import Plan

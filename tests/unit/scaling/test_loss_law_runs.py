@@ -11,8 +11,8 @@ import pytest
 
 from megatron_hammer.errors import ConfigError, DataError
 from megatron_hammer.model.accounting import count_active_parameters, count_flops_per_token, count_parameters
-from megatron_hammer.preset_types import ModelPreset
-from megatron_hammer.presets import PRESETS
+from megatron_hammer.model.shape import ModelPreset
+from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.loss_law import LossRun
 from megatron_hammer.scaling.loss_law_runs import ReadOptions, count_size, leave_out, read_metrics_runs, read_table
 

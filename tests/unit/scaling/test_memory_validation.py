@@ -7,7 +7,7 @@ import pytest
 from data_paths import SHARED_DATA, needs_shared_data
 
 from megatron_hammer.model.accounting import Layout, MemoryOptions, estimate_memory
-from megatron_hammer.presets import PRESETS
+from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.memory_validation import (
     GIB,
     MemoryReport,

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from megatron_hammer.model.accounting import count_flops_per_token, padded_vocab_size
-from megatron_hammer.preset_types import MoeShape
-from megatron_hammer.presets import PRESETS
+from megatron_hammer.model.shape import MoeShape
+from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.operators import (
     FLASH_BACKWARD_RATIO,
     Gemm,

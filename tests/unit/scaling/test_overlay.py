@@ -9,7 +9,7 @@ from published_tables import write_table
 from toy_study import build_toy_study, predict
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.presets import select_preset
+from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.scaling.hardware import select_cluster, select_gpu
 from megatron_hammer.scaling.overlay import build_overlay
 from megatron_hammer.scaling.projection import Study

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from megatron_hammer.model.accounting import Layout, estimate_memory
-from megatron_hammer.presets import PRESETS
+from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.plan import Cluster, Gpu, Plan
 from megatron_hammer.scaling.plan_memory import estimate_heaviest_plan_stage, estimate_plan_memory
 

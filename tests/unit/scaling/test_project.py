@@ -10,7 +10,7 @@ import pytest
 from published_tables import write_table
 
 from megatron_hammer.errors import PlatformError
-from megatron_hammer.presets import select_preset
+from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.scaling.commands import project
 from megatron_hammer.scaling.projection_file import read_projection
 

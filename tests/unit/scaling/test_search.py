@@ -9,7 +9,7 @@ import pytest
 from toy_study import GPU, build_toy_study, predict
 
 from megatron_hammer.model.accounting import Layout
-from megatron_hammer.presets import select_preset
+from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.scaling.coefficients import build_prior_coefficients
 from megatron_hammer.scaling.hardware import select_cluster, select_default_cluster, select_gpu
 from megatron_hammer.scaling.plan import Plan, Precision, StepTime

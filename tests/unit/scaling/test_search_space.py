@@ -13,8 +13,8 @@ from megatron_hammer.config.preflight_layout import find_batch_problems, find_la
 from megatron_hammer.config.preset_arguments import model_arguments
 from megatron_hammer.model.accounting import Layout, find_split_problems
 from megatron_hammer.model.layout import divisors
-from megatron_hammer.preset_types import ModelPreset
-from megatron_hammer.presets import select_preset
+from megatron_hammer.model.shape import ModelPreset
+from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.scaling.search_space import (
     SearchSpace,
     can_overlap_tensor_parallel,

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.accounting import Layout, count_flops_per_token
-from megatron_hammer.presets import PRESETS
+from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.coefficients import build_prior_coefficients, load_coefficients
 from megatron_hammer.scaling.hardware import select_cluster, select_gpu
 from megatron_hammer.scaling.plan import PARTS, Plan, StepTime

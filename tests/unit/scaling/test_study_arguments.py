@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.preset_types import ModelPreset
-from megatron_hammer.presets import select_preset
+from megatron_hammer.model.shape import ModelPreset
+from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.scaling.commands import project
 from megatron_hammer.scaling.projection import Study
 from megatron_hammer.scaling.search_space import SearchSpace

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from toy_study import CLUSTER, build_toy_study
 
-from megatron_hammer.presets import select_preset
+from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.scaling.search_space import SearchSpace
 from megatron_hammer.scaling.study_problems import find_study_problems
 

@@ -14,7 +14,7 @@ from megatron_hammer.checkpoint.gguf.tensors import compute_rope_factors, open_h
 from megatron_hammer.checkpoint.hf_architecture import HfModel, interpret_config, read_hf_architecture
 from megatron_hammer.checkpoint.mapping import select_family
 from megatron_hammer.errors import ConversionError
-from megatron_hammer.preset_types import RopeScaling
+from megatron_hammer.model.shape import RopeScaling
 
 ATTENTION = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output")
 CONFIG = {

@@ -30,7 +30,7 @@ from megatron_hammer.checkpoint.verification.rows import build_limit
 from megatron_hammer.checkpoint.verification.verify import CheckRow, plan_comparison, verify_model
 from megatron_hammer.config.preset_arguments import model_arguments
 from megatron_hammer.errors import CheckpointError, ConversionError
-from megatron_hammer.presets import PRESETS
+from megatron_hammer.presets.catalogue import PRESETS
 
 PLAN = {"level": "auto", "iteration": None, "texts": None, "weights": "model"}
 

@@ -7,7 +7,7 @@ Sources by short name:
   Llama 3          arXiv 2407.21783, table 3 and meta-llama/Meta-Llama-3-* config.json
 """
 
-from megatron_hammer.preset_types import ModelPreset, MoeShape, Preset, Recipe
+from megatron_hammer.model.shape import ModelPreset, MoeShape, Preset, Recipe
 
 # --- tiny-llm-zh -----------------------------------------------------------------------------------------------------
 

@@ -14,8 +14,8 @@ Sources by short name:
 import difflib
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.preset_families import LLAMA_PRESETS, OPEN_LLAMA_7B, TINY_LLM_ZH_PRESETS
-from megatron_hammer.preset_types import ModelPreset, MoeShape, Preset, Recipe
+from megatron_hammer.model.shape import ModelPreset, MoeShape, Preset, Recipe
+from megatron_hammer.presets.llama import LLAMA_PRESETS, OPEN_LLAMA_7B, TINY_LLM_ZH_PRESETS
 
 __all__ = ["PRESETS", "ModelPreset", "MoeShape", "Preset", "Recipe", "select_preset"]
 

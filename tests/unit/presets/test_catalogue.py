@@ -12,7 +12,7 @@ from megatron_hammer.model.accounting import (
     find_split_problems,
     layout_from_recipe,
 )
-from megatron_hammer.presets import PRESETS, select_preset
+from megatron_hammer.presets.catalogue import PRESETS, select_preset
 
 # Figures printed by others, not by this repository.
 PUBLISHED_PARAMETERS = {
