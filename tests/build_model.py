@@ -17,11 +17,12 @@ from megatron_hammer.checkpoint.mapping import TensorPair, expand, select_family
 from megatron_hammer.checkpoint.reader import VOCABULARY_TENSORS
 from megatron_hammer.checkpoint.verification.megatron_model import name_parameters as checkpoint_parameters
 from megatron_hammer.checkpoint.verification.megatron_model import single_rank as single_rank
-from megatron_hammer.model.shape import ModelPreset, Preset, Recipe
+from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.platforms import megatron_compat
+from megatron_hammer.presets.preset import Preset, Recipe
 
 # No two dimensions alike, so that no swapped axis can pass. Vocabulary 501 is padded to 512.
-TOY_LLAMA = ModelPreset(
+TOY_LLAMA = ModelShape(
     name="toy-llama",
     source="",
     num_parameters=0,
@@ -46,7 +47,7 @@ TOY_RECIPE = Recipe(
 )
 
 
-def read_arguments(model: ModelPreset, flags: Sequence[str] = ()) -> Namespace:
+def read_arguments(model: ModelShape, flags: Sequence[str] = ()) -> Namespace:
     """Megatron's validated namespace for `--preset <model> <flags>`, as training makes it."""
     megatron_compat.install("cpu")
     from megatron.training.arguments import validate_args

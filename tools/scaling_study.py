@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
-from megatron_hammer.model.shape import ModelPreset
+from megatron_hammer.model.shape import ModelShape
 
 COMMANDS: tuple[str, ...] = ("project", "emit", "measure", "profile", "calibrate", "validate", "fit")
 
@@ -38,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_hf_model(path: Path) -> ModelPreset:
+def read_hf_model(path: Path) -> ModelShape:
     """The model of a Hugging Face folder, or of a config.json under any name.
 
     Here because scaling/ knows nothing of Hugging Face.

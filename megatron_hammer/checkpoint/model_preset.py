@@ -4,19 +4,19 @@ import dataclasses
 
 from megatron_hammer.checkpoint.architecture import Architecture
 from megatron_hammer.model.accounting import count_parameters
-from megatron_hammer.model.shape import ModelPreset
+from megatron_hammer.model.shape import ModelShape
 
 _ACTIVATIONS = {"swiglu": "swiglu", "gelu_tanh": "gelu", "gelu": "gelu_erf"}
 
 
-def build_model_preset(architecture: Architecture, *, name: str, source: str) -> ModelPreset:
+def build_model_preset(architecture: Architecture, *, name: str, source: str) -> ModelShape:
     """The preset that trains `architecture`; its num_parameters is exact, vocabulary padding apart.
 
     Dropout is not part of it: it belongs to a recipe. `config.preset_arguments.model_arguments` gives Megatron's flags.
     """
-    shared = {field.name for field in dataclasses.fields(ModelPreset)} & set(Architecture.__slots__)
+    shared = {field.name for field in dataclasses.fields(ModelShape)} & set(Architecture.__slots__)
     values = {field: getattr(architecture, field) for field in shared - {"activation"}}
-    preset = ModelPreset(
+    preset = ModelShape(
         name=name,
         source=source,
         num_parameters=0,

@@ -17,7 +17,8 @@ from megatron_hammer.config.model_from_arguments import count_least_world_size
 from megatron_hammer.config.options import Parser, add_hammer_options, read_option
 from megatron_hammer.config.preset_arguments import preset_arguments
 from megatron_hammer.config.start_model import StartModel, select_start_tokenizer, start_arguments
-from megatron_hammer.presets.catalogue import Preset, select_preset
+from megatron_hammer.presets.catalogue import select_preset
+from megatron_hammer.presets.preset import Preset
 
 DEFAULT_SPLIT = "98,2,0"  # Megatron's own "969,30,1" gives a test set that nobody asked for
 DEFAULT_SAVE_INTERVAL_STEPS = 1000

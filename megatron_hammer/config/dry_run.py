@@ -47,7 +47,7 @@ from megatron_hammer.model.accounting import (
     padded_vocab_size,
     split_layers,
 )
-from megatron_hammer.model.shape import ModelPreset
+from megatron_hammer.model.shape import ModelShape
 
 CONVENTION: FlopConvention = "A"
 # Derived by this package for its platform and backend, or of no interest in a list of settings.
@@ -210,7 +210,7 @@ def _count_steps(namespace: argparse.Namespace) -> int:
 
 
 def _report_run(namespace: argparse.Namespace) -> RunReport:
-    model: ModelPreset = build_model(namespace)
+    model: ModelShape = build_model(namespace)
     layout = build_layout(namespace)
     batch = select_global_batch_size(namespace)
     num_steps = _count_steps(namespace)

@@ -11,7 +11,7 @@ import math
 from typing import Literal
 
 from megatron_hammer.model.accounting import Layout, count_parameters
-from megatron_hammer.model.shape import ModelPreset, MoeShape, RopeScaling
+from megatron_hammer.model.shape import ModelShape, MoeShape, RopeScaling
 
 ESSENTIALS = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
 
@@ -21,11 +21,11 @@ def list_missing_essentials(namespace: argparse.Namespace) -> list[str]:
     return [name for name in ESSENTIALS if getattr(namespace, name) is None]
 
 
-def build_model(namespace: argparse.Namespace, *, name: str = "custom") -> ModelPreset:
+def build_model(namespace: argparse.Namespace, *, name: str = "custom") -> ModelShape:
     """The architecture; needs every attribute of ESSENTIALS."""
     heads = namespace.num_attention_heads
     ffn_hidden_size = namespace.ffn_hidden_size or default_ffn_hidden_size(namespace.hidden_size, namespace.swiglu)
-    model = ModelPreset(
+    model = ModelShape(
         name=name,
         source="command line",
         num_parameters=0,

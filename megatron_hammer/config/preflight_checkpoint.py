@@ -10,7 +10,7 @@ from megatron_hammer.config.preflight_resume import find_schedule_changes
 from megatron_hammer.config.preflight_values import find_value_problems, flag_of
 from megatron_hammer.config.saved_run import TRACKER_NAME, read_saved_arguments
 from megatron_hammer.errors import CheckpointError
-from megatron_hammer.model.shape import ModelPreset
+from megatron_hammer.model.shape import ModelShape
 
 # Attributes whose flag has another name.
 FLAGS = {
@@ -148,7 +148,7 @@ def _find_other_model(arguments: ParsedArguments, saved: argparse.Namespace, che
     ]
 
 
-def _describe_shape(model: ModelPreset) -> dict[str, object]:
+def _describe_shape(model: ModelShape) -> dict[str, object]:
     """What decides the names and shapes of the parameters, by the flag that sets it."""
     moe = model.moe
     return {
@@ -173,7 +173,7 @@ def _describe_shape(model: ModelPreset) -> dict[str, object]:
     }
 
 
-def _describe_computation(model: ModelPreset) -> dict[str, object]:
+def _describe_computation(model: ModelShape) -> dict[str, object]:
     """What changes no tensor but what is computed from them, by Megatron's attribute; where it has any effect."""
     values: dict[str, object] = {"layernorm_epsilon": model.norm_epsilon}
     if model.position_embedding_type == "rope":

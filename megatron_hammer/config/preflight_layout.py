@@ -5,7 +5,7 @@ import argparse
 from megatron_hammer.config.model_from_arguments import build_layout, build_model, count_ranks_of_model
 from megatron_hammer.model.accounting import Layout, find_shard_problems, find_split_problems, split_layers
 from megatron_hammer.model.layout import divisors, or_list
-from megatron_hammer.model.shape import ModelPreset
+from megatron_hammer.model.shape import ModelShape
 
 
 def find_layout_problems(namespace: argparse.Namespace) -> list[str]:
@@ -65,7 +65,7 @@ def _find_chunk_flag_problems(namespace: argparse.Namespace) -> list[str]:
     ]
 
 
-def _find_head_problems(model: ModelPreset, *, rotary_percent: float) -> list[str]:
+def _find_head_problems(model: ModelShape, *, rotary_percent: float) -> list[str]:
     heads, groups = model.num_attention_heads, model.num_query_groups
     problems = []
     if heads % groups:
@@ -112,7 +112,7 @@ def _find_sequence_problems(namespace: argparse.Namespace, layout: Layout) -> li
     return problems
 
 
-def _find_lost_layers(model: ModelPreset, layout: Layout) -> list[str]:
+def _find_lost_layers(model: ModelShape, layout: Layout) -> list[str]:
     """The last word: the layers of all chunks together are the layers of the model, each once."""
     chunks = [chunk for stage in split_layers(model.num_layers, layout) for chunk in stage]
     built = sorted(

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from megatron_hammer.presets.catalogue import ModelPreset, Preset, Recipe
+from megatron_hammer.model.shape import ModelShape
+from megatron_hammer.presets.preset import Preset, Recipe
 
 
 def preset_arguments(preset: Preset) -> dict[str, Any]:
@@ -10,7 +11,7 @@ def preset_arguments(preset: Preset) -> dict[str, Any]:
     return {**model_arguments(preset.model), **recipe_arguments(preset.recipe)}
 
 
-def model_arguments(model: ModelPreset) -> dict[str, Any]:
+def model_arguments(model: ModelShape) -> dict[str, Any]:
     """Architecture. `position_embedding_type` and friends use Megatron's own values."""
     arguments: dict[str, Any] = {
         "num_layers": model.num_layers,

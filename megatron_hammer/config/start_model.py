@@ -14,7 +14,7 @@ from megatron_hammer.config.preset_arguments import model_arguments
 from megatron_hammer.config.saved_run import TRACKER_NAME
 from megatron_hammer.data.manifest import read_manifest
 from megatron_hammer.errors import DataError
-from megatron_hammer.model.shape import ModelPreset
+from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.tokenizer.encoder import load_encoder
 
 
@@ -27,7 +27,7 @@ class StartModel:
     """
 
     folder: Path
-    model: ModelPreset
+    model: ModelShape
     dtype: str
     hidden_dropout: float
     attention_dropout: float

@@ -7,7 +7,7 @@ softmax and the optimizer are in none of them. The four differ by up to 24% for 
 from typing import Literal
 
 from megatron_hammer.model.parameters import count_active_parameters, count_matmul_parameters
-from megatron_hammer.model.shape import ModelPreset
+from megatron_hammer.model.shape import ModelShape
 
 FlopConvention = Literal["A", "B", "C", "D"]
 
@@ -20,7 +20,7 @@ FLOP_CONVENTIONS: dict[FlopConvention, str] = {
 
 
 def count_flops_per_token(
-    model: ModelPreset, seq_length: int, convention: FlopConvention = "A", *, vocab_size: int | None = None
+    model: ModelShape, seq_length: int, convention: FlopConvention = "A", *, vocab_size: int | None = None
 ) -> int:
     """Training FLOPs a token of a sequence of `seq_length`; of a MoE layer only the experts that a token meets.
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.model.shape import Recipe
 
 
 class RankCoordinates(NamedTuple):
@@ -86,18 +85,6 @@ class Layout:
         rest, expert_tp_rank = divmod(rank, self.expert_tp)
         rest, ep_rank = divmod(rest, self.expert_model_parallel_size)
         return RankCoordinates(tp_rank, cp_rank, dp_rank, pp_rank, expert_tp_rank, ep_rank, rest % expert_dp)
-
-
-def layout_from_recipe(recipe: Recipe, *, data_parallel_size: int = 1) -> Layout:
-    """The recipe's published layout at some number of model copies."""
-    return Layout(
-        tensor_model_parallel_size=recipe.tensor_model_parallel_size,
-        pipeline_model_parallel_size=recipe.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=recipe.virtual_pipeline_model_parallel_size,
-        expert_model_parallel_size=recipe.expert_model_parallel_size,
-        data_parallel_size=data_parallel_size,
-        has_sequence_parallel=recipe.has_sequence_parallel,
-    )
 
 
 def find_layout_problems(layout: Layout) -> tuple[str, ...]:

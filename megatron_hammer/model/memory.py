@@ -18,7 +18,7 @@ from megatron_hammer.model.memory_options import Batch, MemoryOptions
 from megatron_hammer.model.memory_state import StageState, estimate_state
 from megatron_hammer.model.parameters import find_shard_problems
 from megatron_hammer.model.pipeline_split import split_layers
-from megatron_hammer.model.shape import ModelPreset
+from megatron_hammer.model.shape import ModelShape
 
 # Allowances, not measurements of this machine: CUDA context and kernels (about 0.5 GiB on A100 and H100), NCCL
 # communicators and TransformerEngine workspaces (about 1 GiB with three or four groups).
@@ -83,7 +83,7 @@ class _StagePeak(NamedTuple):
 
 
 def estimate_memory(
-    model: ModelPreset,
+    model: ModelShape,
     layout: Layout,
     *,
     micro_batch_size: int,
@@ -105,7 +105,7 @@ def estimate_memory(
 
 
 def estimate_heaviest_stage(
-    model: ModelPreset,
+    model: ModelShape,
     layout: Layout,
     *,
     micro_batch_size: int,
@@ -168,7 +168,7 @@ def _drop_data_parallelism(layout: Layout) -> Layout:
 
 @lru_cache(maxsize=1 << 14)
 def _list_peaks(
-    model: ModelPreset, layout: Layout, batch: Batch, options: MemoryOptions, num_microbatches: int
+    model: ModelShape, layout: Layout, batch: Batch, options: MemoryOptions, num_microbatches: int
 ) -> tuple[_StagePeak, ...]:
     """What every stage holds beside its state at its worst moment; a search asks for the same ones again and again."""
     split = split_layers(model.num_layers, layout)
@@ -196,7 +196,7 @@ def _list_peaks(
 
 @lru_cache(maxsize=1 << 14)
 def _list_heaviest_peaks(
-    model: ModelPreset, layout: Layout, batch: Batch, options: MemoryOptions, num_microbatches: int
+    model: ModelShape, layout: Layout, batch: Batch, options: MemoryOptions, num_microbatches: int
 ) -> tuple[_StagePeak, ...]:
     """Of the stages that hold the same state, the one that holds most beside it."""
     heaviest: dict[_StageKind, _StagePeak] = {}
@@ -238,7 +238,7 @@ def _select_worst_moment(
 
 
 def _build_stages(
-    model: ModelPreset,
+    model: ModelShape,
     layout: Layout,
     options: MemoryOptions,
     peaks: tuple[_StagePeak, ...],

@@ -10,7 +10,7 @@ from megatron_hammer.model.layout import Layout
 from megatron_hammer.model.memory_activations import count_gathered_bytes, count_hidden_bytes
 from megatron_hammer.model.memory_options import Batch, CrossEntropy, MemoryOptions
 from megatron_hammer.model.parameters import padded_vocab_size
-from megatron_hammer.model.shape import ModelPreset
+from megatron_hammer.model.shape import ModelShape
 
 # Bytes a logit at the loss, 16-bit logits. unfused: megatron.core.tensor_parallel.cross_entropy casts them to fp32 and
 # works in place from then on (max, exp, softmax, gradient); the 16-bit logits, and later their gradient, live beside
@@ -29,7 +29,7 @@ class HeadMemory(NamedTuple):
     backward_transient: int
 
 
-def estimate_head(model: ModelPreset, layout: Layout, batch: Batch, options: MemoryOptions) -> HeadMemory:
+def estimate_head(model: ModelShape, layout: Layout, batch: Batch, options: MemoryOptions) -> HeadMemory:
     """Final norm, head and loss of one micro-batch; rows cut over the context, columns over the tensor ranks."""
     tp = layout.tensor_model_parallel_size
     rows = padded_vocab_size(model.vocab_size, divisible_by=options.vocab_divisible_by, tensor_model_parallel_size=tp)
@@ -54,7 +54,7 @@ def estimate_head(model: ModelPreset, layout: Layout, batch: Batch, options: Mem
     )
 
 
-def count_embedding_bytes(model: ModelPreset, layout: Layout, batch: Batch, options: MemoryOptions) -> int:
+def count_embedding_bytes(model: ModelShape, layout: Layout, batch: Batch, options: MemoryOptions) -> int:
     """What the embedding keeps of one micro-batch: token ids, its dropout mask, the input of its norm."""
     hidden = count_hidden_bytes(model, layout, batch, options)
     dropout_mask = hidden // options.element_bytes if options.has_hidden_dropout else 0

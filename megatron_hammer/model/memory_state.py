@@ -16,7 +16,7 @@ from megatron_hammer.model.parameters import (
     layer_tensors,
     padded_vocab_size,
 )
-from megatron_hammer.model.shape import ModelPreset
+from megatron_hammer.model.shape import ModelShape
 
 
 class StageState(NamedTuple):
@@ -38,7 +38,7 @@ class _PartSizes(NamedTuple):
 
 
 def estimate_state(
-    model: ModelPreset,
+    model: ModelShape,
     layout: Layout,
     options: MemoryOptions,
     *,
@@ -92,7 +92,7 @@ def count_shard_ranks(layout: Layout, options: MemoryOptions) -> tuple[int, int]
 
 @lru_cache(maxsize=4096)
 def _select_part_sizes(
-    model: ModelPreset, layout: Layout, vocab_divisible_by: int
+    model: ModelShape, layout: Layout, vocab_divisible_by: int
 ) -> tuple[_PartSizes, _PartSizes, _PartSizes]:
     tp = layout.tensor_model_parallel_size
     rows = padded_vocab_size(model.vocab_size, divisible_by=vocab_divisible_by, tensor_model_parallel_size=tp)
@@ -105,7 +105,7 @@ def _select_part_sizes(
 
 
 def select_part_sizes(
-    model: ModelPreset, layout: Layout, vocab_divisible_by: int
+    model: ModelShape, layout: Layout, vocab_divisible_by: int
 ) -> tuple[_PartSizes, _PartSizes, _PartSizes]:
     """One layer, the embedding and the head on one rank; kept, for they depend on few of a layout's fields."""
     cut = Layout(
@@ -117,7 +117,7 @@ def select_part_sizes(
     return _select_part_sizes(model, cut, vocab_divisible_by)
 
 
-def _cut_tensors(model: ModelPreset, layout: Layout, tensors: list[TensorSize]) -> _PartSizes:
+def _cut_tensors(model: ModelShape, layout: Layout, tensors: list[TensorSize]) -> _PartSizes:
     num_local_experts = model.moe.num_experts // layout.expert_model_parallel_size if model.moe else 0
     dense = expert = linear = matrices = 0
     for tensor in tensors:

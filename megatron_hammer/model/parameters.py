@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 from megatron_hammer.model.layout import Layout, divisors, find_layout_problems, or_list, raise_problems
 from megatron_hammer.model.pipeline_split import select_stage
-from megatron_hammer.model.shape import ModelPreset
+from megatron_hammer.model.shape import ModelShape
 
 # tensor: cut over tensor-parallel ranks. replicated: whole on each of them (norms, router, biases of row-parallel
 # linears). expert_*: one such tensor for every expert, experts dealt out over expert-parallel ranks.
@@ -43,7 +43,7 @@ def padded_vocab_size(vocab_size: int, *, divisible_by: int = 128, tensor_model_
     return -(-vocab_size // multiple) * multiple
 
 
-def count_parameters(model: ModelPreset, vocab_size: int | None = None) -> int:
+def count_parameters(model: ModelShape, vocab_size: int | None = None) -> int:
     """All parameters of the unsharded model; tied embeddings count once. vocab_size: the tokenizer's by default."""
     rows = model.vocab_size if vocab_size is None else vocab_size
     ends = sum(tensor.numel for tensor in embedding_tensors(model, rows) + head_tensors(model, rows))
@@ -51,7 +51,7 @@ def count_parameters(model: ModelPreset, vocab_size: int | None = None) -> int:
     return ends + model.num_layers * _count_layer(model, num_experts)
 
 
-def count_active_parameters(model: ModelPreset, vocab_size: int | None = None) -> int:
+def count_active_parameters(model: ModelShape, vocab_size: int | None = None) -> int:
     """The parameters that one token meets: count_parameters with only the routed experts of a token."""
     if model.moe is None:
         return count_parameters(model, vocab_size)
@@ -60,7 +60,7 @@ def count_active_parameters(model: ModelPreset, vocab_size: int | None = None) -
     return count_parameters(model, vocab_size) - model.num_layers * idle
 
 
-def count_matmul_parameters(model: ModelPreset, vocab_size: int | None = None) -> int:
+def count_matmul_parameters(model: ModelShape, vocab_size: int | None = None) -> int:
     """The weights that a token is multiplied with, as Megatron-LM counts them for its throughput.
 
     Attention and MLP matrices and the head (which does its work whether or not it is tied). Not the input embedding,
@@ -78,7 +78,7 @@ def count_matmul_parameters(model: ModelPreset, vocab_size: int | None = None) -
 
 
 def count_rank_parameters(
-    model: ModelPreset, layout: Layout, pp_rank: int, *, vocab_divisible_by: int = 128
+    model: ModelShape, layout: Layout, pp_rank: int, *, vocab_divisible_by: int = 128
 ) -> RankParameters:
     """What one rank of a pipeline stage holds, exact; the same for each of its tensor, expert and data ranks.
 
@@ -100,7 +100,7 @@ def count_rank_parameters(
 
 
 def count_optimizer_shard(
-    model: ModelPreset, layout: Layout, pp_rank: int, *, vocab_divisible_by: int = 128
+    model: ModelShape, layout: Layout, pp_rank: int, *, vocab_divisible_by: int = 128
 ) -> RankParameters:
     """Parameters whose fp32 copy and Adam moments one rank keeps: its own, or with the distributed optimizer its share.
 
@@ -118,7 +118,7 @@ def count_optimizer_shard(
     )
 
 
-def layer_tensors(model: ModelPreset) -> list[TensorSize]:
+def layer_tensors(model: ModelShape) -> list[TensorSize]:
     """The parameters of one transformer layer."""
     h = model.hidden_size
     query, key_value = model.num_attention_heads * model.head_dim, model.num_query_groups * model.head_dim
@@ -141,7 +141,7 @@ def layer_tensors(model: ModelPreset) -> list[TensorSize]:
     return tensors + _moe_tensors(model)
 
 
-def embedding_tensors(model: ModelPreset, vocab_rows: int) -> list[TensorSize]:
+def embedding_tensors(model: ModelShape, vocab_rows: int) -> list[TensorSize]:
     """The parameters before the first layer; on the first pipeline stage."""
     h = model.hidden_size
     tensors = [TensorSize("embedding.word_embeddings.weight", vocab_rows * h, "tensor")]
@@ -154,7 +154,7 @@ def embedding_tensors(model: ModelPreset, vocab_rows: int) -> list[TensorSize]:
     return tensors
 
 
-def head_tensors(model: ModelPreset, vocab_rows: int, *, holds_tied_copy: bool = False) -> list[TensorSize]:
+def head_tensors(model: ModelShape, vocab_rows: int, *, holds_tied_copy: bool = False) -> list[TensorSize]:
     """The parameters behind the last layer, on the last pipeline stage; there a tied head is a copy of the first's."""
     tensors = _norm_tensors("decoder.final_layernorm", model.hidden_size, model.normalization)
     if holds_tied_copy or not model.has_tied_embeddings:
@@ -162,7 +162,7 @@ def head_tensors(model: ModelPreset, vocab_rows: int, *, holds_tied_copy: bool =
     return tensors
 
 
-def find_shard_problems(model: ModelPreset, layout: Layout) -> tuple[str, ...]:
+def find_shard_problems(model: ModelShape, layout: Layout) -> tuple[str, ...]:
     """Every reason why this model cannot be cut over this layout's tensor and expert ranks; empty if it can."""
     problems = list(find_layout_problems(layout))
     if problems:
@@ -189,7 +189,7 @@ def find_shard_problems(model: ModelPreset, layout: Layout) -> tuple[str, ...]:
     return tuple(problems + _find_expert_problems(model, layout))
 
 
-def _find_expert_problems(model: ModelPreset, layout: Layout) -> list[str]:
+def _find_expert_problems(model: ModelShape, layout: Layout) -> list[str]:
     ep, etp, tp = layout.expert_model_parallel_size, layout.expert_tp, layout.tensor_model_parallel_size
     if model.moe is None:
         if ep == 1:
@@ -222,7 +222,7 @@ def _norm_tensors(name: str, size: int, normalization: str) -> list[TensorSize]:
     return tensors
 
 
-def _mlp_tensors(name: str, model: ModelPreset, ffn: int, column: Cut, whole: Cut) -> list[TensorSize]:
+def _mlp_tensors(name: str, model: ModelShape, ffn: int, column: Cut, whole: Cut) -> list[TensorSize]:
     h = model.hidden_size
     fc1_rows = 2 * ffn if model.activation == "swiglu" else ffn  # gate and up in one matrix
     tensors = [
@@ -237,7 +237,7 @@ def _mlp_tensors(name: str, model: ModelPreset, ffn: int, column: Cut, whole: Cu
     return tensors
 
 
-def _moe_tensors(model: ModelPreset) -> list[TensorSize]:
+def _moe_tensors(model: ModelShape) -> list[TensorSize]:
     moe, h = model.moe, model.hidden_size
     assert moe is not None
     tensors = [TensorSize("mlp.router.weight", moe.num_experts * h, "replicated")]
@@ -251,13 +251,13 @@ def _moe_tensors(model: ModelPreset) -> list[TensorSize]:
     return tensors + _mlp_tensors("mlp.experts", model, moe.ffn_hidden_size, "expert_tensor", "expert_replicated")
 
 
-def _count_layer(model: ModelPreset, num_experts: int) -> int:
+def _count_layer(model: ModelShape, num_experts: int) -> int:
     return sum(
         tensor.numel * (num_experts if tensor.cut.startswith("expert") else 1) for tensor in layer_tensors(model)
     )
 
 
-def _count_rank_tensors(model: ModelPreset, layout: Layout, tensors: list[TensorSize], copies: int) -> tuple[int, int]:
+def _count_rank_tensors(model: ModelShape, layout: Layout, tensors: list[TensorSize], copies: int) -> tuple[int, int]:
     """(dense, expert) elements of these tensors on one rank, `copies` times over."""
     num_local_experts = model.moe.num_experts // layout.expert_model_parallel_size if model.moe else 0
     dense = expert = 0

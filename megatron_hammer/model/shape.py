@@ -1,6 +1,10 @@
-"""The types of `presets.py`: what is built, how it is trained, and the pair of both. No torch, no megatron."""
+"""What a model is: `ModelShape`, the one description that every room speaks. No torch, no megatron.
 
-from dataclasses import dataclass, field
+Names are mcore's. It is translated to and from Megatron's arguments in `config/model_arguments.py` and to and from a
+Hugging Face config in `checkpoint/hugging_face/`, nowhere else. How a model is trained is a `Recipe` (presets/).
+"""
+
+from dataclasses import dataclass
 from typing import Literal
 
 
@@ -31,7 +35,7 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelPreset:
+class ModelShape:
     """The architecture of one model, in mcore's names. `num_parameters` excludes vocabulary padding.
 
     activation "gelu" is the tanh approximation (GPT-2's `gelu_new`), which is what Megatron's fused bias-gelu computes;
@@ -67,51 +71,3 @@ class ModelPreset:
     @property
     def head_dim(self) -> int:
         return self.kv_channels or self.hidden_size // self.num_attention_heads
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Recipe:
-    """How a preset is trained: batch, schedule, regularisation, precision and a published layout."""
-
-    source: str
-    seq_length: int
-    global_batch_size: int
-    micro_batch_size: int
-    lr: float
-    min_lr: float
-    lr_warmup_steps: int
-    train_tokens: int
-    weight_decay: float = 0.1
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    clip_grad: float = 1.0
-    hidden_dropout: float = 0.0
-    attention_dropout: float = 0.0
-    precision: Literal["bf16", "fp32"] = "bf16"
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    virtual_pipeline_model_parallel_size: int = 1
-    expert_model_parallel_size: int = 1
-    has_sequence_parallel: bool = False
-    extra_arguments: tuple[str, ...] = field(default=())  # further Megatron flags, as typed
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.global_batch_size * self.seq_length
-
-    @property
-    def train_steps(self) -> int:
-        return -(-self.train_tokens // self.tokens_per_step)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Preset:
-    """What `--preset NAME` selects."""
-
-    model: ModelPreset
-    recipe: Recipe
-
-    @property
-    def name(self) -> str:
-        return self.model.name

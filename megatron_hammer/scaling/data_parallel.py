@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from megatron_hammer.model.accounting import Layout, RankParameters, count_rank_parameters
-from megatron_hammer.model.shape import ModelPreset
+from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.scaling.coefficients import Coefficients
 from megatron_hammer.scaling.communication import (
     Group,
@@ -34,7 +34,7 @@ class DataTraffic(NamedTuple):
 
 @lru_cache(maxsize=8192)
 def _count_stage_parameters(
-    model: ModelPreset, tp: int, ep: int, expert_tp: int, num_layers: int, ends: tuple[bool, bool], multiple: int
+    model: ModelShape, tp: int, ep: int, expert_tp: int, num_layers: int, ends: tuple[bool, bool], multiple: int
 ) -> RankParameters:
     """Parameters of one rank of a stage with so many layers; the ends are those of a pipeline's first or last stage."""
     layout = Layout(

@@ -7,7 +7,7 @@ of a step (pipeline, data parallelism) is in `step_time.py` and `data_parallel.p
 from functools import lru_cache
 from typing import NamedTuple
 
-from megatron_hammer.model.shape import ModelPreset
+from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.scaling.coefficients import Coefficients
 from megatron_hammer.scaling.communication import (
     estimate_all_reduce_s,
@@ -67,7 +67,7 @@ def build_shard(plan: Plan) -> Shard:
 
 @lru_cache(maxsize=8192)
 def build_layer_cost(
-    model: ModelPreset,
+    model: ModelShape,
     shard: Shard,
     gpu: Gpu,
     cluster: Cluster,
@@ -99,7 +99,7 @@ def build_layer_cost(
 
 
 def _estimate_tensor_parallel_s(
-    model: ModelPreset, shard: Shard, cluster: Cluster, coefficients: Coefficients, is_overlapped: bool
+    model: ModelShape, shard: Shard, cluster: Cluster, coefficients: Coefficients, is_overlapped: bool
 ) -> tuple[float, float]:
     """Two all-reduces of the hidden state a pass, or a reduce-scatter and an all-gather each (Korthikanti 2022, 4.2).
 
@@ -119,7 +119,7 @@ def _estimate_tensor_parallel_s(
 
 
 def _estimate_context_parallel_s(
-    model: ModelPreset, shard: Shard, cluster: Cluster, coefficients: Coefficients, time: LayerTime
+    model: ModelShape, shard: Shard, cluster: Cluster, coefficients: Coefficients, time: LayerTime
 ) -> tuple[float, float]:
     """Keys and values go around a ring beside the attention of their chunks; backward their gradients go too.
 
@@ -139,9 +139,7 @@ def _estimate_context_parallel_s(
     )
 
 
-def _estimate_expert_parallel_s(
-    model: ModelPreset, shard: Shard, cluster: Cluster, coefficients: Coefficients
-) -> float:
+def _estimate_expert_parallel_s(model: ModelShape, shard: Shard, cluster: Cluster, coefficients: Coefficients) -> float:
     """Dispatch and combine of every copy of a token, forward and backward: four all-to-alls."""
     if model.moe is None or shard.ep * shard.expert_tp == 1:
         return 0.0
@@ -157,7 +155,7 @@ def _estimate_expert_parallel_s(
 
 @lru_cache(maxsize=8192)
 def build_end_times(
-    model: ModelPreset, shard: Shard, gpu: Gpu, coefficients: Coefficients
+    model: ModelShape, shard: Shard, gpu: Gpu, coefficients: Coefficients
 ) -> tuple[LayerTime, LayerTime]:
     embedding = estimate_layer(build_embedding_work(model, shard), shard, model.head_dim, gpu, coefficients)
     head = estimate_layer(build_head_work(model, shard), shard, model.head_dim, gpu, coefficients)

@@ -20,7 +20,7 @@ from megatron_hammer.model.accounting import (
     count_parameters,
 )
 from megatron_hammer.model.parameters import embedding_tensors, head_tensors
-from megatron_hammer.model.shape import ModelPreset
+from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.presets.catalogue import PRESETS, select_preset
 from megatron_hammer.scaling.loss_law import LossRun
 
@@ -55,7 +55,7 @@ class MetricsRun:
 
     name: str
     metrics_path: Path
-    model: ModelPreset | int  # int: a number of parameters
+    model: ModelShape | int  # int: a number of parameters
     steps: list[dict[str, Any]]
     validations: list[dict[str, Any]]
 
@@ -64,7 +64,7 @@ class MetricsRun:
 
 
 def read_metrics_runs(
-    specs: Sequence[str], options: ReadOptions, read_hf_model: Callable[[Path], ModelPreset]
+    specs: Sequence[str], options: ReadOptions, read_hf_model: Callable[[Path], ModelShape]
 ) -> list[LossRun]:
     """The runs of MODEL=PATH each; all problems of all runs at once (DataError)."""
     found: list[MetricsRun] = []
@@ -102,7 +102,7 @@ def name_runs(specs: Sequence[str]) -> list[str]:
     ]
 
 
-def _read_metrics_run(spec: str, name: str, read_hf_model: Callable[[Path], ModelPreset]) -> MetricsRun:
+def _read_metrics_run(spec: str, name: str, read_hf_model: Callable[[Path], ModelShape]) -> MetricsRun:
     model_text, separator, path_text = spec.partition("=")
     if not separator or not model_text or not path_text:
         raise ConfigError(
@@ -126,7 +126,7 @@ def _read_metrics_run(spec: str, name: str, read_hf_model: Callable[[Path], Mode
     )
 
 
-def _read_model(text: str, read_hf_model: Callable[[Path], ModelPreset]) -> ModelPreset | int:
+def _read_model(text: str, read_hf_model: Callable[[Path], ModelShape]) -> ModelShape | int:
     """A number of parameters, a folder or a preset; NAME@ROWS is one with a vocabulary of ROWS."""
     number = _parse_count(text)
     if number is not None:
@@ -230,7 +230,7 @@ def _build_point(run: MetricsRun, options: ReadOptions, *, use_validation: bool)
     )
 
 
-def count_size(model: ModelPreset, convention: ParameterConvention) -> int:
+def count_size(model: ModelShape, convention: ParameterConvention) -> int:
     """N of a model; of a mixture of experts the parameters that one token meets."""
     total = count_active_parameters(model)
     if convention == "total":
@@ -239,8 +239,8 @@ def count_size(model: ModelPreset, convention: ParameterConvention) -> int:
     return total - sum(tensor.numel for tensor in ends if "embeddings" in tensor.name or "output_layer" in tensor.name)
 
 
-def _count_run_size(model: ModelPreset | int, convention: ParameterConvention) -> int:
-    if isinstance(model, ModelPreset):
+def _count_run_size(model: ModelShape | int, convention: ParameterConvention) -> int:
+    if isinstance(model, ModelShape):
         return count_size(model, convention)
     if convention == "total":
         return model

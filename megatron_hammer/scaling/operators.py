@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from megatron_hammer.model.accounting import padded_vocab_size
-from megatron_hammer.model.shape import ModelPreset
+from megatron_hammer.model.shape import ModelShape
 
 # Bytes that unfused attention moves for each of the s * s * heads scores, 16-bit elements, one-byte dropout masks.
 # Forward: scores written (2), scaled and masked softmax (2 + 2), dropout (2 + 2 + 1), read by the product with the
@@ -77,7 +77,7 @@ class Shard(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def build_layer_work(model: ModelPreset, shard: Shard) -> LayerWork:
+def build_layer_work(model: ModelShape, shard: Shard) -> LayerWork:
     """The work of one layer, forward and backward."""
     linears = _build_linears(model, shard)
     attention_forward, attention_backward = _build_attention(model, shard)
@@ -103,7 +103,7 @@ def build_layer_work(model: ModelPreset, shard: Shard) -> LayerWork:
 
 
 @lru_cache(maxsize=4096)
-def build_embedding_work(model: ModelPreset, shard: Shard) -> LayerWork:
+def build_embedding_work(model: ModelShape, shard: Shard) -> LayerWork:
     """The look-up of the input embedding: rows read and written forward, gradients of 4 bytes added backward."""
     size = shard.num_tokens * model.hidden_size
     norm = 2.5 * shard.element_bytes * size if model.has_embedding_norm else 0.0
@@ -114,7 +114,7 @@ def build_embedding_work(model: ModelPreset, shard: Shard) -> LayerWork:
 
 
 @lru_cache(maxsize=4096)
-def build_head_work(model: ModelPreset, shard: Shard) -> LayerWork:
+def build_head_work(model: ModelShape, shard: Shard) -> LayerWork:
     """The final norm, the head over the padded vocabulary and the cross-entropy; always in 16 bit or fp32.
 
     megatron.core.tensor_parallel.cross_entropy makes a fp32 copy of the logits and passes over it for the maximum, the
@@ -133,7 +133,7 @@ def build_head_work(model: ModelPreset, shard: Shard) -> LayerWork:
     )
 
 
-def _build_linears(model: ModelPreset, shard: Shard) -> list[Gemm]:
+def _build_linears(model: ModelShape, shard: Shard) -> list[Gemm]:
     """Forward products of the linears of one layer, [tokens, in] x [in, out / tp] or the rows cut for the second."""
     h, tokens, low = model.hidden_size, shard.num_tokens, shard.is_low_precision
     queries = model.num_attention_heads * model.head_dim
@@ -179,7 +179,7 @@ def _differentiate(linear: Gemm, shard: Shard) -> tuple[Gemm, Gemm]:
     )
 
 
-def _build_attention(model: ModelPreset, shard: Shard) -> tuple[dict[str, Any], dict[str, Any]]:
+def _build_attention(model: ModelShape, shard: Shard) -> tuple[dict[str, Any], dict[str, Any]]:
     """Core attention of one rank: FLOPs of flash attention under a causal mask, or products and traffic of the scores.
 
     Each of the two forward products takes 2 * s * head_dim operations a query and head; the mask leaves half of them
@@ -201,7 +201,7 @@ def _build_attention(model: ModelPreset, shard: Shard) -> tuple[dict[str, Any], 
     )
 
 
-def _count_pointwise_bytes(model: ModelPreset, shard: Shard) -> tuple[float, float]:
+def _count_pointwise_bytes(model: ModelShape, shard: Shard) -> tuple[float, float]:
     """(forward, backward) bytes of norms, residuals, rotary, activation and of layout changes between kernels.
 
     In elements read and written: a norm 2 and 3, a residual sum (with bias and dropout where there are) 3 and 2, a
@@ -231,7 +231,7 @@ def _count_pointwise_bytes(model: ModelPreset, shard: Shard) -> tuple[float, flo
     return shard.element_bytes * forward, shard.element_bytes * backward
 
 
-def _count_activation_elements(model: ModelPreset, shard: Shard) -> float:
+def _count_activation_elements(model: ModelShape, shard: Shard) -> float:
     """Outputs of the activation function on one rank."""
     if model.moe is None:
         return shard.num_tokens * model.ffn_hidden_size / shard.tp

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_hammer.model.shape import ModelPreset
+from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.scaling.plan import Plan, StepTime
 from megatron_hammer.scaling.projection import LeftOutRow, OverlaidRun, Overlay, Study
 from megatron_hammer.scaling.published_runs import MeasuredRun, read_runs
@@ -56,7 +56,7 @@ def _find_difference(run: MeasuredRun, study: Study) -> str | None:
     return None
 
 
-def _shape_of(model: ModelPreset) -> ModelPreset:
+def _shape_of(model: ModelShape) -> ModelShape:
     """What a step costs: the model without its name and what only changes numbers, not work."""
     return replace(
         model,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from megatron_hammer.model.accounting import Layout
-from megatron_hammer.model.shape import ModelPreset
+from megatron_hammer.model.shape import ModelShape
 
 Precision = Literal["fp32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4"]  # of the matrix products; the rest is 16-bit
 Recompute = Literal["none", "selective", "full"]
@@ -57,7 +57,7 @@ class Cluster:
 class Plan:
     """One training run to be predicted. Data-parallel size and Megatron's other sizes are in `layout`."""
 
-    model: ModelPreset
+    model: ModelShape
     layout: Layout
     gpu: Gpu
     cluster: Cluster

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.accounting import FlopConvention, StageMemory, count_flops_per_token
-from megatron_hammer.model.shape import ModelPreset
+from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.scaling.plan import PARTS, Cluster, Gpu, Plan, Precision, StepTime
 from megatron_hammer.scaling.search_space import SearchSpace
 
@@ -54,7 +54,7 @@ MEMORY_NAMES = {
 class Study:
     """One question: this model on this machine at these sizes. Exactly one of the two batch fields is set."""
 
-    model: ModelPreset
+    model: ModelShape
     preset: str | None  # name of the shipped preset, or
     hf_config: str | None  # the file that the model was read from
     gpu: Gpu

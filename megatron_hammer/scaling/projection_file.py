@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.accounting import FLOP_CONVENTIONS, Layout, StageMemory
-from megatron_hammer.model.shape import ModelPreset, MoeShape, RopeScaling
+from megatron_hammer.model.shape import ModelShape, MoeShape, RopeScaling
 from megatron_hammer.scaling.plan import PARTS, Cluster, Gpu, Plan
 from megatron_hammer.scaling.projection import (
     Overlay,
@@ -279,16 +279,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def _read_model(values: dict[str, Any]) -> ModelPreset:
+def _read_model(values: dict[str, Any]) -> ModelShape:
     moe, rope = values["moe"], values["rope_scaling"]
     nested = {
         "moe": None if moe is None else MoeShape(**moe),
         "rope_scaling": None if rope is None else RopeScaling(**rope),
     }
-    return ModelPreset(**{**values, **nested})
+    return ModelShape(**{**values, **nested})
 
 
-def _read_row(row: dict[str, Any], model: ModelPreset, gpu: Gpu, cluster: Cluster) -> SavedRow:
+def _read_row(row: dict[str, Any], model: ModelShape, gpu: Gpu, cluster: Cluster) -> SavedRow:
     plan = Plan(model=model, layout=Layout(**row["layout"]), gpu=gpu, cluster=cluster, **row["plan"])
     return SavedRow(
         row_id=row["id"],

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_hammer.model.accounting import Layout, find_layout_problems, find_shard_problems, find_split_problems
-from megatron_hammer.model.shape import ModelPreset
+from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.scaling.published_cells import PublishedRow
 from megatron_hammer.scaling.published_models import UnpredictableError
 from megatron_hammer.scaling.published_stacks import Stack
@@ -43,7 +43,7 @@ def collect_siblings(rows: Sequence[PublishedRow]) -> Siblings:
 
 
 def build_row_layout(
-    row: PublishedRow, model: ModelPreset, stack: Stack, siblings: Siblings, assumptions: list[str]
+    row: PublishedRow, model: ModelShape, stack: Stack, siblings: Siblings, assumptions: list[str]
 ) -> Layout:
     """The layout of a row and its model. Raises UnpredictableError where it is unsaid or cannot be built."""
     tp, pp = _fill_model_parallel(row, siblings, assumptions)
@@ -115,7 +115,7 @@ def _fill_model_parallel(row: PublishedRow, siblings: Siblings, assumptions: lis
 def _fill_chunks(
     row: PublishedRow,
     sizes: tuple[int, int],
-    model: ModelPreset,
+    model: ModelShape,
     stack: Stack,
     siblings: Siblings,
     assumptions: list[str],

@@ -17,7 +17,7 @@ from megatron_hammer.model.layout import find_layout_problems
 from megatron_hammer.model.memory_options import RecomputeModule
 from megatron_hammer.model.parameters import find_shard_problems
 from megatron_hammer.model.pipeline_split import find_split_problems
-from megatron_hammer.model.shape import ModelPreset, MoeShape
+from megatron_hammer.model.shape import ModelShape, MoeShape
 from megatron_hammer.scaling.plan import Precision, Recompute, Sharding
 from megatron_hammer.scaling.published_cells import PublishedRow
 from megatron_hammer.scaling.published_memory_cells import MemoryKind, read_cells, read_count, read_measurement
@@ -37,7 +37,7 @@ class MemoryRow:
     measured: float
     measured_or_model: str
     stage: StageChoice
-    model: ModelPreset
+    model: ModelShape
     layout: Layout
     seq_length: int
     micro_batch_size: int
@@ -166,7 +166,7 @@ def _spell(model: str) -> str:
 
 def _build_model(
     line: int, cells: Mapping[str, str], stack: MemoryStack, changes: Mapping[str, Any], assumptions: list[str]
-) -> ModelPreset:
+) -> ModelShape:
     sizes: dict[str, Any] = {
         name: read_count(cells, name) for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "seq")
     }
@@ -187,12 +187,12 @@ def _build_model(
         )
         model = replace(model, moe=moe)
         assumptions.append(f"{moe.num_experts} experts, {moe.router_topk} a token: its name")
-    return replace(model, **_select_fields(changes, ModelPreset))
+    return replace(model, **_select_fields(changes, ModelShape))
 
 
 def _build_layout(
     cells: Mapping[str, str],
-    model: ModelPreset,
+    model: ModelShape,
     stack: MemoryStack,
     changes: Mapping[str, Any],
     assumptions: list[str],

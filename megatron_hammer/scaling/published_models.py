@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from megatron_hammer.model.accounting import count_parameters
-from megatron_hammer.model.shape import ModelPreset
+from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.published_cells import PublishedRow
 
@@ -172,7 +172,7 @@ FAMILIES: tuple[KnownModel, ...] = (
 MOE_PATTERN = re.compile(r"mixtral|moe|\d+x\d+b|a\d+(\.\d+)?b|deepseek-?v[23]|grok")
 
 
-def build_row_model(row: PublishedRow) -> tuple[ModelPreset, tuple[str, ...]]:
+def build_row_model(row: PublishedRow) -> tuple[ModelShape, tuple[str, ...]]:
     """The model of a row and what was assumed of it. Raises UnpredictableError where the row does not say enough."""
     preset = _find_preset(row)
     if preset is not None:
@@ -191,7 +191,7 @@ def build_row_model(row: PublishedRow) -> tuple[ModelPreset, tuple[str, ...]]:
     return model, tuple(assumptions)
 
 
-def _find_preset(row: PublishedRow) -> ModelPreset | None:
+def _find_preset(row: PublishedRow) -> ModelShape | None:
     preset = PRESETS.get(row.model.strip()) or PRESETS.get(_PRESET_SPELLINGS.get(row.model.lower(), ""))
     if preset is None:
         return None
@@ -251,7 +251,7 @@ def _fill_by_rule(name: str, shape: dict[str, int], family: KnownModel | None) -
 
 def _build_model(
     row: PublishedRow, shape: dict[str, int], family: KnownModel | None, assumptions: list[str]
-) -> ModelPreset:
+) -> ModelShape:
     if family is None:
         is_gated = shape["ffn"] != 4 * shape["hidden"]
         rule = "swiglu, as ffn is not four times hidden" if is_gated else "gelu, as ffn is four times hidden"
@@ -263,7 +263,7 @@ def _build_model(
     head_dim, rest = divmod(shape["hidden"], shape["heads"])
     if rest:
         raise UnpredictableError(f"its {shape['heads']} heads do not divide hidden {shape['hidden']}")
-    model = ModelPreset(
+    model = ModelShape(
         name=row.model,
         source=row.source,
         num_parameters=0,
@@ -284,7 +284,7 @@ def _build_model(
     return replace(model, num_parameters=count_parameters(model))
 
 
-def _note_size(row: PublishedRow, model: ModelPreset, assumptions: list[str]) -> None:
+def _note_size(row: PublishedRow, model: ModelShape, assumptions: list[str]) -> None:
     if row.params_b is None:
         return
     counted = model.num_parameters / 1e9

@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.accounting import Layout, count_rank_parameters
-from megatron_hammer.model.shape import ModelPreset
+from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.hardware import (
     load_clusters,
@@ -333,7 +333,7 @@ def _read_sharding(row: PublishedRow, stack: Stack, assumptions: list[str]) -> t
     return stack.sharding, None
 
 
-def _fits_unsharded(model: ModelPreset, layout: Layout, gpu: Gpu) -> bool:
+def _fits_unsharded(model: ModelShape, layout: Layout, gpu: Gpu) -> bool:
     """Whether 16-bit weights and gradients and a shard of Adam's 12 bytes fit at all, before any activation."""
     num_parameters = count_rank_parameters(model, layout, 0).total
     return num_parameters * (4 + 12 / layout.dense_shard_size) < gpu.memory_bytes

@@ -8,7 +8,7 @@ import re
 from dataclasses import replace
 
 from megatron_hammer.model.accounting import FlopConvention, count_flops_per_token
-from megatron_hammer.model.shape import ModelPreset
+from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.scaling.plan import Plan
 from megatron_hammer.scaling.published_cells import PublishedRow
 from megatron_hammer.scaling.published_models import UnpredictableError
@@ -54,7 +54,7 @@ def count_step_flops(plan: Plan, tokens: int, convention: str, *, counts_multi_h
     Narayanan et al. 2021 (arXiv 2104.04473, section 5.1) count 96 B s l h^2 (1 + s/6h + V/16lh): the forward pass of
     the layers twice, their backward pass and the head once.
     """
-    model: ModelPreset = plan.model
+    model: ModelShape = plan.model
     if counts_multi_head:
         model = replace(model, num_query_groups=model.num_attention_heads)
     if convention != "hardware":

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from megatron_hammer.model.accounting import Layout, find_layout_problems, find_shard_problems, find_split_problems
 from megatron_hammer.model.layout import divisors
-from megatron_hammer.model.shape import ModelPreset
+from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.scaling.plan import Cluster, Recompute, Sharding
 
 RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")  # from the fastest to the smallest
@@ -50,7 +50,7 @@ def is_cpu_host(cluster: Cluster) -> bool:
 
 
 def list_layouts(
-    model: ModelPreset,
+    model: ModelShape,
     cluster: Cluster,
     *,
     num_gpus: int,
@@ -100,7 +100,7 @@ def _is_allowed(size: int, allowed: tuple[int, ...] | None) -> bool:
 
 
 def _list_grids(
-    model: ModelPreset, cluster: Cluster, num_gpus: int, global_batch_size: int, seq_length: int, space: SearchSpace
+    model: ModelShape, cluster: Cluster, num_gpus: int, global_batch_size: int, seq_length: int, space: SearchSpace
 ) -> Iterator[Grid]:
     for tp in divisors(num_gpus):
         alone = Layout(tensor_model_parallel_size=tp, has_sequence_parallel=tp > 1, expert_tensor_parallel_size=1)
@@ -167,7 +167,7 @@ def _list_uneven_splits(num_layers: int, layout: Layout) -> list[Layout]:
     return [] if find_split_problems(num_layers, split) else [split]
 
 
-def _list_expert_layouts(model: ModelPreset, layout: Layout, space: SearchSpace) -> Iterator[Layout]:
+def _list_expert_layouts(model: ModelShape, layout: Layout, space: SearchSpace) -> Iterator[Layout]:
     """The layout itself, or with experts one for each way to deal them out that tiles the ranks of a stage."""
     if model.moe is None:
         if _is_allowed(1, space.expert_model_parallel_sizes):

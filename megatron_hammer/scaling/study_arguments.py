@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.model.shape import ModelPreset, Recipe
+from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.presets.catalogue import select_preset
+from megatron_hammer.presets.preset import Recipe
 from megatron_hammer.scaling.hardware import select_cluster, select_default_cluster, select_gpu
 from megatron_hammer.scaling.plan import Cluster, Gpu
 from megatron_hammer.scaling.projection import Study
@@ -80,7 +81,7 @@ def _add_restrictions(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tp-comm-overlap", choices=("auto", "off"), default="auto", help="(default: where possible)")
 
 
-def build_study(arguments: argparse.Namespace, read_hf_model: Callable[[Path], ModelPreset]) -> Study:
+def build_study(arguments: argparse.Namespace, read_hf_model: Callable[[Path], ModelShape]) -> Study:
     """The study that the flags ask for; ConfigError with every problem of their values."""
     problems: list[str] = []
     model, recipe = _select_model(arguments, read_hf_model)
@@ -117,8 +118,8 @@ def _first(*values: Any) -> Any:
 
 
 def _select_model(
-    arguments: argparse.Namespace, read_hf_model: Callable[[Path], ModelPreset]
-) -> tuple[ModelPreset, Recipe | None]:
+    arguments: argparse.Namespace, read_hf_model: Callable[[Path], ModelShape]
+) -> tuple[ModelShape, Recipe | None]:
     if arguments.preset is not None:
         preset = select_preset(arguments.preset)
         return preset.model, preset.recipe

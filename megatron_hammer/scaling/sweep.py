@@ -15,8 +15,8 @@ from typing import Any, cast, get_args
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.accounting import Layout
-from megatron_hammer.model.shape import Preset
 from megatron_hammer.presets.catalogue import select_preset
+from megatron_hammer.presets.preset import Preset
 from megatron_hammer.scaling.plan import Precision, Recompute
 from megatron_hammer.scaling.training_flags import (
     list_batch_flags,

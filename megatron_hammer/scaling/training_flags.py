@@ -6,8 +6,9 @@ Left out: data, schedule and outputs; `emit` adds those.
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.accounting import Layout
-from megatron_hammer.model.shape import ModelPreset, Recipe
+from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.presets.catalogue import PRESETS
+from megatron_hammer.presets.preset import Recipe
 from megatron_hammer.scaling.plan import Plan, Recompute
 
 # Flags of a run whose products are in a lower precision than its 16-bit rest. TransformerEngine's recipes.
@@ -23,7 +24,7 @@ FSDP_FLAGS = (
 DEFAULT_VOCAB_DIVISOR = 128
 
 
-def list_model_flags(model: ModelPreset) -> list[str]:
+def list_model_flags(model: ModelShape) -> list[str]:
     """--preset where the model is a shipped one, else its architecture flag by flag (a Hugging Face model's)."""
     preset = PRESETS.get(model.name)
     if preset is not None and preset.model == model:
@@ -59,7 +60,7 @@ def list_model_flags(model: ModelPreset) -> list[str]:
     return [*flags, *(flag for flag, is_set in switches.items() if is_set), *_list_expert_flags(model)]
 
 
-def _list_rope_flags(model: ModelPreset) -> list[str]:
+def _list_rope_flags(model: ModelShape) -> list[str]:
     flags = []
     if model.rope_scaling is not None:
         flags += ["--use-rope-scaling", "--rope-scaling-factor", f"{model.rope_scaling.factor:g}"]
@@ -68,7 +69,7 @@ def _list_rope_flags(model: ModelPreset) -> list[str]:
     return flags
 
 
-def _list_expert_flags(model: ModelPreset) -> list[str]:
+def _list_expert_flags(model: ModelShape) -> list[str]:
     moe = model.moe
     if moe is None:
         return []
@@ -82,7 +83,7 @@ def _list_expert_flags(model: ModelPreset) -> list[str]:
     return flags if moe.is_topk_renormalized else [*flags, "--moe-router-pre-softmax"]
 
 
-def list_layout_flags(model: ModelPreset, layout: Layout) -> list[str]:
+def list_layout_flags(model: ModelShape, layout: Layout) -> list[str]:
     """Every parallel size, over whatever the preset's recipe has.
 
     Raises ConfigError for what no flag can take back: the sequence parallelism of a recipe.

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_hammer.model.accounting import count_flops_per_token, padded_vocab_size
-from megatron_hammer.presets.catalogue import PRESETS, ModelPreset
+from megatron_hammer.model.shape import ModelShape
+from megatron_hammer.presets.catalogue import PRESETS
 
 
-def count_by_megatron(model: ModelPreset, seq_length: int, batch_size: int, vocab_rows: int) -> float:
+def count_by_megatron(model: ModelShape, seq_length: int, batch_size: int, vocab_rows: int) -> float:
     from megatron.training.training import num_floating_point_operations
 
     moe = model.moe

@@ -28,7 +28,7 @@ from megatron_hammer.checkpoint.architecture import read_architecture
 from megatron_hammer.checkpoint.hf_config import build_config
 from megatron_hammer.checkpoint.layouts import merge_gate_up
 from megatron_hammer.checkpoint.mapping import Layout, select_family
-from megatron_hammer.model.shape import ModelPreset, MoeShape, RopeScaling
+from megatron_hammer.model.shape import ModelShape, MoeShape, RopeScaling
 from megatron_hammer.presets.catalogue import PRESETS
 
 # Measured: at most 2e-5 on a layer's output and 1.1e-5 on the logits, both of a standard deviation near 1; the twins
@@ -88,7 +88,7 @@ def _rank():
         yield
 
 
-def build_reference(model: ModelPreset, flags, tmp_path, **config_changes):
+def build_reference(model: ModelShape, flags, tmp_path, **config_changes):
     """A transformers model for the preset, with random weights, norms and biases included, and those weights."""
     architecture = read_architecture(read_arguments(model, flags))
     family = select_family(architecture)
@@ -105,7 +105,7 @@ def build_reference(model: ModelPreset, flags, tmp_path, **config_changes):
     return reference, load_file(tmp_path / "model.safetensors")
 
 
-def build_ours(model: ModelPreset, flags, hf_weights):
+def build_ours(model: ModelShape, flags, hf_weights):
     namespace = read_arguments(model, flags)
     ours = build_model(namespace)
     load_weights(ours, merge_weights(read_architecture(namespace), hf_weights))

@@ -10,18 +10,19 @@ import transformers
 from megatron_hammer.checkpoint.hf_architecture import interpret_config
 from megatron_hammer.checkpoint.model_preset import build_model_preset
 from megatron_hammer.model.accounting import count_parameters
-from megatron_hammer.presets.catalogue import PRESETS, ModelPreset
+from megatron_hammer.model.shape import ModelShape
+from megatron_hammer.presets.catalogue import PRESETS
 
 # transformers has no OpenLlama any more; its body is a tied Llama, the norm on the embedding is counted by hand below.
 NO_EQUIVALENT = {"open-llama-7b"}
 
 
-def build_on_meta(model: ModelPreset) -> torch.nn.Module:
+def build_on_meta(model: ModelShape) -> torch.nn.Module:
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(transformers_config(model))
 
 
-def transformers_config(model: ModelPreset):
+def transformers_config(model: ModelShape):
     if model.position_embedding_type == "learned_absolute":
         return transformers.GPT2Config(
             n_layer=model.num_layers,
@@ -55,7 +56,7 @@ def transformers_config(model: ModelPreset):
     return transformers.LlamaConfig(**common)
 
 
-def count_built(model: ModelPreset) -> int:
+def count_built(model: ModelShape) -> int:
     return sum(parameter.numel() for parameter in build_on_meta(model).parameters())
 
 

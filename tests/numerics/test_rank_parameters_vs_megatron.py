@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from megatron_hammer.model.accounting import Layout, count_rank_parameters, padded_vocab_size
-from megatron_hammer.presets.catalogue import ModelPreset, MoeShape
+from megatron_hammer.model.shape import ModelShape, MoeShape
 
 # No two dimensions alike, so that no swapped axis can pass.
-LLAMA = ModelPreset(
+LLAMA = ModelShape(
     name="toy-llama",
     source="",
     num_parameters=0,
@@ -112,7 +112,7 @@ def play_rank(monkeypatch):
     torch.distributed.destroy_process_group()
 
 
-def build_config(model: ModelPreset, layout: Layout):
+def build_config(model: ModelShape, layout: Layout):
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     vp, moe = layout.virtual_pipeline_model_parallel_size, model.moe
@@ -154,7 +154,7 @@ def build_config(model: ModelPreset, layout: Layout):
     )
 
 
-def count_built(model: ModelPreset, layout: Layout, pp_rank: int) -> tuple[int, int]:
+def count_built(model: ModelShape, layout: Layout, pp_rank: int) -> tuple[int, int]:
     """(dense, expert) elements of the chunks that megatron-core builds for the rank being played."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel

@@ -17,7 +17,7 @@ from megatron_hammer.checkpoint.hf_folder import HfFolder, open_hf_folder
 from megatron_hammer.checkpoint.load_hf import MasterWeights, fill_chunks, require_every_element
 from megatron_hammer.checkpoint.mapping import expand, select_family
 from megatron_hammer.errors import ConversionError
-from megatron_hammer.model.shape import ModelPreset, MoeShape
+from megatron_hammer.model.shape import ModelShape, MoeShape
 
 MOE = dataclasses.replace(
     TOY_LLAMA,
@@ -50,7 +50,7 @@ def _rank():
         yield
 
 
-def write_folder(folder: Path, model: ModelPreset, *, dtype: torch.dtype = torch.float32, **changes: Any) -> HfFolder:
+def write_folder(folder: Path, model: ModelShape, *, dtype: torch.dtype = torch.float32, **changes: Any) -> HfFolder:
     """Random weights; changes: tensors that replace some, None to leave one out."""
     architecture = read_architecture(read_arguments(model))
     family = select_family(architecture)
@@ -69,7 +69,7 @@ def write_folder(folder: Path, model: ModelPreset, *, dtype: torch.dtype = torch
 
 
 @pytest.mark.parametrize("model", [TOY_LLAMA, TIED, MOE, GPT2], ids=["llama", "tied-qk-norm", "moe", "gpt2"])
-def test_every_parameter_is_what_the_mapping_makes_of_the_folder(model: ModelPreset, tmp_path: Path) -> None:
+def test_every_parameter_is_what_the_mapping_makes_of_the_folder(model: ModelShape, tmp_path: Path) -> None:
     source = write_folder(tmp_path / "hf", model)
     built = build_model(read_arguments(model))
     num_held = fill_chunks([built], source)

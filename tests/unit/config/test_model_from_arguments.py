@@ -7,7 +7,7 @@ from megatron_hammer.config.model_from_arguments import (
     count_least_world_size,
     default_ffn_hidden_size,
 )
-from megatron_hammer.model.accounting import count_parameters, layout_from_recipe
+from megatron_hammer.model.accounting import count_parameters
 from megatron_hammer.model.shape import RopeScaling
 from megatron_hammer.presets.catalogue import PRESETS
 
@@ -20,7 +20,7 @@ def test_a_preset_comes_back_exactly(name: str) -> None:
     assert model.num_parameters == preset.model.num_parameters
     for field in ("num_layers", "head_dim", "num_query_groups", "activation", "normalization", "moe"):
         assert getattr(model, field) == getattr(preset.model, field), field
-    assert build_layout(namespace) == layout_from_recipe(preset.recipe)
+    assert build_layout(namespace) == preset.recipe.build_layout()
 
 
 def test_overrides_are_counted() -> None:

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from megatron_hammer.model.flops import FLOP_CONVENTIONS, count_flops_per_token
-from megatron_hammer.presets.catalogue import PRESETS, MoeShape
+from megatron_hammer.model.shape import MoeShape
+from megatron_hammer.presets.catalogue import PRESETS
 
 HAMMER = PRESETS["hammer-1b4"].model
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from build_model import TOY_LLAMA, build_model, read_arguments, single_rank
 
-from megatron_hammer.model.shape import ModelPreset, MoeShape
+from megatron_hammer.model.shape import ModelShape, MoeShape
 
 ENDS = ("embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "output_layer.weight")
 ATTENTION = (
@@ -57,7 +57,7 @@ def _rank():
         yield
 
 
-def list_keys(model: ModelPreset, *flags: str) -> list[str]:
+def list_keys(model: ModelShape, *flags: str) -> list[str]:
     """Names in a checkpoint of this model, in order; TransformerEngine's fp8 scales (_extra_state) carry no weights."""
     state = build_model(read_arguments(model, flags)).sharded_state_dict()
     return sorted({value.key for value in state.values() if not value.key.endswith("_extra_state")})
@@ -79,7 +79,7 @@ def layers(names: tuple[str, ...]) -> list[str]:
     ],
     ids=["llama", "mixture of experts", "gpt"],
 )
-def test_checkpoint_names(model: ModelPreset, expected: list[str]) -> None:
+def test_checkpoint_names(model: ModelShape, expected: list[str]) -> None:
     assert list_keys(model) == sorted(expected)
 
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.model.layout import Layout, find_layout_problems, layout_from_recipe
+from megatron_hammer.model.layout import Layout, find_layout_problems
 from megatron_hammer.presets.catalogue import PRESETS
 
 
@@ -68,7 +68,7 @@ def test_experts_that_do_not_tile_the_ranks_are_refused():
 
 
 def test_layout_of_a_recipe():
-    layout = layout_from_recipe(PRESETS["llama3-70b"].recipe, data_parallel_size=16)
+    layout = PRESETS["llama3-70b"].recipe.build_layout(data_parallel_size=16)
     assert (layout.world_size, layout.virtual_pipeline_model_parallel_size) == (512, 5)
     assert layout.has_sequence_parallel
     assert layout.coordinates(511)[:4] == (7, 0, 15, 3)

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.model.layout import Layout, layout_from_recipe
+from megatron_hammer.model.layout import Layout
 from megatron_hammer.model.memory import (
     CUDA_CONTEXT_BYTES,
     count_in_flight,
@@ -15,10 +15,11 @@ from megatron_hammer.model.memory import (
 )
 from megatron_hammer.model.memory_activations import count_layer_activation_bytes
 from megatron_hammer.model.memory_options import MemoryOptions
-from megatron_hammer.presets.catalogue import PRESETS, ModelPreset
+from megatron_hammer.model.shape import ModelShape
+from megatron_hammer.presets.catalogue import PRESETS
 
 GIB = 2**30
-GPT_22B = ModelPreset(
+GPT_22B = ModelShape(
     name="gpt-22b",
     source="Korthikanti et al. 2022, table 3",
     num_parameters=0,
@@ -179,7 +180,7 @@ def estimate_hammer(layout=None, context_bytes=CUDA_CONTEXT_BYTES, fragmentation
     preset = PRESETS["hammer-1b4"]
     return estimate_memory(
         preset.model,
-        layout or layout_from_recipe(preset.recipe, data_parallel_size=8),
+        layout or preset.recipe.build_layout(data_parallel_size=8),
         micro_batch_size=8,
         seq_length=2048,
         num_microbatches=16,

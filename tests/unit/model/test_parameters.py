@@ -14,9 +14,10 @@ from megatron_hammer.model.parameters import (
     find_shard_problems,
     padded_vocab_size,
 )
-from megatron_hammer.presets.catalogue import PRESETS, ModelPreset, MoeShape
+from megatron_hammer.model.shape import ModelShape, MoeShape
+from megatron_hammer.presets.catalogue import PRESETS
 
-TOY = ModelPreset(
+TOY = ModelShape(
     name="toy",
     source="",
     num_parameters=0,

@@ -10,7 +10,6 @@ from megatron_hammer.model.accounting import (
     count_rank_parameters,
     find_shard_problems,
     find_split_problems,
-    layout_from_recipe,
 )
 from megatron_hammer.presets.catalogue import PRESETS, select_preset
 
@@ -60,7 +59,7 @@ def test_recipe_fits_its_model(name):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_published_layout_holds_every_parameter_once(name):
-    model, layout = PRESETS[name].model, layout_from_recipe(PRESETS[name].recipe)
+    model, layout = PRESETS[name].model, PRESETS[name].recipe.build_layout()
     assert find_shard_problems(model, layout) == ()
     assert find_split_problems(model.num_layers, layout) == ()
     ranks = [count_rank_parameters(model, layout, stage) for stage in range(layout.pipeline_model_parallel_size)]
@@ -93,7 +92,7 @@ def test_hammer_tiny_has_the_ratios_of_hammer_1b4():
 @pytest.mark.parametrize("name", ["hammer-tiny", "hammer-tiny-moe"])
 def test_miniatures_can_be_cut_in_two(name, parallel):
     recipe = dataclasses.replace(PRESETS[name].recipe, has_sequence_parallel=True, **parallel)
-    assert find_shard_problems(PRESETS[name].model, layout_from_recipe(recipe)) == ()
+    assert find_shard_problems(PRESETS[name].model, recipe.build_layout()) == ()
 
 
 def test_unknown_preset_names_the_nearest_and_all():

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_hammer.errors import ConfigError, DataError
 from megatron_hammer.model.accounting import count_active_parameters, count_flops_per_token, count_parameters
-from megatron_hammer.model.shape import ModelPreset
+from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.loss_law import LossRun
 from megatron_hammer.scaling.loss_law_runs import ReadOptions, count_size, leave_out, read_metrics_runs, read_table
@@ -24,7 +24,7 @@ def write_run(
     folder: Path,
     *,
     losses: list[float],
-    model: ModelPreset = TINY,
+    model: ModelShape = TINY,
     validations: dict[str, float] | None = None,
     last_lr_ratio: float = 0.1,
 ) -> Path:
@@ -59,7 +59,7 @@ def read(*specs: str, **options: Any) -> list[LossRun]:
     return read_metrics_runs(specs, ReadOptions(**options), read_hf_model=refuse_folders)
 
 
-def refuse_folders(path: Path) -> ModelPreset:
+def refuse_folders(path: Path) -> ModelShape:
     raise AssertionError(f"{path} is no Hugging Face folder")
 
 
@@ -115,7 +115,7 @@ def test_a_vocabulary_of_the_runs_own(tmp_path: Path) -> None:
         (replace(TINY, hidden_size=128), ""),
     ],
 )
-def test_a_run_of_another_model_is_refused(tmp_path: Path, other: ModelPreset, hint: str) -> None:
+def test_a_run_of_another_model_is_refused(tmp_path: Path, other: ModelShape, hint: str) -> None:
     folder = write_run(tmp_path / "a", losses=FALLING, model=other)
     flops, own_flops = (count_flops_per_token(model, SEQ_LENGTH, "A") for model in (other, TINY))
     message = (

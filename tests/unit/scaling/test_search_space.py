@@ -13,7 +13,7 @@ from megatron_hammer.config.preflight_layout import find_batch_problems, find_la
 from megatron_hammer.config.preset_arguments import model_arguments
 from megatron_hammer.model.accounting import Layout, find_split_problems
 from megatron_hammer.model.layout import divisors
-from megatron_hammer.model.shape import ModelPreset
+from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.scaling.search_space import (
     SearchSpace,
@@ -28,7 +28,7 @@ ANYTHING = SearchSpace()
 
 
 def list_all(
-    model: ModelPreset, num_gpus: int, batch: int, seq_length: int, space: SearchSpace = ANYTHING
+    model: ModelShape, num_gpus: int, batch: int, seq_length: int, space: SearchSpace = ANYTHING
 ) -> list[Layout]:
     return list(
         list_layouts(model, CLUSTER, num_gpus=num_gpus, global_batch_size=batch, seq_length=seq_length, space=space)
@@ -36,7 +36,7 @@ def list_all(
 
 
 def find_problems(
-    model: ModelPreset, layout: Layout, *, num_gpus: int, micro: int, batch: int, seq_length: int
+    model: ModelShape, layout: Layout, *, num_gpus: int, micro: int, batch: int, seq_length: int
 ) -> list[str]:
     """What preflight says of the layout's flags."""
     vp = layout.virtual_pipeline_model_parallel_size
@@ -80,7 +80,7 @@ def find_problems(
     return find_layout_problems(typed) + find_batch_problems(typed)
 
 
-def list_by_brute_force(model: ModelPreset, num_gpus: int, batch: int, seq_length: int) -> set[tuple[Layout, int]]:
+def list_by_brute_force(model: ModelShape, num_gpus: int, batch: int, seq_length: int) -> set[tuple[Layout, int]]:
     """Every even or flag-balanced layout and micro-batch that preflight accepts and the search does not rule out."""
     accepted = set()
     sizes = divisors(num_gpus)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.model.shape import ModelPreset
+from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.scaling.commands import project
 from megatron_hammer.scaling.projection import Study
@@ -19,7 +19,7 @@ MACHINE = ("--gpu", "h100-sxm", "--gpus", "8,64")
 LLAMA = ("--preset", "llama3-8b", *MACHINE)
 
 
-def read_hf_model(path: Path) -> ModelPreset:
+def read_hf_model(path: Path) -> ModelShape:
     return select_preset("tinyllama-1b1").model
 
 

@@ -1,0 +1,66 @@
+"""What `--preset NAME` selects: a model's shape and the recipe that trains it. No torch, no megatron."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_hammer.model.layout import Layout
+from megatron_hammer.model.shape import ModelShape
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """How a preset is trained: batch, schedule, regularisation, precision and a published layout."""
+
+    source: str
+    seq_length: int
+    global_batch_size: int
+    micro_batch_size: int
+    lr: float
+    min_lr: float
+    lr_warmup_steps: int
+    train_tokens: int
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    precision: Literal["bf16", "fp32"] = "bf16"
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    has_sequence_parallel: bool = False
+    extra_arguments: tuple[str, ...] = field(default=())  # further Megatron flags, as typed
+
+    def build_layout(self, *, data_parallel_size: int = 1) -> Layout:
+        """The published layout at some number of copies of the model."""
+        return Layout(
+            tensor_model_parallel_size=self.tensor_model_parallel_size,
+            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=self.virtual_pipeline_model_parallel_size,
+            expert_model_parallel_size=self.expert_model_parallel_size,
+            data_parallel_size=data_parallel_size,
+            has_sequence_parallel=self.has_sequence_parallel,
+        )
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch_size * self.seq_length
+
+    @property
+    def train_steps(self) -> int:
+        return -(-self.train_tokens // self.tokens_per_step)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preset:
+    """What `--preset NAME` selects."""
+
+    model: ModelShape
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        return self.model.name
