@@ -17,6 +17,7 @@ from megatron_hammer.checkpoint.mapping import TensorPair, expand, select_family
 from megatron_hammer.checkpoint.reader import VOCABULARY_TENSORS
 from megatron_hammer.checkpoint.verification.megatron_model import name_parameters as checkpoint_parameters
 from megatron_hammer.checkpoint.verification.megatron_model import single_rank as single_rank
+from megatron_hammer.model.accounting import count_parameters
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.platforms import megatron_compat
 from megatron_hammer.presets.preset import Preset, Recipe
@@ -25,7 +26,6 @@ from megatron_hammer.presets.preset import Preset, Recipe
 TOY_LLAMA = ModelShape(
     name="toy-llama",
     source="",
-    num_parameters=0,
     num_layers=3,
     hidden_size=96,
     ffn_hidden_size=136,
@@ -53,9 +53,9 @@ def read_arguments(model: ModelShape, flags: Sequence[str] = ()) -> Namespace:
     from megatron.training.arguments import validate_args
 
     from megatron_hammer.config.arguments import parse_arguments
-    from megatron_hammer.presets.catalogue import catalogue as presets
+    from megatron_hammer.presets import catalogue as presets
 
-    presets.PRESETS[model.name] = Preset(model=model, recipe=TOY_RECIPE)
+    presets.PRESETS[model.name] = Preset(num_parameters=count_parameters(model), model=model, recipe=TOY_RECIPE)
     try:
         parsed = parse_arguments(["--preset", model.name, "--mock-data", *flags], platform="cpu", backend="torch")
     finally:

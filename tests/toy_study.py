@@ -5,6 +5,7 @@ The predictor is a double: its coefficients are invented, but more work costs mo
 
 from typing import Any
 
+from megatron_hammer.model.accounting import count_parameters
 from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.scaling.plan import PARTS, Cluster, Gpu, Plan, StepTime
 from megatron_hammer.scaling.projection import Study, StudyResult, find_knee
@@ -58,9 +59,9 @@ def predict(plan: Plan) -> StepTime:
         "expert_parallel_s": passes * 1e-10 * tokens * (layout.expert_model_parallel_size - 1),
         "pipeline_p2p_s": plan.num_microbatches * 1e-6 * (pp - 1) * layout.virtual_pipeline_model_parallel_size,
         "bubble_s": (pp - 1) / layout.virtual_pipeline_model_parallel_size * layer_s * model.num_layers / pp,
-        "data_parallel_s": 1e-10 * model.num_parameters / tp / pp * (0.3 if plan.overlaps_grad_reduce else 1.0),
+        "data_parallel_s": 1e-10 * count_parameters(model) / tp / pp * (0.3 if plan.overlaps_grad_reduce else 1.0),
         "optimizer_s": 1e-11
-        * model.num_parameters
+        * count_parameters(model)
         / tp
         / pp
         / (1 if plan.sharding == "none" else layout.dense_shard_size),

@@ -27,7 +27,7 @@ class Architecture:
     max_position_embeddings: int
     normalization: Literal["RMSNorm", "LayerNorm"]
     norm_epsilon: float
-    activation: Literal["swiglu", "gelu", "gelu_tanh"]
+    activation: Literal["swiglu", "gelu_tanh", "gelu_erf"]
     position_embedding_type: Literal["rope", "learned_absolute"]
     rotary_base: float
     has_linear_bias: bool
@@ -164,11 +164,11 @@ def _validate_expressible(args: Any) -> None:
         raise ConversionError(*problems)
 
 
-def _read_activation(args: Any) -> Literal["swiglu", "gelu", "gelu_tanh"]:
+def _read_activation(args: Any) -> Literal["swiglu", "gelu_tanh", "gelu_erf"]:
     """Megatron's fused bias-gelu computes the tanh approximation; without the fusion it is the exact gelu."""
     if args.swiglu:
         return "swiglu"
-    return "gelu_tanh" if args.bias_gelu_fusion and args.add_bias_linear else "gelu"
+    return "gelu_tanh" if args.bias_gelu_fusion and args.add_bias_linear else "gelu_erf"
 
 
 def _read_rope_scaling(args: Any) -> RopeScaling | None:

@@ -216,7 +216,7 @@ def _interpret_gpt2(fields: HfFields) -> Architecture:
         max_position_embeddings=fields.count("n_positions"),
         normalization="LayerNorm",
         norm_epsilon=fields.number("layer_norm_epsilon", 1e-5),
-        activation="gelu_tanh" if activation in GELU_TANH_NAMES else "gelu",
+        activation="gelu_tanh" if activation in GELU_TANH_NAMES else "gelu_erf",
         position_embedding_type="learned_absolute",
         rotary_base=10_000,
         has_linear_bias=True,

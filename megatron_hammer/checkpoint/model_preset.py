@@ -3,25 +3,19 @@
 import dataclasses
 
 from megatron_hammer.checkpoint.architecture import Architecture
-from megatron_hammer.model.accounting import count_parameters
 from megatron_hammer.model.shape import ModelShape
-
-_ACTIVATIONS = {"swiglu": "swiglu", "gelu_tanh": "gelu", "gelu": "gelu_erf"}
 
 
 def build_model_preset(architecture: Architecture, *, name: str, source: str) -> ModelShape:
-    """The preset that trains `architecture`; its num_parameters is exact, vocabulary padding apart.
+    """The preset that trains `architecture`.
 
     Dropout is not part of it: it belongs to a recipe. `config.preset_arguments.model_arguments` gives Megatron's flags.
     """
     shared = {field.name for field in dataclasses.fields(ModelShape)} & set(Architecture.__slots__)
-    values = {field: getattr(architecture, field) for field in shared - {"activation"}}
-    preset = ModelShape(
+    values = {field: getattr(architecture, field) for field in shared}
+    return ModelShape(
         name=name,
         source=source,
-        num_parameters=0,
         kv_channels=architecture.head_dim,
-        activation=_ACTIVATIONS[architecture.activation],  # type: ignore[arg-type]
         **values,
     )
-    return dataclasses.replace(preset, num_parameters=count_parameters(preset))

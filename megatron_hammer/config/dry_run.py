@@ -141,7 +141,7 @@ def _report_model(arguments: ParsedArguments) -> ModelReport:
         name=model.name,
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
-        num_parameters=model.num_parameters,
+        num_parameters=count_parameters(model),
         num_parameters_padded=count_parameters(model, rows),
         num_active_parameters=count_active_parameters(model),
         vocab_size=model.vocab_size,

@@ -6,11 +6,10 @@ preflight_flags.py, so every count stands for what is built. Pure; no torch, no 
 """
 
 import argparse
-import dataclasses
 import math
 from typing import Literal
 
-from megatron_hammer.model.accounting import Layout, count_parameters
+from megatron_hammer.model.accounting import Layout
 from megatron_hammer.model.shape import ModelShape, MoeShape, RopeScaling
 
 ESSENTIALS = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
@@ -28,7 +27,6 @@ def build_model(namespace: argparse.Namespace, *, name: str = "custom") -> Model
     model = ModelShape(
         name=name,
         source="command line",
-        num_parameters=0,
         num_layers=namespace.num_layers,
         hidden_size=namespace.hidden_size,
         ffn_hidden_size=ffn_hidden_size,
@@ -55,7 +53,7 @@ def build_model(namespace: argparse.Namespace, *, name: str = "custom") -> Model
         rope_scaling=RopeScaling(factor=namespace.rope_scaling_factor) if namespace.use_rope_scaling else None,
         rotary_seq_len_interpolation_factor=namespace.rotary_seq_len_interpolation_factor,
     )
-    return dataclasses.replace(model, num_parameters=count_parameters(model))
+    return model
 
 
 def default_ffn_hidden_size(hidden_size: int, is_swiglu: bool) -> int:
@@ -63,11 +61,11 @@ def default_ffn_hidden_size(hidden_size: int, is_swiglu: bool) -> int:
     return int((4 * hidden_size * 2 / 3) / 64) * 64 if is_swiglu else 4 * hidden_size
 
 
-def _select_activation(namespace: argparse.Namespace) -> Literal["swiglu", "gelu", "gelu_erf"]:
+def _select_activation(namespace: argparse.Namespace) -> Literal["swiglu", "gelu_tanh", "gelu_erf"]:
     """Megatron's fused bias-gelu computes the tanh approximation; without the fusion it is the exact gelu."""
     if namespace.swiglu:
         return "swiglu"
-    return "gelu" if namespace.bias_gelu_fusion and namespace.add_bias_linear else "gelu_erf"
+    return "gelu_tanh" if namespace.bias_gelu_fusion and namespace.add_bias_linear else "gelu_erf"
 
 
 def _build_moe(namespace: argparse.Namespace, ffn_hidden_size: int) -> MoeShape | None:

@@ -182,7 +182,7 @@ def _describe_computation(model: ModelShape) -> dict[str, object]:
     if model.rope_scaling is not None:
         values["rope_scaling_factor"] = model.rope_scaling.factor
     if model.activation != "swiglu":
-        values["bias_gelu_fusion"] = model.activation == "gelu"
+        values["bias_gelu_fusion"] = model.activation == "gelu_tanh"
     if model.moe is not None:
         values["moe_router_topk"] = model.moe.router_topk
         values["moe_router_pre_softmax"] = not model.moe.is_topk_renormalized

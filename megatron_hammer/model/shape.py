@@ -4,7 +4,7 @@ Names are mcore's. It is translated to and from Megatron's arguments in `config/
 Hugging Face config in `checkpoint/hugging_face/`, nowhere else. How a model is trained is a `Recipe` (presets/).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -36,15 +36,14 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelShape:
-    """The architecture of one model, in mcore's names. `num_parameters` excludes vocabulary padding.
+    """The architecture of one model, in mcore's names. Two shapes are equal if they describe the same architecture.
 
-    activation "gelu" is the tanh approximation (GPT-2's `gelu_new`), which is what Megatron's fused bias-gelu computes;
-    "gelu_erf" is the exact one, which it computes without that fusion.
+    activation "gelu_tanh" is the tanh approximation (GPT-2's `gelu_new`), which Megatron's fused bias-gelu computes;
+    "gelu_erf" is the exact function, which Megatron computes without that fusion.
     """
 
-    name: str
-    source: str  # where the numbers come from
-    num_parameters: int  # exact, checked against the built model
+    name: str = field(compare=False)
+    source: str = field(compare=False)  # where the numbers come from
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
@@ -54,7 +53,7 @@ class ModelShape:
     max_position_embeddings: int
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
     norm_epsilon: float = 1e-5
-    activation: Literal["swiglu", "gelu", "gelu_erf"] = "swiglu"
+    activation: Literal["swiglu", "gelu_tanh", "gelu_erf"] = "swiglu"
     position_embedding_type: Literal["rope", "learned_absolute"] = "rope"
     rotary_base: int = 10_000
     has_linear_bias: bool = False  # every linear but the head; implies the qkv bias

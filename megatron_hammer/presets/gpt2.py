@@ -7,10 +7,10 @@ from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.presets.preset import Preset, Recipe
 
 GPT2_124M = Preset(
+    num_parameters=124_439_808,
     model=ModelShape(
         name="gpt2-124m",
         source="GPT-2 config.json",
-        num_parameters=124_439_808,
         num_layers=12,
         hidden_size=768,
         ffn_hidden_size=3072,
@@ -19,7 +19,7 @@ GPT2_124M = Preset(
         vocab_size=50_257,
         max_position_embeddings=1024,
         normalization="LayerNorm",
-        activation="gelu",
+        activation="gelu_tanh",
         position_embedding_type="learned_absolute",
         has_linear_bias=True,
         has_tied_embeddings=True,

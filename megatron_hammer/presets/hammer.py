@@ -8,10 +8,10 @@ from megatron_hammer.model.shape import ModelShape, MoeShape
 from megatron_hammer.presets.preset import Preset, Recipe
 
 HAMMER_1B4 = Preset(
+    num_parameters=1_402_288_128,
     model=ModelShape(
         name="hammer-1b4",
         source="HammerLLM config.json",
-        num_parameters=1_402_288_128,
         num_layers=22,
         hidden_size=2048,
         ffn_hidden_size=5632,
@@ -50,10 +50,10 @@ _TINY_RECIPE = Recipe(
 )
 
 HAMMER_TINY = Preset(
+    num_parameters=4_851_968,
     model=ModelShape(
         name="hammer-tiny",
         source="ours: hammer-1b4 with hidden/8; 8 heads a query group, ffn 2.75 x hidden, vocab 16 x hidden or more",
-        num_parameters=4_851_968,
         num_layers=4,  # the least that TP2 x PP2 x VP2 can share out
         hidden_size=256,
         ffn_hidden_size=704,
@@ -66,10 +66,10 @@ HAMMER_TINY = Preset(
 )
 
 HAMMER_TINY_MOE = Preset(
+    num_parameters=9_182_464,
     model=ModelShape(
         name="hammer-tiny-moe",
         source="ours: hammer-tiny with Qwen2-MoE layers; the active experts are as wide as hammer-tiny's MLP",
-        num_parameters=9_182_464,
         num_layers=4,
         hidden_size=256,
         ffn_hidden_size=704,

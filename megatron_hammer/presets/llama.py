@@ -24,10 +24,10 @@ def _llama2(
 ) -> Preset:
     """Llama 2: 4M tokens a step, 2T tokens, cosine to a tenth, warm-up 2000, epsilon 1e-5 (section 2.2)."""
     return Preset(
+        num_parameters=num_parameters,
         model=ModelShape(
             name=f"llama2-{size}",
             source=f"meta-llama/Llama-2-{size}-hf config.json",
-            num_parameters=num_parameters,
             num_layers=num_layers,
             hidden_size=hidden_size,
             ffn_hidden_size=ffn_hidden_size,
@@ -69,10 +69,10 @@ def _llama3(
 ) -> Preset:
     """Llama 3: 8 query groups, 15T tokens; the batch and warm-up of 8B and 70B are unpublished, NVIDIA's are taken."""
     return Preset(
+        num_parameters=num_parameters,
         model=ModelShape(
             name=f"llama3-{size}",
             source=f"meta-llama/Meta-Llama-3-{size.upper()} config.json",
-            num_parameters=num_parameters,
             num_layers=num_layers,
             hidden_size=hidden_size,
             ffn_hidden_size=ffn_hidden_size,

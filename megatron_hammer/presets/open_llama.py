@@ -7,11 +7,11 @@ from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.presets.preset import Preset, Recipe
 
 OPEN_LLAMA_7B = Preset(
+    num_parameters=6_885_879_808,
     model=ModelShape(
         name="open-llama-7b",
         # 409,600,000 embedding (shared with the head) + 8,192 LayerNorm on it + 32 x 202,383,360 + 4,096 final norm.
         source="Open-Llama README_en.md (the printed model summary) and pretrain_llama.py",
-        num_parameters=6_885_879_808,
         num_layers=32,
         hidden_size=4096,
         ffn_hidden_size=11_008,

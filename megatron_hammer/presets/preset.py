@@ -56,8 +56,9 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preset:
-    """What `--preset NAME` selects."""
+    """What `--preset NAME` selects. num_parameters: the published count, without vocabulary padding; tests check it."""
 
+    num_parameters: int
     model: ModelShape
     recipe: Recipe
 

@@ -22,10 +22,10 @@ def _tiny_llm_zh(
     """One row of the family's table: multi-head attention, qkv bias, ChatGLM3's vocabulary, untied."""
     tokens_per_step = 256 * seq_length
     return Preset(
+        num_parameters=num_parameters,
         model=ModelShape(
             name=f"tiny-llm-zh-{size}",
             source=source,
-            num_parameters=num_parameters,
             num_layers=num_layers,
             hidden_size=hidden_size,
             ffn_hidden_size=ffn_hidden_size,

@@ -7,10 +7,10 @@ from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.presets.preset import Preset, Recipe
 
 TINYLLAMA_1B1 = Preset(
+    num_parameters=1_100_048_384,
     model=ModelShape(
         name="tinyllama-1b1",
         source="TinyLlama/TinyLlama-1.1B config.json",
-        num_parameters=1_100_048_384,
         num_layers=22,
         hidden_size=2048,
         ffn_hidden_size=5632,

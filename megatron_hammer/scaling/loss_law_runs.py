@@ -17,7 +17,6 @@ from megatron_hammer.model.accounting import (
     FlopConvention,
     count_active_parameters,
     count_flops_per_token,
-    count_parameters,
 )
 from megatron_hammer.model.parameters import embedding_tensors, head_tensors
 from megatron_hammer.model.shape import ModelShape
@@ -137,10 +136,7 @@ def _read_model(text: str, read_hf_model: Callable[[Path], ModelShape]) -> Model
         text = name
     is_folder = text not in PRESETS and Path(text).exists()
     model = read_hf_model(Path(text)) if is_folder else select_preset(text).model
-    if vocab_size is None:
-        return model
-    model = replace(model, vocab_size=vocab_size)
-    return replace(model, num_parameters=count_parameters(model))
+    return model if vocab_size is None else replace(model, vocab_size=vocab_size)
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_hammer.errors import DataError
-from megatron_hammer.model.accounting import FLOP_CONVENTIONS, count_flops_per_token
+from megatron_hammer.model.accounting import FLOP_CONVENTIONS, count_flops_per_token, count_parameters
 from megatron_hammer.scaling.sweep import Setting
 
 COLUMNS = (
@@ -100,7 +100,7 @@ def build_row(measured: MeasuredSetting, *, gpu_type: str, source: str, statisti
     return {
         "source": source,
         "model": model.name,
-        "params_B": f"{model.num_parameters / 1e9:.6g}",
+        "params_B": f"{count_parameters(model) / 1e9:.6g}",
         "layers": model.num_layers,
         "hidden": model.hidden_size,
         "heads": model.num_attention_heads,

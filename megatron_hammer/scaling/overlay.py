@@ -62,7 +62,6 @@ def _shape_of(model: ModelShape) -> ModelShape:
         model,
         name="",
         source="",
-        num_parameters=0,
         kv_channels=model.head_dim,
         max_position_embeddings=0,
         norm_epsilon=0.0,

@@ -5,7 +5,7 @@ its name is refused with the reason.
 """
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from megatron_hammer.model.accounting import count_parameters
@@ -34,7 +34,7 @@ class KnownModel:
     kv_heads: int | None = None  # None: multi-head attention
     ffn: int | None = None
     vocab: int | None = None
-    activation: Literal["swiglu", "gelu"] = "gelu"
+    activation: Literal["swiglu", "gelu_tanh"] = "gelu_tanh"
     is_tied: bool = True
     has_bias: bool = True
     has_rope: bool = False
@@ -256,7 +256,7 @@ def _build_model(
         is_gated = shape["ffn"] != 4 * shape["hidden"]
         rule = "swiglu, as ffn is not four times hidden" if is_gated else "gelu, as ffn is four times hidden"
         family = KnownModel(
-            pattern="", source="rule", activation="swiglu" if is_gated else "gelu", is_tied=not is_gated,
+            pattern="", source="rule", activation="swiglu" if is_gated else "gelu_tanh", is_tied=not is_gated,
             has_bias=not is_gated, has_rope=is_gated,
         )  # fmt: skip
         assumptions.append(f"activation {rule}")
@@ -266,7 +266,6 @@ def _build_model(
     model = ModelShape(
         name=row.model,
         source=row.source,
-        num_parameters=0,
         num_layers=shape["layers"],
         hidden_size=shape["hidden"],
         ffn_hidden_size=shape["ffn"],
@@ -281,12 +280,12 @@ def _build_model(
         has_tied_embeddings=family.is_tied,
         kv_channels=head_dim,
     )
-    return replace(model, num_parameters=count_parameters(model))
+    return model
 
 
 def _note_size(row: PublishedRow, model: ModelShape, assumptions: list[str]) -> None:
     if row.params_b is None:
         return
-    counted = model.num_parameters / 1e9
+    counted = count_parameters(model) / 1e9
     if abs(counted / row.params_b - 1) > NOTABLE_SIZE_DIFFERENCE_RATIO:
         assumptions.append(f"{counted:.2f} B parameters as built, where the row says {row.params_b:g} B")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_hammer.model.accounting import FLOP_CONVENTIONS
+from megatron_hammer.model.accounting import FLOP_CONVENTIONS, count_parameters
 from megatron_hammer.scaling.projection import (
     StudyResult,
     describe_plan,
@@ -137,7 +137,7 @@ def _list_sources(result: StudyResult) -> list[tuple[str, str]]:
     study = result.study
     origin = f"preset {study.preset}" if study.preset else str(study.hf_config)
     return [
-        (f"Model {study.model.name} ({study.model.num_parameters:,} parameters)", f"{origin}: {study.model.source}"),
+        (f"Model {study.model.name} ({count_parameters(study.model):,} parameters)", f"{origin}: {study.model.source}"),
         (f"GPU {study.gpu.name}", study.gpu.source),
         (f"Cluster {study.cluster.name}", study.cluster.source),
     ]

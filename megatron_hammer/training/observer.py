@@ -13,7 +13,7 @@ from megatron_hammer.config.arguments import ParsedArguments, describe_model
 from megatron_hammer.config.data_order import RECORD_NAME, describe_continuation
 from megatron_hammer.config.model_from_arguments import build_model
 from megatron_hammer.config.start_model import describe_weights
-from megatron_hammer.model.accounting import count_flops_per_token
+from megatron_hammer.model.accounting import count_flops_per_token, count_parameters
 from megatron_hammer.platforms.device import max_over_ranks, read_device_name, read_peak_memory_bytes
 from megatron_hammer.platforms.gpu_peaks import find_dense_peak_tflops
 from megatron_hammer.training.metrics import MFU_CONVENTION, MetricsLog, RunFacts, Stopwatch, read_metrics
@@ -62,7 +62,7 @@ def describe_run(arguments: ParsedArguments) -> str:
     ranks = "1 rank" if namespace.world_size == 1 else f"{namespace.world_size} ranks"
     return (
         f"{describe_model(arguments)}: "
-        f"{build_model(namespace).num_parameters:,} parameters, {ranks} ({layout}), "
+        f"{count_parameters(build_model(namespace)):,} parameters, {ranks} ({layout}), "
         f"{namespace.platform} platform, {namespace.backend} backend, {str(namespace.params_dtype).split('.')[-1]}"
     )
 

@@ -313,7 +313,7 @@ def test_both_readmes_have_the_same_commands() -> None:
 def test_preset_table_is_complete_and_exact(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `([\w.-]+)` \| ([\d,]+) \|", text, re.MULTILINE))
-    assert rows == {name: f"{preset.model.num_parameters:,}" for name, preset in PRESETS.items()}
+    assert rows == {name: f"{preset.num_parameters:,}" for name, preset in PRESETS.items()}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

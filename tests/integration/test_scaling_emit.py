@@ -57,7 +57,7 @@ def build_script(name: str, launcher: Any) -> tuple[str, int]:
 def build_own_model() -> Any:
     from dataclasses import replace
 
-    return replace(PRESETS["llama3-8b"].model, name="own", num_layers=24, num_parameters=0)
+    return replace(PRESETS["llama3-8b"].model, name="own", num_layers=24)
 
 
 def list_words(script: Path, tmp_path: Path, *flags: str, **variables: str) -> list[str]:

@@ -87,7 +87,7 @@ FAMILIES = {
     "gpt2": (transformers.GPT2Config(**GPT2_SIZES), {"activation": "gelu_erf"}),
     "gpt2 with the exact gelu": (
         transformers.GPT2Config(**GPT2_SIZES, n_inner=136, activation_function="gelu", tie_word_embeddings=False),
-        {"activation": "gelu"},
+        {"activation": "gelu_tanh"},
     ),
 }
 
@@ -137,7 +137,7 @@ def test_a_folder_of_transformers_is_the_same_model(name, tmp_path):
     assert max(compare(ours, reference, VOCABULARY).values()) < TOLERANCE
 
     num_built = sum(parameter.numel() for parameter in reference.parameters())
-    assert preset.num_parameters == num_built
+    assert count_parameters(preset) == num_built
     padding_rows = namespace.padded_vocab_size - VOCABULARY
     padding = padding_rows * 96 * (1 if architecture.has_tied_embeddings else 2)
     assert sum(parameter.numel() for parameter in ours.parameters()) == num_built + padding

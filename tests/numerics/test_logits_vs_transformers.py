@@ -55,7 +55,7 @@ TOYS = {
         TOY_LLAMA,
         num_query_groups=12,
         normalization="LayerNorm",
-        activation="gelu",
+        activation="gelu_tanh",
         position_embedding_type="learned_absolute",
         has_linear_bias=True,
         has_tied_embeddings=True,

@@ -16,7 +16,6 @@ from megatron_hammer.model.shape import ModelShape, MoeShape
 LLAMA = ModelShape(
     name="toy-llama",
     source="",
-    num_parameters=0,
     num_layers=12,
     hidden_size=96,
     ffn_hidden_size=136,
@@ -34,7 +33,7 @@ TOYS = {
         LLAMA,
         num_query_groups=16,
         normalization="LayerNorm",
-        activation="gelu",
+        activation="gelu_tanh",
         position_embedding_type="learned_absolute",
         has_linear_bias=True,
         has_tied_embeddings=True,

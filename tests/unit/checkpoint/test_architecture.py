@@ -30,7 +30,7 @@ def test_the_vocabulary_may_be_given_or_left_padded():
         read_architecture(toy_arguments(vocab_size=None, padded_vocab_size=None))
 
 
-@pytest.mark.parametrize("fusion, activation", [(True, "gelu_tanh"), (False, "gelu")])
+@pytest.mark.parametrize("fusion, activation", [(True, "gelu_tanh"), (False, "gelu_erf")])
 def test_gelu_is_the_approximation_only_where_megatron_fuses_it(fusion, activation):
     arguments = toy_arguments(**GPT2_ARGUMENTS | {"bias_gelu_fusion": fusion})
     assert read_architecture(arguments).activation == activation

@@ -159,7 +159,7 @@ def test_tiny_llm_zh_is_a_llama_with_biases_that_qwen2_computes():
 @pytest.mark.parametrize("name", ["gelu_new", "gelu_pytorch_tanh", "gelu_fast"])
 def test_every_spelling_of_the_approximate_gelu_is_one(name):
     assert interpret_config(GPT2 | {"activation_function": name}).activation == "gelu_tanh"
-    assert interpret_config(GPT2 | {"activation_function": "gelu"}).activation == "gelu"
+    assert interpret_config(GPT2 | {"activation_function": "gelu"}).activation == "gelu_erf"
 
 
 @pytest.mark.parametrize(

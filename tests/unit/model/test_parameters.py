@@ -20,7 +20,6 @@ from megatron_hammer.presets.catalogue import PRESETS
 TOY = ModelShape(
     name="toy",
     source="",
-    num_parameters=0,
     num_layers=6,
     hidden_size=48,
     ffn_hidden_size=140,
@@ -55,7 +54,7 @@ def test_each_option_adds_its_own_parameters():
     for option, number in added.items():
         assert count_parameters(dataclasses.replace(TOY, **{option: True})) - plain == number, option
     assert count_parameters(dataclasses.replace(TOY, normalization="LayerNorm")) - plain == 13 * 48
-    assert count_parameters(dataclasses.replace(TOY, activation="gelu")) - plain == -6 * 140 * 48
+    assert count_parameters(dataclasses.replace(TOY, activation="gelu_tanh")) - plain == -6 * 140 * 48
     learned = dataclasses.replace(TOY, position_embedding_type="learned_absolute")
     assert count_parameters(learned) - plain == 20 * 48
 

@@ -57,7 +57,7 @@ def write_projection(path: Path, preset: str, *gpu_counts: int) -> tuple[Path, l
 
 def test_one_size_is_taken_in_proportion(tmp_path: Path) -> None:
     path, (cost_8, cost_64) = write_projection(tmp_path / "p.json", "tinyllama-1b1", 8, 64)
-    size = PRESETS["tinyllama-1b1"].model.num_parameters
+    size = PRESETS["tinyllama-1b1"].num_parameters
     for num_gpus, seconds in ((8, cost_8), (64, cost_64)):
         cost = read_gpu_cost([path], num_gpus, "total")
         assert cost.estimate(size, 1000) == pytest.approx(1000 * seconds)
@@ -71,7 +71,7 @@ def test_several_sizes_give_a_power(tmp_path: Path) -> None:
     small, (small_cost,) = write_projection(tmp_path / "s.json", "gpt2-124m", 8)
     large, (large_cost,) = write_projection(tmp_path / "l.json", "tinyllama-1b1", 8)
     cost = read_gpu_cost([small, large], None, "non-embedding")
-    sizes = PRESETS["gpt2-124m"].model.num_parameters - (50_257 + 1024) * 768, 1_100_048_384 - 2 * 32_000 * 2048
+    sizes = PRESETS["gpt2-124m"].num_parameters - (50_257 + 1024) * 768, 1_100_048_384 - 2 * 32_000 * 2048
     assert cost.estimate(sizes[0], 1) == pytest.approx(small_cost)
     assert cost.estimate(sizes[1], 1) == pytest.approx(large_cost)
     assert 0 < cost.exponent < 1.1  # below one: small layers do not fill the GPU

@@ -6,6 +6,7 @@ import pytest
 from data_paths import SHARED_DATA, needs_shared_data
 from published_tables import COLUMNS, read_one, read_plan, write_table
 
+from megatron_hammer.model.accounting import count_parameters
 from megatron_hammer.scaling.published_runs import read_runs
 
 RUNS_PATH = SHARED_DATA / "scaling" / "published_runs.csv"
@@ -16,7 +17,7 @@ def test_a_complete_row(tmp_path: Path) -> None:
     run = read_one(tmp_path)
     plan, layout = run.plan, run.plan.layout
     assert (plan.model.num_layers, plan.model.hidden_size, plan.model.ffn_hidden_size) == (24, 2048, 8192)
-    assert (plan.model.activation, plan.model.num_query_groups, plan.model.vocab_size) == ("gelu", 16, 51200)
+    assert (plan.model.activation, plan.model.num_query_groups, plan.model.vocab_size) == ("gelu_tanh", 16, 51200)
     sizes = (layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.data_parallel_size)
     assert sizes == (2, 1, 8)
     assert layout.has_sequence_parallel
@@ -85,9 +86,9 @@ def test_known_models_fill_blanks(tmp_path: Path) -> None:
     shape = {"layers": "", "hidden": "", "heads": "", "kv_heads": "", "ffn": "", "vocab": ""}
     model = read_plan(tmp_path, **shape, model="Nemotron4-340B", tp="8", dp="2").model
     assert (model.num_layers, model.hidden_size, model.num_query_groups, model.vocab_size) == (96, 18432, 8, 256_000)
-    assert (model.activation, model.has_tied_embeddings) == ("gelu", False)  # squared ReLU: two matrices
+    assert (model.activation, model.has_tied_embeddings) == ("gelu_tanh", False)  # squared ReLU: two matrices
     run = read_one(tmp_path, **shape, model="llama3.1-8b", params_B="8.03")
-    assert run.plan.model.num_parameters == 8_030_261_248
+    assert count_parameters(run.plan.model) == 8_030_261_248
     assert not any("parameters as built" in text for text in run.assumptions)
     hammer = read_plan(tmp_path, **shape, model="HammerLLM-1.4B")
     assert hammer.model.name == "hammer-1b4"
@@ -225,7 +226,7 @@ def test_no_published_row_is_dropped() -> None:
     assert len(unpredictable) <= 21
     assert len({*(run.row_number for run in runs), *(row.row_number for row in unpredictable)}) == 495
     for run in runs:
-        flops_per_s = 6 * run.plan.model.num_parameters * run.plan.tokens_per_step / run.step_time_s
+        flops_per_s = 6 * count_parameters(run.plan.model) * run.plan.tokens_per_step / run.step_time_s
         utilisation = flops_per_s / run.plan.layout.world_size / (run.plan.gpu.fp16_tflops * 1e12)
         assert 0.02 < utilisation < 1.5, f"line {run.row_number}: {run.assumptions}"  # NVFP4 exceeds the 16-bit peak
 

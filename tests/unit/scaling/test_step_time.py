@@ -190,7 +190,7 @@ def test_gpt_530b_on_2240_a100_reaches_what_its_authors_published(recompute, mfu
         num_attention_heads=128,
         num_query_groups=128,
         vocab_size=51200,
-        activation="gelu",
+        activation="gelu_tanh",
         normalization="LayerNorm",
         position_embedding_type="learned_absolute",
         has_linear_bias=True,
