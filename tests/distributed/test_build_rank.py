@@ -66,7 +66,7 @@ def test_every_rank_together_is_the_model() -> None:
     flags = ("--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2")
     ranks = [build("hammer-tiny", 8, rank, *flags) for rank in range(8)]
     stages = {built.pp_rank: built for built in ranks}
-    assert sum(built.num_parameters for built in stages.values()) == PRESETS["hammer-tiny"].model.num_parameters
+    assert sum(built.num_parameters for built in stages.values()) == PRESETS["hammer-tiny"].num_parameters
     for pp_rank, stage in stages.items():
         shards = [built.optimizer_parameters for built in ranks if built.pp_rank == pp_rank]
         assert len(shards) == 4

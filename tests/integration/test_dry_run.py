@@ -33,7 +33,7 @@ def test_every_preset(name: str) -> None:
     assert time.monotonic() - started_at_s < SECONDS_A_PRESET
     assert report.problems == ()
     assert report.preset == name
-    assert report.model.num_parameters == preset.model.num_parameters
+    assert report.model.num_parameters == preset.num_parameters
     assert report.model.num_parameters_padded >= report.model.num_parameters >= report.model.num_active_parameters
     layers = sorted(layer for stage in report.stages for chunk in stage.layers for layer in chunk)
     assert layers == list(range(preset.model.num_layers))
@@ -47,7 +47,7 @@ def test_every_preset(name: str) -> None:
     assert report.run.num_steps == preset.recipe.train_steps
     assert report.run.num_tokens >= preset.recipe.train_tokens
     assert report.run.flop_convention.startswith("A: ")
-    assert json.loads(json.dumps(report.to_json()))["model"]["num_parameters"] == preset.model.num_parameters
+    assert json.loads(json.dumps(report.to_json()))["model"]["num_parameters"] == preset.num_parameters
 
 
 def test_grid_places_ranks_as_the_layout_does() -> None:

@@ -9,7 +9,7 @@ import pytest
 from planted_losses import PLANTED, plant_runs
 from tool_runs import Finished, run_tool, run_tool_here
 
-from megatron_hammer.model.accounting import count_flops_per_token
+from megatron_hammer.model.accounting import count_flops_per_token, count_parameters
 from megatron_hammer.presets.catalogue import PRESETS
 
 pytestmark = pytest.mark.integration
@@ -85,7 +85,7 @@ def write_training(folder: Path, preset: str, num_steps: int) -> None:
         step_line |= {"model_tflops_per_gpu": 100.0 * count_flops_per_token(model, 256, "A") / 1e12}
         steps.append(json.dumps(step_line))
     (folder / "metrics.jsonl").write_text("\n".join(steps) + "\n")
-    loss = PLANTED.predict(model.num_parameters, 32 * 256 * num_steps)
+    loss = PLANTED.predict(count_parameters(model), 32 * 256 * num_steps)
     validation = {"step": num_steps, "validation_set": "validation", "loss": loss}
     (folder / "validation.jsonl").write_text(json.dumps(validation) + "\n")
 

@@ -117,7 +117,7 @@ def test_every_preset_has_a_class_with_exactly_its_parameters(name):
     model = read_architecture(arguments)
     pairs = expand(select_family(model), model)
     num_parameters = sum(torch.Size(shape).numel() for pair in pairs for shape in pair.hf_shapes)
-    assert num_parameters == count_parameters(preset) == preset.num_parameters
+    assert num_parameters == count_parameters(preset) == PRESETS[name].num_parameters
     config = build_config(select_family(model), model, dtype="bfloat16", bos_id=1, eos_id=2)
     assert interpret_config(config) == model
     again = build_model_preset(interpret_config(config), name=preset.name, source=preset.source)
