@@ -4,7 +4,7 @@
 import argparse
 from pathlib import Path
 
-from megatron_hammer.data.machine_text import build_machine_corpus
+from megatron_hammer.corpus.machine_text import build_machine_corpus
 from megatron_hammer.errors import exit_on_user_error
 
 

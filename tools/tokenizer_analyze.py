@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_hammer.data.readers import Document, find_input_files
+from megatron_hammer.corpus.readers import Document, find_input_files
 from megatron_hammer.errors import ConfigError, DataError, exit_on_user_error
 from megatron_hammer.platforms.terminal_progress import build_byte_progress
 from megatron_hammer.tokenizer import analysis_files, analysis_report, analyze

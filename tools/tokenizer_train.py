@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from megatron_hammer.data.input_files import find_input_files
+from megatron_hammer.corpus.input_files import find_input_files
 from megatron_hammer.errors import ConfigError, exit_on_interrupt, exit_on_user_error
 from megatron_hammer.platforms.terminal_progress import build_byte_progress, build_progress
 from megatron_hammer.tokenizer.recipes import RECIPES, TokenizerRecipe

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_hammer.data.readers import Document
+from megatron_hammer.corpus.readers import Document
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.tokenizer.encoder import Encoder, SentencePieceEncoder
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_hammer.data.blocks import Block, Position, decode_block
+from megatron_hammer.corpus.blocks import Block, Position, decode_block
 from megatron_hammer.data.indexed import select_dtype
 from megatron_hammer.data.preprocess_options import PreprocessOptions
 from megatron_hammer.data.sentences import load_sentence_splitter

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import orjson
 
-from megatron_hammer.data.blocks import Block, BlockKind, decode_document, split_block
-from megatron_hammer.data.json_records import BadRecordError
+from megatron_hammer.corpus.blocks import Block, BlockKind, decode_document, split_block
+from megatron_hammer.corpus.json_records import BadRecordError
 from megatron_hammer.data.near_duplicates import NearDuplicateOptions, Signer
 from megatron_hammer.errors import DataError
 

@@ -19,10 +19,10 @@ import numpy as np
 import orjson
 import zstandard
 
+from megatron_hammer.corpus.blocks import Position, read_blocks, select_whole_files
+from megatron_hammer.corpus.input_files import find_input_files
 from megatron_hammer.data.atomic_files import open_atomically
 from megatron_hammer.data.block_signer import BlockSignerRecipe, SignedBlock
-from megatron_hammer.data.blocks import Position, read_blocks, select_whole_files
-from megatron_hammer.data.input_files import find_input_files
 from megatron_hammer.data.near_duplicates import NearDuplicateOptions
 from megatron_hammer.data.signature_index import Match, SignatureIndex
 from megatron_hammer.data.sorted_runs import SortedRuns

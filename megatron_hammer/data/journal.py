@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 import orjson
 
+from megatron_hammer.corpus.blocks import Position
 from megatron_hammer.data.atomic_files import cannot_write, open_atomically
-from megatron_hammer.data.blocks import Position
 from megatron_hammer.data.indexed_writer import WriterState
 from megatron_hammer.data.manifest import Shard
 from megatron_hammer.errors import DataError

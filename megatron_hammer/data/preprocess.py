@@ -11,8 +11,8 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megatron_hammer.corpus.blocks import Position, count_records_before, read_blocks
 from megatron_hammer.data.block_encoder import BlockEncoderRecipe, require_bos_id, select_sample_texts
-from megatron_hammer.data.blocks import Position, count_records_before, read_blocks
 from megatron_hammer.data.file_hasher import FileHasher
 from megatron_hammer.data.indexed import select_dtype
 from megatron_hammer.data.journal import InputState, Job, Journal, lock_outputs, read_journal, refuse_other_job

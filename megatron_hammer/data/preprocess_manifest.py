@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_hammer.data.blocks import FileSlice
+from megatron_hammer.corpus.blocks import FileSlice
+from megatron_hammer.corpus.input_files import InputFiles, find_input_files
 from megatron_hammer.data.indexed import bin_path, idx_path
-from megatron_hammer.data.input_files import InputFiles, find_input_files
 from megatron_hammer.data.journal import InputState, Job
 from megatron_hammer.data.manifest import (
     Manifest,

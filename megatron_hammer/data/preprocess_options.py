@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_hammer.data.blocks import BLOCK_BYTES
+from megatron_hammer.corpus.blocks import BLOCK_BYTES
 from megatron_hammer.data.manifest import Shard
 from megatron_hammer.data.sharding import select_shard_prefix
 from megatron_hammer.errors import ConfigError

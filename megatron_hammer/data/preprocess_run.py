@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_hammer.corpus.blocks import Position
 from megatron_hammer.data.atomic_files import open_atomically, partial_path
 from megatron_hammer.data.block_encoder import EncodedBlock
-from megatron_hammer.data.blocks import Position
 from megatron_hammer.data.indexed import bin_path, idx_path, read_index
 from megatron_hammer.data.indexed_writer import IndexedWriter
 from megatron_hammer.data.journal import Job, Journal, Phase, write_journal

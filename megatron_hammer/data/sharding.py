@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_hammer.data.blocks import FileSlice, is_cuttable, select_whole_files
+from megatron_hammer.corpus.blocks import FileSlice, is_cuttable, select_whole_files
 from megatron_hammer.data.manifest import Shard
 from megatron_hammer.errors import ConfigError
 

@@ -19,8 +19,8 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, cast
 
+from megatron_hammer.corpus.blocks import Block, Position
 from megatron_hammer.data.block_encoder import EncodedBlock
-from megatron_hammer.data.blocks import Block, Position
 from megatron_hammer.errors import HammerError, PlatformError
 
 MAX_BYTES_IN_FLIGHT = 32 << 20  # one block may be larger; then it is alone

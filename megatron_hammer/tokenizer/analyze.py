@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_hammer.data.readers import Document, decode_record, find_input_files, read_records
+from megatron_hammer.corpus.readers import Document, decode_record, find_input_files, read_records
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.tokenizer.coverage import LevelCoverage, measure_coverage
 from megatron_hammer.tokenizer.encoder import Encoder, load_encoder

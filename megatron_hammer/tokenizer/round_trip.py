@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from megatron_hammer.data.readers import Document
+from megatron_hammer.corpus.readers import Document
 
 CONTEXT_CHARS = 8
 SHOWN_CHARS = 40

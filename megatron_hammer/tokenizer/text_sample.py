@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_hammer.data.readers import find_input_files, read_documents
+from megatron_hammer.corpus.readers import find_input_files, read_documents
 from megatron_hammer.errors import ConfigError
 
 OnBytesRead = Callable[[int], None]

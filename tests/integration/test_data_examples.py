@@ -9,8 +9,8 @@ import orjson
 import pytest
 import transformers
 
+from megatron_hammer.corpus.readers import read_documents
 from megatron_hammer.data.indexed import read_index
-from megatron_hammer.data.readers import read_documents
 from megatron_hammer.tokenizer.encoder import load_encoder
 
 pytestmark = pytest.mark.integration

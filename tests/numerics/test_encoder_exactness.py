@@ -11,7 +11,7 @@ import pytest
 from data_paths import SHARED_DATA, needs_shared_data
 from hostile_text import build_hostile_texts
 
-from megatron_hammer.data.readers import read_documents
+from megatron_hammer.corpus.readers import read_documents
 from megatron_hammer.tokenizer.encoder import Encoder, load_encoder
 from megatron_hammer.tokenizer.fast_encoder import EncoderChoice, FastEncoder, PartwiseEncoder, select_encoder
 from megatron_hammer.tokenizer.native_encoder import NativeEncoder

@@ -27,7 +27,7 @@ from megatron_hammer.checkpoint.gguf.gguf_file import MAX_RELATIVE_ERROR
 from megatron_hammer.checkpoint.gguf.llama_cpp import open_llama_cpp
 from megatron_hammer.checkpoint.gguf.tokenizer import read_vocabulary
 from megatron_hammer.checkpoint.gguf.tokenizer_check import OVERLAP, compare_tokenizers
-from megatron_hammer.data.readers import read_documents
+from megatron_hammer.corpus.readers import read_documents
 from megatron_hammer.errors import ConversionError
 
 pytest.importorskip("xllamacpp", reason="xllamacpp, the wheel of llama.cpp, is missing; pip install xllamacpp")

@@ -17,9 +17,9 @@ from nltk.tokenize.punkt import PunktTokenizer
 from punkt_model import write_punkt_model
 from toy_tokenizer import TOY_TEXTS, train_toy_tokenizer, write_jsonl
 
+from megatron_hammer.corpus.readers import read_documents
 from megatron_hammer.data.preprocess import preprocess
 from megatron_hammer.data.preprocess_options import PreprocessOptions
-from megatron_hammer.data.readers import read_documents
 
 HOSTILE_TEXTS = [
     "",

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from megatron_hammer.checkpoint.gguf.tokenizer import GgufVocabulary
-from megatron_hammer.data.readers import Document
+from megatron_hammer.corpus.readers import Document
 from megatron_hammer.tokenizer.hugging_face import WHITESPACE_SYMBOL
 from megatron_hammer.tokenizer.sentencepiece_model import PieceType
 

@@ -22,7 +22,7 @@ from megatron_hammer.checkpoint.gguf.tokenizer_check import (
     summarise_comparison,
 )
 from megatron_hammer.checkpoint.verification.verify import CheckRow
-from megatron_hammer.data.readers import Document, read_documents
+from megatron_hammer.corpus.readers import Document, read_documents
 from megatron_hammer.data.worker_pool import count_cores
 from megatron_hammer.tokenizer.hugging_face import SAMPLE_TEXTS
 

@@ -17,7 +17,7 @@ from megatron_hammer.checkpoint.tokenizer_export import (
     read_chat_template,
 )
 from megatron_hammer.checkpoint.tokenizer_verification import load_with_transformers
-from megatron_hammer.data.readers import Document
+from megatron_hammer.corpus.readers import Document
 from megatron_hammer.errors import ConversionError, DataError
 from megatron_hammer.tokenizer.encoder import SentencePieceEncoder, load_encoder
 from megatron_hammer.tokenizer.hugging_face import SAMPLE_TEXTS, build_fast_tokenizer, check_same_encoding

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from toy_tokenizer import TOY_TEXTS, train_toy_tokenizer, write_jsonl
 
+from megatron_hammer.corpus.blocks import Block, read_blocks, select_whole_files
 from megatron_hammer.data.block_encoder import (
     BlockEncoder,
     EncodedField,
@@ -14,7 +15,6 @@ from megatron_hammer.data.block_encoder import (
     require_bos_id,
     select_sample_texts,
 )
-from megatron_hammer.data.blocks import Block, read_blocks, select_whole_files
 from megatron_hammer.data.preprocess_options import PreprocessOptions
 from megatron_hammer.errors import DataError
 from megatron_hammer.tokenizer.encoder import Encoder, load_encoder

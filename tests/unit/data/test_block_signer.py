@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_hammer.corpus.blocks import BlockKind, read_blocks, select_whole_files
 from megatron_hammer.data.block_signer import BlockSignerRecipe, digest_text, encode_line
-from megatron_hammer.data.blocks import BlockKind, read_blocks, select_whole_files
 from megatron_hammer.data.near_duplicates import NearDuplicateOptions, Signer
 from megatron_hammer.errors import DataError
 

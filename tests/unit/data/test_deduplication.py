@@ -13,8 +13,8 @@ import pytest
 import zstandard
 from toy_tokenizer import write_jsonl
 
+from megatron_hammer.corpus.blocks import BLOCK_BYTES
 from megatron_hammer.data.block_signer import DIGEST_DTYPE
-from megatron_hammer.data.blocks import BLOCK_BYTES
 from megatron_hammer.data.deduplication import DedupCounts, DedupOptions, FirstOccurrences, deduplicate
 from megatron_hammer.data.near_duplicates import NearDuplicateOptions
 from megatron_hammer.errors import ConfigError, DataError

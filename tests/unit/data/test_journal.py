@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hammer.data.blocks import Position
+from megatron_hammer.corpus.blocks import Position
 from megatron_hammer.data.indexed_writer import WriterState
 from megatron_hammer.data.journal import (
     InputState,

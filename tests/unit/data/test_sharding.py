@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from toy_tokenizer import write_jsonl
 
-from megatron_hammer.data.blocks import decode_block, read_blocks
+from megatron_hammer.corpus.blocks import decode_block, read_blocks
 from megatron_hammer.data.manifest import Shard
 from megatron_hammer.data.sharding import parse_shard, select_shard_prefix, select_slices
 from megatron_hammer.errors import ConfigError

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_hammer.corpus.blocks import Block, BlockKind, Position
 from megatron_hammer.data import worker_pool
 from megatron_hammer.data.block_encoder import EncodedBlock, EncodedField
-from megatron_hammer.data.blocks import Block, BlockKind, Position
 from megatron_hammer.data.worker_pool import encode_in_order, receive_object, send_object
 from megatron_hammer.errors import DataError, PlatformError
 

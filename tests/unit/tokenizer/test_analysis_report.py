@@ -10,7 +10,7 @@ from matplotlib import image
 from rich.console import Console
 from toy_tokenizer import TOY_TEXTS, train_toy_tokenizer
 
-from megatron_hammer.data.readers import Document
+from megatron_hammer.corpus.readers import Document
 from megatron_hammer.tokenizer import coverage
 from megatron_hammer.tokenizer.analysis_files import _drawable, write_csv, write_plot
 from megatron_hammer.tokenizer.analysis_report import describe_analysis, print_analysis, summarise_analysis

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from toy_tokenizer import TOY_TEXTS, TOY_VOCAB_SIZE, train_toy_tokenizer, write_jsonl
 
-from megatron_hammer.data.readers import Document
+from megatron_hammer.corpus.readers import Document
 from megatron_hammer.errors import ConfigError, DataError
 from megatron_hammer.tokenizer import analyze
 from megatron_hammer.tokenizer.analyze import (

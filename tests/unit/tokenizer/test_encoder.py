@@ -13,7 +13,7 @@ import tokenizers
 from data_paths import SHARED_DATA, needs_shared_data
 from toy_tokenizer import TOY_TEXTS, TOY_VOCAB_SIZE, train_toy_tokenizer
 
-from megatron_hammer.data.readers import read_documents
+from megatron_hammer.corpus.readers import read_documents
 from megatron_hammer.errors import DataError
 from megatron_hammer.tokenizer.encoder import load_encoder, require_eod_id
 from megatron_hammer.tokenizer.fast_encoder import select_encoder

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from megatron_hammer.data.readers import Document
+from megatron_hammer.corpus.readers import Document
 from megatron_hammer.tokenizer.round_trip import LossKind, RoundTripCounts, find_losses
 
 

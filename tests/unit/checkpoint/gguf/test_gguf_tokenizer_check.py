@@ -15,7 +15,7 @@ from megatron_hammer.checkpoint.gguf.tokenizer_check import (
     summarise_comparison,
 )
 from megatron_hammer.checkpoint.tokenizer_export import export_tokenizer
-from megatron_hammer.data.readers import Document
+from megatron_hammer.corpus.readers import Document
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from megatron_hammer.data.json_array import BrokenArrayError, ElementRun, cut_elements, split_elements
+from megatron_hammer.corpus.json_array import BrokenArrayError, ElementRun, cut_elements, split_elements
 
 ELEMENTS = [
     {"text": 'a "quoted" \\ text, with [brackets] and {braces}', "n": [1, [2, {"x": ","}]]},

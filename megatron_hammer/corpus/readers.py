@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_hammer.data.blocks import BlockKind, decode_document, read_blocks, select_whole_files, split_block
-from megatron_hammer.data.byte_streams import OnBytesRead
-from megatron_hammer.data.input_files import find_input_files
-from megatron_hammer.data.json_records import BadRecordError
+from megatron_hammer.corpus.blocks import BlockKind, decode_document, read_blocks, select_whole_files, split_block
+from megatron_hammer.corpus.byte_streams import OnBytesRead
+from megatron_hammer.corpus.input_files import find_input_files
+from megatron_hammer.corpus.json_records import BadRecordError
 from megatron_hammer.errors import DataError
 
 __all__ = ["Document", "Record", "decode_record", "find_input_files", "read_documents", "read_records"]

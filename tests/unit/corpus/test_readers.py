@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from megatron_hammer.data.readers import Document, find_input_files, read_documents, read_records
+from megatron_hammer.corpus.readers import Document, find_input_files, read_documents, read_records
 from megatron_hammer.errors import DataError
 
 TEXTS = ["first", "第二\n行", "", "a\x00b", 'quote " and \\']

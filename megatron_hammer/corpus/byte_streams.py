@@ -8,7 +8,7 @@ from typing import Any, BinaryIO, cast
 
 import zstandard
 
-from megatron_hammer.data.input_files import is_compressed
+from megatron_hammer.corpus.input_files import is_compressed
 
 READ_BUFFER_BYTES = 1 << 20
 # A few bytes of zstd can stand for 128 KiB; small chunks keep what one of them becomes within memory.

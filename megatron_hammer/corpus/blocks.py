@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, cast
 
 import zstandard
 
-from megatron_hammer.data.byte_streams import (
+from megatron_hammer.corpus.byte_streams import (
     READ_BUFFER_BYTES,
     UTF8_BOM,
     OnBytesRead,
@@ -25,16 +25,16 @@ from megatron_hammer.data.byte_streams import (
     skip_to,
     starts_with_bracket,
 )
-from megatron_hammer.data.input_files import bare_name, is_compressed
-from megatron_hammer.data.json_array import BrokenArrayError, cut_elements, split_elements
-from megatron_hammer.data.json_records import (
+from megatron_hammer.corpus.input_files import bare_name, is_compressed
+from megatron_hammer.corpus.json_array import BrokenArrayError, cut_elements, split_elements
+from megatron_hammer.corpus.json_records import (
     BadRecordError,
     decode_json_record,
     decode_plain_lines,
     decode_utf8,
     select_texts,
 )
-from megatron_hammer.data.parquet_rows import count_rows, decode_rows, read_row_batches
+from megatron_hammer.corpus.parquet_rows import count_rows, decode_rows, read_row_batches
 from megatron_hammer.errors import DataError
 
 # Small beside the memory that is allowed, large enough that nobody waits for a pipe: 40 to 50 MB/s against 256 KiB.

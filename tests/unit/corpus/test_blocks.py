@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from megatron_hammer.data.blocks import (
+from megatron_hammer.corpus.blocks import (
     Block,
     FileSlice,
     Position,

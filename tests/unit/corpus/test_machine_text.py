@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hammer.data.machine_text import build_machine_corpus, find_machine_text
+from megatron_hammer.corpus.machine_text import build_machine_corpus, find_machine_text
 from megatron_hammer.errors import DataError
 
 
