@@ -22,7 +22,7 @@ from megatron_hammer.checkpoint.surgery.upcycle import ExpertShape, upcycle
 from megatron_hammer.checkpoint.surgery.vocab_resize import NewVocabulary, resize_vocabulary
 from megatron_hammer.checkpoint.surgery.weights_only import keep_weights
 from megatron_hammer.errors import ConfigError, exit_on_interrupt, exit_on_user_error
-from megatron_hammer.platforms.terminal_progress import show_stages
+from megatron_hammer.files.progress import show_stages
 
 OnTensor = Callable[[str, int, int], None]
 

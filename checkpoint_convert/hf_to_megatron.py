@@ -18,7 +18,7 @@ from megatron_hammer.checkpoint.import_hf import DTYPES, ImportOptions, ImportRe
 from megatron_hammer.checkpoint.verification.table import print_checks
 from megatron_hammer.checkpoint.verification.verify import LEVELS
 from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
-from megatron_hammer.platforms.terminal_progress import build_progress
+from megatron_hammer.files.progress import build_progress
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -34,7 +34,7 @@ from megatron_hammer.checkpoint.inspection.tensor_views import OpenedCheckpoint,
 from megatron_hammer.checkpoint.verification.table import print_checks
 from megatron_hammer.checkpoint.verification.verify import LEVELS, CheckRow, verify_model
 from megatron_hammer.errors import ConfigError, exit_on_interrupt, exit_on_user_error
-from megatron_hammer.platforms.terminal_progress import build_progress
+from megatron_hammer.files.progress import build_progress
 
 DIFFERENT_EXIT_CODE = 1
 

@@ -23,7 +23,7 @@ from megatron_hammer.checkpoint.reader import WEIGHTS
 from megatron_hammer.checkpoint.verification.table import print_checks
 from megatron_hammer.checkpoint.verification.verify import LEVELS
 from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
-from megatron_hammer.platforms.terminal_progress import show_stages
+from megatron_hammer.files.progress import show_stages
 
 
 def parse_arguments() -> argparse.Namespace:

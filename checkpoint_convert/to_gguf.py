@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatron_hammer.checkpoint.verification.table import print_checks
 from megatron_hammer.errors import USER_ERROR_EXIT_CODE, exit_on_interrupt, exit_on_user_error
-from megatron_hammer.platforms.terminal_progress import show_stages
+from megatron_hammer.files.progress import show_stages
 
 try:
     from megatron_hammer.checkpoint.gguf.export import GgufOptions, GgufReport, export_to_gguf

@@ -20,7 +20,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from megatron_hammer.data.atomic_files import open_atomically
 from megatron_hammer.data.blending import (
     DEFAULT_MAX_EPOCHS,
     BlendSource,
@@ -38,6 +37,7 @@ from megatron_hammer.data.blending import (
     weigh_by_tokens,
 )
 from megatron_hammer.errors import ConfigError, exit_on_user_error
+from megatron_hammer.files.atomic_files import open_atomically
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 

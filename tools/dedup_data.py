@@ -17,7 +17,7 @@ from megatron_hammer.data.deduplication import DedupCounts, DedupOptions, dedupl
 from megatron_hammer.data.near_duplicates import NearDuplicateOptions, removal_probability
 from megatron_hammer.data.worker_pool import count_cores
 from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
-from megatron_hammer.platforms.terminal_progress import build_byte_progress
+from megatron_hammer.files.progress import build_byte_progress
 
 SHOWN_SIMILARITIES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 

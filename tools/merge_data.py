@@ -16,7 +16,7 @@ import orjson
 
 from megatron_hammer.data.merge import MergedPair, merge_pairs
 from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
-from megatron_hammer.platforms.terminal_progress import build_byte_progress
+from megatron_hammer.files.progress import build_byte_progress
 
 DEFAULT_SEED = 1234
 

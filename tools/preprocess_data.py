@@ -24,7 +24,7 @@ from megatron_hammer.data.preprocess_run import MAX_PROBLEMS_SHOWN
 from megatron_hammer.data.sharding import parse_shard
 from megatron_hammer.data.worker_pool import count_cores
 from megatron_hammer.errors import exit_on_user_error
-from megatron_hammer.platforms.terminal_progress import build_byte_progress
+from megatron_hammer.files.progress import build_byte_progress
 
 SIGNAL_EXIT_CODE = 128
 

@@ -18,7 +18,7 @@ from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from megatron_hammer.corpus.input_files import find_input_files
 from megatron_hammer.errors import ConfigError, exit_on_interrupt, exit_on_user_error
-from megatron_hammer.platforms.terminal_progress import build_byte_progress, build_progress
+from megatron_hammer.files.progress import build_byte_progress, build_progress
 from megatron_hammer.tokenizer.recipes import RECIPES, TokenizerRecipe
 from megatron_hammer.tokenizer.text_sample import TextSource, count_fitting_bytes, parse_sources
 from megatron_hammer.tokenizer.train import TrainedTokenizer, train_tokenizer

@@ -27,12 +27,12 @@ from megatron_hammer.checkpoint.mapping import (
     validate_names_and_shapes,
 )
 from megatron_hammer.checkpoint.model_card import build_model_card
-from megatron_hammer.checkpoint.partial_directory import open_directory_atomically
 from megatron_hammer.checkpoint.reader import CheckpointReader, TorchDistReader, open_checkpoint
 from megatron_hammer.checkpoint.safetensors_stream import Shard, plan_shards
 from megatron_hammer.checkpoint.verification.verify import CheckRow, Level, verify_model
 from megatron_hammer.checkpoint.weight_export import write_verified_weights
 from megatron_hammer.errors import ConversionError
+from megatron_hammer.files.atomic_folder import open_directory_atomically
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000  # transformers' own

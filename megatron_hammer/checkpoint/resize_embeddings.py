@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.partial_directory import open_directory_atomically
 from megatron_hammer.checkpoint.safetensors_copy import (
     InsertedRows,
     StoredTensor,
@@ -31,6 +30,7 @@ from megatron_hammer.checkpoint.safetensors_stream import INDEX_FILE
 from megatron_hammer.checkpoint.tokenizer_export import HF_TOKENIZER_FILES, export_tokenizer, list_samples
 from megatron_hammer.checkpoint.tokenizer_verification import verify_with_transformers
 from megatron_hammer.errors import ConversionError
+from megatron_hammer.files.atomic_folder import open_directory_atomically
 from megatron_hammer.tokenizer.encoder import Encoder, load_encoder
 from megatron_hammer.tokenizer.extension import spell_new_pieces, validate_extension
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_hammer.checkpoint.partial_directory import open_directory_atomically
 from megatron_hammer.checkpoint.tokenizer_verification import CheckedTexts, verify_with_transformers
 from megatron_hammer.corpus.readers import Document
 from megatron_hammer.errors import ConversionError
+from megatron_hammer.files.atomic_folder import open_directory_atomically
 from megatron_hammer.tokenizer.encoder import Encoder, SentencePieceEncoder, load_encoder
 from megatron_hammer.tokenizer.hugging_face import (
     SAMPLE_TEXTS,

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.checkpoint.hf_weights import locate_in_storage, read_located
-from megatron_hammer.checkpoint.partial_directory import open_directory_atomically
 from megatron_hammer.checkpoint.reader import LATEST_FILE
 from megatron_hammer.checkpoint.safe_pickle import dump_object
 from megatron_hammer.checkpoint.torch_dist_store import COMMON_STATE_KEY
 from megatron_hammer.errors import ConversionError
+from megatron_hammer.files.atomic_folder import open_directory_atomically
 
 MAX_FILE_BYTES = 4 << 30
 RELEASE = "release"

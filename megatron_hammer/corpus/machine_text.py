@@ -21,8 +21,8 @@ from typing import BinaryIO
 
 import orjson
 
-from megatron_hammer.data.atomic_files import open_atomically
 from megatron_hammer.errors import DataError
+from megatron_hammer.files.atomic_files import open_atomically
 
 # Not prose and not typical code: tables of code pages, generated topics (read as topics below), tests, vendored wheels.
 SKIPPED_STDLIB_FOLDERS = frozenset(

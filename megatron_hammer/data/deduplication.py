@@ -21,13 +21,13 @@ import zstandard
 
 from megatron_hammer.corpus.blocks import Position, read_blocks, select_whole_files
 from megatron_hammer.corpus.input_files import find_input_files
-from megatron_hammer.data.atomic_files import open_atomically
 from megatron_hammer.data.block_signer import BlockSignerRecipe, SignedBlock
 from megatron_hammer.data.near_duplicates import NearDuplicateOptions
 from megatron_hammer.data.signature_index import Match, SignatureIndex
 from megatron_hammer.data.sorted_runs import SortedRuns
 from megatron_hammer.data.worker_pool import encode_in_order
 from megatron_hammer.errors import ConfigError
+from megatron_hammer.files.atomic_files import open_atomically
 
 OUTPUT_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 LINE_BITS = 40

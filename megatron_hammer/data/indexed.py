@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_hammer.data.atomic_files import partial_path
 from megatron_hammer.data.index_format import (
     DTYPE_BY_CODE,
     IDX_HEADER_BYTES,
@@ -23,6 +22,7 @@ from megatron_hammer.data.index_format import (
 )
 from megatron_hammer.data.indexed_writer import IndexedWriter, WriterState
 from megatron_hammer.errors import DataError
+from megatron_hammer.files.atomic_files import partial_path
 
 __all__ = [
     "IndexSummary",

@@ -12,7 +12,6 @@ from typing import BinaryIO, Literal, Self
 
 import numpy as np
 
-from megatron_hammer.data.atomic_files import cannot_write, partial_path
 from megatron_hammer.data.index_format import (
     DOCUMENT_BYTES,
     IDX_HEADER_BYTES,
@@ -22,6 +21,7 @@ from megatron_hammer.data.index_format import (
     idx_path,
 )
 from megatron_hammer.errors import DataError
+from megatron_hammer.files.atomic_files import cannot_write, partial_path
 
 BUFFER_BYTES = 1 << 20
 INDEX_CHUNK_ENTRIES = 1 << 20

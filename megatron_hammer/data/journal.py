@@ -17,10 +17,10 @@ from typing import Any, Literal
 import orjson
 
 from megatron_hammer.corpus.blocks import Position
-from megatron_hammer.data.atomic_files import cannot_write, open_atomically
 from megatron_hammer.data.indexed_writer import WriterState
 from megatron_hammer.data.manifest import Shard
 from megatron_hammer.errors import DataError
+from megatron_hammer.files.atomic_files import cannot_write, open_atomically
 
 FORMAT_VERSION = 1
 MAX_DIFFERENCES_SHOWN = 20

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_hammer.data.atomic_files import open_atomically
+from megatron_hammer.files.atomic_files import open_atomically
 
 PLOT_BINS_PER_OCTAVE = 4
 PLOT_INCHES = (9.0, 6.5)

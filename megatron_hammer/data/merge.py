@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_hammer.data.atomic_files import cannot_write, open_atomically, partial_path
 from megatron_hammer.data.documents import Documents, read_documents
 from megatron_hammer.data.index_format import DOCUMENT_BYTES, LENGTH_BYTES, bin_path, count_index_bytes, idx_path
 from megatron_hammer.data.indexed_writer import IndexedWriter, remove_partial_files
@@ -28,6 +27,7 @@ from megatron_hammer.data.shuffle import (
     shuffle_documents,
 )
 from megatron_hammer.errors import DataError
+from megatron_hammer.files.atomic_files import cannot_write, open_atomically, partial_path
 
 COPY_CHUNK_BYTES = 16 << 20
 

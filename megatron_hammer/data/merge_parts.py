@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_hammer.data.atomic_files import partial_path
 from megatron_hammer.data.index_format import bin_path, idx_path
 from megatron_hammer.data.indexed import IndexSummary, read_index
 from megatron_hammer.data.manifest import Manifest, manifest_path, read_manifest
 from megatron_hammer.errors import DataError
+from megatron_hammer.files.atomic_files import partial_path
 
 PAIR_SUFFIXES = (".idx", ".bin")
 COMPANION_SUFFIXES = (".bin", ".manifest.json")

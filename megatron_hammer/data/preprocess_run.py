@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from megatron_hammer.corpus.blocks import Position
-from megatron_hammer.data.atomic_files import open_atomically, partial_path
 from megatron_hammer.data.block_encoder import EncodedBlock
 from megatron_hammer.data.indexed import bin_path, idx_path, read_index
 from megatron_hammer.data.indexed_writer import IndexedWriter
@@ -21,6 +20,7 @@ from megatron_hammer.data.manifest import Manifest, build_manifest, encode_manif
 from megatron_hammer.data.preprocess_options import PreprocessOptions
 from megatron_hammer.data.shuffle import shuffle_pairs
 from megatron_hammer.errors import DataError
+from megatron_hammer.files.atomic_files import open_atomically, partial_path
 
 MAX_PROBLEMS_SHOWN = 20
 PARTIAL_SUFFIXES = (".bin", ".idx", ".lengths", ".documents", ".manifest.json")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_hammer.data.atomic_files import open_atomically
+from megatron_hammer.files.atomic_files import open_atomically
 from megatron_hammer.tokenizer.analysis_report import describe_tokenizer
 from megatron_hammer.tokenizer.analyze import Analysis
 from megatron_hammer.tokenizer.script import UNITS

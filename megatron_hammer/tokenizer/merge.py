@@ -19,8 +19,8 @@ from typing import Literal
 import numpy as np
 import sentencepiece
 
-from megatron_hammer.data.atomic_files import open_atomically
 from megatron_hammer.errors import DataError
+from megatron_hammer.files.atomic_files import open_atomically
 from megatron_hammer.tokenizer.sentencepiece_model import (
     Piece,
     PieceType,

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from megatron_hammer.data.atomic_files import open_atomically
 from megatron_hammer.errors import DataError
+from megatron_hammer.files.atomic_files import open_atomically
 from megatron_hammer.tokenizer.recipes import TokenizerRecipe
 from megatron_hammer.tokenizer.sentencepiece_model import PieceType, parse_sentencepiece_model, set_trainer_settings
 from megatron_hammer.tokenizer.text_sample import OnBytesRead, SourceCounts, TextSource, sample_sources

@@ -3,7 +3,7 @@
 import pytest
 from rich.progress import TextColumn
 
-from megatron_hammer.platforms.terminal_progress import build_byte_progress, show_stages
+from megatron_hammer.files.progress import build_byte_progress, show_stages
 
 
 def show_two_stages() -> None:

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from megatron_hammer.checkpoint.partial_directory import open_directory_atomically
 from megatron_hammer.errors import ConversionError
+from megatron_hammer.files.atomic_folder import open_directory_atomically
 
 
 def write_into(save_dir):
