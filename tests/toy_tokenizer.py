@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from megatron_hammer.tokenizer.train import TokenizerRecipe, train_tokenizer
+from megatron_hammer.tokenizer.vocabulary.train import TokenizerRecipe, train_tokenizer
 
 TOY_VOCAB_SIZE = 347
 TOY_TEXTS = (

@@ -38,7 +38,7 @@ from megatron_hammer.data.manifest import read_manifest
 from megatron_hammer.data.verify import VerifiedPair, verify_pair
 from megatron_hammer.errors import ConfigError, DataError, exit_on_user_error
 from megatron_hammer.files.progress import build_progress
-from megatron_hammer.tokenizer.encoder import Encoder, load_encoder
+from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder
 
 OnProgress = Callable[[int, int], None]
 

@@ -16,8 +16,8 @@ from rich.console import Console
 from megatron_hammer.corpus.readers import Document, find_input_files
 from megatron_hammer.errors import ConfigError, DataError, exit_on_user_error
 from megatron_hammer.files.progress import build_byte_progress
-from megatron_hammer.tokenizer import analysis_files, analysis_report, analyze
-from megatron_hammer.tokenizer.coverage import read_character_levels
+from megatron_hammer.tokenizer.analysis import analysis_files, analysis_report, analyze
+from megatron_hammer.tokenizer.vocabulary.coverage import read_character_levels
 
 PIPED_WIDTH = 160
 

@@ -11,9 +11,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_hammer.checkpoint.tokenizer_export import ExportedFolder, export_tokenizer_folder, read_chat_template
 from megatron_hammer.corpus.readers import Document, find_input_files, read_documents
 from megatron_hammer.errors import exit_on_user_error
+from megatron_hammer.tokenizer.export.export_tokenizer import (
+    ExportedFolder,
+    export_tokenizer_folder,
+    read_chat_template,
+)
 
 
 def parse_arguments() -> argparse.Namespace:

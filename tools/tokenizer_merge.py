@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_hammer.errors import ConfigError, exit_on_user_error
-from megatron_hammer.tokenizer.merge import (
+from megatron_hammer.tokenizer.encoding.sentencepiece_model import SentencePieceModel
+from megatron_hammer.tokenizer.vocabulary.merge_vocabularies import (
     MergeReport,
     merge_characters,
     merge_vocabulary,
@@ -25,8 +26,7 @@ from megatron_hammer.tokenizer.merge import (
     select_own_symbols,
     write_merged_model,
 )
-from megatron_hammer.tokenizer.sentencepiece_model import SentencePieceModel
-from megatron_hammer.tokenizer.vocabulary_files import (
+from megatron_hammer.tokenizer.vocabulary.vocabulary_files import (
     describe_suspicious_symbols,
     read_required_levels,
     read_user_defined_symbols,

@@ -19,10 +19,10 @@ from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from megatron_hammer.corpus.input_files import find_input_files
 from megatron_hammer.errors import ConfigError, exit_on_interrupt, exit_on_user_error
 from megatron_hammer.files.progress import build_byte_progress, build_progress
-from megatron_hammer.tokenizer.recipes import RECIPES, TokenizerRecipe
-from megatron_hammer.tokenizer.text_sample import TextSource, count_fitting_bytes, parse_sources
-from megatron_hammer.tokenizer.train import TrainedTokenizer, train_tokenizer
-from megatron_hammer.tokenizer.vocabulary_files import (
+from megatron_hammer.tokenizer.vocabulary.recipes import RECIPES, TokenizerRecipe
+from megatron_hammer.tokenizer.vocabulary.text_sample import TextSource, count_fitting_bytes, parse_sources
+from megatron_hammer.tokenizer.vocabulary.train import TrainedTokenizer, train_tokenizer
+from megatron_hammer.tokenizer.vocabulary.vocabulary_files import (
     describe_suspicious_symbols,
     read_required_chars,
     read_user_defined_symbols,

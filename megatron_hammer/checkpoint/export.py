@@ -217,7 +217,7 @@ def _export_tokenizer(
     path = options.tokenizer_path or _find_saved_tokenizer(options, plan)
     if path is None:
         return None, ("no tokenizer was written: the checkpoint names none, and --tokenizer-model was not given",)
-    from megatron_hammer.checkpoint.tokenizer_export import export_tokenizer
+    from megatron_hammer.tokenizer.export.export_tokenizer import export_tokenizer
 
     on_progress("tokenizer", 0, 1)
     tokenizer = export_tokenizer(path, target_dir, max_length=plan.model.max_position_embeddings)

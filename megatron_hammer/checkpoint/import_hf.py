@@ -24,11 +24,11 @@ from megatron_hammer.checkpoint.hf_folder import HfFolder, open_hf_folder
 from megatron_hammer.checkpoint.mapping import Layout, TensorPair
 from megatron_hammer.checkpoint.saved_arguments import build_common_state, build_saved_arguments
 from megatron_hammer.checkpoint.stacked_names import extra_state_key, stack_name
-from megatron_hammer.checkpoint.tokenizer_export import export_tokenizer_folder
 from megatron_hammer.checkpoint.verification.rows import CheckRow
 from megatron_hammer.checkpoint.verification.verify import verify_model
 from megatron_hammer.checkpoint.writer import RELEASE, CheckpointWriter, open_checkpoint_writer
 from megatron_hammer.errors import ConversionError, HammerError
+from megatron_hammer.tokenizer.export.export_tokenizer import export_tokenizer_folder
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOKENIZER_DIR = "tokenizer"  # inside the iteration's folder, so that they come and go together

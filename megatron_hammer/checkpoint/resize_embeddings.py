@@ -27,12 +27,12 @@ from megatron_hammer.checkpoint.safetensors_copy import (
     read_stored_tensors,
 )
 from megatron_hammer.checkpoint.safetensors_stream import INDEX_FILE
-from megatron_hammer.checkpoint.tokenizer_export import HF_TOKENIZER_FILES, export_tokenizer, list_samples
-from megatron_hammer.checkpoint.tokenizer_verification import verify_with_transformers
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.files.atomic_folder import open_directory_atomically
-from megatron_hammer.tokenizer.encoder import Encoder, load_encoder
-from megatron_hammer.tokenizer.extension import spell_new_pieces, validate_extension
+from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder
+from megatron_hammer.tokenizer.export.check_export import verify_with_transformers
+from megatron_hammer.tokenizer.export.export_tokenizer import HF_TOKENIZER_FILES, export_tokenizer, list_samples
+from megatron_hammer.tokenizer.vocabulary.extension import spell_new_pieces, validate_extension
 
 EMBEDDING_NAMES = ("model.embed_tokens.weight", "transformer.wte.weight")  # Llama, Qwen2, Mistral, ...; GPT-2
 HEAD_NAME = "lm_head.weight"

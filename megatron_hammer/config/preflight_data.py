@@ -14,7 +14,7 @@ from megatron_hammer.config.preflight_memory import is_planned
 from megatron_hammer.data.indexed import SCAN_CHUNK_TOKENS, IndexSummary, read_index
 from megatron_hammer.data.manifest import Manifest, read_manifest
 from megatron_hammer.errors import DataError
-from megatron_hammer.tokenizer.encoder import Encoder, load_encoder
+from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder
 
 # Of a large .bin, spread over it, when looking for ids beyond the vocabulary.
 NUM_SAMPLED_CHUNKS = 4

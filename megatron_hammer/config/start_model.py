@@ -15,7 +15,7 @@ from megatron_hammer.config.saved_run import TRACKER_NAME
 from megatron_hammer.data.manifest import read_manifest
 from megatron_hammer.errors import DataError
 from megatron_hammer.model.shape import ModelShape
-from megatron_hammer.tokenizer.encoder import load_encoder
+from megatron_hammer.tokenizer.encoding.encoder import load_encoder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

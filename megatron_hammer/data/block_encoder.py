@@ -10,8 +10,8 @@ from megatron_hammer.data.indexed import select_dtype
 from megatron_hammer.data.preprocess_options import PreprocessOptions
 from megatron_hammer.data.sentences import load_sentence_splitter
 from megatron_hammer.errors import DataError
-from megatron_hammer.tokenizer.encoder import Encoder, require_eod_id
-from megatron_hammer.tokenizer.fast_encoder import EncoderChoice
+from megatron_hammer.tokenizer.encoding.encoder import Encoder, require_eod_id
+from megatron_hammer.tokenizer.encoding.fast_encoder import EncoderChoice
 
 MAX_COUNTED_CHARS = 1 << 22
 

@@ -12,7 +12,7 @@ from megatron_hammer.data.index_format import IDX_HEADER_BYTES, LENGTH_BYTES
 from megatron_hammer.data.indexed import IndexSummary
 from megatron_hammer.data.manifest import Manifest
 from megatron_hammer.errors import ConfigError, DataError
-from megatron_hammer.tokenizer.encoder import Encoder
+from megatron_hammer.tokenizer.encoding.encoder import Encoder
 
 CHUNK_BYTES = 4 << 20
 REPLACEMENT_CHARACTER = "\ufffd"

@@ -28,8 +28,8 @@ from megatron_hammer.data.preprocess_options import PreprocessOptions
 from megatron_hammer.data.preprocess_run import PreprocessRun, remove_leftovers
 from megatron_hammer.data.worker_pool import encode_in_order
 from megatron_hammer.errors import DataError, HammerError
-from megatron_hammer.tokenizer.encoder import Encoder, load_encoder, require_eod_id
-from megatron_hammer.tokenizer.fast_encoder import select_encoder
+from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder, require_eod_id
+from megatron_hammer.tokenizer.encoding.fast_encoder import select_encoder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

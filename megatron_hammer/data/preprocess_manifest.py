@@ -23,7 +23,7 @@ from megatron_hammer.data.preprocess_run import PreprocessRun
 from megatron_hammer.data.sentences import hash_sentence_model
 from megatron_hammer.data.sharding import select_slices
 from megatron_hammer.errors import DataError
-from megatron_hammer.tokenizer.encoder import Encoder
+from megatron_hammer.tokenizer.encoding.encoder import Encoder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.presets.catalogue import PRESETS
-from megatron_hammer.tokenizer.recipes import RECIPES as TOKENIZER_PRESETS
+from megatron_hammer.tokenizer.vocabulary.recipes import RECIPES as TOKENIZER_PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "megatron_hammer"

@@ -11,7 +11,7 @@ import transformers
 
 from megatron_hammer.corpus.readers import read_documents
 from megatron_hammer.data.indexed import read_index
-from megatron_hammer.tokenizer.encoder import load_encoder
+from megatron_hammer.tokenizer.encoding.encoder import load_encoder
 
 pytestmark = pytest.mark.integration
 

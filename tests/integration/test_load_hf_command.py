@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from toy_tokenizer import TOY_TEXTS, TOY_VOCAB_SIZE, train_toy_tokenizer, write_jsonl
 from training_runs import run
 
-from megatron_hammer.checkpoint.tokenizer_export import export_tokenizer
 from megatron_hammer.data.preprocess import preprocess
 from megatron_hammer.data.preprocess_options import PreprocessOptions
 from megatron_hammer.errors import ConfigError, ConversionError
+from megatron_hammer.tokenizer.export.export_tokenizer import export_tokenizer
 
 pytestmark = pytest.mark.integration
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tool_runs import run_tool, run_tool_here
 from toy_tokenizer import train_toy_tokenizer
 
-from megatron_hammer.tokenizer.encoder import load_encoder
+from megatron_hammer.tokenizer.encoding.encoder import load_encoder
 
 pytestmark = pytest.mark.integration
 

@@ -8,7 +8,7 @@ from data_paths import SHARED_DATA, needs_shared_data
 from tool_runs import Finished, run_tool
 from toy_tokenizer import TOY_TEXTS, train_toy_tokenizer, write_jsonl
 
-from megatron_hammer.tokenizer.encoder import load_encoder
+from megatron_hammer.tokenizer.encoding.encoder import load_encoder
 
 pytestmark = pytest.mark.integration
 

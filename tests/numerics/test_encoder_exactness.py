@@ -12,10 +12,10 @@ from data_paths import SHARED_DATA, needs_shared_data
 from hostile_text import build_hostile_texts
 
 from megatron_hammer.corpus.readers import read_documents
-from megatron_hammer.tokenizer.encoder import Encoder, load_encoder
-from megatron_hammer.tokenizer.fast_encoder import EncoderChoice, FastEncoder, PartwiseEncoder, select_encoder
-from megatron_hammer.tokenizer.native_encoder import NativeEncoder
-from megatron_hammer.tokenizer.sentencepiece_model import read_sentencepiece_model
+from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder
+from megatron_hammer.tokenizer.encoding.fast_encoder import EncoderChoice, FastEncoder, PartwiseEncoder, select_encoder
+from megatron_hammer.tokenizer.encoding.native_encoder import NativeEncoder
+from megatron_hammer.tokenizer.encoding.sentencepiece_model import read_sentencepiece_model
 
 MODEL_NAMES = ("hammerllm", "llama2-7b", "internlm-7b")
 LONG_RUN_CHARS = 1_100_000  # from 2^20 on the native encoder merges in passes

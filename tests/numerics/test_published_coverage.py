@@ -6,8 +6,8 @@ Published: Chinese characters covered at levels one, two and three of the list o
 import pytest
 from data_paths import SHARED_DATA, needs_shared_data
 
-from megatron_hammer.tokenizer.coverage import measure_coverage, read_character_levels
-from megatron_hammer.tokenizer.encoder import load_encoder
+from megatron_hammer.tokenizer.encoding.encoder import load_encoder
+from megatron_hammer.tokenizer.vocabulary.coverage import measure_coverage, read_character_levels
 
 PUBLISHED = {
     "internlm-7b": ["100.00", "65.93", "5.67"],

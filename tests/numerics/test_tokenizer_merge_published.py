@@ -7,15 +7,20 @@ from pathlib import Path
 import pytest
 from data_paths import SHARED_DATA, needs_shared_data
 
-from megatron_hammer.tokenizer.encoder import load_encoder
-from megatron_hammer.tokenizer.merge import list_score_ratios, merge_characters, merge_vocabulary, read_bpe_model
-from megatron_hammer.tokenizer.sentencepiece_model import (
+from megatron_hammer.tokenizer.encoding.encoder import load_encoder
+from megatron_hammer.tokenizer.encoding.sentencepiece_model import (
     Piece,
     PieceType,
     SentencePieceModel,
     serialize_sentencepiece_model,
 )
-from megatron_hammer.tokenizer.vocabulary_files import read_required_levels, read_user_defined_symbols
+from megatron_hammer.tokenizer.vocabulary.merge_vocabularies import (
+    list_score_ratios,
+    merge_characters,
+    merge_vocabulary,
+    read_bpe_model,
+)
+from megatron_hammer.tokenizer.vocabulary.vocabulary_files import read_required_levels, read_user_defined_symbols
 
 pytestmark = needs_shared_data
 

@@ -17,10 +17,10 @@ from toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
 
 from megatron_hammer.checkpoint.architecture import read_architecture
 from megatron_hammer.checkpoint.mapping import expand, select_family
-from megatron_hammer.checkpoint.tokenizer_export import export_tokenizer
 from megatron_hammer.checkpoint.verification import megatron_forward, transformers_forward, verify
 from megatron_hammer.checkpoint.verification.verify import CheckRow, verify_model
 from megatron_hammer.errors import ConversionError
+from megatron_hammer.tokenizer.export.export_tokenizer import export_tokenizer
 
 FAMILIES = {
     "llama": {},

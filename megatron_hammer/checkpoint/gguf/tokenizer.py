@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_hammer.checkpoint.tokenizer_verification import load_with_transformers
 from megatron_hammer.errors import ConversionError
-from megatron_hammer.tokenizer.encoder import Encoder, HuggingFaceEncoder, load_encoder
-from megatron_hammer.tokenizer.hugging_face import WHITESPACE_SYMBOL
-from megatron_hammer.tokenizer.sentencepiece_model import (
+from megatron_hammer.tokenizer.encoding.encoder import Encoder, HuggingFaceEncoder, load_encoder
+from megatron_hammer.tokenizer.encoding.hugging_face_tokenizer import WHITESPACE_SYMBOL
+from megatron_hammer.tokenizer.encoding.sentencepiece_model import (
     Piece,
     PieceType,
     SentencePieceModel,
     read_sentencepiece_model,
 )
+from megatron_hammer.tokenizer.export.check_export import load_with_transformers
 
 _GPT2_RULE = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 _LLAMA3_RULE = (

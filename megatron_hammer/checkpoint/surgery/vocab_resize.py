@@ -168,8 +168,8 @@ def _plan_rows(checkpoint: TrainingCheckpoint, vocabulary: NewVocabulary, num_to
 
 def _spell(checkpoint: TrainingCheckpoint, vocabulary: NewVocabulary, num_tokens: int) -> tuple[int, list[list[int]]]:
     """(pieces of the old tokenizer, the old ids that spell each new piece)."""
-    from megatron_hammer.tokenizer.encoder import load_encoder
-    from megatron_hammer.tokenizer.extension import spell_new_pieces, validate_extension
+    from megatron_hammer.tokenizer.encoding.encoder import load_encoder
+    from megatron_hammer.tokenizer.vocabulary.extension import spell_new_pieces, validate_extension
 
     saved = getattr(checkpoint.args, "tokenizer_model", None)
     old_path = vocabulary.old_tokenizer_path or (Path(saved) if saved else None)

@@ -95,7 +95,7 @@ def test_tokenizer_against_the_model(tmp_path: Path) -> None:
 
 
 def test_a_preset_with_another_tokenizer(tmp_path: Path) -> None:
-    from megatron_hammer.tokenizer.encoder import load_encoder
+    from megatron_hammer.tokenizer.encoding.encoder import load_encoder
 
     encoder = load_encoder(train_toy_tokenizer(tmp_path))
     (problem,) = find_vocabulary_problems(parse("--preset", "hammer-tiny"), encoder)

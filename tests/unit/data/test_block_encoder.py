@@ -17,7 +17,7 @@ from megatron_hammer.data.block_encoder import (
 )
 from megatron_hammer.data.preprocess_options import PreprocessOptions
 from megatron_hammer.errors import DataError
-from megatron_hammer.tokenizer.encoder import Encoder, load_encoder
+from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder
 
 TEXTS = ["the fox", "", "def add", "", "", "春眠"]
 

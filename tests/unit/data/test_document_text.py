@@ -22,7 +22,7 @@ from megatron_hammer.data.indexed import IndexSummary, read_index
 from megatron_hammer.data.indexed_writer import IndexedWriter
 from megatron_hammer.data.manifest import Manifest, TokenizerIdentity
 from megatron_hammer.errors import ConfigError, DataError
-from megatron_hammer.tokenizer.encoder import Encoder, load_encoder
+from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder
 
 TEXTS = [*TOY_TEXTS, "", "the fox 春眠 again", "nothing of it"]
 

@@ -24,8 +24,8 @@ from megatron_hammer.data.manifest import Manifest, Shard, read_manifest
 from megatron_hammer.data.preprocess import Progress, preprocess
 from megatron_hammer.data.preprocess_options import PreprocessOptions
 from megatron_hammer.errors import ConfigError, DataError, PlatformError
-from megatron_hammer.tokenizer.encoder import load_encoder
-from megatron_hammer.tokenizer.train import TokenizerRecipe, train_tokenizer
+from megatron_hammer.tokenizer.encoding.encoder import load_encoder
+from megatron_hammer.tokenizer.vocabulary.train import TokenizerRecipe, train_tokenizer
 
 TEXTS = [*TOY_TEXTS, "", "a\x00b literal </s> 😀", *(f"{text} {n}" for n in range(40) for text in TOY_TEXTS)]
 

@@ -9,21 +9,25 @@ import sentencepiece
 from toy_tokenizer import TOY_TEXTS
 
 from megatron_hammer.errors import DataError
-from megatron_hammer.tokenizer.encoder import load_encoder
-from megatron_hammer.tokenizer.hugging_face import SAMPLE_TEXTS, build_fast_tokenizer, check_same_encoding
-from megatron_hammer.tokenizer.merge import (
+from megatron_hammer.tokenizer.encoding.encoder import load_encoder
+from megatron_hammer.tokenizer.encoding.hugging_face_tokenizer import (
+    SAMPLE_TEXTS,
+    build_fast_tokenizer,
+    check_same_encoding,
+)
+from megatron_hammer.tokenizer.encoding.sentencepiece_model import (
+    PieceType,
+    SentencePieceModel,
+    read_sentencepiece_model,
+    serialize_sentencepiece_model,
+)
+from megatron_hammer.tokenizer.vocabulary.merge_vocabularies import (
     merge_characters,
     merge_vocabulary,
     read_bpe_model,
     select_own_requirements,
     select_own_symbols,
     write_merged_model,
-)
-from megatron_hammer.tokenizer.sentencepiece_model import (
-    PieceType,
-    SentencePieceModel,
-    read_sentencepiece_model,
-    serialize_sentencepiece_model,
 )
 
 ENGLISH = (*TOY_TEXTS[:2], "春眠不觉晓")

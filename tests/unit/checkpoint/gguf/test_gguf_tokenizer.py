@@ -12,9 +12,9 @@ from toy_tokenizer import TOY_TEXTS, TOY_VOCAB_SIZE
 
 from megatron_hammer.checkpoint.gguf import tokenizer as gguf_tokenizer
 from megatron_hammer.checkpoint.gguf.tokenizer import SPLITTING_RULES, list_unsupported, read_vocabulary
-from megatron_hammer.checkpoint.tokenizer_export import export_tokenizer
 from megatron_hammer.errors import ConversionError
-from megatron_hammer.tokenizer.sentencepiece_model import PieceType, read_sentencepiece_model
+from megatron_hammer.tokenizer.encoding.sentencepiece_model import PieceType, read_sentencepiece_model
+from megatron_hammer.tokenizer.export.export_tokenizer import export_tokenizer
 
 CONFIG = {"eos_token_id": [2, 7], "bos_token_id": None}
 

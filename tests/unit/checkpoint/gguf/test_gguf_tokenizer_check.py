@@ -14,8 +14,8 @@ from megatron_hammer.checkpoint.gguf.tokenizer_check import (
     list_overlaps,
     summarise_comparison,
 )
-from megatron_hammer.checkpoint.tokenizer_export import export_tokenizer
 from megatron_hammer.corpus.readers import Document
+from megatron_hammer.tokenizer.export.export_tokenizer import export_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,193 @@
+"""An analysis of tokenizers as tables for people and as one object for machines; analysis_files.py writes CSV and PNG.
+
+Definitions. Bytes a token: UTF-8 bytes of the text / tokens, more is better. Against the reference: tokens / tokens of
+the reference, less is better. Fertility: all tokens of the documents of a script / their words (Latin: what stands
+between whitespace) or their characters other than whitespace (Han and the others). Coverage: see coverage.py.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from megatron_hammer.tokenizer.analysis.analyze import Analysis, TokenizerCounts
+from megatron_hammer.tokenizer.analysis.script import UNITS, Script
+
+
+def divide(numerator: float, denominator: float) -> float | None:
+    """None where there is nothing to divide by, as for a corpus without text."""
+    return numerator / denominator if denominator else None
+
+
+def describe_tokenizer(analysis: Analysis, tokenizer: TokenizerCounts) -> dict[str, Any]:
+    """Every figure of one tokenizer, in plain types."""
+    described: dict[str, Any] = {
+        "name": tokenizer.name,
+        "path": str(tokenizer.encoder.path),
+        "sha256": tokenizer.encoder.sha256,
+        "vocab_size": tokenizer.encoder.vocab_size,
+    }
+    if tokenizer.coverage:
+        described["coverage"] = {
+            row.level: {
+                "num_characters": row.num_characters,
+                "num_covered": row.num_covered,
+                "covered_ratio": row.covered_ratio,
+            }
+            for row in tokenizer.coverage
+        }
+    if analysis.scripts:
+        described["corpus"] = _describe_tokens(analysis, tokenizer, tuple(analysis.scripts))
+        described["scripts"] = {
+            str(script): _describe_tokens(analysis, tokenizer, (script,))
+            | {
+                "fertility": divide(tokenizer.num_tokens[script], analysis.scripts[script].num_units),
+                "fertility_unit": UNITS[script],
+            }
+            for script in analysis.scripts
+        }
+        described["round_trip"] = _describe_round_trip(tokenizer)
+    return described
+
+
+def _describe_tokens(analysis: Analysis, tokenizer: TokenizerCounts, scripts: tuple[Script, ...]) -> dict[str, Any]:
+    reference = next(other for other in analysis.tokenizers if other.name == analysis.reference)
+    num_tokens = sum(tokenizer.num_tokens[script] for script in scripts)
+    return {
+        "num_tokens": num_tokens,
+        "bytes_per_token": divide(sum(analysis.scripts[script].text_bytes for script in scripts), num_tokens),
+        "tokens_ratio": divide(num_tokens, sum(reference.num_tokens[script] for script in scripts)),
+    }
+
+
+def _describe_round_trip(tokenizer: TokenizerCounts) -> dict[str, Any]:
+    return {
+        "num_documents": tokenizer.round_trip.num_documents,
+        "num_changed_documents": tokenizer.round_trip.num_changed_documents,
+        "losses": {
+            str(kind): {
+                "num_places": loss.num_places,
+                "num_documents": loss.num_documents,
+                "where": loss.where,
+                "before": loss.before,
+                "after": loss.after,
+            }
+            for kind, loss in tokenizer.round_trip.classes.items()
+        },
+    }
+
+
+def describe_analysis(analysis: Analysis) -> dict[str, Any]:
+    """The whole analysis in plain types, for --json."""
+    return {
+        "num_documents": analysis.num_documents,
+        "text_bytes": analysis.text_bytes,
+        "scripts": {
+            str(script): {
+                "num_documents": counts.num_documents,
+                "text_bytes": counts.text_bytes,
+                "num_units": counts.num_units,
+                "unit": UNITS[script],
+            }
+            for script, counts in analysis.scripts.items()
+        },
+        "reference": analysis.reference,
+        "tokenizers": [describe_tokenizer(analysis, tokenizer) for tokenizer in analysis.tokenizers],
+    }
+
+
+def print_analysis(analysis: Analysis, console: Console) -> None:
+    described = [describe_tokenizer(analysis, tokenizer) for tokenizer in analysis.tokenizers]
+    for table in _build_tables(analysis, described):
+        console.print(table)
+        console.print()
+
+
+def _build_tables(analysis: Analysis, described: list[dict[str, Any]]) -> Iterator[Table]:
+    if analysis.tokenizers[0].coverage:
+        yield _build_coverage(analysis)
+    if analysis.scripts:
+        yield _build_tokens(analysis, described)
+        for script in analysis.scripts:
+            yield _build_script(analysis, described, script)
+        yield _build_losses(described)
+
+
+def _table(title: str, *columns: str, num_text_columns: int = 1) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
+    for position, column in enumerate(columns):
+        table.add_column(escape(column), justify="left" if position < num_text_columns else "right", overflow="fold")
+    return table
+
+
+def _build_coverage(analysis: Analysis) -> Table:
+    names = [tokenizer.name for tokenizer in analysis.tokenizers]
+    table = _table("Coverage: characters with a token of their own, %", "level", "characters", *names)
+    for rows in zip(*(tokenizer.coverage for tokenizer in analysis.tokenizers), strict=True):
+        cells = (f"{100 * row.covered_ratio:.2f}" for row in rows)
+        table.add_row(escape(rows[0].level), f"{rows[0].num_characters:,}", *cells)
+    return table
+
+
+def _build_tokens(analysis: Analysis, described: list[dict[str, Any]]) -> Table:
+    title = f"Corpus: {analysis.num_documents:,} documents, {analysis.text_bytes / 1e6:,.2f} MB"
+    table = _table(
+        title, "tokenizer", "vocabulary", "tokens", "bytes a token", f"tokens / {analysis.reference}", "changed"
+    )
+    for row in described:
+        table.add_row(
+            escape(row["name"]),
+            f"{row['vocab_size']:,}",
+            *_token_cells(row["corpus"]),
+            f"{row['round_trip']['num_changed_documents']:,}",
+        )
+    return table
+
+
+def _build_script(analysis: Analysis, described: list[dict[str, Any]], script: Script) -> Table:
+    counts = analysis.scripts[script]
+    title = f"{script}: {counts.num_documents:,} documents, {counts.text_bytes / 1e6:,.2f} MB"
+    fertility = f"tokens a {UNITS[script]}"
+    table = _table(title, "tokenizer", "tokens", "bytes a token", f"tokens / {analysis.reference}", fertility)
+    for row in described:
+        figures = row["scripts"][str(script)]
+        table.add_row(escape(row["name"]), *_token_cells(figures), _format(figures["fertility"]))
+    return table
+
+
+def _token_cells(figures: dict[str, Any]) -> tuple[str, str, str]:
+    return f"{figures['num_tokens']:,}", _format(figures["bytes_per_token"]), _format(figures["tokens_ratio"])
+
+
+def _format(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _build_losses(described: list[dict[str, Any]]) -> Table:
+    table = _table(
+        "Round trip: decode(encode(text)) against text",
+        *("tokenizer", "loss", "first at", "text", "comes back as", "places", "documents"),
+        num_text_columns=5,
+    )
+    for row in described:
+        if not row["round_trip"]["losses"]:
+            table.add_row(escape(row["name"]), "none", "", "", "", "0", "0")
+        for kind, loss in row["round_trip"]["losses"].items():
+            texts = (escape(loss[name]) for name in ("where", "before", "after"))
+            table.add_row(escape(row["name"]), kind, *texts, f"{loss['num_places']:,}", f"{loss['num_documents']:,}")
+    return table
+
+
+def summarise_analysis(analysis: Analysis, elapsed_s: float) -> str:
+    """One line: what was read, and which tokenizers give the text back."""
+    parts = [f"{len(analysis.tokenizers)} tokenizers"]
+    if analysis.scripts:
+        parts.append(f"{analysis.num_documents:,} documents, {analysis.text_bytes / 1e6:,.2f} MB")
+        changed = ", ".join(
+            f"{tokenizer.name} {tokenizer.round_trip.num_changed_documents:,}" for tokenizer in analysis.tokenizers
+        )
+        parts.append(f"documents changed by a round trip: {changed}")
+    return f"{'; '.join(parts)}; {elapsed_s:.1f} s"

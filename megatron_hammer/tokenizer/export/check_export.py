@@ -1,0 +1,118 @@
+"""Holds a written tokenizer folder to the tokenizer that it came from, through transformers as users load it.
+
+A folder can be right for the `tokenizers` library and wrong for users: transformers may rebuild the tokenizer from
+parts of the folder by rules of its own. Only what `AutoTokenizer.from_pretrained` gives counts.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_hammer.corpus.readers import Document
+from megatron_hammer.errors import ConversionError
+from megatron_hammer.tokenizer.encoding.encoder import Encoder, SentencePieceEncoder
+
+BATCH_CHARS = 1 << 20
+SHOWN_CHARS = 60
+
+
+@dataclass(slots=True)
+class CheckedTexts:
+    """How much text both tokenizers encoded and decoded alike."""
+
+    num_documents: int = 0
+    text_bytes: int = 0
+    num_tokens: int = 0
+
+
+def load_with_transformers(folder: Path) -> Any:
+    """The folder's tokenizer; never runs code of the folder. Raises ConversionError if transformers refuses it."""
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (ValueError, OSError, ImportError, KeyError, TypeError) as error:
+        raise ConversionError(
+            f"{folder}: transformers must load the tokenizer, got {type(error).__name__}: {str(error)[:300]}. "
+            "Export from the SentencePiece model, or from a folder that needs no code of its own."
+        ) from error
+
+
+def verify_with_transformers(
+    encoder: Encoder,
+    folder: Path,
+    documents: Iterable[Document],
+    on_document: Callable[[int], None] = lambda num_documents: None,
+) -> CheckedTexts:
+    """Compare ids, and text decoded from them, of every document; memory for one batch.
+
+    A SentencePiece model's export must give its ids as called by default; of a copied Hugging Face tokenizer the tokens
+    that its template adds around each text are left out. Documents with an unknown character are not decoded:
+    sentencepiece writes " ⁇ " there, transformers the token's name.
+    Raises ConversionError at the first difference, naming file:line and the first piece that differs.
+    """
+    tokenizer = load_with_transformers(folder)
+    checked = CheckedTexts()
+    adds_special_tokens = isinstance(encoder, SentencePieceEncoder)
+    for batch in _batch_documents(documents):
+        texts = [document.text for document in batch]
+        expected = _encode_batch(encoder, texts)
+        got = tokenizer(texts, add_special_tokens=adds_special_tokens, verbose=False)["input_ids"]
+        for document, expected_ids, got_ids in zip(batch, expected, got, strict=True):
+            if got_ids != expected_ids:
+                raise _differs_in_ids(document, expected_ids, got_ids, tokenizer)
+            if tokenizer.unk_token_id not in expected_ids:
+                _check_decoded(document, encoder.decode(expected_ids), tokenizer.decode(got_ids))
+            checked.num_documents += 1
+            checked.text_bytes += len(document.text.encode("utf-8"))
+            checked.num_tokens += len(expected_ids)
+        on_document(checked.num_documents)
+    return checked
+
+
+def _encode_batch(encoder: Encoder, texts: Sequence[str]) -> list[list[int]]:
+    ids, lengths = encoder.encode_batch(texts)
+    return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])]
+
+
+def _batch_documents(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    num_chars = 0
+    for document in documents:
+        batch.append(document)
+        num_chars += len(document.text) + 1
+        if num_chars >= BATCH_CHARS:
+            yield batch
+            batch, num_chars = [], 0
+    if batch:
+        yield batch
+
+
+def _differs_in_ids(document: Document, expected: list[int], got: list[int], tokenizer: Any) -> ConversionError:
+    position = next(n for n, (a, b) in enumerate(itertools.zip_longest(expected, got)) if a != b)
+    return ConversionError(
+        f"{document.source}:{document.line}: transformers must encode the text as the original does, "
+        f"got {_name_piece(tokenizer, got, position)} for {_name_piece(tokenizer, expected, position)} "
+        f"at token {position} of {document.text[:SHOWN_CHARS]!r}. Nothing was written; encode with the original."
+    )
+
+
+def _name_piece(tokenizer: Any, ids: list[int], position: int) -> str:
+    if position >= len(ids):
+        return "nothing"
+    return f"{tokenizer.convert_ids_to_tokens(ids[position])!r} (id {ids[position]})"
+
+
+def _check_decoded(document: Document, expected: str, got: str) -> None:
+    if got == expected:
+        return
+    position = next(n for n, (a, b) in enumerate(itertools.zip_longest(expected, got)) if a != b)
+    raise ConversionError(
+        f"{document.source}:{document.line}: transformers must decode the ids as the original does, "
+        f"got {got[position : position + SHOWN_CHARS]!r} for {expected[position : position + SHOWN_CHARS]!r} "
+        f"at character {position}. Nothing was written; decode with the original."
+    )

@@ -1,0 +1,164 @@
+"""Tokenizer files of a Hugging Face folder that encode exactly as the tokenizer that the model was trained with.
+
+A SentencePiece BPE model becomes `tokenizer.model` (copied) and `tokenizer.json` (tokenizer/hugging_face.py). Files of
+a Hugging Face tokenizer are copied. Nothing is written before both encode the same texts alike.
+`export_tokenizer` fills a folder that a model's export makes; `export_tokenizer_folder` makes one, and holds what
+transformers loads from it to the original on a whole corpus (check_export.py) before it gets its name.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_hammer.corpus.readers import Document
+from megatron_hammer.errors import ConversionError
+from megatron_hammer.files.atomic_folder import open_directory_atomically
+from megatron_hammer.tokenizer.encoding.encoder import Encoder, SentencePieceEncoder, load_encoder
+from megatron_hammer.tokenizer.encoding.hugging_face_tokenizer import (
+    SAMPLE_TEXTS,
+    build_fast_tokenizer,
+    check_same_encoding,
+    differs,
+    list_piece_texts,
+)
+from megatron_hammer.tokenizer.encoding.sentencepiece_model import (
+    PieceType,
+    SentencePieceModel,
+    read_sentencepiece_model,
+)
+from megatron_hammer.tokenizer.export.check_export import CheckedTexts, verify_with_transformers
+
+HF_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportedTokenizer:
+    """What was written, and on how many texts both tokenizers agreed."""
+
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    num_checked_texts: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportedFolder:
+    """What was written, and how much text transformers encodes and decodes as the original does."""
+
+    tokenizer: ExportedTokenizer
+    samples: CheckedTexts
+    corpus: CheckedTexts
+
+
+def export_tokenizer_folder(
+    source: Path,
+    save_dir: Path,
+    documents: Iterable[Document] = (),
+    *,
+    max_length: int | None = None,
+    chat_template: str | None = None,
+    on_document: Callable[[int], None] = lambda num_documents: None,
+) -> ExportedFolder:
+    """Write a Hugging Face tokenizer folder that encodes every document as `source` does, or nothing at all.
+
+    documents: read once, streamed; `on_document` is told how many were compared. chat_template: Jinja text.
+    Raises ConversionError at the first text on which both differ, and if `save_dir` holds anything.
+    """
+    with open_directory_atomically(save_dir) as partial_dir:
+        try:
+            tokenizer = export_tokenizer(source, partial_dir, max_length=max_length)
+        except ConversionError as error:  # there is nothing here that could be written without the tokenizer
+            raise ConversionError(
+                *(problem.replace("Pass --no-tokenizer and encode", "Encode") for problem in error.problems)
+            ) from error
+        if chat_template is not None:
+            (partial_dir / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+        encoder = load_encoder(source)
+        samples = verify_with_transformers(encoder, partial_dir, list_samples(encoder))
+        corpus = verify_with_transformers(encoder, partial_dir, documents, on_document)
+    return ExportedFolder(tokenizer=tokenizer, samples=samples, corpus=corpus)
+
+
+def read_chat_template(path: Path) -> str:
+    """Read a Jinja file; raises ConversionError if it cannot be read or is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        cause = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise ConversionError(f"{path}: chat template cannot be read ({cause}). Check the path.") from error
+
+
+def list_samples(encoder: Encoder) -> Iterable[Document]:
+    """Texts that have told tokenizers apart, and every piece of a SentencePiece model by itself."""
+    texts = [*SAMPLE_TEXTS]
+    if isinstance(encoder, SentencePieceEncoder):
+        texts += list_piece_texts(read_sentencepiece_model(encoder.path))
+    return (Document(text, "sample text", line) for line, text in enumerate(texts, start=1))
+
+
+def export_tokenizer(source: Path, target_dir: Path, *, max_length: int | None) -> ExportedTokenizer:
+    """Write the tokenizer files for `source` (a `.model`, a tokenizer.json or its folder) into `target_dir`.
+
+    max_length: the model's positions, or None to set no limit; a copied Hugging Face tokenizer keeps its own.
+    Raises ConversionError if no exact Hugging Face tokenizer can be made, DataError if `source` is not a tokenizer.
+    """
+    encoder = load_encoder(source)
+    if isinstance(encoder, SentencePieceEncoder):
+        num_checked_texts = _export_sentencepiece(encoder, target_dir, max_length)
+    else:
+        num_checked_texts = _copy_hugging_face(encoder, target_dir)
+    return ExportedTokenizer(
+        vocab_size=encoder.vocab_size, bos_id=encoder.bos_id, eos_id=encoder.eod_id, num_checked_texts=num_checked_texts
+    )
+
+
+def _export_sentencepiece(encoder: SentencePieceEncoder, target_dir: Path, max_length: int | None) -> int:
+    model = read_sentencepiece_model(encoder.path)
+    tokenizer = build_fast_tokenizer(model, name=str(encoder.path))
+    texts = [*SAMPLE_TEXTS, *list_piece_texts(model)]
+    check_same_encoding(encoder, tokenizer, texts)
+    tokenizer.encode_special_tokens = False  # not a part of tokenizer.json; transformers sets it from the config
+    shutil.copyfile(encoder.path, target_dir / "tokenizer.model")
+    tokenizer.save(str(target_dir / "tokenizer.json"))
+    config = _tokenizer_config(model, encoder, max_length)
+    (target_dir / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    return len(texts)
+
+
+def _copy_hugging_face(encoder: Encoder, target_dir: Path) -> int:
+    for name in HF_TOKENIZER_FILES:
+        if (file := encoder.path.with_name(name)).is_file():
+            shutil.copyfile(file, target_dir / name)
+    copied = load_encoder(target_dir / encoder.path.name)
+    for text in SAMPLE_TEXTS:
+        if not np.array_equal(copied.encode(text), encoder.encode(text)):
+            raise differs(text, encoder.encode(text).tolist(), copied.encode(text).tolist())
+    return len(SAMPLE_TEXTS)
+
+
+def _tokenizer_config(model: SentencePieceModel, encoder: Encoder, max_length: int | None) -> dict[str, Any]:
+    """split_special_tokens: a control token spelt out in text is text, as in sentencepiece."""
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,
+    }
+    if max_length is not None:
+        config["model_max_length"] = max_length
+    names = {"bos_token": encoder.bos_id, "eos_token": encoder.eod_id}
+    config |= {name: model.pieces[token_id].text for name, token_id in names.items() if token_id is not None}
+    unknown = next((piece.text for piece in model.pieces if piece.type is PieceType.UNKNOWN), None)
+    return config if unknown is None else config | {"unk_token": unknown}

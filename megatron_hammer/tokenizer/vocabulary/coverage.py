@@ -1,0 +1,130 @@
+"""Character coverage: which share of a list of characters has a token of its own.
+
+A character is covered where the vocabulary holds it as one token that stands for exactly this character. One that
+is only part of longer tokens, or that is spelt in bytes, is not. How text is cut does not matter: Llama-2 puts a space
+before each text, so that it encodes no Chinese character to one token, and yet 605 of the 3,500 are tokens of its own.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_hammer.errors import DataError
+from megatron_hammer.tokenizer.encoding.encoder import Encoder, SentencePieceEncoder
+from megatron_hammer.tokenizer.encoding.sentencepiece_model import PieceType, read_sentencepiece_model
+
+_WHITESPACE_SYMBOL = "\u2581"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LevelCoverage:
+    """How many of a level's characters have a token of their own; `missing` holds the first of the others."""
+
+    level: str
+    num_characters: int
+    num_covered: int
+    missing: str
+
+    @property
+    def covered_ratio(self) -> float:
+        return self.num_covered / self.num_characters
+
+
+def read_character_levels(path: Path) -> dict[str, tuple[str, ...]]:
+    """Read `{"level": {"texts": ["一", ...]}, ...}` (or a plain list of characters a level), in the file's order.
+
+    Raises DataError for a file that is not such a list, a level without characters, and an entry of several characters.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DataError(f"{path}: character list cannot be read ({error.strerror}). Check the path.") from error
+    except ValueError as error:
+        raise DataError(f"{path}: character list must be JSON, got {error}. Repair it.") from error
+    if not isinstance(content, dict) or not content:
+        raise DataError(f'{path}: character list must be {{"level": {{"texts": [...]}}}}, got no levels. Add one.')
+    return {level: _read_level(path, level, value) for level, value in content.items()}
+
+
+def _read_level(path: Path, level: str, value: Any) -> tuple[str, ...]:
+    texts = value.get("texts") if isinstance(value, dict) else value
+    if not isinstance(texts, list) or not texts:
+        raise DataError(
+            f'{path}: level "{level}" must hold a list of characters, got {texts!r:.60}. Write it as texts.'
+        )
+    wrong = [text for text in texts if not isinstance(text, str) or len(text) != 1]
+    if wrong:
+        raise DataError(
+            f'{path}: level "{level}" must hold single characters, got {wrong[0]!r} and {len(wrong) - 1} more such. '
+            "Split or remove them."
+        )
+    return tuple(dict.fromkeys(texts))
+
+
+def measure_coverage(encoder: Encoder, levels: Mapping[str, Sequence[str]]) -> tuple[LevelCoverage, ...]:
+    """The coverage of every level, in order."""
+    covered = list_character_tokens(encoder)
+    rows = []
+    for level, characters in levels.items():
+        missing = [character for character in characters if character not in covered]
+        rows.append(
+            LevelCoverage(
+                level=level,
+                num_characters=len(characters),
+                num_covered=len(characters) - len(missing),
+                missing="".join(missing[:20]),
+            )
+        )
+    return tuple(rows)
+
+
+def list_character_tokens(encoder: Encoder) -> frozenset[str]:
+    """Every character that one token stands for by itself, read from the vocabulary."""
+    if isinstance(encoder, SentencePieceEncoder):
+        texts = (
+            piece.text.replace(_WHITESPACE_SYMBOL, " ")
+            for piece in read_sentencepiece_model(encoder.path).pieces
+            if piece.type in (PieceType.NORMAL, PieceType.USER_DEFINED)
+        )
+        return frozenset(text for text in texts if len(text) == 1)
+    return _list_hugging_face_characters(encoder.path)
+
+
+def _list_hugging_face_characters(path: Path) -> frozenset[str]:
+    """In a byte-level vocabulary (GPT-2's) every character of a token's spelling stands for one byte."""
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    spellings = set(tokenizer.get_vocab(with_added_tokens=False)) - added
+    if _is_byte_level(json.loads(path.read_bytes()).get("decoder")):
+        byte_of = _list_byte_spellings()
+        decoded = (_decode_bytes(text, byte_of) for text in spellings if len(text) <= 4)
+        return frozenset(text for text in {*decoded, *added} if len(text) == 1)
+    texts = (text.replace(_WHITESPACE_SYMBOL, " ") for text in spellings | added)
+    return frozenset(text for text in texts if len(text) == 1)
+
+
+def _is_byte_level(decoder: dict[str, Any] | None) -> bool:
+    if decoder is None:
+        return False
+    return decoder["type"] == "ByteLevel" or any(map(_is_byte_level, decoder.get("decoders", ())))
+
+
+def _list_byte_spellings() -> dict[str, int]:
+    """GPT-2's spelling of bytes: printable ones are themselves, the others follow from U+0100 on.
+
+    Source: bytes_to_unicode in github.com/openai/gpt-2 src/encoder.py.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+def _decode_bytes(spelling: str, byte_of: dict[str, int]) -> str:
+    try:
+        return bytes(byte_of[character] for character in spelling).decode("utf-8")
+    except (KeyError, UnicodeDecodeError):
+        return ""
