@@ -38,7 +38,7 @@ def build_flags(work_dir: Path) -> list[str]:
 
 
 def prepare_data(work_dir: Path) -> None:
-    from megatron_hammer.data.indexed import IndexedWriter
+    from megatron_hammer.data.indexed.pair import IndexedWriter
 
     generator = np.random.default_rng(1234)
     with IndexedWriter(work_dir / "data", np.dtype(np.uint16)) as writer:

@@ -130,7 +130,7 @@ def load_into_transformers(checkpoint_dir: Path) -> Any:
 
 def write_data(prefix: Path, num_samples: int) -> None:
     """Indexed data of random documents, enough for every sample once."""
-    from megatron_hammer.data.indexed import IndexedWriter
+    from megatron_hammer.data.indexed.pair import IndexedWriter
 
     recipe = read_recipe()
     generator = np.random.default_rng(1234)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_hammer.config.arguments import ParsedArguments
-from megatron_hammer.data.indexed import IndexedWriter
+from megatron_hammer.data.indexed.pair import IndexedWriter
 
 TINY = ("--preset", "hammer-tiny", "--mock-data")
 

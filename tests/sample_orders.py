@@ -10,7 +10,7 @@ from unittest import mock
 import numpy as np
 from parsed_flags import install
 
-from megatron_hammer.data.indexed import IndexedWriter
+from megatron_hammer.data.indexed.pair import IndexedWriter
 
 
 class StubTokenizer:

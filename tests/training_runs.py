@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_hammer.data.indexed import IndexedWriter
+from megatron_hammer.data.indexed.pair import IndexedWriter
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TIMEOUT_S = 240

@@ -13,9 +13,9 @@ from pathlib import Path
 import orjson
 from rich.progress import TextColumn
 
-from megatron_hammer.data.deduplication import DedupCounts, DedupOptions, deduplicate
-from megatron_hammer.data.near_duplicates import NearDuplicateOptions, removal_probability
-from megatron_hammer.data.worker_pool import count_cores
+from megatron_hammer.data.dedup.deduplicate import DedupCounts, DedupOptions, deduplicate
+from megatron_hammer.data.dedup.near_duplicates import NearDuplicateOptions, removal_probability
+from megatron_hammer.data.preprocess.worker_pool import count_cores
 from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
 from megatron_hammer.files.progress import build_byte_progress
 

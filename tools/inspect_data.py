@@ -16,16 +16,18 @@ from typing import Any
 import orjson
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
-from megatron_hammer.data.document_text import (
+from megatron_hammer.data.indexed.manifest import read_manifest
+from megatron_hammer.data.indexed.pair import read_index
+from megatron_hammer.data.inspect.document_text import (
     choose_samples,
     describe_ids,
     read_document,
     require_same_tokenizer,
     search_documents,
 )
-from megatron_hammer.data.indexed import read_index
-from megatron_hammer.data.inspection import inspect_pair
-from megatron_hammer.data.inspection_report import (
+from megatron_hammer.data.inspect.length_histogram import build_histogram, plot_histogram, write_histogram_csv
+from megatron_hammer.data.inspect.statistics import inspect_pair
+from megatron_hammer.data.inspect.tables import (
     FrequentToken,
     PairReport,
     find_common_documents,
@@ -33,9 +35,7 @@ from megatron_hammer.data.inspection_report import (
     print_report,
     report_to_json,
 )
-from megatron_hammer.data.length_histogram import build_histogram, plot_histogram, write_histogram_csv
-from megatron_hammer.data.manifest import read_manifest
-from megatron_hammer.data.verify import VerifiedPair, verify_pair
+from megatron_hammer.data.inspect.verify_pair import VerifiedPair, verify_pair
 from megatron_hammer.errors import ConfigError, DataError, exit_on_user_error
 from megatron_hammer.files.progress import build_progress
 from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder

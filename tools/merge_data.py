@@ -14,7 +14,7 @@ from pathlib import Path
 
 import orjson
 
-from megatron_hammer.data.merge import MergedPair, merge_pairs
+from megatron_hammer.data.merge.merge_pairs import MergedPair, merge_pairs
 from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
 from megatron_hammer.files.progress import build_byte_progress
 

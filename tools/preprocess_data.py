@@ -17,12 +17,12 @@ from typing import Any, NoReturn
 import orjson
 from rich.progress import TextColumn
 
-from megatron_hammer.data.manifest import Manifest
-from megatron_hammer.data.preprocess import Progress, describe_continuation, preprocess
-from megatron_hammer.data.preprocess_options import PreprocessOptions
-from megatron_hammer.data.preprocess_run import MAX_PROBLEMS_SHOWN
-from megatron_hammer.data.sharding import parse_shard
-from megatron_hammer.data.worker_pool import count_cores
+from megatron_hammer.data.indexed.manifest import Manifest
+from megatron_hammer.data.preprocess.options import PreprocessOptions
+from megatron_hammer.data.preprocess.preprocess import Progress, describe_continuation, preprocess
+from megatron_hammer.data.preprocess.run import MAX_PROBLEMS_SHOWN
+from megatron_hammer.data.preprocess.sharding import parse_shard
+from megatron_hammer.data.preprocess.worker_pool import count_cores
 from megatron_hammer.errors import exit_on_user_error
 from megatron_hammer.files.progress import build_byte_progress
 

@@ -12,7 +12,7 @@ from megatron_hammer.config.data_order import (
     count_last_validation_sample,
     plan_run_order,
 )
-from megatron_hammer.data.order import EPOCHWISE, MEGATRON
+from megatron_hammer.data.order.order import EPOCHWISE, MEGATRON
 
 
 def build_dataset_provider(namespace: argparse.Namespace) -> Any:
@@ -94,7 +94,7 @@ def build_dataset_config(namespace: argparse.Namespace) -> Any:
     from megatron.training import get_tokenizer
     from megatron.training.utils import get_blend_and_blend_per_split
 
-    from megatron_hammer.data.stable_order import EpochwiseGPTDatasetConfig
+    from megatron_hammer.data.order.epochwise_dataset import EpochwiseGPTDatasetConfig
 
     blend, blend_per_split = get_blend_and_blend_per_split(namespace)
     config_class = functools.partial(GPTDatasetConfig)

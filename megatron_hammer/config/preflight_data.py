@@ -11,8 +11,8 @@ from megatron_hammer.config.preflight_checkpoint import find_unwritable
 from megatron_hammer.config.preflight_data_cache import find_cache_problems
 from megatron_hammer.config.preflight_data_sizes import find_size_problems
 from megatron_hammer.config.preflight_memory import is_planned
-from megatron_hammer.data.indexed import SCAN_CHUNK_TOKENS, IndexSummary, read_index
-from megatron_hammer.data.manifest import Manifest, read_manifest
+from megatron_hammer.data.indexed.manifest import Manifest, read_manifest
+from megatron_hammer.data.indexed.pair import SCAN_CHUNK_TOKENS, IndexSummary, read_index
 from megatron_hammer.errors import DataError
 from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder
 

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 from megatron_hammer.config.data_order import OTHER_VALIDATION, OrderReview, plan_run_order, review_order
 from megatron_hammer.config.preflight_data_sizes import count_needed_samples
-from megatron_hammer.data.indexed import read_index
-from megatron_hammer.data.order import EPOCHWISE, MEGATRON, DataOrder, SourceOrder
-from megatron_hammer.data.order_change import Segment, SourceChange, count_change, is_continued, match_sources
-from megatron_hammer.data.order_identity import is_same_data
+from megatron_hammer.data.indexed.pair import read_index
+from megatron_hammer.data.order.change import Segment, SourceChange, count_change, is_continued, match_sources
+from megatron_hammer.data.order.identity import is_same_data
+from megatron_hammer.data.order.order import EPOCHWISE, MEGATRON, DataOrder, SourceOrder
 
 COUNTABLE_LOADER = "single"  # the others shuffle again, or are not Megatron's
 ACCEPT = "pass --accept-data-order-change to go on in the new order"

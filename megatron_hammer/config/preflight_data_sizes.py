@@ -7,7 +7,7 @@ import numpy as np
 
 from megatron_hammer.config.data_sources import SPLIT_FLAGS, DataPlan
 from megatron_hammer.config.preflight_layout import select_global_batch_size
-from megatron_hammer.data.indexed import IndexSummary
+from megatron_hammer.data.indexed.pair import IndexSummary
 
 
 def count_split_tokens(index: IndexSummary, bounds: tuple[float, float]) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_hammer.config.data_sources import read_data_plan
 from megatron_hammer.config.preset_arguments import model_arguments
 from megatron_hammer.config.saved_run import TRACKER_NAME
-from megatron_hammer.data.manifest import read_manifest
+from megatron_hammer.data.indexed.manifest import read_manifest
 from megatron_hammer.errors import DataError
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.tokenizer.encoding.encoder import load_encoder

@@ -6,7 +6,7 @@ from typing import Any
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 
-from megatron_hammer.data.stable_order import EpochwiseGPTDataset, EpochwiseGPTDatasetConfig
+from megatron_hammer.data.order.epochwise_dataset import EpochwiseGPTDataset, EpochwiseGPTDatasetConfig
 
 
 class DatasetProvider:

@@ -10,7 +10,7 @@ import pytest
 from tool_runs import Finished, run_tool
 
 from megatron_hammer.config.data_sources import parse_blend
-from megatron_hammer.data.indexed_writer import IndexedWriter
+from megatron_hammer.data.indexed.pair_writer import IndexedWriter
 
 pytestmark = pytest.mark.integration
 

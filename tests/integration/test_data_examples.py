@@ -10,7 +10,7 @@ import pytest
 import transformers
 
 from megatron_hammer.corpus.readers import read_documents
-from megatron_hammer.data.indexed import read_index
+from megatron_hammer.data.indexed.pair import read_index
 from megatron_hammer.tokenizer.encoding.encoder import load_encoder
 
 pytestmark = pytest.mark.integration

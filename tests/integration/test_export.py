@@ -20,7 +20,7 @@ from training_runs import REPOSITORY, TOY_MODEL, TOY_MOE, TOY_SCHEDULE, environm
 
 from megatron_hammer.checkpoint.export import ExportOptions, export_to_hugging_face
 from megatron_hammer.checkpoint.reader import open_checkpoint
-from megatron_hammer.data.indexed import IndexedWriter
+from megatron_hammer.data.indexed.pair import IndexedWriter
 
 pytestmark = pytest.mark.integration
 

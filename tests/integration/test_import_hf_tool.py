@@ -18,7 +18,7 @@ from training_runs import TOY_MODEL, TOY_MOE, TOY_SCHEDULE, train
 
 from megatron_hammer.checkpoint.export import ExportOptions, export_to_hugging_face
 from megatron_hammer.checkpoint.import_hf import ImportOptions, import_from_hugging_face
-from megatron_hammer.data.indexed import IndexedWriter
+from megatron_hammer.data.indexed.pair import IndexedWriter
 
 pytestmark = pytest.mark.integration
 

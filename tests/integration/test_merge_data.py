@@ -11,9 +11,9 @@ import pytest
 from tool_runs import Finished, run_tool, start_tool
 from toy_tokenizer import TOY_TEXTS, train_toy_tokenizer, write_jsonl
 
-from megatron_hammer.data.index_format import encode_header
-from megatron_hammer.data.indexed import IndexedWriter, read_index
-from megatron_hammer.data.manifest import manifest_path
+from megatron_hammer.data.indexed.index_format import encode_header
+from megatron_hammer.data.indexed.manifest import manifest_path
+from megatron_hammer.data.indexed.pair import IndexedWriter, read_index
 
 pytestmark = pytest.mark.integration
 

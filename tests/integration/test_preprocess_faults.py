@@ -25,9 +25,9 @@ NUM_KILLS = 20
 SCRIPT = """
 import sys
 from pathlib import Path
-from megatron_hammer.data.manifest import Shard
-from megatron_hammer.data.preprocess import preprocess
-from megatron_hammer.data.preprocess_options import PreprocessOptions
+from megatron_hammer.data.indexed.manifest import Shard
+from megatron_hammer.data.preprocess.preprocess import preprocess
+from megatron_hammer.data.preprocess.options import PreprocessOptions
 from megatron_hammer.errors import exit_on_user_error
 
 @exit_on_user_error
@@ -167,8 +167,8 @@ def test_killed_at_random_moments_ends_with_the_same_bytes(
 
 
 # Which call of what ends the process, and whether before or after it; two keys, so two pairs and two to be shuffled.
-RUN = "megatron_hammer.data.preprocess_run"
-WRITER = "megatron_hammer.data.indexed_writer.IndexedWriter"
+RUN = "megatron_hammer.data.preprocess.run"
+WRITER = "megatron_hammer.data.indexed.pair_writer.IndexedWriter"
 MOMENTS = [
     *((f"{WRITER}.finish", number, "before") for number in (1, 2)),
     *((f"{RUN}.shuffle_pairs", 1, when) for when in ("before", "after")),
@@ -176,7 +176,7 @@ MOMENTS = [
     *((f"{RUN}.encode_manifest", number, "before") for number in (1, 2)),
     *((f"{WRITER}.publish", number, when) for number in (1, 2) for when in ("before", "after")),
     (f"{RUN}.select_spool_prefix", 1, "before"),  # amid remove_leftovers: the journal is gone, spools are not
-    ("megatron_hammer.data.preprocess.remove_leftovers", 1, "after"),
+    ("megatron_hammer.data.preprocess.preprocess.remove_leftovers", 1, "after"),
 ]
 # Ends the process, as SIGKILL does, before or after the given call of a function.
 KILLER = """

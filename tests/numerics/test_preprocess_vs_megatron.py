@@ -18,8 +18,8 @@ from punkt_model import write_punkt_model
 from toy_tokenizer import TOY_TEXTS, train_toy_tokenizer, write_jsonl
 
 from megatron_hammer.corpus.readers import read_documents
-from megatron_hammer.data.preprocess import preprocess
-from megatron_hammer.data.preprocess_options import PreprocessOptions
+from megatron_hammer.data.preprocess.options import PreprocessOptions
+from megatron_hammer.data.preprocess.preprocess import preprocess
 
 HOSTILE_TEXTS = [
     "",

@@ -28,8 +28,8 @@ from megatron_hammer.data.blending import (
     validate_weights,
     weigh_by_tokens,
 )
-from megatron_hammer.data.indexed_writer import IndexedWriter
-from megatron_hammer.data.manifest import Manifest, TokenizerIdentity, encode_manifest, manifest_path
+from megatron_hammer.data.indexed.manifest import Manifest, TokenizerIdentity, encode_manifest, manifest_path
+from megatron_hammer.data.indexed.pair_writer import IndexedWriter
 from megatron_hammer.errors import ConfigError, DataError
 
 

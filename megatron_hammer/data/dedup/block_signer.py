@@ -1,0 +1,88 @@
+"""Blocks of raw documents to what tells duplicates apart: digests, and MinHash signatures. Runs in worker processes."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+
+from megatron_hammer.corpus.blocks import Block, BlockKind, decode_document, split_block
+from megatron_hammer.corpus.json_records import BadRecordError
+from megatron_hammer.data.dedup.near_duplicates import NearDuplicateOptions, Signer
+from megatron_hammer.errors import DataError
+
+DIGEST_BYTES = 16
+DIGEST_DTYPE = np.dtype(f"S{DIGEST_BYTES}")
+LINE_ENDS_TO_SPACES = bytes.maketrans(b"\r\n", b"  ")
+
+
+@dataclass(frozen=True, slots=True)
+class SignedBlock:
+    """The documents of a block, in order.
+
+    lines: each as a JSON line. digests: [n] of DIGEST_DTYPE. text_bytes: int64 [n], of UTF-8. is_signed: bool [n],
+    False for a text without words. signatures: uint32 [is_signed.sum(), num_permutations], None where none are wanted.
+    """
+
+    file_index: int
+    first_line: int
+    lines: tuple[bytes, ...]
+    digests: np.ndarray
+    text_bytes: np.ndarray
+    is_signed: np.ndarray
+    signatures: np.ndarray | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockSignerRecipe:
+    """What a worker needs to sign blocks; paths: of the files, for messages and in the order of `file_index`."""
+
+    paths: tuple[str, ...]
+    json_key: str
+    ignores_whitespace: bool
+    near_duplicates: NearDuplicateOptions | None
+
+    def build(self) -> Callable[[Block], SignedBlock]:
+        signer = None if self.near_duplicates is None else Signer(self.near_duplicates)
+        return lambda block: self._sign(block, signer)
+
+    def _sign(self, block: Block, signer: Signer | None) -> SignedBlock:
+        """Raises DataError naming file:line at the first record that is not a document."""
+        texts, lines = [], []
+        for place, payload in enumerate(split_block(block)):
+            try:
+                (text,) = decode_document(block.kind, payload, (self.json_key,))
+            except BadRecordError as error:
+                where = f"{self.paths[block.begin.file_index]}:{block.begin.num_records + place + 1}"
+                raise DataError(f"{where}: {error}") from error
+            texts.append(text)
+            lines.append(encode_line(block.kind, payload, text, self.json_key))
+        digests = [digest_text(text, ignores_whitespace=self.ignores_whitespace) for text in texts]
+        signatures = [signer.sign(text) if signer is not None else None for text in texts]
+        signed = [signature for signature in signatures if signature is not None]
+        num_permutations = 0 if self.near_duplicates is None else self.near_duplicates.num_permutations
+        return SignedBlock(
+            file_index=block.begin.file_index,
+            first_line=block.begin.num_records + 1,
+            lines=tuple(lines),
+            digests=np.array(digests, dtype=DIGEST_DTYPE),
+            text_bytes=np.array([len(text.encode("utf-8")) for text in texts], dtype=np.int64),
+            is_signed=np.array([signature is not None for signature in signatures], dtype=bool),
+            signatures=np.array(signed, dtype=np.uint32).reshape(-1, num_permutations) if signer is not None else None,
+        )
+
+
+def digest_text(text: str, *, ignores_whitespace: bool) -> bytes:
+    """Return the 16 bytes that stand for a text; ignores_whitespace: a run counts as one space, at the ends as none."""
+    compared = " ".join(text.split()) if ignores_whitespace else text
+    return hashlib.blake2b(compared.encode("utf-8"), digest_size=DIGEST_BYTES).digest()
+
+
+def encode_line(kind: BlockKind, payload: bytes | dict[str, Any], text: str, json_key: str) -> bytes:
+    """Return the document as a JSON line: the JSON that it came from where it came from any, with all its fields."""
+    if kind in (BlockKind.LINES, BlockKind.ELEMENTS) and isinstance(payload, bytes):
+        # A line end in JSON stands between values only: strings escape it.
+        return payload.strip().translate(LINE_ENDS_TO_SPACES) + b"\n"
+    return orjson.dumps({json_key: text}, option=orjson.OPT_APPEND_NEWLINE)

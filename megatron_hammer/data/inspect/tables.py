@@ -1,0 +1,218 @@
+"""An inspected pair for people and for programs: rich tables, or a dictionary that a JSON encoder takes."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import IO, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from megatron_hammer.data.indexed.manifest import Manifest
+from megatron_hammer.data.inspect.document_text import DocumentText
+from megatron_hammer.data.inspect.length_histogram import LengthHistogram, build_histogram
+from megatron_hammer.data.inspect.statistics import PairStatistics, count_common_documents, summarise_lengths
+from megatron_hammer.data.inspect.verify_pair import VerifiedPair
+
+SAMPLE_CHARACTERS = 300
+BAR_CHARACTERS = 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FrequentToken:
+    """text: what the id decodes to, or None without a tokenizer."""
+
+    token_id: int
+    count: int
+    text: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CommonDocuments:
+    """Of the documents of one pair, those that another one holds too, as when validation data leaked into training."""
+
+    prefix: str
+    other_prefix: str
+    num_documents: int
+    num_common: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairReport:
+    """Everything that was found about one pair; verified: None where that was not asked for."""
+
+    prefix: str
+    statistics: PairStatistics
+    vocab_size: int | None
+    manifest: Manifest | None
+    verified: VerifiedPair | None
+    frequent_tokens: Sequence[FrequentToken]
+    samples: Sequence[DocumentText]
+
+
+def find_common_documents(reports: Sequence[PairReport]) -> list[CommonDocuments]:
+    """Compare every pair with every other one whose ids have the same type, in both directions."""
+    return [
+        CommonDocuments(
+            prefix=report.prefix,
+            other_prefix=other.prefix,
+            num_documents=report.statistics.index.num_documents,
+            num_common=count_common_documents(report.statistics, other.statistics),
+        )
+        for report, other in itertools.permutations(reports, 2)
+        if report.statistics.index.dtype == other.statistics.index.dtype
+    ]
+
+
+def print_common_documents(rows: Sequence[CommonDocuments], stream: IO[str]) -> None:
+    """Print a line for each two pairs; nothing where there is one pair."""
+    if not rows:
+        return
+    table = Table(title="documents that another pair holds too", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("of", overflow="fold")
+    table.add_column("in", overflow="fold")
+    table.add_column("documents", justify="right", no_wrap=True)
+    table.add_column("share", justify="right", no_wrap=True)
+    for row in rows:
+        share = _share(row.num_common, row.num_documents)
+        table.add_row(row.prefix, row.other_prefix, f"{row.num_common:,}", share)
+    Console(file=stream, highlight=False, markup=False, emoji=False).print(table)
+
+
+def report_to_json(report: PairReport) -> dict[str, Any]:
+    """Return the report as plain values; lengths are null without documents, manifest without one."""
+    statistics, index = report.statistics, report.statistics.index
+    lengths = summarise_lengths(statistics.lengths)
+    histogram = build_histogram(statistics.lengths)
+    return {
+        "prefix": report.prefix,
+        "dtype": index.dtype.name,
+        "num_documents": index.num_documents,
+        "num_empty_documents": statistics.num_empty_documents,
+        "num_sequences": index.num_sequences,
+        "num_tokens": index.num_tokens,
+        "document_tokens": dataclasses.asdict(lengths) if lengths is not None else None,
+        "length_histogram": [
+            {"min_tokens": low, "max_tokens": high - 1, "num_documents": documents, "num_tokens": tokens}
+            for low, high, documents, tokens in _list_bins(histogram)
+        ],
+        "duplicates": dataclasses.asdict(statistics.duplicates),
+        "vocab_size": report.vocab_size,
+        "num_unused_ids": statistics.num_unused_ids,
+        "frequent_tokens": [dataclasses.asdict(token) for token in report.frequent_tokens],
+        "samples": [dataclasses.asdict(sample) for sample in report.samples],
+        "is_verified": report.verified is not None,
+        "manifest": report.manifest.to_json() if report.manifest is not None else None,
+    }
+
+
+def print_report(report: PairReport, stream: IO[str]) -> None:
+    """Print the report as tables; the samples come last, cut to a few hundred characters."""
+    console = Console(file=stream, highlight=False, markup=False, emoji=False)
+    console.print(_build_counts(report))
+    if report.manifest is not None:
+        console.print(_build_manifest(report.manifest))
+    if report.statistics.index.num_documents:
+        console.print(_build_lengths(build_histogram(report.statistics.lengths)))
+    if report.frequent_tokens:
+        console.print(_build_tokens(report))
+    for sample in report.samples:
+        cut = "..." if len(sample.text) > SAMPLE_CHARACTERS else ""
+        console.print(f"document {sample.number:,}, {sample.num_tokens:,} tokens:")
+        console.print(sample.text[:SAMPLE_CHARACTERS] + cut + "\n", soft_wrap=True)
+
+
+def _build_counts(report: PairReport) -> Table:
+    statistics, index, duplicates = report.statistics, report.statistics.index, report.statistics.duplicates
+    num_texts = index.num_documents - statistics.num_empty_documents
+    vocabulary = "of the vocabulary" if report.vocab_size is not None else "up to the largest that occurs"
+    rows = {
+        "documents": f"{index.num_documents:,}",
+        "empty documents": f"{statistics.num_empty_documents:,}",
+        "sequences": f"{index.num_sequences:,}",
+        "tokens": f"{index.num_tokens:,} as {index.dtype.name}",
+    }
+    lengths = summarise_lengths(statistics.lengths)
+    if lengths is not None:
+        rows["tokens of a document"] = (
+            f"min {lengths.minimum:,}, median {lengths.median:,}, mean {lengths.mean:,.1f}, p90 {lengths.p90:,}, "
+            f"p99 {lengths.p99:,}, max {lengths.maximum:,}"
+        )
+    rows["duplicate documents"] = (
+        f"{duplicates.num_duplicates:,} ({_share(duplicates.num_duplicates, num_texts)}) with "
+        f"{duplicates.num_duplicate_tokens:,} tokens ({_share(duplicates.num_duplicate_tokens, index.num_tokens)}); "
+        f"{duplicates.num_texts_repeated:,} texts repeat, the most {duplicates.most_copies:,} times"
+    )
+    num_ids = len(statistics.token_counts)
+    rows["ids that never occur"] = (
+        f"{statistics.num_unused_ids:,} of {num_ids:,} {vocabulary} ({_share(statistics.num_unused_ids, num_ids)})"
+    )
+    if report.verified is not None:
+        hashes = "hashes agree with the manifest" if report.verified.has_hashes else "no hashes to compare with"
+        rows["integrity"] = f"every byte read, no problem found; {hashes}"
+    return _build_list(report.prefix, rows)
+
+
+def _build_manifest(manifest: Manifest) -> Table:
+    options = ", ".join(f"{name}={value}" for name, value in manifest.options.items() if value not in (None, False))
+    sources = ", ".join(source.path for source in manifest.sources[:3])
+    more = f" and {len(manifest.sources) - 3:,} more" if len(manifest.sources) > 3 else ""
+    tokenizer = manifest.tokenizer
+    rows = {
+        "made from": f"{sources}{more}",
+        "tokenizer": f"{tokenizer.name} ({tokenizer.vocab_size:,} ids, SHA-256 {tokenizer.sha256[:12]}...)",
+        "options": options,
+        "text": f"{manifest.text_bytes:,} bytes, {manifest.bytes_per_token:.3f} bytes a token",
+        "dropped records": f"{manifest.num_dropped_documents:,}",
+    }
+    return _build_list("manifest", rows)
+
+
+def _build_list(title: str, rows: dict[str, str]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _build_lengths(histogram: LengthHistogram) -> Table:
+    table = Table(title="documents by length", title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("tokens", "documents", "tokens in all", "share"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column(no_wrap=True)
+    total_tokens = int(histogram.num_tokens.sum())
+    most_documents = int(histogram.num_documents.max(initial=1))
+    for low, high, documents, tokens in _list_bins(histogram):
+        lengths = f"{low:,}" if high == low + 1 else f"{low:,} - {high - 1:,}"
+        bar = "#" * -(-documents * BAR_CHARACTERS // max(most_documents, 1))
+        table.add_row(lengths, f"{documents:,}", f"{tokens:,}", _share(tokens, total_tokens), bar)
+    return table
+
+
+def _list_bins(histogram: LengthHistogram) -> list[tuple[int, int, int, int]]:
+    """Lower and upper edge, documents and tokens of every bin from the first that is not empty."""
+    columns = (histogram.edges[:-1], histogram.edges[1:], histogram.num_documents, histogram.num_tokens)
+    bins = list(zip(*(column.tolist() for column in columns), strict=True))
+    first = next((k for k, (_, _, documents, _) in enumerate(bins) if documents), len(bins))
+    return bins[first:]
+
+
+def _build_tokens(report: PairReport) -> Table:
+    table = Table(title="most frequent tokens", title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("id", "count", "share"):
+        table.add_column(heading, justify="right")
+    has_text = any(token.text is not None for token in report.frequent_tokens)
+    if has_text:
+        table.add_column("text", overflow="fold")
+    for token in report.frequent_tokens:
+        share = _share(token.count, report.statistics.index.num_tokens)
+        table.add_row(str(token.token_id), f"{token.count:,}", share, *([token.text] if has_text else []))
+    return table
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.2%}" if whole else "0.00%"

@@ -1,0 +1,199 @@
+"""What an unfinished run has done, on disk, so that the same command can go on after a kill at any point.
+
+The journal is replaced as a whole, and only after what it counts has been brought to the disk. It also holds what the
+run was begun with: a run that would end with other bytes is refused, each difference named.
+Not here: --workers and --max-errors, which may change on the way.
+"""
+
+import dataclasses
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import orjson
+
+from megatron_hammer.corpus.blocks import Position
+from megatron_hammer.data.indexed.manifest import Shard
+from megatron_hammer.data.indexed.pair_writer import WriterState
+from megatron_hammer.errors import DataError
+from megatron_hammer.files.atomic_files import cannot_write, open_atomically
+
+FORMAT_VERSION = 1
+MAX_DIFFERENCES_SHOWN = 20
+
+Phase = Literal["encode", "shuffle", "publish"]
+
+
+@dataclass(frozen=True, slots=True)
+class InputState:
+    """An input file as it was found; a change of any of these means that its content may have changed."""
+
+    path: str
+    size_bytes: int
+    modified_ns: int
+
+    @staticmethod
+    def of(path: Path) -> "InputState":
+        status = path.stat()
+        return InputState(str(path), status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """Everything that shapes the bytes of a run; flags by their names."""
+
+    flags: dict[str, Any]
+    tokenizer_sha256: str
+    shard: Shard | None
+    inputs: tuple[InputState, ...]
+    tool_version: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Journal:
+    """The job and how far it has come; lists follow the JSON keys.
+
+    encode: everything before `position` is in the writers. shuffle: everything is, in the order of the input, and is
+    to be shuffled. publish: everything is in the final writers, and `manifests` describe it.
+    """
+
+    job: Job
+    phase: Phase
+    position: Position
+    writers: tuple[WriterState, ...]
+    text_bytes: tuple[int, ...]
+    num_empty_documents: tuple[int, ...]
+    problems: tuple[str, ...]
+    manifests: tuple[dict[str, Any], ...] = ()
+    format_version: int = FORMAT_VERSION
+
+
+def write_journal(path: Path, journal: Journal) -> None:
+    """Replace the journal; after a kill there is the old one or the new one."""
+    with open_atomically(path) as file:
+        file.write(orjson.dumps(dataclasses.asdict(journal)))
+
+
+def read_journal(path: Path) -> Journal | None:
+    """Return the journal, or None if there is none; raises DataError if it is damaged or of another version."""
+    if not path.exists():
+        return None
+    try:
+        fields = orjson.loads(path.read_bytes())
+        if fields["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"format_version {fields['format_version']}")
+        return _build_journal(fields)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path}: file must be the journal of an unfinished run, got one that does not parse ({error!r}). "
+            "Pass --restart to throw that run away and begin again."
+        ) from error
+
+
+def refuse_other_job(path: Path, begun: Job, asked: Job) -> None:
+    """Raise DataError naming everything in which the job that is asked for differs from the one that was begun."""
+    differences = [*_compare_inputs(begun.inputs, asked.inputs), *_compare_options(begun, asked)]
+    if differences:
+        more = len(differences) - MAX_DIFFERENCES_SHOWN
+        raise DataError(
+            *differences[:MAX_DIFFERENCES_SHOWN],
+            *([f"inputs and flags: {more} more of them changed."] if more > 0 else []),
+            f"{path}: an unfinished run can only be continued as it was begun. "
+            "Undo what changed, or pass --restart to throw that run away and begin again.",
+        )
+
+
+@contextmanager
+def lock_outputs(path: Path) -> Iterator[None]:
+    """Hold a lock that ends with this process, however it ends; raises DataError if another process has it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _open_lock(path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        os.close(descriptor)
+
+
+def _open_lock(path: Path) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.read(descriptor, 100).decode(errors="replace") or "unknown"
+            os.close(descriptor)
+            raise DataError(
+                f"{path}: another run is writing this output, got process {owner}. "
+                "Wait for it to end, or pass another --output-prefix."
+            ) from error
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"{os.getpid()} on {os.uname().nodename}".encode())
+                return descriptor
+        os.close(descriptor)  # its owner removed the file between our open and our lock
+
+
+def _compare_inputs(begun: tuple[InputState, ...], asked: tuple[InputState, ...]) -> list[str]:
+    old = {state.path: state for state in begun}
+    new = {state.path: state for state in asked}
+    differences = [f"{path}: input must be as when the run began, got a new file." for path in new if path not in old]
+    differences += [f"{path}: input must be as when the run began, got none." for path in old if path not in new]
+    for path in old.keys() & new.keys():
+        if old[path].size_bytes != new[path].size_bytes:
+            change = f"{new[path].size_bytes} bytes where there were {old[path].size_bytes}"
+            differences.append(f"{path}: input must be as when the run began, got {change}.")
+        elif old[path] != new[path]:
+            differences.append(f"{path}: input must be as when the run began, got one that was modified since.")
+    if not differences and begun != asked:
+        differences.append("input: files must come in the same order as when the run began, got another order.")
+    return sorted(differences)
+
+
+def _compare_options(begun: Job, asked: Job) -> list[str]:
+    old, new = (
+        {"tokenizer-model": job.tokenizer_sha256, "tool version": job.tool_version}
+        | {"shard": None if job.shard is None else f"{job.shard.index}/{job.shard.count}"}
+        | {name.replace("_", "-"): value for name, value in job.flags.items()}
+        for job in (begun, asked)
+    )
+    return [
+        f"{name}: must be as when the run began, got {_show(new.get(name))} where it was {_show(old.get(name))}."
+        for name in new | old
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "on", False: "off", None: "nothing"}[value]
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _build_journal(fields: dict[str, Any]) -> Journal:
+    job = fields["job"]
+    return Journal(
+        job=Job(
+            flags=dict(job["flags"]),
+            tokenizer_sha256=job["tokenizer_sha256"],
+            shard=None if job["shard"] is None else Shard(**job["shard"]),
+            inputs=tuple(InputState(**state) for state in job["inputs"]),
+            tool_version=job["tool_version"],
+        ),
+        phase=fields["phase"],
+        position=Position(**fields["position"]),
+        writers=tuple(WriterState(**state) for state in fields["writers"]),
+        text_bytes=tuple(fields["text_bytes"]),
+        num_empty_documents=tuple(fields["num_empty_documents"]),
+        problems=tuple(fields["problems"]),
+        manifests=tuple(fields["manifests"]),
+    )

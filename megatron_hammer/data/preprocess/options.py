@@ -1,0 +1,80 @@
+"""What one run of the preprocessor is asked to do, and the names that follow from it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_hammer.corpus.blocks import BLOCK_BYTES
+from megatron_hammer.data.indexed.manifest import Shard
+from megatron_hammer.data.preprocess.sharding import select_shard_prefix
+from megatron_hammer.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreprocessOptions:
+    """One run of the preprocessor; each of `json_keys` becomes `<output_prefix>_<key>_document` (or `_sentence`).
+
+    prepend_bos, append_eod: begin and end every document that has tokens. language, keep_newlines: only with
+    split_sentences. seed: shuffle the documents with it; None keeps their order. max_errors: bad records to skip.
+    restart: throw away an unfinished run instead of going on with it. journal_interval_s: what a kill may cost.
+    """
+
+    inputs: tuple[str, ...]
+    tokenizer_path: Path
+    output_prefix: Path
+    json_keys: tuple[str, ...] = ("text",)
+    append_eod: bool = False
+    prepend_bos: bool = False
+    split_sentences: bool = False
+    language: str = "english"
+    keep_newlines: bool = False
+    seed: int | None = None
+    shard: Shard | None = None
+    num_workers: int = 1
+    max_errors: int = 0
+    restart: bool = False
+    journal_interval_s: float = 10.0
+    block_bytes: int = BLOCK_BYTES
+
+    @property
+    def job_prefix(self) -> Path:
+        """The output prefix, with the shard's number if there is one."""
+        return select_shard_prefix(self.output_prefix, self.shard)
+
+    @property
+    def journal_path(self) -> Path:
+        return Path(f"{self.job_prefix}.journal.json")
+
+    @property
+    def lock_path(self) -> Path:
+        return Path(f"{self.job_prefix}.lock")
+
+    def prefix_of(self, json_key: str) -> Path:
+        return Path(f"{self.job_prefix}_{json_key}_{'sentence' if self.split_sentences else 'document'}")
+
+    def describe(self) -> dict[str, Any]:
+        """Return every option that shapes the bytes, except the keys and the shard, by the name of its flag."""
+        return {
+            "append_eod": self.append_eod,
+            "prepend_bos": self.prepend_bos,
+            "split_sentences": self.split_sentences,
+            "lang": self.language if self.split_sentences else None,
+            "keep_newlines": self.keep_newlines,
+            "shuffle": self.seed is not None,
+            "seed": self.seed,
+        }
+
+    def validate(self) -> None:
+        """Raise ConfigError naming every combination that cannot work."""
+        problems = []
+        if self.seed is not None and self.shard is not None:
+            problems.append(
+                f"shuffle: a shard cannot be shuffled alone, got shard={self.shard.index}/{self.shard.count}. "
+                "Shuffle when merging: merge_data.py --shuffle --seed."
+            )
+        if self.seed is not None and self.seed < 0:
+            problems.append(f"seed: must be at least 0, got seed={self.seed}. Pass another.")
+        if self.keep_newlines and not self.split_sentences:
+            problems.append("keep-newlines: must come with --split-sentences, got it alone. Add that, or drop this.")
+        if problems:
+            raise ConfigError(*problems)

@@ -1,0 +1,240 @@
+"""Raw text to Megatron's .bin/.idx: read, encode in a pool of processes, write in order, shuffle if asked.
+
+The output depends on the inputs, the tokenizer and the options only: not on the number of workers, and not on how often
+the run was killed and continued. For good input it has the same bytes as that of Megatron-LM's tool. A bad record is an
+error naming file:line; a dead worker is an error, not a wait. Until all is written, every file has a .partial name.
+Read next: blocks.py (reading), block_encoder.py (what workers do), run.py (writing), journal.py (resuming).
+"""
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_hammer.corpus.blocks import Position, count_records_before, read_blocks
+from megatron_hammer.data.indexed.file_hasher import FileHasher
+from megatron_hammer.data.indexed.manifest import Manifest
+from megatron_hammer.data.indexed.pair import select_dtype
+from megatron_hammer.data.preprocess.block_encoder import BlockEncoderRecipe, require_bos_id, select_sample_texts
+from megatron_hammer.data.preprocess.build_manifest import (
+    Sources,
+    describe_job,
+    describe_outputs,
+    find_complete_outputs,
+    select_sources,
+)
+from megatron_hammer.data.preprocess.journal import (
+    InputState,
+    Job,
+    Journal,
+    lock_outputs,
+    read_journal,
+    refuse_other_job,
+)
+from megatron_hammer.data.preprocess.options import PreprocessOptions
+from megatron_hammer.data.preprocess.run import PreprocessRun, remove_leftovers
+from megatron_hammer.data.preprocess.worker_pool import encode_in_order
+from megatron_hammer.errors import DataError, HammerError
+from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder, require_eod_id
+from megatron_hammer.tokenizer.encoding.fast_encoder import select_encoder
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """How far a run has come, in bytes of input files as they lie on disk, or of tokens that are shuffled."""
+
+    is_shuffling: bool = False
+    done_bytes: int
+    total_bytes: int
+    num_documents: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class PreprocessResult:
+    """The manifests by output prefix.
+
+    was_complete: they were there already and nothing was written. was_continued: an earlier run had done a part.
+    """
+
+    manifests: dict[Path, Manifest]
+    was_complete: bool = False
+    was_continued: bool = False
+
+
+class VoidRunError(DataError):
+    """The inputs changed on the way, or hold no text: there is nothing to go on with."""
+
+
+OnProgress = Callable[[Progress], None]
+OnNote = Callable[[str], None]
+
+
+def preprocess(
+    options: PreprocessOptions,
+    on_progress: OnProgress = lambda progress: None,
+    on_note: OnNote = lambda note: None,
+) -> PreprocessResult:
+    """Write one .bin/.idx/.manifest.json for each key, or go on with doing so where an earlier run was stopped.
+
+    on_note: gets a sentence that the user should read. Raises DataError for anything wrong with inputs, tokenizer,
+    records or disk, ConfigError for flags, PlatformError if a worker dies. Then, and after KeyboardInterrupt, what the
+    journal counts is kept for the next run with the same options; without a journal nothing that was written remains.
+    """
+    options.validate()
+    encoder = load_encoder(options.tokenizer_path)
+    if options.append_eod:
+        require_eod_id(encoder)
+    if options.prepend_bos:
+        require_bos_id(encoder)
+    sources = select_sources(options)
+    job = describe_job(options, encoder, sources)
+    with lock_outputs(options.lock_path):
+        if options.restart:
+            remove_leftovers(options)
+        journal = read_journal(options.journal_path)
+        if journal is not None:
+            refuse_other_job(options.journal_path, journal.job, job)
+            on_note(f"{options.journal_path}: going on with an unfinished run, {describe_place(journal)}.")
+        elif not options.restart and (complete := find_complete_outputs(options, encoder, sources)) is not None:
+            remove_leftovers(options)  # of a run that was killed while it removed them itself
+            return PreprocessResult(complete, was_complete=True)
+        run = PreprocessRun(options, job, select_dtype(encoder.vocab_size), journal)
+        task = _Task(options, encoder, sources, job, run, on_progress, on_note)
+        return PreprocessResult(task.complete(), was_continued=journal is not None)
+
+
+def describe_place(journal: Journal) -> str:
+    """Return in words how far a run had come."""
+    num_documents = f"{journal.writers[0].num_documents:,} documents"
+    done = {"encode": "encoded", "shuffle": "encoded and to be shuffled", "publish": "complete"}
+    return f"{num_documents} {done[journal.phase]}"
+
+
+@dataclass(slots=True)
+class _Task:
+    """The phases of one run, each of which may be where a journal left off."""
+
+    options: PreprocessOptions
+    encoder: Encoder
+    sources: Sources
+    job: Job
+    run: PreprocessRun
+    on_progress: OnProgress
+    on_note: OnNote
+    read_bytes: int = 0
+    records_before: dict[int, int] = field(default_factory=dict)
+
+    def complete(self) -> dict[Path, Manifest]:
+        try:
+            if self.run.phase == "publish":
+                self.run.finish()
+                return self.run.publish()
+            with FileHasher() as hasher:
+                if self.run.phase == "encode":
+                    self._encode(hasher)
+                self._refuse_void_run()
+                if self.options.seed is not None:
+                    self.run.begin_shuffle()
+                    self.run.shuffle(self.options.seed, self._report)
+                return self.run.publish(self._describe(hasher))
+        except BaseException as error:
+            is_kept = self.run.keep_or_remove(is_void=isinstance(error, VoidRunError))
+            if is_kept and isinstance(error, HammerError):
+                raise type(error)(*error.problems, describe_continuation(self.options)) from error
+            raise
+
+    def _encode(self, hasher: FileHasher) -> None:
+        """Read, encode and write everything from the run's position on."""
+        blocks = read_blocks(
+            self.sources.slices,
+            self.options.json_keys,
+            start=self.run.position,
+            on_bytes_read=self._count_read_bytes,
+            block_bytes=self.options.block_bytes,
+        )
+        # closing: an error in this loop must end the workers before the files go
+        with closing(
+            encode_in_order(blocks, self._build_recipe, self.options.num_workers, self._locate)
+        ) as encoded_blocks:
+            for encoded in encoded_blocks:
+                self.run.add(encoded, self._locate)
+                self.run.save_if_due()
+                self._hash_what_is_done(hasher)
+                self._report(self.read_bytes, self.sources.total_bytes)
+
+    def _build_recipe(self) -> BlockEncoderRecipe:
+        """Choose the fast encoder if it agrees with the reference on the first documents."""
+        slices, keys = self.sources.slices, self.options.json_keys
+        first_block = next(read_blocks(slices, keys, block_bytes=self.options.block_bytes), None)
+        choice = select_encoder(self.encoder, select_sample_texts(first_block, keys))
+        if choice.warning is not None:
+            self.on_note(choice.warning)
+        return BlockEncoderRecipe(self.options, choice)
+
+    def _describe(self, hasher: FileHasher) -> list[Manifest]:
+        output_paths = self.run.finish()
+        described = hasher.finish([*self.sources.paths, *output_paths])
+        num_sources = len(self.sources.paths)
+        return describe_outputs(
+            self.options, self.encoder, self.sources, self.run, described[:num_sources], described[num_sources:]
+        )
+
+    def _hash_what_is_done(self, hasher: FileHasher) -> None:
+        """Hash what will be read or written no more, as long as the system still has it in memory."""
+        position = self.run.position
+        hasher.complete(self.sources.paths[: position.file_index])
+        if position.offset:  # in an archive or in rows it is another place, further on or back, but a fit pace
+            hasher.follow(self.sources.paths[position.file_index], position.offset)
+        if self.options.seed is None:  # else it is shuffled into another file
+            for path, num_bytes in self.run.list_growing_files():
+                hasher.follow(path, num_bytes)
+
+    def _refuse_void_run(self) -> None:
+        """Raise VoidRunError if nothing that has been written can be of use, to this run or to a later one."""
+        for state in self.job.inputs:
+            try:
+                now = InputState.of(Path(state.path))
+            except FileNotFoundError as error:
+                raise VoidRunError(
+                    f"{state.path}: file must stay while it is read, got none at the end. Put it back."
+                ) from error
+            if now != state:
+                change = f"{state.size_bytes} bytes at the start and {now.size_bytes} at the end"
+                if now.size_bytes == state.size_bytes:
+                    change = "one that was modified meanwhile"
+                raise VoidRunError(
+                    f"{state.path}: file must not change while it is read, got {change}. Run again when it is complete."
+                )
+        for writer, key in zip(self.run.writers, self.options.json_keys, strict=True):
+            if writer.num_tokens == 0 and self.options.shard is None:
+                raise VoidRunError(
+                    f'{self.options.inputs[0]}: field "{key}" must hold text in some document, '
+                    f"got none in {writer.num_documents} documents. Check --input and --json-keys."
+                )
+
+    def _locate(self, begin: Position, place: int = 0) -> str:
+        """Return file:line of the document at this place behind a position."""
+        if begin.file_index not in self.records_before:
+            self.records_before[begin.file_index] = count_records_before(self.sources.slices[begin.file_index])
+        line = self.records_before[begin.file_index] + begin.num_records + place + 1
+        return f"{self.sources.slices[begin.file_index].path}:{line}"
+
+    def _count_read_bytes(self, num_bytes: int) -> None:
+        self.read_bytes += num_bytes
+
+    def _report(self, done_bytes: int, total_bytes: int) -> None:
+        self.on_progress(
+            Progress(
+                is_shuffling=self.run.phase == "shuffle",
+                done_bytes=min(done_bytes, total_bytes),
+                total_bytes=total_bytes,
+                num_documents=self.run.writers[0].num_documents,
+                num_tokens=sum(writer.num_tokens for writer in self.run.writers),
+            )
+        )
+
+
+def describe_continuation(options: PreprocessOptions) -> str:
+    """Return the sentence for a run that was stopped and can go on."""
+    return f"{options.journal_path}: what was done is kept. Run the same command again to continue."

@@ -1,0 +1,155 @@
+"""A journal comes back as it was written; another job, a damaged file and a second run are refused by name."""
+
+import dataclasses
+import multiprocessing
+import os
+import re
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+
+from megatron_hammer.corpus.blocks import Position
+from megatron_hammer.data.indexed.manifest import Shard
+from megatron_hammer.data.indexed.pair_writer import WriterState
+from megatron_hammer.data.preprocess.journal import (
+    InputState,
+    Job,
+    Journal,
+    lock_outputs,
+    read_journal,
+    refuse_other_job,
+    write_journal,
+)
+from megatron_hammer.errors import DataError
+
+JOB = Job(
+    flags={"json_keys": ["text"], "append_eod": True, "seed": None},
+    tokenizer_sha256="ab" * 32,
+    shard=Shard(1, 4),
+    inputs=(InputState("a.jsonl", 10, 111), InputState("b.jsonl", 20, 222)),
+    tool_version="0.1",
+)
+JOURNAL = Journal(
+    job=JOB,
+    phase="encode",
+    position=Position(1, 234, 5),
+    writers=(WriterState(100, 9, 8),),
+    text_bytes=(400,),
+    num_empty_documents=(1,),
+    problems=("a.jsonl:3: bad.",),
+)
+REMEDY = (
+    "journal: an unfinished run can only be continued as it was begun. "
+    "Undo what changed, or pass --restart to throw that run away and begin again."
+)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    assert read_journal(path) is None
+    for journal in (JOURNAL, dataclasses.replace(JOURNAL, phase="publish", manifests=({"dtype": "int32"},))):
+        write_journal(path, journal)
+        assert read_journal(path) == journal
+    assert [file.name for file in tmp_path.iterdir()] == ["journal"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"format_version": 99}', b'{"format_version": 1}'])
+def test_a_damaged_journal_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "journal").write_bytes(content)
+    message = (
+        rf"^{re.escape(str(tmp_path))}/journal: file must be the journal of an unfinished run, got one that does not "
+        r"parse \(.+\). Pass --restart to throw that run away and begin again.$"
+    )
+    with pytest.raises(DataError, match=message):
+        read_journal(tmp_path / "journal")
+
+
+@pytest.mark.parametrize(
+    "change, differences",
+    [
+        (
+            {"inputs": (InputState("a.jsonl", 11, 333), InputState("b.jsonl", 20, 223))},
+            [
+                "a.jsonl: input must be as when the run began, got 11 bytes where there were 10.",
+                "b.jsonl: input must be as when the run began, got one that was modified since.",
+            ],
+        ),
+        (
+            {"inputs": (InputState("a.jsonl", 10, 111), InputState("c.jsonl", 20, 222))},
+            [
+                "b.jsonl: input must be as when the run began, got none.",
+                "c.jsonl: input must be as when the run began, got a new file.",
+            ],
+        ),
+        (
+            {"inputs": (JOB.inputs[1], JOB.inputs[0])},
+            ["input: files must come in the same order as when the run began, got another order."],
+        ),
+        (
+            {"flags": {"json_keys": ["text", "title"], "append_eod": False, "seed": 7}},
+            [
+                "json-keys: must be as when the run began, got text title where it was text.",
+                "append-eod: must be as when the run began, got off where it was on.",
+                "seed: must be as when the run began, got 7 where it was nothing.",
+            ],
+        ),
+        (
+            {"tokenizer_sha256": "cd" * 32, "shard": Shard(2, 4), "tool_version": "0.2"},
+            [
+                f"tokenizer-model: must be as when the run began, got {'cd' * 32} where it was {'ab' * 32}.",
+                "tool version: must be as when the run began, got 0.2 where it was 0.1.",
+                "shard: must be as when the run began, got 2/4 where it was 1/4.",
+            ],
+        ),
+    ],
+)
+def test_another_job_is_refused_with_every_difference(change: dict, differences: list[str]) -> None:
+    with pytest.raises(DataError) as caught:
+        refuse_other_job(Path("journal"), JOB, dataclasses.replace(JOB, **change))
+    assert list(caught.value.problems) == [*differences, REMEDY]
+
+
+def test_many_differences_are_cut_short() -> None:
+    asked = dataclasses.replace(JOB, inputs=tuple(InputState(f"{n}.jsonl", 1, 1) for n in range(100)))
+    with pytest.raises(DataError) as caught:
+        refuse_other_job(Path("journal"), JOB, asked)
+    assert len(caught.value.problems) == 22
+    assert caught.value.problems[-2] == "inputs and flags: 82 more of them changed."
+
+
+def test_the_same_job_goes_on() -> None:
+    refuse_other_job(Path("journal"), JOB, dataclasses.replace(JOB))
+
+
+def hold_lock(path: Path, connection: Connection) -> None:
+    with lock_outputs(path):
+        connection.send("held")
+        connection.recv()
+
+
+def test_a_lock_is_held_by_one_process_and_ends_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "out" / "c.lock"
+    ours, theirs = multiprocessing.Pipe()
+    owner = multiprocessing.get_context("spawn").Process(target=hold_lock, args=(path, theirs))
+    owner.start()
+    assert ours.recv() == "held"
+    message = (
+        rf"^{re.escape(str(path))}: another run is writing this output, got process {owner.pid} on \S+. "
+        r"Wait for it to end, or pass another --output-prefix.$"
+    )
+    with pytest.raises(DataError, match=message), lock_outputs(path):
+        pass
+    owner.kill()
+    owner.join()
+    assert path.exists()
+    with lock_outputs(path):
+        assert path.read_text().startswith(f"{os.getpid()} on ")
+    assert not path.exists()
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    message = r"file/c.lock: file cannot be written \(.+\). Free space, or choose another place."
+    with pytest.raises(DataError, match=message), lock_outputs(tmp_path / "file" / "c.lock"):
+        pass
