@@ -82,7 +82,7 @@ def write_model(model: str, folder: Path) -> int:
 
     from megatron_hammer.checkpoint.hf_architecture import read_hf_architecture
     from megatron_hammer.checkpoint.mapping import expand
-    from megatron_hammer.checkpoint.safetensors_stream import ShardWriter, plan_shards
+    from megatron_hammer.checkpoint_files.safetensors.stream import ShardWriter, plan_shards
 
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(build_config(model), indent=2))
@@ -171,8 +171,8 @@ def measure_round(work_dir: Path, number: int, verify: str, is_warm: bool) -> li
 
 def count_equal_tensors(first: Path, second: Path) -> int:
     """How many tensors two folders have, all of them alike; raises if one differs."""
-    from megatron_hammer.checkpoint.bit_patterns import is_bitwise_equal
-    from megatron_hammer.checkpoint.hf_weights import open_hf_weights
+    from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal
+    from megatron_hammer.checkpoint_files.safetensors.weight_files import open_hf_weights
 
     ours, theirs = open_hf_weights(first), open_hf_weights(second)
     different = [

@@ -19,9 +19,9 @@ from megatron_hammer.checkpoint.export import (
     ExportReport,
     export_to_hugging_face,
 )
-from megatron_hammer.checkpoint.reader import WEIGHTS
 from megatron_hammer.checkpoint.verification.table import print_checks
 from megatron_hammer.checkpoint.verification.verify import LEVELS
+from megatron_hammer.checkpoint_files.torch_dist.reader import WEIGHTS
 from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
 from megatron_hammer.files.progress import show_stages
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from megatron_hammer.checkpoint.architecture import Architecture
 from megatron_hammer.checkpoint.layouts import pad_vocab
 from megatron_hammer.checkpoint.mapping import TensorPair, expand, select_family
-from megatron_hammer.checkpoint.reader import VOCABULARY_TENSORS
 from megatron_hammer.checkpoint.verification.megatron_model import name_parameters as checkpoint_parameters
 from megatron_hammer.checkpoint.verification.megatron_model import single_rank as single_rank
+from megatron_hammer.checkpoint_files.torch_dist.reader import VOCABULARY_TENSORS
 from megatron_hammer.model.accounting import count_parameters
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.platforms import megatron_compat

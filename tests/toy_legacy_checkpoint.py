@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from toy_checkpoint import toy_arguments
 
-from megatron_hammer.checkpoint.legacy.layouts import select_rank_layout
+from megatron_hammer.checkpoint_files.legacy.tensor_parallel import select_rank_layout
 
 NUM_LAYERS, HIDDEN, HEADS, HEAD_DIM, FFN, VOCAB, POSITIONS = 4, 24, 6, 4, 20, 64, 32
 # Sequence of a layer's tensors in a model of before megatron-core, with their mcore names.

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from toy_checkpoint import MOE_ARGUMENTS, cut, toy_arguments
 
-from megatron_hammer.checkpoint.safe_pickle import dump_object
-from megatron_hammer.checkpoint.torch_dist_store import TorchDistStore
-from megatron_hammer.checkpoint.writer import open_checkpoint_writer
+from megatron_hammer.checkpoint_files.safe_pickle import dump_object
+from megatron_hammer.checkpoint_files.torch_dist.store import TorchDistStore
+from megatron_hammer.checkpoint_files.torch_dist.writer import open_checkpoint_writer
 
 NUM_LAYERS, HIDDEN, FFN, NUM_EXPERTS, EXPERT_FFN = 4, 24, 20, 6, 12
 NUM_TOKENS, NUM_ROWS = 53, 64

@@ -27,10 +27,10 @@ from megatron_hammer.checkpoint.mapping import (
     validate_names_and_shapes,
 )
 from megatron_hammer.checkpoint.model_card import build_model_card
-from megatron_hammer.checkpoint.reader import CheckpointReader, TorchDistReader, open_checkpoint
-from megatron_hammer.checkpoint.safetensors_stream import Shard, plan_shards
 from megatron_hammer.checkpoint.verification.verify import CheckRow, Level, verify_model
 from megatron_hammer.checkpoint.weight_export import write_verified_weights
+from megatron_hammer.checkpoint_files.safetensors.stream import Shard, plan_shards
+from megatron_hammer.checkpoint_files.torch_dist.reader import CheckpointReader, TorchDistReader, open_checkpoint
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.files.atomic_folder import open_directory_atomically
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.bit_patterns import is_bitwise_equal
 from megatron_hammer.checkpoint.hf_architecture import HfModel, read_hf_architecture
 from megatron_hammer.checkpoint.hf_names import HfSources, locate_hf_tensors
-from megatron_hammer.checkpoint.hf_weights import HfWeights, open_hf_weights
 from megatron_hammer.checkpoint.mapping import TensorPair, expand, validate_names_and_shapes
+from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal
+from megatron_hammer.checkpoint_files.safetensors.weight_files import HfWeights, open_hf_weights
 from megatron_hammer.errors import ConversionError
 
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.safetensors_copy import (
+from megatron_hammer.checkpoint_files.safetensors.copy_tensors import (
     InsertedRows,
     StoredTensor,
     copy_with_rows,
     list_different_tensors,
     read_stored_tensors,
 )
-from megatron_hammer.checkpoint.safetensors_stream import INDEX_FILE
+from megatron_hammer.checkpoint_files.safetensors.stream import INDEX_FILE
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.files.atomic_folder import open_directory_atomically
 from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder

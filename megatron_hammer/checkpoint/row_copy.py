@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.checkpoint.architecture import Architecture
-from megatron_hammer.checkpoint.bit_patterns import is_bitwise_equal, is_finite
 from megatron_hammer.checkpoint.mapping import TensorPair
-from megatron_hammer.checkpoint.reader import TorchDistReader
-from megatron_hammer.checkpoint.safetensors_stream import WrittenTensor, write_at
+from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal, is_finite
+from megatron_hammer.checkpoint_files.safetensors.stream import WrittenTensor, write_at
+from megatron_hammer.checkpoint_files.torch_dist.reader import TorchDistReader
 
 BLOCK_BYTES = 1 << 19
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 from megatron_hammer.checkpoint.architecture import Architecture
-from megatron_hammer.checkpoint.bit_patterns import is_bitwise_equal, is_finite
 from megatron_hammer.checkpoint.mapping import TensorPair
-from megatron_hammer.checkpoint.reader import CheckpointReader, TorchDistReader
 from megatron_hammer.checkpoint.row_copy import CopyResult, copy_rows, find_row_runs, find_stored_rows
-from megatron_hammer.checkpoint.safetensors_stream import Shard, ShardWriter
+from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal, is_finite
+from megatron_hammer.checkpoint_files.safetensors.stream import Shard, ShardWriter
+from megatron_hammer.checkpoint_files.torch_dist.reader import CheckpointReader, TorchDistReader
 from megatron_hammer.errors import ConversionError
 
 _NUM_THREADS = 2  # more would share one disk, and memory for each

@@ -5,7 +5,7 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_hammer.checkpoint.reader import open_checkpoint
+from megatron_hammer.checkpoint_files.torch_dist.reader import open_checkpoint
 from megatron_hammer.config.preflight_layout import select_global_batch_size
 from megatron_hammer.errors import CheckpointError
 

@@ -14,7 +14,7 @@ from sample_orders import build_datasets
 from training_runs import read_lines, run, train, write_toy_data
 
 from megatron_hammer.checkpoint.hf_folder import open_hf_folder
-from megatron_hammer.checkpoint.reader import open_checkpoint
+from megatron_hammer.checkpoint_files.torch_dist.reader import open_checkpoint
 
 pytestmark = pytest.mark.distributed
 LOSS_TOLERANCE, NORM_TOLERANCE = 5e-7, 1e-6

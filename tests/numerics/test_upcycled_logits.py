@@ -14,9 +14,9 @@ from build_model import (
     single_rank,
 )
 
-from megatron_hammer.checkpoint.reader import open_checkpoint
 from megatron_hammer.checkpoint.surgery.upcycle import ExpertShape, upcycle
-from megatron_hammer.checkpoint.writer import open_checkpoint_writer
+from megatron_hammer.checkpoint_files.torch_dist.reader import open_checkpoint
+from megatron_hammer.checkpoint_files.torch_dist.writer import open_checkpoint_writer
 
 TOLERANCE = 2e-6  # measured 2.4e-7 on logits of up to 0.9, in fp32: sums over experts are in another order
 

@@ -19,8 +19,8 @@ from megatron_hammer.checkpoint.gguf.file_types import FLOAT_DTYPES, FileType, P
 from megatron_hammer.checkpoint.gguf.layouts import permute_rope, unpermute_rope
 from megatron_hammer.checkpoint.hf_architecture import HfModel
 from megatron_hammer.checkpoint.hf_names import HfSource, HfSources, locate_hf_tensors
-from megatron_hammer.checkpoint.hf_weights import HfWeights, open_hf_weights
 from megatron_hammer.checkpoint.mapping import expand, validate_names_and_shapes
+from megatron_hammer.checkpoint_files.safetensors.weight_files import HfWeights, open_hf_weights
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.model.shape import RopeScaling
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.checkpoint.architecture import Architecture
-from megatron_hammer.checkpoint.bit_patterns import is_bitwise_equal
 from megatron_hammer.checkpoint.hf_architecture import CONFIG_NAME
 from megatron_hammer.checkpoint.inspection.tensor_views import (
     OpenedCheckpoint,
@@ -24,7 +23,8 @@ from megatron_hammer.checkpoint.inspection.tensor_views import (
     view_by_table_names,
     view_store,
 )
-from megatron_hammer.checkpoint.reader import VOCABULARY_TENSORS
+from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal
+from megatron_hammer.checkpoint_files.torch_dist.reader import VOCABULARY_TENSORS
 from megatron_hammer.errors import CheckpointError
 
 Kind = Literal["missing", "unexpected", "shape", "dtype", "value"]

@@ -15,10 +15,15 @@ from torch import Tensor
 from megatron_hammer.checkpoint.architecture import Architecture, read_architecture
 from megatron_hammer.checkpoint.hf_architecture import CONFIG_NAME, read_hf_architecture
 from megatron_hammer.checkpoint.hf_names import locate_hf_tensors
-from megatron_hammer.checkpoint.hf_weights import PYTORCH_FILE, PYTORCH_INDEX, HfWeights, open_hf_weights
 from megatron_hammer.checkpoint.mapping import TensorPair, expand, select_family
-from megatron_hammer.checkpoint.reader import find_iteration, is_legacy, open_checkpoint
-from megatron_hammer.checkpoint.torch_dist_store import TorchDistStore
+from megatron_hammer.checkpoint_files.safetensors.weight_files import (
+    PYTORCH_FILE,
+    PYTORCH_INDEX,
+    HfWeights,
+    open_hf_weights,
+)
+from megatron_hammer.checkpoint_files.torch_dist.reader import find_iteration, is_legacy, open_checkpoint
+from megatron_hammer.checkpoint_files.torch_dist.store import TorchDistStore
 from megatron_hammer.errors import CheckpointError
 
 Format = Literal["torch_dist", "legacy", "Hugging Face"]

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 from megatron_hammer.checkpoint.surgery.source import parameter_key
-from megatron_hammer.checkpoint.torch_dist_store import Box
+from megatron_hammer.checkpoint_files.torch_dist.store import Box
 
 _LAYER_STACK = re.compile(r"^decoder\.layers\.(?!\d)")
 _EXPERT_STACK = re.compile(r"\.mlp\.experts\.experts\.(?!\d)")

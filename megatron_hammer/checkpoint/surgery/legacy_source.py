@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.legacy.reader import open_legacy_checkpoint
-from megatron_hammer.checkpoint.safe_pickle import dump_object
-from megatron_hammer.checkpoint.stacked_names import extra_state_key, stack_name
-from megatron_hammer.checkpoint.torch_dist_store import StoredChunk, StoredGlobal
+from megatron_hammer.checkpoint_files.legacy.reader import open_legacy_checkpoint
+from megatron_hammer.checkpoint_files.safe_pickle import dump_object
+from megatron_hammer.checkpoint_files.torch_dist.stacked_names import extra_state_key, stack_name
+from megatron_hammer.checkpoint_files.torch_dist.store import StoredChunk, StoredGlobal
 from megatron_hammer.errors import CheckpointError
 
 Indices = tuple[int, ...]

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.checkpoint.surgery.source import TrainingCheckpoint
-from megatron_hammer.checkpoint.torch_dist_store import Box, StoredGlobal, TorchDistStore
-from megatron_hammer.checkpoint.writer import open_checkpoint_writer
+from megatron_hammer.checkpoint_files.torch_dist.store import Box, StoredGlobal, TorchDistStore
+from megatron_hammer.checkpoint_files.torch_dist.writer import open_checkpoint_writer
 from megatron_hammer.errors import ConversionError
 
 ReadBox = Callable[[tuple[int, ...], tuple[int, ...]], Tensor]

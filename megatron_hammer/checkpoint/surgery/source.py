@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_hammer.checkpoint.reader import find_iteration, is_legacy
 from megatron_hammer.checkpoint.surgery.legacy_source import LegacyStore
-from megatron_hammer.checkpoint.torch_dist_store import StoredGlobal, TorchDistStore
+from megatron_hammer.checkpoint_files.torch_dist.reader import find_iteration, is_legacy
+from megatron_hammer.checkpoint_files.torch_dist.store import StoredGlobal, TorchDistStore
 from megatron_hammer.errors import CheckpointError
 
 RNG_PREFIX = "rng_state/"

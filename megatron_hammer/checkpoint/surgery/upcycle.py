@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.safe_pickle import dump_object
 from megatron_hammer.checkpoint.surgery.chunk_layout import layout_of
 from megatron_hammer.checkpoint.surgery.rewriting import (
     OnTensor,
@@ -35,6 +34,7 @@ from megatron_hammer.checkpoint.surgery.rewriting import (
 )
 from megatron_hammer.checkpoint.surgery.source import TrainingCheckpoint, open_training_checkpoint
 from megatron_hammer.checkpoint.surgery.weights_only import build_release_state
+from megatron_hammer.checkpoint_files.safe_pickle import dump_object
 from megatron_hammer.errors import ConversionError
 
 _LAYERS = "decoder.layers."

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.reader import VOCABULARY_TENSORS, open_checkpoint
 from megatron_hammer.checkpoint.verification.forward_exchange import (
     MEGATRON_FINDINGS_FILE,
     NOT_DONE,
@@ -30,6 +29,7 @@ from megatron_hammer.checkpoint.verification.layer_check import (
     select_names,
 )
 from megatron_hammer.checkpoint.verification.logit_comparison import compare_logits, measure_difference, merge_texts
+from megatron_hammer.checkpoint_files.torch_dist.reader import VOCABULARY_TENSORS, open_checkpoint
 from megatron_hammer.errors import exit_on_user_error
 
 _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from megatron_hammer.checkpoint.hf_architecture import CONFIG_NAME, DIALECTS, read_hf_architecture
 from megatron_hammer.checkpoint.hf_config import build_config
-from megatron_hammer.checkpoint.hf_weights import HfWeights, open_hf_weights
 from megatron_hammer.checkpoint.verification.forward_exchange import (
     NOT_DONE,
     NUM_RANDOM_TEXTS,
@@ -33,6 +32,7 @@ from megatron_hammer.checkpoint.verification.layer_check import (
     select_names,
 )
 from megatron_hammer.checkpoint.verification.logit_comparison import measure_difference
+from megatron_hammer.checkpoint_files.safetensors.weight_files import HfWeights, open_hf_weights
 from megatron_hammer.errors import ConversionError, exit_on_user_error
 
 ATTENTION = "eager"  # the plainest one; how far sdpa is from it says how much rounding alone can do

@@ -17,10 +17,10 @@ from megatron_hammer.checkpoint.export import ExportOptions, export_to_hugging_f
 from megatron_hammer.checkpoint.hf_architecture import interpret_config
 from megatron_hammer.checkpoint.import_hf import ImportOptions, import_from_hugging_face
 from megatron_hammer.checkpoint.mapping import GATE_UP, QKV, TRANSPOSED, Layout
-from megatron_hammer.checkpoint.reader import open_checkpoint
-from megatron_hammer.checkpoint.torch_dist_store import TorchDistStore
 from megatron_hammer.checkpoint.verification.rows import CheckRow
-from megatron_hammer.checkpoint.writer import CheckpointWriter
+from megatron_hammer.checkpoint_files.torch_dist.reader import open_checkpoint
+from megatron_hammer.checkpoint_files.torch_dist.store import TorchDistStore
+from megatron_hammer.checkpoint_files.torch_dist.writer import CheckpointWriter
 from megatron_hammer.errors import ConversionError, DataError
 
 QKV_NAMES = [f"model.layers.1.self_attn.{part}_proj.weight" for part in "qkv"]

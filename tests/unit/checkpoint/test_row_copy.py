@@ -10,9 +10,9 @@ from toy_checkpoint import GPT2_ARGUMENTS, toy_arguments, toy_llama_tensors, wri
 from megatron_hammer.checkpoint import row_copy
 from megatron_hammer.checkpoint.architecture import read_architecture
 from megatron_hammer.checkpoint.mapping import expand, select_family
-from megatron_hammer.checkpoint.reader import TorchDistReader
 from megatron_hammer.checkpoint.row_copy import copy_rows, find_row_runs, find_stored_rows
-from megatron_hammer.checkpoint.safetensors_stream import ShardWriter, plan_shards
+from megatron_hammer.checkpoint_files.safetensors.stream import ShardWriter, plan_shards
+from megatron_hammer.checkpoint_files.torch_dist.reader import TorchDistReader
 
 MODEL = read_architecture(toy_arguments())
 PAIRS = {pair.megatron_name: pair for pair in expand(select_family(MODEL), MODEL)}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_hammer.checkpoint.legacy.layouts import (
+from megatron_hammer.checkpoint_files.legacy.tensor_parallel import (
     COLUMN,
     GATED_COLUMN,
     REPLICATED,

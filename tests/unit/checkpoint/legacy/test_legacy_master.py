@@ -6,8 +6,8 @@ import pytest
 import torch
 from toy_legacy_checkpoint import legacy_arguments, llama_weights, write_legacy_checkpoint
 
-from megatron_hammer.checkpoint.legacy.master import place_parameters
-from megatron_hammer.checkpoint.legacy.reader import open_legacy_checkpoint
+from megatron_hammer.checkpoint_files.legacy.master_weights import place_parameters
+from megatron_hammer.checkpoint_files.legacy.reader import open_legacy_checkpoint
 from megatron_hammer.errors import CheckpointError, ConversionError
 
 STAGES = ((1, 1), (1, 1))

@@ -21,9 +21,9 @@ from toy_legacy_checkpoint import (
 )
 
 from megatron_hammer.checkpoint.architecture import read_architecture
-from megatron_hammer.checkpoint.legacy.layouts import order_qkv_by_version, split_gated_columns
-from megatron_hammer.checkpoint.legacy.reader import open_legacy_checkpoint
 from megatron_hammer.checkpoint.mapping import expand, select_family, validate_names_and_shapes
+from megatron_hammer.checkpoint_files.legacy.reader import open_legacy_checkpoint
+from megatron_hammer.checkpoint_files.legacy.tensor_parallel import order_qkv_by_version, split_gated_columns
 from megatron_hammer.errors import CheckpointError, ConversionError
 
 QKV = "decoder.layers.{}.self_attention.linear_qkv.weight"
@@ -435,7 +435,7 @@ def test_what_the_process_allowed_before_does_not_count(tmp_path):
 def test_reading_imports_no_megatron(tmp_path):
     target = write_legacy_checkpoint(tmp_path, llama_weights())
     code = (
-        "import sys; from megatron_hammer.checkpoint.legacy.reader import open_legacy_checkpoint; "
+        "import sys; from megatron_hammer.checkpoint_files.legacy.reader import open_legacy_checkpoint; "
         f"open_legacy_checkpoint({str(target)!r}).read('output_layer.weight'); "
         "print([name for name in sys.modules if name.split('.')[0] in ('megatron', 'transformers')])"
     )

@@ -8,8 +8,8 @@ import pytest
 import torch
 from toy_checkpoint import toy_llama_tensors, write_toy_checkpoint
 
-from megatron_hammer.checkpoint import torch_dist_store
-from megatron_hammer.checkpoint.torch_dist_store import COMMON_STATE_KEY, StoredChunk, TorchDistStore
+from megatron_hammer.checkpoint_files.torch_dist import store as torch_dist_store
+from megatron_hammer.checkpoint_files.torch_dist.store import COMMON_STATE_KEY, StoredChunk, TorchDistStore
 from megatron_hammer.errors import CheckpointError
 
 QKV = "decoder.layers.self_attention.linear_qkv.weight"

@@ -8,7 +8,7 @@ import torch
 from toy_checkpoint import toy_llama_tensors, write_toy_checkpoint
 
 from megatron_hammer.checkpoint.export import ExportOptions, export_to_hugging_face
-from megatron_hammer.checkpoint.reader import open_checkpoint
+from megatron_hammer.checkpoint_files.torch_dist.reader import open_checkpoint
 from megatron_hammer.errors import CheckpointError
 
 FILES = ("__0_0.distcp", "__1_0.distcp")

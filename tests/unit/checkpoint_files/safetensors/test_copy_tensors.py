@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from megatron_hammer.checkpoint import safetensors_copy
-from megatron_hammer.checkpoint.safetensors_copy import (
+from megatron_hammer.checkpoint_files.safetensors import copy_tensors as safetensors_copy
+from megatron_hammer.checkpoint_files.safetensors.copy_tensors import (
     InsertedRows,
     copy_with_rows,
     list_different_tensors,

@@ -14,24 +14,28 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.hf_weights import LocatedTensor, locate_in_storage, read_located
-from megatron_hammer.checkpoint.legacy.arguments import complete_arguments
-from megatron_hammer.checkpoint.legacy.files import ParallelSizes, RankFile, load_rank_files
-from megatron_hammer.checkpoint.legacy.layouts import (
-    RankLayout,
-    has_same_bits,
-    order_qkv_by_heads,
-    select_rank_layout,
-)
-from megatron_hammer.checkpoint.legacy.master import locate_masters
-from megatron_hammer.checkpoint.legacy.names import (
+from megatron_hammer.checkpoint_files.legacy.arguments import complete_arguments
+from megatron_hammer.checkpoint_files.legacy.master_weights import locate_masters
+from megatron_hammer.checkpoint_files.legacy.names import (
     TIED_HEAD,
     select_expert,
     shift_name,
     translate_name,
 )
-from megatron_hammer.checkpoint.legacy.stages import count_layers_before
-from megatron_hammer.checkpoint.reader import VOCABULARY_TENSORS, use_fused_norm_names, validate_iteration
+from megatron_hammer.checkpoint_files.legacy.pipeline_stages import count_layers_before
+from megatron_hammer.checkpoint_files.legacy.rank_files import ParallelSizes, RankFile, load_rank_files
+from megatron_hammer.checkpoint_files.legacy.tensor_parallel import (
+    RankLayout,
+    has_same_bits,
+    order_qkv_by_heads,
+    select_rank_layout,
+)
+from megatron_hammer.checkpoint_files.safetensors.weight_files import LocatedTensor, locate_in_storage, read_located
+from megatron_hammer.checkpoint_files.torch_dist.reader import (
+    VOCABULARY_TENSORS,
+    use_fused_norm_names,
+    validate_iteration,
+)
 from megatron_hammer.errors import CheckpointError, ConversionError
 
 EMBEDDING = VOCABULARY_TENSORS[0]

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.save_consistency import validate_one_save
-from megatron_hammer.checkpoint.torch_dist_store import TorchDistStore
+from megatron_hammer.checkpoint_files.torch_dist.save_consistency import validate_one_save
+from megatron_hammer.checkpoint_files.torch_dist.store import TorchDistStore
 from megatron_hammer.errors import CheckpointError
 
 LATEST_FILE = "latest_checkpointed_iteration.txt"
@@ -167,7 +167,7 @@ def open_checkpoint(path: str | Path, *, iteration: int | None = None, weights: 
         raise CheckpointError(f"weights: must be one of {', '.join(WEIGHTS)}, got {weights}. Choose one of them.")
     directory = find_iteration(Path(path), iteration)
     if is_legacy(directory):
-        from megatron_hammer.checkpoint.legacy.reader import open_legacy_checkpoint  # it imports this module
+        from megatron_hammer.checkpoint_files.legacy.reader import open_legacy_checkpoint  # it imports this module
 
         return open_legacy_checkpoint(directory, weights="master" if weights == "master" else "model")
     reader = TorchDistReader(directory, weights=weights)

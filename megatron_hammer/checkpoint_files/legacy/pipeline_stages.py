@@ -7,8 +7,8 @@ says all. It must be the number that Megatron gives it, where the arguments say 
 from pathlib import Path
 from typing import Any
 
-from megatron_hammer.checkpoint.legacy.files import RankFile
-from megatron_hammer.checkpoint.legacy.names import select_layer, translate_name
+from megatron_hammer.checkpoint_files.legacy.names import select_layer, translate_name
+from megatron_hammer.checkpoint_files.legacy.rank_files import RankFile
 from megatron_hammer.errors import CheckpointError, ConfigError
 from megatron_hammer.model.layout import Layout
 from megatron_hammer.model.pipeline_split import split_layers

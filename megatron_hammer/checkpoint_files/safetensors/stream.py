@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.bit_patterns import is_bitwise_equal
+from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal
 
 INDEX_FILE = "model.safetensors.index.json"
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

@@ -1,6 +1,6 @@
 """Copies a safetensors file byte for byte, except for rows put into some of its matrices; memory for one chunk.
 
-Nothing is decoded, so that what is not changed cannot change. Format: see safetensors_stream.py.
+Nothing is decoded, so that what is not changed cannot change. Format: see stream.py.
 """
 
 import json

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_hammer.checkpoint.safe_unpickle import MegatronObject
+from megatron_hammer.checkpoint_files.safe_unpickle import MegatronObject
 
 
 class _StandInPickler(pickle._Pickler):  # the C pickler insists on importing what it names

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.safetensors_copy import StoredTensor, read_stored_tensors
+from megatron_hammer.checkpoint_files.safetensors.copy_tensors import StoredTensor, read_stored_tensors
 from megatron_hammer.errors import ConversionError
 
 SAFETENSORS_FILE, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -2,7 +2,7 @@
 
 The tensors are Megatron's global ones, under its own keys (layers stacked), cut into boxes in any way; each box goes to
 disk when it comes, so that memory is needed for one box. `.metadata` and metadata.json, without which nothing loads,
-come last, then the folder's name, then the tracker that points to it. `torch_dist_store.py` reads it again.
+come last, then the folder's name, then the tracker that points to it. `store.py` reads it again.
 """
 
 import io
@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.hf_weights import locate_in_storage, read_located
-from megatron_hammer.checkpoint.reader import LATEST_FILE
-from megatron_hammer.checkpoint.safe_pickle import dump_object
-from megatron_hammer.checkpoint.torch_dist_store import COMMON_STATE_KEY
+from megatron_hammer.checkpoint_files.safe_pickle import dump_object
+from megatron_hammer.checkpoint_files.safetensors.weight_files import locate_in_storage, read_located
+from megatron_hammer.checkpoint_files.torch_dist.reader import LATEST_FILE
+from megatron_hammer.checkpoint_files.torch_dist.store import COMMON_STATE_KEY
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.files.atomic_folder import open_directory_atomically
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_hammer.checkpoint.bit_patterns import is_bitwise_equal, is_finite
+from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal, is_finite
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

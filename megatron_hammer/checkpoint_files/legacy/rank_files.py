@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_hammer.checkpoint.legacy.names import flatten_state
+from megatron_hammer.checkpoint_files.legacy.names import flatten_state
 from megatron_hammer.errors import CheckpointError
 
 MODEL_FILES = ("model_optim_rng.pt", "model_rng.pt")  # the second where the optimizer lay apart, before megatron-core

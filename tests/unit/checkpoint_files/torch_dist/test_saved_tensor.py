@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint import mapped_tensor
-from megatron_hammer.checkpoint.mapped_tensor import find_saved_tensor, map_tensor, read_into
+from megatron_hammer.checkpoint_files.torch_dist import saved_tensor as mapped_tensor
+from megatron_hammer.checkpoint_files.torch_dist.saved_tensor import find_saved_tensor, map_tensor, read_into
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_hammer.checkpoint.hf_weights import open_hf_weights
+from megatron_hammer.checkpoint_files.safetensors.weight_files import open_hf_weights
 from megatron_hammer.errors import ConversionError
 
 TENSORS = {

@@ -10,9 +10,9 @@ import torch.distributed.checkpoint
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from toy_checkpoint import cut, toy_arguments, toy_llama_tensors
 
-from megatron_hammer.checkpoint.reader import open_checkpoint
-from megatron_hammer.checkpoint.torch_dist_store import TorchDistStore
-from megatron_hammer.checkpoint.writer import CheckpointWriter, open_checkpoint_writer
+from megatron_hammer.checkpoint_files.torch_dist.reader import open_checkpoint
+from megatron_hammer.checkpoint_files.torch_dist.store import TorchDistStore
+from megatron_hammer.checkpoint_files.torch_dist.writer import CheckpointWriter, open_checkpoint_writer
 from megatron_hammer.errors import CheckpointError, ConversionError
 
 STATE = {"args": toy_arguments(), "iteration": 10, "checkpoint_version": 3.0}
