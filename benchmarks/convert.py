@@ -80,8 +80,8 @@ def write_model(model: str, folder: Path) -> int:
     """A Hugging Face folder of random weights, streamed; returns the bytes of its weights."""
     import torch
 
-    from megatron_hammer.checkpoint.hf_architecture import read_hf_architecture
-    from megatron_hammer.checkpoint.mapping import expand
+    from megatron_hammer.checkpoint.hugging_face.mapping import expand
+    from megatron_hammer.checkpoint.hugging_face.read_config import read_hf_architecture
     from megatron_hammer.checkpoint_files.safetensors.stream import ShardWriter, plan_shards
 
     folder.mkdir(parents=True)

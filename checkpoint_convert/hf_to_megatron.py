@@ -14,9 +14,14 @@ from pathlib import Path
 
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from megatron_hammer.checkpoint.import_hf import DTYPES, ImportOptions, ImportReport, import_from_hugging_face
+from megatron_hammer.checkpoint.convert.from_hugging_face import (
+    DTYPES,
+    ImportOptions,
+    ImportReport,
+    import_from_hugging_face,
+)
 from megatron_hammer.checkpoint.verification.table import print_checks
-from megatron_hammer.checkpoint.verification.verify import LEVELS
+from megatron_hammer.checkpoint.verification.verify_conversion import LEVELS
 from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
 from megatron_hammer.files.progress import build_progress
 

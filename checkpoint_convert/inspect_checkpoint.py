@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from megatron_hammer.checkpoint.inspection.comparison import compare_checkpoints
-from megatron_hammer.checkpoint.inspection.inspection import describe_checkpoint, measure_tensors, select_views
-from megatron_hammer.checkpoint.inspection.report import (
+from megatron_hammer.checkpoint.inspection.inspect_checkpoint import describe_checkpoint, measure_tensors, select_views
+from megatron_hammer.checkpoint.inspection.tables import (
     comparison_to_json,
     description_to_json,
     print_comparison,
@@ -32,7 +32,7 @@ from megatron_hammer.checkpoint.inspection.report import (
 )
 from megatron_hammer.checkpoint.inspection.tensor_views import OpenedCheckpoint, open_any
 from megatron_hammer.checkpoint.verification.table import print_checks
-from megatron_hammer.checkpoint.verification.verify import LEVELS, CheckRow, verify_model
+from megatron_hammer.checkpoint.verification.verify_conversion import LEVELS, CheckRow, verify_model
 from megatron_hammer.errors import ConfigError, exit_on_interrupt, exit_on_user_error
 from megatron_hammer.files.progress import build_progress
 

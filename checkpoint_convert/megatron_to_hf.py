@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_hammer.checkpoint.export import (
+from megatron_hammer.checkpoint.convert.to_hugging_face import (
     DEFAULT_MAX_SHARD_BYTES,
     DTYPES,
     ExportOptions,
@@ -20,7 +20,7 @@ from megatron_hammer.checkpoint.export import (
     export_to_hugging_face,
 )
 from megatron_hammer.checkpoint.verification.table import print_checks
-from megatron_hammer.checkpoint.verification.verify import LEVELS
+from megatron_hammer.checkpoint.verification.verify_conversion import LEVELS
 from megatron_hammer.checkpoint_files.torch_dist.reader import WEIGHTS
 from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
 from megatron_hammer.files.progress import show_stages

@@ -17,8 +17,8 @@ from megatron_hammer.errors import USER_ERROR_EXIT_CODE, exit_on_interrupt, exit
 from megatron_hammer.files.progress import show_stages
 
 try:
-    from megatron_hammer.checkpoint.gguf.export import GgufOptions, GgufReport, export_to_gguf
     from megatron_hammer.checkpoint.gguf.file_types import FILE_TYPES
+    from megatron_hammer.checkpoint.gguf.to_gguf import GgufOptions, GgufReport, export_to_gguf
 except ModuleNotFoundError as error:
     if error.name != "gguf":
         raise

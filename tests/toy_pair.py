@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from toy_checkpoint import toy_arguments, write_toy_checkpoint
 
-from megatron_hammer.checkpoint.architecture import read_architecture
-from megatron_hammer.checkpoint.hf_config import build_config
-from megatron_hammer.checkpoint.mapping import expand, select_family
+from megatron_hammer.checkpoint.hugging_face.architecture import read_architecture
+from megatron_hammer.checkpoint.hugging_face.mapping import expand, select_family
+from megatron_hammer.checkpoint.hugging_face.write_config import build_config
 
 PADDED_VOCAB_SIZE = 64
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_hammer.checkpoint.resize_embeddings import ResizeOptions, ResizeReport, resize_embeddings
+from megatron_hammer.checkpoint.surgery.resize_embeddings import ResizeOptions, ResizeReport, resize_embeddings
 from megatron_hammer.errors import exit_on_user_error
 
 

@@ -43,8 +43,8 @@ def read_hf_model(path: Path) -> ModelShape:
 
     Here because scaling/ knows nothing of Hugging Face.
     """
-    from megatron_hammer.checkpoint.hf_architecture import read_hf_architecture
-    from megatron_hammer.checkpoint.model_preset import build_model_preset
+    from megatron_hammer.checkpoint.hugging_face.model_preset import build_model_preset
+    from megatron_hammer.checkpoint.hugging_face.read_config import read_hf_architecture
 
     architecture = read_hf_architecture(path).architecture
     is_own_name = path.is_file() and path.name != "config.json"

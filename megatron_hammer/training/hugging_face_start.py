@@ -14,10 +14,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from megatron_hammer.checkpoint.hf_architecture import read_hf_architecture
-from megatron_hammer.checkpoint.hf_folder import HfFolder, open_hf_folder
-from megatron_hammer.checkpoint.load_hf import MasterWeights, fill_chunks, require_every_element
-from megatron_hammer.checkpoint.model_preset import build_model_preset
+from megatron_hammer.checkpoint.convert.fill_model import MasterWeights, fill_chunks, require_every_element
+from megatron_hammer.checkpoint.hugging_face.folder import HfFolder, open_hf_folder
+from megatron_hammer.checkpoint.hugging_face.model_preset import build_model_preset
+from megatron_hammer.checkpoint.hugging_face.read_config import read_hf_architecture
 from megatron_hammer.config.start_model import StartModel
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.platforms.device import gather_lines, sum_over_ranks

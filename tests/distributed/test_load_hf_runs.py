@@ -13,7 +13,7 @@ import transformers
 from sample_orders import build_datasets
 from training_runs import read_lines, run, train, write_toy_data
 
-from megatron_hammer.checkpoint.hf_folder import open_hf_folder
+from megatron_hammer.checkpoint.hugging_face.folder import open_hf_folder
 from megatron_hammer.checkpoint_files.torch_dist.reader import open_checkpoint
 
 pytestmark = pytest.mark.distributed

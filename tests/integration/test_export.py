@@ -18,7 +18,7 @@ from toy_checkpoint import toy_arguments, toy_llama_tensors, write_toy_checkpoin
 from toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
 from training_runs import REPOSITORY, TOY_MODEL, TOY_MOE, TOY_SCHEDULE, environment, train
 
-from megatron_hammer.checkpoint.export import ExportOptions, export_to_hugging_face
+from megatron_hammer.checkpoint.convert.to_hugging_face import ExportOptions, export_to_hugging_face
 from megatron_hammer.checkpoint_files.torch_dist.reader import open_checkpoint
 from megatron_hammer.data.indexed.pair import IndexedWriter
 

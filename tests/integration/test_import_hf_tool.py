@@ -16,8 +16,8 @@ from toy_hf_folder import write_toy_folder
 from toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
 from training_runs import TOY_MODEL, TOY_MOE, TOY_SCHEDULE, train
 
-from megatron_hammer.checkpoint.export import ExportOptions, export_to_hugging_face
-from megatron_hammer.checkpoint.import_hf import ImportOptions, import_from_hugging_face
+from megatron_hammer.checkpoint.convert.from_hugging_face import ImportOptions, import_from_hugging_face
+from megatron_hammer.checkpoint.convert.to_hugging_face import ExportOptions, export_to_hugging_face
 from megatron_hammer.data.indexed.pair import IndexedWriter
 
 pytestmark = pytest.mark.integration

@@ -16,15 +16,15 @@ from gguf import GGMLQuantizationType as Type
 from gguf import quants
 from gguf_models import FAMILIES, SIZES, PlainTokenizer, write_gguf_source
 
-from megatron_hammer.checkpoint.gguf import export as gguf_export
 from megatron_hammer.checkpoint.gguf import metadata as gguf_metadata
 from megatron_hammer.checkpoint.gguf import tensors as gguf_tensors
+from megatron_hammer.checkpoint.gguf import to_gguf as gguf_export
 from megatron_hammer.checkpoint.gguf import tokenizer as gguf_tokenizer
 from megatron_hammer.checkpoint.gguf import verification as gguf_verification
-from megatron_hammer.checkpoint.gguf.export import GgufOptions, GgufReport, export_to_gguf
 from megatron_hammer.checkpoint.gguf.file_types import decode_rows, encode_rows, load_quantizer
 from megatron_hammer.checkpoint.gguf.gguf_file import MAX_RELATIVE_ERROR
 from megatron_hammer.checkpoint.gguf.llama_cpp import open_llama_cpp
+from megatron_hammer.checkpoint.gguf.to_gguf import GgufOptions, GgufReport, export_to_gguf
 from megatron_hammer.checkpoint.gguf.tokenizer import read_vocabulary
 from megatron_hammer.checkpoint.gguf.tokenizer_check import OVERLAP, compare_tokenizers
 from megatron_hammer.corpus.readers import read_documents

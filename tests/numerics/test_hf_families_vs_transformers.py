@@ -15,11 +15,11 @@ from build_model import build_model, load_weights, merge_weights, read_arguments
 from reference_model import compare, randomize
 from safetensors.torch import load_file
 
-from megatron_hammer.checkpoint.architecture import read_architecture
-from megatron_hammer.checkpoint.hf_architecture import read_hf_architecture
-from megatron_hammer.checkpoint.hf_names import locate_hf_tensors
-from megatron_hammer.checkpoint.mapping import expand
-from megatron_hammer.checkpoint.model_preset import build_model_preset
+from megatron_hammer.checkpoint.hugging_face.architecture import read_architecture
+from megatron_hammer.checkpoint.hugging_face.mapping import expand
+from megatron_hammer.checkpoint.hugging_face.model_preset import build_model_preset
+from megatron_hammer.checkpoint.hugging_face.names import locate_hf_tensors
+from megatron_hammer.checkpoint.hugging_face.read_config import read_hf_architecture
 from megatron_hammer.model.accounting import count_parameters
 
 # Measured: at most 6e-6 on a layer and on the logits, both of a standard deviation near 1; the twins differ by 0.01 to

@@ -8,9 +8,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from megatron_hammer.checkpoint.export import ExportOptions, export_to_hugging_face
-from megatron_hammer.checkpoint.hf_architecture import read_hf_architecture
-from megatron_hammer.checkpoint.import_hf import ImportOptions, import_from_hugging_face
+from megatron_hammer.checkpoint.convert.from_hugging_face import ImportOptions, import_from_hugging_face
+from megatron_hammer.checkpoint.convert.to_hugging_face import ExportOptions, export_to_hugging_face
+from megatron_hammer.checkpoint.hugging_face.read_config import read_hf_architecture
 
 # No two sizes alike.
 SIZES = {

@@ -23,11 +23,11 @@ from build_model import (
 from reference_model import compare, randomize, sample_tokens
 from safetensors.torch import load_file
 
-from megatron_hammer.checkpoint import mapping
-from megatron_hammer.checkpoint.architecture import read_architecture
-from megatron_hammer.checkpoint.hf_config import build_config
-from megatron_hammer.checkpoint.layouts import merge_gate_up
-from megatron_hammer.checkpoint.mapping import Layout, select_family
+from megatron_hammer.checkpoint.hugging_face import mapping
+from megatron_hammer.checkpoint.hugging_face.architecture import read_architecture
+from megatron_hammer.checkpoint.hugging_face.mapping import Layout, select_family
+from megatron_hammer.checkpoint.hugging_face.row_layouts import merge_gate_up
+from megatron_hammer.checkpoint.hugging_face.write_config import build_config
 from megatron_hammer.model.shape import ModelShape, MoeShape, RopeScaling
 from megatron_hammer.presets.catalogue import PRESETS
 

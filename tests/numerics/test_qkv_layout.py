@@ -6,7 +6,7 @@ import pytest
 import torch
 from build_model import TOY_LLAMA, build_model, read_arguments, single_rank
 
-from megatron_hammer.checkpoint.layouts import merge_qkv, split_qkv
+from megatron_hammer.checkpoint.hugging_face.row_layouts import merge_qkv, split_qkv
 
 HEAD_DIM = TOY_LLAMA.head_dim
 

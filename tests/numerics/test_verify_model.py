@@ -15,10 +15,11 @@ from toy_legacy_checkpoint import legacy_arguments, llama_weights, write_legacy_
 from toy_pair import change_folder, read_folder, write_folder, write_toy_pair
 from toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
 
-from megatron_hammer.checkpoint.architecture import read_architecture
-from megatron_hammer.checkpoint.mapping import expand, select_family
-from megatron_hammer.checkpoint.verification import megatron_forward, transformers_forward, verify
-from megatron_hammer.checkpoint.verification.verify import CheckRow, verify_model
+from megatron_hammer.checkpoint.hugging_face.architecture import read_architecture
+from megatron_hammer.checkpoint.hugging_face.mapping import expand, select_family
+from megatron_hammer.checkpoint.verification import megatron_forward, transformers_forward
+from megatron_hammer.checkpoint.verification import verify_conversion as verify
+from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow, verify_model
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.tokenizer.export.export_tokenizer import export_tokenizer
 

@@ -5,11 +5,11 @@ Source of the keys: gguf.constants.Keys; llama.cpp's src/llama-model.cpp and src
 
 from gguf import GGML_QUANT_VERSION, GGUFWriter, RopeScalingType
 
-from megatron_hammer.checkpoint.architecture import Architecture
 from megatron_hammer.checkpoint.gguf.file_types import FILE_TYPES
 from megatron_hammer.checkpoint.gguf.gguf_file import ExtraTensor
 from megatron_hammer.checkpoint.gguf.tensors import ROPE_FACTORS, compute_rope_factors
 from megatron_hammer.checkpoint.gguf.tokenizer import GgufVocabulary
+from megatron_hammer.checkpoint.hugging_face.architecture import Architecture
 
 
 def describe_model(

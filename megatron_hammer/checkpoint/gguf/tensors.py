@@ -14,12 +14,12 @@ import torch
 from gguf import MODEL_ARCH, GGMLQuantizationType, get_tensor_name_map
 from torch import Tensor
 
-from megatron_hammer.checkpoint.architecture import Architecture
 from megatron_hammer.checkpoint.gguf.file_types import FLOAT_DTYPES, FileType, Place, count_bytes, select_type
-from megatron_hammer.checkpoint.gguf.layouts import permute_rope, unpermute_rope
-from megatron_hammer.checkpoint.hf_architecture import HfModel
-from megatron_hammer.checkpoint.hf_names import HfSource, HfSources, locate_hf_tensors
-from megatron_hammer.checkpoint.mapping import expand, validate_names_and_shapes
+from megatron_hammer.checkpoint.gguf.rotary_rows import permute_rope, unpermute_rope
+from megatron_hammer.checkpoint.hugging_face.architecture import Architecture
+from megatron_hammer.checkpoint.hugging_face.mapping import expand, validate_names_and_shapes
+from megatron_hammer.checkpoint.hugging_face.names import HfSource, HfSources, locate_hf_tensors
+from megatron_hammer.checkpoint.hugging_face.read_config import HfModel
 from megatron_hammer.checkpoint_files.safetensors.weight_files import HfWeights, open_hf_weights
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.model.shape import RopeScaling

@@ -21,7 +21,7 @@ from megatron_hammer.checkpoint.gguf.tokenizer_check import (
     list_examples,
     summarise_comparison,
 )
-from megatron_hammer.checkpoint.verification.verify import CheckRow
+from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow
 from megatron_hammer.corpus.readers import Document, read_documents
 from megatron_hammer.data.preprocess.worker_pool import count_cores
 from megatron_hammer.tokenizer.encoding.hugging_face_tokenizer import SAMPLE_TEXTS

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.architecture import Architecture, read_architecture
-from megatron_hammer.checkpoint.hf_architecture import CONFIG_NAME, read_hf_architecture
-from megatron_hammer.checkpoint.hf_names import locate_hf_tensors
-from megatron_hammer.checkpoint.mapping import TensorPair, expand, select_family
+from megatron_hammer.checkpoint.hugging_face.architecture import Architecture, read_architecture
+from megatron_hammer.checkpoint.hugging_face.mapping import TensorPair, expand, select_family
+from megatron_hammer.checkpoint.hugging_face.names import locate_hf_tensors
+from megatron_hammer.checkpoint.hugging_face.read_config import CONFIG_NAME, read_hf_architecture
 from megatron_hammer.checkpoint_files.safetensors.weight_files import (
     PYTORCH_FILE,
     PYTORCH_INDEX,

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.resize_embeddings import MAX_PADDING_ROWS, mean_rows
 from megatron_hammer.checkpoint.surgery.chunk_layout import layout_of
+from megatron_hammer.checkpoint.surgery.resize_embeddings import MAX_PADDING_ROWS, mean_rows
 from megatron_hammer.checkpoint.surgery.rewriting import (
     OnTensor,
     PlannedCheckpoint,

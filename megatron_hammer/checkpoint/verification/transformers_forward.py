@@ -1,7 +1,7 @@
 """What transformers computes from a Hugging Face folder, in a process of its own: `python -m ... <folder>`.
 
 Reads the request in `folder` and leaves the reference tensors and what it found there. Nothing is fetched, no code of
-the model's folder is run. `verify.py` starts it; `megatron_forward.py` reads what it leaves.
+the model's folder is run. `verify_conversion.py` starts it; `megatron_forward.py` reads what it leaves.
 """
 
 import dataclasses
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.hf_architecture import CONFIG_NAME, DIALECTS, read_hf_architecture
-from megatron_hammer.checkpoint.hf_config import build_config
+from megatron_hammer.checkpoint.hugging_face.read_config import CONFIG_NAME, DIALECTS, read_hf_architecture
+from megatron_hammer.checkpoint.hugging_face.write_config import build_config
 from megatron_hammer.checkpoint.verification.forward_exchange import (
     NOT_DONE,
     NUM_RANDOM_TEXTS,

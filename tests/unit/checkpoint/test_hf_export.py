@@ -13,12 +13,15 @@ from safetensors.torch import load_file
 from toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments, toy_llama_tensors, write_toy_checkpoint
 from toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
 
-from megatron_hammer.checkpoint import export, mapping, row_copy, weight_export
-from megatron_hammer.checkpoint.architecture import read_architecture
-from megatron_hammer.checkpoint.export import ExportOptions, export_to_hugging_face
-from megatron_hammer.checkpoint.layouts import split_qkv
-from megatron_hammer.checkpoint.mapping import expand, select_family
-from megatron_hammer.checkpoint.verification.verify import CheckRow
+from megatron_hammer.checkpoint.convert import row_blocks as row_copy
+from megatron_hammer.checkpoint.convert import to_hugging_face as export
+from megatron_hammer.checkpoint.convert import weight_export
+from megatron_hammer.checkpoint.convert.to_hugging_face import ExportOptions, export_to_hugging_face
+from megatron_hammer.checkpoint.hugging_face import mapping
+from megatron_hammer.checkpoint.hugging_face.architecture import read_architecture
+from megatron_hammer.checkpoint.hugging_face.mapping import expand, select_family
+from megatron_hammer.checkpoint.hugging_face.row_layouts import split_qkv
+from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow
 from megatron_hammer.checkpoint_files.safetensors import stream as safetensors_stream
 from megatron_hammer.errors import CheckpointError, ConversionError
 

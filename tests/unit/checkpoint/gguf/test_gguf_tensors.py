@@ -11,8 +11,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_hammer.checkpoint.gguf.file_types import FILE_TYPES
 from megatron_hammer.checkpoint.gguf.tensors import compute_rope_factors, open_hf_tensors, plan_tensors
-from megatron_hammer.checkpoint.hf_architecture import HfModel, interpret_config, read_hf_architecture
-from megatron_hammer.checkpoint.mapping import select_family
+from megatron_hammer.checkpoint.hugging_face.mapping import select_family
+from megatron_hammer.checkpoint.hugging_face.read_config import HfModel, interpret_config, read_hf_architecture
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.model.shape import RopeScaling
 

@@ -12,8 +12,8 @@ from toy_legacy_checkpoint import legacy_arguments, llama_weights, write_legacy_
 from toy_pair import read_folder, write_toy_pair
 from toy_training_checkpoint import optimizer_state, training_arguments, write_training_checkpoint
 
-from megatron_hammer.checkpoint.inspection.inspection import describe_checkpoint, measure_tensors, select_views
-from megatron_hammer.checkpoint.inspection.report import (
+from megatron_hammer.checkpoint.inspection.inspect_checkpoint import describe_checkpoint, measure_tensors, select_views
+from megatron_hammer.checkpoint.inspection.tables import (
     description_to_json,
     group_alike,
     print_description,

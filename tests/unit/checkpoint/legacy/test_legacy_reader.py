@@ -20,8 +20,8 @@ from toy_legacy_checkpoint import (
     write_legacy_checkpoint,
 )
 
-from megatron_hammer.checkpoint.architecture import read_architecture
-from megatron_hammer.checkpoint.mapping import expand, select_family, validate_names_and_shapes
+from megatron_hammer.checkpoint.hugging_face.architecture import read_architecture
+from megatron_hammer.checkpoint.hugging_face.mapping import expand, select_family, validate_names_and_shapes
 from megatron_hammer.checkpoint_files.legacy.reader import open_legacy_checkpoint
 from megatron_hammer.checkpoint_files.legacy.tensor_parallel import order_qkv_by_version, split_gated_columns
 from megatron_hammer.errors import CheckpointError, ConversionError

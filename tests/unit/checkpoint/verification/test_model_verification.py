@@ -9,7 +9,7 @@ import torch
 from toy_checkpoint import MOE_ARGUMENTS
 from toy_pair import write_toy_pair
 
-from megatron_hammer.checkpoint.verification import verify
+from megatron_hammer.checkpoint.verification import verify_conversion as verify
 from megatron_hammer.checkpoint.verification.forward_exchange import (
     MEGATRON_FINDINGS_FILE,
     TRANSFORMERS_FINDINGS_FILE,
@@ -27,7 +27,7 @@ from megatron_hammer.checkpoint.verification.layer_check import (
 from megatron_hammer.checkpoint.verification.logit_comparison import measure_difference
 from megatron_hammer.checkpoint.verification.megatron_model import MODEL_ARGUMENTS
 from megatron_hammer.checkpoint.verification.rows import build_limit
-from megatron_hammer.checkpoint.verification.verify import CheckRow, plan_comparison, verify_model
+from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow, plan_comparison, verify_model
 from megatron_hammer.config.preset_arguments import model_arguments
 from megatron_hammer.errors import CheckpointError, ConversionError
 from megatron_hammer.presets.catalogue import PRESETS

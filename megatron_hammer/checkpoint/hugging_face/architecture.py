@@ -15,7 +15,7 @@ from megatron_hammer.model.shape import MoeShape, RopeScaling
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
-    """One model in mcore's names; everything that `mapping.py` and `hf_config.py` look at."""
+    """One model in mcore's names; everything that `mapping.py` and `write_config.py` look at."""
 
     num_layers: int
     hidden_size: int

@@ -7,11 +7,11 @@ import pytest
 import transformers
 from toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments
 
-from megatron_hammer.checkpoint.architecture import read_architecture
-from megatron_hammer.checkpoint.hf_architecture import interpret_config, read_hf_architecture
-from megatron_hammer.checkpoint.hf_config import build_config
-from megatron_hammer.checkpoint.mapping import select_family
-from megatron_hammer.checkpoint.model_preset import build_model_preset
+from megatron_hammer.checkpoint.hugging_face.architecture import read_architecture
+from megatron_hammer.checkpoint.hugging_face.mapping import select_family
+from megatron_hammer.checkpoint.hugging_face.model_preset import build_model_preset
+from megatron_hammer.checkpoint.hugging_face.read_config import interpret_config, read_hf_architecture
+from megatron_hammer.checkpoint.hugging_face.write_config import build_config
 from megatron_hammer.config.preset_arguments import model_arguments
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.model.shape import RopeScaling

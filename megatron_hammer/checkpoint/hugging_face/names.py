@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron_hammer.checkpoint.architecture import Architecture
-from megatron_hammer.checkpoint.mapping import Shape, TensorPair
+from megatron_hammer.checkpoint.hugging_face.architecture import Architecture
+from megatron_hammer.checkpoint.hugging_face.mapping import Shape, TensorPair
 
 _PREFIXES = ("transformer.", "model.")
 _HEAD, _EMBEDDING = "lm_head.weight", "embedding.word_embeddings.weight"

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_hammer.checkpoint.inspection.comparison import Comparison, TensorDifference
-from megatron_hammer.checkpoint.inspection.inspection import CheckpointDescription, TensorEntry
+from megatron_hammer.checkpoint.inspection.inspect_checkpoint import CheckpointDescription, TensorEntry
 from megatron_hammer.checkpoint.inspection.tensor_statistics import TensorStatistics
 
 MAX_LISTED = 60  # of differences, in tables; JSON has all

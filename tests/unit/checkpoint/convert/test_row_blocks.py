@@ -7,10 +7,10 @@ import pytest
 import torch
 from toy_checkpoint import GPT2_ARGUMENTS, toy_arguments, toy_llama_tensors, write_toy_checkpoint
 
-from megatron_hammer.checkpoint import row_copy
-from megatron_hammer.checkpoint.architecture import read_architecture
-from megatron_hammer.checkpoint.mapping import expand, select_family
-from megatron_hammer.checkpoint.row_copy import copy_rows, find_row_runs, find_stored_rows
+from megatron_hammer.checkpoint.convert import row_blocks as row_copy
+from megatron_hammer.checkpoint.convert.row_blocks import copy_rows, find_row_runs, find_stored_rows
+from megatron_hammer.checkpoint.hugging_face.architecture import read_architecture
+from megatron_hammer.checkpoint.hugging_face.mapping import expand, select_family
 from megatron_hammer.checkpoint_files.safetensors.stream import ShardWriter, plan_shards
 from megatron_hammer.checkpoint_files.torch_dist.reader import TorchDistReader
 

@@ -11,11 +11,11 @@ import torch
 from build_model import TOY_LLAMA, build_model, checkpoint_parameters, read_arguments, single_rank
 from safetensors.torch import save_file
 
-from megatron_hammer.checkpoint.architecture import read_architecture
-from megatron_hammer.checkpoint.hf_config import build_config
-from megatron_hammer.checkpoint.hf_folder import HfFolder, open_hf_folder
-from megatron_hammer.checkpoint.load_hf import MasterWeights, fill_chunks, require_every_element
-from megatron_hammer.checkpoint.mapping import expand, select_family
+from megatron_hammer.checkpoint.convert.fill_model import MasterWeights, fill_chunks, require_every_element
+from megatron_hammer.checkpoint.hugging_face.architecture import read_architecture
+from megatron_hammer.checkpoint.hugging_face.folder import HfFolder, open_hf_folder
+from megatron_hammer.checkpoint.hugging_face.mapping import expand, select_family
+from megatron_hammer.checkpoint.hugging_face.write_config import build_config
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.model.shape import ModelShape, MoeShape
 

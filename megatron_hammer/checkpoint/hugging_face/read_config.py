@@ -1,7 +1,7 @@
-"""The architecture that a Hugging Face folder's config.json describes: the inverse of `hf_config.py`.
+"""The architecture that a Hugging Face folder's config.json describes: the inverse of `write_config.py`.
 
 Reads the file as data: no import of transformers, no code of the folder's own. A field that changes the computation in
-a way that no mapping expresses is refused by name, all of them at once; `hf_fields.py` says which. Absent fields mean
+a way that no mapping expresses is refused by name, all of them at once; `config_fields.py` says which. Absent fields mean
 what transformers takes them for. Dropout and the initial standard deviation are read for a run that goes on.
 """
 
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_hammer.checkpoint.architecture import Architecture
-from megatron_hammer.checkpoint.hf_fields import HfFields
-from megatron_hammer.checkpoint.mapping import Family, select_family
+from megatron_hammer.checkpoint.hugging_face.architecture import Architecture
+from megatron_hammer.checkpoint.hugging_face.config_fields import HfFields
+from megatron_hammer.checkpoint.hugging_face.mapping import Family, select_family
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.model.shape import MoeShape
 

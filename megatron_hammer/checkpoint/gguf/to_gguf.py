@@ -22,8 +22,8 @@ from megatron_hammer.checkpoint.gguf.metadata import describe_model, list_extra_
 from megatron_hammer.checkpoint.gguf.tensors import GgufTensor, open_hf_tensors, plan_tensors, select_architecture
 from megatron_hammer.checkpoint.gguf.tokenizer import GgufVocabulary, read_vocabulary
 from megatron_hammer.checkpoint.gguf.verification import GgufProof, explain_absence, verify_with_llama_cpp
-from megatron_hammer.checkpoint.hf_architecture import CONFIG_NAME, HfModel, read_hf_architecture
-from megatron_hammer.checkpoint.verification.verify import CheckRow
+from megatron_hammer.checkpoint.hugging_face.read_config import CONFIG_NAME, HfModel, read_hf_architecture
+from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow
 from megatron_hammer.errors import ConversionError
 
 OnStep = Callable[[str, int, int | None], None]
@@ -145,7 +145,7 @@ def _open_hugging_face(options: GgufOptions, on_step: OnStep) -> Iterator[Path]:
             )
         yield options.load_dir
         return
-    from megatron_hammer.checkpoint.export import ExportOptions, export_to_hugging_face
+    from megatron_hammer.checkpoint.convert.to_hugging_face import ExportOptions, export_to_hugging_face
 
     options.save_path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(

@@ -1,7 +1,7 @@
 """A Hugging Face folder as a source of Megatron's tensors: architecture, weights and the table between them, checked.
 
 Everything that can be known from config.json and the headers of the weights is validated when the folder is opened; no
-tensor is read before it is asked for. `import_hf.py` makes a checkpoint of it.
+tensor is read before it is asked for. `from_hugging_face.py` makes a checkpoint of it.
 """
 
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.hf_architecture import HfModel, read_hf_architecture
-from megatron_hammer.checkpoint.hf_names import HfSources, locate_hf_tensors
-from megatron_hammer.checkpoint.mapping import TensorPair, expand, validate_names_and_shapes
+from megatron_hammer.checkpoint.hugging_face.mapping import TensorPair, expand, validate_names_and_shapes
+from megatron_hammer.checkpoint.hugging_face.names import HfSources, locate_hf_tensors
+from megatron_hammer.checkpoint.hugging_face.read_config import HfModel, read_hf_architecture
 from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal
 from megatron_hammer.checkpoint_files.safetensors.weight_files import HfWeights, open_hf_weights
 from megatron_hammer.errors import ConversionError

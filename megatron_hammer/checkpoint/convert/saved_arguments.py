@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from megatron_hammer.checkpoint.architecture import Architecture
-from megatron_hammer.checkpoint.model_preset import build_model_preset
+from megatron_hammer.checkpoint.hugging_face.architecture import Architecture
+from megatron_hammer.checkpoint.hugging_face.model_preset import build_model_preset
 from megatron_hammer.config.preset_arguments import model_arguments
 
 CHECKPOINT_VERSION = 3.0  # since Megatron-LM 3.0, in which the rows of QKV have their present order

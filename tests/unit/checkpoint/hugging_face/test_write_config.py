@@ -7,11 +7,11 @@ import torch
 import transformers
 from toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments
 
-from megatron_hammer.checkpoint.architecture import read_architecture
-from megatron_hammer.checkpoint.hf_architecture import interpret_config
-from megatron_hammer.checkpoint.hf_config import build_config, build_generation_config
-from megatron_hammer.checkpoint.mapping import expand, select_family
-from megatron_hammer.checkpoint.model_preset import build_model_preset
+from megatron_hammer.checkpoint.hugging_face.architecture import read_architecture
+from megatron_hammer.checkpoint.hugging_face.mapping import expand, select_family
+from megatron_hammer.checkpoint.hugging_face.model_preset import build_model_preset
+from megatron_hammer.checkpoint.hugging_face.read_config import interpret_config
+from megatron_hammer.checkpoint.hugging_face.write_config import build_config, build_generation_config
 from megatron_hammer.model.accounting import count_parameters
 from megatron_hammer.presets.catalogue import PRESETS
 

@@ -17,18 +17,18 @@ from typing import Any
 
 import torch
 
-from megatron_hammer.checkpoint.architecture import Architecture, read_architecture
-from megatron_hammer.checkpoint.hf_config import build_config, build_generation_config
-from megatron_hammer.checkpoint.mapping import (
+from megatron_hammer.checkpoint.convert.weight_export import write_verified_weights
+from megatron_hammer.checkpoint.hugging_face.architecture import Architecture, read_architecture
+from megatron_hammer.checkpoint.hugging_face.mapping import (
     Family,
     TensorPair,
     expand,
     select_family,
     validate_names_and_shapes,
 )
-from megatron_hammer.checkpoint.model_card import build_model_card
-from megatron_hammer.checkpoint.verification.verify import CheckRow, Level, verify_model
-from megatron_hammer.checkpoint.weight_export import write_verified_weights
+from megatron_hammer.checkpoint.hugging_face.model_card import build_model_card
+from megatron_hammer.checkpoint.hugging_face.write_config import build_config, build_generation_config
+from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow, Level, verify_model
 from megatron_hammer.checkpoint_files.safetensors.stream import Shard, plan_shards
 from megatron_hammer.checkpoint_files.torch_dist.reader import CheckpointReader, TorchDistReader, open_checkpoint
 from megatron_hammer.errors import ConversionError

@@ -1,7 +1,7 @@
 """Moves every weight from a checkpoint into safetensors shards, and proves each one as soon as it is written.
 
 It must be finite; what was written is read back from the file and must be the bits that were meant; and these, merged
-by the inverse layout, must be the checkpoint's bits again. Most tensors go row by row (row_copy.py); the others whole,
+by the inverse layout, must be the checkpoint's bits again. Most tensors go row by row (row_blocks.py); the others whole,
 at most two of them in memory, and of large ones one.
 """
 
@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_hammer.checkpoint.architecture import Architecture
-from megatron_hammer.checkpoint.mapping import TensorPair
-from megatron_hammer.checkpoint.row_copy import CopyResult, copy_rows, find_row_runs, find_stored_rows
+from megatron_hammer.checkpoint.convert.row_blocks import CopyResult, copy_rows, find_row_runs, find_stored_rows
+from megatron_hammer.checkpoint.hugging_face.architecture import Architecture
+from megatron_hammer.checkpoint.hugging_face.mapping import TensorPair
 from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal, is_finite
 from megatron_hammer.checkpoint_files.safetensors.stream import Shard, ShardWriter
 from megatron_hammer.checkpoint_files.torch_dist.reader import CheckpointReader, TorchDistReader

@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from toy_hf_folder import LLAMA_CONFIG, draw_weights, write_toy_folder
 from toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
 
-from megatron_hammer.checkpoint import import_hf
-from megatron_hammer.checkpoint.architecture import read_architecture
-from megatron_hammer.checkpoint.export import ExportOptions, export_to_hugging_face
-from megatron_hammer.checkpoint.hf_architecture import interpret_config
-from megatron_hammer.checkpoint.import_hf import ImportOptions, import_from_hugging_face
-from megatron_hammer.checkpoint.mapping import GATE_UP, QKV, TRANSPOSED, Layout
+from megatron_hammer.checkpoint.convert import from_hugging_face as import_hf
+from megatron_hammer.checkpoint.convert.from_hugging_face import ImportOptions, import_from_hugging_face
+from megatron_hammer.checkpoint.convert.to_hugging_face import ExportOptions, export_to_hugging_face
+from megatron_hammer.checkpoint.hugging_face.architecture import read_architecture
+from megatron_hammer.checkpoint.hugging_face.mapping import GATE_UP, QKV, TRANSPOSED, Layout
+from megatron_hammer.checkpoint.hugging_face.read_config import interpret_config
 from megatron_hammer.checkpoint.verification.rows import CheckRow
 from megatron_hammer.checkpoint_files.torch_dist.reader import open_checkpoint
 from megatron_hammer.checkpoint_files.torch_dist.store import TorchDistStore

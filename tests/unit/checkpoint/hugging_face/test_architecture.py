@@ -5,7 +5,7 @@ import argparse
 import pytest
 from toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments
 
-from megatron_hammer.checkpoint.architecture import read_architecture
+from megatron_hammer.checkpoint.hugging_face.architecture import read_architecture
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.model.shape import RopeScaling
 
@@ -86,7 +86,7 @@ def test_megatrons_defaults_are_expressible():
     """A list of refusals that refuses what nobody asked for would stop every export."""
     from megatron.training.arguments import add_megatron_arguments
 
-    from megatron_hammer.checkpoint.architecture import _EXPRESSIBLE
+    from megatron_hammer.checkpoint.hugging_face.architecture import _EXPRESSIBLE
 
     parser = add_megatron_arguments(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
     defaults = {action.dest: action.default for action in parser._actions}

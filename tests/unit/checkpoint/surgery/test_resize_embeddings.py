@@ -12,8 +12,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from toy_tokenizer import TOY_TEXTS, TOY_VOCAB_SIZE, train_toy_tokenizer
 
-from megatron_hammer.checkpoint import resize_embeddings as module
-from megatron_hammer.checkpoint.resize_embeddings import ResizeOptions, mean_rows, resize_embeddings
+from megatron_hammer.checkpoint.surgery import resize_embeddings as module
+from megatron_hammer.checkpoint.surgery.resize_embeddings import ResizeOptions, mean_rows, resize_embeddings
 from megatron_hammer.errors import ConversionError, DataError
 from megatron_hammer.tokenizer.encoding.encoder import load_encoder
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import (

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.hf_folder import HfFolder
+from megatron_hammer.checkpoint.hugging_face.folder import HfFolder
 from megatron_hammer.checkpoint_files.torch_dist.reader import VOCABULARY_TENSORS
 from megatron_hammer.checkpoint_files.torch_dist.stacked_names import StackedName, stack_name
 from megatron_hammer.errors import ConversionError

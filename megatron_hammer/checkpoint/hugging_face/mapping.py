@@ -2,7 +2,7 @@
 
 A row is written on mcore's names with `{layer}` and `{expert}`; `expand` turns a family's rows into tensors of a given
 architecture before anything is read, and `validate_names_and_shapes` compares them with what is there, all at once.
-Another family is another tuple of rows and a line in `select_family`; `hf_config.py` writes its config.json.
+Another family is another tuple of rows and a line in `select_family`; `write_config.py` writes its config.json.
 """
 
 import itertools
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.architecture import Architecture
-from megatron_hammer.checkpoint.layouts import merge_gate_up, merge_qkv, split_gate_up, split_qkv
+from megatron_hammer.checkpoint.hugging_face.architecture import Architecture
+from megatron_hammer.checkpoint.hugging_face.row_layouts import merge_gate_up, merge_qkv, split_gate_up, split_qkv
 from megatron_hammer.errors import ConversionError
 
 Shape = tuple[int, ...]
