@@ -27,7 +27,7 @@ def parse(*flags: str, platform: str = "cpu", backend: str = "torch") -> ParsedA
 
 def find(*flags: str, platform: str = "cpu", backend: str = "torch") -> list[str]:
     """The problems of a command line."""
-    from megatron_hammer.config.preflight import find_problems
+    from megatron_hammer.config.preflight.find_problems import find_problems
 
     return find_problems(parse(*flags, platform=platform, backend=backend))
 

@@ -36,7 +36,7 @@ def import_what_runs_import() -> None:
     import torch._dynamo  # noqa: F401
 
     import megatron_hammer.config.arguments
-    import megatron_hammer.config.preflight
+    import megatron_hammer.config.preflight.find_problems
     import megatron_hammer.model.provider
     import megatron_hammer.training.observer  # noqa: F401
 

@@ -23,7 +23,7 @@ def main() -> None:
 
     from megatron_hammer.config.arguments import finalize_arguments
     from megatron_hammer.config.datasets import build_data_cache
-    from megatron_hammer.config.preflight_data import find_data_problems
+    from megatron_hammer.config.preflight.data import find_data_problems
 
     problems = find_data_problems(arguments)  # the rest of preflight is about the machine that will train
     if problems:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_hammer.config.environment import read_process_place
+from megatron_hammer.config.hammer_options import Parser, add_hammer_options, read_option
+from megatron_hammer.config.initial_model import StartModel, select_start_tokenizer, start_arguments
 from megatron_hammer.config.model_from_arguments import count_least_world_size
-from megatron_hammer.config.options import Parser, add_hammer_options, read_option
 from megatron_hammer.config.preset_arguments import preset_arguments
-from megatron_hammer.config.start_model import StartModel, select_start_tokenizer, start_arguments
 from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.presets.preset import Preset
 

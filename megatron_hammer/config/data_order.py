@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_hammer.config.data_sources import SPLIT_NAMES, DataSource, read_data_plan
-from megatron_hammer.config.preflight_data_sizes import count_needed_samples, count_split_tokens
-from megatron_hammer.config.preflight_layout import select_global_batch_size
+from megatron_hammer.config.preflight.data_sizes import count_needed_samples, count_split_tokens
+from megatron_hammer.config.preflight.layout import select_global_batch_size
 from megatron_hammer.config.saved_run import SavedRun, read_saved_run
 from megatron_hammer.data.indexed.pair import IndexSummary, read_index
 from megatron_hammer.data.order.change import Segment, is_continued, match_sources

@@ -2,7 +2,7 @@
 
 Inverse of preset_arguments.py for the flags that change parameters or ranks. What Megatron derives when a flag is left
 out is derived here by the same rule. Flags that change the model in a way that is not counted are refused by
-preflight_flags.py, so every count stands for what is built. Pure; no torch, no megatron.
+flags.py, so every count stands for what is built. Pure; no torch, no megatron.
 """
 
 import argparse

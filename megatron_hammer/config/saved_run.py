@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_hammer.checkpoint_files.torch_dist.reader import open_checkpoint
-from megatron_hammer.config.preflight_layout import select_global_batch_size
+from megatron_hammer.config.preflight.layout import select_global_batch_size
 from megatron_hammer.errors import CheckpointError
 
 TRACKER_NAME = "latest_checkpointed_iteration.txt"  # Megatron's pointer to the newest checkpoint of a folder

@@ -67,7 +67,7 @@ def _is_for_gpu(plan: Plan) -> bool:
 
 
 def _list_allowances(plan: Plan) -> Allowances:
-    """CPU processes have no CUDA context and no caching allocator, as preflight_memory.py has it."""
+    """CPU processes have no CUDA context and no caching allocator, as memory.py has it."""
     return {} if _is_for_gpu(plan) else {"context_bytes": 0, "fragmentation_ratio": 0.0}
 
 

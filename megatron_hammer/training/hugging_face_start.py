@@ -18,7 +18,7 @@ from megatron_hammer.checkpoint.convert.fill_model import MasterWeights, fill_ch
 from megatron_hammer.checkpoint.hugging_face.folder import HfFolder, open_hf_folder
 from megatron_hammer.checkpoint.hugging_face.model_preset import build_model_preset
 from megatron_hammer.checkpoint.hugging_face.read_config import read_hf_architecture
-from megatron_hammer.config.start_model import StartModel
+from megatron_hammer.config.initial_model import StartModel
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.platforms.device import gather_lines, sum_over_ranks
 

@@ -11,8 +11,8 @@ from typing import IO, Any
 
 from megatron_hammer.config.arguments import ParsedArguments, describe_model
 from megatron_hammer.config.data_order import RECORD_NAME, describe_continuation
+from megatron_hammer.config.initial_model import describe_weights
 from megatron_hammer.config.model_from_arguments import build_model
-from megatron_hammer.config.start_model import describe_weights
 from megatron_hammer.model.accounting import count_flops_per_token, count_parameters
 from megatron_hammer.platforms.device import max_over_ranks, read_device_name, read_peak_memory_bytes
 from megatron_hammer.platforms.gpu_peaks import find_dense_peak_tflops

@@ -18,7 +18,7 @@ from megatron_hammer.training.launch import end_with_launcher
 
 if TYPE_CHECKING:
     from megatron_hammer.config.arguments import ParsedArguments
-    from megatron_hammer.config.start_model import StartModel
+    from megatron_hammer.config.initial_model import StartModel
     from megatron_hammer.training.observer import RunObserver
 
 
@@ -40,7 +40,7 @@ def prepare(argv: Sequence[str], *, is_plan: bool = False) -> "ParsedArguments":
 
     is_plan: nothing will be started, as with --dry-run, so neither GPUs nor the other ranks need to be here.
     """
-    from megatron_hammer.config.options import read_option
+    from megatron_hammer.config.hammer_options import read_option
     from megatron_hammer.platforms import megatron_compat
     from megatron_hammer.platforms.select import select_backend, select_platform
 
@@ -68,7 +68,7 @@ def read_start(folder: str) -> "StartModel":
 
 def check(arguments: "ParsedArguments") -> None:
     """Raise ConfigError with everything that preflight finds, before any process group forms."""
-    from megatron_hammer.config.preflight import find_problems
+    from megatron_hammer.config.preflight.find_problems import find_problems
 
     problems = find_problems(arguments)
     if problems:
@@ -77,8 +77,8 @@ def check(arguments: "ParsedArguments") -> None:
 
 def dry_run(arguments: "ParsedArguments", terminal: IO[str]) -> None:
     """Print what would run and every problem found; exit with 2 if there are any."""
-    from megatron_hammer.config.dry_run import build_report, print_report
-    from megatron_hammer.config.preflight import find_problems
+    from megatron_hammer.config.dry_run.dry_run import build_report, print_report
+    from megatron_hammer.config.preflight.find_problems import find_problems
 
     problems = find_problems(arguments)
     print_report(build_report(arguments, problems), terminal, as_json=arguments.namespace.json)
@@ -130,7 +130,7 @@ def train(arguments: "ParsedArguments", terminal: IO[str]) -> None:
 
 def fill_from_start(arguments: "ParsedArguments", terminal: IO[str]) -> None:
     """Have megatron's new model filled with the weights of --load-hf, unless there is a checkpoint to go on from."""
-    from megatron_hammer.config.start_model import find_checkpoint_to_load
+    from megatron_hammer.config.initial_model import find_checkpoint_to_load
     from megatron_hammer.platforms import megatron_compat
 
     namespace, start = arguments.namespace, arguments.start

@@ -18,8 +18,8 @@ SECONDS_A_PRESET = 5.0
 
 def report_of(*flags: str):
     parse(*flags)  # the slow import, once
-    from megatron_hammer.config.dry_run import build_report
-    from megatron_hammer.config.preflight import find_problems
+    from megatron_hammer.config.dry_run.dry_run import build_report
+    from megatron_hammer.config.preflight.find_problems import find_problems
 
     arguments = parse(*flags)
     return build_report(arguments, find_problems(arguments))
@@ -97,7 +97,7 @@ def test_a_layout_that_cannot_be_is_still_reported() -> None:
 
 
 def test_tables_for_people() -> None:
-    from megatron_hammer.config.dry_run import print_report
+    from megatron_hammer.config.dry_run.dry_run import print_report
 
     stream = io.StringIO()
     print_report(report_of("--preset", "llama3-70b", "--mock-data", *plan(256), "--gpu-memory-gib", "80"), stream)

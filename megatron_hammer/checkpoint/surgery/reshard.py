@@ -37,7 +37,7 @@ from megatron_hammer.checkpoint.surgery.vocabulary import (
     read_vocab_size,
 )
 from megatron_hammer.config.model_from_arguments import count_least_world_size
-from megatron_hammer.config.preflight_layout import find_layout_problems
+from megatron_hammer.config.preflight.layout import find_layout_problems
 from megatron_hammer.errors import ConversionError
 
 # What depends on how many stages there are, and is unset when their number changes.

@@ -11,7 +11,7 @@ from megatron_hammer.config.megatron_checks import (
     find_megatron_refusal,
     read_megatron_defaults,
 )
-from megatron_hammer.config.preflight import find_problems
+from megatron_hammer.config.preflight.find_problems import find_problems
 from megatron_hammer.errors import ConfigError
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from toy_study import CLUSTER
 
-from megatron_hammer.config.preflight_layout import find_batch_problems, find_layout_problems
+from megatron_hammer.config.preflight.layout import find_batch_problems, find_layout_problems
 from megatron_hammer.config.preset_arguments import model_arguments
 from megatron_hammer.model.accounting import Layout, find_split_problems
 from megatron_hammer.model.layout import divisors

@@ -1,4 +1,4 @@
-"""Counting a changed order: against samples of real data sets in tests/unit/config/test_preflight_data_order.py."""
+"""Counting a changed order: against samples of real data sets in tests/unit/config/preflight/test_data_order.py."""
 
 from dataclasses import replace
 

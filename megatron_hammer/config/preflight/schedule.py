@@ -3,7 +3,7 @@
 import argparse
 
 from megatron_hammer.config.arguments import ParsedArguments
-from megatron_hammer.config.preflight_values import flag_of
+from megatron_hammer.config.preflight.values import flag_of
 
 
 def find_schedule_problems(arguments: ParsedArguments) -> list[str]:

@@ -6,8 +6,8 @@ import pytest
 from parsed_flags import TINY, find, parse
 
 from megatron_hammer.config.arguments import ParsedArguments
-from megatron_hammer.config.preflight_flags import IDLE, NEEDS_TE, UNCOUNTED, find_flag_problems
-from megatron_hammer.config.preflight_values import COUNTS, RANGES
+from megatron_hammer.config.preflight.flags import IDLE, NEEDS_TE, UNCOUNTED, find_flag_problems
+from megatron_hammer.config.preflight.values import COUNTS, RANGES
 from megatron_hammer.platforms import cpu
 
 BASE = parse(*TINY)
@@ -122,7 +122,7 @@ def test_grouped_queries_without_a_number_of_groups() -> None:
 def test_environment_of_older_gpus(
     monkeypatch: pytest.MonkeyPatch, generation: int | None, value: str | None, num_problems: int
 ) -> None:
-    from megatron_hammer.config import preflight_flags
+    from megatron_hammer.config.preflight import flags as preflight_flags
 
     monkeypatch.setattr(preflight_flags, "read_device_generation", lambda: generation)
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)

@@ -15,7 +15,7 @@ from sample_orders import build_datasets, draw_lengths, read_tokens, write_numbe
 
 from megatron_hammer.config import saved_run
 from megatron_hammer.config.data_order import RECORD_NAME, build_record, describe_continuation, plan_run_order
-from megatron_hammer.config.preflight_data_order import describe_order_state
+from megatron_hammer.config.preflight.data_order import describe_order_state
 
 SEQ_LENGTH = 64
 BATCH = 4
@@ -430,7 +430,7 @@ def test_nothing_is_compared_without_a_checkpoint_or_its_samples(data: str, chec
 
 
 def test_the_dry_run_says_it(data: str, other: str, checkpoint: Resume) -> None:
-    from megatron_hammer.config.dry_run import build_report, print_report
+    from megatron_hammer.config.dry_run.dry_run import build_report, print_report
 
     folder = checkpoint(*blend_of(0.7, data, 0.3, other), *steps(NUM_STEPS))
     flags = (*MODEL, *blend_of(0.7, data, 0.3, other), *steps(60), "--load", str(folder), "--dry-run")

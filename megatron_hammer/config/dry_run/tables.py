@@ -7,7 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from megatron_hammer.config.report import GridAxis, ModelReport, Report, RunReport, StageReport
+from megatron_hammer.config.dry_run.report import GridAxis, ModelReport, Report, RunReport, StageReport
 
 GIB = 2**30
 MAX_STAGE_ROWS = 64

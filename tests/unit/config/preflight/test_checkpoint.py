@@ -6,7 +6,7 @@ import pytest
 from parsed_flags import TINY, find, parse
 
 from megatron_hammer.config import saved_run
-from megatron_hammer.config.preflight_checkpoint import find_unwritable
+from megatron_hammer.config.preflight.checkpoint import find_unwritable
 from megatron_hammer.config.saved_run import TRACKER_NAME
 
 MOE = ("--preset", "hammer-tiny-moe", "--mock-data", "--global-batch-size", "8")

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from parsed_flags import TINY, parse
 
-from megatron_hammer.config.preflight_resume import describe_schedule, find_schedule_changes
+from megatron_hammer.config.preflight.resume import describe_schedule, find_schedule_changes
 
 FOLDER = Path("checkpoints/iter_0000010")
 RUN = (*TINY, "--train-iters", "20", "--global-batch-size", "8")

@@ -1,4 +1,4 @@
-"""What a dry run reports, as plain data: `dry_run.py` fills it in, `report_tables.py` prints it. Pure.
+"""What a dry run reports, as plain data: `dry_run.py` fills it in, `tables.py` prints it. Pure.
 
 A part that a problem makes impossible (the stages of a model that cannot be split) is None; the problems say why.
 """

@@ -7,8 +7,8 @@ import pytest
 from parsed_flags import find, parse, write_data
 from toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
 
-from megatron_hammer.config.preflight_data import find_vocabulary_problems, read_indices
-from megatron_hammer.config.preflight_data_sizes import count_needed_samples, count_split_tokens
+from megatron_hammer.config.preflight.data import find_vocabulary_problems, read_indices
+from megatron_hammer.config.preflight.data_sizes import count_needed_samples, count_split_tokens
 from megatron_hammer.data.indexed.manifest import Manifest, TokenizerIdentity, encode_manifest, manifest_path
 from megatron_hammer.data.indexed.pair import read_index
 

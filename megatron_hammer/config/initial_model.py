@@ -1,6 +1,6 @@
 """What --load-hf starts from, as plain data: training/hugging_face_start.py reads the folder, this package never does.
 
-The folder's config.json says what the model is; a preset beside it gives only its recipe. `preflight_start.py` compares
+The folder's config.json says what the model is; a preset beside it gives only its recipe. `initial_model.py` compares
 the two and every flag.
 """
 

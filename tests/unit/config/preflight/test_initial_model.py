@@ -7,7 +7,7 @@ import pytest
 from parsed_flags import install, write_data
 
 from megatron_hammer.config.arguments import ParsedArguments
-from megatron_hammer.config.start_model import StartModel, describe_weights
+from megatron_hammer.config.initial_model import StartModel, describe_weights
 from megatron_hammer.model.shape import MoeShape
 from megatron_hammer.presets.catalogue import PRESETS
 
@@ -38,7 +38,7 @@ def parse(*flags: str, start: StartModel | None = None, backend: str = "torch") 
 
 
 def find(*flags: str, start: StartModel | None = None) -> list[str]:
-    from megatron_hammer.config.preflight import find_problems
+    from megatron_hammer.config.preflight.find_problems import find_problems
 
     return find_problems(parse(*flags, start=start))
 
@@ -46,7 +46,7 @@ def find(*flags: str, start: StartModel | None = None) -> list[str]:
 def find_of_start(*flags: str, start: StartModel | None = None, **values: object) -> list[str]:
     """Only the problems of --load-hf; values: attributes of the namespace."""
     arguments = parse(*flags, start=start)
-    from megatron_hammer.config.preflight_start import find_start_problems
+    from megatron_hammer.config.preflight.initial_model import find_start_problems
 
     for name, value in values.items():
         setattr(arguments.namespace, name, value)
@@ -159,7 +159,7 @@ def test_optimizers_that_round_the_weights(dtype: str, is_refused: bool) -> None
 def test_the_tokenizer_that_made_the_data_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 
-    from megatron_hammer.config import start_model
+    from megatron_hammer.config import initial_model as start_model
 
     hashes = {"a.json": "aa", "b.model": "bb"}
     monkeypatch.setattr(start_model, "load_encoder", lambda path: SimpleNamespace(sha256=hashes[path.name]))
@@ -178,7 +178,7 @@ def test_the_tokenizer_that_made_the_data_is_chosen(tmp_path: Path, monkeypatch:
 def test_more_rows_than_tokens_are_the_folders_business(tmp_path: Path) -> None:
     from types import SimpleNamespace
 
-    from megatron_hammer.config.preflight_data import find_vocabulary_problems
+    from megatron_hammer.config.preflight.data import find_vocabulary_problems
 
     arguments = parse(*RECIPE)
     smaller = SimpleNamespace(vocab_size=4000, path="tokenizer.model")

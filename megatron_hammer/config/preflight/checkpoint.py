@@ -6,8 +6,8 @@ from pathlib import Path
 
 from megatron_hammer.config.arguments import ParsedArguments
 from megatron_hammer.config.model_from_arguments import build_model, list_missing_essentials
-from megatron_hammer.config.preflight_resume import find_schedule_changes
-from megatron_hammer.config.preflight_values import find_value_problems, flag_of
+from megatron_hammer.config.preflight.resume import find_schedule_changes
+from megatron_hammer.config.preflight.values import find_value_problems, flag_of
 from megatron_hammer.config.saved_run import TRACKER_NAME, read_saved_arguments
 from megatron_hammer.errors import CheckpointError
 from megatron_hammer.model.shape import ModelShape

@@ -10,15 +10,15 @@ preflight_checkpoint, preflight_start, preflight_data_order, megatron_checks.
 from megatron_hammer.config.arguments import ParsedArguments
 from megatron_hammer.config.megatron_checks import describe_refusal, find_megatron_refusal
 from megatron_hammer.config.model_from_arguments import list_missing_essentials
-from megatron_hammer.config.preflight_checkpoint import find_checkpoint_problems
-from megatron_hammer.config.preflight_data import find_data_problems
-from megatron_hammer.config.preflight_data_order import find_data_order_problems
-from megatron_hammer.config.preflight_flags import find_flag_problems
-from megatron_hammer.config.preflight_layout import find_batch_problems, find_layout_problems
-from megatron_hammer.config.preflight_memory import find_memory_problems
-from megatron_hammer.config.preflight_schedule import find_schedule_problems
-from megatron_hammer.config.preflight_start import find_start_problems
-from megatron_hammer.config.preflight_values import find_missing_problems, find_value_problems
+from megatron_hammer.config.preflight.checkpoint import find_checkpoint_problems
+from megatron_hammer.config.preflight.data import find_data_problems
+from megatron_hammer.config.preflight.data_order import find_data_order_problems
+from megatron_hammer.config.preflight.flags import find_flag_problems
+from megatron_hammer.config.preflight.initial_model import find_start_problems
+from megatron_hammer.config.preflight.layout import find_batch_problems, find_layout_problems
+from megatron_hammer.config.preflight.memory import find_memory_problems
+from megatron_hammer.config.preflight.schedule import find_schedule_problems
+from megatron_hammer.config.preflight.values import find_missing_problems, find_value_problems
 
 
 def find_problems(arguments: ParsedArguments) -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_hammer.config.data_sources import SPLIT_FLAGS, DataPlan
-from megatron_hammer.config.preflight_layout import select_global_batch_size
+from megatron_hammer.config.preflight.layout import select_global_batch_size
 from megatron_hammer.data.indexed.pair import IndexSummary
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from megatron_hammer.config.arguments import ParsedArguments
-from megatron_hammer.config.preflight_values import flag_of
+from megatron_hammer.config.preflight.values import flag_of
 from megatron_hammer.platforms import cpu
 from megatron_hammer.platforms.device import read_device_generation
 

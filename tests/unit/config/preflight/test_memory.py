@@ -1,9 +1,9 @@
 import pytest
 from parsed_flags import TINY, parse, plan
 
-from megatron_hammer.config import preflight_memory
 from megatron_hammer.config.model_from_arguments import build_layout
-from megatron_hammer.config.preflight_memory import (
+from megatron_hammer.config.preflight import memory as preflight_memory
+from megatron_hammer.config.preflight.memory import (
     GIB,
     build_memory_options,
     estimate_run_memory,

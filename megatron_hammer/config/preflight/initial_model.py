@@ -4,11 +4,11 @@ import argparse
 from typing import Any
 
 from megatron_hammer.config.arguments import ParsedArguments
+from megatron_hammer.config.initial_model import StartModel, find_checkpoint_to_load
 from megatron_hammer.config.model_from_arguments import build_model, list_missing_essentials
-from megatron_hammer.config.preflight_checkpoint import FLAGS
-from megatron_hammer.config.preflight_values import find_value_problems, flag_of
+from megatron_hammer.config.preflight.checkpoint import FLAGS
+from megatron_hammer.config.preflight.values import find_value_problems, flag_of
 from megatron_hammer.config.preset_arguments import model_arguments
-from megatron_hammer.config.start_model import StartModel, find_checkpoint_to_load
 
 # Of a model's arguments those that change neither a tensor nor what is computed from it.
 FREE = frozenset({"init_method_std", "moe_aux_loss_coeff", "moe_token_dispatcher_type"})
