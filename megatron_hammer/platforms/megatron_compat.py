@@ -197,7 +197,7 @@ def _use_group_step_adam() -> None:
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
 
-    from megatron_hammer.platforms.adam import GroupStepAdam
+    from megatron_hammer.platforms.group_step_adam import GroupStepAdam
 
     if not optimizer.USING_PYTORCH_OPTIMIZER:
         return

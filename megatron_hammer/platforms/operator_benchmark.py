@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from megatron_hammer.platforms.adam import GroupStepAdam
 from megatron_hammer.platforms.device import max_over_ranks, read_device_memory_bytes, read_device_name, stand_alone
+from megatron_hammer.platforms.group_step_adam import GroupStepAdam
 
 Call = Callable[[], Any]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

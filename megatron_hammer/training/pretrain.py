@@ -61,7 +61,7 @@ def read_start(folder: str) -> "StartModel":
     """The model of --load-hf; raises ConversionError if it is none that is mapped."""
     from pathlib import Path
 
-    from megatron_hammer.training.hugging_face_start import read_start_model
+    from megatron_hammer.training.initial_model import read_start_model
 
     return read_start_model(Path(folder))
 
@@ -135,7 +135,7 @@ def fill_from_start(arguments: "ParsedArguments", terminal: IO[str]) -> None:
 
     namespace, start = arguments.namespace, arguments.start
     if start is not None and find_checkpoint_to_load(namespace) is None:
-        from megatron_hammer.training.hugging_face_start import build_filler
+        from megatron_hammer.training.initial_model import build_filler
 
         fill = build_filler(start, rank=namespace.rank, terminal=terminal)
         # megatron may have found a checkpoint elsewhere, such as --non-persistent-global-ckpt-dir

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_hammer.platforms.adam import GroupStepAdam
+from megatron_hammer.platforms.group_step_adam import GroupStepAdam
 
 NUM_STEPS = 20
 SHAPES = [(7,), (3, 5), (2, 3, 11), (1,), (129, 65)]
