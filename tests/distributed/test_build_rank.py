@@ -6,10 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from training_runs import REPOSITORY, environment
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.presets.catalogue import PRESETS
+from tests.helpers.training_runs import REPOSITORY, environment
 
 NUM_COPIES = 16  # of the model: a small cluster; the one rank of 4,096 below is a large one
 LAYOUTS = {

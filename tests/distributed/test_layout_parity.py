@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_runs import TOY_MODEL, TOY_MOE, TOY_SCHEDULE, run, train, write_toy_data
+
+from tests.helpers.training_runs import TOY_MODEL, TOY_MOE, TOY_SCHEDULE, run, train, write_toy_data
 
 pytestmark = pytest.mark.distributed
 NUM_STEPS = 20

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from sample_orders import build_datasets
-from training_runs import read_lines, run, train, write_toy_data
 
 from megatron_hammer.checkpoint.hugging_face.folder import open_hf_folder
 from megatron_hammer.checkpoint_files.torch_dist.reader import open_checkpoint
+from tests.helpers.sample_orders import build_datasets
+from tests.helpers.training_runs import read_lines, run, train, write_toy_data
 
 pytestmark = pytest.mark.distributed
 LOSS_TOLERANCE, NORM_TOLERANCE = 5e-7, 1e-6

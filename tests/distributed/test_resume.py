@@ -10,7 +10,8 @@ from typing import Any
 
 import psutil
 import pytest
-from training_runs import TOY_MODEL, TOY_SCHEDULE, command, environment, read_lines, train, write_toy_data
+
+from tests.helpers.training_runs import TOY_MODEL, TOY_SCHEDULE, command, environment, read_lines, train, write_toy_data
 
 pytestmark = pytest.mark.distributed
 NUM_STEPS = 24

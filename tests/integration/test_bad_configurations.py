@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from parsed_flags import find, write_data
-from training_runs import environment
 
 from megatron_hammer.errors import USER_ERROR_EXIT_CODE
+from tests.helpers.parsed_flags import find, write_data
+from tests.helpers.training_runs import environment
 
 SENTENCE = re.compile(r"^[\w./~+-]+: .+[^.]\. [A-Z].+[^.]\.$")
 TINY = "--preset hammer-tiny --mock-data"

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tool_runs import Finished, run_tool
 
 from megatron_hammer.config.data_sources import parse_blend
 from megatron_hammer.data.indexed.pair_writer import IndexedWriter
+from tests.helpers.tool_runs import Finished, run_tool
 
 pytestmark = pytest.mark.integration
 

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
-from tool_runs import run_tool, run_tool_here
-from training_runs import train, write_toy_data
+
+from tests.helpers.tool_runs import run_tool, run_tool_here
+from tests.helpers.training_runs import train, write_toy_data
 
 pytestmark = pytest.mark.integration
 

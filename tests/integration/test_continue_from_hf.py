@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import transformers
-from training_runs import read_lines
+
+from tests.helpers.training_runs import read_lines
 
 pytestmark = pytest.mark.integration
 

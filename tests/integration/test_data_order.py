@@ -4,10 +4,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from parsed_flags import find, parse
-from training_runs import TOY_MODEL, TOY_SCHEDULE, read_lines, run, train, write_toy_data
 
 from megatron_hammer.config import saved_run
+from tests.helpers.parsed_flags import find, parse
+from tests.helpers.training_runs import TOY_MODEL, TOY_SCHEDULE, read_lines, run, train, write_toy_data
 
 pytestmark = pytest.mark.integration
 SHORT, LONG = 6, 12  # steps of 8 samples; an epoch has some 60

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import zstandard
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from tool_runs import run_tool
-from toy_tokenizer import TOY_TEXTS, train_toy_tokenizer, write_jsonl
+
+from tests.helpers.tool_runs import run_tool
+from tests.helpers.toy_tokenizer import TOY_TEXTS, train_toy_tokenizer, write_jsonl
 
 pytestmark = pytest.mark.integration
 

@@ -5,8 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
-from tool_runs import Finished, run_tool
-from toy_tokenizer import TOY_TEXTS, write_jsonl
+
+from tests.helpers.tool_runs import Finished, run_tool
+from tests.helpers.toy_tokenizer import TOY_TEXTS, write_jsonl
 
 pytestmark = pytest.mark.integration
 

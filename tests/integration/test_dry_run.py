@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from parsed_flags import parse, plan, write_data
-from training_runs import environment
 
 from megatron_hammer.presets.catalogue import PRESETS
+from tests.helpers.parsed_flags import parse, plan, write_data
+from tests.helpers.training_runs import environment
 
 SECONDS_A_PRESET = 5.0
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tool_runs import Finished, run_tool, run_tool_here, start_tool
-from toy_training_checkpoint import read_all, training_arguments, write_training_checkpoint
-from training_runs import TOY_MODEL, TOY_MOE, TOY_SCHEDULE, read_lines, run, train, write_toy_data
+
+from tests.helpers.tool_runs import Finished, run_tool, run_tool_here, start_tool
+from tests.helpers.toy_training_checkpoint import read_all, training_arguments, write_training_checkpoint
+from tests.helpers.training_runs import TOY_MODEL, TOY_MOE, TOY_SCHEDULE, read_lines, run, train, write_toy_data
 
 pytestmark = pytest.mark.integration
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tool_runs import run_tool, run_tool_here, start_tool
-from toy_checkpoint import toy_arguments, toy_llama_tensors, write_toy_checkpoint
-from toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
-from training_runs import REPOSITORY, TOY_MODEL, TOY_MOE, TOY_SCHEDULE, environment, train
 
 from megatron_hammer.checkpoint.convert.to_hugging_face import ExportOptions, export_to_hugging_face
 from megatron_hammer.checkpoint_files.torch_dist.reader import open_checkpoint
 from megatron_hammer.data.indexed.pair import IndexedWriter
+from tests.helpers.tool_runs import run_tool, run_tool_here, start_tool
+from tests.helpers.toy_checkpoint import toy_arguments, toy_llama_tensors, write_toy_checkpoint
+from tests.helpers.toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
+from tests.helpers.training_runs import REPOSITORY, TOY_MODEL, TOY_MOE, TOY_SCHEDULE, environment, train
 
 pytestmark = pytest.mark.integration
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tool_runs import run_tool, run_tool_here, start_tool
-from toy_hf_folder import write_toy_folder
-from toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
-from training_runs import TOY_MODEL, TOY_MOE, TOY_SCHEDULE, train
 
 from megatron_hammer.checkpoint.convert.from_hugging_face import ImportOptions, import_from_hugging_face
 from megatron_hammer.checkpoint.convert.to_hugging_face import ExportOptions, export_to_hugging_face
 from megatron_hammer.data.indexed.pair import IndexedWriter
+from tests.helpers.tool_runs import run_tool, run_tool_here, start_tool
+from tests.helpers.toy_hf_folder import write_toy_folder
+from tests.helpers.toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
+from tests.helpers.training_runs import TOY_MODEL, TOY_MOE, TOY_SCHEDULE, train
 
 pytestmark = pytest.mark.integration
 

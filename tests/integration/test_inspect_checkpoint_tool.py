@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
-from tool_runs import Finished, run_tool, run_tool_here
-from toy_checkpoint import toy_llama_tensors, write_toy_checkpoint
-from toy_pair import write_toy_pair
+
+from tests.helpers.tool_runs import Finished, run_tool, run_tool_here
+from tests.helpers.toy_checkpoint import toy_llama_tensors, write_toy_checkpoint
+from tests.helpers.toy_pair import write_toy_pair
 
 pytestmark = pytest.mark.integration
 

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from tool_runs import Finished, run_tool
-from toy_tokenizer import TOY_TEXTS, TOY_VOCAB_SIZE, train_toy_tokenizer, write_jsonl
+
+from tests.helpers.tool_runs import Finished, run_tool
+from tests.helpers.toy_tokenizer import TOY_TEXTS, TOY_VOCAB_SIZE, train_toy_tokenizer, write_jsonl
 
 pytestmark = pytest.mark.integration
 

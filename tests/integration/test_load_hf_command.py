@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import transformers
-from parsed_flags import install
 from safetensors.torch import load_file, save_file
-from toy_tokenizer import TOY_TEXTS, TOY_VOCAB_SIZE, train_toy_tokenizer, write_jsonl
-from training_runs import run
 
 from megatron_hammer.data.preprocess.options import PreprocessOptions
 from megatron_hammer.data.preprocess.preprocess import preprocess
 from megatron_hammer.errors import ConfigError, ConversionError
 from megatron_hammer.tokenizer.export.export_tokenizer import export_tokenizer
+from tests.helpers.parsed_flags import install
+from tests.helpers.toy_tokenizer import TOY_TEXTS, TOY_VOCAB_SIZE, train_toy_tokenizer, write_jsonl
+from tests.helpers.training_runs import run
 
 pytestmark = pytest.mark.integration
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tool_runs import Finished, run_tool, start_tool
-from toy_tokenizer import TOY_TEXTS, train_toy_tokenizer, write_jsonl
 
 from megatron_hammer.data.indexed.index_format import encode_header
 from megatron_hammer.data.indexed.manifest import manifest_path
 from megatron_hammer.data.indexed.pair import IndexedWriter, read_index
+from tests.helpers.tool_runs import Finished, run_tool, start_tool
+from tests.helpers.toy_tokenizer import TOY_TEXTS, train_toy_tokenizer, write_jsonl
 
 pytestmark = pytest.mark.integration
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from toy_tokenizer import TOY_TEXTS, train_toy_tokenizer
+
+from tests.helpers.toy_tokenizer import TOY_TEXTS, train_toy_tokenizer
 
 pytestmark = pytest.mark.integration
 

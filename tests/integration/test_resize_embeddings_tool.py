@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from data_paths import SHARED_DATA, needs_shared_data
 from safetensors.torch import load_file
-from tool_runs import run_tool, run_tool_here
-from toy_tokenizer import train_toy_tokenizer
 
 from megatron_hammer.tokenizer.encoding.encoder import load_encoder
+from tests.helpers.data_paths import SHARED_DATA, needs_shared_data
+from tests.helpers.tool_runs import run_tool, run_tool_here
+from tests.helpers.toy_tokenizer import train_toy_tokenizer
 
 pytestmark = pytest.mark.integration
 

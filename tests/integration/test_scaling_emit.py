@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from parsed_flags import find
-from training_runs import REPOSITORY, environment
 
 from megatron_hammer.model.accounting import Layout
 from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.emit import SUFFIXES, build_launch, render
 from megatron_hammer.scaling.hardware import select_cluster, select_gpu
 from megatron_hammer.scaling.plan import Plan
+from tests.helpers.parsed_flags import find
+from tests.helpers.training_runs import REPOSITORY, environment
 
 pytestmark = pytest.mark.integration
 SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size")

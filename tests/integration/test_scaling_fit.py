@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from planted_losses import PLANTED, plant_runs
-from tool_runs import Finished, run_tool, run_tool_here
 
 from megatron_hammer.model.accounting import count_flops_per_token, count_parameters
 from megatron_hammer.presets.catalogue import PRESETS
+from tests.helpers.planted_losses import PLANTED, plant_runs
+from tests.helpers.tool_runs import Finished, run_tool, run_tool_here
 
 pytestmark = pytest.mark.integration
 

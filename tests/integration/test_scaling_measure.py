@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from training_runs import REPOSITORY, environment
 
 from megatron_hammer.scaling.coefficients import load_coefficients
 from megatron_hammer.scaling.hardware import load_clusters, load_gpus
 from megatron_hammer.scaling.published_runs import read_runs
+from tests.helpers.training_runs import REPOSITORY, environment
 
 pytestmark = pytest.mark.integration
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from gguf import GGUFReader
-from gguf_models import VOCAB_SIZE, make_toy_model, write_gguf_source
 from safetensors.torch import load_file, save_file
-from tool_runs import run_tool, run_tool_here
-from toy_checkpoint import toy_arguments, toy_llama_tensors, write_toy_checkpoint
+
+from tests.helpers.gguf_models import VOCAB_SIZE, make_toy_model, write_gguf_source
+from tests.helpers.tool_runs import run_tool, run_tool_here
+from tests.helpers.toy_checkpoint import toy_arguments, toy_llama_tensors, write_toy_checkpoint
 
 pytestmark = pytest.mark.integration
 

@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
-from data_paths import SHARED_DATA, needs_shared_data
-from tool_runs import Finished, run_tool
-from toy_tokenizer import TOY_TEXTS, train_toy_tokenizer, write_jsonl
+
+from tests.helpers.data_paths import SHARED_DATA, needs_shared_data
+from tests.helpers.tool_runs import Finished, run_tool
+from tests.helpers.toy_tokenizer import TOY_TEXTS, train_toy_tokenizer, write_jsonl
 
 pytestmark = pytest.mark.integration
 

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import transformers
-from data_paths import SHARED_DATA, needs_shared_data
-from tool_runs import run_tool, run_tool_here
-from toy_tokenizer import TOY_TEXTS, train_toy_tokenizer, write_jsonl
+
+from tests.helpers.data_paths import SHARED_DATA, needs_shared_data
+from tests.helpers.tool_runs import run_tool, run_tool_here
+from tests.helpers.toy_tokenizer import TOY_TEXTS, train_toy_tokenizer, write_jsonl
 
 pytestmark = pytest.mark.integration
 

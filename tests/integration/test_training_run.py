@@ -4,7 +4,8 @@ import math
 from pathlib import Path
 
 import pytest
-from training_runs import TOY_MODEL, read_lines, run, train, write_toy_data
+
+from tests.helpers.training_runs import TOY_MODEL, read_lines, run, train, write_toy_data
 
 pytestmark = pytest.mark.integration
 NUM_STEPS = 6

@@ -11,8 +11,6 @@ import json
 import pytest
 import torch
 import transformers
-from build_model import build_model, load_weights, merge_weights, read_arguments, single_rank
-from reference_model import compare, randomize
 from safetensors.torch import load_file
 
 from megatron_hammer.checkpoint.hugging_face.architecture import read_architecture
@@ -21,6 +19,8 @@ from megatron_hammer.checkpoint.hugging_face.model_preset import build_model_pre
 from megatron_hammer.checkpoint.hugging_face.names import locate_hf_tensors
 from megatron_hammer.checkpoint.hugging_face.read_config import read_hf_architecture
 from megatron_hammer.model.accounting import count_parameters
+from tests.helpers.build_model import build_model, load_weights, merge_weights, read_arguments, single_rank
+from tests.helpers.reference_model import compare, randomize
 
 # Measured: at most 6e-6 on a layer and on the logits, both of a standard deviation near 1; the twins differ by 0.01 to
 # 4, those of the gelu by 2e-4 and 1e-3.

@@ -3,14 +3,14 @@
 from argparse import Namespace
 
 import pytest
-from build_model import read_arguments
-from toy_hf_folder import LLAMA_CONFIG, write_toy_folder
 
 from megatron_hammer.checkpoint.convert.from_hugging_face import ImportOptions, import_from_hugging_face
 from megatron_hammer.checkpoint.hugging_face.model_preset import build_model_preset
 from megatron_hammer.checkpoint.hugging_face.read_config import interpret_config
 from megatron_hammer.config.preset_arguments import model_arguments
 from megatron_hammer.platforms import megatron_compat
+from tests.helpers.build_model import read_arguments
+from tests.helpers.toy_hf_folder import LLAMA_CONFIG, write_toy_folder
 
 MOE = {
     "model_type": "qwen2_moe",

@@ -10,17 +10,6 @@ import json
 import pytest
 import torch
 import transformers
-from build_model import (
-    TOY_LLAMA,
-    build_model,
-    checkpoint_parameters,
-    compute_logits,
-    load_weights,
-    merge_weights,
-    read_arguments,
-    single_rank,
-)
-from reference_model import compare, randomize, sample_tokens
 from safetensors.torch import load_file
 
 from megatron_hammer.checkpoint.hugging_face import mapping
@@ -30,6 +19,17 @@ from megatron_hammer.checkpoint.hugging_face.row_layouts import merge_gate_up
 from megatron_hammer.checkpoint.hugging_face.write_config import build_config
 from megatron_hammer.model.shape import ModelShape, MoeShape, RopeScaling
 from megatron_hammer.presets.catalogue import PRESETS
+from tests.helpers.build_model import (
+    TOY_LLAMA,
+    build_model,
+    checkpoint_parameters,
+    compute_logits,
+    load_weights,
+    merge_weights,
+    read_arguments,
+    single_rank,
+)
+from tests.helpers.reference_model import compare, randomize, sample_tokens
 
 # Measured: at most 2e-5 on a layer's output and 1.1e-5 on the logits, both of a standard deviation near 1; the twins
 # differ by 0.1 to 10, the exact gelu in place of its approximation by 3e-4.

@@ -11,15 +11,15 @@ import nltk.data
 import pytest
 import sentencepiece
 import torch
-from data_paths import SHARED_DATA, needs_shared_data
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from nltk.tokenize.punkt import PunktTokenizer
-from punkt_model import write_punkt_model
-from toy_tokenizer import TOY_TEXTS, train_toy_tokenizer, write_jsonl
 
 from megatron_hammer.corpus.readers import read_documents
 from megatron_hammer.data.preprocess.options import PreprocessOptions
 from megatron_hammer.data.preprocess.preprocess import preprocess
+from tests.helpers.data_paths import SHARED_DATA, needs_shared_data
+from tests.helpers.punkt_model import write_punkt_model
+from tests.helpers.toy_tokenizer import TOY_TEXTS, train_toy_tokenizer, write_jsonl
 
 HOSTILE_TEXTS = [
     "",

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from build_model import TOY_LLAMA, build_model, read_arguments, single_rank
+
+from tests.helpers.build_model import TOY_LLAMA, build_model, read_arguments, single_rank
 
 DROPOUT = ("--hidden-dropout", "0.1", "--attention-dropout", "0.2")
 FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from build_model import single_rank
 from torch import Tensor
+
+from tests.helpers.build_model import single_rank
 
 SEQUENCE, BATCH, HEADS, HEAD_DIM = 13, 3, 6, 10
 ATTENTION_TOLERANCE = 1e-13  # fp64; measured 4e-16

@@ -4,7 +4,11 @@ import re
 
 import pytest
 import torch
-from build_model import (
+
+from megatron_hammer.checkpoint.surgery.upcycle import ExpertShape, upcycle
+from megatron_hammer.checkpoint_files.torch_dist.reader import open_checkpoint
+from megatron_hammer.checkpoint_files.torch_dist.writer import open_checkpoint_writer
+from tests.helpers.build_model import (
     TOY_LLAMA,
     build_model,
     checkpoint_parameters,
@@ -13,10 +17,6 @@ from build_model import (
     read_arguments,
     single_rank,
 )
-
-from megatron_hammer.checkpoint.surgery.upcycle import ExpertShape, upcycle
-from megatron_hammer.checkpoint_files.torch_dist.reader import open_checkpoint
-from megatron_hammer.checkpoint_files.torch_dist.writer import open_checkpoint_writer
 
 TOLERANCE = 2e-6  # measured 2.4e-7 on logits of up to 0.9, in fp32: sums over experts are in another order
 

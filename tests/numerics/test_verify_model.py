@@ -10,10 +10,6 @@ import sys
 import pytest
 import torch
 from safetensors.torch import save_file
-from toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS
-from toy_legacy_checkpoint import legacy_arguments, llama_weights, write_legacy_checkpoint
-from toy_pair import change_folder, read_folder, write_folder, write_toy_pair
-from toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
 
 from megatron_hammer.checkpoint.hugging_face.architecture import read_architecture
 from megatron_hammer.checkpoint.hugging_face.mapping import expand, select_family
@@ -22,6 +18,10 @@ from megatron_hammer.checkpoint.verification import verify_conversion as verify
 from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow, verify_model
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.tokenizer.export.export_tokenizer import export_tokenizer
+from tests.helpers.toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS
+from tests.helpers.toy_legacy_checkpoint import legacy_arguments, llama_weights, write_legacy_checkpoint
+from tests.helpers.toy_pair import change_folder, read_folder, write_folder, write_toy_pair
+from tests.helpers.toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
 
 FAMILIES = {
     "llama": {},

@@ -1,8 +1,8 @@
 """Moves every weight from a checkpoint into safetensors shards, and proves each one as soon as it is written.
 
 It must be finite; what was written is read back from the file and must be the bits that were meant; and these, merged
-by the inverse layout, must be the checkpoint's bits again. Most tensors go row by row (row_blocks.py); the others whole,
-at most two of them in memory, and of large ones one.
+by the inverse layout, must be the checkpoint's bits again. Most tensors go row by row (row_blocks.py); the others are
+moved whole, with at most two of them in memory, and only one where it is large.
 """
 
 import math

@@ -1,8 +1,8 @@
 """The architecture that a Hugging Face folder's config.json describes: the inverse of `write_config.py`.
 
-Reads the file as data: no import of transformers, no code of the folder's own. A field that changes the computation in
-a way that no mapping expresses is refused by name, all of them at once; `config_fields.py` says which. Absent fields mean
-what transformers takes them for. Dropout and the initial standard deviation are read for a run that goes on.
+The file is read as data: transformers is not imported, and no code of the folder runs. Fields that change the
+computation in a way that no mapping expresses are refused by name, all at once; `config_fields.py` lists them. Absent
+fields have transformers' defaults. Dropout and the initial standard deviation are read for a run that continues.
 """
 
 import json

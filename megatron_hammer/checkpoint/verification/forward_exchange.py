@@ -1,4 +1,4 @@
-"""What the processes of `verify_conversion.py` tell each other: the request, the files of a temporary folder, and the texts.
+"""What the processes of `verify_conversion.py` exchange: the request, the files of a temporary folder, and the texts.
 
 Imports neither torch, transformers nor megatron. The order: `transformers_forward.py` writes what transformers
 computes, `megatron_forward.py` computes the same with Megatron's modules, compares, and writes numbers only.

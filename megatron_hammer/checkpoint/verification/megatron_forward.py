@@ -1,6 +1,7 @@
 """What Megatron's modules compute from a checkpoint, against what transformers left: `python -m ... <folder>`.
 
-The second process of `verify_conversion.py`. It reads the request and the reference in `folder` and leaves findings: numbers only.
+The second process of `verify_conversion.py`. It reads the request and the reference in `folder` and writes numbers
+only.
 """
 
 import dataclasses

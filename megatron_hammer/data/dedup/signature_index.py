@@ -1,8 +1,8 @@
 """The signatures of the documents kept so far, and which of them a new document resembles.
 
-As in datasketch's MinHashLSH, whose candidates are the same (tests/unit/data/dedup/test_signature_index.py), signatures are
-cut into bands, and two documents that agree in all values of some band are compared. Bands are kept as 64-bit hashes in
-sorted arrays instead of sets of bytes: 0.7 KB a document at 128 permutations, its signature included, instead of 6 KB.
+As in datasketch's MinHashLSH, signatures are cut into bands, and two documents that agree in all values of a band are
+compared; tests/unit/data/dedup/test_signature_index.py holds the candidates equal. Bands are kept as 64-bit hashes in
+sorted arrays instead of sets of bytes: 0.7 KB per document at 128 permutations, with its signature, instead of 6 KB.
 """
 
 from array import array

@@ -4,7 +4,7 @@
 .idx: magic (9 bytes), version (u64), dtype code (u8), number of sequences S (u64), length D of the document index
 (u64); then lengths int32[S], byte offsets into .bin int64[S], document index int64[D] (document d holds the sequences
 from entry d up to entry d + 1; the first entry is 0), and in multimodal data sets a mode int8[S].
-Source: megatron/core/datasets/indexed_dataset.py; byte equality with it is pinned by tests/unit/data/indexed/test_pair.py.
+Source: megatron/core/datasets/indexed_dataset.py; tests/unit/data/indexed/test_pair.py pins byte equality with it.
 """
 
 import struct

@@ -2,9 +2,9 @@ import json
 from pathlib import Path
 
 import pytest
-from parsed_flags import parse
 
 from megatron_hammer.config.data_sources import DataSource, parse_blend, parse_split, read_data_plan
+from tests.helpers.parsed_flags import parse
 
 
 @pytest.mark.parametrize("words", ["a", "a b", "a b c", "3 a 1 b", "0.5 a", "1e1 a 2 b"])

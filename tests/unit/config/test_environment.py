@@ -1,8 +1,8 @@
 import pytest
-from parsed_flags import TINY, find, parse
 
 from megatron_hammer.config.environment import DEFAULTS, ProcessPlace, read_process_place
 from megatron_hammer.errors import ConfigError
+from tests.helpers.parsed_flags import TINY, find, parse
 
 
 def set_only(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:

@@ -2,7 +2,6 @@ import copy
 import os
 
 import pytest
-from parsed_flags import TINY, parse
 
 from megatron_hammer.config import megatron_checks
 from megatron_hammer.config.megatron_checks import (
@@ -13,6 +12,7 @@ from megatron_hammer.config.megatron_checks import (
 )
 from megatron_hammer.config.preflight.find_problems import find_problems
 from megatron_hammer.errors import ConfigError
+from tests.helpers.parsed_flags import TINY, parse
 
 
 def test_nothing_is_changed(capfd: pytest.CaptureFixture[str]) -> None:

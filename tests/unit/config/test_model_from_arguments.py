@@ -1,5 +1,4 @@
 import pytest
-from parsed_flags import TINY, parse, plan
 
 from megatron_hammer.config.model_from_arguments import (
     build_layout,
@@ -10,6 +9,7 @@ from megatron_hammer.config.model_from_arguments import (
 from megatron_hammer.model.accounting import count_parameters
 from megatron_hammer.model.shape import RopeScaling
 from megatron_hammer.presets.catalogue import PRESETS
+from tests.helpers.parsed_flags import TINY, parse, plan
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -3,9 +3,9 @@
 import dataclasses
 
 import pytest
-from build_model import TOY_LLAMA, build_model, read_arguments, single_rank
 
 from megatron_hammer.model.shape import ModelShape, MoeShape
+from tests.helpers.build_model import TOY_LLAMA, build_model, read_arguments, single_rank
 
 ENDS = ("embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "output_layer.weight")
 ATTENTION = (

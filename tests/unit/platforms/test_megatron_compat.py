@@ -1,7 +1,7 @@
 """Every adjustment is still needed: without it megatron fails or is wrong on this machine, with it it is right.
 
-The proofs are tests/adjustment_probes.py, run once in an untouched process and once in an adjusted one. A test here
-that fails after an upgrade of megatron or torch says that an adjustment can go.
+tests/helpers/adjustment_probes.py has the proofs; it runs once in an untouched process and once in an adjusted one. A
+test here that fails after an upgrade of megatron or torch says that an adjustment can be deleted.
 """
 
 import functools
@@ -60,7 +60,7 @@ def probe(state: str) -> dict[str, Any]:
     """The outcomes in a fresh process that sees no GPU. state: untouched or adjusted."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("TORCH_COMPILE_DISABLE", None)  # set by this process's own installation
-    command = [sys.executable, str(REPOSITORY / "tests" / "adjustment_probes.py"), state]
+    command = [sys.executable, str(REPOSITORY / "tests" / "helpers" / "adjustment_probes.py"), state]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout.splitlines()[-1])

@@ -4,7 +4,6 @@ import dataclasses
 
 import numpy as np
 import pytest
-from planted_runs import PlantedRun, build_planted_runs
 
 from megatron_hammer.errors import DataError
 from megatron_hammer.scaling.calibrate import (
@@ -22,6 +21,7 @@ from megatron_hammer.scaling.coefficients import (
     replace_values,
 )
 from megatron_hammer.scaling.step_time import predict_step
+from tests.helpers.planted_runs import PlantedRun, build_planted_runs
 
 PRIORS = build_prior_coefficients()
 PLANTED = replace_values(

@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from published_tables import write_table
 
 from megatron_hammer.errors import DataError
 from megatron_hammer.scaling.coefficients import build_prior_coefficients, load_coefficients, save_coefficients
 from megatron_hammer.scaling.commands import calibrate
+from tests.helpers.published_tables import write_table
 
 
 def run(*words: str) -> None:

@@ -4,8 +4,6 @@ import dataclasses
 import math
 
 import pytest
-from data_paths import SHARED_DATA, needs_shared_data
-from planted_runs import build_planted_runs
 
 from megatron_hammer.model.accounting import Layout
 from megatron_hammer.scaling.coefficients import (
@@ -26,6 +24,8 @@ from megatron_hammer.scaling.cross_validation import (
 )
 from megatron_hammer.scaling.published_runs import read_runs
 from megatron_hammer.scaling.step_time import predict_step
+from tests.helpers.data_paths import SHARED_DATA, needs_shared_data
+from tests.helpers.planted_runs import build_planted_runs
 
 PRIORS = build_prior_coefficients()
 FAST = replace_values(PRIORS, {"hopper.gemm_ratio": 0.8})

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from planted_losses import PLANTED, plant_runs
 
 from megatron_hammer.errors import DataError
 from megatron_hammer.scaling.loss_law import LossRun, draw_samples, find_fit_problems, fit_loss_law
+from tests.helpers.planted_losses import PLANTED, plant_runs
 
 PARAMETERS = ("E", "A", "B", "alpha", "beta")
 

@@ -4,7 +4,6 @@ import re
 
 import numpy as np
 import pytest
-from planted_losses import PLANTED, plant_runs
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.scaling.loss_law import LossFit, fit_loss_law
@@ -16,6 +15,7 @@ from megatron_hammer.scaling.loss_law_optimum import (
     fit_token_cost,
     six_nd_cost,
 )
+from tests.helpers.planted_losses import PLANTED, plant_runs
 
 SIX_ND = six_nd_cost("with embeddings and head")
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import matplotlib.image
 import pytest
-from planted_losses import plant_runs
 
 from megatron_hammer.scaling.loss_law import LossLaw, fit_loss_law
 from megatron_hammer.scaling.loss_law_optimum import TokenCost, find_optimum, six_nd_cost
 from megatron_hammer.scaling.loss_law_report import LossStudy, as_object, draw_study, print_study
+from tests.helpers.planted_losses import plant_runs
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from planted_losses import PLANTED, plant_runs
 from scipy.optimize import minimize
 
 from megatron_hammer.scaling.loss_law import as_points
 from megatron_hammer.scaling.loss_law_solver import HUBER_DELTA, build_starts, solve, solve_from_starts
+from tests.helpers.planted_losses import PLANTED, plant_runs
 
 LAW = np.array([np.log(PLANTED.A), np.log(PLANTED.B), np.log(PLANTED.E), PLANTED.alpha, PLANTED.beta])
 

@@ -4,7 +4,6 @@ import dataclasses
 import json
 
 import pytest
-from data_paths import SHARED_DATA, needs_shared_data
 
 from megatron_hammer.model.accounting import Layout, MemoryOptions, estimate_memory
 from megatron_hammer.presets.catalogue import PRESETS
@@ -16,6 +15,7 @@ from megatron_hammer.scaling.memory_validation import (
     validate_memory,
 )
 from megatron_hammer.scaling.published_memory import MemoryRow
+from tests.helpers.data_paths import SHARED_DATA, needs_shared_data
 
 ROW = MemoryRow(
     row_number=2,

@@ -5,8 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from published_tables import write_table
-from toy_study import build_toy_study, predict
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.presets.catalogue import select_preset
@@ -14,6 +12,8 @@ from megatron_hammer.scaling.hardware import select_cluster, select_gpu
 from megatron_hammer.scaling.overlay import build_overlay
 from megatron_hammer.scaling.projection import Study
 from megatron_hammer.scaling.published_runs import read_runs
+from tests.helpers.published_tables import write_table
+from tests.helpers.toy_study import build_toy_study, predict
 
 MODEL = select_preset("llama3-8b").model
 CELLS = {

@@ -8,11 +8,11 @@ from fractions import Fraction
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from toy_study import build_toy_study, predict, project_toy_study
 
 from megatron_hammer.scaling import plots
 from megatron_hammer.scaling.plots import draw_plots
 from megatron_hammer.scaling.projection import OverlaidRun, Overlay, StudyResult
+from tests.helpers.toy_study import build_toy_study, predict, project_toy_study
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
-from published_tables import write_table
 
 from megatron_hammer.errors import PlatformError
 from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.scaling.commands import project
 from megatron_hammer.scaling.projection_file import read_projection
+from tests.helpers.published_tables import write_table
 
 SMALL = ("--preset", "hammer-tiny", "--gpu", "a100-sxm-80gb", "--gpus", "1,2", "--top", "2")
 FILES = ["breakdown.png", "memory.png", "projection.csv", "projection.json", "report.html", "scaling.png"]

@@ -5,7 +5,6 @@ from dataclasses import replace
 from fractions import Fraction
 
 import pytest
-from toy_study import CLUSTER, GPU, build_toy_study, predict, project_toy_study
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.accounting import Layout, StageMemory, count_flops_per_token
@@ -25,6 +24,7 @@ from megatron_hammer.scaling.projection import (
     select_peak_tflops,
 )
 from megatron_hammer.scaling.search import GIB, Search
+from tests.helpers.toy_study import CLUSTER, GPU, build_toy_study, predict, project_toy_study
 
 
 def build_projection(num_gpus: int, tokens_per_s_per_gpu: float = 1000.0) -> Projection:

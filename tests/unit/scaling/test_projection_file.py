@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toy_study import build_toy_study, project_toy_study
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.scaling.projection import LeftOutRow, OverlaidRun, Overlay, StudyResult
 from megatron_hammer.scaling.projection_file import build_document, format_csv, format_json, read_projection
+from tests.helpers.toy_study import build_toy_study, project_toy_study
 
 
 @pytest.fixture(scope="module")

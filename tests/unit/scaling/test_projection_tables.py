@@ -5,7 +5,6 @@ from dataclasses import replace
 from fractions import Fraction
 
 import pytest
-from toy_study import build_toy_study, project_toy_study
 
 from megatron_hammer.scaling.plan import PARTS
 from megatron_hammer.scaling.projection import LeftOutRow, OverlaidRun, Overlay, StudyResult, describe_cuts
@@ -22,6 +21,7 @@ from megatron_hammer.scaling.projection_tables import (
     format_tokens,
     print_tables,
 )
+from tests.helpers.toy_study import build_toy_study, project_toy_study
 
 
 @pytest.fixture(scope="module")

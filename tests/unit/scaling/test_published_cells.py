@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from published_tables import COLUMNS, write_table
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.scaling.published_cells import read_rows
+from tests.helpers.published_tables import COLUMNS, write_table
 
 
 def test_blanks_numbers_and_lines(tmp_path: Path) -> None:

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from published_tables import read_one, read_plan, write_table
 
 from megatron_hammer.scaling.published_runs import read_runs
+from tests.helpers.published_tables import read_one, read_plan, write_table
 
 
 def test_126_layers_over_eight_interleaved_stages_count_embedding_and_loss(tmp_path: Path) -> None:

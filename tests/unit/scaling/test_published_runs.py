@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from data_paths import SHARED_DATA, needs_shared_data
-from published_tables import COLUMNS, read_one, read_plan, write_table
 
 from megatron_hammer.model.accounting import count_parameters
 from megatron_hammer.scaling.published_runs import read_runs
+from tests.helpers.data_paths import SHARED_DATA, needs_shared_data
+from tests.helpers.published_tables import COLUMNS, read_one, read_plan, write_table
 
 RUNS_PATH = SHARED_DATA / "scaling" / "published_runs.csv"
 VTRAIN_PATH = SHARED_DATA / "scaling" / "vtrain_ground_truth_single.csv"

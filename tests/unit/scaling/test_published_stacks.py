@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from published_tables import read_plan
 
 from megatron_hammer.scaling.published_cells import PublishedRow
 from megatron_hammer.scaling.published_stacks import RECIPES, STACKS, select_recipe, select_stack
+from tests.helpers.published_tables import read_plan
 
 
 def test_an_old_stack_recomputes_without_flash_attention(tmp_path: Path) -> None:

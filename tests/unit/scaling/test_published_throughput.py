@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from published_tables import read_one
+
+from tests.helpers.published_tables import read_one
 
 
 def test_step_time_from_each_measure(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
-from toy_study import GPU, build_toy_study, predict
 
 from megatron_hammer.model.accounting import Layout
 from megatron_hammer.presets.catalogue import select_preset
@@ -24,6 +23,7 @@ from megatron_hammer.scaling.search_space import (
     list_micro_batch_sizes,
 )
 from megatron_hammer.scaling.step_time import predict_step
+from tests.helpers.toy_study import GPU, build_toy_study, predict
 
 
 def list_every_plan(study: Study, num_gpus: int) -> Iterator[Plan]:

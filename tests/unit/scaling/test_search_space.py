@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from toy_study import CLUSTER
 
 from megatron_hammer.config.preflight.layout import find_batch_problems, find_layout_problems
 from megatron_hammer.config.preset_arguments import model_arguments
@@ -22,6 +21,7 @@ from megatron_hammer.scaling.search_space import (
     list_micro_batch_sizes,
     list_shardings,
 )
+from tests.helpers.toy_study import CLUSTER
 
 CPU_HOST = replace(CLUSTER, full_speed_processes_per_node=2)
 ANYTHING = SearchSpace()

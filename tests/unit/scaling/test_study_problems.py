@@ -5,11 +5,11 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
-from toy_study import CLUSTER, build_toy_study
 
 from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.scaling.search_space import SearchSpace
 from megatron_hammer.scaling.study_problems import find_study_problems
+from tests.helpers.toy_study import CLUSTER, build_toy_study
 
 
 def test_a_good_study_has_none() -> None:

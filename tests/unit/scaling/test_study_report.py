@@ -5,11 +5,11 @@ import re
 from dataclasses import replace
 
 import pytest
-from toy_study import build_toy_study, project_toy_study
 
 from megatron_hammer.scaling.projection import StudyResult
 from megatron_hammer.scaling.projection_tables import build_tables
 from megatron_hammer.scaling.study_report import build_report, flatten_provenance, list_assumptions, list_findings
+from tests.helpers.toy_study import build_toy_study, project_toy_study
 
 PROVENANCE = {
     "date": "2026-01-31",

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from published_tables import write_table
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.scaling import calibrate
@@ -25,6 +24,7 @@ from megatron_hammer.scaling.validate import (
     validate_runs,
 )
 from megatron_hammer.scaling.validation_report import FITTED_SENTENCE, list_rows
+from tests.helpers.published_tables import write_table
 
 
 def read(path: Path, *rows: dict[str, str]) -> list[MeasuredRun]:

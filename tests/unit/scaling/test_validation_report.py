@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from published_tables import write_table
 
 from megatron_hammer.scaling.coefficients import load_coefficients
 from megatron_hammer.scaling.commands import validate as command
 from megatron_hammer.scaling.published_runs import read_runs
 from megatron_hammer.scaling.validate import ValidationReport, validate_runs
 from megatron_hammer.scaling.validation_report import describe_report, draw_scatter, format_csv
+from tests.helpers.published_tables import write_table
 
 
 def build(path: Path, *rows: dict[str, str]) -> ValidationReport:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from build_model import TOY_LLAMA, build_model, checkpoint_parameters, read_arguments, single_rank
 from safetensors.torch import save_file
 
 from megatron_hammer.checkpoint.convert.fill_model import MasterWeights, fill_chunks, require_every_element
@@ -18,6 +17,7 @@ from megatron_hammer.checkpoint.hugging_face.mapping import expand, select_famil
 from megatron_hammer.checkpoint.hugging_face.write_config import build_config
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.model.shape import ModelShape, MoeShape
+from tests.helpers.build_model import TOY_LLAMA, build_model, checkpoint_parameters, read_arguments, single_rank
 
 MOE = dataclasses.replace(
     TOY_LLAMA,

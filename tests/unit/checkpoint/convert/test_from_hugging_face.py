@@ -8,8 +8,6 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy_hf_folder import LLAMA_CONFIG, draw_weights, write_toy_folder
-from toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
 
 from megatron_hammer.checkpoint.convert import from_hugging_face as import_hf
 from megatron_hammer.checkpoint.convert.from_hugging_face import ImportOptions, import_from_hugging_face
@@ -22,6 +20,8 @@ from megatron_hammer.checkpoint_files.torch_dist.reader import open_checkpoint
 from megatron_hammer.checkpoint_files.torch_dist.store import TorchDistStore
 from megatron_hammer.checkpoint_files.torch_dist.writer import CheckpointWriter
 from megatron_hammer.errors import ConversionError, DataError
+from tests.helpers.toy_hf_folder import LLAMA_CONFIG, draw_weights, write_toy_folder
+from tests.helpers.toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
 
 QKV_NAMES = [f"model.layers.1.self_attn.{part}_proj.weight" for part in "qkv"]
 

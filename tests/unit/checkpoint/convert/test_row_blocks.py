@@ -5,7 +5,6 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from toy_checkpoint import GPT2_ARGUMENTS, toy_arguments, toy_llama_tensors, write_toy_checkpoint
 
 from megatron_hammer.checkpoint.convert import row_blocks as row_copy
 from megatron_hammer.checkpoint.convert.row_blocks import copy_rows, find_row_runs, find_stored_rows
@@ -13,6 +12,7 @@ from megatron_hammer.checkpoint.hugging_face.architecture import read_architectu
 from megatron_hammer.checkpoint.hugging_face.mapping import expand, select_family
 from megatron_hammer.checkpoint_files.safetensors.stream import ShardWriter, plan_shards
 from megatron_hammer.checkpoint_files.torch_dist.reader import TorchDistReader
+from tests.helpers.toy_checkpoint import GPT2_ARGUMENTS, toy_arguments, toy_llama_tensors, write_toy_checkpoint
 
 MODEL = read_architecture(toy_arguments())
 PAIRS = {pair.megatron_name: pair for pair in expand(select_family(MODEL), MODEL)}

@@ -3,11 +3,11 @@
 import argparse
 
 import pytest
-from toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments
 
 from megatron_hammer.checkpoint.hugging_face.architecture import read_architecture
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.model.shape import RopeScaling
+from tests.helpers.toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments
 
 
 def test_llama_is_read():

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments
 
 from megatron_hammer.checkpoint.hugging_face.architecture import read_architecture
 from megatron_hammer.checkpoint.hugging_face.mapping import expand, select_family, validate_names_and_shapes
 from megatron_hammer.errors import ConversionError
+from tests.helpers.toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments
 
 PLAIN_MOE_ARGUMENTS = MOE_ARGUMENTS | {"moe_shared_expert_intermediate_size": None}
 FAMILIES = {

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments
 
 from megatron_hammer.checkpoint.hugging_face.architecture import read_architecture
 from megatron_hammer.checkpoint.hugging_face.mapping import expand, select_family, validate_names_and_shapes
 from megatron_hammer.checkpoint.hugging_face.names import locate_hf_tensors
 from megatron_hammer.errors import ConversionError
+from tests.helpers.toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments
 
 MIXTRAL = MOE_ARGUMENTS | {"moe_shared_expert_intermediate_size": None}
 QWEN3_MOE = MIXTRAL | {"qk_layernorm": True}

@@ -5,7 +5,6 @@ import json
 
 import pytest
 import transformers
-from toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments
 
 from megatron_hammer.checkpoint.hugging_face.architecture import read_architecture
 from megatron_hammer.checkpoint.hugging_face.mapping import select_family
@@ -15,6 +14,7 @@ from megatron_hammer.checkpoint.hugging_face.write_config import build_config
 from megatron_hammer.config.preset_arguments import model_arguments
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.model.shape import RopeScaling
+from tests.helpers.toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments
 
 PLAIN_MOE = MOE_ARGUMENTS | {"moe_shared_expert_intermediate_size": None, "moe_shared_expert_gate": False}
 SCALING = {"use_rope_scaling": True, "rope_scaling_factor": 32.0}

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 import transformers
-from toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments
 
 from megatron_hammer.checkpoint.hugging_face.architecture import read_architecture
 from megatron_hammer.checkpoint.hugging_face.mapping import expand, select_family
@@ -14,6 +13,7 @@ from megatron_hammer.checkpoint.hugging_face.read_config import interpret_config
 from megatron_hammer.checkpoint.hugging_face.write_config import build_config, build_generation_config
 from megatron_hammer.model.accounting import count_parameters
 from megatron_hammer.presets.catalogue import PRESETS
+from tests.helpers.toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments
 
 PLAIN_MOE_ARGUMENTS = MOE_ARGUMENTS | {"moe_shared_expert_intermediate_size": None}
 SCALED_ROPE = {"rotary_base": 500_000, "use_rope_scaling": True, "rope_scaling_factor": 32.0}

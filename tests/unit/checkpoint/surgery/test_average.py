@@ -4,11 +4,11 @@ import re
 
 import pytest
 import torch
-from toy_training_checkpoint import model_tensors, optimizer_tensors, read_all, training_arguments
-from toy_training_checkpoint import write_training_checkpoint as write
 
 from megatron_hammer.checkpoint.surgery.average import average, mean_of
 from megatron_hammer.errors import CheckpointError, ConversionError
+from tests.helpers.toy_training_checkpoint import model_tensors, optimizer_tensors, read_all, training_arguments
+from tests.helpers.toy_training_checkpoint import write_training_checkpoint as write
 
 QKV = "decoder.layers.self_attention.linear_qkv.weight"
 

@@ -4,10 +4,10 @@ import copy
 import re
 
 import pytest
-from toy_training_checkpoint import MATRIX_GROUP, VECTOR_GROUP, optimizer_state
 
 from megatron_hammer.checkpoint.surgery.optimizer_groups import merge_expert_optimizer, split_expert_optimizer
 from megatron_hammer.errors import CheckpointError
+from tests.helpers.toy_training_checkpoint import MATRIX_GROUP, VECTOR_GROUP, optimizer_state
 
 FORMS = {
     "distributed": lambda groups: {"optimizer": {"param_groups": groups}, "param_state_sharding_type": "x"},

@@ -4,7 +4,10 @@ import re
 
 import pytest
 import torch
-from toy_training_checkpoint import (
+
+from megatron_hammer.checkpoint.surgery.reshard import TargetLayout, reshard
+from megatron_hammer.errors import CheckpointError, ConversionError
+from tests.helpers.toy_training_checkpoint import (
     RERUN_KEY,
     RNG_KEY,
     model_tensors,
@@ -14,9 +17,6 @@ from toy_training_checkpoint import (
     training_arguments,
     write_training_checkpoint,
 )
-
-from megatron_hammer.checkpoint.surgery.reshard import TargetLayout, reshard
-from megatron_hammer.errors import CheckpointError, ConversionError
 
 
 def assert_equal(found, expected):

@@ -10,7 +10,6 @@ import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from toy_tokenizer import TOY_TEXTS, TOY_VOCAB_SIZE, train_toy_tokenizer
 
 from megatron_hammer.checkpoint.surgery import resize_embeddings as module
 from megatron_hammer.checkpoint.surgery.resize_embeddings import ResizeOptions, mean_rows, resize_embeddings
@@ -22,6 +21,7 @@ from megatron_hammer.tokenizer.encoding.sentencepiece_model import (
     read_sentencepiece_model,
     serialize_sentencepiece_model,
 )
+from tests.helpers.toy_tokenizer import TOY_TEXTS, TOY_VOCAB_SIZE, train_toy_tokenizer
 
 NEW_PIECES = {"▁the▁quick": PieceType.NORMAL, "龘": PieceType.NORMAL, "<tool>": PieceType.USER_DEFINED,
               "<pad>": PieceType.CONTROL, "不觉晓": PieceType.NORMAL}  # fmt: skip

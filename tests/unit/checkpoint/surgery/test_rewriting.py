@@ -4,7 +4,6 @@ import re
 
 import pytest
 import torch
-from toy_training_checkpoint import RNG_KEY, write_training_checkpoint
 
 from megatron_hammer.checkpoint.surgery.rewriting import (
     PlannedCheckpoint,
@@ -16,6 +15,7 @@ from megatron_hammer.checkpoint.surgery.rewriting import (
 )
 from megatron_hammer.checkpoint.surgery.source import open_training_checkpoint
 from megatron_hammer.errors import ConversionError
+from tests.helpers.toy_training_checkpoint import RNG_KEY, write_training_checkpoint
 
 KEY = "decoder.final_layernorm.weight"
 

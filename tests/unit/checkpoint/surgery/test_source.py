@@ -3,8 +3,6 @@
 import re
 
 import pytest
-from toy_checkpoint import toy_llama_tensors, write_toy_checkpoint
-from toy_training_checkpoint import RNG_KEY, write_training_checkpoint
 
 from megatron_hammer.checkpoint.surgery.source import (
     is_optimizer_key,
@@ -13,6 +11,8 @@ from megatron_hammer.checkpoint.surgery.source import (
     split_optimizer_key,
 )
 from megatron_hammer.errors import CheckpointError
+from tests.helpers.toy_checkpoint import toy_llama_tensors, write_toy_checkpoint
+from tests.helpers.toy_training_checkpoint import RNG_KEY, write_training_checkpoint
 
 
 def test_weights_and_optimizer_are_told_apart(tmp_path):

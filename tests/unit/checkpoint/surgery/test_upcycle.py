@@ -4,10 +4,10 @@ import re
 
 import pytest
 import torch
-from toy_training_checkpoint import model_tensors, read_all, training_arguments, write_training_checkpoint
 
 from megatron_hammer.checkpoint.surgery.upcycle import ExpertShape, build_router, slice_gate_up, upcycle
 from megatron_hammer.errors import ConversionError
+from tests.helpers.toy_training_checkpoint import model_tensors, read_all, training_arguments, write_training_checkpoint
 
 FC1, FC2 = "decoder.layers.mlp.linear_fc1.weight", "decoder.layers.mlp.linear_fc2.weight"
 EXPERT_FC1 = "decoder.layers.mlp.experts.experts.linear_fc1.weight"

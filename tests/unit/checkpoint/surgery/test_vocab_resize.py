@@ -4,8 +4,11 @@ import re
 
 import pytest
 import torch
-from toy_tokenizer import train_toy_tokenizer
-from toy_training_checkpoint import (
+
+from megatron_hammer.checkpoint.surgery.vocab_resize import NewVocabulary, mean_of_all, resize_vocabulary
+from megatron_hammer.errors import CheckpointError, ConversionError
+from tests.helpers.toy_tokenizer import train_toy_tokenizer
+from tests.helpers.toy_training_checkpoint import (
     model_tensors,
     optimizer_state,
     optimizer_tensors,
@@ -13,9 +16,6 @@ from toy_training_checkpoint import (
     training_arguments,
     write_training_checkpoint,
 )
-
-from megatron_hammer.checkpoint.surgery.vocab_resize import NewVocabulary, mean_of_all, resize_vocabulary
-from megatron_hammer.errors import CheckpointError, ConversionError
 
 MATRICES = ("embedding.word_embeddings.weight", "output_layer.weight")
 

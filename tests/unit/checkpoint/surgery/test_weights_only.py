@@ -1,10 +1,10 @@
 """What is kept is equal, what belongs to the run is gone, and training takes the result for a new run."""
 
 import torch
-from toy_training_checkpoint import read_all, write_training_checkpoint
 
 from megatron_hammer.checkpoint.surgery.weights_only import keep_weights
 from megatron_hammer.checkpoint_files.torch_dist.reader import open_checkpoint
+from tests.helpers.toy_training_checkpoint import read_all, write_training_checkpoint
 
 
 def test_weights_stay_and_the_run_goes(tmp_path):

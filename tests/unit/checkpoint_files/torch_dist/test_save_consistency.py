@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 import torch
-from toy_checkpoint import toy_llama_tensors, write_toy_checkpoint
 
 from megatron_hammer.checkpoint.convert.to_hugging_face import ExportOptions, export_to_hugging_face
 from megatron_hammer.checkpoint_files.torch_dist.reader import open_checkpoint
 from megatron_hammer.errors import CheckpointError
+from tests.helpers.toy_checkpoint import toy_llama_tensors, write_toy_checkpoint
 
 FILES = ("__0_0.distcp", "__1_0.distcp")
 

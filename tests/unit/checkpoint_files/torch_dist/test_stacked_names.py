@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from toy_checkpoint import write_toy_checkpoint
 
 from megatron_hammer.checkpoint_files.torch_dist.reader import open_checkpoint
 from megatron_hammer.checkpoint_files.torch_dist.stacked_names import StackedName, extra_state_key, stack_name
+from tests.helpers.toy_checkpoint import write_toy_checkpoint
 
 NAMES = {
     "embedding.word_embeddings.weight": ("embedding.word_embeddings.weight", ()),

@@ -6,11 +6,11 @@ import pickle
 
 import pytest
 import torch
-from toy_checkpoint import toy_llama_tensors, write_toy_checkpoint
 
 from megatron_hammer.checkpoint_files.torch_dist import store as torch_dist_store
 from megatron_hammer.checkpoint_files.torch_dist.store import COMMON_STATE_KEY, StoredChunk, TorchDistStore
 from megatron_hammer.errors import CheckpointError
+from tests.helpers.toy_checkpoint import toy_llama_tensors, write_toy_checkpoint
 
 QKV = "decoder.layers.self_attention.linear_qkv.weight"
 

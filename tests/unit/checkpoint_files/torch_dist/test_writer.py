@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint
 from torch.distributed.checkpoint.metadata import MetadataIndex
-from toy_checkpoint import cut, toy_arguments, toy_llama_tensors
 
 from megatron_hammer.checkpoint_files.torch_dist.reader import open_checkpoint
 from megatron_hammer.checkpoint_files.torch_dist.store import TorchDistStore
 from megatron_hammer.checkpoint_files.torch_dist.writer import CheckpointWriter, open_checkpoint_writer
 from megatron_hammer.errors import CheckpointError, ConversionError
+from tests.helpers.toy_checkpoint import cut, toy_arguments, toy_llama_tensors
 
 STATE = {"args": toy_arguments(), "iteration": 10, "checkpoint_version": 3.0}
 TENSORS = {

@@ -3,11 +3,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from parsed_flags import TINY, find, parse
 
 from megatron_hammer.config import saved_run
 from megatron_hammer.config.preflight.checkpoint import find_unwritable
 from megatron_hammer.config.saved_run import TRACKER_NAME
+from tests.helpers.parsed_flags import TINY, find, parse
 
 MOE = ("--preset", "hammer-tiny-moe", "--mock-data", "--global-batch-size", "8")
 

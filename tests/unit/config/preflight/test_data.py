@@ -4,13 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from parsed_flags import find, parse, write_data
-from toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
 
 from megatron_hammer.config.preflight.data import find_vocabulary_problems, read_indices
 from megatron_hammer.config.preflight.data_sizes import count_needed_samples, count_split_tokens
 from megatron_hammer.data.indexed.manifest import Manifest, TokenizerIdentity, encode_manifest, manifest_path
 from megatron_hammer.data.indexed.pair import read_index
+from tests.helpers.parsed_flags import find, parse, write_data
+from tests.helpers.toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
 
 MODEL = "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16 "
 MODEL += "--micro-batch-size 1 --train-iters 5 --lr 1e-3"

@@ -4,8 +4,9 @@ import time
 from pathlib import Path
 
 import pytest
-from parsed_flags import find, parse
-from sample_orders import build_datasets, draw_lengths, write_numbered
+
+from tests.helpers.parsed_flags import find, parse
+from tests.helpers.sample_orders import build_datasets, draw_lengths, write_numbered
 
 FLAGS = ("--preset", "hammer-tiny", "--vocab-size", "1000000", "--seq-length", "64", "--train-iters", "20")
 FLAGS += ("--micro-batch-size", "2", "--global-batch-size", "4", "--lr-warmup-iters", "1", "--eval-iters", "1")

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from parsed_flags import find, parse
-from sample_orders import build_datasets, draw_lengths, read_tokens, write_numbered
 
 from megatron_hammer.config import saved_run
 from megatron_hammer.config.data_order import RECORD_NAME, build_record, describe_continuation, plan_run_order
 from megatron_hammer.config.preflight.data_order import describe_order_state
+from tests.helpers.parsed_flags import find, parse
+from tests.helpers.sample_orders import build_datasets, draw_lengths, read_tokens, write_numbered
 
 SEQ_LENGTH = 64
 BATCH = 4

@@ -3,12 +3,12 @@
 import argparse
 
 import pytest
-from parsed_flags import TINY, find, parse
 
 from megatron_hammer.config.arguments import ParsedArguments
 from megatron_hammer.config.preflight.flags import IDLE, NEEDS_TE, UNCOUNTED, find_flag_problems
 from megatron_hammer.config.preflight.values import COUNTS, RANGES
 from megatron_hammer.platforms import cpu
+from tests.helpers.parsed_flags import TINY, find, parse
 
 BASE = parse(*TINY)
 # What makes a row of IDLE idle, beyond the tiny preset on the torch backend, which suffices for the others.

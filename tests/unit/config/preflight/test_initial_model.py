@@ -4,12 +4,12 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from parsed_flags import install, write_data
 
 from megatron_hammer.config.arguments import ParsedArguments
 from megatron_hammer.config.initial_model import StartModel, describe_weights
 from megatron_hammer.model.shape import MoeShape
 from megatron_hammer.presets.catalogue import PRESETS
+from tests.helpers.parsed_flags import install, write_data
 
 MODEL = dataclasses.replace(PRESETS["hammer-tiny"].model, name="folder", max_position_embeddings=512)
 RECIPE = (

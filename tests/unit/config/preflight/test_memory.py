@@ -1,5 +1,4 @@
 import pytest
-from parsed_flags import TINY, parse, plan
 
 from megatron_hammer.config.model_from_arguments import build_layout
 from megatron_hammer.config.preflight import memory as preflight_memory
@@ -12,6 +11,7 @@ from megatron_hammer.config.preflight.memory import (
     select_recompute,
 )
 from megatron_hammer.model.memory_options import WORKSPACE_BYTES, MemoryOptions
+from tests.helpers.parsed_flags import TINY, parse, plan
 
 
 def test_a_plan_elsewhere_is_compared_with_nothing() -> None:

@@ -2,9 +2,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from parsed_flags import TINY, parse
 
 from megatron_hammer.config.preflight.resume import describe_schedule, find_schedule_changes
+from tests.helpers.parsed_flags import TINY, parse
 
 FOLDER = Path("checkpoints/iter_0000010")
 RUN = (*TINY, "--train-iters", "20", "--global-batch-size", "8")

@@ -11,13 +11,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
-from toy_tokenizer import write_jsonl
 
 from megatron_hammer.corpus.blocks import BLOCK_BYTES
 from megatron_hammer.data.dedup.block_signer import DIGEST_DTYPE
 from megatron_hammer.data.dedup.deduplicate import DedupCounts, DedupOptions, FirstOccurrences, deduplicate
 from megatron_hammer.data.dedup.near_duplicates import NearDuplicateOptions
 from megatron_hammer.errors import ConfigError, DataError
+from tests.helpers.toy_tokenizer import write_jsonl
 
 
 def run(folder: Path, *inputs: Path, output: str = "out.jsonl", **options: Any) -> tuple[DedupCounts, bytes]:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toy_tokenizer import TOY_TEXTS, train_toy_tokenizer
 
 from megatron_hammer.data.indexed.index_format import bin_path
 from megatron_hammer.data.indexed.manifest import Manifest, TokenizerIdentity
@@ -23,6 +22,7 @@ from megatron_hammer.data.inspect.document_text import (
 )
 from megatron_hammer.errors import ConfigError, DataError
 from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder
+from tests.helpers.toy_tokenizer import TOY_TEXTS, train_toy_tokenizer
 
 TEXTS = [*TOY_TEXTS, "", "the fox 春眠 again", "nothing of it"]
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sample_orders import write_numbered
 
 from megatron_hammer.data.indexed.pair import read_index
 from megatron_hammer.data.order import identity as order_identity
 from megatron_hammer.data.order.identity import count_source, identify_source, is_same_data
+from tests.helpers.sample_orders import write_numbered
 
 
 def test_a_copy_is_the_same_and_a_changed_token_is_not(tmp_path: Path) -> None:

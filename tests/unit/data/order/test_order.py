@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from parsed_flags import parse
-from sample_orders import build_datasets, draw_lengths, read_tokens, write_numbered
 
 from megatron_hammer.config.data_order import plan_run_order
 from megatron_hammer.data.order.order import DataOrder, EpochPlan, build_source_order, count_samples, plan_epochs
+from tests.helpers.parsed_flags import parse
+from tests.helpers.sample_orders import build_datasets, draw_lengths, read_tokens, write_numbered
 
 LENGTHS = draw_lengths(0, 97)
 SEQ_LENGTH = 64

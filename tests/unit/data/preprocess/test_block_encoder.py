@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toy_tokenizer import TOY_TEXTS, train_toy_tokenizer, write_jsonl
 
 from megatron_hammer.corpus.blocks import Block, read_blocks, select_whole_files
 from megatron_hammer.data.preprocess.block_encoder import (
@@ -18,6 +17,7 @@ from megatron_hammer.data.preprocess.block_encoder import (
 from megatron_hammer.data.preprocess.options import PreprocessOptions
 from megatron_hammer.errors import DataError
 from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder
+from tests.helpers.toy_tokenizer import TOY_TEXTS, train_toy_tokenizer, write_jsonl
 
 TEXTS = ["the fox", "", "def add", "", "", "春眠"]
 

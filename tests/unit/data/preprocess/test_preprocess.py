@@ -17,7 +17,6 @@ import pytest
 import torch
 import zstandard
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
-from toy_tokenizer import TOY_TEXTS, train_toy_tokenizer, write_jsonl
 
 from megatron_hammer.data.indexed.manifest import Manifest, Shard, read_manifest
 from megatron_hammer.data.indexed.pair import read_index
@@ -26,6 +25,7 @@ from megatron_hammer.data.preprocess.preprocess import Progress, preprocess
 from megatron_hammer.errors import ConfigError, DataError, PlatformError
 from megatron_hammer.tokenizer.encoding.encoder import load_encoder
 from megatron_hammer.tokenizer.vocabulary.train import TokenizerRecipe, train_tokenizer
+from tests.helpers.toy_tokenizer import TOY_TEXTS, train_toy_tokenizer, write_jsonl
 
 TEXTS = [*TOY_TEXTS, "", "a\x00b literal </s> 😀", *(f"{text} {n}" for n in range(40) for text in TOY_TEXTS)]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import nltk.data
 import pytest
 from nltk.tokenize.punkt import PunktTokenizer
-from punkt_model import write_punkt_model
 
 from megatron_hammer.data.preprocess.sentences import PIECE_CHARS, hash_sentence_model, load_sentence_splitter
 from megatron_hammer.errors import DataError, PlatformError
+from tests.helpers.punkt_model import write_punkt_model
 
 TEXT = 'Dr. Smith went home.\nHe slept! Then... he (woke).  \n\n"Why?" Nobody knew.\n'
 

@@ -4,12 +4,12 @@ import gzip
 from pathlib import Path
 
 import pytest
-from toy_tokenizer import write_jsonl
 
 from megatron_hammer.corpus.blocks import decode_block, read_blocks
 from megatron_hammer.data.indexed.manifest import Shard
 from megatron_hammer.data.preprocess.sharding import parse_shard, select_shard_prefix, select_slices
 from megatron_hammer.errors import ConfigError
+from tests.helpers.toy_tokenizer import write_jsonl
 
 
 def write_inputs(folder: Path) -> tuple[list[Path], list[str]]:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from matplotlib import image
 from rich.console import Console
-from toy_tokenizer import TOY_TEXTS, train_toy_tokenizer
 
 from megatron_hammer.corpus.readers import Document
 from megatron_hammer.tokenizer.analysis.analysis_files import _drawable, write_csv, write_plot
@@ -16,6 +15,7 @@ from megatron_hammer.tokenizer.analysis.analysis_report import describe_analysis
 from megatron_hammer.tokenizer.analysis.analyze import analyze_tokenizers
 from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder
 from megatron_hammer.tokenizer.vocabulary import coverage
+from tests.helpers.toy_tokenizer import TOY_TEXTS, train_toy_tokenizer
 
 DOCUMENTS = [Document(text, "c.jsonl", line) for line, text in enumerate((*TOY_TEXTS, "a  b", ""), start=1)]
 LEVELS = {"常用": tuple("春眠龘"), "[b]rare": ("龘",)}

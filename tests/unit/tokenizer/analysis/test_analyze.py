@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-from toy_tokenizer import TOY_TEXTS, TOY_VOCAB_SIZE, train_toy_tokenizer, write_jsonl
 
 from megatron_hammer.corpus.readers import Document
 from megatron_hammer.errors import ConfigError, DataError
@@ -17,6 +16,7 @@ from megatron_hammer.tokenizer.analysis.analyze import (
 )
 from megatron_hammer.tokenizer.analysis.script import Script
 from megatron_hammer.tokenizer.encoding.encoder import load_encoder
+from tests.helpers.toy_tokenizer import TOY_TEXTS, TOY_VOCAB_SIZE, train_toy_tokenizer, write_jsonl
 
 
 @pytest.fixture

@@ -7,9 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from hostile_text import build_hostile_texts
-from sentencepiece_models import MODEL_OPTIONS, train_model
-from toy_tokenizer import TOY_TEXTS
 
 from megatron_hammer.tokenizer.encoding import fast_encoder
 from megatron_hammer.tokenizer.encoding.encoder import HuggingFaceEncoder, SentencePieceEncoder, load_encoder
@@ -21,6 +18,9 @@ from megatron_hammer.tokenizer.encoding.fast_encoder import (
 )
 from megatron_hammer.tokenizer.encoding.hugging_face_tokenizer import define_plain_tokenizer
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import read_sentencepiece_model
+from tests.helpers.hostile_text import build_hostile_texts
+from tests.helpers.sentencepiece_models import MODEL_OPTIONS, train_model
+from tests.helpers.toy_tokenizer import TOY_TEXTS
 
 
 @pytest.fixture(scope="module")

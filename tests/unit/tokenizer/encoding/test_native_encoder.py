@@ -5,8 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sentencepiece_models import MODEL_OPTIONS, train_model
-from toy_tokenizer import TOY_TEXTS
 
 from megatron_hammer.errors import ConversionError, PlatformError
 from megatron_hammer.tokenizer.encoding import fast_encoder, native_encoder
@@ -14,6 +12,8 @@ from megatron_hammer.tokenizer.encoding.encoder import load_encoder
 from megatron_hammer.tokenizer.encoding.fast_encoder import select_encoder
 from megatron_hammer.tokenizer.encoding.native_encoder import NativeEncoder, build_tables, compile_kernel
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import read_sentencepiece_model
+from tests.helpers.sentencepiece_models import MODEL_OPTIONS, train_model
+from tests.helpers.toy_tokenizer import TOY_TEXTS
 
 
 @pytest.fixture(scope="module")

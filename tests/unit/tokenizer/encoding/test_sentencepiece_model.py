@@ -5,9 +5,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from data_paths import SHARED_DATA, needs_shared_data
 from sentencepiece import sentencepiece_model_pb2
-from toy_tokenizer import train_toy_tokenizer
 
 from megatron_hammer.errors import DataError
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import (
@@ -18,6 +16,8 @@ from megatron_hammer.tokenizer.encoding.sentencepiece_model import (
     serialize_sentencepiece_model,
     set_trainer_settings,
 )
+from tests.helpers.data_paths import SHARED_DATA, needs_shared_data
+from tests.helpers.toy_tokenizer import train_toy_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from hostile_text import build_hostile_texts
-from sentencepiece_models import MODEL_OPTIONS, train_model
 
 from megatron_hammer.tokenizer.encoding.encoder import load_encoder
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import read_sentencepiece_model
 from megatron_hammer.tokenizer.encoding.text_cuts import TextCutter, build_text_cutter
+from tests.helpers.hostile_text import build_hostile_texts
+from tests.helpers.sentencepiece_models import MODEL_OPTIONS, train_model
 
 
 def load(tmp_path, options):

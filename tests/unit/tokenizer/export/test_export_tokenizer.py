@@ -7,8 +7,6 @@ import pytest
 import sentencepiece
 import tokenizers
 import transformers
-from data_paths import SHARED_DATA, needs_shared_data
-from toy_tokenizer import TOY_TEXTS, train_toy_tokenizer
 
 from megatron_hammer.corpus.readers import Document
 from megatron_hammer.errors import ConversionError, DataError
@@ -27,6 +25,8 @@ from megatron_hammer.tokenizer.export.export_tokenizer import (
     read_chat_template,
 )
 from megatron_hammer.tokenizer.vocabulary.train import TokenizerRecipe, train_tokenizer
+from tests.helpers.data_paths import SHARED_DATA, needs_shared_data
+from tests.helpers.toy_tokenizer import TOY_TEXTS, train_toy_tokenizer
 
 TEXTS = (*SAMPLE_TEXTS, *TOY_TEXTS)
 

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import tokenizers
-from toy_tokenizer import TOY_TEXTS, train_toy_tokenizer
 
 from megatron_hammer.errors import DataError
 from megatron_hammer.tokenizer.encoding.encoder import load_encoder
 from megatron_hammer.tokenizer.vocabulary.coverage import list_character_tokens, measure_coverage, read_character_levels
+from tests.helpers.toy_tokenizer import TOY_TEXTS, train_toy_tokenizer
 
 
 def test_sentencepiece_counts_pieces_and_not_bytes(tmp_path):

@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 import tokenizers
-from toy_tokenizer import TOY_TEXTS, train_toy_tokenizer
 
 from megatron_hammer.errors import DataError
 from megatron_hammer.tokenizer.encoding.encoder import load_encoder
@@ -15,6 +14,7 @@ from megatron_hammer.tokenizer.encoding.sentencepiece_model import (
     serialize_sentencepiece_model,
 )
 from megatron_hammer.tokenizer.vocabulary.extension import spell_new_pieces, validate_extension
+from tests.helpers.toy_tokenizer import TOY_TEXTS, train_toy_tokenizer
 
 NEW_PIECES = (
     Piece("▁the▁quick", -400.0, PieceType.NORMAL),

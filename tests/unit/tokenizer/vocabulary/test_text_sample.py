@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-from toy_tokenizer import write_jsonl
 
 from megatron_hammer.errors import ConfigError, DataError
 from megatron_hammer.tokenizer.vocabulary.text_sample import (
@@ -14,6 +13,7 @@ from megatron_hammer.tokenizer.vocabulary.text_sample import (
     sample_lines,
     sample_sources,
 )
+from tests.helpers.toy_tokenizer import write_jsonl
 
 
 def sample(sources: list[TextSource], max_bytes: int | None, seed: int = 7):

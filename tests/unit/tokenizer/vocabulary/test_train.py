@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from sentencepiece import sentencepiece_model_pb2
-from toy_tokenizer import TOY_TEXTS, write_jsonl
 
 from megatron_hammer.errors import DataError
 from megatron_hammer.tokenizer.encoding.encoder import load_encoder
@@ -19,6 +18,7 @@ from megatron_hammer.tokenizer.encoding.sentencepiece_model import (
 from megatron_hammer.tokenizer.vocabulary import train
 from megatron_hammer.tokenizer.vocabulary.text_sample import TextSource
 from megatron_hammer.tokenizer.vocabulary.train import TokenizerRecipe, check_requirements, train_tokenizer
+from tests.helpers.toy_tokenizer import TOY_TEXTS, write_jsonl
 
 
 @pytest.fixture

@@ -5,19 +5,19 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
-from toy_checkpoint import (
+
+from megatron_hammer.checkpoint.inspection import comparison as checkpoint_comparison
+from megatron_hammer.checkpoint.inspection.comparison import compare_checkpoints, measure_difference
+from megatron_hammer.checkpoint.inspection.tensor_views import open_any
+from megatron_hammer.errors import CheckpointError, ConversionError
+from tests.helpers.toy_checkpoint import (
     GPT2_ARGUMENTS,
     MOE_ARGUMENTS,
     toy_arguments,
     toy_llama_tensors,
     write_toy_checkpoint,
 )
-from toy_pair import read_folder, write_toy_pair
-
-from megatron_hammer.checkpoint.inspection import comparison as checkpoint_comparison
-from megatron_hammer.checkpoint.inspection.comparison import compare_checkpoints, measure_difference
-from megatron_hammer.checkpoint.inspection.tensor_views import open_any
-from megatron_hammer.errors import CheckpointError, ConversionError
+from tests.helpers.toy_pair import read_folder, write_toy_pair
 
 QKV = "decoder.layers.self_attention.linear_qkv.weight"
 EMBEDDING = "embedding.word_embeddings.weight"

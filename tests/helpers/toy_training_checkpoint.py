@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from toy_checkpoint import MOE_ARGUMENTS, cut, toy_arguments
 
 from megatron_hammer.checkpoint_files.safe_pickle import dump_object
 from megatron_hammer.checkpoint_files.torch_dist.store import TorchDistStore
 from megatron_hammer.checkpoint_files.torch_dist.writer import open_checkpoint_writer
+from tests.helpers.toy_checkpoint import MOE_ARGUMENTS, cut, toy_arguments
 
 NUM_LAYERS, HIDDEN, FFN, NUM_EXPERTS, EXPERT_FFN = 4, 24, 20, 6, 12
 NUM_TOKENS, NUM_ROWS = 53, 64

@@ -5,16 +5,16 @@ import re
 
 import pytest
 import tokenizers
-from gguf_models import VOCAB_SIZE, PlainTokenizer, make_toy_model
-from sentencepiece_models import MODEL_OPTIONS, train_model
 from tokenizers import decoders, models, pre_tokenizers, trainers
-from toy_tokenizer import TOY_TEXTS, TOY_VOCAB_SIZE
 
 from megatron_hammer.checkpoint.gguf import tokenizer as gguf_tokenizer
 from megatron_hammer.checkpoint.gguf.tokenizer import SPLITTING_RULES, list_unsupported, read_vocabulary
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import PieceType, read_sentencepiece_model
 from megatron_hammer.tokenizer.export.export_tokenizer import export_tokenizer
+from tests.helpers.gguf_models import VOCAB_SIZE, PlainTokenizer, make_toy_model
+from tests.helpers.sentencepiece_models import MODEL_OPTIONS, train_model
+from tests.helpers.toy_tokenizer import TOY_TEXTS, TOY_VOCAB_SIZE
 
 CONFIG = {"eos_token_id": [2, 7], "bos_token_id": None}
 

@@ -1,6 +1,6 @@
 """Ranks of training runs that start at once: each is forked from this process, which has imported what a run imports.
 
-    python tests/rank_server.py   (started and asked by tests/training_runs.py)
+    python tests/helpers/rank_server.py   (started and asked by tests/helpers/training_runs.py)
 
 Importing torch, megatron and transformers costs a rank 6 s, most of what a run of a few steps takes. Nothing else of a
 rank changes: it is a process of its own, with its own environment, standard streams, process group and exit code, and

@@ -1,6 +1,6 @@
 """What each adjustment of megatron_compat changes, tried in a process of its own, with the adjustments or without.
 
-    python tests/adjustment_probes.py untouched|adjusted
+    python tests/helpers/adjustment_probes.py untouched|adjusted
 
 Its last line is a JSON object: the outcome of every probe and `is_needed` of every adjustment. Run it without a GPU.
 """

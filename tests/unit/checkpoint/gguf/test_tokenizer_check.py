@@ -1,8 +1,6 @@
 """A difference with a known cause is listed under it; any other does not pass."""
 
 import pytest
-from gguf_models import VOCAB_SIZE, make_toy_model
-from sentencepiece_models import MODEL_OPTIONS, train_model
 
 from megatron_hammer.checkpoint.gguf.tokenizer import GgufVocabulary, read_vocabulary
 from megatron_hammer.checkpoint.gguf.tokenizer_check import (
@@ -16,6 +14,8 @@ from megatron_hammer.checkpoint.gguf.tokenizer_check import (
 )
 from megatron_hammer.corpus.readers import Document
 from megatron_hammer.tokenizer.export.export_tokenizer import export_tokenizer
+from tests.helpers.gguf_models import VOCAB_SIZE, make_toy_model
+from tests.helpers.sentencepiece_models import MODEL_OPTIONS, train_model
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,6 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments, toy_llama_tensors, write_toy_checkpoint
-from toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
 
 from megatron_hammer.checkpoint.convert import row_blocks as row_copy
 from megatron_hammer.checkpoint.convert import to_hugging_face as export
@@ -24,6 +22,14 @@ from megatron_hammer.checkpoint.hugging_face.row_layouts import split_qkv
 from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow
 from megatron_hammer.checkpoint_files.safetensors import stream as safetensors_stream
 from megatron_hammer.errors import CheckpointError, ConversionError
+from tests.helpers.toy_checkpoint import (
+    GPT2_ARGUMENTS,
+    MOE_ARGUMENTS,
+    toy_arguments,
+    toy_llama_tensors,
+    write_toy_checkpoint,
+)
+from tests.helpers.toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
 
 
 def export_options(**changes) -> ExportOptions:

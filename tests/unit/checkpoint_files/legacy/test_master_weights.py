@@ -4,11 +4,11 @@ import re
 
 import pytest
 import torch
-from toy_legacy_checkpoint import legacy_arguments, llama_weights, write_legacy_checkpoint
 
 from megatron_hammer.checkpoint_files.legacy.master_weights import place_parameters
 from megatron_hammer.checkpoint_files.legacy.reader import open_legacy_checkpoint
 from megatron_hammer.errors import CheckpointError, ConversionError
+from tests.helpers.toy_legacy_checkpoint import legacy_arguments, llama_weights, write_legacy_checkpoint
 
 STAGES = ((1, 1), (1, 1))
 ARGUMENTS = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "data_parallel_size": 2}

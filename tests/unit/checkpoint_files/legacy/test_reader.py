@@ -8,7 +8,13 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from toy_legacy_checkpoint import (
+
+from megatron_hammer.checkpoint.hugging_face.architecture import read_architecture
+from megatron_hammer.checkpoint.hugging_face.mapping import expand, select_family, validate_names_and_shapes
+from megatron_hammer.checkpoint_files.legacy.reader import open_legacy_checkpoint
+from megatron_hammer.checkpoint_files.legacy.tensor_parallel import order_qkv_by_version, split_gated_columns
+from megatron_hammer.errors import CheckpointError, ConversionError
+from tests.helpers.toy_legacy_checkpoint import (
     HEAD_DIM,
     HEADS,
     HIDDEN,
@@ -19,12 +25,6 @@ from toy_legacy_checkpoint import (
     llama_weights,
     write_legacy_checkpoint,
 )
-
-from megatron_hammer.checkpoint.hugging_face.architecture import read_architecture
-from megatron_hammer.checkpoint.hugging_face.mapping import expand, select_family, validate_names_and_shapes
-from megatron_hammer.checkpoint_files.legacy.reader import open_legacy_checkpoint
-from megatron_hammer.checkpoint_files.legacy.tensor_parallel import order_qkv_by_version, split_gated_columns
-from megatron_hammer.errors import CheckpointError, ConversionError
 
 QKV = "decoder.layers.{}.self_attention.linear_qkv.weight"
 FC1 = "decoder.layers.{}.mlp.linear_fc1.weight"

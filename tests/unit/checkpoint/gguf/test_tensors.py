@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
-from gguf_models import LLAMA3_ROPE, write_gguf_source
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -15,6 +14,7 @@ from megatron_hammer.checkpoint.hugging_face.mapping import select_family
 from megatron_hammer.checkpoint.hugging_face.read_config import HfModel, interpret_config, read_hf_architecture
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.model.shape import RopeScaling
+from tests.helpers.gguf_models import LLAMA3_ROPE, write_gguf_source
 
 ATTENTION = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output")
 CONFIG = {

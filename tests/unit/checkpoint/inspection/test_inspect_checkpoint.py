@@ -7,10 +7,6 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
-from toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments, toy_llama_tensors, write_toy_checkpoint
-from toy_legacy_checkpoint import legacy_arguments, llama_weights, write_legacy_checkpoint
-from toy_pair import read_folder, write_toy_pair
-from toy_training_checkpoint import optimizer_state, training_arguments, write_training_checkpoint
 
 from megatron_hammer.checkpoint.inspection.inspect_checkpoint import describe_checkpoint, measure_tensors, select_views
 from megatron_hammer.checkpoint.inspection.tables import (
@@ -24,6 +20,16 @@ from megatron_hammer.checkpoint.inspection.tables import (
 )
 from megatron_hammer.checkpoint.inspection.tensor_views import open_any
 from megatron_hammer.errors import CheckpointError, ConversionError
+from tests.helpers.toy_checkpoint import (
+    GPT2_ARGUMENTS,
+    MOE_ARGUMENTS,
+    toy_arguments,
+    toy_llama_tensors,
+    write_toy_checkpoint,
+)
+from tests.helpers.toy_legacy_checkpoint import legacy_arguments, llama_weights, write_legacy_checkpoint
+from tests.helpers.toy_pair import read_folder, write_toy_pair
+from tests.helpers.toy_training_checkpoint import optimizer_state, training_arguments, write_training_checkpoint
 
 LAYER = 24 + 40 * 24 + 24 * 24 + 24 + 40 * 24 + 24 * 20
 TOY_PARAMETERS = 2 * 53 * 24 + 3 * LAYER + 24

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from toy_tokenizer import TOY_TEXTS
 
 from megatron_hammer.errors import DataError
 from megatron_hammer.tokenizer.encoding.encoder import load_encoder
@@ -29,6 +28,7 @@ from megatron_hammer.tokenizer.vocabulary.merge_vocabularies import (
     select_own_symbols,
     write_merged_model,
 )
+from tests.helpers.toy_tokenizer import TOY_TEXTS
 
 ENGLISH = (*TOY_TEXTS[:2], "春眠不觉晓")
 CHINESE = (TOY_TEXTS[2], "春眠不觉晓，处处闻啼鸟，春眠不觉晓，夜来风雨声。", "the fox, fox and fox")

@@ -6,8 +6,6 @@ import types
 
 import pytest
 import torch
-from toy_checkpoint import MOE_ARGUMENTS
-from toy_pair import write_toy_pair
 
 from megatron_hammer.checkpoint.verification import verify_conversion as verify
 from megatron_hammer.checkpoint.verification.forward_exchange import (
@@ -31,6 +29,8 @@ from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow, 
 from megatron_hammer.config.preset_arguments import model_arguments
 from megatron_hammer.errors import CheckpointError, ConversionError
 from megatron_hammer.presets.catalogue import PRESETS
+from tests.helpers.toy_checkpoint import MOE_ARGUMENTS
+from tests.helpers.toy_pair import write_toy_pair
 
 PLAN = {"level": "auto", "iteration": None, "texts": None, "weights": "model"}
 

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 from unittest import mock
 
 import numpy as np
-from parsed_flags import install
 
 from megatron_hammer.data.indexed.pair import IndexedWriter
+from tests.helpers.parsed_flags import install
 
 
 class StubTokenizer:

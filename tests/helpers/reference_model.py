@@ -1,7 +1,8 @@
 """transformers' model as the oracle of ours: random weights that show every mistake, and the largest differences."""
 
 import torch
-from build_model import compute_logits
+
+from tests.helpers.build_model import compute_logits
 
 BATCH_SIZE, SEQ_LENGTH = 5, 37
 

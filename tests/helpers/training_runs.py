@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_hammer.data.indexed.pair import IndexedWriter
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 240
 
 # A toy in which no two sizes are equal, so that a swapped axis cannot pass.
@@ -62,7 +62,7 @@ class RankServer:
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, str(REPOSITORY / "tests" / "rank_server.py")],
+            [sys.executable, str(REPOSITORY / "tests" / "helpers" / "rank_server.py")],
             env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
 

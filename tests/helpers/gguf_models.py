@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 import transformers
-from toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
 
 from megatron_hammer.tokenizer.export.export_tokenizer import export_tokenizer
+from tests.helpers.toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
 
 VOCAB_SIZE = TOY_VOCAB_SIZE + 5  # rows that no token has
 SIZES = {

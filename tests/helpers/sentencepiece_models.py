@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
-from toy_tokenizer import TOY_TEXTS
+
+from tests.helpers.toy_tokenizer import TOY_TEXTS
 
 _EXACT = {
     "normalization_rule_name": "identity",

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
-from toy_checkpoint import toy_arguments, toy_llama_tensors, write_toy_checkpoint
-from toy_legacy_checkpoint import llama_weights, write_legacy_checkpoint
 
 from megatron_hammer.checkpoint_files.torch_dist.reader import open_checkpoint
 from megatron_hammer.errors import CheckpointError
+from tests.helpers.toy_checkpoint import toy_arguments, toy_llama_tensors, write_toy_checkpoint
+from tests.helpers.toy_legacy_checkpoint import llama_weights, write_legacy_checkpoint
 
 QKV = "decoder.layers.self_attention.linear_qkv.weight"
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from toy_checkpoint import toy_arguments
 
 from megatron_hammer.checkpoint_files.legacy.tensor_parallel import select_rank_layout
+from tests.helpers.toy_checkpoint import toy_arguments
 
 NUM_LAYERS, HIDDEN, HEADS, HEAD_DIM, FFN, VOCAB, POSITIONS = 4, 24, 6, 4, 20, 64, 32
 # Sequence of a layer's tensors in a model of before megatron-core, with their mcore names.

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from toy_checkpoint import toy_arguments, write_toy_checkpoint
 
 from megatron_hammer.checkpoint.hugging_face.architecture import read_architecture
 from megatron_hammer.checkpoint.hugging_face.mapping import expand, select_family
 from megatron_hammer.checkpoint.hugging_face.write_config import build_config
+from tests.helpers.toy_checkpoint import toy_arguments, write_toy_checkpoint
 
 PADDED_VOCAB_SIZE = 64
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
