@@ -108,7 +108,7 @@ def load_into_transformers(checkpoint_dir: Path) -> Any:
     from megatron_hammer.checkpoint.hugging_face.architecture import read_architecture
     from megatron_hammer.checkpoint.hugging_face.mapping import expand, select_family
     from megatron_hammer.checkpoint.hugging_face.write_config import build_config
-    from megatron_hammer.checkpoint_files.torch_dist.reader import open_checkpoint
+    from megatron_hammer.checkpoint_files.open import open_checkpoint
 
     reader = open_checkpoint(checkpoint_dir)
     architecture = read_architecture(reader.args)

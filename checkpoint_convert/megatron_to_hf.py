@@ -21,7 +21,7 @@ from megatron_hammer.checkpoint.convert.to_hugging_face import (
 )
 from megatron_hammer.checkpoint.verification.table import print_checks
 from megatron_hammer.checkpoint.verification.verify_conversion import LEVELS
-from megatron_hammer.checkpoint_files.torch_dist.reader import WEIGHTS
+from megatron_hammer.checkpoint_files.open import WEIGHTS
 from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
 from megatron_hammer.files.progress import show_stages
 

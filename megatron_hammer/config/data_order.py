@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_hammer.config.data_sources import SPLIT_NAMES, DataSource, read_data_plan
-from megatron_hammer.config.preflight.data_sizes import count_needed_samples, count_split_tokens
-from megatron_hammer.config.preflight.layout import select_global_batch_size
+from megatron_hammer.config.data_flags import read_data_plan
+from megatron_hammer.config.samples import count_needed_samples, select_global_batch_size
 from megatron_hammer.config.saved_run import SavedRun, read_saved_run
 from megatron_hammer.data.indexed.pair import IndexSummary, read_index
 from megatron_hammer.data.order.change import Segment, is_continued, match_sources
 from megatron_hammer.data.order.identity import count_source, identify_source
 from megatron_hammer.data.order.order import EPOCHWISE, MEGATRON, DataOrder, TrainingSource, plan_order
+from megatron_hammer.data.sources import SPLIT_NAMES, DataSource, count_split_tokens
 from megatron_hammer.errors import DataError
 
 RECORD_NAME = "data_order_record"

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_hammer.config.data_sources import read_data_plan
+from megatron_hammer.checkpoint_files.stored import LATEST_FILE
+from megatron_hammer.config.data_flags import read_data_plan
 from megatron_hammer.config.preset_arguments import model_arguments
-from megatron_hammer.config.saved_run import TRACKER_NAME
 from megatron_hammer.data.indexed.manifest import read_manifest
 from megatron_hammer.errors import DataError
 from megatron_hammer.model.shape import ModelShape
@@ -85,7 +85,7 @@ def _read_hashes(namespace: argparse.Namespace) -> set[str]:
 
 def find_checkpoint_to_load(namespace: argparse.Namespace) -> str | None:
     """The folder whose checkpoint a run begins with, resumed or not; None where it begins without one."""
-    if namespace.load is not None and (namespace.ckpt_step or (Path(namespace.load) / TRACKER_NAME).is_file()):
+    if namespace.load is not None and (namespace.ckpt_step or (Path(namespace.load) / LATEST_FILE).is_file()):
         return str(namespace.load)
     path: str | None = namespace.pretrained_checkpoint
     return path

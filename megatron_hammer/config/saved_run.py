@@ -5,11 +5,10 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_hammer.checkpoint_files.torch_dist.reader import open_checkpoint
-from megatron_hammer.config.preflight.layout import select_global_batch_size
+from megatron_hammer.checkpoint_files.open import open_checkpoint
+from megatron_hammer.checkpoint_files.stored import LATEST_FILE
+from megatron_hammer.config.samples import select_global_batch_size
 from megatron_hammer.errors import CheckpointError
-
-TRACKER_NAME = "latest_checkpointed_iteration.txt"  # Megatron's pointer to the newest checkpoint of a folder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +44,7 @@ def select_checkpoint_dir(namespace: argparse.Namespace) -> Path | None:
     if namespace.ckpt_step:
         return Path(namespace.load) / f"iter_{namespace.ckpt_step:07d}"
     try:
-        text = (Path(namespace.load) / TRACKER_NAME).read_text(encoding="utf-8", errors="replace").strip()
+        text = (Path(namespace.load) / LATEST_FILE).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return None
     return Path(namespace.load) / f"iter_{int(text):07d}" if text.isdecimal() else None

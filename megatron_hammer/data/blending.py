@@ -15,10 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_hammer.config.data_sources import DataPlan, parse_blend, parse_split
-from megatron_hammer.config.preflight.data_sizes import count_split_tokens
 from megatron_hammer.data.indexed.manifest import TokenizerIdentity, read_manifest
 from megatron_hammer.data.indexed.pair import idx_path, read_index
+from megatron_hammer.data.sources import DataPlan, count_split_tokens, parse_blend, parse_split
 from megatron_hammer.errors import ConfigError, DataError
 
 # BlendedMegatronDatasetConfig.mid_level_dataset_surplus: what Megatron builds beyond the samples that it needs.

@@ -1,72 +1,19 @@
-"""What the repository promises about itself: import direction, documented commands, scripts. Standard library only."""
+"""What the repository promises about itself: documented commands, scripts, files. Standard library only."""
 
-import ast
 import functools
 import os
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.tokenizer.vocabulary.recipes import RECIPES as TOKENIZER_PRESETS
+from tests.helpers.imports import MODULES, PACKAGE, ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = "megatron_hammer"
-
-# The exact arithmetic about a model, which model/accounting.py opens.
-ARITHMETIC = (
-    "model.accounting",
-    "model.flops",
-    "model.layout",
-    "model.memory",
-    "model.memory_activations",
-    "model.memory_loss",
-    "model.memory_options",
-    "model.memory_state",
-    "model.parameters",
-    "model.pipeline_split",
-)
-# A unit may import units of its own row and of the rows above it. Longest name wins.
-LAYERS = (
-    ("errors",),
-    ("presets", "preset_types", "preset_families", *ARITHMETIC, "scaling"),
-    # Preflight looks into the checkpoint that a run would load; reading one needs nothing else of the package.
-    (
-        "checkpoint.bit_patterns",
-        "checkpoint.hf_weights",
-        "checkpoint.legacy",
-        "checkpoint.mapped_tensor",
-        "checkpoint.reader",
-        "checkpoint.safe_unpickle",
-        "checkpoint.safetensors_copy",
-        "checkpoint.save_consistency",
-        "checkpoint.torch_dist_store",
-    ),
-    ("config", "tokenizer", "data", "platforms"),
-    ("model", "checkpoint"),
-    ("training",),
-)
-# Neither these modules nor what they import when loaded may load torch or megatron: a login node reads them at once.
-WITHOUT_TORCH = ("errors", "presets", *ARITHMETIC, "scaling")
-# What only the named files or folders of the package may say, and why.
-RESERVED = (
-    (r"torch\.cuda(\.|$)", ("platforms/",), "so that the same code runs on CPU and GPU"),
-    (
-        r"megatron\.training\.(global_vars|get_args|set_args|set_global_variables)(\.|$)",
-        ("config/arguments.py",),
-        "everything else takes its inputs as arguments",
-    ),
-    (
-        r"megatron\.training\.(arguments|argument_utils)(\.|$)",
-        ("config/arguments.py", "config/megatron_checks.py"),
-        "one file constructs Megatron's configuration, one tries it on a copy",
-    ),
-)
 # Sourced, so they must leave their caller's shell options alone; every other script sets its own.
 SOURCED_SCRIPTS = ("tools/setup_environment.sh",)
 READMES = ("README.md", "README_zh-CN.md")
@@ -84,141 +31,6 @@ TAKES_MEGATRON_FLAGS = ("tools/build_rank.py",)
 # The first word after these is a command with flags of its own.
 HAS_COMMANDS = ("checkpoint_convert/edit_checkpoint.py", "tools/scaling_study.py")
 LARGEST_FILE_BYTES = 1_000_000
-
-
-# --- import direction ------------------------------------------------------------------------------------------------
-
-
-def list_modules() -> dict[str, Path]:
-    """Every module of the package by its name without the package's."""
-    names = {}
-    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
-        parts = path.relative_to(ROOT / PACKAGE).with_suffix("").parts
-        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return names
-
-
-MODULES = list_modules()
-ALL_TOP_UNITS = {unit.split(".")[0] for units in LAYERS for unit in units}
-
-
-def is_skipped_at_load(node: ast.AST) -> bool:
-    is_for_types = isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
-    return is_for_types or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-
-
-def iterate_imports(tree: ast.AST, *, at_load_only: bool = False) -> Iterator[str]:
-    """Full dotted names imported; `from a import b` gives a.b. at_load_only: not those inside functions."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"line {node.lineno}: imports are absolute here"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif at_load_only and is_skipped_at_load(node):
-            continue
-        else:
-            yield from iterate_imports(node, at_load_only=at_load_only)
-
-
-def iterate_dotted_names(tree: ast.AST) -> Iterator[str]:
-    """Imports, and attributes spelled out on a plain name (`torch.cuda.Event`)."""
-    yield from iterate_imports(tree)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute):
-            text = ast.unparse(node)
-            if re.fullmatch(r"[\w.]+", text):
-                yield text
-
-
-def layer_of(module: str) -> int | None:
-    """Row of LAYERS, by the longest unit that is the module or holds it; None for the package itself."""
-    matches = [
-        (len(unit), row)
-        for row, units in enumerate(LAYERS)
-        for unit in units
-        if module == unit or module.startswith(unit + ".")
-    ]
-    return max(matches)[1] if matches else None
-
-
-def resolve(name: str) -> str | None:
-    """The module of ours that a dotted import loads: megatron_hammer.a.b.function -> a.b."""
-    if name != PACKAGE and not name.startswith(PACKAGE + "."):
-        return None
-    parts = name.split(".")[1:]
-    while ".".join(parts) not in MODULES:
-        parts.pop()
-    return ".".join(parts)
-
-
-def list_layer_violations(module: str, tree: ast.AST) -> list[str]:
-    own = layer_of(module)
-    if own is None:
-        return []
-    targets = {resolve(name) for name in iterate_imports(tree)} - {None, ""}
-    return [f"{module} imports {target}" for target in sorted(targets) if (layer_of(target) or 0) > own]
-
-
-@functools.cache
-def parse(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"), str(path))
-
-
-@pytest.mark.parametrize("module", [module for module in MODULES if module])
-def test_imports_go_one_way(module: str) -> None:
-    assert module.split(".")[0] in ALL_TOP_UNITS, f"{module}: give it a row in LAYERS"
-    if MODULES[module].name != "__init__.py":
-        assert layer_of(module) is not None, f"{module}: give it a row in LAYERS"
-    assert list_layer_violations(module, parse(MODULES[module])) == []
-
-
-def test_a_wrong_import_is_caught() -> None:
-    source = "def f():\n    from megatron_hammer.presets.catalogue import PRESETS"
-    assert list_layer_violations("errors", ast.parse(source)) == ["errors imports presets"]
-    assert list_layer_violations("config.options", ast.parse(source)) == []
-
-
-def list_torch_imports(module: str) -> list[str]:
-    """Chains by which loading the module would load torch or megatron."""
-    chains, pending, seen = [], [(module, module)], {module}
-    while pending:
-        current, chain = pending.pop()
-        for name in iterate_imports(parse(MODULES[current]), at_load_only=True):
-            if name.split(".")[0] in ("torch", "megatron", "transformers"):
-                chains.append(f"{chain} -> {name}")
-            target = resolve(name)
-            if target and target not in seen:
-                seen.add(target)
-                pending.append((target, f"{chain} -> {target}"))
-    return chains
-
-
-@pytest.mark.parametrize("unit", WITHOUT_TORCH)
-def test_loads_without_torch(unit: str) -> None:
-    modules = [module for module in MODULES if module == unit or module.startswith(unit + ".")]
-    for module in modules:
-        assert list_torch_imports(module) == []
-        for name in iterate_imports(parse(MODULES[module])):
-            assert name.split(".")[0] not in ("torch", "megatron"), f"{module} imports {name}"
-
-
-@pytest.mark.parametrize("pattern, homes, reason", RESERVED, ids=[row[0].split("(")[0] for row in RESERVED])
-def test_reserved_names_stay_home(pattern: str, homes: tuple[str, ...], reason: str) -> None:
-    folders = [ROOT / PACKAGE, ROOT / "tools", ROOT / "checkpoint_convert"]
-    strays = []
-    for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
-        if any(path.relative_to(ROOT).as_posix().startswith(f"{PACKAGE}/{home}") for home in homes):
-            continue
-        names = {name for name in iterate_dotted_names(parse(path)) if re.match(pattern, name)}
-        strays += [f"{path.relative_to(ROOT)}: {name}" for name in sorted(names)]
-    assert strays == [], f"only {', '.join(homes)} may say this: {reason}"
-
-
-def test_nothing_imports_the_entry_points() -> None:
-    for module, path in MODULES.items():
-        for name in iterate_imports(parse(path)):
-            assert name.split(".")[0] not in ("tools", "checkpoint_convert", "examples", "tests"), module
 
 
 # --- documented commands ---------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def build_datasets(namespace: Any, num_samples: tuple[int, int, int] | None = No
     from megatron import training
 
     from megatron_hammer.config import datasets
-    from megatron_hammer.config.preflight.data_sizes import count_needed_samples
+    from megatron_hammer.config.samples import count_needed_samples
     from megatron_hammer.data.provider import DatasetProvider
 
     needed = count_needed_samples(namespace)

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_hammer.config.data_sources import parse_blend
 from megatron_hammer.data.indexed.pair_writer import IndexedWriter
+from megatron_hammer.data.sources import parse_blend
 from tests.helpers.tool_runs import Finished, run_tool
 
 pytestmark = pytest.mark.integration

@@ -29,8 +29,10 @@ from megatron_hammer.checkpoint.hugging_face.mapping import (
 from megatron_hammer.checkpoint.hugging_face.model_card import build_model_card
 from megatron_hammer.checkpoint.hugging_face.write_config import build_config, build_generation_config
 from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow, Level, verify_model
+from megatron_hammer.checkpoint_files.open import open_checkpoint
 from megatron_hammer.checkpoint_files.safetensors.stream import Shard, plan_shards
-from megatron_hammer.checkpoint_files.torch_dist.reader import CheckpointReader, TorchDistReader, open_checkpoint
+from megatron_hammer.checkpoint_files.stored import CheckpointReader
+from megatron_hammer.checkpoint_files.torch_dist.reader import TorchDistReader
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.files.atomic_folder import open_directory_atomically
 

@@ -19,7 +19,8 @@ from megatron_hammer.checkpoint.hugging_face.architecture import Architecture
 from megatron_hammer.checkpoint.hugging_face.mapping import TensorPair
 from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal, is_finite
 from megatron_hammer.checkpoint_files.safetensors.stream import Shard, ShardWriter
-from megatron_hammer.checkpoint_files.torch_dist.reader import CheckpointReader, TorchDistReader
+from megatron_hammer.checkpoint_files.stored import CheckpointReader
+from megatron_hammer.checkpoint_files.torch_dist.reader import TorchDistReader
 from megatron_hammer.errors import ConversionError
 
 _NUM_THREADS = 2  # more would share one disk, and memory for each

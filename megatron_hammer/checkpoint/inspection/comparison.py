@@ -24,7 +24,7 @@ from megatron_hammer.checkpoint.inspection.tensor_views import (
     view_store,
 )
 from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal
-from megatron_hammer.checkpoint_files.torch_dist.reader import VOCABULARY_TENSORS
+from megatron_hammer.checkpoint_files.stored import VOCABULARY_TENSORS
 from megatron_hammer.errors import CheckpointError
 
 Kind = Literal["missing", "unexpected", "shape", "dtype", "value"]

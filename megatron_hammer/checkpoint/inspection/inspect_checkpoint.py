@@ -21,7 +21,7 @@ from megatron_hammer.checkpoint.inspection.tensor_views import (
     view_by_table_names,
     view_store,
 )
-from megatron_hammer.checkpoint_files.torch_dist.reader import VOCABULARY_TENSORS
+from megatron_hammer.checkpoint_files.stored import VOCABULARY_TENSORS
 from megatron_hammer.errors import CheckpointError, HammerError
 
 OPTIMIZER_PREFIXES = ("optimizer.", "chained_")

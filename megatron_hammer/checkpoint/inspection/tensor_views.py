@@ -16,13 +16,13 @@ from megatron_hammer.checkpoint.hugging_face.architecture import Architecture, r
 from megatron_hammer.checkpoint.hugging_face.mapping import TensorPair, expand, select_family
 from megatron_hammer.checkpoint.hugging_face.names import locate_hf_tensors
 from megatron_hammer.checkpoint.hugging_face.read_config import CONFIG_NAME, read_hf_architecture
+from megatron_hammer.checkpoint_files.open import find_iteration, is_legacy, open_checkpoint
 from megatron_hammer.checkpoint_files.safetensors.weight_files import (
     PYTORCH_FILE,
     PYTORCH_INDEX,
     HfWeights,
     open_hf_weights,
 )
-from megatron_hammer.checkpoint_files.torch_dist.reader import find_iteration, is_legacy, open_checkpoint
 from megatron_hammer.checkpoint_files.torch_dist.store import TorchDistStore
 from megatron_hammer.errors import CheckpointError
 

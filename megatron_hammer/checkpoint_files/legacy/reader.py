@@ -31,11 +31,7 @@ from megatron_hammer.checkpoint_files.legacy.tensor_parallel import (
     select_rank_layout,
 )
 from megatron_hammer.checkpoint_files.safetensors.weight_files import LocatedTensor, locate_in_storage, read_located
-from megatron_hammer.checkpoint_files.torch_dist.reader import (
-    VOCABULARY_TENSORS,
-    use_fused_norm_names,
-    validate_iteration,
-)
+from megatron_hammer.checkpoint_files.stored import VOCABULARY_TENSORS, use_fused_norm_names, validate_iteration
 from megatron_hammer.errors import CheckpointError, ConversionError
 
 EMBEDDING = VOCABULARY_TENSORS[0]

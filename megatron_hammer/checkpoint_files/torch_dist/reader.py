@@ -12,30 +12,21 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_hammer.checkpoint_files.stored import VOCABULARY_TENSORS, use_fused_norm_names
 from megatron_hammer.checkpoint_files.torch_dist.save_consistency import validate_one_save
 from megatron_hammer.checkpoint_files.torch_dist.store import TorchDistStore
 from megatron_hammer.errors import CheckpointError
-
-LATEST_FILE = "latest_checkpointed_iteration.txt"
-VOCABULARY_TENSORS = ("embedding.word_embeddings.weight", "output_layer.weight")
-
-WEIGHTS = ("model", "master")
 
 # The fp32 copy of a weight: "param" by the distributed optimizer, "fp32_param" by the plain one. Optimizers of dense
 # and expert weights, which Megatron chains, share the prefix; before megatron-core 0.13 each had its own.
 _MASTER_WEIGHT = re.compile(r"^(?:chained_\d+\.)?optimizer\.state\.(?:fp32_param|param)\.(.+)$")
 _STACKED_LAYERS = re.compile(r"^(decoder\.layers)\.(?!\d)")
 _STACKED_EXPERTS = re.compile(r"(\.mlp\.experts\.experts)\.(?!\d)")
-# The local layer spec keeps its norms apart where TransformerEngine fuses them into the next linear layer.
-_LOCAL_NORMS = {
-    "input_layernorm.": ("self_attention.linear_qkv.layer_norm_", "self_attention.linear_qkv.weight"),
-    "pre_mlp_layernorm.": ("mlp.linear_fc1.layer_norm_", "mlp.linear_fc1.weight"),
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,31 +38,6 @@ class StoredTensor:
     sizes: tuple[int, ...]
     shape: tuple[int, ...]
     dtype: torch.dtype
-
-
-class DescribedTensor(Protocol):
-    """What readers of every format know of a tensor before it is read."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-
-class CheckpointReader(Protocol):
-    """One iteration of a checkpoint of any format, opened; obtain it with `open_checkpoint`.
-
-    tensors: the model's, by mcore name. args: the arguments that Megatron saved. iteration: of the saved state.
-    """
-
-    directory: Path
-    args: Any
-    iteration: int
-
-    @property
-    def tensors(self) -> Mapping[str, DescribedTensor]: ...
-    def remove_vocab_padding(self, vocab_size: int) -> None: ...
-    def read(self, name: str) -> Tensor: ...
 
 
 class TorchDistReader:
@@ -156,66 +122,6 @@ class TorchDistReader:
                 yield name, replace(tensor, key=stored_key)
 
 
-def open_checkpoint(path: str | Path, *, iteration: int | None = None, weights: str = "model") -> CheckpointReader:
-    """Open `path`: a directory that Megatron saved into (the latest or the given iteration) or one iteration of it.
-
-    weights: "model", or "master" for the fp32 copies in the optimizer's state under the same names.
-    Raises CheckpointError if it is not there, is of another format, is incomplete, or the state is of another
-    iteration than its name.
-    """
-    if weights not in WEIGHTS:
-        raise CheckpointError(f"weights: must be one of {', '.join(WEIGHTS)}, got {weights}. Choose one of them.")
-    directory = find_iteration(Path(path), iteration)
-    if is_legacy(directory):
-        from megatron_hammer.checkpoint_files.legacy.reader import open_legacy_checkpoint  # it imports this module
-
-        return open_legacy_checkpoint(directory, weights="master" if weights == "master" else "model")
-    reader = TorchDistReader(directory, weights=weights)
-    validate_iteration(reader)
-    return reader
-
-
-def validate_iteration(reader: CheckpointReader) -> None:
-    """Raise CheckpointError if the state is of another iteration than the name of its directory."""
-    named = re.fullmatch(r"iter_(\d+)", reader.directory.name)
-    if named and int(named[1]) != reader.iteration:
-        raise CheckpointError(
-            f"{reader.directory}: state must be of iteration {int(named[1])}, got iteration={reader.iteration}. "
-            "Files of two checkpoints are mixed; copy it again."
-        )
-
-
-def find_iteration(path: Path, iteration: int | None = None) -> Path:
-    """The directory of one iteration under `path`; raises CheckpointError naming what is there instead."""
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: checkpoint directory does not exist. Pass the directory given to --save.")
-    if (path / ".metadata").is_file() or is_legacy(path):
-        return path
-    if (path / LATEST_FILE).is_file() and iteration is None:
-        tracker = (path / LATEST_FILE).read_text().strip()
-        if not (tracker.isdigit() or tracker == "release"):
-            raise CheckpointError(
-                f"{path / LATEST_FILE}: must hold an iteration or 'release', got {tracker[:40]!r}. Pass --iteration."
-            )
-        directory = path / ("release" if tracker == "release" else f"iter_{int(tracker):07d}")
-    elif iteration is None:
-        raise CheckpointError(
-            f"{path}: must hold {LATEST_FILE} or be one iteration with its .metadata, got neither. "
-            "Pass the directory given to --save."
-        )
-    else:
-        directory = path / f"iter_{iteration:07d}"
-    if not directory.is_dir():
-        present = sorted(entry.name for entry in path.glob("iter_*")) or "none"
-        raise CheckpointError(f"{directory}: iteration does not exist, got {present}. Pass --iteration of one of them.")
-    return directory
-
-
-def is_legacy(directory: Path) -> bool:
-    """Whether the directory of an iteration is of `--ckpt-format torch`: one folder a rank."""
-    return any(directory.glob("mp_rank_*"))
-
-
 def _unstack(key: str, size: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[str, StoredTensor]]:
     """One entry for every layer and expert of a stored tensor whose leading axes they are."""
     name, num_stacked = key, 0
@@ -234,14 +140,3 @@ def _unstack(key: str, size: tuple[int, ...], dtype: torch.dtype) -> Iterator[tu
                 dtype=dtype,
             ),
         )
-
-
-def use_fused_norm_names[T](tensors: dict[str, T]) -> dict[str, T]:
-    """Names of the local layer spec become TransformerEngine's, which the mapping is written on."""
-    renamed = {}
-    for name, stored in tensors.items():
-        for local, (fused, linear) in _LOCAL_NORMS.items():
-            if local in name and name.split(local)[0] + linear in tensors:
-                name = name.replace(local, fused)
-        renamed[name] = stored
-    return renamed

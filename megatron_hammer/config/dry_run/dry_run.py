@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from typing import IO, Any
 
 from megatron_hammer.config.arguments import ParsedArguments, describe_model
+from megatron_hammer.config.data_flags import list_data_flags, read_data_plan
 from megatron_hammer.config.data_order import plan_run_order
-from megatron_hammer.config.data_sources import SPLIT_NAMES, DataPlan, list_data_flags, read_data_plan
 from megatron_hammer.config.dry_run.report import (
     GridAxis,
     ModelReport,
@@ -30,11 +30,12 @@ from megatron_hammer.config.megatron_checks import read_megatron_defaults
 from megatron_hammer.config.model_from_arguments import build_layout, build_model, list_missing_essentials
 from megatron_hammer.config.preflight.data import read_indices
 from megatron_hammer.config.preflight.data_order import describe_epochs, describe_order_state
-from megatron_hammer.config.preflight.data_sizes import count_split_tokens
-from megatron_hammer.config.preflight.layout import find_layout_problems, select_global_batch_size
+from megatron_hammer.config.preflight.layout import find_layout_problems
 from megatron_hammer.config.preflight.memory import estimate_run_memory, read_available_bytes, select_recompute
 from megatron_hammer.config.preflight.values import find_value_problems
 from megatron_hammer.config.preset_arguments import preset_arguments
+from megatron_hammer.config.samples import select_global_batch_size
+from megatron_hammer.data.sources import SPLIT_NAMES, DataPlan, count_split_tokens
 from megatron_hammer.model.accounting import (
     FLOP_CONVENTIONS,
     FlopConvention,

@@ -4,11 +4,12 @@ import argparse
 import os
 from pathlib import Path
 
+from megatron_hammer.checkpoint_files.stored import LATEST_FILE
 from megatron_hammer.config.arguments import ParsedArguments
 from megatron_hammer.config.model_from_arguments import build_model, list_missing_essentials
 from megatron_hammer.config.preflight.resume import find_schedule_changes
 from megatron_hammer.config.preflight.values import find_value_problems, flag_of
-from megatron_hammer.config.saved_run import TRACKER_NAME, read_saved_arguments
+from megatron_hammer.config.saved_run import read_saved_arguments
 from megatron_hammer.errors import CheckpointError
 from megatron_hammer.model.shape import ModelShape
 
@@ -35,20 +36,20 @@ def find_checkpoint_problems(arguments: ParsedArguments) -> list[str]:
     problems += _find_metrics_problems(namespace)
     is_own_run = namespace.save is not None and _same_place(namespace.load, namespace.save)
     if namespace.load is not None:
-        tracker_path = Path(namespace.load) / TRACKER_NAME
+        tracker_path = Path(namespace.load) / LATEST_FILE
         if os.path.isfile(tracker_path) or namespace.ckpt_step:
             problems += _find_step_problems(arguments, tracker_path)
         elif not is_own_run and namespace.pretrained_checkpoint is None and arguments.start is None:
-            what = f"a checkpoint ({TRACKER_NAME})" if os.path.isdir(namespace.load) else "an existing folder"
+            what = f"a checkpoint ({LATEST_FILE})" if os.path.isdir(namespace.load) else "an existing folder"
             problems.append(
                 f"load: must be {what}, got load={namespace.load}. Pass the folder that --save wrote, or leave "
                 "--load out: Megatron would start from random weights."
             )
     name = "pretrained_checkpoint"
     path = namespace.pretrained_checkpoint
-    if path is not None and not os.path.isfile(Path(path) / TRACKER_NAME):
+    if path is not None and not os.path.isfile(Path(path) / LATEST_FILE):
         problems.append(
-            f"{flag_of(name)}: must be a checkpoint ({TRACKER_NAME}), got {name}={path}. "
+            f"{flag_of(name)}: must be a checkpoint ({LATEST_FILE}), got {name}={path}. "
             "Pass the folder that --save wrote."
         )
     return problems
@@ -76,7 +77,7 @@ def _find_step_problems(arguments: ParsedArguments, tracker_path: Path) -> list[
                 f"{tracker_path}: must hold a step number or 'release', got {text[:40]!r}. "
                 "Restore it, or name a step that exists with --ckpt-step."
             ]
-        folder, named_by = "release" if text == "release" else f"iter_{int(text):07d}", TRACKER_NAME
+        folder, named_by = "release" if text == "release" else f"iter_{int(text):07d}", LATEST_FILE
     checkpoint_dir = tracker_path.parent / folder
     if not checkpoint_dir.is_dir():
         return [

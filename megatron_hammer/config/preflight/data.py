@@ -6,13 +6,14 @@ import os
 import numpy as np
 
 from megatron_hammer.config.arguments import ParsedArguments
-from megatron_hammer.config.data_sources import SPLIT_FLAGS, DataPlan, list_data_flags, read_data_plan
+from megatron_hammer.config.data_flags import list_data_flags, read_data_plan
 from megatron_hammer.config.preflight.checkpoint import find_unwritable
 from megatron_hammer.config.preflight.data_cache import find_cache_problems
 from megatron_hammer.config.preflight.data_sizes import find_size_problems
 from megatron_hammer.config.preflight.memory import is_planned
 from megatron_hammer.data.indexed.manifest import Manifest, read_manifest
 from megatron_hammer.data.indexed.pair import SCAN_CHUNK_TOKENS, IndexSummary, read_index
+from megatron_hammer.data.sources import SPLIT_FLAGS, DataPlan
 from megatron_hammer.errors import DataError
 from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder
 

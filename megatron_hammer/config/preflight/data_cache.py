@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_hammer.config.data_sources import SPLIT_NAMES, DataPlan
 from megatron_hammer.data.indexed.pair import IndexSummary
+from megatron_hammer.data.sources import SPLIT_NAMES, DataPlan
 
 
 def find_cache_problems(namespace: argparse.Namespace, plan: DataPlan, indices: dict[str, IndexSummary]) -> list[str]:

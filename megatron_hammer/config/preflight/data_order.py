@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Iterator
 
 from megatron_hammer.config.data_order import OTHER_VALIDATION, OrderReview, plan_run_order, review_order
-from megatron_hammer.config.preflight.data_sizes import count_needed_samples
+from megatron_hammer.config.samples import count_needed_samples
 from megatron_hammer.data.indexed.pair import read_index
 from megatron_hammer.data.order.change import Segment, SourceChange, count_change, is_continued, match_sources
 from megatron_hammer.data.order.identity import is_same_data

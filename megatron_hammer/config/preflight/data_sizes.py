@@ -3,22 +3,9 @@
 import argparse
 from pathlib import Path
 
-import numpy as np
-
-from megatron_hammer.config.data_sources import SPLIT_FLAGS, DataPlan
-from megatron_hammer.config.preflight.layout import select_global_batch_size
+from megatron_hammer.config.samples import count_needed_samples, select_global_batch_size
 from megatron_hammer.data.indexed.pair import IndexSummary
-
-
-def count_split_tokens(index: IndexSummary, bounds: tuple[float, float]) -> int:
-    """Tokens of the sequences between two shares of a data set, cut where megatron-core cuts it.
-
-    Source: BlendedMegatronDatasetBuilder._build_megatron_dataset_splits (round of share x number of sequences).
-    """
-    first, last = (round(bound * float(index.num_sequences)) for bound in bounds)
-    if (first, last) == (0, index.num_sequences):
-        return index.num_tokens
-    return int(np.sum(index.sequence_lengths[first:last], dtype=np.int64))
+from megatron_hammer.data.sources import SPLIT_FLAGS, DataPlan, count_split_tokens
 
 
 def find_size_problems(namespace: argparse.Namespace, plan: DataPlan, indices: dict[str, IndexSummary]) -> list[str]:
@@ -75,24 +62,6 @@ def _find_short_epoch_problems(
         f"seq_length={namespace.seq_length} ({batch * namespace.seq_length} tokens a step). "
         "Add data, or lower --global-batch-size."
     ]
-
-
-def count_needed_samples(namespace: argparse.Namespace) -> dict[str, int]:
-    """Samples that a run draws from each split, as megatron.training.get_train_valid_test_num_samples counts them.
-
-    0 for validation by whole passes.
-    """
-    batch = select_global_batch_size(namespace)
-    num_steps = namespace.train_iters or (namespace.train_samples or 0) // batch
-    eval_samples = namespace.eval_iters * (namespace.eval_global_batch_size or batch)
-    evaluations = 1 if namespace.skip_train else num_steps // namespace.eval_interval + 1
-    if namespace.start_eval_at_iter is not None and not namespace.skip_train:
-        evaluations = max(0, evaluations - namespace.start_eval_at_iter // namespace.eval_interval)
-    return {
-        "train": 0 if namespace.skip_train else namespace.train_samples or num_steps * batch,
-        "valid": 0 if namespace.full_validation else evaluations * eval_samples,
-        "test": eval_samples,
-    }
 
 
 def _find_idle_blend_problems(namespace: argparse.Namespace, plan: DataPlan) -> list[str]:

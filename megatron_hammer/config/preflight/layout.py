@@ -3,6 +3,7 @@
 import argparse
 
 from megatron_hammer.config.model_from_arguments import build_layout, build_model, count_ranks_of_model
+from megatron_hammer.config.samples import select_global_batch_size
 from megatron_hammer.model.accounting import Layout, find_shard_problems, find_split_problems, split_layers
 from megatron_hammer.model.layout import divisors, or_list
 from megatron_hammer.model.shape import ModelShape
@@ -131,11 +132,6 @@ def _next_multiple(number: int, divisor: int) -> int:
 
 
 # --- batch ----------------------------------------------------------------------------------------------------------
-
-
-def select_global_batch_size(namespace: argparse.Namespace) -> int:
-    """Megatron's default where none is given: one micro-batch on each data-parallel rank."""
-    return namespace.global_batch_size or namespace.micro_batch_size * build_layout(namespace).data_parallel_size
 
 
 def find_batch_problems(namespace: argparse.Namespace) -> list[str]:

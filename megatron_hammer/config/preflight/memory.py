@@ -6,7 +6,7 @@ import os
 
 from megatron_hammer.config.environment import read_process_place
 from megatron_hammer.config.model_from_arguments import build_layout, build_model
-from megatron_hammer.config.preflight.layout import select_global_batch_size
+from megatron_hammer.config.samples import select_global_batch_size
 from megatron_hammer.model.accounting import Layout, MemoryOptions, StageMemory, estimate_memory
 from megatron_hammer.model.memory_options import WORKSPACE_BYTES, Recompute, Sharding
 from megatron_hammer.platforms.device import read_device_memory_bytes

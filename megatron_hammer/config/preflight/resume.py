@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from megatron_hammer.config.preflight.layout import select_global_batch_size
+from megatron_hammer.config.samples import select_global_batch_size
 
 
 def find_schedule_changes(namespace: argparse.Namespace, saved: argparse.Namespace, checkpoint_dir: Path) -> list[str]:

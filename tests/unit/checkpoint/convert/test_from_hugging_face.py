@@ -16,7 +16,7 @@ from megatron_hammer.checkpoint.hugging_face.architecture import read_architectu
 from megatron_hammer.checkpoint.hugging_face.mapping import GATE_UP, QKV, TRANSPOSED, Layout
 from megatron_hammer.checkpoint.hugging_face.read_config import interpret_config
 from megatron_hammer.checkpoint.verification.rows import CheckRow
-from megatron_hammer.checkpoint_files.torch_dist.reader import open_checkpoint
+from megatron_hammer.checkpoint_files.open import open_checkpoint
 from megatron_hammer.checkpoint_files.torch_dist.store import TorchDistStore
 from megatron_hammer.checkpoint_files.torch_dist.writer import CheckpointWriter
 from megatron_hammer.errors import ConversionError, DataError

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_hammer.checkpoint_files.stored import LATEST_FILE
 from megatron_hammer.config import saved_run
 from megatron_hammer.config.preflight.checkpoint import find_unwritable
-from megatron_hammer.config.saved_run import TRACKER_NAME
 from tests.helpers.parsed_flags import TINY, find, parse
 
 MOE = ("--preset", "hammer-tiny-moe", "--mock-data", "--global-batch-size", "8")
@@ -16,7 +16,7 @@ def write_checkpoint(folder: Path, *, step: int = 7) -> Path:
     """Only what preflight looks at before it opens the checkpoint itself."""
     checkpoint_dir = folder / f"iter_{step:07d}"
     checkpoint_dir.mkdir(parents=True)
-    (folder / TRACKER_NAME).write_text(str(step))
+    (folder / LATEST_FILE).write_text(str(step))
     (checkpoint_dir / ".metadata").write_bytes(b"")
     return checkpoint_dir
 
@@ -35,7 +35,7 @@ def test_a_run_that_continues_itself_may_be_new(tmp_path: Path) -> None:
 
 def test_another_folder_must_hold_a_checkpoint(tmp_path: Path) -> None:
     (problem,) = find(*TINY, "--save", str(tmp_path / "new"), "--load", str(tmp_path))
-    assert f"load: must be a checkpoint ({TRACKER_NAME}), got load={tmp_path}." in problem
+    assert f"load: must be a checkpoint ({LATEST_FILE}), got load={tmp_path}." in problem
     (problem,) = find(*TINY, "--load", str(tmp_path / "gone"))
     assert "load: must be an existing folder" in problem
     (problem,) = find(*TINY, "--pretrained-checkpoint", str(tmp_path))
@@ -44,10 +44,10 @@ def test_another_folder_must_hold_a_checkpoint(tmp_path: Path) -> None:
 
 def test_the_tracker_must_point_somewhere(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
-    (tmp_path / TRACKER_NAME).write_text("8")
+    (tmp_path / LATEST_FILE).write_text("8")
     (problem,) = find(*TINY, "--load", str(tmp_path))
-    assert f"load: checkpoint iter_0000008 named by {TRACKER_NAME} is missing" in problem
-    (tmp_path / TRACKER_NAME).write_text("eight")
+    assert f"load: checkpoint iter_0000008 named by {LATEST_FILE} is missing" in problem
+    (tmp_path / LATEST_FILE).write_text("eight")
     (problem,) = find(*TINY, "--load", str(tmp_path))
     assert "must hold a step number or 'release', got 'eight'" in problem
     (problem,) = find(*TINY, "--load", str(tmp_path), "--ckpt-step", "3")
@@ -92,7 +92,7 @@ def test_another_computation_from_the_same_weights(tmp_path: Path, monkeypatch: 
 
 def test_a_release_has_neither_optimizer_nor_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_checkpoint(tmp_path).rename(tmp_path / "release")
-    (tmp_path / TRACKER_NAME).write_text("release")
+    (tmp_path / LATEST_FILE).write_text("release")
     save_with(monkeypatch, MOE, expert_model_parallel_size=2, lr=0.5)
     assert find(*MOE, "--load", str(tmp_path)) == []
     (problem,) = find(*MOE, "--load", str(tmp_path), "--norm-epsilon", "1e-3")

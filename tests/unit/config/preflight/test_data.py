@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from megatron_hammer.config.preflight.data import find_vocabulary_problems, read_indices
-from megatron_hammer.config.preflight.data_sizes import count_needed_samples, count_split_tokens
+from megatron_hammer.config.samples import count_needed_samples
 from megatron_hammer.data.indexed.manifest import Manifest, TokenizerIdentity, encode_manifest, manifest_path
 from megatron_hammer.data.indexed.pair import read_index
+from megatron_hammer.data.sources import count_split_tokens
 from tests.helpers.parsed_flags import find, parse, write_data
 from tests.helpers.toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
 
@@ -169,7 +170,7 @@ def test_other_ranks_read_headers_only(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_every_prefix_is_read_once(tmp_path: Path) -> None:
-    from megatron_hammer.config.data_sources import read_data_plan
+    from megatron_hammer.config.data_flags import read_data_plan
 
     data = write_data(tmp_path / "corpus", [40] * 20)
     plan, _ = read_data_plan(parse(*MODEL.split(), "--data-path", data, data, "--split", "50,50,0").namespace)

@@ -55,7 +55,7 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
         folder = tmp_path / "checkpoints"
         (folder / f"iter_{step:07d}").mkdir(parents=True, exist_ok=True)
         (folder / f"iter_{step:07d}" / ".metadata").touch()
-        (folder / saved_run.TRACKER_NAME).write_text(str(step))
+        (folder / saved_run.LATEST_FILE).write_text(str(step))
         saved_run.read_saved_arguments.cache_clear()
         opened = SimpleNamespace(args=saved, iteration=step)
         monkeypatch.setattr(saved_run, "open_checkpoint", lambda path: opened)

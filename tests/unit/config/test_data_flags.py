@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hammer.config.data_sources import DataSource, parse_blend, parse_split, read_data_plan
+from megatron_hammer.config.data_flags import read_data_plan
+from megatron_hammer.data.sources import DataSource, parse_blend, parse_split
 from tests.helpers.parsed_flags import parse
 
 

@@ -1,0 +1,58 @@
+"""Opens a checkpoint of either Megatron format: finds the iteration, tells the format, and returns its reader."""
+
+from pathlib import Path
+
+from megatron_hammer.checkpoint_files.legacy.reader import open_legacy_checkpoint
+from megatron_hammer.checkpoint_files.stored import LATEST_FILE, CheckpointReader, validate_iteration
+from megatron_hammer.checkpoint_files.torch_dist.reader import TorchDistReader
+from megatron_hammer.errors import CheckpointError
+
+WEIGHTS = ("model", "master")
+
+
+def open_checkpoint(path: str | Path, *, iteration: int | None = None, weights: str = "model") -> CheckpointReader:
+    """Open `path`: a directory that Megatron saved into (the latest or the given iteration) or one iteration of it.
+
+    weights: "model", or "master" for the fp32 copies in the optimizer's state under the same names.
+    Raises CheckpointError if it is not there, is of another format, is incomplete, or the state is of another
+    iteration than its name.
+    """
+    if weights not in WEIGHTS:
+        raise CheckpointError(f"weights: must be one of {', '.join(WEIGHTS)}, got {weights}. Choose one of them.")
+    directory = find_iteration(Path(path), iteration)
+    if is_legacy(directory):
+        return open_legacy_checkpoint(directory, weights="master" if weights == "master" else "model")
+    reader = TorchDistReader(directory, weights=weights)
+    validate_iteration(reader)
+    return reader
+
+
+def find_iteration(path: Path, iteration: int | None = None) -> Path:
+    """The directory of one iteration under `path`; raises CheckpointError naming what is there instead."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: checkpoint directory does not exist. Pass the directory given to --save.")
+    if (path / ".metadata").is_file() or is_legacy(path):
+        return path
+    if (path / LATEST_FILE).is_file() and iteration is None:
+        tracker = (path / LATEST_FILE).read_text().strip()
+        if not (tracker.isdigit() or tracker == "release"):
+            raise CheckpointError(
+                f"{path / LATEST_FILE}: must hold an iteration or 'release', got {tracker[:40]!r}. Pass --iteration."
+            )
+        directory = path / ("release" if tracker == "release" else f"iter_{int(tracker):07d}")
+    elif iteration is None:
+        raise CheckpointError(
+            f"{path}: must hold {LATEST_FILE} or be one iteration with its .metadata, got neither. "
+            "Pass the directory given to --save."
+        )
+    else:
+        directory = path / f"iter_{iteration:07d}"
+    if not directory.is_dir():
+        present = sorted(entry.name for entry in path.glob("iter_*")) or "none"
+        raise CheckpointError(f"{directory}: iteration does not exist, got {present}. Pass --iteration of one of them.")
+    return directory
+
+
+def is_legacy(directory: Path) -> bool:
+    """Whether the directory of an iteration is of `--ckpt-format torch`: one folder a rank."""
+    return any(directory.glob("mp_rank_*"))

@@ -1,0 +1,65 @@
+"""What the readers of all checkpoint formats share: their interface, and the names that they give to tensors."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_hammer.errors import CheckpointError
+
+LATEST_FILE = "latest_checkpointed_iteration.txt"  # Megatron's pointer to the newest iteration of a folder
+VOCABULARY_TENSORS = ("embedding.word_embeddings.weight", "output_layer.weight")
+# The local layer spec keeps its norms apart where TransformerEngine fuses them into the next linear layer.
+_LOCAL_NORMS = {
+    "input_layernorm.": ("self_attention.linear_qkv.layer_norm_", "self_attention.linear_qkv.weight"),
+    "pre_mlp_layernorm.": ("mlp.linear_fc1.layer_norm_", "mlp.linear_fc1.weight"),
+}
+
+
+class DescribedTensor(Protocol):
+    """What readers of every format know of a tensor before it is read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+class CheckpointReader(Protocol):
+    """One iteration of a checkpoint of any format, opened; obtain it with `open_checkpoint`.
+
+    tensors: the model's, by mcore name. args: the arguments that Megatron saved. iteration: of the saved state.
+    """
+
+    directory: Path
+    args: Any
+    iteration: int
+
+    @property
+    def tensors(self) -> Mapping[str, DescribedTensor]: ...
+    def remove_vocab_padding(self, vocab_size: int) -> None: ...
+    def read(self, name: str) -> Tensor: ...
+
+
+def validate_iteration(reader: CheckpointReader) -> None:
+    """Raise CheckpointError if the state is of another iteration than the name of its directory."""
+    named = re.fullmatch(r"iter_(\d+)", reader.directory.name)
+    if named and int(named[1]) != reader.iteration:
+        raise CheckpointError(
+            f"{reader.directory}: state must be of iteration {int(named[1])}, got iteration={reader.iteration}. "
+            "Files of two checkpoints are mixed; copy it again."
+        )
+
+
+def use_fused_norm_names[T](tensors: dict[str, T]) -> dict[str, T]:
+    """Names of the local layer spec become TransformerEngine's, which the mapping is written on."""
+    renamed = {}
+    for name, stored in tensors.items():
+        for local, (fused, linear) in _LOCAL_NORMS.items():
+            if local in name and name.split(local)[0] + linear in tensors:
+                name = name.replace(local, fused)
+        renamed[name] = stored
+    return renamed
