@@ -9,7 +9,7 @@ import argparse
 import math
 from typing import Literal
 
-from megatron_hammer.model.accounting import Layout
+from megatron_hammer.model.accounting import ParallelLayout
 from megatron_hammer.model.shape import ModelShape, MoeShape, RopeScaling
 
 ESSENTIALS = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
@@ -114,9 +114,9 @@ def virtual_size(namespace: argparse.Namespace) -> int:
     return slots // namespace.pipeline_model_parallel_size // namespace.num_layers_per_virtual_pipeline_stage
 
 
-def build_layout(namespace: argparse.Namespace) -> Layout:
+def build_layout(namespace: argparse.Namespace) -> ParallelLayout:
     """The layout, with as many data-parallel copies as fit in the world (at least one)."""
-    return Layout(
+    return ParallelLayout(
         tensor_model_parallel_size=namespace.tensor_model_parallel_size,
         pipeline_model_parallel_size=namespace.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual_size(namespace),

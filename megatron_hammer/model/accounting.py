@@ -6,7 +6,7 @@ megatron anywhere in it, so it runs on a login node; tests hold it against the i
 """
 
 from megatron_hammer.model.flops import FLOP_CONVENTIONS, FlopConvention, count_flops_per_token
-from megatron_hammer.model.layout import Layout, RankCoordinates, find_layout_problems
+from megatron_hammer.model.layout import ParallelLayout, RankCoordinates, find_grid_problems
 from megatron_hammer.model.memory import StageMemory, count_in_flight, estimate_heaviest_stage, estimate_memory
 from megatron_hammer.model.memory_activations import count_layer_activation_bytes
 from megatron_hammer.model.memory_options import MemoryOptions
@@ -25,8 +25,8 @@ __all__ = [
     "FLOP_CONVENTIONS",
     "FlopConvention",
     "LayerRange",
-    "Layout",
     "MemoryOptions",
+    "ParallelLayout",
     "RankCoordinates",
     "RankParameters",
     "StageMemory",
@@ -39,7 +39,7 @@ __all__ = [
     "count_rank_parameters",
     "estimate_heaviest_stage",
     "estimate_memory",
-    "find_layout_problems",
+    "find_grid_problems",
     "find_shard_problems",
     "find_split_problems",
     "padded_vocab_size",

@@ -24,7 +24,7 @@ class RankCoordinates(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Layout:
+class ParallelLayout:
     """Parallel sizes in mcore's names. Expert parallelism lies inside the data (and context) ranks, not beside them."""
 
     tensor_model_parallel_size: int = 1
@@ -58,7 +58,7 @@ class Layout:
     @property
     def expert_data_parallel_size(self) -> int:
         """Ranks that hold the same experts; ConfigError where they do not come out whole."""
-        raise_problems(find_layout_problems(self))
+        raise_problems(find_grid_problems(self))
         ranks_per_copy = self.expert_tp * self.expert_model_parallel_size * self.pipeline_model_parallel_size
         return self.world_size // ranks_per_copy
 
@@ -87,7 +87,7 @@ class Layout:
         return RankCoordinates(tp_rank, cp_rank, dp_rank, pp_rank, expert_tp_rank, ep_rank, rest % expert_dp)
 
 
-def find_layout_problems(layout: Layout) -> tuple[str, ...]:
+def find_grid_problems(layout: ParallelLayout) -> tuple[str, ...]:
     """What is wrong with the grid itself, whatever the model: sizes below one, experts that do not tile the ranks."""
     sizes = {
         "tensor-model-parallel-size": layout.tensor_model_parallel_size,

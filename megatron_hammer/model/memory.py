@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from megatron_hammer.model.layout import Layout, find_layout_problems, raise_problems
+from megatron_hammer.model.layout import ParallelLayout, find_grid_problems, raise_problems
 from megatron_hammer.model.memory_activations import LayerActivations, estimate_layer_activations
 from megatron_hammer.model.memory_loss import HeadMemory, count_embedding_bytes, estimate_head
 from megatron_hammer.model.memory_options import Batch, MemoryOptions
@@ -84,7 +84,7 @@ class _StagePeak(NamedTuple):
 
 def estimate_memory(
     model: ModelShape,
-    layout: Layout,
+    layout: ParallelLayout,
     *,
     micro_batch_size: int,
     seq_length: int,
@@ -98,7 +98,7 @@ def estimate_memory(
     num_microbatches: a step's, on one data-parallel rank. Raises ConfigError for a layout that cannot hold the model.
     """
     options = options or MemoryOptions()
-    raise_problems(find_layout_problems(layout))
+    raise_problems(find_grid_problems(layout))
     batch = Batch(micro_batch_size=micro_batch_size, seq_length=seq_length)
     peaks = _list_peaks(model, _drop_data_parallelism(layout), batch, options, num_microbatches)
     return _build_stages(model, layout, options, peaks, context_bytes, fragmentation_ratio)
@@ -106,7 +106,7 @@ def estimate_memory(
 
 def estimate_heaviest_stage(
     model: ModelShape,
-    layout: Layout,
+    layout: ParallelLayout,
     *,
     micro_batch_size: int,
     seq_length: int,
@@ -117,14 +117,14 @@ def estimate_heaviest_stage(
 ) -> StageMemory:
     """The stage of `estimate_memory` with the largest total, without building the others: for searches."""
     options = options or MemoryOptions()
-    raise_problems(find_layout_problems(layout))
+    raise_problems(find_grid_problems(layout))
     batch = Batch(micro_batch_size=micro_batch_size, seq_length=seq_length)
     peaks = _list_heaviest_peaks(model, _drop_data_parallelism(layout), batch, options, num_microbatches)
     stages = _build_stages(model, layout, options, peaks, context_bytes, fragmentation_ratio)
     return max(stages, key=lambda stage: stage.total_bytes)
 
 
-def count_in_flight(layout: Layout, pp_rank: int, num_microbatches: int) -> int:
+def count_in_flight(layout: ParallelLayout, pp_rank: int, num_microbatches: int) -> int:
     """Forward passes of a model chunk whose activations are alive at once on this stage: warm-up plus the current one.
 
     Source: megatron.core.pipeline_parallel.schedules (get_pp_rank_microbatches; microbatch_group_size_per_vp_stage is
@@ -138,7 +138,9 @@ def count_in_flight(layout: Layout, pp_rank: int, num_microbatches: int) -> int:
     return min(num_warmup + 1, num_microbatches * vp)
 
 
-def count_layers_alive(layout: Layout, chunk_sizes: tuple[int, ...], num_in_flight: int, num_microbatches: int) -> int:
+def count_layers_alive(
+    layout: ParallelLayout, chunk_sizes: tuple[int, ...], num_in_flight: int, num_microbatches: int
+) -> int:
     """Layers of a stage whose activations are alive at the peak; chunk_sizes: the layers of each of its chunks.
 
     Chunks of equal size, or one: size x passes. Else (the embedding or the loss takes a layer's place in one chunk)
@@ -159,7 +161,7 @@ def count_layers_alive(layout: Layout, chunk_sizes: tuple[int, ...], num_in_flig
     return most
 
 
-def _drop_data_parallelism(layout: Layout) -> Layout:
+def _drop_data_parallelism(layout: ParallelLayout) -> ParallelLayout:
     """The layout with as few model copies as its experts allow: their number changes no activation."""
     expert_ranks = layout.expert_model_parallel_size * layout.expert_tp
     has_experts = expert_ranks != layout.tensor_model_parallel_size
@@ -168,7 +170,7 @@ def _drop_data_parallelism(layout: Layout) -> Layout:
 
 @lru_cache(maxsize=1 << 14)
 def _list_peaks(
-    model: ModelShape, layout: Layout, batch: Batch, options: MemoryOptions, num_microbatches: int
+    model: ModelShape, layout: ParallelLayout, batch: Batch, options: MemoryOptions, num_microbatches: int
 ) -> tuple[_StagePeak, ...]:
     """What every stage holds beside its state at its worst moment; a search asks for the same ones again and again."""
     split = split_layers(model.num_layers, layout)
@@ -196,7 +198,7 @@ def _list_peaks(
 
 @lru_cache(maxsize=1 << 14)
 def _list_heaviest_peaks(
-    model: ModelShape, layout: Layout, batch: Batch, options: MemoryOptions, num_microbatches: int
+    model: ModelShape, layout: ParallelLayout, batch: Batch, options: MemoryOptions, num_microbatches: int
 ) -> tuple[_StagePeak, ...]:
     """Of the stages that hold the same state, the one that holds most beside it."""
     heaviest: dict[_StageKind, _StagePeak] = {}
@@ -239,7 +241,7 @@ def _select_worst_moment(
 
 def _build_stages(
     model: ModelShape,
-    layout: Layout,
+    layout: ParallelLayout,
     options: MemoryOptions,
     peaks: tuple[_StagePeak, ...],
     context_bytes: int,

@@ -7,7 +7,7 @@ instead of the s^2 terms), quantized inputs of linears, and each module of --rec
 
 from typing import NamedTuple
 
-from megatron_hammer.model.layout import Layout
+from megatron_hammer.model.layout import ParallelLayout
 from megatron_hammer.model.memory_options import Batch, MemoryOptions
 from megatron_hammer.model.shape import ModelShape
 
@@ -36,7 +36,7 @@ class _Widths(NamedTuple):
 
 def count_layer_activation_bytes(
     model: ModelShape,
-    layout: Layout,
+    layout: ParallelLayout,
     *,
     num_tokens: int,
     options: MemoryOptions | None = None,
@@ -52,7 +52,7 @@ def count_layer_activation_bytes(
 
 
 def estimate_layer_activations(
-    model: ModelShape, layout: Layout, batch: Batch, options: MemoryOptions
+    model: ModelShape, layout: ParallelLayout, batch: Batch, options: MemoryOptions
 ) -> LayerActivations:
     """What one layer keeps under its recompute mode, what is made again of it, and what its backward pass adds."""
     widths = _cut_widths(model, layout, batch)
@@ -67,7 +67,7 @@ def estimate_layer_activations(
     return LayerActivations(kept, whole - kept, _count_transient(model, layout, batch, options, widths))
 
 
-def count_hidden_bytes(model: ModelShape, layout: Layout, batch: Batch, options: MemoryOptions) -> int:
+def count_hidden_bytes(model: ModelShape, layout: ParallelLayout, batch: Batch, options: MemoryOptions) -> int:
     """One hidden state of a micro-batch: cut along the sequence only with sequence parallelism."""
     tokens = batch.count_tokens(layout.context_parallel_size)
     if layout.has_sequence_parallel:
@@ -75,14 +75,14 @@ def count_hidden_bytes(model: ModelShape, layout: Layout, batch: Batch, options:
     return tokens * options.element_bytes * model.hidden_size
 
 
-def count_gathered_bytes(model: ModelShape, layout: Layout, batch: Batch, options: MemoryOptions) -> int:
+def count_gathered_bytes(model: ModelShape, layout: ParallelLayout, batch: Batch, options: MemoryOptions) -> int:
     """One hidden state of all tokens: what sequence parallelism gathers for a column-parallel linear, else 0."""
     if not layout.has_sequence_parallel or layout.tensor_model_parallel_size == 1:
         return 0
     return batch.count_tokens(layout.context_parallel_size) * options.element_bytes * model.hidden_size
 
 
-def _cut_widths(model: ModelShape, layout: Layout, batch: Batch) -> _Widths:
+def _cut_widths(model: ModelShape, layout: ParallelLayout, batch: Batch) -> _Widths:
     tp = layout.tensor_model_parallel_size
     tokens = batch.count_tokens(layout.context_parallel_size)
     return _Widths(
@@ -95,7 +95,7 @@ def _cut_widths(model: ModelShape, layout: Layout, batch: Batch) -> _Widths:
 
 
 def _count_attention(
-    model: ModelShape, layout: Layout, batch: Batch, options: MemoryOptions, widths: _Widths
+    model: ModelShape, layout: ParallelLayout, batch: Batch, options: MemoryOptions, widths: _Widths
 ) -> tuple[float, float]:
     """(kept without recomputation, of that given up by --recompute-modules) of norm, linears and core attention."""
     element, linear, h = options.element_bytes, options.linear_input_bytes, model.hidden_size
@@ -114,7 +114,7 @@ def _count_attention(
     return kept + core, dropped
 
 
-def _count_core_attention(batch: Batch, layout: Layout, options: MemoryOptions, widths: _Widths) -> float:
+def _count_core_attention(batch: Batch, layout: ParallelLayout, options: MemoryOptions, widths: _Widths) -> float:
     """What core attention keeps besides q, k, v and the tensor that linear_proj takes."""
     element = options.element_bytes
     if options.has_flash_attention:
@@ -131,7 +131,9 @@ def _count_core_attention(batch: Batch, layout: Layout, options: MemoryOptions, 
     return scores + repeated_keys
 
 
-def _count_mlp(model: ModelShape, layout: Layout, options: MemoryOptions, widths: _Widths) -> tuple[float, float]:
+def _count_mlp(
+    model: ModelShape, layout: ParallelLayout, options: MemoryOptions, widths: _Widths
+) -> tuple[float, float]:
     """(kept without recomputation, of that given up by --recompute-modules) of the norm and the MLP or the experts."""
     element, linear, h = options.element_bytes, options.linear_input_bytes, model.hidden_size
     norm_output = widths.sequence_tokens * linear * h
@@ -163,7 +165,9 @@ def _count_mlp_width(model: ModelShape, options: MemoryOptions, ffn_hidden_size:
     return ffn_hidden_size * (inputs * options.element_bytes + options.linear_input_bytes)
 
 
-def _count_experts(model: ModelShape, layout: Layout, options: MemoryOptions, widths: _Widths) -> tuple[float, float]:
+def _count_experts(
+    model: ModelShape, layout: ParallelLayout, options: MemoryOptions, widths: _Widths
+) -> tuple[float, float]:
     """(all, of that the activations' outputs) of router, permuted tokens and routed experts.
 
     Balanced load: a rank works on as many copies of tokens as it sends out, times the ranks that share an expert. A
@@ -180,7 +184,9 @@ def _count_experts(model: ModelShape, layout: Layout, options: MemoryOptions, wi
     return router + routed, activation_outputs
 
 
-def _count_every_other_matmul(model: ModelShape, layout: Layout, options: MemoryOptions, widths: _Widths) -> int:
+def _count_every_other_matmul(
+    model: ModelShape, layout: ParallelLayout, options: MemoryOptions, widths: _Widths
+) -> int:
     """Input of the layer, attention's output, and of q, k, v, out, gate, up and down the first, third, ... product.
 
     Source: pytorch/torchtitan distributed/activation_checkpoint.py, selective_ac_option "op".
@@ -190,7 +196,9 @@ def _count_every_other_matmul(model: ModelShape, layout: Layout, options: Memory
     return round(options.element_bytes * (along_sequence + cut * widths.tokens))
 
 
-def _count_transient(model: ModelShape, layout: Layout, batch: Batch, options: MemoryOptions, widths: _Widths) -> int:
+def _count_transient(
+    model: ModelShape, layout: ParallelLayout, batch: Batch, options: MemoryOptions, widths: _Widths
+) -> int:
     """Beside what is kept, when the backward pass of a layer needs most: behind the activation of its MLP.
 
     There the gradient of the activation's output takes the place of linear_fc2's input, and the gradient of its input
@@ -211,5 +219,5 @@ def _count_transient(model: ModelShape, layout: Layout, batch: Batch, options: M
     return round(total)
 
 
-def _tp(layout: Layout) -> int:
+def _tp(layout: ParallelLayout) -> int:
     return layout.tensor_model_parallel_size

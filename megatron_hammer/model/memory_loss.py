@@ -6,7 +6,7 @@ gradient of the logits and of the hidden state.
 
 from typing import NamedTuple
 
-from megatron_hammer.model.layout import Layout
+from megatron_hammer.model.layout import ParallelLayout
 from megatron_hammer.model.memory_activations import count_gathered_bytes, count_hidden_bytes
 from megatron_hammer.model.memory_options import Batch, CrossEntropy, MemoryOptions
 from megatron_hammer.model.parameters import padded_vocab_size
@@ -29,7 +29,7 @@ class HeadMemory(NamedTuple):
     backward_transient: int
 
 
-def estimate_head(model: ModelShape, layout: Layout, batch: Batch, options: MemoryOptions) -> HeadMemory:
+def estimate_head(model: ModelShape, layout: ParallelLayout, batch: Batch, options: MemoryOptions) -> HeadMemory:
     """Final norm, head and loss of one micro-batch; rows cut over the context, columns over the tensor ranks."""
     tp = layout.tensor_model_parallel_size
     rows = padded_vocab_size(model.vocab_size, divisible_by=options.vocab_divisible_by, tensor_model_parallel_size=tp)
@@ -54,7 +54,7 @@ def estimate_head(model: ModelShape, layout: Layout, batch: Batch, options: Memo
     )
 
 
-def count_embedding_bytes(model: ModelShape, layout: Layout, batch: Batch, options: MemoryOptions) -> int:
+def count_embedding_bytes(model: ModelShape, layout: ParallelLayout, batch: Batch, options: MemoryOptions) -> int:
     """What the embedding keeps of one micro-batch: token ids, its dropout mask, the input of its norm."""
     hidden = count_hidden_bytes(model, layout, batch, options)
     dropout_mask = hidden // options.element_bytes if options.has_hidden_dropout else 0

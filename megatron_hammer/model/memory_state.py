@@ -7,7 +7,7 @@ section 3.1) and megatron.core's distributed optimizer, Megatron-FSDP and Transf
 from functools import lru_cache
 from typing import NamedTuple
 
-from megatron_hammer.model.layout import Layout
+from megatron_hammer.model.layout import ParallelLayout
 from megatron_hammer.model.memory_options import QUANTIZED_BYTES, MemoryOptions
 from megatron_hammer.model.parameters import (
     TensorSize,
@@ -39,7 +39,7 @@ class _PartSizes(NamedTuple):
 
 def estimate_state(
     model: ModelShape,
-    layout: Layout,
+    layout: ParallelLayout,
     options: MemoryOptions,
     *,
     num_layers: int,
@@ -80,7 +80,7 @@ def estimate_state(
     )
 
 
-def count_shard_ranks(layout: Layout, options: MemoryOptions) -> tuple[int, int]:
+def count_shard_ranks(layout: ParallelLayout, options: MemoryOptions) -> tuple[int, int]:
     """Ranks over which dense and expert state is sharded: (1, 1) where it is not."""
     if not _is_sharded(layout, options):
         return 1, 1
@@ -92,7 +92,7 @@ def count_shard_ranks(layout: Layout, options: MemoryOptions) -> tuple[int, int]
 
 @lru_cache(maxsize=4096)
 def _select_part_sizes(
-    model: ModelShape, layout: Layout, vocab_divisible_by: int
+    model: ModelShape, layout: ParallelLayout, vocab_divisible_by: int
 ) -> tuple[_PartSizes, _PartSizes, _PartSizes]:
     tp = layout.tensor_model_parallel_size
     rows = padded_vocab_size(model.vocab_size, divisible_by=vocab_divisible_by, tensor_model_parallel_size=tp)
@@ -105,10 +105,10 @@ def _select_part_sizes(
 
 
 def select_part_sizes(
-    model: ModelShape, layout: Layout, vocab_divisible_by: int
+    model: ModelShape, layout: ParallelLayout, vocab_divisible_by: int
 ) -> tuple[_PartSizes, _PartSizes, _PartSizes]:
     """One layer, the embedding and the head on one rank; kept, for they depend on few of a layout's fields."""
-    cut = Layout(
+    cut = ParallelLayout(
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=min(2, layout.pipeline_model_parallel_size),
         expert_model_parallel_size=layout.expert_model_parallel_size,
@@ -117,7 +117,7 @@ def select_part_sizes(
     return _select_part_sizes(model, cut, vocab_divisible_by)
 
 
-def _cut_tensors(model: ModelShape, layout: Layout, tensors: list[TensorSize]) -> _PartSizes:
+def _cut_tensors(model: ModelShape, layout: ParallelLayout, tensors: list[TensorSize]) -> _PartSizes:
     num_local_experts = model.moe.num_experts // layout.expert_model_parallel_size if model.moe else 0
     dense = expert = linear = matrices = 0
     for tensor in tensors:
@@ -137,7 +137,7 @@ def _cut_tensors(model: ModelShape, layout: Layout, tensors: list[TensorSize]) -
     return _PartSizes(dense, expert, linear, matrices)
 
 
-def _is_sharded(layout: Layout, options: MemoryOptions) -> bool:
+def _is_sharded(layout: ParallelLayout, options: MemoryOptions) -> bool:
     if options.sharding is None:
         return layout.has_distributed_optimizer
     return options.sharding != "none"

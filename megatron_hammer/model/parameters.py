@@ -8,7 +8,7 @@ and GPTModel of 0.19.2; tests hold the totals against transformers' models and p
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from megatron_hammer.model.layout import Layout, divisors, find_layout_problems, or_list, raise_problems
+from megatron_hammer.model.layout import ParallelLayout, divisors, find_grid_problems, or_list, raise_problems
 from megatron_hammer.model.pipeline_split import select_stage
 from megatron_hammer.model.shape import ModelShape
 
@@ -78,7 +78,7 @@ def count_matmul_parameters(model: ModelShape, vocab_size: int | None = None) ->
 
 
 def count_rank_parameters(
-    model: ModelShape, layout: Layout, pp_rank: int, *, vocab_divisible_by: int = 128
+    model: ModelShape, layout: ParallelLayout, pp_rank: int, *, vocab_divisible_by: int = 128
 ) -> RankParameters:
     """What one rank of a pipeline stage holds, exact; the same for each of its tensor, expert and data ranks.
 
@@ -100,7 +100,7 @@ def count_rank_parameters(
 
 
 def count_optimizer_shard(
-    model: ModelShape, layout: Layout, pp_rank: int, *, vocab_divisible_by: int = 128
+    model: ModelShape, layout: ParallelLayout, pp_rank: int, *, vocab_divisible_by: int = 128
 ) -> RankParameters:
     """Parameters whose fp32 copy and Adam moments one rank keeps: its own, or with the distributed optimizer its share.
 
@@ -162,9 +162,9 @@ def head_tensors(model: ModelShape, vocab_rows: int, *, holds_tied_copy: bool = 
     return tensors
 
 
-def find_shard_problems(model: ModelShape, layout: Layout) -> tuple[str, ...]:
+def find_shard_problems(model: ModelShape, layout: ParallelLayout) -> tuple[str, ...]:
     """Every reason why this model cannot be cut over this layout's tensor and expert ranks; empty if it can."""
-    problems = list(find_layout_problems(layout))
+    problems = list(find_grid_problems(layout))
     if problems:
         return tuple(problems)
     tp, groups = layout.tensor_model_parallel_size, model.num_query_groups
@@ -189,7 +189,7 @@ def find_shard_problems(model: ModelShape, layout: Layout) -> tuple[str, ...]:
     return tuple(problems + _find_expert_problems(model, layout))
 
 
-def _find_expert_problems(model: ModelShape, layout: Layout) -> list[str]:
+def _find_expert_problems(model: ModelShape, layout: ParallelLayout) -> list[str]:
     ep, etp, tp = layout.expert_model_parallel_size, layout.expert_tp, layout.tensor_model_parallel_size
     if model.moe is None:
         if ep == 1:
@@ -257,7 +257,9 @@ def _count_layer(model: ModelShape, num_experts: int) -> int:
     )
 
 
-def _count_rank_tensors(model: ModelShape, layout: Layout, tensors: list[TensorSize], copies: int) -> tuple[int, int]:
+def _count_rank_tensors(
+    model: ModelShape, layout: ParallelLayout, tensors: list[TensorSize], copies: int
+) -> tuple[int, int]:
     """(dense, expert) elements of these tensors on one rank, `copies` times over."""
     num_local_experts = model.moe.num_experts // layout.expert_model_parallel_size if model.moe else 0
     dense = expert = 0

@@ -8,7 +8,7 @@ comes out exact or is refused with a remedy, before a process starts.
 from typing import NamedTuple
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.model.layout import Layout, divisors, find_layout_problems, or_list, raise_problems
+from megatron_hammer.model.layout import ParallelLayout, divisors, find_grid_problems, or_list, raise_problems
 
 
 class LayerRange(NamedTuple):
@@ -18,13 +18,13 @@ class LayerRange(NamedTuple):
     num_layers: int
 
 
-def split_layers(num_layers: int, layout: Layout) -> tuple[tuple[LayerRange, ...], ...]:
+def split_layers(num_layers: int, layout: ParallelLayout) -> tuple[tuple[LayerRange, ...], ...]:
     """The layers of every pipeline stage, a range for each of its virtual chunks: result[pp_rank][vp_stage].
 
     Equal to megatron.core's get_num_layers_to_build and get_transformer_layer_offset, pinned by
     tests/unit/model/test_pipeline_split.py. Raises ConfigError where a split cannot hold every layer exactly once.
     """
-    raise_problems(find_layout_problems(layout))
+    raise_problems(find_grid_problems(layout))
     raise_problems(find_split_problems(num_layers, layout))
     pp, vp = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size
     sizes = _count_chunk_layers(num_layers, layout)
@@ -40,7 +40,7 @@ def split_layers(num_layers: int, layout: Layout) -> tuple[tuple[LayerRange, ...
     return tuple(tuple(stage) for stage in stages)
 
 
-def find_split_problems(num_layers: int, layout: Layout) -> tuple[str, ...]:
+def find_split_problems(num_layers: int, layout: ParallelLayout) -> tuple[str, ...]:
     """Every reason why this split is not exact, each a sentence with its remedy; empty if it is."""
     pp, vp = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size
     is_uneven = layout.num_layers_first_stage is not None or layout.num_layers_last_stage is not None
@@ -63,7 +63,7 @@ def find_split_problems(num_layers: int, layout: Layout) -> tuple[str, ...]:
     return tuple(problems)
 
 
-def _find_even_problems(num_layers: int, layout: Layout) -> list[str]:
+def _find_even_problems(num_layers: int, layout: ParallelLayout) -> list[str]:
     pp, vp = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size
     extra = int(layout.accounts_for_embedding) + int(layout.accounts_for_loss)
     slots = num_layers + extra
@@ -86,7 +86,7 @@ def _find_even_problems(num_layers: int, layout: Layout) -> list[str]:
     return []
 
 
-def _find_uneven_problems(num_layers: int, layout: Layout) -> list[str]:
+def _find_uneven_problems(num_layers: int, layout: ParallelLayout) -> list[str]:
     pp, vp = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size
     named = {
         "decoder-first-pipeline-num-layers": layout.num_layers_first_stage,
@@ -121,7 +121,7 @@ def _find_uneven_problems(num_layers: int, layout: Layout) -> list[str]:
     return problems
 
 
-def _count_chunk_layers(num_layers: int, layout: Layout) -> list[list[int]]:
+def _count_chunk_layers(num_layers: int, layout: ParallelLayout) -> list[list[int]]:
     """Layers of each chunk, [pp_rank][vp_stage]; the split is known to be exact."""
     pp, vp = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size
     first, last = layout.num_layers_first_stage, layout.num_layers_last_stage
@@ -143,7 +143,7 @@ def _count_chunk_layers(num_layers: int, layout: Layout) -> list[list[int]]:
     return sizes
 
 
-def select_stage(num_layers: int, layout: Layout, pp_rank: int) -> tuple[LayerRange, ...]:
+def select_stage(num_layers: int, layout: ParallelLayout, pp_rank: int) -> tuple[LayerRange, ...]:
     """One stage of the split; ConfigError for a stage that the layout does not have."""
     if not 0 <= pp_rank < layout.pipeline_model_parallel_size:
         raise ConfigError(

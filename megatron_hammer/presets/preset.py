@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megatron_hammer.model.layout import Layout
+from megatron_hammer.model.layout import ParallelLayout
 from megatron_hammer.model.shape import ModelShape
 
 
@@ -34,9 +34,9 @@ class Recipe:
     has_sequence_parallel: bool = False
     extra_arguments: tuple[str, ...] = field(default=())  # further Megatron flags, as typed
 
-    def build_layout(self, *, data_parallel_size: int = 1) -> Layout:
+    def build_layout(self, *, data_parallel_size: int = 1) -> ParallelLayout:
         """The published layout at some number of copies of the model."""
-        return Layout(
+        return ParallelLayout(
             tensor_model_parallel_size=self.tensor_model_parallel_size,
             pipeline_model_parallel_size=self.pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size=self.virtual_pipeline_model_parallel_size,

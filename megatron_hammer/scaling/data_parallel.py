@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from megatron_hammer.model.accounting import Layout, RankParameters, count_rank_parameters
+from megatron_hammer.model.accounting import ParallelLayout, RankParameters, count_rank_parameters
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.scaling.coefficients import Coefficients
 from megatron_hammer.scaling.communication import (
@@ -37,7 +37,7 @@ def _count_stage_parameters(
     model: ModelShape, tp: int, ep: int, expert_tp: int, num_layers: int, ends: tuple[bool, bool], multiple: int
 ) -> RankParameters:
     """Parameters of one rank of a stage with so many layers; the ends are those of a pipeline's first or last stage."""
-    layout = Layout(
+    layout = ParallelLayout(
         tensor_model_parallel_size=tp,
         expert_model_parallel_size=ep,
         expert_tensor_parallel_size=expert_tp,

@@ -7,7 +7,7 @@ last the head and the loss, and the slowest sets the pace of all.
 from functools import lru_cache
 from typing import NamedTuple
 
-from megatron_hammer.model.accounting import Layout, split_layers
+from megatron_hammer.model.accounting import ParallelLayout, split_layers
 
 
 class StageKind(NamedTuple):
@@ -38,7 +38,7 @@ def list_stages(
     accounts_for_loss: bool,
 ) -> tuple[StageKind, ...]:
     """The kinds of stages of a layout; ConfigError where the layers do not split."""
-    layout = Layout(
+    layout = ParallelLayout(
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vp,
         num_layers_first_stage=first,

@@ -6,7 +6,7 @@
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from megatron_hammer.model.accounting import Layout
+from megatron_hammer.model.accounting import ParallelLayout
 from megatron_hammer.model.shape import ModelShape
 
 Precision = Literal["fp32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4"]  # of the matrix products; the rest is 16-bit
@@ -58,7 +58,7 @@ class Plan:
     """One training run to be predicted. Data-parallel size and Megatron's other sizes are in `layout`."""
 
     model: ModelShape
-    layout: Layout
+    layout: ParallelLayout
     gpu: Gpu
     cluster: Cluster
     seq_length: int

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.model.accounting import FLOP_CONVENTIONS, Layout, StageMemory
+from megatron_hammer.model.accounting import FLOP_CONVENTIONS, ParallelLayout, StageMemory
 from megatron_hammer.model.shape import ModelShape, MoeShape, RopeScaling
 from megatron_hammer.scaling.plan import PARTS, Cluster, Gpu, Plan
 from megatron_hammer.scaling.projection import (
@@ -289,7 +289,7 @@ def _read_model(values: dict[str, Any]) -> ModelShape:
 
 
 def _read_row(row: dict[str, Any], model: ModelShape, gpu: Gpu, cluster: Cluster) -> SavedRow:
-    plan = Plan(model=model, layout=Layout(**row["layout"]), gpu=gpu, cluster=cluster, **row["plan"])
+    plan = Plan(model=model, layout=ParallelLayout(**row["layout"]), gpu=gpu, cluster=cluster, **row["plan"])
     return SavedRow(
         row_id=row["id"],
         num_gpus=row["gpus"],

@@ -9,7 +9,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from megatron_hammer.model.accounting import Layout, find_layout_problems, find_shard_problems, find_split_problems
+from megatron_hammer.model.accounting import (
+    ParallelLayout,
+    find_grid_problems,
+    find_shard_problems,
+    find_split_problems,
+)
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.scaling.published_cells import PublishedRow
 from megatron_hammer.scaling.published_models import UnpredictableError
@@ -44,7 +49,7 @@ def collect_siblings(rows: Sequence[PublishedRow]) -> Siblings:
 
 def build_row_layout(
     row: PublishedRow, model: ModelShape, stack: Stack, siblings: Siblings, assumptions: list[str]
-) -> Layout:
+) -> ParallelLayout:
     """The layout of a row and its model. Raises UnpredictableError where it is unsaid or cannot be built."""
     tp, pp = _fill_model_parallel(row, siblings, assumptions)
     cp = row.cp or 1
@@ -61,7 +66,7 @@ def build_row_layout(
         dp = row.gpus // (tp * pp * cp)
     if row.gpus is not None and row.gpus != tp * pp * cp * dp:
         raise UnpredictableError(f"its {row.gpus} GPUs are not tp {tp} x pp {pp} x cp {cp} x dp {dp}")
-    base = Layout(
+    base = ParallelLayout(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         context_parallel_size=cp,
@@ -71,7 +76,7 @@ def build_row_layout(
     )
     vpp = _fill_chunks(row, (tp, pp), model, stack, siblings, assumptions)
     layout = _split_over_stages(base, model.num_layers, vpp, assumptions)
-    problems = (*find_layout_problems(layout), *find_shard_problems(model, layout))
+    problems = (*find_grid_problems(layout), *find_shard_problems(model, layout))
     if problems:
         raise UnpredictableError(f"its layout cannot be built: {problems[0]}")
     return layout
@@ -135,7 +140,7 @@ def _fill_chunks(
     return chunks
 
 
-def _split_over_stages(base: Layout, num_layers: int, vpp: int, assumptions: list[str]) -> Layout:
+def _split_over_stages(base: ParallelLayout, num_layers: int, vpp: int, assumptions: list[str]) -> ParallelLayout:
     """The first exact way to share the layers out: evenly, with embedding and loss as layers, or a short last stage."""
     layout = replace(base, virtual_pipeline_model_parallel_size=vpp if base.pipeline_model_parallel_size > 1 else 1)
     pp = layout.pipeline_model_parallel_size

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.model.accounting import Layout, MemoryOptions
-from megatron_hammer.model.layout import find_layout_problems
+from megatron_hammer.model.accounting import MemoryOptions, ParallelLayout
+from megatron_hammer.model.layout import find_grid_problems
 from megatron_hammer.model.memory_options import RecomputeModule
 from megatron_hammer.model.parameters import find_shard_problems
 from megatron_hammer.model.pipeline_split import find_split_problems
@@ -38,7 +38,7 @@ class MemoryRow:
     measured_or_model: str
     stage: StageChoice
     model: ModelShape
-    layout: Layout
+    layout: ParallelLayout
     seq_length: int
     micro_batch_size: int
     num_microbatches: int
@@ -196,14 +196,14 @@ def _build_layout(
     stack: MemoryStack,
     changes: Mapping[str, Any],
     assumptions: list[str],
-) -> Layout:
+) -> ParallelLayout:
     tp, pp = _count_or_assume(cells, "tp", 1, stack, assumptions), _count_or_assume(cells, "pp", 1, stack, assumptions)
     cp, vpp = read_count(cells, "cp") or 1, read_count(cells, "vpp") or 1
     dp = _count_replicas(cells, tp * pp * cp, stack, assumptions)
     has_sequence_parallel = {"yes": True, "no": False}.get(cells["sequence_parallel"].lower())
     if has_sequence_parallel is None:
         has_sequence_parallel = stack.has_sequence_parallel and tp > 1
-    layout = Layout(
+    layout = ParallelLayout(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vpp,
@@ -211,14 +211,14 @@ def _build_layout(
         data_parallel_size=dp,
         has_sequence_parallel=has_sequence_parallel,
         expert_model_parallel_size=read_count(cells, "ep") or 1,
-        **_select_fields(changes, Layout),
+        **_select_fields(changes, ParallelLayout),
     )
     if find_split_problems(model.num_layers, layout):
         both_ends = replace(layout, accounts_for_embedding=True, accounts_for_loss=True)
         if not find_split_problems(model.num_layers, both_ends):
             layout = both_ends
             assumptions.append("embedding and loss stand for a layer each: else its stages do not come out even")
-    problems = [*find_layout_problems(layout), *find_split_problems(model.num_layers, layout)]
+    problems = [*find_grid_problems(layout), *find_split_problems(model.num_layers, layout)]
     problems += find_shard_problems(model, layout)
     if problems:
         raise UnpredictableError(f"its layout cannot be built: {problems[0]}")
@@ -239,7 +239,9 @@ def _count_replicas(cells: Mapping[str, str], ranks: int, stack: MemoryStack, as
     return gpus // ranks
 
 
-def _count_microbatches(cells: Mapping[str, str], layout: Layout, micro_batch_size: int, assumptions: list[str]) -> int:
+def _count_microbatches(
+    cells: Mapping[str, str], layout: ParallelLayout, micro_batch_size: int, assumptions: list[str]
+) -> int:
     named = re.search(r"mbc(\d+)", cells["quantity"])
     if named:
         return int(named[1])

@@ -141,7 +141,7 @@ class NameRule:
     pattern: str
     source_pattern: str
     says: str
-    changes: tuple[tuple[str, object], ...]  # of ModelShape, MemoryStack or Layout, by field name
+    changes: tuple[tuple[str, object], ...]  # of ModelShape, MemoryStack or ParallelLayout, by field name
 
 
 _CI = r"megatronlm_ci"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.model.accounting import Layout, count_rank_parameters
+from megatron_hammer.model.accounting import ParallelLayout, count_rank_parameters
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.hardware import (
@@ -209,7 +209,7 @@ def _fill_seq_length(row: PublishedRow, stack: Stack, assumptions: list[str]) ->
     return stack.seq_length
 
 
-def _fill_batch(row: PublishedRow, layout: Layout, stack: Stack, assumptions: list[str]) -> tuple[int, int]:
+def _fill_batch(row: PublishedRow, layout: ParallelLayout, stack: Stack, assumptions: list[str]) -> tuple[int, int]:
     """(micro-batch, global batch), the latter a multiple of what one round of micro-batches takes."""
     dp, pp = layout.data_parallel_size, layout.pipeline_model_parallel_size
     micro_batch, global_batch = row.micro_batch, row.global_batch
@@ -333,7 +333,7 @@ def _read_sharding(row: PublishedRow, stack: Stack, assumptions: list[str]) -> t
     return stack.sharding, None
 
 
-def _fits_unsharded(model: ModelShape, layout: Layout, gpu: Gpu) -> bool:
+def _fits_unsharded(model: ModelShape, layout: ParallelLayout, gpu: Gpu) -> bool:
     """Whether 16-bit weights and gradients and a shard of Adam's 12 bytes fit at all, before any activation."""
     num_parameters = count_rank_parameters(model, layout, 0).total
     return num_parameters * (4 + 12 / layout.dense_shard_size) < gpu.memory_bytes

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from math import ceil, lcm, log2
 from typing import Any, NamedTuple
 
-from megatron_hammer.model.accounting import Layout, StageMemory
+from megatron_hammer.model.accounting import ParallelLayout, StageMemory
 from megatron_hammer.scaling.plan import Plan, Sharding, StepTime
 from megatron_hammer.scaling.plan_memory import estimate_heaviest_plan_stage
 from megatron_hammer.scaling.projection import Projection, SizeProjection, Study, describe_plan
@@ -169,7 +169,7 @@ class _Fit:
         self._limit_bytes = study.memory_limit_bytes
         self._recomputes = [recompute for recompute in RECOMPUTES if recompute in study.space.recomputes]
         self._estimate = estimate
-        self._too_large: dict[tuple[Layout, Sharding], int] = {}  # micro-batch sizes that did not fit
+        self._too_large: dict[tuple[ParallelLayout, Sharding], int] = {}  # micro-batch sizes that did not fit
         self.least: _Failure | None = None
 
     def choose_recompute(self, plan: Plan) -> tuple[Plan, StageMemory] | None:
@@ -197,7 +197,7 @@ class _Fit:
         return None
 
 
-def _build_plan(study: Study, layout: Layout, sharding: Sharding, global_batch_size: int) -> Plan:
+def _build_plan(study: Study, layout: ParallelLayout, sharding: Sharding, global_batch_size: int) -> Plan:
     """The plan of a layout before its micro-batch and recomputation are chosen."""
     has_overlap = layout.dense_shard_size > 1 and not is_cpu_host(study.cluster)
     can_overlap_tp = can_overlap_tensor_parallel(layout, study.cluster)

@@ -10,7 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from megatron_hammer.model.accounting import Layout, find_layout_problems, find_shard_problems, find_split_problems
+from megatron_hammer.model.accounting import (
+    ParallelLayout,
+    find_grid_problems,
+    find_shard_problems,
+    find_split_problems,
+)
 from megatron_hammer.model.layout import divisors
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.scaling.plan import Cluster, Recompute, Sharding
@@ -57,14 +62,14 @@ def list_layouts(
     global_batch_size: int,
     seq_length: int,
     space: SearchSpace,
-) -> Iterator[Layout]:
+) -> Iterator[ParallelLayout]:
     """Every layout of the space that holds the model, in a fixed order; sharding and micro-batch are still open."""
     for grid in _list_grids(model, cluster, num_gpus, global_batch_size, seq_length, space):
         for layout in _list_splits(model.num_layers, _dense_layout(grid), space):
             yield from _list_expert_layouts(model, layout, space)
 
 
-def list_micro_batch_sizes(layout: Layout, global_batch_size: int, space: SearchSpace) -> list[int]:
+def list_micro_batch_sizes(layout: ParallelLayout, global_batch_size: int, space: SearchSpace) -> list[int]:
     """The micro-batch sizes that divide the batch and that the schedule takes, from the smallest.
 
     An interleaved schedule takes micro-batches in groups of as many as there are stages.
@@ -76,7 +81,7 @@ def list_micro_batch_sizes(layout: Layout, global_batch_size: int, space: Search
     return [size for size in sizes if per_rank // size % layout.pipeline_model_parallel_size == 0]
 
 
-def list_shardings(layout: Layout, cluster: Cluster, space: SearchSpace) -> list[Sharding]:
+def list_shardings(layout: ParallelLayout, cluster: Cluster, space: SearchSpace) -> list[Sharding]:
     """What may be done with the optimizer state. "none" only where nothing else is allowed: see search.py.
 
     Where a rank has nobody to share with, the distributed optimizer and "none" are the same.
@@ -89,7 +94,7 @@ def list_shardings(layout: Layout, cluster: Cluster, space: SearchSpace) -> list
     return shardings if shardings or "none" not in space.shardings else ["none"]
 
 
-def can_overlap_tensor_parallel(layout: Layout, cluster: Cluster) -> bool:
+def can_overlap_tensor_parallel(layout: ParallelLayout, cluster: Cluster) -> bool:
     """TransformerEngine's user buffers: sequence parallelism inside one NVLink domain."""
     tp = layout.tensor_model_parallel_size
     return layout.has_sequence_parallel and tp <= cluster.nvlink_domain_size and not is_cpu_host(cluster)
@@ -103,7 +108,9 @@ def _list_grids(
     model: ModelShape, cluster: Cluster, num_gpus: int, global_batch_size: int, seq_length: int, space: SearchSpace
 ) -> Iterator[Grid]:
     for tp in divisors(num_gpus):
-        alone = Layout(tensor_model_parallel_size=tp, has_sequence_parallel=tp > 1, expert_tensor_parallel_size=1)
+        alone = ParallelLayout(
+            tensor_model_parallel_size=tp, has_sequence_parallel=tp > 1, expert_tensor_parallel_size=1
+        )
         if not _is_allowed(tp, space.tensor_model_parallel_sizes) or find_shard_problems(model, alone):
             continue
         for cp in divisors(num_gpus // tp):
@@ -123,8 +130,8 @@ def _divides_sequence(seq_length: int, tp: int, cp: int) -> bool:
     return seq_length % (tp * cp * (2 if cp > 1 else 1)) == 0
 
 
-def _dense_layout(grid: Grid) -> Layout:
-    return Layout(
+def _dense_layout(grid: Grid) -> ParallelLayout:
+    return ParallelLayout(
         tensor_model_parallel_size=grid.tp,
         pipeline_model_parallel_size=grid.pp,
         context_parallel_size=grid.cp,
@@ -133,7 +140,7 @@ def _dense_layout(grid: Grid) -> Layout:
     )
 
 
-def _list_splits(num_layers: int, layout: Layout, space: SearchSpace) -> Iterator[Layout]:
+def _list_splits(num_layers: int, layout: ParallelLayout, space: SearchSpace) -> Iterator[ParallelLayout]:
     """The layout with every exact split of the layers and every number of virtual chunks.
 
     Beside the even split: the embedding and the head in the place of a layer each, the head alone in one (both make
@@ -156,7 +163,7 @@ def _list_splits(num_layers: int, layout: Layout, space: SearchSpace) -> Iterato
                     yield chunked
 
 
-def _list_uneven_splits(num_layers: int, layout: Layout) -> list[Layout]:
+def _list_uneven_splits(num_layers: int, layout: ParallelLayout) -> list[ParallelLayout]:
     """The last stage takes what is left, the smaller half of it, as it has the head; none if a stage were empty."""
     pp = layout.pipeline_model_parallel_size
     middle = -(-num_layers // pp)
@@ -167,7 +174,7 @@ def _list_uneven_splits(num_layers: int, layout: Layout) -> list[Layout]:
     return [] if find_split_problems(num_layers, split) else [split]
 
 
-def _list_expert_layouts(model: ModelShape, layout: Layout, space: SearchSpace) -> Iterator[Layout]:
+def _list_expert_layouts(model: ModelShape, layout: ParallelLayout, space: SearchSpace) -> Iterator[ParallelLayout]:
     """The layout itself, or with experts one for each way to deal them out that tiles the ranks of a stage."""
     if model.moe is None:
         if _is_allowed(1, space.expert_model_parallel_sizes):
@@ -181,5 +188,5 @@ def _list_expert_layouts(model: ModelShape, layout: Layout, space: SearchSpace) 
             if not _is_allowed(etp, space.expert_tensor_parallel_sizes):
                 continue
             dealt = replace(layout, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp)
-            if not find_layout_problems(dealt) and not find_shard_problems(model, dealt):
+            if not find_grid_problems(dealt) and not find_shard_problems(model, dealt):
                 yield dealt

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.model.accounting import Layout
+from megatron_hammer.model.accounting import ParallelLayout
 from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.presets.preset import Preset
 from megatron_hammer.scaling.plan import Precision, Recompute
@@ -60,7 +60,7 @@ class Setting:
 
     preset: Preset
     layout_name: str
-    layout: Layout
+    layout: ParallelLayout
     micro_batch_size: int
     global_batch_size: int
     seq_length: int
@@ -95,7 +95,7 @@ def digest_of(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def parse_layout(name: str) -> Layout:
+def parse_layout(name: str) -> ParallelLayout:
     """`single`, or sizes and switches joined by hyphens: tp2-sp-pp2-vp2-cp2-dp2-ep2, ddp for no distributed optimizer.
 
     Raises ConfigError for anything else.
@@ -114,7 +114,7 @@ def parse_layout(name: str) -> Layout:
             )
         if key is not None:
             values[key] = int(match[2]) if match else word == "sp"
-    return Layout(**values)
+    return ParallelLayout(**values)
 
 
 def list_settings(sweep: Sweep) -> list[Setting]:
@@ -159,7 +159,7 @@ def _join(sizes: Sequence[int]) -> str:
     return ", ".join(str(size) for size in sizes)
 
 
-def _combine(sweep: Sweep, preset: Preset, layout_name: str, layout: Layout) -> list[Setting]:
+def _combine(sweep: Sweep, preset: Preset, layout_name: str, layout: ParallelLayout) -> list[Setting]:
     """The sizes of one model under one layout."""
     recipe = preset.recipe
     batches = sweep.global_batch_sizes or (recipe.global_batch_size,)

@@ -5,7 +5,7 @@ Left out: data, schedule and outputs; `emit` adds those.
 """
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.model.accounting import Layout
+from megatron_hammer.model.accounting import ParallelLayout
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.presets.preset import Recipe
@@ -83,7 +83,7 @@ def _list_expert_flags(model: ModelShape) -> list[str]:
     return flags if moe.is_topk_renormalized else [*flags, "--moe-router-pre-softmax"]
 
 
-def list_layout_flags(model: ModelShape, layout: Layout) -> list[str]:
+def list_layout_flags(model: ModelShape, layout: ParallelLayout) -> list[str]:
     """Every parallel size, over whatever the preset's recipe has.
 
     Raises ConfigError for what no flag can take back: the sequence parallelism of a recipe.
@@ -109,7 +109,7 @@ def list_layout_flags(model: ModelShape, layout: Layout) -> list[str]:
     return flags if layout.has_distributed_optimizer else [*flags, "--no-distributed-optimizer"]
 
 
-def _list_stage_flags(layout: Layout, recipe: Recipe | None) -> list[str]:
+def _list_stage_flags(layout: ParallelLayout, recipe: Recipe | None) -> list[str]:
     """How layers are shared out over pipeline stages and their chunks."""
     flags = []
     vp = layout.virtual_pipeline_model_parallel_size

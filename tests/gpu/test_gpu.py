@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_hammer.model.accounting import Layout, estimate_memory
+from megatron_hammer.model.accounting import ParallelLayout, estimate_memory
 from megatron_hammer.platforms.select import find_te_failure
 from megatron_hammer.presets.catalogue import HAMMER_1B4
 
@@ -97,7 +97,7 @@ def test_training_runs_in_the_estimated_memory(backend: str, tmp_path: Path) -> 
     model = dataclasses.replace(HAMMER_1B4.model, num_layers=NUM_LAYERS, vocab_size=VOCAB_SIZE)
     (stage,) = estimate_memory(
         model,
-        Layout(),
+        ParallelLayout(),
         micro_batch_size=MICRO_BATCH_SIZE,
         seq_length=SEQ_LENGTH,
         num_microbatches=2,

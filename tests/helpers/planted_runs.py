@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_hammer.model.accounting import Layout
+from megatron_hammer.model.accounting import ParallelLayout
 from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.coefficients import Coefficients
 from megatron_hammer.scaling.hardware import select_cluster, select_gpu
@@ -23,7 +23,9 @@ def build_planted_runs(coefficients: Coefficients, source: str = "one") -> list[
     plans = []
     for name in ("llama3-8b", "llama3-70b", "hammer-1b4"):
         for tp, seq_length in ((1, 2048), (2, 16384), (8, 8192)):
-            layout = Layout(tensor_model_parallel_size=tp, data_parallel_size=64 // tp, has_sequence_parallel=tp > 1)
+            layout = ParallelLayout(
+                tensor_model_parallel_size=tp, data_parallel_size=64 // tp, has_sequence_parallel=tp > 1
+            )
             plans.append(
                 Plan(
                     model=PRESETS[name].model,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_hammer.model.accounting import Layout
+from megatron_hammer.model.accounting import ParallelLayout
 from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.emit import SUFFIXES, build_launch, render
 from megatron_hammer.scaling.hardware import select_cluster, select_gpu
@@ -45,7 +45,7 @@ def build_script(name: str, launcher: Any) -> tuple[str, int]:
     model = PRESETS[preset].model if preset != "own" else build_own_model()
     plan = Plan(
         model=model,
-        layout=Layout(**dict(zip(SIZES, sizes, strict=True)), has_sequence_parallel=sizes[0] > 1, **layout),
+        layout=ParallelLayout(**dict(zip(SIZES, sizes, strict=True)), has_sequence_parallel=sizes[0] > 1, **layout),
         gpu=select_gpu("h100-sxm"),
         cluster=select_cluster("dgx-h100"),
         **{"seq_length": 8192, "micro_batch_size": 1, "global_batch_size": 128, **changes},

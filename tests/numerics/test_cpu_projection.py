@@ -44,7 +44,7 @@ ONE_AND_TWO_PROCESSES_S = {
     ("single", 8): 0.783, ("tp2", 8): 0.656, ("pp2", 8): 0.601, ("dp2", 8): 0.463,
     ("single", 16): 1.571, ("tp2", 16): 1.347, ("pp2", 16): 1.121,
 }  # fmt: skip
-# Layout, at global batch 8: seconds of a step.
+# ParallelLayout, at global batch 8: seconds of a step.
 FOUR_PROCESSES_S = {"tp2-pp2": 0.752, "dp4": 0.490, "tp2-dp2": 0.681, "pp2-dp2": 0.505, "pp4": 0.590}
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from megatron_hammer.checkpoint.hugging_face import mapping
 from megatron_hammer.checkpoint.hugging_face.architecture import read_architecture
-from megatron_hammer.checkpoint.hugging_face.mapping import Layout, select_family
+from megatron_hammer.checkpoint.hugging_face.mapping import ParallelLayout, select_family
 from megatron_hammer.checkpoint.hugging_face.row_layouts import merge_gate_up
 from megatron_hammer.checkpoint.hugging_face.write_config import build_config
 from megatron_hammer.model.shape import ModelShape, MoeShape, RopeScaling
@@ -164,25 +164,25 @@ def test_hammer_1b4_at_full_width_equals_transformers(tmp_path):
 BROKEN_LAYOUTS = {
     "gate and up swapped": (
         "GATE_UP",
-        Layout(split=mapping.GATE_UP.split, merge=lambda parts, _: merge_gate_up(parts[1], parts[0])),
+        ParallelLayout(split=mapping.GATE_UP.split, merge=lambda parts, _: merge_gate_up(parts[1], parts[0])),
     ),
     "q, k and v not interleaved": (
         "QKV",
-        Layout(split=mapping.QKV.split, merge=lambda parts, _: torch.cat(list(parts))),
+        ParallelLayout(split=mapping.QKV.split, merge=lambda parts, _: torch.cat(list(parts))),
     ),
 }
 BROKEN_GPT2_LAYOUTS = {
     "q, k and v not interleaved": (
         "CONV1D_QKV_WEIGHT",
-        Layout(split=mapping.CONV1D_QKV_WEIGHT.split, merge=lambda parts, _: parts[0].t().contiguous()),
+        ParallelLayout(split=mapping.CONV1D_QKV_WEIGHT.split, merge=lambda parts, _: parts[0].t().contiguous()),
     ),
     "biases of q, k and v not interleaved": (
         "CONV1D_QKV_BIAS",
-        Layout(split=mapping.CONV1D_QKV_BIAS.split, merge=lambda parts, _: parts[0]),
+        ParallelLayout(split=mapping.CONV1D_QKV_BIAS.split, merge=lambda parts, _: parts[0]),
     ),
     "square matrices not transposed": (
         "TRANSPOSED",
-        Layout(
+        ParallelLayout(
             split=mapping.TRANSPOSED.split,
             merge=lambda parts, _: parts[0] if parts[0].shape[0] == parts[0].shape[1] else parts[0].t(),
         ),

@@ -9,7 +9,7 @@ import functools
 import pytest
 import torch
 
-from megatron_hammer.model.accounting import Layout, count_rank_parameters, padded_vocab_size
+from megatron_hammer.model.accounting import ParallelLayout, count_rank_parameters, padded_vocab_size
 from megatron_hammer.model.shape import ModelShape, MoeShape
 
 # No two dimensions alike, so that no swapped axis can pass.
@@ -51,26 +51,26 @@ TOYS = {
     ),
 }
 DENSE_LAYOUTS = {
-    "one": Layout(),
-    "tp2": Layout(tensor_model_parallel_size=2),
-    "tp8 above the groups": Layout(tensor_model_parallel_size=8),
-    "pp3": Layout(pipeline_model_parallel_size=3),
-    "tp2 pp2 vp3": Layout(
+    "one": ParallelLayout(),
+    "tp2": ParallelLayout(tensor_model_parallel_size=2),
+    "tp8 above the groups": ParallelLayout(tensor_model_parallel_size=8),
+    "pp3": ParallelLayout(pipeline_model_parallel_size=3),
+    "tp2 pp2 vp3": ParallelLayout(
         tensor_model_parallel_size=2, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=3
     ),
-    "uneven": Layout(pipeline_model_parallel_size=3, num_layers_first_stage=2, num_layers_last_stage=3),
+    "uneven": ParallelLayout(pipeline_model_parallel_size=3, num_layers_first_stage=2, num_layers_last_stage=3),
 }
 MOE_LAYOUTS = {
-    "one": Layout(),
-    "ep4": Layout(data_parallel_size=4, expert_model_parallel_size=4),
-    "tp2 ep2 pp2": Layout(
+    "one": ParallelLayout(),
+    "ep4": ParallelLayout(data_parallel_size=4, expert_model_parallel_size=4),
+    "tp2 ep2 pp2": ParallelLayout(
         tensor_model_parallel_size=2,
         pipeline_model_parallel_size=2,
         data_parallel_size=2,
         expert_model_parallel_size=2,
         has_sequence_parallel=True,
     ),
-    "tp2 etp1 ep4": Layout(
+    "tp2 etp1 ep4": ParallelLayout(
         tensor_model_parallel_size=2,
         data_parallel_size=2,
         expert_model_parallel_size=4,
@@ -94,7 +94,7 @@ def play_rank(monkeypatch):
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    def play(layout: Layout, rank: int) -> None:
+    def play(layout: ParallelLayout, rank: int) -> None:
         torch.distributed.init_process_group("fake", rank=rank, world_size=layout.world_size, store=FakeStore())
         vp = layout.virtual_pipeline_model_parallel_size
         parallel_state.initialize_model_parallel(
@@ -111,7 +111,7 @@ def play_rank(monkeypatch):
     torch.distributed.destroy_process_group()
 
 
-def build_config(model: ModelShape, layout: Layout):
+def build_config(model: ModelShape, layout: ParallelLayout):
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     vp, moe = layout.virtual_pipeline_model_parallel_size, model.moe
@@ -153,7 +153,7 @@ def build_config(model: ModelShape, layout: Layout):
     )
 
 
-def count_built(model: ModelShape, layout: Layout, pp_rank: int) -> tuple[int, int]:
+def count_built(model: ModelShape, layout: ParallelLayout, pp_rank: int) -> tuple[int, int]:
     """(dense, expert) elements of the chunks that megatron-core builds for the rank being played."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_hammer.checkpoint_files.legacy.names import select_layer, translate_name
 from megatron_hammer.checkpoint_files.legacy.rank_files import RankFile
 from megatron_hammer.errors import CheckpointError, ConfigError
-from megatron_hammer.model.layout import Layout
+from megatron_hammer.model.layout import ParallelLayout
 from megatron_hammer.model.pipeline_split import split_layers
 
 
@@ -65,7 +65,7 @@ def _split_by_arguments(args: Any, pp: int, vp: int) -> list[list[int]] | None:
     """Megatron's split; None where the arguments describe it in a way that only the files can tell."""
     if getattr(args, "pipeline_model_parallel_layout", None) or getattr(args, "standalone_embedding_stage", False):
         return None
-    layout = Layout(
+    layout = ParallelLayout(
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vp,
         num_layers_first_stage=getattr(args, "decoder_first_pipeline_num_layers", None),

@@ -39,7 +39,7 @@ from megatron_hammer.data.sources import SPLIT_NAMES, DataPlan, count_split_toke
 from megatron_hammer.model.accounting import (
     FLOP_CONVENTIONS,
     FlopConvention,
-    Layout,
+    ParallelLayout,
     count_active_parameters,
     count_flops_per_token,
     count_optimizer_shard,
@@ -150,7 +150,7 @@ def _report_model(arguments: ParsedArguments) -> ModelReport:
     )
 
 
-def list_grid_axes(layout: Layout) -> tuple[GridAxis, ...]:
+def list_grid_axes(layout: ParallelLayout) -> tuple[GridAxis, ...]:
     """The axes in mcore's order tp-cp-dp-pp, and for experts etp-ep-edp over the same ranks of a stage."""
     tp, cp, dp = layout.tensor_model_parallel_size, layout.context_parallel_size, layout.data_parallel_size
     axes = [

@@ -4,7 +4,7 @@ import argparse
 
 from megatron_hammer.config.model_from_arguments import build_layout, build_model, count_ranks_of_model
 from megatron_hammer.config.samples import select_global_batch_size
-from megatron_hammer.model.accounting import Layout, find_shard_problems, find_split_problems, split_layers
+from megatron_hammer.model.accounting import ParallelLayout, find_shard_problems, find_split_problems, split_layers
 from megatron_hammer.model.layout import divisors, or_list
 from megatron_hammer.model.shape import ModelShape
 
@@ -89,7 +89,7 @@ def _find_head_problems(model: ModelShape, *, rotary_percent: float) -> list[str
     return problems
 
 
-def _find_sequence_problems(namespace: argparse.Namespace, layout: Layout) -> list[str]:
+def _find_sequence_problems(namespace: argparse.Namespace, layout: ParallelLayout) -> list[str]:
     seq_length, tp, cp = namespace.seq_length, layout.tensor_model_parallel_size, layout.context_parallel_size
     if seq_length is None:
         return []
@@ -113,7 +113,7 @@ def _find_sequence_problems(namespace: argparse.Namespace, layout: Layout) -> li
     return problems
 
 
-def _find_lost_layers(model: ModelShape, layout: Layout) -> list[str]:
+def _find_lost_layers(model: ModelShape, layout: ParallelLayout) -> list[str]:
     """The last word: the layers of all chunks together are the layers of the model, each once."""
     chunks = [chunk for stage in split_layers(model.num_layers, layout) for chunk in stage]
     built = sorted(
@@ -178,7 +178,7 @@ def _batch_problem(name: str, batch: int, micro_name: str, micro: int, dp: int) 
 
 
 def _find_schedule_problems(
-    name: str, num_microbatches: int, namespace: argparse.Namespace, layout: Layout
+    name: str, num_microbatches: int, namespace: argparse.Namespace, layout: ParallelLayout
 ) -> list[str]:
     """The interleaved schedule takes micro-batches in groups (megatron.core.pipeline_parallel.schedules)."""
     pp = layout.pipeline_model_parallel_size

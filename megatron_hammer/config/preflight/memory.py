@@ -7,7 +7,7 @@ import os
 from megatron_hammer.config.environment import read_process_place
 from megatron_hammer.config.model_from_arguments import build_layout, build_model
 from megatron_hammer.config.samples import select_global_batch_size
-from megatron_hammer.model.accounting import Layout, MemoryOptions, StageMemory, estimate_memory
+from megatron_hammer.model.accounting import MemoryOptions, ParallelLayout, StageMemory, estimate_memory
 from megatron_hammer.model.memory_options import WORKSPACE_BYTES, Recompute, Sharding
 from megatron_hammer.platforms.device import read_device_memory_bytes
 
@@ -34,7 +34,7 @@ def estimate_run_memory(namespace: argparse.Namespace) -> tuple[StageMemory, ...
     )
 
 
-def build_memory_options(namespace: argparse.Namespace, layout: Layout, *, is_for_gpu: bool) -> MemoryOptions:
+def build_memory_options(namespace: argparse.Namespace, layout: ParallelLayout, *, is_for_gpu: bool) -> MemoryOptions:
     """The flags of a run that change its memory; Megatron's spelling of each is in `MemoryOptions`."""
     is_16_bit = namespace.bf16 or namespace.fp16
     has_fp32_gradients = namespace.bf16 or namespace.accumulate_allreduce_grads_in_fp32 or not is_16_bit
@@ -62,7 +62,7 @@ def build_memory_options(namespace: argparse.Namespace, layout: Layout, *, is_fo
     )
 
 
-def _select_sharding(namespace: argparse.Namespace, layout: Layout) -> Sharding:
+def _select_sharding(namespace: argparse.Namespace, layout: ParallelLayout) -> Sharding:
     """FSDP shards everything unless Megatron's is told to shard less; shards of gradients alone count as none."""
     if namespace.use_torch_fsdp2:
         return "fsdp"

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.model.layout import Layout, find_layout_problems
+from megatron_hammer.model.layout import ParallelLayout, find_grid_problems
 from megatron_hammer.presets.catalogue import PRESETS
 
 
@@ -13,7 +13,7 @@ from megatron_hammer.presets.catalogue import PRESETS
 def test_dense_coordinates_are_those_of_rank_generator(tp, cp, dp, pp):
     from megatron.core.parallel_state import RankGenerator
 
-    layout = Layout(
+    layout = ParallelLayout(
         tensor_model_parallel_size=tp,
         context_parallel_size=cp,
         data_parallel_size=dp,
@@ -30,7 +30,7 @@ def test_dense_coordinates_are_those_of_rank_generator(tp, cp, dp, pp):
 def test_expert_coordinates_are_those_of_rank_generator(tp, etp, ep, dp, pp):
     from megatron.core.parallel_state import RankGenerator
 
-    layout = Layout(
+    layout = ParallelLayout(
         tensor_model_parallel_size=tp,
         expert_tensor_parallel_size=etp,
         expert_model_parallel_size=ep,
@@ -44,25 +44,25 @@ def test_expert_coordinates_are_those_of_rank_generator(tp, etp, ep, dp, pp):
 
 
 def test_every_rank_has_its_own_place():
-    layout = Layout(tensor_model_parallel_size=2, data_parallel_size=6, pipeline_model_parallel_size=3)
+    layout = ParallelLayout(tensor_model_parallel_size=2, data_parallel_size=6, pipeline_model_parallel_size=3)
     places = {layout.coordinates(rank) for rank in range(layout.world_size)}
     assert len(places) == layout.world_size == 36
 
 
 @pytest.mark.parametrize("rank", [-1, 36])
 def test_rank_outside_the_world_is_refused(rank):
-    layout = Layout(tensor_model_parallel_size=2, data_parallel_size=6, pipeline_model_parallel_size=3)
+    layout = ParallelLayout(tensor_model_parallel_size=2, data_parallel_size=6, pipeline_model_parallel_size=3)
     with pytest.raises(ConfigError, match=rf"rank: .* got rank={rank}, world_size=36\. Use 0 to 35\."):
         layout.coordinates(rank)
 
 
 def test_all_sizes_below_one_are_reported_together():
-    problems = find_layout_problems(Layout(tensor_model_parallel_size=0, data_parallel_size=-1))
+    problems = find_grid_problems(ParallelLayout(tensor_model_parallel_size=0, data_parallel_size=-1))
     assert [problem.split(":")[0] for problem in problems][:2] == ["tensor-model-parallel-size", "data-parallel-size"]
 
 
 def test_experts_that_do_not_tile_the_ranks_are_refused():
-    layout = Layout(data_parallel_size=6, expert_model_parallel_size=4)
+    layout = ParallelLayout(data_parallel_size=6, expert_model_parallel_size=4)
     with pytest.raises(ConfigError, match=r"must divide the 6 ranks .* got ep=4, etp=1\. Use .* from 1, 2, 3 or 6"):
         layout.coordinates(0)
 
@@ -75,7 +75,7 @@ def test_layout_of_a_recipe():
 
 
 def test_expert_ranks_lie_inside_data_and_context_ranks():
-    layout = Layout(context_parallel_size=2, data_parallel_size=3, expert_model_parallel_size=6)
+    layout = ParallelLayout(context_parallel_size=2, data_parallel_size=3, expert_model_parallel_size=6)
     assert layout.expert_data_parallel_size == 1
     assert layout.dense_shard_size == 6
     ep_ranks = [layout.coordinates(rank).ep_rank for rank in range(layout.world_size)]
@@ -84,5 +84,5 @@ def test_expert_ranks_lie_inside_data_and_context_ranks():
 
 def test_expert_tensor_size_defaults_to_the_dense_one():
     for tp, etp in itertools.product((1, 2, 4), (None, 1, 2)):
-        layout = Layout(tensor_model_parallel_size=tp, expert_tensor_parallel_size=etp)
+        layout = ParallelLayout(tensor_model_parallel_size=tp, expert_tensor_parallel_size=etp)
         assert layout.expert_tp == (etp or tp)

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.model.layout import Layout
+from megatron_hammer.model.layout import ParallelLayout
 from megatron_hammer.model.memory import (
     CUDA_CONTEXT_BYTES,
     count_in_flight,
@@ -35,7 +35,7 @@ GPT_22B = ModelShape(
     has_linear_bias=True,
     has_tied_embeddings=True,
 )
-TP8 = Layout(tensor_model_parallel_size=8, has_distributed_optimizer=False)
+TP8 = ParallelLayout(tensor_model_parallel_size=8, has_distributed_optimizer=False)
 TP8_SP = dataclasses.replace(TP8, has_sequence_parallel=True)
 
 
@@ -68,22 +68,27 @@ CI_GPT = dataclasses.replace(
     PRESETS["gpt2-124m"].model, hidden_size=512, ffn_hidden_size=2048, num_attention_heads=8, num_query_groups=8
 )
 CI_PEAKS_GIB = {
-    "tp1 pp1 distributed optimizer": (Layout(data_parallel_size=8), 1, "none", 2.5059),
-    "tp1 pp1 full recompute": (Layout(data_parallel_size=8, has_distributed_optimizer=False), 1, "full", 2.3854),
+    "tp1 pp1 distributed optimizer": (ParallelLayout(data_parallel_size=8), 1, "none", 2.5059),
+    "tp1 pp1 full recompute": (
+        ParallelLayout(data_parallel_size=8, has_distributed_optimizer=False),
+        1,
+        "full",
+        2.3854,
+    ),
     "tp1 pp2": (
-        Layout(pipeline_model_parallel_size=2, data_parallel_size=4, has_distributed_optimizer=False),
+        ParallelLayout(pipeline_model_parallel_size=2, data_parallel_size=4, has_distributed_optimizer=False),
         2,
         "none",
         2.4198,
     ),
     "tp1 pp4": (
-        Layout(pipeline_model_parallel_size=4, data_parallel_size=2, has_distributed_optimizer=False),
+        ParallelLayout(pipeline_model_parallel_size=4, data_parallel_size=2, has_distributed_optimizer=False),
         4,
         "none",
         2.0600,
     ),
     "tp1 pp4 vp3": (
-        Layout(
+        ParallelLayout(
             pipeline_model_parallel_size=4,
             virtual_pipeline_model_parallel_size=3,
             data_parallel_size=2,
@@ -94,7 +99,7 @@ CI_PEAKS_GIB = {
         2.4618,
     ),
     "tp2 pp2": (
-        Layout(
+        ParallelLayout(
             tensor_model_parallel_size=2,
             pipeline_model_parallel_size=2,
             data_parallel_size=2,
@@ -105,13 +110,13 @@ CI_PEAKS_GIB = {
         1.3286,
     ),
     "tp4 pp2 distributed optimizer": (
-        Layout(tensor_model_parallel_size=4, pipeline_model_parallel_size=2),
+        ParallelLayout(tensor_model_parallel_size=4, pipeline_model_parallel_size=2),
         8,
         "none",
         0.7863,
     ),
     "tp2 cp2 sequence parallel": (
-        Layout(
+        ParallelLayout(
             tensor_model_parallel_size=2,
             context_parallel_size=2,
             data_parallel_size=2,
@@ -123,7 +128,7 @@ CI_PEAKS_GIB = {
         1.1366,
     ),
     "tp2 pp2 cp2 sequence parallel": (
-        Layout(
+        ParallelLayout(
             tensor_model_parallel_size=2,
             pipeline_model_parallel_size=2,
             context_parallel_size=2,
@@ -236,7 +241,7 @@ def test_recompute_order():
 
 
 def test_sequence_parallelism_divides_what_tensor_parallelism_repeats():
-    layout = Layout(tensor_model_parallel_size=4, data_parallel_size=2)
+    layout = ParallelLayout(tensor_model_parallel_size=4, data_parallel_size=2)
     (repeated,) = estimate_hammer(layout=layout)
     (divided,) = estimate_hammer(layout=dataclasses.replace(layout, has_sequence_parallel=True))
     (alone,) = estimate_hammer()
@@ -246,14 +251,17 @@ def test_sequence_parallelism_divides_what_tensor_parallelism_repeats():
 
 
 def test_context_parallelism_divides_tokens():
-    (whole,), (half,) = estimate_hammer(), estimate_hammer(layout=Layout(context_parallel_size=2, data_parallel_size=4))
+    (whole,), (half,) = (
+        estimate_hammer(),
+        estimate_hammer(layout=ParallelLayout(context_parallel_size=2, data_parallel_size=4)),
+    )
     assert 2 * half.activations_bytes == whole.activations_bytes
     assert 2 * half.logits_bytes == whole.logits_bytes
     assert half.optimizer_bytes == whole.optimizer_bytes
 
 
 def test_pipeline_stages_carry_their_own():
-    stages = estimate_hammer(layout=Layout(pipeline_model_parallel_size=2, data_parallel_size=4))
+    stages = estimate_hammer(layout=ParallelLayout(pipeline_model_parallel_size=2, data_parallel_size=4))
     assert [stage.num_layers for stage in stages] == [11, 11]
     assert [stage.num_in_flight for stage in stages] == [2, 1]
     assert stages[0].logits_bytes == 0 < stages[1].logits_bytes
@@ -270,7 +278,7 @@ def test_pipeline_stages_carry_their_own():
     ],
 )
 def test_in_flight(pp, vp, num_microbatches, in_flight):
-    layout = Layout(pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=vp)
+    layout = ParallelLayout(pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=vp)
     assert [count_in_flight(layout, rank, num_microbatches) for rank in range(pp)] == in_flight
 
 
@@ -285,13 +293,13 @@ def test_in_flight(pp, vp, num_microbatches, in_flight):
     ],
 )
 def test_layers_alive_in_uneven_chunks(chunk_sizes, num_in_flight, num_microbatches, alive):
-    layout = Layout(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=len(chunk_sizes))
+    layout = ParallelLayout(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=len(chunk_sizes))
     assert count_layers_alive(layout, chunk_sizes, num_in_flight, num_microbatches) == alive
 
 
 def test_interleaving_costs_the_papers_factor():
     def first_stage(vp):
-        layout = Layout(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=vp)
+        layout = ParallelLayout(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=vp)
         model = PRESETS["llama2-7b"].model
         return estimate_memory(model, layout, micro_batch_size=1, seq_length=4096, num_microbatches=64)[0]
 
@@ -304,7 +312,7 @@ def test_experts_are_shared_out():
     preset = PRESETS["tiny-llm-zh-moe"]
 
     def estimate(ep):
-        layout = Layout(data_parallel_size=4, expert_model_parallel_size=ep)
+        layout = ParallelLayout(data_parallel_size=4, expert_model_parallel_size=ep)
         return estimate_memory(preset.model, layout, micro_batch_size=4, seq_length=1024, num_microbatches=2)[0]
 
     assert estimate(4).weights_bytes < estimate(1).weights_bytes
@@ -316,20 +324,20 @@ def test_the_worst_moment_of_a_step():
     batch = {"micro_batch_size": 8, "seq_length": 2048, "num_microbatches": 16}
     model = PRESETS["hammer-1b4"].model
     # With fused cross entropy the head's backward pass needs more than the loss; without a head a layer's does.
-    (loss,) = estimate_memory(model, Layout(), **batch)
-    (head,) = estimate_memory(model, Layout(), **batch, options=MemoryOptions(cross_entropy="te"))
-    first, _ = estimate_memory(model, Layout(pipeline_model_parallel_size=2), **batch)
+    (loss,) = estimate_memory(model, ParallelLayout(), **batch)
+    (head,) = estimate_memory(model, ParallelLayout(), **batch, options=MemoryOptions(cross_entropy="te"))
+    first, _ = estimate_memory(model, ParallelLayout(pipeline_model_parallel_size=2), **batch)
     logits, hidden = 8 * 2048 * 105_856, 2 * 8 * 2048 * 2048
     assert (loss.logits_bytes, loss.transient_bytes) == (6 * logits, 0)
     assert (head.logits_bytes, head.transient_bytes) == (2 * logits, hidden)
     assert (first.logits_bytes, first.transient_bytes) == (0, 2 * 8 * 2048 * 2 * 5632 + hidden)
-    (full,) = estimate_memory(model, Layout(), **batch, options=MemoryOptions(recompute="full"))
+    (full,) = estimate_memory(model, ParallelLayout(), **batch, options=MemoryOptions(recompute="full"))
     # At the loss no layer is being recomputed: 22 inputs, those of the final norm and the head, and the token ids.
     assert full.activations_bytes == 24 * hidden + 8 * 8 * 2048
 
 
 def test_heaviest_stage_of_many():
-    model, layout = PRESETS["llama2-7b"].model, Layout(pipeline_model_parallel_size=8)
+    model, layout = PRESETS["llama2-7b"].model, ParallelLayout(pipeline_model_parallel_size=8)
     batch = {"micro_batch_size": 1, "seq_length": 4096, "num_microbatches": 32}
     stages = estimate_memory(model, layout, **batch)
     assert estimate_heaviest_stage(model, layout, **batch) == max(stages, key=lambda stage: stage.total_bytes)
@@ -337,15 +345,17 @@ def test_heaviest_stage_of_many():
 
 def test_a_layout_that_cannot_be_is_refused():
     with pytest.raises(ConfigError, match="must divide num_layers, got pp=4"):
-        estimate_hammer(layout=Layout(pipeline_model_parallel_size=4))
+        estimate_hammer(layout=ParallelLayout(pipeline_model_parallel_size=4))
     with pytest.raises(ConfigError, match="must divide num_attention_heads, got tp=3"):
-        estimate_hammer(layout=Layout(tensor_model_parallel_size=3))
+        estimate_hammer(layout=ParallelLayout(tensor_model_parallel_size=3))
 
 
 def test_norms_of_queries_and_keys_keep_their_inputs():
     model = PRESETS["hammer-1b4"].model
-    plain = count_layer_activation_bytes(model, Layout(), num_tokens=100)
-    normed = count_layer_activation_bytes(dataclasses.replace(model, has_qk_norm=True), Layout(), num_tokens=100)
+    plain = count_layer_activation_bytes(model, ParallelLayout(), num_tokens=100)
+    normed = count_layer_activation_bytes(
+        dataclasses.replace(model, has_qk_norm=True), ParallelLayout(), num_tokens=100
+    )
     assert normed - plain == 100 * 2 * (32 + 4) * 64
 
 
@@ -361,7 +371,7 @@ def test_norms_of_queries_and_keys_keep_their_inputs():
     ],
 )
 def test_units_of_full_recomputation(method, num_layers, kept_layers, whole_layers):
-    model, layout = PRESETS["hammer-1b4"].model, Layout(pipeline_model_parallel_size=1)
+    model, layout = PRESETS["hammer-1b4"].model, ParallelLayout(pipeline_model_parallel_size=1)
     whole = count_layer_activation_bytes(model, layout, num_tokens=8 * 2048)
     options = MemoryOptions(
         recompute="full",

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from megatron_hammer.model.layout import Layout
+from megatron_hammer.model.layout import ParallelLayout
 from megatron_hammer.model.memory_activations import count_layer_activation_bytes, estimate_layer_activations
 from megatron_hammer.model.memory_options import Batch, MemoryOptions
 from megatron_hammer.model.shape import MoeShape
@@ -24,7 +24,9 @@ TOKENS = 96
 
 
 def count(model=LLAMA, layout=None, **options):
-    return count_layer_activation_bytes(model, layout or Layout(), num_tokens=TOKENS, options=MemoryOptions(**options))
+    return count_layer_activation_bytes(
+        model, layout or ParallelLayout(), num_tokens=TOKENS, options=MemoryOptions(**options)
+    )
 
 
 def test_bf16_layer_by_its_formula():
@@ -53,7 +55,7 @@ def test_unfused_attention_keeps_every_pair_of_positions():
 
 
 def test_exchanged_heads_keep_an_output_of_their_own():
-    layout = Layout(context_parallel_size=2)
+    layout = ParallelLayout(context_parallel_size=2)
     assert count(layout=layout, is_context_parallel_all_to_all=True) - count(layout=layout) == 2 * TOKENS * Q
     assert count(is_context_parallel_all_to_all=True) == count()  # nothing to exchange
 
@@ -90,7 +92,7 @@ def test_modules_of_experts_give_up_what_they_recompute():
 
 def test_full_recomputation_keeps_the_input_and_makes_the_layer_whole_again():
     batch = Batch(micro_batch_size=1, seq_length=TOKENS)
-    layer = estimate_layer_activations(LLAMA, Layout(), batch, MemoryOptions(recompute="full"))
+    layer = estimate_layer_activations(LLAMA, ParallelLayout(), batch, MemoryOptions(recompute="full"))
     assert layer.kept == 2 * TOKENS * H
     assert layer.kept + layer.remade == count()
     # Backward: the gradients of gate and up, and of the residual.
@@ -104,7 +106,7 @@ def test_operators_checkpointed_by_torchtitan():
 
 def test_sequence_parallelism_gathers_two_hidden_states_for_the_backward_pass():
     batch, options = Batch(micro_batch_size=1, seq_length=TOKENS), MemoryOptions()
-    tensor = Layout(tensor_model_parallel_size=2)
+    tensor = ParallelLayout(tensor_model_parallel_size=2)
     repeated = estimate_layer_activations(LLAMA, tensor, batch, options)
     divided = estimate_layer_activations(LLAMA, dataclasses.replace(tensor, has_sequence_parallel=True), batch, options)
     assert repeated.kept - divided.kept == 8 * H * TOKENS // 2
@@ -118,7 +120,9 @@ def test_silu_without_fusion_keeps_its_output():
 def test_a_weight_gradient_of_its_own_is_the_largest_of_the_layer():
     batch = Batch(micro_batch_size=1, seq_length=TOKENS)
     fused, plain = (
-        estimate_layer_activations(LLAMA, Layout(), batch, MemoryOptions(has_fused_weight_gradients=is_fused)).transient
+        estimate_layer_activations(
+            LLAMA, ParallelLayout(), batch, MemoryOptions(has_fused_weight_gradients=is_fused)
+        ).transient
         for is_fused in (True, False)
     )
     assert plain - fused == 2 * 2 * H * FFN

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from megatron_hammer.model.layout import Layout
+from megatron_hammer.model.layout import ParallelLayout
 from megatron_hammer.model.memory_options import WORKSPACE_BYTES, MemoryOptions
 from megatron_hammer.model.memory_state import count_shard_ranks, estimate_state, select_part_sizes
 from megatron_hammer.model.parameters import count_optimizer_shard, count_rank_parameters
@@ -18,7 +18,9 @@ WHOLE_MODEL = {"num_layers": 22, "is_first_stage": True, "is_last_stage": True}
 
 
 def estimate(layout=None, stage=WHOLE_MODEL, **options):
-    return estimate_state(MODEL, layout or Layout(has_distributed_optimizer=False), MemoryOptions(**options), **stage)
+    return estimate_state(
+        MODEL, layout or ParallelLayout(has_distributed_optimizer=False), MemoryOptions(**options), **stage
+    )
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
@@ -30,7 +32,7 @@ def estimate(layout=None, stage=WHOLE_MODEL, **options):
 def test_parts_add_up_to_the_exact_count_of_a_rank(tp, pp, model_name):
     model = PRESETS[model_name].model
     ep = 2 if model.moe else 1
-    layout = Layout(
+    layout = ParallelLayout(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         data_parallel_size=4,
@@ -70,7 +72,7 @@ def test_quantized_weights_are_kept_twice(precision, copy_bytes):
 
 
 def test_fsdp_divides_all_state_and_gathers_layers():
-    layout = Layout(data_parallel_size=8)
+    layout = ParallelLayout(data_parallel_size=8)
     whole = estimate(has_fused_weight_gradients=False)
     sharded = estimate(layout, sharding="fsdp", has_fused_weight_gradients=False)
     parameters = whole.weights // 2
@@ -83,7 +85,7 @@ def test_fsdp_divides_all_state_and_gathers_layers():
 
 
 def test_shard_ranks():
-    layout = Layout(data_parallel_size=8, context_parallel_size=2, expert_model_parallel_size=4)
+    layout = ParallelLayout(data_parallel_size=8, context_parallel_size=2, expert_model_parallel_size=4)
     assert count_shard_ranks(layout, MemoryOptions()) == (16, 4)
     assert count_shard_ranks(layout, MemoryOptions(shard_size=8)) == (8, 4)
     assert count_shard_ranks(layout, MemoryOptions(sharding="none")) == (1, 1)
@@ -95,7 +97,7 @@ def test_shard_ranks():
 def test_a_tied_head_has_a_placeholder_too():
     tied = PRESETS["gpt2-124m"].model
     h, rows = tied.hidden_size, 50_304
-    layout = Layout(has_distributed_optimizer=False)
+    layout = ParallelLayout(has_distributed_optimizer=False)
     state = estimate_state(tied, layout, MemoryOptions(), num_layers=12, is_first_stage=True, is_last_stage=True)
     # fc1 and fc2 have as many elements but not the same shape.
     assert state.buffers - WORKSPACE_BYTES == 2 * (3 * h * h + h * h + 2 * 4 * h * h + rows * h)
@@ -103,6 +105,6 @@ def test_a_tied_head_has_a_placeholder_too():
 
 def test_a_tied_head_is_a_copy_only_on_a_stage_of_its_own():
     tied = PRESETS["gpt2-124m"].model
-    assert select_part_sizes(tied, Layout(), 128)[2].dense == 2 * tied.hidden_size  # the final norm
-    _, embedding, head = select_part_sizes(tied, Layout(pipeline_model_parallel_size=2), 128)
+    assert select_part_sizes(tied, ParallelLayout(), 128)[2].dense == 2 * tied.hidden_size  # the final norm
+    _, embedding, head = select_part_sizes(tied, ParallelLayout(pipeline_model_parallel_size=2), 128)
     assert head.dense - 2 * tied.hidden_size == 50_304 * tied.hidden_size < embedding.dense

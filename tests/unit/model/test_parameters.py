@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.model.layout import Layout
+from megatron_hammer.model.layout import ParallelLayout
 from megatron_hammer.model.parameters import (
     count_active_parameters,
     count_optimizer_shard,
@@ -77,21 +77,21 @@ def test_padded_vocab_size(vocab_size, divisible_by, tp, padded):
 
 
 def test_rank_of_one_is_the_whole_padded_model():
-    assert count_rank_parameters(TOY, Layout(), 0).total == count_parameters(TOY, 1024)
+    assert count_rank_parameters(TOY, ParallelLayout(), 0).total == count_parameters(TOY, 1024)
 
 
 def test_tied_embedding_is_held_on_both_ends_of_a_pipeline():
     tied = dataclasses.replace(TOY, has_tied_embeddings=True)
-    layout = Layout(pipeline_model_parallel_size=3)
+    layout = ParallelLayout(pipeline_model_parallel_size=3)
     first, middle, last = (count_rank_parameters(tied, layout, stage).dense for stage in range(3))
     assert middle == 2 * TOY_LAYER
     assert first - middle == 1024 * 48
     assert last - middle == 1024 * 48 + 48
-    assert count_rank_parameters(tied, Layout(), 0).dense == count_parameters(tied, 1024)
+    assert count_rank_parameters(tied, ParallelLayout(), 0).dense == count_parameters(tied, 1024)
 
 
 def test_llama3_70b_at_its_layout():
-    layout = Layout(
+    layout = ParallelLayout(
         tensor_model_parallel_size=8, pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=5
     )
     model = PRESETS["llama3-70b"].model
@@ -102,7 +102,7 @@ def test_llama3_70b_at_its_layout():
 
 
 def test_optimizer_shard_is_the_ceiling_of_equal_shares():
-    layout = Layout(data_parallel_size=5, context_parallel_size=2)
+    layout = ParallelLayout(data_parallel_size=5, context_parallel_size=2)
     local = count_rank_parameters(TOY, layout, 0).dense
     assert count_optimizer_shard(TOY, layout, 0).dense == -(-local // 10)
     whole = dataclasses.replace(layout, has_distributed_optimizer=False)
@@ -110,7 +110,7 @@ def test_optimizer_shard_is_the_ceiling_of_equal_shares():
 
 
 def test_expert_shard_is_over_the_expert_data_ranks():
-    layout = Layout(data_parallel_size=6, expert_model_parallel_size=2)
+    layout = ParallelLayout(data_parallel_size=6, expert_model_parallel_size=2)
     local, shard = count_rank_parameters(TOY_MOE, layout, 0), count_optimizer_shard(TOY_MOE, layout, 0)
     assert local.expert == 6 * 5 * 3 * 28 * 48
     assert shard.expert == -(-local.expert // 3)
@@ -173,11 +173,11 @@ REFUSED = {
 @pytest.mark.parametrize("model, sizes, message", REFUSED.values(), ids=REFUSED)
 def test_refused_with_a_remedy(model, sizes, message):
     with pytest.raises(ConfigError, match=message):
-        count_rank_parameters(model, Layout(**sizes), 0)
+        count_rank_parameters(model, ParallelLayout(**sizes), 0)
 
 
 def test_all_problems_at_once():
-    layout = Layout(tensor_model_parallel_size=8, data_parallel_size=3, expert_model_parallel_size=3)
+    layout = ParallelLayout(tensor_model_parallel_size=8, data_parallel_size=3, expert_model_parallel_size=3)
     problems = find_shard_problems(TOY_MOE, layout)
     assert len(problems) == 5
     with pytest.raises(ConfigError) as caught:
@@ -187,4 +187,4 @@ def test_all_problems_at_once():
 
 def test_stage_outside_the_pipeline_is_refused():
     with pytest.raises(ConfigError, match=r"pp_rank: .* got pp_rank=3, pp=3"):
-        count_rank_parameters(TOY, Layout(pipeline_model_parallel_size=3), 3)
+        count_rank_parameters(TOY, ParallelLayout(pipeline_model_parallel_size=3), 3)

@@ -7,7 +7,7 @@ import warnings
 import pytest
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.model.layout import Layout
+from megatron_hammer.model.layout import ParallelLayout
 from megatron_hammer.model.pipeline_split import find_split_problems, select_stage, split_layers
 
 
@@ -21,7 +21,7 @@ def megatron_modules():
     return torch, TransformerConfig, get_num_layers_to_build, get_transformer_layer_offset
 
 
-def split_by_megatron(num_layers: int, layout: Layout):
+def split_by_megatron(num_layers: int, layout: ParallelLayout):
     """[pp_rank][vp_stage] -> (offset, layers) by megatron-core; its own exceptions come through."""
     torch, config_type, count_layers, find_offset = megatron_modules()
     vp = layout.virtual_pipeline_model_parallel_size
@@ -57,10 +57,10 @@ def is_exact(split, num_layers: int) -> bool:
 def layouts_of(pp: int, vp: int):
     sizes = {"pipeline_model_parallel_size": pp, "virtual_pipeline_model_parallel_size": vp}
     for embedding, loss in itertools.product((False, True), repeat=2):
-        yield Layout(**sizes, accounts_for_embedding=embedding, accounts_for_loss=loss)
+        yield ParallelLayout(**sizes, accounts_for_embedding=embedding, accounts_for_loss=loss)
     for first, last in itertools.product((None, 1, 2, 3, 4), repeat=2):
         if (first, last) != (None, None):
-            yield Layout(**sizes, num_layers_first_stage=first, num_layers_last_stage=last)
+            yield ParallelLayout(**sizes, num_layers_first_stage=first, num_layers_last_stage=last)
 
 
 @pytest.mark.parametrize("pp, vp", itertools.product((1, 2, 3, 4), (1, 2, 3)))
@@ -87,7 +87,7 @@ def test_every_small_split_is_megatrons_or_refused(pp, vp):
     "num_layers, pp, vp", [(80, 4, 5), (80, 16, 5), (96, 8, 12), (126, 9, 7), (40, 8, 1), (22, 11, 2), (80, 4, 20)]
 )
 def test_large_splits_are_megatrons(num_layers, pp, vp):
-    layout = Layout(pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=vp)
+    layout = ParallelLayout(pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=vp)
     ours = split_layers(num_layers, layout)
     assert ours == split_by_megatron(num_layers, layout)
     assert is_exact(ours, num_layers)
@@ -95,7 +95,7 @@ def test_large_splits_are_megatrons(num_layers, pp, vp):
 
 def test_llama3_405b_with_embedding_and_loss_as_layers():
     # 126 layers + embedding + loss = 128 over 16 stages of 8 chunks: the published split of the 405B model.
-    layout = Layout(
+    layout = ParallelLayout(
         pipeline_model_parallel_size=16,
         virtual_pipeline_model_parallel_size=8,
         accounts_for_embedding=True,
@@ -108,7 +108,7 @@ def test_llama3_405b_with_embedding_and_loss_as_layers():
 
 
 def test_interleaved_chunks_alternate_between_stages():
-    layout = Layout(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
+    layout = ParallelLayout(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
     assert split_layers(8, layout) == (((0, 2), (4, 2)), ((2, 2), (6, 2)))
 
 
@@ -192,11 +192,11 @@ REFUSED = {
 @pytest.mark.parametrize("num_layers, sizes, message", REFUSED.values(), ids=REFUSED)
 def test_refused_with_a_remedy(num_layers, sizes, message):
     with pytest.raises(ConfigError, match=message):
-        split_layers(num_layers, Layout(**sizes))
+        split_layers(num_layers, ParallelLayout(**sizes))
 
 
 def test_all_problems_at_once():
-    layout = Layout(virtual_pipeline_model_parallel_size=3, num_layers_first_stage=4)
+    layout = ParallelLayout(virtual_pipeline_model_parallel_size=3, num_layers_first_stage=4)
     with pytest.raises(ConfigError) as caught:
         split_layers(22, layout)
     assert len(caught.value.problems) == 2
@@ -204,4 +204,4 @@ def test_all_problems_at_once():
 
 def test_stage_that_does_not_exist_is_refused():
     with pytest.raises(ConfigError, match=r"pp_rank: must be a pipeline stage, got pp_rank=2, pp=2\. Use 0 to 1\."):
-        select_stage(22, Layout(pipeline_model_parallel_size=2), 2)
+        select_stage(22, ParallelLayout(pipeline_model_parallel_size=2), 2)

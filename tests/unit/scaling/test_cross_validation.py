@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from megatron_hammer.model.accounting import Layout
+from megatron_hammer.model.accounting import ParallelLayout
 from megatron_hammer.scaling.coefficients import (
     build_prior_coefficients,
     flatten_coefficients,
@@ -76,7 +76,9 @@ def test_ranking_compares_what_was_chosen_with_what_was_best():
     first = runs[0]
     other = dataclasses.replace(
         first,
-        plan=dataclasses.replace(first.plan, layout=Layout(tensor_model_parallel_size=2, data_parallel_size=32)),
+        plan=dataclasses.replace(
+            first.plan, layout=ParallelLayout(tensor_model_parallel_size=2, data_parallel_size=32)
+        ),
         step_time_s=0.9 * first.step_time_s,  # was faster, and is predicted to be slower
     )
     assert summarise_ranking(predict_all(runs)) is None  # all differ in more than their layout

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from megatron_hammer.model.accounting import Layout, count_rank_parameters
+from megatron_hammer.model.accounting import ParallelLayout, count_rank_parameters
 from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.coefficients import build_prior_coefficients, replace_values
 from megatron_hammer.scaling.data_parallel import (
@@ -24,7 +24,7 @@ CLUSTER = dataclasses.replace(select_cluster("dgx-h100"), network_latency_s=0.0,
 MODEL = PRESETS["llama3-8b"].model
 PLAN = Plan(
     model=MODEL,
-    layout=Layout(tensor_model_parallel_size=8, data_parallel_size=4, has_sequence_parallel=True),
+    layout=ParallelLayout(tensor_model_parallel_size=8, data_parallel_size=4, has_sequence_parallel=True),
     gpu=select_gpu("h100-sxm"),
     cluster=CLUSTER,
     seq_length=8192,
@@ -63,7 +63,7 @@ def test_parameters_of_a_stage_are_those_of_its_layers_and_ends():
 
 
 def test_shards_inside_a_node_leave_only_sums_to_the_network():
-    layout = Layout(data_parallel_size=32)
+    layout = ParallelLayout(data_parallel_size=32)
     every = dataclasses.replace(PLAN, layout=layout)
     inside = dataclasses.replace(every, shard_size=8)
     parameters = count_rank_parameters(MODEL, layout, 0).total
@@ -80,7 +80,7 @@ def test_what_hides_beside_a_pass_does_not_show():
 
 
 def test_full_sharding_gathers_a_layer_twice_and_scatters_once():
-    plan = dataclasses.replace(PLAN, sharding="fsdp", layout=Layout(data_parallel_size=32))
+    plan = dataclasses.replace(PLAN, sharding="fsdp", layout=ParallelLayout(data_parallel_size=32))
     layer = count_rank_parameters(MODEL, plan.layout, 0).total
     ends = count_rank_parameters(dataclasses.replace(MODEL, num_layers=1), plan.layout, 0).total
     layer = (layer - ends) / (MODEL.num_layers - 1)
@@ -102,7 +102,7 @@ def test_the_optimizer_works_on_its_shard_and_clears_every_gradient():
 
 def test_experts_have_groups_of_their_own():
     model = PRESETS["tiny-llm-zh-moe"].model
-    layout = Layout(data_parallel_size=8, expert_model_parallel_size=8)
+    layout = ParallelLayout(data_parallel_size=8, expert_model_parallel_size=8)
     plan = dataclasses.replace(PLAN, model=model, layout=layout)
     kind = StageKind(model.num_layers, True, True, 1)
     rank = count_rank_parameters(model, layout, 0)

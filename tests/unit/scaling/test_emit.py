@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.model.accounting import Layout
+from megatron_hammer.model.accounting import ParallelLayout
 from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.emit import (
     SUFFIXES,
@@ -30,7 +30,7 @@ def build(preset: str = "llama3-8b", *, gpu: str = "h100-sxm", cluster: str = "d
     sizes = {"tensor_model_parallel_size": 4, "pipeline_model_parallel_size": 2, "data_parallel_size": 2}
     plan = Plan(
         model=changes.pop("model", PRESETS[preset].model),
-        layout=Layout(**{**sizes, "has_sequence_parallel": True, **layout}),
+        layout=ParallelLayout(**{**sizes, "has_sequence_parallel": True, **layout}),
         gpu=select_gpu(gpu),
         cluster=select_cluster(cluster),
         **{"seq_length": 8192, "micro_batch_size": 1, "global_batch_size": 64, **changes},

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from megatron_hammer.model.accounting import Layout
+from megatron_hammer.model.accounting import ParallelLayout
 from megatron_hammer.model.shape import MoeShape
 from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.coefficients import build_prior_coefficients, replace_values
@@ -24,7 +24,7 @@ def cost(shard: Shard = SHARD, recompute: str = "none", coefficients=PRIORS, mod
 
 
 def test_a_shard_is_what_a_plan_does_to_a_layer():
-    layout = Layout(
+    layout = ParallelLayout(
         tensor_model_parallel_size=4, context_parallel_size=2, data_parallel_size=1, has_sequence_parallel=True
     )
     plan = Plan(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.model.accounting import Layout, estimate_memory
+from megatron_hammer.model.accounting import ParallelLayout, estimate_memory
 from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.hardware import select_cluster, select_default_cluster, select_gpu
 from megatron_hammer.scaling.loss_law_rates import read_gpu_cost
@@ -24,7 +24,7 @@ def write_projection(path: Path, preset: str, *gpu_counts: int) -> tuple[Path, l
     for num_gpus in gpu_counts:
         plan = Plan(
             model=model,
-            layout=Layout(data_parallel_size=num_gpus, has_distributed_optimizer=True),
+            layout=ParallelLayout(data_parallel_size=num_gpus, has_distributed_optimizer=True),
             gpu=gpu,
             cluster=cluster,
             seq_length=1024,

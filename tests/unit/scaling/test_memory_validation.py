@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from megatron_hammer.model.accounting import Layout, MemoryOptions, estimate_memory
+from megatron_hammer.model.accounting import MemoryOptions, ParallelLayout, estimate_memory
 from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.memory_validation import (
     GIB,
@@ -27,7 +27,7 @@ ROW = MemoryRow(
     measured_or_model="measured",
     stage="heaviest",
     model=PRESETS["llama2-7b"].model,
-    layout=Layout(tensor_model_parallel_size=2, pipeline_model_parallel_size=4, has_sequence_parallel=True),
+    layout=ParallelLayout(tensor_model_parallel_size=2, pipeline_model_parallel_size=4, has_sequence_parallel=True),
     seq_length=4096,
     micro_batch_size=1,
     num_microbatches=8,

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from megatron_hammer.model.accounting import Layout, estimate_memory
+from megatron_hammer.model.accounting import ParallelLayout, estimate_memory
 from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.plan import Cluster, Gpu, Plan
 from megatron_hammer.scaling.plan_memory import estimate_heaviest_plan_stage, estimate_plan_memory
@@ -34,7 +34,7 @@ CLUSTER = Cluster(
 )
 PLAN = Plan(
     model=PRESETS["llama2-7b"].model,
-    layout=Layout(tensor_model_parallel_size=2, pipeline_model_parallel_size=4, data_parallel_size=8),
+    layout=ParallelLayout(tensor_model_parallel_size=2, pipeline_model_parallel_size=4, data_parallel_size=8),
     gpu=GPU,
     cluster=CLUSTER,
     seq_length=4096,

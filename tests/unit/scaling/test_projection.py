@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.model.accounting import Layout, StageMemory, count_flops_per_token
+from megatron_hammer.model.accounting import ParallelLayout, StageMemory, count_flops_per_token
 from megatron_hammer.scaling.plan import PARTS, StepTime
 from megatron_hammer.scaling.projection import (
     COMPUTE_PARTS,
@@ -31,7 +31,7 @@ def build_projection(num_gpus: int, tokens_per_s_per_gpu: float = 1000.0) -> Pro
     """A plan of the toy study with a step time that gives this speed."""
     best = Search(predict=predict).search_plans(build_toy_study(num_best=1), 4).best
     assert best is not None
-    plan = replace(best.plan, layout=Layout(data_parallel_size=num_gpus))
+    plan = replace(best.plan, layout=ParallelLayout(data_parallel_size=num_gpus))
     total_s = plan.tokens_per_step / tokens_per_s_per_gpu / plan.layout.world_size
     parts = dict.fromkeys(PARTS, 0.0) | {
         "matmul_s": 0.75 * total_s,

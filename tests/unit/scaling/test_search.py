@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from megatron_hammer.model.accounting import Layout
+from megatron_hammer.model.accounting import ParallelLayout
 from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.scaling.coefficients import build_prior_coefficients
 from megatron_hammer.scaling.hardware import select_cluster, select_default_cluster, select_gpu
@@ -63,7 +63,7 @@ def list_every_plan(study: Study, num_gpus: int) -> Iterator[Plan]:
 
 def find_fastest_s(study: Study, num_gpus: int, predictor: Predict) -> list[float]:
     """Step times of the fastest plans that fit, each once: dominated twins are the same plan, slower."""
-    times: dict[tuple[Layout, int, str], float] = {}
+    times: dict[tuple[ParallelLayout, int, str], float] = {}
     for plan in list_every_plan(study, num_gpus):
         if max(stage.total_bytes for stage in estimate_plan_memory(plan)) > study.memory_limit_bytes:
             continue
@@ -151,7 +151,7 @@ def test_equal_times_go_to_the_plan_with_fewer_cuts() -> None:
     constant = predict(next(list_every_plan(build_toy_study(), 4)))
     best = Search(predict=lambda _: constant).search_plans(build_toy_study(num_best=1), 8).best
     assert best is not None
-    assert best.plan.layout == Layout(data_parallel_size=8)
+    assert best.plan.layout == ParallelLayout(data_parallel_size=8)
     assert (best.plan.micro_batch_size, best.plan.sharding) == (4, "distributed_optimizer")
 
 
@@ -233,10 +233,12 @@ def test_plans_in_words() -> None:
     best = Search(predict=predict).search_plans(build_toy_study(num_best=1), 8).best
     assert best is not None
     plan = replace(
-        best.plan, recompute="none", micro_batch_size=2, sharding="fsdp", layout=Layout(data_parallel_size=8)
+        best.plan, recompute="none", micro_batch_size=2, sharding="fsdp", layout=ParallelLayout(data_parallel_size=8)
     )
     assert describe_plan(plan) == "dp=8, micro-batch 2, FSDP"
-    cut = Layout(tensor_model_parallel_size=4, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=11)
+    cut = ParallelLayout(
+        tensor_model_parallel_size=4, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=11
+    )
     plan = replace(plan, layout=cut, recompute="full", sharding="none")
     assert describe_plan(plan) == "tp=4 pp=2 vp=11, micro-batch 2, full recomputation, no sharding"
-    assert describe_plan(replace(plan, layout=Layout())).startswith("one rank, ")
+    assert describe_plan(replace(plan, layout=ParallelLayout())).startswith("one rank, ")

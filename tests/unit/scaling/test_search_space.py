@@ -10,7 +10,7 @@ import pytest
 
 from megatron_hammer.config.preflight.layout import find_batch_problems, find_layout_problems
 from megatron_hammer.config.preset_arguments import model_arguments
-from megatron_hammer.model.accounting import Layout, find_split_problems
+from megatron_hammer.model.accounting import ParallelLayout, find_split_problems
 from megatron_hammer.model.layout import divisors
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.presets.catalogue import select_preset
@@ -29,14 +29,14 @@ ANYTHING = SearchSpace()
 
 def list_all(
     model: ModelShape, num_gpus: int, batch: int, seq_length: int, space: SearchSpace = ANYTHING
-) -> list[Layout]:
+) -> list[ParallelLayout]:
     return list(
         list_layouts(model, CLUSTER, num_gpus=num_gpus, global_batch_size=batch, seq_length=seq_length, space=space)
     )
 
 
 def find_problems(
-    model: ModelShape, layout: Layout, *, num_gpus: int, micro: int, batch: int, seq_length: int
+    model: ModelShape, layout: ParallelLayout, *, num_gpus: int, micro: int, batch: int, seq_length: int
 ) -> list[str]:
     """What preflight says of the layout's flags."""
     vp = layout.virtual_pipeline_model_parallel_size
@@ -80,7 +80,9 @@ def find_problems(
     return find_layout_problems(typed) + find_batch_problems(typed)
 
 
-def list_by_brute_force(model: ModelShape, num_gpus: int, batch: int, seq_length: int) -> set[tuple[Layout, int]]:
+def list_by_brute_force(
+    model: ModelShape, num_gpus: int, batch: int, seq_length: int
+) -> set[tuple[ParallelLayout, int]]:
     """Every even or flag-balanced layout and micro-batch that preflight accepts and the search does not rule out."""
     accepted = set()
     sizes = divisors(num_gpus)
@@ -95,7 +97,7 @@ def list_by_brute_force(model: ModelShape, num_gpus: int, batch: int, seq_length
         ):
             if (pp == 1 and ends != (False, False)) or (pp == 2 and ends == (True, True)):
                 continue
-            layout = Layout(
+            layout = ParallelLayout(
                 tensor_model_parallel_size=tp,
                 pipeline_model_parallel_size=pp,
                 virtual_pipeline_model_parallel_size=vp,
@@ -179,16 +181,18 @@ def test_restrictions_leave_only_what_they_name() -> None:
 
 
 def test_interleaved_stages_take_micro_batches_in_groups_of_the_stages() -> None:
-    layout = Layout(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=2, data_parallel_size=2)
+    layout = ParallelLayout(
+        pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=2, data_parallel_size=2
+    )
     assert list_micro_batch_sizes(layout, 24, ANYTHING) == [1, 3]  # 12 and 4 micro-batches; not 6, 3, 2, 1
     plain = replace(layout, virtual_pipeline_model_parallel_size=1)
     assert list_micro_batch_sizes(plain, 24, ANYTHING) == [1, 2, 3, 4, 6, 12]
 
 
 def test_shardings() -> None:
-    pipelined = Layout(pipeline_model_parallel_size=2, data_parallel_size=4)
-    flat = Layout(data_parallel_size=8)
-    alone = Layout(tensor_model_parallel_size=8, has_sequence_parallel=True)
+    pipelined = ParallelLayout(pipeline_model_parallel_size=2, data_parallel_size=4)
+    flat = ParallelLayout(data_parallel_size=8)
+    alone = ParallelLayout(tensor_model_parallel_size=8, has_sequence_parallel=True)
     assert list_shardings(flat, CLUSTER, ANYTHING) == ["distributed_optimizer", "fsdp"]
     assert list_shardings(pipelined, CLUSTER, ANYTHING) == ["distributed_optimizer"]
     assert list_shardings(alone, CLUSTER, ANYTHING) == ["distributed_optimizer"]
@@ -206,8 +210,8 @@ def test_a_cpu_host_has_no_context_parallelism() -> None:
 
 
 def test_overlap_of_tensor_parallelism_stays_inside_an_nvlink_domain() -> None:
-    layout = Layout(tensor_model_parallel_size=8, has_sequence_parallel=True)
+    layout = ParallelLayout(tensor_model_parallel_size=8, has_sequence_parallel=True)
     assert can_overlap_tensor_parallel(layout, CLUSTER)
     assert not can_overlap_tensor_parallel(layout, CPU_HOST)
     assert not can_overlap_tensor_parallel(layout, replace(CLUSTER, nvlink_domain_size=4))
-    assert not can_overlap_tensor_parallel(Layout(data_parallel_size=8), CLUSTER)
+    assert not can_overlap_tensor_parallel(ParallelLayout(data_parallel_size=8), CLUSTER)

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.model.accounting import Layout, count_flops_per_token
+from megatron_hammer.model.accounting import ParallelLayout, count_flops_per_token
 from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.coefficients import build_prior_coefficients, load_coefficients
 from megatron_hammer.scaling.hardware import select_cluster, select_gpu
@@ -18,8 +18,8 @@ LLAMA_8B, LLAMA_70B = PRESETS["llama3-8b"].model, PRESETS["llama3-70b"].model
 
 
 def build_plan(**changes) -> Plan:
-    """Llama-3 8B on a node of H100; names of Layout go to its layout."""
-    layout_names = {field.name for field in dataclasses.fields(Layout)}
+    """Llama-3 8B on a node of H100; names of ParallelLayout go to its layout."""
+    layout_names = {field.name for field in dataclasses.fields(ParallelLayout)}
     layout = {"data_parallel_size": 8} | {name: value for name, value in changes.items() if name in layout_names}
     plan = {
         "model": LLAMA_8B,
@@ -29,7 +29,7 @@ def build_plan(**changes) -> Plan:
         "micro_batch_size": 1,
         "global_batch_size": 128,
     } | {name: value for name, value in changes.items() if name not in layout_names}
-    return Plan(layout=Layout(**layout), **plan)
+    return Plan(layout=ParallelLayout(**layout), **plan)
 
 
 def predict(**changes) -> StepTime:
@@ -197,7 +197,7 @@ def test_gpt_530b_on_2240_a100_reaches_what_its_authors_published(recompute, mfu
         has_tied_embeddings=True,
         kv_channels=None,
     )
-    layout = Layout(
+    layout = ParallelLayout(
         tensor_model_parallel_size=8,
         pipeline_model_parallel_size=35,
         virtual_pipeline_model_parallel_size=3,

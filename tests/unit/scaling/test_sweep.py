@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.model.accounting import Layout
+from megatron_hammer.model.accounting import ParallelLayout
 from megatron_hammer.scaling.sweep import Sweep, digest_of, list_settings, parse_layout, read_sweeps
 
 
 def test_layout_names() -> None:
-    assert parse_layout("single") == Layout()
-    assert parse_layout("tp2-sp-pp4-vp3-cp5-dp6-ep7") == Layout(
+    assert parse_layout("single") == ParallelLayout()
+    assert parse_layout("tp2-sp-pp4-vp3-cp5-dp6-ep7") == ParallelLayout(
         tensor_model_parallel_size=2,
         has_sequence_parallel=True,
         pipeline_model_parallel_size=4,
@@ -21,7 +21,7 @@ def test_layout_names() -> None:
         data_parallel_size=6,
         expert_model_parallel_size=7,
     )
-    assert parse_layout("dp2-ddp") == Layout(data_parallel_size=2, has_distributed_optimizer=False)
+    assert parse_layout("dp2-ddp") == ParallelLayout(data_parallel_size=2, has_distributed_optimizer=False)
 
 
 @pytest.mark.parametrize("name", ["", "tp", "tp0", "tp2-tp4", "tp2-single", "single-tp2", "xp2", "tp-2", "TP2"])
