@@ -56,7 +56,10 @@ if __name__ == "__main__":
         description="A complete, checkable pretraining system for Llama-class models on megatron-core",
         license="MIT",
         packages=find_packages(include=["megatron_hammer*"]),
-        package_data={"megatron_hammer.tokenizer.encoding": ["*.c"], "megatron_hammer.scaling": ["data/*"]},
+        package_data={
+            "megatron_hammer.tokenizer.encoding": ["*.c"],
+            "megatron_hammer.scaling": ["*/*.toml", "*/*.j2"],
+        },
         python_requires=PYTHON_REQUIRES,
         install_requires=INSTALL_REQUIRES,
         extras_require=EXTRAS_REQUIRE,

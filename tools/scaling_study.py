@@ -25,7 +25,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
-        module = importlib.import_module(f"megatron_hammer.scaling.commands.{name}")
+        module = importlib.import_module(f"megatron_hammer.cli.scaling_study.{name}")
         text = (module.__doc__ or "").strip()
         command = commands.add_parser(
             name,

@@ -1,9 +1,9 @@
 """Dense peak of a GPU by its device name, in TFLOP/s of bf16 (fp16 where a GPU has no bf16), without sparsity.
 
-The numbers and their sources are in `scaling/data/gpus.toml`.
+The numbers and their sources are in `scaling/hardware/gpus.toml`.
 """
 
-from megatron_hammer.scaling.hardware import find_gpu_by_device_name
+from megatron_hammer.scaling.hardware.catalogue import find_gpu_by_device_name
 
 
 def find_dense_peak_tflops(device_name: str) -> float | None:

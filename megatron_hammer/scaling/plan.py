@@ -1,6 +1,6 @@
 """The types of a projection: the machine, the run that is planned on it, and what is predicted of a step.
 
-`hardware.py` reads GPUs and clusters from data files, `step_time.py` predicts, `search.py` looks for the best plan.
+`catalogue.py` reads GPUs and clusters from data files, `step_time.py` predicts, `search.py` looks for the best plan.
 """
 
 from dataclasses import dataclass, fields

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from megatron_hammer.scaling.loss_law import LossLaw, LossRun
+from megatron_hammer.scaling.loss_law.law import LossLaw, LossRun
 
 # Near what is known of real models (arXiv 2404.10102), all different from one another.
 PLANTED = LossLaw(E=1.82, A=480.0, B=2080.0, alpha=0.35, beta=0.37)

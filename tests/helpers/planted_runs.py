@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from megatron_hammer.model.accounting import ParallelLayout
 from megatron_hammer.presets.catalogue import PRESETS
-from megatron_hammer.scaling.coefficients import Coefficients
-from megatron_hammer.scaling.hardware import select_cluster, select_gpu
+from megatron_hammer.scaling.cost.coefficients import Coefficients
+from megatron_hammer.scaling.cost.step_time import predict_step
+from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_gpu
 from megatron_hammer.scaling.plan import Plan
-from megatron_hammer.scaling.step_time import predict_step
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import pytest
 
 from megatron_hammer.model.accounting import ParallelLayout
 from megatron_hammer.presets.catalogue import PRESETS
-from megatron_hammer.scaling.emit import SUFFIXES, build_launch, render
-from megatron_hammer.scaling.hardware import select_cluster, select_gpu
+from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_gpu
+from megatron_hammer.scaling.launch.launch_scripts import SUFFIXES, build_launch, render
 from megatron_hammer.scaling.plan import Plan
 from tests.helpers.parsed_flags import find
 from tests.helpers.training_runs import REPOSITORY, environment

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hammer.scaling.coefficients import load_coefficients
-from megatron_hammer.scaling.hardware import load_clusters, load_gpus
-from megatron_hammer.scaling.published_runs import read_runs
+from megatron_hammer.scaling.cost.coefficients import load_coefficients
+from megatron_hammer.scaling.evidence.measured_runs import read_runs
+from megatron_hammer.scaling.hardware.catalogue import load_clusters, load_gpus
 from tests.helpers.training_runs import REPOSITORY, environment
 
 pytestmark = pytest.mark.integration

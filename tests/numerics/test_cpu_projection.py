@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 import pytest
 
 from megatron_hammer.presets.catalogue import PRESETS
-from megatron_hammer.scaling.calibrate import fit
-from megatron_hammer.scaling.coefficients import load_coefficients
-from megatron_hammer.scaling.hardware import select_cluster, select_gpu
-from megatron_hammer.scaling.operator_profile import HostProfile, OperatorReport, Timing, build_profile
+from megatron_hammer.scaling.cost.coefficients import load_coefficients
+from megatron_hammer.scaling.cost.step_time import predict_step
+from megatron_hammer.scaling.evidence.calibration import fit
+from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_gpu
+from megatron_hammer.scaling.measured.operator_profile import HostProfile, OperatorReport, Timing, build_profile
+from megatron_hammer.scaling.measured.sweep import parse_layout
 from megatron_hammer.scaling.plan import Plan
-from megatron_hammer.scaling.step_time import predict_step
-from megatron_hammer.scaling.sweep import parse_layout
 
 TOLERANCE_RATIO = 0.2
 NUM_CORES = 2

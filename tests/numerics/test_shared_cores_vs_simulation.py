@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 
 from megatron_hammer.presets.catalogue import PRESETS
-from megatron_hammer.scaling.coefficients import load_coefficients
-from megatron_hammer.scaling.hardware import select_cluster, select_gpu
+from megatron_hammer.scaling.cost.coefficients import load_coefficients
+from megatron_hammer.scaling.cost.step_time import predict_step
+from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_gpu
+from megatron_hammer.scaling.measured.sweep import parse_layout
 from megatron_hammer.scaling.plan import Plan, StepTime
-from megatron_hammer.scaling.step_time import predict_step
-from megatron_hammer.scaling.sweep import parse_layout
 
 NUM_CORES = 2
 # Measured differences are up to 9 %: the formula knows means of stages, the simulation which of them work at once.

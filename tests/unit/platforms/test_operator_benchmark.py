@@ -10,7 +10,7 @@ import torch
 
 from megatron_hammer.platforms import operator_benchmark
 from megatron_hammer.platforms.operator_benchmark import Bench
-from megatron_hammer.scaling.operator_profile import read_report
+from megatron_hammer.scaling.measured.operator_profile import read_report
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,106 @@
+"""The performance model's coefficients, fitted to measured runs.
+
+Takes tables with the columns of the published runs: runs.csv of `measure`, your own, or published ones. Coefficients
+are held to the values they start from, so that a few runs change only what they inform. The errors are
+cross-validated: each publication (of a single one, each run) is predicted by coefficients fitted without it.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from megatron_hammer.errors import DataError
+from megatron_hammer.scaling.cost.coefficients import (
+    Coefficients,
+    build_prior_coefficients,
+    flatten_coefficients,
+    load_coefficients,
+    save_coefficients,
+)
+from megatron_hammer.scaling.evidence.calibration import select_fit_runs
+from megatron_hammer.scaling.evidence.cross_validation import Assessment, assess, calibrate, cross_validate
+from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun, read_runs
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--runs", type=Path, nargs="+", required=True, metavar="FILE", help="tables of measured runs")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="coefficients file to be written")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--start", type=Path, metavar="FILE", help="coefficients to start from (default: the shipped)")
+    start.add_argument("--from-priors", action="store_true", help="start from no run at all, as the shipped ones did")
+    parser.add_argument("--gpus-file", type=Path, help="descriptions laid over the shipped ones")
+    parser.add_argument("--clusters-file", type=Path, help="descriptions laid over the shipped ones")
+    parser.add_argument("--json", action="store_true", help="coefficients and errors as JSON on stdout")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    runs, left_out = read_calibration_runs(arguments)
+    start = build_prior_coefficients() if arguments.from_priors else load_coefficients(arguments.start)
+    fitted = select_fit_runs(runs)
+    print(f"fitting to {len(fitted)} of {len(runs)} runs", file=sys.stderr, flush=True)
+    predictions = cross_validate(fitted, start, is_prior_start=not arguments.from_priors)
+    assessment = assess(predictions)
+    coefficients = calibrate(fitted, start, assessment, is_prior_start=not arguments.from_priors)
+    save_coefficients(coefficients, arguments.output)
+    if arguments.json:
+        print(json.dumps(build_report(start, coefficients, assessment), indent=2))
+    else:
+        print_tables(start, coefficients, assessment)
+    errors = assessment.errors
+    print(
+        f"calibrate: {len(fitted)} runs fitted, {len(runs) - len(fitted)} alike not needed, {left_out} left out; "
+        f"cross-validated error median {errors.median_ratio:.1%}, mean {errors.mean_ratio:.1%}; "
+        f"wrote {arguments.output}",
+        file=sys.stderr,
+    )
+
+
+def read_calibration_runs(arguments: argparse.Namespace) -> tuple[list[MeasuredRun], int]:
+    """The runs of all files that the model is about, and the number of the others, each named on stderr."""
+    runs: list[MeasuredRun] = []
+    left_out = 0
+    for path in arguments.runs:
+        found, unpredictable = read_runs(path, gpus_path=arguments.gpus_file, clusters_path=arguments.clusters_file)
+        runs += found
+        left_out += len(unpredictable)
+        for row in unpredictable:
+            print(f"{path}:{row.row_number}: left out ({row.source}): {row.reason}", file=sys.stderr)
+    chosen = [one for one in runs if one.is_megatron_style]
+    others = {one.source for one in runs if not one.is_megatron_style}
+    if others:
+        print(f"left out, other training systems than Megatron: {', '.join(sorted(others))}", file=sys.stderr)
+    if not chosen:
+        files = ", ".join(str(path) for path in arguments.runs)
+        raise DataError(f"{files}: must hold a run that can be predicted, got none. See the reasons above.")
+    return chosen, left_out + len(runs) - len(chosen)
+
+
+def build_report(start: Coefficients, coefficients: Coefficients, assessment: Assessment) -> dict[str, object]:
+    before, after = flatten_coefficients(start), flatten_coefficients(coefficients)
+    return {
+        "coefficients": {name: {"before": before[name], "after": after[name]} for name in after},
+        "cross_validated": assessment.build_table(),
+        "band_ratio": dict(coefficients.band_ratio),
+    }
+
+
+def print_tables(start: Coefficients, coefficients: Coefficients, assessment: Assessment) -> None:
+    before, after = flatten_coefficients(start), flatten_coefficients(coefficients)
+    changed = [name for name in after if f"{before[name]:.4g}" != f"{after[name]:.4g}"]
+    width = max(len(name) for name in [*changed, "coefficient"])
+    print(f"{'coefficient':<{width}}  {'before':>10}  {'after':>10}")
+    for name in changed:
+        print(f"{name:<{width}}  {before[name]:>10.4g}  {after[name]:>10.4g}")
+    print(f"{len(after) - len(changed)} others stay as they were\n")
+    width = max(len(name) for name in [*assessment.by_publication, "cross-validated"])
+    print(f"{'cross-validated':<{width}}  {'runs':>5}  {'median':>7}  {'mean':>7}  {'bias':>7}")
+    for name, errors in [*assessment.by_publication.items(), ("all", assessment.errors)]:
+        ratios = f"{errors.median_ratio:>7.1%}  {errors.mean_ratio:>7.1%}  {errors.bias_ratio:>+7.1%}"
+        print(f"{name:<{width}}  {errors.num_runs:>5}  {ratios}")
+    ranking = assessment.ranking
+    if ranking is not None:
+        print(
+            f"layouts: the predicted best is within 5% of the measured best in {ranking.num_within_5_percent} of "
+            f"{ranking.num_groups} groups of runs that differ in nothing else"
+        )

@@ -1,0 +1,75 @@
+"""Launch scripts of chosen rows of a projection.
+
+Reads projection.json of `project` and writes for each row a script of torchrun, of SLURM, or a manifest of Kubernetes.
+Each takes DRY_RUN=1 to say what would run, and hands further flags on to training.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_hammer.errors import ConfigError
+from megatron_hammer.scaling.launch.launch_scripts import (
+    LAUNCHERS,
+    SUFFIXES,
+    KubernetesOptions,
+    Launch,
+    build_launch,
+    render,
+)
+from megatron_hammer.scaling.output_files import write_files_atomically
+from megatron_hammer.scaling.report.projection_file import SavedProjection, SavedRow, read_projection
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--projection", type=Path, required=True, help="projection.json that project wrote")
+    parser.add_argument("--rows", help="ids such as 512-1,64-1 (default: the fastest row of each number of GPUs)")
+    parser.add_argument(
+        "--launcher", default="torchrun", help=f"of {', '.join(LAUNCHERS)}, several by commas (default: torchrun)"
+    )
+    parser.add_argument("--output-dir", type=Path, required=True)
+    parser.add_argument("--image", default=KubernetesOptions().image, help="of the Kubernetes pods")
+    parser.add_argument("--volume-claim", default=KubernetesOptions().volume_claim, help="mounted at /workspace")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    projection = read_projection(arguments.projection)
+    launchers = [word for word in arguments.launcher.split(",") if word]
+    unknown = [word for word in launchers if word not in LAUNCHERS]
+    if unknown or not launchers:
+        got = ", ".join(unknown) or "none"
+        raise ConfigError(f"launcher: must be of {', '.join(LAUNCHERS)}, got {got}. Choose one of them, or several.")
+    rows = select_rows(projection, arguments.rows)
+    launches = [build_row_launch(projection, row) for row in rows]
+    options = KubernetesOptions(image=arguments.image, volume_claim=arguments.volume_claim)
+    files: dict[Path, str | bytes] = {
+        arguments.output_dir / f"{launch.name}{SUFFIXES[launcher]}": render(launch, launcher, options)
+        for launch in launches
+        for launcher in LAUNCHERS
+        if launcher in launchers
+    }
+    write_files_atomically(files)
+    for path in files:
+        print(path)
+    print(f"{len(rows)} rows of {len(projection.rows)} emitted, {len(files)} files", file=sys.stderr)
+
+
+def select_rows(projection: SavedProjection, ids: str | None) -> list[SavedRow]:
+    """The rows of these ids, or the fastest of each size. Raises ConfigError for an unknown id, or without any row."""
+    if ids is not None:
+        return [projection.select_row(row_id) for row_id in ids.split(",") if row_id]
+    fastest = [row for row in projection.rows if row.rank == 1]
+    if not fastest:
+        raise ConfigError(f"{projection.path}: must hold a row, got none. Project sizes on which the model fits.")
+    return fastest
+
+
+def build_row_launch(projection: SavedProjection, row: SavedRow) -> Launch:
+    plan = row.plan
+    return build_launch(
+        plan,
+        name=f"{plan.model.name}-{row.row_id}",
+        train_tokens=projection.train_tokens,
+        comment=f"{plan.model.name} on {row.num_gpus} x {plan.gpu.name} ({plan.cluster.name}), row {row.row_id}; "
+        f"predicted {row.step_time_s:.4g} s a step ({row.low_s:.4g} to {row.high_s:.4g}).",
+    )

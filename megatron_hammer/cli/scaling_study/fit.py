@@ -1,0 +1,196 @@
+"""Fit a scaling law of the loss to several runs, and find the best size for a budget.
+
+L(N, D) = E + A / N^alpha + B / D^beta as approach 3 of Hoffmann et al. 2022 (arXiv 2203.15556): Huber loss of the log
+residuals, from many starts, with intervals from a bootstrap over whole runs.
+
+  fit --table losses.csv --budget-flops 1e21 1e22 --output-dir study
+  fit --runs hammer-tiny=runs/a hammer-tiny=runs/b tiny-llm-zh-16m=runs/c ... --flop-convention A
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+from megatron_hammer.errors import ConfigError
+from megatron_hammer.model.accounting import FLOP_CONVENTIONS
+from megatron_hammer.scaling.loss_law import runs as loss_law_runs
+from megatron_hammer.scaling.loss_law.gpu_cost import read_gpu_cost
+from megatron_hammer.scaling.loss_law.law import LossFit, LossRun, fit_loss_law
+from megatron_hammer.scaling.loss_law.optimum import TokenCost, find_optimum, fit_flops_cost, six_nd_cost
+from megatron_hammer.scaling.loss_law.report import LossStudy, as_object, draw_study, print_study
+from megatron_hammer.scaling.output_files import write_files_atomically
+
+SIX_ND = "6ND"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--runs",
+        nargs="+",
+        metavar="MODEL=PATH",
+        help="finished trainings: a preset, a Hugging Face folder or a number of parameters, and the folder of "
+        "metrics.jsonl (or the file); PRESET@4000=PATH for another vocabulary than the preset's",
+    )
+    source.add_argument(
+        "--table", type=Path, help="CSV with num_parameters, num_tokens, loss and, if known, run and tokenizer"
+    )
+    parser.add_argument(
+        "--leave-out", nargs="+", default=[], metavar="RUN", help="runs of these names, such as diverged"
+    )
+    parser.add_argument(
+        "--parameters",
+        choices=tuple(loss_law_runs.PARAMETER_CONVENTIONS),
+        default="total",
+        help="what N counts of --runs; a table's N is taken as it is (%(default)s)",
+    )
+    parser.add_argument(
+        "--loss",
+        choices=("auto", "validation", "training"),
+        default="auto",
+        help="auto: validation at the last step where every run has it, else training (%(default)s)",
+    )
+    parser.add_argument("--validation-set", help="which one of validation.jsonl (default: the only one)")
+    parser.add_argument(
+        "--window-ratio",
+        type=float,
+        default=0.05,
+        help="share of a run's steps, at its end, whose training losses are averaged (%(default)s)",
+    )
+    parser.add_argument(
+        "--flop-convention",
+        choices=(SIX_ND, "A", "B", "D"),
+        default=SIX_ND,
+        help="of compute: 6 N D, or a letter of megatron_hammer/model/flops.py (%(default)s)",
+    )
+    parser.add_argument("--budget-flops", nargs="+", type=float, default=[], metavar="FLOPS", help="budgets to spend")
+    parser.add_argument(
+        "--budget-gpu-hours", nargs="+", type=float, default=[], metavar="HOURS", help="budgets at --projection's speed"
+    )
+    parser.add_argument(
+        "--projection",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="projection.json of `project`, of one model or better of several sizes on the same GPUs",
+    )
+    parser.add_argument(
+        "--projection-gpus", type=int, help="the number of GPUs of --projection (default: the only one)"
+    )
+    parser.add_argument("--confidence", type=float, default=0.9, help="of every interval (%(default)s)")
+    parser.add_argument("--bootstrap-samples", type=int, default=1000, help="(%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (%(default)s)")
+    parser.add_argument("--output-dir", type=Path, help="writes loss_law.json and loss_law.png there")
+    parser.add_argument("--json", action="store_true", help="the whole result as one JSON object on stdout")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    _check_arguments(arguments)
+    runs = _read_runs(arguments)
+    fit = fit_loss_law(
+        runs, num_samples=arguments.bootstrap_samples, confidence=arguments.confidence, seed=arguments.seed
+    )
+    study = _build_study(arguments, fit)
+    text = json.dumps(as_object(study), indent=2)
+    if arguments.output_dir is not None:
+        write_files_atomically(
+            {
+                arguments.output_dir / "loss_law.json": text + "\n",
+                arguments.output_dir / "loss_law.png": draw_study(study),
+            }
+        )
+    if arguments.json:
+        print(text)
+    else:
+        print_study(study)
+
+
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    problems = _find_lonely_flags(arguments)
+    if not 0 < arguments.confidence < 1:
+        problems.append(f"confidence: must be between 0 and 1, got {arguments.confidence:g}. Pass 0.9 for 90%.")
+    if not 0 < arguments.window_ratio <= 1:
+        problems.append(f"window-ratio: must be above 0 and at most 1, got {arguments.window_ratio:g}. Pass 0.05.")
+    if arguments.bootstrap_samples < 100:
+        problems.append(
+            f"bootstrap-samples: must be at least 100 for an interval, got {arguments.bootstrap_samples}. Pass 1000."
+        )
+    problems += [
+        f"{flag}: must be positive and finite, got {budget:g}. {remedy}."
+        for flag, budgets, remedy in (
+            ("budget-flops", arguments.budget_flops, "Pass FLOPs, such as 1e21"),
+            ("budget-gpu-hours", arguments.budget_gpu_hours, "Pass hours, such as 5000"),
+        )
+        for budget in budgets
+        if not (math.isfinite(budget) and budget > 0)
+    ]
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _find_lonely_flags(arguments: argparse.Namespace) -> list[str]:
+    """Flags that would change nothing beside the others: none is ignored."""
+    problems = []
+    if arguments.table is not None:
+        given = {
+            "parameters": arguments.parameters != "total",
+            "flop-convention": arguments.flop_convention != SIX_ND,
+            "loss": arguments.loss != "auto",
+            "validation-set": arguments.validation_set is not None,
+        }
+        problems += [
+            f"{flag}: must be left out with --table, whose columns say it. Use --runs."
+            for flag, is_given in given.items()
+            if is_given
+        ]
+    elif arguments.validation_set is not None and arguments.loss == "training":
+        name = arguments.validation_set
+        problems.append(f"validation-set: must be left out with --loss training, got {name}. Drop one of the two.")
+    if arguments.projection_gpus is not None and not arguments.projection:
+        number = arguments.projection_gpus
+        problems.append(f"projection-gpus: must come with --projection, got {number} alone. Pass both.")
+    pair = {"budget-gpu-hours": arguments.budget_gpu_hours, "projection": arguments.projection}
+    problems += [
+        f"{flag}: must come with --{other}, got it alone. "
+        "A projection is made by scaling_study.py project --output-dir DIR."
+        for flag, other in (tuple(pair), tuple(pair)[::-1])
+        if pair[flag] and not pair[other]
+    ]
+    return problems
+
+
+def _read_runs(arguments: argparse.Namespace) -> list[LossRun]:
+    if arguments.table is not None:
+        runs = loss_law_runs.read_table(arguments.table)
+        return loss_law_runs.leave_out(runs, [run.name for run in runs], arguments.leave_out)
+    specs = loss_law_runs.leave_out(arguments.runs, loss_law_runs.name_runs(arguments.runs), arguments.leave_out)
+    options = loss_law_runs.ReadOptions(
+        parameters=arguments.parameters,
+        flops=None if arguments.flop_convention == SIX_ND else arguments.flop_convention,
+        loss=arguments.loss,
+        validation_set=arguments.validation_set,
+        window_ratio=arguments.window_ratio,
+    )
+    return loss_law_runs.read_metrics_runs(specs, options, arguments.read_hf_model)
+
+
+def _build_study(arguments: argparse.Namespace, fit: LossFit) -> LossStudy:
+    if arguments.table is not None:
+        convention = f"as {arguments.table.name} counts them"
+    else:
+        convention = loss_law_runs.PARAMETER_CONVENTIONS[arguments.parameters]
+    cost = _build_cost(arguments, fit, convention)
+    optima = [find_optimum(fit, cost, budget) for budget in arguments.budget_flops]
+    if arguments.budget_gpu_hours:
+        gpu_cost = read_gpu_cost(arguments.projection, arguments.projection_gpus, arguments.parameters)
+        optima += [find_optimum(fit, gpu_cost, 3600 * hours) for hours in arguments.budget_gpu_hours]
+    notes = (*fit.notes, *(note for optimum in optima for note in optimum.notes))
+    return LossStudy(fit=fit, parameter_convention=convention, cost=cost, optima=tuple(optima), notes=notes)
+
+
+def _build_cost(arguments: argparse.Namespace, fit: LossFit, convention: str) -> TokenCost:
+    if arguments.flop_convention == SIX_ND:
+        return six_nd_cost(convention)
+    return fit_flops_cost(fit.runs, arguments.flop_convention, FLOP_CONVENTIONS[arguments.flop_convention])

@@ -1,0 +1,202 @@
+"""The command line of a study: its flags, and the Study that they ask for; where silent, the recipe speaks.
+
+`commands/project.py` adds what is shown; `study_problems.py` judges the values.
+"""
+
+import argparse
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from megatron_hammer.errors import ConfigError
+from megatron_hammer.model.shape import ModelShape
+from megatron_hammer.presets.catalogue import select_preset
+from megatron_hammer.presets.preset import Recipe
+from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_default_cluster, select_gpu
+from megatron_hammer.scaling.plan import Cluster, Gpu
+from megatron_hammer.scaling.search.projection import Study
+from megatron_hammer.scaling.search.search_space import RECOMPUTES, SHARDINGS, SearchSpace
+from megatron_hammer.scaling.search.study_problems import SIZE_FLAGS, find_study_problems
+
+# Of a GPU's memory that a plan may need by default: the rest is for the error of the estimate.
+USABLE_MEMORY_RATIO = 0.95
+GIB = 2**30
+TOKEN_SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+def add_study_arguments(parser: argparse.ArgumentParser) -> None:
+    """Model, machine, run and restrictions of a study."""
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--preset", help="a shipped model; its recipe gives what is not said here")
+    model.add_argument(
+        "--hf-config", type=Path, metavar="PATH", help="config.json of a Hugging Face model, or its folder"
+    )
+    _add_machine_arguments(parser)
+    _add_run_arguments(parser)
+    _add_restrictions(parser)
+
+
+def _add_machine_arguments(parser: argparse.ArgumentParser) -> None:
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--gpu", required=True, help="a GPU of gpus.toml, such as h100-sxm")
+    machine.add_argument("--cluster", help="a cluster of clusters.toml (default: the first one of this GPU)")
+    machine.add_argument("--gpus", required=True, metavar="N,N,...", help="numbers of GPUs")
+    machine.add_argument("--gpus-file", type=Path, metavar="TOML", help="GPUs of your own, laid over the shipped ones")
+    machine.add_argument("--clusters-file", type=Path, metavar="TOML", help="clusters of your own")
+    machine.add_argument("--coefficients", type=Path, metavar="TOML", help="coefficients of your own, from calibrate")
+    machine.add_argument("--memory-gib", type=float, help="what a plan may need of a GPU (default: 95%% of its memory)")
+    machine.add_argument(
+        "--usd-per-gpu-hour", type=float, metavar="USD", help="price (default: the cluster's, if known)"
+    )
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    run = parser.add_argument_group("run")
+    batch = run.add_mutually_exclusive_group()
+    batch.add_argument(
+        "--global-batch-size", type=int, metavar="N", help="samples of a step at every size (default: the recipe's)"
+    )
+    batch.add_argument(
+        "--samples-per-gpu", metavar="N", help="samples of a step a GPU, so that the batch grows; 0.25 or 1/4 too"
+    )
+    run.add_argument(
+        "--seq-length", type=int, metavar="TOKENS", help="(default: the recipe's, or the config's longest)"
+    )
+    run.add_argument(
+        "--precision",
+        choices=("fp32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4"),
+        help="(default: the recipe's, or bf16)",
+    )
+    run.add_argument("--train-tokens", metavar="TOKENS", help="budget; 15T or 15e12 (default: the recipe's)")
+    run.add_argument("--grad-reduce-in-bf16", action="store_true", help="gradients travel in 2 bytes instead of 4")
+
+
+def _add_restrictions(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("restrictions of the search (default: everything that fits)")
+    for flag in SIZE_FLAGS.values():
+        group.add_argument(f"--{flag}", metavar="N,N,...")
+    group.add_argument("--recompute", metavar="NAME,...", help=f"of {', '.join(RECOMPUTES)}")
+    group.add_argument("--sharding", metavar="NAME,...", help=f"of {', '.join(SHARDINGS)}")
+    group.add_argument("--tp-comm-overlap", choices=("auto", "off"), default="auto", help="(default: where possible)")
+
+
+def build_study(arguments: argparse.Namespace, read_hf_model: Callable[[Path], ModelShape]) -> Study:
+    """The study that the flags ask for; ConfigError with every problem of their values."""
+    problems: list[str] = []
+    model, recipe = _select_model(arguments, read_hf_model)
+    gpu, cluster = _select_machine(arguments)
+    memory_gib = arguments.memory_gib
+    study = Study(
+        model=model,
+        preset=arguments.preset,
+        hf_config=None if arguments.hf_config is None else str(arguments.hf_config),
+        gpu=gpu,
+        cluster=cluster,
+        gpu_counts=_parse_counts("gpus", arguments.gpus, problems),
+        seq_length=_first(arguments.seq_length, recipe and recipe.seq_length, model.max_position_embeddings),
+        precision=_first(arguments.precision, recipe and recipe.precision, "bf16"),
+        train_tokens=_first(_parse_tokens(arguments.train_tokens, problems), recipe and recipe.train_tokens),
+        memory_limit_bytes=round(gpu.memory_bytes * USABLE_MEMORY_RATIO if memory_gib is None else memory_gib * GIB),
+        space=_build_space(arguments, problems),
+        num_best=arguments.top,
+        mfu_convention=arguments.mfu_convention,
+        usd_per_gpu_hour=_first(arguments.usd_per_gpu_hour, cluster.usd_per_gpu_hour),
+        knee_ratio=arguments.knee,
+        gradient_bytes=2 if arguments.grad_reduce_in_bf16 else 4,
+        **_select_batch(arguments, recipe, problems),
+    )
+    problems += find_study_problems(study)
+    if problems:
+        raise ConfigError(*dict.fromkeys(problems))
+    return study
+
+
+def _first(*values: Any) -> Any:
+    """The first value that is given."""
+    return next((value for value in values if value is not None), None)
+
+
+def _select_model(
+    arguments: argparse.Namespace, read_hf_model: Callable[[Path], ModelShape]
+) -> tuple[ModelShape, Recipe | None]:
+    if arguments.preset is not None:
+        preset = select_preset(arguments.preset)
+        return preset.model, preset.recipe
+    return read_hf_model(arguments.hf_config), None
+
+
+def _select_machine(arguments: argparse.Namespace) -> tuple[Gpu, Cluster]:
+    gpus_path, clusters_path = arguments.gpus_file, arguments.clusters_file
+    gpu = select_gpu(arguments.gpu, gpus_path)
+    if arguments.cluster is None:
+        return gpu, select_default_cluster(gpu.name, clusters_path, gpus_path=gpus_path)
+    return gpu, select_cluster(arguments.cluster, clusters_path, gpus_path=gpus_path)
+
+
+def _select_batch(arguments: argparse.Namespace, recipe: Recipe | None, problems: list[str]) -> dict[str, Any]:
+    """Exactly one of Study's two batch fields."""
+    if arguments.samples_per_gpu is not None:
+        try:
+            return {"samples_per_gpu": Fraction(arguments.samples_per_gpu)}
+        except (ValueError, ZeroDivisionError):
+            problems.append(
+                f"samples-per-gpu: must be a number or a fraction, got {arguments.samples_per_gpu!r}. "
+                "Pass 2, 0.5 or 1/4."
+            )
+            return {"samples_per_gpu": Fraction(1)}
+    if arguments.global_batch_size is not None:
+        return {"global_batch_size": arguments.global_batch_size}
+    if recipe is None:
+        problems.append(
+            "global-batch-size: must be given for a model without a recipe, got none. "
+            "Pass --global-batch-size or --samples-per-gpu."
+        )
+        return {"global_batch_size": 1}
+    return {"global_batch_size": recipe.global_batch_size}
+
+
+def _parse_counts(flag: str, text: str, problems: list[str]) -> tuple[int, ...]:
+    """'8,64' -> (8, 64)."""
+    try:
+        return tuple(int(word) for word in text.split(",") if word.strip())
+    except ValueError:
+        problems.append(f"{flag}: must be whole numbers with commas between them, got {text!r}. Pass --{flag} 8,64.")
+        return (1,)
+
+
+def _parse_tokens(text: str | None, problems: list[str]) -> int | None:
+    """'15T', '15e12' or '15_000' -> a number of tokens."""
+    if text is None:
+        return None
+    factor = TOKEN_SUFFIXES.get(text[-1:].upper(), 1)
+    try:
+        tokens = Fraction(text[:-1] if factor > 1 else text) * factor
+    except (ValueError, ZeroDivisionError):
+        problems.append(f"train-tokens: must be a number of tokens, got {text!r}. Pass 15T, 300B or 2e9.")
+        return None
+    return int(tokens)
+
+
+def _build_space(arguments: argparse.Namespace, problems: list[str]) -> SearchSpace:
+    sizes = {}
+    for name, flag in SIZE_FLAGS.items():
+        text = getattr(arguments, flag.replace("-", "_"))
+        sizes[name] = None if text is None else _parse_counts(flag, text, problems)
+    return SearchSpace(
+        **sizes,
+        recomputes=_parse_names("recompute", arguments.recompute, RECOMPUTES, problems),
+        shardings=_parse_names("sharding", arguments.sharding, SHARDINGS, problems),
+        overlaps_tensor_parallel=False if arguments.tp_comm_overlap == "off" else None,
+    )
+
+
+def _parse_names(flag: str, text: str | None, known: tuple[Any, ...], problems: list[str]) -> tuple[Any, ...]:
+    """Names of a flag, in the order in which they are known."""
+    if text is None:
+        return known
+    names = [name.strip() for name in text.split(",")]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        problems.append(f"{flag}: must be of {', '.join(known)}, got {', '.join(unknown)}. Pass --{flag} {known[1]}.")
+    return tuple(name for name in known if name in names) or known

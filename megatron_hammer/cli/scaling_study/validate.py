@@ -1,0 +1,103 @@
+"""Compare predictions with measured runs: errors by source, GPU, precision and scale, and the ranking of layouts.
+
+Takes any CSV with the columns of the published tables, blanks allowed, or what `measure` writes. A row that cannot be
+predicted is listed with the reason. No accuracy is quoted on rows that the coefficients were fitted on.
+
+  validate --runs published_runs.csv --output-dir validation
+  validate --runs published_runs.csv --cross-validate --json
+  validate --memory published_memory.csv
+"""
+
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_hammer.errors import ConfigError
+from megatron_hammer.scaling.cost.coefficients import load_coefficients
+from megatron_hammer.scaling.evidence.measured_runs import read_runs
+from megatron_hammer.scaling.evidence.validation import ValidationReport, cross_validate_runs, validate_runs
+from megatron_hammer.scaling.evidence.validation_report import build_document, draw_scatter, format_csv, print_report
+from megatron_hammer.scaling.output_files import write_files_atomically
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--runs", type=Path, metavar="FILE.csv", help="measured runs")
+    parser.add_argument(
+        "--memory", type=Path, metavar="FILE.csv", help="measured memory, columns of the published table"
+    )
+    parser.add_argument("--coefficients", type=Path, help="a file that calibrate wrote (default: the shipped one)")
+    parser.add_argument("--gpus-file", type=Path, help="TOML of GPUs over the shipped ones")
+    parser.add_argument("--clusters-file", type=Path, help="TOML of clusters over the shipped ones")
+    parser.add_argument(
+        "--cross-validate",
+        action="store_true",
+        help="predict every run by coefficients fitted on the runs of all other publications",
+    )
+    parser.add_argument("--json", action="store_true", help="the result as one JSON object on stdout")
+    parser.add_argument(
+        "--output-dir", type=Path, help="writes validation.json, validation.csv and validation.png there"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    _check_arguments(arguments)
+    report = None if arguments.runs is None else _validate(arguments)
+    memory = None if arguments.memory is None else _validate_memory(arguments.memory)
+    document: dict[str, Any] = build_document(report) if report is not None else {}
+    if memory is not None:
+        document["memory"] = memory.as_json()
+    if arguments.output_dir is not None:
+        _write_files(arguments.output_dir, document, report)
+    if arguments.json:
+        print(json.dumps(document, indent=2))
+        return
+    if memory is not None:
+        from megatron_hammer.scaling.memory.validation import format_memory_report
+
+        print(format_memory_report(memory))
+    if report is not None:
+        print_report(report, sys.stdout)
+
+
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    problems = []
+    if arguments.runs is None and arguments.memory is None:
+        problems.append("runs: must be given, or --memory, got neither. Pass --runs FILE.csv or --memory FILE.csv.")
+    if arguments.cross_validate and arguments.runs is None:
+        problems.append("cross-validate: needs --runs, got none. Pass --runs FILE.csv.")
+    if arguments.cross_validate and arguments.coefficients is not None:
+        problems.append(
+            f"cross-validate: fits its own coefficients, got --coefficients {arguments.coefficients}. "
+            "Drop one of the two."
+        )
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _validate(arguments: argparse.Namespace) -> ValidationReport:
+    runs, unpredictable = read_runs(
+        arguments.runs, gpus_path=arguments.gpus_file, clusters_path=arguments.clusters_file
+    )
+    if arguments.cross_validate:
+        return cross_validate_runs(runs, unpredictable, partial(print, file=sys.stderr, flush=True))
+    return validate_runs(runs, unpredictable, load_coefficients(arguments.coefficients))
+
+
+def _validate_memory(path: Path) -> Any:
+    from megatron_hammer.scaling.memory.validation import validate_memory
+
+    return validate_memory(path)
+
+
+def _write_files(folder: Path, document: dict[str, Any], report: ValidationReport | None) -> None:
+    files: dict[Path, str | bytes] = {folder / "validation.json": json.dumps(document, indent=2) + "\n"}
+    if report is not None:
+        files[folder / "validation.csv"] = format_csv(report)
+        scatter = draw_scatter(report)
+        if scatter is not None:
+            files[folder / "validation.png"] = scatter
+    write_files_atomically(files)
+    print(f"wrote {', '.join(path.name for path in files)} to {folder}", file=sys.stderr)

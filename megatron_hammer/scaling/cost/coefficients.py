@@ -1,0 +1,274 @@
+"""The coefficients of the performance model: what data sheets do not say, fitted to measured runs.
+
+`coefficients.toml` holds the shipped ones with the runs they were fitted on; `calibrate.py` fits them. Each is a
+physical quantity with bounds and a prior: no coefficient belongs to a source of rows.
+"""
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_hammer.errors import ConfigError
+from megatron_hammer.scaling.plan import Gpu
+
+SHIPPED_PATH = Path(__file__).parent / "coefficients.toml"
+
+
+class Prior(NamedTuple):
+    """What is believed of a coefficient before any run is seen; `spread` is a standard deviation of its logarithm."""
+
+    value: float
+    low: float
+    high: float
+    spread: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GpuCoefficients:
+    """How much of a data sheet one generation of GPUs delivers in large operators."""
+
+    gemm_ratio: float  # of the dense 16- or 32-bit peak, in a large matrix product
+    gemm_8bit_ratio: float
+    gemm_4bit_ratio: float
+    attention_ratio: float  # of the 16-bit peak, in flash attention over a long sequence
+    memory_ratio: float  # of the memory bandwidth, in kernels bound by it
+    kernel_s: float  # between two kernels on the device; on a CPU all that Python does for one
+    num_multiprocessors: int  # a fact: tiles of a matrix product that run at once
+
+
+# What large products are known to reach on A100 (250 to 260 of 312) and H100 at 700 W (690 to 740 of 989) leaves little
+# room for their ratios; what the other ratios are is known less well.
+GPU_PRIORS: dict[str, dict[str, Prior]] = {
+    "volta": {
+        "gemm_ratio": Prior(0.75, 0.4, 0.95, 0.15),
+        "gemm_8bit_ratio": Prior(0.6, 0.3, 0.95, 0.01),
+        "gemm_4bit_ratio": Prior(0.5, 0.2, 0.95, 0.01),
+        "attention_ratio": Prior(0.45, 0.2, 0.9, 0.2),
+        "memory_ratio": Prior(0.8, 0.5, 0.95, 0.1),
+        "kernel_s": Prior(3e-6, 5e-7, 1.5e-5, 0.3),
+    },
+    "ampere": {
+        "gemm_ratio": Prior(0.80, 0.5, 0.95, 0.05),
+        "gemm_8bit_ratio": Prior(0.6, 0.3, 0.95, 0.01),
+        "gemm_4bit_ratio": Prior(0.5, 0.2, 0.95, 0.01),
+        "attention_ratio": Prior(0.58, 0.3, 0.9, 0.15),
+        "memory_ratio": Prior(0.8, 0.5, 0.95, 0.1),
+        "kernel_s": Prior(3e-6, 5e-7, 1.5e-5, 0.3),
+    },
+    "hopper": {
+        "gemm_ratio": Prior(0.72, 0.4, 0.95, 0.05),
+        "gemm_8bit_ratio": Prior(0.65, 0.3, 0.95, 0.1),
+        "gemm_4bit_ratio": Prior(0.5, 0.2, 0.95, 0.01),
+        "attention_ratio": Prior(0.50, 0.25, 0.9, 0.15),
+        "memory_ratio": Prior(0.8, 0.5, 0.95, 0.1),
+        "kernel_s": Prior(3e-6, 5e-7, 1.5e-5, 0.3),
+    },
+    "blackwell": {
+        "gemm_ratio": Prior(0.68, 0.35, 0.95, 0.15),
+        "gemm_8bit_ratio": Prior(0.60, 0.3, 0.95, 0.15),
+        "gemm_4bit_ratio": Prior(0.45, 0.15, 0.95, 0.2),
+        "attention_ratio": Prior(0.45, 0.2, 0.9, 0.2),
+        "memory_ratio": Prior(0.8, 0.5, 0.95, 0.1),
+        "kernel_s": Prior(3e-6, 5e-7, 1.5e-5, 0.3),
+    },
+}
+# By name, not by generation: one core of a CPU, which runs every operator as Python reaches it.
+GPU_PRIORS["cpu-core"] = {
+    "gemm_ratio": Prior(0.6, 0.02, 1.5, 0.7),
+    "gemm_8bit_ratio": Prior(0.5, 0.02, 1.0, 0.01),
+    "gemm_4bit_ratio": Prior(0.5, 0.02, 1.0, 0.01),
+    "attention_ratio": Prior(0.25, 0.005, 1.5, 0.7),
+    "memory_ratio": Prior(0.4, 0.005, 1.5, 0.7),
+    "kernel_s": Prior(6e-5, 1e-6, 1e-3, 0.7),
+}
+NUM_MULTIPROCESSORS = {"volta": 80, "ampere": 108, "hopper": 132, "blackwell": 148, "cpu-core": 1}
+# Watts of the board for one dense 16-bit TFLOP/s, of the GPU that a generation's ratios are about: V100 SXM2, A100 SXM,
+# H100 SXM, GB200.
+REFERENCE_WATTS = {"volta": 300 / 125, "ampere": 400 / 312, "hopper": 700 / 989, "blackwell": 1200 / 2500}
+
+PRIORS: dict[str, Prior] = {
+    "gemm_fill_waves": Prior(0.3, 0.02, 2.0, 0.5),
+    "gemm_epilogue_ratio": Prior(0.7, 0.05, 2.0, 0.5),
+    "attention_fill_tokens": Prior(400.0, 20.0, 3000.0, 0.5),
+    "power_exponent": Prior(0.5, 0.02, 1.0, 0.5),
+    "host_s": Prior(2e-5, 3e-6, 1e-4, 0.5),
+    "step_s": Prior(5e-3, 1e-4, 1e-1, 0.7),
+    "nvlink_ratio": Prior(0.75, 0.4, 1.0, 0.15),
+    "network_ratio": Prior(0.75, 0.3, 1.0, 0.2),
+    "collective_s": Prior(1.5e-5, 2e-6, 1e-4, 0.5),
+    "tensor_exposed_ratio": Prior(0.5, 0.1, 1.0, 0.3),
+    "data_exposed_ratio": Prior(0.15, 0.01, 1.0, 0.5),
+    "context_exposed_ratio": Prior(0.15, 0.01, 1.0, 0.5),
+    "pipeline_exposed_ratio": Prior(0.2, 0.01, 1.0, 0.5),
+    "fsdp_exposed_ratio": Prior(0.2, 0.01, 1.0, 0.5),
+    "jitter_ratio": Prior(0.006, 0.0005, 0.05, 0.5),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Coefficients:
+    """All coefficients and where they come from. Compared by identity, so that it is a cheap key of a cache."""
+
+    gpus: Mapping[str, GpuCoefficients]  # by generation, or by the name of one GPU
+    gemm_fill_waves: float  # waves of tiles lost in filling and emptying the multiprocessors, a matrix product
+    gemm_epilogue_ratio: float  # of the time to write a matrix product's result that nothing hides
+    attention_fill_tokens: float  # sequence length at which flash attention reaches half its speed
+    power_exponent: float  # speed of products over the board's watts a peak TFLOP/s, between GPUs of one generation
+    host_s: float  # of the host to launch one kernel, with all that Python does for it
+    step_s: float  # of the host, once a step
+    nvlink_ratio: float  # of the bandwidth inside a domain that a large collective reaches
+    network_ratio: float
+    collective_s: float  # to start a collective, besides the latency of the wires
+    tensor_exposed_ratio: float  # of tensor-parallel communication, where it is overlapped with products
+    data_exposed_ratio: float  # of gradients' and parameters' communication at least, where it is overlapped
+    context_exposed_ratio: float  # of the exchange of keys and values at least
+    pipeline_exposed_ratio: float  # of the exchange between interleaved stages
+    fsdp_exposed_ratio: float  # of gathers and reductions layer by layer at least: they disturb what they run beside
+    jitter_ratio: float  # of the step's time, each time the number of nodes grows e-fold
+    band_ratio: Mapping[str, float] = field(default_factory=lambda: {"default": 0.2})  # exp(+-) holds 80 %, by class
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def select_gpu(self, gpu: Gpu) -> GpuCoefficients:
+        """Those of this very GPU where it was calibrated, else of its generation."""
+        return self.gpus.get(gpu.name) or self.gpus[select_generation(gpu)]
+
+
+def select_generation(gpu: Gpu) -> str:
+    """The generation by the formats that a GPU multiplies in: fp4 Blackwell, fp8 Hopper (and Ada), bf16 Ampere."""
+    if gpu.fp4_tflops:
+        return "blackwell"
+    if gpu.fp8_tflops:
+        return "hopper"
+    return "ampere" if gpu.bf16_tflops else "volta"
+
+
+SHARED_NAMES = tuple(PRIORS)
+GPU_NAMES = tuple(GPU_PRIORS["ampere"])
+
+
+def build_prior_coefficients() -> Coefficients:
+    """What the model believes before it has seen a run."""
+    gpus = {
+        generation: GpuCoefficients(
+            **{name: prior.value for name, prior in priors.items()},
+            num_multiprocessors=NUM_MULTIPROCESSORS[generation],
+        )
+        for generation, priors in GPU_PRIORS.items()
+    }
+    shared: dict[str, Any] = {name: prior.value for name, prior in PRIORS.items()}
+    return Coefficients(gpus=gpus, **shared)
+
+
+def flatten_coefficients(coefficients: Coefficients) -> dict[str, float]:
+    """Every fitted number by its name: "hopper.gemm_ratio", "network_ratio"; inverse of `replace_values`."""
+    values = {name: getattr(coefficients, name) for name in SHARED_NAMES}
+    for gpu, own in coefficients.gpus.items():
+        values |= {f"{gpu}.{name}": getattr(own, name) for name in GPU_NAMES}
+    return values
+
+
+def replace_values(coefficients: Coefficients, values: Mapping[str, float]) -> Coefficients:
+    """The coefficients with some numbers changed, by the names of `flatten_coefficients`."""
+    shared: dict[str, Any] = {name: value for name, value in values.items() if "." not in name}
+    changed: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        gpu, dot, own = name.rpartition(".")
+        if dot:
+            changed.setdefault(gpu, {})[own] = value
+    gpus = {gpu: replace(own, **changed.get(gpu, {})) for gpu, own in coefficients.gpus.items()}
+    return replace(coefficients, gpus=gpus, **shared)
+
+
+def load_coefficients(path: Path | None = None) -> Coefficients:
+    """Coefficients of a file, by default the shipped ones; ConfigError for a file that lacks one or has another."""
+    if path is None:
+        return _load_shipped()
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: must be readable, got {error.strerror}. Pass a file written by calibrate."
+        ) from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: must be TOML, got {error}. Pass a file written by calibrate.") from None
+    return _build_coefficients(table, path)
+
+
+@lru_cache(maxsize=1)
+def _load_shipped() -> Coefficients:
+    return _build_coefficients(tomllib.loads(SHIPPED_PATH.read_text(encoding="utf-8")), SHIPPED_PATH)
+
+
+def _build_coefficients(table: dict[str, Any], path: Path) -> Coefficients:
+    shared, gpus = table.get("shared", {}), table.get("gpu", {})
+    problems = _find_table_problems(shared, SHARED_NAMES, f"{path}: shared")
+    expected = tuple(item.name for item in fields(GpuCoefficients))
+    for name, own in gpus.items():
+        problems += _find_table_problems(own, expected, f"{path}: gpu.{name}")
+    missing = sorted(set(GPU_PRIORS) - set(gpus))
+    if missing:
+        problems.append(f"{path}: gpu: must have every generation, lacks {', '.join(missing)}. Run calibrate again.")
+    if problems:
+        raise ConfigError(*problems)
+    return Coefficients(
+        gpus={name: GpuCoefficients(**own) for name, own in gpus.items()},
+        **shared,
+        band_ratio=table.get("band", {"default": 0.2}),
+        provenance=table.get("provenance", {}),
+    )
+
+
+def _find_table_problems(table: dict[str, Any], expected: tuple[str, ...], where: str) -> list[str]:
+    problems = []
+    for name in expected:
+        value = table.get(name)
+        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+            problems.append(f"{where}.{name}: must be a positive number, got {value!r}. Run calibrate again.")
+    unknown = sorted(set(table) - set(expected))
+    if unknown:
+        problems.append(f"{where}: must hold only known coefficients, got {', '.join(unknown)}. Remove them.")
+    return problems
+
+
+def format_coefficients(coefficients: Coefficients) -> str:
+    """The text of a file that `load_coefficients` reads back to equal numbers."""
+    lines = ["# Coefficients of the performance model, written by `scaling_study.py calibrate`.", "", "[shared]"]
+    lines += [f"{name} = {getattr(coefficients, name):.6g}" for name in SHARED_NAMES]
+    for gpu, own in coefficients.gpus.items():
+        lines += ["", f"[gpu.{json.dumps(gpu)}]"]
+        lines += [f"{name} = {_format_number(value)}" for name, value in asdict(own).items()]
+    lines += ["", "# exp(+-ratio) about a prediction holds 80 % of cross-validated rows of the class", "[band]"]
+    lines += [f"{json.dumps(name)} = {ratio:.4f}" for name, ratio in coefficients.band_ratio.items()]
+    lines += ["", "[provenance]"]
+    for key, value in coefficients.provenance.items():
+        if not isinstance(value, Mapping):
+            lines.append(f"{key} = {_format_value(value)}")
+    for key, value in coefficients.provenance.items():
+        if isinstance(value, Mapping):
+            lines += ["", f"[provenance.{key}]"]
+            lines += [f"{json.dumps(name)} = {_format_value(item)}" for name, item in value.items()]
+    return "\n".join(lines) + "\n"
+
+
+def save_coefficients(coefficients: Coefficients, path: Path) -> None:
+    """Write a coefficients file whole."""
+    from megatron_hammer.scaling.output_files import write_files_atomically
+
+    write_files_atomically({path: format_coefficients(coefficients)})
+
+
+def _format_number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.6g}"
+
+
+def _format_value(value: Any) -> str:
+    """A TOML value: JSON's strings, numbers and lists are TOML's; long lists get a line an entry."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list | tuple) and len(value) > 6:
+        return "[\n" + "".join(f"  {json.dumps(item)},\n" for item in value) + "]"
+    return json.dumps(list(value) if isinstance(value, tuple) else value)

@@ -1,0 +1,127 @@
+"""Seconds that one GPU needs for the work of `operators.py`."""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from megatron_hammer.errors import ConfigError
+from megatron_hammer.scaling.cost.coefficients import REFERENCE_WATTS, Coefficients, select_generation
+from megatron_hammer.scaling.cost.operators import Gemm, LayerWork, Shard, Work
+from megatron_hammer.scaling.plan import Gpu
+
+TILE_ELEMENTS = 128 * 256  # of a result that one multiprocessor works on: the large tiles of cuBLAS and CUTLASS
+HEAD_DIM_FILL = 16  # flash attention's exponentials are the same for narrow heads: 64 wide ones reach 90% of 128's
+
+
+class PassTime(NamedTuple):
+    """Device seconds of one pass, and those that the host needs to launch it."""
+
+    matmul_s: float
+    attention_s: float
+    pointwise_s: float
+    gap_s: float  # between kernels
+    host_s: float
+
+    @property
+    def device_s(self) -> float:
+        return self.matmul_s + self.attention_s + self.pointwise_s + self.gap_s
+
+
+class LayerTime(NamedTuple):
+    forward: PassTime
+    backward: PassTime
+
+
+class Rates(NamedTuple):
+    """What a GPU delivers at a precision, data sheet times coefficients."""
+
+    gemm_flops_per_s: float  # of 16- or 32-bit products
+    low_gemm_flops_per_s: float  # of 8- or 4-bit products, where the run has them
+    attention_flops_per_s: float
+    memory_bytes_per_s: float
+    result_bytes_per_s: float  # of a product's result, as far as it is not hidden
+    wave_elements: float  # elements of a result that are worked on at once
+    kernel_s: float
+
+
+@lru_cache(maxsize=256)
+def build_rates(gpu: Gpu, precision: str, coefficients: Coefficients) -> Rates:
+    """Raises ConfigError for a precision that the GPU has no units for."""
+    own = coefficients.select_gpu(gpu)
+    peak = {"fp32": gpu.fp32_tflops, "fp16": gpu.fp16_tflops}.get(precision, gpu.bf16_tflops)
+    low_peak, low_ratio = peak, own.gemm_ratio
+    if precision in ("fp8", "mxfp8"):
+        low_peak, low_ratio = gpu.fp8_tflops, own.gemm_8bit_ratio
+    elif precision == "nvfp4":
+        low_peak, low_ratio = gpu.fp4_tflops, own.gemm_4bit_ratio
+    if not peak or not low_peak:
+        raise ConfigError(
+            f"precision: must be one that the GPU multiplies in, got precision={precision}, gpu={gpu.name}. "
+            "Use bf16 (fp16 before Ampere)."
+        )
+    power = estimate_power_ratio(gpu, coefficients)
+    memory_bytes_per_s = own.memory_ratio * gpu.memory_bytes_per_s
+    return Rates(
+        gemm_flops_per_s=1e12 * peak * own.gemm_ratio * power,
+        low_gemm_flops_per_s=1e12 * low_peak * low_ratio * power,
+        attention_flops_per_s=1e12 * peak * own.attention_ratio * power,
+        memory_bytes_per_s=memory_bytes_per_s,
+        result_bytes_per_s=memory_bytes_per_s / coefficients.gemm_epilogue_ratio,
+        wave_elements=TILE_ELEMENTS * own.num_multiprocessors,
+        kernel_s=own.kernel_s,
+    )
+
+
+def estimate_power_ratio(gpu: Gpu, coefficients: Coefficients) -> float:
+    """How much faster products run than on the generation's reference board, which has other watts a TFLOP/s.
+
+    Large products run at the clock that the board's power allows, not at the data sheet's (H100 PCIe: 46% of the SXM
+    board's power for 76% of its peak). A GPU with coefficients of its own needs no such correction.
+    """
+    generation = select_generation(gpu)
+    if gpu.name in coefficients.gpus:
+        return 1.0
+    ratio = gpu.power_w / (gpu.bf16_tflops or gpu.fp16_tflops) / REFERENCE_WATTS[generation]
+    return min(1.2, max(0.4, ratio**coefficients.power_exponent))
+
+
+def estimate_gemm_s(gemm: Gemm, rates: Rates, fill_waves: float) -> float:
+    """Products bound by the multiplier or by reading their operands, and the part of writing the result that shows.
+
+    Filling and emptying the multiprocessors costs a part of a wave of tiles whatever the number of waves
+    (NVIDIA, Matrix Multiplication Background, "wave quantization"), so that small results run below the peak.
+    Unhidden writing does the same to products with a short summed dimension.
+    """
+    m, n, k, batch, extra_bytes, is_low = gemm
+    results = m * n * batch
+    rate = rates.low_gemm_flops_per_s if is_low else rates.gemm_flops_per_s
+    multiply_s = 2.0 * results * k / rate * (1.0 + fill_waves * rates.wave_elements / results)
+    read_s = (1.0 if is_low else 2.0) * batch * k * (m + n) / rates.memory_bytes_per_s
+    return max(multiply_s, read_s) + (2.0 * results + extra_bytes) / rates.result_bytes_per_s
+
+
+def estimate_work(work: Work, rates: Rates, coefficients: Coefficients, attention_fill: float) -> PassTime:
+    """attention_fill: the share of its speed that flash attention reaches at this sequence length and head width."""
+    fill_waves = coefficients.gemm_fill_waves
+    attention_s = work.attention_flops / (rates.attention_flops_per_s * attention_fill)
+    if work.attention_gemms:
+        attention_s += sum(estimate_gemm_s(gemm, rates, fill_waves) for gemm in work.attention_gemms)
+        attention_s += work.attention_bytes / rates.memory_bytes_per_s
+    return PassTime(
+        matmul_s=sum(estimate_gemm_s(gemm, rates, fill_waves) for gemm in work.gemms),
+        attention_s=attention_s,
+        pointwise_s=work.pointwise_bytes / rates.memory_bytes_per_s,
+        gap_s=work.num_kernels * rates.kernel_s,
+        host_s=work.num_kernels * coefficients.host_s,
+    )
+
+
+def estimate_layer(work: LayerWork, shard: Shard, head_dim: int, gpu: Gpu, coefficients: Coefficients) -> LayerTime:
+    """Both passes of a layer, or of an end of the model, over one micro-batch."""
+    rates = build_rates(gpu, shard.precision, coefficients)
+    length = shard.seq_length / shard.cp  # of the queries that one rank works on
+    fill = length / (length + coefficients.attention_fill_tokens)
+    fill *= head_dim / (head_dim + HEAD_DIM_FILL) * (128 + HEAD_DIM_FILL) / 128
+    return LayerTime(
+        estimate_work(work.forward, rates, coefficients, fill),
+        estimate_work(work.backward, rates, coefficients, fill),
+    )

@@ -1,0 +1,161 @@
+"""What data parallelism adds to a step: gradients summed, parameters gathered, and the optimizer's own work.
+
+Source: Rajbhandari et al. 2020, arXiv 1910.02054 (ZeRO 1 to 3); megatron.core.distributed for what runs beside what.
+"""
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import NamedTuple
+
+from megatron_hammer.model.accounting import ParallelLayout, RankParameters, count_rank_parameters
+from megatron_hammer.model.shape import ModelShape
+from megatron_hammer.scaling.cost.coefficients import Coefficients
+from megatron_hammer.scaling.cost.communication import (
+    Group,
+    estimate_all_reduce_s,
+    estimate_exposed_s,
+    estimate_gather_s,
+    place_group,
+)
+from megatron_hammer.scaling.cost.pipeline import StageKind
+from megatron_hammer.scaling.plan import Plan
+
+# Bytes that the optimizer moves for one parameter of its shard: the gradient read for the norm (4), then gradient,
+# master weight and two moments read (16), the last three written (12), the 16-bit weight (2), and a copy's share.
+OPTIMIZER_BYTES_PER_PARAMETER = 36
+
+
+class DataTraffic(NamedTuple):
+    """Seconds of the communication over data ranks, whole, before anything hides it."""
+
+    reduce_s: float
+    gather_s: float
+
+
+@lru_cache(maxsize=8192)
+def _count_stage_parameters(
+    model: ModelShape, tp: int, ep: int, expert_tp: int, num_layers: int, ends: tuple[bool, bool], multiple: int
+) -> RankParameters:
+    """Parameters of one rank of a stage with so many layers; the ends are those of a pipeline's first or last stage."""
+    layout = ParallelLayout(
+        tensor_model_parallel_size=tp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=expert_tp,
+        data_parallel_size=ep * expert_tp,
+        has_sequence_parallel=True,
+    )
+    whole = count_rank_parameters(model, layout, 0, vocab_divisible_by=multiple)
+    two = count_rank_parameters(replace(model, num_layers=2 * model.num_layers), layout, 0, vocab_divisible_by=multiple)
+    layers = model.num_layers
+    dense_layer, expert_layer = (two.dense - whole.dense) / layers, (two.expert - whole.expert) / layers
+    end = (whole.dense - layers * dense_layer) / (1 if model.has_tied_embeddings else 2)
+    num_ends = sum(ends) if not (model.has_tied_embeddings and all(ends)) else 1
+    return RankParameters(dense=int(num_layers * dense_layer + num_ends * end), expert=int(num_layers * expert_layer))
+
+
+def _count_kind_parameters(plan: Plan, kind: StageKind) -> RankParameters:
+    layout = plan.layout
+    return _count_stage_parameters(
+        plan.model,
+        layout.tensor_model_parallel_size,
+        layout.expert_model_parallel_size,
+        layout.expert_tp,
+        kind.num_layers,
+        (kind.has_embedding, kind.has_head),
+        plan.vocab_divisible_by,
+    )
+
+
+def _estimate_traffic(plan: Plan, parameters: RankParameters, coefficients: Coefficients) -> DataTraffic:
+    """Reduction of gradients and gathering of parameters, whole: ZeRO-1 as a reduce-scatter and an all-gather.
+
+    Source: Rajbhandari et al. 2020, arXiv 1910.02054, section 7. With fewer shards than copies (shard_size) gradients
+    are summed over the copies of a shard as well.
+    """
+    layout, cluster = plan.layout, plan.cluster
+    weight_bytes = 4 if plan.precision == "fp32" else 2
+    ranks = layout.data_parallel_size * layout.context_parallel_size
+    expert_block = layout.expert_tp * layout.expert_model_parallel_size
+    expert_ranks = layout.world_size // layout.pipeline_model_parallel_size // expert_block
+    reduce_s = gather_s = 0.0
+    for number, size, stride in (
+        (parameters.dense, ranks, layout.tensor_model_parallel_size),
+        (parameters.expert, expert_ranks, expert_block),
+    ):
+        if number == 0 or size == 1:
+            continue
+        gradient_bytes = plan.gradient_bytes * number
+        if plan.sharding == "none":
+            group = place_group(size, stride, cluster)
+            reduce_s += estimate_all_reduce_s(gradient_bytes, group, cluster, coefficients)
+            continue
+        shards = min(plan.shard_size or size, size)
+        group = place_group(shards, stride, cluster)
+        reduce_s += estimate_gather_s(gradient_bytes, group, cluster, coefficients)
+        gather_s += estimate_gather_s(weight_bytes * number, group, cluster, coefficients)
+        copies = place_group(size // shards, stride * shards, cluster)
+        reduce_s += estimate_all_reduce_s(gradient_bytes / shards, copies, cluster, coefficients)
+    return DataTraffic(reduce_s, gather_s)
+
+
+def estimate_data_parallel_s(
+    plan: Plan, kind: StageKind, forward_s: float, backward_s: float, coefficients: Coefficients
+) -> float:
+    """What shows of the reduction beside the last backward pass and of the gathering beside the first forward pass.
+
+    forward_s, backward_s: of one micro-batch on this kind of stage.
+    """
+    if plan.sharding == "fsdp":
+        return 0.0
+    traffic = _estimate_traffic(plan, _count_kind_parameters(plan, kind), coefficients)
+    least = coefficients.data_exposed_ratio
+    reduce_s, gather_s = traffic
+    embedding_s = _estimate_tied_embedding_s(plan, coefficients)
+    if plan.overlaps_grad_reduce:
+        reduce_s = estimate_exposed_s(reduce_s, backward_s, least)
+    if plan.overlaps_param_gather:
+        gather_s = estimate_exposed_s(gather_s, forward_s, least)
+    return reduce_s + gather_s + embedding_s
+
+
+def _estimate_tied_embedding_s(plan: Plan, coefficients: Coefficients) -> float:
+    """The first and the last stage sum the gradients of the embedding that both hold, after everything else."""
+    pp = plan.layout.pipeline_model_parallel_size
+    if pp == 1 or not plan.model.has_tied_embeddings:
+        return 0.0
+    stride = plan.layout.world_size // pp
+    is_inside = plan.layout.world_size <= plan.cluster.nvlink_domain_size
+    group = Group(2, 2 if is_inside else 1, stride * pp <= (plan.cluster.leaf_size or stride * pp))
+    embedding_size = plan.model.vocab_size * plan.model.hidden_size
+    num_bytes = plan.gradient_bytes * embedding_size / plan.layout.tensor_model_parallel_size
+    return estimate_all_reduce_s(num_bytes, group, plan.cluster, coefficients)
+
+
+def estimate_fsdp_s(plan: Plan, forward_s: float, backward_s: float, coefficients: Coefficients) -> float:
+    """What shows, a layer and micro-batch, of gathering weights for both passes and reducing gradients (ZeRO-3).
+
+    forward_s, backward_s: of one layer over one micro-batch.
+    """
+    one_layer = StageKind(1, False, False, 1)
+    traffic = _estimate_traffic(plan, _count_kind_parameters(plan, one_layer), coefficients)
+    least = coefficients.fsdp_exposed_ratio
+    shown_s = estimate_exposed_s(traffic.gather_s, forward_s, least)
+    return shown_s + estimate_exposed_s(traffic.gather_s + traffic.reduce_s, backward_s, least)
+
+
+def estimate_optimizer_s(plan: Plan, coefficients: Coefficients) -> float:
+    """Adam over the shard of the heaviest stage, bound by memory, and the gradient buffer cleared."""
+    layout = plan.layout
+    kinds = ((True, layout.pipeline_model_parallel_size == 1), (False, True))
+    num_layers = -(-plan.model.num_layers // layout.pipeline_model_parallel_size)
+    heaviest = max(
+        (_count_kind_parameters(plan, StageKind(num_layers, *ends, 1)) for ends in kinds), key=lambda one: one.total
+    )
+    shards = 1
+    if plan.sharding != "none":
+        ranks = layout.data_parallel_size * layout.context_parallel_size
+        shards = min(plan.shard_size or ranks, ranks)
+    local = heaviest.total / (shards if plan.sharding == "fsdp" else 1)
+    num_bytes = OPTIMIZER_BYTES_PER_PARAMETER * heaviest.total / shards + plan.gradient_bytes * local
+    own = coefficients.select_gpu(plan.gpu)
+    return num_bytes / (own.memory_ratio * plan.gpu.memory_bytes_per_s)

@@ -1,0 +1,176 @@
+"""The time of one training step, part by part: `predict_step` is the door to the performance model.
+
+`operators.py` counts the work of a layer, `compute.py` and `communication.py` turn it into seconds with the
+coefficients of `coefficients.py`, `pipeline.py` puts micro-batches and stages together, and here the parts of a step
+are added up along its critical path. What a search asks thousands of times is kept by what it depends on.
+"""
+
+import math
+from typing import NamedTuple
+
+from megatron_hammer.scaling.cost.coefficients import Coefficients, load_coefficients, select_generation
+from megatron_hammer.scaling.cost.communication import estimate_send_s, place_group
+from megatron_hammer.scaling.cost.compute import LayerTime
+from megatron_hammer.scaling.cost.data_parallel import (
+    estimate_data_parallel_s,
+    estimate_fsdp_s,
+    estimate_optimizer_s,
+)
+from megatron_hammer.scaling.cost.layer_cost import LayerCost, build_end_times, build_layer_cost, build_shard
+from megatron_hammer.scaling.cost.operators import Shard
+from megatron_hammer.scaling.cost.pipeline import StageKind, build_schedule, list_stages
+from megatron_hammer.scaling.plan import Plan, StepTime
+
+# The host's queue runs ahead of the device: a stage waits for the slower of the two, and a little for both.
+HOST_NORM = 4.0
+# Between a simulation of 1F1B by more processes than cores and what such processes took when measured.
+SHARED_CORES_NORM = 4.0
+
+
+class StageCost(NamedTuple):
+    """One micro-batch on one stage. total_s: forward and backward with the host's part, of which forward_s."""
+
+    device_s: float
+    total_s: float
+    forward_s: float
+    ends_s: float  # of embedding, head and loss
+
+
+def predict_step(plan: Plan, coefficients: Coefficients | None = None) -> StepTime:
+    """Seconds of one step of a plan with their parts and band; ConfigError where layout and model do not fit.
+
+    coefficients: the shipped ones by default. Memory is not looked at (`plan_memory.py`).
+    """
+    coefficients = coefficients or load_coefficients()
+    parts, idle_s = _estimate_parts(plan, coefficients)
+    slowdown = _estimate_slowdown(plan, sum(parts.values()), idle_s)
+    if slowdown > 1.0:
+        parts = {name: seconds * slowdown for name, seconds in parts.items()}
+    total_s = sum(parts.values())
+    num_nodes = plan.layout.world_size / plan.cluster.gpus_per_node
+    jitter_s = total_s * coefficients.jitter_ratio * math.log(max(1.0, num_nodes))
+    total_s += jitter_s
+    band = math.exp(select_band_ratio(plan, coefficients))
+    return StepTime(**parts, jitter_s=jitter_s, low_s=total_s / band, high_s=total_s * band)
+
+
+def _estimate_parts(plan: Plan, coefficients: Coefficients) -> tuple[dict[str, float], float]:
+    """Every part of StepTime but the jitter, and the seconds that the mean process of a pipeline waits for others."""
+    layout, num_microbatches = plan.layout, plan.num_microbatches
+    shard = build_shard(plan)
+    layer = build_layer_cost(
+        plan.model, shard, plan.gpu, plan.cluster, coefficients, plan.recompute, plan.overlaps_tensor_parallel
+    )
+    embedding, head = build_end_times(plan.model, shard, plan.gpu, coefficients)
+    kinds = _list_plan_stages(plan)
+    fsdp_s = 0.0
+    if plan.sharding == "fsdp":
+        fsdp_s = estimate_fsdp_s(plan, layer.forward_s, layer.backward_s, coefficients)
+    stages = [_build_stage_cost(kind, layer, embedding, head, fsdp_s) for kind in kinds]
+    send_s, fill_send_s = _estimate_pipeline_sends(plan, shard, coefficients)
+    schedule = build_schedule(
+        [stage.total_s + send_s for stage in stages],
+        [kind.num_stages for kind in kinds],
+        layout.virtual_pipeline_model_parallel_size,
+    )
+    kind, stage = kinds[schedule.slowest], stages[schedule.slowest]
+    layers = num_microbatches * kind.num_layers
+    forward, backward = layer.time
+    data_s = estimate_data_parallel_s(plan, kind, stage.forward_s, stage.total_s - stage.forward_s, coefficients)
+    waited_s = num_microbatches * (stage.total_s - stage.device_s)  # for the host
+    parts = {
+        "matmul_s": layers * (forward.matmul_s + backward.matmul_s),
+        "attention_s": layers * (forward.attention_s + backward.attention_s),
+        "pointwise_s": layers * (forward.pointwise_s + backward.pointwise_s),
+        "embedding_and_loss_s": num_microbatches * stage.ends_s,
+        "recompute_s": layers * layer.recompute.device_s,
+        "overhead_s": layers * (forward.gap_s + backward.gap_s) + waited_s + coefficients.step_s,
+        "tensor_parallel_s": layers * (layer.tensor_forward_s + layer.tensor_backward_s),
+        "context_parallel_s": layers * (layer.context_forward_s + layer.context_backward_s),
+        "expert_parallel_s": layers * layer.expert_s,
+        "pipeline_p2p_s": num_microbatches * send_s + fill_send_s,
+        "bubble_s": schedule.bubble_s,
+        "data_parallel_s": data_s + layers * fsdp_s,
+        "optimizer_s": estimate_optimizer_s(plan, coefficients),
+    }
+    return parts, schedule.bubble_s + num_microbatches * schedule.imbalance_s
+
+
+def _list_plan_stages(plan: Plan) -> tuple[StageKind, ...]:
+    layout = plan.layout
+    return list_stages(
+        plan.model.num_layers,
+        layout.pipeline_model_parallel_size,
+        layout.virtual_pipeline_model_parallel_size,
+        layout.num_layers_first_stage,
+        layout.num_layers_last_stage,
+        layout.accounts_for_embedding,
+        layout.accounts_for_loss,
+    )
+
+
+def select_band_class(plan: Plan) -> str:
+    """The class of plans whose cross-validated errors are alike: the band's key in the coefficients."""
+    if plan.cluster.full_speed_processes_per_node is not None:
+        return "cpu"
+    if plan.sharding == "fsdp":
+        return "fsdp"
+    if not plan.has_flash_attention:
+        return "unfused_attention"
+    kind = "low_precision" if plan.precision in ("fp8", "mxfp8", "nvfp4") else "16_bit"
+    return f"{select_generation(plan.gpu)}_{kind}"
+
+
+def select_band_ratio(plan: Plan, coefficients: Coefficients) -> float:
+    return coefficients.band_ratio.get(select_band_class(plan), coefficients.band_ratio["default"])
+
+
+def _build_stage_cost(
+    kind: StageKind, layer: LayerCost, embedding: LayerTime, head: LayerTime, fsdp_s: float
+) -> StageCost:
+    forward_s, backward_s = kind.num_layers * layer.forward_s, kind.num_layers * layer.backward_s
+    host_s, ends_s = kind.num_layers * layer.host_s, 0.0
+    for end, is_here in ((embedding, kind.has_embedding), (head, kind.has_head)):
+        if is_here:
+            forward_s += end.forward.device_s
+            backward_s += end.backward.device_s
+            host_s += end.forward.host_s + end.backward.host_s
+            ends_s += end.forward.device_s + end.backward.device_s
+    device_s = forward_s + backward_s + kind.num_layers * fsdp_s
+    total_s = (device_s**HOST_NORM + host_s**HOST_NORM) ** (1.0 / HOST_NORM)
+    return StageCost(device_s, total_s, total_s * forward_s / (forward_s + backward_s), ends_s)
+
+
+def _estimate_pipeline_sends(plan: Plan, shard: Shard, coefficients: Coefficients) -> tuple[float, float]:
+    """(seconds a micro-batch on a stage, seconds of filling and draining) of activations and gradients between stages.
+
+    Plain 1F1B waits for both directions of every micro-batch; interleaved stages send v times as often, but beside the
+    work of another chunk (--overlap-p2p-communication, Megatron's default there).
+    """
+    pp, vp = plan.layout.pipeline_model_parallel_size, plan.layout.virtual_pipeline_model_parallel_size
+    if pp == 1:
+        return 0.0, 0.0
+    group = place_group(pp, plan.layout.world_size // pp, plan.cluster)
+    # With sequence parallelism each tensor-parallel rank has its part to send; the older stacks cut the message up as
+    # well, and put it together inside the node (scatter/gather, arXiv 2104.04473, section 4.1).
+    is_cut = shard.has_sequence_parallel or not shard.has_flash_attention
+    num_bytes = shard.element_bytes * shard.num_tokens * plan.model.hidden_size / (shard.tp if is_cut else 1)
+    one_s = 2.0 * estimate_send_s(num_bytes, group, plan.cluster, coefficients)
+    shown = vp * coefficients.pipeline_exposed_ratio if vp > 1 else 1.0
+    return shown * one_s, (pp - 1) * one_s
+
+
+def _estimate_slowdown(plan: Plan, total_s: float, idle_s: float) -> float:
+    """How much longer a step takes where more processes work on a node than it runs at full speed (CPU hosts).
+
+    Processes that wait (idle_s, the mean of all) leave their core to others: a step is the longer of its critical path
+    and of all busy seconds of a node over its cores, and a little more where the two are near each other.
+    """
+    full_speed = plan.cluster.full_speed_processes_per_node
+    if full_speed is None:
+        return 1.0
+    processes = min(plan.layout.world_size, plan.cluster.gpus_per_node)
+    if processes <= full_speed:
+        return 1.0
+    floor_ratio = processes / full_speed * (total_s - idle_s) / total_s
+    return (1.0 + floor_ratio**SHARED_CORES_NORM) ** (1.0 / SHARED_CORES_NORM)

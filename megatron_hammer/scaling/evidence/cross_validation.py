@@ -1,0 +1,218 @@
+"""What the performance model is worth on runs that it was not fitted to: every publication is left out once.
+
+A fold leaves out all tables of one publication (`calibrate.name_publication`), because versions of one table share
+hardware, software and layouts. The errors that come out are the ones to quote, and the band is made of them.
+"""
+
+import datetime
+import math
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from megatron_hammer.scaling.cost.coefficients import Coefficients, load_coefficients
+from megatron_hammer.scaling.cost.step_time import predict_step, select_band_class
+from megatron_hammer.scaling.evidence.calibration import Run, fit, name_publication
+from megatron_hammer.scaling.plan import Plan, StepTime
+
+BAND_COVERAGE = 0.8
+LEAST_RUNS_OF_A_CLASS = 12  # fewer errors say nothing of their own: the band of all is taken
+Prediction = tuple[Run, StepTime]
+
+
+class FingerprintedRun(Run, Protocol):
+    """A run that a coefficients file can say it was fitted to."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ErrorSummary:
+    """Errors of predicted over measured step time; ratios, 0.05 is 5%. The bias is the median with its sign."""
+
+    num_runs: int
+    median_ratio: float
+    mean_ratio: float
+    bias_ratio: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankingSummary:
+    """Groups of runs that differ only in layout: how much slower than the measured best the predicted best was."""
+
+    num_groups: int
+    num_within_5_percent: int
+    median_loss_ratio: float
+    worst_loss_ratio: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Assessment:
+    """Everything that a cross-validation says: errors, in all and by publication, the ranking, and the bands."""
+
+    errors: ErrorSummary
+    by_publication: Mapping[str, ErrorSummary]
+    ranking: RankingSummary | None
+    bands: Mapping[str, float]
+    num_runs_by_class: Mapping[str, int]
+
+    def build_table(self) -> dict[str, Any]:
+        """For JSON and for the provenance of a coefficients file."""
+        return {
+            "all": asdict(self.errors),
+            "by_publication": {name: asdict(errors) for name, errors in self.by_publication.items()},
+            "ranking": asdict(self.ranking) if self.ranking else None,
+        }
+
+
+def assess(predictions: Sequence[Prediction]) -> Assessment:
+    return Assessment(
+        errors=summarise_errors(predictions),
+        by_publication=summarise_by_publication(predictions),
+        ranking=summarise_ranking(predictions),
+        bands=estimate_bands(predictions),
+        num_runs_by_class=Counter(select_band_class(run.plan) for run, _ in predictions),
+    )
+
+
+def cross_validate(
+    runs: Sequence[Run], start: Coefficients | None = None, *, is_prior_start: bool = False
+) -> list[Prediction]:
+    """Each run with the prediction of coefficients that were fitted without its publication, in the runs' order.
+
+    Of a single publication each run is left out alone; a single run is predicted by the start. start, is_prior_start:
+    as in `calibrate.fit`.
+    """
+    start = start or load_coefficients()
+    names = [name_publication(run.source) for run in runs]
+    folds: list[Hashable] = list(names) if len(set(names)) > 1 else list(range(len(runs)))
+    predictions: dict[int, StepTime] = {}
+    for fold in dict.fromkeys(folds):
+        held_out = [row for row, name in enumerate(folds) if name == fold]
+        others = [run for run, name in zip(runs, folds, strict=True) if name != fold]
+        coefficients = fit(others, start, is_prior_start=is_prior_start) if others else start
+        predictions |= {row: predict_step(runs[row].plan, coefficients) for row in held_out}
+    return [(run, predictions[row]) for row, run in enumerate(runs)]
+
+
+def find_error(prediction: Prediction) -> float:
+    """The logarithm of predicted over measured."""
+    run, step = prediction
+    return math.log(step.total_s / run.step_time_s)
+
+
+def summarise_errors(predictions: Iterable[Prediction]) -> ErrorSummary:
+    ratios = np.array([math.exp(find_error(prediction)) - 1.0 for prediction in predictions])
+    return ErrorSummary(
+        num_runs=len(ratios),
+        median_ratio=float(np.median(np.abs(ratios))),
+        mean_ratio=float(np.mean(np.abs(ratios))),
+        bias_ratio=float(np.median(ratios)),
+    )
+
+
+def summarise_by_publication(predictions: Iterable[Prediction]) -> dict[str, ErrorSummary]:
+    groups: dict[str, list[Prediction]] = defaultdict(list)
+    for prediction in predictions:
+        groups[name_publication(prediction[0].source)].append(prediction)
+    return {name: summarise_errors(group) for name, group in sorted(groups.items())}
+
+
+def summarise_ranking(predictions: Iterable[Prediction]) -> RankingSummary | None:
+    """None where no two runs differ in nothing but their layout."""
+    groups: dict[Hashable, list[Prediction]] = defaultdict(list)
+    for prediction in predictions:
+        groups[_name_task(prediction[0])].append(prediction)
+    losses = []
+    for group in groups.values():
+        if len(group) > 1:
+            chosen = min(group, key=lambda one: one[1].total_s)[0].step_time_s
+            losses.append(chosen / min(run.step_time_s for run, _ in group) - 1.0)
+    if not losses:
+        return None
+    return RankingSummary(
+        num_groups=len(losses),
+        num_within_5_percent=sum(loss <= 0.05 for loss in losses),
+        median_loss_ratio=float(np.median(losses)),
+        worst_loss_ratio=max(losses),
+    )
+
+
+def _name_task(run: Run) -> Hashable:
+    """What two runs have in common that differ only in layout."""
+    plan: Plan = run.plan
+    return (
+        run.source,
+        plan.model,
+        plan.gpu,
+        plan.seq_length,
+        plan.global_batch_size,
+        plan.precision,
+        plan.layout.world_size,
+    )
+
+
+def estimate_bands(predictions: Sequence[Prediction]) -> dict[str, float]:
+    """By class, the logarithmic half-width about a prediction that holds 80 % of these errors.
+
+    Publications weigh equally: the next run comes from one that is not here. A class of few errors takes the band of
+    all.
+    """
+    classes: dict[str, list[Prediction]] = defaultdict(list)
+    for prediction in predictions:
+        classes[select_band_class(prediction[0].plan)].append(prediction)
+    default = _weighted_quantile(predictions)
+    bands = {"default": default}
+    for name, group in sorted(classes.items()):
+        own = _weighted_quantile(group)
+        bands[name] = own if len(group) >= LEAST_RUNS_OF_A_CLASS else default
+    return bands
+
+
+def _weighted_quantile(predictions: Sequence[Prediction]) -> float:
+    """The BAND_COVERAGE quantile of absolute errors, every publication with the square root of its number of runs."""
+    errors = np.array([abs(find_error(prediction)) for prediction in predictions])
+    publications = [name_publication(run.source) for run, _ in predictions]
+    sizes = {name: publications.count(name) for name in set(publications)}
+    weights = np.array([sizes[name] ** -0.5 for name in publications])
+    order = np.argsort(errors)
+    reached = np.cumsum(weights[order]) / weights.sum()
+    return float(errors[order][min(int(np.searchsorted(reached, BAND_COVERAGE)), len(errors) - 1)])
+
+
+def calibrate(
+    runs: Sequence[FingerprintedRun], start: Coefficients, assessment: Assessment, *, is_prior_start: bool = False
+) -> Coefficients:
+    """Coefficients fitted to all runs, with the bands and the provenance of a file that can be shipped.
+
+    Fitted from priors (not is_prior_start) they know these runs only; else those of the start as well, whose bands stay
+    for classes that have few runs here.
+    """
+    fitted = fit(runs, start, is_prior_start=is_prior_start)
+    own = {name: ratio for name, ratio in assessment.bands.items() if name != "default"}
+    if is_prior_start:
+        known = {name for name, number in assessment.num_runs_by_class.items() if number >= LEAST_RUNS_OF_A_CLASS}
+        bands = {**start.band_ratio, **{name: ratio for name, ratio in own.items() if name in known}}
+        earlier = start.provenance
+    else:
+        bands, earlier = dict(assessment.bands), {}
+    fingerprints = dict.fromkeys([*earlier.get("fingerprints", []), *(run.fingerprint for run in runs)])
+    provenance = {
+        "date": datetime.date.today().isoformat(),
+        "method": "least squares on log(predicted / measured), megatron_hammer/scaling/evidence/calibration.py",
+        "num_runs": len(fingerprints),
+        "cross_validated_median_ratio": assessment.errors.median_ratio,
+        "cross_validated_mean_ratio": assessment.errors.mean_ratio,
+        "fingerprints": list(fingerprints),
+        "sources": {**earlier.get("sources", {}), **Counter(run.source for run in runs)},
+        "cross_validated_by_publication": {
+            name: f"{errors.num_runs} runs, median {errors.median_ratio:.1%}, mean {errors.mean_ratio:.1%}, "
+            f"bias {errors.bias_ratio:+.1%}"
+            for name, errors in assessment.by_publication.items()
+        },
+    }
+    return replace(fitted, band_ratio=bands, provenance=provenance)

@@ -1,0 +1,365 @@
+"""Measured runs from a table of published ones: each row a full Plan and its step time, or the reason why it is not.
+
+A blank is filled by a public configuration, by the source's own recipe or by a stated rule, and each such filling is
+one of the run's `assumptions`; what cannot be filled so makes the row unpredictable. `run_table.py` reads,
+`row_model.py`, `row_layout.py` and `software.py` know, `row_step_time.py` turns
+throughputs into seconds.
+"""
+
+import functools
+import hashlib
+import math
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_hammer.errors import ConfigError
+from megatron_hammer.model.accounting import ParallelLayout, count_rank_parameters
+from megatron_hammer.model.shape import ModelShape
+from megatron_hammer.presets.catalogue import PRESETS
+from megatron_hammer.scaling.evidence.row_layout import Siblings, build_row_layout, collect_siblings, name_source_family
+from megatron_hammer.scaling.evidence.row_model import UnpredictableError, build_row_model
+from megatron_hammer.scaling.evidence.row_step_time import find_step_time
+from megatron_hammer.scaling.evidence.run_table import MEASUREMENT_COLUMNS, PublishedRow, read_rows
+from megatron_hammer.scaling.evidence.software import Recipe, Stack, select_recipe, select_stack
+from megatron_hammer.scaling.hardware.catalogue import (
+    load_clusters,
+    load_gpus,
+    select_cluster,
+    select_default_cluster,
+    select_gpu,
+)
+from megatron_hammer.scaling.plan import Cluster, Gpu, Plan, Precision, Recompute, Sharding
+
+LARGEST_ASSUMED_MICRO_BATCH = 4
+VTRAIN_VOCAB_SIZE = 50_257  # VIA-Research/vTrain src/config.py
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MeasuredRun:
+    """One predictable row: the run as a Plan, and what was measured of it."""
+
+    row_number: int  # its line in the file
+    source: str
+    model: str
+    gpu_type: str  # as the table writes it
+    plan: Plan
+    step_time_s: float
+    measured_as: str  # the column that the step time comes from
+    assumptions: tuple[str, ...]
+    fingerprint: str  # of the cells that identify the run, the same in any file
+    is_megatron_style: bool
+    notes: str = ""
+
+    @property
+    def source_family(self) -> str:
+        return name_source_family(self.source)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnpredictableRow:
+    """A row that no step time can be predicted for, or that holds none to compare with, and why."""
+
+    row_number: int
+    source: str
+    model: str
+    reason: str
+
+
+def read_runs(
+    path: Path, *, gpus_path: Path | None = None, clusters_path: Path | None = None
+) -> tuple[list[MeasuredRun], list[UnpredictableRow]]:
+    """Every row of a CSV file, as a run or with the reason why not; none is dropped.
+
+    Raises ConfigError for an unreadable file or header and for malformed cells, all at once.
+    """
+    rows = read_rows(path)
+    hardware = _Hardware(gpus_path, clusters_path)
+    siblings = collect_siblings(rows)
+    runs: list[MeasuredRun] = []
+    unpredictable: list[UnpredictableRow] = []
+    for row in rows:
+        try:
+            runs.append(_build_run(row, hardware, siblings))
+        except UnpredictableError as error:
+            unpredictable.append(
+                UnpredictableRow(row_number=row.row_number, source=row.source, model=row.model, reason=str(error))
+            )
+    return runs, unpredictable
+
+
+class _Hardware:
+    """GPUs and clusters, the user's files over the shipped ones, read once."""
+
+    def __init__(self, gpus_path: Path | None, clusters_path: Path | None):
+        load_gpus(gpus_path)  # reports what is wrong with the files, not with the rows
+        load_clusters(clusters_path, gpus_path=gpus_path)
+        self._select_gpu = functools.cache(lambda name: select_gpu(name, gpus_path))
+        self._select_cluster = functools.cache(lambda name: select_cluster(name, clusters_path, gpus_path=gpus_path))
+        self._select_default_cluster = functools.cache(
+            lambda name: select_default_cluster(name, clusters_path, gpus_path=gpus_path)
+        )
+
+    def select(self, row: PublishedRow) -> tuple[Gpu, Stack, list[str]]:
+        if not row.gpu_type:
+            raise UnpredictableError("gpu_type is blank")
+        try:
+            gpu = self._select_gpu(row.gpu_type)
+        except ConfigError as error:
+            raise UnpredictableError(f"its GPU {row.gpu_type!r} is not known; describe it with --gpus-file") from error
+        stack, assumptions = select_stack(row, gpu.name)
+        variant = dict(stack.gpu_of_gpu).get(gpu.name)
+        if variant is None:
+            return gpu, stack, list(assumptions)
+        return self._select_gpu(variant), stack, [*assumptions, f"GPU {variant}: the variant of its year"]
+
+    def select_cluster(self, gpu: Gpu, stack: Stack) -> Cluster:
+        name = dict(stack.cluster_of_gpu).get(gpu.name)
+        if name is not None:
+            return self._select_cluster(name)
+        try:
+            return self._select_default_cluster(gpu.name)
+        except ConfigError as error:
+            raise UnpredictableError(f"no cluster of {gpu.name} is known; describe one with --clusters-file") from error
+
+
+def _build_run(row: PublishedRow, hardware: _Hardware, siblings: Siblings) -> MeasuredRun:
+    if all(getattr(row, name) is None for name in MEASUREMENT_COLUMNS):
+        raise UnpredictableError("it holds no measured time, throughput or utilisation")
+    gpu, stack, assumptions = hardware.select(row)
+    if "vtrain" in row.source.lower() and row.vocab is None:
+        row = replace(row, vocab=VTRAIN_VOCAB_SIZE)
+        assumptions.append(f"vocab {VTRAIN_VOCAB_SIZE}: VIA-Research/vTrain src/config.py")
+    model, model_assumptions = build_row_model(row)
+    assumptions += model_assumptions
+    row, recipe = _fill_from_recipe(row, gpu, assumptions)
+    layout = build_row_layout(row, model, stack, siblings, assumptions)
+    seq_length = _fill_seq_length(row, stack, assumptions)
+    micro_batch, global_batch = _fill_batch(row, layout, stack, assumptions)
+    precision = _read_precision(row, gpu, stack, assumptions)
+    sharding, shard_size = _read_sharding(row, stack, assumptions)
+    if shard_size == layout.data_parallel_size:
+        shard_size = None  # all of them, context ranks included
+    if sharding == "distributed_optimizer" and not _fits_unsharded(model, layout, gpu):
+        assumptions.append(
+            "sharding fsdp: whole weights and gradients beside an optimizer shard exceed the GPU's memory"
+        )
+        sharding = "fsdp"
+    recompute = _read_recompute(row, recipe, stack, assumptions)
+    plan = Plan(
+        model=model,
+        layout=replace(layout, has_distributed_optimizer=sharding == "distributed_optimizer"),
+        gpu=gpu,
+        cluster=hardware.select_cluster(gpu, stack),
+        seq_length=seq_length,
+        micro_batch_size=micro_batch,
+        global_batch_size=global_batch,
+        precision=precision,
+        recompute=recompute,
+        sharding=sharding,
+        shard_size=shard_size,
+        has_flash_attention=stack.has_flash_attention,
+        overlaps_grad_reduce=stack.overlaps_data_parallel,
+        overlaps_param_gather=stack.overlaps_data_parallel and sharding != "none",
+        overlaps_tensor_parallel=layout.tensor_model_parallel_size > 1 and _overlaps_tensor_parallel(row, stack),
+        gradient_bytes=_select_gradient_bytes(precision, recipe, stack),
+    )
+    if "deterministic" in row.notes.lower():
+        assumptions.append("its kernels were the deterministic ones, which are slower and not modelled")
+    step_time_s, measured_as = find_step_time(row, plan, stack, assumptions)
+    if row.global_batch is not None and row.global_batch != global_batch:
+        step_time_s *= global_batch / row.global_batch
+    return MeasuredRun(
+        row_number=row.row_number,
+        source=row.source,
+        model=row.model,
+        gpu_type=row.gpu_type,
+        plan=plan,
+        step_time_s=step_time_s,
+        measured_as=measured_as,
+        assumptions=tuple(assumptions),
+        fingerprint=compute_fingerprint(row),
+        is_megatron_style=stack.is_megatron_style,
+        notes=row.notes,
+    )
+
+
+def _fill_from_recipe(row: PublishedRow, gpu: Gpu, assumptions: list[str]) -> tuple[PublishedRow, Recipe | None]:
+    recipe = select_recipe(row, gpu.name)
+    if recipe is None:
+        return row, None
+    filled: dict[str, Any] = {}
+    for name in ("tp", "pp", "cp", "vpp", "micro_batch", "seq"):
+        value = getattr(recipe, name)
+        if value is not None and getattr(row, name) is None:
+            filled[name] = value
+    if recipe.samples_per_gpu is not None and row.global_batch is None and row.gpus is not None:
+        filled["global_batch"] = round(recipe.samples_per_gpu * row.gpus)
+    assumptions += [f"{name} {value}: {recipe.source}" for name, value in filled.items()]
+    return replace(row, **filled), recipe
+
+
+def _fill_seq_length(row: PublishedRow, stack: Stack, assumptions: list[str]) -> int:
+    if row.seq is not None:
+        return row.seq
+    if stack.seq_length is None:
+        raise UnpredictableError("seq is blank and its source's sequence length is not known")
+    assumptions.append(f"seq {stack.seq_length}: {stack.source}")
+    return stack.seq_length
+
+
+def _fill_batch(row: PublishedRow, layout: ParallelLayout, stack: Stack, assumptions: list[str]) -> tuple[int, int]:
+    """(micro-batch, global batch), the latter a multiple of what one round of micro-batches takes."""
+    dp, pp = layout.data_parallel_size, layout.pipeline_model_parallel_size
+    micro_batch, global_batch = row.micro_batch, row.global_batch
+    if global_batch is None:
+        global_batch = _fill_global_batch(row, dp, assumptions)
+    if stack.name == "torchtitan" and pp > 1 and micro_batch is not None and micro_batch % pp == 0:
+        assumptions.append(
+            f"micro_batch {micro_batch // pp}: the row's is the local batch, which torchtitan cuts by pp"
+        )
+        micro_batch //= pp
+    if micro_batch is None:
+        micro_batch = _assume_micro_batch(global_batch // dp, pp, stack, assumptions)
+    num_microbatches = global_batch // (micro_batch * dp)
+    if num_microbatches == 0:
+        raise UnpredictableError(f"its global batch {global_batch} is below micro-batch {micro_batch} x dp {dp}")
+    if num_microbatches * micro_batch * dp != global_batch:
+        assumptions.append(
+            f"global_batch {num_microbatches * micro_batch * dp}: {global_batch} is no multiple of micro-batch "
+            f"{micro_batch} x dp {dp}; the time is scaled"
+        )
+    return micro_batch, num_microbatches * micro_batch * dp
+
+
+def _fill_global_batch(row: PublishedRow, dp: int, assumptions: list[str]) -> int:
+    if row.iteration_time_s is not None:
+        if row.tokens_per_s_per_gpu is None or row.gpus is None or row.seq is None:
+            raise UnpredictableError("global_batch is blank, on which the time of a step depends")
+        global_batch = round(row.tokens_per_s_per_gpu * row.gpus * row.iteration_time_s / row.seq)
+        assumptions.append(f"global_batch {global_batch}: the row's tokens a second over its time")
+        return global_batch
+    if row.micro_batch is None:
+        raise UnpredictableError("micro_batch and global_batch are blank")
+    smallest = row.micro_batch * dp
+    preset = PRESETS.get("hammer-1b4") if "hammerllm" in row.model.lower() else None
+    if preset is not None and preset.recipe.global_batch_size % smallest == 0:
+        assumptions.append(f"global_batch {preset.recipe.global_batch_size}: {preset.recipe.source}")
+        return preset.recipe.global_batch_size
+    assumptions.append(f"global_batch {smallest}: blank, one micro-batch a replica")
+    return smallest
+
+
+def _assume_micro_batch(per_replica: int, pp: int, stack: Stack, assumptions: list[str]) -> int:
+    if per_replica < 1:
+        raise UnpredictableError("its global batch is smaller than its number of replicas")
+    if not stack.accumulates_gradients:
+        assumptions.append(f"micro_batch {per_replica}: blank, gradients are not accumulated ({stack.name})")
+        return per_replica
+    if pp > 1:
+        assumptions.append("micro_batch 1: blank, a pipeline")
+        return 1
+    micro_batch = math.gcd(per_replica, LARGEST_ASSUMED_MICRO_BATCH)
+    assumptions.append(f"micro_batch {micro_batch}: blank, the largest power of two up to 4 that divides the batch")
+    return micro_batch
+
+
+def _read_precision(row: PublishedRow, gpu: Gpu, stack: Stack, assumptions: list[str]) -> Precision:
+    text = row.precision.lower()
+    if not text:
+        assumptions.append(f"precision {stack.precision}: blank, {stack.name}")
+        return stack.precision
+    precision = _name_precision(text)
+    if precision is None:
+        raise UnpredictableError(f"its precision {row.precision!r} is not known")
+    if precision == "mxfp8" and gpu.fp4_tflops is None:
+        assumptions.append("precision fp8: block scaling in software, as the GPU has no MXFP8")
+        precision = "fp8"
+    has_format = {"fp8": gpu.fp8_tflops, "mxfp8": gpu.fp8_tflops, "nvfp4": gpu.fp4_tflops, "bf16": gpu.bf16_tflops}
+    if precision in has_format and has_format[precision] is None:
+        raise UnpredictableError(f"its GPU {gpu.name} has no {precision}")
+    return precision
+
+
+def _name_precision(text: str) -> Precision | None:
+    """'FP8-MX / fine-grained' -> mxfp8: the format of the matrix products that a cell means."""
+    if "fp4" in text:
+        return "nvfp4"
+    if "fp8" in text or "float8" in text:
+        return "mxfp8" if "mx" in text else "fp8"
+    for precision in ("bf16", "fp16", "fp32"):
+        if precision in text or precision in text.replace("_", ""):
+            return precision
+    return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "tf32": "fp32"}.get(text)  # type: ignore[return-value]
+
+
+def _read_recompute(row: PublishedRow, recipe: Recipe | None, stack: Stack, assumptions: list[str]) -> Recompute:
+    text = row.recompute.lower()
+    if not text:
+        recompute = (recipe.recompute if recipe else None) or stack.recompute
+        reason = recipe.source if recipe and recipe.recompute else stack.name
+        assumptions.append(f"recompute {recompute}: blank, {reason}")
+        return recompute
+    if text in ("none", "no", "off", "false", "0"):
+        return "none"
+    if "full" in text or "uniform" in text or text in ("yes", "on", "true", "1"):
+        return "full"
+    if "selective" in text or "sac" in text or "core_attn" in text:
+        return "selective"
+    raise UnpredictableError(f"its recomputation {row.recompute!r} is not known")
+
+
+def _read_sharding(row: PublishedRow, stack: Stack, assumptions: list[str]) -> tuple[Sharding, int | None]:
+    """(what is sharded, over how many ranks; None: all of them)."""
+    text = row.sharding.lower()
+    if not text:
+        assumptions.append(f"sharding {stack.sharding}: blank, {stack.name}")
+        return stack.sharding, None
+    if "offload" in text:
+        raise UnpredictableError("its optimizer is offloaded to the host, which is not modelled")
+    within = re.search(r"within (\d+)|(?:fsdp|shard)=(\d+)", text)
+    size = int(next(group for group in within.groups() if group)) if within else None
+    if "hybrid" in text or "hsdp" in text:
+        size = size or 8
+        assumptions.append(f"shards over {size} GPUs: hybrid sharding keeps to a node")
+    if any(name in text for name in ("zero-1", "zero-2", "dist", "shard_grad_op")):
+        return "distributed_optimizer", size
+    if "fsdp" in text or "zero-3" in text or "full_shard" in text or "hsdp" in text:
+        return "fsdp", size
+    if "zero-0" in text or "ddp" in text or text in ("none", "no"):
+        return "none", None
+    assumptions.append(f"sharding {stack.sharding}: {row.sharding!r} is not known, {stack.name}")
+    return stack.sharding, None
+
+
+def _fits_unsharded(model: ModelShape, layout: ParallelLayout, gpu: Gpu) -> bool:
+    """Whether 16-bit weights and gradients and a shard of Adam's 12 bytes fit at all, before any activation."""
+    num_parameters = count_rank_parameters(model, layout, 0).total
+    return num_parameters * (4 + 12 / layout.dense_shard_size) < gpu.memory_bytes
+
+
+def _overlaps_tensor_parallel(row: PublishedRow, stack: Stack) -> bool:
+    return stack.overlaps_tensor_parallel or bool(re.search(r"async ?tp", row.notes.lower()))
+
+
+def _select_gradient_bytes(precision: Precision, recipe: Recipe | None, stack: Stack) -> int:
+    if precision == "fp32":
+        return 4
+    return (recipe.gradient_bytes if recipe else None) or stack.gradient_bytes
+
+
+_IDENTIFYING_FIELDS = (
+    "model", "layers", "hidden", "seq", "gpus", "gpu_type", "tp", "pp", "vpp", "cp", "micro_batch", "global_batch",
+    "precision", "recompute", "sharding",
+)  # fmt: skip
+
+
+def compute_fingerprint(row: PublishedRow) -> str:
+    """16 hexadecimal digits of what identifies a measured run, whatever file, line or source name it stands under."""
+    measured = next(getattr(row, name) for name in MEASUREMENT_COLUMNS if getattr(row, name) is not None)
+    cells = [getattr(row, name) for name in _IDENTIFYING_FIELDS]
+    texts = ["" if cell is None else cell.lower().strip() if isinstance(cell, str) else f"{cell}" for cell in cells]
+    later = {"sequence_parallel": row.sequence_parallel, "ep": row.ep}  # columns that the first tables did not have
+    texts += [f"{name}={cell}" for name, cell in later.items() if cell is not None]
+    return hashlib.sha256("|".join([*texts, f"{measured:.6g}"]).encode()).hexdigest()[:16]

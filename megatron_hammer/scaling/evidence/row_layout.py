@@ -1,0 +1,160 @@
+"""How a published row's GPUs were laid out: its cells, its sibling rows, and what its source's software does.
+
+Layers that no even split holds are shared out as Megatron can: the embedding and the loss counted as layers, or a
+shorter last stage.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from megatron_hammer.model.accounting import (
+    ParallelLayout,
+    find_grid_problems,
+    find_shard_problems,
+    find_split_problems,
+)
+from megatron_hammer.model.shape import ModelShape
+from megatron_hammer.scaling.evidence.row_model import UnpredictableError
+from megatron_hammer.scaling.evidence.run_table import PublishedRow
+from megatron_hammer.scaling.evidence.software import Stack
+
+
+def name_source_family(source: str) -> str:
+    """The source less its version or table: rows of two versions are near copies, and are left out together."""
+    bare = re.sub(r"[_-]v?\d+(\.\d+)+$", "", source)
+    return re.sub(r"_(weak|strong|flops|modelparallel|dataparallel)$", "", bare)
+
+
+@dataclass(frozen=True, slots=True)
+class Siblings:
+    """What the other rows of a file say where one is silent, by source and model."""
+
+    layouts: dict[tuple[str, str], set[tuple[int, int]]]  # (tp, pp)
+    chunks: dict[tuple[str, str, int, int], set[int]]  # vpp, by tp and pp as well; versions of a source together
+
+
+def collect_siblings(rows: Sequence[PublishedRow]) -> Siblings:
+    """What each source of a file says of each of its models."""
+    siblings = Siblings({}, {})
+    for row in rows:
+        if row.tp is not None and row.pp is not None:
+            siblings.layouts.setdefault((row.source, row.model), set()).add((row.tp, row.pp))
+            if row.vpp is not None:
+                key = (name_source_family(row.source), row.model, row.tp, row.pp)
+                siblings.chunks.setdefault(key, set()).add(row.vpp)
+    return siblings
+
+
+def build_row_layout(
+    row: PublishedRow, model: ModelShape, stack: Stack, siblings: Siblings, assumptions: list[str]
+) -> ParallelLayout:
+    """The layout of a row and its model. Raises UnpredictableError where it is unsaid or cannot be built."""
+    tp, pp = _fill_model_parallel(row, siblings, assumptions)
+    cp = row.cp or 1
+    dp = row.dp
+    if dp is not None and cp > 1 and row.gpus == tp * pp * dp and dp % cp == 0:
+        dp //= cp
+        assumptions.append(f"dp {dp}: the row's {row.dp} counts the context-parallel ranks")
+    if row.gpus is None and dp is None:
+        raise UnpredictableError("gpus and dp are blank")
+    if dp is None:
+        assert row.gpus is not None
+        if row.gpus % (tp * pp * cp):
+            raise UnpredictableError(f"its {row.gpus} GPUs are no multiple of tp {tp} x pp {pp} x cp {cp}")
+        dp = row.gpus // (tp * pp * cp)
+    if row.gpus is not None and row.gpus != tp * pp * cp * dp:
+        raise UnpredictableError(f"its {row.gpus} GPUs are not tp {tp} x pp {pp} x cp {cp} x dp {dp}")
+    base = ParallelLayout(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        context_parallel_size=cp,
+        data_parallel_size=dp,
+        expert_model_parallel_size=row.ep or 1,
+        has_sequence_parallel=_has_sequence_parallel(row, tp, stack),
+    )
+    vpp = _fill_chunks(row, (tp, pp), model, stack, siblings, assumptions)
+    layout = _split_over_stages(base, model.num_layers, vpp, assumptions)
+    problems = (*find_grid_problems(layout), *find_shard_problems(model, layout))
+    if problems:
+        raise UnpredictableError(f"its layout cannot be built: {problems[0]}")
+    return layout
+
+
+def _has_sequence_parallel(row: PublishedRow, tp: int, stack: Stack) -> bool:
+    """The row's own cell, else what its text says, else the stack's; full recomputation of 2022 went without it."""
+    if row.sequence_parallel is not None:
+        return row.sequence_parallel
+    text = f"{row.recompute} {row.notes}".lower()
+    if re.search(r"(no|without) (sequence.parallel|sp\b)", text):
+        return False
+    if "sequence parallel" in text:
+        return tp > 1
+    return (
+        stack.has_sequence_parallel and tp > 1 and not (stack.recomputes_without_sequence_parallel and "full" in text)
+    )
+
+
+def _fill_model_parallel(row: PublishedRow, siblings: Siblings, assumptions: list[str]) -> tuple[int, int]:
+    if row.tp is not None and row.pp is not None:
+        return row.tp, row.pp
+    if row.dp is not None and row.dp == row.gpus:
+        assumptions.append("tp 1, pp 1: dp is the number of GPUs")
+        return 1, 1
+    if row.gpus is not None and row.dp is not None and (row.tp is None) != (row.pp is None):
+        rest, remainder = divmod(row.gpus, (row.tp or row.pp or 1) * (row.cp or 1) * row.dp)
+        if rest and not remainder:
+            assumptions.append(f"{'tp' if row.tp is None else 'pp'} {rest}: the GPUs over the other sizes")
+            return row.tp or rest, row.pp or rest
+    same = siblings.layouts.get((row.source, row.model), set())
+    if row.tp is None and row.pp is None and len(same) == 1:
+        tp, pp = next(iter(same))
+        if row.gpus is not None and row.gpus % (tp * pp) == 0:
+            assumptions.append(f"tp {tp}, pp {pp}: the layout of the source's other row of this model")
+            return tp, pp
+    blank = " and ".join(name for name in ("tp", "pp") if getattr(row, name) is None)
+    raise UnpredictableError(f"{blank} blank, and nothing says how its GPUs were laid out")
+
+
+def _fill_chunks(
+    row: PublishedRow,
+    sizes: tuple[int, int],
+    model: ModelShape,
+    stack: Stack,
+    siblings: Siblings,
+    assumptions: list[str],
+) -> int:
+    """Virtual chunks a stage. sizes: (tp, pp)."""
+    if row.vpp is not None or sizes[1] == 1 or not stack.is_interleaved:
+        return row.vpp or 1
+    same = siblings.chunks.get((name_source_family(row.source), row.model, *sizes), set())
+    if len(same) == 1:
+        chunks = next(iter(same))
+        assumptions.append(f"vpp {chunks}: blank, that of the source's other row of this model and layout")
+        return chunks
+    if model.num_layers % sizes[1]:
+        return 1
+    chunks = model.num_layers // sizes[1]
+    assumptions.append(f"vpp {chunks}: blank, interleaved as far as it goes, as {stack.name} does")
+    return chunks
+
+
+def _split_over_stages(base: ParallelLayout, num_layers: int, vpp: int, assumptions: list[str]) -> ParallelLayout:
+    """The first exact way to share the layers out: evenly, with embedding and loss as layers, or a short last stage."""
+    layout = replace(base, virtual_pipeline_model_parallel_size=vpp if base.pipeline_model_parallel_size > 1 else 1)
+    pp = layout.pipeline_model_parallel_size
+    last = num_layers - math.ceil(num_layers / pp) * (pp - 1)
+    ways = [
+        (layout, ""),
+        (replace(layout, accounts_for_embedding=True, accounts_for_loss=True), "embedding and loss count as layers"),
+        (replace(layout, accounts_for_loss=True), "the loss counts as a layer"),
+    ]
+    if last > 0:
+        ways.append((replace(layout, num_layers_last_stage=last), f"the last stage has {last} layers"))
+    for way, text in ways:
+        if not find_split_problems(num_layers, way):
+            if text:
+                assumptions.append(f"{num_layers} layers over pp {pp}, vpp {vpp}: {text}")
+            return way
+    raise UnpredictableError(f"its {num_layers} layers cannot be split over pp {pp} and vpp {vpp}")

@@ -1,0 +1,243 @@
+"""How far predictions are from measured runs that the coefficients have not seen, and whether they rank layouts right.
+
+A run that the coefficients were fitted on proves nothing: it is marked and left out of every figure.
+Cross-validation predicts each run by coefficients fitted without its publication. `validation_report.py` prints.
+"""
+
+import re
+import statistics
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from megatron_hammer.scaling.cost.coefficients import Coefficients, build_prior_coefficients, load_coefficients
+from megatron_hammer.scaling.cost.step_time import predict_step
+from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun, UnpredictableRow
+from megatron_hammer.scaling.plan import StepTime
+
+Status = Literal["predicted", "fitted", "cross-validated"]
+
+SCALES = ((8, "1-8 GPUs"), (64, "9-64 GPUs"), (512, "65-512 GPUs"))  # the largest of each, then the rest
+LARGEST_SCALE = "over 512 GPUs"
+RANKING_TOLERANCE_RATIO = 0.05
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction:
+    """One measured run and what the model says of it."""
+
+    run: MeasuredRun
+    step: StepTime
+    status: Status
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether an accuracy may be quoted on it."""
+        return self.status != "fitted"
+
+    @property
+    def error_ratio(self) -> float:
+        """Predicted over measured step time, less one: positive where the prediction is slow."""
+        return float(self.step.total_s / self.run.step_time_s - 1)
+
+    @property
+    def is_in_band(self) -> bool:
+        return bool(self.step.low_s <= self.run.step_time_s <= self.step.high_s)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ErrorFigures:
+    """Errors of the step time over some runs, each a ratio of the measured time."""
+
+    num_rows: int
+    median_absolute_ratio: float
+    mean_absolute_ratio: float
+    bias_ratio: float  # the median of the signed errors
+    band_coverage_ratio: float  # share of the rows whose measured time lies in the predicted band
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ranking:
+    """Runs that differ in nothing but their layout: what following the prediction would have cost."""
+
+    source: str
+    description: str
+    num_layouts: int
+    predicted_best: MeasuredRun
+    measured_best: MeasuredRun
+
+    @property
+    def loss_ratio(self) -> float:
+        """Measured time of the layout predicted to be best over that of the best, less one."""
+        return self.predicted_best.step_time_s / self.measured_best.step_time_s - 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ValidationReport:
+    """Every row of a table: predicted, or with the reason why not."""
+
+    predictions: tuple[Prediction, ...]  # in the table's order
+    unpredictable: tuple[UnpredictableRow, ...]
+    errors: Mapping[str, Mapping[str, ErrorFigures]]  # by dimension ("source", "GPU", ...), then by its value
+    rankings: tuple[Ranking, ...]
+
+    @property
+    def counted(self) -> tuple[Prediction, ...]:
+        return tuple(one for one in self.predictions if one.is_counted)
+
+    @property
+    def num_fitted(self) -> int:
+        return len(self.predictions) - len(self.counted)
+
+
+def validate_runs(
+    runs: Sequence[MeasuredRun], unpredictable: Sequence[UnpredictableRow], coefficients: Coefficients
+) -> ValidationReport:
+    """Predict every run; those whose fingerprint the coefficients carry are "fitted"."""
+    fitted = list_fitted_fingerprints(coefficients)
+    predictions = [
+        Prediction(
+            run=run,
+            step=predict_step(run.plan, coefficients),
+            status="fitted" if run.fingerprint in fitted else "predicted",
+        )
+        for run in runs
+    ]
+    return build_report(predictions, unpredictable)
+
+
+def cross_validate_runs(
+    runs: Sequence[MeasuredRun], unpredictable: Sequence[UnpredictableRow], announce: Callable[[str], None] = print
+) -> ValidationReport:
+    """Predict every run by coefficients fitted to the Megatron-style runs of all other publications, from the priors.
+
+    Only the bands' widths are the shipped ones. announce: is told of every fit, which takes seconds.
+    """
+    from megatron_hammer.scaling.evidence.calibration import fit, name_publication, select_fit_runs
+
+    start = replace(build_prior_coefficients(), band_ratio=load_coefficients().band_ratio)
+    fit_runs = select_fit_runs([run for run in runs if run.is_megatron_style])
+    fitted_to = {name_publication(run.source) for run in fit_runs}
+    coefficients: dict[str | None, Coefficients] = {}
+    predictions = []
+    for run in runs:
+        publication = name_publication(run.source)
+        left_out = publication if publication in fitted_to else None
+        if left_out not in coefficients:
+            others = [other for other in fit_runs if name_publication(other.source) != left_out]
+            announce(f"fitting to {len(others)} runs" + (f", {left_out} left out" if left_out else ""))
+            coefficients[left_out] = fit(others, start) if others else start
+        step = predict_step(run.plan, coefficients[left_out])
+        predictions.append(Prediction(run=run, step=step, status="cross-validated"))
+    return build_report(predictions, unpredictable)
+
+
+def build_report(predictions: Sequence[Prediction], unpredictable: Sequence[UnpredictableRow]) -> ValidationReport:
+    """The figures over what may be counted."""
+    counted = [one for one in predictions if one.is_counted]
+    errors: dict[str, dict[str, ErrorFigures]] = {}
+    for dimension, name_of in DIMENSIONS.items():
+        groups: dict[str, list[Prediction]] = {}
+        for one in counted:
+            groups.setdefault(name_of(one.run), []).append(one)
+        errors[dimension] = {name: summarise_errors(group) for name, group in sorted(groups.items(), key=_by_scale)}
+    return ValidationReport(
+        predictions=tuple(predictions),
+        unpredictable=tuple(unpredictable),
+        errors=errors,
+        rankings=tuple(rank_layouts(counted)),
+    )
+
+
+def list_fitted_fingerprints(coefficients: Coefficients) -> frozenset[str]:
+    """The fingerprints of the runs that coefficients were fitted on, wherever their provenance holds them."""
+    return frozenset(_list_fingerprints(coefficients.provenance))
+
+
+def _list_fingerprints(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        if re.fullmatch(r"[0-9a-f]{16}", value):
+            yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _list_fingerprints(key)
+            yield from _list_fingerprints(item)
+    elif isinstance(value, Sequence):
+        for item in value:
+            yield from _list_fingerprints(item)
+
+
+def summarise_errors(predictions: Sequence[Prediction]) -> ErrorFigures:
+    """The figures of a group that is not empty."""
+    absolute = [abs(one.error_ratio) for one in predictions]
+    return ErrorFigures(
+        num_rows=len(predictions),
+        median_absolute_ratio=statistics.median(absolute),
+        mean_absolute_ratio=statistics.fmean(absolute),
+        bias_ratio=statistics.median(one.error_ratio for one in predictions),
+        band_coverage_ratio=statistics.fmean(one.is_in_band for one in predictions),
+    )
+
+
+def name_scale(run: MeasuredRun) -> str:
+    num_gpus = run.plan.layout.world_size
+    return next((name for largest, name in SCALES if num_gpus <= largest), LARGEST_SCALE)
+
+
+def _name_style(run: MeasuredRun) -> str:
+    return "Megatron-style" if run.is_megatron_style else "other software"
+
+
+DIMENSIONS: dict[str, Callable[[MeasuredRun], str]] = {
+    "all": lambda run: "all rows",
+    "software": _name_style,
+    "source": lambda run: run.source or "unnamed",
+    "GPU": lambda run: run.plan.gpu.name,
+    "precision": lambda run: run.plan.precision,
+    "scale": name_scale,
+}
+_SCALE_ORDER = {name: position for position, name in enumerate([*(name for _, name in SCALES), LARGEST_SCALE])}
+
+
+def _by_scale(item: tuple[str, list[Prediction]]) -> tuple[int, str]:
+    return _SCALE_ORDER.get(item[0], 0), item[0]
+
+
+def rank_layouts(predictions: Sequence[Prediction]) -> list[Ranking]:
+    """One ranking for each set of at least two runs that differ only in layout and micro-batch."""
+    groups: dict[Hashable, list[Prediction]] = {}
+    for one in predictions:
+        groups.setdefault(_identify_job(one.run), []).append(one)
+    rankings = []
+    for group in groups.values():
+        num_layouts = len({_identify_layout(one.run) for one in group})
+        if num_layouts < 2:
+            continue
+        predicted_best = min(group, key=lambda one: one.step.total_s).run
+        plan = predicted_best.plan
+        rankings.append(
+            Ranking(
+                source=predicted_best.source,
+                description=(
+                    f"{predicted_best.model} x{plan.layout.world_size} {plan.gpu.name} {plan.precision}, "
+                    f"batch {plan.global_batch_size}"
+                ),
+                num_layouts=num_layouts,
+                predicted_best=predicted_best,
+                measured_best=min(group, key=lambda one: one.run.step_time_s).run,
+            )
+        )
+    return rankings
+
+
+def _identify_job(run: MeasuredRun) -> Hashable:
+    """All of a run but how it was laid out over its GPUs."""
+    plan = run.plan
+    return (
+        run.source, plan.model, plan.gpu.name, plan.cluster.name, plan.layout.world_size, plan.seq_length,
+        plan.global_batch_size, plan.precision, plan.recompute, plan.sharding, plan.shard_size,
+    )  # fmt: skip
+
+
+def _identify_layout(run: MeasuredRun) -> Hashable:
+    return run.plan.layout, run.plan.micro_batch_size

@@ -1,0 +1,290 @@
+"""A validation on a terminal, as JSON and CSV, and as a plot of predicted over measured step times."""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import IO, Any
+
+from megatron_hammer.scaling.evidence.validation import (
+    RANKING_TOLERANCE_RATIO,
+    ErrorFigures,
+    Prediction,
+    Ranking,
+    ValidationReport,
+)
+from megatron_hammer.scaling.plan import PARTS
+
+PLAIN_WIDTH = 160  # where stdout is no terminal
+DOTS_PER_INCH = 130
+FITTED_SENTENCE = (
+    "No accuracy is quoted on fitted rows: these coefficients were fitted on them. Pass rows that they have not seen, "
+    "or --cross-validate."
+)
+ROW_COLUMNS = (
+    "line", "source", "model", "gpu", "cluster", "gpus", "tp", "pp", "vpp", "cp", "dp", "micro_batch", "global_batch",
+    "seq", "precision", "recompute", "sharding", "status", "measured_as", "measured_s", "predicted_s", "low_s",
+    "high_s", "error_ratio", "is_in_band", *PARTS, "assumptions", "reason",
+)  # fmt: skip
+
+
+def list_rows(report: ValidationReport) -> list[dict[str, Any]]:
+    """Every row of the table in its order, by ROW_COLUMNS; None where a column does not apply.
+
+    error_ratio and is_in_band are None of a fitted row, and everything predicted of an unpredictable one.
+    """
+    rows = [_describe_prediction(one) for one in report.predictions]
+    for row in report.unpredictable:
+        facts = {"line": row.row_number, "source": row.source, "model": row.model, "reason": row.reason}
+        rows.append(dict.fromkeys(ROW_COLUMNS) | facts | {"status": "unpredictable"})
+    return sorted(rows, key=lambda row: row["line"])
+
+
+def _describe_prediction(one: Prediction) -> dict[str, Any]:
+    run, plan, layout = one.run, one.run.plan, one.run.plan.layout
+    return dict.fromkeys(ROW_COLUMNS) | {
+        "line": run.row_number,
+        "source": run.source,
+        "model": run.model,
+        "gpu": plan.gpu.name,
+        "cluster": plan.cluster.name,
+        "gpus": layout.world_size,
+        "tp": layout.tensor_model_parallel_size,
+        "pp": layout.pipeline_model_parallel_size,
+        "vpp": layout.virtual_pipeline_model_parallel_size,
+        "cp": layout.context_parallel_size,
+        "dp": layout.data_parallel_size,
+        "micro_batch": plan.micro_batch_size,
+        "global_batch": plan.global_batch_size,
+        "seq": plan.seq_length,
+        "precision": plan.precision,
+        "recompute": plan.recompute,
+        "sharding": plan.sharding,
+        "status": one.status,
+        "measured_as": run.measured_as,
+        "measured_s": run.step_time_s,
+        "predicted_s": one.step.total_s,
+        "low_s": one.step.low_s,
+        "high_s": one.step.high_s,
+        "error_ratio": one.error_ratio if one.is_counted else None,
+        "is_in_band": one.is_in_band if one.is_counted else None,
+        **{name: getattr(one.step, name) for name in PARTS},
+        "assumptions": list(run.assumptions),
+    }
+
+
+def build_document(report: ValidationReport) -> dict[str, Any]:
+    """The report as plain types, for JSON."""
+    return {
+        "rows": list_rows(report),
+        "errors": {
+            dimension: {name: asdict(figures) for name, figures in groups.items()}
+            for dimension, groups in report.errors.items()
+        },
+        "rankings": [
+            {
+                "source": one.source,
+                "job": one.description,
+                "num_layouts": one.num_layouts,
+                "predicted_best_line": one.predicted_best.row_number,
+                "measured_best_line": one.measured_best.row_number,
+                "loss_ratio": one.loss_ratio,
+            }
+            for one in report.rankings
+        ],
+        "summary": {
+            "rows": len(report.predictions) + len(report.unpredictable),
+            "counted": len(report.counted),
+            "fitted": report.num_fitted,
+            "unpredictable": len(report.unpredictable),
+        },
+    }
+
+
+def format_csv(report: ValidationReport) -> str:
+    """One line a row of the table, its assumptions in one cell."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(ROW_COLUMNS)
+    for row in list_rows(report):
+        row["assumptions"] = "; ".join(row["assumptions"] or ())
+        writer.writerow([_format_cell(row[column]) for column in ROW_COLUMNS])
+    return text.getvalue()
+
+
+def _format_cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def print_report(report: ValidationReport, stream: IO[str]) -> None:
+    """Rows, reasons, errors and rankings, and a last line of counts."""
+    from rich.console import Console
+
+    console = Console(file=stream, highlight=False)
+    if not console.is_terminal:
+        console = Console(file=stream, highlight=False, width=PLAIN_WIDTH)
+    for table in (_build_row_table(report), _build_reason_table(report), *_build_error_tables(report)):
+        if table is not None:
+            console.print(table)
+            console.print()
+    if report.rankings:
+        console.print(_build_ranking_table(report.rankings))
+        console.print(describe_rankings(report.rankings), markup=False)
+        console.print()
+    if report.num_fitted:
+        console.print(FITTED_SENTENCE, markup=False)
+    console.print(describe_report(report), markup=False, soft_wrap=True)
+
+
+def describe_report(report: ValidationReport) -> str:
+    """The last line: counts of rows, and the error of the Megatron-style ones, which the model is about."""
+    num_rows = len(report.predictions) + len(report.unpredictable)
+    how = "cross-validated" if any(one.status == "cross-validated" for one in report.predictions) else "predicted"
+    counts = (
+        f"{num_rows} rows: {len(report.counted)} {how}, {report.num_fitted} fitted, "
+        f"{len(report.unpredictable)} unpredictable"
+    )
+    if not report.counted:
+        return counts
+    style, figures = next(iter(report.errors["software"].items()))  # Megatron-style before other software
+    return (
+        f"{counts}; {figures.num_rows} of {style}: median error {figures.median_absolute_ratio:.1%}, "
+        f"mean {figures.mean_absolute_ratio:.1%}, bias {figures.bias_ratio:+.1%}, "
+        f"{figures.band_coverage_ratio:.0%} in the band"
+    )
+
+
+def describe_rankings(rankings: Sequence[Ranking]) -> str:
+    close = sum(one.loss_ratio <= RANKING_TOLERANCE_RATIO for one in rankings)
+    losses = sorted(one.loss_ratio for one in rankings)
+    return (
+        f"{len(rankings)} jobs in several layouts: in {close} the layout predicted best is within "
+        f"{RANKING_TOLERANCE_RATIO:.0%} of the measured best; at worst it is {losses[-1]:.1%} slower"
+    )
+
+
+def _build_row_table(report: ValidationReport) -> Any:
+    if not report.predictions:
+        return None
+    table = _build_table(
+        "Rows", ("line", "source", "model", "GPUs", "layout", "batch"), ("measured", "predicted", "band", "error")
+    )
+    for one in report.predictions:
+        run, plan, layout = one.run, one.run.plan, one.run.plan.layout
+        sizes = (
+            f"TP{layout.tensor_model_parallel_size} PP{layout.pipeline_model_parallel_size}"
+            f"x{layout.virtual_pipeline_model_parallel_size} CP{layout.context_parallel_size} "
+            f"DP{layout.data_parallel_size}"
+        )
+        error = f"{one.error_ratio:+.1%}" + ("" if one.is_in_band else " !")
+        table.add_row(
+            str(run.row_number),
+            run.source,
+            run.model,
+            f"{layout.world_size} {plan.gpu.name} {plan.precision}",
+            sizes,
+            f"{plan.global_batch_size}/{plan.micro_batch_size}",
+            f"{run.step_time_s:.4g} s",
+            f"{one.step.total_s:.4g} s",
+            f"{one.step.low_s:.4g}-{one.step.high_s:.4g}",
+            error if one.is_counted else "fitted",
+        )
+    table.caption = "batch: global/micro; !: the measured time lies outside the band"
+    return table
+
+
+def _build_reason_table(report: ValidationReport) -> Any:
+    if not report.unpredictable:
+        return None
+    table = _build_table("Rows that cannot be predicted", ("line", "source", "model", "reason"), ())
+    for row in report.unpredictable:
+        table.add_row(str(row.row_number), row.source, row.model, row.reason)
+    return table
+
+
+def _build_error_tables(report: ValidationReport) -> list[Any]:
+    tables = []
+    for dimension, groups in report.errors.items():
+        if not groups:
+            continue
+        title = "Errors of the step time" if dimension == "all" else f"Errors by {dimension}"
+        table = _build_table(title, (dimension,), ("rows", "median", "mean", "bias", "in the band"))
+        for name, figures in groups.items():
+            table.add_row(name, *_format_figures(figures))
+        tables.append(table)
+    return tables
+
+
+def _format_figures(figures: ErrorFigures) -> tuple[str, ...]:
+    return (
+        str(figures.num_rows),
+        f"{figures.median_absolute_ratio:.1%}",
+        f"{figures.mean_absolute_ratio:.1%}",
+        f"{figures.bias_ratio:+.1%}",
+        f"{figures.band_coverage_ratio:.0%}",
+    )
+
+
+def _build_ranking_table(rankings: Sequence[Ranking]) -> Any:
+    table = _build_table("Ranking of layouts", ("source", "job"), ("layouts", "predicted best", "best", "slower by"))
+    for one in rankings:
+        table.add_row(
+            one.source,
+            one.description,
+            str(one.num_layouts),
+            f"line {one.predicted_best.row_number}",
+            f"line {one.measured_best.row_number}",
+            f"{one.loss_ratio:.1%}",
+        )
+    return table
+
+
+def _build_table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
+    for column in texts:
+        table.add_column(column, overflow="fold")
+    for column in numbers:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def draw_scatter(report: ValidationReport) -> bytes | None:
+    """Predicted over measured step times as a PNG, a colour a source family; None where no row counts."""
+    if not report.counted:
+        return None
+    from matplotlib.figure import Figure
+
+    families: dict[str, list[Prediction]] = {}
+    for one in report.counted:
+        families.setdefault(one.run.source_family or "unnamed", []).append(one)
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    axes = figure.subplots()
+    for position, (family, group) in enumerate(sorted(families.items())):
+        measured = [one.run.step_time_s for one in group]
+        predicted = [one.step.total_s for one in group]
+        marker = "osD^vP*X"[position // 10 % 8]
+        fill = f"C{position % 10}" if group[0].run.is_megatron_style else "none"
+        axes.plot(
+            measured, predicted, marker, color=f"C{position % 10}", markerfacecolor=fill, markersize=4, label=family
+        )
+    times = [time for one in report.counted for time in (one.run.step_time_s, one.step.total_s)]
+    ends = (min(times) / 1.3, max(times) * 1.3)
+    axes.plot(ends, ends, color="black", linewidth=0.8)
+    for ratio in (0.9, 1.1):
+        axes.plot(ends, [ratio * end for end in ends], color="black", linewidth=0.6, linestyle="--")
+    axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
+    axes.set(xlabel="measured step time (s)", ylabel="predicted step time (s)")
+    title = f"{len(report.counted)} runs, none fitted on; hollow: other software than Megatron; dashed: 10 % off"
+    axes.set_title(title, fontsize=10)
+    axes.grid(visible=True, which="major", linewidth=0.3)
+    axes.legend(fontsize=6, loc="upper left")
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
+    return image.getvalue()

@@ -1,0 +1,364 @@
+"""Runs for a loss law: from training's metrics.jsonl and validation.jsonl, or from a table.
+
+A metrics.jsonl does not name its model, so a run is given as MODEL=PATH, and checked by its FLOPs a token, which the
+file does hold. The fields are those of training/metrics.py.
+"""
+
+import csv
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from megatron_hammer.errors import ConfigError, DataError, HammerError
+from megatron_hammer.model.accounting import (
+    FlopConvention,
+    count_active_parameters,
+    count_flops_per_token,
+)
+from megatron_hammer.model.parameters import embedding_tensors, head_tensors
+from megatron_hammer.model.shape import ModelShape
+from megatron_hammer.presets.catalogue import PRESETS, select_preset
+from megatron_hammer.scaling.loss_law.law import LossRun
+
+ParameterConvention = Literal["total", "non-embedding"]
+LossKind = Literal["auto", "validation", "training"]
+
+PARAMETER_CONVENTIONS: Final[dict[ParameterConvention, str]] = {
+    "total": "with embeddings and head",
+    "non-embedding": "without embeddings and head",
+}
+TABLE_COLUMNS: Final = ("num_parameters", "num_tokens", "loss")
+# Final loss above the lowest one of the run, both smoothed: beyond this share the run went wrong on the way.
+DIVERGENCE_RATIO: Final = 1.1
+# A cosine schedule to a tenth has ended; a run cut off before has a loss above what its tokens could give.
+UNDECAYED_LR_RATIO: Final = 0.2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReadOptions:
+    """What a point of the law is made of."""
+
+    parameters: ParameterConvention = "total"
+    flops: FlopConvention | None = None  # of LossRun.flops_per_token; None: not wanted
+    loss: LossKind = "auto"
+    validation_set: str | None = None  # None: the only one
+    window_ratio: float = 0.05  # of a run's steps, at its end, whose training losses are averaged
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MetricsRun:
+    """What the files of one run hold."""
+
+    name: str
+    metrics_path: Path
+    model: ModelShape | int  # int: a number of parameters
+    steps: list[dict[str, Any]]
+    validations: list[dict[str, Any]]
+
+
+# --- training's files ------------------------------------------------------------------------------------------------
+
+
+def read_metrics_runs(
+    specs: Sequence[str], options: ReadOptions, read_hf_model: Callable[[Path], ModelShape]
+) -> list[LossRun]:
+    """The runs of MODEL=PATH each; all problems of all runs at once (DataError)."""
+    found: list[MetricsRun] = []
+    problems: list[str] = [
+        f"runs: each must be given once, got {spec} twice. Remove one."
+        for spec in dict.fromkeys(specs)
+        if specs.count(spec) > 1
+    ]
+    for spec, name in zip(specs, name_runs(specs), strict=True):
+        try:
+            found.append(_read_metrics_run(spec, name, read_hf_model))
+        except HammerError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(*problems)
+    use_validation = _choose_loss(found, options)
+    runs: list[LossRun] = []
+    for run in found:
+        try:
+            runs.append(_build_point(run, options, use_validation=use_validation))
+        except HammerError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(*problems)
+    return runs
+
+
+def name_runs(specs: Sequence[str]) -> list[str]:
+    """The folder's name of each run, or its whole path where two are alike."""
+    paths = [Path(spec.partition("=")[2] or spec) for spec in specs]
+    folders = [path.parent if path.suffix == ".jsonl" else path for path in paths]
+    names = [folder.name for folder in folders]
+    return [
+        name if name and names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)
+    ]
+
+
+def _read_metrics_run(spec: str, name: str, read_hf_model: Callable[[Path], ModelShape]) -> MetricsRun:
+    model_text, separator, path_text = spec.partition("=")
+    if not separator or not model_text or not path_text:
+        raise ConfigError(
+            f"runs: each must be MODEL=PATH, got {spec!r}. Write a preset, a Hugging Face folder or a number of "
+            f"parameters before the path of metrics.jsonl or its folder."
+        )
+    path = Path(path_text)
+    metrics_path = path / "metrics.jsonl" if path.is_dir() else path
+    if not metrics_path.is_file():
+        raise DataError(f"{path}: must be a metrics.jsonl or its folder, got no such file. Check --runs.")
+    steps = _read_lines(metrics_path)
+    if not steps:
+        raise DataError(f"{metrics_path}: must hold at least one step, got none. Leave it out of --runs.")
+    validation_path = metrics_path.with_name("validation.jsonl")
+    return MetricsRun(
+        name=name,
+        metrics_path=metrics_path,
+        model=_read_model(model_text, read_hf_model),
+        steps=steps,
+        validations=_read_lines(validation_path) if validation_path.is_file() else [],
+    )
+
+
+def _read_model(text: str, read_hf_model: Callable[[Path], ModelShape]) -> ModelShape | int:
+    """A number of parameters, a folder or a preset; NAME@ROWS is one with a vocabulary of ROWS."""
+    number = _parse_count(text)
+    if number is not None:
+        return number
+    name, separator, rows = text.rpartition("@")
+    vocab_size = _parse_count(rows) if separator else None
+    if vocab_size is not None:
+        text = name
+    is_folder = text not in PRESETS and Path(text).exists()
+    model = read_hf_model(Path(text)) if is_folder else select_preset(text).model
+    return model if vocab_size is None else replace(model, vocab_size=vocab_size)
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file; a last line that a kill cut off is dropped, as training itself drops it."""
+    lines = path.read_text(encoding="utf8", errors="replace").splitlines()
+    objects: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            entry["step"], entry["loss"]
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines):
+                break
+            raise DataError(
+                f"{path}:{number}: must be one JSON object with a step and a loss, got {line[:60]!r}. "
+                f"Give a file that training wrote."
+            ) from None
+        objects.append(entry)
+    return objects
+
+
+def _choose_loss(runs: Sequence[MetricsRun], options: ReadOptions) -> bool:
+    """Whether the validation loss is used: where every run has one at its end, unless options say otherwise."""
+    if options.loss == "training":
+        return False
+    problems = []
+    for run in runs:
+        names = _list_final_sets(run)
+        if options.validation_set is not None and options.validation_set not in names:
+            problems.append(
+                f"{run.metrics_path.with_name('validation.jsonl')}: must hold validation set {options.validation_set} "
+                f"at the last step, {run.steps[-1]['step']}, got {', '.join(names) or 'none'}. "
+                f"Pass another --validation-set or --loss training."
+            )
+        elif options.validation_set is None and len(names) > 1:
+            problems.append(
+                f"{run.metrics_path.with_name('validation.jsonl')}: must hold one validation set, got "
+                f"{', '.join(names)}. Choose one with --validation-set."
+            )
+        elif not names and options.loss == "validation":
+            problems.append(
+                f"{run.metrics_path.with_name('validation.jsonl')}: must hold a loss at the last step, "
+                f"{run.steps[-1]['step']}, got none. Evaluate at the end of training, or pass --loss training."
+            )
+    if problems:
+        raise DataError(*problems)
+    return all(_list_final_sets(run) for run in runs)
+
+
+def _list_final_sets(run: MetricsRun) -> list[str]:
+    """Validation sets that were evaluated after the run's last step."""
+    last = run.steps[-1]["step"]
+    names = (line.get("validation_set", "validation") for line in run.validations if line["step"] == last)
+    return sorted(set(names) - {"test"})
+
+
+def _build_point(run: MetricsRun, options: ReadOptions, *, use_validation: bool) -> LossRun:
+    last = run.steps[-1]
+    window_steps = max(1, math.ceil(options.window_ratio * len(run.steps)))
+    training_loss = _find_final_loss(run, window_steps)
+    if use_validation:
+        name = options.validation_set or _list_final_sets(run)[0]
+        (*_, line) = (
+            line
+            for line in run.validations
+            if line["step"] == last["step"] and line.get("validation_set", "validation") == name
+        )
+        loss, source = float(line["loss"]), f"loss of {name} at step {last['step']}"
+    else:
+        loss, source = training_loss, f"mean training loss of the last {window_steps} of {len(run.steps)} steps"
+    _check_model(run)
+    model = run.model
+    return LossRun(
+        name=run.name,
+        source=str(run.metrics_path),
+        num_parameters=_count_run_size(model, options.parameters),
+        num_tokens=int(last["num_tokens"]),
+        loss=loss,
+        loss_source=source,
+        tokenizer=None if isinstance(model, int) else f"a vocabulary of {model.vocab_size:,}",
+        flops_per_token=(
+            None
+            if isinstance(model, int) or options.flops is None
+            else count_flops_per_token(model, _seq_length(last), options.flops)
+        ),
+        notes=tuple(_describe_schedule(run)),
+    )
+
+
+def count_size(model: ModelShape, convention: ParameterConvention) -> int:
+    """N of a model; of a mixture of experts the parameters that one token meets."""
+    total = count_active_parameters(model)
+    if convention == "total":
+        return total
+    ends = [*embedding_tensors(model, model.vocab_size), *head_tensors(model, model.vocab_size)]
+    return total - sum(tensor.numel for tensor in ends if "embeddings" in tensor.name or "output_layer" in tensor.name)
+
+
+def _count_run_size(model: ModelShape | int, convention: ParameterConvention) -> int:
+    if isinstance(model, ModelShape):
+        return count_size(model, convention)
+    if convention == "total":
+        return model
+    raise ConfigError(
+        f"parameters: must be total for a run that is named by a number, got {convention} for {model:,}. "
+        f"Name a preset or a Hugging Face folder as MODEL."
+    )
+
+
+def _find_final_loss(run: MetricsRun, window_steps: int) -> float:
+    """Mean training loss at the end. Raises DataError for a run that diverged."""
+    losses = [float(step["loss"]) for step in run.steps]
+    means = [math.fsum(losses[end - window_steps : end]) / window_steps for end in range(window_steps, len(losses) + 1)]
+    final, lowest = means[-1], min((mean for mean in means if math.isfinite(mean)), default=math.inf)
+    if not math.isfinite(final):
+        raise DataError(
+            f"{run.metrics_path}: run {run.name} must end with a finite loss, got {final} over its last {window_steps} "
+            f"steps. It diverged: leave it out with --leave-out {run.name}."
+        )
+    if final > DIVERGENCE_RATIO * lowest:
+        raise DataError(
+            f"{run.metrics_path}: run {run.name} must end near its lowest loss, got {final:.4f} after {lowest:.4f}. "
+            f"It diverged: leave it out with --leave-out {run.name}."
+        )
+    return final
+
+
+def _check_model(run: MetricsRun) -> None:
+    """Raise DataError where the run's FLOPs a token (convention A) are not its model's."""
+    model, last = run.model, run.steps[-1]
+    if isinstance(model, int) or last.get("mfu_convention") != "A":
+        return
+    measured = round(last["model_tflops_per_gpu"] * 1e12 / last["tokens_per_s_per_gpu"])
+    expected = count_flops_per_token(model, _seq_length(last), "A")
+    if abs(measured - expected) <= 1e-9 * expected:
+        return
+    # A row of the head is 6 h FLOPs. More layers look the same, so this is a question and no answer.
+    vocab_size, rest = divmod(measured - expected, 6 * model.hidden_size)
+    vocab_size += model.vocab_size
+    hint = f", or {model.name}@{vocab_size} if only the vocabulary differs" if rest == 0 and vocab_size > 0 else ""
+    raise DataError(
+        f"{run.metrics_path}: must be a run of {model.name}, got {measured:,} FLOPs a token where {model.name} with a "
+        f"vocabulary of {model.vocab_size:,} has {expected:,}. Name the run's own model{hint}."
+    )
+
+
+def _seq_length(step: dict[str, Any]) -> int:
+    return round(step["num_tokens"] / step["num_samples"])
+
+
+def _describe_schedule(run: MetricsRun) -> list[str]:
+    rates = [float(step["lr"]) for step in run.steps if step.get("lr") is not None]
+    if not rates or rates[-1] <= UNDECAYED_LR_RATIO * max(rates):
+        return []
+    return [f"ended at {rates[-1] / max(rates):.0%} of its highest learning rate: its loss had further to fall"]
+
+
+# --- a table ---------------------------------------------------------------------------------------------------------
+
+
+def read_table(path: Path) -> list[LossRun]:
+    """The rows of a CSV with num_parameters, num_tokens, loss and, if known, run and tokenizer."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{path}: must be a CSV file, got {error.strerror}. Check --table.") from None
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: must be UTF-8 text, got {error.reason} at byte {error.start}. Save it as UTF-8."
+        ) from None
+    reader = csv.DictReader(text.splitlines())
+    missing = [column for column in TABLE_COLUMNS if column not in (reader.fieldnames or ())]
+    if missing:
+        raise DataError(
+            f"{path}:1: must name the columns {', '.join(TABLE_COLUMNS)}, got no {', '.join(missing)}. Name them."
+        )
+    runs: list[LossRun] = []
+    problems: list[str] = []
+    for row in reader:
+        line = reader.line_num
+        values = {column: _parse_number(row[column] or "") for column in TABLE_COLUMNS}
+        problems += [
+            f"{path}:{line}: {column} must be a number, got {row[column]!r}. Correct it or remove the row."
+            for column, value in values.items()
+            if value is None or (column != "loss" and not math.isfinite(value))
+        ]
+        if any(value is None or (column != "loss" and not math.isfinite(value)) for column, value in values.items()):
+            continue
+        runs.append(
+            LossRun(
+                name=(row.get("run") or "").strip() or f"line-{line}",
+                source=f"{path}:{line}",
+                num_parameters=round(values["num_parameters"] or 0),
+                num_tokens=round(values["num_tokens"] or 0),
+                loss=values["loss"] if values["loss"] is not None else math.nan,
+                loss_source=f"column loss of {path.name}",
+                tokenizer=(row.get("tokenizer") or "").strip() or None,
+            )
+        )
+    if problems:
+        raise DataError(*problems)
+    return runs
+
+
+def leave_out[T](runs: Sequence[T], names: Sequence[str], left_out: Sequence[str]) -> list[T]:
+    """`runs`, called `names`, without those in `left_out`. Raises ConfigError for a name that is none of them."""
+    unknown = [name for name in left_out if name not in names]
+    if unknown:
+        raise ConfigError(
+            f"leave-out: must name given runs, got {', '.join(unknown)}. The runs are {', '.join(names)}."
+        )
+    return [run for run, name in zip(runs, names, strict=True) if name not in left_out]
+
+
+def _parse_number(text: str) -> float | None:
+    try:
+        return float(text.replace(",", "").replace("_", ""))
+    except ValueError:
+        return None
+
+
+def _parse_count(text: str) -> int | None:
+    """1e9, 1_000_000 or 1,000,000 as a count; None for what is no number."""
+    number = _parse_number(text)
+    return round(number) if number is not None and math.isfinite(number) and number >= 1 else None

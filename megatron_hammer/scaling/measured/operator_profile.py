@@ -1,0 +1,256 @@
+"""From timed operators to the facts and coefficients of this machine: what `profile` measures, `calibrate` starts from.
+
+megatron_hammer.platforms.operator_benchmark times, in processes of its own; here its reports are read. A GPU that is
+known keeps its data sheet and gets the ratios that it delivers; a CPU core has none, so its peaks are measured.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_hammer.errors import DataError, PlatformError
+from megatron_hammer.scaling.cost.coefficients import Coefficients
+from megatron_hammer.scaling.cost.compute import HEAD_DIM_FILL
+from megatron_hammer.scaling.measured.sweep_results import Statistic
+from megatron_hammer.scaling.plan import Cluster, Gpu
+
+BENCHMARK_MODULE = "megatron_hammer.platforms.operator_benchmark"
+POINTWISE = ("add", "rms_norm", "swiglu", "cross_entropy_with_backward", "adam")
+SMALL_MESSAGE_BYTES, LARGE_MESSAGE_BYTES = 4096, 2**20
+GATHERS = ("all_gather", "reduce_scatter")
+PRECISION_FIELDS = {"fp32": "fp32_tflops", "bf16": "bf16_tflops", "fp16": "fp16_tflops", "fp8": "fp8_tflops"}
+TIMEOUT_S = 1800.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timing:
+    """One operator of a report; `seconds` is the median or the fastest of its calls, as it was read."""
+
+    operator: str
+    shape: tuple[int, ...]
+    dtype: str
+    seconds: float
+    fastest_s: float
+    flops: float
+    num_bytes: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OperatorReport:
+    """What one start of the benchmark measured."""
+
+    device_name: str
+    platform: str
+    num_processes: int
+    num_threads: int
+    num_cores: int
+    num_multiprocessors: int
+    memory_bytes: int
+    timings: tuple[Timing, ...]
+
+    def select(self, *operators: str) -> list[Timing]:
+        return [timing for timing in self.timings if timing.operator in operators]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HostProfile:
+    """This machine as the performance model takes it."""
+
+    gpu: Gpu
+    cluster: Cluster
+    coefficients: Coefficients
+
+
+def time_operators(
+    output_path: Path,
+    *,
+    platform: str,
+    num_processes: int,
+    seconds_per_operator: float,
+    precisions: Sequence[str],
+    statistic: Statistic = "median",
+) -> OperatorReport:
+    """Run the benchmark in `num_processes` processes of this machine, one thread each on a CPU.
+
+    Raises PlatformError with the last lines of its output where it fails.
+    """
+    launch = [] if num_processes == 1 else ["-m", "torch.distributed.run", "--standalone"]
+    launch += [] if num_processes == 1 else ["--nproc-per-node", str(num_processes)]
+    options = ["--platform", platform, "--output", str(output_path)]
+    options += ["--seconds-per-operator", str(seconds_per_operator)]
+    options += [word for precision in precisions for word in ("--precision", precision)]
+    command = [sys.executable, *launch, "-m", BENCHMARK_MODULE, *options]
+    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+    if result.returncode != 0:
+        last = " | ".join(line.strip() for line in result.stderr.strip().splitlines()[-3:])
+        raise PlatformError(
+            f"profile: the operators of {num_processes} process(es) must run on {platform}, got exit code "
+            f"{result.returncode}: {last}. Check the installation with tools/check_environment.py."
+        )
+    return read_report(output_path, statistic)
+
+
+def read_report(path: Path, statistic: Statistic = "median") -> OperatorReport:
+    """Raises DataError for a file that the benchmark did not write."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
+        timings = tuple(_read_timing(timing, statistic) for timing in content["timings"])
+        numbers = {name: int(content[name]) for name in _COUNTS}
+        return OperatorReport(
+            device_name=content["device_name"], platform=content["platform"], timings=timings, **numbers
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path}: must be a report of {BENCHMARK_MODULE}, got {type(error).__name__} {error}. Run profile again."
+        ) from None
+
+
+_COUNTS = ("num_processes", "num_threads", "num_cores", "num_multiprocessors", "memory_bytes")
+
+
+def _read_timing(timing: dict[str, Any], statistic: Statistic) -> Timing:
+    return Timing(
+        operator=timing["operator"],
+        shape=tuple(timing["shape"]),
+        dtype=timing["dtype"],
+        seconds=timing[f"{statistic}_s"],
+        fastest_s=timing["fastest_s"],
+        flops=timing["flops"],
+        num_bytes=timing["num_bytes"],
+    )
+
+
+def build_profile(
+    alone: OperatorReport, together: OperatorReport | None, *, gpu: Gpu, cluster: Cluster, start: Coefficients
+) -> HostProfile:
+    """This machine, from the operators of one process and the collectives of several (None: the cluster stays).
+
+    gpu, cluster: what is known of them; a CPU's peaks and every CPU host's wires are replaced by what was measured.
+    """
+    is_cpu = alone.platform == "cpu"
+    measured_gpu = _measure_gpu(alone, gpu) if is_cpu else gpu
+    own = replace(
+        start.select_gpu(gpu),
+        gemm_ratio=_measure_gemm_ratio(alone, measured_gpu),
+        attention_ratio=_measure_attention_ratio(alone, measured_gpu, start.attention_fill_tokens),
+        memory_ratio=_measure_memory_ratio(alone, measured_gpu),
+        num_multiprocessors=alone.num_multiprocessors,
+    )
+    fp8_gemms = [timing for timing in alone.select("gemm") if timing.dtype == "fp8"]
+    if fp8_gemms and gpu.fp8_tflops:
+        own = replace(own, gemm_8bit_ratio=_measure_large_gemms(fp8_gemms, gpu.fp8_tflops))
+    coefficients = replace(start, gpus={**start.gpus, gpu.name: own})
+    measured_cluster = cluster
+    if together is not None:
+        bandwidth = _measure_bandwidth(together)
+        if is_cpu:
+            measured_cluster = _measure_cluster(together, cluster, bandwidth, start.collective_s)
+            coefficients = replace(coefficients, nvlink_ratio=1.0)
+        else:
+            coefficients = replace(coefficients, nvlink_ratio=min(1.0, bandwidth / cluster.nvlink_bytes_per_s))
+    return HostProfile(gpu=measured_gpu, cluster=measured_cluster, coefficients=coefficients)
+
+
+def _rate(timings: Iterable[Timing], quantity: str) -> float:
+    """Sum of the quantity over the sum of seconds: long operators count for what they take."""
+    chosen = list(timings)
+    return sum(getattr(timing, quantity) for timing in chosen) / sum(timing.seconds for timing in chosen)
+
+
+def _measure_gpu(report: OperatorReport, gpu: Gpu) -> Gpu:
+    """Peaks of one core: its fastest product, its fastest copy, its share of the memory."""
+    peaks = {
+        PRECISION_FIELDS[dtype]: max(t.flops / t.fastest_s for t in report.select("gemm") if t.dtype == dtype) / 1e12
+        for dtype in {timing.dtype for timing in report.select("gemm")}
+    }
+    fp32_tflops = peaks.get("fp32_tflops", gpu.fp32_tflops)
+    return replace(
+        gpu,
+        source=f"scaling_study.py profile: {report.num_threads} thread(s) of one of {report.num_cores} cores",
+        fp32_tflops=fp32_tflops,
+        fp16_tflops=peaks.get("fp16_tflops", fp32_tflops),
+        bf16_tflops=peaks.get("bf16_tflops", fp32_tflops),
+        memory_bytes=report.memory_bytes // report.num_cores,
+        memory_bytes_per_s=max(timing.num_bytes / timing.fastest_s for timing in report.select("copy")),
+    )
+
+
+def _measure_gemm_ratio(report: OperatorReport, gpu: Gpu) -> float:
+    """Of the peak in 16-bit products where they were timed, else fp32."""
+    for dtype in ("bf16", "fp16", "fp32"):
+        gemms = [timing for timing in report.select("gemm") if timing.dtype == dtype]
+        peak = getattr(gpu, PRECISION_FIELDS[dtype])
+        if gemms and peak:
+            return _measure_large_gemms(gemms, peak)
+    raise DataError("profile: must hold matrix products of bf16, fp16 or fp32, got none. Run profile again.")
+
+
+def _measure_large_gemms(gemms: Sequence[Timing], peak_tflops: float) -> float:
+    """Of the peak, over the larger half of the shapes."""
+    by_size = sorted(gemms, key=lambda timing: timing.flops)
+    return _rate(by_size[len(by_size) // 2 :], "flops") / (1e12 * peak_tflops)
+
+
+def _measure_attention_ratio(report: OperatorReport, gpu: Gpu, fill_tokens: float) -> float:
+    """Of the peak at full speed, which short sequences and narrow heads do not reach; formulas of compute.py."""
+    for dtype in ("bf16", "fp16", "fp32"):
+        timings = [t for t in report.select("attention_with_backward") if t.dtype == dtype]
+        peak = getattr(gpu, PRECISION_FIELDS[dtype])
+        if timings and peak:
+            full_flops = 0.0
+            for timing in timings:
+                length, head_dim = timing.shape[-2:]
+                fill = length / (length + fill_tokens)
+                fill *= head_dim / (head_dim + HEAD_DIM_FILL) * (128 + HEAD_DIM_FILL) / 128
+                full_flops += timing.flops / fill
+            return full_flops / sum(timing.seconds for timing in timings) / (1e12 * peak)
+    raise DataError("profile: must hold attention of bf16, fp16 or fp32, got none. Run profile again.")
+
+
+def _measure_memory_ratio(report: OperatorReport, gpu: Gpu) -> float:
+    return _rate(report.select(*POINTWISE), "num_bytes") / gpu.memory_bytes_per_s
+
+
+def _measure_bandwidth(report: OperatorReport) -> float:
+    """Bytes a second that one rank sends in large gathers and scatters."""
+    large = [timing for timing in report.select(*GATHERS) if timing.num_bytes >= LARGE_MESSAGE_BYTES]
+    return _rate(large, "num_bytes") * (report.num_processes - 1) / report.num_processes
+
+
+def _measure_cluster(report: OperatorReport, cluster: Cluster, bandwidth: float, collective_s: float) -> Cluster:
+    """Wires between processes of this host; the latency is that of small gathers less what starting one costs."""
+    small = [timing.seconds for timing in report.select(*GATHERS) if timing.num_bytes <= SMALL_MESSAGE_BYTES]
+    latency_s = max(0.0, sum(small) / len(small) - collective_s) / (report.num_processes - 1)
+    return replace(
+        cluster,
+        source=f"scaling_study.py profile: gloo between {report.num_processes} processes on {report.num_cores} cores",
+        nvlink_bytes_per_s=bandwidth,
+        nvlink_latency_s=latency_s,
+        full_speed_processes_per_node=max(1, report.num_cores // report.num_threads),
+    )
+
+
+def format_gpu(gpu: Gpu) -> str:
+    """A table of gpus.toml that is laid over the shipped one of that name."""
+    names = ("source", "fp32_tflops", "fp16_tflops", "bf16_tflops", "memory_bytes", "memory_bytes_per_s")
+    return _format_table(gpu.name, {name: getattr(gpu, name) for name in names})
+
+
+def format_cluster(cluster: Cluster) -> str:
+    """A table of clusters.toml that is laid over the shipped one of that name."""
+    names = ("source", "gpu", "nvlink_bytes_per_s", "nvlink_latency_s", "full_speed_processes_per_node")
+    return _format_table(cluster.name, {name: getattr(cluster, name) for name in names})
+
+
+def _format_table(name: str, values: dict[str, Any]) -> str:
+    lines = [f"[{name}]"]
+    for field, value in values.items():
+        if value is not None:
+            lines.append(f"{field} = {f'{value:.6g}' if isinstance(value, float) else json.dumps(value)}")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,346 @@
+"""Published memory figures: every row of a table as a configuration with what was measured, or why it has none.
+
+The columns are those of the published memory table (`quantity`, `memory_value`, `unit`, and the run's). Blanks are
+filled by named assumptions: the model from its name (`row_model.py`), the rest from what is known of the
+source's software (`software.py`). Nothing is dropped.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from megatron_hammer.errors import ConfigError
+from megatron_hammer.model.accounting import MemoryOptions, ParallelLayout
+from megatron_hammer.model.layout import find_grid_problems
+from megatron_hammer.model.memory_options import RecomputeModule
+from megatron_hammer.model.parameters import find_shard_problems
+from megatron_hammer.model.pipeline_split import find_split_problems
+from megatron_hammer.model.shape import ModelShape, MoeShape
+from megatron_hammer.scaling.evidence.row_model import UnpredictableError, build_row_model
+from megatron_hammer.scaling.evidence.run_table import PublishedRow
+from megatron_hammer.scaling.memory.measured_quantity import MemoryKind, read_cells, read_count, read_measurement
+from megatron_hammer.scaling.memory.software import NAME_RULES, MemoryStack, StageChoice, select_memory_stack
+from megatron_hammer.scaling.plan import Precision, Recompute, Sharding
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryRow:
+    """One figure and the run that it belongs to. measured: bytes, or a share for activation_ratio."""
+
+    row_number: int  # its line in the file, the header's being 1
+    source: str
+    name: str
+    quantity: str
+    kind: MemoryKind
+    measured: float
+    measured_or_model: str
+    stage: StageChoice
+    model: ModelShape
+    layout: ParallelLayout
+    seq_length: int
+    micro_batch_size: int
+    num_microbatches: int
+    options: MemoryOptions
+    assumptions: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnpredictableMemoryRow:
+    """A row that no memory can be predicted for, and why."""
+
+    row_number: int
+    source: str
+    model: str
+    quantity: str
+    measured_or_model: str
+    reason: str
+
+
+def read_memory_rows(path: Path) -> tuple[list[MemoryRow], list[UnpredictableMemoryRow]]:
+    """Every row of a CSV file in its order, as a run or with the reason why not.
+
+    Raises ConfigError for an unreadable file or a header without the columns that say what was measured.
+    """
+    rows: list[MemoryRow] = []
+    unpredictable: list[UnpredictableMemoryRow] = []
+    for line, cells in read_cells(path):
+        try:
+            rows.append(_build_row(line, cells))
+        except (UnpredictableError, ConfigError) as error:
+            unpredictable.append(
+                UnpredictableMemoryRow(
+                    row_number=line,
+                    source=cells["source"],
+                    model=cells["model"],
+                    quantity=cells["quantity"],
+                    measured_or_model=cells["measured_or_model"],
+                    reason=str(error),
+                )
+            )
+    return rows, unpredictable
+
+
+def _build_row(line: int, cells: Mapping[str, str]) -> MemoryRow:
+    """The run of one row; UnpredictableError where the row does not say enough."""
+    stack = select_memory_stack(cells["source"])
+    kind, measured = read_measurement(cells, stack)
+    _refuse_what_is_not_modelled(cells)
+    assumptions: list[str] = []
+    changes = _apply_name_rules(cells, assumptions)
+    stack = replace(stack, **_select_fields(changes, MemoryStack))
+    seq_length = _count_or_assume(cells, "seq", stack.seq_length, stack, assumptions)
+    model = _build_model(line, cells, stack, changes, assumptions)
+    layout = _build_layout(cells, model, stack, changes, assumptions)
+    micro_batch_size = _count_or_assume(cells, "micro_batch", stack.micro_batch_size, stack, assumptions)
+    num_microbatches = _count_microbatches(cells, layout, micro_batch_size, assumptions)
+    if layout.pipeline_model_parallel_size > 1 and "1f1b" in cells["notes"].lower():
+        # torchtitan's "local batch size" is what its schedule cuts into micro-batches of one sequence.
+        num_microbatches, micro_batch_size = micro_batch_size, 1
+        assumptions.append("micro-batches of 1 sequence: its schedule cuts the local batch")
+    return MemoryRow(
+        row_number=line,
+        source=cells["source"],
+        name=cells["model"],
+        quantity=cells["quantity"],
+        kind=kind,
+        measured=measured,
+        measured_or_model=cells["measured_or_model"],
+        stage=_read_stage(cells, stack),
+        model=model,
+        layout=layout,
+        seq_length=seq_length,
+        micro_batch_size=micro_batch_size,
+        num_microbatches=num_microbatches,
+        options=_build_options(cells, stack, layout.pipeline_model_parallel_size > 1, assumptions),
+        assumptions=tuple(assumptions),
+    )
+
+
+def _read_stage(cells: Mapping[str, str], stack: MemoryStack) -> StageChoice:
+    text = cells["quantity"].lower()
+    if "first stage" in text or "rank 0" in text:
+        return "first"
+    return "last" if "last" in text else stack.stage
+
+
+def _refuse_what_is_not_modelled(cells: Mapping[str, str]) -> None:
+    """UnpredictableError for models and trainings that the memory model does not know."""
+    text = f"{cells['model']} {cells['quantity']} {cells['recompute']}".lower()
+    if re.search(r"deepseek|moonlight|kimi|mla", text):
+        raise UnpredictableError("its multi-latent attention is not modelled")
+    if "lora" in text:
+        raise UnpredictableError("adapters beside frozen weights are not modelled")
+    if "offload" in f"{text} {cells['sharding']}".lower():
+        raise UnpredictableError("offloading to the host is not modelled")
+    if cells["source"].startswith("Korthikanti2022_AppB"):
+        raise UnpredictableError("sequence, micro-batch and recomputation of the figure are not given")
+
+
+# --- the run --------------------------------------------------------------------------------------------------------
+
+
+def _apply_name_rules(cells: Mapping[str, str], assumptions: list[str]) -> dict[str, Any]:
+    """Fields that the row's own words decide, by field name."""
+    source = cells["source"].lower()
+    name = cells["model"].lower()
+    text = _spell(name), name, cells["quantity"].lower(), f"{cells['gpu_type']} {cells['provenance']} {name}".lower()
+    changes: dict[str, Any] = {}
+    for rule in NAME_RULES:
+        if re.search(rule.source_pattern, source) and any(re.search(rule.pattern, words) for words in text):
+            changes.update(rule.changes)
+            assumptions.append(f"{rule.says}: its name")
+    return changes
+
+
+def _select_fields(changes: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    names = {field.name for field in fields(kind)}
+    return {name: value for name, value in changes.items() if name in names}
+
+
+def _spell(model: str) -> str:
+    """llama3_70b and llama3-70b are one name; names of test cases keep their underscores."""
+    return re.sub(r"^(llama|qwen|mixtral)([\d.]*)_", r"\1\2-", model.strip().lower())
+
+
+def _build_model(
+    line: int, cells: Mapping[str, str], stack: MemoryStack, changes: Mapping[str, Any], assumptions: list[str]
+) -> ModelShape:
+    sizes: dict[str, Any] = {
+        name: read_count(cells, name) for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "seq")
+    }
+    row = PublishedRow(row_number=line, source=cells["source"], model=_spell(cells["model"]), **sizes)
+    if row.vocab is None and stack.vocab_size is not None:
+        row = replace(row, vocab=stack.vocab_size)
+        assumptions.append(f"vocab {stack.vocab_size}: {stack.name}")
+    model, notes = build_row_model(row)
+    assumptions += notes
+    if "swiglu" in row.model and row.hidden and row.ffn == 4 * row.hidden:
+        ffn = int(4 * row.hidden * 2 / 3 / 64) * 64
+        model = replace(model, activation="swiglu", ffn_hidden_size=ffn)
+        assumptions.append(f"ffn {ffn}: Megatron's default for SwiGLU; the row's 4 x hidden is its default without")
+    experts = re.search(r"_(\d+)experts", row.model)
+    if experts and "moe_topk" in changes:
+        moe = MoeShape(
+            num_experts=int(experts[1]), router_topk=changes["moe_topk"], ffn_hidden_size=model.ffn_hidden_size
+        )
+        model = replace(model, moe=moe)
+        assumptions.append(f"{moe.num_experts} experts, {moe.router_topk} a token: its name")
+    return replace(model, **_select_fields(changes, ModelShape))
+
+
+def _build_layout(
+    cells: Mapping[str, str],
+    model: ModelShape,
+    stack: MemoryStack,
+    changes: Mapping[str, Any],
+    assumptions: list[str],
+) -> ParallelLayout:
+    tp, pp = _count_or_assume(cells, "tp", 1, stack, assumptions), _count_or_assume(cells, "pp", 1, stack, assumptions)
+    cp, vpp = read_count(cells, "cp") or 1, read_count(cells, "vpp") or 1
+    dp = _count_replicas(cells, tp * pp * cp, stack, assumptions)
+    has_sequence_parallel = {"yes": True, "no": False}.get(cells["sequence_parallel"].lower())
+    if has_sequence_parallel is None:
+        has_sequence_parallel = stack.has_sequence_parallel and tp > 1
+    layout = ParallelLayout(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp,
+        context_parallel_size=cp,
+        data_parallel_size=dp,
+        has_sequence_parallel=has_sequence_parallel,
+        expert_model_parallel_size=read_count(cells, "ep") or 1,
+        **_select_fields(changes, ParallelLayout),
+    )
+    if find_split_problems(model.num_layers, layout):
+        both_ends = replace(layout, accounts_for_embedding=True, accounts_for_loss=True)
+        if not find_split_problems(model.num_layers, both_ends):
+            layout = both_ends
+            assumptions.append("embedding and loss stand for a layer each: else its stages do not come out even")
+    problems = [*find_grid_problems(layout), *find_split_problems(model.num_layers, layout)]
+    problems += find_shard_problems(model, layout)
+    if problems:
+        raise UnpredictableError(f"its layout cannot be built: {problems[0]}")
+    return layout
+
+
+def _count_replicas(cells: Mapping[str, str], ranks: int, stack: MemoryStack, assumptions: list[str]) -> int:
+    dp, gpus = read_count(cells, "dp"), read_count(cells, "gpus")
+    if dp is not None:
+        return dp
+    if gpus is None:
+        if stack.data_parallel_size is None:
+            raise UnpredictableError("gpus and dp are blank")
+        assumptions.append(f"dp {stack.data_parallel_size}: neither it nor the GPUs are stated")
+        return stack.data_parallel_size
+    if gpus % ranks:
+        raise UnpredictableError(f"its {gpus} GPUs are no multiple of the {ranks} ranks of a model copy")
+    return gpus // ranks
+
+
+def _count_microbatches(
+    cells: Mapping[str, str], layout: ParallelLayout, micro_batch_size: int, assumptions: list[str]
+) -> int:
+    named = re.search(r"mbc(\d+)", cells["quantity"])
+    if named:
+        return int(named[1])
+    global_batch = read_count(cells, "global_batch")
+    if global_batch is not None:
+        return max(1, global_batch // (micro_batch_size * layout.data_parallel_size))
+    pp, vpp = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size
+    if pp > 1:
+        assumptions.append("enough micro-batches to fill the pipeline: global_batch is blank")
+    return pp * (vpp + 1)
+
+
+def _count_or_assume(
+    cells: Mapping[str, str], name: str, default: int | None, stack: MemoryStack, assumptions: list[str]
+) -> int:
+    number = read_count(cells, name)
+    if number is not None:
+        return number
+    if default is None:
+        raise UnpredictableError(f"{name} is blank and not known of {stack.name}")
+    assumptions.append(f"{name} {default}: blank, {stack.name}")
+    return default
+
+
+# --- options --------------------------------------------------------------------------------------------------------
+
+
+def _build_options(
+    cells: Mapping[str, str], stack: MemoryStack, has_pipeline: bool, assumptions: list[str]
+) -> MemoryOptions:
+    recompute, modules = _read_recompute(cells, stack, assumptions)
+    sharding, shard_size = _read_sharding(cells, stack, assumptions)
+    precision = _read_precision(cells, stack, assumptions)
+    if precision == "fp16" or (precision != "fp32" and not stack.keeps_quantized):
+        precision = "bf16"
+    return MemoryOptions(
+        precision=precision,
+        recompute=recompute,
+        recompute_modules=modules,
+        has_hidden_dropout=stack.has_dropout,
+        has_attention_dropout=stack.has_dropout,
+        has_flash_attention=stack.has_flash_attention,
+        cross_entropy=stack.cross_entropy,
+        is_context_parallel_all_to_all=stack.is_context_parallel_all_to_all,
+        sharding=sharding,
+        shard_size=shard_size or stack.shard_size,
+        reshards_after_forward=stack.reshards_in_pipeline or not has_pipeline,
+        has_fused_activation=stack.has_fused_activation,
+        gradient_bytes=stack.gradient_bytes,
+        has_fused_weight_gradients=stack.has_fused_weight_gradients,
+        has_fp8_parameters=stack.has_fp8_parameters,
+        workspace_bytes=stack.workspace_bytes,
+    )
+
+
+def _read_precision(cells: Mapping[str, str], stack: MemoryStack, assumptions: list[str]) -> Precision:
+    text = cells["precision"].lower()
+    if not text:
+        assumptions.append(f"precision {stack.precision}: blank, {stack.name}")
+        return stack.precision
+    for name in ("mxfp8", "nvfp4", "fp8", "bf16", "fp16", "fp32"):
+        if name in text:
+            return name  # type: ignore[return-value]
+    raise UnpredictableError(f"its precision {cells['precision']!r} is not known")
+
+
+def _read_recompute(
+    cells: Mapping[str, str], stack: MemoryStack, assumptions: list[str]
+) -> tuple[Recompute, tuple[RecomputeModule, ...]]:
+    text = re.sub(r"\(.*\)", "", cells["recompute"].lower()).strip()
+    core = stack.selective_modules
+    if not text:
+        assumptions.append(f"recompute {stack.recompute}: blank, {stack.name}")
+        return stack.recompute, core
+    if text in ("none", "no", "[]"):
+        return "none", core
+    if text in ("full", "selective"):
+        return ("full" if text == "full" else "selective"), core
+    modules = [word.strip() for word in re.split(r"[,+]", text)]
+    unknown = [word for word in modules if word not in get_args(RecomputeModule)]
+    if unknown:
+        raise UnpredictableError(f"its recomputation {cells['recompute']!r} is not known")
+    return "selective", tuple(modules)  # type: ignore[arg-type]
+
+
+def _read_sharding(cells: Mapping[str, str], stack: MemoryStack, assumptions: list[str]) -> tuple[Sharding, int | None]:
+    """(what is sharded, over how many ranks; None: all of them)."""
+    text = cells["sharding"].lower()
+    if not text:
+        assumptions.append(f"sharding {stack.sharding}: blank, {stack.name}")
+        return stack.sharding, None
+    if stack.sharding == "fsdp":
+        return "fsdp", None
+    size = re.search(r"(?:fsdp|shard|within)[ =](\d+)", text)
+    shard_size = int(size[1]) if size else None
+    if "zero-0" in text or text in ("none", "no", "ddp"):
+        return "none", None
+    if "fsdp" in text or "zero-3" in text or "full_shard" in text:
+        return "fsdp", shard_size
+    if "zero-1" in text or "dist" in text:
+        return "distributed_optimizer", shard_size
+    raise UnpredictableError(f"its sharding {cells['sharding']!r} is not known")

@@ -1,0 +1,233 @@
+"""The memory model against published figures: a prediction and its error a row, then errors by source and kind.
+
+Nothing is fitted by a solver, but `PROVENANCE` says which constants were read off which rows; the report repeats it.
+Rows that cannot be predicted are listed with the reason.
+"""
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_hammer.model.accounting import StageMemory, estimate_memory
+from megatron_hammer.model.memory_activations import estimate_layer_activations
+from megatron_hammer.model.memory_options import Batch
+from megatron_hammer.model.memory_state import select_part_sizes
+from megatron_hammer.scaling.memory.measured_memory import MemoryRow, UnpredictableMemoryRow, read_memory_rows
+
+GIB = 2**30
+PROVENANCE = (
+    "Workspaces (50 to 107 MiB), the bytes of a logit with native fusion and which gathered tensors meet at the head "
+    "were read off rows of SimuMax and of Megatron-LM's tests, so their errors are those of a fit. Facts about a "
+    "source's software come from its repository. All else is counted."
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryPrediction:
+    """One figure and what the model says of it, in bytes (shares for activation_ratio)."""
+
+    row: MemoryRow
+    predicted: float
+    stage: StageMemory  # that the prediction is of
+
+    @property
+    def error_ratio(self) -> float:
+        return self.predicted / self.row.measured - 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ErrorGroup:
+    """Errors of the rows that share something. Ratios: 0.05 is 5 %."""
+
+    by: str  # source, kind, measured_or_model or all
+    name: str
+    num_rows: int
+    median_absolute_error_ratio: float
+    mean_absolute_error_ratio: float
+    mean_error_ratio: float
+    largest_error_ratio: float  # with its sign
+    within_5_percent_ratio: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryReport:
+    rows: tuple[MemoryPrediction, ...]
+    unpredictable: tuple[UnpredictableMemoryRow, ...]
+    groups: tuple[ErrorGroup, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain types: rows with prediction and error, rows without and why, errors by group."""
+        return {
+            "rows": [_row_as_json(prediction) for prediction in self.rows],
+            "unpredictable": [asdict(row) for row in self.unpredictable],
+            "errors": [asdict(group) for group in self.groups],
+            "provenance": PROVENANCE,
+        }
+
+
+def validate_memory(path: Path) -> MemoryReport:
+    """Predict every row of a table of memory figures. Raises ConfigError for a file that cannot be read."""
+    rows, unpredictable = read_memory_rows(path)
+    predictions = tuple(predict_memory(row) for row in rows)
+    return MemoryReport(rows=predictions, unpredictable=tuple(unpredictable), groups=_group_errors(predictions))
+
+
+def predict_memory(row: MemoryRow) -> MemoryPrediction:
+    """What the model says of a row's figure: of the stage that the figure is of, and of the parts that it counts."""
+    stages = _estimate(row)
+    if row.stage == "first":
+        stage = stages[0]
+    elif row.stage == "last":
+        stage = stages[-1]
+    else:
+        stage = max(stages, key=lambda candidate: candidate.allocated_bytes)
+    return MemoryPrediction(row=row, predicted=_select_figure(row, stage), stage=stage)
+
+
+def _estimate(row: MemoryRow) -> tuple[StageMemory, ...]:
+    return estimate_memory(
+        row.model,
+        row.layout,
+        micro_batch_size=row.micro_batch_size,
+        seq_length=row.seq_length,
+        num_microbatches=row.num_microbatches,
+        options=row.options,
+    )
+
+
+def _select_figure(row: MemoryRow, stage: StageMemory) -> float:
+    """The part of a stage's memory that the row's kind of figure counts."""
+    if row.kind == "state":
+        return stage.state_bytes
+    if row.kind == "layer_state":
+        return _count_layer_state(row, stage)
+    if row.kind == "activations":  # of the layers, without what recomputing one of them needs
+        return stage.num_in_flight * (stage.num_layers // _count_chunks(row)) * _count_kept(row)
+    if row.kind == "activation_ratio":
+        # A share of the same run without sequence parallelism and recomputation (Korthikanti et al. 2022, figure 7).
+        baseline = replace(
+            row,
+            layout=replace(row.layout, has_sequence_parallel=False),
+            options=replace(row.options, recompute="none"),
+        )
+        return _count_kept(row) / _count_kept(baseline)
+    if row.kind == "reserved":
+        return stage.allocated_bytes + stage.fragmentation_bytes
+    return stage.total_bytes if row.kind == "total" else stage.allocated_bytes
+
+
+def _count_chunks(row: MemoryRow) -> int:
+    return row.layout.virtual_pipeline_model_parallel_size
+
+
+def _count_layer_state(row: MemoryRow, stage: StageMemory) -> float:
+    """Weights, gradients and optimizer of the linears of a stage's layers, not sharded: 18 bytes a parameter."""
+    layer, _, _ = select_part_sizes(row.model, row.layout, row.options.vocab_divisible_by)
+    return stage.num_layers * layer.linear * (row.options.element_bytes + row.options.gradient_bytes + 12)
+
+
+def _count_kept(row: MemoryRow) -> int:
+    """Activations that one layer keeps of one micro-batch."""
+    batch = Batch(micro_batch_size=row.micro_batch_size, seq_length=row.seq_length)
+    return estimate_layer_activations(row.model, row.layout, batch, row.options).kept
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+
+def _group_errors(predictions: Sequence[MemoryPrediction]) -> tuple[ErrorGroup, ...]:
+    keys: tuple[tuple[str, Callable[[MemoryRow], str]], ...] = (
+        ("source", lambda row: row.source),
+        ("kind", lambda row: row.kind),
+        ("measured_or_model", lambda row: row.measured_or_model),
+        ("all", lambda row: "all"),
+    )
+    groups = []
+    for by, select_name in keys:
+        names = dict.fromkeys(select_name(prediction.row) for prediction in predictions)
+        for name in names:
+            errors = [p.error_ratio for p in predictions if select_name(p.row) == name]
+            groups.append(_summarise(by, name, errors))
+    return tuple(groups)
+
+
+def _summarise(by: str, name: str, errors: Sequence[float]) -> ErrorGroup:
+    sizes = [abs(error) for error in errors]
+    return ErrorGroup(
+        by=by,
+        name=name,
+        num_rows=len(errors),
+        median_absolute_error_ratio=statistics.median(sizes),
+        mean_absolute_error_ratio=statistics.fmean(sizes),
+        mean_error_ratio=statistics.fmean(errors),
+        largest_error_ratio=max(errors, key=abs),
+        within_5_percent_ratio=sum(size <= 0.05 for size in sizes) / len(sizes),
+    )
+
+
+# --- output ---------------------------------------------------------------------------------------------------------
+
+
+def _row_as_json(prediction: MemoryPrediction) -> dict[str, Any]:
+    row, stage = prediction.row, prediction.stage
+    is_share = row.kind == "activation_ratio"
+    return {
+        "row_number": row.row_number,
+        "source": row.source,
+        "model": row.name,
+        "quantity": row.quantity,
+        "kind": row.kind,
+        "measured_or_model": row.measured_or_model,
+        "unit": "ratio" if is_share else "bytes",
+        "measured": row.measured,
+        "predicted": prediction.predicted,
+        "error_ratio": prediction.error_ratio,
+        "pp_rank": stage.pp_rank,
+        "parts_bytes": {
+            name.removesuffix("_bytes"): size for name, size in asdict(stage).items() if name.endswith("_bytes")
+        },
+        "assumptions": list(row.assumptions),
+    }
+
+
+def format_memory_report(report: MemoryReport) -> str:
+    """Tables for a terminal: rows, rows without a prediction, errors by group; the last line counts."""
+    lines = [f"{'row':>4}  {'measured':>10}  {'predicted':>10}  {'error':>7}  kind              source: model"]
+    lines += [_format_row(prediction) for prediction in report.rows]
+    if report.unpredictable:
+        lines += ["", "Not predicted:"]
+        lines += [
+            f"{row.row_number:>4}  {row.source}: {row.model or '-'}: {row.reason}" for row in report.unpredictable
+        ]
+    lines += ["", f"{'rows':>5}  {'median':>7}  {'mean':>7}  {'bias':>7}  {'largest':>8}  {'in 5 %':>6}  errors by"]
+    lines += list(_format_groups(report.groups))
+    lines += ["", PROVENANCE]
+    total = len(report.rows) + len(report.unpredictable)
+    lines += ["", f"{total} rows: {len(report.rows)} predicted, {len(report.unpredictable)} not, each with its reason."]
+    return "\n".join(lines)
+
+
+def _format_row(prediction: MemoryPrediction) -> str:
+    row = prediction.row
+    if row.kind == "activation_ratio":
+        measured, predicted = f"{row.measured:.1%}", f"{prediction.predicted:.1%}"
+    else:
+        measured, predicted = f"{row.measured / GIB:.2f} GiB", f"{prediction.predicted / GIB:.2f} GiB"
+    error = f"{prediction.error_ratio:+.1%}"
+    return f"{row.row_number:>4}  {measured:>10}  {predicted:>10}  {error:>7}  {row.kind:<16}  {row.source}: {row.name}"
+
+
+def _format_groups(groups: Iterable[ErrorGroup]) -> Iterable[str]:
+    for group in groups:
+        cells = (
+            f"{group.num_rows:>5}",
+            f"{group.median_absolute_error_ratio:>7.1%}",
+            f"{group.mean_absolute_error_ratio:>7.1%}",
+            f"{group.mean_error_ratio:>+7.1%}",
+            f"{group.largest_error_ratio:>+8.1%}",
+            f"{group.within_5_percent_ratio:>6.0%}",
+            f"{group.by}: {group.name}",
+        )
+        yield "  ".join(cells)

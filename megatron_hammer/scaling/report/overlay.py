@@ -1,0 +1,72 @@
+"""Measured runs laid over a projection: each predicted with its own layout, the model and the machine of the study.
+
+The file is a table of runs as `measure` writes them and as published ones come (measured_runs.py reads it).
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_hammer.model.shape import ModelShape
+from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun, read_runs
+from megatron_hammer.scaling.plan import Plan, StepTime
+from megatron_hammer.scaling.search.projection import LeftOutRow, OverlaidRun, Overlay, Study
+
+
+def build_overlay(
+    path: Path,
+    study: Study,
+    predict: Callable[[Plan], StepTime],
+    *,
+    fitted_fingerprints: Collection[str] = (),
+    gpus_path: Path | None = None,
+    clusters_path: Path | None = None,
+) -> Overlay:
+    """Every row of a table of runs, predicted or left out with the reason; ConfigError for an unreadable file.
+
+    fitted_fingerprints: of the runs that the coefficients were fitted on, as their provenance lists them.
+    """
+    measured, unpredictable = read_runs(path, gpus_path=gpus_path, clusters_path=clusters_path)
+    runs = []
+    left_out = [LeftOutRow(row_number=row.row_number, source=row.source, reason=row.reason) for row in unpredictable]
+    for run in measured:
+        reason = _find_difference(run, study)
+        if reason is not None:
+            left_out.append(LeftOutRow(row_number=run.row_number, source=run.source, reason=reason))
+            continue
+        plan = replace(run.plan, model=study.model, gpu=study.gpu, cluster=study.cluster)
+        runs.append(
+            OverlaidRun(
+                row_number=run.row_number,
+                source=run.source,
+                plan=plan,
+                measured_s=run.step_time_s,
+                step=predict(plan),
+                is_fitted=run.fingerprint in fitted_fingerprints,
+            )
+        )
+    return Overlay(runs=tuple(runs), left_out=tuple(sorted(left_out, key=lambda row: row.row_number)))
+
+
+def _find_difference(run: MeasuredRun, study: Study) -> str | None:
+    if run.plan.gpu.name != study.gpu.name:
+        return f"it ran on {run.plan.gpu.name}, the projection is of {study.gpu.name}"
+    if _shape_of(run.plan.model) != _shape_of(study.model):
+        return f"it trained {run.model or run.plan.model.name}, the projection is of {study.model.name}"
+    return None
+
+
+def _shape_of(model: ModelShape) -> ModelShape:
+    """What a step costs: the model without its name and what only changes numbers, not work."""
+    return replace(
+        model,
+        name="",
+        source="",
+        kv_channels=model.head_dim,
+        max_position_embeddings=0,
+        norm_epsilon=0.0,
+        rotary_base=0,
+        init_method_std=0.0,
+        rope_scaling=None,
+        rotary_seq_len_interpolation_factor=None,
+    )

@@ -1,0 +1,302 @@
+"""A projection as JSON, which `emit` reads back, and as CSV, a row a layout.
+
+The JSON holds whole plans: model, GPU and cluster once, the rest of each plan in its row. The same study gives the
+same bytes; neither the time of day nor the machine that ran it is in it.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from megatron_hammer.errors import ConfigError
+from megatron_hammer.model.accounting import FLOP_CONVENTIONS, ParallelLayout, StageMemory
+from megatron_hammer.model.shape import ModelShape, MoeShape, RopeScaling
+from megatron_hammer.scaling.plan import PARTS, Cluster, Gpu, Plan
+from megatron_hammer.scaling.search.projection import (
+    Overlay,
+    Projection,
+    SizeProjection,
+    Study,
+    StudyResult,
+    estimate_bill,
+    estimate_mfu_ratio,
+    scaling_efficiency_ratio,
+)
+
+FORMAT = "megatron_hammer.scaling.projection"
+FORMAT_VERSION = 1
+MAX_LISTED = 20  # entries of a list in the coefficients' provenance
+# What a row says of its plan besides the layout; model, GPU and cluster are the study's.
+PLAN_FIELDS = tuple(field.name for field in fields(Plan) if field.name not in ("model", "layout", "gpu", "cluster"))
+MEMORY_FIELDS = tuple(field.name for field in fields(StageMemory) if field.name.endswith("_bytes"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SavedRow:
+    """One layout of a projection that was read back."""
+
+    row_id: str
+    num_gpus: int
+    rank: int
+    plan: Plan
+    num_nodes: int
+    step_time_s: float
+    low_s: float
+    high_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SavedProjection:
+    """What `emit` needs of a projection: the model's origin and the rows."""
+
+    path: Path
+    preset: str | None
+    hf_config: str | None
+    train_tokens: int | None
+    rows: tuple[SavedRow, ...]
+
+    def select_row(self, row_id: str) -> SavedRow:
+        """The row of this id; ConfigError naming those that there are."""
+        for row in self.rows:
+            if row.row_id == row_id:
+                return row
+        raise ConfigError(
+            f"{self.path}: must hold the row that is asked for, got row={row_id!r}. "
+            f"Use one of: {', '.join(row.row_id for row in self.rows)}."
+        )
+
+
+def build_document(result: StudyResult) -> dict[str, Any]:
+    """The projection as plain values for JSON."""
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "study": _build_study(result.study),
+        "coefficients": _summarise(result.provenance),
+        "sizes": [_build_size(result, size) for size in result.sizes],
+        "knee": None if result.knee is None else asdict(result.knee),
+        "rows": list_rows(result),
+        "companion": None if result.companion is None else _build_companion(result.companion),
+        "overlay": None if result.overlay is None else _build_overlay(result.overlay),
+    }
+
+
+def format_json(document: Mapping[str, Any]) -> str:
+    return json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def list_rows(result: StudyResult) -> list[dict[str, Any]]:
+    """Every projected layout of every size, the fastest of a size first."""
+    return [
+        _build_row(result.study, size, rank, projection)
+        for size in result.sizes
+        for rank, projection in enumerate(size.projections, start=1)
+    ]
+
+
+def format_csv(result: StudyResult) -> str:
+    """One line a layout; nested values become columns named after their place (parts_s.matmul_s)."""
+    rows = [_flatten(row) for row in list_rows(result)]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _flatten(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            inner = "" if name in ("plan", "layout", "prediction") else f"{name}."
+            flat |= _flatten(value, prefix + inner)
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _build_study(study: Study) -> dict[str, Any]:
+    return {
+        "model": asdict(study.model),
+        "preset": study.preset,
+        "hf_config": study.hf_config,
+        "gpu": asdict(study.gpu),
+        "cluster": asdict(study.cluster),
+        "gpu_counts": list(study.gpu_counts),
+        "seq_length": study.seq_length,
+        "precision": study.precision,
+        "batch": {
+            "global_batch_size": study.global_batch_size,
+            "samples_per_gpu": None if study.samples_per_gpu is None else float(study.samples_per_gpu),
+        },
+        "train_tokens": study.train_tokens,
+        "memory_limit_bytes": study.memory_limit_bytes,
+        "mfu_convention": study.mfu_convention,
+        "mfu_convention_meaning": FLOP_CONVENTIONS[study.mfu_convention],
+        "usd_per_gpu_hour": study.usd_per_gpu_hour,
+        "restrictions": {name: value for name, value in asdict(study.space).items() if value is not None},
+    }
+
+
+def _build_size(result: StudyResult, size: SizeProjection) -> dict[str, Any]:
+    best = size.best
+    return {
+        "gpus": size.num_gpus,
+        "global_batch_size": size.global_batch_size,
+        "num_candidates": size.num_candidates,
+        "is_feasible": best is not None,
+        "problem": size.problem,
+        "least_memory_bytes": size.least_memory_bytes,
+        "best_row": f"{size.num_gpus}-1" if best else None,
+        "scaling_efficiency_ratio": scaling_efficiency_ratio(result.sizes, size),
+        "bottleneck": best.bottleneck if best else None,
+    }
+
+
+def _summarise(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The coefficients' provenance with its long lists (fingerprints of rows) only counted."""
+    return {
+        name: _summarise(value)
+        if isinstance(value, Mapping)
+        else {"num_entries": len(value)}
+        if isinstance(value, list | tuple) and len(value) > MAX_LISTED
+        else value
+        for name, value in provenance.items()
+    }
+
+
+def _build_companion(companion: StudyResult) -> dict[str, Any]:
+    """The curve of the other way of scaling: the fastest layout of each size; its ids are not those of `rows`."""
+    document = build_document(companion)
+    rows = [{**row, "id": None} for row in document["rows"]]
+    sizes = [{**size, "best_row": None} for size in document["sizes"]]
+    return {"batch": document["study"]["batch"], "sizes": sizes, "rows": rows, "knee": document["knee"]}
+
+
+def _build_overlay(overlay: Overlay) -> dict[str, Any]:
+    return {
+        "runs": [
+            {
+                "row_number": run.row_number,
+                "source": run.source,
+                "layout": asdict(run.plan.layout),
+                "plan": {name: getattr(run.plan, name) for name in PLAN_FIELDS},
+                "measured_s": run.measured_s,
+                "predicted_s": run.step.total_s,
+                "low_s": run.step.low_s,
+                "high_s": run.step.high_s,
+                "error_ratio": run.error_ratio,
+                "is_in_band": run.is_in_band,
+                "is_fitted": run.is_fitted,
+            }
+            for run in overlay.runs
+        ],
+        "left_out": [asdict(row) for row in overlay.left_out],
+    }
+
+
+def _build_row(study: Study, size: SizeProjection, rank: int, projection: Projection) -> dict[str, Any]:
+    plan, step, memory = projection.plan, projection.step, projection.memory
+    return {
+        "id": f"{size.num_gpus}-{rank}",
+        "gpus": size.num_gpus,
+        "rank": rank,
+        "num_nodes": projection.num_nodes,
+        "layout": asdict(plan.layout),
+        "plan": {name: getattr(plan, name) for name in PLAN_FIELDS},
+        "prediction": {
+            "num_microbatches": plan.num_microbatches,
+            "step_time_s": step.total_s,
+            "low_s": step.low_s,
+            "high_s": step.high_s,
+            "parts_s": {name: getattr(step, name) for name in PARTS},
+            "bottleneck": projection.bottleneck,
+            "tokens_per_s": projection.tokens_per_s_per_gpu * projection.num_gpus,
+            "tokens_per_s_per_gpu": projection.tokens_per_s_per_gpu,
+            "mfu_ratio": estimate_mfu_ratio(projection, study.mfu_convention),
+            "mfu_convention": study.mfu_convention,
+            **_build_bill(study, projection),
+        },
+        "memory": {
+            "total_bytes": memory.total_bytes,
+            "pp_rank": memory.pp_rank,
+            "num_in_flight": memory.num_in_flight,
+            **{name: getattr(memory, name) for name in MEMORY_FIELDS},
+        },
+    }
+
+
+def _build_bill(study: Study, projection: Projection) -> dict[str, Any]:
+    names = ("num_steps", "days", "low_days", "high_days", "gpu_hours", "energy_mwh", "cost_usd")
+    if study.train_tokens is None:
+        return dict.fromkeys(names)
+    bill = estimate_bill(projection, train_tokens=study.train_tokens, usd_per_gpu_hour=study.usd_per_gpu_hour)
+    return {name: getattr(bill, name) for name in names}
+
+
+def read_projection(path: Path) -> SavedProjection:
+    """A projection file; ConfigError for one that is missing, broken, or not written by this version's `project`."""
+    document = _read_json(path)
+    try:
+        study = document["study"]
+        model = _read_model(study["model"])
+        gpu = Gpu(**{**study["gpu"], "aliases": tuple(study["gpu"]["aliases"])})
+        cluster = Cluster(**study["cluster"])
+        return SavedProjection(
+            path=path,
+            preset=study["preset"],
+            hf_config=study["hf_config"],
+            train_tokens=study["train_tokens"],
+            rows=tuple(_read_row(row, model, gpu, cluster) for row in document["rows"]),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{path}: must have every field of a projection, got a file with another form ({error}). "
+            "Write it again with this version's scaling_study.py project."
+        ) from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    remedy = "Pass projection.json of scaling_study.py project --output-dir"
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: must be a readable file, got {error.strerror}. {remedy}.") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: must be JSON, got {error}. {remedy}.") from None
+    name = document.get("format") if isinstance(document, dict) else None
+    version = document.get("format_version") if isinstance(document, dict) else None
+    if name != FORMAT or version != FORMAT_VERSION:
+        raise ConfigError(
+            f"{path}: must be a projection of format {FORMAT_VERSION}, got format={name!r}, version={version!r}. "
+            f"{remedy}."
+        )
+    return document
+
+
+def _read_model(values: dict[str, Any]) -> ModelShape:
+    moe, rope = values["moe"], values["rope_scaling"]
+    nested = {
+        "moe": None if moe is None else MoeShape(**moe),
+        "rope_scaling": None if rope is None else RopeScaling(**rope),
+    }
+    return ModelShape(**{**values, **nested})
+
+
+def _read_row(row: dict[str, Any], model: ModelShape, gpu: Gpu, cluster: Cluster) -> SavedRow:
+    plan = Plan(model=model, layout=ParallelLayout(**row["layout"]), gpu=gpu, cluster=cluster, **row["plan"])
+    return SavedRow(
+        row_id=row["id"],
+        num_gpus=row["gpus"],
+        rank=row["rank"],
+        plan=plan,
+        num_nodes=row["num_nodes"],
+        step_time_s=row["prediction"]["step_time_s"],
+        low_s=row["prediction"]["low_s"],
+        high_s=row["prediction"]["high_s"],
+    )

@@ -1,0 +1,366 @@
+"""A projection in tables: one list of them, which the terminal and the HTML report both show.
+
+`projection_file.py` has the same and more for machines.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import IO
+
+from megatron_hammer.scaling.plan import StepTime
+from megatron_hammer.scaling.search.projection import (
+    COMPUTE_PARTS,
+    MEMORY_NAMES,
+    PART_NAMES,
+    Projection,
+    SizeProjection,
+    StudyResult,
+    describe_cuts,
+    estimate_bill,
+    estimate_mfu_ratio,
+    scaling_efficiency_ratio,
+)
+
+GIB = 2**30
+PLAIN_WIDTH = 120  # columns where the output is no terminal
+# Columns of the breakdown, each the sum of some parts of a step.
+SHARES = {
+    "compute": COMPUTE_PARTS,
+    "recomp.": ("recompute_s",),
+    "TP": ("tensor_parallel_s",),
+    "CP": ("context_parallel_s",),
+    "EP": ("expert_parallel_s",),
+    "PP sends": ("pipeline_p2p_s",),
+    "bubble": ("bubble_s",),
+    "DP": ("data_parallel_s",),
+    "optim.": ("optimizer_s",),
+    "overhead": ("overhead_s",),
+    "jitter": ("jitter_s",),
+}
+MEMORY_HEADS = dict(
+    zip(
+        MEMORY_NAMES,
+        ("weights", "grads", "optim.", "buffers", "activ.", "logits", "passing", "CUDA", "frag."),
+        strict=True,
+    )
+)
+SHARDING_NAMES = {"none": "none", "distributed_optimizer": "optimizer", "fsdp": "FSDP"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResultTable:
+    """Words for a table: the first `num_text` columns are text, the others numbers; a line parts the groups."""
+
+    title: str
+    columns: tuple[str, ...]
+    groups: tuple[tuple[tuple[str, ...], ...], ...]
+    num_text: int = 0
+    note: str = ""
+
+
+def build_tables(result: StudyResult) -> list[ResultTable]:
+    """Every table of the result that has rows."""
+    tables = [_build_speed_table(result), _build_layout_table(result), _build_share_table(result)]
+    tables.append(_build_memory_table(result))
+    if result.study.train_tokens is not None:
+        tables.append(_build_bill_table(result))
+    if result.companion is not None:
+        tables.append(_build_companion_table(result.companion))
+    if result.overlay is not None:
+        tables += [_build_overlay_table(result), _build_left_out_table(result)]
+    return [table for table in tables if any(table.groups)]
+
+
+def print_tables(result: StudyResult, stream: IO[str]) -> None:
+    """The whole result but its last line (describe_result)."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=stream, highlight=False)
+    if not console.is_terminal:
+        console = Console(file=stream, highlight=False, width=PLAIN_WIDTH)
+    console.print(describe_study(result), markup=False)
+    for data in build_tables(result):
+        table = Table(title=data.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
+        for position, column in enumerate(data.columns):
+            table.add_column(column, justify="left" if position < data.num_text else "right", overflow="fold")
+        for group in data.groups:
+            for row in group:
+                table.add_row(*row)
+            table.add_section()
+        console.print()
+        console.print(table)
+        if data.note:
+            console.print(data.note, markup=False)
+    console.print()
+    for sentence in (*list_problems(result), describe_knee(result)):
+        console.print(sentence, markup=False)
+
+
+def list_problems(result: StudyResult) -> list[str]:
+    return [size.problem for size in result.sizes if size.problem is not None]
+
+
+def describe_batch(result: StudyResult) -> str:
+    study = result.study
+    if study.samples_per_gpu is not None:
+        return f"weak scaling, {float(study.samples_per_gpu):g} samples a GPU"
+    return f"strong scaling, {study.global_batch_size:,} samples a step"
+
+
+def describe_study(result: StudyResult) -> str:
+    study = result.study
+    return (
+        f"{study.model.name} on {study.gpu.name} ({study.cluster.name}): {describe_batch(result)}, sequence "
+        f"{study.seq_length:,}, {study.precision}, at most {study.memory_limit_bytes / GIB:.1f} GiB a GPU"
+    )
+
+
+def describe_knee(result: StudyResult) -> str:
+    """The knee in a sentence."""
+    knee = result.knee
+    if knee is None:
+        return "Knee: none, as nothing fits at any size."
+    share = f"{knee.threshold_ratio:.0%} of the best speed a GPU at a smaller size"
+    if knee.num_gpus_beyond is None:
+        return f"Knee: not reached at {knee.num_gpus:,} GPUs; every size keeps {share}."
+    return f"Knee: {knee.num_gpus:,} GPUs; {knee.num_gpus_beyond:,} do not keep {share}."
+
+
+def describe_result(result: StudyResult) -> str:
+    """The last line: counts in and out."""
+    feasible = sum(size.best is not None for size in result.sizes)
+    candidates = sum(size.num_candidates for size in result.sizes)
+    rows = sum(len(size.projections) for size in result.sizes)
+    return f"{len(result.sizes)} sizes, {feasible} feasible; {candidates:,} candidates, {rows} layouts shown"
+
+
+def format_tokens(tokens: int) -> str:
+    """15000000000000 -> 15T; with every digit where a suffix would hide some."""
+    for size, letter in ((10**12, "T"), (10**9, "B")):
+        if tokens >= size and tokens * 100 % size == 0:
+            return f"{tokens / size:g}{letter}"
+    return f"{tokens:,}"
+
+
+def format_amount(amount: float) -> str:
+    """A quantity in three digits at least and without a power of ten: 0.0123, 4.57, 38.2, 1,234."""
+    if amount >= 1000 or amount == 0:
+        return f"{amount:,.0f}"
+    digits = max(0, 2 - math.floor(math.log10(amount)))
+    return f"{amount:.{digits}f}"
+
+
+def share_of(step: StepTime, parts: Sequence[str]) -> float:
+    return sum(getattr(step, name) for name in parts) / step.total_s
+
+
+def describe_stages(projection: Projection) -> str:
+    """The pipeline size, with what makes its stages uneven: 4+EL where embedding and loss take a layer's place each."""
+    layout = projection.plan.layout
+    size = str(layout.pipeline_model_parallel_size)
+    if layout.num_layers_first_stage is not None:
+        return f"{size} ({layout.num_layers_first_stage}..{layout.num_layers_last_stage})"
+    extra = ("E" if layout.accounts_for_embedding else "") + ("L" if layout.accounts_for_loss else "")
+    return f"{size}+{extra}" if extra else size
+
+
+def describe_experts(projection: Projection) -> str:
+    """The expert-parallel size, with the tensor-parallel size of an expert where it is its own: 8 etp1."""
+    layout = projection.plan.layout
+    is_own = projection.plan.model.moe is not None and layout.expert_tp != layout.tensor_model_parallel_size
+    return (
+        f"{layout.expert_model_parallel_size} etp{layout.expert_tp}"
+        if is_own
+        else str(layout.expert_model_parallel_size)
+    )
+
+
+def _best(result: StudyResult) -> list[tuple[SizeProjection, Projection]]:
+    return [(size, size.best) for size in result.sizes if size.best is not None]
+
+
+def _build_speed_table(result: StudyResult) -> ResultTable:
+    letter = result.study.mfu_convention
+    rows = []
+    for size, best in _best(result):
+        ratio = scaling_efficiency_ratio(result.sizes, size)
+        bottleneck = f"{share_of(best.step, (best.bottleneck,)):.1%} {PART_NAMES[best.bottleneck]}"
+        rows.append(
+            (
+                f"{size.num_gpus:,}",
+                f"{best.step.total_s:.3f}",
+                f"{best.step.low_s:.3f} - {best.step.high_s:.3f}",
+                f"{best.tokens_per_s_per_gpu * size.num_gpus:,.0f}",
+                f"{best.tokens_per_s_per_gpu:,.0f}",
+                f"{estimate_mfu_ratio(best, letter):.1%}",
+                "" if ratio is None else f"{ratio:.1%}",
+                bottleneck,
+            )
+        )
+    columns = ("GPUs", "s a step", "80 % band", "tokens/s", "tokens/s/GPU", f"MFU {letter}", "scaling", "bottleneck")
+    return ResultTable(
+        title="The fastest layout at each size",
+        columns=columns,
+        groups=(tuple(rows),),
+        note="scaling: tokens/s/GPU relative to the smallest size that fits; bottleneck: the largest part that is no "
+        "compute, with its share of the step.",
+    )
+
+
+def _build_layout_table(result: StudyResult) -> ResultTable:
+    """Every layout that was found, the fastest of a size first."""
+    columns = ("row", "tp", "cp", "pp", "vp", "ep", "dp", "micro", "batch", "recompute", "sharded", "overlap")
+    groups = []
+    for size in result.sizes:
+        rows = []
+        for rank, projection in enumerate(size.projections, start=1):
+            plan, layout = projection.plan, projection.plan.layout
+            rows.append(
+                (
+                    f"{size.num_gpus}-{rank}",
+                    str(layout.tensor_model_parallel_size),
+                    str(layout.context_parallel_size),
+                    describe_stages(projection),
+                    str(layout.virtual_pipeline_model_parallel_size),
+                    describe_experts(projection),
+                    str(layout.data_parallel_size),
+                    str(plan.micro_batch_size),
+                    f"{plan.global_batch_size:,}",
+                    plan.recompute,
+                    SHARDING_NAMES[plan.sharding],
+                    " ".join(["DP"] * plan.overlaps_grad_reduce + ["TP"] * plan.overlaps_tensor_parallel),
+                    f"{projection.step.total_s:.3f}",
+                    f"{estimate_mfu_ratio(projection, result.study.mfu_convention):.1%}",
+                    f"{projection.memory.total_bytes / GIB:.1f}",
+                )
+            )
+        groups.append(tuple(rows))
+    return ResultTable(
+        title="Layouts, the fastest of each size first",
+        columns=(*columns, "s a step", f"MFU {result.study.mfu_convention}", "GiB"),
+        groups=tuple(groups),
+        num_text=1,
+        note="row: what scaling_study.py emit takes. TP is with sequence parallelism. pp 4+EL: embedding and loss take "
+        "the place of a layer each.",
+    )
+
+
+def _build_share_table(result: StudyResult) -> ResultTable:
+    """Where the time of the fastest layout goes; parts that are nowhere above zero are left out."""
+    best = _best(result)
+    shares = {
+        name: parts
+        for name, parts in SHARES.items()
+        if name == "compute" or any(share_of(one.step, parts) > 0 for _, one in best)
+    }
+    rows = (
+        (f"{size.num_gpus:,}", *(f"{share_of(one.step, parts):.1%}" for parts in shares.values())) for size, one in best
+    )
+    return ResultTable(title="Where its time goes", columns=("GPUs", *shares), groups=(tuple(rows),))
+
+
+def _build_memory_table(result: StudyResult) -> ResultTable:
+    rows = (
+        (
+            f"{size.num_gpus:,}",
+            str(one.memory.pp_rank),
+            *(f"{getattr(one.memory, name) / GIB:.1f}" for name in MEMORY_HEADS),
+            f"{one.memory.total_bytes / GIB:.1f}",
+        )
+        for size, one in _best(result)
+    )
+    return ResultTable(
+        title="Memory of its heaviest stage, GiB a GPU",
+        columns=("GPUs", "stage", *MEMORY_HEADS.values(), "total"),
+        groups=(tuple(rows),),
+        note="passing: gradients and gathered tensors at the peak. CUDA (context, NCCL) and frag. are allowances.",
+    )
+
+
+def _build_bill_table(result: StudyResult) -> ResultTable:
+    study = result.study
+    assert study.train_tokens is not None
+    rows = []
+    for size, best in _best(result):
+        bill = estimate_bill(best, train_tokens=study.train_tokens, usd_per_gpu_hour=study.usd_per_gpu_hour)
+        rows.append(
+            (
+                f"{size.num_gpus:,}",
+                f"{bill.num_steps:,}",
+                format_amount(bill.days),
+                f"{format_amount(bill.low_days)} - {format_amount(bill.high_days)}",
+                format_amount(bill.gpu_hours),
+                format_amount(bill.energy_mwh),
+                *(() if bill.cost_usd is None else (format_amount(bill.cost_usd),)),
+            )
+        )
+    price = study.usd_per_gpu_hour
+    return ResultTable(
+        title=f"Training on {format_tokens(study.train_tokens)} tokens",
+        columns=("GPUs", "steps", "days", "80 % band", "GPU-hours", "MWh", *(() if price is None else ("USD",))),
+        groups=(tuple(rows),),
+        note="No price is known: pass --usd-per-gpu-hour." if price is None else f"At {price:g} USD a GPU-hour.",
+    )
+
+
+def _build_companion_table(companion: StudyResult) -> ResultTable:
+    """The curve of the other way of scaling."""
+    letter = companion.study.mfu_convention
+    rows = []
+    for size, best in _best(companion):
+        ratio = scaling_efficiency_ratio(companion.sizes, size)
+        rows.append(
+            (
+                f"{size.num_gpus:,}",
+                f"{size.global_batch_size:,}",
+                f"{best.step.total_s:.3f}",
+                f"{best.tokens_per_s_per_gpu:,.0f}",
+                f"{estimate_mfu_ratio(best, letter):.1%}",
+                "" if ratio is None else f"{ratio:.1%}",
+                str(best.plan.micro_batch_size),
+                describe_cuts(best.plan),
+            )
+        )
+    return ResultTable(
+        title=f"For comparison: {describe_batch(companion)}",
+        columns=("GPUs", "batch", "s a step", "tokens/s/GPU", f"MFU {letter}", "scaling", "micro", "layout"),
+        groups=(tuple(rows),),
+        note=describe_knee(companion),
+    )
+
+
+def _build_overlay_table(result: StudyResult) -> ResultTable:
+    assert result.overlay is not None
+    rows = []
+    for run in result.overlay.runs:
+        is_as_long = run.plan.seq_length == result.study.seq_length
+        rows.append(
+            (
+                f"{run.row_number} {run.source}",
+                f"{run.plan.layout.world_size:,}",
+                describe_cuts(run.plan),
+                f"{run.plan.global_batch_size:,}",
+                run.plan.precision if is_as_long else f"{run.plan.precision} s={run.plan.seq_length}",
+                f"{run.measured_s:.3f}",
+                f"{run.step.total_s:.3f}",
+                f"{run.error_ratio:+.1%}{'*' if run.is_fitted else ''}",
+                "in" if run.is_in_band else "out",
+            )
+        )
+    return ResultTable(
+        title="Measured runs, each predicted with its own layout, s a step",
+        columns=("line, source", "GPUs", "layout", "batch", "numbers", "measured", "predicted", "error", "band"),
+        groups=(tuple(rows),),
+        num_text=1,
+        note="error: above zero where the prediction is too slow; * the coefficients were fitted on this very run, so "
+        "that its error says nothing of new ones.",
+    )
+
+
+def _build_left_out_table(result: StudyResult) -> ResultTable:
+    assert result.overlay is not None
+    rows = tuple((str(row.row_number), row.source, row.reason) for row in result.overlay.left_out)
+    return ResultTable(title="Measured rows left out", columns=("line", "source", "why"), groups=(rows,), num_text=3)

@@ -1,0 +1,328 @@
+"""What a study asks and what it answers: sizes, layouts, speed, time, energy, cost, and where scaling stops paying.
+
+`search.py` fills the answers in, `projection_file.py` keeps them, `html_report.py` shows them. Only arithmetic here.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from typing import Any
+
+from megatron_hammer.errors import ConfigError
+from megatron_hammer.model.accounting import FlopConvention, StageMemory, count_flops_per_token
+from megatron_hammer.model.shape import ModelShape
+from megatron_hammer.scaling.plan import PARTS, Cluster, Gpu, Plan, Precision, StepTime
+from megatron_hammer.scaling.search.search_space import SearchSpace
+
+SECONDS_PER_DAY = 86_400.0
+JOULES_PER_MWH = 3.6e9
+# The work that a token costs whatever the layout; every other part of a step is what the layout adds.
+COMPUTE_PARTS = ("matmul_s", "attention_s", "pointwise_s", "embedding_and_loss_s")
+# Each part in words, in the order in which charts stack them.
+PART_NAMES = {
+    "matmul_s": "matrix products",
+    "attention_s": "attention",
+    "pointwise_s": "norms and activations",
+    "embedding_and_loss_s": "embedding and loss",
+    "recompute_s": "recomputation",
+    "overhead_s": "launch overhead",
+    "tensor_parallel_s": "TP communication",
+    "context_parallel_s": "CP communication",
+    "expert_parallel_s": "EP communication",
+    "pipeline_p2p_s": "pipeline transfers",
+    "bubble_s": "pipeline bubble",
+    "data_parallel_s": "DP communication",
+    "optimizer_s": "optimizer",
+    "jitter_s": "jitter",
+}
+LOSS_PARTS = tuple(name for name in PARTS if name not in COMPUTE_PARTS)
+# Each part of a stage's memory in words.
+MEMORY_NAMES = {
+    "weights_bytes": "weights",
+    "gradients_bytes": "gradients",
+    "optimizer_bytes": "optimizer state",
+    "buffers_bytes": "lasting buffers",
+    "activations_bytes": "activations",
+    "logits_bytes": "logits and loss",
+    "transient_bytes": "gradients and gathers in passing",
+    "context_bytes": "CUDA and NCCL (allowance)",
+    "fragmentation_bytes": "fragmentation (allowance)",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Study:
+    """One question: this model on this machine at these sizes. Exactly one of the two batch fields is set."""
+
+    model: ModelShape
+    preset: str | None  # name of the shipped preset, or
+    hf_config: str | None  # the file that the model was read from
+    gpu: Gpu
+    cluster: Cluster
+    gpu_counts: tuple[int, ...]
+    seq_length: int
+    precision: Precision
+    global_batch_size: int | None = None  # strong scaling: the same batch at every size
+    samples_per_gpu: Fraction | None = None  # weak scaling: the batch grows with the size
+    train_tokens: int | None = None  # the budget that days, energy and cost are for
+    memory_limit_bytes: int
+    space: SearchSpace = field(default_factory=SearchSpace)
+    num_best: int = 5
+    mfu_convention: FlopConvention = "A"
+    usd_per_gpu_hour: float | None = None
+    knee_ratio: float = 0.8
+    gradient_bytes: int = 4
+    vocab_divisible_by: int = 128
+
+    @property
+    def is_weak(self) -> bool:
+        return self.samples_per_gpu is not None
+
+    def global_batch_size_at(self, num_gpus: int) -> int:
+        """The batch of a step on so many GPUs; whole at every size of the study (find_study_problems)."""
+        if self.samples_per_gpu is not None:
+            return int(self.samples_per_gpu * num_gpus)
+        assert self.global_batch_size is not None
+        return self.global_batch_size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Projection:
+    """One plan with what is predicted of it; `memory` is of its heaviest pipeline stage."""
+
+    plan: Plan
+    step: StepTime
+    memory: StageMemory
+
+    @property
+    def num_gpus(self) -> int:
+        return self.plan.layout.world_size
+
+    @property
+    def num_nodes(self) -> int:
+        return -(-self.num_gpus // self.plan.cluster.gpus_per_node)
+
+    @property
+    def tokens_per_s_per_gpu(self) -> float:
+        return self.plan.tokens_per_step / self.step.total_s / self.num_gpus
+
+    @property
+    def bottleneck(self) -> str:
+        """The largest part that is no compute (LOSS_PARTS); the first of equals."""
+        return max(LOSS_PARTS, key=lambda name: getattr(self.step, name))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bill:
+    """A training run to a token budget; low and high are the ends of the step time's band."""
+
+    num_steps: int
+    days: float
+    low_days: float
+    high_days: float
+    gpu_hours: float
+    energy_mwh: float
+    cost_usd: float | None  # None without a price
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SizeProjection:
+    """One number of GPUs: its best projections, the fastest first, or why there are none."""
+
+    num_gpus: int
+    global_batch_size: int
+    num_candidates: int  # layouts x micro-batches x shardings that would start
+    projections: tuple[Projection, ...]
+    problem: str | None = None  # a sentence with its remedy; None where something fits
+    least_memory_bytes: int | None = None  # the smallest need of all candidates; None without candidates
+
+    @property
+    def best(self) -> Projection | None:
+        return self.projections[0] if self.projections else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Knee:
+    """Where more GPUs stop paying: see find_knee. `num_gpus_beyond` is None where no size of the study is beyond."""
+
+    num_gpus: int
+    num_gpus_beyond: int | None
+    ratio: float
+    threshold_ratio: float
+
+
+def describe_cuts(plan: Plan) -> str:
+    """The parallel sizes above one: tp=8 pp=4 vp=5 dp=16."""
+    layout = plan.layout
+    sizes = {
+        "tp": layout.tensor_model_parallel_size,
+        "cp": layout.context_parallel_size,
+        "pp": layout.pipeline_model_parallel_size,
+        "vp": layout.virtual_pipeline_model_parallel_size,
+        "ep": layout.expert_model_parallel_size,
+        "dp": layout.data_parallel_size,
+    }
+    return " ".join(f"{name}={size}" for name, size in sizes.items() if size > 1) or "one rank"
+
+
+def describe_plan(plan: Plan) -> str:
+    """A plan in a few words, with what is switched off left out: tp=8 dp=16, micro-batch 1, full recomputation, ..."""
+    words = [describe_cuts(plan), f"micro-batch {plan.micro_batch_size}"]
+    if plan.recompute != "none":
+        words.append(f"{plan.recompute} recomputation")
+    words.append(
+        {"none": "no sharding", "distributed_optimizer": "distributed optimizer", "fsdp": "FSDP"}[plan.sharding]
+    )
+    return ", ".join(words)
+
+
+def select_peak_tflops(gpu: Gpu, precision: Precision) -> float:
+    """Dense peak of the matrix products of a run; ConfigError where the GPU lacks the format."""
+    peaks = {
+        "fp32": gpu.fp32_tflops,
+        "fp16": gpu.fp16_tflops,
+        "bf16": gpu.bf16_tflops,
+        "fp8": gpu.fp8_tflops,
+        "mxfp8": gpu.fp8_tflops,
+        "nvfp4": gpu.fp4_tflops,
+    }
+    peak = peaks[precision]
+    if peak is None:
+        usable = [name for name, tflops in peaks.items() if tflops is not None]
+        raise ConfigError(
+            f"precision: must be a format that the GPU has, got precision={precision}, gpu={gpu.name}. "
+            f"Use one of: {', '.join(usable)}."
+        )
+    return peak
+
+
+def estimate_mfu_ratio(projection: Projection, convention: FlopConvention) -> float:
+    """Model FLOPs a second over the peak of the run's precision; never to be shown without the convention's letter."""
+    plan = projection.plan
+    flops_per_token = count_flops_per_token(plan.model, plan.seq_length, convention)
+    return projection.tokens_per_s_per_gpu * flops_per_token / (select_peak_tflops(plan.gpu, plan.precision) * 1e12)
+
+
+def estimate_bill(projection: Projection, *, train_tokens: int, usd_per_gpu_hour: float | None) -> Bill:
+    """Days, energy and cost of training to a budget, at the predicted step time without restarts or evaluation.
+
+    Energy: every GPU of the run at its board's full load, and the rest of the nodes that it occupies, times the
+    building's power usage effectiveness. A run that waits for communication draws less, so this is the upper side.
+    """
+    plan = projection.plan
+    num_steps = -(-train_tokens // plan.tokens_per_step)
+    elapsed_s = num_steps * projection.step.total_s
+    node_power_w = projection.num_nodes * plan.cluster.cpu_power_w_per_node
+    power_w = (projection.num_gpus * plan.gpu.power_w + node_power_w) * plan.cluster.power_usage_effectiveness
+    gpu_hours = projection.num_gpus * elapsed_s / 3600
+    return Bill(
+        num_steps=num_steps,
+        days=elapsed_s / SECONDS_PER_DAY,
+        low_days=num_steps * projection.step.low_s / SECONDS_PER_DAY,
+        high_days=num_steps * projection.step.high_s / SECONDS_PER_DAY,
+        gpu_hours=gpu_hours,
+        energy_mwh=power_w * elapsed_s / JOULES_PER_MWH,
+        cost_usd=None if usd_per_gpu_hour is None else gpu_hours * usd_per_gpu_hour,
+    )
+
+
+def scaling_efficiency_ratio(sizes: Sequence[SizeProjection], size: SizeProjection) -> float | None:
+    """Tokens a second and GPU relative to the smallest size at which something fits; None where nothing fits."""
+    smallest = min((other for other in sizes if other.best), key=lambda other: other.num_gpus, default=None)
+    if smallest is None or smallest.best is None or size.best is None:
+        return None
+    return size.best.tokens_per_s_per_gpu / smallest.best.tokens_per_s_per_gpu
+
+
+def find_knee(sizes: Sequence[SizeProjection], threshold_ratio: float) -> Knee | None:
+    """The largest size up to which a GPU does at least `threshold_ratio` of the best that one did at a smaller size.
+
+    The reference is the best tokens a second and GPU of the size itself and all smaller ones, not that of the
+    smallest: at the smallest size memory is often so tight that recomputation makes it slow, and measured against
+    that everything would look good. None where nothing fits at any size.
+    """
+    feasible = sorted((size for size in sizes if size.best), key=lambda size: size.num_gpus)
+    knee = None
+    best = 0.0
+    for size in feasible:
+        assert size.best is not None
+        speed = size.best.tokens_per_s_per_gpu
+        best = max(best, speed)
+        if speed < threshold_ratio * best:
+            return _build_knee(knee, size.num_gpus, threshold_ratio)
+        knee = (size.num_gpus, speed / best)
+    return _build_knee(knee, None, threshold_ratio)
+
+
+def _build_knee(knee: tuple[int, float] | None, beyond: int | None, threshold_ratio: float) -> Knee | None:
+    if knee is None:
+        return None
+    return Knee(num_gpus=knee[0], num_gpus_beyond=beyond, ratio=knee[1], threshold_ratio=threshold_ratio)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OverlaidRun:
+    """One measured run of the study's model and GPU beside its own prediction."""
+
+    row_number: int
+    source: str
+    plan: Plan
+    measured_s: float
+    step: StepTime
+    is_fitted: bool = False  # the coefficients were fitted on this very run, so that its error says nothing of others
+
+    @property
+    def error_ratio(self) -> float:
+        """Above zero where the prediction is too slow."""
+        return self.step.total_s / self.measured_s - 1
+
+    @property
+    def is_in_band(self) -> bool:
+        return self.step.low_s <= self.measured_s <= self.step.high_s
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LeftOutRow:
+    """A row of the file that is not of this study, or that cannot be predicted."""
+
+    row_number: int
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Overlay:
+    """Every row of the file once, in one of the two."""
+
+    runs: tuple[OverlaidRun, ...] = ()
+    left_out: tuple[LeftOutRow, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudyResult:
+    """A study answered. provenance: of the coefficients, as their file has it."""
+
+    study: Study
+    sizes: tuple[SizeProjection, ...]
+    knee: Knee | None
+    provenance: Mapping[str, Any]
+    overlay: Overlay | None = None  # measured runs, where some were given
+    companion: "StudyResult | None" = None  # the other way of scaling, for comparison: see build_companion_study
+
+
+def build_companion_study(study: Study, sizes: Sequence[SizeProjection]) -> Study | None:
+    """The same question with the batch scaled the other way, one layout a size; None where nothing fits.
+
+    The two curves meet at the middle one of the feasible sizes: of a fixed batch, its samples a GPU there, at every
+    size where they make a whole batch; of a batch that grows, the batch there, at every size.
+    """
+    feasible = sorted(size.num_gpus for size in sizes if size.best)
+    if not feasible:
+        return None
+    middle = feasible[len(feasible) // 2]
+    batch = study.global_batch_size_at(middle)
+    if study.is_weak:
+        return replace(study, global_batch_size=batch, samples_per_gpu=None, num_best=1)
+    samples = Fraction(batch, middle)
+    counts = tuple(count for count in study.gpu_counts if (samples * count).denominator == 1)
+    return replace(study, global_batch_size=None, samples_per_gpu=samples, gpu_counts=counts, num_best=1)

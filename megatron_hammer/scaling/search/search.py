@@ -1,0 +1,263 @@
+"""The fastest plans of every size that fit in memory: all of search_space.py, without what cannot win.
+
+Best first, by a bound that no plan can beat (see _Bound): once it is above the slowest of the best found, every plan
+that is left is slower, and neither its memory nor its time is asked for. Left out before that, and why it cannot win:
+- more recomputation than a plan needs to fit: it adds work and takes away nothing but memory;
+- overlap switched off where it is possible: it only hides time;
+- larger micro-batches once one did not fit with all recomputation: activations grow with them;
+- "none" of the optimizer sharded, where sharding is allowed too: it moves as many bytes (an all-reduce is a
+  reduce-scatter and an all-gather), updates more parameters, and needs more memory.
+test_search.py compares with a search that leaves out nothing. Equal times are broken by the plan's own numbers, so the
+same question gets the same answer, bit for bit.
+"""
+
+import heapq
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import ceil, lcm, log2
+from typing import Any, NamedTuple
+
+from megatron_hammer.model.accounting import ParallelLayout, StageMemory
+from megatron_hammer.scaling.memory.plan_memory import estimate_heaviest_plan_stage
+from megatron_hammer.scaling.plan import Plan, Sharding, StepTime
+from megatron_hammer.scaling.search.projection import Projection, SizeProjection, Study, describe_plan
+from megatron_hammer.scaling.search.search_space import (
+    RECOMPUTES,
+    can_overlap_tensor_parallel,
+    is_cpu_host,
+    list_layouts,
+    list_micro_batch_sizes,
+    list_shardings,
+)
+
+GIB = 2**30
+# A bound may be this much above the time of the plan before the plan is believed to be slower: rounding, and parts
+# that a predictor counts a little differently with and without pipeline stages.
+BOUND_MARGIN_RATIO = 0.98
+# What every layer costs each micro-batch, wherever the other ranks are.
+LAYER_PARTS = ("matmul_s", "attention_s", "pointwise_s", "tensor_parallel_s", "context_parallel_s", "expert_parallel_s")
+# Between equally fast plans, the one that Megatron's own checkpoints and defaults know best.
+TIE_SHARDINGS: tuple[Sharding, ...] = ("distributed_optimizer", "none", "fsdp")
+Predict = Callable[[Plan], StepTime]
+EstimateMemory = Callable[[Plan], StageMemory]
+
+
+class _Candidate(NamedTuple):
+    """A plan before its recomputation is chosen; sorted by its bound, then by its place in the list."""
+
+    bound_s: float
+    place: int
+    plan: Plan  # of any micro-batch size
+    micro_batch_size: int
+
+
+class _Failure(NamedTuple):
+    """The smallest need that was too much."""
+
+    plan: Plan
+    memory: StageMemory
+
+
+@dataclass(slots=True)
+class _Ranked:
+    """A projection in a heap: slower plans are smaller, so that the slowest leaves first."""
+
+    key: tuple[float, tuple[Any, ...]]
+    projection: Projection
+
+    def __lt__(self, other: "_Ranked") -> bool:
+        return self.key > other.key
+
+
+class Search:
+    """Searches that share what they learn: the time of a layer in each shape of micro-batch and cut."""
+
+    def __init__(self, *, predict: Predict, estimate: EstimateMemory = estimate_heaviest_plan_stage) -> None:
+        """predict: step_time.predict_step with its coefficients; estimate: memory of its heaviest stage."""
+        self._predict = predict
+        self._estimate = estimate
+        self._layer_times_s: dict[tuple[Any, ...], dict[int, float]] = {}
+
+    def search_plans(self, study: Study, num_gpus: int) -> SizeProjection:
+        """The study's best plans on so many GPUs; with none, the reason and a remedy."""
+        batch = study.global_batch_size_at(num_gpus)
+        candidates = sorted(self._list_candidates(study, num_gpus, batch))
+        fit = _Fit(study, self._estimate)
+        best: list[_Ranked] = []
+        for candidate in candidates:
+            if len(best) == study.num_best and candidate.bound_s * BOUND_MARGIN_RATIO > best[0].key[0]:
+                break
+            fitting = fit.choose_recompute(replace(candidate.plan, micro_batch_size=candidate.micro_batch_size))
+            if fitting is None:
+                continue
+            plan, memory = fitting
+            step = self._predict(plan)
+            ranked = _Ranked((step.total_s, _tie_key(plan)), Projection(plan=plan, step=step, memory=memory))
+            if len(best) < study.num_best:
+                heapq.heappush(best, ranked)
+            else:
+                heapq.heappushpop(best, ranked)
+        return SizeProjection(
+            num_gpus=num_gpus,
+            global_batch_size=batch,
+            num_candidates=len(candidates),
+            projections=tuple(ranked.projection for ranked in sorted(best, key=lambda ranked: ranked.key)),
+            problem=None if best else _describe_failure(study, num_gpus, batch, fit.least),
+            least_memory_bytes=fit.least.memory.total_bytes if fit.least and not best else None,
+        )
+
+    def _list_candidates(self, study: Study, num_gpus: int, batch: int) -> Iterator[_Candidate]:
+        layouts = list_layouts(
+            study.model,
+            study.cluster,
+            num_gpus=num_gpus,
+            global_batch_size=batch,
+            seq_length=study.seq_length,
+            space=study.space,
+        )
+        place = 0
+        for layout in layouts:
+            sizes = list_micro_batch_sizes(layout, batch, study.space)
+            for sharding in list_shardings(layout, study.cluster, study.space):
+                plan = _build_plan(study, layout, sharding, batch)
+                for size, bound_s in zip(sizes, self._list_bounds_s(plan, sizes), strict=True):
+                    yield _Candidate(bound_s, place, plan, size)
+                    place += 1
+
+    def _list_bounds_s(self, plan: Plan, micro_batch_sizes: Sequence[int]) -> Iterator[float]:
+        """No step of the plan is faster: its layers on every micro-batch, and the pipeline's ideal bubble.
+
+        A stage has num_layers / pp layers on average and the slowest no less; (pp - 1) / vp micro-batches' time passes
+        while the pipeline fills and empties (Narayanan et al. 2021, arXiv 2104.04473, section 2.2).
+        """
+        layout = plan.layout
+        pp, vp = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size
+        layers, bubble = plan.model.num_layers / pp, (pp - 1) / vp
+        per_rank = plan.global_batch_size // layout.data_parallel_size
+        tp, cp = layout.tensor_model_parallel_size, layout.context_parallel_size
+        cut = (tp, cp, layout.expert_model_parallel_size, layout.expert_tp)
+        run = (plan.model, plan.gpu, plan.cluster, plan.seq_length, plan.precision, plan.overlaps_tensor_parallel)
+        times_s = self._layer_times_s.setdefault((*run, *cut), {})
+        for size in micro_batch_sizes:
+            if size not in times_s:
+                times_s[size] = self._predict_layer_s(replace(plan, micro_batch_size=size))
+            yield times_s[size] * layers * (per_rank // size + bubble)
+
+    def _predict_layer_s(self, plan: Plan) -> float:
+        """LAYER_PARTS of one layer and micro-batch of all plans that cut a layer like this one."""
+        layout = plan.layout
+        ranks = layout.tensor_model_parallel_size * layout.context_parallel_size
+        dp = lcm(ranks, layout.expert_model_parallel_size * layout.expert_tp) // ranks
+        alone = replace(
+            layout,
+            data_parallel_size=dp,
+            pipeline_model_parallel_size=1,
+            virtual_pipeline_model_parallel_size=1,
+            num_layers_first_stage=None,
+            num_layers_last_stage=None,
+            accounts_for_embedding=False,
+            accounts_for_loss=False,
+        )
+        step = self._predict(replace(plan, layout=alone, global_batch_size=plan.micro_batch_size * dp))
+        return sum(getattr(step, name) for name in LAYER_PARTS) / plan.model.num_layers
+
+
+class _Fit:
+    """Which plans fit in memory, and what is known of the others from those that did not."""
+
+    def __init__(self, study: Study, estimate: EstimateMemory) -> None:
+        self._limit_bytes = study.memory_limit_bytes
+        self._recomputes = [recompute for recompute in RECOMPUTES if recompute in study.space.recomputes]
+        self._estimate = estimate
+        self._too_large: dict[tuple[ParallelLayout, Sharding], int] = {}  # micro-batch sizes that did not fit
+        self.least: _Failure | None = None
+
+    def choose_recompute(self, plan: Plan) -> tuple[Plan, StageMemory] | None:
+        """The plan with the least recomputation that makes it fit, and its heaviest stage; None where none does."""
+        key = (plan.layout, plan.sharding)
+        if plan.micro_batch_size >= self._too_large.get(key, plan.micro_batch_size + 1):
+            return None
+        first, *middle, last = self._recomputes if len(self._recomputes) > 1 else self._recomputes * 2
+        fitting = self._try(replace(plan, recompute=first))
+        if fitting is not None:
+            return fitting
+        smallest = self._try(replace(plan, recompute=last))
+        if smallest is None:
+            self._too_large[key] = plan.micro_batch_size
+            return None
+        tries = (self._try(replace(plan, recompute=recompute)) for recompute in middle)
+        return next((fitting for fitting in tries if fitting is not None), smallest)
+
+    def _try(self, plan: Plan) -> tuple[Plan, StageMemory] | None:
+        memory = self._estimate(plan)
+        if memory.total_bytes <= self._limit_bytes:
+            return plan, memory
+        if self.least is None or memory.total_bytes < self.least.memory.total_bytes:  # the first of equals
+            self.least = _Failure(plan, memory)
+        return None
+
+
+def _build_plan(study: Study, layout: ParallelLayout, sharding: Sharding, global_batch_size: int) -> Plan:
+    """The plan of a layout before its micro-batch and recomputation are chosen."""
+    has_overlap = layout.dense_shard_size > 1 and not is_cpu_host(study.cluster)
+    can_overlap_tp = can_overlap_tensor_parallel(layout, study.cluster)
+    wants_overlap_tp = study.space.overlaps_tensor_parallel is not False
+    return Plan(
+        model=study.model,
+        layout=layout if sharding != "none" else replace(layout, has_distributed_optimizer=False),
+        gpu=study.gpu,
+        cluster=study.cluster,
+        seq_length=study.seq_length,
+        micro_batch_size=1,
+        global_batch_size=global_batch_size,
+        precision=study.precision,
+        recompute="none",
+        sharding=sharding,
+        overlaps_grad_reduce=has_overlap,
+        overlaps_param_gather=has_overlap and sharding != "none",
+        overlaps_tensor_parallel=can_overlap_tp and wants_overlap_tp,
+        gradient_bytes=study.gradient_bytes,
+        vocab_divisible_by=study.vocab_divisible_by,
+    )
+
+
+def _tie_key(plan: Plan) -> tuple[Any, ...]:
+    """Between equally fast plans the one with fewer cuts, then larger micro-batches, then fewer other measures."""
+    layout = plan.layout
+    return (
+        layout.tensor_model_parallel_size,
+        layout.context_parallel_size,
+        layout.pipeline_model_parallel_size,
+        layout.virtual_pipeline_model_parallel_size,
+        layout.expert_model_parallel_size,
+        layout.expert_tp,
+        -plan.micro_batch_size,
+        RECOMPUTES.index(plan.recompute),
+        TIE_SHARDINGS.index(plan.sharding),
+        layout.accounts_for_embedding,
+        layout.accounts_for_loss,
+        layout.num_layers_first_stage or 0,
+        layout.num_layers_last_stage or 0,
+    )
+
+
+def _describe_failure(study: Study, num_gpus: int, batch: int, least: _Failure | None) -> str:
+    """Why nothing is projected for a size, with the smallest need and the remedy against what weighs most in it."""
+    if least is None:
+        return (
+            f"gpus: {study.model.name} must divide over them, got gpus={num_gpus}, global_batch_size={batch}, "
+            f"seq_length={study.seq_length}: no layout of the search is whole. Use a power of two or another batch, "
+            "or widen the restrictions."
+        )
+    plan, memory = least
+    state_bytes = memory.weights_bytes + memory.gradients_bytes + memory.optimizer_bytes
+    limit = study.memory_limit_bytes
+    if 2 * state_bytes > memory.total_bytes:
+        enough = num_gpus * memory.total_bytes / limit
+        remedy = f"Use {2 ** ceil(log2(enough)):,} GPUs or more to share it out, or some with more memory"
+    else:
+        remedy = "Lower --seq-length, use more GPUs for context parallelism, or some with more memory"
+    return (
+        f"gpus: one GPU must hold its share of {study.model.name}, got {memory.total_bytes / GIB:.1f} GiB at least of "
+        f"{limit / GIB:.1f} with gpus={num_gpus} ({describe_plan(plan)}). {remedy}."
+    )

@@ -1,0 +1,108 @@
+"""Whether a study can be asked at all: every wrong value before the search starts, each a sentence with its remedy."""
+
+import math
+
+from megatron_hammer.errors import ConfigError
+from megatron_hammer.scaling.search.projection import Study, select_peak_tflops
+from megatron_hammer.scaling.search.search_space import is_cpu_host
+
+GIB = 2**30
+# Restrictions that are sizes, by their flags.
+SIZE_FLAGS = {
+    "tensor_model_parallel_sizes": "tensor-model-parallel-size",
+    "pipeline_model_parallel_sizes": "pipeline-model-parallel-size",
+    "virtual_pipeline_model_parallel_sizes": "virtual-pipeline-model-parallel-size",
+    "context_parallel_sizes": "context-parallel-size",
+    "expert_model_parallel_sizes": "expert-model-parallel-size",
+    "expert_tensor_parallel_sizes": "expert-tensor-parallel-size",
+    "micro_batch_sizes": "micro-batch-size",
+}
+CPU_PRECISIONS = ("fp32", "bf16")  # platforms/cpu.py
+
+
+def find_study_problems(study: Study) -> list[str]:
+    """All of them; empty if the search can start. What does not fit at one size only is that size's `problem`."""
+    return [
+        *_find_number_problems(study),
+        *_find_batch_problems(study),
+        *_find_precision_problems(study),
+        *_find_sequence_problems(study),
+    ]
+
+
+def _find_number_problems(study: Study) -> list[str]:
+    problems = []
+    for flag, sizes in (("gpus", study.gpu_counts), *_list_restricted_sizes(study)):
+        wrong = [size for size in sizes if size < 1]
+        if wrong or not sizes:
+            got = ", ".join(str(size) for size in wrong) or "none"
+            problems.append(f"{flag}: must be whole numbers of at least 1, got {got}. Pass some, as in --{flag} 8,64.")
+    repeated = sorted({count for count in study.gpu_counts if study.gpu_counts.count(count) > 1})
+    if repeated:
+        got = ", ".join(str(count) for count in repeated)
+        problems.append(f"gpus: must name each size once, got {got} more than once. Drop the repetition.")
+    memory_gib, price = study.memory_limit_bytes / GIB, study.usd_per_gpu_hour
+    limits = [
+        ("top", study.num_best, study.num_best >= 1, "at least 1", "--top 5"),
+        ("memory-gib", memory_gib, 0 < memory_gib < math.inf, "above 0", "--memory-gib 76"),
+        ("knee", study.knee_ratio, 0 < study.knee_ratio <= 1, "above 0 and at most 1", "--knee 0.8"),
+    ]
+    if study.train_tokens is not None:
+        limits.append(("train-tokens", study.train_tokens, study.train_tokens >= 1, "at least 1", "--train-tokens 15T"))
+    if price is not None:
+        limits.append(("usd-per-gpu-hour", price, 0 <= price < math.inf, "0 or more", "--usd-per-gpu-hour 2.5"))
+    problems += [
+        f"{flag}: must be {bound}, got {value:g}. Pass {example}."
+        for flag, value, is_good, bound, example in limits
+        if not is_good
+    ]
+    return problems
+
+
+def _list_restricted_sizes(study: Study) -> list[tuple[str, tuple[int, ...]]]:
+    given = ((flag, getattr(study.space, name)) for name, flag in SIZE_FLAGS.items())
+    return [(flag, sizes) for flag, sizes in given if sizes is not None]
+
+
+def _find_batch_problems(study: Study) -> list[str]:
+    if study.global_batch_size is not None and study.global_batch_size < 1:
+        return [
+            f"global-batch-size: must be at least 1, got {study.global_batch_size}. "
+            "Pass the samples of a step, as in --global-batch-size 512."
+        ]
+    if study.samples_per_gpu is None:
+        return []
+    samples = study.samples_per_gpu
+    broken = [count for count in study.gpu_counts if samples <= 0 or (samples * count).denominator != 1]
+    if not broken:
+        return []
+    return [
+        f"samples-per-gpu: must give whole samples a step at every size, got samples_per_gpu={float(samples):g} with "
+        f"gpus={', '.join(str(count) for count in broken)}. Pass a whole number, or sizes that are multiples of "
+        f"{samples.denominator}."
+    ]
+
+
+def _find_precision_problems(study: Study) -> list[str]:
+    if is_cpu_host(study.cluster) and study.precision not in CPU_PRECISIONS:
+        return [
+            f"precision: must be fp32 or bf16 on a CPU host, got precision={study.precision}, "
+            f"cluster={study.cluster.name}. Pass --precision bf16."
+        ]
+    try:
+        select_peak_tflops(study.gpu, study.precision)
+    except ConfigError as error:
+        return list(error.problems)
+    return []
+
+
+def _find_sequence_problems(study: Study) -> list[str]:
+    longest = study.model.max_position_embeddings
+    if study.seq_length < 1:
+        return [f"seq-length: must be at least 1, got {study.seq_length}. Pass tokens, as in --seq-length 4096."]
+    if study.model.position_embedding_type == "learned_absolute" and study.seq_length > longest:
+        return [
+            f"seq-length: must be at most the learned positions of {study.model.name}, got "
+            f"seq_length={study.seq_length}, max_position_embeddings={longest}. Pass --seq-length {longest}."
+        ]
+    return []

@@ -1,0 +1,83 @@
+"""The calibrate command: files in, coefficients and tables out, and every row that is left out named."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_hammer.cli.scaling_study import calibrate
+from megatron_hammer.errors import DataError
+from megatron_hammer.scaling.cost.coefficients import build_prior_coefficients, load_coefficients, save_coefficients
+from tests.helpers.published_tables import write_table
+
+
+def run(*words: str) -> None:
+    parser = argparse.ArgumentParser()
+    calibrate.add_arguments(parser)
+    calibrate.run(parser.parse_args(list(words)))
+
+
+@pytest.fixture
+def table(tmp_path) -> Path:
+    """Three runs of an unknown team, slower than the model believes, and one that says too little."""
+    return write_table(
+        tmp_path / "runs.csv",
+        {"iteration_time_s": "0.45"},
+        {"tp": "1", "dp": "16", "iteration_time_s": "0.42"},
+        {"seq": "4096", "iteration_time_s": "0.95"},
+        {"iteration_time_s": ""},
+    )
+
+
+def test_a_few_runs_move_the_start_and_the_tables_say_so(tmp_path, table, capsys):
+    output = tmp_path / "mine.toml"
+    run("--runs", str(table), "--output", str(output))
+    shipped, mine = load_coefficients(), load_coefficients(output)
+    assert mine.gpus["hopper"].gemm_ratio != shipped.gpus["hopper"].gemm_ratio
+    assert mine.gpus["volta"] == shipped.gpus["volta"]
+    assert mine.provenance["num_runs"] == shipped.provenance["num_runs"] + 3
+    out, err = capsys.readouterr()
+    assert "hopper.gemm_ratio" in out
+    assert "team_a" in out
+    assert f"{table}:5: left out (team_a)" in err
+    assert err.splitlines()[-1].startswith("calibrate: 3 runs fitted, 0 alike not needed, 1 left out; cross-validated")
+
+
+def test_json_has_every_coefficient_before_and_after(tmp_path, table, capsys):
+    start = tmp_path / "start.toml"
+    save_coefficients(build_prior_coefficients(), start)
+    run("--runs", str(table), "--output", str(tmp_path / "mine.toml"), "--start", str(start), "--json")
+    report = json.loads(capsys.readouterr().out)
+    assert report["coefficients"]["volta.gemm_ratio"] == {"before": 0.75, "after": 0.75}
+    assert report["cross_validated"]["all"]["num_runs"] == 3
+    assert report["cross_validated"]["by_publication"]["team_a"]["median_ratio"] > 0
+    assert report["band_ratio"]["default"] == 0.2
+
+
+def test_from_priors_nothing_is_known_of_earlier_runs(tmp_path, table):
+    run("--runs", str(table), "--output", str(tmp_path / "mine.toml"), "--from-priors")
+    assert load_coefficients(tmp_path / "mine.toml").provenance["num_runs"] == 3
+
+
+def test_a_table_of_nothing_that_can_be_predicted_is_refused(tmp_path):
+    table = write_table(tmp_path / "runs.csv", {"iteration_time_s": ""})
+    with pytest.raises(
+        DataError, match=r"runs\.csv: must hold a run that can be predicted, got none\. See the reasons above\.$"
+    ):
+        run("--runs", str(table), "--output", str(tmp_path / "mine.toml"))
+    assert not (tmp_path / "mine.toml").exists()
+
+
+def test_the_tool_holds_it(tmp_path):
+    import subprocess
+
+    result = subprocess.run(
+        [sys.executable, "tools/scaling_study.py", "calibrate", "--runs", str(tmp_path / "none.csv"), "--output", "x"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).resolve().parents[4],
+    )
+    assert result.returncode == 2
+    assert "none.csv" in result.stderr

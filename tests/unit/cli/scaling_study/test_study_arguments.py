@@ -1,0 +1,133 @@
+"""Flags become a study; what they leave out comes from the recipe, the GPU and the cluster."""
+
+import argparse
+import re
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+from megatron_hammer.cli.scaling_study import project
+from megatron_hammer.cli.scaling_study.study_arguments import build_study
+from megatron_hammer.errors import ConfigError
+from megatron_hammer.model.shape import ModelShape
+from megatron_hammer.presets.catalogue import select_preset
+from megatron_hammer.scaling.search.projection import Study
+from megatron_hammer.scaling.search.search_space import SearchSpace
+
+MACHINE = ("--gpu", "h100-sxm", "--gpus", "8,64")
+LLAMA = ("--preset", "llama3-8b", *MACHINE)
+
+
+def read_hf_model(path: Path) -> ModelShape:
+    return select_preset("tinyllama-1b1").model
+
+
+def parse(*flags: str) -> Study:
+    parser = argparse.ArgumentParser()
+    project.add_arguments(parser)
+    return build_study(parser.parse_args(flags), read_hf_model)
+
+
+def test_the_command_of_the_design_page() -> None:
+    study = parse("--preset", "llama3-8b", "--gpu", "h100-sxm", "--gpus", "8,64,512,4096")
+    assert (study.model.name, study.preset, study.hf_config) == ("llama3-8b", "llama3-8b", None)
+    assert (study.gpu.name, study.cluster.name, study.gpu_counts) == ("h100-sxm", "dgx-h100", (8, 64, 512, 4096))
+    recipe = select_preset("llama3-8b").recipe
+    assert (study.seq_length, study.global_batch_size) == (recipe.seq_length, recipe.global_batch_size)
+    assert (study.precision, study.train_tokens) == ("bf16", recipe.train_tokens)
+    assert study.memory_limit_bytes == round(0.95 * study.gpu.memory_bytes)
+    assert study.space == SearchSpace()
+    assert (study.num_best, study.knee_ratio, study.mfu_convention, study.gradient_bytes) == (5, 0.8, "A", 4)
+
+
+def test_what_is_typed_counts() -> None:
+    study = parse(
+        *LLAMA,
+        *("--cluster", "aws-p5", "--samples-per-gpu", "1/4", "--seq-length", "4096", "--precision", "fp8"),
+        *("--train-tokens", "1.5T", "--memory-gib", "70", "--usd-per-gpu-hour", "2", "--top", "2", "--knee", "0.9"),
+        *("--mfu-convention", "D", "--grad-reduce-in-bf16", "--tp-comm-overlap", "off", "--sharding", "fsdp,none"),
+        *("--recompute", "full", "--tensor-model-parallel-size", "4,8", "--micro-batch-size", "1"),
+    )
+    assert (study.cluster.name, study.usd_per_gpu_hour) == ("aws-p5", 2.0)
+    assert (study.global_batch_size, study.samples_per_gpu) == (None, Fraction(1, 4))
+    assert (study.seq_length, study.precision, study.train_tokens) == (4096, "fp8", 1_500_000_000_000)
+    assert (study.memory_limit_bytes, study.num_best, study.knee_ratio) == (70 * 2**30, 2, 0.9)
+    assert (study.mfu_convention, study.gradient_bytes) == ("D", 2)
+    assert study.space == SearchSpace(
+        tensor_model_parallel_sizes=(4, 8),
+        micro_batch_sizes=(1,),
+        recomputes=("full",),
+        shardings=("none", "fsdp"),
+        overlaps_tensor_parallel=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"), [("15T", 15 * 10**12), ("2e9", 2 * 10**9), ("300b", 3 * 10**11), ("1_000", 1000)]
+)
+def test_tokens(text: str, tokens: int) -> None:
+    assert parse(*LLAMA, "--train-tokens", text).train_tokens == tokens
+
+
+def test_a_cluster_with_a_price() -> None:
+    assert parse(*LLAMA, "--cluster", "oci-h100").usd_per_gpu_hour == 10.0
+    assert parse(*LLAMA).usd_per_gpu_hour is None
+
+
+def test_a_hugging_face_model_has_no_recipe() -> None:
+    study = parse("--hf-config", "folder/config.json", *MACHINE, "--global-batch-size", "256")
+    assert (study.model.name, study.preset, study.hf_config) == ("tinyllama-1b1", None, "folder/config.json")
+    assert (study.seq_length, study.precision, study.train_tokens) == (2048, "bf16", None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (
+            ("--hf-config", "config.json", *MACHINE),
+            "global-batch-size: must be given for a model without a recipe, got none. "
+            "Pass --global-batch-size or --samples-per-gpu.",
+        ),
+        (
+            ("--preset", "llama3-8b", "--gpu", "h100-sxm", "--gpus", "8;64"),
+            "gpus: must be whole numbers with commas between them, got '8;64'. Pass --gpus 8,64.",
+        ),
+        (
+            (*LLAMA, "--pipeline-model-parallel-size", "two"),
+            "pipeline-model-parallel-size: must be whole numbers with commas between them, got 'two'. "
+            "Pass --pipeline-model-parallel-size 8,64.",
+        ),
+        (
+            (*LLAMA, "--samples-per-gpu", "half"),
+            "samples-per-gpu: must be a number or a fraction, got 'half'. Pass 2, 0.5 or 1/4.",
+        ),
+        (
+            (*LLAMA, "--train-tokens", "15X"),
+            "train-tokens: must be a number of tokens, got '15X'. Pass 15T, 300B or 2e9.",
+        ),
+        (
+            (*LLAMA, "--recompute", "some,full"),
+            "recompute: must be of none, selective, full, got some. Pass --recompute selective.",
+        ),
+        (
+            (*LLAMA, "--sharding", "zero"),
+            "sharding: must be of none, distributed_optimizer, fsdp, got zero. Pass --sharding distributed_optimizer.",
+        ),
+        ((*LLAMA, "--top", "0"), "top: must be at least 1, got 0. Pass --top 5."),
+    ],
+)
+def test_one_problem(flags: tuple[str, ...], problem: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(problem)}$"):
+        parse(*flags)
+
+
+def test_all_problems_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(*LLAMA, "--train-tokens", "x", "--sharding", "y", "--top", "0", "--seq-length", "0")
+    assert [problem.split(":")[0] for problem in caught.value.problems] == [
+        "train-tokens",
+        "sharding",
+        "top",
+        "seq-length",
+    ]

@@ -1,0 +1,111 @@
+"""Gradients, parameters and the optimizer over data ranks."""
+
+import dataclasses
+
+import pytest
+
+from megatron_hammer.model.accounting import ParallelLayout, count_rank_parameters
+from megatron_hammer.presets.catalogue import PRESETS
+from megatron_hammer.scaling.cost.coefficients import build_prior_coefficients, replace_values
+from megatron_hammer.scaling.cost.data_parallel import (
+    OPTIMIZER_BYTES_PER_PARAMETER,
+    estimate_data_parallel_s,
+    estimate_fsdp_s,
+    estimate_optimizer_s,
+)
+from megatron_hammer.scaling.cost.pipeline import StageKind
+from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_gpu
+from megatron_hammer.scaling.plan import Plan
+
+COEFFICIENTS = replace_values(
+    build_prior_coefficients(), {"collective_s": 1e-12, "network_ratio": 1.0, "nvlink_ratio": 1.0}
+)
+CLUSTER = dataclasses.replace(select_cluster("dgx-h100"), network_latency_s=0.0, nvlink_latency_s=0.0, leaf_size=0)
+MODEL = PRESETS["llama3-8b"].model
+PLAN = Plan(
+    model=MODEL,
+    layout=ParallelLayout(tensor_model_parallel_size=8, data_parallel_size=4, has_sequence_parallel=True),
+    gpu=select_gpu("h100-sxm"),
+    cluster=CLUSTER,
+    seq_length=8192,
+    micro_batch_size=1,
+    global_batch_size=4,
+    overlaps_grad_reduce=False,
+    overlaps_param_gather=False,
+)
+WHOLE = StageKind(MODEL.num_layers, True, True, 1)
+
+
+def estimate(plan: Plan, kind: StageKind = WHOLE, forward_s: float = 0.0, backward_s: float = 0.0) -> float:
+    return estimate_data_parallel_s(plan, kind, forward_s, backward_s, COEFFICIENTS)
+
+
+def test_a_distributed_optimizer_scatters_gradients_and_gathers_weights():
+    parameters = count_rank_parameters(MODEL, PLAN.layout, 0).total
+    expected = (4 + 2) * parameters * 3 / 4 / CLUSTER.network_bytes_per_s  # one rank of the group on each node
+    assert estimate(PLAN) == pytest.approx(expected, rel=1e-6)
+
+
+def test_without_it_gradients_are_summed_and_nothing_is_gathered():
+    parameters = count_rank_parameters(MODEL, PLAN.layout, 0).total
+    expected = 2 * 4 * parameters * 3 / 4 / CLUSTER.network_bytes_per_s
+    assert estimate(dataclasses.replace(PLAN, sharding="none")) == pytest.approx(expected, rel=1e-6)
+
+
+def test_parameters_of_a_stage_are_those_of_its_layers_and_ends():
+    piped = dataclasses.replace(PLAN.layout, pipeline_model_parallel_size=4)
+    plan = dataclasses.replace(PLAN, layout=piped)
+    whole = estimate(PLAN)
+    kinds = (StageKind(8, True, False, 1), StageKind(8, False, False, 2), StageKind(8, False, True, 1))
+    shares = [estimate(plan, kind) * kind.num_stages for kind in kinds]
+    assert sum(shares) == pytest.approx(whole, rel=1e-4)
+    assert shares[0] > shares[1] / 2
+
+
+def test_shards_inside_a_node_leave_only_sums_to_the_network():
+    layout = ParallelLayout(data_parallel_size=32)
+    every = dataclasses.replace(PLAN, layout=layout)
+    inside = dataclasses.replace(every, shard_size=8)
+    parameters = count_rank_parameters(MODEL, layout, 0).total
+    scatter_s = (4 + 2) * parameters * 7 / 8 / CLUSTER.nvlink_bytes_per_s
+    sum_s = 2 * 4 * parameters / 8 * 3 / 4 / CLUSTER.network_bytes_per_s
+    assert estimate(inside) == pytest.approx(scatter_s + sum_s, rel=1e-6)
+
+
+def test_what_hides_beside_a_pass_does_not_show():
+    plan = dataclasses.replace(PLAN, overlaps_grad_reduce=True, overlaps_param_gather=True)
+    least = COEFFICIENTS.data_exposed_ratio * estimate(PLAN)
+    assert estimate(plan, forward_s=10.0, backward_s=10.0) == pytest.approx(least)
+    assert estimate(plan, forward_s=1e-3, backward_s=0.0) == pytest.approx(estimate(PLAN) - 1e-3)
+
+
+def test_full_sharding_gathers_a_layer_twice_and_scatters_once():
+    plan = dataclasses.replace(PLAN, sharding="fsdp", layout=ParallelLayout(data_parallel_size=32))
+    layer = count_rank_parameters(MODEL, plan.layout, 0).total
+    ends = count_rank_parameters(dataclasses.replace(MODEL, num_layers=1), plan.layout, 0).total
+    layer = (layer - ends) / (MODEL.num_layers - 1)
+    bandwidth = 8 * CLUSTER.network_bytes_per_s
+    assert estimate_fsdp_s(plan, 0.0, 0.0, COEFFICIENTS) == pytest.approx(
+        (2 + 2 + 4) * layer * 31 / 32 / bandwidth, rel=1e-4
+    )
+    assert estimate(plan) == 0
+
+
+def test_the_optimizer_works_on_its_shard_and_clears_every_gradient():
+    parameters = count_rank_parameters(MODEL, PLAN.layout, 0).total
+    bytes_per_s = COEFFICIENTS.gpus["hopper"].memory_ratio * PLAN.gpu.memory_bytes_per_s
+    expected = (OPTIMIZER_BYTES_PER_PARAMETER / 4 + 4) * parameters / bytes_per_s
+    assert estimate_optimizer_s(PLAN, COEFFICIENTS) == pytest.approx(expected, rel=1e-4)
+    alone = estimate_optimizer_s(dataclasses.replace(PLAN, sharding="none"), COEFFICIENTS)
+    assert alone == pytest.approx((OPTIMIZER_BYTES_PER_PARAMETER + 4) * parameters / bytes_per_s, rel=1e-4)
+
+
+def test_experts_have_groups_of_their_own():
+    model = PRESETS["tiny-llm-zh-moe"].model
+    layout = ParallelLayout(data_parallel_size=8, expert_model_parallel_size=8)
+    plan = dataclasses.replace(PLAN, model=model, layout=layout)
+    kind = StageKind(model.num_layers, True, True, 1)
+    rank = count_rank_parameters(model, layout, 0)
+    # eight experts on eight ranks: each has its own, so nothing of them is summed
+    expected = (4 + 2) * rank.dense * 7 / 8 / CLUSTER.nvlink_bytes_per_s
+    assert estimate(plan, kind) == pytest.approx(expected, rel=1e-4)

@@ -1,0 +1,64 @@
+"""How GPUs were laid out where a row does not say all: by its siblings, by its source's software, by what fits."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_hammer.scaling.evidence.measured_runs import read_runs
+from tests.helpers.published_tables import read_one, read_plan, write_table
+
+
+def test_126_layers_over_eight_interleaved_stages_count_embedding_and_loss(tmp_path: Path) -> None:
+    cells = {"model": "llama3-405b", "layers": "126", "hidden": "16384", "heads": "128", "kv_heads": "8"}
+    run = read_one(tmp_path, **cells, ffn="53248", vocab="128256", tp="8", pp="8", vpp="8", gpus="128", dp="2")
+    layout = run.plan.layout
+    assert layout.accounts_for_embedding
+    assert layout.accounts_for_loss
+    assert layout.virtual_pipeline_model_parallel_size == 8
+    even = read_plan(tmp_path, **cells, ffn="53248", vocab="128256", tp="8", pp="9", vpp="7", gpus="144", dp="2").layout
+    assert not even.accounts_for_embedding
+
+
+def test_a_blank_layout_is_that_of_the_source_s_other_row(tmp_path: Path) -> None:
+    blank = {"tp": "", "pp": "", "dp": "", "gpus": "32"}
+    runs, unpredictable = read_runs(write_table(tmp_path / "two.csv", {}, blank))
+    assert unpredictable == []
+    assert (runs[1].plan.layout.tensor_model_parallel_size, runs[1].plan.layout.data_parallel_size) == (2, 16)
+    assert "tp 2, pp 1: the layout of the source's other row of this model" in runs[1].assumptions
+
+
+def test_a_blank_vpp_of_an_interleaving_source(tmp_path: Path) -> None:
+    cells = {"source": "NeMo_suite_v1.2", "pp": "4", "gpus": "64", "vpp": ""}
+    assert read_plan(tmp_path, **cells).layout.virtual_pipeline_model_parallel_size == 6  # all layers of a stage
+    given = cells | {"source": "NeMo_suite_v1.3", "vpp": "3"}
+    runs, _ = read_runs(write_table(tmp_path / "two.csv", cells, given))
+    assert [run.plan.layout.virtual_pipeline_model_parallel_size for run in runs] == [3, 3]
+    assert "vpp 3: blank, that of the source's other row of this model and layout" in runs[0].assumptions
+    unknown = cells | {"source": "team_a"}
+    assert read_plan(tmp_path, **unknown).layout.virtual_pipeline_model_parallel_size == 1
+
+
+@pytest.mark.parametrize(
+    ("cells", "expected"),
+    [
+        ({"source": "Korthikanti2022_T5", "recompute": "full"}, False),
+        ({"source": "Korthikanti2022_T5", "recompute": "selective"}, True),
+        ({"source": "Korthikanti2022_T5", "recompute": "selective", "notes": "no sequence parallelism"}, False),
+        ({"source": "Korthikanti2022_T5", "recompute": "full, sequence parallel"}, True),
+        ({"source": "Narayanan2021"}, False),
+        ({"source": "team_a", "recompute": "full"}, True),
+        ({"source": "team_a", "tp": "1", "dp": "16"}, False),
+    ],
+)
+def test_sequence_parallelism_of_each_stack(tmp_path: Path, cells: dict[str, str], expected: bool) -> None:
+    assert read_plan(tmp_path, **cells).layout.has_sequence_parallel is expected
+
+
+def test_source_families(tmp_path: Path) -> None:
+    names = {
+        "Suite_perf_26.04.01": "Suite_perf",
+        "Lab-bench_v25.02": "Lab-bench",
+        "Paper2021_Table1": "Paper2021_Table1",
+    }
+    for name, family in names.items():
+        assert read_one(tmp_path, source=name).source_family == family

@@ -1,0 +1,94 @@
+"""Models known by name have the parameters that their owners publish."""
+
+import pytest
+
+from megatron_hammer.model.accounting import count_parameters
+from megatron_hammer.scaling.evidence.row_model import KNOWN_MODELS, UnpredictableError, build_row_model
+from megatron_hammer.scaling.evidence.run_table import PublishedRow
+
+
+@pytest.mark.parametrize(
+    ("name", "num_parameters"),
+    [
+        ("llama2-7b", 6_738_415_616),  # the sums of the published checkpoints
+        ("Llama2-13b", 13_015_864_320),
+        ("LLAMA2-70B", 68_976_648_192),
+        ("llama3-8b", 8_030_261_248),
+        ("llama3.1-70b", 70_553_706_496),
+        ("Meta-Llama-3.1-405B", 405_853_388_800),
+        ("Llama-3.2-1B", 1_235_814_400),
+        ("Llama-3.2-3B", 3_212_749_824),
+        ("Mistral-7B", 7_241_732_096),
+    ],
+)
+def test_exact_counts(name: str, num_parameters: int) -> None:
+    model, _ = build_row_model(PublishedRow(row_number=2, model=name))
+    assert count_parameters(model) == num_parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("GPT3-175B", 175), ("Nemotron4-15B", 15.6), ("nemotron-4-340b", 341), ("MPT-7b", 6.66), ("MPT-30b", 29.98),
+        ("InternLM-7B", 7.32), ("GPT-5B", 5), ("GPT3-20B", 20), ("Nemotron-8B", 8.5), ("Nemotron-22B", 21.3),
+        ("SmolLM3-3B", 3.08), ("OLMo2-32B", 32.2), ("StarCoder2-3B", 3.03), ("GPT2-1558M", 1.558), ("LLaMA-65B", 65.3),
+        ("BLOOM-176B", 176.2), ("GPT-NeoX-20B", 20.6), ("OPT-175B", 175), ("GPT-39.1B", 39.1), ("GPT-1008B", 1008),
+        ("Llama-1.34B", 1.34), ("Llama-80.0B", 80.0), ("GPT-22B", 22),
+    ],
+)  # fmt: skip
+def test_counts_in_billions(name: str, billions: float) -> None:
+    model, _ = build_row_model(PublishedRow(row_number=2, model=name))
+    assert count_parameters(model) / 1e9 == pytest.approx(billions, rel=0.04)
+
+
+def test_every_known_model_says_whence_and_divides() -> None:
+    for known in KNOWN_MODELS:
+        assert known.source
+        assert known.hidden is not None
+        assert known.heads is not None
+        assert known.hidden % known.heads == 0
+        assert known.heads % (known.kv_heads or known.heads) == 0
+
+
+def test_the_row_goes_before_the_name() -> None:
+    row = PublishedRow(row_number=2, model="llama3-8b", layers=8, kv_heads=4, vocab=1000)
+    model, assumptions = build_row_model(row)
+    assert (model.num_layers, model.num_query_groups, model.vocab_size, model.hidden_size) == (8, 4, 1000, 4096)
+    assert not any(text.startswith("kv_heads") for text in assumptions)
+
+
+def test_a_preset_of_other_sizes_is_not_taken() -> None:
+    same, assumptions = build_row_model(PublishedRow(row_number=2, model="hammer-1b4", layers=22, vocab=105_789))
+    assert same.name == "hammer-1b4"
+    assert assumptions[0].startswith("model hammer-1b4: the preset of this name")
+    other, _ = build_row_model(
+        PublishedRow(row_number=2, model="hammer-1b4", layers=22, hidden=2048, heads=32, ffn=5632, vocab=32_000)
+    )
+    assert (other.vocab_size, other.num_query_groups) == (32_000, 32)
+
+
+def test_a_name_does_not_lend_its_width_to_another() -> None:
+    model, assumptions = build_row_model(PublishedRow(row_number=2, model="GPT-1.7B", layers=24, hidden=2048))
+    assert (model.num_attention_heads, model.ffn_hidden_size) == (16, 8192)
+    assert "heads 16: blank, a head of 128" in assumptions
+
+
+def test_another_size_than_the_row_says_is_noted() -> None:
+    row = PublishedRow(row_number=2, model="Llama-3-8B", params_b=9.0)
+    assert "8.03 B parameters as built, where the row says 9 B" in build_row_model(row)[1]
+
+
+@pytest.mark.parametrize(
+    ("cells", "reason"),
+    [
+        ({"heads": 32, "kv_heads": 6}, "its 6 kv heads do not divide its 32 heads"),
+        ({"heads": 24, "kv_heads": 24}, "its 24 heads do not divide hidden 4000"),
+        ({}, "heads is blank and hidden 4000 is no multiple of 128"),
+        ({"heads": 40, "model": "Yi-x"}, "ffn is blank and the model is not known by its name"),
+        ({"heads": 40, "ffn": 9000, "model": "Yi-x"}, "vocab is blank and the model is not known by its name"),
+    ],
+)
+def test_what_no_rule_fills(cells: dict[str, int | str], reason: str) -> None:
+    row = PublishedRow(**({"row_number": 2, "model": "X", "layers": 4, "hidden": 4000} | cells))  # type: ignore[arg-type]
+    with pytest.raises(UnpredictableError, match=reason):
+        build_row_model(row)

@@ -1,0 +1,281 @@
+"""Points of a loss law from training's files and from tables: which loss, which size, and what is refused."""
+
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_hammer.errors import ConfigError, DataError
+from megatron_hammer.model.accounting import count_active_parameters, count_flops_per_token, count_parameters
+from megatron_hammer.model.shape import ModelShape
+from megatron_hammer.presets.catalogue import PRESETS
+from megatron_hammer.scaling.loss_law.law import LossRun
+from megatron_hammer.scaling.loss_law.runs import ReadOptions, count_size, leave_out, read_metrics_runs, read_table
+
+TINY = PRESETS["hammer-tiny"].model
+SEQ_LENGTH = 64
+
+
+def write_run(
+    folder: Path,
+    *,
+    losses: list[float],
+    model: ModelShape = TINY,
+    validations: dict[str, float] | None = None,
+    last_lr_ratio: float = 0.1,
+) -> Path:
+    """A folder as training leaves it: 8 samples of 64 tokens a step; validations at the last step."""
+    folder.mkdir(parents=True)
+    rate = 1234.5
+    lines = []
+    for step, loss in enumerate(losses, 1):
+        line: dict[str, Any] = {
+            "step": step,
+            "loss": loss,
+            "num_samples": 8 * step,
+            "num_tokens": 8 * SEQ_LENGTH * step,
+        }
+        line["lr"] = 1e-3 * (1 + (last_lr_ratio - 1) * (step - 1) / max(1, len(losses) - 1))
+        line["tokens_per_s_per_gpu"] = rate
+        line["model_tflops_per_gpu"] = rate * count_flops_per_token(model, SEQ_LENGTH, "A") / 1e12
+        line["mfu_convention"] = "A"
+        lines.append(line)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf8")
+    objects = [
+        {"step": step, "validation_set": name, "loss": loss}
+        for name, loss in (validations or {}).items()
+        for step in (len(losses) // 2, len(losses))
+    ]
+    if objects:
+        (folder / "validation.jsonl").write_text("".join(json.dumps(line) + "\n" for line in objects), encoding="utf8")
+    return folder
+
+
+def read(*specs: str, **options: Any) -> list[LossRun]:
+    return read_metrics_runs(specs, ReadOptions(**options), read_hf_model=refuse_folders)
+
+
+def refuse_folders(path: Path) -> ModelShape:
+    raise AssertionError(f"{path} is no Hugging Face folder")
+
+
+FALLING = [8.0, 7.0, 6.0, 5.5, 5.2, 5.0, 4.9, 4.8, 4.75, 4.7]
+
+
+def test_training_loss_is_the_mean_of_a_stated_window(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", losses=FALLING)
+    (run,) = read(f"hammer-tiny={folder}", window_ratio=0.3)
+    assert run.loss == pytest.approx((4.8 + 4.75 + 4.7) / 3)
+    assert run.loss_source == "mean training loss of the last 3 of 10 steps"
+    assert (run.name, run.num_tokens, run.num_parameters) == ("a", 10 * 8 * SEQ_LENGTH, count_parameters(TINY))
+    assert run.tokenizer == "a vocabulary of 4,096"
+    assert run.notes == ()
+
+
+def test_validation_is_preferred_where_every_run_has_it(tmp_path: Path) -> None:
+    with_one = write_run(tmp_path / "a", losses=FALLING, validations={"validation": 4.9, "test": 1.0})
+    without = write_run(tmp_path / "b", losses=FALLING)
+    (run,) = read(f"hammer-tiny={with_one}")
+    assert (run.loss, run.loss_source) == (4.9, "loss of validation at step 10")
+    assert [run.loss_source for run in read(f"hammer-tiny={with_one}", f"hammer-tiny={without}")] == [
+        "mean training loss of the last 1 of 10 steps"
+    ] * 2
+    (run,) = read(f"hammer-tiny={with_one}", loss="training")
+    assert run.loss == 4.7
+
+
+def test_one_of_several_validation_sets_is_chosen_by_name(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", losses=FALLING, validations={"zh": 4.9, "en": 3.9})
+    (run,) = read(f"hammer-tiny={folder}", validation_set="en")
+    assert run.loss == 3.9
+    message = (
+        f"{folder / 'validation.jsonl'}: must hold one validation set, got en, zh. Choose one with --validation-set."
+    )
+    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+        read(f"hammer-tiny={folder}")
+
+
+def test_a_vocabulary_of_the_runs_own(tmp_path: Path) -> None:
+    trained = replace(TINY, vocab_size=1000)
+    folder = write_run(tmp_path / "a", losses=FALLING, model=trained)
+    (run,) = read(f"hammer-tiny@1000={folder}", flops="B")
+    assert run.num_parameters == count_parameters(TINY, 1000)
+    assert run.flops_per_token == count_flops_per_token(trained, SEQ_LENGTH, "B")
+    assert run.tokenizer == "a vocabulary of 1,000"
+
+
+@pytest.mark.parametrize(
+    "other, hint",
+    [
+        (replace(TINY, vocab_size=1000), ", or hammer-tiny@1000 if only the vocabulary differs"),
+        (replace(TINY, hidden_size=128), ""),
+    ],
+)
+def test_a_run_of_another_model_is_refused(tmp_path: Path, other: ModelShape, hint: str) -> None:
+    folder = write_run(tmp_path / "a", losses=FALLING, model=other)
+    flops, own_flops = (count_flops_per_token(model, SEQ_LENGTH, "A") for model in (other, TINY))
+    message = (
+        f"{folder / 'metrics.jsonl'}: must be a run of hammer-tiny, got {flops:,} FLOPs a token where hammer-tiny with "
+        f"a vocabulary of 4,096 has {own_flops:,}. Name the run's own model{hint}."
+    )
+    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+        read(f"hammer-tiny={folder}")
+
+
+def test_a_number_of_parameters_stands_for_a_model(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", losses=FALLING)
+    (run,) = read(f"1.5e6={folder / 'metrics.jsonl'}")
+    assert (run.num_parameters, run.tokenizer, run.flops_per_token) == (1_500_000, None, None)
+    message = (
+        "parameters: must be total for a run that is named by a number, got non-embedding for 1,500,000. "
+        "Name a preset or a Hugging Face folder as MODEL."
+    )
+    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+        read(f"1.5e6={folder}", parameters="non-embedding")
+
+
+def test_a_hugging_face_folder_stands_for_a_model(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", losses=FALLING)
+    (tmp_path / "hf").mkdir()
+    (run,) = read_metrics_runs([f"{tmp_path / 'hf'}={folder}"], ReadOptions(), read_hf_model=lambda path: TINY)
+    assert run.num_parameters == count_parameters(TINY)
+
+
+def test_a_line_that_a_kill_cut_off_is_dropped_and_any_other_refused(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", losses=FALLING)
+    path = folder / "metrics.jsonl"
+    text = path.read_text()
+    path.write_text(text + '{"step": 11, "lo')
+    (run,) = read(f"hammer-tiny={folder}")
+    assert run.num_tokens == 10 * 8 * SEQ_LENGTH
+    path.write_text("nonsense\n" + text)
+    message = (
+        f"{path}:1: must be one JSON object with a step and a loss, got 'nonsense'. Give a file that training wrote."
+    )
+    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+        read(f"hammer-tiny={folder}")
+
+
+def test_a_schedule_that_was_cut_off_is_noted(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", losses=FALLING, last_lr_ratio=0.8)
+    (run,) = read(f"hammer-tiny={folder}")
+    assert run.notes == ("ended at 80% of its highest learning rate: its loss had further to fall",)
+
+
+def test_all_diverged_runs_are_named_at_once(tmp_path: Path) -> None:
+    nan = write_run(tmp_path / "nan", losses=[8.0, 7.0, math.nan])
+    up = write_run(tmp_path / "up", losses=[8.0, 5.0, 9.0])
+    good = write_run(tmp_path / "good", losses=FALLING)
+    with pytest.raises(DataError) as caught:
+        read(*(f"hammer-tiny={folder}" for folder in (nan, good, up)))
+    assert caught.value.problems == (
+        f"{nan / 'metrics.jsonl'}: run nan must end with a finite loss, got nan over its last 1 steps. It diverged: "
+        f"leave it out with --leave-out nan.",
+        f"{up / 'metrics.jsonl'}: run up must end near its lowest loss, got 9.0000 after 5.0000. It diverged: leave it "
+        f"out with --leave-out up.",
+    )
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        (
+            "runs/a",
+            "runs: each must be MODEL=PATH, got 'runs/a'. Write a preset, a Hugging Face folder or a number of "
+            "parameters before the path of metrics.jsonl or its folder.",
+        ),
+        (
+            "hammer-tiny=nowhere",
+            "nowhere: must be a metrics.jsonl or its folder, got no such file. Check --runs.",
+        ),
+    ],
+)
+def test_specs_that_name_no_run(spec: str, message: str) -> None:
+    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+        read(spec)
+
+
+def test_validation_that_was_asked_for_must_be_there(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", losses=FALLING)
+    message = (
+        f"{folder / 'validation.jsonl'}: must hold a loss at the last step, 10, got none. Evaluate at the end of "
+        f"training, or pass --loss training."
+    )
+    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+        read(f"hammer-tiny={folder}", loss="validation")
+
+
+def test_sizes_without_embeddings() -> None:
+    assert count_size(TINY, "total") == count_parameters(TINY)
+    assert count_size(TINY, "non-embedding") == count_parameters(TINY) - 2 * 4096 * 256
+    gpt2 = PRESETS["gpt2-124m"].model  # tied, with learned positions
+    assert count_size(gpt2, "non-embedding") == count_parameters(gpt2) - (50_257 + 1024) * 768
+    mixture = PRESETS["hammer-tiny-moe"].model
+    assert count_size(mixture, "total") == count_active_parameters(mixture) < count_parameters(mixture)
+
+
+def test_a_table_with_and_without_names(tmp_path: Path) -> None:
+    path = tmp_path / "losses.csv"
+    path.write_text('num_parameters,num_tokens,loss,run,tokenizer\n4.8e6,1e9,3.5,a,t\n"1,000",2000,nan,,\n')
+    first, second = read_table(path)
+    assert (first.name, first.num_parameters, first.num_tokens, first.loss, first.tokenizer) == (
+        "a",
+        4_800_000,
+        1_000_000_000,
+        3.5,
+        "t",
+    )
+    assert (second.name, second.num_parameters, second.source) == ("line-3", 1000, f"{path}:3")
+    assert math.isnan(second.loss), "kept, so that the fit can name the run that diverged"
+
+
+def test_problems_of_a_table(tmp_path: Path) -> None:
+    path = tmp_path / "losses.csv"
+    path.write_text("num_parameters,loss\n1,2\n")
+    message = f"{path}:1: must name the columns num_parameters, num_tokens, loss, got no num_tokens. Name them."
+    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+        read_table(path)
+    path.write_text("num_parameters,num_tokens,loss\n1,many,2\n,5,2\n")
+    with pytest.raises(DataError) as caught:
+        read_table(path)
+    assert caught.value.problems == (
+        f"{path}:2: num_tokens must be a number, got 'many'. Correct it or remove the row.",
+        f"{path}:3: num_parameters must be a number, got ''. Correct it or remove the row.",
+    )
+    with pytest.raises(
+        DataError, match=r"absent\.csv: must be a CSV file, got No such file or directory\. Check --tab"
+    ):
+        read_table(tmp_path / "absent.csv")
+
+
+def test_a_table_in_another_encoding(tmp_path: Path) -> None:
+    path = tmp_path / "losses.csv"
+    path.write_bytes("num_parameters,num_tokens,loss,run\n1,2,3,größe\n".encode("latin-1"))
+    message = f"{path}: must be UTF-8 text, got invalid start byte at byte 43. Save it as UTF-8."
+    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+        read_table(path)
+
+
+def test_a_run_that_is_given_twice_is_refused(tmp_path: Path) -> None:
+    spec = f"hammer-tiny={write_run(tmp_path / 'a', losses=FALLING)}"
+    with pytest.raises(
+        DataError, match=f"^{re.escape(f'runs: each must be given once, got {spec} twice. Remove one.')}$"
+    ):
+        read(spec, spec)
+
+
+def test_a_step_that_was_skipped_on_the_way_is_no_divergence(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", losses=[8.0, math.nan, *FALLING])
+    (run,) = read(f"hammer-tiny={folder}")
+    assert run.loss == 4.7
+
+
+def test_runs_are_left_out_by_name() -> None:
+    assert leave_out([1, 2, 3], ["a", "b", "c"], ["b"]) == [1, 3]
+    message = "leave-out: must name given runs, got d. The runs are a, b, c."
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        leave_out([1, 2, 3], ["a", "b", "c"], ["d"])

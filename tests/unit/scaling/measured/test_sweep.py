@@ -1,0 +1,122 @@
+"""Settings of a measured sweep, from flags and from a file."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_hammer.errors import ConfigError
+from megatron_hammer.model.accounting import ParallelLayout
+from megatron_hammer.scaling.measured.sweep import Sweep, digest_of, list_settings, parse_layout, read_sweeps
+
+
+def test_layout_names() -> None:
+    assert parse_layout("single") == ParallelLayout()
+    assert parse_layout("tp2-sp-pp4-vp3-cp5-dp6-ep7") == ParallelLayout(
+        tensor_model_parallel_size=2,
+        has_sequence_parallel=True,
+        pipeline_model_parallel_size=4,
+        virtual_pipeline_model_parallel_size=3,
+        context_parallel_size=5,
+        data_parallel_size=6,
+        expert_model_parallel_size=7,
+    )
+    assert parse_layout("dp2-ddp") == ParallelLayout(data_parallel_size=2, has_distributed_optimizer=False)
+
+
+@pytest.mark.parametrize("name", ["", "tp", "tp0", "tp2-tp4", "tp2-single", "single-tp2", "xp2", "tp-2", "TP2"])
+def test_layout_names_that_are_none(name: str) -> None:
+    match = (
+        "layouts: must be single or of tpN, sp, ppN, vpN, cpN, dpN, epN and ddp, each once, "
+        f"got {re.escape(name)}. Write tp2-pp2, say."
+    )
+    with pytest.raises(ConfigError, match=match):
+        parse_layout(name)
+
+
+def test_every_combination_is_a_setting() -> None:
+    sweep = Sweep(
+        presets=("hammer-tiny", "hammer-tiny-moe"), layouts=("single", "pp2"), micro_batch_sizes=(1, 2, 4), steps=7
+    )
+    settings = list_settings(sweep)
+    assert len(settings) == 2 * 2 * 3
+    assert len({setting.name for setting in settings}) == 12
+    first = settings[0]
+    assert first.name == "hammer-tiny_single_s256_mb1_gb8"  # the recipe's sequence length and batch
+    flags = first.list_flags()
+    assert flags[:2] == ["--preset", "hammer-tiny"]
+    assert flags[flags.index("--train-iters") + 1] == "7"
+    assert flags[-1] == "--mock-data"
+
+
+def test_weak_scaling_and_recomputation() -> None:
+    sweep = Sweep(
+        presets=("hammer-tiny",), layouts=("dp2", "tp2-dp3"), samples_per_rank=(4,), recompute=("none", "full")
+    )
+    assert [(setting.global_batch_size, setting.recompute) for setting in list_settings(sweep)] == [
+        (8, "none"), (8, "full"), (24, "none"), (24, "full"),
+    ]  # fmt: skip
+    assert list_settings(sweep)[1].name == "hammer-tiny_dp2_s256_mb2_gb8_full"
+
+
+@pytest.mark.parametrize("flag", ["--data-path", "--train-data-path=corpus", "--mock-data"])
+def test_data_of_the_user_takes_the_place_of_made_up_tokens(flag: str) -> None:
+    flags = list_settings(Sweep(presets=("hammer-tiny",), flags=(flag, "x")))[0].list_flags()
+    assert flags[-2:] == [flag, "x"]
+    assert flags.count("--mock-data") == int(flag == "--mock-data")
+
+
+def test_all_problems_at_once() -> None:
+    sweep = Sweep(
+        presets=("hammer-tiny", "no-such"), layouts=("tp2", "tq2"), micro_batch_sizes=(0,), precision="fp8",
+        global_batch_sizes=(8,), samples_per_rank=(4, 2), recompute=("some",),
+    )  # fmt: skip
+    with pytest.raises(ConfigError) as raised:
+        list_settings(sweep)
+    starts = [problem.split(":")[0] for problem in raised.value.problems]
+    assert starts == ["micro-batch-sizes", "samples-per-rank", "recompute", "precision", "layouts", "preset"]
+    assert raised.value.problems[0] == "micro-batch-sizes: must be at least 1, got 0. Pass positive sizes."
+    assert raised.value.problems[1] == (
+        "samples-per-rank: cannot be combined with global-batch-sizes, got 4, 2 and 8. Give one of them."
+    )
+    assert raised.value.problems[2] == (
+        "recompute: must be one of none, selective, full, got some. Choose one of them."
+    )
+    assert raised.value.problems[3] == "precision: must be one of fp32, bf16, fp16, got fp8. Choose one of them."
+
+
+def test_sweeps_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.toml"
+    path.write_text(
+        '[[sweep]]\npresets = ["hammer-tiny"]\nlayouts = ["single", "tp2"]\nsteps = 9\nflags = ["--seed", "5"]\n'
+        '[[sweep]]\npresets = ["hammer-tiny-moe"]\nseq_lengths = [128]\nprecision = "bf16"\n'
+    )
+    assert read_sweeps(path) == [
+        Sweep(presets=("hammer-tiny",), layouts=("single", "tp2"), steps=9, flags=("--seed", "5")),
+        Sweep(presets=("hammer-tiny-moe",), seq_lengths=(128,), precision="bf16"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "text, match",
+    [
+        ("x = ", r"sweep.toml: must be a TOML file of \[\[sweep\]\] tables, got .*\. Check the file\."),
+        ("", r"must hold \[\[sweep\]\] tables and nothing else, got none of them\. Write \[\[sweep\]\] above"),
+        ("[other]\nx = 1", r"must hold \[\[sweep\]\] tables and nothing else, got other\."),
+        ("[[sweep]]\nsteps = 5", r"sweep 1: presets: must name one at least, got none\. Add presets = \[\.\.\.\]\."),
+        ('[[sweep]]\npresets = ["a"]\nstep = 5', r"sweep 1: must have fields of presets, layouts, .*, got step\."),
+        ('[[sweep]]\npresets = "a"', r"sweep 1: presets: must be a list of str, got 'a'\. Correct it\."),
+        ('[[sweep]]\npresets = ["a"]\nsteps = "5"', r"sweep 1: steps: must be int, got '5'\. Correct it\."),
+        ('[[sweep]]\npresets = ["a"]\nseq_lengths = [1.5]', r"seq_lengths: must be a list of int, got \[1\.5\]\."),
+    ],
+)
+def test_files_that_are_no_sweep(text: str, match: str, tmp_path: Path) -> None:
+    path = tmp_path / "sweep.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=match):
+        read_sweeps(path)
+
+
+def test_digest_changes_with_anything() -> None:
+    assert digest_of({"a": 1, "b": [2]}) == digest_of({"b": [2], "a": 1})
+    assert digest_of({"a": 1, "b": [2]}) != digest_of({"a": 1, "b": [3]})

@@ -1,0 +1,147 @@
+"""A projection reads back to the plans that it was written from, and says so where a file is none."""
+
+import csv
+import io
+import json
+import re
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_hammer.errors import ConfigError
+from megatron_hammer.scaling.report.projection_file import build_document, format_csv, format_json, read_projection
+from megatron_hammer.scaling.search.projection import LeftOutRow, OverlaidRun, Overlay, StudyResult
+from tests.helpers.toy_study import build_toy_study, project_toy_study
+
+
+@pytest.fixture(scope="module")
+def result() -> StudyResult:
+    study = build_toy_study("hammer-tiny-moe", seq_length=256, usd_per_gpu_hour=2.0, gpu_counts=(4, 7, 8))
+    companion = project_toy_study(
+        replace(study, global_batch_size=None, samples_per_gpu=Fraction(4), gpu_counts=(8,), num_best=1)
+    )
+    return project_toy_study(study, companion=companion)
+
+
+def write(result: StudyResult, path: Path) -> Path:
+    path.write_text(format_json(build_document(result)), encoding="utf-8")
+    return path
+
+
+def test_it_reads_back_to_whole_plans(result: StudyResult, tmp_path: Path) -> None:
+    saved = read_projection(write(result, tmp_path / "projection.json"))
+    assert (saved.preset, saved.hf_config, saved.train_tokens) == ("hammer-tiny-moe", None, 10**10)
+    written = [projection for size in result.sizes for projection in size.projections]
+    assert [row.plan for row in saved.rows] == [projection.plan for projection in written]
+    assert [row.step_time_s for row in saved.rows] == [projection.step.total_s for projection in written]
+    row = saved.select_row("8-2")
+    assert (row.num_gpus, row.rank, row.num_nodes) == (8, 2, 1)
+    assert row.low_s < row.step_time_s < row.high_s
+
+
+def test_the_same_study_gives_the_same_bytes(result: StudyResult) -> None:
+    again = project_toy_study(result.study)
+    assert format_csv(again) == format_csv(result)
+    assert format_json(build_document(again)) == format_json(build_document(replace(result, companion=None)))
+
+
+def test_what_a_reader_finds(result: StudyResult) -> None:
+    document = json.loads(format_json(build_document(result)))
+    assert document["study"]["batch"] == {"global_batch_size": 32, "samples_per_gpu": None}
+    assert [size["is_feasible"] for size in document["sizes"]] == [True, False, True]
+    assert document["sizes"][1]["problem"].startswith("gpus: hammer-tiny-moe must divide over them, got gpus=7")
+    assert document["sizes"][2]["best_row"] == "8-1"
+    row = document["rows"][0]
+    assert row["id"] == "4-1"
+    assert sum(row["prediction"]["parts_s"].values()) == pytest.approx(row["prediction"]["step_time_s"])
+    parts = {name: size for name, size in row["memory"].items() if name.endswith("_bytes") and name != "total_bytes"}
+    assert sum(parts.values()) == row["memory"]["total_bytes"]
+    assert row["prediction"]["mfu_convention"] == "A"
+    assert row["prediction"]["cost_usd"] == pytest.approx(2.0 * row["prediction"]["gpu_hours"])
+    assert document["companion"]["batch"] == {"global_batch_size": None, "samples_per_gpu": 4.0}
+    assert document["companion"]["rows"][0]["id"] is None
+    assert document["overlay"] is None
+
+
+def test_without_a_budget_there_is_no_bill() -> None:
+    document = build_document(project_toy_study(build_toy_study(train_tokens=None, gpu_counts=(4,))))
+    prediction = document["rows"][0]["prediction"]
+    assert [prediction[name] for name in ("days", "energy_mwh", "cost_usd")] == [None, None, None]
+
+
+def test_long_lists_of_the_provenance_are_counted(result: StudyResult) -> None:
+    provenance = {"fingerprints": [str(number) for number in range(30)], "by": {"source": [1.0, 2.0]}}
+    document = build_document(replace(result, provenance=provenance))
+    assert document["coefficients"] == {"fingerprints": {"num_entries": 30}, "by": {"source": [1.0, 2.0]}}
+
+
+def test_measured_runs_are_kept_with_their_errors(result: StudyResult) -> None:
+    best = result.sizes[0].best
+    assert best is not None
+    run = OverlaidRun(row_number=2, source="team", plan=best.plan, measured_s=2 * best.step.total_s, step=best.step)
+    left_out = LeftOutRow(row_number=3, source="team", reason="it ran on another GPU")
+    document = build_document(replace(result, overlay=Overlay(runs=(run,), left_out=(left_out,))))
+    assert document["overlay"]["runs"][0]["error_ratio"] == -0.5
+    assert document["overlay"]["runs"][0]["is_in_band"] is False
+    assert document["overlay"]["left_out"] == [{"row_number": 3, "source": "team", "reason": "it ran on another GPU"}]
+
+
+def test_csv_has_a_line_a_layout(result: StudyResult) -> None:
+    rows = list(csv.DictReader(io.StringIO(format_csv(result))))
+    assert [row["id"] for row in rows] == ["4-1", "4-2", "4-3", "8-1", "8-2", "8-3"]
+    best = result.sizes[0].best
+    assert best is not None
+    assert float(rows[0]["step_time_s"]) == best.step.total_s
+    assert float(rows[0]["parts_s.matmul_s"]) == best.step.matmul_s
+    assert int(rows[0]["memory.total_bytes"]) == best.memory.total_bytes
+    assert int(rows[0]["tensor_model_parallel_size"]) == best.plan.layout.tensor_model_parallel_size
+
+
+def test_an_unknown_row_is_refused(result: StudyResult, tmp_path: Path) -> None:
+    path = write(result, tmp_path / "projection.json")
+    message = f"{path}: must hold the row that is asked for, got row='9-1'. Use one of: 4-1, 4-2, 4-3, 8-1, 8-2, 8-3."
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        read_projection(path).select_row("9-1")
+
+
+REMEDY = "Pass projection.json of scaling_study.py project --output-dir."
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, f"must be a readable file, got No such file or directory. {REMEDY}"),
+        (
+            "{",
+            f"must be JSON, got Expecting property name enclosed in double quotes: line 1 column 2 (char 1). {REMEDY}",
+        ),
+        ("[]", f"must be a projection of format 1, got format=None, version=None. {REMEDY}"),
+        (
+            '{"format": "megatron_hammer.scaling.projection", "format_version": 9}',
+            f"must be a projection of format 1, got format='megatron_hammer.scaling.projection', version=9. {REMEDY}",
+        ),
+        (
+            '{"format": "megatron_hammer.scaling.projection", "format_version": 1}',
+            "must have every field of a projection, got a file with another form ('study'). "
+            "Write it again with this version's scaling_study.py project.",
+        ),
+    ],
+)
+def test_files_that_are_no_projection(text: str | None, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "projection.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=f"^{re.escape(f'{path}: {message}')}$"):
+        read_projection(path)
+
+
+def test_a_field_of_another_version_is_refused(result: StudyResult, tmp_path: Path) -> None:
+    document: dict[str, Any] = build_document(result)
+    document["rows"][0]["layout"]["sequence_pipeline_size"] = 2
+    path = tmp_path / "projection.json"
+    path.write_text(json.dumps(document))
+    with pytest.raises(ConfigError, match=r"got a file with another form \(.*sequence_pipeline_size"):
+        read_projection(path)

@@ -1,0 +1,244 @@
+"""The search finds what a search that leaves out nothing finds, and says why where nothing fits."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+import pytest
+
+from megatron_hammer.model.accounting import ParallelLayout
+from megatron_hammer.presets.catalogue import select_preset
+from megatron_hammer.scaling.cost.coefficients import build_prior_coefficients
+from megatron_hammer.scaling.cost.step_time import predict_step
+from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_default_cluster, select_gpu
+from megatron_hammer.scaling.memory.plan_memory import estimate_plan_memory
+from megatron_hammer.scaling.plan import Plan, Precision, StepTime
+from megatron_hammer.scaling.search.projection import Study, describe_plan
+from megatron_hammer.scaling.search.search import GIB, Predict, Search
+from megatron_hammer.scaling.search.search_space import (
+    RECOMPUTES,
+    SearchSpace,
+    can_overlap_tensor_parallel,
+    list_layouts,
+    list_micro_batch_sizes,
+)
+from tests.helpers.toy_study import GPU, build_toy_study, predict
+
+
+def list_every_plan(study: Study, num_gpus: int) -> Iterator[Plan]:
+    """With every sharding, recomputation and overlap, dominated or not."""
+    batch = study.global_batch_size_at(num_gpus)
+    for layout in list_layouts(
+        study.model,
+        study.cluster,
+        num_gpus=num_gpus,
+        global_batch_size=batch,
+        seq_length=study.seq_length,
+        space=study.space,
+    ):
+        shares = layout.dense_shard_size > 1
+        shardings = ["none", "distributed_optimizer"]
+        if layout.pipeline_model_parallel_size == 1 and shares:
+            shardings.append("fsdp")
+        for micro in list_micro_batch_sizes(layout, batch, study.space):
+            for sharding in shardings:
+                for recompute in RECOMPUTES:
+                    for overlap in (False, True):
+                        yield Plan(
+                            model=study.model,
+                            layout=replace(layout, has_distributed_optimizer=sharding != "none"),
+                            gpu=study.gpu,
+                            cluster=study.cluster,
+                            seq_length=study.seq_length,
+                            micro_batch_size=micro,
+                            global_batch_size=batch,
+                            recompute=recompute,
+                            sharding=sharding,
+                            overlaps_grad_reduce=overlap and shares,
+                            overlaps_param_gather=overlap and shares and sharding != "none",
+                            overlaps_tensor_parallel=overlap and can_overlap_tensor_parallel(layout, study.cluster),
+                        )
+
+
+def find_fastest_s(study: Study, num_gpus: int, predictor: Predict) -> list[float]:
+    """Step times of the fastest plans that fit, each once: dominated twins are the same plan, slower."""
+    times: dict[tuple[ParallelLayout, int, str], float] = {}
+    for plan in list_every_plan(study, num_gpus):
+        if max(stage.total_bytes for stage in estimate_plan_memory(plan)) > study.memory_limit_bytes:
+            continue
+        key = (
+            replace(plan.layout, has_distributed_optimizer=True),
+            plan.micro_batch_size,
+            "fsdp" if plan.sharding == "fsdp" else "",
+        )
+        times[key] = min(times.get(key, float("inf")), predictor(plan).total_s)
+    return sorted(times.values())[: study.num_best]
+
+
+@pytest.mark.parametrize("memory_gib", [12, 40])
+@pytest.mark.parametrize(("preset", "num_gpus"), [("hammer-1b4", 8), ("tiny-llm-zh-moe", 4)])
+def test_the_best_are_those_of_a_search_that_leaves_out_nothing(preset: str, num_gpus: int, memory_gib: int) -> None:
+    study = build_toy_study(preset, memory_limit_bytes=memory_gib * GIB, global_batch_size=16, num_best=4)
+    study = replace(study, seq_length=min(2048, study.model.max_position_embeddings))
+    found = Search(predict=predict).search_plans(study, num_gpus).projections
+    assert [projection.step.total_s for projection in found] == find_fastest_s(study, num_gpus, predict)
+
+
+def test_so_it_is_with_the_performance_model() -> None:
+    predictor = partial(predict_step, coefficients=build_prior_coefficients())
+    study = build_toy_study(
+        gpu=select_gpu("h100-sxm"),
+        cluster=select_cluster("dgx-h100"),
+        memory_limit_bytes=11 * GIB,
+        global_batch_size=16,
+        num_best=4,
+    )
+    found = Search(predict=predictor).search_plans(study, 8).projections
+    assert [projection.step.total_s for projection in found] == find_fastest_s(study, 8, predictor)
+
+
+@pytest.mark.parametrize(
+    ("preset", "gpu", "precision"),
+    [
+        ("llama3-70b", "h100-sxm", "bf16"),
+        ("llama3-8b", "a100-sxm-80gb", "bf16"),
+        ("tiny-llm-zh-moe", "gb200", "fp8"),
+        ("gpt2-124m", "v100-sxm3-32gb", "fp16"),
+        ("hammer-tiny", "cpu-core", "fp32"),
+    ],
+)
+def test_what_the_search_leaves_out_is_slower(preset: str, gpu: str, precision: Precision) -> None:
+    """Of the shipped performance model: no plan beats its bound, and recomputation never makes one faster."""
+    chosen = select_preset(preset)
+    study = build_toy_study(
+        preset,
+        gpu=select_gpu(gpu),
+        cluster=select_default_cluster(gpu),
+        seq_length=chosen.recipe.seq_length,
+        precision=precision,
+        global_batch_size=1024,
+    )
+    search = Search(predict=predict_step)
+    for num_gpus in (4, 64):
+        candidates = list(search._list_candidates(study, num_gpus, 1024))
+        for candidate in candidates[:: len(candidates) // 40 + 1]:
+            plan = replace(candidate.plan, micro_batch_size=candidate.micro_batch_size)
+            times = [predict_step(replace(plan, recompute=recompute)).total_s for recompute in RECOMPUTES]
+            assert candidate.bound_s <= times[0]
+            assert times == sorted(times)
+
+
+def test_the_bound_prunes() -> None:
+    calls: list[Plan] = []
+
+    def counted(plan: Plan) -> StepTime:
+        calls.append(plan)
+        return predict(plan)
+
+    size = Search(predict=counted).search_plans(build_toy_study(num_best=1, global_batch_size=256), 64)
+    assert 2 * len(calls) < size.num_candidates
+
+
+def test_the_same_question_gets_the_same_answer() -> None:
+    study = build_toy_study()
+    first = Search(predict=predict)
+    for num_gpus in (8, 16, 8):  # what another size left behind changes nothing
+        assert first.search_plans(study, num_gpus) == Search(predict=predict).search_plans(study, num_gpus)
+
+
+def test_equal_times_go_to_the_plan_with_fewer_cuts() -> None:
+    constant = predict(next(list_every_plan(build_toy_study(), 4)))
+    best = Search(predict=lambda _: constant).search_plans(build_toy_study(num_best=1), 8).best
+    assert best is not None
+    assert best.plan.layout == ParallelLayout(data_parallel_size=8)
+    assert (best.plan.micro_batch_size, best.plan.sharding) == (4, "distributed_optimizer")
+
+
+def test_recomputation_only_where_nothing_less_fits() -> None:
+    space = SearchSpace(
+        tensor_model_parallel_sizes=(1,), pipeline_model_parallel_sizes=(1,), context_parallel_sizes=(1,)
+    )
+    study = build_toy_study(space=space, num_best=20, memory_limit_bytes=20 * GIB)
+    found = Search(predict=predict).search_plans(study, 8).projections
+    assert {projection.plan.recompute for projection in found} == {"none", "full"}
+    for projection in found:
+        less = RECOMPUTES[: RECOMPUTES.index(projection.plan.recompute)]
+        for recompute in less:
+            stages = estimate_plan_memory(replace(projection.plan, recompute=recompute))
+            assert max(stage.total_bytes for stage in stages) > study.memory_limit_bytes
+        assert projection.memory.total_bytes <= study.memory_limit_bytes
+
+
+def test_only_one_recomputation_may_be_asked_for() -> None:
+    study = build_toy_study(space=SearchSpace(recomputes=("full",)))
+    found = Search(predict=predict).search_plans(study, 8).projections
+    assert {projection.plan.recompute for projection in found} == {"full"}
+
+
+def test_overlap_can_be_switched_off() -> None:
+    study = build_toy_study(space=SearchSpace(tensor_model_parallel_sizes=(2,)), num_best=1)
+    without = replace(study, space=replace(study.space, overlaps_tensor_parallel=False))
+    for one, overlaps in ((study, True), (without, False)):
+        best = Search(predict=predict).search_plans(one, 8).best
+        assert best is not None
+        assert best.plan.overlaps_tensor_parallel is overlaps
+
+
+def test_without_sharding_where_nothing_else_is_allowed() -> None:
+    study = build_toy_study(space=SearchSpace(shardings=("none",)))
+    best = Search(predict=predict).search_plans(study, 8).best
+    assert best is not None
+    assert best.plan.sharding == "none"
+    assert not best.plan.layout.has_distributed_optimizer
+    assert not best.plan.overlaps_param_gather
+
+
+def test_a_size_that_nothing_fits_names_its_smallest_need_and_the_next_size() -> None:
+    space = SearchSpace(context_parallel_sizes=(1,))
+    study = build_toy_study("llama3-70b", memory_limit_bytes=40 * GIB, space=space, global_batch_size=64)
+    size = Search(predict=predict).search_plans(study, 8)
+    assert size.best is None
+    assert size.least_memory_bytes is not None
+    least = size.least_memory_bytes / GIB
+    assert size.problem == (
+        f"gpus: one GPU must hold its share of llama3-70b, got {least:.1f} GiB at least of 40.0 with gpus=8 "
+        "(tp=8, micro-batch 1, full recomputation, distributed optimizer). Use 32 GPUs or more to share it out, or "
+        "some with more memory."
+    )
+    smallest = min(max(stage.total_bytes for stage in estimate_plan_memory(plan)) for plan in list_every_plan(study, 8))
+    assert size.least_memory_bytes <= smallest
+
+
+def test_long_sequences_are_named_where_activations_are_too_much() -> None:
+    space = SearchSpace(context_parallel_sizes=(1,), tensor_model_parallel_sizes=(1,))
+    model = replace(build_toy_study().model, max_position_embeddings=2**18)
+    study = build_toy_study(model=model, seq_length=2**18, space=space, memory_limit_bytes=GPU.memory_bytes)
+    problem = Search(predict=predict).search_plans(study, 8).problem
+    assert problem is not None
+    remedy = "Lower --seq-length, use more GPUs for context parallelism, or some with more memory."
+    assert re.search(f"{re.escape(remedy)}$", problem)
+
+
+def test_a_size_that_nothing_divides_says_so() -> None:
+    size = Search(predict=predict).search_plans(build_toy_study(), 13)
+    assert (size.num_candidates, size.projections) == (0, ())
+    assert size.problem == (
+        "gpus: hammer-1b4 must divide over them, got gpus=13, global_batch_size=32, seq_length=2048: no layout of the "
+        "search is whole. Use a power of two or another batch, or widen the restrictions."
+    )
+
+
+def test_plans_in_words() -> None:
+    best = Search(predict=predict).search_plans(build_toy_study(num_best=1), 8).best
+    assert best is not None
+    plan = replace(
+        best.plan, recompute="none", micro_batch_size=2, sharding="fsdp", layout=ParallelLayout(data_parallel_size=8)
+    )
+    assert describe_plan(plan) == "dp=8, micro-batch 2, FSDP"
+    cut = ParallelLayout(
+        tensor_model_parallel_size=4, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=11
+    )
+    plan = replace(plan, layout=cut, recompute="full", sharding="none")
+    assert describe_plan(plan) == "tp=4 pp=2 vp=11, micro-batch 2, full recomputation, no sharding"
+    assert describe_plan(replace(plan, layout=ParallelLayout())).startswith("one rank, ")

@@ -1,0 +1,217 @@
+"""The layouts of the search are exactly those that preflight lets start, less what the module says it leaves out."""
+
+import itertools
+from argparse import Namespace
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_hammer.config.preflight.layout import find_batch_problems, find_layout_problems
+from megatron_hammer.config.preset_arguments import model_arguments
+from megatron_hammer.model.accounting import ParallelLayout, find_split_problems
+from megatron_hammer.model.layout import divisors
+from megatron_hammer.model.shape import ModelShape
+from megatron_hammer.presets.catalogue import select_preset
+from megatron_hammer.scaling.search.search_space import (
+    SearchSpace,
+    can_overlap_tensor_parallel,
+    list_layouts,
+    list_micro_batch_sizes,
+    list_shardings,
+)
+from tests.helpers.toy_study import CLUSTER
+
+CPU_HOST = replace(CLUSTER, full_speed_processes_per_node=2)
+ANYTHING = SearchSpace()
+
+
+def list_all(
+    model: ModelShape, num_gpus: int, batch: int, seq_length: int, space: SearchSpace = ANYTHING
+) -> list[ParallelLayout]:
+    return list(
+        list_layouts(model, CLUSTER, num_gpus=num_gpus, global_batch_size=batch, seq_length=seq_length, space=space)
+    )
+
+
+def find_problems(
+    model: ModelShape, layout: ParallelLayout, *, num_gpus: int, micro: int, batch: int, seq_length: int
+) -> list[str]:
+    """What preflight says of the layout's flags."""
+    vp = layout.virtual_pipeline_model_parallel_size
+    namespace: Any = SimpleNamespace(
+        **(
+            model_arguments(model)
+            | {
+                "world_size": num_gpus,
+                "tensor_model_parallel_size": layout.tensor_model_parallel_size,
+                "pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
+                "num_virtual_stages_per_pipeline_rank": vp if vp > 1 else None,
+                "num_layers_per_virtual_pipeline_stage": None,
+                "context_parallel_size": layout.context_parallel_size,
+                "expert_model_parallel_size": layout.expert_model_parallel_size,
+                "expert_tensor_parallel_size": layout.expert_tensor_parallel_size,
+                "sequence_parallel": layout.has_sequence_parallel,
+                "use_distributed_optimizer": True,
+                "decoder_first_pipeline_num_layers": layout.num_layers_first_stage,
+                "decoder_last_pipeline_num_layers": layout.num_layers_last_stage,
+                "account_for_embedding_in_pipeline_split": layout.accounts_for_embedding,
+                "account_for_loss_in_pipeline_split": layout.accounts_for_loss,
+                "rotary_percent": 1.0,
+                "use_rotary_position_embeddings": False,
+                "bias_gelu_fusion": True,
+                "num_experts": model.moe.num_experts if model.moe else None,
+                "seq_length": seq_length,
+                "micro_batch_size": micro,
+                "global_batch_size": batch,
+                "decrease_batch_size_if_needed": False,
+                "step_batch_size_schedule": None,
+                "eval_global_batch_size": None,
+                "eval_micro_batch_size": None,
+                "eval_iters": 0,
+                "train_samples": None,
+                "microbatch_group_size_per_vp_stage": None,
+            }
+        )
+    )
+    assert isinstance(namespace, SimpleNamespace)
+    typed = Namespace(**vars(namespace))
+    return find_layout_problems(typed) + find_batch_problems(typed)
+
+
+def list_by_brute_force(
+    model: ModelShape, num_gpus: int, batch: int, seq_length: int
+) -> set[tuple[ParallelLayout, int]]:
+    """Every even or flag-balanced layout and micro-batch that preflight accepts and the search does not rule out."""
+    accepted = set()
+    sizes = divisors(num_gpus)
+    experts = divisors(model.moe.num_experts) if model.moe else [1]
+    for tp, cp, pp, ep in itertools.product(sizes, sizes, sizes, experts):
+        if num_gpus % (tp * cp * pp) or (cp > 1 and seq_length % (2 * tp * cp)):
+            continue
+        for etp, vp, ends in itertools.product(
+            sorted({1, tp}) if model.moe else [None],
+            range(1, model.num_layers + 2),
+            ((False, False), (False, True), (True, True)),
+        ):
+            if (pp == 1 and ends != (False, False)) or (pp == 2 and ends == (True, True)):
+                continue
+            layout = ParallelLayout(
+                tensor_model_parallel_size=tp,
+                pipeline_model_parallel_size=pp,
+                virtual_pipeline_model_parallel_size=vp,
+                context_parallel_size=cp,
+                data_parallel_size=num_gpus // (tp * cp * pp),
+                expert_model_parallel_size=ep,
+                expert_tensor_parallel_size=etp,
+                has_sequence_parallel=tp > 1,
+                accounts_for_embedding=ends[0],
+                accounts_for_loss=ends[1],
+            )
+            for micro in divisors(batch):
+                arguments = {"num_gpus": num_gpus, "micro": micro, "batch": batch, "seq_length": seq_length}
+                if not find_problems(model, layout, **arguments):
+                    accepted.add((layout, micro))
+    return accepted
+
+
+@pytest.mark.parametrize(
+    ("preset", "num_gpus", "batch", "seq_length"),
+    [
+        ("hammer-tiny", 8, 16, 256),
+        ("hammer-tiny-moe", 8, 8, 256),
+        ("hammer-1b4", 4, 8, 2048),  # 22 layers go over 4 stages as 24 places
+        ("gpt2-124m", 6, 12, 96),  # no power of two
+    ],
+)
+def test_the_search_has_what_preflight_accepts(preset: str, num_gpus: int, batch: int, seq_length: int) -> None:
+    model = select_preset(preset).model
+    listed = [
+        (layout, micro)
+        for layout in list_all(model, num_gpus, batch, seq_length)
+        if layout.num_layers_first_stage is None
+        for micro in list_micro_batch_sizes(layout, batch, ANYTHING)
+    ]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == list_by_brute_force(model, num_gpus, batch, seq_length)
+
+
+def test_layers_that_no_even_split_shares_out_get_uneven_ends() -> None:
+    model = replace(select_preset("hammer-1b4").model, num_layers=31)  # 31, 32 and 33 over 5 stages leave a rest
+    space = SearchSpace(pipeline_model_parallel_sizes=(5,), tensor_model_parallel_sizes=(1,))
+    layouts = list_all(model, 5, 10, 2048, space)
+    assert {(layout.num_layers_first_stage, layout.num_layers_last_stage) for layout in layouts} == {(5, 5)}
+    for layout in layouts:
+        assert find_split_problems(31, layout) == ()
+        assert find_problems(model, layout, num_gpus=5, micro=1, batch=10, seq_length=2048) == []
+
+
+def test_layers_that_cannot_be_shared_out_have_no_layout() -> None:
+    model = replace(select_preset("hammer-1b4").model, num_layers=9)
+    space = SearchSpace(pipeline_model_parallel_sizes=(7,))
+    assert list_all(model, 7, 7, 2048, space) == []  # 5 middle stages of 2 would leave the ends with nothing
+
+
+def test_restrictions_leave_only_what_they_name() -> None:
+    model = select_preset("hammer-tiny-moe").model
+    space = SearchSpace(
+        tensor_model_parallel_sizes=(2,),
+        pipeline_model_parallel_sizes=(1, 2),
+        virtual_pipeline_model_parallel_sizes=(2,),
+        context_parallel_sizes=(1,),
+        expert_model_parallel_sizes=(2,),
+        expert_tensor_parallel_sizes=(1,),
+        micro_batch_sizes=(2,),
+    )
+    layouts = list_all(model, 8, 16, 256, space)
+    assert [
+        (
+            layout.tensor_model_parallel_size,
+            layout.pipeline_model_parallel_size,
+            layout.virtual_pipeline_model_parallel_size,
+            layout.context_parallel_size,
+            layout.expert_model_parallel_size,
+            layout.expert_tensor_parallel_size,
+            layout.data_parallel_size,
+        )
+        for layout in layouts
+    ] == [(2, 2, 2, 1, 2, 1, 2)]
+    assert list_micro_batch_sizes(layouts[0], 16, space) == [2]
+
+
+def test_interleaved_stages_take_micro_batches_in_groups_of_the_stages() -> None:
+    layout = ParallelLayout(
+        pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=2, data_parallel_size=2
+    )
+    assert list_micro_batch_sizes(layout, 24, ANYTHING) == [1, 3]  # 12 and 4 micro-batches; not 6, 3, 2, 1
+    plain = replace(layout, virtual_pipeline_model_parallel_size=1)
+    assert list_micro_batch_sizes(plain, 24, ANYTHING) == [1, 2, 3, 4, 6, 12]
+
+
+def test_shardings() -> None:
+    pipelined = ParallelLayout(pipeline_model_parallel_size=2, data_parallel_size=4)
+    flat = ParallelLayout(data_parallel_size=8)
+    alone = ParallelLayout(tensor_model_parallel_size=8, has_sequence_parallel=True)
+    assert list_shardings(flat, CLUSTER, ANYTHING) == ["distributed_optimizer", "fsdp"]
+    assert list_shardings(pipelined, CLUSTER, ANYTHING) == ["distributed_optimizer"]
+    assert list_shardings(alone, CLUSTER, ANYTHING) == ["distributed_optimizer"]
+    assert list_shardings(flat, CPU_HOST, ANYTHING) == ["distributed_optimizer"]
+    assert list_shardings(flat, CLUSTER, SearchSpace(shardings=("none",))) == ["none"]
+    assert list_shardings(pipelined, CLUSTER, SearchSpace(shardings=("fsdp",))) == []
+
+
+def test_a_cpu_host_has_no_context_parallelism() -> None:
+    model = select_preset("hammer-tiny").model
+    on_gpus = list_all(model, 4, 8, 256)
+    on_cpus = list(list_layouts(model, CPU_HOST, num_gpus=4, global_batch_size=8, seq_length=256, space=ANYTHING))
+    assert {layout.context_parallel_size for layout in on_cpus} == {1}
+    assert on_cpus == [layout for layout in on_gpus if layout.context_parallel_size == 1]
+
+
+def test_overlap_of_tensor_parallelism_stays_inside_an_nvlink_domain() -> None:
+    layout = ParallelLayout(tensor_model_parallel_size=8, has_sequence_parallel=True)
+    assert can_overlap_tensor_parallel(layout, CLUSTER)
+    assert not can_overlap_tensor_parallel(layout, CPU_HOST)
+    assert not can_overlap_tensor_parallel(layout, replace(CLUSTER, nvlink_domain_size=4))
+    assert not can_overlap_tensor_parallel(ParallelLayout(data_parallel_size=8), CLUSTER)

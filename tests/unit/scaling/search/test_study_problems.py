@@ -1,0 +1,85 @@
+"""Every value that a study cannot be asked with, in its own words."""
+
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+import pytest
+
+from megatron_hammer.presets.catalogue import select_preset
+from megatron_hammer.scaling.search.search_space import SearchSpace
+from megatron_hammer.scaling.search.study_problems import find_study_problems
+from tests.helpers.toy_study import CLUSTER, build_toy_study
+
+
+def test_a_good_study_has_none() -> None:
+    assert find_study_problems(build_toy_study()) == []
+    weak = build_toy_study(global_batch_size=None, samples_per_gpu=Fraction(1, 4))
+    assert find_study_problems(weak) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (
+            {"gpu_counts": (8, 0, -1)},
+            "gpus: must be whole numbers of at least 1, got 0, -1. Pass some, as in --gpus 8,64.",
+        ),
+        ({"gpu_counts": ()}, "gpus: must be whole numbers of at least 1, got none. Pass some, as in --gpus 8,64."),
+        ({"gpu_counts": (8, 4, 8)}, "gpus: must name each size once, got 8 more than once. Drop the repetition."),
+        (
+            {"space": SearchSpace(tensor_model_parallel_sizes=(0, 2))},
+            "tensor-model-parallel-size: must be whole numbers of at least 1, got 0. "
+            "Pass some, as in --tensor-model-parallel-size 8,64.",
+        ),
+        ({"num_best": 0}, "top: must be at least 1, got 0. Pass --top 5."),
+        ({"memory_limit_bytes": -(2**30)}, "memory-gib: must be above 0, got -1. Pass --memory-gib 76."),
+        ({"knee_ratio": 1.5}, "knee: must be above 0 and at most 1, got 1.5. Pass --knee 0.8."),
+        ({"knee_ratio": float("nan")}, "knee: must be above 0 and at most 1, got nan. Pass --knee 0.8."),
+        ({"train_tokens": 0}, "train-tokens: must be at least 1, got 0. Pass --train-tokens 15T."),
+        (
+            {"usd_per_gpu_hour": -2.0},
+            "usd-per-gpu-hour: must be 0 or more, got -2. Pass --usd-per-gpu-hour 2.5.",
+        ),
+        (
+            {"usd_per_gpu_hour": float("inf")},
+            "usd-per-gpu-hour: must be 0 or more, got inf. Pass --usd-per-gpu-hour 2.5.",
+        ),
+        (
+            {"global_batch_size": 0},
+            "global-batch-size: must be at least 1, got 0. Pass the samples of a step, as in --global-batch-size 512.",
+        ),
+        (
+            {"global_batch_size": None, "samples_per_gpu": Fraction(1, 8)},
+            "samples-per-gpu: must give whole samples a step at every size, got samples_per_gpu=0.125 with gpus=4. "
+            "Pass a whole number, or sizes that are multiples of 8.",
+        ),
+        (
+            {"precision": "fp8"},
+            "precision: must be a format that the GPU has, got precision=fp8, gpu=toy-gpu. "
+            "Use one of: fp32, fp16, bf16.",
+        ),
+        (
+            {"precision": "fp16", "cluster": replace(CLUSTER, name="cpus", full_speed_processes_per_node=2)},
+            "precision: must be fp32 or bf16 on a CPU host, got precision=fp16, cluster=cpus. Pass --precision bf16.",
+        ),
+        ({"seq_length": 0}, "seq-length: must be at least 1, got 0. Pass tokens, as in --seq-length 4096."),
+        (
+            {"model": select_preset("gpt2-124m").model, "seq_length": 2048},
+            "seq-length: must be at most the learned positions of gpt2-124m, got seq_length=2048, "
+            "max_position_embeddings=1024. Pass --seq-length 1024.",
+        ),
+    ],
+)
+def test_one_problem(changes: dict[str, Any], problem: str) -> None:
+    assert find_study_problems(build_toy_study(**changes)) == [problem]
+
+
+def test_all_at_once() -> None:
+    study = build_toy_study(gpu_counts=(), num_best=0, precision="nvfp4", seq_length=-5)
+    assert [problem.split(":")[0] for problem in find_study_problems(study)] == [
+        "gpus",
+        "top",
+        "precision",
+        "seq-length",
+    ]
