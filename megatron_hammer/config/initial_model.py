@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_hammer.checkpoint_files.stored import LATEST_FILE
 from megatron_hammer.config.data_flags import read_data_plan
-from megatron_hammer.config.preset_arguments import model_arguments
+from megatron_hammer.config.model_arguments import build_model_arguments
 from megatron_hammer.data.indexed.manifest import read_manifest
 from megatron_hammer.errors import DataError
 from megatron_hammer.model.shape import ModelShape
@@ -43,7 +43,7 @@ class StartModel:
 
 def start_arguments(start: StartModel, *, has_preset: bool) -> dict[str, Any]:
     """What the folder sets: the model, and where no preset has a recipe, the model's own dropout and precision."""
-    arguments = model_arguments(start.model)
+    arguments = build_model_arguments(start.model)
     if not has_preset:
         arguments |= {
             "hidden_dropout": start.hidden_dropout,

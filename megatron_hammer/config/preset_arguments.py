@@ -2,57 +2,13 @@
 
 from typing import Any
 
-from megatron_hammer.model.shape import ModelShape
+from megatron_hammer.config.model_arguments import build_model_arguments
 from megatron_hammer.presets.preset import Preset, Recipe
 
 
 def preset_arguments(preset: Preset) -> dict[str, Any]:
     """Everything that `--preset` sets; flags given on the command line are laid over it."""
-    return {**model_arguments(preset.model), **recipe_arguments(preset.recipe)}
-
-
-def model_arguments(model: ModelShape) -> dict[str, Any]:
-    """Architecture. `position_embedding_type` and friends use Megatron's own values."""
-    arguments: dict[str, Any] = {
-        "num_layers": model.num_layers,
-        "hidden_size": model.hidden_size,
-        "ffn_hidden_size": model.ffn_hidden_size,
-        "num_attention_heads": model.num_attention_heads,
-        "group_query_attention": model.num_query_groups != model.num_attention_heads,
-        "num_query_groups": model.num_query_groups,
-        "kv_channels": model.head_dim,
-        "vocab_size": model.vocab_size,
-        "max_position_embeddings": model.max_position_embeddings,
-        "normalization": model.normalization,
-        "layernorm_epsilon": model.norm_epsilon,
-        "swiglu": model.activation == "swiglu",
-        "add_bias_linear": model.has_linear_bias,
-        "add_qkv_bias": model.has_qkv_bias or model.has_linear_bias,
-        "position_embedding_type": model.position_embedding_type,
-        "rotary_base": model.rotary_base,
-        "untie_embeddings_and_output_weights": not model.has_tied_embeddings,
-        "embedding_norm": model.has_embedding_norm,
-        "init_method_std": model.init_method_std,
-        "qk_layernorm": model.has_qk_norm,
-        "use_rope_scaling": model.rope_scaling is not None,
-        "rotary_seq_len_interpolation_factor": model.rotary_seq_len_interpolation_factor,
-    }
-    if model.rope_scaling is not None:
-        arguments["rope_scaling_factor"] = model.rope_scaling.factor
-    if model.activation == "gelu_erf":
-        arguments["bias_gelu_fusion"] = False
-    if model.moe is not None:
-        arguments |= {
-            "num_experts": model.moe.num_experts,
-            "moe_router_topk": model.moe.router_topk,
-            "moe_ffn_hidden_size": model.moe.ffn_hidden_size,
-            "moe_shared_expert_intermediate_size": model.moe.shared_expert_intermediate_size or None,
-            "moe_router_pre_softmax": not model.moe.is_topk_renormalized,
-            "moe_aux_loss_coeff": model.moe.aux_loss_coeff,
-            "moe_shared_expert_gate": model.moe.has_shared_expert_gate,
-            "moe_token_dispatcher_type": "alltoall",
-        }
-    return arguments
+    return {**build_model_arguments(preset.model), **recipe_arguments(preset.recipe)}
 
 
 def recipe_arguments(recipe: Recipe) -> dict[str, Any]:

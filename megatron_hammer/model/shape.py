@@ -56,13 +56,13 @@ class ModelShape:
     activation: Literal["swiglu", "gelu_tanh", "gelu_erf"] = "swiglu"
     position_embedding_type: Literal["rope", "learned_absolute"] = "rope"
     rotary_base: int = 10_000
-    has_linear_bias: bool = False  # every linear but the head; implies the qkv bias
-    has_qkv_bias: bool = False  # only linear_qkv
+    has_linear_bias: bool = False  # every linear but the head; then has_qkv_bias is set too
+    has_qkv_bias: bool = False  # linear_qkv
     has_tied_embeddings: bool = False
     has_embedding_norm: bool = False  # LayerNorm (weight, bias) on the embedding's output, whatever `normalization` is
     init_method_std: float = 0.02
     moe: MoeShape | None = None  # then ffn_hidden_size is unused: the experts have their own
-    kv_channels: int | None = None  # width of a head; None: hidden_size / num_attention_heads
+    kv_channels: int | None = None  # width of a head; None: hidden_size / num_attention_heads, which is never spelt out
     has_qk_norm: bool = False  # a norm of width head_dim on every head's query and key, before the rotation (Qwen3)
     rope_scaling: RopeScaling | None = None
     rotary_seq_len_interpolation_factor: int | None = None  # positions are divided by it (linear scaling)

@@ -22,6 +22,7 @@ GPT2_124M = Preset(
         activation="gelu_tanh",
         position_embedding_type="learned_absolute",
         has_linear_bias=True,
+        has_qkv_bias=True,
         has_tied_embeddings=True,
     ),
     recipe=Recipe(

@@ -152,13 +152,14 @@ def _build_chunks(config: Any, groups: Any) -> list[Any]:
 def _describe(
     namespace: argparse.Namespace, trial: argparse.Namespace, rank: int, groups: Any, chunks: list[Any]
 ) -> BuiltRank:
-    from megatron_hammer.config.model_from_arguments import build_layout, build_model
+    from megatron_hammer.config.model_arguments import read_model
+    from megatron_hammer.config.model_from_arguments import build_layout
     from megatron_hammer.model.accounting import count_optimizer_shard
 
     parameters = [item for chunk in chunks for item in chunk.named_parameters()]
     expert = sum(parameter.numel() for name, parameter in parameters if ".experts." in name)
     share = count_optimizer_shard(
-        build_model(namespace),
+        read_model(namespace),
         build_layout(namespace),
         groups.pp.rank(),
         vocab_divisible_by=namespace.make_vocab_size_divisible_by,
@@ -234,10 +235,11 @@ def _lay_out_buffers(namespace: argparse.Namespace, groups: Any, chunk: Any, *, 
 
 def compare(namespace: argparse.Namespace, built: BuiltRank) -> None:
     """Raise DisagreementError with every difference between the built rank and the arithmetic."""
-    from megatron_hammer.config.model_from_arguments import build_layout, build_model
+    from megatron_hammer.config.model_arguments import read_model
+    from megatron_hammer.config.model_from_arguments import build_layout
     from megatron_hammer.model.accounting import count_rank_parameters, split_layers
 
-    model, layout = build_model(namespace), build_layout(namespace)
+    model, layout = read_model(namespace), build_layout(namespace)
     place = layout.coordinates(built.rank)
     ranges = split_layers(model.num_layers, layout)[place.pp_rank]
     local = count_rank_parameters(

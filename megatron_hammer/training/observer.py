@@ -12,7 +12,7 @@ from typing import IO, Any
 from megatron_hammer.config.arguments import ParsedArguments, describe_model
 from megatron_hammer.config.data_order import RECORD_NAME, describe_continuation
 from megatron_hammer.config.initial_model import describe_weights
-from megatron_hammer.config.model_from_arguments import build_model
+from megatron_hammer.config.model_arguments import read_model
 from megatron_hammer.model.accounting import count_flops_per_token, count_parameters
 from megatron_hammer.platforms.device import max_over_ranks, read_device_name, read_peak_memory_bytes
 from megatron_hammer.platforms.gpu_peaks import find_dense_peak_tflops
@@ -31,7 +31,7 @@ def build_observer(arguments: ParsedArguments, terminal: IO[str]) -> "RunObserve
         train_steps=namespace.train_iters or namespace.train_samples // namespace.global_batch_size,
         seq_length=namespace.seq_length,
         world_size=namespace.world_size,
-        flops_per_token=count_flops_per_token(build_model(namespace), namespace.seq_length, MFU_CONVENTION),
+        flops_per_token=count_flops_per_token(read_model(namespace), namespace.seq_length, MFU_CONVENTION),
         peak_tflops=namespace.peak_tflops or find_dense_peak_tflops(device_name),
         device_name=device_name,
     )
@@ -62,7 +62,7 @@ def describe_run(arguments: ParsedArguments) -> str:
     ranks = "1 rank" if namespace.world_size == 1 else f"{namespace.world_size} ranks"
     return (
         f"{describe_model(arguments)}: "
-        f"{count_parameters(build_model(namespace)):,} parameters, {ranks} ({layout}), "
+        f"{count_parameters(read_model(namespace)):,} parameters, {ranks} ({layout}), "
         f"{namespace.platform} platform, {namespace.backend} backend, {str(namespace.params_dtype).split('.')[-1]}"
     )
 

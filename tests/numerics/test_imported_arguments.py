@@ -7,7 +7,7 @@ import pytest
 from megatron_hammer.checkpoint.convert.from_hugging_face import ImportOptions, import_from_hugging_face
 from megatron_hammer.checkpoint.hugging_face.model_preset import build_model_preset
 from megatron_hammer.checkpoint.hugging_face.read_config import interpret_config
-from megatron_hammer.config.preset_arguments import model_arguments
+from megatron_hammer.config.model_arguments import build_model_arguments
 from megatron_hammer.platforms import megatron_compat
 from tests.helpers.build_model import read_arguments
 from tests.helpers.toy_hf_folder import LLAMA_CONFIG, write_toy_folder
@@ -47,7 +47,7 @@ def test_use_checkpoint_args_finds_the_model(checkpoint, config):
     megatron_compat.install("cpu")
     from megatron.training.checkpointing import load_args_from_checkpoint
 
-    expected = model_arguments(build_model_preset(interpret_config(config), name="toy", source=""))
+    expected = build_model_arguments(build_model_preset(interpret_config(config), name="toy", source=""))
     other = parse(LLAMA_CONFIG)
     taken = Namespace(**vars(other))
     for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "seq_length"):

@@ -12,7 +12,7 @@ import torch
 
 from megatron_hammer.checkpoint.hugging_face.architecture import Architecture
 from megatron_hammer.checkpoint.hugging_face.model_preset import build_model_preset
-from megatron_hammer.config.preset_arguments import model_arguments
+from megatron_hammer.config.model_arguments import build_model_arguments
 
 CHECKPOINT_VERSION = 3.0  # since Megatron-LM 3.0, in which the rows of QKV have their present order
 PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -77,7 +77,7 @@ def build_saved_arguments(
     return argparse.Namespace(
         **{
             **_SHARED,
-            **model_arguments(preset),
+            **build_model_arguments(preset),
             "seq_length": model.max_position_embeddings,
             "bias_gelu_fusion": model.activation == "gelu_tanh",
             "bias_swiglu_fusion": True,

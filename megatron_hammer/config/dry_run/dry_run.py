@@ -27,7 +27,8 @@ from megatron_hammer.config.dry_run.report import (
 from megatron_hammer.config.dry_run.tables import print_tables
 from megatron_hammer.config.initial_model import describe_weights
 from megatron_hammer.config.megatron_checks import read_megatron_defaults
-from megatron_hammer.config.model_from_arguments import build_layout, build_model, list_missing_essentials
+from megatron_hammer.config.model_arguments import list_missing_essentials, read_model
+from megatron_hammer.config.model_from_arguments import build_layout
 from megatron_hammer.config.preflight.data import read_indices
 from megatron_hammer.config.preflight.data_order import describe_epochs, describe_order_state
 from megatron_hammer.config.preflight.layout import find_layout_problems
@@ -132,7 +133,7 @@ def _plain(value: Any) -> Any:
 
 def _report_model(arguments: ParsedArguments) -> ModelReport:
     namespace = arguments.namespace
-    model = build_model(namespace, name=describe_model(arguments))
+    model = read_model(namespace, name=describe_model(arguments))
     rows = padded_vocab_size(
         model.vocab_size,
         divisible_by=namespace.make_vocab_size_divisible_by,
@@ -171,7 +172,7 @@ def list_grid_axes(layout: ParallelLayout) -> tuple[GridAxis, ...]:
 
 
 def _report_stages(namespace: argparse.Namespace, *, has_memory: bool) -> tuple[StageReport, ...]:
-    model, layout = build_model(namespace), build_layout(namespace)
+    model, layout = read_model(namespace), build_layout(namespace)
     memory = estimate_run_memory(namespace) if has_memory else None
     stages = []
     for pp_rank, chunks in enumerate(split_layers(model.num_layers, layout)):
@@ -211,7 +212,7 @@ def _count_steps(namespace: argparse.Namespace) -> int:
 
 
 def _report_run(namespace: argparse.Namespace) -> RunReport:
-    model: ModelShape = build_model(namespace)
+    model: ModelShape = read_model(namespace)
     layout = build_layout(namespace)
     batch = select_global_batch_size(namespace)
     num_steps = _count_steps(namespace)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_hammer.checkpoint_files.stored import LATEST_FILE
 from megatron_hammer.config.arguments import ParsedArguments
-from megatron_hammer.config.model_from_arguments import build_model, list_missing_essentials
+from megatron_hammer.config.model_arguments import list_missing_essentials, read_model
 from megatron_hammer.config.preflight.resume import find_schedule_changes
 from megatron_hammer.config.preflight.values import find_value_problems, flag_of
 from megatron_hammer.config.saved_run import read_saved_arguments
@@ -128,7 +128,7 @@ def _find_other_model(arguments: ParsedArguments, saved: argparse.Namespace, che
     if list_missing_essentials(namespace) or find_value_problems(namespace):
         return []
     try:
-        models = build_model(saved), build_model(namespace)
+        models = read_model(saved), read_model(namespace)
     except AttributeError:  # saved by another version of Megatron, which had other arguments
         return []
     before, now = map(_describe_shape, models)

@@ -9,7 +9,7 @@ preflight_checkpoint, preflight_start, preflight_data_order, megatron_checks.
 
 from megatron_hammer.config.arguments import ParsedArguments
 from megatron_hammer.config.megatron_checks import describe_refusal, find_megatron_refusal
-from megatron_hammer.config.model_from_arguments import list_missing_essentials
+from megatron_hammer.config.model_arguments import list_missing_essentials
 from megatron_hammer.config.preflight.checkpoint import find_checkpoint_problems
 from megatron_hammer.config.preflight.data import find_data_problems
 from megatron_hammer.config.preflight.data_order import find_data_order_problems

@@ -5,10 +5,9 @@ from typing import Any
 
 from megatron_hammer.config.arguments import ParsedArguments
 from megatron_hammer.config.initial_model import StartModel, find_checkpoint_to_load
-from megatron_hammer.config.model_from_arguments import build_model, list_missing_essentials
+from megatron_hammer.config.model_arguments import build_model_arguments, list_missing_essentials, read_model
 from megatron_hammer.config.preflight.checkpoint import FLAGS
 from megatron_hammer.config.preflight.values import find_value_problems, flag_of
-from megatron_hammer.config.preset_arguments import model_arguments
 
 # Of a model's arguments those that change neither a tensor nor what is computed from it.
 FREE = frozenset({"init_method_std", "moe_aux_loss_coeff", "moe_token_dispatcher_type"})
@@ -47,7 +46,7 @@ def find_start_problems(arguments: ParsedArguments) -> list[str]:
 def _find_preset_differences(arguments: ParsedArguments, start: StartModel) -> list[str]:
     if arguments.preset is None:
         return []
-    differences = _list_differences(model_arguments(arguments.preset.model), model_arguments(start.model))
+    differences = _list_differences(build_model_arguments(arguments.preset.model), build_model_arguments(start.model))
     return [
         f"preset: must be of the model in {start.folder}, got {name}={_show(value)} in {arguments.preset.name}, "
         f"{_show(expected)} in config.json. Drop --preset, or name the preset of this model."
@@ -60,7 +59,7 @@ def _find_flag_differences(namespace: argparse.Namespace, start: StartModel) -> 
     """Flags that make another model than the folder's; without flags it is the folder's."""
     if list_missing_essentials(namespace) or find_value_problems(namespace):
         return []
-    differences = _list_differences(model_arguments(build_model(namespace)), model_arguments(start.model))
+    differences = _list_differences(build_model_arguments(read_model(namespace)), build_model_arguments(start.model))
     return [
         f"{FLAGS.get(name, flag_of(name))}: must be as in {start.folder}/config.json, got {name}={_show(value)}, there "
         f"{_show(expected)}. Drop the flag."

@@ -2,7 +2,8 @@
 
 import argparse
 
-from megatron_hammer.config.model_from_arguments import build_layout, build_model, count_ranks_of_model
+from megatron_hammer.config.model_arguments import read_model
+from megatron_hammer.config.model_from_arguments import build_layout, count_ranks_of_model
 from megatron_hammer.config.samples import select_global_batch_size
 from megatron_hammer.model.accounting import ParallelLayout, find_shard_problems, find_split_problems, split_layers
 from megatron_hammer.model.layout import divisors, or_list
@@ -14,7 +15,7 @@ def find_layout_problems(namespace: argparse.Namespace) -> list[str]:
     problems = _find_world_problems(namespace) + _find_chunk_flag_problems(namespace)
     if problems:
         return problems
-    model, layout = build_model(namespace), build_layout(namespace)
+    model, layout = read_model(namespace), build_layout(namespace)
     problems += find_shard_problems(model, layout)
     problems += find_split_problems(model.num_layers, layout)
     problems += _find_head_problems(model, rotary_percent=namespace.rotary_percent)

@@ -5,7 +5,8 @@ import math
 import os
 
 from megatron_hammer.config.environment import read_process_place
-from megatron_hammer.config.model_from_arguments import build_layout, build_model
+from megatron_hammer.config.model_arguments import read_model
+from megatron_hammer.config.model_from_arguments import build_layout
 from megatron_hammer.config.samples import select_global_batch_size
 from megatron_hammer.model.accounting import MemoryOptions, ParallelLayout, StageMemory, estimate_memory
 from megatron_hammer.model.memory_options import WORKSPACE_BYTES, Recompute, Sharding
@@ -24,7 +25,7 @@ def estimate_run_memory(namespace: argparse.Namespace) -> tuple[StageMemory, ...
     is_for_gpu = namespace.platform == "cuda" or namespace.gpu_memory_gib is not None or is_planned(namespace)
     gpu_allowances = {} if is_for_gpu else {"context_bytes": 0, "fragmentation_ratio": 0.0}
     return estimate_memory(
-        build_model(namespace),
+        read_model(namespace),
         layout,
         micro_batch_size=namespace.micro_batch_size,
         seq_length=namespace.seq_length,

@@ -3,7 +3,7 @@
 import argparse
 import math
 
-from megatron_hammer.config.model_from_arguments import list_missing_essentials
+from megatron_hammer.config.model_arguments import list_missing_essentials
 
 # Attributes that, where set, must be whole numbers of at least 1. argparse has made them integers already.
 COUNTS = (

@@ -11,7 +11,7 @@ from megatron_hammer.checkpoint.hugging_face.mapping import select_family
 from megatron_hammer.checkpoint.hugging_face.model_preset import build_model_preset
 from megatron_hammer.checkpoint.hugging_face.read_config import interpret_config, read_hf_architecture
 from megatron_hammer.checkpoint.hugging_face.write_config import build_config
-from megatron_hammer.config.preset_arguments import model_arguments
+from megatron_hammer.config.model_arguments import build_model_arguments
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.model.shape import RopeScaling
 from tests.helpers.toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments
@@ -114,7 +114,9 @@ def test_the_preset_of_an_architecture_asks_megatron_for_the_same(name):
     model = read_architecture(toy_arguments(**CASES[name]))
     preset = build_model_preset(model, name="toy", source="here")
     training = {"attention_dropout": model.attention_dropout, "hidden_dropout": model.hidden_dropout}
-    arguments = toy_arguments(**{"bias_gelu_fusion": True, "moe_layer_freq": 1} | model_arguments(preset) | training)
+    arguments = toy_arguments(
+        **{"bias_gelu_fusion": True, "moe_layer_freq": 1} | build_model_arguments(preset) | training
+    )
     assert read_architecture(arguments) == model
 
 

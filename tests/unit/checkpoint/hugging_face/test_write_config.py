@@ -110,10 +110,10 @@ def test_a_tokenizer_without_ids_leaves_them_out():
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name not in ("open-llama-7b", "hammer-tiny-moe")])
 def test_every_preset_has_a_class_with_exactly_its_parameters(name):
-    from megatron_hammer.config.preset_arguments import model_arguments
+    from megatron_hammer.config.model_arguments import build_model_arguments
 
     preset = PRESETS[name].model
-    arguments = toy_arguments(**model_arguments(preset), bias_gelu_fusion=True, moe_layer_freq=1)
+    arguments = toy_arguments(**build_model_arguments(preset), bias_gelu_fusion=True, moe_layer_freq=1)
     model = read_architecture(arguments)
     pairs = expand(select_family(model), model)
     num_parameters = sum(torch.Size(shape).numel() for pair in pairs for shape in pair.hf_shapes)
@@ -121,4 +121,4 @@ def test_every_preset_has_a_class_with_exactly_its_parameters(name):
     config = build_config(select_family(model), model, dtype="bfloat16", bos_id=1, eos_id=2)
     assert interpret_config(config) == model
     again = build_model_preset(interpret_config(config), name=preset.name, source=preset.source)
-    assert model_arguments(again) == model_arguments(preset)
+    assert build_model_arguments(again) == build_model_arguments(preset)

@@ -26,7 +26,7 @@ from megatron_hammer.checkpoint.verification.logit_comparison import measure_dif
 from megatron_hammer.checkpoint.verification.megatron_model import MODEL_ARGUMENTS
 from megatron_hammer.checkpoint.verification.rows import build_limit
 from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow, plan_comparison, verify_model
-from megatron_hammer.config.preset_arguments import model_arguments
+from megatron_hammer.config.model_arguments import build_model_arguments
 from megatron_hammer.errors import CheckpointError, ConversionError
 from megatron_hammer.presets.catalogue import PRESETS
 from tests.helpers.toy_checkpoint import MOE_ARGUMENTS
@@ -117,7 +117,7 @@ def test_a_layers_input_is_replaced_however_it_is_passed():
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda preset: preset.name)
 def test_every_argument_that_a_preset_sets_for_the_model_is_taken_from_the_checkpoint(preset):
     decides_nothing = {"moe_aux_loss_coeff", "moe_token_dispatcher_type"}  # of the logits
-    assert model_arguments(preset.model).keys() - decides_nothing <= set(MODEL_ARGUMENTS)
+    assert build_model_arguments(preset.model).keys() - decides_nothing <= set(MODEL_ARGUMENTS)
 
 
 # --- judging ---------------------------------------------------------------------------------------------------------

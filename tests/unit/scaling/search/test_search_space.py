@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from megatron_hammer.config.model_arguments import build_model_arguments
 from megatron_hammer.config.preflight.layout import find_batch_problems, find_layout_problems
-from megatron_hammer.config.preset_arguments import model_arguments
 from megatron_hammer.model.accounting import ParallelLayout, find_split_problems
 from megatron_hammer.model.layout import divisors
 from megatron_hammer.model.shape import ModelShape
@@ -42,7 +42,7 @@ def find_problems(
     vp = layout.virtual_pipeline_model_parallel_size
     namespace: Any = SimpleNamespace(
         **(
-            model_arguments(model)
+            build_model_arguments(model)
             | {
                 "world_size": num_gpus,
                 "tensor_model_parallel_size": layout.tensor_model_parallel_size,

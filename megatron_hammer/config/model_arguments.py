@@ -1,0 +1,218 @@
+"""Megatron's arguments and `ModelShape`: one table, read in both directions.
+
+The arguments may be the namespace of a run, before or after Megatron has filled in its defaults, or those that a
+checkpoint saved, which lack what their version of Megatron did not have. Flags that change the model in a way that
+`ModelShape` has no field for are not read here: preflight/flags.py refuses them for a run, and
+checkpoint/hugging_face/saved_model.py for a conversion. Pure; no torch, no megatron.
+"""
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_hammer.model.shape import ModelShape, MoeShape, RopeScaling
+
+ESSENTIALS = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One field of a shape. read: its value in Megatron's arguments; write: the arguments that express it."""
+
+    field: str
+    read: Callable[[Any], Any]
+    write: Callable[[Any], dict[str, Any]]
+
+
+_REQUIRED = object()
+
+
+def _same(field: str, argument: str | None = None, *, absent: Any = _REQUIRED) -> Row:
+    """An argument with the field's own value. absent: what Megatron did before it had the argument."""
+    name = argument or field
+
+    def read(args: Any) -> Any:
+        return getattr(args, name) if absent is _REQUIRED else getattr(args, name, absent)
+
+    return Row(field, read, lambda shape: {name: getattr(shape, field)})
+
+
+# --- values that Megatron derives or spreads over several arguments ---------------------------------------------------
+
+
+def default_ffn_hidden_size(hidden_size: int, is_swiglu: bool) -> int:
+    """Megatron's width of the MLP where --ffn-hidden-size is left out (megatron.training.arguments.validate_args)."""
+    return int((4 * hidden_size * 2 / 3) / 64) * 64 if is_swiglu else 4 * hidden_size
+
+
+def _read_ffn_hidden_size(args: Any) -> int:
+    return args.ffn_hidden_size or default_ffn_hidden_size(args.hidden_size, args.swiglu)
+
+
+def _read_query_groups(args: Any) -> int:
+    """Without --group-query-attention, Megatron ignores --num-query-groups, whose default is 1."""
+    is_grouped = getattr(args, "group_query_attention", False)
+    return args.num_query_groups if is_grouped else args.num_attention_heads
+
+
+def _write_query_groups(model: ModelShape) -> dict[str, Any]:
+    return {
+        "group_query_attention": model.num_query_groups != model.num_attention_heads,
+        "num_query_groups": model.num_query_groups,
+    }
+
+
+def _read_kv_channels(args: Any) -> int | None:
+    """None for heads that fill hidden_size, so that equal models are equal shapes."""
+    kv_channels: int | None = args.kv_channels
+    return None if not kv_channels or kv_channels * args.num_attention_heads == args.hidden_size else kv_channels
+
+
+def _read_activation(args: Any) -> Literal["swiglu", "gelu_tanh", "gelu_erf"]:
+    """Megatron's fused bias-gelu computes the tanh approximation; without the fusion it is the exact gelu."""
+    if args.swiglu:
+        return "swiglu"
+    return "gelu_tanh" if args.bias_gelu_fusion and args.add_bias_linear else "gelu_erf"
+
+
+def _write_activation(model: ModelShape) -> dict[str, Any]:
+    exact = {"bias_gelu_fusion": False} if model.activation == "gelu_erf" else {}
+    return {"swiglu": model.activation == "swiglu", **exact}
+
+
+def _read_position_embedding_type(args: Any) -> Any:
+    """--use-rotary-position-embeddings is the older spelling of --position-embedding-type rope."""
+    return "rope" if getattr(args, "use_rotary_position_embeddings", False) else args.position_embedding_type
+
+
+def _read_rope_scaling(args: Any) -> RopeScaling | None:
+    if not getattr(args, "use_rope_scaling", False):
+        return None
+    return RopeScaling(factor=getattr(args, "rope_scaling_factor", RopeScaling().factor))
+
+
+def _write_rope_scaling(model: ModelShape) -> dict[str, Any]:
+    if model.rope_scaling is None:
+        return {"use_rope_scaling": False}
+    return {"use_rope_scaling": True, "rope_scaling_factor": model.rope_scaling.factor}
+
+
+def _read_interpolation_factor(args: Any) -> int | None:
+    factor: int | None = getattr(args, "rotary_seq_len_interpolation_factor", None)
+    return None if factor == 1 else factor
+
+
+def _read_aux_loss_coeff(args: Any) -> float:
+    """Megatron takes one coefficient, or a list with one for each kind of load-balancing loss."""
+    coefficient: Any = args.moe_aux_loss_coeff
+    return math.fsum(coefficient) if isinstance(coefficient, list) else coefficient
+
+
+def _read_moe(args: Any) -> MoeShape | None:
+    if not getattr(args, "num_experts", None):
+        return None
+    return MoeShape(**{row.field: row.read(args) for row in _MOE_ROWS})
+
+
+def _write_moe(model: ModelShape) -> dict[str, Any]:
+    if model.moe is None:
+        return {}
+    # The dispatcher is part of no shape, but Megatron's default, allgather, cannot run most layouts.
+    return {**_write_rows(_MOE_ROWS, model.moe), "moe_token_dispatcher_type": "alltoall"}
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+_MOE_ROWS = (
+    _same("num_experts"),
+    _same("router_topk", "moe_router_topk"),
+    Row(
+        "ffn_hidden_size",
+        lambda args: args.moe_ffn_hidden_size or _read_ffn_hidden_size(args),
+        lambda moe: {"moe_ffn_hidden_size": moe.ffn_hidden_size},
+    ),
+    Row(
+        "shared_expert_intermediate_size",
+        lambda args: args.moe_shared_expert_intermediate_size or 0,
+        lambda moe: {"moe_shared_expert_intermediate_size": moe.shared_expert_intermediate_size or None},
+    ),
+    Row(
+        "is_topk_renormalized",
+        lambda args: not getattr(args, "moe_router_pre_softmax", False),
+        lambda moe: {"moe_router_pre_softmax": not moe.is_topk_renormalized},
+    ),
+    Row(
+        "aux_loss_coeff",
+        _read_aux_loss_coeff,
+        lambda moe: {"moe_aux_loss_coeff": moe.aux_loss_coeff},
+    ),
+    Row(
+        "has_shared_expert_gate",  # Megatron ignores the gate where there is no shared expert
+        lambda args: bool(args.moe_shared_expert_intermediate_size and args.moe_shared_expert_gate),
+        lambda moe: {"moe_shared_expert_gate": moe.has_shared_expert_gate},
+    ),
+)
+_ROWS = (
+    _same("num_layers"),
+    _same("hidden_size"),
+    Row("ffn_hidden_size", _read_ffn_hidden_size, lambda model: {"ffn_hidden_size": model.ffn_hidden_size}),
+    _same("num_attention_heads"),
+    Row("num_query_groups", _read_query_groups, _write_query_groups),
+    Row("kv_channels", _read_kv_channels, lambda model: {"kv_channels": model.head_dim}),
+    _same("vocab_size"),
+    _same("max_position_embeddings"),
+    _same("normalization"),
+    _same("norm_epsilon", "layernorm_epsilon"),
+    Row("activation", _read_activation, _write_activation),
+    _same("has_linear_bias", "add_bias_linear"),
+    Row(
+        "has_qkv_bias",  # --add-bias-linear biases linear_qkv too
+        lambda args: args.add_qkv_bias or args.add_bias_linear,
+        lambda model: {"add_qkv_bias": model.has_qkv_bias or model.has_linear_bias},
+    ),
+    Row(
+        "position_embedding_type",
+        _read_position_embedding_type,
+        lambda model: {"position_embedding_type": model.position_embedding_type},
+    ),
+    _same("rotary_base"),
+    Row(
+        "has_tied_embeddings",
+        lambda args: not args.untie_embeddings_and_output_weights,
+        lambda model: {"untie_embeddings_and_output_weights": not model.has_tied_embeddings},
+    ),
+    _same("has_embedding_norm", "embedding_norm", absent=False),
+    _same("init_method_std"),
+    _same("has_qk_norm", "qk_layernorm", absent=False),
+    Row("rope_scaling", _read_rope_scaling, _write_rope_scaling),
+    Row(
+        "rotary_seq_len_interpolation_factor",
+        _read_interpolation_factor,
+        lambda model: {"rotary_seq_len_interpolation_factor": model.rotary_seq_len_interpolation_factor},
+    ),
+    Row("moe", _read_moe, _write_moe),
+)
+
+
+def list_missing_essentials(args: argparse.Namespace) -> list[str]:
+    """Attributes without which the arguments describe no model."""
+    return [name for name in ESSENTIALS if getattr(args, name) is None]
+
+
+def read_model(args: Any, *, name: str = "custom", source: str = "command line") -> ModelShape:
+    """The model that Megatron's arguments describe; they have every attribute of ESSENTIALS.
+
+    Raises AttributeError if they lack an argument that every supported version of Megatron has.
+    """
+    return ModelShape(name=name, source=source, **{row.field: row.read(args) for row in _ROWS})
+
+
+def build_model_arguments(model: ModelShape) -> dict[str, Any]:
+    """{attribute of Megatron's namespace: value}; `read_model` gives an equal model back."""
+    return _write_rows(_ROWS, model)
+
+
+def _write_rows(rows: tuple[Row, ...], shape: ModelShape | MoeShape) -> dict[str, Any]:
+    return {name: value for row in rows for name, value in row.write(shape).items()}

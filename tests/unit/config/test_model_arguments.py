@@ -1,0 +1,142 @@
+import argparse
+import dataclasses
+
+import pytest
+
+from megatron_hammer.config.model_arguments import build_model_arguments, default_ffn_hidden_size, read_model
+from megatron_hammer.model.accounting import count_parameters
+from megatron_hammer.model.shape import ModelShape, MoeShape, RopeScaling
+from megatron_hammer.presets.catalogue import PRESETS
+from tests.helpers.parsed_flags import TINY, parse
+
+TOY = ModelShape(
+    name="toy",
+    source="this test",
+    num_layers=2,
+    hidden_size=24,
+    ffn_hidden_size=20,
+    num_attention_heads=6,
+    num_query_groups=2,
+    vocab_size=53,
+    max_position_embeddings=32,
+)
+
+
+def read_arguments(model: ModelShape) -> argparse.Namespace:
+    """What a run of the model has in Megatron's namespace, whose own defaults stand for what is not set."""
+    defaults = {"bias_gelu_fusion": True, "num_experts": None}
+    return argparse.Namespace(**defaults | build_model_arguments(model))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_comes_back_exactly(name: str) -> None:
+    preset = PRESETS[name]
+    model = read_model(parse("--preset", name, "--dry-run").namespace, name=name)
+    assert (model, model.name) == (preset.model, name)
+    assert count_parameters(model) == preset.num_parameters
+
+
+def test_every_field_is_translated_and_a_change_of_one_is_noticed() -> None:
+    """In both directions: a field that one direction leaves out would come back unchanged."""
+    moe = MoeShape(
+        num_experts=5,
+        router_topk=3,
+        ffn_hidden_size=12,
+        shared_expert_intermediate_size=9,
+        has_shared_expert_gate=True,
+        is_topk_renormalized=True,
+        aux_loss_coeff=0.03,
+    )
+    changes = {
+        "num_layers": 3,
+        "hidden_size": 36,
+        "ffn_hidden_size": 28,
+        "num_attention_heads": 4,
+        "num_query_groups": 3,
+        "vocab_size": 61,
+        "max_position_embeddings": 128,
+        "normalization": "LayerNorm",
+        "norm_epsilon": 3e-6,
+        "activation": "gelu_erf",
+        "position_embedding_type": "learned_absolute",
+        "rotary_base": 500_000,
+        "has_linear_bias": True,
+        "has_qkv_bias": True,
+        "has_tied_embeddings": True,
+        "has_embedding_norm": True,
+        "init_method_std": 0.01,
+        "moe": moe,
+        "kv_channels": 10,
+        "has_qk_norm": True,
+        "rope_scaling": RopeScaling(factor=32.0),
+        "rotary_seq_len_interpolation_factor": 4,
+    }
+    assert changes.keys() | {"name", "source"} == {field.name for field in dataclasses.fields(ModelShape)}
+    for name, value in changes.items():
+        linear = {"has_qkv_bias": True} if name == "has_linear_bias" else {}
+        changed = dataclasses.replace(TOY, **{name: value}, **linear)
+        assert changed != TOY
+        assert read_model(read_arguments(changed)) == changed, name
+
+
+def test_arguments_saved_before_a_flag_existed_mean_what_megatron_did_then() -> None:
+    arguments = read_arguments(TOY)
+    for name in ("embedding_norm", "qk_layernorm", "use_rope_scaling", "rotary_seq_len_interpolation_factor"):
+        delattr(arguments, name)
+    assert read_model(arguments) == TOY
+    del arguments.swiglu
+    with pytest.raises(AttributeError, match="swiglu"):
+        read_model(arguments)
+
+
+def test_a_gate_of_no_shared_expert_and_a_factor_of_one_change_nothing() -> None:
+    moe = MoeShape(num_experts=5, router_topk=3, ffn_hidden_size=12)
+    mixture = dataclasses.replace(TOY, moe=moe)
+    arguments = read_arguments(mixture)
+    arguments.moe_shared_expert_gate, arguments.rotary_seq_len_interpolation_factor = True, 1
+    assert read_model(arguments) == mixture
+
+
+def test_overrides_are_counted() -> None:
+    plain = read_model(parse(*TINY).namespace)
+    deeper = read_model(parse(*TINY, "--num-layers", "6").namespace)
+    assert count_parameters(deeper) == count_parameters(plain) + 2 * (count_parameters(plain) - _ends(plain)) // 4
+    wide_heads = read_model(parse(*TINY, "--kv-channels", "24").namespace)
+    attention_per_layer = 256 * 8 * (16 + 2 * 2 + 16)  # 8 channels more in each head of q, k, v and the projection
+    assert count_parameters(wide_heads) == count_parameters(plain) + 4 * attention_per_layer
+
+
+def test_norms_of_queries_and_keys_and_the_scaled_rope_are_read() -> None:
+    plain = read_model(parse(*TINY).namespace)
+    model = read_model(parse(*TINY, "--qk-layernorm", "--use-rope-scaling", "--rope-scaling-factor", "32").namespace)
+    assert (model.has_qk_norm, model.rope_scaling) == (True, RopeScaling(factor=32.0))
+    assert (plain.has_qk_norm, plain.rope_scaling) == (False, None)
+    assert count_parameters(model) == count_parameters(plain) + 4 * 2 * 16  # two norms of a head's width a layer
+
+
+def test_gelu_is_the_exact_one_without_megatrons_fusion() -> None:
+    assert read_model(parse("--preset", "gpt2-124m").namespace).activation == "gelu_tanh"
+    assert read_model(parse("--preset", "gpt2-124m", "--no-bias-gelu-fusion").namespace).activation == "gelu_erf"
+
+
+def _ends(model) -> int:
+    return 2 * model.vocab_size * model.hidden_size + model.hidden_size
+
+
+def test_qkv_bias_and_legacy_rotary_flag() -> None:
+    biased = read_model(parse(*TINY, "--add-qkv-bias").namespace)
+    assert count_parameters(biased) == count_parameters(read_model(parse(*TINY).namespace)) + 4 * 16 * (16 + 2 * 2)
+    rotary = read_model(parse("--preset", "gpt2-124m", "--use-rotary-position-embeddings").namespace)
+    assert count_parameters(rotary) == PRESETS["gpt2-124m"].num_parameters - 1024 * 768
+
+
+@pytest.mark.parametrize("is_swiglu", [True, False])
+def test_ffn_default_is_megatrons(is_swiglu: bool) -> None:
+    from megatron_hammer.config.megatron_checks import build_trial_config
+
+    flags = "--num-layers 2 --hidden-size 200 --num-attention-heads 4 --vocab-size 500 --seq-length 32 --mock-data "
+    flags += "--max-position-embeddings 32 --micro-batch-size 1 --train-iters 5 --lr 1e-3"
+    namespace = parse(*flags.split(), *(["--swiglu"] if is_swiglu else [])).namespace
+    trial, _ = build_trial_config(namespace)
+    assert trial.ffn_hidden_size == default_ffn_hidden_size(200, is_swiglu) == read_model(namespace).ffn_hidden_size
+    assert count_parameters(read_model(namespace)) > 0
