@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_hammer.config.environment import read_process_place
-from megatron_hammer.config.hammer_options import Parser, add_hammer_options, read_option
-from megatron_hammer.config.initial_model import StartModel, select_start_tokenizer, start_arguments
+from megatron_hammer.config.initial_model import InitialModel, initial_model_arguments, select_initial_tokenizer
 from megatron_hammer.config.model_from_arguments import count_least_world_size
+from megatron_hammer.config.own_flags import Parser, add_own_flags, read_option
 from megatron_hammer.config.preset_arguments import preset_arguments
 from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.presets.preset import Preset
@@ -32,11 +32,11 @@ class ParsedArguments:
     namespace: argparse.Namespace
     preset: Preset | None
     typed: frozenset[str]  # attributes of the namespace that were given on the command line
-    start: StartModel | None = None  # of --load-hf
+    start: InitialModel | None = None  # of --load-hf
 
 
 def parse_arguments(
-    argv: Sequence[str], *, platform: str, backend: str, is_plan: bool = False, start: StartModel | None = None
+    argv: Sequence[str], *, platform: str, backend: str, is_plan: bool = False, start: InitialModel | None = None
 ) -> ParsedArguments:
     """Parse `argv` over the preset it names and derive the rest for `platform` and `backend`.
 
@@ -50,7 +50,7 @@ def parse_arguments(
     read_process_place()  # megatron's parser reads the same variables, and fails on what is no number
 
     parser = Parser(prog="megatron_hammer", allow_abbrev=False)
-    add_hammer_options(add_megatron_arguments(parser))
+    add_own_flags(add_megatron_arguments(parser))
     for action in parser._actions:  # megatron 0.19.2 writes a bare % in one help text, at which argparse fails
         if action.help and "%)" in action.help:
             action.help = action.help.replace("%)", "%%)")
@@ -60,7 +60,7 @@ def parse_arguments(
     if preset is not None:
         defaults |= preset_arguments(preset)
     if start is not None:
-        defaults |= start_arguments(start, has_preset=preset is not None)
+        defaults |= initial_model_arguments(start, has_preset=preset is not None)
     known = {action.dest for action in parser._actions}
     missing = sorted(set(defaults) - known)
     if missing:
@@ -71,7 +71,7 @@ def parse_arguments(
     _drop_what_is_replaced(namespace, typed)
     _read_environment(namespace, is_plan=is_plan or namespace.dry_run)
     if start is not None and namespace.tokenizer_model is None and namespace.tokenizer_type is None:
-        namespace.tokenizer_model = select_start_tokenizer(namespace, start)
+        namespace.tokenizer_model = select_initial_tokenizer(namespace, start)
     _derive(namespace, platform=platform, backend=backend, typed=typed)
     return ParsedArguments(namespace=namespace, preset=preset, typed=typed, start=start)
 

@@ -19,7 +19,7 @@ from megatron_hammer.tokenizer.encoding.encoder import load_encoder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StartModel:
+class InitialModel:
     """A Hugging Face folder to start from.
 
     dtype: of its weights, "mixed" where they have several. description: its weights in a few words. problems: what is
@@ -41,7 +41,7 @@ class StartModel:
         return "bf16" if self.dtype == "bfloat16" else "fp32"
 
 
-def start_arguments(start: StartModel, *, has_preset: bool) -> dict[str, Any]:
+def initial_model_arguments(start: InitialModel, *, has_preset: bool) -> dict[str, Any]:
     """What the folder sets: the model, and where no preset has a recipe, the model's own dropout and precision."""
     arguments = build_model_arguments(start.model)
     if not has_preset:
@@ -53,7 +53,7 @@ def start_arguments(start: StartModel, *, has_preset: bool) -> dict[str, Any]:
     return arguments
 
 
-def select_start_tokenizer(namespace: argparse.Namespace, start: StartModel) -> str | None:
+def select_initial_tokenizer(namespace: argparse.Namespace, start: InitialModel) -> str | None:
     """The folder's tokenizer: of several files the one that made the data, else the first; None without one.
 
     A run that reads data of another tokenizer than the model's is then refused by preflight.
@@ -91,7 +91,7 @@ def find_checkpoint_to_load(namespace: argparse.Namespace) -> str | None:
     return path
 
 
-def describe_weights(namespace: argparse.Namespace, start: StartModel | None) -> str:
+def describe_weights(namespace: argparse.Namespace, start: InitialModel | None) -> str:
     """Where the first weights of a run come from, in one line."""
     load_dir = find_checkpoint_to_load(namespace)
     if load_dir is not None:

@@ -88,8 +88,8 @@ def build_rank(argv: Sequence[str], rank: int) -> BuiltRank:
 def read_namespace(argv: Sequence[str]) -> argparse.Namespace:
     """Training's command line, planned for GPUs; raises ConfigError with every problem of model and layout."""
     from megatron_hammer.config.arguments import parse_arguments
-    from megatron_hammer.config.hammer_options import read_option
     from megatron_hammer.config.model_from_arguments import build_layout
+    from megatron_hammer.config.own_flags import read_option
     from megatron_hammer.config.preflight.flags import find_uncounted_problems
     from megatron_hammer.config.preflight.layout import find_layout_problems
     from megatron_hammer.config.preflight.values import find_missing_problems, find_value_problems

@@ -18,14 +18,14 @@ from megatron_hammer.checkpoint.convert.fill_model import MasterWeights, fill_ch
 from megatron_hammer.checkpoint.hugging_face.folder import HfFolder, open_hf_folder
 from megatron_hammer.checkpoint.hugging_face.model_preset import build_model_preset
 from megatron_hammer.checkpoint.hugging_face.read_config import read_hf_architecture
-from megatron_hammer.config.initial_model import StartModel
+from megatron_hammer.config.initial_model import InitialModel
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.platforms.device import gather_lines, sum_over_ranks
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
-def read_start_model(folder: Path) -> StartModel:
+def read_initial_model(folder: Path) -> InitialModel:
     """What --load-hf names; problems of the weights are kept for preflight, a run that resumes does not read them.
 
     Raises ConversionError for a folder whose config.json is not one of a mapped architecture.
@@ -39,7 +39,7 @@ def read_start_model(folder: Path) -> StartModel:
         dtype, description = _describe(source)
     except ConversionError as error:
         problems = tuple(f"load-hf: {problem}" for problem in error.problems)
-    return StartModel(
+    return InitialModel(
         folder=folder,
         model=build_model_preset(architecture, name=folder.resolve().name, source=str(folder)),
         dtype=dtype,
@@ -66,7 +66,7 @@ def _list_tokenizers(folder: Path) -> tuple[Path, ...]:
     return tuple(folder if name.endswith(".json") else folder / name for name in found)
 
 
-def build_filler(start: StartModel, *, rank: int, terminal: IO[str]) -> Callable[[Sequence[Any], Any], None]:
+def build_filler(start: InitialModel, *, rank: int, terminal: IO[str]) -> Callable[[Sequence[Any], Any], None]:
     """A function of megatron's (model chunks, optimizer) that fills both from the folder; every rank must call it."""
 
     def fill(chunks: Sequence[Any], optimizer: Any) -> None:

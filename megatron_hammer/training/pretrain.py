@@ -18,7 +18,7 @@ from megatron_hammer.training.launch import end_with_launcher
 
 if TYPE_CHECKING:
     from megatron_hammer.config.arguments import ParsedArguments
-    from megatron_hammer.config.initial_model import StartModel
+    from megatron_hammer.config.initial_model import InitialModel
     from megatron_hammer.training.observer import RunObserver
 
 
@@ -40,7 +40,7 @@ def prepare(argv: Sequence[str], *, is_plan: bool = False) -> "ParsedArguments":
 
     is_plan: nothing will be started, as with --dry-run, so neither GPUs nor the other ranks need to be here.
     """
-    from megatron_hammer.config.hammer_options import read_option
+    from megatron_hammer.config.own_flags import read_option
     from megatron_hammer.platforms import megatron_compat
     from megatron_hammer.platforms.select import select_backend, select_platform
 
@@ -57,13 +57,13 @@ def prepare(argv: Sequence[str], *, is_plan: bool = False) -> "ParsedArguments":
     return parse_arguments(argv, platform=platform, backend=backend, is_plan=is_plan, start=start)
 
 
-def read_start(folder: str) -> "StartModel":
+def read_start(folder: str) -> "InitialModel":
     """The model of --load-hf; raises ConversionError if it is none that is mapped."""
     from pathlib import Path
 
-    from megatron_hammer.training.initial_model import read_start_model
+    from megatron_hammer.training.initial_model import read_initial_model
 
-    return read_start_model(Path(folder))
+    return read_initial_model(Path(folder))
 
 
 def check(arguments: "ParsedArguments") -> None:
@@ -119,7 +119,7 @@ def train(arguments: "ParsedArguments", terminal: IO[str]) -> None:
     config = build_config_container(namespace, build_model_config)
     observer = build_observer(arguments, terminal)
     megatron_compat.observe_training(observer)
-    fill_from_start(arguments, terminal)
+    fill_from_initial_model(arguments, terminal)
     try:
         pretrain(config, build_dataset_provider(namespace), ModelType.encoder_or_decoder, build_forward_step(namespace))
     except SystemExit as stop:
@@ -128,7 +128,7 @@ def train(arguments: "ParsedArguments", terminal: IO[str]) -> None:
     close_process_group()
 
 
-def fill_from_start(arguments: "ParsedArguments", terminal: IO[str]) -> None:
+def fill_from_initial_model(arguments: "ParsedArguments", terminal: IO[str]) -> None:
     """Have megatron's new model filled with the weights of --load-hf, unless there is a checkpoint to go on from."""
     from megatron_hammer.config.initial_model import find_checkpoint_to_load
     from megatron_hammer.platforms import megatron_compat

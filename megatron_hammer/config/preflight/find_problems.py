@@ -14,7 +14,7 @@ from megatron_hammer.config.preflight.checkpoint import find_checkpoint_problems
 from megatron_hammer.config.preflight.data import find_data_problems
 from megatron_hammer.config.preflight.data_order import find_data_order_problems
 from megatron_hammer.config.preflight.flags import find_flag_problems
-from megatron_hammer.config.preflight.initial_model import find_start_problems
+from megatron_hammer.config.preflight.initial_model import find_initial_model_problems
 from megatron_hammer.config.preflight.layout import find_batch_problems, find_layout_problems
 from megatron_hammer.config.preflight.memory import find_memory_problems
 from megatron_hammer.config.preflight.schedule import find_schedule_problems
@@ -28,7 +28,7 @@ def find_problems(arguments: ParsedArguments) -> list[str]:
     value_problems = find_value_problems(namespace)
     problems += value_problems
     problems += find_flag_problems(arguments)
-    problems += find_start_problems(arguments)
+    problems += find_initial_model_problems(arguments)
     file_problems = find_checkpoint_problems(arguments)
     if not value_problems:  # arithmetic on zeros and negative sizes would only add noise
         problems += _find_fit_problems(arguments)

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from megatron_hammer.config.arguments import ParsedArguments
-from megatron_hammer.config.initial_model import StartModel, find_checkpoint_to_load
+from megatron_hammer.config.initial_model import InitialModel, find_checkpoint_to_load
 from megatron_hammer.config.model_arguments import build_model_arguments, list_missing_essentials, read_model
 from megatron_hammer.config.preflight.checkpoint import FLAGS
 from megatron_hammer.config.preflight.values import find_value_problems, flag_of
@@ -26,7 +26,7 @@ ROUNDS_WEIGHTS = ("use_precision_aware_optimizer", "optimizer_cpu_offload")
 EXACT_IN = {"bf16": "bfloat16", "fp16": "float16"}
 
 
-def find_start_problems(arguments: ParsedArguments) -> list[str]:
+def find_initial_model_problems(arguments: ParsedArguments) -> list[str]:
     """Everything against starting from `arguments.start`; nothing without --load-hf."""
     namespace, start = arguments.namespace, arguments.start
     if start is None:
@@ -43,7 +43,7 @@ def find_start_problems(arguments: ParsedArguments) -> list[str]:
     return problems
 
 
-def _find_preset_differences(arguments: ParsedArguments, start: StartModel) -> list[str]:
+def _find_preset_differences(arguments: ParsedArguments, start: InitialModel) -> list[str]:
     if arguments.preset is None:
         return []
     differences = _list_differences(build_model_arguments(arguments.preset.model), build_model_arguments(start.model))
@@ -55,7 +55,7 @@ def _find_preset_differences(arguments: ParsedArguments, start: StartModel) -> l
     ]
 
 
-def _find_flag_differences(namespace: argparse.Namespace, start: StartModel) -> list[str]:
+def _find_flag_differences(namespace: argparse.Namespace, start: InitialModel) -> list[str]:
     """Flags that make another model than the folder's; without flags it is the folder's."""
     if list_missing_essentials(namespace) or find_value_problems(namespace):
         return []
@@ -78,7 +78,7 @@ def _list_differences(got: dict[str, Any], expected: dict[str, Any]) -> list[tup
     ]
 
 
-def _find_unfillable(namespace: argparse.Namespace, start: StartModel) -> list[str]:
+def _find_unfillable(namespace: argparse.Namespace, start: InitialModel) -> list[str]:
     remedy = "Convert the folder with checkpoint_convert/hf_to_megatron.py and pass --load"
     problems = [
         f"{flag_of(name)}: does not go with --load-hf, which fills a module's own parameters, got "

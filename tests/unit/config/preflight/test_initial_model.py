@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.config.arguments import ParsedArguments
-from megatron_hammer.config.initial_model import StartModel, describe_weights
+from megatron_hammer.config.initial_model import InitialModel, describe_weights
 from megatron_hammer.model.shape import MoeShape
 from megatron_hammer.presets.catalogue import PRESETS
 from tests.helpers.parsed_flags import install, write_data
@@ -18,7 +18,7 @@ RECIPE = (
 )
 
 
-def make_start(**values: object) -> StartModel:
+def make_start(**values: object) -> InitialModel:
     fields = {
         "folder": Path("hf"),
         "model": MODEL,
@@ -27,30 +27,30 @@ def make_start(**values: object) -> StartModel:
         "attention_dropout": 0.25,
         "description": "39 tensors",
     }
-    return StartModel(**{**fields, **values})  # type: ignore[arg-type]
+    return InitialModel(**{**fields, **values})  # type: ignore[arg-type]
 
 
-def parse(*flags: str, start: StartModel | None = None, backend: str = "torch") -> ParsedArguments:
+def parse(*flags: str, start: InitialModel | None = None, backend: str = "torch") -> ParsedArguments:
     install()
     from megatron_hammer.config.arguments import parse_arguments
 
     return parse_arguments(flags, platform="cpu", backend=backend, start=start or make_start())
 
 
-def find(*flags: str, start: StartModel | None = None) -> list[str]:
+def find(*flags: str, start: InitialModel | None = None) -> list[str]:
     from megatron_hammer.config.preflight.find_problems import find_problems
 
     return find_problems(parse(*flags, start=start))
 
 
-def find_of_start(*flags: str, start: StartModel | None = None, **values: object) -> list[str]:
+def find_of_start(*flags: str, start: InitialModel | None = None, **values: object) -> list[str]:
     """Only the problems of --load-hf; values: attributes of the namespace."""
     arguments = parse(*flags, start=start)
-    from megatron_hammer.config.preflight.initial_model import find_start_problems
+    from megatron_hammer.config.preflight.initial_model import find_initial_model_problems
 
     for name, value in values.items():
         setattr(arguments.namespace, name, value)
-    return find_start_problems(arguments)
+    return find_initial_model_problems(arguments)
 
 
 def test_the_folder_alone_gives_model_dropout_and_precision() -> None:

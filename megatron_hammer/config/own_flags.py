@@ -7,7 +7,7 @@ from typing import Any
 from megatron_hammer.errors import ConfigError
 
 
-def add_hammer_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the `megatron_hammer` group to `parser`."""
     group = parser.add_argument_group("megatron_hammer")
     group.add_argument("--preset", help="model and recipe to start from; any other flag overrides it")
