@@ -37,7 +37,7 @@ from megatron_hammer.data.blending import (
     weigh_by_tokens,
 )
 from megatron_hammer.errors import ConfigError, exit_on_user_error
-from megatron_hammer.files.atomic_files import open_atomically
+from megatron_hammer.files.publish import publish_file
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
@@ -86,7 +86,7 @@ def main() -> None:
     warnings = find_warnings(previews, sources, budget, arguments.max_epochs) if previews and budget else []
     if arguments.output is not None:
         content = encode_data_args(weights, sources)
-        with open_atomically(arguments.output) as file:
+        with publish_file(arguments.output) as file:
             file.write(content)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)

@@ -22,7 +22,7 @@ from typing import BinaryIO
 import orjson
 
 from megatron_hammer.errors import DataError
-from megatron_hammer.files.atomic_files import open_atomically
+from megatron_hammer.files.publish import publish_file
 
 # Not prose and not typical code: tables of code pages, generated topics (read as topics below), tests, vendored wheels.
 SKIPPED_STDLIB_FOLDERS = frozenset(
@@ -70,7 +70,7 @@ def build_machine_corpus(
     corpus = MachineCorpus()
     paths = [output_path, valid_output_path] if valid_output_path else [output_path]
     with ExitStack() as stack:
-        files = [stack.enter_context(open_atomically(path)) for path in paths]
+        files = [stack.enter_context(publish_file(path)) for path in paths]
         selected = list(_select_texts(names, candidates, max_bytes, corpus.skipped))  # it is a small corpus
         limit = valid_ratio
         if valid_ratio > 0 and len(selected) > 1:

@@ -13,7 +13,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
-def open_directory_atomically(save_dir: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def publish_directory(save_dir: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield `<save_dir>.partial`, empty; it gets its name when the block ends and is removed if the block raises.
 
     overwrite: what `save_dir` holds is replaced then. Raises ConversionError if it holds anything otherwise, and if the

@@ -12,15 +12,15 @@ from megatron_hammer.errors import PlatformError
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Write UTF-8 text with the newlines it has; see write_files_atomically."""
-    write_files_atomically({path: text})
+    """Write UTF-8 text with the newlines it has; see publish_files."""
+    publish_files({path: text})
 
 
 def write_bytes_atomically(path: Path, content: bytes) -> None:
-    write_files_atomically({path: content})
+    publish_files({path: content})
 
 
-def write_files_atomically(contents: Mapping[Path, str | bytes]) -> None:
+def publish_files(contents: Mapping[Path, str | bytes]) -> None:
     """Write every file as `<path>.partial`, and give them their names only once all of them are on the disk.
 
     Folders on the way are made; a file that is there is replaced. Raises PlatformError, with no `.partial` left and no

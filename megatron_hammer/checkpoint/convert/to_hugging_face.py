@@ -34,7 +34,7 @@ from megatron_hammer.checkpoint_files.safetensors.stream import Shard, plan_shar
 from megatron_hammer.checkpoint_files.stored import CheckpointReader
 from megatron_hammer.checkpoint_files.torch_dist.reader import TorchDistReader
 from megatron_hammer.errors import ConversionError
-from megatron_hammer.files.atomic_folder import open_directory_atomically
+from megatron_hammer.files.atomic_folder import publish_directory
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000  # transformers' own
@@ -115,7 +115,7 @@ def export_to_hugging_face(
     _validate_target(options)
     plan = _plan_export(options)
     _validate_free_space(options.save_dir, plan.num_bytes)
-    with open_directory_atomically(options.save_dir, overwrite=options.overwrite) as partial_dir:
+    with publish_directory(options.save_dir, overwrite=options.overwrite) as partial_dir:
         tokenizer, notes = _export_tokenizer(options, plan, partial_dir, on_progress)
         config = _write_descriptions(partial_dir, plan, tokenizer)
         write_verified_weights(

@@ -28,7 +28,7 @@ from megatron_hammer.checkpoint_files.safetensors.copy_tensors import (
 )
 from megatron_hammer.checkpoint_files.safetensors.stream import INDEX_FILE
 from megatron_hammer.errors import ConversionError
-from megatron_hammer.files.atomic_folder import open_directory_atomically
+from megatron_hammer.files.atomic_folder import publish_directory
 from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder
 from megatron_hammer.tokenizer.export.check_export import verify_with_transformers
 from megatron_hammer.tokenizer.export.export_tokenizer import HF_TOKENIZER_FILES, export_tokenizer, list_samples
@@ -101,7 +101,7 @@ def resize_embeddings(options: ResizeOptions, on_stage: Callable[[str], None] = 
     old, new = load_encoder(options.old_tokenizer_path), load_encoder(options.new_tokenizer_path)
     validate_extension(old, new)
     _validate_rows(model, old)
-    with open_directory_atomically(options.save_dir) as partial_dir:
+    with publish_directory(options.save_dir) as partial_dir:
         if options.has_tokenizer:  # first, as it may turn out that Hugging Face cannot express it
             on_stage("writing the tokenizer")
             _write_tokenizer(model, new, partial_dir)

@@ -24,7 +24,7 @@ from megatron_hammer.checkpoint_files.safetensors.weight_files import locate_in_
 from megatron_hammer.checkpoint_files.stored import LATEST_FILE
 from megatron_hammer.checkpoint_files.torch_dist.store import COMMON_STATE_KEY
 from megatron_hammer.errors import ConversionError
-from megatron_hammer.files.atomic_folder import open_directory_atomically
+from megatron_hammer.files.atomic_folder import publish_directory
 
 MAX_FILE_BYTES = 4 << 30
 RELEASE = "release"
@@ -224,7 +224,7 @@ def open_checkpoint_writer(
     _validate_target(save_dir, name, overwrite)
     was_there = save_dir.exists()
     try:
-        with open_directory_atomically(save_dir / name, overwrite=overwrite) as partial_dir:
+        with publish_directory(save_dir / name, overwrite=overwrite) as partial_dir:
             writer = CheckpointWriter(partial_dir)
             try:
                 yield writer

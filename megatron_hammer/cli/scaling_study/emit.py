@@ -17,7 +17,7 @@ from megatron_hammer.scaling.launch.launch_scripts import (
     build_launch,
     render,
 )
-from megatron_hammer.scaling.output_files import write_files_atomically
+from megatron_hammer.scaling.output_files import publish_files
 from megatron_hammer.scaling.report.projection_file import SavedProjection, SavedRow, read_projection
 
 
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
         for launcher in LAUNCHERS
         if launcher in launchers
     }
-    write_files_atomically(files)
+    publish_files(files)
     for path in files:
         print(path)
     print(f"{len(rows)} rows of {len(projection.rows)} emitted, {len(files)} files", file=sys.stderr)

@@ -19,7 +19,7 @@ from megatron_hammer.scaling.loss_law.gpu_cost import read_gpu_cost
 from megatron_hammer.scaling.loss_law.law import LossFit, LossRun, fit_loss_law
 from megatron_hammer.scaling.loss_law.optimum import TokenCost, find_optimum, fit_flops_cost, six_nd_cost
 from megatron_hammer.scaling.loss_law.report import LossStudy, as_object, draw_study, print_study
-from megatron_hammer.scaling.output_files import write_files_atomically
+from megatron_hammer.scaling.output_files import publish_files
 
 SIX_ND = "6ND"
 
@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace) -> None:
     study = _build_study(arguments, fit)
     text = json.dumps(as_object(study), indent=2)
     if arguments.output_dir is not None:
-        write_files_atomically(
+        publish_files(
             {
                 arguments.output_dir / "loss_law.json": text + "\n",
                 arguments.output_dir / "loss_law.png": draw_study(study),

@@ -99,7 +99,7 @@ def time_reported(arguments: argparse.Namespace, platform: str, num_processes: i
 def write_profile(profile: HostProfile, alone: OperatorReport, output_dir: Path) -> None:
     """The three files together, and the figures on stdout."""
     from megatron_hammer.scaling.cost.coefficients import format_coefficients
-    from megatron_hammer.scaling.output_files import write_files_atomically
+    from megatron_hammer.scaling.output_files import publish_files
 
     gpu, cluster = profile.gpu, profile.cluster
     own = profile.coefficients.gpus[gpu.name]
@@ -107,7 +107,7 @@ def write_profile(profile: HostProfile, alone: OperatorReport, output_dir: Path)
     if alone.platform == "cpu":
         files[output_dir / "gpus.toml"] = format_gpu(gpu)
         files[output_dir / "clusters.toml"] = format_cluster(cluster)
-    write_files_atomically(files)
+    publish_files(files)
     print(f"{gpu.name}: {alone.device_name}, fp32 {1e3 * gpu.fp32_tflops:.4g} GFLOP/s, ", end="")
     print(f"memory {gpu.memory_bytes_per_s / 1e9:.4g} GB/s")
     print(f"ratios delivered: products {own.gemm_ratio:.3f}, attention {own.attention_ratio:.3f}, ", end="")

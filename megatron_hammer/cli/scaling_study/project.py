@@ -18,7 +18,7 @@ from megatron_hammer.cli.scaling_study.study_arguments import add_study_argument
 from megatron_hammer.model.accounting import FLOP_CONVENTIONS
 from megatron_hammer.scaling.cost.coefficients import Coefficients, load_coefficients
 from megatron_hammer.scaling.cost.step_time import predict_step
-from megatron_hammer.scaling.output_files import write_files_atomically
+from megatron_hammer.scaling.output_files import publish_files
 from megatron_hammer.scaling.report.projection_file import build_document, format_csv, format_json
 from megatron_hammer.scaling.search.projection import Overlay, Study, StudyResult, build_companion_study, find_knee
 from megatron_hammer.scaling.search.search import Predict, Search
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     if companion is not None:
         result = replace(result, companion=_project(companion, search, coefficients))
     if arguments.output_dir is not None:
-        write_files_atomically(_build_files(result, arguments.output_dir))
+        publish_files(_build_files(result, arguments.output_dir))
     _print_result(arguments, result)
 
 

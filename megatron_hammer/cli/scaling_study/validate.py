@@ -20,7 +20,7 @@ from megatron_hammer.scaling.cost.coefficients import load_coefficients
 from megatron_hammer.scaling.evidence.measured_runs import read_runs
 from megatron_hammer.scaling.evidence.validation import ValidationReport, cross_validate_runs, validate_runs
 from megatron_hammer.scaling.evidence.validation_report import build_document, draw_scatter, format_csv, print_report
-from megatron_hammer.scaling.output_files import write_files_atomically
+from megatron_hammer.scaling.output_files import publish_files
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,5 +99,5 @@ def _write_files(folder: Path, document: dict[str, Any], report: ValidationRepor
         scatter = draw_scatter(report)
         if scatter is not None:
             files[folder / "validation.png"] = scatter
-    write_files_atomically(files)
+    publish_files(files)
     print(f"wrote {', '.join(path.name for path in files)} to {folder}", file=sys.stderr)

@@ -27,7 +27,7 @@ from megatron_hammer.data.dedup.signature_index import Match, SignatureIndex
 from megatron_hammer.data.dedup.sorted_runs import SortedRuns
 from megatron_hammer.data.preprocess.worker_pool import encode_in_order
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.files.atomic_files import open_atomically
+from megatron_hammer.files.publish import publish_file
 
 OUTPUT_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 LINE_BITS = 40
@@ -220,7 +220,7 @@ class FirstOccurrences:
 @contextmanager
 def open_compressed(path: Path) -> Iterator[BinaryIO]:
     """Open a .jsonl, .jsonl.gz or .jsonl.zst that exists when it is complete; the same content is the same bytes."""
-    with open_atomically(path) as file:
+    with publish_file(path) as file:
         if path.name.endswith(".gz"):
             with gzip.GzipFile(filename="", fileobj=file, mode="wb", compresslevel=GZIP_LEVEL, mtime=0) as compressed:
                 yield cast(BinaryIO, compressed)

@@ -22,7 +22,7 @@ from megatron_hammer.data.indexed.index_format import (
 )
 from megatron_hammer.data.indexed.pair_writer import IndexedWriter, WriterState
 from megatron_hammer.errors import DataError
-from megatron_hammer.files.atomic_files import partial_path
+from megatron_hammer.files.publish import partial_path
 
 __all__ = [
     "IndexSummary",

@@ -21,7 +21,7 @@ from megatron_hammer.data.indexed.index_format import (
     idx_path,
 )
 from megatron_hammer.errors import DataError
-from megatron_hammer.files.atomic_files import cannot_write, partial_path
+from megatron_hammer.files.publish import cannot_write, partial_path
 
 BUFFER_BYTES = 1 << 20
 INDEX_CHUNK_ENTRIES = 1 << 20

@@ -15,7 +15,7 @@ import numpy as np
 from megatron_hammer.data.indexed.documents import DOCUMENT_OVERHEAD_BYTES, Documents, bound_memory, read_documents
 from megatron_hammer.data.indexed.index_format import LENGTH_BYTES, read_array
 from megatron_hammer.data.indexed.pair import IndexedWriter, IndexSummary
-from megatron_hammer.files.atomic_files import cannot_write
+from megatron_hammer.files.publish import cannot_write
 
 MIN_MEMORY_BYTES = 128 << 20
 MAX_MEMORY_BYTES = 512 << 20

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_hammer.files.atomic_files import open_atomically
+from megatron_hammer.files.publish import publish_file
 
 PLOT_BINS_PER_OCTAVE = 4
 PLOT_INCHES = (9.0, 6.5)
@@ -49,7 +49,7 @@ def write_histogram_csv(path: Path, histogram: LengthHistogram) -> None:
     rows.writerow(["min_tokens", "max_tokens", "documents", "tokens"])
     columns = (histogram.edges[:-1], histogram.edges[1:] - 1, histogram.num_documents, histogram.num_tokens)
     rows.writerows(zip(*(column.tolist() for column in columns), strict=True))
-    with open_atomically(path) as file:
+    with publish_file(path) as file:
         file.write(text.getvalue().encode())
 
 
@@ -88,7 +88,7 @@ def plot_histogram(path: Path, lengths: np.ndarray, title: str) -> None:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=PLOT_DOTS_PER_INCH, metadata={"Software": None})
     pyplot.close(figure)
-    with open_atomically(path) as file:
+    with publish_file(path) as file:
         file.write(content.getvalue())
 
 

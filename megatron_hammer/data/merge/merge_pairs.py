@@ -33,7 +33,7 @@ from megatron_hammer.data.indexed.shuffle import (
 from megatron_hammer.data.merge.parts import SOURCE_OPTIONS, Part, find_part_prefixes, order_parts, read_parts
 from megatron_hammer.data.preprocess.journal import lock_outputs
 from megatron_hammer.errors import DataError
-from megatron_hammer.files.atomic_files import cannot_write, open_atomically, partial_path
+from megatron_hammer.files.publish import cannot_write, partial_path, publish_file
 
 COPY_CHUNK_BYTES = 16 << 20
 
@@ -257,7 +257,7 @@ def _publish(writer: IndexedWriter, manifest: Manifest | None) -> None:
             idx_path(writer.prefix).unlink(missing_ok=True)
             own_manifest_path.unlink(missing_ok=True)
         else:
-            with open_atomically(own_manifest_path) as file:
+            with publish_file(own_manifest_path) as file:
                 file.write(encode_manifest(manifest))
                 idx_path(writer.prefix).unlink(missing_ok=True)
         writer.publish()

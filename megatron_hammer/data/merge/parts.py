@@ -9,7 +9,7 @@ from megatron_hammer.data.indexed.index_format import bin_path, idx_path
 from megatron_hammer.data.indexed.manifest import Manifest, manifest_path, read_manifest
 from megatron_hammer.data.indexed.pair import IndexSummary, read_index
 from megatron_hammer.errors import DataError
-from megatron_hammer.files.atomic_files import partial_path
+from megatron_hammer.files.publish import partial_path
 
 PAIR_SUFFIXES = (".idx", ".bin")
 COMPANION_SUFFIXES = (".bin", ".manifest.json")

@@ -20,7 +20,7 @@ from megatron_hammer.corpus.blocks import Position
 from megatron_hammer.data.indexed.manifest import Shard
 from megatron_hammer.data.indexed.pair_writer import WriterState
 from megatron_hammer.errors import DataError
-from megatron_hammer.files.atomic_files import cannot_write, open_atomically
+from megatron_hammer.files.publish import cannot_write, publish_file
 
 FORMAT_VERSION = 1
 MAX_DIFFERENCES_SHOWN = 20
@@ -74,7 +74,7 @@ class Journal:
 
 def write_journal(path: Path, journal: Journal) -> None:
     """Replace the journal; after a kill there is the old one or the new one."""
-    with open_atomically(path) as file:
+    with publish_file(path) as file:
         file.write(orjson.dumps(dataclasses.asdict(journal)))
 
 

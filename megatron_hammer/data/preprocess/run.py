@@ -20,7 +20,7 @@ from megatron_hammer.data.preprocess.block_encoder import EncodedBlock
 from megatron_hammer.data.preprocess.journal import Job, Journal, Phase, write_journal
 from megatron_hammer.data.preprocess.options import PreprocessOptions
 from megatron_hammer.errors import DataError
-from megatron_hammer.files.atomic_files import open_atomically, partial_path
+from megatron_hammer.files.publish import partial_path, publish_file
 
 MAX_PROBLEMS_SHOWN = 20
 PARTIAL_SUFFIXES = (".bin", ".idx", ".lengths", ".documents", ".manifest.json")
@@ -137,7 +137,7 @@ class PreprocessRun:
         for prefix, manifest in written.items():
             if partial_path(bin_path(prefix)).exists():  # else this pair is the new one already
                 idx_path(prefix).unlink(missing_ok=True)
-            with open_atomically(manifest_path(prefix)) as file:
+            with publish_file(manifest_path(prefix)) as file:
                 file.write(encode_manifest(manifest))
         for writer in self.writers:
             writer.publish()

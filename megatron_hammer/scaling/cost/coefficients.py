@@ -256,9 +256,9 @@ def format_coefficients(coefficients: Coefficients) -> str:
 
 def save_coefficients(coefficients: Coefficients, path: Path) -> None:
     """Write a coefficients file whole."""
-    from megatron_hammer.scaling.output_files import write_files_atomically
+    from megatron_hammer.scaling.output_files import publish_files
 
-    write_files_atomically({path: format_coefficients(coefficients)})
+    publish_files({path: format_coefficients(coefficients)})
 
 
 def _format_number(value: float) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_hammer.files.atomic_files import open_atomically
+from megatron_hammer.files.publish import publish_file
 from megatron_hammer.tokenizer.analysis.analysis_report import describe_tokenizer
 from megatron_hammer.tokenizer.analysis.analyze import Analysis
 from megatron_hammer.tokenizer.analysis.script import UNITS
@@ -22,7 +22,7 @@ def write_csv(analysis: Analysis, path: Path) -> None:
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    with open_atomically(path) as file:
+    with publish_file(path) as file:
         file.write(text.getvalue().encode("utf-8"))
 
 
@@ -69,7 +69,7 @@ def write_plot(analysis: Analysis, path: Path) -> None:
         panel_axes.set(title=title, ylabel=unit)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(names)))
-    with open_atomically(path) as file:
+    with publish_file(path) as file:
         figure.savefig(file, dpi=DOTS_PER_INCH, format="png")
     pyplot.close(figure)
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from megatron_hammer.corpus.readers import Document
 from megatron_hammer.errors import ConversionError
-from megatron_hammer.files.atomic_folder import open_directory_atomically
+from megatron_hammer.files.atomic_folder import publish_directory
 from megatron_hammer.tokenizer.encoding.encoder import Encoder, SentencePieceEncoder, load_encoder
 from megatron_hammer.tokenizer.encoding.hugging_face_tokenizer import (
     SAMPLE_TEXTS,
@@ -77,7 +77,7 @@ def export_tokenizer_folder(
     documents: read once, streamed; `on_document` is told how many were compared. chat_template: Jinja text.
     Raises ConversionError at the first text on which both differ, and if `save_dir` holds anything.
     """
-    with open_directory_atomically(save_dir) as partial_dir:
+    with publish_directory(save_dir) as partial_dir:
         try:
             tokenizer = export_tokenizer(source, partial_dir, max_length=max_length)
         except ConversionError as error:  # there is nothing here that could be written without the tokenizer

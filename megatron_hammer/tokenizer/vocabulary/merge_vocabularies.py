@@ -20,7 +20,7 @@ import numpy as np
 import sentencepiece
 
 from megatron_hammer.errors import DataError
-from megatron_hammer.files.atomic_files import open_atomically
+from megatron_hammer.files.publish import publish_file
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import (
     Piece,
     PieceType,
@@ -186,7 +186,7 @@ def write_merged_model(path: Path, model: SentencePieceModel) -> None:
         raise DataError(f"{path}: merged model must load, got {error}. Check the pieces of both models.") from error
     if num_loaded != len(model.pieces):
         raise DataError(f"{path}: merged model must have {len(model.pieces)} pieces, got {num_loaded}. Report this.")
-    with open_atomically(path) as file:
+    with publish_file(path) as file:
         file.write(data)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import sentencepiece
 
 from megatron_hammer.errors import DataError
-from megatron_hammer.files.atomic_files import open_atomically
+from megatron_hammer.files.publish import publish_file
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import (
     PieceType,
     parse_sentencepiece_model,
@@ -79,7 +79,7 @@ def train_tokenizer(
     on_training(sampled_bytes)
     model_bytes = _train_interruptibly(sample, recipe, num_threads)
     check_requirements(model_bytes, recipe)
-    with open_atomically(output_path) as file:
+    with publish_file(output_path) as file:
         file.write(model_bytes)
     return TrainedTokenizer(
         path=output_path,

@@ -7,8 +7,8 @@ import pytest
 
 from megatron_hammer.errors import PlatformError
 from megatron_hammer.scaling.output_files import (
+    publish_files,
     write_bytes_atomically,
-    write_files_atomically,
     write_text_atomically,
 )
 
@@ -37,7 +37,7 @@ def test_one_file_that_cannot_be_written_leaves_the_others_as_they_were(tmp_path
     contents: dict[Path, str | bytes] = {tmp_path / "old.txt": "new", tmp_path / "file" / "below.txt": "x"}
     message = re.escape(f"{tmp_path}/file/below.txt: file cannot be written (")
     with pytest.raises(PlatformError, match=message + r".+\)\. Free space, or choose another place\.$"):
-        write_files_atomically(contents)
+        publish_files(contents)
     assert (tmp_path / "old.txt").read_text() == "old"
     assert names_in(tmp_path) == ["file", "old.txt"]
 
@@ -46,5 +46,5 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     message = re.escape(f"{tmp_path}/out: must be a file's name, got a folder. Choose another place.")
     with pytest.raises(PlatformError, match=f"^{message}$"):
-        write_files_atomically({tmp_path / "first": "x", tmp_path / "out": "y"})
+        publish_files({tmp_path / "first": "x", tmp_path / "out": "y"})
     assert names_in(tmp_path) == ["out"]

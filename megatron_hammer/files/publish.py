@@ -19,7 +19,7 @@ def cannot_write(path: Path, error: OSError) -> DataError:
 
 
 @contextmanager
-def open_atomically(path: Path) -> Iterator[BinaryIO]:
+def publish_file(path: Path) -> Iterator[BinaryIO]:
     """Open `<path>.partial` for writing; it gets its name when the block ends, and is removed if the block raises.
 
     Folders on the way are made. Raises DataError where the file cannot be written.

@@ -6,11 +6,11 @@ import os
 import pytest
 
 from megatron_hammer.errors import ConversionError
-from megatron_hammer.files.atomic_folder import open_directory_atomically
+from megatron_hammer.files.atomic_folder import publish_directory
 
 
 def write_into(save_dir):
-    with open_directory_atomically(save_dir) as folder:
+    with publish_directory(save_dir) as folder:
         assert folder.name == "hf.partial"
         assert list(folder.iterdir()) == []
         (folder / "a").write_text("1")
@@ -35,7 +35,7 @@ def test_an_interruption_leaves_nothing(tmp_path, error):
         (folder / "a").write_text("1")
         raise error
 
-    with pytest.raises(type(error)), open_directory_atomically(tmp_path / "hf") as folder:
+    with pytest.raises(type(error)), publish_directory(tmp_path / "hf") as folder:
         interrupt(folder)
     assert list(tmp_path.iterdir()) == []
 
@@ -43,7 +43,7 @@ def test_an_interruption_leaves_nothing(tmp_path, error):
 def test_a_full_disk_is_one_sentence(tmp_path):
     with (
         pytest.raises(ConversionError, match=r"hf.partial: directory cannot be written \(No space left on device\)"),
-        open_directory_atomically(tmp_path / "hf"),
+        publish_directory(tmp_path / "hf"),
     ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert list(tmp_path.iterdir()) == []
@@ -52,5 +52,5 @@ def test_a_full_disk_is_one_sentence(tmp_path):
 def test_what_cannot_be_made_or_holds_something_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for path, message in (("file", "got a file"), (".", "got 1 entries"), ("file/hf", "directory cannot be made")):
-        with pytest.raises(ConversionError, match=message), open_directory_atomically(tmp_path / path):
+        with pytest.raises(ConversionError, match=message), publish_directory(tmp_path / path):
             pass
