@@ -46,6 +46,10 @@ class CheckpointError(HammerError):
     """A checkpoint is missing, incomplete or does not match."""
 
 
+class OutputError(HammerError):
+    """An output file or folder cannot be written, or something is in its place."""
+
+
 class PlatformError(HammerError):
     """This machine or this installation cannot do what was asked."""
 

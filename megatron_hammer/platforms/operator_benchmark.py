@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from megatron_hammer.files.publish import publish_files
 from megatron_hammer.platforms.device import max_over_ranks, read_device_memory_bytes, read_device_name, stand_alone
 from megatron_hammer.platforms.group_step_adam import GroupStepAdam
 
@@ -377,9 +378,7 @@ def main() -> None:
                 "versions": {"torch": torch.__version__},
                 "timings": [asdict(timing) for timing in bench.timings],
             }
-            partial = arguments.output.with_name(arguments.output.name + ".partial")
-            partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf8")
-            partial.replace(arguments.output)
+            publish_files({arguments.output: json.dumps(report, indent=1) + "\n"})
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ in `RunFacts`; where a figure has none (an MFU without a known peak) it is null,
 
 import json
 import math
-import os
 import time
 from collections import deque
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from megatron_hammer.errors import DataError
+from megatron_hammer.files.publish import publish_files
 
 MFU_CONVENTION: Final = "A"  # layers and head with causal attention, no input embedding; see model/flops.py
 ETA_WINDOW_STEPS = 20
@@ -147,9 +147,7 @@ def drop_lines_from(path: Path, first_step: int) -> int:
         if step < first_step:
             kept.append(line)
     if len(kept) < len(lines):
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(line + "\n" for line in kept), encoding="utf8")
-        os.replace(partial, path)
+        publish_files({path: "".join(line + "\n" for line in kept)})
     return len(lines) - len(kept)
 
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from megatron_hammer.files.publish import publish_file
 from megatron_hammer.training.metrics import MFU_CONVENTION, RunFacts, StepMetrics
 
 PLAIN_LINE_INTERVAL_S = 5.0  # where the output is a file or a pipe, one line at most this often
@@ -139,10 +140,9 @@ def write_loss_curve(steps: list[dict[str, Any]], validations: list[dict[str, An
     axes.set(xlabel="step", ylabel="loss (nats a token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, dpi=120, format="png")
+    with publish_file(path) as file:
+        figure.savefig(file, dpi=120, format="png")
     pyplot.close(figure)
-    partial.replace(path)
 
 
 def format_count(value: float) -> str:

@@ -34,7 +34,7 @@ from megatron_hammer.checkpoint_files.safetensors.stream import Shard, plan_shar
 from megatron_hammer.checkpoint_files.stored import CheckpointReader
 from megatron_hammer.checkpoint_files.torch_dist.reader import TorchDistReader
 from megatron_hammer.errors import ConversionError
-from megatron_hammer.files.atomic_folder import publish_directory
+from megatron_hammer.files.publish import publish_directory
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000  # transformers' own

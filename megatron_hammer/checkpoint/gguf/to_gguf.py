@@ -5,7 +5,6 @@ pass, read it back, let llama.cpp load it and compare its tokens and logits, ren
 """
 
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from megatron_hammer.checkpoint.gguf.verification import GgufProof, explain_abse
 from megatron_hammer.checkpoint.hugging_face.read_config import CONFIG_NAME, HfModel, read_hf_architecture
 from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow
 from megatron_hammer.errors import ConversionError
+from megatron_hammer.files.publish import publish_path
 
 OnStep = Callable[[str, int, int | None], None]
 
@@ -76,7 +76,7 @@ def export_to_gguf(options: GgufOptions, on_step: OnStep = lambda stage, done, t
     """
     started_at_s = time.monotonic()
     _validate_options(options)
-    with _open_hugging_face(options, on_step) as hf_dir, _open_partial(options.save_path) as partial_path:
+    with _open_hugging_face(options, on_step) as hf_dir, publish_path(options.save_path) as partial_path:
         model = read_hf_architecture(hf_dir)
         file_type = FILE_TYPES[options.file_type]
         arch = MODEL_ARCH_NAMES[select_architecture(model)]
@@ -160,23 +160,6 @@ def _open_hugging_face(options: GgufOptions, on_step: OnStep) -> Iterator[Path]:
         )
         export_to_hugging_face(export_options, lambda stage, done, total: on_step(f"{stage} the export", done, total))
         yield export_options.save_dir
-
-
-@contextmanager
-def _open_partial(save_path: Path) -> Iterator[Path]:
-    """Yield `<save_path>.partial`; it gets its name when the block ends and is removed if the block raises."""
-    partial_path = save_path.with_name(save_path.name + ".partial")
-    try:
-        partial_path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial_path
-        os.replace(partial_path, save_path)
-    except OSError as error:
-        raise ConversionError(
-            f"{error.filename or partial_path}: cannot be written or read ({error.strerror}). "
-            "Free space, or choose another --save."
-        ) from error
-    finally:
-        partial_path.unlink(missing_ok=True)
 
 
 def _select_name(options: GgufOptions) -> str:

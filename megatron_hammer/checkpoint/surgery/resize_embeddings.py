@@ -28,7 +28,7 @@ from megatron_hammer.checkpoint_files.safetensors.copy_tensors import (
 )
 from megatron_hammer.checkpoint_files.safetensors.stream import INDEX_FILE
 from megatron_hammer.errors import ConversionError
-from megatron_hammer.files.atomic_folder import publish_directory
+from megatron_hammer.files.publish import publish_directory
 from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder
 from megatron_hammer.tokenizer.export.check_export import verify_with_transformers
 from megatron_hammer.tokenizer.export.export_tokenizer import HF_TOKENIZER_FILES, export_tokenizer, list_samples

@@ -8,7 +8,6 @@ come last, then the folder's name, then the tracker that points to it. `store.py
 import io
 import json
 import math
-import os
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -24,7 +23,7 @@ from megatron_hammer.checkpoint_files.safetensors.weight_files import locate_in_
 from megatron_hammer.checkpoint_files.stored import LATEST_FILE
 from megatron_hammer.checkpoint_files.torch_dist.store import COMMON_STATE_KEY
 from megatron_hammer.errors import ConversionError
-from megatron_hammer.files.atomic_folder import publish_directory
+from megatron_hammer.files.publish import publish_directory, publish_files
 
 MAX_FILE_BYTES = 4 << 30
 RELEASE = "release"
@@ -217,8 +216,8 @@ def open_checkpoint_writer(
 
     iteration: of the state; None for a "release", from which Megatron starts at iteration 0 with a new optimizer.
     overwrite: replace what `save_dir` holds of this iteration, and let the tracker point to it whatever it names now.
-    The tracker never goes back to an earlier iteration otherwise. Raises ConversionError if the target is taken, cannot
-    be written, or the disk is full.
+    The tracker never goes back to an earlier iteration otherwise. Raises ConversionError if the target is taken, and
+    OutputError if it cannot be written or the disk is full.
     """
     name = RELEASE if iteration is None else f"iter_{iteration:07d}"
     _validate_target(save_dir, name, overwrite)
@@ -267,9 +266,7 @@ def _write_tracker(save_dir: Path, iteration: int | None, overwrite: bool) -> No
     is_later = tracked is not None and tracked.isdecimal() and iteration is not None and int(tracked) > iteration
     if is_later and not overwrite:
         return
-    partial_path = save_dir / (LATEST_FILE + ".partial")
-    partial_path.write_text(RELEASE if iteration is None else str(iteration))
-    os.replace(partial_path, save_dir / LATEST_FILE)
+    publish_files({save_dir / LATEST_FILE: RELEASE if iteration is None else str(iteration)})
 
 
 def _own_storage(tensor: Tensor) -> Tensor:

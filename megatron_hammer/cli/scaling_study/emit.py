@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from megatron_hammer.errors import ConfigError
+from megatron_hammer.files.publish import publish_files
 from megatron_hammer.scaling.launch.launch_scripts import (
     LAUNCHERS,
     SUFFIXES,
@@ -17,7 +18,6 @@ from megatron_hammer.scaling.launch.launch_scripts import (
     build_launch,
     render,
 )
-from megatron_hammer.scaling.output_files import publish_files
 from megatron_hammer.scaling.report.projection_file import SavedProjection, SavedRow, read_projection
 
 

@@ -13,13 +13,13 @@ import math
 from pathlib import Path
 
 from megatron_hammer.errors import ConfigError
+from megatron_hammer.files.publish import publish_files
 from megatron_hammer.model.accounting import FLOP_CONVENTIONS
 from megatron_hammer.scaling.loss_law import runs as loss_law_runs
 from megatron_hammer.scaling.loss_law.gpu_cost import read_gpu_cost
 from megatron_hammer.scaling.loss_law.law import LossFit, LossRun, fit_loss_law
 from megatron_hammer.scaling.loss_law.optimum import TokenCost, find_optimum, fit_flops_cost, six_nd_cost
 from megatron_hammer.scaling.loss_law.report import LossStudy, as_object, draw_study, print_study
-from megatron_hammer.scaling.output_files import publish_files
 
 SIX_ND = "6ND"
 

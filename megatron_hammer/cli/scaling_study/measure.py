@@ -13,6 +13,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from megatron_hammer.errors import ConfigError, PlatformError
+from megatron_hammer.files.publish import publish_files
 from megatron_hammer.scaling.measured.run_sweep import (
     Machine,
     Outcome,
@@ -23,7 +24,6 @@ from megatron_hammer.scaling.measured.run_sweep import (
 )
 from megatron_hammer.scaling.measured.sweep import Setting, Sweep, list_settings, read_sweeps
 from megatron_hammer.scaling.measured.sweep_results import build_row, describe_spread, format_rows
-from megatron_hammer.scaling.output_files import write_text_atomically
 
 CPU_TYPE = "cpu-core"
 
@@ -151,7 +151,7 @@ def write_results(outcomes: list[Outcome], machine: Machine, arguments: argparse
         for entry in measured
     ]
     path = arguments.output_dir / "runs.csv"
-    write_text_atomically(path, format_rows(rows))
+    publish_files({path: format_rows(rows)})
     for entry, row in zip(measured, rows, strict=True):
         print(f"{entry.setting.name}: {row['iteration_time_s']} s ({describe_spread(entry, arguments.statistic)})")
     failed = [outcome for outcome in outcomes if outcome.times is None]

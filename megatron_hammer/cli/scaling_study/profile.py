@@ -98,8 +98,8 @@ def time_reported(arguments: argparse.Namespace, platform: str, num_processes: i
 
 def write_profile(profile: HostProfile, alone: OperatorReport, output_dir: Path) -> None:
     """The three files together, and the figures on stdout."""
+    from megatron_hammer.files.publish import publish_files
     from megatron_hammer.scaling.cost.coefficients import format_coefficients
-    from megatron_hammer.scaling.output_files import publish_files
 
     gpu, cluster = profile.gpu, profile.cluster
     own = profile.coefficients.gpus[gpu.name]

@@ -15,10 +15,10 @@ from functools import partial
 from pathlib import Path
 
 from megatron_hammer.cli.scaling_study.study_arguments import add_study_arguments, build_study
+from megatron_hammer.files.publish import publish_files
 from megatron_hammer.model.accounting import FLOP_CONVENTIONS
 from megatron_hammer.scaling.cost.coefficients import Coefficients, load_coefficients
 from megatron_hammer.scaling.cost.step_time import predict_step
-from megatron_hammer.scaling.output_files import publish_files
 from megatron_hammer.scaling.report.projection_file import build_document, format_csv, format_json
 from megatron_hammer.scaling.search.projection import Overlay, Study, StudyResult, build_companion_study, find_knee
 from megatron_hammer.scaling.search.search import Predict, Search

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.errors import ConfigError
+from megatron_hammer.files.publish import publish_files
 from megatron_hammer.scaling.cost.coefficients import load_coefficients
 from megatron_hammer.scaling.evidence.measured_runs import read_runs
 from megatron_hammer.scaling.evidence.validation import ValidationReport, cross_validate_runs, validate_runs
 from megatron_hammer.scaling.evidence.validation_report import build_document, draw_scatter, format_csv, print_report
-from megatron_hammer.scaling.output_files import publish_files
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -51,7 +51,7 @@ class IndexedWriter:
     Until then everything lies in `<prefix>.bin.partial`, `<prefix>.lengths.partial` (int32 a sequence) and
     `<prefix>.documents.partial` (int64 a document), so memory is constant and nothing looks like a data set.
     As a context manager it finishes and publishes on success, and removes what it wrote on an exception; after `close`
-    it does neither. Raises DataError where the files cannot be written.
+    it does neither. Raises OutputError if the files cannot be written.
 
     To survive a kill: keep what `sync` returns, last of all before `publish`, and pass it to `resume`.
     """

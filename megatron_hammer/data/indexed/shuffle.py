@@ -42,7 +42,7 @@ def shuffle_pairs(
     there is removed, and so is the folder in the end. max_memory_bytes: what is held at once, unless one document is
     larger; the result does not depend on it, and without it `select_memory_bytes` chooses. on_progress: gets the bytes
     moved so far, of all that will be.
-    Raises DataError where the buckets cannot be written or a source is damaged.
+    Raises OutputError if the buckets cannot be written, and DataError if a source is damaged.
     """
     if len({source.num_documents for source in sources}) > 1:
         raise ValueError(f"sources must have the same number of documents, got {[s.num_documents for s in sources]}")

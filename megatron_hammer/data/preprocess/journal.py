@@ -109,7 +109,10 @@ def refuse_other_job(path: Path, begun: Job, asked: Job) -> None:
 
 @contextmanager
 def lock_outputs(path: Path) -> Iterator[None]:
-    """Hold a lock that ends with this process, however it ends; raises DataError if another process has it."""
+    """Hold a lock that ends with this process, however it ends; raises DataError if another process has it.
+
+    Raises OutputError if the file of the lock cannot be made.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _open_lock(path)

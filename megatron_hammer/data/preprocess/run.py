@@ -19,7 +19,7 @@ from megatron_hammer.data.indexed.shuffle import shuffle_pairs
 from megatron_hammer.data.preprocess.block_encoder import EncodedBlock
 from megatron_hammer.data.preprocess.journal import Job, Journal, Phase, write_journal
 from megatron_hammer.data.preprocess.options import PreprocessOptions
-from megatron_hammer.errors import DataError
+from megatron_hammer.errors import DataError, OutputError
 from megatron_hammer.files.publish import partial_path, publish_file
 
 MAX_PROBLEMS_SHOWN = 20
@@ -151,7 +151,7 @@ class PreprocessRun:
         """
         is_kept = self._has_journal and not is_void
         for writer in self.writers:
-            with suppress(DataError):  # on a full disk
+            with suppress(OutputError):  # on a full disk
                 writer.close() if is_kept else writer.abort()
         if not is_kept:
             remove_leftovers(self._options)

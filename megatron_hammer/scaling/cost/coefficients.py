@@ -256,7 +256,7 @@ def format_coefficients(coefficients: Coefficients) -> str:
 
 def save_coefficients(coefficients: Coefficients, path: Path) -> None:
     """Write a coefficients file whole."""
-    from megatron_hammer.scaling.output_files import publish_files
+    from megatron_hammer.files.publish import publish_files
 
     publish_files({path: format_coefficients(coefficients)})
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.errors import DataError
+from megatron_hammer.files.publish import publish_files
 from megatron_hammer.scaling.measured.sweep import Setting, digest_of
 from megatron_hammer.scaling.measured.sweep_results import MeasuredSetting, StepTimes, read_step_times
-from megatron_hammer.scaling.output_files import write_text_atomically
 
 LAUNCH_MODULE = "megatron_hammer.training.launch"
 RECORD_NAME, METRICS_NAME, OUTPUT_NAME = "run.json", "metrics.jsonl", "output.txt"
@@ -200,7 +200,7 @@ def _run_setting(setting: Setting, machine: Machine, run_dir: Path, repeat: int)
         "command": command,
         "settings": describe_run(setting, machine, repeat),
     }
-    write_text_atomically(run_dir / RECORD_NAME, json.dumps(record, indent=2) + "\n")
+    publish_files({run_dir / RECORD_NAME: json.dumps(record, indent=2) + "\n"})
     return record
 
 

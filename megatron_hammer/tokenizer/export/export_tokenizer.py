@@ -17,7 +17,7 @@ import numpy as np
 
 from megatron_hammer.corpus.readers import Document
 from megatron_hammer.errors import ConversionError
-from megatron_hammer.files.atomic_folder import publish_directory
+from megatron_hammer.files.publish import publish_directory
 from megatron_hammer.tokenizer.encoding.encoder import Encoder, SentencePieceEncoder, load_encoder
 from megatron_hammer.tokenizer.encoding.hugging_face_tokenizer import (
     SAMPLE_TEXTS,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.corpus.machine_text import build_machine_corpus, find_machine_text
-from megatron_hammer.errors import DataError
+from megatron_hammer.errors import DataError, OutputError
 
 
 def fail() -> str:
@@ -85,7 +85,7 @@ def test_an_empty_side_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
 
 def test_an_output_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"c.jsonl: file cannot be written \(File exists\). Free space, or choose"):
+    with pytest.raises(OutputError, match=r"c.jsonl: file cannot be written \(File exists\). Free space, or choose"):
         build(tmp_path / "file")
 
 

@@ -21,7 +21,7 @@ from megatron_hammer.checkpoint.hugging_face.mapping import expand, select_famil
 from megatron_hammer.checkpoint.hugging_face.row_layouts import split_qkv
 from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow
 from megatron_hammer.checkpoint_files.safetensors import stream as safetensors_stream
-from megatron_hammer.errors import CheckpointError, ConversionError
+from megatron_hammer.errors import CheckpointError, ConversionError, OutputError
 from tests.helpers.toy_checkpoint import (
     GPT2_ARGUMENTS,
     MOE_ARGUMENTS,
@@ -341,7 +341,7 @@ def test_the_target_of_a_failed_replacement_stays(options):
 
 def test_a_target_that_cannot_be_made_is_refused(options, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConversionError, match="directory cannot be made"):
+    with pytest.raises(OutputError, match="directory cannot be made"):
         export_to_hugging_face(dataclasses.replace(options, save_dir=tmp_path / "file" / "hf"))
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_hammer.checkpoint.surgery import resize_embeddings as module
 from megatron_hammer.checkpoint.surgery.resize_embeddings import ResizeOptions, mean_rows, resize_embeddings
-from megatron_hammer.errors import ConversionError, DataError
+from megatron_hammer.errors import ConversionError, DataError, OutputError
 from megatron_hammer.tokenizer.encoding.encoder import load_encoder
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import (
     Piece,
@@ -287,7 +287,7 @@ def test_an_incomplete_model_is_named(options, name, content, message):
 
 def test_a_target_that_holds_something_is_refused(options):
     write_model(options.model_dir)
-    with pytest.raises(ConversionError, match="base: target must be absent or an empty folder, got "):
+    with pytest.raises(OutputError, match="base: target must be absent or an empty folder, got "):
         resize_embeddings(dataclasses.replace(options, save_dir=options.model_dir))
 
 

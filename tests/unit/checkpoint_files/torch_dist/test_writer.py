@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from megatron_hammer.checkpoint_files.open import open_checkpoint
 from megatron_hammer.checkpoint_files.torch_dist.store import TorchDistStore
 from megatron_hammer.checkpoint_files.torch_dist.writer import CheckpointWriter, open_checkpoint_writer
-from megatron_hammer.errors import CheckpointError, ConversionError
+from megatron_hammer.errors import CheckpointError, ConversionError, OutputError
 from tests.helpers.toy_checkpoint import cut, toy_arguments, toy_llama_tensors
 
 STATE = {"args": toy_arguments(), "iteration": 10, "checkpoint_version": 3.0}
@@ -213,7 +213,7 @@ def test_a_full_disk_is_one_sentence(tmp_path, num_elements):
             writer.write_chunk("a", (0,), torch.ones(num_elements))
             writer.commit(STATE)
 
-    with pytest.raises(ConversionError, match=r"directory cannot be written \(No space left on device\)") as caught:
+    with pytest.raises(OutputError, match=r"directory cannot be written \(No space left on device\)") as caught:
         write_to_full_disk()
     assert len(caught.value.problems) == 1
     assert list(tmp_path.iterdir()) == []

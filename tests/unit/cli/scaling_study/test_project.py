@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.cli.scaling_study import project
-from megatron_hammer.errors import PlatformError
+from megatron_hammer.errors import OutputError
 from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.scaling.report.projection_file import read_projection
 from tests.helpers.published_tables import write_table
@@ -70,7 +70,7 @@ def test_the_folder_gets_every_file(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(PlatformError, match=r"file/projection\.json: file cannot be written \(File exists\)\."):
+    with pytest.raises(OutputError, match=r"file/projection\.json: file cannot be written \(File exists\)\."):
         run(*SMALL, "--output-dir", str(tmp_path / "file"))
 
 

@@ -13,7 +13,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 
 from megatron_hammer.data.indexed import pair_writer as indexed_writer
 from megatron_hammer.data.indexed.pair import IndexedWriter, WriterState, bin_path, idx_path, read_index, select_dtype
-from megatron_hammer.errors import DataError
+from megatron_hammer.errors import DataError, OutputError
 
 DOCUMENTS = ([5, 6, 7], [], [8], [1, 65_000, 3, 4, 9], [])
 
@@ -245,7 +245,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
     for suffix in ("bin", "idx", "lengths", "documents"):
         (tmp_path / f"pair.{suffix}.partial").symlink_to("/dev/full")
         with pytest.raises(
-            DataError, match=rf"pair.{suffix}.partial: file cannot be written \(No space left on device"
+            OutputError, match=rf"pair.{suffix}.partial: file cannot be written \(No space left on device"
         ):
             write_pair(tmp_path / "pair")
         assert not list(tmp_path.iterdir())
@@ -253,7 +253,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"pair.bin.partial: file cannot be written \(File exists\). Free space, or"):
+    with pytest.raises(OutputError, match=r"pair.bin.partial: file cannot be written \(File exists\). Free space, or"):
         IndexedWriter(tmp_path / "file" / "pair", np.dtype(np.int32))
 
 

@@ -18,7 +18,7 @@ from megatron_hammer.data.indexed.shuffle import (
     select_memory_bytes,
     shuffle_pairs,
 )
-from megatron_hammer.errors import DataError
+from megatron_hammer.errors import OutputError
 
 NUM_DOCUMENTS = 311
 SEED = 1234
@@ -153,7 +153,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     source = write_source(tmp_path / "source")
     (tmp_path / "file").touch()
     with (
-        pytest.raises(DataError, match=r"file/buckets: file cannot be written \(Not a directory\). Free space, or"),
+        pytest.raises(OutputError, match=r"file/buckets: file cannot be written \(Not a directory\). Free space, or"),
         IndexedWriter(tmp_path / "out", source.dtype) as writer,
     ):
         shuffle_pairs([source], [writer], seed=SEED, work_dir=tmp_path / "file" / "buckets")
@@ -164,7 +164,7 @@ def test_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     source = write_source(tmp_path / "source")
     monkeypatch.setattr(shuffle._Buckets, "_paths", lambda self, bucket: (Path("/dev/full"),) * 3)
     with (
-        pytest.raises(DataError, match=r"/dev/full: file cannot be written \(No space left on device\)"),
+        pytest.raises(OutputError, match=r"/dev/full: file cannot be written \(No space left on device\)"),
         IndexedWriter(tmp_path / "out", source.dtype) as writer,
     ):
         shuffle_pairs([source], [writer], seed=SEED, work_dir=tmp_path / "buckets")

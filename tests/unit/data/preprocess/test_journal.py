@@ -21,7 +21,7 @@ from megatron_hammer.data.preprocess.journal import (
     refuse_other_job,
     write_journal,
 )
-from megatron_hammer.errors import DataError
+from megatron_hammer.errors import DataError, OutputError
 
 JOB = Job(
     flags={"json_keys": ["text"], "append_eod": True, "seed": None},
@@ -151,5 +151,5 @@ def test_a_lock_is_held_by_one_process_and_ends_with_it(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     message = r"file/c.lock: file cannot be written \(.+\). Free space, or choose another place."
-    with pytest.raises(DataError, match=message), lock_outputs(tmp_path / "file" / "c.lock"):
+    with pytest.raises(OutputError, match=message), lock_outputs(tmp_path / "file" / "c.lock"):
         pass

@@ -9,7 +9,7 @@ import tokenizers
 import transformers
 
 from megatron_hammer.corpus.readers import Document
-from megatron_hammer.errors import ConversionError, DataError
+from megatron_hammer.errors import ConversionError, DataError, OutputError
 from megatron_hammer.tokenizer.encoding.encoder import SentencePieceEncoder, load_encoder
 from megatron_hammer.tokenizer.encoding.hugging_face_tokenizer import (
     SAMPLE_TEXTS,
@@ -293,7 +293,7 @@ def test_a_target_that_holds_something_is_refused(tmp_path, content):
         target.mkdir()
         (target / "a").write_text("")
     found = "a file" if content == "file" else "1 entries"
-    with pytest.raises(ConversionError, match=f"hf: target must be absent or an empty folder, got {found}"):
+    with pytest.raises(OutputError, match=f"hf: target must be absent or an empty folder, got {found}"):
         export_tokenizer_folder(train_toy_tokenizer(tmp_path), target)
 
 
