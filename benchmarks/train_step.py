@@ -105,13 +105,13 @@ def load_into_transformers(checkpoint_dir: Path) -> Any:
     import torch
     import transformers
 
-    from megatron_hammer.checkpoint.hugging_face.architecture import read_architecture
-    from megatron_hammer.checkpoint.hugging_face.mapping import expand, select_family
+    from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
+    from megatron_hammer.checkpoint.hugging_face.tensor_rows import expand, select_family
     from megatron_hammer.checkpoint.hugging_face.write_config import build_config
     from megatron_hammer.checkpoint_files.open import open_checkpoint
 
     reader = open_checkpoint(checkpoint_dir)
-    architecture = read_architecture(reader.args)
+    architecture = read_saved_model(reader.args)
     reader.remove_vocab_padding(architecture.vocab_size)
     family = select_family(architecture)
     values = build_config(family, architecture, dtype="float32", bos_id=None, eos_id=None)

@@ -43,10 +43,10 @@ def read_hf_model(path: Path) -> ModelShape:
 
     Here because scaling/ knows nothing of Hugging Face.
     """
+    from megatron_hammer.checkpoint.hugging_face.config_json import read_hf_model
     from megatron_hammer.checkpoint.hugging_face.model_preset import build_model_preset
-    from megatron_hammer.checkpoint.hugging_face.read_config import read_hf_architecture
 
-    architecture = read_hf_architecture(path).architecture
+    architecture = read_hf_model(path).architecture
     is_own_name = path.is_file() and path.name != "config.json"
     folder = path.parent if path.is_file() else path
     return build_model_preset(architecture, name=path.stem if is_own_name else folder.resolve().name, source=str(path))

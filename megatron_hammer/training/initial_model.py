@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from megatron_hammer.checkpoint.convert.fill_model import MasterWeights, fill_chunks, require_every_element
+from megatron_hammer.checkpoint.hugging_face.config_json import read_hf_model
 from megatron_hammer.checkpoint.hugging_face.folder import HfFolder, open_hf_folder
 from megatron_hammer.checkpoint.hugging_face.model_preset import build_model_preset
-from megatron_hammer.checkpoint.hugging_face.read_config import read_hf_architecture
 from megatron_hammer.config.initial_model import InitialModel
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.platforms.device import gather_lines, sum_over_ranks
@@ -30,7 +30,7 @@ def read_initial_model(folder: Path) -> InitialModel:
 
     Raises ConversionError for a folder whose config.json is not one of a mapped architecture.
     """
-    hf_model = read_hf_architecture(folder)
+    hf_model = read_hf_model(folder)
     architecture = hf_model.architecture
     problems: tuple[str, ...] = ()
     dtype, description = hf_model.dtype or "float32", "not read"

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.hugging_face.architecture import Architecture
-from megatron_hammer.checkpoint.hugging_face.mapping import TensorPair, expand, select_family
-from megatron_hammer.checkpoint.hugging_face.row_layouts import pad_vocab
+from megatron_hammer.checkpoint.hugging_face.saved_model import Architecture
+from megatron_hammer.checkpoint.hugging_face.tensor_layouts import pad_vocab
+from megatron_hammer.checkpoint.hugging_face.tensor_rows import TensorPair, expand, select_family
 from megatron_hammer.checkpoint.verification.megatron_model import name_parameters as checkpoint_parameters
 from megatron_hammer.checkpoint.verification.megatron_model import single_rank as single_rank
 from megatron_hammer.checkpoint_files.stored import VOCABULARY_TENSORS

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_hammer.checkpoint.hugging_face.mapping import expand, select_family
-from megatron_hammer.checkpoint.hugging_face.read_config import interpret_config
+from megatron_hammer.checkpoint.hugging_face.config_json import interpret_config
+from megatron_hammer.checkpoint.hugging_face.tensor_rows import expand, select_family
 
 # No two sizes alike.
 LLAMA_CONFIG = {

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_hammer.checkpoint.hugging_face.architecture import read_architecture
-from megatron_hammer.checkpoint.hugging_face.mapping import expand, select_family
+from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
+from megatron_hammer.checkpoint.hugging_face.tensor_rows import expand, select_family
 from megatron_hammer.checkpoint.hugging_face.write_config import build_config
 from tests.helpers.toy_checkpoint import toy_arguments, write_toy_checkpoint
 
@@ -32,7 +32,7 @@ def write_toy_pair(
     the checkpoint; hf_dtype: of the folder (the same). Rows of vocabulary padding are huge: to read one is noticed.
     """
     arguments = toy_arguments(**changes)
-    model = read_architecture(arguments)
+    model = read_saved_model(arguments)
     family = select_family(model)
     generator = torch.Generator().manual_seed(3)
     tensors, folder_tensors = {}, {}
@@ -53,7 +53,7 @@ def write_toy_pair(
 
 def write_folder(hf_dir: Path, arguments: Namespace, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     """What transformers needs to load a model of these saved arguments."""
-    model = read_architecture(arguments)
+    model = read_saved_model(arguments)
     hf_dir.mkdir()
     save_file(dict(tensors), hf_dir / "model.safetensors", metadata={"format": "pt"})
     dtype_name = str(dtype).removeprefix("torch.")

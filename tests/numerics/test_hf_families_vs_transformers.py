@@ -13,11 +13,11 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from megatron_hammer.checkpoint.hugging_face.architecture import read_architecture
-from megatron_hammer.checkpoint.hugging_face.mapping import expand
+from megatron_hammer.checkpoint.hugging_face.config_json import read_hf_model
 from megatron_hammer.checkpoint.hugging_face.model_preset import build_model_preset
-from megatron_hammer.checkpoint.hugging_face.names import locate_hf_tensors
-from megatron_hammer.checkpoint.hugging_face.read_config import read_hf_architecture
+from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
+from megatron_hammer.checkpoint.hugging_face.tensor_rows import expand
+from megatron_hammer.checkpoint.hugging_face.tensor_sources import locate_hf_tensors
 from megatron_hammer.model.accounting import count_parameters
 from tests.helpers.build_model import build_model, load_weights, merge_weights, read_arguments, single_rank
 from tests.helpers.reference_model import compare, randomize
@@ -110,9 +110,9 @@ def save_reference(config, folder, **options):
 
 def read_folder(folder):
     """The architecture, and the folder's tensors under the table's names, every one of them used."""
-    architecture = read_hf_architecture(folder).architecture
+    architecture = read_hf_model(folder).architecture
     stored = load_file(folder / "model.safetensors")
-    pairs = expand(read_hf_architecture(folder).family, architecture)
+    pairs = expand(read_hf_model(folder).family, architecture)
     located = locate_hf_tensors(pairs, architecture, {name: tuple(t.shape) for name, t in stored.items()})
     assert located.shapes.keys() == located.sources.keys()
     assert {source.name for source in located.sources.values()} == stored.keys()
@@ -143,7 +143,7 @@ def test_a_folder_of_transformers_is_the_same_model(name, tmp_path):
     assert sum(parameter.numel() for parameter in ours.parameters()) == num_built + padding
 
     saved = dataclasses.replace(
-        read_architecture(namespace),
+        read_saved_model(namespace),
         attention_dropout=architecture.attention_dropout,  # a recipe's
         hidden_dropout=architecture.hidden_dropout,
     )

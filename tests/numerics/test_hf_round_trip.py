@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_hammer.checkpoint.convert.from_hugging_face import ImportOptions, import_from_hugging_face
 from megatron_hammer.checkpoint.convert.to_hugging_face import ExportOptions, export_to_hugging_face
-from megatron_hammer.checkpoint.hugging_face.read_config import read_hf_architecture
+from megatron_hammer.checkpoint.hugging_face.config_json import read_hf_model
 
 # No two sizes alike.
 SIZES = {
@@ -86,7 +86,7 @@ def test_every_family_comes_back(name, tmp_path):
     target = go_and_return(tmp_path / "hf")
     weights = load_file(target / "model.safetensors")
     assert_same_bits(load_file(tmp_path / "hf" / "model.safetensors"), weights)
-    before, after = (read_hf_architecture(folder).architecture for folder in (tmp_path / "hf", target))
+    before, after = (read_hf_model(folder).architecture for folder in (tmp_path / "hf", target))
     assert before == after
     loaded = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16)
     assert_same_bits(reference.state_dict(), loaded.state_dict())

@@ -5,8 +5,8 @@ from argparse import Namespace
 import pytest
 
 from megatron_hammer.checkpoint.convert.from_hugging_face import ImportOptions, import_from_hugging_face
+from megatron_hammer.checkpoint.hugging_face.config_json import interpret_config
 from megatron_hammer.checkpoint.hugging_face.model_preset import build_model_preset
-from megatron_hammer.checkpoint.hugging_face.read_config import interpret_config
 from megatron_hammer.config.model_arguments import build_model_arguments
 from megatron_hammer.platforms import megatron_compat
 from tests.helpers.build_model import read_arguments

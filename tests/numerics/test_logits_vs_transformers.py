@@ -12,10 +12,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from megatron_hammer.checkpoint.hugging_face import mapping
-from megatron_hammer.checkpoint.hugging_face.architecture import read_architecture
-from megatron_hammer.checkpoint.hugging_face.mapping import ParallelLayout, select_family
-from megatron_hammer.checkpoint.hugging_face.row_layouts import merge_gate_up
+from megatron_hammer.checkpoint.hugging_face import tensor_rows as mapping
+from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
+from megatron_hammer.checkpoint.hugging_face.tensor_layouts import merge_gate_up
+from megatron_hammer.checkpoint.hugging_face.tensor_rows import ParallelLayout, select_family
 from megatron_hammer.checkpoint.hugging_face.write_config import build_config
 from megatron_hammer.model.shape import ModelShape, MoeShape, RopeScaling
 from megatron_hammer.presets.catalogue import PRESETS
@@ -90,7 +90,7 @@ def _rank():
 
 def build_reference(model: ModelShape, flags, tmp_path, **config_changes):
     """A transformers model for the preset, with random weights, norms and biases included, and those weights."""
-    architecture = read_architecture(read_arguments(model, flags))
+    architecture = read_saved_model(read_arguments(model, flags))
     family = select_family(architecture)
     config = build_config(family, architecture, dtype="float32", bos_id=None, eos_id=None) | config_changes
     config |= {"attn_implementation": "eager"}
@@ -108,7 +108,7 @@ def build_reference(model: ModelShape, flags, tmp_path, **config_changes):
 def build_ours(model: ModelShape, flags, hf_weights):
     namespace = read_arguments(model, flags)
     ours = build_model(namespace)
-    load_weights(ours, merge_weights(read_architecture(namespace), hf_weights))
+    load_weights(ours, merge_weights(read_saved_model(namespace), hf_weights))
     return ours
 
 
@@ -245,7 +245,7 @@ def test_twin_another_scaling_of_the_rope_is_noticed(scaling, tmp_path):
 def test_twin_a_wrong_argument_is_noticed(change, tmp_path):
     model = TOYS["llama grouped queries"]
     reference, hf_weights = build_reference(model, (), tmp_path)
-    weights = merge_weights(read_architecture(read_arguments(model)), hf_weights)
+    weights = merge_weights(read_saved_model(read_arguments(model)), hf_weights)
     ours = build_model(read_arguments(dataclasses.replace(model, **change)))
     load_weights(ours, weights)
     assert compare(ours, reference, model.vocab_size)["logits"] > TOLERANCE
@@ -274,7 +274,7 @@ def test_embedding_norm_is_a_layer_norm_on_the_embedding(tmp_path):
     generator = torch.Generator().manual_seed(5)
     weight = 1 + 0.3 * torch.randn(model.hidden_size, generator=generator)
     bias = 0.1 * torch.randn(model.hidden_size, generator=generator)
-    body = merge_weights(read_architecture(read_arguments(model)), hf_weights)
+    body = merge_weights(read_saved_model(read_arguments(model)), hf_weights)
     load_weights(ours, body | {"embedding_norm.weight": weight, "embedding_norm.bias": bias})
 
     tokens = sample_tokens(model.vocab_size)

@@ -7,8 +7,8 @@ import pytest
 import torch
 import transformers
 
+from megatron_hammer.checkpoint.hugging_face.config_json import interpret_config
 from megatron_hammer.checkpoint.hugging_face.model_preset import build_model_preset
-from megatron_hammer.checkpoint.hugging_face.read_config import interpret_config
 from megatron_hammer.model.accounting import count_parameters
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.presets.catalogue import PRESETS

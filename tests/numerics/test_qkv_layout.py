@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_hammer.checkpoint.hugging_face.row_layouts import merge_qkv, split_qkv
+from megatron_hammer.checkpoint.hugging_face.tensor_layouts import merge_qkv, split_qkv
 from tests.helpers.build_model import TOY_LLAMA, build_model, read_arguments, single_rank
 
 HEAD_DIM = TOY_LLAMA.head_dim

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_hammer.checkpoint.hugging_face.architecture import read_architecture
-from megatron_hammer.checkpoint.hugging_face.mapping import expand, select_family
+from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
+from megatron_hammer.checkpoint.hugging_face.tensor_rows import expand, select_family
 from megatron_hammer.checkpoint.verification import megatron_forward, transformers_forward
 from megatron_hammer.checkpoint.verification import verify_conversion as verify
 from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow, verify_model
@@ -167,7 +167,7 @@ def test_a_legacy_checkpoint_is_computed_too(tmp_path, in_process):
     arguments = legacy_arguments(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
     weights = {name: tensor * (1 if tensor.dim() == 1 else 0.2) for name, tensor in llama_weights().items()}
     write_legacy_checkpoint(tmp_path / "legacy", weights, tp=2, stages=((2,), (2,)), arguments=arguments)
-    model = read_architecture(arguments)
+    model = read_saved_model(arguments)
     tensors = {}
     for pair in expand(select_family(model), model):
         parts = pair.layout.split(weights[pair.megatron_name][: pair.megatron_shape[0]], model)

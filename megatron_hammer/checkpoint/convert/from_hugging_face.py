@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.checkpoint.convert.saved_arguments import build_common_state, build_saved_arguments
-from megatron_hammer.checkpoint.hugging_face.architecture import Architecture
 from megatron_hammer.checkpoint.hugging_face.folder import HfFolder, open_hf_folder
-from megatron_hammer.checkpoint.hugging_face.mapping import Layout, TensorPair
+from megatron_hammer.checkpoint.hugging_face.saved_model import Architecture
+from megatron_hammer.checkpoint.hugging_face.tensor_rows import Layout, TensorPair
 from megatron_hammer.checkpoint.verification.rows import CheckRow
 from megatron_hammer.checkpoint.verification.verify_conversion import verify_model
 from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal, is_finite

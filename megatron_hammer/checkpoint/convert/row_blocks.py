@@ -18,8 +18,8 @@ from io import FileIO
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.hugging_face.architecture import Architecture
-from megatron_hammer.checkpoint.hugging_face.mapping import TensorPair
+from megatron_hammer.checkpoint.hugging_face.saved_model import Architecture
+from megatron_hammer.checkpoint.hugging_face.tensor_rows import TensorPair
 from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal, is_finite
 from megatron_hammer.checkpoint_files.safetensors.stream import WrittenTensor, write_at
 from megatron_hammer.checkpoint_files.torch_dist.reader import TorchDistReader

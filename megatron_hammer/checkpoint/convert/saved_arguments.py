@@ -1,6 +1,6 @@
 """The arguments that a checkpoint made from a Hugging Face folder holds in Megatron's place: what is known, no more.
 
-`architecture.read_architecture` gives the same architecture back from them, Megatron's `--use-checkpoint-args` finds
+`architecture.read_saved_model` gives the same architecture back from them, Megatron's `--use-checkpoint-args` finds
 the model's flags in them, and its loader what it compares. There is no recipe: no step was trained. The vocabulary is
 not padded, and no padded size is named, so that each run pads for its own tensor-parallel size.
 """
@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from megatron_hammer.checkpoint.hugging_face.architecture import Architecture
 from megatron_hammer.checkpoint.hugging_face.model_preset import build_model_preset
+from megatron_hammer.checkpoint.hugging_face.saved_model import Architecture
 from megatron_hammer.config.model_arguments import build_model_arguments
 
 CHECKPOINT_VERSION = 3.0  # since Megatron-LM 3.0, in which the rows of QKV have their present order

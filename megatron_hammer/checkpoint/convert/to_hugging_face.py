@@ -18,15 +18,15 @@ from typing import Any
 import torch
 
 from megatron_hammer.checkpoint.convert.weight_export import write_verified_weights
-from megatron_hammer.checkpoint.hugging_face.architecture import Architecture, read_architecture
-from megatron_hammer.checkpoint.hugging_face.mapping import (
+from megatron_hammer.checkpoint.hugging_face.model_card import build_model_card
+from megatron_hammer.checkpoint.hugging_face.saved_model import Architecture, read_saved_model
+from megatron_hammer.checkpoint.hugging_face.tensor_rows import (
     Family,
     TensorPair,
     expand,
     select_family,
     validate_names_and_shapes,
 )
-from megatron_hammer.checkpoint.hugging_face.model_card import build_model_card
 from megatron_hammer.checkpoint.hugging_face.write_config import build_config, build_generation_config
 from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow, Level, verify_model
 from megatron_hammer.checkpoint_files.open import open_checkpoint
@@ -150,7 +150,7 @@ def export_to_hugging_face(
 def _plan_export(options: ExportOptions) -> _Plan:
     """Open the checkpoint and hold its names, shapes and dtypes to its architecture; converts no tensor."""
     reader = open_checkpoint(options.load_dir, iteration=options.iteration, weights=options.weights)
-    model = read_architecture(reader.args, vocab_size=options.vocab_size)
+    model = read_saved_model(reader.args, vocab_size=options.vocab_size)
     family = select_family(model)
     pairs = expand(family, model)
     reader.remove_vocab_padding(model.vocab_size)

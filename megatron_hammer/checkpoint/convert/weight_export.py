@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from megatron_hammer.checkpoint.convert.row_blocks import CopyResult, copy_rows, find_row_runs, find_stored_rows
-from megatron_hammer.checkpoint.hugging_face.architecture import Architecture
-from megatron_hammer.checkpoint.hugging_face.mapping import TensorPair
+from megatron_hammer.checkpoint.hugging_face.saved_model import Architecture
+from megatron_hammer.checkpoint.hugging_face.tensor_rows import TensorPair
 from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal, is_finite
 from megatron_hammer.checkpoint_files.safetensors.stream import Shard, ShardWriter
 from megatron_hammer.checkpoint_files.stored import CheckpointReader

@@ -9,7 +9,7 @@ from megatron_hammer.checkpoint.gguf.file_types import FILE_TYPES
 from megatron_hammer.checkpoint.gguf.gguf_file import ExtraTensor
 from megatron_hammer.checkpoint.gguf.tensors import ROPE_FACTORS, compute_rope_factors
 from megatron_hammer.checkpoint.gguf.tokenizer import GgufVocabulary
-from megatron_hammer.checkpoint.hugging_face.architecture import Architecture
+from megatron_hammer.checkpoint.hugging_face.saved_model import Architecture
 
 
 def describe_model(

@@ -1,7 +1,7 @@
 """The tensors of a GGUF file for one model: names, order, layout and type, all known before a tensor is read.
 
-The Hugging Face side comes from `mapping.py`, so that every tensor has exactly one row; the names on llama.cpp's side
-come from the `gguf` package.
+The Hugging Face side is the rows of `tensor_rows.py`, so that every tensor has exactly one row; the names on the side
+of llama.cpp come from the `gguf` package.
 """
 
 import math
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from megatron_hammer.checkpoint.gguf.file_types import FLOAT_DTYPES, FileType, Place, count_bytes, select_type
 from megatron_hammer.checkpoint.gguf.rotary_rows import permute_rope, unpermute_rope
-from megatron_hammer.checkpoint.hugging_face.architecture import Architecture
-from megatron_hammer.checkpoint.hugging_face.mapping import expand, validate_names_and_shapes
-from megatron_hammer.checkpoint.hugging_face.names import HfSource, HfSources, locate_hf_tensors
-from megatron_hammer.checkpoint.hugging_face.read_config import HfModel
+from megatron_hammer.checkpoint.hugging_face.config_json import HfModel
+from megatron_hammer.checkpoint.hugging_face.saved_model import Architecture
+from megatron_hammer.checkpoint.hugging_face.tensor_rows import expand, validate_names_and_shapes
+from megatron_hammer.checkpoint.hugging_face.tensor_sources import HfSource, HfSources, locate_hf_tensors
 from megatron_hammer.checkpoint_files.safetensors.weight_files import HfWeights, open_hf_weights
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.model.shape import RopeScaling

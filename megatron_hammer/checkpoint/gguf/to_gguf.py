@@ -21,7 +21,7 @@ from megatron_hammer.checkpoint.gguf.metadata import describe_model, list_extra_
 from megatron_hammer.checkpoint.gguf.tensors import GgufTensor, open_hf_tensors, plan_tensors, select_architecture
 from megatron_hammer.checkpoint.gguf.tokenizer import GgufVocabulary, read_vocabulary
 from megatron_hammer.checkpoint.gguf.verification import GgufProof, explain_absence, verify_with_llama_cpp
-from megatron_hammer.checkpoint.hugging_face.read_config import CONFIG_NAME, HfModel, read_hf_architecture
+from megatron_hammer.checkpoint.hugging_face.config_json import CONFIG_NAME, HfModel, read_hf_model
 from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.files.publish import publish_path
@@ -77,7 +77,7 @@ def export_to_gguf(options: GgufOptions, on_step: OnStep = lambda stage, done, t
     started_at_s = time.monotonic()
     _validate_options(options)
     with _open_hugging_face(options, on_step) as hf_dir, publish_path(options.save_path) as partial_path:
-        model = read_hf_architecture(hf_dir)
+        model = read_hf_model(hf_dir)
         file_type = FILE_TYPES[options.file_type]
         arch = MODEL_ARCH_NAMES[select_architecture(model)]
         tensors = plan_tensors(model, file_type)

@@ -1,6 +1,6 @@
 """The fields of a config.json, read one by one; every problem is kept until `raise_problems`, so all are said at once.
 
-`read_config.py` says which field means what in which family; here is how a field is read and when it is refused.
+`config_json.py` says which field means what in which family; here is how a field is read and when it is refused.
 """
 
 from collections.abc import Callable, Mapping, Sequence

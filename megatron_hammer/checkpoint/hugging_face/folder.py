@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.hugging_face.mapping import TensorPair, expand, validate_names_and_shapes
-from megatron_hammer.checkpoint.hugging_face.names import HfSources, locate_hf_tensors
-from megatron_hammer.checkpoint.hugging_face.read_config import HfModel, read_hf_architecture
+from megatron_hammer.checkpoint.hugging_face.config_json import HfModel, read_hf_model
+from megatron_hammer.checkpoint.hugging_face.tensor_rows import TensorPair, expand, validate_names_and_shapes
+from megatron_hammer.checkpoint.hugging_face.tensor_sources import HfSources, locate_hf_tensors
 from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal
 from megatron_hammer.checkpoint_files.safetensors.weight_files import HfWeights, open_hf_weights
 from megatron_hammer.errors import ConversionError
@@ -65,7 +65,7 @@ def open_hf_folder(folder: Path) -> HfFolder:
     Raises ConversionError naming everything in config.json that no mapping expresses, or every fault of the files, or
     every tensor that is missing, unexpected, of another shape or of a dtype that weights do not have.
     """
-    model = read_hf_architecture(folder)
+    model = read_hf_model(folder)
     weights = open_hf_weights(folder)
     pairs = expand(model.family, model.architecture)
     sources = locate_hf_tensors(pairs, model.architecture, weights.shapes)

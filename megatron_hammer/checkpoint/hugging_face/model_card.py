@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from megatron_hammer.checkpoint.hugging_face.architecture import Architecture
-from megatron_hammer.checkpoint.hugging_face.mapping import Family
+from megatron_hammer.checkpoint.hugging_face.saved_model import Architecture
+from megatron_hammer.checkpoint.hugging_face.tensor_rows import Family
 
 
 def build_model_card(

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from megatron_hammer.checkpoint.hugging_face.architecture import Architecture
+from megatron_hammer.checkpoint.hugging_face.saved_model import Architecture
 from megatron_hammer.model.shape import ModelShape
 
 

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.hugging_face.architecture import Architecture
-from megatron_hammer.checkpoint.hugging_face.read_config import CONFIG_NAME
+from megatron_hammer.checkpoint.hugging_face.config_json import CONFIG_NAME
+from megatron_hammer.checkpoint.hugging_face.saved_model import Architecture
 from megatron_hammer.checkpoint.inspection.tensor_views import (
     OpenedCheckpoint,
     TensorView,

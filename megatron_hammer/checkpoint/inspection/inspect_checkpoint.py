@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_hammer.checkpoint.hugging_face.read_config import CONFIG_NAME
+from megatron_hammer.checkpoint.hugging_face.config_json import CONFIG_NAME
 from megatron_hammer.checkpoint.inspection.tensor_statistics import TensorStatistics, measure_tensor
 from megatron_hammer.checkpoint.inspection.tensor_views import (
     OpenedCheckpoint,

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.hugging_face.architecture import Architecture, read_architecture
-from megatron_hammer.checkpoint.hugging_face.mapping import TensorPair, expand, select_family
-from megatron_hammer.checkpoint.hugging_face.names import locate_hf_tensors
-from megatron_hammer.checkpoint.hugging_face.read_config import CONFIG_NAME, read_hf_architecture
+from megatron_hammer.checkpoint.hugging_face.config_json import CONFIG_NAME, read_hf_model
+from megatron_hammer.checkpoint.hugging_face.saved_model import Architecture, read_saved_model
+from megatron_hammer.checkpoint.hugging_face.tensor_rows import TensorPair, expand, select_family
+from megatron_hammer.checkpoint.hugging_face.tensor_sources import locate_hf_tensors
 from megatron_hammer.checkpoint_files.open import find_iteration, is_legacy, open_checkpoint
 from megatron_hammer.checkpoint_files.safetensors.weight_files import (
     PYTORCH_FILE,
@@ -182,5 +182,5 @@ def view_by_table_names(opened: OpenedCheckpoint, model: Architecture) -> dict[s
 def read_model(opened: OpenedCheckpoint, *, vocab_size: int | None = None) -> Architecture:
     """The architecture that the checkpoint describes; raises ConversionError where no mapping expresses it."""
     if opened.is_megatron:
-        return read_architecture(opened.reader.args, vocab_size=vocab_size)
-    return read_hf_architecture(opened.directory).architecture
+        return read_saved_model(opened.reader.args, vocab_size=vocab_size)
+    return read_hf_model(opened.directory).architecture

@@ -92,7 +92,7 @@ def compare_layers(request: ForwardRequest, reference: Any) -> dict[str, Any]:
     for layer in request.layers or ():
         changes = {**_changes(request, len(request.rows)), "num_layers": 1}
         if isinstance(getattr(reader.args, "moe_layer_freq", None), list):
-            changes["moe_layer_freq"] = 1  # read_architecture wants every layer to be a mixture
+            changes["moe_layer_freq"] = 1  # read_saved_model wants every layer to be a mixture
         model = build_model(read_model_arguments(reader.args, **changes))
         _fill(model, reader, request, select_names(reader.tensors, layer))
         hidden = draw_hidden_states(request.num_tokens, reader.args.hidden_size, seed=SEED + layer)

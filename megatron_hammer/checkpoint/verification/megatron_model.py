@@ -18,7 +18,7 @@ from megatron_hammer.errors import CheckpointError
 from megatron_hammer.platforms import megatron_compat
 
 # The saved arguments that decide what a token's logits are. Everything else (layout, precision, kernels, data) is this
-# process's own; what changes the model in another way is refused by architecture.py.
+# process's own; what changes the model in another way is refused by saved_model.py.
 MODEL_ARGUMENTS = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "group_query_attention"),
     *("num_query_groups", "kv_channels", "vocab_size", "max_position_embeddings", "normalization"),

@@ -1,4 +1,4 @@
-"""Names in a legacy checkpoint of any age become mcore's, in the spelling that `mapping.py` is written on.
+"""Names in a legacy checkpoint of any age become mcore's, in the spelling that `tensor_rows.py` is written on.
 
 Before megatron-core a state dict was nested (`language_model`, `encoder`, and `transformer` before that) and spelled
 layers otherwise; megatron-core's are flat. Layers and experts are counted within their rank: reader.py adds the

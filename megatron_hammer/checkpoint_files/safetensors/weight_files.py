@@ -2,7 +2,7 @@
 
 safetensors and pytorch_model.bin, in one file or in shards with an index. No tensor is copied: each is a memory map of
 its own bytes, which goes away with the tensor, so that reading a whole model needs memory for one tensor at a time.
-No file's code is run. Which tensors a model must have is not known here; see `mapping.py`.
+No file's code is run. Which tensors a model must have is not known here; see `tensor_rows.py`.
 """
 
 import json

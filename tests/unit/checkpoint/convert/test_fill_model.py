@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_hammer.checkpoint.convert.fill_model import MasterWeights, fill_chunks, require_every_element
-from megatron_hammer.checkpoint.hugging_face.architecture import read_architecture
 from megatron_hammer.checkpoint.hugging_face.folder import HfFolder, open_hf_folder
-from megatron_hammer.checkpoint.hugging_face.mapping import expand, select_family
+from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
+from megatron_hammer.checkpoint.hugging_face.tensor_rows import expand, select_family
 from megatron_hammer.checkpoint.hugging_face.write_config import build_config
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.model.shape import ModelShape, MoeShape
@@ -52,7 +52,7 @@ def _rank():
 
 def write_folder(folder: Path, model: ModelShape, *, dtype: torch.dtype = torch.float32, **changes: Any) -> HfFolder:
     """Random weights; changes: tensors that replace some, None to leave one out."""
-    architecture = read_architecture(read_arguments(model))
+    architecture = read_saved_model(read_arguments(model))
     family = select_family(architecture)
     generator = torch.Generator().manual_seed(11)
     tensors = {

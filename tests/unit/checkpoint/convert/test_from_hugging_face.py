@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from megatron_hammer.checkpoint.convert import from_hugging_face as import_hf
 from megatron_hammer.checkpoint.convert.from_hugging_face import ImportOptions, import_from_hugging_face
 from megatron_hammer.checkpoint.convert.to_hugging_face import ExportOptions, export_to_hugging_face
-from megatron_hammer.checkpoint.hugging_face.architecture import read_architecture
-from megatron_hammer.checkpoint.hugging_face.mapping import GATE_UP, QKV, TRANSPOSED, Layout
-from megatron_hammer.checkpoint.hugging_face.read_config import interpret_config
+from megatron_hammer.checkpoint.hugging_face.config_json import interpret_config
+from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
+from megatron_hammer.checkpoint.hugging_face.tensor_rows import GATE_UP, QKV, TRANSPOSED, Layout
 from megatron_hammer.checkpoint.verification.rows import CheckRow
 from megatron_hammer.checkpoint_files.open import open_checkpoint
 from megatron_hammer.checkpoint_files.torch_dist.store import TorchDistStore
@@ -105,7 +105,7 @@ def test_the_saved_arguments_are_the_architecture(folder, changes):
     convert(folder)
     reader = open_checkpoint(folder.with_name("save"))
     assert reader.args.imported_from == "hf"
-    assert read_architecture(reader.args) == interpret_config(LLAMA_CONFIG | changes)
+    assert read_saved_model(reader.args) == interpret_config(LLAMA_CONFIG | changes)
     assert not hasattr(reader.args, "padded_vocab_size")
     assert (reader.args.bf16, reader.args.params_dtype, reader.args.consumed_train_samples) == (True, torch.bfloat16, 0)
 

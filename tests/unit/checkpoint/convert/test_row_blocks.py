@@ -8,13 +8,13 @@ import torch
 
 from megatron_hammer.checkpoint.convert import row_blocks as row_copy
 from megatron_hammer.checkpoint.convert.row_blocks import copy_rows, find_row_runs, find_stored_rows
-from megatron_hammer.checkpoint.hugging_face.architecture import read_architecture
-from megatron_hammer.checkpoint.hugging_face.mapping import expand, select_family
+from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
+from megatron_hammer.checkpoint.hugging_face.tensor_rows import expand, select_family
 from megatron_hammer.checkpoint_files.safetensors.stream import ShardWriter, plan_shards
 from megatron_hammer.checkpoint_files.torch_dist.reader import TorchDistReader
 from tests.helpers.toy_checkpoint import GPT2_ARGUMENTS, toy_arguments, toy_llama_tensors, write_toy_checkpoint
 
-MODEL = read_architecture(toy_arguments())
+MODEL = read_saved_model(toy_arguments())
 PAIRS = {pair.megatron_name: pair for pair in expand(select_family(MODEL), MODEL)}
 QKV, FC1 = (f"decoder.layers.1.{name}.weight" for name in ("self_attention.linear_qkv", "mlp.linear_fc1"))
 
@@ -27,7 +27,7 @@ def test_a_layout_says_which_rows_go_where():
 
 
 def test_what_transposes_or_loses_rows_moves_no_rows():
-    gpt2 = read_architecture(toy_arguments(**GPT2_ARGUMENTS))
+    gpt2 = read_saved_model(toy_arguments(**GPT2_ARGUMENTS))
     runs = {pair.megatron_name: find_row_runs(pair, gpt2) for pair in expand(select_family(gpt2), gpt2)}
     assert runs["decoder.layers.1.mlp.linear_fc2.weight"] is runs[QKV] is None
     assert runs["decoder.layers.1.self_attention.linear_qkv.bias"] == [

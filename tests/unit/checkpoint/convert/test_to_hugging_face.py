@@ -15,10 +15,10 @@ from megatron_hammer.checkpoint.convert import row_blocks as row_copy
 from megatron_hammer.checkpoint.convert import to_hugging_face as export
 from megatron_hammer.checkpoint.convert import weight_export
 from megatron_hammer.checkpoint.convert.to_hugging_face import ExportOptions, export_to_hugging_face
-from megatron_hammer.checkpoint.hugging_face import mapping
-from megatron_hammer.checkpoint.hugging_face.architecture import read_architecture
-from megatron_hammer.checkpoint.hugging_face.mapping import expand, select_family
-from megatron_hammer.checkpoint.hugging_face.row_layouts import split_qkv
+from megatron_hammer.checkpoint.hugging_face import tensor_rows as mapping
+from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
+from megatron_hammer.checkpoint.hugging_face.tensor_layouts import split_qkv
+from megatron_hammer.checkpoint.hugging_face.tensor_rows import expand, select_family
 from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow
 from megatron_hammer.checkpoint_files.safetensors import stream as safetensors_stream
 from megatron_hammer.errors import CheckpointError, ConversionError, OutputError
@@ -99,7 +99,7 @@ FAMILIES = {
 @pytest.mark.parametrize("name", FAMILIES)
 def test_transformers_loads_every_family_without_a_missing_tensor(name, tmp_path):
     arguments = toy_arguments(**FAMILIES[name])
-    model = read_architecture(arguments)
+    model = read_saved_model(arguments)
     pairs = expand(select_family(model), model)
     tensors = {pair.megatron_name: torch.randn(pair.megatron_shape) for pair in pairs}
     write_toy_checkpoint(tmp_path / "checkpoint", tensors, arguments=arguments)

@@ -6,10 +6,10 @@ import pytest
 import torch
 import transformers
 
-from megatron_hammer.checkpoint.hugging_face.architecture import read_architecture
-from megatron_hammer.checkpoint.hugging_face.mapping import expand, select_family
+from megatron_hammer.checkpoint.hugging_face.config_json import interpret_config
 from megatron_hammer.checkpoint.hugging_face.model_preset import build_model_preset
-from megatron_hammer.checkpoint.hugging_face.read_config import interpret_config
+from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
+from megatron_hammer.checkpoint.hugging_face.tensor_rows import expand, select_family
 from megatron_hammer.checkpoint.hugging_face.write_config import build_config, build_generation_config
 from megatron_hammer.model.accounting import count_parameters
 from megatron_hammer.presets.catalogue import PRESETS
@@ -43,7 +43,7 @@ def load_config(model, folder, **changes):
 
 @pytest.mark.parametrize("name", CASES)
 def test_transformers_builds_every_mapped_tensor_and_no_other(name, tmp_path):
-    model = read_architecture(toy_arguments(**CASES[name]))
+    model = read_saved_model(toy_arguments(**CASES[name]))
     config = load_config(model, tmp_path)
     with torch.device("meta"):
         built = transformers.AutoModelForCausalLM.from_config(config)
@@ -68,7 +68,7 @@ def test_transformers_builds_every_mapped_tensor_and_no_other(name, tmp_path):
 
 def test_what_decides_the_computation_arrives(tmp_path):
     arguments = toy_arguments(rotary_base=500_000, layernorm_epsilon=3e-6, kv_channels=16)
-    config = load_config(read_architecture(arguments), tmp_path)
+    config = load_config(read_saved_model(arguments), tmp_path)
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 500_000.0}
     assert config.rms_norm_eps == 3e-6
     assert config.head_dim == 16
@@ -78,7 +78,7 @@ def test_what_decides_the_computation_arrives(tmp_path):
 
 
 def test_the_scaled_rope_arrives(tmp_path):
-    config = load_config(read_architecture(toy_arguments(**SCALED_ROPE)), tmp_path)
+    config = load_config(read_saved_model(toy_arguments(**SCALED_ROPE)), tmp_path)
     assert config.rope_parameters == {
         "rope_type": "llama3",
         "rope_theta": 500_000.0,
@@ -92,14 +92,14 @@ def test_the_scaled_rope_arrives(tmp_path):
 @pytest.mark.parametrize("is_pre_softmax", [False, True])
 def test_the_router_arrives(is_pre_softmax, tmp_path):
     arguments = toy_arguments(**MOE_ARGUMENTS | {"moe_router_pre_softmax": is_pre_softmax})
-    config = load_config(read_architecture(arguments), tmp_path)
+    config = load_config(read_saved_model(arguments), tmp_path)
     assert config.norm_topk_prob == (not is_pre_softmax)
     assert (config.num_experts, config.num_experts_per_tok) == (5, 2)
 
 
 @pytest.mark.parametrize("fusion, activation", [(True, "gelu_new"), (False, "gelu")])
 def test_the_activation_of_gpt2_arrives(fusion, activation, tmp_path):
-    model = read_architecture(toy_arguments(**GPT2_ARGUMENTS | {"bias_gelu_fusion": fusion}))
+    model = read_saved_model(toy_arguments(**GPT2_ARGUMENTS | {"bias_gelu_fusion": fusion}))
     assert load_config(model, tmp_path).activation_function == activation
 
 
@@ -114,7 +114,7 @@ def test_every_preset_has_a_class_with_exactly_its_parameters(name):
 
     preset = PRESETS[name].model
     arguments = toy_arguments(**build_model_arguments(preset), bias_gelu_fusion=True, moe_layer_freq=1)
-    model = read_architecture(arguments)
+    model = read_saved_model(arguments)
     pairs = expand(select_family(model), model)
     num_parameters = sum(torch.Size(shape).numel() for pair in pairs for shape in pair.hf_shapes)
     assert num_parameters == count_parameters(preset) == PRESETS[name].num_parameters

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_hammer.checkpoint.hugging_face.architecture import read_architecture
-from megatron_hammer.checkpoint.hugging_face.mapping import expand, select_family, validate_names_and_shapes
+from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
+from megatron_hammer.checkpoint.hugging_face.tensor_rows import expand, select_family, validate_names_and_shapes
 from megatron_hammer.checkpoint_files.legacy.reader import open_legacy_checkpoint
 from megatron_hammer.checkpoint_files.legacy.tensor_parallel import order_qkv_by_version, split_gated_columns
 from megatron_hammer.errors import CheckpointError, ConversionError
@@ -218,7 +218,7 @@ def test_models_of_before_megatron_core_are_read(tmp_path, part, checkpoint_vers
         checkpoint_version=checkpoint_version, _use_new_zipfile_serialization=is_zip,
     )  # fmt: skip
     reader = assert_reads(target, weights)
-    model = read_architecture(reader.args)
+    model = read_saved_model(reader.args)
     pairs = expand(select_family(model), model)
     shapes = {name: stored.shape for name, stored in reader.tensors.items()}
     validate_names_and_shapes({pair.megatron_name: pair.megatron_shape for pair in pairs}, shapes, where="here")
@@ -235,7 +235,7 @@ def test_what_an_old_megatron_did_not_save_is_what_it_did(tmp_path):
 
     toy = legacy_arguments(**GPT2)
     target = write_legacy_checkpoint(tmp_path, weights, arguments=toy, change=respell, checkpoint_version=2.0)
-    model = read_architecture(assert_reads(target, weights).args)
+    model = read_saved_model(assert_reads(target, weights).args)
     assert select_family(model).hf_class == "GPT2LMHeadModel"
     assert (model.head_dim, model.num_query_groups, model.vocab_size) == (HEAD_DIM, HEADS, 64)
     assert (model.has_tied_embeddings, model.has_linear_bias, model.position_embedding_type) == (

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_hammer.checkpoint.hugging_face.row_layouts import (
+from megatron_hammer.checkpoint.hugging_face.tensor_layouts import (
     merge_gate_up,
     merge_qkv,
     pad_vocab,

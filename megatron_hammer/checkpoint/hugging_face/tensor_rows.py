@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.hugging_face.architecture import Architecture
-from megatron_hammer.checkpoint.hugging_face.row_layouts import merge_gate_up, merge_qkv, split_gate_up, split_qkv
+from megatron_hammer.checkpoint.hugging_face.saved_model import Architecture
+from megatron_hammer.checkpoint.hugging_face.tensor_layouts import merge_gate_up, merge_qkv, split_gate_up, split_qkv
 from megatron_hammer.errors import ConversionError
 
 Shape = tuple[int, ...]

@@ -4,14 +4,14 @@ import argparse
 
 import pytest
 
-from megatron_hammer.checkpoint.hugging_face.architecture import read_architecture
+from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.model.shape import RopeScaling
 from tests.helpers.toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments
 
 
 def test_llama_is_read():
-    model = read_architecture(toy_arguments())
+    model = read_saved_model(toy_arguments())
     assert (model.num_query_groups, model.head_dim, model.vocab_size) == (2, 4, 53)
     assert model.activation == "swiglu"
     assert not model.has_tied_embeddings
@@ -20,41 +20,41 @@ def test_llama_is_read():
 
 def test_without_grouped_queries_every_head_is_a_group():
     # Megatron's own default of --num-query-groups is 1, which means nothing without --group-query-attention.
-    assert read_architecture(toy_arguments(group_query_attention=False, num_query_groups=1)).num_query_groups == 6
+    assert read_saved_model(toy_arguments(group_query_attention=False, num_query_groups=1)).num_query_groups == 6
 
 
 def test_the_vocabulary_may_be_given_or_left_padded():
-    assert read_architecture(toy_arguments(), vocab_size=50).vocab_size == 50
-    assert read_architecture(toy_arguments(vocab_size=None)).vocab_size == 64
+    assert read_saved_model(toy_arguments(), vocab_size=50).vocab_size == 50
+    assert read_saved_model(toy_arguments(vocab_size=None)).vocab_size == 64
     with pytest.raises(ConversionError, match="vocab_size: the checkpoint's arguments must hold it"):
-        read_architecture(toy_arguments(vocab_size=None, padded_vocab_size=None))
+        read_saved_model(toy_arguments(vocab_size=None, padded_vocab_size=None))
 
 
 @pytest.mark.parametrize("fusion, activation", [(True, "gelu_tanh"), (False, "gelu_erf")])
 def test_gelu_is_the_approximation_only_where_megatron_fuses_it(fusion, activation):
     arguments = toy_arguments(**GPT2_ARGUMENTS | {"bias_gelu_fusion": fusion})
-    assert read_architecture(arguments).activation == activation
+    assert read_saved_model(arguments).activation == activation
 
 
 def test_experts_are_read():
-    model = read_architecture(toy_arguments(**MOE_ARGUMENTS))
+    model = read_saved_model(toy_arguments(**MOE_ARGUMENTS))
     assert (model.moe.num_experts, model.moe.router_topk, model.moe.ffn_hidden_size) == (5, 2, 12)
     assert model.moe.is_topk_renormalized
-    pre_softmax = read_architecture(toy_arguments(**MOE_ARGUMENTS | {"moe_router_pre_softmax": True}))
+    pre_softmax = read_saved_model(toy_arguments(**MOE_ARGUMENTS | {"moe_router_pre_softmax": True}))
     assert not pre_softmax.moe.is_topk_renormalized
 
 
 def test_leading_dense_layers_are_refused():
     arguments = toy_arguments(**MOE_ARGUMENTS | {"moe_layer_freq": [0, 1, 1]})
     with pytest.raises(ConversionError, match=r"moe_layer_freq=\[0, 1, 1\]"):
-        read_architecture(arguments)
-    assert read_architecture(toy_arguments(**MOE_ARGUMENTS | {"moe_layer_freq": [1, 1, 1]})).moe
+        read_saved_model(arguments)
+    assert read_saved_model(toy_arguments(**MOE_ARGUMENTS | {"moe_layer_freq": [1, 1, 1]})).moe
 
 
 def test_all_that_no_mapping_expresses_is_said_at_once():
     arguments = toy_arguments(qk_l2_norm=True, rotary_percent=0.5, multi_latent_attention=True, mtp_num_layers=1)
     with pytest.raises(ConversionError) as caught:
-        read_architecture(arguments)
+        read_saved_model(arguments)
     assert {problem.split(":")[0] for problem in caught.value.problems} == {
         "qk_l2_norm",
         "rotary_percent",
@@ -78,15 +78,15 @@ def test_all_that_no_mapping_expresses_is_said_at_once():
 )
 def test_what_changes_the_computation_is_refused(name, value):
     with pytest.raises(ConversionError, match=f"^{name}: cannot be exported, got {name}="):
-        read_architecture(toy_arguments(**MOE_ARGUMENTS, **{name: value}))
-    read_architecture(toy_arguments(**MOE_ARGUMENTS, moe_router_load_balancing_type=["aux_loss", "seq_aux_loss"]))
+        read_saved_model(toy_arguments(**MOE_ARGUMENTS, **{name: value}))
+    read_saved_model(toy_arguments(**MOE_ARGUMENTS, moe_router_load_balancing_type=["aux_loss", "seq_aux_loss"]))
 
 
 def test_megatrons_defaults_are_expressible():
     """A list of refusals that refuses what nobody asked for would stop every export."""
     from megatron.training.arguments import add_megatron_arguments
 
-    from megatron_hammer.checkpoint.hugging_face.architecture import _EXPRESSIBLE
+    from megatron_hammer.checkpoint.hugging_face.saved_model import _EXPRESSIBLE
 
     parser = add_megatron_arguments(argparse.ArgumentParser(add_help=False, allow_abbrev=False))
     defaults = {action.dest: action.default for action in parser._actions}
@@ -100,41 +100,41 @@ def test_megatrons_defaults_are_expressible():
 
 
 def test_norms_of_queries_and_keys_and_heads_of_any_width_are_read():
-    model = read_architecture(toy_arguments(qk_layernorm=True, kv_channels=10))
+    model = read_saved_model(toy_arguments(qk_layernorm=True, kv_channels=10))
     assert (model.has_qk_norm, model.head_dim) == (True, 10)
-    assert not read_architecture(toy_arguments()).has_qk_norm
+    assert not read_saved_model(toy_arguments()).has_qk_norm
 
 
 def test_our_training_builds_the_rope_with_the_factor_asked_for_and_megatrons_own_with_8():
     scaled = {"use_rope_scaling": True, "rope_scaling_factor": 32.0}
-    assert read_architecture(toy_arguments(**scaled)).rope_scaling == RopeScaling(factor=32.0)
-    assert read_architecture(toy_arguments(rope_scaling_factor=32.0)).rope_scaling is None
+    assert read_saved_model(toy_arguments(**scaled)).rope_scaling == RopeScaling(factor=32.0)
+    assert read_saved_model(toy_arguments(rope_scaling_factor=32.0)).rope_scaling is None
     plain_megatron = toy_arguments(use_rope_scaling=True, rope_scaling_factor=8.0)
     del plain_megatron.embedding_norm
-    assert read_architecture(plain_megatron).rope_scaling == RopeScaling()
+    assert read_saved_model(plain_megatron).rope_scaling == RopeScaling()
     plain_megatron.rope_scaling_factor = 32.0
     with pytest.raises(
         ConversionError,
         match=r"^rope_scaling_factor: must be 8, with which Megatron-LM builds whatever is asked for, got "
         r"rope_scaling_factor=32\. Load and save it once with --rope-scaling-factor and what it was trained with\.$",
     ):
-        read_architecture(plain_megatron)
+        read_saved_model(plain_megatron)
 
 
 def test_a_rope_is_scaled_in_one_way():
     assert (
-        read_architecture(toy_arguments(rotary_seq_len_interpolation_factor=4)).rotary_seq_len_interpolation_factor == 4
+        read_saved_model(toy_arguments(rotary_seq_len_interpolation_factor=4)).rotary_seq_len_interpolation_factor == 4
     )
-    assert read_architecture(toy_arguments(rotary_seq_len_interpolation_factor=1)) == read_architecture(toy_arguments())
+    assert read_saved_model(toy_arguments(rotary_seq_len_interpolation_factor=1)) == read_saved_model(toy_arguments())
     with pytest.raises(
         ConversionError,
         match=r"^rotary_seq_len_interpolation_factor: cannot be exported together with use_rope_scaling, got "
         r"rotary_seq_len_interpolation_factor=4: transformers scales a rope in one way\. "
         r"Keep the checkpoint in Megatron's format\.$",
     ):
-        read_architecture(toy_arguments(rotary_seq_len_interpolation_factor=4, use_rope_scaling=True))
+        read_saved_model(toy_arguments(rotary_seq_len_interpolation_factor=4, use_rope_scaling=True))
 
 
 def test_a_gate_of_no_shared_expert_is_none():
     arguments = toy_arguments(**MOE_ARGUMENTS | {"moe_shared_expert_intermediate_size": None})
-    assert not read_architecture(arguments).moe.has_shared_expert_gate
+    assert not read_saved_model(arguments).moe.has_shared_expert_gate

@@ -1,6 +1,6 @@
 """How Megatron and Hugging Face arrange the same numbers: pairs of pure functions, each the exact inverse of the other.
 
-No arithmetic, no IO, no names of checkpoints; `mapping.py` says which tensor takes which layout.
+No arithmetic, no IO, no names of checkpoints; `tensor_rows.py` says which tensor takes which layout.
 """
 
 import torch

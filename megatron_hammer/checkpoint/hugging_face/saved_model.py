@@ -15,7 +15,7 @@ from megatron_hammer.model.shape import MoeShape, RopeScaling
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
-    """One model in mcore's names; everything that `mapping.py` and `write_config.py` look at."""
+    """One model in mcore's names; everything that `tensor_rows.py` and `write_config.py` look at."""
 
     num_layers: int
     hidden_size: int
@@ -44,7 +44,7 @@ class Architecture:
 
     @property
     def dims(self) -> dict[str, int]:
-        """The symbols in which `mapping.py` writes shapes."""
+        """The symbols in which `tensor_rows.py` writes shapes."""
         moe = self.moe
         return {
             "h": self.hidden_size,
@@ -115,7 +115,7 @@ _EXPRESSIBLE: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def read_architecture(args: Any, *, vocab_size: int | None = None) -> Architecture:
+def read_saved_model(args: Any, *, vocab_size: int | None = None) -> Architecture:
     """The architecture in Megatron's saved arguments; `vocab_size` replaces theirs (before padding).
 
     Raises ConversionError with one sentence for every argument that no mapping expresses.

@@ -6,10 +6,10 @@ import json
 import pytest
 import transformers
 
-from megatron_hammer.checkpoint.hugging_face.architecture import read_architecture
-from megatron_hammer.checkpoint.hugging_face.mapping import select_family
+from megatron_hammer.checkpoint.hugging_face.config_json import interpret_config, read_hf_model
 from megatron_hammer.checkpoint.hugging_face.model_preset import build_model_preset
-from megatron_hammer.checkpoint.hugging_face.read_config import interpret_config, read_hf_architecture
+from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
+from megatron_hammer.checkpoint.hugging_face.tensor_rows import select_family
 from megatron_hammer.checkpoint.hugging_face.write_config import build_config
 from megatron_hammer.config.model_arguments import build_model_arguments
 from megatron_hammer.errors import ConversionError
@@ -88,9 +88,9 @@ def write_config(model, folder):
 
 @pytest.mark.parametrize("name", CASES)
 def test_an_architecture_comes_back_exactly(name, tmp_path):
-    model = read_architecture(toy_arguments(**CASES[name]))
+    model = read_saved_model(toy_arguments(**CASES[name]))
     write_config(model, tmp_path)
-    read = read_hf_architecture(tmp_path)
+    read = read_hf_model(tmp_path)
     assert read.architecture == model
     assert read.family == select_family(model)
     assert read.dtype == "bfloat16"
@@ -100,10 +100,10 @@ def test_an_architecture_comes_back_exactly(name, tmp_path):
 @pytest.mark.parametrize("name", CASES)
 def test_an_architecture_comes_back_exactly_from_what_transformers_saves(name, tmp_path):
     """transformers reads our file and writes its own, in its own spelling."""
-    model = read_architecture(toy_arguments(**CASES[name]))
+    model = read_saved_model(toy_arguments(**CASES[name]))
     write_config(model, tmp_path)
     transformers.AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
-    read = read_hf_architecture(tmp_path / "again")
+    read = read_hf_model(tmp_path / "again")
     assert read.architecture == model
     assert read.dtype == "bfloat16"
 
@@ -111,13 +111,13 @@ def test_an_architecture_comes_back_exactly_from_what_transformers_saves(name, t
 @pytest.mark.parametrize("name", CASES)
 def test_the_preset_of_an_architecture_asks_megatron_for_the_same(name):
     """Megatron's flags for the preset, read as a checkpoint's saved arguments are, give the architecture again."""
-    model = read_architecture(toy_arguments(**CASES[name]))
+    model = read_saved_model(toy_arguments(**CASES[name]))
     preset = build_model_preset(model, name="toy", source="here")
     training = {"attention_dropout": model.attention_dropout, "hidden_dropout": model.hidden_dropout}
     arguments = toy_arguments(
         **{"bias_gelu_fusion": True, "moe_layer_freq": 1} | build_model_arguments(preset) | training
     )
-    assert read_architecture(arguments) == model
+    assert read_saved_model(arguments) == model
 
 
 def test_twin_another_field_gives_another_architecture():
@@ -325,13 +325,13 @@ def test_a_folder_without_a_readable_file_is_refused(tmp_path):
     with pytest.raises(
         ConversionError, match=r"config\.json: must exist, got none\. Pass a Hugging Face model folder\."
     ):
-        read_hf_architecture(tmp_path)
+        read_hf_model(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConversionError, match=r"config\.json: must be readable JSON, got .* Fetch the file again\."):
-        read_hf_architecture(tmp_path)
+        read_hf_model(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ConversionError, match=r"must hold one JSON object, got list\. Fetch the file again\."):
-        read_hf_architecture(tmp_path)
+        read_hf_model(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -339,4 +339,4 @@ def test_a_folder_without_a_readable_file_is_refused(tmp_path):
 )
 def test_the_dtype_is_read(value, dtype, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"torch_dtype": value}))
-    assert read_hf_architecture(tmp_path).dtype == dtype
+    assert read_hf_model(tmp_path).dtype == dtype

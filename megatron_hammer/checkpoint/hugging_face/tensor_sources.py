@@ -1,6 +1,6 @@
 """Where the tensors of the table lie in a Hugging Face folder, which may spell or pack them in another way.
 
-The table (`mapping.py`) has the names that transformers writes by default. Folders in use also hold GPT-2 without
+The table (`tensor_rows.py`) has the names that transformers writes by default. Folders in use also hold GPT-2 without
 its `transformer.` prefix, all experts of a layer in one tensor (transformers 5 with save_original_format=False), a head
 beside the embedding that it is tied to, and buffers that are no weights. Nothing else is guessed: what is left over
 keeps its own name, so that `validate_names_and_shapes` reports it.
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron_hammer.checkpoint.hugging_face.architecture import Architecture
-from megatron_hammer.checkpoint.hugging_face.mapping import Shape, TensorPair
+from megatron_hammer.checkpoint.hugging_face.saved_model import Architecture
+from megatron_hammer.checkpoint.hugging_face.tensor_rows import Shape, TensorPair
 
 _PREFIXES = ("transformer.", "model.")
 _HEAD, _EMBEDDING = "lm_head.weight", "embedding.word_embeddings.weight"

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from megatron_hammer.checkpoint.hugging_face.architecture import read_architecture
-from megatron_hammer.checkpoint.hugging_face.mapping import expand, select_family, validate_names_and_shapes
+from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
+from megatron_hammer.checkpoint.hugging_face.tensor_rows import expand, select_family, validate_names_and_shapes
 from megatron_hammer.errors import ConversionError
 from tests.helpers.toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments
 
@@ -26,13 +26,13 @@ FAMILIES = {
 
 
 def pairs_of(name: str):
-    model = read_architecture(toy_arguments(**FAMILIES[name][0]))
+    model = read_saved_model(toy_arguments(**FAMILIES[name][0]))
     return model, expand(select_family(model), model)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_family_is_the_class_of_transformers(name):
-    assert select_family(read_architecture(toy_arguments(**FAMILIES[name][0]))).hf_class == FAMILIES[name][1]
+    assert select_family(read_saved_model(toy_arguments(**FAMILIES[name][0]))).hf_class == FAMILIES[name][1]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -98,7 +98,7 @@ def test_every_expert_has_its_own_names():
 )
 def test_an_architecture_without_a_class_is_refused(changes, message):
     with pytest.raises(ConversionError, match=message):
-        select_family(read_architecture(toy_arguments(**changes)))
+        select_family(read_saved_model(toy_arguments(**changes)))
 
 
 def test_everything_that_does_not_fit_is_said_at_once():

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from megatron_hammer.checkpoint.hugging_face.architecture import read_architecture
-from megatron_hammer.checkpoint.hugging_face.mapping import expand, select_family, validate_names_and_shapes
-from megatron_hammer.checkpoint.hugging_face.names import locate_hf_tensors
+from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
+from megatron_hammer.checkpoint.hugging_face.tensor_rows import expand, select_family, validate_names_and_shapes
+from megatron_hammer.checkpoint.hugging_face.tensor_sources import locate_hf_tensors
 from megatron_hammer.errors import ConversionError
 from tests.helpers.toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments
 
@@ -15,7 +15,7 @@ QWEN3_MOE = MIXTRAL | {"qk_layernorm": True}
 
 def build_table(**changes):
     """Architecture, pairs, and random tensors under the table's own names."""
-    model = read_architecture(toy_arguments(**changes))
+    model = read_saved_model(toy_arguments(**changes))
     pairs = expand(select_family(model), model)
     generator = torch.Generator().manual_seed(1)
     tensors = {

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_hammer.checkpoint.hugging_face.architecture import Architecture
 from megatron_hammer.checkpoint.hugging_face.config_fields import HfFields
-from megatron_hammer.checkpoint.hugging_face.mapping import Family, select_family
+from megatron_hammer.checkpoint.hugging_face.saved_model import Architecture
+from megatron_hammer.checkpoint.hugging_face.tensor_rows import Family, select_family
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.model.shape import MoeShape
 
@@ -32,7 +32,7 @@ class HfModel:
     config: dict[str, Any]
 
 
-def read_hf_architecture(path: Path) -> HfModel:
+def read_hf_model(path: Path) -> HfModel:
     """The model of a Hugging Face folder, or of a config.json under any name.
 
     Raises ConversionError naming every field that cannot be converted.
