@@ -5,6 +5,9 @@ apex is absent on purpose: the package of that name on the index is another proj
 if you want it; everything here works without it.
 """
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 PYTHON_REQUIRES = ">=3.12,<3.14"
@@ -34,8 +37,9 @@ INSTALL_REQUIRES = [
 
 EXTRAS_REQUIRE = {
     # Both compile against the torch that is already there: pip install --no-build-isolation -e .[gpu]
-    "gpu": ["transformer-engine[pytorch]>=2.10", "flash-attn>=2.8"],
-    "convert": ["gguf>=0.19", "xllamacpp>=2026.10"],
+    "gpu": ["transformer-engine[pytorch]>=2.14,<2.21"],
+    "flash-attn": ["flash-attn>=2.8"],  # not needed on Hopper, where TransformerEngine uses cuDNN's attention
+    "gguf": ["gguf>=0.19", "xllamacpp>=2026.10"],
     "logging": ["tensorboard>=2.18", "wandb>=0.19"],
     "dev": [
         "pytest>=8.3",
@@ -49,17 +53,23 @@ EXTRAS_REQUIRE = {
     ],
 }
 
+PACKAGE_DATA = ["py.typed", "*.c", "*.csv", "*.j2", "*.toml"]
+
+
+def read_version() -> str:
+    text = Path(__file__).with_name("megatron_hammer").joinpath("__init__.py").read_text(encoding="utf-8")
+    return re.search(r'__version__ = "(.+)"', text)[1]
+
+
 if __name__ == "__main__":
     setup(
         name="megatron_hammer",
-        version="0.1.0",
+        version=read_version(),
         description="A complete, checkable pretraining system for Llama-class models on megatron-core",
         license="MIT",
         packages=find_packages(include=["megatron_hammer*"]),
-        package_data={
-            "megatron_hammer.tokenizer.encoding": ["*.c"],
-            "megatron_hammer.scaling": ["*/*.toml", "*/*.j2"],
-        },
+        package_data={"": PACKAGE_DATA},
+        entry_points={"console_scripts": ["hammer = megatron_hammer.cli.hammer:main"]},
         python_requires=PYTHON_REQUIRES,
         install_requires=INSTALL_REQUIRES,
         extras_require=EXTRAS_REQUIRE,

@@ -31,7 +31,7 @@ fail() {
     exit 2
 }
 
-list_missing() { "$1" "$root/tools/check_environment.py" ${extras[@]+"${extras[@]}"} 2>/dev/null </dev/null; }
+list_missing() { "$1" "$root/tools/check_environment.py" ${extras[@]+"${extras[@]}"} </dev/null; }
 
 # Print the version and the real path (behind a pyenv shim) of an interpreter, or fail if it does not run.
 probe() { "$1" -c 'import sys; print("%d.%d.%d %s" % (sys.version_info[:3] + (sys.executable,)))' 2>/dev/null </dev/null; }
@@ -50,7 +50,7 @@ use_interpreter_in_use() {
         read -r version path < <(probe "$candidate") || continue
         [[ "$version" == 3.12.* || "$version" == 3.13.* ]] || continue
         [[ "$path" != "$venv/"* ]] || continue # judged by its stamp, below
-        if missing="$(list_missing "$path")"; then use "$path" "using $candidate, which has everything, untouched"; fi
+        if missing="$(list_missing "$path" 2>/dev/null)"; then use "$path" "using $candidate, which has everything, untouched"; fi
         if [[ -n "$missing" && "$missing" != torch[\>=\<]* ]]; then
             say "$candidate lacks ${missing//$'\n'/, }; leaving it alone." \
                 "To use it: $path -m pip install '${missing//$'\n'/"' '"}'"
@@ -63,7 +63,7 @@ is_venv_ready() {
     [[ -x "$venv/bin/python" ]] || return 1
     # No stamp: somebody else made this .venv; what it holds decides.
     stamp="$(cat "$stamp_path" 2>/dev/null)" || stamp="$(fingerprint)"
-    [[ "$stamp" == "$(fingerprint)" ]] && list_missing "$venv/bin/python" >/dev/null
+    [[ "$stamp" == "$(fingerprint)" ]] && list_missing "$venv/bin/python" &>/dev/null
 }
 
 lock_venv() {
@@ -154,6 +154,6 @@ else
     make_venv
 fi
 install_into_venv
-is_venv_ready || fail ".venv: everything must be there after the installation, still lacks: $(list_missing "$venv/bin/python")." \
+is_venv_ready || fail ".venv: everything must be there after the installation, still lacks: $(list_missing "$venv/bin/python" 2>&1)." \
     "Delete $venv and run again."
 use "$venv/bin/python" ".venv is ready"

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Weigh data sets against each other for training, and preview what a run would draw from each.
 
 Prints a --data-path line, and with a budget the tokens and epochs of every source. Each source is the prefix of a
@@ -54,7 +53,7 @@ def parse_count(text: str) -> int:
     return count
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="+", metavar="[NAME=]PREFIX", help="pairs to blend, without .bin or .idx")
     parser.add_argument("--split", help="shares of training, validation and test, as in training; all to training")
@@ -72,12 +71,12 @@ def parse_arguments() -> argparse.Namespace:
     budget.add_argument("--cap-epochs", action="store_true", help="lower such weights, and raise the others")
     parser.add_argument("--output", type=Path, help="file to write for --data-args-path")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 @exit_on_user_error
-def main() -> None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
     budget = read_budget(arguments)
     sources = read_sources(arguments.sources, arguments.split)
     weights = round_weights(choose_weights(arguments, sources, budget))
@@ -179,7 +178,3 @@ def summarise(sources: Sequence[BlendSource], budget: Budget | None, arguments: 
         f"{len(sources)} sources, {total_tokens:,} training tokens; the run draws {budget.num_samples:,} samples of "
         f"{budget.seq_length:,}, {budget.num_tokens:,} tokens, {budget.num_tokens / total_tokens:.3f} epochs{written}"
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Build the sample indices of a training run beforehand, in one process, so that no rank waits for them.
 
     python tools/build_data_cache.py --preset hammer-1b4 --data-path data/corpus_text_document --data-cache-path cache
@@ -7,15 +6,16 @@ Takes the flags of the training run; the indices depend on its data, split, seed
 """
 
 import sys
+from collections.abc import Sequence
 
 from megatron_hammer.errors import ConfigError, exit_on_user_error
 
 
 @exit_on_user_error
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     from megatron_hammer.training.pretrain import open_terminal, prepare
 
-    arguments = prepare(["--platform", "cpu", *sys.argv[1:]], is_plan=True)
+    arguments = prepare(["--platform", "cpu", *(sys.argv[1:] if argv is None else argv)], is_plan=True)
     if arguments.namespace.data_cache_path is None:
         raise ConfigError(
             "data-cache-path: must name the folder that training will read, got none. Pass --data-cache-path DIR."
@@ -33,7 +33,3 @@ def main() -> None:
     counts = build_data_cache(arguments.namespace)
     samples = ", ".join(f"{count:,} {split}" for split, count in counts.items())
     print(f"{arguments.namespace.data_cache_path}: samples: {samples}", file=terminal)
-
-
-if __name__ == "__main__":
-    main()

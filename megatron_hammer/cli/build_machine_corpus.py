@@ -1,14 +1,14 @@
-#!/usr/bin/env python3
 """Build a small corpus for demonstrations from text found on this machine; nothing is downloaded."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_hammer.corpus.machine_text import build_machine_corpus
 from megatron_hammer.errors import exit_on_user_error
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="the .jsonl to write")
     parser.add_argument("--max-bytes", type=int, default=12_000_000, help="stop at this much text (%(default)s)")
@@ -17,12 +17,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--valid-ratio", type=float, default=0.02, help="share of documents held out, by hash (%(default)s)"
     )
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 @exit_on_user_error
-def main() -> None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
     corpus = build_machine_corpus(
         arguments.output,
         max_bytes=arguments.max_bytes,
@@ -36,7 +36,3 @@ def main() -> None:
     skipped = ", ".join(f"{count} {cause}" for cause, count in sorted(corpus.skipped.items())) or "none"
     num_documents = corpus.num_train_documents + corpus.num_valid_documents
     print(f"{num_documents + corpus.skipped.total()} documents found, {num_documents} written, skipped: {skipped}")
-
-
-if __name__ == "__main__":
-    main()

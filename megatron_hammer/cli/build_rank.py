@@ -8,12 +8,13 @@ All other flags are training's. Exit code 2: the layout cannot be; 1: what was b
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 
 from megatron_hammer.errors import exit_on_user_error
 
 
 @exit_on_user_error
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Build one rank of a large run alone. Any flag of training is taken too.", allow_abbrev=False
     )
@@ -21,7 +22,7 @@ def main() -> int:
     parser.add_argument("--world-size", type=int, required=True, help="ranks of the whole run")
     parser.add_argument("--rank", type=int, required=True, help="the one to build, from 0")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    arguments, rest = parser.parse_known_args()
+    arguments, rest = parser.parse_known_args(argv)
 
     from megatron_hammer.training.build_rank import DisagreementError, build_rank, print_built_rank
 
@@ -36,7 +37,3 @@ def main() -> int:
     else:
         print_built_rank(built)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

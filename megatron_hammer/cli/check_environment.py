@@ -1,34 +1,82 @@
-"""Say which of this repository's requirements the running interpreter lacks, in about a tenth of a second.
+"""Say which requirements of this package the running interpreter lacks, in about a tenth of a second.
 
-It reads installed versions only and imports none of the packages: torch alone takes seconds. It asks for nothing but
-the standard library and `packaging`, because it runs on interpreters that nobody has set up yet. stdout has one
-requirement a line, as pip takes it; exit 0: nothing is missing, 1: something is.
-Used by tools/setup_environment.sh and docker/Dockerfile.
+It reads installed versions only and imports none of the packages: torch alone takes seconds. It needs nothing but the
+standard library and `packaging`, because it also runs on interpreters where nothing was installed yet. stdout has one
+requirement per line, in pip's syntax. Exit code 0: nothing is missing; 1: something is; 2: an unknown extra.
+Used by tools/find_or_make_python.sh and docker/Dockerfile.
 """
 
 import argparse
 import ast
 import platform
-import sys
+import re
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
-SETUP_PATH = Path(__file__).resolve().parent.parent / "setup.py"
+CLONE = Path(__file__).resolve().parents[2]
+SETUP_NAMES = ("PYTHON_REQUIRES", "INSTALL_REQUIRES", "EXTRAS_REQUIRE")
 
 
-def read_setup_literals(setup_path: Path) -> dict[str, object]:
-    """The constants of setup.py by name, read without running it (setuptools may be absent)."""
+class Requirements(NamedTuple):
+    python: str
+    packages: list[str]
+    extras: dict[str, list[str]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Print the requirements of setup.py that this interpreter lacks.")
+    parser.add_argument("--extra", action="append", default=[], help="also check this extra of setup.py; repeatable")
+    parser.add_argument("--setup-path", type=Path, default=find_setup(), help="the setup.py to read")
+    arguments = parser.parse_args(argv)
+
+    required = read_installed() if arguments.setup_path is None else read_setup(arguments.setup_path)
+    packages = list(required.packages)
+    for extra in arguments.extra:
+        if extra not in required.extras:
+            parser.error(
+                f"--extra: must be an extra of setup.py, got {extra}. Use one of {', '.join(required.extras)}."
+            )
+        packages += required.extras[extra]
+    missing = select_missing(packages)
+    if not missing and not is_python_supported(required.python):
+        missing = [f"python{required.python}"]
+    print("\n".join(missing), end="\n" if missing else "")
+    return 1 if missing else 0
+
+
+def find_setup() -> Path | None:
+    """The clone's setup.py; None where the package was installed without a clone."""
+    is_clone = (CLONE / "tools" / "check_environment.py").is_file()
+    return CLONE / "setup.py" if is_clone else None
+
+
+def read_setup(setup_path: Path) -> Requirements:
+    """The requirements in setup.py, read without running it (setuptools may be absent)."""
     literals = {}
     for node in ast.parse(setup_path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in SETUP_NAMES:
             literals[node.targets[0].id] = ast.literal_eval(node.value)
-    return literals
+    return Requirements(*(literals[name] for name in SETUP_NAMES))
+
+
+def read_installed() -> Requirements:
+    """The same requirements, from the metadata that pip installed with the package."""
+    distribution = metadata.distribution("megatron_hammer")
+    packages: list[str] = []
+    extras: dict[str, list[str]] = {name: [] for name in distribution.metadata.get_all("Provides-Extra") or ()}
+    for line in distribution.requires or ():
+        text, _, marker = line.partition(";")
+        extra = re.search(r"""extra == ["']([\w-]+)["']""", marker)
+        (extras[extra[1]] if extra else packages).append(text.strip())
+    return Requirements(distribution.metadata["Requires-Python"], packages, extras)
 
 
 def select_missing(requirements: list[str]) -> list[str]:
     """The requirements that are absent or installed at a version out of range, unchanged and in order.
 
-    A vendor's build counts as the release it is named after: 2.13.0a0+git.nv26 satisfies torch>=2.13.
+    A vendor's build counts as the release in its name: 2.13.0a0+git.nv26 satisfies torch>=2.13.
     """
     try:
         from packaging.requirements import Requirement
@@ -52,27 +100,3 @@ def is_python_supported(python_requires: str) -> bool:
     from packaging.specifiers import SpecifierSet
 
     return SpecifierSet(python_requires).contains(platform.python_version(), prereleases=True)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Print the requirements of setup.py that this interpreter lacks.")
-    parser.add_argument("--extra", action="append", default=[], help="also check this extra of setup.py; repeatable")
-    parser.add_argument("--setup-path", type=Path, default=SETUP_PATH, help="the setup.py to read")
-    arguments = parser.parse_args()
-
-    literals = read_setup_literals(arguments.setup_path)
-    requirements = list(literals["INSTALL_REQUIRES"])  # type: ignore[call-overload]
-    extras: dict[str, list[str]] = literals["EXTRAS_REQUIRE"]  # type: ignore[assignment]
-    for extra in arguments.extra:
-        if extra not in extras:
-            parser.error(f"--extra: must be an extra of setup.py, got {extra}. Use one of {', '.join(extras)}.")
-        requirements += extras[extra]
-    missing = select_missing(requirements)
-    if not missing and not is_python_supported(str(literals["PYTHON_REQUIRES"])):
-        missing = [f"python{literals['PYTHON_REQUIRES']}"]
-    print("\n".join(missing), end="\n" if missing else "")
-    return 1 if missing else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Compare the losses of several runs of one model, step by step. Exits with 1 where one strays beyond the tolerance.
 
 python tools/compare_runs.py --runs single=a/metrics.jsonl tp2=b/metrics.jsonl
@@ -8,6 +7,7 @@ import argparse
 import itertools
 import json
 import sys
+from collections.abc import Sequence
 
 from rich.console import Console
 
@@ -17,7 +17,7 @@ from megatron_hammer.training import compare
 STRAYED_EXIT_CODE = 1
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--runs",
@@ -34,12 +34,12 @@ def parse_arguments() -> argparse.Namespace:
         "--first-step-tolerance", type=float, default=compare.FIRST_STEP_TOLERANCE, help="of the first (%(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="one JSON array, a run an object")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 @exit_on_user_error
-def main() -> None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
     named_paths = [[compare.parse_named_path(text) for text in group] for group in arguments.runs]
     names = [name for group in named_paths for name, _ in group]
     if len(set(names)) < len(names):
@@ -57,7 +57,3 @@ def main() -> None:
         compare.print_comparison(groups, differences, Console())
     if not all(difference.is_within for difference in itertools.chain(*differences)):
         sys.exit(STRAYED_EXIT_CODE)
-
-
-if __name__ == "__main__":
-    main()

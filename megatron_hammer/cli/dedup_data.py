@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Drop duplicate documents from raw text: equal ones, and with --near-duplicates those that are almost equal.
 
 Inputs: whatever tools/preprocess_data.py reads. The first of every set of duplicates is kept, in input order.
@@ -8,6 +7,7 @@ A kept JSON line is written as it was; of a Parquet row or a text file the text 
 import argparse
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import orjson
@@ -22,7 +22,7 @@ from megatron_hammer.files.progress import build_byte_progress
 SHOWN_SIMILARITIES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     defaults = NearDuplicateOptions()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True, help="files, globs or directories")
@@ -48,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     near.add_argument("--seed", type=int, default=defaults.seed, help="draws the permutations (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.workers < 1:
         parser.error(f"--workers must be at least 1, got {arguments.workers}")
     return arguments
@@ -56,8 +56,8 @@ def parse_arguments() -> argparse.Namespace:
 
 @exit_on_interrupt("incomplete files were removed")
 @exit_on_user_error
-def main() -> None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
     near = NearDuplicateOptions(
         threshold=arguments.threshold,
         num_permutations=arguments.num_permutations,
@@ -107,7 +107,3 @@ def summarise(output_path: Path, counts: DedupCounts, elapsed_s: float) -> str:
         f"{counts.text_bytes / 1e6:.1f} MB of text in, {counts.kept_text_bytes / 1e6:.1f} MB kept; "
         f"{elapsed_s:.1f} s, {counts.text_bytes / elapsed_s / 1e6:.1f} MB/s"
     )
-
-
-if __name__ == "__main__":
-    main()

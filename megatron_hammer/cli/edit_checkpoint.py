@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Edit a Megatron torch_dist checkpoint on a CPU, without training, a process group or megatron.
 
 reshard: another TP/PP/VPP/EP layout, weights and optimizer bit for bit; training resumes from it with --load.
@@ -12,7 +11,7 @@ The result is read back and compared before it gets its name; an interrupted edi
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from megatron_hammer.files.progress import show_stages
 OnTensor = Callable[[str, int, int], None]
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_reshard(commands)
@@ -35,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     add_resize_vocab(commands)
     add_command(commands, "weights-only", run_weights_only, "drop everything but the weights")
     add_upcycle(commands)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def add_command(
@@ -108,8 +107,8 @@ def add_upcycle(commands: Any) -> None:
 
 @exit_on_interrupt("nothing was written")
 @exit_on_user_error
-def main() -> None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
     print(run_with_progress(arguments))
 
 
@@ -228,7 +227,3 @@ def run_upcycle(arguments: argparse.Namespace, on_tensor: OnTensor) -> str:
 
 def name_iteration(iteration: int | None) -> str:
     return "release" if iteration is None else f"iteration {iteration}"
-
-
-if __name__ == "__main__":
-    main()

@@ -1,15 +1,15 @@
-#!/usr/bin/env python3
 """Continue a prompt with a Hugging Face model: shows that an export loads and what it has learnt."""
 
 import argparse
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_hammer.errors import ConversionError, exit_on_user_error
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder of the model, with its tokenizer")
     parser.add_argument("--prompt", required=True, help="text to continue")
@@ -17,12 +17,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (%(default)s)")
     parser.add_argument("--top-k", type=int, default=50, help="draw from this many tokens (%(default)s)")
     parser.add_argument("--seed", type=int, default=1234, help="of the draw (%(default)s)")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 @exit_on_user_error
-def main() -> None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
     for name in ("config.json", "tokenizer.json"):
         if not (arguments.model / name).is_file():
             raise ConversionError(
@@ -58,7 +58,3 @@ def generate(arguments: argparse.Namespace) -> str:
             **(sampling if arguments.temperature > 0 else {"do_sample": False}),
         )
     return tokenizer.decode(output[0], skip_special_tokens=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Import a Hugging Face model as a torch_dist checkpoint that --load takes at any parallel layout.
 
 Reads safetensors or pytorch_model.bin on a CPU, without megatron, a process group or a GPU, and verifies every tensor
@@ -10,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -26,7 +26,7 @@ from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
 from megatron_hammer.files.progress import build_progress
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--load", type=Path, required=True, help="Hugging Face folder: config.json and weights")
     parser.add_argument(
@@ -48,13 +48,13 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier import in --save")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 @exit_on_interrupt("nothing was written")
 @exit_on_user_error
-def main() -> None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
     options = ImportOptions(
         hf_dir=arguments.load,
         save_dir=arguments.save,
@@ -96,7 +96,3 @@ def summarise(report: ImportReport) -> str:
         f"{report.num_hf_tensors} tensors in, {report.num_skipped} left out, {report.num_megatron_tensors} out, "
         f"all read back equal; {tokenizer}; {report.elapsed_s:.1f} s"
     )
-
-
-if __name__ == "__main__":
-    main()

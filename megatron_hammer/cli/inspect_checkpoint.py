@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Show what a checkpoint holds, or compare two: Megatron's (torch_dist, legacy) at any layout, or Hugging Face folders.
 
 Lists tensors, the layout it was saved with, iteration, tokens, recipe and the exact number of parameters; with
@@ -10,7 +9,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,7 +38,7 @@ from megatron_hammer.files.progress import build_progress
 DIFFERENT_EXIT_CODE = 1
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, help="directory that training saved into, one iteration, or a model folder")
     parser.add_argument("--iteration", type=int, help="which one of the first directory (the latest)")
@@ -70,13 +69,13 @@ def parse_arguments() -> argparse.Namespace:
         "whichever fits in memory (auto)",
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 @exit_on_interrupt("nothing was changed")
 @exit_on_user_error
-def main() -> None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
     validate_arguments(arguments)
     if arguments.compare is not None:
         compare(arguments)
@@ -176,7 +175,3 @@ def show_progress(what: str) -> Iterator[Callable[[int, int], None]]:
     with build_progress(*columns) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Look into .bin/.idx pairs: counts, lengths, token frequencies, duplicates, text, integrity.
 
 Of several pairs it also counts the documents that another one holds, as validation data that leaked into training.
@@ -8,7 +7,7 @@ With --document or --search only that is shown; they and --samples need the toke
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder
 OnProgress = Callable[[int, int], None]
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="path of a pair without .bin or .idx")
     parser.add_argument("--tokenizer-model", type=Path, help="shows tokens as text; .model, tokenizer.json, or folder")
@@ -57,12 +56,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--search", metavar="TEXT", help="list the documents that contain TEXT, and nothing else")
     parser.add_argument("--max-matches", type=int, default=20, help="stop the search after so many (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 @exit_on_user_error
-def main() -> None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
     validate_arguments(arguments)
     encoder = load_encoder(arguments.tokenizer_model) if arguments.tokenizer_model is not None else None
     verified = verify_pairs(arguments, encoder)
@@ -224,7 +223,3 @@ def show_progress(what: str, unit: str) -> Iterator[OnProgress]:
     with build_progress(*columns) as bar:
         task = bar.add_task(what, total=0)
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-if __name__ == "__main__":
-    main()

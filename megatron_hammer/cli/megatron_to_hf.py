@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Export a Megatron checkpoint as a Hugging Face model: weights, config, tokenizer and model card.
 
 Reads torch_dist of any parallel layout, and mp_rank_* files, on a CPU, without a process group or a reference model.
@@ -10,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_hammer.checkpoint.convert.to_hugging_face import (
@@ -26,7 +26,7 @@ from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
 from megatron_hammer.files.progress import show_stages
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--load", type=Path, required=True, help="directory that training saved into, or one iteration")
     parser.add_argument("--save", type=Path, required=True, help="Hugging Face folder to write")
@@ -60,13 +60,13 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in --save")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 @exit_on_interrupt("nothing was written")
 @exit_on_user_error
-def main() -> None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
     options = ExportOptions(
         load_dir=arguments.load,
         save_dir=arguments.save,
@@ -106,7 +106,3 @@ def summarise(report: ExportReport) -> str:
         f"{report.num_megatron_tensors} tensors in, {report.num_hf_tensors} out, 0 dropped, all read back equal; "
         f"{report.dtype} in {files}, {tokenizer}; {report.elapsed_s:.1f} s"
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Join .bin/.idx pairs into one: the shards of a preprocessing job in their order, or other pairs as they are named.
 
     python tools/merge_data.py --input 'data/corpus-*_text_document' --output-prefix data/corpus_text_document
@@ -10,6 +9,7 @@ the .bin, .idx and manifest of the job done at once; with --shuffle, those of th
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import orjson
@@ -21,7 +21,7 @@ from megatron_hammer.files.progress import build_byte_progress
 DEFAULT_SEED = 1234
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--input", nargs="+", required=True, help="prefixes of pairs, .idx files, globs of either, or directories"
@@ -30,7 +30,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shuffle", action="store_true", help="put the documents of all parts in random order")
     parser.add_argument("--seed", type=int, default=None, help=f"of --shuffle ({DEFAULT_SEED})")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.seed is not None and not arguments.shuffle:
         parser.error(f"--seed needs --shuffle, got seed={arguments.seed} alone")
     if arguments.shuffle and arguments.seed is None:
@@ -42,8 +42,8 @@ def parse_arguments() -> argparse.Namespace:
 
 @exit_on_interrupt("incomplete files were removed")
 @exit_on_user_error
-def main() -> None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
     started_at_s = time.monotonic()
     merged = merge_with_progress(arguments)
     elapsed_s = time.monotonic() - started_at_s
@@ -73,7 +73,3 @@ def summarise(merged: MergedPair, elapsed_s: float) -> str:
         f"{merged.prefix}: {parts} in; {merged.num_documents:,} documents, {merged.num_sequences:,} sequences, "
         f"{merged.num_tokens:,} tokens as {merged.dtype} out, 0 dropped; {elapsed_s:.1f} s"
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Turn raw text into Megatron's .bin/.idx pair, with a manifest beside it.
 
 Inputs: .jsonl .json .txt, each also as .gz or .zst, and .parquet; files, globs, directories.
@@ -29,7 +28,7 @@ from megatron_hammer.files.progress import build_byte_progress
 SIGNAL_EXIT_CODE = 128
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True, help="files, globs or directories")
     parser.add_argument("--json-keys", nargs="+", default=["text"], help="fields that hold text (text)")
@@ -51,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shard", metavar="I/N", help="do part I, from 0, of N; merge_data.py joins the parts")
     parser.add_argument("--restart", action="store_true", help="throw away an unfinished or complete run, begin again")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.workers < 1 or arguments.max_errors < 0:
         parser.error(
             f"--workers must be at least 1 and --max-errors at least 0, "
@@ -82,8 +81,8 @@ def build_options(arguments: argparse.Namespace) -> PreprocessOptions:
 
 
 @exit_on_user_error
-def main() -> None:
-    options = build_options(arguments := parse_arguments())
+def main(argv: Sequence[str] | None = None) -> None:
+    options = build_options(arguments := parse_arguments(argv))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
     started_at_s = time.monotonic()
@@ -170,7 +169,3 @@ def summarise(prefix: Path, manifest: Manifest) -> str:
         f"{manifest.num_dropped_documents:,} dropped, {manifest.num_empty_documents:,} empty{ignored}; "
         f"{manifest.num_tokens:,} tokens as {manifest.dtype}, {manifest.bytes_per_token:.2f} bytes a token"
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Give a Hugging Face model rows for an extended tokenizer; each new row is the mean of those of the old pieces.
 
 python tools/resize_embeddings.py --model hf/base --old-tokenizer old.model --new-tokenizer merged.model --save hf/new
@@ -7,6 +6,7 @@ python tools/resize_embeddings.py --model hf/base --old-tokenizer old.model --ne
 import argparse
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -15,7 +15,7 @@ from megatron_hammer.checkpoint.surgery.resize_embeddings import ResizeOptions, 
 from megatron_hammer.errors import exit_on_user_error
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, metavar="HF_DIR", help="folder of a Hugging Face model")
     parser.add_argument("--old-tokenizer", type=Path, required=True, help="the one that the model was trained with")
@@ -23,12 +23,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--save", type=Path, required=True, help="folder to make; it must be absent or empty")
     parser.add_argument("--no-tokenizer", action="store_true", help="write no tokenizer files")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a sentence")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 @exit_on_user_error
-def main() -> None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
     options = ResizeOptions(
         model_dir=arguments.model,
         old_tokenizer_path=arguments.old_tokenizer,
@@ -57,7 +57,3 @@ def summarise(report: ResizeReport) -> str:
     if report.left_out:
         parts.append(f"left out: {', '.join(report.left_out)}")
     return f"{report.save_dir}: {'; '.join(parts)}; {report.elapsed_s:.1f} s"
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Write a Llama-family model as one GGUF file for llama.cpp, and ask llama.cpp itself whether it is right.
 
 Takes a Hugging Face folder, or a Megatron checkpoint of one of these families. The tokenizer goes along. Before the
@@ -8,25 +7,24 @@ and of --corpus, and its greedy continuations, are compared with the tokenizer's
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_hammer.checkpoint.verification.table import print_checks
-from megatron_hammer.errors import USER_ERROR_EXIT_CODE, exit_on_interrupt, exit_on_user_error
+from megatron_hammer.errors import PlatformError, exit_on_interrupt, exit_on_user_error
 from megatron_hammer.files.progress import show_stages
 
-try:
+if TYPE_CHECKING:
+    from megatron_hammer.checkpoint.gguf.to_gguf import GgufOptions, GgufReport
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     from megatron_hammer.checkpoint.gguf.file_types import FILE_TYPES
-    from megatron_hammer.checkpoint.gguf.to_gguf import GgufOptions, GgufReport, export_to_gguf
-except ModuleNotFoundError as error:
-    if error.name != "gguf":
-        raise
-    print("error: gguf: must be installed, got none. Run pip install gguf xllamacpp.", file=sys.stderr)
-    sys.exit(USER_ERROR_EXIT_CODE)
 
-
-def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--load", type=Path, required=True, help="Hugging Face folder, or directory that training saved into"
@@ -52,13 +50,17 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the file in --save")
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of the table")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 @exit_on_interrupt("nothing was written")
 @exit_on_user_error
-def main() -> None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    require_gguf()
+    arguments = parse_arguments(argv)
+
+    from megatron_hammer.checkpoint.gguf.to_gguf import GgufOptions
+
     options = GgufOptions(
         load_dir=arguments.load,
         save_path=arguments.save,
@@ -83,19 +85,22 @@ def main() -> None:
     print(summarise(report))
 
 
-def export_with_progress(options: GgufOptions) -> GgufReport:
+def require_gguf() -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise PlatformError("gguf: must be installed, got none. Run pip install gguf xllamacpp.")
+
+
+def export_with_progress(options: "GgufOptions") -> "GgufReport":
     """Run with a live line on the terminal's stderr; where stderr is a file, it stays silent."""
+    from megatron_hammer.checkpoint.gguf.to_gguf import export_to_gguf
+
     with show_stages() as show:
         return export_to_gguf(options, show)
 
 
-def summarise(report: GgufReport) -> str:
+def summarise(report: "GgufReport") -> str:
     types = ", ".join(f"{count} {name}" for name, count in report.types.items())
     return (
         f"{report.save_path}: {report.arch} in {report.file_type}, {report.num_parameters:,} parameters; "
         f"{report.num_tensors} tensors ({types}), 0 dropped; {report.file_bytes:,} bytes; {report.elapsed_s:.1f} s"
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Compare tokenizers: tokens needed, character coverage, fertility by script, and what a round trip loses.
 
 python tools/tokenizer_analyze.py --tokenizers ours=ours.model theirs=theirs/ --input corpus/ --plot comparison.png
@@ -7,7 +6,7 @@ python tools/tokenizer_analyze.py --tokenizers ours=ours.model theirs=theirs/ --
 import argparse
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from megatron_hammer.tokenizer.vocabulary.coverage import read_character_levels
 PIPED_WIDTH = 160
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--tokenizers",
@@ -42,12 +41,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--csv", type=Path, help="write a row a tokenizer to this file")
     parser.add_argument("--plot", type=Path, help="draw the comparison to this PNG")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 @exit_on_user_error
-def main() -> None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
     started_at_s = time.monotonic()
     if not arguments.input and arguments.charset is None:
         raise ConfigError("--input: a corpus or a --charset must be given, got neither. Pass what to measure.")
@@ -94,7 +93,3 @@ def open_documents(arguments: argparse.Namespace) -> Iterator[Iterable[Document]
         if arguments.max_bytes is not None:
             documents = analyze.sample_documents(documents, max_bytes=arguments.max_bytes, seed=arguments.seed)
         yield documents
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Export a tokenizer as a Hugging Face folder that encodes identically, verified through transformers beforehand.
 
 python tools/tokenizer_export.py --tokenizer-model tokenizer.model --save hf/tokenizer --input corpus/
@@ -6,7 +5,7 @@ python tools/tokenizer_export.py --tokenizer-model tokenizer.model --save hf/tok
 
 import argparse
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -20,7 +19,7 @@ from megatron_hammer.tokenizer.export.export_tokenizer import (
 )
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--tokenizer-model", type=Path, required=True, help="a SentencePiece BPE .model, or a HF folder"
@@ -30,12 +29,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json-keys", default="text", metavar="KEY", help="field that holds the text (%(default)s)")
     parser.add_argument("--model-max-length", type=int, help="the model's positions, for transformers (no limit)")
     parser.add_argument("--chat-template", type=Path, help="a Jinja file to ship with the tokenizer")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 @exit_on_user_error
-def main() -> None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
     started_at_s = time.monotonic()
     chat_template = read_chat_template(arguments.chat_template) if arguments.chat_template else None
     documents: Iterable[Document] = ()
@@ -64,7 +63,3 @@ def summarise(save_dir: Path, exported: ExportedFolder) -> str:
     else:
         compared += " and no documents (pass --input)"
     return f"{save_dir}: {exported.tokenizer.vocab_size:,} ids; {compared} encode and decode alike in transformers"
-
-
-if __name__ == "__main__":
-    main()

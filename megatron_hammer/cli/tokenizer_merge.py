@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Extend a SentencePiece BPE tokenizer with what another has and it lacks; the ids of the base never change.
 
 --mode characters (HammerLLM's way): the characters of --required-chars-file that only the other model has, with scores
@@ -9,6 +8,7 @@ calibrated by the mean ratio of scores over the shared characters, then the symb
 import argparse
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import orjson
@@ -38,7 +38,7 @@ ZERO_SCORES_WARNING = (
 )
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True, help="the .model to extend")
     parser.add_argument("--other", type=Path, required=True, help="the .model that has what the base lacks")
@@ -61,12 +61,12 @@ def parse_arguments() -> argparse.Namespace:
         help="of the pieces that --mode vocabulary adds; zero is what tiny-llm-zh does (%(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 @exit_on_user_error
-def main() -> None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
     validate_arguments(arguments)
     base, other = read_bpe_model(arguments.base), read_bpe_model(arguments.other)
     symbols = select_symbols(arguments, other)
@@ -162,7 +162,3 @@ def print_levels(report: MergeReport) -> None:
         counts = (row.num_characters, row.num_in_base, row.num_added, row.num_in_neither)
         table.add_row(row.level, *(f"{count:,}" for count in counts))
     Console().print(table)
-
-
-if __name__ == "__main__":
-    main()

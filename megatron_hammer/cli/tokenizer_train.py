@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Train a SentencePiece BPE tokenizer on the inputs that preprocess_data.py reads.
 
 Several sources are weighted as in Megatron's --data-path: --input 0.7 zh/*.jsonl.zst 0.3 en/
@@ -8,7 +7,7 @@ import argparse
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from megatron_hammer.tokenizer.vocabulary.vocabulary_files import (
 DEFAULT_MAX_BYTES = 200_000_000
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--input",
@@ -64,13 +63,13 @@ def parse_arguments() -> argparse.Namespace:
         "--num-threads", type=int, default=2, help="of training; never changes the result (%(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 @exit_on_interrupt("nothing was written")
 @exit_on_user_error
-def main() -> None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
     validate_arguments(arguments)
     started_at_s = time.monotonic()
     recipe, sources = build_recipe(arguments), parse_sources(arguments.input)
@@ -182,7 +181,3 @@ def print_json(
     facts = {"preset": arguments.preset, "recipe": dataclasses.asdict(recipe), **dataclasses.asdict(trained)}
     facts |= {"path": str(trained.path), "seed": arguments.seed, "elapsed_s": elapsed_s}
     print(orjson.dumps(facts, option=orjson.OPT_INDENT_2).decode())
-
-
-if __name__ == "__main__":
-    main()

@@ -49,7 +49,7 @@ def parse_arguments(
 
     read_process_place()  # megatron's parser reads the same variables, and fails on what is no number
 
-    parser = Parser(prog="megatron_hammer", allow_abbrev=False)
+    parser = Parser(allow_abbrev=False)
     add_own_flags(add_megatron_arguments(parser))
     for action in parser._actions:  # megatron 0.19.2 writes a bare % in one help text, at which argparse fails
         if action.help and "%)" in action.help:

@@ -26,6 +26,9 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def main(argv: Sequence[str] | None = None) -> None:
     """Launch and wait. Exits with 0, 128 + the signal that stopped the run, or the first failed child's code."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    if argv in (["-h"], ["--help"]):
+        print(__doc__, end="")
+        return
     if "--" not in argv:
         raise ConfigError(
             "launch: needs -- between torchrun's options and training's, got none. "

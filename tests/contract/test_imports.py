@@ -30,6 +30,7 @@ ROOMS = (
     "post_training",
     "serving",
     "cli",
+    "__main__",
 )
 # Rooms that load neither torch nor megatron, so that they answer at once on a login node.
 WITHOUT_TORCH = ("errors", "files", "presets", "corpus", "scaling")
@@ -57,7 +58,7 @@ def room_of(module: str) -> str:
 
 def list_upward_imports(module: str, tree: ast.AST) -> list[str]:
     own = ROOMS.index(room_of(module))
-    targets = sorted(list_targets(tree))
+    targets = sorted(list_targets(tree) - {""})  # the package itself holds nothing but its version
     return [f"{module} imports {target}" for target in targets if ROOMS.index(room_of(target)) > own]
 
 

@@ -270,9 +270,8 @@ def test_a_signal_before_the_first_journal_leaves_nothing(
 
 # The tool itself, with a journal after every small block.
 HASTY_TOOL = """
-import dataclasses, sys
-sys.path.insert(0, sys.argv.pop(1))
-import preprocess_data
+import dataclasses
+from megatron_hammer.cli import preprocess_data
 
 if __name__ == "__main__":
     build = preprocess_data.build_options
@@ -288,7 +287,7 @@ def test_a_signal_costs_only_what_is_not_in_the_journal(
     tmp_path: Path, long_arguments: tuple[str | Path, ...], number: signal.Signals, code: int
 ) -> None:
     (tmp_path / "hasty.py").write_text(HASTY_TOOL)
-    process = start("hasty.py", ROOT / "tools", *long_arguments, cwd=tmp_path)
+    process = start("hasty.py", *long_arguments, cwd=tmp_path)
     wait_until((tmp_path / "out" / "c.journal.json").exists)
     os.killpg(process.pid, number)
     _, stderr = process.communicate(timeout=WAIT_S)
