@@ -75,7 +75,10 @@ GROUPS: tuple[tuple[str, tuple[Command, ...]], ...] = (
     ),
     (
         "Planning a cluster",
-        (Command("build-rank", "cli.build_rank", "build one rank of a run of any size on this CPU, and check it"),),
+        (
+            Command("scaling-study", "cli.scaling_study.main", "project, measure, calibrate and validate scaling"),
+            Command("build-rank", "cli.build_rank", "build one rank of a run of any size on this CPU, and check it"),
+        ),
     ),
     (
         "This installation",

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """What a cluster will do with a model: projected, measured, calibrated and validated.
 
 project: the best layouts at each number of GPUs, with step time, memory, cost and an error band.
@@ -12,7 +11,7 @@ fit: a scaling law of the loss, and the best size for a budget.
 
 import argparse
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
@@ -21,7 +20,7 @@ from megatron_hammer.model.shape import ModelShape
 COMMANDS: tuple[str, ...] = ("project", "emit", "measure", "profile", "calibrate", "validate", "fit")
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
@@ -35,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
         )
         module.add_arguments(command)
         command.set_defaults(run=module.run, read_hf_model=read_hf_model)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def read_hf_model(path: Path) -> ModelShape:
@@ -54,11 +53,7 @@ def read_hf_model(path: Path) -> ModelShape:
 
 @exit_on_user_error
 @exit_on_interrupt("what was written is complete")
-def main() -> None:
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
     run: Callable[[argparse.Namespace], None] = arguments.run
     run(arguments)
-
-
-if __name__ == "__main__":
-    main()
