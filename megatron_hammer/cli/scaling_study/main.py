@@ -40,7 +40,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def read_hf_model(path: Path) -> ModelShape:
     """The model of a Hugging Face folder, or of a config.json under any name.
 
-    Here because scaling/ knows nothing of Hugging Face.
+    It is passed to scaling/, which stands below checkpoint/ and may not import it.
     """
     from megatron_hammer.checkpoint.hugging_face.config_json import read_hf_model
     from megatron_hammer.checkpoint.hugging_face.model_preset import build_model_preset

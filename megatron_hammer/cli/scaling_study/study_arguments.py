@@ -1,6 +1,6 @@
-"""The command line of a study: its flags, and the Study that they ask for; where silent, the recipe speaks.
+"""The command line of a study: its flags, and the Study that they ask for. The recipe supplies the defaults.
 
-`commands/project.py` adds what is shown; `study_problems.py` judges the values.
+`project.py` adds the flags of the output; `scaling/search/study_problems.py` checks the values.
 """
 
 import argparse
