@@ -31,6 +31,7 @@ INSTALL_REQUIRES = [
     "matplotlib>=3.9,<4",
     "rich>=13.9",
     "psutil>=6",
+    "pydantic>=2.12",
     "scipy>=1.14,<2",
     "jinja2>=3.1",
 ]

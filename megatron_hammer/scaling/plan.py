@@ -8,6 +8,14 @@ from typing import Literal
 
 from megatron_hammer.model.accounting import ParallelLayout
 from megatron_hammer.model.shape import ModelShape
+from megatron_hammer.scaling.typed_toml import (
+    AtLeastOne,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Text,
+)
 
 Precision = Literal["fp32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4"]  # of the matrix products; the rest is 16-bit
 Recompute = Literal["none", "selective", "full"]
@@ -19,16 +27,16 @@ class Gpu:
     """One accelerator as its data sheet has it: dense peaks (no sparsity), None where it lacks the format."""
 
     name: str
-    source: str
-    aliases: tuple[str, ...] = ()  # other spellings, as published tables and torch.cuda write them
-    fp32_tflops: float  # TF32 where there is one
-    fp16_tflops: float
-    bf16_tflops: float | None
-    fp8_tflops: float | None
-    fp4_tflops: float | None
-    memory_bytes: int
-    memory_bytes_per_s: float
-    power_w: float  # of the board at full load
+    source: Text
+    aliases: tuple[Text, ...] = ()  # other spellings, as published tables and torch.cuda write them
+    fp32_tflops: PositiveFloat  # TF32 where there is one
+    fp16_tflops: PositiveFloat
+    bf16_tflops: PositiveFloat | None = None
+    fp8_tflops: PositiveFloat | None = None
+    fp4_tflops: PositiveFloat | None = None
+    memory_bytes: PositiveInt
+    memory_bytes_per_s: PositiveFloat
+    power_w: PositiveFloat  # of the board at full load
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,21 +44,21 @@ class Cluster:
     """How GPUs are wired. Bandwidths are of one GPU in one direction, before any efficiency."""
 
     name: str
-    source: str
-    gpu: str  # name of what it is usually built of
-    gpus_per_node: int
-    nvlink_domain_size: int  # GPUs that reach one another at nvlink_bytes_per_s; 72 in an NVL72 rack
-    nvlink_bytes_per_s: float
-    nvlink_latency_s: float
-    network_bytes_per_s: float
-    network_latency_s: float
-    leaf_size: int = 0  # GPUs under one leaf of the fat tree (a rail group); 0: one flat network
-    spine_oversubscription_ratio: float = 1.0  # 2: half the bandwidth between leaves
-    cpu_power_w_per_node: float = 0.0  # everything of a node but its GPUs
-    power_usage_effectiveness: float = 1.0
-    usd_per_gpu_hour: float | None = None
+    source: Text
+    gpu: Text  # name of what it is usually built of
+    gpus_per_node: PositiveInt
+    nvlink_domain_size: PositiveInt  # GPUs that reach one another at nvlink_bytes_per_s; 72 in an NVL72 rack
+    nvlink_bytes_per_s: PositiveFloat
+    nvlink_latency_s: NonNegativeFloat
+    network_bytes_per_s: PositiveFloat
+    network_latency_s: NonNegativeFloat
+    leaf_size: NonNegativeInt = 0  # GPUs under one leaf of the fat tree (a rail group); 0: one flat network
+    spine_oversubscription_ratio: AtLeastOne = 1.0  # 2: half the bandwidth between leaves
+    cpu_power_w_per_node: NonNegativeFloat = 0.0  # everything of a node but its GPUs
+    power_usage_effectiveness: AtLeastOne = 1.0
+    usd_per_gpu_hour: NonNegativeFloat | None = None
     # Processes of a node that compute at full speed at once; None: all. On CPU hosts it is the number of cores.
-    full_speed_processes_per_node: int | None = None
+    full_speed_processes_per_node: PositiveInt | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,15 +5,15 @@ physical quantity with bounds and a prior: no coefficient belongs to a source of
 """
 
 import json
-import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.scaling.plan import Gpu
+from megatron_hammer.scaling.typed_toml import PositiveFloat, PositiveInt, build_from_table, read_toml
 
 SHIPPED_PATH = Path(__file__).parent / "coefficients.toml"
 
@@ -31,13 +31,13 @@ class Prior(NamedTuple):
 class GpuCoefficients:
     """How much of a data sheet one generation of GPUs delivers in large operators."""
 
-    gemm_ratio: float  # of the dense 16- or 32-bit peak, in a large matrix product
-    gemm_8bit_ratio: float
-    gemm_4bit_ratio: float
-    attention_ratio: float  # of the 16-bit peak, in flash attention over a long sequence
-    memory_ratio: float  # of the memory bandwidth, in kernels bound by it
-    kernel_s: float  # between two kernels on the device; on a CPU all that Python does for one
-    num_multiprocessors: int  # a fact: tiles of a matrix product that run at once
+    gemm_ratio: PositiveFloat  # of the dense 16- or 32-bit peak, in a large matrix product
+    gemm_8bit_ratio: PositiveFloat
+    gemm_4bit_ratio: PositiveFloat
+    attention_ratio: PositiveFloat  # of the 16-bit peak, in flash attention over a long sequence
+    memory_ratio: PositiveFloat  # of the memory bandwidth, in kernels bound by it
+    kernel_s: PositiveFloat  # between two kernels on the device; on a CPU all that Python does for one
+    num_multiprocessors: PositiveInt  # a fact: tiles of a matrix product that run at once
 
 
 # What large products are known to reach on A100 (250 to 260 of 312) and H100 at 700 W (690 to 740 of 989) leaves little
@@ -114,21 +114,21 @@ class Coefficients:
     """All coefficients and where they come from. Compared by identity, so that it is a cheap key of a cache."""
 
     gpus: Mapping[str, GpuCoefficients]  # by generation, or by the name of one GPU
-    gemm_fill_waves: float  # waves of tiles lost in filling and emptying the multiprocessors, a matrix product
-    gemm_epilogue_ratio: float  # of the time to write a matrix product's result that nothing hides
-    attention_fill_tokens: float  # sequence length at which flash attention reaches half its speed
-    power_exponent: float  # speed of products over the board's watts a peak TFLOP/s, between GPUs of one generation
-    host_s: float  # of the host to launch one kernel, with all that Python does for it
-    step_s: float  # of the host, once a step
-    nvlink_ratio: float  # of the bandwidth inside a domain that a large collective reaches
-    network_ratio: float
-    collective_s: float  # to start a collective, besides the latency of the wires
-    tensor_exposed_ratio: float  # of tensor-parallel communication, where it is overlapped with products
-    data_exposed_ratio: float  # of gradients' and parameters' communication at least, where it is overlapped
-    context_exposed_ratio: float  # of the exchange of keys and values at least
-    pipeline_exposed_ratio: float  # of the exchange between interleaved stages
-    fsdp_exposed_ratio: float  # of gathers and reductions layer by layer at least: they disturb what they run beside
-    jitter_ratio: float  # of the step's time, each time the number of nodes grows e-fold
+    gemm_fill_waves: PositiveFloat  # waves of tiles lost in filling and emptying the multiprocessors, a matrix product
+    gemm_epilogue_ratio: PositiveFloat  # of the time to write a matrix product's result that nothing hides
+    attention_fill_tokens: PositiveFloat  # sequence length at which flash attention reaches half its speed
+    power_exponent: PositiveFloat  # speed of products over the board's watts per peak TFLOP/s, in one generation
+    host_s: PositiveFloat  # of the host to launch one kernel, with all that Python does for it
+    step_s: PositiveFloat  # of the host, once a step
+    nvlink_ratio: PositiveFloat  # of the bandwidth inside a domain that a large collective reaches
+    network_ratio: PositiveFloat
+    collective_s: PositiveFloat  # to start a collective, besides the latency of the wires
+    tensor_exposed_ratio: PositiveFloat  # of tensor-parallel communication, where it is overlapped with products
+    data_exposed_ratio: PositiveFloat  # of gradients' and parameters' communication at least, where it is overlapped
+    context_exposed_ratio: PositiveFloat  # of the exchange of keys and values at least
+    pipeline_exposed_ratio: PositiveFloat  # of the exchange between interleaved stages
+    fsdp_exposed_ratio: PositiveFloat  # of gathers and reductions by layer at least: they slow what runs beside them
+    jitter_ratio: PositiveFloat  # of the step's time, each time the number of nodes grows e-fold
     band_ratio: Mapping[str, float] = field(default_factory=lambda: {"default": 0.2})  # exp(+-) holds 80 %, by class
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -184,54 +184,37 @@ def replace_values(coefficients: Coefficients, values: Mapping[str, float]) -> C
 
 
 def load_coefficients(path: Path | None = None) -> Coefficients:
-    """Coefficients of a file, by default the shipped ones; ConfigError for a file that lacks one or has another."""
-    if path is None:
-        return _load_shipped()
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: must be readable, got {error.strerror}. Pass a file written by calibrate."
-        ) from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: must be TOML, got {error}. Pass a file written by calibrate.") from None
-    return _build_coefficients(table, path)
+    """Coefficients of a file, by default the shipped ones.
+
+    Raises ConfigError for a file that lacks a coefficient or has an unknown one, naming all of them at once.
+    """
+    return _load_shipped() if path is None else _load(path)
 
 
 @lru_cache(maxsize=1)
 def _load_shipped() -> Coefficients:
-    return _build_coefficients(tomllib.loads(SHIPPED_PATH.read_text(encoding="utf-8")), SHIPPED_PATH)
+    return _load(SHIPPED_PATH)
 
 
-def _build_coefficients(table: dict[str, Any], path: Path) -> Coefficients:
-    shared, gpus = table.get("shared", {}), table.get("gpu", {})
-    problems = _find_table_problems(shared, SHARED_NAMES, f"{path}: shared")
-    expected = tuple(item.name for item in fields(GpuCoefficients))
-    for name, own in gpus.items():
-        problems += _find_table_problems(own, expected, f"{path}: gpu.{name}")
+def _load(path: Path) -> Coefficients:
+    content = read_toml(path)
+    problems: list[str] = []
+    gpus = {
+        name: build_from_table(GpuCoefficients, table, f"{path}: [gpu.{name}]", problems)
+        for name, table in content.get("gpu", {}).items()
+    }
+    others = {
+        "gpus": {},
+        "band_ratio": content.get("band", {"default": 0.2}),
+        "provenance": content.get("provenance", {}),
+    }
+    coefficients = build_from_table(Coefficients, content.get("shared", {}), f"{path}: [shared]", problems, others)
     missing = sorted(set(GPU_PRIORS) - set(gpus))
     if missing:
         problems.append(f"{path}: gpu: must have every generation, lacks {', '.join(missing)}. Run calibrate again.")
-    if problems:
+    if problems or coefficients is None:
         raise ConfigError(*problems)
-    return Coefficients(
-        gpus={name: GpuCoefficients(**own) for name, own in gpus.items()},
-        **shared,
-        band_ratio=table.get("band", {"default": 0.2}),
-        provenance=table.get("provenance", {}),
-    )
-
-
-def _find_table_problems(table: dict[str, Any], expected: tuple[str, ...], where: str) -> list[str]:
-    problems = []
-    for name in expected:
-        value = table.get(name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-            problems.append(f"{where}.{name}: must be a positive number, got {value!r}. Run calibrate again.")
-    unknown = sorted(set(table) - set(expected))
-    if unknown:
-        problems.append(f"{where}: must hold only known coefficients, got {', '.join(unknown)}. Remove them.")
-    return problems
+    return replace(coefficients, gpus={name: own for name, own in gpus.items() if own is not None})
 
 
 def format_coefficients(coefficients: Coefficients) -> str:

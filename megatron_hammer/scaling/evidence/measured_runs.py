@@ -21,8 +21,8 @@ from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.evidence.row_layout import Siblings, build_row_layout, collect_siblings, name_source_family
 from megatron_hammer.scaling.evidence.row_model import UnpredictableError, build_row_model
 from megatron_hammer.scaling.evidence.row_step_time import find_step_time
-from megatron_hammer.scaling.evidence.run_table import MEASUREMENT_COLUMNS, PublishedRow, read_rows
-from megatron_hammer.scaling.evidence.software import Recipe, Stack, select_recipe, select_stack
+from megatron_hammer.scaling.evidence.run_table import MEASUREMENT_COLUMNS, RunRow, read_run_rows
+from megatron_hammer.scaling.evidence.software import SourceRecipe, TrainingSoftware, select_recipe, select_software
 from megatron_hammer.scaling.hardware.catalogue import (
     load_clusters,
     load_gpus,
@@ -74,7 +74,7 @@ def read_runs(
 
     Raises ConfigError for an unreadable file or header and for malformed cells, all at once.
     """
-    rows = read_rows(path)
+    rows = read_run_rows(path)
     hardware = _Hardware(gpus_path, clusters_path)
     siblings = collect_siblings(rows)
     runs: list[MeasuredRun] = []
@@ -101,21 +101,21 @@ class _Hardware:
             lambda name: select_default_cluster(name, clusters_path, gpus_path=gpus_path)
         )
 
-    def select(self, row: PublishedRow) -> tuple[Gpu, Stack, list[str]]:
+    def select(self, row: RunRow) -> tuple[Gpu, TrainingSoftware, list[str]]:
         if not row.gpu_type:
             raise UnpredictableError("gpu_type is blank")
         try:
             gpu = self._select_gpu(row.gpu_type)
         except ConfigError as error:
             raise UnpredictableError(f"its GPU {row.gpu_type!r} is not known; describe it with --gpus-file") from error
-        stack, assumptions = select_stack(row, gpu.name)
-        variant = dict(stack.gpu_of_gpu).get(gpu.name)
+        software, assumptions = select_software(row, gpu.name)
+        variant = software.gpu_of_gpu.get(gpu.name)
         if variant is None:
-            return gpu, stack, list(assumptions)
-        return self._select_gpu(variant), stack, [*assumptions, f"GPU {variant}: the variant of its year"]
+            return gpu, software, list(assumptions)
+        return self._select_gpu(variant), software, [*assumptions, f"GPU {variant}: the variant of its year"]
 
-    def select_cluster(self, gpu: Gpu, stack: Stack) -> Cluster:
-        name = dict(stack.cluster_of_gpu).get(gpu.name)
+    def select_cluster(self, gpu: Gpu, software: TrainingSoftware) -> Cluster:
+        name = software.cluster_of_gpu.get(gpu.name)
         if name is not None:
             return self._select_cluster(name)
         try:
@@ -124,21 +124,21 @@ class _Hardware:
             raise UnpredictableError(f"no cluster of {gpu.name} is known; describe one with --clusters-file") from error
 
 
-def _build_run(row: PublishedRow, hardware: _Hardware, siblings: Siblings) -> MeasuredRun:
+def _build_run(row: RunRow, hardware: _Hardware, siblings: Siblings) -> MeasuredRun:
     if all(getattr(row, name) is None for name in MEASUREMENT_COLUMNS):
         raise UnpredictableError("it holds no measured time, throughput or utilisation")
-    gpu, stack, assumptions = hardware.select(row)
+    gpu, software, assumptions = hardware.select(row)
     if "vtrain" in row.source.lower() and row.vocab is None:
         row = replace(row, vocab=VTRAIN_VOCAB_SIZE)
         assumptions.append(f"vocab {VTRAIN_VOCAB_SIZE}: VIA-Research/vTrain src/config.py")
     model, model_assumptions = build_row_model(row)
     assumptions += model_assumptions
     row, recipe = _fill_from_recipe(row, gpu, assumptions)
-    layout = build_row_layout(row, model, stack, siblings, assumptions)
-    seq_length = _fill_seq_length(row, stack, assumptions)
-    micro_batch, global_batch = _fill_batch(row, layout, stack, assumptions)
-    precision = _read_precision(row, gpu, stack, assumptions)
-    sharding, shard_size = _read_sharding(row, stack, assumptions)
+    layout = build_row_layout(row, model, software, siblings, assumptions)
+    seq_length = _fill_seq_length(row, software, assumptions)
+    micro_batch, global_batch = _fill_batch(row, layout, software, assumptions)
+    precision = _read_precision(row, gpu, software, assumptions)
+    sharding, shard_size = _read_sharding(row, software, assumptions)
     if shard_size == layout.data_parallel_size:
         shard_size = None  # all of them, context ranks included
     if sharding == "distributed_optimizer" and not _fits_unsharded(model, layout, gpu):
@@ -146,12 +146,12 @@ def _build_run(row: PublishedRow, hardware: _Hardware, siblings: Siblings) -> Me
             "sharding fsdp: whole weights and gradients beside an optimizer shard exceed the GPU's memory"
         )
         sharding = "fsdp"
-    recompute = _read_recompute(row, recipe, stack, assumptions)
+    recompute = _read_recompute(row, recipe, software, assumptions)
     plan = Plan(
         model=model,
         layout=replace(layout, has_distributed_optimizer=sharding == "distributed_optimizer"),
         gpu=gpu,
-        cluster=hardware.select_cluster(gpu, stack),
+        cluster=hardware.select_cluster(gpu, software),
         seq_length=seq_length,
         micro_batch_size=micro_batch,
         global_batch_size=global_batch,
@@ -159,15 +159,15 @@ def _build_run(row: PublishedRow, hardware: _Hardware, siblings: Siblings) -> Me
         recompute=recompute,
         sharding=sharding,
         shard_size=shard_size,
-        has_flash_attention=stack.has_flash_attention,
-        overlaps_grad_reduce=stack.overlaps_data_parallel,
-        overlaps_param_gather=stack.overlaps_data_parallel and sharding != "none",
-        overlaps_tensor_parallel=layout.tensor_model_parallel_size > 1 and _overlaps_tensor_parallel(row, stack),
-        gradient_bytes=_select_gradient_bytes(precision, recipe, stack),
+        has_flash_attention=software.has_flash_attention,
+        overlaps_grad_reduce=software.overlaps_data_parallel,
+        overlaps_param_gather=software.overlaps_data_parallel and sharding != "none",
+        overlaps_tensor_parallel=layout.tensor_model_parallel_size > 1 and _overlaps_tensor_parallel(row, software),
+        gradient_bytes=_select_gradient_bytes(precision, recipe, software),
     )
     if "deterministic" in row.notes.lower():
         assumptions.append("its kernels were the deterministic ones, which are slower and not modelled")
-    step_time_s, measured_as = find_step_time(row, plan, stack, assumptions)
+    step_time_s, measured_as = find_step_time(row, plan, software, assumptions)
     if row.global_batch is not None and row.global_batch != global_batch:
         step_time_s *= global_batch / row.global_batch
     return MeasuredRun(
@@ -180,12 +180,12 @@ def _build_run(row: PublishedRow, hardware: _Hardware, siblings: Siblings) -> Me
         measured_as=measured_as,
         assumptions=tuple(assumptions),
         fingerprint=compute_fingerprint(row),
-        is_megatron_style=stack.is_megatron_style,
+        is_megatron_style=software.is_megatron_style,
         notes=row.notes,
     )
 
 
-def _fill_from_recipe(row: PublishedRow, gpu: Gpu, assumptions: list[str]) -> tuple[PublishedRow, Recipe | None]:
+def _fill_from_recipe(row: RunRow, gpu: Gpu, assumptions: list[str]) -> tuple[RunRow, SourceRecipe | None]:
     recipe = select_recipe(row, gpu.name)
     if recipe is None:
         return row, None
@@ -200,28 +200,30 @@ def _fill_from_recipe(row: PublishedRow, gpu: Gpu, assumptions: list[str]) -> tu
     return replace(row, **filled), recipe
 
 
-def _fill_seq_length(row: PublishedRow, stack: Stack, assumptions: list[str]) -> int:
+def _fill_seq_length(row: RunRow, software: TrainingSoftware, assumptions: list[str]) -> int:
     if row.seq is not None:
         return row.seq
-    if stack.seq_length is None:
+    if software.seq_length is None:
         raise UnpredictableError("seq is blank and its source's sequence length is not known")
-    assumptions.append(f"seq {stack.seq_length}: {stack.source}")
-    return stack.seq_length
+    assumptions.append(f"seq {software.seq_length}: {software.source}")
+    return software.seq_length
 
 
-def _fill_batch(row: PublishedRow, layout: ParallelLayout, stack: Stack, assumptions: list[str]) -> tuple[int, int]:
+def _fill_batch(
+    row: RunRow, layout: ParallelLayout, software: TrainingSoftware, assumptions: list[str]
+) -> tuple[int, int]:
     """(micro-batch, global batch), the latter a multiple of what one round of micro-batches takes."""
     dp, pp = layout.data_parallel_size, layout.pipeline_model_parallel_size
     micro_batch, global_batch = row.micro_batch, row.global_batch
     if global_batch is None:
         global_batch = _fill_global_batch(row, dp, assumptions)
-    if stack.name == "torchtitan" and pp > 1 and micro_batch is not None and micro_batch % pp == 0:
+    if software.name == "torchtitan" and pp > 1 and micro_batch is not None and micro_batch % pp == 0:
         assumptions.append(
             f"micro_batch {micro_batch // pp}: the row's is the local batch, which torchtitan cuts by pp"
         )
         micro_batch //= pp
     if micro_batch is None:
-        micro_batch = _assume_micro_batch(global_batch // dp, pp, stack, assumptions)
+        micro_batch = _assume_micro_batch(global_batch // dp, pp, software, assumptions)
     num_microbatches = global_batch // (micro_batch * dp)
     if num_microbatches == 0:
         raise UnpredictableError(f"its global batch {global_batch} is below micro-batch {micro_batch} x dp {dp}")
@@ -233,7 +235,7 @@ def _fill_batch(row: PublishedRow, layout: ParallelLayout, stack: Stack, assumpt
     return micro_batch, num_microbatches * micro_batch * dp
 
 
-def _fill_global_batch(row: PublishedRow, dp: int, assumptions: list[str]) -> int:
+def _fill_global_batch(row: RunRow, dp: int, assumptions: list[str]) -> int:
     if row.iteration_time_s is not None:
         if row.tokens_per_s_per_gpu is None or row.gpus is None or row.seq is None:
             raise UnpredictableError("global_batch is blank, on which the time of a step depends")
@@ -251,11 +253,11 @@ def _fill_global_batch(row: PublishedRow, dp: int, assumptions: list[str]) -> in
     return smallest
 
 
-def _assume_micro_batch(per_replica: int, pp: int, stack: Stack, assumptions: list[str]) -> int:
+def _assume_micro_batch(per_replica: int, pp: int, software: TrainingSoftware, assumptions: list[str]) -> int:
     if per_replica < 1:
         raise UnpredictableError("its global batch is smaller than its number of replicas")
-    if not stack.accumulates_gradients:
-        assumptions.append(f"micro_batch {per_replica}: blank, gradients are not accumulated ({stack.name})")
+    if not software.accumulates_gradients:
+        assumptions.append(f"micro_batch {per_replica}: blank, gradients are not accumulated ({software.name})")
         return per_replica
     if pp > 1:
         assumptions.append("micro_batch 1: blank, a pipeline")
@@ -265,11 +267,11 @@ def _assume_micro_batch(per_replica: int, pp: int, stack: Stack, assumptions: li
     return micro_batch
 
 
-def _read_precision(row: PublishedRow, gpu: Gpu, stack: Stack, assumptions: list[str]) -> Precision:
+def _read_precision(row: RunRow, gpu: Gpu, software: TrainingSoftware, assumptions: list[str]) -> Precision:
     text = row.precision.lower()
     if not text:
-        assumptions.append(f"precision {stack.precision}: blank, {stack.name}")
-        return stack.precision
+        assumptions.append(f"precision {software.precision}: blank, {software.name}")
+        return software.precision
     precision = _name_precision(text)
     if precision is None:
         raise UnpredictableError(f"its precision {row.precision!r} is not known")
@@ -294,11 +296,13 @@ def _name_precision(text: str) -> Precision | None:
     return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "tf32": "fp32"}.get(text)  # type: ignore[return-value]
 
 
-def _read_recompute(row: PublishedRow, recipe: Recipe | None, stack: Stack, assumptions: list[str]) -> Recompute:
+def _read_recompute(
+    row: RunRow, recipe: SourceRecipe | None, software: TrainingSoftware, assumptions: list[str]
+) -> Recompute:
     text = row.recompute.lower()
     if not text:
-        recompute = (recipe.recompute if recipe else None) or stack.recompute
-        reason = recipe.source if recipe and recipe.recompute else stack.name
+        recompute = (recipe.recompute if recipe else None) or software.recompute
+        reason = recipe.source if recipe and recipe.recompute else software.name
         assumptions.append(f"recompute {recompute}: blank, {reason}")
         return recompute
     if text in ("none", "no", "off", "false", "0"):
@@ -310,12 +314,12 @@ def _read_recompute(row: PublishedRow, recipe: Recipe | None, stack: Stack, assu
     raise UnpredictableError(f"its recomputation {row.recompute!r} is not known")
 
 
-def _read_sharding(row: PublishedRow, stack: Stack, assumptions: list[str]) -> tuple[Sharding, int | None]:
+def _read_sharding(row: RunRow, software: TrainingSoftware, assumptions: list[str]) -> tuple[Sharding, int | None]:
     """(what is sharded, over how many ranks; None: all of them)."""
     text = row.sharding.lower()
     if not text:
-        assumptions.append(f"sharding {stack.sharding}: blank, {stack.name}")
-        return stack.sharding, None
+        assumptions.append(f"sharding {software.sharding}: blank, {software.name}")
+        return software.sharding, None
     if "offload" in text:
         raise UnpredictableError("its optimizer is offloaded to the host, which is not modelled")
     within = re.search(r"within (\d+)|(?:fsdp|shard)=(\d+)", text)
@@ -329,8 +333,8 @@ def _read_sharding(row: PublishedRow, stack: Stack, assumptions: list[str]) -> t
         return "fsdp", size
     if "zero-0" in text or "ddp" in text or text in ("none", "no"):
         return "none", None
-    assumptions.append(f"sharding {stack.sharding}: {row.sharding!r} is not known, {stack.name}")
-    return stack.sharding, None
+    assumptions.append(f"sharding {software.sharding}: {row.sharding!r} is not known, {software.name}")
+    return software.sharding, None
 
 
 def _fits_unsharded(model: ModelShape, layout: ParallelLayout, gpu: Gpu) -> bool:
@@ -339,14 +343,14 @@ def _fits_unsharded(model: ModelShape, layout: ParallelLayout, gpu: Gpu) -> bool
     return num_parameters * (4 + 12 / layout.dense_shard_size) < gpu.memory_bytes
 
 
-def _overlaps_tensor_parallel(row: PublishedRow, stack: Stack) -> bool:
-    return stack.overlaps_tensor_parallel or bool(re.search(r"async ?tp", row.notes.lower()))
+def _overlaps_tensor_parallel(row: RunRow, software: TrainingSoftware) -> bool:
+    return software.overlaps_tensor_parallel or bool(re.search(r"async ?tp", row.notes.lower()))
 
 
-def _select_gradient_bytes(precision: Precision, recipe: Recipe | None, stack: Stack) -> int:
+def _select_gradient_bytes(precision: Precision, recipe: SourceRecipe | None, software: TrainingSoftware) -> int:
     if precision == "fp32":
         return 4
-    return (recipe.gradient_bytes if recipe else None) or stack.gradient_bytes
+    return (recipe.gradient_bytes if recipe else None) or software.gradient_bytes
 
 
 _IDENTIFYING_FIELDS = (
@@ -355,7 +359,7 @@ _IDENTIFYING_FIELDS = (
 )  # fmt: skip
 
 
-def compute_fingerprint(row: PublishedRow) -> str:
+def compute_fingerprint(row: RunRow) -> str:
     """16 hexadecimal digits of what identifies a measured run, whatever file, line or source name it stands under."""
     measured = next(getattr(row, name) for name in MEASUREMENT_COLUMNS if getattr(row, name) is not None)
     cells = [getattr(row, name) for name in _IDENTIFYING_FIELDS]

@@ -17,8 +17,8 @@ from megatron_hammer.model.accounting import (
 )
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.scaling.evidence.row_model import UnpredictableError
-from megatron_hammer.scaling.evidence.run_table import PublishedRow
-from megatron_hammer.scaling.evidence.software import Stack
+from megatron_hammer.scaling.evidence.run_table import RunRow
+from megatron_hammer.scaling.evidence.software import TrainingSoftware
 
 
 def name_source_family(source: str) -> str:
@@ -35,7 +35,7 @@ class Siblings:
     chunks: dict[tuple[str, str, int, int], set[int]]  # vpp, by tp and pp as well; versions of a source together
 
 
-def collect_siblings(rows: Sequence[PublishedRow]) -> Siblings:
+def collect_siblings(rows: Sequence[RunRow]) -> Siblings:
     """What each source of a file says of each of its models."""
     siblings = Siblings({}, {})
     for row in rows:
@@ -48,7 +48,7 @@ def collect_siblings(rows: Sequence[PublishedRow]) -> Siblings:
 
 
 def build_row_layout(
-    row: PublishedRow, model: ModelShape, stack: Stack, siblings: Siblings, assumptions: list[str]
+    row: RunRow, model: ModelShape, software: TrainingSoftware, siblings: Siblings, assumptions: list[str]
 ) -> ParallelLayout:
     """The layout of a row and its model. Raises UnpredictableError where it is unsaid or cannot be built."""
     tp, pp = _fill_model_parallel(row, siblings, assumptions)
@@ -72,9 +72,9 @@ def build_row_layout(
         context_parallel_size=cp,
         data_parallel_size=dp,
         expert_model_parallel_size=row.ep or 1,
-        has_sequence_parallel=_has_sequence_parallel(row, tp, stack),
+        has_sequence_parallel=_has_sequence_parallel(row, tp, software),
     )
-    vpp = _fill_chunks(row, (tp, pp), model, stack, siblings, assumptions)
+    vpp = _fill_chunks(row, (tp, pp), model, software, siblings, assumptions)
     layout = _split_over_stages(base, model.num_layers, vpp, assumptions)
     problems = (*find_grid_problems(layout), *find_shard_problems(model, layout))
     if problems:
@@ -82,8 +82,8 @@ def build_row_layout(
     return layout
 
 
-def _has_sequence_parallel(row: PublishedRow, tp: int, stack: Stack) -> bool:
-    """The row's own cell, else what its text says, else the stack's; full recomputation of 2022 went without it."""
+def _has_sequence_parallel(row: RunRow, tp: int, software: TrainingSoftware) -> bool:
+    """The row's own cell, else what its text says, else the software's; full recomputation of 2022 went without it."""
     if row.sequence_parallel is not None:
         return row.sequence_parallel
     text = f"{row.recompute} {row.notes}".lower()
@@ -92,11 +92,13 @@ def _has_sequence_parallel(row: PublishedRow, tp: int, stack: Stack) -> bool:
     if "sequence parallel" in text:
         return tp > 1
     return (
-        stack.has_sequence_parallel and tp > 1 and not (stack.recomputes_without_sequence_parallel and "full" in text)
+        software.has_sequence_parallel
+        and tp > 1
+        and not (software.recomputes_without_sequence_parallel and "full" in text)
     )
 
 
-def _fill_model_parallel(row: PublishedRow, siblings: Siblings, assumptions: list[str]) -> tuple[int, int]:
+def _fill_model_parallel(row: RunRow, siblings: Siblings, assumptions: list[str]) -> tuple[int, int]:
     if row.tp is not None and row.pp is not None:
         return row.tp, row.pp
     if row.dp is not None and row.dp == row.gpus:
@@ -118,15 +120,15 @@ def _fill_model_parallel(row: PublishedRow, siblings: Siblings, assumptions: lis
 
 
 def _fill_chunks(
-    row: PublishedRow,
+    row: RunRow,
     sizes: tuple[int, int],
     model: ModelShape,
-    stack: Stack,
+    software: TrainingSoftware,
     siblings: Siblings,
     assumptions: list[str],
 ) -> int:
     """Virtual chunks a stage. sizes: (tp, pp)."""
-    if row.vpp is not None or sizes[1] == 1 or not stack.is_interleaved:
+    if row.vpp is not None or sizes[1] == 1 or not software.is_interleaved:
         return row.vpp or 1
     same = siblings.chunks.get((name_source_family(row.source), row.model, *sizes), set())
     if len(same) == 1:
@@ -136,7 +138,7 @@ def _fill_chunks(
     if model.num_layers % sizes[1]:
         return 1
     chunks = model.num_layers // sizes[1]
-    assumptions.append(f"vpp {chunks}: blank, interleaved as far as it goes, as {stack.name} does")
+    assumptions.append(f"vpp {chunks}: blank, interleaved as far as it goes, as {software.name} does")
     return chunks
 
 

@@ -10,8 +10,8 @@ from dataclasses import replace
 from megatron_hammer.model.accounting import FlopConvention, count_flops_per_token
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.scaling.evidence.row_model import UnpredictableError
-from megatron_hammer.scaling.evidence.run_table import PublishedRow
-from megatron_hammer.scaling.evidence.software import Stack
+from megatron_hammer.scaling.evidence.run_table import RunRow
+from megatron_hammer.scaling.evidence.software import TrainingSoftware
 from megatron_hammer.scaling.plan import Plan
 
 # What a mfu_definition says -> the convention; first match wins.
@@ -24,7 +24,7 @@ _DEFINITIONS: tuple[tuple[str, str], ...] = (
 )
 
 
-def find_step_time(row: PublishedRow, plan: Plan, stack: Stack, assumptions: list[str]) -> tuple[float, str]:
+def find_step_time(row: RunRow, plan: Plan, software: TrainingSoftware, assumptions: list[str]) -> tuple[float, str]:
     """(seconds of the row's own step, the column they come from), of the best measured cell.
 
     The batch is the row's where it has one, so that a caller who rounds it scales the result.
@@ -36,7 +36,7 @@ def find_step_time(row: PublishedRow, plan: Plan, stack: Stack, assumptions: lis
         return row.iteration_time_s, "iteration_time_s"
     if row.tokens_per_s_per_gpu is not None:
         return tokens / (row.tokens_per_s_per_gpu * num_gpus), "tokens_per_s_per_gpu"
-    convention, reason = _select_convention(row, stack)
+    convention, reason = _select_convention(row, software)
     flops = count_step_flops(plan, tokens, convention, counts_multi_head="as mha" in row.mfu_definition.lower())
     assumptions.append(f"FLOP convention {convention}: {reason}")
     if row.tflops_per_gpu is not None:
@@ -67,15 +67,15 @@ def count_step_flops(plan: Plan, tokens: int, convention: str, *, counts_multi_h
     return float(tokens * per_token)
 
 
-def _select_convention(row: PublishedRow, stack: Stack) -> tuple[str, str]:
+def _select_convention(row: RunRow, software: TrainingSoftware) -> tuple[str, str]:
     text = row.mfu_definition.lower()
     for pattern, convention in _DEFINITIONS:
         if re.search(pattern, text):
             return convention, "the row's mfu_definition"
-    return stack.flop_convention, f"blank, {stack.name}"
+    return software.flop_convention, f"blank, {software.name}"
 
 
-def _select_peak(row: PublishedRow, plan: Plan) -> tuple[float, str]:
+def _select_peak(row: RunRow, plan: Plan) -> tuple[float, str]:
     """(TFLOP/s that a utilisation is of, why)."""
     is_eight_bit = plan.precision in ("fp8", "mxfp8")
     stated = re.findall(r"\b\d{3,5}\b", row.mfu_definition.lower().partition("peak ")[2])  # 16 bits, then 8

@@ -1,12 +1,12 @@
-"""The rows of a table of measured runs as they stand: cells of the right type, blanks as None, nothing interpreted.
+"""The rows of a table of runs or of memory figures as they stand: cells of the right type, blanks as None.
 
-Two headers are known: that of the published tables (and of `scaling_study.py measure`), and that of vTrain's measured
-iteration times. `measured_runs.py` says what a row means.
+Tables of runs have one of two headers: that of the published tables (and of `scaling_study.py measure`), or that of
+vTrain's measured iteration times. Nothing is interpreted here: `measured_runs.py` and `memory/measured_memory.py` do.
 """
 
 import csv
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,13 @@ VTRAIN_COLUMNS = {
     "pipeline parallelism": "pp",
     "iteration time (ms)": "iteration_time_s",
 }
+MEMORY_COLUMNS = ("model", "quantity", "memory_value", "unit")
+Record = tuple[int, list[str]]  # (the line on which it starts, cells)
 VTRAIN_SOURCE = "vTrain_ground_truth_single"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PublishedRow:
+class RunRow:
     """One row under the published header. row_number: its line in the file, the header's being 1."""
 
     row_number: int
@@ -73,15 +75,54 @@ class PublishedRow:
     ep: int | None = None
 
 
-def read_rows(path: Path) -> list[PublishedRow]:
-    """Every row of a CSV file, in its order.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryRow(RunRow):
+    """One row of a table of memory figures: the run's cells, and what was measured of its memory."""
+
+    quantity: str = ""  # in words
+    memory_value: str = ""  # a number, or a formula
+    unit: str = ""
+    measured_or_model: str = ""
+
+
+def read_memory_rows(path: Path) -> list[MemoryRow]:
+    """Every row of a CSV file of memory figures, in its order. Raises ConfigError as `read_run_rows` does."""
+    names, records = _read_records(path)
+    missing = [name for name in MEMORY_COLUMNS if name not in names]
+    if missing:
+        raise ConfigError(
+            f"{path}:1: must have the columns {', '.join(MEMORY_COLUMNS)}, got no {', '.join(missing)}. "
+            "Pass a table of memory figures."
+        )
+    return _parse_rows(MemoryRow, names, records, path)
+
+
+def read_run_rows(path: Path) -> list[RunRow]:
+    """Every row of a CSV file of measured runs, in its order.
 
     Raises ConfigError for an unreadable file or header, and once with all cells that hold something else than they
     should, each with its line, column and value.
     """
+    names, records = _read_records(path)
+    is_vtrain = set(VTRAIN_COLUMNS) <= set(names)
+    names = [VTRAIN_COLUMNS.get(name, name) if is_vtrain else name for name in names]
+    if not is_vtrain:
+        _check_header(names, path)
+    rows = _parse_rows(RunRow, names, records, path)
+    return [_as_vtrain(row) for row in rows] if is_vtrain else rows
+
+
+def _read_records(path: Path) -> tuple[list[str], list[Record]]:
+    """(column names in lower case, every record that is not empty)."""
+    records = []
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            records = _read_records(csv.reader(file), path)
+            reader = csv.reader(file)
+            line = 1
+            for cells in reader:
+                if any(cell.strip() for cell in cells):
+                    records.append((line, cells))
+                line = reader.line_num + 1
     except OSError as error:
         raise ConfigError(f"{path}: must be a readable file, got {error.strerror}. Pass a CSV file.") from error
     except (csv.Error, UnicodeDecodeError) as error:
@@ -89,27 +130,7 @@ def read_rows(path: Path) -> list[PublishedRow]:
     if not records:
         raise ConfigError(f"{path}:1: must be a header, got an empty file. Pass a CSV file with a header.")
     (_, header), *rest = records
-    names = [name.strip().lower() for name in header]
-    is_vtrain = set(VTRAIN_COLUMNS) <= set(names)
-    names = [VTRAIN_COLUMNS.get(name, name) if is_vtrain else name for name in names]
-    if not is_vtrain:
-        _check_header(names, path)
-    problems: list[str] = []
-    rows = [_parse_row(line, cells, names, path, problems) for line, cells in rest]
-    if problems:
-        raise ConfigError(*problems)
-    return [_as_vtrain(row) for row in rows] if is_vtrain else rows
-
-
-def _read_records(reader: Any, path: Path) -> list[tuple[int, list[str]]]:
-    """(line, cells) of every record that is not empty; the line is that on which the record starts."""
-    records = []
-    line = 1
-    for cells in reader:
-        if any(cell.strip() for cell in cells):
-            records.append((line, cells))
-        line = reader.line_num + 1
-    return records
+    return [name.strip().lower() for name in header], rest
 
 
 def _check_header(names: list[str], path: Path) -> None:
@@ -129,23 +150,37 @@ def _check_header(names: list[str], path: Path) -> None:
         raise ConfigError(*problems)
 
 
-def _parse_row(line: int, record: list[str], names: list[str], path: Path, problems: list[str]) -> PublishedRow:
-    """The row of one record; what is wrong with it is appended to `problems`."""
-    if len(record) != len(names):
-        problems.append(
-            f"{path}:{line}: must have a cell for each of {len(names)} columns, got {len(record)}. Correct the row."
-        )
-        return PublishedRow(row_number=line)
-    cells = dict(zip(names, record, strict=True))
+def _parse_rows[R: RunRow](kind: type[R], names: list[str], records: list[Record], path: Path) -> list[R]:
+    """Raises ConfigError once with every cell that cannot be parsed."""
+    parsers = {field.name: _PARSER_OF_TYPE[field.type] for field in fields(kind) if field.name != "row_number"}
+    problems: list[str] = []
+    rows = []
+    for line, cells in records:
+        if len(cells) == len(names):
+            values = _parse_cells(dict(zip(names, cells, strict=True)), parsers, f"{path}:{line}", problems)
+            rows.append(kind(row_number=line, **values))
+        else:
+            problems.append(
+                f"{path}:{line}: must have a cell for each of {len(names)} columns, got {len(cells)}. Correct the row."
+            )
+    if problems:
+        raise ConfigError(*problems)
+    return rows
+
+
+def _parse_cells(
+    cells: Mapping[str, str], parsers: Mapping[str, Callable[[str], Any]], where: str, problems: list[str]
+) -> dict[str, Any]:
+    """Values by field; what is wrong with a cell is appended to `problems`."""
     values: dict[str, Any] = {}
-    for name, parse in _PARSERS.items():
+    for name, parse in parsers.items():
         try:
             values[name] = parse(cells.get(name, "").strip())
         except ValueError as error:
             problems.append(
-                f"{path}:{line}: {name}: must be {error}, got {cells[name]!r}. Correct the cell or leave it blank."
+                f"{where}: {name}: must be {error}, got {cells[name]!r}. Correct the cell or leave it blank."
             )
-    return PublishedRow(row_number=line, **values)
+    return values
 
 
 def _parse_count(text: str) -> int | None:
@@ -190,10 +225,9 @@ _PARSER_OF_TYPE: dict[Any, Callable[[str], Any]] = {
     float | None: _parse_quantity,
     bool | None: _parse_flag,
 }
-_PARSERS = {field.name: _PARSER_OF_TYPE[field.type] for field in fields(PublishedRow) if field.name != "row_number"}
 
 
-def _as_vtrain(row: PublishedRow) -> PublishedRow:
+def _as_vtrain(row: RunRow) -> RunRow:
     """vTrain's row with what its header leaves out; where that comes from is said in software.py."""
     return replace(
         row,

@@ -5,75 +5,17 @@ The two files say what their fields mean. Nothing here computes a time; `plan.py
 
 import functools
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.scaling.plan import Cluster, Gpu
+from megatron_hammer.scaling.typed_toml import build_from_table, read_toml
 
 DATA_DIR = Path(__file__).resolve().parent
 SHIPPED_GPUS_PATH = DATA_DIR / "gpus.toml"
 SHIPPED_CLUSTERS_PATH = DATA_DIR / "clusters.toml"
-
-Tables = dict[str, dict[str, Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class FieldRule:
-    """What one field of a table may hold. minimum: of a number; a number must exceed 0 where it is None."""
-
-    kind: str  # "text", "texts", "number", "count"
-    minimum: float | None = None
-
-    def find_fault(self, value: Any) -> str | None:
-        """What the value must be, or None where it is that."""
-        if self.kind == "text":
-            return None if isinstance(value, str) and value.strip() else "a text that is not empty"
-        if self.kind == "texts":
-            is_list = isinstance(value, list) and all(isinstance(item, str) and item.strip() for item in value)
-            return None if is_list else "a list of texts"
-        is_number = isinstance(value, int) or (self.kind == "number" and isinstance(value, float))
-        name = "a whole number" if self.kind == "count" else "a number"
-        bound = "above 0" if self.minimum is None else f"of at least {self.minimum:g}"
-        is_large = is_number and (value > 0 if self.minimum is None else value >= self.minimum)
-        is_good = is_large and not isinstance(value, bool) and value != float("inf")
-        return None if is_good else f"{name} {bound}"
-
-
-_NUMBER = FieldRule("number")
-GPU_RULES: Mapping[str, FieldRule] = {
-    "source": FieldRule("text"),
-    "aliases": FieldRule("texts"),
-    "fp32_tflops": _NUMBER,
-    "fp16_tflops": _NUMBER,
-    "bf16_tflops": _NUMBER,
-    "fp8_tflops": _NUMBER,
-    "fp4_tflops": _NUMBER,
-    "memory_bytes": FieldRule("count"),
-    "memory_bytes_per_s": _NUMBER,
-    "power_w": _NUMBER,
-}
-CLUSTER_RULES: Mapping[str, FieldRule] = {
-    "source": FieldRule("text"),
-    "gpu": FieldRule("text"),
-    "gpus_per_node": FieldRule("count"),
-    "nvlink_domain_size": FieldRule("count"),
-    "nvlink_bytes_per_s": _NUMBER,
-    "nvlink_latency_s": FieldRule("number", 0),
-    "network_bytes_per_s": _NUMBER,
-    "network_latency_s": FieldRule("number", 0),
-    "leaf_size": FieldRule("count", 0),
-    "spine_oversubscription_ratio": FieldRule("number", 1),
-    "cpu_power_w_per_node": FieldRule("number", 0),
-    "power_usage_effectiveness": FieldRule("number", 1),
-    "usd_per_gpu_hour": FieldRule("number", 0),
-    "full_speed_processes_per_node": FieldRule("count"),
-}
-# A format that a GPU may lack is left out of its table, and is None in its Gpu.
-OPTIONAL_FIELDS = frozenset({"bf16_tflops", "fp8_tflops", "fp4_tflops"})
 
 
 def load_gpus(path: Path | None = None) -> dict[str, Gpu]:
@@ -91,18 +33,16 @@ def load_clusters(path: Path | None = None, *, gpus_path: Path | None = None) ->
     """
     if path is None:
         return dict(_load_shipped_clusters())
-    tables = _merge_tables((SHIPPED_CLUSTERS_PATH, path))
-    problems = _find_table_problems(tables, CLUSTER_RULES, _required_fields(Cluster), path)
+    clusters, problems = _build_tables(Cluster, (SHIPPED_CLUSTERS_PATH, path))
     gpu_names = load_gpus(gpus_path)
-    for name, table in tables.items():
-        gpu = table.get("gpu")
-        if isinstance(gpu, str) and gpu not in gpu_names:
-            problems.append(
-                f"{path}: [{name}] gpu: must be a known GPU, got gpu={gpu!r}. "
-                f"Use one of {', '.join(gpu_names)}, or describe it in a file for --gpus-file."
-            )
+    problems += [
+        f"{path}: [{cluster.name}] gpu: must be a known GPU, got gpu={cluster.gpu!r}. "
+        f"Use one of {', '.join(gpu_names)}, or describe it in a file for --gpus-file."
+        for cluster in clusters.values()
+        if cluster.gpu not in gpu_names
+    ]
     _raise_problems(problems)
-    return {name: Cluster(name=name, **table) for name, table in tables.items()}
+    return clusters
 
 
 def select_gpu(name: str, path: Path | None = None) -> Gpu:
@@ -182,7 +122,7 @@ def _find_gpu_by_parts(name: str, gpus: list[Gpu]) -> Gpu | None:
 
 
 def normalise_name(name: str) -> str:
-    """'NVIDIA A100-SXM4-80GB' -> 'a100sxm480gb': what remains of a GPU's spelling when manners are taken off."""
+    """'NVIDIA A100-SXM4-80GB' -> 'a100sxm480gb': in canonical form: lower case, no vendor, no punctuation."""
     letters = re.sub(r"[^a-z0-9]", "", name.lower())
     return re.sub(r"^(nvidia|tesla|geforce)+", "", letters)
 
@@ -194,43 +134,34 @@ def _load_shipped_gpus() -> Mapping[str, Gpu]:
 
 @functools.cache
 def _load_shipped_clusters() -> Mapping[str, Cluster]:
-    tables = _merge_tables((SHIPPED_CLUSTERS_PATH,))
-    _raise_problems(_find_table_problems(tables, CLUSTER_RULES, _required_fields(Cluster), SHIPPED_CLUSTERS_PATH))
-    return {name: Cluster(name=name, **table) for name, table in tables.items()}
+    clusters, problems = _build_tables(Cluster, (SHIPPED_CLUSTERS_PATH,))
+    _raise_problems(problems)
+    return clusters
 
 
 def _load_gpus(paths: tuple[Path, ...]) -> dict[str, Gpu]:
-    tables = _merge_tables(paths)
-    problems = _find_table_problems(tables, GPU_RULES, _required_fields(Gpu) - OPTIONAL_FIELDS, paths[-1])
+    gpus, problems = _build_tables(Gpu, paths)
     _raise_problems(problems)
-    gpus = {name: _build_gpu(name, table) for name, table in tables.items()}
     _raise_problems(_find_alias_problems(gpus.values(), paths[-1]))
     return gpus
 
 
-def _build_gpu(name: str, table: dict[str, Any]) -> Gpu:
-    values = {field: None for field in OPTIONAL_FIELDS} | table
-    return Gpu(name=name, **(values | {"aliases": tuple(table.get("aliases", ()))}))
-
-
-def _merge_tables(paths: tuple[Path, ...]) -> Tables:
-    """The tables of all files, fields of a later file over those of an earlier one."""
-    merged: Tables = {}
+def _build_tables[T](kind: type[T], paths: tuple[Path, ...]) -> tuple[dict[str, T], list[str]]:
+    """(what the tables of all files describe by name, problems). Fields of a later file replace those of an earlier."""
+    merged: dict[str, dict[str, Any]] = {}
     for path in paths:
         for name, table in _read_tables(path).items():
             merged[name] = merged.get(name, {}) | table
-    return merged
+    problems: list[str] = []
+    built = {
+        name: build_from_table(kind, table, f"{paths[-1]}: [{name}]", problems, given={"name": name})
+        for name, table in merged.items()
+    }
+    return {name: one for name, one in built.items() if one is not None}, problems
 
 
-def _read_tables(path: Path) -> Tables:
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: must be a readable file, got {error.strerror}. Give the path of a TOML file."
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: must be a TOML file, got: {error}. Correct it there.") from error
+def _read_tables(path: Path) -> dict[str, dict[str, Any]]:
+    content = read_toml(path)
     loose = [key for key, value in content.items() if not isinstance(value, dict)]
     if loose:
         raise ConfigError(
@@ -238,28 +169,6 @@ def _read_tables(path: Path) -> Tables:
             "Put [name] on a line above."
         )
     return content
-
-
-def _required_fields(kind: type) -> set[str]:
-    return {field.name for field in fields(kind) if field.default is MISSING and field.name != "name"}
-
-
-def _find_table_problems(
-    tables: Tables, rules: Mapping[str, FieldRule], required: set[str] | frozenset[str], path: Path
-) -> list[str]:
-    problems = []
-    for name, table in tables.items():
-        for field in sorted(required - table.keys()):
-            must = rules[field].find_fault(None)
-            problems.append(f"{path}: [{name}] {field}: must be given as {must}, got nothing. Add it to the table.")
-        for field, value in table.items():
-            if field not in rules:
-                problems.append(
-                    f"{path}: [{name}] {field}: must be a known field, got {field}={value!r}. Use {', '.join(rules)}."
-                )
-            elif fault := rules[field].find_fault(value):
-                problems.append(f"{path}: [{name}] {field}: must be {fault}, got {field}={value!r}. Correct it there.")
-    return problems
 
 
 def _find_alias_problems(gpus: Iterable[Gpu], path: Path) -> list[str]:

@@ -19,14 +19,19 @@ from megatron_hammer.model.parameters import find_shard_problems
 from megatron_hammer.model.pipeline_split import find_split_problems
 from megatron_hammer.model.shape import ModelShape, MoeShape
 from megatron_hammer.scaling.evidence.row_model import UnpredictableError, build_row_model
-from megatron_hammer.scaling.evidence.run_table import PublishedRow
-from megatron_hammer.scaling.memory.measured_quantity import MemoryKind, read_cells, read_count, read_measurement
-from megatron_hammer.scaling.memory.software import NAME_RULES, MemoryStack, StageChoice, select_memory_stack
+from megatron_hammer.scaling.evidence.run_table import MemoryRow, read_memory_rows
+from megatron_hammer.scaling.memory.measured_quantity import MemoryKind, read_measurement
+from megatron_hammer.scaling.memory.software import (
+    MemorySoftware,
+    StageChoice,
+    load_known_memory_software,
+    select_memory_software,
+)
 from megatron_hammer.scaling.plan import Precision, Recompute, Sharding
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MemoryRow:
+class MeasuredMemory:
     """One figure and the run that it belongs to. measured: bytes, or a share for activation_ratio."""
 
     row_number: int  # its line in the file, the header's being 1
@@ -58,96 +63,96 @@ class UnpredictableMemoryRow:
     reason: str
 
 
-def read_memory_rows(path: Path) -> tuple[list[MemoryRow], list[UnpredictableMemoryRow]]:
+def read_measured_memory(path: Path) -> tuple[list[MeasuredMemory], list[UnpredictableMemoryRow]]:
     """Every row of a CSV file in its order, as a run or with the reason why not.
 
-    Raises ConfigError for an unreadable file or a header without the columns that say what was measured.
+    Raises ConfigError for an unreadable file, a header without the columns that say what was measured, or bad cells.
     """
-    rows: list[MemoryRow] = []
+    rows: list[MeasuredMemory] = []
     unpredictable: list[UnpredictableMemoryRow] = []
-    for line, cells in read_cells(path):
+    for row in read_memory_rows(path):
         try:
-            rows.append(_build_row(line, cells))
+            rows.append(_build_measured_memory(row))
         except (UnpredictableError, ConfigError) as error:
             unpredictable.append(
                 UnpredictableMemoryRow(
-                    row_number=line,
-                    source=cells["source"],
-                    model=cells["model"],
-                    quantity=cells["quantity"],
-                    measured_or_model=cells["measured_or_model"],
+                    row_number=row.row_number,
+                    source=row.source,
+                    model=row.model,
+                    quantity=row.quantity,
+                    measured_or_model=row.measured_or_model,
                     reason=str(error),
                 )
             )
     return rows, unpredictable
 
 
-def _build_row(line: int, cells: Mapping[str, str]) -> MemoryRow:
+def _build_measured_memory(row: MemoryRow) -> MeasuredMemory:
     """The run of one row; UnpredictableError where the row does not say enough."""
-    stack = select_memory_stack(cells["source"])
-    kind, measured = read_measurement(cells, stack)
-    _refuse_what_is_not_modelled(cells)
+    software = select_memory_software(row.source)
+    kind, measured = read_measurement(row, software)
+    _refuse_what_is_not_modelled(row)
     assumptions: list[str] = []
-    changes = _apply_name_rules(cells, assumptions)
-    stack = replace(stack, **_select_fields(changes, MemoryStack))
-    seq_length = _count_or_assume(cells, "seq", stack.seq_length, stack, assumptions)
-    model = _build_model(line, cells, stack, changes, assumptions)
-    layout = _build_layout(cells, model, stack, changes, assumptions)
-    micro_batch_size = _count_or_assume(cells, "micro_batch", stack.micro_batch_size, stack, assumptions)
-    num_microbatches = _count_microbatches(cells, layout, micro_batch_size, assumptions)
-    if layout.pipeline_model_parallel_size > 1 and "1f1b" in cells["notes"].lower():
+    changes = _apply_name_rules(row, assumptions)
+    software = replace(software, **_select_fields(changes, MemorySoftware))
+    seq_length = _count_or_assume(row, "seq", software.seq_length, software, assumptions)
+    model = _build_model(row, software, changes, assumptions)
+    layout = _build_layout(row, model, software, changes, assumptions)
+    micro_batch_size = _count_or_assume(row, "micro_batch", software.micro_batch_size, software, assumptions)
+    num_microbatches = _count_microbatches(row, layout, micro_batch_size, assumptions)
+    if layout.pipeline_model_parallel_size > 1 and "1f1b" in row.notes.lower():
         # torchtitan's "local batch size" is what its schedule cuts into micro-batches of one sequence.
         num_microbatches, micro_batch_size = micro_batch_size, 1
         assumptions.append("micro-batches of 1 sequence: its schedule cuts the local batch")
-    return MemoryRow(
-        row_number=line,
-        source=cells["source"],
-        name=cells["model"],
-        quantity=cells["quantity"],
+    return MeasuredMemory(
+        row_number=row.row_number,
+        source=row.source,
+        name=row.model,
+        quantity=row.quantity,
         kind=kind,
         measured=measured,
-        measured_or_model=cells["measured_or_model"],
-        stage=_read_stage(cells, stack),
+        measured_or_model=row.measured_or_model,
+        stage=_read_stage(row, software),
         model=model,
         layout=layout,
         seq_length=seq_length,
         micro_batch_size=micro_batch_size,
         num_microbatches=num_microbatches,
-        options=_build_options(cells, stack, layout.pipeline_model_parallel_size > 1, assumptions),
+        options=_build_options(row, software, layout.pipeline_model_parallel_size > 1, assumptions),
         assumptions=tuple(assumptions),
     )
 
 
-def _read_stage(cells: Mapping[str, str], stack: MemoryStack) -> StageChoice:
-    text = cells["quantity"].lower()
+def _read_stage(row: MemoryRow, software: MemorySoftware) -> StageChoice:
+    text = row.quantity.lower()
     if "first stage" in text or "rank 0" in text:
         return "first"
-    return "last" if "last" in text else stack.stage
+    return "last" if "last" in text else software.stage
 
 
-def _refuse_what_is_not_modelled(cells: Mapping[str, str]) -> None:
+def _refuse_what_is_not_modelled(row: MemoryRow) -> None:
     """UnpredictableError for models and trainings that the memory model does not know."""
-    text = f"{cells['model']} {cells['quantity']} {cells['recompute']}".lower()
+    text = f"{row.model} {row.quantity} {row.recompute}".lower()
     if re.search(r"deepseek|moonlight|kimi|mla", text):
         raise UnpredictableError("its multi-latent attention is not modelled")
     if "lora" in text:
         raise UnpredictableError("adapters beside frozen weights are not modelled")
-    if "offload" in f"{text} {cells['sharding']}".lower():
+    if "offload" in f"{text} {row.sharding}".lower():
         raise UnpredictableError("offloading to the host is not modelled")
-    if cells["source"].startswith("Korthikanti2022_AppB"):
+    if row.source.startswith("Korthikanti2022_AppB"):
         raise UnpredictableError("sequence, micro-batch and recomputation of the figure are not given")
 
 
 # --- the run --------------------------------------------------------------------------------------------------------
 
 
-def _apply_name_rules(cells: Mapping[str, str], assumptions: list[str]) -> dict[str, Any]:
+def _apply_name_rules(row: MemoryRow, assumptions: list[str]) -> dict[str, Any]:
     """Fields that the row's own words decide, by field name."""
-    source = cells["source"].lower()
-    name = cells["model"].lower()
-    text = _spell(name), name, cells["quantity"].lower(), f"{cells['gpu_type']} {cells['provenance']} {name}".lower()
+    source = row.source.lower()
+    name = row.model.lower()
+    text = _spell(name), name, row.quantity.lower(), f"{row.gpu_type} {row.provenance} {name}".lower()
     changes: dict[str, Any] = {}
-    for rule in NAME_RULES:
+    for rule in load_known_memory_software().name_rules:
         if re.search(rule.source_pattern, source) and any(re.search(rule.pattern, words) for words in text):
             changes.update(rule.changes)
             assumptions.append(f"{rule.says}: its name")
@@ -165,15 +170,12 @@ def _spell(model: str) -> str:
 
 
 def _build_model(
-    line: int, cells: Mapping[str, str], stack: MemoryStack, changes: Mapping[str, Any], assumptions: list[str]
+    row: MemoryRow, software: MemorySoftware, changes: Mapping[str, Any], assumptions: list[str]
 ) -> ModelShape:
-    sizes: dict[str, Any] = {
-        name: read_count(cells, name) for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "seq")
-    }
-    row = PublishedRow(row_number=line, source=cells["source"], model=_spell(cells["model"]), **sizes)
-    if row.vocab is None and stack.vocab_size is not None:
-        row = replace(row, vocab=stack.vocab_size)
-        assumptions.append(f"vocab {stack.vocab_size}: {stack.name}")
+    row = replace(row, model=_spell(row.model), params_b=None)  # the note about parameters is for runs
+    if row.vocab is None and software.vocab_size is not None:
+        row = replace(row, vocab=software.vocab_size)
+        assumptions.append(f"vocab {software.vocab_size}: {software.name}")
     model, notes = build_row_model(row)
     assumptions += notes
     if "swiglu" in row.model and row.hidden and row.ffn == 4 * row.hidden:
@@ -191,18 +193,21 @@ def _build_model(
 
 
 def _build_layout(
-    cells: Mapping[str, str],
+    row: MemoryRow,
     model: ModelShape,
-    stack: MemoryStack,
+    software: MemorySoftware,
     changes: Mapping[str, Any],
     assumptions: list[str],
 ) -> ParallelLayout:
-    tp, pp = _count_or_assume(cells, "tp", 1, stack, assumptions), _count_or_assume(cells, "pp", 1, stack, assumptions)
-    cp, vpp = read_count(cells, "cp") or 1, read_count(cells, "vpp") or 1
-    dp = _count_replicas(cells, tp * pp * cp, stack, assumptions)
-    has_sequence_parallel = {"yes": True, "no": False}.get(cells["sequence_parallel"].lower())
+    tp, pp = (
+        _count_or_assume(row, "tp", 1, software, assumptions),
+        _count_or_assume(row, "pp", 1, software, assumptions),
+    )
+    cp, vpp = row.cp or 1, row.vpp or 1
+    dp = _count_replicas(row, tp * pp * cp, software, assumptions)
+    has_sequence_parallel = row.sequence_parallel
     if has_sequence_parallel is None:
-        has_sequence_parallel = stack.has_sequence_parallel and tp > 1
+        has_sequence_parallel = software.has_sequence_parallel and tp > 1
     layout = ParallelLayout(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
@@ -210,7 +215,7 @@ def _build_layout(
         context_parallel_size=cp,
         data_parallel_size=dp,
         has_sequence_parallel=has_sequence_parallel,
-        expert_model_parallel_size=read_count(cells, "ep") or 1,
+        expert_model_parallel_size=row.ep or 1,
         **_select_fields(changes, ParallelLayout),
     )
     if find_split_problems(model.num_layers, layout):
@@ -225,27 +230,25 @@ def _build_layout(
     return layout
 
 
-def _count_replicas(cells: Mapping[str, str], ranks: int, stack: MemoryStack, assumptions: list[str]) -> int:
-    dp, gpus = read_count(cells, "dp"), read_count(cells, "gpus")
+def _count_replicas(row: MemoryRow, ranks: int, software: MemorySoftware, assumptions: list[str]) -> int:
+    dp, gpus = row.dp, row.gpus
     if dp is not None:
         return dp
     if gpus is None:
-        if stack.data_parallel_size is None:
+        if software.data_parallel_size is None:
             raise UnpredictableError("gpus and dp are blank")
-        assumptions.append(f"dp {stack.data_parallel_size}: neither it nor the GPUs are stated")
-        return stack.data_parallel_size
+        assumptions.append(f"dp {software.data_parallel_size}: neither it nor the GPUs are stated")
+        return software.data_parallel_size
     if gpus % ranks:
         raise UnpredictableError(f"its {gpus} GPUs are no multiple of the {ranks} ranks of a model copy")
     return gpus // ranks
 
 
-def _count_microbatches(
-    cells: Mapping[str, str], layout: ParallelLayout, micro_batch_size: int, assumptions: list[str]
-) -> int:
-    named = re.search(r"mbc(\d+)", cells["quantity"])
+def _count_microbatches(row: MemoryRow, layout: ParallelLayout, micro_batch_size: int, assumptions: list[str]) -> int:
+    named = re.search(r"mbc(\d+)", row.quantity)
     if named:
         return int(named[1])
-    global_batch = read_count(cells, "global_batch")
+    global_batch = row.global_batch
     if global_batch is not None:
         return max(1, global_batch // (micro_batch_size * layout.data_parallel_size))
     pp, vpp = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size
@@ -255,14 +258,14 @@ def _count_microbatches(
 
 
 def _count_or_assume(
-    cells: Mapping[str, str], name: str, default: int | None, stack: MemoryStack, assumptions: list[str]
+    row: MemoryRow, name: str, default: int | None, software: MemorySoftware, assumptions: list[str]
 ) -> int:
-    number = read_count(cells, name)
+    number: int | None = getattr(row, name)
     if number is not None:
         return number
     if default is None:
-        raise UnpredictableError(f"{name} is blank and not known of {stack.name}")
-    assumptions.append(f"{name} {default}: blank, {stack.name}")
+        raise UnpredictableError(f"{name} is blank and not known of {software.name}")
+    assumptions.append(f"{name} {default}: blank, {software.name}")
     return default
 
 
@@ -270,52 +273,52 @@ def _count_or_assume(
 
 
 def _build_options(
-    cells: Mapping[str, str], stack: MemoryStack, has_pipeline: bool, assumptions: list[str]
+    row: MemoryRow, software: MemorySoftware, has_pipeline: bool, assumptions: list[str]
 ) -> MemoryOptions:
-    recompute, modules = _read_recompute(cells, stack, assumptions)
-    sharding, shard_size = _read_sharding(cells, stack, assumptions)
-    precision = _read_precision(cells, stack, assumptions)
-    if precision == "fp16" or (precision != "fp32" and not stack.keeps_quantized):
+    recompute, modules = _read_recompute(row, software, assumptions)
+    sharding, shard_size = _read_sharding(row, software, assumptions)
+    precision = _read_precision(row, software, assumptions)
+    if precision == "fp16" or (precision != "fp32" and not software.keeps_quantized):
         precision = "bf16"
     return MemoryOptions(
         precision=precision,
         recompute=recompute,
         recompute_modules=modules,
-        has_hidden_dropout=stack.has_dropout,
-        has_attention_dropout=stack.has_dropout,
-        has_flash_attention=stack.has_flash_attention,
-        cross_entropy=stack.cross_entropy,
-        is_context_parallel_all_to_all=stack.is_context_parallel_all_to_all,
+        has_hidden_dropout=software.has_dropout,
+        has_attention_dropout=software.has_dropout,
+        has_flash_attention=software.has_flash_attention,
+        cross_entropy=software.cross_entropy,
+        is_context_parallel_all_to_all=software.is_context_parallel_all_to_all,
         sharding=sharding,
-        shard_size=shard_size or stack.shard_size,
-        reshards_after_forward=stack.reshards_in_pipeline or not has_pipeline,
-        has_fused_activation=stack.has_fused_activation,
-        gradient_bytes=stack.gradient_bytes,
-        has_fused_weight_gradients=stack.has_fused_weight_gradients,
-        has_fp8_parameters=stack.has_fp8_parameters,
-        workspace_bytes=stack.workspace_bytes,
+        shard_size=shard_size or software.shard_size,
+        reshards_after_forward=software.reshards_in_pipeline or not has_pipeline,
+        has_fused_activation=software.has_fused_activation,
+        gradient_bytes=software.gradient_bytes,
+        has_fused_weight_gradients=software.has_fused_weight_gradients,
+        has_fp8_parameters=software.has_fp8_parameters,
+        workspace_bytes=software.workspace_bytes,
     )
 
 
-def _read_precision(cells: Mapping[str, str], stack: MemoryStack, assumptions: list[str]) -> Precision:
-    text = cells["precision"].lower()
+def _read_precision(row: MemoryRow, software: MemorySoftware, assumptions: list[str]) -> Precision:
+    text = row.precision.lower()
     if not text:
-        assumptions.append(f"precision {stack.precision}: blank, {stack.name}")
-        return stack.precision
+        assumptions.append(f"precision {software.precision}: blank, {software.name}")
+        return software.precision
     for name in ("mxfp8", "nvfp4", "fp8", "bf16", "fp16", "fp32"):
         if name in text:
             return name  # type: ignore[return-value]
-    raise UnpredictableError(f"its precision {cells['precision']!r} is not known")
+    raise UnpredictableError(f"its precision {row.precision!r} is not known")
 
 
 def _read_recompute(
-    cells: Mapping[str, str], stack: MemoryStack, assumptions: list[str]
+    row: MemoryRow, software: MemorySoftware, assumptions: list[str]
 ) -> tuple[Recompute, tuple[RecomputeModule, ...]]:
-    text = re.sub(r"\(.*\)", "", cells["recompute"].lower()).strip()
-    core = stack.selective_modules
+    text = re.sub(r"\(.*\)", "", row.recompute.lower()).strip()
+    core = software.selective_modules
     if not text:
-        assumptions.append(f"recompute {stack.recompute}: blank, {stack.name}")
-        return stack.recompute, core
+        assumptions.append(f"recompute {software.recompute}: blank, {software.name}")
+        return software.recompute, core
     if text in ("none", "no", "[]"):
         return "none", core
     if text in ("full", "selective"):
@@ -323,17 +326,17 @@ def _read_recompute(
     modules = [word.strip() for word in re.split(r"[,+]", text)]
     unknown = [word for word in modules if word not in get_args(RecomputeModule)]
     if unknown:
-        raise UnpredictableError(f"its recomputation {cells['recompute']!r} is not known")
+        raise UnpredictableError(f"its recomputation {row.recompute!r} is not known")
     return "selective", tuple(modules)  # type: ignore[arg-type]
 
 
-def _read_sharding(cells: Mapping[str, str], stack: MemoryStack, assumptions: list[str]) -> tuple[Sharding, int | None]:
+def _read_sharding(row: MemoryRow, software: MemorySoftware, assumptions: list[str]) -> tuple[Sharding, int | None]:
     """(what is sharded, over how many ranks; None: all of them)."""
-    text = cells["sharding"].lower()
+    text = row.sharding.lower()
     if not text:
-        assumptions.append(f"sharding {stack.sharding}: blank, {stack.name}")
-        return stack.sharding, None
-    if stack.sharding == "fsdp":
+        assumptions.append(f"sharding {software.sharding}: blank, {software.name}")
+        return software.sharding, None
+    if software.sharding == "fsdp":
         return "fsdp", None
     size = re.search(r"(?:fsdp|shard|within)[ =](\d+)", text)
     shard_size = int(size[1]) if size else None
@@ -343,4 +346,4 @@ def _read_sharding(cells: Mapping[str, str], stack: MemoryStack, assumptions: li
         return "fsdp", shard_size
     if "zero-1" in text or "dist" in text:
         return "distributed_optimizer", shard_size
-    raise UnpredictableError(f"its sharding {cells['sharding']!r} is not known")
+    raise UnpredictableError(f"its sharding {row.sharding!r} is not known")

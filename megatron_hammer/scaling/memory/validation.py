@@ -14,7 +14,7 @@ from megatron_hammer.model.accounting import StageMemory, estimate_memory
 from megatron_hammer.model.memory_activations import estimate_layer_activations
 from megatron_hammer.model.memory_options import Batch
 from megatron_hammer.model.memory_state import select_part_sizes
-from megatron_hammer.scaling.memory.measured_memory import MemoryRow, UnpredictableMemoryRow, read_memory_rows
+from megatron_hammer.scaling.memory.measured_memory import MeasuredMemory, UnpredictableMemoryRow, read_measured_memory
 
 GIB = 2**30
 PROVENANCE = (
@@ -28,7 +28,7 @@ PROVENANCE = (
 class MemoryPrediction:
     """One figure and what the model says of it, in bytes (shares for activation_ratio)."""
 
-    row: MemoryRow
+    row: MeasuredMemory
     predicted: float
     stage: StageMemory  # that the prediction is of
 
@@ -69,12 +69,12 @@ class MemoryReport:
 
 def validate_memory(path: Path) -> MemoryReport:
     """Predict every row of a table of memory figures. Raises ConfigError for a file that cannot be read."""
-    rows, unpredictable = read_memory_rows(path)
+    rows, unpredictable = read_measured_memory(path)
     predictions = tuple(predict_memory(row) for row in rows)
     return MemoryReport(rows=predictions, unpredictable=tuple(unpredictable), groups=_group_errors(predictions))
 
 
-def predict_memory(row: MemoryRow) -> MemoryPrediction:
+def predict_memory(row: MeasuredMemory) -> MemoryPrediction:
     """What the model says of a row's figure: of the stage that the figure is of, and of the parts that it counts."""
     stages = _estimate(row)
     if row.stage == "first":
@@ -86,7 +86,7 @@ def predict_memory(row: MemoryRow) -> MemoryPrediction:
     return MemoryPrediction(row=row, predicted=_select_figure(row, stage), stage=stage)
 
 
-def _estimate(row: MemoryRow) -> tuple[StageMemory, ...]:
+def _estimate(row: MeasuredMemory) -> tuple[StageMemory, ...]:
     return estimate_memory(
         row.model,
         row.layout,
@@ -97,7 +97,7 @@ def _estimate(row: MemoryRow) -> tuple[StageMemory, ...]:
     )
 
 
-def _select_figure(row: MemoryRow, stage: StageMemory) -> float:
+def _select_figure(row: MeasuredMemory, stage: StageMemory) -> float:
     """The part of a stage's memory that the row's kind of figure counts."""
     if row.kind == "state":
         return stage.state_bytes
@@ -118,17 +118,17 @@ def _select_figure(row: MemoryRow, stage: StageMemory) -> float:
     return stage.total_bytes if row.kind == "total" else stage.allocated_bytes
 
 
-def _count_chunks(row: MemoryRow) -> int:
+def _count_chunks(row: MeasuredMemory) -> int:
     return row.layout.virtual_pipeline_model_parallel_size
 
 
-def _count_layer_state(row: MemoryRow, stage: StageMemory) -> float:
+def _count_layer_state(row: MeasuredMemory, stage: StageMemory) -> float:
     """Weights, gradients and optimizer of the linears of a stage's layers, not sharded: 18 bytes a parameter."""
     layer, _, _ = select_part_sizes(row.model, row.layout, row.options.vocab_divisible_by)
     return stage.num_layers * layer.linear * (row.options.element_bytes + row.options.gradient_bytes + 12)
 
 
-def _count_kept(row: MemoryRow) -> int:
+def _count_kept(row: MeasuredMemory) -> int:
     """Activations that one layer keeps of one micro-batch."""
     batch = Batch(micro_batch_size=row.micro_batch_size, seq_length=row.seq_length)
     return estimate_layer_activations(row.model, row.layout, batch, row.options).kept
@@ -138,7 +138,7 @@ def _count_kept(row: MemoryRow) -> int:
 
 
 def _group_errors(predictions: Sequence[MemoryPrediction]) -> tuple[ErrorGroup, ...]:
-    keys: tuple[tuple[str, Callable[[MemoryRow], str]], ...] = (
+    keys: tuple[tuple[str, Callable[[MeasuredMemory], str]], ...] = (
         ("source", lambda row: row.source),
         ("kind", lambda row: row.kind),
         ("measured_or_model", lambda row: row.measured_or_model),

@@ -95,18 +95,15 @@ def test_a_file_that_is_not_one_is_refused_with_every_reason(tmp_path):
     with pytest.raises(ConfigError) as caught:
         load_coefficients(path)
     assert caught.value.problems == (
-        f"{path}: shared.network_ratio: must be a positive number, got -1. Run calibrate again.",
-        f"{path}: shared: must hold only known coefficients, got wishes. Remove them.",
+        f"{path}: [shared] network_ratio: must be greater than 0, got network_ratio=-1. Correct it there.",
+        f"{path}: [shared] wishes: must be a known field, got wishes=3. Use {', '.join(PRIORS)}.",
         f"{path}: gpu: must have every generation, lacks volta. Run calibrate again.",
     )
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(
-        ConfigError,
-        match=r"none\.toml: must be readable, got No such file or directory\. Pass a file written by calibrate\.$",
-    ):
+    with pytest.raises(ConfigError, match=r"none\.toml: must be a readable file, got No such file or directory\."):
         load_coefficients(tmp_path / "none.toml")
     (tmp_path / "odd.toml").write_text("[shared\n")
-    with pytest.raises(ConfigError, match=r"odd\.toml: must be TOML, got .*\. Pass a file written by calibrate\.$"):
+    with pytest.raises(ConfigError, match=r"odd\.toml: must be a TOML file, got: "):
         load_coefficients(tmp_path / "odd.toml")

@@ -3,8 +3,8 @@
 import pytest
 
 from megatron_hammer.model.accounting import count_parameters
-from megatron_hammer.scaling.evidence.row_model import KNOWN_MODELS, UnpredictableError, build_row_model
-from megatron_hammer.scaling.evidence.run_table import PublishedRow
+from megatron_hammer.scaling.evidence.row_model import UnpredictableError, build_row_model, load_known_models
+from megatron_hammer.scaling.evidence.run_table import RunRow
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from megatron_hammer.scaling.evidence.run_table import PublishedRow
     ],
 )
 def test_exact_counts(name: str, num_parameters: int) -> None:
-    model, _ = build_row_model(PublishedRow(row_number=2, model=name))
+    model, _ = build_row_model(RunRow(row_number=2, model=name))
     assert count_parameters(model) == num_parameters
 
 
@@ -37,12 +37,15 @@ def test_exact_counts(name: str, num_parameters: int) -> None:
     ],
 )  # fmt: skip
 def test_counts_in_billions(name: str, billions: float) -> None:
-    model, _ = build_row_model(PublishedRow(row_number=2, model=name))
+    model, _ = build_row_model(RunRow(row_number=2, model=name))
     assert count_parameters(model) / 1e9 == pytest.approx(billions, rel=0.04)
 
 
-def test_every_known_model_says_whence_and_divides() -> None:
-    for known in KNOWN_MODELS:
+def test_every_known_model_names_its_source_and_divides() -> None:
+    models, families = load_known_models()
+    assert len(models) > 60
+    assert all(family.source for family in families)
+    for known in models:
         assert known.source
         assert known.hidden is not None
         assert known.heads is not None
@@ -51,30 +54,30 @@ def test_every_known_model_says_whence_and_divides() -> None:
 
 
 def test_the_row_goes_before_the_name() -> None:
-    row = PublishedRow(row_number=2, model="llama3-8b", layers=8, kv_heads=4, vocab=1000)
+    row = RunRow(row_number=2, model="llama3-8b", layers=8, kv_heads=4, vocab=1000)
     model, assumptions = build_row_model(row)
     assert (model.num_layers, model.num_query_groups, model.vocab_size, model.hidden_size) == (8, 4, 1000, 4096)
     assert not any(text.startswith("kv_heads") for text in assumptions)
 
 
 def test_a_preset_of_other_sizes_is_not_taken() -> None:
-    same, assumptions = build_row_model(PublishedRow(row_number=2, model="hammer-1b4", layers=22, vocab=105_789))
+    same, assumptions = build_row_model(RunRow(row_number=2, model="hammer-1b4", layers=22, vocab=105_789))
     assert same.name == "hammer-1b4"
     assert assumptions[0].startswith("model hammer-1b4: the preset of this name")
     other, _ = build_row_model(
-        PublishedRow(row_number=2, model="hammer-1b4", layers=22, hidden=2048, heads=32, ffn=5632, vocab=32_000)
+        RunRow(row_number=2, model="hammer-1b4", layers=22, hidden=2048, heads=32, ffn=5632, vocab=32_000)
     )
     assert (other.vocab_size, other.num_query_groups) == (32_000, 32)
 
 
 def test_a_name_does_not_lend_its_width_to_another() -> None:
-    model, assumptions = build_row_model(PublishedRow(row_number=2, model="GPT-1.7B", layers=24, hidden=2048))
+    model, assumptions = build_row_model(RunRow(row_number=2, model="GPT-1.7B", layers=24, hidden=2048))
     assert (model.num_attention_heads, model.ffn_hidden_size) == (16, 8192)
     assert "heads 16: blank, a head of 128" in assumptions
 
 
 def test_another_size_than_the_row_says_is_noted() -> None:
-    row = PublishedRow(row_number=2, model="Llama-3-8B", params_b=9.0)
+    row = RunRow(row_number=2, model="Llama-3-8B", params_b=9.0)
     assert "8.03 B parameters as built, where the row says 9 B" in build_row_model(row)[1]
 
 
@@ -89,6 +92,6 @@ def test_another_size_than_the_row_says_is_noted() -> None:
     ],
 )
 def test_what_no_rule_fills(cells: dict[str, int | str], reason: str) -> None:
-    row = PublishedRow(**({"row_number": 2, "model": "X", "layers": 4, "hidden": 4000} | cells))  # type: ignore[arg-type]
+    row = RunRow(**({"row_number": 2, "model": "X", "layers": 4, "hidden": 4000} | cells))  # type: ignore[arg-type]
     with pytest.raises(UnpredictableError, match=reason):
         build_row_model(row)

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.scaling.evidence.run_table import read_rows
+from megatron_hammer.scaling.evidence.run_table import read_run_rows
 from tests.helpers.published_tables import COLUMNS, write_table
 
 
 def test_blanks_numbers_and_lines(tmp_path: Path) -> None:
-    rows = read_rows(
+    rows = read_run_rows(
         write_table(
             tmp_path / "runs.csv",
             {"vpp": "", "params_B": "1.5", "notes": 'two\nlines, "quoted"'},
@@ -30,7 +30,7 @@ def test_every_malformed_cell_is_named_at_once(tmp_path: Path) -> None:
         {"tp": "1.5", "mfu": "inf", "global_batch": "1,024"},
     )
     with pytest.raises(ConfigError) as caught:
-        read_rows(path)
+        read_run_rows(path)
     count, quantity = "a whole number of at least 1", "a number above 0"
     remedy = "Correct the cell or leave it blank."
     assert list(caught.value.problems) == [
@@ -45,10 +45,10 @@ def test_every_malformed_cell_is_named_at_once(tmp_path: Path) -> None:
 
 def test_columns_may_be_absent_but_not_those_of_a_layout(tmp_path: Path) -> None:
     few = [name for name in COLUMNS if name not in ("derived_fields", "notes", "cp")]
-    assert read_rows(write_table(tmp_path / "few.csv", {}, columns=few))[0].cp is None
+    assert read_run_rows(write_table(tmp_path / "few.csv", {}, columns=few))[0].cp is None
     path = write_table(tmp_path / "none.csv", {}, columns=["model", "layers", "tp", "tp"])
     with pytest.raises(ConfigError) as caught:
-        read_rows(path)
+        read_run_rows(path)
     text = "\n".join(caught.value.problems)
     assert f"{path}:1: must have the column hidden, got model, layers, tp, tp. Add it; its cells may be blank." in text
     assert "must have one of the columns iteration_time_s, tokens_per_s_per_gpu, tflops_per_gpu, mfu, got" in text
@@ -59,22 +59,22 @@ def test_a_short_row_an_empty_file_and_none(tmp_path: Path) -> None:
     path = write_table(tmp_path / "runs.csv", {})
     path.write_text(path.read_text() + "a,b\n")
     with pytest.raises(ConfigError, match=r"runs\.csv:3: must have a cell for each of 30 columns, got 2\. Correct the"):
-        read_rows(path)
+        read_run_rows(path)
     path.write_text("")
     with pytest.raises(ConfigError, match=r"runs\.csv:1: must be a header, got an empty file\."):
-        read_rows(path)
+        read_run_rows(path)
     with pytest.raises(ConfigError, match=r"none\.csv: must be a readable file, got No such file or directory\."):
-        read_rows(tmp_path / "none.csv")
+        read_run_rows(tmp_path / "none.csv")
 
 
 def test_sequence_parallel_is_yes_no_or_blank(tmp_path: Path) -> None:
     columns = [*COLUMNS, "sequence_parallel"]
     cells = [{"sequence_parallel": text} for text in ("yes", "no", "")]
     path = write_table(tmp_path / "runs.csv", *cells, columns=columns)
-    assert [row.sequence_parallel for row in read_rows(path)] == [True, False, None]
+    assert [row.sequence_parallel for row in read_run_rows(path)] == [True, False, None]
     path = write_table(tmp_path / "runs.csv", {"sequence_parallel": "maybe"}, columns=columns)
     with pytest.raises(ConfigError, match=r":2: sequence_parallel: must be yes or no, got 'maybe'\."):
-        read_rows(path)
+        read_run_rows(path)
 
 
 def test_the_header_of_vtrain(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_the_header_of_vtrain(tmp_path: Path) -> None:
     )
     path = tmp_path / "single.csv"
     path.write_text(f"\ufeff{header}\n4,24,3,1536,12,18,512,2,1,2,250.5\n", encoding="utf-8")
-    (row,) = read_rows(path)
+    (row,) = read_run_rows(path)
     assert (row.gpus, row.global_batch, row.micro_batch, row.hidden, row.heads, row.layers) == (4, 24, 3, 1536, 12, 18)
     assert (row.seq, row.tp, row.dp, row.pp, row.gpu_type, row.recompute) == (512, 2, 1, 2, "A100", "")
     assert row.iteration_time_s == pytest.approx(0.2505)

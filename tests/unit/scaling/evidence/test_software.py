@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hammer.scaling.evidence.run_table import PublishedRow
-from megatron_hammer.scaling.evidence.software import RECIPES, STACKS, select_recipe, select_stack
+from megatron_hammer.scaling.evidence.run_table import RunRow
+from megatron_hammer.scaling.evidence.software import load_known_software, select_recipe, select_software
+from megatron_hammer.scaling.hardware.catalogue import load_clusters, load_gpus
 from tests.helpers.published_tables import read_plan
 
 
-def test_an_old_stack_recomputes_without_flash_attention(tmp_path: Path) -> None:
+def test_old_software_recomputes_without_flash_attention(tmp_path: Path) -> None:
     plan = read_plan(tmp_path, gpu_type="A100", precision="mixed fp16", recompute="full (uniform)", sharding="")
     assert (plan.has_flash_attention, plan.overlaps_grad_reduce, plan.sharding) == (False, False, "none")
     assert (plan.recompute, plan.gradient_bytes, plan.layout.has_sequence_parallel) == ("full", 2, False)
@@ -39,20 +40,30 @@ def test_an_old_stack_recomputes_without_flash_attention(tmp_path: Path) -> None
         ("", "Megatron-style of today", True),
     ],
 )
-def test_the_stack_of_a_source(source: str, name: str, is_megatron_style: bool) -> None:
-    stack, (assumption,) = select_stack(PublishedRow(row_number=2, source=source), "h100-sxm")
-    assert (stack.name, stack.is_megatron_style) == (name, is_megatron_style)
-    assert stack.source in assumption
+def test_the_software_of_a_source(source: str, name: str, is_megatron_style: bool) -> None:
+    software, (assumption,) = select_software(RunRow(row_number=2, source=source), "h100-sxm")
+    assert (software.name, software.is_megatron_style) == (name, is_megatron_style)
+    assert software.source in assumption
 
 
-def test_every_stack_says_whence() -> None:
-    assert all(stack.source and stack.source_pattern for stack in STACKS)
-    assert all(recipe.source for recipe in RECIPES)
-    assert len({stack.name for stack in STACKS}) == len(STACKS)
+def test_every_software_and_recipe_names_its_source() -> None:
+    known = load_known_software()
+    assert all(software.source and software.source_pattern for software in known.software)
+    assert all(recipe.source for recipe in known.recipes)
+    assert len({software.name for software in known.software}) == len(known.software) > 20
+
+
+def test_clusters_and_gpus_of_software_exist() -> None:
+    known = load_known_software()
+    gpus, clusters = load_gpus(), load_clusters()
+    for software in known.software:
+        assert set(software.gpu_of_gpu) | set(software.gpu_of_gpu.values()) | set(software.cluster_of_gpu) <= set(gpus)
+        assert set(software.cluster_of_gpu.values()) <= set(clusters)
+    assert {recipe.gpu for recipe in known.recipes} <= set(gpus)
 
 
 def test_a_recipe_fills_only_what_is_blank(tmp_path: Path) -> None:
-    row = PublishedRow(row_number=2, source="NVIDIA_dgxc-benchmarking_v25.05", model="llama3.1-405b")
+    row = RunRow(row_number=2, source="NVIDIA_dgxc-benchmarking_v25.05", model="llama3.1-405b")
     recipe = select_recipe(row, "gb200")
     assert recipe is not None
     assert (recipe.tp, recipe.pp, recipe.cp, recipe.vpp) == (4, 8, 2, 8)

@@ -128,11 +128,11 @@ def test_every_bad_field_is_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_gpus(path)
     text = "\n".join(caught.value.problems)
-    assert f"{path}: [h100-sxm] power_w: must be a number above 0, got power_w=-1. Correct it there." in text
-    assert "[h100-sxm] memory_bytes: must be a whole number above 0, got memory_bytes=80.5." in text
+    assert f"{path}: [h100-sxm] power_w: must be greater than 0, got power_w=-1. Correct it there." in text
+    assert "[h100-sxm] memory_bytes: must be a valid integer, got memory_bytes=80.5." in text
     assert "[h100-sxm] colour: must be a known field, got colour='green'. Use source, aliases," in text
-    assert "[mine] source: must be a text that is not empty, got source=''." in text
-    assert "[mine] fp16_tflops: must be given as a number above 0, got nothing. Add it to the table." in text
+    assert "[mine] source: must have at least 1 character, got source=''." in text
+    assert "[mine] fp16_tflops: must be given, got nothing. Add it to the table." in text
     assert len(caught.value.problems) == 9
 
 

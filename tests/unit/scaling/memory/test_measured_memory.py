@@ -1,12 +1,15 @@
 """Tables of memory figures: every row is a run or has its reason, blanks are filled by named assumptions."""
 
 import csv
+from dataclasses import fields
 
 import pytest
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.scaling.memory.measured_memory import read_memory_rows
-from megatron_hammer.scaling.memory.software import UNKNOWN_STACK, select_memory_stack
+from megatron_hammer.model.accounting import ParallelLayout
+from megatron_hammer.model.shape import ModelShape
+from megatron_hammer.scaling.memory.measured_memory import read_measured_memory
+from megatron_hammer.scaling.memory.software import MemorySoftware, load_known_memory_software, select_memory_software
 
 # A run that says everything; tests change what they are about.
 COMPLETE = {
@@ -51,13 +54,13 @@ def write_table(path, *changes):
 
 
 def read_one(tmp_path, **change):
-    (row,), unpredictable = read_memory_rows(write_table(tmp_path / "memory.csv", change))
+    (row,), unpredictable = read_measured_memory(write_table(tmp_path / "memory.csv", change))
     assert unpredictable == []
     return row
 
 
 def read_reason(tmp_path, **change):
-    rows, (unpredictable,) = read_memory_rows(write_table(tmp_path / "memory.csv", change))
+    rows, (unpredictable,) = read_measured_memory(write_table(tmp_path / "memory.csv", change))
     assert rows == []
     return unpredictable.reason
 
@@ -148,8 +151,6 @@ def test_precision(tmp_path, precision, expected):
         ({"unit": "furlongs"}, "its unit 'furlongs' is not known"),
         ({"unit": "%"}, "a share of what, its quantity 'max allocated' does not say"),
         ({"seq": ""}, "seq is blank and not known of Megatron-style software"),
-        ({"seq": "many"}, "its seq must be a whole number, got 'many'"),
-        ({"tp": "1.5"}, "its tp must be a whole number of at least 1, got '1.5'"),
         ({"gpus": "", "dp": ""}, "gpus and dp are blank"),
         ({"gpus": "12", "dp": ""}, "its 12 GPUs are no multiple of the 8 ranks of a model copy"),
         (
@@ -170,9 +171,25 @@ def test_a_row_that_cannot_be_predicted_has_its_reason(tmp_path, change, reason)
     assert read_reason(tmp_path, **change).startswith(reason)
 
 
+def test_every_malformed_cell_is_named_at_once(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        read_measured_memory(write_table(tmp_path / "memory.csv", {"seq": "many"}, {"tp": "1.5"}))
+    first, second = caught.value.problems
+    assert "memory.csv:2: seq: must be a whole number of at least 1, got 'many'" in first
+    assert "memory.csv:3: tp: must be a whole number of at least 1, got '1.5'" in second
+
+
+def test_facts_name_only_fields_that_exist():
+    names = {field.name for kind in (ModelShape, MemorySoftware, ParallelLayout) for field in fields(kind)}
+    known = load_known_memory_software()
+    for rule in known.name_rules:
+        assert set(rule.changes) <= names | {"moe_topk"}
+    assert all(software.source and software.source_pattern for software in known.software)
+
+
 def test_nothing_is_dropped(tmp_path):
     path = write_table(tmp_path / "memory.csv", {}, {"unit": "?"}, {"quantity": "peak"}, {"memory_value": ""})
-    rows, unpredictable = read_memory_rows(path)
+    rows, unpredictable = read_measured_memory(path)
     assert [row.row_number for row in rows] == [2, 4]
     assert [row.row_number for row in unpredictable] == [3, 5]
 
@@ -197,8 +214,8 @@ def test_facts_of_a_source_and_words_of_a_name(tmp_path):
 
 
 def test_sources_that_are_not_known_run_megatrons_defaults():
-    assert select_memory_stack("somewhere") is UNKNOWN_STACK
-    assert select_memory_stack("SimuMax_B200_v1.2").is_context_parallel_all_to_all
+    assert select_memory_software("somewhere") is load_known_memory_software().unknown
+    assert select_memory_software("SimuMax_B200_v1.2").is_context_parallel_all_to_all
 
 
 def test_a_file_that_is_no_table_of_memory_is_refused(tmp_path):
@@ -209,9 +226,9 @@ def test_a_file_that_is_no_table_of_memory_is_refused(tmp_path):
         match=r"runs.csv:1: must have the columns model, quantity, memory_value, unit, got no memory_value, unit\. "
         r"Pass a table of memory figures\.",
     ):
-        read_memory_rows(path)
+        read_measured_memory(path)
     with pytest.raises(ConfigError, match=r"none.csv: must be a readable file, got No such file or directory\."):
-        read_memory_rows(tmp_path / "none.csv")
+        read_measured_memory(tmp_path / "none.csv")
     path.write_bytes(b"model,quantity,memory_value,unit\n\xff,,,\n")
     with pytest.raises(ConfigError, match=r"runs.csv: must be a CSV file in UTF-8, got: "):
-        read_memory_rows(path)
+        read_measured_memory(path)

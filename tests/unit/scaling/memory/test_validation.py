@@ -7,7 +7,7 @@ import pytest
 
 from megatron_hammer.model.accounting import MemoryOptions, ParallelLayout, estimate_memory
 from megatron_hammer.presets.catalogue import PRESETS
-from megatron_hammer.scaling.memory.measured_memory import MemoryRow
+from megatron_hammer.scaling.memory.measured_memory import MeasuredMemory
 from megatron_hammer.scaling.memory.validation import (
     GIB,
     MemoryReport,
@@ -17,7 +17,7 @@ from megatron_hammer.scaling.memory.validation import (
 )
 from tests.helpers.data_paths import SHARED_DATA, needs_shared_data
 
-ROW = MemoryRow(
+ROW = MeasuredMemory(
     row_number=2,
     source="somewhere",
     name="llama2-7b",
