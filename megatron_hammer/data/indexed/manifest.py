@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 
 from megatron_hammer.errors import DataError
+from megatron_hammer.files.typed import FormatVersion, read_json
 
 FORMAT_VERSION = 1
 HASH_CHUNK_BYTES = 1 << 20
@@ -104,36 +105,13 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
     path = manifest_path(prefix)
     if not path.exists():
         return None
-    try:
-        fields = orjson.loads(path.read_bytes())
-        if fields["format_version"] > FORMAT_VERSION:
-            raise DataError(
-                f"{path}: format_version must be at most {FORMAT_VERSION}, got {fields['format_version']}. "
-                "Update megatron_hammer."
-            )
-        return build_manifest(fields)
-    except (ValueError, KeyError, TypeError) as error:
+    remedy = "It is no manifest of preprocess_data.py; preprocess the corpus again, or remove the manifest."
+    version = read_json(path, FormatVersion, remedy=remedy).format_version
+    if version > FORMAT_VERSION:
         raise DataError(
-            f"{path}: file must be a manifest of preprocess_data.py, got one that does not parse ({error!r}). "
-            "Preprocess the corpus again, or remove the manifest."
-        ) from error
-
-
-def build_manifest(fields: dict[str, Any]) -> Manifest:
-    """The inverse of `Manifest.to_json`; fields of later versions are left out. Raises KeyError or TypeError."""
-    names = {field.name for field in dataclasses.fields(Manifest)}
-    known = {name: value for name, value in fields.items() if name in names}
-    shard = fields.get("shard")
-    return Manifest(
-        **known
-        | {
-            "sources": tuple(SourceFile(**source) for source in fields["sources"]),
-            "ignored_files": tuple(fields["ignored_files"]),
-            "tokenizer": TokenizerIdentity(**fields["tokenizer"]),
-            "shard": None if shard is None else Shard(**shard),
-            "problems": tuple(fields["problems"]),
-        }
-    )
+            f"{path}: format_version must be at most {FORMAT_VERSION}, got {version}. Update megatron_hammer."
+        )
+    return read_json(path, Manifest, remedy=remedy)  # without the derived figures, and fields that are added later
 
 
 def describe_source(path: Path) -> SourceFile:

@@ -17,10 +17,11 @@ from typing import Any, Literal
 import orjson
 
 from megatron_hammer.corpus.blocks import Position
-from megatron_hammer.data.indexed.manifest import Shard
+from megatron_hammer.data.indexed.manifest import Manifest, Shard
 from megatron_hammer.data.indexed.pair_writer import WriterState
 from megatron_hammer.errors import DataError
 from megatron_hammer.files.publish import cannot_write, publish_file
+from megatron_hammer.files.typed import FormatVersion, read_json
 
 FORMAT_VERSION = 1
 MAX_DIFFERENCES_SHOWN = 20
@@ -68,30 +69,26 @@ class Journal:
     text_bytes: tuple[int, ...]
     num_empty_documents: tuple[int, ...]
     problems: tuple[str, ...]
-    manifests: tuple[dict[str, Any], ...] = ()
+    manifests: tuple[Manifest, ...] = ()
     format_version: int = FORMAT_VERSION
 
 
 def write_journal(path: Path, journal: Journal) -> None:
     """Replace the journal; after a kill there is the old one or the new one."""
     with publish_file(path) as file:
-        file.write(orjson.dumps(dataclasses.asdict(journal)))
+        manifests = [manifest.to_json() for manifest in journal.manifests]
+        file.write(orjson.dumps(dataclasses.asdict(journal) | {"manifests": manifests}))
 
 
 def read_journal(path: Path) -> Journal | None:
     """Return the journal, or None if there is none; raises DataError if it is damaged or of another version."""
     if not path.exists():
         return None
-    try:
-        fields = orjson.loads(path.read_bytes())
-        if fields["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"format_version {fields['format_version']}")
-        return _build_journal(fields)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{path}: file must be the journal of an unfinished run, got one that does not parse ({error!r}). "
-            "Pass --restart to throw that run away and begin again."
-        ) from error
+    remedy = "It is no journal of an unfinished run; pass --restart to throw that run away and begin again."
+    version = read_json(path, FormatVersion, remedy=remedy).format_version
+    if version != FORMAT_VERSION:
+        raise DataError(f"{path}: format_version must be {FORMAT_VERSION}, got {version}. {remedy}")
+    return read_json(path, Journal, remedy=remedy)
 
 
 def refuse_other_job(path: Path, begun: Job, asked: Job) -> None:
@@ -180,23 +177,3 @@ def _show(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "on", False: "off", None: "nothing"}[value]
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def _build_journal(fields: dict[str, Any]) -> Journal:
-    job = fields["job"]
-    return Journal(
-        job=Job(
-            flags=dict(job["flags"]),
-            tokenizer_sha256=job["tokenizer_sha256"],
-            shard=None if job["shard"] is None else Shard(**job["shard"]),
-            inputs=tuple(InputState(**state) for state in job["inputs"]),
-            tool_version=job["tool_version"],
-        ),
-        phase=fields["phase"],
-        position=Position(**fields["position"]),
-        writers=tuple(WriterState(**state) for state in fields["writers"]),
-        text_bytes=tuple(fields["text_bytes"]),
-        num_empty_documents=tuple(fields["num_empty_documents"]),
-        problems=tuple(fields["problems"]),
-        manifests=tuple(fields["manifests"]),
-    )

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_hammer.corpus.blocks import Position
-from megatron_hammer.data.indexed.manifest import Manifest, build_manifest, encode_manifest, manifest_path
+from megatron_hammer.data.indexed.manifest import Manifest, encode_manifest, manifest_path
 from megatron_hammer.data.indexed.pair import bin_path, idx_path, read_index
 from megatron_hammer.data.indexed.pair_writer import IndexedWriter
 from megatron_hammer.data.indexed.shuffle import shuffle_pairs
@@ -128,12 +128,10 @@ class PreprocessRun:
         manifest of another run, and the next run goes on here.
         """
         if manifests is not None:
-            self._manifests = tuple(manifest.to_json() for manifest in manifests)
+            self._manifests = tuple(manifests)
             self.phase = "publish"
             self.save()
-        written = {
-            prefix: build_manifest(fields) for prefix, fields in zip(self._prefixes, self._manifests, strict=True)
-        }
+        written = dict(zip(self._prefixes, self._manifests, strict=True))
         for prefix, manifest in written.items():
             if partial_path(bin_path(prefix)).exists():  # else this pair is the new one already
                 idx_path(prefix).unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.errors import DataError
+from megatron_hammer.files.typed import read_json, validate
 from megatron_hammer.tokenizer.encoding.encoder import Encoder, SentencePieceEncoder
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import PieceType, read_sentencepiece_model
 
@@ -37,30 +38,21 @@ def read_character_levels(path: Path) -> dict[str, tuple[str, ...]]:
 
     Raises DataError for a file that is not such a list, a level without characters, and an entry of several characters.
     """
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"{path}: character list cannot be read ({error.strerror}). Check the path.") from error
-    except ValueError as error:
-        raise DataError(f"{path}: character list must be JSON, got {error}. Repair it.") from error
-    if not isinstance(content, dict) or not content:
-        raise DataError(f'{path}: character list must be {{"level": {{"texts": [...]}}}}, got no levels. Add one.')
-    return {level: _read_level(path, level, value) for level, value in content.items()}
-
-
-def _read_level(path: Path, level: str, value: Any) -> tuple[str, ...]:
-    texts = value.get("texts") if isinstance(value, dict) else value
-    if not isinstance(texts, list) or not texts:
-        raise DataError(
-            f'{path}: level "{level}" must hold a list of characters, got {texts!r:.60}. Write it as texts.'
-        )
-    wrong = [text for text in texts if not isinstance(text, str) or len(text) != 1]
-    if wrong:
-        raise DataError(
-            f'{path}: level "{level}" must hold single characters, got {wrong[0]!r} and {len(wrong) - 1} more such. '
-            "Split or remove them."
-        )
-    return tuple(dict.fromkeys(texts))
+    remedy = 'Write it as {"level": {"texts": [...]}}, one character each.'
+    content = read_json(path, dict[str, Any], remedy=remedy)
+    if not content:
+        raise DataError(f"{path}: character list must have levels, got none. {remedy}")
+    texts = {level: value.get("texts") if isinstance(value, dict) else value for level, value in content.items()}
+    levels = validate(texts, dict[str, tuple[str, ...]], where=str(path), remedy=remedy)
+    problems = []
+    for level, characters in levels.items():
+        wrong = [text for text in characters if len(text) != 1]
+        if wrong or not characters:
+            found = f"{wrong[0]!r} and {len(wrong) - 1} more such" if wrong else "none"
+            problems.append(f"{path}: {level} must hold single characters, got {found}. {remedy}")
+    if problems:
+        raise DataError(*problems)
+    return {level: tuple(dict.fromkeys(characters)) for level, characters in levels.items()}
 
 
 def measure_coverage(encoder: Encoder, levels: Mapping[str, Sequence[str]]) -> tuple[LevelCoverage, ...]:

@@ -59,10 +59,19 @@ def test_a_pair_without_a_manifest_has_none(tmp_path: Path) -> None:
     assert read_manifest(tmp_path / "pair") is None
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format_version": 1, "sources": 3}', '{"format_version": "x"}'])
-def test_what_is_not_a_manifest_is_named(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "content must be JSON, got: "),
+        ("[]", r"content must be a table, got \[\]"),
+        ("{}", "format_version must be given, got nothing"),
+        ('{"format_version": 1, "sources": 3}', "sources must be a list, got 3"),
+        ('{"format_version": "x"}', "format_version must be a whole number, got 'x'"),
+    ],
+)
+def test_what_is_not_a_manifest_is_named(tmp_path: Path, content: str, message: str) -> None:
     manifest_path(tmp_path / "pair").write_text(content)
-    with pytest.raises(DataError, match=r"pair.manifest.json: file must be a manifest of preprocess_data.py, got one"):
+    with pytest.raises(DataError, match=rf"pair.manifest.json: {message}.*It is no manifest of preprocess_data.py"):
         read_manifest(tmp_path / "pair")
 
 

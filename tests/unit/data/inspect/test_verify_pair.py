@@ -261,7 +261,7 @@ def test_a_missing_file_is_named_and_the_other_one_is_read(tmp_path: Path, path_
 def test_a_manifest_that_does_not_parse(tmp_path: Path) -> None:
     prefix = write_pair(tmp_path / "pair")
     manifest_path(prefix).write_text("{}")
-    assert problem_of(prefix).startswith(f"{prefix}.manifest.json: file must be a manifest of preprocess_data.py, got ")
+    assert problem_of(prefix).startswith(f"{prefix}.manifest.json: format_version must be given, got nothing. ")
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.corpus.blocks import Position
-from megatron_hammer.data.indexed.manifest import Shard
+from megatron_hammer.data.indexed.manifest import Manifest, Shard, TokenizerIdentity
 from megatron_hammer.data.indexed.pair_writer import WriterState
 from megatron_hammer.data.preprocess.journal import (
     InputState,
@@ -39,6 +39,19 @@ JOURNAL = Journal(
     num_empty_documents=(1,),
     problems=("a.jsonl:3: bad.",),
 )
+MANIFEST = Manifest(
+    sources=(),
+    ignored_files=(),
+    tokenizer=TokenizerIdentity(name="t.model", sha256="ab" * 32, vocab_size=347),
+    options={"append_eod": True},
+    dtype="uint16",
+    num_documents=9,
+    num_tokens=100,
+    text_bytes=400,
+    num_empty_documents=1,
+    problems=("a.jsonl:3: bad.",),
+    tool_version="0.1",
+)
 REMEDY = (
     "journal: an unfinished run can only be continued as it was begun. "
     "Undo what changed, or pass --restart to throw that run away and begin again."
@@ -48,20 +61,28 @@ REMEDY = (
 def test_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     assert read_journal(path) is None
-    for journal in (JOURNAL, dataclasses.replace(JOURNAL, phase="publish", manifests=({"dtype": "int32"},))):
+    for journal in (JOURNAL, dataclasses.replace(JOURNAL, phase="publish", manifests=(MANIFEST,))):
         write_journal(path, journal)
         assert read_journal(path) == journal
     assert [file.name for file in tmp_path.iterdir()] == ["journal"]
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"format_version": 99}', b'{"format_version": 1}'])
-def test_a_damaged_journal_is_refused(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    "content, problem",
+    [
+        (b"", "content must be JSON, got: "),
+        (b"{", "content must be JSON, got: "),
+        (b"[]", r"content must be a table, got \[\]"),
+        (b"{}", "format_version must be given, got nothing"),
+        (b'{"format_version": 99}', "format_version must be 1, got 99"),
+        (b'{"format_version": 1}', "job must be given, got nothing"),
+        (b'{"format_version": 1, "phase": "sleep"}', "phase must be 'encode', 'shuffle' or 'publish', got 'sleep'"),
+    ],
+)
+def test_a_damaged_journal_is_refused(tmp_path: Path, content: bytes, problem: str) -> None:
     (tmp_path / "journal").write_bytes(content)
-    message = (
-        rf"^{re.escape(str(tmp_path))}/journal: file must be the journal of an unfinished run, got one that does not "
-        r"parse \(.+\). Pass --restart to throw that run away and begin again.$"
-    )
-    with pytest.raises(DataError, match=message):
+    remedy = "It is no journal of an unfinished run; pass --restart to throw that run away and begin again."
+    with pytest.raises(DataError, match=rf"{re.escape(str(tmp_path))}/journal: {problem}.*\. {remedy}"):
         read_journal(tmp_path / "journal")
 
 

@@ -50,12 +50,14 @@ def test_levels_are_read_in_their_order(tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("{", r"levels.json: character list must be JSON, got "),
-        ("[]", r"levels.json: character list must be .*, got no levels. Add one"),
-        ("{}", r"got no levels"),
-        ('{"a": {"texts": []}}', r'level "a" must hold a list of characters, got \[\]. Write it as texts'),
-        ('{"a": "一二"}', r'level "a" must hold a list of characters, got '),
-        ('{"a": ["一", "二三", 4]}', r"level \"a\" must hold single characters, got '二三' and 1 more such"),
+        ("{", r"levels.json: content must be JSON, got: "),
+        ("[]", r"levels.json: content must be a table, got \[\]. Write it as"),
+        ("{}", r"levels.json: character list must have levels, got none. Write it as"),
+        ('{"a": {"texts": []}}', r"levels.json: a must hold single characters, got none. Write it as"),
+        ('{"a": "一二"}', r"levels.json: a must be a list, got '一二'. Write it as"),
+        ('{"a": {"color": "red"}, "b": ["一"]}', r"levels.json: a must be a list, got None"),
+        ('{"a": ["一", 4]}', r"levels.json: a\[1\] must be a text, got 4"),
+        ('{"a": ["一", "二三", ""]}', r"levels.json: a must hold single characters, got '二三' and 1 more such"),
     ],
 )
 def test_a_wrong_list_is_named(tmp_path, content, message):
@@ -66,5 +68,5 @@ def test_a_wrong_list_is_named(tmp_path, content, message):
 
 
 def test_a_missing_list_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"none.json: character list cannot be read \(No such file"):
+    with pytest.raises(DataError, match=r"none.json: file cannot be read \(No such file"):
         read_character_levels(tmp_path / "none.json")
