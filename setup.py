@@ -43,7 +43,6 @@ EXTRAS_REQUIRE = {
     "gpu": ["transformer-engine[pytorch]>=2.14,<2.21"],
     "flash-attn": ["flash-attn>=2.8"],  # not needed on Hopper, where TransformerEngine uses cuDNN's attention
     "gguf": ["gguf>=0.19", "xllamacpp>=2026.10"],
-    "logging": ["tensorboard>=2.18", "wandb>=0.19"],
     "dev": [
         "pytest>=8.3",
         "pytest-xdist>=3.6",

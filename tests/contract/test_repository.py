@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_hammer.cli.hammer import COMMANDS as HAMMER_COMMANDS
 from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.tokenizer.vocabulary.recipes import RECIPES as TOKENIZER_PRESETS
 from tests.helpers.imports import MODULES, PACKAGE, ROOT
+from tests.helpers.tracked_files import list_tracked_files
 
 # Sourced, so they must leave their caller's shell options alone; every other script sets its own.
 SOURCED_SCRIPTS = ("tools/setup_environment.sh",)
@@ -27,9 +29,14 @@ DOCUMENTS = (
 )
 TRAINING_MODULE = "megatron_hammer.training.pretrain"
 # These hand flags that they do not know to Megatron, like the training module itself.
-TAKES_MEGATRON_FLAGS = ("tools/build_rank.py",)
+TAKES_MEGATRON_FLAGS = ("tools/build_rank.py", "build-rank")
 # The first word after these is a command with flags of its own.
-HAS_COMMANDS = ("checkpoint_convert/edit_checkpoint.py", "tools/scaling_study.py")
+HAS_COMMANDS = (
+    "checkpoint_convert/edit_checkpoint.py",
+    "checkpoint edit",
+    "tools/scaling_study.py",
+    "scaling-study",
+)
 LARGEST_FILE_BYTES = 1_000_000
 
 
@@ -90,7 +97,29 @@ def check_shell_command(words: list[str], settings: list[str], command: str) -> 
     assert path.is_file(), command
     text = path.read_text(encoding="utf-8")
     for setting in settings:
-        assert re.search(rf"\b{setting.split('=')[0]}\b", text), f"{command}: {words[0]} does not read {setting}"
+        assert re.search(rf"\$\{{?{setting.split('=')[0]}\b", text), f"{command}: {words[0]} does not read {setting}"
+
+
+def check_docker_command(words: list[str], command: str) -> None:
+    """docker build: its file must exist and declare every --build-arg."""
+    assert words[0] == "build", f"{command}: teach this test to check docker {words[0]}"
+    path = ROOT / words[words.index("-f") + 1]
+    assert path.is_file(), command
+    declared = re.findall(r"^ARG (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    for name in re.findall(r"--build-arg[ =](\w+)=", command):
+        assert name in declared, f"{command}: {path.name} has no ARG {name}"
+
+
+def check_hammer_command(words: list[str], command: str) -> None:
+    name = next(
+        (row.name.split() for row in HAMMER_COMMANDS if words[: row.name.count(" ") + 1] == row.name.split()), None
+    )
+    assert name is not None, f"{command}: hammer has no such command"
+    rest = words[len(name) :]
+    known = read_known_flags("-m", PACKAGE, *name, *rest[: " ".join(name) in HAS_COMMANDS])
+    if " ".join(name) in TAKES_MEGATRON_FLAGS:
+        known |= read_known_flags("-m", TRAINING_MODULE)
+    assert_flags_are_known(rest, known, command)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -110,8 +139,12 @@ def test_documented_command_is_real(command: str) -> None:
         check_python_command(rest, command)
     elif program in ("bash", "source"):
         check_shell_command(rest, settings, command)
+    elif program == "docker":
+        check_docker_command(rest, command)
+    elif program == "hammer":
+        check_hammer_command(rest, command)
     else:
-        assert program in ("docker", "git", "cd"), f"{command}: teach this test to check {program}"
+        pytest.fail(f"{command}: teach this test to check {program}")
 
 
 def test_both_readmes_have_the_same_commands() -> None:
@@ -140,14 +173,6 @@ def test_named_files_exist(document: str) -> None:
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def list_tracked_files() -> tuple[str, ...]:
-    result = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
-    if result.returncode != 0:
-        pytest.skip("the clone's .git folder is missing: clone with git rather than copying the files")
-    return tuple(name for name in result.stdout.split("\0") if name and (ROOT / name).exists())
 
 
 @pytest.mark.parametrize("document", READMES)
