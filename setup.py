@@ -55,7 +55,7 @@ EXTRAS_REQUIRE = {
     ],
 }
 
-PACKAGE_DATA = ["py.typed", "*.c", "*.csv", "*.j2", "*.toml"]
+PACKAGE_DATA = ["py.typed", "*.c", "*.j2", "*.toml", "tables/*"]
 
 
 def read_version() -> str:

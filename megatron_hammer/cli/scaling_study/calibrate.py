@@ -21,10 +21,18 @@ from megatron_hammer.scaling.cost.coefficients import (
 from megatron_hammer.scaling.evidence.calibration import select_fit_runs
 from megatron_hammer.scaling.evidence.cross_validation import Assessment, assess, calibrate, cross_validate
 from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun, read_runs
+from megatron_hammer.scaling.evidence.run_table import PUBLISHED_RUNS_PATH, VTRAIN_RUNS_PATH
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--runs", type=Path, nargs="+", required=True, metavar="FILE", help="tables of measured runs")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        nargs="+",
+        default=[PUBLISHED_RUNS_PATH, VTRAIN_RUNS_PATH],
+        metavar="FILE",
+        help="tables of measured runs (default: the published ones that the shipped coefficients were fitted on)",
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="coefficients file to be written")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--start", type=Path, metavar="FILE", help="coefficients to start from (default: the shipped)")

@@ -1,11 +1,12 @@
 """Compare predictions with measured runs: errors by source, GPU, precision and scale, and the ranking of layouts.
 
-Takes any CSV with the columns of the published tables, blanks allowed, or what `measure` writes. A row that cannot be
-predicted is listed with the reason. No accuracy is quoted on rows that the coefficients were fitted on.
+Reads the published runs that come with this package, or any CSV with their columns (blanks allowed), such as the one
+that `measure` writes. A row that cannot be predicted is listed with the reason. No accuracy is quoted on rows that the
+coefficients were fitted on.
 
-  validate --runs published_runs.csv --output-dir validation
-  validate --runs published_runs.csv --cross-validate --json
-  validate --memory published_memory.csv
+  validate --cross-validate
+  validate --runs runs.csv --coefficients calibrated.toml --output-dir validation
+  validate --memory
 """
 
 import argparse
@@ -19,14 +20,27 @@ from megatron_hammer.errors import ConfigError
 from megatron_hammer.files.publish import publish_files
 from megatron_hammer.scaling.cost.coefficients import load_coefficients
 from megatron_hammer.scaling.evidence.measured_runs import read_runs
+from megatron_hammer.scaling.evidence.run_table import PUBLISHED_MEMORY_PATH, PUBLISHED_RUNS_PATH
 from megatron_hammer.scaling.evidence.validation import ValidationReport, cross_validate_runs, validate_runs
 from megatron_hammer.scaling.evidence.validation_report import build_document, draw_scatter, format_csv, print_report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--runs", type=Path, metavar="FILE.csv", help="measured runs")
     parser.add_argument(
-        "--memory", type=Path, metavar="FILE.csv", help="measured memory, columns of the published table"
+        "--runs",
+        type=Path,
+        nargs="?",
+        const=PUBLISHED_RUNS_PATH,
+        metavar="FILE.csv",
+        help="measured runs (default without --memory, and without FILE.csv: the published runs of this package)",
+    )
+    parser.add_argument(
+        "--memory",
+        type=Path,
+        nargs="?",
+        const=PUBLISHED_MEMORY_PATH,
+        metavar="FILE.csv",
+        help="measured memory (default without FILE.csv: the published figures of this package)",
     )
     parser.add_argument("--coefficients", type=Path, help="a file that calibrate wrote (default: the shipped one)")
     parser.add_argument("--gpus-file", type=Path, help="TOML of GPUs over the shipped ones")
@@ -43,6 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.runs is None and arguments.memory is None:
+        arguments.runs = PUBLISHED_RUNS_PATH
     _check_arguments(arguments)
     report = None if arguments.runs is None else _validate(arguments)
     memory = None if arguments.memory is None else _validate_memory(arguments.memory)
@@ -64,10 +80,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
     problems = []
-    if arguments.runs is None and arguments.memory is None:
-        problems.append("runs: must be given, or --memory, got neither. Pass --runs FILE.csv or --memory FILE.csv.")
     if arguments.cross_validate and arguments.runs is None:
-        problems.append("cross-validate: needs --runs, got none. Pass --runs FILE.csv.")
+        problems.append("cross-validate: needs runs, got --memory alone. Pass --runs as well, or drop --memory.")
     if arguments.cross_validate and arguments.coefficients is not None:
         problems.append(
             f"cross-validate: fits its own coefficients, got --coefficients {arguments.coefficients}. "

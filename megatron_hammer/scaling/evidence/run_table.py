@@ -13,6 +13,11 @@ from typing import Any
 
 from megatron_hammer.errors import ConfigError
 
+TABLES_DIR = Path(__file__).parent / "tables"  # its README.md says what they are
+PUBLISHED_RUNS_PATH = TABLES_DIR / "published_runs.csv"
+VTRAIN_RUNS_PATH = TABLES_DIR / "vtrain_ground_truth_single.csv"
+PUBLISHED_MEMORY_PATH = TABLES_DIR / "published_memory.csv"
+
 BLANKS = frozenset({"", "-", "na", "n/a", "none", "null", "nan"})
 # Without these nothing can be said of any row; any other column may be absent, as if all its cells were blank.
 REQUIRED_COLUMNS = ("model", "layers", "hidden", "seq", "gpus", "gpu_type", "tp", "pp", "dp", "global_batch")

@@ -24,7 +24,7 @@ from megatron_hammer.scaling.evidence.cross_validation import (
     summarise_ranking,
 )
 from megatron_hammer.scaling.evidence.measured_runs import read_runs
-from tests.helpers.data_paths import SHARED_DATA, needs_shared_data
+from megatron_hammer.scaling.evidence.run_table import PUBLISHED_RUNS_PATH
 from tests.helpers.planted_runs import build_planted_runs
 
 PRIORS = build_prior_coefficients()
@@ -124,9 +124,8 @@ def test_a_calibrated_file_knows_its_runs_and_those_it_started_from():
     assert fresh.band_ratio["default"] != 0.2
 
 
-@needs_shared_data
 def test_the_shipped_coefficients_predict_the_published_runs_they_were_fitted_to():
-    runs, _ = read_runs(SHARED_DATA / "scaling" / "published_runs.csv")
+    runs, _ = read_runs(PUBLISHED_RUNS_PATH)
     predictions = predict_all([run for run in runs if run.is_megatron_style], load_coefficients())
     errors = summarise_errors(predictions)
     assert errors.num_runs > 200

@@ -6,11 +6,8 @@ import pytest
 
 from megatron_hammer.model.accounting import count_parameters
 from megatron_hammer.scaling.evidence.measured_runs import read_runs
-from tests.helpers.data_paths import SHARED_DATA, needs_shared_data
+from megatron_hammer.scaling.evidence.run_table import PUBLISHED_RUNS_PATH, VTRAIN_RUNS_PATH
 from tests.helpers.published_tables import COLUMNS, read_one, read_plan, write_table
-
-RUNS_PATH = SHARED_DATA / "scaling" / "published_runs.csv"
-VTRAIN_PATH = SHARED_DATA / "scaling" / "vtrain_ground_truth_single.csv"
 
 
 def test_a_complete_row(tmp_path: Path) -> None:
@@ -219,9 +216,8 @@ def test_a_fingerprint_is_of_the_run_and_not_of_its_place(tmp_path: Path) -> Non
     assert first.fingerprint == again.fingerprint != other.fingerprint
 
 
-@needs_shared_data
 def test_no_published_row_is_dropped() -> None:
-    runs, unpredictable = read_runs(RUNS_PATH)
+    runs, unpredictable = read_runs(PUBLISHED_RUNS_PATH)
     assert len(runs) + len(unpredictable) == 495
     assert len(unpredictable) <= 21
     assert len({*(run.row_number for run in runs), *(row.row_number for row in unpredictable)}) == 495
@@ -231,9 +227,8 @@ def test_no_published_row_is_dropped() -> None:
         assert 0.02 < utilisation < 1.5, f"line {run.row_number}: {run.assumptions}"  # NVFP4 exceeds the 16-bit peak
 
 
-@needs_shared_data
 def test_every_row_of_vtrain_is_predictable() -> None:
-    runs, unpredictable = read_runs(VTRAIN_PATH)
+    runs, unpredictable = read_runs(VTRAIN_RUNS_PATH)
     assert (len(runs), unpredictable) == (1440, [])
     assert {run.plan.cluster.name for run in runs} == {"vtrain-a100"}
     assert not any(run.plan.has_flash_attention for run in runs)

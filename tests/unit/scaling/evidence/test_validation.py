@@ -165,11 +165,16 @@ def test_the_command_refuses_accuracy_on_fitted_rows(
 
 
 def test_arguments_that_cannot_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ConfigError, match=r"runs: must be given, or --memory, got neither\. Pass --runs FILE\.csv or"):
-        run_command(capsys)
-    with pytest.raises(ConfigError, match=r"cross-validate: needs --runs, got none\. Pass --runs FILE\.csv\."):
+    with pytest.raises(ConfigError, match=r"cross-validate: needs runs, got --memory alone\. Pass --runs as well"):
         run_command(capsys, "--cross-validate", "--memory", str(tmp_path / "memory.csv"))
     path = write_table(tmp_path / "runs.csv", {})
     words = ("--runs", str(path), "--cross-validate", "--coefficients", "mine.toml")
     with pytest.raises(ConfigError, match=r"fits its own coefficients, got --coefficients mine\.toml\. Drop one of"):
         run_command(capsys, *words)
+
+
+def test_the_published_tables_are_the_default(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(capsys).splitlines()[-1].startswith("495 rows: 207 predicted, 267 fitted, 21 unpredictable; ")
+    lines = run_command(capsys, "--memory").splitlines()
+    assert lines[-1] == "165 rows: 114 predicted, 51 not, each with its reason."
+    assert not any("predicted, 267 fitted" in line for line in lines)

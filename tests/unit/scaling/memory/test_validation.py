@@ -7,6 +7,7 @@ import pytest
 
 from megatron_hammer.model.accounting import MemoryOptions, ParallelLayout, estimate_memory
 from megatron_hammer.presets.catalogue import PRESETS
+from megatron_hammer.scaling.evidence.run_table import PUBLISHED_MEMORY_PATH
 from megatron_hammer.scaling.memory.measured_memory import MeasuredMemory
 from megatron_hammer.scaling.memory.validation import (
     GIB,
@@ -15,7 +16,6 @@ from megatron_hammer.scaling.memory.validation import (
     predict_memory,
     validate_memory,
 )
-from tests.helpers.data_paths import SHARED_DATA, needs_shared_data
 
 ROW = MeasuredMemory(
     row_number=2,
@@ -127,9 +127,8 @@ def test_printed_report(report):
     )  # no accuracy without where constants are from
 
 
-@needs_shared_data
 def test_published_figures():
-    report = validate_memory(SHARED_DATA / "scaling" / "published_memory.csv")
+    report = validate_memory(PUBLISHED_MEMORY_PATH)
     assert len(report.rows) + len(report.unpredictable) == 165
     groups = {group.name: group for group in report.groups if group.by == "source"}
     # Measured: 0.0 % (SimuMax), 0.5 % (Megatron-LM's tests), 0.0 and 0.1 % (Korthikanti et al.); the largest of these
