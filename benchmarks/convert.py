@@ -81,13 +81,13 @@ def write_model(model: str, folder: Path) -> int:
     import torch
 
     from megatron_hammer.checkpoint.hugging_face.config_json import read_hf_model
-    from megatron_hammer.checkpoint.hugging_face.tensor_rows import expand
+    from megatron_hammer.checkpoint.hugging_face.family import expand
     from megatron_hammer.checkpoint_files.safetensors.stream import ShardWriter, plan_shards
 
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(build_config(model), indent=2))
     described = read_hf_model(folder)
-    pairs = expand(described.family, described.architecture)
+    pairs = expand(described.family, described.shape)
     shapes = {name: shape for pair in pairs for name, shape in zip(pair.hf_names, pair.hf_shapes, strict=True)}
     shards = plan_shards(shapes, dtype=torch.bfloat16, max_shard_bytes=5_000_000_000)
     pool = torch.randn(POOL_ELEMENTS, generator=torch.Generator().manual_seed(1)).mul_(0.02).bfloat16()

@@ -105,20 +105,23 @@ def load_into_transformers(checkpoint_dir: Path) -> Any:
     import torch
     import transformers
 
-    from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
-    from megatron_hammer.checkpoint.hugging_face.tensor_rows import expand, select_family
-    from megatron_hammer.checkpoint.hugging_face.write_config import build_config
+    from megatron_hammer.checkpoint.hugging_face.config_json import build_config
+    from megatron_hammer.checkpoint.hugging_face.families.catalogue import select_family
+    from megatron_hammer.checkpoint.hugging_face.family import expand
+    from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_dropout, read_saved_model
     from megatron_hammer.checkpoint_files.open import open_checkpoint
 
     reader = open_checkpoint(checkpoint_dir)
-    architecture = read_saved_model(reader.args)
-    reader.remove_vocab_padding(architecture.vocab_size)
-    family = select_family(architecture)
-    values = build_config(family, architecture, dtype="float32", bos_id=None, eos_id=None)
+    model_shape = read_saved_model(reader.args)
+    reader.remove_vocab_padding(model_shape.vocab_size)
+    family = select_family(model_shape)
+    values = build_config(
+        family, model_shape, read_saved_dropout(reader.args), dtype="float32", bos_id=None, eos_id=None
+    )
     config = transformers.LlamaConfig(**values, attn_implementation="sdpa")
     weights: dict[str, torch.Tensor] = {}
-    for pair in expand(family, architecture):
-        parts = pair.layout.split(reader.read(pair.megatron_name), architecture)
+    for pair in expand(family, model_shape):
+        parts = pair.layout.split(reader.read(pair.megatron_name), model_shape)
         weights |= dict(zip(pair.hf_names, parts, strict=True))
     model = transformers.LlamaForCausalLM(config)
     model.load_state_dict(weights, strict=True)

@@ -17,7 +17,6 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from megatron_hammer.checkpoint.convert.fill_model import MasterWeights, fill_chunks, require_every_element
 from megatron_hammer.checkpoint.hugging_face.config_json import read_hf_model
 from megatron_hammer.checkpoint.hugging_face.folder import HfFolder, open_hf_folder
-from megatron_hammer.checkpoint.hugging_face.model_preset import build_model_preset
 from megatron_hammer.config.initial_model import InitialModel
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.platforms.device import gather_lines, sum_over_ranks
@@ -31,7 +30,6 @@ def read_initial_model(folder: Path) -> InitialModel:
     Raises ConversionError for a folder whose config.json is not one of a mapped architecture.
     """
     hf_model = read_hf_model(folder)
-    architecture = hf_model.architecture
     problems: tuple[str, ...] = ()
     dtype, description = hf_model.dtype or "float32", "not read"
     try:
@@ -41,10 +39,10 @@ def read_initial_model(folder: Path) -> InitialModel:
         problems = tuple(f"load-hf: {problem}" for problem in error.problems)
     return InitialModel(
         folder=folder,
-        model=build_model_preset(architecture, name=folder.resolve().name, source=str(folder)),
+        model=hf_model.shape,
         dtype=dtype,
-        hidden_dropout=architecture.hidden_dropout,
-        attention_dropout=architecture.attention_dropout,
+        hidden_dropout=hf_model.dropout.hidden,
+        attention_dropout=hf_model.dropout.attention,
         description=description,
         problems=problems,
         tokenizers=_list_tokenizers(folder),

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.hugging_face.saved_model import Architecture
+from megatron_hammer.checkpoint.hugging_face.families.catalogue import select_family
+from megatron_hammer.checkpoint.hugging_face.family import expand
 from megatron_hammer.checkpoint.hugging_face.tensor_layouts import pad_vocab
-from megatron_hammer.checkpoint.hugging_face.tensor_rows import TensorPair, expand, select_family
+from megatron_hammer.checkpoint.hugging_face.tensor_rows import TensorPair
 from megatron_hammer.checkpoint.verification.megatron_model import name_parameters as checkpoint_parameters
 from megatron_hammer.checkpoint.verification.megatron_model import single_rank as single_rank
 from megatron_hammer.checkpoint_files.stored import VOCABULARY_TENSORS
@@ -93,13 +94,12 @@ def load_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
         parameter.copy_(value)
 
 
-def merge_weights(architecture: Architecture, hf_weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def merge_weights(shape: ModelShape, hf_weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """HF tensors as Megatron's, through the inverse direction of the mapping; uses every one of them."""
-    pairs: list[TensorPair] = expand(select_family(architecture), architecture)
+    pairs: list[TensorPair] = expand(select_family(shape), shape)
     assert {name for pair in pairs for name in pair.hf_names} == set(hf_weights)
     return {
-        pair.megatron_name: pair.layout.merge([hf_weights[name] for name in pair.hf_names], architecture)
-        for pair in pairs
+        pair.megatron_name: pair.layout.merge([hf_weights[name] for name in pair.hf_names], shape) for pair in pairs
     }
 
 

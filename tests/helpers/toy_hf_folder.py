@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_hammer.checkpoint.hugging_face.config_json import interpret_config
-from megatron_hammer.checkpoint.hugging_face.tensor_rows import expand, select_family
+from megatron_hammer.checkpoint.hugging_face.families.catalogue import select_family
+from megatron_hammer.checkpoint.hugging_face.family import expand
 
 # No two sizes alike.
 LLAMA_CONFIG = {
@@ -32,10 +33,10 @@ LLAMA_CONFIG = {
 def draw_weights(config: Mapping[str, Any], *, dtype: torch.dtype = torch.bfloat16, seed: int = 3) -> dict[str, Tensor]:
     """Random weights under the names that transformers gives them."""
     generator = torch.Generator().manual_seed(seed)
-    architecture = interpret_config(config)
+    shape, _ = interpret_config(config)
     return {
         name: torch.randn(shape, generator=generator).to(dtype)
-        for pair in expand(select_family(architecture), architecture)
+        for pair in expand(select_family(shape), shape)
         for name, shape in zip(pair.hf_names, pair.hf_shapes, strict=True)
     }
 

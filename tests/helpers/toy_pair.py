@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
-from megatron_hammer.checkpoint.hugging_face.tensor_rows import expand, select_family
-from megatron_hammer.checkpoint.hugging_face.write_config import build_config
+from megatron_hammer.checkpoint.hugging_face.config_json import build_config
+from megatron_hammer.checkpoint.hugging_face.families.catalogue import select_family
+from megatron_hammer.checkpoint.hugging_face.family import expand
+from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_dropout, read_saved_model
 from tests.helpers.toy_checkpoint import toy_arguments, write_toy_checkpoint
 
 PADDED_VOCAB_SIZE = 64
@@ -57,7 +58,9 @@ def write_folder(hf_dir: Path, arguments: Namespace, tensors: Mapping[str, Tenso
     hf_dir.mkdir()
     save_file(dict(tensors), hf_dir / "model.safetensors", metadata={"format": "pt"})
     dtype_name = str(dtype).removeprefix("torch.")
-    config = build_config(select_family(model), model, dtype=dtype_name, bos_id=None, eos_id=None)
+    config = build_config(
+        select_family(model), model, read_saved_dropout(arguments), dtype=dtype_name, bos_id=None, eos_id=None
+    )
     (hf_dir / "config.json").write_text(json.dumps(config))
 
 

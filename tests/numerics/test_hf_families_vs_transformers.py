@@ -14,9 +14,8 @@ import transformers
 from safetensors.torch import load_file
 
 from megatron_hammer.checkpoint.hugging_face.config_json import read_hf_model
-from megatron_hammer.checkpoint.hugging_face.model_preset import build_model_preset
+from megatron_hammer.checkpoint.hugging_face.family import expand
 from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
-from megatron_hammer.checkpoint.hugging_face.tensor_rows import expand
 from megatron_hammer.checkpoint.hugging_face.tensor_sources import locate_hf_tensors
 from megatron_hammer.model.accounting import count_parameters
 from tests.helpers.build_model import build_model, load_weights, merge_weights, read_arguments, single_rank
@@ -109,21 +108,22 @@ def save_reference(config, folder, **options):
 
 
 def read_folder(folder):
-    """The architecture, and the folder's tensors under the table's names, every one of them used."""
-    architecture = read_hf_model(folder).architecture
+    """The model, and the folder's tensors under the table's names, every one of them used."""
+    found = read_hf_model(folder)
     stored = load_file(folder / "model.safetensors")
-    pairs = expand(read_hf_model(folder).family, architecture)
-    located = locate_hf_tensors(pairs, architecture, {name: tuple(t.shape) for name, t in stored.items()})
+    pairs = expand(found.family, found.shape)
+    located = locate_hf_tensors(pairs, found.shape, {name: tuple(t.shape) for name, t in stored.items()})
     assert located.shapes.keys() == located.sources.keys()
     assert {source.name for source in located.sources.values()} == stored.keys()
     weights = {name: source.select(stored[source.name]) for name, source in located.sources.items()}
-    return architecture, pairs, weights
+    return found.shape, pairs, weights
 
 
-def build_ours(preset, architecture, weights):
-    namespace = read_arguments(preset)
+def build_ours(model, weights, **change):
+    """Our model with these weights; `change` replaces fields of what is built, not of how the weights are merged."""
+    namespace = read_arguments(dataclasses.replace(model, name="toy", **change))
     ours = build_model(namespace)
-    load_weights(ours, merge_weights(architecture, weights))
+    load_weights(ours, merge_weights(model, weights))
     return ours, namespace
 
 
@@ -131,35 +131,29 @@ def build_ours(preset, architecture, weights):
 def test_a_folder_of_transformers_is_the_same_model(name, tmp_path):
     config, change = FAMILIES[name]
     reference = save_reference(config, tmp_path)
-    architecture, _, weights = read_folder(tmp_path)
-    preset = build_model_preset(architecture, name="toy", source="transformers")
-    ours, namespace = build_ours(preset, architecture, weights)
+    model, _, weights = read_folder(tmp_path)
+    ours, namespace = build_ours(model, weights)
     assert max(compare(ours, reference, VOCABULARY).values()) < TOLERANCE
 
     num_built = sum(parameter.numel() for parameter in reference.parameters())
-    assert count_parameters(preset) == num_built
+    assert count_parameters(model) == num_built
     padding_rows = namespace.padded_vocab_size - VOCABULARY
-    padding = padding_rows * 96 * (1 if architecture.has_tied_embeddings else 2)
+    padding = padding_rows * 96 * (1 if model.has_tied_embeddings else 2)
     assert sum(parameter.numel() for parameter in ours.parameters()) == num_built + padding
 
-    saved = dataclasses.replace(
-        read_saved_model(namespace),
-        attention_dropout=architecture.attention_dropout,  # a recipe's
-        hidden_dropout=architecture.hidden_dropout,
-    )
-    assert saved == architecture  # what an export of this run will find
-    twin, _ = build_ours(dataclasses.replace(preset, **change), architecture, weights)
+    assert read_saved_model(namespace) == model  # what an export of this run will find
+    twin, _ = build_ours(model, weights, **change)
     assert compare(twin, reference, VOCABULARY)["logits"] > TOLERANCE
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_folder_of_transformers_comes_back_bit_for_bit(name, tmp_path):
     save_reference(FAMILIES[name][0], tmp_path)
-    architecture, pairs, weights = read_folder(tmp_path)
-    merged = merge_weights(architecture, weights)
+    model, pairs, weights = read_folder(tmp_path)
+    merged = merge_weights(model, weights)
     back = {}
     for pair in pairs:
-        parts = pair.layout.split(merged[pair.megatron_name], architecture)
+        parts = pair.layout.split(merged[pair.megatron_name], model)
         back |= dict(zip(pair.hf_names, parts, strict=True))
     assert back.keys() == weights.keys()
     assert all(torch.equal(back[name], weights[name]) for name in weights)
@@ -169,9 +163,8 @@ def test_a_folder_of_transformers_comes_back_bit_for_bit(name, tmp_path):
 def test_packed_experts_are_the_same_model(name, tmp_path):
     reference = save_reference(FAMILIES[name][0], tmp_path, save_original_format=False)
     assert "model.layers.0.mlp.experts.gate_up_proj" in load_file(tmp_path / "model.safetensors")
-    architecture, _, weights = read_folder(tmp_path)
-    preset = build_model_preset(architecture, name="toy", source="transformers")
-    ours, _ = build_ours(preset, architecture, weights)
+    model, _, weights = read_folder(tmp_path)
+    ours, _ = build_ours(model, weights)
     assert max(compare(ours, reference, VOCABULARY).values()) < TOLERANCE
 
 
@@ -185,9 +178,8 @@ def test_tiny_llm_zh_is_computed_by_qwen2(tmp_path):
     for name in ("layer_types", "use_sliding_window", "max_window_layers", "num_key_value_heads"):
         config.pop(name)
     (tmp_path / "config.json").write_text(json.dumps(config | {"rope_theta": theta}))
-    architecture, _, weights = read_folder(tmp_path)
-    preset = build_model_preset(architecture, name="toy", source="tiny-llm-zh")
-    assert preset.has_qkv_bias
-    assert count_parameters(preset) == sum(tensor.numel() for tensor in weights.values())
-    ours, _ = build_ours(preset, architecture, weights)
+    model, _, weights = read_folder(tmp_path)
+    assert model.has_qkv_bias
+    assert count_parameters(model) == sum(tensor.numel() for tensor in weights.values())
+    ours, _ = build_ours(model, weights)
     assert max(compare(ours, reference, VOCABULARY).values()) < TOLERANCE

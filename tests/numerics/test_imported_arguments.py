@@ -6,7 +6,6 @@ import pytest
 
 from megatron_hammer.checkpoint.convert.from_hugging_face import ImportOptions, import_from_hugging_face
 from megatron_hammer.checkpoint.hugging_face.config_json import interpret_config
-from megatron_hammer.checkpoint.hugging_face.model_preset import build_model_preset
 from megatron_hammer.config.model_arguments import build_model_arguments
 from megatron_hammer.platforms import megatron_compat
 from tests.helpers.build_model import read_arguments
@@ -38,8 +37,8 @@ def checkpoint(tmp_path, config):
 
 def parse(config):
     """Megatron's namespace for the flags of that model."""
-    preset = build_model_preset(interpret_config(config), name="toy", source="")
-    return read_arguments(preset, ("--seq-length", "32", "--train-iters", "1"))
+    model, _ = interpret_config(config, name="toy")
+    return read_arguments(model, ("--seq-length", "32", "--train-iters", "1"))
 
 
 def test_use_checkpoint_args_finds_the_model(checkpoint, config):
@@ -47,7 +46,7 @@ def test_use_checkpoint_args_finds_the_model(checkpoint, config):
     megatron_compat.install("cpu")
     from megatron.training.checkpointing import load_args_from_checkpoint
 
-    expected = build_model_arguments(build_model_preset(interpret_config(config), name="toy", source=""))
+    expected = build_model_arguments(interpret_config(config)[0])
     other = parse(LLAMA_CONFIG)
     taken = Namespace(**vars(other))
     for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "seq_length"):

@@ -12,11 +12,12 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from megatron_hammer.checkpoint.hugging_face import tensor_rows as mapping
-from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
+from megatron_hammer.checkpoint.hugging_face import tensor_layouts
+from megatron_hammer.checkpoint.hugging_face.config_json import build_config
+from megatron_hammer.checkpoint.hugging_face.families.catalogue import select_family
+from megatron_hammer.checkpoint.hugging_face.family import expand
+from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_dropout, read_saved_model
 from megatron_hammer.checkpoint.hugging_face.tensor_layouts import merge_gate_up
-from megatron_hammer.checkpoint.hugging_face.tensor_rows import ParallelLayout, select_family
-from megatron_hammer.checkpoint.hugging_face.write_config import build_config
 from megatron_hammer.model.shape import ModelShape, MoeShape, RopeScaling
 from megatron_hammer.presets.catalogue import PRESETS
 from tests.helpers.build_model import (
@@ -90,9 +91,13 @@ def _rank():
 
 def build_reference(model: ModelShape, flags, tmp_path, **config_changes):
     """A transformers model for the preset, with random weights, norms and biases included, and those weights."""
-    architecture = read_saved_model(read_arguments(model, flags))
+    arguments = read_arguments(model, flags)
+    architecture = read_saved_model(arguments)
     family = select_family(architecture)
-    config = build_config(family, architecture, dtype="float32", bos_id=None, eos_id=None) | config_changes
+    config = (
+        build_config(family, architecture, read_saved_dropout(arguments), dtype="float32", bos_id=None, eos_id=None)
+        | config_changes
+    )
     config |= {"attn_implementation": "eager"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     hf_config = transformers.AutoConfig.from_pretrained(tmp_path)
@@ -164,26 +169,30 @@ def test_hammer_1b4_at_full_width_equals_transformers(tmp_path):
 BROKEN_LAYOUTS = {
     "gate and up swapped": (
         "GATE_UP",
-        ParallelLayout(split=mapping.GATE_UP.split, merge=lambda parts, _: merge_gate_up(parts[1], parts[0])),
+        tensor_layouts.TensorLayout(
+            split=tensor_layouts.GATE_UP.split, merge=lambda parts, _: merge_gate_up(parts[1], parts[0])
+        ),
     ),
     "q, k and v not interleaved": (
         "QKV",
-        ParallelLayout(split=mapping.QKV.split, merge=lambda parts, _: torch.cat(list(parts))),
+        tensor_layouts.TensorLayout(split=tensor_layouts.QKV.split, merge=lambda parts, _: torch.cat(list(parts))),
     ),
 }
 BROKEN_GPT2_LAYOUTS = {
     "q, k and v not interleaved": (
         "CONV1D_QKV_WEIGHT",
-        ParallelLayout(split=mapping.CONV1D_QKV_WEIGHT.split, merge=lambda parts, _: parts[0].t().contiguous()),
+        tensor_layouts.TensorLayout(
+            split=tensor_layouts.CONV1D_QKV_WEIGHT.split, merge=lambda parts, _: parts[0].t().contiguous()
+        ),
     ),
     "biases of q, k and v not interleaved": (
         "CONV1D_QKV_BIAS",
-        ParallelLayout(split=mapping.CONV1D_QKV_BIAS.split, merge=lambda parts, _: parts[0]),
+        tensor_layouts.TensorLayout(split=tensor_layouts.CONV1D_QKV_BIAS.split, merge=lambda parts, _: parts[0]),
     ),
     "square matrices not transposed": (
         "TRANSPOSED",
-        ParallelLayout(
-            split=mapping.TRANSPOSED.split,
+        tensor_layouts.TensorLayout(
+            split=tensor_layouts.TRANSPOSED.split,
             merge=lambda parts, _: parts[0] if parts[0].shape[0] == parts[0].shape[1] else parts[0].t(),
         ),
     ),
@@ -198,10 +207,9 @@ def test_twin_a_broken_layout_is_noticed(toy, name, tmp_path, monkeypatch):
     model = TOYS[toy]
     reference, hf_weights = build_reference(model, (), tmp_path)
     attribute, broken = (BROKEN_GPT2_LAYOUTS if toy == "gpt2" else BROKEN_LAYOUTS)[name]
-    whole = getattr(mapping, attribute)
-    expand = mapping.expand
+    whole = getattr(tensor_layouts, attribute)
     monkeypatch.setattr(
-        "build_model.expand",
+        "tests.helpers.build_model.expand",
         lambda family, architecture: [
             dataclasses.replace(pair, layout=broken if pair.layout is whole else pair.layout)
             for pair in expand(family, architecture)

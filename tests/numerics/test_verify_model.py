@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from megatron_hammer.checkpoint.hugging_face.families.catalogue import select_family
+from megatron_hammer.checkpoint.hugging_face.family import expand
 from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
-from megatron_hammer.checkpoint.hugging_face.tensor_rows import expand, select_family
 from megatron_hammer.checkpoint.verification import megatron_forward, transformers_forward
 from megatron_hammer.checkpoint.verification import verify_conversion as verify
 from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow, verify_model

@@ -20,14 +20,15 @@ from torch import Tensor
 
 from megatron_hammer.checkpoint.convert.saved_arguments import build_common_state, build_saved_arguments
 from megatron_hammer.checkpoint.hugging_face.folder import HfFolder, open_hf_folder
-from megatron_hammer.checkpoint.hugging_face.saved_model import Architecture
-from megatron_hammer.checkpoint.hugging_face.tensor_rows import Layout, TensorPair
+from megatron_hammer.checkpoint.hugging_face.tensor_layouts import TensorLayout
+from megatron_hammer.checkpoint.hugging_face.tensor_rows import TensorPair
 from megatron_hammer.checkpoint.verification.rows import CheckRow
 from megatron_hammer.checkpoint.verification.verify_conversion import verify_model
 from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal, is_finite
 from megatron_hammer.checkpoint_files.torch_dist.stacked_names import extra_state_key, stack_name
 from megatron_hammer.checkpoint_files.torch_dist.writer import RELEASE, CheckpointWriter, open_checkpoint_writer
 from megatron_hammer.errors import ConversionError, HammerError
+from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.tokenizer.export.export_tokenizer import export_tokenizer_folder
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -97,7 +98,7 @@ def import_from_hugging_face(
             tokenizer_dir = options.save_dir.absolute() / RELEASE / TOKENIZER_DIR
         checks.append(_convert_weights(source, dtypes, writer, on_parameters))
         arguments = build_saved_arguments(
-            source.model.architecture,
+            source.model,
             dtype=_most_frequent_dtype(source, dtypes),
             imported_from=options.hf_dir.absolute().name,
             tokenizer_model=None if tokenizer_dir is None else str(tokenizer_dir),
@@ -186,7 +187,7 @@ def _convert_weights(
     source: HfFolder, dtypes: dict[str, torch.dtype], writer: CheckpointWriter, on_parameters: Progress
 ) -> CheckRow:
     """Write and verify every tensor; raises ConversionError naming every one that is not finite or reads back wrong."""
-    model = source.model.architecture
+    model = source.model.shape
     num_experts = model.moe.num_experts if model.moe else 0
     axis_sizes = (model.num_layers, num_experts)
     objects = {}
@@ -223,7 +224,7 @@ def _write_pair(
     """Write one Megatron tensor; yields what proves it: finite, and read back and split again what it was made of."""
     stacked = stack_name(pair.megatron_name)
     dtype = dtypes[stacked.key]
-    model = source.model.architecture
+    model = source.model.shape
     if _stacks_rows(pair.layout, tuple(shape[0] for shape in pair.hf_shapes), model):
         yield from _write_rows(pair, source, dtype, writer)
         return
@@ -239,7 +240,7 @@ def _write_pair(
 
 
 @functools.lru_cache(maxsize=64)
-def _stacks_rows(layout: Layout, part_rows: tuple[int, ...], model: Architecture) -> bool:
+def _stacks_rows(layout: TensorLayout, part_rows: tuple[int, ...], model: ModelShape) -> bool:
     """Whether the layout puts its parts one under the other, tried on numbered matrices of three columns."""
     numbers = torch.arange(3 * sum(part_rows)).view(-1, 3)
     try:
@@ -331,7 +332,7 @@ def _import_tokenizer(source_path: Path, target_dir: Path, source: HfFolder) -> 
         exported = export_tokenizer_folder(source_path, target_dir)
     except HammerError as error:
         raise type(error)(*(f"{problem} Or pass --no-tokenizer." for problem in error.problems)) from error
-    num_ids, vocab_size = exported.tokenizer.vocab_size, source.model.architecture.vocab_size
+    num_ids, vocab_size = exported.tokenizer.vocab_size, source.model.shape.vocab_size
     if num_ids > vocab_size:
         raise ConversionError(
             f"{source_path}: tokenizer must not have more ids than the model, got {num_ids} ids, "

@@ -18,11 +18,11 @@ from io import FileIO
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.hugging_face.saved_model import Architecture
 from megatron_hammer.checkpoint.hugging_face.tensor_rows import TensorPair
 from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal, is_finite
 from megatron_hammer.checkpoint_files.safetensors.stream import WrittenTensor, write_at
 from megatron_hammer.checkpoint_files.torch_dist.reader import TorchDistReader
+from megatron_hammer.model.shape import ModelShape
 
 BLOCK_BYTES = 1 << 19
 
@@ -53,7 +53,7 @@ class CopyResult:
     is_equal: bool
 
 
-def find_row_runs(pair: TensorPair, model: Architecture) -> list[list[tuple[int, int]]] | None:
+def find_row_runs(pair: TensorPair, model: ModelShape) -> list[list[tuple[int, int]]] | None:
     """For every Hugging Face tensor of `pair` the runs (first row, number of rows) of Megatron rows it is made of.
 
     None if the layout does more than reorder rows, or its inverse does not bring every row back.

@@ -1,6 +1,6 @@
 """The arguments that a checkpoint made from a Hugging Face folder holds in Megatron's place: what is known, no more.
 
-`architecture.read_saved_model` gives the same architecture back from them, Megatron's `--use-checkpoint-args` finds
+`read_saved_model` gives the same model back from them, Megatron's `--use-checkpoint-args` finds
 the model's flags in them, and its loader what it compares. There is no recipe: no step was trained. The vocabulary is
 not padded, and no padded size is named, so that each run pads for its own tensor-parallel size.
 """
@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron_hammer.checkpoint.hugging_face.model_preset import build_model_preset
-from megatron_hammer.checkpoint.hugging_face.saved_model import Architecture
+from megatron_hammer.checkpoint.hugging_face.config_json import HfModel
 from megatron_hammer.config.model_arguments import build_model_arguments
 
 CHECKPOINT_VERSION = 3.0  # since Megatron-LM 3.0, in which the rows of QKV have their present order
@@ -69,20 +68,19 @@ _SHARED: dict[str, Any] = {
 
 
 def build_saved_arguments(
-    model: Architecture, *, dtype: torch.dtype, imported_from: str, tokenizer_model: str | None
+    model: HfModel, *, dtype: torch.dtype, imported_from: str, tokenizer_model: str | None
 ) -> argparse.Namespace:
     """Megatron's namespace for `model`; dtype: of most weights. imported_from: the name of the folder, for humans."""
     precision = PRECISIONS[dtype]
-    preset = build_model_preset(model, name=imported_from, source="config.json")
     return argparse.Namespace(
         **{
             **_SHARED,
-            **build_model_arguments(preset),
-            "seq_length": model.max_position_embeddings,
-            "bias_gelu_fusion": model.activation == "gelu_tanh",
+            **build_model_arguments(model.shape),
+            "seq_length": model.shape.max_position_embeddings,
+            "bias_gelu_fusion": model.shape.activation == "gelu_tanh",
             "bias_swiglu_fusion": True,
-            "hidden_dropout": model.hidden_dropout,
-            "attention_dropout": model.attention_dropout,
+            "hidden_dropout": model.dropout.hidden,
+            "attention_dropout": model.dropout.attention,
             "precision": precision,
             "bf16": precision == "bf16",
             "fp16": precision == "fp16",

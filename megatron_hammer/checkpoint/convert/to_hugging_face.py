@@ -18,16 +18,12 @@ from typing import Any
 import torch
 
 from megatron_hammer.checkpoint.convert.weight_export import write_verified_weights
+from megatron_hammer.checkpoint.hugging_face.config_json import build_config, build_generation_config
+from megatron_hammer.checkpoint.hugging_face.families.catalogue import select_family
+from megatron_hammer.checkpoint.hugging_face.family import Family, expand
 from megatron_hammer.checkpoint.hugging_face.model_card import build_model_card
-from megatron_hammer.checkpoint.hugging_face.saved_model import Architecture, read_saved_model
-from megatron_hammer.checkpoint.hugging_face.tensor_rows import (
-    Family,
-    TensorPair,
-    expand,
-    select_family,
-    validate_names_and_shapes,
-)
-from megatron_hammer.checkpoint.hugging_face.write_config import build_config, build_generation_config
+from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_dropout, read_saved_model
+from megatron_hammer.checkpoint.hugging_face.tensor_rows import TensorPair, validate_names_and_shapes
 from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow, Level, verify_model
 from megatron_hammer.checkpoint_files.open import open_checkpoint
 from megatron_hammer.checkpoint_files.safetensors.stream import Shard, plan_shards
@@ -35,6 +31,7 @@ from megatron_hammer.checkpoint_files.stored import CheckpointReader
 from megatron_hammer.checkpoint_files.torch_dist.reader import TorchDistReader
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.files.publish import publish_directory
+from megatron_hammer.model.shape import ModelShape
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000  # transformers' own
@@ -86,7 +83,7 @@ class _Plan:
     """Everything that is known before a tensor is converted."""
 
     reader: CheckpointReader
-    model: Architecture
+    model: ModelShape
     family: Family
     pairs: list[TensorPair]
     shapes: dict[str, tuple[int, ...]]
@@ -261,7 +258,9 @@ def _write_descriptions(directory: Path, plan: _Plan, tokenizer: Any) -> str:
     )
     (directory / "README.md").write_text(card)
     (directory / "generation_config.json").write_text(_format_json(build_generation_config(**ids)))
-    return _format_json(build_config(plan.family, plan.model, dtype=plan.dtype_name, **ids))
+    return _format_json(
+        build_config(plan.family, plan.model, read_saved_dropout(plan.reader.args), dtype=plan.dtype_name, **ids)
+    )
 
 
 def _format_json(content: dict[str, Any]) -> str:

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 
 from megatron_hammer.checkpoint.convert.row_blocks import CopyResult, copy_rows, find_row_runs, find_stored_rows
-from megatron_hammer.checkpoint.hugging_face.saved_model import Architecture
 from megatron_hammer.checkpoint.hugging_face.tensor_rows import TensorPair
 from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal, is_finite
 from megatron_hammer.checkpoint_files.safetensors.stream import Shard, ShardWriter
 from megatron_hammer.checkpoint_files.stored import CheckpointReader
 from megatron_hammer.checkpoint_files.torch_dist.reader import TorchDistReader
 from megatron_hammer.errors import ConversionError
+from megatron_hammer.model.shape import ModelShape
 
 _NUM_THREADS = 2  # more would share one disk, and memory for each
 _MAX_SHARED_BYTES = 192 << 20
@@ -32,7 +32,7 @@ def write_verified_weights(
     directory: Path,
     shards: Sequence[Shard],
     pairs: Sequence[TensorPair],
-    model: Architecture,
+    model: ModelShape,
     reader: CheckpointReader,
     dtype: torch.dtype,
     on_tensor: Callable[[int, int], None],
@@ -66,7 +66,7 @@ def _from_both_ends[T](items: Sequence[T]) -> Iterator[T]:
 
 
 def _write_pair(
-    writer: ShardWriter, pair: TensorPair, model: Architecture, reader: CheckpointReader, dtype: torch.dtype
+    writer: ShardWriter, pair: TensorPair, model: ModelShape, reader: CheckpointReader, dtype: torch.dtype
 ) -> list[str]:
     """Write one Megatron tensor as its Hugging Face tensors; returns a sentence for each thing wrong with it."""
     result = _copy_rows_of(writer, pair, model, reader, dtype) or _write_whole(writer, pair, model, reader, dtype)
@@ -85,7 +85,7 @@ def _write_pair(
 
 
 def _copy_rows_of(
-    writer: ShardWriter, pair: TensorPair, model: Architecture, reader: CheckpointReader, dtype: torch.dtype
+    writer: ShardWriter, pair: TensorPair, model: ModelShape, reader: CheckpointReader, dtype: torch.dtype
 ) -> CopyResult | None:
     """Move it row by row; None, with nothing written, where its layout or its place in the checkpoint is another."""
     if not isinstance(reader, TorchDistReader):
@@ -107,7 +107,7 @@ def _copy_rows_of(
 
 
 def _write_whole(
-    writer: ShardWriter, pair: TensorPair, model: Architecture, reader: CheckpointReader, dtype: torch.dtype
+    writer: ShardWriter, pair: TensorPair, model: ModelShape, reader: CheckpointReader, dtype: torch.dtype
 ) -> CopyResult:
     """Write it through the layout itself, and its inverse in proof."""
     is_large = math.prod(pair.megatron_shape) * dtype.itemsize > _MAX_SHARED_BYTES

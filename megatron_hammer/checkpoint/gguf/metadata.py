@@ -9,11 +9,11 @@ from megatron_hammer.checkpoint.gguf.file_types import FILE_TYPES
 from megatron_hammer.checkpoint.gguf.gguf_file import ExtraTensor
 from megatron_hammer.checkpoint.gguf.tensors import ROPE_FACTORS, compute_rope_factors
 from megatron_hammer.checkpoint.gguf.tokenizer import GgufVocabulary
-from megatron_hammer.checkpoint.hugging_face.saved_model import Architecture
+from megatron_hammer.model.shape import ModelShape
 
 
 def describe_model(
-    model: Architecture, vocabulary: GgufVocabulary, *, arch: str, file_type: str, name: str
+    model: ModelShape, vocabulary: GgufVocabulary, *, arch: str, file_type: str, name: str
 ) -> GGUFWriter:
     """A writer with every key-value pair of the model and its tokenizer, and no file yet."""
     writer = GGUFWriter(None, arch)
@@ -65,7 +65,7 @@ def _describe_tokenizer(writer: GGUFWriter, vocabulary: GgufVocabulary) -> None:
         writer.add_chat_template(vocabulary.chat_template)
 
 
-def list_extra_tensors(model: Architecture) -> list[ExtraTensor]:
+def list_extra_tensors(model: ModelShape) -> list[ExtraTensor]:
     """What llama.cpp reads from the file and transformers computes: the stretch of the rotary frequencies."""
     if model.rope_scaling is None:
         return []

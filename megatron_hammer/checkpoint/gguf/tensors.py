@@ -17,12 +17,12 @@ from torch import Tensor
 from megatron_hammer.checkpoint.gguf.file_types import FLOAT_DTYPES, FileType, Place, count_bytes, select_type
 from megatron_hammer.checkpoint.gguf.rotary_rows import permute_rope, unpermute_rope
 from megatron_hammer.checkpoint.hugging_face.config_json import HfModel
-from megatron_hammer.checkpoint.hugging_face.saved_model import Architecture
-from megatron_hammer.checkpoint.hugging_face.tensor_rows import expand, validate_names_and_shapes
+from megatron_hammer.checkpoint.hugging_face.family import expand
+from megatron_hammer.checkpoint.hugging_face.tensor_rows import validate_names_and_shapes
 from megatron_hammer.checkpoint.hugging_face.tensor_sources import HfSource, HfSources, locate_hf_tensors
 from megatron_hammer.checkpoint_files.safetensors.weight_files import HfWeights, open_hf_weights
 from megatron_hammer.errors import ConversionError
-from megatron_hammer.model.shape import RopeScaling
+from megatron_hammer.model.shape import ModelShape, RopeScaling
 
 ARCHITECTURES = {  # by family
     "llama": MODEL_ARCH.LLAMA,
@@ -59,7 +59,7 @@ class GgufTensor:
 
 def select_architecture(model: HfModel) -> MODEL_ARCH:
     """llama.cpp's arch for the model; raises ConversionError where none is mapped."""
-    arch = ARCHITECTURES.get(model.family.name)
+    arch = ARCHITECTURES.get(model.family.model_type)
     if arch is None:
         raise ConversionError(
             f"config.json, model_type: GGUF is written for {SUPPORTED}, got model_type={model.config['model_type']!r}, "
@@ -70,22 +70,22 @@ def select_architecture(model: HfModel) -> MODEL_ARCH:
 
 def plan_tensors(model: HfModel, file_type: FileType) -> list[GgufTensor]:
     """Every tensor that comes from a Hugging Face one, in the order in which it is written."""
-    arch, architecture = select_architecture(model), model.architecture
-    names = get_tensor_name_map(arch, architecture.num_layers)
+    arch = select_architecture(model)
+    names = get_tensor_name_map(arch, model.shape.num_layers)
     tensors = []
-    for pair in expand(model.family, architecture):
+    for pair in expand(model.family, model.shape):
         for hf_name, shape in zip(pair.hf_names, pair.hf_shapes, strict=True):
             name = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
             if name is None:
                 raise ConversionError(f"{hf_name}: llama.cpp must have a name for it, got none. Update gguf.")
-            place = _find_place(name, architecture)
-            heads = _count_rope_heads(place.kind, architecture) if arch is MODEL_ARCH.LLAMA else None
+            place = _find_place(name, model.shape)
+            heads = _count_rope_heads(place.kind, model.shape) if arch is MODEL_ARCH.LLAMA else None
             tensor_type = select_type(file_type, place, shape)
             tensors.append(GgufTensor(name=name, hf_name=hf_name, shape=shape, type=tensor_type, rope_heads=heads))
     return tensors
 
 
-def _find_place(name: str, model: Architecture) -> Place:
+def _find_place(name: str, model: ModelShape) -> Place:
     """blk.3.attn_v.weight is "attn_v" of layer 3."""
     parts = name.split(".")
     return Place(
@@ -97,7 +97,7 @@ def _find_place(name: str, model: Architecture) -> Place:
     )
 
 
-def _count_rope_heads(kind: str, model: Architecture) -> int | None:
+def _count_rope_heads(kind: str, model: ModelShape) -> int | None:
     return {"attn_q": model.num_attention_heads, "attn_k": model.num_query_groups}.get(kind)
 
 
@@ -118,8 +118,8 @@ class HfTensors:
 def open_hf_tensors(folder: Path, model: HfModel) -> HfTensors:
     """Open the weights; raises ConversionError for every tensor that is missing, unexpected, misshapen or no float."""
     weights = open_hf_weights(folder)
-    pairs = expand(model.family, model.architecture)
-    located = locate_hf_tensors(pairs, model.architecture, weights.shapes)
+    pairs = expand(model.family, model.shape)
+    located = locate_hf_tensors(pairs, model.shape, weights.shapes)
     expected = {name: shape for pair in pairs for name, shape in zip(pair.hf_names, pair.hf_shapes, strict=True)}
     validate_names_and_shapes(expected, located.shapes, where=str(folder))
     tensors = HfTensors(weights=weights, sources=located.sources, notes=_list_notes(located))

@@ -82,11 +82,11 @@ def export_to_gguf(options: GgufOptions, on_step: OnStep = lambda stage, done, t
         arch = MODEL_ARCH_NAMES[select_architecture(model)]
         tensors = plan_tensors(model, file_type)
         source = open_hf_tensors(hf_dir, model)
-        vocabulary = read_vocabulary(hf_dir, vocab_size=model.architecture.vocab_size, config=model.config)
+        vocabulary = read_vocabulary(hf_dir, vocab_size=model.shape.vocab_size, config=model.config)
         writer = describe_model(
-            model.architecture, vocabulary, arch=arch, file_type=options.file_type, name=_select_name(options)
+            model.shape, vocabulary, arch=arch, file_type=options.file_type, name=_select_name(options)
         )
-        extras = list_extra_tensors(model.architecture)
+        extras = list_extra_tensors(model.shape)
         total = len(tensors)
         write_gguf(
             partial_path, writer, extras, tensors, source.read, lambda done: on_step("writing tensors", done, total)
@@ -183,7 +183,7 @@ def _prove(
         vocabulary,
         file_type=options.file_type,
         num_parameters=num_parameters,
-        max_positions=model.architecture.max_position_embeddings,
+        max_positions=model.shape.max_position_embeddings,
         corpus=options.corpus,
         text_key=options.text_key,
         on_text=lambda done: on_step("comparing texts", done, None),

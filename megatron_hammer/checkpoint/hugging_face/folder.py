@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.checkpoint.hugging_face.config_json import HfModel, read_hf_model
-from megatron_hammer.checkpoint.hugging_face.tensor_rows import TensorPair, expand, validate_names_and_shapes
+from megatron_hammer.checkpoint.hugging_face.family import expand
+from megatron_hammer.checkpoint.hugging_face.tensor_rows import TensorPair, validate_names_and_shapes
 from megatron_hammer.checkpoint.hugging_face.tensor_sources import HfSources, locate_hf_tensors
 from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal
 from megatron_hammer.checkpoint_files.safetensors.weight_files import HfWeights, open_hf_weights
@@ -47,7 +48,7 @@ class HfFolder:
     def read_pair(self, pair: TensorPair) -> Tensor:
         """The whole Megatron tensor, without vocabulary padding."""
         dtype = self.pair_dtype(pair)
-        return pair.layout.merge([self.read(name).to(dtype) for name in pair.hf_names], self.model.architecture)
+        return pair.layout.merge([self.read(name).to(dtype) for name in pair.hf_names], self.model.shape)
 
     def list_unequal_duplicates(self) -> list[str]:
         """A sentence for every stored tensor that should be a copy of another and is not; reads both."""
@@ -67,8 +68,8 @@ def open_hf_folder(folder: Path) -> HfFolder:
     """
     model = read_hf_model(folder)
     weights = open_hf_weights(folder)
-    pairs = expand(model.family, model.architecture)
-    sources = locate_hf_tensors(pairs, model.architecture, weights.shapes)
+    pairs = expand(model.family, model.shape)
+    sources = locate_hf_tensors(pairs, model.shape, weights.shapes)
     expected = {name: shape for pair in pairs for name, shape in zip(pair.hf_names, pair.hf_shapes, strict=True)}
     problems = _list_strange_dtypes(weights, sources)
     try:

@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from megatron_hammer.checkpoint.hugging_face.saved_model import Architecture
-from megatron_hammer.checkpoint.hugging_face.tensor_rows import Family
+from megatron_hammer.checkpoint.hugging_face.family import Family
+from megatron_hammer.model.shape import ModelShape
 
 
 def build_model_card(
     family: Family,
-    model: Architecture,
+    model: ModelShape,
     *,
     args: Any,
     iteration: int,
@@ -45,7 +45,7 @@ def build_model_card(
     )
 
 
-def _architecture(family: Family, model: Architecture, dtype: str, num_parameters: int) -> dict[str, Any]:
+def _architecture(family: Family, model: ModelShape, dtype: str, num_parameters: int) -> dict[str, Any]:
     rows: dict[str, Any] = {
         "class": family.hf_class,
         "parameters": f"{num_parameters:,}",

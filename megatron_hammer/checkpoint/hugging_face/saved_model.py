@@ -1,68 +1,17 @@
-"""What a checkpoint's saved arguments say about the model: the part that decides names, shapes and the HF config.
+"""The model of a checkpoint, from the arguments that it saved, if Hugging Face can express it.
 
-Pure: reads attributes of the namespace that Megatron saved (or that its parser makes), imports neither torch nor
-megatron. An argument that changes the computation in a way that no mapping expresses is refused here, all at once.
+config/model_arguments.py reads the arguments. An argument that changes the computation in a way that no mapping
+expresses is refused here, all at once. Pure: imports neither torch nor megatron.
 """
 
-import math
+import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from megatron_hammer.checkpoint.hugging_face.config_rows import Dropout
+from megatron_hammer.config.model_arguments import read_model
 from megatron_hammer.errors import ConversionError
-from megatron_hammer.model.shape import MoeShape, RopeScaling
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Architecture:
-    """One model in mcore's names; everything that `tensor_rows.py` and `write_config.py` look at."""
-
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
-    head_dim: int
-    vocab_size: int  # without padding
-    max_position_embeddings: int
-    normalization: Literal["RMSNorm", "LayerNorm"]
-    norm_epsilon: float
-    activation: Literal["swiglu", "gelu_tanh", "gelu_erf"]
-    position_embedding_type: Literal["rope", "learned_absolute"]
-    rotary_base: float
-    has_linear_bias: bool
-    has_qkv_bias: bool
-    has_tied_embeddings: bool
-    has_embedding_norm: bool
-    init_method_std: float
-    attention_dropout: float
-    hidden_dropout: float
-    moe: MoeShape | None = None
-    has_qk_norm: bool = False
-    rope_scaling: RopeScaling | None = None
-    rotary_seq_len_interpolation_factor: int | None = None  # positions are divided by it
-
-    @property
-    def dims(self) -> dict[str, int]:
-        """The symbols in which `tensor_rows.py` writes shapes."""
-        moe = self.moe
-        return {
-            "h": self.hidden_size,
-            "f": self.ffn_hidden_size,
-            "2f": 2 * self.ffn_hidden_size,
-            "q": self.num_attention_heads * self.head_dim,
-            "qkv": (self.num_attention_heads + 2 * self.num_query_groups) * self.head_dim,
-            "d": self.head_dim,
-            "v": self.vocab_size,
-            "p": self.max_position_embeddings,
-            "1": 1,
-            "e": moe.num_experts if moe else 0,
-            "m": moe.ffn_hidden_size if moe else 0,
-            "2m": 2 * moe.ffn_hidden_size if moe else 0,
-            "s": moe.shared_expert_intermediate_size if moe else 0,
-            "2s": 2 * moe.shared_expert_intermediate_size if moe else 0,
-        }
-
+from megatron_hammer.model.shape import ModelShape, RopeScaling
 
 _RANKED_OTHERWISE = {"sinkhorn", "quantile_balancing"}  # load balancing that is part of the choice of experts
 # Argument: (the values that the mapping expresses, why no other is). Absent arguments count as unset.
@@ -115,8 +64,8 @@ _EXPRESSIBLE: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def read_saved_model(args: Any, *, vocab_size: int | None = None) -> Architecture:
-    """The architecture in Megatron's saved arguments; `vocab_size` replaces theirs (before padding).
+def read_saved_model(args: Any, *, vocab_size: int | None = None) -> ModelShape:
+    """The model in Megatron's saved arguments; `vocab_size` replaces theirs (before padding).
 
     Raises ConversionError with one sentence for every argument that no mapping expresses.
     """
@@ -124,33 +73,16 @@ def read_saved_model(args: Any, *, vocab_size: int | None = None) -> Architectur
     vocab_size = vocab_size or getattr(args, "vocab_size", None) or getattr(args, "padded_vocab_size", None)
     if vocab_size is None:
         raise ConversionError("vocab_size: the checkpoint's arguments must hold it, got none. Pass --vocab-size.")
-    is_grouped = getattr(args, "group_query_attention", False)
-    return Architecture(
-        num_layers=args.num_layers,
-        hidden_size=args.hidden_size,
-        ffn_hidden_size=args.ffn_hidden_size,
-        num_attention_heads=args.num_attention_heads,
-        num_query_groups=args.num_query_groups if is_grouped else args.num_attention_heads,
-        head_dim=args.kv_channels or args.hidden_size // args.num_attention_heads,
-        vocab_size=vocab_size,
-        max_position_embeddings=args.max_position_embeddings,
-        normalization=args.normalization,
-        norm_epsilon=args.layernorm_epsilon,
-        activation=_read_activation(args),
-        position_embedding_type=args.position_embedding_type,
-        rotary_base=args.rotary_base,
-        has_linear_bias=args.add_bias_linear,
-        has_qkv_bias=args.add_bias_linear or args.add_qkv_bias,
-        has_tied_embeddings=not args.untie_embeddings_and_output_weights,
-        has_embedding_norm=getattr(args, "embedding_norm", False),
-        init_method_std=args.init_method_std,
-        attention_dropout=args.attention_dropout,
-        hidden_dropout=args.hidden_dropout,
-        moe=_read_moe(args),
-        has_qk_norm=getattr(args, "qk_layernorm", False),
-        rope_scaling=_read_rope_scaling(args),
-        rotary_seq_len_interpolation_factor=_read_interpolation_factor(args),
-    )
+    _validate_rope(args)
+    if getattr(args, "num_experts", None):
+        _validate_experts(args)
+    completed = argparse.Namespace(**{**vars(args), "vocab_size": vocab_size})
+    return read_model(completed, source="saved arguments")
+
+
+def read_saved_dropout(args: Any) -> Dropout:
+    """The dropout that the model was trained with."""
+    return Dropout(attention=args.attention_dropout, hidden=args.hidden_dropout)
 
 
 def _validate_expressible(args: Any) -> None:
@@ -164,17 +96,10 @@ def _validate_expressible(args: Any) -> None:
         raise ConversionError(*problems)
 
 
-def _read_activation(args: Any) -> Literal["swiglu", "gelu_tanh", "gelu_erf"]:
-    """Megatron's fused bias-gelu computes the tanh approximation; without the fusion it is the exact gelu."""
-    if args.swiglu:
-        return "swiglu"
-    return "gelu_tanh" if args.bias_gelu_fusion and args.add_bias_linear else "gelu_erf"
-
-
-def _read_rope_scaling(args: Any) -> RopeScaling | None:
+def _validate_rope(args: Any) -> None:
     """Our training builds with the factor that was asked for; Megatron's own (gpt_config_from_args) always with 8."""
     if not getattr(args, "use_rope_scaling", False):
-        return None
+        return
     factor, default = getattr(args, "rope_scaling_factor", RopeScaling().factor), RopeScaling().factor
     is_ours = hasattr(args, "embedding_norm")
     if factor != default and not is_ours:
@@ -183,37 +108,19 @@ def _read_rope_scaling(args: Any) -> RopeScaling | None:
             f"rope_scaling_factor={factor:g}. Load and save it once with --rope-scaling-factor and what it was "
             "trained with."
         )
-    return RopeScaling(factor=factor)
-
-
-def _read_interpolation_factor(args: Any) -> int | None:
-    factor = getattr(args, "rotary_seq_len_interpolation_factor", None)
-    if factor is not None and getattr(args, "use_rope_scaling", False):
+    interpolation_factor = getattr(args, "rotary_seq_len_interpolation_factor", None)
+    if interpolation_factor is not None:
         raise ConversionError(
             "rotary_seq_len_interpolation_factor: cannot be exported together with use_rope_scaling, got "
-            f"rotary_seq_len_interpolation_factor={factor}: transformers scales a rope in one way. "
+            f"rotary_seq_len_interpolation_factor={interpolation_factor}: transformers scales a rope in one way. "
             "Keep the checkpoint in Megatron's format."
         )
-    return None if factor == 1 else factor
 
 
-def _read_moe(args: Any) -> MoeShape | None:
-    if not getattr(args, "num_experts", None):
-        return None
+def _validate_experts(args: Any) -> None:
     frequency = args.moe_layer_freq
     if not (frequency == 1 or (isinstance(frequency, list) and all(is_moe == 1 for is_moe in frequency))):
         raise ConversionError(
             f"moe_layer_freq: every layer must be a mixture of experts, got moe_layer_freq={frequency}. "
             "Keep the checkpoint in Megatron's format."
         )
-    coefficient = args.moe_aux_loss_coeff
-    shared_size = args.moe_shared_expert_intermediate_size or 0
-    return MoeShape(
-        num_experts=args.num_experts,
-        router_topk=args.moe_router_topk,
-        ffn_hidden_size=args.moe_ffn_hidden_size or args.ffn_hidden_size,
-        shared_expert_intermediate_size=shared_size,
-        has_shared_expert_gate=shared_size > 0 and args.moe_shared_expert_gate,
-        is_topk_renormalized=not getattr(args, "moe_router_pre_softmax", False),
-        aux_loss_coeff=math.fsum(coefficient) if isinstance(coefficient, list) else coefficient,
-    )

@@ -1,12 +1,16 @@
 """How Megatron and Hugging Face arrange the same numbers: pairs of pure functions, each the exact inverse of the other.
 
-No arithmetic, no IO, no names of checkpoints; `tensor_rows.py` says which tensor takes which layout.
+No arithmetic, no IO, no names of checkpoints; the families (families/) say which tensor takes which layout.
 """
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_hammer.errors import ConversionError
+from megatron_hammer.model.shape import ModelShape
 
 
 def split_qkv(qkv: Tensor, *, num_query_groups: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,3 +105,41 @@ def unpad_vocab(weight: Tensor, *, vocab_size: int) -> Tensor:
             "Pass the vocabulary that the model was trained with."
         )
     return weight[:vocab_size]
+
+
+# --- the layouts that rows name ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorLayout:
+    """A pair of exact inverses between one Megatron tensor and the HF tensors of its row."""
+
+    split: Callable[[Tensor, ModelShape], tuple[Tensor, ...]]
+    merge: Callable[[Sequence[Tensor], ModelShape], Tensor]
+
+
+def _split_qkv(qkv: Tensor, model: ModelShape) -> tuple[Tensor, ...]:
+    return split_qkv(qkv, num_query_groups=model.num_query_groups, head_dim=model.head_dim)
+
+
+def _merge_qkv(parts: Sequence[Tensor], model: ModelShape) -> Tensor:
+    query, key, value = parts
+    return merge_qkv(query, key, value, num_query_groups=model.num_query_groups, head_dim=model.head_dim)
+
+
+AS_IS = TensorLayout(split=lambda tensor, _: (tensor,), merge=lambda parts, _: parts[0])
+# GPT-2's Conv1D stores [in, out].
+TRANSPOSED = TensorLayout(
+    split=lambda tensor, _: (tensor.t().contiguous(),), merge=lambda parts, _: parts[0].t().contiguous()
+)
+QKV = TensorLayout(split=_split_qkv, merge=_merge_qkv)
+# GPT-2's c_attn keeps q, k and v in one tensor, one after the other.
+CONV1D_QKV_WEIGHT = TensorLayout(
+    split=lambda tensor, model: (torch.cat(_split_qkv(tensor, model)).t().contiguous(),),
+    merge=lambda parts, model: _merge_qkv(parts[0].t().chunk(3), model),
+)
+CONV1D_QKV_BIAS = TensorLayout(
+    split=lambda tensor, model: (torch.cat(_split_qkv(tensor, model)),),
+    merge=lambda parts, model: _merge_qkv(parts[0].chunk(3), model),
+)
+GATE_UP = TensorLayout(split=lambda tensor, _: split_gate_up(tensor), merge=lambda parts, _: merge_gate_up(*parts))

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron_hammer.checkpoint.hugging_face.saved_model import Architecture
 from megatron_hammer.checkpoint.hugging_face.tensor_rows import Shape, TensorPair
+from megatron_hammer.model.shape import ModelShape
 
 _PREFIXES = ("transformer.", "model.")
 _HEAD, _EMBEDDING = "lm_head.weight", "embedding.word_embeddings.weight"
@@ -58,7 +58,7 @@ class HfSources:
     buffers: dict[str, str]  # stored name -> what it is; not read
 
 
-def locate_hf_tensors(pairs: Sequence[TensorPair], model: Architecture, stored: Mapping[str, Shape]) -> HfSources:
+def locate_hf_tensors(pairs: Sequence[TensorPair], model: ModelShape, stored: Mapping[str, Shape]) -> HfSources:
     """Find the tensors of `pairs` among the stored ones; what is missing or unexpected shows in `shapes`."""
     sources: dict[str, HfSource] = {}
     shapes: dict[str, Shape] = {}
@@ -98,7 +98,7 @@ def _list_candidates(name: str) -> Iterator[HfSource]:
         yield HfSource(name=f"{layer}.mlp.experts.{packed}", expert=int(index), half=half)
 
 
-def _select_shape(source: HfSource, stored: Shape | None, model: Architecture) -> Shape | None:
+def _select_shape(source: HfSource, stored: Shape | None, model: ModelShape) -> Shape | None:
     """The shape of what `source` selects; None where that tensor is not there or cannot be taken apart."""
     if stored is None or source.expert is None:
         return stored

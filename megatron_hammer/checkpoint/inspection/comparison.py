@@ -4,7 +4,6 @@ Megatron with Megatron at any two layouts, Megatron with Hugging Face through th
 Face. Vocabulary padding never counts. Saved arguments are compared too; they are listed, and decide nothing.
 """
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,10 +13,10 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.checkpoint.hugging_face.config_json import CONFIG_NAME
-from megatron_hammer.checkpoint.hugging_face.saved_model import Architecture
 from megatron_hammer.checkpoint.inspection.tensor_views import (
     OpenedCheckpoint,
     TensorView,
+    describe_model,
     read_model,
     view_as_hugging_face,
     view_by_table_names,
@@ -233,7 +232,7 @@ def compare_arguments(first: OpenedCheckpoint, second: OpenedCheckpoint) -> Iter
     if first.is_megatron and second.is_megatron:
         sides = (_list_arguments(first), _list_arguments(second))
     elif first.is_megatron or second.is_megatron:
-        sides = (_list_architecture(read_model(first)), _list_architecture(read_model(second)))
+        sides = (describe_model(first), describe_model(second))
     else:
         sides = (_list_config(first), _list_config(second))
     yield from diff_values(*sides)
@@ -250,10 +249,6 @@ def diff_values(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator
 def _list_arguments(opened: OpenedCheckpoint) -> dict[str, Any]:
     """iteration: of the state, in place of where the run had begun."""
     return {**vars(opened.reader.args), "iteration": opened.reader.iteration}
-
-
-def _list_architecture(model: Architecture) -> dict[str, Any]:
-    return {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
 
 
 def _list_config(opened: OpenedCheckpoint) -> dict[str, Any]:

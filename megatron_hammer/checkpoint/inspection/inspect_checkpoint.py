@@ -17,6 +17,7 @@ from megatron_hammer.checkpoint.inspection.tensor_statistics import TensorStatis
 from megatron_hammer.checkpoint.inspection.tensor_views import (
     OpenedCheckpoint,
     TensorView,
+    describe_model,
     read_model,
     view_by_table_names,
     view_store,
@@ -189,7 +190,7 @@ def _count_folder_parameters(opened: OpenedCheckpoint) -> int:
 def _describe_architecture(opened: OpenedCheckpoint) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The architecture by its fields; where none is expressible, what config.json says, and a note of each reason."""
     try:
-        model = read_model(opened)
+        values = describe_model(opened)
     except HammerError as error:
         notes = tuple(f"no conversion: {problem}" for problem in error.problems)
         if opened.is_megatron:
@@ -201,7 +202,6 @@ def _describe_architecture(opened: OpenedCheckpoint) -> tuple[dict[str, Any], tu
             return {}, notes
     except AttributeError as error:
         return {}, (f"no conversion: the saved arguments are incomplete ({error})",)
-    values = {name: getattr(model, name) for name in model.__slots__}
     return {name: value for name, value in values.items() if value is not None}, ()
 
 

@@ -4,6 +4,7 @@ torch_dist at any layout, legacy mp_rank_* folders, Hugging Face folders; a Mega
 that Hugging Face has for its tensors. No tensor is read before it is asked for, and no stored code is run.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.checkpoint.hugging_face.config_json import CONFIG_NAME, read_hf_model
-from megatron_hammer.checkpoint.hugging_face.saved_model import Architecture, read_saved_model
-from megatron_hammer.checkpoint.hugging_face.tensor_rows import TensorPair, expand, select_family
+from megatron_hammer.checkpoint.hugging_face.families.catalogue import select_family
+from megatron_hammer.checkpoint.hugging_face.family import expand
+from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_dropout, read_saved_model
+from megatron_hammer.checkpoint.hugging_face.tensor_rows import TensorPair
 from megatron_hammer.checkpoint.hugging_face.tensor_sources import locate_hf_tensors
 from megatron_hammer.checkpoint_files.open import find_iteration, is_legacy, open_checkpoint
 from megatron_hammer.checkpoint_files.safetensors.weight_files import (
@@ -25,6 +28,7 @@ from megatron_hammer.checkpoint_files.safetensors.weight_files import (
 )
 from megatron_hammer.checkpoint_files.torch_dist.store import TorchDistStore
 from megatron_hammer.errors import CheckpointError
+from megatron_hammer.model.shape import ModelShape
 
 Format = Literal["torch_dist", "legacy", "Hugging Face"]
 
@@ -132,7 +136,7 @@ def view_store(store: TorchDistStore) -> dict[str, TensorView]:
 # --- the same tensors on both sides ----------------------------------------------------------------------------------
 
 
-def view_as_hugging_face(opened: OpenedCheckpoint, model: Architecture) -> dict[str, TensorView]:
+def view_as_hugging_face(opened: OpenedCheckpoint, model: ModelShape) -> dict[str, TensorView]:
     """A Megatron checkpoint's tensors under the names that an export would give them; what no row maps keeps its own.
 
     A tensor of another shape than the architecture's cannot be split, and keeps its own name too.
@@ -149,7 +153,7 @@ def view_as_hugging_face(opened: OpenedCheckpoint, model: Architecture) -> dict[
     return views | {name: _view(opened.reader, name) for name in opened.reader.tensors if name not in mapped}
 
 
-def _view_parts(reader: Any, pair: TensorPair, dtype: torch.dtype, model: Architecture) -> dict[str, TensorView]:
+def _view_parts(reader: Any, pair: TensorPair, dtype: torch.dtype, model: ModelShape) -> dict[str, TensorView]:
     def view(index: int) -> TensorView:
         return TensorView(
             shape=pair.hf_shapes[index],
@@ -160,7 +164,7 @@ def _view_parts(reader: Any, pair: TensorPair, dtype: torch.dtype, model: Archit
     return {name: view(index) for index, name in enumerate(pair.hf_names)}
 
 
-def view_by_table_names(opened: OpenedCheckpoint, model: Architecture) -> dict[str, TensorView]:
+def view_by_table_names(opened: OpenedCheckpoint, model: ModelShape) -> dict[str, TensorView]:
     """A Hugging Face folder's tensors under the names of the mapping, packed experts taken apart; buffers left out."""
     if opened.weights is None:
         raise ValueError("only a Hugging Face folder has them")
@@ -179,8 +183,24 @@ def view_by_table_names(opened: OpenedCheckpoint, model: Architecture) -> dict[s
     return {name: view(name) for name in found.sources} | views
 
 
-def read_model(opened: OpenedCheckpoint, *, vocab_size: int | None = None) -> Architecture:
+def read_model(opened: OpenedCheckpoint, *, vocab_size: int | None = None) -> ModelShape:
     """The architecture that the checkpoint describes; raises ConversionError where no mapping expresses it."""
     if opened.is_megatron:
         return read_saved_model(opened.reader.args, vocab_size=vocab_size)
-    return read_hf_model(opened.directory).architecture
+    return read_hf_model(opened.directory).shape
+
+
+def describe_model(opened: OpenedCheckpoint) -> dict[str, Any]:
+    """The model that the checkpoint describes and its dropout, by their fields; raises as `read_model` does."""
+    if opened.is_megatron:
+        model, dropout = read_model(opened), read_saved_dropout(opened.reader.args)
+    else:
+        found = read_hf_model(opened.directory)
+        model, dropout = found.shape, found.dropout
+    names = [field.name for field in dataclasses.fields(model) if field.compare and field.name != "kv_channels"]
+    return {
+        **{name: getattr(model, name) for name in names},
+        "head_dim": model.head_dim,
+        "attention_dropout": dropout.attention,
+        "hidden_dropout": dropout.hidden,
+    }

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.hugging_face.config_json import CONFIG_NAME, DIALECTS, read_hf_model
-from megatron_hammer.checkpoint.hugging_face.write_config import build_config
+from megatron_hammer.checkpoint.hugging_face.config_json import CONFIG_NAME, FAMILIES, build_config, read_hf_model
 from megatron_hammer.checkpoint.verification.forward_exchange import (
     NOT_DONE,
     NUM_RANDOM_TEXTS,
@@ -108,12 +107,14 @@ def load_config(hf_dir: str) -> tuple[Any, str]:
     import transformers
 
     model_type = json.loads((Path(hf_dir) / CONFIG_NAME).read_bytes()).get("model_type")
-    if model_type not in DIALECTS or not DIALECTS[model_type].has_own_code:
+    if model_type not in FAMILIES or not FAMILIES[model_type].has_own_code:
         config = transformers.AutoConfig.from_pretrained(hf_dir, local_files_only=True, trust_remote_code=False)
         return config, ""
     found = read_hf_model(Path(hf_dir))
-    values = build_config(found.family, found.architecture, dtype=found.dtype or "float32", bos_id=None, eos_id=None)
-    return transformers.AutoConfig.for_model(**values), f" in place of {DIALECTS[model_type].hf_classes[0]}"
+    values = build_config(
+        found.family, found.shape, found.dropout, dtype=found.dtype or "float32", bos_id=None, eos_id=None
+    )
+    return transformers.AutoConfig.for_model(**values), f" in place of {FAMILIES[model_type].hf_classes[0]}"
 
 
 def _loading_options(request: ForwardRequest, config: Any) -> dict[str, Any]:

@@ -42,13 +42,9 @@ def read_hf_model(path: Path) -> ModelShape:
 
     It is passed to scaling/, which stands below checkpoint/ and may not import it.
     """
-    from megatron_hammer.checkpoint.hugging_face.config_json import read_hf_model
-    from megatron_hammer.checkpoint.hugging_face.model_preset import build_model_preset
+    from megatron_hammer.checkpoint.hugging_face import config_json
 
-    architecture = read_hf_model(path).architecture
-    is_own_name = path.is_file() and path.name != "config.json"
-    folder = path.parent if path.is_file() else path
-    return build_model_preset(architecture, name=path.stem if is_own_name else folder.resolve().name, source=str(path))
+    return config_json.read_hf_model(path).shape
 
 
 @exit_on_user_error

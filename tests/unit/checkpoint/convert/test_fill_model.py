@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_hammer.checkpoint.convert.fill_model import MasterWeights, fill_chunks, require_every_element
+from megatron_hammer.checkpoint.hugging_face.config_json import build_config
+from megatron_hammer.checkpoint.hugging_face.config_rows import Dropout
+from megatron_hammer.checkpoint.hugging_face.families.catalogue import select_family
+from megatron_hammer.checkpoint.hugging_face.family import expand
 from megatron_hammer.checkpoint.hugging_face.folder import HfFolder, open_hf_folder
 from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
-from megatron_hammer.checkpoint.hugging_face.tensor_rows import expand, select_family
-from megatron_hammer.checkpoint.hugging_face.write_config import build_config
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.model.shape import ModelShape, MoeShape
 from tests.helpers.build_model import TOY_LLAMA, build_model, checkpoint_parameters, read_arguments, single_rank
@@ -63,7 +65,9 @@ def write_folder(folder: Path, model: ModelShape, *, dtype: torch.dtype = torch.
     tensors |= changes
     folder.mkdir()
     save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors")
-    config = build_config(family, architecture, dtype="float32", bos_id=None, eos_id=None)
+    config = build_config(
+        family, architecture, Dropout(attention=0.0, hidden=0.0), dtype="float32", bos_id=None, eos_id=None
+    )
     (folder / "config.json").write_text(json.dumps(config))
     return open_hf_folder(folder)
 

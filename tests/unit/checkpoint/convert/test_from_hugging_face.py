@@ -13,8 +13,8 @@ from megatron_hammer.checkpoint.convert import from_hugging_face as import_hf
 from megatron_hammer.checkpoint.convert.from_hugging_face import ImportOptions, import_from_hugging_face
 from megatron_hammer.checkpoint.convert.to_hugging_face import ExportOptions, export_to_hugging_face
 from megatron_hammer.checkpoint.hugging_face.config_json import interpret_config
-from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
-from megatron_hammer.checkpoint.hugging_face.tensor_rows import GATE_UP, QKV, TRANSPOSED, Layout
+from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_dropout, read_saved_model
+from megatron_hammer.checkpoint.hugging_face.tensor_layouts import GATE_UP, QKV, TRANSPOSED, TensorLayout
 from megatron_hammer.checkpoint.verification.rows import CheckRow
 from megatron_hammer.checkpoint_files.open import open_checkpoint
 from megatron_hammer.checkpoint_files.torch_dist.store import TorchDistStore
@@ -105,7 +105,7 @@ def test_the_saved_arguments_are_the_architecture(folder, changes):
     convert(folder)
     reader = open_checkpoint(folder.with_name("save"))
     assert reader.args.imported_from == "hf"
-    assert read_saved_model(reader.args) == interpret_config(LLAMA_CONFIG | changes)
+    assert (read_saved_model(reader.args), read_saved_dropout(reader.args)) == interpret_config(LLAMA_CONFIG | changes)
     assert not hasattr(reader.args, "padded_vocab_size")
     assert (reader.args.bf16, reader.args.params_dtype, reader.args.consumed_train_samples) == (True, torch.bfloat16, 0)
 
@@ -201,11 +201,11 @@ def test_an_unsupported_config_is_refused(folder):
 
 @pytest.mark.parametrize("layout, rows", [(QKV, (24, 8, 8)), (GATE_UP, (20, 20))])
 def test_only_parts_that_lie_one_under_the_other_are_written_without_merging(layout, rows):
-    model = interpret_config(LLAMA_CONFIG)
+    model, _ = interpret_config(LLAMA_CONFIG)
     assert import_hf._stacks_rows(layout, rows, model) == (layout is GATE_UP)
     assert import_hf._stacks_rows(QKV, (12, 4, 4), dataclasses.replace(model, num_query_groups=1))
     assert not import_hf._stacks_rows(TRANSPOSED, (20,), model)
-    swapped = Layout(split=GATE_UP.split, merge=lambda parts, model: GATE_UP.merge(parts[::-1], model))
+    swapped = TensorLayout(split=GATE_UP.split, merge=lambda parts, model: GATE_UP.merge(parts[::-1], model))
     assert not import_hf._stacks_rows(swapped, (20, 20), model)
 
 
@@ -215,7 +215,7 @@ def test_a_layout_whose_inverse_is_wrong_is_noticed(folder, monkeypatch, broken,
     write_toy_folder(folder)
     order = {3: (0, 2, 1), 2: (1, 0)}
     original = broken.merge
-    swapped = Layout(
+    swapped = TensorLayout(
         split=broken.split, merge=lambda parts, model: original([parts[n] for n in order[len(parts)]], model)
     )
     open_folder = import_hf.open_hf_folder

@@ -15,10 +15,10 @@ from megatron_hammer.checkpoint.convert import row_blocks as row_copy
 from megatron_hammer.checkpoint.convert import to_hugging_face as export
 from megatron_hammer.checkpoint.convert import weight_export
 from megatron_hammer.checkpoint.convert.to_hugging_face import ExportOptions, export_to_hugging_face
-from megatron_hammer.checkpoint.hugging_face import tensor_rows as mapping
+from megatron_hammer.checkpoint.hugging_face.families.catalogue import select_family
+from megatron_hammer.checkpoint.hugging_face.family import expand
 from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
-from megatron_hammer.checkpoint.hugging_face.tensor_layouts import split_qkv
-from megatron_hammer.checkpoint.hugging_face.tensor_rows import expand, select_family
+from megatron_hammer.checkpoint.hugging_face.tensor_layouts import GATE_UP, split_qkv
 from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow
 from megatron_hammer.checkpoint_files.safetensors import stream as safetensors_stream
 from megatron_hammer.errors import CheckpointError, ConversionError, OutputError
@@ -250,13 +250,13 @@ def test_weights_beyond_the_requested_dtype_are_named(tmp_path):
 
 
 def test_twin_a_wrong_split_does_not_pass_the_verification(cut_options, monkeypatch):
-    wrong = dataclasses.replace(mapping.GATE_UP, split=lambda tensor, _: tuple(reversed(tensor.chunk(2))))
+    wrong = dataclasses.replace(GATE_UP, split=lambda tensor, _: tuple(reversed(tensor.chunk(2))))
     whole_expand = export.expand
     monkeypatch.setattr(
         export,
         "expand",
         lambda family, model: [
-            dataclasses.replace(pair, layout=wrong if pair.layout is mapping.GATE_UP else pair.layout)
+            dataclasses.replace(pair, layout=wrong if pair.layout is GATE_UP else pair.layout)
             for pair in whole_expand(family, model)
         ],
     )

@@ -11,7 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from megatron_hammer.checkpoint.gguf.file_types import FILE_TYPES
 from megatron_hammer.checkpoint.gguf.tensors import compute_rope_factors, open_hf_tensors, plan_tensors
 from megatron_hammer.checkpoint.hugging_face.config_json import HfModel, interpret_config, read_hf_model
-from megatron_hammer.checkpoint.hugging_face.tensor_rows import select_family
+from megatron_hammer.checkpoint.hugging_face.families.catalogue import select_family
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.model.shape import RopeScaling
 from tests.helpers.gguf_models import LLAMA3_ROPE, write_gguf_source
@@ -32,8 +32,8 @@ CONFIG = {
 
 def interpret(**changes) -> HfModel:
     config = CONFIG | changes
-    architecture = interpret_config(config)
-    return HfModel(architecture=architecture, family=select_family(architecture), dtype=None, config=config)
+    shape, dropout = interpret_config(config)
+    return HfModel(shape=shape, dropout=dropout, family=select_family(shape), dtype=None, config=config)
 
 
 def test_every_tensor_has_llama_cpps_name_once():

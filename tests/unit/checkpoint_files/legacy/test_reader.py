@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_hammer.checkpoint.hugging_face.families.catalogue import select_family
+from megatron_hammer.checkpoint.hugging_face.family import expand
 from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
-from megatron_hammer.checkpoint.hugging_face.tensor_rows import expand, select_family, validate_names_and_shapes
+from megatron_hammer.checkpoint.hugging_face.tensor_rows import validate_names_and_shapes
 from megatron_hammer.checkpoint_files.legacy.reader import open_legacy_checkpoint
 from megatron_hammer.checkpoint_files.legacy.tensor_parallel import order_qkv_by_version, split_gated_columns
 from megatron_hammer.errors import CheckpointError, ConversionError

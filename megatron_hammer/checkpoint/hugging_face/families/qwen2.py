@@ -1,0 +1,18 @@
+"""Qwen2: a Llama with biases on q, k and v."""
+
+from megatron_hammer.checkpoint.hugging_face.config_fields import HfFields
+from megatron_hammer.checkpoint.hugging_face.config_rows import fixed
+from megatron_hammer.checkpoint.hugging_face.families.llama import LLAMA_REQUIREMENTS, list_llama_tensors, llama_config
+from megatron_hammer.checkpoint.hugging_face.family import Family
+
+DENSE_WINDOW = fixed("use_sliding_window", False, HfFields.require_no_switched_window)
+
+QWEN2 = Family(
+    model_type="qwen2",
+    hf_classes=("Qwen2ForCausalLM",),
+    config=(*llama_config(), DENSE_WINDOW),
+    constants={"has_qkv_bias": True},
+    list_tensors=list_llama_tensors,
+    is_candidate=lambda model: model.has_qkv_bias,  # LlamaConfig's attention_bias would bias o_proj too
+    requirements=LLAMA_REQUIREMENTS,
+)

@@ -1,0 +1,62 @@
+"""Qwen2-MoE: a Qwen2 with experts in place of the MLP, one of them shared by all tokens; and what Qwen3-MoE shares."""
+
+from megatron_hammer.checkpoint.hugging_face.config_rows import ConfigRow, count, fixed, flag, number, write_value
+from megatron_hammer.checkpoint.hugging_face.families.llama import HF_LAYER, LAYER, list_llama_tensors, llama_config
+from megatron_hammer.checkpoint.hugging_face.families.mixtral import MIXTURE_REQUIREMENTS
+from megatron_hammer.checkpoint.hugging_face.family import Family, Requirement
+from megatron_hammer.checkpoint.hugging_face.tensor_layouts import GATE_UP
+from megatron_hammer.checkpoint.hugging_face.tensor_rows import build_rows
+
+_EXPERT, _HF_EXPERT = LAYER + "mlp.experts.experts.{expert}.", HF_LAYER + "mlp.experts.{expert}."
+_SHARED, _HF_SHARED = LAYER + "mlp.shared_experts.", HF_LAYER + "mlp.shared_expert"
+QWEN_MIXTURE = build_rows(
+    (LAYER + "pre_mlp_layernorm.weight", "h", HF_LAYER + "post_attention_layernorm.weight"),
+    (LAYER + "mlp.router.weight", "e h", HF_LAYER + "mlp.gate.weight"),
+    (_EXPERT + "linear_fc1.weight", "2m h", _HF_EXPERT + "<gate|up>_proj.weight", GATE_UP),
+    (_EXPERT + "linear_fc2.weight", "h m", _HF_EXPERT + "down_proj.weight"),
+)
+_SHARED_EXPERT = build_rows(
+    (_SHARED + "linear_fc1.weight", "2s h", _HF_SHARED + ".<gate|up>_proj.weight", GATE_UP),
+    (_SHARED + "linear_fc2.weight", "h s", _HF_SHARED + ".down_proj.weight"),
+    (_SHARED + "gate_weight", "1 h", _HF_SHARED + "_gate.weight"),
+)
+# Every layer is a mixture; HfFields.require_nothing_else refuses other values of the first two fields.
+QWEN_MIXTURE_CONFIG = (
+    fixed("use_sliding_window", False, lambda fields: fields.require_no_switched_window(has_layer_choice=False)),
+    fixed("decoder_sparse_step", 1, lambda fields: None),
+    fixed("mlp_only_layers", [], lambda fields: None),
+    ConfigRow(lambda fields: {"moe.num_experts": fields.num_experts()}, write_value("num_experts", "moe.num_experts")),
+    count("num_experts_per_tok", "moe.router_topk"),
+    # A softmax over the chosen logits is one over all of them, renormalised.
+    flag("norm_topk_prob", "moe.is_topk_renormalized", False),
+    count("moe_intermediate_size", "moe.ffn_hidden_size"),
+    number("router_aux_loss_coef", "moe.aux_loss_coeff", 0.001),
+)
+
+QWEN2_MOE = Family(
+    model_type="qwen2_moe",
+    hf_classes=("Qwen2MoeForCausalLM",),
+    has_experts=True,
+    config=(
+        *llama_config(),
+        *QWEN_MIXTURE_CONFIG,
+        count("shared_expert_intermediate_size", "moe.shared_expert_intermediate_size"),
+        flag("qkv_bias", "has_qkv_bias", True),
+    ),
+    constants={"moe.has_shared_expert_gate": True},
+    list_tensors=lambda model: list_llama_tensors(model, QWEN_MIXTURE + _SHARED_EXPERT),
+    is_candidate=lambda model: model.moe is not None and model.moe.shared_expert_intermediate_size > 0,
+    requirements=(
+        *MIXTURE_REQUIREMENTS,
+        Requirement(
+            lambda model: model.moe is not None and model.moe.has_shared_expert_gate,
+            "a shared expert without its gate",
+            "Qwen2-MoE, which has one, scales it by a gate",
+        ),
+        Requirement(
+            lambda model: not model.has_qk_norm,
+            "qk_layernorm=True with a shared expert",
+            "Qwen3-MoE has none and Qwen2-MoE no such norm",
+        ),
+    ),
+)

@@ -1,0 +1,22 @@
+"""Qwen3-MoE: a Qwen3 with experts in place of the MLP, none of them shared."""
+
+from megatron_hammer.checkpoint.hugging_face.config_rows import always_off
+from megatron_hammer.checkpoint.hugging_face.families.llama import list_llama_tensors, llama_config
+from megatron_hammer.checkpoint.hugging_face.families.mixtral import MIXTURE_REQUIREMENTS, NO_QKV_BIAS
+from megatron_hammer.checkpoint.hugging_face.families.qwen2_moe import QWEN_MIXTURE, QWEN_MIXTURE_CONFIG
+from megatron_hammer.checkpoint.hugging_face.family import Family
+
+QWEN3_MOE = Family(
+    model_type="qwen3_moe",
+    hf_classes=("Qwen3MoeForCausalLM",),
+    has_experts=True,
+    config=(
+        *llama_config(),
+        *QWEN_MIXTURE_CONFIG,
+        always_off("attention_bias", "a bias on o_proj without one on the experts is not mapped"),
+    ),
+    constants={"has_qk_norm": True},
+    list_tensors=lambda model: list_llama_tensors(model, QWEN_MIXTURE),
+    is_candidate=lambda model: model.moe is not None and model.has_qk_norm,
+    requirements=(*MIXTURE_REQUIREMENTS, NO_QKV_BIAS),
+)
