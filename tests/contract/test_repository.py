@@ -22,6 +22,8 @@ READMES = ("README.md", "README_zh-CN.md")
 DOCUMENTS = (
     *READMES,
     "CONTRIBUTING.md",
+    "SECURITY.md",
+    "benchmarks/README.md",
     "docs/architecture.md",
     "docs/checkpoints.md",
     "docs/data.md",
@@ -122,8 +124,7 @@ def check_hammer_command(words: list[str], command: str) -> None:
     assert_flags_are_known(rest, known, command)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_documented_command_is_real(command: str) -> None:
+def check_command(command: str) -> None:
     words = shlex.split(command)
     settings = []
     while re.fullmatch(r"[A-Z][A-Z0-9_]*=.*", words[0]):
@@ -145,6 +146,29 @@ def test_documented_command_is_real(command: str) -> None:
         check_hammer_command(rest, command)
     else:
         pytest.fail(f"{command}: teach this test to check {program}")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_documented_command_is_real(command: str) -> None:
+    check_command(command)
+
+
+@pytest.mark.parametrize(
+    "right, wrong",
+    [
+        ("hammer tokenizer train --input x --output y.model", "hammer tokenizer train --input x --outputs y.model"),
+        ("hammer scaling-study emit --projection x", "hammer scaling-study emit --project x"),
+        ("hammer compare-runs --runs a=b", "hammer compare --runs a=b"),
+        ("docker build -f docker/Dockerfile --build-arg EXTRAS=gguf .", "docker build -f docker/Gone ."),
+        ("docker build -f docker/Dockerfile .", "docker build -f docker/Dockerfile --build-arg GONE=1 ."),
+        ("TP=2 bash examples/pretrain_hammer_1b4.sh", "GONE=2 bash examples/pretrain_hammer_1b4.sh"),
+        ("source tools/setup_environment.sh", "cd .."),
+    ],
+)
+def test_a_wrong_command_is_caught(right: str, wrong: str) -> None:
+    check_command(right)
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        check_command(wrong)
 
 
 def test_both_readmes_have_the_same_commands() -> None:
