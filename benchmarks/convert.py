@@ -82,7 +82,7 @@ def write_model(model: str, folder: Path) -> int:
 
     from megatron_hammer.checkpoint.hugging_face.config_json import read_hf_model
     from megatron_hammer.checkpoint.hugging_face.family import expand
-    from megatron_hammer.checkpoint_files.safetensors.stream import ShardWriter, plan_shards
+    from megatron_hammer.checkpoint_files.safetensors.shard_writer import ShardWriter, plan_shards
 
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(build_config(model), indent=2))

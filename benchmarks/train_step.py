@@ -109,7 +109,7 @@ def load_into_transformers(checkpoint_dir: Path) -> Any:
     from megatron_hammer.checkpoint.hugging_face.families.catalogue import select_family
     from megatron_hammer.checkpoint.hugging_face.family import expand
     from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_dropout, read_saved_model
-    from megatron_hammer.checkpoint_files.open import open_checkpoint
+    from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
 
     reader = open_checkpoint(checkpoint_dir)
     model_shape = read_saved_model(reader.args)

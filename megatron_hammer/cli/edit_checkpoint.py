@@ -17,8 +17,8 @@ from typing import Any
 
 from megatron_hammer.checkpoint.surgery.average import average
 from megatron_hammer.checkpoint.surgery.reshard import TargetLayout, reshard
+from megatron_hammer.checkpoint.surgery.resize_vocabulary import NewVocabulary, resize_vocabulary
 from megatron_hammer.checkpoint.surgery.upcycle import ExpertShape, upcycle
-from megatron_hammer.checkpoint.surgery.vocab_resize import NewVocabulary, resize_vocabulary
 from megatron_hammer.checkpoint.surgery.weights_only import keep_weights
 from megatron_hammer.errors import ConfigError, exit_on_interrupt, exit_on_user_error
 from megatron_hammer.files.progress import show_stages

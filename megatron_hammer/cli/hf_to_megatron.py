@@ -20,7 +20,7 @@ from megatron_hammer.checkpoint.convert.from_hugging_face import (
     ImportReport,
     import_from_hugging_face,
 )
-from megatron_hammer.checkpoint.verification.table import print_checks
+from megatron_hammer.checkpoint.verification.print_checks import print_checks
 from megatron_hammer.checkpoint.verification.verify_conversion import LEVELS
 from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
 from megatron_hammer.files.progress import build_progress

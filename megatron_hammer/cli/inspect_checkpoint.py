@@ -30,7 +30,7 @@ from megatron_hammer.checkpoint.inspection.tables import (
     summarise_statistics,
 )
 from megatron_hammer.checkpoint.inspection.tensor_views import OpenedCheckpoint, open_any
-from megatron_hammer.checkpoint.verification.table import print_checks
+from megatron_hammer.checkpoint.verification.print_checks import print_checks
 from megatron_hammer.checkpoint.verification.verify_conversion import LEVELS, CheckRow, verify_model
 from megatron_hammer.errors import ConfigError, exit_on_interrupt, exit_on_user_error
 from megatron_hammer.files.progress import build_progress

@@ -19,9 +19,9 @@ from megatron_hammer.checkpoint.convert.to_hugging_face import (
     ExportReport,
     export_to_hugging_face,
 )
-from megatron_hammer.checkpoint.verification.table import print_checks
+from megatron_hammer.checkpoint.verification.print_checks import print_checks
 from megatron_hammer.checkpoint.verification.verify_conversion import LEVELS
-from megatron_hammer.checkpoint_files.open import WEIGHTS
+from megatron_hammer.checkpoint_files.open_checkpoint import WEIGHTS
 from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
 from megatron_hammer.files.progress import show_stages
 

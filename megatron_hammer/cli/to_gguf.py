@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_hammer.checkpoint.verification.table import print_checks
+from megatron_hammer.checkpoint.verification.print_checks import print_checks
 from megatron_hammer.errors import PlatformError, exit_on_interrupt, exit_on_user_error
 from megatron_hammer.files.progress import show_stages
 

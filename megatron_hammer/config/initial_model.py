@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_hammer.checkpoint_files.stored import LATEST_FILE
+from megatron_hammer.checkpoint_files.checkpoint_reader import LATEST_FILE
 from megatron_hammer.config.data_flags import read_data_plan
 from megatron_hammer.config.model_arguments import build_model_arguments
 from megatron_hammer.data.indexed.manifest import read_manifest

@@ -5,8 +5,8 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_hammer.checkpoint_files.open import open_checkpoint
-from megatron_hammer.checkpoint_files.stored import LATEST_FILE
+from megatron_hammer.checkpoint_files.checkpoint_reader import LATEST_FILE
+from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
 from megatron_hammer.config.samples import select_global_batch_size
 from megatron_hammer.errors import CheckpointError
 

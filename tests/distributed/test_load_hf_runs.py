@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from megatron_hammer.checkpoint.hugging_face.folder import open_hf_folder
-from megatron_hammer.checkpoint_files.open import open_checkpoint
+from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
 from tests.helpers.sample_orders import build_datasets
 from tests.helpers.training_runs import read_lines, run, train, write_toy_data
 

@@ -118,7 +118,7 @@ def main(backend: str, precision: str, path: str) -> None:
     from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.arguments import validate_args
 
-    from megatron_hammer.checkpoint_files.stored import use_fused_norm_names
+    from megatron_hammer.checkpoint_files.checkpoint_reader import use_fused_norm_names
     from megatron_hammer.config.arguments import parse_arguments
     from megatron_hammer.model.provider import HammerModelBuilder, build_model_config
 

@@ -17,7 +17,7 @@ from megatron_hammer.checkpoint.hugging_face.tensor_layouts import pad_vocab
 from megatron_hammer.checkpoint.hugging_face.tensor_rows import TensorPair
 from megatron_hammer.checkpoint.verification.megatron_model import name_parameters as checkpoint_parameters
 from megatron_hammer.checkpoint.verification.megatron_model import single_rank as single_rank
-from megatron_hammer.checkpoint_files.stored import VOCABULARY_TENSORS
+from megatron_hammer.checkpoint_files.checkpoint_reader import VOCABULARY_TENSORS
 from megatron_hammer.model.accounting import count_parameters
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.platforms import megatron_compat

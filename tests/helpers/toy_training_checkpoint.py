@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint_files.safe_pickle import dump_object
+from megatron_hammer.checkpoint_files.pickle_writer import dump_object
 from megatron_hammer.checkpoint_files.torch_dist.store import TorchDistStore
 from megatron_hammer.checkpoint_files.torch_dist.writer import open_checkpoint_writer
 from tests.helpers.toy_checkpoint import MOE_ARGUMENTS, cut, toy_arguments

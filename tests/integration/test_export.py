@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import load_file
 
 from megatron_hammer.checkpoint.convert.to_hugging_face import ExportOptions, export_to_hugging_face
-from megatron_hammer.checkpoint_files.open import open_checkpoint
+from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
 from megatron_hammer.data.indexed.pair import IndexedWriter
 from tests.helpers.tool_runs import run_tool, run_tool_here, start_tool
 from tests.helpers.toy_checkpoint import toy_arguments, toy_llama_tensors, write_toy_checkpoint

@@ -8,7 +8,7 @@ import torch
 
 from megatron_hammer.checkpoint.convert.to_hugging_face import ExportOptions, export_to_hugging_face
 from megatron_hammer.checkpoint_files.legacy.tensor_parallel import COLUMN, GATED_COLUMN
-from megatron_hammer.checkpoint_files.open import open_checkpoint
+from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
 from megatron_hammer.errors import ConversionError
 from tests.helpers.training_runs import TOY_MODEL, TOY_MOE, TOY_SCHEDULE, train, write_toy_data
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_hammer.checkpoint.surgery.upcycle import ExpertShape, upcycle
-from megatron_hammer.checkpoint_files.open import open_checkpoint
+from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
 from megatron_hammer.checkpoint_files.torch_dist.writer import open_checkpoint_writer
 from tests.helpers.build_model import (
     TOY_LLAMA,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.checkpoint.hugging_face.folder import HfFolder
-from megatron_hammer.checkpoint_files.stored import VOCABULARY_TENSORS
+from megatron_hammer.checkpoint_files.checkpoint_reader import VOCABULARY_TENSORS
 from megatron_hammer.checkpoint_files.torch_dist.stacked_names import StackedName, stack_name
 from megatron_hammer.errors import ConversionError
 

@@ -22,7 +22,7 @@ from megatron_hammer.checkpoint.convert.saved_arguments import build_common_stat
 from megatron_hammer.checkpoint.hugging_face.folder import HfFolder, open_hf_folder
 from megatron_hammer.checkpoint.hugging_face.tensor_layouts import TensorLayout
 from megatron_hammer.checkpoint.hugging_face.tensor_rows import TensorPair
-from megatron_hammer.checkpoint.verification.rows import CheckRow
+from megatron_hammer.checkpoint.verification.verdicts import CheckRow
 from megatron_hammer.checkpoint.verification.verify_conversion import verify_model
 from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal, is_finite
 from megatron_hammer.checkpoint_files.torch_dist.stacked_names import extra_state_key, stack_name

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_hammer.checkpoint.hugging_face.tensor_rows import TensorPair
 from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal, is_finite
-from megatron_hammer.checkpoint_files.safetensors.stream import WrittenTensor, write_at
+from megatron_hammer.checkpoint_files.safetensors.shard_writer import WrittenTensor, write_at
 from megatron_hammer.checkpoint_files.torch_dist.reader import TorchDistReader
 from megatron_hammer.model.shape import ModelShape
 

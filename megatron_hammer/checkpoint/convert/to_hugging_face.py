@@ -25,9 +25,9 @@ from megatron_hammer.checkpoint.hugging_face.model_card import build_model_card
 from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_dropout, read_saved_model
 from megatron_hammer.checkpoint.hugging_face.tensor_rows import TensorPair, validate_names_and_shapes
 from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow, Level, verify_model
-from megatron_hammer.checkpoint_files.open import open_checkpoint
-from megatron_hammer.checkpoint_files.safetensors.stream import Shard, plan_shards
-from megatron_hammer.checkpoint_files.stored import CheckpointReader
+from megatron_hammer.checkpoint_files.checkpoint_reader import CheckpointReader
+from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
+from megatron_hammer.checkpoint_files.safetensors.shard_writer import ShardFile, plan_shards
 from megatron_hammer.checkpoint_files.torch_dist.reader import TorchDistReader
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.files.publish import publish_directory
@@ -88,7 +88,7 @@ class _Plan:
     pairs: list[TensorPair]
     shapes: dict[str, tuple[int, ...]]
     dtype: torch.dtype
-    shards: list[Shard]
+    shards: list[ShardFile]
     num_parameters: int
     num_compared_files: int
 

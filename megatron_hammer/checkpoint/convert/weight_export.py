@@ -17,8 +17,8 @@ import torch
 from megatron_hammer.checkpoint.convert.row_blocks import CopyResult, copy_rows, find_row_runs, find_stored_rows
 from megatron_hammer.checkpoint.hugging_face.tensor_rows import TensorPair
 from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal, is_finite
-from megatron_hammer.checkpoint_files.safetensors.stream import Shard, ShardWriter
-from megatron_hammer.checkpoint_files.stored import CheckpointReader
+from megatron_hammer.checkpoint_files.checkpoint_reader import CheckpointReader
+from megatron_hammer.checkpoint_files.safetensors.shard_writer import ShardFile, ShardWriter
 from megatron_hammer.checkpoint_files.torch_dist.reader import TorchDistReader
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.model.shape import ModelShape
@@ -30,7 +30,7 @@ _large_tensor = threading.Lock()  # at most one larger tensor is in memory
 
 def write_verified_weights(
     directory: Path,
-    shards: Sequence[Shard],
+    shards: Sequence[ShardFile],
     pairs: Sequence[TensorPair],
     model: ModelShape,
     reader: CheckpointReader,

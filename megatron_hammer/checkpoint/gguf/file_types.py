@@ -140,7 +140,7 @@ def _fit_blocks(selected: GGMLQuantizationType, row_size: int) -> GGMLQuantizati
     return Type.F16
 
 
-def count_bytes(shape: tuple[int, ...], tensor_type: GGMLQuantizationType) -> int:
+def count_tensor_bytes(shape: tuple[int, ...], tensor_type: GGMLQuantizationType) -> int:
     """Bytes of a tensor's data, without padding."""
     block_size, block_bytes = GGML_QUANT_SIZES[tensor_type]
     return torch.Size(shape).numel() // block_size * block_bytes
@@ -164,7 +164,7 @@ def decode_rows(data: np.ndarray, tensor_type: GGMLQuantizationType) -> Tensor:
 
 def _quantize_with_llama_cpp(values: np.ndarray, tensor_type: GGMLQuantizationType) -> np.ndarray:
     num_rows, row_size = values.shape
-    encoded = np.empty(count_bytes(values.shape, tensor_type), np.uint8)
+    encoded = np.empty(count_tensor_bytes(values.shape, tensor_type), np.uint8)
     written_bytes = load_quantizer()(
         int(tensor_type), values.ctypes.data, encoded.ctypes.data, 0, num_rows, row_size, None
     )

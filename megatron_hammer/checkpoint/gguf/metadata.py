@@ -12,7 +12,7 @@ from megatron_hammer.checkpoint.gguf.tokenizer import GgufVocabulary
 from megatron_hammer.model.shape import ModelShape
 
 
-def describe_model(
+def build_metadata(
     model: ModelShape, vocabulary: GgufVocabulary, *, arch: str, file_type: str, name: str
 ) -> GGUFWriter:
     """A writer with every key-value pair of the model and its tokenizer, and no file yet."""

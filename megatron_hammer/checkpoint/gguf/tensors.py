@@ -14,7 +14,7 @@ import torch
 from gguf import MODEL_ARCH, GGMLQuantizationType, get_tensor_name_map
 from torch import Tensor
 
-from megatron_hammer.checkpoint.gguf.file_types import FLOAT_DTYPES, FileType, Place, count_bytes, select_type
+from megatron_hammer.checkpoint.gguf.file_types import FLOAT_DTYPES, FileType, Place, count_tensor_bytes, select_type
 from megatron_hammer.checkpoint.gguf.rotary_rows import permute_rope, unpermute_rope
 from megatron_hammer.checkpoint.hugging_face.config_json import HfModel
 from megatron_hammer.checkpoint.hugging_face.family import expand
@@ -46,7 +46,7 @@ class GgufTensor:
 
     @property
     def num_bytes(self) -> int:
-        return count_bytes(self.shape, self.type)
+        return count_tensor_bytes(self.shape, self.type)
 
     def arrange(self, tensor: Tensor) -> Tensor:
         """A Hugging Face tensor in llama.cpp's order; exact inverse of `restore`."""

@@ -17,7 +17,7 @@ from gguf import GGML_QUANT_SIZES, MODEL_ARCH_NAMES
 
 from megatron_hammer.checkpoint.gguf.file_types import FILE_TYPES, FLOAT_DTYPES, load_quantizer
 from megatron_hammer.checkpoint.gguf.gguf_file import verify_gguf, write_gguf
-from megatron_hammer.checkpoint.gguf.metadata import describe_model, list_extra_tensors
+from megatron_hammer.checkpoint.gguf.metadata import build_metadata, list_extra_tensors
 from megatron_hammer.checkpoint.gguf.tensors import GgufTensor, open_hf_tensors, plan_tensors, select_architecture
 from megatron_hammer.checkpoint.gguf.tokenizer import GgufVocabulary, read_vocabulary
 from megatron_hammer.checkpoint.gguf.verification import GgufProof, explain_absence, verify_with_llama_cpp
@@ -83,7 +83,7 @@ def export_to_gguf(options: GgufOptions, on_step: OnStep = lambda stage, done, t
         tensors = plan_tensors(model, file_type)
         source = open_hf_tensors(hf_dir, model)
         vocabulary = read_vocabulary(hf_dir, vocab_size=model.shape.vocab_size, config=model.config)
-        writer = describe_model(
+        writer = build_metadata(
             model.shape, vocabulary, arch=arch, file_type=options.file_type, name=_select_name(options)
         )
         extras = list_extra_tensors(model.shape)

@@ -27,7 +27,7 @@ SHOWN_TOKENS = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Difference:
+class IdDifference:
     """The first place of a document where the two differ. cause: one of this module's."""
 
     source: str
@@ -43,7 +43,7 @@ class TokenizerComparison:
 
     num_documents: int = 0
     num_tokens: int = 0
-    differences: list[Difference] = field(default_factory=list)
+    differences: list[IdDifference] = field(default_factory=list)
 
     def count_causes(self) -> dict[str, int]:
         """Documents by the cause of their difference."""
@@ -73,7 +73,7 @@ def compare_tokenizers(
 
 def _describe(
     document: Document, expected: list[int], got: list[int], vocabulary: GgufVocabulary, causes: "_KnownCauses"
-) -> Difference:
+) -> IdDifference:
     """The first unexplained place, or the first one if all are explained."""
     places = _list_places(expected, got, vocabulary)
     explained = [
@@ -81,7 +81,7 @@ def _describe(
     ]
     cause, begin = next((place for place in explained if place[0] == UNEXPLAINED), explained[0])
     shown = slice(begin, begin + SHOWN_TOKENS)
-    return Difference(
+    return IdDifference(
         source=document.source,
         line=document.line,
         cause=cause,
@@ -166,7 +166,7 @@ def list_overlaps(symbols: Sequence[str]) -> list[str]:
     )
 
 
-def summarise_comparison(comparison: TokenizerComparison) -> tuple[str, bool]:
+def summarise_tokenizers(comparison: TokenizerComparison) -> tuple[str, bool]:
     """A sentence for the table, and whether every difference is explained."""
     counts = f"{comparison.num_documents:,} texts, {comparison.num_tokens:,} tokens"
     if not comparison.differences:

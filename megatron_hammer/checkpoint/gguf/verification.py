@@ -19,7 +19,7 @@ from megatron_hammer.checkpoint.gguf.tokenizer import GgufVocabulary
 from megatron_hammer.checkpoint.gguf.tokenizer_check import (
     compare_tokenizers,
     list_examples,
-    summarise_comparison,
+    summarise_tokenizers,
 )
 from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow
 from megatron_hammer.corpus.readers import Document, read_documents
@@ -99,7 +99,7 @@ def _compare(
         return llama_cpp.tokenize(text, reads_control_tokens=vocabulary.reads_control_tokens)
 
     comparison = compare_tokenizers(vocabulary, tokenize, documents, on_text)
-    return CheckRow(check, *summarise_comparison(comparison)), list_examples(comparison, most=NUM_EXAMPLES)
+    return CheckRow(check, *summarise_tokenizers(comparison)), list_examples(comparison, most=NUM_EXAMPLES)
 
 
 def _list_samples(vocabulary: GgufVocabulary) -> Iterable[Document]:

@@ -16,14 +16,14 @@ from megatron_hammer.checkpoint.hugging_face.config_json import CONFIG_NAME
 from megatron_hammer.checkpoint.inspection.tensor_views import (
     OpenedCheckpoint,
     TensorView,
-    describe_model,
+    describe_architecture,
     read_model,
     view_as_hugging_face,
     view_by_table_names,
     view_store,
 )
 from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal
-from megatron_hammer.checkpoint_files.stored import VOCABULARY_TENSORS
+from megatron_hammer.checkpoint_files.checkpoint_reader import VOCABULARY_TENSORS
 from megatron_hammer.errors import CheckpointError
 
 Kind = Literal["missing", "unexpected", "shape", "dtype", "value"]
@@ -176,7 +176,7 @@ def compare_tensors(
     left, right = first.read(), second.read()
     if is_bitwise_equal(left, right):  # many times quicker than the measurement
         return None
-    max_difference, num_different = measure_difference(left, right, rounds_to_narrower=ignores_dtype)
+    max_difference, num_different = count_differences(left, right, rounds_to_narrower=ignores_dtype)
     is_other_dtype = first.dtype != second.dtype and not ignores_dtype
     if num_different == 0 and not is_other_dtype:
         return None
@@ -195,7 +195,7 @@ def _describe(view: TensorView | None) -> str | None:
     return None if view is None else f"{tuple(view.shape)} {str(view.dtype).removeprefix('torch.')}"
 
 
-def measure_difference(first: Tensor, second: Tensor, *, rounds_to_narrower: bool = False) -> tuple[float, int]:
+def count_differences(first: Tensor, second: Tensor, *, rounds_to_narrower: bool = False) -> tuple[float, int]:
     """(largest absolute difference, number of different elements) of two tensors of one shape.
 
     Two NaNs are equal, and so are two infinities of one sign. Works through pieces, so that no copy of a whole tensor
@@ -232,7 +232,7 @@ def compare_arguments(first: OpenedCheckpoint, second: OpenedCheckpoint) -> Iter
     if first.is_megatron and second.is_megatron:
         sides = (_list_arguments(first), _list_arguments(second))
     elif first.is_megatron or second.is_megatron:
-        sides = (describe_model(first), describe_model(second))
+        sides = (describe_architecture(first), describe_architecture(second))
     else:
         sides = (_list_config(first), _list_config(second))
     yield from diff_values(*sides)

@@ -17,12 +17,12 @@ from megatron_hammer.checkpoint.inspection.tensor_statistics import TensorStatis
 from megatron_hammer.checkpoint.inspection.tensor_views import (
     OpenedCheckpoint,
     TensorView,
-    describe_model,
+    describe_architecture,
     read_model,
     view_by_table_names,
     view_store,
 )
-from megatron_hammer.checkpoint_files.stored import VOCABULARY_TENSORS
+from megatron_hammer.checkpoint_files.checkpoint_reader import VOCABULARY_TENSORS
 from megatron_hammer.errors import CheckpointError, HammerError
 
 OPTIMIZER_PREFIXES = ("optimizer.", "chained_")
@@ -190,7 +190,7 @@ def _count_folder_parameters(opened: OpenedCheckpoint) -> int:
 def _describe_architecture(opened: OpenedCheckpoint) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The architecture by its fields; where none is expressible, what config.json says, and a note of each reason."""
     try:
-        values = describe_model(opened)
+        values = describe_architecture(opened)
     except HammerError as error:
         notes = tuple(f"no conversion: {problem}" for problem in error.problems)
         if opened.is_megatron:

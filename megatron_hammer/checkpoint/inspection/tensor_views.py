@@ -19,7 +19,7 @@ from megatron_hammer.checkpoint.hugging_face.family import expand
 from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_dropout, read_saved_model
 from megatron_hammer.checkpoint.hugging_face.tensor_rows import TensorPair
 from megatron_hammer.checkpoint.hugging_face.tensor_sources import locate_hf_tensors
-from megatron_hammer.checkpoint_files.open import find_iteration, is_legacy, open_checkpoint
+from megatron_hammer.checkpoint_files.open_checkpoint import find_iteration, is_legacy, open_checkpoint
 from megatron_hammer.checkpoint_files.safetensors.weight_files import (
     PYTORCH_FILE,
     PYTORCH_INDEX,
@@ -190,7 +190,7 @@ def read_model(opened: OpenedCheckpoint, *, vocab_size: int | None = None) -> Mo
     return read_hf_model(opened.directory).shape
 
 
-def describe_model(opened: OpenedCheckpoint) -> dict[str, Any]:
+def describe_architecture(opened: OpenedCheckpoint) -> dict[str, Any]:
     """The model that the checkpoint describes and its dropout, by their fields; raises as `read_model` does."""
     if opened.is_megatron:
         model, dropout = read_model(opened), read_saved_dropout(opened.reader.args)

@@ -22,7 +22,7 @@ from megatron_hammer.checkpoint.surgery.rewriting import (
     copy_objects,
     write_planned_checkpoint,
 )
-from megatron_hammer.checkpoint.surgery.source import TrainingCheckpoint, open_training_checkpoint
+from megatron_hammer.checkpoint.surgery.training_checkpoint import TrainingCheckpoint, open_training_checkpoint
 from megatron_hammer.checkpoint.surgery.weights_only import build_release_state
 from megatron_hammer.errors import ConversionError
 

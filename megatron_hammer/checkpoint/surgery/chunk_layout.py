@@ -9,7 +9,7 @@ import itertools
 import re
 from dataclasses import dataclass
 
-from megatron_hammer.checkpoint.surgery.source import parameter_key
+from megatron_hammer.checkpoint.surgery.training_checkpoint import parameter_key
 from megatron_hammer.checkpoint_files.torch_dist.store import Box
 
 _LAYER_STACK = re.compile(r"^decoder\.layers\.(?!\d)")

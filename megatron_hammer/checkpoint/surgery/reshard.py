@@ -23,14 +23,14 @@ from megatron_hammer.checkpoint.surgery.rewriting import (
     plan_copy,
     write_planned_checkpoint,
 )
-from megatron_hammer.checkpoint.surgery.source import (
+from megatron_hammer.checkpoint.surgery.training_checkpoint import (
     RERUN_PREFIX,
     RNG_PREFIX,
     TrainingCheckpoint,
     open_training_checkpoint,
     require_reshardable_optimizer,
 )
-from megatron_hammer.checkpoint.surgery.vocabulary import (
+from megatron_hammer.checkpoint.surgery.vocabulary_rows import (
     count_padded_rows,
     is_vocabulary_key,
     read_rows,

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint_files.safetensors.copy_tensors import (
+from megatron_hammer.checkpoint_files.safetensors.copy_with_rows import (
+    HeaderEntry,
     InsertedRows,
-    StoredTensor,
     copy_with_rows,
     list_different_tensors,
-    read_stored_tensors,
+    read_header,
 )
-from megatron_hammer.checkpoint_files.safetensors.stream import INDEX_FILE
+from megatron_hammer.checkpoint_files.safetensors.shard_writer import INDEX_FILE
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.files.publish import publish_directory
 from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder
@@ -83,7 +83,7 @@ class _Model:
     config: dict[str, Any]
     index: dict[str, Any] | None
     shard_names: tuple[str, ...]
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, HeaderEntry]
     matrices: tuple[str, ...]
 
     @property
@@ -138,9 +138,9 @@ def _read_model(directory: Path) -> _Model:
     if index is not None and not isinstance(index.get("weight_map"), dict):
         raise ConversionError(f"{index_path}: index must hold a weight_map, got none. Fetch the file again.")
     shard_names = tuple(dict.fromkeys(index["weight_map"].values())) if index else ("model.safetensors",)
-    tensors: dict[str, StoredTensor] = {}
+    tensors: dict[str, HeaderEntry] = {}
     for name in shard_names:
-        tensors |= read_stored_tensors(directory / name)[0]
+        tensors |= read_header(directory / name)[0]
     return _Model(
         directory=directory,
         config=config,
@@ -165,7 +165,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _find_matrices(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> tuple[str, ...]:
+def _find_matrices(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, HeaderEntry]) -> tuple[str, ...]:
     """Names of the matrices with a row a piece; raises ConversionError, all reasons at once, where they are not known.
 
     An output layer that is stored although it is tied is resized like the embeddings.
@@ -226,7 +226,7 @@ def _validate_rows(model: _Model, old: Encoder) -> None:
         )
 
 
-def _build_rows(stored: StoredTensor, num_old_pieces: int, spellings: Iterable[list[int]]) -> InsertedRows:
+def _build_rows(stored: HeaderEntry, num_old_pieces: int, spellings: Iterable[list[int]]) -> InsertedRows:
     """The new pieces' rows of one matrix, in its dtype."""
     old_rows = _read_matrix(stored)[:num_old_pieces]
     rows = mean_rows(old_rows, spellings)
@@ -254,7 +254,7 @@ def mean_rows(old_rows: Tensor, spellings: Iterable[list[int]]) -> Tensor:
     return torch.stack(rows)
 
 
-def _read_matrix(stored: StoredTensor) -> Tensor:
+def _read_matrix(stored: HeaderEntry) -> Tensor:
     dtype = DTYPES[stored.dtype]
     flat = torch.from_file(
         str(stored.path), shared=False, size=stored.start + stored.num_bytes, dtype=torch.uint8
@@ -286,7 +286,7 @@ def _write_weights(
 def _resize_index(index: dict[str, Any], model: _Model, target_dir: Path) -> dict[str, Any]:
     """transformers counts the bytes, and since version 5 the parameters, of all shards in the index."""
     metadata = dict(index.get("metadata", {}))
-    written = [tensor for name in model.shard_names for tensor in read_stored_tensors(target_dir / name)[0].values()]
+    written = [tensor for name in model.shard_names for tensor in read_header(target_dir / name)[0].values()]
     if "total_size" in metadata:
         metadata["total_size"] = sum(tensor.num_bytes for tensor in written)
     if "total_parameters" in metadata:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.surgery.source import TrainingCheckpoint
+from megatron_hammer.checkpoint.surgery.training_checkpoint import TrainingCheckpoint
 from megatron_hammer.checkpoint_files.torch_dist.store import Box, StoredGlobal, TorchDistStore
 from megatron_hammer.checkpoint_files.torch_dist.writer import open_checkpoint_writer
 from megatron_hammer.errors import ConversionError

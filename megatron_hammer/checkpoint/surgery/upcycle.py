@@ -32,9 +32,9 @@ from megatron_hammer.checkpoint.surgery.rewriting import (
     plan_copy,
     write_planned_checkpoint,
 )
-from megatron_hammer.checkpoint.surgery.source import TrainingCheckpoint, open_training_checkpoint
+from megatron_hammer.checkpoint.surgery.training_checkpoint import TrainingCheckpoint, open_training_checkpoint
 from megatron_hammer.checkpoint.surgery.weights_only import build_release_state
-from megatron_hammer.checkpoint_files.safe_pickle import dump_object
+from megatron_hammer.checkpoint_files.pickle_writer import dump_object
 from megatron_hammer.errors import ConversionError
 
 _LAYERS = "decoder.layers."

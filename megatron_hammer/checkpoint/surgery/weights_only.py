@@ -15,7 +15,7 @@ from megatron_hammer.checkpoint.surgery.rewriting import (
     plan_copy,
     write_planned_checkpoint,
 )
-from megatron_hammer.checkpoint.surgery.source import TrainingCheckpoint, open_training_checkpoint
+from megatron_hammer.checkpoint.surgery.training_checkpoint import TrainingCheckpoint, open_training_checkpoint
 
 _KEPT_STATE = ("args", "iteration", "checkpoint_version", "content_metadata")
 _CONSUMED = ("consumed_train_samples", "consumed_valid_samples", "skipped_train_samples")
@@ -61,8 +61,8 @@ def keep_weights(
         num_weights=len(checkpoint.model),
         num_dropped_tensors=len(checkpoint.optimizer),
         num_dropped_objects=len(checkpoint.store.objects) - len(objects),
-        num_bytes_before=count_bytes(checkpoint.directory),
-        num_bytes=count_bytes(save_dir / "release"),
+        num_bytes_before=count_folder_bytes(checkpoint.directory),
+        num_bytes=count_folder_bytes(save_dir / "release"),
         elapsed_s=time.monotonic() - started_at_s,
     )
 
@@ -79,6 +79,6 @@ def build_release_state(checkpoint: TrainingCheckpoint) -> dict[str, Any]:
     return released
 
 
-def count_bytes(directory: Path) -> int:
+def count_folder_bytes(directory: Path) -> int:
     """Of all files directly in it, as an iteration's folder has them."""
     return sum(path.stat().st_size for path in directory.iterdir() if path.is_file())

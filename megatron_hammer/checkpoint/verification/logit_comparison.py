@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Difference:
+class TensorDifference:
     """Of two tensors [s, n]: the largest absolute difference at every position, and the sum of squares of all."""
 
     position_max: tuple[float, ...]
@@ -41,8 +41,8 @@ class TextDifference:
     loss_sum, reference_loss_sum: of the cross entropies of `num_targets` next tokens, in nats.
     """
 
-    logits: Difference
-    log_probabilities: Difference
+    logits: TensorDifference
+    log_probabilities: TensorDifference
     num_same_choice: int
     changed_margin: float
     num_targets: int
@@ -54,20 +54,20 @@ class TextDifference:
         return len(self.logits.position_max)
 
 
-def measure_difference(tensor: Tensor, reference: Tensor) -> Difference:
+def measure_difference(tensor: Tensor, reference: Tensor) -> TensorDifference:
     """tensor, reference: [s, n]; raises ValueError if they differ in shape."""
     if tensor.shape != reference.shape:
         raise ValueError(f"the tensor has shape {tuple(tensor.shape)}, the reference {tuple(reference.shape)}")
     apart = (tensor.float() - reference.float()).abs()
-    return Difference(
+    return TensorDifference(
         position_max=tuple(apart.amax(-1).tolist()),  # torch's maximum keeps NaN
         square_sum=apart.square().sum(dtype=torch.float64).item(),
         num_elements=apart.numel(),
     )
 
 
-def merge_differences(differences: Sequence[Difference]) -> Difference:
-    return Difference(
+def merge_differences(differences: Sequence[TensorDifference]) -> TensorDifference:
+    return TensorDifference(
         position_max=tuple(value for one in differences for value in one.position_max),
         square_sum=math.fsum(one.square_sum for one in differences),
         num_elements=sum(one.num_elements for one in differences),
@@ -107,9 +107,9 @@ def merge_texts(texts: Sequence[TextDifference]) -> TextDifference:
     )
 
 
-def read_difference(values: dict[str, Any]) -> Difference:
+def read_difference(values: dict[str, Any]) -> TensorDifference:
     """The inverse of dataclasses.asdict and JSON."""
-    return Difference(**{**values, "position_max": tuple(values["position_max"])})
+    return TensorDifference(**{**values, "position_max": tuple(values["position_max"])})
 
 
 def read_text_difference(values: dict[str, Any]) -> TextDifference:

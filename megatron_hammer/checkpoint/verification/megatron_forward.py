@@ -30,8 +30,8 @@ from megatron_hammer.checkpoint.verification.layer_check import (
     select_names,
 )
 from megatron_hammer.checkpoint.verification.logit_comparison import compare_logits, measure_difference, merge_texts
-from megatron_hammer.checkpoint_files.open import open_checkpoint
-from megatron_hammer.checkpoint_files.stored import VOCABULARY_TENSORS
+from megatron_hammer.checkpoint_files.checkpoint_reader import VOCABULARY_TENSORS
+from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
 from megatron_hammer.errors import exit_on_user_error
 
 _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}

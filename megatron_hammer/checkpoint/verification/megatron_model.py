@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint_files.stored import use_fused_norm_names
+from megatron_hammer.checkpoint_files.checkpoint_reader import use_fused_norm_names
 from megatron_hammer.errors import CheckpointError
 from megatron_hammer.platforms import megatron_compat
 

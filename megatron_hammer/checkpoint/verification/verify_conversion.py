@@ -30,10 +30,10 @@ from megatron_hammer.checkpoint.verification.forward_exchange import (
     read_findings,
 )
 from megatron_hammer.checkpoint.verification.layer_check import sample_layers, sample_rows
-from megatron_hammer.checkpoint.verification.rows import CheckRow, judge_layers, judge_logits
-from megatron_hammer.checkpoint_files.open import open_checkpoint
+from megatron_hammer.checkpoint.verification.verdicts import CheckRow, judge_layers, judge_logits
+from megatron_hammer.checkpoint_files.checkpoint_reader import VOCABULARY_TENSORS
+from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
 from megatron_hammer.checkpoint_files.safetensors.weight_files import open_hf_weights
-from megatron_hammer.checkpoint_files.stored import VOCABULARY_TENSORS
 from megatron_hammer.errors import ConversionError
 
 __all__ = ["LEVELS", "CheckRow", "Level", "verify_model"]

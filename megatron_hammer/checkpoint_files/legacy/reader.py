@@ -14,6 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from megatron_hammer.checkpoint_files.checkpoint_reader import (
+    VOCABULARY_TENSORS,
+    use_fused_norm_names,
+    validate_iteration,
+)
 from megatron_hammer.checkpoint_files.legacy.arguments import complete_arguments
 from megatron_hammer.checkpoint_files.legacy.master_weights import locate_masters
 from megatron_hammer.checkpoint_files.legacy.names import (
@@ -31,7 +36,6 @@ from megatron_hammer.checkpoint_files.legacy.tensor_parallel import (
     select_rank_layout,
 )
 from megatron_hammer.checkpoint_files.safetensors.weight_files import LocatedTensor, locate_in_storage, read_located
-from megatron_hammer.checkpoint_files.stored import VOCABULARY_TENSORS, use_fused_norm_names, validate_iteration
 from megatron_hammer.errors import CheckpointError, ConversionError
 
 EMBEDDING = VOCABULARY_TENSORS[0]

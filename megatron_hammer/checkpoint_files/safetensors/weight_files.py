@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint_files.safetensors.copy_tensors import StoredTensor, read_stored_tensors
+from megatron_hammer.checkpoint_files.safetensors.copy_with_rows import HeaderEntry, read_header
 from megatron_hammer.errors import ConversionError
 
 SAFETENSORS_FILE, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -163,7 +163,7 @@ def _locate_tensors(path: Path) -> dict[str, LocatedTensor]:
 
 
 def _locate_safetensors(path: Path) -> dict[str, LocatedTensor]:
-    stored, _ = read_stored_tensors(path)
+    stored, _ = read_header(path)
     problems = [problem for name, tensor in stored.items() if (problem := _find_fault(name, tensor))]
     if problems:
         raise ConversionError(*problems)
@@ -179,7 +179,7 @@ def _locate_safetensors(path: Path) -> dict[str, LocatedTensor]:
     }
 
 
-def _find_fault(name: str, stored: StoredTensor) -> str | None:
+def _find_fault(name: str, stored: HeaderEntry) -> str | None:
     """What is wrong with an entry of the header, if anything."""
     dtype = _DTYPES.get(stored.dtype)
     if dtype is None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint_files.stored import VOCABULARY_TENSORS, use_fused_norm_names
+from megatron_hammer.checkpoint_files.checkpoint_reader import VOCABULARY_TENSORS, use_fused_norm_names
 from megatron_hammer.checkpoint_files.torch_dist.save_consistency import validate_one_save
 from megatron_hammer.checkpoint_files.torch_dist.store import TorchDistStore
 from megatron_hammer.errors import CheckpointError
@@ -30,7 +30,7 @@ _STACKED_EXPERTS = re.compile(r"(\.mlp\.experts\.experts)\.(?!\d)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StoredTensor:
+class TensorBox:
     """Where one tensor of one layer lies: a box in a stored global tensor, whose leading axes `shape` leaves out."""
 
     key: str
@@ -115,14 +115,14 @@ class TorchDistReader:
         copies = {match[1]: key for key in self.store.tensors if (match := _MASTER_WEIGHT.match(key))}
         return {key: copies[key] for key in self._list_keys() if key in copies}
 
-    def _list_tensors(self, keys: Mapping[str, str]) -> Iterator[tuple[str, StoredTensor]]:
+    def _list_tensors(self, keys: Mapping[str, str]) -> Iterator[tuple[str, TensorBox]]:
         for key, stored_key in keys.items():
             stored = self.store.tensors[stored_key]
             for name, tensor in _unstack(key, stored.shape, stored.dtype):
                 yield name, replace(tensor, key=stored_key)
 
 
-def _unstack(key: str, size: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[str, StoredTensor]]:
+def _unstack(key: str, size: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[str, TensorBox]]:
     """One entry for every layer and expert of a stored tensor whose leading axes they are."""
     name, num_stacked = key, 0
     for pattern in (_STACKED_LAYERS, _STACKED_EXPERTS):
@@ -132,7 +132,7 @@ def _unstack(key: str, size: tuple[int, ...], dtype: torch.dtype) -> Iterator[tu
         shape = size[num_stacked:]
         yield (
             name.format(*indices),
-            StoredTensor(
+            TensorBox(
                 key=key,
                 offsets=(*indices, *([0] * len(shape))),
                 sizes=(*([1] * num_stacked), *shape),

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint_files.safe_unpickle import read_metadata, read_object
+from megatron_hammer.checkpoint_files.pickle_reader import read_metadata, read_object
 from megatron_hammer.checkpoint_files.torch_dist.saved_tensor import find_saved_tensor, map_tensor, read_into
 from megatron_hammer.errors import CheckpointError
 

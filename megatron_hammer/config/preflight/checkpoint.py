@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from megatron_hammer.checkpoint_files.stored import LATEST_FILE
+from megatron_hammer.checkpoint_files.checkpoint_reader import LATEST_FILE
 from megatron_hammer.config.arguments import ParsedArguments
 from megatron_hammer.config.model_arguments import list_missing_essentials, read_model
 from megatron_hammer.config.preflight.resume import find_schedule_changes

@@ -15,8 +15,8 @@ from megatron_hammer.checkpoint.convert.to_hugging_face import ExportOptions, ex
 from megatron_hammer.checkpoint.hugging_face.config_json import interpret_config
 from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_dropout, read_saved_model
 from megatron_hammer.checkpoint.hugging_face.tensor_layouts import GATE_UP, QKV, TRANSPOSED, TensorLayout
-from megatron_hammer.checkpoint.verification.rows import CheckRow
-from megatron_hammer.checkpoint_files.open import open_checkpoint
+from megatron_hammer.checkpoint.verification.verdicts import CheckRow
+from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
 from megatron_hammer.checkpoint_files.torch_dist.store import TorchDistStore
 from megatron_hammer.checkpoint_files.torch_dist.writer import CheckpointWriter
 from megatron_hammer.errors import ConversionError, DataError, OutputError

@@ -11,7 +11,7 @@ from megatron_hammer.checkpoint.convert.row_blocks import copy_rows, find_row_ru
 from megatron_hammer.checkpoint.hugging_face.families.catalogue import select_family
 from megatron_hammer.checkpoint.hugging_face.family import expand
 from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
-from megatron_hammer.checkpoint_files.safetensors.stream import ShardWriter, plan_shards
+from megatron_hammer.checkpoint_files.safetensors.shard_writer import ShardWriter, plan_shards
 from megatron_hammer.checkpoint_files.torch_dist.reader import TorchDistReader
 from tests.helpers.toy_checkpoint import GPT2_ARGUMENTS, toy_arguments, toy_llama_tensors, write_toy_checkpoint
 

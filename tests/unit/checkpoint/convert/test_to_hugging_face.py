@@ -20,7 +20,7 @@ from megatron_hammer.checkpoint.hugging_face.family import expand
 from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
 from megatron_hammer.checkpoint.hugging_face.tensor_layouts import GATE_UP, split_qkv
 from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow
-from megatron_hammer.checkpoint_files.safetensors import stream as safetensors_stream
+from megatron_hammer.checkpoint_files.safetensors import shard_writer as safetensors_stream
 from megatron_hammer.errors import CheckpointError, ConversionError, OutputError
 from tests.helpers.toy_checkpoint import (
     GPT2_ARGUMENTS,

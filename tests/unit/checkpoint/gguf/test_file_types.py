@@ -10,7 +10,7 @@ from megatron_hammer.checkpoint.gguf import file_types as gguf_types
 from megatron_hammer.checkpoint.gguf.file_types import (
     FILE_TYPES,
     Place,
-    count_bytes,
+    count_tensor_bytes,
     decode_rows,
     encode_rows,
     load_quantizer,
@@ -78,13 +78,13 @@ def test_floats_are_rounded_once(kind, dtype):
     rows = torch.randn(3, 7)
     encoded = bytes(encode_rows(rows, kind))
     assert encoded == rows.to(dtype).view(torch.uint8).numpy().tobytes()
-    assert len(encoded) == count_bytes((3, 7), kind)
+    assert len(encoded) == count_tensor_bytes((3, 7), kind)
 
 
 def test_q8_0_is_near_its_source():
     rows = torch.randn(5, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
     encoded = np.frombuffer(encode_rows(rows, Type.Q8_0), np.uint8).reshape(5, -1)
-    assert encoded.nbytes == count_bytes((5, 64), Type.Q8_0)
+    assert encoded.nbytes == count_tensor_bytes((5, 64), Type.Q8_0)
     step = rows.float().abs().reshape(5, 2, 32).amax(-1, keepdim=True) / 127
     error = (decode_rows(encoded, Type.Q8_0) - rows).abs().reshape(5, 2, 32)
     assert (error <= step * 0.57).all()  # half a step, and 127 of them by a scale rounded to f16

@@ -10,7 +10,7 @@ from megatron_hammer.checkpoint.gguf.tokenizer_check import (
     compare_tokenizers,
     list_examples,
     list_overlaps,
-    summarise_comparison,
+    summarise_tokenizers,
 )
 from megatron_hammer.corpus.readers import Document
 from megatron_hammer.tokenizer.export.export_tokenizer import export_tokenizer
@@ -41,7 +41,7 @@ def test_equal_tokens_pass(vocabulary):
     documents = [Document("the dog", "a.jsonl", 1), Document("春眠", "a.jsonl", 2)]
     comparison = compare_tokenizers(vocabulary, lambda text: vocabulary.encoder.encode(text).tolist(), documents)
     assert comparison.differences == []
-    sentence, is_explained = summarise_comparison(comparison)
+    sentence, is_explained = summarise_tokenizers(comparison)
     assert sentence == f"equal on 2 texts, {comparison.num_tokens} tokens"
     assert is_explained
 
@@ -54,7 +54,7 @@ def test_an_overlap_is_named_where_it_is(vocabulary):
     got = [*expected[:place], id_of(vocabulary, "<0x2D>"), id_of(vocabulary, "-->"), *expected[place + 2 :]]
     comparison = compare_tokenizers(vocabulary, lambda _: got, [Document(text, "a.jsonl", 9)])
     assert comparison.count_causes() == {OVERLAP: 1}
-    assert summarise_comparison(comparison)[1]
+    assert summarise_tokenizers(comparison)[1]
     (example,) = list_examples(comparison, most=3)
     assert example.startswith(f"a.jsonl:9: {OVERLAP}; ")
     assert "'---' '<0x3E>'" in example
@@ -74,7 +74,7 @@ def test_twin_a_difference_elsewhere_in_such_a_text_does_not_pass(vocabulary):
     got = [*expected[:-1], id_of(vocabulary, "z")]
     comparison = compare_tokenizers(vocabulary, lambda _: got, [Document(text, "a.jsonl", 1)])
     assert comparison.count_causes() == {UNEXPLAINED: 1}
-    sentence, is_explained = summarise_comparison(comparison)
+    sentence, is_explained = summarise_tokenizers(comparison)
     assert sentence.endswith("1 with no known cause")
     assert not is_explained
 

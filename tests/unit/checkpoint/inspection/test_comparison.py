@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_hammer.checkpoint.inspection import comparison as checkpoint_comparison
-from megatron_hammer.checkpoint.inspection.comparison import compare_checkpoints, measure_difference
+from megatron_hammer.checkpoint.inspection.comparison import compare_checkpoints, count_differences
 from megatron_hammer.checkpoint.inspection.tensor_views import open_any
 from megatron_hammer.errors import CheckpointError, ConversionError
 from tests.helpers.toy_checkpoint import (
@@ -175,14 +175,14 @@ def test_differences_are_counted_in_pieces(chunk_elements, monkeypatch):
     first = torch.arange(15.0).reshape(3, 5)
     second = first.clone()
     second[0, 0], second[2, 4] = 3.0, 14.5
-    assert measure_difference(first, second) == (3.0, 2)
-    assert measure_difference(first, first.clone()) == (0.0, 0)
+    assert count_differences(first, second) == (3.0, 2)
+    assert count_differences(first, first.clone()) == (0.0, 0)
 
 
 def test_nan_equals_nan_and_nothing_else():
     nan, infinity = float("nan"), float("inf")
     first = torch.tensor([nan, infinity, 1.0])
-    assert measure_difference(first, first.clone()) == (0.0, 0)
-    found, count = measure_difference(first, torch.tensor([0.0, -infinity, 1.0]))
+    assert count_differences(first, first.clone()) == (0.0, 0)
+    found, count = count_differences(first, torch.tensor([0.0, -infinity, 1.0]))
     assert (str(found), count) == ("nan", 2)
-    assert measure_difference(first, torch.tensor([nan, 5.0, 1.0])) == (infinity, 1)
+    assert count_differences(first, torch.tensor([nan, 5.0, 1.0])) == (infinity, 1)

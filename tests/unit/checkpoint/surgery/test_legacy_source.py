@@ -5,9 +5,9 @@ import torch
 
 from megatron_hammer.checkpoint.surgery.legacy_source import LegacyStore
 from megatron_hammer.checkpoint.surgery.reshard import TargetLayout, reshard
-from megatron_hammer.checkpoint.surgery.vocab_resize import NewVocabulary, resize_vocabulary
+from megatron_hammer.checkpoint.surgery.resize_vocabulary import NewVocabulary, resize_vocabulary
 from megatron_hammer.checkpoint.surgery.weights_only import keep_weights
-from megatron_hammer.checkpoint_files.open import open_checkpoint
+from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
 from tests.helpers.toy_legacy_checkpoint import legacy_arguments, llama_weights, write_legacy_checkpoint
 
 QKV = "decoder.layers.self_attention.linear_qkv.weight"

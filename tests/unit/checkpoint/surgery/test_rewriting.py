@@ -13,7 +13,7 @@ from megatron_hammer.checkpoint.surgery.rewriting import (
     plan_copy,
     write_planned_checkpoint,
 )
-from megatron_hammer.checkpoint.surgery.source import open_training_checkpoint
+from megatron_hammer.checkpoint.surgery.training_checkpoint import open_training_checkpoint
 from megatron_hammer.errors import ConversionError
 from tests.helpers.toy_training_checkpoint import RNG_KEY, write_training_checkpoint
 

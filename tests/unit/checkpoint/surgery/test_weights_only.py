@@ -3,7 +3,7 @@
 import torch
 
 from megatron_hammer.checkpoint.surgery.weights_only import keep_weights
-from megatron_hammer.checkpoint_files.open import open_checkpoint
+from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
 from tests.helpers.toy_training_checkpoint import read_all, write_training_checkpoint
 
 

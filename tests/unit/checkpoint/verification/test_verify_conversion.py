@@ -24,7 +24,7 @@ from megatron_hammer.checkpoint.verification.layer_check import (
 )
 from megatron_hammer.checkpoint.verification.logit_comparison import measure_difference
 from megatron_hammer.checkpoint.verification.megatron_model import MODEL_ARGUMENTS
-from megatron_hammer.checkpoint.verification.rows import build_limit
+from megatron_hammer.checkpoint.verification.verdicts import build_limit
 from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow, plan_comparison, verify_model
 from megatron_hammer.config.model_arguments import build_model_arguments
 from megatron_hammer.errors import CheckpointError, ConversionError

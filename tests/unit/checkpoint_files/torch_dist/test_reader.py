@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from megatron_hammer.checkpoint_files.open import open_checkpoint
+from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
 from megatron_hammer.errors import CheckpointError
 from tests.helpers.toy_checkpoint import toy_arguments, toy_llama_tensors, write_toy_checkpoint
 from tests.helpers.toy_legacy_checkpoint import llama_weights, write_legacy_checkpoint
@@ -213,7 +213,7 @@ def test_a_checkpoint_without_arguments_is_refused(tmp_path):
 def test_reading_imports_no_megatron(tmp_path):
     write_toy_checkpoint(tmp_path, toy_llama_tensors())
     code = (
-        "import sys; from megatron_hammer.checkpoint_files.open import open_checkpoint; "
+        "import sys; from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint; "
         f"open_checkpoint({str(tmp_path)!r}).read('output_layer.weight'); "
         "print([name for name in sys.modules if name.split('.')[0] in ('megatron', 'transformers')])"
     )

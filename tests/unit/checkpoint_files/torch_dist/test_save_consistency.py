@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_hammer.checkpoint.convert.to_hugging_face import ExportOptions, export_to_hugging_face
-from megatron_hammer.checkpoint_files.open import open_checkpoint
+from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
 from megatron_hammer.errors import CheckpointError
 from tests.helpers.toy_checkpoint import toy_llama_tensors, write_toy_checkpoint
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_hammer.checkpoint_files.open import open_checkpoint
+from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
 from megatron_hammer.checkpoint_files.torch_dist.stacked_names import StackedName, extra_state_key, stack_name
 from tests.helpers.toy_checkpoint import write_toy_checkpoint
 

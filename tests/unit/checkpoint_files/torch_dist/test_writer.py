@@ -9,7 +9,7 @@ import torch
 import torch.distributed.checkpoint
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from megatron_hammer.checkpoint_files.open import open_checkpoint
+from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
 from megatron_hammer.checkpoint_files.torch_dist.store import TorchDistStore
 from megatron_hammer.checkpoint_files.torch_dist.writer import CheckpointWriter, open_checkpoint_writer
 from megatron_hammer.errors import CheckpointError, ConversionError, OutputError

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_hammer.checkpoint_files.stored import LATEST_FILE
+from megatron_hammer.checkpoint_files.checkpoint_reader import LATEST_FILE
 from megatron_hammer.config import saved_run
 from megatron_hammer.config.preflight.checkpoint import find_unwritable
 from tests.helpers.parsed_flags import TINY, find, parse

@@ -6,7 +6,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from megatron_hammer.checkpoint.verification.rows import CheckRow
+from megatron_hammer.checkpoint.verification.verdicts import CheckRow
 
 VERDICTS = {True: "passed", False: "FAILED", None: "not done"}
 FILE_WIDTH = 300  # of a table that goes to a file or a pipe, so that no row is broken

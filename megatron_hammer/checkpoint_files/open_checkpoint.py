@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from megatron_hammer.checkpoint_files.checkpoint_reader import LATEST_FILE, CheckpointReader, validate_iteration
 from megatron_hammer.checkpoint_files.legacy.reader import open_legacy_checkpoint
-from megatron_hammer.checkpoint_files.stored import LATEST_FILE, CheckpointReader, validate_iteration
 from megatron_hammer.checkpoint_files.torch_dist.reader import TorchDistReader
 from megatron_hammer.errors import CheckpointError
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_hammer.checkpoint_files.safe_pickle import dump_object
-from megatron_hammer.checkpoint_files.safe_unpickle import MegatronObject, read_object
+from megatron_hammer.checkpoint_files.pickle_reader import MegatronObject, read_object
+from megatron_hammer.checkpoint_files.pickle_writer import dump_object
 from megatron_hammer.errors import CheckpointError
 
 

@@ -10,7 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_hammer.checkpoint.verification.forward_exchange import ForwardRequest
-from megatron_hammer.checkpoint.verification.logit_comparison import Difference, read_difference, read_text_difference
+from megatron_hammer.checkpoint.verification.logit_comparison import (
+    TensorDifference,
+    read_difference,
+    read_text_difference,
+)
 
 # Of the standard deviation of what is compared. fp32: the same sums in two orders; measured 1.4e-6 to 3.5e-6 on toys
 # of 3 layers and 1.2e-5 on hammer-1b4, all of random weights.
@@ -47,7 +51,7 @@ class Limit:
     has_experts: bool
     cause: str
 
-    def judge(self, found: Difference) -> tuple[bool, str]:
+    def judge(self, found: TensorDifference) -> tuple[bool, str]:
         """(whether it is within the limit, both as a text)."""
         if self.is_root_mean_square:
             text = f"root mean square difference {found.root_mean_square:.2e}, limit {self.value:.2e} ({self.cause})"

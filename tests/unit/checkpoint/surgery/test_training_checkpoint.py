@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from megatron_hammer.checkpoint.surgery.source import (
+from megatron_hammer.checkpoint.surgery.training_checkpoint import (
     is_optimizer_key,
     open_training_checkpoint,
     parameter_key,

@@ -26,14 +26,14 @@ _BLOCK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Shard:
+class ShardFile:
     """One file and the shapes of the tensors in it, in the order in which they are written."""
 
     file_name: str
     shapes: Mapping[str, tuple[int, ...]]
 
 
-def plan_shards(shapes: Mapping[str, tuple[int, ...]], *, dtype: torch.dtype, max_shard_bytes: int) -> list[Shard]:
+def plan_shards(shapes: Mapping[str, tuple[int, ...]], *, dtype: torch.dtype, max_shard_bytes: int) -> list[ShardFile]:
     """Cut the tensors, in their order, into shards of at most `max_shard_bytes` (or one tensor that is larger)."""
     groups: list[dict[str, tuple[int, ...]]] = [{}]
     group_bytes = 0
@@ -45,9 +45,9 @@ def plan_shards(shapes: Mapping[str, tuple[int, ...]], *, dtype: torch.dtype, ma
         groups[-1][name] = shape
         group_bytes += tensor_bytes
     if len(groups) == 1:
-        return [Shard(file_name="model.safetensors", shapes=groups[0])]
+        return [ShardFile(file_name="model.safetensors", shapes=groups[0])]
     return [
-        Shard(file_name=f"model-{number:05d}-of-{len(groups):05d}.safetensors", shapes=group)
+        ShardFile(file_name=f"model-{number:05d}-of-{len(groups):05d}.safetensors", shapes=group)
         for number, group in enumerate(groups, start=1)
     ]
 
@@ -79,7 +79,7 @@ class ShardWriter:
     The files stay open until the context ends. If it ends without an exception, the index of several shards is written.
     """
 
-    def __init__(self, directory: Path, shards: Sequence[Shard], *, dtype: torch.dtype):
+    def __init__(self, directory: Path, shards: Sequence[ShardFile], *, dtype: torch.dtype):
         self._directory = directory
         self._shards = shards
         self._dtype = dtype
@@ -134,7 +134,7 @@ def write_at(file: FileIO, start: int, tensor: Tensor) -> None:
         data, start = data[num_written:], start + num_written
 
 
-def _build_header(shard: Shard, dtype: torch.dtype) -> bytearray:
+def _build_header(shard: ShardFile, dtype: torch.dtype) -> bytearray:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in shard.shapes.items():
@@ -146,7 +146,7 @@ def _build_header(shard: Shard, dtype: torch.dtype) -> bytearray:
     return bytearray(struct.pack("<Q", len(encoded)) + encoded)  # torch.frombuffer wants it writable
 
 
-def _write_index(directory: Path, shards: Sequence[Shard], dtype: torch.dtype) -> None:
+def _write_index(directory: Path, shards: Sequence[ShardFile], dtype: torch.dtype) -> None:
     total_bytes = sum(math.prod(shape) * dtype.itemsize for shard in shards for shape in shard.shapes.values())
     index = {
         "metadata": {"total_size": total_bytes},

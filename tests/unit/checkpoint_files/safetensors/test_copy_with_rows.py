@@ -8,12 +8,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from megatron_hammer.checkpoint_files.safetensors import copy_tensors as safetensors_copy
-from megatron_hammer.checkpoint_files.safetensors.copy_tensors import (
+from megatron_hammer.checkpoint_files.safetensors import copy_with_rows as safetensors_copy
+from megatron_hammer.checkpoint_files.safetensors.copy_with_rows import (
     InsertedRows,
     copy_with_rows,
     list_different_tensors,
-    read_stored_tensors,
+    read_header,
 )
 from megatron_hammer.errors import ConversionError
 
@@ -61,7 +61,7 @@ def test_without_rows_the_data_is_the_same(source, tmp_path):
 def test_twin_a_changed_byte_is_noticed(source, tmp_path):
     inserted = {"b": rows_of(torch.randn(4, 3, dtype=torch.bfloat16), 7)}
     copy_with_rows(source, tmp_path / "target", inserted)
-    for name, tensor in read_stored_tensors(tmp_path / "target")[0].items():
+    for name, tensor in read_header(tmp_path / "target")[0].items():
         if not tensor.num_bytes:
             continue
         content = bytearray((tmp_path / "target").read_bytes())
@@ -87,12 +87,12 @@ def test_twin_a_changed_byte_is_noticed(source, tmp_path):
 def test_a_damaged_file_is_named(source, damage, message):
     source.write_bytes(damage(source.read_bytes()))
     with pytest.raises(ConversionError, match=f"source.safetensors: file {message}|{message}"):
-        read_stored_tensors(source)
+        read_header(source)
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConversionError, match=r"none: weights cannot be read \(No such file"):
-        read_stored_tensors(tmp_path / "none")
+        read_header(tmp_path / "none")
 
 
 def test_tensors_are_read_in_the_order_of_their_bytes(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from megatron_hammer.checkpoint_files.safe_unpickle import MegatronObject, read_metadata, read_object
+from megatron_hammer.checkpoint_files.pickle_reader import MegatronObject, read_metadata, read_object
 from megatron_hammer.errors import CheckpointError
 
 

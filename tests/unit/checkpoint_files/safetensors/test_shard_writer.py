@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_hammer.checkpoint_files.safetensors.stream import ShardWriter, plan_shards
+from megatron_hammer.checkpoint_files.safetensors.shard_writer import ShardWriter, plan_shards
 
 
 def write_shards(directory, shards, tensors, *, dtype):

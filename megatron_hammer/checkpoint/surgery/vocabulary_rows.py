@@ -5,7 +5,7 @@ from argparse import Namespace
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.surgery.source import VOCABULARY_KEYS, TrainingCheckpoint, parameter_key
+from megatron_hammer.checkpoint.surgery.training_checkpoint import VOCABULARY_KEYS, TrainingCheckpoint, parameter_key
 from megatron_hammer.errors import CheckpointError
 from megatron_hammer.model.accounting import padded_vocab_size
 

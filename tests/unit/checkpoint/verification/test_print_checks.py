@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from megatron_hammer.checkpoint.verification.rows import CheckRow
-from megatron_hammer.checkpoint.verification.table import print_checks
+from megatron_hammer.checkpoint.verification.print_checks import print_checks
+from megatron_hammer.checkpoint.verification.verdicts import CheckRow
 
 ROWS = [
     CheckRow("tensors", "30 of 30 " + 120 * "x", True),

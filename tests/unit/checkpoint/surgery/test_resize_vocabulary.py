@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from megatron_hammer.checkpoint.surgery.vocab_resize import NewVocabulary, mean_of_all, resize_vocabulary
+from megatron_hammer.checkpoint.surgery.resize_vocabulary import NewVocabulary, mean_of_all, resize_vocabulary
 from megatron_hammer.errors import CheckpointError, ConversionError
 from tests.helpers.toy_tokenizer import train_toy_tokenizer
 from tests.helpers.toy_training_checkpoint import (

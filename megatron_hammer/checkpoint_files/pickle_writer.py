@@ -1,7 +1,7 @@
 """Writes what `safe_unpickle.read_object` read: megatron's enums and records go back under megatron's own names.
 
 An edited checkpoint keeps the saved arguments and the state of the training loop, which hold a few types of megatron.
-They were read as inert `MegatronObject`s and are written without importing megatron. Read next: safe_unpickle.py.
+They were read as inert `MegatronObject`s and are written without importing megatron. Read next: pickle_reader.py.
 """
 
 import io
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_hammer.checkpoint_files.safe_unpickle import MegatronObject
+from megatron_hammer.checkpoint_files.pickle_reader import MegatronObject
 
 
 class _StandInPickler(pickle._Pickler):  # the C pickler insists on importing what it names

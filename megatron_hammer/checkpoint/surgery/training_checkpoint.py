@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.checkpoint.surgery.legacy_source import LegacyStore
-from megatron_hammer.checkpoint_files.open import find_iteration, is_legacy
+from megatron_hammer.checkpoint_files.open_checkpoint import find_iteration, is_legacy
 from megatron_hammer.checkpoint_files.torch_dist.store import StoredGlobal, TorchDistStore
 from megatron_hammer.errors import CheckpointError
 

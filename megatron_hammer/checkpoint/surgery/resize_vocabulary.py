@@ -25,7 +25,7 @@ from megatron_hammer.checkpoint.surgery.rewriting import (
     plan_copy,
     write_planned_checkpoint,
 )
-from megatron_hammer.checkpoint.surgery.source import (
+from megatron_hammer.checkpoint.surgery.training_checkpoint import (
     VOCABULARY_KEYS,
     TrainingCheckpoint,
     open_training_checkpoint,
@@ -33,7 +33,7 @@ from megatron_hammer.checkpoint.surgery.source import (
     require_reshardable_optimizer,
     split_optimizer_key,
 )
-from megatron_hammer.checkpoint.surgery.vocabulary import (
+from megatron_hammer.checkpoint.surgery.vocabulary_rows import (
     count_padded_rows,
     is_vocabulary_key,
     read_rows,

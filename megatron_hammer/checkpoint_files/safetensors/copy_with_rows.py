@@ -1,6 +1,6 @@
 """Copies a safetensors file byte for byte, except for rows put into some of its matrices; memory for one chunk.
 
-Nothing is decoded, so that what is not changed cannot change. Format: see stream.py.
+Nothing is decoded, so that what is not changed cannot change. Format: see shard_writer.py.
 """
 
 import json
@@ -19,7 +19,7 @@ METADATA = "__metadata__"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StoredTensor:
+class HeaderEntry:
     """Where a tensor lies: `start` counts bytes from the beginning of the file. dtype: as safetensors spells it."""
 
     path: Path
@@ -38,7 +38,7 @@ class InsertedRows:
     data: memoryview
 
 
-def read_stored_tensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+def read_header(path: Path) -> tuple[dict[str, HeaderEntry], dict[str, str]]:
     """The tensors of a file by name, in the order of their bytes, and its metadata.
 
     Raises ConversionError if the file is not a complete safetensors file.
@@ -53,7 +53,7 @@ def read_stored_tensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, 
         data_start = 8 + header_bytes
         entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
         tensors = {
-            name: StoredTensor(
+            name: HeaderEntry(
                 path=path,
                 dtype=entry["dtype"],
                 shape=tuple(entry["shape"]),
@@ -76,7 +76,7 @@ def read_stored_tensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, 
 
 def copy_with_rows(source: Path, target: Path, inserted: Mapping[str, InsertedRows]) -> None:
     """Write `source` again with rows put into the matrices that `inserted` names; every other byte of data is equal."""
-    tensors, metadata = read_stored_tensors(source)
+    tensors, metadata = read_header(source)
     with source.open("rb") as reader, target.open("wb") as writer:
         writer.write(_build_header(tensors, metadata, inserted))
         for name, tensor in tensors.items():
@@ -86,8 +86,8 @@ def copy_with_rows(source: Path, target: Path, inserted: Mapping[str, InsertedRo
 
 def list_different_tensors(source: Path, target: Path, inserted: Mapping[str, InsertedRows]) -> list[str]:
     """Names of tensors in `target` that are not what `copy_with_rows` writes, read back from both files."""
-    tensors, _ = read_stored_tensors(source)
-    written, _ = read_stored_tensors(target)
+    tensors, _ = read_header(source)
+    written, _ = read_header(target)
     if list(tensors) != list(written):
         return sorted(tensors.keys() ^ written.keys()) or list(tensors)
     different = []
@@ -104,7 +104,7 @@ def list_different_tensors(source: Path, target: Path, inserted: Mapping[str, In
 
 
 def _iterate_chunks(
-    reader: BinaryIO, tensor: StoredTensor, inserted: InsertedRows | None
+    reader: BinaryIO, tensor: HeaderEntry, inserted: InsertedRows | None
 ) -> Iterator[bytes | memoryview]:
     if inserted is None:
         yield from _read_range(reader, tensor.start, tensor.num_bytes)
@@ -128,14 +128,14 @@ def _read_range(reader: BinaryIO, start: int, num_bytes: int) -> Iterator[bytes]
         yield chunk
 
 
-def _new_shape(tensor: StoredTensor, inserted: InsertedRows | None) -> tuple[int, ...]:
+def _new_shape(tensor: HeaderEntry, inserted: InsertedRows | None) -> tuple[int, ...]:
     if inserted is None:
         return tensor.shape
     return (max(tensor.shape[0], inserted.first_row + inserted.num_rows), *tensor.shape[1:])
 
 
 def _build_header(
-    tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str], inserted: Mapping[str, InsertedRows]
+    tensors: Mapping[str, HeaderEntry], metadata: Mapping[str, str], inserted: Mapping[str, InsertedRows]
 ) -> bytes:
     header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
     offset = 0
