@@ -15,8 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import orjson
-from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from megatron_hammer.data.blending import (
@@ -37,6 +35,7 @@ from megatron_hammer.data.blending import (
 )
 from megatron_hammer.errors import ConfigError, exit_on_user_error
 from megatron_hammer.files.publish import publish_file
+from megatron_hammer.files.tables import build_table, open_console
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
@@ -92,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.json:
         print_json(sources, weights, previews, budget, data_path, warnings)
         return
-    Console(highlight=False).print(build_table(sources, weights, previews))
+    open_console().print(build_sources(sources, weights, previews))
     print(f"--data-path {shlex.join(data_path)}" + (f" --split {arguments.split}" if arguments.split else ""))
     print(summarise(sources, budget, arguments))
 
@@ -128,15 +127,12 @@ def choose_weights(arguments: argparse.Namespace, sources: Sequence[BlendSource]
     return weights
 
 
-def build_table(
+def build_sources(
     sources: Sequence[BlendSource], weights: Sequence[str], previews: Sequence[SourcePreview] | None
 ) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("source", overflow="fold")
-    headings = ["weight", "training tokens"]
+    headings = ["source", "weight", "training tokens"]
     headings += ["drawn tokens", "epochs", "built"] if previews else ["of all tokens"]
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
+    rows = []
     total_tokens = sum(source.num_tokens for source in sources)
     for index, (source, weight) in enumerate(zip(sources, weights, strict=True)):
         cells = [f"{float(weight):.4%}", f"{source.num_tokens:,}"]
@@ -145,8 +141,8 @@ def build_table(
             cells += [f"{drawn.num_tokens:,}", f"{drawn.epochs:.3f}", f"{drawn.num_epochs_built:,}"]
         else:
             cells.append(f"{source.num_tokens / total_tokens:.4%}")
-        table.add_row(source.name, *cells)
-    return table
+        rows.append((source.name, *cells))
+    return build_table(None, headings, rows)
 
 
 def print_json(

@@ -9,9 +9,8 @@ import json
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-
 from megatron_hammer.errors import ConfigError, exit_on_user_error
+from megatron_hammer.files.tables import open_console
 from megatron_hammer.training import compare
 
 STRAYED_EXIT_CODE = 1
@@ -54,6 +53,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.json:
         print(json.dumps(compare.as_objects(groups, differences), indent=2))
     else:
-        compare.print_comparison(groups, differences, Console())
+        compare.print_comparison(groups, differences, open_console())
     if not all(difference.is_within for difference in itertools.chain(*differences)):
         sys.exit(STRAYED_EXIT_CODE)

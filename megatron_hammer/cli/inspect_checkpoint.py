@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from megatron_hammer.checkpoint.inspection.comparison import compare_checkpoints
@@ -34,6 +33,7 @@ from megatron_hammer.checkpoint.verification.print_checks import print_checks
 from megatron_hammer.checkpoint.verification.verify_conversion import LEVELS, CheckRow, verify_model
 from megatron_hammer.errors import ConfigError, exit_on_interrupt, exit_on_user_error
 from megatron_hammer.files.progress import build_progress
+from megatron_hammer.files.tables import open_console
 
 DIFFERENT_EXIT_CODE = 1
 
@@ -160,12 +160,6 @@ def run_forward(first: OpenedCheckpoint, second: OpenedCheckpoint, arguments: ar
     megatron, folder = (first, second) if first.is_megatron else (second, first)
     weights = arguments.weights if first.is_megatron else "model"
     return verify_model(megatron.directory, folder.directory, level=arguments.forward, weights=weights)
-
-
-def open_console() -> Console:
-    """Standard output; in a file or a pipe, lines as wide as their content needs."""
-    console = Console()
-    return console if console.is_terminal else Console(width=200)
 
 
 @contextmanager

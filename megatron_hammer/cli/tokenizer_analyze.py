@@ -10,15 +10,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
-
 from megatron_hammer.corpus.readers import Document, find_input_files
 from megatron_hammer.errors import ConfigError, DataError, exit_on_user_error
 from megatron_hammer.files.progress import build_byte_progress
+from megatron_hammer.files.tables import open_console
 from megatron_hammer.tokenizer.analysis import analysis_files, analysis_report, analyze
 from megatron_hammer.tokenizer.vocabulary.coverage import read_character_levels
-
-PIPED_WIDTH = 160
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -71,10 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.json:
         print(json.dumps(analysis_report.describe_analysis(analysis), ensure_ascii=False, indent=2))
         return
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=PIPED_WIDTH)
-    analysis_report.print_analysis(analysis, console)
+    analysis_report.print_analysis(analysis, open_console())
     print(analysis_report.summarise_analysis(analysis, time.monotonic() - started_at_s))
 
 

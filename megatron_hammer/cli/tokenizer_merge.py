@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import orjson
-from rich.console import Console
-from rich.table import Table
 
 from megatron_hammer.errors import ConfigError, exit_on_user_error
+from megatron_hammer.files.tables import build_table, open_console
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import SentencePieceModel
 from megatron_hammer.tokenizer.vocabulary.merge_vocabularies import (
     MergeReport,
@@ -155,10 +154,9 @@ def print_report(arguments: argparse.Namespace, model: SentencePieceModel, repor
 
 
 def print_levels(report: MergeReport) -> None:
-    table = Table("required characters", "number", "in the base", "added", "in neither", box=None)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    rows = []
     for row in report.levels:
         counts = (row.num_characters, row.num_in_base, row.num_added, row.num_in_neither)
-        table.add_row(row.level, *(f"{count:,}" for count in counts))
-    Console().print(table)
+        rows.append((row.level, *(f"{count:,}" for count in counts)))
+    columns = ("required characters", "number", "in the base", "added", "in neither")
+    open_console().print(build_table(None, columns, rows))

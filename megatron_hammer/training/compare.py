@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from megatron_hammer.errors import ConfigError, DataError
+from megatron_hammer.files.tables import build_table
 
 # Megatron sums the same numbers in another order under another layout. In fp32 the first step, on equal weights,
 # differs only by that; later steps also by the weights that it led to.
@@ -122,18 +122,14 @@ def difference_ratio(value: float, expected: float) -> float:
     return difference / abs(expected) if math.isfinite(difference) and expected != 0 else math.inf
 
 
-def build_table(runs: Sequence[Run], differences: Iterable[Difference]) -> Table:
+def build_loss_table(runs: Sequence[Run], differences: Iterable[Difference]) -> Table:
     """A column a run, a row a step; below, how far each run strays from the first."""
-    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), show_footer=False)
-    table.add_column("loss", no_wrap=True)
-    for run in runs:
-        table.add_column(run.name, justify="right")
-    steps = sorted(runs[0].losses)
-    for step in steps:
-        table.add_row(f"step {step}", *(f"{run.losses[step]:.5f}" for run in runs), end_section=step == steps[-1])
+    rows = [(f"step {step}", *(f"{run.losses[step]:.5f}" for run in runs)) for step in sorted(runs[0].losses)]
+    table = build_table(None, ("loss", *(run.name for run in runs)), rows)
+    table.add_section()
     by_name = {difference.name: difference for difference in differences}
-    rows = {"differs": "max_loss_ratio", "at step": "max_loss_step", "grad norm": "max_grad_norm_ratio"}
-    for title, attribute in rows.items():
+    measures = {"differs": "max_loss_ratio", "at step": "max_loss_step", "grad norm": "max_grad_norm_ratio"}
+    for title, attribute in measures.items():
         cells = (_format(getattr(by_name[run.name], attribute)) for run in runs[1:])
         table.add_row(title, "", *cells)
     return table
@@ -150,8 +146,8 @@ def print_comparison(
 ) -> None:
     """A table for every group of runs, its reference first, then one line that sums up."""
     for runs, of_group in zip(groups, differences, strict=True):
-        console.print(build_table(runs, of_group))
-    console.print(summarize(list(itertools.chain(*differences))), markup=False, highlight=False, soft_wrap=True)
+        console.print(build_loss_table(runs, of_group), "")
+    console.print(summarize(list(itertools.chain(*differences))), soft_wrap=True)
 
 
 def summarize(differences: Sequence[Difference]) -> str:

@@ -6,13 +6,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from megatron_hammer.checkpoint.inspection.comparison import Comparison, TensorDifference
 from megatron_hammer.checkpoint.inspection.inspect_checkpoint import CheckpointDescription, TensorEntry
 from megatron_hammer.checkpoint.inspection.tensor_statistics import TensorStatistics
+from megatron_hammer.files.tables import build_pairs, build_table
 
 MAX_LISTED = 60  # of differences, in tables; JSON has all
 _FIRST = ("embedding.", "model.embed_tokens.", "transformer.wte.", "transformer.wpe.", "wte.", "wpe.")
@@ -25,7 +25,7 @@ _INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
 
 def print_description(found: CheckpointDescription, console: Console) -> None:
     """Several small tables: where training stood, layout, optimizer, recipe, architecture, tensors."""
-    console.print(_pairs("checkpoint", _identity(found)))
+    console.print(_pairs("checkpoint", _identity(found)), "")
     for title, values in (
         ("saved with", found.layout),
         ("optimizer", found.optimizer),
@@ -33,8 +33,8 @@ def print_description(found: CheckpointDescription, console: Console) -> None:
         ("architecture", found.architecture),
     ):
         if values:
-            console.print(_pairs(title, values))
-    console.print(_tensor_table(found.tensors))
+            console.print(_pairs(title, values), "")
+    console.print(_tensor_table(found.tensors), "")
     for note in found.notes:
         console.print(f"note: {note}", highlight=False, markup=False)
 
@@ -67,12 +67,7 @@ def _count_objects(objects: Sequence[str]) -> str | None:
 
 
 def _pairs(title: str, values: Mapping[str, Any]) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in values.items():
-        table.add_row(name, _text(value))
-    return table
+    return build_pairs(title, {name: _text(value) for name, value in values.items()})
 
 
 def _text(value: Any) -> str:
@@ -82,23 +77,22 @@ def _text(value: Any) -> str:
 
 
 def _tensor_table(entries: Sequence[TensorEntry]) -> Table:
-    table = Table(title="tensors", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("name", overflow="fold")
-    for name in ("times", "shape", "dtype", "elements", "bytes", "chunks"):
-        table.add_column(name, justify="right", no_wrap=True)
+    rows = []
     for name, group in group_alike(entries):
         first = group[0]
         chunks = [entry.num_chunks for entry in group if entry.num_chunks is not None]
-        table.add_row(
-            name,
-            f"{len(group):,}",
-            str(first.shape) if all(entry.shape == first.shape for entry in group) else "",
-            first.dtype,
-            f"{sum(entry.num_elements for entry in group):,}",
-            f"{sum(entry.num_bytes for entry in group):,}",
-            f"{sum(chunks):,}" if chunks else "",
+        rows.append(
+            (
+                name,
+                f"{len(group):,}",
+                str(first.shape) if all(entry.shape == first.shape for entry in group) else "",
+                first.dtype,
+                f"{sum(entry.num_elements for entry in group):,}",
+                f"{sum(entry.num_bytes for entry in group):,}",
+                f"{sum(chunks):,}" if chunks else "",
+            )
         )
-    return table
+    return build_table("tensors", ("name", "times", "shape", "dtype", "elements", "bytes", "chunks"), rows)
 
 
 def group_alike(entries: Sequence[TensorEntry]) -> Iterator[tuple[str, list[TensorEntry]]]:
@@ -141,16 +135,16 @@ def description_to_json(found: CheckpointDescription) -> dict[str, Any]:
 
 def print_statistics(measured: Mapping[str, TensorStatistics], console: Console) -> None:
     """One row a tensor: its finite elements in numbers, and how many are none; a broken one stands out."""
-    table = Table(title="statistics of the finite elements", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("name", overflow="fold")
-    for name in ("elements", "min", "max", "mean", "std", "NaN", "infinite", "zero"):
-        table.add_column(name, justify="right", no_wrap=True)
+    rows = []
     for name, found in measured.items():
         numbers = (f"{value:.4g}" for value in (found.min, found.max, found.mean, found.std))
         counts = (f"{count:,}" for count in (found.num_nan, found.num_infinite, found.num_zero))
-        is_broken = found.num_nan or found.num_infinite
-        table.add_row(name, f"{found.num_elements:,}", *numbers, *counts, style="bold red" if is_broken else None)
-    console.print(table)
+        rows.append((name, f"{found.num_elements:,}", *numbers, *counts))
+    columns = ("name", "elements", "min", "max", "mean", "std", "NaN", "infinite", "zero")
+    table = build_table("statistics of the finite elements", columns, rows)
+    for row, found in zip(table.rows, measured.values(), strict=True):
+        row.style = "bold red" if found.num_nan or found.num_infinite else None
+    console.print(table, "")
 
 
 def summarise_statistics(measured: Mapping[str, TensorStatistics]) -> str:
@@ -170,23 +164,13 @@ def statistics_to_json(measured: Mapping[str, TensorStatistics]) -> dict[str, An
 def print_comparison(found: Comparison, console: Console) -> None:
     """Differing arguments, then differing tensors; where there are very many, the first ones."""
     if found.arguments:
-        table = Table(title="differing arguments", title_justify="left", box=box.SIMPLE_HEAD)
-        table.add_column("argument", no_wrap=True)
-        table.add_column("first", overflow="fold")
-        table.add_column("second", overflow="fold")
-        for argument in found.arguments:
-            table.add_row(argument.name, argument.first, argument.second)
-        console.print(table)
+        rows = [(argument.name, argument.first, argument.second) for argument in found.arguments]
+        console.print(build_table("differing arguments", ("argument", "first", "second"), rows, num_text=3), "")
     if not found.differences:
         return
-    table = Table(title="differing tensors", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("name", overflow="fold")
-    table.add_column("what", no_wrap=True)
-    for name in ("first", "second", "max |difference|", "different elements"):
-        table.add_column(name, justify="right")
-    for difference in found.differences[:MAX_LISTED]:
-        table.add_row(*_difference_cells(difference))
-    console.print(table)
+    columns = ("name", "what", "first", "second", "max |difference|", "different elements")
+    cells = map(_difference_cells, found.differences[:MAX_LISTED])
+    console.print(build_table("differing tensors", columns, cells, num_text=2), "")
     if len(found.differences) > MAX_LISTED:
         console.print(f"and {len(found.differences) - MAX_LISTED:,} more; --json lists all", highlight=False)
 

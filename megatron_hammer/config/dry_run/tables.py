@@ -3,11 +3,10 @@
 from collections.abc import Iterable
 from typing import IO
 
-from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from megatron_hammer.config.dry_run.report import GridAxis, ModelReport, Report, RunReport, StageReport
+from megatron_hammer.files.tables import build_table, open_console
 
 GIB = 2**30
 MAX_STAGE_ROWS = 64
@@ -25,7 +24,7 @@ AXIS_NAMES = {
 
 def print_tables(report: Report, stream: IO[str]) -> None:
     """Print the report without its problems."""
-    console = Console(file=stream, highlight=False)
+    console = open_console(stream)
     console.print(_build_configuration(report))
     if report.model is not None:
         console.print(_build_model(report.model))
@@ -41,12 +40,9 @@ def print_tables(report: Report, stream: IO[str]) -> None:
 
 
 def _table(title: str, *columns: str, left: int = 1) -> Table:
-    """A table whose first `left` columns are text and the others numbers."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
-    if not any(columns):
-        table.show_header = False
-    for position, column in enumerate(columns):
-        table.add_column(column, justify="left" if position < left else "right", overflow="fold")
+    """A table to add rows to; its first `left` columns are text and the others numbers."""
+    table = build_table(title, columns, (), num_text=left)
+    table.show_header = any(columns)
     return table
 
 

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
-from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from megatron_hammer.data.indexed.manifest import Manifest
@@ -15,6 +13,7 @@ from megatron_hammer.data.inspect.document_text import DocumentText
 from megatron_hammer.data.inspect.length_histogram import LengthHistogram, build_histogram
 from megatron_hammer.data.inspect.statistics import PairStatistics, count_common_documents, summarise_lengths
 from megatron_hammer.data.inspect.verify_pair import VerifiedPair
+from megatron_hammer.files.tables import build_pairs, build_table, open_console
 
 SAMPLE_CHARACTERS = 300
 BAR_CHARACTERS = 20
@@ -70,15 +69,12 @@ def print_common_documents(rows: Sequence[CommonDocuments], stream: IO[str]) -> 
     """Print a line for each two pairs; nothing where there is one pair."""
     if not rows:
         return
-    table = Table(title="documents that another pair holds too", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("of", overflow="fold")
-    table.add_column("in", overflow="fold")
-    table.add_column("documents", justify="right", no_wrap=True)
-    table.add_column("share", justify="right", no_wrap=True)
-    for row in rows:
-        share = _share(row.num_common, row.num_documents)
-        table.add_row(row.prefix, row.other_prefix, f"{row.num_common:,}", share)
-    Console(file=stream, highlight=False, markup=False, emoji=False).print(table)
+    cells = (
+        (row.prefix, row.other_prefix, f"{row.num_common:,}", _share(row.num_common, row.num_documents)) for row in rows
+    )
+    columns = ("of", "in", "documents", "share")
+    table = build_table("documents that another pair holds too", columns, cells, num_text=2)
+    open_console(stream).print(table, "")
 
 
 def report_to_json(report: PairReport) -> dict[str, Any]:
@@ -110,14 +106,14 @@ def report_to_json(report: PairReport) -> dict[str, Any]:
 
 def print_report(report: PairReport, stream: IO[str]) -> None:
     """Print the report as tables; the samples come last, cut to a few hundred characters."""
-    console = Console(file=stream, highlight=False, markup=False, emoji=False)
-    console.print(_build_counts(report))
+    console = open_console(stream)
+    console.print(_build_counts(report), "")
     if report.manifest is not None:
-        console.print(_build_manifest(report.manifest))
+        console.print(_build_manifest(report.manifest), "")
     if report.statistics.index.num_documents:
-        console.print(_build_lengths(build_histogram(report.statistics.lengths)))
+        console.print(_build_lengths(build_histogram(report.statistics.lengths)), "")
     if report.frequent_tokens:
-        console.print(_build_tokens(report))
+        console.print(_build_tokens(report), "")
     for sample in report.samples:
         cut = "..." if len(sample.text) > SAMPLE_CHARACTERS else ""
         console.print(f"document {sample.number:,}, {sample.num_tokens:,} tokens:")
@@ -152,7 +148,7 @@ def _build_counts(report: PairReport) -> Table:
     if report.verified is not None:
         hashes = "hashes agree with the manifest" if report.verified.has_hashes else "no hashes to compare with"
         rows["integrity"] = f"every byte read, no problem found; {hashes}"
-    return _build_list(report.prefix, rows)
+    return build_pairs(report.prefix, rows)
 
 
 def _build_manifest(manifest: Manifest) -> Table:
@@ -167,29 +163,19 @@ def _build_manifest(manifest: Manifest) -> Table:
         "text": f"{manifest.text_bytes:,} bytes, {manifest.bytes_per_token:.3f} bytes a token",
         "dropped records": f"{manifest.num_dropped_documents:,}",
     }
-    return _build_list("manifest", rows)
-
-
-def _build_list(title: str, rows: dict[str, str]) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows.items():
-        table.add_row(name, value)
-    return table
+    return build_pairs("manifest", rows)
 
 
 def _build_lengths(histogram: LengthHistogram) -> Table:
-    table = Table(title="documents by length", title_justify="left", box=box.SIMPLE_HEAD)
-    for heading in ("tokens", "documents", "tokens in all", "share"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column(no_wrap=True)
+    rows = []
     total_tokens = int(histogram.num_tokens.sum())
     most_documents = int(histogram.num_documents.max(initial=1))
     for low, high, documents, tokens in _list_bins(histogram):
         lengths = f"{low:,}" if high == low + 1 else f"{low:,} - {high - 1:,}"
         bar = "#" * -(-documents * BAR_CHARACTERS // max(most_documents, 1))
-        table.add_row(lengths, f"{documents:,}", f"{tokens:,}", _share(tokens, total_tokens), bar)
+        rows.append((lengths, f"{documents:,}", f"{tokens:,}", _share(tokens, total_tokens), bar))
+    table = build_table("documents by length", ("tokens", "documents", "tokens in all", "share", ""), rows, num_text=0)
+    table.columns[-1].justify = "left"  # the bars
     return table
 
 
@@ -202,15 +188,16 @@ def _list_bins(histogram: LengthHistogram) -> list[tuple[int, int, int, int]]:
 
 
 def _build_tokens(report: PairReport) -> Table:
-    table = Table(title="most frequent tokens", title_justify="left", box=box.SIMPLE_HEAD)
-    for heading in ("id", "count", "share"):
-        table.add_column(heading, justify="right")
-    has_text = any(token.text is not None for token in report.frequent_tokens)
-    if has_text:
-        table.add_column("text", overflow="fold")
-    for token in report.frequent_tokens:
-        share = _share(token.count, report.statistics.index.num_tokens)
-        table.add_row(str(token.token_id), f"{token.count:,}", share, *([token.text] if has_text else []))
+    num_tokens = report.statistics.index.num_tokens
+    rows = [
+        (str(token.token_id), f"{token.count:,}", _share(token.count, num_tokens)) for token in report.frequent_tokens
+    ]
+    texts = [token.text for token in report.frequent_tokens]
+    if all(text is None for text in texts):
+        return build_table("most frequent tokens", ("id", "count", "share"), rows, num_text=0)
+    rows_with_text = [(*row, text or "") for row, text in zip(rows, texts, strict=True)]
+    table = build_table("most frequent tokens", ("id", "count", "share", "text"), rows_with_text, num_text=0)
+    table.columns[-1].justify = "left"
     return table
 
 

@@ -15,7 +15,6 @@ from megatron_hammer.scaling.evidence.validation import (
 )
 from megatron_hammer.scaling.plan import PARTS
 
-PLAIN_WIDTH = 160  # where stdout is no terminal
 DOTS_PER_INCH = 130
 FITTED_SENTENCE = (
     "No accuracy is quoted on fitted rows: these coefficients were fitted on them. Pass rows that they have not seen, "
@@ -122,11 +121,9 @@ def _format_cell(value: Any) -> str:
 
 def print_report(report: ValidationReport, stream: IO[str]) -> None:
     """Rows, reasons, errors and rankings, and a last line of counts."""
-    from rich.console import Console
+    from megatron_hammer.files.tables import open_console
 
-    console = Console(file=stream, highlight=False)
-    if not console.is_terminal:
-        console = Console(file=stream, highlight=False, width=PLAIN_WIDTH)
+    console = open_console(stream)
     for table in (_build_row_table(report), _build_reason_table(report), *_build_error_tables(report)):
         if table is not None:
             console.print(table)
@@ -244,15 +241,9 @@ def _build_ranking_table(rankings: Sequence[Ranking]) -> Any:
 
 
 def _build_table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Any:
-    from rich import box
-    from rich.table import Table
+    from megatron_hammer.files.tables import build_table
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
-    for column in texts:
-        table.add_column(column, overflow="fold")
-    for column in numbers:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
+    return build_table(title, (*texts, *numbers), (), num_text=len(texts))
 
 
 def draw_scatter(report: ValidationReport) -> bytes | None:

@@ -68,19 +68,15 @@ def as_object(study: LossStudy) -> dict[str, Any]:
 
 def print_study(study: LossStudy) -> None:
     """Parameters, runs, best sizes and notes on stdout; the last line has the counts."""
-    from rich.console import Console
+    from megatron_hammer.files.tables import open_console
 
-    # Not a terminal: as wide as the rows are.
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=160)
+    console = open_console()
     fit = study.fit
     console.print("L(N, D) = E + A / N^alpha + B / D^beta, in nats a token", markup=False)
     console.print(f"N: parameters {study.parameter_convention}; compute: {study.cost.definition}", markup=False)
-    console.print(_build_law_table(study))
-    console.print(_build_run_table(fit))
+    console.print("", _build_law_table(study), "", _build_run_table(fit), "")
     if study.optima:
-        console.print(_build_optimum_table(study))
+        console.print(_build_optimum_table(study), "")
     for definition in dict.fromkeys(optimum.cost.definition for optimum in study.optima):
         if definition != study.cost.definition:
             console.print(f"note: {definition}", markup=False)
@@ -99,49 +95,36 @@ def print_study(study: LossStudy) -> None:
 
 
 def _build_law_table(study: LossStudy) -> Any:
-    from rich.table import Table
+    from megatron_hammer.files.tables import build_table
 
     fit = study.fit
-    table = Table()
-    table.add_column("parameter")
-    table.add_column("value", justify="right")
-    table.add_column(f"{fit.confidence:.0%} interval", justify="right")
-    for name, interval in fit.intervals().items():
-        table.add_row(name, f"{getattr(fit.law, name):.5g}", _format_interval(interval))
-    for name, (value, interval) in allocation_exponents(fit, study.cost).items():
-        table.add_row(f"best {name} grows as compute to the", f"{value:.4f}", _format_interval(interval))
-    return table
+    rows = [
+        (name, f"{getattr(fit.law, name):.5g}", _format_interval(interval))
+        for name, interval in fit.intervals().items()
+    ]
+    rows += [
+        (f"best {name} grows as compute to the", f"{value:.4f}", _format_interval(interval))
+        for name, (value, interval) in allocation_exponents(fit, study.cost).items()
+    ]
+    return build_table(None, ("parameter", "value", f"{fit.confidence:.0%} interval"), rows)
 
 
 def _build_run_table(fit: LossFit) -> Any:
-    from rich.table import Table
+    from megatron_hammer.files.tables import build_table
 
-    table = Table(title="runs", title_justify="left")
-    for name in ("run", "N", "D", "loss", "fitted", "error"):
-        table.add_column(name, justify="left" if name == "run" else "right")
-    table.add_column("loss is")
+    rows = []
     for run, residual in zip(fit.runs, fit.log_residuals(), strict=True):
         fitted = fit.law.predict(run.num_parameters, run.num_tokens)
-        table.add_row(
-            run.name,
-            f"{run.num_parameters:,}",
-            f"{run.num_tokens:,}",
-            f"{run.loss:.4f}",
-            f"{fitted:.4f}",
-            f"{np.expm1(-residual):+.2%}",
-            run.loss_source,
-        )
-    return table
+        numbers = (f"{run.num_parameters:,}", f"{run.num_tokens:,}", f"{run.loss:.4f}", f"{fitted:.4f}")
+        rows.append((run.name, run.loss_source, *numbers, f"{np.expm1(-residual):+.2%}"))
+    return build_table("runs", ("run", "loss is", "N", "D", "loss", "fitted", "error"), rows, num_text=2)
 
 
 def _build_optimum_table(study: LossStudy) -> Any:
-    from rich.table import Table
+    from megatron_hammer.files.tables import build_table
 
-    table = Table(title=f"best use of a budget, with {study.fit.confidence:.0%} intervals", title_justify="left")
-    for name in ("budget", "N", "interval", "D", "interval", "D / N", "loss", "interval"):
-        table.add_column(name, justify="right")
-    for optimum in study.optima:
-        table.add_row(
+    rows = (
+        (
             format_budget(optimum.budget, optimum.cost),
             f"{optimum.num_parameters:.3g}",
             _format_interval(optimum.num_parameters_interval),
@@ -151,7 +134,11 @@ def _build_optimum_table(study: LossStudy) -> Any:
             f"{optimum.loss:.4f}",
             _format_interval(optimum.loss_interval),
         )
-    return table
+        for optimum in study.optima
+    )
+    title = f"best use of a budget, with {study.fit.confidence:.0%} intervals"
+    columns = ("budget", "N", "interval", "D", "interval", "D / N", "loss", "interval")
+    return build_table(title, columns, rows, num_text=0)
 
 
 def _format_interval(interval: Interval) -> str:

@@ -23,7 +23,6 @@ from megatron_hammer.scaling.search.projection import (
 )
 
 GIB = 2**30
-PLAIN_WIDTH = 120  # columns where the output is no terminal
 # Columns of the breakdown, each the sum of some parts of a step.
 SHARES = {
     "compute": COMPUTE_PARTS,
@@ -74,18 +73,12 @@ def build_tables(result: StudyResult) -> list[ResultTable]:
 
 def print_tables(result: StudyResult, stream: IO[str]) -> None:
     """The whole result but its last line (describe_result)."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+    from megatron_hammer.files.tables import build_table, open_console
 
-    console = Console(file=stream, highlight=False)
-    if not console.is_terminal:
-        console = Console(file=stream, highlight=False, width=PLAIN_WIDTH)
+    console = open_console(stream)
     console.print(describe_study(result), markup=False)
     for data in build_tables(result):
-        table = Table(title=data.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
-        for position, column in enumerate(data.columns):
-            table.add_column(column, justify="left" if position < data.num_text else "right", overflow="fold")
+        table = build_table(data.title, data.columns, (), num_text=data.num_text)
         for group in data.groups:
             for row in group:
                 table.add_row(*row)

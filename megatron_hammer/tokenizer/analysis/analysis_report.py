@@ -8,11 +8,10 @@ between whitespace) or their characters other than whitespace (Han and the other
 from collections.abc import Iterator
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from megatron_hammer.files.tables import build_table
 from megatron_hammer.tokenizer.analysis.analyze import Analysis, TokenizerCounts
 from megatron_hammer.tokenizer.analysis.script import UNITS, Script
 
@@ -116,46 +115,41 @@ def _build_tables(analysis: Analysis, described: list[dict[str, Any]]) -> Iterat
         yield _build_losses(described)
 
 
-def _table(title: str, *columns: str, num_text_columns: int = 1) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
-    for position, column in enumerate(columns):
-        table.add_column(escape(column), justify="left" if position < num_text_columns else "right", overflow="fold")
-    return table
-
-
 def _build_coverage(analysis: Analysis) -> Table:
     names = [tokenizer.name for tokenizer in analysis.tokenizers]
-    table = _table("Coverage: characters with a token of their own, %", "level", "characters", *names)
-    for rows in zip(*(tokenizer.coverage for tokenizer in analysis.tokenizers), strict=True):
-        cells = (f"{100 * row.covered_ratio:.2f}" for row in rows)
-        table.add_row(escape(rows[0].level), f"{rows[0].num_characters:,}", *cells)
-    return table
+    levels = zip(*(tokenizer.coverage for tokenizer in analysis.tokenizers), strict=True)
+    rows = (
+        (level[0].level, f"{level[0].num_characters:,}", *(f"{100 * row.covered_ratio:.2f}" for row in level))
+        for level in levels
+    )
+    return build_table("Coverage: characters with a token of their own, %", ("level", "characters", *names), rows)
 
 
 def _build_tokens(analysis: Analysis, described: list[dict[str, Any]]) -> Table:
     title = f"Corpus: {analysis.num_documents:,} documents, {analysis.text_bytes / 1e6:,.2f} MB"
-    table = _table(
-        title, "tokenizer", "vocabulary", "tokens", "bytes a token", f"tokens / {analysis.reference}", "changed"
-    )
-    for row in described:
-        table.add_row(
-            escape(row["name"]),
+    columns = ("tokenizer", "vocabulary", "tokens", "bytes a token", f"tokens / {analysis.reference}", "changed")
+    rows = (
+        (
+            row["name"],
             f"{row['vocab_size']:,}",
             *_token_cells(row["corpus"]),
             f"{row['round_trip']['num_changed_documents']:,}",
         )
-    return table
+        for row in described
+    )
+    return build_table(title, columns, rows)
 
 
 def _build_script(analysis: Analysis, described: list[dict[str, Any]], script: Script) -> Table:
     counts = analysis.scripts[script]
     title = f"{script}: {counts.num_documents:,} documents, {counts.text_bytes / 1e6:,.2f} MB"
     fertility = f"tokens a {UNITS[script]}"
-    table = _table(title, "tokenizer", "tokens", "bytes a token", f"tokens / {analysis.reference}", fertility)
+    columns = ("tokenizer", "tokens", "bytes a token", f"tokens / {analysis.reference}", fertility)
+    rows = []
     for row in described:
         figures = row["scripts"][str(script)]
-        table.add_row(escape(row["name"]), *_token_cells(figures), _format(figures["fertility"]))
-    return table
+        rows.append((row["name"], *_token_cells(figures), _format(figures["fertility"])))
+    return build_table(title, columns, rows)
 
 
 def _token_cells(figures: dict[str, Any]) -> tuple[str, str, str]:
@@ -167,18 +161,15 @@ def _format(value: float | None) -> str:
 
 
 def _build_losses(described: list[dict[str, Any]]) -> Table:
-    table = _table(
-        "Round trip: decode(encode(text)) against text",
-        *("tokenizer", "loss", "first at", "text", "comes back as", "places", "documents"),
-        num_text_columns=5,
-    )
+    columns = ("tokenizer", "loss", "first at", "text", "comes back as", "places", "documents")
+    rows = []
     for row in described:
         if not row["round_trip"]["losses"]:
-            table.add_row(escape(row["name"]), "none", "", "", "", "0", "0")
+            rows.append((row["name"], "none", "", "", "", "0", "0"))
         for kind, loss in row["round_trip"]["losses"].items():
-            texts = (escape(loss[name]) for name in ("where", "before", "after"))
-            table.add_row(escape(row["name"]), kind, *texts, f"{loss['num_places']:,}", f"{loss['num_documents']:,}")
-    return table
+            texts = (loss[name] for name in ("where", "before", "after"))
+            rows.append((row["name"], kind, *texts, f"{loss['num_places']:,}", f"{loss['num_documents']:,}"))
+    return build_table("Round trip: decode(encode(text)) against text", columns, rows, num_text=5)
 
 
 def summarise_analysis(analysis: Analysis, elapsed_s: float) -> str:

@@ -6,9 +6,9 @@ from fractions import Fraction
 
 import pytest
 
+from megatron_hammer.files.tables import PLAIN_WIDTH
 from megatron_hammer.scaling.plan import PARTS
 from megatron_hammer.scaling.report.projection_tables import (
-    PLAIN_WIDTH,
     SHARES,
     build_tables,
     describe_experts,

@@ -1,0 +1,46 @@
+"""One look for the tables that commands print: as wide as the terminal, or in a file as wide as they need."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import IO
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+PLAIN_WIDTH = 300  # of a file or a pipe, which has no width of its own: no row is broken
+
+
+def open_console(stream: IO[str] | None = None) -> Console:
+    """Return a console that prints texts as they are: brackets are no markup, and numbers have no colours.
+
+    stream: standard output without it.
+    """
+    console = Console(file=stream, highlight=False, markup=False, emoji=False)
+    if not console.is_terminal:
+        console = Console(file=stream, highlight=False, markup=False, emoji=False, width=PLAIN_WIDTH)
+    return console
+
+
+def build_table(
+    title: str | None, columns: Sequence[str], rows: Iterable[Sequence[str]], *, num_text: int = 1
+) -> Table:
+    """Return a table whose first `num_text` columns are text, to the left, and the others numbers, to the right.
+
+    What is too long for a terminal is folded and never cut.
+    """
+    table = Table(title=title and Text(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
+    for position, column in enumerate(columns):
+        table.add_column(Text(column), justify="left" if position < num_text else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def build_pairs(title: str, values: Mapping[str, str]) -> Table:
+    """Return a table without a header: a name and its value in each row."""
+    table = build_table(title, ("", ""), values.items(), num_text=2)
+    table.show_header = False
+    table.columns[0].style = "bold"
+    table.columns[0].no_wrap = True
+    return table
