@@ -3,19 +3,22 @@
 `catalogue.py` reads GPUs and clusters from data files, `step_time.py` predicts, `search.py` looks for the best plan.
 """
 
+import math
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Lt, MinLen
 
 from megatron_hammer.model.accounting import ParallelLayout
 from megatron_hammer.model.shape import ModelShape
-from megatron_hammer.scaling.typed_toml import (
-    AtLeastOne,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    Text,
-)
+
+# Limits of what a TOML file may hold (files/typed.py checks them); a file cannot say "infinite".
+Text = Annotated[str, MinLen(1)]
+PositiveInt = Annotated[int, Gt(0)]
+NonNegativeInt = Annotated[int, Ge(0)]
+PositiveFloat = Annotated[float, Gt(0), Lt(math.inf)]
+NonNegativeFloat = Annotated[float, Ge(0), Lt(math.inf)]
+AtLeastOne = Annotated[float, Ge(1), Lt(math.inf)]
 
 Precision = Literal["fp32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4"]  # of the matrix products; the rest is 16-bit
 Recompute = Literal["none", "selective", "full"]

@@ -6,10 +6,11 @@ The predictor is a double: its coefficients are invented, but more work costs mo
 from typing import Any
 
 from megatron_hammer.model.accounting import count_parameters
+from megatron_hammer.model.byte_units import GIB
 from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.scaling.plan import PARTS, Cluster, Gpu, Plan, StepTime
 from megatron_hammer.scaling.search.projection import Study, StudyResult, find_knee
-from megatron_hammer.scaling.search.search import GIB, Search
+from megatron_hammer.scaling.search.search import Search
 
 GPU = Gpu(
     name="toy-gpu",

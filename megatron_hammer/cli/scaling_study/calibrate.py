@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
     coefficients = calibrate(fitted, start, assessment, is_prior_start=not arguments.from_priors)
     save_coefficients(coefficients, arguments.output)
     if arguments.json:
-        print(json.dumps(build_report(start, coefficients, assessment), indent=2))
+        print(json.dumps(build_calibration_document(start, coefficients, assessment), indent=2))
     else:
         print_tables(start, coefficients, assessment)
     errors = assessment.errors
@@ -84,7 +84,9 @@ def read_calibration_runs(arguments: argparse.Namespace) -> tuple[list[MeasuredR
     return chosen, left_out + len(runs) - len(chosen)
 
 
-def build_report(start: Coefficients, coefficients: Coefficients, assessment: Assessment) -> dict[str, object]:
+def build_calibration_document(
+    start: Coefficients, coefficients: Coefficients, assessment: Assessment
+) -> dict[str, object]:
     before, after = flatten_coefficients(start), flatten_coefficients(coefficients)
     return {
         "coefficients": {name: {"before": before[name], "after": after[name]} for name in after},

@@ -19,7 +19,7 @@ from megatron_hammer.files.publish import publish_files
 from megatron_hammer.model.accounting import FLOP_CONVENTIONS
 from megatron_hammer.scaling.cost.coefficients import Coefficients, load_coefficients
 from megatron_hammer.scaling.cost.step_time import predict_step
-from megatron_hammer.scaling.report.projection_file import build_document, format_csv, format_json
+from megatron_hammer.scaling.report.projection_file import build_projection_document, format_csv, format_json
 from megatron_hammer.scaling.search.projection import Overlay, Study, StudyResult, build_companion_study, find_knee
 from megatron_hammer.scaling.search.search import Predict, Search
 
@@ -99,15 +99,15 @@ def _project(study: Study, search: Search, coefficients: Coefficients) -> StudyR
 
 def _build_files(result: StudyResult, folder: Path) -> dict[Path, str | bytes]:
     """Everything that --output-dir gets, complete before the first byte is written."""
-    from megatron_hammer.scaling.report.html_report import build_report
+    from megatron_hammer.scaling.report.html_report import render_html_report
     from megatron_hammer.scaling.report.projection_plots import draw_plots
 
     plots = draw_plots(result)
     return {
-        folder / "projection.json": format_json(build_document(result)),
+        folder / "projection.json": format_json(build_projection_document(result)),
         folder / "projection.csv": format_csv(result),
         **{folder / f"{name}.png": image for name, image in plots.items()},
-        folder / "report.html": build_report(result, plots),
+        folder / "report.html": render_html_report(result, plots),
     }
 
 
@@ -115,7 +115,7 @@ def _print_result(arguments: argparse.Namespace, result: StudyResult) -> None:
     from megatron_hammer.scaling.report.projection_tables import describe_result, print_tables
 
     if arguments.json:
-        print(format_json(build_document(result)), end="")
+        print(format_json(build_projection_document(result)), end="")
     elif arguments.csv:
         print(format_csv(result), end="")
     else:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.errors import ConfigError
+from megatron_hammer.model.byte_units import GIB
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.presets.preset import Recipe
@@ -21,7 +22,6 @@ from megatron_hammer.scaling.search.study_problems import SIZE_FLAGS, find_study
 
 # Of a GPU's memory that a plan may need by default: the rest is for the error of the estimate.
 USABLE_MEMORY_RATIO = 0.95
-GIB = 2**30
 TOKEN_SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 

@@ -22,7 +22,12 @@ from megatron_hammer.scaling.cost.coefficients import load_coefficients
 from megatron_hammer.scaling.evidence.measured_runs import read_runs
 from megatron_hammer.scaling.evidence.run_table import PUBLISHED_MEMORY_PATH, PUBLISHED_RUNS_PATH
 from megatron_hammer.scaling.evidence.validation import ValidationReport, cross_validate_runs, validate_runs
-from megatron_hammer.scaling.evidence.validation_report import build_document, draw_scatter, format_csv, print_report
+from megatron_hammer.scaling.evidence.validation_report import (
+    build_validation_document,
+    draw_scatter,
+    format_csv,
+    print_report,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
     _check_arguments(arguments)
     report = None if arguments.runs is None else _validate(arguments)
     memory = None if arguments.memory is None else _validate_memory(arguments.memory)
-    document: dict[str, Any] = build_document(report) if report is not None else {}
+    document: dict[str, Any] = build_validation_document(report) if report is not None else {}
     if memory is not None:
         document["memory"] = memory.as_json()
     if arguments.output_dir is not None:

@@ -7,8 +7,8 @@ from rich.table import Table
 
 from megatron_hammer.config.dry_run.report import GridAxis, ModelReport, Report, RunReport, StageReport
 from megatron_hammer.files.tables import build_table, open_console
+from megatron_hammer.model.byte_units import GIB
 
-GIB = 2**30
 MAX_STAGE_ROWS = 64
 MEMORY_COLUMNS = ("weights", "gradients", "optimizer", "activations", "logits")  # the others are summed in one
 AXIS_NAMES = {

@@ -9,10 +9,9 @@ from megatron_hammer.config.model_arguments import read_model
 from megatron_hammer.config.model_from_arguments import build_layout
 from megatron_hammer.config.samples import select_global_batch_size
 from megatron_hammer.model.accounting import MemoryOptions, ParallelLayout, StageMemory, estimate_memory
+from megatron_hammer.model.byte_units import GIB
 from megatron_hammer.model.memory_options import WORKSPACE_BYTES, Recompute, Sharding
 from megatron_hammer.platforms.device import read_device_memory_bytes
-
-GIB = 2**30
 
 
 def estimate_run_memory(namespace: argparse.Namespace) -> tuple[StageMemory, ...]:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.scaling.plan import Gpu
-from megatron_hammer.scaling.typed_toml import PositiveFloat, PositiveInt, build_from_table, read_toml
+from megatron_hammer.files.publish import publish_files
+from megatron_hammer.files.typed import read_toml
+from megatron_hammer.scaling.plan import Gpu, PositiveFloat, PositiveInt
 
 SHIPPED_PATH = Path(__file__).parent / "coefficients.toml"
 
@@ -196,25 +197,31 @@ def _load_shipped() -> Coefficients:
     return _load(SHIPPED_PATH)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _CoefficientsFile:
+    """The tables of a coefficients file."""
+
+    shared: Mapping[str, PositiveFloat]
+    gpu: Mapping[str, GpuCoefficients]
+    band: Mapping[str, PositiveFloat] = field(default_factory=lambda: {"default": 0.2})
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
 def _load(path: Path) -> Coefficients:
-    content = read_toml(path)
-    problems: list[str] = []
-    gpus = {
-        name: build_from_table(GpuCoefficients, table, f"{path}: [gpu.{name}]", problems)
-        for name, table in content.get("gpu", {}).items()
+    file = read_toml(path, _CoefficientsFile, remedy="Run calibrate again.", raises=ConfigError, allows_unknown=False)
+    known, given = set(SHARED_NAMES), set(file.shared)
+    faults = {
+        "shared must hold only known coefficients, got ": given - known,
+        "shared must hold every coefficient, got none of ": known - given,
+        "gpu must have every generation, got no ": set(GPU_PRIORS) - set(file.gpu),
     }
-    others = {
-        "gpus": {},
-        "band_ratio": content.get("band", {"default": 0.2}),
-        "provenance": content.get("provenance", {}),
-    }
-    coefficients = build_from_table(Coefficients, content.get("shared", {}), f"{path}: [shared]", problems, others)
-    missing = sorted(set(GPU_PRIORS) - set(gpus))
-    if missing:
-        problems.append(f"{path}: gpu: must have every generation, lacks {', '.join(missing)}. Run calibrate again.")
-    if problems or coefficients is None:
+    problems = [
+        f"{path}: {fault}{', '.join(sorted(names))}. Run calibrate again." for fault, names in faults.items() if names
+    ]
+    if problems:
         raise ConfigError(*problems)
-    return replace(coefficients, gpus={name: own for name, own in gpus.items() if own is not None})
+    shared: dict[str, Any] = dict(file.shared)
+    return Coefficients(gpus=file.gpu, **shared, band_ratio=file.band, provenance=file.provenance)
 
 
 def format_coefficients(coefficients: Coefficients) -> str:
@@ -239,8 +246,6 @@ def format_coefficients(coefficients: Coefficients) -> str:
 
 def save_coefficients(coefficients: Coefficients, path: Path) -> None:
     """Write a coefficients file whole."""
-    from megatron_hammer.files.publish import publish_files
-
     publish_files({path: format_coefficients(coefficients)})
 
 

@@ -33,7 +33,7 @@ MOST_RUNS_OF_A_SOURCE = 120  # more of one table say nothing new: they are thinn
 STEP_OF_DIFFERENCE = 1e-3  # of a coefficient's logarithm
 
 
-class Run(Protocol):
+class FittableRun(Protocol):
     """What a fit needs of a measured run; `published_runs.MeasuredRun` and `measured_runs` have it."""
 
     @property
@@ -62,7 +62,9 @@ def name_publication(source: str) -> str:
     return "_".join(words[:2]) or source
 
 
-def fit(runs: Sequence[Run], start: Coefficients | None = None, *, is_prior_start: bool = False) -> Coefficients:
+def fit(
+    runs: Sequence[FittableRun], start: Coefficients | None = None, *, is_prior_start: bool = False
+) -> Coefficients:
     """Coefficients that predict these runs best, from `start` (by default the shipped ones).
 
     is_prior_start: the start's values are the priors, as for a user's few runs; else the priors of `coefficients.py`.
@@ -109,7 +111,7 @@ def fit(runs: Sequence[Run], start: Coefficients | None = None, *, is_prior_star
 
 
 def select_free_coefficients(
-    runs: Sequence[Run], start: Coefficients, *, is_prior_start: bool = False
+    runs: Sequence[FittableRun], start: Coefficients, *, is_prior_start: bool = False
 ) -> list[FreeCoefficient]:
     """Those that change the prediction of at least one run, with their priors."""
     values = flatten_coefficients(start)
@@ -133,7 +135,7 @@ def select_free_coefficients(
     return free
 
 
-def select_fit_runs[R: Run](runs: Sequence[R]) -> list[R]:
+def select_fit_runs[R: FittableRun](runs: Sequence[R]) -> list[R]:
     """The runs that a fit takes: of a source with very many, MOST_RUNS_OF_A_SOURCE of them evenly spaced."""
     by_source: dict[str, list[R]] = {}
     for run in runs:
@@ -145,7 +147,7 @@ def select_fit_runs[R: Run](runs: Sequence[R]) -> list[R]:
     return chosen
 
 
-def weigh_runs(runs: Sequence[Run]) -> NDArray[np.float64]:
+def weigh_runs(runs: Sequence[FittableRun]) -> NDArray[np.float64]:
     """Weights of the runs' residuals: the more runs a publication has, the less each counts."""
     publications = [name_publication(run.source) for run in runs]
     sizes = Counter(publications)

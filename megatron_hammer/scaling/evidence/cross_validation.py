@@ -15,15 +15,15 @@ import numpy as np
 
 from megatron_hammer.scaling.cost.coefficients import Coefficients, load_coefficients
 from megatron_hammer.scaling.cost.step_time import predict_step, select_band_class
-from megatron_hammer.scaling.evidence.calibration import Run, fit, name_publication
+from megatron_hammer.scaling.evidence.calibration import FittableRun, fit, name_publication
 from megatron_hammer.scaling.plan import Plan, StepTime
 
 BAND_COVERAGE = 0.8
 LEAST_RUNS_OF_A_CLASS = 12  # fewer errors say nothing of their own: the band of all is taken
-Prediction = tuple[Run, StepTime]
+PredictedRun = tuple[FittableRun, StepTime]
 
 
-class FingerprintedRun(Run, Protocol):
+class FingerprintedRun(FittableRun, Protocol):
     """A run that a coefficients file can say it was fitted to."""
 
     @property
@@ -69,7 +69,7 @@ class Assessment:
         }
 
 
-def assess(predictions: Sequence[Prediction]) -> Assessment:
+def assess(predictions: Sequence[PredictedRun]) -> Assessment:
     return Assessment(
         errors=summarise_errors(predictions),
         by_publication=summarise_by_publication(predictions),
@@ -80,8 +80,8 @@ def assess(predictions: Sequence[Prediction]) -> Assessment:
 
 
 def cross_validate(
-    runs: Sequence[Run], start: Coefficients | None = None, *, is_prior_start: bool = False
-) -> list[Prediction]:
+    runs: Sequence[FittableRun], start: Coefficients | None = None, *, is_prior_start: bool = False
+) -> list[PredictedRun]:
     """Each run with the prediction of coefficients that were fitted without its publication, in the runs' order.
 
     Of a single publication each run is left out alone; a single run is predicted by the start. start, is_prior_start:
@@ -99,13 +99,13 @@ def cross_validate(
     return [(run, predictions[row]) for row, run in enumerate(runs)]
 
 
-def find_error(prediction: Prediction) -> float:
+def find_error(prediction: PredictedRun) -> float:
     """The logarithm of predicted over measured."""
     run, step = prediction
     return math.log(step.total_s / run.step_time_s)
 
 
-def summarise_errors(predictions: Iterable[Prediction]) -> ErrorSummary:
+def summarise_errors(predictions: Iterable[PredictedRun]) -> ErrorSummary:
     ratios = np.array([math.exp(find_error(prediction)) - 1.0 for prediction in predictions])
     return ErrorSummary(
         num_runs=len(ratios),
@@ -115,16 +115,16 @@ def summarise_errors(predictions: Iterable[Prediction]) -> ErrorSummary:
     )
 
 
-def summarise_by_publication(predictions: Iterable[Prediction]) -> dict[str, ErrorSummary]:
-    groups: dict[str, list[Prediction]] = defaultdict(list)
+def summarise_by_publication(predictions: Iterable[PredictedRun]) -> dict[str, ErrorSummary]:
+    groups: dict[str, list[PredictedRun]] = defaultdict(list)
     for prediction in predictions:
         groups[name_publication(prediction[0].source)].append(prediction)
     return {name: summarise_errors(group) for name, group in sorted(groups.items())}
 
 
-def summarise_ranking(predictions: Iterable[Prediction]) -> RankingSummary | None:
+def summarise_ranking(predictions: Iterable[PredictedRun]) -> RankingSummary | None:
     """None where no two runs differ in nothing but their layout."""
-    groups: dict[Hashable, list[Prediction]] = defaultdict(list)
+    groups: dict[Hashable, list[PredictedRun]] = defaultdict(list)
     for prediction in predictions:
         groups[_name_task(prediction[0])].append(prediction)
     losses = []
@@ -142,7 +142,7 @@ def summarise_ranking(predictions: Iterable[Prediction]) -> RankingSummary | Non
     )
 
 
-def _name_task(run: Run) -> Hashable:
+def _name_task(run: FittableRun) -> Hashable:
     """What two runs have in common that differ only in layout."""
     plan: Plan = run.plan
     return (
@@ -156,13 +156,13 @@ def _name_task(run: Run) -> Hashable:
     )
 
 
-def estimate_bands(predictions: Sequence[Prediction]) -> dict[str, float]:
+def estimate_bands(predictions: Sequence[PredictedRun]) -> dict[str, float]:
     """By class, the logarithmic half-width about a prediction that holds 80 % of these errors.
 
     Publications weigh equally: the next run comes from one that is not here. A class of few errors takes the band of
     all.
     """
-    classes: dict[str, list[Prediction]] = defaultdict(list)
+    classes: dict[str, list[PredictedRun]] = defaultdict(list)
     for prediction in predictions:
         classes[select_band_class(prediction[0].plan)].append(prediction)
     default = _weighted_quantile(predictions)
@@ -173,7 +173,7 @@ def estimate_bands(predictions: Sequence[Prediction]) -> dict[str, float]:
     return bands
 
 
-def _weighted_quantile(predictions: Sequence[Prediction]) -> float:
+def _weighted_quantile(predictions: Sequence[PredictedRun]) -> float:
     """The BAND_COVERAGE quantile of absolute errors, every publication with the square root of its number of runs."""
     errors = np.array([abs(find_error(prediction)) for prediction in predictions])
     publications = [name_publication(run.source) for run, _ in predictions]

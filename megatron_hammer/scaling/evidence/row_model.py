@@ -6,17 +6,17 @@ its name is refused with the reason.
 
 import functools
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_hammer.errors import ConfigError
+from megatron_hammer.files.typed import read_toml, validate
 from megatron_hammer.model.accounting import count_parameters
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.evidence.run_table import RunRow
-from megatron_hammer.scaling.typed_toml import build_list, read_toml
+from megatron_hammer.scaling.plan import Text
 
 MODELS_PATH = Path(__file__).parent / "models.toml"
 DEFAULT_HEAD_DIM = 128
@@ -33,7 +33,8 @@ class KnownModel:
     """A model by a pattern of its name. A size that is None must be in the row: it differs within the family."""
 
     pattern: str  # searched in the name, lower case
-    source: str
+    source: Text
+    style: str = ""
     layers: int | None = None
     hidden: int | None = None
     heads: int | None = None
@@ -46,22 +47,23 @@ class KnownModel:
     has_rope: bool
 
 
+@dataclass(frozen=True, slots=True)
+class KnownModels:
+    """The content of models.toml, in its order, every model with the fields of its style."""
+
+    model: tuple[KnownModel, ...]
+    family: tuple[KnownModel, ...]
+
+
 @functools.cache
-def load_known_models() -> tuple[tuple[KnownModel, ...], tuple[KnownModel, ...]]:
-    """(models, families) of models.toml, in its order."""
-    content = read_toml(MODELS_PATH)
-    problems: list[str] = []
-    models, families = (
-        build_list(KnownModel, [_merge_style(row, content["style"]) for row in content[name]], where, problems)
-        for name, where in (("model", f"{MODELS_PATH}: model"), ("family", f"{MODELS_PATH}: family"))
+def load_known_models() -> KnownModels:
+    remedy = "Correct it there."
+    content = read_toml(MODELS_PATH, dict[str, Any], remedy=remedy, raises=ConfigError)
+    styles = content["style"]
+    merged = {name: [styles[row["style"]] | row for row in content[name]] for name in ("model", "family")}
+    return validate(
+        merged, KnownModels, where=str(MODELS_PATH), remedy=remedy, raises=ConfigError, allows_unknown=False
     )
-    if problems:
-        raise ConfigError(*problems)
-    return models, families
-
-
-def _merge_style(row: Mapping[str, Any], styles: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    return {**styles[row["style"]], **{name: value for name, value in row.items() if name != "style"}}
 
 
 MOE_PATTERN = re.compile(r"mixtral|moe|\d+x\d+b|a\d+(\.\d+)?b|deepseek-?v[23]|grok")
@@ -75,9 +77,9 @@ def build_row_model(row: RunRow) -> tuple[ModelShape, tuple[str, ...]]:
     name = row.model.lower()
     if MOE_PATTERN.search(name):
         raise UnpredictableError("its model has experts, whose sizes the table has no columns for")
-    models, families = load_known_models()
-    known = next((model for model in models if re.search(model.pattern, name)), None)
-    family = known or next((model for model in families if re.search(model.pattern, name)), None)
+    listed = load_known_models()
+    known = next((model for model in listed.model if re.search(model.pattern, name)), None)
+    family = known or next((model for model in listed.family if re.search(model.pattern, name)), None)
     assumptions: list[str] = []
     shape = _fill_shape(row, known, family, assumptions)
     if row.layers is not None and known is not None and known.layers not in (None, row.layers):

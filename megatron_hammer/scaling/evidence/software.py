@@ -9,13 +9,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from megatron_hammer.errors import ConfigError
+from megatron_hammer.files.typed import read_toml
 from megatron_hammer.model.accounting import FlopConvention
 from megatron_hammer.scaling.evidence.run_table import RunRow
-from megatron_hammer.scaling.plan import Precision, Recompute, Sharding
-from megatron_hammer.scaling.typed_toml import Text, build_list, read_toml
+from megatron_hammer.scaling.plan import Precision, Recompute, Sharding, Text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,25 +71,19 @@ SOFTWARE_PATH = Path(__file__).parent / "software.toml"
 OLD_MEGATRON = "Megatron-LM of 2021"
 
 
-class KnownSoftware(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class KnownSoftware:
     """The content of software.toml, in its order."""
 
     software: tuple[TrainingSoftware, ...]
-    recipes: tuple[SourceRecipe, ...]
+    recipe: tuple[SourceRecipe, ...]
     unknown: TrainingSoftware
     cpu: TrainingSoftware
 
 
 @functools.cache
 def load_known_software() -> KnownSoftware:
-    content = read_toml(SOFTWARE_PATH)
-    path, problems = SOFTWARE_PATH, list[str]()
-    software = build_list(TrainingSoftware, content["software"], f"{path}: software", problems)
-    recipes = build_list(SourceRecipe, content["recipe"], f"{path}: recipe", problems)
-    unknown, cpu = build_list(TrainingSoftware, [content["unknown"], content["cpu"]], f"{path}: unknown, cpu", problems)
-    if problems:
-        raise ConfigError(*problems)
-    return KnownSoftware(software, recipes, unknown, cpu)
+    return read_toml(SOFTWARE_PATH, KnownSoftware, remedy="Correct it there.", raises=ConfigError, allows_unknown=False)
 
 
 def select_software(row: RunRow, gpu_name: str) -> tuple[TrainingSoftware, tuple[str, ...]]:
@@ -110,7 +104,7 @@ def select_software(row: RunRow, gpu_name: str) -> tuple[TrainingSoftware, tuple
 def select_recipe(row: RunRow, gpu_name: str) -> SourceRecipe | None:
     """The recipe that a row's source ran, or None where none is known."""
     source, model = row.source.lower(), row.model.lower()
-    for recipe in load_known_software().recipes:
+    for recipe in load_known_software().recipe:
         is_same_run = re.search(recipe.source_pattern, source) and re.search(recipe.model_pattern, model)
         if is_same_run and recipe.gpu == gpu_name:
             return recipe

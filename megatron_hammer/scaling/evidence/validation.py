@@ -103,7 +103,7 @@ def validate_runs(
         )
         for run in runs
     ]
-    return build_report(predictions, unpredictable)
+    return build_validation_report(predictions, unpredictable)
 
 
 def cross_validate_runs(
@@ -129,10 +129,12 @@ def cross_validate_runs(
             coefficients[left_out] = fit(others, start) if others else start
         step = predict_step(run.plan, coefficients[left_out])
         predictions.append(Prediction(run=run, step=step, status="cross-validated"))
-    return build_report(predictions, unpredictable)
+    return build_validation_report(predictions, unpredictable)
 
 
-def build_report(predictions: Sequence[Prediction], unpredictable: Sequence[UnpredictableRow]) -> ValidationReport:
+def build_validation_report(
+    predictions: Sequence[Prediction], unpredictable: Sequence[UnpredictableRow]
+) -> ValidationReport:
     """The figures over what may be counted."""
     counted = [one for one in predictions if one.is_counted]
     errors: dict[str, dict[str, ErrorFigures]] = {}
@@ -140,7 +142,9 @@ def build_report(predictions: Sequence[Prediction], unpredictable: Sequence[Unpr
         groups: dict[str, list[Prediction]] = {}
         for one in counted:
             groups.setdefault(name_of(one.run), []).append(one)
-        errors[dimension] = {name: summarise_errors(group) for name, group in sorted(groups.items(), key=_by_scale)}
+        errors[dimension] = {
+            name: compute_error_figures(group) for name, group in sorted(groups.items(), key=_by_scale)
+        }
     return ValidationReport(
         predictions=tuple(predictions),
         unpredictable=tuple(unpredictable),
@@ -167,7 +171,7 @@ def _list_fingerprints(value: Any) -> Iterator[str]:
             yield from _list_fingerprints(item)
 
 
-def summarise_errors(predictions: Sequence[Prediction]) -> ErrorFigures:
+def compute_error_figures(predictions: Sequence[Prediction]) -> ErrorFigures:
     """The figures of a group that is not empty."""
     absolute = [abs(one.error_ratio) for one in predictions]
     return ErrorFigures(

@@ -72,7 +72,7 @@ def _describe_prediction(one: Prediction) -> dict[str, Any]:
     }
 
 
-def build_document(report: ValidationReport) -> dict[str, Any]:
+def build_validation_document(report: ValidationReport) -> dict[str, Any]:
     """The report as plain types, for JSON."""
     return {
         "rows": list_rows(report),

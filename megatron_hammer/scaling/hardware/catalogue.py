@@ -6,12 +6,13 @@ The two files say what their fields mean. Nothing here computes a time; `plan.py
 import functools
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from megatron_hammer.errors import ConfigError
+from megatron_hammer.files.typed import read_toml, validate
 from megatron_hammer.scaling.plan import Cluster, Gpu
-from megatron_hammer.scaling.typed_toml import build_from_table, read_toml
 
 DATA_DIR = Path(__file__).resolve().parent
 SHIPPED_GPUS_PATH = DATA_DIR / "gpus.toml"
@@ -33,15 +34,16 @@ def load_clusters(path: Path | None = None, *, gpus_path: Path | None = None) ->
     """
     if path is None:
         return dict(_load_shipped_clusters())
-    clusters, problems = _build_tables(Cluster, (SHIPPED_CLUSTERS_PATH, path))
+    clusters = _build_tables(Cluster, dict[str, Cluster], (SHIPPED_CLUSTERS_PATH, path))
     gpu_names = load_gpus(gpus_path)
-    problems += [
-        f"{path}: [{cluster.name}] gpu: must be a known GPU, got gpu={cluster.gpu!r}. "
-        f"Use one of {', '.join(gpu_names)}, or describe it in a file for --gpus-file."
-        for cluster in clusters.values()
-        if cluster.gpu not in gpu_names
-    ]
-    _raise_problems(problems)
+    _raise_problems(
+        [
+            f"{path}: [{cluster.name}] gpu: must be a known GPU, got gpu={cluster.gpu!r}. "
+            f"Use one of {', '.join(gpu_names)}, or describe it in a file for --gpus-file."
+            for cluster in clusters.values()
+            if cluster.gpu not in gpu_names
+        ]
+    )
     return clusters
 
 
@@ -134,41 +136,26 @@ def _load_shipped_gpus() -> Mapping[str, Gpu]:
 
 @functools.cache
 def _load_shipped_clusters() -> Mapping[str, Cluster]:
-    clusters, problems = _build_tables(Cluster, (SHIPPED_CLUSTERS_PATH,))
-    _raise_problems(problems)
-    return clusters
+    return _build_tables(Cluster, dict[str, Cluster], (SHIPPED_CLUSTERS_PATH,))
 
 
 def _load_gpus(paths: tuple[Path, ...]) -> dict[str, Gpu]:
-    gpus, problems = _build_tables(Gpu, paths)
-    _raise_problems(problems)
+    gpus = _build_tables(Gpu, dict[str, Gpu], paths)
     _raise_problems(_find_alias_problems(gpus.values(), paths[-1]))
     return gpus
 
 
-def _build_tables[T](kind: type[T], paths: tuple[Path, ...]) -> tuple[dict[str, T], list[str]]:
-    """(what the tables of all files describe by name, problems). Fields of a later file replace those of an earlier."""
+def _build_tables[T](kind: type[T], table_kind: type[dict[str, T]], paths: tuple[Path, ...]) -> dict[str, T]:
+    """What the tables of all files describe, by name. Fields of a later file replace those of an earlier one."""
     merged: dict[str, dict[str, Any]] = {}
+    known = ", ".join(field.name for field in fields(kind) if field.name != "name")  # type: ignore[arg-type]
+    remedy = f"Write [name] tables with the fields {known}."
     for path in paths:
-        for name, table in _read_tables(path).items():
-            merged[name] = merged.get(name, {}) | table
-    problems: list[str] = []
-    built = {
-        name: build_from_table(kind, table, f"{paths[-1]}: [{name}]", problems, given={"name": name})
-        for name, table in merged.items()
-    }
-    return {name: one for name, one in built.items() if one is not None}, problems
-
-
-def _read_tables(path: Path) -> dict[str, dict[str, Any]]:
-    content = read_toml(path)
-    loose = [key for key, value in content.items() if not isinstance(value, dict)]
-    if loose:
-        raise ConfigError(
-            f"{path}: every field must stand in a table, got {', '.join(loose)} outside of one. "
-            "Put [name] on a line above."
-        )
-    return content
+        for name, table in read_toml(path, dict[str, dict[str, Any]], remedy=remedy, raises=ConfigError).items():
+            if "name" in table:
+                raise ConfigError(f"{path}: {name}.name must be left out, got {table['name']!r}. Rename the table.")
+            merged[name] = merged.get(name, {"name": name}) | table
+    return validate(merged, table_kind, where=str(paths[-1]), remedy=remedy, raises=ConfigError, allows_unknown=False)
 
 
 def _find_alias_problems(gpus: Iterable[Gpu], path: Path) -> list[str]:

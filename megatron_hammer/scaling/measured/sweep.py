@@ -7,13 +7,15 @@ import hashlib
 import itertools
 import json
 import re
-import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Annotated, Any, cast, get_args
+
+from annotated_types import MinLen
 
 from megatron_hammer.errors import ConfigError
+from megatron_hammer.files.typed import read_toml
 from megatron_hammer.model.accounting import ParallelLayout
 from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.presets.preset import Preset
@@ -42,7 +44,7 @@ TRAINED_PRECISIONS = ("fp32", "bf16", "fp16")
 class Sweep:
     """What to vary; empty sizes stand for the recipe's own. Every combination is one setting."""
 
-    presets: tuple[str, ...]
+    presets: Annotated[tuple[str, ...], MinLen(1)]
     layouts: tuple[str, ...] = ("single",)
     micro_batch_sizes: tuple[int, ...] = ()
     global_batch_sizes: tuple[int, ...] = ()
@@ -188,40 +190,16 @@ def _combine(sweep: Sweep, preset: Preset, layout_name: str, layout: ParallelLay
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class _SweepFile:
+    sweep: tuple[Sweep, ...]
+
+
 def read_sweeps(path: Path) -> list[Sweep]:
-    """The [[sweep]] tables of a TOML file. Raises ConfigError for a file or a field that is none."""
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: must be a TOML file of [[sweep]] tables, got {error}. Check the file.") from None
-    sweeps = tables.pop("sweep", None)
-    if tables or not isinstance(sweeps, list) or not sweeps:
-        raise ConfigError(
-            f"{path}: must hold [[sweep]] tables and nothing else, got {', '.join(tables) or 'none of them'}. "
-            "Write [[sweep]] above each group of settings."
-        )
-    return [_build_sweep(path, number, table) for number, table in enumerate(sweeps, 1)]
-
-
-def _build_sweep(path: Path, number: int, table: dict[str, Any]) -> Sweep:
-    known = [field.name for field in fields(Sweep)]
-    problems = [
-        f"{path}: sweep {number}: must have fields of {', '.join(known)}, got {name}. Drop it, or correct its name."
-        for name in table
-        if name not in known
-    ]
-    if not table.get("presets"):
-        problems.append(f"{path}: sweep {number}: presets: must name one at least, got none. Add presets = [...].")
-    default = Sweep(presets=())
-    for name, value in table.items():
-        kind = type(getattr(default, name, ())) if name != "precision" else str
-        is_list = kind is tuple
-        words = value if is_list and isinstance(value, list) else [value]
-        wanted = int if name.endswith(("sizes", "lengths", "rank", "steps")) else str
-        if (is_list and not isinstance(value, list)) or not all(type(word) is wanted for word in words):
-            shape = f"a list of {wanted.__name__}" if is_list else wanted.__name__
-            problems.append(f"{path}: sweep {number}: {name}: must be {shape}, got {value!r}. Correct it.")
-    if problems:
-        raise ConfigError(*problems)
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in table.items()}
-    return replace(default, **values)
+    """The [[sweep]] tables of a TOML file. Raises ConfigError with every field that cannot be used."""
+    known = ", ".join(field.name for field in fields(Sweep))
+    remedy = f"Write [[sweep]] tables with the fields {known}."
+    sweeps = read_toml(path, _SweepFile, remedy=remedy, raises=ConfigError, allows_unknown=False).sweep
+    if not sweeps:
+        raise ConfigError(f"{path}: sweep must hold a table, got none. {remedy}")
+    return list(sweeps)

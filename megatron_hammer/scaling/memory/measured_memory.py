@@ -152,7 +152,7 @@ def _apply_name_rules(row: MemoryRow, assumptions: list[str]) -> dict[str, Any]:
     name = row.model.lower()
     text = _spell(name), name, row.quantity.lower(), f"{row.gpu_type} {row.provenance} {name}".lower()
     changes: dict[str, Any] = {}
-    for rule in load_known_memory_software().name_rules:
+    for rule in load_known_memory_software().name_rule:
         if re.search(rule.source_pattern, source) and any(re.search(rule.pattern, words) for words in text):
             changes.update(rule.changes)
             assumptions.append(f"{rule.says}: its name")

@@ -9,12 +9,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from megatron_hammer.errors import ConfigError
+from megatron_hammer.files.typed import read_toml
 from megatron_hammer.model.memory_options import WORKSPACE_BYTES, CrossEntropy, RecomputeModule
-from megatron_hammer.scaling.plan import Precision, Recompute, Sharding
-from megatron_hammer.scaling.typed_toml import Text, build_list, read_toml
+from megatron_hammer.scaling.plan import Precision, Recompute, Sharding, Text
 
 SOFTWARE_PATH = Path(__file__).parent / "software.toml"
 # Peaks of torch's allocator, or what it held from the driver, as nvidia-smi shows with the context on top of it.
@@ -65,24 +65,20 @@ class NameRule:
     changes: Mapping[str, Any]  # of ModelShape, MemorySoftware or ParallelLayout, by field name
 
 
-class KnownMemorySoftware(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class KnownMemorySoftware:
     """The content of software.toml, in its order."""
 
     software: tuple[MemorySoftware, ...]
     unknown: MemorySoftware
-    name_rules: tuple[NameRule, ...]
+    name_rule: tuple[NameRule, ...]
 
 
 @functools.cache
 def load_known_memory_software() -> KnownMemorySoftware:
-    content = read_toml(SOFTWARE_PATH)
-    path, problems = SOFTWARE_PATH, list[str]()
-    software = build_list(MemorySoftware, content["software"], f"{path}: software", problems)
-    (unknown,) = build_list(MemorySoftware, [content["unknown"]], f"{path}: unknown", problems)
-    name_rules = build_list(NameRule, content["name_rule"], f"{path}: name_rule", problems)
-    if problems:
-        raise ConfigError(*problems)
-    return KnownMemorySoftware(software, unknown, name_rules)
+    return read_toml(
+        SOFTWARE_PATH, KnownMemorySoftware, remedy="Correct it there.", raises=ConfigError, allows_unknown=False
+    )
 
 
 def select_memory_software(source: str) -> MemorySoftware:

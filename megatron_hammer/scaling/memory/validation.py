@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.model.accounting import StageMemory, estimate_memory
+from megatron_hammer.model.byte_units import GIB
 from megatron_hammer.model.memory_activations import estimate_layer_activations
 from megatron_hammer.model.memory_options import Batch
 from megatron_hammer.model.memory_state import select_part_sizes
 from megatron_hammer.scaling.memory.measured_memory import MeasuredMemory, UnpredictableMemoryRow, read_measured_memory
 
-GIB = 2**30
 PROVENANCE = (
     "Workspaces (50 to 107 MiB), the bytes of a logit with native fusion and which gathered tensors meet at the head "
     "were read off rows of SimuMax and of Megatron-LM's tests, so their errors are those of a fit. Facts about a "

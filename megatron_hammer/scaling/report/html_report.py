@@ -37,7 +37,7 @@ PLOT_TITLES = {
 MAX_LISTED = 8  # entries of a list in the provenance; longer ones are counted
 
 
-def build_report(result: StudyResult, plots: Mapping[str, bytes]) -> str:
+def render_html_report(result: StudyResult, plots: Mapping[str, bytes]) -> str:
     """The page; plots: PNG bytes by the names of projection_plots.py."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.errors import ConfigError
+from megatron_hammer.files.typed import validate
 from megatron_hammer.model.accounting import FLOP_CONVENTIONS, ParallelLayout, StageMemory
-from megatron_hammer.model.shape import ModelShape, MoeShape, RopeScaling
+from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.scaling.plan import PARTS, Cluster, Gpu, Plan
 from megatron_hammer.scaling.search.projection import (
     Overlay,
@@ -29,6 +30,7 @@ from megatron_hammer.scaling.search.projection import (
 
 FORMAT = "megatron_hammer.scaling.projection"
 FORMAT_VERSION = 1
+REMEDY_OF_A_FIELD = "Write it again with this version's scaling_study.py project."
 MAX_LISTED = 20  # entries of a list in the coefficients' provenance
 # What a row says of its plan besides the layout; model, GPU and cluster are the study's.
 PLAN_FIELDS = tuple(field.name for field in fields(Plan) if field.name not in ("model", "layout", "gpu", "cluster"))
@@ -70,7 +72,7 @@ class SavedProjection:
         )
 
 
-def build_document(result: StudyResult) -> dict[str, Any]:
+def build_projection_document(result: StudyResult) -> dict[str, Any]:
     """The projection as plain values for JSON."""
     return {
         "format": FORMAT,
@@ -172,7 +174,7 @@ def _summarise(provenance: Mapping[str, Any]) -> dict[str, Any]:
 
 def _build_companion(companion: StudyResult) -> dict[str, Any]:
     """The curve of the other way of scaling: the fastest layout of each size; its ids are not those of `rows`."""
-    document = build_document(companion)
+    document = build_projection_document(companion)
     rows = [{**row, "id": None} for row in document["rows"]]
     sizes = [{**size, "best_row": None} for size in document["sizes"]]
     return {"batch": document["study"]["batch"], "sizes": sizes, "rows": rows, "knee": document["knee"]}
@@ -244,7 +246,14 @@ def read_projection(path: Path) -> SavedProjection:
     document = _read_json(path)
     try:
         study = document["study"]
-        model = _read_model(study["model"])
+        model = validate(
+            study["model"],
+            ModelShape,
+            where=f"{path}: study.model",
+            remedy=REMEDY_OF_A_FIELD,
+            raises=ConfigError,
+            allows_unknown=False,
+        )
         gpu = Gpu(**{**study["gpu"], "aliases": tuple(study["gpu"]["aliases"])})
         cluster = Cluster(**study["cluster"])
         return SavedProjection(
@@ -257,7 +266,7 @@ def read_projection(path: Path) -> SavedProjection:
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{path}: must have every field of a projection, got a file with another form ({error}). "
-            "Write it again with this version's scaling_study.py project."
+            f"{REMEDY_OF_A_FIELD}"
         ) from None
 
 
@@ -277,15 +286,6 @@ def _read_json(path: Path) -> dict[str, Any]:
             f"{remedy}."
         )
     return document
-
-
-def _read_model(values: dict[str, Any]) -> ModelShape:
-    moe, rope = values["moe"], values["rope_scaling"]
-    nested = {
-        "moe": None if moe is None else MoeShape(**moe),
-        "rope_scaling": None if rope is None else RopeScaling(**rope),
-    }
-    return ModelShape(**{**values, **nested})
 
 
 def _read_row(row: dict[str, Any], model: ModelShape, gpu: Gpu, cluster: Cluster) -> SavedRow:

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
+from megatron_hammer.model.byte_units import GIB
 from megatron_hammer.scaling.search.projection import (
     MEMORY_NAMES,
     PART_NAMES,
@@ -22,7 +23,6 @@ from megatron_hammer.scaling.search.projection import (
     estimate_mfu_ratio,
 )
 
-GIB = 2**30
 DOTS_PER_INCH = 130
 # Blue to green is compute, warm colours are what the layout adds; the palette is Paul Tol's, safe for the colour-blind.
 PART_COLOURS = {

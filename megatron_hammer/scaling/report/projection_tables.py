@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO
 
+from megatron_hammer.model.byte_units import GIB
 from megatron_hammer.scaling.plan import StepTime
 from megatron_hammer.scaling.search.projection import (
     COMPUTE_PARTS,
@@ -22,7 +23,6 @@ from megatron_hammer.scaling.search.projection import (
     scaling_efficiency_ratio,
 )
 
-GIB = 2**30
 # Columns of the breakdown, each the sum of some parts of a step.
 SHARES = {
     "compute": COMPUTE_PARTS,

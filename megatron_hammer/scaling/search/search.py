@@ -18,6 +18,7 @@ from math import ceil, lcm, log2
 from typing import Any, NamedTuple
 
 from megatron_hammer.model.accounting import ParallelLayout, StageMemory
+from megatron_hammer.model.byte_units import GIB
 from megatron_hammer.scaling.memory.plan_memory import estimate_heaviest_plan_stage
 from megatron_hammer.scaling.plan import Plan, Sharding, StepTime
 from megatron_hammer.scaling.search.projection import Projection, SizeProjection, Study, describe_plan
@@ -30,7 +31,6 @@ from megatron_hammer.scaling.search.search_space import (
     list_shardings,
 )
 
-GIB = 2**30
 # A bound may be this much above the time of the plan before the plan is believed to be slower: rounding, and parts
 # that a predictor counts a little differently with and without pipeline stages.
 BOUND_MARGIN_RATIO = 0.98

@@ -3,10 +3,10 @@
 import math
 
 from megatron_hammer.errors import ConfigError
+from megatron_hammer.model.byte_units import GIB
 from megatron_hammer.scaling.search.projection import Study, select_peak_tflops
 from megatron_hammer.scaling.search.search_space import is_cpu_host
 
-GIB = 2**30
 # Restrictions that are sizes, by their flags.
 SIZE_FLAGS = {
     "tensor_model_parallel_sizes": "tensor-model-parallel-size",

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from megatron_hammer.errors import ConfigError
+from megatron_hammer.model.byte_units import GIB
 from megatron_hammer.model.layout import ParallelLayout
 from megatron_hammer.model.memory import (
     CUDA_CONTEXT_BYTES,
@@ -18,7 +19,6 @@ from megatron_hammer.model.memory_options import MemoryOptions
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.presets.catalogue import PRESETS
 
-GIB = 2**30
 GPT_22B = ModelShape(
     name="gpt-22b",
     source="Korthikanti et al. 2022, table 3",

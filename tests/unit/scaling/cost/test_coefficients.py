@@ -88,22 +88,34 @@ def test_every_shipped_gpu_has_coefficients_and_a_core_its_own():
     assert coefficients.select_gpu(select_gpu("cpu-core")) is coefficients.gpus["cpu-core"]
 
 
-def test_a_file_that_is_not_one_is_refused_with_every_reason(tmp_path):
+def test_every_number_that_is_not_positive_is_named(tmp_path):
     path = tmp_path / "bad.toml"
     text = format_coefficients(build_prior_coefficients())
-    path.write_text(text.replace("network_ratio = 0.75", "network_ratio = -1\nwishes = 3").replace('"volta"', '"vega"'))
+    path.write_text(text.replace("network_ratio = 0.75", "network_ratio = -1").replace("_ratio = 0.72", '_ratio = "x"'))
     with pytest.raises(ConfigError) as caught:
         load_coefficients(path)
     assert caught.value.problems == (
-        f"{path}: [shared] network_ratio: must be greater than 0, got network_ratio=-1. Correct it there.",
-        f"{path}: [shared] wishes: must be a known field, got wishes=3. Use {', '.join(PRIORS)}.",
-        f"{path}: gpu: must have every generation, lacks volta. Run calibrate again.",
+        f"{path}: shared.network_ratio must be above 0, got -1. Run calibrate again.",
+        f"{path}: gpu.hopper.gemm_ratio must be a number, got 'x'. Run calibrate again.",
+    )
+
+
+def test_unknown_and_missing_coefficients_are_named_at_once(tmp_path):
+    path = tmp_path / "bad.toml"
+    text = format_coefficients(build_prior_coefficients())
+    path.write_text(text.replace("network_ratio", "wishes").replace('"volta"', '"vega"'))
+    with pytest.raises(ConfigError) as caught:
+        load_coefficients(path)
+    assert caught.value.problems == (
+        f"{path}: shared must hold only known coefficients, got wishes. Run calibrate again.",
+        f"{path}: shared must hold every coefficient, got none of network_ratio. Run calibrate again.",
+        f"{path}: gpu must have every generation, got no volta. Run calibrate again.",
     )
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"none\.toml: must be a readable file, got No such file or directory\."):
+    with pytest.raises(ConfigError, match=r"none\.toml: file cannot be read \(No such file or directory\)\."):
         load_coefficients(tmp_path / "none.toml")
     (tmp_path / "odd.toml").write_text("[shared\n")
-    with pytest.raises(ConfigError, match=r"odd\.toml: must be a TOML file, got: "):
+    with pytest.raises(ConfigError, match=r"odd\.toml: file must be TOML, got: .*\. Run calibrate again\."):
         load_coefficients(tmp_path / "odd.toml")

@@ -42,10 +42,10 @@ def test_counts_in_billions(name: str, billions: float) -> None:
 
 
 def test_every_known_model_names_its_source_and_divides() -> None:
-    models, families = load_known_models()
-    assert len(models) > 60
-    assert all(family.source for family in families)
-    for known in models:
+    listed = load_known_models()
+    assert len(listed.model) > 60
+    assert all(family.source for family in listed.family)
+    for known in listed.model:
         assert known.source
         assert known.hidden is not None
         assert known.heads is not None

@@ -49,7 +49,7 @@ def test_the_software_of_a_source(source: str, name: str, is_megatron_style: boo
 def test_every_software_and_recipe_names_its_source() -> None:
     known = load_known_software()
     assert all(software.source and software.source_pattern for software in known.software)
-    assert all(recipe.source for recipe in known.recipes)
+    assert all(recipe.source for recipe in known.recipe)
     assert len({software.name for software in known.software}) == len(known.software) > 20
 
 
@@ -59,7 +59,7 @@ def test_clusters_and_gpus_of_software_exist() -> None:
     for software in known.software:
         assert set(software.gpu_of_gpu) | set(software.gpu_of_gpu.values()) | set(software.cluster_of_gpu) <= set(gpus)
         assert set(software.cluster_of_gpu.values()) <= set(clusters)
-    assert {recipe.gpu for recipe in known.recipes} <= set(gpus)
+    assert {recipe.gpu for recipe in known.recipe} <= set(gpus)
 
 
 def test_a_recipe_fills_only_what_is_blank(tmp_path: Path) -> None:

@@ -15,11 +15,11 @@ from megatron_hammer.scaling.evidence import calibration as calibrate
 from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun, read_runs
 from megatron_hammer.scaling.evidence.validation import (
     Prediction,
-    build_report,
+    build_validation_report,
+    compute_error_figures,
     cross_validate_runs,
     list_fitted_fingerprints,
     rank_layouts,
-    summarise_errors,
     validate_runs,
 )
 from megatron_hammer.scaling.evidence.validation_report import FITTED_SENTENCE, list_rows
@@ -51,7 +51,7 @@ def unseen() -> Coefficients:
 def test_figures_by_hand(tmp_path: Path) -> None:
     runs = read(tmp_path / "runs.csv", *({"iteration_time_s": text} for text in ("1", "2", "4")))
     predictions = [predict(runs[0], 1.2), predict(runs[1], 1.9), predict(runs[2], 4.04)]
-    figures = summarise_errors(predictions)
+    figures = compute_error_figures(predictions)
     assert figures.num_rows == 3
     assert figures.median_absolute_ratio == pytest.approx(0.05)
     assert figures.mean_absolute_ratio == pytest.approx((0.2 + 0.05 + 0.01) / 3)
@@ -104,7 +104,7 @@ def test_layouts_of_one_job_are_ranked(tmp_path: Path) -> None:
     assert ranking.loss_ratio == pytest.approx(0.75 / 0.7 - 1)
     assert "GPT-tiny x16 h100-sxm bf16, batch 64" in ranking.description
     fitted = [replace(one, status="fitted") for one in predictions]
-    assert build_report(fitted, []).rankings == ()
+    assert build_validation_report(fitted, []).rankings == ()
 
 
 def test_no_run_is_predicted_by_coefficients_of_its_publication(

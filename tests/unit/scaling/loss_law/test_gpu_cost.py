@@ -12,7 +12,7 @@ from megatron_hammer.scaling.cost.step_time import predict_step
 from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_default_cluster, select_gpu
 from megatron_hammer.scaling.loss_law.gpu_cost import read_gpu_cost
 from megatron_hammer.scaling.plan import Plan
-from megatron_hammer.scaling.report.projection_file import build_document, format_json
+from megatron_hammer.scaling.report.projection_file import build_projection_document, format_json
 from megatron_hammer.scaling.search.projection import Projection, SizeProjection, Study, StudyResult
 
 
@@ -51,7 +51,7 @@ def write_projection(path: Path, preset: str, *gpu_counts: int) -> tuple[Path, l
         memory_limit_bytes=gpu.memory_bytes,
     )
     result = StudyResult(study=study, sizes=tuple(sizes), knee=None, provenance={})
-    path.write_text(format_json(build_document(result)), encoding="utf-8")
+    path.write_text(format_json(build_projection_document(result)), encoding="utf-8")
     return path, costs
 
 

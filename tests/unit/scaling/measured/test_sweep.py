@@ -100,14 +100,19 @@ def test_sweeps_of_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text, match",
     [
-        ("x = ", r"sweep.toml: must be a TOML file of \[\[sweep\]\] tables, got .*\. Check the file\."),
-        ("", r"must hold \[\[sweep\]\] tables and nothing else, got none of them\. Write \[\[sweep\]\] above"),
-        ("[other]\nx = 1", r"must hold \[\[sweep\]\] tables and nothing else, got other\."),
-        ("[[sweep]]\nsteps = 5", r"sweep 1: presets: must name one at least, got none\. Add presets = \[\.\.\.\]\."),
-        ('[[sweep]]\npresets = ["a"]\nstep = 5', r"sweep 1: must have fields of presets, layouts, .*, got step\."),
-        ('[[sweep]]\npresets = "a"', r"sweep 1: presets: must be a list of str, got 'a'\. Correct it\."),
-        ('[[sweep]]\npresets = ["a"]\nsteps = "5"', r"sweep 1: steps: must be int, got '5'\. Correct it\."),
-        ('[[sweep]]\npresets = ["a"]\nseq_lengths = [1.5]', r"seq_lengths: must be a list of int, got \[1\.5\]\."),
+        ("x = ", r"sweep\.toml: file must be TOML, got: .*\. Write \[\[sweep\]\] tables with the fields presets, "),
+        ("", r"sweep\.toml: sweep must be given, got nothing\. Write \[\[sweep\]\] tables"),
+        ("sweep = []", r"sweep\.toml: sweep must hold a table, got none\. Write \[\[sweep\]\] tables"),
+        ("[other]\nx = 1", r"sweep\.toml: other must be a known field, got \{'x': 1\}\."),
+        ("[[sweep]]\nsteps = 5", r"sweep\[0\]\.presets must be given, got nothing\."),
+        ("[[sweep]]\npresets = []", r"sweep\[0\]\.presets must have a length of at least 1, got \[\]\."),
+        ('[[sweep]]\npresets = ["a"]\nstep = 5', r"sweep\[0\]\.step must be a known field, got 5\."),
+        ('[[sweep]]\npresets = "a"', r"sweep\[0\]\.presets must be a list, got 'a'\."),
+        ('[[sweep]]\npresets = ["a"]\nsteps = "5"', r"sweep\[0\]\.steps must be a whole number, got '5'\."),
+        (
+            '[[sweep]]\npresets = ["a"]\nseq_lengths = [1.5]',
+            r"sweep\[0\]\.seq_lengths\[0\] must be a whole number, got 1\.5",
+        ),
     ],
 )
 def test_files_that_are_no_sweep(text: str, match: str, tmp_path: Path) -> None:

@@ -182,7 +182,7 @@ def test_every_malformed_cell_is_named_at_once(tmp_path):
 def test_facts_name_only_fields_that_exist():
     names = {field.name for kind in (ModelShape, MemorySoftware, ParallelLayout) for field in fields(kind)}
     known = load_known_memory_software()
-    for rule in known.name_rules:
+    for rule in known.name_rule:
         assert set(rule.changes) <= names | {"moe_topk"}
     assert all(software.source and software.source_pattern for software in known.software)
 

@@ -6,7 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_hammer.scaling.report.html_report import build_report, flatten_provenance, list_assumptions, list_findings
+from megatron_hammer.scaling.report.html_report import (
+    flatten_provenance,
+    list_assumptions,
+    list_findings,
+    render_html_report,
+)
 from megatron_hammer.scaling.report.projection_tables import build_tables
 from megatron_hammer.scaling.search.projection import StudyResult
 from tests.helpers.toy_study import build_toy_study, project_toy_study
@@ -28,7 +33,7 @@ def result() -> StudyResult:
 
 def test_the_page_is_whole_and_links_to_nothing(result: StudyResult) -> None:
     images = {"scaling": b"first image", "breakdown": b"second", "memory": b"third"}
-    page = build_report(result, images)
+    page = render_html_report(result, images)
     assert page.startswith("<!DOCTYPE html>")
     assert page.rstrip().endswith("</html>")
     embedded = re.findall(r'<img alt="[^"]{20,}" src="data:image/png;base64,([A-Za-z0-9+/=]+)">', page)
@@ -43,17 +48,17 @@ def test_the_page_is_whole_and_links_to_nothing(result: StudyResult) -> None:
 
 
 def test_the_same_result_gives_the_same_page(result: StudyResult) -> None:
-    assert build_report(result, {}) == build_report(result, {})
+    assert render_html_report(result, {}) == render_html_report(result, {})
 
 
 def test_names_are_escaped(result: StudyResult) -> None:
-    page = build_report(result, {})
+    page = render_html_report(result, {})
     assert "invented &lt;racks&gt; &amp; cables" in page
     assert "<racks>" not in page
 
 
 def test_problems_and_provenance_are_on_it(result: StudyResult) -> None:
-    page = build_report(result, {})
+    page = render_html_report(result, {})
     assert "Sizes at which nothing fits" in page
     assert "gpus: hammer-1b4 must divide over them, got gpus=13" in page
     assert "<td>fingerprints</td><td>377 entries</td>" in page
@@ -79,7 +84,7 @@ def test_the_assumptions_name_what_a_number_rests_on(result: StudyResult) -> Non
     text = "\n".join(list_assumptions(bare))
     assert "The coefficients file states no error on runs that it had not seen." in text
     assert "Cost: no price is known." in text
-    assert "says nothing of its provenance" in build_report(bare, {})
+    assert "says nothing of its provenance" in render_html_report(bare, {})
 
 
 def test_findings(result: StudyResult) -> None:
@@ -90,7 +95,7 @@ def test_findings(result: StudyResult) -> None:
     assert " USD." in at_largest
     nothing = project_toy_study(build_toy_study(memory_limit_bytes=2**30, gpu_counts=(2,)))
     assert list_findings(nothing) == ["Knee: none, as nothing fits at any size."]
-    assert "Charts" not in build_report(nothing, {})
+    assert "Charts" not in render_html_report(nothing, {})
 
 
 def test_short_lists_are_written_out() -> None:

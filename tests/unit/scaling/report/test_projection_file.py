@@ -12,7 +12,12 @@ from typing import Any
 import pytest
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.scaling.report.projection_file import build_document, format_csv, format_json, read_projection
+from megatron_hammer.scaling.report.projection_file import (
+    build_projection_document,
+    format_csv,
+    format_json,
+    read_projection,
+)
 from megatron_hammer.scaling.search.projection import LeftOutRow, OverlaidRun, Overlay, StudyResult
 from tests.helpers.toy_study import build_toy_study, project_toy_study
 
@@ -27,7 +32,7 @@ def result() -> StudyResult:
 
 
 def write(result: StudyResult, path: Path) -> Path:
-    path.write_text(format_json(build_document(result)), encoding="utf-8")
+    path.write_text(format_json(build_projection_document(result)), encoding="utf-8")
     return path
 
 
@@ -45,11 +50,13 @@ def test_it_reads_back_to_whole_plans(result: StudyResult, tmp_path: Path) -> No
 def test_the_same_study_gives_the_same_bytes(result: StudyResult) -> None:
     again = project_toy_study(result.study)
     assert format_csv(again) == format_csv(result)
-    assert format_json(build_document(again)) == format_json(build_document(replace(result, companion=None)))
+    assert format_json(build_projection_document(again)) == format_json(
+        build_projection_document(replace(result, companion=None))
+    )
 
 
 def test_what_a_reader_finds(result: StudyResult) -> None:
-    document = json.loads(format_json(build_document(result)))
+    document = json.loads(format_json(build_projection_document(result)))
     assert document["study"]["batch"] == {"global_batch_size": 32, "samples_per_gpu": None}
     assert [size["is_feasible"] for size in document["sizes"]] == [True, False, True]
     assert document["sizes"][1]["problem"].startswith("gpus: hammer-tiny-moe must divide over them, got gpus=7")
@@ -67,14 +74,14 @@ def test_what_a_reader_finds(result: StudyResult) -> None:
 
 
 def test_without_a_budget_there_is_no_bill() -> None:
-    document = build_document(project_toy_study(build_toy_study(train_tokens=None, gpu_counts=(4,))))
+    document = build_projection_document(project_toy_study(build_toy_study(train_tokens=None, gpu_counts=(4,))))
     prediction = document["rows"][0]["prediction"]
     assert [prediction[name] for name in ("days", "energy_mwh", "cost_usd")] == [None, None, None]
 
 
 def test_long_lists_of_the_provenance_are_counted(result: StudyResult) -> None:
     provenance = {"fingerprints": [str(number) for number in range(30)], "by": {"source": [1.0, 2.0]}}
-    document = build_document(replace(result, provenance=provenance))
+    document = build_projection_document(replace(result, provenance=provenance))
     assert document["coefficients"] == {"fingerprints": {"num_entries": 30}, "by": {"source": [1.0, 2.0]}}
 
 
@@ -83,7 +90,7 @@ def test_measured_runs_are_kept_with_their_errors(result: StudyResult) -> None:
     assert best is not None
     run = OverlaidRun(row_number=2, source="team", plan=best.plan, measured_s=2 * best.step.total_s, step=best.step)
     left_out = LeftOutRow(row_number=3, source="team", reason="it ran on another GPU")
-    document = build_document(replace(result, overlay=Overlay(runs=(run,), left_out=(left_out,))))
+    document = build_projection_document(replace(result, overlay=Overlay(runs=(run,), left_out=(left_out,))))
     assert document["overlay"]["runs"][0]["error_ratio"] == -0.5
     assert document["overlay"]["runs"][0]["is_in_band"] is False
     assert document["overlay"]["left_out"] == [{"row_number": 3, "source": "team", "reason": "it ran on another GPU"}]
@@ -139,7 +146,7 @@ def test_files_that_are_no_projection(text: str | None, message: str, tmp_path: 
 
 
 def test_a_field_of_another_version_is_refused(result: StudyResult, tmp_path: Path) -> None:
-    document: dict[str, Any] = build_document(result)
+    document: dict[str, Any] = build_projection_document(result)
     document["rows"][0]["layout"]["sequence_pipeline_size"] = 2
     path = tmp_path / "projection.json"
     path.write_text(json.dumps(document))

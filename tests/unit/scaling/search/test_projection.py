@@ -8,6 +8,7 @@ import pytest
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.accounting import ParallelLayout, StageMemory, count_flops_per_token
+from megatron_hammer.model.byte_units import GIB
 from megatron_hammer.scaling.plan import PARTS, StepTime
 from megatron_hammer.scaling.search.projection import (
     COMPUTE_PARTS,
@@ -23,7 +24,7 @@ from megatron_hammer.scaling.search.projection import (
     scaling_efficiency_ratio,
     select_peak_tflops,
 )
-from megatron_hammer.scaling.search.search import GIB, Search
+from megatron_hammer.scaling.search.search import Search
 from tests.helpers.toy_study import CLUSTER, GPU, build_toy_study, predict, project_toy_study
 
 
