@@ -5,10 +5,11 @@ apex is absent on purpose: the package of that name on the index is another proj
 if you want it; everything here works without it.
 """
 
+import hashlib
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 PYTHON_REQUIRES = ">=3.12,<3.14"
 
@@ -33,7 +34,6 @@ INSTALL_REQUIRES = [
     "matplotlib>=3.9,<4",
     "rich>=13.9",
     "psutil>=6",
-    "pydantic>=2.12",
     "scipy>=1.14,<2",
     "jinja2>=3.1",
 ]
@@ -63,6 +63,20 @@ def read_version() -> str:
     return re.search(r'__version__ = "(.+)"', text)[1]
 
 
+def build_kernel() -> Extension:
+    """The tokenizer's C kernel for every Python from 3.12 on; where it cannot be built, it is compiled on first use."""
+    source = "megatron_hammer/tokenizer/encoding/bpe_kernel.c"
+    source_sha256 = hashlib.sha256(Path(__file__).parent.joinpath(source).read_bytes()).hexdigest()
+    return Extension(
+        "megatron_hammer.tokenizer.encoding.bpe_kernel",
+        [source],
+        define_macros=[("Py_LIMITED_API", "0x030C0000"), ("SOURCE_SHA256", f'"{source_sha256}"')],
+        extra_compile_args=["-O3", "-g0"],
+        py_limited_api=True,
+        optional=True,
+    )
+
+
 if __name__ == "__main__":
     setup(
         name="megatron_hammer",
@@ -71,6 +85,8 @@ if __name__ == "__main__":
         license="MIT",
         packages=find_packages(include=["megatron_hammer*"]),
         package_data={"": PACKAGE_DATA},
+        ext_modules=[build_kernel()],
+        options={"bdist_wheel": {"py_limited_api": "cp312"}},
         entry_points={"console_scripts": ["hammer = megatron_hammer.cli.hammer:main"]},
         python_requires=PYTHON_REQUIRES,
         install_requires=INSTALL_REQUIRES,

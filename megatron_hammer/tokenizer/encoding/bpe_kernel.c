@@ -4,6 +4,16 @@
    stretch between two cuts is encoded on its own and remembered, because stretches repeat.
    Merging: of all neighbouring pairs that make a piece, the one with the best score first, the leftmost of equals. */
 
+#ifdef Py_LIMITED_API  /* built by pip: see setup.py */
+#include <Python.h>
+
+/* The functions are called through ctypes. The module is empty; it is there so that the library can be imported. */
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, .m_name = "bpe_kernel", .m_size = -1};
+PyMODINIT_FUNC PyInit_bpe_kernel(void) { return PyModule_Create(&module); }
+
+const char kernel_source_sha256[] = SOURCE_SHA256;  /* by which a library of another source is told apart */
+#endif
+
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>

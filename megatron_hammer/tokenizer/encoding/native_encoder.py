@@ -1,7 +1,8 @@
-"""SentencePiece BPE in C (bpe_kernel.c), compiled by the machine's C compiler when it is first used.
+"""SentencePiece BPE in C (bpe_kernel.c), built by pip, or compiled when it is first used.
 
-Where there is no compiler, `compile_kernel` returns None and another encoder does the work. `build_tables` says what a
-model must be; fast_encoder.py checks the result against sentencepiece at every start, as for any fast encoder.
+Without the built kernel and without a C compiler, `load_kernel` returns None and another encoder does the work.
+`build_tables` says what a model must be; fast_encoder.py checks the result against sentencepiece at every start, as for
+any fast encoder.
 """
 
 import ctypes
@@ -181,13 +182,9 @@ def _list_arguments(tables: KernelTables) -> list[ctypes.c_void_p | ctypes.c_int
 
 @functools.cache
 def load_kernel() -> ctypes.CDLL | None:
-    """Return the compiled kernel, or None where it cannot be compiled or loaded."""
-    path = compile_kernel()
-    if path is None:
-        return None
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError:
+    """Return the kernel that pip has built, else one that is compiled now; None where there is neither."""
+    library = _open_library(find_built_kernel()) or _open_library(compile_kernel())
+    if library is None:
         return None
     library.kernel_build.restype = ctypes.c_void_p
     library.kernel_free.restype = None
@@ -202,6 +199,23 @@ def load_kernel() -> ctypes.CDLL | None:
         ctypes.c_void_p,
     ]
     return library
+
+
+def _open_library(path: Path | None) -> ctypes.CDLL | None:
+    try:
+        return None if path is None else ctypes.CDLL(str(path))
+    except OSError:  # built for another machine
+        return None
+
+
+def find_built_kernel() -> Path | None:
+    """Return the shared library beside bpe_kernel.c that pip has built from this very file; None if there is none.
+
+    A library that was built before an edit of the file holds the hash of another source.
+    """
+    source_sha256 = hashlib.sha256(SOURCE_PATH.read_bytes()).hexdigest().encode()
+    built = SOURCE_PATH.parent.glob("bpe_kernel.*.so")
+    return next((path for path in built if source_sha256 in path.read_bytes()), None)
 
 
 def compile_kernel() -> Path | None:

@@ -1,6 +1,11 @@
 """The compiled encoder: its kernel is built once and cached, it merges as sentencepiece does, and it can be absent."""
 
+import importlib.util
 import random
+import shutil
+import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +17,7 @@ from megatron_hammer.tokenizer.encoding.encoder import load_encoder
 from megatron_hammer.tokenizer.encoding.fast_encoder import select_encoder
 from megatron_hammer.tokenizer.encoding.native_encoder import NativeEncoder, build_tables, compile_kernel
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import read_sentencepiece_model
+from tests.helpers.imports import ROOT
 from tests.helpers.sentencepiece_models import MODEL_OPTIONS, train_model
 from tests.helpers.toy_tokenizer import TOY_TEXTS
 
@@ -39,6 +45,7 @@ def test_the_kernel_is_compiled_once_into_the_users_cache(tmp_path, monkeypatch)
 def test_without_a_compiler_another_encoder_does_the_work(symbols_path, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", "false")
+    monkeypatch.setattr(native_encoder, "find_built_kernel", lambda: None)
     native_encoder.load_kernel.cache_clear()
     try:
         assert compile_kernel() is None
@@ -47,6 +54,53 @@ def test_without_a_compiler_another_encoder_does_the_work(symbols_path, tmp_path
         assert choice.definition is not None
         with pytest.raises(PlatformError, match=r"the kernel must be compiled, got none\. Install a C compiler\."):
             NativeEncoder(load_encoder(symbols_path), build_tables(read_sentencepiece_model(symbols_path)))
+    finally:
+        native_encoder.load_kernel.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def built_path(tmp_path_factory) -> Path:
+    """The kernel as pip builds it, with its source beside it."""
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        pytest.skip("needs Python.h: install the development package of this Python")
+    folder = tmp_path_factory.mktemp("built")
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder, "--build-temp", folder / "temp"]
+    subprocess.run(command, cwd=ROOT, check=True)
+    (path,) = folder.glob("megatron_hammer/**/*.so")
+    shutil.copy(native_encoder.SOURCE_PATH, path.parent)
+    return path
+
+
+def test_the_kernel_that_pip_built_comes_first(built_path, symbols_path, monkeypatch):
+    assert built_path.name == "bpe_kernel.abi3.so"
+    monkeypatch.setattr(native_encoder, "SOURCE_PATH", built_path.with_name("bpe_kernel.c"))
+    monkeypatch.setattr(native_encoder, "compile_kernel", lambda: pytest.fail("nothing is to be compiled"))
+    assert native_encoder.find_built_kernel() == built_path
+    native_encoder.load_kernel.cache_clear()
+    try:
+        encoder = NativeEncoder(load_encoder(symbols_path), build_tables(read_sentencepiece_model(symbols_path)))
+        reference = load_encoder(symbols_path)
+        assert all(np.array_equal(encoder.encode(text), reference.encode(text)) for text in draw_letters())
+    finally:
+        native_encoder.load_kernel.cache_clear()
+
+
+def test_what_pip_built_is_a_module(built_path):
+    spec = importlib.util.spec_from_file_location("bpe_kernel", built_path)
+    assert spec is not None
+    assert importlib.util.module_from_spec(spec).__name__ == "bpe_kernel"
+
+
+def test_what_pip_built_from_another_source_is_left_aside(built_path, tmp_path, monkeypatch):
+    shutil.copy(built_path, tmp_path)
+    source = native_encoder.SOURCE_PATH.read_text()
+    (tmp_path / "bpe_kernel.c").write_text(source.replace("#define MAX_PASSES 64", "#define MAX_PASSES 65"))
+    monkeypatch.setattr(native_encoder, "SOURCE_PATH", tmp_path / "bpe_kernel.c")
+    assert native_encoder.find_built_kernel() is None
+    monkeypatch.setattr(native_encoder, "compile_kernel", lambda: None)
+    native_encoder.load_kernel.cache_clear()
+    try:
+        assert native_encoder.load_kernel() is None
     finally:
         native_encoder.load_kernel.cache_clear()
 
