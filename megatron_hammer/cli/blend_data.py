@@ -1,8 +1,8 @@
-"""Weigh data sets against each other for training, and preview what a run would draw from each.
+"""Choose the weights of several data sets for training, and preview what a run reads from each.
 
-Prints a --data-path line, and with a budget the tokens and epochs of every source. Each source is the prefix of a
-.bin/.idx pair, or NAME=PREFIX. A budget is --train-tokens, or --train-iters with --global-batch-size.
-epochs: how often a source is read; built: the whole epochs that Megatron lays out and shuffles to draw them from.
+Prints a --data-path line. With a budget it also prints the tokens and epochs of every source. A source is the prefix
+of a .bin/.idx pair, or NAME=PREFIX. A budget is --train-tokens, or --train-iters with --global-batch-size.
+epochs: how often a source is read; built: the whole epochs that Megatron shuffles and takes the samples from.
 """
 
 import argparse
@@ -55,20 +55,29 @@ def parse_count(text: str) -> int:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="+", metavar="[NAME=]PREFIX", help="pairs to blend, without .bin or .idx")
-    parser.add_argument("--split", help="shares of training, validation and test, as in training; all to training")
+    parser.add_argument(
+        "--split", help="shares of training, validation and test, as in training (default: all for training)"
+    )
     ways = parser.add_mutually_exclusive_group()
-    ways.add_argument("--temperature", type=float, default=1.0, help="weights ~ tokens^(1/T); 1: by size (%(default)s)")
-    ways.add_argument("--weights", nargs="+", type=float, help="weights in the order of the sources, of any sum")
+    ways.add_argument(
+        "--temperature", type=float, default=1.0, help="weights ~ tokens^(1/T); 1 means by size (%(default)s)"
+    )
+    ways.add_argument("--weights", nargs="+", type=float, help="one weight per source, in their order; any sum")
     budget = parser.add_argument_group("length of the run")
     budget.add_argument("--train-tokens", type=parse_count, help="such as 20B")
     budget.add_argument("--train-iters", type=parse_count, help="steps; needs --global-batch-size")
-    budget.add_argument("--global-batch-size", type=parse_count, help="samples a step")
-    budget.add_argument("--seq-length", type=parse_count, default=2048, help="tokens a sample (%(default)s)")
+    budget.add_argument("--global-batch-size", type=parse_count, help="samples per step")
+    budget.add_argument("--seq-length", type=parse_count, default=2048, help="tokens per sample (%(default)s)")
     budget.add_argument(
-        "--max-epochs", type=float, default=DEFAULT_MAX_EPOCHS, help="warn where a source is read more (%(default)g)"
+        "--max-epochs",
+        type=float,
+        default=DEFAULT_MAX_EPOCHS,
+        help="warn if a source is read more often than this (%(default)g)",
     )
-    budget.add_argument("--cap-epochs", action="store_true", help="lower such weights, and raise the others")
-    parser.add_argument("--output", type=Path, help="file to write for --data-args-path")
+    budget.add_argument(
+        "--cap-epochs", action="store_true", help="lower the weights of such sources and raise the others"
+    )
+    parser.add_argument("--output", type=Path, help="write the blend to this file, for --data-args-path")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser.parse_args(argv)
 
@@ -97,14 +106,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def read_budget(arguments: argparse.Namespace) -> Budget | None:
-    """The length of the run; None where none was given. Raises ConfigError where the flags contradict each other."""
+    """The length of the run; None if none was given. Raises ConfigError if the flags contradict each other."""
     if not 0 < arguments.max_epochs < float("inf"):
         raise ConfigError(f"max-epochs: must be positive and finite, got {arguments.max_epochs}. Pass --max-epochs 4.")
     if arguments.train_tokens is not None and arguments.train_iters is not None:
         raise ConfigError("train-tokens: cannot be combined with --train-iters, got both. Drop one of them.")
     if arguments.train_iters is not None:
         if arguments.global_batch_size is None:
-            raise ConfigError("global-batch-size: must be given with --train-iters, got none. Pass the samples a step.")
+            raise ConfigError(
+                "global-batch-size: must be given with --train-iters, got none. Pass the samples per step."
+            )
         num_samples = arguments.train_iters * arguments.global_batch_size
         return Budget(num_samples=num_samples, seq_length=arguments.seq_length)
     if arguments.train_tokens is not None:

@@ -1,8 +1,8 @@
 """Build the sample indices of a training run beforehand, in one process, so that no rank waits for them.
 
-    python tools/build_data_cache.py --preset hammer-1b4 --data-path data/corpus_text_document --data-cache-path cache
+    hammer build-data-cache --preset hammer-1b4 --data-path data/corpus_text_document --data-cache-path cache
 
-Takes the flags of the training run; the indices depend on its data, split, seed, sequence length and number of samples.
+Takes the flags of the training run. The indices depend on its data, split, seed, sequence length and number of samples.
 """
 
 import sys

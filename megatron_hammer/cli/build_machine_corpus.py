@@ -11,8 +11,10 @@ from megatron_hammer.errors import exit_on_user_error
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="the .jsonl to write")
-    parser.add_argument("--max-bytes", type=int, default=12_000_000, help="stop at this much text (%(default)s)")
-    parser.add_argument("--seed", type=int, default=1234, help="decides the order of documents (%(default)s)")
+    parser.add_argument(
+        "--max-bytes", type=int, default=12_000_000, help="stop after this many bytes of text (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=1234, help="random seed of the order of documents (%(default)s)")
     parser.add_argument("--valid-output", type=Path, help="a second .jsonl for held-out documents")
     parser.add_argument(
         "--valid-ratio", type=float, default=0.02, help="share of documents held out, by hash (%(default)s)"

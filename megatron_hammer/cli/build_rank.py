@@ -1,8 +1,8 @@
 """Build one rank of a cluster of any size alone on this CPU, and report its place, layers, parameters and optimizer.
 
-    python tools/build_rank.py --preset llama2-70b --world-size 4096 --rank 3071 --tensor-model-parallel-size 8
+    hammer build-rank --preset llama2-70b --world-size 4096 --rank 3071 --tensor-model-parallel-size 8
 
-All other flags are training's. Exit code 2: the layout cannot be; 1: what was built is not what was counted.
+All flags of training are accepted. Exit code 2: the layout is impossible; 1: the built rank differs from the count.
 """
 
 import argparse
@@ -16,11 +16,11 @@ from megatron_hammer.errors import exit_on_user_error
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description="Build one rank of a large run alone. Any flag of training is taken too.", allow_abbrev=False
+        description="Build one rank of a large run alone. All flags of training are accepted too.", allow_abbrev=False
     )
     parser.add_argument("--preset", help="model and published layout to start from")
     parser.add_argument("--world-size", type=int, required=True, help="ranks of the whole run")
-    parser.add_argument("--rank", type=int, required=True, help="the one to build, from 0")
+    parser.add_argument("--rank", type=int, required=True, help="rank to build, counted from 0")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments, rest = parser.parse_known_args(argv)
 

@@ -1,6 +1,6 @@
-"""Compare the losses of several runs of one model, step by step. Exits with 1 where one strays beyond the tolerance.
+"""Compare the losses of several runs of one model, step by step. Exit code 1: a run differs by more than the tolerance.
 
-python tools/compare_runs.py --runs single=a/metrics.jsonl tp2=b/metrics.jsonl
+hammer compare-runs --runs single=a/metrics.jsonl tp2=b/metrics.jsonl
 """
 
 import argparse
@@ -27,12 +27,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="metrics.jsonl of the runs of one model, the reference first; repeat --runs for another model",
     )
     parser.add_argument(
-        "--tolerance", type=float, default=compare.TOLERANCE, help="relative, of any step's loss (%(default)s)"
+        "--tolerance",
+        type=float,
+        default=compare.TOLERANCE,
+        help="largest relative difference of a step's loss (%(default)s)",
     )
     parser.add_argument(
-        "--first-step-tolerance", type=float, default=compare.FIRST_STEP_TOLERANCE, help="of the first (%(default)s)"
+        "--first-step-tolerance",
+        type=float,
+        default=compare.FIRST_STEP_TOLERANCE,
+        help="the same for the first step (%(default)s)",
     )
-    parser.add_argument("--json", action="store_true", help="one JSON array, a run an object")
+    parser.add_argument("--json", action="store_true", help="print a JSON array with one object per run")
     return parser.parse_args(argv)
 
 

@@ -1,7 +1,7 @@
-"""Drop duplicate documents from raw text: equal ones, and with --near-duplicates those that are almost equal.
+"""Drop duplicate documents from raw text: equal ones, and with --near-duplicates also those that are almost equal.
 
-Inputs: whatever tools/preprocess_data.py reads. The first of every set of duplicates is kept, in input order.
-A kept JSON line is written as it was; of a Parquet row or a text file the text alone is kept.
+Inputs: the same as those of preprocess-data. The first document of every set of duplicates is kept, in input order.
+A kept JSON line is copied unchanged. From a Parquet row or a text file, only the text is kept.
 """
 
 import argparse
@@ -28,25 +28,30 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--input", nargs="+", required=True, help="files, globs or directories")
     parser.add_argument("--json-keys", default="text", metavar="KEY", help="field that holds the text (%(default)s)")
     parser.add_argument("--output", type=Path, required=True, help=".jsonl, .jsonl.gz or .jsonl.zst to write")
-    parser.add_argument("--report", type=Path, help="write a line for each removed document: .jsonl, .gz or .zst")
     parser.add_argument(
-        "--ignore-whitespace", action="store_true", help="texts that differ in white space alone are equal"
+        "--report", type=Path, help="write one line per removed document to this file: .jsonl, .gz or .zst"
+    )
+    parser.add_argument(
+        "--ignore-whitespace", action="store_true", help="treat texts that differ only in white space as equal"
     )
     parser.add_argument("--near-duplicates", action="store_true", help="also drop documents that are almost equal")
     near = parser.add_argument_group("near duplicates")
     near.add_argument(
-        "--threshold", type=float, default=defaults.threshold, help="least share of common n-grams (%(default)s)"
+        "--threshold", type=float, default=defaults.threshold, help="smallest share of common n-grams (%(default)s)"
     )
     near.add_argument(
-        "--ngram", type=int, default=defaults.ngram, help="words or Chinese characters an n-gram (%(default)s)"
+        "--ngram", type=int, default=defaults.ngram, help="words or Chinese characters per n-gram (%(default)s)"
     )
     near.add_argument(
-        "--num-permutations", type=int, default=defaults.num_permutations, help="values a signature (%(default)s)"
+        "--num-permutations", type=int, default=defaults.num_permutations, help="values per signature (%(default)s)"
     )
     near.add_argument(
-        "--workers", type=int, default=count_cores(), help="processes that compute signatures (one a core: %(default)s)"
+        "--workers",
+        type=int,
+        default=count_cores(),
+        help="processes that compute signatures (one per core: %(default)s)",
     )
-    near.add_argument("--seed", type=int, default=defaults.seed, help="draws the permutations (%(default)s)")
+    near.add_argument("--seed", type=int, default=defaults.seed, help="random seed of the permutations (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     arguments = parser.parse_args(argv)
     if arguments.workers < 1:

@@ -6,7 +6,7 @@ resize-vocab: more or fewer tokens, or those of an extended tokenizer.
 weights-only: no optimizer, random states or schedule.
 upcycle: a dense model as a mixture of experts that computes the same function.
 
-The result is read back and compared before it gets its name; an interrupted edit leaves nothing that loads.
+The result is read back and compared before it is renamed into place. An interrupted edit leaves nothing that loads.
 """
 
 import argparse
@@ -47,9 +47,9 @@ def add_command(
         parser.add_argument(
             "--load", type=Path, required=True, help="directory that training saved into, or one iteration"
         )
-        parser.add_argument("--iteration", type=int, help="which one to read (the latest)")
-    parser.add_argument("--save", type=Path, required=True, help="directory to write, as for training's --load")
-    parser.add_argument("--overwrite", action="store_true", help="replace what --save holds of the same iteration")
+        parser.add_argument("--iteration", type=int, help="iteration to read (default: the latest)")
+    parser.add_argument("--save", type=Path, required=True, help="directory to write, for training's --load")
+    parser.add_argument("--overwrite", action="store_true", help="replace the same iteration in --save")
     return parser
 
 
@@ -58,41 +58,45 @@ def add_reshard(commands: Any) -> None:
     for flag, text in (
         ("tensor-model-parallel-size", "ranks that share every matrix"),
         ("pipeline-model-parallel-size", "pipeline stages"),
-        ("num-virtual-stages-per-pipeline-rank", "chunks a stage, with interleaving"),
+        ("num-virtual-stages-per-pipeline-rank", "chunks per stage, with interleaving"),
         ("expert-model-parallel-size", "ranks that share the experts"),
         ("expert-tensor-parallel-size", "ranks that share every expert's matrices"),
-        ("decoder-first-pipeline-num-layers", "layers of the first stage, where stages are uneven"),
-        ("decoder-last-pipeline-num-layers", "layers of the last stage, where stages are uneven"),
+        ("decoder-first-pipeline-num-layers", "layers of the first stage, if stages are uneven"),
+        ("decoder-last-pipeline-num-layers", "layers of the last stage, if stages are uneven"),
     ):
-        parser.add_argument(f"--{flag}", type=int, help=f"{text} (the checkpoint's)")
+        parser.add_argument(f"--{flag}", type=int, help=f"{text} (default: the checkpoint's)")
 
 
 def add_average(commands: Any) -> None:
     parser = add_command(commands, "average", run_average, "the mean of several checkpoints' weights", has_load=False)
     parser.add_argument("checkpoints", type=Path, nargs="+", help="directories of --save, or iterations of them")
-    parser.add_argument("--weights", help="one number a checkpoint, with commas between them (all equal)")
+    parser.add_argument("--weights", help="one number per checkpoint, separated by commas (default: all equal)")
 
 
 def add_resize_vocab(commands: Any) -> None:
     parser = add_command(commands, "resize-vocab", run_resize_vocab, "another number of tokens")
-    parser.add_argument("--vocab-size", type=int, help="tokens, without padding (the new tokenizer's)")
+    parser.add_argument("--vocab-size", type=int, help="tokens, without padding (default: the new tokenizer's)")
     parser.add_argument(
         "--tokenizer-model",
         type=Path,
         help="extended tokenizer: a new piece's row is the mean of the old pieces' that spell it",
     )
-    parser.add_argument("--old-tokenizer-model", type=Path, help="the model's own tokenizer (the checkpoint's)")
+    parser.add_argument(
+        "--old-tokenizer-model", type=Path, help="the model's own tokenizer (default: the checkpoint's)"
+    )
 
 
 def add_upcycle(commands: Any) -> None:
     parser = add_command(commands, "upcycle", run_upcycle, "a dense model as a mixture of experts")
     parser.add_argument("--num-experts", type=int, required=True, help="experts in every layer")
-    parser.add_argument("--moe-router-topk", type=int, required=True, help="experts that a token goes through")
+    parser.add_argument("--moe-router-topk", type=int, required=True, help="experts per token")
     parser.add_argument(
         "--moe-upcycling-granularity", type=int, default=1, help="slices to cut the dense MLP into (%(default)s)"
     )
     parser.add_argument(
-        "--moe-ffn-hidden-size", type=int, help="width of an expert: the dense width over the granularity"
+        "--moe-ffn-hidden-size",
+        type=int,
+        help="width of an expert (default: the dense width divided by the granularity)",
     )
     parser.add_argument(
         "--moe-router-pre-softmax",
@@ -100,9 +104,11 @@ def add_upcycle(commands: Any) -> None:
         help="softmax over all experts before the top k; the function is then not exactly the dense one",
     )
     parser.add_argument(
-        "--router-init-std", type=float, help="of the router's random rows (the model's init_method_std)"
+        "--router-init-std",
+        type=float,
+        help="standard deviation of the router's random rows (default: the model's init_method_std)",
     )
-    parser.add_argument("--seed", type=int, default=1234, help="of the router's random rows (%(default)s)")
+    parser.add_argument("--seed", type=int, default=1234, help="random seed of the router's rows (%(default)s)")
 
 
 @exit_on_interrupt("nothing was written")

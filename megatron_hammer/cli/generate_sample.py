@@ -14,9 +14,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True, help="folder of the model, with its tokenizer")
     parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument("--max-new-tokens", type=int, default=60, help="length of the continuation (%(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (%(default)s)")
-    parser.add_argument("--top-k", type=int, default=50, help="draw from this many tokens (%(default)s)")
-    parser.add_argument("--seed", type=int, default=1234, help="of the draw (%(default)s)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0 means always the most likely token (%(default)s)"
+    )
+    parser.add_argument("--top-k", type=int, default=50, help="choose among this many most likely tokens (%(default)s)")
+    parser.add_argument("--seed", type=int, default=1234, help="random seed (%(default)s)")
     return parser.parse_args(argv)
 
 
@@ -33,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def generate(arguments: argparse.Namespace) -> str:
-    """The prompt and its continuation; nothing that the folder may carry is executed."""
+    """The prompt and its continuation; no code from the folder is executed."""
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     os.environ["HF_HUB_OFFLINE"] = "1"
     logging.getLogger("torch").setLevel(logging.ERROR)

@@ -1,8 +1,8 @@
-"""Import a Hugging Face model as a torch_dist checkpoint that --load takes at any parallel layout.
+"""Import a Hugging Face model as a torch_dist checkpoint that training loads at any parallel layout.
 
-Reads safetensors or pytorch_model.bin on a CPU, without megatron, a process group or a GPU, and verifies every tensor
-by reading it back before the checkpoint gets its name; then runs the model in Megatron and in transformers, each in a
-process of its own. Training starts from it at step 0, with a new optimizer.
+Reads safetensors or pytorch_model.bin on a CPU, without megatron, a process group or a GPU. Every tensor is read back
+and compared before the checkpoint is renamed into place. Then Megatron and transformers compute the model, each in a
+process of its own. Training starts from the checkpoint at step 0, with a new optimizer.
 """
 
 import argparse
@@ -29,22 +29,20 @@ from megatron_hammer.files.progress import build_progress
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--load", type=Path, required=True, help="Hugging Face folder: config.json and weights")
-    parser.add_argument(
-        "--save", type=Path, required=True, help="folder for the checkpoint, as training's --load wants it"
-    )
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the written weights (as stored)")
+    parser.add_argument("--save", type=Path, required=True, help="folder to write, for training's --load")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="type of the written weights (default: as stored)")
     parser.add_argument(
         "--tokenizer-model",
         type=Path,
-        help="SentencePiece .model, tokenizer.json or its folder (the one in --load)",
+        help="SentencePiece .model, tokenizer.json or its folder (default: the one in --load)",
     )
     parser.add_argument("--no-tokenizer", action="store_true", help="copy no tokenizer")
     parser.add_argument(
         "--verify",
         choices=LEVELS,
         default="auto",
-        help="what is computed with Megatron and with transformers: the whole model (logits), sampled layers, nothing "
-        "(tensors; each is compared in any case), or as much as fits into memory (%(default)s)",
+        help="what Megatron and transformers both compute: the whole model (logits), sampled layers, nothing "
+        "(tensors; each is compared in any case), or as much as fits in memory (%(default)s)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier import in --save")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")

@@ -1,8 +1,8 @@
 """Show what a checkpoint holds, or compare two: Megatron's (torch_dist, legacy) at any layout, or Hugging Face folders.
 
 Lists tensors, the layout it was saved with, iteration, tokens, recipe and the exact number of parameters; with
---statistics the range and the NaN of every weight. Exit code of --compare: 0 equal, 1 different, 2 not compared;
-saved arguments are listed and decide nothing. No stored code is run.
+--statistics also the range of every weight and its NaN. Exit code of --compare: 0 equal, 1 different, 2 not compared.
+Different saved arguments are listed, but do not change the exit code. No code stored in a checkpoint is run.
 """
 
 import argparse
@@ -41,7 +41,7 @@ DIFFERENT_EXIT_CODE = 1
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, help="directory that training saved into, one iteration, or a model folder")
-    parser.add_argument("--iteration", type=int, help="which one of the first directory (the latest)")
+    parser.add_argument("--iteration", type=int, help="iteration of the first directory (default: the latest)")
     parser.add_argument(
         "--weights",
         choices=("model", "master"),
@@ -54,19 +54,21 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="PATTERN",
-        help="statistics of these tensors only, the optimizer's too: shell wildcards, as '*linear_qkv*'",
+        help="statistics of these tensors only, also of the optimizer: shell wildcards such as '*linear_qkv*'",
     )
-    parser.add_argument("--compare", type=Path, metavar="OTHER", help="compare with this one")
-    parser.add_argument("--other-iteration", type=int, help="which one of OTHER (the latest)")
+    parser.add_argument("--compare", type=Path, metavar="OTHER", help="compare with this checkpoint")
+    parser.add_argument("--other-iteration", type=int, help="iteration of OTHER (default: the latest)")
     parser.add_argument("--optimizer", action="store_true", help="compare the optimizer's state too")
     parser.add_argument(
-        "--ignore-dtype", action="store_true", help="compare values in the narrower of two dtypes (a dtype differs)"
+        "--ignore-dtype",
+        action="store_true",
+        help="compare values in the narrower of two dtypes (default: different dtypes are a difference)",
     )
     parser.add_argument(
         "--forward",
         choices=[level for level in LEVELS if level != "tensors"],
-        help="compare also what Megatron and transformers compute: the whole model (logits), sampled layers, or "
-        "whichever fits in memory (auto)",
+        help="also compare what Megatron and transformers compute: the whole model (logits), sampled layers, or "
+        "what fits in memory (auto)",
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser.parse_args(argv)
@@ -156,7 +158,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def run_forward(first: OpenedCheckpoint, second: OpenedCheckpoint, arguments: argparse.Namespace) -> list[CheckRow]:
-    """What both compute, each in a process of its own."""
+    """What Megatron and transformers compute, each in a process of its own."""
     megatron, folder = (first, second) if first.is_megatron else (second, first)
     weights = arguments.weights if first.is_megatron else "model"
     return verify_model(megatron.directory, folder.directory, level=arguments.forward, weights=weights)

@@ -1,7 +1,7 @@
-"""Look into .bin/.idx pairs: counts, lengths, token frequencies, duplicates, text, integrity.
+"""Inspect .bin/.idx pairs: counts, lengths, token frequencies, duplicates, text, integrity.
 
-Of several pairs it also counts the documents that another one holds, as validation data that leaked into training.
-With --document or --search only that is shown; they and --samples need the tokenizer that encoded the pair.
+For several pairs it also counts the documents that they share, such as validation data that leaked into training.
+--document and --search show nothing else. They and --samples need the tokenizer that encoded the pair.
 """
 
 import argparse
@@ -45,16 +45,18 @@ OnProgress = Callable[[int, int], None]
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="path of a pair without .bin or .idx")
-    parser.add_argument("--tokenizer-model", type=Path, help="shows tokens as text; .model, tokenizer.json, or folder")
+    parser.add_argument(
+        "--tokenizer-model", type=Path, help="show tokens as text: .model, tokenizer.json, or its folder"
+    )
     parser.add_argument("--verify", action="store_true", help="check every byte of both files first")
     parser.add_argument("--top", type=int, default=20, help="most frequent tokens to show (%(default)s)")
     parser.add_argument("--samples", type=int, default=0, help="random documents to show as text (%(default)s)")
-    parser.add_argument("--seed", type=int, default=1234, help="chooses the samples (%(default)s)")
+    parser.add_argument("--seed", type=int, default=1234, help="random seed of --samples (%(default)s)")
     parser.add_argument("--plot", type=Path, help="PNG of the length histogram to write")
     parser.add_argument("--csv", type=Path, help="CSV of the length histogram to write")
     parser.add_argument("--document", type=int, metavar="N", help="print document N, from 0, and nothing else")
     parser.add_argument("--search", metavar="TEXT", help="list the documents that contain TEXT, and nothing else")
-    parser.add_argument("--max-matches", type=int, default=20, help="stop the search after so many (%(default)s)")
+    parser.add_argument("--max-matches", type=int, default=20, help="stop the search after this many (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser.parse_args(argv)
 

@@ -1,8 +1,8 @@
 """Export a Megatron checkpoint as a Hugging Face model: weights, config, tokenizer and model card.
 
 Reads torch_dist of any parallel layout, and mp_rank_* files, on a CPU, without a process group or a reference model.
-Every tensor is read back from the written file and must equal the checkpoint's bit for bit; then Megatron's own model
-and transformers compute the same text, as far as memory allows. Only then does the folder get its name.
+Every tensor is read back from the written file and must equal the checkpoint's bit for bit. Then Megatron's own model
+and transformers compute the same text, as far as memory allows. The folder is renamed into place only after that.
 """
 
 import argparse
@@ -30,21 +30,23 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--load", type=Path, required=True, help="directory that training saved into, or one iteration")
     parser.add_argument("--save", type=Path, required=True, help="Hugging Face folder to write")
-    parser.add_argument("--iteration", type=int, help="which one to export (the latest)")
+    parser.add_argument("--iteration", type=int, help="iteration to export (default: the latest)")
     parser.add_argument(
         "--weights",
         choices=WEIGHTS,
         default="model",
-        help="those that the model computes with, or the optimizer's fp32 master copies (%(default)s)",
+        help="the weights that the model computes with, or the optimizer's fp32 master copies (%(default)s)",
     )
     parser.add_argument(
         "--tokenizer-model",
         type=Path,
-        help="SentencePiece .model, tokenizer.json or its folder (the one the checkpoint was trained with)",
+        help="SentencePiece .model, tokenizer.json or its folder (default: the one the checkpoint was trained with)",
     )
     parser.add_argument("--no-tokenizer", action="store_true", help="write no tokenizer files")
-    parser.add_argument("--vocab-size", type=int, help="rows of the embedding to keep (the checkpoint's vocab_size)")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the written weights (as stored)")
+    parser.add_argument(
+        "--vocab-size", type=int, help="rows of the embedding to keep (default: the checkpoint's vocab_size)"
+    )
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="type of the written weights (default: as stored)")
     parser.add_argument(
         "--max-shard-gb",
         type=float,

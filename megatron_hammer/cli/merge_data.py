@@ -1,9 +1,9 @@
-"""Join .bin/.idx pairs into one: the shards of a preprocessing job in their order, or other pairs as they are named.
+"""Join .bin/.idx pairs into one: the shards of a preprocessing job in their order, or other pairs in the given order.
 
-    python tools/merge_data.py --input 'data/corpus-*_text_document' --output-prefix data/corpus_text_document
+    hammer merge-data --input 'data/corpus-*_text_document' --output-prefix data/corpus_text_document
 
-All parts must have the same dtype, tokenizer and options; all shards of the job must be there. The shards of a job give
-the .bin, .idx and manifest of the job done at once; with --shuffle, those of the job done with --shuffle.
+All parts must have the same dtype, tokenizer and options, and all shards of a job must be there. Merged shards are
+identical to the .bin, .idx and manifest of the job run as a whole; with --shuffle, to that job run with --shuffle.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--output-prefix", type=Path, required=True, help="path of the result without .bin or .idx")
     parser.add_argument("--shuffle", action="store_true", help="put the documents of all parts in random order")
-    parser.add_argument("--seed", type=int, default=None, help=f"of --shuffle ({DEFAULT_SEED})")
+    parser.add_argument("--seed", type=int, default=None, help=f"random seed of --shuffle ({DEFAULT_SEED})")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     arguments = parser.parse_args(argv)
     if arguments.seed is not None and not arguments.shuffle:

@@ -2,7 +2,7 @@
 
 Inputs: .jsonl .json .txt, each also as .gz or .zst, and .parquet; files, globs, directories.
 Writes <output-prefix>_<key>_document.{bin,idx,manifest.json} for each of --json-keys.
-A run that was stopped goes on when the same command is given again.
+After a stop, run the same command again: it continues where it stopped.
 """
 
 import argparse
@@ -37,18 +37,22 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--output-prefix", type=Path, required=True, help="path of the outputs without _<key>_document")
     parser.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
-    parser.add_argument("--prepend-bos", action="store_true", help="begin every document with the token for that")
-    parser.add_argument("--split-sentences", action="store_true", help="one sequence a sentence, with nltk's Punkt")
+    parser.add_argument(
+        "--prepend-bos", action="store_true", help="begin every document with the beginning-of-sequence token"
+    )
+    parser.add_argument(
+        "--split-sentences", action="store_true", help="one sequence per sentence, split by nltk's Punkt"
+    )
     parser.add_argument("--lang", default="english", help="language of the sentences (%(default)s)")
     parser.add_argument("--keep-newlines", action="store_true", help="keep the white space between sentences")
     parser.add_argument(
-        "--workers", type=int, default=count_cores(), help="encoding processes (one a core: %(default)s)"
+        "--workers", type=int, default=count_cores(), help="encoding processes (one per core: %(default)s)"
     )
     parser.add_argument("--max-errors", type=int, default=0, help="bad records to skip before stopping (%(default)s)")
     parser.add_argument("--shuffle", action="store_true", help="put the documents into random order")
-    parser.add_argument("--seed", type=int, default=1234, help="of --shuffle (%(default)s)")
-    parser.add_argument("--shard", metavar="I/N", help="do part I, from 0, of N; merge_data.py joins the parts")
-    parser.add_argument("--restart", action="store_true", help="throw away an unfinished or complete run, begin again")
+    parser.add_argument("--seed", type=int, default=1234, help="random seed of --shuffle (%(default)s)")
+    parser.add_argument("--shard", metavar="I/N", help="process part I (from 0) of N; merge-data joins the parts")
+    parser.add_argument("--restart", action="store_true", help="discard an unfinished or complete run and begin again")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     arguments = parser.parse_args(argv)
     if arguments.workers < 1 or arguments.max_errors < 0:
@@ -167,5 +171,5 @@ def summarise(prefix: Path, manifest: Manifest) -> str:
     return (
         f"{prefix}: {num_in:,} documents in, {manifest.num_documents:,} out, "
         f"{manifest.num_dropped_documents:,} dropped, {manifest.num_empty_documents:,} empty{ignored}; "
-        f"{manifest.num_tokens:,} tokens as {manifest.dtype}, {manifest.bytes_per_token:.2f} bytes a token"
+        f"{manifest.num_tokens:,} tokens as {manifest.dtype}, {manifest.bytes_per_token:.2f} bytes per token"
     )

@@ -1,6 +1,6 @@
-"""Give a Hugging Face model rows for an extended tokenizer; each new row is the mean of those of the old pieces.
+"""Add rows for an extended tokenizer to a Hugging Face model; a new row is the mean of those of the old pieces.
 
-python tools/resize_embeddings.py --model hf/base --old-tokenizer old.model --new-tokenizer merged.model --save hf/new
+hammer resize-embeddings --model hf/base --old-tokenizer old.model --new-tokenizer merged.model --save hf/new
 """
 
 import argparse
@@ -18,9 +18,11 @@ from megatron_hammer.errors import exit_on_user_error
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, metavar="HF_DIR", help="folder of a Hugging Face model")
-    parser.add_argument("--old-tokenizer", type=Path, required=True, help="the one that the model was trained with")
-    parser.add_argument("--new-tokenizer", type=Path, required=True, help="the same ids and more behind them")
-    parser.add_argument("--save", type=Path, required=True, help="folder to make; it must be absent or empty")
+    parser.add_argument("--old-tokenizer", type=Path, required=True, help="tokenizer that the model was trained with")
+    parser.add_argument(
+        "--new-tokenizer", type=Path, required=True, help="extended tokenizer: the same ids and more after them"
+    )
+    parser.add_argument("--save", type=Path, required=True, help="folder to create; it must be absent or empty")
     parser.add_argument("--no-tokenizer", action="store_true", help="write no tokenizer files")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a sentence")
     return parser.parse_args(argv)

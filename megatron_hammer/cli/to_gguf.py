@@ -1,8 +1,8 @@
-"""Write a Llama-family model as one GGUF file for llama.cpp, and ask llama.cpp itself whether it is right.
+"""Write a Llama-family model as one GGUF file for llama.cpp, and verify it with llama.cpp itself.
 
-Takes a Hugging Face folder, or a Megatron checkpoint of one of these families. The tokenizer goes along. Before the
-file gets its name every tensor is read back, and llama.cpp (pip install xllamacpp) loads it: its tokens of sample texts
-and of --corpus, and its greedy continuations, are compared with the tokenizer's and with transformers'.
+Reads a Hugging Face folder or a Megatron checkpoint, and includes the tokenizer. Before the file is renamed into place,
+every tensor is read back and llama.cpp (pip install xllamacpp) loads the file. Its tokens for sample texts and --corpus
+are compared with the tokenizer's, and its greedy continuations with those of transformers.
 """
 
 import argparse
@@ -34,19 +34,24 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--type",
         choices=list(FILE_TYPES),
         default="f16",
-        help="of the weights; vectors are f32 in every file (%(default)s)",
+        help="type of the weights; vectors are always f32 (%(default)s)",
     )
-    parser.add_argument("--iteration", type=int, help="of a Megatron checkpoint (the latest)")
-    parser.add_argument("--tokenizer-model", type=Path, help="of a Megatron checkpoint (the one it was trained with)")
-    parser.add_argument("--name", help="that llama.cpp shows (the folder's)")
+    parser.add_argument("--iteration", type=int, help="of a Megatron checkpoint (default: the latest)")
     parser.add_argument(
-        "--corpus", nargs="+", default=[], help="documents that both tokenizers must encode alike: files or folders"
+        "--tokenizer-model", type=Path, help="for a Megatron checkpoint (default: the one it was trained with)"
+    )
+    parser.add_argument("--name", help="name that llama.cpp shows (default: the folder's)")
+    parser.add_argument(
+        "--corpus",
+        nargs="+",
+        default=[],
+        help="documents that both tokenizers must encode identically: files or folders",
     )
     parser.add_argument("--text-key", default="text", help="field of --corpus that holds the text (%(default)s)")
     parser.add_argument(
         "--no-verify",
         action="store_true",
-        help="do not ask llama.cpp nor compare logits; tensors are read back all the same",
+        help="do not run llama.cpp or compare logits; tensors are still read back",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the file in --save")
     parser.add_argument("--json", action="store_true", help="print the report as JSON instead of the table")

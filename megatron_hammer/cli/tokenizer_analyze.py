@@ -1,6 +1,6 @@
 """Compare tokenizers: tokens needed, character coverage, fertility by script, and what a round trip loses.
 
-python tools/tokenizer_analyze.py --tokenizers ours=ours.model theirs=theirs/ --input corpus/ --plot comparison.png
+hammer tokenizer analyze --tokenizers ours=ours.model theirs=theirs/ --input corpus/ --plot comparison.png
 """
 
 import argparse
@@ -32,11 +32,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--charset", type=Path, help='measure coverage of {"level": {"texts": ["一", ...]}} in this file'
     )
-    parser.add_argument("--reference", metavar="NAME", help="what token counts are divided by (the first tokenizer)")
-    parser.add_argument("--max-bytes", type=int, help="use a random sample of documents of this much text (all of it)")
-    parser.add_argument("--seed", type=int, default=1234, help="decides the sample (%(default)s)")
-    parser.add_argument("--csv", type=Path, help="write a row a tokenizer to this file")
-    parser.add_argument("--plot", type=Path, help="draw the comparison to this PNG")
+    parser.add_argument(
+        "--reference", metavar="NAME", help="tokenizer by whose counts the others are divided (default: the first)"
+    )
+    parser.add_argument(
+        "--max-bytes", type=int, help="use a random sample of documents of this many bytes (default: all)"
+    )
+    parser.add_argument("--seed", type=int, default=1234, help="random seed of the sample (%(default)s)")
+    parser.add_argument("--csv", type=Path, help="write one row per tokenizer to this file")
+    parser.add_argument("--plot", type=Path, help="draw the comparison into this PNG")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     return parser.parse_args(argv)
 

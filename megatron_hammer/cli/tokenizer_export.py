@@ -1,6 +1,6 @@
-"""Export a tokenizer as a Hugging Face folder that encodes identically, verified through transformers beforehand.
+"""Export a tokenizer as a Hugging Face folder that encodes identically, verified with transformers first.
 
-python tools/tokenizer_export.py --tokenizer-model tokenizer.model --save hf/tokenizer --input corpus/
+hammer tokenizer export --tokenizer-model tokenizer.model --save hf/tokenizer --input corpus/
 """
 
 import argparse
@@ -24,10 +24,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--tokenizer-model", type=Path, required=True, help="a SentencePiece BPE .model, or a HF folder"
     )
-    parser.add_argument("--save", type=Path, required=True, help="folder to make; it must be absent or empty")
+    parser.add_argument("--save", type=Path, required=True, help="folder to create; it must be absent or empty")
     parser.add_argument("--input", nargs="+", default=[], help="documents to compare on: files, globs or directories")
     parser.add_argument("--json-keys", default="text", metavar="KEY", help="field that holds the text (%(default)s)")
-    parser.add_argument("--model-max-length", type=int, help="the model's positions, for transformers (no limit)")
+    parser.add_argument(
+        "--model-max-length", type=int, help="positions of the model, for transformers (default: no limit)"
+    )
     parser.add_argument("--chat-template", type=Path, help="a Jinja file to ship with the tokenizer")
     return parser.parse_args(argv)
 
@@ -39,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     chat_template = read_chat_template(arguments.chat_template) if arguments.chat_template else None
     documents: Iterable[Document] = ()
     if arguments.input:
-        find_input_files(arguments.input)  # a wrong path is said before the sample texts are compared
+        find_input_files(arguments.input)  # reports a wrong path before the sample texts are compared
         documents = read_documents(arguments.input, arguments.json_keys)
     console = Console(stderr=True)
     with console.status("comparing sample texts") as status:

@@ -1,4 +1,4 @@
-"""Extend a SentencePiece BPE tokenizer with what another has and it lacks; the ids of the base never change.
+"""Extend a SentencePiece BPE tokenizer with pieces of another; the ids of the base never change.
 
 --mode characters (HammerLLM's way): the characters of --required-chars-file that only the other model has, with scores
 calibrated by the mean ratio of scores over the shared characters, then the symbols as user-defined pieces.
@@ -32,32 +32,32 @@ from megatron_hammer.tokenizer.vocabulary.vocabulary_files import (
 )
 
 ZERO_SCORES_WARNING = (
-    "warning: pieces with a score of 0 merge before all others, in the order of the text, which no Hugging Face "
-    "tokenizer can express: the export of this model is refused. Use --scores calibrated unless you need the recipe."
+    "warning: pieces with a score of 0 merge before all others, in the order of the text. No Hugging Face tokenizer "
+    "can express this, so the export of this model is refused. Use --scores calibrated unless you need the recipe."
 )
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True, help="the .model to extend")
-    parser.add_argument("--other", type=Path, required=True, help="the .model that has what the base lacks")
+    parser.add_argument("--other", type=Path, required=True, help="the .model whose pieces are added")
     parser.add_argument("--output", type=Path, required=True, help="the .model to write")
     parser.add_argument("--mode", choices=("characters", "vocabulary"), default="characters", help="(%(default)s)")
     parser.add_argument(
         "--required-chars-file",
         type=Path,
-        help="UTF-8 text, or JSON in levels of which the first calibrates (what the other model was trained to hold)",
+        help="UTF-8 text, or JSON in levels of which the first calibrates (default: those of the other model)",
     )
     parser.add_argument(
         "--user-defined-symbols-file",
         type=Path,
-        help="one symbol a line (mode characters: the other model's own symbols)",
+        help="one symbol per line (default in mode characters: the other model's own symbols)",
     )
     parser.add_argument(
         "--scores",
         choices=("calibrated", "zero"),
         default="calibrated",
-        help="of the pieces that --mode vocabulary adds; zero is what tiny-llm-zh does (%(default)s)",
+        help="scores of the pieces that --mode vocabulary adds; tiny-llm-zh uses zero (%(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""Train a SentencePiece BPE tokenizer on the inputs that preprocess_data.py reads.
+"""Train a SentencePiece BPE tokenizer on the same kinds of input as preprocess-data.
 
 Several sources are weighted as in Megatron's --data-path: --input 0.7 zh/*.jsonl.zst 0.3 en/
 """
@@ -44,11 +44,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--preset", choices=sorted(RECIPES), default="hammerllm-128k", help="settings to start from (%(default)s)"
     )
     parser.add_argument("--json-keys", default="text", metavar="KEY", help="field that holds the text (%(default)s)")
-    parser.add_argument("--vocab-size", type=int, help="number of pieces (the preset's)")
+    parser.add_argument("--vocab-size", type=int, help="number of pieces (default: the preset's)")
     parser.add_argument(
         "--character-coverage",
         type=float,
-        help="share of the text's characters that get a piece of their own; the rest become bytes (the preset's)",
+        help="share of the text's characters that get their own piece; the rest become bytes (default: the preset's)",
     )
     parser.add_argument("--required-chars-file", type=Path, help="every character of this text or JSON gets a piece")
     parser.add_argument("--user-defined-symbols-file", type=Path, help="every line of this file becomes one piece")
@@ -58,9 +58,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=DEFAULT_MAX_BYTES,
         help="train on a random sample of this much text; training takes about 20 times this memory (%(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=1234, help="decides the sample (%(default)s)")
+    parser.add_argument("--seed", type=int, default=1234, help="random seed of the sample (%(default)s)")
     parser.add_argument(
-        "--num-threads", type=int, default=2, help="of training; never changes the result (%(default)s)"
+        "--num-threads", type=int, default=2, help="training threads; they do not change the result (%(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser.parse_args(argv)

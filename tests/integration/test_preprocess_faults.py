@@ -299,7 +299,7 @@ def test_a_signal_costs_only_what_is_not_in_the_journal(
     assert code == 0
     assert re.fullmatch(
         r"out/c_text_document: 60,000 documents in, 60,000 out, 0 dropped, 0 empty; [\d,]+ tokens as uint16, "
-        r"[\d.]+ bytes a token; [\d.]+ s since it was continued\n",
+        r"[\d.]+ bytes per token; [\d.]+ s since it was continued\n",
         stdout,
     )
     code, stdout, _ = run_tool(*long_arguments, cwd=tmp_path)

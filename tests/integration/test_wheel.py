@@ -108,3 +108,6 @@ def test_package_data_is_found(installation: Installation) -> None:
     result = installation.run("hammer", "scaling-study", "project", *flags)
     assert result.returncode == 0, result.stderr
     assert (installation.folder / "study" / "report.html").is_file()
+    result = installation.run("hammer", "scaling-study", "validate")
+    assert result.returncode == 0, result.stderr
+    assert "rows: " in result.stdout.splitlines()[-1]
