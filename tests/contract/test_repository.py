@@ -28,6 +28,8 @@ DOCUMENTS = (
     "docs/checkpoints.md",
     "docs/data.md",
     "docs/scaling.md",
+    "docs/scaling_accuracy.md",
+    "docs/scaling_model.md",
 )
 TRAINING_MODULE = "megatron_hammer.training.pretrain"
 # These hand flags that they do not know to Megatron, like the training module itself.
