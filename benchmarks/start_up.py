@@ -120,12 +120,11 @@ def train_with_clock(work_dir: Path) -> None:
     from megatron_hammer.training import pretrain
 
     argv = build_flags(work_dir)
-    terminal = pretrain.open_terminal(argv)
     megatron_compat.install("cpu")  # imports megatron; a plain import first would leave torch.compile on
     mark("import megatron")
     arguments = pretrain.prepare(argv)
     mark("arguments")
-    pretrain.check(arguments)
+    plan = pretrain.check(arguments)
     mark("preflight")
     from megatron.training import training
 
@@ -133,7 +132,7 @@ def train_with_clock(work_dir: Path) -> None:
     mark_after(training, "setup_model_and_optimizer", "model and optimizer")
     mark_after(training, "build_train_valid_test_data_iterators", "data index")
     mark_after(training, "train_step", "first step")
-    pretrain.train(arguments, terminal)
+    pretrain.train(arguments, plan, pretrain.open_terminal(plan))
     if os.environ["RANK"] == "0":
         marks = {"started": os.environ[STARTED_VARIABLE], "stages": stages}
         Path(os.environ[STAGES_VARIABLE]).write_text(json.dumps(marks))

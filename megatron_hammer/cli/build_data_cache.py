@@ -16,7 +16,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megatron_hammer.training.pretrain import open_terminal, prepare
 
     arguments = prepare(["--platform", "cpu", *(sys.argv[1:] if argv is None else argv)], is_plan=True)
-    if arguments.namespace.data_cache_path is None:
+    cache_dir = arguments.settings.data.cache_dir
+    if cache_dir is None:
         raise ConfigError(
             "data-cache-path: must name the folder that training will read, got none. Pass --data-cache-path DIR."
         )
@@ -25,11 +26,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     from megatron_hammer.config.datasets import build_data_cache
     from megatron_hammer.config.preflight.data import find_data_problems
 
-    problems = find_data_problems(arguments)  # the rest of preflight is about the machine that will train
+    problems = find_data_problems(
+        arguments.settings, arguments.plan
+    )  # the rest of preflight is about the machine that will train
     if problems:
         raise ConfigError(*problems)
-    terminal = open_terminal(arguments)
-    finalize_arguments(arguments.namespace)
-    counts = build_data_cache(arguments.namespace)
+    plan = arguments.require_plan()
+    terminal = open_terminal(plan)
+    counts = build_data_cache(arguments, plan, finalize_arguments(arguments))
     samples = ", ".join(f"{count:,} {split}" for split, count in counts.items())
-    print(f"{arguments.namespace.data_cache_path}: samples: {samples}", file=terminal)
+    print(f"{cache_dir}: samples: {samples}", file=terminal)

@@ -1,53 +1,81 @@
 """From a command line to Megatron's namespace and PretrainConfigContainer: the one file that touches both.
 
-`parse_arguments` reads flags over a preset and derives what follows from platform and backend; it starts nothing and
-needs no GPU. `finalize_arguments` lets Megatron validate and set its globals. In between, `preflight` looks for
-problems. Everything else in the package takes plain values.
+`parse_arguments` reads flags over a preset, derives what follows from platform and backend, and reads the run's plan
+off the result. It starts nothing and needs no GPU. `finalize_arguments` lets Megatron validate and set its globals. In
+between, preflight looks for problems. Everything else in the package takes the plan.
 """
 
 import argparse
+import functools
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
+from megatron_hammer.config.data_flags import read_data_plan
 from megatron_hammer.config.environment import read_process_place
+from megatron_hammer.config.flags import Flags
 from megatron_hammer.config.initial_model import InitialModel, initial_model_arguments, select_initial_tokenizer
-from megatron_hammer.config.model_from_arguments import count_least_world_size
 from megatron_hammer.config.own_flags import Parser, add_own_flags, read_option
 from megatron_hammer.config.preset_arguments import preset_arguments
+from megatron_hammer.config.read_plan import (
+    count_least_world_size,
+    count_ranks_of_model,
+    read_data_flags,
+    read_plan,
+    read_settings,
+)
+from megatron_hammer.config.run_plan import RunPlan, RunSettings
+from megatron_hammer.config.training_state import TrainingState
+from megatron_hammer.config.values import find_missing_problems, find_value_problems
+from megatron_hammer.data.order.order import EPOCHWISE
+from megatron_hammer.data.order.run_order import plan_run_order
+from megatron_hammer.errors import ConfigError
 from megatron_hammer.presets.catalogue import select_preset
-from megatron_hammer.presets.preset import Preset
 
-DEFAULT_SPLIT = "98,2,0"  # Megatron's own "969,30,1" gives a test set that nobody asked for
+DEFAULT_SPLIT = "98,2,0"  # Megatron's own "969,30,1" makes a test set that nobody asked for
 DEFAULT_SAVE_INTERVAL_STEPS = 1000
 DEFAULT_EVAL_ITERS = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParsedArguments:
-    """Megatron's namespace, and what Megatron does not know: preset, model to start from, which flags were typed."""
+    """A command line, read once. namespace: Megatron's arguments, for the files that build Megatron's configuration.
+
+    plan: None where an essential is missing or a value makes no sense; preflight then says which.
+    """
 
     namespace: argparse.Namespace
-    preset: Preset | None
-    typed: frozenset[str]  # attributes of the namespace that were given on the command line
-    start: InitialModel | None = None  # of --load-hf
+    settings: RunSettings
+    plan: RunPlan | None
+
+    def require_plan(self) -> RunPlan:
+        """The plan of a command line in which preflight found no problem."""
+        if self.plan is None:
+            raise ConfigError(*find_missing_problems(self.settings.flags), *find_value_problems(self.settings.flags))
+        return self.plan
 
 
 def parse_arguments(
-    argv: Sequence[str], *, platform: str, backend: str, is_plan: bool = False, start: InitialModel | None = None
+    argv: Sequence[str],
+    *,
+    platform: str,
+    backend: str,
+    is_plan: bool = False,
+    initial_model: InitialModel | None = None,
 ) -> ParsedArguments:
     """Parse `argv` over the preset it names and derive the rest for `platform` and `backend`.
 
-    is_plan: no process group will form, so this process stands for all ranks of the run. start: what --load-hf names;
-    its model takes the place of the preset's.
+    is_plan: no process group will form, so this process stands for all ranks of the run. initial_model: what --load-hf
+    names; its model takes the place of the preset's.
 
     Raises ConfigError for an unknown flag, a value of the wrong type, an unknown preset or a senseless environment.
     """
     from megatron.training.arguments import add_megatron_arguments
 
-    read_process_place()  # megatron's parser reads the same variables, and fails on what is no number
+    read_process_place()  # megatron's parser reads the same variables, and fails where one is not a number
 
     parser = Parser(allow_abbrev=False)
     add_own_flags(add_megatron_arguments(parser))
@@ -56,13 +84,12 @@ def parse_arguments(
             action.help = action.help.replace("%)", "%%)")
     preset_name = read_option(argv, "--preset")
     preset = None if preset_name is None else select_preset(preset_name)
-    defaults = _hammer_defaults()
+    defaults = _package_defaults()
     if preset is not None:
         defaults |= preset_arguments(preset)
-    if start is not None:
-        defaults |= initial_model_arguments(start, has_preset=preset is not None)
-    known = {action.dest for action in parser._actions}
-    missing = sorted(set(defaults) - known)
+    if initial_model is not None:
+        defaults |= initial_model_arguments(initial_model, has_preset=preset is not None)
+    missing = sorted(set(defaults) - {action.dest for action in parser._actions})
     if missing:
         raise ValueError(f"preset sets arguments that Megatron does not have: {missing}")
     parser.set_defaults(**defaults)
@@ -70,20 +97,16 @@ def parse_arguments(
     typed = _typed_destinations(parser, argv)
     _drop_what_is_replaced(namespace, typed)
     _read_environment(namespace, is_plan=is_plan or namespace.dry_run)
-    if start is not None and namespace.tokenizer_model is None and namespace.tokenizer_type is None:
-        namespace.tokenizer_model = select_initial_tokenizer(namespace, start)
+    if initial_model is not None and namespace.tokenizer_model is None and namespace.tokenizer_type is None:
+        sources, _ = read_data_plan(read_data_flags(namespace))
+        namespace.tokenizer_model = select_initial_tokenizer(initial_model, sources)
     _derive(namespace, platform=platform, backend=backend, typed=typed)
-    return ParsedArguments(namespace=namespace, preset=preset, typed=typed, start=start)
+    flags = Flags(values=MappingProxyType(dict(vars(namespace))), typed=typed)
+    settings = read_settings(namespace, flags, preset=preset, initial_model=initial_model)
+    return ParsedArguments(namespace=namespace, settings=settings, plan=read_plan(namespace, settings))
 
 
-def describe_model(arguments: ParsedArguments) -> str:
-    """The name of the model that a run trains: its preset's, its folder's, or custom."""
-    if arguments.preset is not None:
-        return arguments.preset.name
-    return "custom" if arguments.start is None else arguments.start.model.name
-
-
-def _hammer_defaults() -> dict[str, Any]:
+def _package_defaults() -> dict[str, Any]:
     """Where our defaults differ from Megatron's, whatever the preset."""
     return {
         "log_interval": 1,
@@ -151,9 +174,7 @@ def _derive(namespace: argparse.Namespace, *, platform: str, backend: str, typed
     default("gradient_accumulation_fusion", importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None)
     if platform == "cpu":
         default("disable_jit_fuser", True)
-    is_data_parallel = namespace.world_size > (
-        namespace.tensor_model_parallel_size * namespace.pipeline_model_parallel_size * namespace.context_parallel_size
-    )
+    is_data_parallel = namespace.world_size > count_ranks_of_model(namespace)
     default("overlap_grad_reduce", platform == "cuda" and is_data_parallel)
     default("overlap_param_gather", platform == "cuda" and is_data_parallel and namespace.use_distributed_optimizer)
     if namespace.tensor_model_parallel_size > 1 and namespace.num_experts:
@@ -190,14 +211,14 @@ def _derive_validation(namespace: argparse.Namespace, default: Any) -> None:
     if not namespace.full_validation:
         return
     namespace.multiple_validation_sets = True
-    ranks_of_model = (
-        namespace.tensor_model_parallel_size * namespace.pipeline_model_parallel_size * namespace.context_parallel_size
-    )
     # An interleaved schedule needs as many micro-batches as stages: each sample is then seen that often, equally.
     is_interleaved = namespace.num_virtual_stages_per_pipeline_rank or namespace.num_layers_per_virtual_pipeline_stage
     num_microbatches = namespace.pipeline_model_parallel_size if is_interleaved else 1
     default("eval_micro_batch_size", 1)
-    default("eval_global_batch_size", max(1, namespace.world_size // max(1, ranks_of_model)) * num_microbatches)
+    default(
+        "eval_global_batch_size",
+        max(1, namespace.world_size // max(1, count_ranks_of_model(namespace))) * num_microbatches,
+    )
 
 
 def _derive_schedule(namespace: argparse.Namespace, default: Any) -> None:
@@ -223,23 +244,27 @@ def _derive_vocabulary(namespace: argparse.Namespace) -> None:
         )
 
 
-def finalize_arguments(namespace: argparse.Namespace) -> None:
-    """Let Megatron validate the namespace (it fills in and changes values) and set its globals."""
+def finalize_arguments(arguments: ParsedArguments) -> TrainingState:
+    """Let Megatron validate its namespace (it fills in and changes values) and set its globals.
+
+    Returns the view of what its training loop will change in them.
+    """
     from megatron.training.arguments import validate_args
     from megatron.training.global_vars import set_global_variables
 
-    validate_args(namespace)
-    set_global_variables(namespace)
+    validate_args(arguments.namespace)
+    set_global_variables(arguments.namespace)
+    return TrainingState(arguments.namespace)
 
 
-def build_config_container(namespace: argparse.Namespace, build_model_config: Callable[..., Any]) -> Any:
-    """Megatron's PretrainConfigContainer for a finalized namespace.
+def build_config_container(arguments: ParsedArguments, build_model_config: Callable[..., Any]) -> Any:
+    """Megatron's PretrainConfigContainer for finalized arguments.
 
-    build_model_config: from megatron's GPTModelConfig to ours (model.provider.build_model_config; config/ may not
-    import it).
+    build_model_config: from megatron's GPTModelConfig to ours (model.provider.build_model_config, which loads torch).
     """
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 
+    namespace = arguments.namespace
     model_config = build_model_config(
         gpt_config_from_args(namespace),
         backend=namespace.backend,
@@ -248,3 +273,44 @@ def build_config_container(namespace: argparse.Namespace, build_model_config: Ca
         rope_scaling_factor=namespace.rope_scaling_factor,
     )
     return pretrain_cfg_container_from_args(namespace, model_config)
+
+
+def build_dataset_config(arguments: ParsedArguments, plan: RunPlan) -> Any:
+    """mcore's GPTDatasetConfig, or the epochwise one, for finalized arguments; its tokenizer is Megatron's global."""
+    from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
+    from megatron.training import get_tokenizer
+    from megatron.training.utils import get_blend_and_blend_per_split
+
+    from megatron_hammer.data.order.epochwise_dataset import EpochwiseGPTDatasetConfig
+
+    namespace = arguments.namespace
+    blend, blend_per_split = get_blend_and_blend_per_split(namespace)
+    config_class = functools.partial(GPTDatasetConfig)
+    if plan.data.order == EPOCHWISE:
+        order = plan_run_order(plan.order)
+        joint_samples = {} if order is None else order.joint_samples_of_sources
+        config_class = functools.partial(EpochwiseGPTDatasetConfig, joint_samples=joint_samples)
+    return config_class(
+        random_seed=namespace.seed,
+        sequence_length=namespace.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        multiple_validation_sets=namespace.multiple_validation_sets,
+        full_validation=namespace.full_validation,
+        split=namespace.split,
+        num_dataset_builder_threads=namespace.num_dataset_builder_threads,
+        path_to_cache=namespace.data_cache_path,
+        mmap_bin_files=namespace.mmap_bin_files,
+        tokenizer=get_tokenizer(),
+        reset_position_ids=namespace.reset_position_ids,
+        reset_attention_mask=namespace.reset_attention_mask,
+        eod_mask_loss=namespace.eod_mask_loss,
+        create_attention_mask=namespace.create_attention_mask_in_dataloader,
+        object_storage_cache_path=namespace.object_storage_cache_path,
+        mid_level_dataset_surplus=namespace.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=namespace.allow_ambiguous_pad_tokens,
+        fast_cache_load=namespace.dataloader_fast_cache_load,
+        defer_npy_index_mmap=namespace.dataloader_defer_npy_index_mmap,
+        data_parallel_size=namespace.data_parallel_size,
+        context_parallel_size=namespace.context_parallel_size,
+    )

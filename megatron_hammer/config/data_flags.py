@@ -4,28 +4,42 @@ Megatron reads the same flags in megatron.training.utils.get_blend_and_blend_per
 megatron.core.datasets.utils.get_blend_from_list, which take any list that is not clearly weighted as prefixes alone.
 """
 
-import argparse
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_hammer.config.flags import flag_of
 from megatron_hammer.data.sources import SPLIT_FLAGS, SPLIT_NAMES, DataPlan, parse_blend, parse_split
 
 
-def list_data_flags(namespace: argparse.Namespace) -> list[str]:
-    """The flags that name data, of those that are set."""
-    values = {
-        "--mock-data": namespace.mock_data or None,
-        "--data-path": namespace.data_path,
-        "--data-args-path": namespace.data_args_path,
-        "--per-split-data-args-path": namespace.per_split_data_args_path,
-    }
-    values |= {f"--{name.replace('_', '-')}": getattr(namespace, name) for name in SPLIT_FLAGS.values()}
-    return [flag for flag, value in values.items() if value is not None]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataFlags:
+    """The flags that name data, as typed. data_paths_of: --train-data-path and its siblings, by split."""
+
+    mock_data: bool
+    data_path: Sequence[str] | None
+    data_args_path: str | None
+    per_split_data_args_path: str | None
+    data_paths_of: dict[str, list[str] | None]
+    split: str | None
+    skips_training: bool
+
+    def list_given(self) -> list[str]:
+        """Those that are set."""
+        values = {
+            "--mock-data": self.mock_data or None,
+            "--data-path": self.data_path,
+            "--data-args-path": self.data_args_path,
+            "--per-split-data-args-path": self.per_split_data_args_path,
+        }
+        values |= {f"--{flag_of(SPLIT_FLAGS[name])}": words for name, words in self.data_paths_of.items()}
+        return [flag for flag, value in values.items() if value is not None]
 
 
-def read_data_plan(namespace: argparse.Namespace) -> tuple[DataPlan, list[str]]:
+def read_data_plan(flags: DataFlags) -> tuple[DataPlan, list[str]]:
     """The data flags as a plan, and what is wrong with them; the plan is empty where they contradict each other."""
-    given = list_data_flags(namespace)
+    given = flags.list_given()
     ways = {
         "per split" if flag in ("--train-data-path", "--valid-data-path", "--test-data-path") else flag
         for flag in given
@@ -40,38 +54,38 @@ def read_data_plan(namespace: argparse.Namespace) -> tuple[DataPlan, list[str]]:
             f"data-path: data comes from one place, got {', '.join(given)}. "
             "Pass --data-path with --split, or --train-data-path, --valid-data-path and --test-data-path."
         ]
-    if namespace.mock_data:
+    if flags.mock_data:
         return DataPlan(is_mock=True), []
-    if namespace.data_path is not None:
-        return _read_shared(namespace, "data-path", namespace.data_path)
-    if namespace.data_args_path is not None:
-        words, problems = _read_words("data-args-path", namespace.data_args_path)
-        return (DataPlan(), problems) if problems else _read_shared(namespace, "data-args-path", words)
-    return _read_own(namespace)
+    if flags.data_path is not None:
+        return _read_shared(flags, "data-path", flags.data_path)
+    if flags.data_args_path is not None:
+        words, problems = _read_words("data-args-path", flags.data_args_path)
+        return (DataPlan(), problems) if problems else _read_shared(flags, "data-args-path", words)
+    return _read_own(flags)
 
 
-def _read_shared(namespace: argparse.Namespace, flag: str, words: list[str]) -> tuple[DataPlan, list[str]]:
-    sources, problems = parse_blend(flag, words)
-    split, split_problems = parse_split(namespace.split)
+def _read_shared(flags: DataFlags, flag: str, words: Sequence[str]) -> tuple[DataPlan, list[str]]:
+    sources, problems = parse_blend(flag, list(words))
+    split, split_problems = parse_split(flags.split)
     return DataPlan(shared=sources, split=split), problems + split_problems
 
 
-def _read_own(namespace: argparse.Namespace) -> tuple[DataPlan, list[str]]:
+def _read_own(flags: DataFlags) -> tuple[DataPlan, list[str]]:
     problems = []
-    if namespace.split is not None:
+    if flags.split is not None:
         problems.append(
-            f"split: cannot be combined with a data set for each split, got split={namespace.split}. Drop --split."
+            f"split: cannot be combined with a data set for each split, got split={flags.split}. Drop --split."
         )
-    lists: dict[str, list[str] | None] = {name: getattr(namespace, flag) for name, flag in SPLIT_FLAGS.items()}
-    if namespace.per_split_data_args_path is not None:
-        lists, file_problems = _read_split_file(namespace.per_split_data_args_path)
+    lists = flags.data_paths_of
+    if flags.per_split_data_args_path is not None:
+        lists, file_problems = _read_split_file(flags.per_split_data_args_path)
         problems += file_problems
     own = {}
     for name, words in lists.items():
         if words:
-            own[name], blend_problems = parse_blend(SPLIT_FLAGS[name].replace("_", "-"), words)
+            own[name], blend_problems = parse_blend(flag_of(SPLIT_FLAGS[name]), words)
             problems += blend_problems
-    if "train" not in own and not namespace.skip_train and not problems:
+    if "train" not in own and not flags.skips_training and not problems:
         problems.append("train-data-path: training needs a data set, got none. Pass --train-data-path PREFIX.")
     return DataPlan(own=own), problems
 

@@ -43,14 +43,15 @@ def find_megatron_refusal(namespace: argparse.Namespace) -> str | None:
     return None
 
 
-def build_trial_config(namespace: argparse.Namespace) -> tuple[argparse.Namespace, Any]:
+def build_trial_config(namespace: argparse.Namespace, **changes: Any) -> tuple[argparse.Namespace, Any]:
     """A validated copy of the namespace and megatron's GPTModelConfig for it, without setting Megatron's globals.
 
-    Raises ConfigError with Megatron's words where it refuses.
+    changes: arguments of the copy to replace. Raises ConfigError with Megatron's words where it refuses.
     """
     from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.arguments import validate_args
 
+    namespace = argparse.Namespace(**vars(namespace) | changes)
     refusal = find_megatron_refusal(namespace)
     if refusal is not None:
         raise ConfigError(describe_refusal(refusal))
@@ -58,6 +59,19 @@ def build_trial_config(namespace: argparse.Namespace) -> tuple[argparse.Namespac
         trial = _copy_for_trial(namespace)
         validate_args(trial)
         return trial, gpt_config_from_args(trial)
+
+
+def build_trial_ddp_config(trial: argparse.Namespace) -> Any:
+    """What decides how megatron-core's distributed optimizer lays out its buffers, for a validated copy."""
+    from megatron.core.distributed import DistributedDataParallelConfig
+
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=trial.accumulate_allreduce_grads_in_fp32,
+        overlap_grad_reduce=trial.overlap_grad_reduce,
+        use_distributed_optimizer=True,
+        bucket_size=trial.ddp_bucket_size,
+        pad_buckets_for_high_nccl_busbw=trial.ddp_pad_buckets_for_high_nccl_busbw,
+    )
 
 
 def describe_refusal(refusal: str) -> str:

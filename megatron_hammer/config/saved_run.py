@@ -1,57 +1,154 @@
-"""The checkpoint that a run would resume from, and the arguments it was saved with."""
+"""The checkpoint that a run would load: where it is, and what it says of the run that saved it."""
 
 import argparse
 import functools
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_hammer.checkpoint_files.checkpoint_reader import LATEST_FILE
 from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
-from megatron_hammer.config.samples import select_global_batch_size
+from megatron_hammer.config.initial_model import InitialModel
+from megatron_hammer.config.model_arguments import read_model
+from megatron_hammer.config.read_plan import read_batch, read_data, read_evaluation, read_schedule
+from megatron_hammer.config.run_plan import (
+    Batch,
+    Checkpoints,
+    RunPlan,
+    Schedule,
+    build_order_settings,
+    count_needed_samples,
+)
+from megatron_hammer.config.training_state import RECORD_NAME
+from megatron_hammer.data.order.review import OrderReview, SavedOrder, review_order
+from megatron_hammer.data.order.run_order import OrderSettings
 from megatron_hammer.errors import CheckpointError
+from megatron_hammer.model.shape import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SavedRun:
-    """The run that a checkpoint continues. num_consumed: training samples that it has drawn, in its order."""
+    """A checkpoint and the run that saved it. A part is None where another version of Megatron saved other arguments.
+
+    num_samples, num_validation_samples: drawn so far, 0 where it does not say. record: of its data order, as stored.
+    """
 
     directory: Path
-    args: argparse.Namespace
     iteration: int
-    num_consumed: int
+    num_samples: int
+    num_validation_samples: int
+    model: ModelShape | None
+    schedule: Schedule | None
+    batch: Batch | None
+    order: OrderSettings | None
+    record: object
+    expert_model_parallel_size: int
+    has_optimizer: bool
 
 
-def read_saved_run(namespace: argparse.Namespace) -> SavedRun | None:
-    """The run that --load continues; None where none is, or where the checkpoint is not one that this package reads."""
-    directory = select_checkpoint_dir(namespace)
-    if directory is None or namespace.finetune or namespace.skip_train or not (directory / ".metadata").is_file():
-        return None
-    try:
-        args, iteration = read_saved_arguments(directory, (directory / ".metadata").stat().st_mtime_ns)
-    except CheckpointError:
-        return None  # preflight_checkpoint reports it
-    batch = select_global_batch_size(namespace)
-    consumed = getattr(args, "consumed_train_samples", 0) or iteration * batch
-    if namespace.override_ckpt_iteration is not None:
-        iteration, consumed = namespace.override_ckpt_iteration, namespace.override_ckpt_iteration * batch
-    return SavedRun(directory=directory, args=args, iteration=iteration, num_consumed=consumed) if consumed else None
-
-
-def select_checkpoint_dir(namespace: argparse.Namespace) -> Path | None:
-    """The folder that Megatron would resume from, which may not exist; None without one, or for a released model."""
-    if namespace.load is None:
-        return None
-    if namespace.ckpt_step:
-        return Path(namespace.load) / f"iter_{namespace.ckpt_step:07d}"
-    try:
-        text = (Path(namespace.load) / LATEST_FILE).read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return None
-    return Path(namespace.load) / f"iter_{int(text):07d}" if text.isdecimal() else None
+def read_saved_run(directory: Path) -> SavedRun:
+    """The run that saved the checkpoint in `directory`; its files are read once per process. Raises CheckpointError."""
+    return open_saved_run(directory, (directory / ".metadata").stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=1)
-def read_saved_arguments(directory: Path, mtime_ns: int) -> tuple[argparse.Namespace, int]:
-    """(arguments, iteration) of a checkpoint, read once a process. Raises CheckpointError."""
+def open_saved_run(directory: Path, mtime_ns: int) -> SavedRun:
+    """mtime_ns: so that a checkpoint that was written anew is read again."""
     checkpoint = open_checkpoint(directory)
-    return checkpoint.args, checkpoint.iteration
+    args = checkpoint.args
+    return SavedRun(
+        directory=directory,
+        iteration=checkpoint.iteration,
+        num_samples=getattr(args, "consumed_train_samples", 0),
+        num_validation_samples=getattr(args, "consumed_valid_samples", 0),
+        model=_read_part(read_model, args),
+        schedule=_read_part(read_schedule, args),
+        batch=_read_part(read_batch, args),
+        order=_read_part(_read_order_settings, args),
+        record=getattr(args, RECORD_NAME, None),
+        expert_model_parallel_size=getattr(args, "expert_model_parallel_size", 1),
+        has_optimizer=not getattr(args, "no_save_optim", None),
+    )
+
+
+def _read_part[T](read: Callable[[argparse.Namespace], T], args: argparse.Namespace) -> T | None:
+    try:
+        return read(args)
+    except (AttributeError, TypeError):  # saved by another version of Megatron, which had other arguments
+        return None
+
+
+def _read_order_settings(args: argparse.Namespace) -> OrderSettings:
+    needed = count_needed_samples(read_schedule(args), read_evaluation(args), read_batch(args))
+    return build_order_settings(read_data(args), needed, args.seq_length)
+
+
+# --- which checkpoint a run loads -----------------------------------------------------------------------------------
+
+
+def find_checkpoint_to_load(checkpoints: Checkpoints) -> str | None:
+    """The folder whose checkpoint a run begins with, resumed or not; None where it begins without one."""
+    load = checkpoints.load
+    # os.path, since pathlib raises for a name that is too long, and a dry run asks this even of a senseless --load.
+    if load is not None and (checkpoints.step or os.path.isfile(Path(load) / LATEST_FILE)):
+        return load
+    return checkpoints.pretrained
+
+
+def describe_weights(checkpoints: Checkpoints, initial_model: InitialModel | None) -> str:
+    """Where the first weights of a run come from, in one line."""
+    load_dir = find_checkpoint_to_load(checkpoints)
+    if load_dir is not None:
+        unread = "" if initial_model is None else f"; {initial_model.folder} is not read again"
+        return f"checkpoint in {load_dir}{unread}"
+    return "random" if initial_model is None else f"{initial_model.folder} ({initial_model.description})"
+
+
+def select_checkpoint_dir(checkpoints: Checkpoints) -> Path | None:
+    """The folder that Megatron would resume from, which may not exist; None without one, or for a released model."""
+    if checkpoints.load is None:
+        return None
+    if checkpoints.step:
+        return Path(checkpoints.load) / f"iter_{checkpoints.step:07d}"
+    try:
+        text = (Path(checkpoints.load) / LATEST_FILE).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return None
+    return Path(checkpoints.load) / f"iter_{int(text):07d}" if text.isdecimal() else None
+
+
+def find_resumed_run(plan: RunPlan) -> SavedRun | None:
+    """The run that --load continues; None where none is, or where this package cannot read the checkpoint."""
+    directory = select_checkpoint_dir(plan.checkpoints)
+    is_resumed = not (plan.checkpoints.is_finetuned or plan.schedule.skips_training)
+    if directory is None or not is_resumed or not (directory / ".metadata").is_file():
+        return None
+    try:
+        return read_saved_run(directory)
+    except CheckpointError:
+        return None  # preflight/checkpoint.py reports it
+
+
+# --- the order of its samples ---------------------------------------------------------------------------------------
+
+
+def review_resumed_order(plan: RunPlan) -> tuple[SavedRun, OrderReview] | None:
+    """The run that is resumed, and its order of samples against this one's; None where nothing resumes, or no data."""
+    saved = find_resumed_run(plan)
+    if saved is None:
+        return None
+    batch = plan.batch.global_batch_size
+    iteration, num_consumed = saved.iteration, saved.num_samples or saved.iteration * batch
+    if plan.checkpoints.iteration_override is not None:
+        iteration = plan.checkpoints.iteration_override
+        num_consumed = iteration * batch
+    if not num_consumed:
+        return None
+    review = review_order(
+        plan.order,
+        SavedOrder(num_consumed=num_consumed, settings=saved.order, record=saved.record),
+        last_sample=plan.count_last_sample(iteration, num_consumed),
+        last_validation_sample=plan.count_last_validation_sample(iteration, saved.num_validation_samples),
+    )
+    return None if review is None else (saved, review)

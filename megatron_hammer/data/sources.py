@@ -36,6 +36,11 @@ class DataPlan:
         has_share = self.split is not None and self.split[SPLIT_NAMES.index(split_name)] > 0
         return self.shared if has_share else ()
 
+    def is_blend(self, split_name: str) -> bool:
+        """Whether megatron-core blends the split's sources; it reads a single prefix of a split's own as it is."""
+        sources = self.sources_of(split_name)
+        return len(sources) > 1 or (self.own is None and any(source.weight is not None for source in sources))
+
     def bounds_of(self, split_name: str) -> tuple[float, float]:
         """Where a split lies in each source, as shares of its sequences."""
         if self.split is None:

@@ -5,14 +5,18 @@ The modules, the rank's coordinates and its optimizer shard are Megatron's own; 
 that preflight and the scaling study use. Platform and backend change no parameter: the torch backend stands for both.
 """
 
-import argparse
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_hammer.errors import ConfigError
+from megatron_hammer.model.accounting import ParallelLayout, count_optimizer_shard, count_rank_parameters, split_layers
+
+if TYPE_CHECKING:
+    from megatron_hammer.config.arguments import ParsedArguments
+    from megatron_hammer.config.run_plan import RunPlan
 
 
 class DisagreementError(RuntimeError):
@@ -64,67 +68,64 @@ def build_rank(argv: Sequence[str], rank: int) -> BuiltRank:
 
     megatron_compat.install("cpu")
 
-    from megatron_hammer.config.megatron_checks import build_trial_config
-    from megatron_hammer.config.model_from_arguments import build_layout
+    from megatron_hammer.config.megatron_checks import build_trial_config, build_trial_ddp_config
     from megatron_hammer.model.provider import build_model_config
 
-    namespace = read_namespace(argv)
-    layout = build_layout(namespace)
-    layout.coordinates(rank)  # a rank outside the world is refused here
-    trial, megatron_config = build_trial_config(namespace)
-    config = build_model_config(megatron_config, backend="torch", has_embedding_norm=namespace.embedding_norm)
+    arguments, plan = read_rank_plan(argv)
+    plan.layout.coordinates(rank)  # a rank outside the world is refused here
+    # The batch places no parameter, and a recipe's may not divide over a world that was chosen freely.
+    batch = plan.batch.micro_batch_size * plan.layout.data_parallel_size
+    trial, megatron_config = build_trial_config(
+        arguments.namespace, global_batch_size=batch, eval_global_batch_size=None, eval_micro_batch_size=None
+    )
+    config = build_model_config(megatron_config, backend="torch", has_embedding_norm=plan.model.has_embedding_norm)
     # No values, and none fetched from the first stage for a tied head. Context parallelism cuts no parameter, and the
     # torch backend has none: the groups below are the run's, the modules are built without it.
     config.transformer.perform_initialization = False
     config.transformer.init_model_with_meta_device = True
     config.transformer.context_parallel_size = 1
-    with play_rank(trial, rank) as groups:
+    with play_rank(plan.layout, rank) as groups:
         chunks = _build_chunks(config, groups)
-        built = _describe(namespace, trial, rank, groups, chunks)
-    compare(namespace, built)
+        built = _describe(plan, build_trial_ddp_config(trial), rank, groups, chunks)
+    compare(plan, built)
     return built
 
 
-def read_namespace(argv: Sequence[str]) -> argparse.Namespace:
+def read_rank_plan(argv: Sequence[str]) -> "tuple[ParsedArguments, RunPlan]":
     """Training's command line, planned for GPUs; raises ConfigError with every problem of model and layout."""
     from megatron_hammer.config.arguments import parse_arguments
-    from megatron_hammer.config.model_from_arguments import build_layout
-    from megatron_hammer.config.own_flags import read_option
     from megatron_hammer.config.preflight.flags import find_uncounted_problems
-    from megatron_hammer.config.preflight.layout import find_layout_problems
-    from megatron_hammer.config.preflight.values import find_missing_problems, find_value_problems
-    from megatron_hammer.training.pretrain import read_start
+    from megatron_hammer.config.preflight.layout import find_run_layout_problems
+    from megatron_hammer.config.values import find_missing_problems, find_value_problems
+    from megatron_hammer.training.pretrain import read_named_model
 
-    load_hf = read_option(argv, "--load-hf")
-    start = None if load_hf is None else read_start(load_hf)
-    namespace = parse_arguments(argv, platform="cuda", backend="torch", start=start).namespace
-    problems = find_missing_problems(namespace) + find_value_problems(namespace) + find_uncounted_problems(namespace)
-    problems = problems or find_layout_problems(namespace)
+    arguments = parse_arguments(argv, platform="cuda", backend="torch", initial_model=read_named_model(argv))
+    flags = arguments.settings.flags
+    problems = find_missing_problems(flags) + find_value_problems(flags) + find_uncounted_problems(flags)
+    problems = problems or find_run_layout_problems(arguments.settings)
     if problems:
         raise ConfigError(*problems)
-    # The batch places no parameter, and a recipe's may not divide over a world that was chosen freely.
-    namespace.global_batch_size = namespace.micro_batch_size * build_layout(namespace).data_parallel_size
-    namespace.eval_global_batch_size = namespace.eval_micro_batch_size = None
-    return namespace
+    return arguments, arguments.require_plan()
 
 
 @contextmanager
-def play_rank(namespace: argparse.Namespace, rank: int) -> Iterator[Any]:
+def play_rank(layout: ParallelLayout, rank: int) -> Iterator[Any]:
     """Megatron's process groups as `rank` sees them; nobody else exists, and no message is sent."""
     import torch
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    torch.distributed.init_process_group("fake", rank=rank, world_size=namespace.world_size, store=FakeStore())
+    chunks = layout.virtual_pipeline_model_parallel_size
+    torch.distributed.init_process_group("fake", rank=rank, world_size=layout.world_size, store=FakeStore())
     try:
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=namespace.tensor_model_parallel_size,
-            pipeline_model_parallel_size=namespace.pipeline_model_parallel_size,
-            virtual_pipeline_model_parallel_size=namespace.virtual_pipeline_model_parallel_size,
-            context_parallel_size=namespace.context_parallel_size,
-            expert_model_parallel_size=namespace.expert_model_parallel_size,
-            expert_tensor_parallel_size=namespace.expert_tensor_parallel_size,
+            tensor_model_parallel_size=layout.tensor_model_parallel_size,
+            pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+            context_parallel_size=layout.context_parallel_size,
+            expert_model_parallel_size=layout.expert_model_parallel_size,
+            expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
             create_gloo_process_groups=False,
         )
         yield ProcessGroupCollection.use_mpu_process_groups()
@@ -149,25 +150,14 @@ def _build_chunks(config: Any, groups: Any) -> list[Any]:
     return chunks
 
 
-def _describe(
-    namespace: argparse.Namespace, trial: argparse.Namespace, rank: int, groups: Any, chunks: list[Any]
-) -> BuiltRank:
-    from megatron_hammer.config.model_arguments import read_model
-    from megatron_hammer.config.model_from_arguments import build_layout
-    from megatron_hammer.model.accounting import count_optimizer_shard
-
+def _describe(plan: "RunPlan", ddp_config: Any, rank: int, groups: Any, chunks: list[Any]) -> BuiltRank:
     parameters = [item for chunk in chunks for item in chunk.named_parameters()]
     expert = sum(parameter.numel() for name, parameter in parameters if ".experts." in name)
-    share = count_optimizer_shard(
-        read_model(namespace),
-        build_layout(namespace),
-        groups.pp.rank(),
-        vocab_divisible_by=namespace.make_vocab_size_divisible_by,
-    )
-    owned, padding = _count_optimizer_parameters(trial, groups, chunks)
+    share = count_optimizer_shard(plan.model, plan.layout, groups.pp.rank(), vocab_divisible_by=plan.vocab_divisible_by)
+    owned, padding = _count_optimizer_parameters(plan.layout, ddp_config, groups, chunks)
     return BuiltRank(
-        preset=namespace.preset,
-        world_size=namespace.world_size,
+        preset=None if plan.preset is None else plan.preset.name,
+        world_size=plan.machine.world_size,
         rank=rank,
         tp_rank=groups.tp.rank(),
         tp=groups.tp.size(),
@@ -192,13 +182,15 @@ def _describe(
     )
 
 
-def _count_optimizer_parameters(namespace: argparse.Namespace, groups: Any, chunks: list[Any]) -> tuple[int, int]:
+def _count_optimizer_parameters(
+    parallel: ParallelLayout, ddp_config: Any, groups: Any, chunks: list[Any]
+) -> tuple[int, int]:
     """(elements whose optimizer state this rank keeps, its part of padding), by Megatron's layout of its buffers."""
-    if not namespace.use_distributed_optimizer:
+    if not parallel.has_distributed_optimizer:
         return sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters()), 0
     owned = padding = 0
     for stage, chunk in enumerate(chunks):
-        for key, layout in _lay_out_buffers(namespace, groups, chunk, is_first=stage == 0).items():
+        for key, layout in _lay_out_buffers(ddp_config, groups, chunk, is_first=stage == 0).items():
             group = groups.expt_dp if key.is_expert_parallel else groups.dp_cp
             for start, end, bucket in layout.param_index_map.values():
                 bucket_start, bucket_end = layout.bucket_indices[bucket]
@@ -210,19 +202,11 @@ def _count_optimizer_parameters(namespace: argparse.Namespace, groups: Any, chun
     return owned, padding
 
 
-def _lay_out_buffers(namespace: argparse.Namespace, groups: Any, chunk: Any, *, is_first: bool) -> dict[Any, Any]:
+def _lay_out_buffers(config: Any, groups: Any, chunk: Any, *, is_first: bool) -> dict[Any, Any]:
     """As megatron.core's DistributedDataParallel lays out a chunk: buckets only where gradients overlap, see there."""
-    from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=namespace.accumulate_allreduce_grads_in_fp32,
-        overlap_grad_reduce=namespace.overlap_grad_reduce,
-        use_distributed_optimizer=True,
-        bucket_size=namespace.ddp_bucket_size,
-        pad_buckets_for_high_nccl_busbw=namespace.ddp_pad_buckets_for_high_nccl_busbw,
-    )
-    has_buckets = namespace.overlap_grad_reduce and is_first and groups.pp.rank() == 0
+    has_buckets = config.overlap_grad_reduce and is_first and groups.pp.rank() == 0
     bucket_size = config.bucket_size or max(40_000_000, 1_000_000 * groups.dp.size())
     return DistributedOptimizer.compute_full_param_layout(
         [parameter for parameter in chunk.parameters() if parameter.requires_grad],
@@ -233,18 +217,12 @@ def _lay_out_buffers(namespace: argparse.Namespace, groups: Any, chunk: Any, *, 
     ).layouts
 
 
-def compare(namespace: argparse.Namespace, built: BuiltRank) -> None:
+def compare(plan: "RunPlan", built: BuiltRank) -> None:
     """Raise DisagreementError with every difference between the built rank and the arithmetic."""
-    from megatron_hammer.config.model_arguments import read_model
-    from megatron_hammer.config.model_from_arguments import build_layout
-    from megatron_hammer.model.accounting import count_rank_parameters, split_layers
-
-    model, layout = read_model(namespace), build_layout(namespace)
+    model, layout = plan.model, plan.layout
     place = layout.coordinates(built.rank)
     ranges = split_layers(model.num_layers, layout)[place.pp_rank]
-    local = count_rank_parameters(
-        model, layout, place.pp_rank, vocab_divisible_by=namespace.make_vocab_size_divisible_by
-    )
+    local = count_rank_parameters(model, layout, place.pp_rank, vocab_divisible_by=plan.vocab_divisible_by)
     counted = place._asdict() | {
         "layers": tuple(tuple(range(chunk.first_layer, chunk.first_layer + chunk.num_layers)) for chunk in ranges),
         "dense_parameters": local.dense,

@@ -1,6 +1,5 @@
 """One micro-batch forward: fetch the batch, run the model, sum the loss over tokens."""
 
-import argparse
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -10,24 +9,25 @@ from megatron.core import parallel_state
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from torch import Tensor
 
+from megatron_hammer.config.run_plan import RunPlan
 
-def build_forward_step(namespace: argparse.Namespace) -> "ForwardStep":
-    """The forward step of a run, from Megatron's finalized namespace."""
+
+def build_forward_step(plan: RunPlan) -> "ForwardStep":
+    """The forward step of a run."""
     return ForwardStep(
-        micro_batch_size=namespace.micro_batch_size,
-        eval_micro_batch_size=namespace.eval_micro_batch_size,
-        seq_length=namespace.seq_length,
-        context_parallel_size=namespace.context_parallel_size,
-        has_attention_mask=namespace.create_attention_mask_in_dataloader,
-        pipeline_model_parallel_size=namespace.pipeline_model_parallel_size,
+        micro_batch_size=plan.batch.micro_batch_size,
+        eval_micro_batch_size=plan.batch.eval_micro_batch_size,
+        seq_length=plan.seq_length,
+        context_parallel_size=plan.layout.context_parallel_size,
+        has_attention_mask=plan.has_attention_mask,
+        pipeline_model_parallel_size=plan.layout.pipeline_model_parallel_size,
     )
 
 
 class ForwardStep:
     """Megatron's forward_step_func for one run: called as (data_iterator, model).
 
-    micro_batch_size, seq_length: of a training batch [b, s]; evaluation may pass another micro-batch size, which then
-    comes from eval_micro_batch_size.
+    micro_batch_size, seq_length: of a training batch [b, s]; evaluation has a micro-batch size of its own.
     """
 
     def __init__(

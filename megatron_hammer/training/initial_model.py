@@ -64,14 +64,14 @@ def _list_tokenizers(folder: Path) -> tuple[Path, ...]:
     return tuple(folder if name.endswith(".json") else folder / name for name in found)
 
 
-def build_filler(start: InitialModel, *, rank: int, terminal: IO[str]) -> Callable[[Sequence[Any], Any], None]:
+def build_filler(initial: InitialModel, *, rank: int, terminal: IO[str]) -> Callable[[Sequence[Any], Any], None]:
     """A function of megatron's (model chunks, optimizer) that fills both from the folder; every rank must call it."""
 
     def fill(chunks: Sequence[Any], optimizer: Any) -> None:
         from megatron.core import parallel_state
         from megatron.core.utils import unwrap_model
 
-        source = open_hf_folder(start.folder)
+        source = open_hf_folder(initial.folder)
         modules = unwrap_model(list(chunks))
         metadata = {
             "singleton_local_shards": False,

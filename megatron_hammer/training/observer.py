@@ -4,15 +4,14 @@ megatron calls (through megatron_compat.observe_training) on every rank; the las
 recording. Reading the loss ends a step: it waits for the device, so the step time needs no other synchronisation.
 """
 
-import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_hammer.config.arguments import ParsedArguments, describe_model
-from megatron_hammer.config.data_order import RECORD_NAME, describe_continuation
-from megatron_hammer.config.initial_model import describe_weights
-from megatron_hammer.config.model_arguments import read_model
+from megatron_hammer.config.run_plan import RunPlan
+from megatron_hammer.config.saved_run import describe_weights
+from megatron_hammer.config.training_state import TrainingState
+from megatron_hammer.data.order.review import describe_continuation
 from megatron_hammer.model.accounting import count_flops_per_token, count_parameters
 from megatron_hammer.platforms.device import max_over_ranks, read_device_name, read_peak_memory_bytes
 from megatron_hammer.platforms.gpu_peaks import find_dense_peak_tflops
@@ -22,71 +21,74 @@ from megatron_hammer.training.reporter import Reporter, write_loss_curve
 LOSS_NAME = "lm loss"  # the key of forward_step.sum_loss
 
 
-def build_observer(arguments: ParsedArguments, terminal: IO[str]) -> "RunObserver":
-    """The observer of a run, from its finalized arguments. terminal: where a person reads."""
-    namespace = arguments.namespace
-    device_name = read_device_name(namespace.platform)
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # of the parameters, as torch names them
+
+
+def build_observer(plan: RunPlan, state: TrainingState, terminal: IO[str]) -> "RunObserver":
+    """The observer of a run. terminal: where a person reads."""
+    machine = plan.machine
+    device_name = read_device_name(machine.platform)
     facts = RunFacts(
-        description=describe_run(arguments),
-        train_steps=namespace.train_iters or namespace.train_samples // namespace.global_batch_size,
-        seq_length=namespace.seq_length,
-        world_size=namespace.world_size,
-        flops_per_token=count_flops_per_token(read_model(namespace), namespace.seq_length, MFU_CONVENTION),
-        peak_tflops=namespace.peak_tflops or find_dense_peak_tflops(device_name),
+        description=describe_run(plan),
+        train_steps=plan.num_steps,
+        seq_length=plan.seq_length,
+        world_size=machine.world_size,
+        flops_per_token=count_flops_per_token(plan.model, plan.seq_length, MFU_CONVENTION),
+        peak_tflops=machine.peak_tflops or find_dense_peak_tflops(device_name),
         device_name=device_name,
     )
-    is_recorder = namespace.rank == namespace.world_size - 1
     return RunObserver(
-        namespace,
+        plan,
+        state,
         facts,
         Reporter(terminal, facts),
-        weights=describe_weights(namespace, arguments.start),
-        is_recorder=is_recorder,
+        is_recorder=machine.rank == machine.world_size - 1,
         read_peak_memory_bytes=read_peak_memory_bytes,
         max_over_ranks=max_over_ranks,
     )
 
 
-def describe_run(arguments: ParsedArguments) -> str:
-    """hammer-tiny: 4,851,968 parameters, 2 ranks (TP2 PP1 DP1), cpu platform, torch backend, fp32"""
-    namespace = arguments.namespace
+def describe_run(plan: RunPlan) -> str:
+    """hammer-tiny: 4,851,968 parameters, 2 ranks (TP2 PP1 DP1), cpu platform, torch backend, float32"""
     sizes = {
-        "TP": namespace.tensor_model_parallel_size,
-        "PP": namespace.pipeline_model_parallel_size,
-        "VP": namespace.virtual_pipeline_model_parallel_size or 1,
-        "CP": namespace.context_parallel_size,
-        "EP": namespace.expert_model_parallel_size,
-        "DP": namespace.data_parallel_size,
+        "TP": plan.layout.tensor_model_parallel_size,
+        "PP": plan.layout.pipeline_model_parallel_size,
+        "VP": plan.layout.virtual_pipeline_model_parallel_size,
+        "CP": plan.layout.context_parallel_size,
+        "EP": plan.layout.expert_model_parallel_size,
+        "DP": plan.layout.data_parallel_size,
     }
     layout = " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1 or name in ("TP", "PP", "DP"))
-    ranks = "1 rank" if namespace.world_size == 1 else f"{namespace.world_size} ranks"
+    machine = plan.machine
+    ranks = "1 rank" if machine.world_size == 1 else f"{machine.world_size} ranks"
     return (
-        f"{describe_model(arguments)}: "
-        f"{count_parameters(read_model(namespace)):,} parameters, {ranks} ({layout}), "
-        f"{namespace.platform} platform, {namespace.backend} backend, {str(namespace.params_dtype).split('.')[-1]}"
+        f"{plan.model_name}: {count_parameters(plan.model):,} parameters, {ranks} ({layout}), "
+        f"{machine.platform} platform, {machine.backend} backend, {DTYPES[plan.precision]}"
     )
 
 
 class RunObserver:
-    """One run's ears.
+    """What megatron's loop calls.
 
     is_recorder: whether this rank writes (the last one). max_over_ranks: collective maximum of a number, called by
-    every rank in the same order. weights: where the first ones come from.
+    every rank in the same order.
     """
 
     def __init__(
         self,
-        namespace: argparse.Namespace,
+        plan: RunPlan,
+        state: TrainingState,
         facts: RunFacts,
         reporter: Reporter,
         *,
-        weights: str,
         is_recorder: bool,
         read_peak_memory_bytes: Callable[[], int],
         max_over_ranks: Callable[[float], float],
     ):
-        self.namespace, self.facts, self.reporter = namespace, facts, reporter
-        self.is_recorder, self.weights = is_recorder, weights
+        self.plan, self.state, self.facts, self.reporter = plan, state, facts, reporter
+        self.is_recorder = is_recorder
+        # Now, since a run's own first checkpoint would be found later.
+        self._weights = describe_weights(plan.checkpoints, plan.initial_model)
         self._read_peak_memory_bytes, self._max_over_ranks = read_peak_memory_bytes, max_over_ranks
         self._stopwatch, self._lr = Stopwatch(), 0.0
         self._log: MetricsLog | None = None
@@ -118,8 +120,8 @@ class RunObserver:
             loss=loss,
             grad_norm=None if grad_norm is None else float(grad_norm),
             lr=self._lr,
-            num_samples=self.namespace.consumed_train_samples,
-            step_samples=self.namespace.global_batch_size,
+            num_samples=self.state.num_samples,
+            step_samples=self.state.global_batch_size,
             step_time_s=step_time_s,
             loss_scale=float(loss_scale),
             is_skipped=bool(is_skipped),
@@ -158,18 +160,22 @@ class RunObserver:
             curve_path = metrics_path.with_name("loss.png")
             validations = read_metrics(metrics_path.with_name("validation.jsonl"))
             write_loss_curve(read_metrics(metrics_path), validations, curve_path)
-        checkpoint_dir = None if self.namespace.save is None else Path(self.namespace.save)
+        save_dir = self.plan.checkpoints.save
         self.reporter.show_summary(
             self._log.history,
             self._validations,
-            {"metrics": metrics_path, "loss curve": curve_path, "checkpoints": checkpoint_dir},
+            {
+                "metrics": metrics_path,
+                "loss curve": curve_path,
+                "checkpoints": None if save_dir is None else Path(save_dir),
+            },
         )
 
     def report_early_stop(self) -> None:
         """Say where a run stands that stopped before its last step."""
         self.reporter.stop()
         if self.is_recorder:
-            save_dir = self.namespace.save
+            save_dir = self.plan.checkpoints.save
             fate = (
                 "nothing was saved: pass --save DIR to continue a stopped run"
                 if save_dir is None
@@ -179,21 +185,20 @@ class RunObserver:
 
     @property
     def last_step(self) -> int:
-        return self._log.history[-1].step if self._log and self._log.history else self.namespace.iteration
+        return self._log.history[-1].step if self._log and self._log.history else self.state.iteration
 
     def _metrics_path(self) -> Path | None:
-        return None if self.namespace.metrics_path is None else Path(self.namespace.metrics_path)
+        path = self.plan.output.metrics_path
+        return None if path is None else Path(path)
 
     def _open_log(self) -> None:
-        first_step = self.namespace.iteration + 1
+        first_step = self.state.iteration + 1
         self.reporter.say(self.facts.description)
-        self.reporter.say(f"weights: {self.weights}")
+        self.reporter.say(f"weights: {self._weights}")
         self._log = MetricsLog(self.facts, self._metrics_path(), first_step)
         if first_step > 1:
             self.reporter.say(f"resumed from the checkpoint of step {first_step - 1}")
-            order_line = describe_continuation(
-                getattr(self.namespace, RECORD_NAME, None), self.namespace.consumed_train_samples
-            )
+            order_line = describe_continuation(self.state.data_order, self.state.num_samples)
             if order_line is not None:
                 self.reporter.say(order_line)
         if self._log.num_dropped:
@@ -205,8 +210,7 @@ class RunObserver:
     def _name_evaluated_set(self, is_test: bool) -> str:
         if is_test:
             return "test"
-        names, lengths = self.namespace.validation_set_names, self.namespace.eval_iters
+        names = self.plan.evaluation.set_names
         if names:
             return names[self._num_evaluated_sets]
-        has_several = isinstance(lengths, list) and len(lengths) > 1
-        return f"validation-{self._num_evaluated_sets}" if has_several else "validation"
+        return f"validation-{self._num_evaluated_sets}" if self.state.num_validation_sets > 1 else "validation"

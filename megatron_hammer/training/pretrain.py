@@ -19,6 +19,8 @@ from megatron_hammer.training.launch import end_with_launcher
 if TYPE_CHECKING:
     from megatron_hammer.config.arguments import ParsedArguments
     from megatron_hammer.config.initial_model import InitialModel
+    from megatron_hammer.config.run_plan import RunPlan, RunSettings
+    from megatron_hammer.config.training_state import TrainingState
     from megatron_hammer.training.observer import RunObserver
 
 
@@ -28,11 +30,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     end_with_launcher()
     argv = sys.argv[1:] if argv is None else argv
     arguments = prepare(argv)
-    if arguments.namespace.dry_run:
+    if arguments.settings.output.is_dry_run:
         dry_run(arguments, sys.stdout)
     else:
-        check(arguments)
-        train(arguments, open_terminal(arguments))
+        plan = check(arguments)
+        train(arguments, plan, open_terminal(plan))
 
 
 def prepare(argv: Sequence[str], *, is_plan: bool = False) -> "ParsedArguments":
@@ -52,54 +54,59 @@ def prepare(argv: Sequence[str], *, is_plan: bool = False) -> "ParsedArguments":
 
     from megatron_hammer.config.arguments import parse_arguments
 
+    initial_model = read_named_model(argv)
+    return parse_arguments(argv, platform=platform, backend=backend, is_plan=is_plan, initial_model=initial_model)
+
+
+def read_named_model(argv: Sequence[str]) -> "InitialModel | None":
+    """The model of --load-hf; None without it. Raises ConversionError if its architecture is not supported."""
+    from megatron_hammer.config.own_flags import read_option
+
     load_hf = read_option(argv, "--load-hf")
-    start = None if load_hf is None else read_start(load_hf)
-    return parse_arguments(argv, platform=platform, backend=backend, is_plan=is_plan, start=start)
+    if load_hf is None:
+        return None
 
-
-def read_start(folder: str) -> "InitialModel":
-    """The model of --load-hf; raises ConversionError if it is none that is mapped."""
     from pathlib import Path
 
     from megatron_hammer.training.initial_model import read_initial_model
 
-    return read_initial_model(Path(folder))
+    return read_initial_model(Path(load_hf))
 
 
-def check(arguments: "ParsedArguments") -> None:
-    """Raise ConfigError with everything that preflight finds, before any process group forms."""
+def check(arguments: "ParsedArguments") -> "RunPlan":
+    """The plan of a run that can start; raises ConfigError with all problems, before any process group forms."""
     from megatron_hammer.config.preflight.find_problems import find_problems
 
     problems = find_problems(arguments)
     if problems:
         raise ConfigError(*problems)
+    return arguments.require_plan()
 
 
 def dry_run(arguments: "ParsedArguments", terminal: IO[str]) -> None:
     """Print what would run and every problem found; exit with 2 if there are any."""
-    from megatron_hammer.config.dry_run.dry_run import build_report, print_report
+    from megatron_hammer.config.dry_run.dry_run import build_dry_run_report, print_report
     from megatron_hammer.config.preflight.find_problems import find_problems
 
     problems = find_problems(arguments)
-    print_report(build_report(arguments, problems), terminal, as_json=arguments.namespace.json)
+    print_report(build_dry_run_report(arguments, problems), terminal, as_json=arguments.settings.output.has_json)
     if problems:
         sys.exit(USER_ERROR_EXIT_CODE)
 
 
-def open_terminal(arguments: "ParsedArguments") -> IO[str]:
+def open_terminal(settings: "RunSettings") -> IO[str]:
     """The stream for what a person reads; megatron's own output goes to a file unless --verbose."""
     from pathlib import Path
 
     from megatron_hammer.training.terminal import divert_output
 
-    namespace = arguments.namespace
-    if namespace.verbose:
+    if settings.output.is_verbose:
         return sys.stdout
-    log_dir = None if namespace.save is None else Path(namespace.save) / "logs"
-    return divert_output(log_dir, namespace.rank)[0]
+    save_dir = settings.checkpoints.save
+    return divert_output(None if save_dir is None else Path(save_dir) / "logs", settings.machine.rank)[0]
 
 
-def train(arguments: "ParsedArguments", terminal: IO[str]) -> None:
+def train(arguments: "ParsedArguments", plan: "RunPlan", terminal: IO[str]) -> None:
     """Run megatron's training loop to the end of the schedule or to a signal, and report."""
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
@@ -112,34 +119,33 @@ def train(arguments: "ParsedArguments", terminal: IO[str]) -> None:
     from megatron_hammer.training.forward_step import build_forward_step
     from megatron_hammer.training.observer import build_observer
 
-    namespace = arguments.namespace
     stand_alone()
-    finalize_arguments(namespace)
+    state = finalize_arguments(arguments)
     megatron_compat.stop_on_signals_too((signal.SIGINT, signal.SIGTERM))
-    config = build_config_container(namespace, build_model_config)
-    observer = build_observer(arguments, terminal)
+    config = build_config_container(arguments, build_model_config)
+    observer = build_observer(plan, state, terminal)
     megatron_compat.observe_training(observer)
-    fill_from_initial_model(arguments, terminal)
+    fill_from_initial_model(plan, state, terminal)
+    datasets = build_dataset_provider(arguments, plan, state)
     try:
-        pretrain(config, build_dataset_provider(namespace), ModelType.encoder_or_decoder, build_forward_step(namespace))
+        pretrain(config, datasets, ModelType.encoder_or_decoder, build_forward_step(plan))
     except SystemExit as stop:
         report_early_stop(observer, stop)
     observer.finish()
     close_process_group()
 
 
-def fill_from_initial_model(arguments: "ParsedArguments", terminal: IO[str]) -> None:
-    """Have megatron's new model filled with the weights of --load-hf, unless there is a checkpoint to go on from."""
-    from megatron_hammer.config.initial_model import find_checkpoint_to_load
+def fill_from_initial_model(plan: "RunPlan", state: "TrainingState", terminal: IO[str]) -> None:
+    """Have megatron's new model filled with the weights of --load-hf, unless there is a checkpoint to continue."""
+    from megatron_hammer.config.saved_run import find_checkpoint_to_load
     from megatron_hammer.platforms import megatron_compat
 
-    namespace, start = arguments.namespace, arguments.start
-    if start is not None and find_checkpoint_to_load(namespace) is None:
+    if plan.initial_model is not None and find_checkpoint_to_load(plan.checkpoints) is None:
         from megatron_hammer.training.initial_model import build_filler
 
-        fill = build_filler(start, rank=namespace.rank, terminal=terminal)
+        fill = build_filler(plan.initial_model, rank=plan.machine.rank, terminal=terminal)
         # megatron may have found a checkpoint elsewhere, such as --non-persistent-global-ckpt-dir
-        megatron_compat.fill_new_model(lambda *built: None if namespace.iteration else fill(*built))
+        megatron_compat.fill_new_model(lambda *built: None if state.iteration else fill(*built))
 
 
 def report_early_stop(observer: "RunObserver", stop: SystemExit) -> None:

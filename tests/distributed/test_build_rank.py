@@ -75,12 +75,12 @@ def test_every_rank_together_is_the_model() -> None:
 
 
 def test_twin_a_wrong_count_is_noticed() -> None:
-    from megatron_hammer.training.build_rank import DisagreementError, compare, read_namespace
+    from megatron_hammer.training.build_rank import DisagreementError, compare, read_rank_plan
 
     argv = ["--preset", "hammer-tiny", "--world-size", "4"]
     built = build("hammer-tiny", 4, 3)
-    namespace = read_namespace(argv)
-    compare(namespace, built)
+    _, plan = read_rank_plan(argv)
+    compare(plan, built)
     for field, wrong in (
         ("dense_parameters", built.dense_parameters - 1),
         ("layers", ((0, 1, 2),)),
@@ -88,7 +88,7 @@ def test_twin_a_wrong_count_is_noticed() -> None:
         ("optimizer_parameters", 2 * built.optimizer_share),
     ):
         with pytest.raises(DisagreementError, match=f"{field}: counted"):
-            compare(namespace, dataclasses.replace(built, **{field: wrong}))
+            compare(plan, dataclasses.replace(built, **{field: wrong}))
 
 
 def test_refused_layouts() -> None:

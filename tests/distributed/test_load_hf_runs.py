@@ -93,8 +93,7 @@ def read_first_batch(flags: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor
     megatron_compat.install("cpu")
     from megatron_hammer.training.pretrain import prepare
 
-    namespace = prepare([*flags, "--train-iters", "1", "--platform", "cpu"]).namespace
-    dataset = build_datasets(namespace)[0]
+    dataset = build_datasets(prepare([*flags, "--train-iters", "1", "--platform", "cpu"]))[0]
     samples = [dataset[index] for index in range(BATCH_SIZE)]
     assert all(sample["loss_mask"].all() for sample in samples)
     return torch.stack([sample["tokens"] for sample in samples]), torch.stack([sample["labels"] for sample in samples])

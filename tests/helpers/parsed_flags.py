@@ -1,11 +1,14 @@
 """Command lines parsed in this process, for tests of preflight and of the dry run. Importing megatron takes seconds."""
 
+import dataclasses
 import functools
 from pathlib import Path
 
 import numpy as np
 
 from megatron_hammer.config.arguments import ParsedArguments
+from megatron_hammer.config.flags import Flags
+from megatron_hammer.config.run_plan import RunSettings
 from megatron_hammer.data.indexed.pair import IndexedWriter
 
 TINY = ("--preset", "hammer-tiny", "--mock-data")
@@ -23,6 +26,12 @@ def parse(*flags: str, platform: str = "cpu", backend: str = "torch") -> ParsedA
     from megatron_hammer.config.arguments import parse_arguments
 
     return parse_arguments(flags, platform=platform, backend=backend)
+
+
+def with_flags(settings: RunSettings, *typed: str, **values: object) -> RunSettings:
+    """The settings as if these flags were typed, and others had these values."""
+    flags = Flags(values={**settings.flags.values, **values}, typed=settings.flags.typed | set(typed))
+    return dataclasses.replace(settings, flags=flags)
 
 
 def find(*flags: str, platform: str = "cpu", backend: str = "torch") -> list[str]:

@@ -1,6 +1,7 @@
 """Megatron's own data sets of a run, built in this process, and what they draw, token by token."""
 
 import argparse
+import dataclasses
 import functools
 import tempfile
 from pathlib import Path
@@ -36,25 +37,26 @@ def draw_lengths(seed: int, num_documents: int, *, longest: int = 90) -> list[in
     return np.random.default_rng(seed).integers(1, longest, num_documents).tolist()
 
 
-def build_datasets(namespace: Any, num_samples: tuple[int, int, int] | None = None) -> list[Any]:
+def build_datasets(arguments: Any, num_samples: tuple[int, int, int] | None = None) -> list[Any]:
     """(train, valid, test) as the run would build them; without --data-cache-path nothing is left on disk."""
     install()
     from megatron import training
 
-    from megatron_hammer.config import datasets
-    from megatron_hammer.config.samples import count_needed_samples
+    from megatron_hammer.config.arguments import build_dataset_config
+    from megatron_hammer.config.datasets import select_samples
+    from megatron_hammer.config.training_state import TrainingState
     from megatron_hammer.data.provider import DatasetProvider
 
-    needed = count_needed_samples(namespace)
+    needed, namespace = arguments.plan.num_samples, arguments.namespace
     with tempfile.TemporaryDirectory() as cache_dir:
         cache = {"data_cache_path": namespace.data_cache_path or cache_dir, "data_parallel_size": 1}
-        namespace = argparse.Namespace(**{**vars(namespace), **cache})
+        arguments = dataclasses.replace(arguments, namespace=argparse.Namespace(**vars(namespace) | cache))
         with mock.patch.object(training, "get_tokenizer", StubTokenizer):
-            config = datasets.build_dataset_config(namespace)
+            config = build_dataset_config(arguments, arguments.plan)
         provider = DatasetProvider(
             config,
             lambda vp_stage: True,
-            select_samples=functools.partial(datasets.select_samples, namespace),
+            select_samples=functools.partial(select_samples, arguments.plan, TrainingState(namespace)),
         )
         return provider(num_samples or (needed["train"], needed["valid"], needed["test"]))
 

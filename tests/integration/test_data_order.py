@@ -38,7 +38,7 @@ def short_run(flags: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture
 def resumed(short_run: Path, tmp_path: Path) -> Path:
     """A copy to go on in."""
-    saved_run.read_saved_arguments.cache_clear()
+    saved_run.open_saved_run.cache_clear()
     shutil.copytree(short_run, tmp_path / "run")
     return tmp_path / "run"
 
@@ -61,10 +61,11 @@ def test_megatrons_order_stops_and_goes_on_only_when_told(flags: tuple[str, ...]
     result = run(1, *resume)
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
-    _, data = parse(*flags).namespace.data_path
+    (source,) = parse(*flags).settings.data.sources.shared
     where = resumed / f"iter_{SHORT:07d}"
     assert (
-        f"error: data-order: must be that of the checkpoint, got samples=96 (was 48); {data} with 2 epochs shuffled "
+        f"error: data-order: must be that of the checkpoint, got samples=96 (was 48); {source.prefix} with 2 epochs "
+        f"shuffled "
         f"together, the last apart (was one epoch) (in {where}). Of the 48 samples (3,072 tokens) trained on so far, "
     ) in result.stderr
     assert len(read_lines(resumed / "metrics.jsonl")) == SHORT, "nothing was trained"
@@ -77,9 +78,8 @@ def test_megatrons_order_stops_and_goes_on_only_when_told(flags: tuple[str, ...]
 
 def read_record(folder: Path, step: int) -> dict:
     """As preflight reads it, from the checkpoint alone."""
-    saved_run.read_saved_arguments.cache_clear()
-    arguments, _ = saved_run.read_saved_arguments(folder / f"iter_{step:07d}", 0)
-    return arguments.data_order_record
+    saved_run.open_saved_run.cache_clear()
+    return saved_run.read_saved_run(folder / f"iter_{step:07d}").record
 
 
 def test_a_checkpoint_names_its_data(flags: tuple[str, ...], short_run: Path) -> None:

@@ -18,11 +18,11 @@ SECONDS_A_PRESET = 5.0
 
 def report_of(*flags: str):
     parse(*flags)  # the slow import, once
-    from megatron_hammer.config.dry_run.dry_run import build_report
+    from megatron_hammer.config.dry_run.dry_run import build_dry_run_report
     from megatron_hammer.config.preflight.find_problems import find_problems
 
     arguments = parse(*flags)
-    return build_report(arguments, find_problems(arguments))
+    return build_dry_run_report(arguments, find_problems(arguments))
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -51,11 +51,9 @@ def test_every_preset(name: str) -> None:
 
 
 def test_grid_places_ranks_as_the_layout_does() -> None:
-    from megatron_hammer.config.model_from_arguments import build_layout
-
     flags = ("--preset", "tiny-llm-zh-moe", "--mock-data", "--tensor-model-parallel-size", "2", *plan(16))
     flags += ("--pipeline-model-parallel-size", "2", "--expert-model-parallel-size", "4", "--sequence-parallel")
-    report, layout = report_of(*flags), build_layout(parse(*flags).namespace)
+    report, layout = report_of(*flags), parse(*flags).plan.layout
     for rank in range(16):
         place = dict(zip(("tp", "cp", "dp", "pp", "etp", "ep", "edp"), layout.coordinates(rank), strict=False))
         place |= {"pp": layout.coordinates(rank).pp_rank, "dp": layout.coordinates(rank).dp_rank}

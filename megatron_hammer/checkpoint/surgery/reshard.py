@@ -36,8 +36,9 @@ from megatron_hammer.checkpoint.surgery.vocabulary_rows import (
     read_rows,
     read_vocab_size,
 )
-from megatron_hammer.config.model_from_arguments import count_least_world_size
+from megatron_hammer.config.model_arguments import read_model
 from megatron_hammer.config.preflight.layout import find_layout_problems
+from megatron_hammer.config.read_plan import count_least_world_size, read_layers_per_chunk, read_layout
 from megatron_hammer.errors import ConversionError
 
 # What depends on how many stages there are, and is unset when their number changes.
@@ -135,7 +136,15 @@ class _Unset(Namespace):
 
 def _find_problems(args: Namespace) -> list[str]:
     """What training's own preflight says of the layout."""
-    return find_layout_problems(_Unset(**vars(args)))
+    args = _Unset(**vars(args))
+    return find_layout_problems(
+        read_model(args),
+        read_layout(args),
+        world_size=args.world_size,
+        layers_per_chunk=read_layers_per_chunk(args),
+        seq_length=args.seq_length,
+        rotary_percent=args.rotary_percent,
+    )
 
 
 def describe_layout(args: Any) -> str:

@@ -3,7 +3,6 @@
 Time is left out on purpose: nothing here has been measured. Needs no GPU and no process group.
 """
 
-import argparse
 import dataclasses
 import enum
 import itertools
@@ -12,9 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import IO, Any
 
-from megatron_hammer.config.arguments import ParsedArguments, describe_model
-from megatron_hammer.config.data_flags import list_data_flags, read_data_plan
-from megatron_hammer.config.data_order import plan_run_order
+from megatron_hammer.config.arguments import ParsedArguments
 from megatron_hammer.config.dry_run.report import (
     GridAxis,
     ModelReport,
@@ -25,22 +22,23 @@ from megatron_hammer.config.dry_run.report import (
     StageReport,
 )
 from megatron_hammer.config.dry_run.tables import print_tables
-from megatron_hammer.config.initial_model import describe_weights
+from megatron_hammer.config.flags import Flags
 from megatron_hammer.config.megatron_checks import read_megatron_defaults
-from megatron_hammer.config.model_arguments import list_missing_essentials, read_model
-from megatron_hammer.config.model_from_arguments import build_layout
 from megatron_hammer.config.preflight.data import read_indices
-from megatron_hammer.config.preflight.data_order import describe_epochs, describe_order_state
-from megatron_hammer.config.preflight.layout import find_layout_problems
-from megatron_hammer.config.preflight.memory import estimate_run_memory, read_available_bytes, select_recompute
-from megatron_hammer.config.preflight.values import find_value_problems
+from megatron_hammer.config.preflight.data_order import describe_order_state
+from megatron_hammer.config.preflight.layout import find_run_layout_problems
+from megatron_hammer.config.preflight.memory import estimate_run_memory, read_available_bytes
 from megatron_hammer.config.preset_arguments import preset_arguments
-from megatron_hammer.config.samples import select_global_batch_size
+from megatron_hammer.config.run_plan import RunPlan
+from megatron_hammer.config.saved_run import describe_weights
+from megatron_hammer.data.order.describe import describe_epochs
+from megatron_hammer.data.order.run_order import plan_run_order
 from megatron_hammer.data.sources import SPLIT_NAMES, DataPlan, count_split_tokens
 from megatron_hammer.model.accounting import (
     FLOP_CONVENTIONS,
     FlopConvention,
     ParallelLayout,
+    StageMemory,
     count_active_parameters,
     count_flops_per_token,
     count_optimizer_shard,
@@ -50,33 +48,35 @@ from megatron_hammer.model.accounting import (
     split_layers,
 )
 from megatron_hammer.model.shape import ModelShape
+from megatron_hammer.presets.preset import Preset
 
 CONVENTION: FlopConvention = "A"
 # Derived by this package for its platform and backend, or of no interest in a list of settings.
 UNLISTED = frozenset({"preset", "platform", "backend", "dry_run", "json", "verbose", "requested_world_size", "help"})
 
 
-def build_report(arguments: ParsedArguments, problems: Sequence[str]) -> Report:
+def build_dry_run_report(arguments: ParsedArguments, problems: Sequence[str]) -> Report:
     """Everything that can be said about the run; `problems` are those of preflight.find_problems."""
-    namespace = arguments.namespace
-    can_count = not list_missing_essentials(namespace) and not find_value_problems(namespace)
-    fits = can_count and not find_layout_problems(namespace)
-    has_batch = None not in (namespace.micro_batch_size, namespace.seq_length)
+    settings, plan = arguments.settings, arguments.plan
+    model, layout = settings.model, settings.layout
+    fits = model is not None and not find_run_layout_problems(settings)
+    divisible_by = settings.vocab_divisible_by
+    memory = estimate_run_memory(plan) if plan is not None and fits else None
     return Report(
-        preset=arguments.preset.name if arguments.preset else None,
-        platform=namespace.platform,
-        backend=namespace.backend,
-        precision="bf16" if namespace.bf16 else "fp16" if namespace.fp16 else "fp32",
-        world_size=namespace.world_size,
-        weights=describe_weights(namespace, arguments.start),
-        overrides=_list_overrides(arguments),
-        settings=_list_settings(namespace),
-        model=_report_model(arguments) if can_count else None,
-        grid=list_grid_axes(build_layout(namespace)) if fits else None,
-        stages=_report_stages(namespace, has_memory=has_batch) if fits else None,
-        available_bytes=read_available_bytes(namespace),
-        recompute=select_recompute(namespace),
-        run=_report_run(namespace) if fits and has_batch and _count_steps(namespace) else None,
+        preset=settings.preset.name if settings.preset else None,
+        platform=settings.machine.platform,
+        backend=settings.machine.backend,
+        precision=settings.precision,
+        world_size=settings.machine.world_size,
+        weights=describe_weights(settings.checkpoints, settings.initial_model),
+        overrides=() if settings.preset is None else _list_overrides(settings.flags, settings.preset),
+        settings=_list_settings(settings.flags),
+        model=_report_model(settings.model_name, model, layout, divisible_by) if model and layout else None,
+        grid=list_grid_axes(layout) if layout and fits else None,
+        stages=_report_stages(model, layout, divisible_by, memory) if model and layout and fits else None,
+        available_bytes=read_available_bytes(settings.machine),
+        recompute=settings.recompute,
+        run=_report_run(plan) if plan is not None and fits and plan.schedule.length else None,
         problems=tuple(problems),
     )
 
@@ -99,22 +99,19 @@ def print_report(report: Report, stream: IO[str] | None = None, *, as_json: bool
 # --- configuration --------------------------------------------------------------------------------------------------
 
 
-def _list_overrides(arguments: ParsedArguments) -> tuple[Override, ...]:
-    if arguments.preset is None:
-        return ()
-    namespace = arguments.namespace
+def _list_overrides(flags: Flags, preset: Preset) -> tuple[Override, ...]:
     return tuple(
-        Override(name=name, preset_value=_plain(value), value=_plain(getattr(namespace, name)))
-        for name, value in preset_arguments(arguments.preset).items()
-        if name in arguments.typed and getattr(namespace, name) != value
+        Override(name=name, preset_value=_plain(value), value=_plain(flags[name]))
+        for name, value in preset_arguments(preset).items()
+        if name in flags.typed and flags[name] != value
     )
 
 
-def _list_settings(namespace: argparse.Namespace) -> dict[str, Any]:
+def _list_settings(flags: Flags) -> dict[str, Any]:
     defaults = read_megatron_defaults()
     return {
         name: _plain(value)
-        for name, value in sorted(vars(namespace).items())
+        for name, value in sorted(flags.values.items())
         if name not in UNLISTED and not name.startswith("_") and name in defaults and value != defaults[name]
     }
 
@@ -131,16 +128,14 @@ def _plain(value: Any) -> Any:
 # --- model and ranks ------------------------------------------------------------------------------------------------
 
 
-def _report_model(arguments: ParsedArguments) -> ModelReport:
-    namespace = arguments.namespace
-    model = read_model(namespace, name=describe_model(arguments))
+def _report_model(name: str, model: ModelShape, layout: ParallelLayout, divisible_by: int) -> ModelReport:
     rows = padded_vocab_size(
         model.vocab_size,
-        divisible_by=namespace.make_vocab_size_divisible_by,
-        tensor_model_parallel_size=namespace.tensor_model_parallel_size,
+        divisible_by=divisible_by,
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
     )
     return ModelReport(
-        name=model.name,
+        name=name,
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_parameters=count_parameters(model),
@@ -171,12 +166,11 @@ def list_grid_axes(layout: ParallelLayout) -> tuple[GridAxis, ...]:
     return tuple(axes)
 
 
-def _report_stages(namespace: argparse.Namespace, *, has_memory: bool) -> tuple[StageReport, ...]:
-    model, layout = read_model(namespace), build_layout(namespace)
-    memory = estimate_run_memory(namespace) if has_memory else None
+def _report_stages(
+    model: ModelShape, layout: ParallelLayout, divisible_by: int, memory: Sequence[StageMemory] | None
+) -> tuple[StageReport, ...]:
     stages = []
     for pp_rank, chunks in enumerate(split_layers(model.num_layers, layout)):
-        divisible_by = namespace.make_vocab_size_divisible_by
         local = count_rank_parameters(model, layout, pp_rank, vocab_divisible_by=divisible_by)
         shard = count_optimizer_shard(model, layout, pp_rank, vocab_divisible_by=divisible_by)
         stages.append(
@@ -193,7 +187,7 @@ def _report_stages(namespace: argparse.Namespace, *, has_memory: bool) -> tuple[
     return tuple(stages)
 
 
-def _list_memory_parts(stage: Any) -> dict[str, int]:
+def _list_memory_parts(stage: StageMemory) -> dict[str, int]:
     """Every *_bytes field of a StageMemory without its suffix."""
     return {
         field.name.removesuffix("_bytes"): getattr(stage, field.name)
@@ -205,66 +199,55 @@ def _list_memory_parts(stage: Any) -> dict[str, int]:
 # --- run and data ---------------------------------------------------------------------------------------------------
 
 
-def _count_steps(namespace: argparse.Namespace) -> int:
-    if namespace.train_iters:
-        return namespace.train_iters
-    return -(-(namespace.train_samples or 0) // select_global_batch_size(namespace))
-
-
-def _report_run(namespace: argparse.Namespace) -> RunReport:
-    model: ModelShape = read_model(namespace)
-    layout = build_layout(namespace)
-    batch = select_global_batch_size(namespace)
-    num_steps = _count_steps(namespace)
-    num_tokens = (namespace.train_samples or num_steps * batch) * namespace.seq_length
-    flops_per_token = count_flops_per_token(model, namespace.seq_length, CONVENTION)
-    split_tokens, sources = _report_data(namespace, num_tokens)
+def _report_run(plan: RunPlan) -> RunReport:
+    batch = plan.batch.global_batch_size
+    num_tokens = (plan.schedule.train_samples or plan.num_steps * batch) * plan.seq_length
+    flops_per_token = count_flops_per_token(plan.model, plan.seq_length, CONVENTION)
+    split_tokens, sources = _report_data(plan, num_tokens)
     train_tokens = split_tokens["train"] if split_tokens else 0
     return RunReport(
-        micro_batch_size=namespace.micro_batch_size,
+        micro_batch_size=plan.batch.micro_batch_size,
         global_batch_size=batch,
-        num_microbatches=max(1, batch // (namespace.micro_batch_size * layout.data_parallel_size)),
-        seq_length=namespace.seq_length,
-        tokens_per_step=batch * namespace.seq_length,
-        num_steps=num_steps,
+        num_microbatches=plan.num_microbatches,
+        seq_length=plan.seq_length,
+        tokens_per_step=batch * plan.seq_length,
+        num_steps=plan.num_steps,
         num_tokens=num_tokens,
         flops_per_token=flops_per_token,
         flop_convention=f"{CONVENTION}: {FLOP_CONVENTIONS[CONVENTION]}",
         total_flops=flops_per_token * num_tokens,
-        data_flags=tuple(list_data_flags(namespace)),
+        data_flags=plan.data.flags,
         split_tokens=split_tokens,
         epochs=num_tokens / train_tokens if train_tokens else None,
-        data_order=describe_order_state(namespace) if split_tokens else None,
+        data_order=describe_order_state(plan) if split_tokens else None,
         sources=sources,
     )
 
 
-def _report_data(
-    namespace: argparse.Namespace, run_tokens: int
-) -> tuple[dict[str, int] | None, tuple[SourceReport, ...]]:
+def _report_data(plan: RunPlan, run_tokens: int) -> tuple[dict[str, int] | None, tuple[SourceReport, ...]]:
     """Tokens of every split, and the sources of the training blend; (None, ()) without readable data."""
-    plan, plan_problems = read_data_plan(namespace)
-    indices, index_problems = read_indices(plan)
-    if plan.is_mock or plan_problems or index_problems or not indices:
+    data_sets = plan.data.sources
+    indices, index_problems = read_indices(data_sets)
+    if data_sets.is_mock or plan.data.problems or index_problems or not indices:
         return None, ()
     tokens = {
         name: {
-            source.prefix: count_split_tokens(indices[source.prefix], plan.bounds_of(name))
-            for source in plan.sources_of(name)
+            source.prefix: count_split_tokens(indices[source.prefix], data_sets.bounds_of(name))
+            for source in data_sets.sources_of(name)
         }
         for name in SPLIT_NAMES
     }
     split_tokens = {name: sum(by_prefix.values()) for name, by_prefix in tokens.items()}
-    order = plan_run_order(namespace)
+    order = plan_run_order(plan.order)
     shufflings = [describe_epochs(source) for source in order.sources] if order else []
-    return split_tokens, _report_sources(plan, tokens["train"], run_tokens, shufflings)
+    return split_tokens, _report_sources(data_sets, tokens["train"], run_tokens, shufflings)
 
 
 def _report_sources(
-    plan: DataPlan, tokens: dict[str, int], run_tokens: int, shufflings: Sequence[str]
+    data_sets: DataPlan, tokens: dict[str, int], run_tokens: int, shufflings: Sequence[str]
 ) -> tuple[SourceReport, ...]:
     """Without weights megatron-core draws from each source in proportion to its size."""
-    sources = plan.sources_of("train")
+    sources = data_sets.sources_of("train")
     weights = [tokens[source.prefix] if source.weight is None else source.weight for source in sources]
     total = sum(weights)
     return tuple(

@@ -1,16 +1,14 @@
 """Whether the data sets are whole, big enough, and made with the tokenizer and the vocabulary of the model."""
 
-import argparse
 import os
 
 import numpy as np
 
-from megatron_hammer.config.arguments import ParsedArguments
-from megatron_hammer.config.data_flags import list_data_flags, read_data_plan
-from megatron_hammer.config.preflight.checkpoint import find_unwritable
+from megatron_hammer.config.flags import flag_of
 from megatron_hammer.config.preflight.data_cache import find_cache_problems
 from megatron_hammer.config.preflight.data_sizes import find_size_problems
-from megatron_hammer.config.preflight.memory import is_planned
+from megatron_hammer.config.preflight.paths import find_unwritable
+from megatron_hammer.config.run_plan import Data, Evaluation, RunPlan, RunSettings
 from megatron_hammer.data.indexed.manifest import Manifest, read_manifest
 from megatron_hammer.data.indexed.pair import SCAN_CHUNK_TOKENS, IndexSummary, read_index
 from megatron_hammer.data.sources import SPLIT_FLAGS, DataPlan
@@ -22,41 +20,40 @@ NUM_SAMPLED_CHUNKS = 4
 SAMPLED_CHUNK_TOKENS = 1 << 20
 
 
-def find_data_problems(arguments: ParsedArguments) -> list[str]:
+def find_data_problems(settings: RunSettings, plan: RunPlan | None) -> list[str]:
     """Everything about data sets and tokenizer that can be known without training; reads headers and samples.
 
-    What reads more than headers is left to one process a node.
+    What reads more than headers is left to one process of each node.
     """
-    namespace = arguments.namespace
-    if not list_data_flags(namespace) and is_planned(namespace):
+    data = settings.data
+    if not data.flags and settings.machine.is_planned:
         return []  # a cluster can be planned before there is a corpus; the report says that none is named
-    plan, plan_problems = read_data_plan(namespace)
-    problems = list(plan_problems)
-    if "multiple_validation_sets" in arguments.typed:
-        problems += _find_validation_set_problems(namespace, plan)
+    problems = list(data.problems)
+    if "multiple_validation_sets" in settings.flags.typed:
+        problems += _find_validation_set_problems(settings.evaluation, data.sources)
     else:
-        problems += _find_whole_pass_problems(namespace, plan)
-    if namespace.data_cache_path is not None:
-        problems += find_unwritable("data_cache_path", namespace.data_cache_path)
-    encoder, tokenizer_problems = _read_tokenizer(namespace)
+        problems += _find_whole_pass_problems(settings.evaluation, data.sources)
+    if data.cache_dir is not None:
+        problems += find_unwritable("data_cache_path", data.cache_dir)
+    encoder, tokenizer_problems = _read_tokenizer(data)
     problems += tokenizer_problems
-    problems += find_vocabulary_problems(arguments, encoder)
-    indices, index_problems = read_indices(plan)
+    problems += find_vocabulary_problems(settings, encoder)
+    indices, index_problems = read_indices(data.sources)
     problems += index_problems
-    problems += _find_manifest_problems(arguments, indices, encoder)
-    if namespace.local_rank == 0:
+    problems += _find_manifest_problems(settings, indices, encoder)
+    if settings.machine.local_rank == 0:
         for prefix, index in indices.items():
-            problems += _find_content_problems(namespace, prefix, index)
-        if namespace.seq_length is not None and not plan_problems and not index_problems:
-            problems += find_size_problems(namespace, plan, indices)
-            problems += find_cache_problems(namespace, plan, indices)
+            problems += _find_content_problems(settings.vocab_size, prefix, index)
+        if settings.seq_length is not None and not data.problems and not index_problems:
+            problems += find_size_problems(settings, plan, indices, settings.seq_length)
+            problems += find_cache_problems(data.cache_dir, data.sources, indices)
     return problems
 
 
-def read_indices(plan: DataPlan) -> tuple[dict[str, IndexSummary], list[str]]:
+def read_indices(sources: DataPlan) -> tuple[dict[str, IndexSummary], list[str]]:
     """Every prefix of the plan with what it holds, and a problem for each that cannot be read."""
-    prefixes = [source.prefix for name in SPLIT_FLAGS for source in plan.sources_of(name)]
-    prefixes += [source.prefix for source in plan.shared]
+    prefixes = [source.prefix for name in SPLIT_FLAGS for source in sources.sources_of(name)]
+    prefixes += [source.prefix for source in sources.shared]
     indices: dict[str, IndexSummary] = {}
     problems: list[str] = []
     for prefix in dict.fromkeys(prefixes):
@@ -72,53 +69,48 @@ def read_indices(plan: DataPlan) -> tuple[dict[str, IndexSummary], list[str]]:
 # --- tokenizer and vocabulary ---------------------------------------------------------------------------------------
 
 
-def _read_tokenizer(namespace: argparse.Namespace) -> tuple[Encoder | None, list[str]]:
-    if namespace.tokenizer_model is None:
-        type_problems = _find_tokenizer_type_problems(namespace)
+def _read_tokenizer(data: Data) -> tuple[Encoder | None, list[str]]:
+    if data.tokenizer_model is None:
+        type_problems = _find_tokenizer_type_problems(data)
         if type_problems:
             return None, type_problems
-        needs_eod = [
-            name for name in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask") if namespace.__dict__[name]
-        ]
         return None, [
-            f"{name.replace('_', '-')}: needs a tokenizer that knows which token ends a document, got "
+            f"{flag_of(name)}: needs a tokenizer that knows which token ends a document, got "
             "tokenizer_model=None. Pass --tokenizer-model."
-            for name in needs_eod
+            for name in data.flags_of_document_ends
         ]
     try:
-        return load_encoder(namespace.tokenizer_model), []
+        return load_encoder(data.tokenizer_model), []
     except DataError as error:
         return None, [f"tokenizer-model: {problem}" for problem in error.problems]
     except OSError as error:
-        path = namespace.tokenizer_model
+        path = data.tokenizer_model
         return None, [f"tokenizer-model: must be a file that can be read, got {path} ({error.strerror}). Check it."]
 
 
-def _find_tokenizer_type_problems(namespace: argparse.Namespace) -> list[str]:
+def _find_tokenizer_type_problems(data: Data) -> list[str]:
     """A type without its files, which Megatron looks for only once all ranks are up."""
-    bpe_files = (namespace.vocab_file, namespace.merge_file)
+    bpe_files = (data.vocab_file, data.merge_file)
     has_bpe_files = all(path is not None and os.path.isfile(path) for path in bpe_files)
-    if namespace.tokenizer_type == "NullTokenizer" or (
-        namespace.tokenizer_type == "GPT2BPETokenizer" and has_bpe_files
-    ):
+    if data.tokenizer_type == "NullTokenizer" or (data.tokenizer_type == "GPT2BPETokenizer" and has_bpe_files):
         return []
     return [
-        f"tokenizer-type: needs a tokenizer file that exists, got tokenizer_type={namespace.tokenizer_type}, "
-        f"tokenizer_model=None, vocab_file={namespace.vocab_file}, merge_file={namespace.merge_file}. "
+        f"tokenizer-type: needs a tokenizer file that exists, got tokenizer_type={data.tokenizer_type}, "
+        f"tokenizer_model=None, vocab_file={data.vocab_file}, merge_file={data.merge_file}. "
         "Pass --tokenizer-model, or drop --tokenizer-type."
     ]
 
 
-def find_vocabulary_problems(arguments: ParsedArguments, encoder: Encoder | None) -> list[str]:
+def find_vocabulary_problems(settings: RunSettings, encoder: Encoder | None) -> list[str]:
     """The model's vocabulary is the tokenizer's; it may be larger where --vocab-size says so."""
-    vocab_size = arguments.namespace.vocab_size
+    vocab_size = settings.vocab_size
     if encoder is None or vocab_size is None or vocab_size == encoder.vocab_size:
         return []
-    if _is_vocabulary_chosen(arguments) and vocab_size > encoder.vocab_size:
+    if settings.is_vocabulary_chosen and vocab_size > encoder.vocab_size:
         return []
-    if arguments.start is not None:
+    if settings.initial_model is not None:
         return [
-            f"tokenizer-model: must have no more tokens than the model in {arguments.start.folder}, got "
+            f"tokenizer-model: must have no more tokens than the model in {settings.initial_model.folder}, got "
             f"{encoder.vocab_size} in {encoder.path}, vocab_size={vocab_size}. Pass the model's own tokenizer, or add "
             "rows to the model with tools/resize_embeddings.py."
         ]
@@ -128,22 +120,17 @@ def find_vocabulary_problems(arguments: ParsedArguments, encoder: Encoder | None
     ]
 
 
-def _is_vocabulary_chosen(arguments: ParsedArguments) -> bool:
-    """Whether config.json or the command line said how many rows the model has; they may be more than tokens."""
-    return arguments.start is not None or "vocab_size" in arguments.typed
-
-
-def _find_content_problems(namespace: argparse.Namespace, prefix: str, index: IndexSummary) -> list[str]:
+def _find_content_problems(vocab_size: int | None, prefix: str, index: IndexSummary) -> list[str]:
     if not np.issubdtype(index.dtype, np.integer):
         return [f"{prefix}.idx: tokens must be integers, got dtype={index.dtype}. Preprocess the corpus again."]
-    if namespace.vocab_size is None or index.num_tokens == 0:
+    if vocab_size is None or index.num_tokens == 0:
         return []
     largest, smallest = _sample_extreme_ids(index)
-    if smallest >= 0 and largest < namespace.vocab_size:
+    if smallest >= 0 and largest < vocab_size:
         return []
     wrong = smallest if smallest < 0 else largest
     return [
-        f"{prefix}.bin: token ids must be below vocab_size, got id={wrong}, vocab_size={namespace.vocab_size}. "
+        f"{prefix}.bin: token ids must be below vocab_size, got id={wrong}, vocab_size={vocab_size}. "
         "Pass the --vocab-size and --tokenizer-model that the corpus was preprocessed with, or preprocess it again."
     ]
 
@@ -158,7 +145,7 @@ def _sample_extreme_ids(index: IndexSummary) -> tuple[int, int]:
 
 
 def _find_manifest_problems(
-    arguments: ParsedArguments, indices: dict[str, IndexSummary], encoder: Encoder | None
+    settings: RunSettings, indices: dict[str, IndexSummary], encoder: Encoder | None
 ) -> list[str]:
     """What the manifest beside each data set says about its tokenizer, against the run's and the model's."""
     problems: list[str] = []
@@ -177,7 +164,7 @@ def _find_manifest_problems(
                 f"{prefix}.manifest.json: must describe the data set beside it, got num_tokens={manifest.num_tokens}, "
                 f"in the .idx {index.num_tokens}. Preprocess the corpus again."
             )
-        problems += _find_tokenizer_mismatch(arguments, prefix, manifest, encoder)
+        problems += _find_tokenizer_mismatch(settings, prefix, manifest, encoder)
     by_hash = {manifest.tokenizer.sha256: prefix for prefix, manifest in manifests.items()}
     if encoder is None and len(by_hash) > 1:
         names = ", ".join(f"{prefix} ({manifests[prefix].tokenizer.name})" for prefix in by_hash.values())
@@ -188,7 +175,7 @@ def _find_manifest_problems(
 
 
 def _find_tokenizer_mismatch(
-    arguments: ParsedArguments, prefix: str, manifest: Manifest, encoder: Encoder | None
+    settings: RunSettings, prefix: str, manifest: Manifest, encoder: Encoder | None
 ) -> list[str]:
     made_with = manifest.tokenizer
     if encoder is not None:
@@ -199,13 +186,13 @@ def _find_tokenizer_mismatch(
             f"tokenizer_model={encoder.path} (sha256 {encoder.sha256[:12]}). "
             "Pass the tokenizer that the corpus was preprocessed with, or preprocess it again."
         ]
-    vocab_size = arguments.namespace.vocab_size
-    is_larger_on_purpose = _is_vocabulary_chosen(arguments) and vocab_size and vocab_size > made_with.vocab_size
+    vocab_size = settings.vocab_size
+    is_larger_on_purpose = settings.is_vocabulary_chosen and vocab_size and vocab_size > made_with.vocab_size
     if vocab_size in (None, made_with.vocab_size) or is_larger_on_purpose:
         return []
-    if arguments.start is not None:
+    if settings.initial_model is not None:
         return [
-            f"{prefix}: must be made with a tokenizer that fits the model in {arguments.start.folder}, got "
+            f"{prefix}: must be made with a tokenizer that fits the model in {settings.initial_model.folder}, got "
             f"{made_with.vocab_size} tokens ({made_with.name}), vocab_size={vocab_size}. "
             "Preprocess the corpus with the model's own tokenizer."
         ]
@@ -218,14 +205,14 @@ def _find_tokenizer_mismatch(
 # --- several validation sets ----------------------------------------------------------------------------------------
 
 
-def _find_validation_set_problems(namespace: argparse.Namespace, plan: DataPlan) -> list[str]:
-    sources = plan.own.get("valid", ()) if plan.own is not None else ()
+def _find_validation_set_problems(evaluation: Evaluation, data_sets: DataPlan) -> list[str]:
+    sources = data_sets.own.get("valid", ()) if data_sets.own is not None else ()
     if not sources:
         return [
             "multiple-validation-sets: needs data sets of their own, got none. Pass --train-data-path and "
             "--valid-data-path with a prefix for each."
         ]
-    names = namespace.validation_set_names
+    names = evaluation.set_names
     problems = []
     if any(source.weight is not None for source in sources):
         problems.append(
@@ -236,18 +223,18 @@ def _find_validation_set_problems(namespace: argparse.Namespace, plan: DataPlan)
             f"validation-set-names: must be one for each validation set, got {len(names)} names, {len(sources)} sets. "
             "Pass as many names as prefixes."
         )
-    if not namespace.full_validation:
+    if not evaluation.is_whole:
         problems.append(
             "full-validation: must be on with several validation sets, got full_validation=off. Pass --full-validation."
         )
     return problems
 
 
-def _find_whole_pass_problems(namespace: argparse.Namespace, plan: DataPlan) -> list[str]:
+def _find_whole_pass_problems(evaluation: Evaluation, data_sets: DataPlan) -> list[str]:
     """megatron-core cannot weigh what it reads whole: its dataset builder raises after the run has started."""
-    sources = plan.sources_of("valid")
-    is_alone = plan.own is not None and len(sources) == 1
-    if not namespace.full_validation or is_alone or all(source.weight is None for source in sources):
+    sources = data_sets.sources_of("valid")
+    is_alone = data_sets.own is not None and len(sources) == 1
+    if not evaluation.is_whole or is_alone or all(source.weight is None for source in sources):
         return []
     return [
         "full-validation: reads each validation set once, got weights. Pass the prefixes without weights, or drop "

@@ -4,7 +4,6 @@ megatron-core finds a cache by prefix, seed, split and number of samples, and no
 is preprocessed again under its old prefix, the old indices would cut the new documents in the wrong places.
 """
 
-import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,13 +15,13 @@ from megatron_hammer.data.indexed.pair import IndexSummary
 from megatron_hammer.data.sources import SPLIT_NAMES, DataPlan
 
 
-def find_cache_problems(namespace: argparse.Namespace, plan: DataPlan, indices: dict[str, IndexSummary]) -> list[str]:
+def find_cache_problems(cache_dir: str | None, sources: DataPlan, indices: dict[str, IndexSummary]) -> list[str]:
     """Caches that are older than the .idx they were made from, and do not agree with it."""
-    prefixes = dict.fromkeys(source.prefix for name in SPLIT_NAMES for source in plan.sources_of(name))
+    prefixes = dict.fromkeys(source.prefix for name in SPLIT_NAMES for source in sources.sources_of(name))
     stale: dict[tuple[str, Path], None] = {}
     for prefix in prefixes:
         written_at_ns = Path(f"{prefix}.idx").stat().st_mtime_ns
-        for path, description in list_descriptions(namespace.data_cache_path, prefix):
+        for path, description in list_descriptions(cache_dir, prefix):
             is_older = path.stat().st_mtime_ns < written_at_ns
             if is_older and not is_index_of(path, description, indices[prefix]):
                 stale[prefix, path.parent] = None

@@ -1,19 +1,19 @@
-"""Flags that would do nothing, or more than is counted: nobody should believe in a switch that is not connected.
+"""Flags that have no effect, or that change the model in ways the counts do not cover.
 
-Only flags that were typed are reported as having no effect. Tables: (attribute, when, why, remedy).
+Only flags that were typed are reported as having no effect. The checks read single flags, so they take the flags as
+they are and not the plan.
 """
 
-import argparse
 import os
 from collections.abc import Callable
 from typing import NamedTuple
 
-from megatron_hammer.config.arguments import ParsedArguments
-from megatron_hammer.config.preflight.values import flag_of
+from megatron_hammer.config.flags import Flags, flag_of, show_value
+from megatron_hammer.config.run_plan import RunSettings
 from megatron_hammer.platforms import cpu
 from megatron_hammer.platforms.device import read_device_generation
 
-Condition = Callable[[argparse.Namespace], bool]
+Condition = Callable[[Flags], bool]
 
 
 class Idle(NamedTuple):
@@ -25,16 +25,16 @@ class Idle(NamedTuple):
     remedy: str
 
 
-def _always(_: argparse.Namespace) -> bool:
+def _always(_: Flags) -> bool:
     return True
 
 
-def _has_no_rope(namespace: argparse.Namespace) -> bool:
-    return namespace.position_embedding_type != "rope" and not namespace.use_rotary_position_embeddings
+def _has_no_rope(flags: Flags) -> bool:
+    return flags["position_embedding_type"] != "rope" and not flags["use_rotary_position_embeddings"]
 
 
-def _is_torch(namespace: argparse.Namespace) -> bool:
-    return namespace.backend == "torch"
+def _is_torch(flags: Flags) -> bool:
+    return flags["backend"] == "torch"
 
 
 _ROPE_WHY, _ROPE_REMEDY = "without rotary embeddings", "Drop it, or pass --position-embedding-type rope"
@@ -46,21 +46,21 @@ IDLE: tuple[Idle, ...] = (
     # Parallelism
     Idle(
         "sequence_parallel",
-        lambda args: args.tensor_model_parallel_size == 1,
+        lambda flags: flags["tensor_model_parallel_size"] == 1,
         "without tensor parallelism",
         "Drop it, or pass --tensor-model-parallel-size 2",
     ),
     Idle(
         "expert_tensor_parallel_size",
-        lambda args: not args.num_experts,
+        lambda flags: not flags["num_experts"],
         "without experts",
         "Drop it, or pass --num-experts",
     ),
     Idle(
         "microbatch_group_size_per_vp_stage",
-        lambda args: (
-            args.num_virtual_stages_per_pipeline_rank in (None, 1)
-            and args.num_layers_per_virtual_pipeline_stage is None
+        lambda flags: (
+            flags["num_virtual_stages_per_pipeline_rank"] in (None, 1)
+            and flags["num_layers_per_virtual_pipeline_stage"] is None
         ),
         "without virtual pipeline stages",
         "Drop it, or pass --num-virtual-stages-per-pipeline-rank",
@@ -68,7 +68,7 @@ IDLE: tuple[Idle, ...] = (
     # Model
     Idle(
         "num_query_groups",
-        lambda args: not args.group_query_attention,
+        lambda flags: not flags["group_query_attention"],
         "without --group-query-attention",
         "Pass --group-query-attention with it",
     ),
@@ -77,7 +77,9 @@ IDLE: tuple[Idle, ...] = (
     Idle("rotary_interleaved", _has_no_rope, _ROPE_WHY, _ROPE_REMEDY),
     Idle("rotary_seq_len_interpolation_factor", _has_no_rope, _ROPE_WHY, _ROPE_REMEDY),
     Idle("use_rope_scaling", _has_no_rope, _ROPE_WHY, _ROPE_REMEDY),
-    Idle("rope_scaling_factor", lambda args: not args.use_rope_scaling, "alone", "Pass --use-rope-scaling with it"),
+    Idle(
+        "rope_scaling_factor", lambda flags: not flags["use_rope_scaling"], "alone", "Pass --use-rope-scaling with it"
+    ),
     Idle("transformer_impl", _always, "here: the backend decides", "Pass --backend te or --backend torch"),
     Idle("use_flash_attn", _always, "in megatron-core 0.19: the backend chooses the attention", _DROP),
     Idle("attention_backend", _is_torch, _TORCH_WHY, _TORCH_REMEDY),
@@ -86,28 +88,28 @@ IDLE: tuple[Idle, ...] = (
     # Recomputation
     Idle(
         "recompute_method",
-        lambda args: args.recompute_granularity != "full",
+        lambda flags: flags["recompute_granularity"] != "full",
         "without --recompute-granularity full",
         "Pass --recompute-granularity full with it",
     ),
     Idle(
         "recompute_num_layers",
-        lambda args: args.recompute_granularity != "full",
+        lambda flags: flags["recompute_granularity"] != "full",
         "without --recompute-granularity full",
         "Pass --recompute-granularity full with it",
     ),
     Idle(
         "recompute_modules",
-        lambda args: args.recompute_granularity != "selective" and not args.recompute_activations,
+        lambda flags: flags["recompute_granularity"] != "selective" and not flags["recompute_activations"],
         "without --recompute-granularity selective",
         "Pass --recompute-granularity selective with it",
     ),
     # Schedule and evaluation
-    Idle("min_lr", lambda args: args.lr_decay_style == "constant", "with a constant learning rate", _DROP),
-    Idle("lr_decay_iters", lambda args: args.lr_decay_style == "constant", "with a constant learning rate", _DROP),
+    Idle("min_lr", lambda flags: flags["lr_decay_style"] == "constant", "with a constant learning rate", _DROP),
+    Idle("lr_decay_iters", lambda flags: flags["lr_decay_style"] == "constant", "with a constant learning rate", _DROP),
     Idle(
         "lr_wsd_decay_iters",
-        lambda args: args.lr_decay_style != "WSD",
+        lambda flags: flags["lr_decay_style"] != "WSD",
         "without --lr-decay-style WSD",
         "Pass --lr-decay-style WSD with it",
     ),
@@ -119,20 +121,20 @@ IDLE: tuple[Idle, ...] = (
     ),
     Idle(
         "eval_interval",
-        lambda args: args.eval_iters == 0 and not args.full_validation,
+        lambda flags: flags["eval_iters"] == 0 and not flags["full_validation"],
         "without evaluation",
         "Drop it, or pass --eval-iters 10",
     ),
     # Data
     Idle(
         "reset_attention_mask",
-        lambda args: args.backend == "te",
+        lambda flags: flags["backend"] == "te",
         "with the te backend, whose mask is causal",
         "Pass --backend torch, or drop it",
     ),
     Idle(
         "validation_set_names",
-        lambda args: not args.multiple_validation_sets,
+        lambda flags: not flags["multiple_validation_sets"],
         "without several validation sets",
         "Pass --multiple-validation-sets and --valid-data-path with it",
     ),
@@ -142,14 +144,14 @@ IDLE: tuple[Idle, ...] = (
     Idle("per_dataset_sequences_path", _always, "here: the .idx is read itself", _DROP),
     Idle("dataloader_inter_document_masking", _always, "here", "Pass --reset-attention-mask with --backend torch"),
     # Checkpoints and logs
-    Idle("save_interval", lambda args: args.save is None, "without --save", _SAVE_REMEDY),
-    Idle("save_retain_interval", lambda args: args.save is None, "without --save", _SAVE_REMEDY),
-    Idle("no_load_optim", lambda args: args.load is None, "without --load", "Pass --load DIR, or drop it"),
-    Idle("no_load_rng", lambda args: args.load is None, "without --load", "Pass --load DIR, or drop it"),
-    Idle("ckpt_step", lambda args: args.load is None, "without --load", "Pass --load DIR, or drop it"),
+    Idle("save_interval", lambda flags: flags["save"] is None, "without --save", _SAVE_REMEDY),
+    Idle("save_retain_interval", lambda flags: flags["save"] is None, "without --save", _SAVE_REMEDY),
+    Idle("no_load_optim", lambda flags: flags["load"] is None, "without --load", "Pass --load DIR, or drop it"),
+    Idle("no_load_rng", lambda flags: flags["load"] is None, "without --load", "Pass --load DIR, or drop it"),
+    Idle("ckpt_step", lambda flags: flags["load"] is None, "without --load", "Pass --load DIR, or drop it"),
     Idle(
         "finetune",
-        lambda args: args.load is None and args.pretrained_checkpoint is None,
+        lambda flags: flags["load"] is None and flags["pretrained_checkpoint"] is None,
         "without --load",
         "Pass --load DIR, or drop it",
     ),
@@ -159,15 +161,15 @@ IDLE: tuple[Idle, ...] = (
         "here: preset and flags say what is trained",
         "Give the model by --preset or by its flags",
     ),
-    Idle("wandb_exp_name", lambda args: not args.wandb_project, "without --wandb-project", "Pass --wandb-project"),
+    Idle("wandb_exp_name", lambda flags: not flags["wandb_project"], "without --wandb-project", "Pass --wandb-project"),
     # Ours
     Idle(
         "requested_world_size",
-        lambda args: not args.dry_run,
+        lambda flags: not flags["dry_run"],
         "without --dry-run: a run is as large as the processes that are started",
         "Pass --dry-run with it, or start that many processes with torchrun",
     ),
-    Idle("json", lambda args: not args.dry_run, "without --dry-run", "Pass --dry-run with it"),
+    Idle("json", lambda flags: not flags["dry_run"], "without --dry-run", "Pass --dry-run with it"),
 )
 
 # Attributes that change the model or its place in a way that is neither built nor counted here, and their quiet value.
@@ -214,27 +216,27 @@ NEEDS_TE: dict[str, tuple[object, ...]] = {
 }
 
 
-def find_flag_problems(arguments: ParsedArguments) -> list[str]:
+def find_flag_problems(settings: RunSettings) -> list[str]:
     """Typed flags without effect, and what neither this package nor this platform and backend can do."""
+    flags = settings.flags
     return [
-        *_find_idle_problems(arguments),
-        *_find_companion_problems(arguments),
-        *find_uncounted_problems(arguments.namespace),
-        *_find_platform_problems(arguments.namespace),
-        *_find_environment_problems(arguments.namespace),
-        *_find_stale_preset_problems(arguments),
+        *_find_idle_problems(flags),
+        *_find_companion_problems(flags),
+        *find_uncounted_problems(flags),
+        *_find_platform_problems(flags),
+        *_find_environment_problems(flags),
+        *_find_stale_preset_problems(flags, has_preset=settings.preset is not None),
     ]
 
 
-def _find_idle_problems(arguments: ParsedArguments) -> list[str]:
-    namespace = arguments.namespace
+def _find_idle_problems(flags: Flags) -> list[str]:
     problems = []
     for idle in IDLE:
-        if idle.name in arguments.typed and idle.is_idle(namespace):
-            flag = "world-size" if idle.name == "requested_world_size" else flag_of(idle.name)
+        if idle.name in flags.typed and idle.is_idle(flags):
+            flag = flag_of(idle.name)
             problems.append(f"{flag}: has no effect {idle.why}, got --{flag} typed. {idle.remedy}.")
-    if not namespace.num_experts:
-        for name in sorted(typed for typed in arguments.typed if typed.startswith("moe_")):
+    if not flags["num_experts"]:
+        for name in sorted(typed for typed in flags.typed if typed.startswith("moe_")):
             flag = flag_of(name)
             problems.append(
                 f"{flag}: has no effect without experts, got --{flag} typed. Drop it, or pass --num-experts."
@@ -242,76 +244,76 @@ def _find_idle_problems(arguments: ParsedArguments) -> list[str]:
     return problems
 
 
-def _find_companion_problems(arguments: ParsedArguments) -> list[str]:
+def _find_companion_problems(flags: Flags) -> list[str]:
     """Flags that need another one beside them."""
-    namespace, typed = arguments.namespace, arguments.typed
+    typed = flags.typed
     problems = []
     if "group_query_attention" in typed and "num_query_groups" not in typed:
         problems.append(
             f"num-query-groups: must be given with --group-query-attention, got "
-            f"num_query_groups={namespace.num_query_groups} by default. Pass --num-query-groups."
+            f"num_query_groups={flags['num_query_groups']} by default. Pass --num-query-groups."
         )
-    if namespace.recompute_granularity == "full" and (
-        namespace.recompute_method is None or namespace.recompute_num_layers is None
+    if flags["recompute_granularity"] == "full" and (
+        flags["recompute_method"] is None or flags["recompute_num_layers"] is None
     ):
         problems.append(
             f"recompute-granularity: full needs a method and a number of layers, got "
-            f"recompute_method={namespace.recompute_method}, recompute_num_layers={namespace.recompute_num_layers}. "
+            f"recompute_method={flags['recompute_method']}, recompute_num_layers={flags['recompute_num_layers']}. "
             "Pass --recompute-method uniform --recompute-num-layers 1."
         )
     problems += [
-        f"precision: a run has one precision, got precision={namespace.precision}, --{name}. Drop --{name}."
+        f"precision: a run has one precision, got precision={flags['precision']}, --{name}. Drop --{name}."
         for name in ("bf16", "fp16")
-        if {name, "precision"} <= typed and name != namespace.precision
+        if {name, "precision"} <= typed and name != flags["precision"]
     ]
-    if namespace.wandb_project and not namespace.wandb_exp_name:
+    if flags["wandb_project"] and not flags["wandb_exp_name"]:
         problems.append(
-            f"wandb-exp-name: must be given with --wandb-project, got wandb_exp_name={namespace.wandb_exp_name}. "
+            f"wandb-exp-name: must be given with --wandb-project, got wandb_exp_name={flags['wandb_exp_name']}. "
             "Pass a name for the run."
         )
     return problems
 
 
-def find_uncounted_problems(namespace: argparse.Namespace) -> list[str]:
+def find_uncounted_problems(flags: Flags) -> list[str]:
     """What would make every count of parameters or layers wrong."""
     return [
         f"{flag_of(name)}: is not supported here: it changes what is built, and its parameters and layers would not "
-        f"be counted, got {name}={_show(getattr(namespace, name))}. Drop it."
-        for name in _list_loud(namespace, UNCOUNTED)
+        f"be counted, got {name}={show_value(flags[name])}. Drop it."
+        for name in flags.list_loud(UNCOUNTED)
     ]
 
 
-def _find_platform_problems(namespace: argparse.Namespace) -> list[str]:
+def _find_platform_problems(flags: Flags) -> list[str]:
     problems = []
     refused = set()
-    if namespace.platform == "cpu":
+    if flags["platform"] == "cpu":
         for name, is_asked, why in cpu.UNSUPPORTED:
-            if is_asked(getattr(namespace, name)):
+            if is_asked(flags[name]):
                 refused.add(name)
                 problems.append(
                     f"{flag_of(name)}: does not work on the cpu platform, got "
-                    f"{name}={_show(getattr(namespace, name))}: {why}. Drop it, or run on a GPU."
+                    f"{name}={show_value(flags[name])}: {why}. Drop it, or run on a GPU."
                 )
-    if namespace.backend != "torch":
+    if flags["backend"] != "torch":
         return problems
-    names = _list_loud(namespace, NEEDS_TE)
-    names += ["context_parallel_size"] if namespace.context_parallel_size > 1 else []
+    names = flags.list_loud(NEEDS_TE)
+    names += ["context_parallel_size"] if flags["context_parallel_size"] > 1 else []
     return problems + [
-        f"{flag_of(name)}: needs the te backend (TransformerEngine), got {name}={_show(getattr(namespace, name))}, "
+        f"{flag_of(name)}: needs the te backend (TransformerEngine), got {name}={show_value(flags[name])}, "
         "backend=torch. Drop it, or pass --backend te on a GPU."
         for name in names
         if name not in refused
     ]
 
 
-def _find_environment_problems(namespace: argparse.Namespace) -> list[str]:
+def _find_environment_problems(flags: Flags) -> list[str]:
     """What Megatron asks of the environment on GPUs before Blackwell, so that kernels keep their order."""
     name, value = "CUDA_DEVICE_MAX_CONNECTIONS", os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")
-    has_fsdp = namespace.use_torch_fsdp2 or namespace.use_megatron_fsdp
-    if max(namespace.tensor_model_parallel_size, namespace.context_parallel_size) == 1 or has_fsdp:
+    has_fsdp = flags["use_torch_fsdp2"] or flags["use_megatron_fsdp"]
+    if max(flags["tensor_model_parallel_size"], flags["context_parallel_size"]) == 1 or has_fsdp:
         return []
-    generation = read_device_generation() if namespace.platform == "cuda" else None
-    if value == "1" or generation is None or generation >= 10 or namespace.overlap_moe_expert_parallel_comm:
+    generation = read_device_generation() if flags["platform"] == "cuda" else None
+    if value == "1" or generation is None or generation >= 10 or flags["overlap_moe_expert_parallel_comm"]:
         return []
     return [
         f"{name}: must be 1 with tensor or context parallelism on this GPU, got {name}={value}. "
@@ -319,32 +321,23 @@ def _find_environment_problems(namespace: argparse.Namespace) -> list[str]:
     ]
 
 
-def _find_stale_preset_problems(arguments: ParsedArguments) -> list[str]:
+def _find_stale_preset_problems(flags: Flags, *, has_preset: bool) -> list[str]:
     """An override must not leave a number of the preset behind that followed from the old one."""
-    namespace, typed = arguments.namespace, arguments.typed
+    typed = flags.typed
     problems = []
     sizes = {"hidden_size", "num_attention_heads"}
-    has_sizes = namespace.hidden_size is not None and namespace.num_attention_heads
-    if arguments.preset is not None and has_sizes and sizes & typed and "kv_channels" not in typed:
-        fitting = namespace.hidden_size // namespace.num_attention_heads
-        if namespace.kv_channels not in (None, fitting):
+    has_sizes = flags["hidden_size"] is not None and flags["num_attention_heads"]
+    if has_preset and has_sizes and sizes & typed and "kv_channels" not in typed:
+        fitting = flags["hidden_size"] // flags["num_attention_heads"]
+        if flags["kv_channels"] not in (None, fitting):
             problems.append(
                 f"kv-channels: the preset's no longer follows from hidden_size / num_attention_heads, got "
-                f"kv_channels={namespace.kv_channels}, hidden_size={namespace.hidden_size}, "
-                f"num_attention_heads={namespace.num_attention_heads}. Pass --kv-channels {fitting}."
+                f"kv_channels={flags['kv_channels']}, hidden_size={flags['hidden_size']}, "
+                f"num_attention_heads={flags['num_attention_heads']}. Pass --kv-channels {fitting}."
             )
     if "padded_vocab_size" in typed:
         problems.append(
             f"padded-vocab-size: follows from --vocab-size, --make-vocab-size-divisible-by and the tensor-parallel "
-            f"size, got padded_vocab_size={namespace.padded_vocab_size}. Pass those instead."
+            f"size, got padded_vocab_size={flags['padded_vocab_size']}. Pass those instead."
         )
     return problems
-
-
-def _list_loud(namespace: argparse.Namespace, table: dict[str, tuple[object, ...]]) -> list[str]:
-    """Names of the table whose value is not one of its quiet ones. An attribute that Megatron lacks is quiet."""
-    return [name for name, quiet in table.items() if getattr(namespace, name, quiet[0]) not in quiet]
-
-
-def _show(value: object) -> str:
-    return "on" if value is True else str(value)

@@ -1,57 +1,151 @@
-"""Whether the learning rate and the weight decay of a resumed run are scheduled as in its checkpoint.
+"""Whether a checkpoint is one that this run can continue: its model, its schedule and its optimizer."""
 
-Megatron asserts it once the checkpoint is loaded on all ranks; a longer run always has another schedule, since the
-weight decay's is as long as the run.
-"""
-
-import argparse
-from pathlib import Path
 from typing import Any
 
-from megatron_hammer.config.samples import select_global_batch_size
+from megatron_hammer.config.flags import flag_of
+from megatron_hammer.config.run_plan import Batch, RunPlan, RunSettings, Schedule
+from megatron_hammer.config.saved_run import SavedRun
+from megatron_hammer.model.shape import ModelShape
 
 
-def find_schedule_changes(namespace: argparse.Namespace, saved: argparse.Namespace, checkpoint_dir: Path) -> list[str]:
-    """One problem with everything that differs, unless a flag says whose schedule counts or none is loaded."""
-    is_settled = namespace.override_opt_param_scheduler or namespace.use_checkpoint_opt_param_scheduler
-    is_loaded = not (namespace.finetune or namespace.no_load_optim or namespace.skip_train)
-    if is_settled or not is_loaded or None in (namespace.lr, namespace.micro_batch_size):
+def find_resume_problems(settings: RunSettings, plan: RunPlan | None, saved: SavedRun) -> list[str]:
+    """Everything against continuing `saved`."""
+    problems = [] if settings.model is None else _find_other_model(settings, settings.model, saved)
+    if saved.directory.name == "release" or plan is None:
+        return problems  # of a released model Megatron loads the weights alone, without optimizer and schedule
+    return problems + find_schedule_changes(plan, saved) + _find_expert_problems(plan, saved)
+
+
+def find_schedule_changes(plan: RunPlan, saved: SavedRun) -> list[str]:
+    """One problem with everything that differs, unless a flag says whose schedule counts or none is loaded.
+
+    Megatron asserts it once the checkpoint is loaded on all ranks. A longer run always has another schedule, since the
+    weight decay's is as long as the run.
+    """
+    checkpoints = plan.checkpoints
+    is_loaded = checkpoints.loads_optimizer and not (checkpoints.is_finetuned or plan.schedule.skips_training)
+    if checkpoints.is_schedule_settled or not is_loaded or plan.schedule.lr is None:
         return []
-    try:
-        before, now = describe_schedule(saved), describe_schedule(namespace)
-    except (AttributeError, TypeError):  # saved by another version of Megatron, which had other arguments
+    if saved.schedule is None or saved.batch is None:  # saved by another version of Megatron
         return []
+    before, now = describe_schedule(saved.schedule, saved.batch), describe_schedule(plan.schedule, plan.batch)
     changes = ", ".join(f"{name}={now[name]} (was {before[name]})" for name in now if now[name] != before[name])
     if not changes:
         return []
     return [
         f"override-opt-param-scheduler: the schedule must be that of the checkpoint, got {changes} "
-        f"in {checkpoint_dir}. Pass --override-opt-param-scheduler to go on with the new one, "
+        f"in {saved.directory}. Pass --override-opt-param-scheduler to continue with the new one, "
         "or --use-checkpoint-opt-param-scheduler to keep the old one."
     ]
 
 
-def describe_schedule(args: argparse.Namespace) -> dict[str, Any]:
+def describe_schedule(schedule: Schedule, batch: Batch) -> dict[str, Any]:
     """What OptimizerParamScheduler compares, lengths in samples, by the flags that set it.
 
     Source: megatron.training.training.get_optimizer_param_scheduler, OptimizerParamScheduler.load_state_dict.
     """
-    if args.train_samples:
-        length, decay, warmup = args.train_samples, args.lr_decay_samples, args.lr_warmup_samples
+    if schedule.train_samples:
+        length, decay, warmup = schedule.train_samples, schedule.lr_decay_samples, schedule.lr_warmup_samples
     else:
-        batch = select_global_batch_size(args)
-        length, warmup = args.train_iters * batch, args.lr_warmup_iters * batch
-        decay = args.lr_decay_iters * batch if args.lr_decay_iters else None
+        size = batch.global_batch_size
+        length, warmup = (schedule.train_iters or 0) * size, schedule.lr_warmup_iters * size
+        decay = schedule.lr_decay_iters * size if schedule.lr_decay_iters else None
     decay = decay or length
-    is_constant = args.weight_decay_incr_style == "constant"
+    is_constant = schedule.weight_decay_incr_style == "constant"
     return {
-        "lr": args.lr,
-        "min_lr": args.min_lr,
-        "lr_warmup_samples": warmup if args.lr_warmup_fraction is None else args.lr_warmup_fraction * decay,
+        "lr": schedule.lr,
+        "min_lr": schedule.min_lr,
+        "lr_warmup_samples": warmup if schedule.lr_warmup_fraction is None else schedule.lr_warmup_fraction * decay,
         "lr_decay_samples": decay,
-        "lr_decay_style": args.lr_decay_style,
-        "start_weight_decay": args.weight_decay if is_constant else args.start_weight_decay,
-        "end_weight_decay": args.weight_decay if is_constant else args.end_weight_decay,
+        "lr_decay_style": schedule.lr_decay_style,
+        "start_weight_decay": schedule.weight_decay if is_constant else schedule.start_weight_decay,
+        "end_weight_decay": schedule.weight_decay if is_constant else schedule.end_weight_decay,
         "samples": length,
-        "weight_decay_incr_style": args.weight_decay_incr_style,
+        "weight_decay_incr_style": schedule.weight_decay_incr_style,
     }
+
+
+def _find_expert_problems(plan: RunPlan, saved: SavedRun) -> list[str]:
+    """With EP the experts' parameters have an optimizer of their own, without it they share one.
+
+    Source: megatron.core.optimizer.ChainedOptimizer.load_state_dict ('Expected 2 entries').
+    """
+    ep, saved_ep = plan.layout.expert_model_parallel_size, saved.expert_model_parallel_size
+    loads_optimizer = plan.checkpoints.loads_optimizer and not plan.checkpoints.is_finetuned and saved.has_optimizer
+    if not loads_optimizer or plan.model.moe is None or (saved_ep > 1) == (ep > 1):
+        return []
+    return [
+        "expert-model-parallel-size: an optimizer saved without expert parallelism resumes only without it, and "
+        f"one saved with it only with it, got ep={ep}, in {saved.directory} ep={saved_ep}. "
+        f"Use --expert-model-parallel-size {saved_ep}, convert the checkpoint with "
+        f"checkpoint_convert/edit_checkpoint.py reshard --expert-model-parallel-size {ep}, or pass --no-load-optim "
+        "or --finetune."
+    ]
+
+
+# --- the model ------------------------------------------------------------------------------------------------------
+
+
+def _find_other_model(settings: RunSettings, model: ModelShape, saved: SavedRun) -> list[str]:
+    """Differences that change the shape of a tensor or what is computed from it. The vocabulary is left to Megatron,
+    which can pad it anew. With --finetune a typed flag may change the computation.
+    """
+    if saved.model is None:  # saved by another version of Megatron
+        return []
+    before, now = map(_describe_shape, (saved.model, model))
+    computed_before, computed_now = map(_describe_computation, (saved.model, model))
+    problems = [
+        f"{flag}: must be as in the checkpoint, got {now[flag]}, in {saved.directory} {before[flag]}. "
+        "Load another checkpoint, or change the model back."
+        for flag in now
+        if now[flag] != before[flag]
+    ]
+    return problems + [
+        f"{flag_of(name)}: must be as in the checkpoint, or it computes something else from the same weights, "
+        f"got {computed_now[name]}, in {saved.directory} {computed_before[name]}. "
+        f"Pass --{flag_of(name)} as it was, or --finetune with it to begin a run that changes it."
+        for name in computed_now
+        if computed_now[name] != computed_before.get(name, computed_now[name])
+        and not (settings.checkpoints.is_finetuned and name in settings.flags.typed)
+    ]
+
+
+def _describe_shape(model: ModelShape) -> dict[str, object]:
+    """What decides the names and shapes of the parameters, by the flag that sets it."""
+    moe = model.moe
+    return {
+        "num-layers": model.num_layers,
+        "hidden-size": model.hidden_size,
+        "num-attention-heads": model.num_attention_heads,
+        "num-query-groups": model.num_query_groups,
+        "kv-channels": model.head_dim,
+        "ffn-hidden-size": model.ffn_hidden_size if moe is None else None,
+        "swiglu": model.activation == "swiglu",
+        "normalization": model.normalization,
+        "position-embedding-type": model.position_embedding_type,
+        "disable-bias-linear": not model.has_linear_bias,
+        "add-qkv-bias": model.has_qkv_bias,
+        "untie-embeddings-and-output-weights": not model.has_tied_embeddings,
+        "embedding-norm": model.has_embedding_norm,
+        "qk-layernorm": model.has_qk_norm,
+        "num-experts": moe and moe.num_experts,
+        "moe-ffn-hidden-size": moe and moe.ffn_hidden_size,
+        "moe-shared-expert-intermediate-size": moe and moe.shared_expert_intermediate_size,
+        "moe-shared-expert-gate": moe and moe.has_shared_expert_gate,
+    }
+
+
+def _describe_computation(model: ModelShape) -> dict[str, object]:
+    """What changes no tensor but what is computed from them, by Megatron's attribute; where it has any effect."""
+    values: dict[str, object] = {"layernorm_epsilon": model.norm_epsilon}
+    if model.position_embedding_type == "rope":
+        values["rotary_base"] = model.rotary_base
+        values["use_rope_scaling"] = model.rope_scaling is not None
+    if model.rope_scaling is not None:
+        values["rope_scaling_factor"] = model.rope_scaling.factor
+    if model.activation != "swiglu":
+        values["bias_gelu_fusion"] = model.activation == "gelu_tanh"
+    if model.moe is not None:
+        values["moe_router_topk"] = model.moe.router_topk
+        values["moe_router_pre_softmax"] = not model.moe.is_topk_renormalized
+    return values

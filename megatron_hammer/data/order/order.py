@@ -152,9 +152,9 @@ def list_requested_samples(
 
 
 def build_blend(weights: Sequence[float], size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(source, its how manieth sample) of each of `size` samples: int16 and int64.
+    """(source, sample index within the source) of each of `size` samples: int16 and int64.
 
-    weights: as shares of one. The choice is greedy, so that a longer blend begins alike.
+    weights: as shares of one. The choice is greedy, so a longer blend begins with the same samples.
     """
     from megatron.core.datasets import helpers
 
@@ -168,7 +168,7 @@ def build_blend(weights: Sequence[float], size: int) -> tuple[np.ndarray, np.nda
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceIdentity:
-    """What a pair holds. fingerprint: see order_identity; the hashes are its manifest's. None: not known."""
+    """What a pair holds. fingerprint: see identity.py; the hashes are from its manifest. None: not known."""
 
     num_sequences: int
     num_documents: int
@@ -236,8 +236,13 @@ class DataOrder:
         weights = normalize_weights([source.weight or 0.0 for source in self.sources])
         return sum(share_samples(self.num_samples, weights))
 
+    @property
+    def joint_samples_of_sources(self) -> dict[str, int]:
+        """By prefix, the samples that the first block of a source's epochs is built for; without it: one epoch."""
+        return {source.prefix: source.num_joint for source in self.sources if source.num_joint is not None}
+
     def draw(self, num_samples: int) -> tuple[np.ndarray, np.ndarray]:
-        """(source, its how manieth sample) of the first samples."""
+        """(source, sample index within the source) of the first samples."""
         if self.is_blend:
             return build_blend(self.blend_weights, num_samples)
         return np.zeros(num_samples, dtype=np.int16), np.arange(num_samples)

@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hammer.config.data_flags import read_data_plan
 from megatron_hammer.data.sources import DataSource, parse_blend, parse_split
 from tests.helpers.parsed_flags import parse
 
@@ -53,7 +52,8 @@ def test_bad_splits(text: str | None) -> None:
 
 
 def read(*flags: str):
-    return read_data_plan(parse("--preset", "hammer-tiny", *flags).namespace)
+    data = parse("--preset", "hammer-tiny", *flags).settings.data
+    return data.sources, list(data.problems)
 
 
 def test_plan_of_a_shared_blend() -> None:

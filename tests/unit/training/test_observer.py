@@ -3,10 +3,13 @@
 import argparse
 import io
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from megatron_hammer.config.training_state import TrainingState
 from megatron_hammer.training.metrics import RunFacts, read_metrics
 from megatron_hammer.training.observer import RunObserver
 from megatron_hammer.training.reporter import Reporter
@@ -23,28 +26,39 @@ FACTS = RunFacts(
 
 
 class Run:
-    """An observer, the namespace it reads, the text it writes and the values that every rank reduced."""
+    """An observer, the arguments that Megatron changes, the text it writes and the values that every rank reduced."""
 
-    def __init__(self, tmp_path: Path, *, is_recorder: bool = True, **values):
+    def __init__(
+        self,
+        tmp_path: Path,
+        *,
+        is_recorder: bool = True,
+        has_metrics: bool = True,
+        save: str | None = None,
+        set_names: tuple[str, ...] = (),
+        **values,
+    ):
         self.metrics_path = tmp_path / "metrics.jsonl"
         defaults = {
-            "metrics_path": str(self.metrics_path),
-            "save": None,
             "iteration": 0,
             "consumed_train_samples": 0,
             "global_batch_size": 4,
-            "multiple_validation_sets": False,
             "eval_iters": 10,
-            "validation_set_names": None,
         }
         self.namespace = argparse.Namespace(**defaults | values)
         self.stream = io.StringIO()
         self.reduced: list[float] = []
+        plan: Any = SimpleNamespace(
+            output=SimpleNamespace(metrics_path=str(self.metrics_path) if has_metrics else None),
+            checkpoints=SimpleNamespace(save=save, load=None, pretrained=None),
+            evaluation=SimpleNamespace(set_names=set_names),
+            initial_model=None,
+        )
         self.observer = RunObserver(
-            self.namespace,
+            plan,
+            TrainingState(self.namespace),
             FACTS,
             Reporter(self.stream, FACTS),
-            weights="random",
             is_recorder=is_recorder,
             read_peak_memory_bytes=lambda: 11,
             max_over_ranks=self.find_max,
@@ -98,13 +112,13 @@ def test_other_ranks_reduce_and_stay_silent(tmp_path: Path) -> None:
     ("values", "num_sets", "names"),
     [
         ({}, 1, ["validation"]),
-        ({"multiple_validation_sets": True, "eval_iters": [4]}, 1, ["validation"]),
+        ({"eval_iters": [4]}, 1, ["validation"]),
         (
-            {"multiple_validation_sets": True, "eval_iters": [4, 5, 6]},
+            {"eval_iters": [4, 5, 6]},
             3,
             ["validation-0", "validation-1", "validation-2"],
         ),
-        ({"multiple_validation_sets": True, "validation_set_names": ["code", "prose"]}, 2, ["code", "prose"]),
+        ({"set_names": ["code", "prose"]}, 2, ["code", "prose"]),
     ],
 )
 def test_names_of_validation_sets(tmp_path: Path, values: dict, num_sets: int, names: list[str]) -> None:
@@ -117,7 +131,7 @@ def test_names_of_validation_sets(tmp_path: Path, values: dict, num_sets: int, n
 
 
 def test_a_set_without_our_loss_is_not_recorded(tmp_path: Path) -> None:
-    run = Run(tmp_path, multiple_validation_sets=True, validation_set_names=["code", "prose"])
+    run = Run(tmp_path, set_names=["code", "prose"])
     run.observer.begin_evaluation()
     run.observer.end_evaluation_of_set(step=1, is_test=False, losses={})
     run.observer.end_evaluation_of_set(step=1, is_test=False, losses={"lm loss": torch.tensor(1.0)})
@@ -163,7 +177,7 @@ def test_early_stop_before_the_first_step(tmp_path: Path) -> None:
 
 
 def test_without_metrics_path_only_the_terminal_speaks(tmp_path: Path) -> None:
-    run = Run(tmp_path, metrics_path=None)
+    run = Run(tmp_path, has_metrics=False)
     run.step(1)
     run.evaluate(1, 1)
     run.observer.finish()

@@ -1,4 +1,3 @@
-import dataclasses
 import re
 from pathlib import Path
 
@@ -6,7 +5,6 @@ import numpy as np
 import pytest
 
 from megatron_hammer.config.preflight.data import find_vocabulary_problems, read_indices
-from megatron_hammer.config.samples import count_needed_samples
 from megatron_hammer.data.indexed.manifest import Manifest, TokenizerIdentity, encode_manifest, manifest_path
 from megatron_hammer.data.indexed.pair import read_index
 from megatron_hammer.data.sources import count_split_tokens
@@ -99,7 +97,7 @@ def test_a_preset_with_another_tokenizer(tmp_path: Path) -> None:
     from megatron_hammer.tokenizer.encoding.encoder import load_encoder
 
     encoder = load_encoder(train_toy_tokenizer(tmp_path))
-    (problem,) = find_vocabulary_problems(parse("--preset", "hammer-tiny"), encoder)
+    (problem,) = find_vocabulary_problems(parse("--preset", "hammer-tiny").settings, encoder)
     assert f"vocab-size: must be the tokenizer's, got vocab_size=4096, tokenizer={TOY_VOCAB_SIZE}" in problem
 
 
@@ -170,11 +168,9 @@ def test_other_ranks_read_headers_only(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_every_prefix_is_read_once(tmp_path: Path) -> None:
-    from megatron_hammer.config.data_flags import read_data_plan
-
     data = write_data(tmp_path / "corpus", [40] * 20)
-    plan, _ = read_data_plan(parse(*MODEL.split(), "--data-path", data, data, "--split", "50,50,0").namespace)
-    indices, problems = read_indices(dataclasses.replace(plan))
+    settings = parse(*MODEL.split(), "--data-path", data, data, "--split", "50,50,0").settings
+    indices, problems = read_indices(settings.data.sources)
     assert (list(indices), problems) == ([data], [])
 
 
@@ -203,8 +199,8 @@ def test_needed_samples_are_megatrons(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.training import training
 
     for extra in ("", "--eval-iters 3 --eval-interval 2", "--start-eval-at-iter 4 --eval-interval 2", "--skip-train"):
-        namespace = parse(*MODEL.split(), "--vocab-size", "500", "--global-batch-size", "4", *extra.split()).namespace
-        counted = count_needed_samples(namespace)
+        arguments = parse(*MODEL.split(), "--vocab-size", "500", "--global-batch-size", "4", *extra.split())
+        namespace, counted = arguments.namespace, arguments.plan.num_samples
         namespace.eval_global_batch_size = namespace.eval_global_batch_size or namespace.global_batch_size
         monkeypatch.setattr(training, "get_args", lambda namespace=namespace: namespace)
         train, valid, test = training.get_train_valid_test_num_samples()

@@ -29,7 +29,7 @@ def renew(prefix: str, lengths: list[int]) -> None:
 def test_indices_of_other_documents(tmp_path: Path, order: str, lengths: list[int]) -> None:
     data, cache = write_numbered(tmp_path / "a", LENGTHS), tmp_path / "cache"
     flags = (*FLAGS, "--data-path", data, "--split", "80,20,0", "--data-cache-path", str(cache), "--data-order", order)
-    build_datasets(parse(*flags).namespace, (80, 8, 0))
+    build_datasets(parse(*flags), (80, 8, 0))
     assert find(*flags) == []
     renew(data, LENGTHS)
     assert find(*flags) == [], "the same documents, written again"
@@ -46,7 +46,7 @@ def test_megatrons_own_folder_and_separate_sets(tmp_path: Path) -> None:
     other = write_numbered(tmp_path / "b", LENGTHS)
     flags = (*FLAGS, "--train-data-path", data, "--valid-data-path", other)
     folder = Path(data, "cache", "GPTDataset_indices")
-    build_datasets(parse(*flags, "--data-cache-path", str(folder)).namespace, (80, 8, 0))
+    build_datasets(parse(*flags, "--data-cache-path", str(folder)), (80, 8, 0))
     renew(data, LENGTHS)
     assert find(*flags) == []
     renew(data, LENGTHS[::-1])

@@ -1,6 +1,5 @@
 """The data-order guard: exact sentences, whose numbers are counted again from Megatron's own data sets."""
 
-import argparse
 import io
 import shutil
 from collections.abc import Callable
@@ -12,8 +11,12 @@ import numpy as np
 import pytest
 
 from megatron_hammer.config import saved_run
-from megatron_hammer.config.data_order import RECORD_NAME, build_record, describe_continuation, plan_run_order
+from megatron_hammer.config.arguments import ParsedArguments
+from megatron_hammer.config.datasets import build_run_record
 from megatron_hammer.config.preflight.data_order import describe_order_state
+from megatron_hammer.config.training_state import RECORD_NAME
+from megatron_hammer.data.order.review import describe_continuation
+from megatron_hammer.data.order.run_order import plan_run_order
 from tests.helpers.parsed_flags import find, parse
 from tests.helpers.sample_orders import build_datasets, draw_lengths, read_tokens, write_numbered
 
@@ -46,23 +49,24 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
     """Make a checkpoint of a run with these flags, of as much as the guard reads of one."""
 
     def write(*flags: str, step: int = NUM_STEPS, has_record: bool = True, **extra: Any) -> Path:
-        saved = parse(*MODEL, *flags).namespace
+        arguments = parse(*MODEL, *flags)
+        saved = arguments.namespace
         saved.consumed_train_samples, saved.iteration = step * saved.global_batch_size, step
         for name, value in extra.items():
             setattr(saved, name, value)
         if has_record:
-            setattr(saved, RECORD_NAME, extra.get(RECORD_NAME, build_record(saved)))
+            setattr(saved, RECORD_NAME, extra.get(RECORD_NAME, build_run_record(arguments.plan)))
         folder = tmp_path / "checkpoints"
         (folder / f"iter_{step:07d}").mkdir(parents=True, exist_ok=True)
         (folder / f"iter_{step:07d}" / ".metadata").touch()
         (folder / saved_run.LATEST_FILE).write_text(str(step))
-        saved_run.read_saved_arguments.cache_clear()
+        saved_run.open_saved_run.cache_clear()
         opened = SimpleNamespace(args=saved, iteration=step)
         monkeypatch.setattr(saved_run, "open_checkpoint", lambda path: opened)
         return folder
 
     yield write
-    saved_run.read_saved_arguments.cache_clear()
+    saved_run.open_saved_run.cache_clear()
 
 
 def tally(tokens: np.ndarray, size: int) -> np.ndarray:
@@ -71,7 +75,7 @@ def tally(tokens: np.ndarray, size: int) -> np.ndarray:
 
 
 def count_by_hand(
-    old: list[tuple[argparse.Namespace, int, int]], new: argparse.Namespace, num_consumed: int, num_drawn: int
+    old: list[tuple[ParsedArguments, int, int]], new: ParsedArguments, num_consumed: int, num_drawn: int
 ) -> dict[str, np.ndarray]:
     """What comes again, is skipped and is never seen, by source, of samples that real data sets return."""
     size = 10_000
@@ -97,7 +101,7 @@ def sentence(counts: dict[str, np.ndarray], *, held: int, consumed: int = NUM_ST
     )
 
 
-CHANGE_BACK = "Change it back, or pass --accept-data-order-change to go on in the new order."
+CHANGE_BACK = "Change it back, or pass --accept-data-order-change to continue in the new order."
 
 
 def expect(
@@ -131,13 +135,13 @@ def test_more_steps_across_an_epoch(data: str, checkpoint: Resume) -> None:
     folder = checkpoint(*flags, *steps(NUM_STEPS))
     resumed = (*MODEL, *flags, *steps(40), "--load", str(folder))
     (problem,) = find(*resumed)
-    old, new = parse(*MODEL, *flags, *steps(NUM_STEPS)).namespace, parse(*resumed).namespace
+    old, new = parse(*MODEL, *flags, *steps(NUM_STEPS)), parse(*resumed)
     counts = count_by_hand([(old, 0, 48)], new, 48, 160)
     assert counts["again"].sum() > 500
-    held = plan_run_order(new).sources[0].epoch_tokens
+    held = plan_run_order(new.plan.order).sources[0].epoch_tokens
     changes = f"samples=160 (was 48); {data} with 3 epochs shuffled together, the last apart (was one epoch)"
     remedy = (
-        "Pass --data-order epochwise, which keeps the order, or pass --accept-data-order-change to go on in the new "
+        "Pass --data-order epochwise, which keeps the order, or pass --accept-data-order-change to continue in the new "
         "order."
     )
     expect(problem, changes, sentence(counts, held=held), folder, remedy=remedy)
@@ -164,10 +168,10 @@ def test_another_seed(data: str, checkpoint: Resume) -> None:
     folder = checkpoint(*flags)
     resumed = (*MODEL, *flags, *steps(14), "--seed", "7", "--load", str(folder))
     (problem,) = find(*resumed)
-    new = parse(*resumed).namespace
-    counts = count_by_hand([(parse(*MODEL, *flags).namespace, 0, 48)], new, 48, 56)
+    new = parse(*resumed)
+    counts = count_by_hand([(parse(*MODEL, *flags), 0, 48)], new, 48, 56)
     assert counts["unseen"].sum() > 100, "within an epoch, what is skipped is never seen"
-    held = plan_run_order(new).sources[0].epoch_tokens
+    held = plan_run_order(new.plan.order).sources[0].epoch_tokens
     expect(problem, "seed=7 (was 1234)", sentence(counts, held=held), folder)
 
 
@@ -176,9 +180,9 @@ def test_another_sequence_length(data: str, checkpoint: Resume) -> None:
     folder = checkpoint(*flags, *steps(NUM_STEPS))
     resumed = (*MODEL, *flags, *steps(30), "--seq-length", "48", "--load", str(folder))
     (problem,) = find(*resumed)
-    old, new = parse(*MODEL, *flags, *steps(NUM_STEPS)).namespace, parse(*resumed).namespace
+    old, new = parse(*MODEL, *flags, *steps(NUM_STEPS)), parse(*resumed)
     counts = count_by_hand([(old, 0, 48)], new, 48, 120)
-    numbers = sentence(counts, held=plan_run_order(new).sources[0].epoch_tokens, length=48)
+    numbers = sentence(counts, held=plan_run_order(new.plan.order).sources[0].epoch_tokens, length=48)
     changes = f"seq_length=48 (was 64); samples=120 (was 48); {data} with 2 epochs shuffled together, the last apart "
     expect(problem, f"{changes}(was one epoch)", numbers, folder)
 
@@ -188,9 +192,9 @@ def test_another_split(data: str, checkpoint: Resume) -> None:
     folder = checkpoint(*flags, "--split", "90,10,0")
     resumed = (*MODEL, *flags, *steps(13), "--split", "80,20,0", "--load", str(folder))
     (problem,) = find(*resumed)
-    old, new = parse(*MODEL, *flags, "--split", "90,10,0").namespace, parse(*resumed).namespace
+    old, new = parse(*MODEL, *flags, "--split", "90,10,0"), parse(*resumed)
     counts = count_by_hand([(old, 0, 48)], new, 48, 52)
-    held = plan_run_order(new).sources[0].epoch_tokens
+    held = plan_run_order(new.plan.order).sources[0].epoch_tokens
     expect(problem, "split=80,20,0 (was 90,10,0)", sentence(counts, held=held), folder)
     assert find(*MODEL, *flags, "--split", "9,1,0", "--load", str(folder)) == [], "the same shares in other words"
 
@@ -203,10 +207,10 @@ def test_other_weights(data: str, other: str, checkpoint: Resume) -> None:
     folder = checkpoint(*blend_of(0.7, data, 0.3, other), *steps(NUM_STEPS))
     resumed = (*MODEL, *blend_of(0.5, data, 0.5, other), *steps(13), "--load", str(folder))
     (problem,) = find(*resumed)
-    old = parse(*MODEL, *blend_of(0.7, data, 0.3, other), *steps(NUM_STEPS)).namespace
-    new = parse(*resumed).namespace
+    old = parse(*MODEL, *blend_of(0.7, data, 0.3, other), *steps(NUM_STEPS))
+    new = parse(*resumed)
     counts = count_by_hand([(old, 0, 48)], new, 48, 52)
-    held = sum(source.epoch_tokens for source in plan_run_order(new).sources)
+    held = sum(source.epoch_tokens for source in plan_run_order(new.plan.order).sources)
     drawn = np.bincount(build_datasets(old)[0].dataset_index[:48])
     by_source = "; ".join(
         f"{prefix} {counts['again'][place]:,} tokens of {drawn[place] * 64:,} again, {counts['skipped'][place]:,} "
@@ -246,7 +250,7 @@ def test_moved_files_are_no_change(data: str, tmp_path: Path, checkpoint: Resume
         shutil.move(data + suffix, moved + suffix)
     resumed = (*MODEL, "--data-path", moved, *WHOLE, *steps(13), "--load", str(folder))
     assert find(*resumed) == []
-    state = describe_order_state(parse(*resumed).namespace)
+    state = describe_order_state(parse(*resumed).plan)
     assert state == f"megatron; as in the checkpoint (iter_0000012); {data} is now {moved}"
 
 
@@ -257,7 +261,7 @@ def test_changed_files(data: str, checkpoint: Resume) -> None:
     write_numbered(Path(data), [*draw_lengths(0, 97), 70])
     (problem,) = find(*resumed)
     counts = {"again": np.zeros(1), "skipped": np.array([48 * 64]), "unseen": np.array([48 * 64])}
-    held = plan_run_order(parse(*resumed).namespace).sources[0].epoch_tokens
+    held = plan_run_order(parse(*resumed).plan.order).sources[0].epoch_tokens
     by_source = (
         f"By source: {data} 0 tokens of 3,072 again, 0 skipped, 0 never seen; {data} 0 tokens of 0 again, 3,072 "
         "skipped, 3,072 never seen."
@@ -275,7 +279,7 @@ def test_a_checkpoint_of_megatron_lm(data: str, checkpoint: Resume) -> None:
     folder = checkpoint(*flags, *steps(NUM_STEPS), has_record=False)
     resumed = (*MODEL, *flags, *steps(13), "--load", str(folder))
     assert find(*resumed) == []
-    assert describe_order_state(parse(*resumed).namespace) == (
+    assert describe_order_state(parse(*resumed).plan) == (
         "megatron; as in the checkpoint (iter_0000012); the contents of the files were not compared, the checkpoint "
         "does not tell them"
     )
@@ -294,7 +298,7 @@ def test_a_checkpoint_that_tells_nothing(data: str, checkpoint: Resume) -> None:
     folder = checkpoint("--mock-data", *steps(NUM_STEPS))
     resumed = (*MODEL, "--data-path", data, *WHOLE, *steps(13), "--load", str(folder))
     assert find(*resumed) == []
-    state = describe_order_state(parse(*resumed).namespace)
+    state = describe_order_state(parse(*resumed).plan)
     assert state == "megatron; not compared with iter_0000012, whose arguments do not tell its data"
 
 
@@ -305,35 +309,35 @@ def test_an_accepted_change_is_remembered(data: str, checkpoint: Resume) -> None
     """12 steps in one order and 2 in another: the next count knows both."""
     flags = ("--data-path", data, *WHOLE)
     folder = checkpoint(*flags, *steps(NUM_STEPS))
-    second = parse(*MODEL, *flags, *steps(14), "--seed", "7", "--load", str(folder)).namespace
-    record = build_record(second)
+    second = parse(*MODEL, *flags, *steps(14), "--seed", "7", "--load", str(folder))
+    record = build_run_record(second.plan)
     assert [segment["first_sample"] for segment in record["segments"]] == [0, 48]
     assert describe_continuation(record, 48) == "data order: changed after sample 48, as accepted"
     folder = checkpoint(*flags, *steps(14), "--seed", "7", step=14, data_order_record=record)
     assert find(*MODEL, *flags, *steps(15), "--seed", "7", "--load", str(folder)) == []
-    resumed = parse(*MODEL, *flags, *steps(16), "--seed", "9", "--load", str(folder)).namespace
+    resumed = parse(*MODEL, *flags, *steps(16), "--seed", "9", "--load", str(folder))
     (problem,) = find(*MODEL, *flags, *steps(16), "--seed", "9", "--load", str(folder))
-    first = parse(*MODEL, *flags, *steps(NUM_STEPS)).namespace
+    first = parse(*MODEL, *flags, *steps(NUM_STEPS))
     counts = count_by_hand([(first, 0, 48), (second, 48, 56)], resumed, 56, 64)
-    held = plan_run_order(resumed).sources[0].epoch_tokens
+    held = plan_run_order(resumed.plan.order).sources[0].epoch_tokens
     assert sentence(counts, held=held, consumed=56) in problem
-    again = build_record(resumed)
+    again = build_run_record(resumed.plan)
     assert [segment["first_sample"] for segment in again["segments"]] == [0, 48, 56]
 
 
 def test_a_continued_record_has_the_newest_description(data: str, checkpoint: Resume) -> None:
     flags = ("--data-path", data, *WHOLE)
     folder = checkpoint(*flags, *steps(NUM_STEPS))
-    record = build_record(parse(*MODEL, *flags, *steps(16), "--load", str(folder)).namespace)
+    record = build_run_record(parse(*MODEL, *flags, *steps(16), "--load", str(folder)).plan)
     (segment,) = record["segments"]
     assert (segment["first_sample"], segment["order"]["num_samples"]) == (0, 64)
     assert describe_continuation(record, 48) == "data order: as in the checkpoint"
     assert describe_continuation(record, 0) is None
     assert describe_continuation(None, 48) is None
     folder = checkpoint("--mock-data", *steps(NUM_STEPS))
-    unknown = build_record(parse(*MODEL, *flags, *steps(16), "--load", str(folder)).namespace)
+    unknown = build_run_record(parse(*MODEL, *flags, *steps(16), "--load", str(folder)).plan)
     assert describe_continuation(unknown, 48) == (
-        "data order: recorded from sample 48 on, the checkpoint does not say its own"
+        "data order: recorded from sample 48; the checkpoint does not tell its own"
     )
 
 
@@ -346,11 +350,11 @@ def test_other_validation_samples_are_said(data: str, checkpoint: Resume) -> Non
         folder = checkpoint(*runs[0][len(MODEL) :], step=10)
         resumed = (*runs[1], "--load", str(folder))
         assert find(*resumed) == []
-        validation = [read_tokens(build_datasets(parse(*flags).namespace)[1], 0, 10) for flags in runs]
+        validation = [read_tokens(build_datasets(parse(*flags))[1], 0, 10) for flags in runs]
         drawn[order] = np.array_equal(*validation)
-        state = describe_order_state(parse(*resumed).namespace)
-        line = describe_continuation(build_record(parse(*resumed).namespace), 40)
-        note = "" if drawn[order] else "; the validation samples are others than before"
+        state = describe_order_state(parse(*resumed).plan)
+        line = describe_continuation(build_run_record(parse(*resumed).plan), 40)
+        note = "" if drawn[order] else "; the order of the validation samples has changed"
         assert state == f"{order}; as in the checkpoint (iter_0000010){note}"
         assert line == f"data order: as in the checkpoint{note}"
     assert drawn == {"megatron": False, "epochwise": True}
@@ -364,7 +368,7 @@ def test_a_pinned_order_must_be_long_enough(data: str, other: str) -> None:
     (problem,) = find(*flags, "--data-order-samples", "79")
     assert problem == (
         "data-order-samples: must be at least the 80 samples that the run draws, got data_order_samples=79. Pass 80 or "
-        "more, or --data-order epochwise, which goes on after them."
+        "more, or --data-order epochwise, which continues after them."
     )
     assert find(*flags, "--data-order-samples", "80") == []
     assert find(*flags, "--data-order-samples", "48", "--data-order", "epochwise") == []
@@ -387,29 +391,32 @@ def test_a_changed_batch_may_leave_a_run_without_samples(data: str, checkpoint: 
     )
     assert find(*resumed, "--data-order-samples", "64") == []
     assert find(*resumed, "--data-order", "epochwise") == []
-    namespace = parse(*resumed, "--data-order", "epochwise").namespace
+    arguments = parse(*resumed, "--data-order", "epochwise")
+    namespace = arguments.namespace
     namespace.iteration, namespace.consumed_train_samples, namespace.consumed_valid_samples = 12, 48, 0
-    assert len(build_datasets(namespace)[0]) == 64
+    assert len(build_datasets(arguments)[0]) == 64
 
 
 def test_a_complete_run_may_be_started_again(data: str) -> None:
     """A blend holds no sample more than it is asked for, and Megatron refuses to start with none left."""
-    namespace = parse(*MODEL, "--data-path", "1", data, *WHOLE, *steps(NUM_STEPS)).namespace
-    assert len(build_datasets(namespace)[0]) == 48
+    arguments = parse(*MODEL, "--data-path", "1", data, *WHOLE, *steps(NUM_STEPS))
+    namespace = arguments.namespace
+    assert len(build_datasets(arguments)[0]) == 48
     namespace.iteration, namespace.consumed_train_samples, namespace.consumed_valid_samples = NUM_STEPS, 48, 0
-    assert len(build_datasets(namespace)[0]) == 49
+    assert len(build_datasets(arguments)[0]) == 49
 
 
 def test_validation_does_not_end_before_the_run(data: str) -> None:
     """A run that was evaluated more often before: Megatron counts by the present interval and stops in the middle."""
     evaluated = (*MODEL, "--data-path", "1", data, "--split", "80,20,0", "--eval-iters", "2")
-    namespace = parse(*evaluated, *steps(12), "--eval-interval", "4").namespace
-    assert len(build_datasets(namespace)[1]) == 4 * 2 * BATCH
+    arguments = parse(*evaluated, *steps(12), "--eval-interval", "4")
+    namespace = arguments.namespace
+    assert len(build_datasets(arguments)[1]) == 4 * 2 * BATCH
     namespace.iteration, namespace.consumed_train_samples = 8, 32
     namespace.consumed_valid_samples = 2 * 2 * BATCH
-    assert len(build_datasets(namespace)[1]) == 4 * 2 * BATCH, "as before: every fourth step and at the end"
+    assert len(build_datasets(arguments)[1]) == 4 * 2 * BATCH, "as before: every fourth step and at the end"
     namespace.consumed_valid_samples = 8 * 2 * BATCH
-    assert len(build_datasets(namespace)[1]) == (8 + 2) * 2 * BATCH
+    assert len(build_datasets(arguments)[1]) == (8 + 2) * 2 * BATCH
 
 
 def test_a_shuffling_loader_is_not_compared(data: str, checkpoint: Resume) -> None:
@@ -417,7 +424,7 @@ def test_a_shuffling_loader_is_not_compared(data: str, checkpoint: Resume) -> No
     folder = checkpoint(*flags, *steps(NUM_STEPS))
     resumed = (*MODEL, *flags, *steps(40), "--dataloader-type", "cyclic", "--load", str(folder))
     assert find(*resumed) == []
-    state = describe_order_state(parse(*resumed).namespace)
+    state = describe_order_state(parse(*resumed).plan)
     assert state.startswith("megatron; not compared with iter_0000012 (--dataloader-type")
 
 
@@ -425,16 +432,16 @@ def test_nothing_is_compared_without_a_checkpoint_or_its_samples(data: str, chec
     flags = ("--data-path", data, *WHOLE)
     folder = checkpoint(*flags, *steps(NUM_STEPS))
     assert find(*MODEL, *flags, *steps(40), "--seed", "7", "--load", str(folder), "--finetune") == []
-    assert describe_order_state(parse(*MODEL, *flags, *steps(40)).namespace) == "megatron"
-    assert describe_order_state(parse(*MODEL, "--mock-data", *steps(40)).namespace) is None
+    assert describe_order_state(parse(*MODEL, *flags, *steps(40)).plan) == "megatron"
+    assert describe_order_state(parse(*MODEL, "--mock-data", *steps(40)).plan) is None
 
 
 def test_the_dry_run_says_it(data: str, other: str, checkpoint: Resume) -> None:
-    from megatron_hammer.config.dry_run.dry_run import build_report, print_report
+    from megatron_hammer.config.dry_run.dry_run import build_dry_run_report, print_report
 
     folder = checkpoint(*blend_of(0.7, data, 0.3, other), *steps(NUM_STEPS))
     flags = (*MODEL, *blend_of(0.7, data, 0.3, other), *steps(60), "--load", str(folder), "--dry-run")
-    run = build_report(parse(*flags), []).run
+    run = build_dry_run_report(parse(*flags), []).run
     assert run.data_order == "megatron; not as in the checkpoint (iter_0000012)"
     assert [source.shuffling for source in run.sources] == [
         "3 epochs shuffled together, the last apart",
@@ -442,10 +449,10 @@ def test_the_dry_run_says_it(data: str, other: str, checkpoint: Resume) -> None:
     ]
     arguments = parse(*flags, "--data-order", "epochwise")
     stream = io.StringIO()
-    print_report(build_report(arguments, []), stream)
+    print_report(build_dry_run_report(arguments, []), stream)
     text = " ".join(stream.getvalue().split())
     assert "data order epochwise; as in the checkpoint (iter_0000012)" in text
-    accepted = build_report(parse(*flags, "--accept-data-order-change"), []).run.data_order
+    accepted = build_dry_run_report(parse(*flags, "--accept-data-order-change"), []).run.data_order
     assert accepted == "megatron; not as in the checkpoint (iter_0000012), accepted"
-    mock = build_report(parse(*MODEL, "--mock-data", *steps(20), "--dry-run"), []).run
+    mock = build_dry_run_report(parse(*MODEL, "--mock-data", *steps(20), "--dry-run"), []).run
     assert (mock.data_order, mock.sources) == (None, ())

@@ -1,16 +1,13 @@
 """The tables of flags: every row names an attribute that exists, and every row fires."""
 
-import argparse
-
 import pytest
 
-from megatron_hammer.config.arguments import ParsedArguments
 from megatron_hammer.config.preflight.flags import IDLE, NEEDS_TE, UNCOUNTED, find_flag_problems
-from megatron_hammer.config.preflight.values import COUNTS, RANGES
+from megatron_hammer.config.values import COUNTS, RANGES
 from megatron_hammer.platforms import cpu
-from tests.helpers.parsed_flags import TINY, find, parse
+from tests.helpers.parsed_flags import TINY, find, parse, with_flags
 
-BASE = parse(*TINY)
+BASE = parse(*TINY).settings
 # What makes a row of IDLE idle, beyond the tiny preset on the torch backend, which suffices for the others.
 CIRCUMSTANCES = {
     "num_query_groups": {"group_query_attention": False},
@@ -26,24 +23,19 @@ CIRCUMSTANCES = {
 }
 
 
-def with_values(*typed: str, **values: object) -> ParsedArguments:
-    namespace = argparse.Namespace(**(vars(BASE.namespace) | values))
-    return ParsedArguments(namespace=namespace, preset=BASE.preset, typed=frozenset(typed))
-
-
 @pytest.mark.parametrize("name", [*(idle.name for idle in IDLE), *NEEDS_TE, *COUNTS, *RANGES])
 def test_attribute_exists(name: str) -> None:
-    assert hasattr(BASE.namespace, name)
+    assert name in BASE.flags.values
 
 
 @pytest.mark.parametrize("name", UNCOUNTED)
 def test_uncounted_attribute_exists_and_is_quiet(name: str) -> None:
-    assert getattr(BASE.namespace, name) in UNCOUNTED[name]
+    assert BASE.flags[name] in UNCOUNTED[name]
 
 
 @pytest.mark.parametrize("name", [row[0] for row in cpu.UNSUPPORTED])
 def test_platform_attribute_exists(name: str) -> None:
-    assert hasattr(BASE.namespace, name)
+    assert name in BASE.flags.values
 
 
 def test_a_good_command_line_has_no_problems() -> None:
@@ -52,28 +44,28 @@ def test_a_good_command_line_has_no_problems() -> None:
 
 @pytest.mark.parametrize("idle", IDLE, ids=lambda idle: idle.name)
 def test_idle_flag_is_reported_when_typed(idle) -> None:
-    arguments = with_values(idle.name, **CIRCUMSTANCES.get(idle.name, {}))
+    settings = with_flags(BASE, idle.name, **CIRCUMSTANCES.get(idle.name, {}))
     flag = "world-size" if idle.name == "requested_world_size" else idle.name.replace("_", "-")
-    problems = [problem for problem in find_flag_problems(arguments) if problem.startswith(f"{flag}: has no effect")]
+    problems = [problem for problem in find_flag_problems(settings) if problem.startswith(f"{flag}: has no effect")]
     assert len(problems) == 1
-    assert find_flag_problems(with_values(**CIRCUMSTANCES.get(idle.name, {}))) == []  # the preset's own are silent
+    assert find_flag_problems(with_flags(BASE, **CIRCUMSTANCES.get(idle.name, {}))) == []  # the preset's own are silent
 
 
 @pytest.mark.parametrize("name", NEEDS_TE)
 def test_what_needs_transformer_engine(name: str) -> None:
-    on_gpu = with_values(platform="cuda", **{name: "hybrid"})
+    on_gpu = with_flags(BASE, platform="cuda", **{name: "hybrid"})
     (problem,) = find_flag_problems(on_gpu)
     assert "needs the te backend (TransformerEngine), got" in problem
-    assert find_flag_problems(with_values(platform="cuda", backend="te", **{name: "hybrid"})) == []
+    assert find_flag_problems(with_flags(BASE, platform="cuda", backend="te", **{name: "hybrid"})) == []
 
 
 def test_context_parallelism_needs_transformer_engine() -> None:
-    (problem,) = find_flag_problems(with_values(platform="cuda", context_parallel_size=2))
+    (problem,) = find_flag_problems(with_flags(BASE, platform="cuda", context_parallel_size=2))
     assert "context-parallel-size: needs the te backend" in problem
 
 
 def test_moe_flags_without_experts() -> None:
-    (problem,) = find_flag_problems(with_values("moe_router_topk"))
+    (problem,) = find_flag_problems(with_flags(BASE, "moe_router_topk"))
     assert "moe-router-topk: has no effect without experts, got --moe-router-topk typed" in problem
 
 
@@ -128,7 +120,7 @@ def test_environment_of_older_gpus(
     monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
     if value is not None:
         monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", value)
-    problems = find_flag_problems(with_values(platform="cuda", tensor_model_parallel_size=2))
+    problems = find_flag_problems(with_flags(BASE, platform="cuda", tensor_model_parallel_size=2))
     assert len(problems) == num_problems
     if problems:
         assert "CUDA_DEVICE_MAX_CONNECTIONS: must be 1 with tensor or context parallelism on this GPU" in problems[0]

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.config.arguments import ParsedArguments
-from megatron_hammer.config.initial_model import InitialModel, describe_weights
+from megatron_hammer.config.initial_model import InitialModel
+from megatron_hammer.config.saved_run import describe_weights
 from megatron_hammer.model.shape import MoeShape
 from megatron_hammer.presets.catalogue import PRESETS
-from tests.helpers.parsed_flags import install, write_data
+from tests.helpers.parsed_flags import install, with_flags, write_data
 
 MODEL = dataclasses.replace(PRESETS["hammer-tiny"].model, name="folder", max_position_embeddings=512)
 RECIPE = (
@@ -18,7 +19,7 @@ RECIPE = (
 )
 
 
-def make_start(**values: object) -> InitialModel:
+def make_initial_model(**values: object) -> InitialModel:
     fields = {
         "folder": Path("hf"),
         "model": MODEL,
@@ -30,27 +31,25 @@ def make_start(**values: object) -> InitialModel:
     return InitialModel(**{**fields, **values})  # type: ignore[arg-type]
 
 
-def parse(*flags: str, start: InitialModel | None = None, backend: str = "torch") -> ParsedArguments:
+def parse(*flags: str, initial: InitialModel | None = None, backend: str = "torch") -> ParsedArguments:
     install()
     from megatron_hammer.config.arguments import parse_arguments
 
-    return parse_arguments(flags, platform="cpu", backend=backend, start=start or make_start())
+    return parse_arguments(flags, platform="cpu", backend=backend, initial_model=initial or make_initial_model())
 
 
-def find(*flags: str, start: InitialModel | None = None) -> list[str]:
+def find(*flags: str, initial: InitialModel | None = None) -> list[str]:
     from megatron_hammer.config.preflight.find_problems import find_problems
 
-    return find_problems(parse(*flags, start=start))
+    return find_problems(parse(*flags, initial=initial))
 
 
-def find_of_start(*flags: str, start: InitialModel | None = None, **values: object) -> list[str]:
-    """Only the problems of --load-hf; values: attributes of the namespace."""
-    arguments = parse(*flags, start=start)
+def find_of_initial_model(*flags: str, initial: InitialModel | None = None, **values: object) -> list[str]:
+    """Only the problems of --load-hf; values: of other flags."""
+    settings = parse(*flags, initial=initial).settings
     from megatron_hammer.config.preflight.initial_model import find_initial_model_problems
 
-    for name, value in values.items():
-        setattr(arguments.namespace, name, value)
-    return find_initial_model_problems(arguments)
+    return find_initial_model_problems(with_flags(settings, **values))
 
 
 def test_the_folder_alone_gives_model_dropout_and_precision() -> None:
@@ -58,7 +57,7 @@ def test_the_folder_alone_gives_model_dropout_and_precision() -> None:
     assert (namespace.num_layers, namespace.vocab_size, namespace.attention_dropout) == (4, 4096, 0.25)
     assert (namespace.hidden_dropout, namespace.bf16, namespace.max_position_embeddings) == (0.0, True, 512)
     assert find(*RECIPE) == []
-    assert parse(*RECIPE, start=make_start(dtype="float16")).namespace.precision == "fp32"
+    assert parse(*RECIPE, initial=make_initial_model(dtype="float16")).namespace.precision == "fp32"
     typed = parse(*RECIPE, "--attention-dropout", "0.1", "--precision", "fp32").namespace
     assert (typed.attention_dropout, typed.bf16) == (0.1, False)
 
@@ -75,12 +74,12 @@ def test_a_preset_gives_its_recipe_alone() -> None:
     assert arguments.namespace.lr == recipe.lr
     assert arguments.namespace.attention_dropout == recipe.attention_dropout
     assert arguments.namespace.max_position_embeddings == 512  # the folder's
-    assert find_of_start("--preset", "hammer-tiny", "--mock-data", "--load-hf", "hf") == []
+    assert find_of_initial_model("--preset", "hammer-tiny", "--mock-data", "--load-hf", "hf") == []
 
 
 def test_a_preset_of_another_model_is_refused_by_every_difference() -> None:
-    start = make_start(model=dataclasses.replace(MODEL, num_layers=5, norm_epsilon=1e-6))
-    problems = find_of_start("--preset", "hammer-tiny", "--mock-data", "--load-hf", "hf", start=start)
+    initial = make_initial_model(model=dataclasses.replace(MODEL, num_layers=5, norm_epsilon=1e-6))
+    problems = find_of_initial_model("--preset", "hammer-tiny", "--mock-data", "--load-hf", "hf", initial=initial)
     assert problems == [
         f"preset: must be of the model in hf, got {difference} in config.json. "
         "Drop --preset, or name the preset of this model."
@@ -90,33 +89,36 @@ def test_a_preset_of_another_model_is_refused_by_every_difference() -> None:
 
 def test_flags_of_another_model_are_refused_by_name() -> None:
     flags = ("--num-layers", "6", "--norm-epsilon", "1e-6", "--disable-bias-linear", "--rotary-base", "500000")
-    assert find_of_start(*RECIPE, *flags) == [
+    assert find_of_initial_model(*RECIPE, *flags) == [
         "num-layers: must be as in hf/config.json, got num_layers=6, there 4. Drop the flag.",
         "norm-epsilon: must be as in hf/config.json, got layernorm_epsilon=1e-06, there 1e-05. Drop the flag.",
         "rotary-base: must be as in hf/config.json, got rotary_base=500000, there 10000. Drop the flag.",
     ]
     experts = ("--num-experts", "4", "--moe-router-topk", "2", "--qk-layernorm")
-    problems = "\n".join(find_of_start(*RECIPE, *experts))
+    problems = "\n".join(find_of_initial_model(*RECIPE, *experts))
     assert "num-experts: must be as in hf/config.json, got num_experts=4, there None." in problems
     assert "qk-layernorm: must be as in hf/config.json, got qk_layernorm=on, there" in problems
 
 
 def test_what_belongs_to_a_recipe_may_be_changed() -> None:
     experts = MoeShape(num_experts=4, router_topk=2, ffn_hidden_size=64)
-    start = make_start(model=dataclasses.replace(MODEL, moe=experts))
+    initial = make_initial_model(model=dataclasses.replace(MODEL, moe=experts))
     flags = ("--moe-aux-loss-coeff", "0.5", "--init-method-std", "0.1", "--max-position-embeddings", "4096")
-    assert find_of_start(*RECIPE, *flags, start=start) == []
+    assert find_of_initial_model(*RECIPE, *flags, initial=initial) == []
 
 
 def test_weights_of_the_folder_are_looked_at_only_where_they_are_read(tmp_path: Path) -> None:
-    start = make_start(problems=("load-hf: hf/model.safetensors: file is gone.",))
-    assert find_of_start(*RECIPE, start=start) == list(start.problems)
+    initial = make_initial_model(problems=("load-hf: hf/model.safetensors: file is gone.",))
+    assert find_of_initial_model(*RECIPE, initial=initial) == list(initial.problems)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
     resumed = (*RECIPE, "--save", str(tmp_path))
-    assert find_of_start(*resumed, start=start) == []
-    assert describe_weights(parse(*resumed).namespace, start) == f"checkpoint in {tmp_path}; hf is not read again"
-    assert describe_weights(parse(*RECIPE).namespace, start) == "hf (39 tensors)"
-    assert describe_weights(parse(*RECIPE).namespace, None) == "random"
+    assert find_of_initial_model(*resumed, initial=initial) == []
+    assert (
+        describe_weights(parse(*resumed).settings.checkpoints, initial)
+        == f"checkpoint in {tmp_path}; hf is not read again"
+    )
+    assert describe_weights(parse(*RECIPE).settings.checkpoints, initial) == "hf (39 tensors)"
+    assert describe_weights(parse(*RECIPE).settings.checkpoints, None) == "random"
 
 
 def test_a_place_for_checkpoints_to_come_may_be_empty(tmp_path: Path) -> None:
@@ -126,7 +128,7 @@ def test_a_place_for_checkpoints_to_come_may_be_empty(tmp_path: Path) -> None:
 
 def test_two_models_to_begin_with(tmp_path: Path) -> None:
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
-    (problem,) = find_of_start(*RECIPE, "--pretrained-checkpoint", str(tmp_path))
+    (problem,) = find_of_initial_model(*RECIPE, "--pretrained-checkpoint", str(tmp_path))
     assert problem == (
         f"load-hf: a run begins with one model's weights, got load_hf=hf, pretrained_checkpoint={tmp_path}. "
         "Drop one of the two."
@@ -134,7 +136,7 @@ def test_two_models_to_begin_with(tmp_path: Path) -> None:
 
 
 def test_parameters_that_are_not_a_modules_own() -> None:
-    (problem,) = find_of_start(*RECIPE, use_torch_fsdp2=True)
+    (problem,) = find_of_initial_model(*RECIPE, use_torch_fsdp2=True)
     assert problem == (
         "use-torch-fsdp2: does not go with --load-hf, which fills a module's own parameters, got use_torch_fsdp2=on. "
         "Convert the folder with checkpoint_convert/hf_to_megatron.py and pass --load, or drop the flag."
@@ -143,8 +145,10 @@ def test_parameters_that_are_not_a_modules_own() -> None:
 
 @pytest.mark.parametrize(("dtype", "is_refused"), [("float32", True), ("mixed", True), ("bfloat16", False)])
 def test_optimizers_that_round_the_weights(dtype: str, is_refused: bool) -> None:
-    start = make_start(dtype=dtype)
-    problems = find_of_start(*RECIPE, "--precision", "bf16", start=start, use_precision_aware_optimizer=True)
+    initial = make_initial_model(dtype=dtype)
+    problems = find_of_initial_model(
+        *RECIPE, "--precision", "bf16", initial=initial, use_precision_aware_optimizer=True
+    )
     assert problems == (
         [
             f"use-precision-aware-optimizer: would take its fp32 weights from bf16, got "
@@ -159,20 +163,20 @@ def test_optimizers_that_round_the_weights(dtype: str, is_refused: bool) -> None
 def test_the_tokenizer_that_made_the_data_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 
-    from megatron_hammer.config import initial_model as start_model
+    from megatron_hammer.config import initial_model
 
     hashes = {"a.json": "aa", "b.model": "bb"}
-    monkeypatch.setattr(start_model, "load_encoder", lambda path: SimpleNamespace(sha256=hashes[path.name]))
+    monkeypatch.setattr(initial_model, "load_encoder", lambda path: SimpleNamespace(sha256=hashes[path.name]))
     made_with = SimpleNamespace(tokenizer=SimpleNamespace(sha256="bb"))
-    monkeypatch.setattr(start_model, "read_manifest", lambda prefix: made_with)
-    start = make_start(tokenizers=(tmp_path / "a.json", tmp_path / "b.model"))
+    monkeypatch.setattr(initial_model, "read_manifest", lambda prefix: made_with)
+    initial = make_initial_model(tokenizers=(tmp_path / "a.json", tmp_path / "b.model"))
     flags = (*RECIPE[1:], "--data-path", write_data(tmp_path / "data", [100] * 9))
-    assert parse(*flags, start=start).namespace.tokenizer_model == str(tmp_path / "b.model")
+    assert parse(*flags, initial=initial).namespace.tokenizer_model == str(tmp_path / "b.model")
     made_with.tokenizer.sha256 = "another"  # preflight refuses it
-    assert parse(*flags, start=start).namespace.tokenizer_model == str(tmp_path / "a.json")
-    assert parse(*flags, "--tokenizer-model", "mine", start=start).namespace.tokenizer_model == "mine"
-    assert parse(*flags, start=make_start()).namespace.tokenizer_model is None
-    assert parse(*flags, start=start).namespace.tokenizer_type == "HuggingFaceTokenizer"
+    assert parse(*flags, initial=initial).namespace.tokenizer_model == str(tmp_path / "a.json")
+    assert parse(*flags, "--tokenizer-model", "mine", initial=initial).namespace.tokenizer_model == "mine"
+    assert parse(*flags, initial=make_initial_model()).namespace.tokenizer_model is None
+    assert parse(*flags, initial=initial).namespace.tokenizer_type == "HuggingFaceTokenizer"
 
 
 def test_more_rows_than_tokens_are_the_folders_business(tmp_path: Path) -> None:
@@ -180,11 +184,11 @@ def test_more_rows_than_tokens_are_the_folders_business(tmp_path: Path) -> None:
 
     from megatron_hammer.config.preflight.data import find_vocabulary_problems
 
-    arguments = parse(*RECIPE)
+    settings = parse(*RECIPE).settings
     smaller = SimpleNamespace(vocab_size=4000, path="tokenizer.model")
-    assert find_vocabulary_problems(arguments, smaller) == []  # type: ignore[arg-type]
+    assert find_vocabulary_problems(settings, smaller) == []  # type: ignore[arg-type]
     larger = SimpleNamespace(vocab_size=4097, path="tokenizer.model")
-    assert find_vocabulary_problems(arguments, larger) == [  # type: ignore[arg-type]
+    assert find_vocabulary_problems(settings, larger) == [  # type: ignore[arg-type]
         "tokenizer-model: must have no more tokens than the model in hf, got 4097 in tokenizer.model, vocab_size=4096. "
         "Pass the model's own tokenizer, or add rows to the model with tools/resize_embeddings.py."
     ]

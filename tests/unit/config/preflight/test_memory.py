@@ -1,32 +1,29 @@
 import pytest
 
-from megatron_hammer.config.model_from_arguments import build_layout
 from megatron_hammer.config.preflight import memory as preflight_memory
 from megatron_hammer.config.preflight.memory import (
     GIB,
-    build_memory_options,
     estimate_run_memory,
     find_memory_problems,
     read_available_bytes,
-    select_recompute,
 )
 from megatron_hammer.model.memory_options import WORKSPACE_BYTES, MemoryOptions
 from tests.helpers.parsed_flags import TINY, parse, plan
 
 
 def test_a_plan_elsewhere_is_compared_with_nothing() -> None:
-    assert read_available_bytes(parse("--preset", "llama2-70b", *plan(32)).namespace) is None
-    assert find_memory_problems(parse("--preset", "llama2-70b", *plan(32)).namespace) == []
+    assert read_available_bytes(parse("--preset", "llama2-70b", *plan(32)).settings.machine) is None
+    assert find_memory_problems(parse("--preset", "llama2-70b", *plan(32)).plan) == []
 
 
 def test_processes_of_a_node_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight_memory, "read_device_memory_bytes", lambda platform: 64 * GIB)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert read_available_bytes(parse(*TINY).namespace) == 16 * GIB
+    assert read_available_bytes(parse(*TINY).settings.machine) == 16 * GIB
 
 
 def test_a_run_on_this_cpu_has_no_gpu_allowances() -> None:
-    here, there = parse(*TINY).namespace, parse(*TINY, *plan(1)).namespace
+    here, there = parse(*TINY).plan, parse(*TINY, *plan(1)).plan
     assert estimate_run_memory(here)[0].context_bytes == 0
     assert estimate_run_memory(there)[0].context_bytes > 0
 
@@ -42,22 +39,20 @@ def test_a_run_on_this_cpu_has_no_gpu_allowances() -> None:
     ],
 )  # fmt: skip
 def test_remedies(flags: str, gib: str, remedy: str) -> None:
-    namespace = parse(*flags.split(), "--dry-run", "--gpu-memory-gib", gib).namespace
-    (problem,) = find_memory_problems(namespace)
+    (problem,) = find_memory_problems(parse(*flags.split(), "--dry-run", "--gpu-memory-gib", gib).plan)
     assert f"GiB of {float(gib):.1f} (weights" in problem
     assert problem.endswith(f"{remedy}.")
 
 
 def test_what_is_recomputed() -> None:
-    assert select_recompute(parse(*TINY).namespace) == "none"
-    assert select_recompute(parse(*TINY, "--recompute-activations").namespace) == "selective"
+    assert parse(*TINY).settings.recompute == "none"
+    assert parse(*TINY, "--recompute-activations").settings.recompute == "selective"
     full = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
-    assert select_recompute(parse(*TINY, *full).namespace) == "full"
+    assert parse(*TINY, *full).settings.recompute == "full"
 
 
-def build_options(*flags: str, is_for_gpu: bool = True) -> MemoryOptions:
-    namespace = parse("--preset", "llama3-8b", *plan(8), *flags).namespace
-    return build_memory_options(namespace, build_layout(namespace), is_for_gpu=is_for_gpu)
+def build_options(*flags: str) -> MemoryOptions:
+    return parse("--preset", "llama3-8b", *plan(8), *flags).plan.memory
 
 
 def test_flags_that_change_memory_reach_the_estimate() -> None:
@@ -69,7 +64,7 @@ def test_flags_that_change_memory_reach_the_estimate() -> None:
         None,
     )
     assert plain.workspace_bytes == WORKSPACE_BYTES
-    assert build_options(is_for_gpu=False).workspace_bytes == 0  # cuBLAS is not there
+    assert parse(*TINY).plan.memory.workspace_bytes == 0  # cuBLAS is not there
     block = build_options(
         "--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers", "3"
     )
@@ -85,17 +80,14 @@ def test_flags_that_change_memory_reach_the_estimate() -> None:
 
 
 @pytest.mark.parametrize(
-    ("attributes", "sharding"),
+    ("flags", "sharding"),
     [
-        ({}, "distributed_optimizer"),
-        ({"use_torch_fsdp2": True}, "fsdp"),
-        ({"use_megatron_fsdp": True}, "fsdp"),
-        ({"use_megatron_fsdp": True, "data_parallel_sharding_strategy": "optim_grads"}, "distributed_optimizer"),
-        ({"use_megatron_fsdp": True, "data_parallel_sharding_strategy": "no_shard"}, "none"),
+        ((), "distributed_optimizer"),
+        (("--use-torch-fsdp2",), "fsdp"),
+        (("--use-megatron-fsdp", "--data-parallel-sharding-strategy", "optim_grads_params"), "fsdp"),
+        (("--use-megatron-fsdp", "--data-parallel-sharding-strategy", "optim_grads"), "distributed_optimizer"),
+        (("--use-megatron-fsdp", "--data-parallel-sharding-strategy", "no_shard"), "none"),
     ],
 )
-def test_what_is_sharded(attributes: dict[str, object], sharding: str) -> None:
-    namespace = parse("--preset", "llama3-8b", *plan(8)).namespace
-    vars(namespace).update(attributes)
-    options = build_memory_options(namespace, build_layout(namespace), is_for_gpu=True)
-    assert options.sharding == sharding
+def test_what_is_sharded(flags: tuple[str, ...], sharding: str) -> None:
+    assert build_options(*flags).sharding == sharding

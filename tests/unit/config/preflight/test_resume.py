@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ RUN = (*TINY, "--train-iters", "20", "--global-batch-size", "8")
 
 
 def changes(*flags: str, saved: tuple[str, ...] = RUN) -> list[str]:
-    return find_schedule_changes(parse(*RUN, *flags).namespace, parse(*saved).namespace, FOLDER)
+    before = parse(*saved).plan
+    saved_run = SimpleNamespace(directory=FOLDER, schedule=before.schedule, batch=before.batch)
+    return find_schedule_changes(parse(*RUN, *flags).plan, saved_run)
 
 
 def test_a_longer_run_has_another_schedule() -> None:
@@ -19,7 +22,7 @@ def test_a_longer_run_has_another_schedule() -> None:
     (problem,) = changes("--train-iters", "40", "--lr-decay-iters", "20")
     assert problem == (
         f"override-opt-param-scheduler: the schedule must be that of the checkpoint, got samples=320 (was 160) in "
-        f"{FOLDER}. Pass --override-opt-param-scheduler to go on with the new one, or "
+        f"{FOLDER}. Pass --override-opt-param-scheduler to continue with the new one, or "
         "--use-checkpoint-opt-param-scheduler to keep the old one."
     )
     (problem,) = changes("--train-iters", "40")
@@ -38,7 +41,10 @@ def test_a_flag_settles_it(flag: str) -> None:
 
 def test_samples_are_counted_like_steps() -> None:
     samples = (*TINY, "--global-batch-size", "8", "--train-samples", "160")
-    assert describe_schedule(parse(*samples).namespace) == describe_schedule(parse(*RUN).namespace)
+    in_samples, in_steps = parse(*samples).plan, parse(*RUN).plan
+    assert describe_schedule(in_samples.schedule, in_samples.batch) == describe_schedule(
+        in_steps.schedule, in_steps.batch
+    )
 
 
 @pytest.mark.parametrize(
@@ -52,8 +58,9 @@ def test_samples_are_counted_like_steps() -> None:
 )
 def test_the_schedule_is_megatrons(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the scheduler that Megatron builds from the same arguments."""
-    namespace = parse(*RUN, *flags).namespace
-    counted = describe_schedule(namespace)
+    arguments = parse(*RUN, *flags)
+    namespace, plan = arguments.namespace, arguments.plan
+    counted = describe_schedule(plan.schedule, plan.batch)
     from megatron.training import training
 
     if namespace.weight_decay_incr_style == "constant":  # as validate_args fills it in

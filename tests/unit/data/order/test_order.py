@@ -2,14 +2,14 @@
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from megatron_hammer.config.data_order import plan_run_order
+from megatron_hammer.config.arguments import ParsedArguments
 from megatron_hammer.data.order.order import DataOrder, EpochPlan, build_source_order, count_samples, plan_epochs
+from megatron_hammer.data.order.run_order import plan_run_order
 from tests.helpers.parsed_flags import parse
 from tests.helpers.sample_orders import build_datasets, draw_lengths, read_tokens, write_numbered
 
@@ -19,8 +19,8 @@ FLAGS = ("--preset", "hammer-tiny", "--vocab-size", "1000000", "--seq-length", s
 FLAGS += ("--micro-batch-size", "1", "--global-batch-size", "1", "--eval-iters", "2", "--lr-warmup-iters", "1")
 
 
-def run(num_samples: int, *flags: str) -> SimpleNamespace:
-    return parse(*FLAGS, "--train-iters", str(num_samples), "--eval-interval", str(num_samples), *flags).namespace
+def run(num_samples: int, *flags: str) -> ParsedArguments:
+    return parse(*FLAGS, "--train-iters", str(num_samples), "--eval-interval", str(num_samples), *flags)
 
 
 def order_of(source: Any, order: DataOrder) -> tuple[np.ndarray, np.ndarray]:
@@ -47,8 +47,8 @@ def assert_is_order_of(dataset: Any, source: Any, order: DataOrder, lengths: lis
 @pytest.mark.parametrize("split", ["100,0,0", "90,10,0"])
 def test_one_source(tmp_path: Path, num_samples: int, split: str) -> None:
     data = write_numbered(tmp_path / "a", LENGTHS)
-    namespace = run(num_samples, "--data-path", data, "--split", split)
-    (train, *_), order = build_datasets(namespace, (num_samples, 1, 1)), plan_run_order(namespace)
+    arguments = run(num_samples, "--data-path", data, "--split", split)
+    (train, *_), order = build_datasets(arguments, (num_samples, 1, 1)), plan_run_order(arguments.plan.order)
     assert_is_order_of(train, order.sources[0], order, LENGTHS)
     assert order.num_available == len(train)
 
@@ -68,8 +68,8 @@ def test_every_outcome_is_met() -> None:
 )
 def test_a_broken_model_is_another_order(tmp_path: Path, broken: dict[str, Any]) -> None:
     data = write_numbered(tmp_path / "a", LENGTHS)
-    namespace = run(70, "--data-path", data, "--split", "100,0,0")
-    (train, *_), order = build_datasets(namespace, (70, 1, 1)), plan_run_order(namespace)
+    arguments = run(70, "--data-path", data, "--split", "100,0,0")
+    (train, *_), order = build_datasets(arguments, (70, 1, 1)), plan_run_order(arguments.plan.order)
     source = order.sources[0]
     assert source.epochs == EpochPlan(num_epochs=2, num_joint_epochs=2, is_last_apart=True)
     if "epochs" in broken:
@@ -95,8 +95,8 @@ def test_blends(tmp_path: Path, words: tuple[str, ...], num_samples: int, is_own
     lengths = {"a": LENGTHS, "b": draw_lengths(1, 50), "c": draw_lengths(2, 41, longest=200)}
     blend = [write_numbered(tmp_path / word, lengths[word]) if word in lengths else word for word in words]
     flags = ("--train-data-path", *blend) if is_own else ("--data-path", *blend, "--split", "100,0,0")
-    namespace = run(num_samples, *flags)
-    (train, *_), order = build_datasets(namespace, (num_samples, 1, 1)), plan_run_order(namespace)
+    arguments = run(num_samples, *flags)
+    (train, *_), order = build_datasets(arguments, (num_samples, 1, 1)), plan_run_order(arguments.plan.order)
     assert order.num_available == len(train)
     if not order.is_blend:
         assert is_own
@@ -131,8 +131,8 @@ def test_extension_keeps_the_epochwise_order(tmp_path: Path, words: tuple[str, .
     drawn: dict[tuple[str, ...], list[list[np.ndarray]]] = {}
     for flags in (EPOCHWISE, ()):
         for num_samples in (50, 75, 140, 300):
-            namespace = run(num_samples, "--data-path", *blend, "--split", "80,15,5", *flags)
-            datasets = build_datasets(namespace, (num_samples, num_samples // 5, 3))
+            arguments = run(num_samples, "--data-path", *blend, "--split", "80,15,5", *flags)
+            datasets = build_datasets(arguments, (num_samples, num_samples // 5, 3))
             counts = (50, 10, 3)
             tokens = [read_tokens(part, 0, count) for part, count in zip(datasets, counts, strict=True)]
             drawn.setdefault(flags, []).append(tokens)
@@ -164,7 +164,7 @@ def test_a_first_block_in_megatrons_order(tmp_path: Path) -> None:
     data = ("--data-path", *blend, "--split", "100,0,0")
     before, *_ = build_datasets(run(120, *data))
     after, *_ = build_datasets(run(400, *data, *EPOCHWISE, "--data-order-samples", "120"))
-    assert [source.epochs.num_joint_epochs for source in plan_run_order(run(120, *data)).sources] == [2, 3]
+    assert [source.epochs.num_joint_epochs for source in plan_run_order(run(120, *data).plan.order).sources] == [2, 3]
     assert np.array_equal(read_tokens(before, 0, 120), read_tokens(after, 0, 120))
     without, *_ = build_datasets(run(400, *data, *EPOCHWISE))
     assert not np.array_equal(read_tokens(before, 0, 120), read_tokens(without, 0, 120))
@@ -193,5 +193,7 @@ def test_each_order_has_its_own_cache(tmp_path: Path) -> None:
 
 def test_json_keeps_an_order(tmp_path: Path) -> None:
     data = write_numbered(tmp_path / "a", LENGTHS)
-    order = plan_run_order(run(70, "--data-path", "1", data, "--split", "90,10,0", *EPOCHWISE), is_identified=True)
+    order = plan_run_order(
+        run(70, "--data-path", "1", data, "--split", "90,10,0", *EPOCHWISE).plan.order, is_identified=True
+    )
     assert DataOrder.from_json(order.to_json()) == order

@@ -1,15 +1,13 @@
 """The layouts of the search are exactly those that preflight lets start, less what the module says it leaves out."""
 
 import itertools
-from argparse import Namespace
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
-from megatron_hammer.config.model_arguments import build_model_arguments
-from megatron_hammer.config.preflight.layout import find_batch_problems, find_layout_problems
+from megatron_hammer.config.preflight.batch import find_schedule_problems, find_size_problems
+from megatron_hammer.config.preflight.layout import find_layout_problems
+from megatron_hammer.config.run_plan import Batch
 from megatron_hammer.model.accounting import ParallelLayout, find_split_problems
 from megatron_hammer.model.layout import divisors
 from megatron_hammer.model.shape import ModelShape
@@ -39,45 +37,20 @@ def find_problems(
     model: ModelShape, layout: ParallelLayout, *, num_gpus: int, micro: int, batch: int, seq_length: int
 ) -> list[str]:
     """What preflight says of the layout's flags."""
-    vp = layout.virtual_pipeline_model_parallel_size
-    namespace: Any = SimpleNamespace(
-        **(
-            build_model_arguments(model)
-            | {
-                "world_size": num_gpus,
-                "tensor_model_parallel_size": layout.tensor_model_parallel_size,
-                "pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
-                "num_virtual_stages_per_pipeline_rank": vp if vp > 1 else None,
-                "num_layers_per_virtual_pipeline_stage": None,
-                "context_parallel_size": layout.context_parallel_size,
-                "expert_model_parallel_size": layout.expert_model_parallel_size,
-                "expert_tensor_parallel_size": layout.expert_tensor_parallel_size,
-                "sequence_parallel": layout.has_sequence_parallel,
-                "use_distributed_optimizer": True,
-                "decoder_first_pipeline_num_layers": layout.num_layers_first_stage,
-                "decoder_last_pipeline_num_layers": layout.num_layers_last_stage,
-                "account_for_embedding_in_pipeline_split": layout.accounts_for_embedding,
-                "account_for_loss_in_pipeline_split": layout.accounts_for_loss,
-                "rotary_percent": 1.0,
-                "use_rotary_position_embeddings": False,
-                "bias_gelu_fusion": True,
-                "num_experts": model.moe.num_experts if model.moe else None,
-                "seq_length": seq_length,
-                "micro_batch_size": micro,
-                "global_batch_size": batch,
-                "decrease_batch_size_if_needed": False,
-                "step_batch_size_schedule": None,
-                "eval_global_batch_size": None,
-                "eval_micro_batch_size": None,
-                "eval_iters": 0,
-                "train_samples": None,
-                "microbatch_group_size_per_vp_stage": None,
-            }
-        )
+    sizes = Batch(
+        micro_batch_size=micro,
+        global_batch_size=batch,
+        eval_micro_batch_size=micro,
+        eval_global_batch_size=batch,
+        has_own_evaluation=False,
+        is_scheduled=False,
+        may_decrease=False,
+        microbatch_group_size=None,
     )
-    assert isinstance(namespace, SimpleNamespace)
-    typed = Namespace(**vars(namespace))
-    return find_layout_problems(typed) + find_batch_problems(typed)
+    problems = find_layout_problems(model, layout, world_size=num_gpus, seq_length=seq_length)
+    if problems or layout.virtual_pipeline_model_parallel_size == 1:
+        return problems + find_size_problems(sizes, layout)
+    return find_size_problems(sizes, layout) or find_schedule_problems(sizes, layout, is_evaluated=False)
 
 
 def list_by_brute_force(

@@ -1,10 +1,13 @@
 """Values that are wrong by themselves: missing, not positive, or out of their range."""
 
-import argparse
 import math
+from collections.abc import Iterable
 
-from megatron_hammer.config.model_arguments import list_missing_essentials
+from megatron_hammer.config.flags import Flags, flag_of
+from megatron_hammer.config.model_arguments import ESSENTIALS
 
+# What a batch needs, beside the essentials of a model.
+BATCH_ESSENTIALS = ("seq_length", "micro_batch_size")
 # Attributes that, where set, must be whole numbers of at least 1. argparse has made them integers already.
 COUNTS = (
     "world_size", "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
@@ -60,23 +63,21 @@ REMEDIES = {
 }
 
 
-def flag_of(name: str) -> str:
-    """The flag of an attribute, without its dashes in front: num_layers -> num-layers."""
-    return {"world_size": "world-size", "fp8": "fp8-format", "fp4": "fp4-format"}.get(name, name.replace("_", "-"))
+def list_missing(flags: Flags, names: Iterable[str] = ESSENTIALS) -> list[str]:
+    """Names without a value; without the essentials there is no model to look at."""
+    return [name for name in names if flags[name] is None]
 
 
-def find_missing_problems(namespace: argparse.Namespace) -> list[str]:
+def find_missing_problems(flags: Flags) -> list[str]:
     """What a run cannot do without and neither the preset nor the command line gave."""
-    missing = list_missing_essentials(namespace)
-    missing += [name for name in ("seq_length", "micro_batch_size") if getattr(namespace, name) is None]
-    if namespace.lr is None and not namespace.skip_train:
-        missing.append("lr")
+    is_trained = not flags["skip_train"]
+    missing = list_missing(flags, (*ESSENTIALS, *BATCH_ESSENTIALS, *(["lr"] if is_trained else [])))
     problems = [
         f"{flag_of(name)}: must be given, got {name}=None. "
         f"{REMEDIES.get(name, f'Pass --{flag_of(name)}, or a --preset that sets it')}."
         for name in missing
     ]
-    if namespace.train_iters is None and namespace.train_samples is None and not namespace.skip_train:
+    if is_trained and flags["train_iters"] is None and flags["train_samples"] is None:
         problems.append(
             "train-iters: a run needs a length, got train_iters=None, train_samples=None. "
             "Pass --train-iters or --train-samples."
@@ -84,18 +85,18 @@ def find_missing_problems(namespace: argparse.Namespace) -> list[str]:
     return problems
 
 
-def find_value_problems(namespace: argparse.Namespace) -> list[str]:
+def find_value_problems(flags: Flags) -> list[str]:
     """Numbers outside their range, infinite or NaN."""
     problems = []
     for name in COUNTS:
-        value = getattr(namespace, name)
+        value = flags[name]
         if value is not None and value < 1 and not (name == "num_experts" and value == 0):
             problems.append(f"{flag_of(name)}: must be at least 1, got {name}={value}. Pass a positive number.")
         largest = LARGEST.get(name, LARGEST_COUNT)
         if value is not None and value > largest:
             problems.append(f"{flag_of(name)}: must be at most {largest}, got {name}={value}. Pass a smaller number.")
     for name, (least, below) in RANGES.items():
-        value = getattr(namespace, name)
+        value = flags[name]
         if value is not None and not least <= value < below:
             bounds = f"finite and at least {least:g}" if below == math.inf else f"at least {least:g} and below {below}"
             problems.append(f"{flag_of(name)}: must be {bounds}, got {name}={value}. Pass a number in that range.")

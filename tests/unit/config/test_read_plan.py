@@ -1,13 +1,13 @@
 import pytest
 
-from megatron_hammer.config.model_from_arguments import build_layout, count_least_world_size
+from megatron_hammer.config.read_plan import count_least_world_size
 from megatron_hammer.presets.catalogue import PRESETS
 from tests.helpers.parsed_flags import TINY, parse, plan
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_layout_of_a_preset_comes_back_exactly(name: str) -> None:
-    assert build_layout(parse("--preset", name, "--dry-run").namespace) == PRESETS[name].recipe.build_layout()
+    assert parse("--preset", name, "--dry-run").settings.layout == PRESETS[name].recipe.build_layout()
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,6 @@ def test_world_of_a_dry_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_chunks_from_either_flag() -> None:
     stages = ("--preset", "llama3-70b", "--dry-run")
-    assert build_layout(parse(*stages).namespace).virtual_pipeline_model_parallel_size == 5
+    assert parse(*stages).settings.layout.virtual_pipeline_model_parallel_size == 5
     tiny = (*TINY, "--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1")
-    assert build_layout(parse(*tiny).namespace).virtual_pipeline_model_parallel_size == 2
+    assert parse(*tiny).settings.layout.virtual_pipeline_model_parallel_size == 2

@@ -1,0 +1,312 @@
+"""From Megatron's arguments to `RunSettings` and `RunPlan`: the only file that knows what each part is called there.
+
+The arguments are those of a command line, or those that a checkpoint was saved with; each part is read by a function of
+its own, because another version of Megatron may lack the arguments of one part and have those of the others. What
+Megatron derives when a flag is left out is derived here by the same rule. Pure; no torch, no megatron.
+"""
+
+import math
+import os
+from typing import Any, Literal
+
+from megatron_hammer.config.data_flags import DataFlags, read_data_plan
+from megatron_hammer.config.environment import read_process_place
+from megatron_hammer.config.flags import Flags
+from megatron_hammer.config.initial_model import InitialModel
+from megatron_hammer.config.model_arguments import read_model
+from megatron_hammer.config.run_plan import (
+    Batch,
+    Checkpoints,
+    Data,
+    Evaluation,
+    Machine,
+    Output,
+    RunPlan,
+    RunSettings,
+    Schedule,
+)
+from megatron_hammer.config.values import BATCH_ESSENTIALS, find_value_problems, list_missing
+from megatron_hammer.data.order.order import MEGATRON
+from megatron_hammer.data.sources import SPLIT_FLAGS
+from megatron_hammer.model.accounting import MemoryOptions, ParallelLayout
+from megatron_hammer.model.memory_options import WORKSPACE_BYTES, Recompute, Sharding
+from megatron_hammer.presets.preset import Preset
+
+
+def read_settings(args: Any, flags: Flags, *, preset: Preset | None, initial_model: InitialModel | None) -> RunSettings:
+    """The settings of a command line whose arguments are `args`."""
+    has_model = not list_missing(flags) and not find_value_problems(flags)
+    return RunSettings(
+        flags=flags,
+        preset=preset,
+        initial_model=initial_model,
+        machine=_read_machine(args),
+        output=Output(
+            is_dry_run=args.dry_run,
+            has_json=args.json,
+            is_verbose=args.verbose,
+            metrics_path=args.metrics_path,
+            tensorboard_dir=args.tensorboard_dir,
+        ),
+        precision=_read_precision(args),
+        checkpoints=_read_checkpoints(args),
+        schedule=read_schedule(args),
+        evaluation=read_evaluation(args),
+        data=read_data(args),
+        recompute=_read_recompute(args),
+        vocab_size=args.vocab_size,
+        vocab_divisible_by=args.make_vocab_size_divisible_by,
+        seq_length=args.seq_length,
+        model=read_model(args) if has_model else None,
+        layout=read_layout(args) if has_model else None,
+        layers_per_chunk=read_layers_per_chunk(args),
+        rotary_percent=args.rotary_percent,
+    )
+
+
+def read_plan(args: Any, settings: RunSettings) -> RunPlan | None:
+    """The plan with these settings; None without a whole model and a batch."""
+    if settings.model is None or settings.layout is None or list_missing(settings.flags, BATCH_ESSENTIALS):
+        return None
+    shared = {name: getattr(settings, name) for name in RunSettings.__dataclass_fields__}
+    return RunPlan(
+        **shared,
+        batch=read_batch(args),
+        memory=_read_memory_options(args, settings.layout, has_gpu=settings.machine.has_gpu),
+        has_attention_mask=args.create_attention_mask_in_dataloader,
+    )
+
+
+# --- the machine ----------------------------------------------------------------------------------------------------
+
+
+def _read_machine(args: Any) -> Machine:
+    return Machine(
+        platform=args.platform,
+        backend=args.backend,
+        rank=args.rank,
+        local_rank=args.local_rank,
+        local_world_size=read_process_place().local_world_size,
+        world_size=args.world_size,
+        is_planned=args.dry_run and (args.requested_world_size is not None or "WORLD_SIZE" not in os.environ),
+        gpu_memory_gib=args.gpu_memory_gib,
+        peak_tflops=args.peak_tflops,
+    )
+
+
+def _read_precision(args: Any) -> Literal["bf16", "fp16", "fp32"]:
+    return "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+
+
+# --- ranks ----------------------------------------------------------------------------------------------------------
+
+
+def count_ranks_of_model(args: Any) -> int:
+    """Ranks that hold one copy of the model between them: tp x pp x cp."""
+    return args.tensor_model_parallel_size * args.pipeline_model_parallel_size * args.context_parallel_size
+
+
+def count_least_world_size(args: Any) -> int:
+    """The smallest world that the parallel sizes fit in: tp x pp x cp, widened until the experts tile a stage."""
+    tp = args.tensor_model_parallel_size
+    ranks_per_stage = tp * args.context_parallel_size
+    expert_block = args.expert_model_parallel_size * (args.expert_tensor_parallel_size or tp)
+    if min(ranks_per_stage, expert_block, args.pipeline_model_parallel_size) < 1:
+        return 1  # preflight reports the size that is not positive
+    return math.lcm(ranks_per_stage, expert_block) * args.pipeline_model_parallel_size
+
+
+def read_layers_per_chunk(args: Any) -> int | None:
+    """--num-layers-per-virtual-pipeline-stage, where it decides the number of chunks; else None."""
+    if args.num_virtual_stages_per_pipeline_rank is not None:
+        return None
+    return args.num_layers_per_virtual_pipeline_stage
+
+
+def _read_virtual_size(args: Any) -> int:
+    """Model chunks of a stage, from either of Megatron's two flags; 1 without interleaving.
+
+    --num-layers-per-virtual-pipeline-stage must divide the layers of a stage, which preflight checks.
+    """
+    layers_per_chunk = read_layers_per_chunk(args)
+    if layers_per_chunk is None:
+        return args.num_virtual_stages_per_pipeline_rank or 1
+    slots = args.num_layers
+    slots += int(args.account_for_embedding_in_pipeline_split) + int(args.account_for_loss_in_pipeline_split)
+    return slots // args.pipeline_model_parallel_size // layers_per_chunk
+
+
+def _count_data_parallel(args: Any) -> int:
+    """As many copies of the model as fit in the world, at least one."""
+    return max(1, args.world_size // count_ranks_of_model(args))
+
+
+def read_layout(args: Any) -> ParallelLayout:
+    return ParallelLayout(
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=_read_virtual_size(args),
+        context_parallel_size=args.context_parallel_size,
+        data_parallel_size=_count_data_parallel(args),
+        expert_model_parallel_size=args.expert_model_parallel_size,
+        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+        has_sequence_parallel=args.sequence_parallel and args.tensor_model_parallel_size > 1,
+        has_distributed_optimizer=args.use_distributed_optimizer,
+        num_layers_first_stage=args.decoder_first_pipeline_num_layers,
+        num_layers_last_stage=args.decoder_last_pipeline_num_layers,
+        accounts_for_embedding=args.account_for_embedding_in_pipeline_split,
+        accounts_for_loss=args.account_for_loss_in_pipeline_split,
+    )
+
+
+def read_batch(args: Any) -> Batch:
+    """Where no global batch is given, Megatron takes one micro-batch on each data-parallel rank."""
+    global_batch_size = args.global_batch_size or args.micro_batch_size * _count_data_parallel(args)
+    eval_micro_batch_size = getattr(args, "eval_micro_batch_size", None)
+    return Batch(
+        micro_batch_size=args.micro_batch_size,
+        global_batch_size=global_batch_size,
+        eval_micro_batch_size=eval_micro_batch_size or args.micro_batch_size,
+        eval_global_batch_size=args.eval_global_batch_size or global_batch_size,
+        has_own_evaluation=args.eval_global_batch_size is not None or eval_micro_batch_size is not None,
+        is_scheduled=getattr(args, "step_batch_size_schedule", None) is not None,
+        may_decrease=getattr(args, "decrease_batch_size_if_needed", False),
+        microbatch_group_size=getattr(args, "microbatch_group_size_per_vp_stage", None),
+    )
+
+
+# --- schedule and evaluation ----------------------------------------------------------------------------------------
+
+
+def read_schedule(args: Any) -> Schedule:
+    return Schedule(
+        skips_training=args.skip_train,
+        train_iters=args.train_iters,
+        train_samples=args.train_samples,
+        lr=args.lr,
+        min_lr=args.min_lr,
+        lr_decay_style=args.lr_decay_style,
+        lr_decay_iters=args.lr_decay_iters,
+        lr_decay_samples=args.lr_decay_samples,
+        lr_warmup_iters=args.lr_warmup_iters,
+        lr_warmup_samples=args.lr_warmup_samples,
+        lr_warmup_fraction=args.lr_warmup_fraction,
+        lr_warmup_init=args.lr_warmup_init,
+        lr_wsd_decay_iters=args.lr_wsd_decay_iters,
+        lr_wsd_decay_samples=args.lr_wsd_decay_samples,
+        weight_decay=args.weight_decay,
+        start_weight_decay=args.start_weight_decay,
+        end_weight_decay=args.end_weight_decay,
+        weight_decay_incr_style=args.weight_decay_incr_style,
+    )
+
+
+def read_evaluation(args: Any) -> Evaluation:
+    num_steps: Any = args.eval_iters
+    return Evaluation(
+        num_steps=0 if isinstance(num_steps, list) else num_steps,  # while it trains, Megatron counts whole passes here
+        interval_steps=args.eval_interval,
+        first_step=args.start_eval_at_iter,
+        is_whole=args.full_validation,
+        has_several_sets=getattr(args, "multiple_validation_sets", False),
+        set_names=tuple(getattr(args, "validation_set_names", None) or ()),
+    )
+
+
+# --- data and checkpoints -------------------------------------------------------------------------------------------
+
+
+def read_data_flags(args: Any) -> DataFlags:
+    return DataFlags(
+        mock_data=args.mock_data,
+        data_path=args.data_path,
+        data_args_path=args.data_args_path,
+        per_split_data_args_path=args.per_split_data_args_path,
+        data_paths_of={name: getattr(args, attribute) for name, attribute in SPLIT_FLAGS.items()},
+        split=args.split,
+        skips_training=args.skip_train,
+    )
+
+
+def read_data(args: Any) -> Data:
+    flags = read_data_flags(args)
+    sources, problems = read_data_plan(flags)
+    needs_ends = ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")
+    return Data(
+        flags=tuple(flags.list_given()),
+        sources=sources,
+        problems=tuple(problems),
+        split=args.split,
+        cache_dir=args.data_cache_path,
+        tokenizer_model=args.tokenizer_model,
+        tokenizer_type=args.tokenizer_type,
+        vocab_file=args.vocab_file,
+        merge_file=args.merge_file,
+        flags_of_document_ends=tuple(name for name in needs_ends if getattr(args, name)),
+        seed=args.seed,
+        surplus=args.mid_level_dataset_surplus,
+        dataloader_type=args.dataloader_type or "single",  # Megatron's default
+        has_phases=bool(getattr(args, "phase_transition_iterations", None)),
+        order=getattr(args, "data_order", MEGATRON),
+        order_samples=getattr(args, "data_order_samples", None),
+        accepts_order_change=getattr(args, "accept_data_order_change", False),
+    )
+
+
+def _read_checkpoints(args: Any) -> Checkpoints:
+    return Checkpoints(
+        save=args.save,
+        load=args.load,
+        step=args.ckpt_step,
+        pretrained=args.pretrained_checkpoint,
+        is_finetuned=args.finetune,
+        loads_optimizer=not args.no_load_optim,
+        iteration_override=args.override_ckpt_iteration,
+        is_schedule_settled=args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler,
+    )
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def _read_recompute(args: Any) -> Recompute:
+    if args.recompute_granularity == "full":
+        return "full"
+    return "selective" if args.recompute_granularity or args.recompute_activations else "none"
+
+
+def _read_memory_options(args: Any, layout: ParallelLayout, *, has_gpu: bool) -> MemoryOptions:
+    """The flags of a run that change its memory; Megatron's spelling of each is in `MemoryOptions`."""
+    is_16_bit = args.bf16 or args.fp16
+    has_fp32_gradients = args.bf16 or args.accumulate_allreduce_grads_in_fp32 or not is_16_bit
+    instances = args.num_distributed_optimizer_instances
+    comm_types = args.cp_comm_type if isinstance(args.cp_comm_type, list) else [args.cp_comm_type]
+    return MemoryOptions(
+        precision="bf16" if is_16_bit else "fp32",
+        recompute=_read_recompute(args),
+        recompute_modules=tuple(args.recompute_modules or ("core_attn",)),
+        recompute_method=args.recompute_method or "uniform",
+        recompute_num_layers=args.recompute_num_layers,
+        has_hidden_dropout=args.hidden_dropout > 0,
+        has_attention_dropout=args.attention_dropout > 0,
+        has_flash_attention=getattr(args.attention_backend, "name", "auto") not in ("unfused", "local"),
+        cross_entropy=args.cross_entropy_fusion_impl if args.cross_entropy_loss_fusion else "unfused",
+        is_context_parallel_all_to_all=comm_types == ["a2a"],
+        sharding=_select_sharding(args, layout),
+        shard_size=layout.dense_shard_size // instances if layout.has_distributed_optimizer and instances > 1 else None,
+        gradient_bytes=4 if has_fp32_gradients and not args.grad_reduce_in_bf16 else 2,
+        has_fused_activation=args.bias_swiglu_fusion,
+        has_fused_weight_gradients=args.gradient_accumulation_fusion,
+        workspace_bytes=WORKSPACE_BYTES if has_gpu else 0,
+        vocab_divisible_by=args.make_vocab_size_divisible_by,
+    )
+
+
+def _select_sharding(args: Any, layout: ParallelLayout) -> Sharding:
+    """FSDP shards everything unless Megatron's is told to shard less; shards of gradients alone count as none."""
+    if args.use_torch_fsdp2:
+        return "fsdp"
+    if args.use_megatron_fsdp:
+        strategies: dict[str, Sharding] = {"optim_grads_params": "fsdp", "no_shard": "none"}
+        return strategies.get(args.data_parallel_sharding_strategy, "distributed_optimizer")
+    return "distributed_optimizer" if layout.has_distributed_optimizer else "none"
