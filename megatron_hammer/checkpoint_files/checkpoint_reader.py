@@ -1,5 +1,6 @@
 """What the readers of all checkpoint formats share: their interface, and the names that they give to tensors."""
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,6 +43,14 @@ class CheckpointReader(Protocol):
     def tensors(self) -> Mapping[str, DescribedTensor]: ...
     def remove_vocab_padding(self, vocab_size: int) -> None: ...
     def read(self, name: str) -> Tensor: ...
+
+
+def remove_padding_rows(tensors: dict[str, Any], vocab_size: int) -> None:
+    """Let the embedding and the head have `vocab_size` rows. tensors: a reader's, dataclasses with a `shape`."""
+    for name in VOCABULARY_TENSORS:
+        stored = tensors.get(name)
+        if stored is not None and stored.shape[0] >= vocab_size:  # else the comparison of shapes reports it
+            tensors[name] = dataclasses.replace(stored, shape=(vocab_size, *stored.shape[1:]))
 
 
 def validate_iteration(reader: CheckpointReader) -> None:

@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.checkpoint_files.safetensors.copy_with_rows import (
-    HeaderEntry,
     InsertedRows,
     copy_with_rows,
     list_different_tensors,
-    read_header,
 )
+from megatron_hammer.checkpoint_files.safetensors.header import HeaderEntry, read_header
 from megatron_hammer.checkpoint_files.safetensors.shard_writer import INDEX_FILE
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.files.publish import publish_directory

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_hammer.checkpoint_files.legacy.names import TIED_HEAD, select_expert, translate_name
 from megatron_hammer.checkpoint_files.legacy.rank_files import RankFile, load_state
-from megatron_hammer.checkpoint_files.safetensors.weight_files import LocatedTensor, locate_in_storage
+from megatron_hammer.checkpoint_files.located_tensor import LocatedTensor, locate_in_storage
 from megatron_hammer.errors import CheckpointError
 
 OPTIMIZER_FILE = "distrib_optim.pt"

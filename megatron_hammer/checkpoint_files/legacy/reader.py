@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_hammer.checkpoint_files.checkpoint_reader import (
     VOCABULARY_TENSORS,
+    remove_padding_rows,
     use_fused_norm_names,
     validate_iteration,
 )
@@ -35,7 +36,7 @@ from megatron_hammer.checkpoint_files.legacy.tensor_parallel import (
     order_qkv_by_heads,
     select_rank_layout,
 )
-from megatron_hammer.checkpoint_files.safetensors.weight_files import LocatedTensor, locate_in_storage, read_located
+from megatron_hammer.checkpoint_files.located_tensor import LocatedTensor, locate_in_storage, read_located
 from megatron_hammer.errors import CheckpointError, ConversionError
 
 EMBEDDING = VOCABULARY_TENSORS[0]
@@ -83,10 +84,7 @@ class LegacyReader:
 
     def remove_vocab_padding(self, vocab_size: int) -> None:
         """From here on the embedding and the head have `vocab_size` rows; the padding is left out."""
-        for name in VOCABULARY_TENSORS:
-            stored = self.tensors.get(name)
-            if stored is not None and stored.shape[0] >= vocab_size:  # else the comparison of shapes reports it
-                self.tensors[name] = replace(stored, shape=(vocab_size, *stored.shape[1:]))
+        remove_padding_rows(self.tensors, vocab_size)
 
     def read(self, name: str) -> Tensor:
         """The tensor of that mcore name in its stored dtype; a view of the file where one rank holds it all.

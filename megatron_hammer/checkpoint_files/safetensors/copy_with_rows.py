@@ -1,32 +1,17 @@
 """Copies a safetensors file byte for byte, except for rows put into some of its matrices; memory for one chunk.
 
-Nothing is decoded, so that what is not changed cannot change. Format: see shard_writer.py.
+Nothing is decoded, so that what is not changed cannot change. Format: see header.py.
 """
 
-import json
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
+from megatron_hammer.checkpoint_files.safetensors.header import HeaderEntry, build_header, read_header
 from megatron_hammer.errors import ConversionError
 
 CHUNK_BYTES = 1 << 24
-HEADER_ALIGNMENT_BYTES = 8
-MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
-METADATA = "__metadata__"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HeaderEntry:
-    """Where a tensor lies: `start` counts bytes from the beginning of the file. dtype: as safetensors spells it."""
-
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    num_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,42 +21,6 @@ class InsertedRows:
     first_row: int
     num_rows: int
     data: memoryview
-
-
-def read_header(path: Path) -> tuple[dict[str, HeaderEntry], dict[str, str]]:
-    """The tensors of a file by name, in the order of their bytes, and its metadata.
-
-    Raises ConversionError if the file is not a complete safetensors file.
-    """
-    try:
-        with path.open("rb") as file:
-            (header_bytes,) = struct.unpack("<Q", file.read(8))
-            if header_bytes > MAX_HEADER_BYTES:
-                raise ValueError("a header beyond safetensors' limit")
-            header: dict[str, Any] = json.loads(file.read(header_bytes))
-        metadata = header.pop(METADATA, {})
-        data_start = 8 + header_bytes
-        entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-        tensors = {
-            name: HeaderEntry(
-                path=path,
-                dtype=entry["dtype"],
-                shape=tuple(entry["shape"]),
-                start=data_start + entry["data_offsets"][0],
-                num_bytes=entry["data_offsets"][1] - entry["data_offsets"][0],
-            )
-            for name, entry in entries
-        }
-        expected_bytes = data_start + sum(tensor.num_bytes for tensor in tensors.values())
-        if expected_bytes != path.stat().st_size:
-            raise ValueError(f"{path.stat().st_size:,} bytes where its header says {expected_bytes:,}")
-    except OSError as error:
-        raise ConversionError(f"{path}: weights cannot be read ({error.strerror}). Check the path.") from error
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise ConversionError(
-            f"{path}: file must be complete safetensors, got {error}. Fetch it again; it may be truncated."
-        ) from error
-    return tensors, metadata
 
 
 def copy_with_rows(source: Path, target: Path, inserted: Mapping[str, InsertedRows]) -> None:
@@ -137,15 +86,9 @@ def _new_shape(tensor: HeaderEntry, inserted: InsertedRows | None) -> tuple[int,
 def _build_header(
     tensors: Mapping[str, HeaderEntry], metadata: Mapping[str, str], inserted: Mapping[str, InsertedRows]
 ) -> bytes:
-    header: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
-    offset = 0
+    described = []
     for name, tensor in tensors.items():
         shape = _new_shape(tensor, inserted.get(name))
-        num_bytes = tensor.num_bytes
-        if shape != tensor.shape:
-            num_bytes = tensor.num_bytes // tensor.shape[0] * shape[0]
-        header[name] = {"dtype": tensor.dtype, "shape": list(shape), "data_offsets": [offset, offset + num_bytes]}
-        offset += num_bytes
-    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    encoded += b" " * (-len(encoded) % HEADER_ALIGNMENT_BYTES)
-    return struct.pack("<Q", len(encoded)) + encoded
+        grown_bytes = tensor.num_bytes if shape == tensor.shape else tensor.num_bytes // tensor.shape[0] * shape[0]
+        described.append((name, tensor.dtype, shape, grown_bytes))
+    return build_header(described, metadata)

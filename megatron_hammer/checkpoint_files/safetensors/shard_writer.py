@@ -1,13 +1,12 @@
 """Writes safetensors shards one tensor at a time, so that a model of any size needs memory for its largest tensor only.
 
-safetensors' own `save_file` wants a whole shard in memory. Format: eight bytes of header length, a JSON header of
-{name: dtype, shape, data_offsets}, then the data. Source: github.com/huggingface/safetensors, README "Format".
+safetensors' own `save_file` wants a whole shard in memory. Format: see header.py.
 """
 
+import itertools
 import json
 import math
 import os
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
@@ -18,10 +17,10 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal
+from megatron_hammer.checkpoint_files.safetensors.header import build_header
 
 INDEX_FILE = "model.safetensors.index.json"
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_HEADER_ALIGNMENT_BYTES = 8
 _BLOCK_BYTES = 4 << 20
 
 
@@ -88,8 +87,10 @@ class ShardWriter:
     def __enter__(self) -> "ShardWriter":
         for shard in self._shards:
             file = FileIO(self._directory / shard.file_name, "w+")
-            header = _build_header(shard, self._dtype)
-            write_at(file, 0, torch.frombuffer(header, dtype=torch.uint8))
+            sizes = [math.prod(shape) * self._dtype.itemsize for shape in shard.shapes.values()]
+            described = zip(shard.shapes, itertools.repeat(DTYPE_NAMES[self._dtype]), shard.shapes.values(), sizes)
+            header = build_header(described, {"format": "pt"})
+            write_at(file, 0, torch.frombuffer(bytearray(header), dtype=torch.uint8))  # it wants a writable buffer
             start = len(header)
             for name, shape in shard.shapes.items():
                 self._places[name] = shape, WrittenTensor(file, start)
@@ -132,18 +133,6 @@ def write_at(file: FileIO, start: int, tensor: Tensor) -> None:
     while data:
         num_written = os.pwrite(file.fileno(), data, start)
         data, start = data[num_written:], start + num_written
-
-
-def _build_header(shard: ShardFile, dtype: torch.dtype) -> bytearray:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, shape in shard.shapes.items():
-        end = offset + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % _HEADER_ALIGNMENT_BYTES)
-    return bytearray(struct.pack("<Q", len(encoded)) + encoded)  # torch.frombuffer wants it writable
 
 
 def _write_index(directory: Path, shards: Sequence[ShardFile], dtype: torch.dtype) -> None:

@@ -7,18 +7,17 @@ No file's code is run. Which tensors a model must have is not known here; see `t
 
 import json
 import math
-import mmap
 import zipfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint_files.safetensors.copy_with_rows import HeaderEntry, read_header
+from megatron_hammer.checkpoint_files.located_tensor import LocatedTensor, locate_in_storage, read_located
+from megatron_hammer.checkpoint_files.safetensors.header import HeaderEntry, read_header
 from megatron_hammer.errors import ConversionError
 
 SAFETENSORS_FILE, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -37,21 +36,6 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LocatedTensor:
-    """Where a tensor's elements lie: `start` in bytes from the beginning of the file, `stride` in elements.
-
-    in_memory: the tensor itself, where the file is of a format that cannot be mapped.
-    """
-
-    path: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    start: int
-    in_memory: Tensor | None = None
 
 
 class HfWeights:
@@ -215,51 +199,8 @@ def _locate_pickled(path: Path) -> dict[str, LocatedTensor]:
     return {name: locate_in_storage(path, tensor, is_mappable) for name, tensor in state.items()}
 
 
-def locate_in_storage(path: Path, tensor: Tensor, is_mappable: bool) -> LocatedTensor:
-    """Where a tensor lies that torch.load made from `path`: on the meta device if `is_mappable`, else in memory."""
-    storage: Any = tensor.untyped_storage()
-    start = storage._checkpoint_offset + tensor.storage_offset() * tensor.dtype.itemsize if is_mappable else 0
-    return LocatedTensor(
-        path=path,
-        dtype=tensor.dtype,
-        shape=tuple(tensor.shape),
-        stride=tensor.stride(),
-        start=start,
-        in_memory=None if is_mappable else tensor.detach(),
-    )
-
-
 def _describe_contents(state: Any) -> str:
     if not isinstance(state, dict):
         return type(state).__name__
     name, value = next((name, value) for name, value in state.items() if not isinstance(value, Tensor))
     return f"{type(value).__name__} under {name!r}"
-
-
-def read_located(located: LocatedTensor, name: str) -> Tensor:
-    """The tensor, as `HfWeights.read` gives it; `name` is for the error."""
-    if located.in_memory is not None:
-        return located.in_memory
-    if math.prod(located.shape) == 0:
-        return torch.empty(located.shape, dtype=located.dtype)
-    last_element = sum((size - 1) * step for size, step in zip(located.shape, located.stride, strict=True))
-    return _map_elements(located, name, last_element + 1).as_strided(located.shape, located.stride)
-
-
-def _map_elements(located: LocatedTensor, name: str, num_elements: int) -> Tensor:
-    """The bytes of a tensor as a private memory map, one that no other tensor shares."""
-    num_bytes = num_elements * located.dtype.itemsize
-    first_page = located.start - located.start % mmap.ALLOCATIONGRANULARITY
-    end = located.start + num_bytes
-    with located.path.open("rb") as file:
-        try:
-            mapped = mmap.mmap(file.fileno(), end - first_page, access=mmap.ACCESS_COPY, offset=first_page)
-        except (OSError, ValueError) as error:
-            raise ConversionError(
-                f"{located.path}: {name} must end at byte {end:,}, got {error}. Something else writes this file."
-            ) from error
-    mapped.madvise(mmap.MADV_WILLNEED)
-    if located.start % located.dtype.itemsize:  # files of before safetensors aligned its data
-        raw = torch.frombuffer(mapped, dtype=torch.uint8, count=num_bytes, offset=located.start - first_page)
-        return raw.clone().view(located.dtype)
-    return torch.frombuffer(mapped, dtype=located.dtype, count=num_elements, offset=located.start - first_page)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint_files.checkpoint_reader import VOCABULARY_TENSORS, use_fused_norm_names
+from megatron_hammer.checkpoint_files.checkpoint_reader import remove_padding_rows, use_fused_norm_names
 from megatron_hammer.checkpoint_files.torch_dist.save_consistency import validate_one_save
 from megatron_hammer.checkpoint_files.torch_dist.store import TorchDistStore
 from megatron_hammer.errors import CheckpointError
@@ -35,9 +35,13 @@ class TensorBox:
 
     key: str
     offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of the box, on every axis of the global tensor."""
+        return (*([1] * (len(self.offsets) - len(self.shape))), *self.shape)
 
 
 class TorchDistReader:
@@ -67,12 +71,7 @@ class TorchDistReader:
 
     def remove_vocab_padding(self, vocab_size: int) -> None:
         """From here on the embedding and the head have `vocab_size` rows; the padding is never read."""
-        for name in VOCABULARY_TENSORS:
-            stored = self.tensors.get(name)
-            if stored is None or stored.shape[0] < vocab_size:
-                continue  # the comparison of shapes reports it
-            rows = (vocab_size, *stored.shape[1:])
-            self.tensors[name] = replace(stored, sizes=rows, shape=rows)
+        remove_padding_rows(self.tensors, vocab_size)
 
     def read(self, name: str) -> Tensor:
         """The tensor of that mcore name in its stored dtype: a view of the file where one chunk holds all of it.
@@ -135,7 +134,6 @@ def _unstack(key: str, size: tuple[int, ...], dtype: torch.dtype) -> Iterator[tu
             TensorBox(
                 key=key,
                 offsets=(*indices, *([0] * len(shape))),
-                sizes=(*([1] * num_stacked), *shape),
                 shape=shape,
                 dtype=dtype,
             ),

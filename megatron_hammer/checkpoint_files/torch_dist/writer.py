@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.checkpoint_files.checkpoint_reader import LATEST_FILE
+from megatron_hammer.checkpoint_files.located_tensor import locate_in_storage, read_located
 from megatron_hammer.checkpoint_files.pickle_writer import dump_object
-from megatron_hammer.checkpoint_files.safetensors.weight_files import locate_in_storage, read_located
 from megatron_hammer.checkpoint_files.torch_dist.store import COMMON_STATE_KEY
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.files.publish import publish_directory, publish_files

@@ -13,8 +13,8 @@ from megatron_hammer.checkpoint_files.safetensors.copy_with_rows import (
     InsertedRows,
     copy_with_rows,
     list_different_tensors,
-    read_header,
 )
+from megatron_hammer.checkpoint_files.safetensors.header import read_header
 from megatron_hammer.errors import ConversionError
 
 TENSORS = {
