@@ -1,9 +1,8 @@
 """A Hugging Face model for an extended tokenizer: new rows in its embeddings, everything else byte for byte.
 
-A new piece's row is the mean of the rows of the old pieces that spell it, in the input embeddings and in the output
-layer alike; the mean is computed in fp32 and stored in the matrix's dtype. A new piece that no old piece spells (a
-byte) gets the mean of all old pieces. Rows behind the old pieces are padding, of which no text ever made use: new
-pieces take their place, and those that no new piece needs stay.
+New rows are made as new_rows.py says, in the input embeddings and in the output layer. Rows after those of the old
+pieces are padding, which no text has used: new pieces take their place, and padding that no new piece needs stays.
+resize_vocabulary.py does the same to Megatron's checkpoints.
 
 Left out on purpose: making a vocabulary smaller, quantised weights, and models whose embeddings have other names.
 """
@@ -11,7 +10,7 @@ Left out on purpose: making a vocabulary smaller, quantised weights, and models 
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_hammer.checkpoint.surgery.new_rows import build_new_rows, load_extension
 from megatron_hammer.checkpoint_files.safetensors.copy_with_rows import (
     InsertedRows,
     copy_with_rows,
@@ -28,17 +28,16 @@ from megatron_hammer.checkpoint_files.safetensors.header import HeaderEntry, rea
 from megatron_hammer.checkpoint_files.safetensors.shard_writer import INDEX_FILE
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.files.publish import publish_directory
-from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder
+from megatron_hammer.tokenizer.encoding.encoder import Encoder
 from megatron_hammer.tokenizer.export.check_export import verify_with_transformers
 from megatron_hammer.tokenizer.export.export_tokenizer import HF_TOKENIZER_FILES, export_tokenizer, list_samples
-from megatron_hammer.tokenizer.vocabulary.extension import spell_new_pieces, validate_extension
+from megatron_hammer.tokenizer.vocabulary.extension import spell_new_pieces
 
 EMBEDDING_NAMES = ("model.embed_tokens.weight", "transformer.wte.weight")  # Llama, Qwen2, Mistral, ...; GPT-2
 HEAD_NAME = "lm_head.weight"
 HEAD_BIAS_NAME = "lm_head.bias"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 MODEL_CARD_NAME = "README.md"  # it speaks of the model before; what it says of the vocabulary is not true any more
-MAX_PADDING_ROWS = 1024  # a vocabulary is padded to a multiple of at most that; more means another tokenizer
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
@@ -97,9 +96,13 @@ def resize_embeddings(options: ResizeOptions, on_stage: Callable[[str], None] = 
     """
     started_at_s = time.monotonic()
     model = _read_model(options.model_dir)
-    old, new = load_encoder(options.old_tokenizer_path), load_encoder(options.new_tokenizer_path)
-    validate_extension(old, new)
-    _validate_rows(model, old)
+    old, new = load_extension(
+        options.old_tokenizer_path,
+        options.new_tokenizer_path,
+        num_rows=model.num_rows,
+        rows=f"{model.num_rows:,} rows in {model.directory}",
+        remedy="Pass the tokenizer that the model was trained with.",
+    )
     with publish_directory(options.save_dir) as partial_dir:
         if options.has_tokenizer:  # first, as it may turn out that Hugging Face cannot express it
             on_stage("writing the tokenizer")
@@ -215,42 +218,15 @@ def _find_matrices(directory: Path, config: Mapping[str, Any], tensors: Mapping[
     return names
 
 
-def _validate_rows(model: _Model, old: Encoder) -> None:
-    num_padding_rows = model.num_rows - old.vocab_size
-    if not 0 <= num_padding_rows <= MAX_PADDING_ROWS:
-        raise ConversionError(
-            f"{old.path}: old tokenizer must be the model's, with at most {MAX_PADDING_ROWS:,} rows of padding, got "
-            f"{old.vocab_size:,} pieces for {model.num_rows:,} rows in {model.directory}. "
-            "Pass the tokenizer that the model was trained with."
-        )
-
-
-def _build_rows(stored: HeaderEntry, num_old_pieces: int, spellings: Iterable[list[int]]) -> InsertedRows:
+def _build_rows(stored: HeaderEntry, num_old_pieces: int, spellings: Sequence[list[int]]) -> InsertedRows:
     """The new pieces' rows of one matrix, in its dtype."""
     old_rows = _read_matrix(stored)[:num_old_pieces]
-    rows = mean_rows(old_rows, spellings)
+    rows = build_new_rows(old_rows, spellings)
     return InsertedRows(
         first_row=num_old_pieces,
         num_rows=len(rows),
         data=memoryview(rows.reshape(-1).view(torch.uint8).numpy()),
     )
-
-
-def mean_rows(old_rows: Tensor, spellings: Iterable[list[int]]) -> Tensor:
-    """One row a spelling: the mean of the old rows that it names, or of all of them where it names none.
-
-    old_rows: [pieces, h], any float dtype. Returns [spellings, h] in the same dtype; the mean is computed in fp32.
-    """
-    mean_of_all = None
-    rows = []
-    for ids in spellings:
-        if ids:
-            rows.append(old_rows[ids].float().mean(dim=0).to(old_rows.dtype))
-            continue
-        if mean_of_all is None:
-            mean_of_all = old_rows.float().mean(dim=0).to(old_rows.dtype)
-        rows.append(mean_of_all)
-    return torch.stack(rows)
 
 
 def _read_matrix(stored: HeaderEntry) -> Tensor:

@@ -1,9 +1,9 @@
 """A checkpoint for another vocabulary: rows of the embedding and the head, in the weights and in the optimizer.
 
-New rows are the mean of all old ones, or, with the two tokenizers, the mean of the rows of the old pieces that spell a
-new piece (`resize_embeddings.py` does the same to Hugging Face folders). Where the optimizer keeps fp32 weights, the
-mean is taken of those, and the model's row is that mean rounded. New rows have no gradient history: their moments are
-zero. Padding behind the tokens is zero everywhere.
+New rows are made as new_rows.py says; without tokenizers, each is the mean of all old rows. Where the optimizer keeps
+fp32 weights, the mean is taken of those, and the model's row is that mean rounded. New rows have no gradient history:
+their moments are zero. Padding after the tokens is zero everywhere. resize_embeddings.py does the same to Hugging Face
+folders.
 """
 
 import time
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.checkpoint.surgery.chunk_layout import layout_of
-from megatron_hammer.checkpoint.surgery.resize_embeddings import MAX_PADDING_ROWS, mean_rows
+from megatron_hammer.checkpoint.surgery.new_rows import build_new_rows, load_extension
 from megatron_hammer.checkpoint.surgery.rewriting import (
     OnTensor,
     PlannedCheckpoint,
@@ -40,9 +40,9 @@ from megatron_hammer.checkpoint.surgery.vocabulary_rows import (
     read_vocab_size,
 )
 from megatron_hammer.errors import ConversionError
+from megatron_hammer.tokenizer.vocabulary.extension import spell_new_pieces
 
 _MASTER_KINDS = ("param", "fp32_param")  # of the distributed optimizer, and of mixed precision without it
-_BLOCK_ROWS = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,9 +168,6 @@ def _plan_rows(checkpoint: TrainingCheckpoint, vocabulary: NewVocabulary, num_to
 
 def _spell(checkpoint: TrainingCheckpoint, vocabulary: NewVocabulary, num_tokens: int) -> tuple[int, list[list[int]]]:
     """(pieces of the old tokenizer, the old ids that spell each new piece)."""
-    from megatron_hammer.tokenizer.encoding.encoder import load_encoder
-    from megatron_hammer.tokenizer.vocabulary.extension import spell_new_pieces, validate_extension
-
     saved = getattr(checkpoint.args, "tokenizer_model", None)
     old_path = vocabulary.old_tokenizer_path or (Path(saved) if saved else None)
     if old_path is None or vocabulary.new_tokenizer_path is None:
@@ -178,14 +175,13 @@ def _spell(checkpoint: TrainingCheckpoint, vocabulary: NewVocabulary, num_tokens
             "old-tokenizer-model: must be known to spell new pieces, got none in the checkpoint's arguments. "
             "Pass --old-tokenizer-model."
         )
-    old, new = load_encoder(old_path), load_encoder(vocabulary.new_tokenizer_path)
-    validate_extension(old, new)
-    if not 0 <= num_tokens - old.vocab_size <= MAX_PADDING_ROWS:
-        raise ConversionError(
-            f"{old.path}: old tokenizer must be the model's, with at most {MAX_PADDING_ROWS:,} rows of padding, got "
-            f"{old.vocab_size:,} pieces for vocab_size={num_tokens:,} in {checkpoint.directory}. "
-            "Pass the tokenizer that the model was trained with as --old-tokenizer-model."
-        )
+    old, new = load_extension(
+        old_path,
+        vocabulary.new_tokenizer_path,
+        num_rows=num_tokens,
+        rows=f"vocab_size={num_tokens:,} in {checkpoint.directory}",
+        remedy="Pass the tokenizer that the model was trained with as --old-tokenizer-model.",
+    )
     return old.vocab_size, list(spell_new_pieces(old, new))
 
 
@@ -219,18 +215,4 @@ def _build_new_rows(checkpoint: TrainingCheckpoint, key: str, rows: _Rows) -> Te
     masters = [f"optimizer.state.{kind}.{parameter_key(key)}" for kind in _MASTER_KINDS]
     source = next((master for master in masters if master in checkpoint.optimizer), key)
     old = checkpoint.store.read(source, (0, 0), (rows.num_old, hidden_size))
-    new = torch.empty(len(rows.spellings), hidden_size, dtype=old.dtype)
-    is_spelled = torch.tensor([bool(ids) for ids in rows.spellings], dtype=torch.bool)
-    if is_spelled.any():
-        new[is_spelled] = mean_rows(old, [ids for ids in rows.spellings if ids])
-    if not is_spelled.all():
-        new[~is_spelled] = mean_of_all(old)
-    return new.to(dtype)
-
-
-def mean_of_all(rows: Tensor) -> Tensor:
-    """The mean [h] of all rows [n, h], summed in fp64 block by block and rounded once to their dtype."""
-    total = torch.zeros(rows.shape[1], dtype=torch.float64)
-    for block in rows.split(_BLOCK_ROWS):
-        total += block.double().sum(dim=0)
-    return (total / max(rows.shape[0], 1)).to(rows.dtype)
+    return build_new_rows(old, rows.spellings).to(dtype)

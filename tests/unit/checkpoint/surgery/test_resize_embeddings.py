@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from megatron_hammer.checkpoint.surgery import resize_embeddings as module
-from megatron_hammer.checkpoint.surgery.resize_embeddings import ResizeOptions, mean_rows, resize_embeddings
+from megatron_hammer.checkpoint.surgery.resize_embeddings import ResizeOptions, resize_embeddings
 from megatron_hammer.errors import ConversionError, DataError, OutputError
 from megatron_hammer.tokenizer.encoding.encoder import load_encoder
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import (
@@ -181,21 +181,6 @@ def test_gpt2_has_its_own_name_for_the_embeddings(options):
     assert resize_embeddings(options).resized == ("transformer.wte.weight",)
     _, info = transformers.AutoModelForCausalLM.from_pretrained(options.save_dir, output_loading_info=True)
     assert not any(info.values()), info
-
-
-def test_what_no_old_piece_spells_gets_the_mean_of_all():
-    rows = torch.randn(7, 3)
-    means = mean_rows(rows, [[1, 2, 2], [], [4]])
-    assert torch.equal(means[1], rows.mean(dim=0))
-    assert torch.equal(means[2], rows[4])
-    torch.testing.assert_close(means[0], (rows[1] + 2 * rows[2]) / 3)
-
-
-def test_the_mean_is_computed_in_fp32():
-    rows = torch.full((300, 2), 1.0, dtype=torch.bfloat16)
-    rows[0] = 257.0  # a sum in bf16 would lose every 1 after it
-    expected = torch.tensor((256.0 + 299.0) / 300.0).bfloat16()  # 257 is stored as 256
-    assert torch.equal(mean_rows(rows, [list(range(300))]), expected.expand(1, 2))
 
 
 def change_weights(folder, change):

@@ -5,7 +5,8 @@ import re
 import pytest
 import torch
 
-from megatron_hammer.checkpoint.surgery.resize_vocabulary import NewVocabulary, mean_of_all, resize_vocabulary
+from megatron_hammer.checkpoint.surgery.new_rows import mean_of_all
+from megatron_hammer.checkpoint.surgery.resize_vocabulary import NewVocabulary, resize_vocabulary
 from megatron_hammer.errors import CheckpointError, ConversionError
 from tests.helpers.toy_tokenizer import train_toy_tokenizer
 from tests.helpers.toy_training_checkpoint import (
@@ -177,9 +178,3 @@ def test_an_optimizer_that_is_not_stored_by_parameter_is_refused(tmp_path):
     text = "got dp_zero_gather_scatter. Drop the optimizer first, with the subcommand weights-only."
     with pytest.raises(CheckpointError, match=re.escape(text)):
         resize_vocabulary(tmp_path / "old", tmp_path / "new", NewVocabulary(vocab_size=70))
-
-
-def test_the_mean_of_many_rows_is_summed_in_blocks():
-    rows = torch.randn(9001, 5, generator=torch.Generator().manual_seed(3))
-    assert torch.equal(mean_of_all(rows), rows.double().mean(dim=0).float())
-    assert mean_of_all(rows.bfloat16()).dtype == torch.bfloat16
