@@ -31,7 +31,7 @@ from megatron_hammer.data.inspect.tables import (
     PairReport,
     find_common_documents,
     print_common_documents,
-    print_report,
+    print_pair_report,
     report_to_json,
 )
 from megatron_hammer.data.inspect.verify_pair import VerifiedPair, verify_pair
@@ -72,7 +72,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif arguments.search is not None and encoder is not None:
         show_matches(arguments, encoder)
     else:
-        show_reports([build_report(prefix, arguments, encoder, verified) for prefix in arguments.prefixes], arguments)
+        show_reports(
+            [build_pair_report(prefix, arguments, encoder, verified) for prefix in arguments.prefixes], arguments
+        )
 
 
 def validate_arguments(arguments: argparse.Namespace) -> None:
@@ -120,7 +122,7 @@ def verify_pairs(arguments: argparse.Namespace, encoder: Encoder | None) -> dict
     return verified
 
 
-def build_report(
+def build_pair_report(
     prefix: str, arguments: argparse.Namespace, encoder: Encoder | None, verified: dict[str, VerifiedPair]
 ) -> PairReport:
     index, manifest = read_index(prefix), read_manifest(prefix)
@@ -159,7 +161,7 @@ def show_reports(reports: list[PairReport], arguments: argparse.Namespace) -> No
         print_json({"pairs": pairs, "common_documents": [dataclasses.asdict(row) for row in common]})
         return
     for report in reports:
-        print_report(report, sys.stdout)
+        print_pair_report(report, sys.stdout)
     print_common_documents(common, sys.stdout)
     num_documents = sum(report.statistics.index.num_documents for report in reports)
     num_tokens = sum(report.statistics.index.num_tokens for report in reports)

@@ -18,7 +18,7 @@ from rich.progress import TextColumn
 
 from megatron_hammer.data.indexed.manifest import Manifest
 from megatron_hammer.data.preprocess.options import PreprocessOptions
-from megatron_hammer.data.preprocess.preprocess import Progress, describe_continuation, preprocess
+from megatron_hammer.data.preprocess.preprocess import PreprocessProgress, explain_resume, preprocess
 from megatron_hammer.data.preprocess.run import MAX_PROBLEMS_SHOWN
 from megatron_hammer.data.preprocess.sharding import parse_shard
 from megatron_hammer.data.preprocess.worker_pool import count_cores
@@ -126,7 +126,7 @@ class LiveLine:
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
 
-    def show(self, progress: Progress) -> None:
+    def show(self, progress: PreprocessProgress) -> None:
         description = "shuffling" if progress.is_shuffling else "encoding"
         if description != self._description:  # what an earlier run has done must not count as speed
             self._bar.reset(self._task, description=description, completed=progress.done_bytes)
@@ -150,7 +150,7 @@ def exit_interrupted(options: PreprocessOptions) -> NoReturn:
     """Say what remains; the exit code is that of the signal, as shells have it."""
     rest = "nothing was done yet. Run the same command again."
     if options.journal_path.exists():
-        rest = describe_continuation(options)
+        rest = explain_resume(options)
     print(f"error: interrupted; {rest}", file=sys.stderr)
     sys.exit(SIGNAL_EXIT_CODE + (received_signal or signal.SIGINT))
 

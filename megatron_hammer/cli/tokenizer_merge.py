@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         facts |= dataclasses.asdict(report)
         print(orjson.dumps(facts, option=orjson.OPT_INDENT_2).decode())
     else:
-        print_report(arguments, model, report)
+        print_merge_report(arguments, model, report)
 
 
 def validate_arguments(arguments: argparse.Namespace) -> None:
@@ -129,7 +129,7 @@ def describe_normalizer(model: SentencePieceModel) -> dict[str, bool]:
     }
 
 
-def print_report(arguments: argparse.Namespace, model: SentencePieceModel, report: MergeReport) -> None:
+def print_merge_report(arguments: argparse.Namespace, model: SentencePieceModel, report: MergeReport) -> None:
     if report.levels:
         print_levels(report)
     if report.score_ratio is None:

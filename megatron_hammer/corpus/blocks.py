@@ -34,7 +34,7 @@ from megatron_hammer.corpus.json_records import (
     decode_utf8,
     select_texts,
 )
-from megatron_hammer.corpus.parquet_rows import count_rows, decode_rows, read_row_batches
+from megatron_hammer.corpus.parquet_rows import count_rows, decode_parquet_rows, read_row_batches
 from megatron_hammer.errors import DataError
 
 # Small beside the memory that is allowed, large enough that nobody waits for a pipe: 40 to 50 MB/s against 256 KiB.
@@ -201,7 +201,7 @@ def _split_payload(block: Block) -> Sequence[bytes | bytearray | dict[str, Any]]
     if block.kind is BlockKind.ELEMENTS:
         return split_elements(block.payload)
     if block.kind is BlockKind.ROWS:
-        return decode_rows(block.payload)
+        return decode_parquet_rows(block.payload)
     is_one_line = block.payload.find(b"\n") in (-1, len(block.payload) - 1)
     if block.kind is BlockKind.TEXT or is_one_line:  # it may be very long, so it is not copied
         return [block.payload]
@@ -214,7 +214,7 @@ def count_records_before(file_slice: FileSlice) -> int:
     if file_slice.is_whole:
         return 0
     if file_slice.path.name.lower().endswith(".parquet"):
-        return select_rows(file_slice, count_rows(file_slice.path))[0]
+        return _select_rows(file_slice, count_rows(file_slice.path))[0]
     num_lines = 0
     with open(file_slice.path, "rb") as file:
         left_bytes = find_first_line(file, file_slice.start)
@@ -225,7 +225,7 @@ def count_records_before(file_slice: FileSlice) -> int:
     return num_lines
 
 
-def select_rows(file_slice: FileSlice, num_rows: int) -> tuple[int, int]:
+def _select_rows(file_slice: FileSlice, num_rows: int) -> tuple[int, int]:
     """Return the first row of the slice and the one behind it, as if all rows of the file had the same size."""
     size_bytes = max(file_slice.path.stat().st_size, 1)
     return -(-file_slice.start * num_rows // size_bytes), -(-file_slice.end * num_rows // size_bytes)
@@ -321,7 +321,7 @@ def _read_rows(
     file_slice: FileSlice, json_keys: Sequence[str], begin: Position, on_bytes_read: OnBytesRead, block_bytes: int
 ) -> Iterator[Block]:
     num_rows = count_rows(file_slice.path)
-    first_row, end_row = select_rows(file_slice, num_rows)
+    first_row, end_row = _select_rows(file_slice, num_rows)
     row = max(first_row, begin.offset)
     bytes_per_row = file_slice.size_bytes / max(end_row - first_row, 1)
     on_bytes_read(round(bytes_per_row * (row - first_row)))

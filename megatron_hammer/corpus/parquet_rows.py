@@ -64,7 +64,7 @@ def read_row_batches(
         raise _not_parquet(path, error) from error
 
 
-def decode_rows(payload: bytes | bytearray) -> list[dict[str, Any]]:
+def decode_parquet_rows(payload: bytes | bytearray) -> list[dict[str, Any]]:
     """Return the rows of a batch; a string that is not UTF-8 stays bytes."""
     import pyarrow
 

@@ -26,7 +26,7 @@ NUM_KILLS = 20
 SCRIPT = """
 import sys
 from pathlib import Path
-from megatron_hammer.data.indexed.manifest import Shard
+from megatron_hammer.data.indexed.manifest import JobShard
 from megatron_hammer.data.preprocess.preprocess import preprocess
 from megatron_hammer.data.preprocess.options import PreprocessOptions
 from megatron_hammer.errors import exit_on_user_error

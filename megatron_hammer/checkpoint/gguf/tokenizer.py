@@ -14,7 +14,6 @@ from typing import Any
 
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.tokenizer.encoding.encoder import Encoder, HuggingFaceEncoder, load_encoder
-from megatron_hammer.tokenizer.encoding.hugging_face_tokenizer import WHITESPACE_SYMBOL
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import (
     Piece,
     PieceType,
@@ -133,7 +132,7 @@ def _read_sentencepiece(path: Path) -> tuple[list[Piece], dict[str, Any]]:
 
 
 def _show_spaces(piece: Piece) -> Piece:
-    return Piece(piece.text.replace(WHITESPACE_SYMBOL, " "), piece.score, piece.type)
+    return Piece(piece.surface, piece.score, piece.type)
 
 
 def list_unsupported(model: SentencePieceModel) -> list[str]:

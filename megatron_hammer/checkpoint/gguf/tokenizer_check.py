@@ -14,8 +14,7 @@ import numpy as np
 
 from megatron_hammer.checkpoint.gguf.tokenizer import GgufVocabulary
 from megatron_hammer.corpus.readers import Document
-from megatron_hammer.tokenizer.encoding.hugging_face_tokenizer import WHITESPACE_SYMBOL
-from megatron_hammer.tokenizer.encoding.sentencepiece_model import PieceType
+from megatron_hammer.tokenizer.encoding.sentencepiece_model import WHITESPACE_SYMBOL, PieceType
 
 OVERLAP = "symbols that overlap: llama.cpp takes the longest of the text first, the tokenizer the first from the left"
 SPELT_OUT = "a control token spelt out: llama.cpp merges pieces to it, the tokenizer leaves it text"

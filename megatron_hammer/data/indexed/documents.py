@@ -79,7 +79,7 @@ def bound_memory(costs_bytes: np.ndarray, chunk_bytes: int) -> Iterator[tuple[in
         start = stop
 
 
-def read_documents(index: IndexSummary, *, chunk_bytes: int) -> Iterator[Documents]:
+def read_pair_documents(index: IndexSummary, *, chunk_bytes: int) -> Iterator[Documents]:
     """Yield all documents in order, as many at once as take `chunk_bytes` of memory, or one that takes more.
 
     Reads both files from front to end. Raises DataError if a length is negative or the document index decreases.

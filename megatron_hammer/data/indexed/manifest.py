@@ -39,7 +39,7 @@ class TokenizerIdentity:
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
+class JobShard:
     """Part `index`, from 0, of a job that `count` runs share."""
 
     index: int
@@ -61,7 +61,7 @@ class Manifest:
     ignored_files: tuple[str, ...]
     tokenizer: TokenizerIdentity
     options: dict[str, Any]
-    shard: Shard | None = None
+    shard: JobShard | None = None
     dtype: str
     num_documents: int
     num_sequences: int | None = None

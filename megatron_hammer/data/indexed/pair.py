@@ -100,7 +100,7 @@ def read_index(prefix: str | Path, *, is_partial: bool = False) -> IndexSummary:
                 f"{path}: file does not exist. Pass the prefix of a .bin/.idx pair without its suffix, "
                 "or write the pair with tools/preprocess_data.py."
             )
-    dtype, num_sequences, document_index_length = read_header(index_path)
+    dtype, num_sequences, document_index_length = read_index_header(index_path)
     num_tokens = _read_num_tokens(index_path, dtype, num_sequences, document_index_length)
     expected_bytes = num_tokens * dtype.itemsize
     actual_bytes = data_path.stat().st_size
@@ -119,7 +119,7 @@ def read_index(prefix: str | Path, *, is_partial: bool = False) -> IndexSummary:
     )
 
 
-def read_header(path: Path) -> tuple[np.dtype, int, int]:
+def read_index_header(path: Path) -> tuple[np.dtype, int, int]:
     """Return dtype, number of sequences and length of the document index of an .idx.
 
     Raises DataError unless magic and version are Megatron's and the file has the size that its header asks for.

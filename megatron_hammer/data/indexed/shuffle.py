@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_hammer.data.indexed.documents import DOCUMENT_OVERHEAD_BYTES, Documents, bound_memory, read_documents
+from megatron_hammer.data.indexed.documents import DOCUMENT_OVERHEAD_BYTES, Documents, bound_memory, read_pair_documents
 from megatron_hammer.data.indexed.index_format import LENGTH_BYTES, read_array
 from megatron_hammer.data.indexed.pair import IndexedWriter, IndexSummary
 from megatron_hammer.files.publish import cannot_write
@@ -57,7 +57,7 @@ def shuffle_pairs(
     for source, writer in zip(sources, writers, strict=True):
         memory_bytes = max_memory_bytes or select_memory_bytes([source])
         shuffle_documents(
-            read_documents(source, chunk_bytes=memory_bytes // CHUNKS_IN_MEMORY),
+            read_pair_documents(source, chunk_bytes=memory_bytes // CHUNKS_IN_MEMORY),
             writer,
             seed=seed,
             num_buckets=count_buckets([source], memory_bytes),

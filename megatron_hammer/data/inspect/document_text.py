@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_hammer.data.indexed.documents import read_documents
+from megatron_hammer.data.indexed.documents import read_pair_documents
 from megatron_hammer.data.indexed.index_format import IDX_HEADER_BYTES, LENGTH_BYTES
 from megatron_hammer.data.indexed.manifest import Manifest
 from megatron_hammer.data.indexed.pair import IndexSummary
@@ -88,7 +88,7 @@ def search_documents(
     if not text:
         raise ConfigError("search: text must not be empty, got ''. Pass what to look for.")
     number = num_matches = 0
-    for documents in read_documents(index, chunk_bytes=CHUNK_BYTES):
+    for documents in read_pair_documents(index, chunk_bytes=CHUNK_BYTES):
         for start, end in zip(documents.token_starts.tolist(), documents.token_ends.tolist(), strict=True):
             decoded = _decode(index, encoder, documents.ids[start:end], number)
             position = decoded.find(text)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_hammer.data.indexed.documents import Documents, read_documents
+from megatron_hammer.data.indexed.documents import Documents, read_pair_documents
 from megatron_hammer.data.indexed.pair import IndexSummary
 from megatron_hammer.errors import DataError
 
@@ -94,7 +94,7 @@ def inspect_pair(
     digests = np.empty(index.num_documents, dtype=np.uint64)
     token_counts = np.zeros(vocab_size or 0, dtype=np.int64)
     num_documents = num_tokens = 0
-    for documents in read_documents(index, chunk_bytes=CHUNK_BYTES):
+    for documents in read_pair_documents(index, chunk_bytes=CHUNK_BYTES):
         here = slice(num_documents, num_documents + len(documents))
         lengths[here] = documents.token_ends - documents.token_starts
         digests[here] = hash_documents(documents)

@@ -104,7 +104,7 @@ def report_to_json(report: PairReport) -> dict[str, Any]:
     }
 
 
-def print_report(report: PairReport, stream: IO[str]) -> None:
+def print_pair_report(report: PairReport, stream: IO[str]) -> None:
     """Print the report as tables; the samples come last, cut to a few hundred characters."""
     console = open_console(stream)
     console.print(_build_counts(report), "")

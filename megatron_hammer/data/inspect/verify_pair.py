@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_hammer.data.indexed.index_format import IDX_HEADER_BYTES, LENGTH_BYTES, OFFSET_BYTES, read_array
 from megatron_hammer.data.indexed.manifest import Manifest, hash_file, manifest_path, read_manifest
-from megatron_hammer.data.indexed.pair import bin_path, idx_path, read_header
+from megatron_hammer.data.indexed.pair import bin_path, idx_path, read_index_header
 from megatron_hammer.errors import DataError
 
 SCAN_CHUNK_BYTES = 8 << 20
@@ -120,7 +120,7 @@ def _read_manifest(prefix: str | Path) -> tuple[Manifest | None, list[str]]:
 def _scan_index(path: Path) -> tuple[_Index | None, list[str]]:
     """Read the whole .idx; None if it is not an index or does not have the size that its header asks for."""
     try:
-        dtype, num_sequences, document_index_length = read_header(path)
+        dtype, num_sequences, document_index_length = read_index_header(path)
     except DataError as error:
         return None, list(error.problems)
     problems = []

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_hammer.data.indexed.documents import Documents, read_documents
+from megatron_hammer.data.indexed.documents import Documents, read_pair_documents
 from megatron_hammer.data.indexed.index_format import (
     DOCUMENT_BYTES,
     LENGTH_BYTES,
@@ -158,7 +158,7 @@ def _read_checked(parts: Sequence[Part], chunk_bytes: int) -> Iterator[Documents
         try:
             if idx_sha256 is not None:
                 _refuse_damaged(part.index.idx_path, idx_sha256, hash_file(part.index.idx_path))
-            for documents in read_documents(part.index, chunk_bytes=chunk_bytes):
+            for documents in read_pair_documents(part.index, chunk_bytes=chunk_bytes):
                 if bin_sha256 is not None:
                     digest.update(documents.ids.data)
                 yield documents

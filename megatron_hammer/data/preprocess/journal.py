@@ -17,7 +17,7 @@ from typing import Any, Literal
 import orjson
 
 from megatron_hammer.corpus.blocks import Position
-from megatron_hammer.data.indexed.manifest import Manifest, Shard
+from megatron_hammer.data.indexed.manifest import JobShard, Manifest
 from megatron_hammer.data.indexed.pair_writer import WriterState
 from megatron_hammer.errors import DataError
 from megatron_hammer.files.publish import cannot_write, publish_file
@@ -49,7 +49,7 @@ class Job:
 
     flags: dict[str, Any]
     tokenizer_sha256: str
-    shard: Shard | None
+    shard: JobShard | None
     inputs: tuple[InputState, ...]
     tool_version: str
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.corpus.blocks import BLOCK_BYTES
-from megatron_hammer.data.indexed.manifest import Shard
+from megatron_hammer.data.indexed.manifest import JobShard
 from megatron_hammer.data.preprocess.sharding import select_shard_prefix
 from megatron_hammer.errors import ConfigError
 
@@ -29,7 +29,7 @@ class PreprocessOptions:
     language: str = "english"
     keep_newlines: bool = False
     seed: int | None = None
-    shard: Shard | None = None
+    shard: JobShard | None = None
     num_workers: int = 1
     max_errors: int = 0
     restart: bool = False

@@ -40,7 +40,7 @@ from megatron_hammer.tokenizer.encoding.fast_encoder import select_encoder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Progress:
+class PreprocessProgress:
     """How far a run has come, in bytes of input files as they lie on disk, or of tokens that are shuffled."""
 
     is_shuffling: bool = False
@@ -66,7 +66,7 @@ class VoidRunError(DataError):
     """The inputs changed on the way, or hold no text: there is nothing to go on with."""
 
 
-OnProgress = Callable[[Progress], None]
+OnProgress = Callable[[PreprocessProgress], None]
 OnNote = Callable[[str], None]
 
 
@@ -141,7 +141,7 @@ class _Task:
         except BaseException as error:
             is_kept = self.run.keep_or_remove(is_void=isinstance(error, VoidRunError))
             if is_kept and isinstance(error, HammerError):
-                raise type(error)(*error.problems, describe_continuation(self.options)) from error
+                raise type(error)(*error.problems, explain_resume(self.options)) from error
             raise
 
     def _encode(self, hasher: FileHasher) -> None:
@@ -225,7 +225,7 @@ class _Task:
 
     def _report(self, done_bytes: int, total_bytes: int) -> None:
         self.on_progress(
-            Progress(
+            PreprocessProgress(
                 is_shuffling=self.run.phase == "shuffle",
                 done_bytes=min(done_bytes, total_bytes),
                 total_bytes=total_bytes,
@@ -235,6 +235,6 @@ class _Task:
         )
 
 
-def describe_continuation(options: PreprocessOptions) -> str:
+def explain_resume(options: PreprocessOptions) -> str:
     """Return the sentence for a run that was stopped and can go on."""
     return f"{options.journal_path}: what was done is kept. Run the same command again to continue."

@@ -10,26 +10,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_hammer.corpus.blocks import FileSlice, is_cuttable, select_whole_files
-from megatron_hammer.data.indexed.manifest import Shard
+from megatron_hammer.data.indexed.manifest import JobShard
 from megatron_hammer.errors import ConfigError
 
 
-def parse_shard(text: str) -> Shard:
+def parse_shard(text: str) -> JobShard:
     """Read `I/N`; raises ConfigError unless 0 <= I < N."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if match is None or int(match[1]) >= int(match[2]):
         raise ConfigError(
             f"shard: must be I/N with I from 0 to N - 1, got {text}. Pass 0/4, 1/4, 2/4 and 3/4 to four runs."
         )
-    return Shard(int(match[1]), int(match[2]))
+    return JobShard(int(match[1]), int(match[2]))
 
 
-def select_shard_prefix(output_prefix: Path, shard: Shard | None) -> Path:
+def select_shard_prefix(output_prefix: Path, shard: JobShard | None) -> Path:
     """Return the prefix of one shard's outputs, by which they sort in the order of the input."""
     return output_prefix if shard is None else Path(f"{output_prefix}-{shard.index:05d}-of-{shard.count:05d}")
 
 
-def select_slices(files: Sequence[Path], shard: Shard | None) -> tuple[FileSlice, ...]:
+def select_slices(files: Sequence[Path], shard: JobShard | None) -> tuple[FileSlice, ...]:
     """Return what the shard reads of each file that it reads from; everything without a shard."""
     whole = select_whole_files(files)
     if shard is None:

@@ -26,7 +26,7 @@ _UNKNOWN = re.compile(r" ?\u2047 ?|<unk>|\[UNK\]|<\|unk\|>")
 _CONTROL_TOKEN = re.compile(r"<[^<>\s]{1,32}>|\[[A-Z]{2,9}\]")
 
 
-class LossKind(StrEnum):
+class TextLossKind(StrEnum):
     LEADING_SPACES = "leading spaces"
     TRAILING_SPACES = "trailing spaces"
     INNER_SPACES = "spaces inside"
@@ -45,7 +45,7 @@ class LossKind(StrEnum):
 class Loss:
     """Text that came back changed: `before` at `start` (in characters) became `after` at `after_start`."""
 
-    kind: LossKind
+    kind: TextLossKind
     start: int
     before: str
     after_start: int
@@ -69,7 +69,7 @@ class RoundTripCounts:
 
     num_documents: int = 0
     num_changed_documents: int = 0
-    classes: dict[LossKind, LossClass] = field(default_factory=dict)
+    classes: dict[TextLossKind, LossClass] = field(default_factory=dict)
 
     def add(self, document: Document, decoded: str) -> None:
         self.num_documents += 1
@@ -130,7 +130,7 @@ def _find_loss(before: str, i: int, after: str, j: int, num_equal: int) -> Loss:
         return loss
     before_chars, after_chars = _find_agreement(before, i, after, j)
     removed, added = before[i : i + before_chars], after[j : j + after_chars]
-    return Loss(LossKind.BROKEN_BYTES if "\ufffd" in added else LossKind.OTHER, i, removed, j, added)
+    return Loss(TextLossKind.BROKEN_BYTES if "\ufffd" in added else TextLossKind.OTHER, i, removed, j, added)
 
 
 def _find_unknown(before: str, i: int, after: str, j: int) -> Loss | None:
@@ -142,7 +142,7 @@ def _find_unknown(before: str, i: int, after: str, j: int) -> Loss | None:
     end = before.find(following, i + 1, i + MAX_DISTANCE_CHARS) if following else len(before)
     if end < 0:  # one unknown token more than there was text, or more losses right behind it
         end = i if before.startswith(following.strip(), i) else i + 1
-    return Loss(LossKind.UNKNOWN, i, before[i:end], j, match[0])
+    return Loss(TextLossKind.UNKNOWN, i, before[i:end], j, match[0])
 
 
 def _find_invisible(before: str, i: int, after: str, j: int) -> Loss | None:
@@ -154,7 +154,7 @@ def _find_invisible(before: str, i: int, after: str, j: int) -> Loss | None:
         return None
     removed = before[i:end]
     becomes_space = after[j : j + 1].isspace() and not before[end : end + 1].isspace()
-    kind = LossKind.NUL if set(removed) == {"\0"} else LossKind.INVISIBLE
+    kind = TextLossKind.NUL if set(removed) == {"\0"} else TextLossKind.INVISIBLE
     return Loss(kind, i, removed, j, after[j] if becomes_space else "")
 
 
@@ -174,16 +174,16 @@ def _whitespace_at(text: str, start: int) -> str:
     return match[0] if match else ""
 
 
-def _name_whitespace(before: str, start: int, removed: str, added: str) -> LossKind:
+def _name_whitespace(before: str, start: int, removed: str, added: str) -> TextLossKind:
     if [c for c in removed if c in _LINE_ENDS] != [c for c in added if c in _LINE_ENDS]:
-        return LossKind.LINE_ENDS
+        return TextLossKind.LINE_ENDS
     if removed.count("\t") != added.count("\t"):
-        return LossKind.TABS
+        return TextLossKind.TABS
     if not (removed + added).isascii():
-        return LossKind.NORMALISED
+        return TextLossKind.NORMALISED
     if start == 0:
-        return LossKind.LEADING_SPACES
-    return LossKind.TRAILING_SPACES if start + len(removed) == len(before) else LossKind.INNER_SPACES
+        return TextLossKind.LEADING_SPACES
+    return TextLossKind.TRAILING_SPACES if start + len(removed) == len(before) else TextLossKind.INNER_SPACES
 
 
 def _find_normalised(before: str, i: int, after: str, j: int) -> Loss | None:
@@ -192,7 +192,7 @@ def _find_normalised(before: str, i: int, after: str, j: int) -> Loss | None:
         removed = before[i : i + num_chars]
         for form in _list_forms(removed):
             if form != removed and after.startswith(form, j):
-                return Loss(LossKind.NORMALISED, i, removed, j, form)
+                return Loss(TextLossKind.NORMALISED, i, removed, j, form)
     return None
 
 
@@ -208,7 +208,7 @@ def _find_control_token(before: str, i: int, after: str, j: int) -> Loss | None:
     match = _CONTROL_TOKEN.match(before, i)
     if match is None or not _agree(before, match.end(), after, j):
         return None
-    return Loss(LossKind.CONTROL_TOKENS, i, match[0], j, "")
+    return Loss(TextLossKind.CONTROL_TOKENS, i, match[0], j, "")
 
 
 def _agree(before: str, i: int, after: str, j: int) -> bool:

@@ -16,11 +16,11 @@ import sentencepiece
 import tokenizers
 
 from megatron_hammer.errors import DataError
+from megatron_hammer.tokenizer.encoding.sentencepiece_model import SENTENCEPIECE_LOGS_ERRORS_ONLY
 
 # Bare tokenizer.json files do not say which token ends a document; these names do in every model we ship or convert.
 COMMON_BOS_TOKENS = ("<s>", "<|begin_of_text|>", "<bos>")
 COMMON_EOD_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>")
-SENTENCEPIECE_LOGS_ERRORS_ONLY = 2  # it would warn of HammerLLM's piece for NUL in every process
 
 
 class Encoder(ABC):

@@ -24,11 +24,16 @@ from megatron_hammer.tokenizer.encoding.encoder import (
 )
 from megatron_hammer.tokenizer.encoding.hugging_face_tokenizer import (
     SAMPLE_TEXTS,
-    WHITESPACE_SYMBOL,
     define_plain_tokenizer,
 )
-from megatron_hammer.tokenizer.encoding.native_encoder import KernelTables, NativeEncoder, build_tables, load_kernel
+from megatron_hammer.tokenizer.encoding.native_encoder import (
+    KernelTables,
+    NativeEncoder,
+    build_kernel_tables,
+    load_kernel,
+)
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import (
+    WHITESPACE_SYMBOL,
     PieceType,
     SentencePieceModel,
     read_sentencepiece_model,
@@ -182,7 +187,7 @@ def _build_choice(
     prefix = " " if model.has_dummy_prefix else ""
     if kind == "native":
         return EncoderChoice(
-            reference=DeferredEncoder(reference), tables=build_tables(model), prefix=prefix, cutter=cutter
+            reference=DeferredEncoder(reference), tables=build_kernel_tables(model), prefix=prefix, cutter=cutter
         )
     definition = define_plain_tokenizer(model)
     return EncoderChoice(reference=DeferredEncoder(reference), definition=definition, prefix=prefix, cutter=cutter)

@@ -14,9 +14,13 @@ from tokenizers import decoders, models, normalizers
 
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.tokenizer.encoding.encoder import Encoder
-from megatron_hammer.tokenizer.encoding.sentencepiece_model import Piece, PieceType, SentencePieceModel
+from megatron_hammer.tokenizer.encoding.sentencepiece_model import (
+    WHITESPACE_SYMBOL,
+    Piece,
+    PieceType,
+    SentencePieceModel,
+)
 
-WHITESPACE_SYMBOL = "\u2581"
 NUL = "\0"
 ALL_LEADING = 1_000_000
 SPECIAL_TYPES = (PieceType.CONTROL, PieceType.UNKNOWN)
@@ -206,11 +210,7 @@ def list_piece_texts(model: SentencePieceModel) -> Iterator[str]:
     """The text of every piece by itself: finds pieces that one of the two cannot reach."""
     for piece in model.pieces:
         if piece.type in (PieceType.NORMAL, PieceType.USER_DEFINED):
-            yield _surface(piece)
-
-
-def _surface(piece: Piece) -> str:
-    return piece.text.replace(WHITESPACE_SYMBOL, " ")
+            yield piece.surface
 
 
 def check_same_encoding(encoder: Encoder, tokenizer: tokenizers.Tokenizer, texts: list[str]) -> None:

@@ -1,8 +1,8 @@
 """SentencePiece BPE in C (bpe_kernel.c), built by pip, or compiled when it is first used.
 
 Without the built kernel and without a C compiler, `load_kernel` returns None and another encoder does the work.
-`build_tables` says what a model must be; fast_encoder.py checks the result against sentencepiece at every start, as for
-any fast encoder.
+`build_kernel_tables` says what a model must be. fast_encoder.py checks the result against sentencepiece at every start,
+as for every fast encoder.
 """
 
 import ctypes
@@ -24,11 +24,10 @@ from megatron_hammer.errors import ConversionError, PlatformError
 from megatron_hammer.tokenizer.encoding.encoder import Encoder, copy_facts
 from megatron_hammer.tokenizer.encoding.hugging_face_tokenizer import (
     NUL,
-    WHITESPACE_SYMBOL,
     list_symbols,
     refuse_rewriting,
 )
-from megatron_hammer.tokenizer.encoding.sentencepiece_model import PieceType, SentencePieceModel
+from megatron_hammer.tokenizer.encoding.sentencepiece_model import WHITESPACE_SYMBOL, PieceType, SentencePieceModel
 
 SOURCE_PATH = Path(__file__).with_name("bpe_kernel.c")
 COMPILER_FLAGS = ("-O3", "-shared", "-fPIC")
@@ -59,7 +58,7 @@ class KernelTables:
     symbol_pieces: np.ndarray
 
 
-def build_tables(model: SentencePieceModel) -> KernelTables:
+def build_kernel_tables(model: SentencePieceModel) -> KernelTables:
     """Return the tables of a BPE model; raises ConversionError where the kernel would encode otherwise."""
     refuse_rewriting(model)
     if not model.has_byte_fallback:

@@ -14,6 +14,9 @@ from sentencepiece import sentencepiece_model_pb2
 
 from megatron_hammer.errors import DataError
 
+WHITESPACE_SYMBOL = "\u2581"  # how pieces spell a space
+# A level of sentencepiece's own log. It would warn of the piece for NUL, which HammerLLM has, in every process.
+SENTENCEPIECE_LOGS_ERRORS_ONLY = 2
 _MODEL_TYPE_NAMES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 
 
@@ -31,6 +34,11 @@ class Piece:
     text: str
     score: float
     type: PieceType
+
+    @property
+    def surface(self) -> str:
+        """What the piece stands for in a text."""
+        return self.text.replace(WHITESPACE_SYMBOL, " ")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from megatron_hammer.tokenizer.encoding.hugging_face_tokenizer import WHITESPACE_SYMBOL
-from megatron_hammer.tokenizer.encoding.sentencepiece_model import PieceType, SentencePieceModel
+from megatron_hammer.tokenizer.encoding.sentencepiece_model import WHITESPACE_SYMBOL, PieceType, SentencePieceModel
 
 MAX_PART_CHARS = 256 * 1024
 _WINDOW_CHARS = 1024

@@ -14,9 +14,11 @@ from typing import Any
 from megatron_hammer.errors import DataError
 from megatron_hammer.files.typed import read_json, validate
 from megatron_hammer.tokenizer.encoding.encoder import Encoder, SentencePieceEncoder
-from megatron_hammer.tokenizer.encoding.sentencepiece_model import PieceType, read_sentencepiece_model
-
-_WHITESPACE_SYMBOL = "\u2581"
+from megatron_hammer.tokenizer.encoding.sentencepiece_model import (
+    WHITESPACE_SYMBOL,
+    PieceType,
+    read_sentencepiece_model,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +78,7 @@ def list_character_tokens(encoder: Encoder) -> frozenset[str]:
     """Every character that one token stands for by itself, read from the vocabulary."""
     if isinstance(encoder, SentencePieceEncoder):
         texts = (
-            piece.text.replace(_WHITESPACE_SYMBOL, " ")
+            piece.surface
             for piece in read_sentencepiece_model(encoder.path).pieces
             if piece.type in (PieceType.NORMAL, PieceType.USER_DEFINED)
         )
@@ -95,7 +97,7 @@ def _list_hugging_face_characters(path: Path) -> frozenset[str]:
         byte_of = _list_byte_spellings()
         decoded = (_decode_bytes(text, byte_of) for text in spellings if len(text) <= 4)
         return frozenset(text for text in {*decoded, *added} if len(text) == 1)
-    texts = (text.replace(_WHITESPACE_SYMBOL, " ") for text in spellings | added)
+    texts = (text.replace(WHITESPACE_SYMBOL, " ") for text in spellings | added)
     return frozenset(text for text in texts if len(text) == 1)
 
 

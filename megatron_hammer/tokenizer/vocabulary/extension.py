@@ -11,8 +11,6 @@ from megatron_hammer.errors import DataError
 from megatron_hammer.tokenizer.encoding.encoder import Encoder, SentencePieceEncoder
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import Piece, PieceType, read_sentencepiece_model
 
-_WHITESPACE_SYMBOL = "\u2581"
-
 
 def validate_extension(old: Encoder, new: Encoder) -> None:
     """Raise DataError unless `new` has every piece of `old` under its id, and more behind them."""
@@ -55,16 +53,12 @@ def _spell_sentencepiece(old: Encoder, new: Encoder) -> Iterator[list[int]]:
     proto.normalizer_spec.remove_extra_whitespaces = False
     processor = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
     for piece in read_sentencepiece_model(new.path).pieces[old.vocab_size :]:
-        ids = processor.encode(_surface(piece)) if _is_text(piece) else []
+        ids = processor.encode(piece.surface) if _is_text(piece) else []
         yield [token_id for token_id in ids if token_id != processor.unk_id()]
 
 
 def _is_text(piece: Piece) -> bool:
     return piece.type not in (PieceType.BYTE, PieceType.UNUSED, PieceType.UNKNOWN)
-
-
-def _surface(piece: Piece) -> str:
-    return piece.text.replace(_WHITESPACE_SYMBOL, " ")
 
 
 def _spell_hugging_face(old: Encoder, new: Encoder) -> Iterator[list[int]]:

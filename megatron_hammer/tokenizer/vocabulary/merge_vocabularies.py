@@ -22,15 +22,16 @@ import sentencepiece
 from megatron_hammer.errors import DataError
 from megatron_hammer.files.publish import publish_file
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import (
+    SENTENCEPIECE_LOGS_ERRORS_ONLY,
+    WHITESPACE_SYMBOL,
     Piece,
     PieceType,
     SentencePieceModel,
     read_sentencepiece_model,
     serialize_sentencepiece_model,
 )
-from megatron_hammer.tokenizer.vocabulary.vocabulary_files import WHITESPACE_SYMBOL, spell_piece
+from megatron_hammer.tokenizer.vocabulary.vocabulary_files import spell_piece
 
-SENTENCEPIECE_LOGS_ERRORS_ONLY = 2
 AddedScores = Literal["zero", "calibrated"]
 
 

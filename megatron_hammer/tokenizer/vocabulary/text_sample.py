@@ -3,14 +3,13 @@
 import heapq
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_hammer.corpus.byte_streams import OnBytesRead
 from megatron_hammer.corpus.readers import find_input_files, read_documents
 from megatron_hammer.errors import ConfigError
-
-OnBytesRead = Callable[[int], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,20 +14,21 @@ from pathlib import Path
 
 import sentencepiece
 
+from megatron_hammer.corpus.byte_streams import OnBytesRead
 from megatron_hammer.errors import DataError
 from megatron_hammer.files.publish import publish_file
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import (
+    SENTENCEPIECE_LOGS_ERRORS_ONLY,
     PieceType,
     parse_sentencepiece_model,
     set_trainer_settings,
 )
 from megatron_hammer.tokenizer.vocabulary.recipes import TokenizerRecipe
-from megatron_hammer.tokenizer.vocabulary.text_sample import OnBytesRead, SourceCounts, TextSource, sample_sources
+from megatron_hammer.tokenizer.vocabulary.text_sample import SourceCounts, TextSource, sample_sources
 from megatron_hammer.tokenizer.vocabulary.vocabulary_files import spell_piece
 
 __all__ = ["TokenizerRecipe", "TrainedTokenizer", "train_tokenizer"]
 
-SENTENCEPIECE_LOGS_ERRORS_ONLY = 2
 STORED_NUM_THREADS = 1
 CONTROL_SYMBOLS = ("<s>", "</s>")  # as user-defined symbols they would begin and end documents where text spells them
 POLL_INTERVAL_S = 0.1

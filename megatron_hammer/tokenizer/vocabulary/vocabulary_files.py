@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_hammer.errors import DataError
+from megatron_hammer.tokenizer.encoding.sentencepiece_model import WHITESPACE_SYMBOL
 from megatron_hammer.tokenizer.vocabulary.coverage import read_character_levels
 
-WHITESPACE_SYMBOL = "\u2581"
 _OCTAL_ESCAPES = re.compile(r"(?:\\[0-7]{3})+")
 _TAG_WITHOUT_START = re.compile(r"[^<>]*\w>")
 _TAG_WITHOUT_END = re.compile(r"</?\w[^<>]*")

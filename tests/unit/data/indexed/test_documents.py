@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_hammer.data.indexed import documents as documents_module
-from megatron_hammer.data.indexed.documents import Documents, bound_memory, read_documents
+from megatron_hammer.data.indexed.documents import Documents, bound_memory, read_pair_documents
 from megatron_hammer.data.indexed.pair import IndexedWriter, read_index
 from megatron_hammer.errors import DataError
 
@@ -44,7 +44,7 @@ def test_documents_are_read_whole_and_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, documents_at_once: int
 ) -> None:
     monkeypatch.setattr(documents_module, "DOCUMENTS_AT_ONCE", documents_at_once)
-    chunks = list(read_documents(read_index(write_pair(tmp_path / "pair")), chunk_bytes=chunk_bytes))
+    chunks = list(read_pair_documents(read_index(write_pair(tmp_path / "pair")), chunk_bytes=chunk_bytes))
     listed = [document for chunk in chunks for document in list_documents(chunk)]
     assert [[len(sequence) for sequence in document] for document in listed] == [list(x) for x in SEQUENCES]
     assert [token for document in listed for sequence in document for token in sequence] == list(range(79))
@@ -53,7 +53,7 @@ def test_documents_are_read_whole_and_in_order(
 
 @pytest.mark.parametrize("chosen", [[0], [7], [8, 2, 6, 3, 1], list(range(9)), [2, 2]])
 def test_chosen_documents_keep_their_sequences(tmp_path: Path, chosen: list[int]) -> None:
-    (documents,) = read_documents(read_index(write_pair(tmp_path / "pair")), chunk_bytes=1 << 20)
+    (documents,) = read_pair_documents(read_index(write_pair(tmp_path / "pair")), chunk_bytes=1 << 20)
     listed = list_documents(documents)
     assert list_documents(documents.select(np.array(chosen))) == [listed[number] for number in chosen]
 
@@ -74,11 +74,11 @@ def test_a_damaged_index_is_named(tmp_path: Path) -> None:
     assert index.num_sequences == 11
     damage(index.idx_path, 34 + 12 * 11 + 8 * 3, (0).to_bytes(8, "little"))
     with pytest.raises(DataError, match=r"pair.idx: document index must not decrease, nor pass the 11 sequences, got"):
-        list(read_documents(index, chunk_bytes=1 << 20))
+        list(read_pair_documents(index, chunk_bytes=1 << 20))
     index = read_index(write_pair(tmp_path / "pair"))
     damage(index.idx_path, 34 + 4, b"\xff\xff\xff\xff")
     with pytest.raises(DataError, match=r"pair.idx: lengths must be at least 0, got -1. The file is damaged"):
-        list(read_documents(index, chunk_bytes=1 << 20))
+        list(read_pair_documents(index, chunk_bytes=1 << 20))
 
 
 def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path: Path) -> None:
@@ -88,4 +88,4 @@ def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"pair.bin: file must have 158 more bytes here, got 100. It was cut while it was read; prep"
     ):
-        list(read_documents(index, chunk_bytes=1 << 20))
+        list(read_pair_documents(index, chunk_bytes=1 << 20))

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.data.indexed.manifest import (
+    JobShard,
     Manifest,
-    Shard,
     SourceFile,
     TokenizerIdentity,
     describe_source,
@@ -26,7 +26,7 @@ MANIFEST = Manifest(
     ignored_files=("corpus/notes.md",),
     tokenizer=TokenizerIdentity(name="t.model", sha256="cd" * 32, vocab_size=347),
     options={"json_key": "text", "append_eod": True},
-    shard=Shard(3, 16),
+    shard=JobShard(3, 16),
     dtype="uint16",
     num_documents=7,
     num_sequences=9,

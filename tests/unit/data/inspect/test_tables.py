@@ -17,7 +17,7 @@ from megatron_hammer.data.inspect.tables import (
     PairReport,
     find_common_documents,
     print_common_documents,
-    print_report,
+    print_pair_report,
     report_to_json,
 )
 
@@ -33,7 +33,7 @@ def build_report(prefix: Path, documents: list[list[int]], **values: object) -> 
 def render(report: PairReport, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("COLUMNS", "120")
     stream = io.StringIO()
-    print_report(report, stream)
+    print_pair_report(report, stream)
     return stream.getvalue()
 
 

@@ -10,8 +10,8 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_hammer.data.indexed.manifest import (
+    JobShard,
     Manifest,
-    Shard,
     SourceFile,
     TokenizerIdentity,
     encode_manifest,
@@ -72,7 +72,7 @@ def write_shards(folder: Path) -> list[Path]:
     for k in range(3):
         prefix = write_pair(folder / f"part{k}", CUTS[k], CUTS[k + 1])
         problems = (f"c{k}.jsonl:1: bad",) if k != 1 else ()
-        shards.append(write_manifest(prefix, shard=Shard(k, 3), sources=SHARD_SOURCES[k], problems=problems))
+        shards.append(write_manifest(prefix, shard=JobShard(k, 3), sources=SHARD_SOURCES[k], problems=problems))
     return shards
 
 
@@ -324,7 +324,7 @@ def test_missing_shards(tmp_path: Path, given: tuple[int, ...], missing: str) ->
 
 def test_many_missing_shards_are_cut_short(tmp_path: Path) -> None:
     shards = write_shards(tmp_path)
-    change_manifest(shards[1], shard=Shard(1, 40))
+    change_manifest(shards[1], shard=JobShard(1, 40))
     (problem,) = problems_of([shards[1]], tmp_path / "merged")
     assert "got no 0, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 29 more." in problem
 
@@ -334,7 +334,7 @@ def test_shards_that_are_there_twice_or_of_another_job(tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     for path_of in (bin_path, idx_path, manifest_path):
         shutil.copy(path_of(shards[1]), path_of(copy))
-    other = write_manifest(write_pair(tmp_path / "other"), shard=Shard(0, 4))
+    other = write_manifest(write_pair(tmp_path / "other"), shard=JobShard(0, 4))
     whole = write_whole(tmp_path / "whole")
     change_manifest(shards[2], sources=(dataclasses.replace(SOURCES[1], sha256="f" * 64), SOURCES[2]))
     assert problems_of([*shards, copy, other, whole], tmp_path / "merged") == [
@@ -445,7 +445,7 @@ def test_a_part_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest
     def fail(*_: object, **__: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(merge, "read_documents", fail)
+    monkeypatch.setattr(merge, "read_pair_documents", fail)
     assert problems_of([part], tmp_path / "merged") == [
         f"{part}: part cannot be read (Input/output error). Check the disk and the permissions."
     ]

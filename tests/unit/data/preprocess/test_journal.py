@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.corpus.blocks import Position
-from megatron_hammer.data.indexed.manifest import Manifest, Shard, TokenizerIdentity
+from megatron_hammer.data.indexed.manifest import JobShard, Manifest, TokenizerIdentity
 from megatron_hammer.data.indexed.pair_writer import WriterState
 from megatron_hammer.data.preprocess.journal import (
     InputState,
@@ -26,7 +26,7 @@ from megatron_hammer.errors import DataError, OutputError
 JOB = Job(
     flags={"json_keys": ["text"], "append_eod": True, "seed": None},
     tokenizer_sha256="ab" * 32,
-    shard=Shard(1, 4),
+    shard=JobShard(1, 4),
     inputs=(InputState("a.jsonl", 10, 111), InputState("b.jsonl", 20, 222)),
     tool_version="0.1",
 )
@@ -116,7 +116,7 @@ def test_a_damaged_journal_is_refused(tmp_path: Path, content: bytes, problem: s
             ],
         ),
         (
-            {"tokenizer_sha256": "cd" * 32, "shard": Shard(2, 4), "tool_version": "0.2"},
+            {"tokenizer_sha256": "cd" * 32, "shard": JobShard(2, 4), "tool_version": "0.2"},
             [
                 f"tokenizer-model: must be as when the run began, got {'cd' * 32} where it was {'ab' * 32}.",
                 "tool version: must be as when the run began, got 0.2 where it was 0.1.",

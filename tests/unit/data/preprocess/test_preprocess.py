@@ -18,10 +18,10 @@ import torch
 import zstandard
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
-from megatron_hammer.data.indexed.manifest import Manifest, Shard, read_manifest
+from megatron_hammer.data.indexed.manifest import JobShard, Manifest, read_manifest
 from megatron_hammer.data.indexed.pair import read_index
 from megatron_hammer.data.preprocess.options import PreprocessOptions
-from megatron_hammer.data.preprocess.preprocess import Progress, preprocess
+from megatron_hammer.data.preprocess.preprocess import PreprocessProgress, preprocess
 from megatron_hammer.errors import ConfigError, DataError, PlatformError
 from megatron_hammer.tokenizer.encoding.encoder import load_encoder
 from megatron_hammer.tokenizer.vocabulary.train import TokenizerRecipe, train_tokenizer
@@ -223,7 +223,7 @@ def test_inputs_without_text_are_refused(tmp_path: Path, tokenizer_path: Path) -
 def test_a_source_that_grows_meanwhile_is_refused(tmp_path: Path, tokenizer_path: Path) -> None:
     path = write_jsonl(tmp_path / "c.jsonl", TEXTS)
 
-    def grow(progress: Progress) -> None:
+    def grow(progress: PreprocessProgress) -> None:
         with path.open("ab") as file:
             file.write(b'{"text": "late"}\n')
 
@@ -249,7 +249,7 @@ def test_a_killed_worker_is_an_error_and_not_a_wait(tmp_path: Path, tokenizer_pa
     path = write_jsonl(tmp_path / "c.jsonl", TEXTS * 400)
     killed: list[int] = []
 
-    def kill_one(progress: Progress) -> None:
+    def kill_one(progress: PreprocessProgress) -> None:
         if not killed:
             killed.append(multiprocessing.active_children()[0].pid or 0)
             os.kill(killed[0], signal.SIGKILL)
@@ -282,7 +282,7 @@ def make_options(folder: Path, tokenizer_path: Path, path: Path, name: str = "ou
 
 
 def stop_at(options: PreprocessOptions, num_documents: int) -> None:
-    def stop(progress: Progress) -> None:
+    def stop(progress: PreprocessProgress) -> None:
         if progress.num_documents >= num_documents:
             raise Stop
 
@@ -413,7 +413,7 @@ def test_shards_in_order_are_the_whole(tmp_path: Path, tokenizer_path: Path) -> 
     parts = {}
     for index in range(4):
         parts |= run(
-            tmp_path, tokenizer_path, *paths, name="parts", max_errors=1, append_eod=True, shard=Shard(index, 4)
+            tmp_path, tokenizer_path, *paths, name="parts", max_errors=1, append_eod=True, shard=JobShard(index, 4)
         )
     assert [prefix.name for prefix in parts] == [f"corpus-0000{n}-of-00004_text_document" for n in range(4)]
     assert [text for prefix in parts for text in read_documents_of(prefix)] == read_documents_of(whole_prefix)
@@ -421,12 +421,12 @@ def test_shards_in_order_are_the_whole(tmp_path: Path, tokenizer_path: Path) -> 
     assert sum(part.num_documents for part in parts.values()) == manifest.num_documents
     assert [problem for part in parts.values() for problem in part.problems] == list(manifest.problems)
     assert {source for part in parts.values() for source in part.sources} == set(manifest.sources)
-    assert [part.shard for part in parts.values()] == [Shard(index, 4) for index in range(4)]
+    assert [part.shard for part in parts.values()] == [JobShard(index, 4) for index in range(4)]
 
 
 def test_a_shard_without_documents_is_empty_and_whole(tmp_path: Path, tokenizer_path: Path) -> None:
     path = write_jsonl(tmp_path / "c.jsonl", ["the fox " * 100, "b"])
-    ((prefix, manifest),) = run(tmp_path, tokenizer_path, path, shard=Shard(1, 3)).items()
+    ((prefix, manifest),) = run(tmp_path, tokenizer_path, path, shard=JobShard(1, 3)).items()
     assert manifest.num_documents == read_index(prefix).num_documents == 0
 
 
@@ -436,7 +436,7 @@ def test_a_shard_cannot_be_shuffled(tmp_path: Path, tokenizer_path: Path) -> Non
         r"seed.$"
     )
     with pytest.raises(ConfigError, match=message):
-        run(tmp_path, tokenizer_path, shard=Shard(1, 3), seed=1)
+        run(tmp_path, tokenizer_path, shard=JobShard(1, 3), seed=1)
     with pytest.raises(ConfigError, match=r"^seed: must be at least 0, got seed=-1. Pass another.$"):
         run(tmp_path, tokenizer_path, seed=-1)
     with pytest.raises(ConfigError, match=r"^keep-newlines: must come with --split-sentences, got it alone. Add that"):

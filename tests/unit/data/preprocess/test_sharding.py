@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.corpus.blocks import decode_block, read_blocks
-from megatron_hammer.data.indexed.manifest import Shard
+from megatron_hammer.data.indexed.manifest import JobShard
 from megatron_hammer.data.preprocess.sharding import parse_shard, select_shard_prefix, select_slices
 from megatron_hammer.errors import ConfigError
 from tests.helpers.toy_tokenizer import write_jsonl
@@ -27,7 +27,7 @@ def write_inputs(folder: Path) -> tuple[list[Path], list[str]]:
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 16, 400])
 def test_shards_share_the_input(tmp_path: Path, count: int) -> None:
     files, texts = write_inputs(tmp_path)
-    shards = [select_slices(files, Shard(index, count)) for index in range(count)]
+    shards = [select_slices(files, JobShard(index, count)) for index in range(count)]
     found = [
         text
         for slices in shards
@@ -42,17 +42,17 @@ def test_shards_share_the_input(tmp_path: Path, count: int) -> None:
 
 def test_one_shard_is_the_whole(tmp_path: Path) -> None:
     files, _ = write_inputs(tmp_path)
-    assert select_slices(files, Shard(0, 1)) == select_slices(files, None)
+    assert select_slices(files, JobShard(0, 1)) == select_slices(files, None)
 
 
 def test_empty_files_have_one_owner(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").touch()
-    assert [len(select_slices([tmp_path / "a.jsonl"], Shard(index, 3))) for index in range(3)] == [0, 0, 1]
+    assert [len(select_slices([tmp_path / "a.jsonl"], JobShard(index, 3))) for index in range(3)] == [0, 0, 1]
 
 
 def test_names() -> None:
-    assert parse_shard("3/16") == Shard(3, 16)
-    assert select_shard_prefix(Path("out/c"), Shard(3, 16)) == Path("out/c-00003-of-00016")
+    assert parse_shard("3/16") == JobShard(3, 16)
+    assert select_shard_prefix(Path("out/c"), JobShard(3, 16)) == Path("out/c-00003-of-00016")
     assert select_shard_prefix(Path("out/c"), None) == Path("out/c")
 
 

@@ -5,39 +5,39 @@ import random
 import pytest
 
 from megatron_hammer.corpus.readers import Document
-from megatron_hammer.tokenizer.analysis.round_trip import LossKind, RoundTripCounts, find_losses
+from megatron_hammer.tokenizer.analysis.round_trip import RoundTripCounts, TextLossKind, find_losses
 
 
 @pytest.mark.parametrize(
     "before, after, kind, removed, added",
     [
-        ("abc", " abc", LossKind.LEADING_SPACES, "", " "),
-        ("  abc", "abc", LossKind.LEADING_SPACES, "  ", ""),
-        ("abc  ", "abc", LossKind.TRAILING_SPACES, "  ", ""),
-        ("a   bc", "a bc", LossKind.INNER_SPACES, "   ", " "),
-        ("it's", "it 's", LossKind.INNER_SPACES, "", " "),
-        ("a\n\nb", "a b", LossKind.LINE_ENDS, "\n\n", " "),
-        ("a\r\nb", "a\nb", LossKind.LINE_ENDS, "\r\n", "\n"),
-        ("a\tb", "a b", LossKind.TABS, "\t", " "),
-        ("a\u3000b", "a b", LossKind.NORMALISED, "\u3000", " "),
-        ("Ａ12", "A12", LossKind.NORMALISED, "Ａ", "A"),
-        ("ﬁne", "fine", LossKind.NORMALISED, "ﬁ", "fi"),
-        ("e\u0301t", "ét", LossKind.NORMALISED, "e\u0301", "é"),
-        ("e\u0301t", "et", LossKind.NORMALISED, "\u0301", ""),
-        ("ét", "et", LossKind.NORMALISED, "é", "e"),
-        ("The", "the", LossKind.NORMALISED, "T", "t"),
-        ("ab𠮷cd", "ab ⁇ cd", LossKind.UNKNOWN, "𠮷", " ⁇ "),
-        ("ab𠮷🦀", "ab<unk>", LossKind.UNKNOWN, "𠮷🦀", "<unk>"),
-        ("𠮷 ab", "[UNK] ab", LossKind.UNKNOWN, "𠮷", "[UNK]"),
-        ("a\0\0b", "ab", LossKind.NUL, "\0\0", ""),
-        ("a\0b", "a b", LossKind.NUL, "\0", " "),
-        ("a\u200bb", "ab", LossKind.INVISIBLE, "\u200b", ""),
-        ("\ufeffab", "ab", LossKind.INVISIBLE, "\ufeff", ""),
-        ("a</s>bcd", "abcd", LossKind.CONTROL_TOKENS, "</s>", ""),
-        ("ab [SEP]", "ab ", LossKind.CONTROL_TOKENS, "[SEP]", ""),
-        ("ab🦀cd", "ab\ufffd\ufffdcd", LossKind.BROKEN_BYTES, "🦀", "\ufffd\ufffd"),
-        ("abxycd", "abzcd", LossKind.OTHER, "xy", "z"),
-        ("abcd", "", LossKind.OTHER, "abcd", ""),
+        ("abc", " abc", TextLossKind.LEADING_SPACES, "", " "),
+        ("  abc", "abc", TextLossKind.LEADING_SPACES, "  ", ""),
+        ("abc  ", "abc", TextLossKind.TRAILING_SPACES, "  ", ""),
+        ("a   bc", "a bc", TextLossKind.INNER_SPACES, "   ", " "),
+        ("it's", "it 's", TextLossKind.INNER_SPACES, "", " "),
+        ("a\n\nb", "a b", TextLossKind.LINE_ENDS, "\n\n", " "),
+        ("a\r\nb", "a\nb", TextLossKind.LINE_ENDS, "\r\n", "\n"),
+        ("a\tb", "a b", TextLossKind.TABS, "\t", " "),
+        ("a\u3000b", "a b", TextLossKind.NORMALISED, "\u3000", " "),
+        ("Ａ12", "A12", TextLossKind.NORMALISED, "Ａ", "A"),
+        ("ﬁne", "fine", TextLossKind.NORMALISED, "ﬁ", "fi"),
+        ("e\u0301t", "ét", TextLossKind.NORMALISED, "e\u0301", "é"),
+        ("e\u0301t", "et", TextLossKind.NORMALISED, "\u0301", ""),
+        ("ét", "et", TextLossKind.NORMALISED, "é", "e"),
+        ("The", "the", TextLossKind.NORMALISED, "T", "t"),
+        ("ab𠮷cd", "ab ⁇ cd", TextLossKind.UNKNOWN, "𠮷", " ⁇ "),
+        ("ab𠮷🦀", "ab<unk>", TextLossKind.UNKNOWN, "𠮷🦀", "<unk>"),
+        ("𠮷 ab", "[UNK] ab", TextLossKind.UNKNOWN, "𠮷", "[UNK]"),
+        ("a\0\0b", "ab", TextLossKind.NUL, "\0\0", ""),
+        ("a\0b", "a b", TextLossKind.NUL, "\0", " "),
+        ("a\u200bb", "ab", TextLossKind.INVISIBLE, "\u200b", ""),
+        ("\ufeffab", "ab", TextLossKind.INVISIBLE, "\ufeff", ""),
+        ("a</s>bcd", "abcd", TextLossKind.CONTROL_TOKENS, "</s>", ""),
+        ("ab [SEP]", "ab ", TextLossKind.CONTROL_TOKENS, "[SEP]", ""),
+        ("ab🦀cd", "ab\ufffd\ufffdcd", TextLossKind.BROKEN_BYTES, "🦀", "\ufffd\ufffd"),
+        ("abxycd", "abzcd", TextLossKind.OTHER, "xy", "z"),
+        ("abcd", "", TextLossKind.OTHER, "abcd", ""),
     ],
 )
 def test_every_class_of_loss_is_named(before, after, kind, removed, added):
@@ -50,12 +50,12 @@ def test_every_class_of_loss_is_named(before, after, kind, removed, added):
 def test_several_losses_are_found_in_order():
     losses = list(find_losses("  the  dog\n\nｆｕｌｌ 𠮷 end ", "the dog full  ⁇  end"))
     assert [loss.kind for loss in losses] == [
-        LossKind.LEADING_SPACES,
-        LossKind.INNER_SPACES,
-        LossKind.LINE_ENDS,
-        *[LossKind.NORMALISED] * 4,
-        LossKind.UNKNOWN,
-        LossKind.TRAILING_SPACES,
+        TextLossKind.LEADING_SPACES,
+        TextLossKind.INNER_SPACES,
+        TextLossKind.LINE_ENDS,
+        *[TextLossKind.NORMALISED] * 4,
+        TextLossKind.UNKNOWN,
+        TextLossKind.TRAILING_SPACES,
     ]
 
 
@@ -80,7 +80,7 @@ def test_all_that_lies_between_the_losses_is_equal():
 def test_equal_texts_have_no_loss_however_long():
     text = "字a \n" * 20_000
     assert list(find_losses(text, text)) == []
-    assert [loss.kind for loss in find_losses(text + "\n", text)] == [LossKind.LINE_ENDS]
+    assert [loss.kind for loss in find_losses(text + "\n", text)] == [TextLossKind.LINE_ENDS]
     (loss,) = find_losses(text + "x" + text, text + text)
     assert (loss.start, loss.before) == (len(text), "x")
 
@@ -99,6 +99,6 @@ def test_counts_are_by_place_and_by_document_with_the_first_example():
 def test_examples_show_what_cannot_be_seen_and_stay_short():
     counts = RoundTripCounts()
     counts.add(Document("a\0b" + "c" * 500, "c.jsonl", 1), "ab" + "c" * 500)
-    assert counts.classes[LossKind.NUL].before == r"'a\x00bccccccc'"
+    assert counts.classes[TextLossKind.NUL].before == r"'a\x00bccccccc'"
     counts.add(Document("x" * 500, "c.jsonl", 2), "y")
-    assert len(counts.classes[LossKind.OTHER].before) < 60
+    assert len(counts.classes[TextLossKind.OTHER].before) < 60

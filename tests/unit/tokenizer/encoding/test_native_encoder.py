@@ -15,7 +15,7 @@ from megatron_hammer.errors import ConversionError, PlatformError
 from megatron_hammer.tokenizer.encoding import fast_encoder, native_encoder
 from megatron_hammer.tokenizer.encoding.encoder import load_encoder
 from megatron_hammer.tokenizer.encoding.fast_encoder import select_encoder
-from megatron_hammer.tokenizer.encoding.native_encoder import NativeEncoder, build_tables, compile_kernel
+from megatron_hammer.tokenizer.encoding.native_encoder import NativeEncoder, build_kernel_tables, compile_kernel
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import read_sentencepiece_model
 from tests.helpers.imports import ROOT
 from tests.helpers.sentencepiece_models import MODEL_OPTIONS, train_model
@@ -29,7 +29,7 @@ def symbols_path(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def encoder(symbols_path) -> NativeEncoder:
-    return NativeEncoder(load_encoder(symbols_path), build_tables(read_sentencepiece_model(symbols_path)))
+    return NativeEncoder(load_encoder(symbols_path), build_kernel_tables(read_sentencepiece_model(symbols_path)))
 
 
 def test_the_kernel_is_compiled_once_into_the_users_cache(tmp_path, monkeypatch):
@@ -53,7 +53,7 @@ def test_without_a_compiler_another_encoder_does_the_work(symbols_path, tmp_path
         assert (choice.tables, choice.warning) == (None, None)
         assert choice.definition is not None
         with pytest.raises(PlatformError, match=r"the kernel must be compiled, got none\. Install a C compiler\."):
-            NativeEncoder(load_encoder(symbols_path), build_tables(read_sentencepiece_model(symbols_path)))
+            NativeEncoder(load_encoder(symbols_path), build_kernel_tables(read_sentencepiece_model(symbols_path)))
     finally:
         native_encoder.load_kernel.cache_clear()
 
@@ -78,7 +78,7 @@ def test_the_kernel_that_pip_built_comes_first(built_path, symbols_path, monkeyp
     assert native_encoder.find_built_kernel() == built_path
     native_encoder.load_kernel.cache_clear()
     try:
-        encoder = NativeEncoder(load_encoder(symbols_path), build_tables(read_sentencepiece_model(symbols_path)))
+        encoder = NativeEncoder(load_encoder(symbols_path), build_kernel_tables(read_sentencepiece_model(symbols_path)))
         reference = load_encoder(symbols_path)
         assert all(np.array_equal(encoder.encode(text), reference.encode(text)) for text in draw_letters())
     finally:
@@ -133,7 +133,7 @@ def test_random_letters_of_the_vocabulary(encoder, symbols_path):
 
 def test_twin_other_scores_give_other_ids(symbols_path):
     model = read_sentencepiece_model(symbols_path)
-    tables = build_tables(model)
+    tables = build_kernel_tables(model)
     tables.rank_of_piece[:] = tables.rank_of_piece[::-1].copy()
     wrong = NativeEncoder(load_encoder(symbols_path), tables)
     reference = load_encoder(symbols_path)
@@ -151,16 +151,16 @@ def test_twin_other_scores_give_other_ids(symbols_path):
 def test_what_the_kernel_would_encode_otherwise_is_refused(tmp_path, name, message):
     path = train_model(tmp_path / "a.model", **MODEL_OPTIONS[name])
     with pytest.raises(ConversionError, match=message):
-        build_tables(read_sentencepiece_model(path))
+        build_kernel_tables(read_sentencepiece_model(path))
 
 
 def test_twin_a_wrong_kernel_is_noticed_at_start_up(symbols_path, monkeypatch):
     def build_wrongly(model):
-        tables = build_tables(model)
+        tables = build_kernel_tables(model)
         tables.merged[-1] = tables.merged[0]
         return tables
 
-    monkeypatch.setattr(fast_encoder, "build_tables", build_wrongly)
+    monkeypatch.setattr(fast_encoder, "build_kernel_tables", build_wrongly)
     choice = select_encoder(load_encoder(symbols_path), kinds=("native",))
     assert choice.tables is None
     assert choice.warning is not None
