@@ -1,8 +1,8 @@
 """The package and what it needs. `tools/check_environment.py` reads the literals below without running this file.
 
-Ranges say what may be used; `constraints.txt` says which versions were tested, and the set-up installs those.
-apex is absent on purpose: the package of that name on the index is another project. Build NVIDIA's from source
-if you want it; everything here works without it.
+The ranges say which versions are allowed. `constraints.txt` says which were tested, and the set-up installs those.
+apex is absent on purpose: the package of that name on the index is another project. Everything here works without
+NVIDIA's apex; build it from source if you want it.
 """
 
 import hashlib

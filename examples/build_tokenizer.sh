@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A tokenizer from raw text: train, extend a base model with it if there is one, compare, export to Hugging Face.
+# Make a tokenizer from raw text: train it, extend a base tokenizer with it if one is given, compare, export to
+# Hugging Face.
 #
 #   bash examples/build_tokenizer.sh [any flag of tools/tokenizer_train.py]
 #
@@ -8,12 +9,12 @@
 #   OUTPUT_DIR            (default: outputs/tokenizer)
 #   JSON_KEY              field that holds the text (default: text)
 #   VOCAB_SIZE            pieces to train (default: 4096)
-#   MAX_BYTES             train on a random sample of this much text (default: 20000000)
-#   REQUIRED_CHARS_FILE   characters that must be pieces
-#   USER_DEFINED_SYMBOLS_FILE   lines that must be pieces
-#   BASE_MODEL            a SentencePiece BPE model to extend with what the trained one has and it lacks
+#   MAX_BYTES             train on a random sample of this many bytes (default: 20000000)
+#   REQUIRED_CHARS_FILE   file of characters that must be pieces
+#   USER_DEFINED_SYMBOLS_FILE   file of symbols that must be pieces, one per line
+#   BASE_MODEL            a SentencePiece BPE model to extend with pieces of the trained one
 #   MERGE_MODE            characters (HammerLLM's way) or vocabulary (tiny-llm-zh's); default: vocabulary
-#   CHARSET               national character list to measure coverage of
+#   CHARSET               file of characters whose coverage is measured
 #   COMPARE               NAME=PATH of further tokenizers to compare with, in one string
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -29,7 +30,7 @@ if [[ -z "${INPUT:-}" ]]; then
     build_demo_corpus "$output_dir/machine"
     INPUT="$output_dir/machine/corpus.jsonl"
 fi
-# No globbing here: the tools expand patterns themselves.
+# The tools expand patterns themselves, so the shell must not.
 set -f
 read -r -a inputs <<<"$INPUT"
 read -r -a others <<<"${COMPARE:-}"

@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
-# Continue the pretraining of a Hugging Face model, on all GPUs of this node or on the CPU, and export what comes out.
+# Continue the pretraining of a Hugging Face model, on all GPUs of this node or on the CPU, and export the result.
 #
 #   HF_DIR=models/Qwen2.5-0.5B DATA_PATH=data/corpus_text_document bash examples/continue_from_hf.sh [any flag]
 #
-# The first step starts at the loss that transformers computes for that model. The same command, after an interrupt or
-# with more TRAIN_STEPS, goes on from its own newest checkpoint.
+# The first step has the loss that transformers computes for that model. After an interrupt, or with more TRAIN_STEPS,
+# the same command continues from its own newest checkpoint.
 # From the environment:
-#   HF_DIR           the model, with its tokenizer (default: what examples/pretrain_hammer_1b4.sh exported, or, where it
-#                    has not run, a miniature that is first pretrained for PRETRAIN_STEPS steps)
+#   HF_DIR           the model, with its tokenizer (default: the export of examples/pretrain_hammer_1b4.sh; if that has
+#                    not run, a miniature that is pretrained first)
+#   PRETRAIN_STEPS   steps of that miniature (default: 30)
 #   DATA_PATH        prefixes of data indexed with the model's tokenizer, "PREFIX" or "WEIGHT PREFIX WEIGHT PREFIX"
 #                    (default: text on this machine)
 #   OUTPUT_DIR       checkpoints, logs, metrics, and the export in hf/ (default: outputs/continued)
-#   SEQ_LENGTH MICRO_BATCH_SIZE GLOBAL_BATCH_SIZE LR MIN_LR WARMUP_STEPS TRAIN_STEPS   the recipe, or instead of them:
-#   PRESET           a preset of the same architecture, for its recipe
+#   SEQ_LENGTH MICRO_BATCH_SIZE GLOBAL_BATCH_SIZE LR MIN_LR WARMUP_STEPS TRAIN_STEPS   the recipe
+#   PRESET           take the recipe of this preset instead; it must have the same architecture
 #   TP PP VP CP EP   parallel sizes
 #   NPROC            processes on this node (default: its GPUs; 2 on the CPU)
-#   NNODES NODE_RANK MASTER_ADDR MASTER_PORT   several nodes; SLURM's own variables are read where these are not set
+#   NNODES NODE_RANK MASTER_ADDR MASTER_PORT   for several nodes (default: from SLURM's variables)
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # shellcheck source=tools/setup_environment.sh
@@ -40,7 +41,7 @@ pretrain_miniature() { # DIR: leaves a Hugging Face folder in DIR/hf
     local dir="$1"
     if [[ -s "$dir/hf/config.json" ]]; then return; fi
     build_demo_data "$dir/data" 4096
-    echo "== pretrain hammer-tiny, so that there is a model to continue"
+    echo "== pretrain hammer-tiny, because there is no model to continue yet"
     "$PYTHON" -m megatron_hammer.training.pretrain --preset hammer-tiny --platform cpu --save "$dir" \
         --train-data-path "$dir/data/train_text_document" --tokenizer-model "$dir/data/tokenizer.model" \
         --eval-iters 0 --train-iters "${PRETRAIN_STEPS:-30}" --lr-warmup-iters 5

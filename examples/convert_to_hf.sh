@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# A Megatron checkpoint to a Hugging Face model: look at it, export it, let it continue a text.
+# Convert a Megatron checkpoint to a Hugging Face model: inspect it, export it, and let it continue a text.
 #
 #   bash examples/convert_to_hf.sh [any flag of checkpoint_convert/megatron_to_hf.py]
 #
 # From the environment:
 #   CHECKPOINT       directory that training saved into, or one iteration of it (default: outputs/hammer-1b4 or
-#                    outputs/hammer-tiny, where examples/pretrain_hammer_1b4.sh saves; where neither is there, a few
-#                    steps of hammer-tiny are trained on text found on this machine)
+#                    outputs/hammer-tiny, where examples/pretrain_hammer_1b4.sh saves; if neither exists, a few steps of
+#                    hammer-tiny are trained on text found on this machine)
 #   OUTPUT_DIR       the Hugging Face folder (default: outputs/convert-to-hf/hf); an earlier export there is replaced
-#   TOKENIZER_MODEL  SentencePiece model or Hugging Face folder (default: the one that the checkpoint names)
+#   TOKENIZER_MODEL  SentencePiece model or Hugging Face folder (default: the one named in the checkpoint)
 #   PROMPT           text to continue (default: "def ")
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -30,9 +30,9 @@ find_checkpoint() {
     done
 }
 
-# train_demo DIR: a checkpoint at two tensor-parallel ranks, so that the export has something to put together
+# train_demo DIR: a checkpoint of two tensor-parallel ranks, so that the export has to join split tensors
 train_demo() {
-    echo "No checkpoint here: training 4 steps of hammer-tiny. Set CHECKPOINT to export your own."
+    echo "No checkpoint found: training 4 steps of hammer-tiny. Set CHECKPOINT to export your own."
     build_demo_data "$work_dir/data" 4096
     OMP_NUM_THREADS=1 "$PYTHON" -m megatron_hammer.training.launch --standalone --nproc-per-node 2 -- \
         --preset hammer-tiny --platform cpu --backend torch --tensor-model-parallel-size 2 --seq-length 128 \

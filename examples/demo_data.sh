@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Source this after tools/setup_environment.sh. `build_demo_data DIR VOCAB_SIZE` makes a corpus of text found on this
-# machine (Python's own library and documentation; no download), a tokenizer, and indexed data. What is there is kept.
+# machine (Python's own library and documentation; nothing is downloaded), a tokenizer, and indexed data. Files that
+# exist are kept.
 #   DIR/corpus.jsonl   DIR/valid.jsonl   DIR/tokenizer.model
 #   DIR/train_text_document.{bin,idx}   DIR/valid_text_document.{bin,idx}
 set -euo pipefail
@@ -11,8 +12,8 @@ build_demo_corpus() {
     mkdir -p "$dir"
     if [[ -s "$dir/corpus.jsonl" && -s "$dir/valid.jsonl" ]]; then return; fi
     echo "== corpus from text on this machine"
-    "$PYTHON" "$demo_root/tools/build_machine_corpus.py" --output "$dir/corpus.jsonl" --valid-output "$dir/valid.jsonl" \
-        --max-bytes "${CORPUS_BYTES:-8000000}"
+    "$PYTHON" "$demo_root/tools/build_machine_corpus.py" --output "$dir/corpus.jsonl" \
+        --valid-output "$dir/valid.jsonl" --max-bytes "${CORPUS_BYTES:-8000000}"
 }
 
 build_demo_tokenizer() {

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Source this after tools/setup_environment.sh. `count_gpus` prints how many GPUs this node has. `launch_training NPROC
-# FLAG...` trains in NPROC processes on this node, with what the environment says of sizes and nodes:
+# Source this after tools/setup_environment.sh. `count_gpus` prints the number of GPUs of this node. `launch_training
+# NPROC FLAG...` trains in NPROC processes on this node. Parallel sizes and nodes come from environment variables:
 #   TP PP VP CP EP                             parallel sizes
-#   NNODES NODE_RANK MASTER_ADDR MASTER_PORT   several nodes; SLURM's own variables are read where these are not set
+#   NNODES NODE_RANK MASTER_ADDR MASTER_PORT   for several nodes (default: from SLURM's variables)
 set -euo pipefail
 
 count_gpus() {

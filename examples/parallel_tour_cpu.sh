@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# One model, one starting checkpoint, the same data, under every parallel layout on CPU processes: the losses side by
-# side, and how far each layout strays from the single process. Fails where one strays too far (tools/compare_runs.py).
+# Train one model from one starting checkpoint on the same data under every parallel layout, on CPU processes. Prints
+# the losses side by side and the difference of each layout from the single process. Fails if a difference is too
+# large (tools/compare_runs.py).
 #
 #   bash examples/parallel_tour_cpu.sh [any megatron_hammer or Megatron flag, for every run]
 #
 # From the environment:
-#   STEPS        training steps of each run (default 6)
-#   LAYOUTS      which of the layouts below, in one string (default: all); single or moe-single must lead its model's
+#   STEPS        training steps of each run (default: 6)
+#   LAYOUTS      layouts from the list below, in one string (default: all). The first of each model must be single or
+#                moe-single, with which the others are compared
 #   OUTPUT_DIR   data, checkpoints, metrics and the output of each run (default: outputs/parallel-tour)
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -19,7 +21,7 @@ steps="${STEPS:-6}"
 output_dir="${OUTPUT_DIR:-$root/outputs/parallel-tour}"
 read -r -a layouts <<<"${LAYOUTS:-single tp2 tp2-sp pp2 pp2-vp2 dp2 tp2-pp2 moe-single moe-ep2}"
 extra=("$@")
-# Sums keep one order, and several processes share few cores.
+# One thread per process: sums keep one order, and several processes share few cores.
 export OMP_NUM_THREADS=1
 
 # train NAME PRESET NPROC FLAG...: one run, its output in OUTPUT_DIR/NAME/output.txt
@@ -37,7 +39,7 @@ train() {
     }
 }
 
-# make_start PRESET: a checkpoint of fresh weights, by one step with a learning rate of zero; once for each PRESET
+# make_start PRESET: a checkpoint of new weights, made by one step with a learning rate of zero; once for each PRESET
 declare -A has_start=()
 make_start() {
     local preset="$1"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Raw text to training data: drop duplicates, tokenize, verify, look, weigh. Each step is a tool that also stands alone;
-# docs/data.md explains them. What is complete is kept, and an unfinished step goes on where it was.
+# Turn raw text into training data: drop duplicates, tokenize, verify, inspect, blend. Each step is a tool of its own,
+# and docs/data.md explains them. Complete outputs are kept, and an unfinished step continues where it stopped.
 #
 #   bash examples/prepare_corpus.sh [any flag of tools/preprocess_data.py]
 #
@@ -13,9 +13,9 @@
 #   NEAR_DUPLICATES  1 drops documents that are almost equal, 0 only equal ones (default: 1)
 #   TEMPERATURE      weights of the blend ~ tokens^(1/T) (default: 1, by size)
 #   SPLIT            shares of training, validation and test (default: 98,2,0)
-#   TRAIN_TOKENS     the run to preview, such as 20B (default: 10M)
-#   SEQ_LENGTH       tokens a sample (default: 2048)
-#   WORKERS          encoding processes (default: one a core)
+#   TRAIN_TOKENS     length of the run to preview, such as 20B (default: 10M)
+#   SEQ_LENGTH       tokens per sample (default: 2048)
+#   WORKERS          encoding processes (default: one per core)
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # shellcheck source=tools/setup_environment.sh
@@ -30,7 +30,7 @@ mkdir -p "$output_dir"
 if [[ -z "${SOURCES:-}" || -z "${TOKENIZER_MODEL:-}" ]]; then
     build_demo_corpus "$output_dir/machine"
 fi
-# No globbing here: the tools expand patterns themselves.
+# The tools expand patterns themselves, so the shell must not.
 set -f
 read -r -a sources <<<"${SOURCES:-machine=$output_dir/machine/corpus.jsonl}"
 if [[ -z "${TOKENIZER_MODEL:-}" ]]; then

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Pretrain HammerLLM-1.4B on all GPUs of this node, or its miniature on the CPU where there is no GPU.
+# Pretrain HammerLLM-1.4B on all GPUs of this node, or a miniature of it on the CPU if there is no GPU.
 #
 #   bash examples/pretrain_hammer_1b4.sh [any megatron_hammer or Megatron flag]
 #
 # From the environment:
 #   DATA_PATH        prefixes of indexed data, "PREFIX" or "WEIGHT PREFIX WEIGHT PREFIX" (default: text on this machine)
-#   TOKENIZER_MODEL  the SentencePiece model or Hugging Face folder that made the data
+#   TOKENIZER_MODEL  SentencePiece model or Hugging Face folder with which the data was encoded
 #   OUTPUT_DIR       checkpoints, logs, metrics (default: outputs/hammer-1b4 or outputs/hammer-tiny)
 #   TP PP VP CP EP   parallel sizes (CPU default: TP=2)
 #   NPROC            processes on this node (default: its GPUs; 2 on the CPU)
-#   NNODES NODE_RANK MASTER_ADDR MASTER_PORT   several nodes; SLURM's own variables are read where these are not set
+#   NNODES NODE_RANK MASTER_ADDR MASTER_PORT   for several nodes (default: from SLURM's variables)
+#   PROMPT           text that the exported miniature continues (default: "def ")
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # shellcheck source=tools/setup_environment.sh
@@ -26,7 +27,7 @@ if ((num_gpus > 0)); then
     nproc="${NPROC:-$num_gpus}"
     num_demo_pieces=16000
 else
-    echo "No GPU here: training hammer-tiny, a miniature of hammer-1b4, on ${NPROC:-2} CPU processes."
+    echo "No GPU found: training hammer-tiny, a miniature of hammer-1b4, on ${NPROC:-2} CPU processes."
     preset=hammer-tiny
     nproc="${NPROC:-2}"
     num_demo_pieces=4096

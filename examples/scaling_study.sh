@@ -1,25 +1,27 @@
 #!/usr/bin/env bash
-# What this machine does, measured and laid over its projection; then what a cluster would do with hammer-1b4 and
-# Llama-3 70B. Ends with an HTML report of each.
+# Measure this machine and compare it with its projection, then project hammer-1b4 and Llama-3 70B on a cluster. Writes
+# an HTML report of each.
 #
 #   bash examples/scaling_study.sh [any megatron_hammer or Megatron flag, for every measured run]
 #
-# The sweep: operators are timed, short trainings of PRESET run on 1 and 2 CPU processes, the performance model is
-# calibrated on these alone, and then held against runs on 4 processes, which it has not seen.
+# The sweep times operators and runs short trainings of PRESET on 1 and 2 CPU processes. The performance model is
+# calibrated on these alone. Then its predictions are compared with runs on 4 processes, which it has not seen.
 #
 # From the environment:
-#   OUTPUT_DIR         everything that is made (default: outputs/scaling-study); what is there is kept
-#   PRESET             of the sweep (default: hammer-tiny)
-#   LAYOUTS            that the model is calibrated on (default: single,dp2,tp2,pp2)
-#   HELD_OUT_LAYOUTS   that it is judged by (default: dp4,tp2-dp2,pp2-dp2; - for none)
-#   STEPS              of each training (default: 15), of which WARMUP_STEPS are left out (default: 3)
-#   STATISTIC          of steps and operators: median, or fastest on a machine that does other work (default: median)
-#   SAMPLES_PER_RANK   of a step, so that the batch grows with the processes (default: 4)
-#   PROFILE_S          seconds an operator is timed (default: 0.2), with PROFILE_PROCESSES (default: 2)
-#   CPU_PROCESSES      numbers of processes that are projected (default: 1,2,4,8)
-#   STUDIES            presets that are projected (default: hammer-1b4 llama3-70b; - for none)
-#   STUDY_GPU          on which GPU (default: h100-sxm)
-#   STUDY_GPUS         on how many (default: 8,16,32,64,128,256,512,1024,2048,4096)
+#   OUTPUT_DIR         all outputs (default: outputs/scaling-study); finished runs there are kept
+#   PRESET             preset of the sweep (default: hammer-tiny)
+#   LAYOUTS            layouts for the calibration (default: single,dp2,tp2,pp2)
+#   HELD_OUT_LAYOUTS   layouts for the comparison (default: dp4,tp2-dp2,pp2-dp2; - for none)
+#   STEPS              steps of each training (default: 15)
+#   WARMUP_STEPS       first steps that are not measured (default: 3)
+#   STATISTIC          of steps and operators: median, or fastest on a busy machine (default: median)
+#   SAMPLES_PER_RANK   samples per step and process, so the batch grows with the processes (default: 4)
+#   PROFILE_S          seconds for which each operator is timed (default: 0.2)
+#   PROFILE_PROCESSES  processes that time collectives (default: 2)
+#   CPU_PROCESSES      numbers of processes to project (default: 1,2,4,8)
+#   STUDIES            presets to project on a cluster (default: hammer-1b4 llama3-70b; - for none)
+#   STUDY_GPU          GPU of that cluster (default: h100-sxm)
+#   STUDY_GPUS         numbers of GPUs (default: 8,16,32,64,128,256,512,1024,2048,4096)
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # shellcheck source=tools/setup_environment.sh
@@ -31,7 +33,7 @@ held_out_layouts="${HELD_OUT_LAYOUTS:-dp4,tp2-dp2,pp2-dp2}"
 statistic="${STATISTIC:-median}"
 samples_per_rank="${SAMPLES_PER_RANK:-4}"
 read -r -a studies <<<"${STUDIES:-hammer-1b4 llama3-70b}"
-# Sums keep one order, and several processes share few cores.
+# One thread per process: sums keep one order, and several processes share few cores.
 export OMP_NUM_THREADS=1
 machine=(--gpus-file "$output_dir/machine/gpus.toml" --clusters-file "$output_dir/machine/clusters.toml")
 mkdir -p "$output_dir"
@@ -66,7 +68,7 @@ if [[ "$held_out_layouts" != - ]]; then
     echo "== trainings that the calibration has not seen"
     measure "$output_dir/held-out" "$held_out_layouts" "$@"
     tail -n +2 "$output_dir/held-out/runs.csv" >>"$output_dir/runs.csv"
-    echo "== what the calibrated model says of them"
+    echo "== predictions of the calibrated model for them"
     study validate --runs "$output_dir/held-out/runs.csv" --coefficients "$coefficients" "${machine[@]}" \
         --output-dir "$output_dir/validation"
 fi

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All tests, on any machine: `bash tests/run.sh`. Arguments go to pytest: `bash tests/run.sh tests/contract -k readme`.
-# The first run makes .venv (a few minutes); later ones start at once.
+# The first run makes .venv, which takes a few minutes. Later runs start at once.
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

@@ -1,22 +1,24 @@
 #!/usr/bin/env bash
 # Print the path of a Python interpreter that has what this clone needs, making .venv if there is none.
-# Entry scripts get it by sourcing tools/setup_environment.sh; run this one alone to set up and nothing else.
+# Entry scripts source tools/setup_environment.sh, which calls this one. Run it alone to set up and do nothing else.
 #
-# The choice, first that fits:
-#   1. $PYTHON, python3 or python, if it already has everything (setup.py's ranges): used untouched, as in a container;
-#   2. .venv of this clone, if its set-up finished with the present setup.py and constraints.txt;
-#   3. a new or completed .venv: Python 3.12/3.13 found by running candidates, pip install -c constraints.txt -e .[dev].
-# A second set-up of the same .venv waits for the first (flock, where there is one).
+# The first of these that fits is chosen:
+#   1. $PYTHON, python3 or python, if it already has everything that setup.py asks for, as in a container. It is not
+#      changed;
+#   2. .venv of this clone, if its set-up finished with the current setup.py and constraints.txt;
+#   3. a new or completed .venv: a Python 3.12/3.13 is found by running candidates, then pip install -c constraints.txt
+#      -e .[dev].
+# A second set-up of the same .venv waits for the first, if the machine has flock.
 #
-# stdout: the absolute path, alone. stderr: one line for each thing done. Exit 2: not possible, and what to do.
+# stdout: only the absolute path. stderr: one line for each action. Exit code 2: impossible, with what to do instead.
 # PYTHON              an interpreter to try before all others
-# SETUP_EXTRAS        extras of setup.py, separated by spaces, that must be there too (default: none)
-# SETUP_SEARCH_DIRS   folders to look for Python in after PATH and pyenv, separated by spaces (default: below)
+# SETUP_EXTRAS        extras of setup.py that are needed too, separated by spaces (default: none)
+# SETUP_SEARCH_DIRS   folders in which Python is searched after PATH and pyenv, separated by spaces (default: below)
 set -euo pipefail
 shopt -s nullglob
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-cd "$root" # pyenv, for one, lets a file in the caller's folder choose the version
+cd "$root" # a file in the caller's folder may choose pyenv's version
 venv="$root/.venv"
 stamp_path="$venv/setup.stamp" # "installing" while an installation is under way, the fingerprint once it is complete
 log_path="$venv/setup.log"
@@ -49,8 +51,10 @@ use_interpreter_in_use() {
     for candidate in ${PYTHON:+"$PYTHON"} python3 python; do
         read -r version path < <(probe "$candidate") || continue
         [[ "$version" == 3.12.* || "$version" == 3.13.* ]] || continue
-        [[ "$path" != "$venv/"* ]] || continue # judged by its stamp, below
-        if missing="$(list_missing "$path" 2>/dev/null)"; then use "$path" "using $candidate, which has everything, untouched"; fi
+        [[ "$path" != "$venv/"* ]] || continue # its stamp decides, below
+        if missing="$(list_missing "$path" 2>/dev/null)"; then
+            use "$path" "using $candidate, which has everything, untouched"
+        fi
         if [[ -n "$missing" && "$missing" != torch[\>=\<]* ]]; then
             say "$candidate lacks ${missing//$'\n'/, }; leaving it alone." \
                 "To use it: $path -m pip install '${missing//$'\n'/"' '"}'"
@@ -61,7 +65,7 @@ use_interpreter_in_use() {
 is_venv_ready() {
     local stamp
     [[ -x "$venv/bin/python" ]] || return 1
-    # No stamp: somebody else made this .venv; what it holds decides.
+    # Without a stamp, somebody else made this .venv: its packages decide.
     stamp="$(cat "$stamp_path" 2>/dev/null)" || stamp="$(fingerprint)"
     [[ "$stamp" == "$(fingerprint)" ]] && list_missing "$venv/bin/python" &>/dev/null
 }
@@ -75,7 +79,7 @@ lock_venv() {
     flock 9
 }
 
-# 3.12 comes first because constraints.txt was tested there.
+# 3.12 comes first because constraints.txt was tested with it.
 list_candidates() {
     local name folder pyenv_root="${PYENV_ROOT:-${HOME:-/nonexistent}/.pyenv}"
     local default_folders="/usr/local/bin /usr/bin /opt/homebrew/bin /opt/python*/bin /opt/conda/bin /opt/*conda3/bin"
@@ -125,7 +129,7 @@ make_venv() {
 install_into_venv() {
     echo installing >"$stamp_path"
     say "installing into .venv with the versions of constraints.txt (several GB the first time; progress: tail -f $log_path)"
-    local metadata_dir # pip writes RECORD last: without it, an interruption left the package in pieces
+    local metadata_dir # pip writes RECORD last: a package without it was interrupted
     for metadata_dir in "$venv"/lib/python*/site-packages/*.dist-info; do
         if [[ ! -e "$metadata_dir/RECORD" ]]; then rm -rf "$metadata_dir"; fi
     done
@@ -145,7 +149,7 @@ install_into_venv() {
 
 use_interpreter_in_use
 if is_venv_ready; then use "$venv/bin/python" "using .venv"; fi
-unset PYTHONPATH # what it shows must not count as installed in .venv
+unset PYTHONPATH # its packages must not count as installed in .venv
 lock_venv
 if is_venv_ready; then use "$venv/bin/python" "using .venv"; fi
 if [[ "$(probe "$venv/bin/python")" == 3.1[23].* ]]; then

@@ -5,12 +5,12 @@
 #   root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 #   # shellcheck source=tools/setup_environment.sh
 #   source "$root/tools/setup_environment.sh"        # where pytest is needed: SETUP_EXTRAS=dev source ...
-#   "$PYTHON" -m torch.distributed.run ...           # rather than torchrun: surely the same interpreter
+#   "$PYTHON" -m torch.distributed.run ...           # not torchrun, which may belong to another interpreter
 #
-# To be sourced by bash, from any folder. It finds or makes the interpreter (tools/find_or_make_python.sh says how),
-# then exports PYTHON (its absolute path), puts this clone first on PYTHONPATH and, where .venv was chosen, .venv/bin
-# first on PATH. It takes no arguments, prints nothing on stdout, and leaves the caller's options, folder and "$@"
-# alone, so it sets no `set -euo pipefail` of its own. On failure it returns 2: under `set -e` the caller ends with 2.
+# To be sourced by bash, from any folder. It finds or makes the interpreter (see tools/find_or_make_python.sh). Then it
+# exports PYTHON (its absolute path), puts this clone first on PYTHONPATH and, if .venv was chosen, .venv/bin first on
+# PATH. It takes no arguments and prints nothing on stdout. It changes neither the caller's options nor the folder nor
+# "$@", so it does not contain `set -euo pipefail`. On failure it returns 2, which ends a caller that uses `set -e`.
 
 _hammer_root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 PYTHON="$(bash "$_hammer_root/tools/find_or_make_python.sh")" || {
