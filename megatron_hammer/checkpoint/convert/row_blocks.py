@@ -6,7 +6,6 @@ and compared costs little more than `cp`. Layouts that transpose, and tensors cu
 `weight_export.py` moves them whole.
 """
 
-import itertools
 import math
 import os
 import threading
@@ -18,11 +17,10 @@ from io import FileIO
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.hugging_face.tensor_rows import TensorPair
+from megatron_hammer.checkpoint.convert.proofs import TensorProof
 from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal, is_finite
 from megatron_hammer.checkpoint_files.safetensors.shard_writer import WrittenTensor, write_at
 from megatron_hammer.checkpoint_files.torch_dist.reader import TorchDistReader
-from megatron_hammer.model.shape import ModelShape
 
 BLOCK_BYTES = 1 << 19
 
@@ -43,37 +41,6 @@ class RowRange:
         num_shared = min(first_row + num_rows, self.first_row + self.num_rows) - first
         start = self.start + (first - self.first_row) * self.row_bytes
         return replace(self, first_row=first, num_rows=num_shared, start=start) if num_shared > 0 else None
-
-
-@dataclass(frozen=True, slots=True)
-class CopyResult:
-    """is_equal: everything read back from the target as it was meant."""
-
-    is_finite: bool
-    is_equal: bool
-
-
-def find_row_runs(pair: TensorPair, model: ModelShape) -> list[list[tuple[int, int]]] | None:
-    """For every Hugging Face tensor of `pair` the runs (first row, number of rows) of Megatron rows it is made of.
-
-    None if the layout does more than reorder rows, or its inverse does not bring every row back.
-    """
-    shape = pair.megatron_shape
-    numbers = torch.arange(shape[0]).view(-1, *[1] * (len(shape) - 1))
-    parts = pair.layout.split(numbers, model)
-    for part, hf_shape in zip(parts, pair.hf_shapes, strict=True):
-        if part.shape != (len(part), *numbers.shape[1:]) or hf_shape != (len(part), *shape[1:]):
-            return None
-    if not torch.equal(pair.layout.merge(parts, model), numbers):
-        return None
-    return [_find_runs(part.reshape(-1)) for part in parts]
-
-
-def _find_runs(numbers: Tensor) -> list[tuple[int, int]]:
-    """[4, 5, 6, 0, 1] -> [(4, 3), (0, 2)]."""
-    breaks = (torch.nonzero(numbers.diff() != 1).view(-1) + 1).tolist()
-    edges = [0, *breaks, len(numbers)]
-    return [(int(numbers[first]), last - first) for first, last in itertools.pairwise(edges)]
 
 
 def find_stored_rows(reader: TorchDistReader, name: str, files: ExitStack) -> list[RowRange] | None:
@@ -123,7 +90,7 @@ def copy_rows(
     *,
     stored_dtype: torch.dtype,
     dtype: torch.dtype,
-) -> CopyResult:
+) -> TensorProof:
     """Write the rows of `runs`, one after the other, to `target` in `dtype`, and compare what the file then holds.
 
     source: every row of the tensor once, in order. Raises EOFError if a file ends before its rows do.
@@ -139,11 +106,11 @@ def copy_rows(
             read_back = _blocks.read_back[: block.nbytes]
             is_whole = os.preadv(target.file.fileno(), [memoryview(read_back.numpy())], position) == block.nbytes
             if not is_whole or not is_bitwise_equal(read_back.view(dtype), block):
-                return CopyResult(are_finite, False)
+                return TensorProof(are_finite, False)
             first_byte += num_elements * stored_dtype.itemsize
             position += block.nbytes
             left -= num_elements
-    return CopyResult(are_finite, True)
+    return TensorProof(are_finite, True)
 
 
 def _read(file: FileIO, start: int, num_bytes: int) -> Tensor:

@@ -1,13 +1,11 @@
 """Megatron's checkpoint to a complete Hugging Face folder, verified before it gets its name.
 
-The path: open the checkpoint, choose the family, compare every name and shape, write into `<out>.partial` tensor by
-tensor, each proved as soon as it is written (weight_export.py), let both models compute the same text
-(verification/verify.py), rename. A failure leaves nothing; config.json comes last, so that even a killed conversion
-leaves nothing that loads.
+The path: open the checkpoint, choose the family, compare every name and shape, move every tensor and prove it
+(weight_export.py), compare what both models compute (verification/verify_conversion.py), rename the folder into place.
+A failure leaves nothing. config.json is written last, so that after a kill the partial folder does not load.
 """
 
 import json
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +15,12 @@ from typing import Any
 
 import torch
 
+from megatron_hammer.checkpoint.convert.proofs import (
+    DTYPES,
+    require_free_space,
+    require_ids_in_vocabulary,
+    require_passed,
+)
 from megatron_hammer.checkpoint.convert.weight_export import write_verified_weights
 from megatron_hammer.checkpoint.hugging_face.config_json import build_config, build_generation_config
 from megatron_hammer.checkpoint.hugging_face.families.catalogue import select_family
@@ -33,7 +37,6 @@ from megatron_hammer.errors import ConversionError
 from megatron_hammer.files.publish import publish_directory
 from megatron_hammer.model.shape import ModelShape
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000  # transformers' own
 
 
@@ -111,7 +114,7 @@ def export_to_hugging_face(
     started_at_s = time.monotonic()
     _validate_target(options)
     plan = _plan_export(options)
-    _validate_free_space(options.save_dir, plan.num_bytes)
+    require_free_space(options.save_dir, plan.num_bytes)
     with publish_directory(options.save_dir, overwrite=options.overwrite) as partial_dir:
         tokenizer, notes = _export_tokenizer(options, plan, partial_dir, on_progress)
         config = _write_descriptions(partial_dir, plan, tokenizer)
@@ -185,16 +188,6 @@ def _validate_target(options: ExportOptions) -> None:
         )
 
 
-def _validate_free_space(save_dir: Path, num_bytes: int) -> None:
-    existing = next(parent for parent in save_dir.absolute().parents if parent.exists())
-    free_bytes = shutil.disk_usage(existing).free
-    if free_bytes < num_bytes:
-        raise ConversionError(
-            f"{save_dir}: disk must have {num_bytes:,} bytes free for the weights, got {free_bytes:,}. "
-            "Free space, or choose another --save."
-        )
-
-
 def _select_dtype(requested: str | None, reader: CheckpointReader) -> torch.dtype:
     """The requested dtype, or that of the widest stored tensor."""
     if requested is not None:
@@ -220,11 +213,12 @@ def _export_tokenizer(
 
     on_progress("tokenizer", 0, 1)
     tokenizer = export_tokenizer(path, target_dir, max_length=plan.model.max_position_embeddings)
-    if tokenizer.vocab_size > plan.model.vocab_size:
-        raise ConversionError(
-            f"{path}: tokenizer must not have more ids than the model, got {tokenizer.vocab_size} ids, "
-            f"vocab_size={plan.model.vocab_size}. Pass the tokenizer that the model was trained with."
-        )
+    require_ids_in_vocabulary(
+        path,
+        num_ids=tokenizer.vocab_size,
+        vocab_size=plan.model.vocab_size,
+        remedy="Pass the tokenizer that the model was trained with.",
+    )
     on_progress("tokenizer", 1, 1)
     return tokenizer, ()
 
@@ -304,14 +298,10 @@ def _compare_models(
             iteration=options.iteration,
             weights=options.weights,
         )
-    failed = [row for row in rows if row.is_passed is False]
-    if failed:
-        raise ConversionError(
-            *(
-                f"{options.load_dir}: transformers must compute what Megatron does, got {row.check}: {row.result}. "
-                "Nothing was written; this is a defect of the mapping, and --verify tensors exports all the same."
-                for row in failed
-            )
-        )
+    require_passed(
+        rows,
+        requirement=f"{options.load_dir}: transformers must compute what Megatron does",
+        consequence="Nothing was written; this is a defect of the mapping, and --verify tensors exports all the same.",
+    )
     on_progress("computing with both models", 1, 1)
     return rows

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from megatron_hammer.checkpoint.convert.row_blocks import CopyResult, copy_rows, find_row_runs, find_stored_rows
+from megatron_hammer.checkpoint.convert.proofs import TensorProof, find_row_runs, join_proofs, list_faults
+from megatron_hammer.checkpoint.convert.row_blocks import copy_rows, find_stored_rows
 from megatron_hammer.checkpoint.hugging_face.tensor_rows import TensorPair
 from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal, is_finite
 from megatron_hammer.checkpoint_files.checkpoint_reader import CheckpointReader
@@ -69,24 +70,20 @@ def _write_pair(
     writer: ShardWriter, pair: TensorPair, model: ModelShape, reader: CheckpointReader, dtype: torch.dtype
 ) -> list[str]:
     """Write one Megatron tensor as its Hugging Face tensors; returns a sentence for each thing wrong with it."""
-    result = _copy_rows_of(writer, pair, model, reader, dtype) or _write_whole(writer, pair, model, reader, dtype)
-    problems = []
-    if not result.is_finite:
-        problems.append(
-            f"{pair.megatron_name}: weights must be finite in {str(dtype).removeprefix('torch.')}, got NaN or infinity "
-            f"in {reader.directory}. Export an earlier iteration, or another --dtype."
-        )
-    if not result.is_equal:
-        problems.append(
-            f"{pair.megatron_name}: what was written must read back equal to the checkpoint, got a difference. "
-            "Check the disk; if it is sound, this is a defect of the converter."
-        )
-    return problems
+    proof = _copy_rows_of(writer, pair, model, reader, dtype) or _write_whole(writer, pair, model, reader, dtype)
+    return list_faults(
+        pair.megatron_name,
+        proof,
+        dtype=dtype,
+        source=reader.directory,
+        target=writer.directory,
+        remedy="Export an earlier iteration",
+    )
 
 
 def _copy_rows_of(
     writer: ShardWriter, pair: TensorPair, model: ModelShape, reader: CheckpointReader, dtype: torch.dtype
-) -> CopyResult | None:
+) -> TensorProof | None:
     """Move it row by row; None, with nothing written, where its layout or its place in the checkpoint is another."""
     if not isinstance(reader, TorchDistReader):
         return None
@@ -99,16 +96,15 @@ def _copy_rows_of(
             return None
         stored_dtype = reader.tensors[pair.megatron_name].dtype
         targets = [writer.take(*named, dtype) for named in zip(pair.hf_names, pair.hf_shapes, strict=True)]
-        results = [
+        return join_proofs(
             copy_rows(rows, part_runs, target, stored_dtype=stored_dtype, dtype=dtype)
             for part_runs, target in zip(runs, targets, strict=True)
-        ]
-    return CopyResult(all(result.is_finite for result in results), all(result.is_equal for result in results))
+        )
 
 
 def _write_whole(
     writer: ShardWriter, pair: TensorPair, model: ModelShape, reader: CheckpointReader, dtype: torch.dtype
-) -> CopyResult:
+) -> TensorProof:
     """Write it through the layout itself, and its inverse in proof."""
     is_large = math.prod(pair.megatron_shape) * dtype.itemsize > _MAX_SHARED_BYTES
     with _large_tensor if is_large else nullcontext():
@@ -117,4 +113,4 @@ def _write_whole(
         written = [writer.write(hf_name, part) for hf_name, part in zip(pair.hf_names, parts, strict=True)]
         is_on_disk = all(place.holds(part) for place, part in zip(written, parts, strict=True))
         is_equal = is_on_disk and is_bitwise_equal(pair.layout.merge(parts, model), source)
-        return CopyResult(is_finite(source), is_equal)
+        return TensorProof(is_finite(source), is_equal)

@@ -79,14 +79,14 @@ class ShardWriter:
     """
 
     def __init__(self, directory: Path, shards: Sequence[ShardFile], *, dtype: torch.dtype):
-        self._directory = directory
+        self.directory = directory
         self._shards = shards
         self._dtype = dtype
         self._places: dict[str, tuple[tuple[int, ...], WrittenTensor]] = {}  # of what is still to come
 
     def __enter__(self) -> "ShardWriter":
         for shard in self._shards:
-            file = FileIO(self._directory / shard.file_name, "w+")
+            file = FileIO(self.directory / shard.file_name, "w+")
             sizes = [math.prod(shape) * self._dtype.itemsize for shape in shard.shapes.values()]
             described = zip(shard.shapes, itertools.repeat(DTYPE_NAMES[self._dtype]), shard.shapes.values(), sizes)
             header = build_header(described, {"format": "pt"})
@@ -105,7 +105,7 @@ class ShardWriter:
             if self._places:
                 raise ValueError(f"{', '.join(self._places)} was planned and never written")
             if len(self._shards) > 1:
-                _write_index(self._directory, self._shards, self._dtype)
+                _write_index(self.directory, self._shards, self._dtype)
 
     def write(self, name: str, tensor: Tensor) -> WrittenTensor:
         """Write a planned tensor, once."""

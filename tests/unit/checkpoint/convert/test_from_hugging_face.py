@@ -4,17 +4,19 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from megatron_hammer.checkpoint.convert import from_hugging_face as import_hf
+from megatron_hammer.checkpoint.convert import weight_import
 from megatron_hammer.checkpoint.convert.from_hugging_face import ImportOptions, import_from_hugging_face
 from megatron_hammer.checkpoint.convert.to_hugging_face import ExportOptions, export_to_hugging_face
 from megatron_hammer.checkpoint.hugging_face.config_json import interpret_config
 from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_dropout, read_saved_model
-from megatron_hammer.checkpoint.hugging_face.tensor_layouts import GATE_UP, QKV, TRANSPOSED, TensorLayout
+from megatron_hammer.checkpoint.hugging_face.tensor_layouts import GATE_UP, QKV, TensorLayout
 from megatron_hammer.checkpoint.verification.verdicts import CheckRow
 from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
 from megatron_hammer.checkpoint_files.torch_dist.store import TorchDistStore
@@ -54,7 +56,7 @@ def assert_equal(first, second):
 
 @pytest.mark.parametrize("max_chunk_bytes", [700, 1 << 20])
 def test_the_folder_comes_back_bit_for_bit(folder, monkeypatch, max_chunk_bytes):
-    monkeypatch.setattr(import_hf, "MAX_CHUNK_BYTES", max_chunk_bytes)
+    monkeypatch.setattr(weight_import, "MAX_CHUNK_BYTES", max_chunk_bytes)
     weights = write_toy_folder(folder)
     progress = []
     options = ImportOptions(hf_dir=folder, save_dir=folder.with_name("save"), verify="tensors")
@@ -199,16 +201,6 @@ def test_an_unsupported_config_is_refused(folder):
     assert_refused(folder, "model_type: must be one of ")
 
 
-@pytest.mark.parametrize("layout, rows", [(QKV, (24, 8, 8)), (GATE_UP, (20, 20))])
-def test_only_parts_that_lie_one_under_the_other_are_written_without_merging(layout, rows):
-    model, _ = interpret_config(LLAMA_CONFIG)
-    assert import_hf._stacks_rows(layout, rows, model) == (layout is GATE_UP)
-    assert import_hf._stacks_rows(QKV, (12, 4, 4), dataclasses.replace(model, num_query_groups=1))
-    assert not import_hf._stacks_rows(TRANSPOSED, (20,), model)
-    swapped = TensorLayout(split=GATE_UP.split, merge=lambda parts, model: GATE_UP.merge(parts[::-1], model))
-    assert not import_hf._stacks_rows(swapped, (20, 20), model)
-
-
 @pytest.mark.parametrize("broken, name", [(QKV, QKV_NAMES[1]), (GATE_UP, "model.layers.1.mlp.gate_proj.weight")])
 def test_a_layout_whose_inverse_is_wrong_is_noticed(folder, monkeypatch, broken, name):
     """Merging in another order than splitting: k for v, and up for gate."""
@@ -287,7 +279,7 @@ def test_the_tokenizer_comes_along(folder, tmp_path):
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused_before_the_weights(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(import_hf, "_convert_weights", None)
+    monkeypatch.setattr(import_hf, "write_verified_weights", None)
     tokenizer = train_toy_tokenizer(tmp_path)
     write_toy_folder(folder)
     assert_refused(folder, "must not have more ids than the model, got .* ids, vocab_size=53", tokenizer_path=tokenizer)
@@ -297,7 +289,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused_before_the_weights(folder, tmp
 
 def test_a_disk_that_is_too_small_is_said_first(folder, monkeypatch):
     write_toy_folder(folder)
-    monkeypatch.setattr(import_hf.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     assert_refused(folder, r"disk must have 23,280 bytes free for the weights, got 1,000. Free space")
 
 

@@ -7,36 +7,18 @@ import pytest
 import torch
 
 from megatron_hammer.checkpoint.convert import row_blocks as row_copy
-from megatron_hammer.checkpoint.convert.row_blocks import copy_rows, find_row_runs, find_stored_rows
+from megatron_hammer.checkpoint.convert.proofs import find_row_runs
+from megatron_hammer.checkpoint.convert.row_blocks import copy_rows, find_stored_rows
 from megatron_hammer.checkpoint.hugging_face.families.catalogue import select_family
 from megatron_hammer.checkpoint.hugging_face.family import expand
 from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
 from megatron_hammer.checkpoint_files.safetensors.shard_writer import ShardWriter, plan_shards
 from megatron_hammer.checkpoint_files.torch_dist.reader import TorchDistReader
-from tests.helpers.toy_checkpoint import GPT2_ARGUMENTS, toy_arguments, toy_llama_tensors, write_toy_checkpoint
+from tests.helpers.toy_checkpoint import toy_arguments, toy_llama_tensors, write_toy_checkpoint
 
 MODEL = read_saved_model(toy_arguments())
 PAIRS = {pair.megatron_name: pair for pair in expand(select_family(MODEL), MODEL)}
 QKV, FC1 = (f"decoder.layers.1.{name}.weight" for name in ("self_attention.linear_qkv", "mlp.linear_fc1"))
-
-
-def test_a_layout_says_which_rows_go_where():
-    # two groups, each of three query heads, a key and a value of four rows
-    assert find_row_runs(PAIRS[QKV], MODEL) == [[(0, 12), (20, 12)], [(12, 4), (32, 4)], [(16, 4), (36, 4)]]
-    assert find_row_runs(PAIRS[FC1], MODEL) == [[(0, 20)], [(20, 20)]]
-    assert find_row_runs(PAIRS["decoder.final_layernorm.weight"], MODEL) == [[(0, 24)]]
-
-
-def test_what_transposes_or_loses_rows_moves_no_rows():
-    gpt2 = read_saved_model(toy_arguments(**GPT2_ARGUMENTS))
-    runs = {pair.megatron_name: find_row_runs(pair, gpt2) for pair in expand(select_family(gpt2), gpt2)}
-    assert runs["decoder.layers.1.mlp.linear_fc2.weight"] is runs[QKV] is None
-    assert runs["decoder.layers.1.self_attention.linear_qkv.bias"] == [
-        [*((first, 4) for first in range(0, 72, 12)), *((first, 4) for first in range(4, 72, 12))]
-        + [(first, 4) for first in range(8, 72, 12)]
-    ]
-    layout = dataclasses.replace(PAIRS[FC1].layout, split=lambda tensor, _: (tensor[:20], tensor[:20]))
-    assert find_row_runs(dataclasses.replace(PAIRS[FC1], layout=layout), MODEL) is None
 
 
 @pytest.mark.parametrize("num_chunks", [1, 3])

@@ -187,7 +187,7 @@ def test_master_weights_are_exported_in_fp32_or_as_asked(tmp_path):
 
 
 def test_a_disk_that_is_too_small_is_said_before_anything_is_written(options, monkeypatch):
-    monkeypatch.setattr(export.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     with pytest.raises(ConversionError, match=r"hf: disk must have 46,560 bytes free for the weights, got 1,000"):
         export_to_hugging_face(options)
     assert_nothing_was_left(options)
