@@ -116,6 +116,8 @@ def check_docker_command(words: list[str], command: str) -> None:
 
 
 def check_hammer_command(words: list[str], command: str) -> None:
+    if words == ["--help"]:
+        return
     name = next(
         (row.name.split() for row in HAMMER_COMMANDS if words[: row.name.count(" ") + 1] == row.name.split()), None
     )
