@@ -7,6 +7,7 @@ Only what stays on the screen is drawn: of a line that the program overwrote, th
 """
 
 import argparse
+import io
 import re
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 WIDTH = 112
-MAX_LINES = 46  # of the picture; what is longer loses lines in its middle
+MAX_LINES = 60  # of the picture; a longer one loses lines in its middle
 
 
 def read_screen(recording: bytes) -> list[str]:
@@ -47,7 +48,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--title", default="bash examples/pretrain_hammer_1b4.sh")
     arguments = parser.parse_args()
-    console = Console(record=True, width=WIDTH, file=open("/dev/null", "w"), force_terminal=True)
+    console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True)
     for line in shorten(read_screen(arguments.recording.read_bytes())):
         console.print(Text.from_ansi(line), overflow="ellipsis", no_wrap=True)
     console.save_svg(str(arguments.output), title=arguments.title)
