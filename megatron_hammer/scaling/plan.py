@@ -1,6 +1,6 @@
-"""The types of a projection: the machine, the run that is planned on it, and what is predicted of a step.
+"""The types of a projection: the machine, the run that is planned on it, and the predicted time of its step.
 
-`catalogue.py` reads GPUs and clusters from data files, `step_time.py` predicts, `search.py` looks for the best plan.
+`hardware/catalogue.py` reads GPUs and clusters, `cost/step_time.py` predicts, `search/search.py` finds the best plan.
 """
 
 import math
@@ -27,12 +27,12 @@ Sharding = Literal["none", "distributed_optimizer", "fsdp"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
-    """One accelerator as its data sheet has it: dense peaks (no sparsity), None where it lacks the format."""
+    """One accelerator as in its data sheet. Peaks are dense (no sparsity), and None for a format that it lacks."""
 
     name: str
     source: Text
     aliases: tuple[Text, ...] = ()  # other spellings, as published tables and torch.cuda write them
-    fp32_tflops: PositiveFloat  # TF32 where there is one
+    fp32_tflops: PositiveFloat  # TF32 if the GPU has it
     fp16_tflops: PositiveFloat
     bf16_tflops: PositiveFloat | None = None
     fp8_tflops: PositiveFloat | None = None
@@ -50,14 +50,14 @@ class Cluster:
     source: Text
     gpu: Text  # name of what it is usually built of
     gpus_per_node: PositiveInt
-    nvlink_domain_size: PositiveInt  # GPUs that reach one another at nvlink_bytes_per_s; 72 in an NVL72 rack
+    nvlink_domain_size: PositiveInt  # GPUs that are connected at nvlink_bytes_per_s; 72 in an NVL72 rack
     nvlink_bytes_per_s: PositiveFloat
     nvlink_latency_s: NonNegativeFloat
     network_bytes_per_s: PositiveFloat
     network_latency_s: NonNegativeFloat
     leaf_size: NonNegativeInt = 0  # GPUs under one leaf of the fat tree (a rail group); 0: one flat network
     spine_oversubscription_ratio: AtLeastOne = 1.0  # 2: half the bandwidth between leaves
-    cpu_power_w_per_node: NonNegativeFloat = 0.0  # everything of a node but its GPUs
+    cpu_power_w_per_node: NonNegativeFloat = 0.0  # of everything in a node except its GPUs
     power_usage_effectiveness: AtLeastOne = 1.0
     usd_per_gpu_hour: NonNegativeFloat | None = None
     # Processes of a node that compute at full speed at once; None: all. On CPU hosts it is the number of cores.
@@ -66,7 +66,7 @@ class Cluster:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """One training run to be predicted. Data-parallel size and Megatron's other sizes are in `layout`."""
+    """One training run to be predicted. The data-parallel size and the other parallel sizes are in `layout`."""
 
     model: ModelShape
     layout: ParallelLayout
@@ -83,7 +83,7 @@ class Plan:
     overlaps_grad_reduce: bool = True
     overlaps_param_gather: bool = True
     overlaps_tensor_parallel: bool = False  # --tp-comm-overlap
-    gradient_bytes: int = 4  # an element on its way through the reduction
+    gradient_bytes: int = 4  # of one element in the reduction
     vocab_divisible_by: int = 128
 
     @property
@@ -97,14 +97,14 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepTime:
-    """Seconds of one step on its critical path: communication only as far as nothing hides it."""
+    """Seconds of one step on its critical path; of communication only the part that is not hidden."""
 
     matmul_s: float
     attention_s: float
     pointwise_s: float  # norms, activations, rotary, dropout, residuals: bound by memory
     embedding_and_loss_s: float
     recompute_s: float
-    overhead_s: float  # launches and host work that the device waits for
+    overhead_s: float  # kernel launches and host work that the device waits for
     tensor_parallel_s: float
     context_parallel_s: float
     expert_parallel_s: float
@@ -113,7 +113,7 @@ class StepTime:
     data_parallel_s: float
     optimizer_s: float
     jitter_s: float
-    low_s: float  # the band about total_s that 80 % of measured steps fall into
+    low_s: float  # low_s to high_s: the band around total_s that contains 80 % of measured steps
     high_s: float
 
     @property

@@ -20,7 +20,7 @@ SHIPPED_PATH = Path(__file__).parent / "coefficients.toml"
 
 
 class Prior(NamedTuple):
-    """What is believed of a coefficient before any run is seen; `spread` is a standard deviation of its logarithm."""
+    """What is known about a coefficient before any run; `spread` is the standard deviation of its logarithm."""
 
     value: float
     low: float
@@ -37,12 +37,12 @@ class GpuCoefficients:
     gemm_4bit_ratio: PositiveFloat
     attention_ratio: PositiveFloat  # of the 16-bit peak, in flash attention over a long sequence
     memory_ratio: PositiveFloat  # of the memory bandwidth, in kernels bound by it
-    kernel_s: PositiveFloat  # between two kernels on the device; on a CPU all that Python does for one
-    num_multiprocessors: PositiveInt  # a fact: tiles of a matrix product that run at once
+    kernel_s: PositiveFloat  # between two kernels on the device; on a CPU, all the Python work for one kernel
+    num_multiprocessors: PositiveInt  # a fact, not fitted: tiles of a matrix product that run at once
 
 
-# What large products are known to reach on A100 (250 to 260 of 312) and H100 at 700 W (690 to 740 of 989) leaves little
-# room for their ratios; what the other ratios are is known less well.
+# Large matrix products are known to reach 250 to 260 of 312 TFLOP/s on A100, and 690 to 740 of 989 on H100 at 700 W, so
+# the spread of these ratios is small. The other ratios are known less well.
 GPU_PRIORS: dict[str, dict[str, Prior]] = {
     "volta": {
         "gemm_ratio": Prior(0.75, 0.4, 0.95, 0.15),
@@ -77,7 +77,8 @@ GPU_PRIORS: dict[str, dict[str, Prior]] = {
         "kernel_s": Prior(3e-6, 5e-7, 1.5e-5, 0.3),
     },
 }
-# By name, not by generation: one core of a CPU, which runs every operator as Python reaches it.
+# By the GPU's name, not by generation: one core of a CPU. It runs each operator when Python calls it, so nothing of the
+# host's work is hidden.
 GPU_PRIORS["cpu-core"] = {
     "gemm_ratio": Prior(0.6, 0.02, 1.5, 0.7),
     "gemm_8bit_ratio": Prior(0.5, 0.02, 1.0, 0.01),
@@ -87,8 +88,8 @@ GPU_PRIORS["cpu-core"] = {
     "kernel_s": Prior(6e-5, 1e-6, 1e-3, 0.7),
 }
 NUM_MULTIPROCESSORS = {"volta": 80, "ampere": 108, "hopper": 132, "blackwell": 148, "cpu-core": 1}
-# Watts of the board for one dense 16-bit TFLOP/s, of the GPU that a generation's ratios are about: V100 SXM2, A100 SXM,
-# H100 SXM, GB200.
+# Watts of the board per dense 16-bit TFLOP/s of the GPU that a generation's ratios describe: V100 SXM2, A100 SXM, H100
+# SXM and GB200, from their data sheets.
 REFERENCE_WATTS = {"volta": 300 / 125, "ampere": 400 / 312, "hopper": 700 / 989, "blackwell": 1200 / 2500}
 
 PRIORS: dict[str, Prior] = {
@@ -112,15 +113,15 @@ PRIORS: dict[str, Prior] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Coefficients:
-    """All coefficients and where they come from. Compared by identity, so that it is a cheap key of a cache."""
+    """All coefficients, and the runs they were fitted to. Compared by identity, which makes it a cheap cache key."""
 
     gpus: Mapping[str, GpuCoefficients]  # by generation, or by the name of one GPU
-    gemm_fill_waves: PositiveFloat  # waves of tiles lost in filling and emptying the multiprocessors, a matrix product
+    gemm_fill_waves: PositiveFloat  # waves of tiles lost per matrix product, to fill and empty the multiprocessors
     gemm_epilogue_ratio: PositiveFloat  # of the time to write a matrix product's result that nothing hides
     attention_fill_tokens: PositiveFloat  # sequence length at which flash attention reaches half its speed
     power_exponent: PositiveFloat  # speed of products over the board's watts per peak TFLOP/s, in one generation
-    host_s: PositiveFloat  # of the host to launch one kernel, with all that Python does for it
-    step_s: PositiveFloat  # of the host, once a step
+    host_s: PositiveFloat  # of the host to launch one kernel, including all Python work for it
+    step_s: PositiveFloat  # of the host, once per step
     nvlink_ratio: PositiveFloat  # of the bandwidth inside a domain that a large collective reaches
     network_ratio: PositiveFloat
     collective_s: PositiveFloat  # to start a collective, besides the latency of the wires
@@ -129,17 +130,17 @@ class Coefficients:
     context_exposed_ratio: PositiveFloat  # of the exchange of keys and values at least
     pipeline_exposed_ratio: PositiveFloat  # of the exchange between interleaved stages
     fsdp_exposed_ratio: PositiveFloat  # of gathers and reductions by layer at least: they slow what runs beside them
-    jitter_ratio: PositiveFloat  # of the step's time, each time the number of nodes grows e-fold
+    jitter_ratio: PositiveFloat  # of the step's time, each time the number of nodes grows by a factor of e
     band_ratio: Mapping[str, float] = field(default_factory=lambda: {"default": 0.2})  # exp(+-) holds 80 %, by class
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def select_gpu(self, gpu: Gpu) -> GpuCoefficients:
-        """Those of this very GPU where it was calibrated, else of its generation."""
+        """The coefficients of this GPU if it was calibrated, otherwise those of its generation."""
         return self.gpus.get(gpu.name) or self.gpus[select_generation(gpu)]
 
 
 def select_generation(gpu: Gpu) -> str:
-    """The generation by the formats that a GPU multiplies in: fp4 Blackwell, fp8 Hopper (and Ada), bf16 Ampere."""
+    """The generation, from the formats that a GPU multiplies in: fp4 Blackwell, fp8 Hopper (and Ada), bf16 Ampere."""
     if gpu.fp4_tflops:
         return "blackwell"
     if gpu.fp8_tflops:
@@ -152,7 +153,7 @@ GPU_NAMES = tuple(GPU_PRIORS["ampere"])
 
 
 def build_prior_coefficients() -> Coefficients:
-    """What the model believes before it has seen a run."""
+    """The coefficients before any run: the value of every prior."""
     gpus = {
         generation: GpuCoefficients(
             **{name: prior.value for name, prior in priors.items()},
@@ -245,7 +246,7 @@ def format_coefficients(coefficients: Coefficients) -> str:
 
 
 def save_coefficients(coefficients: Coefficients, path: Path) -> None:
-    """Write a coefficients file whole."""
+    """Write a coefficients file; an incomplete file never gets this name."""
     publish_files({path: format_coefficients(coefficients)})
 
 
@@ -254,7 +255,7 @@ def _format_number(value: float) -> str:
 
 
 def _format_value(value: Any) -> str:
-    """A TOML value: JSON's strings, numbers and lists are TOML's; long lists get a line an entry."""
+    """A TOML value. JSON's strings, numbers and lists are valid TOML. A long list gets one line per entry."""
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, list | tuple) and len(value) > 6:

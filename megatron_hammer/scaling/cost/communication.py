@@ -2,8 +2,8 @@
 
 Alpha-beta costs of rings (Thakur et al. 2005; NCCL's ring and tree algorithms): a reduce-scatter or all-gather of B
 bytes over n ranks moves B * (n - 1) / n through every link, an all-reduce twice that. Ranks are laid out as Megatron
-does, tp-cp-dp-pp from the innermost, so that a group is its size and its stride; where it crosses nodes all its ranks
-of a node send at once, each through its own network card.
+does, tp-cp-dp-pp from the innermost, so a group is described by its size and its stride. If a group crosses nodes, all
+of its ranks in a node send at once, each through its own network card.
 """
 
 import math
@@ -34,7 +34,7 @@ def place_group(size: int, stride: int, cluster: Cluster) -> Group:
 
 
 class Link(NamedTuple):
-    """Bandwidth of one rank inside its domain and, all ranks of a domain together, out of it."""
+    """Bandwidth of one rank inside its NVLink domain, and of all ranks of a domain together to other domains."""
 
     local_bytes_per_s: float
     remote_bytes_per_s: float
@@ -46,7 +46,8 @@ def build_link(group: Group, cluster: Cluster, coefficients: Coefficients) -> Li
     oversubscription = 1.0 if group.is_under_leaf else cluster.spine_oversubscription_ratio
     network = cluster.network_bytes_per_s * coefficients.network_ratio / oversubscription
     hops = group.num_domains - 1
-    # A ring passes every domain; from some size on NCCL takes trees (all-reduce) or PAT (2.23), logarithmic in it.
+    # A ring visits every domain, so its latency grows linearly. For large groups NCCL switches to trees (all-reduce) or
+    # PAT (NCCL 2.23), whose latency is logarithmic.
     remote_steps = min(hops, 8 * math.log2(max(2.0, group.num_domains)))
     latency_s = (group.local_size - 1) * cluster.nvlink_latency_s + remote_steps * cluster.network_latency_s
     return Link(
@@ -62,7 +63,7 @@ def estimate_gather_s(num_bytes: float, group: Group, cluster: Cluster, coeffici
         return 0.0
     link = build_link(group, cluster, coefficients)
     bandwidth = link.local_bytes_per_s if group.local_size > 1 else link.remote_bytes_per_s
-    if group.num_domains > 1:  # a ring is as slow as its slowest link
+    if group.num_domains > 1:  # the slowest link sets the pace of a ring
         bandwidth = min(bandwidth, link.remote_bytes_per_s)
     return num_bytes * (group.size - 1) / group.size / bandwidth + link.latency_s
 
@@ -95,5 +96,8 @@ def estimate_send_s(num_bytes: float, group: Group, cluster: Cluster, coefficien
 
 
 def estimate_exposed_s(communication_s: float, window_s: float, least_ratio: float) -> float:
-    """What shows of communication that runs beside `window_s` of work: what is longer, and never less than a share."""
+    """The part of overlapped communication that is not hidden by `window_s` of work, at least `least_ratio` of it.
+
+    Overlap is never perfect: communication kernels take multiprocessors and memory bandwidth from the work.
+    """
     return max(least_ratio * communication_s, communication_s - window_s)

@@ -9,11 +9,13 @@ from megatron_hammer.scaling.cost.operators import Gemm, LayerWork, Shard, Work
 from megatron_hammer.scaling.plan import Gpu
 
 TILE_ELEMENTS = 128 * 256  # of a result that one multiprocessor works on: the large tiles of cuBLAS and CUTLASS
-HEAD_DIM_FILL = 16  # flash attention's exponentials are the same for narrow heads: 64 wide ones reach 90% of 128's
+# Flash attention computes as many exponentials for narrow heads as for wide ones: a width of 64 reaches 90% of the
+# speed of 128.
+HEAD_DIM_FILL = 16
 
 
 class PassTime(NamedTuple):
-    """Device seconds of one pass, and those that the host needs to launch it."""
+    """Seconds of the device for one pass, and seconds that the host needs to launch it."""
 
     matmul_s: float
     attention_s: float
@@ -32,7 +34,7 @@ class LayerTime(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """What a GPU delivers at a precision, data sheet times coefficients."""
+    """What a GPU delivers at a precision: the data sheet's peaks times the coefficients."""
 
     gemm_flops_per_s: float  # of 16- or 32-bit products
     low_gemm_flops_per_s: float  # of 8- or 4-bit products, where the run has them
@@ -72,10 +74,10 @@ def build_rates(gpu: Gpu, precision: str, coefficients: Coefficients) -> Rates:
 
 
 def estimate_power_ratio(gpu: Gpu, coefficients: Coefficients) -> float:
-    """How much faster products run than on the generation's reference board, which has other watts a TFLOP/s.
+    """How much faster matrix products run than on the generation's reference board, which has other watts per TFLOP/s.
 
-    Large products run at the clock that the board's power allows, not at the data sheet's (H100 PCIe: 46% of the SXM
-    board's power for 76% of its peak). A GPU with coefficients of its own needs no such correction.
+    Large products run at the clock that the board's power allows, not at the data sheet's (H100 PCIe has 46% of the SXM
+    board's power for 76% of its peak). A GPU with its own coefficients needs no such correction.
     """
     generation = select_generation(gpu)
     if gpu.name in coefficients.gpus:
@@ -85,17 +87,18 @@ def estimate_power_ratio(gpu: Gpu, coefficients: Coefficients) -> float:
 
 
 def estimate_gemm_s(gemm: Gemm, rates: Rates, fill_waves: float) -> float:
-    """Products bound by the multiplier or by reading their operands, and the part of writing the result that shows.
+    """Matrix products: bound by arithmetic or by reading the operands, plus the part of writing the result that shows.
 
-    Filling and emptying the multiprocessors costs a part of a wave of tiles whatever the number of waves
-    (NVIDIA, Matrix Multiplication Background, "wave quantization"), so that small results run below the peak.
-    Unhidden writing does the same to products with a short summed dimension.
+    Filling and emptying the multiprocessors costs a part of a wave of tiles, whatever the number of waves (NVIDIA,
+    Matrix Multiplication Background, "wave quantization"), so small results run below the peak. Writing that is not
+    hidden has the same effect on products with a short summed dimension.
     """
     m, n, k, batch, extra_bytes, is_low = gemm
     results = m * n * batch
     rate = rates.low_gemm_flops_per_s if is_low else rates.gemm_flops_per_s
     multiply_s = 2.0 * results * k / rate * (1.0 + fill_waves * rates.wave_elements / results)
     read_s = (1.0 if is_low else 2.0) * batch * k * (m + n) / rates.memory_bytes_per_s
+    # The result is written in 16 bits (2 bytes), whatever the precision of the product.
     return max(multiply_s, read_s) + (2.0 * results + extra_bytes) / rates.result_bytes_per_s
 
 
@@ -118,7 +121,7 @@ def estimate_work(work: Work, rates: Rates, coefficients: Coefficients, attentio
 def estimate_layer(work: LayerWork, shard: Shard, head_dim: int, gpu: Gpu, coefficients: Coefficients) -> LayerTime:
     """Both passes of a layer, or of an end of the model, over one micro-batch."""
     rates = build_rates(gpu, shard.precision, coefficients)
-    length = shard.seq_length / shard.cp  # of the queries that one rank works on
+    length = shard.seq_length / shard.cp  # queries of one rank
     fill = length / (length + coefficients.attention_fill_tokens)
     fill *= head_dim / (head_dim + HEAD_DIM_FILL) * (128 + HEAD_DIM_FILL) / 128
     return LayerTime(

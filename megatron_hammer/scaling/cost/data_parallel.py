@@ -20,13 +20,13 @@ from megatron_hammer.scaling.cost.communication import (
 from megatron_hammer.scaling.cost.pipeline import StageKind
 from megatron_hammer.scaling.plan import Plan
 
-# Bytes that the optimizer moves for one parameter of its shard: the gradient read for the norm (4), then gradient,
-# master weight and two moments read (16), the last three written (12), the 16-bit weight (2), and a copy's share.
+# Bytes that the optimizer moves per parameter of its shard. The gradient is read for the norm (4). Gradient, master
+# weight and two moments are read (16), and the last three written (12). The 16-bit weight is written (2) and copied (2).
 OPTIMIZER_BYTES_PER_PARAMETER = 36
 
 
 class DataTraffic(NamedTuple):
-    """Seconds of the communication over data ranks, whole, before anything hides it."""
+    """Seconds of the communication over data-parallel ranks, before any of it is hidden."""
 
     reduce_s: float
     gather_s: float
@@ -36,7 +36,10 @@ class DataTraffic(NamedTuple):
 def _count_stage_parameters(
     model: ModelShape, tp: int, ep: int, expert_tp: int, num_layers: int, ends: tuple[bool, bool], multiple: int
 ) -> RankParameters:
-    """Parameters of one rank of a stage with so many layers; the ends are those of a pipeline's first or last stage."""
+    """Parameters of one rank of a stage with so many layers. ends: whether the stage has the embedding, and the head.
+
+    The parameters of one layer are the difference of two models, one with twice as many layers as the other.
+    """
     layout = ParallelLayout(
         tensor_model_parallel_size=tp,
         expert_model_parallel_size=ep,
@@ -67,10 +70,10 @@ def _count_kind_parameters(plan: Plan, kind: StageKind) -> RankParameters:
 
 
 def _estimate_traffic(plan: Plan, parameters: RankParameters, coefficients: Coefficients) -> DataTraffic:
-    """Reduction of gradients and gathering of parameters, whole: ZeRO-1 as a reduce-scatter and an all-gather.
+    """Reduction of gradients and gathering of parameters, before any of it is hidden.
 
-    Source: Rajbhandari et al. 2020, arXiv 1910.02054, section 7. With fewer shards than copies (shard_size) gradients
-    are summed over the copies of a shard as well.
+    ZeRO-1 is a reduce-scatter and an all-gather (Rajbhandari et al. 2020, arXiv 1910.02054, section 7). If there are
+    fewer shards than ranks (shard_size), gradients are also summed over the copies of each shard.
     """
     layout, cluster = plan.layout, plan.cluster
     weight_bytes = 4 if plan.precision == "fp32" else 2
@@ -101,7 +104,7 @@ def _estimate_traffic(plan: Plan, parameters: RankParameters, coefficients: Coef
 def estimate_data_parallel_s(
     plan: Plan, kind: StageKind, forward_s: float, backward_s: float, coefficients: Coefficients
 ) -> float:
-    """What shows of the reduction beside the last backward pass and of the gathering beside the first forward pass.
+    """The part of both that is not hidden: reduction by the last backward pass, gathering by the first forward pass.
 
     forward_s, backward_s: of one micro-batch on this kind of stage.
     """
@@ -119,7 +122,7 @@ def estimate_data_parallel_s(
 
 
 def _estimate_tied_embedding_s(plan: Plan, coefficients: Coefficients) -> float:
-    """The first and the last stage sum the gradients of the embedding that both hold, after everything else."""
+    """The first and the last stage both hold a tied embedding; they sum its gradients after everything else."""
     pp = plan.layout.pipeline_model_parallel_size
     if pp == 1 or not plan.model.has_tied_embeddings:
         return 0.0
@@ -132,7 +135,9 @@ def _estimate_tied_embedding_s(plan: Plan, coefficients: Coefficients) -> float:
 
 
 def estimate_fsdp_s(plan: Plan, forward_s: float, backward_s: float, coefficients: Coefficients) -> float:
-    """What shows, a layer and micro-batch, of gathering weights for both passes and reducing gradients (ZeRO-3).
+    """Per layer and micro-batch: what is not hidden of gathering weights for both passes and of reducing gradients.
+
+    FSDP is ZeRO-3 of Rajbhandari et al. 2020 (arXiv 1910.02054, section 5.3).
 
     forward_s, backward_s: of one layer over one micro-batch.
     """
@@ -144,7 +149,7 @@ def estimate_fsdp_s(plan: Plan, forward_s: float, backward_s: float, coefficient
 
 
 def estimate_optimizer_s(plan: Plan, coefficients: Coefficients) -> float:
-    """Adam over the shard of the heaviest stage, bound by memory, and the gradient buffer cleared."""
+    """Adam over the shard of the heaviest stage, bound by memory, and the clearing of the gradient buffer."""
     layout = plan.layout
     kinds = ((True, layout.pipeline_model_parallel_size == 1), (False, True))
     num_layers = -(-plan.model.num_layers // layout.pipeline_model_parallel_size)

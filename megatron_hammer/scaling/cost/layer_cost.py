@@ -1,7 +1,7 @@
-"""What one layer costs over one micro-batch: its own time, and communication that nothing hides.
+"""What one layer costs over one micro-batch: its own time, and the communication that is not hidden.
 
-Communication inside a layer (tensor, context and expert parallelism) is on the critical path of every micro-batch; that
-of a step (pipeline, data parallelism) is in `step_time.py` and `data_parallel.py`.
+Communication inside a layer (tensor, context and expert parallelism) is on the critical path of every micro-batch. The
+communication of a step (pipeline and data parallelism) is in `step_time.py` and `data_parallel.py`.
 """
 
 from functools import lru_cache
@@ -25,12 +25,12 @@ NO_PASS = PassTime(0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 class LayerCost(NamedTuple):
-    """One layer over one micro-batch: its device time, and communication that nothing hides."""
+    """One layer over one micro-batch: its device time, and the communication that is not hidden."""
 
     time: LayerTime
     recompute: PassTime
     tensor_forward_s: float
-    tensor_backward_s: float  # with what recomputation repeats
+    tensor_backward_s: float  # including what recomputation repeats
     context_forward_s: float
     context_backward_s: float
     expert_s: float
@@ -81,7 +81,7 @@ def build_layer_cost(
     repeated = NO_PASS
     if recompute == "full":
         repeated = forward
-    elif recompute == "selective":  # the core attention only
+    elif recompute == "selective":  # the core attention only, taken as a fifth of the host's work for a layer
         repeated = PassTime(0.0, forward.attention_s, 0.0, 0.0, forward.host_s * 0.2)
     tensor_forward_s, tensor_backward_s = _estimate_tensor_parallel_s(
         model, shard, cluster, coefficients, overlaps_tensor_parallel
@@ -91,7 +91,7 @@ def build_layer_cost(
         tensor_backward_s += tensor_forward_s
         context_backward_s += context_forward_s
     expert_s = _estimate_expert_parallel_s(model, shard, cluster, coefficients)
-    if recompute == "full":
+    if recompute == "full":  # the two all-to-alls of the forward pass are repeated
         expert_s *= 1.5
     return LayerCost(
         time, repeated, tensor_forward_s, tensor_backward_s, context_forward_s, context_backward_s, expert_s
@@ -101,10 +101,11 @@ def build_layer_cost(
 def _estimate_tensor_parallel_s(
     model: ModelShape, shard: Shard, cluster: Cluster, coefficients: Coefficients, is_overlapped: bool
 ) -> tuple[float, float]:
-    """Two all-reduces of the hidden state a pass, or a reduce-scatter and an all-gather each (Korthikanti 2022, 4.2).
+    """Two all-reduces of the hidden state per pass, or a reduce-scatter and an all-gather for each of them.
 
-    With sequence parallelism the backward pass gathers the inputs of the two column-parallel linears once more, beside
-    the product that gives their gradient: the part of it that shows is that of any overlapped communication.
+    Source: Korthikanti et al. 2022, arXiv 2205.05198, section 4.2. With sequence parallelism the backward pass gathers
+    the inputs of the two column-parallel linears once more. That runs beside the product of their gradient and is
+    counted as hidden.
     """
     if shard.tp == 1:
         return 0.0, 0.0
@@ -121,7 +122,7 @@ def _estimate_tensor_parallel_s(
 def _estimate_context_parallel_s(
     model: ModelShape, shard: Shard, cluster: Cluster, coefficients: Coefficients, time: LayerTime
 ) -> tuple[float, float]:
-    """Keys and values go around a ring beside the attention of their chunks; backward their gradients go too.
+    """Keys and values travel around a ring beside the attention of their chunks; backward, their gradients do too.
 
     Source: Liu et al. 2023, arXiv 2310.01889; TransformerEngine's AttnFuncWithCPAndKVP2P.
     """
@@ -140,7 +141,7 @@ def _estimate_context_parallel_s(
 
 
 def _estimate_expert_parallel_s(model: ModelShape, shard: Shard, cluster: Cluster, coefficients: Coefficients) -> float:
-    """Dispatch and combine of every copy of a token, forward and backward: four all-to-alls."""
+    """Dispatch and combination of every copy of a token, forward and backward: four all-to-alls, balanced."""
     if model.moe is None or shard.ep * shard.expert_tp == 1:
         return 0.0
     group = place_group(shard.ep, shard.expert_tp, cluster)

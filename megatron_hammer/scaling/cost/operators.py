@@ -1,7 +1,7 @@
 """The work of one transformer layer and of the model's two ends on one rank: multiplications, bytes, kernels.
 
-Nothing here depends on a GPU or a coefficient: `compute.py` turns work into seconds. A matrix product is kept with its
-shape, because its efficiency depends on it; everything bound by memory is kept as the bytes that it reads and writes.
+Nothing here depends on a GPU or a coefficient: `compute.py` turns work into seconds. A matrix product keeps its shape,
+because its efficiency depends on the shape. Everything bound by memory is counted in bytes read and written.
 """
 
 from functools import lru_cache
@@ -14,10 +14,11 @@ from megatron_hammer.model.shape import ModelShape
 # Forward: scores written (2), scaled and masked softmax (2 + 2), dropout (2 + 2 + 1), read by the product with the
 # values (2). Backward: dropped scores read (2), their gradient written (2), dropout (2 + 1 + 2), softmax (2 + 2 + 2),
 # read by the gradients of query and key (2 + 2). Source: the kernels of megatron's CoreAttention with
-# --masked-softmax-fusion; Dao et al. 2022, arXiv 2205.14135, section 2.2 for why these bytes matter.
+# --masked-softmax-fusion. Why these bytes matter: Dao et al. 2022, arXiv 2205.14135, section 2.2.
 UNFUSED_FORWARD_BYTES_PER_SCORE = 13
 UNFUSED_BACKWARD_BYTES_PER_SCORE = 19
-# Dao 2023, arXiv 2307.08691, section 2.3.1: five products where the forward pass has two, scores are not stored.
+# Dao 2023, arXiv 2307.08691, section 2.3.1: the backward pass has five matrix products where the forward pass has two,
+# because scores are not stored but computed again.
 FLASH_BACKWARD_RATIO = 2.5
 
 
@@ -29,7 +30,7 @@ class Gemm(NamedTuple):
     k: float
     batch: float = 1.0
     extra_bytes: float = 0.0
-    is_low_precision: bool = False  # takes fp8 or fp4 where the run does
+    is_low_precision: bool = False  # runs in fp8 or fp4 if the training does
 
 
 class Work(NamedTuple):
@@ -49,7 +50,7 @@ class LayerWork(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """What the work of a layer depends on besides the model: the cuts, the micro-batch and the precision."""
+    """What the work of a layer depends on besides the model: parallel sizes, micro-batch and precision."""
 
     tp: int
     cp: int
@@ -72,7 +73,7 @@ class Shard(NamedTuple):
 
     @property
     def pointwise_tokens(self) -> float:
-        """Tokens of the norms, dropouts and residuals on one rank: the sequence is cut with sequence parallelism."""
+        """Tokens of the norms, dropouts and residuals on one rank; sequence parallelism splits the sequence."""
         return self.num_tokens / self.tp if self.has_sequence_parallel else self.num_tokens
 
 
@@ -152,7 +153,7 @@ def _build_linears(model: ModelShape, shard: Shard) -> list[Gemm]:
         ]
     moe = model.moe
     local_experts = moe.num_experts / shard.ep
-    # Balanced load: the ranks of an expert group bring tokens / tp each, every token goes to top-k experts.
+    # The load is balanced: each rank of an expert group brings tokens / tp, and every token goes to top-k experts.
     per_expert = tokens / shard.tp * shard.ep * shard.expert_tp * moe.router_topk / moe.num_experts
     ffn = moe.ffn_hidden_size / shard.expert_tp
     linears += [
@@ -170,7 +171,7 @@ def _build_linears(model: ModelShape, shard: Shard) -> list[Gemm]:
 
 
 def _differentiate(linear: Gemm, shard: Shard) -> tuple[Gemm, Gemm]:
-    """Gradient of the input, and of the weight, which is added to a fp32 buffer (read and written) in its epilogue."""
+    """The gradient of the input, and that of the weight, which the epilogue adds to an fp32 buffer (4 + 4 bytes)."""
     m, n, k, batch = linear.m, linear.n, linear.k, linear.batch
     accumulated_bytes = 8.0 * n * k * batch
     return (
@@ -182,8 +183,8 @@ def _differentiate(linear: Gemm, shard: Shard) -> tuple[Gemm, Gemm]:
 def _build_attention(model: ModelShape, shard: Shard) -> tuple[dict[str, Any], dict[str, Any]]:
     """Core attention of one rank: FLOPs of flash attention under a causal mask, or products and traffic of the scores.
 
-    Each of the two forward products takes 2 * s * head_dim operations a query and head; the mask leaves half of them
-    to flash attention, which skips the blocks, and none to the unfused one.
+    Each of the two forward products takes 2 * s * head_dim operations per query and head. Flash attention skips the
+    masked blocks and does half of them; unfused attention does all of them.
     """
     queries = model.num_attention_heads * model.head_dim / shard.tp
     if shard.has_flash_attention:
@@ -204,11 +205,11 @@ def _build_attention(model: ModelShape, shard: Shard) -> tuple[dict[str, Any], d
 def _count_pointwise_bytes(model: ModelShape, shard: Shard) -> tuple[float, float]:
     """(forward, backward) bytes of norms, residuals, rotary, activation and of layout changes between kernels.
 
-    In elements read and written: a norm 2 and 3, a residual sum (with bias and dropout where there are) 3 and 2, a
-    rotation of query and key 2 and 2, SwiGLU 3 and 5, GELU 2 and 3. Unfused attention moves query, key, value and
-    output once more.
+    Elements read and written, forward and backward: a norm 2 and 3, a residual sum (with bias and dropout if the model
+    has them) 3 and 2, a rotation of query and key 2 and 2, SwiGLU 3 and 5, GELU 2 and 3. Unfused attention moves query,
+    key, value and output once more.
     """
-    along_sequence = shard.pointwise_tokens * model.hidden_size
+    along_sequence = shard.pointwise_tokens * model.hidden_size  # two norms and two residual sums make 10 and 10
     queries = shard.num_tokens * model.num_attention_heads * model.head_dim / shard.tp
     key_values = shard.num_tokens * max(model.num_query_groups / shard.tp, 1) * model.head_dim
     forward, backward = 10 * along_sequence, 10 * along_sequence
@@ -218,14 +219,14 @@ def _count_pointwise_bytes(model: ModelShape, shard: Shard) -> tuple[float, floa
         forward, backward = forward + 2 * (queries + key_values), backward + 3 * (queries + key_values)
     if not shard.has_flash_attention:
         moved = 2 * (2 * queries + 2 * key_values)
-        dropout = 2 * along_sequence  # masks, and biases added in kernels of their own
+        dropout = 2 * along_sequence  # masks, and biases added in separate kernels
         forward, backward = forward + moved + dropout, backward + moved + dropout
-    else:  # the fused qkv is cut into contiguous parts and its gradient put together
+    else:  # the fused qkv is split into contiguous parts, and the gradient is put together again
         forward, backward = forward + (queries + 2 * key_values), backward + 2 * (queries + 2 * key_values)
     read_written = (3, 5) if model.activation == "swiglu" else (2, 3)
     width = _count_activation_elements(model, shard)
     forward, backward = forward + read_written[0] * width, backward + read_written[1] * width
-    if model.moe is not None:  # dispatch and combine permute every copy of a token on both sides
+    if model.moe is not None:  # dispatch and combination permute every copy of a token, before and after the exchange
         copies = shard.num_tokens * model.moe.router_topk * shard.expert_tp / shard.tp * model.hidden_size
         forward, backward = forward + 8 * copies, backward + 8 * copies
     return shard.element_bytes * forward, shard.element_bytes * backward
@@ -240,10 +241,10 @@ def _count_activation_elements(model: ModelShape, shard: Shard) -> float:
 
 
 def _count_cast_bytes(linears: list[Gemm], shard: Shard) -> tuple[float, float]:
-    """Bytes of casting the operands of 8-bit products: each input read (2), written as it is and transposed (1 + 1).
+    """Bytes of casting the operands of 8-bit products: each is read (2) and written twice, once transposed (1 + 1).
 
-    Forward the inputs (weights are cast once a step and kept), backward the outputs' gradients. TransformerEngine's
-    cast-transpose kernels; the second copy is what the weight gradient multiplies.
+    Forward the inputs are cast, backward the gradients of the outputs; weights are cast once per step and kept. Source:
+    TransformerEngine's cast-transpose kernels. The product of the weight's gradient uses the transposed copy.
     """
     low = [linear for linear in linears if linear.is_low_precision]
     if not low:

@@ -1,7 +1,7 @@
 """The schedule of a pipeline: what one micro-batch costs on each stage, and what filling and draining adds.
 
-Narayanan et al. 2021, arXiv 2104.04473, sections 2.2.1 and 2.2.2. Stages are uneven: the first has the embedding, the
-last the head and the loss, and the slowest sets the pace of all.
+Source: Narayanan et al. 2021, arXiv 2104.04473, sections 2.2.1 and 2.2.2. Stages are uneven: the first has the
+embedding, the last the head and the loss. The slowest stage sets the pace.
 """
 
 from functools import lru_cache
@@ -11,7 +11,7 @@ from megatron_hammer.model.accounting import ParallelLayout, split_layers
 
 
 class StageKind(NamedTuple):
-    """Stages alike: `num_stages` of them with so many layers, with or without the model's ends."""
+    """`num_stages` identical stages: their number of layers, and whether they have one of the model's ends."""
 
     num_layers: int
     has_embedding: bool
@@ -24,7 +24,7 @@ class Schedule(NamedTuple):
 
     slowest: int  # index of the slowest kind of stage
     bubble_s: float
-    imbalance_s: float  # of one micro-batch: what the slowest stage works longer than the mean of all
+    imbalance_s: float  # per micro-batch: how much longer the slowest stage works than the mean of all
 
 
 @lru_cache(maxsize=4096)
@@ -37,7 +37,7 @@ def list_stages(
     accounts_for_embedding: bool,
     accounts_for_loss: bool,
 ) -> tuple[StageKind, ...]:
-    """The kinds of stages of a layout; ConfigError where the layers do not split."""
+    """The kinds of stages of a layout. Raises ConfigError if the layers cannot be split that way."""
     layout = ParallelLayout(
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vp,
@@ -56,8 +56,8 @@ def list_stages(
 def build_schedule(stage_s: list[float], counts: list[int], num_chunks: int) -> Schedule:
     """stage_s: forward and backward of one micro-batch on each kind of stage, `counts` of them.
 
-    The first micro-batch passes every stage, the others follow at the pace of the slowest, so a step takes
-    m * slowest + (sum of all stages - slowest) seconds; of v interleaved chunks only 1 / v of the filling.
+    The first micro-batch passes every stage, and the others follow at the pace of the slowest stage, so a step takes
+    m * slowest + (sum of all stages - slowest) seconds. With v interleaved chunks, filling takes only 1 / v of that.
     """
     slowest = max(range(len(stage_s)), key=stage_s.__getitem__)
     passed = sum(seconds * count for seconds, count in zip(stage_s, counts, strict=True))

@@ -1,8 +1,8 @@
-"""The time of one training step, part by part: `predict_step` is the door to the performance model.
+"""The time of one training step, part by part: `predict_step` is the entry point of the performance model.
 
-`operators.py` counts the work of a layer, `compute.py` and `communication.py` turn it into seconds with the
-coefficients of `coefficients.py`, `pipeline.py` puts micro-batches and stages together, and here the parts of a step
-are added up along its critical path. What a search asks thousands of times is kept by what it depends on.
+`operators.py` counts the work of a layer. `compute.py` and `communication.py` turn it into seconds with the
+coefficients of `coefficients.py`. `pipeline.py` combines micro-batches and stages. This module adds up the parts of a
+step along its critical path. A search asks thousands of times, so the parts are cached by what they depend on.
 """
 
 import math
@@ -21,14 +21,16 @@ from megatron_hammer.scaling.cost.operators import Shard
 from megatron_hammer.scaling.cost.pipeline import StageKind, build_schedule, list_stages
 from megatron_hammer.scaling.plan import Plan, StepTime
 
-# The host's queue runs ahead of the device: a stage waits for the slower of the two, and a little for both.
+# The host launches kernels ahead of the device, so a stage takes the longer of the two times, and a little more when both
+# are similar.
 HOST_NORM = 4.0
-# Between a simulation of 1F1B by more processes than cores and what such processes took when measured.
+# CPU processes that share cores: chosen between a simulation of 1F1B with more processes than cores (tests/numerics)
+# and measured times of such processes.
 SHARED_CORES_NORM = 4.0
 
 
 class StageCost(NamedTuple):
-    """One micro-batch on one stage. total_s: forward and backward with the host's part, of which forward_s."""
+    """One micro-batch on one stage. total_s: both passes with the host's part; forward_s: the forward share of it."""
 
     device_s: float
     total_s: float
@@ -37,9 +39,10 @@ class StageCost(NamedTuple):
 
 
 def predict_step(plan: Plan, coefficients: Coefficients | None = None) -> StepTime:
-    """Seconds of one step of a plan with their parts and band; ConfigError where layout and model do not fit.
+    """Seconds of one step of a plan, with their parts and band.
 
-    coefficients: the shipped ones by default. Memory is not looked at (`plan_memory.py`).
+    coefficients: the shipped ones by default. Raises ConfigError if the layout does not fit the model. Memory is not
+    checked here: see `memory/plan_memory.py`.
     """
     coefficients = coefficients or load_coefficients()
     parts, idle_s = _estimate_parts(plan, coefficients)
@@ -55,7 +58,7 @@ def predict_step(plan: Plan, coefficients: Coefficients | None = None) -> StepTi
 
 
 def _estimate_parts(plan: Plan, coefficients: Coefficients) -> tuple[dict[str, float], float]:
-    """Every part of StepTime but the jitter, and the seconds that the mean process of a pipeline waits for others."""
+    """Every part of StepTime except the jitter, and the seconds that a process waits for others, on average."""
     layout, num_microbatches = plan.layout, plan.num_microbatches
     shard = build_shard(plan)
     layer = build_layer_cost(
@@ -110,7 +113,7 @@ def _list_plan_stages(plan: Plan) -> tuple[StageKind, ...]:
 
 
 def select_band_class(plan: Plan) -> str:
-    """The class of plans whose cross-validated errors are alike: the band's key in the coefficients."""
+    """The class of plans with similar cross-validated errors: the key of the band in the coefficients file."""
     if plan.cluster.full_speed_processes_per_node is not None:
         return "cpu"
     if plan.sharding == "fsdp":
@@ -142,17 +145,17 @@ def _build_stage_cost(
 
 
 def _estimate_pipeline_sends(plan: Plan, shard: Shard, coefficients: Coefficients) -> tuple[float, float]:
-    """(seconds a micro-batch on a stage, seconds of filling and draining) of activations and gradients between stages.
+    """Sending activations and gradients between stages: (seconds per micro-batch, seconds of filling and draining).
 
-    Plain 1F1B waits for both directions of every micro-batch; interleaved stages send v times as often, but beside the
-    work of another chunk (--overlap-p2p-communication, Megatron's default there).
+    Plain 1F1B waits for both directions of every micro-batch. Interleaved stages send v times as often, but while
+    another chunk is computed (--overlap-p2p-communication, Megatron's default for them).
     """
     pp, vp = plan.layout.pipeline_model_parallel_size, plan.layout.virtual_pipeline_model_parallel_size
     if pp == 1:
         return 0.0, 0.0
     group = place_group(pp, plan.layout.world_size // pp, plan.cluster)
-    # With sequence parallelism each tensor-parallel rank has its part to send; the older stacks cut the message up as
-    # well, and put it together inside the node (scatter/gather, arXiv 2104.04473, section 4.1).
+    # With sequence parallelism each tensor-parallel rank sends its own part. Software without flash attention splits the
+    # message too, and gathers it inside the node (scatter/gather, arXiv 2104.04473, section 4.1).
     is_cut = shard.has_sequence_parallel or not shard.has_flash_attention
     num_bytes = shard.element_bytes * shard.num_tokens * plan.model.hidden_size / (shard.tp if is_cut else 1)
     one_s = 2.0 * estimate_send_s(num_bytes, group, plan.cluster, coefficients)
@@ -161,10 +164,10 @@ def _estimate_pipeline_sends(plan: Plan, shard: Shard, coefficients: Coefficient
 
 
 def _estimate_slowdown(plan: Plan, total_s: float, idle_s: float) -> float:
-    """How much longer a step takes where more processes work on a node than it runs at full speed (CPU hosts).
+    """How much longer a step takes if a node has more processes than it can run at full speed (CPU hosts).
 
-    Processes that wait (idle_s, the mean of all) leave their core to others: a step is the longer of its critical path
-    and of all busy seconds of a node over its cores, and a little more where the two are near each other.
+    A process that waits (idle_s, the mean of all) leaves its core to others. A step takes the longer of two times: its
+    critical path, and all busy seconds of a node divided by its cores. It takes a little more if the two are similar.
     """
     full_speed = plan.cluster.full_speed_processes_per_node
     if full_speed is None:
