@@ -21,7 +21,8 @@ from megatron_hammer.scaling.cost.pipeline import StageKind
 from megatron_hammer.scaling.plan import Plan
 
 # Bytes that the optimizer moves per parameter of its shard. The gradient is read for the norm (4). Gradient, master
-# weight and two moments are read (16), and the last three written (12). The 16-bit weight is written (2) and copied (2).
+# weight and two moments are read (16), and the last three are written (12). The 16-bit weight is written (2) and then
+# copied (2).
 OPTIMIZER_BYTES_PER_PARAMETER = 36
 
 

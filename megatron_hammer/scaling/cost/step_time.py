@@ -21,8 +21,8 @@ from megatron_hammer.scaling.cost.operators import Shard
 from megatron_hammer.scaling.cost.pipeline import StageKind, build_schedule, list_stages
 from megatron_hammer.scaling.plan import Plan, StepTime
 
-# The host launches kernels ahead of the device, so a stage takes the longer of the two times, and a little more when both
-# are similar.
+# The host launches kernels ahead of the device, so a stage takes the longer of the two times, and a little more when
+# both are similar.
 HOST_NORM = 4.0
 # CPU processes that share cores: chosen between a simulation of 1F1B with more processes than cores (tests/numerics)
 # and measured times of such processes.
@@ -154,8 +154,8 @@ def _estimate_pipeline_sends(plan: Plan, shard: Shard, coefficients: Coefficient
     if pp == 1:
         return 0.0, 0.0
     group = place_group(pp, plan.layout.world_size // pp, plan.cluster)
-    # With sequence parallelism each tensor-parallel rank sends its own part. Software without flash attention splits the
-    # message too, and gathers it inside the node (scatter/gather, arXiv 2104.04473, section 4.1).
+    # With sequence parallelism each tensor-parallel rank sends its own part. Software without flash attention splits
+    # the message too, and gathers it inside the node (scatter/gather, arXiv 2104.04473, section 4.1).
     is_cut = shard.has_sequence_parallel or not shard.has_flash_attention
     num_bytes = shard.element_bytes * shard.num_tokens * plan.model.hidden_size / (shard.tp if is_cut else 1)
     one_s = 2.0 * estimate_send_s(num_bytes, group, plan.cluster, coefficients)

@@ -1,8 +1,8 @@
 """Fit the coefficients of the performance model to measured runs.
 
-Least squares on the logarithm of predicted over measured step time, with a loss that grows linearly for outliers, every
-publication weighed about equally, and every coefficient held to its prior: what no run informs stays where it was.
-`cross_validation.py` says what a fit is worth on runs that it has not seen.
+The fit minimises the squares of log(predicted / measured step time). The loss grows only linearly for outliers, every
+publication has about the same weight, and every coefficient is held close to its prior, so a coefficient that no run
+contains information about keeps its value. `cross_validation.py` computes the errors on runs that a fit has not seen.
 """
 
 import re
@@ -27,14 +27,16 @@ from megatron_hammer.scaling.cost.coefficients import (
 from megatron_hammer.scaling.cost.step_time import predict_step
 from megatron_hammer.scaling.plan import Plan
 
-RELATIVE_ERROR = 0.05  # of one run: software versions, clusters and rounding differ by that much
-SOURCE_WEIGHT_EXPONENT = 0.35  # n runs of one publication count as n to this power, once squared: 0.5 would be equal
-MOST_RUNS_OF_A_SOURCE = 120  # more of one table say nothing new: they are thinned out evenly
-STEP_OF_DIFFERENCE = 1e-3  # of a coefficient's logarithm
+RELATIVE_ERROR = 0.05  # expected of one run: software versions, clusters and rounding differ by about that much
+# The residuals of a publication's n runs are weighted by n ^ (this - 0.5). With 0.5 every run would have weight 1, and
+# with 0 every publication the same total weight, however many runs it has.
+SOURCE_WEIGHT_EXPONENT = 0.35
+MOST_RUNS_OF_A_SOURCE = 120  # more runs of one table add no information; evenly spaced ones are taken
+STEP_OF_DIFFERENCE = 1e-3  # of a coefficient's logarithm, for the numerical derivative
 
 
 class FittableRun(Protocol):
-    """What a fit needs of a measured run; `published_runs.MeasuredRun` and `measured_runs` have it."""
+    """What a fit needs to know about a run; `measured_runs.MeasuredRun` has it."""
 
     @property
     def source(self) -> str: ...
@@ -45,7 +47,7 @@ class FittableRun(Protocol):
 
 
 class FreeCoefficient(NamedTuple):
-    """A number of `flatten_coefficients` that is fitted, with the prior it is held to and the runs it can change."""
+    """A number of `flatten_coefficients` that is fitted, its prior, and the runs whose prediction it changes."""
 
     name: str
     prior: Prior
@@ -53,10 +55,10 @@ class FreeCoefficient(NamedTuple):
 
 
 def name_publication(source: str) -> str:
-    """The publication that a source belongs to: versions and tables of one share hardware and authors.
+    """The publication that a source belongs to: its versions and tables share hardware and authors.
 
-    The first two words of the name that are not versions or dates, so that no fold of a cross-validation sees another
-    table of what it leaves out: "NVIDIA_dgxc-benchmarking_v25.02" -> "NVIDIA_dgxc-benchmarking".
+    These are the first two words of the name that are not versions or dates: "NVIDIA_dgxc-benchmarking_v25.02" ->
+    "NVIDIA_dgxc-benchmarking". A fold of a cross-validation leaves out all of them together.
     """
     words = [word for word in source.split("_") if not re.fullmatch(r"v?\d.*", word)]
     return "_".join(words[:2]) or source
@@ -67,8 +69,8 @@ def fit(
 ) -> Coefficients:
     """Coefficients that predict these runs best, from `start` (by default the shipped ones).
 
-    is_prior_start: the start's values are the priors, as for a user's few runs; else the priors of `coefficients.py`.
-    Raises DataError without runs.
+    is_prior_start: coefficients are held to the values of `start`, as for a user's few runs; otherwise to the priors of
+    `coefficients.py`. Raises DataError if there are no runs.
     """
     if not runs:
         raise DataError("runs: must hold at least one run that can be predicted, got none. Add measured rows.")
@@ -113,7 +115,7 @@ def fit(
 def select_free_coefficients(
     runs: Sequence[FittableRun], start: Coefficients, *, is_prior_start: bool = False
 ) -> list[FreeCoefficient]:
-    """Those that change the prediction of at least one run, with their priors."""
+    """The coefficients that change the prediction of at least one run, with their priors."""
     values = flatten_coefficients(start)
     base = np.array([predict_step(run.plan, start).total_s for run in runs])
     free = []
@@ -122,7 +124,8 @@ def select_free_coefficients(
         rows = [row for row, run in enumerate(runs) if not dot or _is_of_gpu(run.plan, gpu, start)]
         if not rows:
             continue
-        table = gpu if gpu in GPU_PRIORS else select_generation(runs[rows[0]].plan.gpu)  # a GPU's own: its generation's
+        # A GPU with its own coefficients has the priors of its generation.
+        table = gpu if gpu in GPU_PRIORS else select_generation(runs[rows[0]].plan.gpu)
         prior = GPU_PRIORS[table][own] if dot else PRIORS[name]
         if is_prior_start:
             prior = prior._replace(value=value, low=min(prior.low, value), high=max(prior.high, value))
@@ -136,7 +139,7 @@ def select_free_coefficients(
 
 
 def select_fit_runs[R: FittableRun](runs: Sequence[R]) -> list[R]:
-    """The runs that a fit takes: of a source with very many, MOST_RUNS_OF_A_SOURCE of them evenly spaced."""
+    """The runs that a fit takes: all, or MOST_RUNS_OF_A_SOURCE evenly spaced ones of a source that has more."""
     by_source: dict[str, list[R]] = {}
     for run in runs:
         by_source.setdefault(run.source, []).append(run)
@@ -148,7 +151,7 @@ def select_fit_runs[R: FittableRun](runs: Sequence[R]) -> list[R]:
 
 
 def weigh_runs(runs: Sequence[FittableRun]) -> NDArray[np.float64]:
-    """Weights of the runs' residuals: the more runs a publication has, the less each counts."""
+    """Weights of the runs' residuals: the more runs a publication has, the smaller is the weight of each."""
     publications = [name_publication(run.source) for run in runs]
     sizes = Counter(publications)
     return np.array([sizes[name] ** (SOURCE_WEIGHT_EXPONENT - 0.5) for name in publications])

@@ -1,7 +1,7 @@
-"""What the performance model is worth on runs that it was not fitted to: every publication is left out once.
+"""The errors of the performance model on runs that it was not fitted to: every publication is left out once.
 
-A fold leaves out all tables of one publication (`calibrate.name_publication`), because versions of one table share
-hardware, software and layouts. The errors that come out are the ones to quote, and the band is made of them.
+A fold leaves out all tables of one publication (`calibration.name_publication`), because versions of one table share
+hardware, software and layouts. These are the errors to quote, and the width of the band is computed from them.
 """
 
 import datetime
@@ -19,12 +19,12 @@ from megatron_hammer.scaling.evidence.calibration import FittableRun, fit, name_
 from megatron_hammer.scaling.plan import Plan, StepTime
 
 BAND_COVERAGE = 0.8
-LEAST_RUNS_OF_A_CLASS = 12  # fewer errors say nothing of their own: the band of all is taken
+LEAST_RUNS_OF_A_CLASS = 12  # a class with fewer errors takes the band of all runs
 PredictedRun = tuple[FittableRun, StepTime]
 
 
 class FingerprintedRun(FittableRun, Protocol):
-    """A run that a coefficients file can say it was fitted to."""
+    """A run with a fingerprint, by which a coefficients file records that it was fitted to the run."""
 
     @property
     def fingerprint(self) -> str: ...
@@ -32,7 +32,7 @@ class FingerprintedRun(FittableRun, Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ErrorSummary:
-    """Errors of predicted over measured step time; ratios, 0.05 is 5%. The bias is the median with its sign."""
+    """Errors of predicted over measured step time, as ratios: 0.05 is 5%. The bias is the median with its sign."""
 
     num_runs: int
     median_ratio: float
@@ -42,7 +42,7 @@ class ErrorSummary:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankingSummary:
-    """Groups of runs that differ only in layout: how much slower than the measured best the predicted best was."""
+    """For groups of runs that differ only in layout: how much slower the predicted best is than the measured best."""
 
     num_groups: int
     num_within_5_percent: int
@@ -52,7 +52,7 @@ class RankingSummary:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Assessment:
-    """Everything that a cross-validation says: errors, in all and by publication, the ranking, and the bands."""
+    """The result of a cross-validation: errors of all runs and by publication, the ranking, and the bands."""
 
     errors: ErrorSummary
     by_publication: Mapping[str, ErrorSummary]
@@ -84,8 +84,8 @@ def cross_validate(
 ) -> list[PredictedRun]:
     """Each run with the prediction of coefficients that were fitted without its publication, in the runs' order.
 
-    Of a single publication each run is left out alone; a single run is predicted by the start. start, is_prior_start:
-    as in `calibrate.fit`.
+    If there is only one publication, each run is left out alone. A single run is predicted by the start. start,
+    is_prior_start: as in `calibration.fit`.
     """
     start = start or load_coefficients()
     names = [name_publication(run.source) for run in runs]
@@ -123,7 +123,7 @@ def summarise_by_publication(predictions: Iterable[PredictedRun]) -> dict[str, E
 
 
 def summarise_ranking(predictions: Iterable[PredictedRun]) -> RankingSummary | None:
-    """None where no two runs differ in nothing but their layout."""
+    """None if no two runs differ only in their layout."""
     groups: dict[Hashable, list[PredictedRun]] = defaultdict(list)
     for prediction in predictions:
         groups[_name_task(prediction[0])].append(prediction)
@@ -143,7 +143,7 @@ def summarise_ranking(predictions: Iterable[PredictedRun]) -> RankingSummary | N
 
 
 def _name_task(run: FittableRun) -> Hashable:
-    """What two runs have in common that differ only in layout."""
+    """What two runs have in common if they differ only in layout."""
     plan: Plan = run.plan
     return (
         run.source,
@@ -157,10 +157,10 @@ def _name_task(run: FittableRun) -> Hashable:
 
 
 def estimate_bands(predictions: Sequence[PredictedRun]) -> dict[str, float]:
-    """By class, the logarithmic half-width about a prediction that holds 80 % of these errors.
+    """By class, the logarithmic half-width around a prediction that contains 80 % of these errors.
 
-    Publications weigh equally: the next run comes from one that is not here. A class of few errors takes the band of
-    all.
+    A publication's weight is the square root of its number of runs, because the next run will be from a publication
+    that is not among these. A class with few errors takes the band of all runs.
     """
     classes: dict[str, list[PredictedRun]] = defaultdict(list)
     for prediction in predictions:
@@ -174,7 +174,7 @@ def estimate_bands(predictions: Sequence[PredictedRun]) -> dict[str, float]:
 
 
 def _weighted_quantile(predictions: Sequence[PredictedRun]) -> float:
-    """The BAND_COVERAGE quantile of absolute errors, every publication with the square root of its number of runs."""
+    """The BAND_COVERAGE quantile of absolute errors; a publication weighs the square root of its number of runs."""
     errors = np.array([abs(find_error(prediction)) for prediction in predictions])
     publications = [name_publication(run.source) for run, _ in predictions]
     sizes = {name: publications.count(name) for name in set(publications)}
@@ -189,8 +189,8 @@ def calibrate(
 ) -> Coefficients:
     """Coefficients fitted to all runs, with the bands and the provenance of a file that can be shipped.
 
-    Fitted from priors (not is_prior_start) they know these runs only; else those of the start as well, whose bands stay
-    for classes that have few runs here.
+    Fitted from the priors (not is_prior_start), they depend on these runs only. Otherwise they also depend on the runs
+    of the start, whose bands are kept for classes that have few runs here.
     """
     fitted = fit(runs, start, is_prior_start=is_prior_start)
     own = {name: ratio for name, ratio in assessment.bands.items() if name != "default"}

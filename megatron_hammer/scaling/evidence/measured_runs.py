@@ -1,9 +1,9 @@
-"""Measured runs from a table of published ones: each row a full Plan and its step time, or the reason why it is not.
+"""Measured runs from a table: each row becomes a full Plan with its step time, or has the reason why not.
 
-A blank is filled by a public configuration, by the source's own recipe or by a stated rule, and each such filling is
-one of the run's `assumptions`; what cannot be filled so makes the row unpredictable. `run_table.py` reads,
-`row_model.py`, `row_layout.py` and `software.py` know, `row_step_time.py` turns
-throughputs into seconds.
+A blank cell is filled from a public configuration, from the source's own recipe or by a stated rule, and each such
+value is one of the run's `assumptions`. A row with a blank that cannot be filled is unpredictable. `run_table.py` reads
+the cells; `row_model.py`, `row_layout.py` and `software.py` have what is known; `row_step_time.py` turns throughput
+into seconds.
 """
 
 import functools
@@ -48,7 +48,7 @@ class MeasuredRun:
     step_time_s: float
     measured_as: str  # the column that the step time comes from
     assumptions: tuple[str, ...]
-    fingerprint: str  # of the cells that identify the run, the same in any file
+    fingerprint: str  # of the cells that identify the run; the same in every file
     is_megatron_style: bool
     notes: str = ""
 
@@ -59,7 +59,7 @@ class MeasuredRun:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UnpredictableRow:
-    """A row that no step time can be predicted for, or that holds none to compare with, and why."""
+    """A row for which no step time can be predicted, or that has none to compare with, and why."""
 
     row_number: int
     source: str
@@ -70,9 +70,9 @@ class UnpredictableRow:
 def read_runs(
     path: Path, *, gpus_path: Path | None = None, clusters_path: Path | None = None
 ) -> tuple[list[MeasuredRun], list[UnpredictableRow]]:
-    """Every row of a CSV file, as a run or with the reason why not; none is dropped.
+    """Every row of a CSV file, as a run or with the reason why not. No row is dropped.
 
-    Raises ConfigError for an unreadable file or header and for malformed cells, all at once.
+    Raises ConfigError for an unreadable file or header, and with all malformed cells at once.
     """
     rows = read_run_rows(path)
     hardware = _Hardware(gpus_path, clusters_path)
@@ -90,10 +90,10 @@ def read_runs(
 
 
 class _Hardware:
-    """GPUs and clusters, the user's files over the shipped ones, read once."""
+    """GPUs and clusters, read once: the shipped ones, changed and extended by the user's files."""
 
     def __init__(self, gpus_path: Path | None, clusters_path: Path | None):
-        load_gpus(gpus_path)  # reports what is wrong with the files, not with the rows
+        load_gpus(gpus_path)  # reports problems of the files before any row is read
         load_clusters(clusters_path, gpus_path=gpus_path)
         self._select_gpu = functools.cache(lambda name: select_gpu(name, gpus_path))
         self._select_cluster = functools.cache(lambda name: select_cluster(name, clusters_path, gpus_path=gpus_path))
@@ -140,7 +140,7 @@ def _build_run(row: RunRow, hardware: _Hardware, siblings: Siblings) -> Measured
     precision = _read_precision(row, gpu, software, assumptions)
     sharding, shard_size = _read_sharding(row, software, assumptions)
     if shard_size == layout.data_parallel_size:
-        shard_size = None  # all of them, context ranks included
+        shard_size = None  # all ranks, including context-parallel ones
     if sharding == "distributed_optimizer" and not _fits_unsharded(model, layout, gpu):
         assumptions.append(
             "sharding fsdp: whole weights and gradients beside an optimizer shard exceed the GPU's memory"
@@ -212,7 +212,7 @@ def _fill_seq_length(row: RunRow, software: TrainingSoftware, assumptions: list[
 def _fill_batch(
     row: RunRow, layout: ParallelLayout, software: TrainingSoftware, assumptions: list[str]
 ) -> tuple[int, int]:
-    """(micro-batch, global batch), the latter a multiple of what one round of micro-batches takes."""
+    """(micro-batch, global batch). The global batch is a multiple of the micro-batch times the replicas."""
     dp, pp = layout.data_parallel_size, layout.pipeline_model_parallel_size
     micro_batch, global_batch = row.micro_batch, row.global_batch
     if global_batch is None:
@@ -285,7 +285,7 @@ def _read_precision(row: RunRow, gpu: Gpu, software: TrainingSoftware, assumptio
 
 
 def _name_precision(text: str) -> Precision | None:
-    """'FP8-MX / fine-grained' -> mxfp8: the format of the matrix products that a cell means."""
+    """The format of the matrix products that a cell names: 'FP8-MX / fine-grained' -> mxfp8."""
     if "fp4" in text:
         return "nvfp4"
     if "fp8" in text or "float8" in text:
@@ -315,7 +315,7 @@ def _read_recompute(
 
 
 def _read_sharding(row: RunRow, software: TrainingSoftware, assumptions: list[str]) -> tuple[Sharding, int | None]:
-    """(what is sharded, over how many ranks; None: all of them)."""
+    """(what is sharded, over how many ranks). None means all ranks."""
     text = row.sharding.lower()
     if not text:
         assumptions.append(f"sharding {software.sharding}: blank, {software.name}")
@@ -338,7 +338,7 @@ def _read_sharding(row: RunRow, software: TrainingSoftware, assumptions: list[st
 
 
 def _fits_unsharded(model: ModelShape, layout: ParallelLayout, gpu: Gpu) -> bool:
-    """Whether 16-bit weights and gradients and a shard of Adam's 12 bytes fit at all, before any activation."""
+    """Whether 16-bit weights and gradients (2 + 2 bytes) and a shard of Adam's 12 bytes fit, before any activation."""
     num_parameters = count_rank_parameters(model, layout, 0).total
     return num_parameters * (4 + 12 / layout.dense_shard_size) < gpu.memory_bytes
 
@@ -360,10 +360,11 @@ _IDENTIFYING_FIELDS = (
 
 
 def compute_fingerprint(row: RunRow) -> str:
-    """16 hexadecimal digits of what identifies a measured run, whatever file, line or source name it stands under."""
+    """16 hexadecimal digits that identify a measured run, independent of its file, line and source name."""
     measured = next(getattr(row, name) for name in MEASUREMENT_COLUMNS if getattr(row, name) is not None)
     cells = [getattr(row, name) for name in _IDENTIFYING_FIELDS]
     texts = ["" if cell is None else cell.lower().strip() if isinstance(cell, str) else f"{cell}" for cell in cells]
-    later = {"sequence_parallel": row.sequence_parallel, "ep": row.ep}  # columns that the first tables did not have
+    # The first tables did not have these columns. A blank is left out, so their fingerprints stay valid.
+    later = {"sequence_parallel": row.sequence_parallel, "ep": row.ep}
     texts += [f"{name}={cell}" for name, cell in later.items() if cell is not None]
     return hashlib.sha256("|".join([*texts, f"{measured:.6g}"]).encode()).hexdigest()[:16]

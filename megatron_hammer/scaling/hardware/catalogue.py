@@ -1,6 +1,6 @@
-"""GPUs and clusters, read from `gpus.toml` and `clusters.toml` and from files that a user lays over them.
+"""GPUs and clusters: read from `gpus.toml` and `clusters.toml`, and from a user's files that change or extend them.
 
-The two files say what their fields mean. Nothing here computes a time; `plan.py` has the types.
+The two files say what their fields mean, and `plan.py` has the types. Nothing here computes a time.
 """
 
 import functools
@@ -20,7 +20,7 @@ SHIPPED_CLUSTERS_PATH = DATA_DIR / "clusters.toml"
 
 
 def load_gpus(path: Path | None = None) -> dict[str, Gpu]:
-    """Every known GPU by name: the shipped ones, and those of the TOML file `path` laid over them.
+    """Every known GPU by name: the shipped ones, changed and extended by the TOML file `path`.
 
     Raises ConfigError naming every bad table and field of the file at once.
     """
@@ -28,7 +28,9 @@ def load_gpus(path: Path | None = None) -> dict[str, Gpu]:
 
 
 def load_clusters(path: Path | None = None, *, gpus_path: Path | None = None) -> dict[str, Cluster]:
-    """Every known cluster by name, those of `path` over the shipped ones; each names a GPU of load_gpus(gpus_path).
+    """Every known cluster by name: the shipped ones, changed and extended by `path`.
+
+    Each cluster names a GPU of load_gpus(gpus_path).
 
     Raises ConfigError naming every bad table and field of the file at once.
     """
@@ -48,7 +50,7 @@ def load_clusters(path: Path | None = None, *, gpus_path: Path | None = None) ->
 
 
 def select_gpu(name: str, path: Path | None = None) -> Gpu:
-    """The GPU of this name or alias, capitals, spaces and hyphens aside, else the one that its parts name.
+    """The GPU with this name or alias; case, spaces and hyphens do not matter. Otherwise, the one that its parts name.
 
     Raises ConfigError with the known names.
     """
@@ -78,9 +80,9 @@ def select_cluster(name: str, path: Path | None = None, *, gpus_path: Path | Non
 
 
 def select_default_cluster(gpu_name: str, path: Path | None = None, *, gpus_path: Path | None = None) -> Cluster:
-    """The first cluster that is built of this GPU (its name, not an alias): one that `path` adds before a shipped one.
+    """The first cluster that is built from this GPU (its name, not an alias). Clusters that `path` adds come first.
 
-    Raises ConfigError where there is none.
+    Raises ConfigError if there is none.
     """
     clusters = load_clusters(path, gpus_path=gpus_path).values()
     shipped = _load_shipped_clusters()
@@ -94,7 +96,7 @@ def select_default_cluster(gpu_name: str, path: Path | None = None, *, gpus_path
 
 
 def find_gpu_by_device_name(device_name: str) -> Gpu | None:
-    """The GPU that torch.cuda.get_device_name() means, by the longest alias within it; None for any other device."""
+    """The GPU that torch.cuda.get_device_name() names: the one with the longest alias in it. None for other devices."""
     found = [
         (len(alias), gpu)
         for gpu in _load_shipped_gpus().values()
@@ -105,7 +107,7 @@ def find_gpu_by_device_name(device_name: str) -> Gpu | None:
 
 
 def _find_gpu_by_parts(name: str, gpus: list[Gpu]) -> Gpu | None:
-    """The GPU of a chip, a form and a memory in any order: 'DGX A100 SXM4 (40 GB)' -> a100-sxm-40gb."""
+    """The GPU with this chip, form factor and memory, in any order: 'DGX A100 SXM4 (40 GB)' -> a100-sxm-40gb."""
     text = name.lower()
     chip = re.search(r"(?<![a-z0-9])(gb[23]00|[abhlv]\d{2,3}s?)(?![a-z0-9])", text)
     if chip is None:
@@ -119,12 +121,12 @@ def _find_gpu_by_parts(name: str, gpus: list[Gpu]) -> Gpu | None:
         has_memory = gigabytes is None or abs(gpu.memory_bytes / (int(gigabytes.group(1)) * 1e9) - 1) < 0.12
         if parts[0] == chip.group(1) and own_form == form and has_memory:
             found.append(gpu)
-    # Where a memory is not named, the variant that the bare name of the chip means.
+    # If several remain because no memory is named, prefer the variant whose alias is the chip's name alone.
     return min(found, key=lambda gpu: chip.group(1) not in map(normalise_name, gpu.aliases), default=None)
 
 
 def normalise_name(name: str) -> str:
-    """'NVIDIA A100-SXM4-80GB' -> 'a100sxm480gb': in canonical form: lower case, no vendor, no punctuation."""
+    """A name in canonical form, lower case, no vendor, no punctuation: 'NVIDIA A100-SXM4-80GB' -> 'a100sxm480gb'."""
     letters = re.sub(r"[^a-z0-9]", "", name.lower())
     return re.sub(r"^(nvidia|tesla|geforce)+", "", letters)
 

@@ -1,8 +1,8 @@
-"""Published memory figures: every row of a table as a configuration with what was measured, or why it has none.
+"""Measured memory figures from a table: each row becomes a run with its figure, or has the reason why not.
 
 The columns are those of the published memory table (`quantity`, `memory_value`, `unit`, and the run's). Blanks are
-filled by named assumptions: the model from its name (`row_model.py`), the rest from what is known of the
-source's software (`software.py`). Nothing is dropped.
+filled by named assumptions: the model from its name (`evidence/row_model.py`), the rest from what is known about the
+source's software (`software.py`). No row is dropped.
 """
 
 import re
@@ -32,9 +32,9 @@ from megatron_hammer.scaling.plan import Precision, Recompute, Sharding
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeasuredMemory:
-    """One figure and the run that it belongs to. measured: bytes, or a share for activation_ratio."""
+    """One figure and the run that it belongs to. measured: in bytes, or a ratio for activation_ratio."""
 
-    row_number: int  # its line in the file, the header's being 1
+    row_number: int  # its line in the file; the header is line 1
     source: str
     name: str
     quantity: str
@@ -53,7 +53,7 @@ class MeasuredMemory:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UnpredictableMemoryRow:
-    """A row that no memory can be predicted for, and why."""
+    """A row for which no memory can be predicted, and why."""
 
     row_number: int
     source: str
@@ -88,7 +88,7 @@ def read_measured_memory(path: Path) -> tuple[list[MeasuredMemory], list[Unpredi
 
 
 def _build_measured_memory(row: MemoryRow) -> MeasuredMemory:
-    """The run of one row; UnpredictableError where the row does not say enough."""
+    """The run of one row. Raises UnpredictableError if the row does not say enough."""
     software = select_memory_software(row.source)
     kind, measured = read_measurement(row, software)
     _refuse_what_is_not_modelled(row)
@@ -101,7 +101,7 @@ def _build_measured_memory(row: MemoryRow) -> MeasuredMemory:
     micro_batch_size = _count_or_assume(row, "micro_batch", software.micro_batch_size, software, assumptions)
     num_microbatches = _count_microbatches(row, layout, micro_batch_size, assumptions)
     if layout.pipeline_model_parallel_size > 1 and "1f1b" in row.notes.lower():
-        # torchtitan's "local batch size" is what its schedule cuts into micro-batches of one sequence.
+        # torchtitan's schedule splits its "local batch size" into micro-batches of one sequence.
         num_microbatches, micro_batch_size = micro_batch_size, 1
         assumptions.append("micro-batches of 1 sequence: its schedule cuts the local batch")
     return MeasuredMemory(
@@ -131,7 +131,7 @@ def _read_stage(row: MemoryRow, software: MemorySoftware) -> StageChoice:
 
 
 def _refuse_what_is_not_modelled(row: MemoryRow) -> None:
-    """UnpredictableError for models and trainings that the memory model does not know."""
+    """Raise UnpredictableError for models and trainings that the memory model does not support."""
     text = f"{row.model} {row.quantity} {row.recompute}".lower()
     if re.search(r"deepseek|moonlight|kimi|mla", text):
         raise UnpredictableError("its multi-latent attention is not modelled")
@@ -147,7 +147,7 @@ def _refuse_what_is_not_modelled(row: MemoryRow) -> None:
 
 
 def _apply_name_rules(row: MemoryRow, assumptions: list[str]) -> dict[str, Any]:
-    """Fields that the row's own words decide, by field name."""
+    """Fields that words in the row's name or quantity determine, by field name."""
     source = row.source.lower()
     name = row.model.lower()
     text = _spell(name), name, row.quantity.lower(), f"{row.gpu_type} {row.provenance} {name}".lower()
@@ -165,7 +165,7 @@ def _select_fields(changes: Mapping[str, Any], kind: type) -> dict[str, Any]:
 
 
 def _spell(model: str) -> str:
-    """llama3_70b and llama3-70b are one name; names of test cases keep their underscores."""
+    """llama3_70b and llama3-70b are the same name. Names of Megatron-LM's test cases keep their underscores."""
     return re.sub(r"^(llama|qwen|mixtral)([\d.]*)_", r"\1\2-", model.strip().lower())
 
 
@@ -331,7 +331,7 @@ def _read_recompute(
 
 
 def _read_sharding(row: MemoryRow, software: MemorySoftware, assumptions: list[str]) -> tuple[Sharding, int | None]:
-    """(what is sharded, over how many ranks; None: all of them)."""
+    """(what is sharded, over how many ranks). None means all ranks."""
     text = row.sharding.lower()
     if not text:
         assumptions.append(f"sharding {software.sharding}: blank, {software.name}")

@@ -7,14 +7,14 @@ from megatron_hammer.scaling.evidence.run_table import MemoryRow
 from megatron_hammer.scaling.memory.software import MemorySoftware
 
 BYTES_OF_UNIT = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6, "bytes": 1, "b": 1}
-# allocated: the peak of torch's allocator. reserved: what it took from the device. total: with the context, as
-# nvidia-smi shows. activation_ratio: activations as a share of the same run without sequence parallelism.
-# layer_state: the state of the layers' matrices alone, as Korthikanti et al. 2022 draw it.
+# allocated: the peak of torch's allocator. reserved: what the allocator took from the device. total: with the CUDA
+# context, as nvidia-smi shows. activation_ratio: activations relative to the same run without sequence parallelism.
+# layer_state: weights, gradients and optimizer of the layers' matrices only, as in figure 1 of Korthikanti et al. 2022.
 MemoryKind = Literal["allocated", "reserved", "total", "activations", "state", "layer_state", "activation_ratio"]
 
 
 def read_measurement(row: MemoryRow, software: MemorySoftware) -> tuple[MemoryKind, float]:
-    """(what the figure is, in bytes or as a share)."""
+    """(kind of figure, value in bytes or as a ratio). Raises UnpredictableError for a formula or an unknown unit."""
     text = row.quantity.lower()
     if "formula" in row.unit.lower():
         raise UnpredictableError(f"it is a formula, {row.memory_value}, of no run")

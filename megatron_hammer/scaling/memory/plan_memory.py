@@ -1,7 +1,7 @@
-"""Memory of every pipeline stage of a plan: `model/memory.py` with what a plan says about the run.
+"""Memory of every pipeline stage of a plan: calls `model/memory.py` with what a plan says about the run.
 
-A search asks for tens of thousands of plans of one model. What they share is kept in `model/memory.py` by exactly what
-it depends on: not the GPU, the cluster, overlaps or model copies, and micro-batches only as far as stages hold them.
+A search asks for tens of thousands of plans of one model. `model/memory.py` caches what they share, by exactly what it
+depends on: not the GPU, the cluster, overlap or replicas, and micro-batches only as far as stages hold them.
 """
 
 from functools import lru_cache
@@ -13,16 +13,16 @@ from megatron_hammer.scaling.plan import Plan, Precision, Recompute, Sharding
 
 
 class Allowances(TypedDict, total=False):
-    """What `estimate_memory` adds to what is allocated, where it is not the default."""
+    """What `estimate_memory` adds to the allocated memory, if it is not the default."""
 
     context_bytes: int
     fragmentation_ratio: float
 
 
 def estimate_plan_memory(plan: Plan) -> tuple[StageMemory, ...]:
-    """The peak of a rank of every pipeline stage; ConfigError for a layout that cannot hold the model.
+    """The peak of a rank of every pipeline stage. Raises ConfigError for a layout that cannot hold the model.
 
-    fp16 is kept as bf16 is. The loss is Megatron's unfused one; quantized formats keep 16-bit weights beside them.
+    fp16 needs the same memory as bf16. The loss is Megatron's unfused one. Quantized formats keep 16-bit weights too.
     """
     return estimate_memory(
         plan.model,
@@ -36,7 +36,7 @@ def estimate_plan_memory(plan: Plan) -> tuple[StageMemory, ...]:
 
 
 def estimate_heaviest_plan_stage(plan: Plan) -> StageMemory:
-    """The stage of `estimate_plan_memory` that needs most, several times as fast."""
+    """The stage of `estimate_plan_memory` that needs the most memory. It is several times faster than the list."""
     return estimate_heaviest_stage(
         plan.model,
         plan.layout,
@@ -49,7 +49,7 @@ def estimate_heaviest_plan_stage(plan: Plan) -> StageMemory:
 
 
 def build_plan_options(plan: Plan) -> MemoryOptions:
-    """What a plan says of memory beside its model, layout and batch."""
+    """The memory options of a plan: everything besides its model, layout and batch."""
     return _build_options(
         _is_for_gpu(plan),
         plan.precision,
@@ -67,12 +67,12 @@ def _is_for_gpu(plan: Plan) -> bool:
 
 
 def _list_allowances(plan: Plan) -> Allowances:
-    """CPU processes have no CUDA context and no caching allocator, as memory.py has it."""
+    """CPU processes have no CUDA context and no caching allocator, so memory.py's allowances for both are zero."""
     return {} if _is_for_gpu(plan) else {"context_bytes": 0, "fragmentation_ratio": 0.0}
 
 
 def _count_relevant_microbatches(plan: Plan) -> int:
-    """More than the pipeline can hold at once change nothing; so that more of them share an answer."""
+    """The number of micro-batches, up to what the pipeline can hold at once. More change nothing but the cache key."""
     layout = plan.layout
     most_in_flight = layout.pipeline_model_parallel_size * (layout.virtual_pipeline_model_parallel_size + 1)
     return min(plan.num_microbatches, most_in_flight)

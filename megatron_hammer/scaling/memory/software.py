@@ -17,14 +17,15 @@ from megatron_hammer.model.memory_options import WORKSPACE_BYTES, CrossEntropy, 
 from megatron_hammer.scaling.plan import Precision, Recompute, Sharding, Text
 
 SOFTWARE_PATH = Path(__file__).parent / "software.toml"
-# Peaks of torch's allocator, or what it held from the driver, as nvidia-smi shows with the context on top of it.
+# What a source calls its peak: the peak of torch's allocator, or what the allocator took from the driver. nvidia-smi
+# shows the latter, with the CUDA context on top of it.
 PeakKind = Literal["allocated", "reserved"]
 StageChoice = Literal["heaviest", "first", "last"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemorySoftware:
-    """Defaults of one source's software for cells that are blank, and what no cell says."""
+    """Facts about one source's software: defaults for blank cells, and what the table has no column for."""
 
     name: str
     source_pattern: str = ""  # searched in the row's source, lower case
@@ -48,7 +49,7 @@ class MemorySoftware:
     has_fused_activation: bool = True
     has_fused_weight_gradients: bool = True
     has_fp8_parameters: bool = False
-    keeps_quantized: bool = True  # False: casts to 8 bits and back are made anew wherever they are needed
+    keeps_quantized: bool = True  # False: 8-bit copies are made again each time they are needed, and never kept
     is_context_parallel_all_to_all: bool = False
     cross_entropy: CrossEntropy = "unfused"
     gradient_bytes: int = 4
@@ -82,6 +83,6 @@ def load_known_memory_software() -> KnownMemorySoftware:
 
 
 def select_memory_software(source: str) -> MemorySoftware:
-    """The facts about a source; Megatron's defaults where there are none."""
+    """The facts about a source, or Megatron's defaults for an unknown source."""
     known = load_known_memory_software()
     return next((one for one in known.software if re.search(one.source_pattern, source.lower())), known.unknown)

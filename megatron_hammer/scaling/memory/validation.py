@@ -1,7 +1,7 @@
-"""The memory model against published figures: a prediction and its error a row, then errors by source and kind.
+"""Compare the memory model with published figures: a prediction and its error for each row, errors by source and kind.
 
-Nothing is fitted by a solver, but `PROVENANCE` says which constants were read off which rows; the report repeats it.
-Rows that cannot be predicted are listed with the reason.
+No solver fits anything, but `PROVENANCE` says which constants were read off which rows, and the report repeats it. Rows
+that cannot be predicted are listed with the reason.
 """
 
 import statistics
@@ -26,7 +26,7 @@ PROVENANCE = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryPrediction:
-    """One figure and what the model says of it, in bytes (shares for activation_ratio)."""
+    """One figure and its prediction, in bytes (a ratio for activation_ratio)."""
 
     row: MeasuredMemory
     predicted: float
@@ -39,7 +39,7 @@ class MemoryPrediction:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ErrorGroup:
-    """Errors of the rows that share something. Ratios: 0.05 is 5 %."""
+    """Errors of a group of rows. Ratios: 0.05 is 5 %."""
 
     by: str  # source, kind, measured_or_model or all
     name: str
@@ -58,7 +58,7 @@ class MemoryReport:
     groups: tuple[ErrorGroup, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """Plain types: rows with prediction and error, rows without and why, errors by group."""
+        """The report as plain types: predicted rows, the other rows with the reason, and errors by group."""
         return {
             "rows": [_row_as_json(prediction) for prediction in self.rows],
             "unpredictable": [asdict(row) for row in self.unpredictable],
@@ -75,7 +75,7 @@ def validate_memory(path: Path) -> MemoryReport:
 
 
 def predict_memory(row: MeasuredMemory) -> MemoryPrediction:
-    """What the model says of a row's figure: of the stage that the figure is of, and of the parts that it counts."""
+    """The prediction of a row's figure: for the stage that was measured, and for the parts that the figure counts."""
     stages = _estimate(row)
     if row.stage == "first":
         stage = stages[0]
@@ -123,13 +123,13 @@ def _count_chunks(row: MeasuredMemory) -> int:
 
 
 def _count_layer_state(row: MeasuredMemory, stage: StageMemory) -> float:
-    """Weights, gradients and optimizer of the linears of a stage's layers, not sharded: 18 bytes a parameter."""
+    """Weights, gradients and optimizer of the linears of a stage's layers, not sharded: 18 bytes per parameter."""
     layer, _, _ = select_part_sizes(row.model, row.layout, row.options.vocab_divisible_by)
     return stage.num_layers * layer.linear * (row.options.element_bytes + row.options.gradient_bytes + 12)
 
 
 def _count_kept(row: MeasuredMemory) -> int:
-    """Activations that one layer keeps of one micro-batch."""
+    """Bytes of activations that one layer keeps for one micro-batch."""
     batch = Batch(micro_batch_size=row.micro_batch_size, seq_length=row.seq_length)
     return estimate_layer_activations(row.model, row.layout, batch, row.options).kept
 
@@ -193,7 +193,7 @@ def _row_as_json(prediction: MemoryPrediction) -> dict[str, Any]:
 
 
 def format_memory_report(report: MemoryReport) -> str:
-    """Tables for a terminal: rows, rows without a prediction, errors by group; the last line counts."""
+    """Tables for a terminal: predicted rows, other rows, errors by group. The last line has the counts."""
     lines = [f"{'row':>4}  {'measured':>10}  {'predicted':>10}  {'error':>7}  kind              source: model"]
     lines += [_format_row(prediction) for prediction in report.rows]
     if report.unpredictable:
