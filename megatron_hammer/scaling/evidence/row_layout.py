@@ -1,7 +1,7 @@
-"""How a published row's GPUs were laid out: its cells, its sibling rows, and what its source's software does.
+"""The parallel layout of a table row: from its cells, from other rows of its source, and from its source's software.
 
-Layers that no even split holds are shared out as Megatron can: the embedding and the loss counted as layers, or a
-shorter last stage.
+Layers that cannot be split evenly are split as Megatron can: with the embedding and the loss counted as layers, or with
+a shorter last stage.
 """
 
 import math
@@ -22,21 +22,21 @@ from megatron_hammer.scaling.evidence.software import TrainingSoftware
 
 
 def name_source_family(source: str) -> str:
-    """The source less its version or table: rows of two versions are near copies, and are left out together."""
+    """The source without its version or table. Rows of two versions are nearly the same, and count as one source."""
     bare = re.sub(r"[_-]v?\d+(\.\d+)+$", "", source)
     return re.sub(r"_(weak|strong|flops|modelparallel|dataparallel)$", "", bare)
 
 
 @dataclass(frozen=True, slots=True)
 class Siblings:
-    """What the other rows of a file say where one is silent, by source and model."""
+    """What the other rows of a file say, by source and model, for rows that leave it blank."""
 
     layouts: dict[tuple[str, str], set[tuple[int, int]]]  # (tp, pp)
-    chunks: dict[tuple[str, str, int, int], set[int]]  # vpp, by tp and pp as well; versions of a source together
+    chunks: dict[tuple[str, str, int, int], set[int]]  # vpp, by source family, model, tp and pp
 
 
 def collect_siblings(rows: Sequence[RunRow]) -> Siblings:
-    """What each source of a file says of each of its models."""
+    """What each source of a file says about each of its models."""
     siblings = Siblings({}, {})
     for row in rows:
         if row.tp is not None and row.pp is not None:
@@ -50,7 +50,7 @@ def collect_siblings(rows: Sequence[RunRow]) -> Siblings:
 def build_row_layout(
     row: RunRow, model: ModelShape, software: TrainingSoftware, siblings: Siblings, assumptions: list[str]
 ) -> ParallelLayout:
-    """The layout of a row and its model. Raises UnpredictableError where it is unsaid or cannot be built."""
+    """The layout of a row and its model. Raises UnpredictableError if it is not stated or cannot be built."""
     tp, pp = _fill_model_parallel(row, siblings, assumptions)
     cp = row.cp or 1
     dp = row.dp
@@ -83,7 +83,10 @@ def build_row_layout(
 
 
 def _has_sequence_parallel(row: RunRow, tp: int, software: TrainingSoftware) -> bool:
-    """The row's own cell, else what its text says, else the software's; full recomputation of 2022 went without it."""
+    """From the row's own cell, else from its text, else from the software.
+
+    In the publication of 2022 the runs with full recomputation are the baseline without sequence parallelism.
+    """
     if row.sequence_parallel is not None:
         return row.sequence_parallel
     text = f"{row.recompute} {row.notes}".lower()
@@ -127,7 +130,7 @@ def _fill_chunks(
     siblings: Siblings,
     assumptions: list[str],
 ) -> int:
-    """Virtual chunks a stage. sizes: (tp, pp)."""
+    """Virtual chunks per stage. sizes: (tp, pp)."""
     if row.vpp is not None or sizes[1] == 1 or not software.is_interleaved:
         return row.vpp or 1
     same = siblings.chunks.get((name_source_family(row.source), row.model, *sizes), set())
@@ -143,7 +146,7 @@ def _fill_chunks(
 
 
 def _split_over_stages(base: ParallelLayout, num_layers: int, vpp: int, assumptions: list[str]) -> ParallelLayout:
-    """The first exact way to share the layers out: evenly, with embedding and loss as layers, or a short last stage."""
+    """The first exact way to split the layers: evenly, with embedding and loss as layers, or a short last stage."""
     layout = replace(base, virtual_pipeline_model_parallel_size=vpp if base.pipeline_model_parallel_size > 1 else 1)
     pp = layout.pipeline_model_parallel_size
     last = num_layers - math.ceil(num_layers / pp) * (pp - 1)

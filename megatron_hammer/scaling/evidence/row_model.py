@@ -1,7 +1,7 @@
-"""The model of a published row: its cells, and public configurations where a cell is blank.
+"""The model of a table row: its cells, and public configurations for the blank cells (models.toml).
 
-Every value that is not the row's own is written down as an assumption. A model that is neither in the row nor known by
-its name is refused with the reason.
+Every value that does not come from the row is recorded as an assumption. A model that is neither described in the row
+nor known by its name is refused with the reason.
 """
 
 import functools
@@ -25,7 +25,7 @@ NOTABLE_SIZE_DIFFERENCE_RATIO = 0.05
 
 
 class UnpredictableError(Exception):
-    """A row that does not say enough; its text is the reason. Never leaves read_runs."""
+    """A row does not say enough; the text is the reason. The functions that read tables catch it for each row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +49,7 @@ class KnownModel:
 
 @dataclass(frozen=True, slots=True)
 class KnownModels:
-    """The content of models.toml, in its order, every model with the fields of its style."""
+    """The content of models.toml, in its order. Each model has the fields of its style filled in."""
 
     model: tuple[KnownModel, ...]
     family: tuple[KnownModel, ...]
@@ -70,7 +70,7 @@ MOE_PATTERN = re.compile(r"mixtral|moe|\d+x\d+b|a\d+(\.\d+)?b|deepseek-?v[23]|gr
 
 
 def build_row_model(row: RunRow) -> tuple[ModelShape, tuple[str, ...]]:
-    """The model of a row and what was assumed of it. Raises UnpredictableError where the row does not say enough."""
+    """The model of a row, and what was assumed about it. Raises UnpredictableError if the row does not say enough."""
     preset = _find_preset(row)
     if preset is not None:
         return preset, (f"model {preset.name}: the preset of this name ({preset.source})",)
@@ -107,13 +107,14 @@ _PRESET_SPELLINGS = {"hammerllm-1.4b": "hammer-1b4"}
 def _fill_shape(
     row: RunRow, known: KnownModel | None, family: KnownModel | None, assumptions: list[str]
 ) -> dict[str, int]:
-    """layers, hidden, heads, kv_heads, ffn and vocab: the row's, else the known model's, else by a stated rule."""
+    """layers, hidden, heads, kv_heads, ffn and vocab: from the row, else the known model, else by a stated rule."""
     shape: dict[str, int] = {}
     for name in ("layers", "hidden"):
         value = getattr(row, name) or (getattr(known, name) if known else None)
         if value is None:
             raise UnpredictableError(f"{name} is blank and the model {row.model!r} is not known by its name")
         shape[name] = value
+    # Heads and ffn belong to a width: a row with another hidden size than its name implies does not take them over.
     is_known_width = known is not None and known.hidden == shape["hidden"]
     for name in ("heads", "kv_heads", "ffn", "vocab"):
         value = getattr(row, name)
@@ -131,7 +132,7 @@ def _fill_shape(
 
 
 def _fill_by_rule(name: str, shape: dict[str, int], family: KnownModel | None) -> tuple[int, str]:
-    """(value, reason) of a size that neither row nor name gives."""
+    """(value, reason) for a size that neither the row nor its model name gives."""
     if name == "heads":
         if shape["hidden"] % DEFAULT_HEAD_DIM:
             raise UnpredictableError(f"heads is blank and hidden {shape['hidden']} is no multiple of 128")

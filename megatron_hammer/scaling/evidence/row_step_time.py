@@ -1,7 +1,7 @@
-"""Seconds of a step from whatever a published row measured: a time, tokens, FLOP/s or a utilisation.
+"""Seconds per step from whatever a table row measured: a time, tokens, FLOP/s or a utilisation.
 
-FLOP/s and utilisations come in conventions that differ by a quarter and more; the row's `mfu_definition` and notes name
-one, or its source is known to use one. `model/flops.py` counts A to D; a "hardware" figure adds the recomputed forward.
+FLOP/s and utilisations use conventions that differ by a quarter and more. The row's `mfu_definition` names one, or its
+source is known to use one. `model/flops.py` counts A to D. A "hardware" figure also counts the recomputed forward pass.
 """
 
 import re
@@ -25,9 +25,9 @@ _DEFINITIONS: tuple[tuple[str, str], ...] = (
 
 
 def find_step_time(row: RunRow, plan: Plan, software: TrainingSoftware, assumptions: list[str]) -> tuple[float, str]:
-    """(seconds of the row's own step, the column they come from), of the best measured cell.
+    """(seconds of the row's step, the column that they were computed from), from the most direct measurement.
 
-    The batch is the row's where it has one, so that a caller who rounds it scales the result.
+    The batch is the row's if it has one. A caller that rounds the batch must scale the result.
     """
     global_batch = row.global_batch or plan.global_batch_size
     tokens = global_batch * plan.seq_length
@@ -51,8 +51,8 @@ def find_step_time(row: RunRow, plan: Plan, software: TrainingSoftware, assumpti
 def count_step_flops(plan: Plan, tokens: int, convention: str, *, counts_multi_head: bool = False) -> float:
     """FLOPs of `tokens` tokens of a plan's model in a convention of flops.py, or "hardware".
 
-    Narayanan et al. 2021 (arXiv 2104.04473, section 5.1) count 96 B s l h^2 (1 + s/6h + V/16lh): the forward pass of
-    the layers twice, their backward pass and the head once.
+    "hardware", after Narayanan et al. 2021 (arXiv 2104.04473, section 5.1), is 96 B s l h^2 (1 + s/6h + V/16lh): the
+    forward pass of the layers twice, their backward pass once, and the output layer once.
     """
     model: ModelShape = plan.model
     if counts_multi_head:
@@ -76,7 +76,7 @@ def _select_convention(row: RunRow, software: TrainingSoftware) -> tuple[str, st
 
 
 def _select_peak(row: RunRow, plan: Plan) -> tuple[float, str]:
-    """(TFLOP/s that a utilisation is of, why)."""
+    """(the peak in TFLOP/s that a utilisation refers to, the reason)."""
     is_eight_bit = plan.precision in ("fp8", "mxfp8")
     stated = re.findall(r"\b\d{3,5}\b", row.mfu_definition.lower().partition("peak ")[2])  # 16 bits, then 8
     if stated:

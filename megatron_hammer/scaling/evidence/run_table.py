@@ -1,4 +1,4 @@
-"""The rows of a table of runs or of memory figures as they stand: cells of the right type, blanks as None.
+"""The rows of a table of runs or of memory figures, unchanged: cells of the right type, blanks as None.
 
 Tables of runs have one of two headers: that of the published tables (and of `scaling_study.py measure`), or that of
 vTrain's measured iteration times. Nothing is interpreted here: `measured_runs.py` and `memory/measured_memory.py` do.
@@ -19,7 +19,7 @@ VTRAIN_RUNS_PATH = TABLES_DIR / "vtrain_ground_truth_single.csv"
 PUBLISHED_MEMORY_PATH = TABLES_DIR / "published_memory.csv"
 
 BLANKS = frozenset({"", "-", "na", "n/a", "none", "null", "nan"})
-# Without these nothing can be said of any row; any other column may be absent, as if all its cells were blank.
+# No row can be predicted without these columns. Any other column may be absent, as if all of its cells were blank.
 REQUIRED_COLUMNS = ("model", "layers", "hidden", "seq", "gpus", "gpu_type", "tp", "pp", "dp", "global_batch")
 MEASUREMENT_COLUMNS = ("iteration_time_s", "tokens_per_s_per_gpu", "tflops_per_gpu", "mfu")
 # vTrain's header -> ours. Its time is in milliseconds.
@@ -43,7 +43,7 @@ VTRAIN_SOURCE = "vTrain_ground_truth_single"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunRow:
-    """One row under the published header. row_number: its line in the file, the header's being 1."""
+    """One row of a table of runs. row_number: its line in the file; the header is line 1."""
 
     row_number: int
     source: str = ""
@@ -105,8 +105,8 @@ def read_memory_rows(path: Path) -> list[MemoryRow]:
 def read_run_rows(path: Path) -> list[RunRow]:
     """Every row of a CSV file of measured runs, in its order.
 
-    Raises ConfigError for an unreadable file or header, and once with all cells that hold something else than they
-    should, each with its line, column and value.
+    Raises ConfigError for an unreadable file or header, and once with all cells of the wrong type, each with its line,
+    column and value.
     """
     names, records = _read_records(path)
     is_vtrain = set(VTRAIN_COLUMNS) <= set(names)
@@ -233,7 +233,7 @@ _PARSER_OF_TYPE: dict[Any, Callable[[str], Any]] = {
 
 
 def _as_vtrain(row: RunRow) -> RunRow:
-    """vTrain's row with what its header leaves out; where that comes from is said in software.py."""
+    """A row of vTrain with what its table has no column for; software.toml names the source of these facts."""
     return replace(
         row,
         source=VTRAIN_SOURCE,

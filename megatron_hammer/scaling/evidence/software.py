@@ -20,9 +20,9 @@ from megatron_hammer.scaling.plan import Precision, Recompute, Sharding, Text
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingSoftware:
-    """Defaults of one source's software for cells that are blank, and what no cell says.
+    """Facts about one source's software: defaults for blank cells, and what the table has no column for.
 
-    source_pattern is searched in the row's source, lower case.
+    source_pattern: a regular expression that is searched in the row's source, in lower case.
     """
 
     name: str
@@ -34,17 +34,17 @@ class TrainingSoftware:
     sharding: Sharding = "distributed_optimizer"
     has_flash_attention: bool = True
     has_sequence_parallel: bool = True  # where tp > 1
-    recomputes_without_sequence_parallel: bool = False  # its runs with full recomputation are the baseline without it
+    recomputes_without_sequence_parallel: bool = False  # its runs with full recomputation have no sequence parallelism
     overlaps_data_parallel: bool = True
     overlaps_tensor_parallel: bool = True
     gradient_bytes: int = 4
-    # How it counts FLOPs where mfu_definition is blank. "hardware": B, and the layers' forward once more if recomputed.
+    # How it counts FLOPs if mfu_definition is blank. "hardware": B, plus the layers' forward pass if it is recomputed.
     flop_convention: FlopConvention | Literal["hardware"] = "B"
     seq_length: int | None = None
-    is_interleaved: bool = False  # a blank vpp is a chunk a layer: "set to maximum" in NeMo's recipes
+    is_interleaved: bool = False  # a blank vpp means one chunk per layer: "set to maximum" in NeMo's recipes
     accumulates_gradients: bool = True  # False: a blank micro_batch is global_batch / dp
-    cluster_of_gpu: Mapping[str, str] = field(default_factory=dict)  # where it is not the GPU's default
-    gpu_of_gpu: Mapping[str, str] = field(default_factory=dict)  # which variant a bare name meant
+    cluster_of_gpu: Mapping[str, str] = field(default_factory=dict)  # if it is not the GPU's default cluster
+    gpu_of_gpu: Mapping[str, str] = field(default_factory=dict)  # which variant the name of the GPU meant at that time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +67,7 @@ class SourceRecipe:
 
 
 SOFTWARE_PATH = Path(__file__).parent / "software.toml"
-# By era: what ran in fp16 with full recomputation on an A100 or older, and where the source is unknown.
+# The software of an unknown source that ran in fp16 with full recomputation on an A100 or an older GPU.
 OLD_MEGATRON = "Megatron-LM of 2021"
 
 
@@ -87,7 +87,7 @@ def load_known_software() -> KnownSoftware:
 
 
 def select_software(row: RunRow, gpu_name: str) -> tuple[TrainingSoftware, tuple[str, ...]]:
-    """The software of a row's source, or of its era where the source is unknown, and that as an assumption."""
+    """The software of a row's source, or of its era if the source is unknown, and the assumption that this makes."""
     known = load_known_software()
     source = row.source.lower()
     for software in known.software:
@@ -102,7 +102,7 @@ def select_software(row: RunRow, gpu_name: str) -> tuple[TrainingSoftware, tuple
 
 
 def select_recipe(row: RunRow, gpu_name: str) -> SourceRecipe | None:
-    """The recipe that a row's source ran, or None where none is known."""
+    """The recipe that a row's source ran, or None if none is known."""
     source, model = row.source.lower(), row.model.lower()
     for recipe in load_known_software().recipe:
         is_same_run = re.search(recipe.source_pattern, source) and re.search(recipe.model_pattern, model)

@@ -1,7 +1,7 @@
-"""How far predictions are from measured runs that the coefficients have not seen, and whether they rank layouts right.
+"""The errors of predictions on runs that the coefficients have not seen, and whether layouts are ranked correctly.
 
-A run that the coefficients were fitted on proves nothing: it is marked and left out of every figure.
-Cross-validation predicts each run by coefficients fitted without its publication. `validation_report.py` prints.
+Runs that the coefficients were fitted on are flagged and excluded from every error figure. Cross-validation predicts
+each run with coefficients that were fitted without its publication. `validation_report.py` prints the result.
 """
 
 import re
@@ -24,7 +24,7 @@ RANKING_TOLERANCE_RATIO = 0.05
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
-    """One measured run and what the model says of it."""
+    """One measured run and its prediction."""
 
     run: MeasuredRun
     step: StepTime
@@ -37,7 +37,7 @@ class Prediction:
 
     @property
     def error_ratio(self) -> float:
-        """Predicted over measured step time, less one: positive where the prediction is slow."""
+        """Predicted over measured step time, minus one. Above zero, the prediction is slower than the measurement."""
         return float(self.step.total_s / self.run.step_time_s - 1)
 
     @property
@@ -47,7 +47,7 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ErrorFigures:
-    """Errors of the step time over some runs, each a ratio of the measured time."""
+    """Errors of the step time of a group of runs, relative to the measured time."""
 
     num_rows: int
     median_absolute_ratio: float
@@ -58,7 +58,7 @@ class ErrorFigures:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ranking:
-    """Runs that differ in nothing but their layout: what following the prediction would have cost."""
+    """A group of runs that differ only in their layout, and what following the prediction would have cost."""
 
     source: str
     description: str
@@ -68,13 +68,13 @@ class Ranking:
 
     @property
     def loss_ratio(self) -> float:
-        """Measured time of the layout predicted to be best over that of the best, less one."""
+        """Measured time of the layout predicted to be best over that of the measured best, minus one."""
         return self.predicted_best.step_time_s / self.measured_best.step_time_s - 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ValidationReport:
-    """Every row of a table: predicted, or with the reason why not."""
+    """Every row of a table, predicted or with the reason why not; errors and rankings."""
 
     predictions: tuple[Prediction, ...]  # in the table's order
     unpredictable: tuple[UnpredictableRow, ...]
@@ -93,7 +93,7 @@ class ValidationReport:
 def validate_runs(
     runs: Sequence[MeasuredRun], unpredictable: Sequence[UnpredictableRow], coefficients: Coefficients
 ) -> ValidationReport:
-    """Predict every run; those whose fingerprint the coefficients carry are "fitted"."""
+    """Predict every run. Runs whose fingerprint is in the coefficients file are "fitted"."""
     fitted = list_fitted_fingerprints(coefficients)
     predictions = [
         Prediction(
@@ -109,9 +109,9 @@ def validate_runs(
 def cross_validate_runs(
     runs: Sequence[MeasuredRun], unpredictable: Sequence[UnpredictableRow], announce: Callable[[str], None] = print
 ) -> ValidationReport:
-    """Predict every run by coefficients fitted to the Megatron-style runs of all other publications, from the priors.
+    """Predict every run with coefficients fitted to the Megatron-style runs of all other publications, from the priors.
 
-    Only the bands' widths are the shipped ones. announce: is told of every fit, which takes seconds.
+    The widths of the bands are the shipped ones. announce: called before each fit, which takes seconds.
     """
     from megatron_hammer.scaling.evidence.calibration import fit, name_publication, select_fit_runs
 
@@ -135,7 +135,7 @@ def cross_validate_runs(
 def build_validation_report(
     predictions: Sequence[Prediction], unpredictable: Sequence[UnpredictableRow]
 ) -> ValidationReport:
-    """The figures over what may be counted."""
+    """The errors and rankings of the predictions that may be counted."""
     counted = [one for one in predictions if one.is_counted]
     errors: dict[str, dict[str, ErrorFigures]] = {}
     for dimension, name_of in DIMENSIONS.items():
@@ -154,7 +154,7 @@ def build_validation_report(
 
 
 def list_fitted_fingerprints(coefficients: Coefficients) -> frozenset[str]:
-    """The fingerprints of the runs that coefficients were fitted on, wherever their provenance holds them."""
+    """The fingerprints of the runs that the coefficients were fitted on, from anywhere in their provenance."""
     return frozenset(_list_fingerprints(coefficients.provenance))
 
 
@@ -172,7 +172,7 @@ def _list_fingerprints(value: Any) -> Iterator[str]:
 
 
 def compute_error_figures(predictions: Sequence[Prediction]) -> ErrorFigures:
-    """The figures of a group that is not empty."""
+    """The errors of a group of predictions, which must not be empty."""
     absolute = [abs(one.error_ratio) for one in predictions]
     return ErrorFigures(
         num_rows=len(predictions),
@@ -235,7 +235,7 @@ def rank_layouts(predictions: Sequence[Prediction]) -> list[Ranking]:
 
 
 def _identify_job(run: MeasuredRun) -> Hashable:
-    """All of a run but how it was laid out over its GPUs."""
+    """Everything about a run except its layout."""
     plan = run.plan
     return (
         run.source, plan.model, plan.gpu.name, plan.cluster.name, plan.layout.world_size, plan.seq_length,

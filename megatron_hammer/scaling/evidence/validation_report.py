@@ -28,9 +28,9 @@ ROW_COLUMNS = (
 
 
 def list_rows(report: ValidationReport) -> list[dict[str, Any]]:
-    """Every row of the table in its order, by ROW_COLUMNS; None where a column does not apply.
+    """Every row of the table in its order, by ROW_COLUMNS. None if a column does not apply.
 
-    error_ratio and is_in_band are None of a fitted row, and everything predicted of an unpredictable one.
+    A fitted row has no error_ratio and no is_in_band; an unpredictable row has no predicted values.
     """
     rows = [_describe_prediction(one) for one in report.predictions]
     for row in report.unpredictable:
@@ -101,7 +101,7 @@ def build_validation_document(report: ValidationReport) -> dict[str, Any]:
 
 
 def format_csv(report: ValidationReport) -> str:
-    """One line a row of the table, its assumptions in one cell."""
+    """One line per row of the table, with its assumptions in one cell."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(ROW_COLUMNS)
@@ -138,7 +138,7 @@ def print_report(report: ValidationReport, stream: IO[str]) -> None:
 
 
 def describe_report(report: ValidationReport) -> str:
-    """The last line: counts of rows, and the error of the Megatron-style ones, which the model is about."""
+    """The last line: counts of rows, and the error of the Megatron-style rows, which the model describes."""
     num_rows = len(report.predictions) + len(report.unpredictable)
     how = "cross-validated" if any(one.status == "cross-validated" for one in report.predictions) else "predicted"
     counts = (
@@ -247,7 +247,7 @@ def _build_table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> An
 
 
 def draw_scatter(report: ValidationReport) -> bytes | None:
-    """Predicted over measured step times as a PNG, a colour a source family; None where no row counts."""
+    """A PNG of predicted over measured step times, one colour per source family. None if no row counts."""
     if not report.counted:
         return None
     from matplotlib.figure import Figure

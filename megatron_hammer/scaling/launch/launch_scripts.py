@@ -1,7 +1,7 @@
 """Launch scripts of planned runs: torchrun on every node, SLURM, or an Indexed Job of Kubernetes.
 
-What is trained and how it is laid out comes from a projection's row; where data and outputs lie is for the user, as
-environment variables with defaults. The *.j2 templates beside this file hold what the launchers want.
+The model and its layout are those of a projection's row. The paths of data and outputs are environment variables with
+defaults, for the user to set. The *.j2 templates beside this file contain what the launchers need.
 """
 
 import re
@@ -21,8 +21,8 @@ LAUNCHERS: tuple[Launcher, ...] = get_args(Launcher)
 SUFFIXES: Mapping[Launcher, str] = {"torchrun": ".sh", "slurm": ".sbatch", "kubernetes": ".yaml"}
 TEMPLATE_DIR = Path(__file__).resolve().parent
 CPU_GPU_NAME = "cpu-core"
-MAX_NAME_LENGTH = 45  # Kubernetes adds a pod's number and has room for 63
-# What a model without a recipe of ours is trained with until its owner says otherwise.
+MAX_NAME_LENGTH = 45  # Kubernetes appends the pod's number and allows 63 characters
+# Defaults for a model that has no recipe here.
 UNTUNED_SCHEDULE = {"LR": "3e-4", "MIN_LR": "3e-5", "LR_WARMUP_ITERS": "100", "TRAIN_ITERS": "1000"}
 FLAGS_OF_KNOBS = {
     "TRAIN_ITERS": "--train-iters",
@@ -31,7 +31,7 @@ FLAGS_OF_KNOBS = {
     "MIN_LR": "--min-lr",
 }
 FSDP_CONNECTIONS = "8"  # CUDA's own default
-# Weight decay and the like, which Megatron's defaults do not have as language models are trained today.
+# Optimizer settings in common use for language models, where Megatron's defaults differ.
 UNTUNED_FLAGS = (
     *("--weight-decay", "0.1", "--adam-beta1", "0.9", "--adam-beta2", "0.95", "--clip-grad", "1.0"),
     *("--hidden-dropout", "0", "--attention-dropout", "0"),
@@ -47,7 +47,7 @@ class Launch:
     num_nodes: int
     processes_per_node: int
     train_tokens: int | None  # None: the recipe's
-    comment: str  # a line on where it comes from and what is predicted
+    comment: str  # a line with its origin and its predicted time
 
     @property
     def is_cpu(self) -> bool:
@@ -56,14 +56,14 @@ class Launch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KubernetesOptions:
-    """What a cluster's owner names."""
+    """Names that only the user of the cluster knows."""
 
     image: str = "megatron-hammer:latest"
     volume_claim: str = "training"
 
 
 def build_launch(plan: Plan, *, name: str, train_tokens: int | None, comment: str) -> Launch:
-    """Raises ConfigError for a world that does not fill its nodes."""
+    """Raises ConfigError if the number of ranks does not fill its nodes."""
     world_size, per_node = plan.layout.world_size, plan.cluster.gpus_per_node
     processes = min(world_size, per_node)
     if world_size % processes:
@@ -82,10 +82,11 @@ def build_launch(plan: Plan, *, name: str, train_tokens: int | None, comment: st
 
 
 def list_environment(launch: Launch) -> dict[str, str]:
-    """What Megatron asks of the environment; a variable that is set keeps its value.
+    """Environment variables that Megatron requires. A variable that is already set keeps its value.
 
-    Before Blackwell, kernels of tensor and context parallelism keep their order only on one connection; FSDP must not
-    have one alone (megatron.training.arguments.validate_args), and one is what this package sets where nothing is set.
+    Before Blackwell, kernels of tensor and context parallelism keep their order only with one connection
+    (CUDA_DEVICE_MAX_CONNECTIONS). FSDP must not have just one (megatron.training.arguments.validate_args), and this
+    package sets one by default.
     """
     plan, environment = launch.plan, {"OMP_NUM_THREADS": "1"}
     is_ordered = max(plan.layout.tensor_model_parallel_size, plan.layout.context_parallel_size) > 1
@@ -97,14 +98,14 @@ def list_environment(launch: Launch) -> dict[str, str]:
 
 
 def select_backend(plan: Plan) -> str:
-    """te where only TransformerEngine can do it, else whatever is installed."""
+    """te if only TransformerEngine supports the plan, otherwise whatever is installed."""
     has_low_precision = plan.precision in ("fp8", "mxfp8", "nvfp4")
     needs_te = plan.layout.context_parallel_size > 1 or has_low_precision or plan.overlaps_tensor_parallel
     return "te" if needs_te else "auto"
 
 
 def build_schedule(launch: Launch) -> dict[str, str]:
-    """Values of the schedule's knobs: the recipe's tokens and warm-up, in steps of this batch."""
+    """The settings of the schedule: the recipe's tokens and warm-up, converted to steps of this batch."""
     plan = launch.plan
     has_recipe = list_model_flags(plan.model)[0] == "--preset"
     if not has_recipe and launch.train_tokens is None:
@@ -119,7 +120,7 @@ def build_schedule(launch: Launch) -> dict[str, str]:
 
 
 def list_launch_flags(launch: Launch) -> list[str]:
-    """Flags of training that no knob stands for."""
+    """Training flags that are not set by an environment variable of the script."""
     flags = list_plan_flags(launch.plan, is_cpu=launch.is_cpu)
     return flags if flags[0] == "--preset" else [*flags, *UNTUNED_FLAGS]
 
@@ -156,7 +157,7 @@ def _build_values(launch: Launch) -> dict[str, Any]:
 
 
 def join_in_pairs(flags: Sequence[str]) -> list[str]:
-    """One line of shell for each flag with its value."""
+    """One line of shell per flag with its value."""
     lines: list[list[str]] = []
     for word in flags:
         if word.startswith("--") or not lines:

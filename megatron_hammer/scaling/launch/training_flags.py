@@ -1,7 +1,7 @@
 """A model, a layout and a batch as flags of megatron_hammer.training.pretrain: what `measure` runs and `emit` writes.
 
-Sizes that a preset's recipe sets are always given, so that a layout means the same whatever recipe it is laid over.
-Left out: data, schedule and outputs; `emit` adds those.
+Sizes that a preset's recipe sets are always given, so a layout means the same with every recipe. Data, schedule and
+outputs are left out; `emit` adds those.
 """
 
 from megatron_hammer.errors import ConfigError
@@ -11,7 +11,7 @@ from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.presets.preset import Recipe
 from megatron_hammer.scaling.plan import Plan, Recompute
 
-# Flags of a run whose products are in a lower precision than its 16-bit rest. TransformerEngine's recipes.
+# Flags of a run with matrix products in 8 or 4 bits; everything else is in 16 bits. TransformerEngine's recipes.
 LOW_PRECISION_FLAGS = {
     "fp8": ("--precision", "bf16", "--fp8-format", "hybrid"),
     "mxfp8": ("--precision", "bf16", "--fp8-format", "e4m3", "--fp8-recipe", "mxfp8"),
@@ -25,7 +25,7 @@ DEFAULT_VOCAB_DIVISOR = 128
 
 
 def list_model_flags(model: ModelShape) -> list[str]:
-    """--preset where the model is a shipped one, else its architecture flag by flag (a Hugging Face model's)."""
+    """--preset for a shipped model, otherwise (a Hugging Face model) its architecture flag by flag."""
     preset = PRESETS.get(model.name)
     if preset is not None and preset.model == model:
         return ["--preset", model.name]
@@ -84,9 +84,9 @@ def _list_expert_flags(model: ModelShape) -> list[str]:
 
 
 def list_layout_flags(model: ModelShape, layout: ParallelLayout) -> list[str]:
-    """Every parallel size, over whatever the preset's recipe has.
+    """Every parallel size, which overrides the preset's recipe.
 
-    Raises ConfigError for what no flag can take back: the sequence parallelism of a recipe.
+    Raises ConfigError for what no flag can switch off: the sequence parallelism of a recipe.
     """
     recipe = PRESETS[model.name].recipe if list_model_flags(model)[0] == "--preset" else None
     tp = layout.tensor_model_parallel_size
@@ -110,7 +110,7 @@ def list_layout_flags(model: ModelShape, layout: ParallelLayout) -> list[str]:
 
 
 def _list_stage_flags(layout: ParallelLayout, recipe: Recipe | None) -> list[str]:
-    """How layers are shared out over pipeline stages and their chunks."""
+    """How layers are split over pipeline stages and their chunks."""
     flags = []
     vp = layout.virtual_pipeline_model_parallel_size
     if vp > 1 or (recipe is not None and recipe.virtual_pipeline_model_parallel_size > 1):
@@ -132,16 +132,16 @@ def list_batch_flags(*, micro_batch_size: int, global_batch_size: int, seq_lengt
 
 
 def list_recompute_flags(recompute: Recompute) -> list[str]:
-    """selective recomputes the core attention, full every layer by itself."""
+    """selective recomputes the core attention; full recomputes each layer separately."""
     if recompute == "full":
         return ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
     return [] if recompute == "none" else ["--recompute-granularity", "selective"]
 
 
 def list_plan_flags(plan: Plan, *, is_cpu: bool) -> list[str]:
-    """Everything of a planned run but data, schedule, backend and outputs.
+    """All flags of a planned run except data, schedule, backend and outputs.
 
-    is_cpu: its ranks are CPU processes, where nothing overlaps. Raises ConfigError as list_layout_flags does.
+    is_cpu: its ranks are CPU processes, where no communication overlaps. Raises ConfigError as list_layout_flags does.
     """
     flags = [*list_model_flags(plan.model), "--platform", "cpu" if is_cpu else "cuda"]
     flags += list_layout_flags(plan.model, plan.layout)

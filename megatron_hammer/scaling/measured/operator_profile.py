@@ -1,7 +1,8 @@
-"""From timed operators to the facts and coefficients of this machine: what `profile` measures, `calibrate` starts from.
+"""Timed operators as the facts and coefficients of this machine, which `profile` writes and `calibrate` starts from.
 
-megatron_hammer.platforms.operator_benchmark times, in processes of its own; here its reports are read. A GPU that is
-known keeps its data sheet and gets the ratios that it delivers; a CPU core has none, so its peaks are measured.
+megatron_hammer.platforms.operator_benchmark times the operators in separate processes, and this module reads its
+reports. A known GPU keeps its data sheet and gets the measured ratios. A CPU core has no data sheet, so its peaks are
+measured.
 """
 
 import json
@@ -29,7 +30,7 @@ TIMEOUT_S = 1800.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timing:
-    """One operator of a report; `seconds` is the median or the fastest of its calls, as it was read."""
+    """One operator of a report. `seconds`: of the median or of the fastest call, as chosen when it was read."""
 
     operator: str
     shape: tuple[int, ...]
@@ -59,7 +60,7 @@ class OperatorReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HostProfile:
-    """This machine as the performance model takes it."""
+    """This machine, as the performance model describes one."""
 
     gpu: Gpu
     cluster: Cluster
@@ -75,9 +76,9 @@ def time_operators(
     precisions: Sequence[str],
     statistic: Statistic = "median",
 ) -> OperatorReport:
-    """Run the benchmark in `num_processes` processes of this machine, one thread each on a CPU.
+    """Run the benchmark in `num_processes` processes on this machine, with one thread each on a CPU.
 
-    Raises PlatformError with the last lines of its output where it fails.
+    Raises PlatformError with the last lines of its output if it fails.
     """
     launch = [] if num_processes == 1 else ["-m", "torch.distributed.run", "--standalone"]
     launch += [] if num_processes == 1 else ["--nproc-per-node", str(num_processes)]
@@ -129,9 +130,9 @@ def _read_timing(timing: dict[str, Any], statistic: Statistic) -> Timing:
 def build_profile(
     alone: OperatorReport, together: OperatorReport | None, *, gpu: Gpu, cluster: Cluster, start: Coefficients
 ) -> HostProfile:
-    """This machine, from the operators of one process and the collectives of several (None: the cluster stays).
+    """This machine, from the operators of one process and the collectives of several (None: the cluster is unchanged).
 
-    gpu, cluster: what is known of them; a CPU's peaks and every CPU host's wires are replaced by what was measured.
+    gpu, cluster: what is known about them. Measured values replace a CPU's peaks and the links of a CPU host.
     """
     is_cpu = alone.platform == "cpu"
     measured_gpu = _measure_gpu(alone, gpu) if is_cpu else gpu
@@ -158,7 +159,7 @@ def build_profile(
 
 
 def _rate(timings: Iterable[Timing], quantity: str) -> float:
-    """Sum of the quantity over the sum of seconds: long operators count for what they take."""
+    """Sum of the quantity over the sum of seconds, so long operators have more weight."""
     chosen = list(timings)
     return sum(getattr(timing, quantity) for timing in chosen) / sum(timing.seconds for timing in chosen)
 
@@ -182,7 +183,7 @@ def _measure_gpu(report: OperatorReport, gpu: Gpu) -> Gpu:
 
 
 def _measure_gemm_ratio(report: OperatorReport, gpu: Gpu) -> float:
-    """Of the peak in 16-bit products where they were timed, else fp32."""
+    """The reached ratio of the peak, in 16-bit products if they were timed, else in fp32."""
     for dtype in ("bf16", "fp16", "fp32"):
         gemms = [timing for timing in report.select("gemm") if timing.dtype == dtype]
         peak = getattr(gpu, PRECISION_FIELDS[dtype])
@@ -192,13 +193,13 @@ def _measure_gemm_ratio(report: OperatorReport, gpu: Gpu) -> float:
 
 
 def _measure_large_gemms(gemms: Sequence[Timing], peak_tflops: float) -> float:
-    """Of the peak, over the larger half of the shapes."""
+    """The reached ratio of the peak, over the larger half of the shapes."""
     by_size = sorted(gemms, key=lambda timing: timing.flops)
     return _rate(by_size[len(by_size) // 2 :], "flops") / (1e12 * peak_tflops)
 
 
 def _measure_attention_ratio(report: OperatorReport, gpu: Gpu, fill_tokens: float) -> float:
-    """Of the peak at full speed, which short sequences and narrow heads do not reach; formulas of compute.py."""
+    """The ratio of the peak at full speed. Short sequences and narrow heads are corrected as in cost/compute.py."""
     for dtype in ("bf16", "fp16", "fp32"):
         timings = [t for t in report.select("attention_with_backward") if t.dtype == dtype]
         peak = getattr(gpu, PRECISION_FIELDS[dtype])
@@ -218,13 +219,13 @@ def _measure_memory_ratio(report: OperatorReport, gpu: Gpu) -> float:
 
 
 def _measure_bandwidth(report: OperatorReport) -> float:
-    """Bytes a second that one rank sends in large gathers and scatters."""
+    """Bytes per second that one rank sends in large gathers and scatters."""
     large = [timing for timing in report.select(*GATHERS) if timing.num_bytes >= LARGE_MESSAGE_BYTES]
     return _rate(large, "num_bytes") * (report.num_processes - 1) / report.num_processes
 
 
 def _measure_cluster(report: OperatorReport, cluster: Cluster, bandwidth: float, collective_s: float) -> Cluster:
-    """Wires between processes of this host; the latency is that of small gathers less what starting one costs."""
+    """The links between processes of this host. The latency is that of small gathers without their start-up time."""
     small = [timing.seconds for timing in report.select(*GATHERS) if timing.num_bytes <= SMALL_MESSAGE_BYTES]
     latency_s = max(0.0, sum(small) / len(small) - collective_s) / (report.num_processes - 1)
     return replace(
@@ -237,13 +238,13 @@ def _measure_cluster(report: OperatorReport, cluster: Cluster, bandwidth: float,
 
 
 def format_gpu(gpu: Gpu) -> str:
-    """A table of gpus.toml that is laid over the shipped one of that name."""
+    """A table of gpus.toml that replaces fields of the shipped table with that name."""
     names = ("source", "fp32_tflops", "fp16_tflops", "bf16_tflops", "memory_bytes", "memory_bytes_per_s")
     return _format_table(gpu.name, {name: getattr(gpu, name) for name in names})
 
 
 def format_cluster(cluster: Cluster) -> str:
-    """A table of clusters.toml that is laid over the shipped one of that name."""
+    """A table of clusters.toml that replaces fields of the shipped table with that name."""
     names = ("source", "gpu", "nvlink_bytes_per_s", "nvlink_latency_s", "full_speed_processes_per_node")
     return _format_table(cluster.name, {name: getattr(cluster, name) for name in names})
 

@@ -1,8 +1,8 @@
-"""Runs the settings of a sweep, one after the other, as short real trainings on this machine.
+"""Run the settings of a sweep, one after the other, as short real trainings on this machine.
 
-Every setting has a folder of its own whose name ends with a digest of all that the run depends on: a finished run is
-recognised and kept, a changed setting is a new run. run.json is written last; it says complete, or failed and why.
-Left out: runs over several machines; `emit` writes their launch scripts.
+Each setting has its own folder, whose name ends with a digest of everything that the run depends on. A finished run is
+recognised and kept, and a changed setting is a new run. run.json is written last, and says whether the run is complete
+or why it failed. Runs over several machines are not supported here; `emit` writes launch scripts for them.
 """
 
 import importlib.metadata
@@ -25,7 +25,7 @@ from megatron_hammer.scaling.measured.sweep_results import MeasuredSetting, Step
 
 LAUNCH_MODULE = "megatron_hammer.training.launch"
 RECORD_NAME, METRICS_NAME, OUTPUT_NAME = "run.json", "metrics.jsonl", "output.txt"
-STOP_GRACE_S = 60.0  # a stopped run ends its step first
+STOP_GRACE_S = 60.0  # a run that is told to stop finishes its step first
 NUM_REASON_LINES = 5
 
 
@@ -51,7 +51,7 @@ class Outcome:
 
 
 def list_gpu_names() -> list[str]:
-    """The names of this machine's GPUs as its driver writes them."""
+    """The names of this machine's GPUs, as its driver reports them."""
     try:
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         result = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True)
@@ -61,7 +61,7 @@ def list_gpu_names() -> list[str]:
 
 
 def describe_run(setting: Setting, machine: Machine, repeat: int) -> dict[str, Any]:
-    """Everything that the time of a run depends on, as JSON has it; the digest is taken of this."""
+    """Everything that the time of a run depends on, as plain types. The digest in the folder's name is made of it."""
     return {
         "flags": setting.list_flags(),
         "num_processes": setting.layout.world_size,
@@ -93,10 +93,10 @@ def run_sweep(
     num_warmup_steps: int,
     say: Callable[[str], None],
 ) -> list[Outcome]:
-    """Run what is not finished yet; a failed run is recorded and the sweep goes on.
+    """Run what is not finished yet. A failed run is recorded, and the sweep continues.
 
-    Repeats are the outer loop, so that a disturbance does not meet all repeats of one setting. say: takes a line of
-    progress a run.
+    Repeats are the outer loop, so a disturbance does not affect all repeats of one setting. say: called with a line of
+    progress for each run.
     """
     jobs = [(setting, repeat) for repeat in range(1, num_repeats + 1) for setting in settings]
     outcomes = []
@@ -140,7 +140,7 @@ def collect_measured(outcomes: Sequence[Outcome]) -> list[MeasuredSetting]:
 
 
 def read_record(run_dir: Path) -> dict[str, Any] | None:
-    """run.json of a run that ended; None where there is none. Raises DataError for a file that is not ours."""
+    """run.json of a run that ended, or None without one. Raises DataError for a file that this module did not write."""
     path = run_dir / RECORD_NAME
     try:
         record = json.loads(path.read_text(encoding="utf8"))
@@ -211,10 +211,11 @@ def build_command(setting: Setting, machine: Machine, metrics_path: Path) -> lis
 
 
 def _wait(command: Sequence[str], machine: Machine, output: Any) -> int | None:
-    """The exit code of the run, or None where it outran its time. Nothing of it is left running."""
+    """The exit code of the run, or None if it exceeded its time. No process of it is left running."""
     environment = os.environ | {"OMP_NUM_THREADS": str(machine.num_threads)}
     if machine.platform == "cuda":
-        connections = "8" if "--use-megatron-fsdp" in command else "1"  # FSDP must not have one alone
+        # CUDA_DEVICE_MAX_CONNECTIONS: megatron refuses FSDP with 1, and tensor parallelism before Blackwell needs 1.
+    connections = "8" if "--use-megatron-fsdp" in command else "1"
         environment["CUDA_DEVICE_MAX_CONNECTIONS"] = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", connections)
     process = subprocess.Popen(
         command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -229,7 +230,7 @@ def _wait(command: Sequence[str], machine: Machine, output: Any) -> int | None:
 
 
 def stop_tree(process: subprocess.Popen[bytes]) -> None:
-    """End a launcher and its training processes: by SIGTERM, and whatever is left after STOP_GRACE_S by SIGKILL."""
+    """End a launcher and its training processes: with SIGTERM, and those left after STOP_GRACE_S with SIGKILL."""
     import psutil
 
     try:
@@ -244,7 +245,7 @@ def stop_tree(process: subprocess.Popen[bytes]) -> None:
 
 
 def read_reason(output_path: Path) -> str:
-    """The errors that a run printed, or else the last lines of its output, in one line."""
+    """The errors that a run printed, otherwise the last lines of its output, in one line."""
     lines = [line.strip() for line in output_path.read_text(encoding="utf8", errors="replace").splitlines()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     chosen = list(dict.fromkeys(errors)) or [line for line in lines if line][-NUM_REASON_LINES:]

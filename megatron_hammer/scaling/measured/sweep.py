@@ -1,6 +1,6 @@
 """The settings of a measured sweep: models x layouts x sizes x batches, each one short training run.
 
-A sweep comes from flags or from a TOML file of [[sweep]] tables with the same names. `measure.py` runs the settings.
+A sweep is given by flags, or by a TOML file of [[sweep]] tables with the same names. `run_sweep.py` runs the settings.
 """
 
 import hashlib
@@ -35,14 +35,14 @@ SIZES = {
     "dp": "data_parallel_size",
     "ep": "expert_model_parallel_size",
 }
-# Megatron's flags that say what a run reads; without one of them a run reads tokens that are made up.
+# Megatron's flags that say what a run reads. Without any of them a run reads generated tokens (--mock-data).
 DATA_FLAGS = ("--data-path", "--data-args-path", "--per-split-data-args-path", "--train-data-path", "--mock-data")
 TRAINED_PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sweep:
-    """What to vary; empty sizes stand for the recipe's own. Every combination is one setting."""
+    """What to vary. Empty sizes mean the recipe's own. Every combination is one setting."""
 
     presets: Annotated[tuple[str, ...], MinLen(1)]
     layouts: tuple[str, ...] = ("single",)
@@ -73,13 +73,13 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """Unique within a sweep whose runs differ in nothing but what is swept: hammer-tiny_tp2-pp2_s256_mb2_gb8."""
+        """Unique within a sweep that varies only these sizes: hammer-tiny_tp2-pp2_s256_mb2_gb8."""
         name = f"{self.preset.name}_{self.layout_name}_s{self.seq_length}_mb{self.micro_batch_size}"
         name += f"_gb{self.global_batch_size}"
         return name if self.recompute == "none" else f"{name}_{self.recompute}"
 
     def list_flags(self) -> list[str]:
-        """Flags of megatron_hammer.training.pretrain but for platform and outputs."""
+        """Flags of megatron_hammer.training.pretrain, except platform and outputs."""
         flags = [*list_model_flags(self.preset.model), *list_layout_flags(self.preset.model, self.layout)]
         flags += list_batch_flags(
             micro_batch_size=self.micro_batch_size,
@@ -93,7 +93,7 @@ class Setting:
 
 
 def digest_of(content: Any) -> str:
-    """Eight hexadecimal digits that change with anything in a JSON-able object."""
+    """Eight hexadecimal digits that change if anything in an object of plain types changes."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -120,7 +120,7 @@ def parse_layout(name: str) -> ParallelLayout:
 
 
 def list_settings(sweep: Sweep) -> list[Setting]:
-    """Every combination, in the order in which they are given. Raises ConfigError with every problem found."""
+    """Every combination, in the given order. Raises ConfigError with every problem found."""
     problems = _find_problems(sweep)
     settings = []
     for preset_name, layout_name in itertools.product(sweep.presets, sweep.layouts):

@@ -1,7 +1,7 @@
-"""What a finished run of a sweep says: its step times without the warm-up, and its row of runs.csv.
+"""The results of a finished run of a sweep: its step times without the warm-up, and its row of runs.csv.
 
-The columns are those of the published tables, so that `calibrate` and `validate` read both alike; two more at the end
-say whether the tensor-parallel ranks were sequence parallel, and the expert-parallel size.
+The columns are those of the published tables, so `calibrate` and `validate` read both. Two more columns at the end have
+the use of sequence parallelism and the expert-parallel size.
 """
 
 import csv
@@ -29,7 +29,7 @@ CONVENTION: Literal["A"] = "A"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepTimes:
-    """Seconds of the steps after the warm-up; low and high enclose the middle 80 %."""
+    """Seconds per step after the warm-up. low and high enclose the middle 80 %."""
 
     num_steps: int
     num_warmup_steps: int
@@ -37,7 +37,7 @@ class StepTimes:
     fastest_s: float
     low_s: float
     high_s: float
-    peak_memory_bytes: int  # of the rank that needed most, over all steps
+    peak_memory_bytes: int  # of the rank that needed the most, over all steps
 
     @property
     def spread_ratio(self) -> float:
@@ -52,9 +52,9 @@ class MeasuredSetting:
     repeats: tuple[StepTimes, ...]
 
     def step_time_s(self, statistic: Statistic) -> float:
-        """median: of the repeats' medians. fastest: the shortest step of all, for a machine that does other work.
+        """median: of the repeats' medians. fastest: the shortest step of all, for a busy machine.
 
-        One rank takes the times; where data-parallel ranks drift apart, a step that it began late is too short.
+        One rank measures the times. If data-parallel ranks drift apart, a step that this rank began late is too short.
         """
         if statistic == "fastest":
             return min(times.fastest_s for times in self.repeats)
@@ -91,7 +91,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def build_row(measured: MeasuredSetting, *, gpu_type: str, source: str, statistic: Statistic) -> dict[str, Any]:
-    """One row of runs.csv. Throughput follows from the time; TFLOP/s in convention A, and no MFU: no peak is known."""
+    """One row of runs.csv. Throughput is computed from the time, TFLOP/s in convention A. MFU stays blank."""
     setting, step_time_s = measured.setting, measured.step_time_s(statistic)
     model, layout = setting.preset.model, setting.layout
     tokens_per_s_per_gpu = setting.global_batch_size * setting.seq_length / step_time_s / layout.world_size

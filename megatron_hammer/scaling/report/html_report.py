@@ -1,6 +1,6 @@
-"""The HTML report of a projection: one file without links to others, so that it can be sent and kept.
+"""The HTML report of a projection: one file without links to others, so it can be sent and kept.
 
-Tables are those of the terminal, plots are embedded, and every assumption is written out beside the numbers.
+The tables are those of the terminal, the plots are embedded, and every assumption stands beside the numbers.
 """
 
 import base64
@@ -66,7 +66,7 @@ def render_html_report(result: StudyResult, plots: Mapping[str, bytes]) -> str:
 
 
 def list_findings(result: StudyResult) -> list[str]:
-    """What a reader in a hurry takes away: the knee, and the plan there and at the largest size."""
+    """The main findings: the knee, and the plan at the knee and at the largest size."""
     findings = [describe_knee(result)]
     feasible = {size.num_gpus: size.best for size in result.sizes if size.best is not None}
     if result.knee is None:
@@ -93,7 +93,7 @@ def list_findings(result: StudyResult) -> list[str]:
 
 
 def list_assumptions(result: StudyResult) -> list[str]:
-    """Everything that the numbers take for granted."""
+    """Every assumption behind the numbers."""
     study, cluster, gpu = result.study, result.study.cluster, result.study.gpu
     letter = study.mfu_convention
     peak = select_peak_tflops(gpu, study.precision)
@@ -121,7 +121,7 @@ def list_assumptions(result: StudyResult) -> list[str]:
 
 
 def _describe_band(result: StudyResult) -> str:
-    """What the band is, how wide it is here, and the error of the coefficients on runs that they had not seen."""
+    """What the band means, how wide it is here, and the error of the coefficients on runs that they had not seen."""
     text = "The band holds 80 % of measured steps that the coefficients had not been fitted to"
     steps = [size.best.step for size in result.sizes if size.best is not None]
     if steps:
@@ -159,7 +159,7 @@ def flatten_provenance(provenance: Mapping[str, Any], prefix: str = "") -> list[
 
 
 def _describe_value(words: str, value: Any) -> tuple[str, str]:
-    """A ratio in per cent, a number in four digits, anything else as it is."""
+    """A ratio in per cent, a number with four digits, everything else unchanged."""
     if isinstance(value, float) and words.endswith(" ratio"):
         return words.removesuffix(" ratio"), f"{value:.1%}"
     return words, f"{value:.4g}" if isinstance(value, float) else str(value)

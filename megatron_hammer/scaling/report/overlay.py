@@ -1,6 +1,6 @@
-"""Measured runs laid over a projection: each predicted with its own layout, the model and the machine of the study.
+"""Measured runs beside a projection: each is predicted with its own layout, and the model and machine of the study.
 
-The file is a table of runs as `measure` writes them and as published ones come (measured_runs.py reads it).
+The file is a table of runs, as `measure` writes it or as the published tables have it (evidence/measured_runs.py).
 """
 
 from collections.abc import Callable, Collection
@@ -22,7 +22,7 @@ def build_overlay(
     gpus_path: Path | None = None,
     clusters_path: Path | None = None,
 ) -> Overlay:
-    """Every row of a table of runs, predicted or left out with the reason; ConfigError for an unreadable file.
+    """Every row of a table of runs, predicted or left out with the reason. Raises ConfigError for an unreadable file.
 
     fitted_fingerprints: of the runs that the coefficients were fitted on, as their provenance lists them.
     """
@@ -57,7 +57,7 @@ def _find_difference(run: MeasuredRun, study: Study) -> str | None:
 
 
 def _shape_of(model: ModelShape) -> ModelShape:
-    """What a step costs: the model without its name and what only changes numbers, not work."""
+    """The parts of a model that its step time depends on: without its name and what changes only values, not work."""
     return replace(
         model,
         name="",

@@ -1,7 +1,7 @@
-"""A projection as JSON, which `emit` reads back, and as CSV, a row a layout.
+"""A projection as JSON, which `emit` reads back, and as CSV with one row per layout.
 
-The JSON holds whole plans: model, GPU and cluster once, the rest of each plan in its row. The same study gives the
-same bytes; neither the time of day nor the machine that ran it is in it.
+The JSON holds whole plans: model, GPU and cluster once, the rest of each plan in its row. The same study gives the same
+bytes: the file contains neither the time of day nor the machine that ran the study.
 """
 
 import csv
@@ -32,7 +32,7 @@ FORMAT = "megatron_hammer.scaling.projection"
 FORMAT_VERSION = 1
 REMEDY_OF_A_FIELD = "Write it again with this version's scaling_study.py project."
 MAX_LISTED = 20  # entries of a list in the coefficients' provenance
-# What a row says of its plan besides the layout; model, GPU and cluster are the study's.
+# The fields of a plan that a row holds besides the layout. Model, GPU and cluster are those of the study.
 PLAN_FIELDS = tuple(field.name for field in fields(Plan) if field.name not in ("model", "layout", "gpu", "cluster"))
 MEMORY_FIELDS = tuple(field.name for field in fields(StageMemory) if field.name.endswith("_bytes"))
 
@@ -62,7 +62,7 @@ class SavedProjection:
     rows: tuple[SavedRow, ...]
 
     def select_row(self, row_id: str) -> SavedRow:
-        """The row of this id; ConfigError naming those that there are."""
+        """The row with this id. Raises ConfigError with the known ids."""
         for row in self.rows:
             if row.row_id == row_id:
                 return row
@@ -92,7 +92,7 @@ def format_json(document: Mapping[str, Any]) -> str:
 
 
 def list_rows(result: StudyResult) -> list[dict[str, Any]]:
-    """Every projected layout of every size, the fastest of a size first."""
+    """Every projected layout of every size, the fastest of each size first."""
     return [
         _build_row(result.study, size, rank, projection)
         for size in result.sizes
@@ -101,7 +101,7 @@ def list_rows(result: StudyResult) -> list[dict[str, Any]]:
 
 
 def format_csv(result: StudyResult) -> str:
-    """One line a layout; nested values become columns named after their place (parts_s.matmul_s)."""
+    """One line per layout. Nested values become columns that are named by their path (parts_s.matmul_s)."""
     rows = [_flatten(row) for row in list_rows(result)]
     names = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
@@ -161,7 +161,7 @@ def _build_size(result: StudyResult, size: SizeProjection) -> dict[str, Any]:
 
 
 def _summarise(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """The coefficients' provenance with its long lists (fingerprints of rows) only counted."""
+    """The coefficients' provenance. Long lists, such as the fingerprints of runs, are replaced by their length."""
     return {
         name: _summarise(value)
         if isinstance(value, Mapping)
@@ -173,7 +173,7 @@ def _summarise(provenance: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _build_companion(companion: StudyResult) -> dict[str, Any]:
-    """The curve of the other way of scaling: the fastest layout of each size; its ids are not those of `rows`."""
+    """The curve of the other way of scaling: the fastest layout of each size. They are not rows that `emit` can use."""
     document = build_projection_document(companion)
     rows = [{**row, "id": None} for row in document["rows"]]
     sizes = [{**size, "best_row": None} for size in document["sizes"]]
@@ -242,7 +242,7 @@ def _build_bill(study: Study, projection: Projection) -> dict[str, Any]:
 
 
 def read_projection(path: Path) -> SavedProjection:
-    """A projection file; ConfigError for one that is missing, broken, or not written by this version's `project`."""
+    """Read a projection file. Raises ConfigError if it is missing, broken, or not from this version's `project`."""
     document = _read_json(path)
     try:
         study = document["study"]

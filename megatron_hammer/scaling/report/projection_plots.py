@@ -1,6 +1,6 @@
 """Charts of a projection as PNG bytes: scaling with its band, where the time goes, what fills the memory.
 
-The same result gives the same bytes. matplotlib without its state machine, so that nothing needs a display.
+The same result gives the same bytes. pyplot is not used, so no display is needed.
 """
 
 import io
@@ -45,7 +45,7 @@ MEMORY_COLOURS = ("#332288", "#4477AA", "#88CCEE", "#999933", "#EE8866", "#EE667
 
 
 def draw_plots(result: StudyResult) -> dict[str, bytes]:
-    """Every chart by its name; none where nothing fits at any size."""
+    """Every chart by its name. Empty if nothing fits at any size."""
     if not any(size.best for size in result.sizes):
         return {}
     return {
@@ -71,7 +71,7 @@ def _title(result: StudyResult) -> str:
 
 
 def _draw_scaling(result: StudyResult) -> Figure:
-    """Tokens a second over GPUs with the band and the straight line, and below it MFU; strong beside weak scaling."""
+    """Tokens per second over GPUs, with the band and linear scaling; MFU below it; strong beside weak scaling."""
     results = [one for one in (result, result.companion) if one is not None]
     results.sort(key=lambda one: one.study.is_weak)
     figure = Figure(figsize=(6.2 * len(results), 7.4), layout="constrained")
@@ -140,7 +140,7 @@ def _knee_label(result: StudyResult) -> str:
 
 
 def _mark_measured(axis: Axes, result: StudyResult) -> None:
-    """Measured runs where they lie; those of another batch, sequence or precision than the projection's hollow."""
+    """Mark measured runs. Hollow: with another batch, sequence length or precision than the projection."""
     for is_same, face, words in (
         (True, "#CC3311", "measured"),
         (False, "none", "measured, another batch or precision"),
@@ -238,7 +238,7 @@ def _stack_bars(
     colours: Mapping[str, str],
     labels: Sequence[str],
 ) -> None:
-    """A bar for each size, its parts from the bottom up, and its label on top."""
+    """One bar per size, with its parts from the bottom up and its label on top."""
     positions = list(range(len(sizes)))
     bottoms = [0.0] * len(sizes)
     for name, values in parts.items():

@@ -1,6 +1,6 @@
-"""A projection in tables: one list of them, which the terminal and the HTML report both show.
+"""A projection as a list of tables, which the terminal and the HTML report both show.
 
-`projection_file.py` has the same and more for machines.
+`projection_file.py` writes the same content, and more, for programs.
 """
 
 import math
@@ -72,7 +72,7 @@ def build_tables(result: StudyResult) -> list[ResultTable]:
 
 
 def print_tables(result: StudyResult, stream: IO[str]) -> None:
-    """The whole result but its last line (describe_result)."""
+    """Print the whole result except its last line (describe_result)."""
     from megatron_hammer.files.tables import build_table, open_console
 
     console = open_console(stream)
@@ -131,7 +131,7 @@ def describe_result(result: StudyResult) -> str:
 
 
 def format_tokens(tokens: int) -> str:
-    """15000000000000 -> 15T; with every digit where a suffix would hide some."""
+    """15000000000000 -> 15T. All digits are written if a suffix would hide some."""
     for size, letter in ((10**12, "T"), (10**9, "B")):
         if tokens >= size and tokens * 100 % size == 0:
             return f"{tokens / size:g}{letter}"
@@ -139,7 +139,7 @@ def format_tokens(tokens: int) -> str:
 
 
 def format_amount(amount: float) -> str:
-    """A quantity in three digits at least and without a power of ten: 0.0123, 4.57, 38.2, 1,234."""
+    """A quantity with at least three digits and without a power of ten: 0.0123, 4.57, 38.2, 1,234."""
     if amount >= 1000 or amount == 0:
         return f"{amount:,.0f}"
     digits = max(0, 2 - math.floor(math.log10(amount)))
@@ -151,7 +151,7 @@ def share_of(step: StepTime, parts: Sequence[str]) -> float:
 
 
 def describe_stages(projection: Projection) -> str:
-    """The pipeline size, with what makes its stages uneven: 4+EL where embedding and loss take a layer's place each."""
+    """The pipeline size, and why its stages are uneven: 4+EL if embedding and loss each take the place of a layer."""
     layout = projection.plan.layout
     size = str(layout.pipeline_model_parallel_size)
     if layout.num_layers_first_stage is not None:
@@ -161,7 +161,7 @@ def describe_stages(projection: Projection) -> str:
 
 
 def describe_experts(projection: Projection) -> str:
-    """The expert-parallel size, with the tensor-parallel size of an expert where it is its own: 8 etp1."""
+    """The expert-parallel size, and the tensor-parallel size of an expert if it differs from tp: 8 etp1."""
     layout = projection.plan.layout
     is_own = projection.plan.model.moe is not None and layout.expert_tp != layout.tensor_model_parallel_size
     return (
@@ -204,7 +204,7 @@ def _build_speed_table(result: StudyResult) -> ResultTable:
 
 
 def _build_layout_table(result: StudyResult) -> ResultTable:
-    """Every layout that was found, the fastest of a size first."""
+    """Every layout that was found, the fastest of each size first."""
     columns = ("row", "tp", "cp", "pp", "vp", "ep", "dp", "micro", "batch", "recompute", "sharded", "overlap")
     groups = []
     for size in result.sizes:
@@ -242,7 +242,7 @@ def _build_layout_table(result: StudyResult) -> ResultTable:
 
 
 def _build_share_table(result: StudyResult) -> ResultTable:
-    """Where the time of the fastest layout goes; parts that are nowhere above zero are left out."""
+    """Where the time of the fastest layout goes. Parts that are zero at every size are left out."""
     best = _best(result)
     shares = {
         name: parts

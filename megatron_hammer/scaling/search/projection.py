@@ -1,6 +1,7 @@
-"""What a study asks and what it answers: sizes, layouts, speed, time, energy, cost, and where scaling stops paying.
+"""A study and its results: sizes, layouts, speed, time, energy, cost, and where scaling stops paying.
 
-`search.py` fills the answers in, `projection_file.py` keeps them, `html_report.py` shows them. Only arithmetic here.
+`search.py` finds the plans, `report/projection_file.py` saves them, `report/html_report.py` shows them. This module has
+only types and arithmetic.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from megatron_hammer.scaling.search.search_space import SearchSpace
 
 SECONDS_PER_DAY = 86_400.0
 JOULES_PER_MWH = 3.6e9
-# The work that a token costs whatever the layout; every other part of a step is what the layout adds.
+# The work of a token in every layout. Every other part of a step depends on the layout.
 COMPUTE_PARTS = ("matmul_s", "attention_s", "pointwise_s", "embedding_and_loss_s")
 # Each part in words, in the order in which charts stack them.
 PART_NAMES = {
@@ -88,7 +89,7 @@ class Study:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Projection:
-    """One plan with what is predicted of it; `memory` is of its heaviest pipeline stage."""
+    """One plan with its prediction. `memory` is that of its heaviest pipeline stage."""
 
     plan: Plan
     step: StepTime
@@ -108,13 +109,13 @@ class Projection:
 
     @property
     def bottleneck(self) -> str:
-        """The largest part that is no compute (LOSS_PARTS); the first of equals."""
+        """The largest part that is not compute (LOSS_PARTS); of equal parts, the first."""
         return max(LOSS_PARTS, key=lambda name: getattr(self.step, name))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bill:
-    """A training run to a token budget; low and high are the ends of the step time's band."""
+    """A training run to a token budget. low and high are computed from the ends of the step time's band."""
 
     num_steps: int
     days: float
@@ -143,7 +144,7 @@ class SizeProjection:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Knee:
-    """Where more GPUs stop paying: see find_knee. `num_gpus_beyond` is None where no size of the study is beyond."""
+    """Where more GPUs stop paying: see find_knee. `num_gpus_beyond` is None if no size of the study is beyond it."""
 
     num_gpus: int
     num_gpus_beyond: int | None
@@ -166,7 +167,7 @@ def describe_cuts(plan: Plan) -> str:
 
 
 def describe_plan(plan: Plan) -> str:
-    """A plan in a few words, with what is switched off left out: tp=8 dp=16, micro-batch 1, full recomputation, ..."""
+    """A plan in a few words, without what is switched off: tp=8 dp=16, micro-batch 1, full recomputation, ..."""
     words = [describe_cuts(plan), f"micro-batch {plan.micro_batch_size}"]
     if plan.recompute != "none":
         words.append(f"{plan.recompute} recomputation")
@@ -177,7 +178,7 @@ def describe_plan(plan: Plan) -> str:
 
 
 def select_peak_tflops(gpu: Gpu, precision: Precision) -> float:
-    """Dense peak of the matrix products of a run; ConfigError where the GPU lacks the format."""
+    """Dense peak of the matrix products of a run. Raises ConfigError if the GPU lacks the format."""
     peaks = {
         "fp32": gpu.fp32_tflops,
         "fp16": gpu.fp16_tflops,
@@ -197,7 +198,7 @@ def select_peak_tflops(gpu: Gpu, precision: Precision) -> float:
 
 
 def estimate_mfu_ratio(projection: Projection, convention: FlopConvention) -> float:
-    """Model FLOPs a second over the peak of the run's precision; never to be shown without the convention's letter."""
+    """Model FLOPs per second over the peak of the run's precision. Always show it with the convention's letter."""
     plan = projection.plan
     flops_per_token = count_flops_per_token(plan.model, plan.seq_length, convention)
     return projection.tokens_per_s_per_gpu * flops_per_token / (select_peak_tflops(plan.gpu, plan.precision) * 1e12)
@@ -227,7 +228,7 @@ def estimate_bill(projection: Projection, *, train_tokens: int, usd_per_gpu_hour
 
 
 def scaling_efficiency_ratio(sizes: Sequence[SizeProjection], size: SizeProjection) -> float | None:
-    """Tokens a second and GPU relative to the smallest size at which something fits; None where nothing fits."""
+    """Tokens per second and GPU, relative to the smallest size at which something fits. None if nothing fits."""
     smallest = min((other for other in sizes if other.best), key=lambda other: other.num_gpus, default=None)
     if smallest is None or smallest.best is None or size.best is None:
         return None
@@ -235,11 +236,11 @@ def scaling_efficiency_ratio(sizes: Sequence[SizeProjection], size: SizeProjecti
 
 
 def find_knee(sizes: Sequence[SizeProjection], threshold_ratio: float) -> Knee | None:
-    """The largest size up to which a GPU does at least `threshold_ratio` of the best that one did at a smaller size.
+    """The largest size up to which a GPU reaches at least `threshold_ratio` of its best speed at a smaller size.
 
-    The reference is the best tokens a second and GPU of the size itself and all smaller ones, not that of the
-    smallest: at the smallest size memory is often so tight that recomputation makes it slow, and measured against
-    that everything would look good. None where nothing fits at any size.
+    The reference is the best speed (tokens per second and GPU) of this size and all smaller ones, not the speed of the
+    smallest size. At the smallest size memory is often so tight that recomputation makes it slow, and every other size
+    would look good in comparison. None if nothing fits at any size.
     """
     feasible = sorted((size for size in sizes if size.best), key=lambda size: size.num_gpus)
     knee = None
@@ -269,11 +270,11 @@ class OverlaidRun:
     plan: Plan
     measured_s: float
     step: StepTime
-    is_fitted: bool = False  # the coefficients were fitted on this very run, so that its error says nothing of others
+    is_fitted: bool = False  # the coefficients were fitted on this run, so its error is no estimate for other runs
 
     @property
     def error_ratio(self) -> float:
-        """Above zero where the prediction is too slow."""
+        """Above zero, the prediction is slower than the measurement."""
         return self.step.total_s / self.measured_s - 1
 
     @property
@@ -283,7 +284,7 @@ class OverlaidRun:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LeftOutRow:
-    """A row of the file that is not of this study, or that cannot be predicted."""
+    """A row of the file that does not belong to this study, or that cannot be predicted."""
 
     row_number: int
     source: str
@@ -292,7 +293,7 @@ class LeftOutRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Overlay:
-    """Every row of the file once, in one of the two."""
+    """Every row of the file, in one of the two tuples."""
 
     runs: tuple[OverlaidRun, ...] = ()
     left_out: tuple[LeftOutRow, ...] = ()
@@ -300,7 +301,7 @@ class Overlay:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudyResult:
-    """A study answered. provenance: of the coefficients, as their file has it."""
+    """The result of a study. provenance: that of the coefficients, unchanged from their file."""
 
     study: Study
     sizes: tuple[SizeProjection, ...]
@@ -311,10 +312,11 @@ class StudyResult:
 
 
 def build_companion_study(study: Study, sizes: Sequence[SizeProjection]) -> Study | None:
-    """The same question with the batch scaled the other way, one layout a size; None where nothing fits.
+    """The same study with the batch scaled the other way and one layout per size. None if nothing fits.
 
-    The two curves meet at the middle one of the feasible sizes: of a fixed batch, its samples a GPU there, at every
-    size where they make a whole batch; of a batch that grows, the batch there, at every size.
+    Both curves have the same batch at the middle one of the feasible sizes. The companion of a study with a fixed batch
+    has the samples per GPU of that size, at every size where they make a whole batch. The companion of a study with a
+    growing batch has the batch of that size.
     """
     feasible = sorted(size.num_gpus for size in sizes if size.best)
     if not feasible:

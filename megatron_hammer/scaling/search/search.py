@@ -1,14 +1,15 @@
-"""The fastest plans of every size that fit in memory: all of search_space.py, without what cannot win.
+"""The fastest plans of every size that fit in memory: all candidates of search_space.py, except those that cannot win.
 
-Best first, by a bound that no plan can beat (see _Bound): once it is above the slowest of the best found, every plan
-that is left is slower, and neither its memory nor its time is asked for. Left out before that, and why it cannot win:
-- more recomputation than a plan needs to fit: it adds work and takes away nothing but memory;
-- overlap switched off where it is possible: it only hides time;
-- larger micro-batches once one did not fit with all recomputation: activations grow with them;
-- "none" of the optimizer sharded, where sharding is allowed too: it moves as many bytes (an all-reduce is a
-  reduce-scatter and an all-gather), updates more parameters, and needs more memory.
-test_search.py compares with a search that leaves out nothing. Equal times are broken by the plan's own numbers, so the
-same question gets the same answer, bit for bit.
+Candidates are tried in the order of a lower bound of their time (_list_bounds_s). When the bound exceeds the slowest of
+the best plans found, every remaining plan is slower, so neither its memory nor its time is computed. These plans are
+left out before that, because they cannot win:
+- more recomputation than a plan needs to fit: it adds work and saves only memory;
+- overlap switched off although it is possible: overlap only hides time;
+- larger micro-batches than one that did not fit with full recomputation: activations grow with them;
+- an unsharded optimizer if sharding is allowed: it moves as many bytes (an all-reduce is a reduce-scatter and an
+  all-gather), updates more parameters, and needs more memory.
+test_search.py compares with a search that leaves out nothing. Ties are broken by the plan's own numbers, so the same
+question always gets the same answer.
 """
 
 import heapq
@@ -31,19 +32,19 @@ from megatron_hammer.scaling.search.search_space import (
     list_shardings,
 )
 
-# A bound may be this much above the time of the plan before the plan is believed to be slower: rounding, and parts
-# that a predictor counts a little differently with and without pipeline stages.
+# Safety margin of the bound, for rounding and for parts that a predictor counts a little differently with and without
+# pipeline stages: a plan is skipped only if this share of its bound is above the slowest of the best.
 BOUND_MARGIN_RATIO = 0.98
-# What every layer costs each micro-batch, wherever the other ranks are.
+# What every layer costs for each micro-batch, independent of the placement of other ranks.
 LAYER_PARTS = ("matmul_s", "attention_s", "pointwise_s", "tensor_parallel_s", "context_parallel_s", "expert_parallel_s")
-# Between equally fast plans, the one that Megatron's own checkpoints and defaults know best.
+# Of equally fast plans, prefer the one that is closest to Megatron's defaults.
 TIE_SHARDINGS: tuple[Sharding, ...] = ("distributed_optimizer", "none", "fsdp")
 Predict = Callable[[Plan], StepTime]
 EstimateMemory = Callable[[Plan], StageMemory]
 
 
 class _Candidate(NamedTuple):
-    """A plan before its recomputation is chosen; sorted by its bound, then by its place in the list."""
+    """A plan before its recomputation is chosen. Sorted by its bound, then by its position in the list."""
 
     bound_s: float
     place: int
@@ -52,7 +53,7 @@ class _Candidate(NamedTuple):
 
 
 class _Failure(NamedTuple):
-    """The smallest need that was too much."""
+    """The plan with the smallest memory among those that did not fit."""
 
     plan: Plan
     memory: StageMemory
@@ -60,7 +61,7 @@ class _Failure(NamedTuple):
 
 @dataclass(slots=True)
 class _Ranked:
-    """A projection in a heap: slower plans are smaller, so that the slowest leaves first."""
+    """A projection in a heap. Slower plans compare as smaller, so the slowest one is removed first."""
 
     key: tuple[float, tuple[Any, ...]]
     projection: Projection
@@ -70,7 +71,7 @@ class _Ranked:
 
 
 class Search:
-    """Searches that share what they learn: the time of a layer in each shape of micro-batch and cut."""
+    """Searches that share a cache: the time of a layer for each micro-batch size and layout of a layer."""
 
     def __init__(self, *, predict: Predict, estimate: EstimateMemory = estimate_heaviest_plan_stage) -> None:
         """predict: step_time.predict_step with its coefficients; estimate: memory of its heaviest stage."""
@@ -79,7 +80,7 @@ class Search:
         self._layer_times_s: dict[tuple[Any, ...], dict[int, float]] = {}
 
     def search_plans(self, study: Study, num_gpus: int) -> SizeProjection:
-        """The study's best plans on so many GPUs; with none, the reason and a remedy."""
+        """The study's best plans on this number of GPUs, or the reason why there are none, with a remedy."""
         batch = study.global_batch_size_at(num_gpus)
         candidates = sorted(self._list_candidates(study, num_gpus, batch))
         fit = _Fit(study, self._estimate)
@@ -125,10 +126,10 @@ class Search:
                     place += 1
 
     def _list_bounds_s(self, plan: Plan, micro_batch_sizes: Sequence[int]) -> Iterator[float]:
-        """No step of the plan is faster: its layers on every micro-batch, and the pipeline's ideal bubble.
+        """Lower bounds of the step time: the plan's layers for every micro-batch, and the pipeline's ideal bubble.
 
-        A stage has num_layers / pp layers on average and the slowest no less; (pp - 1) / vp micro-batches' time passes
-        while the pipeline fills and empties (Narayanan et al. 2021, arXiv 2104.04473, section 2.2).
+        A stage has num_layers / pp layers on average, and the slowest has at least as many. Filling and emptying the
+        pipeline takes as long as (pp - 1) / vp micro-batches (Narayanan et al. 2021, arXiv 2104.04473, section 2.2).
         """
         layout = plan.layout
         pp, vp = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size
@@ -144,7 +145,7 @@ class Search:
             yield times_s[size] * layers * (per_rank // size + bubble)
 
     def _predict_layer_s(self, plan: Plan) -> float:
-        """LAYER_PARTS of one layer and micro-batch of all plans that cut a layer like this one."""
+        """LAYER_PARTS of one layer and micro-batch. All plans that split a layer like this one share the result."""
         layout = plan.layout
         ranks = layout.tensor_model_parallel_size * layout.context_parallel_size
         dp = lcm(ranks, layout.expert_model_parallel_size * layout.expert_tp) // ranks
@@ -163,7 +164,7 @@ class Search:
 
 
 class _Fit:
-    """Which plans fit in memory, and what is known of the others from those that did not."""
+    """Which plans fit in memory. Remembers those that did not, to skip plans that need more."""
 
     def __init__(self, study: Study, estimate: EstimateMemory) -> None:
         self._limit_bytes = study.memory_limit_bytes
@@ -173,7 +174,7 @@ class _Fit:
         self.least: _Failure | None = None
 
     def choose_recompute(self, plan: Plan) -> tuple[Plan, StageMemory] | None:
-        """The plan with the least recomputation that makes it fit, and its heaviest stage; None where none does."""
+        """The plan with the least recomputation that makes it fit, and its heaviest stage. None if nothing does."""
         key = (plan.layout, plan.sharding)
         if plan.micro_batch_size >= self._too_large.get(key, plan.micro_batch_size + 1):
             return None
@@ -242,7 +243,7 @@ def _tie_key(plan: Plan) -> tuple[Any, ...]:
 
 
 def _describe_failure(study: Study, num_gpus: int, batch: int, least: _Failure | None) -> str:
-    """Why nothing is projected for a size, with the smallest need and the remedy against what weighs most in it."""
+    """Why nothing fits at a size: the smallest memory needed, and a remedy for its largest part."""
     if least is None:
         return (
             f"gpus: {study.model.name} must divide over them, got gpus={num_gpus}, global_batch_size={batch}, "

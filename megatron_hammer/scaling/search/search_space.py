@@ -1,9 +1,9 @@
-"""Every layout of a model on a number of GPUs that would start: what the search chooses from.
+"""Every layout of a model on a number of GPUs that would start: the candidates of the search.
 
-The rules are those of preflight (config/preflight_layout.py), asked of the same functions of model/: a layout listed
-here passes `--dry-run`. Two are narrower than Megatron's, on purpose: tensor parallelism always comes with sequence
-parallelism, and Megatron-FSDP stands without pipeline stages (each micro-batch would gather every weight again).
-Of the splits that are not even, one a pipeline size is tried: see _list_splits.
+The rules are those of preflight, from the same functions of model/, so a layout listed here passes `--dry-run`. Two
+rules are narrower than Megatron's on purpose: tensor parallelism always uses sequence parallelism, and Megatron-FSDP
+has no pipeline stages (each micro-batch would gather every weight again). Of the uneven splits, only one per pipeline
+size is tried: see _list_splits.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ SHARDINGS: tuple[Sharding, ...] = ("none", "distributed_optimizer", "fsdp")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchSpace:
-    """What is left open; None: every size that fits."""
+    """The sizes that the search may use. None: every size that fits."""
 
     tensor_model_parallel_sizes: tuple[int, ...] | None = None
     pipeline_model_parallel_sizes: tuple[int, ...] | None = None
@@ -37,7 +37,7 @@ class SearchSpace:
     micro_batch_sizes: tuple[int, ...] | None = None
     recomputes: tuple[Recompute, ...] = RECOMPUTES
     shardings: tuple[Sharding, ...] = SHARDINGS
-    overlaps_tensor_parallel: bool | None = None  # None: where it is possible
+    overlaps_tensor_parallel: bool | None = None  # None: wherever it is possible
 
 
 class Grid(NamedTuple):
@@ -50,7 +50,7 @@ class Grid(NamedTuple):
 
 
 def is_cpu_host(cluster: Cluster) -> bool:
-    """Whether the ranks are CPU processes: without TransformerEngine there is no CP, FSDP, fp8 or overlap of TP."""
+    """Whether the ranks are CPU processes. They have no TransformerEngine, so no CP, FSDP, fp8 or overlap of TP."""
     return cluster.full_speed_processes_per_node is not None
 
 
@@ -63,16 +63,16 @@ def list_layouts(
     seq_length: int,
     space: SearchSpace,
 ) -> Iterator[ParallelLayout]:
-    """Every layout of the space that holds the model, in a fixed order; sharding and micro-batch are still open."""
+    """Every layout of the space that can hold the model, in a fixed order; sharding and micro-batch are still open."""
     for grid in _list_grids(model, cluster, num_gpus, global_batch_size, seq_length, space):
         for layout in _list_splits(model.num_layers, _dense_layout(grid), space):
             yield from _list_expert_layouts(model, layout, space)
 
 
 def list_micro_batch_sizes(layout: ParallelLayout, global_batch_size: int, space: SearchSpace) -> list[int]:
-    """The micro-batch sizes that divide the batch and that the schedule takes, from the smallest.
+    """The micro-batch sizes that divide the batch and that the schedule supports, from the smallest.
 
-    An interleaved schedule takes micro-batches in groups of as many as there are stages.
+    An interleaved schedule needs a number of micro-batches that is a multiple of the number of stages.
     """
     per_rank = global_batch_size // layout.data_parallel_size
     sizes = [size for size in divisors(per_rank) if _is_allowed(size, space.micro_batch_sizes)]
@@ -82,9 +82,9 @@ def list_micro_batch_sizes(layout: ParallelLayout, global_batch_size: int, space
 
 
 def list_shardings(layout: ParallelLayout, cluster: Cluster, space: SearchSpace) -> list[Sharding]:
-    """What may be done with the optimizer state. "none" only where nothing else is allowed: see search.py.
+    """The ways to shard that are worth trying. "none" only if nothing else is allowed: search.py says why.
 
-    Where a rank has nobody to share with, the distributed optimizer and "none" are the same.
+    If a rank has no other rank to shard with, the distributed optimizer and "none" are the same.
     """
     is_alone = layout.dense_shard_size == 1 and layout.expert_data_parallel_size == 1
     has_fsdp = layout.pipeline_model_parallel_size == 1 and not is_alone and not is_cpu_host(cluster)
@@ -95,7 +95,7 @@ def list_shardings(layout: ParallelLayout, cluster: Cluster, space: SearchSpace)
 
 
 def can_overlap_tensor_parallel(layout: ParallelLayout, cluster: Cluster) -> bool:
-    """TransformerEngine's user buffers: sequence parallelism inside one NVLink domain."""
+    """Whether --tp-comm-overlap works: its user buffers need sequence parallelism inside one NVLink domain."""
     tp = layout.tensor_model_parallel_size
     return layout.has_sequence_parallel and tp <= cluster.nvlink_domain_size and not is_cpu_host(cluster)
 
@@ -126,7 +126,7 @@ def _list_grids(
 
 
 def _divides_sequence(seq_length: int, tp: int, cp: int) -> bool:
-    """Two pieces a context rank (causal load balance), and with sequence parallelism tp pieces of a rank's tokens."""
+    """Two pieces per context rank (causal load balance); with sequence parallelism, each in tp pieces."""
     return seq_length % (tp * cp * (2 if cp > 1 else 1)) == 0
 
 
@@ -143,16 +143,16 @@ def _dense_layout(grid: Grid) -> ParallelLayout:
 def _list_splits(num_layers: int, layout: ParallelLayout, space: SearchSpace) -> Iterator[ParallelLayout]:
     """The layout with every exact split of the layers and every number of virtual chunks.
 
-    Beside the even split: the embedding and the head in the place of a layer each, the head alone in one (both make
-    room for the head's work), and, where none of these is exact, first and last stages that share what the middle
-    ones leave, as near to even as it gets.
+    Besides the even split: the embedding and the head each take the place of a layer, or the head alone does. Both
+    leave time for the head's work. If none of these is exact, the first and the last stage share what the middle stages
+    leave, as evenly as possible.
     """
     if layout.pipeline_model_parallel_size == 1:
         if _is_allowed(1, space.virtual_pipeline_model_parallel_sizes):
             yield layout
         return
     splits = [layout, replace(layout, accounts_for_loss=True)]
-    if layout.pipeline_model_parallel_size > 2:  # with two stages it is the even split again
+    if layout.pipeline_model_parallel_size > 2:  # with two stages this is the even split again
         splits.insert(1, replace(layout, accounts_for_embedding=True, accounts_for_loss=True))
     splits = [split for split in splits if not find_split_problems(num_layers, split)]
     for split in splits or _list_uneven_splits(num_layers, layout):
@@ -164,7 +164,7 @@ def _list_splits(num_layers: int, layout: ParallelLayout, space: SearchSpace) ->
 
 
 def _list_uneven_splits(num_layers: int, layout: ParallelLayout) -> list[ParallelLayout]:
-    """The last stage takes what is left, the smaller half of it, as it has the head; none if a stage were empty."""
+    """The last stage gets the smaller half of the rest, because it has the head. Empty if a stage would be empty."""
     pp = layout.pipeline_model_parallel_size
     middle = -(-num_layers // pp)
     left = num_layers - middle * (pp - 2)
@@ -175,7 +175,7 @@ def _list_uneven_splits(num_layers: int, layout: ParallelLayout) -> list[Paralle
 
 
 def _list_expert_layouts(model: ModelShape, layout: ParallelLayout, space: SearchSpace) -> Iterator[ParallelLayout]:
-    """The layout itself, or with experts one for each way to deal them out that tiles the ranks of a stage."""
+    """The layout itself; with experts, one layout for each way to distribute them over the ranks of a stage."""
     if model.moe is None:
         if _is_allowed(1, space.expert_model_parallel_sizes):
             yield layout

@@ -1,4 +1,4 @@
-"""Whether a study can be asked at all: every wrong value before the search starts, each a sentence with its remedy."""
+"""Check the values of a study before the search starts: every problem is a sentence with its remedy."""
 
 import math
 
@@ -21,7 +21,7 @@ CPU_PRECISIONS = ("fp32", "bf16")  # platforms/cpu.py
 
 
 def find_study_problems(study: Study) -> list[str]:
-    """All of them; empty if the search can start. What does not fit at one size only is that size's `problem`."""
+    """All problems; empty if the search can start. What does not fit at one size is that size's own `problem`."""
     return [
         *_find_number_problems(study),
         *_find_batch_problems(study),
