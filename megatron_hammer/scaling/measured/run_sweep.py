@@ -215,7 +215,7 @@ def _wait(command: Sequence[str], machine: Machine, output: Any) -> int | None:
     environment = os.environ | {"OMP_NUM_THREADS": str(machine.num_threads)}
     if machine.platform == "cuda":
         # CUDA_DEVICE_MAX_CONNECTIONS: megatron refuses FSDP with 1, and tensor parallelism before Blackwell needs 1.
-    connections = "8" if "--use-megatron-fsdp" in command else "1"
+        connections = "8" if "--use-megatron-fsdp" in command else "1"
         environment["CUDA_DEVICE_MAX_CONNECTIONS"] = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", connections)
     process = subprocess.Popen(
         command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
