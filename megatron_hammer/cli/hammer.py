@@ -5,6 +5,7 @@ Each module under megatron_hammer/cli/ has a `main(argv)` and its own --help.
 """
 
 import importlib
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -100,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
             return run(command, words[len(name) :])
     family = [command for command in COMMANDS if words and command.name.startswith(f"{words[0]} ")]
     if words[len(family[:1]) :] in (["-h"], ["--help"]):
-        print(format_family(words[0], family) if family else format_map())
+        show(format_family(words[0], family) if family else format_map())
         return 0
     raise ConfigError(describe_unknown(words, family))
 
@@ -109,6 +110,14 @@ def run(command: Command, arguments: list[str]) -> int | None:
     sys.argv = [f"hammer {command.name}", *arguments]  # argparse calls the program what argv[0] says
     result: int | None = importlib.import_module(f"{PACKAGE}.{command.module}").main(arguments)
     return result
+
+
+def show(text: str) -> None:
+    """Print a text whose reader, such as `head`, may leave before its end."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes again when it ends
 
 
 def format_map() -> str:

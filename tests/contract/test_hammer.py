@@ -35,6 +35,18 @@ def test_the_map_has_every_command_in_one_line_of_its_group() -> None:
     assert len({command.name for command in COMMANDS}) == len(COMMANDS)
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves_early_is_no_error(unbuffered: str) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run(
+        [sys.executable, "-m", PACKAGE, "--help"], env=environment, stdout=writer, stderr=subprocess.PIPE, timeout=120
+    )
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (0, b"")
+
+
 def test_every_module_of_cli_is_a_command_or_part_of_one() -> None:
     modules = {command.module for command in COMMANDS}
     for module in modules:
