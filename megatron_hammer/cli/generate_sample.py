@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not (arguments.model / name).is_file():
             raise ConversionError(
                 f"{arguments.model}: model folder must hold {name}, got none. "
-                "Pass a folder written by checkpoint_convert/megatron_to_hf.py with its tokenizer."
+                "Pass a folder written by hammer convert to-hf with its tokenizer."
             )
     print(generate(arguments))
 

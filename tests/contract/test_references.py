@@ -52,10 +52,10 @@ def list_unknown_modules(text: str) -> list[str]:
 
 
 def list_unknown_hammer_commands(text: str) -> list[str]:
-    """`hammer X` in backticks and `megatron_hammer X` after -m, where X is none of its commands or families of them."""
+    """What follows `hammer` or `-m megatron_hammer` and is neither a command nor the first word of one."""
     known = {command.name for command in COMMANDS}
     known |= {name.split()[0] for name in known}
-    found = re.findall(r"`hammer ((?:[a-z][\w-]*)(?: [a-z][\w-]*)?)", text)
+    found = re.findall(r"(?<![\w./-])hammer ((?:[a-z][\w-]*)(?: [a-z][\w-]*)?)", text)
     found += re.findall(r"-m megatron_hammer ((?:[a-z][\w-]*)(?: [a-z][\w-]*)?)", text)
     return [words for words in found if words not in known and words.split()[0] not in {c.name for c in COMMANDS}]
 

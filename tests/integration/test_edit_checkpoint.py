@@ -70,7 +70,7 @@ def test_training_goes_on_with_expert_parallelism(trained: Path, resumed: Path) 
 def test_training_alone_refuses_and_names_the_tool(flags: tuple[str, ...], trained: Path, tmp_path: Path) -> None:
     result = run(2, *flags, *EP2, "--load", str(trained))
     assert result.returncode == 2
-    assert "checkpoint_convert/edit_checkpoint.py reshard --expert-model-parallel-size 2" in result.stderr
+    assert "hammer checkpoint edit reshard --expert-model-parallel-size 2" in result.stderr
 
 
 def test_the_way_back_gives_what_a_run_without_it_saves(trained: Path, resumed: Path, tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def find_vocabulary_problems(settings: RunSettings, encoder: Encoder | None) -> 
         return [
             f"tokenizer-model: must have no more tokens than the model in {settings.initial_model.folder}, got "
             f"{encoder.vocab_size} in {encoder.path}, vocab_size={vocab_size}. Pass the model's own tokenizer, or add "
-            "rows to the model with tools/resize_embeddings.py."
+            "rows to the model with hammer resize-embeddings."
         ]
     return [
         f"vocab-size: must be the tokenizer's, got vocab_size={vocab_size}, tokenizer={encoder.vocab_size} "

@@ -77,7 +77,7 @@ def _list_differences(model: ModelShape, expected_model: ModelShape) -> list[tup
 
 def _find_unfillable(settings: RunSettings, initial: InitialModel) -> list[str]:
     flags, precision = settings.flags, settings.precision
-    remedy = "Convert the folder with checkpoint_convert/hf_to_megatron.py and pass --load"
+    remedy = "Convert the folder with hammer convert from-hf and pass --load"
     problems = [
         f"{flag_of(name)}: does not go with --load-hf, which fills a module's own parameters, got "
         f"{name}={show_value(flags[name])}. {remedy}, or drop the flag."

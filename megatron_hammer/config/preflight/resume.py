@@ -78,7 +78,7 @@ def _find_expert_problems(plan: RunPlan, saved: SavedRun) -> list[str]:
         "expert-model-parallel-size: an optimizer saved without expert parallelism resumes only without it, and "
         f"one saved with it only with it, got ep={ep}, in {saved.directory} ep={saved_ep}. "
         f"Use --expert-model-parallel-size {saved_ep}, convert the checkpoint with "
-        f"checkpoint_convert/edit_checkpoint.py reshard --expert-model-parallel-size {ep}, or pass --no-load-optim "
+        f"hammer checkpoint edit reshard --expert-model-parallel-size {ep}, or pass --no-load-optim "
         "or --finetune."
     ]
 

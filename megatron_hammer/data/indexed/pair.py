@@ -98,7 +98,7 @@ def read_index(prefix: str | Path, *, is_partial: bool = False) -> IndexSummary:
         if not path.is_file():
             raise DataError(
                 f"{path}: file does not exist. Pass the prefix of a .bin/.idx pair without its suffix, "
-                "or write the pair with tools/preprocess_data.py."
+                "or write the pair with hammer preprocess-data."
             )
     dtype, num_sequences, document_index_length = read_index_header(index_path)
     num_tokens = _read_num_tokens(index_path, dtype, num_sequences, document_index_length)

@@ -92,7 +92,7 @@ def time_operators(
         last = " | ".join(line.strip() for line in result.stderr.strip().splitlines()[-3:])
         raise PlatformError(
             f"profile: the operators of {num_processes} process(es) must run on {platform}, got exit code "
-            f"{result.returncode}: {last}. Check the installation with tools/check_environment.py."
+            f"{result.returncode}: {last}. Check the installation with hammer check-environment."
         )
     return read_report(output_path, statistic)
 

@@ -24,7 +24,7 @@ def validate_extension(old: Encoder, new: Encoder) -> None:
         if old_piece != new_piece and old_piece is not None:
             raise DataError(
                 f"{new.path}: ids of the old tokenizer must keep their pieces, got {new_piece!r} at id={token_id} "
-                f"for {old_piece!r}. Extend the old tokenizer, as tools/tokenizer_merge.py does."
+                f"for {old_piece!r}. Extend the old tokenizer, as hammer tokenizer merge does."
             )
     if len(new_pieces) <= len(old_pieces):
         raise DataError(

@@ -115,7 +115,7 @@ def test_optimizer_of_another_expert_layout(
     flags = (*MOE, "--load", str(tmp_path), "--expert-model-parallel-size", str(ep), "--dry-run", "--world-size", "2")
     (problem,) = find(*flags)
     assert f"got ep={ep}, in" in problem
-    tool = f"checkpoint_convert/edit_checkpoint.py reshard --expert-model-parallel-size {ep}"
+    tool = f"hammer checkpoint edit reshard --expert-model-parallel-size {ep}"
     remedy = f"Use --expert-model-parallel-size {saved_ep}, convert the checkpoint with {tool}, or pass --no-load-optim"
     assert f"{remedy} or --finetune." in problem
     assert find(*flags, "--finetune") == []

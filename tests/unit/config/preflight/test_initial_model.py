@@ -139,7 +139,7 @@ def test_parameters_that_are_not_a_modules_own() -> None:
     (problem,) = find_of_initial_model(*RECIPE, use_torch_fsdp2=True)
     assert problem == (
         "use-torch-fsdp2: does not go with --load-hf, which fills a module's own parameters, got use_torch_fsdp2=on. "
-        "Convert the folder with checkpoint_convert/hf_to_megatron.py and pass --load, or drop the flag."
+        "Convert the folder with hammer convert from-hf and pass --load, or drop the flag."
     )
 
 
@@ -190,5 +190,5 @@ def test_more_rows_than_tokens_are_the_folders_business(tmp_path: Path) -> None:
     larger = SimpleNamespace(vocab_size=4097, path="tokenizer.model")
     assert find_vocabulary_problems(settings, larger) == [  # type: ignore[arg-type]
         "tokenizer-model: must have no more tokens than the model in hf, got 4097 in tokenizer.model, vocab_size=4096. "
-        "Pass the model's own tokenizer, or add rows to the model with tools/resize_embeddings.py."
+        "Pass the model's own tokenizer, or add rows to the model with hammer resize-embeddings."
     ]

@@ -160,7 +160,7 @@ def test_missing_file_is_named(tmp_path: Path, suffix: str) -> None:
     Path(f"{prefix}.{suffix}").unlink()
     assert error_of(prefix) == (
         f"{prefix}.{suffix}: file does not exist. Pass the prefix of a .bin/.idx pair without its suffix, "
-        "or write the pair with tools/preprocess_data.py."
+        "or write the pair with hammer preprocess-data."
     )
 
 

@@ -166,7 +166,7 @@ def test_a_benchmark_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(operator_profile, "BENCHMARK_MODULE", "no_such_module")
     match = (
         r"profile: the operators of 1 process\(es\) must run on cpu, got exit code 1: .*no_such_module.*\. "
-        r"Check the installation with tools/check_environment\.py\."
+        r"Check the installation with hammer check-environment\."
     )
     assert sys.executable
     with pytest.raises(PlatformError, match=match):
