@@ -12,10 +12,10 @@ from rich.console import Console
 
 from megatron_hammer.corpus.readers import Document, find_input_files, read_documents
 from megatron_hammer.errors import exit_on_user_error
+from megatron_hammer.files.read import read_text
 from megatron_hammer.tokenizer.export.export_tokenizer import (
     ExportedFolder,
     export_tokenizer_folder,
-    read_chat_template,
 )
 
 
@@ -38,7 +38,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     started_at_s = time.monotonic()
-    chat_template = read_chat_template(arguments.chat_template) if arguments.chat_template else None
+    chat_template = read_text(arguments.chat_template) if arguments.chat_template else None
     documents: Iterable[Document] = ()
     if arguments.input:
         find_input_files(arguments.input)  # reports a wrong path before the sample texts are compared

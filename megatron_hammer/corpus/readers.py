@@ -1,7 +1,7 @@
 """Documents from files: .jsonl, .json, .txt, each plain or as .gz or .zst, and .parquet; files, globs, directories.
 
 `read_documents` is for everything that takes one text after another. What reads many at once, or in other processes,
-or goes on where it stopped, takes the blocks of data/blocks.py, on which this module stands.
+or goes on where it stopped, takes the blocks of corpus/blocks.py, on which this module stands.
 A record that cannot be decoded is a DataError naming file:line, never a skipped line.
 """
 
@@ -36,10 +36,6 @@ class Record:
     line: int
     payload: bytes | dict[str, Any]
     kind: BlockKind
-
-    @property
-    def is_plain_text(self) -> bool:
-        return self.kind is BlockKind.TEXT
 
 
 def read_documents(

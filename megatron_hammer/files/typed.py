@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_hammer.errors import DataError, HammerError
+from megatron_hammer.files.read import read_bytes
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -107,14 +108,6 @@ def parse_json[T](
     except ValidationError as error:
         problems = [_describe(details) for details in error.errors(include_url=False)]
         raise raises(*(f"{where}: {problem}. {remedy}" for problem in problems)) from error
-
-
-def read_bytes(path: Path, *, raises: type[HammerError] = DataError) -> bytes:
-    """Return what is in a file; raises `raises` if it cannot be read."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise raises(f"{path}: file cannot be read ({error.strerror}). Check the path.") from error
 
 
 @functools.cache

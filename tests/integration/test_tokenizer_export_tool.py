@@ -50,7 +50,7 @@ def test_hammerllm_encodes_the_whole_corpus_alike(tmp_path: Path) -> None:
     [
         (("--tokenizer-model", "none.model"), "none.model: tokenizer does not exist."),
         (("--tokenizer-model", "toy.model", "--input", "none.jsonl"), "none.jsonl: input file does not exist."),
-        (("--tokenizer-model", "toy.model", "--chat-template", "c.jinja"), "c.jinja: chat template cannot be read ("),
+        (("--tokenizer-model", "toy.model", "--chat-template", "c.jinja"), "c.jinja: file cannot be read ("),
         (("--tokenizer-model", "toy.model", "--input", "bad.jsonl"), "bad.jsonl:2: line must be one JSON object,"),
     ],
 )

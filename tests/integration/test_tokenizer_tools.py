@@ -84,7 +84,7 @@ def test_characters_of_another_tokenizer_extend_this_one(folder: Path) -> None:
     [
         (
             ("--base", "toy.model", "--other", "none.model"),
-            "none.model: tokenizer cannot be read (No such file or dire",
+            "none.model: file cannot be read (No such file or dire",
         ),
         (("--base", "toy.model", "--other", "en.jsonl"), "en.jsonl: file must be a SentencePiece model, got something"),
         (("--base", "toy.model", "--other", "toy.model"), "toy.model: model must say which characters it was trained"),

@@ -10,13 +10,14 @@ from megatron_hammer.config.preflight.data_sizes import find_size_problems
 from megatron_hammer.config.preflight.paths import find_unwritable
 from megatron_hammer.config.run_plan import Data, Evaluation, RunPlan, RunSettings
 from megatron_hammer.data.indexed.manifest import Manifest, read_manifest
-from megatron_hammer.data.indexed.pair import SCAN_CHUNK_TOKENS, IndexSummary, read_index
+from megatron_hammer.data.indexed.pair import IndexSummary, read_index
 from megatron_hammer.data.sources import SPLIT_FLAGS, DataPlan
 from megatron_hammer.errors import DataError
 from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder
 
 # Of a large .bin, spread over it, when looking for ids beyond the vocabulary.
 NUM_SAMPLED_CHUNKS = 4
+MAX_WHOLE_TOKENS = 1 << 24  # up to here all tokens are read
 SAMPLED_CHUNK_TOKENS = 1 << 20
 
 
@@ -137,7 +138,7 @@ def _find_content_problems(vocab_size: int | None, prefix: str, index: IndexSumm
 
 def _sample_extreme_ids(index: IndexSummary) -> tuple[int, int]:
     """Largest and smallest id, of all tokens or of chunks spread evenly over a large file (its end included)."""
-    size = index.num_tokens if index.num_tokens <= SCAN_CHUNK_TOKENS else SAMPLED_CHUNK_TOKENS
+    size = index.num_tokens if index.num_tokens <= MAX_WHOLE_TOKENS else SAMPLED_CHUNK_TOKENS
     last_start = index.num_tokens - size
     starts = {last_start * step // (NUM_SAMPLED_CHUNKS - 1) for step in range(NUM_SAMPLED_CHUNKS)}
     chunks = [index.tokens[start : start + size] for start in sorted(starts)]

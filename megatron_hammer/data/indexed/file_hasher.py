@@ -8,8 +8,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO, Self
 
-from megatron_hammer.data.indexed.manifest import HASH_CHUNK_BYTES, SourceFile, cannot_read
-from megatron_hammer.errors import DataError
+from megatron_hammer.data.indexed.manifest import HASH_CHUNK_BYTES, SourceFile
+from megatron_hammer.errors import HammerError
+from megatron_hammer.files.read import cannot_read
 
 
 class FileHasher:
@@ -19,7 +20,7 @@ class FileHasher:
         self._requests: queue.SimpleQueue[tuple[Path, int | None] | None] = queue.SimpleQueue()
         self._completed: set[Path] = set()
         self._sources: dict[Path, SourceFile] = {}
-        self._error: DataError | None = None
+        self._error: HammerError | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 

@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 
 from megatron_hammer.errors import DataError
+from megatron_hammer.files.read import cannot_read
 from megatron_hammer.files.typed import FormatVersion, read_json
 
 FORMAT_VERSION = 1
@@ -126,10 +127,6 @@ def describe_source(path: Path) -> SourceFile:
     except OSError as error:
         raise cannot_read(path, error) from error
     return SourceFile(path=str(path), size_bytes=size_bytes, sha256=digest.hexdigest())
-
-
-def cannot_read(path: Path, error: OSError) -> DataError:
-    return DataError(f"{path}: file must be readable to its end, got: {error.strerror}. Check it.")
 
 
 def hash_file(path: Path) -> str:

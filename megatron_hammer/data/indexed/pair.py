@@ -34,8 +34,6 @@ __all__ = [
     "select_dtype",
 ]
 
-SCAN_CHUNK_TOKENS = 1 << 24
-
 
 @dataclass(frozen=True, kw_only=True)
 class IndexSummary:
@@ -71,12 +69,6 @@ class IndexSummary:
         if self.num_tokens == 0:
             return np.empty(0, dtype=self.dtype)
         return np.memmap(self.bin_path, dtype=self.dtype, mode="r")
-
-    @cached_property
-    def max_token_id(self) -> int:
-        """The largest id, or -1 without tokens; reads the whole .bin once."""
-        starts = range(0, self.num_tokens, SCAN_CHUNK_TOKENS)
-        return max((int(self.tokens[start : start + SCAN_CHUNK_TOKENS].max()) for start in starts), default=-1)
 
     def _map_index(self, dtype: np.dtype, count: int, offset_bytes: int) -> np.ndarray:
         if count == 0:

@@ -15,6 +15,7 @@ from megatron_hammer.data.indexed.index_format import IDX_HEADER_BYTES, LENGTH_B
 from megatron_hammer.data.indexed.manifest import Manifest, hash_file, manifest_path, read_manifest
 from megatron_hammer.data.indexed.pair import bin_path, idx_path, read_index_header
 from megatron_hammer.errors import DataError
+from megatron_hammer.files.read import cannot_read
 
 SCAN_CHUNK_BYTES = 8 << 20
 SCAN_CHUNK_ENTRIES = 1 << 20
@@ -92,7 +93,7 @@ def verify_pair(
             problems += _find_count_problems(Path(prefix), manifest, index)
             problems += _find_hash_problems(Path(prefix), manifest, ids, problems)
     except OSError as error:
-        raise DataError(f"{error.filename}: file cannot be read ({error.strerror}). Check its permissions.") from error
+        raise cannot_read(error.filename, error) from error
     return VerifiedPair(
         prefix=Path(prefix),
         dtype=index.dtype if index else None,

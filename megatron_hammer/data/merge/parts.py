@@ -10,6 +10,7 @@ from megatron_hammer.data.indexed.manifest import Manifest, manifest_path, read_
 from megatron_hammer.data.indexed.pair import IndexSummary, read_index
 from megatron_hammer.errors import DataError
 from megatron_hammer.files.publish import partial_path
+from megatron_hammer.files.read import cannot_read
 
 PAIR_SUFFIXES = (".idx", ".bin")
 COMPANION_SUFFIXES = (".bin", ".manifest.json")
@@ -68,7 +69,7 @@ def read_parts(prefixes: Sequence[Path]) -> list[Part]:
         except DataError as error:
             problems += error.problems
         except OSError as error:
-            problems.append(f"{error.filename}: file cannot be read ({error.strerror}). Check its permissions.")
+            problems += cannot_read(error.filename, error).problems
     if problems:
         raise DataError(*problems)
     return parts

@@ -16,6 +16,7 @@ import sentencepiece
 import tokenizers
 
 from megatron_hammer.errors import DataError
+from megatron_hammer.files.read import read_bytes
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import SENTENCEPIECE_LOGS_ERRORS_ONLY
 
 # Bare tokenizer.json files do not say which token ends a document; these names do in every model we ship or convert.
@@ -56,7 +57,7 @@ class SentencePieceEncoder(Encoder):
     """A SentencePiece `.model`; control symbols such as a literal `</s>` in the text are encoded as plain text."""
 
     def __init__(self, path: Path):
-        model_bytes = _read_bytes(path)
+        model_bytes = read_bytes(path)
         sentencepiece.set_min_log_level(SENTENCEPIECE_LOGS_ERRORS_ONLY)
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
@@ -87,7 +88,7 @@ class HuggingFaceEncoder(Encoder):
     """
 
     def __init__(self, path: Path):
-        json_bytes = _read_bytes(path)
+        json_bytes = read_bytes(path)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(json_bytes)
         except Exception as error:  # the tokenizers library raises bare Exception for any malformed file
@@ -187,13 +188,6 @@ def _find_in_folder(folder: Path) -> Path:
         f"{folder}: folder must hold tokenizer.json or tokenizer.model, got neither. "
         "Pass the tokenizer file itself, or save a fast tokenizer there."
     )
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: tokenizer cannot be read ({error.strerror}). Check its permissions.") from error
 
 
 def _not_a_model(path: Path) -> DataError:

@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
 from megatron_hammer.errors import DataError
+from megatron_hammer.files.read import read_bytes
 
 WHITESPACE_SYMBOL = "\u2581"  # how pieces spell a space
 # A level of sentencepiece's own log. It would warn of the piece for NUL, which HammerLLM has, in every process.
@@ -63,10 +64,9 @@ class SentencePieceModel:
 
 def read_sentencepiece_model(path: Path) -> SentencePieceModel:
     """Read a `.model` file; raises DataError if it cannot be read or is not one."""
+    content = read_bytes(path)
     try:
-        return parse_sentencepiece_model(path.read_bytes())
-    except OSError as error:
-        raise DataError(f"{path}: tokenizer cannot be read ({error.strerror}). Check the path.") from error
+        return parse_sentencepiece_model(content)
     except (DecodeError, ValueError) as error:
         raise DataError(
             f"{path}: file must be a SentencePiece model, got something else. Pass a .model file."

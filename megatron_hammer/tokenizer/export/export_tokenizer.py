@@ -92,15 +92,6 @@ def export_tokenizer_folder(
     return ExportedFolder(tokenizer=tokenizer, samples=samples, corpus=corpus)
 
 
-def read_chat_template(path: Path) -> str:
-    """Read a Jinja file; raises ConversionError if it cannot be read or is not UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        cause = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise ConversionError(f"{path}: chat template cannot be read ({cause}). Check the path.") from error
-
-
 def list_samples(encoder: Encoder) -> Iterable[Document]:
     """Texts that have told tokenizers apart, and every piece of a SentencePiece model by itself."""
     texts = [*SAMPLE_TEXTS]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_hammer.errors import DataError
+from megatron_hammer.files.read import read_text
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import WHITESPACE_SYMBOL
 from megatron_hammer.tokenizer.vocabulary.coverage import read_character_levels
 
@@ -25,7 +26,7 @@ def read_required_levels(path: Path) -> dict[str, tuple[str, ...]]:
     """
     if path.suffix == ".json":
         return read_character_levels(path)
-    characters = tuple(dict.fromkeys(_read_text(path).replace("\n", "").replace("\r", "")))
+    characters = tuple(dict.fromkeys(read_text(path).replace("\n", "").replace("\r", "")))
     if not characters:
         raise DataError(f"{path}: file must hold characters, got none. Write one a line.")
     return {path.name: characters}
@@ -41,7 +42,7 @@ def read_user_defined_symbols(path: Path) -> tuple[str, ...]:
 
     Raises DataError if the file cannot be read, or holds no symbol.
     """
-    symbols = tuple(dict.fromkeys(line for line in _read_text(path).splitlines() if line))
+    symbols = tuple(dict.fromkeys(line for line in read_text(path).splitlines() if line))
     if not symbols:
         raise DataError(f"{path}: file must hold symbols, got none. Write one a line.")
     return symbols
@@ -80,13 +81,3 @@ def _find_misspelling(symbol: str) -> list[tuple[str, str]]:
 
 def _decode_octal(escapes: str) -> str:
     return bytes(int(digits, 8) & 0xFF for digits in escapes.split("\\")[1:]).decode("utf-8", errors="replace")
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"{path}: file cannot be read ({error.strerror}). Check the path.") from error
-    except UnicodeDecodeError as error:
-        where = f"byte {error.object[error.start]:#04x} at offset {error.start}"
-        raise DataError(f"{path}: text must be UTF-8, got {where}. Convert the file with iconv.") from error

@@ -102,7 +102,7 @@ def test_a_value_of_a_plain_type_is_checked_too() -> None:
         ("f.toml", b"a = ", "file must be TOML, got: Invalid value"),
         ("f.toml", b'a = "\xff"', "file must be TOML, got: 'utf-8' codec can't decode"),
         ("f.toml", b"ratio = inf\nparts = 1979-05-27", "parts must be a list, got '1979-05-27'. Repair it."),
-        ("f.json", None, r"file cannot be read \(No such file or directory\). Check the path."),
+        ("f.json", None, r"file cannot be read \(No such file or directory\). Check the path and its permissions."),
     ],
 )
 def test_what_is_not_such_a_file_is_named(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:

@@ -125,7 +125,6 @@ def test_summary(tmp_path: Path) -> None:
     summary = read_index(write_pair(tmp_path / "pair"))
     assert (summary.num_documents, summary.num_sequences, summary.num_tokens) == (5, 3, 9)
     assert summary.dtype == np.uint16
-    assert summary.max_token_id == 65_000
     assert summary.sequence_lengths.tolist() == [3, 1, 5]
     assert summary.document_index.tolist() == [0, 1, 1, 2, 3, 3]
     assert summary.tokens.tolist() == [5, 6, 7, 8, 1, 65_000, 3, 4, 9]
@@ -135,7 +134,7 @@ def test_summary_of_a_pair_without_tokens(tmp_path: Path) -> None:
     with IndexedWriter(tmp_path / "pair", np.dtype(np.int32)) as writer:
         writer.add_document(np.array([], dtype=np.int32))
     summary = read_index(tmp_path / "pair")
-    assert (summary.num_documents, summary.num_tokens, summary.max_token_id) == (1, 0, -1)
+    assert (summary.num_documents, summary.num_tokens) == (1, 0)
     assert summary.sequence_lengths.tolist() == summary.tokens.tolist() == []
 
 

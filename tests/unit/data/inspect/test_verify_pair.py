@@ -271,5 +271,5 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(verify, "_scan_ids", refuse)
-    with pytest.raises(DataError, match=r"pair.bin: file cannot be read \(Permission denied\). Check its permissions."):
+    with pytest.raises(DataError, match=r"pair.bin: file cannot be read \(Permission denied\). Check the path"):
         verify_pair(prefix)

@@ -87,5 +87,5 @@ def test_a_truncated_model_is_named(model_path: Path, tmp_path: Path) -> None:
 
 
 def test_a_missing_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"absent.model: tokenizer cannot be read \(No such file or directory\)."):
+    with pytest.raises(DataError, match=r"absent.model: file cannot be read \(No such file or directory\)."):
         read_sentencepiece_model(tmp_path / "absent.model")

@@ -22,7 +22,6 @@ from megatron_hammer.tokenizer.export.check_export import load_with_transformers
 from megatron_hammer.tokenizer.export.export_tokenizer import (
     export_tokenizer,
     export_tokenizer_folder,
-    read_chat_template,
 )
 from megatron_hammer.tokenizer.vocabulary.train import TokenizerRecipe, train_tokenizer
 from tests.helpers.data_paths import SHARED_DATA, needs_shared_data
@@ -295,11 +294,3 @@ def test_a_target_that_holds_something_is_refused(tmp_path, content):
     found = "a file" if content == "file" else "1 entries"
     with pytest.raises(OutputError, match=f"hf: target must be absent or an empty folder, got {found}"):
         export_tokenizer_folder(train_toy_tokenizer(tmp_path), target)
-
-
-def test_a_missing_chat_template_is_named(tmp_path):
-    with pytest.raises(ConversionError, match=r"none.jinja: chat template cannot be read \(No such file"):
-        read_chat_template(tmp_path / "none.jinja")
-    (tmp_path / "latin.jinja").write_bytes(b"\xe9")
-    with pytest.raises(ConversionError, match=r"latin.jinja: chat template cannot be read \(not UTF-8\)"):
-        read_chat_template(tmp_path / "latin.jinja")

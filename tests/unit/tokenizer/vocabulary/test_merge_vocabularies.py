@@ -209,7 +209,7 @@ def test_problems_are_named(base: SentencePieceModel, other: SentencePieceModel,
     train(tmp_path / "u.model", ENGLISH, 307, model_type="unigram")
     with pytest.raises(DataError, match=r"u.model: model must be BPE to be merged, got model_type=unigram. Its scores"):
         read_bpe_model(tmp_path / "u.model")
-    with pytest.raises(DataError, match=r"absent.model: tokenizer cannot be read"):
+    with pytest.raises(DataError, match=r"absent.model: file cannot be read"):
         read_bpe_model(tmp_path / "absent.model")
 
 

@@ -1,0 +1,29 @@
+"""Whole files read, with one sentence for every file that cannot be."""
+
+from pathlib import Path
+
+from megatron_hammer.errors import DataError, HammerError
+
+
+def cannot_read(path: str | Path, error: OSError, *, raises: type[HammerError] = DataError) -> HammerError:
+    """Say why a file could not be read."""
+    return raises(f"{path}: file cannot be read ({error.strerror or error}). Check the path and its permissions.")
+
+
+def read_bytes(path: Path, *, raises: type[HammerError] = DataError) -> bytes:
+    """Return what is in a file; raises `raises` if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise cannot_read(path, error, raises=raises) from error
+
+
+def read_text(path: Path, *, raises: type[HammerError] = DataError) -> str:
+    """Return a UTF-8 text, its line ends as \\n; raises `raises` if it cannot be read or is in another encoding."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise cannot_read(path, error, raises=raises) from error
+    except UnicodeDecodeError as error:
+        where = f"byte {error.object[error.start]:#04x} at offset {error.start}"
+        raise raises(f"{path}: text must be UTF-8, got {where}. Convert the file with iconv.") from error

@@ -1,0 +1,24 @@
+"""A file is read whole, or named with the reason."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_hammer.errors import ConfigError, DataError, HammerError
+from megatron_hammer.files.read import read_bytes, read_text
+
+
+def test_bytes_and_texts_come_back(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes("größe\r\n".encode())
+    assert read_bytes(tmp_path / "f") == "größe\r\n".encode()
+    assert read_text(tmp_path / "f") == "größe\n"
+
+
+@pytest.mark.parametrize("kind", [DataError, ConfigError])
+def test_what_cannot_be_read_is_named(tmp_path: Path, kind: type[HammerError]) -> None:
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    with pytest.raises(kind, match=r"latin: text must be UTF-8, got byte 0xe9 at offset 3. Convert"):
+        read_text(tmp_path / "latin", raises=kind)
+    for read in (read_bytes, read_text):
+        with pytest.raises(kind, match=r"none: file cannot be read \(No such file or directory\). Check the path"):
+            read(tmp_path / "none", raises=kind)
