@@ -1,8 +1,8 @@
 """The performance model's coefficients, fitted to measured runs.
 
-Takes tables with the columns of the published runs: runs.csv of `measure`, your own, or published ones. Coefficients
-are held to the values they start from, so that a few runs change only what they inform. The errors are
-cross-validated: each publication (of a single one, each run) is predicted by coefficients fitted without it.
+Reads tables with the columns of the published runs: runs.csv of `measure`, your own, or published ones. Coefficients
+are held close to the values they start from, so a few runs change only what they contain information about. The errors
+are cross-validated: each publication (each run, if there is only one) is predicted with coefficients fitted without it.
 """
 
 import argparse
@@ -36,9 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="coefficients file to be written")
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--start", type=Path, metavar="FILE", help="coefficients to start from (default: the shipped)")
-    start.add_argument("--from-priors", action="store_true", help="start from no run at all, as the shipped ones did")
-    parser.add_argument("--gpus-file", type=Path, help="descriptions laid over the shipped ones")
-    parser.add_argument("--clusters-file", type=Path, help="descriptions laid over the shipped ones")
+    start.add_argument(
+        "--from-priors", action="store_true", help="start without any earlier run, as the shipped ones did"
+    )
+    parser.add_argument("--gpus-file", type=Path, help="TOML of GPUs that changes or extends the shipped ones")
+    parser.add_argument("--clusters-file", type=Path, help="TOML of clusters that changes or extends the shipped ones")
     parser.add_argument("--json", action="store_true", help="coefficients and errors as JSON on stdout")
 
 
@@ -65,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def read_calibration_runs(arguments: argparse.Namespace) -> tuple[list[MeasuredRun], int]:
-    """The runs of all files that the model is about, and the number of the others, each named on stderr."""
+    """The Megatron-style runs of all files, and the number of all other rows, which are named on stderr."""
     runs: list[MeasuredRun] = []
     left_out = 0
     for path in arguments.runs:

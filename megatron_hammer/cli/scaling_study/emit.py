@@ -1,7 +1,7 @@
-"""Launch scripts of chosen rows of a projection.
+"""Launch scripts for chosen rows of a projection.
 
-Reads projection.json of `project` and writes for each row a script of torchrun, of SLURM, or a manifest of Kubernetes.
-Each takes DRY_RUN=1 to say what would run, and hands further flags on to training.
+Reads projection.json of `project`. For each row it writes a script for torchrun or SLURM, or a manifest for Kubernetes.
+With DRY_RUN=1 a script only prints what would run. Further flags are passed on to training.
 """
 
 import argparse
@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--projection", type=Path, required=True, help="projection.json that project wrote")
     parser.add_argument("--rows", help="ids such as 512-1,64-1 (default: the fastest row of each number of GPUs)")
     parser.add_argument(
-        "--launcher", default="torchrun", help=f"of {', '.join(LAUNCHERS)}, several by commas (default: torchrun)"
+        "--launcher",
+        default="torchrun",
+        help=f"one or several of {', '.join(LAUNCHERS)}, with commas (default: torchrun)",
     )
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--image", default=KubernetesOptions().image, help="of the Kubernetes pods")
@@ -55,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def select_rows(projection: SavedProjection, ids: str | None) -> list[SavedRow]:
-    """The rows of these ids, or the fastest of each size. Raises ConfigError for an unknown id, or without any row."""
+    """The rows with these ids, or the fastest of each size. Raises ConfigError for an unknown id or without rows."""
     if ids is not None:
         return [projection.select_row(row_id) for row_id in ids.split(",") if row_id]
     fastest = [row for row in projection.rows if row.rank == 1]

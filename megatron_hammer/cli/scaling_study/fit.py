@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--runs",
         nargs="+",
         metavar="MODEL=PATH",
-        help="finished trainings: a preset, a Hugging Face folder or a number of parameters, and the folder of "
-        "metrics.jsonl (or the file); PRESET@4000=PATH for another vocabulary than the preset's",
+        help="finished trainings: MODEL is a preset, a Hugging Face folder or a number of parameters, PATH the folder "
+        "of metrics.jsonl (or the file); PRESET@4000=PATH for another vocabulary size than the preset's",
     )
     source.add_argument(
         "--table", type=Path, help="CSV with num_parameters, num_tokens, loss and, if known, run and tokenizer"
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--parameters",
         choices=tuple(loss_law_runs.PARAMETER_CONVENTIONS),
         default="total",
-        help="what N counts of --runs; a table's N is taken as it is (%(default)s)",
+        help="what N counts for --runs; the N of a table is used unchanged (%(default)s)",
     )
     parser.add_argument(
         "--loss",
@@ -131,7 +131,7 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
 
 
 def _find_lonely_flags(arguments: argparse.Namespace) -> list[str]:
-    """Flags that would change nothing beside the others: none is ignored."""
+    """Flags that would have no effect together with the others. They are errors, because no flag is ignored."""
     problems = []
     if arguments.table is not None:
         given = {

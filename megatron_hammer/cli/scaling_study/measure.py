@@ -1,8 +1,8 @@
 """A sweep of real short trainings.
 
 Runs every combination of the presets, layouts, sizes and batches as a short training on this machine's GPUs or CPU
-processes, and writes their step times to OUTPUT_DIR/runs.csv, in the columns that calibrate and validate read. The same
-command goes on where it was stopped; finished runs are kept. Training flags for every run follow after --:
+processes, and writes their step times to OUTPUT_DIR/runs.csv, in the columns that calibrate and validate read. After an
+interruption, run the same command again: it continues where it stopped. Training flags for every run follow after --:
 
     measure --presets hammer-tiny --layouts single,tp2,pp2,dp2 --output-dir sweep -- --data-path data/corpus
 """
@@ -30,7 +30,7 @@ CPU_TYPE = "cpu-core"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-dir", type=Path, required=True, help="runs.csv, and a folder for each run")
-    parser.add_argument("--sweep", type=Path, metavar="FILE.toml", help="[[sweep]] tables in place of the flags below")
+    parser.add_argument("--sweep", type=Path, metavar="FILE.toml", help="[[sweep]] tables instead of the flags below")
     sweep = parser.add_argument_group("what to vary (several values separated by commas)")
     sweep.add_argument("--presets", type=read_words, help="models with their recipes, such as hammer-tiny")
     sweep.add_argument(
@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     sweep.add_argument("--micro-batch-sizes", type=read_sizes, help="default: the recipe's")
     sweep.add_argument("--global-batch-sizes", type=read_sizes, help="default: the recipe's")
-    sweep.add_argument("--samples-per-rank", type=read_sizes, help="a global batch that grows with the processes")
+    sweep.add_argument(
+        "--samples-per-rank", type=read_sizes, help="global batch size per process, so that the batch grows"
+    )
     sweep.add_argument("--seq-lengths", type=read_sizes, help="default: the recipe's")
     sweep.add_argument("--recompute", type=read_words, help="none, selective, full (default: none)")
     sweep.add_argument("--precision", help="fp32, bf16 or fp16 (default: the recipe's)")
@@ -52,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--statistic",
         choices=["median", "fastest"],
         default="median",
-        help="of the steps, for runs.csv; fastest for a machine that does other work too (default: median)",
+        help="of the steps, for runs.csv; fastest for a busy machine (default: median)",
     )
     parser.add_argument("--platform", choices=["auto", "cpu", "cuda"], default="auto", help="default: cuda if there is")
     parser.add_argument("--threads", type=int, default=1, help="OpenMP threads of a process (default: 1)")

@@ -1,10 +1,10 @@
 """This machine's operators, timed.
 
 Times matrix products, attention, norms, activations, the loss, the optimizer and copies on one GPU or one CPU core, and
-collectives between several processes, and writes what the performance model needs of this machine:
+collectives between several processes. Writes what the performance model needs to know about this machine:
 
     OUTPUT_DIR/gpus.toml, clusters.toml   for --gpus-file and --clusters-file (a CPU host: cpu-core, cpu-host)
-    OUTPUT_DIR/coefficients.toml          for calibrate --start, or for --coefficients where there is nothing to fit
+    OUTPUT_DIR/coefficients.toml          for calibrate --start, or for --coefficients if there are no runs to fit
     OUTPUT_DIR/operators-N.json           every timing, with N processes
 """
 
@@ -36,21 +36,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--platform", choices=["auto", "cpu", "cuda"], default="auto", help="default: cuda if there is")
     parser.add_argument(
-        "--processes", type=int, default=2, help="for collectives, at most one a GPU; 1 leaves them out (default: 2)"
+        "--processes", type=int, default=2, help="for collectives, at most one per GPU; 1 leaves them out (default: 2)"
     )
     parser.add_argument("--precision", action="append", choices=["fp32", "bf16", "fp16"], help="default: by platform")
     parser.add_argument(
         "--statistic",
         choices=["median", "fastest"],
         default="median",
-        help="of the calls; fastest for a machine that does other work too (default: median)",
+        help="of the calls; fastest for a busy machine (default: median)",
     )
     parser.add_argument("--seconds-per-operator", type=float, default=0.3, help="default: 0.3")
-    parser.add_argument("--gpu", help="name in gpus.toml that is measured (default: by the device's name, or cpu-core)")
+    parser.add_argument("--gpu", help="name in gpus.toml (default: found by the device's name, or cpu-core)")
     parser.add_argument("--cluster", help="name in clusters.toml (default: the first of that GPU; cpu-host on a CPU)")
-    parser.add_argument("--gpus-file", type=Path, help="descriptions laid over the shipped ones")
-    parser.add_argument("--clusters-file", type=Path, help="descriptions laid over the shipped ones")
-    parser.add_argument("--coefficients", type=Path, help="those that are not measured (default: the shipped ones)")
+    parser.add_argument("--gpus-file", type=Path, help="TOML of GPUs that changes or extends the shipped ones")
+    parser.add_argument("--clusters-file", type=Path, help="TOML of clusters that changes or extends the shipped ones")
+    parser.add_argument("--coefficients", type=Path, help="for what is not measured (default: the shipped ones)")
 
 
 def run(arguments: argparse.Namespace) -> None:

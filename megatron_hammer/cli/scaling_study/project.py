@@ -1,7 +1,7 @@
 """Project a training run on a cluster: the best layouts at each number of GPUs, with an error band.
 
-Searches every layout that fits in memory and would start, and gives step time and its parts, speed, memory, days,
-energy and cost, the knee of the scaling curve, plots and an HTML report.
+Searches every layout that fits in memory and that Megatron would start. Gives the step time and its parts, speed,
+memory, days, energy, cost, the knee of the scaling curve, plots and an HTML report.
 
   project --preset llama3-8b --gpu h100-sxm --gpus 8,64,512,4096
   project --preset llama3-70b --gpu h100-sxm --gpus 64,512,4096 --samples-per-gpu 0.5 --output-dir study
@@ -33,23 +33,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.8,
         metavar="RATIO",
-        help="scaling pays while a GPU does this share of the best at a smaller size (%(default)s)",
+        help="scaling pays while a GPU reaches this ratio of its best speed at a smaller size (%(default)s)",
     )
     output.add_argument(
-        "--mfu-convention", choices=tuple(FLOP_CONVENTIONS), default="A", help="of model FLOPs in MFU (%(default)s)"
+        "--mfu-convention", choices=tuple(FLOP_CONVENTIONS), default="A", help="counts the FLOPs of MFU (%(default)s)"
     )
     output.add_argument(
         "--overlay",
         type=Path,
         metavar="RUNS.csv",
-        help="measured runs, as measure writes them, shown on the projection",
+        help="measured runs, as measure writes them, to show beside the projection",
     )
     output.add_argument(
         "--output-dir", type=Path, help="writes projection.json, projection.csv, plots, report.html there"
     )
     formats = output.add_mutually_exclusive_group()
     formats.add_argument("--json", action="store_true", help="the projection as one JSON object on stdout")
-    formats.add_argument("--csv", action="store_true", help="one line a layout on stdout")
+    formats.add_argument("--csv", action="store_true", help="one line per layout on stdout")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -85,7 +85,7 @@ def _build_overlay(
 
 
 def _project(study: Study, search: Search, coefficients: Coefficients) -> StudyResult:
-    """Every size of a study, with a line of progress each."""
+    """Every size of a study, with a line of progress for each."""
     sizes = []
     for num_gpus in study.gpu_counts:
         size = search.search_plans(study, num_gpus)
@@ -98,7 +98,7 @@ def _project(study: Study, search: Search, coefficients: Coefficients) -> StudyR
 
 
 def _build_files(result: StudyResult, folder: Path) -> dict[Path, str | bytes]:
-    """Everything that --output-dir gets, complete before the first byte is written."""
+    """All files for --output-dir, built before the first byte is written."""
     from megatron_hammer.scaling.report.html_report import render_html_report
     from megatron_hammer.scaling.report.projection_plots import draw_plots
 

@@ -28,7 +28,7 @@ TOKEN_SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 def add_study_arguments(parser: argparse.ArgumentParser) -> None:
     """Model, machine, run and restrictions of a study."""
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--preset", help="a shipped model; its recipe gives what is not said here")
+    model.add_argument("--preset", help="a shipped model; its recipe supplies the defaults")
     model.add_argument(
         "--hf-config", type=Path, metavar="PATH", help="config.json of a Hugging Face model, or its folder"
     )
@@ -42,7 +42,7 @@ def _add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--gpu", required=True, help="a GPU of gpus.toml, such as h100-sxm")
     machine.add_argument("--cluster", help="a cluster of clusters.toml (default: the first one of this GPU)")
     machine.add_argument("--gpus", required=True, metavar="N,N,...", help="numbers of GPUs")
-    machine.add_argument("--gpus-file", type=Path, metavar="TOML", help="GPUs of your own, laid over the shipped ones")
+    machine.add_argument("--gpus-file", type=Path, metavar="TOML", help="GPUs of your own, added to the shipped ones")
     machine.add_argument("--clusters-file", type=Path, metavar="TOML", help="clusters of your own")
     machine.add_argument("--coefficients", type=Path, metavar="TOML", help="coefficients of your own, from calibrate")
     machine.add_argument("--memory-gib", type=float, help="what a plan may need of a GPU (default: 95%% of its memory)")
@@ -55,10 +55,10 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("run")
     batch = run.add_mutually_exclusive_group()
     batch.add_argument(
-        "--global-batch-size", type=int, metavar="N", help="samples of a step at every size (default: the recipe's)"
+        "--global-batch-size", type=int, metavar="N", help="samples per step at every size (default: the recipe's)"
     )
     batch.add_argument(
-        "--samples-per-gpu", metavar="N", help="samples of a step a GPU, so that the batch grows; 0.25 or 1/4 too"
+        "--samples-per-gpu", metavar="N", help="samples per step and GPU, so that the batch grows; also 0.25 or 1/4"
     )
     run.add_argument(
         "--seq-length", type=int, metavar="TOKENS", help="(default: the recipe's, or the config's longest)"

@@ -48,12 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measured memory (default without FILE.csv: the published figures of this package)",
     )
     parser.add_argument("--coefficients", type=Path, help="a file that calibrate wrote (default: the shipped one)")
-    parser.add_argument("--gpus-file", type=Path, help="TOML of GPUs over the shipped ones")
-    parser.add_argument("--clusters-file", type=Path, help="TOML of clusters over the shipped ones")
+    parser.add_argument("--gpus-file", type=Path, help="TOML of GPUs that changes or extends the shipped ones")
+    parser.add_argument("--clusters-file", type=Path, help="TOML of clusters that changes or extends the shipped ones")
     parser.add_argument(
         "--cross-validate",
         action="store_true",
-        help="predict every run by coefficients fitted on the runs of all other publications",
+        help="predict every run with coefficients fitted on the runs of all other publications",
     )
     parser.add_argument("--json", action="store_true", help="the result as one JSON object on stdout")
     parser.add_argument(

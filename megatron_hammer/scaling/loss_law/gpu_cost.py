@@ -1,7 +1,7 @@
-"""GPU-seconds that a token costs by projections: what a budget in GPU-hours buys.
+"""The cost of a token in GPU-seconds, from projections: what a budget in GPU-hours buys.
 
-Each projection gives one size of model and its tokens a second and GPU; the cost between and beyond the sizes is a
-power of N through them (`fit_token_cost`), through the origin where there is one size only.
+Each projection gives one model size and its tokens per second and GPU. The cost between and beyond these sizes is a
+power of N that is fitted to them (`fit_token_cost`). With only one size it is proportional to N.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ UNIT = "GPU-seconds"
 
 
 def read_gpu_cost(paths: Sequence[Path], num_gpus: int | None, convention: ParameterConvention) -> TokenCost:
-    """The cost of a token by the fastest layout of each projection, at `num_gpus` (None: where there is one size only).
+    """The cost of a token, from the fastest layout of each projection at `num_gpus` (None: its only number of GPUs).
 
     Raises ConfigError, every file's problem at once, for a projection that has no such size.
     """
@@ -46,7 +46,7 @@ def read_gpu_cost(paths: Sequence[Path], num_gpus: int | None, convention: Param
 
 
 def _select_best(projection: SavedProjection, num_gpus: int | None) -> SavedRow | None:
-    """The fastest row at a number of GPUs; None where it has none, or several sizes and no choice between them."""
+    """The fastest row at a number of GPUs. None without such a row, or if none of several numbers was chosen."""
     if num_gpus is None and len({row.num_gpus for row in projection.rows}) != 1:
         return None
     rows = [row for row in projection.rows if num_gpus is None or row.num_gpus == num_gpus]

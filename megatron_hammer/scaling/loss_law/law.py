@@ -1,13 +1,13 @@
 """The loss that a training run ends at, from its parameters and tokens: L(N, D) = E + A / N^alpha + B / D^beta.
 
-Fitted as approach 3 of Hoffmann et al. 2022 (arXiv 2203.15556); `solver.py` has the objective. The intervals
-are percentiles over bootstrap samples of whole runs. What goes wrong in practice, after Besiroglu et al. 2024
-(arXiv 2404.10102): an optimizer that stops early because the loss is averaged (here it is summed, and tested against
-a second optimizer), intervals far too narrow for the number of runs (here a test plants laws and counts how often they
-are inside), and parameters rounded before use (here JSON has all digits). Runs that differ in tokenizer, data,
-schedule or batch are no sample of one law; nothing here can see that unless it is told.
+Fitted as approach 3 of Hoffmann et al. 2022 (arXiv 2203.15556); `solver.py` has the objective. The intervals are
+percentiles over bootstrap samples of whole runs. Besiroglu et al. 2024 (arXiv 2404.10102) found three faults in
+practice. An optimizer stops early because the loss is averaged: here it is summed, and tested against a second
+optimizer. Intervals are far too narrow for the number of runs: here a test plants laws and counts how often the
+intervals contain them. Parameters are rounded before use: here JSON has all digits. Runs that differ in tokenizer,
+data, schedule or batch are not samples of one law, which this code cannot see unless it is told.
 
-`runs.py` reads runs, `optimum.py` asks a law for the best size, `report.py` shows it.
+`runs.py` reads runs, `optimum.py` finds the best size, `report.py` shows the result.
 """
 
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ class LossRun:
 
 
 class Interval(NamedTuple):
-    """Two ends of a confidence interval."""
+    """The two ends of a confidence interval."""
 
     low: float
     high: float
@@ -60,7 +60,7 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossLaw:
-    """L(N, D) = E + A / N^alpha + B / D^beta, in nats a token."""
+    """L(N, D) = E + A / N^alpha + B / D^beta, in nats per token."""
 
     E: float
     A: float
@@ -74,7 +74,7 @@ class LossLaw:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossFit:
-    """A fitted law with what its uncertainty is made of.
+    """A fitted law, with the bootstrap samples that its intervals are computed from.
 
     samples: [r, 5] (a, b, e, alpha, beta) of the bootstrap samples, with A = exp(a), B = exp(b), E = exp(e).
     """
@@ -87,19 +87,19 @@ class LossFit:
     notes: tuple[str, ...]
 
     def interval(self, values: np.ndarray) -> Interval:
-        """The central interval of one number a sample, at this fit's confidence."""
+        """The central interval of one number per sample, at this fit's confidence."""
         tail = 50 * (1 - self.confidence)
         low, high = np.percentile(values, [tail, 100 - tail])
         return Interval(float(low), float(high))
 
     def intervals(self) -> dict[str, Interval]:
-        """Of the law's five parameters, by name."""
+        """The intervals of the law's five parameters, by name."""
         columns = {name: np.exp(self.samples[:, place]) for name, place in (("E", 2), ("A", 0), ("B", 1))}
         columns |= {"alpha": self.samples[:, 3], "beta": self.samples[:, 4]}
         return {name: self.interval(values) for name, values in columns.items()}
 
     def predict_samples(self, num_parameters: np.ndarray | float, num_tokens: np.ndarray | float) -> np.ndarray:
-        """[r]: the loss by each sample's law, at one (N, D) or at the sample's own."""
+        """[r]: the loss predicted by each sample's law, at one (N, D) or at each sample's own."""
         a, b, e, alpha, beta = self.samples.T
         return np.exp(e) + np.exp(a - alpha * np.log(num_parameters)) + np.exp(b - beta * np.log(num_tokens))
 
@@ -112,7 +112,7 @@ class LossFit:
 def fit_loss_law(
     runs: Sequence[LossRun], *, num_samples: int = 1000, confidence: float = 0.9, seed: int = 0
 ) -> LossFit:
-    """The law of these runs, with `num_samples` bootstrap samples of them. Raises DataError for runs that have none."""
+    """Fit the law to these runs and to `num_samples` bootstrap samples. Raises DataError if they determine no law."""
     problems = find_fit_problems(runs)
     if problems:
         raise DataError(*problems)
@@ -152,7 +152,7 @@ def as_points(runs: Sequence[LossRun]) -> tuple[np.ndarray, np.ndarray, np.ndarr
 def draw_samples(sizes: np.ndarray, tokens: np.ndarray, num_samples: int, random: np.random.Generator) -> np.ndarray:
     """[num_samples, n]: how often each run is in each sample of n drawn with replacement.
 
-    A sample that could not be fitted (too few different runs, sizes or tokens) is drawn again.
+    A sample that cannot be fitted (too few different runs, sizes or numbers of tokens) is drawn again.
     """
     num_runs = len(sizes)
     size_ids, token_ids = (np.unique(values, return_inverse=True)[1] for values in (sizes, tokens))
@@ -173,7 +173,7 @@ def draw_samples(sizes: np.ndarray, tokens: np.ndarray, num_samples: int, random
 
 
 def find_fit_problems(runs: Sequence[LossRun]) -> list[str]:
-    """Every reason why these runs determine no law; empty if they do."""
+    """Every reason why these runs do not determine a law; empty if they do."""
     problems = [
         f"{run.source}: run {run.name} must have a positive, finite {field}, got {value}. "
         f"It diverged or the row is wrong: leave it out with --leave-out {run.name}."
@@ -208,7 +208,7 @@ def find_fit_problems(runs: Sequence[LossRun]) -> list[str]:
 
 
 def _describe_doubts(runs: Sequence[LossRun], law: LossLaw, samples: np.ndarray) -> tuple[str, ...]:
-    """What a reader should know before believing the law."""
+    """Warnings that a reader should know before trusting the law."""
     sizes, tokens, losses = as_points(runs)
     notes = []
     for name, values in (("N", sizes), ("D", tokens)):

@@ -1,9 +1,9 @@
-"""The size and number of tokens that a budget is best spent on, by a fitted loss law, with intervals.
+"""The best model size and number of tokens for a budget, by a fitted loss law, with intervals.
 
-A budget is spent at a cost a token that is a power of the size, c * N^e: 6 N FLOPs by default; FLOPs by one of the
-conventions of model/flops.py, or GPU-seconds by projected throughputs, with c and e fitted to the sizes at hand. With
-D = K / N^e and K = budget / c the minimum of L(N, D) has a closed form (equation 4 of Hoffmann et al. 2022, arXiv
-2203.15556, is the case e = 1, c = 6):
+A token costs a power of the size, c * N^e. By default that is 6 N FLOPs. It can also be FLOPs in one of the conventions
+of model/flops.py, or GPU-seconds of projected throughputs, with c and e fitted to the given sizes. With D = K / N^e and
+K = budget / c, the minimum of L(N, D) has a closed form (equation 4 of Hoffmann et al. 2022, arXiv 2203.15556, is the
+case e = 1, c = 6):
 
     N_opt^(alpha + e beta) = alpha A K^beta / (e beta B)
 """
@@ -21,7 +21,7 @@ EXTRAPOLATION_WARNING_RATIO = 100.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenCost:
-    """coefficient * N^exponent of `unit` a trained token."""
+    """coefficient * N^exponent of `unit` per trained token."""
 
     coefficient: float
     exponent: float
@@ -34,7 +34,7 @@ class TokenCost:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Optimum:
-    """The best use of a budget. Each number has its interval under the same name with `_interval`."""
+    """The best use of a budget. The interval of each number has the same name with `_interval`."""
 
     budget: float
     cost: TokenCost
@@ -57,7 +57,7 @@ def six_nd_cost(parameter_convention: str) -> TokenCost:
 def fit_token_cost(
     sizes: Sequence[float], costs_per_token: Sequence[float], *, unit: str, definition: str
 ) -> TokenCost:
-    """A power of the size through these costs: least squares in logs; through one size, in proportion to it."""
+    """A power of the size, fitted to these costs by least squares of logarithms; for one size, proportional to it."""
     log_n, log_cost = np.log(np.array(sizes, dtype=float)), np.log(np.array(costs_per_token, dtype=float))
     if len(set(sizes)) == 1:
         coefficient = float(np.exp((log_cost - log_n).mean()))
@@ -68,7 +68,7 @@ def fit_token_cost(
             definition=f"{definition}, taken as proportional to N from one size",
         )
     exponent, log_coefficient = np.polyfit(log_n, log_cost, 1)
-    # Two sizes are met exactly, which says nothing of a third.
+    # Two sizes are matched exactly, which says nothing about a third one.
     worst = np.abs(np.expm1(log_coefficient + exponent * log_n - log_cost)).max()
     closeness = "through two sizes" if len(set(sizes)) == 2 else f"within {worst:.1%}"
     return TokenCost(
@@ -80,7 +80,7 @@ def fit_token_cost(
 
 
 def fit_flops_cost(runs: Sequence[LossRun], convention: str, description: str) -> TokenCost:
-    """FLOPs a token of these runs' own models in one of the conventions A, B and D."""
+    """FLOPs per token of these runs' own models, in convention A, B or D."""
     unknown = [run.name for run in runs if run.flops_per_token is None]
     if unknown:
         raise ConfigError(
@@ -93,7 +93,7 @@ def fit_flops_cost(runs: Sequence[LossRun], convention: str, description: str) -
 
 
 def find_optimum(fit: LossFit, cost: TokenCost, budget: float) -> Optimum:
-    """The minimum of the law at this cost, for `budget` in the cost's unit."""
+    """The minimum of the law for `budget`, which is in the cost's unit."""
     law = fit.law
     best = np.array([[np.log(law.A), np.log(law.B), np.log(law.E), law.alpha, law.beta]])
     size, tokens = (float(values[0]) for values in _split_budget(best, cost, budget))
@@ -123,7 +123,7 @@ def format_budget(budget: float, cost: TokenCost) -> str:
 
 
 def allocation_exponents(fit: LossFit, cost: TokenCost) -> dict[str, tuple[float, Interval]]:
-    """How the best N and D grow with the budget: N ~ C^a, D ~ C^b; each with its interval."""
+    """The exponents by which the best N and D grow with the budget, N ~ C^a and D ~ C^b, each with its interval."""
 
     def exponents(alpha: np.ndarray, beta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         total = alpha + cost.exponent * beta
@@ -135,7 +135,7 @@ def allocation_exponents(fit: LossFit, cost: TokenCost) -> dict[str, tuple[float
 
 
 def _split_budget(parameters: np.ndarray, cost: TokenCost, budget: float) -> tuple[np.ndarray, np.ndarray]:
-    """([r] best sizes, [r] best numbers of tokens) of each row (a, b, e, alpha, beta)."""
+    """([r] best sizes, [r] best numbers of tokens), one for each row (a, b, e, alpha, beta)."""
     a, b, _, alpha, beta = parameters.T
     log_budget_at_one = np.log(budget / cost.coefficient)
     growth = alpha + cost.exponent * beta

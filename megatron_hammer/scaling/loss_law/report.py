@@ -1,4 +1,4 @@
-"""A fitted loss law for people and machines: the tables, one JSON object, and the plot of loss against compute."""
+"""The report of a fitted loss law: tables, one JSON object, and the plot of loss against compute."""
 
 import io
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ _PLOT_DPI: Final = 150
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossStudy:
-    """Everything that a report shows. cost: FLOPs a token, the axis of the plot. optima: one a budget, in any unit."""
+    """Everything that a report shows. cost: FLOPs per token, for the plot. optima: one per budget, in any unit."""
 
     fit: LossFit
     parameter_convention: str  # what N counts, in words
@@ -67,7 +67,7 @@ def as_object(study: LossStudy) -> dict[str, Any]:
 
 
 def print_study(study: LossStudy) -> None:
-    """Parameters, runs, best sizes and notes on stdout; the last line has the counts."""
+    """Print parameters, runs, best sizes and notes to stdout. The last line has the counts."""
     from megatron_hammer.files.tables import open_console
 
     console = open_console()
@@ -161,7 +161,7 @@ def _optimum_object(optimum: Optimum) -> dict[str, Any]:
 
 
 def draw_study(study: LossStudy) -> bytes:
-    """PNG: loss against compute with every size's curve and the frontier, and the best size against compute."""
+    """A PNG: loss against compute with the curve of each size and the frontier, and the best size against compute."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -225,7 +225,7 @@ def _draw_losses(axes: Any, study: LossStudy, budgets: np.ndarray, frontier: Seq
 
 
 def _set_loss_limits(axes: Any, study: LossStudy, frontier: Sequence[Optimum]) -> None:
-    """What was measured and the frontier, not the far ends of the sizes' curves."""
+    """Limit the axis to the measured losses and the frontier, without the far ends of the sizes' curves."""
     values = [run.loss for run in study.fit.runs] + [point.loss for point in frontier]
     values += [end for point in study.optima for end in point.loss_interval]
     margin = 0.08 * (max(values) - min(values))
@@ -264,12 +264,12 @@ def _compute_of(study: LossStudy) -> list[float]:
 
 
 def _as_compute(study: LossStudy, optimum: Optimum) -> float:
-    """A budget in GPU-hours stands where the FLOPs of its best run are."""
+    """The position of a budget on the compute axis. One in GPU-hours is placed at the FLOPs of its best run."""
     return study.cost.estimate(optimum.num_parameters, optimum.num_tokens)
 
 
 def _is_labelled(size: int, sizes: Sequence[int]) -> bool:
-    """A legend of at most seven sizes, the smallest and largest among them."""
+    """Whether a size is in the legend: at most seven are, including the smallest and the largest."""
     stride = -(-len(sizes) // 6)
     return sizes.index(size) % stride == 0 or size == sizes[-1]
 

@@ -1,7 +1,7 @@
 """Runs for a loss law: from training's metrics.jsonl and validation.jsonl, or from a table.
 
-A metrics.jsonl does not name its model, so a run is given as MODEL=PATH, and checked by its FLOPs a token, which the
-file does hold. The fields are those of training/metrics.py.
+A metrics.jsonl does not name its model, so a run is given as MODEL=PATH. The model is checked by the FLOPs per token,
+which the file contains. The fields are those of training/metrics.py.
 """
 
 import csv
@@ -31,15 +31,16 @@ PARAMETER_CONVENTIONS: Final[dict[ParameterConvention, str]] = {
     "non-embedding": "without embeddings and head",
 }
 TABLE_COLUMNS: Final = ("num_parameters", "num_tokens", "loss")
-# Final loss above the lowest one of the run, both smoothed: beyond this share the run went wrong on the way.
+# A run whose final loss is above its lowest loss by more than this ratio, both smoothed, has diverged.
 DIVERGENCE_RATIO: Final = 1.1
-# A cosine schedule to a tenth has ended; a run cut off before has a loss above what its tokens could give.
+# A learning rate above this ratio of its maximum means that the schedule was cut off, and the loss is higher than it
+# could be with these tokens. A cosine schedule that decays to a tenth passes.
 UNDECAYED_LR_RATIO: Final = 0.2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReadOptions:
-    """What a point of the law is made of."""
+    """How a run becomes a point of the law."""
 
     parameters: ParameterConvention = "total"
     flops: FlopConvention | None = None  # of LossRun.flops_per_token; None: not wanted
@@ -50,7 +51,7 @@ class ReadOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MetricsRun:
-    """What the files of one run hold."""
+    """The content of the files of one run."""
 
     name: str
     metrics_path: Path
@@ -65,7 +66,7 @@ class MetricsRun:
 def read_metrics_runs(
     specs: Sequence[str], options: ReadOptions, read_hf_model: Callable[[Path], ModelShape]
 ) -> list[LossRun]:
-    """The runs of MODEL=PATH each; all problems of all runs at once (DataError)."""
+    """The runs, each given as MODEL=PATH. Raises DataError with all problems of all runs at once."""
     found: list[MetricsRun] = []
     problems: list[str] = [
         f"runs: each must be given once, got {spec} twice. Remove one."
@@ -92,7 +93,7 @@ def read_metrics_runs(
 
 
 def name_runs(specs: Sequence[str]) -> list[str]:
-    """The folder's name of each run, or its whole path where two are alike."""
+    """The name of each run's folder, or its whole path if two names are the same."""
     paths = [Path(spec.partition("=")[2] or spec) for spec in specs]
     folders = [path.parent if path.suffix == ".jsonl" else path for path in paths]
     names = [folder.name for folder in folders]
@@ -126,7 +127,7 @@ def _read_metrics_run(spec: str, name: str, read_hf_model: Callable[[Path], Mode
 
 
 def _read_model(text: str, read_hf_model: Callable[[Path], ModelShape]) -> ModelShape | int:
-    """A number of parameters, a folder or a preset; NAME@ROWS is one with a vocabulary of ROWS."""
+    """A number of parameters, a folder or a preset. NAME@ROWS is the preset with a vocabulary of ROWS."""
     number = _parse_count(text)
     if number is not None:
         return number
@@ -140,7 +141,7 @@ def _read_model(text: str, read_hf_model: Callable[[Path], ModelShape]) -> Model
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file; a last line that a kill cut off is dropped, as training itself drops it."""
+    """The objects of a file. An incomplete last line, from a killed run, is dropped, as training itself does."""
     lines = path.read_text(encoding="utf8", errors="replace").splitlines()
     objects: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
@@ -159,7 +160,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _choose_loss(runs: Sequence[MetricsRun], options: ReadOptions) -> bool:
-    """Whether the validation loss is used: where every run has one at its end, unless options say otherwise."""
+    """Whether the validation loss is used: if every run has one at its end, unless the options say otherwise."""
     if options.loss == "training":
         return False
     problems = []
@@ -227,7 +228,7 @@ def _build_point(run: MetricsRun, options: ReadOptions, *, use_validation: bool)
 
 
 def count_size(model: ModelShape, convention: ParameterConvention) -> int:
-    """N of a model; of a mixture of experts the parameters that one token meets."""
+    """N of a model. For a mixture of experts, the parameters that one token uses."""
     total = count_active_parameters(model)
     if convention == "total":
         return total
@@ -265,7 +266,7 @@ def _find_final_loss(run: MetricsRun, window_steps: int) -> float:
 
 
 def _check_model(run: MetricsRun) -> None:
-    """Raise DataError where the run's FLOPs a token (convention A) are not its model's."""
+    """Raise DataError if the run's FLOPs per token (convention A) are not those of its model."""
     model, last = run.model, run.steps[-1]
     if isinstance(model, int) or last.get("mfu_convention") != "A":
         return
@@ -273,13 +274,13 @@ def _check_model(run: MetricsRun) -> None:
     expected = count_flops_per_token(model, _seq_length(last), "A")
     if abs(measured - expected) <= 1e-9 * expected:
         return
-    # A row of the head is 6 h FLOPs. More layers look the same, so this is a question and no answer.
+    # One more row of the output layer costs 6 h FLOPs per token. More layers can look the same, so this is only a hint.
     vocab_size, rest = divmod(measured - expected, 6 * model.hidden_size)
     vocab_size += model.vocab_size
     hint = f", or {model.name}@{vocab_size} if only the vocabulary differs" if rest == 0 and vocab_size > 0 else ""
     raise DataError(
-        f"{run.metrics_path}: must be a run of {model.name}, got {measured:,} FLOPs a token where {model.name} with a "
-        f"vocabulary of {model.vocab_size:,} has {expected:,}. Name the run's own model{hint}."
+        f"{run.metrics_path}: must be a run of {model.name}, got {measured:,} FLOPs per token where {model.name} with "
+        f"a vocabulary of {model.vocab_size:,} has {expected:,}. Name the run's own model{hint}."
     )
 
 
@@ -342,7 +343,7 @@ def read_table(path: Path) -> list[LossRun]:
 
 
 def leave_out[T](runs: Sequence[T], names: Sequence[str], left_out: Sequence[str]) -> list[T]:
-    """`runs`, called `names`, without those in `left_out`. Raises ConfigError for a name that is none of them."""
+    """`runs`, whose names are `names`, without those in `left_out`. Raises ConfigError for an unknown name."""
     unknown = [name for name in left_out if name not in names]
     if unknown:
         raise ConfigError(
@@ -359,6 +360,6 @@ def _parse_number(text: str) -> float | None:
 
 
 def _parse_count(text: str) -> int | None:
-    """1e9, 1_000_000 or 1,000,000 as a count; None for what is no number."""
+    """1e9, 1_000_000 or 1,000,000 as a count. None if it is not a number."""
     number = _parse_number(text)
     return round(number) if number is not None and math.isfinite(number) and number >= 1 else None

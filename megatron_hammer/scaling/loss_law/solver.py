@@ -4,10 +4,10 @@ The objective is approach 3 of Hoffmann et al. 2022 (arXiv 2203.15556, section 3
 
     minimise  sum_i w_i * Huber_delta( LSE(a - alpha log N_i, b - beta log D_i, e) - log loss_i ),  delta = 1e-3
 
-with A = exp(a), B = exp(b), E = exp(e), LSE the log of a sum of exponentials. It is summed, never averaged: averaged it
-is so small that an optimizer's tolerance ends the search early (Besiroglu et al. 2024, arXiv 2404.10102, section 3).
-The search is Levenberg-Marquardt on reweighted least squares rather than their L-BFGS: every step solves a 5 x 5 system
-for each of the problems (starts, or bootstrap samples), so a thousand of them cost about as much as a few.
+with A = exp(a), B = exp(b), E = exp(e), LSE the log of a sum of exponentials. It is summed, never averaged: an averaged
+objective is so small that an optimizer's tolerance ends the search early (Besiroglu et al. 2024, arXiv 2404.10102,
+section 3). The search is Levenberg-Marquardt on reweighted least squares rather than Hoffmann's L-BFGS. Each step
+solves a 5 x 5 system for each problem (a start, or a bootstrap sample), so a thousand cost about as much as a few.
 """
 
 from typing import Final
@@ -43,14 +43,14 @@ def solve_from_starts(num_parameters: np.ndarray, num_tokens: np.ndarray, losses
 
 
 def build_starts(num_parameters: np.ndarray, num_tokens: np.ndarray, losses: np.ndarray) -> np.ndarray:
-    """[180, 5]: a grid over alpha, beta and E; A and B are then linear, and solved for by least squares."""
+    """[180, 5]: a grid over alpha, beta and E. A and B are then linear, and least squares gives them."""
     log_n, log_d = np.log(num_parameters), np.log(num_tokens)
     smallest = losses.min()
     floor = smallest * np.exp(SMALLEST_LOG_SHARE + 4)
     starts = []
     for alpha in START_EXPONENTS:
         for beta in START_EXPONENTS:
-            # Each term is scaled to be one at the middle of the points, so that the two columns are of one size.
+            # Each term is scaled to one at the middle of the points, so the two columns have the same size.
             columns = np.stack([np.exp(-alpha * (log_n - log_n.mean())), np.exp(-beta * (log_d - log_d.mean()))], 1)
             for share in START_SHARES_OF_E:
                 scales = np.linalg.lstsq(columns, losses - share * smallest, rcond=None)[0]

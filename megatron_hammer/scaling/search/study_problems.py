@@ -77,7 +77,7 @@ def _find_batch_problems(study: Study) -> list[str]:
     if not broken:
         return []
     return [
-        f"samples-per-gpu: must give whole samples a step at every size, got samples_per_gpu={float(samples):g} with "
+        f"samples-per-gpu: must give whole samples per step at every size, got samples_per_gpu={float(samples):g} with "
         f"gpus={', '.join(str(count) for count in broken)}. Pass a whole number, or sizes that are multiples of "
         f"{samples.denominator}."
     ]

@@ -119,8 +119,8 @@ def test_a_run_of_another_model_is_refused(tmp_path: Path, other: ModelShape, hi
     folder = write_run(tmp_path / "a", losses=FALLING, model=other)
     flops, own_flops = (count_flops_per_token(model, SEQ_LENGTH, "A") for model in (other, TINY))
     message = (
-        f"{folder / 'metrics.jsonl'}: must be a run of hammer-tiny, got {flops:,} FLOPs a token where hammer-tiny with "
-        f"a vocabulary of 4,096 has {own_flops:,}. Name the run's own model{hint}."
+        f"{folder / 'metrics.jsonl'}: must be a run of hammer-tiny, got {flops:,} FLOPs per token where hammer-tiny "
+        f"with a vocabulary of 4,096 has {own_flops:,}. Name the run's own model{hint}."
     )
     with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
         read(f"hammer-tiny={folder}")

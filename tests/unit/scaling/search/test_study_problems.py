@@ -51,7 +51,7 @@ def test_a_good_study_has_none() -> None:
         ),
         (
             {"global_batch_size": None, "samples_per_gpu": Fraction(1, 8)},
-            "samples-per-gpu: must give whole samples a step at every size, got samples_per_gpu=0.125 with gpus=4. "
+            "samples-per-gpu: must give whole samples per step at every size, got samples_per_gpu=0.125 with gpus=4. "
             "Pass a whole number, or sizes that are multiples of 8.",
         ),
         (
