@@ -6,7 +6,6 @@ checkpoint saved, which lack what their version of Megatron did not have. Flags 
 checkpoint/hugging_face/saved_model.py for a conversion. Pure; no torch, no megatron.
 """
 
-import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -194,11 +193,6 @@ _ROWS = (
     ),
     Row("moe", _read_moe, _write_moe),
 )
-
-
-def list_missing_essentials(args: argparse.Namespace) -> list[str]:
-    """Attributes without which the arguments describe no model."""
-    return [name for name in ESSENTIALS if getattr(args, name) is None]
 
 
 def read_model(args: Any, *, name: str = "custom", source: str = "command line") -> ModelShape:

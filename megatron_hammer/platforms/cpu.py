@@ -1,8 +1,6 @@
 """The `cpu` platform: gloo between processes, one thread each unless OMP_NUM_THREADS says otherwise."""
 
-DISTRIBUTED_BACKEND = "gloo"
-
-# What an argument would have to be for the CPU to do it, by Megatron's attribute name: (is it asked for, why not).
+# What the CPU cannot do, by Megatron's attribute name: (attribute, whether a value asks for it, why not).
 UNSUPPORTED = (
     ("context_parallel_size", lambda value: value > 1, "context parallelism needs TransformerEngine's attention"),
     ("fp8", bool, "fp8 needs TransformerEngine and a GPU of the Hopper generation or later"),

@@ -1,8 +1,9 @@
 """Every adjustment to megatron, in one place: what it changes, why, where upstream, and how to tell it is still needed.
 
 `install(platform)` applies those of a platform once, before megatron builds anything. Nothing else in the package
-changes an attribute of megatron or torch. Each adjustment is guarded by the version it was written against;
-tests/unit/platforms/test_megatron_compat.py fails when `is_needed` no longer holds, so that none outlives its cause.
+changes what megatron or torch computes; `training_hooks.py` only has us called from megatron's loop. Each adjustment is
+guarded by the version it was written against; tests/unit/platforms/test_megatron_compat.py fails when `is_needed` no
+longer holds, so that no adjustment outlives its cause.
 """
 
 import functools
@@ -311,101 +312,11 @@ def _upstream_takes_virtual_stages_for_sets() -> bool:
     return "data_iterators = data_iterator if args.multiple_validation_sets else [data_iterator]" in source
 
 
-# --- listening to the loop ------------------------------------------------------------------------------------------
-
-
-def observe_training(observer: Any) -> None:
-    """Call `observer` (training/observer.py) at the steps and evaluations of megatron's loop, which has no callbacks.
-
-    Wraps train_step, training_log, evaluate_and_print_results and evaluate of megatron.training.training; their
-    results are passed on unchanged. Two differences: megatron does not reset its running means after the first step of
-    a process, so its second printed line is a mean of two steps and differs after a resume; here every line that it
-    prints covers just its own interval. And it evaluates again after the last step where the loop has just done so, on
-    other samples of the set, which gives one step two validation losses; here that second time is left out.
-    """
-    from megatron.training import training
-
-    original_step, original_log = training.train_step, training.training_log
-    original_evaluations, original_evaluate = training.evaluate_and_print_results, training.evaluate
-    current = {"step": 0, "is_test": False}
-
-    @functools.wraps(original_step)
-    def train_step(
-        forward_step: Any, data_iterator: Any, model: Any, optimizer: Any, *rest: Any, **options: Any
-    ) -> Any:
-        observer.begin_step(optimizer.param_groups)
-        return original_step(forward_step, data_iterator, model, optimizer, *rest, **options)
-
-    @functools.wraps(original_log)
-    def training_log(
-        losses: Any, totals: Any, lr: Any, step: int, loss_scale: Any, report: Any, is_skipped: Any, grad_norm: Any,
-        *rest: Any, **options: Any,
-    ) -> Any:  # fmt: skip
-        observer.end_step(
-            step=step, losses=losses, grad_norm=grad_norm, loss_scale=loss_scale, is_skipped=bool(is_skipped)
-        )
-        options["is_first_iteration"] = False
-        return original_log(losses, totals, lr, step, loss_scale, report, is_skipped, grad_norm, *rest, **options)
-
-    @functools.wraps(original_evaluations)
-    def evaluate_and_print_results(
-        prefix: str, forward_step: Any, data_iterator: Any, model: Any, step: int, *rest: Any, **options: Any
-    ) -> Any:
-        if "on validation set" in prefix and current["step"] == step > 0:
-            return None  # the loop has just evaluated these weights
-        current["step"], current["is_test"] = step, "test set" in prefix
-        observer.begin_evaluation()
-        return original_evaluations(prefix, forward_step, data_iterator, model, step, *rest, **options)
-
-    @functools.wraps(original_evaluate)
-    def evaluate(*arguments: Any, **options: Any) -> Any:
-        losses, other, is_out_of_time = original_evaluate(*arguments, **options)
-        if not is_out_of_time:
-            observer.end_evaluation_of_set(step=current["step"], is_test=current["is_test"], losses=losses)
-        return losses, other, is_out_of_time
-
-    training.train_step, training.training_log = train_step, training_log
-    training.evaluate_and_print_results, training.evaluate = evaluate_and_print_results, evaluate
-
-
-def fill_new_model(fill: Callable[[Any, Any], None]) -> None:
-    """Call `fill(model chunks, optimizer)` once megatron has built both, on every rank.
-
-    After the optimizer, whose fp32 weights are to be filled with what a 16-bit parameter rounds away; megatron's own
-    hook (ModelConfig.pre_wrap_hooks) comes before there is an optimizer.
-    """
-    from megatron.training import training
-
-    original = training.setup_model_and_optimizer
-
-    @functools.wraps(original)
-    def setup_model_and_optimizer(*arguments: Any, **options: Any) -> Any:
-        model, optimizer, scheduler = original(*arguments, **options)
-        fill(model, optimizer)
-        return model, optimizer, scheduler
-
-    training.setup_model_and_optimizer = setup_model_and_optimizer
-
-
-def stop_on_signals_too(signals: tuple[Any, ...]) -> None:
-    """Let these signals save and stop as megatron's own exit signal does; its handler takes only one.
-
-    Call after megatron's globals are set and before training.
-    """
-    import signal
-
-    from megatron.training import training
-
-    handler = signal.getsignal(training.get_signal_handler().sig)
-    for number in signals:
-        signal.signal(number, handler)
-
-
 ADJUSTMENTS: tuple[Adjustment, ...] = (
     Adjustment(
         name="no-compiler-import",  # first: it must precede the import of megatron
         platforms=("cpu",),
-        reason="decorating with torch.compile imports its compiler, 2 s a process, even where it is disabled",
+        reason="decorating with torch.compile imports its compiler, 2 s per process, even where it is disabled",
         upstream="megatron.core.jit.enable_jit_fuser",
         apply=_leave_functions_uncompiled,
         is_needed=_upstream_compiles_at_import,

@@ -1,6 +1,6 @@
 """Listens to megatron's training loop and turns what it hears into metrics and terminal output.
 
-megatron calls (through megatron_compat.observe_training) on every rank; the last rank holds the loss and does the
+megatron calls (through platforms/training_hooks.py) on every rank; the last rank holds the loss and does the
 recording. Reading the loss ends a step: it waits for the device, so the step time needs no other synchronisation.
 """
 

@@ -114,17 +114,17 @@ def train(arguments: "ParsedArguments", plan: "RunPlan", terminal: IO[str]) -> N
     from megatron_hammer.config.arguments import build_config_container, finalize_arguments
     from megatron_hammer.config.datasets import build_dataset_provider
     from megatron_hammer.model.provider import build_model_config
-    from megatron_hammer.platforms import megatron_compat
+    from megatron_hammer.platforms import training_hooks
     from megatron_hammer.platforms.device import stand_alone
     from megatron_hammer.training.forward_step import build_forward_step
     from megatron_hammer.training.observer import build_observer
 
     stand_alone()
     state = finalize_arguments(arguments)
-    megatron_compat.stop_on_signals_too((signal.SIGINT, signal.SIGTERM))
+    training_hooks.stop_on_signals_too((signal.SIGINT, signal.SIGTERM))
     config = build_config_container(arguments, build_model_config)
     observer = build_observer(plan, state, terminal)
-    megatron_compat.observe_training(observer)
+    training_hooks.observe_training(observer)
     fill_from_initial_model(plan, state, terminal)
     datasets = build_dataset_provider(arguments, plan, state)
     try:
@@ -138,14 +138,14 @@ def train(arguments: "ParsedArguments", plan: "RunPlan", terminal: IO[str]) -> N
 def fill_from_initial_model(plan: "RunPlan", state: "TrainingState", terminal: IO[str]) -> None:
     """Have megatron's new model filled with the weights of --load-hf, unless there is a checkpoint to continue."""
     from megatron_hammer.config.saved_run import find_checkpoint_to_load
-    from megatron_hammer.platforms import megatron_compat
+    from megatron_hammer.platforms import training_hooks
 
     if plan.initial_model is not None and find_checkpoint_to_load(plan.checkpoints) is None:
         from megatron_hammer.training.initial_model import build_filler
 
         fill = build_filler(plan.initial_model, rank=plan.machine.rank, terminal=terminal)
         # megatron may have found a checkpoint elsewhere, such as --non-persistent-global-ckpt-dir
-        megatron_compat.fill_new_model(lambda *built: None if state.iteration else fill(*built))
+        training_hooks.fill_new_model(lambda *built: None if state.iteration else fill(*built))
 
 
 def report_early_stop(observer: "RunObserver", stop: SystemExit) -> None:

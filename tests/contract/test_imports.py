@@ -144,6 +144,22 @@ def test_reserved_names_stay_home(pattern: str, homes: tuple[str, ...], reason: 
     assert strays == [], f"only {', '.join(homes)} may say this: {reason}"
 
 
+# The files in which Megatron's arguments are an argparse namespace; everything else takes the plan that is read off it.
+NAMESPACE_HOMES = ("config.arguments", "config.megatron_checks", "config.training_state")
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if room_of(name) in ("config", "training", "cli")])
+def test_the_namespace_of_megatron_stays_home(module: str) -> None:
+    if module in NAMESPACE_HOMES:
+        return
+    reads = [
+        ast.unparse(node)
+        for node in ast.walk(parse(MODULES[module]))
+        if isinstance(node, ast.Attribute) and re.search(r"\bnamespace$", ast.unparse(node.value))
+    ]
+    assert reads == [], "read it in config/read_plan.py, as a field of RunSettings or RunPlan"
+
+
 def test_nothing_imports_the_entry_points() -> None:
     for module, path in MODULES.items():
         for name in iterate_imports(parse(path)):

@@ -1,0 +1,94 @@
+"""Calls from megatron's training loop, which has no callbacks for them: its functions are wrapped, once, by name."""
+
+import functools
+import signal
+from collections.abc import Callable
+from typing import Any
+
+
+def observe_training(observer: Any) -> None:
+    """Call `observer` (training/observer.py) at the steps and evaluations of megatron's loop, which has no callbacks.
+
+    Wraps train_step, training_log, evaluate_and_print_results and evaluate of megatron.training.training, and passes
+    their results on unchanged. There are two differences.
+
+    Megatron does not reset its running means after the first step of a process, so its second printed line is a mean of
+    two steps and differs after a resume. Here every line that it prints covers only its own interval.
+
+    Megatron evaluates again after the last step where the loop has just done so, on other samples of the set, which
+    gives one step two validation losses. Here the second evaluation is left out.
+    """
+    from megatron.training import training
+
+    original_step, original_log = training.train_step, training.training_log
+    original_evaluations, original_evaluate = training.evaluate_and_print_results, training.evaluate
+    current = {"step": 0, "is_test": False}
+
+    @functools.wraps(original_step)
+    def train_step(
+        forward_step: Any, data_iterator: Any, model: Any, optimizer: Any, *rest: Any, **options: Any
+    ) -> Any:
+        observer.begin_step(optimizer.param_groups)
+        return original_step(forward_step, data_iterator, model, optimizer, *rest, **options)
+
+    @functools.wraps(original_log)
+    def training_log(
+        losses: Any, totals: Any, lr: Any, step: int, loss_scale: Any, report: Any, is_skipped: Any, grad_norm: Any,
+        *rest: Any, **options: Any,
+    ) -> Any:  # fmt: skip
+        observer.end_step(
+            step=step, losses=losses, grad_norm=grad_norm, loss_scale=loss_scale, is_skipped=bool(is_skipped)
+        )
+        options["is_first_iteration"] = False
+        return original_log(losses, totals, lr, step, loss_scale, report, is_skipped, grad_norm, *rest, **options)
+
+    @functools.wraps(original_evaluations)
+    def evaluate_and_print_results(
+        prefix: str, forward_step: Any, data_iterator: Any, model: Any, step: int, *rest: Any, **options: Any
+    ) -> Any:
+        if "on validation set" in prefix and current["step"] == step > 0:
+            return None  # the loop has just evaluated these weights
+        current["step"], current["is_test"] = step, "test set" in prefix
+        observer.begin_evaluation()
+        return original_evaluations(prefix, forward_step, data_iterator, model, step, *rest, **options)
+
+    @functools.wraps(original_evaluate)
+    def evaluate(*arguments: Any, **options: Any) -> Any:
+        losses, other, is_out_of_time = original_evaluate(*arguments, **options)
+        if not is_out_of_time:
+            observer.end_evaluation_of_set(step=current["step"], is_test=current["is_test"], losses=losses)
+        return losses, other, is_out_of_time
+
+    training.train_step, training.training_log = train_step, training_log
+    training.evaluate_and_print_results, training.evaluate = evaluate_and_print_results, evaluate
+
+
+def fill_new_model(fill: Callable[[Any, Any], None]) -> None:
+    """Call `fill(model chunks, optimizer)` once megatron has built both, on every rank.
+
+    It must come after the optimizer, whose fp32 weights keep what a 16-bit parameter rounds away. Megatron's own hook
+    (ModelConfig.pre_wrap_hooks) is called before there is an optimizer.
+    """
+    from megatron.training import training
+
+    original = training.setup_model_and_optimizer
+
+    @functools.wraps(original)
+    def setup_model_and_optimizer(*arguments: Any, **options: Any) -> Any:
+        model, optimizer, scheduler = original(*arguments, **options)
+        fill(model, optimizer)
+        return model, optimizer, scheduler
+
+    training.setup_model_and_optimizer = setup_model_and_optimizer
+
+
+def stop_on_signals_too(signals: tuple[Any, ...]) -> None:
+    """Let these signals save and stop as megatron's own exit signal does; its handler takes only one.
+
+    Call after megatron's globals are set and before training.
+    """
+    from megatron.training import training
+
+    handler = signal.getsignal(training.get_signal_handler().sig)
+    for number in signals:
+        signal.signal(number, handler)
