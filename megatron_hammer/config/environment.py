@@ -1,4 +1,4 @@
-"""What torchrun and SLURM launchers tell a process about itself, by environment variable, read strictly. Pure."""
+"""The environment variables by which torchrun and SLURM launchers number a process, read strictly. Pure."""
 
 import os
 from typing import NamedTuple
@@ -20,7 +20,7 @@ class ProcessPlace(NamedTuple):
 
 
 def read_process_place() -> ProcessPlace:
-    """Read the place from the environment; raises ConfigError with every variable that makes no sense.
+    """Read the place from the environment; raises ConfigError with every variable that is not a possible number.
 
     A rank outside its world would wait for the others until the rendezvous times out.
     """

@@ -1,6 +1,7 @@
 """Megatron's own refusals, asked of a copy: its validation and its model configuration, without their side effects.
 
-The last net of preflight. It knows what ours do not list, but it stops at the first problem and speaks in asserts.
+The last check of preflight. It knows what our own checks do not list, but it stops at the first problem, and its
+messages are those of asserts.
 """
 
 import argparse

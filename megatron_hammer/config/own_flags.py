@@ -17,7 +17,12 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="the model and the first weights of a Hugging Face folder; the checkpoint in --load, once there is one, "
         "is resumed instead",
     )
-    group.add_argument("--platform", choices=["auto", "cpu", "cuda"], default="auto", help="default: cuda if there is")
+    group.add_argument(
+        "--platform",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="default: cuda if PyTorch sees a GPU, else cpu",
+    )
     group.add_argument(
         "--backend",
         choices=["auto", "te", "torch"],
@@ -38,14 +43,14 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--data-order",
         choices=["megatron", "epochwise"],
         default="megatron",
-        help="megatron: all epochs of a source shuffled together, another order for a longer run; epochwise: each "
+        help="megatron: all epochs of a source shuffled together, a longer run has another order; epochwise: each "
         "epoch shuffled by itself, so that a longer run is the same order, continued (the first epoch is megatron's)",
     )
     group.add_argument(
         "--data-order-samples",
         type=int,
-        help="build megatron's order for so many samples, as many as the run may ever be extended to; with "
-        "--data-order epochwise, those that its first block of epochs is built for, to continue a run begun in "
+        help="build megatron's order for this many samples, as many as the run may ever be extended to; with "
+        "--data-order epochwise, the samples that its first block of epochs is built for, to continue a run begun in "
         "megatron's order (default: one epoch)",
     )
     group.add_argument(
@@ -60,7 +65,7 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--json", action="store_true", help="print the dry run as JSON")
     group.add_argument("--gpu-memory-gib", type=float, help="memory of a GPU, for --dry-run on a machine without it")
     group.add_argument("--peak-tflops", type=float, help="dense peak of a GPU for MFU (default: by device name)")
-    group.add_argument("--metrics-path", help="one JSON object a step (default: metrics.jsonl under --save)")
+    group.add_argument("--metrics-path", help="one JSON object per step (default: metrics.jsonl under --save)")
     group.add_argument("--verbose", action="store_true", help="megatron's own output on the terminal, not in a file")
     return parser
 

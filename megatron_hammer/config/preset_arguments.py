@@ -7,7 +7,7 @@ from megatron_hammer.presets.preset import Preset, Recipe
 
 
 def preset_arguments(preset: Preset) -> dict[str, Any]:
-    """Everything that `--preset` sets; flags given on the command line are laid over it."""
+    """Everything that `--preset` sets; flags on the command line replace it."""
     return {**build_model_arguments(preset.model), **recipe_arguments(preset.recipe)}
 
 

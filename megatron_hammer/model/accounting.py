@@ -1,8 +1,9 @@
-"""Exact integers about a model on a layout, before anything is built: the door to this folder's arithmetic.
+"""Exact integers about a model on a layout, before anything is built: one import for the arithmetic of this folder.
 
-`layout.py` places ranks, `pipeline_split.py` shares layers out, `parameters.py` counts weights, `flops.py` the work of
-a token, `memory.py` estimates the bytes of a GPU (`memory_options.py`: the flags that change them). No torch and no
-megatron anywhere in it, so it runs on a login node; tests hold it against the installed megatron-core and transformers.
+`layout.py` places ranks, `pipeline_split.py` shares layers out, `parameters.py` counts weights, `flops.py` counts the
+work per token, `memory.py` estimates the bytes of a GPU (`memory_options.py` has the flags that change them). None of
+it loads torch or megatron, so it runs on a login node. Tests compare it with the installed megatron-core and
+transformers.
 """
 
 from megatron_hammer.model.flops import FLOP_CONVENTIONS, FlopConvention, count_flops_per_token

@@ -1,7 +1,8 @@
-"""Floating-point operations of one trained token, forward and backward, in the four conventions in circulation.
+"""Floating-point operations per trained token, forward and backward, in the four conventions in use.
 
-A multiply-add is two operations and the backward pass twice the forward: 6 a weight and token. Recomputation, norms,
-softmax and the optimizer are in none of them. The four differ by up to 24% for one model, so no MFU without a letter.
+A multiply-add counts as two operations, and the backward pass as twice the forward: 6 operations per weight and token.
+No convention counts recomputation, norms, softmax or the optimizer. The four differ by up to 24% for one model, so an
+MFU is always given with the letter of its convention.
 """
 
 from typing import Literal
@@ -22,13 +23,14 @@ FLOP_CONVENTIONS: dict[FlopConvention, str] = {
 def count_flops_per_token(
     model: ModelShape, seq_length: int, convention: FlopConvention = "A", *, vocab_size: int | None = None
 ) -> int:
-    """Training FLOPs a token of a sequence of `seq_length`; of a MoE layer only the experts that a token meets.
+    """Training FLOPs per token of a sequence of `seq_length`; of a MoE layer, only the experts that a token is routed
+    to.
 
     vocab_size: the rows of embedding and head, by default the tokenizer's; Megatron-LM logs with the padded ones.
     Source of A: megatron.training.training.num_floating_point_operations, pinned by a test.
     """
-    # Scores and their product with the values: 2 matmuls of s x head_dim a head and query, 6 operations a multiply-add
-    # of training; a causal mask leaves half of the s keys.
+    # Scores and their product with the values: 2 matmuls of s x head_dim per head and query. A multiply-add is 6
+    # operations of training, and a causal mask leaves half of the s keys.
     query_projection_size = model.num_attention_heads * model.head_dim
     full_attention_flops = 12 * model.num_layers * query_projection_size * seq_length
     if convention == "A":

@@ -1,8 +1,8 @@
-"""What one transformer layer keeps for its backward pass, module by module, and what that pass needs beside it.
+"""What one transformer layer keeps for its backward pass, module by module, and what that pass needs in addition.
 
-After Korthikanti et al. 2022 (arXiv 2205.05198, sections 4 and 5), adapted to what megatron-core and
-TransformerEngine keep today: SwiGLU, grouped queries, flash attention (q, k, v, the output and one number a row
-instead of the s^2 terms), quantized inputs of linears, and each module of --recompute-modules.
+After Korthikanti et al. 2022 (arXiv 2205.05198, sections 4 and 5), adapted to what megatron-core and TransformerEngine
+keep today: SwiGLU, grouped queries, flash attention (q, k, v, the output and one number per row instead of the s^2
+terms), quantized inputs of linears, and each module of --recompute-modules.
 """
 
 from typing import NamedTuple
@@ -25,7 +25,7 @@ class LayerActivations(NamedTuple):
 
 
 class _Widths(NamedTuple):
-    """Elements a token on one rank, cut over the tensor-parallel ranks; h is not."""
+    """Elements per token on one rank, cut over the tensor-parallel ranks; h is not."""
 
     tokens: int  # of the context-parallel rank
     sequence_tokens: int  # of these, the share of a sequence-parallel rank
@@ -45,7 +45,7 @@ def count_layer_activation_bytes(
 
     Without dropout, 16-bit, SwiGLU, per token: 8h of norms' inputs and outputs, (4q + 4kv) / tp of attention, with q
     and kv the widths of the queries and of the keys, and 6 ffn / tp of the MLP. For GPT with dropout it is the paper's
-    34h (its equation 6), 10h + 24h / tp without sequence parallelism, and 4 bytes a head and token more.
+    34h (its equation 6), 10h + 24h / tp without sequence parallelism, and 4 bytes more per head and token.
     """
     batch = Batch(micro_batch_size=1, seq_length=num_tokens * layout.context_parallel_size)
     return estimate_layer_activations(model, layout, batch, options or MemoryOptions()).kept
@@ -158,7 +158,7 @@ def _count_mlp(
 
 
 def _count_mlp_width(model: ModelShape, options: MemoryOptions, ffn_hidden_size: int) -> float:
-    """Bytes a token of the activation's input (gate and up for SwiGLU) and of its output, which linear_fc2 takes."""
+    """Bytes per token of the activation's input (gate and up for SwiGLU) and of its output, which linear_fc2 takes."""
     inputs = 1
     if model.activation == "swiglu":
         inputs = 2 if options.has_fused_activation else 3

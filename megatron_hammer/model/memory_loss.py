@@ -12,7 +12,7 @@ from megatron_hammer.model.memory_options import Batch, CrossEntropy, MemoryOpti
 from megatron_hammer.model.parameters import padded_vocab_size
 from megatron_hammer.model.shape import ModelShape
 
-# Bytes a logit at the loss, 16-bit logits. unfused: megatron.core.tensor_parallel.cross_entropy casts them to fp32 and
+# Bytes per logit at the loss, 16-bit logits. unfused: megatron.core.tensor_parallel.cross_entropy casts to fp32 and
 # works in place from then on (max, exp, softmax, gradient); the 16-bit logits, and later their gradient, live beside
 # that copy. native (fused_cross_entropy): its compiled parts do not work in place, so there is a second fp32 copy; a
 # recorded peak of Megatron-LM's tests shows it (3.9 bytes more). te: the 16-bit logits become their own gradient.

@@ -1,6 +1,6 @@
 """What the memory of a run depends on besides model and layout: its batch, its number formats and what is recomputed.
 
-`memory.py` is the door; `memory_state.py`, `memory_activations.py` and `memory_loss.py` do the counting.
+`memory.py` is the entry point; `memory_state.py`, `memory_activations.py` and `memory_loss.py` do the counting.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ Sharding = Literal["none", "distributed_optimizer", "fsdp"]
 CrossEntropy = Literal["unfused", "native", "te"]  # the two others: --cross-entropy-fusion-impl
 
 # Bytes of one element that a linear keeps as its input, and of one copy of its quantized weight, with their block
-# scales: a byte for 32 elements (MXFP8), a byte for 16 (NVFP4). Per-tensor fp8 scales are no memory.
+# scales: one byte per 32 elements (MXFP8), one per 16 (NVFP4). Per-tensor fp8 scales take no memory.
 QUANTIZED_BYTES: dict[Precision, float] = {"fp8": 1.0, "mxfp8": 33 / 32, "nvfp4": 9 / 16}
 
 # cuBLAS takes its workspaces from torch's allocator (32 MiB each since Hopper), so they are part of a recorded peak.
@@ -50,12 +50,12 @@ class MemoryOptions:
 
     @property
     def element_bytes(self) -> int:
-        """Of a weight and of an activation outside the matrix products."""
+        """Bytes of an element of a weight, and of an activation outside the matrix products."""
         return 4 if self.precision == "fp32" else 2
 
     @property
     def linear_input_bytes(self) -> float:
-        """Of an element that a linear keeps for its weight gradient: its quantized copy, where there is one."""
+        """Bytes of an element that a linear keeps for its weight gradient: of its quantized copy, if it has one."""
         return QUANTIZED_BYTES.get(self.precision, float(self.element_bytes))
 
     def is_recomputed(self, module: RecomputeModule) -> bool:
@@ -70,5 +70,5 @@ class Batch:
     seq_length: int
 
     def count_tokens(self, context_parallel_size: int) -> int:
-        """Of one context-parallel rank."""
+        """Tokens of one context-parallel rank."""
         return self.micro_batch_size * self.seq_length // context_parallel_size

@@ -1,6 +1,6 @@
 """What stays allocated from step to step: weights, gradients, optimizer state, and buffers that are never freed.
 
-Sizes come tensor by tensor from `parameters.py`; bytes a parameter from Rajbhandari et al. 2020 (arXiv 1910.02054,
+Sizes come tensor by tensor from `parameters.py`; bytes per parameter from Rajbhandari et al. 2020 (arXiv 1910.02054,
 section 3.1) and megatron.core's distributed optimizer, Megatron-FSDP and TransformerEngine.
 """
 
@@ -147,7 +147,7 @@ def _count_weight_bytes(options: MemoryOptions, total: int, linear: int) -> tupl
     """(the weights themselves, quantized copies beside them).
 
     Quantized matrix products need a row-wise and a column-wise copy of every linear's weight. TransformerEngine makes
-    them once a step and keeps them; with quantized parameters they are the weights and no 16-bit ones exist.
+    them once per step and keeps them; with quantized parameters they are the weights and no 16-bit ones exist.
     """
     element = options.element_bytes
     quantized = QUANTIZED_BYTES.get(options.precision)

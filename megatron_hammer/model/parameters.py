@@ -52,7 +52,7 @@ def count_parameters(model: ModelShape, vocab_size: int | None = None) -> int:
 
 
 def count_active_parameters(model: ModelShape, vocab_size: int | None = None) -> int:
-    """The parameters that one token meets: count_parameters with only the routed experts of a token."""
+    """The parameters that one token is computed with: count_parameters with only the routed experts of a token."""
     if model.moe is None:
         return count_parameters(model, vocab_size)
     idle_experts = model.moe.num_experts - model.moe.router_topk

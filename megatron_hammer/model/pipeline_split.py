@@ -1,8 +1,8 @@
 """Which pipeline stage holds which layers: Megatron's rules, and every case in which they cannot be exact.
 
 Megatron checks some of this in its argument parser, some in TransformerConfig, some in asserts while the model is
-built, and some nowhere: 80 layers at 16 stages of 2 chunks once trained 64 layers, silently. Here every split either
-comes out exact or is refused with a remedy, before a process starts.
+built, and some nowhere: 80 layers at 16 stages of 2 chunks once trained 64 layers, silently. Here every split is either
+exact or refused with a remedy, before a process starts.
 """
 
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Builds the model of one rank for megatron's training loop: `HammerModelConfig` says what, `HammerModelBuilder` how.
+"""Builds the model of one rank for megatron's training loop, from `HammerModelConfig` by `HammerModelBuilder`.
 
 megatron resolves the builder from the config's `builder` path, so nothing here is called by our own main path.
 """

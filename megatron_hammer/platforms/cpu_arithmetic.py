@@ -1,6 +1,6 @@
-"""Megatron functions whose fallbacks are slow or inexact on a CPU, computed properly there.
+"""Megatron functions whose fallbacks are slow or inexact on a CPU, replaced by faster or exact ones.
 
-Installed by `megatron_compat.install`; nothing else calls this module. What each gains is in benchmarks/RESULTS.md.
+Installed by `megatron_compat.install`; nothing else calls this module. benchmarks/RESULTS.md has what each one gains.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,7 +33,7 @@ def norm_of_all(
 
 
 def skip_gather_of_one_rank(gather: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap all_gather_into_tensor: a group of one rank has nothing to gather, while gloo copies it through a scratch.
+    """Wrap all_gather_into_tensor: a group of one rank has nothing to gather, but gloo copies through a scratch buffer.
 
     Megatron's optimizer gathers into the buffer that already holds the shard, so there is nothing left to do.
     """

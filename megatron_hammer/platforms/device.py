@@ -58,7 +58,7 @@ def gather_lines(lines: Sequence[str]) -> list[str]:
 
 
 def stand_alone() -> None:
-    """Where no launcher started this process, give it what a launcher would: it is rank 0 of 1, and its own master."""
+    """Where no launcher started this process, set what a launcher would set: it is rank 0 of 1, and its own master."""
     if "RANK" in os.environ:
         return
     with socket.socket() as free:

@@ -7,6 +7,6 @@ from megatron_hammer.scaling.hardware.catalogue import find_gpu_by_device_name
 
 
 def find_dense_peak_tflops(device_name: str) -> float | None:
-    """The dense peak of one device, or None for a device that is not listed (a CPU, say): then no MFU is printed."""
+    """The dense peak of one device; None for one that is not listed, such as a CPU: then no MFU is printed."""
     gpu = find_gpu_by_device_name(device_name)
     return None if gpu is None else gpu.bf16_tflops or gpu.fp16_tflops

@@ -62,7 +62,8 @@ class BuiltRank:
 def build_rank(argv: Sequence[str], rank: int) -> BuiltRank:
     """Build rank `rank` of the run that `argv` (training's command line, with --world-size) describes.
 
-    Raises ConfigError for a rank or a layout that cannot be, DisagreementError if the build is not what was counted.
+    Raises ConfigError for an impossible rank or layout, DisagreementError if the built rank differs from the counted
+    one.
     """
     from megatron_hammer.platforms import megatron_compat
 
@@ -110,7 +111,7 @@ def read_rank_plan(argv: Sequence[str]) -> "tuple[ParsedArguments, RunPlan]":
 
 @contextmanager
 def play_rank(layout: ParallelLayout, rank: int) -> Iterator[Any]:
-    """Megatron's process groups as `rank` sees them; nobody else exists, and no message is sent."""
+    """Megatron's process groups as `rank` sees them; there are no other processes, and no message is sent."""
     import torch
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection

@@ -1,7 +1,7 @@
-"""Runs of one model side by side: the loss of every step, and how far each run strays from the first one.
+"""Runs of one model side by side: the loss of every step, and how far each run differs from the first one.
 
-Reads metrics.jsonl files, imports no torch. `tools/compare_runs.py` prints it; `examples/parallel_tour_cpu.sh` uses it
-to hold parallel layouts to the single process.
+Reads metrics.jsonl files, imports no torch. `tools/compare_runs.py` prints the comparison;
+`examples/parallel_tour_cpu.sh` compares parallel layouts with the single process by it.
 """
 
 import itertools
@@ -35,7 +35,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
-    """How far one run strays from its reference. Every ratio is |run - reference| / |reference|; NaN strays by inf."""
+    """How far one run differs from its reference. A ratio is |run - reference| / |reference|, inf for NaN."""
 
     name: str
     reference: str
@@ -123,7 +123,7 @@ def difference_ratio(value: float, expected: float) -> float:
 
 
 def build_loss_table(runs: Sequence[Run], differences: Iterable[Difference]) -> Table:
-    """A column a run, a row a step; below, how far each run strays from the first."""
+    """A column per run, a row per step; below, how far each run differs from the first."""
     rows = [(f"step {step}", *(f"{run.losses[step]:.5f}" for run in runs)) for step in sorted(runs[0].losses)]
     table = build_table(None, ("loss", *(run.name for run in runs)), rows)
     table.add_section()

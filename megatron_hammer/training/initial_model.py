@@ -91,7 +91,9 @@ def build_filler(initial: InitialModel, *, rank: int, terminal: IO[str]) -> Call
                     find_master=ChainMap(*masters).get,  # type: ignore[arg-type]
                     on_parameter=on_parameter,
                 )
-        except ConversionError as error:  # said once all ranks have looked: a rank that leaves alone hangs the others
+        except (
+            ConversionError
+        ) as error:  # raised once all ranks have looked, since a rank that stops alone hangs the others
             problems = list(error.problems)
         *num_held_by_all, num_problems = sum_over_ranks(torch.cat([num_held, torch.tensor([len(problems)])])).tolist()
         if num_problems:

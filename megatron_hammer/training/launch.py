@@ -44,7 +44,7 @@ def launch(torchrun_options: Sequence[str], training_options: Sequence[str]) -> 
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # torchrun's own account of children that ended; what matters is said below.
+    # torchrun's own report of children that ended; what matters is printed below.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     options = run.parse_args(
         ["--shutdown-timeout", str(CHECKPOINT_GRACE_S), *torchrun_options, "-m", TRAINING_MODULE, *training_options]
@@ -65,8 +65,9 @@ def launch(torchrun_options: Sequence[str], training_options: Sequence[str]) -> 
 def end_with_launcher() -> None:
     """Have the kernel end this training process when the launcher that started it dies (Linux).
 
-    torchrun gives every process a session of its own, so a launcher that is killed with SIGKILL, as by the kernel for
-    want of memory, would leave them training on, beside those of the run that takes their place and into its files.
+    torchrun gives every process a session of its own. So a launcher that is killed with SIGKILL, as by the kernel when
+    memory runs out, would leave its processes training, beside those of the run that replaces it and into the same
+    files.
     """
     if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
         return

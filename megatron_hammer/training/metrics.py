@@ -1,4 +1,4 @@
-"""What is measured about a run: one object a step in metrics.jsonl, one an evaluation in validation.jsonl.
+"""What is measured about a run: one object per step in metrics.jsonl, one per evaluation in validation.jsonl.
 
 No torch: megatron's values arrive as plain numbers from `training/observer.py`. Every figure carries its definition
 in `RunFacts`; where a figure has none (an MFU without a known peak) it is null, never a guess.
@@ -60,7 +60,7 @@ class MetricsLog:
     """Computes and appends step metrics. Used by the one rank that knows the loss.
 
     metrics_path: None keeps the metrics in memory only. first_step: the first step of this process; lines of an
-    earlier process at or after it (it was killed behind its last checkpoint) are dropped, since those steps run again.
+    earlier process at or after it (it was killed after its last checkpoint) are dropped, since those steps run again.
     """
 
     def __init__(self, facts: RunFacts, metrics_path: Path | None, first_step: int):
@@ -104,7 +104,7 @@ class MetricsLog:
         return metrics
 
     def add_validation(self, *, step: int, validation_set: str, loss: float) -> dict[str, Any]:
-        """Write one line of validation.jsonl: loss in nats a token and its perplexity. Returns the object."""
+        """Write one line of validation.jsonl: loss in nats per token and its perplexity. Returns the object."""
         line = {
             "step": step,
             "validation_set": validation_set,

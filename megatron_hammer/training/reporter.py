@@ -15,7 +15,7 @@ PLAIN_LINE_INTERVAL_S = 5.0  # where the output is a file or a pipe, one line at
 
 
 class Reporter:
-    """Writes to `stream`: a progress bar where it is a terminal, a line now and then where it is not."""
+    """Writes to `stream`: a progress bar if it is a terminal, else a line every few seconds."""
 
     def __init__(self, stream: IO[str], facts: RunFacts):
         self.console = Console(file=stream, soft_wrap=True, highlight=False)
@@ -137,7 +137,7 @@ def write_loss_curve(steps: list[dict[str, Any]], validations: list[dict[str, An
     for name in dict.fromkeys(line["validation_set"] for line in validations):
         points = [line for line in validations if line["validation_set"] == name]
         axes.plot([p["step"] for p in points], [p["loss"] for p in points], "o-", markersize=4, label=name)
-    axes.set(xlabel="step", ylabel="loss (nats a token)")
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
     with publish_file(path) as file:

@@ -1,4 +1,4 @@
-"""Keeps megatron's own output (hundreds of lines on every rank) off the terminal, in one file a rank.
+"""Keeps megatron's own output (hundreds of lines on every rank) off the terminal, in one file per rank.
 
 Errors still reach the terminal: stderr is left alone, only warnings and log records are diverted.
 """

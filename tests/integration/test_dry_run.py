@@ -101,7 +101,7 @@ def test_tables_for_people() -> None:
     print_report(report_of("--preset", "llama3-70b", "--mock-data", *plan(256), "--gpu-memory-gib", "80"), stream)
     text = stream.getvalue()
     for expected in (
-        "70,553,706,496", "Rank grid (256 ranks)", "0-3 | 16-19", "of 80.0 available", "FLOPs a token",
+        "70,553,706,496", "Rank grid (256 ranks)", "0-3 | 16-19", "of 80.0 available", "FLOPs per token",
         "15,000,001,314,816", "A: layers and head, causal attention",
     ):  # fmt: skip
         assert expected in text

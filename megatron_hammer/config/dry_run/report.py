@@ -19,14 +19,14 @@ class Override:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelReport:
-    """Exact parameters of the whole model. padded: with the vocabulary rows that are added for tensor parallelism."""
+    """Exact parameters of the whole model. padded: with the vocabulary rows added for tensor parallelism."""
 
     name: str
     num_layers: int
     hidden_size: int
     num_parameters: int
     num_parameters_padded: int
-    num_active_parameters: int  # that one token meets
+    num_active_parameters: int  # that one token is computed with
     vocab_size: int
     padded_vocab_size: int
 
@@ -94,7 +94,7 @@ class Report:
     backend: str
     precision: str
     world_size: int
-    weights: str  # where the first ones come from
+    weights: str  # the source of the first ones
     overrides: tuple[Override, ...]
     settings: dict[str, Any]  # what differs from Megatron's own defaults
     model: ModelReport | None

@@ -65,7 +65,7 @@ def _build_model(model: ModelReport) -> Table:
     table.add_row("parameters", f"{model.num_parameters:,}")
     table.add_row("parameters, vocabulary padded", f"{model.num_parameters_padded:,}")
     if model.num_active_parameters != model.num_parameters:
-        table.add_row("parameters that a token meets", f"{model.num_active_parameters:,}")
+        table.add_row("active parameters per token", f"{model.num_active_parameters:,}")
     table.add_row("vocabulary, padded", f"{model.vocab_size:,}, {model.padded_vocab_size:,}")
     return table
 
@@ -81,7 +81,7 @@ def _build_grid(grid: tuple[GridAxis, ...], world_size: int) -> Table:
 
 def _build_stages(stages: tuple[StageReport, ...]) -> Table:
     has_experts = any(stage.expert_parameters for stage in stages)
-    columns = ["stage", "layers", "parameters a rank"]
+    columns = ["stage", "layers", "parameters per rank"]
     columns += ["of experts"] if has_experts else []
     table = _table("Pipeline stages (exact)", *columns, "optimizer shard", left=2)
     for stage in _select_rows(stages):
@@ -97,7 +97,7 @@ def _build_memory(report: Report) -> Table:
     available = "" if report.available_bytes is None else f" of {report.available_bytes / GIB:.1f} available"
     title = f"Memory of a rank by stage (estimated, GiB{available}; recompute: {report.recompute})"
     table = _table(title, "stage", *MEMORY_COLUMNS, "other", "total")
-    table.caption, table.caption_justify = "other: buffers, what a moment needs, CUDA and NCCL, fragmentation", "left"
+    table.caption, table.caption_justify = "other: buffers, transient tensors, CUDA and NCCL, fragmentation", "left"
     for stage in _select_rows(stages):
         sizes = stage.memory_bytes or {}
         shown = [sizes.get(name, 0) for name in MEMORY_COLUMNS]
@@ -110,12 +110,12 @@ def _build_memory(report: Report) -> Table:
 def _build_run(run: RunReport) -> Table:
     table = _table("Run", "", "", left=1)
     table.add_row("micro-batch, global batch", f"{run.micro_batch_size:,}, {run.global_batch_size:,}")
-    table.add_row("micro-batches a step and rank", f"{run.num_microbatches:,}")
+    table.add_row("micro-batches per step and rank", f"{run.num_microbatches:,}")
     table.add_row("sequence length", f"{run.seq_length:,}")
-    table.add_row("tokens a step", f"{run.tokens_per_step:,}")
+    table.add_row("tokens per step", f"{run.tokens_per_step:,}")
     table.add_row("steps", f"{run.num_steps:,}")
     table.add_row("tokens", f"{run.num_tokens:,}")
-    table.add_row("FLOPs a token", f"{run.flops_per_token:,}")
+    table.add_row("FLOPs per token", f"{run.flops_per_token:,}")
     table.add_row("convention", run.flop_convention)
     table.add_row("FLOPs of the run", f"{run.total_flops:.4g}")
     table.add_row("data", ", ".join(run.data_flags) or "none named: a run needs --data-path, or --mock-data")

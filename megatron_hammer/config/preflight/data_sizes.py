@@ -11,7 +11,7 @@ Indices = dict[str, IndexSummary]
 
 
 def find_size_problems(settings: RunSettings, plan: RunPlan | None, indices: Indices, seq_length: int) -> list[str]:
-    """A split without tokens makes megatron-core count epochs for ever; one without a sample cannot be drawn from."""
+    """Without tokens in a split megatron-core counts epochs without end; without a sample it cannot draw any."""
     sources, evaluation = settings.data.sources, settings.evaluation
     if sources.is_mock or (sources.own is None and sources.split is None):
         return []

@@ -1,8 +1,8 @@
-"""What a changed data order does to a run that goes on in it: which tokens come again, and which are passed over.
+"""What a changed data order does to a run that continues in it: which tokens come again, and which are skipped.
 
 A run that resumes skips as many samples of its order as it has trained on. In another order these are other samples: of
-those that were really trained on, some are still to come, and of those skipped, some were never trained on. Counted in
-tokens, since another sequence length cuts other samples. A source is known by its data, not by its name.
+those that it trained on, some are still to come, and of those skipped, some were never trained on. Counted in tokens,
+since another sequence length cuts other samples. A source is known by its data, not by its name.
 """
 
 import dataclasses
@@ -103,11 +103,11 @@ def _signature(order: DataOrder, source: SourceOrder, key: int) -> tuple[object,
 def count_change(
     history: Sequence[Segment], new: Segment, *, num_consumed: int, lengths: Mapping[int, np.ndarray]
 ) -> tuple[tuple[SourceChange, ...], bool]:
-    """What comes again and what is passed over, by source, and whether the numbers are exact.
+    """What comes again and what is skipped, by source, and whether the numbers are exact.
 
-    history: what was trained on. new: the order to go on in, from its first sample to the last of the run. lengths: of
-    the sequences of each source, by key; a source that cannot be read any more has none, and only its consumed tokens
-    are counted.
+    history: what was trained on. new: the order to continue in, from its first sample to the last of the run. lengths:
+    of the sequences of each source, by key; a source that cannot be read any more has none, and only its consumed
+    tokens are counted.
     """
     pieces = sum(_count_pieces(segment.order) for segment in (*history, new))
     step = max(1, -(-pieces // MAX_EXACT_PIECES))

@@ -67,7 +67,7 @@ def plan_epochs(
 def build_document_order(documents: np.ndarray, plan: EpochPlan, *, seed: int, generator: np.random.RandomState) -> Any:
     """The documents of all epochs one after another: [num_epochs * len(documents)] int32.
 
-    generator: of the joint epochs; it goes on to `build_sample_order`, as Megatron's does.
+    generator: of the joint epochs; `build_sample_order` draws from it next, as in Megatron.
     """
     num_apart = 1 if plan.is_last_apart else 0
     blocks = [np.tile(documents.astype(np.int32), plan.num_joint_epochs - num_apart)]
