@@ -1,10 +1,10 @@
 """Input files as blocks of neighbouring documents, and blocks as texts.
 
 Reading is split in two so that the costly half can run elsewhere: `read_blocks` only finds where documents begin and
-end, `decode_block` parses them and may run in another process. Every block knows the position behind it, from which
-reading can go on in another run: a plain file is entered there, an archive is decompressed up to it, row groups of a
-Parquet file that lie before it are skipped.
-Lines, elements of JSON arrays and rows are streamed; a .txt file is one document and must fit in memory.
+end, `decode_block` parses them and may run in another process. Every block knows the position after it, from which
+another run can continue: a plain file is opened at that offset, an archive is decompressed up to it, and earlier row
+groups of a Parquet file are skipped. Lines, elements of JSON arrays and rows are streamed; a .txt file is one document
+and must fit in memory.
 """
 
 import enum
@@ -37,14 +37,14 @@ from megatron_hammer.corpus.json_records import (
 from megatron_hammer.corpus.parquet_rows import count_rows, decode_parquet_rows, read_row_batches
 from megatron_hammer.errors import DataError
 
-# Small beside the memory that is allowed, large enough that nobody waits for a pipe: 40 to 50 MB/s against 256 KiB.
+# Small enough for the memory limit, and large enough that the pipe between processes does not hold workers back.
 BLOCK_BYTES = 1024 * 1024
 
 
 class BlockKind(enum.Enum):
     """What the payload of a block is."""
 
-    LINES = "lines"  # JSON objects, one a line
+    LINES = "lines"  # JSON objects, one per line
     ELEMENTS = "elements"  # of a JSON array, as they stand in the file, with the commas between them
     ROWS = "rows"  # of a Parquet file, as an Arrow stream
     TEXT = "text"  # one document
@@ -54,7 +54,8 @@ class BlockKind(enum.Enum):
 class Position:
     """A place between two documents: the file, the offset in it, and the documents of that file before it.
 
-    offset: decompressed bytes, or rows of a Parquet file. num_records: lines, rows or elements since the slice began.
+    offset: decompressed bytes, or rows of a Parquet file. num_records: lines, rows or elements since the beginning of
+    the slice.
     """
 
     file_index: int = 0
@@ -86,12 +87,12 @@ class Block:
     end: Position
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Let pickle pass a payload on from where it lies."""
+        """Let pickle send the payload without copying it."""
         return _rebuild_block, (self.kind, pickle.PickleBuffer(self.payload), self.begin, self.end)
 
 
 def _rebuild_block(kind: BlockKind, payload: Any, begin: Position, end: Position) -> Block:
-    # pickle puts a view before a buffer that was read-only where it came from
+    # pickle wraps a buffer that was read-only in the sending process in a memoryview
     return Block(kind, cast(bytearray, payload.obj) if isinstance(payload, memoryview) else payload, begin, end)
 
 
@@ -126,10 +127,11 @@ def read_blocks(
     on_bytes_read: OnBytesRead = lambda num_bytes: None,
     block_bytes: int = BLOCK_BYTES,
 ) -> Iterator[Block]:
-    """Yield the documents of the slices from `start` on; a document larger than a block has one of its own.
+    """Yield the documents of the slices from `start` on; a document larger than a block gets its own block.
 
-    json_keys: of a Parquet file no other column is read. on_bytes_read: told of each chunk's size on disk, and of what
-    is skipped. Raises DataError if a file cannot be read to its end: a broken or truncated archive, an unreadable file.
+    json_keys: only these columns of a Parquet file are read. on_bytes_read: called with the size on disk of each chunk,
+    read or skipped. Raises DataError if a file cannot be read to its end: a broken or truncated archive, an unreadable
+    file.
     """
     for file_slice in slices[: start.file_index]:
         on_bytes_read(file_slice.size_bytes)
@@ -226,7 +228,7 @@ def count_records_before(file_slice: FileSlice) -> int:
 
 
 def _select_rows(file_slice: FileSlice, num_rows: int) -> tuple[int, int]:
-    """Return the first row of the slice and the one behind it, as if all rows of the file had the same size."""
+    """Return the first row of the slice and the row after its last, as if all rows of the file had the same size."""
     size_bytes = max(file_slice.path.stat().st_size, 1)
     return -(-file_slice.start * num_rows // size_bytes), -(-file_slice.end * num_rows // size_bytes)
 
@@ -266,7 +268,7 @@ def _read_slice(
 def _read_lines(stream: BinaryIO, file_slice: FileSlice, begin: Position, block_bytes: int) -> Iterator[Block]:
     """A block is cut at a line end; the last line of a slice is the last that begins in it.
 
-    A file that grows while it is read is read as far as it went at the start.
+    A file that grows while it is read is read up to its size at the start.
     """
     end_offset = None if is_compressed(file_slice.path) else file_slice.end
     offset = begin.offset
@@ -285,7 +287,7 @@ def _read_lines(stream: BinaryIO, file_slice: FileSlice, begin: Position, block_
             del lines[: len(UTF8_BOM)]
         yield Block(BlockKind.LINES, lines, position, behind)
         position = behind
-        del lines  # a long one must not stay while the next is read
+        del lines  # frees a long line before the next one is read
 
 
 def _read_whole_lines(stream: BinaryIO, block_bytes: int, pending: bytearray) -> bytearray:
@@ -310,7 +312,7 @@ def _read_elements(stream: BinaryIO, begin: Position, block_bytes: int) -> Itera
         offset += 1
     position = Position(begin.file_index, offset, begin.num_records)
     for run in cut_elements(stream, block_bytes, is_first=begin.num_records == 0):
-        behind = Position(begin.file_index + 1)  # the bracket that ends the array is not a place to go on from
+        behind = Position(begin.file_index + 1)  # a later run cannot continue at the bracket that ends the array
         if run.end is not None:
             behind = Position(begin.file_index, offset + run.end, position.num_records + run.num_elements)
         yield Block(BlockKind.ELEMENTS, run.payload, position, behind)

@@ -1,4 +1,4 @@
-"""The decompressed bytes of plain, .gz and .zst files, with what was read from the disk reported on the way."""
+"""The decompressed bytes of plain, .gz and .zst files, and a report of the bytes read from the disk."""
 
 import gzip
 import io
@@ -11,7 +11,7 @@ import zstandard
 from megatron_hammer.corpus.input_files import is_compressed
 
 READ_BUFFER_BYTES = 1 << 20
-# A few bytes of zstd can stand for 128 KiB; small chunks keep what one of them becomes within memory.
+# A few bytes of zstd can decompress to 128 KiB, so large chunks could need any amount of memory.
 ZSTD_CHUNK_BYTES = 16 * 1024
 UTF8_BOM = b"\xef\xbb\xbf"
 

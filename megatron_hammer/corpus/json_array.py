@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-# The lone quote comes last: it matches where a string goes on beyond the buffer.
+# The lone quote comes last: it matches a string that continues beyond the buffer.
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[{}\[\],"]', re.DOTALL)
 
 
@@ -21,7 +21,7 @@ class BrokenArrayError(ValueError):
 class ElementRun:
     """Neighbouring elements as they stand in the file, commas between them; `end` is where the next one begins.
 
-    end: bytes from where the stream stood, or None behind the last element.
+    end: bytes from the stream's position before the call, or None after the last element.
     """
 
     payload: bytes
@@ -30,9 +30,9 @@ class ElementRun:
 
 
 def cut_elements(stream: BinaryIO, run_bytes: int, *, is_first: bool) -> Iterator[ElementRun]:
-    """Yield runs of at least `run_bytes` from a stream that stands behind `[` or behind a comma between elements.
+    """Yield runs of at least `run_bytes` from a stream that is positioned after `[` or after a comma between elements.
 
-    is_first: the stream stands behind `[`, where `]` may follow at once. Raises BrokenArrayError.
+    is_first: it is positioned after `[`, where `]` may follow at once. Raises BrokenArrayError.
     Memory: the longest element, twice.
     """
     cutter = _Cutter(run_bytes)
@@ -68,7 +68,7 @@ class _Cutter:
 
     @property
     def rest(self) -> bytes:
-        """What was read behind the array's end."""
+        """What was read beyond the end of the array."""
         return self._buffer[self._scanned + 1 :]
 
     def scan(self, chunk: bytes) -> Iterator[ElementRun]:
@@ -76,7 +76,7 @@ class _Cutter:
         start = 0  # of the run that is growing
         for match in _TOKEN.finditer(self._buffer, self._scanned):
             token = match[0]
-            if token == b'"':  # the string is not all there yet
+            if token == b'"':  # the string is not complete yet
                 break
             if token in b"{[":
                 self._depth += 1

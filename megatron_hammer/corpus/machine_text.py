@@ -58,7 +58,7 @@ def build_machine_corpus(
     valid_ratio: float = 0.02,
     candidates: Mapping[str, TextLoader] | None = None,
 ) -> MachineCorpus:
-    """Write {"text", "source"} lines until the texts reach `max_bytes` (UTF-8), in an order that the seed decides.
+    """Write {"text", "source"} lines until the texts reach `max_bytes` (UTF-8), in an order set by the seed.
 
     With `valid_output_path`, a document whose hash falls under `valid_ratio` goes there: the same text always lands on
     the same side, but for a corpus so small that the one with the least hash must do. Raises DataError if the machine

@@ -1,8 +1,8 @@
 """Documents from files: .jsonl, .json, .txt, each plain or as .gz or .zst, and .parquet; files, globs, directories.
 
-`read_documents` is for everything that takes one text after another. What reads many at once, or in other processes,
-or goes on where it stopped, takes the blocks of corpus/blocks.py, on which this module stands.
-A record that cannot be decoded is a DataError naming file:line, never a skipped line.
+Use `read_documents` to take one text after another. To read many at once, in other processes, or from where an earlier
+run stopped, use the blocks of corpus/blocks.py, on which this module is built. A record that cannot be decoded is a
+DataError naming file:line, never a skipped line.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -43,8 +43,8 @@ def read_documents(
 ) -> Iterator[Document]:
     """Yield every document of the inputs, in order; `json_key` is the field or column that holds the text.
 
-    on_bytes_read: told of each chunk's size on disk as it is read.
-    Raises DataError at the first record that is not a document, naming file:line.
+    on_bytes_read: called with the size on disk of each chunk that is read. Raises DataError at the first record that is
+    not a document, naming file:line.
     """
     for record in read_records(find_input_files(inputs).files, (json_key,), on_bytes_read):
         (text,) = decode_record(record, (json_key,))

@@ -1,4 +1,4 @@
-"""The live line of a command: on the terminal's stderr, and nowhere where stderr is a file or a pipe."""
+"""Progress of a command as a live line on stderr. Nothing is printed if stderr is a file or a pipe."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from rich.progress import (
 
 
 def build_progress(*columns: ProgressColumn) -> Progress:
-    """A live line of these columns, which its end takes away; silent where stderr is no terminal."""
+    """A live line of these columns, removed at the end; silent if stderr is not a terminal."""
     console = Console(stderr=True)
     return Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
 
@@ -32,9 +32,9 @@ def build_byte_progress(*columns: ProgressColumn, has_description: bool = False)
 
 @contextmanager
 def show_stages(description: str = "{}") -> Iterator[Callable[[str, int, int | None], None]]:
-    """Yield show(stage, done, total): a line a stage, which comes with the first call that names it.
+    """Yield show(stage, done, total): one line per stage, added by the first call that names the stage.
 
-    description: what the line of a stage says, with {} for its name. total: None while it is not known.
+    description: text of a stage's line, with {} for its name. total: None while unknown.
     """
     with build_progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()

@@ -1,9 +1,9 @@
-"""Files and folders that have their name only when they are complete.
+"""Files and folders that get their final name only when they are complete.
 
 Everything is written as `<name>.partial` and renamed at the end, so an incomplete output is never mistaken for a
-complete one. After an error nothing is left; after a kill only `.partial` names are. A file reaches the disk before it
-is renamed. Not here: outputs of several parts that a later run continues (data/indexed/pair_writer.py); they take the
-`.partial` name and the error from this module.
+complete one. An error leaves nothing behind; a kill leaves only `.partial` names. A file is synced to the disk before
+it is renamed. Not here: outputs of several parts that a later run continues (data/indexed/pair_writer.py); they take
+the `.partial` name and the error from this module.
 """
 
 import errno

@@ -1,7 +1,7 @@
-"""JSON and TOML read into typed objects; whatever does not fit is said in our words, all of it at once.
+"""Read JSON and TOML into typed objects; every field that does not fit is reported at once, in one sentence each.
 
 `kind` is what the content must be: a frozen dataclass, or a type such as `dict[str, int]`; limits are written as
-`Annotated[float, annotated_types.Gt(0)]`. Types are strict: no text stands for a number, and no truth value either.
+`Annotated[float, annotated_types.Gt(0)]`. Types are strict: neither a text nor a truth value is accepted as a number.
 Dataclasses and lists of any depth are built by pydantic, which is loaded at the first call: it takes 0.1 s.
 Not here: corpora, whose records are parsed by the million (corpus/json_records.py).
 """
@@ -48,7 +48,7 @@ REQUIREMENTS = {
 
 @dataclass(frozen=True, slots=True)
 class FormatVersion:
-    """The version of a file, read before the rest: the fields of another version may be others."""
+    """The version of a file. It is read first, because another version may have other fields."""
 
     format_version: int
 
@@ -84,7 +84,7 @@ def validate[T](
     raises: type[HammerError] = DataError,
     allows_unknown: bool = True,
 ) -> T:
-    """Return what tables, lists, texts and numbers stand for; see `read_json`. where: names them in messages."""
+    """Return tables, lists, texts and numbers as a typed object; see `read_json`. where: their name in messages."""
     # By way of JSON, because strict types know lists of Python from tuples, but in JSON there is one kind of list.
     content = json.dumps(value, default=str)
     return parse_json(content, kind, where=where, remedy=remedy, raises=raises, allows_unknown=allows_unknown)
@@ -99,7 +99,7 @@ def parse_json[T](
     raises: type[HammerError] = DataError,
     allows_unknown: bool = True,
 ) -> T:
-    """Return what a JSON text stands for; see `read_json`. where: a file, or `file:line` for a line of one."""
+    """Return a JSON text as a typed object; see `read_json`. where: a file, or `file:line` for a line of one."""
     from pydantic import ValidationError
 
     adapter: TypeAdapter[T] = _build_adapter(kind)  # type: ignore[arg-type]  # every type is hashable

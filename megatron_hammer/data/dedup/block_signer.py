@@ -1,4 +1,4 @@
-"""Blocks of raw documents to what tells duplicates apart: digests, and MinHash signatures. Runs in worker processes."""
+"""Digests and MinHash signatures of blocks of raw documents. Runs in worker processes."""
 
 import hashlib
 from collections.abc import Callable
@@ -75,14 +75,14 @@ class BlockSignerRecipe:
 
 
 def digest_text(text: str, *, ignores_whitespace: bool) -> bytes:
-    """Return the 16 bytes that stand for a text; ignores_whitespace: a run counts as one space, at the ends as none."""
+    """Return a digest of 16 bytes; ignores_whitespace: a run of it counts as one space, and as none at the ends."""
     compared = " ".join(text.split()) if ignores_whitespace else text
     return hashlib.blake2b(compared.encode("utf-8"), digest_size=DIGEST_BYTES).digest()
 
 
 def encode_line(kind: BlockKind, payload: bytes | dict[str, Any], text: str, json_key: str) -> bytes:
-    """Return the document as a JSON line: the JSON that it came from where it came from any, with all its fields."""
+    """Return the document as a JSON line: if it was read from JSON, that JSON with all its fields."""
     if kind in (BlockKind.LINES, BlockKind.ELEMENTS) and isinstance(payload, bytes):
-        # A line end in JSON stands between values only: strings escape it.
+        # In JSON, line ends occur only between values: in strings they are escaped.
         return payload.strip().translate(LINE_ENDS_TO_SPACES) + b"\n"
     return orjson.dumps({json_key: text}, option=orjson.OPT_APPEND_NEWLINE)

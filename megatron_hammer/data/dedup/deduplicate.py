@@ -1,10 +1,10 @@
 """Raw text with each document once: the first of every set of equal, or nearly equal, documents is kept, in order.
 
-Exact duplicates have the same text, or the same but for white space. Near duplicates are those of
-`near_duplicates.py`. JSON that is kept is written as it was, with all its fields; of a Parquet row or a text file the
-text alone is, under the same key.
-The output depends on the inputs and the options only, never on the number of workers. Memory: 24 bytes a document,
-65 while they are merged, and with near duplicates 0.7 KB for each that is kept (signature_index.py).
+Exact duplicates have the same text, or differ only in white space. Near duplicates are those of
+`near_duplicates.py`. A kept JSON record is written unchanged, with all its fields. Of a Parquet row or a text file only
+the text is written, under the same key. The output depends on the inputs and the options only, never on the number of
+workers. Memory: 24 bytes per document (65 while runs are merged), and with near duplicates 0.7 KB per kept document
+(signature_index.py).
 """
 
 import gzip
@@ -150,7 +150,7 @@ class _Run:
         self._signatures = None if options.near_duplicates is None else SignatureIndex(options.near_duplicates)
 
     def remove_duplicates(self, block: SignedBlock) -> None:
-        """Write the documents that are like none before them; a document is its file's number and its line."""
+        """Write the documents that resemble no earlier one. Documents are identified by file number and line."""
         first = block.file_index << LINE_BITS | block.first_line
         locations = np.arange(first, first + len(block.lines), dtype=np.int64)
         firsts = self._occurrences.add(block.digests, locations)
@@ -194,7 +194,7 @@ class _Run:
 
 
 class FirstOccurrences:
-    """Where each digest was first met; 24 bytes a digest."""
+    """Where each digest was first met; 24 bytes per digest."""
 
     def __init__(self) -> None:
         self._locations = SortedRuns()
@@ -219,7 +219,7 @@ class FirstOccurrences:
 
 @contextmanager
 def open_compressed(path: Path) -> Iterator[BinaryIO]:
-    """Open a .jsonl, .jsonl.gz or .jsonl.zst that exists when it is complete; the same content is the same bytes."""
+    """Open a .jsonl, .jsonl.gz or .jsonl.zst, published when complete; the same content gives the same bytes."""
     with publish_file(path) as file:
         if path.name.endswith(".gz"):
             with gzip.GzipFile(filename="", fileobj=file, mode="wb", compresslevel=GZIP_LEVEL, mtime=0) as compressed:

@@ -24,11 +24,11 @@ UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\U00020000-\U0003ffff"
 )
 UNIT_PATTERN = re.compile(rf"[^\W{UNSPACED}]+|[^\s]")
-UNIT_START_PATTERN = re.compile(rf"[\W{UNSPACED}]")  # a text may be cut before such a character
-SLICE_CHARACTERS = 1 << 20  # a unit takes sixty bytes as a Python string, and some documents are of 50 MB
+UNIT_START_PATTERN = re.compile(rf"[\W{UNSPACED}]")  # a text may be split before such a character
+SLICE_CHARACTERS = 1 << 20  # a unit takes sixty bytes as a Python string, and some documents have 50 MB
 NGRAM_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 MAX_CACHED_UNITS = 1 << 20
-# Larger blocks leave the processor's cache, and a whole document would need 512 bytes an n-gram.
+# Larger blocks do not fit into the processor's cache; a whole document would need 512 bytes per n-gram.
 SIGNATURE_BLOCK_NGRAMS = 2048
 # A candidate that is not similar enough is refused by its signature, so bands may err on the side of finding more.
 FALSE_POSITIVE_WEIGHT, FALSE_NEGATIVE_WEIGHT = 0.1, 0.9
@@ -77,7 +77,7 @@ class Bands:
 
 
 class NgramHasher:
-    """Texts to the hashes of their n-grams; the same on every machine and in every run."""
+    """Computes the hashes of a text's n-grams; the same on every machine and in every run."""
 
     def __init__(self, ngram: int):
         self._ngram = ngram
@@ -130,7 +130,7 @@ class _UnitHashes(dict[str, int]):
 
 
 class Signer:
-    """Texts to MinHash signatures: the share of equal values estimates the similarity of two texts."""
+    """Computes MinHash signatures: the share of equal values estimates the similarity of two texts."""
 
     def __init__(self, options: NearDuplicateOptions):
         from datasketch import MinHash  # loads scipy, which takes a second
@@ -145,7 +145,7 @@ class Signer:
         for hashes in self._hasher.hash(text):
             has_ngrams = True
             for start in range(0, len(hashes), SIGNATURE_BLOCK_NGRAMS):
-                # One "value" that is an array of hashes: datasketch flattens it, which spares a call an n-gram.
+                # One "value" that is an array of hashes: datasketch flattens it, which saves one call per n-gram.
                 self._sketch.update_batch((hashes[start : start + SIGNATURE_BLOCK_NGRAMS],))
         return self._sketch.hashvalues if has_ngrams else None
 

@@ -17,12 +17,12 @@ from megatron_hammer.data.indexed.pair import IndexSummary
 from megatron_hammer.errors import DataError
 
 DOCUMENTS_AT_ONCE = 1 << 16
-DOCUMENT_OVERHEAD_BYTES = 200  # of a document in a chunk, beside its ids: its numbers, and the slice that copies it
+DOCUMENT_OVERHEAD_BYTES = 200  # per document in a chunk, without its ids: its numbers, and the slice that copies it
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Documents in a row.
+    """Consecutive documents.
 
     ids [sum of sequence_lengths], sequence_lengths [num_sequences] int32, sequences_per_document [num_documents] int64.
     """

@@ -1,4 +1,4 @@
-"""SHA-256 of files beside the reading and writing of them, so that the manifest costs no time of its own at the end."""
+"""SHA-256 of files, computed while they are read and written, so the manifest needs no extra pass at the end."""
 
 import hashlib
 import queue
@@ -66,7 +66,7 @@ class FileHasher:
 
 
 class _HashedFile:
-    """A file and the hash of what has been read of it."""
+    """A file and the hash of the part read so far."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
@@ -74,7 +74,7 @@ class _HashedFile:
         self._num_bytes = 0
 
     def advance(self, num_bytes: int | None) -> None:
-        """Go on until so many bytes of the file are hashed, or all that there are."""
+        """Continue until `num_bytes` of the file are hashed, or the whole file."""
         while num_bytes is None or self._num_bytes < num_bytes:
             left_bytes = HASH_CHUNK_BYTES if num_bytes is None else num_bytes - self._num_bytes
             chunk = self._file.read(min(HASH_CHUNK_BYTES, left_bytes))

@@ -60,7 +60,7 @@ def count_index_bytes(num_sequences: int, num_documents: int) -> int:
 def read_array(file: BinaryIO, dtype: np.dtype, count: int) -> np.ndarray:
     """Read the next `count` entries: [count]. Raises DataError if the file ends before.
 
-    Not numpy.fromfile: that turns Ctrl-C into a TypeError, and returns fewer entries without a word.
+    Not numpy.fromfile: that turns Ctrl-C into a TypeError, and silently returns fewer entries.
     """
     array = np.empty(count, dtype)
     num_bytes = file.readinto(array.data) if count else 0  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
 """`<prefix>.manifest.json`: what a .bin/.idx pair was made from, so that training can refuse a wrong tokenizer or file.
 
-It holds no time and no machine's name: the same inputs, tokenizer and options give the same manifest, and the shards of
-a job that are merged in order give that of the job done at once.
+It holds no time and no machine's name: the same inputs, tokenizer and options give the same manifest, and the merged
+shards of a job give the manifest of the job done at once.
 """
 
 import dataclasses
@@ -81,7 +81,7 @@ class Manifest:
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text a token, end-of-document tokens included; 0 without tokens."""
+        """UTF-8 bytes of text per token, end-of-document tokens included; 0 without tokens."""
         return self.text_bytes / self.num_tokens if self.num_tokens else 0.0
 
     def to_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Write Megatron's indexed dataset as a stream, in constant memory, so that a killed run can go on where it was."""
+"""Write Megatron's indexed dataset as a stream, in constant memory; a killed run can continue where it stopped."""
 
 import os
 import shutil
@@ -32,7 +32,7 @@ _pack_document_end = struct.Struct("<q").pack
 
 @dataclass(frozen=True, slots=True)
 class WriterState:
-    """How much of a pair is on disk: what `IndexedWriter.resume` needs to go on from there."""
+    """How much of a pair is on disk: what `IndexedWriter.resume` needs to continue."""
 
     num_tokens: int
     num_sequences: int
@@ -48,12 +48,12 @@ def remove_partial_files(prefix: str | Path) -> None:
 class IndexedWriter:
     """Write a pair as a stream; `finish` assembles the index, and `publish` gives both files their names.
 
-    Until then everything lies in `<prefix>.bin.partial`, `<prefix>.lengths.partial` (int32 a sequence) and
-    `<prefix>.documents.partial` (int64 a document), so memory is constant and nothing looks like a data set.
-    As a context manager it finishes and publishes on success, and removes what it wrote on an exception; after `close`
-    it does neither. Raises OutputError if the files cannot be written.
+    Until then everything lies in `<prefix>.bin.partial`, `<prefix>.lengths.partial` (one int32 per sequence) and
+    `<prefix>.documents.partial` (one int64 per document), so memory is constant and an unfinished pair is never
+    mistaken for a data set. As a context manager it finishes and publishes on success, and removes what it wrote on an
+    exception; after `close` it does neither. Raises OutputError if the files cannot be written.
 
-    To survive a kill: keep what `sync` returns, last of all before `publish`, and pass it to `resume`.
+    To survive a kill: store what `sync` returns, the last time directly before `publish`, and pass it to `resume`.
     """
 
     def __init__(self, prefix: str | Path, dtype: np.dtype, resume_from: WriterState | None = None):
@@ -97,7 +97,7 @@ class IndexedWriter:
 
     @property
     def num_bytes_in_bin(self) -> int:
-        """How much of the .bin has been handed to the system; the rest is in this process's buffer."""
+        """How much of the .bin has been passed to the operating system; the rest is in this process's buffer."""
         return os.lseek(self._bin_file.fileno(), 0, os.SEEK_CUR)
 
     def add_document(self, ids: np.ndarray, sequence_lengths: Sequence[int] | None = None) -> None:
@@ -220,7 +220,7 @@ class IndexedWriter:
         return self._bin_file, self._lengths_file, self._documents_file
 
     def _open(self, mode: Literal["wb", "ab"]) -> None:
-        """Open the three streams, to start them (wb) or to go on at their end (ab)."""
+        """Open the three streams, to start them (wb) or to append to them (ab)."""
         path = self._partial_bin_path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

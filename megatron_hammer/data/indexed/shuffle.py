@@ -19,7 +19,7 @@ from megatron_hammer.files.publish import cannot_write
 
 MIN_MEMORY_BYTES = 128 << 20
 MAX_MEMORY_BYTES = 512 << 20
-FEW_BUCKETS = 1024  # each append opens a file, so many buckets want larger chunks
+FEW_BUCKETS = 1024  # each append opens a file, so with many buckets the chunks should be larger
 CHUNKS_IN_MEMORY = 4  # of the source at once; the rest is for their copies
 WORDS_PER_COUNTER = 4  # Philox 4x64
 DOCUMENT_RECORD = np.dtype([("key", np.uint64), ("num_sequences", np.int64)])
@@ -40,7 +40,7 @@ def shuffle_pairs(
     sources: pairs of the same number of documents, read with `read_index`, also under their .partial names.
     seed: at least 0. work_dir: a folder for the buckets, as large as the largest source; what an earlier attempt left
     there is removed, and so is the folder in the end. max_memory_bytes: what is held at once, unless one document is
-    larger; the result does not depend on it, and without it `select_memory_bytes` chooses. on_progress: gets the bytes
+    larger. The result does not depend on it; the default is set by `select_memory_bytes`. on_progress: gets the bytes
     moved so far, of all that will be.
     Raises OutputError if the buckets cannot be written, and DataError if a source is damaged.
     """
@@ -93,7 +93,7 @@ def shuffle_documents(
 def draw_keys(seed: int, first_document: int, num_documents: int) -> np.ndarray:
     """Return the random keys of consecutive documents: [num_documents] uint64.
 
-    Raw words of Philox, which numpy promises never to change, as it does not for the methods of its generators.
+    Raw words of Philox: numpy guarantees that they never change, which it does not for its generators' methods.
     """
     first_counter, num_skipped = divmod(first_document, WORDS_PER_COUNTER)
     words = np.random.Philox(key=seed, counter=first_counter).random_raw(num_skipped + num_documents)
@@ -144,7 +144,7 @@ class _Buckets:
         if self._work_dir.is_dir():
             for path in self._work_dir.glob(BUCKET_GLOB):
                 path.unlink()
-            with suppress(OSError):  # it holds files of others
+            with suppress(OSError):  # it holds files that are not ours
                 self._work_dir.rmdir()
 
     def scatter(self, chunks: Iterable[Documents], seed: int, on_moved: Callable[[int], None]) -> None:

@@ -1,7 +1,8 @@
 """What an indexed pair holds: lengths, token frequencies and duplicates, from one pass over its .bin.
 
-Memory: 16 bytes a document for lengths and hashes, up to twice that while they are sorted, 8 an id of the vocabulary,
-and one chunk of the .bin (or its largest document). Integrity is data/verify.py's; text is document_text.py's.
+Memory: 16 bytes per document for lengths and hashes (up to twice that while they are sorted), 8 bytes per id of the
+vocabulary, and one chunk of the .bin (or its largest document). Integrity is checked by verify_pair.py;
+document_text.py shows the text.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ from megatron_hammer.data.indexed.pair import IndexSummary
 from megatron_hammer.errors import DataError
 
 CHUNK_BYTES = 16 << 20
-# Far above any vocabulary: a damaged id must not ask for gigabytes of counters.
+# Far above every vocabulary: a damaged id must not allocate gigabytes of counters.
 MAX_VOCAB_SIZE = 1 << 24
 QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99}
 
@@ -112,7 +113,7 @@ def inspect_pair(
 
 
 def hash_documents(documents: Documents) -> np.ndarray:
-    """Return 64 bits that stand for the ids of each document: uint64 [num_documents]."""
+    """Return a hash of 64 bits of the ids of each document: uint64 [num_documents]."""
     ids = memoryview(np.ascontiguousarray(documents.ids)).cast("B")
     width = documents.ids.itemsize
     bounds = zip((documents.token_starts * width).tolist(), (documents.token_ends * width).tolist(), strict=True)

@@ -1,4 +1,4 @@
-"""An inspected pair for people and for programs: rich tables, or a dictionary that a JSON encoder takes."""
+"""The report on an inspected pair, as tables or as a dictionary for JSON."""
 
 import dataclasses
 import itertools
@@ -66,7 +66,7 @@ def find_common_documents(reports: Sequence[PairReport]) -> list[CommonDocuments
 
 
 def print_common_documents(rows: Sequence[CommonDocuments], stream: IO[str]) -> None:
-    """Print a line for each two pairs; nothing where there is one pair."""
+    """Print one line per pair of data sets; nothing if there is only one data set."""
     if not rows:
         return
     cells = (

@@ -1,4 +1,4 @@
-"""Everything about a pair that can be known by reading all of it, in constant memory.
+"""Verify a pair by reading all of it, in constant memory.
 
 `read_index` checks what the headers say and is quick; this reads every byte, and compares it with the manifest's hashes
 where there are some. Without them, ids that were swapped for others of the vocabulary cannot be noticed.

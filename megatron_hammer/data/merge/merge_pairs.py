@@ -1,7 +1,8 @@
 """Join pairs into one, in constant memory: what Megatron-LM's merge_datasets.py gives, with the parts checked first.
 
-The shards of a job give the .bin, .idx and manifest of the job done at once, in whatever order they are named; other
-parts are joined in the order in which they come. Every part that has a manifest is compared with its hashes on the way.
+The shards of a job, in any order, give the .bin, .idx and manifest of the job run as a whole; other
+parts are joined in the order in which they come. A part that has a manifest is compared with the hashes in it while it
+is read.
 """
 
 import dataclasses
@@ -87,7 +88,7 @@ def merge_pairs(
 
     with ExitStack() as stack:
         stack.enter_context(lock_outputs(Path(f"{output_prefix}.lock")))
-        stack.callback(remove_partial_files, output_prefix)  # Ctrl-C may come before the writer is entered
+        stack.callback(remove_partial_files, output_prefix)  # Ctrl-C may come before the writer's `with` block begins
         writer = stack.enter_context(IndexedWriter(output_prefix, dtype))
         if seed is None:
             _copy(parts, writer, count)
@@ -182,7 +183,7 @@ def _refuse_damaged(path: Path, expected: str, actual: str) -> None:
 
 
 def _describe(parts: Sequence[Part], writer: IndexedWriter, seed: int | None) -> Manifest:
-    """Hash the finished pair, and return the manifest of the job that would have made it at once."""
+    """Hash the finished pair, and return the manifest of the same job run as a whole."""
     return dataclasses.replace(
         merge_manifests([part.manifest for part in parts if part.manifest is not None], seed),
         num_documents=writer.num_documents,

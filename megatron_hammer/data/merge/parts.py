@@ -106,7 +106,7 @@ def _shard_index(part: Part) -> int:
 
 
 def _drop_companions(inputs: Sequence[str]) -> list[str]:
-    """Leave out the other files of a pair whose .idx is named too, as where a shell has expanded `parts/*`."""
+    """Leave out the other files of a pair whose .idx is named too, as when a shell has expanded `parts/*`."""
     pairs = [item.removesuffix(".idx") for item in inputs if item.endswith(".idx")]
     companions = {f"{prefix}{suffix}" for prefix in pairs for suffix in COMPANION_SUFFIXES}
     return [item for item in inputs if item not in companions]

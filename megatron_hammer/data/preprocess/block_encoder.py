@@ -1,4 +1,4 @@
-"""Blocks of documents to token ids: the part of preprocessing that runs in the workers."""
+"""Encode blocks of documents as token ids: the part of preprocessing that runs in the workers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ class BlockEncoder:
     def encode(self, block: Block) -> EncodedBlock:
         decoded = decode_block(block, self._json_keys)
         begin, end = block.begin, block.end
-        del block  # its payload may be large, and what follows needs memory too
+        del block  # frees the payload, which may be large, before the next steps need memory
         fields = tuple(self._encode_field(texts) for texts in decoded.columns)
         return EncodedBlock(begin, end, fields, decoded.problems)
 
@@ -97,10 +97,11 @@ def count_utf8_bytes(texts: Sequence[str]) -> int:
 def add_document_ends(
     ids: np.ndarray, lengths: np.ndarray, document_ends: np.ndarray, *, bos_id: int | None, eod_id: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Put `bos_id` before and `eod_id` behind each document, as parts of its first and last sequence; None: nothing.
+    """Put `bos_id` before and `eod_id` behind each document, as parts of its first and last sequence; None: nothing is
+    added.
 
-    ids: [sum of lengths]. lengths: [num_sequences]. document_ends: [num_documents], the sequence behind each document,
-    none of which is empty. Returns the new ids and lengths.
+    ids: [sum of lengths]. lengths: [num_sequences]. document_ends: [num_documents], the index of the sequence after
+    each document; no document is empty. Returns the new ids and lengths.
     """
     if not len(document_ends) or (bos_id is None and eod_id is None):
         return ids, lengths

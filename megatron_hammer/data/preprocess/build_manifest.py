@@ -1,4 +1,4 @@
-"""What a run of the preprocessor is made of, for its journal and manifests, and whether it has been done already."""
+"""The description of a run of the preprocessor for its journal and manifests, and whether its outputs exist already."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -101,9 +101,9 @@ def describe_outputs(
 def find_complete_outputs(
     options: PreprocessOptions, encoder: Encoder, sources: Sources
 ) -> dict[Path, Manifest] | None:
-    """Return the manifests if every output of exactly this job is there and whole, else None.
+    """Return the manifests if every output of exactly this job exists and is undamaged, else None.
 
-    Hashes inputs and outputs, but only where everything that is cheaper to compare is equal.
+    Inputs and outputs are hashed only if everything that is cheaper to compare is equal.
     """
     flags = describe_flags(options)
     manifests: dict[Path, Manifest] = {}

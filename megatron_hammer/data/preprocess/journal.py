@@ -1,8 +1,8 @@
-"""What an unfinished run has done, on disk, so that the same command can go on after a kill at any point.
+"""What an unfinished run has done, on disk, so that the same command can continue after a kill at any point.
 
-The journal is replaced as a whole, and only after what it counts has been brought to the disk. It also holds what the
-run was begun with: a run that would end with other bytes is refused, each difference named.
-Not here: --workers and --max-errors, which may change on the way.
+The journal is replaced as a whole, and only after the data that it counts is on the disk. It also holds the options and
+inputs of the run: a run that would give other bytes is refused, and each difference is named. --workers and
+--max-errors may change between runs, so they are not recorded.
 """
 
 import dataclasses

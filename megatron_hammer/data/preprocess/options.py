@@ -1,4 +1,4 @@
-"""What one run of the preprocessor is asked to do, and the names that follow from it."""
+"""The options of one run of the preprocessor, and the output names that they determine."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ class PreprocessOptions:
 
     prepend_bos, append_eod: begin and end every document that has tokens. language, keep_newlines: only with
     split_sentences. seed: shuffle the documents with it; None keeps their order. max_errors: bad records to skip.
-    restart: throw away an unfinished run instead of going on with it. journal_interval_s: what a kill may cost.
+    restart: discard an unfinished run instead of continuing it. journal_interval_s: the work that a kill may lose.
     """
 
     inputs: tuple[str, ...]

@@ -1,8 +1,9 @@
 """Raw text to Megatron's .bin/.idx: read, encode in a pool of processes, write in order, shuffle if asked.
 
 The output depends on the inputs, the tokenizer and the options only: not on the number of workers, and not on how often
-the run was killed and continued. For good input it has the same bytes as that of Megatron-LM's tool. A bad record is an
-error naming file:line; a dead worker is an error, not a wait. Until all is written, every file has a .partial name.
+the run was killed and continued. For valid input it has the same bytes as the output of Megatron-LM's tool. A bad
+record is an error that names file:line; a dead worker is an error and never a hang. Until everything is written, every
+file has a .partial name.
 Read next: blocks.py (reading), block_encoder.py (what workers do), run.py (writing), journal.py (resuming).
 """
 
@@ -63,7 +64,7 @@ class PreprocessResult:
 
 
 class VoidRunError(DataError):
-    """The inputs changed on the way, or hold no text: there is nothing to go on with."""
+    """The inputs changed during the run, or hold no text: there is nothing to continue."""
 
 
 OnProgress = Callable[[PreprocessProgress], None]
@@ -75,7 +76,7 @@ def preprocess(
     on_progress: OnProgress = lambda progress: None,
     on_note: OnNote = lambda note: None,
 ) -> PreprocessResult:
-    """Write one .bin/.idx/.manifest.json for each key, or go on with doing so where an earlier run was stopped.
+    """Write one .bin/.idx/.manifest.json for each key, or continue a run that was stopped.
 
     on_note: gets a sentence that the user should read. Raises DataError for anything wrong with inputs, tokenizer,
     records or disk, ConfigError for flags, PlatformError if a worker dies. Then, and after KeyboardInterrupt, what the
@@ -97,7 +98,7 @@ def preprocess(
             refuse_other_job(options.journal_path, journal.job, job)
             on_note(f"{options.journal_path}: going on with an unfinished run, {describe_place(journal)}.")
         elif not options.restart and (complete := find_complete_outputs(options, encoder, sources)) is not None:
-            remove_leftovers(options)  # of a run that was killed while it removed them itself
+            remove_leftovers(options)  # left by a run that was killed while it removed them
             return PreprocessResult(complete, was_complete=True)
         run = PreprocessRun(options, job, select_dtype(encoder.vocab_size), journal)
         task = _Task(options, encoder, sources, job, run, on_progress, on_note)
@@ -113,7 +114,7 @@ def describe_place(journal: Journal) -> str:
 
 @dataclass(slots=True)
 class _Task:
-    """The phases of one run, each of which may be where a journal left off."""
+    """The phases of one run; a continued run may start at any of them."""
 
     options: PreprocessOptions
     encoder: Encoder
@@ -153,7 +154,7 @@ class _Task:
             on_bytes_read=self._count_read_bytes,
             block_bytes=self.options.block_bytes,
         )
-        # closing: an error in this loop must end the workers before the files go
+        # closing: an error in this loop must end the workers before the files are removed
         with closing(
             encode_in_order(blocks, self._build_recipe, self.options.num_workers, self._locate)
         ) as encoded_blocks:
@@ -181,10 +182,10 @@ class _Task:
         )
 
     def _hash_what_is_done(self, hasher: FileHasher) -> None:
-        """Hash what will be read or written no more, as long as the system still has it in memory."""
+        """Hash files that will not change any more, while the system still has them in memory."""
         position = self.run.position
         hasher.complete(self.sources.paths[: position.file_index])
-        if position.offset:  # in an archive or in rows it is another place, further on or back, but a fit pace
+        if position.offset:  # for archives and rows the offset counts other bytes, but the pace is close enough
             hasher.follow(self.sources.paths[position.file_index], position.offset)
         if self.options.seed is None:  # else it is shuffled into another file
             for path, num_bytes in self.run.list_growing_files():
@@ -214,7 +215,7 @@ class _Task:
                 )
 
     def _locate(self, begin: Position, place: int = 0) -> str:
-        """Return file:line of the document at this place behind a position."""
+        """Return file:line of the document that lies `place` documents after a position."""
         if begin.file_index not in self.records_before:
             self.records_before[begin.file_index] = count_records_before(self.sources.slices[begin.file_index])
         line = self.records_before[begin.file_index] + begin.num_records + place + 1
@@ -236,5 +237,5 @@ class _Task:
 
 
 def explain_resume(options: PreprocessOptions) -> str:
-    """Return the sentence for a run that was stopped and can go on."""
+    """Return the sentence for a run that was stopped and can be continued."""
     return f"{options.journal_path}: what was done is kept. Run the same command again to continue."

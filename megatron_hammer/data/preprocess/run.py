@@ -1,6 +1,7 @@
-"""The open outputs of one run of the preprocessor: what is in them, the journal of it, and how they end.
+"""The open outputs of one run of the preprocessor, and the journal that counts what is in them.
 
-One of three ways: published under their names, kept under .partial names with a journal for the next run, or removed.
+They end in one of three ways: published under their names, kept under .partial names with a journal for the
+next run, or removed.
 """
 
 import shutil
@@ -27,7 +28,7 @@ PARTIAL_SUFFIXES = (".bin", ".idx", ".lengths", ".documents", ".manifest.json")
 
 
 class PreprocessRun:
-    """Counts and writers of a run; the lists follow `json_keys`. Begins afresh, or where `journal` ends.
+    """Counts and writers of a run; the lists follow `json_keys`. A new run, or the continuation of `journal`.
 
     Raises DataError if what the journal counts is not on the disk.
     """
@@ -72,12 +73,12 @@ class PreprocessRun:
             self.save()
 
     def save(self) -> None:
-        """Bring everything to the disk and make the journal say so."""
+        """Sync everything to the disk, then record it in the journal."""
         journal = Journal(
             job=self._job,
             phase=self.phase,
             position=self.position,
-            # what is to be published has been finished, which brought it to the disk
+            # `finish` has synced these already
             writers=tuple(writer.state if self.phase == "publish" else writer.sync() for writer in self.writers),
             text_bytes=tuple(self.text_bytes),
             num_empty_documents=tuple(self.num_empty_documents),
@@ -89,7 +90,7 @@ class PreprocessRun:
         self._saved_at_s = time.monotonic()
 
     def begin_shuffle(self) -> None:
-        """Everything is encoded; from here on a kill costs only the shuffle."""
+        """Everything is encoded; from now on a kill loses only the shuffle."""
         self.phase = "shuffle"
         self.save()
 
@@ -125,7 +126,7 @@ class PreprocessRun:
         """Give everything its name, with these manifests or those of the journal, and forget the run.
 
         The old .idx files go first and the new ones come last: a crash at any point leaves no pair that opens with a
-        manifest of another run, and the next run goes on here.
+        manifest of another run, and the next run continues here.
         """
         if manifests is not None:
             self._manifests = tuple(manifests)
@@ -143,9 +144,9 @@ class PreprocessRun:
         return written
 
     def keep_or_remove(self, *, is_void: bool) -> bool:
-        """After an error: keep what the journal counts for the next run, or remove everything if nothing is worth it.
+        """After an error: keep what the journal counts for the next run, or remove everything if that is of no use.
 
-        Returns whether there is something to go on with.
+        Returns whether there is something to continue.
         """
         is_kept = self._has_journal and not is_void
         for writer in self.writers:

@@ -1,4 +1,4 @@
-"""Text to sentences with nltk's Punkt, as Megatron-LM's tool cuts them. Nothing is fetched, no pickle is loaded."""
+"""Split text into sentences with nltk's Punkt, as Megatron-LM's tool does. No download, no pickle."""
 
 import hashlib
 from collections.abc import Callable

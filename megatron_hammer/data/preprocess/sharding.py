@@ -1,8 +1,8 @@
-"""Which part of the input one of several runs reads, so that the parts in order are the whole.
+"""Which part of the input each of several runs reads; the parts in order are the whole input.
 
-Shard i of n owns the documents that begin in bytes S*i/n up to S*(i+1)/n of the S bytes of all input files in a row.
-Plain lines and Parquet rows are cut there; archives, JSON arrays and .txt files belong whole to the shard in which they
-begin.
+Shard i of n owns the documents that begin in bytes S*i/n up to S*(i+1)/n of the S bytes of all input files taken
+together. Plain lines and Parquet rows are cut there; archives, JSON arrays and .txt files belong whole to the shard in
+which they begin.
 """
 
 import re

@@ -1,8 +1,8 @@
-"""Blocks through a pool of processes and back in order, with a bound on the memory of all that is under way.
+"""A pool of processes for blocks: results come back in order, and the memory of all blocks in flight is bounded.
 
-Each worker has a pipe of its own: when a worker dies, even in the middle of a message, its pipe ends and the parent
-knows; when the parent dies, the workers' pipes end and they leave at once. A pool of the standard library shares one
-pipe between its workers and can wait for ever on the rest of a message whose sender was killed.
+Each worker has a pipe of its own. When a worker dies, even in the middle of a message, its pipe closes and the parent
+notices. When the parent dies, the workers' pipes close and they exit at once. A pool of the standard library shares one
+pipe between its workers and can wait forever for the rest of a message whose sender was killed.
 """
 
 import multiprocessing
@@ -23,8 +23,8 @@ from megatron_hammer.corpus.blocks import Block, Position
 from megatron_hammer.data.preprocess.block_encoder import EncodedBlock
 from megatron_hammer.errors import HammerError, PlatformError
 
-MAX_BYTES_IN_FLIGHT = 32 << 20  # one block may be larger; then it is alone
-MAX_BLOCKS_PER_WORKER = 3  # one to work on, one to go on with at once, one on its way
+MAX_BYTES_IN_FLIGHT = 32 << 20  # a single block may be larger; then no other is in flight
+MAX_BLOCKS_PER_WORKER = 3  # one in work, one waiting in the worker, one on its way
 JOIN_TIMEOUT_S = 5.0
 
 Encode = Callable[[Block], EncodedBlock]
@@ -63,7 +63,7 @@ def count_cores() -> int:
 
 
 class _Feed:
-    """The blocks, read no sooner than they are asked for, and the error that ended them."""
+    """The blocks, read only when they are asked for, and the error that ended them."""
 
     def __init__(self, blocks: Iterator[Block]):
         self._blocks = blocks
@@ -87,7 +87,7 @@ class _Worker:
     """The parent's end of one process; `in_hand`: number and beginning of the blocks sent and not yet answered."""
 
     def __init__(self) -> None:
-        # spawn: a fork would copy whatever threads the caller has, in whatever state they are
+        # spawn: a fork would copy the caller's threads and their locks in an undefined state
         context = multiprocessing.get_context("spawn")
         self.in_hand: deque[tuple[int, Position]] = deque()
         self.connection, theirs = context.Pipe()

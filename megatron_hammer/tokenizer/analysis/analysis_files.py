@@ -1,4 +1,4 @@
-"""An analysis of tokenizers as CSV, a row a tokenizer, and as a picture."""
+"""An analysis of tokenizers as CSV, one row per tokenizer, and as a picture."""
 
 import csv
 import io
@@ -16,7 +16,7 @@ PANEL_INCHES = (5.6, 4.2)
 
 
 def write_csv(analysis: Analysis, path: Path) -> None:
-    """One row a tokenizer; ratios with six decimals, coverage in percent with two."""
+    """One row per tokenizer; ratios with six decimals, coverage in percent with two."""
     rows = [_build_row(analysis, describe_tokenizer(analysis, tokenizer)) for tokenizer in analysis.tokenizers]
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
@@ -50,7 +50,7 @@ def _prefix(prefix: str, figures: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_plot(analysis: Analysis, path: Path) -> None:
-    """Grouped bars as a PNG, a panel a figure: bytes a token, tokens against the reference, fertility, coverage."""
+    """Grouped bars as a PNG, one panel per figure: bytes per token, tokens / reference, fertility, coverage."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -75,7 +75,7 @@ def write_plot(analysis: Analysis, path: Path) -> None:
 
 
 def _list_panels(analysis: Analysis) -> list[tuple[str, str, list[str], list[list[float]]]]:
-    """(title, unit, names of groups, values by tokenizer and group) of each panel that there is anything for."""
+    """(title, unit, names of groups, values by tokenizer and group) of each panel that has data."""
     described = [describe_tokenizer(analysis, tokenizer) for tokenizer in analysis.tokenizers]
     panels = []
     if analysis.scripts:
@@ -112,7 +112,7 @@ def _draw_bars(axes: Any, groups: Sequence[str], names: Sequence[str], values: S
 
 
 def _drawable(text: str) -> str:
-    """The text, or with escapes for all that is not ASCII where matplotlib's own font lacks a character of it."""
+    """The text; with escapes for everything that is not ASCII if matplotlib's own font lacks one of its characters."""
     from matplotlib import font_manager
 
     glyphs = font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()

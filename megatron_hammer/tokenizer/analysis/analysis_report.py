@@ -1,8 +1,8 @@
-"""An analysis of tokenizers as tables for people and as one object for machines; analysis_files.py writes CSV and PNG.
+"""An analysis of tokenizers as tables and as one JSON object; analysis_files.py writes CSV and PNG.
 
-Definitions. Bytes a token: UTF-8 bytes of the text / tokens, more is better. Against the reference: tokens / tokens of
-the reference, less is better. Fertility: all tokens of the documents of a script / their words (Latin: what stands
-between whitespace) or their characters other than whitespace (Han and the others). Coverage: see coverage.py.
+Definitions. Bytes per token: UTF-8 bytes of the text / tokens, more is better. Relative to the reference: tokens /
+tokens of the reference, less is better. Fertility: all tokens of the documents of a script / their words (Latin:
+separated by whitespace) or their characters other than whitespace (Han and the others). Coverage: see coverage.py.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from megatron_hammer.tokenizer.analysis.script import UNITS, Script
 
 
 def divide(numerator: float, denominator: float) -> float | None:
-    """None where there is nothing to divide by, as for a corpus without text."""
+    """Return the quotient; None if the denominator is 0, as for a corpus without text."""
     return numerator / denominator if denominator else None
 
 

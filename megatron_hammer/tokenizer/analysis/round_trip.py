@@ -1,7 +1,7 @@
 """Where decode(encode(text)) differs from the text, place by place, and what kind of loss each place is.
 
-The two texts are walked together. At a place where they part, the kind is found by trying the known ones in turn, and
-the walk goes on where both agree again; so time is linear in the text, and no diff of whole documents is needed.
+Both texts are walked together. Where they differ, the known kinds of loss are tried in turn, and the walk continues
+where both agree again. So time is linear in the length of the text, and no diff of whole documents is needed.
 """
 
 import re
@@ -14,7 +14,7 @@ from megatron_hammer.corpus.readers import Document
 
 CONTEXT_CHARS = 8
 SHOWN_CHARS = 40
-# Both texts must agree in this many characters before the walk goes on, and do so within this distance.
+# The walk continues where both texts agree in this many characters, within this distance.
 AGREEMENT_CHARS = 4
 MAX_DISTANCE_CHARS = 64
 _COMPARED_CHARS = 4096
@@ -106,7 +106,7 @@ def find_losses(before: str, after: str) -> Iterator[Loss]:
 
 
 def _count_equal(before: str, i: int, after: str, j: int) -> int:
-    """How many characters from i and j on are equal."""
+    """How many characters are equal, starting at i and j."""
     start = i
     size = _COMPARED_CHARS
     while size:
@@ -134,7 +134,7 @@ def _find_loss(before: str, i: int, after: str, j: int, num_equal: int) -> Loss:
 
 
 def _find_unknown(before: str, i: int, after: str, j: int) -> Loss | None:
-    """What became the unknown token: up to where the text behind that token goes on, which may be short."""
+    """The text that became the unknown token: it ends where the text after that token continues, which may be short."""
     match = _UNKNOWN.match(after, j)
     if match is None or i == len(before):
         return None
@@ -212,12 +212,12 @@ def _find_control_token(before: str, i: int, after: str, j: int) -> Loss | None:
 
 
 def _agree(before: str, i: int, after: str, j: int) -> bool:
-    """Both go on alike, or both end."""
+    """Whether both texts continue alike, or both end."""
     return i <= len(before) and before[i : i + AGREEMENT_CHARS] == after[j : j + AGREEMENT_CHARS]
 
 
 def _find_agreement(before: str, i: int, after: str, j: int) -> tuple[int, int]:
-    """The fewest characters to skip in each text so that both go on alike; all that is left where none does."""
+    """The fewest characters to skip in each text so that both continue alike; all the rest if they never do."""
     for distance in range(1, MAX_DISTANCE_CHARS + 1):
         for num_chars in range(distance, -1, -1):
             if j + distance - num_chars <= len(after) and _agree(

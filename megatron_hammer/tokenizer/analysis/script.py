@@ -27,12 +27,12 @@ class Script(StrEnum):
     NONE = "none"
 
 
-# A word is whatever stands between whitespace; the other scripts do not all put whitespace between words.
+# Latin words are separated by whitespace; some of the other scripts put none between words.
 UNITS = {Script.HAN: "character", Script.LATIN: "word", Script.OTHER: "character", Script.NONE: "character"}
 
 
 def detect_script(text: str) -> Script:
-    """The script with the most units; where two have as many, the first in the order Han, Latin, other.
+    """The script with the most units; of two with equally many, the first in the order Han, Latin, other.
 
     Units: each Han character, each run of Latin letters, each kana or Hangul character, each run of other letters.
     """

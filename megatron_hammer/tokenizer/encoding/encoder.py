@@ -127,7 +127,7 @@ class HuggingFaceEncoder(Encoder):
 class DeferredEncoder(Encoder):
     """The facts of `encoder`; its file is read again when this is first asked to encode or decode.
 
-    For a process that needs the facts at once and the rest hardly ever. Can be sent to another process.
+    For a process that needs the facts at once, but rarely encodes. Can be sent to another process.
     """
 
     def __init__(self, encoder: Encoder):
@@ -150,7 +150,7 @@ class DeferredEncoder(Encoder):
 
 
 def copy_facts(source: Encoder, target: Encoder) -> None:
-    """Give an encoder that stands in for another the other's facts."""
+    """Copy the facts of an encoder to one that replaces it."""
     target.path, target.sha256, target.vocab_size = source.path, source.sha256, source.vocab_size
     target.bos_id, target.eod_id = source.bos_id, source.eod_id
 
@@ -202,7 +202,7 @@ def _none_if_negative(token_id: int) -> int | None:
 
 
 def _read_config(config_path: Path) -> dict[str, Any]:
-    """Read tokenizer_config.json; empty where there is none."""
+    """Read tokenizer_config.json; empty if there is none."""
     if not config_path.is_file():
         return {}
     try:

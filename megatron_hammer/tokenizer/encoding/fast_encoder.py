@@ -1,8 +1,8 @@
-"""A fast encoder in front of the reference, used only where it has been seen to return the reference's ids.
+"""A fast encoder in front of the reference, used only after a check that it returns the reference's ids.
 
 `select_encoder` builds it once and checks it; `EncoderChoice.load` makes it in each worker. Our own C kernel is tried
-first (native_encoder.py), then `fastokens`. What neither can express, or what they encode otherwise, is left to the
-reference with a warning. Long texts are encoded in parts, see text_cuts.
+first (native_encoder.py), then `fastokens`. A tokenizer that neither can express, or that they encode otherwise, is
+left to the reference with a warning. Long texts are encoded in parts, see text_cuts.
 """
 
 import ctypes
@@ -47,7 +47,7 @@ import fastokens
 
 PIECES_PER_TEXT = 256
 BYTE_TOKEN_START = "<0x"  # fastokens takes a literal "<0x41>" for the byte token of that name where no piece joins it
-MAX_SAMPLE_CHARS = 100_000  # a tenth of a second of the reference
+MAX_SAMPLE_CHARS = 100_000  # the reference encodes this much in a tenth of a second
 
 # Beside SAMPLE_TEXTS: what a fast encoder might treat by another path than ordinary text.
 HOSTILE_TEXTS = (
@@ -118,7 +118,7 @@ class FastEncoder(Encoder):
         return np.frombuffer(ids, dtype=np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        if BYTE_TOKEN_START in "\0".join(texts):  # one search is several times faster than one a text
+        if BYTE_TOKEN_START in "\0".join(texts):  # one search is several times faster than one per text
             return super().encode_batch(texts)
         prefixed = [self._prefix + text if text else text for text in texts] if self._prefix else list(texts)
         ids, offsets = self._tokenizer.encode_batch_flat(prefixed)
@@ -194,7 +194,7 @@ def _build_choice(
 
 
 def define_without_special_tokens(reference: Encoder) -> bytes:
-    """The tokenizer.json of `reference`; where it takes special tokens in text for text, without them."""
+    """The tokenizer.json of `reference`, without special tokens if it reads them in text as plain text."""
     definition = reference.path.read_bytes()
     if not (isinstance(reference, HuggingFaceEncoder) and reference.splits_special_tokens):
         return definition

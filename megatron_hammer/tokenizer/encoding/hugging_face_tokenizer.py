@@ -1,7 +1,7 @@
 """A Hugging Face tokenizer that encodes exactly as a SentencePiece BPE model.
 
 transformers' own conversion adds a prefix space, leaves user-defined symbols to merges and reads a literal `</s>` in
-text as the control token. Writing the files of a Hugging Face folder is checkpoint/tokenizer_export.py's.
+text as the control token. The files of a Hugging Face folder are written by tokenizer/export/export_tokenizer.py.
 """
 
 import itertools
@@ -129,7 +129,7 @@ def _vocabulary_key(piece: Piece, model: SentencePieceModel) -> str:
 def _unmatchable(text: str) -> str:
     """A key that no text can contain, because every space is escaped before pieces are looked up.
 
-    fastokens looks up whole stretches of text in the vocabulary before it merges, so that no merge is not enough.
+    fastokens looks up whole stretches of text in the vocabulary before it merges, so removing the merges is not enough.
     """
     return f" {text}"
 
@@ -152,7 +152,7 @@ def _validate_expressible(model: SentencePieceModel, name: str) -> None:
 
 
 def list_inexpressible(model: SentencePieceModel) -> list[str]:
-    """What of the model a tokenizer.json cannot say, with the reason; empty if nothing."""
+    """The settings of the model that a tokenizer.json cannot express, each with the reason."""
     types = {piece.type for piece in model.pieces}
     reasons = [
         (model.model_type != "bpe", f"model_type={model.model_type}: only BPE merges are mapped"),

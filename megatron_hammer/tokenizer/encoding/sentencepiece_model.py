@@ -1,7 +1,8 @@
 """What a SentencePiece `.model` file holds: read, and written again after an edit.
 
 The sentencepiece package encodes, but does not say which pieces are user-defined nor how text is normalised. The file
-is a protobuf message whose definition that package ships. Training one is train.py's, extending one merge_pairs.py's.
+is a protobuf message whose definition that package ships. Models are trained by train.py and extended by
+merge_vocabularies.py.
 """
 
 from collections.abc import Iterable

@@ -1,9 +1,9 @@
-"""Where a text can be cut so that its parts, encoded one by one, give the ids of the whole.
+"""Safe boundaries of a text: its parts, encoded one by one, give the ids of the whole.
 
-A BPE merge joins two neighbours whose concatenation is a piece. If the two characters beside a boundary stand beside
-each other in no piece, no merge and no user-defined symbol can span it, so neither side can see the other. This bounds
-the memory of a long document. Only SentencePiece BPE models whose normalisation looks at one character at a time are
-cut; `build_text_cutter` returns None for others.
+A BPE merge joins two neighbours whose concatenation is a piece. If no piece contains the two characters at a boundary
+next to each other, no merge and no user-defined symbol can span the boundary, so the two sides do not affect each
+other. This bounds the memory of a long document. Only SentencePiece BPE models whose normalisation looks at one
+character at a time are cut; `build_text_cutter` returns None for others.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ _CODE_POINT_BITS = np.uint64(21)
 
 
 class TextCutter:
-    """Cuts long texts where no piece can span.
+    """Cuts long texts at boundaries that no piece can span.
 
     inner_pairs: the pairs of neighbouring code points of all pieces, left << 21 | right, sorted, [num_pairs] uint64.
     has_dummy_prefix: every part gets a leading space from the model, so a cut drops one, and is made at a space only.
@@ -63,7 +63,7 @@ class TextCutter:
             is_safe &= is_known[:-1] | is_known[1:]
         if self._has_dummy_prefix:
             is_safe &= is_space[1:]
-            is_safe[-1:] = False  # the part after the space would be empty, and nothing has no prefix
+            is_safe[-1:] = False  # the part after the space would be empty, and an empty part gets no prefix
         return np.flatnonzero(is_safe) + 1
 
 

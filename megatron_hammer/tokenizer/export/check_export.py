@@ -1,7 +1,7 @@
-"""Holds a written tokenizer folder to the tokenizer that it came from, through transformers as users load it.
+"""Compare a written tokenizer folder with the original tokenizer, through transformers, as users load it.
 
 A folder can be right for the `tokenizers` library and wrong for users: transformers may rebuild the tokenizer from
-parts of the folder by rules of its own. Only what `AutoTokenizer.from_pretrained` gives counts.
+parts of the folder by rules of its own. So the result of `AutoTokenizer.from_pretrained` is compared.
 """
 
 import itertools

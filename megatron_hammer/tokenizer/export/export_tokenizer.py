@@ -1,9 +1,10 @@
 """Tokenizer files of a Hugging Face folder that encode exactly as the tokenizer that the model was trained with.
 
-A SentencePiece BPE model becomes `tokenizer.model` (copied) and `tokenizer.json` (tokenizer/hugging_face.py). Files of
-a Hugging Face tokenizer are copied. Nothing is written before both encode the same texts alike.
-`export_tokenizer` fills a folder that a model's export makes; `export_tokenizer_folder` makes one, and holds what
-transformers loads from it to the original on a whole corpus (check_export.py) before it gets its name.
+A SentencePiece BPE model becomes `tokenizer.model` (copied) and `tokenizer.json` (encoding/hugging_face_tokenizer.py).
+Files of a Hugging Face tokenizer are copied. Nothing is written before both encode the same texts alike.
+`export_tokenizer` fills the folder of an exported model. `export_tokenizer_folder` makes a folder of its own and,
+before the folder gets its name, compares what transformers loads from it with the original on a whole corpus
+(check_export.py).
 """
 
 import json
@@ -80,7 +81,7 @@ def export_tokenizer_folder(
     with publish_directory(save_dir) as partial_dir:
         try:
             tokenizer = export_tokenizer(source, partial_dir, max_length=max_length)
-        except ConversionError as error:  # there is nothing here that could be written without the tokenizer
+        except ConversionError as error:  # without the tokenizer there is nothing to write
             raise ConversionError(
                 *(problem.replace("Pass --no-tokenizer and encode", "Encode") for problem in error.problems)
             ) from error

@@ -2,7 +2,8 @@
 
 A character is covered where the vocabulary holds it as one token that stands for exactly this character. One that
 is only part of longer tokens, or that is spelt in bytes, is not. How text is cut does not matter: Llama-2 puts a space
-before each text, so that it encodes no Chinese character to one token, and yet 605 of the 3,500 are tokens of its own.
+before each text, so it encodes no Chinese character to one token, although its vocabulary has tokens for 605 of the
+3,500.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""A tokenizer that extends another: the same pieces under the same ids, and new ones behind them.
+"""A tokenizer that extends another one: the same pieces with the same ids, followed by new pieces.
 
-Tells which old pieces spell each new one, from which a model's new rows are made. Both tokenizers must be of one kind:
-two SentencePiece models, or two Hugging Face tokenizers.
+Says which old pieces spell each new piece; a model's new embedding rows are computed from these. Both must be
+of one kind: two SentencePiece models, or two Hugging Face tokenizers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from megatron_hammer.tokenizer.encoding.sentencepiece_model import Piece, PieceT
 
 
 def validate_extension(old: Encoder, new: Encoder) -> None:
-    """Raise DataError unless `new` has every piece of `old` under its id, and more behind them."""
+    """Raise DataError unless `new` has every piece of `old` under its id, followed by new ones."""
     if isinstance(old, SentencePieceEncoder) != isinstance(new, SentencePieceEncoder):
         raise DataError(
             f"{new.path}: both tokenizers must be of one kind, got {_name_kind(new)} beside {_name_kind(old)} "
@@ -34,7 +34,7 @@ def validate_extension(old: Encoder, new: Encoder) -> None:
 
 
 def spell_new_pieces(old: Encoder, new: Encoder) -> Iterator[list[int]]:
-    """Yield, for each id of `new` behind those of `old`, the old ids that its text encodes to.
+    """Yield, for each id of `new` after those of `old`, the old ids that its text encodes to.
 
     No dummy prefix is added and no space is dropped, whatever the old tokenizer does to whole texts. Unknown
     characters are left out. Empty: a piece that is not text (a byte), or of which the old tokenizer knows nothing.

@@ -1,9 +1,9 @@
-"""Extend a SentencePiece BPE model with what another has and it lacks; ids of the base never change.
+"""Extend a SentencePiece BPE model with pieces of another model; the ids of the base never change.
 
 `merge_characters` is HammerLLM's way: required characters of the other model, then user-defined symbols.
 `merge_vocabulary` is the way of Chinese-LLaMA and tiny-llm-zh: every piece of the other model.
-The settings of the base stay (normaliser, dummy prefix, byte fallback), so that text is cut as its old ids expect.
-Rows for the new ids in a model's embeddings are not made here.
+The settings of the base stay (normaliser, dummy prefix, byte fallback), so text is cut as the model was trained on it.
+Not here: embedding rows for the new ids (checkpoint/surgery).
 
 Source: tokenizer/merge.py of github.com/Academic-Hammer/HammerLLM and tokenizer/expend_tokenizer.py of
 github.com/wdndev/tiny-llm-zh; the first pinned by tests/numerics/test_tokenizer_merge_published.py.
@@ -37,7 +37,7 @@ AddedScores = Literal["zero", "calibrated"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LevelReport:
-    """What became of one level of required characters."""
+    """How many characters of one level were found in which model."""
 
     level: str
     num_characters: int

@@ -40,14 +40,14 @@ class SourceCounts:
 
     @property
     def shortfall_bytes(self) -> int:
-        """How much of its share a source that is used whole could not give."""
+        """The bytes by which a source that is used whole falls short of its share."""
         return max(0, (self.quota_bytes or 0) - self.sampled_bytes) if self.is_used_whole else 0
 
 
 def parse_sources(items: Sequence[str]) -> tuple[TextSource, ...]:
     """Read inputs as Megatron's --data-path: paths alone (one source), or weights, each before its path or paths.
 
-    Raises ConfigError for weights that are not positive, stand before no path, or are missing before the first path.
+    Raises ConfigError for weights that are not positive, are followed by no path, or are missing before the first path.
     """
     numbers = [_parse_weight(item) for item in items]
     if all(number is None for number in numbers):
@@ -169,7 +169,7 @@ def cut_line(line: bytes, max_bytes: int) -> Iterator[bytes]:
 
 
 class _TextLines:
-    """The lines of all documents as UTF-8, cut at `max_line_bytes`; counts what it has passed on."""
+    """The lines of all documents as UTF-8, cut at `max_line_bytes`; counts the lines and bytes that it has yielded."""
 
     def __init__(self, inputs: Sequence[str | Path], json_key: str, max_line_bytes: int, on_bytes_read: OnBytesRead):
         self._inputs = inputs

@@ -1,8 +1,8 @@
 """Train a SentencePiece BPE model on any input that the preprocessor reads.
 
-Reproducible: the same text, recipe and seed give the same bytes. The sample depends on nothing but the seed and the
-order of the lines, and the number of threads, which changes nothing else, is not stored. Settings are recipes.py's,
-the sample is text_sample.py's.
+Reproducible: the same text, recipe and seed give the same bytes. The sample depends only on the seed and the order of
+the lines. The number of threads, which changes nothing else, is not stored in the model. See recipes.py for the
+settings and text_sample.py for the sample.
 """
 
 import io
@@ -62,7 +62,7 @@ def train_tokenizer(
     """Train on a sample of at most `max_bytes` of text (all of it if None) and write the model.
 
     inputs: paths (one source), or sources with weights. on_training: told of the sample once it is complete.
-    sentencepiece takes about 20 bytes of memory for a byte of the sample.
+    sentencepiece needs about 20 bytes of memory per byte of the sample.
     Raises DataError if the text cannot give `vocab_size` pieces, or if the inputs or the output fail.
     """
     sample, counts = sample_sources(
@@ -94,7 +94,7 @@ def train_tokenizer(
 
 
 def check_requirements(model_bytes: bytes, recipe: TokenizerRecipe) -> None:
-    """Raise DataError if a required character or a symbol is not in the model as what it should be."""
+    """Raise DataError if a required character or a symbol is missing in the model or has another type."""
     types = {piece.text: piece.type for piece in parse_sentencepiece_model(model_bytes).pieces}
     usable = (PieceType.NORMAL, PieceType.USER_DEFINED)
     characters = [character for character in recipe.required_chars if types.get(spell_piece(character)) not in usable]
@@ -124,7 +124,7 @@ def _list_sources(inputs: Sequence[str | Path] | Sequence[TextSource]) -> list[T
 
 
 def _train_interruptibly(sample: Sequence[bytes], recipe: TokenizerRecipe, num_threads: int) -> bytes:
-    """Train in a thread: sentencepiece never looks for Ctrl-C, but this thread does."""
+    """Train in a second thread: sentencepiece does not react to Ctrl-C, but the waiting main thread does."""
     results: list[bytes] = []
     errors: list[BaseException] = []
 

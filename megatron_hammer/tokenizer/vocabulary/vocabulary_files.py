@@ -1,7 +1,7 @@
-"""The files that say what a vocabulary must hold: required characters, and symbols that are never cut.
+"""The files that list what a vocabulary must hold: required characters, and symbols that are never cut.
 
-Characters: UTF-8 text, every character of which counts, or JSON in levels as coverage.py reads it, the most common
-characters first. Symbols: one a line, taken literally; a space in one is stored as sentencepiece stores spaces.
+Characters: UTF-8 text, in which every character counts, or JSON in levels as coverage.py reads it, the most common
+characters first. Symbols: one per line, taken literally; a space in one is stored as sentencepiece stores spaces.
 """
 
 import re
