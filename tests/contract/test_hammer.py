@@ -3,9 +3,9 @@
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -13,7 +13,7 @@ from megatron_hammer.cli.hammer import COMMANDS, GROUPS, main
 from tests.helpers.imports import MODULES, PACKAGE, ROOT, iterate_imports, parse
 
 MAX_SECONDS = 0.3
-NUM_ROUNDS = 8  # the quickest counts: the machine may do other work
+NUM_ROUNDS = 5  # the quickest counts
 SCRIPTS = sorted(path for folder in ("tools", "checkpoint_convert") for path in (ROOT / folder).glob("*.py"))
 
 
@@ -78,12 +78,14 @@ def test_the_map_imports_nothing_but_the_standard_library() -> None:
 
 
 def test_the_map_appears_at_once() -> None:
+    """Processor time, which is the waiting time on an idle machine: other work does not change it much."""
     seconds = []
     for _ in range(NUM_ROUNDS):
-        started_at_s = time.monotonic()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         run_python("-m", PACKAGE, "--help")
-        seconds.append(time.monotonic() - started_at_s)
-    assert min(seconds) < MAX_SECONDS, seconds
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+    assert 0 < min(seconds) < MAX_SECONDS, seconds
 
 
 @pytest.mark.parametrize(
