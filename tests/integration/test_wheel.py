@@ -1,5 +1,6 @@
 """The wheel, installed without the clone: the command, its package data, and a first tool."""
 
+import json
 import os
 import shutil
 import site
@@ -10,8 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from megatron_hammer import __version__
+from megatron_hammer.cli.check_environment import Requirements, read_setup
 from tests.helpers.imports import PACKAGE, ROOT
 from tests.helpers.tracked_files import list_tracked_files
 
@@ -75,6 +79,17 @@ def test_the_command_and_the_version(installation: Installation) -> None:
     version, path = installation.run("python", "-c", program).stdout.split()
     assert version == __version__
     assert Path(path).is_relative_to(installation.bin.parent)
+
+
+def test_the_environment_is_checked_against_the_installed_requirements(installation: Installation) -> None:
+    program = "import json; from megatron_hammer.cli.check_environment import *; print(json.dumps(read_installed()))"
+    installed = Requirements(*json.loads(installation.run("python", "-c", program).stdout))
+    expected = read_setup(ROOT / "setup.py")
+    assert SpecifierSet(installed.python) == SpecifierSet(expected.python)
+    assert list(map(Requirement, installed.packages)) == list(map(Requirement, expected.packages))
+    assert installed.extras.keys() == expected.extras.keys()
+    for extra, requirements in expected.extras.items():
+        assert list(map(Requirement, installed.extras[extra])) == list(map(Requirement, requirements))
     result = installation.run("hammer", "check-environment", "--extra", "dev")
     assert (result.returncode, result.stdout) == (0, ""), result.stderr
 
