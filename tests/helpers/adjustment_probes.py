@@ -93,7 +93,7 @@ def probe_rng_warning() -> Any:
     handler.emit = records.append  # type: ignore[method-assign]
     logging.getLogger().addHandler(handler)
     tracker = random.CudaRNGStatesTracker()
-    tracker.set_states({random._MODEL_PARALLEL_RNG_LATEST_FILE: torch.get_rng_state()})
+    tracker.set_states({random._MODEL_PARALLEL_RNG_TRACKER_NAME: torch.get_rng_state()})
     # Without a GPU the untouched functions cannot read a state at all; what they would read and write is the CPU's.
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
