@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from megatron_hammer.errors import DataError
+from megatron_hammer.files.tables import build_table, open_console
 from megatron_hammer.scaling.cost.coefficients import (
     Coefficients,
     build_prior_coefficients,
@@ -100,19 +101,18 @@ def build_calibration_document(
 def print_tables(start: Coefficients, coefficients: Coefficients, assessment: Assessment) -> None:
     before, after = flatten_coefficients(start), flatten_coefficients(coefficients)
     changed = [name for name in after if f"{before[name]:.4g}" != f"{after[name]:.4g}"]
-    width = max(len(name) for name in [*changed, "coefficient"])
-    print(f"{'coefficient':<{width}}  {'before':>10}  {'after':>10}")
-    for name in changed:
-        print(f"{name:<{width}}  {before[name]:>10.4g}  {after[name]:>10.4g}")
-    print(f"{len(after) - len(changed)} others stay as they were\n")
-    width = max(len(name) for name in [*assessment.by_publication, "cross-validated"])
-    print(f"{'cross-validated':<{width}}  {'runs':>5}  {'median':>7}  {'mean':>7}  {'bias':>7}")
-    for name, errors in [*assessment.by_publication.items(), ("all", assessment.errors)]:
-        ratios = f"{errors.median_ratio:>7.1%}  {errors.mean_ratio:>7.1%}  {errors.bias_ratio:>+7.1%}"
-        print(f"{name:<{width}}  {errors.num_runs:>5}  {ratios}")
+    console = open_console()
+    rows = [(name, f"{before[name]:.4g}", f"{after[name]:.4g}") for name in changed]
+    console.print(build_table("Coefficients", ("coefficient", "before", "after"), rows))
+    console.print(f"{len(after) - len(changed)} others stay as they were", "")
+    figures = [
+        (name, str(one.num_runs), f"{one.median_ratio:.1%}", f"{one.mean_ratio:.1%}", f"{one.bias_ratio:+.1%}")
+        for name, one in [*assessment.by_publication.items(), ("all", assessment.errors)]
+    ]
+    console.print(build_table("Cross-validated", ("publication", "runs", "median", "mean", "bias"), figures))
     ranking = assessment.ranking
     if ranking is not None:
         print(
             f"layouts: the predicted best is within 5% of the measured best in {ranking.num_within_5_percent} of "
-            f"{ranking.num_groups} groups of runs that differ in nothing else"
+            f"{ranking.num_groups} groups of runs that differ only in layout"
         )

@@ -76,9 +76,9 @@ def run(arguments: argparse.Namespace) -> None:
         print(json.dumps(document, indent=2))
         return
     if memory is not None:
-        from megatron_hammer.scaling.memory.validation import format_memory_report
+        from megatron_hammer.scaling.memory.validation import print_memory_report
 
-        print(format_memory_report(memory))
+        print_memory_report(memory, sys.stdout)
     if report is not None:
         print_report(report, sys.stdout)
 

@@ -39,10 +39,6 @@ class StepTimes:
     high_s: float
     peak_memory_bytes: int  # of the rank that needed the most, over all steps
 
-    @property
-    def spread_ratio(self) -> float:
-        return (self.high_s - self.low_s) / self.median_s
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeasuredSetting:

@@ -5,10 +5,10 @@ that cannot be predicted are listed with the reason.
 """
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from megatron_hammer.model.accounting import StageMemory, estimate_memory
 from megatron_hammer.model.byte_units import GIB
@@ -192,42 +192,43 @@ def _row_as_json(prediction: MemoryPrediction) -> dict[str, Any]:
     }
 
 
-def format_memory_report(report: MemoryReport) -> str:
-    """Tables for a terminal: predicted rows, other rows, errors by group. The last line has the counts."""
-    lines = [f"{'row':>4}  {'measured':>10}  {'predicted':>10}  {'error':>7}  kind              source: model"]
-    lines += [_format_row(prediction) for prediction in report.rows]
+def print_memory_report(report: MemoryReport, stream: IO[str]) -> None:
+    """Print predicted rows, other rows, errors by group and the provenance. The last line has the counts."""
+    from megatron_hammer.files.tables import build_table, open_console
+
+    console = open_console(stream)
+    columns = ("row", "source", "model", "kind", "measured", "predicted", "error")
+    console.print(build_table("Rows", columns, map(_list_row_cells, report.rows), num_text=4), "")
     if report.unpredictable:
-        lines += ["", "Not predicted:"]
-        lines += [
-            f"{row.row_number:>4}  {row.source}: {row.model or '-'}: {row.reason}" for row in report.unpredictable
-        ]
-    lines += ["", f"{'rows':>5}  {'median':>7}  {'mean':>7}  {'bias':>7}  {'largest':>8}  {'in 5 %':>6}  errors by"]
-    lines += list(_format_groups(report.groups))
-    lines += ["", PROVENANCE]
+        reasons = [(str(row.row_number), row.source, row.model or "-", row.reason) for row in report.unpredictable]
+        table = build_table("Rows that cannot be predicted", ("row", "source", "model", "reason"), reasons, num_text=4)
+        console.print(table, "")
+    figures = ("errors by", "name", "rows", "median", "mean", "bias", "largest", "in 5 %")
+    console.print(build_table("Errors", figures, map(_list_group_cells, report.groups), num_text=2), "")
+    console.print(f"{PROVENANCE}\n", soft_wrap=True)
     total = len(report.rows) + len(report.unpredictable)
-    lines += ["", f"{total} rows: {len(report.rows)} predicted, {len(report.unpredictable)} not, each with its reason."]
-    return "\n".join(lines)
+    counts = f"{total} rows: {len(report.rows)} predicted, {len(report.unpredictable)} not, each with its reason."
+    console.print(counts, soft_wrap=True)
 
 
-def _format_row(prediction: MemoryPrediction) -> str:
+def _list_row_cells(prediction: MemoryPrediction) -> tuple[str, ...]:
     row = prediction.row
     if row.kind == "activation_ratio":
         measured, predicted = f"{row.measured:.1%}", f"{prediction.predicted:.1%}"
     else:
         measured, predicted = f"{row.measured / GIB:.2f} GiB", f"{prediction.predicted / GIB:.2f} GiB"
     error = f"{prediction.error_ratio:+.1%}"
-    return f"{row.row_number:>4}  {measured:>10}  {predicted:>10}  {error:>7}  {row.kind:<16}  {row.source}: {row.name}"
+    return str(row.row_number), row.source, row.name, row.kind, measured, predicted, error
 
 
-def _format_groups(groups: Iterable[ErrorGroup]) -> Iterable[str]:
-    for group in groups:
-        cells = (
-            f"{group.num_rows:>5}",
-            f"{group.median_absolute_error_ratio:>7.1%}",
-            f"{group.mean_absolute_error_ratio:>7.1%}",
-            f"{group.mean_error_ratio:>+7.1%}",
-            f"{group.largest_error_ratio:>+8.1%}",
-            f"{group.within_5_percent_ratio:>6.0%}",
-            f"{group.by}: {group.name}",
-        )
-        yield "  ".join(cells)
+def _list_group_cells(group: ErrorGroup) -> tuple[str, ...]:
+    return (
+        group.by,
+        group.name,
+        str(group.num_rows),
+        f"{group.median_absolute_error_ratio:.1%}",
+        f"{group.mean_absolute_error_ratio:.1%}",
+        f"{group.mean_error_ratio:+.1%}",
+        f"{group.largest_error_ratio:+.1%}",
+        f"{group.within_5_percent_ratio:.0%}",
+    )

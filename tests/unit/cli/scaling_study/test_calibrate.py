@@ -10,7 +10,7 @@ import pytest
 from megatron_hammer.cli.scaling_study import calibrate
 from megatron_hammer.errors import DataError
 from megatron_hammer.scaling.cost.coefficients import build_prior_coefficients, load_coefficients, save_coefficients
-from tests.helpers.published_tables import write_table
+from tests.helpers.run_tables import write_table
 
 
 def run(*words: str) -> None:

@@ -12,7 +12,7 @@ from megatron_hammer.cli.scaling_study import project
 from megatron_hammer.errors import OutputError
 from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.scaling.report.projection_file import read_projection
-from tests.helpers.published_tables import write_table
+from tests.helpers.run_tables import write_table
 
 SMALL = ("--preset", "hammer-tiny", "--gpu", "a100-sxm-80gb", "--gpus", "1,2", "--top", "2")
 FILES = ["breakdown.png", "memory.png", "projection.csv", "projection.json", "report.html", "scaling.png"]

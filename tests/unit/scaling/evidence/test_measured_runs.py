@@ -7,7 +7,7 @@ import pytest
 from megatron_hammer.model.accounting import count_parameters
 from megatron_hammer.scaling.evidence.measured_runs import read_runs
 from megatron_hammer.scaling.evidence.run_table import PUBLISHED_RUNS_PATH, VTRAIN_RUNS_PATH
-from tests.helpers.published_tables import COLUMNS, read_one, read_plan, write_table
+from tests.helpers.run_tables import COLUMNS, read_one, read_plan, write_table
 
 
 def test_a_complete_row(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.scaling.evidence.measured_runs import read_runs
-from tests.helpers.published_tables import read_one, read_plan, write_table
+from tests.helpers.run_tables import read_one, read_plan, write_table
 
 
 def test_126_layers_over_eight_interleaved_stages_count_embedding_and_loss(tmp_path: Path) -> None:

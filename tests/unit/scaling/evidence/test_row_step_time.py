@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.published_tables import read_one
+from tests.helpers.run_tables import read_one
 
 
 def test_step_time_from_each_measure(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.scaling.evidence.run_table import read_run_rows
-from tests.helpers.published_tables import COLUMNS, write_table
+from tests.helpers.run_tables import COLUMNS, write_table
 
 
 def test_blanks_numbers_and_lines(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from megatron_hammer.scaling.evidence.run_table import RunRow
 from megatron_hammer.scaling.evidence.software import load_known_software, select_recipe, select_software
 from megatron_hammer.scaling.hardware.catalogue import load_clusters, load_gpus
-from tests.helpers.published_tables import read_plan
+from tests.helpers.run_tables import read_plan
 
 
 def test_old_software_recomputes_without_flash_attention(tmp_path: Path) -> None:

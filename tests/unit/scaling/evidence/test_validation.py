@@ -24,7 +24,7 @@ from megatron_hammer.scaling.evidence.validation import (
 )
 from megatron_hammer.scaling.evidence.validation_report import FITTED_SENTENCE, list_rows
 from megatron_hammer.scaling.plan import StepTime
-from tests.helpers.published_tables import write_table
+from tests.helpers.run_tables import write_table
 
 
 def read(path: Path, *rows: dict[str, str]) -> list[MeasuredRun]:

@@ -13,7 +13,7 @@ from megatron_hammer.scaling.cost.coefficients import load_coefficients
 from megatron_hammer.scaling.evidence.measured_runs import read_runs
 from megatron_hammer.scaling.evidence.validation import ValidationReport, validate_runs
 from megatron_hammer.scaling.evidence.validation_report import describe_report, draw_scatter, format_csv
-from tests.helpers.published_tables import write_table
+from tests.helpers.run_tables import write_table
 
 
 def build(path: Path, *rows: dict[str, str]) -> ValidationReport:

@@ -12,7 +12,7 @@ from megatron_hammer.scaling.evidence.measured_runs import read_runs
 from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_gpu
 from megatron_hammer.scaling.report.overlay import build_overlay
 from megatron_hammer.scaling.search.projection import Study
-from tests.helpers.published_tables import write_table
+from tests.helpers.run_tables import write_table
 from tests.helpers.toy_study import build_toy_study, predict
 
 MODEL = select_preset("llama3-8b").model
