@@ -23,6 +23,7 @@ def open_decompressed(path: Path, on_bytes_read: OnBytesRead) -> "io.BufferedRea
     raw: io.BufferedReader[Any] = io.BufferedReader(_CountingReader(path, on_bytes_read), READ_BUFFER_BYTES)
     if not is_compressed(path):
         return raw
+    # GzipFile reads every member of a file; _ZstdReader does the same for frames.
     stream = gzip.GzipFile(fileobj=raw) if path.name.lower().endswith(".gz") else _ZstdReader(raw)
     return io.BufferedReader(cast(io.RawIOBase, stream), READ_BUFFER_BYTES)
 
@@ -32,6 +33,7 @@ def skip_to(stream: "io.BufferedReader[Any]", path: Path, offset: int) -> None:
     if not is_compressed(path):
         stream.seek(offset)
         return
+    # An archive has no index, so everything before the offset must be decompressed.
     while offset > 0:
         skipped = len(stream.read(min(offset, READ_BUFFER_BYTES)))
         if not skipped:
@@ -85,6 +87,7 @@ class _ZstdReader(io.RawIOBase):
         while not self._decompressed:
             leftover = b""
             if self._frame is not None and self._frame.eof:
+                # The rest of the chunk is the beginning of the next frame.
                 leftover, self._frame = self._frame.unused_data, None
             chunk = leftover or self._compressed.read(ZSTD_CHUNK_BYTES)
             if not chunk:

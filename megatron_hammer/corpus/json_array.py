@@ -81,6 +81,7 @@ class _Cutter:
             if token in b"{[":
                 self._depth += 1
             elif token in b"}]":
+                # Brackets of elements are counted, so this one closes the array itself.
                 if self._depth == 0:
                     self._scanned = match.start()
                     self.is_complete = True

@@ -158,6 +158,8 @@ def cap_weights(weights: np.ndarray, num_tokens: Sequence[int], budget: Budget, 
         )
     capped = weights.copy()
     is_full = np.zeros(len(weights), dtype=bool)
+    # Each round fills some sources up to their caps, and the others share the rest. So there is at most one round
+    # per source.
     while True:
         free_weight = weights[~is_full].sum()
         if free_weight > 0:

@@ -86,6 +86,7 @@ def publish_directory(save_dir: Path, *, overwrite: bool = False) -> Iterator[Pa
         found = f"{len(list(save_dir.iterdir()))} entries" if save_dir.is_dir() else "a file"
         raise OutputError(f"{save_dir}: target must be absent or an empty folder, got {found}. Choose another --save.")
     partial_dir = partial_path(save_dir.absolute())
+    # left by a run that was killed
     shutil.rmtree(partial_dir, ignore_errors=True)
     try:
         partial_dir.mkdir(parents=True)
@@ -121,6 +122,7 @@ def _write_whole(path: Path, content: bytes) -> None:
 
 
 def _bring_to_disk(path: Path) -> None:
+    # Without this, a power cut could leave a file that has its name and is empty.
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -32,6 +32,7 @@ def build_table(
     table = Table(title=title and Text(title, "bold"), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
     for position, column in enumerate(columns):
         table.add_column(Text(column), justify="left" if position < num_text else "right", overflow="fold")
+    # As Text, because rich looks for markup in strings: [bold] in a file name would disappear.
     for row in rows:
         table.add_row(*map(Text, row))
     return table

@@ -151,9 +151,11 @@ class _Run:
 
     def remove_duplicates(self, block: SignedBlock) -> None:
         """Write the documents that resemble no earlier one. Documents are identified by file number and line."""
+        # One integer per document instead of two: there may be billions of them.
         first = block.file_index << LINE_BITS | block.first_line
         locations = np.arange(first, first + len(block.lines), dtype=np.int64)
         firsts = self._occurrences.add(block.digests, locations)
+        # A document whose first occurrence is itself has no earlier equal.
         is_kept = firsts == locations
         self._counts.num_documents += len(locations)
         self._counts.num_exact_duplicates += int((~is_kept).sum())
@@ -207,6 +209,7 @@ class FirstOccurrences:
 
         digests: [n] of DIGEST_DTYPE, in order of meeting; locations: int64 [n].
         """
+        # Equal documents within this batch first, then those of earlier batches.
         unique, first_places, inverse = np.unique(digests, return_index=True, return_inverse=True)
         firsts = locations[first_places]
         is_new = np.ones(len(unique), dtype=bool)
@@ -222,6 +225,7 @@ def open_compressed(path: Path) -> Iterator[BinaryIO]:
     """Open a .jsonl, .jsonl.gz or .jsonl.zst, published when complete; the same content gives the same bytes."""
     with publish_file(path) as file:
         if path.name.endswith(".gz"):
+            # Without a name and a time in the header, so that the same content gives the same bytes.
             with gzip.GzipFile(filename="", fileobj=file, mode="wb", compresslevel=GZIP_LEVEL, mtime=0) as compressed:
                 yield cast(BinaryIO, compressed)
         elif path.name.endswith(".zst"):

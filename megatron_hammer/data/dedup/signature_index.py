@@ -68,6 +68,7 @@ class SignatureIndex:
         """Return 64 bits for the values of each band: uint64 [n, num_bands]; they differ from band to band."""
         num_bands, num_rows = self._bands.num_bands, self._bands.num_rows
         values = signatures[:, : num_bands * num_rows].reshape(-1, num_bands, num_rows).astype(np.uint64)
+        # Starts with the number of the band: equal values in different bands must not meet.
         hashes = np.broadcast_to(np.arange(1, num_bands + 1, dtype=np.uint64), values.shape[:2])
         for row in range(num_rows):
             hashes = (hashes ^ values[:, :, row]) * HASH_MULTIPLIER  # wraps modulo 2^64, as meant

@@ -22,6 +22,7 @@ class SortedRuns:
         """Add pairs in any order: keys [n], values [n]."""
         order = np.argsort(keys, kind="stable")
         keys, values = keys[order], values[order]
+        # A run is at least twice as large as the next, so there are few of them and each pair is merged rarely.
         while self._runs and len(self._runs[-1][0]) < 2 * len(keys):
             run_keys, run_values = self._runs.pop()
             keys, values = np.concatenate((run_keys, keys)), np.concatenate((run_values, values))
@@ -41,4 +42,5 @@ class SortedRuns:
                 places, positions = places[is_found], positions[is_found]
                 if len(places):
                     yield places, run_values[positions]
+                # A key may occur several times in a run; its occurrences lie next to each other.
                 positions = positions + 1

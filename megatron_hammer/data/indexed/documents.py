@@ -86,6 +86,7 @@ def read_pair_documents(index: IndexSummary, *, chunk_bytes: int) -> Iterator[Do
     """
     with open(index.bin_path, "rb") as bin_file:
         for lengths, counts in _read_document_index(index):
+            # Without ids: the bounds of the documents are all that is needed to size the chunks.
             block = Documents(np.empty(0, index.dtype), lengths, counts)
             for start, stop in bound_memory(block.estimate_bytes(), chunk_bytes):
                 first_sequence = int(block.sequence_ends[start] - counts[start])

@@ -261,6 +261,7 @@ class IndexedWriter:
                 )
         self._open("ab")
         for file, size_bytes in zip(self._files(), sizes_bytes.values(), strict=True):
+            # What lies beyond was written after the state was taken.
             file.truncate(size_bytes)
 
     def _is_published_already(self) -> bool:
@@ -281,6 +282,7 @@ class IndexedWriter:
             return file.read(IDX_HEADER_BYTES) == encode_header(self.dtype, self.num_sequences, self.num_documents)
 
     def _write_ids(self, ids: np.ndarray) -> None:
+        # The conversion below would silently wrap an id that is too large for the dtype.
         if len(ids) and ids.dtype != self.dtype and not 0 <= int(ids.min()) <= int(ids.max()) <= self._largest_id:
             raise ValueError(f"token ids must lie in 0..{self._largest_id}, got {ids.min()}..{ids.max()}")
         self._write(self._bin_file, np.ascontiguousarray(ids, dtype=self.dtype).data)
@@ -294,6 +296,7 @@ class IndexedWriter:
 
     def _write_index(self) -> None:
         with open(self._partial_idx_path, "wb") as file:
+            # The order of the parts is in index_format.py: header, lengths, offsets, document index.
             file.write(encode_header(self.dtype, self.num_sequences, self.num_documents))
             with open(self._lengths_path, "rb") as lengths_file:
                 shutil.copyfileobj(lengths_file, file, BUFFER_BYTES)

@@ -156,6 +156,7 @@ class _Buckets:
             buckets = select_buckets(keys, self._num_buckets)
             order = np.argsort(buckets, kind="stable")
             used_buckets, starts = np.unique(buckets[order], return_index=True)
+            # One append per bucket and chunk, because opening the files takes most of the time.
             for bucket, chosen in zip(used_buckets, np.split(order, starts[1:]), strict=True):
                 self._append(int(bucket), documents.select(chosen), keys[chosen])
             on_moved(documents.ids.nbytes)
@@ -176,6 +177,7 @@ class _Buckets:
         records = _read_file(records_path, DOCUMENT_RECORD)
         lengths = _read_file(lengths_path, np.dtype(np.int32))
         documents = Documents(self._read_ids(ids_path), lengths, np.ascontiguousarray(records["num_sequences"]))
+        # stable: two equal keys must come in the same order on every machine
         order = np.argsort(records["key"], kind="stable")
         for start, stop in bound_memory(documents.estimate_bytes()[order], self._max_memory_bytes // 8):
             piece = documents.select(order[start:stop])

@@ -197,6 +197,7 @@ def _build_tokens(report: PairReport) -> Table:
         return build_table("most frequent tokens", ("id", "count", "share"), rows, num_text=0)
     rows_with_text = [(*row, text or "") for row, text in zip(rows, texts, strict=True)]
     table = build_table("most frequent tokens", ("id", "count", "share", "text"), rows_with_text, num_text=0)
+    # texts, unlike the numbers before them
     table.columns[-1].justify = "left"
     return table
 

@@ -127,6 +127,7 @@ def _open_lock(path: Path) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
+            # Not the existence of the file: the system drops this lock when its owner dies, however it dies.
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             owner = os.read(descriptor, 100).decode(errors="replace") or "unknown"

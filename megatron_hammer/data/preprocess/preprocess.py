@@ -90,6 +90,7 @@ def preprocess(
         require_bos_id(encoder)
     sources = select_sources(options)
     job = describe_job(options, encoder, sources)
+    # Two runs with the same outputs would write into the same partial files.
     with lock_outputs(options.lock_path):
         if options.restart:
             remove_leftovers(options)
@@ -139,6 +140,7 @@ class _Task:
                     self.run.begin_shuffle()
                     self.run.shuffle(self.options.seed, self._report)
                 return self.run.publish(self._describe(hasher))
+        # Also for Ctrl-C: whoever stops a run may want to continue it.
         except BaseException as error:
             is_kept = self.run.keep_or_remove(is_void=isinstance(error, VoidRunError))
             if is_kept and isinstance(error, HammerError):
@@ -167,6 +169,7 @@ class _Task:
     def _build_recipe(self) -> BlockEncoderRecipe:
         """Choose the fast encoder if it agrees with the reference on the first documents."""
         slices, keys = self.sources.slices, self.options.json_keys
+        # The fast encoder is compared on text of this corpus too, not only on our own samples.
         first_block = next(read_blocks(slices, keys, block_bytes=self.options.block_bytes), None)
         choice = select_encoder(self.encoder, select_sample_texts(first_block, keys))
         if choice.warning is not None:
@@ -208,6 +211,7 @@ class _Task:
                     f"{state.path}: file must not change while it is read, got {change}. Run again when it is complete."
                 )
         for writer, key in zip(self.run.writers, self.options.json_keys, strict=True):
+            # A shard may be empty: a large archive belongs whole to one shard.
             if writer.num_tokens == 0 and self.options.shard is None:
                 raise VoidRunError(
                     f'{self.options.inputs[0]}: field "{key}" must hold text in some document, '

@@ -129,6 +129,7 @@ class PreprocessRun:
         manifest of another run, and the next run continues here.
         """
         if manifests is not None:
+            # In the journal first: after a kill, the next run publishes these without hashing everything again.
             self._manifests = tuple(manifests)
             self.phase = "publish"
             self.save()

@@ -44,6 +44,7 @@ def encode_in_order(
     An error of `blocks` is raised after everything before it has been yielded, and one of a worker at its block.
     Raises PlatformError as soon as a worker has died.
     """
+    # A second process would only add the cost of the pipe.
     if num_workers == 1:
         encode = prepare()()
         yield from (encode(block) for block in blocks)
@@ -136,6 +137,7 @@ class _Pool:
 
     def stop(self) -> None:
         """End the workers, whatever they are doing."""
+        # All pipes close first, so that the workers exit at the same time.
         for worker in self._workers:
             worker.connection.close()
         for worker in self._workers:
@@ -147,6 +149,7 @@ class _Pool:
     def _send(self, feed: _Feed) -> None:
         """Hand out blocks as long as a worker has room and memory allows; one more may be read and wait for that."""
         while sum(self._sizes_bytes) < MAX_BYTES_IN_FLIGHT:
+            # The least busy worker, so that one slow block does not hold up the others.
             worker = min(self._workers, key=lambda worker: len(worker.in_hand))
             if len(worker.in_hand) >= MAX_BLOCKS_PER_WORKER:
                 return
@@ -154,6 +157,7 @@ class _Pool:
             self._waiting = None
             if block is None:
                 return
+            # Already read, but too large for the memory that is left: it waits until results have been taken.
             if self._sizes_bytes and sum(self._sizes_bytes) + len(block.payload) > MAX_BYTES_IN_FLIGHT:
                 self._waiting = block
                 return
@@ -180,6 +184,7 @@ class _Pool:
         result = self._results.pop(self._first)
         self._first += 1
         self._sizes_bytes.popleft()
+        # Raised in its turn, so that the same input fails at the same block whatever the number of workers.
         if isinstance(result, Exception):
             raise result
         return result
@@ -216,6 +221,7 @@ def _receive_all(connection: Connection, received: "queue.SimpleQueue[Any]") -> 
     with suppress(EOFError, OSError):
         while True:
             received.put(receive_object(connection))
+    # The parent is gone. Not sys.exit: that would end this thread only.
     os._exit(0)
 
 

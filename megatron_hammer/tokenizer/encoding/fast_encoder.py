@@ -84,6 +84,7 @@ class EncoderChoice:
 
     def load(self) -> Encoder:
         encoder = self.load_whole(self.reference)
+        # Each worker holds an encoder, and building one needs far more memory than keeping it.
         _return_free_memory()
         return encoder if self.cutter is None else PartwiseEncoder(encoder, self.cutter)
 
@@ -214,6 +215,7 @@ def list_checked_texts(
     yield from SAMPLE_TEXTS
     yield from HOSTILE_TEXTS
     for batch in itertools.batched(_list_piece_texts(reference, model), PIECES_PER_TEXT):
+        # Many pieces in one text: 100,000 separate calls would take seconds at every start.
         yield "\0".join(batch).replace(WHITESPACE_SYMBOL, " ")
     if model is not None:
         yield "e".join(piece.text for piece in model.pieces if piece.type is PieceType.USER_DEFINED)
@@ -238,6 +240,7 @@ def find_difference(encoder: Encoder, reference: Encoder, texts: Iterable[str]) 
         if not np.array_equal(ids, expected):
             num_common = min(len(ids), len(expected))
             position = int(np.argmax(np.append(ids[:num_common] != expected[:num_common], True)))
+            # The tokens around the difference, so that the warning shows where to look.
             context = reference.decode(expected[max(0, position - 2) : position + 3])
             return f"is encoded otherwise by the fast encoder near {context!r}"
     return None

@@ -68,6 +68,7 @@ def build_fast_tokenizer(model: SentencePieceModel, *, name: str) -> tokenizers.
         [tokenizers.AddedToken(piece.text, normalized=False) for piece in model.pieces if piece.type in SPECIAL_TYPES]
     )
     tokenizer.add_tokens([tokenizers.AddedToken(text, normalized=False) for _, text in list_symbols(model)])
+    # A literal `</s>` in text is text, as in sentencepiece.
     tokenizer.encode_special_tokens = True
     return tokenizer
 

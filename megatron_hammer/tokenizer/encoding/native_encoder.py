@@ -223,6 +223,7 @@ def compile_kernel() -> Path | None:
     if compiler is None:
         return None
     source = SOURCE_PATH.read_bytes()
+    # The hash in the name keeps the libraries of other versions and machines apart.
     key = hashlib.sha256(source + repr((platform.machine(), COMPILER_FLAGS)).encode()).hexdigest()[:16]
     cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megatron_hammer"
     path = cache_dir / f"bpe_kernel-{key}.so"
@@ -230,6 +231,7 @@ def compile_kernel() -> Path | None:
         return path
     try:
         cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # In the same folder, so that the renaming is atomic: several processes may compile at once.
         with tempfile.TemporaryDirectory(dir=cache_dir) as work_dir:
             built = Path(work_dir) / path.name
             command = [*compiler.split(), *COMPILER_FLAGS, "-o", str(built), str(SOURCE_PATH)]

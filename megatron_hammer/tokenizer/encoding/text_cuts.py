@@ -44,6 +44,7 @@ class TextCutter:
 
     def _find_boundary(self, text: str, start: int, target: int) -> int | None:
         """The last safe boundary in the window before `target`, else the first after it, else None."""
+        # Only a window is searched: a boundary is usually near, and a scan of the whole text would take longer.
         window_start = max(start, target - _WINDOW_CHARS)
         if len(boundaries := self.find_boundaries(text[window_start : target + 1])):
             return window_start + int(boundaries[-1])
@@ -59,6 +60,7 @@ class TextCutter:
         chars[is_space] = ord(WHITESPACE_SYMBOL)
         is_safe = ~_is_member(chars[:-1] << _CODE_POINT_BITS | chars[1:], self._inner_pairs)
         if self._known_chars is not None:
+            # Two unknown characters in a row become one token, so there is no cut between them.
             is_known = _is_member(chars, self._known_chars)
             is_safe &= is_known[:-1] | is_known[1:]
         if self._has_dummy_prefix:

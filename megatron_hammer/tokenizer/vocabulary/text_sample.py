@@ -125,6 +125,7 @@ def sample_sources(
 def count_fitting_bytes(counts: Sequence[SourceCounts]) -> int:
     """Return the largest sample in which every source can have its share."""
     total_weight = math.fsum(count.weight for count in counts)
+    # Only a source that is used whole can be too small for its share.
     whole = [count for count in counts if count.is_used_whole]
     return int(min((count.sampled_bytes * total_weight / count.weight for count in whole), default=0))
 
