@@ -13,7 +13,6 @@ from torch import Tensor
 
 from megatron_hammer.checkpoint.hugging_face.families.catalogue import select_family
 from megatron_hammer.checkpoint.hugging_face.family import expand
-from megatron_hammer.checkpoint.hugging_face.tensor_layouts import pad_vocab
 from megatron_hammer.checkpoint.hugging_face.tensor_rows import TensorPair
 from megatron_hammer.checkpoint.verification.megatron_model import name_parameters as checkpoint_parameters
 from megatron_hammer.checkpoint.verification.megatron_model import single_rank as single_rank
@@ -90,7 +89,7 @@ def load_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
     for name, parameter in parameters.items():
         value = weights[name]
         if name in VOCABULARY_TENSORS:
-            value = pad_vocab(value, padded_vocab_size=parameter.shape[0])
+            value = torch.nn.functional.pad(value, (0, 0, 0, parameter.shape[0] - value.shape[0]))
         parameter.copy_(value)
 
 

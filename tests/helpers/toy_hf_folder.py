@@ -9,9 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_hammer.checkpoint.hugging_face.config_json import interpret_config
-from megatron_hammer.checkpoint.hugging_face.families.catalogue import select_family
-from megatron_hammer.checkpoint.hugging_face.family import expand
+from tests.helpers.hf_by_hand import list_shapes
 
 # No two sizes alike.
 LLAMA_CONFIG = {
@@ -33,12 +31,7 @@ LLAMA_CONFIG = {
 def draw_weights(config: Mapping[str, Any], *, dtype: torch.dtype = torch.bfloat16, seed: int = 3) -> dict[str, Tensor]:
     """Random weights under the names that transformers gives them."""
     generator = torch.Generator().manual_seed(seed)
-    shape, _ = interpret_config(config)
-    return {
-        name: torch.randn(shape, generator=generator).to(dtype)
-        for pair in expand(select_family(shape), shape)
-        for name, shape in zip(pair.hf_names, pair.hf_shapes, strict=True)
-    }
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in list_shapes(config).items()}
 
 
 def write_toy_folder(

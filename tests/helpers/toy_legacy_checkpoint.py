@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint_files.legacy.tensor_parallel import select_rank_layout
+from tests.helpers.tensor_parallel_parts import split_by_name
 from tests.helpers.toy_checkpoint import toy_arguments
 
 NUM_LAYERS, HIDDEN, HEADS, HEAD_DIM, FFN, VOCAB, POSITIONS = 4, 24, 6, 4, 20, 64, 32
@@ -127,9 +127,7 @@ def _rank_chunk(
         else:
             is_here, own_name = is_first if name.startswith("embedding.") else is_last, name
         if is_here:
-            layout = select_rank_layout(name, is_gated=args.swiglu)
-            assert layout is not None
-            chunk[own_name] = layout.split(tensor, tp)[tp_rank].clone()
+            chunk[own_name] = split_by_name(name, tensor, tp, is_gated=args.swiglu)[tp_rank].clone()
     if is_last and not is_first and not args.untie_embeddings_and_output_weights:
         chunk["output_layer.weight"] = weights["embedding.word_embeddings.weight"].chunk(tp)[tp_rank].clone()
     return chunk

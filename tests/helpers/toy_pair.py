@@ -1,4 +1,4 @@
-"""A toy Megatron checkpoint and the Hugging Face folder of the same weights, written without any converter's path."""
+"""A toy Megatron checkpoint and the Hugging Face folder of the same weights, written without the conversion's code."""
 
 import json
 from argparse import Namespace
@@ -10,10 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_hammer.checkpoint.hugging_face.config_json import build_config
-from megatron_hammer.checkpoint.hugging_face.families.catalogue import select_family
-from megatron_hammer.checkpoint.hugging_face.family import expand
-from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_dropout, read_saved_model
+from tests.helpers.hf_by_hand import list_shapes, permute_to_megatron, write_config
 from tests.helpers.toy_checkpoint import toy_arguments, write_toy_checkpoint
 
 PADDED_VOCAB_SIZE = 64
@@ -33,40 +30,31 @@ def write_toy_pair(
     the checkpoint; hf_dtype: of the folder (the same). Rows of vocabulary padding are huge: to read one is noticed.
     """
     arguments = toy_arguments(**changes)
-    model = read_saved_model(arguments)
-    family = select_family(model)
+    config = write_config(arguments)
     generator = torch.Generator().manual_seed(3)
-    tensors, folder_tensors = {}, {}
-    for pair in expand(family, model):
-        tensor = _draw(pair.megatron_name, pair.megatron_shape, generator).to(dtype)
-        tensors[pair.megatron_name] = tensor
-        if pair.megatron_name in VOCABULARY:
-            num_rows = max(0, PADDED_VOCAB_SIZE - len(tensor))
-            tensors[pair.megatron_name] = torch.cat([tensor, torch.full((num_rows, tensor.shape[1]), 1e3, dtype=dtype)])
-        parts = pair.layout.split(tensor, model)
-        folder_tensors |= {
-            name: part.to(hf_dtype or dtype).contiguous() for name, part in zip(pair.hf_names, parts, strict=True)
-        }
+    hf_tensors = {name: _draw(name, shape, generator).to(dtype) for name, shape in list_shapes(config).items()}
+    tensors = permute_to_megatron(config, hf_tensors)
+    for name in tensors.keys() & set(VOCABULARY):
+        num_rows = max(0, PADDED_VOCAB_SIZE - len(tensors[name]))
+        padding = torch.full((num_rows, tensors[name].shape[1]), 1e3, dtype=dtype)
+        tensors[name] = torch.cat([tensors[name], padding])
     write_toy_checkpoint(folder / "megatron", tensors, arguments=arguments)
-    write_folder(folder / "hf", arguments, folder_tensors, hf_dtype or dtype)
+    write_folder(folder / "hf", arguments, hf_tensors, hf_dtype or dtype)
     return folder / "megatron", folder / "hf"
 
 
 def write_folder(hf_dir: Path, arguments: Namespace, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     """What transformers needs to load a model of these saved arguments."""
-    model = read_saved_model(arguments)
     hf_dir.mkdir()
-    save_file(dict(tensors), hf_dir / "model.safetensors", metadata={"format": "pt"})
-    dtype_name = str(dtype).removeprefix("torch.")
-    config = build_config(
-        select_family(model), model, read_saved_dropout(arguments), dtype=dtype_name, bos_id=None, eos_id=None
-    )
+    stored = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+    save_file(stored, hf_dir / "model.safetensors", metadata={"format": "pt"})
+    config = write_config(arguments) | {"torch_dtype": str(dtype).removeprefix("torch.")}
     (hf_dir / "config.json").write_text(json.dumps(config))
 
 
 def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     noise = torch.randn(shape, generator=generator)
-    is_norm = "norm" in name and name.endswith("weight")
+    is_norm = ("norm" in name or ".ln_" in name) and name.endswith("weight")
     if is_norm:
         return 1 + 0.3 * noise
     return noise * (shape[-1] ** -0.5 if len(shape) > 1 else 0.1)

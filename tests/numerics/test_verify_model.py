@@ -11,16 +11,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_hammer.checkpoint.hugging_face.families.catalogue import select_family
-from megatron_hammer.checkpoint.hugging_face.family import expand
-from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
 from megatron_hammer.checkpoint.verification import megatron_forward, transformers_forward
 from megatron_hammer.checkpoint.verification import verify_conversion as verify
 from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow, verify_model
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.tokenizer.export.export_tokenizer import export_tokenizer
+from tests.helpers.hf_by_hand import list_shapes, permute_to_megatron, write_config
 from tests.helpers.toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS
-from tests.helpers.toy_legacy_checkpoint import legacy_arguments, llama_weights, write_legacy_checkpoint
+from tests.helpers.toy_legacy_checkpoint import legacy_arguments, write_legacy_checkpoint
 from tests.helpers.toy_pair import change_folder, read_folder, write_folder, write_toy_pair
 from tests.helpers.toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
 
@@ -166,14 +164,16 @@ def test_twin_nan_in_the_folder_passes_no_check(tmp_path, in_process):
 
 def test_a_legacy_checkpoint_is_computed_too(tmp_path, in_process):
     arguments = legacy_arguments(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
-    weights = {name: tensor * (1 if tensor.dim() == 1 else 0.2) for name, tensor in llama_weights().items()}
+    config = write_config(arguments)
+    hf_tensors = {
+        name: torch.randn(shape, generator=torch.Generator().manual_seed(7)) * (1 if len(shape) == 1 else 0.2)
+        for name, shape in list_shapes(config).items()
+    }
+    weights = permute_to_megatron(config, hf_tensors)
+    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        weights[name] = torch.nn.functional.pad(weights[name], (0, 0, 0, 64 - len(weights[name])))
     write_legacy_checkpoint(tmp_path / "legacy", weights, tp=2, stages=((2,), (2,)), arguments=arguments)
-    model = read_saved_model(arguments)
-    tensors = {}
-    for pair in expand(select_family(model), model):
-        parts = pair.layout.split(weights[pair.megatron_name][: pair.megatron_shape[0]], model)
-        tensors |= {name: part.contiguous() for name, part in zip(pair.hf_names, parts, strict=True)}
-    write_folder(tmp_path / "hf", arguments, tensors, torch.float32)
+    write_folder(tmp_path / "hf", arguments, hf_tensors, torch.float32)
     for level in LEVELS:
         assert failed_checks(verify_model(tmp_path / "legacy", tmp_path / "hf", level=level)) == []
     change_folder(tmp_path / "hf", model__layers__3__self_attn__v_proj__weight=torch.randn(8, 24))

@@ -80,33 +80,6 @@ def merge_gate_up(gate: Tensor, up: Tensor) -> Tensor:
     return torch.cat([gate, up])
 
 
-def pad_vocab(weight: Tensor, *, padded_vocab_size: int) -> Tensor:
-    """Append rows of zeros to an embedding [v, h] up to `padded_vocab_size`; `unpad_vocab` removes them again.
-
-    Raises ConversionError if the weight has more rows than that.
-    """
-    num_padding_rows = padded_vocab_size - weight.shape[0]
-    if num_padding_rows < 0:
-        raise ConversionError(
-            f"vocabulary: rows must not exceed padded_vocab_size, got rows={weight.shape[0]}, "
-            f"padded_vocab_size={padded_vocab_size}. Check --make-vocab-size-divisible-by."
-        )
-    return torch.cat([weight, weight.new_zeros(num_padding_rows, *weight.shape[1:])])
-
-
-def unpad_vocab(weight: Tensor, *, vocab_size: int) -> Tensor:
-    """The first `vocab_size` rows of a padded embedding [p, h], a view; inverse of `pad_vocab` up to the padding.
-
-    Raises ConversionError if the weight has fewer rows than that.
-    """
-    if weight.shape[0] < vocab_size:
-        raise ConversionError(
-            f"vocabulary: rows must be at least vocab_size, got rows={weight.shape[0]}, vocab_size={vocab_size}. "
-            "Pass the vocabulary that the model was trained with."
-        )
-    return weight[:vocab_size]
-
-
 # --- the layouts that rows name ---------------------------------------------------------------------------------------
 
 

@@ -26,7 +26,6 @@ from megatron_hammer.checkpoint_files.checkpoint_reader import VOCABULARY_TENSOR
 from megatron_hammer.errors import CheckpointError, HammerError
 
 OPTIMIZER_PREFIXES = ("optimizer.", "chained_")
-_TIED_HEAD = "lm_head.weight"
 
 # What is shown: (its name, the saved arguments that hold it, joined by a space).
 LAYOUT_ARGUMENTS = (

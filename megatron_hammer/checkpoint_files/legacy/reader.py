@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal
 from megatron_hammer.checkpoint_files.checkpoint_reader import (
     VOCABULARY_TENSORS,
     remove_padding_rows,
@@ -32,7 +33,6 @@ from megatron_hammer.checkpoint_files.legacy.pipeline_stages import count_layers
 from megatron_hammer.checkpoint_files.legacy.rank_files import ParallelSizes, RankFile, load_rank_files
 from megatron_hammer.checkpoint_files.legacy.tensor_parallel import (
     RankLayout,
-    has_same_bits,
     order_qkv_by_heads,
     select_rank_layout,
 )
@@ -109,12 +109,12 @@ class LegacyReader:
 
 def _validate_copy(name: str, original: RankPart, copy: RankPart, expected: Tensor, found: Tensor) -> None:
     """A copy has the bits of the original; a master weight rounds to the model's own."""
-    if not has_same_bits(expected, found):
+    if not is_bitwise_equal(expected, found):
         raise ConversionError(
             f"{copy.located.path}: {name} must equal its copy in {original.located.path}, got a difference. "
             "The ranks are of different runs or did not stay in step; use another iteration."
         )
-    if copy.model is not None and not has_same_bits(found.to(copy.model.dtype), read_located(copy.model, name)):
+    if copy.model is not None and not is_bitwise_equal(found.to(copy.model.dtype), read_located(copy.model, name)):
         raise ConversionError(
             f"{copy.located.path}: the fp32 master weight of {name} must round to the model's, got a difference. "
             "The optimizer's order is another, or it is of another step. Pass --weights model."

@@ -6,10 +6,8 @@ import torch
 from megatron_hammer.checkpoint.hugging_face.tensor_layouts import (
     merge_gate_up,
     merge_qkv,
-    pad_vocab,
     split_gate_up,
     split_qkv,
-    unpad_vocab,
 )
 from megatron_hammer.errors import ConversionError
 
@@ -43,7 +41,7 @@ def test_no_row_is_copied_that_stands_where_it_should():
     one_group, gate_up = numbered(ROWS, HIDDEN), numbered(10, HIDDEN)
     parts = split_qkv(one_group, num_query_groups=1, head_dim=HEAD_DIM)
     assert all(part.untyped_storage().data_ptr() == one_group.untyped_storage().data_ptr() for part in parts)
-    parts = (*split_gate_up(gate_up), unpad_vocab(gate_up, vocab_size=7))
+    parts = split_gate_up(gate_up)
     assert all(part.untyped_storage().data_ptr() == gate_up.untyped_storage().data_ptr() for part in parts)
     assert all(part.is_contiguous() for part in parts)
 
@@ -92,20 +90,3 @@ def test_gate_up_that_do_not_fit_are_refused():
         split_gate_up(numbered(11, HIDDEN))
     with pytest.raises(ConversionError, match=r"gate=\(5, 7\), up=\(6, 7\)"):
         merge_gate_up(numbered(5, HIDDEN), numbered(6, HIDDEN))
-
-
-def test_vocabulary_there_and_back():
-    weight = numbered(53, HIDDEN)
-    padded = pad_vocab(weight, padded_vocab_size=64)
-    assert padded.shape == (64, HIDDEN)
-    assert padded.dtype == weight.dtype
-    assert not padded[53:].any()
-    assert torch.equal(unpad_vocab(padded, vocab_size=53), weight)
-    assert not torch.equal(unpad_vocab(padded, vocab_size=54), weight)  # the twin
-
-
-def test_vocabulary_that_does_not_fit_is_refused():
-    with pytest.raises(ConversionError, match="rows=53, padded_vocab_size=52"):
-        pad_vocab(numbered(53, HIDDEN), padded_vocab_size=52)
-    with pytest.raises(ConversionError, match="rows=53, vocab_size=54"):
-        unpad_vocab(numbered(53, HIDDEN), vocab_size=54)

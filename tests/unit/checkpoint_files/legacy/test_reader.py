@@ -14,8 +14,8 @@ from megatron_hammer.checkpoint.hugging_face.family import expand
 from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
 from megatron_hammer.checkpoint.hugging_face.tensor_rows import validate_names_and_shapes
 from megatron_hammer.checkpoint_files.legacy.reader import open_legacy_checkpoint
-from megatron_hammer.checkpoint_files.legacy.tensor_parallel import order_qkv_by_version, split_gated_columns
 from megatron_hammer.errors import CheckpointError, ConversionError
+from tests.helpers.tensor_parallel_parts import order_qkv_by_version, split_gated_columns
 from tests.helpers.toy_legacy_checkpoint import (
     HEAD_DIM,
     HEADS,

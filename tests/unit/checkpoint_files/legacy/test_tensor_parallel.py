@@ -1,4 +1,4 @@
-"""What ranks hold: every pair is an exact inverse, and every rule notices its twin that breaks one thing."""
+"""Parts that were cut by hand are put together again, and every rule notices its twin that breaks one thing."""
 
 import pytest
 import torch
@@ -8,26 +8,25 @@ from megatron_hammer.checkpoint_files.legacy.tensor_parallel import (
     GATED_COLUMN,
     REPLICATED,
     ROW,
-    has_same_bits,
     merge_columns,
     merge_gated_columns,
     merge_replicated,
     merge_rows,
     order_qkv_by_heads,
-    order_qkv_by_version,
     select_rank_layout,
-    split_columns,
-    split_gated_columns,
-    split_replicated,
-    split_rows,
 )
 from megatron_hammer.errors import ConversionError
+from tests.helpers.tensor_parallel_parts import (
+    order_qkv_by_version,
+    split_columns,
+    split_gated_columns,
+    split_rows,
+)
 
 PAIRS = [
     (split_columns, merge_columns),
     (split_rows, merge_rows),
     (split_gated_columns, merge_gated_columns),
-    (split_replicated, merge_replicated),
 ]
 
 
@@ -39,8 +38,6 @@ def test_what_is_split_merges_to_itself(split, merge, num_ranks, dtype):
     parts = split(weight, num_ranks)
     assert len(parts) == num_ranks
     assert torch.equal(merge(parts), weight)
-    again = split(merge(parts), num_ranks)
-    assert all(torch.equal(part, other) for part, other in zip(parts, again, strict=True))
 
 
 def test_what_each_rank_holds():
@@ -48,7 +45,6 @@ def test_what_each_rank_holds():
     assert torch.equal(split_columns(weight, 2)[1], weight[4:])
     assert torch.equal(split_rows(weight, 2)[1], weight[:, 3:])
     assert torch.equal(split_gated_columns(weight, 2)[1], weight[[2, 3, 6, 7]])  # gate's rows, then up's
-    assert split_replicated(weight, 2)[1] is weight
 
 
 def test_a_bias_is_cut_as_its_weight():
@@ -66,12 +62,6 @@ def test_gate_and_up_merged_as_plain_rows_are_noticed():
 
 def test_sizes_that_do_not_fit_are_refused():
     weight = torch.randn(10, 9)
-    with pytest.raises(ConversionError, match="rows: must hold one block for each rank, got size=10, which 3 does not"):
-        split_columns(weight, 3)
-    with pytest.raises(ConversionError, match="must hold one block for each rank, got size=9, which 2 does not divide"):
-        split_rows(weight, 2)
-    with pytest.raises(ConversionError, match="must hold gate and up, got size=9, which 2 does not divide"):
-        split_gated_columns(weight.t(), 1)
     with pytest.raises(ConversionError, match="must hold gate and up of a rank, got size=9"):
         merge_gated_columns([weight.t(), weight.t()])
     with pytest.raises(ConversionError, match=r"parts: must have one shape on all ranks, got \[\(10, 9\), \(9, 10\)\]"):
@@ -80,10 +70,7 @@ def test_sizes_that_do_not_fit_are_refused():
 
 def test_replicated_parts_must_have_the_same_bits():
     tensor = torch.tensor([1.0, float("nan"), 0.0])
-    assert has_same_bits(tensor, tensor.clone())
-    assert not has_same_bits(tensor, torch.tensor([1.0, float("nan"), -0.0]))
-    assert has_same_bits(torch.tensor(1.0), torch.tensor(1.0))
-    assert not has_same_bits(tensor, tensor.double())
+    assert merge_replicated([tensor, tensor.clone()]) is tensor  # a NaN has the same bits as itself
     with pytest.raises(ConversionError, match="must be equal on all ranks, got a difference between 0 and 2"):
         merge_replicated([tensor, tensor, tensor + 1])
 
@@ -96,7 +83,6 @@ def test_the_order_of_every_checkpoint_version_is_undone(checkpoint_version, res
     options = {"checkpoint_version": checkpoint_version, "head_dim": head_dim}
     stored = order_qkv_by_version(qkv, **options)
     assert torch.equal(order_qkv_by_heads(stored, **options), qkv)
-    assert torch.equal(order_qkv_by_version(order_qkv_by_heads(qkv, **options), **options), qkv)
     assert torch.equal(stored, qkv) == (checkpoint_version >= 2)
 
 
@@ -117,7 +103,7 @@ def test_other_versions_and_broken_heads_are_refused():
     with pytest.raises(ConversionError, match=r"order of query_key_value is defined for 0, 1, 2 and 3, got 1\.5"):
         order_qkv_by_heads(torch.randn(60), checkpoint_version=1.5, head_dim=4)
     with pytest.raises(ConversionError, match="must hold q, k and v of every head, got size=50, which 12 does not"):
-        order_qkv_by_version(torch.randn(50), checkpoint_version=0, head_dim=4)
+        order_qkv_by_heads(torch.randn(50), checkpoint_version=0, head_dim=4)
 
 
 @pytest.mark.parametrize(
