@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.errors import DataError, PlatformError
+from megatron_hammer.files.typed import read_json
 from megatron_hammer.scaling.cost.coefficients import Coefficients
 from megatron_hammer.scaling.cost.compute import HEAD_DIM_FILL
 from megatron_hammer.scaling.measured.sweep_results import Statistic
@@ -30,15 +31,16 @@ TIMEOUT_S = 1800.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timing:
-    """One operator of a report. `seconds`: of the median or of the fastest call, as chosen when it was read."""
+    """One operator of a report."""
 
     operator: str
     shape: tuple[int, ...]
     dtype: str
-    seconds: float
+    median_s: float
     fastest_s: float
     flops: float
     num_bytes: float
+    seconds: float = 0.0  # not in the file: the statistic that read_report was asked for
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,32 +101,12 @@ def time_operators(
 
 def read_report(path: Path, statistic: Statistic = "median") -> OperatorReport:
     """Raises DataError for a file that the benchmark did not write."""
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
-        timings = tuple(_read_timing(timing, statistic) for timing in content["timings"])
-        numbers = {name: int(content[name]) for name in _COUNTS}
-        return OperatorReport(
-            device_name=content["device_name"], platform=content["platform"], timings=timings, **numbers
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path}: must be a report of {BENCHMARK_MODULE}, got {type(error).__name__} {error}. Run profile again."
-        ) from None
-
-
-_COUNTS = ("num_processes", "num_threads", "num_cores", "num_multiprocessors", "memory_bytes")
-
-
-def _read_timing(timing: dict[str, Any], statistic: Statistic) -> Timing:
-    return Timing(
-        operator=timing["operator"],
-        shape=tuple(timing["shape"]),
-        dtype=timing["dtype"],
-        seconds=timing[f"{statistic}_s"],
-        fastest_s=timing["fastest_s"],
-        flops=timing["flops"],
-        num_bytes=timing["num_bytes"],
+    report = read_json(path, OperatorReport, remedy="Run profile again.")
+    timings = (
+        replace(timing, seconds=timing.median_s if statistic == "median" else timing.fastest_s)
+        for timing in report.timings
     )
+    return replace(report, timings=tuple(timings))
 
 
 def build_profile(

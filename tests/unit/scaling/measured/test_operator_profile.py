@@ -144,10 +144,9 @@ def test_without_collectives_the_wires_stay(tmp_path: Path) -> None:
 def test_reports_that_lack_something(tmp_path: Path) -> None:
     path = tmp_path / "operators.json"
     path.write_text('{"timings": []}')
-    match = (
-        r"operators.json: must be a report of megatron_hammer.platforms.operator_benchmark, got KeyError '\w+'\. Run"
-    )
-    with pytest.raises(DataError, match=match):
+    with pytest.raises(
+        DataError, match=r"operators\.json: device_name must be given, got nothing\. Run profile again\."
+    ):
         read_report(path)
     start = load_coefficients()
     alone = read_report(write_alone(path, fill_tokens=1.0, platform="cuda"))
