@@ -1,4 +1,4 @@
-"""Opens a checkpoint of either Megatron format: finds the iteration, tells the format, and returns its reader."""
+"""Opens a checkpoint of either Megatron format: finds the iteration, detects the format, and returns its reader."""
 
 from pathlib import Path
 

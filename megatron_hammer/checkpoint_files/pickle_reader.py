@@ -137,7 +137,7 @@ def read_object(file: BinaryIO | io.BytesIO, *, where: str | Path) -> Any:
             raise pickle.UnpicklingError(f"types that are not on the list: {', '.join(refused)}. {ALLOWED}")
         with torch.serialization.safe_globals([*known, *stand_ins]):
             return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files raise nearly anything
+    except Exception as error:  # damaged files can raise nearly anything
         raise _unreadable(where, error) from error
     finally:
         torch.serialization.add_safe_globals(allowed_before)

@@ -1,4 +1,4 @@
-"""Writes what `safe_unpickle.read_object` read: megatron's enums and records go back under megatron's own names.
+"""Writes objects that pickle_reader.py has read: megatron's enums and records get megatron's own names again.
 
 An edited checkpoint keeps the saved arguments and the state of the training loop, which hold a few types of megatron.
 They were read as inert `MegatronObject`s and are written without importing megatron. Read next: pickle_reader.py.

@@ -1,7 +1,7 @@
 """Fills the model chunks of one rank from a Hugging Face folder, at any parallel layout, one parameter at a time.
 
-Which part of which global tensor a parameter is, the model's own `sharded_state_dict` says, which writes and reads
-checkpoints too; what the global tensor is made of, the rows of `tensor_rows.py` say. Nothing is written to disk.
+The model's own `sharded_state_dict`, which also writes and reads checkpoints, says which part of which global tensor a
+parameter is. The rows of its family say what the global tensor is made of. Nothing is written to disk.
 """
 
 import dataclasses

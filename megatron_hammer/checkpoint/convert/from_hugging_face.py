@@ -1,4 +1,4 @@
-"""A Hugging Face folder to a checkpoint that `--load` takes at any layout, verified before it gets its name.
+"""Converts a Hugging Face folder to a checkpoint that `--load` takes at any layout; verified before it is published.
 
 The path: open the folder and compare every name and shape, move every tensor and prove it (weight_import.py), compare
 what both models compute (verification/verify_conversion.py), rename the result into place. Needs no GPU, process group
@@ -53,9 +53,9 @@ class ImportOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImportReport:
-    """What was written. num_skipped: tensors of the folder that are copies of others or no weights; `notes` say which.
+    """What was written. num_skipped: tensors that are copies of others or buffers; `notes` name them.
 
-    tokenizer_dir: None where none was written. checks: what was verified, all of it passed.
+    tokenizer_dir: None if no tokenizer was written. checks: what was verified; all of it passed.
     """
 
     save_dir: Path
@@ -77,7 +77,7 @@ def import_from_hugging_face(
 ) -> ImportReport:
     """Convert a folder; `on_parameters(done, total)` is told how many are written and verified.
 
-    Raises HammerError for everything a user can cause; then nothing is left under `save_dir` that was not there before.
+    Raises HammerError for every error of a user; then `save_dir` holds what it held before.
     """
     started_at_s = time.monotonic()
     source = open_hf_folder(options.hf_dir)
@@ -120,7 +120,7 @@ def import_from_hugging_face(
 
 
 def _select_dtypes(source: HfFolder, requested: str | None) -> dict[str, torch.dtype]:
-    """The dtype of every key: the requested one, or the narrowest that holds all of its stored parts exactly."""
+    """The dtype of every key: the requested one, or the narrowest dtype that holds all stored parts exactly."""
     dtypes: dict[str, torch.dtype] = {}
     for pair in source.pairs:
         key = stack_name(pair.megatron_name).key

@@ -1,9 +1,8 @@
-"""Moves a tensor whose layout only reorders rows from file to file, block by block, proving each block on its way.
+"""Copies a tensor whose layout only reorders rows from file to file, block by block, and proves each block.
 
-A layout applied to row numbers says which rows go where, and its inverse applied to those says that none is lost. What
-remains is to copy bytes, and a block that stays in the processor's cache while it is read, checked, written, read back
-and compared costs little more than `cp`. Layouts that transpose, and tensors cut along their columns, are no rows:
-`weight_export.py` moves them whole.
+`proofs.find_row_runs` says which rows go where. The rest is copying bytes. A block stays in the processor's cache while
+it is read, checked, written, read back and compared, so this costs little more than `cp`. Tensors that the layout
+transposes, or that are cut along their columns, are moved whole by `weight_export.py`.
 """
 
 import math
@@ -36,7 +35,7 @@ class RowRange:
     start: int
 
     def overlap(self, first_row: int, num_rows: int) -> "RowRange | None":
-        """Those of its rows that are among [first_row, first_row + num_rows)."""
+        """The part of these rows that lies in [first_row, first_row + num_rows); None if there is none."""
         first = max(first_row, self.first_row)
         num_shared = min(first_row + num_rows, self.first_row + self.num_rows) - first
         start = self.start + (first - self.first_row) * self.row_bytes
@@ -44,9 +43,9 @@ class RowRange:
 
 
 def find_stored_rows(reader: TorchDistReader, name: str, files: ExitStack) -> list[RowRange] | None:
-    """Where the rows of a tensor lie, in order; `files` closes what is opened for it.
+    """Where the rows of a tensor lie, in order; the files are opened for `files` to close.
 
-    None if they are not stored plainly, one after the other, each whole.
+    None if the rows are not stored uncompressed, contiguous and whole.
     """
     stored = reader.tensors[name]
     num_leading = len(stored.offsets) - len(stored.shape)
@@ -74,7 +73,7 @@ def find_stored_rows(reader: TorchDistReader, name: str, files: ExitStack) -> li
 
 
 class _Blocks(threading.local):
-    """Two buffers a thread, used again for every block."""
+    """Two buffers for each thread, used again for every block."""
 
     def __init__(self) -> None:
         self.read, self.read_back = (torch.empty(BLOCK_BYTES, dtype=torch.uint8) for _ in range(2))

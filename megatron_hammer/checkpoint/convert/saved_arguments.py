@@ -1,8 +1,9 @@
-"""The arguments that a checkpoint made from a Hugging Face folder holds in Megatron's place: what is known, no more.
+"""The saved arguments of a checkpoint that was made from a Hugging Face folder.
 
-`read_saved_model` gives the same model back from them, Megatron's `--use-checkpoint-args` finds
-the model's flags in them, and its loader what it compares. There is no recipe: no step was trained. The vocabulary is
-not padded, and no padded size is named, so that each run pads for its own tensor-parallel size.
+They hold what is known of the model: `read_saved_model` reads the same model from them, Megatron's
+`--use-checkpoint-args` finds the model's flags, and its loader finds what it compares. There is no recipe, because no
+step was trained. The vocabulary is not padded and padded_vocab_size is left out, so each run pads for its own
+tensor-parallel size.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from megatron_hammer.config.model_arguments import build_model_arguments
 CHECKPOINT_VERSION = 3.0  # since Megatron-LM 3.0, in which the rows of QKV have their present order
 PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
-# What Megatron's flags are by default and every mapped model has. Source: megatron.training.arguments 0.19.2,
+# Megatron's defaults, which every mapped model has. Source: megatron.training.arguments 0.19.2,
 # load_args_from_checkpoint and check_checkpoint_args of megatron.training.checkpointing.
 _SHARED: dict[str, Any] = {
     "add_position_embedding": True,
@@ -61,7 +62,7 @@ _SHARED: dict[str, Any] = {
     "preset": None,
     "ckpt_format": "torch_dist",
     "async_save": False,
-    # There is neither an optimizer nor a random state to load.
+    # The checkpoint has neither an optimizer nor a random state to load.
     "no_save_optim": True,
     "no_save_rng": True,
 }
@@ -93,7 +94,7 @@ def build_saved_arguments(
 
 
 def build_common_state(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What Megatron's loader looks for beside the weights, for a state before the first step."""
+    """What Megatron's loader needs beside the weights, for a model before its first step."""
     return {
         "args": arguments,
         "checkpoint_version": CHECKPOINT_VERSION,

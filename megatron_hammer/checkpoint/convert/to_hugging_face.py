@@ -1,4 +1,4 @@
-"""Megatron's checkpoint to a complete Hugging Face folder, verified before it gets its name.
+"""Converts a Megatron checkpoint to a complete Hugging Face folder, verified before it is published.
 
 The path: open the checkpoint, choose the family, compare every name and shape, move every tensor and prove it
 (weight_export.py), compare what both models compute (verification/verify_conversion.py), rename the folder into place.
@@ -83,7 +83,7 @@ class ExportReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Plan:
-    """Everything that is known before a tensor is converted."""
+    """Everything that is known before the first tensor is converted."""
 
     reader: CheckpointReader
     model: ModelShape
@@ -109,7 +109,7 @@ def export_to_hugging_face(
 ) -> ExportReport:
     """Convert a checkpoint; `on_progress(stage, done, total)` is told of every tensor converted and every stage.
 
-    Raises HammerError for everything a user can cause; then nothing is left under `save_dir` or beside it.
+    Raises HammerError for every error of a user; then nothing is left under `save_dir` or beside it.
     """
     started_at_s = time.monotonic()
     _validate_target(options)
@@ -148,7 +148,7 @@ def export_to_hugging_face(
 
 
 def _plan_export(options: ExportOptions) -> _Plan:
-    """Open the checkpoint and hold its names, shapes and dtypes to its architecture; converts no tensor."""
+    """Open the checkpoint and compare its names, shapes and dtypes with its model; converts no tensor."""
     reader = open_checkpoint(options.load_dir, iteration=options.iteration, weights=options.weights)
     model = read_saved_model(reader.args, vocab_size=options.vocab_size)
     family = select_family(model)
@@ -224,7 +224,7 @@ def _export_tokenizer(
 
 
 def _find_saved_tokenizer(options: ExportOptions, plan: _Plan) -> Path | None:
-    """The tokenizer that the checkpoint names, or the one beside it if it was converted here and has moved since."""
+    """The tokenizer that the checkpoint names, or the one beside a converted checkpoint that has been moved."""
     saved = getattr(plan.reader.args, "tokenizer_model", None)
     if not saved:
         return None
@@ -262,7 +262,7 @@ def _format_json(content: dict[str, Any]) -> str:
 
 
 def _describe_checks(plan: _Plan, tokenizer: Any) -> list[CheckRow]:
-    """What has been proved by the time every weight is written: failing raised."""
+    """What has been proved once every weight is written; a failed proof has raised an error before."""
     rows = []
     if plan.num_compared_files:
         result = f"weights are the rounded fp32 copies in other files: {plan.num_compared_files} pairs of files"
@@ -280,7 +280,7 @@ def _compare_models(
 ) -> Sequence[CheckRow]:
     """Let Megatron and transformers compute the same; raises ConversionError with a sentence for every failed check.
 
-    The folder under test is one of links with a config.json of its own, so that the partial folder never loads.
+    The models are compared in a folder of links that has its own config.json, so that the partial folder never loads.
     """
     if options.verify == "tensors":
         return [CheckRow("Megatron against transformers", "not compared: --verify tensors", None)]

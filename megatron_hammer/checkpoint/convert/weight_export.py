@@ -1,8 +1,7 @@
 """Moves every weight from a checkpoint into safetensors shards, and proves each one as soon as it is written.
 
-It must be finite; what was written is read back from the file and must be the bits that were meant; and these, merged
-by the inverse layout, must be the checkpoint's bits again. Most tensors go row by row (row_blocks.py); the others are
-moved whole, with at most two of them in memory, and only one where it is large.
+See proofs.py. Most tensors are copied row by row (row_blocks.py). The others are moved whole, with at most two of them
+in memory, and only one if it is large.
 """
 
 import math
@@ -24,7 +23,7 @@ from megatron_hammer.checkpoint_files.torch_dist.reader import TorchDistReader
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.model.shape import ModelShape
 
-_NUM_THREADS = 2  # more would share one disk, and memory for each
+_NUM_THREADS = 2  # more threads would compete for one disk, and each needs memory
 _MAX_SHARED_BYTES = 192 << 20
 _large_tensor = threading.Lock()  # at most one larger tensor is in memory
 
@@ -57,7 +56,7 @@ def write_verified_weights(
 
 
 def _from_both_ends[T](items: Sequence[T]) -> Iterator[T]:
-    """First, last, second, last but one: two threads then seldom write into one file, which locks it."""
+    """First, last, second, last but one: two threads then seldom write to the same file, which would lock it."""
     first, last = 0, len(items) - 1
     while first <= last:
         yield items[first]
@@ -84,7 +83,7 @@ def _write_pair(
 def _copy_rows_of(
     writer: ShardWriter, pair: TensorPair, model: ModelShape, reader: CheckpointReader, dtype: torch.dtype
 ) -> TensorProof | None:
-    """Move it row by row; None, with nothing written, where its layout or its place in the checkpoint is another."""
+    """Copy it row by row. Returns None, with nothing written, if its layout or its storage does not allow that."""
     if not isinstance(reader, TorchDistReader):
         return None
     runs = find_row_runs(pair, model)
@@ -105,7 +104,7 @@ def _copy_rows_of(
 def _write_whole(
     writer: ShardWriter, pair: TensorPair, model: ModelShape, reader: CheckpointReader, dtype: torch.dtype
 ) -> TensorProof:
-    """Write it through the layout itself, and its inverse in proof."""
+    """Write it through the layout, and prove it with the inverse layout."""
     is_large = math.prod(pair.megatron_shape) * dtype.itemsize > _MAX_SHARED_BYTES
     with _large_tensor if is_large else nullcontext():
         source = reader.read(pair.megatron_name).to(dtype)

@@ -69,7 +69,7 @@ def write_verified_weights(
 def _write_pair(
     pair: TensorPair, source: HfFolder, dtypes: dict[str, torch.dtype], writer: CheckpointWriter
 ) -> Iterator[Prove]:
-    """Write one Megatron tensor; yields what proves it: finite, and read back and split again what it was made of."""
+    """Write one Megatron tensor; yields functions that read it back, split it again and compare it with its source."""
     stacked = stack_name(pair.megatron_name)
     dtype = dtypes[stacked.key]
     model = source.model.shape
@@ -88,7 +88,7 @@ def _write_pair(
 
 
 def _write_rows(pair: TensorPair, source: HfFolder, dtype: torch.dtype, writer: CheckpointWriter) -> Iterator[Prove]:
-    """The same where the parts lie one under the other: nothing is copied, and what is large goes box by box."""
+    """The same for parts that lie one under the other: nothing is merged, and a large part is written box by box."""
     stacked = stack_name(pair.megatron_name)
     num_stacked, row = len(stacked.indices), 0
     for name in pair.hf_names:

@@ -1,7 +1,7 @@
-"""Asks real llama.cpp, from the wheel of xllamacpp, about a GGUF file: tokens of texts and greedy continuations.
+"""Runs llama.cpp, from the wheel of xllamacpp, on a GGUF file: tokens of texts and greedy continuations.
 
-It runs in a process of its own (llama_cpp_process.py) and is spoken to on a Unix socket in a private folder, so that no
-port is opened. CPU only.
+It runs in its own process (llama_cpp_process.py) and answers on a Unix socket in a private folder, so that no port is
+opened. CPU only.
 """
 
 import http.client
@@ -49,7 +49,7 @@ class LlamaCpp:
     def continue_greedily(self, tokens: Sequence[int], *, num_tokens: int, num_likeliest: int) -> list[GreedyStep]:
         """At most `num_tokens` likeliest next tokens after `tokens`; it stops at the end of a text.
 
-        One request a token: of several llama.cpp leaves out those that end inside a character, unsaid which.
+        One request per token: in longer answers llama.cpp omits tokens that end inside a character.
         """
         steps: list[GreedyStep] = []
         while len(steps) < num_tokens:
@@ -127,7 +127,7 @@ def open_llama_cpp(path: Path, *, num_context_tokens: int, num_threads: int) -> 
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Ask it to end by closing its stdin, and kill it if it does not."""
+    """Close its stdin, which asks it to end, and kill it if it does not."""
     try:
         process.communicate(timeout=END_TIMEOUT_S)
     except subprocess.TimeoutExpired:

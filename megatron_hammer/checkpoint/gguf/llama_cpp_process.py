@@ -1,8 +1,8 @@
 """llama.cpp with one model, in a process of its own: `python -P ... <file> <socket> <context tokens> <threads>`.
 
 Says "ready" on stdout once the model is loaded, serves llama.cpp's HTTP interface on a Unix socket (it knows one by the
-ending .sock), and ends when its stdin is closed, be it because its parent has died. Imports nothing of this package:
-llama.cpp is quick to start, and what kills it (it aborts on files that it cannot make sense of) kills nothing else.
+ending .sock), and ends when its stdin is closed, for example because its parent has died. Imports nothing of this
+package, so it starts quickly. llama.cpp aborts on files that it cannot read, and here that ends only this process.
 `llama_cpp.py` is the other side.
 """
 
@@ -17,7 +17,7 @@ def main() -> None:
     """
     file_path, socket_path, num_context_tokens, num_threads = sys.argv[1:5]
     to_parent = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # llama.cpp prints on either
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # llama.cpp prints to both streams
     import xllamacpp
 
     parameters = xllamacpp.CommonParams()

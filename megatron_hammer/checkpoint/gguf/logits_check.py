@@ -1,4 +1,4 @@
-"""Holds what llama.cpp computes from a GGUF file to what transformers computes from its Hugging Face folder.
+"""Compares what llama.cpp computes from a GGUF file with what transformers computes from its Hugging Face folder.
 
 llama.cpp continues prompts greedily. transformers reads prompt and continuation in one pass: if every generated token
 is also its likeliest, its own greedy continuation is the same, token by token. Only one of the two models is in memory
@@ -97,7 +97,7 @@ def compare_steps(expected: Sequence[Tensor], continuations: Sequence[Continuati
 
 
 def judge(comparison: GreedyComparison, file_type: str) -> tuple[str, bool | None]:
-    """A sentence for the table, and whether the two agree as far as the type allows; None: it allows anything."""
+    """A sentence for the table, and whether the two agree within the type's limit; None: the type has no limit."""
     tolerance = TOLERANCES.get(file_type)
     largest = comparison.largest_difference / comparison.logit_std
     sentence = (

@@ -1,4 +1,4 @@
-"""The key-value pairs of a GGUF file: what llama.cpp must be told of a model and of its tokenizer.
+"""The key-value pairs of a GGUF file: what llama.cpp needs to know of a model and its tokenizer.
 
 Source of the keys: gguf.constants.Keys; llama.cpp's src/llama-model.cpp and src/llama-vocab.cpp read them.
 """

@@ -11,7 +11,7 @@ from megatron_hammer.errors import ConversionError
 
 
 def permute_rope(weight: Tensor, *, num_heads: int) -> Tensor:
-    """Put the two halves of every head's rows in turns; exact inverse of `unpermute_rope`.
+    """Interleave the two halves of every head's rows; exact inverse of `unpermute_rope`.
 
     weight: [n * d, ...] of q or k, weight or bias, n heads of d rows each; row d/2 of a head becomes its row 1.
     Contiguous, dtype unchanged, no arithmetic. Raises ConversionError unless every head has an even number of rows.

@@ -154,7 +154,7 @@ def _list_notes(located: HfSources) -> tuple[str, ...]:
 def compute_rope_factors(scaling: RopeScaling, *, rotary_base: float, head_dim: int) -> Tensor:
     """What llama.cpp divides the rotary frequencies [d/2] by for Llama 3.1's longer contexts, f32.
 
-    Short waves stay, long ones are stretched by `factor`, between them the frequency is interpolated.
+    Short wavelengths stay, long ones are multiplied by `factor`, and in between the frequency is interpolated.
     Source: transformers' _compute_llama3_parameters; a division in place of its multiplication.
     """
     frequencies = rotary_base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)

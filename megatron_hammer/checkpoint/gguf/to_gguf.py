@@ -1,4 +1,4 @@
-"""A Hugging Face folder, or a Megatron checkpoint, to one GGUF file that real llama.cpp has been asked about.
+"""Converts a Hugging Face folder or a Megatron checkpoint to one GGUF file, and lets llama.cpp itself check it.
 
 The path: read config.json, choose llama.cpp's arch, name every tensor, read the tokenizer, write `<out>.partial` in one
 pass, read it back, let llama.cpp load it and compare its tokens and logits, rename. A failure leaves nothing.
@@ -72,7 +72,7 @@ class GgufReport:
 def export_to_gguf(options: GgufOptions, on_step: OnStep = lambda stage, done, total: None) -> GgufReport:
     """Convert a model; `on_step(stage, done, total)` is told of tensors written and verified and of texts compared.
 
-    Raises HammerError for everything a user can cause; then nothing is left at `save_path` or beside it.
+    Raises HammerError for every error of a user; then nothing is left at `save_path` or beside it.
     """
     started_at_s = time.monotonic()
     _validate_options(options)

@@ -1,9 +1,9 @@
 """The tokenizer of a Hugging Face folder as the vocabulary of a GGUF file.
 
 A SentencePiece BPE model (tokenizer.model) becomes llama.cpp's model "llama", which merges by score as sentencepiece
-does. A byte-level BPE tokenizer.json becomes "gpt2", whose splitting rule llama.cpp knows by a name: the rule in the
-file must be one of those. What llama.cpp cannot do is refused here; where it encodes some texts in another way,
-`tokenizer_check.py` finds and names them.
+does. A byte-level BPE tokenizer.json becomes "gpt2"; llama.cpp knows splitting rules only by name, so the rule in the
+file must be one of those. What llama.cpp cannot do is refused here. Texts that it encodes in another way are found and
+named by `tokenizer_check.py`.
 """
 
 import json

@@ -1,8 +1,8 @@
 """Compares llama.cpp's tokens of real text with those of the tokenizer that a GGUF file stands for.
 
-llama.cpp's tokenizers are its own code. Where they are known to differ, the text itself tells: it holds two symbols
-that overlap, a control token spelt out, or characters that a normaliser composes. A difference in such a place is
-listed under its class; any other means that the vocabulary was written wrongly.
+llama.cpp has its own tokenizers. They are known to differ where a text holds two symbols that overlap, a control token
+spelt out, or characters that a normaliser composes. A difference in such a place is listed with its cause. Any other
+difference means that the vocabulary was written wrongly.
 """
 
 import unicodedata

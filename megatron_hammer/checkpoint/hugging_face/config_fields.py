@@ -1,6 +1,6 @@
-"""The fields of a config.json, read one by one; every problem is kept until `raise_problems`, so all are said at once.
+"""How a field of config.json is read and when it is refused; the problems are collected and raised together.
 
-`config_json.py` says which field means what in which family; here is how a field is read and when it is refused.
+The families (families/) say which field means what.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +19,9 @@ def _is_one(value: Any) -> bool:
     return value is None or value == 1
 
 
-# Field of any family: (the values that change nothing, why no other can be converted). transformers reads some of them
-# only for classes that are not mapped; on a mapped class they say that its author computes something else.
+# Field of any family: (whether a value changes nothing, why other values cannot be converted). transformers reads some
+# of these fields only for classes that are not mapped. In a file of a mapped class they mean that the model's author
+# computes something else, so they are refused there too.
 _QUIET: dict[str, tuple[Callable[[Any], bool], str]] = {
     "quantization_config": (_is_absent, "quantized weights are not mapped"),
     "compression_config": (_is_absent, "compressed weights are not mapped"),
@@ -92,7 +93,7 @@ class HfFields:
         )
 
     def count(self, name: str, default: int | None = None) -> int:
-        """A positive whole number; 1 stands for one that is missing or wrong, which is a problem."""
+        """A positive whole number. A missing or wrong one is a problem, and 1 is returned in its place."""
         value = self._config.get(name)
         if value is None and default is not None:
             return default
@@ -122,7 +123,7 @@ class HfFields:
         return value
 
     def _is_noted(self, *names: str) -> bool:
-        """Whether one of these fields is a problem already, so that its value says nothing."""
+        """Whether one of these fields is a problem already, so that its value has no meaning."""
         return any(problem.startswith(f"config.json, {name}:") for problem in self._problems for name in names)
 
     def _wrong(self, name: str, expected: str, value: Any) -> None:
@@ -144,7 +145,7 @@ class HfFields:
             self.refuse("auto_map", "the folder brings code of its own, which is never run and may compute anything")
 
     def require_nothing_else(self) -> None:
-        """No field of any family that asks for what is not mapped."""
+        """Refuse every field, of any family, that asks for what is not mapped."""
         for name, (is_quiet, reason) in _QUIET.items():
             if not is_quiet(self._config.get(name)):
                 self.refuse(name, reason)
@@ -154,32 +155,32 @@ class HfFields:
             self.refuse("layer_types", "every layer must have full attention")
 
     def require_choice(self, name: str, choices: Sequence[str], *, default: str) -> str:
-        """One of the spellings; returns it."""
+        """Return the value, which must be one of `choices`."""
         value = self._config.get(name, default)
         if value not in choices:
             self.refuse(name, f"only {', '.join(choices)} can be")
         return value
 
     def require_false(self, name: str, reason: str) -> None:
-        """A switch that is off or absent."""
+        """A switch that must be off or absent."""
         if self._config.get(name):
             self.refuse(name, reason)
 
     def num_experts(self) -> int:
-        """num_experts or num_local_experts: transformers 5 writes the second where version 4 wrote the first."""
+        """num_experts or num_local_experts: transformers 5 writes the second name, version 4 wrote the first."""
         name = "num_local_experts" if self._config.get("num_experts") is None else "num_experts"
         if self._config.get("num_local_experts") not in (None, self._config.get(name)):
             self.refuse("num_local_experts", "num_experts says something else")
         return self.count(name)
 
     def require_no_experts(self) -> None:
-        """A dense model has no number of experts."""
+        """Refuse a number of experts in the config.json of a dense model."""
         for name in _EXPERT_COUNTS:
             if self._config.get(name):
                 self.refuse(name, "this family is mapped without experts")
 
     def require_no_window(self, *, default: int | None) -> None:
-        """Attention within a window is the full one only where the window holds the longest sequence."""
+        """Refuse a sliding window that is shorter than the longest sequence; a longer one changes nothing."""
         window = self._config.get("sliding_window", default)
         if window is None:
             return
@@ -191,7 +192,7 @@ class HfFields:
             )
 
     def require_no_switched_window(self, *, has_layer_choice: bool = True) -> None:
-        """Qwen's window counts only with use_sliding_window, in its dense models from layer max_window_layers on."""
+        """Qwen uses its window only with use_sliding_window; its dense models only from layer max_window_layers on."""
         if not self.flag("use_sliding_window", False):
             return
         if has_layer_choice and self.count("max_window_layers", 28) >= self.count("num_hidden_layers"):
@@ -199,7 +200,7 @@ class HfFields:
         self.require_no_window(default=4096)
 
     def query_groups(self, heads: int, *, may_be_absent: bool) -> int:
-        """Key and value heads: null is one for every query head; an absent field too, in families that are older."""
+        """Key and value heads. Null means one for every query head; so does an absent field in the older families."""
         if not may_be_absent and "num_key_value_heads" not in self._config:
             self._wrong("num_key_value_heads", "a positive whole number", None)
         groups = self.count("num_key_value_heads", default=heads)
@@ -221,7 +222,7 @@ class HfFields:
         return self.count("head_dim", default=default or hidden_size // heads)
 
     def rope(self, default_theta: float) -> Rope:
-        """The rotary embedding; its scaling stands in rope_scaling in transformers 4, in rope_parameters in 5."""
+        """The rotary embedding. transformers 4 writes its scaling to rope_scaling, version 5 to rope_parameters."""
         older, newer = self._config.get("rope_scaling") or {}, self._config.get("rope_parameters") or {}
         name = "rope_scaling" if older else "rope_parameters"
         parameters = older or newer
@@ -258,7 +259,7 @@ class HfFields:
         return None if factor == 1 else int(factor)
 
     def _llama3_scaling(self, name: str, parameters: Mapping[str, Any]) -> RopeScaling | None:
-        # As in transformers' standardize_rope_params: the config's own field goes before the one of the parameters.
+        # As in transformers' standardize_rope_params: the field of the config overrides the one in the parameters.
         given = {"original_max_position_embeddings": self._config.get("max_position_embeddings"), **parameters}
         if "original_max_position_embeddings" in self._config:
             given["original_max_position_embeddings"] = self._config["original_max_position_embeddings"]

@@ -1,7 +1,7 @@
-"""Two checkpoints tensor by tensor: what one of them lacks, and where shapes, dtypes or values differ.
+"""Compares two checkpoints tensor by tensor: missing tensors, and differences of shape, dtype or value.
 
-Megatron with Megatron at any two layouts, Megatron with Hugging Face through the mapping, Hugging Face with Hugging
-Face. Vocabulary padding never counts. Saved arguments are compared too; they are listed, and decide nothing.
+Either side may be Megatron's at any layout or a Hugging Face folder. Vocabulary padding is never compared. Differences
+of the saved arguments are listed, but they do not change the verdict.
 """
 
 import json
@@ -174,7 +174,7 @@ def compare_tensors(
     if first.shape != second.shape:
         return TensorDifference(name=name, kind="shape", first=texts[0], second=texts[1])
     left, right = first.read(), second.read()
-    if is_bitwise_equal(left, right):  # many times quicker than the measurement
+    if is_bitwise_equal(left, right):  # many times faster than the measurement
         return None
     max_difference, num_different = count_differences(left, right, rounds_to_narrower=ignores_dtype)
     is_other_dtype = first.dtype != second.dtype and not ignores_dtype

@@ -1,7 +1,7 @@
-"""What a checkpoint holds: its tensors, how it was saved, how far training had come, with which recipe.
+"""What a checkpoint holds: its tensors, its layout, its iteration, and the recipe of its training.
 
-Reads metadata and the common state only, except for the statistics that are asked for. A field that the checkpoint does
-not know is None. Printing is `report.py`'s.
+Reads only metadata and the common state, and tensors for the statistics that are asked for. A field that the checkpoint
+does not have is None. `tables.py` prints the result.
 """
 
 import fnmatch
@@ -88,7 +88,7 @@ class TensorEntry:
 class CheckpointDescription:
     """num_parameters: of the model, every weight once; num_padding_parameters: rows beyond the vocabulary, that are
     stored besides. iterations: all that the directory has. layout, recipe, architecture, optimizer: by display name.
-    objects: entries that are no tensors (random states, scaling factors of fp8).
+    objects: non-tensor entries (random states, scaling factors of fp8).
     """
 
     directory: Path
@@ -110,7 +110,7 @@ class CheckpointDescription:
 
 
 def describe_checkpoint(opened: OpenedCheckpoint) -> CheckpointDescription:
-    """Everything that can be said without reading a tensor."""
+    """Everything that is known without reading a tensor."""
     args = opened.reader.args if opened.is_megatron else None
     architecture, notes = _describe_architecture(opened)
     samples, seq_length = getattr(args, "consumed_train_samples", None), getattr(args, "seq_length", None)
@@ -137,7 +137,7 @@ def describe_checkpoint(opened: OpenedCheckpoint) -> CheckpointDescription:
 
 
 def list_iterations(save_dir: Path) -> list[int]:
-    """The iterations that lie beside each other in a directory that training saved into."""
+    """The iterations in a directory that training saved into."""
     names = (re.fullmatch(r"iter_(\d+)", entry.name) for entry in save_dir.iterdir() if entry.is_dir())
     return sorted(int(match[1]) for match in names if match)
 
@@ -178,7 +178,7 @@ def count_parameters(opened: OpenedCheckpoint) -> tuple[int, int | None]:
 
 
 def _count_folder_parameters(opened: OpenedCheckpoint) -> int:
-    """Buffers and the second copy of a tied head do not count; where the family is not known, everything does."""
+    """Buffers and the second copy of a tied head are not counted; if the family is unknown, everything is."""
     try:
         views = view_by_table_names(opened, read_model(opened))
     except HammerError:
@@ -187,7 +187,7 @@ def _count_folder_parameters(opened: OpenedCheckpoint) -> int:
 
 
 def _describe_architecture(opened: OpenedCheckpoint) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The architecture by its fields; where none is expressible, what config.json says, and a note of each reason."""
+    """The model by its fields; if it cannot be converted, the content of config.json, and a note for each reason."""
     try:
         values = describe_architecture(opened)
     except HammerError as error:

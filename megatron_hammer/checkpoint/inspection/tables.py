@@ -1,4 +1,4 @@
-"""An inspected checkpoint and a comparison for people and for programs: rich tables, or dictionaries for JSON."""
+"""Prints an inspected checkpoint or a comparison: as tables, or as dictionaries for JSON."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ _INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def print_description(found: CheckpointDescription, console: Console) -> None:
-    """Several small tables: where training stood, layout, optimizer, recipe, architecture, tensors."""
+    """Several small tables: progress of training, layout, optimizer, recipe, architecture, tensors."""
     console.print(_pairs("checkpoint", _identity(found)), "")
     for title, values in (
         ("saved with", found.layout),
@@ -134,7 +134,7 @@ def description_to_json(found: CheckpointDescription) -> dict[str, Any]:
 
 
 def print_statistics(measured: Mapping[str, TensorStatistics], console: Console) -> None:
-    """One row a tensor: its finite elements in numbers, and how many are none; a broken one stands out."""
+    """One row per tensor: statistics of its finite elements, and how many are not finite; those rows stand out."""
     rows = []
     for name, found in measured.items():
         numbers = (f"{value:.4g}" for value in (found.min, found.max, found.mean, found.std))

@@ -1,4 +1,4 @@
-"""The numbers in a tensor at a glance: range, mean, spread, and how many are no numbers. Works through pieces."""
+"""Statistics of a tensor: range, mean, spread, and how many elements are not finite. Reads it piece by piece."""
 
 import math
 from dataclasses import dataclass

@@ -93,7 +93,7 @@ def open_any(path: Path, *, iteration: int | None = None, weights: str = "model"
     directory = find_iteration(path, iteration)
     has_rank_files = is_legacy(directory)
     if not has_rank_files:
-        TorchDistStore(directory).validate()  # every file, also those that the weights do not need
+        TorchDistStore(directory).validate()  # every file, including those that the weights do not need
     reader = open_checkpoint(directory, weights=weights)
     views = {name: _view(reader, name) for name in reader.tensors}
     return OpenedCheckpoint(
@@ -137,9 +137,9 @@ def view_store(store: TorchDistStore) -> dict[str, TensorView]:
 
 
 def view_as_hugging_face(opened: OpenedCheckpoint, model: ModelShape) -> dict[str, TensorView]:
-    """A Megatron checkpoint's tensors under the names that an export would give them; what no row maps keeps its own.
+    """A Megatron checkpoint's tensors under the names that an export gives them; unmapped tensors keep their own names.
 
-    A tensor of another shape than the architecture's cannot be split, and keeps its own name too.
+    A tensor whose shape is not the model's cannot be split, and keeps its own name too.
     """
     opened.reader.remove_vocab_padding(model.vocab_size)
     views: dict[str, TensorView] = {}

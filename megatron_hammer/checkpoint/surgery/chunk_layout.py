@@ -1,8 +1,8 @@
-"""Into which boxes a tensor is cut, so that every rank of a layout finds what it loads in whole chunks.
+"""The boxes that a tensor is cut into, so that every rank of a layout loads whole chunks.
 
 The boxes are those that megatron writes at that layout: one for each layer and expert, cut along the axis that tensor
-parallelism shards, and a gated MLP's first matrix once more between gate and up. torch_dist reads any other cut too;
-this one lets a rank read nothing but its own.
+parallelism shards. The first matrix of a gated MLP is also cut between gate and up. torch_dist reads any other cut
+too, but with this one a rank reads only its own data.
 """
 
 import itertools
@@ -14,7 +14,7 @@ from megatron_hammer.checkpoint_files.torch_dist.store import Box
 
 _LAYER_STACK = re.compile(r"^decoder\.layers\.(?!\d)")
 _EXPERT_STACK = re.compile(r"\.mlp\.experts\.experts\.(?!\d)")
-# Parameters by their last words, and the axis (behind layers and experts) that tensor parallelism cuts.
+# The end of a parameter's name, and the axis (after layers and experts) that tensor parallelism cuts.
 _ROWS_CUT = re.compile(
     r"(^embedding\.word_embeddings|^output_layer|\.self_attention\.linear_qkv|\.linear_fc1)\.(weight|bias)$"
 )

@@ -1,7 +1,7 @@
-"""The weights of a legacy checkpoint (mp_rank_* files) under torch_dist's keys, for every edit that needs only those.
+"""The weights of a legacy checkpoint (mp_rank_* files) under torch_dist's keys, for the edits that need only weights.
 
-Looks like a `TorchDistStore` whose chunks are single layers and experts. The optimizer of a legacy checkpoint belongs
-to its layout and is left out: what comes of an edit is a release.
+It has the interface of a `TorchDistStore` whose chunks are single layers and experts. The optimizer of a legacy
+checkpoint belongs to its layout and is left out, so the edited checkpoint is a release.
 """
 
 import itertools
@@ -47,10 +47,10 @@ class LegacyStore:
         return tuple(dict.fromkeys(key for key in keys if key is not None))
 
     def validate(self) -> None:
-        """Opening it has looked at everything already."""
+        """Nothing to do: everything was validated when the checkpoint was opened."""
 
     def read(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
-        """A box of the layers (and experts) stacked; a view where it is all of one of them."""
+        """A box of the stacked layers (and experts); a view if the box is one whole layer or expert."""
         names = self._names[key]
         num_stacked = len(next(iter(names)))
         ranges = [range(start, start + size) for start, size in zip(offsets, sizes, strict=True)]

@@ -67,9 +67,9 @@ def split_expert_optimizer(state: dict[Any, Any], *, has_expert_vectors: bool) -
 
 
 def _has_own_rate_of_all(group: dict[str, Any], groups: list[dict[str, Any]]) -> bool:
-    """Whether the group has the learning rate of the first, which no override changes (megatron sorts it so).
+    """Whether the group has the learning rate of the first group, which no flag overrides (megatron sorts them so).
 
-    A rate of their own is for the embeddings and the head (--decoupled-lr), never for experts.
+    Only the embeddings and the head can have another learning rate (--decoupled-lr), never experts.
     """
     return all(group.get(name) == groups[0].get(name) for name in ("max_lr", "min_lr", "lr_mult", "is_decoupled_lr"))
 
@@ -87,6 +87,6 @@ def _groups_of(state: dict[Any, Any]) -> list[dict[str, Any]]:
 
 
 def _identity(group: dict[str, Any]) -> tuple[Any, ...]:
-    """What megatron tells groups apart by, less the experts' mark."""
+    """The fields by which megatron tells groups apart, without the flag of the experts."""
     names = ("max_lr", "min_lr", "wd_mult", "lr_mult", "is_decoupled_lr", "eps", "start_wd", "end_wd", "optimizer")
     return tuple(group.get(name) for name in names)

@@ -1,10 +1,11 @@
-"""A full training checkpoint for another layout: weights and optimizer bit for bit, training resumes with --load.
+"""Rewrites a training checkpoint for another layout; weights and optimizer keep every bit, and --load resumes it.
 
 What changes: the optimizer's param groups between expert parallelism and none (`optimizer_groups.py`), the padding of
 the vocabulary, the boxes that tensors lie in (`chunk_layout.py`), and the parallel sizes in the saved arguments.
 
-Random states belong to the ranks of a layout: they are kept where the tensor and pipeline sizes stay, and left out
-otherwise, as megatron itself ignores them then; the resumed run draws from its --seed. Only dropout looks at them.
+Random states belong to the ranks of a layout. They are kept if the tensor and pipeline sizes stay the same. Otherwise
+they are left out, because megatron ignores them then, and the resumed run draws from its --seed. Only dropout uses
+them.
 """
 
 import time
@@ -41,7 +42,7 @@ from megatron_hammer.config.preflight.layout import find_layout_problems
 from megatron_hammer.config.read_plan import count_least_world_size, read_layers_per_chunk, read_layout
 from megatron_hammer.errors import ConversionError
 
-# What depends on how many stages there are, and is unset when their number changes.
+# Arguments that depend on the number of stages; they are unset when it changes.
 _STAGE_ARGUMENTS = (
     "decoder_first_pipeline_num_layers",
     "decoder_last_pipeline_num_layers",
@@ -171,7 +172,7 @@ def _plan(checkpoint: TrainingCheckpoint, args: Namespace) -> tuple[PlannedCheck
     if _is_same(checkpoint.args, args, "tensor_model_parallel_size", "pipeline_model_parallel_size"):
         objects += checkpoint.list_objects(RNG_PREFIX)
     elif checkpoint.list_objects(RNG_PREFIX):
-        args.no_save_rng = True  # or megatron would look for them
+        args.no_save_rng = True  # otherwise megatron would look for them
         notes.append("random states belong to the old ranks and were left out: the resumed run draws from its --seed")
     sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size", "world_size")
     if _is_same(checkpoint.args, args, *sizes):
@@ -256,7 +257,7 @@ def _change_stages(args: Namespace, saved: Any, target: TargetLayout) -> None:
 
 
 def _change_world(args: Namespace, saved: Any) -> None:
-    """The world is kept where the layout tiles it, else the least that it tiles. Only the saved arguments say it."""
+    """world_size is kept if the layout fits it a whole number of times, else it is the smallest that fits."""
     args.context_parallel_size = saved.context_parallel_size or 1
     least = count_least_world_size(args)
     args.world_size = saved.world_size if saved.world_size and saved.world_size % least == 0 else least

@@ -37,7 +37,7 @@ EMBEDDING_NAMES = ("model.embed_tokens.weight", "transformer.wte.weight")  # Lla
 HEAD_NAME = "lm_head.weight"
 HEAD_BIAS_NAME = "lm_head.bias"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-MODEL_CARD_NAME = "README.md"  # it speaks of the model before; what it says of the vocabulary is not true any more
+MODEL_CARD_NAME = "README.md"  # it describes the model before; what it says of the vocabulary is no longer true
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
@@ -75,7 +75,7 @@ class ResizeReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Model:
-    """A folder that has been read: its configuration, its files of weights, and where each tensor lies."""
+    """A folder that has been read: its config.json, its weight files, and where each tensor lies."""
 
     directory: Path
     config: dict[str, Any]
@@ -168,7 +168,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _find_matrices(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, HeaderEntry]) -> tuple[str, ...]:
-    """Names of the matrices with a row a piece; raises ConversionError, all reasons at once, where they are not known.
+    """Names of the matrices with one row per piece; raises ConversionError with every reason why they are not known.
 
     An output layer that is stored although it is tied is resized like the embeddings.
     """
@@ -233,7 +233,7 @@ def _read_matrix(stored: HeaderEntry) -> Tensor:
     dtype = DTYPES[stored.dtype]
     flat = torch.from_file(
         str(stored.path), shared=False, size=stored.start + stored.num_bytes, dtype=torch.uint8
-    )  # a mapping of the file: only what is looked at is read
+    )  # a memory map: only the pages that are used are read
     return flat[stored.start :].clone().view(dtype).reshape(stored.shape)
 
 

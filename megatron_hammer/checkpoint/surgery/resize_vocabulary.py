@@ -161,7 +161,7 @@ def _plan_rows(checkpoint: TrainingCheckpoint, vocabulary: NewVocabulary, num_to
             f"vocab-size: must hold the new tokenizer's pieces, got vocab_size={num_new}, "
             f"{num_old + len(spellings)} pieces in {vocabulary.new_tokenizer_path}. Leave it out, or pass a larger one."
         )
-    # Rows of the model behind the old tokenizer's pieces stood for no token: new pieces take their place.
+    # Rows of the model after those of the old pieces stand for no token: new pieces take their place.
     spellings += [[] for _ in range(num_new - num_old - len(spellings))]
     return _Rows(num_old=num_old, num_kept=num_old, spellings=spellings)
 

@@ -1,7 +1,7 @@
-"""Writes an edited checkpoint box by box, reads it back, and only then gives it its name.
+"""Writes an edited checkpoint box by box, reads it back, and renames it into place only after that.
 
-An edit is a plan: every tensor with its boxes and a function that computes any box of it from the source. So the same
-computation writes and verifies, peak memory is that of one box, and nothing depends on which edit it is.
+An edit is a plan: every tensor, its boxes, and a function that computes any box from the source. The same function
+writes and verifies, and peak memory is one box. This file serves every edit.
 """
 
 import functools
@@ -40,7 +40,7 @@ class PlannedTensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedCheckpoint:
-    """Everything that the edited checkpoint holds. objects: the raw bytes of what is no tensor, read when needed.
+    """Everything that the edited checkpoint holds. objects: the raw bytes of the non-tensor entries, read when needed.
 
     iteration: None for a release.
     """
@@ -54,7 +54,7 @@ class PlannedCheckpoint:
 def plan_copy(
     checkpoint: TrainingCheckpoint, key: str, boxes: Sequence[Box] | None = None, *, written_as: str | None = None
 ) -> PlannedTensor:
-    """A tensor as it is, in other boxes or in its own."""
+    """An unchanged tensor, in the given boxes or in its own."""
     stored: StoredGlobal = checkpoint.store.tensors[key]
     return PlannedTensor(
         key=written_as or key,
@@ -66,7 +66,7 @@ def plan_copy(
 
 
 def copy_objects(checkpoint: TrainingCheckpoint, keys: Sequence[str]) -> dict[str, Callable[[], bytes]]:
-    """What is no tensor is never opened: its bytes are copied."""
+    """Non-tensor entries are not unpickled: their bytes are copied."""
     return {key: functools.partial(checkpoint.store.read_object_bytes, key) for key in keys}
 
 

@@ -1,7 +1,7 @@
-"""A checkpoint that is about to be edited: everything in it, the optimizer's tensors and the training loop's too.
+"""A checkpoint that is about to be edited: the weights, the optimizer's tensors and the state of the training loop.
 
-`reader.py` shows a model by the names of its layers; surgery keeps megatron's own keys, so that what is not edited is
-copied as it lies.
+torch_dist/reader.py names the tensors of each layer. Surgery keeps megatron's own keys, so that what is not edited is
+copied unchanged.
 """
 
 import copy
@@ -51,11 +51,11 @@ class TrainingCheckpoint:
         return state
 
     def list_objects(self, *prefixes: str) -> list[str]:
-        """Keys of what is no tensor and begins so."""
+        """Keys of the non-tensor entries that begin with `prefix`."""
         return [key for key in self.store.objects if key.startswith(prefixes)]
 
     def list_model_objects(self) -> list[str]:
-        """What layers keep beside their parameters (megatron's `_extra_state`)."""
+        """What layers store beside their parameters (megatron's `_extra_state`)."""
         return [key for key in self.store.objects if "_extra_state" in key]
 
 
@@ -100,7 +100,7 @@ def split_optimizer_key(key: str) -> tuple[str, str] | None:
 
 
 def parameter_key(key: str) -> str:
-    """The parameter that a tensor belongs to: the key itself, or what the optimizer keeps state of."""
+    """The key of the parameter that a tensor belongs to: its own key, or the one whose optimizer state it is."""
     parts = split_optimizer_key(key)
     return parts[1] if parts else key
 

@@ -46,12 +46,12 @@ _RENAMED = {
     _LAYERS + "mlp.linear_fc1.layer_norm_weight": _LAYERS + "pre_mlp_layernorm.weight",
     _LAYERS + "mlp.linear_fc1.layer_norm_bias": _LAYERS + "pre_mlp_layernorm.bias",
 }
-_SEED_STRIDE = 1_000_003  # a prime, so that no two layers of two seeds near each other share their numbers
+_SEED_STRIDE = 1_000_003  # a prime, so that layers of neighbouring seeds do not share their random numbers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertShape:
-    """The mixture to make, in mcore's names. granularity: slices that the dense MLP is cut into.
+    """The mixture to build, in mcore's names. granularity: number of slices that the dense MLP is cut into.
 
     router_std: of the router's random rows; None for the checkpoint's init_method_std.
     """
@@ -97,7 +97,7 @@ def upcycle(
 ) -> UpcycleReport:
     """Write `save_dir/release` with the experts, complete and recomputed, or nothing.
 
-    expert_ffn_hidden_size: width of an expert, another way to say the granularity.
+    expert_ffn_hidden_size: the width of an expert, given in place of the granularity.
     Raises ConversionError, all reasons at once, where the model or the numbers do not allow it.
     """
     started_at_s = time.monotonic()

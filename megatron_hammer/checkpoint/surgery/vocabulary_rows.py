@@ -1,4 +1,4 @@
-"""The rows of the embedding and the head: tokens, then the padding that tensor parallelism asks for."""
+"""The rows of the embedding and the head: tokens, then the padding for tensor parallelism."""
 
 from argparse import Namespace
 
@@ -11,12 +11,12 @@ from megatron_hammer.model.accounting import padded_vocab_size
 
 
 def is_vocabulary_key(key: str) -> bool:
-    """Whether the tensor, or the parameter that it is the optimizer's state of, has a row a token."""
+    """Whether the tensor has one row per token, or is the optimizer's state of such a parameter."""
     return parameter_key(key) in VOCABULARY_KEYS
 
 
 def read_vocab_size(checkpoint: TrainingCheckpoint) -> int:
-    """Tokens of the model, without padding. Raises CheckpointError where the arguments do not say or fit."""
+    """Tokens of the model, without padding. Raises CheckpointError if the arguments lack it or do not fit."""
     vocab_size: int | None = getattr(checkpoint.args, "vocab_size", None)
     rows = {key: checkpoint.model[key].shape[0] for key in VOCABULARY_KEYS if key in checkpoint.model}
     if vocab_size is None:
@@ -47,7 +47,7 @@ def count_padded_rows(args: Namespace) -> int:
 def read_rows(
     checkpoint: TrainingCheckpoint, key: str, offsets: tuple[int, ...], sizes: tuple[int, ...], *, num_rows: int
 ) -> Tensor:
-    """A box of a tensor of which only the first `num_rows` rows are kept; zeros behind them."""
+    """A box of a tensor of which only the first `num_rows` rows are kept; the rows after them are zeros."""
     first, wanted = offsets[0], sizes[0]
     num_kept = min(max(num_rows - first, 0), wanted)
     if num_kept == wanted:

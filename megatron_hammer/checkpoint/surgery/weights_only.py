@@ -1,4 +1,4 @@
-"""The weights of a training checkpoint alone: a release, from which --load starts a new run at step 0.
+"""Keeps only the weights of a training checkpoint: a release, from which --load starts a new run at step 0.
 
 Left out: the optimizer, random states, the schedule, and how many samples were consumed, which all belong to the run.
 """

@@ -1,4 +1,4 @@
-"""What the processes of `verify_conversion.py` exchange: the request, the files of a temporary folder, and the texts.
+"""What the two processes of `verify_conversion.py` exchange: the request, files in a temporary folder, and texts.
 
 Imports neither torch, transformers nor megatron. The order: `transformers_forward.py` writes what transformers
 computes, `megatron_forward.py` computes the same with Megatron's modules, compares, and writes numbers only.
@@ -14,13 +14,13 @@ REQUEST_FILE = "request.json"
 REFERENCE_FILE = "reference.safetensors"
 TRANSFORMERS_FINDINGS_FILE = "transformers.json"
 MEGATRON_FINDINGS_FILE = "megatron.json"
-NOT_DONE = "not_done"  # in findings: why a side could not even start
+NOT_DONE = "not_done"  # in findings: why a side could not start
 
 MAX_TOKENS = 64  # of a text
 NUM_RANDOM_TEXTS = 5  # where the folder has no tokenizer
 SEED = 20_240_817
 
-# Prose in two languages, code and mathematics: what a tokenizer cuts differently and a model predicts differently.
+# Prose in two languages, code and mathematics, because tokenizers and models treat them differently.
 DEFAULT_TEXTS = (
     "The old lighthouse keeper counted the waves every morning, and wrote their number in a book that nobody read. "
     "When the ship finally came, in the autumn of 1987, he had filled 31 volumes and lost count only twice.",

@@ -1,6 +1,6 @@
-"""How far two forward passes are apart: logits, log-probabilities, the chosen token and the loss, text by text.
+"""How much two forward passes differ: logits, log-probabilities, the chosen token and the loss, text by text.
 
-Pure functions on tensors. A difference is NaN where either side has one, and NaN passes no limit.
+Pure functions on tensors. A difference is NaN if either side has a NaN, and NaN fails every limit.
 """
 
 import math

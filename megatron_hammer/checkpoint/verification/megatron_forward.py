@@ -1,4 +1,4 @@
-"""What Megatron's modules compute from a checkpoint, against what transformers left: `python -m ... <folder>`.
+"""Compares what Megatron computes from a checkpoint with what transformers has written: `python -m ... <folder>`.
 
 The second process of `verify_conversion.py`. It reads the request and the reference in `folder` and writes numbers
 only.
@@ -50,7 +50,7 @@ def main() -> None:
 
         megatron_compat.install("cpu")
         import megatron.training  # noqa: F401
-    except Exception as error:  # a broken installation raises nearly anything
+    except Exception as error:  # a broken installation can raise nearly anything
         write_findings(folder / MEGATRON_FINDINGS_FILE, {NOT_DONE: f"megatron-core does not import: {error}"})
         return
     from safetensors import safe_open

@@ -17,8 +17,8 @@ from megatron_hammer.checkpoint_files.checkpoint_reader import use_fused_norm_na
 from megatron_hammer.errors import CheckpointError
 from megatron_hammer.platforms import megatron_compat
 
-# The saved arguments that decide what a token's logits are. Everything else (layout, precision, kernels, data) is this
-# process's own; what changes the model in another way is refused by saved_model.py.
+# The saved arguments that decide the logits of a token. Everything else (layout, precision, kernels, data) is chosen by
+# this process. Arguments that change the model in other ways are refused by saved_model.py.
 MODEL_ARGUMENTS = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "group_query_attention"),
     *("num_query_groups", "kv_channels", "vocab_size", "max_position_embeddings", "normalization"),

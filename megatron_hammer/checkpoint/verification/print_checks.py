@@ -1,4 +1,4 @@
-"""The table of what was checked, as every tool that verifies prints it."""
+"""Prints the table of checks, for every tool that verifies."""
 
 from collections.abc import Iterable
 
@@ -11,7 +11,7 @@ VERDICTS = {True: "passed", False: "FAILED", None: "not done"}
 
 
 def print_checks(rows: Iterable[CheckRow], console: Console | None = None, *, title: str | None = None) -> None:
-    """Print one line a check; one that could not be done says why. console: standard output where none is given."""
+    """Print one line per check; one that was not done says why. console: standard output by default."""
     cells = ((row.check, row.result, VERDICTS[row.is_passed]) for row in rows)
     table = build_table(title, ("check", "result", ""), cells, num_text=3)
     (console or open_console()).print(table, "")

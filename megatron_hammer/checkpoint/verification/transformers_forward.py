@@ -1,7 +1,7 @@
-"""What transformers computes from a Hugging Face folder, in a process of its own: `python -m ... <folder>`.
+"""What transformers computes from a Hugging Face folder, in its own process: `python -m ... <folder>`.
 
-Reads the request in `folder` and leaves the reference tensors and what it found there. Nothing is fetched, no code of
-the model's folder is run. `verify_conversion.py` starts it; `megatron_forward.py` reads what it leaves.
+Reads the request in `folder` and writes the reference tensors and its findings there. Nothing is fetched, no code of
+the model's folder is run. `verify_conversion.py` starts it; `megatron_forward.py` reads what it writes.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ def main() -> None:
     request = read_request(folder)
     try:
         import transformers
-    except Exception as error:  # a broken installation raises nearly anything
+    except Exception as error:  # a broken installation can raise nearly anything
         write_findings(folder / TRANSFORMERS_FINDINGS_FILE, {NOT_DONE: f"transformers does not import: {error}"})
         return
     transformers.logging.set_verbosity_error()

@@ -1,7 +1,7 @@
-"""What the two sides found, judged: one row a check, with the limit that it was held against and where that comes from.
+"""Judges what the two sides computed: one row per check, with its limit and the reason for that limit.
 
-In fp32 the largest difference counts. In bf16, and where a tie between experts sends a token another way, single
-positions may be far apart though every weight is right; there it is the root mean square, or most positions.
+In fp32 the largest difference is judged. In bf16, or if a tie between experts sends a token to another expert, single
+positions can differ much although every weight is right. There the root mean square, or most positions, are judged.
 """
 
 import dataclasses
@@ -25,16 +25,14 @@ BF16_LIMIT_RATIO = 5e-2
 # A deep or badly conditioned model amplifies rounding: then this many times the difference between transformers' own
 # two attention kernels on one text; the largest of several texts was measured up to 10 times that of one.
 FP32_NOISE_FACTOR, BF16_NOISE_FACTOR = 20.0, 10.0
-# One tie changes the positions after it in its text only; a wrong expert changes nearly all.
+# A tie changes only the positions after it in its text; a wrong expert changes nearly all positions.
 CLEAN_SHARE_AFTER_TIES = 0.5
 LEAST_SHARE_OF_SAME_CHOICE = 0.8  # in bf16, and after ties
 
 
 @dataclass(frozen=True, slots=True)
 class CheckRow:
-    """One line of the table: what was checked, what came out, and whether that is right; None: not done, `result`
-    says why.
-    """
+    """One line of the table: the check, its result, and whether it passed. None: not done, and `result` says why."""
 
     check: str
     result: str

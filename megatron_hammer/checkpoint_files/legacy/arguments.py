@@ -1,4 +1,4 @@
-"""Arguments of an old Megatron, completed with what it did before the argument existed.
+"""The arguments of an old Megatron, completed with what it did before each argument existed.
 
 `saved_model.py` reads today's names. A checkpoint of before megatron-core was written by one model class, the GPT of
 `megatron/model`, whose choices were fixed where no flag is saved: LayerNorm, biases, learned positions, tied

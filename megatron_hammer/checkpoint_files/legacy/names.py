@@ -30,7 +30,7 @@ _EXPERT_NAMES: tuple[tuple[str, str], ...] = (
     (r"mlp\.experts\.local_experts\.(\d+)\.", r"mlp.experts.experts.\1."),
     (r"mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)$", r"mlp.experts.experts.\3.\1.\2"),
 )
-# Nothing that a model needs: TransformerEngine's fp8 state, and frequencies that follow from rotary_base.
+# Not part of a model: TransformerEngine's fp8 state, and frequencies that are computed from rotary_base.
 _DERIVED = re.compile(r"(^|\.)(_extra_state\d*|rotary_pos_emb\.inv_freq)$")
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"\.mlp\.experts\.experts\.(\d+)\.")
@@ -81,7 +81,7 @@ def select_expert(name: str) -> int | None:
 
 
 def shift_name(name: str, *, num_layers: int, num_experts: int) -> str:
-    """The name with so many layers and experts before its own."""
+    """The name with its layer and expert numbers raised by the given counts."""
     if (layer := select_layer(name)) is not None:
         name = _LAYER.sub(f"decoder.layers.{layer + num_layers}.", name)
     if (expert := select_expert(name)) is not None:

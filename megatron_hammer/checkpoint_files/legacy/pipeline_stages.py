@@ -75,6 +75,6 @@ def _split_by_arguments(args: Any, pp: int, vp: int) -> list[list[int]] | None:
     )
     try:
         split = split_layers(args.num_layers, layout)
-    except ConfigError:  # a split of an older Megatron that today's would refuse
+    except ConfigError:  # a split of an older Megatron that the present one refuses
         return None
     return [[chunk.num_layers for chunk in stage] for stage in split]

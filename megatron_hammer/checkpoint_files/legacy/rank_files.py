@@ -174,7 +174,7 @@ def load_state(path: Path, kind: type | tuple[type, ...] = dict) -> Any:
             state = torch.load(path, map_location="meta" if is_mappable else "cpu", weights_only=True)
         if not isinstance(state, kind):
             raise TypeError(f"a {type(state).__name__}")
-    except Exception as error:  # damaged files raise nearly anything
+    except Exception as error:  # damaged files can raise nearly anything
         raise CheckpointError(
             f"{path}: contents must be what --ckpt-format torch writes, got {type(error).__name__}: {_reason(error)}. "
             "The file is damaged or not a checkpoint; use another iteration or copy it again."

@@ -1,9 +1,9 @@
 """Reads a legacy checkpoint (`--ckpt-format torch`, folders mp_rank_*) of any layout, one tensor at a time.
 
 Every rank's state dict is located, its names become mcore's, layers and experts get their place in the whole model, and
-a read merges the parts of one tensor by the table of layouts.py. Copies of one part (embeddings of a tied model,
+a read merges the parts of a tensor by the table of tensor_parallel.py. Copies of one part (embeddings of a tied model,
 norms on every tensor-parallel rank, dense layers on every expert-parallel rank) must have the same bits.
-No process group, GPU or megatron. The same surface as CheckpointReader; `open_checkpoint` in reader.py chooses.
+No process group, GPU or megatron. It implements CheckpointReader; `open_checkpoint` chooses the format.
 """
 
 from collections.abc import Mapping
@@ -83,7 +83,7 @@ class LegacyReader:
         self.tensors = _assemble(directory, sizes, files, self.args, weights)
 
     def remove_vocab_padding(self, vocab_size: int) -> None:
-        """From here on the embedding and the head have `vocab_size` rows; the padding is left out."""
+        """Let the embedding and the head have `vocab_size` rows from now on; the padding is left out."""
         remove_padding_rows(self.tensors, vocab_size)
 
     def read(self, name: str) -> Tensor:

@@ -1,6 +1,6 @@
 """Copies a safetensors file byte for byte, except for rows put into some of its matrices; memory for one chunk.
 
-Nothing is decoded, so that what is not changed cannot change. Format: see header.py.
+The data is not decoded, so unchanged tensors keep every bit. Format: see header.py.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,7 @@ CHUNK_BYTES = 1 << 24
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InsertedRows:
-    """Rows `first_row` and on of a matrix become `data`, row-major bytes; rows behind them, if any, stay."""
+    """The rows of a matrix from `first_row` on become `data`, row-major bytes; rows after these stay."""
 
     first_row: int
     num_rows: int

@@ -82,7 +82,7 @@ class ShardWriter:
         self.directory = directory
         self._shards = shards
         self._dtype = dtype
-        self._places: dict[str, tuple[tuple[int, ...], WrittenTensor]] = {}  # of what is still to come
+        self._places: dict[str, tuple[tuple[int, ...], WrittenTensor]] = {}  # of the tensors that are not written yet
 
     def __enter__(self) -> "ShardWriter":
         for shard in self._shards:
@@ -114,7 +114,7 @@ class ShardWriter:
         return place
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> WrittenTensor:
-        """The place of a planned tensor, once: who takes it writes all of it."""
+        """The place of a planned tensor. It can be taken once, and the caller then writes the whole tensor."""
         if name not in self._places:
             raise ValueError(f"{name} was not planned, or came twice")
         planned_shape, place = self._places.pop(name)
@@ -128,7 +128,7 @@ def _bytes_of(tensor: Tensor) -> Tensor:
 
 
 def write_at(file: FileIO, start: int, tensor: Tensor) -> None:
-    """Write the bytes of a tensor at byte `start`; one call of the system takes at most 2 GiB."""
+    """Write the bytes of a tensor at byte `start`, in several system calls: one takes at most 2 GiB."""
     data = memoryview(_bytes_of(tensor).numpy())
     while data:
         num_written = os.pwrite(file.fileno(), data, start)

@@ -1,8 +1,8 @@
-"""Opens the weights of a Hugging Face folder: every name, shape and dtype at once, every tensor when it is asked for.
+"""Opens the weights of a Hugging Face folder: names, shapes and dtypes at once, each tensor only when it is read.
 
 safetensors and pytorch_model.bin, in one file or in shards with an index. No tensor is copied: each is a memory map of
 its own bytes, which goes away with the tensor, so that reading a whole model needs memory for one tensor at a time.
-No file's code is run. Which tensors a model must have is not known here; see `tensor_rows.py`.
+No code of a file is run. Which tensors a model must have is not known here; see checkpoint/hugging_face/.
 """
 
 import json
@@ -123,7 +123,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
 
 
 def _compare_with_index(index_path: Path, held: Mapping[str, Mapping[str, LocatedTensor]]) -> list[str]:
-    """Problems of shards that could be opened; one that could not has its own sentence."""
+    """Problems of the shards that could be opened; the others have been reported already."""
     weight_map = _read_weight_map(index_path)
     absent = [
         f"{index_path.with_name(file_name)}: must hold {name}, as {index_path.name} says, got no such tensor. "
@@ -182,10 +182,10 @@ def _find_fault(name: str, stored: HeaderEntry) -> str | None:
 
 def _locate_pickled(path: Path) -> dict[str, LocatedTensor]:
     """Tensors of a file that torch.save wrote; its pickle may name tensors and plain containers only."""
-    is_mappable = zipfile.is_zipfile(path)  # not so before PyTorch 1.6
+    is_mappable = zipfile.is_zipfile(path)  # files from before PyTorch 1.6 are no zip files
     try:
         state = torch.load(path, map_location="meta" if is_mappable else "cpu", weights_only=True)
-    except Exception as error:  # damaged files raise nearly anything
+    except Exception as error:  # damaged files can raise nearly anything
         reason = str(error).strip().split("\n")[0][:300]
         raise ConversionError(
             f"{path}: file must be complete weights of torch.save, got {type(error).__name__}: {reason}. "

@@ -4,7 +4,7 @@
 tensors cut into chunks, and the layers of a model stacked into one tensor with a leading layer axis (and experts with
 an expert axis after it). Here every layer and expert has a name of its own,
 `decoder.layers.3.mlp.experts.experts.1.linear_fc1.weight`, and a read touches only the chunks it needs. Megatron's
-`_extra_state` is left out, and of the optimizer's state everything but, when asked for, the fp32 weights.
+`_extra_state` is left out, and so is the optimizer's state, except its fp32 weights when they are asked for.
 """
 
 import itertools
@@ -70,7 +70,7 @@ class TorchDistReader:
         return validate_one_save(self.store, self._list_copies())
 
     def remove_vocab_padding(self, vocab_size: int) -> None:
-        """From here on the embedding and the head have `vocab_size` rows; the padding is never read."""
+        """Let the embedding and the head have `vocab_size` rows from now on; the padding is not read."""
         remove_padding_rows(self.tensors, vocab_size)
 
     def read(self, name: str) -> Tensor:

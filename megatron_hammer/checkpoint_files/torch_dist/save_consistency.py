@@ -1,9 +1,9 @@
-"""Notices files of two iterations in one torch_dist directory, as far as their contents allow.
+"""Detects files of two iterations in one torch_dist directory, as far as their contents allow.
 
-Files of one run have the same names, sizes and offsets at every iteration, and only the common state says which one it
-is. But in half-precision training each weight is the rounded fp32 weight in the optimizer's state, and with data
-parallelism the two often lie in different files. One pair for each two such files is compared. Files that hold only
-pairs of their own, as without data parallelism, cannot be told apart.
+The files of a run have the same names, sizes and offsets at every iteration; only the common state names the iteration.
+But in half-precision training each weight is the rounded fp32 weight of the optimizer's state, and with data
+parallelism the two often lie in different files. For every two such files, one pair of tensors is compared. If every
+file holds both tensors of its pairs, as without data parallelism, mixed files cannot be detected.
 """
 
 import math
@@ -17,7 +17,7 @@ from megatron_hammer.checkpoint_files.torch_dist.store import StoredChunk, Torch
 from megatron_hammer.errors import CheckpointError
 
 _HALF_DTYPES = (torch.bfloat16, torch.float16)
-_MIN_ELEMENTS = 1024  # a norm's few weights may not have moved between two iterations
+_MIN_ELEMENTS = 1024  # the few weights of a norm may be equal at two iterations
 
 
 @dataclass(frozen=True, slots=True)

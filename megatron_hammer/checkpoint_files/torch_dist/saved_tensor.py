@@ -1,8 +1,8 @@
 """Finds a tensor that torch.save wrote inside a file and views it where it lies: no copy, no code of the pickle.
 
 torch.save writes a zip whose members are not compressed: `data.pkl` says dtype, shape and strides, `data/0` is the
-storage. The pickle is read by an unpickler that builds only inert records, and is held to the dtype and the shape that
-the checkpoint's metadata promises. Whatever does not look exactly so is left to `torch.load(weights_only=True)`.
+storage. The pickle is read by an unpickler that builds only inert records, and must have the dtype and the shape of the
+checkpoint's metadata. Everything else is left to `torch.load(weights_only=True)`.
 """
 
 import math
@@ -39,9 +39,9 @@ _STORAGE_DTYPES = {
 def find_saved_tensor(
     file: FileIO, *, offset: int, length: int, shape: Sequence[int], dtype: torch.dtype
 ) -> int | None:
-    """Where in `file` the elements of the tensor begin that torch.save wrote at bytes [offset, offset + length).
+    """The byte of `file` at which the elements of the tensor begin that torch.save wrote to [offset, offset + length).
 
-    None if it is stored in any other way than plainly: compressed, strided, big-endian, of another dtype or shape.
+    None if it is compressed, strided, big-endian, or of another dtype or shape.
     """
     if sys.byteorder != "little":
         return None

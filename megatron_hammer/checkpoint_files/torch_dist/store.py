@@ -49,7 +49,8 @@ class StoredGlobal:
 class TorchDistStore:
     """One iteration's directory, opened. Nothing but the metadata is read before it is asked for.
 
-    tensors: by key, layers stacked as megatron stores them. objects: keys of what is no tensor, common state apart.
+    tensors: by key, layers stacked as megatron stores them. objects: keys of the non-tensor entries, except the
+    common state.
     common_state: arguments, iteration, param groups and schedules.
     Raises CheckpointError if the metadata is missing, damaged or of another format.
     """
@@ -130,7 +131,7 @@ class TorchDistStore:
         return self._locate(key, chunk.offsets)[1].name
 
     def read_object(self, key: str) -> Any:
-        """What is stored under one of `objects`, with megatron's own types made inert."""
+        """The object stored under one of `objects`; megatron's own types become inert records."""
         return self._read_item(key, ())
 
     def read_object_bytes(self, key: str) -> bytes:
@@ -269,7 +270,7 @@ class _Overlap:
 
 
 def _overlap(box: Box, chunk: StoredChunk) -> _Overlap | None:
-    """None if they do not touch."""
+    """None if they do not overlap."""
     into, out_of, sizes = [], [], []
     for start, size, chunk_start, chunk_size in zip(*box, chunk.offsets, chunk.sizes, strict=True):
         first, last = max(start, chunk_start), min(start + size, chunk_start + chunk_size)

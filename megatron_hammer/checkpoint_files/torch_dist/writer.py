@@ -2,7 +2,7 @@
 
 The tensors are Megatron's global ones, under its own keys (layers stacked), cut into boxes in any way; each box goes to
 disk when it comes, so that memory is needed for one box. `.metadata` and metadata.json, without which nothing loads,
-come last, then the folder's name, then the tracker that points to it. `store.py` reads it again.
+come last, then the folder is renamed, then the tracker points to it. `store.py` reads such a directory.
 """
 
 import io
@@ -45,8 +45,8 @@ class _Declared:
 class CheckpointWriter:
     """One iteration being written into `directory`; obtain it with `open_checkpoint_writer`.
 
-    Every declared tensor must be covered by its chunks when `commit` is called; whoever calls it is held to that with
-    ValueError, since no user can cause it.
+    Every declared tensor must be covered by its chunks when `commit` is called; else it raises ValueError, because that
+    is an error of the calling code.
     """
 
     def __init__(self, directory: Path, *, max_file_bytes: int = MAX_FILE_BYTES):
@@ -99,7 +99,7 @@ class CheckpointWriter:
         return read_located(replace(located, start=start + located.start), key)
 
     def write_object(self, key: str, value: Any) -> None:
-        """Write what is no tensor (Megatron's ShardedObject: a list of one value) as torch.save does."""
+        """Write a non-tensor entry (Megatron's ShardedObject: a list of one value) as torch.save does."""
         self.write_object_bytes(key, dump_object(value))
 
     def write_object_bytes(self, key: str, data: bytes) -> None:
@@ -191,7 +191,7 @@ class CheckpointWriter:
 
 
 class _Sink:
-    """A file that remembers what stopped a write: torch.save hides it behind a RuntimeError of its own."""
+    """A file that remembers the error that stopped a write: torch.save replaces it by a RuntimeError."""
 
     def __init__(self, file: io.BufferedWriter):
         self._file = file
@@ -234,7 +234,7 @@ def open_checkpoint_writer(
     except BaseException:
         if not was_there:
             with suppress(OSError):
-                save_dir.rmdir()  # what it holds besides, if anything, is not ours
+                save_dir.rmdir()  # other files in it are not ours
         raise
     _write_tracker(save_dir, iteration, overwrite)
 
