@@ -5,6 +5,7 @@ its own, because another version of Megatron may lack the arguments of one part 
 Megatron derives when a flag is left out is derived here by the same rule. Pure; no torch, no megatron.
 """
 
+import dataclasses
 import math
 import os
 from typing import Any, Literal
@@ -33,34 +34,33 @@ from megatron_hammer.model.memory_options import WORKSPACE_BYTES, Recompute, Sha
 from megatron_hammer.presets.preset import Preset
 
 
+def _read_same[T](kind: type[T], args: Any, **others: Any) -> T:
+    """A part whose fields are arguments of the same names, except `others`."""
+    names = [field.name for field in dataclasses.fields(kind) if field.name not in others]  # type: ignore[arg-type]
+    return kind(**{name: getattr(args, name) for name in names}, **others)
+
+
 def read_settings(args: Any, flags: Flags, *, preset: Preset | None, initial_model: InitialModel | None) -> RunSettings:
     """The settings of a command line whose arguments are `args`."""
     has_model = not list_missing(flags) and not find_value_problems(flags)
-    return RunSettings(
+    return _read_same(
+        RunSettings,
+        args,
         flags=flags,
         preset=preset,
         initial_model=initial_model,
         machine=_read_machine(args),
-        output=Output(
-            is_dry_run=args.dry_run,
-            has_json=args.json,
-            is_verbose=args.verbose,
-            metrics_path=args.metrics_path,
-            tensorboard_dir=args.tensorboard_dir,
-        ),
+        output=_read_same(Output, args, is_dry_run=args.dry_run, has_json=args.json, is_verbose=args.verbose),
         precision=_read_precision(args),
         checkpoints=_read_checkpoints(args),
         schedule=read_schedule(args),
         evaluation=read_evaluation(args),
         data=read_data(args),
         recompute=_read_recompute(args),
-        vocab_size=args.vocab_size,
         vocab_divisible_by=args.make_vocab_size_divisible_by,
-        seq_length=args.seq_length,
         model=read_model(args) if has_model else None,
         layout=read_layout(args) if has_model else None,
         layers_per_chunk=read_layers_per_chunk(args),
-        rotary_percent=args.rotary_percent,
     )
 
 
@@ -68,9 +68,9 @@ def read_plan(args: Any, settings: RunSettings) -> RunPlan | None:
     """The plan with these settings; None without a whole model and a batch."""
     if settings.model is None or settings.layout is None or list_missing(settings.flags, BATCH_ESSENTIALS):
         return None
-    shared = {name: getattr(settings, name) for name in RunSettings.__dataclass_fields__}
-    return RunPlan(
-        **shared,
+    return _read_same(
+        RunPlan,
+        settings,
         batch=read_batch(args),
         memory=_read_memory_options(args, settings.layout, has_gpu=settings.machine.has_gpu),
         has_attention_mask=args.create_attention_mask_in_dataloader,
@@ -81,16 +81,11 @@ def read_plan(args: Any, settings: RunSettings) -> RunPlan | None:
 
 
 def _read_machine(args: Any) -> Machine:
-    return Machine(
-        platform=args.platform,
-        backend=args.backend,
-        rank=args.rank,
-        local_rank=args.local_rank,
+    return _read_same(
+        Machine,
+        args,
         local_world_size=read_process_place().local_world_size,
-        world_size=args.world_size,
         is_planned=args.dry_run and (args.requested_world_size is not None or "WORLD_SIZE" not in os.environ),
-        gpu_memory_gib=args.gpu_memory_gib,
-        peak_tflops=args.peak_tflops,
     )
 
 
@@ -142,14 +137,11 @@ def _count_data_parallel(args: Any) -> int:
 
 
 def read_layout(args: Any) -> ParallelLayout:
-    return ParallelLayout(
-        tensor_model_parallel_size=args.tensor_model_parallel_size,
-        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+    return _read_same(
+        ParallelLayout,
+        args,
         virtual_pipeline_model_parallel_size=_read_virtual_size(args),
-        context_parallel_size=args.context_parallel_size,
         data_parallel_size=_count_data_parallel(args),
-        expert_model_parallel_size=args.expert_model_parallel_size,
-        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
         has_sequence_parallel=args.sequence_parallel and args.tensor_model_parallel_size > 1,
         has_distributed_optimizer=args.use_distributed_optimizer,
         num_layers_first_stage=args.decoder_first_pipeline_num_layers,
@@ -179,26 +171,7 @@ def read_batch(args: Any) -> Batch:
 
 
 def read_schedule(args: Any) -> Schedule:
-    return Schedule(
-        skips_training=args.skip_train,
-        train_iters=args.train_iters,
-        train_samples=args.train_samples,
-        lr=args.lr,
-        min_lr=args.min_lr,
-        lr_decay_style=args.lr_decay_style,
-        lr_decay_iters=args.lr_decay_iters,
-        lr_decay_samples=args.lr_decay_samples,
-        lr_warmup_iters=args.lr_warmup_iters,
-        lr_warmup_samples=args.lr_warmup_samples,
-        lr_warmup_fraction=args.lr_warmup_fraction,
-        lr_warmup_init=args.lr_warmup_init,
-        lr_wsd_decay_iters=args.lr_wsd_decay_iters,
-        lr_wsd_decay_samples=args.lr_wsd_decay_samples,
-        weight_decay=args.weight_decay,
-        start_weight_decay=args.start_weight_decay,
-        end_weight_decay=args.end_weight_decay,
-        weight_decay_incr_style=args.weight_decay_incr_style,
-    )
+    return _read_same(Schedule, args, skips_training=args.skip_train)
 
 
 def read_evaluation(args: Any) -> Evaluation:
@@ -217,33 +190,22 @@ def read_evaluation(args: Any) -> Evaluation:
 
 
 def read_data_flags(args: Any) -> DataFlags:
-    return DataFlags(
-        mock_data=args.mock_data,
-        data_path=args.data_path,
-        data_args_path=args.data_args_path,
-        per_split_data_args_path=args.per_split_data_args_path,
-        data_paths_of={name: getattr(args, attribute) for name, attribute in SPLIT_FLAGS.items()},
-        split=args.split,
-        skips_training=args.skip_train,
-    )
+    own = {name: getattr(args, attribute) for name, attribute in SPLIT_FLAGS.items()}
+    return _read_same(DataFlags, args, data_paths_of=own, skips_training=args.skip_train)
 
 
 def read_data(args: Any) -> Data:
     flags = read_data_flags(args)
     sources, problems = read_data_plan(flags)
     needs_ends = ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")
-    return Data(
+    return _read_same(
+        Data,
+        args,
         flags=tuple(flags.list_given()),
         sources=sources,
         problems=tuple(problems),
-        split=args.split,
         cache_dir=args.data_cache_path,
-        tokenizer_model=args.tokenizer_model,
-        tokenizer_type=args.tokenizer_type,
-        vocab_file=args.vocab_file,
-        merge_file=args.merge_file,
         flags_of_document_ends=tuple(name for name in needs_ends if getattr(args, name)),
-        seed=args.seed,
         surplus=args.mid_level_dataset_surplus,
         dataloader_type=args.dataloader_type or "single",  # Megatron's default
         has_phases=bool(getattr(args, "phase_transition_iterations", None)),
@@ -254,9 +216,9 @@ def read_data(args: Any) -> Data:
 
 
 def _read_checkpoints(args: Any) -> Checkpoints:
-    return Checkpoints(
-        save=args.save,
-        load=args.load,
+    return _read_same(
+        Checkpoints,
+        args,
         step=args.ckpt_step,
         pretrained=args.pretrained_checkpoint,
         is_finetuned=args.finetune,
