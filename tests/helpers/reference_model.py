@@ -2,7 +2,7 @@
 
 import torch
 
-from tests.helpers.build_model import compute_logits
+from tests.helpers.whole_model import compute_logits
 
 BATCH_SIZE, SEQ_LENGTH = 5, 37
 

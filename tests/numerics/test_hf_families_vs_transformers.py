@@ -18,8 +18,8 @@ from megatron_hammer.checkpoint.hugging_face.family import expand
 from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
 from megatron_hammer.checkpoint.hugging_face.tensor_sources import locate_hf_tensors
 from megatron_hammer.model.accounting import count_parameters
-from tests.helpers.build_model import build_model, load_weights, merge_weights, read_arguments, single_rank
 from tests.helpers.reference_model import compare, randomize
+from tests.helpers.whole_model import build_whole_model, load_weights, merge_weights, read_arguments, single_rank
 
 # Measured: at most 6e-6 on a layer and on the logits, both of a standard deviation near 1; the twins differ by 0.01 to
 # 4, those of the gelu by 2e-4 and 1e-3.
@@ -122,7 +122,7 @@ def read_folder(folder):
 def build_ours(model, weights, **change):
     """Our model with these weights; `change` replaces fields of what is built, not of how the weights are merged."""
     namespace = read_arguments(dataclasses.replace(model, name="toy", **change))
-    ours = build_model(namespace)
+    ours = build_whole_model(namespace)
     load_weights(ours, merge_weights(model, weights))
     return ours, namespace
 

@@ -8,8 +8,8 @@ from megatron_hammer.checkpoint.convert.from_hugging_face import ImportOptions, 
 from megatron_hammer.checkpoint.hugging_face.config_json import interpret_config
 from megatron_hammer.config.model_arguments import build_model_arguments
 from megatron_hammer.platforms import megatron_compat
-from tests.helpers.build_model import read_arguments
 from tests.helpers.toy_hf_folder import LLAMA_CONFIG, write_toy_folder
+from tests.helpers.whole_model import read_arguments
 
 MOE = {
     "model_type": "qwen2_moe",

@@ -20,9 +20,10 @@ from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_dropo
 from megatron_hammer.checkpoint.hugging_face.tensor_layouts import merge_gate_up
 from megatron_hammer.model.shape import ModelShape, MoeShape, RopeScaling
 from megatron_hammer.presets.catalogue import PRESETS
-from tests.helpers.build_model import (
+from tests.helpers.reference_model import compare, randomize, sample_tokens
+from tests.helpers.whole_model import (
     TOY_LLAMA,
-    build_model,
+    build_whole_model,
     checkpoint_parameters,
     compute_logits,
     load_weights,
@@ -30,7 +31,6 @@ from tests.helpers.build_model import (
     read_arguments,
     single_rank,
 )
-from tests.helpers.reference_model import compare, randomize, sample_tokens
 
 # Measured: at most 2e-5 on a layer's output and 1.1e-5 on the logits, both of a standard deviation near 1; the twins
 # differ by 0.1 to 10, the exact gelu in place of its approximation by 3e-4.
@@ -112,7 +112,7 @@ def build_reference(model: ModelShape, flags, tmp_path, **config_changes):
 
 def build_ours(model: ModelShape, flags, hf_weights):
     namespace = read_arguments(model, flags)
-    ours = build_model(namespace)
+    ours = build_whole_model(namespace)
     load_weights(ours, merge_weights(read_saved_model(namespace), hf_weights))
     return ours
 
@@ -209,7 +209,7 @@ def test_twin_a_broken_layout_is_noticed(toy, name, tmp_path, monkeypatch):
     attribute, broken = (BROKEN_GPT2_LAYOUTS if toy == "gpt2" else BROKEN_LAYOUTS)[name]
     whole = getattr(tensor_layouts, attribute)
     monkeypatch.setattr(
-        "tests.helpers.build_model.expand",
+        "tests.helpers.whole_model.expand",
         lambda family, architecture: [
             dataclasses.replace(pair, layout=broken if pair.layout is whole else pair.layout)
             for pair in expand(family, architecture)
@@ -254,7 +254,7 @@ def test_twin_a_wrong_argument_is_noticed(change, tmp_path):
     model = TOYS["llama grouped queries"]
     reference, hf_weights = build_reference(model, (), tmp_path)
     weights = merge_weights(read_saved_model(read_arguments(model)), hf_weights)
-    ours = build_model(read_arguments(dataclasses.replace(model, **change)))
+    ours = build_whole_model(read_arguments(dataclasses.replace(model, **change)))
     load_weights(ours, weights)
     assert compare(ours, reference, model.vocab_size)["logits"] > TOLERANCE
 
@@ -278,7 +278,7 @@ def test_embedding_norm_is_a_layer_norm_on_the_embedding(tmp_path):
     model = dataclasses.replace(TOY_LLAMA, has_tied_embeddings=True)
     reference, hf_weights = build_reference(model, (), tmp_path)
     namespace = read_arguments(dataclasses.replace(model, has_embedding_norm=True))
-    ours = build_model(namespace)
+    ours = build_whole_model(namespace)
     generator = torch.Generator().manual_seed(5)
     weight = 1 + 0.3 * torch.randn(model.hidden_size, generator=generator)
     bias = 0.1 * torch.randn(model.hidden_size, generator=generator)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_hammer.checkpoint.hugging_face.tensor_layouts import merge_qkv, split_qkv
-from tests.helpers.build_model import TOY_LLAMA, build_model, read_arguments, single_rank
+from tests.helpers.whole_model import TOY_LLAMA, build_whole_model, read_arguments, single_rank
 
 HEAD_DIM = TOY_LLAMA.head_dim
 
@@ -19,7 +19,7 @@ def _rank():
 
 def build_attention(num_query_groups: int):
     model = dataclasses.replace(TOY_LLAMA, num_query_groups=num_query_groups, has_qkv_bias=True)
-    return build_model(read_arguments(model)).decoder.layers[0].self_attention
+    return build_whole_model(read_arguments(model)).decoder.layers[0].self_attention
 
 
 @pytest.mark.parametrize("num_query_groups", [1, 4, 12])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.build_model import single_rank
+from tests.helpers.whole_model import single_rank
 
 SEQUENCE, BATCH, HEADS, HEAD_DIM = 13, 3, 6, 10
 ATTENTION_TOLERANCE = 1e-13  # fp64; measured 4e-16

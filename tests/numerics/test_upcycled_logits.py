@@ -8,9 +8,9 @@ import torch
 from megatron_hammer.checkpoint.surgery.upcycle import ExpertShape, upcycle
 from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
 from megatron_hammer.checkpoint_files.torch_dist.writer import open_checkpoint_writer
-from tests.helpers.build_model import (
+from tests.helpers.whole_model import (
     TOY_LLAMA,
-    build_model,
+    build_whole_model,
     checkpoint_parameters,
     compute_logits,
     load_weights,
@@ -56,7 +56,7 @@ def test_logits(tmp_path, shape, is_equal):
     tokens = torch.randint(0, TOY_LLAMA.vocab_size, (2, 23), generator=torch.Generator().manual_seed(6))
     with single_rank():
         namespace = read_arguments(TOY_LLAMA)
-        dense = build_model(namespace)
+        dense = build_whole_model(namespace)
         expected = compute_logits(dense, tokens, vocab_size=TOY_LLAMA.vocab_size)
         save(tmp_path / "dense", dense, namespace)
         upcycle(tmp_path / "dense", tmp_path / "moe", shape)
@@ -64,7 +64,7 @@ def test_logits(tmp_path, shape, is_equal):
         flags = ["--num-experts", str(shape.num_experts), "--moe-router-topk", str(shape.router_topk)]
         flags += ["--moe-ffn-hidden-size", str(reader.args.moe_ffn_hidden_size)]
         flags += ["--moe-router-pre-softmax"] if shape.has_pre_softmax else []
-        mixture = build_model(read_arguments(TOY_LLAMA, flags))
+        mixture = build_whole_model(read_arguments(TOY_LLAMA, flags))
         reader.remove_vocab_padding(TOY_LLAMA.vocab_size)
         load_weights(mixture, {name: reader.read(name) for name in reader.tensors})
         found = compute_logits(mixture, tokens, vocab_size=TOY_LLAMA.vocab_size)

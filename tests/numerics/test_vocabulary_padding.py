@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.model.vocabulary_padding import mask_padding_logits
-from tests.helpers.build_model import TOY_LLAMA, read_arguments, single_rank
+from tests.helpers.whole_model import TOY_LLAMA, read_arguments, single_rank
 
 SEQUENCE, BATCH, PADDED = 13, 3, 512
 VOCAB_SIZE = TOY_LLAMA.vocab_size  # 501

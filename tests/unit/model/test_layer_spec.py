@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from megatron_hammer.model.shape import ModelShape, MoeShape
-from tests.helpers.build_model import TOY_LLAMA, build_model, read_arguments, single_rank
+from tests.helpers.whole_model import TOY_LLAMA, build_whole_model, read_arguments, single_rank
 
 ENDS = ("embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "output_layer.weight")
 ATTENTION = (
@@ -59,7 +59,7 @@ def _rank():
 
 def list_keys(model: ModelShape, *flags: str) -> list[str]:
     """Names in a checkpoint of this model, in order; TransformerEngine's fp8 scales (_extra_state) carry no weights."""
-    state = build_model(read_arguments(model, flags)).sharded_state_dict()
+    state = build_whole_model(read_arguments(model, flags)).sharded_state_dict()
     return sorted({value.key for value in state.values() if not value.key.endswith("_extra_state")})
 
 
@@ -91,7 +91,7 @@ def test_the_embedding_norm_has_a_name_of_its_own() -> None:
 def test_modules_are_torchs() -> None:
     from megatron_hammer.model.torch_modules import SdpaAttention
 
-    layer = build_model(read_arguments(TOY_LLAMA)).decoder.layers[1]
+    layer = build_whole_model(read_arguments(TOY_LLAMA)).decoder.layers[1]
     assert isinstance(layer.self_attention.core_attention, SdpaAttention)
     assert (
         type(layer.input_layernorm).__module__
@@ -105,7 +105,7 @@ def test_each_backend_builds_its_own_spec(monkeypatch) -> None:
     from megatron_hammer.model import layer_spec
     from megatron_hammer.model.torch_modules import TorchNorm
 
-    config = build_model(read_arguments(TOY_LLAMA)).config
+    config = build_whole_model(read_arguments(TOY_LLAMA)).config
     block = layer_spec.build_block_spec(config, "torch")
     assert block.layer_norm is TorchNorm
     assert len(block.layer_specs) == TOY_LLAMA.num_layers

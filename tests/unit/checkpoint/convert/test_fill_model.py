@@ -19,7 +19,7 @@ from megatron_hammer.checkpoint.hugging_face.folder import HfFolder, open_hf_fol
 from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.model.shape import ModelShape, MoeShape
-from tests.helpers.build_model import TOY_LLAMA, build_model, checkpoint_parameters, read_arguments, single_rank
+from tests.helpers.whole_model import TOY_LLAMA, build_whole_model, checkpoint_parameters, read_arguments, single_rank
 
 MOE = dataclasses.replace(
     TOY_LLAMA,
@@ -75,7 +75,7 @@ def write_folder(folder: Path, model: ModelShape, *, dtype: torch.dtype = torch.
 @pytest.mark.parametrize("model", [TOY_LLAMA, TIED, MOE, GPT2], ids=["llama", "tied-qk-norm", "moe", "gpt2"])
 def test_every_parameter_is_what_the_mapping_makes_of_the_folder(model: ModelShape, tmp_path: Path) -> None:
     source = write_folder(tmp_path / "hf", model)
-    built = build_model(read_arguments(model))
+    built = build_whole_model(read_arguments(model))
     num_held = fill_chunks([built], source)
     require_every_element(source, num_held.tolist())
     parameters = checkpoint_parameters(built)
@@ -90,7 +90,7 @@ def test_every_parameter_is_what_the_mapping_makes_of_the_folder(model: ModelSha
 def test_a_swapped_layer_would_show(tmp_path: Path) -> None:
     """The twin: every tensor of every layer has values of its own."""
     source = write_folder(tmp_path / "hf", TOY_LLAMA)
-    built = build_model(read_arguments(TOY_LLAMA))
+    built = build_whole_model(read_arguments(TOY_LLAMA))
     fill_chunks([built], source)
     first, second = (layer.mlp.linear_fc1.weight for layer in built.decoder.layers[:2])
     assert not torch.equal(first, second)
@@ -100,7 +100,7 @@ def test_a_swapped_layer_would_show(tmp_path: Path) -> None:
 
 def test_fp32_copies_take_the_digits_that_bf16_drops(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "hf", TOY_LLAMA)
-    built = build_model(read_arguments(TOY_LLAMA)).bfloat16()
+    built = build_whole_model(read_arguments(TOY_LLAMA)).bfloat16()
     weight = built.decoder.layers[1].mlp.linear_fc1.weight
     masters = {weight: MasterWeights(tensor=torch.zeros(96 * 7), start=96 * 3)}
     fill_chunks([built], source, find_master=masters.get)
@@ -116,7 +116,7 @@ def test_values_that_are_not_finite_are_named_all_at_once(tmp_path: Path) -> Non
     embedding[7, 3], norm[5] = math.nan, math.inf
     source = write_folder(tmp_path / "hf", TOY_LLAMA, **{EMBEDDING: embedding, "model.norm.weight": norm})
     with pytest.raises(ConversionError) as caught:
-        fill_chunks([build_model(read_arguments(TOY_LLAMA))], source)
+        fill_chunks([build_whole_model(read_arguments(TOY_LLAMA))], source)
     assert caught.value.problems == tuple(
         f"{tmp_path}/hf: {name}: must have finite values, got NaN or infinity. "
         "Fetch the folder again, or save the model anew."
@@ -127,14 +127,14 @@ def test_values_that_are_not_finite_are_named_all_at_once(tmp_path: Path) -> Non
 def test_values_beyond_fp16_are_refused(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "hf", TOY_LLAMA, **{"model.norm.weight": torch.full((96,), 70_000.0)})
     with pytest.raises(ConversionError, match=r"model\.norm\.weight: must fit into fp16, got values up to 7e\+04\."):
-        fill_chunks([build_model(read_arguments(TOY_LLAMA)).half()], source)
+        fill_chunks([build_whole_model(read_arguments(TOY_LLAMA)).half()], source)
 
 
 def test_a_model_of_another_shape_is_not_half_filled(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "hf", TOY_LLAMA)
     other = dataclasses.replace(TOY_LLAMA, ffn_hidden_size=128, num_layers=4, has_qkv_bias=True)
     with pytest.raises(ConversionError) as caught:
-        fill_chunks([build_model(read_arguments(other))], source)
+        fill_chunks([build_whole_model(read_arguments(other))], source)
     problems = "\n".join(caught.value.problems)
     assert "model.layers.0.mlp.down_proj.weight: must be filled whole, got 0 of 12,288 elements. Check" in problems
     fact = "must be one tensor of the folder's architecture, got none. Check config.json."
@@ -144,7 +144,7 @@ def test_a_model_of_another_shape_is_not_half_filled(tmp_path: Path) -> None:
 
 def test_what_no_rank_holds_is_named(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "hf", TOY_LLAMA)
-    num_held = fill_chunks([build_model(read_arguments(TOY_LLAMA))], source)
+    num_held = fill_chunks([build_whole_model(read_arguments(TOY_LLAMA))], source)
     num_held[0] -= 96
     with pytest.raises(ConversionError) as caught:
         require_every_element(source, num_held.tolist())

@@ -65,7 +65,7 @@ def read_arguments(model: ModelShape, flags: Sequence[str] = ()) -> Namespace:
     return parsed.namespace
 
 
-def build_model(namespace: Namespace) -> Any:
+def build_whole_model(namespace: Namespace) -> Any:
     """The whole model, in evaluation mode, with megatron's initial weights."""
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.argument_utils import gpt_config_from_args
