@@ -214,3 +214,14 @@ def test_whole_passes_cannot_be_weighed(tmp_path: Path) -> None:
     (problem,) = find_for(tmp_path, *weighted, "--full-validation")
     assert "full-validation: reads each validation set once, got weights" in problem
     assert find_for(tmp_path, "--train-data-path", blend[0], "--valid-data-path", blend[1], "--full-validation") == []
+
+
+def test_data_of_a_run_without_a_micro_batch(tmp_path: Path) -> None:
+    """What is drawn from the data cannot be counted then; what is wrong with the data itself is still said."""
+    model = "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --vocab-size 500 --max-position-embeddings 64"
+    flags = (*model.split(), "--seq-length", "64", "--train-iters", "5", "--lr", "1e-3", "--data-path")
+    (problem,) = find(*flags, write_data(tmp_path / "data", [100] * 50, vocab_size=500))
+    assert problem.startswith("micro-batch-size: must be given, got micro_batch_size=None")
+    problems = find(*flags, write_data(tmp_path / "small", [9], vocab_size=500))
+    assert len(problems) > 1
+    assert f"{tmp_path / 'small'}: its train split must hold one sample" in problems[1]
