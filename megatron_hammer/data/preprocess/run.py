@@ -51,8 +51,8 @@ class PreprocessRun:
             remove_leftovers(options)
         self.writers: list[IndexedWriter] = []
         for k, prefix in enumerate(self._select_prefixes(self.phase)):
-            state = journal.writers[k] if journal else None
-            self.writers.append(IndexedWriter(prefix, dtype, state))
+            resumed = journal and IndexedWriter.resume(prefix, dtype, journal.writers[k])
+            self.writers.append(resumed or IndexedWriter(prefix, dtype))
 
     def add(self, encoded: EncodedBlock, locate: Callable[[Position, int], str]) -> None:
         """Write a block. locate: the file:line of the document at a place in the block that begins at a position.
