@@ -28,6 +28,7 @@ class Group(NamedTuple):
 
 def place_group(size: int, stride: int, cluster: Cluster) -> Group:
     """A group of ranks `stride` apart, the first at the start of a domain."""
+    # As many ranks of the group as there are strides in a domain; with a larger stride each rank is in its own domain.
     local_size = max(1, min(size, cluster.nvlink_domain_size // stride))
     is_under_leaf = cluster.leaf_size == 0 or size * stride <= cluster.leaf_size
     return Group(size, local_size, is_under_leaf)
@@ -79,6 +80,7 @@ def estimate_all_to_all_s(num_bytes: float, group: Group, cluster: Cluster, coef
     link = build_link(group, cluster, coefficients)
     local_s = num_bytes * (group.local_size - 1) / group.size / link.local_bytes_per_s
     remote_share = (group.size - group.local_size) / group.size
+    # The remote bandwidth is that of all ranks of a domain; here each rank sends through its own network card.
     remote_s = num_bytes * remote_share / (link.remote_bytes_per_s / group.local_size)
     return max(local_s, remote_s) + link.latency_s
 

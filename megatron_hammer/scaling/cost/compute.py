@@ -83,6 +83,7 @@ def estimate_power_ratio(gpu: Gpu, coefficients: Coefficients) -> float:
     if gpu.name in coefficients.gpus:
         return 1.0
     ratio = gpu.power_w / (gpu.bf16_tflops or gpu.fp16_tflops) / REFERENCE_WATTS[generation]
+    # Bounds for unusual boards, such as desktop GPUs, on which no run was fitted.
     return min(1.2, max(0.4, ratio**coefficients.power_exponent))
 
 

@@ -53,6 +53,7 @@ def _count_stage_parameters(
     layers = model.num_layers
     dense_layer, expert_layer = (two.dense - whole.dense) / layers, (two.expert - whole.expert) / layers
     end = (whole.dense - layers * dense_layer) / (1 if model.has_tied_embeddings else 2)
+    # A stage with both ends holds tied embeddings once.
     num_ends = sum(ends) if not (model.has_tied_embeddings and all(ends)) else 1
     return RankParameters(dense=int(num_layers * dense_layer + num_ends * end), expert=int(num_layers * expert_layer))
 
@@ -82,6 +83,7 @@ def _estimate_traffic(plan: Plan, parameters: RankParameters, coefficients: Coef
     expert_block = layout.expert_tp * layout.expert_model_parallel_size
     expert_ranks = layout.world_size // layout.pipeline_model_parallel_size // expert_block
     reduce_s = gather_s = 0.0
+    # Dense parameters are replicated over data and context ranks, experts over the ranks outside their expert block.
     for number, size, stride in (
         (parameters.dense, ranks, layout.tensor_model_parallel_size),
         (parameters.expert, expert_ranks, expert_block),
@@ -161,6 +163,7 @@ def estimate_optimizer_s(plan: Plan, coefficients: Coefficients) -> float:
     if plan.sharding != "none":
         ranks = layout.data_parallel_size * layout.context_parallel_size
         shards = min(plan.shard_size or ranks, ranks)
+    # The buffer to be cleared has the gradients of all parameters of the rank; with FSDP only those of its shard.
     local = heaviest.total / (shards if plan.sharding == "fsdp" else 1)
     num_bytes = OPTIMIZER_BYTES_PER_PARAMETER * heaviest.total / shards + plan.gradient_bytes * local
     own = coefficients.select_gpu(plan.gpu)

@@ -129,10 +129,11 @@ def _estimate_context_parallel_s(
     if shard.cp == 1:
         return 0.0, 0.0
     group = place_group(shard.cp, shard.tp, cluster)
+    # Keys and values (2). If there are more tensor-parallel ranks than query groups, each rank has a whole group.
     key_values = 2 * max(model.num_query_groups / shard.tp, 1) * model.head_dim
     num_bytes = shard.element_bytes * shard.num_tokens * key_values
     one_s = (shard.cp - 1) * estimate_send_s(num_bytes, group, cluster, coefficients)
-    window = (shard.cp - 1) / shard.cp
+    window = (shard.cp - 1) / shard.cp  # the rank's own chunk is computed without an exchange to hide
     least = coefficients.context_exposed_ratio
     return (
         estimate_exposed_s(one_s, window * time.forward.attention_s, least),
@@ -145,6 +146,7 @@ def _estimate_expert_parallel_s(model: ModelShape, shard: Shard, cluster: Cluste
     if model.moe is None or shard.ep * shard.expert_tp == 1:
         return 0.0
     group = place_group(shard.ep, shard.expert_tp, cluster)
+    # Each token is sent to top-k experts; a tensor-parallel rank dispatches its share of the tokens.
     copies = shard.num_tokens / shard.tp * model.moe.router_topk
     num_bytes = shard.element_bytes * copies * model.hidden_size
     seconds = 4.0 * estimate_all_to_all_s(num_bytes, group, cluster, coefficients)

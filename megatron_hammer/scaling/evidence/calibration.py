@@ -80,6 +80,7 @@ def fit(
     weights = weigh_runs(runs)
     measured = np.log([run.step_time_s for run in runs])
     names = [one.name for one in free]
+    # Everything is fitted in logarithms: coefficients stay positive, and twice and half are equally far from a prior.
     centre = np.log([one.prior.value for one in free])
     spread = np.array([one.prior.spread for one in free])
     low, high = np.log([one.prior.low for one in free]), np.log([one.prior.high for one in free])
@@ -100,6 +101,7 @@ def fit(
         slope = weights * _soften_slope((predicted - measured) / RELATIVE_ERROR) / RELATIVE_ERROR
         jacobian = np.zeros((len(runs) + len(free), len(free)))
         for column, one in enumerate(free):
+            # One-sided difference, away from the upper bound. Only the runs that the coefficient changes are predicted.
             moved = logarithms.copy()
             step = STEP_OF_DIFFERENCE if logarithms[column] + STEP_OF_DIFFERENCE < high[column] else -STEP_OF_DIFFERENCE
             moved[column] += step
@@ -108,6 +110,7 @@ def fit(
             jacobian[len(runs) + column, column] = 1.0 / spread[column]
         return jacobian
 
+    # least_squares needs a start strictly inside the bounds.
     first = np.clip(np.log([values[name] for name in names]), low + 1e-6, high - 1e-6)
     return build(_minimise(find_residuals, find_jacobian, first, low, high))
 
@@ -129,6 +132,7 @@ def select_free_coefficients(
         prior = GPU_PRIORS[table][own] if dot else PRIORS[name]
         if is_prior_start:
             prior = prior._replace(value=value, low=min(prior.low, value), high=max(prior.high, value))
+        # A change of 2 % is far above rounding, and small enough to stay near the start.
         moved = replace_values(start, {name: value * 1.02})
         informed = [row for row in rows if abs(predict_step(runs[row].plan, moved).total_s / base[row] - 1) > 1e-6]
         if informed:
@@ -182,7 +186,7 @@ def _minimise(
     low: NDArray[np.float64],
     high: NDArray[np.float64],
 ) -> NDArray[np.float64]:
-    from scipy.optimize import least_squares
+    from scipy.optimize import least_squares  # here, because only calibrate and --cross-validate need scipy
 
     result = least_squares(
         find_residuals, first, jac=find_jacobian, bounds=(low, high), ftol=1e-4, xtol=1e-4, max_nfev=25

@@ -130,6 +130,7 @@ def summarise_ranking(predictions: Iterable[PredictedRun]) -> RankingSummary | N
     losses = []
     for group in groups.values():
         if len(group) > 1:
+            # Follow the prediction, and compare the measured time of its choice with the best measured time.
             chosen = min(group, key=lambda one: one[1].total_s)[0].step_time_s
             losses.append(chosen / min(run.step_time_s for run, _ in group) - 1.0)
     if not losses:
@@ -195,6 +196,7 @@ def calibrate(
     fitted = fit(runs, start, is_prior_start=is_prior_start)
     own = {name: ratio for name, ratio in assessment.bands.items() if name != "default"}
     if is_prior_start:
+        # The start's band stays for a class, unless there are enough new runs of it.
         known = {name for name, number in assessment.num_runs_by_class.items() if number >= LEAST_RUNS_OF_A_CLASS}
         bands = {**start.band_ratio, **{name: ratio for name, ratio in own.items() if name in known}}
         earlier = start.provenance

@@ -168,6 +168,7 @@ def _build_run(row: RunRow, hardware: _Hardware, siblings: Siblings) -> Measured
     if "deterministic" in row.notes.lower():
         assumptions.append("its kernels were the deterministic ones, which are slower and not modelled")
     step_time_s, measured_as = find_step_time(row, plan, software, assumptions)
+    # The predicted batch was rounded to whole micro-batches, so the measured time is scaled to it.
     if row.global_batch is not None and row.global_batch != global_batch:
         step_time_s *= global_batch / row.global_batch
     return MeasuredRun(
@@ -262,6 +263,7 @@ def _assume_micro_batch(per_replica: int, pp: int, software: TrainingSoftware, a
     if pp > 1:
         assumptions.append("micro_batch 1: blank, a pipeline")
         return 1
+    # The common divisor with a power of two is the largest power of two that divides both.
     micro_batch = math.gcd(per_replica, LARGEST_ASSUMED_MICRO_BATCH)
     assumptions.append(f"micro_batch {micro_batch}: blank, the largest power of two up to 4 that divides the batch")
     return micro_batch

@@ -54,6 +54,7 @@ def build_row_layout(
     tp, pp = _fill_model_parallel(row, siblings, assumptions)
     cp = row.cp or 1
     dp = row.dp
+    # Some sources count context-parallel ranks as data-parallel ones.
     if dp is not None and cp > 1 and row.gpus == tp * pp * dp and dp % cp == 0:
         dp //= cp
         assumptions.append(f"dp {dp}: the row's {row.dp} counts the context-parallel ranks")

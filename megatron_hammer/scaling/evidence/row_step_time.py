@@ -61,6 +61,7 @@ def count_step_flops(plan: Plan, tokens: int, convention: str, *, counts_multi_h
         letter: FlopConvention = convention  # type: ignore[assignment]
         return float(tokens * count_flops_per_token(model, plan.seq_length, letter))
     per_token = count_flops_per_token(model, plan.seq_length, "B")
+    # Forward is a third of forward and backward, so repeating the layers' forward pass adds a third of their FLOPs.
     if plan.recompute == "full":
         head = 6 * model.vocab_size * model.hidden_size
         per_token += (per_token - head) // 3
@@ -78,7 +79,8 @@ def _select_convention(row: RunRow, software: TrainingSoftware) -> tuple[str, st
 def _select_peak(row: RunRow, plan: Plan) -> tuple[float, str]:
     """(the peak in TFLOP/s that a utilisation refers to, the reason)."""
     is_eight_bit = plan.precision in ("fp8", "mxfp8")
-    stated = re.findall(r"\b\d{3,5}\b", row.mfu_definition.lower().partition("peak ")[2])  # 16 bits, then 8
+    # A definition such as "peak 989/1979" states the peak in 16 bits first, and then that in 8 bits.
+    stated = re.findall(r"\b\d{3,5}\b", row.mfu_definition.lower().partition("peak ")[2])
     if stated:
         return float(stated[min(int(is_eight_bit), len(stated) - 1)]), "the row's mfu_definition"
     if is_eight_bit and plan.gpu.fp8_tflops is not None:

@@ -122,6 +122,7 @@ def cross_validate_runs(
     predictions = []
     for run in runs:
         publication = name_publication(run.source)
+        # A publication that no fit contains needs no fold of its own: one fit to all runs predicts all such rows.
         left_out = publication if publication in fitted_to else None
         if left_out not in coefficients:
             others = [other for other in fit_runs if name_publication(other.source) != left_out]

@@ -179,6 +179,7 @@ def _build_model(
     model, notes = build_row_model(row)
     assumptions += notes
     if "swiglu" in row.model and row.hidden and row.ffn == 4 * row.hidden:
+        # Megatron's default for SwiGLU: two thirds of 4 x hidden, rounded down to a multiple of 64.
         ffn = int(4 * row.hidden * 2 / 3 / 64) * 64
         model = replace(model, activation="swiglu", ffn_hidden_size=ffn)
         assumptions.append(f"ffn {ffn}: Megatron's default for SwiGLU; the row's 4 x hidden is its default without")
@@ -251,6 +252,7 @@ def _count_microbatches(row: MemoryRow, layout: ParallelLayout, micro_batch_size
     global_batch = row.global_batch
     if global_batch is not None:
         return max(1, global_batch // (micro_batch_size * layout.data_parallel_size))
+    # pp * (vpp + 1) micro-batches are more than any stage holds at once, so more would not change the memory.
     pp, vpp = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size
     if pp > 1:
         assumptions.append("enough micro-batches to fill the pipeline: global_batch is blank")
@@ -278,6 +280,7 @@ def _build_options(
     recompute, modules = _read_recompute(row, software, assumptions)
     sharding, shard_size = _read_sharding(row, software, assumptions)
     precision = _read_precision(row, software, assumptions)
+    # The memory of fp16 is that of bf16. Without lasting 8-bit copies, 8-bit training needs the memory of 16 bits too.
     if precision == "fp16" or (precision != "fp32" and not software.keeps_quantized):
         precision = "bf16"
     return MemoryOptions(

@@ -86,6 +86,7 @@ class Search:
         fit = _Fit(study, self._estimate)
         best: list[_Ranked] = []
         for candidate in candidates:
+            # best[0] is the slowest of the best plans. Candidates are sorted by bound, so all others are slower too.
             if len(best) == study.num_best and candidate.bound_s * BOUND_MARGIN_RATIO > best[0].key[0]:
                 break
             fitting = fit.choose_recompute(replace(candidate.plan, micro_batch_size=candidate.micro_batch_size))
@@ -182,6 +183,7 @@ class _Fit:
         fitting = self._try(replace(plan, recompute=first))
         if fitting is not None:
             return fitting
+        # The most recomputation is tried next: if even that does not fit, the ones in between need not be tried.
         smallest = self._try(replace(plan, recompute=last))
         if smallest is None:
             self._too_large[key] = plan.micro_batch_size
@@ -254,6 +256,7 @@ def _describe_failure(study: Study, num_gpus: int, batch: int, least: _Failure |
     state_bytes = memory.weights_bytes + memory.gradients_bytes + memory.optimizer_bytes
     limit = study.memory_limit_bytes
     if 2 * state_bytes > memory.total_bytes:
+        # Most of the memory is state, which more GPUs share. Suggest the next power of two that would be enough.
         enough = num_gpus * memory.total_bytes / limit
         remedy = f"Use {2 ** ceil(log2(enough)):,} GPUs or more to share it out, or some with more memory"
     else:

@@ -166,7 +166,7 @@ def _list_splits(num_layers: int, layout: ParallelLayout, space: SearchSpace) ->
 def _list_uneven_splits(num_layers: int, layout: ParallelLayout) -> list[ParallelLayout]:
     """The last stage gets the smaller half of the rest, because it has the head. Empty if a stage would be empty."""
     pp = layout.pipeline_model_parallel_size
-    middle = -(-num_layers // pp)
+    middle = -(-num_layers // pp)  # rounded up: the middle stages have as many layers as the largest even share
     left = num_layers - middle * (pp - 2)
     if left < 2:
         return []

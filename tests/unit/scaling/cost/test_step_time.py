@@ -233,7 +233,7 @@ def test_a_search_can_ask_thousands_of_times():
     ]
     plans = [build_plan(**layout, has_sequence_parallel=True) for layout in layouts]
     predict_step(plans[0], PRIORS)
-    started_s = time.perf_counter()
+    started_s = time.process_time()
     for plan in plans:
         predict_step(plan, PRIORS)
-    assert (time.perf_counter() - started_s) / len(plans) < 2e-3  # about 0.1 ms on a free core
+    assert (time.process_time() - started_s) / len(plans) < 2e-3  # about 0.1 ms on a free core
