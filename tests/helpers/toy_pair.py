@@ -23,6 +23,7 @@ def write_toy_pair(
     *,
     dtype: torch.dtype = torch.float32,
     hf_dtype: torch.dtype | None = None,
+    seed: int = 3,
 ) -> tuple[Path, Path]:
     """Random weights for `toy_arguments(**changes)` as (checkpoint directory, folder of transformers).
 
@@ -31,7 +32,7 @@ def write_toy_pair(
     """
     arguments = toy_arguments(**changes)
     config = write_config(arguments)
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(seed)
     hf_tensors = {name: _draw(name, shape, generator).to(dtype) for name, shape in list_shapes(config).items()}
     tensors = permute_to_megatron(config, hf_tensors)
     for name in tensors.keys() & set(VOCABULARY):

@@ -82,7 +82,9 @@ def test_a_folder_of_another_dtype_is_compared_with_rounded_weights(level, dtype
 @pytest.mark.parametrize("name", ["llama", "moe", "gpt2"])
 def test_computing_in_bf16_has_its_own_tolerance(name, tmp_path, in_process, monkeypatch):
     """As for layers of over 1.5 GB, and for whole models whose fp32 weights do not fit."""
-    megatron_dir, hf_dir = write_toy_pair(tmp_path, FAMILIES[name], dtype=torch.bfloat16)
+    # With seed 3 a tie between experts makes transformers' own two kernels differ so much that the limit hides it;
+    # with seeds 4 to 7 there is no such tie.
+    megatron_dir, hf_dir = write_toy_pair(tmp_path, FAMILIES[name], dtype=torch.bfloat16, seed=4)
     monkeypatch.setattr(verify, "MAX_FP32_LAYER_BYTES", 0)
     rows = verify_model(megatron_dir, hf_dir, level="layers")
     assert failed_checks(rows) == []
@@ -95,14 +97,21 @@ def test_computing_in_bf16_has_its_own_tolerance(name, tmp_path, in_process, mon
 
 
 def swap_gate_and_up(hf_dir, name: str) -> None:
-    """Of the middle layer; of GPT-2, which has no gate, two halves of the MLP's first bias."""
+    """Of the middle layer, in each of its experts; of GPT-2, which has no gate, two halves of the MLP's first bias.
+
+    All experts, because in bf16 the limit allows for ties, so a mistake in an expert of few tokens can pass.
+    """
     weights = read_folder(hf_dir)
     if name == "gpt2":
         change_folder(hf_dir, transformer__h__1__mlp__c_fc__bias=weights["transformer.h.1.mlp.c_fc.bias"].roll(10))
         return
-    mlp = {"llama": "model.layers.1.mlp.", "moe": "model.layers.1.mlp.experts.3."}[name]
-    gate, up = (f"{mlp}{part}_proj.weight" for part in ("gate", "up"))
-    change_folder(hf_dir, **{gate.replace(".", "__"): weights[up], up.replace(".", "__"): weights[gate]})
+    mlps = (
+        [f"model.layers.1.mlp.experts.{expert}." for expert in range(5)] if name == "moe" else ["model.layers.1.mlp."]
+    )
+    swapped = {}
+    for gate, up in ((f"{mlp}gate_proj.weight", f"{mlp}up_proj.weight") for mlp in mlps):
+        swapped |= {gate.replace(".", "__"): weights[up], up.replace(".", "__"): weights[gate]}
+    change_folder(hf_dir, **swapped)
 
 
 @pytest.mark.parametrize("level", LEVELS)
