@@ -12,6 +12,7 @@ import pytest
 from megatron_hammer.data.indexed.index_format import encode_header
 from megatron_hammer.data.indexed.manifest import manifest_path
 from megatron_hammer.data.indexed.pair import IndexedWriter, read_index
+from tests.helpers.messages import assert_errors, assert_problems
 from tests.helpers.tool_runs import Finished, run_tool, start_tool
 from tests.helpers.toy_tokenizer import TOY_TEXTS, train_toy_tokenizer, write_jsonl
 
@@ -91,10 +92,7 @@ def test_a_missing_shard_is_a_sentence_and_leaves_nothing(corpus_dir: Path, tmp_
         "merge_data.py", "--input", *parts, "--output-prefix", tmp_path / "merged", cwd=corpus_dir
     )
     assert (code, stdout) == (2, "")
-    assert stderr == (
-        "error: input: shards 0 to 2 of 3 must all be there, got no 1. "
-        "Preprocess them with --shard, or add them to --input.\n"
-    )
+    assert_errors(stderr, ("input:", "shards 0 to 2 of 3", "got no 1", "--shard", "--input"))
     assert not list(tmp_path.iterdir())
 
 
@@ -103,11 +101,8 @@ def test_parts_without_manifests_are_merged_with_a_warning(tmp_path: Path) -> No
         with IndexedWriter(tmp_path / name, np.dtype(np.int32)) as writer:
             writer.add_document(np.array([ord(name)]))
     code, _, stderr = run("merge_data.py", "--input", "b", "a", "--output-prefix", "merged", cwd=tmp_path)
-    assert (code, stderr) == (
-        0,
-        "warning: parts: no part has a manifest, so whether all were made with the same tokenizer could not be "
-        "checked.\n",
-    )
+    assert code == 0
+    assert_problems(stderr.splitlines(), ("warning: parts:", "no part has a manifest", "same tokenizer"))
     assert read_index(tmp_path / "merged").tokens.tolist() == [ord("b"), ord("a")]
 
 
@@ -123,7 +118,7 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path, flags: tuple[str, ...]) -> 
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=WAIT_S)
     assert process.returncode == 130
-    assert stderr == "error: interrupted; incomplete files were removed. Run the same command again.\n"
+    assert_errors(stderr, ("interrupted", "incomplete files were removed"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["large.bin", "large.idx"]
 
 

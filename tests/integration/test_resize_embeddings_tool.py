@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from megatron_hammer.tokenizer.encoding.encoder import load_encoder
 from tests.helpers.data_paths import SHARED_DATA, needs_shared_data
+from tests.helpers.messages import assert_errors
 from tests.helpers.tool_runs import run_tool, run_tool_here
 from tests.helpers.toy_tokenizer import train_toy_tokenizer
 
@@ -61,10 +62,7 @@ def test_a_tokenizer_that_adds_nothing_is_refused(tmp_path: Path) -> None:
         cwd=tmp_path,
     )
     assert (code, stdout) == (2, "")
-    assert stderr == (
-        "error: toy.model: tokenizer must have more pieces than the old one, got 347 for 347. "
-        "Embeddings are not made smaller; pass the extended tokenizer.\n"
-    )
+    assert_errors(stderr, ("toy.model:", "tokenizer must have more", "got 347 for 347"))
     assert not (tmp_path / "new").exists()
 
 

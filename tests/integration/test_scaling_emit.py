@@ -14,6 +14,7 @@ from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_gpu
 from megatron_hammer.scaling.launch.launch_scripts import SUFFIXES, build_launch, render
 from megatron_hammer.scaling.plan import Plan
+from tests.helpers.messages import assert_errors
 from tests.helpers.parsed_flags import find
 from tests.helpers.training_runs import REPOSITORY, environment
 
@@ -209,6 +210,4 @@ def test_rows_of_a_projection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "must hold the row that is asked for, got row='8-7'. Use one of: 8-1, 8-2, 64-1, 64-2." in unknown.stderr
     launcher = study(*emit, "--launcher", "torchrun,lsf")
     assert launcher.returncode == 2
-    assert launcher.stderr == (
-        "error: launcher: must be of torchrun, slurm, kubernetes, got lsf. Choose one of them, or several.\n"
-    )
+    assert_errors(launcher.stderr, ("launcher:", "must be of torchrun", "got lsf"))

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_hammer.model.accounting import count_flops_per_token, count_parameters
 from megatron_hammer.presets.catalogue import PRESETS
+from tests.helpers.messages import assert_errors
 from tests.helpers.planted_losses import PLANTED, plant_runs
 from tests.helpers.tool_runs import Finished, run_tool, run_tool_here
 
@@ -55,13 +56,12 @@ def test_trainings_are_read_from_their_folders(tmp_path: Path) -> None:
     result = run_fit("--runs", *specs, "--flop-convention", "A", "--bootstrap-samples", "100", "--json")
     # Six runs of two numbers of tokens determine nothing.
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == (
-        "error: runs: must be at least 6 of at least 3 sizes and 3 numbers of tokens for five parameters, got 6 runs "
-        "of 3 sizes and 2 numbers of tokens. Train more.\n"
+    assert_errors(
+        result.stderr, ("runs:", "at least 6 of at least 3 sizes", "got 6 runs of 3 sizes and 2 numbers of tokens")
     )
     result = run_fit("--runs", *specs, "--loss", "training", "--validation-set", "zh")
-    message = "error: validation-set: must be left out with --loss training, got zh. Drop one of the two.\n"
-    assert (result.returncode, result.stderr) == (2, message)
+    assert result.returncode == 2
+    assert_errors(result.stderr, ("validation-set:", "--loss training", "got zh"))
     write_training(tmp_path / "longest", "hammer-tiny", 90)
     specs.append(f"hammer-tiny={tmp_path / 'longest'}")
     result = run_fit("--runs", *specs, "--flop-convention", "A", "--bootstrap-samples", "100", "--json")

@@ -74,11 +74,9 @@ def test_a_small_corpus_has_one_document_held_out(tmp_path: Path) -> None:
 
 
 def test_an_empty_side_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError, match=r"v.jsonl: held-out corpus must have a document, got none of 200. Raise --valid"
-    ):
+    with pytest.raises(DataError, match=r"v.jsonl: held-out corpus must have.*got none of 200.*--valid"):
         build(tmp_path, valid_output_path=tmp_path / "v.jsonl", valid_ratio=0.0)
-    with pytest.raises(DataError, match=r"c.jsonl: corpus must have a document, got none \(.*\). Raise --max-bytes"):
+    with pytest.raises(DataError, match=r"c.jsonl: corpus must have a document, got none \(.*\).*--max-bytes"):
         build(tmp_path, max_bytes=10)
     assert not list(tmp_path.iterdir())
 

@@ -12,6 +12,7 @@ import zstandard
 
 from megatron_hammer.corpus.readers import Document, find_input_files, read_documents, read_records
 from megatron_hammer.errors import DataError
+from tests.helpers.messages import assert_problem, assert_problems
 
 TEXTS = ["first", "第二\n行", "", "a\x00b", 'quote " and \\']
 
@@ -62,15 +63,15 @@ def test_parquet(tmp_path: Path) -> None:
     texts = [f"document {number}" for number in range(2500)]
     pyarrow.parquet.write_table(pyarrow.table({"url": ["u"] * 2500, "text": texts}), path, row_group_size=700)
     assert read_texts(path) == texts
-    assert error_of(path, key="body") == (
-        f'{path}:1: field "body" is missing, got keys [url, text]. Pass --json-keys text.'
+    assert_problem(
+        error_of(path, key="body"), f"{path}:1:", 'field "body" is missing', "got keys [url, text]", "--json-keys text"
     )
 
 
 def test_null_in_parquet_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["one", None]}), path)
-    assert error_of(path) == f'{path}:2: field "text" must be a string, got null. Repair or remove it.'
+    assert_problem(error_of(path), f"{path}:2:", 'field "text" must be a string', "got null")
 
 
 def test_a_text_file_is_one_document(tmp_path: Path) -> None:
@@ -150,9 +151,7 @@ def test_bad_lines_are_named_with_file_line_and_cause(tmp_path: Path, line: byte
 
 def test_an_element_of_an_array_that_is_not_an_object_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('[{"text": "a"}, 7]')
-    assert error_of(tmp_path / "a.json") == (
-        f"{tmp_path}/a.json:2: line must be one JSON object, got a number. Repair or remove it."
-    )
+    assert_problem(error_of(tmp_path / "a.json"), f"{tmp_path}/a.json:2:", "line must be one JSON", "got a number")
 
 
 def test_inputs_that_cannot_be_read_are_all_named(tmp_path: Path) -> None:
@@ -169,20 +168,20 @@ def test_inputs_that_cannot_be_read_are_all_named(tmp_path: Path) -> None:
         f"{tmp_path}/*.jsonl",
     ).split("\n")
     suffixes = ".jsonl .jsonl.gz .jsonl.zst .json .json.gz .json.zst .txt .txt.gz .txt.zst .parquet"
-    assert messages == [
-        f"{tmp_path}/absent.jsonl: input file does not exist. Check the path.",
-        f"{tmp_path}/*.csv: pattern must match a file, got none. Check the folder and the suffix.",
-        f"{tmp_path}/empty: directory must hold a file of type {suffixes}, got none among 1 files. Check the path.",
-        f"{tmp_path}/a.pdf: file type must be one of {suffixes}, got .pdf. Convert or rename it.",
-        f"{tmp_path}/a.jsonl: file must be named once, got it from {tmp_path}/a.jsonl and {tmp_path}/*.jsonl. "
-        "Drop one of them.",
-    ]
+    assert_problems(
+        messages,
+        (f"{tmp_path}/absent.jsonl:", "input file does not exist"),
+        (f"{tmp_path}/*.csv:", "pattern must match a file", "got none"),
+        (f"{tmp_path}/empty:", "directory must hold a file", suffixes, "got none among 1 files"),
+        (f"{tmp_path}/a.pdf:", f"file type must be one of {suffixes}", "got .pdf"),
+        (f"{tmp_path}/a.jsonl:", "file must be named once", f"got it from {tmp_path}/a.jsonl and {tmp_path}/*.jsonl"),
+    )
 
 
 def test_a_pipe_is_refused_rather_than_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.jsonl")
-    assert error_of(tmp_path / "a.jsonl") == (
-        f"{tmp_path}/a.jsonl: input must be a regular file, got a pipe or a device. Write it to a file first."
+    assert_problem(
+        error_of(tmp_path / "a.jsonl"), f"{tmp_path}/a.jsonl:", "input must be a regular", "got a pipe or a device"
     )
 
 
@@ -222,10 +221,7 @@ def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:
 )
 def test_a_broken_json_array_is_named(tmp_path: Path, content: str, cause: str) -> None:
     (tmp_path / "a.json").write_text(content)
-    assert error_of(tmp_path) == (
-        f"{tmp_path}/a.json: file must be one JSON array or one JSON object a line, got invalid JSON ({cause}). "
-        "Repair it."
-    )
+    assert_problem(error_of(tmp_path), f"{tmp_path}/a.json:", "file must be one JSON", f"got invalid JSON ({cause})")
 
 
 def test_strings_that_are_not_utf8_in_parquet_are_named(tmp_path: Path) -> None:
@@ -233,9 +229,7 @@ def test_strings_that_are_not_utf8_in_parquet_are_named(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(
         pyarrow.table({"text": column.cast(pyarrow.string(), safe=False)}), tmp_path / "a.parquet"
     )
-    assert error_of(tmp_path) == (
-        f"{tmp_path}/a.parquet:2: text must be UTF-8, got byte 0xff at offset 0. Convert the file with iconv."
-    )
+    assert_problem(error_of(tmp_path), f"{tmp_path}/a.parquet:2:", "text must be UTF-8", "got byte 0xff at offset 0")
 
 
 def test_bytes_in_parquet_are_text(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from megatron_hammer.data.blending import (
 from megatron_hammer.data.indexed.manifest import Manifest, TokenizerIdentity, encode_manifest, manifest_path
 from megatron_hammer.data.indexed.pair_writer import IndexedWriter
 from megatron_hammer.errors import ConfigError, DataError
+from tests.helpers.messages import assert_problem, assert_problems
 
 
 def write_pair(prefix: Path, document_lengths: list[int]) -> Path:
@@ -115,9 +116,7 @@ def test_temperature_flattens() -> None:
     assert weigh_by_tokens(tokens, 1e9) == pytest.approx([1 / 3] * 3)
     assert weigh_by_tokens([10**15, 1], 0.01).tolist() == [1.0, 0.0]  # no overflow
     for temperature in (0.0, -1.0, math.inf, math.nan):
-        with pytest.raises(
-            ConfigError, match=r"^temperature: must be positive and finite, got .*\. Pass --temperature"
-        ):
+        with pytest.raises(ConfigError, match=r"^temperature: must be positive and finite, got .*--temperature"):
             weigh_by_tokens(tokens, temperature)
 
 
@@ -148,9 +147,7 @@ def test_capped_sources_are_not_read_more_often_than_asked() -> None:
     assert find_warnings(previews, sources, budget, 3.0) == []
     assert sum(preview.num_samples for preview in previews) == pytest.approx(budget.num_samples, abs=2)
     (warning, other) = find_warnings(preview_blend(["1", "1", "1"], sources, budget), sources, budget, 3.0)
-    assert warning == (
-        "333331: is read 204.81 times, more than max_epochs=3. Lower its weight, pass --cap-epochs, or add data."
-    )
+    assert_problem(warning, "333331:", "204.81 times", "max_epochs=3", "--cap-epochs")
     assert other.startswith("4000037: is read 17.07 times")
 
 
@@ -158,7 +155,7 @@ def test_a_source_of_which_nothing_is_drawn_is_named() -> None:
     sources = [BlendSource(name=name, prefix=name, num_tokens=10**6) for name in ("a", "b")]
     budget = Budget(num_samples=100, seq_length=8)
     warnings = find_warnings(preview_blend(["1", "0.001"], sources, budget), sources, budget, 4.0)
-    assert warnings == ["b: nothing of it is drawn in 100 samples. Raise its weight, or leave it out."]
+    assert_problems(warnings, ("b:", "nothing of it is drawn in 100 samples"))
 
 
 def test_weights_that_cannot_be() -> None:
@@ -185,11 +182,12 @@ def test_all_bad_sources_are_named_at_once(prefixes: list[str], tmp_path: Path) 
     missing, empty = tmp_path / "missing", write_pair(tmp_path / "empty", [])
     with pytest.raises(DataError) as caught:
         read_sources([prefixes[0], f"again={prefixes[0]}", str(missing), str(empty)])
-    assert [problem.partition(",")[0] for problem in caught.value.problems] == [
-        f"{prefixes[0]}: source must be named once",
-        f"{missing}.bin: file does not exist. Pass the prefix of a .bin/.idx pair without its suffix",
-        f"{empty}: training split must hold tokens",
-    ]
+    assert_problems(
+        [problem.partition(",")[0] for problem in caught.value.problems],
+        (f"{prefixes[0]}:", "source must be named once"),
+        (f"{missing}.bin:", "file does not exist"),
+        (f"{empty}:", "training split must hold tokens"),
+    )
     with pytest.raises(ConfigError, match=r"^split: must be three shares for training, validation and test"):
         read_sources(prefixes, "0,1,1")
 

@@ -124,9 +124,7 @@ def test_a_platform_gets_its_own_once(applied: list[str], platform: str, names: 
 
 def test_a_second_platform_is_refused(applied: list[str]) -> None:
     megatron_compat.install("cpu")
-    with pytest.raises(
-        PlatformError, match=r"^platform: one process has one, got cuda after cpu\. Start a new process\.$"
-    ):
+    with pytest.raises(PlatformError, match=r"^platform: one process has one, got cuda after cpu"):
         megatron_compat.install("cuda")
     assert applied == ["a", "b"]
 

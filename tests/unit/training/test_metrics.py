@@ -133,9 +133,7 @@ def test_a_file_that_is_not_ours_is_left_alone(tmp_path: Path, foreign: str) -> 
     path = tmp_path / "metrics.jsonl"
     content = f'{{"step": 1}}\n{foreign}\n{{"step": 3}}\n'
     path.write_text(content)
-    with pytest.raises(
-        DataError, match=r"metrics.jsonl:2: must be one JSON object with a step, got .*\. Move the file away\."
-    ):
+    with pytest.raises(DataError, match=r"metrics.jsonl:2: must be one JSON object with a step, got "):
         drop_lines_from(path, 2)
     assert path.read_text() == content
 

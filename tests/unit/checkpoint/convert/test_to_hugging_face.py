@@ -22,6 +22,7 @@ from megatron_hammer.checkpoint.hugging_face.tensor_layouts import GATE_UP, spli
 from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow
 from megatron_hammer.checkpoint_files.safetensors import shard_writer as safetensors_stream
 from megatron_hammer.errors import CheckpointError, ConversionError, OutputError
+from tests.helpers.messages import assert_problems
 from tests.helpers.toy_checkpoint import (
     GPT2_ARGUMENTS,
     MOE_ARGUMENTS,
@@ -60,7 +61,7 @@ def test_llama_becomes_a_complete_folder(options):
     assert torch.equal(weights["lm_head.weight"], source["output_layer.weight"][:53])
     assert report.num_parameters == sum(tensor.numel() for tensor in weights.values())
     assert (report.num_megatron_tensors, report.num_hf_tensors, report.iteration) == (21, 30, 10)
-    assert report.notes == ("no tokenizer was written: the checkpoint names none, and --tokenizer-model was not given",)
+    assert_problems(report.notes, ("no tokenizer was written", "checkpoint names none", "--tokenizer-model"))
 
 
 def test_the_model_card_says_what_and_how(options):

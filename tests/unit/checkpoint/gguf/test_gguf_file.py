@@ -19,6 +19,7 @@ from megatron_hammer.checkpoint.gguf.gguf_file import (
 from megatron_hammer.checkpoint.gguf.rotary_rows import permute_rope
 from megatron_hammer.checkpoint.gguf.tensors import GgufTensor
 from megatron_hammer.errors import ConversionError
+from tests.helpers.messages import assert_problems
 
 EXTRA = ExtraTensor(name="extra.weight", values=torch.tensor([1.0, 2.5, 4.0]))
 
@@ -90,9 +91,10 @@ def test_every_tensor_with_nan_is_named(tmp_path):
     source["norm"][1] = float("inf")
     with pytest.raises(ConversionError) as caught:
         write(tmp_path / "model.gguf", plan(Type.BF16), source)
-    assert caught.value.problems == (
-        "q: weights must be finite in bf16, got NaN or infinity. Export an earlier iteration.",
-        "norm: weights must be finite in f32, got NaN or infinity. Export an earlier iteration.",
+    assert_problems(
+        caught.value.problems,
+        ("q:", "weights must be finite", "got NaN or infinity"),
+        ("norm:", "weights must be finite", "got NaN or infinity"),
     )
 
 
@@ -101,8 +103,7 @@ def test_what_f16_cannot_hold_is_named(tmp_path):
     source["up"][0, 0] = 70_000.0
     with pytest.raises(
         ConversionError,
-        match=r"^up: weights must be finite in f16, got NaN or infinity\. Export an earlier iteration, "
-        r"or pass --type bf16: f16 ends at 65,504\.$",
+        match=r"^up: weights must be finite in f16, got NaN or infinity.*--type bf16",
     ):
         write(tmp_path / "model.gguf", plan(Type.F16), source)
 

@@ -80,8 +80,7 @@ def test_other_families_are_refused_by_name():
     )
     with pytest.raises(
         ConversionError,
-        match=r"^config\.json, model_type: GGUF is written for Llama, TinyLlama, HammerLLM, Mistral, Qwen2, "
-        r"tiny-llm-zh, Qwen3, got model_type='gpt2', which is GPT2LMHeadModel\. Use llama\.cpp's own converter\.$",
+        match=r"^config\.json, model_type: GGUF is written for Llama.*got model_type='gpt2', which is GPT2LMHeadModel",
     ):
         plan_tensors(gpt2, FILE_TYPES["f32"])
 

@@ -73,16 +73,12 @@ def test_what_llama_cpp_does_not_do_is_refused(tmp_path, options, reasons):
 
 
 def test_more_ids_than_rows_are_refused(folder):
-    with pytest.raises(
-        ConversionError, match=r"tokenizer must not have more ids than the model, got 347 ids, vocab_size=300\. Pass"
-    ):
+    with pytest.raises(ConversionError, match=r"tokenizer must not have.*got 347 ids, vocab_size=300"):
         read_vocabulary(folder, vocab_size=300, config=CONFIG)
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
-    with pytest.raises(
-        ConversionError, match=r"must hold tokenizer\.model or tokenizer\.json, got neither\. Pass --tok"
-    ):
+    with pytest.raises(ConversionError, match=r"must hold tokenizer\.model or tokenizer\.json, got neither.*--tok"):
         read_vocabulary(tmp_path, vocab_size=300, config=CONFIG)
 
 
@@ -121,7 +117,5 @@ def test_a_byte_level_bpe_is_told_with_its_rule_and_merges(tmp_path, rule, name)
 
 def test_another_rule_is_refused(tmp_path):
     write_byte_level(tmp_path, r"\p{L}+|\s")
-    with pytest.raises(
-        ConversionError, match=r"text must be split by the rule of gpt-2, llama-bpe, qwen2, got \{.*\\p\{L\}\+"
-    ):
+    with pytest.raises(ConversionError, match=r"text must be split.*qwen2, got \{.*\\p\{L\}\+"):
         read_vocabulary(tmp_path, vocab_size=320, config={})

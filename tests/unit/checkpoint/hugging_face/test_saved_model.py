@@ -115,8 +115,7 @@ def test_our_training_builds_the_rope_with_the_factor_asked_for_and_megatrons_ow
     plain_megatron.rope_scaling_factor = 32.0
     with pytest.raises(
         ConversionError,
-        match=r"^rope_scaling_factor: must be 8, with which Megatron-LM builds whatever is asked for, got "
-        r"rope_scaling_factor=32\. Load and save it once with --rope-scaling-factor and what it was trained with\.$",
+        match=r"^rope_scaling_factor: must be 8, with which.*got rope_scaling_factor=32.*--rope-scaling-factor",
     ):
         read_saved_model(plain_megatron)
 
@@ -128,9 +127,7 @@ def test_a_rope_is_scaled_in_one_way():
     assert read_saved_model(toy_arguments(rotary_seq_len_interpolation_factor=1)) == read_saved_model(toy_arguments())
     with pytest.raises(
         ConversionError,
-        match=r"^rotary_seq_len_interpolation_factor: cannot be exported together with use_rope_scaling, got "
-        r"rotary_seq_len_interpolation_factor=4: transformers scales a rope in one way\. "
-        r"Keep the checkpoint in Megatron's format\.$",
+        match=r"^rotary_seq_len_interpolation_factor: .*together with use_rope_scaling, got .*=4",
     ):
         read_saved_model(toy_arguments(rotary_seq_len_interpolation_factor=4, use_rope_scaling=True))
 

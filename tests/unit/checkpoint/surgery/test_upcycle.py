@@ -7,6 +7,7 @@ import torch
 
 from megatron_hammer.checkpoint.surgery.upcycle import ExpertShape, build_router, slice_gate_up, upcycle
 from megatron_hammer.errors import ConversionError
+from tests.helpers.messages import assert_problems
 from tests.helpers.toy_training_checkpoint import model_tensors, read_all, training_arguments, write_training_checkpoint
 
 FC1, FC2 = "decoder.layers.mlp.linear_fc1.weight", "decoder.layers.mlp.linear_fc2.weight"
@@ -149,14 +150,16 @@ def test_what_cannot_be_upcycled_is_said_all_at_once(tmp_path):
     write_training_checkpoint(tmp_path / "moe", is_moe=True, arguments=training_arguments(is_moe=True))
     with pytest.raises(ConversionError) as caught:
         upcycle(tmp_path / "moe", tmp_path / "new", ExpertShape(num_experts=7, router_topk=9, granularity=3))
-    assert caught.value.problems == (
-        f"{tmp_path / 'moe' / 'iter_0000010'}: model must be dense, got num_experts=6. Pass a dense checkpoint.",
-        "moe-upcycling-granularity: must divide ffn_hidden_size, got moe_upcycling_granularity=3, "
-        "ffn_hidden_size=20. Pass a divisor.",
-        "moe-router-topk: must be between 1 and num_experts, got moe_router_topk=9, num_experts=7. "
-        "Change one of the two.",
-        "num-experts: must be a multiple of the granularity, so that a token's experts make up whole MLPs, got "
-        "num_experts=7, moe_upcycling_granularity=3. Pass a multiple of 3.",
+    assert_problems(
+        caught.value.problems,
+        (f"{tmp_path / 'moe' / 'iter_0000010'}:", "model must be dense", "got num_experts=6"),
+        (
+            "moe-upcycling-granularity:",
+            "must divide ffn_hidden_size",
+            "got moe_upcycling_granularity=3, ffn_hidden_size=20",
+        ),
+        ("moe-router-topk:", "must be between 1 and num_experts", "got moe_router_topk=9, num_experts=7"),
+        ("num-experts:", "must be a multiple", "got num_experts=7, moe_upcycling_granularity=3", "multiple of 3"),
     )
 
 

@@ -93,8 +93,7 @@ def test_a_parameter_of_another_place_is_noticed(tmp_path):
     reader = open_legacy_checkpoint(Masters(damage=swap).write(tmp_path, llama_weights()), weights="master")
     with pytest.raises(
         ConversionError,
-        match=r"distrib_optim\.pt: the fp32 master weight of output_layer\.weight must round to the model's, got a "
-        r"difference\. The optimizer's order is another",
+        match=r"distrib_optim\.pt: the fp32 master weight of output_layer\.weight .*got a difference",
     ):
         reader.read("output_layer.weight")
 

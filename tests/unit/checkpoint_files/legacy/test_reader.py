@@ -272,8 +272,8 @@ def test_copies_of_a_tied_embedding_must_be_equal(tmp_path):
     reader = open_legacy_checkpoint(write_legacy_checkpoint(tmp_path / "drift", weights, change=drift, **options))
     with pytest.raises(
         ConversionError,
-        match=r"mp_rank_01_001/model_optim_rng.pt: embedding.word_embeddings.weight must equal its copy in .*"
-        r"mp_rank_01_000/model_optim_rng.pt, got a difference. The ranks are of different runs",
+        match=r"mp_rank_01_001/model_optim_rng.pt: embedding.word_embeddings.weight must equal .*"
+        r"mp_rank_01_000/model_optim_rng.pt, got a difference",
     ):
         reader.read("embedding.word_embeddings.weight")
 

@@ -63,9 +63,7 @@ def test_from_priors_nothing_is_known_of_earlier_runs(tmp_path, table):
 
 def test_a_table_of_nothing_that_can_be_predicted_is_refused(tmp_path):
     table = write_table(tmp_path / "runs.csv", {"iteration_time_s": ""})
-    with pytest.raises(
-        DataError, match=r"runs\.csv: must hold a run that can be predicted, got none\. See the reasons above\.$"
-    ):
+    with pytest.raises(DataError, match=r"runs\.csv: must hold a run.*got none"):
         run("--runs", str(table), "--output", str(tmp_path / "mine.toml"))
     assert not (tmp_path / "mine.toml").exists()
 

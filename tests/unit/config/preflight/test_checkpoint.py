@@ -7,6 +7,7 @@ import pytest
 from megatron_hammer.checkpoint_files.checkpoint_reader import LATEST_FILE
 from megatron_hammer.config import saved_run
 from megatron_hammer.config.preflight.checkpoint import find_unwritable
+from tests.helpers.messages import assert_problem
 from tests.helpers.parsed_flags import TINY, find, parse
 
 MOE = ("--preset", "hammer-tiny-moe", "--mock-data", "--global-batch-size", "8")
@@ -78,10 +79,13 @@ def test_another_computation_from_the_same_weights(tmp_path: Path, monkeypatch: 
     save_with(monkeypatch, TINY, layernorm_epsilon=1e-6)
     flags = (*TINY, "--load", str(tmp_path))
     (problem,) = find(*flags)
-    assert problem == (
-        "norm-epsilon: must be as in the checkpoint, or it computes something else from the same weights, got 1e-05, "
-        f"in {tmp_path}/iter_0000007 1e-06. "
-        "Pass --norm-epsilon as it was, or --finetune with it to begin a run that changes it."
+    assert_problem(
+        problem,
+        "norm-epsilon:",
+        "must be as in the checkpoint",
+        f"got 1e-05, in {tmp_path}/iter_0000007 1e-06",
+        "--norm-epsilon",
+        "--finetune",
     )
     assert find(*flags, "--norm-epsilon", "1e-6") == []
     assert find(*flags, "--finetune") == [problem]  # nobody said so

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.messages import assert_problem
 from tests.helpers.parsed_flags import find, parse
 from tests.helpers.sample_orders import build_datasets, draw_lengths, write_numbered
 
@@ -35,9 +36,12 @@ def test_indices_of_other_documents(tmp_path: Path, order: str, lengths: list[in
     assert find(*flags) == [], "the same documents, written again"
     renew(data, lengths)
     (problem,) = find(*flags)
-    assert problem == (
-        f"data-cache-path: sample indices must be those of the data, got others for {data} in {cache}, older than its "
-        f".idx. Delete the files in {cache}; they are built again."
+    assert_problem(
+        problem,
+        "data-cache-path:",
+        "sample indices must be those",
+        f"got others for {data} in {cache}, older than its .idx",
+        f"Delete the files in {cache}",
     )
 
 

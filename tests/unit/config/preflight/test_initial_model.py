@@ -10,6 +10,7 @@ from megatron_hammer.config.initial_model import InitialModel
 from megatron_hammer.config.saved_run import describe_weights
 from megatron_hammer.model.shape import MoeShape
 from megatron_hammer.presets.catalogue import PRESETS
+from tests.helpers.messages import assert_problem, assert_problems
 from tests.helpers.parsed_flags import install, with_flags, write_data
 
 MODEL = dataclasses.replace(PRESETS["hammer-tiny"].model, name="folder", max_position_embeddings=512)
@@ -80,20 +81,21 @@ def test_a_preset_gives_its_recipe_alone() -> None:
 def test_a_preset_of_another_model_is_refused_by_every_difference() -> None:
     initial = make_initial_model(model=dataclasses.replace(MODEL, num_layers=5, norm_epsilon=1e-6))
     problems = find_of_initial_model("--preset", "hammer-tiny", "--mock-data", "--load-hf", "hf", initial=initial)
-    assert problems == [
-        f"preset: must be of the model in hf, got {difference} in config.json. "
-        "Drop --preset, or name the preset of this model."
-        for difference in ("num_layers=4 in hammer-tiny, 5", "layernorm_epsilon=1e-05 in hammer-tiny, 1e-06")
-    ]
+    assert_problems(
+        problems,
+        ("preset:", "the model in hf", "got num_layers=4 in hammer-tiny, 5 in config.json"),
+        ("preset:", "the model in hf", "got layernorm_epsilon=1e-05 in hammer-tiny, 1e-06 in config.json"),
+    )
 
 
 def test_flags_of_another_model_are_refused_by_name() -> None:
     flags = ("--num-layers", "6", "--norm-epsilon", "1e-6", "--disable-bias-linear", "--rotary-base", "500000")
-    assert find_of_initial_model(*RECIPE, *flags) == [
-        "num-layers: must be as in hf/config.json, got num_layers=6, there 4. Drop the flag.",
-        "norm-epsilon: must be as in hf/config.json, got layernorm_epsilon=1e-06, there 1e-05. Drop the flag.",
-        "rotary-base: must be as in hf/config.json, got rotary_base=500000, there 10000. Drop the flag.",
-    ]
+    assert_problems(
+        find_of_initial_model(*RECIPE, *flags),
+        ("num-layers:", "must be as in hf/config.json", "got num_layers=6, there 4"),
+        ("norm-epsilon:", "must be as in hf/config.json", "got layernorm_epsilon=1e-06, there 1e-05"),
+        ("rotary-base:", "must be as in hf/config.json", "got rotary_base=500000, there 10000"),
+    )
     experts = ("--num-experts", "4", "--moe-router-topk", "2", "--qk-layernorm")
     problems = "\n".join(find_of_initial_model(*RECIPE, *experts))
     assert "num-experts: must be as in hf/config.json, got num_experts=4, there None." in problems
@@ -129,18 +131,14 @@ def test_a_place_for_checkpoints_to_come_may_be_empty(tmp_path: Path) -> None:
 def test_two_models_to_begin_with(tmp_path: Path) -> None:
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
     (problem,) = find_of_initial_model(*RECIPE, "--pretrained-checkpoint", str(tmp_path))
-    assert problem == (
-        f"load-hf: a run begins with one model's weights, got load_hf=hf, pretrained_checkpoint={tmp_path}. "
-        "Drop one of the two."
+    assert_problem(
+        problem, "load-hf:", "a run begins with one model's", f"got load_hf=hf, pretrained_checkpoint={tmp_path}"
     )
 
 
 def test_parameters_that_are_not_a_modules_own() -> None:
     (problem,) = find_of_initial_model(*RECIPE, use_torch_fsdp2=True)
-    assert problem == (
-        "use-torch-fsdp2: does not go with --load-hf, which fills a module's own parameters, got use_torch_fsdp2=on. "
-        "Convert the folder with hammer convert from-hf and pass --load, or drop the flag."
-    )
+    assert_problem(problem, "use-torch-fsdp2:", "--load-hf", "got use_torch_fsdp2=on", "hammer convert from-hf")
 
 
 @pytest.mark.parametrize(("dtype", "is_refused"), [("float32", True), ("mixed", True), ("bfloat16", False)])
@@ -149,15 +147,13 @@ def test_optimizers_that_round_the_weights(dtype: str, is_refused: bool) -> None
     problems = find_of_initial_model(
         *RECIPE, "--precision", "bf16", initial=initial, use_precision_aware_optimizer=True
     )
-    assert problems == (
-        [
-            f"use-precision-aware-optimizer: would take its fp32 weights from bf16, got "
-            f"use_precision_aware_optimizer=on, weights of {dtype} in hf. "
-            "Drop the flag, or convert the weights to bfloat16 first."
-        ]
-        if is_refused
-        else []
+    refusal = (
+        "use-precision-aware-optimizer:",
+        "fp32 weights from bf16",
+        f"got use_precision_aware_optimizer=on, weights of {dtype} in hf",
+        "bfloat16",
     )
+    assert_problems(problems, *([refusal] if is_refused else []))
 
 
 def test_the_tokenizer_that_made_the_data_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +184,12 @@ def test_more_rows_than_tokens_are_the_folders_business(tmp_path: Path) -> None:
     smaller = SimpleNamespace(vocab_size=4000, path="tokenizer.model")
     assert find_vocabulary_problems(settings, smaller) == []  # type: ignore[arg-type]
     larger = SimpleNamespace(vocab_size=4097, path="tokenizer.model")
-    assert find_vocabulary_problems(settings, larger) == [  # type: ignore[arg-type]
-        "tokenizer-model: must have no more tokens than the model in hf, got 4097 in tokenizer.model, vocab_size=4096. "
-        "Pass the model's own tokenizer, or add rows to the model with hammer resize-embeddings."
-    ]
+    assert_problems(
+        find_vocabulary_problems(settings, larger),  # type: ignore[arg-type]
+        (
+            "tokenizer-model:",
+            "must have no more",
+            "got 4097 in tokenizer.model, vocab_size=4096",
+            "hammer resize-embeddings",
+        ),
+    )

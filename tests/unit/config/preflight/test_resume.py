@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from megatron_hammer.config.preflight.resume import describe_schedule, find_schedule_changes
+from tests.helpers.messages import assert_problem
 from tests.helpers.parsed_flags import TINY, parse
 
 FOLDER = Path("checkpoints/iter_0000010")
@@ -20,10 +21,13 @@ def changes(*flags: str, saved: tuple[str, ...] = RUN) -> list[str]:
 def test_a_longer_run_has_another_schedule() -> None:
     assert changes() == []
     (problem,) = changes("--train-iters", "40", "--lr-decay-iters", "20")
-    assert problem == (
-        f"override-opt-param-scheduler: the schedule must be that of the checkpoint, got samples=320 (was 160) in "
-        f"{FOLDER}. Pass --override-opt-param-scheduler to continue with the new one, or "
-        "--use-checkpoint-opt-param-scheduler to keep the old one."
+    assert_problem(
+        problem,
+        "override-opt-param-scheduler:",
+        "the schedule must be that of the checkpoint",
+        f"got samples=320 (was 160) in {FOLDER}",
+        "--override-opt-param-scheduler",
+        "--use-checkpoint-opt-param-scheduler",
     )
     (problem,) = changes("--train-iters", "40")
     assert "got lr_decay_samples=320 (was 160), samples=320 (was 160) in" in problem

@@ -14,6 +14,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 from megatron_hammer.data.indexed import pair_writer as indexed_writer
 from megatron_hammer.data.indexed.pair import IndexedWriter, WriterState, bin_path, idx_path, read_index, select_dtype
 from megatron_hammer.errors import DataError, OutputError
+from tests.helpers.messages import assert_problem
 
 DOCUMENTS = ([5, 6, 7], [], [8], [1, 65_000, 3, 4, 9], [])
 
@@ -157,10 +158,7 @@ def error_of(prefix: Path) -> str:
 def test_missing_file_is_named(tmp_path: Path, suffix: str) -> None:
     prefix = write_pair(tmp_path / "pair")
     Path(f"{prefix}.{suffix}").unlink()
-    assert error_of(prefix) == (
-        f"{prefix}.{suffix}: file does not exist. Pass the prefix of a .bin/.idx pair without its suffix, "
-        "or write the pair with hammer preprocess-data."
-    )
+    assert_problem(error_of(prefix), f"{prefix}.{suffix}:", "file does not exist")
 
 
 @pytest.mark.parametrize("change", [b"", b"\x00\x00\x00\x00"])
@@ -168,9 +166,12 @@ def test_bin_of_another_size_is_named(tmp_path: Path, change: bytes) -> None:
     prefix = write_pair(tmp_path / "pair")
     content = bin_path(prefix).read_bytes()
     bin_path(prefix).write_bytes(content + change if change else content[:-1])
-    assert error_of(prefix) == (
-        f"{prefix}.bin: size must be 18 bytes (9 tokens of 2 bytes in the .idx), got {22 if change else 17}. "
-        "The pair is truncated or mixed; preprocess or copy it again."
+    assert_problem(
+        error_of(prefix),
+        f"{prefix}.bin:",
+        "size must be 18 bytes",
+        "(9 tokens of 2 bytes in the .idx)",
+        f"got {22 if change else 17}",
     )
 
 
@@ -357,10 +358,7 @@ def test_files_that_lack_what_the_state_says_are_named(
         path.write_bytes(content[:3])
     with pytest.raises(DataError) as caught:
         IndexedWriter.resume(tmp_path / "pair", np.dtype(np.uint16), state)
-    assert str(caught.value) == (
-        f"{path}: file must hold the first {size_bytes} bytes of the run to be continued, got {found}. "
-        "Remove the partial files and start again."
-    )
+    assert_problem(str(caught.value), f"{path}:", f"the first {size_bytes} bytes", f"got {found}")
     assert [part.stat().st_size for part in tmp_path.iterdir() if part != path]
 
 

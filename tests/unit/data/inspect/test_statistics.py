@@ -83,7 +83,7 @@ def test_duplicates_are_found_by_hash_alone() -> None:
 
 def test_what_cannot_be_token_ids(tmp_path: Path) -> None:
     prefix = write_pair(tmp_path / "pair", [[1, 2, 77]], np.int32)
-    with pytest.raises(DataError, match=r"pair\.bin: token ids must lie in 0\.\.40, got id=77\. It is damaged or"):
+    with pytest.raises(DataError, match=r"pair\.bin: token ids must lie in 0\.\.40, got id=77"):
         inspect_pair(read_index(prefix), vocab_size=VOCAB_SIZE)
     bin_path(prefix).write_bytes(np.array([1, -5, 77], dtype=np.int32).tobytes())
     with pytest.raises(DataError, match=r"token ids must lie in 0\.\.16777215, got id=-5\."):

@@ -26,6 +26,7 @@ from megatron_hammer.data.merge import merge_pairs as merge
 from megatron_hammer.data.merge.merge_pairs import merge_pairs
 from megatron_hammer.data.preprocess.journal import lock_outputs
 from megatron_hammer.errors import DataError
+from tests.helpers.messages import assert_problem, assert_problems
 
 # The sequences of each document, of a whole job; ids are their own place in the job.
 DOCUMENTS = ((3,), (), (2, 1, 4), (5,), (), (1, 1), (60,), (2,), (7,), (1,), (9, 9))
@@ -105,9 +106,7 @@ def test_plain_parts_equal_megatrons_merge(tmp_path: Path, monkeypatch: pytest.M
     assert merged.parts == (parts[2], parts[0], parts[1])
     assert (merged.num_documents, merged.num_sequences, merged.num_tokens) == (11, 13, 105)
     assert merged.manifest is None
-    assert merged.warnings == (
-        "parts: no part has a manifest, so whether all were made with the same tokenizer could not be checked.",
-    )
+    assert_problems(merged.warnings, ("parts:", "no part has a manifest"))
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
@@ -176,14 +175,14 @@ def test_the_manifest_of_parts_that_are_no_shards(tmp_path: Path) -> None:
     assert (manifest.num_documents, manifest.num_empty_documents, manifest.text_bytes) == (11, 2, 77)
     assert manifest.tool_version == "1.0, 1.1"
     assert manifest.ignored_files == ("corpus/README",)
-    assert merged.warnings == ("parts: were made with different versions of megatron_hammer: 1.0, 1.1.",)
+    assert_problems(merged.warnings, ("parts:", "different versions", "1.0, 1.1"))
 
 
 def test_a_copied_part_is_a_warning(tmp_path: Path) -> None:
     first = write_manifest(write_pair(tmp_path / "a"))
     second = write_manifest(write_pair(tmp_path / "b"))
     merged = merge_pairs([str(first), str(second)], tmp_path / "merged")
-    assert merged.warnings == (f"{second}: holds the same ids as {first}, so its documents are now there twice.",)
+    assert_problems(merged.warnings, (f"{second}:", "holds the same ids", f"{first}"))
 
 
 def test_an_old_manifest_does_not_stay_beside_a_new_pair_without_one(tmp_path: Path) -> None:
@@ -234,24 +233,33 @@ def test_inputs_that_stand_for_nothing_are_named_together(tmp_path: Path) -> Non
     part = write_pair(tmp_path / "part")
     (tmp_path / "link.bin").symlink_to(bin_path(part))
     inputs = [tmp_path / "empty", tmp_path / "x*", tmp_path / "half", part, f"{part}.idx", tmp_path / "link"]
-    assert problems_of(inputs, tmp_path / "merged") == [
-        f"{tmp_path}/empty: directory must hold a .bin/.idx pair, got none. Check the path.",
-        f"{tmp_path}/x*: pattern must match an .idx, got none. Check the folder and the pattern.",
-        f"{tmp_path}/half/a.bin: part must have an .idx beside it, got none. Copy it, or move this file away.",
-        f"{tmp_path}/half/b.bin.partial: part must be finished, got one that is being written or was interrupted. "
-        "Finish it with the command that began it, or remove its partial files.",
-        f"{part}: part must be named once, got it as {part} before. Drop one of them.",
-        f"{tmp_path}/link: part must be named once, got it as {part} before. Drop one of them.",
-    ]
+    assert_problems(
+        problems_of(inputs, tmp_path / "merged"),
+        (f"{tmp_path}/empty:", "directory must hold a .bin/.idx", "got none"),
+        (f"{tmp_path}/x*:", "pattern must match an .idx", "got none"),
+        (f"{tmp_path}/half/a.bin:", "part must have an .idx", "got none"),
+        (
+            f"{tmp_path}/half/b.bin.partial:",
+            "part must be finished",
+            "got one that is being written or was interrupted",
+        ),
+        (f"{part}:", "part must be named once", f"got it as {part} before"),
+        (f"{tmp_path}/link:", "part must be named once", f"got it as {part} before"),
+    )
 
 
 def test_the_output_must_not_be_a_part(tmp_path: Path) -> None:
     write_shards(tmp_path)
     write_pair(tmp_path / "merged")
-    assert problems_of([tmp_path], tmp_path / "x" / ".." / "merged") == [
-        f"{tmp_path}/merged: output must not be one of its parts, got it as --output-prefix and from {tmp_path}. "
-        "Choose another --output-prefix, or remove an older output."
-    ]
+    assert_problems(
+        problems_of([tmp_path], tmp_path / "x" / ".." / "merged"),
+        (
+            f"{tmp_path}/merged:",
+            "output must not be one of its parts",
+            f"got it as --output-prefix and from {tmp_path}",
+            "--output-prefix",
+        ),
+    )
     for path in tmp_path.glob("merged.*"):
         path.unlink()
     (tmp_path / "merged.bin.partial").touch()  # left by a merge that was killed
@@ -275,31 +283,23 @@ def change_manifest(prefix: Path, **changes: object) -> None:
 
 def test_another_dtype(tmp_path: Path) -> None:
     first, second = write_pair(tmp_path / "a"), write_pair(tmp_path / "b", dtype=np.int32)
-    assert problems_of([first, second], tmp_path / "merged") == [
-        f"{second}: dtype must be uint16, as of {first}, got int32. "
-        "It was made with a vocabulary of another size; preprocess it again with the tokenizer of the others."
-    ]
+    assert_problems(
+        problems_of([first, second], tmp_path / "merged"),
+        (f"{second}:", "dtype must be uint16", f"{first}", "got int32"),
+    )
 
 
 def test_another_tokenizer_and_other_options(tmp_path: Path) -> None:
     shards = write_shards(tmp_path)
     change_manifest(shards[1], tokenizer=dataclasses.replace(TOKENIZER, name="other.model", sha256="b" * 64))
     change_manifest(shards[2], options=OPTIONS | {"append_eod": True, "json_key": "content", "prepend_bos": False})
-    assert problems_of(shards, tmp_path / "merged") == [
-        f"{shards[1]}: tokenizer must be that of {shards[0]}, toy.model (aaaaaaaaaaaa), got "
-        "other.model (bbbbbbbbbbbb). Preprocess it again with the tokenizer of the others.",
-        *(
-            f"{shards[2]}: option {name} must be {expected}, as of {shards[0]}, got {actual}. {remedy}"
-            for name, expected, actual, remedy in (
-                ("append_eod", "off", "on", "Preprocess it again with the options of the others."),
-                (
-                    *("json_key", "text", "content"),
-                    "Merge the shards of each key by themselves, naming them with a pattern.",
-                ),
-                ("prepend_bos", "nothing", "off", "Preprocess it again with the options of the others."),
-            )
-        ),
-    ]
+    assert_problems(
+        problems_of(shards, tmp_path / "merged"),
+        (f"{shards[1]}: tokenizer", f"{shards[0]}, toy.model (aaaaaaaaaaaa)", "got other.model (bbbbbbbbbbbb)"),
+        (f"{shards[2]}: option append_eod", f"be off, as of {shards[0]}", "got on", "options of the others"),
+        (f"{shards[2]}: option json_key", f"be text, as of {shards[0]}", "got content", "shards of each key"),
+        (f"{shards[2]}: option prepend_bos", f"be nothing, as of {shards[0]}", "got off", "options of the others"),
+    )
     assert not list(tmp_path.glob("merged*"))
 
 
@@ -307,19 +307,16 @@ def test_a_part_without_a_manifest_among_others(tmp_path: Path) -> None:
     shards = write_shards(tmp_path)
     manifest_path(shards[0]).unlink()
     problems = problems_of(shards, tmp_path / "merged")
-    assert problems[0] == (
-        f"{shards[0]}: part must have a manifest like {shards[1]}, got none. Copy part0.manifest.json beside it, "
-        "or move the manifests of all parts away to merge them unchecked."
-    )
+    assert_problem(problems[0], f"{shards[0]}:", "part must have a manifest", f"{shards[1]}", "got none")
 
 
 @pytest.mark.parametrize("given, missing", [((0, 2), "1"), ((1,), "0, 2")])
 def test_missing_shards(tmp_path: Path, given: tuple[int, ...], missing: str) -> None:
     shards = write_shards(tmp_path)
-    assert problems_of([shards[k] for k in given], tmp_path / "merged") == [
-        f"input: shards 0 to 2 of 3 must all be there, got no {missing}. "
-        "Preprocess them with --shard, or add them to --input."
-    ]
+    assert_problems(
+        problems_of([shards[k] for k in given], tmp_path / "merged"),
+        ("input:", "shards 0 to 2 of 3", f"got no {missing}", "--shard", "--input"),
+    )
 
 
 def test_many_missing_shards_are_cut_short(tmp_path: Path) -> None:
@@ -337,32 +334,37 @@ def test_shards_that_are_there_twice_or_of_another_job(tmp_path: Path) -> None:
     other = write_manifest(write_pair(tmp_path / "other"), shard=JobShard(0, 4))
     whole = write_whole(tmp_path / "whole")
     change_manifest(shards[2], sources=(dataclasses.replace(SOURCES[1], sha256="f" * 64), SOURCES[2]))
-    assert problems_of([*shards, copy, other, whole], tmp_path / "merged") == [
-        f"{whole}: part must be a shard like {shards[0]}, got a whole job. Merge the shards first.",
-        f"{copy}: shard 1/3 must come once, got {shards[1]} too. Drop one of them.",
-        f"{other}: shard must be one of 3, as {shards[0]} is, got 0/4. Merge the shards of one job at a time.",
-        f"{shards[2]}: source c1.jsonl must be the one that {shards[0]} read, got SHA-256 ffffffffffff where that is "
-        "111111111111. It changed in between; preprocess both again.",
-    ]
+    assert_problems(
+        problems_of([*shards, copy, other, whole], tmp_path / "merged"),
+        (f"{whole}:", "part must be a shard", f"{shards[0]}", "got a whole job"),
+        (f"{copy}:", "shard 1/3 must come once", f"got {shards[1]} too"),
+        (f"{other}:", "shard must be one of 3", f"{shards[0]}", "got 0/4"),
+        (
+            f"{shards[2]}:",
+            f"source c1.jsonl must be the one that {shards[0]}",
+            "got SHA-256 ffffffffffff where that is 111111111111",
+        ),
+    )
 
 
 def test_a_manifest_of_another_pair(tmp_path: Path) -> None:
     shards = write_shards(tmp_path)
     shutil.copy(manifest_path(shards[0]), tmp_path / "kept")
     change_manifest(shards[0], num_tokens=99)
-    assert problems_of(shards, tmp_path / "merged") == [
-        f"{shards[0]}.manifest.json: num_tokens must be that of the pair, got 99 where the pair has 15. "
-        "It is the manifest of another pair; copy all three files again."
-    ]
+    assert_problems(
+        problems_of(shards, tmp_path / "merged"),
+        (f"{shards[0]}.manifest.json:", "num_tokens must be that of the pair", "got 99 where the pair has 15"),
+    )
 
 
 def test_multimodal_parts(tmp_path: Path) -> None:
     builder = IndexedDatasetBuilder(str(tmp_path / "part.bin"), dtype=np.uint16, multimodal=True)
     builder.add_document(np.array([1, 2, 3]), [1, 2], [0, 1])
     builder.finalize(str(tmp_path / "part.idx"))
-    assert problems_of([tmp_path / "part"], tmp_path / "merged") == [
-        f"{tmp_path}/part: part must hold text alone, got an index with modes. Multimodal pairs cannot be merged here."
-    ]
+    assert_problems(
+        problems_of([tmp_path / "part"], tmp_path / "merged"),
+        (f"{tmp_path}/part:", "part must hold text alone", "got an index with modes"),
+    )
 
 
 # --- nothing is left behind ------------------------------------------------------------------------------------------
@@ -432,9 +434,8 @@ def test_a_disk_that_is_too_small_is_noticed_before(
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     (problem,) = problems_of(shards, tmp_path / "new" / "folder" / "merged", seed)
-    assert problem == (
-        f"{tmp_path}/new/folder/merged: folder must have {needed_bytes} bytes free, got 100. "
-        "Free space, or choose another --output-prefix."
+    assert_problem(
+        problem, f"{tmp_path}/new/folder/merged:", f"folder must have {needed_bytes}", "got 100", "--output-prefix"
     )
     assert list_names(tmp_path) == names
 
@@ -446,6 +447,4 @@ def test_a_part_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(merge, "read_pair_documents", fail)
-    assert problems_of([part], tmp_path / "merged") == [
-        f"{part}: part cannot be read (Input/output error). Check the disk and the permissions."
-    ]
+    assert_problems(problems_of([part], tmp_path / "merged"), (f"{part}:", "cannot be read (Input/output error)"))

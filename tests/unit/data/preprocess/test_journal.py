@@ -22,6 +22,7 @@ from megatron_hammer.data.preprocess.journal import (
     write_journal,
 )
 from megatron_hammer.errors import DataError, OutputError
+from tests.helpers.messages import assert_problem, assert_problems
 
 JOB = Job(
     flags={"json_keys": ["text"], "append_eod": True, "seed": None},
@@ -52,10 +53,7 @@ MANIFEST = Manifest(
     problems=("a.jsonl:3: bad.",),
     tool_version="0.1",
 )
-REMEDY = (
-    "journal: an unfinished run can only be continued as it was begun. "
-    "Undo what changed, or pass --restart to throw that run away and begin again."
-)
+REMEDY = ("journal:", "--restart")
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -92,43 +90,43 @@ def test_a_damaged_journal_is_refused(tmp_path: Path, content: bytes, problem: s
         (
             {"inputs": (InputState("a.jsonl", 11, 333), InputState("b.jsonl", 20, 223))},
             [
-                "a.jsonl: input must be as when the run began, got 11 bytes where there were 10.",
-                "b.jsonl: input must be as when the run began, got one that was modified since.",
+                ("a.jsonl: input", "got 11 bytes where there were 10"),
+                ("b.jsonl: input", "got one that was modified since"),
             ],
         ),
         (
             {"inputs": (InputState("a.jsonl", 10, 111), InputState("c.jsonl", 20, 222))},
             [
-                "b.jsonl: input must be as when the run began, got none.",
-                "c.jsonl: input must be as when the run began, got a new file.",
+                ("b.jsonl: input", "got none"),
+                ("c.jsonl: input", "got a new file"),
             ],
         ),
         (
             {"inputs": (JOB.inputs[1], JOB.inputs[0])},
-            ["input: files must come in the same order as when the run began, got another order."],
+            [("input:", "same order")],
         ),
         (
             {"flags": {"json_keys": ["text", "title"], "append_eod": False, "seed": 7}},
             [
-                "json-keys: must be as when the run began, got text title where it was text.",
-                "append-eod: must be as when the run began, got off where it was on.",
-                "seed: must be as when the run began, got 7 where it was nothing.",
+                ("json-keys:", "got text title where it was text"),
+                ("append-eod:", "got off where it was on"),
+                ("seed:", "got 7 where it was nothing"),
             ],
         ),
         (
             {"tokenizer_sha256": "cd" * 32, "shard": JobShard(2, 4), "tool_version": "0.2"},
             [
-                f"tokenizer-model: must be as when the run began, got {'cd' * 32} where it was {'ab' * 32}.",
-                "tool version: must be as when the run began, got 0.2 where it was 0.1.",
-                "shard: must be as when the run began, got 2/4 where it was 1/4.",
+                ("tokenizer-model:", f"got {'cd' * 32} where it was {'ab' * 32}"),
+                ("tool version:", "got 0.2 where it was 0.1"),
+                ("shard:", "got 2/4 where it was 1/4"),
             ],
         ),
     ],
 )
-def test_another_job_is_refused_with_every_difference(change: dict, differences: list[str]) -> None:
+def test_another_job_is_refused_with_every_difference(change: dict, differences: list[tuple[str, ...]]) -> None:
     with pytest.raises(DataError) as caught:
         refuse_other_job(Path("journal"), JOB, dataclasses.replace(JOB, **change))
-    assert list(caught.value.problems) == [*differences, REMEDY]
+    assert_problems(caught.value.problems, *differences, REMEDY)
 
 
 def test_many_differences_are_cut_short() -> None:
@@ -136,7 +134,7 @@ def test_many_differences_are_cut_short() -> None:
     with pytest.raises(DataError) as caught:
         refuse_other_job(Path("journal"), JOB, asked)
     assert len(caught.value.problems) == 22
-    assert caught.value.problems[-2] == "inputs and flags: 82 more of them changed."
+    assert_problem(caught.value.problems[-2], "inputs and flags:", "82 more")
 
 
 def test_the_same_job_goes_on() -> None:

@@ -68,9 +68,7 @@ def test_a_missing_model_says_how_to_get_it(model_dir: Path, language: str) -> N
 
 def test_half_a_model_is_no_model(model_dir: Path) -> None:
     (model_dir / "ortho_context.tab").unlink()
-    with pytest.raises(
-        DataError, match="split-sentences: nltk must have its Punkt model of language english, got none"
-    ):
+    with pytest.raises(DataError, match=r"split-sentences: nltk must have its Punkt.* english, got none"):
         hash_sentence_model("english")
 
 

@@ -49,8 +49,7 @@ def test_eight_bits_are_faster_where_there_are_units_for_them():
     assert low.low_gemm_flops_per_s > 1.5 * low.gemm_flops_per_s
     with pytest.raises(
         ConfigError,
-        match=r"^precision: must be one that the GPU multiplies in, got precision=fp8, gpu=a100-sxm-80gb\. "
-        r"Use bf16 \(fp16 before Ampere\)\.$",
+        match=r"^precision: must be one that the GPU.*got precision=fp8, gpu=a100-sxm-80gb",
     ):
         build_rates(select_gpu("a100-sxm-80gb"), "fp8", COEFFICIENTS)
     with pytest.raises(ConfigError, match="got precision=bf16, gpu=v100-sxm2-16gb"):

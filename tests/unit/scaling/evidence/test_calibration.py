@@ -112,7 +112,5 @@ def test_a_very_long_table_is_thinned_out_evenly():
 
 
 def test_nothing_to_fit_is_said():
-    with pytest.raises(
-        DataError, match=r"^runs: must hold at least one run that can be predicted, got none\. Add measured rows\.$"
-    ):
+    with pytest.raises(DataError, match=r"^runs: must hold at least.*got none"):
         fit([], PRIORS)

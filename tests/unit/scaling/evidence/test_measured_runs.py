@@ -7,6 +7,7 @@ import pytest
 from megatron_hammer.model.accounting import count_parameters
 from megatron_hammer.scaling.evidence.measured_runs import read_runs
 from megatron_hammer.scaling.evidence.run_table import PUBLISHED_RUNS_PATH, VTRAIN_RUNS_PATH
+from tests.helpers.messages import assert_problem
 from tests.helpers.run_tables import COLUMNS, read_one, read_plan, write_table
 
 
@@ -187,7 +188,7 @@ def test_machines_of_one_s_own(tmp_path: Path) -> None:
     )
     path = write_table(tmp_path / "runs.csv", {"gpu_type": "Abacus 9"})
     _, (row,) = read_runs(path, gpus_path=gpus)
-    assert row.reason == "no cluster of abacus is known; describe one with --clusters-file"
+    assert_problem(row.reason, "no cluster of abacus", "--clusters-file")
     clusters = tmp_path / "clusters.toml"
     clusters.write_text(
         '[ours]\nsource = "ours"\ngpu = "abacus"\ngpus_per_node = 4\nnvlink_domain_size = 4\n'

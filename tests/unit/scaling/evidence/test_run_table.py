@@ -6,6 +6,7 @@ import pytest
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.scaling.evidence.run_table import read_run_rows
+from tests.helpers.messages import assert_problems
 from tests.helpers.run_tables import COLUMNS, write_table
 
 
@@ -32,15 +33,15 @@ def test_every_malformed_cell_is_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         read_run_rows(path)
     count, quantity = "a whole number of at least 1", "a number above 0"
-    remedy = "Correct the cell or leave it blank."
-    assert list(caught.value.problems) == [
-        f"{path}:2: layers: must be {count}, got 'many'. {remedy}",
-        f"{path}:2: gpus: must be {count}, got '0'. {remedy}",
-        f"{path}:2: iteration_time_s: must be {quantity}, got '-1'. {remedy}",
-        f"{path}:3: tp: must be {count}, got '1.5'. {remedy}",
-        f"{path}:3: global_batch: must be {count}, got '1,024'. {remedy}",
-        f"{path}:3: mfu: must be {quantity}, got 'inf'. {remedy}",
-    ]
+    assert_problems(
+        caught.value.problems,
+        (f"{path}:2:", f"layers: must be {count}", "got 'many'"),
+        (f"{path}:2:", f"gpus: must be {count}", "got '0'"),
+        (f"{path}:2:", f"iteration_time_s: must be {quantity}", "got '-1'"),
+        (f"{path}:3:", f"tp: must be {count}", "got '1.5'"),
+        (f"{path}:3:", f"global_batch: must be {count}", "got '1,024'"),
+        (f"{path}:3:", f"mfu: must be {quantity}", "got 'inf'"),
+    )
 
 
 def test_columns_may_be_absent_but_not_those_of_a_layout(tmp_path: Path) -> None:
@@ -58,7 +59,7 @@ def test_columns_may_be_absent_but_not_those_of_a_layout(tmp_path: Path) -> None
 def test_a_short_row_an_empty_file_and_none(tmp_path: Path) -> None:
     path = write_table(tmp_path / "runs.csv", {})
     path.write_text(path.read_text() + "a,b\n")
-    with pytest.raises(ConfigError, match=r"runs\.csv:3: must have a cell for each of 30 columns, got 2\. Correct the"):
+    with pytest.raises(ConfigError, match=r"runs\.csv:3: must have a cell.*30.*got 2"):
         read_run_rows(path)
     path.write_text("")
     with pytest.raises(ConfigError, match=r"runs\.csv:1: must be a header, got an empty file\."):

@@ -169,7 +169,7 @@ def test_arguments_that_cannot_work(tmp_path: Path, capsys: pytest.CaptureFixtur
         run_command(capsys, "--cross-validate", "--memory", str(tmp_path / "memory.csv"))
     path = write_table(tmp_path / "runs.csv", {})
     words = ("--runs", str(path), "--cross-validate", "--coefficients", "mine.toml")
-    with pytest.raises(ConfigError, match=r"fits its own coefficients, got --coefficients mine\.toml\. Drop one of"):
+    with pytest.raises(ConfigError, match=r"fits its own coefficients, got --coefficients mine\.toml"):
         run_command(capsys, *words)
 
 

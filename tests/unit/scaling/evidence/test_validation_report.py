@@ -13,6 +13,7 @@ from megatron_hammer.scaling.cost.coefficients import load_coefficients
 from megatron_hammer.scaling.evidence.measured_runs import read_runs
 from megatron_hammer.scaling.evidence.validation import ValidationReport, validate_runs
 from megatron_hammer.scaling.evidence.validation_report import describe_report, draw_scatter, format_csv
+from tests.helpers.messages import assert_problem
 from tests.helpers.run_tables import write_table
 
 
@@ -35,7 +36,7 @@ def test_files_and_json_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert json.loads((tmp_path / "out" / "validation.json").read_text()) == document
     assert document["summary"] == {"rows": 2, "counted": 1, "fitted": 0, "unpredictable": 1}
     assert [row["status"] for row in document["rows"]] == ["predicted", "unpredictable"]
-    assert document["rows"][1]["reason"] == "its GPU 'abacus' is not known; describe it with --gpus-file"
+    assert_problem(document["rows"][1]["reason"], "its GPU 'abacus'", "not known", "--gpus-file")
     assert document["errors"]["all"]["all rows"]["num_rows"] == 1
     with (tmp_path / "out" / "validation.csv").open(newline="") as file:
         cells = list(csv.DictReader(file))

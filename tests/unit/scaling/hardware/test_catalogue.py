@@ -127,13 +127,16 @@ def test_every_bad_field_is_named_at_once(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError) as caught:
         load_gpus(path)
-    text = "\n".join(caught.value.problems)
-    assert f"{path}: h100-sxm.power_w must be above 0, got -1. Write [name] tables with the fields source, " in text
-    assert "h100-sxm.memory_bytes must be a whole number, got 80.5." in text
-    assert "h100-sxm.colour must be a known field, got 'green'." in text
-    assert "mine.source must have a length of at least 1, got ''." in text
-    assert "mine.fp16_tflops must be given, got nothing." in text
     assert len(caught.value.problems) == 9
+    text = "\n".join(caught.value.problems)
+    for field, value in (
+        ("h100-sxm.power_w", "-1"),
+        ("h100-sxm.memory_bytes", "80.5"),
+        ("h100-sxm.colour", "'green'"),
+        ("mine.source", "''"),
+        ("mine.fp16_tflops", "nothing"),
+    ):
+        assert re.search(rf"^{re.escape(str(path))}: {field} must .*, got {value}\. .*the fields source, ", text, re.M)
 
 
 def test_an_alias_of_two_gpus_is_refused(tmp_path: Path) -> None:

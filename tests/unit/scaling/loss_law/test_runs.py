@@ -15,6 +15,7 @@ from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.loss_law.law import LossRun
 from megatron_hammer.scaling.loss_law.runs import ReadOptions, count_size, leave_out, read_metrics_runs, read_table
+from tests.helpers.messages import assert_problems
 
 TINY = PRESETS["hammer-tiny"].model
 SEQ_LENGTH = 64
@@ -163,7 +164,7 @@ def test_a_line_that_a_kill_cut_off_is_dropped_and_any_other_refused(tmp_path: P
 def test_a_schedule_that_was_cut_off_is_noted(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "a", losses=FALLING, last_lr_ratio=0.8)
     (run,) = read(f"hammer-tiny={folder}")
-    assert run.notes == ("ended at 80% of its highest learning rate: its loss had further to fall",)
+    assert_problems(run.notes, ("ended at 80% of its highest learning rate",))
 
 
 def test_all_diverged_runs_are_named_at_once(tmp_path: Path) -> None:
@@ -172,11 +173,10 @@ def test_all_diverged_runs_are_named_at_once(tmp_path: Path) -> None:
     good = write_run(tmp_path / "good", losses=FALLING)
     with pytest.raises(DataError) as caught:
         read(*(f"hammer-tiny={folder}" for folder in (nan, good, up)))
-    assert caught.value.problems == (
-        f"{nan / 'metrics.jsonl'}: run nan must end with a finite loss, got nan over its last 1 steps. It diverged: "
-        f"leave it out with --leave-out nan.",
-        f"{up / 'metrics.jsonl'}: run up must end near its lowest loss, got 9.0000 after 5.0000. It diverged: leave it "
-        f"out with --leave-out up.",
+    assert_problems(
+        caught.value.problems,
+        (f"{nan / 'metrics.jsonl'}:", "run nan must end", "got nan over its last 1 steps", "--leave-out nan"),
+        (f"{up / 'metrics.jsonl'}:", "run up must end", "got 9.0000 after 5.0000", "--leave-out up"),
     )
 
 
@@ -242,13 +242,12 @@ def test_problems_of_a_table(tmp_path: Path) -> None:
     path.write_text("num_parameters,num_tokens,loss\n1,many,2\n,5,2\n")
     with pytest.raises(DataError) as caught:
         read_table(path)
-    assert caught.value.problems == (
-        f"{path}:2: num_tokens must be a number, got 'many'. Correct it or remove the row.",
-        f"{path}:3: num_parameters must be a number, got ''. Correct it or remove the row.",
+    assert_problems(
+        caught.value.problems,
+        (f"{path}:2:", "num_tokens must be a number", "got 'many'"),
+        (f"{path}:3:", "num_parameters must be a number", "got ''"),
     )
-    with pytest.raises(
-        DataError, match=r"absent\.csv: must be a CSV file, got No such file or directory\. Check --tab"
-    ):
+    with pytest.raises(DataError, match=r"absent\.csv: must be a CSV file, got No such file or directory.*--tab"):
         read_table(tmp_path / "absent.csv")
 
 

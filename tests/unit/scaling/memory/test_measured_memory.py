@@ -10,6 +10,7 @@ from megatron_hammer.model.accounting import ParallelLayout
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.scaling.memory.measured_memory import read_measured_memory
 from megatron_hammer.scaling.memory.software import MemorySoftware, load_known_memory_software, select_memory_software
+from tests.helpers.messages import assert_problems
 
 # A run that says everything; tests change what they are about.
 COMPLETE = {
@@ -75,19 +76,20 @@ def test_a_complete_row_is_read_as_it_stands(tmp_path):
     assert (row.model.num_layers, row.model.ffn_hidden_size, row.model.activation) == (32, 11008, "swiglu")
     assert (row.kind, row.measured, row.stage, row.row_number) == ("allocated", 30 * 2**30, "heaviest", 2)
     assert (row.options.sharding, row.options.precision) == ("distributed_optimizer", "bf16")
-    assert row.assumptions == ("model llama2-7b: the preset of this name (meta-llama/Llama-2-7b-hf config.json)",)
+    assert_problems(row.assumptions, ("model llama2-7b:", "preset", "(meta-llama/Llama-2-7b-hf config.json)"))
 
 
 def test_blanks_are_filled_and_named(tmp_path):
     row = read_one(tmp_path, tp="", vpp="", dp="", precision="", sharding="", recompute="", gpus="8", global_batch="")
     assert row.layout.data_parallel_size == 2  # 8 GPUs over 4 stages
     assert row.num_microbatches == 8  # more than the pipeline holds
-    assert row.assumptions[1:] == (
-        "tp 1: blank, Megatron-style software",
-        "enough micro-batches to fill the pipeline: global_batch is blank",
-        "recompute none: blank, Megatron-style software",
-        "sharding distributed_optimizer: blank, Megatron-style software",
-        "precision bf16: blank, Megatron-style software",
+    assert_problems(
+        row.assumptions[1:],
+        ("tp 1:", "blank"),
+        ("enough micro-batches", "global_batch is blank"),
+        ("recompute none:", "blank"),
+        ("sharding distributed_optimizer:", "blank"),
+        ("precision bf16:", "blank"),
     )
 
 
@@ -223,8 +225,7 @@ def test_a_file_that_is_no_table_of_memory_is_refused(tmp_path):
     path.write_text("model,quantity,tp\n")
     with pytest.raises(
         ConfigError,
-        match=r"runs.csv:1: must have the columns model, quantity, memory_value, unit, got no memory_value, unit\. "
-        r"Pass a table of memory figures\.",
+        match=r"runs.csv:1: must have the columns.*got no memory_value, unit",
     ):
         read_measured_memory(path)
     with pytest.raises(ConfigError, match=r"none.csv: must be a readable file, got No such file or directory\."):

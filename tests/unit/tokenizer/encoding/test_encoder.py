@@ -119,9 +119,7 @@ def test_a_tokenizer_without_end_of_document_is_refused_only_when_one_is_needed(
     tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(tmp_path / "tokenizer.json"))
     encoder = load_encoder(tmp_path)
     assert encoder.eod_id is None
-    with pytest.raises(
-        DataError, match=r"tokenizer must have an end-of-document token, got none. Name it as eos_token"
-    ):
+    with pytest.raises(DataError, match=r"tokenizer must have an end-of-document.*got none"):
         require_eod_id(encoder)
 
 
@@ -150,7 +148,7 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
 def test_broken_tokenizer_config_is_named(hf_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes((hf_folder / "tokenizer.json").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(DataError, match=r"tokenizer_config.json: file must be JSON, got .*. Repair or remove it."):
+    with pytest.raises(DataError, match=r"tokenizer_config.json: file must be JSON, got "):
         load_encoder(tmp_path)
 
 

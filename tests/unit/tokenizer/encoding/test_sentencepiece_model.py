@@ -75,7 +75,7 @@ def test_trainer_settings_change_alone(model_path: Path) -> None:
 def test_what_is_not_a_model_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "broken.model"
     path.write_bytes(content)
-    with pytest.raises(DataError, match=r"broken.model: file must be a SentencePiece model, got something else. Pass"):
+    with pytest.raises(DataError, match=r"broken.model: file must be a SentencePiece.*got something else"):
         read_sentencepiece_model(path)
 
 

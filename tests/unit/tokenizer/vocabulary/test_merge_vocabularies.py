@@ -193,21 +193,19 @@ def test_whitespace_does_not_calibrate(base: SentencePieceModel, other: Sentence
 
 
 def test_problems_are_named(base: SentencePieceModel, other: SentencePieceModel, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"the other model must have something that the base lacks, got nothing. Keep"):
+    with pytest.raises(DataError, match=r"the other model must have.*got nothing"):
         merge_vocabulary(base, base)
     with pytest.raises(DataError, match="that the base lacks, got nothing"):
         merge_characters(base, other, {"all": ("春", "鬱")})
-    with pytest.raises(DataError, match=r"the models must share scored characters of rare, got none. Put a level"):
+    with pytest.raises(DataError, match=r"the models must share .* rare, got none"):
         merge_characters(base, other, {"rare": ("龘",)})
-    with pytest.raises(
-        DataError, match=r"must not be a piece with another role, got '<s>', which is control in the"
-    ) as e:
+    with pytest.raises(DataError, match=r"must not be a piece.*got '<s>', which is control in the") as e:
         merge_characters(base, other, {"all": ("春", "龘")}, ("<s>", "<0x0A>"))
     assert "got '<0x0A>', which is byte in the base. Remove it from the list." in e.value.problems[1]
-    with pytest.raises(DataError, match=r"o.model: model must say which characters it was trained to hold, got none"):
+    with pytest.raises(DataError, match=r"o.model: model must say which.*got none"):
         select_own_requirements(base, Path("o.model"))
     train(tmp_path / "u.model", ENGLISH, 307, model_type="unigram")
-    with pytest.raises(DataError, match=r"u.model: model must be BPE to be merged, got model_type=unigram. Its scores"):
+    with pytest.raises(DataError, match=r"u.model: model must be BPE.*got model_type=unigram"):
         read_bpe_model(tmp_path / "u.model")
     with pytest.raises(DataError, match=r"absent.model: file cannot be read"):
         read_bpe_model(tmp_path / "absent.model")
@@ -215,6 +213,6 @@ def test_problems_are_named(base: SentencePieceModel, other: SentencePieceModel,
 
 def test_a_model_that_does_not_load_is_not_written(base: SentencePieceModel, tmp_path: Path) -> None:
     twice = dataclasses.replace(base, pieces=(*base.pieces, base.pieces[-1]))
-    with pytest.raises(DataError, match=r"m.model: merged model must load, got .*. Check the pieces of both models."):
+    with pytest.raises(DataError, match=r"m.model: merged model must load, got "):
         write_merged_model(tmp_path / "m.model", twice)
     assert not list(tmp_path.iterdir())

@@ -18,6 +18,7 @@ from megatron_hammer.tokenizer.encoding.sentencepiece_model import (
 from megatron_hammer.tokenizer.vocabulary import train
 from megatron_hammer.tokenizer.vocabulary.text_sample import TextSource
 from megatron_hammer.tokenizer.vocabulary.train import TokenizerRecipe, check_requirements, train_tokenizer
+from tests.helpers.messages import assert_problems
 from tests.helpers.toy_tokenizer import TOY_TEXTS, write_jsonl
 
 
@@ -106,11 +107,10 @@ def test_what_the_model_cannot_hold_is_named(corpus_path: Path, tmp_path: Path) 
     recipe = TokenizerRecipe(vocab_size=331, required_chars="龘\0", user_defined_symbols=("<s>", "<SEP>"))
     with pytest.raises(DataError) as raised:
         train_tokenizer([corpus_path], tmp_path / "t.model", recipe)
-    assert raised.value.problems == (
-        "required-chars-file: every character must become a piece, got none for '\\x00'. "
-        "Remove what sentencepiece cannot hold.",
-        "user-defined-symbols-file: every symbol must become a piece of its own, got none for '<s>'. "
-        "Remove names that have another role, such as <s>.",
+    assert_problems(
+        raised.value.problems,
+        ("required-chars-file:", "every character must become", "got none for '\\x00'"),
+        ("user-defined-symbols-file:", "every symbol must become", "got none for '<s>'"),
     )
     assert not list(tmp_path.glob("t.model*"))
 

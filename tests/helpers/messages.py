@@ -1,0 +1,26 @@
+"""Messages to users, compared by what they say and not by their wording, which must stay free to improve."""
+
+from collections.abc import Iterable
+
+
+def assert_problem(problem: str, field: str, *facts: str) -> None:
+    """The message begins with its field or place, and holds the facts.
+
+    Facts are the value, and the few words that tell this problem from another problem of the same field.
+    """
+    assert problem.startswith(field), f"{problem!r} does not begin with {field!r}"
+    missing = [fact for fact in facts if fact not in problem]
+    assert not missing, f"{problem!r} lacks {missing}"
+
+
+def assert_problems(problems: Iterable[str], *expected: tuple[str, ...]) -> None:
+    """Exactly these problems in this order, each as (field, *facts)."""
+    problems = list(problems)
+    assert len(problems) == len(expected), problems
+    for problem, parts in zip(problems, expected, strict=True):
+        assert_problem(problem, *parts)
+
+
+def assert_errors(stderr: str, *expected: tuple[str, ...]) -> None:
+    """A command printed exactly these problems as its errors, each as (field, *facts), and nothing else."""
+    assert_problems(stderr.splitlines(), *((f"error: {field}", *facts) for field, *facts in expected))
