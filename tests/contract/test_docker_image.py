@@ -38,7 +38,7 @@ def run_step(folder: Path, *codes: int) -> tuple[int, list[str]]:
     return result.returncode, (folder / "calls").read_text().splitlines()
 
 
-def test_what_is_missing_is_installed_and_the_gpu_stack_held(tmp_path: Path) -> None:
+def test_missing_packages_are_installed_and_the_gpu_stack_is_kept(tmp_path: Path) -> None:
     code, calls = run_step(tmp_path, 1, 0)
     assert code == 0
     assert calls[2] == calls[-1] == "tools/check_environment.py --extra=dev"

@@ -61,7 +61,7 @@ def list_unknown_hammer_commands(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", list_texts())
-def test_what_a_text_names_exists(name: str) -> None:
+def test_names_in_a_text_exist(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     assert [extra for extra in list_extras(text) if extra not in EXTRAS] == []
     folders = FOLDERS_IN_PACKAGE if name.startswith("megatron_hammer/") else FOLDERS

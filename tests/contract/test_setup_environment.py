@@ -142,7 +142,7 @@ def test_complete_interpreter_is_used_untouched(machine: Machine) -> None:
     assert machine.num_installations == 0
 
 
-def test_interpreter_that_lacks_little_is_left_alone_and_told(machine: Machine) -> None:
+def test_an_interpreter_that_lacks_a_few_packages_is_left_alone_and_they_are_named(machine: Machine) -> None:
     path = machine.add_interpreter("python3")
     _, out, err = machine.run()
     assert out == f"{machine.venv_python}\n"

@@ -113,7 +113,7 @@ def test_bf16_follows_fp32(dense: Family) -> None:
     assert 1e-6 < largest_difference(losses, dense.reference) < 2e-2
 
 
-def test_another_seed_is_told_apart(dense: Family) -> None:
+def test_another_seed_is_noticed(dense: Family) -> None:
     """The twin: training that differs in its data order must not pass for the same."""
     losses = dense.train("seed", 1, "--seed", "4321")
     with pytest.raises(AssertionError):

@@ -168,18 +168,20 @@ def assert_masters_are_the_folders(reference: Reference, save: Path) -> None:
         assert not torch.equal(rounded.read(pair.megatron_name).float(), whole), pair.megatron_name  # the twin
 
 
-def test_the_optimizer_has_every_digit(saved: tuple[Reference, Path]) -> None:
+def test_the_optimizer_starts_from_the_fp32_weights(saved: tuple[Reference, Path]) -> None:
     assert_masters_are_the_folders(*saved)
 
 
-def test_an_optimizer_that_is_not_distributed_has_them_too(references: dict[str, Reference], tmp_path: Path) -> None:
+def test_an_optimizer_that_is_not_distributed_starts_from_the_fp32_weights(
+    references: dict[str, Reference], tmp_path: Path
+) -> None:
     reference = references["qwen3-tied"]
     flags = (*STANDSTILL, *TP2, "--no-distributed-optimizer", "--save", str(tmp_path))
     reference.train(2, tmp_path / "metrics.jsonl", *flags)
     assert_masters_are_the_folders(reference, tmp_path)
 
 
-def test_the_same_command_goes_on_from_its_own_checkpoint(saved: tuple[Reference, Path]) -> None:
+def test_the_same_command_continues_from_its_own_checkpoint(saved: tuple[Reference, Path]) -> None:
     reference, save = saved
     flags = (*reference.flags, *STANDSTILL, "--train-iters", "2", "--save", str(save))
     result = run(2, *flags)

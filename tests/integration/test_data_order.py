@@ -43,7 +43,7 @@ def resumed(short_run: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_the_epochwise_order_goes_on_as_if_never_interrupted(
+def test_the_epochwise_order_continues_as_without_an_interruption(
     flags: tuple[str, ...], resumed: Path, tmp_path: Path
 ) -> None:
     whole = train(1, tmp_path / "whole.jsonl", *flags, *EPOCHWISE, "--train-iters", str(LONG))
@@ -56,7 +56,7 @@ def test_the_epochwise_order_goes_on_as_if_never_interrupted(
         assert [line[name] for line in extended] == [line[name] for line in whole], name
 
 
-def test_megatrons_order_stops_and_goes_on_only_when_told(flags: tuple[str, ...], resumed: Path) -> None:
+def test_megatrons_order_continues_only_with_the_flag(flags: tuple[str, ...], resumed: Path) -> None:
     resume = (*flags, *LONGER, "--save", str(resumed))
     result = run(1, *resume)
     assert result.returncode == 2

@@ -57,7 +57,7 @@ def resumed(flags: tuple[str, ...], trained: Path, tmp_path_factory: pytest.Temp
     return folder
 
 
-def test_training_goes_on_with_expert_parallelism(trained: Path, resumed: Path) -> None:
+def test_training_continues_with_expert_parallelism(trained: Path, resumed: Path) -> None:
     before = read_lines(trained / "metrics.jsonl")[SAVE_INTERVAL:]
     after = read_lines(resumed / "metrics.jsonl")
     assert [line["step"] for line in after] == [3, 4]
@@ -74,7 +74,9 @@ def test_training_alone_refuses_and_names_the_tool(flags: tuple[str, ...], train
     assert "hammer checkpoint edit reshard --expert-model-parallel-size 2" in result.stderr
 
 
-def test_the_way_back_gives_what_a_run_without_it_saves(trained: Path, resumed: Path, tmp_path: Path) -> None:
+def test_an_edit_and_its_inverse_give_the_checkpoint_of_an_unedited_run(
+    trained: Path, resumed: Path, tmp_path: Path
+) -> None:
     """Over two ranks and back to one: the same keys, groups and, but for the order of sums, numbers."""
     edit_well("reshard", "--load", resumed, "--save", tmp_path / "ep1", "--expert-model-parallel-size", "1")
     found, store = read_all(tmp_path / "ep1", "iter_0000004")
@@ -89,7 +91,7 @@ def test_the_way_back_gives_what_a_run_without_it_saves(trained: Path, resumed: 
         torch.testing.assert_close(found[key], tensor, rtol=2e-3, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}")
 
 
-def test_what_megatron_writes_at_a_layout_is_what_the_tool_writes_for_it(resumed: Path, trained: Path) -> None:
+def test_the_tool_writes_the_same_layout_as_megatron(resumed: Path, trained: Path) -> None:
     """Two ranks cut every tensor into the boxes that the tool made for them at step 2."""
     made, by_megatron = (read_all(resumed, f"iter_000000{step}")[1].tensors for step in (2, 4))
     assert {key: set(stored.chunks) for key, stored in made.items()} == {

@@ -124,7 +124,7 @@ def test_experts_are_spread_over_ranks(tmp_path, data_flags, sequence):
     assert loss == pytest.approx(hf_loss(model, sequence), rel=2e-6)
 
 
-def test_the_tool_says_what_it_did(tmp_path):
+def test_the_tool_prints_a_summary(tmp_path):
     tokenizer = train_toy_tokenizer(tmp_path)
     write_toy_folder(tmp_path / "hf", vocab_size=TOY_VOCAB_SIZE)
     flags = ("--tokenizer-model", tokenizer, "--verify", "tensors", "--dtype", "fp32")

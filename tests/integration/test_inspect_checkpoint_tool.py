@@ -31,7 +31,7 @@ def changed(tmp_path_factory) -> Path:
     return write_toy_checkpoint(tmp_path_factory.mktemp("changed"), toy_llama_tensors(seed=5), iteration=20).parent
 
 
-def test_a_process_of_its_own_compares_values_and_what_both_compute(pair):
+def test_the_command_compares_values_and_logits(pair):
     result = run_tool(TOOL, pair[0], "--compare", pair[1], "--forward", "auto")
     assert result.returncode == 0, result.stderr + result.stdout
     assert result.stderr == ""

@@ -90,7 +90,7 @@ def damage(folder: Path, target: Path, **changes: Any) -> Path:
     return target
 
 
-def test_a_dry_run_says_what_is_in_the_folder(folder: Path, data: str) -> None:
+def test_a_dry_run_describes_the_folder(folder: Path, data: str) -> None:
     report = report_of("--load-hf", str(folder), "--data-path", data)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert report["model"]["num_parameters"] == model.num_parameters()

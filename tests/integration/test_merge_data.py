@@ -63,7 +63,7 @@ def test_help_and_flags_that_cannot_be(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["parts", "parts/c-*-of-*_text_document"])
-def test_shards_give_the_job_done_at_once(corpus_dir: Path, tmp_path: Path, source: str) -> None:
+def test_shards_give_the_bytes_of_one_job(corpus_dir: Path, tmp_path: Path, source: str) -> None:
     output = tmp_path / "merged"
     code, stdout, stderr = run("merge_data.py", "--input", source, "--output-prefix", output, cwd=corpus_dir)
     assert (code, stderr) == (0, "")
@@ -74,7 +74,7 @@ def test_shards_give_the_job_done_at_once(corpus_dir: Path, tmp_path: Path, sour
     )
 
 
-def test_shuffled_shards_give_the_job_done_with_shuffle(corpus_dir: Path, tmp_path: Path) -> None:
+def test_shards_merged_with_shuffle_give_the_bytes_of_one_shuffled_job(corpus_dir: Path, tmp_path: Path) -> None:
     flags = ("--input", "parts", "--output-prefix", tmp_path / "merged", "--shuffle", "--seed", "77", "--json")
     code, stdout, stderr = run("merge_data.py", *flags, cwd=corpus_dir)
     assert (code, stderr) == (0, "")

@@ -284,7 +284,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_costs_only_what_is_not_in_the_journal(
+def test_a_signal_costs_only_the_blocks_after_the_last_journal(
     tmp_path: Path, long_arguments: tuple[str | Path, ...], number: signal.Signals, code: int
 ) -> None:
     (tmp_path / "hasty.py").write_text(HASTY_TOOL)
@@ -341,7 +341,7 @@ def test_a_killed_worker_ends_the_run(tmp_path: Path, running_tool: subprocess.P
 KEPT_LINE = "error: out/c.journal.json: what was done is kept. Run the same command again to continue.\n"
 
 
-def test_a_killed_worker_costs_only_what_is_not_in_the_journal(
+def test_a_killed_worker_costs_only_the_blocks_after_the_last_journal(
     tmp_path: Path, journaled_run: subprocess.Popen[str]
 ) -> None:
     find_workers(journaled_run)[-1].kill()
@@ -377,7 +377,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path, long_argumen
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_a_full_disk_costs_only_what_is_not_in_the_journal(tmp_path: Path, tokenizer_path: Path) -> None:
+def test_a_full_disk_costs_only_the_blocks_after_the_last_journal(tmp_path: Path, tokenizer_path: Path) -> None:
     write_inputs(tmp_path, tokenizer_path)
     process = start("run.py", 'dict(output_prefix=Path("out/c"))', cwd=tmp_path, preexec_fn=lambda: limit(100_000))
     _, stderr = process.communicate(timeout=WAIT_S)

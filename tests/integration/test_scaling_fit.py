@@ -127,7 +127,7 @@ def write_training(folder: Path, preset: str, num_steps: int) -> None:
         ),
     ],
 )
-def test_what_cannot_be_fitted_leaves_nothing_behind(
+def test_runs_that_cannot_be_fitted_are_refused_and_leave_no_file(
     tmp_path: Path, arguments: tuple[str, ...], messages: list[str]
 ) -> None:
     table = write_table(tmp_path / "planted.csv", ("wild", 1e9, 1e10, "nan"))

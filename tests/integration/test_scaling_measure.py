@@ -21,7 +21,7 @@ def study(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=400)
 
 
-def test_a_sweep_is_measured_and_goes_on(tmp_path: Path) -> None:
+def test_a_sweep_is_measured_and_continues_after_a_failure(tmp_path: Path) -> None:
     options = ("--presets", "hammer-tiny", "--steps", "3", "--warmup-steps", "1", "--output-dir", str(tmp_path))
     options += ("--seq-lengths", "64", "--platform", "cpu")
     first = study("measure", *options, "--global-batch-sizes", "2,3", "--", "--seed", "7")
@@ -80,7 +80,7 @@ def test_profile_of_this_machine(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_cannot_be_measured(words: list[str], message: str, tmp_path: Path) -> None:
+def test_sweeps_that_cannot_be_measured_are_refused(words: list[str], message: str, tmp_path: Path) -> None:
     result = study("measure", *words, "--output-dir", str(tmp_path))
     assert result.returncode == 2
     assert result.stderr.startswith(f"error: {message}")

@@ -68,7 +68,7 @@ def test_a_megatron_checkpoint_becomes_one_file(tmp_path):
     assert torch.equal(torch.tensor(stored["blk.2.ffn_down.weight"]), down)
 
 
-def test_what_cannot_be_converted_ends_with_one_sentence_and_leaves_nothing(tmp_path, source):
+def test_weights_that_cannot_be_converted_are_one_message_and_leave_no_file(tmp_path, source):
     broken = tmp_path / "broken"
     broken.mkdir()
     for path in source.iterdir():
@@ -89,7 +89,7 @@ def test_what_cannot_be_converted_ends_with_one_sentence_and_leaves_nothing(tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
 
 
-def test_bad_arguments_end_with_one_sentence(tmp_path, source):
+def test_bad_arguments_are_one_message(tmp_path, source):
     taken = tmp_path / "model.gguf"
     taken.write_text("mine")
     result = run_tool_here(TOOL, "--load", source, "--save", taken)

@@ -106,7 +106,7 @@ def test_characters_of_another_tokenizer_extend_this_one(folder: Path) -> None:
         ),
     ],
 )
-def test_merging_what_cannot_be_merged_exits_2(folder: Path, arguments: tuple[str, ...], message: str) -> None:
+def test_models_that_cannot_be_merged_exit_2(folder: Path, arguments: tuple[str, ...], message: str) -> None:
     code, stdout, stderr = run("tokenizer_merge.py", *arguments, "--output", "m.model", cwd=folder)
     assert (code, stdout) == (2, "")
     assert stderr.startswith(f"error: {message}")

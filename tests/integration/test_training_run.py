@@ -66,7 +66,7 @@ def test_each_validation_set_once_an_evaluation(finished: tuple[Path, str]) -> N
     assert lines[0]["loss"] != lines[1]["loss"]
 
 
-def test_what_lies_in_the_folder(finished: tuple[Path, str]) -> None:
+def test_the_files_of_a_run(finished: tuple[Path, str]) -> None:
     save, stdout = finished
     assert (save / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (save / "latest_checkpointed_iteration.txt").read_text() == str(NUM_STEPS)

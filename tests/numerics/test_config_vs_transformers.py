@@ -69,7 +69,7 @@ def test_transformers_builds_every_mapped_tensor_and_no_other(name, tmp_path):
         }
 
 
-def test_what_decides_the_computation_arrives(tmp_path):
+def test_every_field_of_the_computation_reaches_transformers(tmp_path):
     arguments = toy_arguments(rotary_base=500_000, layernorm_epsilon=3e-6, kv_channels=16)
     config = load_config(read_saved_model(arguments), tmp_path)
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 500_000.0}
@@ -80,7 +80,7 @@ def test_what_decides_the_computation_arrives(tmp_path):
     assert config.max_position_embeddings == 32
 
 
-def test_the_scaled_rope_arrives(tmp_path):
+def test_the_scaled_rope_reaches_transformers(tmp_path):
     config = load_config(read_saved_model(toy_arguments(**SCALED_ROPE)), tmp_path)
     assert config.rope_parameters == {
         "rope_type": "llama3",
@@ -93,7 +93,7 @@ def test_the_scaled_rope_arrives(tmp_path):
 
 
 @pytest.mark.parametrize("is_pre_softmax", [False, True])
-def test_the_router_arrives(is_pre_softmax, tmp_path):
+def test_the_router_reaches_transformers(is_pre_softmax, tmp_path):
     arguments = toy_arguments(**MOE_ARGUMENTS | {"moe_router_pre_softmax": is_pre_softmax})
     config = load_config(read_saved_model(arguments), tmp_path)
     assert config.norm_topk_prob == (not is_pre_softmax)
@@ -101,7 +101,7 @@ def test_the_router_arrives(is_pre_softmax, tmp_path):
 
 
 @pytest.mark.parametrize("fusion, activation", [(True, "gelu_new"), (False, "gelu")])
-def test_the_activation_of_gpt2_arrives(fusion, activation, tmp_path):
+def test_the_activation_of_gpt2_reaches_transformers(fusion, activation, tmp_path):
     model = read_saved_model(toy_arguments(**GPT2_ARGUMENTS | {"bias_gelu_fusion": fusion}))
     assert load_config(model, tmp_path).activation_function == activation
 

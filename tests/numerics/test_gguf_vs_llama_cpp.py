@@ -104,7 +104,7 @@ def test_twin_a_wrong_score_is_noticed(tmp_path, llama, monkeypatch):
         convert(llama, tmp_path / "model.gguf")
 
 
-def test_llama_cpp_refuses_a_file_that_is_none(tmp_path):
+def test_llama_cpp_refuses_a_file_that_is_not_gguf(tmp_path):
     path = tmp_path / "broken.gguf"
     path.write_bytes(b"GGUF" + bytes(100))
     with (
@@ -143,7 +143,7 @@ def test_a_mixture_of_k_quants_loads_and_answers(tmp_path):
     assert "greedy tokens equal; log-probabilities within 0." in row.result
 
 
-def test_rows_that_are_not_whole_blocks_are_said(tmp_path, llama):
+def test_rows_that_are_not_whole_blocks_are_reported(tmp_path, llama):
     report = convert(llama, tmp_path / "model.gguf", "q4_k_s")
     assert report.types == {"q5_0": 19, "q5_1": 3, "q8_0": 1, "f32": 7}  # q4_k, q5_k and q6_k fell back
     assert "3 tensor(s) are q5_0: their rows of 160 values are not whole blocks of 256" in report.notes

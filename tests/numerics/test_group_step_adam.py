@@ -116,7 +116,7 @@ def test_a_saved_state_continues_bit_for_bit() -> None:
     assert [group["step"] for group in second.param_groups] == [NUM_STEPS] * 3
 
 
-def test_what_it_cannot_do_is_refused() -> None:
+def test_unsupported_options_are_refused() -> None:
     with pytest.raises(ValueError, match="cannot be captured in a CUDA graph; install TransformerEngine"):
         build(make_groups(), capturable=True)
     with pytest.raises(ValueError, match="takes no closure"):

@@ -145,7 +145,7 @@ def test_dropout_keeps_the_mean() -> None:
     torch.testing.assert_close(mean, build_attention()(*inputs), rtol=0, atol=0.1)
 
 
-def test_what_it_cannot_do_is_refused() -> None:
+def test_unsupported_options_are_refused() -> None:
     inputs = make_inputs(2)
     with pytest.raises(ValueError, match="no attention bias and no packed sequences; use the te backend"):
         build_attention()(*inputs, attention_bias=torch.zeros(1))

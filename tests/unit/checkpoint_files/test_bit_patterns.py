@@ -41,7 +41,7 @@ def test_one_changed_bit_is_found_wherever_it_is(dtype, num_elements):
             assert not is_bitwise_equal(source, changed)
 
 
-def test_what_floating_point_confuses_is_told_apart():
+def test_equal_means_the_same_shape_dtype_and_bits():
     zero, not_a_number = torch.zeros(3), torch.full((3,), float("nan"))
     assert not is_bitwise_equal(zero, -zero)
     assert is_bitwise_equal(not_a_number, not_a_number.clone())

@@ -37,7 +37,7 @@ def test_twin_the_attack_works_with_plain_pickle(tmp_path):
     assert (tmp_path / "ran").exists()
 
 
-def test_metadata_that_runs_a_command_does_not(tmp_path):
+def test_metadata_cannot_run_a_command(tmp_path):
     path = tmp_path / ".metadata"
     path.write_bytes(pickle.dumps(RunsACommand(tmp_path / "ran")))
     with pytest.raises(CheckpointError, match=r"type posix.mkdir is not on the list"):
@@ -45,7 +45,7 @@ def test_metadata_that_runs_a_command_does_not(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_an_object_that_runs_a_command_does_not(tmp_path):
+def test_an_object_cannot_run_a_command(tmp_path):
     message = (
         r"shard.distcp: contents must be what torch_dist writes, got UnpicklingError: types that are not on the list: "
         r"posix.mkdir. Allowed are plain values, tensors, argparse.Namespace, .* which become inert records"
@@ -55,7 +55,7 @@ def test_an_object_that_runs_a_command_does_not(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_what_this_process_allows_elsewhere_is_not_allowed_here(tmp_path):
+def test_types_allowed_for_torch_load_are_still_refused(tmp_path):
     """Importing megatron puts types of its own and of numpy on torch's list."""
     with torch.serialization.safe_globals([(os.mkdir, "posix.mkdir")]):
         allowed = torch.serialization.get_safe_globals()
@@ -65,7 +65,7 @@ def test_what_this_process_allows_elsewhere_is_not_allowed_here(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_an_attribute_of_torch_that_is_no_dtype_is_refused(tmp_path):
+def test_an_attribute_of_torch_that_is_not_a_dtype_is_refused(tmp_path):
     path = tmp_path / ".metadata"
     path.write_bytes(pickle.dumps(torch.load))
     with pytest.raises(CheckpointError, match="is not on the list"):

@@ -82,7 +82,7 @@ def test_plain_values_are_written_as_torch_saves_them() -> None:
     assert loaded == value
 
 
-def test_what_is_read_back_is_still_refused_where_it_runs_code() -> None:
+def test_reading_back_still_refuses_code() -> None:
     class Dangerous:
         def __reduce__(self) -> tuple[Any, ...]:
             return print, ("run",)

@@ -26,7 +26,7 @@ def test_half_weighted_blends(words: str) -> None:
 
 
 @pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf"])
-def test_weights_that_are_none(weight: str) -> None:
+def test_text_that_is_not_a_weight_is_refused(weight: str) -> None:
     _, (problem,) = parse_blend("data-path", [weight, "a", "1", "b"])
     assert "weights must be positive and finite" in problem
 
@@ -41,7 +41,7 @@ def test_splits_are_read_as_megatron_reads_them(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", [None, "", "98,-2,0", "1e2,1", "a,b", "1,2,3,4", "0,0,0", "0,1,0", "98;2", "1,,2"])
-def test_bad_splits(text: str | None) -> None:
+def test_impossible_splits_are_refused(text: str | None) -> None:
     """Megatron reads 98,-2,0 as 98,2,0 and 1e2,1 as 1,2,1."""
     shares, (problem,) = parse_split(text)
     assert shares is None
@@ -95,7 +95,7 @@ def test_plans_from_files(tmp_path: Path) -> None:
         ("--per-split-data-args-path nowhere.json", "must be a JSON object with the keys train, valid and test"),
     ],
 )
-def test_contradictions(flags: str, match: str) -> None:
+def test_contradicting_data_flags_are_refused(flags: str, match: str) -> None:
     _, problems = read(*flags.split())
     assert len(problems) == 1
     assert match in problems[0]

@@ -12,7 +12,7 @@ def set_only(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
         monkeypatch.setenv(name, value)
 
 
-def test_places(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_and_world_size_are_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     set_only(monkeypatch)
     assert read_process_place() == (0, 1, 0, 1)
     set_only(monkeypatch, RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", LOCAL_WORLD_SIZE="4")
@@ -32,7 +32,9 @@ def test_places(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"RANK": "1"}, "RANK: must be below WORLD_SIZE, got RANK=1, WORLD_SIZE=1"),
     ],
 )
-def test_senseless_places(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], match: str) -> None:
+def test_impossible_ranks_and_world_sizes_are_refused(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], match: str
+) -> None:
     set_only(monkeypatch, **variables)
     with pytest.raises(ConfigError) as error:
         parse(*TINY)

@@ -15,7 +15,7 @@ from megatron_hammer.errors import ConfigError
 from tests.helpers.parsed_flags import TINY, parse
 
 
-def test_nothing_is_changed(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_checks_change_no_argument(capfd: pytest.CaptureFixture[str]) -> None:
     arguments = parse(*TINY, "--deterministic-mode")  # sets variables of the environment while it validates
     before, environment = copy.deepcopy(vars(arguments.namespace)), dict(os.environ)
     assert find_problems(arguments) == []
@@ -24,7 +24,7 @@ def test_nothing_is_changed(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr() == ("", "")
 
 
-def test_megatrons_words() -> None:
+def test_a_refusal_keeps_megatrons_own_words() -> None:
     assert find_megatron_refusal(parse(*TINY).namespace) is None
     refusal = find_megatron_refusal(parse(*TINY, "--moe-grouped-gemm", "--qk-clip").namespace)
     assert refusal == "--qk-clip is only supported with TE >= 2.9.0"

@@ -22,7 +22,7 @@ def test_the_layout_of_a_preset_comes_back_exactly(name: str) -> None:
         ("--tensor-model-parallel-size 0", 1),
     ],
 )
-def test_least_world(flags: str, ranks: int) -> None:
+def test_the_smallest_world_of_a_layout(flags: str, ranks: int) -> None:
     namespace = parse("--preset", "hammer-tiny-moe", "--dry-run", *flags.split()).namespace
     assert count_least_world_size(namespace) == ranks
     assert namespace.world_size == ranks

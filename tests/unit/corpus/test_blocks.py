@@ -59,7 +59,7 @@ def test_every_document_is_in_one_block(tmp_path: Path) -> None:
     assert [begin for begin, _ in numbers] == [0, *(end for _, end in numbers[:-1])]
 
 
-def test_reading_goes_on_from_any_position(tmp_path: Path) -> None:
+def test_reading_continues_from_any_position(tmp_path: Path) -> None:
     slices = select_whole_files(write_files(tmp_path))
     blocks = read(slices)
     total_bytes = sum(part.size_bytes for part in slices)
@@ -92,7 +92,7 @@ def test_slices_share_a_file_without_overlap(tmp_path: Path, name: str, num_slic
     assert texts == TEXTS
 
 
-def test_what_can_be_cut(tmp_path: Path) -> None:
+def test_which_formats_can_be_cut_into_blocks(tmp_path: Path) -> None:
     names = [path.name for path in write_files(tmp_path) if is_cuttable(path)]
     assert names == ["a.jsonl", "b.jsonl", "f.parquet"]
     (tmp_path / "lines.json").write_text('{"text": "a"}\n')

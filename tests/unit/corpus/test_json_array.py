@@ -36,7 +36,7 @@ def test_elements_are_those_of_a_parser(style: dict, run_bytes: int) -> None:
     assert all(len(run.payload) >= run_bytes for run in runs[:-1])
 
 
-def test_a_run_says_where_the_next_begins() -> None:
+def test_each_run_of_elements_gives_the_offset_of_the_next() -> None:
     content = json.dumps(ELEMENTS).encode()
     runs = cut(content, 20)
     assert len(runs) > 3
@@ -69,6 +69,6 @@ def test_a_missing_element_is_an_empty_one() -> None:
     ],
 )
 @pytest.mark.parametrize("run_bytes", [1, 100])
-def test_broken_arrays(content: bytes, message: str, run_bytes: int) -> None:
+def test_broken_arrays_are_refused(content: bytes, message: str, run_bytes: int) -> None:
     with pytest.raises(BrokenArrayError, match=message):
         cut(content, run_bytes)

@@ -33,14 +33,14 @@ def read(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
+def test_skipped_candidates_are_counted_by_reason(tmp_path: Path) -> None:
     corpus = build_machine_corpus(tmp_path / "c.jsonl", candidates=CANDIDATES | ODD_CANDIDATES)
     assert corpus.num_train_documents == 200
     assert corpus.skipped == Counter({"duplicate": 1, "too short": 1, "too long": 1, "unreadable": 1})
     assert corpus.train_bytes == sum(len(document["text"]) for document in read(tmp_path / "c.jsonl"))
 
 
-def test_same_seed_same_bytes(tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     first = build(tmp_path, seed=1)
     assert build(tmp_path, seed=1) == first
     other = build(tmp_path, seed=2)
@@ -48,7 +48,7 @@ def test_same_seed_same_bytes(tmp_path: Path) -> None:
     assert {document["text"] for document in other} == {document["text"] for document in first}
 
 
-def test_limit(tmp_path: Path) -> None:
+def test_the_size_limit_is_kept(tmp_path: Path) -> None:
     documents = build(tmp_path, max_bytes=10_000)
     assert 9_000 < sum(len(document["text"]) for document in documents) <= 10_000
 

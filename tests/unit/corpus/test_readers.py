@@ -46,7 +46,7 @@ def error_of(*inputs: Path | str, key: str = "text") -> str:
         ("a.json.zst", zstandard.compress(json.dumps([{"text": text} for text in TEXTS]).encode())),
     ],
 )
-def test_formats(tmp_path: Path, name: str, content: bytes) -> None:
+def test_every_format_gives_the_same_documents(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     assert read_texts(tmp_path / name) == TEXTS
 
@@ -100,13 +100,13 @@ def test_bytes_read_add_up_to_the_size_on_disk(tmp_path: Path) -> None:
     assert sum(counts) == sum(path.stat().st_size for path in tmp_path.iterdir())
 
 
-def test_a_line_longer_than_any_buffer(tmp_path: Path) -> None:
+def test_a_line_longer_than_the_buffer_is_read_whole(tmp_path: Path) -> None:
     text = "汉x" * 1_000_000
     (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(to_jsonl(["a", text, "b"])))
     assert read_texts(tmp_path) == ["a", text, "b"]
 
 
-def test_what_python_accepts_as_json_is_accepted(tmp_path: Path) -> None:
+def test_nan_and_long_integers_are_accepted_as_python_does(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a", "score": NaN, "id": 123456789012345678901234567890}\n')
     assert read_texts(tmp_path) == ["a"]
 

@@ -120,7 +120,7 @@ def test_temperature_flattens() -> None:
             weigh_by_tokens(tokens, temperature)
 
 
-def test_capping_is_water_filling() -> None:
+def test_capped_weights_go_to_the_other_sources_in_proportion() -> None:
     tokens = [100, 1_000, 10_000, 100_000]
     weights = normalize_weights([1, 2, 3, 4])
     budget = Budget(num_samples=1000, seq_length=100)
@@ -158,7 +158,7 @@ def test_a_source_of_which_nothing_is_drawn_is_named() -> None:
     assert_problems(warnings, ("b:", "nothing of it is drawn in 100 samples"))
 
 
-def test_weights_that_cannot_be() -> None:
+def test_impossible_weights_are_refused() -> None:
     validate_weights([1, 0.5], 2)
     with pytest.raises(ConfigError, match=r"^weights: must be one for each source, got 1 weights and 2 sources\."):
         validate_weights([1], 2)
@@ -226,7 +226,7 @@ def test_a_split_without_a_sample_is_refused() -> None:
         preview_blend(["1"], [source], Budget(num_samples=1, seq_length=8))
 
 
-def test_what_is_written_for_megatron() -> None:
+def test_weights_and_prefixes_are_written_as_megatron_reads_them() -> None:
     sources = [BlendSource(name=name, prefix=name, num_tokens=1) for name in ("a b", "2024")]
     assert list_data_path(["0.5", "0.5"], [dataclasses.replace(sources[0], prefix="a")] * 2) == ["0.5", "a"] * 2
     with pytest.raises(ConfigError, match=r"^data-path: must be prefixes alone, or a weight before every prefix"):

@@ -28,7 +28,7 @@ def test_a_file_gets_its_name_at_the_end(tmp_path: Path) -> None:
     assert names_in(path.parent) == ["x.json"]
 
 
-def test_an_older_file_stays_until_then(tmp_path: Path) -> None:
+def test_an_older_file_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text("old and longer")
     with publish_path(path) as partial:
@@ -62,7 +62,7 @@ def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
     assert names_in(tmp_path) == []
 
 
-def test_what_cannot_be_read_meanwhile_is_named_too(tmp_path: Path) -> None:
+def test_a_read_error_while_writing_names_the_file_that_was_read(tmp_path: Path) -> None:
     message = rf"x: file cannot be written \(No such file or directory: {tmp_path}/source\)"
     with pytest.raises(OutputError, match=message), publish_file(tmp_path / "x"):
         (tmp_path / "source").read_bytes()
@@ -110,7 +110,7 @@ def test_a_folder_gets_its_name_at_the_end(tmp_path: Path) -> None:
     write_into(tmp_path / "new" / "hf")
 
 
-def test_an_empty_target_and_what_a_killed_run_left_are_replaced(tmp_path: Path) -> None:
+def test_an_empty_target_and_leftovers_of_a_killed_run_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf.partial").mkdir()
     (tmp_path / "hf.partial" / "old").write_text("")

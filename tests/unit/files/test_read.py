@@ -15,7 +15,7 @@ def test_bytes_and_texts_come_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [DataError, ConfigError])
-def test_what_cannot_be_read_is_named(tmp_path: Path, kind: type[HammerError]) -> None:
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, kind: type[HammerError]) -> None:
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     with pytest.raises(kind, match=r"latin: text must be UTF-8, got byte 0xe9 at offset 3. Convert"):
         read_text(tmp_path / "latin", raises=kind)

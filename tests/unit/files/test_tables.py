@@ -28,7 +28,7 @@ def test_pairs_have_no_header() -> None:
     assert render(build_pairs("run", {"steps": "7", "a": "b"})) == ["run", " steps   7", " a       b"]
 
 
-def test_brackets_are_no_markup() -> None:
+def test_brackets_are_printed_as_text() -> None:
     lines = render(build_table("[bold]t", ("[red]c",), [("[green]x :smile:",)], num_text=1), "[dim]y")
     assert [lines[0], lines[1], lines[3], lines[4]] == ["[bold]t", " [red]c", " [green]x :smile:", "[dim]y"]
 

@@ -72,7 +72,7 @@ def test_all_problems_are_named_at_once() -> None:
 
 
 @pytest.mark.parametrize("value", ["true", '"3"', "3.5", "null"])
-def test_a_count_is_a_whole_number_and_nothing_like_it(value: str) -> None:
+def test_a_count_must_be_a_whole_number(value: str) -> None:
     (problem,) = problems_of(f'{{"parts": [{{"name": "a", "size_bytes": {value}}}]}}')
     assert problem.startswith("f.json:7: parts[0].size_bytes must be a")
 
@@ -106,7 +106,7 @@ def test_a_value_of_a_plain_type_is_checked_too() -> None:
         ("f.json", None, r"file cannot be read \(No such file or directory\). Check the path and its permissions."),
     ],
 )
-def test_what_is_not_such_a_file_is_named(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+def test_a_file_of_another_format_is_named(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)

@@ -48,7 +48,7 @@ def test_layer_is_the_papers_equation_without_the_quadratic_term(layout, sbh):
     assert kept - log_sum_exp == sbh * 4 * 2048 * 6144
 
 
-def test_papers_figure_1():
+def test_the_papers_figure_1_is_reproduced():
     (stage,) = estimate_memory(
         GPT_22B,
         TP8_SP,
@@ -231,7 +231,7 @@ def test_allowances_can_be_switched_off_for_cpu_processes():
     assert stage.context_bytes == stage.fragmentation_bytes == 0
 
 
-def test_recompute_order():
+def test_more_recomputation_needs_less_memory():
     none, selective, full = (estimate_hammer(recompute=mode)[0] for mode in ("none", "selective", "full"))
     assert full.activations_bytes < selective.activations_bytes < none.activations_bytes
     # flash attention keeps nothing quadratic, so there is almost nothing for selective recomputation to save
@@ -260,7 +260,7 @@ def test_context_parallelism_divides_tokens():
     assert half.optimizer_bytes == whole.optimizer_bytes
 
 
-def test_pipeline_stages_carry_their_own():
+def test_each_pipeline_stage_counts_its_own_parts():
     stages = estimate_hammer(layout=ParallelLayout(pipeline_model_parallel_size=2, data_parallel_size=4))
     assert [stage.num_layers for stage in stages] == [11, 11]
     assert [stage.num_in_flight for stage in stages] == [2, 1]
@@ -277,7 +277,7 @@ def test_pipeline_stages_carry_their_own():
         (4, 3, 4, [12, 12, 11, 9]),
     ],
 )
-def test_in_flight(pp, vp, num_microbatches, in_flight):
+def test_micro_batches_in_flight(pp, vp, num_microbatches, in_flight):
     layout = ParallelLayout(pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=vp)
     assert [count_in_flight(layout, rank, num_microbatches) for rank in range(pp)] == in_flight
 
@@ -343,7 +343,7 @@ def test_heaviest_stage_of_many():
     assert estimate_heaviest_stage(model, layout, **batch) == max(stages, key=lambda stage: stage.total_bytes)
 
 
-def test_a_layout_that_cannot_be_is_refused():
+def test_an_impossible_layout_is_refused():
     with pytest.raises(ConfigError, match="must divide num_layers, got pp=4"):
         estimate_hammer(layout=ParallelLayout(pipeline_model_parallel_size=4))
     with pytest.raises(ConfigError, match="must divide num_attention_heads, got tp=3"):

@@ -84,7 +84,7 @@ def test_fsdp_divides_all_state_and_gathers_layers():
     assert kept.buffers - whole.buffers == 6 * parameters
 
 
-def test_shard_ranks():
+def test_number_of_ranks_that_share_the_optimizer():
     layout = ParallelLayout(data_parallel_size=8, context_parallel_size=2, expert_model_parallel_size=4)
     assert count_shard_ranks(layout, MemoryOptions()) == (16, 4)
     assert count_shard_ranks(layout, MemoryOptions(shard_size=8)) == (8, 4)

@@ -31,5 +31,5 @@ def test_known_names(device_name: str, peak_tflops: float) -> None:
 
 
 @pytest.mark.parametrize("device_name", ["CPU process", "AMD Instinct MI300X", "NVIDIA RTX A1000 Laptop GPU", ""])
-def test_an_unknown_device_has_none(device_name: str) -> None:
+def test_an_unknown_device_has_no_peak(device_name: str) -> None:
     assert find_dense_peak_tflops(device_name) is None

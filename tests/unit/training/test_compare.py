@@ -57,7 +57,7 @@ def test_largest_difference_and_its_step() -> None:
         ((math.nan, 1.0), False),
     ],
 )
-def test_what_strays(losses: tuple[float, ...], is_within: bool) -> None:
+def test_runs_beyond_their_tolerance_are_found(losses: tuple[float, ...], is_within: bool) -> None:
     (difference,) = compare_to_first([make_run("single", 1.0, 1.0), make_run("pp2", *losses)])
     assert difference.is_within is is_within
 

@@ -58,7 +58,7 @@ def test_flags_reach_every_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_a_configuration_error_ends_as_itself(tmp_path: Path) -> None:
+def test_a_configuration_error_ends_with_exit_code_2_and_one_message(tmp_path: Path) -> None:
     program = (
         "from megatron_hammer.errors import ConfigError, exit_on_user_error\n"
         "@exit_on_user_error\n"

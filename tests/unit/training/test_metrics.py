@@ -91,7 +91,7 @@ def test_a_line_is_the_step_as_it_was_computed(tmp_path: Path) -> None:
     assert StepMetrics(**read_metrics(path)[0]) == metrics == log.history[0]
 
 
-def test_a_resumed_run_appends_and_drops_what_runs_again(tmp_path: Path) -> None:
+def test_a_resumed_run_appends_and_drops_the_repeated_steps(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     first = MetricsLog(FACTS, path, 1)
     for step in range(1, 8):

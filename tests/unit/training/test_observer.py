@@ -97,7 +97,7 @@ def test_a_step_is_written_with_the_heaviest_rank_and_the_highest_lr(tmp_path: P
     assert "1 to 2 of 6" in run.stream.getvalue()
 
 
-def test_other_ranks_reduce_and_stay_silent(tmp_path: Path) -> None:
+def test_other_ranks_only_take_part_in_the_reductions(tmp_path: Path) -> None:
     run = Run(tmp_path, is_recorder=False)
     for step in (1, 2):
         run.step(step, losses={})
@@ -139,7 +139,7 @@ def test_a_set_without_our_loss_is_not_recorded(tmp_path: Path) -> None:
     assert run.validation_sets() == ["prose"]
 
 
-def test_a_resumed_run_says_so_and_drops_what_runs_again(tmp_path: Path) -> None:
+def test_a_resumed_run_reports_it_and_drops_the_repeated_steps(tmp_path: Path) -> None:
     first = Run(tmp_path)
     for step in (1, 2, 3):
         first.step(step)
@@ -176,7 +176,7 @@ def test_early_stop_before_the_first_step(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_metrics_path_only_the_terminal_speaks(tmp_path: Path) -> None:
+def test_without_metrics_path_only_the_terminal_gets_output(tmp_path: Path) -> None:
     run = Run(tmp_path, has_metrics=False)
     run.step(1)
     run.evaluate(1, 1)

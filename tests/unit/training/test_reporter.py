@@ -154,7 +154,7 @@ def test_the_table_names_what_lies_on_disk(tmp_path: Path) -> None:
     assert "8.0000 -> 1.6000" in stream.getvalue()
 
 
-def test_the_loss_curve_is_a_picture(tmp_path: Path) -> None:
+def test_the_loss_curve_is_drawn_as_an_image(tmp_path: Path) -> None:
     from matplotlib import image
 
     path = tmp_path / "loss.png"

@@ -55,7 +55,7 @@ def test_a_second_run_appends(tmp_path: Path) -> None:
     assert log_path.read_text().count("from print") == 2
 
 
-def test_without_a_folder_it_lies_among_temporary_files(tmp_path: Path) -> None:
+def test_without_a_folder_the_log_is_a_temporary_file(tmp_path: Path) -> None:
     *_, log_path = run_program(None, TMPDIR=str(tmp_path), TORCHELASTIC_RUN_ID="run-7")
     assert log_path.parent.parent == tmp_path
     assert log_path.parent.name.endswith("run-7")

@@ -143,7 +143,7 @@ def test_a_model_of_another_shape_is_not_half_filled(tmp_path: Path) -> None:
     assert f"decoder.layers.mlp.linear_fc1.weight: {fact}" in problems  # of the fourth layer
 
 
-def test_what_no_rank_holds_is_named(tmp_path: Path) -> None:
+def test_tensors_that_no_rank_holds_are_named(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "hf", TOY_LLAMA)
     num_held = fill_chunks([build_whole_model(read_arguments(TOY_LLAMA))], source)
     num_held[0] -= 96

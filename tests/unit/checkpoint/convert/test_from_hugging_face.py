@@ -73,7 +73,7 @@ def test_the_folder_comes_back_bit_for_bit(folder, monkeypatch, max_chunk_bytes)
     assert_equal(weights, export(folder))
 
 
-def test_what_is_stored_is_what_megatron_stores(folder):
+def test_the_same_keys_are_stored_as_megatron_stores(folder):
     """One QKV tensor for all layers, gate over up in fc1, no padding; and Megatron's objects beside them."""
     weights = write_toy_folder(folder)
     convert(folder)
@@ -287,7 +287,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused_before_the_weights(folder, tmp
         convert(folder, tokenizer_path=tmp_path / "none.model")
 
 
-def test_a_disk_that_is_too_small_is_said_first(folder, monkeypatch):
+def test_a_disk_that_is_too_small_is_reported_first(folder, monkeypatch):
     write_toy_folder(folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     assert_refused(folder, r"disk must have 23,280 bytes free for the weights, got 1,000. Free space")

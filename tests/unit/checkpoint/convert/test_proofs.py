@@ -30,7 +30,7 @@ def test_a_layout_says_which_rows_go_where():
     assert find_row_runs(PAIRS["decoder.final_layernorm.weight"], MODEL) == [[(0, 24)]]
 
 
-def test_what_transposes_or_loses_rows_moves_no_rows():
+def test_a_layout_that_transposes_or_drops_rows_is_not_a_row_move():
     gpt2 = read_saved_model(toy_arguments(**GPT2_ARGUMENTS))
     runs = {pair.megatron_name: find_row_runs(pair, gpt2) for pair in expand(select_family(gpt2), gpt2)}
     assert runs["decoder.layers.1.mlp.linear_fc2.weight"] is runs[QKV] is None

@@ -42,7 +42,7 @@ def test_rows_arrive_as_the_layout_splits_them(tmp_path, monkeypatch, num_chunks
 
 
 @pytest.mark.parametrize("damage", ["column", "gap", "stack"])
-def test_rows_in_pieces_are_no_rows(tmp_path, damage):
+def test_rows_that_are_not_stored_in_one_piece_are_not_found(tmp_path, damage):
     """Cut along columns, with a piece missing, or several layers in one piece."""
     directory = write_toy_checkpoint(
         tmp_path, toy_llama_tensors(), num_chunks=1 if damage == "stack" else 2, is_cut_by_rows=damage == "gap"

@@ -145,7 +145,7 @@ def test_chunks_and_shards_do_not_change_the_weights(options, tmp_path):
         assert torch.equal(load_file(tmp_path / "hf2" / file_name)[name], one_file[name])
 
 
-def test_missing_unexpected_and_misshapen_tensors_are_said_at_once(tmp_path):
+def test_missing_unexpected_and_misshapen_tensors_are_named_at_once(tmp_path):
     tensors = toy_llama_tensors()
     del tensors["decoder.final_layernorm.weight"]
     tensors["decoder.layers.mlp.linear_fc1.bias"] = torch.ones(3, 40)
@@ -187,7 +187,7 @@ def test_master_weights_are_exported_in_fp32_or_as_asked(tmp_path):
     assert all(torch.equal(tensor, files[1][name]) for name, tensor in files[0].items())
 
 
-def test_a_disk_that_is_too_small_is_said_before_anything_is_written(options, monkeypatch):
+def test_a_disk_that_is_too_small_is_reported_before_anything_is_written(options, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     with pytest.raises(ConversionError, match=r"hf: disk must have 46,560 bytes free for the weights, got 1,000"):
         export_to_hugging_face(options)
@@ -311,7 +311,7 @@ def test_an_interruption_leaves_nothing(options):
     assert_nothing_was_left(options)
 
 
-def test_what_a_killed_export_left_is_replaced(options):
+def test_leftovers_of_a_killed_export_are_replaced(options):
     partial = Path(f"{options.save_dir}.partial")
     partial.mkdir()
     (partial / "model-00007-of-00009.safetensors").write_bytes(b"half")

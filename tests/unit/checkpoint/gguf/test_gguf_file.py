@@ -98,7 +98,7 @@ def test_every_tensor_with_nan_is_named(tmp_path):
     )
 
 
-def test_what_f16_cannot_hold_is_named(tmp_path):
+def test_values_beyond_f16_are_named(tmp_path):
     source = sources(torch.float32)
     source["up"][0, 0] = 70_000.0
     with pytest.raises(

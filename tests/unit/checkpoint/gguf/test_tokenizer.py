@@ -39,7 +39,7 @@ def test_a_sentencepiece_model_keeps_its_pieces_scores_and_types(folder):
     assert not vocabulary.reads_control_tokens
 
 
-def test_symbols_are_told_with_plain_spaces(tmp_path, monkeypatch):
+def test_symbols_are_written_with_plain_spaces(tmp_path, monkeypatch):
     train_model(tmp_path / "tokenizer.model", **MODEL_OPTIONS["symbols of whitespace"])
     monkeypatch.setattr(gguf_tokenizer, "load_with_transformers", lambda folder: PlainTokenizer())
     vocabulary = read_vocabulary(tmp_path, vocab_size=400, config={})
@@ -60,7 +60,7 @@ def test_symbols_are_told_with_plain_spaces(tmp_path, monkeypatch):
         ("unigram", ["model_type=unigram: it merges by score, as BPE does"]),
     ],
 )
-def test_what_llama_cpp_does_not_do_is_refused(tmp_path, options, reasons):
+def test_settings_that_llama_cpp_lacks_are_refused(tmp_path, options, reasons):
     path = train_model(tmp_path / "tokenizer.model", **MODEL_OPTIONS[options])
     assert list_unsupported(read_sentencepiece_model(path)) == reasons
     if reasons:
@@ -101,7 +101,7 @@ def write_byte_level(folder, rule: str, **changes) -> None:
 
 
 @pytest.mark.parametrize("rule, name", SPLITTING_RULES.items(), ids=SPLITTING_RULES.values())
-def test_a_byte_level_bpe_is_told_with_its_rule_and_merges(tmp_path, rule, name):
+def test_a_byte_level_bpe_is_written_with_its_rule_and_merges(tmp_path, rule, name):
     write_byte_level(tmp_path, rule)
     vocabulary = read_vocabulary(tmp_path, vocab_size=320, config={})
     assert (vocabulary.model, vocabulary.splitting_rule) == ("gpt2", name)

@@ -187,7 +187,7 @@ def test_positions_divided_are_read(kind):
         QWEN3 | {"layer_types": ["full_attention"] * 3},
     ],
 )
-def test_a_window_that_hides_nothing_is_none(config):
+def test_a_window_as_long_as_the_positions_is_accepted(config):
     interpret_config(config)
 
 

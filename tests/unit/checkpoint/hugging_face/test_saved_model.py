@@ -51,7 +51,7 @@ def test_leading_dense_layers_are_refused():
     assert read_saved_model(toy_arguments(**MOE_ARGUMENTS | {"moe_layer_freq": [1, 1, 1]})).moe
 
 
-def test_all_that_no_mapping_expresses_is_said_at_once():
+def test_all_arguments_that_no_mapping_expresses_are_named_at_once():
     arguments = toy_arguments(qk_l2_norm=True, rotary_percent=0.5, multi_latent_attention=True, mtp_num_layers=1)
     with pytest.raises(ConversionError) as caught:
         read_saved_model(arguments)
@@ -76,7 +76,7 @@ def test_all_that_no_mapping_expresses_is_said_at_once():
         ("moe_expert_rank_capacity_factor", 2.0),
     ],
 )
-def test_what_changes_the_computation_is_refused(name, value):
+def test_arguments_that_change_the_computation_are_refused(name, value):
     with pytest.raises(ConversionError, match=f"^{name}: cannot be exported, got {name}="):
         read_saved_model(toy_arguments(**MOE_ARGUMENTS, **{name: value}))
     read_saved_model(toy_arguments(**MOE_ARGUMENTS, moe_router_load_balancing_type=["aux_loss", "seq_aux_loss"]))
@@ -132,6 +132,6 @@ def test_a_rope_is_scaled_in_one_way():
         read_saved_model(toy_arguments(rotary_seq_len_interpolation_factor=4, use_rope_scaling=True))
 
 
-def test_a_gate_of_no_shared_expert_is_none():
+def test_the_gate_of_an_absent_shared_expert_is_ignored():
     arguments = toy_arguments(**MOE_ARGUMENTS | {"moe_shared_expert_intermediate_size": None})
     assert not read_saved_model(arguments).moe.has_shared_expert_gate

@@ -104,7 +104,7 @@ def test_an_architecture_without_a_class_is_refused(changes, message):
         select_family(read_saved_model(toy_arguments(**changes)))
 
 
-def test_everything_that_does_not_fit_is_said_at_once():
+def test_all_tensors_that_do_not_fit_are_named_at_once():
     expected = {"a": (1, 2), "b": (3,), "c": (4,)}
     with pytest.raises(ConversionError) as caught:
         validate_names_and_shapes(expected, {"b": (5,), "c": (4,), "d": (6,)}, where="here")

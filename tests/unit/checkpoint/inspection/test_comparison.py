@@ -125,7 +125,7 @@ def test_a_checkpoint_equals_its_folder_through_the_mapping(tmp_path, changes):
         assert found.arguments == ()
 
 
-def test_a_folder_that_differs_is_said_in_its_own_names(tmp_path):
+def test_differences_of_a_folder_have_the_names_of_the_folder(tmp_path):
     megatron_dir, hf_dir = write_toy_pair(tmp_path, {})
     weights = read_folder(hf_dir)
     gate, up = (f"model.layers.1.mlp.{part}_proj.weight" for part in ("gate", "up"))

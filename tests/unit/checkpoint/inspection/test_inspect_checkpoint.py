@@ -135,7 +135,7 @@ def test_a_tied_head_and_buffers_are_no_parameters(tmp_path):
     assert len(found.tensors) == len(weights)
 
 
-def test_what_cannot_be_converted_is_listed_all_the_same(tmp_path):
+def test_a_model_that_cannot_be_converted_is_still_listed(tmp_path):
     write_toy_checkpoint(tmp_path / "megatron", toy_llama_tensors(), arguments=toy_arguments(qk_l2_norm=True))
     found = describe(tmp_path / "megatron")
     assert found.num_parameters == TOY_PARAMETERS

@@ -22,14 +22,14 @@ def test_pieces_give_the_statistics_of_the_whole(dtype, chunk_elements, monkeypa
     assert (found.num_elements, found.num_nan, found.num_infinite, found.num_zero) == (143, 0, 0, 2)
 
 
-def test_what_is_no_number_is_counted_and_left_out():
+def test_nan_and_infinity_are_counted_and_excluded():
     tensor = torch.tensor([1.0, float("nan"), 3.0, float("inf"), float("-inf"), float("nan")])
     found = measure_tensor(tensor)
     assert (found.num_nan, found.num_infinite) == (2, 2)
     assert (found.min, found.max, found.mean, found.std) == (1.0, 3.0, 2.0, 1.0)
 
 
-def test_nothing_has_no_range():
+def test_an_empty_tensor_has_no_range():
     for tensor in (torch.empty(0), torch.tensor([float("nan")])):
         found = measure_tensor(tensor)
         assert all(math.isnan(value) for value in (found.min, found.max, found.mean, found.std))

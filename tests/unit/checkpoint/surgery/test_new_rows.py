@@ -3,7 +3,7 @@ import torch
 from megatron_hammer.checkpoint.surgery.new_rows import build_new_rows, mean_of_all
 
 
-def test_what_no_old_piece_spells_gets_the_mean_of_all():
+def test_a_piece_without_a_spelling_gets_the_mean_of_all_rows():
     rows = torch.randn(7, 3)
     means = build_new_rows(rows, [[1, 2, 2], [], [4]])
     assert torch.equal(means[1], rows.double().mean(dim=0).float())

@@ -222,7 +222,7 @@ def test_weights_that_are_not_understood_are_refused(options, change, message):
     assert_nothing_was_left(options)
 
 
-def test_quantised_models_are_refused_and_all_problems_said_at_once(options):
+def test_quantised_models_are_refused_with_all_problems_at_once(options):
     write_model(options.model_dir)
     change_config(options.model_dir, quantization_config={}, vocab_size=9)
     with pytest.raises(ConversionError, match="weights must not be quantised, got a quantization_config") as caught:
@@ -276,7 +276,7 @@ def test_a_target_that_holds_something_is_refused(options):
         resize_embeddings(dataclasses.replace(options, save_dir=options.model_dir))
 
 
-def test_a_tokenizer_that_hugging_face_cannot_express_is_said_before_any_weight_is_written(options):
+def test_a_tokenizer_that_hugging_face_cannot_express_is_refused_before_any_weight_is_written(options):
     from sentencepiece import sentencepiece_model_pb2
 
     write_model(options.model_dir)

@@ -142,7 +142,7 @@ def write_extension(folder):
         (NewVocabulary(vocab_size=0), "vocab-size: must be a positive number other than the model's, got"),
     ],
 )
-def test_sizes_that_are_none(tmp_path, vocabulary, text):
+def test_impossible_sizes_are_refused(tmp_path, vocabulary, text):
     write_training_checkpoint(tmp_path / "old")
     with pytest.raises(ConversionError, match=re.escape(text)):
         resize_vocabulary(tmp_path / "old", tmp_path / "new", vocabulary)

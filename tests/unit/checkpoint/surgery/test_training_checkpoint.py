@@ -15,7 +15,7 @@ from tests.helpers.toy_checkpoint import toy_llama_tensors, write_toy_checkpoint
 from tests.helpers.toy_training_checkpoint import RNG_KEY, write_training_checkpoint
 
 
-def test_weights_and_optimizer_are_told_apart(tmp_path):
+def test_weights_and_optimizer_tensors_are_separated(tmp_path):
     write_training_checkpoint(tmp_path)
     checkpoint = open_training_checkpoint(tmp_path)
     assert (len(checkpoint.model), len(checkpoint.optimizer), checkpoint.iteration) == (9, 27, 10)

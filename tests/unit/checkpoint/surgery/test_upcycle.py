@@ -146,7 +146,7 @@ def test_slices_of_a_plain_mlp_are_not_cut_between_gate_and_up():
     assert torch.equal(slice_gate_up(rows, granularity=3, part=1, is_gated=True), rows[[1, 4]])
 
 
-def test_what_cannot_be_upcycled_is_said_all_at_once(tmp_path):
+def test_all_reasons_against_upcycling_are_named_at_once(tmp_path):
     write_training_checkpoint(tmp_path / "moe", is_moe=True, arguments=training_arguments(is_moe=True))
     with pytest.raises(ConversionError) as caught:
         upcycle(tmp_path / "moe", tmp_path / "new", ExpertShape(num_experts=7, router_topk=9, granularity=3))

@@ -7,7 +7,7 @@ from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
 from tests.helpers.toy_training_checkpoint import read_all, write_training_checkpoint
 
 
-def test_weights_stay_and_the_run_goes(tmp_path):
+def test_weights_are_kept_and_the_state_of_the_run_is_dropped(tmp_path):
     tensors = write_training_checkpoint(tmp_path / "run")
     report = keep_weights(tmp_path / "run", tmp_path / "weights")
     found, store = read_all(tmp_path / "weights", "release")

@@ -213,7 +213,7 @@ def test_a_crash_is_a_failed_row_with_the_last_lines(tmp_path, monkeypatch):
     assert verify_model(*pair) == [CheckRow("Megatron runs the checkpoint", "killed by signal 9: no message", False)]
 
 
-def test_what_does_not_import_is_not_done(tmp_path, monkeypatch):
+def test_a_check_that_cannot_be_done_names_its_reason(tmp_path, monkeypatch):
     pair = write_toy_pair(tmp_path, {})
     run_sides(monkeypatch, {}, {"not_done": "megatron-core does not import: no such symbol"})
     reason = "megatron-core does not import: no such symbol"
@@ -223,7 +223,7 @@ def test_what_does_not_import_is_not_done(tmp_path, monkeypatch):
     assert verify_model(*pair) == [CheckRow("Megatron against transformers", reason, None)]
 
 
-def test_a_model_that_says_the_same_of_everything_proves_nothing(tmp_path, monkeypatch):
+def test_a_model_with_constant_output_proves_nothing(tmp_path, monkeypatch):
     pair = write_toy_pair(tmp_path, {})
     text = {"position_max": [0.0], "square_sum": 0.0, "num_elements": 1}
     ours = {"logits": text, "log_probabilities": text, "num_same_choice": 1, "changed_margin": 0.0}

@@ -86,7 +86,7 @@ def test_the_padding_of_the_vocabulary_is_left_out(tmp_path):
         assert torch.equal(reader.read(name), weights[name][:53])
 
 
-def test_a_model_with_gate_and_up_as_plain_rows_is_another(tmp_path):
+def test_gate_and_up_stored_as_plain_rows_give_other_weights(tmp_path):
     """The twin of the interleaved halves: read as a plain MLP, the same files give other rows."""
     weights = llama_weights()
     args = legacy_arguments(tensor_model_parallel_size=2, swiglu=False)
@@ -103,7 +103,7 @@ def test_a_model_with_gate_and_up_as_plain_rows_is_another(tmp_path):
     assert_reads(write_legacy_checkpoint(tmp_path / "b", weights, tp=2, arguments=honest), weights)
 
 
-def test_ranks_in_another_order_give_other_query_groups(tmp_path):
+def test_ranks_read_in_another_order_give_other_query_groups(tmp_path):
     weights = llama_weights()
     target = write_legacy_checkpoint(tmp_path, weights, tp=2)
     (target / "mp_rank_00").rename(target / "first")
@@ -227,7 +227,7 @@ def test_models_of_before_megatron_core_are_read(tmp_path, part, checkpoint_vers
     assert model.activation == "gelu_tanh"
 
 
-def test_what_an_old_megatron_did_not_save_is_what_it_did(tmp_path):
+def test_missing_arguments_get_the_behaviour_of_the_old_megatron(tmp_path):
     """Without today's arguments: LayerNorm, learned positions, biases, tied embeddings, no groups."""
     weights = gpt2_weights()
 
@@ -347,7 +347,7 @@ def test_layers_that_are_not_the_models_are_refused(tmp_path):
         open_legacy_checkpoint(target)
 
 
-def test_what_no_rule_knows_is_named_all_at_once(tmp_path):
+def test_all_tensors_without_a_rule_are_named_at_once(tmp_path):
     def add(state, *_):
         state["model"] |= {"lm_head.bias": torch.zeros(64), "decoder.layers.0.mlp.weird": [1]}
 
@@ -420,7 +420,7 @@ def test_types_of_megatron_and_numpy_are_read_as_inert(tmp_path):
     assert_reads(target, weights)
 
 
-def test_what_the_process_allowed_before_does_not_count(tmp_path):
+def test_types_allowed_for_torch_load_are_still_refused(tmp_path):
     """megatron's import allows numpy's functions, which must neither run nor clash with their stand-ins."""
     weights = llama_weights()
     reconstruct = np.arange(3).__reduce__()[0]

@@ -33,14 +33,14 @@ PAIRS = [
 @pytest.mark.parametrize("split, merge", PAIRS)
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_split_merges_to_itself(split, merge, num_ranks, dtype):
+def test_split_and_merge_are_inverses(split, merge, num_ranks, dtype):
     weight = torch.randn(60, 42).to(dtype)
     parts = split(weight, num_ranks)
     assert len(parts) == num_ranks
     assert torch.equal(merge(parts), weight)
 
 
-def test_what_each_rank_holds():
+def test_each_rank_holds_its_own_rows():
     weight = torch.arange(8 * 6).reshape(8, 6)
     assert torch.equal(split_columns(weight, 2)[1], weight[4:])
     assert torch.equal(split_rows(weight, 2)[1], weight[:, 3:])

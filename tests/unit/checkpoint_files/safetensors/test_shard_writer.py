@@ -72,13 +72,13 @@ def test_tensors_may_come_in_any_order(tmp_path, max_shard_bytes):
         ([("a", torch.ones(1).half())], r"a was planned as \(1,\) torch.float32, got \(1,\) torch.float16"),
     ],
 )
-def test_what_was_not_planned_is_a_bug(tmp_path, tensors, message):
+def test_writing_an_unplanned_tensor_is_an_internal_error(tmp_path, tensors, message):
     shards = plan_shards({"a": (1,)}, dtype=torch.float32, max_shard_bytes=99)
     with pytest.raises(ValueError, match=message):
         write_shards(tmp_path, shards, tensors, dtype=torch.float32)
 
 
-def test_a_tensor_that_never_came_is_a_bug(tmp_path):
+def test_a_missing_planned_tensor_is_an_internal_error(tmp_path):
     shards = plan_shards({"a": (1,), "b": (1,)}, dtype=torch.float32, max_shard_bytes=99)
     with pytest.raises(ValueError, match="b was planned and never written"):
         write_shards(tmp_path, shards, [("a", torch.ones(1))], dtype=torch.float32)

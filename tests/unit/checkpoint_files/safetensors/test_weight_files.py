@@ -134,7 +134,7 @@ def test_a_folder_without_weights_says_what_it_holds(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{}", "[", '{"weight_map": {}}', '{"weight_map": {"a": "../x.safetensors"}}'])
-def test_an_index_that_is_none_is_named(tmp_path, content):
+def test_a_file_that_is_not_an_index_is_named(tmp_path, content):
     (tmp_path / "model.safetensors.index.json").write_text(content)
     with pytest.raises(ConversionError, match="index must map every tensor to a file beside it, got "):
         open_hf_weights(tmp_path)

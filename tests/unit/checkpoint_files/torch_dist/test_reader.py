@@ -97,7 +97,7 @@ def test_weights_that_are_fp32_themselves_are_their_own_master(tmp_path):
         ({QKV: torch.zeros(3, 40, 24, dtype=torch.int16), "output_layer.weight": None}, 2),
     ],
 )
-def test_master_weights_that_cannot_be_had_are_one_sentence(tmp_path, changes, num_lacking):
+def test_missing_master_weights_are_one_message(tmp_path, changes, num_lacking):
     write_with_master_weights(tmp_path, **changes)
     message = rf"fp32 master weights must be .*, got none of {num_lacking} tensors \({QKV}.*Pass --weights model"
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -106,7 +106,7 @@ def test_master_weights_that_cannot_be_had_are_one_sentence(tmp_path, changes, n
     open_checkpoint(tmp_path)
 
 
-def test_other_weights_than_the_models_and_the_masters_are_refused(tmp_path):
+def test_an_unknown_kind_of_weights_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="weights: must be one of model, master, got ema"):
         open_checkpoint(tmp_path, weights="ema")
 
@@ -121,7 +121,7 @@ def test_the_padding_of_the_vocabulary_is_left_out(tmp_path):
         assert torch.equal(reader.read(name), tensors[name][:53])
 
 
-def test_the_latest_a_given_and_a_named_iteration(tmp_path):
+def test_the_iteration_is_the_latest_the_given_or_that_of_the_folder(tmp_path):
     for iteration in (5, 10):
         write_toy_checkpoint(tmp_path, toy_llama_tensors(seed=iteration), iteration=iteration)
     assert open_checkpoint(tmp_path).iteration == 10

@@ -73,7 +73,7 @@ def test_an_aligned_tensor_is_a_view_whose_changes_are_private(tmp_path, monkeyp
     ],
     ids=["strided", "offset", "parameter", "other dtype", "other shape", "list", "no tensor"],
 )
-def test_what_is_not_plain_is_not_found(tmp_path, value):
+def test_a_tensor_that_is_not_plain_is_not_located(tmp_path, value):
     offset, length = write_saved(tmp_path / "file", value)
     assert find(tmp_path / "file", offset, length, torch.zeros(4, 3)) is None
 
@@ -123,7 +123,7 @@ class RunsACommand:
         return os.mkdir, (str(self.marker),)
 
 
-def test_a_pickle_that_runs_a_command_does_not(tmp_path):
+def test_a_pickle_cannot_run_a_command(tmp_path):
     offset, length = write_saved(tmp_path / "file", RunsACommand(tmp_path / "ran"))
     assert find(tmp_path / "file", offset, length, torch.zeros(1)) is None
     assert not (tmp_path / "ran").exists()

@@ -50,7 +50,7 @@ def test_any_box_is_read_from_any_chunks(tmp_path, num_chunks, is_plain, monkeyp
     assert torch.equal(store.read("key", (0, 0, 0), tensor.shape), tensor)
 
 
-def test_what_is_incomplete_is_said_at_once_and_only_of_the_wanted_keys(tmp_path):
+def test_all_incomplete_keys_are_named_but_only_among_those_asked_for(tmp_path):
     target = write_toy_checkpoint(tmp_path, toy_llama_tensors())
     metadata = pickle.loads((target / ".metadata").read_bytes())
     metadata.state_dict_metadata["output_layer.weight"].chunks.pop()

@@ -152,7 +152,7 @@ def test_damage_between_writing_and_reading_back_is_noticed(tmp_path):
         (lambda writer: writer.commit(STATE), "chunks do not cover a, b"),
     ],
 )
-def test_misuse_is_a_bug_of_ours(tmp_path, misuse, message):
+def test_misuse_raises_an_internal_error(tmp_path, misuse, message):
     writer = CheckpointWriter(tmp_path)
     writer.declare("a", (4, 3), torch.float32)
     writer.declare("b", (2,), torch.float32)
@@ -238,7 +238,7 @@ def test_a_killed_writer_leaves_nothing_that_loads(tmp_path, is_committed):
     ]
 
 
-def test_what_is_there_already_is_not_replaced_unasked(tmp_path):
+def test_an_existing_target_is_replaced_only_when_asked(tmp_path):
     save(tmp_path)
     with pytest.raises(ConversionError, match=r"iter_0000010: target must not exist yet. Choose another --save, or"):
         save(tmp_path)
@@ -256,7 +256,7 @@ def test_the_tracker_points_to_the_latest_iteration(tmp_path):
         assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == latest
 
 
-def test_objects_and_tensors_are_told_apart_as_megatron_does(tmp_path):
+def test_objects_and_tensors_are_distinguished_as_megatron_does(tmp_path):
     save(tmp_path)
     metadata = torch.distributed.checkpoint.FileSystemReader(tmp_path / "iter_0000010").read_metadata()
     entry = metadata.state_dict_metadata["a.bf16"]

@@ -31,7 +31,7 @@ def table(tmp_path) -> Path:
     )
 
 
-def test_a_few_runs_move_the_start_and_the_tables_say_so(tmp_path, table, capsys):
+def test_a_few_runs_change_the_coefficients_and_the_tables_show_it(tmp_path, table, capsys):
     output = tmp_path / "mine.toml"
     run("--runs", str(table), "--output", str(output))
     shipped, mine = load_coefficients(), load_coefficients(output)
@@ -56,19 +56,19 @@ def test_json_has_every_coefficient_before_and_after(tmp_path, table, capsys):
     assert report["band_ratio"]["default"] == 0.2
 
 
-def test_from_priors_nothing_is_known_of_earlier_runs(tmp_path, table):
+def test_a_fit_from_priors_records_no_earlier_runs(tmp_path, table):
     run("--runs", str(table), "--output", str(tmp_path / "mine.toml"), "--from-priors")
     assert load_coefficients(tmp_path / "mine.toml").provenance["num_runs"] == 3
 
 
-def test_a_table_of_nothing_that_can_be_predicted_is_refused(tmp_path):
+def test_a_table_without_a_predictable_run_is_refused(tmp_path):
     table = write_table(tmp_path / "runs.csv", {"iteration_time_s": ""})
     with pytest.raises(DataError, match=r"runs\.csv: must hold a run.*got none"):
         run("--runs", str(table), "--output", str(tmp_path / "mine.toml"))
     assert not (tmp_path / "mine.toml").exists()
 
 
-def test_the_tool_holds_it(tmp_path):
+def test_the_script_has_the_calibrate_command(tmp_path):
     import subprocess
 
     result = subprocess.run(

@@ -68,13 +68,13 @@ def test_the_folder_gets_every_file(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (folder / "report.html").read_text(encoding="utf-8").count("data:image/png;base64,") == 3
 
 
-def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OutputError, match=r"file/projection\.json: file cannot be written \(File exists\)\."):
         run(*SMALL, "--output-dir", str(tmp_path / "file"))
 
 
-def test_nothing_fits_and_the_command_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_study_in_which_nothing_fits_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(*SMALL, "--memory-gib", "0.5", "--output-dir", str(tmp_path))
     output = capsys.readouterr().out
     assert "gpus: one GPU must hold its share of hammer-tiny, got " in output

@@ -41,7 +41,7 @@ def test_the_command_of_the_design_page() -> None:
     assert (study.num_best, study.knee_ratio, study.mfu_convention, study.gradient_bytes) == (5, 0.8, "A", 4)
 
 
-def test_what_is_typed_counts() -> None:
+def test_typed_flags_replace_the_defaults() -> None:
     study = parse(
         *LLAMA,
         *("--cluster", "aws-p5", "--samples-per-gpu", "1/4", "--seq-length", "4096", "--precision", "fp8"),

@@ -43,7 +43,7 @@ def test_another_folder_must_hold_a_checkpoint(tmp_path: Path) -> None:
     assert "pretrained-checkpoint: must be a checkpoint" in problem
 
 
-def test_the_tracker_must_point_somewhere(tmp_path: Path) -> None:
+def test_the_tracker_must_name_an_existing_iteration(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
     (tmp_path / LATEST_FILE).write_text("8")
     (problem,) = find(*TINY, "--load", str(tmp_path))
@@ -63,7 +63,7 @@ def test_a_damaged_checkpoint_is_reported(tmp_path: Path) -> None:
     assert ".metadata" in problems[0]
 
 
-def test_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_checkpoint(tmp_path)
     save_with(monkeypatch, TINY)
     assert find(*TINY, "--load", str(tmp_path)) == []
@@ -74,7 +74,9 @@ def test_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [problem.split(":")[0] for problem in problems][:2] == ["ffn-hidden-size", "num-experts"]
 
 
-def test_another_computation_from_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flags_that_compute_something_else_from_the_same_weights_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_checkpoint(tmp_path)
     save_with(monkeypatch, TINY, layernorm_epsilon=1e-6)
     flags = (*TINY, "--load", str(tmp_path))
@@ -103,7 +105,9 @@ def test_a_release_has_neither_optimizer_nor_schedule(tmp_path: Path, monkeypatc
     assert problem.startswith("norm-epsilon: must be as in the checkpoint")
 
 
-def test_arguments_of_another_megatron(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_that_another_megatron_did_not_save_are_not_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_checkpoint(tmp_path)
     opened = SimpleNamespace(args=argparse.Namespace(num_layers=5), iteration=7)
     monkeypatch.setattr(saved_run, "open_checkpoint", lambda path: opened)
@@ -111,7 +115,7 @@ def test_arguments_of_another_megatron(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(("saved_ep", "ep"), [(1, 2), (2, 1)])
-def test_optimizer_of_another_expert_layout(
+def test_an_optimizer_of_another_expert_layout_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved_ep: int, ep: int
 ) -> None:
     write_checkpoint(tmp_path)
@@ -133,7 +137,7 @@ def test_experts_may_change_between_parallel_layouts(tmp_path: Path, monkeypatch
     assert find(*flags) == []
 
 
-def test_unwritable_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_that_cannot_be_written_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_unwritable("save", str(tmp_path / "a" / "b")) == []
     (tmp_path / "file").write_text("")
     (problem,) = find_unwritable("save", str(tmp_path / "file" / "run"))

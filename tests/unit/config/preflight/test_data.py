@@ -59,7 +59,7 @@ def test_splits_without_a_sample(tmp_path: Path, documents: list[int], split: st
     assert re.search(match, problems[0]), problems
 
 
-def test_an_empty_split_hangs_megatron_even_without_evaluation(tmp_path: Path) -> None:
+def test_an_empty_validation_split_is_refused_even_without_evaluation(tmp_path: Path) -> None:
     """_get_num_epochs adds tokens until there are enough; of none it never has enough."""
     data = write_data(tmp_path / "small", [40] * 10)
     (problem,) = find_for(tmp_path, "--data-path", data, "--split", "98,2,0", "--eval-iters", "0")
@@ -67,7 +67,7 @@ def test_an_empty_split_hangs_megatron_even_without_evaluation(tmp_path: Path) -
     assert find_for(tmp_path, "--data-path", data, "--split", "100,0,0", "--eval-iters", "0") == []
 
 
-def test_less_than_a_step(tmp_path: Path) -> None:
+def test_data_for_less_than_one_step_is_refused(tmp_path: Path) -> None:
     (problem,) = find_for(tmp_path, "--global-batch-size", "64")
     assert "training data must fill one step, got 640 tokens, global_batch_size=64, seq_length=16" in problem
 
@@ -83,7 +83,7 @@ def test_ids_beyond_the_vocabulary(tmp_path: Path) -> None:
     assert "float.idx: tokens must be integers, got dtype=float32" in problem
 
 
-def test_tokenizer_against_the_model(tmp_path: Path) -> None:
+def test_a_tokenizer_that_does_not_fit_the_model_is_refused(tmp_path: Path) -> None:
     model = str(train_toy_tokenizer(tmp_path))
     flags = ("--tokenizer-model", model)
     assert find_for(tmp_path, *flags, "--vocab-size", str(TOY_VOCAB_SIZE), vocab_size=300) == []
@@ -109,7 +109,7 @@ def test_manifest_of_another_tokenizer(tmp_path: Path) -> None:
     assert "corpus: must be made with the run's tokenizer, got t.model (sha256 000000000000)" in problem
 
 
-def test_manifest_against_the_model_and_the_data(tmp_path: Path) -> None:
+def test_a_manifest_must_agree_with_the_model_and_the_data(tmp_path: Path) -> None:
     write_manifest(tmp_path / "corpus", num_tokens=800, vocab_size=400)
     assert find_for(tmp_path, vocab_size=400) == []  # 500 was typed: larger on purpose
     write_manifest(tmp_path / "corpus", num_tokens=801, vocab_size=600)
@@ -130,7 +130,7 @@ def test_two_tokenizers_in_one_blend(tmp_path: Path) -> None:
     assert "data-path: all data sets must be made with one tokenizer" in problem
 
 
-def test_flags_that_need_the_end_of_documents(tmp_path: Path) -> None:
+def test_flags_that_need_an_end_of_document_token(tmp_path: Path) -> None:
     (problem,) = find_for(tmp_path, "--eod-mask-loss")
     assert "eod-mask-loss: needs a tokenizer that knows which token ends a document" in problem
 
@@ -208,7 +208,7 @@ def test_needed_samples_are_megatrons(monkeypatch: pytest.MonkeyPatch) -> None:
         assert counted["train"] == (0 if namespace.skip_train else train), extra
 
 
-def test_whole_passes_cannot_be_weighed(tmp_path: Path) -> None:
+def test_full_validation_with_weights_is_refused(tmp_path: Path) -> None:
     blend = [write_data(tmp_path / name, [40] * 20, vocab_size=500) for name in ("a", "b")]
     weighted = ("--data-path", "1", blend[0], "2", blend[1], "--split", "80,20,0")
     (problem,) = find_for(tmp_path, *weighted, "--full-validation")

@@ -27,7 +27,7 @@ def renew(prefix: str, lengths: list[int]) -> None:
     [[*LENGTHS, 70], LENGTHS[:-1], LENGTHS[::-1], [LENGTHS[0] + 1, LENGTHS[1] - 1, *LENGTHS[2:]]],
     ids=["more", "fewer", "another row", "another cut"],
 )
-def test_indices_of_other_documents(tmp_path: Path, order: str, lengths: list[int]) -> None:
+def test_a_cache_built_for_other_documents_is_refused(tmp_path: Path, order: str, lengths: list[int]) -> None:
     data, cache = write_numbered(tmp_path / "a", LENGTHS), tmp_path / "cache"
     flags = (*FLAGS, "--data-path", data, "--split", "80,20,0", "--data-cache-path", str(cache), "--data-order", order)
     build_datasets(parse(*flags), (80, 8, 0))
@@ -58,7 +58,7 @@ def test_megatrons_own_folder_and_separate_sets(tmp_path: Path) -> None:
     assert f"got others for {data} in {folder}, older" in problem
 
 
-def test_what_is_no_cache_is_passed_over(tmp_path: Path) -> None:
+def test_other_files_in_the_cache_folder_are_ignored(tmp_path: Path) -> None:
     data, cache = write_numbered(tmp_path / "a", LENGTHS), tmp_path / "cache"
     cache.mkdir()
     (cache / "x-description.txt").write_text("no JSON")

@@ -131,7 +131,7 @@ def test_more_steps_within_the_epochs_are_no_change(data: str, checkpoint: Resum
     )
 
 
-def test_more_steps_across_an_epoch(data: str, checkpoint: Resume) -> None:
+def test_more_steps_across_an_epoch_change_the_order(data: str, checkpoint: Resume) -> None:
     flags = ("--data-path", data, *WHOLE)
     folder = checkpoint(*flags, *steps(NUM_STEPS))
     resumed = (*MODEL, *flags, *steps(40), "--load", str(folder))
@@ -164,7 +164,7 @@ def test_several_epochs_are_continued_by_a_first_block(data: str, checkpoint: Re
     assert find(*MODEL, *flags, *steps(14), "--load", str(folder), "--data-order-samples", "80") == []
 
 
-def test_another_seed(data: str, checkpoint: Resume) -> None:
+def test_another_seed_is_refused(data: str, checkpoint: Resume) -> None:
     flags = ("--data-path", data, "--split", "90,10,0", *steps(NUM_STEPS))
     folder = checkpoint(*flags)
     resumed = (*MODEL, *flags, *steps(14), "--seed", "7", "--load", str(folder))
@@ -176,7 +176,7 @@ def test_another_seed(data: str, checkpoint: Resume) -> None:
     expect(problem, "seed=7 (was 1234)", sentence(counts, held=held), folder)
 
 
-def test_another_sequence_length(data: str, checkpoint: Resume) -> None:
+def test_another_sequence_length_is_refused(data: str, checkpoint: Resume) -> None:
     flags = ("--data-path", data, *WHOLE)
     folder = checkpoint(*flags, *steps(NUM_STEPS))
     resumed = (*MODEL, *flags, *steps(30), "--seq-length", "48", "--load", str(folder))
@@ -188,7 +188,7 @@ def test_another_sequence_length(data: str, checkpoint: Resume) -> None:
     expect(problem, f"{changes}(was one epoch)", numbers, folder)
 
 
-def test_another_split(data: str, checkpoint: Resume) -> None:
+def test_another_split_is_refused(data: str, checkpoint: Resume) -> None:
     flags = ("--data-path", data, *steps(NUM_STEPS))
     folder = checkpoint(*flags, "--split", "90,10,0")
     resumed = (*MODEL, *flags, *steps(13), "--split", "80,20,0", "--load", str(folder))
@@ -204,7 +204,7 @@ def blend_of(first: float, data: str, second: float, other: str) -> tuple[str, .
     return "--data-path", str(first), data, str(second), other, *WHOLE
 
 
-def test_other_weights(data: str, other: str, checkpoint: Resume) -> None:
+def test_other_weights_are_refused(data: str, other: str, checkpoint: Resume) -> None:
     folder = checkpoint(*blend_of(0.7, data, 0.3, other), *steps(NUM_STEPS))
     resumed = (*MODEL, *blend_of(0.5, data, 0.5, other), *steps(13), "--load", str(folder))
     (problem,) = find(*resumed)
@@ -223,7 +223,7 @@ def test_other_weights(data: str, other: str, checkpoint: Resume) -> None:
     assert find(*MODEL, *blend_of(7, data, 3, other), *steps(13), "--load", str(folder)) == [], "the same weights"
 
 
-def test_another_source(data: str, other: str, checkpoint: Resume) -> None:
+def test_another_source_is_refused(data: str, other: str, checkpoint: Resume) -> None:
     folder = checkpoint(*blend_of(0.7, data, 0.3, other), *steps(NUM_STEPS))
     (problem,) = find(*MODEL, "--data-path", "1", data, *WHOLE, *steps(13), "--load", str(folder))
     assert f"{data} with weight 1 (was 0.7); no {other} (in" in problem
@@ -233,7 +233,7 @@ def test_another_source(data: str, other: str, checkpoint: Resume) -> None:
     assert f"{data} with weight 0.7 (was 1); {other} as a new source (in" in problem
 
 
-def test_sources_in_another_row(data: str, other: str, checkpoint: Resume) -> None:
+def test_sources_named_in_another_order(data: str, other: str, checkpoint: Resume) -> None:
     folder = checkpoint(*blend_of(1, data, 1, other), *steps(NUM_STEPS))
     (problem,) = find(*MODEL, *blend_of(1, other, 1, data), *steps(13), "--load", str(folder))
     assert f"got sources in the row {other}, {data} (was {data}, {other}) (in" in problem
@@ -255,7 +255,7 @@ def test_moved_files_are_no_change(data: str, tmp_path: Path, checkpoint: Resume
     assert state == f"megatron; as in the checkpoint (iter_0000012); {data} is now {moved}"
 
 
-def test_changed_files(data: str, checkpoint: Resume) -> None:
+def test_changed_files_are_refused(data: str, checkpoint: Resume) -> None:
     flags = ("--data-path", data, *WHOLE)
     folder = checkpoint(*flags, *steps(NUM_STEPS))
     resumed = (*MODEL, *flags, *steps(13), "--load", str(folder))
@@ -294,7 +294,7 @@ def test_a_checkpoint_of_megatron_lm(data: str, checkpoint: Resume) -> None:
     assert "got seed=7 (was 1234)" in find(*moved, "--seed", "7")[0]
 
 
-def test_a_checkpoint_that_tells_nothing(data: str, checkpoint: Resume) -> None:
+def test_a_checkpoint_without_data_arguments_is_not_compared(data: str, checkpoint: Resume) -> None:
     folder = checkpoint("--mock-data", *steps(NUM_STEPS))
     resumed = (*MODEL, "--data-path", data, *WHOLE, *steps(13), "--load", str(folder))
     assert find(*resumed) == []
@@ -339,7 +339,7 @@ def test_a_continued_record_has_the_newest_description(data: str, checkpoint: Re
     assert_problem(describe_continuation(unknown, 48) or "", "data order: recorded from sample 48", "does not tell")
 
 
-def test_other_validation_samples_are_said(data: str, checkpoint: Resume) -> None:
+def test_changed_validation_samples_are_reported(data: str, checkpoint: Resume) -> None:
     """More steps are more evaluations, from another number of epochs; the epochwise order keeps them."""
     flags = ("--data-path", data, "--split", "80,20,0", "--eval-iters", "2", "--eval-interval", "2")
     drawn = {}
@@ -437,7 +437,7 @@ def test_nothing_is_compared_without_a_checkpoint_or_its_samples(data: str, chec
     assert describe_order_state(parse(*MODEL, "--mock-data", *steps(40)).plan) is None
 
 
-def test_the_dry_run_says_it(data: str, other: str, checkpoint: Resume) -> None:
+def test_the_dry_run_reports_the_data_order(data: str, other: str, checkpoint: Resume) -> None:
     from megatron_hammer.config.dry_run.dry_run import build_dry_run_report, print_report
 
     folder = checkpoint(*blend_of(0.7, data, 0.3, other), *steps(NUM_STEPS))

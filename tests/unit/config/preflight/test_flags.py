@@ -29,7 +29,7 @@ def test_attribute_exists(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", UNCOUNTED)
-def test_uncounted_attribute_exists_and_is_quiet(name: str) -> None:
+def test_uncounted_attribute_exists_and_is_off_by_default(name: str) -> None:
     assert BASE.flags[name] in UNCOUNTED[name]
 
 
@@ -52,7 +52,7 @@ def test_idle_flag_is_reported_when_typed(idle) -> None:
 
 
 @pytest.mark.parametrize("name", NEEDS_TE)
-def test_what_needs_transformer_engine(name: str) -> None:
+def test_flags_that_need_transformer_engine_are_refused_without_it(name: str) -> None:
     on_gpu = with_flags(BASE, platform="cuda", **{name: "hybrid"})
     (problem,) = find_flag_problems(on_gpu)
     assert "needs the te backend (TransformerEngine), got" in problem
@@ -98,7 +98,7 @@ def test_the_upstream_reason_for_the_batch_ramp_is_still_there() -> None:
         ("--world-size 8", "world-size: has no effect without --dry-run"),
     ],
 )
-def test_companions(flags: str, match: str) -> None:
+def test_flags_that_need_another_flag(flags: str, match: str) -> None:
     problems = find(*TINY, *flags.split())
     assert match in problems[0]
 

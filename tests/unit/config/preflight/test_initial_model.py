@@ -63,7 +63,7 @@ def test_the_folder_alone_gives_model_dropout_and_precision() -> None:
     assert (typed.attention_dropout, typed.bf16) == (0.1, False)
 
 
-def test_a_run_without_a_recipe_is_told_what_is_missing() -> None:
+def test_the_missing_flags_of_a_run_without_a_recipe_are_named() -> None:
     problems = find("--mock-data", "--load-hf", "hf")
     assert "lr: must be given" in "\n".join(problems)
     assert not any("num-layers" in problem for problem in problems)
@@ -102,7 +102,7 @@ def test_flags_of_another_model_are_refused_by_name() -> None:
     assert "qk-layernorm: must be as in hf/config.json, got qk_layernorm=on, there" in problems
 
 
-def test_what_belongs_to_a_recipe_may_be_changed() -> None:
+def test_flags_of_the_recipe_may_be_changed() -> None:
     experts = MoeShape(num_experts=4, router_topk=2, ffn_hidden_size=64)
     initial = make_initial_model(model=dataclasses.replace(MODEL, moe=experts))
     flags = ("--moe-aux-loss-coeff", "0.5", "--init-method-std", "0.1", "--max-position-embeddings", "4096")
@@ -123,12 +123,12 @@ def test_weights_of_the_folder_are_looked_at_only_where_they_are_read(tmp_path: 
     assert describe_weights(parse(*RECIPE).settings.checkpoints, None) == "random"
 
 
-def test_a_place_for_checkpoints_to_come_may_be_empty(tmp_path: Path) -> None:
+def test_the_load_folder_may_be_missing_with_load_hf(tmp_path: Path) -> None:
     assert find(*RECIPE, "--load", str(tmp_path / "new")) == []
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_models_to_begin_with(tmp_path: Path) -> None:
+def test_two_initial_models_are_refused(tmp_path: Path) -> None:
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
     (problem,) = find_of_initial_model(*RECIPE, "--pretrained-checkpoint", str(tmp_path))
     assert_problem(
@@ -136,13 +136,13 @@ def test_two_models_to_begin_with(tmp_path: Path) -> None:
     )
 
 
-def test_parameters_that_are_not_a_modules_own() -> None:
+def test_fsdp2_is_refused_with_load_hf() -> None:
     (problem,) = find_of_initial_model(*RECIPE, use_torch_fsdp2=True)
     assert_problem(problem, "use-torch-fsdp2:", "--load-hf", "got use_torch_fsdp2=on", "hammer convert from-hf")
 
 
 @pytest.mark.parametrize(("dtype", "is_refused"), [("float32", True), ("mixed", True), ("bfloat16", False)])
-def test_optimizers_that_round_the_weights(dtype: str, is_refused: bool) -> None:
+def test_an_optimizer_that_rounds_fp32_weights_is_refused(dtype: str, is_refused: bool) -> None:
     initial = make_initial_model(dtype=dtype)
     problems = find_of_initial_model(
         *RECIPE, "--precision", "bf16", initial=initial, use_precision_aware_optimizer=True
@@ -175,7 +175,7 @@ def test_the_tokenizer_that_made_the_data_is_chosen(tmp_path: Path, monkeypatch:
     assert parse(*flags, initial=initial).namespace.tokenizer_type == "HuggingFaceTokenizer"
 
 
-def test_more_rows_than_tokens_are_the_folders_business(tmp_path: Path) -> None:
+def test_the_tokenizer_may_have_fewer_tokens_than_the_model_but_not_more(tmp_path: Path) -> None:
     from types import SimpleNamespace
 
     from megatron_hammer.config.preflight.data import find_vocabulary_problems

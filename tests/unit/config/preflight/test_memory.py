@@ -11,7 +11,7 @@ from megatron_hammer.model.memory_options import WORKSPACE_BYTES, MemoryOptions
 from tests.helpers.parsed_flags import TINY, parse, plan
 
 
-def test_a_plan_elsewhere_is_compared_with_nothing() -> None:
+def test_the_memory_of_this_machine_does_not_limit_a_plan_for_another() -> None:
     assert read_available_bytes(parse("--preset", "llama2-70b", *plan(32)).settings.machine) is None
     assert find_memory_problems(parse("--preset", "llama2-70b", *plan(32)).plan) == []
 
@@ -38,13 +38,13 @@ def test_a_run_on_this_cpu_has_no_gpu_allowances() -> None:
          "Pass --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
     ],
 )  # fmt: skip
-def test_remedies(flags: str, gib: str, remedy: str) -> None:
+def test_a_plan_that_does_not_fit_names_its_remedies(flags: str, gib: str, remedy: str) -> None:
     (problem,) = find_memory_problems(parse(*flags.split(), "--dry-run", "--gpu-memory-gib", gib).plan)
     assert f"GiB of {float(gib):.1f} (weights" in problem
     assert problem.endswith(f"{remedy}.")
 
 
-def test_what_is_recomputed() -> None:
+def test_flags_of_recomputation() -> None:
     assert parse(*TINY).settings.recompute == "none"
     assert parse(*TINY, "--recompute-activations").settings.recompute == "selective"
     full = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
@@ -89,5 +89,5 @@ def test_flags_that_change_memory_reach_the_estimate() -> None:
         (("--use-megatron-fsdp", "--data-parallel-sharding-strategy", "no_shard"), "none"),
     ],
 )
-def test_what_is_sharded(flags: tuple[str, ...], sharding: str) -> None:
+def test_sharding_flags_reach_the_estimate(flags: tuple[str, ...], sharding: str) -> None:
     assert build_options(*flags).sharding == sharding

@@ -39,7 +39,7 @@ def test_a_longer_run_has_another_schedule() -> None:
 @pytest.mark.parametrize(
     "flag", ["--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler", "--finetune", "--no-load-optim"]
 )
-def test_a_flag_settles_it(flag: str) -> None:
+def test_a_schedule_flag_allows_another_schedule(flag: str) -> None:
     assert changes("--train-iters", "40", flag) == []
 
 

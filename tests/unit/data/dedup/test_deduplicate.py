@@ -30,7 +30,7 @@ def read_report(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_the_first_stays_as_it_was(tmp_path: Path) -> None:
+def test_the_first_occurrence_is_kept_unchanged(tmp_path: Path) -> None:
     lines = [
         b'{"id": 1, "text": "a  b"}',
         b'{"text":"c",  "url":"x"}',
@@ -53,7 +53,7 @@ def test_the_first_stays_as_it_was(tmp_path: Path) -> None:
     ]
 
 
-def test_white_space_counts_unless_told_otherwise(tmp_path: Path) -> None:
+def test_white_space_counts_unless_it_is_ignored_by_a_flag(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "in.jsonl", ["a  b", "a b", " a\n\tb ", "ab"])
     assert run(tmp_path, path)[0].num_kept == 4
     assert run(tmp_path, path, ignores_whitespace=True)[0].num_kept == 2
@@ -70,7 +70,7 @@ def test_every_kind_of_input(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("output", ["out.jsonl", "out.jsonl.gz", "out.jsonl.zst"])
-def test_the_same_bytes_again(tmp_path: Path, output: str) -> None:
+def test_a_second_run_gives_the_same_bytes(tmp_path: Path, output: str) -> None:
     path = write_jsonl(tmp_path / "in.jsonl", [f"document {i % 7}" for i in range(20)])
     counts, content = run(tmp_path, path, output=output)
     (tmp_path / output).unlink()
@@ -155,7 +155,7 @@ def count_confusion(folder: Path, options: NearDuplicateOptions) -> tuple[int, i
     return len(found & similar), len(found - similar), len(similar - found)
 
 
-def test_planted_near_duplicates_are_found_and_no_others(tmp_path: Path) -> None:
+def test_known_near_duplicates_are_found_and_no_others(tmp_path: Path) -> None:
     """Similarities are about 0.92 (removed with chance 0.9997) and below 0.5 (with chance 1e-10)."""
     assert count_confusion(tmp_path, NearDuplicateOptions()) == (120, 0, 0)
     found, _, missed = count_confusion(
@@ -190,7 +190,7 @@ def test_a_bad_record_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
-def test_outputs_that_cannot_be(tmp_path: Path) -> None:
+def test_impossible_outputs_are_refused(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "in.jsonl", ["a"])
     with pytest.raises(ConfigError, match=r"^output: must not be one of the inputs, got .*in\.jsonl\. Choose"):
         run(tmp_path, path, output="in.jsonl")

@@ -94,7 +94,7 @@ def count_removed(options: NearDuplicateOptions, num_common: int, num_own: int, 
 
 
 @pytest.mark.parametrize("num_common, num_own", [(70, 15), (78, 11), (80, 10), (84, 8), (90, 5)])
-def test_planted_pairs_are_removed_as_often_as_the_closed_form_says(num_common: int, num_own: int) -> None:
+def test_similar_pairs_are_removed_as_often_as_the_closed_form_says(num_common: int, num_own: int) -> None:
     num_pairs = 250
     num_removed = count_removed(WORDS, num_common, num_own, num_pairs)
     chance = removal_probability(num_common / (num_common + 2 * num_own), WORDS)

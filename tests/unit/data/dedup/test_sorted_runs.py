@@ -10,7 +10,7 @@ from megatron_hammer.data.dedup.sorted_runs import SortedRuns
 
 
 @pytest.mark.parametrize("dtype", ["uint64", "S16"])
-def test_it_finds_what_a_dictionary_finds(dtype: str) -> None:
+def test_lookups_agree_with_a_dictionary(dtype: str) -> None:
     rng = random.Random(3)
     runs, expected = SortedRuns(), defaultdict(list)
     num_added = 0

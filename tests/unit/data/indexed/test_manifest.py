@@ -69,7 +69,7 @@ def test_a_pair_without_a_manifest_has_none(tmp_path: Path) -> None:
         ('{"format_version": "x"}', "format_version must be a whole number, got 'x'"),
     ],
 )
-def test_what_is_not_a_manifest_is_named(tmp_path: Path, content: str, message: str) -> None:
+def test_a_file_that_is_not_a_manifest_is_named(tmp_path: Path, content: str, message: str) -> None:
     manifest_path(tmp_path / "pair").write_text(content)
     with pytest.raises(DataError, match=rf"pair.manifest.json: {message}.*It is no manifest of preprocess_data.py"):
         read_manifest(tmp_path / "pair")

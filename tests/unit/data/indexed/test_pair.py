@@ -97,7 +97,7 @@ def test_memory_does_not_grow_with_the_number_of_documents(tmp_path: Path) -> No
     assert peaks_bytes[1] < 1.1 * peaks_bytes[0] + 4096
 
 
-def test_megatron_reads_it(tmp_path: Path) -> None:
+def test_megatron_reads_a_written_pair(tmp_path: Path) -> None:
     dataset = IndexedDataset(str(write_pair(tmp_path / "pair")))
     assert [ids.tolist() for ids in dataset[:]] == [ids for ids in DOCUMENTS if ids]
     assert dataset.document_indices.tolist() == [0, 1, 1, 2, 3, 3]
@@ -113,7 +113,7 @@ def test_documents_of_several_sequences(tmp_path: Path) -> None:
     assert dataset.document_indices.tolist() == [0, 2]
 
 
-def test_ids_that_do_not_fit_are_a_bug_not_a_wrap_around(tmp_path: Path) -> None:
+def test_ids_beyond_the_dtype_raise_and_do_not_wrap_around(tmp_path: Path) -> None:
     with (
         pytest.raises(ValueError, match=re.escape("token ids must lie in 0..65535, got 70000..70000")),
         IndexedWriter(tmp_path / "pair", np.dtype(np.uint16)) as writer,
@@ -200,7 +200,7 @@ def list_names(prefix: Path) -> list[str]:
     return sorted(path.name for path in prefix.parent.iterdir())
 
 
-def test_nothing_looks_finished_until_it_is(tmp_path: Path) -> None:
+def test_the_final_names_appear_only_when_the_pair_is_complete(tmp_path: Path) -> None:
     prefix = tmp_path / "new" / "pair"
     writer = IndexedWriter(prefix, np.dtype(np.int32))
     writer.add_document(np.array([1, 2]))
@@ -229,7 +229,9 @@ def test_an_exception_leaves_the_old_pair_and_no_new_one(tmp_path: Path) -> None
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_an_interrupt_while_the_files_are_opened_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_while_the_files_are_opened_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def open_and_stop(path: Path, *_: object, **__: object) -> None:
         path.touch()
         raise KeyboardInterrupt
@@ -267,7 +269,7 @@ def add_rest(writer: IndexedWriter) -> IndexedWriter:
 
 
 @pytest.mark.parametrize("num_documents", range(len(DOCUMENTS) + 1))
-def test_a_killed_run_goes_on_from_what_was_synced(tmp_path: Path, num_documents: int) -> None:
+def test_a_killed_run_continues_from_the_synced_bytes(tmp_path: Path, num_documents: int) -> None:
     """What the files hold beyond the state, as after a kill between two writes, is dropped."""
     expected = read_bytes(write_pair(tmp_path / "expected"))
     writer = IndexedWriter(tmp_path / "pair", np.dtype(np.uint16))
@@ -343,7 +345,7 @@ def test_publishing_can_be_repeated_from_any_moment(
 @pytest.mark.parametrize(
     "stream, size_bytes, found", [("bin", 4, "3 bytes"), ("lengths", 8, "3 bytes"), ("documents", 16, "no file")]
 )
-def test_files_that_lack_what_the_state_says_are_named(
+def test_partial_files_shorter_than_recorded_are_named(
     tmp_path: Path, stream: str, size_bytes: int, found: str
 ) -> None:
     writer = IndexedWriter(tmp_path / "pair", np.dtype(np.uint16))

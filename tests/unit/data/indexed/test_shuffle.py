@@ -114,13 +114,13 @@ def test_a_finished_pair_without_its_name_can_be_shuffled(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("num_documents", [0, 1])
-def test_a_pair_with_nothing_to_shuffle(tmp_path: Path, num_documents: int) -> None:
+def test_a_pair_of_at_most_one_document_is_unchanged(tmp_path: Path, num_documents: int) -> None:
     source = write_source(tmp_path / "source", num_documents=num_documents)
     prefix = shuffle_one(source, tmp_path / "out", max_memory_bytes=1)
     assert read_bytes(prefix) == read_bytes(tmp_path / "source")
 
 
-def test_what_an_earlier_attempt_left_is_removed(tmp_path: Path) -> None:
+def test_leftovers_of_an_earlier_attempt_are_removed(tmp_path: Path) -> None:
     source = write_source(tmp_path / "source")
     expected = read_bytes(shuffle_one(source, tmp_path / "expected"))
     (tmp_path / "buckets").mkdir()

@@ -48,7 +48,7 @@ def test_a_document_is_its_text(index: IndexSummary, encoder: Encoder) -> None:
         assert document.num_tokens == len(encoder.encode(text))
 
 
-def test_there_are_only_so_many(index: IndexSummary, tmp_path: Path) -> None:
+def test_a_document_number_beyond_the_last_is_refused(index: IndexSummary, tmp_path: Path) -> None:
     for number in (-1, len(TEXTS)):
         with pytest.raises(
             ConfigError, match=rf"^document: must lie in 0\.\.5, got {number}\. Choose one of .*pair\.idx"
@@ -60,7 +60,7 @@ def test_there_are_only_so_many(index: IndexSummary, tmp_path: Path) -> None:
         read_document_ids(read_index(tmp_path / "none"), 0)
 
 
-def test_samples_are_the_seeds(index: IndexSummary) -> None:
+def test_samples_depend_on_the_seed_alone(index: IndexSummary) -> None:
     samples = choose_samples(index, 3, seed=1)
     assert samples == choose_samples(index, 3, seed=1) == tuple(sorted(set(samples)))
     assert any(choose_samples(index, 3, seed=seed) != samples for seed in range(2, 9))
@@ -92,7 +92,7 @@ def test_an_excerpt_is_one_line() -> None:
     assert cut_excerpt(text, 0, 3, 100) == "one two three four five"
 
 
-def test_ids_that_are_no_text_are_said_to_be_none(encoder: Encoder) -> None:
+def test_ids_without_text_are_reported(encoder: Encoder) -> None:
     (token_id,) = encoder.encode("\n")[:1]
     readable = describe_ids(encoder, [int(token_id)])
     assert readable == [repr(encoder.decode([int(token_id)]))]

@@ -81,7 +81,7 @@ def test_duplicates_are_found_by_hash_alone() -> None:
     assert (summary.num_texts_repeated, summary.most_copies) == (2, 3)
 
 
-def test_what_cannot_be_token_ids(tmp_path: Path) -> None:
+def test_values_that_cannot_be_token_ids_are_refused(tmp_path: Path) -> None:
     prefix = write_pair(tmp_path / "pair", [[1, 2, 77]], np.int32)
     with pytest.raises(DataError, match=r"pair\.bin: token ids must lie in 0\.\.40, got id=77"):
         inspect_pair(read_index(prefix), vocab_size=VOCAB_SIZE)

@@ -110,7 +110,7 @@ def test_plain_parts_equal_megatrons_merge(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
-def test_shards_in_any_order_give_the_job_done_at_once(tmp_path: Path, order: tuple[int, ...]) -> None:
+def test_shards_in_any_order_give_the_bytes_of_one_job(tmp_path: Path, order: tuple[int, ...]) -> None:
     shards = write_shards(tmp_path)
     moved = []
     merged = merge_pairs(
@@ -134,7 +134,7 @@ def test_a_merge_that_keeps_the_order_of_its_inputs_is_noticed(tmp_path: Path, m
         assert ours != expected
 
 
-def test_shuffled_shards_give_the_job_done_with_shuffle(tmp_path: Path) -> None:
+def test_shards_merged_with_shuffle_give_the_bytes_of_one_shuffled_job(tmp_path: Path) -> None:
     write_pair(tmp_path / "ordered")
     with IndexedWriter(tmp_path / "whole", np.dtype(np.uint16)) as writer:
         shuffle_pairs([read_index(tmp_path / "ordered")], [writer], seed=5, work_dir=tmp_path / "buckets")
@@ -225,7 +225,7 @@ def problems_of(inputs: list[Path | str], output_prefix: Path, seed: int | None 
     return list(caught.value.problems)
 
 
-def test_inputs_that_stand_for_nothing_are_named_together(tmp_path: Path) -> None:
+def test_inputs_that_match_nothing_are_named_together(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "a.bin").touch()

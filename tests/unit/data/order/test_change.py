@@ -110,7 +110,7 @@ def test_sources_are_known_by_their_data() -> None:
     assert match_sources(plan(100, a), plan(100, rewritten)) == ((1,), (0,))
 
 
-def test_sources_in_another_row() -> None:
+def test_sources_named_in_another_order() -> None:
     """The same blend, unless two sources are due at once: then the first named comes first."""
     a, b = source("a", weight=0.618, fingerprint="a"), source("b", weight=0.382, fingerprint="b")
 

@@ -53,7 +53,7 @@ def test_one_source(tmp_path: Path, num_samples: int, split: str) -> None:
     assert order.num_available == len(train)
 
 
-def test_every_outcome_is_met() -> None:
+def test_the_run_lengths_cover_every_epoch_plan() -> None:
     plans = {plan_epochs(count, sum(LENGTHS), SEQ_LENGTH) for count in range(1, 400)}
     assert {(plan.num_epochs, plan.is_last_apart) for plan in plans} >= {(1, False), (2, True), (2, False), (3, True)}
 
@@ -66,7 +66,7 @@ def test_every_outcome_is_met() -> None:
         {"epochs": EpochPlan(num_epochs=2, num_joint_epochs=1, is_last_apart=False)},
     ],
 )
-def test_a_broken_model_is_another_order(tmp_path: Path, broken: dict[str, Any]) -> None:
+def test_a_wrong_order_is_noticed(tmp_path: Path, broken: dict[str, Any]) -> None:
     data = write_numbered(tmp_path / "a", LENGTHS)
     arguments = run(70, "--data-path", data, "--split", "100,0,0")
     (train, *_), order = build_datasets(arguments, (70, 1, 1)), plan_run_order(arguments.plan.order)

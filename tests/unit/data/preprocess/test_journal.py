@@ -137,7 +137,7 @@ def test_many_differences_are_cut_short() -> None:
     assert_problem(caught.value.problems[-2], "inputs and flags:", "82 more")
 
 
-def test_the_same_job_goes_on() -> None:
+def test_the_same_job_continues() -> None:
     refuse_other_job(Path("journal"), JOB, dataclasses.replace(JOB))
 
 
@@ -167,7 +167,7 @@ def test_a_lock_is_held_by_one_process_and_ends_with_it(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_a_journal_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     message = r"file/c.lock: file cannot be written \(.+\). Free space, or choose another place."
     with pytest.raises(OutputError, match=message), lock_outputs(tmp_path / "file" / "c.lock"):

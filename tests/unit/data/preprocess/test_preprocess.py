@@ -241,7 +241,7 @@ def test_a_source_that_grows_meanwhile_is_refused(tmp_path: Path, tokenizer_path
     assert read_all(tmp_path / "out") == {}
 
 
-def test_a_source_that_goes_meanwhile_is_refused(tmp_path: Path, tokenizer_path: Path, corpus_path: Path) -> None:
+def test_a_source_that_vanishes_meanwhile_is_refused(tmp_path: Path, tokenizer_path: Path, corpus_path: Path) -> None:
     options = make_options(tmp_path, tokenizer_path, corpus_path)
     message = r"c.jsonl: file must stay while it is read, got none at the end. Put it back."
     with pytest.raises(DataError, match=message):
@@ -249,7 +249,7 @@ def test_a_source_that_goes_meanwhile_is_refused(tmp_path: Path, tokenizer_path:
     assert read_all(tmp_path / "out") == {}
 
 
-def test_a_killed_worker_is_an_error_and_not_a_wait(tmp_path: Path, tokenizer_path: Path) -> None:
+def test_a_killed_worker_ends_the_run_with_an_error(tmp_path: Path, tokenizer_path: Path) -> None:
     path = write_jsonl(tmp_path / "c.jsonl", TEXTS * 400)
     killed: list[int] = []
 
@@ -299,7 +299,7 @@ def corpus_path(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "c.jsonl", TEXTS)
 
 
-def test_a_stopped_run_goes_on_and_says_so(tmp_path: Path, tokenizer_path: Path, corpus_path: Path) -> None:
+def test_a_stopped_run_continues_and_reports_it(tmp_path: Path, tokenizer_path: Path, corpus_path: Path) -> None:
     options = make_options(tmp_path, tokenizer_path, corpus_path)
     stop_at(options, 30)
     notes: list[str] = []
@@ -310,7 +310,9 @@ def test_a_stopped_run_goes_on_and_says_so(tmp_path: Path, tokenizer_path: Path,
     assert read_all(tmp_path / "out") == read_all(tmp_path / "whole")
 
 
-def test_nothing_looks_finished_before_it_is(tmp_path: Path, tokenizer_path: Path, corpus_path: Path) -> None:
+def test_the_final_names_appear_only_when_the_run_is_complete(
+    tmp_path: Path, tokenizer_path: Path, corpus_path: Path
+) -> None:
     stop_at(make_options(tmp_path, tokenizer_path, corpus_path), 30)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "c.journal.json",
@@ -354,7 +356,7 @@ def test_a_journal_without_its_files_is_refused(tmp_path: Path, tokenizer_path: 
     preprocess(dataclasses.replace(options, restart=True))
 
 
-def test_bad_records_beyond_the_limit_keep_what_was_done(
+def test_bad_records_beyond_the_limit_keep_the_finished_blocks(
     tmp_path: Path, tokenizer_path: Path, corpus_path: Path
 ) -> None:
     corpus_path.write_bytes(corpus_path.read_bytes() + b"bad\n")

@@ -66,7 +66,7 @@ def test_a_missing_model_says_how_to_get_it(model_dir: Path, language: str) -> N
         load_sentence_splitter(language, keep_newlines=False)
 
 
-def test_half_a_model_is_no_model(model_dir: Path) -> None:
+def test_an_incomplete_model_counts_as_missing(model_dir: Path) -> None:
     (model_dir / "ortho_context.tab").unlink()
     with pytest.raises(DataError, match=r"split-sentences: nltk must have its Punkt.* english, got none"):
         hash_sentence_model("english")

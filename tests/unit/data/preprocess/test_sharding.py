@@ -57,7 +57,7 @@ def test_names() -> None:
 
 
 @pytest.mark.parametrize("text", ["4/4", "-1/4", "1", "a/b", "0/0", "1/2/3"])
-def test_what_is_not_a_shard(text: str) -> None:
+def test_text_that_is_not_a_shard_is_refused(text: str) -> None:
     message = rf"^shard: must be I/N with I from 0 to N - 1, got {text}. Pass 0/4, 1/4, 2/4 and 3/4 to four runs.$"
     with pytest.raises(ConfigError, match=message):
         parse_shard(text)

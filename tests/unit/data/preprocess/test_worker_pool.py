@@ -72,7 +72,7 @@ def test_order_is_kept(num_workers: int) -> None:
     assert [result.begin.num_records for result in results] == list(range(60))
 
 
-def test_what_is_under_way_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_blocks_in_progress_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_pool, "MAX_BYTES_IN_FLIGHT", 1000)
     num_read = 0
 

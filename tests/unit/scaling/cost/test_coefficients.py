@@ -82,7 +82,7 @@ def test_a_generation_follows_from_the_formats_it_multiplies(name, generation):
     assert coefficients.select_gpu(gpu) is coefficients.gpus[generation]
 
 
-def test_every_shipped_gpu_has_coefficients_and_a_core_its_own():
+def test_every_shipped_gpu_has_coefficients_and_the_cpu_core_its_own():
     coefficients = build_prior_coefficients()
     for gpu in load_gpus().values():
         assert coefficients.select_gpu(gpu).gemm_ratio > 0

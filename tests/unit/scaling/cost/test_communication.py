@@ -95,5 +95,5 @@ def test_a_group_of_one_costs_nothing():
 
 
 @pytest.mark.parametrize(("window_s", "shown_s"), [(0.0, 2.0), (1.5, 0.5), (5.0, 0.2)])
-def test_what_shows_is_the_excess_over_the_window_and_never_less_than_a_share(window_s, shown_s):
+def test_exposed_time_is_the_excess_over_the_overlap_window_with_a_minimum(window_s, shown_s):
     assert estimate_exposed_s(2.0, window_s, 0.1) == pytest.approx(shown_s)

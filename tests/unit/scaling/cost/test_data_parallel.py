@@ -72,7 +72,7 @@ def test_shards_inside_a_node_leave_only_sums_to_the_network():
     assert estimate(inside) == pytest.approx(scatter_s + sum_s, rel=1e-6)
 
 
-def test_what_hides_beside_a_pass_does_not_show():
+def test_overlapped_communication_costs_only_its_exposed_share():
     plan = dataclasses.replace(PLAN, overlaps_grad_reduce=True, overlaps_param_gather=True)
     least = COEFFICIENTS.data_exposed_ratio * estimate(PLAN)
     assert estimate(plan, forward_s=10.0, backward_s=10.0) == pytest.approx(least)

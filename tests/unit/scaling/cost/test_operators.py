@@ -84,7 +84,7 @@ def test_unfused_attention_moves_every_score_and_takes_no_flash_flops():
     assert count_flops(layer.backward.attention_gemms) == pytest.approx(4 * flash)
 
 
-def test_eight_bits_are_for_the_linears_only():
+def test_fp8_applies_to_linear_layers_only():
     layer = build_layer_work(LLAMA, SHARD._replace(precision="fp8"))
     head = build_head_work(LLAMA, SHARD._replace(precision="fp8"))
     assert all(gemm.is_low_precision for gemm in (*layer.forward.gemms, *layer.backward.gemms))

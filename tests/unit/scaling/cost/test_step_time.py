@@ -36,7 +36,7 @@ def predict(**changes) -> StepTime:
     return predict_step(build_plan(**changes), PRIORS)
 
 
-def test_the_parts_are_the_whole_and_the_band_is_about_it():
+def test_the_parts_add_up_to_the_step_and_the_band_contains_it():
     step = predict(tensor_model_parallel_size=2, data_parallel_size=4, has_sequence_parallel=True)
     assert step.total_s == pytest.approx(sum(getattr(step, name) for name in PARTS))
     assert all(getattr(step, name) >= 0 for name in PARTS)
@@ -60,7 +60,7 @@ def test_full_recomputation_repeats_the_forward_pass():
     assert step.recompute_s == 0
 
 
-def test_eight_bits_hurry_products_and_nothing_else():
+def test_fp8_speeds_up_matrix_products_only():
     wide, narrow = predict(), predict(precision="fp8")
     assert narrow.matmul_s < 0.65 * wide.matmul_s
     assert narrow.attention_s == wide.attention_s
@@ -83,7 +83,7 @@ def test_overlap_hides_a_part_of_tensor_parallel_communication():
     assert ratio == pytest.approx(PRIORS.tensor_exposed_ratio)
 
 
-def test_gradients_and_parameters_hide_behind_passes_only_where_they_may():
+def test_gradients_and_parameters_overlap_with_passes_only_where_allowed():
     hidden = predict(data_parallel_size=64, global_batch_size=64)
     shown = predict(
         data_parallel_size=64, global_batch_size=64, overlaps_grad_reduce=False, overlaps_param_gather=False
@@ -225,7 +225,7 @@ def test_gpt_530b_on_2240_a100_reaches_what_its_authors_published(recompute, mfu
     assert predicted == pytest.approx(mfu, rel=0.08)
 
 
-def test_a_search_can_ask_thousands_of_times():
+def test_a_prediction_takes_less_than_two_milliseconds():
     layouts = [
         {"tensor_model_parallel_size": tp, "data_parallel_size": dp, "global_batch_size": 64 * dp}
         for tp in (1, 2, 4, 8)

@@ -34,7 +34,7 @@ def fitted():
     return fit(build_planted_runs(PLANTED), PRIORS)
 
 
-def test_planted_coefficients_are_found(fitted):
+def test_known_coefficients_are_found(fitted):
     runs = build_planted_runs(PLANTED)
     errors = [abs(predict_step(run.plan, fitted).total_s / run.step_time_s - 1) for run in runs]
     before = [abs(predict_step(run.plan, PRIORS).total_s / run.step_time_s - 1) for run in runs]
@@ -45,14 +45,14 @@ def test_planted_coefficients_are_found(fitted):
     assert fitted.network_ratio < 0.68
 
 
-def test_what_no_run_informs_stays(fitted):
+def test_coefficients_that_no_run_depends_on_stay(fitted):
     before, after = flatten_coefficients(PRIORS), flatten_coefficients(fitted)
     for name in ("ampere.gemm_ratio", "blackwell.memory_ratio", "context_exposed_ratio", "pipeline_exposed_ratio"):
         assert after[name] == before[name]
     assert after["hopper.gemm_8bit_ratio"] == before["hopper.gemm_8bit_ratio"]
 
 
-def test_a_few_runs_move_a_start_no_further_than_they_inform():
+def test_runs_that_agree_with_the_start_leave_it_unchanged():
     start = replace_values(PRIORS, {"hopper.gemm_ratio": 0.65, "jitter_ratio": 0.02})
     runs = build_planted_runs(start)[:2]
     after = flatten_coefficients(fit(runs, start, is_prior_start=True))
@@ -65,7 +65,7 @@ def test_values_stay_within_their_bounds_however_slow_the_runs():
     assert after >= GPU_PRIORS["hopper"]["gemm_ratio"].low
 
 
-def test_one_run_that_went_wrong_does_not_lead_the_others():
+def test_one_outlier_does_not_determine_the_fit():
     runs = build_planted_runs(PLANTED)
     runs[4] = dataclasses.replace(runs[4], step_time_s=3 * runs[4].step_time_s)
     fitted = fit(runs, PRIORS)
@@ -73,7 +73,7 @@ def test_one_run_that_went_wrong_does_not_lead_the_others():
     assert errors[len(errors) // 2] < 0.05
 
 
-def test_only_coefficients_that_a_run_feels_are_free():
+def test_only_coefficients_that_a_run_depends_on_are_fitted():
     free = {one.name: one for one in select_free_coefficients(build_planted_runs(PLANTED), PRIORS)}
     assert "hopper.gemm_ratio" in free
     assert "volta.gemm_ratio" not in free
@@ -111,6 +111,6 @@ def test_a_very_long_table_is_thinned_out_evenly():
     assert [run.step_time_s for run in chosen[:3]] == [0.0, 12.0, 24.0]
 
 
-def test_nothing_to_fit_is_said():
+def test_a_fit_without_runs_is_refused():
     with pytest.raises(DataError, match=r"^runs: must hold at least.*got none"):
         fit([], PRIORS)

@@ -72,7 +72,7 @@ def test_shardings(tmp_path: Path, text: str, sharding: str, shard_size: int | N
     assert plan.layout.has_distributed_optimizer == (sharding == "distributed_optimizer")
 
 
-def test_what_cannot_fit_whole_is_sharded(tmp_path: Path) -> None:
+def test_a_model_that_cannot_fit_whole_is_sharded(tmp_path: Path) -> None:
     shape = {"layers": "", "hidden": "", "heads": "", "kv_heads": "", "ffn": "", "vocab": "", "model": "llama3-70b"}
     run = read_one(tmp_path, **shape, tp="1", gpus="64", dp="64", global_batch="128", sharding="DDP/dist-opt")
     assert run.plan.sharding == "fsdp"
@@ -159,7 +159,7 @@ def test_a_batch_that_does_not_divide_is_rounded_and_the_time_with_it(tmp_path: 
         ({"tp": "32", "gpus": "256"}, "its layout cannot be built: tensor-model-parallel-size: must divide"),
     ],
 )
-def test_what_cannot_be_predicted_says_why(tmp_path: Path, cells: dict[str, str], reason: str) -> None:
+def test_rows_that_cannot_be_predicted_have_a_reason(tmp_path: Path, cells: dict[str, str], reason: str) -> None:
     if "vpp 7" in reason:
         cells = cells | {"vpp": "7"}
     runs, unpredictable = read_runs(write_table(tmp_path / "one.csv", cells))
@@ -180,7 +180,7 @@ def test_cpu_runs_of_measure(tmp_path: Path) -> None:
     assert not plan.overlaps_grad_reduce
 
 
-def test_machines_of_one_s_own(tmp_path: Path) -> None:
+def test_gpus_and_clusters_of_the_user_are_used(tmp_path: Path) -> None:
     gpus = tmp_path / "gpus.toml"
     gpus.write_text(
         '[abacus]\nsource = "ours"\naliases = ["Abacus 9"]\nfp32_tflops = 1\nfp16_tflops = 2\nbf16_tflops = 2\n'
@@ -209,7 +209,7 @@ def test_experts_and_sequence_parallelism_of_measured_runs(tmp_path: Path) -> No
     assert len({run.fingerprint for run in runs}) == 3
 
 
-def test_a_fingerprint_is_of_the_run_and_not_of_its_place(tmp_path: Path) -> None:
+def test_a_fingerprint_depends_on_the_run_and_not_on_its_row(tmp_path: Path) -> None:
     first = read_one(tmp_path)
     again = read_one(tmp_path, source="team_b", notes="moved", hidden="2048.0")
     other = read_one(tmp_path, iteration_time_s="0.71")

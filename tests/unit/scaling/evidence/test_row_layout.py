@@ -19,7 +19,7 @@ def test_126_layers_over_eight_interleaved_stages_count_embedding_and_loss(tmp_p
     assert not even.accounts_for_embedding
 
 
-def test_a_blank_layout_is_that_of_the_source_s_other_row(tmp_path: Path) -> None:
+def test_a_blank_layout_is_filled_from_another_row_of_its_source(tmp_path: Path) -> None:
     blank = {"tp": "", "pp": "", "dp": "", "gpus": "32"}
     runs, unpredictable = read_runs(write_table(tmp_path / "two.csv", {}, blank))
     assert unpredictable == []

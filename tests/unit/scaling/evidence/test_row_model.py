@@ -91,7 +91,7 @@ def test_another_size_than_the_row_says_is_noted() -> None:
         ({"heads": 40, "ffn": 9000, "model": "Yi-x"}, "vocab is blank and the model is not known by its name"),
     ],
 )
-def test_what_no_rule_fills(cells: dict[str, int | str], reason: str) -> None:
+def test_models_that_no_rule_fills_are_refused(cells: dict[str, int | str], reason: str) -> None:
     row = RunRow(**({"row_number": 2, "model": "X", "layers": 4, "hidden": 4000} | cells))  # type: ignore[arg-type]
     with pytest.raises(UnpredictableError, match=reason):
         build_row_model(row)

@@ -56,7 +56,7 @@ def test_columns_may_be_absent_but_not_those_of_a_layout(tmp_path: Path) -> None
     assert f"{path}:1: must have each column once, got tp twice. Drop one of the two." in text
 
 
-def test_a_short_row_an_empty_file_and_none(tmp_path: Path) -> None:
+def test_a_short_row_an_empty_file_and_a_missing_file_are_refused(tmp_path: Path) -> None:
     path = write_table(tmp_path / "runs.csv", {})
     path.write_text(path.read_text() + "a,b\n")
     with pytest.raises(ConfigError, match=r"runs\.csv:3: must have a cell.*30.*got 2"):

@@ -110,7 +110,7 @@ def test_a_file_changes_a_field_and_adds_a_gpu(tmp_path: Path) -> None:
         load_clusters(clusters)
 
 
-def test_a_cluster_of_one_s_own_is_the_default_of_its_gpu(tmp_path: Path) -> None:
+def test_a_users_cluster_is_the_default_of_its_gpu(tmp_path: Path) -> None:
     fields = 'source = "ours"\ngpu = "h100-sxm"\ngpus_per_node = 4\nnvlink_domain_size = 4\nnvlink_bytes_per_s = 4e11\n'
     links = "nvlink_latency_s = 0\nnetwork_bytes_per_s = 1e10\nnetwork_latency_s = 1e-5\n"
     own = write(tmp_path / "own.toml", f"[ours]\n{fields}{links}")
@@ -153,7 +153,7 @@ def test_an_alias_of_two_gpus_is_refused(tmp_path: Path) -> None:
         ('[h100-sxm]\nname = "mine"\n', r": h100-sxm\.name must be left out, got 'mine'\. Rename the table\."),
     ],
 )
-def test_a_file_that_is_none(tmp_path: Path, text: str, message: str) -> None:
+def test_a_file_of_other_content_is_refused(tmp_path: Path, text: str, message: str) -> None:
     path = write(tmp_path / "gpus.toml", text)
     with pytest.raises(ConfigError, match=re.escape(str(path)) + message):
         load_gpus(path)

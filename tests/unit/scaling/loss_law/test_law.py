@@ -22,7 +22,7 @@ def test_exact_losses_give_the_law_back_with_no_interval() -> None:
 
 
 @pytest.mark.parametrize("num_sizes, num_ratios", [(3, 4), (5, 5)])
-def test_intervals_hold_the_planted_parameters_as_often_as_they_say(num_sizes: int, num_ratios: int) -> None:
+def test_intervals_hold_the_true_parameters_as_often_as_stated(num_sizes: int, num_ratios: int) -> None:
     num_seeds = 12
     num_inside = dict.fromkeys(PARAMETERS, 0)
     widths = []
@@ -38,7 +38,7 @@ def test_intervals_hold_the_planted_parameters_as_often_as_they_say(num_sizes: i
     assert np.median(widths) < 0.35, "an interval that holds everything says nothing"
 
 
-def test_a_law_far_from_the_planted_one_is_outside() -> None:
+def test_a_law_far_from_the_true_one_is_outside_the_intervals() -> None:
     fit = fit_loss_law(plant_runs(replace(PLANTED, alpha=0.5, A=6000.0)), num_samples=100)
     low, _ = fit.intervals()["alpha"]
     assert low > PLANTED.alpha
@@ -111,7 +111,7 @@ def test_one_known_tokenizer_among_unknown_ones_is_no_problem() -> None:
     assert find_fit_problems(change(plant_runs(), tokenizer="llama2")) == []
 
 
-def test_what_the_runs_do_not_show_is_said() -> None:
+def test_exponents_that_the_runs_barely_determine_are_reported() -> None:
     runs = [run for run in plant_runs(num_sizes=9, num_ratios=4) if run.num_parameters < 1.5e8]
     notes = fit_loss_law(runs, num_samples=100).notes
     assert "N varies by a factor of 3.2 only: its exponent is hardly determined" in notes

@@ -46,7 +46,7 @@ def test_six_nd_is_the_published_closed_form(fit: LossFit) -> None:
     assert allocation_exponents(fit, SIX_ND)["N"][0] == pytest.approx(exponent)
 
 
-def test_intervals_hold_the_planted_optimum(fit: LossFit) -> None:
+def test_intervals_hold_the_true_optimum(fit: LossFit) -> None:
     optimum = find_optimum(fit, SIX_ND, 1e21)
     scale = (PLANTED.alpha * PLANTED.A / (PLANTED.beta * PLANTED.B)) ** (1 / (PLANTED.alpha + PLANTED.beta))
     size = scale * (1e21 / 6) ** (PLANTED.beta / (PLANTED.alpha + PLANTED.beta))
@@ -58,7 +58,7 @@ def test_intervals_hold_the_planted_optimum(fit: LossFit) -> None:
     assert low < 1e21 / 6 / size < high
 
 
-def test_a_budget_beyond_the_runs_is_said_to_be(fit: LossFit) -> None:
+def test_a_budget_beyond_the_runs_is_noted(fit: LossFit) -> None:
     assert find_optimum(fit, SIX_ND, 1e20).notes == ()
     largest = 6 * 4e9 * 80 * 4e9
     assert find_optimum(fit, SIX_ND, 10 * largest).notes == (f"{10 * largest:.3g} FLOPs is 10 times the largest run",)

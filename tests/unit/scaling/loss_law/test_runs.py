@@ -194,7 +194,7 @@ def test_all_diverged_runs_are_named_at_once(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_specs_that_name_no_run(spec: str, message: str) -> None:
+def test_specs_that_name_no_run_are_refused(spec: str, message: str) -> None:
     with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
         read(spec)
 

@@ -71,7 +71,7 @@ def write_together(path: Path, **changes: Any) -> Path:
     return write_report(path, gathers, num_processes=4, **changes)
 
 
-def test_planted_speeds_of_a_cpu(tmp_path: Path) -> None:
+def test_known_speeds_of_a_cpu_are_found(tmp_path: Path) -> None:
     start = load_coefficients()
     alone = read_report(write_alone(tmp_path / "1.json", fill_tokens=start.attention_fill_tokens))
     together = read_report(write_together(tmp_path / "4.json"))
@@ -133,7 +133,7 @@ def test_fp8_products_have_a_ratio_of_their_own(tmp_path: Path) -> None:
     assert profile.coefficients.gpus[gpu.name].gemm_8bit_ratio == pytest.approx(0.55)
 
 
-def test_without_collectives_the_wires_stay(tmp_path: Path) -> None:
+def test_without_collectives_the_network_coefficients_stay(tmp_path: Path) -> None:
     start, cluster = load_coefficients(), select_cluster("cpu-host")
     alone = read_report(write_alone(tmp_path / "1.json", fill_tokens=start.attention_fill_tokens))
     profile = build_profile(alone, None, gpu=select_gpu("cpu-core"), cluster=cluster, start=start)
@@ -141,7 +141,7 @@ def test_without_collectives_the_wires_stay(tmp_path: Path) -> None:
     assert profile.coefficients.nvlink_ratio == start.nvlink_ratio
 
 
-def test_reports_that_lack_something(tmp_path: Path) -> None:
+def test_incomplete_reports_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "operators.json"
     path.write_text('{"timings": []}')
     with pytest.raises(

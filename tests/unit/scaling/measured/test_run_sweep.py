@@ -96,7 +96,7 @@ def test_a_run_without_its_metrics_is_run_again(started: list[str], tmp_path: Pa
     assert outcome.times is not None
 
 
-def test_a_record_that_is_not_ours(started: list[str], tmp_path: Path) -> None:
+def test_a_foreign_run_record_is_refused(started: list[str], tmp_path: Path) -> None:
     sweep(tmp_path, "single")
     (record_path,) = (tmp_path / "runs").glob("*/run.json")
     record_path.write_text("[]")

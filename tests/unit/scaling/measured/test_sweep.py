@@ -26,7 +26,7 @@ def test_layout_names() -> None:
 
 
 @pytest.mark.parametrize("name", ["", "tp", "tp0", "tp2-tp4", "tp2-single", "single-tp2", "xp2", "tp-2", "TP2"])
-def test_layout_names_that_are_none(name: str) -> None:
+def test_names_that_are_not_layouts_are_refused(name: str) -> None:
     match = (
         "layouts: must be single or of tpN, sp, ppN, vpN, cpN, dpN, epN and ddp, each once, "
         f"got {re.escape(name)}. Write tp2-pp2, say."

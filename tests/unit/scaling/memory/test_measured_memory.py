@@ -105,7 +105,7 @@ def test_blanks_are_filled_and_named(tmp_path):
         ("activation memory as % of tensor-parallel baseline", "%", "activation_ratio", 0.3),
     ],
 )
-def test_what_a_figure_counts(tmp_path, quantity, unit, kind, measured):
+def test_the_quantity_of_a_memory_figure(tmp_path, quantity, unit, kind, measured):
     row = read_one(tmp_path, quantity=quantity, unit=unit)
     assert (row.kind, row.measured) == (kind, measured)
 

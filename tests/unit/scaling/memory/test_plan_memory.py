@@ -48,7 +48,7 @@ def test_a_plan_needs_what_preflight_estimates():
     assert estimate_plan_memory(PLAN) == expected
 
 
-def test_what_memory_does_not_depend_on_changes_nothing():
+def test_options_without_effect_on_memory_change_nothing():
     first = estimate_plan_memory(PLAN)
     faster = dataclasses.replace(PLAN, gpu=dataclasses.replace(GPU, name="other"), overlaps_grad_reduce=False)
     assert estimate_plan_memory(faster) == first

@@ -62,7 +62,7 @@ def test_rows_of_another_study_are_left_out(study: Study, tmp_path: Path) -> Non
     ]
 
 
-def test_what_changes_no_work_changes_no_match(study: Study, tmp_path: Path) -> None:
+def test_model_fields_that_change_no_work_do_not_prevent_a_match(study: Study, tmp_path: Path) -> None:
     model = replace(study.model, name="ours", rotary_base=10_000, norm_epsilon=1e-6, max_position_embeddings=131_072)
     overlay = build_overlay(write_table(tmp_path / "runs.csv", CELLS), replace(study, model=model), predict)
     assert [run.plan.model.name for run in overlay.runs] == ["ours"]

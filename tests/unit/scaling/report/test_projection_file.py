@@ -36,7 +36,7 @@ def write(result: StudyResult, path: Path) -> Path:
     return path
 
 
-def test_it_reads_back_to_whole_plans(result: StudyResult, tmp_path: Path) -> None:
+def test_plans_are_read_back_whole(result: StudyResult, tmp_path: Path) -> None:
     saved = read_projection(write(result, tmp_path / "projection.json"))
     assert (saved.preset, saved.hf_config, saved.train_tokens) == ("hammer-tiny-moe", None, 10**10)
     written = [projection for size in result.sizes for projection in size.projections]
@@ -55,7 +55,7 @@ def test_the_same_study_gives_the_same_bytes(result: StudyResult) -> None:
     )
 
 
-def test_what_a_reader_finds(result: StudyResult) -> None:
+def test_the_fields_of_the_file(result: StudyResult) -> None:
     document = json.loads(format_json(build_projection_document(result)))
     assert document["study"]["batch"] == {"global_batch_size": 32, "samples_per_gpu": None}
     assert [size["is_feasible"] for size in document["sizes"]] == [True, False, True]
@@ -96,7 +96,7 @@ def test_measured_runs_are_kept_with_their_errors(result: StudyResult) -> None:
     assert document["overlay"]["left_out"] == [{"row_number": 3, "source": "team", "reason": "it ran on another GPU"}]
 
 
-def test_csv_has_a_line_a_layout(result: StudyResult) -> None:
+def test_csv_has_one_line_per_layout(result: StudyResult) -> None:
     rows = list(csv.DictReader(io.StringIO(format_csv(result))))
     assert [row["id"] for row in rows] == ["4-1", "4-2", "4-3", "8-1", "8-2", "8-3"]
     best = result.sizes[0].best

@@ -164,5 +164,5 @@ def test_amounts(amount: float, words: str) -> None:
     ("tokens", "words"),
     [(15 * 10**12, "15T"), (2_097_152_000_000, "2,097,152,000,000"), (250 * 10**6, "250,000,000"), (10**9, "1B")],
 )
-def test_tokens_hide_no_digit(tokens: int, words: str) -> None:
+def test_token_counts_are_printed_in_full(tokens: int, words: str) -> None:
     assert format_tokens(tokens) == words

@@ -116,7 +116,7 @@ def test_no_knee() -> None:
     assert find_knee(build_sizes({8: None}), 0.8) is None
 
 
-def test_the_companion_of_a_fixed_batch_grows_and_meets_it_in_the_middle() -> None:
+def test_a_fixed_batch_gets_a_companion_study_that_grows_with_the_gpus() -> None:
     study = build_toy_study(gpu_counts=(2, 4, 8, 12, 16), global_batch_size=36)
     sizes = build_sizes({2: None, 4: 1.0, 8: 1.0, 12: 1.0, 16: 1.0})
     companion = build_companion_study(study, sizes)
@@ -132,7 +132,7 @@ def test_the_companion_of_a_fixed_batch_grows_and_meets_it_in_the_middle() -> No
     assert odd.gpu_counts == (12,)  # a third of a sample a GPU makes no whole batch elsewhere
 
 
-def test_the_companion_of_a_growing_batch_is_fixed() -> None:
+def test_a_growing_batch_gets_a_companion_study_of_a_fixed_batch() -> None:
     study = build_toy_study(global_batch_size=None, samples_per_gpu=Fraction(1, 2))
     assert study.is_weak
     assert study.global_batch_size_at(16) == 8
@@ -149,7 +149,7 @@ def test_every_part_of_time_and_memory_has_a_name() -> None:
     assert set(MEMORY_NAMES) == fields
 
 
-def test_the_toy_machine_runs_the_toy_study() -> None:
+def test_the_toy_study_has_a_projection() -> None:
     result = project_toy_study(build_toy_study(memory_limit_bytes=38 * GIB))
     assert [size.num_gpus for size in result.sizes] == [4, 8, 16]
     assert all(size.best and size.best.plan.cluster == CLUSTER for size in result.sizes)

@@ -79,14 +79,14 @@ def find_fastest_s(study: Study, num_gpus: int, predictor: Predict) -> list[floa
 
 @pytest.mark.parametrize("memory_gib", [12, 40])
 @pytest.mark.parametrize(("preset", "num_gpus"), [("hammer-1b4", 8), ("tiny-llm-zh-moe", 4)])
-def test_the_best_are_those_of_a_search_that_leaves_out_nothing(preset: str, num_gpus: int, memory_gib: int) -> None:
+def test_the_best_are_those_of_a_full_search(preset: str, num_gpus: int, memory_gib: int) -> None:
     study = build_toy_study(preset, memory_limit_bytes=memory_gib * GIB, global_batch_size=16, num_best=4)
     study = replace(study, seq_length=min(2048, study.model.max_position_embeddings))
     found = Search(predict=predict).search_plans(study, num_gpus).projections
     assert [projection.step.total_s for projection in found] == find_fastest_s(study, num_gpus, predict)
 
 
-def test_so_it_is_with_the_performance_model() -> None:
+def test_the_best_with_the_performance_model_are_those_of_a_full_search() -> None:
     predictor = partial(predict_step, coefficients=build_prior_coefficients())
     study = build_toy_study(
         gpu=select_gpu("h100-sxm"),
@@ -109,7 +109,7 @@ def test_so_it_is_with_the_performance_model() -> None:
         ("hammer-tiny", "cpu-core", "fp32"),
     ],
 )
-def test_what_the_search_leaves_out_is_slower(preset: str, gpu: str, precision: Precision) -> None:
+def test_plans_that_the_search_skips_are_slower(preset: str, gpu: str, precision: Precision) -> None:
     """Of the shipped performance model: no plan beats its bound, and recomputation never makes one faster."""
     chosen = select_preset(preset)
     study = build_toy_study(
@@ -141,7 +141,7 @@ def test_the_bound_prunes() -> None:
     assert 2 * len(calls) < size.num_candidates
 
 
-def test_the_same_question_gets_the_same_answer() -> None:
+def test_the_same_study_gives_the_same_result() -> None:
     study = build_toy_study()
     first = Search(predict=predict)
     for num_gpus in (8, 16, 8):  # what another size left behind changes nothing
@@ -195,7 +195,7 @@ def test_without_sharding_where_nothing_else_is_allowed() -> None:
     assert not best.plan.overlaps_param_gather
 
 
-def test_a_size_that_nothing_fits_names_its_smallest_need_and_the_next_size() -> None:
+def test_a_size_on_which_nothing_fits_names_the_memory_needed_and_the_next_size() -> None:
     space = SearchSpace(context_parallel_sizes=(1,))
     study = build_toy_study("llama3-70b", memory_limit_bytes=40 * GIB, space=space, global_batch_size=64)
     size = Search(predict=predict).search_plans(study, 8)
@@ -224,7 +224,7 @@ def test_long_sequences_are_named_where_activations_are_too_much() -> None:
     assert re.search(f"{re.escape(remedy)}$", problem)
 
 
-def test_a_size_that_nothing_divides_says_so() -> None:
+def test_a_size_without_a_whole_layout_is_a_problem() -> None:
     size = Search(predict=predict).search_plans(build_toy_study(), 13)
     assert (size.num_candidates, size.projections) == (0, ())
     assert_problem(

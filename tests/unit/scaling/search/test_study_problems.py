@@ -12,7 +12,7 @@ from megatron_hammer.scaling.search.study_problems import find_study_problems
 from tests.helpers.toy_study import CLUSTER, build_toy_study
 
 
-def test_a_good_study_has_none() -> None:
+def test_a_good_study_has_no_problems() -> None:
     assert find_study_problems(build_toy_study()) == []
     weak = build_toy_study(global_batch_size=None, samples_per_gpu=Fraction(1, 4))
     assert find_study_problems(weak) == []
@@ -75,7 +75,7 @@ def test_one_problem(changes: dict[str, Any], problem: str) -> None:
     assert find_study_problems(build_toy_study(**changes)) == [problem]
 
 
-def test_all_at_once() -> None:
+def test_all_problems_at_once() -> None:
     study = build_toy_study(gpu_counts=(), num_best=0, precision="nvfp4", seq_length=-5)
     assert [problem.split(":")[0] for problem in find_study_problems(study)] == [
         "gpus",

@@ -132,7 +132,9 @@ def test_a_tokenizer_without_end_of_document_is_refused_only_when_one_is_needed(
         ("tokenizer.json", b"{}", "{path}: file must be a Hugging Face tokenizer.json, got one that does not parse"),
     ],
 )
-def test_what_is_not_a_tokenizer_is_named(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+def test_a_path_that_is_not_a_tokenizer_is_named(
+    tmp_path: Path, name: str, content: bytes | None, message: str
+) -> None:
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)

@@ -131,7 +131,7 @@ def test_twin_a_wrong_encoder_is_noticed_at_start_up(symbols_path, monkeypatch, 
     assert_same_ids(choice.load(), reference, hostile_texts(symbols_path, 100))
 
 
-def test_twin_what_only_the_corpus_shows_is_noticed_too(symbols_path):
+def test_twin_an_encoder_that_is_wrong_only_on_the_corpus_is_noticed(symbols_path):
     reference = load_encoder(symbols_path)
 
     class WrongOnOneWord(FastEncoder):

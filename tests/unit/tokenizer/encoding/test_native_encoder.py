@@ -42,7 +42,7 @@ def test_the_kernel_is_compiled_once_into_the_users_cache(tmp_path, monkeypatch)
     assert compile_kernel() == path
 
 
-def test_without_a_compiler_another_encoder_does_the_work(symbols_path, tmp_path, monkeypatch):
+def test_without_a_compiler_another_encoder_is_used(symbols_path, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", "false")
     monkeypatch.setattr(native_encoder, "find_built_kernel", lambda: None)
@@ -85,13 +85,13 @@ def test_the_kernel_that_pip_built_comes_first(built_path, symbols_path, monkeyp
         native_encoder.load_kernel.cache_clear()
 
 
-def test_what_pip_built_is_a_module(built_path):
+def test_the_kernel_that_pip_built_is_a_module(built_path):
     spec = importlib.util.spec_from_file_location("bpe_kernel", built_path)
     assert spec is not None
     assert importlib.util.module_from_spec(spec).__name__ == "bpe_kernel"
 
 
-def test_what_pip_built_from_another_source_is_left_aside(built_path, tmp_path, monkeypatch):
+def test_a_kernel_built_from_another_source_is_not_used(built_path, tmp_path, monkeypatch):
     shutil.copy(built_path, tmp_path)
     source = native_encoder.SOURCE_PATH.read_text()
     (tmp_path / "bpe_kernel.c").write_text(source.replace("#define MAX_PASSES 64", "#define MAX_PASSES 65"))
@@ -148,7 +148,7 @@ def test_twin_other_scores_give_other_ids(symbols_path):
         ("symbols of whitespace", "user-defined symbols with white space: they are looked for in raw text"),
     ],
 )
-def test_what_the_kernel_would_encode_otherwise_is_refused(tmp_path, name, message):
+def test_models_that_the_kernel_would_encode_differently_are_refused(tmp_path, name, message):
     path = train_model(tmp_path / "a.model", **MODEL_OPTIONS[name])
     with pytest.raises(ConversionError, match=message):
         build_kernel_tables(read_sentencepiece_model(path))

@@ -72,7 +72,7 @@ def test_trainer_settings_change_alone(model_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model", b"\x0a\xff\xff\xff", b"\x0a\x00", b"\x0a\x03\x0a\x01\xff"])
-def test_what_is_not_a_model_is_named(tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_a_model_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "broken.model"
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"broken.model: file must be a SentencePiece.*got something else"):

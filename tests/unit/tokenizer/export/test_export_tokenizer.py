@@ -134,7 +134,7 @@ def test_twin_special_tokens_that_split_text_are_noticed(tmp_path):
         ({"user_defined_symbols": ["<x>"]}, "add_dummy_prefix with user-defined symbols"),
     ],
 )
-def test_what_cannot_be_expressed_is_refused(tmp_path, options, message):
+def test_settings_that_transformers_cannot_express_are_refused(tmp_path, options, message):
     source = train(tmp_path / "other.model", **options)
     with pytest.raises(ConversionError, match=message):
         export_tokenizer(source, tmp_path, max_length=99)

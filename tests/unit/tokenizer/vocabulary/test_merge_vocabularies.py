@@ -120,7 +120,7 @@ def test_symbols_are_user_defined_and_ordinary_pieces_keep_their_ids(
     assert spell(again)[len(texts) :] == ["靐", "<new>"]
 
 
-def test_what_the_other_model_was_trained_to_hold_is_the_default(other: SentencePieceModel) -> None:
+def test_the_required_characters_of_the_other_model_are_the_default(other: SentencePieceModel) -> None:
     assert select_own_requirements(other, Path("other.model")) == {
         "required characters of the other model": ("龘", "靐", "春")
     }

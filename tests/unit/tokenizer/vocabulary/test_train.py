@@ -103,7 +103,7 @@ def test_required_characters_and_symbols_become_pieces(corpus_path: Path, tmp_pa
         assert len(encoder.encode(piece)) == 1
 
 
-def test_what_the_model_cannot_hold_is_named(corpus_path: Path, tmp_path: Path) -> None:
+def test_characters_that_the_model_cannot_hold_are_named(corpus_path: Path, tmp_path: Path) -> None:
     recipe = TokenizerRecipe(vocab_size=331, required_chars="龘\0", user_defined_symbols=("<s>", "<SEP>"))
     with pytest.raises(DataError) as raised:
         train_tokenizer([corpus_path], tmp_path / "t.model", recipe)

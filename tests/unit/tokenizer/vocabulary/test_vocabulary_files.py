@@ -43,12 +43,12 @@ def test_symbols_are_taken_literally(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_looks_misspelt_is_said(symbol: str, sentence: str) -> None:
+def test_symbols_that_look_misspelt_are_reported(symbol: str, sentence: str) -> None:
     (warning,) = describe_suspicious_symbols(["<SEP>", symbol])
     assert sentence in warning
 
 
-def test_what_is_well_spelt_is_not_suspicious() -> None:
+def test_well_spelt_symbols_are_not_reported() -> None:
     symbols = ("<SEP>", "<h2/>", "</h2>", "<!--", "-->", "---", "<!DOCTYPE>", "```", "<", ">", "->", "<|user|>", "7")
     assert describe_suspicious_symbols(symbols) == ()
 
