@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.imports import ROOT
+from tests.helpers.repository import ROOT
 
 # What check_environment.py exits with: first argument of the file `codes`, one line per call.
 FAKE_PYTHON = """#!/usr/bin/env bash

@@ -10,7 +10,8 @@ import sys
 import pytest
 
 from megatron_hammer.cli.hammer import COMMANDS, GROUPS, main
-from tests.helpers.imports import MODULES, PACKAGE, ROOT, iterate_imports, parse
+from tests.helpers.imports import MODULES, PACKAGE, iterate_imports, parse
+from tests.helpers.repository import ROOT
 
 MAX_SECONDS = 0.3
 NUM_ROUNDS = 5  # the quickest counts

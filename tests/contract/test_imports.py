@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.helpers.imports import MODULES, PACKAGE, ROOT, iterate_imports, list_circles, list_targets, parse, resolve
+from tests.helpers.imports import MODULES, PACKAGE, iterate_imports, list_circles, list_targets, parse, resolve
+from tests.helpers.repository import ROOT
 
 # A room imports itself and the rooms above it.
 ROOMS = (

@@ -11,8 +11,8 @@ import pytest
 
 from megatron_hammer.cli.check_environment import read_setup
 from megatron_hammer.cli.hammer import COMMANDS
-from tests.helpers.imports import MODULES, ROOT
-from tests.helpers.tracked_files import list_tracked_files
+from tests.helpers.imports import MODULES
+from tests.helpers.repository import ROOT, list_tracked_files
 
 EXTRAS = read_setup(ROOT / "setup.py").extras
 FOLDERS = "tools|checkpoint_convert|examples|docker|docs|benchmarks|tests|megatron_hammer|\\.ci|\\.github"

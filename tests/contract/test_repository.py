@@ -13,8 +13,8 @@ import pytest
 from megatron_hammer.cli.hammer import COMMANDS as HAMMER_COMMANDS
 from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.tokenizer.vocabulary.recipes import RECIPES as TOKENIZER_PRESETS
-from tests.helpers.imports import MODULES, PACKAGE, ROOT
-from tests.helpers.tracked_files import list_tracked_files
+from tests.helpers.imports import MODULES, PACKAGE
+from tests.helpers.repository import ROOT, list_tracked_files
 
 # Sourced, so they must leave their caller's shell options alone; every other script sets its own.
 SOURCED_SCRIPTS = ("tools/setup_environment.sh",)

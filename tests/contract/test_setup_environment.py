@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.repository import ROOT
+
 SYSTEM_TOOLS = ("bash", "env", "cat", "cksum", "mkdir", "rm", "find", "tail", "awk", "dirname", "flock", "sleep", "cp")
 
 # Answers what the set-up asks of an interpreter: its version, what it lacks, ensurepip, -m venv, -m pip.

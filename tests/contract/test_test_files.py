@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.imports import MODULES, ROOT
+from tests.helpers.imports import MODULES
+from tests.helpers.repository import ROOT
 
 UNIT_TESTS = ROOT / "tests" / "unit"
 

@@ -2,14 +2,12 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 
 import pytest
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.presets.catalogue import PRESETS
-from tests.helpers.training_runs import REPOSITORY, environment
+from tests.helpers.tool_runs import run_tool
 
 NUM_COPIES = 16  # of the model: a small cluster; the one rank of 4,096 below is a large one
 LAYOUTS = {
@@ -101,12 +99,9 @@ def test_refused_layouts() -> None:
 
 
 def test_one_rank_of_4096_as_a_command() -> None:
-    command = "tools/build_rank.py --preset llama2-70b --world-size 4096 --rank 3071 --json"
-    flags = "--tensor-model-parallel-size 8 --pipeline-model-parallel-size 4"
-    result = subprocess.run(
-        [sys.executable, *command.split(), *flags.split()],
-        cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    flags = "--preset llama2-70b --world-size 4096 --rank 3071 --json"
+    layout = "--tensor-model-parallel-size 8 --pipeline-model-parallel-size 4"
+    result = run_tool("tools/build_rank.py", *flags.split(), *layout.split())
     assert result.returncode == 0, result.stderr
     built = json.loads(result.stdout)
     assert (built["tp_rank"], built["dp_rank"], built["pp_rank"]) == (7, 127, 2)

@@ -18,8 +18,9 @@ import torch
 from megatron_hammer.model.accounting import ParallelLayout, estimate_memory
 from megatron_hammer.platforms.select import find_te_failure
 from megatron_hammer.presets.catalogue import HAMMER_1B4
+from tests.helpers.repository import ROOT
 
-REPOSITORY, HAS_GPU = Path(__file__).resolve().parents[2], torch.cuda.is_available()
+HAS_GPU = torch.cuda.is_available()
 NUM_LAYERS, VOCAB_SIZE, MICRO_BATCH_SIZE, SEQ_LENGTH = 4, 32_000, 2, 2048  # of hammer-1b4's width
 MODEL_FLAGS = (
     *("--preset", "hammer-1b4", "--num-layers", str(NUM_LAYERS), "--vocab-size", str(VOCAB_SIZE), "--mock-data"),
@@ -41,7 +42,7 @@ pytestmark = [
 
 
 def start(*command: str) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": "0"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "0"}
     environment.pop("TORCH_COMPILE_DISABLE", None)
     result = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, f"{result.stdout[-2000:]}\n{result.stderr[-5000:]}"

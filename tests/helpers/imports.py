@@ -5,7 +5,8 @@ import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.helpers.repository import ROOT
+
 PACKAGE = "megatron_hammer"
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from megatron_hammer.data.indexed.pair import IndexedWriter
+from tests.helpers.repository import ROOT
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 240
 
 # A toy in which no two sizes are equal, so that a swapped axis cannot pass.
@@ -45,7 +45,7 @@ def command(num_processes: int, *flags: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     """One thread a process, and this clone's package."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
 
 
 def run(num_processes: int, *flags: str) -> subprocess.CompletedProcess[str]:
@@ -62,7 +62,7 @@ class RankServer:
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, str(REPOSITORY / "tests" / "helpers" / "rank_server.py")],
+            [sys.executable, str(ROOT / "tests" / "helpers" / "rank_server.py")],
             env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
 

@@ -1,8 +1,6 @@
 """The data recipes as a user runs them: from raw text to a tokenizer, and from raw text to a training blend."""
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import orjson
@@ -12,11 +10,10 @@ import transformers
 from megatron_hammer.corpus.readers import read_documents
 from megatron_hammer.data.indexed.pair import read_index
 from megatron_hammer.tokenizer.encoding.encoder import load_encoder
+from tests.helpers.tool_runs import run_example
 
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT_S = 300
 VERSES = (
     "床前明月光，疑是地上霜。",
     "举头望明月，低头思故乡。",
@@ -26,9 +23,8 @@ VERSES = (
 SENTENCES = ("def total(values):\n    return sum(values)\n", "A document of plain words. ", "0 1 2 3 4 5 6 7 8 9\n")
 
 
-def run_example(name: str, *flags: str, **knobs: str) -> str:
-    command = ["bash", str(ROOT / "examples" / name), *flags]
-    result = subprocess.run(command, env=os.environ | knobs, capture_output=True, text=True, timeout=TIMEOUT_S)
+def run_well(name: str, *flags: str, **variables: str) -> str:
+    result = run_example(name, *flags, **variables)
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
     assert "Traceback" not in result.stderr
     return result.stdout
@@ -54,8 +50,8 @@ def tokenizer_dir(corpus_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """A small base model, extended with what a larger one has, by the example itself."""
     folder = tmp_path_factory.mktemp("tokenizer")
     pattern = str(corpus_dir / "*.jsonl")
-    run_example("build_tokenizer.sh", INPUT=pattern, OUTPUT_DIR=str(folder / "base"), VOCAB_SIZE="330")
-    run_example(
+    run_well("build_tokenizer.sh", INPUT=pattern, OUTPUT_DIR=str(folder / "base"), VOCAB_SIZE="330")
+    run_well(
         "build_tokenizer.sh",
         INPUT=pattern,
         OUTPUT_DIR=str(folder / "extended"),
@@ -91,7 +87,7 @@ def test_a_corpus_becomes_a_blend_that_training_takes(tokenizer_dir: Path, corpu
         "SEQ_LENGTH": "64",
         "WORKERS": "1",
     }
-    first = run_example("prepare_corpus.sh", **knobs)
+    first = run_well("prepare_corpus.sh", **knobs)
     assert "41 documents in, 40 kept, 1 exact" in first
     assert read_index(tmp_path / "zh_text_document").num_documents == 40
     assert read_index(tmp_path / "en_text_document").num_documents == 60
@@ -107,14 +103,12 @@ def test_a_corpus_becomes_a_blend_that_training_takes(tokenizer_dir: Path, corpu
     )  # by size, whole documents
 
     before = (tmp_path / "zh_text_document.bin").stat()
-    again = run_example("prepare_corpus.sh", **knobs)
+    again = run_well("prepare_corpus.sh", **knobs)
     assert again.count("already complete, nothing was written") == 2
     assert (tmp_path / "zh_text_document.bin").stat().st_mtime_ns == before.st_mtime_ns
 
 
 def test_a_source_without_a_name_is_refused(tmp_path: Path) -> None:
-    environment = os.environ | {"SOURCES": "corpus.jsonl", "TOKENIZER_MODEL": "x", "OUTPUT_DIR": str(tmp_path)}
-    command = ["bash", str(ROOT / "examples" / "prepare_corpus.sh")]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+    result = run_example("prepare_corpus.sh", SOURCES="corpus.jsonl", TOKENIZER_MODEL="x", OUTPUT_DIR=tmp_path)
     assert result.returncode == 2
     assert "SOURCES: must be NAME=PATH, the name of letters, digits and .-_, got corpus.jsonl." in result.stderr

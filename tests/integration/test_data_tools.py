@@ -10,12 +10,11 @@ import zstandard
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from tests.helpers.messages import assert_problems
-from tests.helpers.tool_runs import run_tool
+from tests.helpers.tool_runs import run_tool, without_notes
 from tests.helpers.toy_tokenizer import TOY_TEXTS, train_toy_tokenizer, write_jsonl
 
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("build_machine_corpus.py", "tokenizer_train.py", "preprocess_data.py")
 WAIT_S = 30
 
@@ -23,11 +22,6 @@ WAIT_S = 30
 def run(tool: str, *arguments: str | Path, cwd: Path) -> tuple[int, str, str]:
     code, stdout, stderr = run_tool(Path("tools", tool), *arguments, cwd=cwd)
     return code, stdout, without_notes(stderr)
-
-
-def without_notes(stderr: str) -> str:
-    """The errors only: whether the toy tokenizer suits the fast encoder is not tested here."""
-    return "".join(line for line in stderr.splitlines(keepends=True) if not line.startswith("note: "))
 
 
 @pytest.fixture(scope="module")

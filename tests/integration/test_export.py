@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -17,10 +16,10 @@ from safetensors.torch import load_file
 from megatron_hammer.checkpoint.convert.to_hugging_face import ExportOptions, export_to_hugging_face
 from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
 from megatron_hammer.data.indexed.pair import IndexedWriter
-from tests.helpers.tool_runs import run_tool, run_tool_here, start_tool
+from tests.helpers.tool_runs import run_example, run_tool, run_tool_here, start_tool
 from tests.helpers.toy_checkpoint import toy_arguments, toy_llama_tensors, write_toy_checkpoint
 from tests.helpers.toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
-from tests.helpers.training_runs import REPOSITORY, TOY_MODEL, TOY_MOE, TOY_SCHEDULE, environment, train
+from tests.helpers.training_runs import TOY_MODEL, TOY_MOE, TOY_SCHEDULE, environment, train
 
 pytestmark = pytest.mark.integration
 
@@ -193,8 +192,7 @@ def test_both_models_compute_the_same_and_a_sample_comes_from_the_exported_one(t
 
 def test_the_example_looks_exports_and_passes_flags_on(tmp_path, with_tokenizer):
     knobs = {"CHECKPOINT": str(with_tokenizer), "OUTPUT_DIR": str(tmp_path / "hf"), "PROMPT": "the quick"}
-    command = ["bash", str(REPOSITORY / "examples" / "convert_to_hf.sh"), "--verify", "tensors", "--json"]
-    result = subprocess.run(command, env=environment() | knobs, capture_output=True, text=True, timeout=240)
+    result = run_example("convert_to_hf.sh", "--verify", "tensors", "--json", **environment() | knobs)
     assert result.returncode == 0, result.stderr
     (report,) = (json.loads(line) for line in result.stdout.splitlines() if line.startswith("{"))
     assert (report["iteration"], report["num_hf_tensors"], report["dtype"]) == (10, 30, "float32")

@@ -1,29 +1,21 @@
 """The parallel tour as a user runs it, on two of its layouts; its tool on runs that agree, stray or are not there."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.tool_runs import Finished, run_example, run_tool
+
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT_S = 300
+
+def run_tour(output_dir: Path, *flags: str, **variables: str) -> Finished:
+    return run_example("parallel_tour_cpu.sh", *flags, OUTPUT_DIR=output_dir, CORPUS_BYTES="1500000", **variables)
 
 
-def run_tour(output_dir: Path, *flags: str, **knobs: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OUTPUT_DIR": str(output_dir), "CORPUS_BYTES": "1500000"} | knobs
-    command = ["bash", str(ROOT / "examples" / "parallel_tour_cpu.sh"), *flags]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
-
-
-def compare(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools" / "compare_runs.py"), *arguments]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+def compare(*arguments: str) -> Finished:
+    return run_tool("tools/compare_runs.py", *arguments)
 
 
 def write_metrics(path: Path, *losses: float) -> str:

@@ -4,10 +4,8 @@ import json
 import os
 import random
 import re
-import resource
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,12 +13,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.helpers.messages import assert_errors
+from tests.helpers.messages import assert_errors, assert_problem
+from tests.helpers.tool_runs import run_tool, start_tool, without_notes
 from tests.helpers.toy_tokenizer import TOY_TEXTS, train_toy_tokenizer
 
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).resolve().parents[2]
+TOOL = "tools/preprocess_data.py"
 WAIT_S = 60
 NUM_KILLS = 20
 # The package function as a user's script would call it; small blocks, and by default a journal after every one of them.
@@ -49,30 +48,14 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_toy_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
-def start(*arguments: str | Path, cwd: Path, **more) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, *map(str, arguments)],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        **more,
-    )
+def start(script: str, *arguments: str | Path, cwd: Path, max_file_bytes: int | None = None) -> subprocess.Popen[str]:
+    """A script that the test wrote into cwd."""
+    return start_tool(cwd / script, *arguments, cwd=cwd, max_file_bytes=max_file_bytes)
 
 
-def run_tool(*arguments: str | Path, cwd: Path, **more) -> tuple[int, str, str]:
-    process = start(ROOT / "tools" / "preprocess_data.py", *arguments, cwd=cwd, **more)
-    try:
-        stdout, stderr = process.communicate(timeout=WAIT_S)
-    finally:
-        kill_group(process)
-    return process.returncode, stdout, without_notes(stderr)
-
-
-def without_notes(stderr: str) -> str:
-    return "".join(line for line in stderr.splitlines(keepends=True) if not line.startswith("note: "))
+def run(*arguments: str | Path, cwd: Path, max_file_bytes: int | None = None) -> tuple[int, str, str]:
+    code, stdout, stderr = run_tool(TOOL, *arguments, cwd=cwd, max_file_bytes=max_file_bytes)
+    return code, stdout, without_notes(stderr)
 
 
 def kill_group(process: subprocess.Popen[str]) -> None:
@@ -231,7 +214,7 @@ def long_arguments(tmp_path: Path, tokenizer_path: Path) -> tuple[str | Path, ..
 @pytest.fixture
 def running_tool(tmp_path: Path, long_arguments: tuple[str | Path, ...]) -> Iterator[subprocess.Popen[str]]:
     """A run with two busy workers, early in its input and before its first journal."""
-    process = start(ROOT / "tools" / "preprocess_data.py", *long_arguments, cwd=tmp_path)
+    process = start_tool(TOOL, *long_arguments, cwd=tmp_path)
     partial_path = tmp_path / "out" / "c_text_document.bin.partial"
     wait_until(lambda: partial_path.exists() and partial_path.stat().st_size > 0)
     yield process
@@ -294,14 +277,14 @@ def test_a_signal_costs_only_the_blocks_after_the_last_journal(
     _, stderr = process.communicate(timeout=WAIT_S)
     assert process.returncode == code
     assert_errors(without_notes(stderr), ("interrupted", "out/c.journal.json: ", "is kept", "same command"))
-    code, stdout, _ = run_tool(*long_arguments, cwd=tmp_path)
+    code, stdout, _ = run(*long_arguments, cwd=tmp_path)
     assert code == 0
     assert re.fullmatch(
         r"out/c_text_document: 60,000 documents in, 60,000 out, 0 dropped, 0 empty; [\d,]+ tokens as uint16, "
         r"[\d.]+ bytes per token; [\d.]+ s since it was continued\n",
         stdout,
     )
-    code, stdout, _ = run_tool(*long_arguments, cwd=tmp_path)
+    code, stdout, _ = run(*long_arguments, cwd=tmp_path)
     assert code == 0
     assert stdout.endswith("; already complete, nothing was written\n")
 
@@ -319,7 +302,7 @@ def test_workers_end_with_a_killed_parent_and_leftovers_are_not_reused(
         *(f"c_text_document.{part}.partial" for part in ("bin", "documents", "lengths")),
     ]
     (tmp_path / "c.jsonl").write_text('{"text": "the fox"}\n')
-    assert run_tool(*long_arguments, cwd=tmp_path)[0] == 0
+    assert run(*long_arguments, cwd=tmp_path)[0] == 0
     assert (tmp_path / "out" / "c_text_document.bin").stat().st_size < 40
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         f"c_text_document.{part}" for part in ("bin", "idx", "manifest.json")
@@ -338,16 +321,13 @@ def test_a_killed_worker_ends_the_run(tmp_path: Path, running_tool: subprocess.P
     assert not list((tmp_path / "out").iterdir())
 
 
-KEPT_LINE = "error: out/c.journal.json: what was done is kept. Run the same command again to continue.\n"
-
-
 def test_a_killed_worker_costs_only_the_blocks_after_the_last_journal(
     tmp_path: Path, journaled_run: subprocess.Popen[str]
 ) -> None:
     find_workers(journaled_run)[-1].kill()
     _, stderr = journaled_run.communicate(timeout=WAIT_S)
     assert journaled_run.returncode == 2
-    assert stderr.endswith(KEPT_LINE)
+    assert_problem(stderr.splitlines()[-1], "error: out/c.journal.json:", "is kept", "same command")
     assert not any(path.suffix in (".bin", ".idx") for path in (tmp_path / "out").iterdir())
     run_once(tmp_path, "out/c", journal_interval_s=9.0)
     run_once(tmp_path, "whole/c", journal_interval_s=9.0)
@@ -365,13 +345,8 @@ def test_a_second_run_on_the_same_output_is_refused(tmp_path: Path, journaled_ru
     )
 
 
-def limit(num_bytes: int) -> None:
-    """As a disk that is full after so many bytes of one file."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
-
-
 def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path, long_arguments: tuple[str | Path, ...]) -> None:
-    code, stdout, stderr = run_tool(*long_arguments, cwd=tmp_path, preexec_fn=lambda: limit(2_000_000))
+    code, stdout, stderr = run(*long_arguments, cwd=tmp_path, max_file_bytes=2_000_000)
     assert (code, stdout) == (2, "")
     assert_errors(stderr, ("out/c_text_document.bin.partial:", "cannot be written (File too large)"))
     assert not list((tmp_path / "out").iterdir())
@@ -379,7 +354,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path, long_argumen
 
 def test_a_full_disk_costs_only_the_blocks_after_the_last_journal(tmp_path: Path, tokenizer_path: Path) -> None:
     write_inputs(tmp_path, tokenizer_path)
-    process = start("run.py", 'dict(output_prefix=Path("out/c"))', cwd=tmp_path, preexec_fn=lambda: limit(100_000))
+    process = start("run.py", 'dict(output_prefix=Path("out/c"))', cwd=tmp_path, max_file_bytes=100_000)
     _, stderr = process.communicate(timeout=WAIT_S)
     assert process.returncode == 2
     assert_errors(

@@ -9,8 +9,8 @@ import transformers
 from safetensors.torch import load_file
 
 from megatron_hammer.tokenizer.encoding.encoder import load_encoder
-from tests.helpers.data_paths import SHARED_DATA, needs_shared_data
 from tests.helpers.messages import assert_errors
+from tests.helpers.repository import SHARED_DATA, needs_shared_data
 from tests.helpers.tool_runs import run_tool, run_tool_here
 from tests.helpers.toy_tokenizer import train_toy_tokenizer
 

@@ -16,7 +16,9 @@ from megatron_hammer.scaling.launch.launch_scripts import SUFFIXES, build_launch
 from megatron_hammer.scaling.plan import Plan
 from tests.helpers.messages import assert_errors
 from tests.helpers.parsed_flags import find
-from tests.helpers.training_runs import REPOSITORY, environment
+from tests.helpers.repository import ROOT
+from tests.helpers.tool_runs import Finished, run_tool
+from tests.helpers.training_runs import environment
 
 pytestmark = pytest.mark.integration
 SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "data_parallel_size")
@@ -123,7 +125,7 @@ def test_dry_run_of_rows_for_transformer_engine(name: str, tmp_path: Path) -> No
 def test_dry_run_as_a_user_types_it(tmp_path: Path) -> None:
     """The whole command, in a process of its own: FSDP, which must not have the connections that others need."""
     script = write_script("fsdp", "torchrun", tmp_path)
-    variables = environment() | {"DRY_RUN": "1", "PYTHON": sys.executable, "HAMMER_ROOT": str(REPOSITORY)}
+    variables = environment() | {"DRY_RUN": "1", "PYTHON": sys.executable, "HAMMER_ROOT": str(ROOT)}
     variables.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
     result = subprocess.run(
         ["bash", str(script), "--backend", "torch"], env=variables, capture_output=True, text=True, cwd=tmp_path,
@@ -178,9 +180,8 @@ def test_slurm_starts_one_launcher_a_node(tmp_path: Path) -> None:
     assert (words[words.index("--nnodes") + 1], words[-2:]) == ("2", ["--seed", "7"])
 
 
-def study(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPOSITORY / "tools" / "scaling_study.py"), *words]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+def study(*words: str) -> Finished:
+    return run_tool("tools/scaling_study.py", *words)
 
 
 def test_rows_of_a_projection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,15 +2,14 @@
 
 import csv
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.tool_runs import run_example
+
 pytestmark = pytest.mark.integration
 
-SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "scaling_study.sh"
 SMALLEST = {
     "LAYOUTS": "single",
     "HELD_OUT_LAYOUTS": "-",
@@ -25,9 +24,7 @@ SMALLEST = {
 
 
 def test_a_sweep_is_measured_and_laid_over_its_projection(tmp_path: Path) -> None:
-    environment = os.environ | SMALLEST | {"OUTPUT_DIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
-    command = ["bash", str(SCRIPT), "--seed", "7"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    result = run_example("scaling_study.sh", "--seed", "7", OUTPUT_DIR=tmp_path, **SMALLEST)
     assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
     assert "Traceback" not in result.stderr
 

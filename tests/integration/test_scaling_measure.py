@@ -2,8 +2,6 @@
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,14 +9,13 @@ import pytest
 from megatron_hammer.scaling.cost.coefficients import load_coefficients
 from megatron_hammer.scaling.evidence.measured_runs import read_runs
 from megatron_hammer.scaling.hardware.catalogue import load_clusters, load_gpus
-from tests.helpers.training_runs import REPOSITORY, environment
+from tests.helpers.tool_runs import Finished, run_tool
 
 pytestmark = pytest.mark.integration
 
 
-def study(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPOSITORY / "tools" / "scaling_study.py"), *words]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=400)
+def study(*words: str) -> Finished:
+    return run_tool("tools/scaling_study.py", *words, timeout_s=400)
 
 
 def test_a_sweep_is_measured_and_continues_after_a_failure(tmp_path: Path) -> None:

@@ -2,19 +2,16 @@
 
 import csv
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.messages import assert_errors
+from tests.helpers.tool_runs import Finished, run_tool
 
 pytestmark = pytest.mark.integration
 
-ROOT = Path(__file__).resolve().parents[2]
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -32,16 +29,8 @@ CONFIG = {
 }
 
 
-def project(*arguments: str | Path, cwd: Path) -> tuple[int, str, str]:
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "scaling_study.py"), "project", *map(str, arguments)],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    return result.returncode, result.stdout, result.stderr
+def project(*arguments: str | Path, cwd: Path) -> Finished:
+    return run_tool("tools/scaling_study.py", "project", *arguments, cwd=cwd)
 
 
 def test_a_study_of_llama3_70b(tmp_path: Path) -> None:

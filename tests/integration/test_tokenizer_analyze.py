@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.data_paths import SHARED_DATA, needs_shared_data
+from tests.helpers.repository import SHARED_DATA, needs_shared_data
 from tests.helpers.tool_runs import Finished, run_tool
 from tests.helpers.toy_tokenizer import TOY_TEXTS, train_toy_tokenizer, write_jsonl
 

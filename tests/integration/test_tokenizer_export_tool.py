@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import transformers
 
-from tests.helpers.data_paths import SHARED_DATA, needs_shared_data
 from tests.helpers.messages import assert_errors
+from tests.helpers.repository import SHARED_DATA, needs_shared_data
 from tests.helpers.tool_runs import run_tool, run_tool_here
 from tests.helpers.toy_tokenizer import TOY_TEXTS, train_toy_tokenizer, write_jsonl
 

@@ -16,8 +16,8 @@ from packaging.specifiers import SpecifierSet
 
 from megatron_hammer import __version__
 from megatron_hammer.cli.check_environment import Requirements, read_setup
-from tests.helpers.imports import PACKAGE, ROOT
-from tests.helpers.tracked_files import list_tracked_files
+from tests.helpers.imports import PACKAGE
+from tests.helpers.repository import ROOT, list_tracked_files
 
 pytestmark = pytest.mark.integration
 

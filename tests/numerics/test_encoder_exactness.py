@@ -14,8 +14,8 @@ from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder
 from megatron_hammer.tokenizer.encoding.fast_encoder import EncoderChoice, FastEncoder, PartwiseEncoder, select_encoder
 from megatron_hammer.tokenizer.encoding.native_encoder import NativeEncoder
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import read_sentencepiece_model
-from tests.helpers.data_paths import SHARED_DATA, needs_shared_data
 from tests.helpers.hostile_text import build_hostile_texts
+from tests.helpers.repository import SHARED_DATA, needs_shared_data
 
 MODEL_NAMES = ("hammerllm", "llama2-7b", "internlm-7b")
 LONG_RUN_CHARS = 1_100_000  # from 2^20 on the native encoder merges in passes

@@ -27,8 +27,8 @@ from megatron_hammer.checkpoint.gguf.tokenizer import read_vocabulary
 from megatron_hammer.checkpoint.gguf.tokenizer_check import OVERLAP, compare_tokenizers
 from megatron_hammer.corpus.readers import read_documents
 from megatron_hammer.errors import ConversionError
-from tests.helpers.data_paths import SHARED_DATA, needs_shared_data
 from tests.helpers.gguf_models import FAMILIES, SIZES, PlainTokenizer, write_gguf_source
+from tests.helpers.repository import SHARED_DATA, needs_shared_data
 
 pytest.importorskip("xllamacpp", reason="xllamacpp, the wheel of llama.cpp, is missing; pip install xllamacpp")
 

@@ -17,8 +17,8 @@ from nltk.tokenize.punkt import PunktTokenizer
 from megatron_hammer.corpus.readers import read_documents
 from megatron_hammer.data.preprocess.options import PreprocessOptions
 from megatron_hammer.data.preprocess.preprocess import preprocess
-from tests.helpers.data_paths import SHARED_DATA, needs_shared_data
 from tests.helpers.punkt_model import write_punkt_model
+from tests.helpers.repository import SHARED_DATA, needs_shared_data
 from tests.helpers.toy_tokenizer import TOY_TEXTS, train_toy_tokenizer, write_jsonl
 
 HOSTILE_TEXTS = [

@@ -17,7 +17,7 @@ from megatron_hammer.scaling.evidence.validation import (
     cross_validate_runs,
 )
 from megatron_hammer.scaling.memory.validation import validate_memory
-from tests.helpers.imports import ROOT
+from tests.helpers.repository import ROOT
 
 
 def read_fit_runs() -> list[MeasuredRun]:

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_hammer.tokenizer.encoding.encoder import load_encoder
 from megatron_hammer.tokenizer.vocabulary.coverage import measure_coverage, read_character_levels
-from tests.helpers.data_paths import SHARED_DATA, needs_shared_data
+from tests.helpers.repository import SHARED_DATA, needs_shared_data
 
 PUBLISHED = {
     "internlm-7b": ["100.00", "65.93", "5.67"],

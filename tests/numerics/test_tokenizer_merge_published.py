@@ -20,7 +20,7 @@ from megatron_hammer.tokenizer.vocabulary.merge_vocabularies import (
     read_bpe_model,
 )
 from megatron_hammer.tokenizer.vocabulary.vocabulary_files import read_required_levels, read_user_defined_symbols
-from tests.helpers.data_paths import SHARED_DATA, needs_shared_data
+from tests.helpers.repository import SHARED_DATA, needs_shared_data
 
 pytestmark = needs_shared_data
 

@@ -10,7 +10,6 @@ import os
 import pkgutil
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +17,8 @@ import pytest
 from megatron_hammer.errors import PlatformError
 from megatron_hammer.platforms import megatron_compat
 from megatron_hammer.platforms.megatron_compat import ADJUSTMENTS, Adjustment
+from tests.helpers.repository import ROOT
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 NAMES = [adjustment.name for adjustment in ADJUSTMENTS]
 WITHOUT_FAILS: dict[str, Any] = {
     "no-compiler-import": lambda outcome: outcome is True,
@@ -58,9 +57,9 @@ WITH_WORKS: dict[str, Any] = {
 @functools.cache
 def probe(state: str) -> dict[str, Any]:
     """The outcomes in a fresh process that sees no GPU. state: untouched or adjusted."""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("TORCH_COMPILE_DISABLE", None)  # set by this process's own installation
-    command = [sys.executable, str(REPOSITORY / "tests" / "helpers" / "adjustment_probes.py"), state]
+    command = [sys.executable, str(ROOT / "tests" / "helpers" / "adjustment_probes.py"), state]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout.splitlines()[-1])

@@ -11,16 +11,16 @@ import pytest
 
 from megatron_hammer.training import launch
 from tests.helpers.messages import assert_errors
+from tests.helpers.repository import ROOT
 
 DRIVER = "import sys; from megatron_hammer.training import launch; launch.TRAINING_MODULE = 'fake'; launch.main()"
 NO_NOISE = ("Traceback", "ChildFailedError", "SignalException", "failed (exitcode")
-REPOSITORY = Path(__file__).resolve().parents[3]
 TIMEOUT_S = 60
 
 
 def start(directory: Path, program: str, *flags: str, num_processes: int = 2) -> subprocess.Popen[str]:
     (directory / "fake.py").write_text("import os, signal, sys, time\nfrom pathlib import Path\n" + program)
-    environment = {**os.environ, "PYTHONPATH": f"{directory}:{REPOSITORY}", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{directory}:{ROOT}", "OMP_NUM_THREADS": "1"}
     environment.pop("LOCAL_RANK", None)
     return subprocess.Popen(
         [sys.executable, "-c", DRIVER, "--standalone", "--nproc-per-node", str(num_processes), "--", *flags],

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from megatron_hammer.cli.scaling_study import calibrate
 from megatron_hammer.errors import DataError
 from megatron_hammer.scaling.cost.coefficients import build_prior_coefficients, load_coefficients, save_coefficients
 from tests.helpers.run_tables import write_table
+from tests.helpers.tool_runs import run_tool
 
 
 def run(*words: str) -> None:
@@ -69,13 +69,6 @@ def test_a_table_without_a_predictable_run_is_refused(tmp_path):
 
 
 def test_the_script_has_the_calibrate_command(tmp_path):
-    import subprocess
-
-    result = subprocess.run(
-        [sys.executable, "tools/scaling_study.py", "calibrate", "--runs", str(tmp_path / "none.csv"), "--output", "x"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).resolve().parents[4],
-    )
+    result = run_tool("tools/scaling_study.py", "calibrate", "--runs", tmp_path / "none.csv", "--output", "x")
     assert result.returncode == 2
     assert "none.csv" in result.stderr

@@ -15,7 +15,7 @@ from megatron_hammer.corpus.readers import read_documents
 from megatron_hammer.errors import DataError
 from megatron_hammer.tokenizer.encoding.encoder import load_encoder, require_eod_id
 from megatron_hammer.tokenizer.encoding.fast_encoder import select_encoder
-from tests.helpers.data_paths import SHARED_DATA, needs_shared_data
+from tests.helpers.repository import SHARED_DATA, needs_shared_data
 from tests.helpers.toy_tokenizer import TOY_TEXTS, TOY_VOCAB_SIZE, train_toy_tokenizer
 
 HOSTILE_TEXTS = (

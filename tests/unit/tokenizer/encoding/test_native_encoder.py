@@ -17,7 +17,7 @@ from megatron_hammer.tokenizer.encoding.encoder import load_encoder
 from megatron_hammer.tokenizer.encoding.fast_encoder import select_encoder
 from megatron_hammer.tokenizer.encoding.native_encoder import NativeEncoder, build_kernel_tables, compile_kernel
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import read_sentencepiece_model
-from tests.helpers.imports import ROOT
+from tests.helpers.repository import ROOT
 from tests.helpers.sentencepiece_models import MODEL_OPTIONS, train_model
 from tests.helpers.toy_tokenizer import TOY_TEXTS
 

@@ -16,7 +16,7 @@ from megatron_hammer.tokenizer.encoding.sentencepiece_model import (
     serialize_sentencepiece_model,
     set_trainer_settings,
 )
-from tests.helpers.data_paths import SHARED_DATA, needs_shared_data
+from tests.helpers.repository import SHARED_DATA, needs_shared_data
 from tests.helpers.toy_tokenizer import train_toy_tokenizer
 
 

@@ -24,7 +24,7 @@ from megatron_hammer.tokenizer.export.export_tokenizer import (
     export_tokenizer_folder,
 )
 from megatron_hammer.tokenizer.vocabulary.train import TokenizerRecipe, train_tokenizer
-from tests.helpers.data_paths import SHARED_DATA, needs_shared_data
+from tests.helpers.repository import SHARED_DATA, needs_shared_data
 from tests.helpers.toy_tokenizer import TOY_TEXTS, train_toy_tokenizer
 
 TEXTS = (*SAMPLE_TEXTS, *TOY_TEXTS)

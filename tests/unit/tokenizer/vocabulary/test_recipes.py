@@ -8,7 +8,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from megatron_hammer.tokenizer.vocabulary.recipes import HAMMERLLM_128K, RECIPES, TINY_LLM_ZH_20K, TokenizerRecipe
 from megatron_hammer.tokenizer.vocabulary.train import train_tokenizer
-from tests.helpers.data_paths import SHARED_DATA, needs_shared_data
+from tests.helpers.repository import SHARED_DATA, needs_shared_data
 from tests.helpers.toy_tokenizer import TOY_TEXTS, write_jsonl
 
 

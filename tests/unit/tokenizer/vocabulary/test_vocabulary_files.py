@@ -13,7 +13,7 @@ from megatron_hammer.tokenizer.vocabulary.vocabulary_files import (
     read_user_defined_symbols,
     spell_piece,
 )
-from tests.helpers.data_paths import SHARED_DATA, needs_shared_data
+from tests.helpers.repository import SHARED_DATA, needs_shared_data
 
 
 def test_characters_of_text_and_of_levels(tmp_path: Path) -> None:

@@ -1,11 +1,19 @@
-"""The files of the repository, as git knows them."""
+"""The repository's root and tracked files, and the shared data beside it."""
 
 import functools
 import subprocess
+from pathlib import Path
 
 import pytest
 
-from tests.helpers.imports import ROOT
+ROOT = Path(__file__).resolve().parents[2]
+# Corpora and tokenizers of others, for tests that need real text; most machines do not have them.
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+needs_shared_data = pytest.mark.skipif(
+    not SHARED_DATA.is_dir(),
+    reason="../shared/data is missing; put the shared corpora and tokenizers beside the checkout",
+)
 
 
 @functools.cache
