@@ -10,7 +10,7 @@ import pytest
 from megatron_hammer.model.accounting import count_flops_per_token, count_parameters
 from megatron_hammer.presets.catalogue import PRESETS
 from tests.helpers.messages import assert_errors
-from tests.helpers.planted_losses import PLANTED, plant_runs
+from tests.helpers.simulated_losses import TRUE_LAW, simulate_losses
 from tests.helpers.tool_runs import Finished, run_tool, run_tool_here
 
 pytestmark = pytest.mark.integration
@@ -24,7 +24,7 @@ def write_table(path: Path, *rows: tuple[object, ...]) -> Path:
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("run", "num_parameters", "num_tokens", "loss"))
-        writer.writerows((run.name, run.num_parameters, run.num_tokens, run.loss) for run in plant_runs())
+        writer.writerows((run.name, run.num_parameters, run.num_tokens, run.loss) for run in simulate_losses())
         writer.writerows(rows)
     return path
 
@@ -37,7 +37,7 @@ def test_a_table_gives_the_law_the_plot_and_the_best_size(tmp_path: Path) -> Non
     assert result.returncode == 0, result.stderr
     study = json.loads(result.stdout)
     for name, (low, high) in study["law_intervals"].items():
-        assert low <= getattr(PLANTED, name) <= high
+        assert low <= getattr(TRUE_LAW, name) <= high
     assert json.loads((tmp_path / "study" / "loss_law.json").read_text()) == study
     assert (tmp_path / "study" / "loss_law.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in (tmp_path / "study").iterdir()) == ["loss_law.json", "loss_law.png"]
@@ -73,19 +73,19 @@ def test_trainings_are_read_from_their_folders(tmp_path: Path) -> None:
 
 
 def write_training(folder: Path, preset: str, num_steps: int) -> None:
-    """The files of a training of 32 sequences of 256 tokens a step, with a vocabulary of 4096, of a planted loss."""
+    """The files of a training of 32 sequences of 256 tokens a step; the vocabulary has 4096 tokens, the law is known."""
     model = replace(PRESETS[preset].model, vocab_size=4096)
     folder.mkdir()
     steps = []
     for step in range(1, num_steps + 1):
         tokens = 32 * 256 * step
         step_line = {"step": step, "num_samples": 32 * step, "num_tokens": tokens, "mfu_convention": "A"}
-        step_line |= {"loss": PLANTED.predict(5e6, tokens), "lr": 1e-3 if step < num_steps else 1e-4}
+        step_line |= {"loss": TRUE_LAW.predict(5e6, tokens), "lr": 1e-3 if step < num_steps else 1e-4}
         step_line |= {"tokens_per_s_per_gpu": 100.0}
         step_line |= {"model_tflops_per_gpu": 100.0 * count_flops_per_token(model, 256, "A") / 1e12}
         steps.append(json.dumps(step_line))
     (folder / "metrics.jsonl").write_text("\n".join(steps) + "\n")
-    loss = PLANTED.predict(count_parameters(model), 32 * 256 * num_steps)
+    loss = TRUE_LAW.predict(count_parameters(model), 32 * 256 * num_steps)
     validation = {"step": num_steps, "validation_set": "validation", "loss": loss}
     (folder / "validation.jsonl").write_text(json.dumps(validation) + "\n")
 
@@ -96,7 +96,7 @@ def write_training(folder: Path, preset: str, num_steps: int) -> None:
         (
             (),
             [
-                "error: planted.csv:27: run wild must have a positive, finite loss, got nan. It diverged or the row is "
+                "error: simulated.csv:27: run wild must have a positive, finite loss, got nan. It diverged or the row is "
                 "wrong: leave it out with --leave-out wild."
             ],
         ),
@@ -130,7 +130,7 @@ def write_training(folder: Path, preset: str, num_steps: int) -> None:
 def test_runs_that_cannot_be_fitted_are_refused_and_leave_no_file(
     tmp_path: Path, arguments: tuple[str, ...], messages: list[str]
 ) -> None:
-    table = write_table(tmp_path / "planted.csv", ("wild", 1e9, 1e10, "nan"))
+    table = write_table(tmp_path / "simulated.csv", ("wild", 1e9, 1e10, "nan"))
     result = run_fit("--table", str(table), "--output-dir", str(tmp_path / "study"), *arguments)
     assert (result.returncode, result.stdout) == (2, "")
     assert [line.replace(str(tmp_path) + "/", "") for line in result.stderr.splitlines()] == messages

@@ -1,6 +1,6 @@
 """Every adjustment is still needed: without it megatron fails or is wrong on this machine, with it it is right.
 
-tests/helpers/adjustment_probes.py has the proofs; it runs once in an untouched process and once in an adjusted one. A
+tests/helpers/adjustment_effects.py has the proofs; it runs once in an untouched process and once in an adjusted one. A
 test here that fails after an upgrade of megatron or torch says that an adjustment can be deleted.
 """
 
@@ -55,11 +55,11 @@ WITH_WORKS: dict[str, Any] = {
 
 
 @functools.cache
-def probe(state: str) -> dict[str, Any]:
+def observe(state: str) -> dict[str, Any]:
     """The outcomes in a fresh process that sees no GPU. state: untouched or adjusted."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("TORCH_COMPILE_DISABLE", None)  # set by this process's own installation
-    command = [sys.executable, str(ROOT / "tests" / "helpers" / "adjustment_probes.py"), state]
+    command = [sys.executable, str(ROOT / "tests" / "helpers" / "adjustment_effects.py"), state]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout.splitlines()[-1])
@@ -67,26 +67,26 @@ def probe(state: str) -> dict[str, Any]:
 
 def test_every_adjustment_has_its_proof() -> None:
     assert len(set(NAMES)) == len(NAMES)
-    assert sorted(NAMES) == sorted(WITHOUT_FAILS) == sorted(WITH_WORKS) == sorted(probe("untouched")["is_needed"])
+    assert sorted(NAMES) == sorted(WITHOUT_FAILS) == sorted(WITH_WORKS) == sorted(observe("untouched")["is_needed"])
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_still_needed(name: str) -> None:
-    assert probe("untouched")["is_needed"][name] is True
-    assert WITHOUT_FAILS[name](probe("untouched")["probes"][name]), probe("untouched")["probes"][name]
+def test_each_adjustment_is_still_needed(name: str) -> None:
+    assert observe("untouched")["is_needed"][name] is True
+    assert WITHOUT_FAILS[name](observe("untouched")["observed"][name]), observe("untouched")["observed"][name]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_does_what_it_is_for(name: str) -> None:
-    assert WITH_WORKS[name](probe("adjusted")["probes"][name]), probe("adjusted")["probes"][name]
+def test_each_adjustment_has_its_effect(name: str) -> None:
+    assert WITH_WORKS[name](observe("adjusted")["observed"][name]), observe("adjusted")["observed"][name]
 
 
 def test_meta_tensors_stay_meta() -> None:
-    assert probe("adjusted")["probes"]["meta-device"] == ["meta", "meta"]
+    assert observe("adjusted")["observed"]["meta-device"] == ["meta", "meta"]
 
 
 @pytest.mark.parametrize("adjustment", ADJUSTMENTS, ids=NAMES)
-def test_each_says_why_and_where(adjustment: Adjustment) -> None:
+def test_each_adjustment_names_its_reason_and_upstream_location(adjustment: Adjustment) -> None:
     assert adjustment.platforms
     assert set(adjustment.platforms) <= {"cpu", "cuda"}
     assert len(adjustment.reason) > 30
@@ -115,7 +115,7 @@ def applied(monkeypatch) -> list[str]:
 
 
 @pytest.mark.parametrize(("platform", "names"), [("cpu", ["a", "b"]), ("cuda", ["b", "c"])])
-def test_a_platform_gets_its_own_once(applied: list[str], platform: str, names: list[str]) -> None:
+def test_a_platform_gets_its_own_adjustments_once(applied: list[str], platform: str, names: list[str]) -> None:
     megatron_compat.install(platform)
     megatron_compat.install(platform)
     assert applied == names

@@ -142,7 +142,7 @@ def count_confusion(folder: Path, options: NearDuplicateOptions) -> tuple[int, i
     rng = random.Random(17)
     originals = [" ".join(f"w{rng.randrange(5000)}" for _ in range(120)) for _ in range(240)]
     copies = [edit(rng, text, 1 if i % 2 else 12) for i, text in enumerate(originals)]
-    path = write_jsonl(folder / "planted.jsonl", originals + copies)
+    path = write_jsonl(folder / "known.jsonl", originals + copies)
     report_path = folder / "report.jsonl"
     run(folder, path, near_duplicates=options, report_path=report_path)
     found = {(row["removed"], row["duplicate_of"]) for row in read_report(report_path)}

@@ -72,7 +72,7 @@ def test_values_that_agree_in_different_bands_do_not_count() -> None:
     assert SignatureIndex(options).keep_unlike(np.stack((first, first)), [1, 2]) == [None, Match(1, 1.0)]
 
 
-def plant_pair(rng: random.Random, num_common: int, num_own: int) -> tuple[str, str]:
+def draw_similar_pair(rng: random.Random, num_common: int, num_own: int) -> tuple[str, str]:
     """Two texts of distinct words with similarity num_common / (num_common + 2 * num_own)."""
     words = [f"w{rng.getrandbits(60):x}" for _ in range(num_common + 2 * num_own)]
     return " ".join(words[: num_common + num_own]), " ".join(words[:num_common] + words[num_common + num_own :])
@@ -83,7 +83,7 @@ def count_removed(options: NearDuplicateOptions, num_common: int, num_own: int, 
     index, signer = SignatureIndex(options), Signer(options)
     num_removed = 0
     for pair in range(num_pairs):
-        first, second = (signer.sign(text) for text in plant_pair(rng, num_common, num_own))
+        first, second = (signer.sign(text) for text in draw_similar_pair(rng, num_common, num_own))
         assert first is not None
         assert second is not None
         first_match, second_match = index.keep_unlike(np.stack((first, second)), [pair, -1])

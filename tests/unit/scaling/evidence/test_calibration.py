@@ -1,4 +1,4 @@
-"""Fits recover planted coefficients, leave what nothing informs, and are not led by one loud table."""
+"""Fits find known coefficients, leave what nothing informs, and are not led by one loud table."""
 
 import dataclasses
 
@@ -21,25 +21,25 @@ from megatron_hammer.scaling.evidence.calibration import (
     select_free_coefficients,
     weigh_runs,
 )
-from tests.helpers.planted_runs import PlantedRun, build_planted_runs
+from tests.helpers.simulated_runs import SimulatedRun, simulate_runs
 
 PRIORS = build_prior_coefficients()
-PLANTED = replace_values(
+TRUE_COEFFICIENTS = replace_values(
     PRIORS, {"hopper.gemm_ratio": 0.68, "hopper.attention_ratio": 0.6, "network_ratio": 0.5, "host_s": 3e-5}
 )
 
 
 @pytest.fixture(scope="module")
 def fitted():
-    return fit(build_planted_runs(PLANTED), PRIORS)
+    return fit(simulate_runs(TRUE_COEFFICIENTS), PRIORS)
 
 
 def test_known_coefficients_are_found(fitted):
-    runs = build_planted_runs(PLANTED)
+    runs = simulate_runs(TRUE_COEFFICIENTS)
     errors = [abs(predict_step(run.plan, fitted).total_s / run.step_time_s - 1) for run in runs]
     before = [abs(predict_step(run.plan, PRIORS).total_s / run.step_time_s - 1) for run in runs]
     assert max(errors) < 0.06 < 0.12 < max(before)
-    # each on its way from its prior (0.72, 0.5, 0.75) to what was planted; where two explain the same they share
+    # each on its way from its prior (0.72, 0.5, 0.75) to the true value; where two explain the same they share
     assert fitted.gpus["hopper"].gemm_ratio < 0.71
     assert fitted.gpus["hopper"].attention_ratio > 0.52
     assert fitted.network_ratio < 0.68
@@ -54,19 +54,19 @@ def test_coefficients_that_no_run_depends_on_stay(fitted):
 
 def test_runs_that_agree_with_the_start_leave_it_unchanged():
     start = replace_values(PRIORS, {"hopper.gemm_ratio": 0.65, "jitter_ratio": 0.02})
-    runs = build_planted_runs(start)[:2]
+    runs = simulate_runs(start)[:2]
     after = flatten_coefficients(fit(runs, start, is_prior_start=True))
     assert after == pytest.approx(flatten_coefficients(start), rel=1e-3)
 
 
 def test_values_stay_within_their_bounds_however_slow_the_runs():
-    slow = [dataclasses.replace(run, step_time_s=20 * run.step_time_s) for run in build_planted_runs(PLANTED)]
+    slow = [dataclasses.replace(run, step_time_s=20 * run.step_time_s) for run in simulate_runs(TRUE_COEFFICIENTS)]
     after = fit(slow, PRIORS).gpus["hopper"].gemm_ratio
     assert after >= GPU_PRIORS["hopper"]["gemm_ratio"].low
 
 
 def test_one_outlier_does_not_determine_the_fit():
-    runs = build_planted_runs(PLANTED)
+    runs = simulate_runs(TRUE_COEFFICIENTS)
     runs[4] = dataclasses.replace(runs[4], step_time_s=3 * runs[4].step_time_s)
     fitted = fit(runs, PRIORS)
     errors = sorted(abs(predict_step(run.plan, fitted).total_s / run.step_time_s - 1) for run in runs)
@@ -74,7 +74,7 @@ def test_one_outlier_does_not_determine_the_fit():
 
 
 def test_only_coefficients_that_a_run_depends_on_are_fitted():
-    free = {one.name: one for one in select_free_coefficients(build_planted_runs(PLANTED), PRIORS)}
+    free = {one.name: one for one in select_free_coefficients(simulate_runs(TRUE_COEFFICIENTS), PRIORS)}
     assert "hopper.gemm_ratio" in free
     assert "volta.gemm_ratio" not in free
     assert "hopper.gemm_4bit_ratio" not in free
@@ -84,7 +84,9 @@ def test_only_coefficients_that_a_run_depends_on_are_fitted():
 def test_a_gpu_with_a_table_of_its_own_is_held_like_its_generation():
     own = dataclasses.replace(PRIORS.gpus["hopper"], gemm_ratio=0.66)
     start = dataclasses.replace(PRIORS, gpus={**PRIORS.gpus, "h100-sxm": own})
-    free = {one.name: one for one in select_free_coefficients(build_planted_runs(PLANTED), start, is_prior_start=True)}
+    free = {
+        one.name: one for one in select_free_coefficients(simulate_runs(TRUE_COEFFICIENTS), start, is_prior_start=True)
+    }
     assert "hopper.gemm_ratio" not in free  # no run is predicted with it
     assert free["h100-sxm.gemm_ratio"].prior == GPU_PRIORS["hopper"]["gemm_ratio"]._replace(value=0.66)
 
@@ -98,14 +100,14 @@ def test_versions_of_a_table_are_one_publication():
 
 
 def test_a_long_table_weighs_little_more_than_a_short_one():
-    runs = [PlantedRun("long", None, 1.0)] * 100 + [PlantedRun("short", None, 1.0)] * 4
+    runs = [SimulatedRun("long", None, 1.0)] * 100 + [SimulatedRun("short", None, 1.0)] * 4
     weights = weigh_runs(runs)
     totals = np.sum(weights[:100] ** 2), np.sum(weights[100:] ** 2)
     assert 1 < totals[0] / totals[1] < 10
 
 
 def test_a_very_long_table_is_thinned_out_evenly():
-    runs = [PlantedRun("long", None, float(i)) for i in range(1440)] + [PlantedRun("short", None, 0.0)]
+    runs = [SimulatedRun("long", None, float(i)) for i in range(1440)] + [SimulatedRun("short", None, 0.0)]
     chosen = select_fit_runs(runs)
     assert len(chosen) == MOST_RUNS_OF_A_SOURCE + 1
     assert [run.step_time_s for run in chosen[:3]] == [0.0, 12.0, 24.0]

@@ -25,7 +25,7 @@ from megatron_hammer.scaling.evidence.cross_validation import (
 )
 from megatron_hammer.scaling.evidence.measured_runs import read_runs
 from megatron_hammer.scaling.evidence.run_table import PUBLISHED_RUNS_PATH
-from tests.helpers.planted_runs import build_planted_runs
+from tests.helpers.simulated_runs import simulate_runs
 
 PRIORS = build_prior_coefficients()
 FAST = replace_values(PRIORS, {"hopper.gemm_ratio": 0.8})
@@ -37,8 +37,8 @@ def predict_all(runs, coefficients=PRIORS):
 
 
 def test_a_publication_is_predicted_by_the_others_alone():
-    runs = [*build_planted_runs(FAST, "fast_table_v1")[:4], *build_planted_runs(SLOW, "slow_table")[:4]]
-    runs += build_planted_runs(FAST, "fast_table_v2")[:2]
+    runs = [*simulate_runs(FAST, "fast_table_v1")[:4], *simulate_runs(SLOW, "slow_table")[:4]]
+    runs += simulate_runs(FAST, "fast_table_v2")[:2]
     predictions = cross_validate(runs, PRIORS)
     assert [run for run, _ in predictions] == runs
     biases = {name: errors.bias_ratio for name, errors in summarise_by_publication(predictions).items()}
@@ -49,7 +49,7 @@ def test_a_publication_is_predicted_by_the_others_alone():
 
 
 def test_runs_of_one_publication_are_left_out_one_by_one():
-    runs = build_planted_runs(SLOW, "mine")[:4]
+    runs = simulate_runs(SLOW, "mine")[:4]
     errors = summarise_errors(cross_validate(runs, PRIORS, is_prior_start=True))
     start = summarise_errors(predict_all(runs))
     assert errors.median_ratio < 0.5 * start.median_ratio
@@ -58,7 +58,7 @@ def test_runs_of_one_publication_are_left_out_one_by_one():
 
 
 def test_errors_are_ratios_and_the_bias_has_a_sign():
-    runs = build_planted_runs(PRIORS)[:3]
+    runs = simulate_runs(PRIORS)[:3]
     runs = [
         dataclasses.replace(run, step_time_s=run.step_time_s * factor)
         for run, factor in zip(runs, (0.5, 0.8, 1.25), strict=True)
@@ -72,7 +72,7 @@ def test_errors_are_ratios_and_the_bias_has_a_sign():
 
 
 def test_ranking_compares_what_was_chosen_with_what_was_best():
-    runs = build_planted_runs(PRIORS)
+    runs = simulate_runs(PRIORS)
     first = runs[0]
     other = dataclasses.replace(
         first,
@@ -89,7 +89,7 @@ def test_ranking_compares_what_was_chosen_with_what_was_best():
 
 
 def test_bands_hold_four_fifths_and_weigh_publications_alike():
-    runs = build_planted_runs(PRIORS) * 2
+    runs = simulate_runs(PRIORS) * 2
     errors = [0.01 * (number + 1) for number in range(len(runs))]
     runs = [
         dataclasses.replace(run, step_time_s=run.step_time_s * math.exp(error))
@@ -106,7 +106,7 @@ def test_bands_hold_four_fifths_and_weigh_publications_alike():
 
 
 def test_a_calibrated_file_knows_its_runs_and_those_it_started_from():
-    runs = build_planted_runs(SLOW, "mine")[:3]
+    runs = simulate_runs(SLOW, "mine")[:3]
     start = dataclasses.replace(
         PRIORS,
         band_ratio={"default": 0.2, "hopper_16_bit": 0.11},

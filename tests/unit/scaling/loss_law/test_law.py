@@ -1,4 +1,4 @@
-"""Planted laws are found again within their intervals, as often as these promise; runs without a law are refused."""
+"""Known laws are found within their intervals, as often as stated; runs without a law are refused."""
 
 import re
 from dataclasses import replace
@@ -8,16 +8,16 @@ import pytest
 
 from megatron_hammer.errors import DataError
 from megatron_hammer.scaling.loss_law.law import LossRun, draw_samples, find_fit_problems, fit_loss_law
-from tests.helpers.planted_losses import PLANTED, plant_runs
+from tests.helpers.simulated_losses import TRUE_LAW, simulate_losses
 
 PARAMETERS = ("E", "A", "B", "alpha", "beta")
 
 
 def test_exact_losses_give_the_law_back_with_no_interval() -> None:
-    fit = fit_loss_law(plant_runs(noise_ratio=0.0), num_samples=100)
+    fit = fit_loss_law(simulate_losses(noise_ratio=0.0), num_samples=100)
     for name, (low, high) in fit.intervals().items():
-        assert getattr(fit.law, name) == pytest.approx(getattr(PLANTED, name), rel=1e-4)
-        assert high - low < 1e-3 * getattr(PLANTED, name)
+        assert getattr(fit.law, name) == pytest.approx(getattr(TRUE_LAW, name), rel=1e-4)
+        assert high - low < 1e-3 * getattr(TRUE_LAW, name)
     assert fit.notes == ()
 
 
@@ -27,10 +27,10 @@ def test_intervals_hold_the_true_parameters_as_often_as_stated(num_sizes: int, n
     num_inside = dict.fromkeys(PARAMETERS, 0)
     widths = []
     for seed in range(num_seeds):
-        runs = plant_runs(num_sizes=num_sizes, num_ratios=num_ratios, seed=seed)
+        runs = simulate_losses(num_sizes=num_sizes, num_ratios=num_ratios, seed=seed)
         fit = fit_loss_law(runs, num_samples=100, confidence=0.9, seed=seed)
         for name, (low, high) in fit.intervals().items():
-            num_inside[name] += low <= getattr(PLANTED, name) <= high
+            num_inside[name] += low <= getattr(TRUE_LAW, name) <= high
         widths.append(np.subtract(*reversed(fit.intervals()["alpha"])))
     # 12 draws at 90% lie below 9 once in 40 times, for a parameter.
     assert min(num_inside.values()) >= 8, num_inside
@@ -39,20 +39,20 @@ def test_intervals_hold_the_true_parameters_as_often_as_stated(num_sizes: int, n
 
 
 def test_a_law_far_from_the_true_one_is_outside_the_intervals() -> None:
-    fit = fit_loss_law(plant_runs(replace(PLANTED, alpha=0.5, A=6000.0)), num_samples=100)
+    fit = fit_loss_law(simulate_losses(replace(TRUE_LAW, alpha=0.5, A=6000.0)), num_samples=100)
     low, _ = fit.intervals()["alpha"]
-    assert low > PLANTED.alpha
+    assert low > TRUE_LAW.alpha
 
 
 def test_the_same_seed_gives_the_same_samples_and_another_does_not() -> None:
-    runs = plant_runs(num_sizes=3)
+    runs = simulate_losses(num_sizes=3)
     first, again = (fit_loss_law(runs, num_samples=100, seed=5) for _ in range(2))
     np.testing.assert_array_equal(first.samples, again.samples)
     assert not np.array_equal(first.samples, fit_loss_law(runs, num_samples=100, seed=6).samples)
 
 
 def test_every_sample_can_be_fitted() -> None:
-    runs = plant_runs(num_sizes=3, num_ratios=2)
+    runs = simulate_losses(num_sizes=3, num_ratios=2)
     sizes = np.array([run.num_parameters for run in runs], dtype=float)
     tokens = np.array([run.num_tokens for run in runs], dtype=float)
     drawn = draw_samples(sizes, tokens, 200, np.random.default_rng(0))
@@ -72,32 +72,32 @@ def change(runs: list[LossRun], **values: object) -> list[LossRun]:
     "runs, message",
     [
         (
-            plant_runs(num_sizes=2, num_ratios=4),
+            simulate_losses(num_sizes=2, num_ratios=4),
             "runs: must be at least 6 of at least 3 sizes and 3 numbers of tokens for five parameters, got 8 runs of 2 "
             "sizes and 8 numbers of tokens. Train more.",
         ),
         (
-            plant_runs(num_sizes=5, num_ratios=1),
+            simulate_losses(num_sizes=5, num_ratios=1),
             "runs: must be at least 6 of at least 3 sizes and 3 numbers of tokens for five parameters, got 5 runs of 5 "
             "sizes and 5 numbers of tokens. Train more.",
         ),
         (
-            plant_runs(num_sizes=8, num_ratios=1),
+            simulate_losses(num_sizes=8, num_ratios=1),
             "runs: sizes and tokens must vary apart from one another, got a correlation of 1.000 between log N and log "
             "D. Train some sizes on several numbers of tokens.",
         ),
         (
-            change(plant_runs(), loss=float("nan")),
-            "planted: run 40m-5 must have a positive, finite loss, got nan. It diverged or the row is wrong: leave it "
+            change(simulate_losses(), loss=float("nan")),
+            "simulated: run 40m-5 must have a positive, finite loss, got nan. It diverged or the row is wrong: leave it "
             "out with --leave-out 40m-5.",
         ),
         (
-            change(plant_runs(), num_tokens=0),
-            "planted: run 40m-5 must have a positive, finite num_tokens, got 0. It diverged or the row is wrong: leave "
+            change(simulate_losses(), num_tokens=0),
+            "simulated: run 40m-5 must have a positive, finite num_tokens, got 0. It diverged or the row is wrong: leave "
             "it out with --leave-out 40m-5.",
         ),
         (
-            [replace(run, tokenizer="llama2" if n % 2 else "hammer") for n, run in enumerate(plant_runs())],
+            [replace(run, tokenizer="llama2" if n % 2 else "hammer") for n, run in enumerate(simulate_losses())],
             "runs: must share one tokenizer, since a loss is per token, got hammer, llama2. Fit each apart.",
         ),
     ],
@@ -108,10 +108,10 @@ def test_runs_that_determine_no_law_are_refused(runs: list[LossRun], message: st
 
 
 def test_one_known_tokenizer_among_unknown_ones_is_no_problem() -> None:
-    assert find_fit_problems(change(plant_runs(), tokenizer="llama2")) == []
+    assert find_fit_problems(change(simulate_losses(), tokenizer="llama2")) == []
 
 
 def test_exponents_that_the_runs_barely_determine_are_reported() -> None:
-    runs = [run for run in plant_runs(num_sizes=9, num_ratios=4) if run.num_parameters < 1.5e8]
+    runs = [run for run in simulate_losses(num_sizes=9, num_ratios=4) if run.num_parameters < 1.5e8]
     notes = fit_loss_law(runs, num_samples=100).notes
     assert "N varies by a factor of 3.2 only: its exponent is hardly determined" in notes

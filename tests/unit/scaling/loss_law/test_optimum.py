@@ -16,14 +16,14 @@ from megatron_hammer.scaling.loss_law.optimum import (
     six_nd_cost,
 )
 from tests.helpers.messages import assert_problem
-from tests.helpers.planted_losses import PLANTED, plant_runs
+from tests.helpers.simulated_losses import TRUE_LAW, simulate_losses
 
 SIX_ND = six_nd_cost("with embeddings and head")
 
 
 @pytest.fixture(scope="module")
 def fit() -> LossFit:
-    return fit_loss_law(plant_runs(), num_samples=100)
+    return fit_loss_law(simulate_losses(), num_samples=100)
 
 
 @pytest.mark.parametrize("cost", [SIX_ND, TokenCost(coefficient=40.0, exponent=0.9, unit="FLOPs", definition="")])
@@ -48,12 +48,12 @@ def test_six_nd_is_the_published_closed_form(fit: LossFit) -> None:
 
 def test_intervals_hold_the_true_optimum(fit: LossFit) -> None:
     optimum = find_optimum(fit, SIX_ND, 1e21)
-    scale = (PLANTED.alpha * PLANTED.A / (PLANTED.beta * PLANTED.B)) ** (1 / (PLANTED.alpha + PLANTED.beta))
-    size = scale * (1e21 / 6) ** (PLANTED.beta / (PLANTED.alpha + PLANTED.beta))
+    scale = (TRUE_LAW.alpha * TRUE_LAW.A / (TRUE_LAW.beta * TRUE_LAW.B)) ** (1 / (TRUE_LAW.alpha + TRUE_LAW.beta))
+    size = scale * (1e21 / 6) ** (TRUE_LAW.beta / (TRUE_LAW.alpha + TRUE_LAW.beta))
     low, high = optimum.num_parameters_interval
     assert low < size < high < 2 * low
     low, high = optimum.loss_interval
-    assert low < PLANTED.predict(size, 1e21 / 6 / size) < high
+    assert low < TRUE_LAW.predict(size, 1e21 / 6 / size) < high
     low, high = optimum.num_tokens_interval
     assert low < 1e21 / 6 / size < high
 

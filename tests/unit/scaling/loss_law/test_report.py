@@ -10,13 +10,13 @@ import pytest
 from megatron_hammer.scaling.loss_law.law import LossLaw, fit_loss_law
 from megatron_hammer.scaling.loss_law.optimum import TokenCost, find_optimum, six_nd_cost
 from megatron_hammer.scaling.loss_law.report import LossStudy, as_object, draw_study, print_study
-from tests.helpers.planted_losses import plant_runs
+from tests.helpers.simulated_losses import simulate_losses
 
 
 @pytest.fixture(scope="module")
 def study() -> LossStudy:
     fit = fit_loss_law(
-        [replace(run, notes=("a note",)) for run in plant_runs(num_sizes=8, num_ratios=3)], num_samples=100
+        [replace(run, notes=("a note",)) for run in simulate_losses(num_sizes=8, num_ratios=3)], num_samples=100
     )
     cost = six_nd_cost("with embeddings and head")
     hours = TokenCost(coefficient=1.5e-14, exponent=1.0, unit="GPU-seconds", definition="projected")

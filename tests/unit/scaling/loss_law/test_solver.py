@@ -6,9 +6,9 @@ from scipy.optimize import minimize
 
 from megatron_hammer.scaling.loss_law.law import as_points
 from megatron_hammer.scaling.loss_law.solver import HUBER_DELTA, build_starts, solve, solve_from_starts
-from tests.helpers.planted_losses import PLANTED, plant_runs
+from tests.helpers.simulated_losses import TRUE_LAW, simulate_losses
 
-LAW = np.array([np.log(PLANTED.A), np.log(PLANTED.B), np.log(PLANTED.E), PLANTED.alpha, PLANTED.beta])
+LAW = np.array([np.log(TRUE_LAW.A), np.log(TRUE_LAW.B), np.log(TRUE_LAW.E), TRUE_LAW.alpha, TRUE_LAW.beta])
 
 
 def measure_objective(parameters: np.ndarray, log_n: np.ndarray, log_d: np.ndarray, log_losses: np.ndarray) -> float:
@@ -21,13 +21,13 @@ def measure_objective(parameters: np.ndarray, log_n: np.ndarray, log_d: np.ndarr
 
 
 def test_points_without_noise_give_the_law_back() -> None:
-    sizes, tokens, losses = as_points(plant_runs(noise_ratio=0.0))
+    sizes, tokens, losses = as_points(simulate_losses(noise_ratio=0.0))
     np.testing.assert_allclose(solve_from_starts(sizes, tokens, losses), LAW, rtol=1e-6)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_second_optimizer_finds_nothing_lower(seed: int) -> None:
-    points = as_points(plant_runs(noise_ratio=0.01, seed=seed))
+    points = as_points(simulate_losses(noise_ratio=0.01, seed=seed))
     logs = tuple(np.log(values) for values in points)
     found = solve_from_starts(*points)
     own = measure_objective(found, *logs)
@@ -39,7 +39,7 @@ def test_a_second_optimizer_finds_nothing_lower(seed: int) -> None:
 
 
 def test_each_row_of_weights_is_a_problem_of_its_own() -> None:
-    points = as_points(plant_runs(noise_ratio=0.01))
+    points = as_points(simulate_losses(noise_ratio=0.01))
     best = solve_from_starts(*points)
     weights = np.ones((3, len(points[2])))
     weights[1] *= 7
@@ -54,9 +54,9 @@ def test_each_row_of_weights_is_a_problem_of_its_own() -> None:
 
 
 def test_a_term_that_is_not_there_goes_to_its_bound_and_no_further() -> None:
-    sizes, tokens, losses = as_points(plant_runs(noise_ratio=0.0))
-    losses = PLANTED.A / sizes**PLANTED.alpha + PLANTED.B / tokens**PLANTED.beta
+    sizes, tokens, losses = as_points(simulate_losses(noise_ratio=0.0))
+    losses = TRUE_LAW.A / sizes**TRUE_LAW.alpha + TRUE_LAW.B / tokens**TRUE_LAW.beta
     found = solve_from_starts(sizes, tokens, losses)
     assert np.isfinite(found).all()
-    assert np.exp(found[2]) < 0.01 * losses.min(), "no floor was planted"
+    assert np.exp(found[2]) < 0.01 * losses.min(), "the true law has no floor"
     np.testing.assert_allclose(found[3:], LAW[3:], rtol=0.02)

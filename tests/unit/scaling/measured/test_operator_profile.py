@@ -1,4 +1,4 @@
-"""From timings to this machine's peaks, wires and coefficients: planted speeds come out again."""
+"""From timings to this machine's peaks, wires and coefficients: known speeds are found."""
 
 import json
 import sys

@@ -11,14 +11,14 @@ from megatron_hammer.scaling.plan import Plan
 
 
 @dataclass(frozen=True)
-class PlantedRun:
+class SimulatedRun:
     source: str
     plan: Plan
     step_time_s: float
     fingerprint: str = ""
 
 
-def build_planted_runs(coefficients: Coefficients, source: str = "one") -> list[PlantedRun]:
+def simulate_runs(coefficients: Coefficients, source: str = "one") -> list[SimulatedRun]:
     """Nine runs on 64 H100: three models, three layouts; the sequence length belongs to the layout."""
     plans = []
     for name in ("llama3-8b", "llama3-70b", "hammer-1b4"):
@@ -39,6 +39,6 @@ def build_planted_runs(coefficients: Coefficients, source: str = "one") -> list[
                 )
             )
     return [
-        PlantedRun(source, plan, predict_step(plan, coefficients).total_s, f"{source}-{number}")
+        SimulatedRun(source, plan, predict_step(plan, coefficients).total_s, f"{source}-{number}")
         for number, plan in enumerate(plans)
     ]

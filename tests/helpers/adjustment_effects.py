@@ -1,8 +1,8 @@
 """What each adjustment of megatron_compat changes, tried in a process of its own, with the adjustments or without.
 
-    python tests/helpers/adjustment_probes.py untouched|adjusted
+    python tests/helpers/adjustment_effects.py untouched|adjusted
 
-Its last line is a JSON object: the outcome of every probe and `is_needed` of every adjustment. Run it without a GPU.
+Its last line is a JSON object: what was `observed` of each adjustment and whether it `is_needed`. Run it without a GPU.
 """
 
 import contextlib
@@ -32,18 +32,18 @@ def attempt(function: Callable[[], Any]) -> str:
     return "ok"
 
 
-def probe_no_compiler_import() -> Any:
+def observe_no_compiler_import() -> Any:
     import megatron.core.jit  # noqa: F401
 
     return "torch._dynamo" in sys.modules
 
 
-def probe_meta_device() -> Any:
+def observe_meta_device() -> Any:
     with torch.device("meta"):
         return torch.zeros(3).device.type, torch.nn.Linear(2, 3).weight.device.type
 
 
-def probe_cuda_substitution() -> Any:
+def observe_cuda_substitution() -> Any:
     return {
         "factory": attempt(lambda: torch.zeros(1, device="cuda")),
         "current device": attempt(lambda: torch.ones(1, device=torch.cuda.current_device())),
@@ -52,13 +52,13 @@ def probe_cuda_substitution() -> Any:
     }
 
 
-def probe_allow_no_cuda() -> Any:
+def observe_allow_no_cuda() -> Any:
     from megatron.training import training
 
     return attempt(training.initialize_megatron)  # with it, it gets as far as the arguments that nobody has set
 
 
-def probe_cpu_rng_state() -> Any:
+def observe_cpu_rng_state() -> Any:
     from megatron.core.tensor_parallel import random
 
     state = torch.get_rng_state()
@@ -67,7 +67,7 @@ def probe_cpu_rng_state() -> Any:
     return torch.equal(torch.rand(3), first)
 
 
-def probe_loader_generator() -> Any:
+def observe_loader_generator() -> Any:
     from megatron.training import global_vars, training
 
     arguments = Namespace(
@@ -85,7 +85,7 @@ def probe_loader_generator() -> Any:
     return torch.equal(torch.get_rng_state(), before)
 
 
-def probe_rng_warning() -> Any:
+def observe_rng_warning() -> Any:
     from megatron.core.tensor_parallel import random
 
     records: list[logging.LogRecord] = []
@@ -103,13 +103,13 @@ def probe_rng_warning() -> Any:
     return [record.getMessage() for record in records]
 
 
-def probe_shipped_dataset_helpers() -> Any:
+def observe_shipped_dataset_helpers() -> Any:
     from megatron.core.datasets import utils
 
     return attempt(utils.compile_helpers).split(":")[0]
 
 
-def probe_validation_sets_of_virtual_stages() -> Any:
+def observe_validation_sets_of_virtual_stages() -> Any:
     from megatron.training import training
 
     seen: list[Any] = []
@@ -132,7 +132,7 @@ def probe_validation_sets_of_virtual_stages() -> Any:
     return seen
 
 
-def probe_group_step_adam() -> Any:
+def observe_group_step_adam() -> Any:
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
 
@@ -146,7 +146,7 @@ def probe_group_step_adam() -> Any:
     }
 
 
-def probe_exact_gradient_norm() -> Any:
+def observe_exact_gradient_norm() -> Any:
     from megatron.core.optimizer import clip_grads
 
     from megatron_hammer.platforms import cpu_device
@@ -158,7 +158,7 @@ def probe_exact_gradient_norm() -> Any:
     return abs(float(norm / exact) - 1)
 
 
-def probe_silu_kernels() -> Any:
+def observe_silu_kernels() -> Any:
     from megatron.core.fusions import fused_bias_swiglu
 
     gate_up = torch.randn(3, 5, 14, generator=torch.Generator().manual_seed(1), requires_grad=True)
@@ -169,7 +169,7 @@ def probe_silu_kernels() -> Any:
     return {"module": fused_bias_swiglu.swiglu_back.__module__, "difference": float(difference.abs().max())}
 
 
-def probe_no_gather_of_one_rank() -> Any:
+def observe_no_gather_of_one_rank() -> Any:
     from megatron.core.distributed import param_and_grad_buffer
 
     gather = param_and_grad_buffer.dist_all_gather_func
@@ -180,7 +180,7 @@ def probe_no_gather_of_one_rank() -> Any:
     return {"gathers in place": in_place is not None, "gathered": buffer.tolist()}
 
 
-def probe_all_to_all_lists() -> Any:
+def observe_all_to_all_lists() -> Any:
     from megatron.core.transformer.moe.moe_utils import maybe_move_tensor_to_cpu
 
     splits = maybe_move_tensor_to_cpu(torch.tensor([3]), as_numpy=True)
@@ -210,16 +210,16 @@ def main() -> None:
         megatron_compat.install("cpu")
     else:
         os.environ["TORCH_COMPILE_DISABLE"] = "1"
-    probes = {
-        name.removeprefix("probe_").replace("_", "-"): probe
-        for name, probe in globals().items()
-        if name.startswith("probe_")
+    observed = {
+        name.removeprefix("observe_").replace("_", "-"): observe
+        for name, observe in globals().items()
+        if name.startswith("observe_")
     }
-    results = {"no-compiler-import": probes.pop("no-compiler-import")()}  # first, before anything else is imported
+    results = {"no-compiler-import": observed.pop("no-compiler-import")()}  # first, before anything else is imported
     with single_rank():
-        results |= {name: probe() for name, probe in probes.items()}
+        results |= {name: observe() for name, observe in observed.items()}
     is_needed = {adjustment.name: adjustment.is_needed() for adjustment in megatron_compat.ADJUSTMENTS}
-    print(json.dumps({"probes": results, "is_needed": is_needed}))
+    print(json.dumps({"observed": results, "is_needed": is_needed}))
 
 
 if __name__ == "__main__":
