@@ -1,4 +1,4 @@
-"""The RUN step of docker/Dockerfile, executed by bash with a python3 that only answers. Standard library only."""
+"""The RUN step of docker/Dockerfile, executed by bash with a fake python3. Standard library only."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The house: rooms in a strict order, no circles, and names that stay in their room. Standard library only.
+"""Imports: rooms in a strict order, no circles, and names that only their room may use. Standard library only.
 
 docs/architecture.md explains the order; here is the table that holds it.
 """

@@ -1,4 +1,4 @@
-"""What scripts, the Dockerfile, documents and messages name exists: extras, files, modules, commands, variables.
+"""Extras, files, modules, commands and variables that scripts, the Dockerfile, documents or messages name exist.
 
 Standard library only. tests/contract/test_repository.py checks the commands of the documents flag by flag.
 """

@@ -1,4 +1,4 @@
-"""Any rank of any cluster, built alone: it agrees with preflight's arithmetic, at every preset's published layout."""
+"""One rank of a cluster, built alone, agrees with preflight's arithmetic at every preset's published layout."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""A run from a Hugging Face folder starts where transformers stands: its loss and its gradient on the first batch.
+"""A run from a Hugging Face folder starts with the loss and the gradient of transformers on the first batch.
 
 Relative, in fp32, where sums are taken in another order: at most 7e-8 for the loss and 9e-8 for the gradient's norm
 were measured at these layouts. The twins differ by 5e-5 and more.

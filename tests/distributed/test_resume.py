@@ -1,4 +1,4 @@
-"""Interrupted and resumed training is the uninterrupted one: bit for bit at the same layout, closely at another."""
+"""Resumed training equals uninterrupted training: bit for bit at the same layout, closely at another one."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""Seeded text that a tokenizer might treat otherwise than ordinary text; the same for every run."""
+"""Random text that a tokenizer might treat differently from ordinary text; the seed makes it the same in every run."""
 
 import random
 from collections.abc import Sequence

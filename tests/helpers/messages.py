@@ -1,4 +1,4 @@
-"""Messages to users, compared by what they say and not by their wording, which must stay free to improve."""
+"""Compare messages to users by their facts and not by their wording, which must stay free to improve."""
 
 from collections.abc import Iterable
 

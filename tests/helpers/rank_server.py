@@ -1,4 +1,4 @@
-"""Ranks of training runs that start at once: each is forked from this process, which has imported what a run imports.
+"""Ranks of training runs that start quickly: each is forked from this process, which has the imports of a run.
 
     python tests/helpers/rank_server.py   (started and asked by tests/helpers/training_runs.py)
 

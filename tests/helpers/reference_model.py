@@ -1,4 +1,4 @@
-"""transformers' model as the oracle of ours: random weights that show every mistake, and the largest differences."""
+"""The model of transformers as the oracle: random weights that show every mistake, and the largest differences."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Megatron's own data sets of a run, built in this process, and what they draw, token by token."""
+"""Megatron's own data sets of a run, built in this process, and the tokens that they draw."""
 
 import argparse
 import dataclasses

@@ -1,4 +1,4 @@
-"""Runs whose losses follow a loss law that the test knows, with noise: what a fit must find again."""
+"""Runs whose losses follow a known loss law with noise; a fit must find that law."""
 
 import numpy as np
 

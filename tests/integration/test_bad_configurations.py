@@ -1,4 +1,4 @@
-"""A configuration that cannot work ends with one readable sentence and exit code 2, before any process group forms."""
+"""A configuration that cannot work ends with one message and exit code 2, before any process group forms."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""A run is extended across an epoch: real training, real checkpoints, and the guard between them."""
+"""A run is extended across an epoch, with real training and real checkpoints: when preflight refuses it."""
 
 import shutil
 from pathlib import Path

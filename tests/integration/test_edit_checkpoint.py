@@ -1,4 +1,4 @@
-"""The tool as a user meets it: a trained mixture of experts goes on at layouts that training alone refuses."""
+"""The tool as a user runs it: a trained mixture of experts continues at layouts that training alone refuses."""
 
 import os
 import signal

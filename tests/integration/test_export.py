@@ -1,4 +1,4 @@
-"""From training to Hugging Face as a user does it: any layout gives the same folder, whose loss is the training's."""
+"""From training to Hugging Face as a user does it: every layout gives the same folder, with the loss of training."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""From Hugging Face to continued pretraining as a user does it: any layout starts at the loss of transformers."""
+"""From Hugging Face to continued pretraining as a user does it: every layout starts at the loss of transformers."""
 
 import json
 import os

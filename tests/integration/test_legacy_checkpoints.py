@@ -1,4 +1,4 @@
-"""Legacy checkpoints of Megatron's own loop: read equal to torch_dist of the same run, and exported the same."""
+"""Legacy checkpoints of Megatron's own loop have the tensors and the exports of torch_dist of the same run."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`--load-hf DIR` as a user types it: what a dry run says of a folder, and what stops a run before it starts."""
+"""`--load-hf DIR` as a user types it: what a dry run prints about a folder, and what is refused before training."""
 
 import io
 import json

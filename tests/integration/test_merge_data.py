@@ -1,4 +1,4 @@
-"""tools/merge_data.py as a user runs it: shards give the job done at once, and nothing half-written stays."""
+"""tools/merge_data.py as a user runs it: shards give the bytes of one job, and no incomplete file stays."""
 
 import json
 import re

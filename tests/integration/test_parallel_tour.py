@@ -1,4 +1,4 @@
-"""The parallel tour as a user runs it, on two of its layouts; its tool on runs that agree, stray or are not there."""
+"""The parallel tour as a user runs it, on two layouts; its tool on runs that agree, differ or are missing."""
 
 import json
 from pathlib import Path

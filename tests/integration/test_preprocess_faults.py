@@ -1,4 +1,4 @@
-"""The preprocessor is killed and starved: it never hangs, never looks finished, and ends with the same bytes."""
+"""The preprocessor after kills and on a full disk: it never hangs and, continued, writes the same bytes."""
 
 import json
 import os

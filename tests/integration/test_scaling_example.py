@@ -1,4 +1,4 @@
-"""examples/scaling_study.sh at its smallest: one measured run, calibrated on, laid over its projection; one cluster."""
+"""examples/scaling_study.sh at its smallest: one measured run is calibrated on and compared with its projection."""
 
 import csv
 import json

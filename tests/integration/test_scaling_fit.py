@@ -73,7 +73,7 @@ def test_trainings_are_read_from_their_folders(tmp_path: Path) -> None:
 
 
 def write_training(folder: Path, preset: str, num_steps: int) -> None:
-    """The files of a training of 32 sequences of 256 tokens a step; the vocabulary has 4096 tokens, the law is known."""
+    """The files of a training of 32 sequences of 256 tokens per step; its vocabulary is 4096, its loss law is known."""
     model = replace(PRESETS[preset].model, vocab_size=4096)
     folder.mkdir()
     steps = []
@@ -90,48 +90,44 @@ def write_training(folder: Path, preset: str, num_steps: int) -> None:
     (folder / "validation.jsonl").write_text(json.dumps(validation) + "\n")
 
 
+TABLE_HAS_IT = ("must be left out with --table", "--runs")
+
+
 @pytest.mark.parametrize(
-    "arguments, messages",
+    "arguments, problems",
     [
-        (
-            (),
-            [
-                "error: simulated.csv:27: run wild must have a positive, finite loss, got nan. It diverged or the row is "
-                "wrong: leave it out with --leave-out wild."
-            ],
-        ),
+        ((), [("simulated.csv:27: run wild", "finite loss", "got nan", "--leave-out wild")]),
         (
             ("--confidence", "90", "--budget-flops", "-1", "--bootstrap-samples", "5"),
             [
-                "error: confidence: must be between 0 and 1, got 90. Pass 0.9 for 90%.",
-                "error: bootstrap-samples: must be at least 100 for an interval, got 5. Pass 1000.",
-                "error: budget-flops: must be positive and finite, got -1. Pass FLOPs, such as 1e21.",
+                ("confidence:", "between 0 and 1", "got 90", "Pass 0.9"),
+                ("bootstrap-samples:", "at least 100", "got 5"),
+                ("budget-flops:", "positive and finite", "got -1"),
             ],
         ),
         (
             ("--budget-gpu-hours", "0", "10", "--projection-gpus", "8"),
             [
-                "error: projection-gpus: must come with --projection, got 8 alone. Pass both.",
-                "error: budget-gpu-hours: must come with --projection, got it alone. A projection is made by "
-                "scaling_study.py project --output-dir DIR.",
-                "error: budget-gpu-hours: must be positive and finite, got 0. Pass hours, such as 5000.",
+                ("projection-gpus:", "must come with --projection", "got 8 alone"),
+                ("budget-gpu-hours:", "must come with --projection", "project --output-dir"),
+                ("budget-gpu-hours:", "positive and finite", "got 0"),
             ],
         ),
         (
             ("--flop-convention", "A", "--loss", "training", "--validation-set", "zh"),
             [
-                "error: flop-convention: must be left out with --table, whose columns say it. Use --runs.",
-                "error: loss: must be left out with --table, whose columns say it. Use --runs.",
-                "error: validation-set: must be left out with --table, whose columns say it. Use --runs.",
+                ("flop-convention:", *TABLE_HAS_IT),
+                ("loss:", *TABLE_HAS_IT),
+                ("validation-set:", *TABLE_HAS_IT),
             ],
         ),
     ],
 )
 def test_runs_that_cannot_be_fitted_are_refused_and_leave_no_file(
-    tmp_path: Path, arguments: tuple[str, ...], messages: list[str]
+    tmp_path: Path, arguments: tuple[str, ...], problems: list[tuple[str, ...]]
 ) -> None:
     table = write_table(tmp_path / "simulated.csv", ("wild", 1e9, 1e10, "nan"))
     result = run_fit("--table", str(table), "--output-dir", str(tmp_path / "study"), *arguments)
     assert (result.returncode, result.stdout) == (2, "")
-    assert [line.replace(str(tmp_path) + "/", "") for line in result.stderr.splitlines()] == messages
+    assert_errors(result.stderr.replace(f"{tmp_path}/", ""), *problems)
     assert not (tmp_path / "study").exists()

@@ -1,4 +1,4 @@
-"""config.json means to transformers what the architecture means to us."""
+"""transformers reads from our config.json the architecture that we wrote."""
 
 import json
 

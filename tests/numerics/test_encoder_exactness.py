@@ -1,4 +1,4 @@
-"""The fast encoder returns sentencepiece's ids: on every document that we have, and on text made to trip it."""
+"""The fast encoder returns the ids of sentencepiece on every document that we have, and on hostile text."""
 
 import dataclasses
 import json

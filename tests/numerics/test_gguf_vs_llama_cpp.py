@@ -1,4 +1,4 @@
-"""Real llama.cpp reads our GGUF files as transformers reads the folders that they come from; broken ones it does not.
+"""llama.cpp reads our GGUF files as transformers reads the folders of the same models, and refuses broken files.
 
 Random weights: every family's greedy tokens must be equal in f32. In f16 llama.cpp rounds activations too, so that two
 nearly equal logits may change places; the margin is judged then (gguf_logits_check.TOLERANCES, with what was measured).

@@ -1,4 +1,4 @@
-"""What Megatron's own loader makes of the arguments in an imported checkpoint: `--use-checkpoint-args`, its checks."""
+"""Megatron's own loader accepts the arguments of an imported checkpoint: `--use-checkpoint-args` and its checks."""
 
 from argparse import Namespace
 

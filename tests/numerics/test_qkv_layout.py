@@ -1,4 +1,4 @@
-"""The row order of Megatron's fused QKV, asked of megatron-core's own attention: the pin of layouts.split_qkv."""
+"""The row order of Megatron's fused QKV is the one that megatron-core's own attention uses."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Recomputed activations drop what the forward pass dropped, though on a CPU both devices' generators are one."""
+"""Recomputation on a CPU repeats the dropout of the forward pass, although one generator serves both devices."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Megatron against transformers on a checkpoint and its folder: equal where they are, and every twin noticed.
+"""Megatron against transformers on a checkpoint and its folder: equal models pass, and every twin is noticed.
 
 Both sides run in this process, which imports transformers and megatron once; tests/integration has the two processes.
 """

@@ -1,4 +1,4 @@
-"""How an entry point ends: on a user's error, on Ctrl-C and on the signal that schedulers send."""
+"""How an entry point ends: on a user's error, on Ctrl-C, and on the signal of a scheduler."""
 
 import os
 import signal

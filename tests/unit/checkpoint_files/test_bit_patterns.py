@@ -1,4 +1,4 @@
-"""What the bits say is what floating point says, for every value of 16 bits and the borders of 32."""
+"""Bit patterns are judged as torch judges the values: every value of 16 bits, and the limits of 32 bits."""
 
 import pytest
 import torch

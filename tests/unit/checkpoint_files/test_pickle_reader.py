@@ -1,4 +1,4 @@
-"""Nothing in a checkpoint runs: unlisted types stop the reading, megatron's own become inert."""
+"""No code in a checkpoint runs: unlisted types are refused, and megatron's own types become inert objects."""
 
 import io
 import os

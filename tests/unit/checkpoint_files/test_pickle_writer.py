@@ -1,4 +1,4 @@
-"""What was read without megatron is written as megatron reads it."""
+"""Objects that were read without megatron are written so that megatron reads them."""
 
 import enum
 import io

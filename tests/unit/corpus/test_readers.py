@@ -1,4 +1,4 @@
-"""Every input format gives every document, and each thing that is not a document has its sentence."""
+"""Every input format gives every document, and every bad record has a message with its place."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""The live line is for a person who watches, and for nobody else."""
+"""The progress line is written to a terminal only."""
 
 import pytest
 from rich.progress import TextColumn

@@ -1,4 +1,4 @@
-"""A file or folder gets its name only when it is complete; whatever goes wrong leaves nothing."""
+"""A file or folder gets its final name only when it is complete; any error leaves nothing."""
 
 import errno
 import os

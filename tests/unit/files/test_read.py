@@ -1,4 +1,4 @@
-"""A file is read whole, or named with the reason."""
+"""A file is read whole, or the message names it with the reason."""
 
 from pathlib import Path
 

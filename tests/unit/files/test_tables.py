@@ -1,4 +1,4 @@
-"""Tables print their texts as they are, and lose nothing where a terminal is narrow."""
+"""Tables print texts unchanged, and cut nothing where a terminal is narrow."""
 
 import io
 

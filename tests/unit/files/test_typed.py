@@ -1,4 +1,4 @@
-"""What a file says becomes typed objects; whatever does not fit is named by field and value, all of it at once."""
+"""Files become typed objects; all problems are named at once, by field and value."""
 
 import dataclasses
 import subprocess

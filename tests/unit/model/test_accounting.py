@@ -1,4 +1,4 @@
-"""The door to the arithmetic: importable without torch, and complete."""
+"""The public names of the arithmetic: complete, and importable without torch."""
 
 import subprocess
 import sys

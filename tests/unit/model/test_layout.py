@@ -1,4 +1,4 @@
-"""The grid of ranks is Megatron's own, and a grid that cannot be is refused."""
+"""The grid of ranks is Megatron's own, and an impossible grid is refused."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Estimated memory: the paper's formulas and figures, peaks that Megatron-LM recorded, and what divides what."""
+"""Estimated memory: the paper's formulas and figures, peaks that Megatron-LM recorded, and effects of layouts."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What a layer keeps: each module by its formula, each recompute mode by what it gives up."""
+"""Activations that a layer keeps: each module by its formula, and what each recompute mode frees."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""State and lasting buffers of a stage: bytes a parameter, quantized copies, placeholders, gathered layers."""
+"""State and permanent buffers of a stage: bytes per parameter, quantized copies, placeholders, gathered layers."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What this process says about itself, and the collective that finds the heaviest rank."""
+"""The name and the memory of this process, and the collective that finds the rank with the most memory."""
 
 import resource
 

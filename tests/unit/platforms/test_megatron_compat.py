@@ -1,4 +1,4 @@
-"""Every adjustment is still needed: without it megatron fails or is wrong on this machine, with it it is right.
+"""Every adjustment is still needed: megatron fails or is wrong without it, and is right with it.
 
 tests/helpers/adjustment_effects.py has the proofs; it runs once in an untouched process and once in an adjusted one. A
 test here that fails after an upgrade of megatron or torch says that an adjustment can be deleted.

@@ -1,4 +1,4 @@
-"""The operators' benchmark on the CPU: what it times, how it counts, and what it hands on."""
+"""The operators' benchmark on the CPU: what it times, what it counts, and its report."""
 
 import json
 import sys

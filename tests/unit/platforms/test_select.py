@@ -1,4 +1,4 @@
-"""A platform and a backend are found by themselves, and a request that cannot be met is refused with its remedy."""
+"""The platform and the backend are chosen automatically; a request that cannot be met is refused with a remedy."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Every preset is complete, its literal count is what its shape gives, and a wrong name is answered helpfully."""
+"""Every preset is complete, its stated parameter count agrees with its shape, and a wrong name gets a suggestion."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Comparing runs: exact ratios, what counts as straying, and every message a user can meet."""
+"""Comparing runs: exact ratios, which runs are beyond tolerance, and every message."""
 
 import io
 import json

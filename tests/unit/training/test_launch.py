@@ -1,4 +1,4 @@
-"""How a launched run ends, with a tiny program in the place of training: exit codes and what the terminal shows."""
+"""How a launched run ends, with a tiny program instead of training: exit codes and output."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Every figure of metrics.jsonl from its definition, and files that stay whole over kills and resumes."""
+"""Every figure of metrics.jsonl follows its definition, and the file stays whole over kills and resumes."""
 
 import json
 import math

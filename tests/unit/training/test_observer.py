@@ -1,4 +1,4 @@
-"""The observer with a fake loop: what each rank does, and what the recording one writes and says."""
+"""The observer with a fake loop: what each rank does, and what the recording rank writes and prints."""
 
 import argparse
 import io

@@ -1,4 +1,4 @@
-"""What a person sees: a line a step or a live bar, a table and a picture at the end."""
+"""Terminal output of a run: one line per step or a live bar, then a table and a loss curve."""
 
 import io
 from pathlib import Path

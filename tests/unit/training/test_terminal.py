@@ -1,4 +1,4 @@
-"""What megatron prints goes into one file a rank; what a person reads, and errors, stay where they are."""
+"""Output of megatron goes into one file per rank; our own output and errors stay in the terminal."""
 
 import subprocess
 import sys

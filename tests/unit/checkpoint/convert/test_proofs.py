@@ -1,4 +1,4 @@
-"""Which layouts only move rows, and what is said of a tensor that does not arrive as it was."""
+"""Which layouts only move rows, and which message names a tensor that was changed."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What llama.cpp is told of a tokenizer, and which tokenizers it cannot be told of."""
+"""What is written about a tokenizer for llama.cpp, and which tokenizers are refused."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""config.json becomes an architecture, exactly the inverse of build_config; what cannot be is named, all at once."""
+"""Reading config.json is the exact inverse of build_config; all unsupported fields are named at once."""
 
 import dataclasses
 import json

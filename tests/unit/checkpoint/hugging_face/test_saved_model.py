@@ -1,4 +1,4 @@
-"""Megatron's saved arguments become one architecture; what no mapping expresses is refused, all of it at once."""
+"""Megatron's saved arguments become a ModelShape; all arguments that no mapping expresses are named at once."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""The table expands to every tensor of both sides, is exact in both directions, and says all that does not fit."""
+"""The rows name every tensor of both sides, are exact in both directions, and all mismatches are named at once."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Folders that spell or pack the same tensors in another way are read; what nothing maps stays visible."""
+"""Folders that name or pack the same tensors differently are read; tensors without a mapping stay visible."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What is said about a checkpoint is what was written into it."""
+"""The description of a checkpoint agrees with what was written into it."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Statistics in pieces are those of the whole tensor."""
+"""Statistics computed in pieces equal those of the whole tensor."""
 
 import math
 

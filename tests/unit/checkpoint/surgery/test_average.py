@@ -1,4 +1,4 @@
-"""The mean is the documented arithmetic, and only models that are one architecture have one."""
+"""The mean is computed as documented, and only for models of one architecture."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The boxes of a layout are those that megatron writes at it; together they are the tensor."""
+"""The chunks of a layout are those that megatron writes; together they cover the tensor."""
 
 import math
 

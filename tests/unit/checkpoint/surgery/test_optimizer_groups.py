@@ -1,4 +1,4 @@
-"""One optimizer and the two that megatron chains hold the same groups; splitting and merging are inverses."""
+"""One optimizer and the two that megatron chains hold the same groups; splitting and merging are inverse operations."""
 
 import copy
 import re

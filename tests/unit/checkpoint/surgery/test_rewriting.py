@@ -1,4 +1,4 @@
-"""What is written is compared with what was meant, bit by bit, before it has a name."""
+"""A written checkpoint is compared bit by bit with its source before it gets its final name."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""A checkpoint is opened for surgery only if it is whole; every fault is named."""
+"""Only a complete checkpoint is opened for editing; every fault is named."""
 
 import re
 

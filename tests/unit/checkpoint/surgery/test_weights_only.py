@@ -1,4 +1,4 @@
-"""What is kept is equal, what belongs to the run is gone, and training takes the result for a new run."""
+"""Weights are kept bit for bit, the state of the run is dropped, and training accepts the result for a new run."""
 
 import torch
 

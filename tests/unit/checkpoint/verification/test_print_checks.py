@@ -1,4 +1,4 @@
-"""The table of checks: a verdict for each, and whole lines where nobody watches."""
+"""The table of checks: one verdict per check, and whole lines where the output is a file."""
 
 import io
 

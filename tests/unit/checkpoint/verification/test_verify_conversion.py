@@ -1,4 +1,4 @@
-"""What is compared in which dtype, how it is judged, and what is said where a side does not come to its end."""
+"""Which dtype is compared, with which limit, and which message reports a side that failed."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""fp32 masters in the optimizers of a legacy checkpoint: found exactly, held against the model, or refused."""
+"""fp32 master weights of a legacy checkpoint are found, compared with the model weights, or refused."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Reading mp_rank folders: any layout and any age gives the same tensors, and every kind of damage is said by name."""
+"""Reading mp_rank folders: every layout and version gives the same tensors, and every kind of damage is named."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""Parts that were cut by hand are put together again, and every rule notices its twin that breaks one thing."""
+"""Parts that were cut by hand are merged again, and every rule notices a twin with one fault."""
 
 import pytest
 import torch

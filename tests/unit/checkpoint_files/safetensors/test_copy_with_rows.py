@@ -1,4 +1,4 @@
-"""A file copied with rows put in: safetensors reads it, and every byte that should not change did not."""
+"""A file is copied with rows added: safetensors reads it, and every other byte is unchanged."""
 
 import json
 import struct

@@ -1,4 +1,4 @@
-"""Streamed shards are what the safetensors library reads, bit for bit."""
+"""The safetensors library reads the streamed shards bit for bit."""
 
 import json
 import os

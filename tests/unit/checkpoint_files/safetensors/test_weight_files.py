@@ -1,4 +1,4 @@
-"""Weights of a Hugging Face folder in every form it may have; every fault of it said by name, all at once."""
+"""Weights of a Hugging Face folder in every form that it may have; all its faults are named at once."""
 
 import json
 from pathlib import Path

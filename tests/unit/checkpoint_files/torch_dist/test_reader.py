@@ -1,4 +1,4 @@
-"""Reading torch_dist: any chunks, stacked or separate layers, and every kind of damage said by name."""
+"""Reading torch_dist: any chunks, stacked or separate layers; every kind of damage is named."""
 
 import pickle
 import subprocess

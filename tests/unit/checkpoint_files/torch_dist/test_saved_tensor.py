@@ -1,4 +1,4 @@
-"""A saved tensor is viewed where it lies; what does not look plain is left to torch.load, and no pickle is believed."""
+"""A saved tensor is mapped in its file; anything unusual is left to torch.load, and no pickle is trusted."""
 
 import io
 import os

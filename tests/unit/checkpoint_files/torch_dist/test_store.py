@@ -1,4 +1,4 @@
-"""The raw contents of a torch_dist directory: every key, any box of any tensor, and what is incomplete by name."""
+"""The raw contents of a torch_dist directory: every key, any part of any tensor; incomplete keys are named."""
 
 import io
 import itertools

@@ -1,4 +1,4 @@
-"""What the writer writes is what torch and our reader read; a checkpoint appears whole or not at all."""
+"""torch and our reader read what the writer wrote; a checkpoint appears whole or not at all."""
 
 import io
 import os

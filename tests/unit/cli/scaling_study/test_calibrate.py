@@ -1,4 +1,4 @@
-"""The calibrate command: files in, coefficients and tables out, and every row that is left out named."""
+"""The calibrate command reads files and writes coefficients and tables; every row that is left out is named."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""Flags become a study; what they leave out comes from the recipe, the GPU and the cluster."""
+"""Flags become a study; the recipe, the GPU and the cluster supply the defaults."""
 
 import argparse
 import re

@@ -1,4 +1,4 @@
-"""The data-order guard: exact sentences, whose numbers are counted again from Megatron's own data sets."""
+"""The check of the data order: its numbers are counted again from Megatron's own data sets."""
 
 import io
 import shutil

@@ -1,4 +1,4 @@
-"""The tables of flags: every row names an attribute that exists, and every row fires."""
+"""The tables of flags: every row names an attribute that exists, and every row reports its problem."""
 
 import pytest
 

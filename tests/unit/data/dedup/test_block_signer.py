@@ -1,4 +1,4 @@
-"""What a worker makes of a block: digests, signatures, and each document as a line."""
+"""A worker turns a block into digests, signatures and one line per document."""
 
 import pickle
 from pathlib import Path

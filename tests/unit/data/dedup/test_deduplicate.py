@@ -1,4 +1,4 @@
-"""Duplicates leave, the first of each stays as it was, and the same input gives the same bytes."""
+"""Duplicates are removed, the first occurrence stays unchanged, and the same input gives the same bytes."""
 
 import gzip
 import json

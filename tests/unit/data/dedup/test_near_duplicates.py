@@ -1,4 +1,4 @@
-"""Near duplicates: what a unit is, that signatures are datasketch's, and the chance of being removed."""
+"""Near duplicates: units, signatures equal to those of datasketch, and the probability of removal."""
 
 import numpy as np
 import pytest

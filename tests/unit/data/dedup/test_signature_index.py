@@ -1,4 +1,4 @@
-"""Which documents resemble one before them: as datasketch's index finds them, and as often as the closed form says."""
+"""Similar documents are found as by the index of datasketch, and as often as the closed form says."""
 
 import dataclasses
 import random

@@ -1,4 +1,4 @@
-"""A table of sorted arrays against a dictionary of lists."""
+"""A lookup table of sorted arrays against a dictionary of lists."""
 
 import random
 from collections import defaultdict

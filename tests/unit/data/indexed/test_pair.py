@@ -1,4 +1,4 @@
-"""Our .bin/.idx are Megatron's, byte for byte, and a damaged pair is named rather than trained on."""
+"""Our .bin/.idx files equal Megatron's byte for byte, and a damaged pair is refused by name."""
 
 import dataclasses
 import json

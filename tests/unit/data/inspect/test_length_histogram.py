@@ -1,4 +1,4 @@
-"""Every document falls into one bin, and the picture is a picture."""
+"""Every document falls into one bin, and the plot is a PNG."""
 
 from pathlib import Path
 

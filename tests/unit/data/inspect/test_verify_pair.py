@@ -1,4 +1,4 @@
-"""Every way in which a pair can be damaged is found, and the sentence names the file."""
+"""Every kind of damage to a pair is found, and the message names the file."""
 
 import dataclasses
 import hashlib

@@ -1,4 +1,4 @@
-"""Merged parts are Megatron's merge byte for byte, shards give the job done at once, and what does not fit is named."""
+"""Merged parts equal the merge of Megatron byte for byte, shards give the bytes of one job, and mismatches named."""
 
 import dataclasses
 import shutil

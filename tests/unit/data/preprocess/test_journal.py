@@ -1,4 +1,4 @@
-"""A journal comes back as it was written; another job, a damaged file and a second run are refused by name."""
+"""A journal is read back as it was written; another job, a damaged file and a second run are refused."""
 
 import dataclasses
 import multiprocessing

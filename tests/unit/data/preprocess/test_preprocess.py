@@ -1,4 +1,4 @@
-"""Preprocessing gives what Megatron's builder would, whatever the workers do, and leaves nothing behind on an error."""
+"""Preprocessing writes the bytes of Megatron's builder with any number of workers, and leaves no file on an error."""
 
 import dataclasses
 import gzip

@@ -1,4 +1,4 @@
-"""The pool keeps the order, bounds what is under way, and ends when a worker, the input or the parent does."""
+"""The pool keeps the order, bounds the blocks in progress, and ends when a worker, the input or the parent ends."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""Collectives: where a group lies, which link is its slowest, and what shows of it."""
+"""Collectives: the place of a group, its slowest link, and the time that is not overlapped."""
 
 import dataclasses
 

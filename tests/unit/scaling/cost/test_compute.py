@@ -1,4 +1,4 @@
-"""Device time of work: bounds by multiplier and memory, and the shapes that reach neither."""
+"""Time of work on a device: bounded by arithmetic or by memory, and shapes that reach neither bound."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Work of a layer: its products are the weights', its FLOPs are the ones that accounting counts."""
+"""Work of a layer: matrix products of its weights, with the FLOPs that accounting counts."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The predicted step: its parts, what each choice of a plan does to it, and what is known of published runs."""
+"""The predicted step: its parts, the effect of each choice of a plan, and published runs."""
 
 import dataclasses
 import time

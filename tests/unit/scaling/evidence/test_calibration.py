@@ -1,4 +1,4 @@
-"""Fits find known coefficients, leave what nothing informs, and are not led by one loud table."""
+"""Fits find known coefficients, keep those without evidence, and are not dominated by one large table."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Cross-validation leaves publications out whole, and its figures are those of what it left out."""
+"""Cross-validation leaves out whole publications, and its figures are of the runs that were left out."""
 
 import dataclasses
 import math

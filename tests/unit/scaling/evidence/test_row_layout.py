@@ -1,4 +1,4 @@
-"""How GPUs were laid out where a row does not say all: by its siblings, by its source's software, by what fits."""
+"""The layout of a row with blanks: from other rows, from the software of its source, or from what fits in memory."""
 
 from pathlib import Path
 

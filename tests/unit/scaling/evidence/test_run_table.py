@@ -1,4 +1,4 @@
-"""Cells of a table: blanks are None, and every malformed cell is named with its line at once."""
+"""Cells of a table: blanks are None, and all malformed cells are named with their lines at once."""
 
 from pathlib import Path
 

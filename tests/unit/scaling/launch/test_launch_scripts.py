@@ -1,4 +1,4 @@
-"""Launch scripts: what they say for a plan, and what they refuse."""
+"""Launch scripts: their contents for a plan, and plans that are refused."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""GPU time of a token from projections: one size in proportion, several as a power, and the wrong numbers of GPUs."""
+"""GPU time per token from projections: proportional from one size, a power law from several; wrong numbers of GPUs."""
 
 import re
 from pathlib import Path

@@ -1,6 +1,5 @@
 """Known laws are found within their intervals, as often as stated; runs without a law are refused."""
 
-import re
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 
 from megatron_hammer.errors import DataError
 from megatron_hammer.scaling.loss_law.law import LossRun, draw_samples, find_fit_problems, fit_loss_law
+from tests.helpers.messages import assert_problems
 from tests.helpers.simulated_losses import TRUE_LAW, simulate_losses
 
 PARAMETERS = ("E", "A", "B", "alpha", "beta")
@@ -69,42 +69,38 @@ def change(runs: list[LossRun], **values: object) -> list[LossRun]:
 
 
 @pytest.mark.parametrize(
-    "runs, message",
+    "runs, problem",
     [
         (
             simulate_losses(num_sizes=2, num_ratios=4),
-            "runs: must be at least 6 of at least 3 sizes and 3 numbers of tokens for five parameters, got 8 runs of 2 "
-            "sizes and 8 numbers of tokens. Train more.",
+            ("runs:", "at least 6 of at least 3 sizes", "got 8 runs of 2 sizes and 8 numbers of tokens"),
         ),
         (
             simulate_losses(num_sizes=5, num_ratios=1),
-            "runs: must be at least 6 of at least 3 sizes and 3 numbers of tokens for five parameters, got 5 runs of 5 "
-            "sizes and 5 numbers of tokens. Train more.",
+            ("runs:", "at least 6 of at least 3 sizes", "got 5 runs of 5 sizes and 5 numbers of tokens"),
         ),
         (
             simulate_losses(num_sizes=8, num_ratios=1),
-            "runs: sizes and tokens must vary apart from one another, got a correlation of 1.000 between log N and log "
-            "D. Train some sizes on several numbers of tokens.",
+            ("runs:", "got a correlation of 1.000 between log N and log D"),
         ),
         (
             change(simulate_losses(), loss=float("nan")),
-            "simulated: run 40m-5 must have a positive, finite loss, got nan. It diverged or the row is wrong: leave it "
-            "out with --leave-out 40m-5.",
+            ("simulated: run 40m-5", "finite loss", "got nan", "--leave-out 40m-5"),
         ),
         (
             change(simulate_losses(), num_tokens=0),
-            "simulated: run 40m-5 must have a positive, finite num_tokens, got 0. It diverged or the row is wrong: leave "
-            "it out with --leave-out 40m-5.",
+            ("simulated: run 40m-5", "finite num_tokens", "got 0", "--leave-out 40m-5"),
         ),
         (
             [replace(run, tokenizer="llama2" if n % 2 else "hammer") for n, run in enumerate(simulate_losses())],
-            "runs: must share one tokenizer, since a loss is per token, got hammer, llama2. Fit each apart.",
+            ("runs:", "one tokenizer", "got hammer, llama2"),
         ),
     ],
 )
-def test_runs_that_determine_no_law_are_refused(runs: list[LossRun], message: str) -> None:
-    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+def test_runs_that_determine_no_law_are_refused(runs: list[LossRun], problem: tuple[str, ...]) -> None:
+    with pytest.raises(DataError) as caught:
         fit_loss_law(runs)
+    assert_problems(caught.value.problems, problem)
 
 
 def test_one_known_tokenizer_among_unknown_ones_is_no_problem() -> None:

@@ -1,4 +1,4 @@
-"""A sweep goes on where it was, records what fails, and leaves nothing running. Training is a stand-in here."""
+"""A sweep continues where it stopped, records failures, and leaves no process. Training is replaced by a stand-in."""
 
 import json
 import subprocess

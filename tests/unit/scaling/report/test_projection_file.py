@@ -1,4 +1,4 @@
-"""A projection reads back to the plans that it was written from, and says so where a file is none."""
+"""Plans are read back from a projection file, and other files are refused."""
 
 import csv
 import io

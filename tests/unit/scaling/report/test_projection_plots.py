@@ -1,4 +1,4 @@
-"""The charts: all there, of a legible size, the same bytes each time, and with what they say they show."""
+"""The charts: complete, of a legible size, the same bytes each time, with the data that they name."""
 
 import struct
 from collections.abc import Iterator

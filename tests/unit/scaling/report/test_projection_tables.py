@@ -1,4 +1,4 @@
-"""What the terminal shows of a projection."""
+"""The tables of a projection in the terminal."""
 
 import io
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The search finds what a search that leaves out nothing finds, and says why where nothing fits."""
+"""The search finds the plans of a full search, and gives the reason where nothing fits."""
 
 import re
 from collections.abc import Iterator

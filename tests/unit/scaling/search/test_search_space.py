@@ -1,4 +1,4 @@
-"""The layouts of the search are exactly those that preflight lets start, less what the module says it leaves out."""
+"""The layouts of the search are those that preflight accepts, except the ones that the module documents as left out."""
 
 import itertools
 from dataclasses import replace

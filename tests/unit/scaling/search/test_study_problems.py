@@ -1,4 +1,4 @@
-"""Every value that a study cannot be asked with, in its own words."""
+"""Every impossible value of a study has its own message."""
 
 from dataclasses import replace
 from fractions import Fraction

@@ -1,4 +1,4 @@
-"""Tables, JSON, CSV and picture say what was counted, with every ratio over the right number."""
+"""Tables, JSON, CSV and plot show the counts, with every ratio over the right number."""
 
 import csv
 import io

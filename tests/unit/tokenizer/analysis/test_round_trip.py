@@ -1,4 +1,4 @@
-"""Every class of loss is found, named and shown; nothing lossless is called lossy."""
+"""Every class of loss is found, named and shown; a lossless text is never reported."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""The compiled encoder: its kernel is built once and cached, it merges as sentencepiece does, and it can be absent."""
+"""The compiled encoder: its kernel is built once and cached, merges as sentencepiece does, and is optional."""
 
 import importlib.util
 import random

@@ -1,4 +1,4 @@
-"""What is read from a `.model` is what sentencepiece says, and writing is the exact inverse of reading."""
+"""A `.model` file is read as sentencepiece reads it, and writing is the exact inverse of reading."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is cut and encoded in parts has the ids of the whole, for every kind of model that is cut at all."""
+"""Text that is encoded in parts has the ids of the whole text, for every kind of model that allows it."""
 
 import numpy as np
 import pytest

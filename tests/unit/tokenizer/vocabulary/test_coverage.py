@@ -1,4 +1,4 @@
-"""A character is covered where one token stands for exactly it, in every kind of vocabulary."""
+"""A character is covered if one token stands for exactly this character, in every kind of vocabulary."""
 
 import json
 

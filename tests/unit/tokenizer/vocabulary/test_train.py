@@ -1,4 +1,4 @@
-"""The recipe reaches the model, the same input gives the same bytes, and what was required is there."""
+"""The recipe reaches the model, the same input gives the same bytes, and required characters become pieces."""
 
 import _thread
 import dataclasses
