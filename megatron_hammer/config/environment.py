@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from megatron_hammer.errors import ConfigError
 
+# Of a process that no launcher started; each is also the least that the variable can be.
 DEFAULTS = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-LEAST = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
 REMEDY = "Unset it to run one process, or start the processes with torchrun, which sets it"
 
 
@@ -25,12 +25,12 @@ def read_process_place() -> ProcessPlace:
     A rank outside its world would wait for the others until the rendezvous times out.
     """
     problems, numbers = [], dict(DEFAULTS)
-    for name in DEFAULTS:
+    for name, least in DEFAULTS.items():
         text = os.environ.get(name)
         if text is None:
             continue
-        if not text.strip().isdecimal() or int(text) < LEAST[name]:
-            problems.append(f"{name}: must be a whole number of at least {LEAST[name]}, got {name}={text!r}. {REMEDY}.")
+        if not text.strip().isdecimal() or int(text) < least:
+            problems.append(f"{name}: must be a whole number of at least {least}, got {name}={text!r}. {REMEDY}.")
         else:
             numbers[name] = int(text)
     if not problems and numbers["RANK"] >= numbers["WORLD_SIZE"]:

@@ -28,14 +28,10 @@ def find_megatron_refusal(namespace: argparse.Namespace) -> str | None:
     Also None where it cannot answer because it asks a GPU or TransformerEngine, which this machine lacks (a run
     planned for another one).
     """
-    from megatron.training.argument_utils import gpt_config_from_args
-    from megatron.training.arguments import validate_args
-
     with _without_side_effects() as output:
+        trial = _copy_for_trial(namespace)
         try:
-            trial = _copy_for_trial(namespace)
-            validate_args(trial)
-            gpt_config_from_args(trial)
+            _validate(trial)
         except SystemExit:  # deprecated flags: a printed sentence, then exit()
             return output.getvalue().strip().splitlines()[-1].rstrip(".")
         except Exception as error:  # whatever stops megatron here would stop the run: missing files, bad keys, asserts
@@ -49,17 +45,22 @@ def build_trial_config(namespace: argparse.Namespace, **changes: Any) -> tuple[a
 
     changes: arguments of the copy to replace. Raises ConfigError with Megatron's words where it refuses.
     """
-    from megatron.training.argument_utils import gpt_config_from_args
-    from megatron.training.arguments import validate_args
-
     namespace = argparse.Namespace(**vars(namespace) | changes)
     refusal = find_megatron_refusal(namespace)
     if refusal is not None:
         raise ConfigError(describe_refusal(refusal))
     with _without_side_effects():
         trial = _copy_for_trial(namespace)
-        validate_args(trial)
-        return trial, gpt_config_from_args(trial)
+        return trial, _validate(trial)
+
+
+def _validate(trial: argparse.Namespace) -> Any:
+    """Megatron's GPTModelConfig for a copy, which megatron's validation fills in and changes."""
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.arguments import validate_args
+
+    validate_args(trial)
+    return gpt_config_from_args(trial)
 
 
 def build_trial_ddp_config(trial: argparse.Namespace) -> Any:

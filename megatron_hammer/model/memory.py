@@ -7,7 +7,7 @@ tests/unit/model/test_memory.py holds it against Korthikanti et al. 2022, and pe
 SimuMax recorded.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -44,6 +44,14 @@ class StageMemory:
     transient_bytes: int  # gradients and gathered tensors at the peak
     context_bytes: int  # allowance
     fragmentation_bytes: int  # allowance
+
+    def list_parts(self) -> dict[str, int]:
+        """Every field of bytes by its name without `_bytes`; their sum is `total_bytes`."""
+        return {
+            field.name.removesuffix("_bytes"): getattr(self, field.name)
+            for field in fields(self)
+            if field.name.endswith("_bytes")
+        }
 
     @property
     def state_bytes(self) -> int:

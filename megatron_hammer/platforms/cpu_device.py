@@ -147,11 +147,8 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def _tensor_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    return self
-
-
-def _module_cuda(self: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+def _stay(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """`.cuda()` of a tensor or of a module."""
     return self
 
 
@@ -227,8 +224,8 @@ def substitute_cuda_tensors() -> None:
     for name in _FACTORY_NAMES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     tensor_class: Any = torch.Tensor
-    tensor_class.cuda = _tensor_cuda
+    tensor_class.cuda = _stay
     tensor_class.to = _wrap_tensor_to(torch.Tensor.to)
     tensor_class.type = _wrap_tensor_type(torch.Tensor.type)
     module_class: Any = torch.nn.Module
-    module_class.cuda = _module_cuda
+    module_class.cuda = _stay

@@ -11,6 +11,7 @@ import importlib.metadata
 import inspect
 import logging
 import os
+import pkgutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,8 +75,9 @@ def install(platform: str) -> None:
     _installed_platform = platform
 
 
-def _source(function: Any) -> str:
-    return inspect.getsource(inspect.unwrap(function))
+def _has_text(upstream: str, text: str) -> Callable[[], bool]:
+    """Whether the source of this module or function of megatron still has the text that makes an adjustment needed."""
+    return lambda: text in inspect.getsource(inspect.unwrap(pkgutil.resolve_name(upstream)))
 
 
 # --- torch.compile where it is off ----------------------------------------------------------------------------------
@@ -91,12 +93,6 @@ def _leave_functions_uncompiled() -> None:
         torch.compile = compile
 
 
-def _upstream_compiles_at_import() -> bool:
-    from megatron.core import jit
-
-    return "jit_fuser = torch.compile" in Path(jit.__file__).read_text()
-
-
 # --- torch.cuda on a machine without one ---------------------------------------------------------------------------
 
 
@@ -107,22 +103,10 @@ def _substitute_cuda() -> None:
     cpu_device.substitute_cuda_tensors()
 
 
-def _upstream_names_cuda() -> bool:
-    from megatron.core.pipeline_parallel import schedules
-
-    return 'device="cuda"' in _source(schedules.forward_backward_no_pipelining)
-
-
 def _allow_no_cuda() -> None:
     from megatron.training import training
 
     training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
-
-
-def _upstream_requires_cuda() -> bool:
-    from megatron.training import initialize
-
-    return "Megatron requires CUDA" in _source(initialize.initialize_megatron)
 
 
 def _write_rng_state_on_cpu() -> None:
@@ -133,12 +117,6 @@ def _write_rng_state_on_cpu() -> None:
         torch.set_rng_state(new_state)
 
     random._set_cuda_rng_state = set_state
-
-
-def _upstream_sets_cuda_rng_state() -> bool:
-    from megatron.core.tensor_parallel import random
-
-    return "torch.cuda.default_generators" in Path(random.__file__).read_text()
 
 
 def _keep_data_loaders_off_the_generator() -> None:
@@ -158,19 +136,11 @@ def _keep_data_loaders_off_the_generator() -> None:
 
 
 def _upstream_loader_draws_from_the_generator() -> bool:
-    from megatron.training.datasets import data_samplers
-
-    return "generator=" not in _source(data_samplers.build_pretraining_data_loader)
+    return not _has_text("megatron.training.datasets.data_samplers.build_pretraining_data_loader", "generator=")()
 
 
 def _silence_rng_warning() -> None:
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
-
-
-def _upstream_expects_two_generators() -> bool:
-    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
-
-    return "CPU RNG state changed within GPU RNG context" in _source(CudaRNGStatesTracker.fork)
 
 
 # --- things a wheel lacks -------------------------------------------------------------------------------------------
@@ -208,24 +178,12 @@ def _use_group_step_adam() -> None:
     distrib_optimizer.USING_TE_OPTIMIZER = True
 
 
-def _upstream_asserts_one_step() -> bool:
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    return 'steps = list(set([s["step"].item()' in _source(DistributedOptimizer.state_dict)
-
-
 def _sum_gradient_norm_exactly() -> None:
     from megatron.core.optimizer import clip_grads
 
     from megatron_hammer.platforms.cpu_arithmetic import norm_of_all
 
     clip_grads.l2_norm_impl = norm_of_all
-
-
-def _upstream_sums_norm_in_fp32() -> bool:
-    from megatron.core import utils
-
-    return "torch.norm(tensor)" in _source(utils.local_multi_tensor_l2_norm)
 
 
 # --- model ----------------------------------------------------------------------------------------------------------
@@ -237,12 +195,6 @@ def _use_silu_kernels() -> None:
     from megatron_hammer.platforms.cpu_arithmetic import swiglu_back
 
     fused_bias_swiglu.swiglu_back = swiglu_back
-
-
-def _upstream_writes_silu_out() -> bool:
-    from megatron.core.fusions import fused_bias_swiglu
-
-    return "g * torch.sigmoid(y_1) * (1 + y_1 * " in Path(fused_bias_swiglu.__file__).read_text()
 
 
 # --- gloo -----------------------------------------------------------------------------------------------------------
@@ -266,24 +218,12 @@ def _as_list(split_sizes: Any) -> list[int] | None:
     return None if split_sizes is None else [int(size) for size in split_sizes]
 
 
-def _upstream_leaves_splits_as_tensors() -> bool:
-    from megatron.core.transformer.moe.moe_utils import maybe_move_tensor_to_cpu
-
-    return "torch.is_tensor(tensor) and tensor.is_cuda" in _source(maybe_move_tensor_to_cpu)
-
-
 def _skip_gather_of_one_rank() -> None:
     from megatron.core.distributed import param_and_grad_buffer
 
     from megatron_hammer.platforms.cpu_arithmetic import skip_gather_of_one_rank
 
     param_and_grad_buffer.dist_all_gather_func = skip_gather_of_one_rank(param_and_grad_buffer.dist_all_gather_func)
-
-
-def _upstream_gathers_always() -> bool:
-    from megatron.core.distributed import param_and_grad_buffer
-
-    return "dist_all_gather_func(" in _source(param_and_grad_buffer._ParamAndGradBucketGroup.start_param_sync)
 
 
 # --- validation -----------------------------------------------------------------------------------------------------
@@ -305,13 +245,6 @@ def _sort_validation_iterators_by_set() -> None:
     training.evaluate_and_print_results = evaluate_and_print_results
 
 
-def _upstream_takes_virtual_stages_for_sets() -> bool:
-    from megatron.training import training
-
-    source = _source(training.evaluate_and_print_results)
-    return "data_iterators = data_iterator if args.multiple_validation_sets else [data_iterator]" in source
-
-
 ADJUSTMENTS: tuple[Adjustment, ...] = (
     Adjustment(
         name="no-compiler-import",  # first: it must precede the import of megatron
@@ -319,7 +252,7 @@ ADJUSTMENTS: tuple[Adjustment, ...] = (
         reason="decorating with torch.compile imports its compiler, 2 s per process, even where it is disabled",
         upstream="megatron.core.jit.enable_jit_fuser",
         apply=_leave_functions_uncompiled,
-        is_needed=_upstream_compiles_at_import,
+        is_needed=_has_text("megatron.core.jit", "jit_fuser = torch.compile"),
     ),
     Adjustment(
         name="cuda-substitution",
@@ -327,7 +260,9 @@ ADJUSTMENTS: tuple[Adjustment, ...] = (
         reason="megatron makes its tensors on 'cuda' and orders work by CUDA streams; see cpu_device.py",
         upstream="megatron.core.pipeline_parallel.schedules and some 200 other places",
         apply=_substitute_cuda,
-        is_needed=_upstream_names_cuda,
+        is_needed=_has_text(
+            "megatron.core.pipeline_parallel.schedules.forward_backward_no_pipelining", 'device="cuda"'
+        ),
     ),
     Adjustment(
         name="allow-no-cuda",
@@ -335,7 +270,7 @@ ADJUSTMENTS: tuple[Adjustment, ...] = (
         reason="pretrain() calls initialize_megatron() without allow_no_cuda and stops at 'Megatron requires CUDA.'",
         upstream="megatron.training.initialize.initialize_megatron",
         apply=_allow_no_cuda,
-        is_needed=_upstream_requires_cuda,
+        is_needed=_has_text("megatron.training.initialize.initialize_megatron", "Megatron requires CUDA"),
     ),
     Adjustment(
         name="cpu-rng-state",
@@ -343,7 +278,7 @@ ADJUSTMENTS: tuple[Adjustment, ...] = (
         reason="the RNG tracker writes to torch.cuda.default_generators, which is empty without a GPU",
         upstream="megatron.core.tensor_parallel.random._set_cuda_rng_state",
         apply=_write_rng_state_on_cpu,
-        is_needed=_upstream_sets_cuda_rng_state,
+        is_needed=_has_text("megatron.core.tensor_parallel.random", "torch.cuda.default_generators"),
     ),
     Adjustment(
         name="loader-generator",
@@ -360,7 +295,10 @@ ADJUSTMENTS: tuple[Adjustment, ...] = (
         reason="with one generator for both devices, every fork of the tracker would warn that the CPU's has moved",
         upstream="megatron.core.tensor_parallel.random.CudaRNGStatesTracker.fork",
         apply=_silence_rng_warning,
-        is_needed=_upstream_expects_two_generators,
+        is_needed=_has_text(
+            "megatron.core.tensor_parallel.random.CudaRNGStatesTracker.fork",
+            "CPU RNG state changed within GPU RNG context",
+        ),
     ),
     Adjustment(
         name="shipped-dataset-helpers",
@@ -377,7 +315,10 @@ ADJUSTMENTS: tuple[Adjustment, ...] = (
         "[set][virtual stage]: as many sets as stages are then mixed without a word, any other number fails",
         upstream="megatron.training.training.evaluate_and_print_results",
         apply=_sort_validation_iterators_by_set,
-        is_needed=_upstream_takes_virtual_stages_for_sets,
+        is_needed=_has_text(
+            "megatron.training.training.evaluate_and_print_results",
+            "data_iterators = data_iterator if args.multiple_validation_sets else [data_iterator]",
+        ),
     ),
     Adjustment(
         name="group-step-adam",
@@ -385,7 +326,10 @@ ADJUSTMENTS: tuple[Adjustment, ...] = (
         reason="without TransformerEngine megatron falls back to torch's AdamW, whose state it cannot resume from",
         upstream="megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.state_dict",
         apply=_use_group_step_adam,
-        is_needed=_upstream_asserts_one_step,
+        is_needed=_has_text(
+            "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.state_dict",
+            'steps = list(set([s["step"].item()',
+        ),
     ),
     Adjustment(
         name="exact-gradient-norm",
@@ -393,7 +337,7 @@ ADJUSTMENTS: tuple[Adjustment, ...] = (
         reason="the fallback norm loses 4e-5 to fp32 summation on a CPU, so the gradient norm differs between layouts",
         upstream="megatron.core.utils.local_multi_tensor_l2_norm",
         apply=_sum_gradient_norm_exactly,
-        is_needed=_upstream_sums_norm_in_fp32,
+        is_needed=_has_text("megatron.core.utils.local_multi_tensor_l2_norm", "torch.norm(tensor)"),
     ),
     Adjustment(
         name="silu-kernels",
@@ -401,7 +345,7 @@ ADJUSTMENTS: tuple[Adjustment, ...] = (
         reason="the backward pass of SwiGLU is written for torch.compile; without it it takes 6 times as long",
         upstream="megatron.core.fusions.fused_bias_swiglu.swiglu_back",
         apply=_use_silu_kernels,
-        is_needed=_upstream_writes_silu_out,
+        is_needed=_has_text("megatron.core.fusions.fused_bias_swiglu", "g * torch.sigmoid(y_1) * (1 + y_1 * "),
     ),
     Adjustment(
         name="no-gather-of-one-rank",
@@ -409,7 +353,10 @@ ADJUSTMENTS: tuple[Adjustment, ...] = (
         reason="gloo copies all parameters through a scratch buffer at every step, even for a group of one rank",
         upstream="megatron.core.distributed.param_and_grad_buffer._ParamAndGradBucketGroup.start_param_sync",
         apply=_skip_gather_of_one_rank,
-        is_needed=_upstream_gathers_always,
+        is_needed=_has_text(
+            "megatron.core.distributed.param_and_grad_buffer._ParamAndGradBucketGroup.start_param_sync",
+            "dist_all_gather_func(",
+        ),
     ),
     Adjustment(
         name="all-to-all-lists",
@@ -417,6 +364,9 @@ ADJUSTMENTS: tuple[Adjustment, ...] = (
         reason="the MoE dispatcher turns split sizes into arrays only where they are on a GPU; torch refuses tensors",
         upstream="megatron.core.transformer.moe.moe_utils.maybe_move_tensor_to_cpu",
         apply=_pass_all_to_all_splits_as_lists,
-        is_needed=_upstream_leaves_splits_as_tensors,
+        is_needed=_has_text(
+            "megatron.core.transformer.moe.moe_utils.maybe_move_tensor_to_cpu",
+            "torch.is_tensor(tensor) and tensor.is_cuda",
+        ),
     ),
 )

@@ -93,6 +93,9 @@ class Bench:
     ) -> None:
         """Time `call` and keep the slowest rank's median and fastest. is_alone: it waits for no other process."""
         times_s = self._time(call, time.thread_time if is_alone and self.has_one_thread else time.perf_counter)
+        self._keep(operator, shape, dtype, times_s, flops=flops, num_bytes=num_bytes)
+
+    def _keep(self, operator: str, shape: tuple[int, ...], dtype: str, times_s: list[float], **work: float) -> None:
         median_s, fastest_s = statistics.median(times_s), min(times_s)
         if self.num_processes > 1:
             median_s, fastest_s = max_over_ranks(median_s), max_over_ranks(fastest_s)
@@ -104,8 +107,7 @@ class Bench:
                 num_processes=self.num_processes,
                 median_s=median_s,
                 fastest_s=fastest_s,
-                flops=flops,
-                num_bytes=num_bytes,
+                **work,
             )
         )
 
@@ -152,16 +154,7 @@ class Bench:
                 small.add_(1.0)
             times_s.append((clock() - started_at_s) / NUM_SMALL_CALLS)
             self._wait()
-        self.timings.append(
-            OperatorTiming(
-                operator="launch",
-                shape=(16,),
-                dtype="fp32",
-                num_processes=self.num_processes,
-                median_s=statistics.median(times_s),
-                fastest_s=min(times_s),
-            )
-        )
+        self._keep("launch", (16,), "fp32", times_s)
 
 
 # --- one process -----------------------------------------------------------------------------------------------------
@@ -215,7 +208,7 @@ def time_attention(bench: Bench, dtype: str) -> None:
             return torch.autograd.grad(attend(qkv), qkv, grad)
 
         shape, flops = (2, heads, length, width), 2.0 * 2 * heads * length * length * width
-        bench.add("attention", shape, dtype, without_grad(attend), flops=flops)
+        bench.add("attention", shape, dtype, torch.no_grad()(attend), flops=flops)
         bench.add("attention_with_backward", shape, dtype, attend_and_back, flops=3.5 * flops)
 
 
@@ -233,10 +226,12 @@ def time_pointwise(bench: Bench, dtype: str) -> None:
     bench.add("copy", (rows, width), dtype, lambda: result.copy_(left), num_bytes=2.0 * size)
     bench.add("add", (rows, width), dtype, lambda: torch.add(left, right, out=result), num_bytes=3.0 * size)
     bench.add(
-        "rms_norm", (rows, width), dtype, without_grad(lambda: functional.rms_norm(left, (width,), weight)),
+        "rms_norm", (rows, width), dtype, torch.no_grad()(lambda: functional.rms_norm(left, (width,), weight)),
         num_bytes=2.0 * size,
     )  # fmt: skip
-    bench.add("swiglu", (rows, width), dtype, without_grad(lambda: functional.silu(left) * right), num_bytes=5.0 * size)
+    bench.add(
+        "swiglu", (rows, width), dtype, torch.no_grad()(lambda: functional.silu(left) * right), num_bytes=5.0 * size
+    )
 
 
 def time_loss(bench: Bench) -> None:
@@ -263,14 +258,6 @@ def time_optimizer(bench: Bench) -> None:
 
 def random_tensor(bench: Bench, dtype: str, *shape: int) -> torch.Tensor:
     return torch.randn(shape, device=bench.device).to(DTYPES[dtype])
-
-
-def without_grad(call: Call) -> Call:
-    def wrapped() -> Any:
-        with torch.no_grad():
-            return call()
-
-    return wrapped
 
 
 # --- several processes -----------------------------------------------------------------------------------------------

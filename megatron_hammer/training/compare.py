@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -172,17 +172,8 @@ def as_objects(groups: Sequence[Sequence[Run]], differences: Sequence[Sequence[D
 
 
 def _as_object(run: Run, difference: Difference | None) -> dict[str, Any]:
-    return {
-        "name": run.name,
-        "losses": [{"step": step, "loss": loss} for step, loss in sorted(run.losses.items())],
-        "difference": None
-        if difference is None
-        else {
-            "reference": difference.reference,
-            "first_step_ratio": difference.first_step_ratio,
-            "max_loss_ratio": difference.max_loss_ratio,
-            "max_loss_step": difference.max_loss_step,
-            "max_grad_norm_ratio": difference.max_grad_norm_ratio,
-            "is_within": difference.is_within,
-        },
-    }
+    measures = None if difference is None else asdict(difference)
+    if measures is not None:
+        del measures["name"]
+    losses = [{"step": step, "loss": loss} for step, loss in sorted(run.losses.items())]
+    return {"name": run.name, "losses": losses, "difference": measures}

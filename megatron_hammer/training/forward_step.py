@@ -12,40 +12,11 @@ from torch import Tensor
 from megatron_hammer.config.run_plan import RunPlan
 
 
-def build_forward_step(plan: RunPlan) -> "ForwardStep":
-    """The forward step of a run."""
-    return ForwardStep(
-        micro_batch_size=plan.batch.micro_batch_size,
-        eval_micro_batch_size=plan.batch.eval_micro_batch_size,
-        seq_length=plan.seq_length,
-        context_parallel_size=plan.layout.context_parallel_size,
-        has_attention_mask=plan.has_attention_mask,
-        pipeline_model_parallel_size=plan.layout.pipeline_model_parallel_size,
-    )
-
-
 class ForwardStep:
-    """Megatron's forward_step_func for one run: called as (data_iterator, model).
+    """Megatron's forward_step_func for one run: called as (data_iterator, model)."""
 
-    micro_batch_size, seq_length: of a training batch [b, s]; evaluation has a micro-batch size of its own.
-    """
-
-    def __init__(
-        self,
-        *,
-        micro_batch_size: int,
-        eval_micro_batch_size: int,
-        seq_length: int,
-        context_parallel_size: int,
-        has_attention_mask: bool,
-        pipeline_model_parallel_size: int,
-    ):
-        self.micro_batch_size = micro_batch_size
-        self.eval_micro_batch_size = eval_micro_batch_size
-        self.seq_length = seq_length
-        self.context_parallel_size = context_parallel_size
-        self.has_attention_mask = has_attention_mask
-        self.pipeline_model_parallel_size = pipeline_model_parallel_size
+    def __init__(self, plan: RunPlan):
+        self.plan = plan
 
     def __call__(self, data_iterator: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tensor, Callable[..., Any]]:
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
@@ -64,6 +35,7 @@ class ForwardStep:
         is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
         if not (is_first or is_last):
             return dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids", "attention_mask"))
+        sizes, layout = self.plan.batch, self.plan.layout
         tp_rank = parallel_state.get_tensor_model_parallel_rank()
         batch: dict[str, Any] = {}
         if tp_rank == 0:
@@ -74,20 +46,20 @@ class ForwardStep:
             batch,
             has_cu_seqlens=False,
             is_hybrid_cp=False,
-            create_attention_mask_in_dataloader=self.has_attention_mask,
+            create_attention_mask_in_dataloader=self.plan.has_attention_mask,
             broadcast_src_rank=parallel_state.get_tensor_model_parallel_src_rank(),
             broadcast_group=parallel_state.get_tensor_model_parallel_group(),
-            cp_size=self.context_parallel_size,
+            cp_size=layout.context_parallel_size,
             tp_rank=tp_rank,
-            micro_batch_size=self.micro_batch_size if is_training else self.eval_micro_batch_size,
-            seq_length=self.seq_length,
+            micro_batch_size=sizes.micro_batch_size if is_training else sizes.eval_micro_batch_size,
+            seq_length=self.plan.seq_length,
             mtp_on_this_rank=False,
-            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
+            pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
             is_pipeline_first_stage=is_first,
             is_pipeline_last_stage=is_last,
         )
         batch.setdefault("attention_mask", None)
-        if self.context_parallel_size == 1:
+        if layout.context_parallel_size == 1:
             return batch
         return get_batch_on_this_cp_rank(batch, cp_group=parallel_state.get_context_parallel_group())
 

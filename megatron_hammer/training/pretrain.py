@@ -116,7 +116,7 @@ def train(arguments: "ParsedArguments", plan: "RunPlan", terminal: IO[str]) -> N
     from megatron_hammer.model.provider import build_model_config
     from megatron_hammer.platforms import training_hooks
     from megatron_hammer.platforms.device import stand_alone
-    from megatron_hammer.training.forward_step import build_forward_step
+    from megatron_hammer.training.forward_step import ForwardStep
     from megatron_hammer.training.observer import build_observer
 
     stand_alone()
@@ -128,7 +128,7 @@ def train(arguments: "ParsedArguments", plan: "RunPlan", terminal: IO[str]) -> N
     fill_from_initial_model(plan, state, terminal)
     datasets = build_dataset_provider(arguments, plan, state)
     try:
-        pretrain(config, datasets, ModelType.encoder_or_decoder, build_forward_step(plan))
+        pretrain(config, datasets, ModelType.encoder_or_decoder, ForwardStep(plan))
     except SystemExit as stop:
         report_early_stop(observer, stop)
     observer.finish()

@@ -3,7 +3,6 @@
 Time is left out on purpose: nothing here has been measured. Needs no GPU and no process group.
 """
 
-import dataclasses
 import enum
 import itertools
 import json
@@ -180,20 +179,11 @@ def _report_stages(
                 dense_parameters=local.dense,
                 expert_parameters=local.expert,
                 optimizer_shard_parameters=shard.total,
-                memory_bytes=_list_memory_parts(memory[pp_rank]) if memory else None,
+                memory_bytes=memory[pp_rank].list_parts() if memory else None,
                 memory_total_bytes=memory[pp_rank].total_bytes if memory else None,
             )
         )
     return tuple(stages)
-
-
-def _list_memory_parts(stage: StageMemory) -> dict[str, int]:
-    """Every *_bytes field of a StageMemory without its suffix."""
-    return {
-        field.name.removesuffix("_bytes"): getattr(stage, field.name)
-        for field in dataclasses.fields(stage)
-        if field.name.endswith("_bytes")
-    }
 
 
 # --- run and data ---------------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ from megatron_hammer.model.accounting import StageMemory, estimate_memory
 from megatron_hammer.model.byte_units import GIB
 from megatron_hammer.platforms.device import read_device_memory_bytes
 
+ALLOWANCES = ("context", "fragmentation")  # not shown: no flag of the run changes them
+
 
 def estimate_run_memory(plan: RunPlan) -> tuple[StageMemory, ...]:
     """The peak of each stage; needs a plan whose layout and batch fit.
@@ -46,16 +48,9 @@ def find_memory_problems(plan: RunPlan) -> list[str]:
     largest = max(estimate_run_memory(plan), key=lambda stage: stage.total_bytes)
     if largest.total_bytes <= available:
         return []
-    parts = {
-        "weights": largest.weights_bytes,
-        "gradients": largest.gradients_bytes,
-        "optimizer": largest.optimizer_bytes,
-        "buffers": largest.buffers_bytes,
-        "activations": largest.activations_bytes,
-        "logits": largest.logits_bytes,
-        "transient": largest.transient_bytes,
-    }
-    heaviest = ", ".join(f"{name} {size / GIB:.1f}" for name, size in parts.items() if size)
+    parts = largest.list_parts()
+    shown = (name for name, size in parts.items() if size and name not in ALLOWANCES)
+    heaviest = ", ".join(f"{name} {parts[name] / GIB:.1f}" for name in shown)
     return [
         f"memory: the estimate of pipeline stage {largest.pp_rank} must fit in a device, got "
         f"{largest.total_bytes / GIB:.1f} GiB of {available / GIB:.1f} ({heaviest}). {_advise(plan, parts)}."

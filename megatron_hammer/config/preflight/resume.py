@@ -44,13 +44,10 @@ def describe_schedule(schedule: Schedule, batch: Batch) -> dict[str, Any]:
 
     Source: megatron.training.training.get_optimizer_param_scheduler, OptimizerParamScheduler.load_state_dict.
     """
-    if schedule.train_samples:
-        length, decay, warmup = schedule.train_samples, schedule.lr_decay_samples, schedule.lr_warmup_samples
-    else:
-        size = batch.global_batch_size
-        length, warmup = (schedule.train_iters or 0) * size, schedule.lr_warmup_iters * size
-        decay = schedule.lr_decay_iters * size if schedule.lr_decay_iters else None
-    decay = decay or length
+    unit_samples = 1 if schedule.unit == "samples" else batch.global_batch_size
+    length, decay, warmup = (
+        (units or 0) * unit_samples for units in (schedule.length, schedule.lr_decay, schedule.lr_warmup)
+    )
     is_constant = schedule.weight_decay_incr_style == "constant"
     return {
         "lr": schedule.lr,
