@@ -25,14 +25,15 @@ def write_metrics(path: Path, *losses: float) -> str:
 
 
 def test_tour_of_two_layouts(tmp_path: Path) -> None:
-    result = run_tour(tmp_path, "--seq-length", "64", STEPS="2", LAYOUTS="single tp2")
+    result = run_tour(tmp_path, "--seq-length", "64", STEPS="4", LAYOUTS="single tp2")
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
     assert "Traceback" not in result.stderr
     assert result.stdout.splitlines()[-1].startswith("compared: 1 run with single, all within tolerance; ")
     metrics = [json.loads(line) for line in (tmp_path / "tp2" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in metrics] == [1, 2]
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4]
     assert metrics[0]["step_tokens"] == 8 * 64, "flags given to the tour must reach every run"
-    assert metrics[1]["loss"] < metrics[0]["loss"] - 0.1, "the second step must start from weights that were updated"
+    # Four steps: how much the first one gains depends on the text of this machine (0.05 to 0.2).
+    assert metrics[3]["loss"] < metrics[0]["loss"] - 0.2, "each step must start from weights that were updated"
 
 
 def test_tour_refuses_an_unknown_layout(tmp_path: Path) -> None:

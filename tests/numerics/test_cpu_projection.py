@@ -59,7 +59,8 @@ def build_timing(
     operator: str, shape: tuple[int, ...], seconds: float, *, flops: float = 0.0, num_bytes: float = 0.0
 ) -> Timing:
     return Timing(
-        operator=operator, shape=shape, dtype="fp32", seconds=seconds, fastest_s=seconds, flops=flops,
+        operator=operator, shape=shape, dtype="fp32", seconds=seconds, median_s=seconds, fastest_s=seconds,
+        flops=flops,
         num_bytes=num_bytes,
     )  # fmt: skip
 
