@@ -13,7 +13,7 @@ from megatron_hammer.presets.catalogue import PRESETS
 from tests.helpers.parsed_flags import parse, plan, write_data
 from tests.helpers.training_runs import environment
 
-SECONDS_A_PRESET = 5.0
+SECONDS_PER_PRESET = 5.0  # of the processor: other work on the machine changes the clock's
 
 
 def report_of(*flags: str):
@@ -27,10 +27,10 @@ def report_of(*flags: str):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset(name: str) -> None:
-    started_at_s = time.monotonic()
+    started_at_s = time.process_time()
     preset = PRESETS[name]
     report = report_of("--preset", name, "--mock-data", "--dry-run")
-    assert time.monotonic() - started_at_s < SECONDS_A_PRESET
+    assert time.process_time() - started_at_s < SECONDS_PER_PRESET
     assert report.problems == ()
     assert report.preset == name
     assert report.model.num_parameters == preset.num_parameters
