@@ -34,7 +34,7 @@ from megatron_hammer.data.blending import (
     weigh_by_tokens,
 )
 from megatron_hammer.errors import ConfigError, exit_on_user_error
-from megatron_hammer.files.publish import publish_file
+from megatron_hammer.files.publish import publish_files
 from megatron_hammer.files.tables import build_table, open_console
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -92,9 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     data_path = list_data_path(weights, sources)
     warnings = find_warnings(previews, sources, budget, arguments.max_epochs) if previews and budget else []
     if arguments.output is not None:
-        content = encode_data_args(weights, sources)
-        with publish_file(arguments.output) as file:
-            file.write(content)
+        publish_files({arguments.output: encode_data_args(weights, sources)})
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if arguments.json:

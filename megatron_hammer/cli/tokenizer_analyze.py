@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_hammer.corpus.readers import Document, find_input_files
+from megatron_hammer.corpus.input_files import find_input_files
+from megatron_hammer.corpus.readers import Document, read_documents
 from megatron_hammer.errors import ConfigError, DataError, exit_on_user_error
 from megatron_hammer.files.progress import build_byte_progress
 from megatron_hammer.files.tables import open_console
@@ -85,7 +86,7 @@ def open_documents(arguments: argparse.Namespace) -> Iterator[Iterable[Document]
     total_bytes = sum(path.stat().st_size for path in find_input_files(arguments.input).files)
     with build_byte_progress() as bar:
         task = bar.add_task("", total=total_bytes)
-        documents: Iterable[Document] = analyze.stream_documents(
+        documents: Iterable[Document] = read_documents(
             arguments.input, arguments.json_keys, lambda num_bytes: bar.advance(task, num_bytes)
         )
         if arguments.max_bytes is not None:

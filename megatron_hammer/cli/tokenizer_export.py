@@ -10,7 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_hammer.corpus.readers import Document, find_input_files, read_documents
+from megatron_hammer.corpus.input_files import find_input_files
+from megatron_hammer.corpus.readers import Document, read_documents
 from megatron_hammer.errors import exit_on_user_error
 from megatron_hammer.files.read import read_text
 from megatron_hammer.tokenizer.export.export_tokenizer import (

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_hammer.corpus.blocks import BlockKind, decode_document, read_blocks, select_whole_files, split_block
+from megatron_hammer.corpus.blocks import Block, decode_document, read_blocks, select_whole_files, split_block
 from megatron_hammer.corpus.byte_streams import OnBytesRead
 from megatron_hammer.corpus.input_files import find_input_files
 from megatron_hammer.corpus.json_records import BadRecordError
 from megatron_hammer.errors import DataError
 
-__all__ = ["Document", "Record", "decode_record", "find_input_files", "read_documents", "read_records"]
+# Enough texts for a tokenizer to work on at once, and little beside the memory of the tokenizer itself.
+BATCH_CHARS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,47 +29,42 @@ class Document:
     line: int
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One document before decoding; `payload` is JSON text, a row that is already parsed, or plain UTF-8 text."""
-
-    source: str
-    line: int
-    payload: bytes | dict[str, Any]
-    kind: BlockKind
-
-
 def read_documents(
     inputs: Sequence[str | Path], json_key: str = "text", on_bytes_read: OnBytesRead = lambda num_bytes: None
 ) -> Iterator[Document]:
     """Yield every document of the inputs, in order; `json_key` is the field or column that holds the text.
 
     on_bytes_read: called with the size on disk of each chunk that is read. Raises DataError at the first record that is
-    not a document, naming file:line.
+    not a document, naming file:line, and for a file that cannot be read to its end.
     """
-    for record in read_records(find_input_files(inputs).files, (json_key,), on_bytes_read):
-        (text,) = decode_record(record, (json_key,))
-        yield Document(text, record.source, record.line)
+    slices = select_whole_files(find_input_files(inputs).files)
+    for block in read_blocks(slices, (json_key,), on_bytes_read=on_bytes_read):
+        for _, document in decode_documents(block, str(slices[block.begin.file_index].path), json_key):
+            yield document
 
 
-def read_records(
-    files: Iterable[Path], json_keys: Sequence[str], on_bytes_read: OnBytesRead = lambda num_bytes: None
-) -> Iterator[Record]:
-    """Yield the undecoded records of the files; `on_bytes_read` is told of each chunk's size on disk as it is read.
+def decode_documents(block: Block, source: str, json_key: str) -> Iterator[tuple[bytes | dict[str, Any], Document]]:
+    """Yield every record of a block as it was read, with its document; source: the block's file.
 
-    json_keys: the fields that `decode_record` will ask for; of a Parquet file no other column is read.
-    Raises DataError if a file cannot be read to its end: a broken or truncated archive, an unreadable file.
+    Raises DataError naming file:line at the first record that is not a document.
     """
-    slices = select_whole_files(tuple(files))
-    for block in read_blocks(slices, json_keys, on_bytes_read=on_bytes_read):
-        source = str(slices[block.begin.file_index].path)
-        for line, payload in enumerate(split_block(block), start=block.begin.num_records + 1):
-            yield Record(source, line, payload, block.kind)
+    for line, payload in enumerate(split_block(block), start=block.begin.num_records + 1):
+        try:
+            (text,) = decode_document(block.kind, payload, (json_key,))
+        except BadRecordError as error:
+            raise DataError(f"{source}:{line}: {error}") from error
+        yield payload, Document(text, source, line)
 
 
-def decode_record(record: Record, json_keys: Sequence[str]) -> tuple[str, ...]:
-    """Return the text of each key; raises DataError naming file:line if the record has no such texts."""
-    try:
-        return tuple(decode_document(record.kind, record.payload, json_keys))
-    except BadRecordError as error:
-        raise DataError(f"{record.source}:{record.line}: {error}") from error
+def batch_documents(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Yield the documents in lists of about BATCH_CHARS characters."""
+    batch: list[Document] = []
+    num_chars = 0
+    for document in documents:
+        batch.append(document)
+        num_chars += len(document.text) + 1  # so that empty documents too end a batch
+        if num_chars >= BATCH_CHARS:
+            yield batch
+            batch, num_chars = [], 0
+    if batch:
+        yield batch

@@ -18,7 +18,7 @@ def open_console(stream: IO[str] | None = None) -> Console:
     """
     console = Console(file=stream, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
-        console = Console(file=stream, highlight=False, markup=False, emoji=False, width=PLAIN_WIDTH)
+        console.width = PLAIN_WIDTH
     return console
 
 

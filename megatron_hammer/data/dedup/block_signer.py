@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import orjson
 
-from megatron_hammer.corpus.blocks import Block, BlockKind, decode_document, split_block
-from megatron_hammer.corpus.json_records import BadRecordError
+from megatron_hammer.corpus.blocks import Block, BlockKind
+from megatron_hammer.corpus.readers import decode_documents
 from megatron_hammer.data.dedup.near_duplicates import NearDuplicateOptions, Signer
-from megatron_hammer.errors import DataError
 
 DIGEST_BYTES = 16
 DIGEST_DTYPE = np.dtype(f"S{DIGEST_BYTES}")
@@ -51,14 +50,9 @@ class BlockSignerRecipe:
     def _sign(self, block: Block, signer: Signer | None) -> SignedBlock:
         """Raises DataError naming file:line at the first record that is not a document."""
         texts, lines = [], []
-        for place, payload in enumerate(split_block(block)):
-            try:
-                (text,) = decode_document(block.kind, payload, (self.json_key,))
-            except BadRecordError as error:
-                where = f"{self.paths[block.begin.file_index]}:{block.begin.num_records + place + 1}"
-                raise DataError(f"{where}: {error}") from error
-            texts.append(text)
-            lines.append(encode_line(block.kind, payload, text, self.json_key))
+        for payload, document in decode_documents(block, self.paths[block.begin.file_index], self.json_key):
+            texts.append(document.text)
+            lines.append(encode_line(block.kind, payload, document.text, self.json_key))
         digests = [digest_text(text, ignores_whitespace=self.ignores_whitespace) for text in texts]
         signatures = [signer.sign(text) if signer is not None else None for text in texts]
         signed = [signature for signature in signatures if signature is not None]

@@ -8,9 +8,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO, Self
 
-from megatron_hammer.data.indexed.manifest import HASH_CHUNK_BYTES, SourceFile
+from megatron_hammer.data.indexed.manifest import SourceFile
 from megatron_hammer.errors import HammerError
 from megatron_hammer.files.read import cannot_read
+
+HASH_CHUNK_BYTES = 1 << 20
 
 
 class FileHasher:

@@ -18,7 +18,6 @@ from megatron_hammer.files.read import cannot_read
 from megatron_hammer.files.typed import FormatVersion, read_json
 
 FORMAT_VERSION = 1
-HASH_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,16 +116,12 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
 
 def describe_source(path: Path) -> SourceFile:
     """Read the file once and return its size and hash; raises DataError if it cannot be read."""
-    digest = hashlib.sha256()
-    size_bytes = 0
     try:
         with open(path, "rb") as file:
-            while chunk := file.read(HASH_CHUNK_BYTES):
-                digest.update(chunk)
-                size_bytes += len(chunk)
+            digest = hashlib.file_digest(file, "sha256")
+            return SourceFile(path=str(path), size_bytes=file.tell(), sha256=digest.hexdigest())
     except OSError as error:
         raise cannot_read(path, error) from error
-    return SourceFile(path=str(path), size_bytes=size_bytes, sha256=digest.hexdigest())
 
 
 def hash_file(path: Path) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_hammer.files.publish import publish_file
+from megatron_hammer.files.publish import publish_files
 
 PLOT_BINS_PER_OCTAVE = 4
 PLOT_INCHES = (9.0, 6.5)
@@ -49,8 +49,7 @@ def write_histogram_csv(path: Path, histogram: LengthHistogram) -> None:
     rows.writerow(["min_tokens", "max_tokens", "documents", "tokens"])
     columns = (histogram.edges[:-1], histogram.edges[1:] - 1, histogram.num_documents, histogram.num_tokens)
     rows.writerows(zip(*(column.tolist() for column in columns), strict=True))
-    with publish_file(path) as file:
-        file.write(text.getvalue().encode())
+    publish_files({path: text.getvalue()})
 
 
 def plot_histogram(path: Path, lengths: np.ndarray, title: str) -> None:
@@ -88,8 +87,7 @@ def plot_histogram(path: Path, lengths: np.ndarray, title: str) -> None:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=PLOT_DOTS_PER_INCH, metadata={"Software": None})
     pyplot.close(figure)
-    with publish_file(path) as file:
-        file.write(content.getvalue())
+    publish_files({path: content.getvalue()})
 
 
 def _mark_quantiles(panels: tuple, lengths: np.ndarray) -> None:

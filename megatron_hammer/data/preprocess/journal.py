@@ -20,7 +20,7 @@ from megatron_hammer.corpus.blocks import Position
 from megatron_hammer.data.indexed.manifest import JobShard, Manifest
 from megatron_hammer.data.indexed.pair_writer import WriterState
 from megatron_hammer.errors import DataError
-from megatron_hammer.files.publish import cannot_write, publish_file
+from megatron_hammer.files.publish import cannot_write, publish_files
 from megatron_hammer.files.typed import FormatVersion, read_json
 
 FORMAT_VERSION = 1
@@ -75,9 +75,8 @@ class Journal:
 
 def write_journal(path: Path, journal: Journal) -> None:
     """Replace the journal; after a kill there is the old one or the new one."""
-    with publish_file(path) as file:
-        manifests = [manifest.to_json() for manifest in journal.manifests]
-        file.write(orjson.dumps(dataclasses.asdict(journal) | {"manifests": manifests}))
+    manifests = [manifest.to_json() for manifest in journal.manifests]
+    publish_files({path: orjson.dumps(dataclasses.asdict(journal) | {"manifests": manifests})})
 
 
 def read_journal(path: Path) -> Journal | None:

@@ -15,16 +15,15 @@ import numpy as np
 from megatron_hammer.corpus.blocks import Position
 from megatron_hammer.data.indexed.manifest import Manifest, encode_manifest, manifest_path
 from megatron_hammer.data.indexed.pair import bin_path, idx_path, read_index
-from megatron_hammer.data.indexed.pair_writer import IndexedWriter
+from megatron_hammer.data.indexed.pair_writer import IndexedWriter, remove_partial_files
 from megatron_hammer.data.indexed.shuffle import shuffle_pairs
 from megatron_hammer.data.preprocess.block_encoder import EncodedBlock
 from megatron_hammer.data.preprocess.journal import Job, Journal, Phase, write_journal
 from megatron_hammer.data.preprocess.options import PreprocessOptions
 from megatron_hammer.errors import DataError, OutputError
-from megatron_hammer.files.publish import partial_path, publish_file
+from megatron_hammer.files.publish import partial_path, publish_files
 
 MAX_PROBLEMS_SHOWN = 20
-PARTIAL_SUFFIXES = (".bin", ".idx", ".lengths", ".documents", ".manifest.json")
 
 
 class PreprocessRun:
@@ -137,8 +136,7 @@ class PreprocessRun:
         for prefix, manifest in written.items():
             if partial_path(bin_path(prefix)).exists():  # else this pair is the new one already
                 idx_path(prefix).unlink(missing_ok=True)
-            with publish_file(manifest_path(prefix)) as file:
-                file.write(encode_manifest(manifest))
+            publish_files({manifest_path(prefix): encode_manifest(manifest)})
         for writer in self.writers:
             writer.publish()
         remove_leftovers(self._options)
@@ -185,7 +183,7 @@ def remove_leftovers(options: PreprocessOptions) -> None:
     options.journal_path.unlink(missing_ok=True)
     partial_path(options.journal_path).unlink(missing_ok=True)
     for prefix in (options.prefix_of(key) for key in options.json_keys):
-        for base in (prefix, select_spool_prefix(prefix)):
-            for suffix in PARTIAL_SUFFIXES:
-                partial_path(f"{base}{suffix}").unlink(missing_ok=True)
+        partial_path(manifest_path(prefix)).unlink(missing_ok=True)
+        remove_partial_files(prefix)
+        remove_partial_files(select_spool_prefix(prefix))
     shutil.rmtree(select_shuffle_dir(options), ignore_errors=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_hammer.files.publish import publish_file
+from megatron_hammer.files.publish import publish_file, publish_files
 from megatron_hammer.tokenizer.analysis.analysis_report import describe_tokenizer
 from megatron_hammer.tokenizer.analysis.analyze import Analysis
 from megatron_hammer.tokenizer.analysis.script import UNITS
@@ -22,8 +22,7 @@ def write_csv(analysis: Analysis, path: Path) -> None:
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    with publish_file(path) as file:
-        file.write(text.getvalue().encode("utf-8"))
+    publish_files({path: text.getvalue()})
 
 
 def _build_row(analysis: Analysis, described: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ tokens of the reference, less is better. Fertility: all tokens of the documents 
 separated by whitespace) or their characters other than whitespace (Han and the others). Coverage: see coverage.py.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -66,16 +67,7 @@ def _describe_round_trip(tokenizer: TokenizerCounts) -> dict[str, Any]:
     return {
         "num_documents": tokenizer.round_trip.num_documents,
         "num_changed_documents": tokenizer.round_trip.num_changed_documents,
-        "losses": {
-            str(kind): {
-                "num_places": loss.num_places,
-                "num_documents": loss.num_documents,
-                "where": loss.where,
-                "before": loss.before,
-                "after": loss.after,
-            }
-            for kind, loss in tokenizer.round_trip.classes.items()
-        },
+        "losses": {str(kind): dataclasses.asdict(loss) for kind, loss in tokenizer.round_trip.classes.items()},
     }
 
 
@@ -85,12 +77,7 @@ def describe_analysis(analysis: Analysis) -> dict[str, Any]:
         "num_documents": analysis.num_documents,
         "text_bytes": analysis.text_bytes,
         "scripts": {
-            str(script): {
-                "num_documents": counts.num_documents,
-                "text_bytes": counts.text_bytes,
-                "num_units": counts.num_units,
-                "unit": UNITS[script],
-            }
+            str(script): dataclasses.asdict(counts) | {"unit": UNITS[script]}
             for script, counts in analysis.scripts.items()
         },
         "reference": analysis.reference,

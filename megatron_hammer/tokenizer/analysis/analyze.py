@@ -7,20 +7,18 @@ What is counted is exact integers; every ratio is derived from them in analysis_
 import heapq
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from megatron_hammer.corpus.readers import Document, decode_record, find_input_files, read_records
+from megatron_hammer.corpus.readers import Document, batch_documents
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.tokenizer.analysis.round_trip import RoundTripCounts
 from megatron_hammer.tokenizer.analysis.script import Script, count_units, detect_script
 from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder
 from megatron_hammer.tokenizer.vocabulary.coverage import LevelCoverage, measure_coverage
-
-BATCH_CHARS = 1 << 20
 
 
 @dataclass(slots=True)
@@ -81,15 +79,6 @@ def load_named_tokenizers(named_paths: Sequence[tuple[str, Path]], reference: st
     return {name: load_encoder(path) for name, path in named_paths}
 
 
-def stream_documents(
-    inputs: Sequence[str | Path], json_key: str, on_bytes_read: Callable[[int], None] = lambda num_bytes: None
-) -> Iterator[Document]:
-    """Yield the documents that the preprocessor would read; `on_bytes_read` is told of each chunk's size on disk."""
-    for record in read_records(find_input_files(inputs).files, (json_key,), on_bytes_read):
-        (text,) = decode_record(record, (json_key,))
-        yield Document(text, record.source, record.line)
-
-
 def sample_documents(documents: Iterable[Document], *, max_bytes: int, seed: int) -> list[Document]:
     """A uniform random sample of whole documents of at most `max_bytes` together, in their original order.
 
@@ -119,7 +108,7 @@ def analyze_tokenizers(
     for tokenizer in tokenizers:
         tokenizer.coverage = measure_coverage(tokenizer.encoder, levels or {})
     scripts: dict[Script, ScriptCounts] = {}
-    for batch in _batch_documents(documents):
+    for batch in batch_documents(documents):
         batch_scripts = [detect_script(document.text) for document in batch]
         for document, script in zip(batch, batch_scripts, strict=True):
             counts = scripts.setdefault(script, ScriptCounts())
@@ -133,19 +122,6 @@ def analyze_tokenizers(
         tokenizers=tokenizers,
         reference=reference or tokenizers[0].name,
     )
-
-
-def _batch_documents(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    num_chars = 0
-    for document in documents:
-        batch.append(document)
-        num_chars += len(document.text)
-        if num_chars >= BATCH_CHARS:
-            yield batch
-            batch, num_chars = [], 0
-    if batch:
-        yield batch
 
 
 def _count_batch(tokenizer: TokenizerCounts, batch: list[Document], scripts: list[Script]) -> None:

@@ -5,18 +5,17 @@ parts of the folder by rules of its own. So the result of `AutoTokenizer.from_pr
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_hammer.corpus.readers import Document
+from megatron_hammer.corpus.readers import Document, batch_documents
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.tokenizer.encoding.encoder import Encoder, SentencePieceEncoder
 
-BATCH_CHARS = 1 << 20
 SHOWN_CHARS = 60
 
 
@@ -58,7 +57,7 @@ def verify_with_transformers(
     tokenizer = load_with_transformers(folder)
     checked = CheckedTexts()
     adds_special_tokens = isinstance(encoder, SentencePieceEncoder)
-    for batch in _batch_documents(documents):
+    for batch in batch_documents(documents):
         texts = [document.text for document in batch]
         expected = _encode_batch(encoder, texts)
         got = tokenizer(texts, add_special_tokens=adds_special_tokens, verbose=False)["input_ids"]
@@ -77,19 +76,6 @@ def verify_with_transformers(
 def _encode_batch(encoder: Encoder, texts: Sequence[str]) -> list[list[int]]:
     ids, lengths = encoder.encode_batch(texts)
     return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])]
-
-
-def _batch_documents(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    num_chars = 0
-    for document in documents:
-        batch.append(document)
-        num_chars += len(document.text) + 1
-        if num_chars >= BATCH_CHARS:
-            yield batch
-            batch, num_chars = [], 0
-    if batch:
-        yield batch
 
 
 def _differs_in_ids(document: Document, expected: list[int], got: list[int], tokenizer: Any) -> ConversionError:

@@ -20,7 +20,7 @@ import numpy as np
 import sentencepiece
 
 from megatron_hammer.errors import DataError
-from megatron_hammer.files.publish import publish_file
+from megatron_hammer.files.publish import publish_files
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import (
     SENTENCEPIECE_LOGS_ERRORS_ONLY,
     WHITESPACE_SYMBOL,
@@ -187,8 +187,7 @@ def write_merged_model(path: Path, model: SentencePieceModel) -> None:
         raise DataError(f"{path}: merged model must load, got {error}. Check the pieces of both models.") from error
     if num_loaded != len(model.pieces):
         raise DataError(f"{path}: merged model must have {len(model.pieces)} pieces, got {num_loaded}. Report this.")
-    with publish_file(path) as file:
-        file.write(data)
+    publish_files({path: data})
 
 
 def _append(

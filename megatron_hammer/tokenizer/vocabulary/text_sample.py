@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_hammer.corpus.byte_streams import OnBytesRead
-from megatron_hammer.corpus.readers import find_input_files, read_documents
+from megatron_hammer.corpus.input_files import find_input_files
+from megatron_hammer.corpus.readers import read_documents
 from megatron_hammer.errors import ConfigError
 
 

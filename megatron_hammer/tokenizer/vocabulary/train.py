@@ -16,7 +16,7 @@ import sentencepiece
 
 from megatron_hammer.corpus.byte_streams import OnBytesRead
 from megatron_hammer.errors import DataError
-from megatron_hammer.files.publish import publish_file
+from megatron_hammer.files.publish import publish_files
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import (
     SENTENCEPIECE_LOGS_ERRORS_ONLY,
     PieceType,
@@ -80,8 +80,7 @@ def train_tokenizer(
     on_training(sampled_bytes)
     model_bytes = _train_interruptibly(sample, recipe, num_threads)
     check_requirements(model_bytes, recipe)
-    with publish_file(output_path) as file:
-        file.write(model_bytes)
+    publish_files({output_path: model_bytes})
     return TrainedTokenizer(
         path=output_path,
         vocab_size=recipe.vocab_size,

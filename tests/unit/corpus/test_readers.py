@@ -10,7 +10,9 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from megatron_hammer.corpus.readers import Document, find_input_files, read_documents, read_records
+from megatron_hammer.corpus import readers
+from megatron_hammer.corpus.input_files import find_input_files
+from megatron_hammer.corpus.readers import Document, read_documents
 from megatron_hammer.errors import DataError
 from tests.helpers.messages import assert_problem, assert_problems
 
@@ -96,7 +98,7 @@ def test_bytes_read_add_up_to_the_size_on_disk(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(to_jsonl(["x" * 1000] * 50))
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(to_jsonl(["y"] * 50)))
     counts: list[int] = []
-    assert len(list(read_records(find_input_files([tmp_path]).files, ["text"], counts.append))) == 100
+    assert len(list(read_documents([tmp_path], "text", counts.append))) == 100
     assert sum(counts) == sum(path.stat().st_size for path in tmp_path.iterdir())
 
 
@@ -235,3 +237,10 @@ def test_strings_that_are_not_utf8_in_parquet_are_named(tmp_path: Path) -> None:
 def test_bytes_in_parquet_are_text(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": ["é".encode(), b"b"]}), tmp_path / "a.parquet")
     assert read_texts(tmp_path) == ["é", "b"]
+
+
+def test_empty_documents_end_a_batch_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "BATCH_CHARS", 3)
+    documents = [Document(text, "a.jsonl", line) for line, text in enumerate(("abcde", "", "", "", "a"), start=1)]
+    batches = list(readers.batch_documents(iter(documents)))
+    assert [[document.line for document in batch] for batch in batches] == [[1], [2, 3, 4], [5]]

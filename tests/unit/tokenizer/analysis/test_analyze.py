@@ -4,19 +4,18 @@ from pathlib import Path
 
 import pytest
 
+from megatron_hammer.corpus import readers
 from megatron_hammer.corpus.readers import Document
-from megatron_hammer.errors import ConfigError, DataError
-from megatron_hammer.tokenizer.analysis import analyze
+from megatron_hammer.errors import ConfigError
 from megatron_hammer.tokenizer.analysis.analyze import (
     analyze_tokenizers,
     load_named_tokenizers,
     parse_named_tokenizer,
     sample_documents,
-    stream_documents,
 )
 from megatron_hammer.tokenizer.analysis.script import Script
 from megatron_hammer.tokenizer.encoding.encoder import load_encoder
-from tests.helpers.toy_tokenizer import TOY_TEXTS, TOY_VOCAB_SIZE, train_toy_tokenizer, write_jsonl
+from tests.helpers.toy_tokenizer import TOY_TEXTS, TOY_VOCAB_SIZE, train_toy_tokenizer
 
 
 @pytest.fixture
@@ -29,7 +28,7 @@ DOCUMENTS = [Document(text, "c.jsonl", line) for line, text in enumerate((*TOY_T
 
 @pytest.mark.parametrize("batch_chars", [1, 60, 10_000])
 def test_counts_do_not_depend_on_the_batches(encoder, monkeypatch, batch_chars):
-    monkeypatch.setattr(analyze, "BATCH_CHARS", batch_chars)
+    monkeypatch.setattr(readers, "BATCH_CHARS", batch_chars)
     analysis = analyze_tokenizers({"a": encoder, "b": encoder}, iter(DOCUMENTS), reference="b")
     assert (analysis.num_documents, analysis.reference) == (5, "b")
     assert analysis.text_bytes == sum(len(document.text.encode()) for document in DOCUMENTS)
@@ -47,16 +46,6 @@ def test_coverage_needs_no_corpus(encoder):
     assert analysis.scripts == {}
     assert [row.num_covered for row in analysis.tokenizers[0].coverage] == [1]
     assert analysis.tokenizers[0].encoder.vocab_size == TOY_VOCAB_SIZE
-
-
-def test_documents_are_streamed_and_bytes_counted(tmp_path):
-    path = write_jsonl(tmp_path / "c.jsonl", TOY_TEXTS, key="content")
-    sizes = []
-    documents = list(stream_documents([path], "content", sizes.append))
-    assert [(document.text, document.line) for document in documents] == list(zip(TOY_TEXTS, (1, 2, 3), strict=True))
-    assert sum(sizes) == path.stat().st_size
-    with pytest.raises(DataError, match=r'c.jsonl:1: field "text" is missing'):
-        list(stream_documents([path], "text"))
 
 
 def test_a_sample_is_of_whole_documents_in_order_and_reproducible():
