@@ -7,14 +7,15 @@ epochs: how often a source is read; built: the whole epochs that Megatron shuffl
 
 import argparse
 import dataclasses
+import itertools
 import re
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import orjson
 from rich.table import Table
 
 from megatron_hammer.data.blending import (
@@ -26,16 +27,16 @@ from megatron_hammer.data.blending import (
     encode_data_args,
     find_warnings,
     list_data_path,
-    normalize_weights,
     preview_blend,
     read_sources,
     round_weights,
     validate_weights,
     weigh_by_tokens,
 )
+from megatron_hammer.data.order.order import normalize_weights
 from megatron_hammer.errors import ConfigError, exit_on_user_error
 from megatron_hammer.files.publish import publish_files
-from megatron_hammer.files.tables import build_table, open_console
+from megatron_hammer.files.tables import build_table, open_console, print_json
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
@@ -96,7 +97,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if arguments.json:
-        print_json(sources, weights, previews, budget, data_path, warnings)
+        result = {"sources": list_rows(sources, weights, previews), "data_path": data_path, "warnings": warnings}
+        if budget is not None:
+            result["budget"] = dataclasses.asdict(budget) | {"num_tokens": budget.num_tokens}
+        print_json(result)
         return
     open_console().print(build_sources(sources, weights, previews))
     print(f"--data-path {shlex.join(data_path)}" + (f" --split {arguments.split}" if arguments.split else ""))
@@ -143,10 +147,9 @@ def build_sources(
     headings += ["drawn tokens", "epochs", "built"] if previews else ["of all tokens"]
     rows = []
     total_tokens = sum(source.num_tokens for source in sources)
-    for index, (source, weight) in enumerate(zip(sources, weights, strict=True)):
+    for source, weight, drawn in itertools.zip_longest(sources, weights, previews or ()):
         cells = [f"{float(weight):.4%}", f"{source.num_tokens:,}"]
-        if previews:
-            drawn = previews[index]
+        if drawn:
             cells += [f"{drawn.num_tokens:,}", f"{drawn.epochs:.3f}", f"{drawn.num_epochs_built:,}"]
         else:
             cells.append(f"{source.num_tokens / total_tokens:.4%}")
@@ -154,24 +157,14 @@ def build_sources(
     return build_table(None, headings, rows)
 
 
-def print_json(
-    sources: Sequence[BlendSource],
-    weights: Sequence[str],
-    previews: Sequence[SourcePreview] | None,
-    budget: Budget | None,
-    data_path: list[str],
-    warnings: list[str],
-) -> None:
-    rows = [
-        dataclasses.asdict(source)
-        | {"weight": float(weight)}
-        | ({"drawn": dataclasses.asdict(previews[index])} if previews else {})
-        for index, (source, weight) in enumerate(zip(sources, weights, strict=True))
+def list_rows(
+    sources: Sequence[BlendSource], weights: Sequence[str], previews: Sequence[SourcePreview] | None
+) -> list[dict[str, Any]]:
+    """The sources for --json; drawn: only with a budget."""
+    return [
+        dataclasses.asdict(source) | {"weight": float(weight)} | ({"drawn": dataclasses.asdict(drawn)} if drawn else {})
+        for source, weight, drawn in itertools.zip_longest(sources, weights, previews or ())
     ]
-    result = {"sources": rows, "data_path": data_path, "warnings": warnings}
-    if budget is not None:
-        result["budget"] = dataclasses.asdict(budget) | {"num_tokens": budget.num_tokens}
-    print(orjson.dumps(result, option=orjson.OPT_INDENT_2).decode())
 
 
 def summarise(sources: Sequence[BlendSource], budget: Budget | None, arguments: argparse.Namespace) -> str:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import orjson
 from rich.progress import TextColumn
 
 from megatron_hammer.data.dedup.deduplicate import DedupCounts, DedupOptions, deduplicate
@@ -18,6 +17,7 @@ from megatron_hammer.data.dedup.near_duplicates import NearDuplicateOptions, rem
 from megatron_hammer.data.preprocess.worker_pool import count_cores
 from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
 from megatron_hammer.files.progress import build_byte_progress
+from megatron_hammer.files.tables import print_json
 
 SHOWN_SIMILARITIES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.json:
         result = dataclasses.asdict(counts) | {"num_kept": counts.num_kept, "elapsed_s": elapsed_s}
         result["removal_probability"] = {str(similarity): chance for similarity, chance in chances.items()}
-        print(orjson.dumps(result, option=orjson.OPT_INDENT_2).decode())
+        print_json(result)
         return
     if chances:
         listed = ", ".join(f"{similarity:g}: {chance:.1%}" for similarity, chance in chances.items())

@@ -10,9 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import orjson
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
 from megatron_hammer.data.indexed.manifest import read_manifest
@@ -37,6 +35,7 @@ from megatron_hammer.data.inspect.tables import (
 from megatron_hammer.data.inspect.verify_pair import VerifiedPair, verify_pair
 from megatron_hammer.errors import ConfigError, DataError, exit_on_user_error
 from megatron_hammer.files.progress import build_progress
+from megatron_hammer.files.tables import print_json
 from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder
 
 OnProgress = Callable[[int, int], None]
@@ -209,10 +208,6 @@ def show_matches(arguments: argparse.Namespace, encoder: Encoder) -> None:
     num_searched = sum(result["num_searched_documents"] for result in results)
     stopped = " (stopped at --max-matches)" if any(result["has_stopped"] for result in results) else ""
     print(f"{num_matches:,} documents contain {arguments.search!r}, of {num_searched:,} searched{stopped}")
-
-
-def print_json(value: dict[str, Any]) -> None:
-    print(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode())
 
 
 @contextmanager

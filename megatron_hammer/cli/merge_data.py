@@ -12,11 +12,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import orjson
-
 from megatron_hammer.data.merge.merge_pairs import MergedPair, merge_pairs
 from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
 from megatron_hammer.files.progress import build_byte_progress
+from megatron_hammer.files.tables import print_json
 
 DEFAULT_SEED = 1234
 
@@ -50,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for warning in merged.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if arguments.json:
-        print(orjson.dumps(merged.to_json() | {"elapsed_s": elapsed_s}, option=orjson.OPT_INDENT_2).decode())
+        print_json(merged.to_json() | {"elapsed_s": elapsed_s})
     else:
         print(summarise(merged, elapsed_s))
 

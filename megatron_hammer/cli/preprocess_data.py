@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import orjson
 from rich.progress import TextColumn
 
 from megatron_hammer.data.indexed.manifest import Manifest
@@ -24,6 +23,7 @@ from megatron_hammer.data.preprocess.sharding import parse_shard
 from megatron_hammer.data.preprocess.worker_pool import count_cores
 from megatron_hammer.errors import exit_on_user_error
 from megatron_hammer.files.progress import build_byte_progress
+from megatron_hammer.files.tables import print_json
 
 SIGNAL_EXIT_CODE = 128
 
@@ -99,8 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_dropped(next(iter(result.manifests.values())).problems)
     if arguments.json:
         outputs = {str(prefix): manifest.to_json() for prefix, manifest in result.manifests.items()}
-        summary = {"outputs": outputs, "was_complete": result.was_complete, "elapsed_s": elapsed_s}
-        print(orjson.dumps(summary, option=orjson.OPT_INDENT_2).decode())
+        print_json({"outputs": outputs, "was_complete": result.was_complete, "elapsed_s": elapsed_s})
         return
     for prefix, manifest in result.manifests.items():
         effort = f"{elapsed_s:.1f} s, {manifest.text_bytes / elapsed_s / 1e6:.1f} MB/s"

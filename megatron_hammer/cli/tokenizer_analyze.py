@@ -4,7 +4,6 @@ hammer tokenizer analyze --tokenizers ours=ours.model theirs=theirs/ --input cor
 """
 
 import argparse
-import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from megatron_hammer.corpus.input_files import find_input_files
 from megatron_hammer.corpus.readers import Document, read_documents
 from megatron_hammer.errors import ConfigError, DataError, exit_on_user_error
 from megatron_hammer.files.progress import build_byte_progress
-from megatron_hammer.files.tables import open_console
+from megatron_hammer.files.tables import open_console, print_json
 from megatron_hammer.tokenizer.analysis import analysis_files, analysis_report, analyze
 from megatron_hammer.tokenizer.vocabulary.coverage import read_character_levels
 
@@ -71,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.plot:
         analysis_files.write_plot(analysis, arguments.plot)
     if arguments.json:
-        print(json.dumps(analysis_report.describe_analysis(analysis), ensure_ascii=False, indent=2))
+        print_json(analysis_report.describe_analysis(analysis))
         return
     analysis_report.print_analysis(analysis, open_console())
     print(analysis_report.summarise_analysis(analysis, time.monotonic() - started_at_s))

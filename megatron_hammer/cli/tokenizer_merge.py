@@ -11,10 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import orjson
-
 from megatron_hammer.errors import ConfigError, exit_on_user_error
-from megatron_hammer.files.tables import build_table, open_console
+from megatron_hammer.files.tables import build_table, open_console, print_json
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import SentencePieceModel
 from megatron_hammer.tokenizer.vocabulary.merge_vocabularies import (
     MergeReport,
@@ -78,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.json:
         facts = {"output": str(arguments.output), "mode": arguments.mode, "normalizer": describe_normalizer(model)}
         facts |= dataclasses.asdict(report)
-        print(orjson.dumps(facts, option=orjson.OPT_INDENT_2).decode())
+        print_json(facts)
     else:
         print_merge_report(arguments, model, report)
 

@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import orjson
 from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from megatron_hammer.corpus.input_files import find_input_files
 from megatron_hammer.errors import ConfigError, exit_on_interrupt, exit_on_user_error
 from megatron_hammer.files.progress import build_byte_progress, build_progress
+from megatron_hammer.files.tables import print_json
 from megatron_hammer.tokenizer.vocabulary.recipes import RECIPES, TokenizerRecipe
 from megatron_hammer.tokenizer.vocabulary.text_sample import TextSource, count_fitting_bytes, parse_sources
 from megatron_hammer.tokenizer.vocabulary.train import TrainedTokenizer, train_tokenizer
@@ -89,7 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     warn_of_shortfalls(trained)
     elapsed_s = time.monotonic() - started_at_s
     if arguments.json:
-        print_json(arguments, recipe, trained, elapsed_s)
+        facts = {"preset": arguments.preset, "recipe": dataclasses.asdict(recipe), **dataclasses.asdict(trained)}
+        print_json(facts | {"path": str(trained.path), "seed": arguments.seed, "elapsed_s": elapsed_s})
     else:
         print_summary(recipe, trained, elapsed_s)
 
@@ -173,11 +174,3 @@ def print_summary(recipe: TokenizerRecipe, trained: TrainedTokenizer, elapsed_s:
         f"{trained.sampled_bytes / 1e6:.2f} of {trained.text_bytes / 1e6:.2f} MB in {trained.num_documents} documents; "
         f"{requirements if num_characters + num_symbols else ''}{elapsed_s:.1f} s"
     )
-
-
-def print_json(
-    arguments: argparse.Namespace, recipe: TokenizerRecipe, trained: TrainedTokenizer, elapsed_s: float
-) -> None:
-    facts = {"preset": arguments.preset, "recipe": dataclasses.asdict(recipe), **dataclasses.asdict(trained)}
-    facts |= {"path": str(trained.path), "seed": arguments.seed, "elapsed_s": elapsed_s}
-    print(orjson.dumps(facts, option=orjson.OPT_INDENT_2).decode())

@@ -17,6 +17,7 @@ import numpy as np
 
 from megatron_hammer.data.indexed.manifest import TokenizerIdentity, read_manifest
 from megatron_hammer.data.indexed.pair import idx_path, read_index
+from megatron_hammer.data.order.order import normalize_weights, plan_epochs, share_samples
 from megatron_hammer.data.sources import DataPlan, count_split_tokens, parse_blend, parse_split
 from megatron_hammer.errors import ConfigError, DataError
 
@@ -126,12 +127,6 @@ def weigh_by_tokens(num_tokens: Sequence[int], temperature: float = 1.0) -> np.n
     return normalize_weights(np.exp(logarithms - logarithms.max()))  # the largest is 1: nothing overflows
 
 
-def normalize_weights(weights: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Return the weights divided by their sum, in Megatron's own arithmetic: float64 [n]."""
-    values = np.array(weights, dtype=np.float64)
-    return values / np.sum(values)
-
-
 def validate_weights(weights: Sequence[float], num_sources: int) -> None:
     """Raises ConfigError unless there is one positive, finite weight for each source."""
     if len(weights) != num_sources:
@@ -196,13 +191,12 @@ def preview_blend(weights: Sequence[str], sources: Sequence[BlendSource], budget
 
 def _preview_source(share: float, source: BlendSource, budget: Budget) -> SourcePreview:
     num_samples = round(share * budget.num_samples)
-    # BlendedMegatronDatasetBuilder rounds up twice; GPTDataset needs one token more than the samples hold.
-    num_requested = math.ceil(math.ceil(budget.num_samples * share) * (1 + MID_LEVEL_DATASET_SURPLUS))
+    (num_requested,) = share_samples(budget.num_samples, [share], surplus=MID_LEVEL_DATASET_SURPLUS)
     return SourcePreview(
         num_samples=num_samples,
         num_tokens=num_samples * budget.seq_length,
         epochs=num_samples * budget.seq_length / source.num_tokens,
-        num_epochs_built=max(1, -(-(num_requested * budget.seq_length + 1) // source.num_tokens)),
+        num_epochs_built=plan_epochs(num_requested, source.num_tokens, budget.seq_length).num_epochs,
     )
 
 

@@ -1,8 +1,9 @@
-"""One look for the tables that commands print: as wide as the terminal, or in a file as wide as they need."""
+"""What commands print on stdout: tables of one look, as wide as the terminal or as a file needs, and JSON."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import IO
+from typing import IO, Any
 
+import orjson
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -45,3 +46,8 @@ def build_pairs(title: str, values: Mapping[str, str]) -> Table:
     table.columns[0].style = "bold"
     table.columns[0].no_wrap = True
     return table
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """Print one JSON object, indented, with non-ASCII text as it is."""
+    print(orjson.dumps(value, option=orjson.OPT_INDENT_2).decode())

@@ -26,18 +26,9 @@ REMEDY = "preprocess or copy it again."
 class VerifiedPair:
     """What was found; the pair is sound if there are no problems, each of them one sentence that names a file.
 
-    Counts and ids are None where the file that holds them could not be read. has_hashes: whether the manifest's hashes
-    were there to compare with.
+    has_hashes: whether the manifest's hashes were there to compare with.
     """
 
-    prefix: Path
-    dtype: np.dtype | None = None
-    num_documents: int | None = None
-    num_sequences: int | None = None
-    num_tokens: int | None = None
-    smallest_id: int | None = None
-    largest_id: int | None = None
-    has_manifest: bool = False
     has_hashes: bool = False
     problems: tuple[str, ...] = ()
 
@@ -67,7 +58,7 @@ def verify_pair(
     vocab_size: int | None = None,
     on_progress: Callable[[int, int], None] = lambda done_bytes, total_bytes: None,
 ) -> VerifiedPair:
-    """Read a pair and its manifest whole and return what they hold, with every problem at once.
+    """Read a pair and its manifest whole and return every problem at once.
 
     vocab_size: ids must be below it; without it, below that of the manifest's tokenizer. on_progress: gets the bytes
     of the .bin read so far, of all. Raises DataError only if a file cannot be read.
@@ -95,14 +86,6 @@ def verify_pair(
     except OSError as error:
         raise cannot_read(error.filename, error) from error
     return VerifiedPair(
-        prefix=Path(prefix),
-        dtype=index.dtype if index else None,
-        num_documents=index.num_documents if index else None,
-        num_sequences=index.num_sequences if index else None,
-        num_tokens=index.num_tokens if index else None,
-        smallest_id=ids.smallest if ids else None,
-        largest_id=ids.largest if ids else None,
-        has_manifest=manifest is not None,
         has_hashes=manifest is not None and manifest.bin_sha256 is not None and manifest.idx_sha256 is not None,
         problems=tuple(problems),
     )

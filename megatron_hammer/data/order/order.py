@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_hammer.files.typed import validate
+
 MEGATRON, EPOCHWISE = "megatron", "epochwise"
 FINAL_EPOCH_SHARE = 0.80  # Megatron's threshold: with less of it drawn, the last epoch is shuffled apart
 
@@ -126,13 +128,13 @@ def _sample_generator(seed: int, epoch: int) -> np.random.RandomState:
 # --- blends ---------------------------------------------------------------------------------------------------------
 
 
-def normalize_weights(weights: Sequence[float]) -> list[float]:
-    """Weights as shares of one, rounded as megatron.core.datasets.utils.normalize rounds them."""
+def normalize_weights(weights: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Weights as shares of one: float64 [n], rounded as megatron.core.datasets.utils.normalize rounds them."""
     values = np.array(weights, dtype=np.float64)
-    return (values / np.sum(values)).tolist()
+    return values / np.sum(values)
 
 
-def share_samples(num_samples: int, weights: Sequence[float], *, surplus: float = 0.0) -> list[int]:
+def share_samples(num_samples: int, weights: Sequence[float] | np.ndarray, *, surplus: float = 0.0) -> list[int]:
     """Samples asked of each source of a blend; `weights` as shares of one.
 
     Source: blended_megatron_dataset_builder._get_size_per_split_per_dataset.
@@ -222,8 +224,9 @@ class DataOrder:
     def blend_weights(self) -> list[float]:
         """Shares of one, as BlendedDataset hands them to the blending helper."""
         if self.sources[0].weight is None:
-            return normalize_weights([source.count_samples(self.seq_length) for source in self.sources])
-        return normalize_weights(normalize_weights([source.weight or 0.0 for source in self.sources]))
+            return normalize_weights([source.count_samples(self.seq_length) for source in self.sources]).tolist()
+        # Twice, as in Megatron: the builder divides the weights by their sum, and BlendedDataset does so again.
+        return normalize_weights(normalize_weights([source.weight or 0.0 for source in self.sources])).tolist()
 
     @property
     def num_available(self) -> int:
@@ -251,15 +254,9 @@ class DataOrder:
         return dataclasses.asdict(self) | {"sources": [dataclasses.asdict(source) for source in self.sources]}
 
     @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> "DataOrder":
-        """Raises KeyError or TypeError where `fields` is not what `to_json` gave."""
-        sources = tuple(
-            SourceOrder(
-                **source | {"identity": SourceIdentity(**source["identity"]), "epochs": EpochPlan(**source["epochs"])}
-            )
-            for source in fields["sources"]
-        )
-        return cls(**fields | {"sources": sources})
+    def from_json(cls, fields: Any) -> "DataOrder":
+        """Raises DataError where `fields` is not what `to_json` gave."""
+        return validate(fields, cls, where="data order", remedy="It is not ours.", allows_unknown=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

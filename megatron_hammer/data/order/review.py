@@ -11,6 +11,7 @@ from typing import Any
 from megatron_hammer.data.order.change import Segment, is_continued, match_sources
 from megatron_hammer.data.order.order import DataOrder
 from megatron_hammer.data.order.run_order import OrderSettings, plan_run_order, plan_saved_order
+from megatron_hammer.errors import DataError
 
 RECORD_VERSION = 1
 OTHER_VALIDATION = "the order of the validation samples has changed"
@@ -110,7 +111,7 @@ def _read_record(record: Any) -> tuple[list[int], list[DataOrder], bool]:
         segments = record["segments"]
         orders = [DataOrder.from_json(segment["order"]) for segment in segments]
         return [int(segment["first_sample"]) for segment in segments], orders, True
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, DataError):
         return [], [], False
 
 

@@ -137,15 +137,3 @@ class BlockEncoderRecipe:
 
     def __call__(self) -> Callable[[Block], EncodedBlock]:
         return BlockEncoder(self.options, self.choice.load()).encode
-
-
-def select_sample_texts(block: Block | None, json_keys: Sequence[str], max_chars: int = 100_000) -> list[str]:
-    """Return texts of a block, of `max_chars` in all, on which a fast encoder can be compared with its reference."""
-    sample: list[str] = []
-    if block is not None:
-        for text in (text for column in decode_block(block, json_keys).columns for text in column):
-            sample.append(text[:max_chars])
-            max_chars -= len(text)
-            if max_chars <= 0:
-                break
-    return sample

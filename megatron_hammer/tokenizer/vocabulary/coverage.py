@@ -24,12 +24,11 @@ from megatron_hammer.tokenizer.encoding.sentencepiece_model import (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LevelCoverage:
-    """How many of a level's characters have a token of their own; `missing` holds the first of the others."""
+    """How many of a level's characters have a token of their own."""
 
     level: str
     num_characters: int
     num_covered: int
-    missing: str
 
     @property
     def covered_ratio(self) -> float:
@@ -61,18 +60,14 @@ def read_character_levels(path: Path) -> dict[str, tuple[str, ...]]:
 def measure_coverage(encoder: Encoder, levels: Mapping[str, Sequence[str]]) -> tuple[LevelCoverage, ...]:
     """The coverage of every level, in order."""
     covered = list_character_tokens(encoder)
-    rows = []
-    for level, characters in levels.items():
-        missing = [character for character in characters if character not in covered]
-        rows.append(
-            LevelCoverage(
-                level=level,
-                num_characters=len(characters),
-                num_covered=len(characters) - len(missing),
-                missing="".join(missing[:20]),
-            )
+    return tuple(
+        LevelCoverage(
+            level=level,
+            num_characters=len(characters),
+            num_covered=sum(character in covered for character in characters),
         )
-    return tuple(rows)
+        for level, characters in levels.items()
+    )
 
 
 def list_character_tokens(encoder: Encoder) -> frozenset[str]:

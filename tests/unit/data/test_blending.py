@@ -20,7 +20,6 @@ from megatron_hammer.data.blending import (
     encode_data_args,
     find_warnings,
     list_data_path,
-    normalize_weights,
     preview_blend,
     read_sources,
     round_weights,
@@ -30,6 +29,7 @@ from megatron_hammer.data.blending import (
 )
 from megatron_hammer.data.indexed.manifest import Manifest, TokenizerIdentity, encode_manifest, manifest_path
 from megatron_hammer.data.indexed.pair_writer import IndexedWriter
+from megatron_hammer.data.order.order import normalize_weights
 from megatron_hammer.errors import ConfigError, DataError
 from tests.helpers.messages import assert_problem, assert_problems
 

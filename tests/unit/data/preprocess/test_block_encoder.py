@@ -5,19 +5,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_hammer.corpus.blocks import Block, read_blocks, select_whole_files
+from megatron_hammer.corpus.blocks import read_blocks, select_whole_files
 from megatron_hammer.data.preprocess.block_encoder import (
     BlockEncoder,
     EncodedField,
     add_document_ends,
     count_utf8_bytes,
     require_bos_id,
-    select_sample_texts,
 )
 from megatron_hammer.data.preprocess.options import PreprocessOptions
 from megatron_hammer.errors import DataError
 from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder
-from tests.helpers.toy_tokenizer import TOY_TEXTS, train_toy_tokenizer, write_jsonl
+from tests.helpers.toy_tokenizer import train_toy_tokenizer, write_jsonl
 
 TEXTS = ["the fox", "", "def add", "", "", "春眠"]
 
@@ -69,15 +68,6 @@ def test_a_tokenizer_without_bos_is_refused(encoder: Encoder, monkeypatch: pytes
     message = r"toy.model: tokenizer must have a token that begins a document, got none. Name it as bos_token in token"
     with pytest.raises(DataError, match=message):
         require_bos_id(encoder)
-
-
-def test_sample_texts_are_bounded(tmp_path: Path) -> None:
-    blocks: list[Block] = list(
-        read_blocks(select_whole_files([write_jsonl(tmp_path / "c.jsonl", TOY_TEXTS)]), ["text"])
-    )
-    assert select_sample_texts(blocks[0], ["text"]) == list(TOY_TEXTS)
-    assert select_sample_texts(blocks[0], ["text"], max_chars=10) == [TOY_TEXTS[0][:10]]
-    assert select_sample_texts(None, ["text"]) == []
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from megatron_hammer.tokenizer.encoding.fast_encoder import (
     FastEncoder,
     PartwiseEncoder,
     find_difference,
+    list_checked_texts,
     select_encoder,
 )
 from megatron_hammer.tokenizer.encoding.hugging_face_tokenizer import define_plain_tokenizer
@@ -39,6 +40,13 @@ def assert_same_ids(encoder, reference, texts):
     assert (ids.dtype, lengths.dtype) == (np.int32, np.int64)
     assert lengths.tolist() == [len(part) for part in expected]
     assert np.array_equal(ids, np.concatenate(expected))
+
+
+def test_sample_texts_are_bounded(symbols_path, monkeypatch):
+    monkeypatch.setattr(fast_encoder, "MAX_SAMPLE_CHARS", 10)
+    model = read_sentencepiece_model(symbols_path)
+    texts = list(list_checked_texts(load_encoder(symbols_path), model, ["abcdefgh", "ijklm", "n"]))
+    assert texts[-2:] == ["abcdefgh", "ij"]
 
 
 @pytest.mark.parametrize("kind", ["native", "fastokens"])
