@@ -5,22 +5,16 @@ of llama.cpp come from the `gguf` package.
 """
 
 import math
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from gguf import MODEL_ARCH, GGMLQuantizationType, get_tensor_name_map
 from torch import Tensor
 
-from megatron_hammer.checkpoint.gguf.file_types import FLOAT_DTYPES, FileType, Place, count_tensor_bytes, select_type
+from megatron_hammer.checkpoint.gguf.file_types import FileType, Place, count_tensor_bytes, select_type
 from megatron_hammer.checkpoint.gguf.rotary_rows import permute_rope, unpermute_rope
 from megatron_hammer.checkpoint.hugging_face.config_json import HfModel
 from megatron_hammer.checkpoint.hugging_face.family import expand
-from megatron_hammer.checkpoint.hugging_face.tensor_rows import validate_names_and_shapes
-from megatron_hammer.checkpoint.hugging_face.tensor_sources import HfSource, HfSources, locate_hf_tensors
-from megatron_hammer.checkpoint_files.safetensors.weight_files import HfWeights, open_hf_weights
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.model.shape import ModelShape, RopeScaling
 
@@ -99,56 +93,6 @@ def _find_place(name: str, model: ModelShape) -> Place:
 
 def _count_rope_heads(kind: str, model: ModelShape) -> int | None:
     return {"attn_q": model.num_attention_heads, "attn_k": model.num_query_groups}.get(kind)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HfTensors:
-    """The tensors of a Hugging Face folder by the names that `plan_tensors` uses. notes: on stored ones left out."""
-
-    weights: HfWeights
-    sources: Mapping[str, HfSource]
-    notes: tuple[str, ...]
-
-    def read(self, hf_name: str) -> Tensor:
-        """The stored tensor, a view of its file."""
-        source = self.sources[hf_name]
-        return source.select(self.weights.read(source.name))
-
-
-def open_hf_tensors(folder: Path, model: HfModel) -> HfTensors:
-    """Open the weights; raises ConversionError for every tensor that is missing, unexpected, misshapen or no float."""
-    weights = open_hf_weights(folder)
-    pairs = expand(model.family, model.shape)
-    located = locate_hf_tensors(pairs, model.shape, weights.shapes)
-    expected = {name: shape for pair in pairs for name, shape in zip(pair.hf_names, pair.hf_shapes, strict=True)}
-    validate_names_and_shapes(expected, located.shapes, where=str(folder))
-    tensors = HfTensors(weights=weights, sources=located.sources, notes=_list_notes(located))
-    if problems := [*_list_unreadable(tensors), *_list_unequal(tensors, located.duplicates)]:
-        raise ConversionError(*problems)
-    return tensors
-
-
-def _list_unreadable(tensors: HfTensors) -> list[str]:
-    dtypes = {name: tensors.weights.dtypes[source.name] for name, source in tensors.sources.items()}
-    return [
-        f"{name}: weights must be f32, f16 or bf16, got {str(dtype).removeprefix('torch.')}. "
-        "Pass the model before quantization."
-        for name, dtype in dtypes.items()
-        if dtype not in FLOAT_DTYPES.values()
-    ]
-
-
-def _list_unequal(tensors: HfTensors, duplicates: Mapping[str, str]) -> list[str]:
-    return [
-        f"{name}: must equal {original}, to which it is tied, got a difference. Set tie_word_embeddings to false."
-        for name, original in duplicates.items()
-        if not torch.equal(tensors.weights.read(name), tensors.read(original))
-    ]
-
-
-def _list_notes(located: HfSources) -> tuple[str, ...]:
-    reasons = Counter([*(f"tied to {name}" for name in located.duplicates.values()), *located.buffers.values()])
-    return tuple(f"{count} stored tensor(s) left out: {reason}" for reason, count in reasons.items())
 
 
 def compute_rope_factors(scaling: RopeScaling, *, rotary_base: float, head_dim: int) -> Tensor:

@@ -18,10 +18,11 @@ from gguf import GGML_QUANT_SIZES, MODEL_ARCH_NAMES
 from megatron_hammer.checkpoint.gguf.file_types import FILE_TYPES, FLOAT_DTYPES, load_quantizer
 from megatron_hammer.checkpoint.gguf.gguf_file import verify_gguf, write_gguf
 from megatron_hammer.checkpoint.gguf.metadata import build_metadata, list_extra_tensors
-from megatron_hammer.checkpoint.gguf.tensors import GgufTensor, open_hf_tensors, plan_tensors, select_architecture
+from megatron_hammer.checkpoint.gguf.tensors import GgufTensor, plan_tensors, select_architecture
 from megatron_hammer.checkpoint.gguf.tokenizer import GgufVocabulary, read_vocabulary
 from megatron_hammer.checkpoint.gguf.verification import GgufProof, explain_absence, verify_with_llama_cpp
 from megatron_hammer.checkpoint.hugging_face.config_json import CONFIG_NAME, HfModel, read_hf_model
+from megatron_hammer.checkpoint.hugging_face.folder import HfFolder, open_hf_folder
 from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.files.publish import publish_path
@@ -81,7 +82,9 @@ def export_to_gguf(options: GgufOptions, on_step: OnStep = lambda stage, done, t
         file_type = FILE_TYPES[options.file_type]
         arch = MODEL_ARCH_NAMES[select_architecture(model)]
         tensors = plan_tensors(model, file_type)
-        source = open_hf_tensors(hf_dir, model)
+        source = open_hf_folder(hf_dir)
+        if problems := source.list_unequal_duplicates():
+            raise ConversionError(*problems)
         vocabulary = read_vocabulary(hf_dir, vocab_size=model.shape.vocab_size, config=model.config)
         writer = build_metadata(
             model.shape, vocabulary, arch=arch, file_type=options.file_type, name=_select_name(options)
@@ -113,7 +116,7 @@ def export_to_gguf(options: GgufOptions, on_step: OnStep = lambda stage, done, t
         types=dict(Counter(tensor.type.name.lower() for tensor in tensors)),
         checks=checks,
         examples=proof.examples,
-        notes=(*source.notes, *_list_fallbacks(tensors, options.file_type)),
+        notes=(*_list_left_out(source), *_list_fallbacks(tensors, options.file_type)),
         elapsed_s=time.monotonic() - started_at_s,
     )
 
@@ -195,6 +198,13 @@ def _describe_exactness(tensors: list[GgufTensor]) -> str:
     if num_exact == len(tensors):
         return "all equal to their source"
     return f"{num_exact} equal to their source, {len(tensors) - num_exact} near it"
+
+
+def _list_left_out(source: HfFolder) -> list[str]:
+    """Copies of the tied embedding, and buffers; llama.cpp needs neither."""
+    copies = (f"tied to {name}" for name in source.sources.duplicates.values())
+    reasons = Counter([*copies, *source.sources.buffers.values()])
+    return [f"{count} stored tensor(s) left out: {reason}" for reason, count in reasons.items()]
 
 
 def _list_fallbacks(tensors: list[GgufTensor], file_type: str) -> list[str]:

@@ -9,9 +9,10 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_hammer.checkpoint.gguf.file_types import FILE_TYPES
-from megatron_hammer.checkpoint.gguf.tensors import compute_rope_factors, open_hf_tensors, plan_tensors
-from megatron_hammer.checkpoint.hugging_face.config_json import HfModel, interpret_config, read_hf_model
+from megatron_hammer.checkpoint.gguf.tensors import compute_rope_factors, plan_tensors
+from megatron_hammer.checkpoint.hugging_face.config_json import HfModel, interpret_config
 from megatron_hammer.checkpoint.hugging_face.families.catalogue import select_family
+from megatron_hammer.checkpoint.hugging_face.folder import open_hf_folder
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.model.shape import RopeScaling
 from tests.helpers.gguf_models import LLAMA3_ROPE, write_gguf_source
@@ -104,6 +105,6 @@ def test_missing_and_unexpected_tensors_are_listed_together(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
     with pytest.raises(ConversionError) as caught:
-        open_hf_tensors(folder, read_hf_model(folder))
+        open_hf_folder(folder)
     assert len(caught.value.problems) == 9
     assert all(problem.startswith("model.layers.3.") for problem in caught.value.problems)
