@@ -4,6 +4,8 @@ Source: Academic-Hammer/HammerLLM, the published config.json, REPRODUCE.md and p
 ours: small enough for a laptop, with every parallel size of the parallel tour still possible.
 """
 
+from dataclasses import replace
+
 from megatron_hammer.model.shape import ModelShape, MoeShape
 from megatron_hammer.presets.preset import Preset, Recipe
 
@@ -67,16 +69,10 @@ HAMMER_TINY = Preset(
 
 HAMMER_TINY_MOE = Preset(
     num_parameters=9_182_464,
-    model=ModelShape(
+    model=replace(
+        HAMMER_TINY.model,
         name="hammer-tiny-moe",
         source="ours: hammer-tiny with Qwen2-MoE layers; the active experts are as wide as hammer-tiny's MLP",
-        num_layers=4,
-        hidden_size=256,
-        ffn_hidden_size=704,
-        num_attention_heads=16,
-        num_query_groups=2,
-        vocab_size=4096,
-        max_position_embeddings=256,
         moe=MoeShape(
             num_experts=4,
             router_topk=2,

@@ -1,9 +1,8 @@
 """What `--preset NAME` selects: a model's shape and the recipe that trains it. No torch, no megatron."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from megatron_hammer.model.layout import ParallelLayout
 from megatron_hammer.model.shape import ModelShape
 
 
@@ -32,18 +31,6 @@ class Recipe:
     virtual_pipeline_model_parallel_size: int = 1
     expert_model_parallel_size: int = 1
     has_sequence_parallel: bool = False
-    extra_arguments: tuple[str, ...] = field(default=())  # further Megatron flags, as typed
-
-    def build_layout(self, *, data_parallel_size: int = 1) -> ParallelLayout:
-        """The published layout at some number of copies of the model."""
-        return ParallelLayout(
-            tensor_model_parallel_size=self.tensor_model_parallel_size,
-            pipeline_model_parallel_size=self.pipeline_model_parallel_size,
-            virtual_pipeline_model_parallel_size=self.virtual_pipeline_model_parallel_size,
-            expert_model_parallel_size=self.expert_model_parallel_size,
-            data_parallel_size=data_parallel_size,
-            has_sequence_parallel=self.has_sequence_parallel,
-        )
 
     @property
     def tokens_per_step(self) -> int:

@@ -1,5 +1,6 @@
 """Whether two .bin/.idx pairs hold the same data, wherever they lie: by counts, parts of their bytes, and manifests."""
 
+import dataclasses
 import functools
 import hashlib
 from pathlib import Path
@@ -39,10 +40,7 @@ def count_source(index: IndexSummary) -> SourceIdentity:
 
 def is_same_data(first: SourceIdentity, second: SourceIdentity) -> bool | None:
     """None where one of them was not identified."""
-    pairs = [
-        (getattr(first, name), getattr(second, name))
-        for name in ("num_sequences", "num_documents", "num_tokens", "fingerprint", "bin_sha256", "idx_sha256")
-    ]
+    pairs = zip(dataclasses.astuple(first), dataclasses.astuple(second), strict=True)
     if any(None not in pair and pair[0] != pair[1] for pair in pairs):
         return False
     return None if first.fingerprint is None or second.fingerprint is None else True

@@ -181,11 +181,10 @@ class SourceIdentity:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SourceOrder:
-    """One source of the training blend. weight: as given. Sequences [first_sequence, last_sequence) are for training.
+class TrainingSource:
+    """A source as a run names it. weight: as given. Sequences [first_sequence, last_sequence) are for training.
 
-    epoch_tokens: tokens of those sequences. num_requested: samples asked of it, None for one epoch. num_joint: the same
-    for the first block of the epochwise order.
+    epoch_tokens: tokens of those sequences.
     """
 
     prefix: str
@@ -194,6 +193,15 @@ class SourceOrder:
     first_sequence: int
     last_sequence: int
     epoch_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceOrder(TrainingSource):
+    """A source with the order of its samples. num_requested: samples asked of it, None for one epoch.
+
+    num_joint: the same for the first block of the epochwise order.
+    """
+
     num_requested: int | None
     num_joint: int | None
     epochs: EpochPlan
@@ -259,18 +267,6 @@ class DataOrder:
         return validate(fields, cls, where="data order", remedy="It is not ours.", allows_unknown=False)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainingSource:
-    """A source as a run names it: its sequences for training, their tokens, and what its files hold."""
-
-    prefix: str
-    weight: float | None
-    first_sequence: int
-    last_sequence: int
-    epoch_tokens: int
-    identity: SourceIdentity
-
-
 def plan_order(
     sources: Sequence[TrainingSource],
     *,
@@ -301,12 +297,7 @@ def plan_order(
 
     planned = [
         SourceOrder(
-            prefix=source.prefix,
-            weight=source.weight,
-            identity=source.identity,
-            first_sequence=source.first_sequence,
-            last_sequence=source.last_sequence,
-            epoch_tokens=source.epoch_tokens,
+            **{field.name: getattr(source, field.name) for field in dataclasses.fields(source)},
             num_requested=num_requested,
             num_joint=num_joint,
             epochs=plan_epochs(num_requested, source.epoch_tokens, seq_length, order=order, joint_samples=num_joint),

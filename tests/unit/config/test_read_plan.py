@@ -3,11 +3,12 @@ import pytest
 from megatron_hammer.config.read_plan import count_least_world_size
 from megatron_hammer.presets.catalogue import PRESETS
 from tests.helpers.parsed_flags import TINY, parse, plan
+from tests.helpers.recipe_layouts import build_layout
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_layout_of_a_preset_comes_back_exactly(name: str) -> None:
-    assert parse("--preset", name, "--dry-run").settings.layout == PRESETS[name].recipe.build_layout()
+    assert parse("--preset", name, "--dry-run").settings.layout == build_layout(PRESETS[name].recipe)
 
 
 @pytest.mark.parametrize(

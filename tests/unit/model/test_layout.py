@@ -7,6 +7,7 @@ import pytest
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.layout import ParallelLayout, find_grid_problems
 from megatron_hammer.presets.catalogue import PRESETS
+from tests.helpers.recipe_layouts import build_layout
 
 
 @pytest.mark.parametrize("tp, cp, dp, pp", [(2, 1, 3, 4), (3, 2, 2, 1), (1, 1, 5, 2), (2, 3, 1, 5)])
@@ -68,7 +69,7 @@ def test_experts_that_do_not_tile_the_ranks_are_refused():
 
 
 def test_layout_of_a_recipe():
-    layout = PRESETS["llama3-70b"].recipe.build_layout(data_parallel_size=16)
+    layout = build_layout(PRESETS["llama3-70b"].recipe, data_parallel_size=16)
     assert (layout.world_size, layout.virtual_pipeline_model_parallel_size) == (512, 5)
     assert layout.has_sequence_parallel
     assert layout.coordinates(511)[:4] == (7, 0, 15, 3)

@@ -18,6 +18,7 @@ from megatron_hammer.model.memory_activations import count_layer_activation_byte
 from megatron_hammer.model.memory_options import MemoryOptions
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.presets.catalogue import PRESETS
+from tests.helpers.recipe_layouts import build_layout
 
 GPT_22B = ModelShape(
     name="gpt-22b",
@@ -184,7 +185,7 @@ def estimate_hammer(layout=None, context_bytes=CUDA_CONTEXT_BYTES, fragmentation
     preset = PRESETS["hammer-1b4"]
     return estimate_memory(
         preset.model,
-        layout or preset.recipe.build_layout(data_parallel_size=8),
+        layout or build_layout(preset.recipe, data_parallel_size=8),
         micro_batch_size=8,
         seq_length=2048,
         num_microbatches=16,

@@ -12,6 +12,7 @@ from megatron_hammer.model.accounting import (
     find_split_problems,
 )
 from megatron_hammer.presets.catalogue import PRESETS, select_preset
+from tests.helpers.recipe_layouts import build_layout
 
 # Figures printed by others, not by this repository.
 PUBLISHED_PARAMETERS = {
@@ -59,7 +60,7 @@ def test_recipe_fits_its_model(name):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_published_layout_holds_every_parameter_once(name):
-    model, layout = PRESETS[name].model, PRESETS[name].recipe.build_layout()
+    model, layout = PRESETS[name].model, build_layout(PRESETS[name].recipe)
     assert find_shard_problems(model, layout) == ()
     assert find_split_problems(model.num_layers, layout) == ()
     ranks = [count_rank_parameters(model, layout, stage) for stage in range(layout.pipeline_model_parallel_size)]
@@ -93,7 +94,7 @@ def test_hammer_tiny_has_the_ratios_of_hammer_1b4():
 @pytest.mark.parametrize("name", ["hammer-tiny", "hammer-tiny-moe"])
 def test_miniatures_can_be_cut_in_two(name, parallel):
     recipe = dataclasses.replace(PRESETS[name].recipe, has_sequence_parallel=True, **parallel)
-    assert find_shard_problems(PRESETS[name].model, recipe.build_layout()) == ()
+    assert find_shard_problems(PRESETS[name].model, build_layout(recipe)) == ()
 
 
 def test_unknown_preset_names_the_nearest_and_all():
