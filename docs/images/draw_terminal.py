@@ -47,9 +47,13 @@ def main() -> None:
     parser.add_argument("recording", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--title", default="bash examples/pretrain_hammer_1b4.sh")
+    parser.add_argument("--hide", default="", help="a folder whose name is left out of the paths in the picture")
     arguments = parser.parse_args()
+    recording = arguments.recording.read_bytes()
+    if arguments.hide:
+        recording = recording.replace(f"{arguments.hide.rstrip('/')}/".encode(), b"")
     console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True)
-    for line in shorten(read_screen(arguments.recording.read_bytes())):
+    for line in shorten(read_screen(recording)):
         console.print(Text.from_ansi(line), overflow="ellipsis", no_wrap=True)
     console.save_svg(str(arguments.output), title=arguments.title)
 
