@@ -8,6 +8,7 @@ def assert_problem(problem: str, field: str, *facts: str) -> None:
 
     Facts are the value, and the few words that tell this problem from another problem of the same field.
     """
+    assert "\n" not in problem, f"one problem was expected, got several: {problem}"
     assert problem.startswith(field), f"{problem!r} does not begin with {field!r}"
     missing = [fact for fact in facts if fact not in problem]
     assert not missing, f"{problem!r} lacks {missing}"

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.files.typed import validate
-from megatron_hammer.model.accounting import FLOP_CONVENTIONS, ParallelLayout, StageMemory
+from megatron_hammer.model.accounting import FLOP_CONVENTIONS, ParallelLayout, StageMemory, count_parameters
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.scaling.plan import PARTS, Cluster, Gpu, Plan
 from megatron_hammer.scaling.search.projection import (
@@ -124,7 +124,7 @@ def _flatten(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _build_study(study: Study) -> dict[str, Any]:
     return {
-        "model": asdict(study.model),
+        "model": _describe_model(study.model),
         "preset": study.preset,
         "hf_config": study.hf_config,
         "gpu": asdict(study.gpu),
@@ -247,7 +247,7 @@ def read_projection(path: Path) -> SavedProjection:
     try:
         study = document["study"]
         model = validate(
-            study["model"],
+            {name: value for name, value in study["model"].items() if name != "num_parameters"},
             ModelShape,
             where=f"{path}: study.model",
             remedy=REMEDY_OF_A_FIELD,
@@ -268,6 +268,12 @@ def read_projection(path: Path) -> SavedProjection:
             f"{path}: must have every field of a projection, got a file with another form ({error}). "
             f"{REMEDY_OF_A_FIELD}"
         ) from None
+
+
+def _describe_model(model: ModelShape) -> dict[str, Any]:
+    """The shape and its number of parameters, which readers of the file want and this package counts again."""
+    labels = {"name": model.name, "source": model.source, "num_parameters": count_parameters(model)}
+    return labels | asdict(model)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
