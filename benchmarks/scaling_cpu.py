@@ -5,7 +5,7 @@
 
 End to end with the commands that a user has: `profile` times this machine's operators, `measure` trains hammer-tiny
 for a few steps on one and two processes, `calibrate` fits, and the steps of four processes, which share the cores of
-this machine, are measured last. Finished runs are kept, so the command goes on where it was stopped; --repeats 3 raises
+this machine, are measured last. Finished runs are kept, so a stopped command continues where it was; --repeats 3 raises
 the number of runs whose medians are taken.
 
 Exit code 1 where a prediction is off by more than --tolerance (default 0.2). Times mean something on an idle machine

@@ -101,9 +101,9 @@ def summarize(history: list[StepMetrics], validations: list[dict[str, Any]], fac
         "steps": f"{first.step} to {last.step} of {facts.train_steps}",
         "tokens": f"{last.num_tokens:,}",
         "loss": f"{first.loss:.4f} -> {last.loss:.4f}",
-        "time a step": f"{median.step_time_s:.3f} s (median)",
-        "tokens/s": f"{median.tokens_per_s:,.0f} in all, {median.tokens_per_s_per_gpu:,.0f} a rank (median)",
-        "model TFLOP/s": f"{median.model_tflops_per_gpu:.3f} a rank, FLOP convention {MFU_CONVENTION}",
+        "time per step": f"{median.step_time_s:.3f} s (median)",
+        "tokens/s": f"{median.tokens_per_s:,.0f} in all, {median.tokens_per_s_per_gpu:,.0f} per rank (median)",
+        "model TFLOP/s": f"{median.model_tflops_per_gpu:.3f} per rank, FLOP convention {MFU_CONVENTION}",
         "MFU": "no dense peak is known for this device"
         if median.mfu is None
         else f"{median.mfu:.1%} of {facts.peak_tflops:g} TFLOP/s dense, FLOP convention {MFU_CONVENTION}",

@@ -88,9 +88,9 @@ def test_summary_rows() -> None:
         "steps": "1 to 5 of 9",
         "tokens": "10,240",
         "loss": "8.0000 -> 1.6000",
-        "time a step": "4.000 s (median)",  # of 2, 3, 4 and 5 s: the first step is left out
-        "tokens/s": "512 in all, 128 a rank (median)",
-        "model TFLOP/s": "0.001 a rank, FLOP convention A",
+        "time per step": "4.000 s (median)",  # of 2, 3, 4 and 5 s: the first step is left out
+        "tokens/s": "512 in all, 128 per rank (median)",
+        "model TFLOP/s": "0.001 per rank, FLOP convention A",
         "MFU": "0.3% of 0.25 TFLOP/s dense, FLOP convention A",
         "peak memory": "5.00 GiB on the heaviest rank",
         "device": "4 x toy GPU",
@@ -101,7 +101,7 @@ def test_summary_rows() -> None:
 def test_summary_says_why_there_is_no_mfu_and_counts_skipped_steps() -> None:
     rows = summarize(make_history(num_steps=1, is_skipped=True), [], make_facts())
     assert rows["MFU"] == "no dense peak is known for this device"
-    assert rows["time a step"] == "10.000 s (median)"
+    assert rows["time per step"] == "10.000 s (median)"
     assert rows["skipped steps"] == "1"
 
 

@@ -159,7 +159,7 @@ def test_no_token_comes_again_before_its_epoch_is_over(tmp_path: Path) -> None:
 
 
 def test_a_first_block_in_megatrons_order(tmp_path: Path) -> None:
-    """A run of several of Megatron's epochs goes on epoch by epoch, each source of a blend after its own number."""
+    """A run of several of Megatron's epochs continues epoch by epoch, each source of a blend after its own number."""
     blend = ["0.6", write_numbered(tmp_path / "a", LENGTHS), "0.4", write_numbered(tmp_path / "b", draw_lengths(1, 30))]
     data = ("--data-path", *blend, "--split", "100,0,0")
     before, *_ = build_datasets(run(120, *data))
