@@ -21,28 +21,3 @@ from megatron_hammer.model.parameters import (
     padded_vocab_size,
 )
 from megatron_hammer.model.pipeline_split import LayerRange, find_split_problems, split_layers
-
-__all__ = [
-    "FLOP_CONVENTIONS",
-    "FlopConvention",
-    "LayerRange",
-    "MemoryOptions",
-    "ParallelLayout",
-    "RankCoordinates",
-    "RankParameters",
-    "StageMemory",
-    "count_active_parameters",
-    "count_flops_per_token",
-    "count_in_flight",
-    "count_layer_activation_bytes",
-    "count_optimizer_shard",
-    "count_parameters",
-    "count_rank_parameters",
-    "estimate_heaviest_stage",
-    "estimate_memory",
-    "find_grid_problems",
-    "find_shard_problems",
-    "find_split_problems",
-    "padded_vocab_size",
-    "split_layers",
-]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.checkpoint.surgery.training_checkpoint import TrainingCheckpoint
+from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal
 from megatron_hammer.checkpoint_files.torch_dist.store import Box, StoredGlobal, TorchDistStore
 from megatron_hammer.checkpoint_files.torch_dist.writer import open_checkpoint_writer
 from megatron_hammer.errors import ConversionError
@@ -123,7 +124,7 @@ def _verify(directory: Path, planned: PlannedCheckpoint, on_tensor: OnTensor) ->
     different = [key for key, read_bytes in planned.objects.items() if store.read_object_bytes(key) != read_bytes()]
     different += sorted(store.tensors.keys() ^ {tensor.key for tensor in planned.tensors})
     for number, tensor in enumerate(planned.tensors, start=1):
-        if not all(is_same_bits(store.read(tensor.key, *box), tensor.read(*box)) for box in tensor.boxes):
+        if not all(is_bitwise_equal(store.read(tensor.key, *box), tensor.read(*box)) for box in tensor.boxes):
             different.append(tensor.key)
         on_tensor("verifying", number, len(planned.tensors))
     if different:
@@ -134,10 +135,3 @@ def _verify(directory: Path, planned: PlannedCheckpoint, on_tensor: OnTensor) ->
                 for key in different
             )
         )
-
-
-def is_same_bits(first: Tensor, second: Tensor) -> bool:
-    """Whether shape, dtype and every bit agree (-0.0 is not 0.0)."""
-    if first.shape != second.shape or first.dtype != second.dtype:
-        return False
-    return torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))
