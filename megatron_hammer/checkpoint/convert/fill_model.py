@@ -78,6 +78,8 @@ class _Filler:
     @torch.no_grad()
     def fill(self, chunk: Any, metadata: dict[str, Any]) -> None:
         """Fill one model chunk; what does not fit is noted in `problems`, with every other problem."""
+        # An entry has the name of the checkpoint, which can differ from the name in the model. Its data is the
+        # parameter's own memory, so the address identifies it.
         left = {parameter.data_ptr(): (name, parameter) for name, parameter in chunk.named_parameters()}
         for entry in _list_entries(chunk.sharded_state_dict(metadata=metadata)):
             _, parameter = left.pop(entry.data.data_ptr(), (None, None))
@@ -115,12 +117,14 @@ class _Filler:
         part = whole[tuple(slice(min(start, end), min(start + size, end)) for start, size, end in boxes)]
         shard.data[: part.shape[0]].copy_(part)
         shard.data[part.shape[0] :].zero_()
+        # Other ranks can hold the same elements. Only the first copy counts, so the sum over all ranks is exact.
         if _is_first_copy(shard.replica_id):
             self.num_held[name] += part.numel()
         return int(shard.data.numel())
 
     def _copy(self, name: str, staged: Tensor, parameter: Tensor) -> None:
         parameter.copy_(staged)
+        # The largest finite fp16 value is 65504: a finite bf16 or fp32 value can become infinity here.
         if parameter.dtype == torch.float16 and not torch.isfinite(parameter).all():
             self._report(name, f"must fit into fp16, got values up to {staged.abs().max():.4g}")
         master = self.find_master(parameter)

@@ -123,6 +123,8 @@ def _select_dtypes(source: HfFolder, requested: str | None) -> dict[str, torch.d
     """The dtype of every key: the requested one, or the narrowest dtype that holds all stored parts exactly."""
     dtypes: dict[str, torch.dtype] = {}
     for pair in source.pairs:
+        # Several layers can share one key, and a key is stored in one dtype. promote_types(bf16, fp16) is fp32,
+        # the narrowest that holds both exactly.
         key = stack_name(pair.megatron_name).key
         dtype = DTYPES[requested] if requested else source.pair_dtype(pair)
         dtypes[key] = torch.promote_types(dtypes.get(key, dtype), dtype)

@@ -74,6 +74,8 @@ def find_row_runs(pair: TensorPair, model: ModelShape) -> list[list[tuple[int, i
 def _find_runs_of_layout(
     layout: TensorLayout, shape: Shape, hf_shapes: tuple[Shape, ...], model: ModelShape
 ) -> list[list[tuple[int, int]]] | None:
+    # One element per row is enough to see where a row goes. A layout that also moves columns gives a part of another
+    # shape than expected, and the caller then compares the tensor whole.
     numbers = torch.arange(shape[0]).view(-1, *[1] * (len(shape) - 1))
     parts = layout.split(numbers, model)
     for part, hf_shape in zip(parts, hf_shapes, strict=True):
