@@ -52,6 +52,7 @@ def find_stored_rows(reader: TorchDistReader, name: str, files: ExitStack) -> li
     leading, row_shape = stored.offsets[:num_leading], stored.shape[1:]
     ranges = []
     for chunk in reader.store.list_chunks(stored.key, leading):
+        # A chunk that is cut along the columns holds only a part of every row, so its bytes cannot be copied in order.
         is_whole = chunk.sizes == (*[1] * num_leading, chunk.sizes[num_leading], *row_shape)
         file = files.enter_context(FileIO(reader.directory / reader.store.file_of(stored.key, chunk)))
         start = reader.store.find_chunk_start(file, stored.key, chunk) if is_whole else None
@@ -98,6 +99,7 @@ def copy_rows(
     for rows in (rows for run in runs for held in source if (rows := held.overlap(*run))):
         first_byte, left = rows.start, rows.num_rows * rows.row_bytes // stored_dtype.itemsize
         while left:
+            # One buffer holds the stored dtype and the other the written dtype: a block must fit into both.
             num_elements = min(left, BLOCK_BYTES // max(stored_dtype.itemsize, dtype.itemsize))
             block = _read(rows.file, first_byte, num_elements * stored_dtype.itemsize).view(stored_dtype).to(dtype)
             are_finite = are_finite and is_finite(block)
@@ -117,6 +119,7 @@ def _read(file: FileIO, start: int, num_bytes: int) -> Tensor:
     buffer = _blocks.read[:num_bytes]
     view = memoryview(buffer.numpy())
     while view:
+        # preadv may return fewer bytes than it was asked for.
         num_read = os.preadv(file.fileno(), [view], start)
         if not num_read:
             raise EOFError(f"{len(view)} bytes are missing")

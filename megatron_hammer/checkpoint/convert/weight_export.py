@@ -49,6 +49,7 @@ def write_verified_weights(
                 problems.extend(job.result())
                 on_tensor(num_done, len(pairs))
         except BaseException:
+            # Leaving the `with` block alone would wait until every queued tensor is written.
             pool.shutdown(cancel_futures=True)
             raise
     if problems:

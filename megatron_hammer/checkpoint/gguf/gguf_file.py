@@ -21,6 +21,7 @@ from megatron_hammer.errors import ConversionError
 
 BLOCK_BYTES = 1 << 25  # of rows as f32
 NUM_SAMPLED_ROWS = 512
+# (2 - 2**-10) * 2**15: 10 bits of mantissa, and 15 is the largest exponent of a finite value.
 LARGEST_F16 = 65_504
 # Largest relative error (rms) of the values read back: three times what each type has on normally distributed weights,
 # and below sqrt(2), which rows in a wrong order have. Measured in test_gguf_file.py and test_gguf_vs_llama_cpp.py.
@@ -94,6 +95,7 @@ def _write_tensor(file: BinaryIO, tensor: GgufTensor, stored: Tensor) -> bool:
     is_finite = True
     arranged = tensor.arrange(stored)
     for number, rows in enumerate(arranged.split(count_block_rows(arranged))):
+        # After the conversion: a finite value above LARGEST_F16 becomes infinity in f16.
         is_finite = is_finite and bool(torch.isfinite(rows.to(dtype)).all())
         _write_block(file, encode_rows(rows, tensor.type), is_first=number == 0)
     return is_finite
@@ -173,4 +175,5 @@ def measure_relative_error(data: np.ndarray, tensor: GgufTensor, source: Tensor)
     expected = tensor.arrange(source)[::step].float()
     scale = expected.square().mean().sqrt().item()
     error = (written - expected).square().mean().sqrt().item()
+    # A tensor of zeros has no rms to divide by.
     return error / scale if scale else error

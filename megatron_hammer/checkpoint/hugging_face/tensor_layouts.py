@@ -22,6 +22,7 @@ def split_qkv(qkv: Tensor, *, num_query_groups: int, head_dim: int) -> tuple[Ten
     Source: row order of megatron.core SelfAttention.linear_qkv; pinned by tests/numerics/test_qkv_layout.py.
     """
     num_rows, group_rows = qkv.shape[0], num_query_groups * head_dim
+    # A group has at least one query head, one key and one value.
     if num_rows % group_rows or num_rows // group_rows < 3:
         raise ConversionError(
             f"qkv: rows must be a multiple of num_query_groups * head_dim, at least 3 of them, got rows={num_rows}, "
