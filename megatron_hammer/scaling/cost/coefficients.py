@@ -178,6 +178,7 @@ def replace_values(coefficients: Coefficients, values: Mapping[str, float]) -> C
     shared: dict[str, Any] = {name: value for name, value in values.items() if "." not in name}
     changed: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
+        # The last dot parts the two: the name of a GPU may have dots, that of a coefficient has none.
         gpu, dot, own = name.rpartition(".")
         if dot:
             changed.setdefault(gpu, {})[own] = value
@@ -190,6 +191,7 @@ def load_coefficients(path: Path | None = None) -> Coefficients:
 
     Raises ConfigError for a file that lacks a coefficient or has an unknown one, naming all of them at once.
     """
+    # Coefficients are compared by identity. Loading the shipped file twice would miss every cache of the cost model.
     return _load_shipped() if path is None else _load(path)
 
 
@@ -214,6 +216,7 @@ def _load(path: Path) -> Coefficients:
     faults = {
         "shared must hold only known coefficients, got ": given - known,
         "shared must hold every coefficient, got none of ": known - given,
+        # A GPU without coefficients of its own takes those of its generation (select_gpu), so none may be absent.
         "gpu must have every generation, got no ": set(GPU_PRIORS) - set(file.gpu),
     }
     problems = [
@@ -230,11 +233,13 @@ def format_coefficients(coefficients: Coefficients) -> str:
     lines = ["# Coefficients of the performance model, written by `scaling_study.py calibrate`.", "", "[shared]"]
     lines += [f"{name} = {getattr(coefficients, name):.6g}" for name in SHARED_NAMES]
     for gpu, own in coefficients.gpus.items():
+        # Quoted, because a dot in a bare key of TOML starts a table inside the table.
         lines += ["", f"[gpu.{json.dumps(gpu)}]"]
         lines += [f"{name} = {_format_number(value)}" for name, value in asdict(own).items()]
     lines += ["", "# exp(+-ratio) about a prediction holds 80 % of cross-validated rows of the class", "[band]"]
     lines += [f"{json.dumps(name)} = {ratio:.4f}" for name, ratio in coefficients.band_ratio.items()]
     lines += ["", "[provenance]"]
+    # TOML: values of a table stand before its inner tables. After an inner header they would belong to that table.
     for key, value in coefficients.provenance.items():
         if not isinstance(value, Mapping):
             lines.append(f"{key} = {_format_value(value)}")

@@ -30,6 +30,7 @@ def place_group(size: int, stride: int, cluster: Cluster) -> Group:
     """A group of ranks `stride` apart, the first at the start of a domain."""
     # As many ranks of the group as there are strides in a domain; with a larger stride each rank is in its own domain.
     local_size = max(1, min(size, cluster.nvlink_domain_size // stride))
+    # From its first rank to its last, the group spans size * stride ranks at most.
     is_under_leaf = cluster.leaf_size == 0 or size * stride <= cluster.leaf_size
     return Group(size, local_size, is_under_leaf)
 
@@ -44,6 +45,7 @@ class Link(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def build_link(group: Group, cluster: Cluster, coefficients: Coefficients) -> Link:
+    """The links of a group. Above a leaf switch, the network has its bandwidth divided by the oversubscription."""
     oversubscription = 1.0 if group.is_under_leaf else cluster.spine_oversubscription_ratio
     network = cluster.network_bytes_per_s * coefficients.network_ratio / oversubscription
     hops = group.num_domains - 1
@@ -82,6 +84,7 @@ def estimate_all_to_all_s(num_bytes: float, group: Group, cluster: Cluster, coef
     remote_share = (group.size - group.local_size) / group.size
     # The remote bandwidth is that of all ranks of a domain; here each rank sends through its own network card.
     remote_s = num_bytes * remote_share / (link.remote_bytes_per_s / group.local_size)
+    # NVLink and the network are separate wires, so both parts travel at the same time.
     return max(local_s, remote_s) + link.latency_s
 
 

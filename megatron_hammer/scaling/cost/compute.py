@@ -50,6 +50,7 @@ def build_rates(gpu: Gpu, precision: str, coefficients: Coefficients) -> Rates:
     """Raises ConfigError for a precision that the GPU has no units for."""
     own = coefficients.select_gpu(gpu)
     peak = {"fp32": gpu.fp32_tflops, "fp16": gpu.fp16_tflops}.get(precision, gpu.bf16_tflops)
+    # In 8- or 4-bit training the head stays in 16 bits (operators.py), so both peaks are needed.
     low_peak, low_ratio = peak, own.gemm_ratio
     if precision in ("fp8", "mxfp8"):
         low_peak, low_ratio = gpu.fp8_tflops, own.gemm_8bit_ratio
@@ -124,6 +125,7 @@ def estimate_layer(work: LayerWork, shard: Shard, head_dim: int, gpu: Gpu, coeff
     rates = build_rates(gpu, shard.precision, coefficients)
     length = shard.seq_length / shard.cp  # queries of one rank
     fill = length / (length + coefficients.attention_fill_tokens)
+    # Scaled to 1 for a head of 128, the width that attention_ratio describes.
     fill *= head_dim / (head_dim + HEAD_DIM_FILL) * (128 + HEAD_DIM_FILL) / 128
     return LayerTime(
         estimate_work(work.forward, rates, coefficients, fill),

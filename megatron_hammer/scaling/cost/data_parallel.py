@@ -45,6 +45,7 @@ def _count_stage_parameters(
         tensor_model_parallel_size=tp,
         expert_model_parallel_size=ep,
         expert_tensor_parallel_size=expert_tp,
+        # Enough ranks for whole blocks of experts. The number of parameters per rank does not depend on it.
         data_parallel_size=ep * expert_tp,
         has_sequence_parallel=True,
     )
@@ -111,6 +112,7 @@ def estimate_data_parallel_s(
 
     forward_s, backward_s: of one micro-batch on this kind of stage.
     """
+    # FSDP communicates in every layer, which estimate_fsdp_s counts.
     if plan.sharding == "fsdp":
         return 0.0
     traffic = _estimate_traffic(plan, _count_kind_parameters(plan, kind), coefficients)
@@ -134,6 +136,8 @@ def _estimate_tied_embedding_s(plan: Plan, coefficients: Coefficients) -> float:
     group = Group(2, 2 if is_inside else 1, stride * pp <= (plan.cluster.leaf_size or stride * pp))
     embedding_size = plan.model.vocab_size * plan.model.hidden_size
     num_bytes = plan.gradient_bytes * embedding_size / plan.layout.tensor_model_parallel_size
+    # Nothing hides it: finalize_model_grads of megatron.core calls _allreduce_word_embedding_grads after it has
+    # finished the data-parallel reduction.
     return estimate_all_reduce_s(num_bytes, group, plan.cluster, coefficients)
 
 

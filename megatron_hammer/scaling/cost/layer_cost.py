@@ -50,6 +50,7 @@ class LayerCost(NamedTuple):
 
 
 def build_shard(plan: Plan) -> Shard:
+    """The part of a plan that the work of a layer depends on. num_tokens: of one context-parallel rank."""
     layout = plan.layout
     return Shard(
         tp=layout.tensor_model_parallel_size,
@@ -75,6 +76,11 @@ def build_layer_cost(
     recompute: str,
     overlaps_tensor_parallel: bool,
 ) -> LayerCost:
+    """The cost of one layer, cached by exactly what it depends on.
+
+    It takes no Plan, so all plans that split a layer in the same way share one result. Full recomputation repeats the
+    forward pass with its communication; selective recomputation repeats the core attention only.
+    """
     work = build_layer_work(model, shard)
     time = estimate_layer(work, shard, model.head_dim, gpu, coefficients)
     forward = time.forward
@@ -82,6 +88,7 @@ def build_layer_cost(
     if recompute == "full":
         repeated = forward
     elif recompute == "selective":  # the core attention only, taken as a fifth of the host's work for a layer
+        # core_attn alone is the default of recompute_modules in megatron.core (TransformerConfig).
         repeated = PassTime(0.0, forward.attention_s, 0.0, 0.0, forward.host_s * 0.2)
     tensor_forward_s, tensor_backward_s = _estimate_tensor_parallel_s(
         model, shard, cluster, coefficients, overlaps_tensor_parallel

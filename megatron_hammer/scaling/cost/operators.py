@@ -138,11 +138,13 @@ def _build_linears(model: ModelShape, shard: Shard) -> list[Gemm]:
     """Forward products of the linears of one layer, [tokens, in] x [in, out / tp] or the rows cut for the second."""
     h, tokens, low = model.hidden_size, shard.num_tokens, shard.is_low_precision
     queries = model.num_attention_heads * model.head_dim
+    # With more ranks than query groups, each rank computes one whole group, so there are tp of them.
     key_values = 2 * max(model.num_query_groups, shard.tp) * model.head_dim
     linears = [
         Gemm(tokens, (queries + key_values) / shard.tp, h, is_low_precision=low),
         Gemm(tokens, h, queries / shard.tp, is_low_precision=low),
     ]
+    # The first linear of SwiGLU has the rows of the gate and of the up projection.
     gates = 2 if model.activation == "swiglu" else 1
     if model.moe is None:
         ffn = model.ffn_hidden_size / shard.tp
@@ -157,6 +159,7 @@ def _build_linears(model: ModelShape, shard: Shard) -> list[Gemm]:
     per_expert = tokens / shard.tp * shard.ep * shard.expert_tp * moe.router_topk / moe.num_experts
     ffn = moe.ffn_hidden_size / shard.expert_tp
     linears += [
+        # The router is not split: each rank has its whole weight, and scores the tokens that it holds.
         Gemm(shard.pointwise_tokens, moe.num_experts, h),
         Gemm(per_expert, gates * ffn, h, local_experts, is_low_precision=low),
         Gemm(per_expert, h, ffn, local_experts, is_low_precision=low),

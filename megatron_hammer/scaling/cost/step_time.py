@@ -51,6 +51,7 @@ def predict_step(plan: Plan, coefficients: Coefficients | None = None) -> StepTi
         parts = {name: seconds * slowdown for name, seconds in parts.items()}
     total_s = sum(parts.values())
     num_nodes = plan.layout.world_size / plan.cluster.gpus_per_node
+    # The logarithm is 0 for a run inside one node, which therefore has no jitter.
     jitter_s = total_s * coefficients.jitter_ratio * math.log(max(1.0, num_nodes))
     total_s += jitter_s
     band = math.exp(select_band_ratio(plan, coefficients))
@@ -76,6 +77,7 @@ def _estimate_parts(plan: Plan, coefficients: Coefficients) -> tuple[dict[str, f
         [kind.num_stages for kind in kinds],
         layout.virtual_pipeline_model_parallel_size,
     )
+    # Parts are those of the slowest stage. What the other stages add is in the bubble.
     kind, stage = kinds[schedule.slowest], stages[schedule.slowest]
     layers = num_microbatches * kind.num_layers
     forward, backward = layer.time

@@ -131,6 +131,7 @@ def select_free_coefficients(
         table = gpu if gpu in GPU_PRIORS else select_generation(runs[rows[0]].plan.gpu)
         prior = GPU_PRIORS[table][own] if dot else PRIORS[name]
         if is_prior_start:
+            # A measured start may lie outside the bounds. They are widened, because clipping would change the start.
             prior = prior._replace(value=value, low=min(prior.low, value), high=max(prior.high, value))
         # A change of 2 % is far above rounding, and small enough to stay near the start.
         moved = replace_values(start, {name: value * 1.02})

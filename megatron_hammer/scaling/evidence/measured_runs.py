@@ -355,6 +355,8 @@ def _select_gradient_bytes(precision: Precision, recipe: SourceRecipe | None, so
     return (recipe.gradient_bytes if recipe else None) or software.gradient_bytes
 
 
+# The digest depends on these names' order. Another order would make the fingerprints of every written coefficients file
+# unknown.
 _IDENTIFYING_FIELDS = (
     "model", "layers", "hidden", "seq", "gpus", "gpu_type", "tp", "pp", "vpp", "cp", "micro_batch", "global_batch",
     "precision", "recompute", "sharding",

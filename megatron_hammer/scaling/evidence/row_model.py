@@ -66,6 +66,7 @@ def load_known_models() -> KnownModels:
     )
 
 
+# Besides names: "8x7b" is experts x size, and "a3b" the parameters that are active for a token.
 MOE_PATTERN = re.compile(r"mixtral|moe|\d+x\d+b|a\d+(\.\d+)?b|deepseek-?v[23]|grok")
 
 

@@ -17,6 +17,7 @@ from megatron_hammer.scaling.plan import Plan
 # What a mfu_definition says -> the convention; first match wins.
 _DEFINITIONS: tuple[tuple[str, str], ...] = (
     (r"hfu|incl(\.|ude) recompute|hardware flop|96bsl|sc21 formula", "hardware"),
+    # Before "6n": the formula of PaLM (arXiv 2204.02311, appendix B) also starts with 6N.
     (r"2n\*t|incl\. embedding|palm|nanogpt", "D"),
     (r"(?<!non-)causal", "A"),
     (r"non-causal|full attention|2205\.05198", "B"),

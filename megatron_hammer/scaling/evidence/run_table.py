@@ -121,12 +121,15 @@ def _read_records(path: Path) -> tuple[list[str], list[Record]]:
     """(column names in lower case, every record that is not empty)."""
     records = []
     try:
+        # utf-8-sig drops a byte order mark, which would become part of the first column's name. newline="" is what the
+        # csv module needs to read line breaks inside quoted cells.
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file)
             line = 1
             for cells in reader:
                 if any(cell.strip() for cell in cells):
                     records.append((line, cells))
+                # A quoted cell may span several lines, so lines are not counted by records.
                 line = reader.line_num + 1
     except OSError as error:
         raise ConfigError(f"{path}: must be a readable file, got {error.strerror}. Pass a CSV file.") from error

@@ -205,6 +205,7 @@ _SCALE_ORDER = {name: position for position, name in enumerate([*(name for _, na
 
 
 def _by_scale(item: tuple[str, list[Prediction]]) -> tuple[int, str]:
+    # Sorted as text, "65-512 GPUs" would come before "9-64 GPUs". Names of other dimensions stay in alphabetical order.
     return _SCALE_ORDER.get(item[0], 0), item[0]
 
 

@@ -277,5 +277,6 @@ def draw_scatter(report: ValidationReport) -> bytes | None:
     axes.grid(visible=True, which="major", linewidth=0.3)
     axes.legend(fontsize=6, loc="upper left")
     image = io.BytesIO()
+    # By default matplotlib writes its version into a PNG. Without it, the same figures give the same bytes.
     figure.savefig(image, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
     return image.getvalue()

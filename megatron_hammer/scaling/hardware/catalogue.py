@@ -101,8 +101,10 @@ def find_gpu_by_device_name(device_name: str) -> Gpu | None:
         (len(alias), gpu)
         for gpu in _load_shipped_gpus().values()
         for alias in gpu.aliases
+        # Whole words only: "L4" must not be found in "L40S".
         if re.search(rf"(?<![A-Za-z0-9]){re.escape(alias)}(?![A-Za-z0-9])", device_name, re.IGNORECASE)
     ]
+    # "H100" is also a part of "H100 PCIe", so the longest alias decides.
     return max(found, key=lambda pair: pair[0])[1] if found else None
 
 
@@ -112,12 +114,14 @@ def _find_gpu_by_parts(name: str, gpus: list[Gpu]) -> Gpu | None:
     chip = re.search(r"(?<![a-z0-9])(gb[23]00|[abhlv]\d{2,3}s?)(?![a-z0-9])", text)
     if chip is None:
         return None
+    # NVLink and NVL72 name the connection, not the form factor NVL.
     form = "pcie" if "pcie" in text or "pci-e" in text else "nvl" if re.search(r"nvl(?!ink|\d)", text) else None
     gigabytes = re.search(r"(\d{2,3}) ?g(?:i?b)?(?![a-z0-9])", text)
     found = []
     for gpu in gpus:
         parts = gpu.name.split("-")
         own_form = next((part for part in ("pcie", "nvl") if part in parts), None)
+        # Names give GB or GiB without saying which; these differ by 7 %.
         has_memory = gigabytes is None or abs(gpu.memory_bytes / (int(gigabytes.group(1)) * 1e9) - 1) < 0.12
         if parts[0] == chip.group(1) and own_form == form and has_memory:
             found.append(gpu)

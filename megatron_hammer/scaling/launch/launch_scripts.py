@@ -72,6 +72,7 @@ def build_launch(plan: Plan, *, name: str, train_tokens: int | None, comment: st
             f"Choose a row of {world_size // processes * processes} GPUs."
         )
     return Launch(
+        # Stripped twice: a shortened name may end in a hyphen, which Kubernetes refuses.
         name=re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:MAX_NAME_LENGTH].strip("-"),
         plan=plan,
         num_nodes=world_size // processes,
@@ -131,6 +132,7 @@ def render(launch: Launch, launcher: Launcher, options: KubernetesOptions | None
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATE_DIR),
+        # By default jinja2 renders an unknown name as nothing, and a script would lack a flag.
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

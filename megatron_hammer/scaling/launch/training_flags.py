@@ -17,6 +17,7 @@ LOW_PRECISION_FLAGS = {
     "mxfp8": ("--precision", "bf16", "--fp8-format", "e4m3", "--fp8-recipe", "mxfp8"),
     "nvfp4": ("--precision", "bf16", "--fp4-format", "e2m1"),
 }
+# validate_args of megatron.training refuses Megatron-FSDP with any other checkpoint format.
 FSDP_FLAGS = (
     *("--use-megatron-fsdp", "--data-parallel-sharding-strategy", "optim_grads_params"),
     *("--ckpt-format", "fsdp_dtensor"),
@@ -50,8 +51,10 @@ def list_model_flags(model: ModelShape) -> list[str]:
         flags += ["--group-query-attention", "--num-query-groups", str(model.num_query_groups)]
     switches = {
         "--swiglu": model.activation == "swiglu",
+        # bias_gelu of megatron.core.fusions is the tanh approximation; without the fusion it is the exact GELU.
         "--no-bias-gelu-fusion": model.activation == "gelu_erf",
         "--disable-bias-linear": not model.has_linear_bias,
+        # Attention of megatron.core has this bias already if all linears have one.
         "--add-qkv-bias": model.has_qkv_bias and not model.has_linear_bias,
         "--untie-embeddings-and-output-weights": not model.has_tied_embeddings,
         "--embedding-norm": model.has_embedding_norm,
@@ -75,11 +78,14 @@ def _list_expert_flags(model: ModelShape) -> list[str]:
         return []
     flags = ["--num-experts", str(moe.num_experts), "--moe-router-topk", str(moe.router_topk)]
     flags += ["--moe-ffn-hidden-size", str(moe.ffn_hidden_size), "--moe-aux-loss-coeff", f"{moe.aux_loss_coeff:g}"]
+    # Megatron's default is allgather; cost/layer_cost.py counts all-to-alls.
     flags += ["--moe-token-dispatcher-type", "alltoall"]
     if moe.shared_expert_intermediate_size:
         flags += ["--moe-shared-expert-intermediate-size", str(moe.shared_expert_intermediate_size)]
     if moe.has_shared_expert_gate:
         flags.append("--moe-shared-expert-gate")
+    # Without the flag, topk_routing_with_score_function takes the softmax over the chosen experts only, so their
+    # weights sum to 1.
     return flags if moe.is_topk_renormalized else [*flags, "--moe-router-pre-softmax"]
 
 
@@ -150,6 +156,7 @@ def list_plan_flags(plan: Plan, *, is_cpu: bool) -> list[str]:
         global_batch_size=plan.global_batch_size,
         seq_length=plan.seq_length,
     )
+    # validate_args of megatron.training refuses a sequence that is longer than the positions.
     if plan.seq_length > plan.model.max_position_embeddings:
         flags += ["--max-position-embeddings", str(plan.seq_length)]
     if plan.vocab_divisible_by != DEFAULT_VOCAB_DIVISOR:

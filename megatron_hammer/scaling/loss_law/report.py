@@ -164,6 +164,7 @@ def draw_study(study: LossStudy) -> bytes:
     """A PNG: loss against compute with the curve of each size and the frontier, and the best size against compute."""
     import matplotlib
 
+    # Agg needs no display.
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -174,6 +175,7 @@ def draw_study(study: LossStudy) -> bytes:
         _draw_losses(left, study, budgets, frontier)
         _draw_sizes(right, study, budgets, frontier)
         buffer = io.BytesIO()
+        # Without matplotlib's version, which it writes by default, the same study gives the same bytes.
         figure.savefig(buffer, format="png", dpi=_PLOT_DPI, metadata={"Software": None})
     finally:
         pyplot.close(figure)

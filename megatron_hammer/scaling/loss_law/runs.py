@@ -251,6 +251,7 @@ def _find_final_loss(run: MetricsRun, window_steps: int) -> float:
     """Mean training loss at the end. Raises DataError for a run that diverged."""
     losses = [float(step["loss"]) for step in run.steps]
     means = [math.fsum(losses[end - window_steps : end]) / window_steps for end in range(window_steps, len(losses) + 1)]
+    # A step that was skipped has no finite loss. It is no divergence if the end is finite.
     final, lowest = means[-1], min((mean for mean in means if math.isfinite(mean)), default=math.inf)
     if not math.isfinite(final):
         raise DataError(
@@ -272,6 +273,7 @@ def _check_model(run: MetricsRun) -> None:
         return
     measured = round(last["model_tflops_per_gpu"] * 1e12 / last["tokens_per_s_per_gpu"])
     expected = count_flops_per_token(model, _seq_length(last), "A")
+    # measured is a quotient of two floats of the file, so it is rounded.
     if abs(measured - expected) <= 1e-9 * expected:
         return
     # One more row of the output layer costs 6 h FLOPs per token. More layers can look the same, so this is only a hint.
@@ -301,6 +303,7 @@ def _describe_schedule(run: MetricsRun) -> list[str]:
 def read_table(path: Path) -> list[LossRun]:
     """The rows of a CSV with num_parameters, num_tokens, loss and, if known, run and tokenizer."""
     try:
+        # Spreadsheets may write a byte order mark, which would become part of the first column's name.
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise DataError(f"{path}: must be a CSV file, got {error.strerror}. Check --table.") from None

@@ -99,6 +99,7 @@ def solve(
         is_done = (calm >= 10) | (damping > _MAX_DAMPING)
         if is_done.any():
             parameters[active[is_done]], objectives[active[is_done]] = current[is_done], objective[is_done]
+            # Solved problems leave the arrays, so that only the slow ones cost time.
             keep = ~is_done
             active, current, objective = active[keep], current[keep], objective[keep]
             damping, calm = damping[keep], calm[keep]
@@ -124,6 +125,7 @@ def _residuals(
     a, b, e, alpha, beta = (column[:, None] for column in parameters.T)
     exponents = np.stack([a - alpha * x, b - beta * y, np.broadcast_to(e, (len(parameters), len(x)))])
     largest = exponents.max(0)
+    # exp() overflows for large exponents. With the largest one subtracted, no term is above 1.
     terms = np.exp(exponents - largest)
     total = terms.sum(0)
     return largest + np.log(total) - log_losses, terms / total
@@ -147,7 +149,9 @@ def _solve_step(
 ) -> np.ndarray:
     """[r, 5]: the damped Gauss-Newton step of the quadratic that touches the Huber objective from above."""
     residuals, shares = _residuals(parameters, x, y, log_losses)
+    # The derivative of a log-sum-exp by one of its exponents is the share of that term.
     jacobian = np.stack([shares[0], shares[1], shares[2], -shares[0] * x, -shares[1] * y], axis=-1)
+    # With these weights, least squares has the gradient of the Huber objective.
     reweighted = weights * np.minimum(1.0, HUBER_DELTA / np.maximum(np.abs(residuals), 1e-300))
     weighted = jacobian * reweighted[:, :, None]
     normal = np.swapaxes(weighted, 1, 2) @ jacobian

@@ -23,6 +23,7 @@ from megatron_hammer.scaling.plan import Cluster, Gpu
 
 BENCHMARK_MODULE = "megatron_hammer.platforms.operator_benchmark"
 POINTWISE = ("add", "rms_norm", "swiglu", "cross_entropy_with_backward", "adam")
+# Small messages show the latency of a collective, and large ones its bandwidth.
 SMALL_MESSAGE_BYTES, LARGE_MESSAGE_BYTES = 4096, 2**20
 GATHERS = ("all_gather", "reduce_scatter")
 PRECISION_FIELDS = {"fp32": "fp32_tflops", "bf16": "bf16_tflops", "fp16": "fp16_tflops", "fp8": "fp8_tflops"}
@@ -134,6 +135,7 @@ def build_profile(
         bandwidth = _measure_bandwidth(together)
         if is_cpu:
             measured_cluster = _measure_cluster(together, cluster, bandwidth, start.collective_s)
+            # The measured bandwidth already is what collectives reach, so no ratio may lower it again.
             coefficients = replace(coefficients, nvlink_ratio=1.0)
         else:
             coefficients = replace(coefficients, nvlink_ratio=min(1.0, bandwidth / cluster.nvlink_bytes_per_s))
@@ -177,6 +179,7 @@ def _measure_gemm_ratio(report: OperatorReport, gpu: Gpu) -> float:
 def _measure_large_gemms(gemms: Sequence[Timing], peak_tflops: float) -> float:
     """The reached ratio of the peak, over the larger half of the shapes."""
     by_size = sorted(gemms, key=lambda timing: timing.flops)
+    # Small products are slowed by filling the multiprocessors, for which there is gemm_fill_waves.
     return _rate(by_size[len(by_size) // 2 :], "flops") / (1e12 * peak_tflops)
 
 
@@ -203,6 +206,7 @@ def _measure_memory_ratio(report: OperatorReport, gpu: Gpu) -> float:
 def _measure_bandwidth(report: OperatorReport) -> float:
     """Bytes per second that one rank sends in large gathers and scatters."""
     large = [timing for timing in report.select(*GATHERS) if timing.num_bytes >= LARGE_MESSAGE_BYTES]
+    # A rank of a ring sends (n - 1) / n of the bytes: see cost/communication.py.
     return _rate(large, "num_bytes") * (report.num_processes - 1) / report.num_processes
 
 

@@ -118,6 +118,7 @@ def describe_processes(setting: Setting) -> str:
 
 
 def describe_outcome(outcome: Outcome) -> str:
+    """One line of progress: the step time with its spread, or why the run failed."""
     setting = outcome.setting
     processes = describe_processes(setting)
     if outcome.times is None:
@@ -217,6 +218,7 @@ def _wait(command: Sequence[str], machine: Machine, output: Any) -> int | None:
         # CUDA_DEVICE_MAX_CONNECTIONS: megatron refuses FSDP with 1, and tensor parallelism before Blackwell needs 1.
         connections = "8" if "--use-megatron-fsdp" in command else "1"
         environment["CUDA_DEVICE_MAX_CONNECTIONS"] = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", connections)
+    # In a session of its own, the run does not get the terminal's Ctrl-C. The finally block below ends it in order.
     process = subprocess.Popen(
         command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
     )
@@ -234,6 +236,7 @@ def stop_tree(process: subprocess.Popen[bytes]) -> None:
     import psutil
 
     try:
+        # Listed before the signal: without the launcher, its children have another parent and are not found.
         family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     except psutil.NoSuchProcess:
         family = []

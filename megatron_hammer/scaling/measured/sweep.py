@@ -87,6 +87,7 @@ class Setting:
             seq_length=self.seq_length,
         )
         flags += [*list_recompute_flags(self.recompute), "--precision", self.precision]
+        # megatron.core.optimizer_param_scheduler refuses a warm-up as long as the decay. A recipe's can be.
         flags += ["--train-iters", str(self.steps), "--lr-warmup-iters", "0", "--eval-iters", "0"]
         has_data = any(word.split("=")[0] in DATA_FLAGS for word in self.flags)
         return [*flags, *self.flags] if has_data else [*flags, *self.flags, "--mock-data"]

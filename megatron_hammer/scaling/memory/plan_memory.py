@@ -96,6 +96,7 @@ def _build_options(
         shard_size=shard_size,
         has_flash_attention=has_flash_attention,
         gradient_bytes=gradient_bytes,
+        # The fusion is a CUDA kernel (fused_weight_gradient_mlp_cuda in megatron.core.tensor_parallel.layers).
         has_fused_weight_gradients=is_for_gpu,
         workspace_bytes=WORKSPACE_BYTES if is_for_gpu else 0,
         vocab_divisible_by=vocab_divisible_by,

@@ -125,6 +125,7 @@ def _count_chunks(row: MeasuredMemory) -> int:
 def _count_layer_state(row: MeasuredMemory, stage: StageMemory) -> float:
     """Weights, gradients and optimizer of the linears of a stage's layers, not sharded: 18 bytes per parameter."""
     layer, _, _ = select_part_sizes(row.model, row.layout, row.options.vocab_divisible_by)
+    # 12: the fp32 weight and the two moments of Adam, 4 bytes each.
     return stage.num_layers * layer.linear * (row.options.element_bytes + row.options.gradient_bytes + 12)
 
 

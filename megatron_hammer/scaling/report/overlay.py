@@ -62,6 +62,7 @@ def _shape_of(model: ModelShape) -> ModelShape:
         model,
         name="",
         source="",
+        # None and hidden_size / num_attention_heads mean the same width.
         kv_channels=model.head_dim,
         max_position_embeddings=0,
         norm_epsilon=0.0,

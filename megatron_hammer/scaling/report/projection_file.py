@@ -88,6 +88,7 @@ def build_projection_document(result: StudyResult) -> dict[str, Any]:
 
 
 def format_json(document: Mapping[str, Any]) -> str:
+    # NaN is no JSON. Python would write it, and other readers would refuse the file.
     return json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
 
@@ -254,6 +255,7 @@ def read_projection(path: Path) -> SavedProjection:
             raises=ConfigError,
             allows_unknown=False,
         )
+        # JSON has lists only. A Gpu must be hashable, as it is a key of the cost model's caches.
         gpu = Gpu(**{**study["gpu"], "aliases": tuple(study["gpu"]["aliases"])})
         cluster = Cluster(**study["cluster"])
         return SavedProjection(

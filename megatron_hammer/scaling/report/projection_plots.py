@@ -57,6 +57,7 @@ def draw_plots(result: StudyResult) -> dict[str, bytes]:
 
 def _render(figure: Figure) -> bytes:
     image = io.BytesIO()
+    # Without matplotlib's version, which it writes by default, the same result gives the same bytes.
     figure.savefig(image, format="png", dpi=DOTS_PER_INCH, metadata={"Software": None})
     return image.getvalue()
 
@@ -81,6 +82,7 @@ def _draw_scaling(result: StudyResult) -> Figure:
         one = replace(one, overlay=result.overlay)
         _draw_speed(axes[0][column], one)
         _draw_mfu(axes[1][column], one)
+    # Both columns get the same limits, so strong and weak scaling can be compared by eye.
     for row in axes:
         low = min(axis.get_ylim()[0] for axis in row)
         high = max(axis.get_ylim()[1] for axis in row)

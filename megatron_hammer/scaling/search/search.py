@@ -149,6 +149,7 @@ class Search:
         """LAYER_PARTS of one layer and micro-batch. All plans that split a layer like this one share the result."""
         layout = plan.layout
         ranks = layout.tensor_model_parallel_size * layout.context_parallel_size
+        # The fewest replicas whose ranks are whole blocks of experts.
         dp = lcm(ranks, layout.expert_model_parallel_size * layout.expert_tp) // ranks
         alone = replace(
             layout,
@@ -179,6 +180,7 @@ class _Fit:
         key = (plan.layout, plan.sharding)
         if plan.micro_batch_size >= self._too_large.get(key, plan.micro_batch_size + 1):
             return None
+        # With a single choice, the first and the last one are the same.
         first, *middle, last = self._recomputes if len(self._recomputes) > 1 else self._recomputes * 2
         fitting = self._try(replace(plan, recompute=first))
         if fitting is not None:

@@ -78,6 +78,8 @@ def list_micro_batch_sizes(layout: ParallelLayout, global_batch_size: int, space
     sizes = [size for size in divisors(per_rank) if _is_allowed(size, space.micro_batch_sizes)]
     if layout.virtual_pipeline_model_parallel_size == 1:
         return sizes
+    # forward_backward_pipelining_with_interleaving of megatron.core works in groups of pp micro-batches (the default of
+    # microbatch_group_size_per_vp_stage), and refuses a smaller last group.
     return [size for size in sizes if per_rank // size % layout.pipeline_model_parallel_size == 0]
 
 
@@ -97,6 +99,7 @@ def list_shardings(layout: ParallelLayout, cluster: Cluster, space: SearchSpace)
 def can_overlap_tensor_parallel(layout: ParallelLayout, cluster: Cluster) -> bool:
     """Whether --tp-comm-overlap works: its user buffers need sequence parallelism inside one NVLink domain."""
     tp = layout.tensor_model_parallel_size
+    # megatron.training.arguments.validate_args refuses the flag without sequence parallelism.
     return layout.has_sequence_parallel and tp <= cluster.nvlink_domain_size and not is_cpu_host(cluster)
 
 
@@ -156,6 +159,7 @@ def _list_splits(num_layers: int, layout: ParallelLayout, space: SearchSpace) ->
         splits.insert(1, replace(layout, accounts_for_embedding=True, accounts_for_loss=True))
     splits = [split for split in splits if not find_split_problems(num_layers, split)]
     for split in splits or _list_uneven_splits(num_layers, layout):
+        # Embedding and loss count as two layers at most, so a stage has at most one chunk more than layers.
         for vp in range(1, num_layers // layout.pipeline_model_parallel_size + 2):
             if _is_allowed(vp, space.virtual_pipeline_model_parallel_sizes):
                 chunked = replace(split, virtual_pipeline_model_parallel_size=vp)
@@ -182,6 +186,7 @@ def _list_expert_layouts(model: ModelShape, layout: ParallelLayout, space: Searc
         return
     tp = layout.tensor_model_parallel_size
     for ep in divisors(model.moe.num_experts):
+        # tp is Megatron's default; 1 keeps every expert whole on its rank.
         for etp in sorted({1, tp}):
             if not _is_allowed(ep, space.expert_model_parallel_sizes):
                 continue
