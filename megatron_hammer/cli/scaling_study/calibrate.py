@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Write the fitted coefficients and print them with their errors. Rows left out and the summary go to stderr."""
     runs, left_out = read_calibration_runs(arguments)
     start = build_prior_coefficients() if arguments.from_priors else load_coefficients(arguments.start)
     fitted = select_fit_runs(runs)
@@ -90,6 +91,7 @@ def read_calibration_runs(arguments: argparse.Namespace) -> tuple[list[MeasuredR
 def build_calibration_document(
     start: Coefficients, coefficients: Coefficients, assessment: Assessment
 ) -> dict[str, object]:
+    """For --json: every coefficient before and after, the cross-validated errors and the bands."""
     before, after = flatten_coefficients(start), flatten_coefficients(coefficients)
     return {
         "coefficients": {name: {"before": before[name], "after": after[name]} for name in after},
@@ -99,6 +101,7 @@ def build_calibration_document(
 
 
 def print_tables(start: Coefficients, coefficients: Coefficients, assessment: Assessment) -> None:
+    """Print changed coefficients, errors by publication and the ranking. Changes below four digits are not shown."""
     before, after = flatten_coefficients(start), flatten_coefficients(coefficients)
     changed = [name for name in after if f"{before[name]:.4g}" != f"{after[name]:.4g}"]
     console = open_console()

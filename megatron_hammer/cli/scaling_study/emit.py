@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Write the scripts and print their paths to stdout. All are rendered before the first one is written."""
     projection = read_projection(arguments.projection)
     launchers = [word for word in arguments.launcher.split(",") if word]
     unknown = [word for word in launchers if word not in LAUNCHERS]
@@ -67,6 +68,7 @@ def select_rows(projection: SavedProjection, ids: str | None) -> list[SavedRow]:
 
 
 def build_row_launch(projection: SavedProjection, row: SavedRow) -> Launch:
+    """The launch of one row. Raises ConfigError if its ranks do not fill whole nodes."""
     plan = row.plan
     return build_launch(
         plan,

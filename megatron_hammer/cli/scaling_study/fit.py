@@ -87,6 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Print the fitted law, after the files of --output-dir are written. Raises ConfigError or DataError."""
     _check_arguments(arguments)
     runs = _read_runs(arguments)
     fit = fit_loss_law(

@@ -21,6 +21,7 @@ COMMANDS: tuple[str, ...] = ("project", "emit", "measure", "profile", "calibrate
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse a command and its flags. `run` of the result is the command's function."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
@@ -50,6 +51,7 @@ def read_hf_model(path: Path) -> ModelShape:
 @exit_on_user_error
 @exit_on_interrupt("what was written is complete")
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command; see --help. User errors exit 2; measure exits 1 if a run failed."""
     arguments = parse_arguments(argv)
     run: Callable[[argparse.Namespace], None] = arguments.run
     run(arguments)

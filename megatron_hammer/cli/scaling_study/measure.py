@@ -76,8 +76,10 @@ def read_sizes(text: str) -> tuple[int, ...]:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Measure the sweep and write runs.csv; exit code 1 if a run failed. --list only prints the settings."""
     check_numbers(arguments)
     settings = [setting for sweep in select_sweeps(arguments) for setting in list_settings(sweep)]
+    # Two tables may ask for the same setting. Both would have the same folder.
     settings = list(dict.fromkeys(settings))
     if arguments.list:
         list_to_stdout(settings)

@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Time the operators and write the files. Raises PlatformError if cuda is asked for and there is no GPU."""
     if arguments.processes < 1:
         raise ConfigError(f"processes: must be at least 1, got {arguments.processes}. Raise it.")
     gpu_names = [] if arguments.platform == "cpu" else list_gpu_names()
@@ -85,6 +86,7 @@ def select_measured_gpu(arguments: argparse.Namespace, device_name: str | None) 
 
 
 def time_reported(arguments: argparse.Namespace, platform: str, num_processes: int) -> OperatorReport:
+    """Time the operators in so many processes, with a line of progress on stderr. The file is operators-N.json."""
     print(f"timing operators with {num_processes} process(es) on {platform}", file=sys.stderr, flush=True)
     return time_operators(
         arguments.output_dir / f"operators-{num_processes}.json",
@@ -104,6 +106,7 @@ def write_profile(profile: HostProfile, alone: OperatorReport, output_dir: Path)
     gpu, cluster = profile.gpu, profile.cluster
     own = profile.coefficients.gpus[gpu.name]
     files: dict[Path, str | bytes] = {output_dir / "coefficients.toml": format_coefficients(profile.coefficients)}
+    # A known GPU keeps its data sheet, and its measured ratios are in the coefficients.
     if alone.platform == "cpu":
         files[output_dir / "gpus.toml"] = format_gpu(gpu)
         files[output_dir / "clusters.toml"] = format_cluster(cluster)

@@ -53,9 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Print the best layouts. A size on which nothing fits is reported and is no error."""
     study = build_study(arguments, arguments.read_hf_model)
     coefficients = load_coefficients(arguments.coefficients)
     predict = partial(predict_step, coefficients=coefficients)
+    # Before the search, so that an unreadable file is reported at once.
     overlay = _build_overlay(arguments, study, predict, coefficients)
     search = Search(predict=predict)
     result = replace(_project(study, search, coefficients), overlay=overlay)

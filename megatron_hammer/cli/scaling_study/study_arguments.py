@@ -144,6 +144,7 @@ def _select_batch(arguments: argparse.Namespace, recipe: Recipe | None, problems
                 f"samples-per-gpu: must be a number or a fraction, got {arguments.samples_per_gpu!r}. "
                 "Pass 2, 0.5 or 1/4."
             )
+            # A stand-in, with which the other flags can still be checked. The problem ends the command later.
             return {"samples_per_gpu": Fraction(1)}
     if arguments.global_batch_size is not None:
         return {"global_batch_size": arguments.global_batch_size}
@@ -162,6 +163,7 @@ def _parse_counts(flag: str, text: str, problems: list[str]) -> tuple[int, ...]:
         return tuple(int(word) for word in text.split(",") if word.strip())
     except ValueError:
         problems.append(f"{flag}: must be whole numbers with commas between them, got {text!r}. Pass --{flag} 8,64.")
+        # A stand-in, as in _select_batch.
         return (1,)
 
 

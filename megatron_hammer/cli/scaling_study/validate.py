@@ -62,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Print the errors of the predictions. Without --runs and --memory, the published runs are validated."""
     if arguments.runs is None and arguments.memory is None:
         arguments.runs = PUBLISHED_RUNS_PATH
     _check_arguments(arguments)
