@@ -31,9 +31,11 @@ def is_bitwise_equal(first: Tensor, second: Tensor) -> bool:
         return True
     if first.dtype != second.dtype or first.shape != second.shape:
         return False
+    # As integers: as floats, 0 equals -0, and NaN does not equal itself.
     arrays = [tensor.detach().contiguous().view(-1).view(torch.uint8).numpy() for tensor in (first, second)]
     is_aligned = all(array.ctypes.data % 8 == 0 for array in arrays)
     num_in_words = len(arrays[0]) // 8 * 8 if is_aligned else 0
+    # Words of 8 bytes have 8 times fewer elements to compare than single bytes.
     words = [torch.from_numpy(array[:num_in_words].view(np.int64)) for array in arrays]
     rest = [torch.from_numpy(array[num_in_words:]) for array in arrays]
     return torch.equal(*words) and torch.equal(*rest)

@@ -50,11 +50,13 @@ def remove_padding_rows(tensors: dict[str, Any], vocab_size: int) -> None:
     for name in VOCABULARY_TENSORS:
         stored = tensors.get(name)
         if stored is not None and stored.shape[0] >= vocab_size:  # else the comparison of shapes reports it
+            # Megatron pads at the end, so the first rows are the tokens. Only the description changes; reads follow it.
             tensors[name] = dataclasses.replace(stored, shape=(vocab_size, *stored.shape[1:]))
 
 
 def validate_iteration(reader: CheckpointReader) -> None:
     """Raise CheckpointError if the state is of another iteration than the name of its directory."""
+    # A "release" directory names no iteration.
     named = re.fullmatch(r"iter_(\d+)", reader.directory.name)
     if named and int(named[1]) != reader.iteration:
         raise CheckpointError(

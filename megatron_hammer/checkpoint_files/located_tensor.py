@@ -33,6 +33,7 @@ class LocatedTensor:
 def locate_in_storage(path: Path, tensor: Tensor, is_mappable: bool) -> LocatedTensor:
     """Where a tensor lies that torch.load made from `path`: on the meta device if `is_mappable`, else in memory."""
     storage: Any = tensor.untyped_storage()
+    # torch.load sets _checkpoint_offset on the meta device: where the storage begins in the file.
     start = storage._checkpoint_offset + tensor.storage_offset() * tensor.dtype.itemsize if is_mappable else 0
     return LocatedTensor(
         path=path,
@@ -50,6 +51,7 @@ def read_located(located: LocatedTensor, name: str) -> Tensor:
         return located.in_memory
     if math.prod(located.shape) == 0:
         return torch.empty(located.shape, dtype=located.dtype)
+    # A transposed tensor or a view is saved with its strides, so its elements may span more than their number.
     last_element = sum((size - 1) * step for size, step in zip(located.shape, located.stride, strict=True))
     return _map_elements(located, name, last_element + 1).as_strided(located.shape, located.stride)
 
@@ -57,6 +59,7 @@ def read_located(located: LocatedTensor, name: str) -> Tensor:
 def _map_elements(located: LocatedTensor, name: str, num_elements: int) -> Tensor:
     """The bytes of a tensor as a private memory map, one that no other tensor shares."""
     num_bytes = num_elements * located.dtype.itemsize
+    # A memory map can only begin at a multiple of the granularity.
     first_page = located.start - located.start % mmap.ALLOCATIONGRANULARITY
     end = located.start + num_bytes
     with located.path.open("rb") as file:
@@ -66,7 +69,7 @@ def _map_elements(located: LocatedTensor, name: str, num_elements: int) -> Tenso
             raise ConversionError(
                 f"{located.path}: {name} must end at byte {end:,}, got {error}. Something else writes this file."
             ) from error
-    mapped.madvise(mmap.MADV_WILLNEED)
+    mapped.madvise(mmap.MADV_WILLNEED)  # the kernel reads ahead instead of one page per fault
     if located.start % located.dtype.itemsize:  # files of before safetensors aligned its data
         raw = torch.frombuffer(mapped, dtype=torch.uint8, count=num_bytes, offset=located.start - first_page)
         return raw.clone().view(located.dtype)

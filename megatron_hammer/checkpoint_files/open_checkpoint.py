@@ -31,10 +31,12 @@ def find_iteration(path: Path, iteration: int | None = None) -> Path:
     """The directory of one iteration under `path`; raises CheckpointError naming what is there instead."""
     if not path.is_dir():
         raise CheckpointError(f"{path}: checkpoint directory does not exist. Pass the directory given to --save.")
+    # Before the tracker: `path` may be one iteration itself.
     if (path / ".metadata").is_file() or is_legacy(path):
         return path
     if (path / LATEST_FILE).is_file() and iteration is None:
         tracker = (path / LATEST_FILE).read_text().strip()
+        # The two contents that Megatron accepts. Source: megatron.training.checkpointing.read_metadata.
         if not (tracker.isdigit() or tracker == "release"):
             raise CheckpointError(
                 f"{path / LATEST_FILE}: must hold an iteration or 'release', got {tracker[:40]!r}. Pass --iteration."

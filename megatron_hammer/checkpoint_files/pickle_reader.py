@@ -92,17 +92,19 @@ class _TensorProperties:
     dtype: torch.dtype
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.dtype = state[0]
+        self.dtype = state[0]  # the first field of TensorProperties.__getstate__
 
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        """Return the listed type or its inert record; raises UnpicklingError for every other name."""
         if (module, name) in _METADATA_TYPES:
             return super().find_class(module, name)
         if (module, name) in _METADATA_RECORDS:
             return type(name, (MetadataRecord,), {})
         if (module, name) == _TENSOR_PROPERTIES:
             return _TensorProperties
+        # A dtype is pickled by its name in torch. Most other attributes of torch can be called.
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         raise pickle.UnpicklingError(f"type {module}.{name} is not on the list of those that metadata needs")
@@ -133,6 +135,7 @@ def read_object(file: BinaryIO | io.BytesIO, *, where: str | Path) -> Any:
         file.seek(0)
         stand_ins = [(_stand_in(name), name) for name in names if name.startswith(_STAND_IN_PREFIXES)]
         known = [(known_type, name) for name, known_type in _OBJECT_TYPES.items()]
+        # torch.load stops at the first type that it does not allow. Here all of them are named.
         if refused := sorted({*names} - {name for _, name in [*stand_ins, *known]}):
             raise pickle.UnpicklingError(f"types that are not on the list: {', '.join(refused)}. {ALLOWED}")
         with torch.serialization.safe_globals([*known, *stand_ins]):
@@ -140,6 +143,7 @@ def read_object(file: BinaryIO | io.BytesIO, *, where: str | Path) -> Any:
     except Exception as error:  # damaged files can raise nearly anything
         raise _unreadable(where, error) from error
     finally:
+        # The list belongs to the whole process: others who added to it still need their types.
         torch.serialization.add_safe_globals(allowed_before)
 
 

@@ -29,6 +29,7 @@ class _StandInPickler(pickle._Pickler):  # the C pickler insists on importing wh
             super().save_global(obj, name)  # type: ignore[misc]
             return
         module, _, type_name = obj.global_name.rpartition(".")
+        # GLOBAL, not STACK_GLOBAL of protocol 4: torch.load(weights_only=True) knows only the former.
         self.write(pickle.GLOBAL + f"{module}\n{type_name}\n".encode())  # type: ignore[attr-defined]
         self.memoize(obj)  # type: ignore[attr-defined]
 

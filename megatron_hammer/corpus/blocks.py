@@ -133,6 +133,7 @@ def read_blocks(
     read or skipped. Raises DataError if a file cannot be read to its end: a broken or truncated archive, an unreadable
     file.
     """
+    # Files that an earlier run has read count as read: the reported bytes must add up to the size of all files.
     for file_slice in slices[: start.file_index]:
         on_bytes_read(file_slice.size_bytes)
     for index in range(start.file_index, len(slices)):
@@ -177,6 +178,7 @@ def decode_block(block: Block, json_keys: Sequence[str]) -> DecodedBlock:
     """Parse the documents of a block; a bad one is left out and described in `problems`."""
     payloads = _split_payload(block)
     if block.kind is BlockKind.LINES and len(json_keys) == 1:
+        # None if one line is bad: then every line is decoded alone, to say which one.
         texts = decode_plain_lines(cast("Sequence[bytes]", payloads), json_keys[0])
         if texts is not None:
             return DecodedBlock((texts,), ())
@@ -207,6 +209,7 @@ def _split_payload(block: Block) -> Sequence[bytes | bytearray | dict[str, Any]]
     is_one_line = block.payload.find(b"\n") in (-1, len(block.payload) - 1)
     if block.kind is BlockKind.TEXT or is_one_line:  # it may be very long, so it is not copied
         return [block.payload]
+    # The payload ends with a line end, except at the end of a file that has none.
     lines = block.payload.split(b"\n")
     return lines if lines[-1] else lines[:-1]
 
@@ -219,6 +222,7 @@ def count_records_before(file_slice: FileSlice) -> int:
         return _select_rows(file_slice, count_rows(file_slice.path))[0]
     num_lines = 0
     with open(file_slice.path, "rb") as file:
+        # A line that begins before the slice belongs to the slice before, so its end is counted here too.
         left_bytes = find_first_line(file, file_slice.start)
         file.seek(0)
         while left_bytes > 0 and (chunk := file.read(min(READ_BUFFER_BYTES, left_bytes))):
@@ -230,6 +234,7 @@ def count_records_before(file_slice: FileSlice) -> int:
 def _select_rows(file_slice: FileSlice, num_rows: int) -> tuple[int, int]:
     """Return the first row of the slice and the row after its last, as if all rows of the file had the same size."""
     size_bytes = max(file_slice.path.stat().st_size, 1)
+    # Both are rounded up: the end of a slice is the start of the next one, so no row is lost or read twice.
     return -(-file_slice.start * num_rows // size_bytes), -(-file_slice.end * num_rows // size_bytes)
 
 
@@ -238,6 +243,7 @@ def find_first_line(stream: BinaryIO, start: int) -> int:
     if start == 0:
         stream.seek(0)
         return 0
+    # One byte earlier: if that byte is a line end, a line begins exactly at `start` and belongs to this slice.
     stream.seek(start - 1)
     while (part := stream.readline(READ_BUFFER_BYTES)) and not part.endswith(b"\n"):
         pass
@@ -256,6 +262,7 @@ def _read_slice(
         if bare_name(path).endswith(".txt"):
             yield Block(BlockKind.TEXT, stream.read().removeprefix(UTF8_BOM), begin, Position(begin.file_index + 1))
             return
+        # An offset of an archive counts decompressed bytes, and the decompression itself reports what it reads.
         if begin.offset:
             skip_to(stream, path, begin.offset)
             on_bytes_read(begin.offset - file_slice.start if not is_compressed(path) else 0)
@@ -278,11 +285,14 @@ def _read_lines(stream: BinaryIO, file_slice: FileSlice, begin: Position, block_
     position = Position(begin.file_index, offset, num_records)
     pending = bytearray()
     while (end_offset is None or offset < end_offset) and (lines := _read_whole_lines(stream, block_bytes, pending)):
+        # The last line begins before the end of the slice, so it ends at the first line end from `end_offset - 1` on.
+        # The last line of a file may have no line end: then find() gives -1, and all of it is kept.
         if end_offset is not None and offset + len(lines) >= end_offset:
             del lines[lines.find(b"\n", end_offset - 1 - offset) + 1 or len(lines) :]
         offset += len(lines)
         num_records += lines.count(b"\n") + (not lines.endswith(b"\n"))
         behind = Position(begin.file_index, offset, num_records)
+        # After the offsets are computed: they count the bytes of the file, and the byte order mark is one of its parts.
         if position.offset == 0 and lines.startswith(UTF8_BOM):
             del lines[: len(UTF8_BOM)]
         yield Block(BlockKind.LINES, lines, position, behind)
@@ -325,6 +335,7 @@ def _read_rows(
     num_rows = count_rows(file_slice.path)
     first_row, end_row = _select_rows(file_slice, num_rows)
     row = max(first_row, begin.offset)
+    # Only some columns are read, so the bytes read do not add up to the size of the file. Progress counts rows instead.
     bytes_per_row = file_slice.size_bytes / max(end_row - first_row, 1)
     on_bytes_read(round(bytes_per_row * (row - first_row)))
     position = Position(begin.file_index, row, row - first_row)

@@ -20,6 +20,7 @@ OnBytesRead = Callable[[int], None]
 
 def open_decompressed(path: Path, on_bytes_read: OnBytesRead) -> "io.BufferedReader[Any]":
     """Open for buffered reading; a truncated archive raises EOFError, zlib.error or ZstdError where it ends."""
+    # Counted below the decompression, because progress is compared with the sizes of the files on the disk.
     raw: io.BufferedReader[Any] = io.BufferedReader(_CountingReader(path, on_bytes_read), READ_BUFFER_BYTES)
     if not is_compressed(path):
         return raw
@@ -84,6 +85,7 @@ class _ZstdReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
+        """Fill `buffer` with what one chunk gave; 0 means the end. Raises EOFError if the file ends inside a frame."""
         while not self._decompressed:
             leftover = b""
             if self._frame is not None and self._frame.eof:
@@ -95,7 +97,7 @@ class _ZstdReader(io.RawIOBase):
                     raise EOFError("the file ends inside a zstd frame")
                 return 0
             if self._frame is None:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
+                self._frame = zstandard.ZstdDecompressor().decompressobj()  # one object reads one frame
             self._decompressed = memoryview(self._frame.decompress(chunk))
         size = min(len(buffer), len(self._decompressed))
         buffer[:size] = self._decompressed[:size]

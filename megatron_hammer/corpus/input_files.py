@@ -60,6 +60,7 @@ def _resolve_input(text: str) -> InputFiles:
     path = Path(text)
     if path.is_dir():
         return _search_directory(path)
+    # Before patterns: a file may have brackets in its name.
     if path.exists():
         if not _is_supported(path):
             raise DataError(
@@ -70,6 +71,7 @@ def _resolve_input(text: str) -> InputFiles:
             raise DataError(f"{path}: input must be a regular file, got a pipe or a device. Write it to a file first.")
         return InputFiles(files=(path,), ignored=())
     if glob.has_magic(text):
+        # glob returns files in the order of the file system, which differs from machine to machine.
         matches = sorted(Path(match) for match in glob.glob(text, recursive=True))
         if not matches:
             raise DataError(f"{text}: pattern must match a file, got none. Check the folder and the suffix.")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 # The lone quote comes last: it matches a string that continues beyond the buffer.
+# `*+` does not backtrack, so a string without an end costs one pass over the buffer.
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[{}\[\],"]', re.DOTALL)
 
 
@@ -45,6 +46,7 @@ def cut_elements(stream: BinaryIO, run_bytes: int, *, is_first: bool) -> Iterato
         if cutter.is_complete:
             break
     last = cutter.last_run(is_first)
+    # One object per line after the array would otherwise be left out without a message.
     if cutter.rest.strip() or any(chunk.strip() for chunk in iter(lambda: stream.read(run_bytes), b"")):
         raise BrokenArrayError("something follows the array")
     if last.num_elements:
@@ -69,9 +71,10 @@ class _Cutter:
     @property
     def rest(self) -> bytes:
         """What was read beyond the end of the array."""
-        return self._buffer[self._scanned + 1 :]
+        return self._buffer[self._scanned + 1 :]  # + 1: the closing bracket
 
     def scan(self, chunk: bytes) -> Iterator[ElementRun]:
+        """Yield the runs that are complete with this chunk, and keep the rest for the next one."""
         self._buffer += chunk
         start = 0  # of the run that is growing
         for match in _TOKEN.finditer(self._buffer, self._scanned):
@@ -92,6 +95,7 @@ class _Cutter:
                 if match.start() - start >= self._run_bytes:
                     yield self._take(start, match.start())
                     start = match.end()
+            # Inside the loop: after `break`, the next call begins at the string that was not complete.
             self._scanned = match.end()
         self._buffer = self._buffer[start:]
         self._buffer_offset += start
@@ -99,10 +103,12 @@ class _Cutter:
 
     def last_run(self, is_first: bool) -> ElementRun:
         payload = self._buffer[: self._scanned]
+        # Without a comma, `[]` has no element and `[1]` has one. A resumed run begins after a comma: it has an element.
         is_empty_array = is_first and not self._num_runs and not self._num_elements and not payload.strip()
         return ElementRun(payload, 0 if is_empty_array else self._num_elements + 1, None)
 
     def _take(self, start: int, end: int) -> ElementRun:
+        # + 1: the comma after the run belongs to no run.
         run = ElementRun(self._buffer[start:end], self._num_elements, self._buffer_offset + end + 1)
         self._num_elements = 0
         self._num_runs += 1

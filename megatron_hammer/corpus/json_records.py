@@ -23,6 +23,7 @@ def decode_json_record(payload: bytes | bytearray, json_keys: Sequence[str]) -> 
         fields = orjson.loads(payload)
         texts = [fields[key] for key in json_keys]
     except (orjson.JSONDecodeError, KeyError, TypeError):
+        # TypeError: valid JSON that is not an object. This path words the message for all three errors.
         return select_texts(parse_json_object(payload), json_keys)
     if all(type(text) is str for text in texts):
         return texts  # orjson gives valid Unicode only
@@ -46,6 +47,8 @@ def parse_json_object(payload: bytes | bytearray) -> dict[str, Any]:
     text = decode_utf8(payload.rstrip())
     try:
         fields = json.loads(text)
+    # json raises a plain ValueError for an integer beyond sys.int_info.default_max_str_digits digits, and
+    # RecursionError for deep nesting.
     except (ValueError, RecursionError) as error:
         cause = str(error)
         if isinstance(error, json.JSONDecodeError):
@@ -81,6 +84,7 @@ def _select_text(fields: dict[str, Any], key: str) -> str:
     if key not in fields:
         keys = ", ".join(str(name) for name in fields)
         texts = [name for name, value in fields.items() if isinstance(value, str)]
+        # The longest text of a record is most likely the document itself.
         remedy = f"Pass --json-keys {max(texts, key=lambda name: len(fields[name]))}" if texts else ""
         raise BadRecordError(f'field "{key}" is missing, got keys [{keys}]', remedy)
     text = fields[key]
@@ -89,6 +93,7 @@ def _select_text(fields: dict[str, Any], key: str) -> str:
     if not isinstance(text, str):
         raise BadRecordError(f'field "{key}" must be a string, got {name_of_type(text)}')
     try:
+        # JSON may escape one half of a surrogate pair. Python reads it, but no UTF-8 can be written from it.
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         surrogate = f"U+{ord(text[error.start]):04X} at character {error.start}"

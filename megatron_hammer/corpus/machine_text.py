@@ -65,6 +65,7 @@ def build_machine_corpus(
     has no such text, or if either file would be empty.
     """
     candidates = find_machine_text() if candidates is None else candidates
+    # Sorted first: folders are listed in the order of the file system, and the seed alone must set the order.
     names = sorted(candidates)
     random.Random(seed).shuffle(names)
     corpus = MachineCorpus()
@@ -73,6 +74,7 @@ def build_machine_corpus(
         files = [stack.enter_context(publish_file(path)) for path in paths]
         selected = list(_select_texts(names, candidates, max_bytes, corpus.skipped))  # it is a small corpus
         limit = valid_ratio
+        # In a small corpus every hash may lie above the ratio. Then the document with the smallest hash is held out.
         if valid_ratio > 0 and len(selected) > 1:
             limit = max(limit, min(_hash_fraction(digest) for _, _, digest in selected))
         for name, text, digest in selected:
@@ -94,6 +96,7 @@ def find_machine_text() -> dict[str, TextLoader]:
 
 def _find_stdlib_sources(root: Path) -> Iterator[tuple[str, TextLoader]]:
     for folder, subfolders, names in os.walk(root):
+        # In place: os.walk descends only into what is left in this list.
         subfolders[:] = [name for name in subfolders if name not in SKIPPED_STDLIB_FOLDERS]
         for name in names:
             if name.endswith(".py"):
@@ -135,7 +138,7 @@ def _read_source(path: Path) -> str:
 
 def _read_text(path: Path, is_metadata: bool = False) -> str:
     text = path.read_text(encoding="utf-8")
-    return text.partition("\n\n")[2] if is_metadata else text
+    return text.partition("\n\n")[2] if is_metadata else text  # the headers end at the first empty line
 
 
 def _select_texts(
@@ -152,6 +155,7 @@ def _select_texts(
             continue
         encoded = text.encode("utf-8", errors="replace")
         digest = hashlib.sha256(encoded).digest()
+        # After a text that is too large for the rest of the limit, a smaller one may still fit.
         if cause := _cause_to_skip(text, len(encoded), digest in seen, num_bytes + len(encoded) > max_bytes):
             skipped[cause] += 1
             continue

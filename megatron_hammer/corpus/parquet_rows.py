@@ -44,6 +44,8 @@ def read_row_batches(
     import pyarrow.parquet
 
     try:
+        # pyarrow's documentation: pre_buffer=False needs the least memory, and with a positive buffer_size a
+        # column chunk is read through a buffer.
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=READ_BUFFER_BYTES) as file:
             known = list(columns) if set(columns) <= set(file.schema_arrow.names) else None
             group_end = 0
@@ -57,6 +59,7 @@ def read_row_batches(
                     begin, row = row, row + batch.num_rows
                     wanted = batch[max(first_row - begin, 0) : max(min(end_row, row) - begin, 0)]
                     end = max(first_row, begin)
+                    # The number of rows follows from their average size, so a batch can be larger than batch_bytes.
                     for part in _cut_batch(wanted, batch_bytes):
                         end += part.num_rows
                         yield RowBatch(_to_stream(part), end)
@@ -73,6 +76,7 @@ def decode_parquet_rows(payload: bytes | bytearray) -> list[dict[str, Any]]:
     try:
         return rows.to_pylist()
     except UnicodeDecodeError:
+        # to_pylist fails for the whole batch. Cell by cell, only the bad record is reported.
         return [{name: _to_python(rows[name][row]) for name in rows.column_names} for row in range(rows.num_rows)]
 
 
@@ -85,6 +89,7 @@ def _to_python(value: Any) -> Any:
 
 def _count_rows_a_batch(group: Any, columns: Sequence[str], batch_bytes: int) -> int:
     chunks = [group.column(index) for index in range(group.num_columns)]
+    # The uncompressed size, because the bound is for memory. The compressed size may be many times smaller.
     size_bytes = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema in columns)
     return min(max(batch_bytes * group.num_rows // max(size_bytes, 1), 1), MAX_BATCH_ROWS)
 

@@ -50,6 +50,7 @@ def decode_documents(block: Block, source: str, json_key: str) -> Iterator[tuple
     """
     for line, payload in enumerate(split_block(block), start=block.begin.num_records + 1):
         try:
+            # Undecoded records come with their documents, because deduplication writes the kept ones unchanged.
             (text,) = decode_document(block.kind, payload, (json_key,))
         except BadRecordError as error:
             raise DataError(f"{source}:{line}: {error}") from error

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from megatron_hammer.errors import OutputError
 
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)  # EDQUOT: the quota of the user is used up
 
 
 def partial_path(path: str | Path) -> Path:
@@ -48,6 +48,7 @@ def publish_path(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
+        # After the renaming there is no file of this name, and nothing is removed.
         _remove(partial)
 
 
@@ -67,6 +68,7 @@ def publish_files(contents: Mapping[Path, str | bytes]) -> None:
     try:
         for path, content in contents.items():
             _write_whole(path, content.encode() if isinstance(content, str) else content)
+        # A second loop: an error while writing one file must leave all older files as they were.
         for path, partial in partials.items():
             partial.replace(path)
     finally:
@@ -96,10 +98,12 @@ def publish_directory(save_dir: Path, *, overwrite: bool = False) -> Iterator[Pa
         ) from error
     try:
         yield partial_dir
+        # A folder can be renamed over an empty folder only.
         if overwrite and save_dir.exists():
             shutil.rmtree(save_dir)
         partial_dir.replace(save_dir)
     except OSError as error:
+        # The block may also read, for example a damaged input. "Free space" would be the wrong remedy for that.
         if error.errno not in _FULL_DISK:
             raise
         raise OutputError(

@@ -44,7 +44,7 @@ def build_pairs(title: str, values: Mapping[str, str]) -> Table:
     table = build_table(title, ("", ""), values.items(), num_text=2)
     table.show_header = False
     table.columns[0].style = "bold"
-    table.columns[0].no_wrap = True
+    table.columns[0].no_wrap = True  # only the value is folded in a narrow terminal
     return table
 
 

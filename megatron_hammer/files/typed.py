@@ -86,6 +86,7 @@ def validate[T](
 ) -> T:
     """Return tables, lists, texts and numbers as a typed object; see `read_json`. where: their name in messages."""
     # By way of JSON, because strict types know lists of Python from tuples, but in JSON there is one kind of list.
+    # default=str: TOML has dates and times, which JSON does not have.
     content = json.dumps(value, default=str)
     return parse_json(content, kind, where=where, remedy=remedy, raises=raises, allows_unknown=allows_unknown)
 
@@ -106,10 +107,12 @@ def parse_json[T](
     try:
         return adapter.validate_json(content, strict=True, extra="ignore" if allows_unknown else "forbid")
     except ValidationError as error:
+        # pydantic collects the errors of all fields before it raises.
         problems = [_describe(details) for details in error.errors(include_url=False)]
         raise raises(*(f"{where}: {problem}. {remedy}" for problem in problems)) from error
 
 
+# Built once for each type, because parse_json may be called for every line of a file.
 @functools.cache
 def _build_adapter(kind: Any) -> Any:
     from pydantic import TypeAdapter

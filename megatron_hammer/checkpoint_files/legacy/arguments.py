@@ -28,7 +28,7 @@ def _inferred(args: Any) -> dict[str, Any]:
         "tensor_model_parallel_size": tp,
         "pipeline_model_parallel_size": 1,
         "ffn_hidden_size": 4 * args.hidden_size,
-        "kv_channels": args.hidden_size // args.num_attention_heads,
+        "kv_channels": args.hidden_size // args.num_attention_heads,  # width of a head
         "group_query_attention": groups is not None and groups != args.num_attention_heads,
         "num_query_groups": args.num_attention_heads,
         "normalization": "LayerNorm",
@@ -46,5 +46,6 @@ def _inferred(args: Any) -> dict[str, Any]:
         "attention_dropout": 0.1,
         "hidden_dropout": 0.1,
         "seq_length": args.max_position_embeddings,
+        # batch_size counted the samples per data-parallel rank, and there was no pipeline: world_size = tp * dp.
         "global_batch_size": getattr(args, "batch_size", 0) * max(1, getattr(args, "world_size", 1) // tp),
     }

@@ -23,7 +23,7 @@ from megatron_hammer.errors import CheckpointError
 OPTIMIZER_FILE = "distrib_optim.pt"
 _PLAIN_KEY = "fp32_from_fp16_params"
 _PARAMETER_ALIGNMENT = 64  # megatron.core.optimizer.param_layout; none before megatron-core
-_LEAST_BUCKET_SIZE = 40_000_000
+_LEAST_BUCKET_SIZE = 40_000_000  # elements; megatron.core DistributedDataParallel.__init__
 
 
 class Parameter(NamedTuple):
@@ -51,6 +51,8 @@ def locate_masters(file: RankFile, args: Any) -> dict[tuple[int, str], LocatedTe
     path = file.path.with_name(OPTIMIZER_FILE)
     is_distributed = path.is_file()
     states = load_state(path, (dict, list)) if is_distributed else file.optimizer
+    # ChainedOptimizer.save_parameter_state saves a list only for more than one optimizer, with None for one whose
+    # data-parallel rank 0 is another rank.
     states = states if isinstance(states, list) else [states]
     if len(states) != len(groups) or not any(isinstance(state, Mapping) for state in states):
         raise _unknown(
@@ -80,6 +82,7 @@ def _locate_in_buffers(
     if not state.get("buckets_coalesced"):
         raise _unknown(file, "a distributed optimizer of before its buckets were joined")
     buffers = _group_by_buffer(parameters)
+    # - 1: the keys are the numbers of the buffers, and buckets_coalesced.
     stored = [entry for index in range(len(state) - 1) for entry in state.get(index, {}).items()]
     if [dtype for _, dtype in buffers] != [key[0] for key, _ in stored]:
         raise _unknown(file, f"{len(stored)} buffers for {len(buffers)}")
@@ -107,6 +110,8 @@ def _group_by_buffer(parameters: Sequence[Parameter]) -> dict[tuple[int, torch.d
 def _place(parameters: Sequence[Parameter], num_elements: int, args: Any) -> list[int] | None:
     """Where each parameter starts in a flat array of that length; None if no rule of Megatron's gives the length."""
     dp = (getattr(args, "data_parallel_size", None) or 1) * (getattr(args, "context_parallel_size", None) or 1)
+    # None: Megatron makes a single bucket without --overlap-grad-reduce, and on all pipeline stages but the first.
+    # Source: megatron.core DistributedDataParallel.__init__, also of the formula.
     bucket_sizes = (
         None,
         getattr(args, "ddp_bucket_size", None) or max(_LEAST_BUCKET_SIZE, 1_000_000 * dp),
@@ -122,6 +127,7 @@ def _place(parameters: Sequence[Parameter], num_elements: int, args: Any) -> lis
             alignment=alignment,
             bucket_size=bucket_size,
         )
+        # A wrong rule may give the right length by chance. reader.py then finds weights that differ from the model's.
         if length == num_elements:
             return starts
     return None
@@ -143,6 +149,7 @@ def place_parameters(
     """
     starts, num_before, end, is_empty = [], 0, 0, True
     for size, has_own_bucket in zip(reversed(sizes), reversed(is_shared), strict=True):
+        # Before the check for a new bucket, as in Megatron: the alignment counts as part of the bucket that ends here.
         start = -(-end // alignment) * alignment
         if has_own_bucket and not is_empty:
             num_before, start = num_before + start, 0
@@ -172,6 +179,8 @@ def _locate_in_lists(
     low_precision = [parameter for parameter in parameters if parameter.dtype != torch.float32]
     located = {}
     for tensors, setting in zip(lists, settings, strict=True):
+        # Megatron exempts biases and vectors from weight decay, in a group of their own.
+        # Source: megatron.core.optimizer.get_standard_config_overrides.
         has_decay = setting.get("wd_mult", 1.0) != 0.0
         own = [p for p in low_precision if len(lists) == 1 or has_decay == (len(p.shape) > 1)]
         if [tuple(tensor.shape) for tensor in tensors] != [parameter.shape for parameter in own]:

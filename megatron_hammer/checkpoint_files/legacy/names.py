@@ -27,6 +27,7 @@ _OLD_PARTS: tuple[tuple[str, str], ...] = (
     (r"post_attention_(?:layer)?norm\.", "pre_mlp_layernorm."),
 )
 _EXPERT_NAMES: tuple[tuple[str, str], ...] = (
+    # SequentialMLP numbers its modules; TEGroupedMLP numbers the weights of one module.
     (r"mlp\.experts\.local_experts\.(\d+)\.", r"mlp.experts.experts.\1."),
     (r"mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)$", r"mlp.experts.experts.\3.\1.\2"),
 )

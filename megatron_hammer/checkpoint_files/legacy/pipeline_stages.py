@@ -23,6 +23,7 @@ def count_layers_before(directory: Path, files: list[RankFile], args: Any) -> li
     problems: list[str] = []
     for file in files:
         counts = [_count_layers(file, chunk, problems) for chunk in file.chunks]
+        # Tensor- and expert-parallel ranks of a stage hold parts of the same layers.
         if held.setdefault(file.rank.pp, counts) != counts:
             problems.append(
                 f"{file.path}: layers must be those of the other ranks of its stage, {held[file.rank.pp]} in each "
@@ -44,6 +45,7 @@ def count_layers_before(directory: Path, files: list[RankFile], args: Any) -> li
     if problems:
         raise CheckpointError(*problems)
     before, next_layer = [[0] * len(counts) for counts in stages], 0
+    # Chunk by chunk, then stage by stage: the order in which a micro-batch passes the layers.
     for vp_stage in range(len(stages[0])):
         for pp_rank, counts in enumerate(stages):
             before[pp_rank][vp_stage] = next_layer
@@ -52,6 +54,7 @@ def count_layers_before(directory: Path, files: list[RankFile], args: Any) -> li
 
 
 def _count_layers(file: RankFile, chunk: dict[str, Any], problems: list[str]) -> int:
+    # A set: every layer has several tensors.
     layers = {layer for name in chunk if (layer := select_layer(translate_name(name))) is not None}
     if layers != set(range(len(layers))):
         problems.append(

@@ -84,6 +84,8 @@ class ParallelSizes:
         The expert grid reuses the ranks of a pipeline stage, so not every (tp, ep) exists where expert_tp < tp.
         Source: megatron.training.checkpointing.save_checkpoint, megatron.core.parallel_state.RankGenerator.
         """
+        # The first ranks of a stage: the two products count those of data-parallel rank 0 and of expert data-parallel
+        # rank 0. save_checkpoint lets both write.
         num_writers = max(self.tp * self.cp, self.expert_tp * self.ep)
         cells = {(rank % self.tp, rank // self.expert_tp % self.ep) for rank in range(num_writers)}
         return [ModelRank(tp, pp, ep) for pp in range(self.pp) for tp, ep in sorted(cells)]
@@ -170,6 +172,7 @@ def load_state(path: Path, kind: type | tuple[type, ...] = dict) -> Any:
             for name in sorted(_list_types(path, is_mappable) - _SAFE_NAMES)
             if name.startswith(_INERT_PREFIXES)
         ]
+        # The meta device: torch.load then reads the description of every tensor and no elements.
         with _allow_only([*_SAFE_TYPES, *inert]):
             state = torch.load(path, map_location="meta" if is_mappable else "cpu", weights_only=True)
         if not isinstance(state, kind):
@@ -201,6 +204,7 @@ def _list_types(path: Path, is_mappable: bool) -> set[str]:
             name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
             return _scan(io.BytesIO(archive.read(name)))
     with path.open("rb") as file:
+        # is_zipfile looks for the end of an archive, so a truncated archive comes here.
         if file.read(len(_ZIP_SIGNATURE)) == _ZIP_SIGNATURE:
             raise EOFError("the archive has no end")
         file.seek(0)
@@ -213,6 +217,7 @@ def _scan(file: Any) -> set[str]:
     return {
         str(argument).replace(" ", ".")
         for opcode, argument, _ in pickletools.genops(file)
+        # STACK_GLOBAL is absent: torch.save writes protocol 2, and torch.load(weights_only=True) refuses that opcode.
         if opcode.name in ("GLOBAL", "INST")
     }
 
@@ -242,6 +247,7 @@ def _find_model_file(folder: Path) -> Path | None:
 
 def _open_rank_file(path: Path, rank: ModelRank) -> RankFile:
     state = load_state(path)
+    # model0, model1, ... with interleaving. Source: megatron.training.checkpointing.generate_state_dict.
     keys = ["model"] if "model" in state else sorted(filter(_is_chunk, state), key=lambda key: int(key[5:]))
     if not keys or not all(isinstance(state[key], Mapping) for key in keys):
         raise CheckpointError(

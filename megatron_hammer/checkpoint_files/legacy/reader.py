@@ -79,7 +79,7 @@ class LegacyReader:
         self.args: Any = complete_arguments(files[0].args)
         self.iteration: int = files[0].iteration or 0
         self._head_dim: int = self.args.kv_channels
-        self._agreed: set[str] = set()
+        self._agreed: set[str] = set()  # names whose copies were compared; a second read trusts them
         self.tensors = _assemble(directory, sizes, files, self.args, weights)
 
     def remove_vocab_padding(self, vocab_size: int) -> None:
@@ -94,6 +94,7 @@ class LegacyReader:
         stored = self.tensors[name]
         parts = [self._read_part(name, copies) for copies in stored.parts]
         self._agreed.add(name)
+        # Parts first, padding afterwards: the padding of the vocabulary lies in the last parts only.
         merged = stored.layout.merge(parts)
         return merged if tuple(merged.shape) == stored.shape else merged[: stored.shape[0]].contiguous()
 
@@ -155,11 +156,13 @@ def _assemble(
         _add_tied_head(parts)
     tensors = {}
     for name, by_position in parts.items():
+        # Experts have a tensor parallelism of their own.
         num_parts = sizes.tp if select_expert(name) is None else sizes.expert_tp
         tensor = _describe(name, by_position, num_parts, args, problems)
         if tensor is not None:
             tensors[name] = tensor
     if problems:
+        # Every rank may have the same problem; it is said once.
         raise CheckpointError(*dict.fromkeys(f"{directory}: {problem}" for problem in problems))
     return tensors
 
@@ -247,6 +250,7 @@ def _describe(
         )
         return None
     ((shape, dtype),) = found
+    # A replicated tensor is one part, and what all the ranks hold are copies of it.
     if layout.axis is None:
         parts: tuple[tuple[RankPart, ...], ...] = (
             tuple(part for rank in sorted(by_position) for part in by_position[rank]),

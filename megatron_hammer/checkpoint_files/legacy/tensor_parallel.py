@@ -106,7 +106,7 @@ _RANK_LAYOUTS: tuple[tuple[str, RankLayout], ...] = (
     (r"embedding\.norm\.(weight|bias)", REPLICATED),
     (r"self_attention\.linear_qkv\.(weight|bias)", COLUMN),
     (r"self_attention\.linear_proj\.weight", ROW),
-    (r"self_attention\.linear_proj\.bias", REPLICATED),
+    (r"self_attention\.linear_proj\.bias", REPLICATED),  # added once, after the sum over the ranks
     (r"self_attention\.[qk]_layernorm\.(weight|bias)", REPLICATED),
     (r"mlp\.(shared_experts\.|experts\.experts\.\d+\.)?linear_fc1\.(weight|bias)", GATED_COLUMN),
     (r"mlp\.(shared_experts\.|experts\.experts\.\d+\.)?linear_fc2\.weight", ROW),

@@ -58,6 +58,7 @@ def _iterate_chunks(
     if inserted is None:
         yield from _read_range(reader, tensor.start, tensor.num_bytes)
         return
+    # Rows of a row-major matrix lie one after the other, so a row is found without its dtype.
     row_bytes = tensor.num_bytes // tensor.shape[0]
     yield from _read_range(reader, tensor.start, inserted.first_row * row_bytes)
     for start in range(0, len(inserted.data), CHUNK_BYTES):

@@ -42,6 +42,7 @@ def read_header(path: Path) -> tuple[dict[str, HeaderEntry], dict[str, str]]:
             header: dict[str, Any] = json.loads(file.read(header_bytes))
         metadata = header.pop(_METADATA, {})
         data_start = 8 + header_bytes
+        # A JSON object has no order that the format defines, and reading by offset goes through the file once.
         entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
         tensors = {
             name: HeaderEntry(
@@ -53,6 +54,7 @@ def read_header(path: Path) -> tuple[dict[str, HeaderEntry], dict[str, str]]:
             )
             for name, entry in entries
         }
+        # The format allows no holes between tensors, so their sizes must add up to the file.
         expected_bytes = data_start + sum(tensor.num_bytes for tensor in tensors.values())
         if expected_bytes != path.stat().st_size:
             raise ValueError(f"{path.stat().st_size:,} bytes where its header says {expected_bytes:,}")
@@ -73,5 +75,6 @@ def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metad
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + num_bytes]}
         offset += num_bytes
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    # The format allows spaces after the JSON.
     encoded += b" " * (-len(encoded) % _ALIGNMENT_BYTES)
     return struct.pack("<Q", len(encoded)) + encoded

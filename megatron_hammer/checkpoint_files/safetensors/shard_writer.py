@@ -38,6 +38,7 @@ def plan_shards(shapes: Mapping[str, tuple[int, ...]], *, dtype: torch.dtype, ma
     group_bytes = 0
     for name, shape in shapes.items():
         tensor_bytes = math.prod(shape) * dtype.itemsize
+        # `groups[-1]`: a tensor that is larger than the limit gets its own shard, and no shard is empty.
         if groups[-1] and group_bytes + tensor_bytes > max_shard_bytes:
             groups.append({})
             group_bytes = 0
@@ -89,12 +90,14 @@ class ShardWriter:
             file = FileIO(self.directory / shard.file_name, "w+")
             sizes = [math.prod(shape) * self._dtype.itemsize for shape in shard.shapes.values()]
             described = zip(shard.shapes, itertools.repeat(DTYPE_NAMES[self._dtype]), shard.shapes.values(), sizes)
+            # transformers' save_pretrained writes the same metadata.
             header = build_header(described, {"format": "pt"})
             write_at(file, 0, torch.frombuffer(bytearray(header), dtype=torch.uint8))  # it wants a writable buffer
             start = len(header)
             for name, shape in shard.shapes.items():
                 self._places[name] = shape, WrittenTensor(file, start)
                 start += math.prod(shape) * self._dtype.itemsize
+        # Kept apart from the places, which take() removes.
         self._files = {place.file for _, place in self._places.values()}
         return self
 

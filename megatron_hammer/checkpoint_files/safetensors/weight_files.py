@@ -112,6 +112,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
     """Tensor name -> file name, each a plain name in the folder of the index."""
     try:
         weight_map = json.loads(path.read_bytes())["weight_map"]
+        # A name with a folder in it, such as ../x, could point to any file of this machine.
         strange = [name for name in weight_map.values() if Path(name).name != name or name in ("", ".", "..")]
         if strange or not weight_map:
             raise ValueError(f"the file name {strange[0]!r}" if strange else "no tensors")
@@ -171,6 +172,7 @@ def _find_fault(name: str, stored: HeaderEntry) -> str | None:
             f"{stored.path}: {name} must be of a dtype that PyTorch has, got {stored.dtype}. "
             "Pass the model before quantization."
         )
+    # The header gives the size twice: by shape and dtype, and by its offsets.
     num_bytes = math.prod(stored.shape) * dtype.itemsize
     if num_bytes != stored.num_bytes:
         return (

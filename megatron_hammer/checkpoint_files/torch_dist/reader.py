@@ -94,6 +94,7 @@ class TorchDistReader:
 
         A weight that the model itself has in fp32 needs no copy. Raises CheckpointError if any other has none.
         """
+        # The copies replace the weights; a weight without a copy stays, and must be fp32 itself.
         keys = self._list_keys() | self._list_copies()
         lacking = [
             key
@@ -127,6 +128,7 @@ def _unstack(key: str, size: tuple[int, ...], dtype: torch.dtype) -> Iterator[tu
     for pattern in (_STACKED_LAYERS, _STACKED_EXPERTS):
         name, num_found = pattern.subn(r"\1.{}.", name)
         num_stacked += num_found
+    # Without stacked axes the product has one element, the empty index, and the tensor is one entry.
     for indices in itertools.product(*map(range, size[:num_stacked])):
         shape = size[num_stacked:]
         yield (

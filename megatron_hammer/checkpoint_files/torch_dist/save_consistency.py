@@ -44,6 +44,7 @@ def validate_one_save(store: TorchDistStore, master_keys: dict[str, str]) -> int
     for (file, master_file), pair in chosen.items():
         weight = store.read(pair.key, pair.chunk.offsets, pair.chunk.sizes)
         master = store.read(pair.master_key, pair.chunk.offsets, pair.chunk.sizes)
+        # Megatron rounds the fp32 weight to the model's dtype after each step, so the bits must be equal.
         if not is_bitwise_equal(master.to(weight.dtype), weight):
             problems.append(
                 f"{store.directory}: {file} and {master_file} must be of one save, got {pair.key} that is not "
@@ -63,6 +64,7 @@ def _list_pairs(store: TorchDistStore, master_keys: dict[str, str]) -> Iterator[
             if chunk not in copies:
                 continue
             files = (store.file_of(key, chunk), store.file_of(master_key, chunk))
+            # One file is written in one save, so a pair inside one file shows nothing.
             if files[0] != files[1] and (store.directory / files[1]).is_file():
                 yield files, WeightPair(key, master_key, chunk)
 

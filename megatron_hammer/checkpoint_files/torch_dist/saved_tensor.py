@@ -47,6 +47,7 @@ def find_saved_tensor(
         return None
     first_byte = offset - offset % mmap.ALLOCATIONGRANULARITY
     try:
+        # zipfile finds the archive from its end, so bytes of other tensors before it do no harm.
         mapped = _SeekableMap(file.fileno(), offset + length - first_byte, access=mmap.ACCESS_READ, offset=first_byte)
         start = _find_storage(mapped, shape, dtype)
     except (
@@ -60,6 +61,7 @@ def find_saved_tensor(
         EOFError,
     ):
         return None  # torch.load says what is wrong
+    # A start before `offset` belongs to another tensor of the file.
     return None if start is None or first_byte + start < offset else first_byte + start
 
 
@@ -84,6 +86,7 @@ def read_into(file: FileIO, start: int, tensor: Tensor) -> None:
     buffer = memoryview(tensor.view(-1).view(torch.uint8).numpy())
     file.seek(start)
     while buffer:
+        # One call may read less than it is asked for: Linux stops at 2 GiB.
         num_read = file.readinto(buffer)
         if not num_read:
             raise EOFError(f"{len(buffer)} bytes are missing")
@@ -104,6 +107,8 @@ def _find_storage(mapped: "_SeekableMap", shape: Sequence[int], dtype: torch.dty
     needed_bytes = math.prod(shape) * dtype.itemsize
     if storage.compress_type != zipfile.ZIP_STORED or storage.file_size < needed_bytes:
         return None
+    # From the local header: torch pads its extra field to align the data, and the central directory, which zipfile
+    # reads, does not have that padding.
     signature, name_bytes, extra_bytes = _LOCAL_HEADER.unpack_from(mapped, storage.header_offset)
     start = storage.header_offset + _LOCAL_HEADER.size + name_bytes + extra_bytes
     is_inside = signature == _LOCAL_SIGNATURE and start + needed_bytes <= len(mapped)
@@ -139,6 +144,7 @@ class _Description:
             strides.append(elements)
             elements *= size
         has_strides = all(
+            # The stride of an axis of one element is never used and may be anything.
             size == 1 or stride == wanted
             for size, stride, wanted in zip(self.shape, self.strides, reversed(strides), strict=False)
         )
@@ -163,7 +169,7 @@ class _DescriptionUnpickler(pickle.Unpickler):
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return _describe
         if (module, name) == ("collections", "OrderedDict"):
-            return dict
+            return dict  # of the backward hooks, which are empty
         if module == "torch" and name in _STORAGE_DTYPES:
             return _STORAGE_DTYPES[name]
         raise pickle.UnpicklingError(f"{module}.{name} is no part of a plain tensor")

@@ -40,6 +40,7 @@ def extra_state_key(name: str, *, num_layers: int, num_experts: int) -> str | No
     module = _STATEFUL.fullmatch(stacked.key)
     if module is None:
         return None
+    # A module outside the layers counts as one of one: megatron.core.transformer.utils._get_extra_state_offsets.
     sizes = (num_layers, num_experts)[: len(stacked.indices)] or (1,)
     at = ".".join(map(str, stacked.indices or (0,)))
     return f"{module[1]}._extra_state/shard_{at}_{'.'.join(map(str, sizes))}"

@@ -60,8 +60,10 @@ class TorchDistStore:
         self.directory = directory
         metadata = read_metadata(directory / ".metadata")
         entries = metadata.state_dict_metadata
+        # BytesStorageMetadata, the entry of an object, has no chunks.
         self.tensors = {key: _describe(entry) for key, entry in entries.items() if hasattr(entry, "chunks")}
         self.objects = tuple(key for key in entries if key not in self.tensors and key != COMMON_STATE_KEY)
+        # By name and offset only: MetadataIndex.index is a hint for searching, and torch does not compare it either.
         self._storage: dict[tuple[str, tuple[int, ...]], Any] = {
             (index.fqn, tuple(getattr(index, "offset", None) or ())): info
             for index, info in metadata.storage_data.items()
@@ -76,6 +78,7 @@ class TorchDistStore:
             state = read_object(io.BytesIO(legacy_path.read_bytes()), where=legacy_path)
         else:
             state = self._read_item(COMMON_STATE_KEY, ())
+        # Megatron saves a ShardedObject as a list of its one value.
         state = state[0] if isinstance(state, list) and len(state) == 1 else state
         if not isinstance(state, dict):
             raise CheckpointError(
@@ -102,6 +105,7 @@ class TorchDistStore:
         assembled in memory. Raises CheckpointError if chunks are missing or damaged.
         """
         box = (tuple(offsets), tuple(sizes))
+        # The box is one chunk: no search through all chunks of the tensor.
         if (key, box[0]) in self._storage and StoredChunk(*box) in self._chunk_sets[key]:
             return self._read_chunk(key, StoredChunk(*box))
         touched = [(chunk, overlap) for chunk in self.tensors[key].chunks if (overlap := _overlap(box, chunk))]
@@ -147,11 +151,13 @@ class TorchDistStore:
         num_filled = 0
         for chunk, overlap in touched:
             target = result[overlap.into]
+            # Straight into its place: no second copy of the chunk in memory.
             if overlap.sizes == chunk.sizes and target.is_contiguous():
                 self._read_chunk(key, chunk, target)
             else:
                 target.copy_(self._read_chunk(key, chunk)[overlap.out_of])
             num_filled += target.numel()
+        # torch.empty: elements that no chunk covers would be arbitrary numbers.
         if num_filled != result.numel():
             raise CheckpointError(_unfinished(self.directory, key, result.numel(), num_filled))
         return result
@@ -193,6 +199,7 @@ class TorchDistStore:
             if start is not None and target is not None:
                 read_into(file, start, target)
                 return target
+        # What find_saved_tensor could not locate; torch.load reads it, or says what is wrong.
         part = self._read_item(key, chunk.offsets)
         if not isinstance(part, Tensor) or tuple(part.shape) != chunk.sizes or part.dtype != dtype:
             found = f"{tuple(part.shape)} {part.dtype}" if isinstance(part, Tensor) else type(part).__name__

@@ -121,6 +121,7 @@ class CheckpointWriter:
         self._close_file()
         with (self.directory / ".metadata").open("wb") as file:
             pickle.dump(self._build_metadata(), file)
+        # Source: megatron.core.dist_checkpointing.core.CheckpointingConfig.
         description = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         (self.directory / "metadata.json").write_text(json.dumps(description))
         self.is_committed = True
@@ -138,6 +139,7 @@ class CheckpointWriter:
         if self._file is not None and self._file.tell() >= self._max_file_bytes:
             self._close_file()
         if self._file is None:
+            # As torch.distributed.checkpoint.filesystem names the files of rank 0.
             self._file = (self.directory / f"__0_{self._num_files}.distcp").open("wb")
             self._num_files += 1
         self._file.write(bytes(-self._file.tell() % ALIGNMENT_BYTES))
@@ -148,6 +150,7 @@ class CheckpointWriter:
         except RuntimeError as error:
             interrupt = error.__context__ if isinstance(error.__context__, KeyboardInterrupt) else None
             raise (sink.error or interrupt or error) from None
+        # Other threads read the chunk back by the file's name.
         self._file.flush()
         length = self._file.tell() - start
         self._stored[(key, offsets)] = (Path(self._file.name).name, start, length)
@@ -236,6 +239,7 @@ def open_checkpoint_writer(
             with suppress(OSError):
                 save_dir.rmdir()  # other files in it are not ours
         raise
+    # Last: the tracker must never name a folder that is not there.
     _write_tracker(save_dir, iteration, overwrite)
 
 
