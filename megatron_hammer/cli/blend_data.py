@@ -45,6 +45,7 @@ def parse_count(text: str) -> int:
     """Read 20000000, 20_000_000, 20M, 1.5B or 3e11."""
     match = re.fullmatch(r"([\d._]+(?:[eE]\d+)?)([KMBT]?)", text.strip(), re.IGNORECASE)
     try:
+        # round(), not int(): in floating point the product may be just below a whole number.
         count = round(float(match[1]) * UNITS[match[2].upper()]) if match else 0
     except (ValueError, OverflowError):
         count = 0
@@ -54,6 +55,7 @@ def parse_count(text: str) -> int:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the flags; see --help."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sources", nargs="+", metavar="[NAME=]PREFIX", help="pairs to blend, without .bin or .idx")
     parser.add_argument(
@@ -85,9 +87,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; see --help. Prints a --data-path line; warnings go to stderr and do not change the exit code."""
     arguments = parse_arguments(argv)
     budget = read_budget(arguments)
     sources = read_sources(arguments.sources, arguments.split)
+    # Rounded before the preview: it must describe the weights as they are printed and written.
     weights = round_weights(choose_weights(arguments, sources, budget))
     previews = preview_blend(weights, sources, budget) if budget is not None else None
     data_path = list_data_path(weights, sources)
@@ -103,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_json(result)
         return
     open_console().print(build_sources(sources, weights, previews))
+    # With --split, because the tokens and epochs above are those of the training part of this split.
     print(f"--data-path {shlex.join(data_path)}" + (f" --split {arguments.split}" if arguments.split else ""))
     print(summarise(sources, budget, arguments))
 
@@ -121,6 +126,7 @@ def read_budget(arguments: argparse.Namespace) -> Budget | None:
         num_samples = arguments.train_iters * arguments.global_batch_size
         return Budget(num_samples=num_samples, seq_length=arguments.seq_length)
     if arguments.train_tokens is not None:
+        # Rounded up: the run must draw at least the tokens that were asked for.
         num_samples = -(-arguments.train_tokens // arguments.seq_length)
         return Budget(num_samples=num_samples, seq_length=arguments.seq_length)
     if arguments.cap_epochs:
@@ -129,6 +135,7 @@ def read_budget(arguments: argparse.Namespace) -> Budget | None:
 
 
 def choose_weights(arguments: argparse.Namespace, sources: Sequence[BlendSource], budget: Budget | None) -> np.ndarray:
+    """The normalized weight of every source: as given or by size, then lowered by --cap-epochs."""
     num_tokens = [source.num_tokens for source in sources]
     if arguments.weights is not None:
         validate_weights(arguments.weights, len(sources))
@@ -143,6 +150,7 @@ def choose_weights(arguments: argparse.Namespace, sources: Sequence[BlendSource]
 def build_sources(
     sources: Sequence[BlendSource], weights: Sequence[str], previews: Sequence[SourcePreview] | None
 ) -> Table:
+    """The table of the sources; with a budget, also what the run draws from each."""
     headings = ["source", "weight", "training tokens"]
     headings += ["drawn tokens", "epochs", "built"] if previews else ["of all tokens"]
     rows = []
@@ -168,6 +176,7 @@ def list_rows(
 
 
 def summarise(sources: Sequence[BlendSource], budget: Budget | None, arguments: argparse.Namespace) -> str:
+    """The last line: sources and tokens, and with a budget the samples and epochs of the run."""
     total_tokens = sum(source.num_tokens for source in sources)
     written = f"; wrote {arguments.output}" if arguments.output is not None else ""
     if budget is None:

@@ -13,6 +13,7 @@ from megatron_hammer.errors import ConfigError, exit_on_user_error
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; see --help. Raises ConfigError without --data-cache-path, or for data that does not fit."""
     from megatron_hammer.training.pretrain import open_terminal, prepare
 
     arguments = prepare(["--platform", "cpu", *(sys.argv[1:] if argv is None else argv)], is_plan=True)

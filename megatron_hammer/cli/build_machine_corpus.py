@@ -9,6 +9,7 @@ from megatron_hammer.errors import exit_on_user_error
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the flags; see --help."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="the .jsonl to write")
     parser.add_argument(
@@ -24,6 +25,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; see --help. Prints what was written and, by cause, what was skipped."""
     arguments = parse_arguments(argv)
     corpus = build_machine_corpus(
         arguments.output,

@@ -15,6 +15,7 @@ from megatron_hammer.errors import exit_on_user_error
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; see --help. Returns 1 if the built rank differs from the count, which is a bug of ours."""
     parser = argparse.ArgumentParser(
         description="Build one rank of a large run alone. All flags of training are accepted too.", allow_abbrev=False
     )
@@ -22,8 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--world-size", type=int, required=True, help="ranks of the whole run")
     parser.add_argument("--rank", type=int, required=True, help="rank to build, counted from 0")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    # allow_abbrev=False above: an abbreviated flag of training must not be taken for one of these.
     arguments, rest = parser.parse_known_args(argv)
 
+    # After the flags are parsed: --help must not wait for torch and megatron.
     from megatron_hammer.training.build_rank import DisagreementError, build_rank, print_built_rank
 
     preset = ["--preset", arguments.preset] if arguments.preset else []

@@ -26,6 +26,7 @@ class Requirements(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; see --help. Prints the missing requirements; returns 1 if there are any."""
     parser = argparse.ArgumentParser(description="Print the requirements of setup.py that this interpreter lacks.")
     parser.add_argument("--extra", action="append", default=[], help="also check this extra of setup.py; repeatable")
     parser.add_argument("--setup-path", type=Path, default=find_setup(), help="the setup.py to read")
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         packages += required.extras[extra]
     missing = select_missing(packages)
+    # Only where packaging is installed for certain: without it, every requirement is missing already.
     if not missing and not is_python_supported(required.python):
         missing = [f"python{required.python}"]
     print("\n".join(missing), end="\n" if missing else "")
@@ -81,6 +83,7 @@ def select_missing(requirements: list[str]) -> list[str]:
     try:
         from packaging.requirements import Requirement
         from packaging.version import Version
+    # packaging may be missing too. Without it no version can be compared, so every requirement counts as missing.
     except ImportError:
         return requirements
     missing = []

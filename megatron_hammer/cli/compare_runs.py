@@ -17,6 +17,7 @@ STRAYED_EXIT_CODE = 1
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the flags; see --help."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--runs",
@@ -44,6 +45,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; see --help. Exits with 1 if a run differs by more than the tolerance."""
     arguments = parse_arguments(argv)
     named_paths = [[compare.parse_named_path(text) for text in group] for group in arguments.runs]
     names = [name for group in named_paths for name, _ in group]

@@ -27,6 +27,7 @@ OnTensor = Callable[[str, int, int], None]
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the flags; see --help."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_reshard(commands)
@@ -54,6 +55,7 @@ def add_command(
 
 
 def add_reshard(commands: Any) -> None:
+    """The subcommand reshard: its flags are those of training for a layout."""
     parser = add_command(commands, "reshard", run_reshard, "another layout, weights and optimizer bit for bit")
     for flag, text in (
         ("tensor-model-parallel-size", "ranks that share every matrix"),
@@ -74,6 +76,7 @@ def add_average(commands: Any) -> None:
 
 
 def add_resize_vocab(commands: Any) -> None:
+    """The subcommand resize-vocab."""
     parser = add_command(commands, "resize-vocab", run_resize_vocab, "another number of tokens")
     parser.add_argument("--vocab-size", type=int, help="tokens, without padding (default: the new tokenizer's)")
     parser.add_argument(
@@ -87,6 +90,7 @@ def add_resize_vocab(commands: Any) -> None:
 
 
 def add_upcycle(commands: Any) -> None:
+    """The subcommand upcycle: its flags are those of training for a mixture of experts."""
     parser = add_command(commands, "upcycle", run_upcycle, "a dense model as a mixture of experts")
     parser.add_argument("--num-experts", type=int, required=True, help="experts in every layer")
     parser.add_argument("--moe-router-topk", type=int, required=True, help="experts per token")
@@ -126,6 +130,8 @@ def run_with_progress(arguments: argparse.Namespace) -> str:
 
 
 def run_reshard(arguments: argparse.Namespace, on_tensor: OnTensor) -> str:
+    """Reshard as the flags say; returns the last line. Notes go to stderr."""
+    # The fields of TargetLayout have the names of the flags that add_reshard adds.
     target = TargetLayout(**{name: getattr(arguments, name) for name in TargetLayout.__dataclass_fields__})
     report = reshard(
         arguments.load,
@@ -145,6 +151,7 @@ def run_reshard(arguments: argparse.Namespace, on_tensor: OnTensor) -> str:
 
 
 def run_average(arguments: argparse.Namespace, on_tensor: OnTensor) -> str:
+    """Average as the flags say; returns the last line. The share of each checkpoint goes to stderr."""
     weights = parse_numbers(arguments.weights) if arguments.weights is not None else None
     report = average(
         arguments.checkpoints, arguments.save, weights=weights, overwrite=arguments.overwrite, on_tensor=on_tensor
@@ -167,6 +174,7 @@ def parse_numbers(text: str) -> list[float]:
 
 
 def run_resize_vocab(arguments: argparse.Namespace, on_tensor: OnTensor) -> str:
+    """Resize as the flags say; returns the last line."""
     vocabulary = NewVocabulary(
         vocab_size=arguments.vocab_size,
         old_tokenizer_path=arguments.old_tokenizer_model,
@@ -191,6 +199,7 @@ def run_resize_vocab(arguments: argparse.Namespace, on_tensor: OnTensor) -> str:
 
 
 def run_weights_only(arguments: argparse.Namespace, on_tensor: OnTensor) -> str:
+    """Drop everything but the weights; returns the last line."""
     report = keep_weights(
         arguments.load,
         arguments.save,
@@ -206,6 +215,7 @@ def run_weights_only(arguments: argparse.Namespace, on_tensor: OnTensor) -> str:
 
 
 def run_upcycle(arguments: argparse.Namespace, on_tensor: OnTensor) -> str:
+    """Upcycle as the flags say; returns the last line."""
     shape = ExpertShape(
         num_experts=arguments.num_experts,
         router_topk=arguments.moe_router_topk,

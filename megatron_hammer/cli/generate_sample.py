@@ -10,6 +10,7 @@ from megatron_hammer.errors import ConversionError, exit_on_user_error
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the flags; see --help."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder of the model, with its tokenizer")
     parser.add_argument("--prompt", required=True, help="text to continue")
@@ -24,6 +25,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; see --help. Prints the prompt and its continuation."""
     arguments = parse_arguments(argv)
     for name in ("config.json", "tokenizer.json"):
         if not (arguments.model / name).is_file():
@@ -36,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def generate(arguments: argparse.Namespace) -> str:
     """The prompt and its continuation; no code from the folder is executed."""
+    # Before transformers is imported, which reads both variables then.
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     os.environ["HF_HUB_OFFLINE"] = "1"
     logging.getLogger("torch").setLevel(logging.ERROR)
@@ -54,9 +57,11 @@ def generate(arguments: argparse.Namespace) -> str:
     sampling = {"do_sample": True, "temperature": arguments.temperature, "top_k": arguments.top_k}
     with torch.inference_mode():
         output = model.generate(
+            # By name: a tokenizer may also return token_type_ids, and generate() refuses what the model does not use.
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             max_new_tokens=arguments.max_new_tokens,
+            # transformers refuses to sample at a temperature of 0.
             **(sampling if arguments.temperature > 0 else {"do_sample": False}),
         )
     return tokenizer.decode(output[0], skip_special_tokens=True)

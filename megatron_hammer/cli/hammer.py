@@ -91,6 +91,7 @@ COMMANDS: tuple[Command, ...] = tuple(command for _, commands in GROUPS for comm
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> int | None:
+    """Run the command that the first words name, and return its exit code; without one, raises ConfigError."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words == ["--version"]:
         print(f"hammer {__version__}")
@@ -99,7 +100,9 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         name = command.name.split()
         if words[: len(name)] == name:
             return run(command, words[len(name) :])
+    # `hammer tokenizer --help` shows the commands whose name begins with that word.
     family = [command for command in COMMANDS if words and command.name.startswith(f"{words[0]} ")]
+    # `family[:1]` has length 1 if the first word begins the names of commands, else 0.
     if words[len(family[:1]) :] in (["-h"], ["--help"]):
         show(format_family(words[0], family) if family else format_map())
         return 0
@@ -149,6 +152,7 @@ def find_near(typed: str) -> list[str]:
     import difflib  # here: it would double the time to show the map
 
     names = {command.name: command.name for command in COMMANDS}
+    # The scripts in tools/ and checkpoint_convert/ have the names of the modules: megatron_to_hf.py is convert to-hf.
     names |= {command.module.split(".")[-1].replace("_", "-"): command.name for command in COMMANDS}
     near = difflib.get_close_matches(typed.removesuffix(".py").replace("_", "-"), names, n=3)
     return list(dict.fromkeys(names[name] for name in near))

@@ -27,6 +27,7 @@ from megatron_hammer.files.progress import build_progress
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the flags; see --help."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--load", type=Path, required=True, help="Hugging Face folder: config.json and weights")
     parser.add_argument("--save", type=Path, required=True, help="folder to write, for training's --load")
@@ -52,6 +53,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 @exit_on_interrupt("nothing was written")
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; see --help. Prints the checks and a summary; notes go to stderr."""
     arguments = parse_arguments(argv)
     options = ImportOptions(
         hf_dir=arguments.load,
@@ -66,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for note in report.notes:
         print(f"note: {note}", file=sys.stderr)
     if arguments.json:
+        # default=str is for the paths in the report.
         print(json.dumps(dataclasses.asdict(report), default=str, indent=2))
         return
     print_checks(report.checks)

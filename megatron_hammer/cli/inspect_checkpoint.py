@@ -39,6 +39,7 @@ DIFFERENT_EXIT_CODE = 1
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the flags; see --help."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, help="directory that training saved into, one iteration, or a model folder")
     parser.add_argument("--iteration", type=int, help="iteration of the first directory (default: the latest)")
@@ -87,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def validate_arguments(arguments: argparse.Namespace) -> None:
     """Raises ConfigError naming every flag that would have no effect."""
+    # A flag without effect would let the user believe that something was compared or measured.
     needed = {
         "--compare": {
             "--other-iteration": arguments.other_iteration is not None,
@@ -110,6 +112,7 @@ def validate_arguments(arguments: argparse.Namespace) -> None:
 
 
 def inspect(arguments: argparse.Namespace) -> None:
+    """Print what one checkpoint holds; with --statistics, read every weight that is asked for."""
     opened = open_any(arguments.path, iteration=arguments.iteration, weights=arguments.weights)
     found = describe_checkpoint(opened)
     measured = {}
@@ -129,6 +132,7 @@ def inspect(arguments: argparse.Namespace) -> None:
 
 
 def compare(arguments: argparse.Namespace) -> None:
+    """Print how two checkpoints differ; exits with 1 if they do, or if a check of --forward fails."""
     first = open_any(arguments.path, iteration=arguments.iteration, weights=arguments.weights)
     second = open_any(arguments.compare, iteration=arguments.other_iteration)
     if arguments.forward is not None and first.is_megatron == second.is_megatron:

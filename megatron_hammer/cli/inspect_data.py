@@ -42,6 +42,7 @@ OnProgress = Callable[[int, int], None]
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the flags; see --help."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="path of a pair without .bin or .idx")
     parser.add_argument(
@@ -62,10 +63,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; see --help. Raises ConfigError for flags that cannot work, DataError for a damaged pair."""
     arguments = parse_arguments(argv)
     validate_arguments(arguments)
     encoder = load_encoder(arguments.tokenizer_model) if arguments.tokenizer_model is not None else None
     verified = verify_pairs(arguments, encoder)
+    # validate_arguments refuses both flags without a tokenizer, so there is an encoder in these two cases.
     if arguments.document is not None and encoder is not None:
         show_document(arguments, encoder)
     elif arguments.search is not None and encoder is not None:
@@ -124,6 +127,7 @@ def verify_pairs(arguments: argparse.Namespace, encoder: Encoder | None) -> dict
 def build_pair_report(
     prefix: str, arguments: argparse.Namespace, encoder: Encoder | None, verified: dict[str, VerifiedPair]
 ) -> PairReport:
+    """Read one pair for its report; raises DataError if the given tokenizer is not the one that encoded it."""
     index, manifest = read_index(prefix), read_manifest(prefix)
     vocab_size = manifest.tokenizer.vocab_size if manifest is not None else None
     if encoder is not None:
@@ -149,6 +153,7 @@ def build_pair_report(
 
 
 def show_reports(reports: list[PairReport], arguments: argparse.Namespace) -> None:
+    """Print the reports, the documents that pairs share, and a last line with the sums; write --csv and --plot."""
     lengths = reports[0].statistics.lengths
     if arguments.csv is not None:
         write_histogram_csv(arguments.csv, build_histogram(lengths))
@@ -174,6 +179,7 @@ def show_reports(reports: list[PairReport], arguments: argparse.Namespace) -> No
 
 
 def show_document(arguments: argparse.Namespace, encoder: Encoder) -> None:
+    """Print the text of --document."""
     (prefix,) = arguments.prefixes
     index = read_index(prefix)
     require_same_tokenizer(prefix, encoder, read_manifest(prefix))
@@ -189,12 +195,14 @@ def show_document(arguments: argparse.Namespace, encoder: Encoder) -> None:
 
 
 def show_matches(arguments: argparse.Namespace, encoder: Encoder) -> None:
+    """Print the places where --search is found, and how many documents were searched."""
     results = []
     for prefix in arguments.prefixes:
         index = read_index(prefix)
         require_same_tokenizer(prefix, encoder, read_manifest(prefix))
         matches = list(search_documents(index, encoder, arguments.search, max_matches=arguments.max_matches))
         has_stopped = len(matches) == arguments.max_matches
+        # The search stops at the last match that it may show, so documents after it were not read.
         num_searched = matches[-1].number + 1 if has_stopped else index.num_documents
         results.append({"prefix": prefix, "num_searched_documents": num_searched, "has_stopped": has_stopped})
         results[-1]["matches"] = [dataclasses.asdict(match) for match in matches]
@@ -214,6 +222,7 @@ def show_matches(arguments: argparse.Namespace, encoder: Encoder) -> None:
 def show_progress(what: str, unit: str) -> Iterator[OnProgress]:
     """A live line on the terminal's stderr; where stderr is a file, it stays silent."""
     columns = (
+        # No markup: rich would read brackets in a path as a style.
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.completed:,.0f} of {task.total:,.0f} " + unit),

@@ -27,6 +27,7 @@ from megatron_hammer.files.progress import show_stages
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the flags; see --help."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--load", type=Path, required=True, help="directory that training saved into, or one iteration")
     parser.add_argument("--save", type=Path, required=True, help="Hugging Face folder to write")
@@ -68,6 +69,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 @exit_on_interrupt("nothing was written")
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; see --help. Prints the checks and a summary; notes go to stderr."""
     arguments = parse_arguments(argv)
     options = ExportOptions(
         load_dir=arguments.load,
@@ -86,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for note in report.notes:
         print(f"note: {note}", file=sys.stderr)
     if arguments.json:
+        # default=str is for the paths in the report.
         print(json.dumps(dataclasses.asdict(report), default=str))
     else:
         print_checks(report.checks)
@@ -99,6 +102,7 @@ def export_with_progress(options: ExportOptions) -> ExportReport:
 
 
 def summarise(report: ExportReport) -> str:
+    """The last line: what was exported, the tensors in and out, and what the tokenizer was compared on."""
     tokenizer = f"tokenizer equal on {report.num_checked_texts:,} texts" if report.num_checked_texts else "no tokenizer"
     files = "1 file" if report.num_shards == 1 else f"{report.num_shards} files"
     master = ", the optimizer's master weights" if report.weights == "master" else ""

@@ -21,6 +21,7 @@ DEFAULT_SEED = 1234
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the flags; see --help. Exits with 2 if values contradict each other or are out of range."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--input", nargs="+", required=True, help="prefixes of pairs, .idx files, globs of either, or directories"
@@ -30,6 +31,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=None, help=f"random seed of --shuffle ({DEFAULT_SEED})")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     arguments = parser.parse_args(argv)
+    # The flag has no default, so that a seed that would have no effect is noticed.
     if arguments.seed is not None and not arguments.shuffle:
         parser.error(f"--seed needs --shuffle, got seed={arguments.seed} alone")
     if arguments.shuffle and arguments.seed is None:
@@ -42,6 +44,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 @exit_on_interrupt("incomplete files were removed")
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; see --help. Prints the parts in and the documents and tokens out; warnings go to stderr."""
     arguments = parse_arguments(argv)
     started_at_s = time.monotonic()
     merged = merge_with_progress(arguments)

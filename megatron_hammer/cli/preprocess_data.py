@@ -25,10 +25,11 @@ from megatron_hammer.errors import exit_on_user_error
 from megatron_hammer.files.progress import build_byte_progress
 from megatron_hammer.files.tables import print_json
 
-SIGNAL_EXIT_CODE = 128
+SIGNAL_EXIT_CODE = 128  # plus the number of the signal, as shells report it
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the flags; see --help. Exits with 2 if values contradict each other or are out of range."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", required=True, help="files, globs or directories")
     parser.add_argument("--json-keys", nargs="+", default=["text"], help="fields that hold text (text)")
@@ -66,6 +67,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def build_options(arguments: argparse.Namespace) -> PreprocessOptions:
+    """The flags as options; raises ConfigError for a --shard that is not I/N."""
     return PreprocessOptions(
         inputs=tuple(arguments.input),
         tokenizer_path=arguments.tokenizer_model,
@@ -86,6 +88,7 @@ def build_options(arguments: argparse.Namespace) -> PreprocessOptions:
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; see --help. A stop by a signal exits with 128 and the signal's number."""
     options = build_options(arguments := parse_arguments(argv))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
@@ -96,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         exit_interrupted(options)
     elapsed_s = time.monotonic() - started_at_s
+    # A bad record is dropped for all keys, so every manifest lists the same problems.
     print_dropped(next(iter(result.manifests.values())).problems)
     if arguments.json:
         outputs = {str(prefix): manifest.to_json() for prefix, manifest in result.manifests.items()}
@@ -159,6 +163,7 @@ received_signal: int | None = None
 
 def interrupt(number: int, frame: Any) -> NoReturn:
     """Let SIGTERM, which schedulers send, end a run like Ctrl-C."""
+    # exit_interrupted needs the number, and KeyboardInterrupt does not carry it.
     global received_signal
     received_signal = number
     raise KeyboardInterrupt

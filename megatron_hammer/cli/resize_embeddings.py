@@ -16,6 +16,7 @@ from megatron_hammer.errors import exit_on_user_error
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the flags; see --help."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, metavar="HF_DIR", help="folder of a Hugging Face model")
     parser.add_argument("--old-tokenizer", type=Path, required=True, help="tokenizer that the model was trained with")
@@ -30,6 +31,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; see --help. Prints one sentence of what was resized, or with --json an object."""
     arguments = parse_arguments(argv)
     options = ResizeOptions(
         model_dir=arguments.model,
@@ -47,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def summarise(report: ResizeReport) -> str:
+    """The last line: rows before and after, where the new rows come from, and what was left out."""
     parts = [
         f"{', '.join(report.resized)} from {report.num_old_rows:,} to {report.num_new_rows:,} rows",
         f"{report.num_added_pieces:,} new pieces, {report.num_reused_padding_rows:,} of them in rows of padding, "

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the flags; see --help."""
     from megatron_hammer.checkpoint.gguf.file_types import FILE_TYPES
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -61,6 +62,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 @exit_on_interrupt("nothing was written")
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; see --help. Raises PlatformError if the package gguf is not installed."""
+    # First: parse_arguments imports the file types, which need the package.
     require_gguf()
     arguments = parse_arguments(argv)
 

@@ -19,6 +19,7 @@ from megatron_hammer.tokenizer.vocabulary.coverage import read_character_levels
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the flags; see --help."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--tokenizers",
@@ -47,6 +48,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; see --help. Raises ConfigError without --input and --charset, DataError for an empty corpus."""
     arguments = parse_arguments(argv)
     started_at_s = time.monotonic()
     if not arguments.input and arguments.charset is None:

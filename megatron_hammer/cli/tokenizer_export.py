@@ -21,6 +21,7 @@ from megatron_hammer.tokenizer.export.export_tokenizer import (
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the flags; see --help."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--tokenizer-model", type=Path, required=True, help="a SentencePiece BPE .model, or a HF folder"
@@ -37,6 +38,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; see --help. Prints what was compared; status goes to stderr."""
     arguments = parse_arguments(argv)
     started_at_s = time.monotonic()
     chat_template = read_text(arguments.chat_template) if arguments.chat_template else None
@@ -58,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def summarise(save_dir: Path, exported: ExportedFolder) -> str:
+    """The last line: the number of ids, and the texts that were compared."""
     corpus = exported.corpus
     compared = f"{exported.samples.num_documents:,} sample texts"
     if corpus.num_documents:

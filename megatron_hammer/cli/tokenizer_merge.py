@@ -36,6 +36,7 @@ ZERO_SCORES_WARNING = (
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the flags; see --help."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True, help="the .model to extend")
     parser.add_argument("--other", type=Path, required=True, help="the .model whose pieces are added")
@@ -63,6 +64,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; see --help. Prints what was added; warnings go to stderr."""
     arguments = parse_arguments(argv)
     validate_arguments(arguments)
     base, other = read_bpe_model(arguments.base), read_bpe_model(arguments.other)
@@ -82,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def validate_arguments(arguments: argparse.Namespace) -> None:
+    """Raises ConfigError naming every flag that does not fit --mode, and an output that is one of the inputs."""
     problems = []
     if arguments.mode == "vocabulary" and arguments.required_chars_file:
         problems.append(
@@ -109,6 +112,7 @@ def select_symbols(arguments: argparse.Namespace, other: SentencePieceModel) -> 
 def merge(
     arguments: argparse.Namespace, base: SentencePieceModel, other: SentencePieceModel, symbols: tuple[str, ...]
 ) -> tuple[SentencePieceModel, MergeReport]:
+    """The merged model and a report of what was added, as --mode says."""
     if arguments.mode == "vocabulary":
         return merge_vocabulary(base, other, symbols, scores=arguments.scores)
     if arguments.required_chars_file:
@@ -128,6 +132,7 @@ def describe_normalizer(model: SentencePieceModel) -> dict[str, bool]:
 
 
 def print_merge_report(arguments: argparse.Namespace, model: SentencePieceModel, report: MergeReport) -> None:
+    """Print the report as sentences; the last line has the number of pieces before and after."""
     if report.levels:
         print_levels(report)
     if report.score_ratio is None:

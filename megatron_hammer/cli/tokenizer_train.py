@@ -31,6 +31,7 @@ DEFAULT_MAX_BYTES = 200_000_000
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the flags; see --help."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--input",
@@ -69,6 +70,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 @exit_on_interrupt("nothing was written")
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; see --help. Prints the sample and the result; warnings go to stderr."""
     arguments = parse_arguments(argv)
     validate_arguments(arguments)
     started_at_s = time.monotonic()
@@ -96,7 +98,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def validate_arguments(arguments: argparse.Namespace) -> None:
+    """Raises ConfigError naming every number that is out of range."""
     coverage = arguments.character_coverage
+    # The ranges of character_coverage and num_threads are those that sentencepiece accepts.
     checks = [
         (arguments.vocab_size is None or arguments.vocab_size > 0, "vocab-size: must be positive", "vocab_size"),
         (coverage is None or 0.98 <= coverage <= 1, "character-coverage: must be from 0.98 to 1", "character_coverage"),
@@ -145,6 +149,7 @@ def show_progress(sources: tuple[TextSource, ...]) -> Iterator[dict[str, Any]]:
 
 
 def warn_of_shortfalls(trained: TrainedTokenizer) -> None:
+    """Name on stderr each source that has less text than its weight asks for."""
     if len(trained.sources) == 1:
         return
     fitting_bytes = count_fitting_bytes(trained.sources)
@@ -159,6 +164,7 @@ def warn_of_shortfalls(trained: TrainedTokenizer) -> None:
 
 
 def print_summary(recipe: TokenizerRecipe, trained: TrainedTokenizer, elapsed_s: float) -> None:
+    """Print the share of each source, and a last line with the pieces, the sample and the time."""
     if len(trained.sources) > 1:
         for source in trained.sources:
             print(
