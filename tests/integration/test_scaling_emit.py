@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megatron_hammer.config.model_arguments import build_model_arguments
 from megatron_hammer.model.accounting import ParallelLayout
 from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_gpu
@@ -53,7 +54,13 @@ def build_script(name: str, launcher: Any) -> tuple[str, int]:
         cluster=select_cluster("dgx-h100"),
         **{"seq_length": 8192, "micro_batch_size": 1, "global_batch_size": 128, **changes},
     )
-    launch = build_launch(plan, name=f"{model.name}-{name}", train_tokens=None, comment=f"row {name}")
+    launch = build_launch(
+        plan,
+        model_arguments=build_model_arguments(plan.model),
+        name=f"{model.name}-{name}",
+        train_tokens=None,
+        comment=f"row {name}",
+    )
     return render(launch, launcher), launch.num_nodes * launch.processes_per_node
 
 

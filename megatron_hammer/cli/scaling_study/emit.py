@@ -8,6 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_hammer.config.model_arguments import build_model_arguments
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.files.publish import publish_files
 from megatron_hammer.scaling.launch.launch_scripts import (
@@ -72,6 +73,7 @@ def build_row_launch(projection: SavedProjection, row: SavedRow) -> Launch:
     plan = row.plan
     return build_launch(
         plan,
+        model_arguments=build_model_arguments(plan.model),
         name=f"{plan.model.name}-{row.row_id}",
         train_tokens=projection.train_tokens,
         comment=f"{plan.model.name} on {row.num_gpus} x {plan.gpu.name} ({plan.cluster.name}), row {row.row_id}; "

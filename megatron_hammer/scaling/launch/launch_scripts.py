@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.presets.catalogue import PRESETS
-from megatron_hammer.scaling.launch.training_flags import list_model_flags, list_plan_flags
+from megatron_hammer.scaling.launch.training_flags import find_recipe, list_plan_flags
 from megatron_hammer.scaling.plan import Plan
 
 Launcher = Literal["torchrun", "slurm", "kubernetes"]
@@ -44,6 +43,7 @@ class Launch:
 
     name: str  # of files, jobs and pods: letters, digits and hyphens
     plan: Plan
+    model_arguments: Mapping[str, Any]  # see list_model_flags
     num_nodes: int
     processes_per_node: int
     train_tokens: int | None  # None: the recipe's
@@ -62,8 +62,12 @@ class KubernetesOptions:
     volume_claim: str = "training"
 
 
-def build_launch(plan: Plan, *, name: str, train_tokens: int | None, comment: str) -> Launch:
-    """Raises ConfigError if the number of ranks does not fill its nodes."""
+def build_launch(
+    plan: Plan, *, model_arguments: Mapping[str, Any], name: str, train_tokens: int | None, comment: str
+) -> Launch:
+    """A run of a plan. model_arguments: the plan's model, as build_model_arguments of config/ gives it.
+
+    Raises ConfigError if the number of ranks does not fill its nodes."""
     world_size, per_node = plan.layout.world_size, plan.cluster.gpus_per_node
     processes = min(world_size, per_node)
     if world_size % processes:
@@ -75,6 +79,7 @@ def build_launch(plan: Plan, *, name: str, train_tokens: int | None, comment: st
         # Stripped twice: a shortened name may end in a hyphen, which Kubernetes refuses.
         name=re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:MAX_NAME_LENGTH].strip("-"),
         plan=plan,
+        model_arguments=model_arguments,
         num_nodes=world_size // processes,
         processes_per_node=processes,
         train_tokens=train_tokens,
@@ -108,10 +113,9 @@ def select_backend(plan: Plan) -> str:
 def build_schedule(launch: Launch) -> dict[str, str]:
     """The settings of the schedule: the recipe's tokens and warm-up, converted to steps of this batch."""
     plan = launch.plan
-    has_recipe = list_model_flags(plan.model)[0] == "--preset"
-    if not has_recipe and launch.train_tokens is None:
+    recipe = find_recipe(plan.model)
+    if recipe is None and launch.train_tokens is None:
         return dict(UNTUNED_SCHEDULE)
-    recipe = PRESETS[plan.model.name].recipe if has_recipe else None
     train_tokens = launch.train_tokens or (recipe.train_tokens if recipe else 0)
     steps = max(1, -(-train_tokens // plan.tokens_per_step))
     if recipe is None:
@@ -122,8 +126,8 @@ def build_schedule(launch: Launch) -> dict[str, str]:
 
 def list_launch_flags(launch: Launch) -> list[str]:
     """Training flags that are not set by an environment variable of the script."""
-    flags = list_plan_flags(launch.plan, is_cpu=launch.is_cpu)
-    return flags if flags[0] == "--preset" else [*flags, *UNTUNED_FLAGS]
+    flags = list_plan_flags(launch.plan, launch.model_arguments, is_cpu=launch.is_cpu)
+    return [*flags, *UNTUNED_FLAGS] if find_recipe(launch.plan.model) is None else flags
 
 
 def render(launch: Launch, launcher: Launcher, options: KubernetesOptions | None = None) -> str:

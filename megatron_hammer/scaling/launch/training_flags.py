@@ -4,6 +4,9 @@ Sizes that a preset's recipe sets are always given, so a layout means the same w
 outputs are left out; `emit` adds those.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.accounting import ParallelLayout
 from megatron_hammer.model.shape import ModelShape
@@ -25,68 +28,53 @@ FSDP_FLAGS = (
 DEFAULT_VOCAB_DIVISOR = 128
 
 
-def list_model_flags(model: ModelShape) -> list[str]:
-    """--preset for a shipped model, otherwise (a Hugging Face model) its architecture flag by flag."""
+# Megatron's arguments of a model in the order in which a script has their flags. Any other follows.
+_ARGUMENT_ORDER = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "vocab_size"),
+    *("max_position_embeddings", "normalization", "layernorm_epsilon", "init_method_std", "position_embedding_type"),
+    *("rotary_base", "use_rope_scaling", "rope_scaling_factor", "rotary_seq_len_interpolation_factor"),
+    *("group_query_attention", "num_query_groups", "swiglu", "bias_gelu_fusion", "add_bias_linear", "add_qkv_bias"),
+    *("untie_embeddings_and_output_weights", "embedding_norm", "qk_layernorm"),
+    *("num_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_aux_loss_coeff", "moe_token_dispatcher_type"),
+    *("moe_shared_expert_intermediate_size", "moe_shared_expert_gate", "moe_router_pre_softmax"),
+)
+# These two are on by default, so the flag switches them off.
+_OFF_SWITCHES = {"add_bias_linear": "--disable-bias-linear", "bias_gelu_fusion": "--no-bias-gelu-fusion"}
+
+
+def find_recipe(model: ModelShape) -> Recipe | None:
+    """The recipe of the shipped preset that this model is; None for any other model, whatever its name."""
     preset = PRESETS.get(model.name)
-    if preset is not None and preset.model == model:
+    return preset.recipe if preset is not None and preset.model == model else None
+
+
+def list_model_flags(model: ModelShape, arguments: Mapping[str, Any]) -> list[str]:
+    """--preset for a shipped model, otherwise (a Hugging Face model) its architecture flag by flag.
+
+    arguments: the model as build_model_arguments of config/model_arguments.py gives it. The caller passes it, because
+    scaling/ stands below config/ and may not import it.
+    """
+    if find_recipe(model) is not None:
         return ["--preset", model.name]
-    sizes = {
-        "--num-layers": model.num_layers,
-        "--hidden-size": model.hidden_size,
-        "--ffn-hidden-size": model.ffn_hidden_size,
-        "--num-attention-heads": model.num_attention_heads,
-        "--kv-channels": model.head_dim,
-        "--vocab-size": model.vocab_size,
-        "--max-position-embeddings": model.max_position_embeddings,
-        "--normalization": model.normalization,
-        "--norm-epsilon": f"{model.norm_epsilon:g}",
-        "--init-method-std": f"{model.init_method_std:g}",
-        "--position-embedding-type": model.position_embedding_type,
-    }
-    flags = [word for flag, size in sizes.items() for word in (flag, str(size))]
-    if model.position_embedding_type == "rope":
-        flags += ["--rotary-base", str(model.rotary_base)]
-        flags += _list_rope_flags(model)
-    if model.num_query_groups != model.num_attention_heads:
-        flags += ["--group-query-attention", "--num-query-groups", str(model.num_query_groups)]
-    switches = {
-        "--swiglu": model.activation == "swiglu",
-        # bias_gelu of megatron.core.fusions is the tanh approximation; without the fusion it is the exact GELU.
-        "--no-bias-gelu-fusion": model.activation == "gelu_erf",
-        "--disable-bias-linear": not model.has_linear_bias,
+    # Arguments that Megatron ignores, or would refuse, beside the model's other arguments.
+    unused = {
+        "num_query_groups": not arguments["group_query_attention"],
+        "rotary_base": arguments["position_embedding_type"] != "rope",
         # Attention of megatron.core has this bias already if all linears have one.
-        "--add-qkv-bias": model.has_qkv_bias and not model.has_linear_bias,
-        "--untie-embeddings-and-output-weights": not model.has_tied_embeddings,
-        "--embedding-norm": model.has_embedding_norm,
-        "--qk-layernorm": model.has_qk_norm,
+        "add_qkv_bias": arguments["add_bias_linear"],
     }
-    return [*flags, *(flag for flag, is_set in switches.items() if is_set), *_list_expert_flags(model)]
+    names = [name for name in dict.fromkeys((*_ARGUMENT_ORDER, *arguments)) if name in arguments]
+    return [word for name in names if not unused.get(name) for word in _spell_argument(name, arguments[name])]
 
 
-def _list_rope_flags(model: ModelShape) -> list[str]:
-    flags = []
-    if model.rope_scaling is not None:
-        flags += ["--use-rope-scaling", "--rope-scaling-factor", f"{model.rope_scaling.factor:g}"]
-    if model.rotary_seq_len_interpolation_factor is not None:
-        flags += ["--rotary-seq-len-interpolation-factor", str(model.rotary_seq_len_interpolation_factor)]
-    return flags
-
-
-def _list_expert_flags(model: ModelShape) -> list[str]:
-    moe = model.moe
-    if moe is None:
-        return []
-    flags = ["--num-experts", str(moe.num_experts), "--moe-router-topk", str(moe.router_topk)]
-    flags += ["--moe-ffn-hidden-size", str(moe.ffn_hidden_size), "--moe-aux-loss-coeff", f"{moe.aux_loss_coeff:g}"]
-    # Megatron's default is allgather; cost/layer_cost.py counts all-to-alls.
-    flags += ["--moe-token-dispatcher-type", "alltoall"]
-    if moe.shared_expert_intermediate_size:
-        flags += ["--moe-shared-expert-intermediate-size", str(moe.shared_expert_intermediate_size)]
-    if moe.has_shared_expert_gate:
-        flags.append("--moe-shared-expert-gate")
-    # Without the flag, topk_routing_with_score_function takes the softmax over the chosen experts only, so their
-    # weights sum to 1.
-    return flags if moe.is_topk_renormalized else [*flags, "--moe-router-pre-softmax"]
+def _spell_argument(name: str, value: Any) -> list[str]:
+    if name in _OFF_SWITCHES:
+        return [] if value else [_OFF_SWITCHES[name]]
+    # The only argument of a model whose flag has another name than its attribute.
+    flag = "--norm-epsilon" if name == "layernorm_epsilon" else f"--{name.replace('_', '-')}"
+    if value is None or isinstance(value, bool):
+        return [flag] if value else []
+    return [flag, f"{value:g}" if isinstance(value, float) else str(value)]
 
 
 def list_layout_flags(model: ModelShape, layout: ParallelLayout) -> list[str]:
@@ -94,7 +82,7 @@ def list_layout_flags(model: ModelShape, layout: ParallelLayout) -> list[str]:
 
     Raises ConfigError for what no flag can switch off: the sequence parallelism of a recipe.
     """
-    recipe = PRESETS[model.name].recipe if list_model_flags(model)[0] == "--preset" else None
+    recipe = find_recipe(model)
     tp = layout.tensor_model_parallel_size
     flags = ["--tensor-model-parallel-size", str(tp)]
     flags += ["--pipeline-model-parallel-size", str(layout.pipeline_model_parallel_size)]
@@ -144,12 +132,13 @@ def list_recompute_flags(recompute: Recompute) -> list[str]:
     return [] if recompute == "none" else ["--recompute-granularity", "selective"]
 
 
-def list_plan_flags(plan: Plan, *, is_cpu: bool) -> list[str]:
+def list_plan_flags(plan: Plan, model_arguments: Mapping[str, Any], *, is_cpu: bool) -> list[str]:
     """All flags of a planned run except data, schedule, backend and outputs.
 
-    is_cpu: its ranks are CPU processes, where no communication overlaps. Raises ConfigError as list_layout_flags does.
+    model_arguments: see list_model_flags. is_cpu: its ranks are CPU processes, where no communication overlaps. Raises
+    ConfigError as list_layout_flags does.
     """
-    flags = [*list_model_flags(plan.model), "--platform", "cpu" if is_cpu else "cuda"]
+    flags = [*list_model_flags(plan.model, model_arguments), "--platform", "cpu" if is_cpu else "cuda"]
     flags += list_layout_flags(plan.model, plan.layout)
     flags += list_batch_flags(
         micro_batch_size=plan.micro_batch_size,

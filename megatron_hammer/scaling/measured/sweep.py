@@ -22,7 +22,6 @@ from megatron_hammer.presets.preset import Preset
 from megatron_hammer.scaling.launch.training_flags import (
     list_batch_flags,
     list_layout_flags,
-    list_model_flags,
     list_recompute_flags,
 )
 from megatron_hammer.scaling.plan import Precision, Recompute
@@ -80,7 +79,7 @@ class Setting:
 
     def list_flags(self) -> list[str]:
         """Flags of megatron_hammer.training.pretrain, except platform and outputs."""
-        flags = [*list_model_flags(self.preset.model), *list_layout_flags(self.preset.model, self.layout)]
+        flags = ["--preset", self.preset.name, *list_layout_flags(self.preset.model, self.layout)]
         flags += list_batch_flags(
             micro_batch_size=self.micro_batch_size,
             global_batch_size=self.global_batch_size,

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_hammer.config.model_arguments import build_model_arguments
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.accounting import ParallelLayout
 from megatron_hammer.presets.catalogue import PRESETS
@@ -35,7 +36,13 @@ def build(preset: str = "llama3-8b", *, gpu: str = "h100-sxm", cluster: str = "d
         cluster=select_cluster(cluster),
         **{"seq_length": 8192, "micro_batch_size": 1, "global_batch_size": 64, **changes},
     )
-    return build_launch(plan, name=f"{plan.model.name}-16-1", train_tokens=None, comment="a row")
+    return build_launch(
+        plan,
+        model_arguments=build_model_arguments(plan.model),
+        name=f"{plan.model.name}-16-1",
+        train_tokens=None,
+        comment="a row",
+    )
 
 
 def value_of(flags: list[str], flag: str) -> str:
@@ -110,6 +117,25 @@ def test_a_model_without_a_preset_is_spelled_out() -> None:
     assert (value_of(flags, "--num-layers"), value_of(flags, "--num-query-groups")) == ("32", "4")
     assert {"--swiglu", "--disable-bias-linear", "--untie-embeddings-and-output-weights"} <= set(flags)
     assert set(build_schedule(launch)) == {"LR", "MIN_LR", "LR_WARMUP_ITERS", "TRAIN_ITERS"}
+
+
+def test_a_spelled_model_has_only_flags_that_megatron_heeds() -> None:
+    """Arguments that are at their default, or ignored beside others, have no flag."""
+    old = replace(
+        PRESETS["gpt2-124m"].model, name="old", activation="gelu_erf", norm_epsilon=1e-6, init_method_std=0.0061234
+    )
+    flags = list_launch_flags(build(model=old))
+    assert {"--no-bias-gelu-fusion"} <= set(flags)
+    unexpected = {"--num-query-groups", "--rotary-base", "--add-qkv-bias", "--disable-bias-linear", "--swiglu"}
+    assert not unexpected & set(flags)
+    assert (value_of(flags, "--norm-epsilon"), value_of(flags, "--init-method-std")) == ("1e-06", "0.0061234")
+    moe = replace(PRESETS["hammer-tiny-moe"].model, name="experts", num_layers=8)
+    flags = list_launch_flags(build(model=moe))
+    expected = ["--num-experts", "4", "--moe-router-topk", "2", "--moe-ffn-hidden-size", "352"]
+    expected += ["--moe-aux-loss-coeff", "0.01", "--moe-token-dispatcher-type", "alltoall"]
+    expected += ["--moe-shared-expert-intermediate-size", "704", "--moe-shared-expert-gate", "--moe-router-pre-softmax"]
+    start = flags.index("--num-experts")
+    assert flags[start : start + len(expected)] == expected
 
 
 def test_a_recipes_sequence_parallelism_cannot_be_taken_back() -> None:
