@@ -57,7 +57,7 @@ def select_gpu(name: str, path: Path | None = None) -> Gpu:
     gpus = load_gpus(path)
     wanted = normalise_name(name)
     for gpu in gpus.values():
-        if wanted in {normalise_name(spelling) for spelling in (gpu.name, *gpu.aliases)}:
+        if wanted in _normalised_names(gpu):
             return gpu
     named = _find_gpu_by_parts(name, list(gpus.values()))
     if named is not None:
@@ -96,23 +96,24 @@ def select_default_cluster(gpu_name: str, path: Path | None = None, *, gpus_path
 
 
 def find_gpu_by_device_name(device_name: str) -> Gpu | None:
-    """The GPU that torch.cuda.get_device_name() names: the one with the longest alias in it. None for other devices."""
-    found = [
-        (len(alias), gpu)
-        for gpu in _load_shipped_gpus().values()
-        for alias in gpu.aliases
-        # Whole words only: "L4" must not be found in "L40S".
-        if re.search(rf"(?<![A-Za-z0-9]){re.escape(alias)}(?![A-Za-z0-9])", device_name, re.IGNORECASE)
-    ]
-    # "H100" is also a part of "H100 PCIe", so the longest alias decides.
-    return max(found, key=lambda pair: pair[0])[1] if found else None
+    """The GPU that torch.cuda.get_device_name() names in full, by its name or an alias; None for every other device.
+
+    A part of the name is not enough. "NVIDIA H200 NVL" and "NVIDIA A100-SXM4-40GB MIG 3g.20gb" contain the name of
+    another GPU, whose peak would give a wrong MFU.
+    """
+    wanted = normalise_name(device_name)
+    return next((gpu for gpu in _load_shipped_gpus().values() if wanted in _normalised_names(gpu)), None)
+
+
+def _normalised_names(gpu: Gpu) -> set[str]:
+    return {normalise_name(spelling) for spelling in (gpu.name, *gpu.aliases)}
 
 
 def _find_gpu_by_parts(name: str, gpus: list[Gpu]) -> Gpu | None:
     """The GPU with this chip, form factor and memory, in any order: 'DGX A100 SXM4 (40 GB)' -> a100-sxm-40gb."""
     text = name.lower()
     chip = re.search(r"(?<![a-z0-9])(gb[23]00|[abhlv]\d{2,3}s?)(?![a-z0-9])", text)
-    if chip is None:
+    if chip is None or re.search(r"\bmig\b", text):  # a MIG device is a slice of the GPU that it names
         return None
     # NVLink and NVL72 name the connection, not the form factor NVL.
     form = "pcie" if "pcie" in text or "pci-e" in text else "nvl" if re.search(r"nvl(?!ink|\d)", text) else None

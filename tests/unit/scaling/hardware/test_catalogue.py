@@ -41,6 +41,8 @@ def write(path: Path, text: str) -> Path:
         ("H100-SXM5-80GB", "h100-sxm"),
         ("80GB PCIe A100", "a100-pcie-80gb"),
         ("GB200 NVL72 (186 GB)", "gb200"),
+        ("H200 NVL (141 GB)", "h200-nvl"),
+        ("NVIDIA GH200 480GB", "gh200-96gb"),
     ],
 )
 def test_spellings_of_published_tables_and_of_torch(spelling: str, name: str) -> None:
@@ -61,9 +63,9 @@ def test_peaks_rise_as_formats_narrow() -> None:
 
 
 def test_every_gpu_of_training_has_a_cluster_of_its_kind() -> None:
-    desktop = {"l40", "l4", "a40", "rtx-4090", "rtx-3090"}
+    other = {"l40", "l4", "a40", "rtx-4090", "rtx-3090", "h200-nvl", "gh200-96gb"}  # of servers built in many ways
     for gpu in load_gpus().values():
-        if gpu.name not in desktop:
+        if gpu.name not in other:
             assert select_default_cluster(gpu.name).gpu == gpu.name
 
 
@@ -87,10 +89,16 @@ def test_defaults() -> None:
         select_cluster("mars")
 
 
-def test_a_device_name_finds_the_longest_alias() -> None:
+def test_a_device_name_is_found_only_as_a_whole() -> None:
     gpu = find_gpu_by_device_name("NVIDIA A100 80GB PCIe")
     assert gpu is not None
     assert gpu.name == "a100-pcie-80gb"
+    assert find_gpu_by_device_name("NVIDIA A100 80GB PCIe LC") is None
+
+
+def test_a_slice_of_a_gpu_is_not_that_gpu() -> None:
+    with pytest.raises(ConfigError, match=r"gpu: must be a known GPU, got gpu='NVIDIA A100-SXM4-40GB MIG 3g\.20gb'"):
+        select_gpu("NVIDIA A100-SXM4-40GB MIG 3g.20gb")
 
 
 def test_a_file_changes_a_field_and_adds_a_gpu(tmp_path: Path) -> None:
