@@ -43,6 +43,7 @@ class Rates(NamedTuple):
     result_bytes_per_s: float  # of a product's result, as far as it is not hidden
     wave_elements: float  # elements of a result that are worked on at once
     kernel_s: float
+    element_bytes: int  # of a result, and of an operand of 16- or 32-bit products
 
 
 @lru_cache(maxsize=256)
@@ -71,6 +72,7 @@ def build_rates(gpu: Gpu, precision: str, coefficients: Coefficients) -> Rates:
         result_bytes_per_s=memory_bytes_per_s / coefficients.gemm_epilogue_ratio,
         wave_elements=TILE_ELEMENTS * own.num_multiprocessors,
         kernel_s=own.kernel_s,
+        element_bytes=4 if precision == "fp32" else 2,
     )
 
 
@@ -99,9 +101,10 @@ def estimate_gemm_s(gemm: Gemm, rates: Rates, fill_waves: float) -> float:
     results = m * n * batch
     rate = rates.low_gemm_flops_per_s if is_low else rates.gemm_flops_per_s
     multiply_s = 2.0 * results * k / rate * (1.0 + fill_waves * rates.wave_elements / results)
-    read_s = (1.0 if is_low else 2.0) * batch * k * (m + n) / rates.memory_bytes_per_s
-    # The result is written in 16 bits (2 bytes), whatever the precision of the product.
-    return max(multiply_s, read_s) + (2.0 * results + extra_bytes) / rates.result_bytes_per_s
+    # nvfp4 has half a byte. It is counted as one byte, because the shipped coefficients were fitted with it so.
+    operand_bytes = 1 if is_low else rates.element_bytes
+    read_s = operand_bytes * batch * k * (m + n) / rates.memory_bytes_per_s
+    return max(multiply_s, read_s) + (rates.element_bytes * results + extra_bytes) / rates.result_bytes_per_s
 
 
 def estimate_work(work: Work, rates: Rates, coefficients: Coefficients, attention_fill: float) -> PassTime:

@@ -7,7 +7,12 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from megatron_hammer.model.accounting import ParallelLayout, RankParameters, count_rank_parameters
+from megatron_hammer.model.accounting import (
+    ParallelLayout,
+    RankParameters,
+    count_rank_parameters,
+    padded_vocab_size,
+)
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.scaling.cost.coefficients import Coefficients
 from megatron_hammer.scaling.cost.communication import (
@@ -80,14 +85,10 @@ def _estimate_traffic(plan: Plan, parameters: RankParameters, coefficients: Coef
     """
     layout, cluster = plan.layout, plan.cluster
     weight_bytes = 4 if plan.precision == "fp32" else 2
-    ranks = layout.data_parallel_size * layout.context_parallel_size
-    expert_block = layout.expert_tp * layout.expert_model_parallel_size
-    expert_ranks = layout.world_size // layout.pipeline_model_parallel_size // expert_block
     reduce_s = gather_s = 0.0
-    # Dense parameters are replicated over data and context ranks, experts over the ranks outside their expert block.
     for number, size, stride in (
-        (parameters.dense, ranks, layout.tensor_model_parallel_size),
-        (parameters.expert, expert_ranks, expert_block),
+        (parameters.dense, layout.dense_shard_size, layout.tensor_model_parallel_size),
+        (parameters.expert, _count_expert_replicas(layout), layout.expert_tp * layout.expert_model_parallel_size),
     ):
         if number == 0 or size == 1:
             continue
@@ -96,13 +97,24 @@ def _estimate_traffic(plan: Plan, parameters: RankParameters, coefficients: Coef
             group = place_group(size, stride, cluster)
             reduce_s += estimate_all_reduce_s(gradient_bytes, group, cluster, coefficients)
             continue
-        shards = min(plan.shard_size or size, size)
+        shards = _count_shards(plan, size)
         group = place_group(shards, stride, cluster)
         reduce_s += estimate_gather_s(gradient_bytes, group, cluster, coefficients)
         gather_s += estimate_gather_s(weight_bytes * number, group, cluster, coefficients)
         copies = place_group(size // shards, stride * shards, cluster)
         reduce_s += estimate_all_reduce_s(gradient_bytes / shards, copies, cluster, coefficients)
     return DataTraffic(reduce_s, gather_s)
+
+
+def _count_expert_replicas(layout: ParallelLayout) -> int:
+    """Ranks that hold the same experts: of a pipeline stage, one in each block of experts. Rounded down."""
+    block = layout.expert_tp * layout.expert_model_parallel_size
+    return layout.world_size // layout.pipeline_model_parallel_size // block
+
+
+def _count_shards(plan: Plan, num_replicas: int) -> int:
+    """Parts into which the ranks that hold the same parameters split what is sharded."""
+    return 1 if plan.sharding == "none" else min(plan.shard_size or num_replicas, num_replicas)
 
 
 def estimate_data_parallel_s(
@@ -134,8 +146,9 @@ def _estimate_tied_embedding_s(plan: Plan, coefficients: Coefficients) -> float:
     stride = plan.layout.world_size // pp
     is_inside = plan.layout.world_size <= plan.cluster.nvlink_domain_size
     group = Group(2, 2 if is_inside else 1, stride * pp <= (plan.cluster.leaf_size or stride * pp))
-    embedding_size = plan.model.vocab_size * plan.model.hidden_size
-    num_bytes = plan.gradient_bytes * embedding_size / plan.layout.tensor_model_parallel_size
+    tp = plan.layout.tensor_model_parallel_size
+    rows = padded_vocab_size(plan.model.vocab_size, divisible_by=plan.vocab_divisible_by, tensor_model_parallel_size=tp)
+    num_bytes = plan.gradient_bytes * rows * plan.model.hidden_size / tp
     # Nothing hides it: finalize_model_grads of megatron.core calls _allreduce_word_embedding_grads after it has
     # finished the data-parallel reduction.
     return estimate_all_reduce_s(num_bytes, group, plan.cluster, coefficients)
@@ -163,12 +176,10 @@ def estimate_optimizer_s(plan: Plan, coefficients: Coefficients) -> float:
     heaviest = max(
         (_count_kind_parameters(plan, StageKind(num_layers, *ends, 1)) for ends in kinds), key=lambda one: one.total
     )
-    shards = 1
-    if plan.sharding != "none":
-        ranks = layout.data_parallel_size * layout.context_parallel_size
-        shards = min(plan.shard_size or ranks, ranks)
+    own_shard = heaviest.dense / _count_shards(plan, layout.dense_shard_size)
+    own_shard += heaviest.expert / _count_shards(plan, _count_expert_replicas(layout))
     # The buffer to be cleared has the gradients of all parameters of the rank; with FSDP only those of its shard.
-    local = heaviest.total / (shards if plan.sharding == "fsdp" else 1)
-    num_bytes = OPTIMIZER_BYTES_PER_PARAMETER * heaviest.total / shards + plan.gradient_bytes * local
+    local = own_shard if plan.sharding == "fsdp" else heaviest.total
+    num_bytes = OPTIMIZER_BYTES_PER_PARAMETER * own_shard + plan.gradient_bytes * local
     own = coefficients.select_gpu(plan.gpu)
     return num_bytes / (own.memory_ratio * plan.gpu.memory_bytes_per_s)

@@ -33,16 +33,17 @@ class LayerCost(NamedTuple):
     tensor_backward_s: float  # including what recomputation repeats
     context_forward_s: float
     context_backward_s: float
-    expert_s: float
+    expert_forward_s: float
+    expert_backward_s: float
 
     @property
     def forward_s(self) -> float:
-        return self.time.forward.device_s + self.tensor_forward_s + self.context_forward_s + 0.5 * self.expert_s
+        return self.time.forward.device_s + self.tensor_forward_s + self.context_forward_s + self.expert_forward_s
 
     @property
     def backward_s(self) -> float:
         seconds = self.time.backward.device_s + self.recompute.device_s + self.tensor_backward_s
-        return seconds + self.context_backward_s + 0.5 * self.expert_s
+        return seconds + self.context_backward_s + self.expert_backward_s
 
     @property
     def host_s(self) -> float:
@@ -94,14 +95,21 @@ def build_layer_cost(
         model, shard, cluster, coefficients, overlaps_tensor_parallel
     )
     context_forward_s, context_backward_s = _estimate_context_parallel_s(model, shard, cluster, coefficients, time)
-    if recompute == "full":
+    # The backward pass sends the gradients back over the same ways.
+    expert_forward_s = expert_backward_s = _estimate_expert_parallel_s(model, shard, cluster, coefficients)
+    if recompute == "full":  # the forward pass is repeated before the backward pass, with its communication
         tensor_backward_s += tensor_forward_s
         context_backward_s += context_forward_s
-    expert_s = _estimate_expert_parallel_s(model, shard, cluster, coefficients)
-    if recompute == "full":  # the two all-to-alls of the forward pass are repeated
-        expert_s *= 1.5
+        expert_backward_s += expert_forward_s
     return LayerCost(
-        time, repeated, tensor_forward_s, tensor_backward_s, context_forward_s, context_backward_s, expert_s
+        time=time,
+        recompute=repeated,
+        tensor_forward_s=tensor_forward_s,
+        tensor_backward_s=tensor_backward_s,
+        context_forward_s=context_forward_s,
+        context_backward_s=context_backward_s,
+        expert_forward_s=expert_forward_s,
+        expert_backward_s=expert_backward_s,
     )
 
 
@@ -149,17 +157,17 @@ def _estimate_context_parallel_s(
 
 
 def _estimate_expert_parallel_s(model: ModelShape, shard: Shard, cluster: Cluster, coefficients: Coefficients) -> float:
-    """Dispatch and combination of every copy of a token, forward and backward: four all-to-alls, balanced."""
+    """Dispatch and combination of every copy of a token in one pass: two all-to-alls, balanced."""
     if model.moe is None or shard.ep * shard.expert_tp == 1:
         return 0.0
     group = place_group(shard.ep, shard.expert_tp, cluster)
     # Each token is sent to top-k experts; a tensor-parallel rank dispatches its share of the tokens.
     copies = shard.num_tokens / shard.tp * model.moe.router_topk
     num_bytes = shard.element_bytes * copies * model.hidden_size
-    seconds = 4.0 * estimate_all_to_all_s(num_bytes, group, cluster, coefficients)
+    seconds = 2.0 * estimate_all_to_all_s(num_bytes, group, cluster, coefficients)
     if shard.expert_tp > 1:
         tensor_group = place_group(shard.expert_tp, 1, cluster)
-        seconds += 4.0 * estimate_gather_s(num_bytes * shard.expert_tp, tensor_group, cluster, coefficients)
+        seconds += 2.0 * estimate_gather_s(num_bytes * shard.expert_tp, tensor_group, cluster, coefficients)
     return seconds
 
 

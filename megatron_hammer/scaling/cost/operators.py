@@ -20,10 +20,11 @@ UNFUSED_BACKWARD_BYTES_PER_SCORE = 19
 # Dao 2023, arXiv 2307.08691, section 2.3.1: the backward pass has five matrix products where the forward pass has two,
 # because scores are not stored but computed again.
 FLASH_BACKWARD_RATIO = 2.5
+LOW_PRECISIONS = ("fp8", "mxfp8", "nvfp4")
 
 
 class Gemm(NamedTuple):
-    """`batch` products [m, k] x [k, n]. extra_bytes: traffic of the epilogue besides the 16-bit result."""
+    """`batch` products [m, k] x [k, n]. extra_bytes: traffic of the epilogue besides the result."""
 
     m: float
     n: float
@@ -69,7 +70,7 @@ class Shard(NamedTuple):
 
     @property
     def is_low_precision(self) -> bool:
-        return self.precision in ("fp8", "mxfp8", "nvfp4")
+        return self.precision in LOW_PRECISIONS
 
     @property
     def pointwise_tokens(self) -> float:

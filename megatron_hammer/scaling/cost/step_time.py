@@ -92,7 +92,7 @@ def _estimate_parts(plan: Plan, coefficients: Coefficients) -> tuple[dict[str, f
         "overhead_s": layers * (forward.gap_s + backward.gap_s) + waited_s + coefficients.step_s,
         "tensor_parallel_s": layers * (layer.tensor_forward_s + layer.tensor_backward_s),
         "context_parallel_s": layers * (layer.context_forward_s + layer.context_backward_s),
-        "expert_parallel_s": layers * layer.expert_s,
+        "expert_parallel_s": layers * (layer.expert_forward_s + layer.expert_backward_s),
         "pipeline_p2p_s": num_microbatches * send_s + fill_send_s,
         "bubble_s": schedule.bubble_s,
         "data_parallel_s": data_s + layers * fsdp_s,

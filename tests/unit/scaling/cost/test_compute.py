@@ -38,6 +38,20 @@ def test_a_product_with_one_row_reads_its_weights_and_no_faster():
     assert estimate_gemm_s(Gemm(1, 8192, 8192), RATES, 0.0) == pytest.approx(read_s, rel=1e-3)
 
 
+@pytest.mark.parametrize(("precision", "element_bytes"), [("fp32", 4), ("fp16", 2), ("bf16", 2), ("fp8", 2)])
+def test_a_product_moves_the_bytes_of_its_elements(precision: str, element_bytes: int) -> None:
+    """One row by a square weight is bound by reading the weight; its short result is written in the same precision."""
+    rates = build_rates(H100, precision, COEFFICIENTS)
+    expected_s = element_bytes * (8192 * 8193 / rates.memory_bytes_per_s + 8192 / rates.result_bytes_per_s)
+    assert estimate_gemm_s(Gemm(1, 8192, 8192), rates, 0.0) == pytest.approx(expected_s)
+
+
+def test_products_in_eight_bits_read_half_and_write_sixteen() -> None:
+    rates = build_rates(H100, "fp8", COEFFICIENTS)
+    expected_s = 8192 * 8193 / rates.memory_bytes_per_s + 2 * 8192 / rates.result_bytes_per_s
+    assert estimate_gemm_s(Gemm(1, 8192, 8192, is_low_precision=True), rates, 0.0) == pytest.approx(expected_s)
+
+
 def test_equal_products_of_a_batch_fill_the_device_together():
     one = estimate_gemm_s(Gemm(1024, 128, 1024), RATES, COEFFICIENTS.gemm_fill_waves)
     many = estimate_gemm_s(Gemm(1024, 128, 1024, 64), RATES, COEFFICIENTS.gemm_fill_waves)

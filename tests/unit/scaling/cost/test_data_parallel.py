@@ -109,3 +109,29 @@ def test_experts_have_groups_of_their_own():
     # eight experts on eight ranks: each has its own, so nothing of them is summed
     expected = (4 + 2) * rank.dense * 7 / 8 / CLUSTER.nvlink_bytes_per_s
     assert estimate(plan, kind) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_optimizer_shards_experts_over_the_ranks_that_hold_them() -> None:
+    """Eight ranks hold the same dense parameters. With ep=4, only two of them hold the same two of eight experts."""
+    model = PRESETS["tiny-llm-zh-moe"].model
+    layout = ParallelLayout(data_parallel_size=8, expert_model_parallel_size=4)
+    plan = dataclasses.replace(PLAN, model=model, layout=layout)
+    rank = count_rank_parameters(model, layout, 0)
+    own = rank.dense / 8 + rank.expert / 2
+    bytes_per_s = COEFFICIENTS.gpus["hopper"].memory_ratio * PLAN.gpu.memory_bytes_per_s
+    expected = (OPTIMIZER_BYTES_PER_PARAMETER * own + 4 * rank.total) / bytes_per_s
+    assert estimate_optimizer_s(plan, COEFFICIENTS) == pytest.approx(expected, rel=1e-4)
+    fully_sharded = dataclasses.replace(plan, sharding="fsdp")
+    expected = (OPTIMIZER_BYTES_PER_PARAMETER + 4) * own / bytes_per_s
+    assert estimate_optimizer_s(fully_sharded, COEFFICIENTS) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_tied_embedding_is_summed_with_its_padding() -> None:
+    """Between the first and the last stage. 50,257 rows of GPT-2 are padded to a multiple of 128 x tp."""
+    model = PRESETS["gpt2-124m"].model
+    layout = ParallelLayout(tensor_model_parallel_size=4, pipeline_model_parallel_size=2, has_sequence_parallel=True)
+    plan = dataclasses.replace(PLAN, model=model, layout=layout)
+    assert (model.vocab_size, model.hidden_size) == (50_257, 768)
+    summed_bytes = 4 * 50_688 // 4 * 768  # 99 x 512 rows in four parts, gradients of 4 bytes
+    # With one data-parallel rank nothing else is communicated; an all-reduce over 2 ranks moves each byte once.
+    assert estimate(plan, StageKind(6, True, False, 1)) == pytest.approx(summed_bytes / CLUSTER.nvlink_bytes_per_s)

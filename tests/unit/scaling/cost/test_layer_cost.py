@@ -78,12 +78,23 @@ def test_experts_are_sent_to_and_fetched_from():
         MODEL, moe=MoeShape(num_experts=8, router_topk=2, ffn_hidden_size=MODEL.ffn_hidden_size // 4)
     )
     shard = SHARD._replace(tp=1, expert_tp=1, ep=8)
-    once = build_layer_cost(model, shard, GPU, CLUSTER, PRIORS, "none", False).expert_s
+    once = cost(shard, model=model).expert_forward_s
     more = dataclasses.replace(model, moe=dataclasses.replace(model.moe, router_topk=4))
     assert once > 0
-    assert 1.9 * once < build_layer_cost(more, shard, GPU, CLUSTER, PRIORS, "none", False).expert_s < 2 * once
-    assert build_layer_cost(model, shard, GPU, CLUSTER, PRIORS, "full", False).expert_s == pytest.approx(1.5 * once)
-    assert cost().expert_s == 0
+    assert 1.9 * once < cost(shard, model=more).expert_forward_s < 2 * once
+    assert cost(shard, model=model).expert_backward_s == once
+    assert cost().expert_forward_s == 0
+
+
+def test_full_recomputation_sends_the_experts_tokens_forward_again() -> None:
+    """Before its own two all-to-alls, the backward pass repeats the two of the forward pass: 1 to 2."""
+    model = dataclasses.replace(MODEL, moe=MoeShape(num_experts=8, router_topk=2, ffn_hidden_size=1792))
+    full = cost(SHARD._replace(tp=1, expert_tp=1, ep=8), "full", model=model)
+    assert full.expert_forward_s > 0
+    assert full.expert_backward_s == pytest.approx(2 * full.expert_forward_s)
+    assert full.forward_s == pytest.approx(full.time.forward.device_s + full.expert_forward_s)
+    recomputed_s = full.time.backward.device_s + full.recompute.device_s
+    assert full.backward_s == pytest.approx(recomputed_s + full.expert_backward_s)
 
 
 def test_the_head_costs_its_vocabulary():
