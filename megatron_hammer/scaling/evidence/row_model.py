@@ -66,8 +66,9 @@ def load_known_models() -> KnownModels:
     )
 
 
-# Besides names: "8x7b" is experts x size, and "a3b" the parameters that are active for a token.
-MOE_PATTERN = re.compile(r"mixtral|moe|\d+x\d+b|a\d+(\.\d+)?b|deepseek-?v[23]|grok")
+# Besides names: "8x7b" is experts x size, and "a3b" the parameters that are active for a token. The latter is a word of
+# its own, or follows the size as in "30ba3b". Names of dense models end in the same letters: llama7b, gemma2b.
+MOE_PATTERN = re.compile(r"mixtral|moe|\d+x\d+b|(?<![a-z])(\d+b)?a\d+(\.\d+)?b|deepseek-?v[23]|grok")
 
 
 def build_row_model(row: RunRow) -> tuple[ModelShape, tuple[str, ...]]:

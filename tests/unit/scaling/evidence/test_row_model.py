@@ -95,3 +95,18 @@ def test_models_that_no_rule_fills_are_refused(cells: dict[str, int | str], reas
     row = RunRow(**({"row_number": 2, "model": "X", "layers": 4, "hidden": 4000} | cells))  # type: ignore[arg-type]
     with pytest.raises(UnpredictableError, match=reason):
         build_row_model(row)
+
+
+@pytest.mark.parametrize(
+    "name", ["Mixtral-8x7B", "qwen3-30b-a3b", "qwen3_30ba3b", "Qwen1.5-MoE-A2.7B", "a3b", "DeepSeek-V3", "grok-1"]
+)
+def test_models_with_experts_are_refused(name: str) -> None:
+    with pytest.raises(UnpredictableError, match="experts"):
+        build_row_model(RunRow(row_number=2, model=name))
+
+
+@pytest.mark.parametrize("name", ["llama7b", "gemma2b", "Nova1.5B"])
+def test_dense_names_that_end_in_a_and_a_size_are_not_taken_for_experts(name: str) -> None:
+    row = RunRow(row_number=2, model=name, layers=4, hidden=512, heads=8, ffn=1536, vocab=3200)
+    model, _ = build_row_model(row)
+    assert (model.moe, model.num_layers, model.vocab_size) == (None, 4, 3200)
