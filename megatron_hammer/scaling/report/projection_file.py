@@ -10,11 +10,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.files.typed import validate
-from megatron_hammer.model.accounting import FLOP_CONVENTIONS, ParallelLayout, StageMemory, count_parameters
+from megatron_hammer.files.typed import read_json, validate
+from megatron_hammer.model.accounting import FLOP_CONVENTIONS, StageMemory, count_parameters
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.scaling.plan import PARTS, Cluster, Gpu, Plan
 from megatron_hammer.scaling.search.projection import (
@@ -45,7 +45,6 @@ class SavedRow:
     num_gpus: int
     rank: int
     plan: Plan
-    num_nodes: int
     step_time_s: float
     low_s: float
     high_s: float
@@ -53,11 +52,9 @@ class SavedRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SavedProjection:
-    """What `emit` needs of a projection: the model's origin and the rows."""
+    """What `emit` and `fit` need of a projection."""
 
     path: Path
-    preset: str | None
-    hf_config: str | None
     train_tokens: int | None
     rows: tuple[SavedRow, ...]
 
@@ -242,69 +239,82 @@ def _build_bill(study: Study, projection: Projection) -> dict[str, Any]:
     return {name: getattr(bill, name) for name in names}
 
 
-def read_projection(path: Path) -> SavedProjection:
-    """Read a projection file. Raises ConfigError if it is missing, broken, or not from this version's `project`."""
-    document = _read_json(path)
-    try:
-        study = document["study"]
-        model = validate(
-            {name: value for name, value in study["model"].items() if name != "num_parameters"},
-            ModelShape,
-            where=f"{path}: study.model",
-            remedy=REMEDY_OF_A_FIELD,
-            raises=ConfigError,
-            allows_unknown=False,
-        )
-        # JSON has lists only. A Gpu must be hashable, as it is a key of the cost model's caches.
-        gpu = Gpu(**{**study["gpu"], "aliases": tuple(study["gpu"]["aliases"])})
-        cluster = Cluster(**study["cluster"])
-        return SavedProjection(
-            path=path,
-            preset=study["preset"],
-            hf_config=study["hf_config"],
-            train_tokens=study["train_tokens"],
-            rows=tuple(_read_row(row, model, gpu, cluster) for row in document["rows"]),
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"{path}: must have every field of a projection, got a file with another form ({error}). "
-            f"{REMEDY_OF_A_FIELD}"
-        ) from None
-
-
 def _describe_model(model: ModelShape) -> dict[str, Any]:
     """The shape and its number of parameters, which readers of the file want and this package counts again."""
     labels = {"name": model.name, "source": model.source, "num_parameters": count_parameters(model)}
     return labels | asdict(model)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    remedy = "Pass projection.json of scaling_study.py project --output-dir"
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: must be a readable file, got {error.strerror}. {remedy}.") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: must be JSON, got {error}. {remedy}.") from None
-    name = document.get("format") if isinstance(document, dict) else None
-    version = document.get("format_version") if isinstance(document, dict) else None
-    if name != FORMAT or version != FORMAT_VERSION:
-        raise ConfigError(
-            f"{path}: must be a projection of format {FORMAT_VERSION}, got format={name!r}, version={version!r}. "
-            f"{remedy}."
-        )
-    return document
+# --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _read_row(row: dict[str, Any], model: ModelShape, gpu: Gpu, cluster: Cluster) -> SavedRow:
-    plan = Plan(model=model, layout=ParallelLayout(**row["layout"]), gpu=gpu, cluster=cluster, **row["plan"])
-    return SavedRow(
-        row_id=row["id"],
-        num_gpus=row["gpus"],
-        rank=row["rank"],
-        plan=plan,
-        num_nodes=row["num_nodes"],
-        step_time_s=row["prediction"]["step_time_s"],
-        low_s=row["prediction"]["low_s"],
-        high_s=row["prediction"]["high_s"],
+@dataclass(frozen=True, slots=True)
+class _Header:
+    """It is read first: a file of another format has other fields."""
+
+    format: Literal["megatron_hammer.scaling.projection"]
+    format_version: Literal[1]
+
+
+@dataclass(frozen=True, slots=True)
+class _StudyOfFile:
+    model: dict[str, Any]
+    gpu: dict[str, Any]
+    cluster: dict[str, Any]
+    train_tokens: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Prediction:
+    step_time_s: float
+    low_s: float
+    high_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    id: str
+    gpus: int
+    rank: int
+    layout: dict[str, Any]
+    plan: dict[str, Any]
+    prediction: _Prediction
+
+
+@dataclass(frozen=True, slots=True)
+class _ProjectionFile:
+    """The part of the file that is read. Plans are parsed apart, because they may have no unknown field."""
+
+    study: _StudyOfFile
+    rows: tuple[_Row, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Subject:
+    """What all plans of a projection have in common."""
+
+    model: ModelShape
+    gpu: Gpu
+    cluster: Cluster
+
+
+def read_projection(path: Path) -> SavedProjection:
+    """Read a projection file. Raises ConfigError if it is missing, broken, or not from this version's `project`."""
+    read_json(
+        path, _Header, remedy="Pass projection.json of scaling_study.py project --output-dir.", raises=ConfigError
     )
+    file = read_json(path, _ProjectionFile, remedy=REMEDY_OF_A_FIELD, raises=ConfigError)
+    study = file.study
+    model = {name: value for name, value in study.model.items() if name != "num_parameters"}
+    subject = {"model": model, "gpu": study.gpu, "cluster": study.cluster}
+    # Checked before the rows, each of which would repeat its problems.
+    _validate_strictly(subject, _Subject, f"{path}: study")
+    rows = []
+    for row in file.rows:
+        plan = _validate_strictly({**subject, "layout": row.layout, **row.plan}, Plan, f"{path}: row {row.id}")
+        rows.append(SavedRow(row_id=row.id, num_gpus=row.gpus, rank=row.rank, plan=plan, **asdict(row.prediction)))
+    return SavedProjection(path=path, train_tokens=study.train_tokens, rows=tuple(rows))
+
+
+def _validate_strictly[T](values: dict[str, Any], kind: type[T], where: str) -> T:
+    return validate(values, kind, where=where, remedy=REMEDY_OF_A_FIELD, raises=ConfigError, allows_unknown=False)

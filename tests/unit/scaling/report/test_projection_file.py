@@ -38,12 +38,12 @@ def write(result: StudyResult, path: Path) -> Path:
 
 def test_plans_are_read_back_whole(result: StudyResult, tmp_path: Path) -> None:
     saved = read_projection(write(result, tmp_path / "projection.json"))
-    assert (saved.preset, saved.hf_config, saved.train_tokens) == ("hammer-tiny-moe", None, 10**10)
+    assert saved.train_tokens == 10**10
     written = [projection for size in result.sizes for projection in size.projections]
     assert [row.plan for row in saved.rows] == [projection.plan for projection in written]
     assert [row.step_time_s for row in saved.rows] == [projection.step.total_s for projection in written]
     row = saved.select_row("8-2")
-    assert (row.num_gpus, row.rank, row.num_nodes) == (8, 2, 1)
+    assert (row.num_gpus, row.rank) == (8, 2)
     assert row.low_s < row.step_time_s < row.high_s
 
 
@@ -114,41 +114,48 @@ def test_an_unknown_row_is_refused(result: StudyResult, tmp_path: Path) -> None:
         read_projection(path).select_row("9-1")
 
 
-REMEDY = "Pass projection.json of scaling_study.py project --output-dir."
+HEADER = '"format": "megatron_hammer.scaling.projection", "format_version"'
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "match"),
     [
-        (None, f"must be a readable file, got No such file or directory. {REMEDY}"),
-        (
-            "{",
-            f"must be JSON, got Expecting property name enclosed in double quotes: line 1 column 2 (char 1). {REMEDY}",
-        ),
-        ("[]", f"must be a projection of format 1, got format=None, version=None. {REMEDY}"),
-        (
-            '{"format": "megatron_hammer.scaling.projection", "format_version": 9}',
-            f"must be a projection of format 1, got format='megatron_hammer.scaling.projection', version=9. {REMEDY}",
-        ),
-        (
-            '{"format": "megatron_hammer.scaling.projection", "format_version": 1}',
-            "must have every field of a projection, got a file with another form ('study'). "
-            "Write it again with this version's scaling_study.py project.",
-        ),
+        (None, r"projection\.json: file cannot be read \(No such file.*Check the path"),
+        ("{", r"content must be JSON, got: .*Pass projection\.json"),
+        ("[]", r"content must be .*got \[\]\. Pass projection\.json"),
+        ("{}", r"format must be given, got nothing\. Pass projection\.json"),
+        (f"{{{HEADER}: 9}}", r"format_version must be 1, got 9\. Pass projection\.json"),
+        (f"{{{HEADER}: 1}}", r"study must be given, got nothing\. Write it again"),
     ],
 )
-def test_files_that_are_no_projection(text: str | None, message: str, tmp_path: Path) -> None:
+def test_files_that_are_no_projection(text: str | None, match: str, tmp_path: Path) -> None:
     path = tmp_path / "projection.json"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(ConfigError, match=f"^{re.escape(f'{path}: {message}')}$"):
+    with pytest.raises(ConfigError, match=match):
         read_projection(path)
 
 
-def test_a_field_of_another_version_is_refused(result: StudyResult, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("keys", "value", "match"),
+    [
+        (("rows", 0, "layout", "sequence_pipeline_size"), 2, r"row 4-1: layout\.sequence_pipeline_size .* known field"),
+        (("rows", 0, "plan", "recompute"), "some", r"row 4-1: recompute must be .*got 'some'"),
+        (("rows", 0, "prediction", "low_s"), "1", r"rows\[0\]\.prediction\.low_s must be a number, got '1'"),
+        (("study", "gpu", "num_chips"), 2, r"study: gpu\.num_chips must be a known field, got 2"),
+        (("study", "model", "num_layers"), None, r"study: model\.num_layers must be a whole number, got None"),
+    ],
+)
+def test_fields_that_do_not_fit_are_named(
+    keys: tuple[str | int, ...], value: Any, match: str, result: StudyResult, tmp_path: Path
+) -> None:
     document: dict[str, Any] = build_projection_document(result)
-    document["rows"][0]["layout"]["sequence_pipeline_size"] = 2
+    inner: Any = document
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
     path = tmp_path / "projection.json"
     path.write_text(json.dumps(document))
-    with pytest.raises(ConfigError, match=r"got a file with another form \(.*sequence_pipeline_size"):
+    with pytest.raises(ConfigError, match=match) as raised:
         read_projection(path)
+    assert len(raised.value.problems) == 1
