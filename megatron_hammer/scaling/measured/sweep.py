@@ -137,7 +137,12 @@ def list_settings(sweep: Sweep) -> list[Setting]:
 
 
 def _find_problems(sweep: Sweep) -> list[str]:
-    problems = []
+    # Without any of these there is no setting, and a sweep of nothing would look finished.
+    problems = [
+        f"{name}: must name one at least, got none. Pass --{name} {example}."
+        for name, example in (("presets", "hammer-tiny"), ("layouts", "single"), ("recompute", "none"))
+        if not getattr(sweep, name)
+    ]
     for name in ("micro_batch_sizes", "global_batch_sizes", "samples_per_rank", "seq_lengths"):
         problems += [
             f"{name.replace('_', '-')}: must be at least 1, got {size}. Pass positive sizes."

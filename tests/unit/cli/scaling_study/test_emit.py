@@ -1,0 +1,50 @@
+"""Which rows of a projection get a launch script."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_hammer.cli.scaling_study.emit import select_rows
+from megatron_hammer.errors import ConfigError
+from megatron_hammer.model.accounting import ParallelLayout
+from megatron_hammer.presets.catalogue import PRESETS
+from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_gpu
+from megatron_hammer.scaling.plan import Plan
+from megatron_hammer.scaling.report.projection_file import SavedProjection, SavedRow
+
+
+def build_projection(*row_ids: str) -> SavedProjection:
+    plan = Plan(
+        model=PRESETS["llama3-8b"].model, layout=ParallelLayout(data_parallel_size=8), gpu=select_gpu("h100-sxm"),
+        cluster=select_cluster("dgx-h100"), seq_length=8192, micro_batch_size=1, global_batch_size=8,
+    )  # fmt: skip
+    rows = tuple(
+        SavedRow(
+            row_id=row_id, num_gpus=8, rank=int(row_id.partition("-")[2]), plan=plan, step_time_s=2.0, low_s=1.5,
+            high_s=2.5,
+        )
+        for row_id in row_ids
+    )  # fmt: skip
+    return SavedProjection(path=Path("projection.json"), train_tokens=None, rows=rows)
+
+
+def select(ids: str | None) -> list[str]:
+    return [row.row_id for row in select_rows(build_projection("8-1", "8-2", "64-1"), ids)]
+
+
+def test_rows_by_their_ids_once_each_else_the_fastest_of_each_size() -> None:
+    assert select("64-1,8-2,64-1") == ["64-1", "8-2"]
+    assert select(None) == ["8-1", "64-1"]
+
+
+@pytest.mark.parametrize("ids", ["", ","])
+def test_no_id_is_an_error(ids: str) -> None:
+    with pytest.raises(ConfigError, match=f"^rows: must name a row, got '{ids}'"):
+        select(ids)
+
+
+def test_an_unknown_id_and_a_projection_without_rows_are_errors() -> None:
+    with pytest.raises(ConfigError, match="row='8-7'"):
+        select("8-1,8-7")
+    with pytest.raises(ConfigError, match=r"projection\.json: must hold a row, got none"):
+        select_rows(build_projection(), None)
