@@ -1,6 +1,11 @@
 """Compare messages to users by their facts and not by their wording, which must stay free to improve."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from megatron_hammer.errors import HammerError
 
 
 def assert_problem(problem: str, field: str, *facts: str) -> None:
@@ -20,6 +25,14 @@ def assert_problems(problems: Iterable[str], *expected: tuple[str, ...]) -> None
     assert len(problems) == len(expected), problems
     for problem, parts in zip(problems, expected, strict=True):
         assert_problem(problem, *parts)
+
+
+@contextmanager
+def raises_problem(kind: type[HammerError], field: str, *facts: str) -> Iterator[None]:
+    """The block raises this error with this one problem."""
+    with pytest.raises(kind) as caught:
+        yield
+    assert_problems(caught.value.problems, (field, *facts))
 
 
 def assert_errors(stderr: str, *expected: tuple[str, ...]) -> None:

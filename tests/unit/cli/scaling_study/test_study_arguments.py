@@ -1,7 +1,6 @@
 """Flags become a study; the recipe, the GPU and the cluster supply the defaults."""
 
 import argparse
-import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.scaling.search.projection import Study
 from megatron_hammer.scaling.search.search_space import SearchSpace
+from tests.helpers.messages import raises_problem
 
 MACHINE = ("--gpu", "h100-sxm", "--gpus", "8,64")
 LLAMA = ("--preset", "llama3-8b", *MACHINE)
@@ -86,39 +86,22 @@ def test_a_hugging_face_model_has_no_recipe() -> None:
     [
         (
             ("--hf-config", "config.json", *MACHINE),
-            "global-batch-size: must be given for a model without a recipe, got none. "
-            "Pass --global-batch-size or --samples-per-gpu.",
+            ("global-batch-size:", "without a recipe", "got none", "--samples-per-gpu"),
         ),
-        (
-            ("--preset", "llama3-8b", "--gpu", "h100-sxm", "--gpus", "8;64"),
-            "gpus: must be whole numbers with commas between them, got '8;64'. Pass --gpus 8,64.",
-        ),
+        (("--preset", "llama3-8b", "--gpu", "h100-sxm", "--gpus", "8;64"), ("gpus:", "whole numbers", "got '8;64'")),
         (
             (*LLAMA, "--pipeline-model-parallel-size", "two"),
-            "pipeline-model-parallel-size: must be whole numbers with commas between them, got 'two'. "
-            "Pass --pipeline-model-parallel-size 8,64.",
+            ("pipeline-model-parallel-size:", "whole numbers", "got 'two'"),
         ),
-        (
-            (*LLAMA, "--samples-per-gpu", "half"),
-            "samples-per-gpu: must be a number or a fraction, got 'half'. Pass 2, 0.5 or 1/4.",
-        ),
-        (
-            (*LLAMA, "--train-tokens", "15X"),
-            "train-tokens: must be a number of tokens, got '15X'. Pass 15T, 300B or 2e9.",
-        ),
-        (
-            (*LLAMA, "--recompute", "some,full"),
-            "recompute: must be of none, selective, full, got some. Pass --recompute selective.",
-        ),
-        (
-            (*LLAMA, "--sharding", "zero"),
-            "sharding: must be of none, distributed_optimizer, fsdp, got zero. Pass --sharding distributed_optimizer.",
-        ),
-        ((*LLAMA, "--top", "0"), "top: must be at least 1, got 0. Pass --top 5."),
+        ((*LLAMA, "--samples-per-gpu", "half"), ("samples-per-gpu:", "a fraction", "got 'half'", "1/4")),
+        ((*LLAMA, "--train-tokens", "15X"), ("train-tokens:", "number of tokens", "got '15X'", "15T")),
+        ((*LLAMA, "--recompute", "some,full"), ("recompute:", "none, selective, full", "got some.")),
+        ((*LLAMA, "--sharding", "zero"), ("sharding:", "none, distributed_optimizer, fsdp", "got zero")),
+        ((*LLAMA, "--top", "0"), ("top:", "at least 1", "got 0")),
     ],
 )
-def test_one_problem(flags: tuple[str, ...], problem: str) -> None:
-    with pytest.raises(ConfigError, match=f"^{re.escape(problem)}$"):
+def test_one_problem(flags: tuple[str, ...], problem: tuple[str, ...]) -> None:
+    with raises_problem(ConfigError, *problem):
         parse(*flags)
 
 

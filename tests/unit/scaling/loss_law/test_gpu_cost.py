@@ -1,6 +1,5 @@
 """GPU time per token from projections: proportional from one size, a power law from several; wrong numbers of GPUs."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -14,10 +13,11 @@ from megatron_hammer.scaling.loss_law.gpu_cost import read_gpu_cost
 from megatron_hammer.scaling.plan import Plan
 from megatron_hammer.scaling.report.projection_file import build_projection_document, format_json
 from megatron_hammer.scaling.search.projection import Projection, SizeProjection, Study, StudyResult
+from tests.helpers.messages import raises_problem
 
 
 def write_projection(path: Path, preset: str, *gpu_counts: int) -> tuple[Path, list[float]]:
-    """A projection of plain data parallelism, and its GPU-seconds a token at each number of GPUs."""
+    """A projection of plain data parallelism, and its GPU-seconds per token at each number of GPUs."""
     model, gpu = PRESETS[preset].model, select_gpu("h100-sxm")
     cluster = select_cluster(select_default_cluster(gpu.name).name)
     sizes, costs = [], []
@@ -75,12 +75,11 @@ def test_several_sizes_give_a_power(tmp_path: Path) -> None:
     assert cost.estimate(sizes[0], 1) == pytest.approx(small_cost)
     assert cost.estimate(sizes[1], 1) == pytest.approx(large_cost)
     assert 0 < cost.exponent < 1.1  # below one: small layers do not fill the GPU
-    assert cost.definition.endswith(" a token (through two sizes)")
+    assert cost.definition.endswith(" per token (through two sizes)")
 
 
 def test_a_number_of_gpus_must_be_projected(tmp_path: Path) -> None:
     path, _ = write_projection(tmp_path / "p.json", "gpt2-124m", 8, 64)
     for num_gpus, wanted in ((None, "one number of GPUs"), (16, "16 GPUs")):
-        message = f"{path}: must have a layout for {wanted}, got 8, 64. Choose one with --projection-gpus."
-        with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        with raises_problem(ConfigError, f"{path}:", f"for {wanted}", "got 8, 64", "--projection-gpus"):
             read_gpu_cost([path], num_gpus, "total")

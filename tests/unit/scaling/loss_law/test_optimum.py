@@ -71,7 +71,7 @@ def test_a_cost_is_a_power_through_its_sizes() -> None:
     assert cost.exponent == pytest.approx(np.log10(8))
     assert cost.estimate(1e9, 10) == pytest.approx(2.4e11)
     assert cost.definition.startswith("convention A, as ")
-    assert cost.definition.endswith("N^0.9031 a token (within 0.0%)")
+    assert cost.definition.endswith("N^0.9031 per token (within 0.0%)")
     alone = fit_token_cost([1e9], [7e-5], unit="GPU-seconds", definition="projected")
     assert alone.estimate(2e9, 1) == pytest.approx(1.4e-4)
     assert alone.definition == "projected, taken as proportional to N from one size"

@@ -85,6 +85,17 @@ def test_all_problems_at_once() -> None:
     )
 
 
+def test_a_sweep_of_nothing_is_an_error() -> None:
+    with pytest.raises(ConfigError) as raised:
+        list_settings(Sweep(presets=(), layouts=(), recompute=()))
+    assert_problems(
+        raised.value.problems,
+        ("presets:", "at least", "got none"),
+        ("layouts:", "at least", "got none"),
+        ("recompute:", "at least", "got none"),
+    )
+
+
 def test_sweeps_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "sweep.toml"
     path.write_text(
