@@ -91,7 +91,7 @@ def _project(study: Study, search: Search, coefficients: Coefficients) -> StudyR
     sizes = []
     for num_gpus in study.gpu_counts:
         size = search.search_plans(study, num_gpus)
-        found = f"{size.best.step.total_s:.3f} s a step" if size.best else "nothing fits"
+        found = f"{size.best.step.total_s:.3f} s per step" if size.best else "nothing fits"
         kind = "weak" if study.is_weak else "strong"
         print(f"{kind} scaling, {num_gpus:,} GPUs: {size.num_candidates:,} candidates, {found}", file=sys.stderr)
         sizes.append(size)

@@ -241,7 +241,7 @@ def _fill_global_batch(row: RunRow, dp: int, assumptions: list[str]) -> int:
         if row.tokens_per_s_per_gpu is None or row.gpus is None or row.seq is None:
             raise UnpredictableError("global_batch is blank, on which the time of a step depends")
         global_batch = round(row.tokens_per_s_per_gpu * row.gpus * row.iteration_time_s / row.seq)
-        assumptions.append(f"global_batch {global_batch}: the row's tokens a second over its time")
+        assumptions.append(f"global_batch {global_batch}: the row's tokens per second over its time")
         return global_batch
     if row.micro_batch is None:
         raise UnpredictableError("micro_batch and global_batch are blank")
@@ -250,7 +250,7 @@ def _fill_global_batch(row: RunRow, dp: int, assumptions: list[str]) -> int:
     if preset is not None and preset.recipe.global_batch_size % smallest == 0:
         assumptions.append(f"global_batch {preset.recipe.global_batch_size}: {preset.recipe.source}")
         return preset.recipe.global_batch_size
-    assumptions.append(f"global_batch {smallest}: blank, one micro-batch a replica")
+    assumptions.append(f"global_batch {smallest}: blank, one micro-batch per replica")
     return smallest
 
 

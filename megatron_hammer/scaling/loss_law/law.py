@@ -44,7 +44,7 @@ class LossRun:
     source: str  # the file that it was read from
     num_parameters: int
     num_tokens: int
-    loss: float  # nats a token at the end of the run
+    loss: float  # nats per token at the end of the run
     loss_source: str  # what `loss` is, in words
     tokenizer: str | None = None  # whatever tells tokenizers apart; None: not known
     flops_per_token: int | None = None  # in the convention asked for; None: only 6 N D is

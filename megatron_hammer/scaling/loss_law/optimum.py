@@ -75,7 +75,7 @@ def fit_token_cost(
         coefficient=float(np.exp(log_coefficient)),
         exponent=float(exponent),
         unit=unit,
-        definition=f"{definition}, as {np.exp(log_coefficient):.4g} N^{exponent:.4f} a token ({closeness})",
+        definition=f"{definition}, as {np.exp(log_coefficient):.4g} N^{exponent:.4f} per token ({closeness})",
     )
 
 

@@ -72,7 +72,7 @@ def print_study(study: LossStudy) -> None:
 
     console = open_console()
     fit = study.fit
-    console.print("L(N, D) = E + A / N^alpha + B / D^beta, in nats a token", markup=False)
+    console.print("L(N, D) = E + A / N^alpha + B / D^beta, in nats per token", markup=False)
     console.print(f"N: parameters {study.parameter_convention}; compute: {study.cost.definition}", markup=False)
     console.print("", _build_law_table(study), "", _build_run_table(fit), "")
     if study.optima:
@@ -219,7 +219,7 @@ def _draw_losses(axes: Any, study: LossStudy, budgets: np.ndarray, frontier: Seq
     for number, optimum in enumerate(study.optima):
         label = "budget" if number == 0 else None
         _draw_star(axes, _as_compute(study, optimum), optimum.loss, optimum.loss_interval, label)
-    axes.set(xscale="log", xlabel=f"training compute ({study.cost.unit})", ylabel="loss (nats a token)")
+    axes.set(xscale="log", xlabel=f"training compute ({study.cost.unit})", ylabel="loss (nats per token)")
     _set_loss_limits(axes, study, frontier)
     axes.set_title(f"{study.cost.definition}", fontsize=9)
     axes.grid(True, which="major", alpha=0.3)

@@ -126,7 +126,7 @@ def describe_outcome(outcome: Outcome) -> str:
     kept = "" if outcome.is_new else " (finished before)"
     times = outcome.times
     return (
-        f"{setting.name}: {processes}, {times.median_s:.4g} s a step (median of "
+        f"{setting.name}: {processes}, {times.median_s:.4g} s per step (median of "
         f"{times.num_steps - times.num_warmup_steps}, 80 % within {times.low_s:.4g} to {times.high_s:.4g}){kept}"
     )
 

@@ -189,7 +189,7 @@ def _build_model(
             num_experts=int(experts[1]), router_topk=changes["moe_topk"], ffn_hidden_size=model.ffn_hidden_size
         )
         model = replace(model, moe=moe)
-        assumptions.append(f"{moe.num_experts} experts, {moe.router_topk} a token: its name")
+        assumptions.append(f"{moe.num_experts} experts, {moe.router_topk} per token: its name")
     return replace(model, **_select_fields(changes, ModelShape))
 
 

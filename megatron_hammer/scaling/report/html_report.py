@@ -75,7 +75,7 @@ def list_findings(result: StudyResult) -> list[str]:
         best = feasible[num_gpus]
         letter = result.study.mfu_convention
         text = (
-            f"{num_gpus:,} GPUs: {best.step.total_s:.2f} s a step ({best.step.low_s:.2f} to {best.step.high_s:.2f}), "
+            f"{num_gpus:,} GPUs: {best.step.total_s:.2f} s per step ({best.step.low_s:.2f} to {best.step.high_s:.2f}), "
             f"{best.tokens_per_s_per_gpu:,.0f} tokens/s/GPU, MFU {estimate_mfu_ratio(best, letter):.1%} (convention "
             f"{letter}), with {describe_plan(best.plan)}."
         )
@@ -109,12 +109,12 @@ def list_assumptions(result: StudyResult) -> list[str]:
         "own memory and fragmentation included as allowances.",
         "Attention is fused (flash attention). Tensor parallelism is with sequence parallelism. Gradients travel in "
         f"{study.gradient_bytes} bytes, and gradients and parameters beside computation where ranks share them.",
-        f"Energy: {gpu.power_w:g} W a GPU at full load, {cluster.cpu_power_w_per_node:g} W for the rest of a node of "
+        f"Energy: {gpu.power_w:g} W per GPU at full load, {cluster.cpu_power_w_per_node:g} W for the rest of a node of "
         f"{cluster.gpus_per_node}, power usage effectiveness {cluster.power_usage_effectiveness:g}; an upper side, as "
         "waiting GPUs draw less.",
-        "Cost: no price is known." if price is None else f"Cost: {price:g} USD a GPU-hour, for every GPU and hour.",
+        "Cost: no price is known." if price is None else f"Cost: {price:g} USD per GPU-hour, for every GPU and hour.",
         "Every layout was considered that would start and fits in memory; the fastest are shown. Left out: uneven "
-        "stages beyond one a pipeline size, FSDP together with pipeline stages, offloading.",
+        "stages beyond one for each pipeline size, FSDP together with pipeline stages, offloading.",
         f"The knee is the largest size up to which a GPU does at least {study.knee_ratio:.0%} of the best tokens/s/GPU "
         "of any smaller size.",
     ]
@@ -130,7 +130,7 @@ def _describe_band(result: StudyResult) -> str:
     error = result.provenance.get("cross_validated_median_ratio")
     if error is None:
         return f"{text}. The coefficients file states no error on runs that it had not seen."
-    return f"{text}. The median error of the step time on such runs, left out a source at a time, is {error:.1%}."
+    return f"{text}. The median error of the step time on such runs, each source left out in turn, is {error:.1%}."
 
 
 def _list_sources(result: StudyResult) -> list[tuple[str, str]]:

@@ -94,8 +94,8 @@ def _draw_scaling(result: StudyResult) -> Figure:
 def _describe_batch(result: StudyResult) -> str:
     study = result.study
     if study.samples_per_gpu is not None:
-        return f"Weak scaling: {float(study.samples_per_gpu):g} samples a GPU"
-    return f"Strong scaling: {study.global_batch_size:,} samples a step"
+        return f"Weak scaling: {float(study.samples_per_gpu):g} samples per GPU"
+    return f"Strong scaling: {study.global_batch_size:,} samples per step"
 
 
 def _feasible(result: StudyResult) -> list[SizeProjection]:
@@ -138,7 +138,7 @@ def _mark_knee(axis: Axes, result: StudyResult, counts: Sequence[int], values: S
 
 def _knee_label(result: StudyResult) -> str:
     assert result.knee is not None
-    return f"knee: {result.knee.num_gpus:,} GPUs ({result.knee.threshold_ratio:.0%} of the best speed a GPU)"
+    return f"knee: {result.knee.num_gpus:,} GPUs ({result.knee.threshold_ratio:.0%} of the best speed per GPU)"
 
 
 def _mark_measured(axis: Axes, result: StudyResult) -> None:

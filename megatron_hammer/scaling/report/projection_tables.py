@@ -99,15 +99,15 @@ def list_problems(result: StudyResult) -> list[str]:
 def describe_batch(result: StudyResult) -> str:
     study = result.study
     if study.samples_per_gpu is not None:
-        return f"weak scaling, {float(study.samples_per_gpu):g} samples a GPU"
-    return f"strong scaling, {study.global_batch_size:,} samples a step"
+        return f"weak scaling, {float(study.samples_per_gpu):g} samples per GPU"
+    return f"strong scaling, {study.global_batch_size:,} samples per step"
 
 
 def describe_study(result: StudyResult) -> str:
     study = result.study
     return (
         f"{study.model.name} on {study.gpu.name} ({study.cluster.name}): {describe_batch(result)}, sequence "
-        f"{study.seq_length:,}, {study.precision}, at most {study.memory_limit_bytes / GIB:.1f} GiB a GPU"
+        f"{study.seq_length:,}, {study.precision}, at most {study.memory_limit_bytes / GIB:.1f} GiB per GPU"
     )
 
 
@@ -116,7 +116,7 @@ def describe_knee(result: StudyResult) -> str:
     knee = result.knee
     if knee is None:
         return "Knee: none, as nothing fits at any size."
-    share = f"{knee.threshold_ratio:.0%} of the best speed a GPU at a smaller size"
+    share = f"{knee.threshold_ratio:.0%} of the best speed per GPU at a smaller size"
     if knee.num_gpus_beyond is None:
         return f"Knee: not reached at {knee.num_gpus:,} GPUs; every size keeps {share}."
     return f"Knee: {knee.num_gpus:,} GPUs; {knee.num_gpus_beyond:,} do not keep {share}."
@@ -193,7 +193,7 @@ def _build_speed_table(result: StudyResult) -> ResultTable:
                 bottleneck,
             )
         )
-    columns = ("GPUs", "s a step", "80 % band", "tokens/s", "tokens/s/GPU", f"MFU {letter}", "scaling", "bottleneck")
+    columns = ("GPUs", "s per step", "80 % band", "tokens/s", "tokens/s/GPU", f"MFU {letter}", "scaling", "bottleneck")
     return ResultTable(
         title="The fastest layout at each size",
         columns=columns,
@@ -233,7 +233,7 @@ def _build_layout_table(result: StudyResult) -> ResultTable:
         groups.append(tuple(rows))
     return ResultTable(
         title="Layouts, the fastest of each size first",
-        columns=(*columns, "s a step", f"MFU {result.study.mfu_convention}", "GiB"),
+        columns=(*columns, "s per step", f"MFU {result.study.mfu_convention}", "GiB"),
         groups=tuple(groups),
         num_text=1,
         note="row: what scaling_study.py emit takes. TP is with sequence parallelism. pp 4+EL: embedding and loss take "
@@ -266,7 +266,7 @@ def _build_memory_table(result: StudyResult) -> ResultTable:
         for size, one in _best(result)
     )
     return ResultTable(
-        title="Memory of its heaviest stage, GiB a GPU",
+        title="Memory of its heaviest stage, GiB per GPU",
         columns=("GPUs", "stage", *MEMORY_HEADS.values(), "total"),
         groups=(tuple(rows),),
         note="passing: gradients and gathered tensors at the peak. CUDA (context, NCCL) and frag. are allowances.",
@@ -295,7 +295,7 @@ def _build_bill_table(result: StudyResult) -> ResultTable:
         title=f"Training on {format_tokens(study.train_tokens)} tokens",
         columns=("GPUs", "steps", "days", "80 % band", "GPU-hours", "MWh", *(() if price is None else ("USD",))),
         groups=(tuple(rows),),
-        note="No price is known: pass --usd-per-gpu-hour." if price is None else f"At {price:g} USD a GPU-hour.",
+        note="No price is known: pass --usd-per-gpu-hour." if price is None else f"At {price:g} USD per GPU-hour.",
     )
 
 
@@ -319,7 +319,7 @@ def _build_companion_table(companion: StudyResult) -> ResultTable:
         )
     return ResultTable(
         title=f"For comparison: {describe_batch(companion)}",
-        columns=("GPUs", "batch", "s a step", "tokens/s/GPU", f"MFU {letter}", "scaling", "micro", "layout"),
+        columns=("GPUs", "batch", "s per step", "tokens/s/GPU", f"MFU {letter}", "scaling", "micro", "layout"),
         groups=(tuple(rows),),
         note=describe_knee(companion),
     )
@@ -344,7 +344,7 @@ def _build_overlay_table(result: StudyResult) -> ResultTable:
             )
         )
     return ResultTable(
-        title="Measured runs, each predicted with its own layout, s a step",
+        title="Measured runs, each predicted with its own layout, s per step",
         columns=("line, source", "GPUs", "layout", "batch", "numbers", "measured", "predicted", "error", "band"),
         groups=(tuple(rows),),
         num_text=1,

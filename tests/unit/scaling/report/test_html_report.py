@@ -72,10 +72,10 @@ def test_the_assumptions_name_what_a_number_rests_on(result: StudyResult) -> Non
         "MFU is in convention A: layers and head, causal attention",
         "a dense peak of 100 TFLOP/s (bf16)",
         "A plan may need 38.0 GiB of a GPU's 40.0 GiB",
-        "for this GPU and precision -10% to +20%. The median error of the step time on such runs, left out a source "
-        "at a time, is 7.1%.",
-        "400 W a GPU at full load, 800 W for the rest of a node of 8, power usage effectiveness 1.25",
-        "Cost: 2.5 USD a GPU-hour",
+        "for this GPU and precision -10% to +20%. The median error of the step time on such runs, each source left "
+        "out in turn, is 7.1%.",
+        "400 W per GPU at full load, 800 W for the rest of a node of 8, power usage effectiveness 1.25",
+        "Cost: 2.5 USD per GPU-hour",
         "Gradients travel in 4 bytes",
         "at least 80% of the best tokens/s/GPU",
     ):

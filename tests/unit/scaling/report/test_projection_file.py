@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import re
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -19,6 +18,7 @@ from megatron_hammer.scaling.report.projection_file import (
     read_projection,
 )
 from megatron_hammer.scaling.search.projection import LeftOutRow, OverlaidRun, Overlay, StudyResult
+from tests.helpers.messages import raises_problem
 from tests.helpers.toy_study import build_toy_study, project_toy_study
 
 
@@ -109,8 +109,7 @@ def test_csv_has_one_line_per_layout(result: StudyResult) -> None:
 
 def test_an_unknown_row_is_refused(result: StudyResult, tmp_path: Path) -> None:
     path = write(result, tmp_path / "projection.json")
-    message = f"{path}: must hold the row that is asked for, got row='9-1'. Use one of: 4-1, 4-2, 4-3, 8-1, 8-2, 8-3."
-    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+    with raises_problem(ConfigError, f"{path}:", "got row='9-1'", "4-1, 4-2, 4-3, 8-1, 8-2, 8-3"):
         read_projection(path).select_row("9-1")
 
 

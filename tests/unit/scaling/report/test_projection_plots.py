@@ -53,8 +53,8 @@ def test_nothing_to_draw_where_nothing_fits() -> None:
 
 def test_scaling_shows_both_ways_and_their_mfu(figures: dict[str, Figure]) -> None:
     strong, weak, strong_mfu, weak_mfu = figures["scaling"].axes
-    assert strong.get_title() == "Strong scaling: 32 samples a step"
-    assert weak.get_title() == "Weak scaling: 4 samples a GPU"
+    assert strong.get_title() == "Strong scaling: 32 samples per step"
+    assert weak.get_title() == "Weak scaling: 4 samples per GPU"
     assert strong.get_ylabel() == "tokens / s"
     assert texts(strong) == ["80 % band", "linear from 4 GPUs", "projected, best layout"]
     assert (strong_mfu.get_ylabel(), strong_mfu.get_xlabel()) == ("MFU (convention A)", "GPUs")
@@ -101,7 +101,7 @@ def test_the_knee_and_measured_runs_are_marked(result: StudyResult) -> None:
     )
     axis = plots._draw_scaling(marked).axes[0]
     assert texts(axis)[3:] == [
-        "knee: 8 GPUs (80% of the best speed a GPU)",
+        "knee: 8 GPUs (80% of the best speed per GPU)",
         "measured",
         "measured, another batch or precision",
     ]

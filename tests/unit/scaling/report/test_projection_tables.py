@@ -38,15 +38,15 @@ def show(result: StudyResult) -> str:
 def test_the_terminal_has_every_table_and_problem(result: StudyResult) -> None:
     text = show(result)
     assert text.startswith(
-        "hammer-1b4 on toy-gpu (toy-cluster): strong scaling, 32 samples a step, sequence 2,048, bf16"
+        "hammer-1b4 on toy-gpu (toy-cluster): strong scaling, 32 samples per step, sequence 2,048, bf16"
     )
     for title in (
         "The fastest layout at each size",
         "Layouts, the fastest of each size first",
         "Where its time goes",
-        "Memory of its heaviest stage, GiB a GPU",
+        "Memory of its heaviest stage, GiB per GPU",
         "Training on 10B tokens",
-        "At 2.5 USD a GPU-hour.",
+        "At 2.5 USD per GPU-hour.",
         "gpus: hammer-1b4 must divide over them, got gpus=13",
         "Knee: not reached at 8 GPUs",
     ):
@@ -80,7 +80,7 @@ def test_without_a_price_there_is_no_cost() -> None:
     assert bill.note == "No price is known: pass --usd-per-gpu-hour."
     assert "USD" not in bill.columns
     without_budget = build_tables(project_toy_study(build_toy_study(gpu_counts=(4,), train_tokens=None)))
-    assert [table.title for table in without_budget][-1] == "Memory of its heaviest stage, GiB a GPU"
+    assert [table.title for table in without_budget][-1] == "Memory of its heaviest stage, GiB per GPU"
 
 
 def test_where_nothing_fits_there_are_only_reasons() -> None:
@@ -108,10 +108,10 @@ def test_sentences(result: StudyResult) -> None:
         f"3 sizes, 2 feasible; {sum(size.num_candidates for size in result.sizes):,} candidates, 6 layouts shown"
     )
     weak = replace(result, study=replace(result.study, global_batch_size=None, samples_per_gpu=Fraction(1, 2)))
-    assert "weak scaling, 0.5 samples a GPU" in describe_study(weak)
+    assert "weak scaling, 0.5 samples per GPU" in describe_study(weak)
     assert result.knee is not None
     beyond = replace(result, knee=replace(result.knee, num_gpus=4, num_gpus_beyond=8))
-    assert describe_knee(beyond) == "Knee: 4 GPUs; 8 do not keep 80% of the best speed a GPU at a smaller size."
+    assert describe_knee(beyond) == "Knee: 4 GPUs; 8 do not keep 80% of the best speed per GPU at a smaller size."
 
 
 def test_uneven_stages_are_shown(result: StudyResult) -> None:
@@ -145,7 +145,7 @@ def test_the_other_way_of_scaling_is_a_table(result: StudyResult) -> None:
     weak = replace(result.study, global_batch_size=None, samples_per_gpu=Fraction(2), num_best=1)
     companion = project_toy_study(weak)
     table = build_tables(replace(result, companion=companion))[-1]
-    assert table.title == "For comparison: weak scaling, 2 samples a GPU"
+    assert table.title == "For comparison: weak scaling, 2 samples per GPU"
     assert [row[:2] for row in table.groups[0]] == [("4", "8"), ("13", "26"), ("8", "16")]
     best = companion.sizes[0].best
     assert best is not None
