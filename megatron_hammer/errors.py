@@ -2,11 +2,13 @@
 
 Each message is one sentence of fact and one of remedy:
 `<field or file:line>: <what must hold>, got <name>=<value>. <what to do>.`
-Entry points wrap their main in `exit_on_user_error`: user errors leave no stack trace and exit 2.
+Entry points wrap their main in `exit_on_user_error`: user errors leave no stack trace and exit 2. Nor does a
+command whose output goes to a program that has ended, such as `head`.
 """
 
 import functools
 import os
+import select
 import signal
 import sys
 import time
@@ -16,6 +18,7 @@ from typing import Any, NoReturn
 
 USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130  # as shells have it
+NO_READER_EXIT_CODE = 128 + signal.SIGPIPE
 FOLLOWER_GRACE_S = 10.0
 
 
@@ -55,7 +58,11 @@ class PlatformError(HammerError):
 
 
 def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap an entry point: a HammerError becomes its lines on stderr and exit code 2, without a stack trace."""
+    """Wrap an entry point: a HammerError becomes its lines on stderr and exit code 2, without a stack trace.
+
+    A command whose output is no longer read, as behind `| head`, leaves no stack trace either. If it had done all its
+    work, it keeps its exit code. Else the code is 141, as shells report it for a program that the signal SIGPIPE ends.
+    """
 
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -69,8 +76,29 @@ def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
             for problem in error.problems:
                 print(f"error: {problem}", file=sys.stderr)
             sys.exit(USER_ERROR_EXIT_CODE)
+        except BrokenPipeError:
+            if not _is_stdout_unread():  # a pipe of our own, such as one to another process: a bug
+                raise
+            sys.exit(NO_READER_EXIT_CODE)
+        finally:
+            _flush_stdout()
 
     return wrapped
+
+
+def _is_stdout_unread() -> bool:
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # POLLERR, which a pipe without a reader has, is always reported
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _flush_stdout() -> None:
+    """Write what print() has buffered: at its end, the interpreter would report a missing reader with a stack trace."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left in the buffer goes nowhere when the interpreter flushes once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def exit_on_interrupt(consequence: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

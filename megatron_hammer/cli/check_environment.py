@@ -8,12 +8,14 @@ Used by tools/find_or_make_python.sh and docker/Dockerfile.
 
 import argparse
 import ast
-import platform
 import re
+import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
+
+from megatron_hammer.errors import exit_on_user_error
 
 CLONE = Path(__file__).resolve().parents[2]
 SETUP_NAMES = ("PYTHON_REQUIRES", "INSTALL_REQUIRES", "EXTRAS_REQUIRE")
@@ -25,6 +27,7 @@ class Requirements(NamedTuple):
     extras: dict[str, list[str]]
 
 
+@exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; see --help. Prints the missing requirements; returns 1 if there are any."""
     parser = argparse.ArgumentParser(description="Print the requirements of setup.py that this interpreter lacks.")
@@ -41,9 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         packages += required.extras[extra]
     missing = select_missing(packages)
-    # Only where packaging is installed for certain: without it, every requirement is missing already.
-    if not missing and not is_python_supported(required.python):
-        missing = [f"python{required.python}"]
+    if not is_python_supported(required.python):
+        missing = [f"python{required.python}", *missing]
     print("\n".join(missing), end="\n" if missing else "")
     return 1 if missing else 0
 
@@ -100,6 +102,9 @@ def select_missing(requirements: list[str]) -> list[str]:
 
 
 def is_python_supported(python_requires: str) -> bool:
-    from packaging.specifiers import SpecifierSet
-
-    return SpecifierSet(python_requires).contains(platform.python_version(), prereleases=True)
+    """Whether this interpreter is in a range such as `>=3.12,<3.14`."""
+    # Not by `packaging`: an unsupported interpreter with nothing installed must be named too.
+    bounds = re.findall(r"(>=|<)([\d.]+)", python_requires)
+    return all(
+        (sys.version_info[:3] >= tuple(map(int, version.split(".")))) == (sign == ">=") for sign, version in bounds
+    )

@@ -5,9 +5,9 @@ Each module under megatron_hammer/cli/ has a `main(argv)` and its own --help.
 """
 
 import importlib
-import os
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from megatron_hammer import __version__
@@ -104,7 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     family = [command for command in COMMANDS if words and command.name.startswith(f"{words[0]} ")]
     # `family[:1]` has length 1 if the first word begins the names of commands, else 0.
     if words[len(family[:1]) :] in (["-h"], ["--help"]):
-        show(format_family(words[0], family) if family else format_map())
+        with suppress(BrokenPipeError):  # exit code 0 whether or not all of it was read: there is nothing left to do
+            print(format_family(words[0], family) if family else format_map())
         return 0
     raise ConfigError(describe_unknown(words, family))
 
@@ -113,14 +114,6 @@ def run(command: Command, arguments: list[str]) -> int | None:
     sys.argv = [f"hammer {command.name}", *arguments]  # argparse calls the program what argv[0] says
     result: int | None = importlib.import_module(f"{PACKAGE}.{command.module}").main(arguments)
     return result
-
-
-def show(text: str) -> None:
-    """Print a text whose reader, such as `head`, may leave before its end."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes again when it ends
 
 
 def format_map() -> str:

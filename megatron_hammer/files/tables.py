@@ -12,12 +12,18 @@ from rich.text import Text
 PLAIN_WIDTH = 300  # of a file or a pipe, which has no width of its own: no row is broken
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        # rich would exit with 1, which in some commands means "different"; exit_on_user_error knows the right code.
+        raise
+
+
 def open_console(stream: IO[str] | None = None) -> Console:
     """Return a console that prints texts as they are: brackets are no markup, and numbers have no colours.
 
     stream: standard output without it.
     """
-    console = Console(file=stream, highlight=False, markup=False, emoji=False)
+    console = _Console(file=stream, highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
     return console

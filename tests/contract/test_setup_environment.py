@@ -254,6 +254,25 @@ def test_check_names_what_is_missing(tmp_path: Path) -> None:
     assert "must be an extra of setup.py, got gpu" in run_check(setup_path, "--extra", "gpu").stderr
 
 
+@pytest.mark.parametrize(
+    ("python_requires", "is_supported"), [(">=3.12", True), ("<3.99,>=3.12", True), (">=3.99", False), ("<3.12", False)]
+)
+@pytest.mark.parametrize("flags", [(), ("-S",)], ids=["packaging", "nothing installed"])
+def test_check_names_an_unsupported_python_beside_what_is_missing(
+    python_requires: str, is_supported: bool, flags: tuple[str, ...], tmp_path: Path
+) -> None:
+    setup_path = tmp_path / "setup.py"
+    setup_path.write_text(
+        f"PYTHON_REQUIRES = {python_requires!r}\n"
+        "INSTALL_REQUIRES = ['surely-not-installed>=1']\n"
+        "EXTRAS_REQUIRE = {}\n"
+    )
+    command = [sys.executable, *flags, str(ROOT / "tools" / "check_environment.py"), "--setup-path", str(setup_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    expected = [] if is_supported else [f"python{python_requires}"]
+    assert (result.returncode, result.stdout.splitlines()) == (1, [*expected, "surely-not-installed>=1"]), result.stderr
+
+
 def test_check_takes_a_vendors_build_for_its_release(tmp_path: Path) -> None:
     pytest.importorskip("packaging", reason="packaging is missing: pip install packaging")
     vendor = tmp_path / "site" / "vendortorch-2.13.0a0+git.nv26.dist-info"

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -40,3 +42,61 @@ def test_an_interrupt_is_one_line_that_says_what_is_left(
 
 def test_a_main_that_ends_well_returns_what_it_returned() -> None:
     assert exit_on_interrupt("nothing was written")(exit_on_user_error(lambda number: number + 1))(2) == 3
+
+
+def run_unread(body: str, *flags: str) -> tuple[int, str]:
+    """Exit code and stderr of an entry point whose stdout is a pipe that nobody reads any more."""
+    program = (
+        "import sys\nfrom megatron_hammer.errors import *\n"
+        f"@exit_on_user_error\ndef main():\n    {body}\nsys.exit(main())"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    try:
+        result = subprocess.run(
+            [sys.executable, *flags, "-c", program],
+            stdout=write_end,
+            stderr=subprocess.PIPE,
+            env=environment,
+            text=True,
+            timeout=60,
+        )
+    finally:
+        os.close(write_end)
+    return result.returncode, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        ("print('short'); return 3", 3),
+        ("print('usage: ...'); sys.exit(0)", 0),
+        ("print('x' * 1_000_000); return 3", 141),
+        ("print('x' * 1_000_000, flush=True); return 3", 141),
+    ],
+)
+def test_a_command_whose_output_nobody_reads_ends_without_a_stack_trace(body: str, code: int) -> None:
+    assert run_unread(body) == (code, "")
+
+
+def test_a_table_that_nobody_reads_is_not_taken_for_a_finding() -> None:
+    body = "from megatron_hammer.files.tables import open_console; open_console().print('x'); return 1"
+    assert run_unread(body) == (141, "")
+
+
+def test_unbuffered_output_that_nobody_reads_ends_without_a_stack_trace() -> None:
+    assert run_unread("print('short'); return 3", "-u") == (141, "")
+
+
+def test_a_user_error_is_still_told_where_nobody_reads_the_output() -> None:
+    assert run_unread("print('begun'); raise ConfigError('lr: wrong.')") == (2, "error: lr: wrong.\n")
+
+
+def test_twin_a_broken_pipe_of_our_own_keeps_its_stack_trace() -> None:
+    @exit_on_user_error
+    def main() -> None:
+        raise BrokenPipeError("a pipe between processes")
+
+    with pytest.raises(BrokenPipeError, match="between processes"):
+        main()
