@@ -66,6 +66,8 @@ def _dense_config(args: Namespace) -> dict[str, Any]:
         return {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
     if args.add_qkv_bias and not args.add_bias_linear:
         return {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False}
+    if args.hidden_size % args.num_attention_heads:  # LlamaConfig refuses it
+        return {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
     has_bias = args.add_bias_linear
     return {
         "model_type": "llama",
@@ -122,6 +124,11 @@ def list_shapes(config: Mapping[str, Any]) -> Shapes:
 
 def read_head_dim(config: Mapping[str, Any]) -> int:
     return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+
+
+def count_experts(config: Mapping[str, Any]) -> int:
+    """transformers spells it in two ways, for one architecture in two of its versions."""
+    return config["num_experts"] if "num_experts" in config else config["num_local_experts"]
 
 
 def _list_layer_shapes(config: Mapping[str, Any]) -> Shapes:
@@ -214,8 +221,10 @@ def _permute_layer(config: Mapping[str, Any], hf: dict[str, Tensor]) -> dict[str
     for kind in ("weight", "bias"):
         if f"self_attn.q_proj.{kind}" in hf:
             query, key, value = (hf.pop(f"self_attn.{part}_proj.{kind}") for part in "qkv")
-            groups, d = config["num_key_value_heads"], read_head_dim(config)
-            megatron[f"self_attention.linear_qkv.{kind}"] = interleave_heads(query, key, value, groups, d)
+            groups = config.get("num_key_value_heads", config["num_attention_heads"])
+            megatron[f"self_attention.linear_qkv.{kind}"] = interleave_heads(
+                query, key, value, groups, read_head_dim(config)
+            )
         if f"self_attn.o_proj.{kind}" in hf:
             megatron[f"self_attention.linear_proj.{kind}"] = hf.pop(f"self_attn.o_proj.{kind}")
     for part in "qk":
@@ -230,13 +239,13 @@ def _permute_layer(config: Mapping[str, Any], hf: dict[str, Tensor]) -> dict[str
     if "block_sparse_moe.gate.weight" in hf:
         megatron["mlp.router.weight"] = hf.pop("block_sparse_moe.gate.weight")
         spelled = {"gate": "w1", "up": "w3", "down": "w2"}
-        for expert in range(config["num_local_experts"]):
+        for expert in range(count_experts(config)):
             own = {part: hf.pop(f"block_sparse_moe.experts.{expert}.{spelled[part]}.weight") for part in spelled}
             renamed = {f"{part}.weight": tensor for part, tensor in own.items()}
             megatron |= _permute_mlp(f"mlp.experts.experts.{expert}.", "{}", renamed)
         return megatron
     megatron["mlp.router.weight"] = hf.pop("mlp.gate.weight")
-    for expert in range(config["num_experts"]):
+    for expert in range(count_experts(config)):
         megatron |= _permute_mlp(f"mlp.experts.experts.{expert}.", f"mlp.experts.{expert}.{{}}_proj", hf)
     if "mlp.shared_expert_gate.weight" in hf:
         megatron |= _permute_mlp("mlp.shared_experts.", "mlp.shared_expert.{}_proj", hf)

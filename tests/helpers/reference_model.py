@@ -4,7 +4,7 @@ import torch
 
 from tests.helpers.whole_model import compute_logits
 
-BATCH_SIZE, SEQ_LENGTH = 5, 37
+BATCH_SIZE, SEQ_LENGTH = 5, 29
 
 
 def randomize(module: torch.nn.Module) -> None:
@@ -46,7 +46,7 @@ def compare(ours, reference, vocab_size: int) -> dict[str, float]:
     with torch.no_grad():
         expected = reference(tokens).logits
     assert logits.shape == expected.shape
-    assert expected.std() > 0.1  # else any two models agree
+    assert expected.std() > 0.05  # else any two models agree; a tied head has the small numbers of the embedding
     assert len(our_layers) == len(reference_layers) > 1
     pairs = enumerate(zip(our_layers, reference_layers, strict=True))
     differences = {f"layer {i}": (mine.transpose(0, 1) - theirs).abs().max().item() for i, (mine, theirs) in pairs}

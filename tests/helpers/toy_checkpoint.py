@@ -19,89 +19,13 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-# Llama with no two sizes alike; 53 tokens padded to 64.
-TOY_ARGUMENTS = {
-    "num_layers": 3,
-    "hidden_size": 24,
-    "ffn_hidden_size": 20,
-    "num_attention_heads": 6,
-    "group_query_attention": True,
-    "num_query_groups": 2,
-    "kv_channels": 4,
-    "vocab_size": 53,
-    "padded_vocab_size": 64,
-    "max_position_embeddings": 32,
-    "normalization": "RMSNorm",
-    "layernorm_epsilon": 1e-5,
-    "swiglu": True,
-    "bias_gelu_fusion": False,
-    "position_embedding_type": "rope",
-    "rotary_base": 10_000,
-    "add_bias_linear": False,
-    "add_qkv_bias": False,
-    "untie_embeddings_and_output_weights": True,
-    "embedding_norm": False,
-    "init_method_std": 0.02,
-    "attention_dropout": 0.0,
-    "hidden_dropout": 0.0,
-    "num_experts": None,
-    "tokenizer_model": None,
-    "preset": "toy",
-    "seq_length": 16,
-    "global_batch_size": 8,
-    "consumed_train_samples": 80,
-    "lr": 1e-3,
-    "min_lr": 1e-4,
-    "lr_decay_style": "cosine",
-    "weight_decay": 0.1,
-    "adam_beta1": 0.9,
-    "adam_beta2": 0.95,
-    "adam_eps": 1e-8,
-    "clip_grad": 1.0,
-    "seed": 1234,
-}
-MOE_ARGUMENTS = {
-    "num_experts": 5,
-    "moe_layer_freq": 1,
-    "moe_router_topk": 2,
-    "moe_ffn_hidden_size": 12,  # transformers' grouped matrix product wants rows of a multiple of 16 bytes
-    "moe_shared_expert_intermediate_size": 9,
-    "moe_shared_expert_gate": True,
-    "moe_aux_loss_coeff": 0.01,
-    "moe_router_pre_softmax": False,
-    "moe_router_score_function": "softmax",
-}
-GPT2_ARGUMENTS = {
-    "group_query_attention": False,
-    "normalization": "LayerNorm",
-    "swiglu": False,
-    "bias_gelu_fusion": True,
-    "position_embedding_type": "learned_absolute",
-    "add_bias_linear": True,
-    "untie_embeddings_and_output_weights": False,
-}
-
-
-def toy_arguments(**changes: Any) -> Namespace:
-    return Namespace(**(TOY_ARGUMENTS | changes))
+from tests.helpers.toy_model import draw_weights, stack_layers, toy_arguments
 
 
 def toy_llama_tensors(*, dtype: torch.dtype = torch.float32, seed: int = 1) -> dict[str, Tensor]:
-    """Random weights for TOY_ARGUMENTS under the keys of torch_dist: layers stacked, vocabulary padded."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {
-        "embedding.word_embeddings.weight": (64, 24),
-        "decoder.layers.self_attention.linear_qkv.layer_norm_weight": (3, 24),
-        "decoder.layers.self_attention.linear_qkv.weight": (3, 40, 24),
-        "decoder.layers.self_attention.linear_proj.weight": (3, 24, 24),
-        "decoder.layers.mlp.linear_fc1.layer_norm_weight": (3, 24),
-        "decoder.layers.mlp.linear_fc1.weight": (3, 40, 24),
-        "decoder.layers.mlp.linear_fc2.weight": (3, 24, 20),
-        "decoder.final_layernorm.weight": (24,),
-        "output_layer.weight": (64, 24),
-        "optimizer.state.exp_avg.output_layer.weight": (64, 24),
-    }
-    return {key: torch.randn(shape, generator=generator).to(dtype) for key, shape in shapes.items()}
+    """Random weights of the toy Llama under the keys of torch_dist, and one tensor of the optimizer."""
+    tensors = stack_layers(draw_weights(dtype=dtype, seed=seed))
+    return tensors | {"optimizer.state.exp_avg.output_layer.weight": tensors["output_layer.weight"].flip(0)}
 
 
 def write_toy_checkpoint(

@@ -10,25 +10,27 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.helpers.hf_by_hand import list_shapes
+from tests.helpers.toy_model import LLAMA
 
-# No two sizes alike.
 LLAMA_CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    "vocab_size": 53,
-    "hidden_size": 24,
-    "intermediate_size": 20,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32,
+    "vocab_size": LLAMA.vocab_size,
+    "hidden_size": LLAMA.hidden_size,
+    "intermediate_size": LLAMA.ffn_hidden_size,
+    "num_hidden_layers": LLAMA.num_layers,
+    "num_attention_heads": LLAMA.num_attention_heads,
+    "num_key_value_heads": LLAMA.num_query_groups,
+    "max_position_embeddings": LLAMA.max_position_embeddings,
     "rms_norm_eps": 1e-5,
     "rope_theta": 20000.0,
     "tie_word_embeddings": False,
 }
 
 
-def draw_weights(config: Mapping[str, Any], *, dtype: torch.dtype = torch.bfloat16, seed: int = 3) -> dict[str, Tensor]:
+def draw_hf_weights(
+    config: Mapping[str, Any], *, dtype: torch.dtype = torch.bfloat16, seed: int = 3
+) -> dict[str, Tensor]:
     """Random weights under the names that transformers gives them."""
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in list_shapes(config).items()}
@@ -40,7 +42,7 @@ def write_toy_folder(
     """Write config.json with `changes` and the weights (random ones); returns them."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {**LLAMA_CONFIG, **changes}
-    weights = dict(draw_weights(config, dtype=dtype) if weights is None else weights)
+    weights = dict(draw_hf_weights(config, dtype=dtype) if weights is None else weights)
     (folder / "config.json").write_text(json.dumps(config))
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return weights

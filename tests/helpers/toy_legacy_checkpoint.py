@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tests.helpers.tensor_parallel_parts import split_by_name
-from tests.helpers.toy_checkpoint import toy_arguments
+from tests.helpers.toy_model import GPT2_ARGUMENTS, draw_weights, toy_arguments
 
-NUM_LAYERS, HIDDEN, HEADS, HEAD_DIM, FFN, VOCAB, POSITIONS = 4, 24, 6, 4, 20, 64, 32
+NUM_LAYERS = 4  # two stages of two chunks each hold one layer per chunk
 # Sequence of a layer's tensors in a model of before megatron-core, with their mcore names.
 OLD_LAYER = {
     "input_layernorm": "self_attention.linear_qkv.layer_norm_",
@@ -24,46 +24,12 @@ OLD_LAYER = {
 }
 
 
-def llama_weights(*, num_layers: int = NUM_LAYERS, num_groups: int = 2, seed: int = 3) -> dict[str, Tensor]:
-    """Random weights by mcore name with no two sizes alike: gated MLP, grouped queries, an untied head."""
-    shapes: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (VOCAB, HIDDEN)}
-    for layer in range(num_layers):
-        shapes |= {
-            f"decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight": (HIDDEN,),
-            f"decoder.layers.{layer}.self_attention.linear_proj.weight": (HIDDEN, HEADS * HEAD_DIM),
-            f"decoder.layers.{layer}.self_attention.linear_qkv.weight": ((HEADS + 2 * num_groups) * HEAD_DIM, HIDDEN),
-            f"decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight": (HIDDEN,),
-            f"decoder.layers.{layer}.mlp.linear_fc1.weight": (2 * FFN, HIDDEN),
-            f"decoder.layers.{layer}.mlp.linear_fc2.weight": (HIDDEN, FFN),
-        }
-    shapes |= {"decoder.final_layernorm.weight": (HIDDEN,), "output_layer.weight": (VOCAB, HIDDEN)}
-    return _random(shapes, seed)
+def llama_weights() -> dict[str, Tensor]:
+    return draw_weights(legacy_arguments(), seed=3)
 
 
-def gpt2_weights(*, seed: int = 4) -> dict[str, Tensor]:
-    """The same with biases, learned positions, a plain MLP and a tied head."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "embedding.word_embeddings.weight": (VOCAB, HIDDEN),
-        "embedding.position_embeddings.weight": (POSITIONS, HIDDEN),
-    }
-    for layer in range(NUM_LAYERS):
-        for kind in ("weight", "bias"):
-            wide = (HIDDEN,) if kind == "weight" else ()
-            shapes |= {
-                f"decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_{kind}": (HIDDEN,),
-                f"decoder.layers.{layer}.self_attention.linear_qkv.{kind}": (3 * HEADS * HEAD_DIM, *wide),
-                f"decoder.layers.{layer}.self_attention.linear_proj.{kind}": (HIDDEN, *wide),
-                f"decoder.layers.{layer}.mlp.linear_fc1.layer_norm_{kind}": (HIDDEN,),
-                f"decoder.layers.{layer}.mlp.linear_fc1.{kind}": (FFN, *wide),
-                f"decoder.layers.{layer}.mlp.linear_fc2.{kind}": (HIDDEN, FFN) if kind == "weight" else (HIDDEN,),
-            }
-    shapes |= {f"decoder.final_layernorm.{kind}": (HIDDEN,) for kind in ("weight", "bias")}
-    return _random(shapes, seed)
-
-
-def _random(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+def gpt2_weights() -> dict[str, Tensor]:
+    return draw_weights(legacy_arguments(**GPT2_ARGUMENTS), seed=4)
 
 
 def legacy_arguments(**changes: Any) -> Namespace:

@@ -11,10 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.helpers.hf_by_hand import list_shapes, permute_to_megatron, write_config
-from tests.helpers.toy_checkpoint import toy_arguments, write_toy_checkpoint
-
-PADDED_VOCAB_SIZE = 64
-VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+from tests.helpers.toy_checkpoint import write_toy_checkpoint
+from tests.helpers.toy_model import PADDED_VOCAB_SIZE, VOCABULARY, toy_arguments
 
 
 def write_toy_pair(

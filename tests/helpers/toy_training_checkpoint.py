@@ -11,10 +11,11 @@ from torch import Tensor
 from megatron_hammer.checkpoint_files.pickle_writer import dump_object
 from megatron_hammer.checkpoint_files.torch_dist.store import TorchDistStore
 from megatron_hammer.checkpoint_files.torch_dist.writer import open_checkpoint_writer
-from tests.helpers.toy_checkpoint import MOE_ARGUMENTS, cut, toy_arguments
+from tests.helpers.toy_checkpoint import cut
+from tests.helpers.toy_model import PLAIN_MOE_ARGUMENTS, draw_weights, stack_layers, toy_arguments
 
-NUM_LAYERS, HIDDEN, FFN, NUM_EXPERTS, EXPERT_FFN = 4, 24, 20, 6, 12
-NUM_TOKENS, NUM_ROWS = 53, 64
+NUM_LAYERS = 4  # two stages of two chunks each hold one layer per chunk
+NUM_EXPERTS = 6  # two expert-parallel ranks, or three, hold equal parts
 LAYOUT_ARGUMENTS = {
     "num_layers": NUM_LAYERS,
     "make_vocab_size_divisible_by": 16,
@@ -59,37 +60,13 @@ VECTOR_GROUP = {**MATRIX_GROUP, "wd_mult": 0.0}
 
 
 def training_arguments(*, is_moe: bool = False, **changes: Any) -> Namespace:
-    experts = {**MOE_ARGUMENTS, "num_experts": NUM_EXPERTS, "moe_ffn_hidden_size": EXPERT_FFN} if is_moe else {}
+    experts = {**PLAIN_MOE_ARGUMENTS, "num_experts": NUM_EXPERTS} if is_moe else {}
     return toy_arguments(**(LAYOUT_ARGUMENTS | experts | changes))
 
 
 def model_tensors(*, is_moe: bool = False, dtype: torch.dtype = torch.float32, seed: int = 1) -> dict[str, Tensor]:
-    """Random weights under the keys of torch_dist: layers (and experts) stacked, vocabulary padded."""
-    generator = torch.Generator().manual_seed(seed)
-    dense = {
-        "mlp.linear_fc1.layer_norm_weight": (HIDDEN,),
-        "mlp.linear_fc1.weight": (2 * FFN, HIDDEN),
-        "mlp.linear_fc2.weight": (HIDDEN, FFN),
-    }
-    experts = {
-        "pre_mlp_layernorm.weight": (HIDDEN,),
-        "mlp.router.weight": (NUM_EXPERTS, HIDDEN),
-        "mlp.experts.experts.linear_fc1.weight": (NUM_EXPERTS, 2 * EXPERT_FFN, HIDDEN),
-        "mlp.experts.experts.linear_fc2.weight": (NUM_EXPERTS, HIDDEN, EXPERT_FFN),
-    }
-    in_layers = {
-        "self_attention.linear_qkv.layer_norm_weight": (HIDDEN,),
-        "self_attention.linear_qkv.weight": (40, HIDDEN),
-        "self_attention.linear_proj.weight": (HIDDEN, HIDDEN),
-        **(experts if is_moe else dense),
-    }
-    shapes = {
-        "embedding.word_embeddings.weight": (NUM_ROWS, HIDDEN),
-        **{f"decoder.layers.{name}": (NUM_LAYERS, *shape) for name, shape in in_layers.items()},
-        "decoder.final_layernorm.weight": (HIDDEN,),
-        "output_layer.weight": (NUM_ROWS, HIDDEN),
-    }
-    return {key: torch.randn(shape, generator=generator).to(dtype) for key, shape in shapes.items()}
+    """Random weights under the keys of torch_dist."""
+    return stack_layers(draw_weights(training_arguments(is_moe=is_moe), dtype=dtype, seed=seed))
 
 
 def optimizer_tensors(model: dict[str, Tensor], *, master: str = "param") -> dict[str, Tensor]:

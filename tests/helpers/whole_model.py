@@ -11,9 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.hugging_face.families.catalogue import select_family
-from megatron_hammer.checkpoint.hugging_face.family import expand
-from megatron_hammer.checkpoint.hugging_face.tensor_rows import TensorPair
 from megatron_hammer.checkpoint.verification.megatron_model import name_parameters as checkpoint_parameters
 from megatron_hammer.checkpoint.verification.megatron_model import single_rank as single_rank
 from megatron_hammer.checkpoint_files.checkpoint_reader import VOCABULARY_TENSORS
@@ -22,27 +19,15 @@ from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.platforms import megatron_compat
 from megatron_hammer.presets.preset import Preset, Recipe
 
-# No two dimensions alike, so that no swapped axis can pass. Vocabulary 501 is padded to 512.
-TOY_LLAMA = ModelShape(
-    name="toy-llama",
-    source="",
-    num_layers=3,
-    hidden_size=96,
-    ffn_hidden_size=136,
-    num_attention_heads=12,
-    num_query_groups=4,
-    vocab_size=501,
-    max_position_embeddings=64,
-)
 TOY_RECIPE = Recipe(
     source="",
-    seq_length=37,
+    seq_length=29,
     global_batch_size=2,
     micro_batch_size=2,
     lr=1e-3,
     min_lr=0.0,
     lr_warmup_steps=0,
-    train_tokens=2 * 37,
+    train_tokens=2 * 29,
     precision="fp32",
 )
 
@@ -91,15 +76,6 @@ def load_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
         if name in VOCABULARY_TENSORS:
             value = torch.nn.functional.pad(value, (0, 0, 0, parameter.shape[0] - value.shape[0]))
         parameter.copy_(value)
-
-
-def merge_weights(shape: ModelShape, hf_weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """HF tensors as Megatron's, through the inverse direction of the mapping; uses every one of them."""
-    pairs: list[TensorPair] = expand(select_family(shape), shape)
-    assert {name for pair in pairs for name in pair.hf_names} == set(hf_weights)
-    return {
-        pair.megatron_name: pair.layout.merge([hf_weights[name] for name in pair.hf_names], shape) for pair in pairs
-    }
 
 
 def compute_logits(model: Any, tokens: Tensor, *, vocab_size: int) -> Tensor:

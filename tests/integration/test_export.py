@@ -17,7 +17,8 @@ from megatron_hammer.checkpoint.convert.to_hugging_face import ExportOptions, ex
 from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
 from megatron_hammer.data.indexed.pair import IndexedWriter
 from tests.helpers.tool_runs import run_example, run_tool, run_tool_here, start_tool
-from tests.helpers.toy_checkpoint import toy_arguments, toy_llama_tensors, write_toy_checkpoint
+from tests.helpers.toy_checkpoint import toy_llama_tensors, write_toy_checkpoint
+from tests.helpers.toy_model import toy_arguments
 from tests.helpers.toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
 from tests.helpers.training_runs import TOY_MODEL, TOY_MOE, TOY_SCHEDULE, environment, train
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from tests.helpers.gguf_models import VOCAB_SIZE, make_toy_model, write_gguf_source
 from tests.helpers.messages import assert_errors, assert_problem
 from tests.helpers.tool_runs import run_tool, run_tool_here
-from tests.helpers.toy_checkpoint import toy_arguments, toy_llama_tensors, write_toy_checkpoint
+from tests.helpers.toy_checkpoint import toy_llama_tensors, write_toy_checkpoint
+from tests.helpers.toy_model import toy_arguments
 
 pytestmark = pytest.mark.integration
 

@@ -13,9 +13,8 @@ from megatron_hammer.checkpoint.hugging_face.family import expand
 from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
 from megatron_hammer.model.accounting import count_parameters
 from megatron_hammer.presets.catalogue import PRESETS
-from tests.helpers.toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments
+from tests.helpers.toy_model import GPT2_ARGUMENTS, MOE_ARGUMENTS, PLAIN_MOE_ARGUMENTS, toy_arguments
 
-PLAIN_MOE_ARGUMENTS = MOE_ARGUMENTS | {"moe_shared_expert_intermediate_size": None}
 SCALED_ROPE = {"rotary_base": 500_000, "use_rope_scaling": True, "rope_scaling_factor": 32.0}
 CASES = {
     "llama": {},

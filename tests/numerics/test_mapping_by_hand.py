@@ -12,9 +12,8 @@ from megatron_hammer.checkpoint.hugging_face.families.catalogue import FAMILIES,
 from megatron_hammer.checkpoint.hugging_face.family import expand
 from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_dropout, read_saved_model
 from tests.helpers.hf_by_hand import list_shapes, permute_to_megatron, write_config
-from tests.helpers.toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments
+from tests.helpers.toy_model import GPT2_ARGUMENTS, MOE_ARGUMENTS, PLAIN_MOE_ARGUMENTS, toy_arguments
 
-PLAIN_MOE = MOE_ARGUMENTS | {"moe_shared_expert_intermediate_size": None, "moe_shared_expert_gate": False}
 TOYS = {
     "llama": {},
     "llama with biases": {"add_bias_linear": True},
@@ -22,10 +21,10 @@ TOYS = {
     "llama of wide heads": {"kv_channels": 10},
     "qwen2": {"add_qkv_bias": True},
     "qwen3": {"qk_layernorm": True, "kv_channels": 10},
-    "mixtral": PLAIN_MOE | {"ffn_hidden_size": 12},  # its config.json has one width for both
+    "mixtral": PLAIN_MOE_ARGUMENTS | {"ffn_hidden_size": 12},  # its config.json has one width for both
     "qwen2 moe": MOE_ARGUMENTS | {"add_qkv_bias": True},
     "qwen2 moe without bias": MOE_ARGUMENTS,
-    "qwen3 moe": PLAIN_MOE | {"qk_layernorm": True, "kv_channels": 10},
+    "qwen3 moe": PLAIN_MOE_ARGUMENTS | {"qk_layernorm": True, "kv_channels": 10},
     "gpt2": GPT2_ARGUMENTS,
     "gpt2 untied": GPT2_ARGUMENTS | {"untie_embeddings_and_output_weights": True},
 }

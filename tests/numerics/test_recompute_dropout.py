@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tests.helpers.whole_model import TOY_LLAMA, build_whole_model, read_arguments, single_rank
+from tests.helpers.toy_model import LLAMA
+from tests.helpers.whole_model import build_whole_model, read_arguments, single_rank
 
 DROPOUT = ("--hidden-dropout", "0.1", "--attention-dropout", "0.2")
 FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
@@ -21,9 +22,9 @@ def compute_gradients(*flags: str) -> tuple[torch.Tensor, dict[str, torch.Tensor
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     model_parallel_cuda_manual_seed(5)
-    model = build_whole_model(read_arguments(TOY_LLAMA, flags)).train()
+    model = build_whole_model(read_arguments(LLAMA, flags)).train()
     model_parallel_cuda_manual_seed(6)
-    tokens = torch.randint(TOY_LLAMA.vocab_size, (2, 38), generator=torch.Generator().manual_seed(7))
+    tokens = torch.randint(LLAMA.vocab_size, (2, 38), generator=torch.Generator().manual_seed(7))
     positions = torch.arange(37).expand(2, -1)
     losses = model(tokens[:, :-1], positions, None, labels=tokens[:, 1:].contiguous())
     losses.sum().backward()

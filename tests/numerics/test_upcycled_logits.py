@@ -8,8 +8,8 @@ import torch
 from megatron_hammer.checkpoint.surgery.upcycle import ExpertShape, upcycle
 from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
 from megatron_hammer.checkpoint_files.torch_dist.writer import open_checkpoint_writer
+from tests.helpers.toy_model import LLAMA
 from tests.helpers.whole_model import (
-    TOY_LLAMA,
     build_whole_model,
     checkpoint_parameters,
     compute_logits,
@@ -18,7 +18,7 @@ from tests.helpers.whole_model import (
     single_rank,
 )
 
-TOLERANCE = 2e-6  # measured 2.4e-7 on logits of up to 0.9, in fp32: sums over experts are in another order
+TOLERANCE = 5e-7  # measured 6e-8 on logits of up to 0.4, in fp32: sums over experts are in another order
 
 
 def save(folder, model, namespace):
@@ -53,25 +53,25 @@ def save(folder, model, namespace):
     ids=["copies", "slices", "pre-softmax"],
 )
 def test_logits(tmp_path, shape, is_equal):
-    tokens = torch.randint(0, TOY_LLAMA.vocab_size, (2, 23), generator=torch.Generator().manual_seed(6))
+    tokens = torch.randint(0, LLAMA.vocab_size, (2, 23), generator=torch.Generator().manual_seed(6))
     with single_rank():
-        namespace = read_arguments(TOY_LLAMA)
+        namespace = read_arguments(LLAMA)
         dense = build_whole_model(namespace)
-        expected = compute_logits(dense, tokens, vocab_size=TOY_LLAMA.vocab_size)
+        expected = compute_logits(dense, tokens, vocab_size=LLAMA.vocab_size)
         save(tmp_path / "dense", dense, namespace)
         upcycle(tmp_path / "dense", tmp_path / "moe", shape)
         reader = open_checkpoint(tmp_path / "moe")
         flags = ["--num-experts", str(shape.num_experts), "--moe-router-topk", str(shape.router_topk)]
         flags += ["--moe-ffn-hidden-size", str(reader.args.moe_ffn_hidden_size)]
         flags += ["--moe-router-pre-softmax"] if shape.has_pre_softmax else []
-        mixture = build_whole_model(read_arguments(TOY_LLAMA, flags))
-        reader.remove_vocab_padding(TOY_LLAMA.vocab_size)
+        mixture = build_whole_model(read_arguments(LLAMA, flags))
+        reader.remove_vocab_padding(LLAMA.vocab_size)
         load_weights(mixture, {name: reader.read(name) for name in reader.tensors})
-        found = compute_logits(mixture, tokens, vocab_size=TOY_LLAMA.vocab_size)
+        found = compute_logits(mixture, tokens, vocab_size=LLAMA.vocab_size)
         for parameter in checkpoint_parameters(mixture).values():
             if parameter.shape[-1] == reader.args.moe_ffn_hidden_size:
                 parameter *= 1.01  # the twin: experts that are not the dense MLP
-        twin = compute_logits(mixture, tokens, vocab_size=TOY_LLAMA.vocab_size)
+        twin = compute_logits(mixture, tokens, vocab_size=LLAMA.vocab_size)
     difference = (found - expected).abs().max().item()
     print(f"largest difference {difference:.1e} of {expected.abs().max().item():.1f}")
     assert (difference < TOLERANCE) == is_equal

@@ -17,15 +17,15 @@ from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow, 
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.tokenizer.export.export_tokenizer import export_tokenizer
 from tests.helpers.hf_by_hand import list_shapes, permute_to_megatron, write_config
-from tests.helpers.toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS
 from tests.helpers.toy_legacy_checkpoint import legacy_arguments, write_legacy_checkpoint
+from tests.helpers.toy_model import GPT2_ARGUMENTS, MOE_ARGUMENTS, PLAIN_MOE_ARGUMENTS
 from tests.helpers.toy_pair import change_folder, read_folder, write_folder, write_toy_pair
 from tests.helpers.toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
 
 FAMILIES = {
     "llama": {},
     "moe": MOE_ARGUMENTS,
-    "mixtral": MOE_ARGUMENTS | {"moe_shared_expert_intermediate_size": None, "moe_shared_expert_gate": False},
+    "mixtral": PLAIN_MOE_ARGUMENTS,
     "gpt2": GPT2_ARGUMENTS,
     "qwen3 of wide heads": {"qk_layernorm": True, "kv_channels": 10},
     "tied": {"untie_embeddings_and_output_weights": False},

@@ -8,24 +8,22 @@ from megatron_hammer.model.accounting import count_parameters
 from megatron_hammer.model.shape import ModelShape, MoeShape, RopeScaling
 from megatron_hammer.presets.catalogue import PRESETS
 from tests.helpers.parsed_flags import TINY, parse
-
-TOY = ModelShape(
-    name="toy",
-    source="this test",
-    num_layers=2,
-    hidden_size=24,
-    ffn_hidden_size=20,
-    num_attention_heads=6,
-    num_query_groups=2,
-    vocab_size=53,
-    max_position_embeddings=32,
-)
+from tests.helpers.toy_model import GPT2, GPT2_ARGUMENTS, LLAMA, MOE, MOE_ARGUMENTS, toy_arguments
 
 
 def read_arguments(model: ModelShape) -> argparse.Namespace:
     """What a run of the model has in Megatron's namespace, whose own defaults stand for what is not set."""
     defaults = {"bias_gelu_fusion": True, "num_experts": None}
     return argparse.Namespace(**defaults | build_model_arguments(model))
+
+
+@pytest.mark.parametrize(
+    ("changes", "model"),
+    [({}, LLAMA), (GPT2_ARGUMENTS, GPT2), (MOE_ARGUMENTS, MOE)],
+    ids=["llama", "gpt2", "mixture of experts"],
+)
+def test_saved_arguments_spelt_by_hand_are_the_shape_spelt_by_hand(changes: dict, model: ModelShape) -> None:
+    assert read_model(toy_arguments(**changes), name="toy") == model
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -48,7 +46,7 @@ def test_every_field_is_translated_and_a_change_of_one_is_noticed() -> None:
         aux_loss_coeff=0.03,
     )
     changes = {
-        "num_layers": 3,
+        "num_layers": 5,
         "hidden_size": 36,
         "ffn_hidden_size": 28,
         "num_attention_heads": 4,
@@ -74,16 +72,16 @@ def test_every_field_is_translated_and_a_change_of_one_is_noticed() -> None:
     assert changes.keys() | {"name", "source"} == {field.name for field in dataclasses.fields(ModelShape)}
     for name, value in changes.items():
         linear = {"has_qkv_bias": True} if name == "has_linear_bias" else {}
-        changed = dataclasses.replace(TOY, **{name: value}, **linear)
-        assert changed != TOY
+        changed = dataclasses.replace(LLAMA, **{name: value}, **linear)
+        assert changed != LLAMA
         assert read_model(read_arguments(changed)) == changed, name
 
 
 def test_arguments_saved_before_a_flag_existed_mean_what_megatron_did_then() -> None:
-    arguments = read_arguments(TOY)
+    arguments = read_arguments(LLAMA)
     for name in ("embedding_norm", "qk_layernorm", "use_rope_scaling", "rotary_seq_len_interpolation_factor"):
         delattr(arguments, name)
-    assert read_model(arguments) == TOY
+    assert read_model(arguments) == LLAMA
     del arguments.swiglu
     with pytest.raises(AttributeError, match="swiglu"):
         read_model(arguments)
@@ -91,7 +89,7 @@ def test_arguments_saved_before_a_flag_existed_mean_what_megatron_did_then() -> 
 
 def test_a_gate_of_no_shared_expert_and_a_factor_of_one_change_nothing() -> None:
     moe = MoeShape(num_experts=5, router_topk=3, ffn_hidden_size=12)
-    mixture = dataclasses.replace(TOY, moe=moe)
+    mixture = dataclasses.replace(LLAMA, moe=moe)
     arguments = read_arguments(mixture)
     arguments.moe_shared_expert_gate, arguments.rotary_seq_len_interpolation_factor = True, 1
     assert read_model(arguments) == mixture

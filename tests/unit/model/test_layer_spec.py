@@ -1,11 +1,10 @@
 """Both backends write the same checkpoint: TransformerEngine's names, with each norm inside the layer behind it."""
 
-import dataclasses
-
 import pytest
 
-from megatron_hammer.model.shape import ModelShape, MoeShape
-from tests.helpers.whole_model import TOY_LLAMA, build_whole_model, read_arguments, single_rank
+from megatron_hammer.model.shape import ModelShape
+from tests.helpers.toy_model import GPT2, LLAMA, MOE
+from tests.helpers.whole_model import build_whole_model, read_arguments, single_rank
 
 ENDS = ("embedding.word_embeddings.weight", "decoder.final_layernorm.weight", "output_layer.weight")
 ATTENTION = (
@@ -14,7 +13,7 @@ ATTENTION = (
     "self_attention.linear_proj.weight",
 )
 DENSE = (*ATTENTION, "mlp.linear_fc1.layer_norm_weight", "mlp.linear_fc1.weight", "mlp.linear_fc2.weight")
-MOE = (
+MOE_LAYER = (
     *ATTENTION,
     "pre_mlp_layernorm.weight",
     "mlp.router.weight",
@@ -32,22 +31,6 @@ GPT = (
     "mlp.linear_fc1.layer_norm_bias",
     "mlp.linear_fc1.bias",
     "mlp.linear_fc2.bias",
-)
-MOE_SHAPE = MoeShape(
-    num_experts=5,
-    router_topk=2,
-    ffn_hidden_size=56,
-    shared_expert_intermediate_size=72,
-    has_shared_expert_gate=True,
-)
-GPT_TOY = dataclasses.replace(
-    TOY_LLAMA,
-    num_query_groups=12,
-    normalization="LayerNorm",
-    activation="gelu_tanh",
-    position_embedding_type="learned_absolute",
-    has_linear_bias=True,
-    has_tied_embeddings=True,
 )
 
 
@@ -70,10 +53,10 @@ def layers(names: tuple[str, ...]) -> list[str]:
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
-        (TOY_LLAMA, [*ENDS, *layers(DENSE)]),
-        (dataclasses.replace(TOY_LLAMA, moe=MOE_SHAPE), [*ENDS, *layers(MOE)]),
+        (LLAMA, [*ENDS, *layers(DENSE)]),
+        (MOE, [*ENDS, *layers(MOE_LAYER)]),
         (
-            GPT_TOY,
+            GPT2,
             [*ENDS[:2], "embedding.position_embeddings.weight", "decoder.final_layernorm.bias", *layers(GPT)],
         ),
     ],
@@ -84,30 +67,30 @@ def test_checkpoint_names(model: ModelShape, expected: list[str]) -> None:
 
 
 def test_the_embedding_norm_has_a_name_of_its_own() -> None:
-    with_norm = list_keys(TOY_LLAMA, "--embedding-norm")
-    assert set(with_norm) - set(list_keys(TOY_LLAMA)) == {"embedding_norm.weight", "embedding_norm.bias"}
+    with_norm = list_keys(LLAMA, "--embedding-norm")
+    assert set(with_norm) - set(list_keys(LLAMA)) == {"embedding_norm.weight", "embedding_norm.bias"}
 
 
 def test_modules_are_torchs() -> None:
     from megatron_hammer.model.torch_modules import SdpaAttention
 
-    layer = build_whole_model(read_arguments(TOY_LLAMA)).decoder.layers[1]
+    layer = build_whole_model(read_arguments(LLAMA)).decoder.layers[1]
     assert isinstance(layer.self_attention.core_attention, SdpaAttention)
     assert (
         type(layer.input_layernorm).__module__
         == type(layer.pre_mlp_layernorm).__module__
         == "torch.nn.modules.normalization"
     )
-    assert layer.self_attention.linear_qkv.weight.shape == (160, 96)  # (12 + 2 * 4) heads of 8
+    assert layer.self_attention.linear_qkv.weight.shape == (40, 24)  # (6 + 2 * 2) heads of 4
 
 
 def test_each_backend_builds_its_own_spec(monkeypatch) -> None:
     from megatron_hammer.model import layer_spec
     from megatron_hammer.model.torch_modules import TorchNorm
 
-    config = build_whole_model(read_arguments(TOY_LLAMA)).config
+    config = build_whole_model(read_arguments(LLAMA)).config
     block = layer_spec.build_block_spec(config, "torch")
     assert block.layer_norm is TorchNorm
-    assert len(block.layer_specs) == TOY_LLAMA.num_layers
+    assert len(block.layer_specs) == LLAMA.num_layers
     monkeypatch.setattr(layer_spec, "get_gpt_layer_with_transformer_engine_spec", lambda *arguments: arguments)
     assert layer_spec.build_block_spec(config, "te") == (None, False, False)

@@ -18,33 +18,15 @@ from megatron_hammer.checkpoint.hugging_face.family import expand
 from megatron_hammer.checkpoint.hugging_face.folder import HfFolder, open_hf_folder
 from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
 from megatron_hammer.errors import ConversionError
-from megatron_hammer.model.shape import ModelShape, MoeShape
+from megatron_hammer.model.shape import ModelShape
 from tests.helpers.messages import assert_problems
-from tests.helpers.whole_model import TOY_LLAMA, build_whole_model, checkpoint_parameters, read_arguments, single_rank
+from tests.helpers.toy_model import GPT2, LLAMA, MOE
+from tests.helpers.whole_model import build_whole_model, checkpoint_parameters, read_arguments, single_rank
 
-MOE = dataclasses.replace(
-    TOY_LLAMA,
-    has_qkv_bias=True,
-    moe=MoeShape(
-        num_experts=5,
-        router_topk=2,
-        ffn_hidden_size=56,
-        shared_expert_intermediate_size=72,
-        has_shared_expert_gate=True,
-    ),
-)
-TIED = dataclasses.replace(TOY_LLAMA, has_tied_embeddings=True, has_qk_norm=True)
-GPT2 = dataclasses.replace(
-    TOY_LLAMA,
-    num_query_groups=12,
-    normalization="LayerNorm",
-    activation="gelu_tanh",
-    position_embedding_type="learned_absolute",
-    has_linear_bias=True,
-    has_tied_embeddings=True,
-)
+BIASED_MOE = dataclasses.replace(MOE, has_qkv_bias=True)
+TIED = dataclasses.replace(LLAMA, has_tied_embeddings=True, has_qk_norm=True)
 EMBEDDING = "model.embed_tokens.weight"
-ROWS = TOY_LLAMA.vocab_size
+ROWS, HIDDEN = LLAMA.vocab_size, LLAMA.hidden_size
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -73,7 +55,7 @@ def write_folder(folder: Path, model: ModelShape, *, dtype: torch.dtype = torch.
     return open_hf_folder(folder)
 
 
-@pytest.mark.parametrize("model", [TOY_LLAMA, TIED, MOE, GPT2], ids=["llama", "tied-qk-norm", "moe", "gpt2"])
+@pytest.mark.parametrize("model", [LLAMA, TIED, BIASED_MOE, GPT2], ids=["llama", "tied-qk-norm", "moe", "gpt2"])
 def test_every_parameter_is_what_the_mapping_makes_of_the_folder(model: ModelShape, tmp_path: Path) -> None:
     source = write_folder(tmp_path / "hf", model)
     built = build_whole_model(read_arguments(model))
@@ -85,13 +67,13 @@ def test_every_parameter_is_what_the_mapping_makes_of_the_folder(model: ModelSha
         expected, parameter = source.read_pair(pair), parameters[pair.megatron_name]
         assert torch.equal(parameter[: len(expected)], expected), pair.megatron_name
         assert not parameter[len(expected) :].any(), "padding rows"
-    assert parameters["embedding.word_embeddings.weight"].shape[0] == 512
+    assert parameters["embedding.word_embeddings.weight"].shape[0] == 128
 
 
 def test_a_swapped_layer_would_show(tmp_path: Path) -> None:
     """The twin: every tensor of every layer has values of its own."""
-    source = write_folder(tmp_path / "hf", TOY_LLAMA)
-    built = build_whole_model(read_arguments(TOY_LLAMA))
+    source = write_folder(tmp_path / "hf", LLAMA)
+    built = build_whole_model(read_arguments(LLAMA))
     fill_chunks([built], source)
     first, second = (layer.mlp.linear_fc1.weight for layer in built.decoder.layers[:2])
     assert not torch.equal(first, second)
@@ -100,10 +82,10 @@ def test_a_swapped_layer_would_show(tmp_path: Path) -> None:
 
 
 def test_fp32_copies_take_the_digits_that_bf16_drops(tmp_path: Path) -> None:
-    source = write_folder(tmp_path / "hf", TOY_LLAMA)
-    built = build_whole_model(read_arguments(TOY_LLAMA)).bfloat16()
+    source = write_folder(tmp_path / "hf", LLAMA)
+    built = build_whole_model(read_arguments(LLAMA)).bfloat16()
     weight = built.decoder.layers[1].mlp.linear_fc1.weight
-    masters = {weight: MasterWeights(tensor=torch.zeros(96 * 7), start=96 * 3)}
+    masters = {weight: MasterWeights(tensor=torch.zeros(HIDDEN * 7), start=HIDDEN * 3)}
     fill_chunks([built], source, find_master=masters.get)
     pair = next(pair for pair in source.pairs if pair.megatron_name == "decoder.layers.1.mlp.linear_fc1.weight")
     expected = source.read_pair(pair)
@@ -113,11 +95,11 @@ def test_fp32_copies_take_the_digits_that_bf16_drops(tmp_path: Path) -> None:
 
 
 def test_values_that_are_not_finite_are_named_all_at_once(tmp_path: Path) -> None:
-    embedding, norm = torch.zeros(ROWS, 96), torch.ones(96)
+    embedding, norm = torch.zeros(ROWS, HIDDEN), torch.ones(HIDDEN)
     embedding[7, 3], norm[5] = math.nan, math.inf
-    source = write_folder(tmp_path / "hf", TOY_LLAMA, **{EMBEDDING: embedding, "model.norm.weight": norm})
+    source = write_folder(tmp_path / "hf", LLAMA, **{EMBEDDING: embedding, "model.norm.weight": norm})
     with pytest.raises(ConversionError) as caught:
-        fill_chunks([build_whole_model(read_arguments(TOY_LLAMA))], source)
+        fill_chunks([build_whole_model(read_arguments(LLAMA))], source)
     assert_problems(
         caught.value.problems,
         (f"{tmp_path}/hf: {EMBEDDING}:", "finite", "got NaN or infinity"),
@@ -126,30 +108,30 @@ def test_values_that_are_not_finite_are_named_all_at_once(tmp_path: Path) -> Non
 
 
 def test_values_beyond_fp16_are_refused(tmp_path: Path) -> None:
-    source = write_folder(tmp_path / "hf", TOY_LLAMA, **{"model.norm.weight": torch.full((96,), 70_000.0)})
+    source = write_folder(tmp_path / "hf", LLAMA, **{"model.norm.weight": torch.full((HIDDEN,), 70_000.0)})
     with pytest.raises(ConversionError, match=r"model\.norm\.weight: must fit into fp16, got values up to 7e\+04\."):
-        fill_chunks([build_whole_model(read_arguments(TOY_LLAMA)).half()], source)
+        fill_chunks([build_whole_model(read_arguments(LLAMA)).half()], source)
 
 
 def test_a_model_of_another_shape_is_not_half_filled(tmp_path: Path) -> None:
-    source = write_folder(tmp_path / "hf", TOY_LLAMA)
-    other = dataclasses.replace(TOY_LLAMA, ffn_hidden_size=128, num_layers=4, has_qkv_bias=True)
+    source = write_folder(tmp_path / "hf", LLAMA)
+    other = dataclasses.replace(LLAMA, ffn_hidden_size=18, num_layers=4, has_qkv_bias=True)
     with pytest.raises(ConversionError) as caught:
         fill_chunks([build_whole_model(read_arguments(other))], source)
     problems = "\n".join(caught.value.problems)
-    assert "model.layers.0.mlp.down_proj.weight: must be filled whole, got 0 of 12,288 elements. Check" in problems
+    assert "model.layers.0.mlp.down_proj.weight: must be filled whole, got 0 of 432 elements. Check" in problems
     fact = "must be one tensor of the folder's architecture, got none. Check config.json."
     assert f"decoder.layers.self_attention.linear_qkv.bias: {fact}" in problems
     assert f"decoder.layers.mlp.linear_fc1.weight: {fact}" in problems  # of the fourth layer
 
 
 def test_tensors_that_no_rank_holds_are_named(tmp_path: Path) -> None:
-    source = write_folder(tmp_path / "hf", TOY_LLAMA)
-    num_held = fill_chunks([build_whole_model(read_arguments(TOY_LLAMA))], source)
-    num_held[0] -= 96
+    source = write_folder(tmp_path / "hf", LLAMA)
+    num_held = fill_chunks([build_whole_model(read_arguments(LLAMA))], source)
+    num_held[0] -= HIDDEN
     with pytest.raises(ConversionError) as caught:
         require_every_element(source, num_held.tolist())
     assert_problems(
         caught.value.problems,
-        (f"{tmp_path}/hf:", f"{EMBEDDING} must go into the model", "got 48,000 of 48,096 elements"),
+        (f"{tmp_path}/hf:", f"{EMBEDDING} must go into the model", "got 1,248 of 1,272 elements"),
     )

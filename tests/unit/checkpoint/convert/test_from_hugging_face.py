@@ -22,7 +22,7 @@ from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
 from megatron_hammer.checkpoint_files.torch_dist.store import TorchDistStore
 from megatron_hammer.checkpoint_files.torch_dist.writer import CheckpointWriter
 from megatron_hammer.errors import ConversionError, DataError, OutputError
-from tests.helpers.toy_hf_folder import LLAMA_CONFIG, draw_weights, write_toy_folder
+from tests.helpers.toy_hf_folder import LLAMA_CONFIG, draw_hf_weights, write_toy_folder
 from tests.helpers.toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
 
 QKV_NAMES = [f"model.layers.1.self_attn.{part}_proj.weight" for part in "qkv"]
@@ -124,7 +124,7 @@ def test_another_dtype(folder, dtype):
 
 def test_mixed_dtypes_are_kept_where_nothing_is_merged(folder):
     """Norms in fp32 among weights in bf16 stay; one part of QKV in fp32 takes the other two along, exactly."""
-    weights = draw_weights(LLAMA_CONFIG)
+    weights = draw_hf_weights(LLAMA_CONFIG)
     wide = [name for name in weights if "norm" in name] + QKV_NAMES[:1]
     weights |= {name: torch.randn(weights[name].shape) for name in wide}
     write_toy_folder(folder, weights=weights)
@@ -137,7 +137,7 @@ def test_mixed_dtypes_are_kept_where_nothing_is_merged(folder):
 
 
 def test_a_tied_head_that_is_a_copy_is_left_out(folder):
-    weights = draw_weights(LLAMA_CONFIG | {"tie_word_embeddings": True})
+    weights = draw_hf_weights(LLAMA_CONFIG | {"tie_word_embeddings": True})
     head = {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}
     write_toy_folder(folder, weights=weights | head, tie_word_embeddings=True)
     report = convert(folder)
@@ -147,7 +147,7 @@ def test_a_tied_head_that_is_a_copy_is_left_out(folder):
 
 
 def test_a_tied_head_that_differs_is_refused(folder):
-    weights = draw_weights(LLAMA_CONFIG)
+    weights = draw_hf_weights(LLAMA_CONFIG)
     write_toy_folder(folder, weights=weights, tie_word_embeddings=True)
     assert_refused(folder, r"lm_head.weight must equal model.embed_tokens.weight, since config.json ties them")
 
@@ -160,7 +160,7 @@ def assert_refused(folder, match, **options):
 
 
 def test_every_value_that_is_not_finite_is_named(folder):
-    weights = draw_weights(LLAMA_CONFIG)
+    weights = draw_hf_weights(LLAMA_CONFIG)
     weights["model.layers.2.mlp.up_proj.weight"][7, 5] = float("nan")
     weights["model.norm.weight"][3] = float("inf")
     weights[QKV_NAMES[2]][0, 0] = float("-inf")
@@ -174,7 +174,7 @@ def test_every_value_that_is_not_finite_is_named(folder):
 
 
 def test_a_value_too_large_for_the_dtype_is_named(folder):
-    weights = draw_weights(LLAMA_CONFIG)
+    weights = draw_hf_weights(LLAMA_CONFIG)
     weights["lm_head.weight"][5, 5] = 70_000.0
     write_toy_folder(folder, weights=weights)
     assert_refused(folder, "lm_head.weight: weights must be finite in float16", dtype="fp16")
@@ -182,7 +182,7 @@ def test_a_value_too_large_for_the_dtype_is_named(folder):
 
 def test_names_shapes_and_dtypes_are_compared_before_anything_is_written(folder, monkeypatch):
     monkeypatch.setattr(CheckpointWriter, "__init__", None)
-    weights = draw_weights(LLAMA_CONFIG)
+    weights = draw_hf_weights(LLAMA_CONFIG)
     weights["model.norm.weight"] = torch.randn(25)
     weights["model.layers.0.extra.weight"] = weights.pop("model.layers.1.mlp.down_proj.weight")
     weights["lm_head.weight"] = torch.ones(53, 24, dtype=torch.int8)
@@ -308,6 +308,6 @@ def test_an_earlier_import_is_replaced_only_when_asked(folder):
     convert(folder)
     with pytest.raises(ConversionError, match=r"release: target must not exist yet. Choose another --save, or pass"):
         convert(folder)
-    weights = write_toy_folder(folder, weights=draw_weights(LLAMA_CONFIG, seed=9))
+    weights = write_toy_folder(folder, weights=draw_hf_weights(LLAMA_CONFIG, seed=9))
     convert(folder, overwrite=True)
     assert_equal(weights, export(folder))

@@ -16,7 +16,7 @@ from megatron_hammer.checkpoint.hugging_face.families.catalogue import select_fa
 from megatron_hammer.checkpoint.hugging_face.family import expand
 from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
 from megatron_hammer.checkpoint.hugging_face.tensor_layouts import GATE_UP, TensorLayout
-from tests.helpers.toy_checkpoint import GPT2_ARGUMENTS, toy_arguments
+from tests.helpers.toy_model import GPT2_ARGUMENTS, toy_arguments
 
 MODEL = read_saved_model(toy_arguments())
 PAIRS = {pair.megatron_name: pair for pair in expand(select_family(MODEL), MODEL)}

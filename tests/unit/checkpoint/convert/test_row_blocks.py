@@ -14,7 +14,8 @@ from megatron_hammer.checkpoint.hugging_face.family import expand
 from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
 from megatron_hammer.checkpoint_files.safetensors.shard_writer import ShardWriter, plan_shards
 from megatron_hammer.checkpoint_files.torch_dist.reader import TorchDistReader
-from tests.helpers.toy_checkpoint import toy_arguments, toy_llama_tensors, write_toy_checkpoint
+from tests.helpers.toy_checkpoint import toy_llama_tensors, write_toy_checkpoint
+from tests.helpers.toy_model import toy_arguments
 
 MODEL = read_saved_model(toy_arguments())
 PAIRS = {pair.megatron_name: pair for pair in expand(select_family(MODEL), MODEL)}

@@ -23,13 +23,8 @@ from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow
 from megatron_hammer.checkpoint_files.safetensors import shard_writer as safetensors_stream
 from megatron_hammer.errors import CheckpointError, ConversionError, OutputError
 from tests.helpers.messages import assert_problems
-from tests.helpers.toy_checkpoint import (
-    GPT2_ARGUMENTS,
-    MOE_ARGUMENTS,
-    toy_arguments,
-    toy_llama_tensors,
-    write_toy_checkpoint,
-)
+from tests.helpers.toy_checkpoint import toy_llama_tensors, write_toy_checkpoint
+from tests.helpers.toy_model import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments
 from tests.helpers.toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
 
 

@@ -13,9 +13,8 @@ from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_dropo
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.model.shape import RopeScaling
 from tests.helpers.messages import assert_problems
-from tests.helpers.toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments
+from tests.helpers.toy_model import GPT2_ARGUMENTS, MOE_ARGUMENTS, PLAIN_MOE_ARGUMENTS, toy_arguments
 
-PLAIN_MOE = MOE_ARGUMENTS | {"moe_shared_expert_intermediate_size": None, "moe_shared_expert_gate": False}
 SCALING = {"use_rope_scaling": True, "rope_scaling_factor": 32.0}
 CASES = {
     "llama": {"attention_dropout": 0.25, "init_method_std": 0.006},
@@ -28,10 +27,10 @@ CASES = {
     "qwen2": {"add_qkv_bias": True},
     "qwen2 with scaled rope": SCALING | {"add_qkv_bias": True},
     "qwen3": {"qk_layernorm": True, "kv_channels": 10, "untie_embeddings_and_output_weights": False},
-    "mixtral": PLAIN_MOE | {"ffn_hidden_size": 12},
+    "mixtral": PLAIN_MOE_ARGUMENTS | {"ffn_hidden_size": 12},
     "qwen2 moe": MOE_ARGUMENTS | {"add_qkv_bias": True, "moe_router_pre_softmax": True},
     "qwen2 moe without bias": MOE_ARGUMENTS | {"moe_aux_loss_coeff": 0.002},
-    "qwen3 moe": PLAIN_MOE | {"qk_layernorm": True, "kv_channels": 10},
+    "qwen3 moe": PLAIN_MOE_ARGUMENTS | {"qk_layernorm": True, "kv_channels": 10},
     "gpt2": GPT2_ARGUMENTS | {"attention_dropout": 0.1, "hidden_dropout": 0.2},
     "gpt2 untied with the exact gelu": GPT2_ARGUMENTS
     | {"untie_embeddings_and_output_weights": True, "bias_gelu_fusion": False},

@@ -7,7 +7,7 @@ import pytest
 from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.model.shape import RopeScaling
-from tests.helpers.toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments
+from tests.helpers.toy_model import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments
 
 
 def test_llama_is_read():

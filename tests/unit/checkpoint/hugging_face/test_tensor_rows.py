@@ -9,9 +9,8 @@ from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
 from megatron_hammer.checkpoint.hugging_face.tensor_rows import validate_names_and_shapes
 from megatron_hammer.errors import ConversionError
 from tests.helpers.messages import assert_problems
-from tests.helpers.toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments
+from tests.helpers.toy_model import GPT2_ARGUMENTS, MOE_ARGUMENTS, PLAIN_MOE_ARGUMENTS, toy_arguments
 
-PLAIN_MOE_ARGUMENTS = MOE_ARGUMENTS | {"moe_shared_expert_intermediate_size": None}
 FAMILIES = {
     "llama": ({}, "LlamaForCausalLM"),
     "llama with biases": ({"add_bias_linear": True}, "LlamaForCausalLM"),

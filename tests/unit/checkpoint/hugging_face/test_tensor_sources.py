@@ -9,10 +9,9 @@ from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
 from megatron_hammer.checkpoint.hugging_face.tensor_rows import validate_names_and_shapes
 from megatron_hammer.checkpoint.hugging_face.tensor_sources import locate_hf_tensors
 from megatron_hammer.errors import ConversionError
-from tests.helpers.toy_checkpoint import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments
+from tests.helpers.toy_model import GPT2_ARGUMENTS, MOE_ARGUMENTS, PLAIN_MOE_ARGUMENTS, toy_arguments
 
-MIXTRAL = MOE_ARGUMENTS | {"moe_shared_expert_intermediate_size": None}
-QWEN3_MOE = MIXTRAL | {"qk_layernorm": True}
+QWEN3_MOE = PLAIN_MOE_ARGUMENTS | {"qk_layernorm": True}
 
 
 def build_table(**changes):
@@ -41,7 +40,7 @@ def assert_found(located, stored, tensors):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, GPT2_ARGUMENTS, MOE_ARGUMENTS, MIXTRAL], ids=["llama", "gpt2", "moe", "mixtral"]
+    "changes", [{}, GPT2_ARGUMENTS, MOE_ARGUMENTS, PLAIN_MOE_ARGUMENTS], ids=["llama", "gpt2", "moe", "mixtral"]
 )
 def test_transformers_own_names_are_found(changes):
     model, pairs, tensors = build_table(**changes)
@@ -59,7 +58,7 @@ def test_gpt2_without_its_prefix_and_with_its_masks_is_found():
     assert set(located.buffers) == set(masks)
 
 
-@pytest.mark.parametrize("changes", [MOE_ARGUMENTS, MIXTRAL, QWEN3_MOE], ids=["qwen2", "mixtral", "qwen3"])
+@pytest.mark.parametrize("changes", [MOE_ARGUMENTS, PLAIN_MOE_ARGUMENTS, QWEN3_MOE], ids=["qwen2", "mixtral", "qwen3"])
 def test_packed_experts_are_taken_apart(changes):
     model, pairs, tensors = build_table(**changes)
     stored = pack_experts(tensors, num_layers=3, num_experts=5)
@@ -85,7 +84,7 @@ MLP_NAMES = ("gate_proj", "up_proj", "down_proj")
 
 
 def test_twin_packed_with_up_before_gate_is_not_the_same():
-    model, pairs, tensors = build_table(**MIXTRAL)
+    model, pairs, tensors = build_table(**PLAIN_MOE_ARGUMENTS)
     stored = pack_experts(tensors, num_layers=3, num_experts=5)
     name = "model.layers.0.mlp.experts.gate_up_proj"
     stored[name] = stored[name].roll(12, dims=1)
@@ -94,7 +93,7 @@ def test_twin_packed_with_up_before_gate_is_not_the_same():
 
 
 def test_packed_experts_of_another_number_are_missing_and_unexpected():
-    model, pairs, tensors = build_table(**MIXTRAL)
+    model, pairs, tensors = build_table(**PLAIN_MOE_ARGUMENTS)
     stored = pack_experts(tensors, num_layers=3, num_experts=5)
     name = "model.layers.2.mlp.experts.down_proj"
     stored[name] = stored[name][:4]

@@ -10,13 +10,8 @@ from megatron_hammer.checkpoint.inspection import comparison as checkpoint_compa
 from megatron_hammer.checkpoint.inspection.comparison import compare_checkpoints, count_differences
 from megatron_hammer.checkpoint.inspection.tensor_views import open_any
 from megatron_hammer.errors import CheckpointError, ConversionError
-from tests.helpers.toy_checkpoint import (
-    GPT2_ARGUMENTS,
-    MOE_ARGUMENTS,
-    toy_arguments,
-    toy_llama_tensors,
-    write_toy_checkpoint,
-)
+from tests.helpers.toy_checkpoint import toy_llama_tensors, write_toy_checkpoint
+from tests.helpers.toy_model import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments
 from tests.helpers.toy_pair import read_folder, write_toy_pair
 
 QKV = "decoder.layers.self_attention.linear_qkv.weight"

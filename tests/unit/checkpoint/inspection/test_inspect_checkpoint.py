@@ -20,14 +20,9 @@ from megatron_hammer.checkpoint.inspection.tables import (
 )
 from megatron_hammer.checkpoint.inspection.tensor_views import open_any
 from megatron_hammer.errors import CheckpointError, ConversionError
-from tests.helpers.toy_checkpoint import (
-    GPT2_ARGUMENTS,
-    MOE_ARGUMENTS,
-    toy_arguments,
-    toy_llama_tensors,
-    write_toy_checkpoint,
-)
+from tests.helpers.toy_checkpoint import toy_llama_tensors, write_toy_checkpoint
 from tests.helpers.toy_legacy_checkpoint import legacy_arguments, llama_weights, write_legacy_checkpoint
+from tests.helpers.toy_model import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments
 from tests.helpers.toy_pair import read_folder, write_toy_pair
 from tests.helpers.toy_training_checkpoint import optimizer_state, training_arguments, write_training_checkpoint
 

@@ -29,7 +29,7 @@ from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow, 
 from megatron_hammer.config.model_arguments import build_model_arguments
 from megatron_hammer.errors import CheckpointError, ConversionError
 from megatron_hammer.presets.catalogue import PRESETS
-from tests.helpers.toy_checkpoint import MOE_ARGUMENTS
+from tests.helpers.toy_model import MOE_ARGUMENTS
 from tests.helpers.toy_pair import write_toy_pair
 
 PLAN = {"level": "auto", "iteration": None, "texts": None, "weights": "model"}

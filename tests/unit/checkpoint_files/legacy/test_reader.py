@@ -17,9 +17,6 @@ from megatron_hammer.checkpoint_files.legacy.reader import open_legacy_checkpoin
 from megatron_hammer.errors import CheckpointError, ConversionError
 from tests.helpers.tensor_parallel_parts import order_qkv_by_version, split_gated_columns
 from tests.helpers.toy_legacy_checkpoint import (
-    HEAD_DIM,
-    HEADS,
-    HIDDEN,
     NUM_LAYERS,
     OLD_LAYER,
     gpt2_weights,
@@ -27,17 +24,11 @@ from tests.helpers.toy_legacy_checkpoint import (
     llama_weights,
     write_legacy_checkpoint,
 )
+from tests.helpers.toy_model import GPT2_ARGUMENTS, LLAMA
 
 QKV = "decoder.layers.{}.self_attention.linear_qkv.weight"
 FC1 = "decoder.layers.{}.mlp.linear_fc1.weight"
-GPT2 = {
-    "normalization": "LayerNorm",
-    "swiglu": False,
-    "add_bias_linear": True,
-    "group_query_attention": False,
-    "untie_embeddings_and_output_weights": False,
-    "position_embedding_type": "learned_absolute",
-}
+HIDDEN, HEADS, HEAD_DIM = LLAMA.hidden_size, LLAMA.num_attention_heads, LLAMA.head_dim
 
 
 def assert_reads(directory, weights):
@@ -196,9 +187,10 @@ def old_spelling(weights, *, part, checkpoint_version):
 def old_arguments():
     """What Megatron-LM of 2020 saved that matters."""
     return Namespace(
-        num_layers=NUM_LAYERS, hidden_size=HIDDEN, num_attention_heads=HEADS, max_position_embeddings=32,
-        layernorm_epsilon=1e-5, init_method_std=0.02, attention_dropout=0.1, hidden_dropout=0.1, padded_vocab_size=64,
-        bias_gelu_fusion=True, model_parallel_size=1, ffn_hidden_size=20,
+        num_layers=NUM_LAYERS, hidden_size=HIDDEN, num_attention_heads=HEADS,
+        max_position_embeddings=LLAMA.max_position_embeddings, layernorm_epsilon=1e-5, init_method_std=0.02,
+        attention_dropout=0.1, hidden_dropout=0.1, padded_vocab_size=64, model_parallel_size=1,
+        ffn_hidden_size=LLAMA.ffn_hidden_size,
     )  # fmt: skip
 
 
@@ -216,7 +208,7 @@ def test_models_of_before_megatron_core_are_read(tmp_path, part, checkpoint_vers
         state["rng_state"] = ("MT19937", np.arange(3))
 
     target = write_legacy_checkpoint(
-        tmp_path, weights, arguments=Namespace(**vars(old_arguments()), **GPT2), change=respell,
+        tmp_path, weights, arguments=Namespace(**vars(old_arguments()), **GPT2_ARGUMENTS), change=respell,
         checkpoint_version=checkpoint_version, _use_new_zipfile_serialization=is_zip,
     )  # fmt: skip
     reader = assert_reads(target, weights)
@@ -235,7 +227,7 @@ def test_missing_arguments_get_the_behaviour_of_the_old_megatron(tmp_path):
         state["model"] = old_spelling(weights, part="encoder", checkpoint_version=2.0)
         state["args"] = old_arguments()
 
-    toy = legacy_arguments(**GPT2)
+    toy = legacy_arguments(**GPT2_ARGUMENTS)
     target = write_legacy_checkpoint(tmp_path, weights, arguments=toy, change=respell, checkpoint_version=2.0)
     model = read_saved_model(assert_reads(target, weights).args)
     assert select_family(model).hf_class == "GPT2LMHeadModel"
@@ -253,7 +245,7 @@ def test_a_version_without_a_defined_order_is_refused(tmp_path):
         state["model"] = old_spelling(weights, part="encoder", checkpoint_version=2.0)
 
     target = write_legacy_checkpoint(
-        tmp_path, weights, arguments=legacy_arguments(**GPT2), change=respell, checkpoint_version=1.7
+        tmp_path, weights, arguments=legacy_arguments(**GPT2_ARGUMENTS), change=respell, checkpoint_version=1.7
     )
     with pytest.raises(CheckpointError, match=r"the order of query_key_value is defined for 0, 1, 2 and 3, got 1\.7"):
         open_legacy_checkpoint(target)
@@ -261,7 +253,7 @@ def test_a_version_without_a_defined_order_is_refused(tmp_path):
 
 def test_copies_of_a_tied_embedding_must_be_equal(tmp_path):
     weights = gpt2_weights()
-    args = legacy_arguments(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, **GPT2)
+    args = legacy_arguments(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, **GPT2_ARGUMENTS)
     options = {"tp": 2, "stages": ((2,), (2,)), "arguments": args}
     assert_reads(write_legacy_checkpoint(tmp_path / "same", weights, **options), weights)
 

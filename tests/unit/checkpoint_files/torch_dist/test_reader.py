@@ -9,8 +9,9 @@ import torch
 
 from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
 from megatron_hammer.errors import CheckpointError
-from tests.helpers.toy_checkpoint import toy_arguments, toy_llama_tensors, write_toy_checkpoint
+from tests.helpers.toy_checkpoint import toy_llama_tensors, write_toy_checkpoint
 from tests.helpers.toy_legacy_checkpoint import llama_weights, write_legacy_checkpoint
+from tests.helpers.toy_model import toy_arguments
 
 QKV = "decoder.layers.self_attention.linear_qkv.weight"
 

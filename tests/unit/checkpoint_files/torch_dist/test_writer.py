@@ -13,7 +13,8 @@ from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
 from megatron_hammer.checkpoint_files.torch_dist.store import TorchDistStore
 from megatron_hammer.checkpoint_files.torch_dist.writer import CheckpointWriter, open_checkpoint_writer
 from megatron_hammer.errors import CheckpointError, ConversionError, OutputError
-from tests.helpers.toy_checkpoint import cut, toy_arguments, toy_llama_tensors
+from tests.helpers.toy_checkpoint import cut, toy_llama_tensors
+from tests.helpers.toy_model import toy_arguments
 
 STATE = {"args": toy_arguments(), "iteration": 10, "checkpoint_version": 3.0}
 TENSORS = {
