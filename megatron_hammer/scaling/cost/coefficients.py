@@ -43,38 +43,33 @@ class GpuCoefficients:
 
 # Large matrix products are known to reach 250 to 260 of 312 TFLOP/s on A100, and 690 to 740 of 989 on H100 at 700 W, so
 # the spread of these ratios is small. The other ratios are known less well.
+_AMPERE_PRIORS = {
+    "gemm_ratio": Prior(0.80, 0.5, 0.95, 0.05),
+    "gemm_8bit_ratio": Prior(0.6, 0.3, 0.95, 0.01),
+    "gemm_4bit_ratio": Prior(0.5, 0.2, 0.95, 0.01),
+    "attention_ratio": Prior(0.58, 0.3, 0.9, 0.15),
+    "memory_ratio": Prior(0.8, 0.5, 0.95, 0.1),
+    "kernel_s": Prior(3e-6, 5e-7, 1.5e-5, 0.3),
+}
 GPU_PRIORS: dict[str, dict[str, Prior]] = {
     "volta": {
+        **_AMPERE_PRIORS,
         "gemm_ratio": Prior(0.75, 0.4, 0.95, 0.15),
-        "gemm_8bit_ratio": Prior(0.6, 0.3, 0.95, 0.01),
-        "gemm_4bit_ratio": Prior(0.5, 0.2, 0.95, 0.01),
         "attention_ratio": Prior(0.45, 0.2, 0.9, 0.2),
-        "memory_ratio": Prior(0.8, 0.5, 0.95, 0.1),
-        "kernel_s": Prior(3e-6, 5e-7, 1.5e-5, 0.3),
     },
-    "ampere": {
-        "gemm_ratio": Prior(0.80, 0.5, 0.95, 0.05),
-        "gemm_8bit_ratio": Prior(0.6, 0.3, 0.95, 0.01),
-        "gemm_4bit_ratio": Prior(0.5, 0.2, 0.95, 0.01),
-        "attention_ratio": Prior(0.58, 0.3, 0.9, 0.15),
-        "memory_ratio": Prior(0.8, 0.5, 0.95, 0.1),
-        "kernel_s": Prior(3e-6, 5e-7, 1.5e-5, 0.3),
-    },
+    "ampere": _AMPERE_PRIORS,
     "hopper": {
+        **_AMPERE_PRIORS,
         "gemm_ratio": Prior(0.72, 0.4, 0.95, 0.05),
         "gemm_8bit_ratio": Prior(0.65, 0.3, 0.95, 0.1),
-        "gemm_4bit_ratio": Prior(0.5, 0.2, 0.95, 0.01),
         "attention_ratio": Prior(0.50, 0.25, 0.9, 0.15),
-        "memory_ratio": Prior(0.8, 0.5, 0.95, 0.1),
-        "kernel_s": Prior(3e-6, 5e-7, 1.5e-5, 0.3),
     },
     "blackwell": {
+        **_AMPERE_PRIORS,
         "gemm_ratio": Prior(0.68, 0.35, 0.95, 0.15),
         "gemm_8bit_ratio": Prior(0.60, 0.3, 0.95, 0.15),
         "gemm_4bit_ratio": Prior(0.45, 0.15, 0.95, 0.2),
         "attention_ratio": Prior(0.45, 0.2, 0.9, 0.2),
-        "memory_ratio": Prior(0.8, 0.5, 0.95, 0.1),
-        "kernel_s": Prior(3e-6, 5e-7, 1.5e-5, 0.3),
     },
 }
 # By the GPU's name, not by generation: one core of a CPU. It runs each operator when Python calls it, so nothing of the

@@ -5,7 +5,6 @@ which the file contains. The fields are those of training/metrics.py.
 """
 
 import csv
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from megatron_hammer.model.parameters import embedding_tensors, head_tensors
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.presets.catalogue import PRESETS, select_preset
 from megatron_hammer.scaling.loss_law.law import LossRun
+from megatron_hammer.scaling.metrics_file import read_metrics
 
 ParameterConvention = Literal["total", "non-embedding"]
 LossKind = Literal["auto", "validation", "training"]
@@ -113,7 +113,7 @@ def _read_metrics_run(spec: str, name: str, read_hf_model: Callable[[Path], Mode
     metrics_path = path / "metrics.jsonl" if path.is_dir() else path
     if not metrics_path.is_file():
         raise DataError(f"{path}: must be a metrics.jsonl or its folder, got no such file. Check --runs.")
-    steps = _read_lines(metrics_path)
+    steps = read_metrics(metrics_path, "step", "loss")
     if not steps:
         raise DataError(f"{metrics_path}: must hold at least one step, got none. Leave it out of --runs.")
     validation_path = metrics_path.with_name("validation.jsonl")
@@ -122,7 +122,7 @@ def _read_metrics_run(spec: str, name: str, read_hf_model: Callable[[Path], Mode
         metrics_path=metrics_path,
         model=_read_model(model_text, read_hf_model),
         steps=steps,
-        validations=_read_lines(validation_path) if validation_path.is_file() else [],
+        validations=read_metrics(validation_path, "step", "loss") if validation_path.is_file() else [],
     )
 
 
@@ -138,25 +138,6 @@ def _read_model(text: str, read_hf_model: Callable[[Path], ModelShape]) -> Model
     is_folder = text not in PRESETS and Path(text).exists()
     model = read_hf_model(Path(text)) if is_folder else select_preset(text).model
     return model if vocab_size is None else replace(model, vocab_size=vocab_size)
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file. An incomplete last line, from a killed run, is dropped, as training itself does."""
-    lines = path.read_text(encoding="utf8", errors="replace").splitlines()
-    objects: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, 1):
-        try:
-            entry = json.loads(line)
-            entry["step"], entry["loss"]
-        except (ValueError, KeyError, TypeError):
-            if number == len(lines):
-                break
-            raise DataError(
-                f"{path}:{number}: must be one JSON object with a step and a loss, got {line[:60]!r}. "
-                f"Give a file that training wrote."
-            ) from None
-        objects.append(entry)
-    return objects
 
 
 def _choose_loss(runs: Sequence[MetricsRun], options: ReadOptions) -> bool:

@@ -14,12 +14,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_hammer.errors import DataError
 from megatron_hammer.files.publish import publish_files
+from megatron_hammer.files.typed import read_json
 from megatron_hammer.scaling.measured.sweep import Setting, digest_of
 from megatron_hammer.scaling.measured.sweep_results import MeasuredSetting, StepTimes, read_step_times
 
@@ -48,6 +49,14 @@ class Outcome:
     times: StepTimes | None  # None: it failed
     reason: str | None  # why it failed
     is_new: bool  # False: it was finished before
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunRecord:
+    """The fields of run.json that are read back."""
+
+    status: Literal["complete", "failed"]
+    reason: str | None = None  # why it failed
 
 
 def list_gpu_names() -> list[str]:
@@ -103,10 +112,9 @@ def run_sweep(
     for number, (setting, repeat) in enumerate(jobs, 1):
         run_dir = select_run_dir(output_dir, setting, machine, repeat)
         record = read_record(run_dir)
-        is_new = record is None or record["status"] != "complete" or not _has_metrics(run_dir, setting)
-        if is_new:
+        is_new = record is None or record.status == "failed" or not _has_metrics(run_dir, setting)
+        if record is None or is_new:
             record = _run_setting(setting, machine, run_dir, repeat)
-        assert record is not None
         outcome = _judge(record, run_dir, setting, repeat, num_warmup_steps, is_new=is_new)
         outcomes.append(outcome)
         say(f"{number}/{len(jobs)} {describe_outcome(outcome)}")
@@ -140,18 +148,10 @@ def collect_measured(outcomes: Sequence[Outcome]) -> list[MeasuredSetting]:
     return [MeasuredSetting(setting=setting, repeats=tuple(times)) for setting, times in repeats.items()]
 
 
-def read_record(run_dir: Path) -> dict[str, Any] | None:
+def read_record(run_dir: Path) -> RunRecord | None:
     """run.json of a run that ended, or None without one. Raises DataError for a file that this module did not write."""
     path = run_dir / RECORD_NAME
-    try:
-        record = json.loads(path.read_text(encoding="utf8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: must be the record of a run, got {error}. Move the file away.") from None
-    if not isinstance(record, dict) or record.get("status") not in ("complete", "failed"):
-        raise DataError(f"{path}: must say complete or failed, got {str(record)[:60]}. Move the file away.")
-    return record
+    return read_json(path, RunRecord, remedy="Move the file away.") if path.exists() else None
 
 
 def _has_metrics(run_dir: Path, setting: Setting) -> bool:
@@ -163,20 +163,20 @@ def _has_metrics(run_dir: Path, setting: Setting) -> bool:
 
 
 def _judge(
-    record: dict[str, Any], run_dir: Path, setting: Setting, repeat: int, num_warmup_steps: int, *, is_new: bool
+    record: RunRecord, run_dir: Path, setting: Setting, repeat: int, num_warmup_steps: int, *, is_new: bool
 ) -> Outcome:
-    times, reason = None, record.get("reason")
-    if record["status"] == "complete":
+    times = None
+    if record.status == "complete":
         times = read_step_times(
             run_dir / METRICS_NAME, num_steps=setting.steps, num_warmup_steps=min(num_warmup_steps, setting.steps - 1)
         )
-    return Outcome(setting=setting, repeat=repeat, times=times, reason=reason, is_new=is_new)
+    return Outcome(setting=setting, repeat=repeat, times=times, reason=record.reason, is_new=is_new)
 
 
 # --- one run ---------------------------------------------------------------------------------------------------------
 
 
-def _run_setting(setting: Setting, machine: Machine, run_dir: Path, repeat: int) -> dict[str, Any]:
+def _run_setting(setting: Setting, machine: Machine, run_dir: Path, repeat: int) -> RunRecord:
     """Train in an empty folder, and write the record of how it ended."""
     if run_dir.exists():
         shutil.rmtree(run_dir)
@@ -192,16 +192,16 @@ def _run_setting(setting: Setting, machine: Machine, run_dir: Path, repeat: int)
         reason = f"exit code {exit_code}: {read_reason(run_dir / OUTPUT_NAME)}"
     elif not _has_metrics(run_dir, setting):
         reason = f"ended without all {setting.steps} steps in {METRICS_NAME}"
-    record = {
-        "status": "complete" if reason is None else "failed",
-        "reason": reason,
+    record = RunRecord(status="complete" if reason is None else "failed", reason=reason)
+    content = {
+        **asdict(record),
         "exit_code": exit_code,
         "started_at_s": started_at_s,
         "elapsed_s": time.time() - started_at_s,
         "command": command,
         "settings": describe_run(setting, machine, repeat),
     }
-    publish_files({run_dir / RECORD_NAME: json.dumps(record, indent=2) + "\n"})
+    publish_files({run_dir / RECORD_NAME: json.dumps(content, indent=2) + "\n"})
     return record
 
 

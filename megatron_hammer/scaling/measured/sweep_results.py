@@ -6,7 +6,6 @@ the use of sequence parallelism and the expert-parallel size.
 
 import csv
 import io
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any, Literal
 from megatron_hammer.errors import DataError
 from megatron_hammer.model.accounting import FLOP_CONVENTIONS, count_flops_per_token, count_parameters
 from megatron_hammer.scaling.measured.sweep import Setting
+from megatron_hammer.scaling.metrics_file import read_metrics
 
 COLUMNS = (
     *("source", "model", "params_B", "layers", "hidden", "heads", "kv_heads", "ffn", "vocab", "seq", "gpus"),
@@ -59,8 +59,8 @@ class MeasuredSetting:
 
 def read_step_times(metrics_path: Path, *, num_steps: int, num_warmup_steps: int) -> StepTimes:
     """Raises DataError unless the file holds exactly the steps 1 to num_steps, each once and with a time."""
-    lines = _read_lines(metrics_path)
-    steps = [line.get("step") for line in lines]
+    lines = read_metrics(metrics_path, "step", "step_time_s")
+    steps = [line["step"] for line in lines]
     if steps != list(range(1, num_steps + 1)):
         raise DataError(
             f"{metrics_path}: must hold steps 1 to {num_steps}, got {len(steps)} lines ending with step "
@@ -77,13 +77,6 @@ def read_step_times(metrics_path: Path, *, num_steps: int, num_warmup_steps: int
         high_s=deciles[-1],
         peak_memory_bytes=max(line.get("peak_memory_bytes", 0) for line in lines),
     )
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: must be the metrics of a finished run, got {error}. Run the setting again.") from None
 
 
 def build_row(measured: MeasuredSetting, *, gpu_type: str, source: str, statistic: Statistic) -> dict[str, Any]:

@@ -1,57 +1,32 @@
-"""Memory of every pipeline stage of a plan: calls `model/memory.py` with what a plan says about the run.
+"""Memory of the heaviest pipeline stage of a plan: calls `model/memory.py` with what a plan says about the run.
 
 A search asks for tens of thousands of plans of one model. `model/memory.py` caches what they share, by exactly what it
 depends on: not the GPU, the cluster, overlap or replicas, and micro-batches only as far as stages hold them.
 """
 
 from functools import lru_cache
-from typing import TypedDict
+from typing import Any
 
-from megatron_hammer.model.accounting import MemoryOptions, StageMemory, estimate_heaviest_stage, estimate_memory
+from megatron_hammer.model.accounting import MemoryOptions, StageMemory, estimate_heaviest_stage
 from megatron_hammer.model.memory_options import WORKSPACE_BYTES
 from megatron_hammer.scaling.plan import Plan, Precision, Recompute, Sharding
 
 
-class Allowances(TypedDict, total=False):
-    """What `estimate_memory` adds to the allocated memory, if it is not the default."""
-
-    context_bytes: int
-    fragmentation_ratio: float
-
-
-def estimate_plan_memory(plan: Plan) -> tuple[StageMemory, ...]:
-    """The peak of a rank of every pipeline stage. Raises ConfigError for a layout that cannot hold the model.
+def estimate_heaviest_plan_stage(plan: Plan) -> StageMemory:
+    """The peak of a rank of the pipeline stage that needs the most. Raises ConfigError if the model does not fit in.
 
     fp16 needs the same memory as bf16. The loss is Megatron's unfused one. Quantized formats keep 16-bit weights too.
     """
-    return estimate_memory(
-        plan.model,
-        plan.layout,
-        micro_batch_size=plan.micro_batch_size,
-        seq_length=plan.seq_length,
-        num_microbatches=_count_relevant_microbatches(plan),
-        options=build_plan_options(plan),
-        **_list_allowances(plan),
-    )
+    return estimate_heaviest_stage(plan.model, plan.layout, **build_memory_run(plan))
 
 
-def estimate_heaviest_plan_stage(plan: Plan) -> StageMemory:
-    """The stage of `estimate_plan_memory` that needs the most memory. It is several times faster than the list."""
-    return estimate_heaviest_stage(
-        plan.model,
-        plan.layout,
-        micro_batch_size=plan.micro_batch_size,
-        seq_length=plan.seq_length,
-        num_microbatches=_count_relevant_microbatches(plan),
-        options=build_plan_options(plan),
-        **_list_allowances(plan),
-    )
-
-
-def build_plan_options(plan: Plan) -> MemoryOptions:
-    """The memory options of a plan: everything besides its model, layout and batch."""
-    return _build_options(
-        _is_for_gpu(plan),
+def build_memory_run(plan: Plan) -> dict[str, Any]:
+    """A plan without its model and layout, as the arguments of `estimate_memory` and `estimate_heaviest_stage`."""
+    is_for_gpu = plan.cluster.full_speed_processes_per_node is None
+    # CPU processes have no CUDA context and no caching allocator, so the allowances for both are zero.
+    allowances = {} if is_for_gpu else {"context_bytes": 0, "fragmentation_ratio": 0.0}
+    options = _build_options(
+        is_for_gpu,
         plan.precision,
         plan.recompute,
         plan.sharding,
@@ -60,15 +35,13 @@ def build_plan_options(plan: Plan) -> MemoryOptions:
         plan.gradient_bytes,
         plan.vocab_divisible_by,
     )
-
-
-def _is_for_gpu(plan: Plan) -> bool:
-    return plan.cluster.full_speed_processes_per_node is None
-
-
-def _list_allowances(plan: Plan) -> Allowances:
-    """CPU processes have no CUDA context and no caching allocator, so memory.py's allowances for both are zero."""
-    return {} if _is_for_gpu(plan) else {"context_bytes": 0, "fragmentation_ratio": 0.0}
+    return {
+        "micro_batch_size": plan.micro_batch_size,
+        "seq_length": plan.seq_length,
+        "num_microbatches": _count_relevant_microbatches(plan),
+        "options": options,
+        **allowances,
+    }
 
 
 def _count_relevant_microbatches(plan: Plan) -> int:

@@ -143,7 +143,7 @@ def test_a_line_that_a_kill_cut_off_is_dropped_and_any_other_refused(tmp_path: P
     (run,) = read(f"hammer-tiny={folder}")
     assert run.num_tokens == 10 * 8 * SEQ_LENGTH
     path.write_text("nonsense\n" + text)
-    with raises_problem(DataError, f"{path}:1:", "a step and a loss", "got 'nonsense'"):
+    with raises_problem(DataError, f"{path}:1:", "step and loss", "got 'nonsense'"):
         read(f"hammer-tiny={folder}")
 
 

@@ -100,10 +100,13 @@ def test_a_foreign_run_record_is_refused(started: list[str], tmp_path: Path) -> 
     sweep(tmp_path, "single")
     (record_path,) = (tmp_path / "runs").glob("*/run.json")
     record_path.write_text("[]")
-    with pytest.raises(DataError, match=r"run.json: must say complete or failed, got \[\]. Move the file away."):
+    with pytest.raises(DataError, match=r"run\.json: .*got \[\]\. Move the file away\."):
         sweep(tmp_path, "single")
     record_path.write_text("{")
-    with pytest.raises(DataError, match=r"run.json: must be the record of a run, got .*\. Move the file away\."):
+    with pytest.raises(DataError, match=r"run\.json: content must be JSON, got.*\. Move the file away\."):
+        sweep(tmp_path, "single")
+    record_path.write_text('{"status": "running"}')
+    with pytest.raises(DataError, match=r"run\.json: status must be .*got 'running'\. Move the file away\."):
         sweep(tmp_path, "single")
 
 

@@ -57,7 +57,7 @@ def test_runs_that_are_not_complete(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"got 0 lines ending with step none\. Run the setting again\."):
         read_step_times(path, num_steps=3, num_warmup_steps=0)
     path.write_text('{"step": 1, "st')
-    with pytest.raises(DataError, match=r"metrics\.jsonl: must be the metrics of a finished run, got "):
+    with pytest.raises(DataError, match=r"metrics\.jsonl: must hold steps 1 to 1, got 0 lines"):
         read_step_times(path, num_steps=1, num_warmup_steps=0)
 
 

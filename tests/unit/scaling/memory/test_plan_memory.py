@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from megatron_hammer.model.accounting import ParallelLayout, estimate_memory
+from megatron_hammer.model.accounting import ParallelLayout, StageMemory, estimate_memory
 from megatron_hammer.presets.catalogue import PRESETS
-from megatron_hammer.scaling.memory.plan_memory import estimate_heaviest_plan_stage, estimate_plan_memory
+from megatron_hammer.scaling.memory.plan_memory import build_memory_run, estimate_heaviest_plan_stage
 from megatron_hammer.scaling.plan import Cluster, Gpu, Plan
 
 GPU = Gpu(
@@ -41,6 +41,11 @@ PLAN = Plan(
     micro_batch_size=1,
     global_batch_size=512,
 )
+
+
+def estimate_plan_memory(plan: Plan) -> tuple[StageMemory, ...]:
+    """Every stage of a plan."""
+    return estimate_memory(plan.model, plan.layout, **build_memory_run(plan))
 
 
 def test_a_plan_needs_what_preflight_estimates():

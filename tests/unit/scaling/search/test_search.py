@@ -12,7 +12,7 @@ from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.scaling.cost.coefficients import build_prior_coefficients
 from megatron_hammer.scaling.cost.step_time import predict_step
 from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_default_cluster, select_gpu
-from megatron_hammer.scaling.memory.plan_memory import estimate_plan_memory
+from megatron_hammer.scaling.memory.plan_memory import estimate_heaviest_plan_stage
 from megatron_hammer.scaling.plan import Plan, Precision, StepTime
 from megatron_hammer.scaling.search.projection import Study, describe_plan
 from megatron_hammer.scaling.search.search import GIB, Predict, Search
@@ -66,7 +66,7 @@ def find_fastest_s(study: Study, num_gpus: int, predictor: Predict) -> list[floa
     """Step times of the fastest plans that fit, each once: dominated twins are the same plan, slower."""
     times: dict[tuple[ParallelLayout, int, str], float] = {}
     for plan in list_every_plan(study, num_gpus):
-        if max(stage.total_bytes for stage in estimate_plan_memory(plan)) > study.memory_limit_bytes:
+        if estimate_heaviest_plan_stage(plan).total_bytes > study.memory_limit_bytes:
             continue
         key = (
             replace(plan.layout, has_distributed_optimizer=True),
@@ -166,8 +166,8 @@ def test_recomputation_only_where_nothing_less_fits() -> None:
     for projection in found:
         less = RECOMPUTES[: RECOMPUTES.index(projection.plan.recompute)]
         for recompute in less:
-            stages = estimate_plan_memory(replace(projection.plan, recompute=recompute))
-            assert max(stage.total_bytes for stage in stages) > study.memory_limit_bytes
+            memory = estimate_heaviest_plan_stage(replace(projection.plan, recompute=recompute))
+            assert memory.total_bytes > study.memory_limit_bytes
         assert projection.memory.total_bytes <= study.memory_limit_bytes
 
 
@@ -210,7 +210,7 @@ def test_a_size_on_which_nothing_fits_names_the_memory_needed_and_the_next_size(
         "tp=8, micro-batch 1, full recomputation, distributed optimizer",
         "Use 32 GPUs",
     )
-    smallest = min(max(stage.total_bytes for stage in estimate_plan_memory(plan)) for plan in list_every_plan(study, 8))
+    smallest = min(estimate_heaviest_plan_stage(plan).total_bytes for plan in list_every_plan(study, 8))
     assert size.least_memory_bytes <= smallest
 
 
