@@ -14,12 +14,12 @@ from pathlib import Path
 
 from megatron_hammer.errors import ConfigError, PlatformError
 from megatron_hammer.files.publish import publish_files
+from megatron_hammer.scaling.hardware.visible_gpus import list_gpu_names
 from megatron_hammer.scaling.measured.run_sweep import (
     Machine,
     Outcome,
     collect_measured,
     describe_processes,
-    list_gpu_names,
     run_sweep,
 )
 from megatron_hammer.scaling.measured.sweep import Setting, Sweep, list_settings, read_sweeps
@@ -138,7 +138,10 @@ def select_machine(arguments: argparse.Namespace) -> Machine:
     """Raises PlatformError where cuda is asked for and the driver shows no GPU."""
     gpu_names = [] if arguments.platform == "cpu" else list_gpu_names()
     if arguments.platform == "cuda" and not gpu_names:
-        raise PlatformError("platform: cuda needs a GPU that nvidia-smi lists, got none. Pass --platform cpu.")
+        raise PlatformError(
+            "platform: cuda needs a GPU that nvidia-smi lists and CUDA_VISIBLE_DEVICES does not hide, got none. "
+            "Pass --platform cpu."
+        )
     return Machine(
         platform="cuda" if gpu_names else "cpu",
         gpu_type=gpu_names[0] if gpu_names else CPU_TYPE,

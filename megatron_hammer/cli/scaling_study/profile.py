@@ -20,6 +20,7 @@ from megatron_hammer.scaling.hardware.catalogue import (
     select_default_cluster,
     select_gpu,
 )
+from megatron_hammer.scaling.hardware.visible_gpus import list_gpu_names
 from megatron_hammer.scaling.measured.operator_profile import (
     HostProfile,
     OperatorReport,
@@ -28,7 +29,6 @@ from megatron_hammer.scaling.measured.operator_profile import (
     format_gpu,
     time_operators,
 )
-from megatron_hammer.scaling.measured.run_sweep import list_gpu_names
 from megatron_hammer.scaling.plan import Gpu
 
 
@@ -59,7 +59,10 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"processes: must be at least 1, got {arguments.processes}. Raise it.")
     gpu_names = [] if arguments.platform == "cpu" else list_gpu_names()
     if arguments.platform == "cuda" and not gpu_names:
-        raise PlatformError("platform: cuda needs a GPU that nvidia-smi lists, got none. Pass --platform cpu.")
+        raise PlatformError(
+            "platform: cuda needs a GPU that nvidia-smi lists and CUDA_VISIBLE_DEVICES does not hide, got none. "
+            "Pass --platform cpu."
+        )
     platform = "cuda" if gpu_names else "cpu"
     num_processes = min(arguments.processes, len(gpu_names)) if gpu_names else arguments.processes
     gpu = select_measured_gpu(arguments, gpu_names[0] if gpu_names else None)

@@ -59,16 +59,6 @@ class RunRecord:
     reason: str | None = None  # why it failed
 
 
-def list_gpu_names() -> list[str]:
-    """The names of this machine's GPUs, as its driver reports them."""
-    try:
-        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        result = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [line.strip() for line in result.stdout.strip().splitlines()]
-
-
 def describe_run(setting: Setting, machine: Machine, repeat: int) -> dict[str, Any]:
     """Everything that the time of a run depends on, as plain types. The digest in the folder's name is made of it."""
     return {
