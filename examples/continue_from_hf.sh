@@ -30,6 +30,10 @@ num_gpus="$(count_gpus)"
 if ((num_gpus > 0)); then
     nproc="${NPROC:-$num_gpus}"
     seq_length=2048 global_batch_size=256 train_steps=1000 warmup_steps=100
+    if [[ -z "${DATA_PATH:-}" ]]; then
+        # 1.6 million tokens, less than once through the demonstration text
+        seq_length=1024 global_batch_size="$(fit_batch 32 "$nproc")" train_steps=48 warmup_steps=5
+    fi
 else
     nproc="${NPROC:-2}"
     seq_length=256 global_batch_size=8 train_steps=30 warmup_steps=3
@@ -51,6 +55,8 @@ pretrain_miniature() { # DIR: leaves a Hugging Face folder in DIR/hf
 }
 
 hf_dir="${HF_DIR:-}"
+if [[ -z "$hf_dir" || -z "${DATA_PATH:-}" ]]; then refuse_demo_on_several_nodes; fi
+if [[ -z "$hf_dir" ]]; then seq_length=256; fi # as the miniature was trained
 if [[ -z "$hf_dir" && -s "$root/outputs/hammer-tiny/hf/config.json" ]]; then
     hf_dir="$root/outputs/hammer-tiny/hf"
     echo "HF_DIR is not set: continuing $hf_dir, which examples/pretrain_hammer_1b4.sh exported."
@@ -61,6 +67,7 @@ elif [[ -z "$hf_dir" ]]; then
 fi
 
 arguments=()
+if ((num_gpus > 0)); then arguments+=(--platform cuda); fi # a torch without CUDA must not train on the CPU
 if [[ -n "${DATA_PATH:-}" ]]; then
     read -r -a data_path <<<"$DATA_PATH"
     arguments+=(--data-path "${data_path[@]}")
@@ -87,7 +94,7 @@ else
 fi
 launch_training "$nproc" --load-hf "$hf_dir" --save "$output_dir" "${arguments[@]}" "$@"
 
-if ((${NODE_RANK:-${SLURM_NODEID:-0}} == 0)); then
+if ((node_rank == 0)); then
     echo "== export to Hugging Face"
     "$PYTHON" "$root/checkpoint_convert/megatron_to_hf.py" --load "$output_dir" --save "$output_dir/hf" \
         --tokenizer-model "$hf_dir" --overwrite

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# Pretrain HammerLLM-1.4B on all GPUs of this node, or a miniature of it on the CPU if there is no GPU.
+# Pretrain HammerLLM-1.4B on all GPUs of this node, or a miniature of it on the CPU if there is no GPU. Without DATA_PATH
+# it is a demonstration on text of this machine: some minutes, whether of the 1.4B model or of the miniature.
 #
 #   bash examples/pretrain_hammer_1b4.sh [any megatron_hammer or Megatron flag]
 #
 # From the environment:
 #   DATA_PATH        prefixes of indexed data, "PREFIX" or "WEIGHT PREFIX WEIGHT PREFIX" (default: text on this machine)
 #   TOKENIZER_MODEL  SentencePiece model or Hugging Face folder with which the data was encoded
-#   OUTPUT_DIR       checkpoints, logs, metrics (default: outputs/hammer-1b4 or outputs/hammer-tiny)
+#   OUTPUT_DIR       checkpoints, logs, metrics (default: outputs/ and the preset: hammer-1b4, hammer-1b4-demo or
+#                    hammer-tiny)
 #   TP PP VP CP EP   parallel sizes (CPU default: TP=2)
 #   NPROC            processes on this node (default: its GPUs; 2 on the CPU)
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT   for several nodes (default: from SLURM's variables)
@@ -24,8 +26,10 @@ num_gpus="$(count_gpus)"
 arguments=()
 if ((num_gpus > 0)); then
     preset=hammer-1b4
+    if [[ -z "${DATA_PATH:-}" ]]; then preset=hammer-1b4-demo; fi
     nproc="${NPROC:-$num_gpus}"
     num_demo_pieces=16000
+    arguments+=(--platform cuda) # otherwise a torch without CUDA would train this model on the CPU
 else
     echo "No GPU found: training hammer-tiny, a miniature of hammer-1b4, on ${NPROC:-2} CPU processes."
     preset=hammer-tiny
@@ -41,20 +45,23 @@ if [[ -n "${DATA_PATH:-}" ]]; then
     arguments+=(--data-path "${data_path[@]}")
     if [[ -n "${TOKENIZER_MODEL:-}" ]]; then arguments+=(--tokenizer-model "$TOKENIZER_MODEL"); fi
 else
+    refuse_demo_on_several_nodes
     build_demo_data "$output_dir/data" "$num_demo_pieces"
     TOKENIZER_MODEL="$output_dir/data/tokenizer.model"
     arguments+=(--train-data-path "$output_dir/data/train_text_document"
         --valid-data-path "$output_dir/data/valid_text_document" --tokenizer-model "$TOKENIZER_MODEL"
         --full-validation)
     if ((num_gpus > 0)); then
-        echo "DATA_PATH is not set: the real model on demonstration data; its vocabulary stays HammerLLM's."
-        arguments+=(--vocab-size 105789)
+        echo "DATA_PATH is not set: a demonstration. The 1.4B model trains for 48 steps of 65,536 tokens on text of this" \
+            "machine, about once through it: some minutes on one GPU. It then writes a checkpoint of about 20 GB to" \
+            "$output_dir. The vocabulary stays HammerLLM's, larger than the tokenizer's. Any flag changes this."
+        arguments+=(--vocab-size 105789 --global-batch-size "$(fit_batch 32 "$nproc")")
     fi
 fi
 
 launch_training "$nproc" --preset "$preset" --save "$output_dir" "${arguments[@]}" "$@"
 
-if ((num_gpus == 0)); then
+if ((num_gpus == 0 && node_rank == 0)); then
     echo "== export to Hugging Face"
     "$PYTHON" "$root/checkpoint_convert/megatron_to_hf.py" --load "$output_dir" --save "$output_dir/hf" \
         --tokenizer-model "$TOKENIZER_MODEL" --overwrite

@@ -211,6 +211,7 @@ TP, PP, EP = "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "
 VP = "--num-virtual-stages-per-pipeline-rank"
 DRY_RUNS = {
     "hammer-1b4": ("--world-size 64", f"--world-size 64 {TP} 2 --sequence-parallel {PP} 2 --gpu-memory-gib 80"),
+    "hammer-1b4-demo": ("--world-size 8",),
     "hammer-tiny": ("--world-size 2 --platform cpu", f"--world-size 4 {TP} 2 {PP} 2 {VP} 2 --platform cpu"),
     "hammer-tiny-moe": ("--world-size 2", f"--world-size 4 {EP} 2 {TP} 2 --sequence-parallel"),
     "tinyllama-1b1": ("--world-size 16", f"--world-size 16 {TP} 4 --recompute-granularity selective"),

@@ -9,7 +9,7 @@ import difflib
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.presets.gpt2 import GPT2_124M
-from megatron_hammer.presets.hammer import HAMMER_1B4, HAMMER_TINY, HAMMER_TINY_MOE
+from megatron_hammer.presets.hammer import HAMMER_1B4, HAMMER_1B4_DEMO, HAMMER_TINY, HAMMER_TINY_MOE
 from megatron_hammer.presets.llama import LLAMA_PRESETS
 from megatron_hammer.presets.open_llama import OPEN_LLAMA_7B
 from megatron_hammer.presets.preset import Preset
@@ -20,6 +20,7 @@ PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
         HAMMER_1B4,
+        HAMMER_1B4_DEMO,
         HAMMER_TINY,
         HAMMER_TINY_MOE,
         TINYLLAMA_1B1,

@@ -37,6 +37,22 @@ HAMMER_1B4 = Preset(
     ),
 )
 
+HAMMER_1B4_DEMO = Preset(
+    num_parameters=HAMMER_1B4.num_parameters,
+    model=replace(HAMMER_1B4.model, name="hammer-1b4-demo", source="HammerLLM config.json: hammer-1b4 itself"),
+    recipe=Recipe(
+        # examples/demo_data.sh makes about 3.2 million tokens. One pass is 2.9e16 FLOPs: two minutes at 250 TFLOP/s.
+        source="ours: a demonstration of hammer-1b4 on text of one machine; betas, decay and clip are hammer-1b4's",
+        seq_length=2048,
+        global_batch_size=32,  # up to 32 GPUs, and enough steps to see the loss fall
+        micro_batch_size=1,  # beside 18 bytes per parameter, a GPU of 40 GB has no room for more
+        lr=3e-4,
+        min_lr=3e-5,
+        lr_warmup_steps=5,
+        train_tokens=48 * 32 * 2048,
+    ),
+)
+
 _TINY_RECIPE = Recipe(
     # lr 1e-3, 2e-3 and 4e-3 were tried for 120 steps of English text: final loss 5.33, 5.46, 5.46 (from 8.40), at
     # 0.77 s a step on one core of a shared machine.
