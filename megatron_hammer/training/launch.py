@@ -8,10 +8,13 @@ failed children; Ctrl-C and SIGTERM wait for the checkpoint instead of killing a
 torchrun itself works as well. Under either, no training process outlives a launcher that was killed.
 """
 
+import argparse
 import ctypes
+import functools
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 
@@ -19,6 +22,7 @@ from megatron_hammer.errors import ConfigError, exit_on_user_error
 
 TRAINING_MODULE = "megatron_hammer.training.pretrain"
 CHECKPOINT_GRACE_S = 1800  # how long a stopping run may take to write its checkpoint
+DEFAULT_MASTER_PORT = 29500  # torchrun's
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -34,6 +38,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             "launch: needs -- between torchrun's options and training's, got none. "
             f"Use python -m {__spec__.name} --nproc-per-node 2 -- --preset hammer-tiny."
         )
+    num_tasks, num_nodes = (int(os.environ.get(f"SLURM_STEP_NUM_{what}", "1")) for what in ("TASKS", "NODES"))
+    if num_tasks > num_nodes:
+        raise ConfigError(
+            f"launch: must be started once on each node, got {num_tasks} tasks of srun on {num_nodes} nodes. Use srun "
+            f"--ntasks-per-node 1, or have srun start every process: srun python -m {TRAINING_MODULE} ..."
+        )
     split = argv.index("--")
     sys.exit(launch(argv[:split], argv[split + 1 :]))
 
@@ -46,9 +56,8 @@ def launch(torchrun_options: Sequence[str], training_options: Sequence[str]) -> 
 
     # torchrun's own report of children that ended; what matters is printed below.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    options = run.parse_args(
-        ["--shutdown-timeout", str(CHECKPOINT_GRACE_S), *torchrun_options, "-m", TRAINING_MODULE, *training_options]
-    )
+    options = run.parse_args([*give_grace(), *torchrun_options, "-m", TRAINING_MODULE, *training_options])
+    check_master_port(options)
     try:
         run.run(options)
     except SignalException as stop:
@@ -60,6 +69,39 @@ def launch(torchrun_options: Sequence[str], training_options: Sequence[str]) -> 
             return 128 - failure.exitcode
         return failure.exitcode
     return 0
+
+
+def give_grace() -> list[str]:
+    """Have torchrun wait for the checkpoint of a run that it stops; returns the options that say so."""
+    from torch.distributed.elastic.multiprocessing.api import PContext
+    from torch.distributed.launcher.api import LaunchConfig
+
+    if "shutdown_timeout" in LaunchConfig.__dataclass_fields__:
+        return ["--shutdown-timeout", str(CHECKPOINT_GRACE_S)]
+    # Before torch 2.12 the agent calls close(signal), whose default timeout is 30 s.
+    PContext.close = functools.partialmethod(PContext.close, timeout=CHECKPOINT_GRACE_S)  # type: ignore[assignment]
+    return []
+
+
+def check_master_port(options: argparse.Namespace) -> None:
+    """Raises ConfigError on node 0 if another process has its port; torchrun would end with a stack trace.
+
+    The other nodes know the port from their own command line, so no other one can be taken in its place.
+    """
+    if options.rdzv_backend != "static" or options.standalone or options.rdzv_endpoint or options.node_rank != 0:
+        return
+    if options.master_port is None and options.nnodes in ("1", "1:1"):
+        return  # torchrun then takes a free port
+    port = DEFAULT_MASTER_PORT if options.master_port is None else options.master_port
+    has_both = socket.has_dualstack_ipv6()  # torch listens on either, so neither may be in use
+    family = socket.AF_INET6 if has_both else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=has_both).close()
+    except OSError as error:
+        raise ConfigError(
+            f"master-port: must be free on node 0, got {port}: {error.strerror}. "
+            "Another run on this host may use it. Give all nodes another one (MASTER_PORT for the scripts)."
+        ) from None
 
 
 def end_with_launcher() -> None:

@@ -1,6 +1,7 @@
 """The main path: from a command line to a trained checkpoint. Read this file first, from top to bottom.
 
     torchrun --nproc-per-node 8 -m megatron_hammer.training.pretrain --preset hammer-1b4 --data-path data/corpus ...
+    srun --ntasks-per-node 8 python -m megatron_hammer.training.pretrain --preset hammer-1b4 --data-path data/corpus ...
     python -m megatron_hammer.training.pretrain --preset hammer-1b4 --world-size 64 --dry-run
 
 The engine is megatron.training.pretrain, unmodified; we hand it a configuration, a dataset provider and a forward step
@@ -8,11 +9,13 @@ and listen to its loop. Imports stay inside the functions: megatron takes second
 chosen before it is, and the processes that megatron spawns to write checkpoints import this module again.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING
 
+from megatron_hammer.config.environment import read_slurm_variables
 from megatron_hammer.errors import USER_ERROR_EXIT_CODE, ConfigError, exit_on_user_error
 from megatron_hammer.training.launch import end_with_launcher
 
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, or with --dry-run say what would be trained. Raises HammerError for every problem a user can fix."""
+    os.environ.update(read_slurm_variables(os.environ))
     end_with_launcher()
     argv = sys.argv[1:] if argv is None else argv
     arguments = prepare(argv)

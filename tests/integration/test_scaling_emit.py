@@ -181,9 +181,11 @@ def test_slurm_starts_one_launcher_a_node(tmp_path: Path) -> None:
     words = list_words(
         write_script("fsdp", "slurm", tmp_path), tmp_path, "--seed", "7",
         PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_NNODES="2", SLURM_JOB_NODELIST="n[1-2]",
+        SLURM_JOB_ID="4500123",
     )  # fmt: skip
     assert words[words.index("--node-rank") + 1] == "1"
     assert words[words.index("--master-addr") + 1] == "n1"
+    assert words[words.index("--master-port") + 1] == "10123", "jobs that share a node need different ports"
     assert (words[words.index("--nnodes") + 1], words[-2:]) == ("2", ["--seed", "7"])
 
 

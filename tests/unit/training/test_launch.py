@@ -2,12 +2,16 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing import api
 
 from megatron_hammer.training import launch
 from tests.helpers.messages import assert_errors
@@ -47,6 +51,55 @@ def test_options_without_a_separator_are_refused(capsys) -> None:
         capsys.readouterr().err,
         ("launch:", "needs -- between torchrun's", "got none", "--nproc-per-node 2 -- --preset"),
     )
+
+
+def test_tasks_of_srun_that_would_each_start_a_node_are_refused(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
+    with pytest.raises(SystemExit) as stop:
+        launch.main(["--nproc-per-node", "8", "--", "--preset", "hammer-tiny"])
+    assert stop.value.code == 2
+    assert_errors(
+        capsys.readouterr().err,
+        (
+            "launch:",
+            "once on each node",
+            "got 16 tasks of srun on 2 nodes",
+            "python -m megatron_hammer.training.pretrain",
+        ),
+    )
+
+
+@pytest.mark.parametrize("options", [("--nnodes", "2", "--node-rank", "0", "--master-addr", "localhost"), ()])
+def test_a_port_of_another_run_is_named(options: tuple[str, ...], capsys) -> None:
+    with socket.create_server(("", 0)) as other:
+        port = str(other.getsockname()[1])
+        with pytest.raises(SystemExit) as stop:
+            launch.main([*options, "--master-port", port, "--nproc-per-node", "1", "--", "--preset", "hammer-tiny"])
+    assert stop.value.code == 2
+    assert_errors(
+        capsys.readouterr().err,
+        (
+            "master-port:",
+            "must be free on node 0",
+            f"got {port}: Address already in use",
+            "MASTER_PORT for the scripts",
+        ),
+    )
+
+
+def test_a_run_gets_time_for_its_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a flag of torchrun where it has one, which a user's own follows; before torch 2.12 as close()'s default."""
+    monkeypatch.setattr(api.PContext, "close", api.PContext.close)
+    grace = launch.give_grace()
+    if grace:
+        assert run.parse_args([*grace, "train.py"]).shutdown_timeout == launch.CHECKPOINT_GRACE_S
+        assert run.parse_args([*grace, "--shutdown-timeout", "7", "train.py"]).shutdown_timeout == 7
+    else:
+        timeouts = []
+        context = mock.Mock(_tail_logs=[], _close=lambda death_sig, timeout: timeouts.append(timeout))
+        api.PContext.close.__get__(context)(signal.SIGTERM)
+        assert timeouts == [launch.CHECKPOINT_GRACE_S]
 
 
 @pytest.mark.distributed
