@@ -6,11 +6,13 @@ torch file and goes through `torch.load(weights_only=True)`, where megatron's ow
 """
 
 import argparse
+import contextlib
 import io
 import pathlib
 import pickle
 import signal
 import types
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -49,34 +51,45 @@ _METADATA_RECORDS = frozenset(
     }
 )
 _TENSOR_PROPERTIES = ("torch.distributed.checkpoint.metadata", "TensorProperties")
-# What objects may hold besides plain values and tensors, under the names by which Pythons pickle it.
-_OBJECT_TYPES: dict[str, Any] = {
-    "argparse.Namespace": argparse.Namespace,
-    "types.SimpleNamespace": types.SimpleNamespace,
-    "pathlib.PosixPath": pathlib.PosixPath,
-    "pathlib._local.PosixPath": pathlib.PosixPath,
-    "signal.Signals": signal.Signals,
-}
+# What objects may hold besides plain values and tensors, with the name by which it is pickled. Not from __module__:
+# Python 3.13 pickles a path under another module than other versions do, and must read their files too.
+KNOWN_TYPES: tuple[tuple[Any, str], ...] = (
+    (argparse.Namespace, "argparse.Namespace"),
+    (types.SimpleNamespace, "types.SimpleNamespace"),
+    (pathlib.PosixPath, "pathlib.PosixPath"),
+    (pathlib.PosixPath, "pathlib._local.PosixPath"),
+    (signal.Signals, "signal.Signals"),
+)
 _STAND_IN_PREFIXES = ("megatron.core.", "megatron.training.", "transformer_engine.")
 ALLOWED = (
-    f"Allowed are plain values, tensors, {', '.join(_OBJECT_TYPES)}, and the types under "
+    f"Allowed are plain values, tensors, {', '.join(name for _, name in KNOWN_TYPES)}, and the types under "
     f"{', '.join(prefix + '*' for prefix in _STAND_IN_PREFIXES)}, which become inert records"
 )
 
 
 class MegatronObject:
-    """Stands in for an enum or a record of megatron: keeps the values it was made from, has no behaviour.
+    """Stands in for a type that a file names, such as an enum or a record of megatron; it has no behaviour.
 
-    global_name: the type's own, `megatron.core.transformer.enums.AttnBackend`.
+    global_name: the type's own, `megatron.core.transformer.enums.AttnBackend`. values: what it was called with, as an
+    enum is; None if it was made empty, as a record is. state: what it was then given, None for nothing.
     """
 
     global_name = ""
+    values: tuple[Any, ...] | None = None
+    state: Any = None
 
     def __init__(self, *values: Any):
         self.values = values
 
+    def __setstate__(self, state: Any) -> None:
+        self.state = state  # as it is: a record's is a dictionary of its fields, a numpy array's is a tuple
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "MegatronObject":
+        return self  # nothing changes it, and Python's own way would hand its attributes to __setstate__
+
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(map(repr, self.values))})"
+        parts = (self.state,) if self.values is None else self.values
+        return f"{type(self).__name__}({', '.join(map(repr, parts))})"
 
 
 class MetadataRecord:
@@ -128,27 +141,37 @@ def read_metadata(path: Path) -> Any:
 
 def read_object(file: BinaryIO | io.BytesIO, *, where: str | Path) -> Any:
     """A tensor or a plain object that torch.save wrote; raises CheckpointError, naming `where`, if it is neither."""
-    allowed_before = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()  # importing megatron allows types of its own and numpy's
     try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-        file.seek(0)
-        stand_ins = [(_stand_in(name), name) for name in names if name.startswith(_STAND_IN_PREFIXES)]
-        known = [(known_type, name) for name, known_type in _OBJECT_TYPES.items()]
-        # torch.load stops at the first type that it does not allow. Here all of them are named.
-        if refused := sorted({*names} - {name for _, name in [*stand_ins, *known]}):
-            raise pickle.UnpicklingError(f"types that are not on the list: {', '.join(refused)}. {ALLOWED}")
-        with torch.serialization.safe_globals([*known, *stand_ins]):
-            return torch.load(file, map_location="cpu", weights_only=True)
+        with allow_only(KNOWN_TYPES):
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+            file.seek(0)
+            stand_ins = build_stand_ins(names, _STAND_IN_PREFIXES)
+            # torch.load stops at the first type that it does not allow. Here all of them are named.
+            if refused := sorted({*names} - {name for _, name in stand_ins}):
+                raise pickle.UnpicklingError(f"types that are not on the list: {', '.join(refused)}. {ALLOWED}")
+            with torch.serialization.safe_globals(stand_ins):
+                return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files can raise nearly anything
         raise _unreadable(where, error) from error
+
+
+def build_stand_ins(names: Iterable[str], prefixes: tuple[str, ...]) -> list[Any]:
+    """A new inert type for every name with one of the prefixes, as torch.load's list of safe types wants them."""
+    wanted = [name for name in names if name.startswith(prefixes)]
+    return [(type(name.rpartition(".")[2], (MegatronObject,), {"global_name": name}), name) for name in wanted]
+
+
+@contextlib.contextmanager
+def allow_only(types_and_names: Sequence[Any]) -> Iterator[None]:
+    """Let torch.load build these and what it always allows, whatever this process allowed: megatron adds numpy's."""
+    allowed_before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        with torch.serialization.safe_globals(list(types_and_names)):
+            yield
     finally:
         # The list belongs to the whole process: others who added to it still need their types.
         torch.serialization.add_safe_globals(allowed_before)
-
-
-def _stand_in(name: str) -> type[MegatronObject]:
-    return type(name.rsplit(".", 1)[1], (MegatronObject,), {"global_name": name})
 
 
 def _unreadable(where: str | Path, error: Exception) -> CheckpointError:

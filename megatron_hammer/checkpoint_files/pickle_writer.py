@@ -4,6 +4,7 @@ An edited checkpoint keeps the saved arguments and the state of the training loo
 They were read as inert `MegatronObject`s and are written without importing megatron. Read next: pickle_reader.py.
 """
 
+import copyreg
 import io
 import pickle
 import types
@@ -21,8 +22,9 @@ class _StandInPickler(pickle._Pickler):  # the C pickler insists on importing wh
             return obj.__name__  # by its name: save_global
         if not isinstance(obj, MegatronObject):
             return NotImplemented
-        fields = vars(obj)
-        return (type(obj), tuple(fields["values"])) if "values" in fields else object.__reduce_ex__(obj, 2)
+        if obj.values is None:
+            return copyreg.__newobj__, (type(obj),), obj.state  # type: ignore[attr-defined]
+        return type(obj), obj.values, obj.state
 
     def save_global(self, obj: Any, name: str | None = None) -> None:
         if not (isinstance(obj, type) and issubclass(obj, MegatronObject)):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.checkpoint_files.legacy.names import TIED_HEAD, select_expert, translate_name
-from megatron_hammer.checkpoint_files.legacy.rank_files import RankFile, load_state
+from megatron_hammer.checkpoint_files.legacy.rank_files import ParallelSizes, RankFile, load_state
 from megatron_hammer.checkpoint_files.located_tensor import LocatedTensor, locate_in_storage
 from megatron_hammer.errors import CheckpointError
 
@@ -35,7 +35,7 @@ class Parameter(NamedTuple):
     dtype: torch.dtype
 
 
-def locate_masters(file: RankFile, args: Any) -> dict[tuple[int, str], LocatedTensor]:
+def locate_masters(file: RankFile, sizes: ParallelSizes, args: Any) -> dict[tuple[int, str], LocatedTensor]:
     """The fp32 copies in a rank's optimizer, by (vp_stage, name in the chunk).
 
     Weights that are fp32 themselves have none, nor have those whose data-parallel rank 0 wrote to another file.
@@ -44,8 +44,9 @@ def locate_masters(file: RankFile, args: Any) -> dict[tuple[int, str], LocatedTe
     parameters = list(_list_parameters(file))
     if all(parameter.dtype == torch.float32 for parameter in parameters):
         return {}
-    has_own_optimizer = (getattr(args, "expert_model_parallel_size", None) or 1) > 1
-    experts = [p for p in parameters if has_own_optimizer and select_expert(translate_name(p.name)) is not None]
+    experts = [
+        p for p in parameters if sizes.has_expert_optimizer and select_expert(translate_name(p.name)) is not None
+    ]
     dense = [parameter for parameter in parameters if parameter not in experts]
     groups = [group for group in (dense, experts) if group]
     path = file.path.with_name(OPTIMIZER_FILE)
@@ -63,7 +64,7 @@ def locate_masters(file: RankFile, args: Any) -> dict[tuple[int, str], LocatedTe
         if state is not None and is_distributed:
             masters |= _locate_in_buffers(file, group, state, args)
         elif state is not None:
-            masters |= _locate_in_lists(file, group, state)
+            masters |= _locate_in_lists(file, group, state, args)
     return masters
 
 
@@ -169,7 +170,7 @@ def _select_part(whole: LocatedTensor, start: int, shape: tuple[int, ...]) -> Lo
 
 
 def _locate_in_lists(
-    file: RankFile, parameters: Sequence[Parameter], state: Mapping[Any, Any]
+    file: RankFile, parameters: Sequence[Parameter], state: Mapping[Any, Any], args: Any
 ) -> dict[tuple[int, str], LocatedTensor]:
     """Source: megatron.core Float16OptimizerWithFloat16Params: lists in the order of the parameter groups."""
     lists = state.get(_PLAIN_KEY)
@@ -179,10 +180,8 @@ def _locate_in_lists(
     low_precision = [parameter for parameter in parameters if parameter.dtype != torch.float32]
     located = {}
     for tensors, setting in zip(lists, settings, strict=True):
-        # Megatron exempts biases and vectors from weight decay, in a group of their own.
-        # Source: megatron.core.optimizer.get_standard_config_overrides.
         has_decay = setting.get("wd_mult", 1.0) != 0.0
-        own = [p for p in low_precision if len(lists) == 1 or has_decay == (len(p.shape) > 1)]
+        own = [p for p in low_precision if len(lists) == 1 or has_decay == _has_decay(p, args)]
         if [tuple(tensor.shape) for tensor in tensors] != [parameter.shape for parameter in own]:
             raise _unknown(file, f"{len(tensors)} tensors in a parameter group for {len(own)} weights")
         for tensor, parameter in zip(tensors, own, strict=True):
@@ -190,6 +189,15 @@ def _locate_in_lists(
     if len(located) != len(low_precision):
         raise _unknown(file, f"{len(located)} tensors for {len(low_precision)} weights")
     return located
+
+
+def _has_decay(parameter: Parameter, args: Any) -> bool:
+    """Megatron exempts biases and vectors from weight decay, in a group of their own, on demand not those of q and k.
+
+    Source: megatron.core.optimizer.get_standard_config_overrides.
+    """
+    is_qk_norm = "q_layernorm." in parameter.name or "k_layernorm." in parameter.name
+    return len(parameter.shape) > 1 or (is_qk_norm and getattr(args, "apply_wd_to_qk_layernorm", False))
 
 
 def _unknown(file: RankFile, found: str) -> CheckpointError:

@@ -5,16 +5,11 @@ of everything the rank had. Tensors are only located here, on the meta device. T
 and apex, which become inert; any other type stops the reading.
 """
 
-import argparse
-import contextlib
 import io
-import pathlib
 import pickletools
 import re
-import signal
-import types
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,27 +17,13 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_hammer.checkpoint_files.legacy.names import flatten_state
+from megatron_hammer.checkpoint_files.pickle_reader import KNOWN_TYPES, allow_only, build_stand_ins
 from megatron_hammer.errors import CheckpointError
 
 MODEL_FILES = ("model_optim_rng.pt", "model_rng.pt")  # the second where the optimizer lay apart, before megatron-core
-_SAFE_TYPES = (argparse.Namespace, types.SimpleNamespace, pathlib.PosixPath, signal.Signals)
-_SAFE_NAMES = frozenset(f"{known.__module__}.{known.__qualname__}" for known in _SAFE_TYPES)
 _INERT_PREFIXES = ("megatron.", "numpy.", "transformer_engine.", "apex.", "_io.BytesIO")
 _ZIP_SIGNATURE = b"PK"
 _NUM_PICKLES_BEFORE_STATE = 3  # in a file of before PyTorch 1.6: magic number, protocol, system
-
-
-class InertObject:
-    """Stands in for a type that the file names: keeps what it was made from, has no behaviour."""
-
-    def __init__(self, *values: Any):
-        self.values = values
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(map(repr, getattr(self, 'values', ())))})"
 
 
 class ModelRank(NamedTuple):
@@ -76,6 +57,14 @@ class ParallelSizes:
     ep: int
     expert_tp: int
     cp: int
+
+    @property
+    def has_expert_optimizer(self) -> bool:
+        """Whether megatron chains an optimizer of the experts to that of the other weights.
+
+        Source: use_expert_pgs of megatron.core.tensor_parallel.layers.ColumnParallelLinear.
+        """
+        return self.ep > 1 or self.expert_tp != self.tp
 
     @property
     def ranks(self) -> list[ModelRank]:
@@ -167,13 +156,9 @@ def load_state(path: Path, kind: type | tuple[type, ...] = dict) -> Any:
     """
     try:
         is_mappable = zipfile.is_zipfile(path)
-        inert = [
-            (type(name.rpartition(".")[2], (InertObject,), {}), name)
-            for name in sorted(_list_types(path, is_mappable) - _SAFE_NAMES)
-            if name.startswith(_INERT_PREFIXES)
-        ]
+        stand_ins = build_stand_ins(sorted(_list_types(path, is_mappable)), _INERT_PREFIXES)
         # The meta device: torch.load then reads the description of every tensor and no elements.
-        with _allow_only([*_SAFE_TYPES, *inert]):
+        with allow_only([*KNOWN_TYPES, *stand_ins]):
             state = torch.load(path, map_location="meta" if is_mappable else "cpu", weights_only=True)
         if not isinstance(state, kind):
             raise TypeError(f"a {type(state).__name__}")
@@ -183,18 +168,6 @@ def load_state(path: Path, kind: type | tuple[type, ...] = dict) -> Any:
             "The file is damaged or not a checkpoint; use another iteration or copy it again."
         ) from error
     return state
-
-
-@contextlib.contextmanager
-def _allow_only(types_and_names: list[Any]) -> Iterator[None]:
-    """Let torch.load build these and what it always allows, whatever this process allowed: megatron adds numpy's."""
-    allowed_before = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    try:
-        with torch.serialization.safe_globals(types_and_names):
-            yield
-    finally:
-        torch.serialization.add_safe_globals(allowed_before)
 
 
 def _list_types(path: Path, is_mappable: bool) -> set[str]:

@@ -144,7 +144,7 @@ def _assemble(
     problems: list[str] = []
     parts: dict[str, dict[int, list[RankPart]]] = {}
     for file in files:
-        masters = locate_masters(file, args) if weights == "master" else None
+        masters = locate_masters(file, sizes, args) if weights == "master" else None
         for vp_stage, num_layers_before in enumerate(before[file.rank.pp]):
             named = _locate_chunk(file, vp_stage, num_layers_before, args, problems)
             if masters is not None:

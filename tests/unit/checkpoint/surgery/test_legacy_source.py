@@ -1,5 +1,12 @@
 """Weights of a legacy checkpoint come out of every edit under torch_dist's keys, bit for bit."""
 
+import enum
+import io
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
@@ -8,6 +15,7 @@ from megatron_hammer.checkpoint.surgery.reshard import TargetLayout, reshard
 from megatron_hammer.checkpoint.surgery.resize_vocabulary import NewVocabulary, resize_vocabulary
 from megatron_hammer.checkpoint.surgery.weights_only import keep_weights
 from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
+from megatron_hammer.checkpoint_files.torch_dist.store import COMMON_STATE_KEY, TorchDistStore
 from tests.helpers.toy_legacy_checkpoint import legacy_arguments, llama_weights, write_legacy_checkpoint
 
 QKV = "decoder.layers.self_attention.linear_qkv.weight"
@@ -59,3 +67,18 @@ def test_the_vocabulary_of_a_legacy_checkpoint(tmp_path):
     rows = open_checkpoint(tmp_path / "new").read("output_layer.weight")
     expected = weights["output_layer.weight"][:53].double().mean(dim=0).float()
     assert torch.equal(rows[53:60], expected.expand(7, 24))
+
+
+def test_arguments_with_types_of_megatron_and_numpy_are_written_back(tmp_path, monkeypatch):
+    """They are inert in the edited arguments; a Megatron that reads the edited checkpoint gets its own types again."""
+    module = types.ModuleType("megatron.core.toy_types")
+    module.Mode = enum.Enum("Mode", {"FAST": "fast"}, module=module.__name__)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    args = legacy_arguments(attention_backend=module.Mode.FAST, betas=np.array([0.9, 0.95]), folder=Path("a"))
+    write_legacy_checkpoint(tmp_path / "old", llama_weights(), arguments=args)
+    keep_weights(tmp_path / "old", tmp_path / "new")
+    written = TorchDistStore(tmp_path / "new" / "release").read_object_bytes(COMMON_STATE_KEY)
+    found = torch.load(io.BytesIO(written), weights_only=False)[0]["args"]
+    assert found.attention_backend is module.Mode.FAST
+    assert found.betas.tolist() == [0.9, 0.95]
+    assert found.folder == Path("a")

@@ -82,6 +82,62 @@ def test_masters_of_every_optimizer_are_found(tmp_path, masters, changes):
         assert torch.equal(rounded.read(name), tensor.bfloat16()), name
 
 
+@pytest.mark.parametrize("decays", [False, True])
+def test_norms_of_queries_and_keys_may_have_weight_decay(tmp_path, decays):
+    """--apply-wd-to-qk-layernorm puts them into the group of the matrices."""
+    names = [
+        f"decoder.layers.0.self_attention.{name}" for name in ("q_layernorm.weight", "linear_qkv.layer_norm_weight")
+    ]
+    weights = llama_weights(num_layers=1) | {name: torch.randn(4 if "q_" in name else 24) for name in names}
+
+    def save_optimizer(state, *_):
+        model = state["model"]
+        with_decay = [value.clone() for name, value in model.items() if value.dim() > 1 or (decays and "q_" in name)]
+        without = [value.clone() for name, value in model.items() if value.dim() == 1 and not (decays and "q_" in name)]
+        groups = [{"wd_mult": 1.0}, {"wd_mult": 0.0}]
+        state["optimizer"] = {
+            "optimizer": {"param_groups": groups},
+            "fp32_from_fp16_params": [with_decay, without],
+        }
+        model.update({name: value.bfloat16() for name, value in model.items()})
+
+    arguments = legacy_arguments(num_layers=1, qk_layernorm=True, apply_wd_to_qk_layernorm=decays)
+    target = write_legacy_checkpoint(tmp_path, weights, stages=((1,),), arguments=arguments, change=save_optimizer)
+    reader = open_legacy_checkpoint(target, weights="master")
+    assert all(torch.equal(reader.read(name), tensor) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize("etp, is_chained", [(2, False), (1, True)])
+def test_experts_with_a_tensor_parallel_size_of_their_own_have_an_optimizer(tmp_path, etp, is_chained):
+    """Megatron compares the two sizes, without expert parallelism too: use_expert_pgs of ColumnParallelLinear."""
+    args = legacy_arguments(num_layers=1, num_experts=1, tensor_model_parallel_size=2, expert_tensor_parallel_size=etp)
+    expert = "decoder.layers.0.mlp.experts.local_experts.0.linear_fc2.weight"
+    fc2, router = torch.randn(24, 10), torch.randn(1, 24)
+    target = tmp_path / "iter_0000003"
+    for rank in range(2):
+        parts = {
+            "decoder.layers.0.mlp.router.weight": router,
+            expert: fc2.clone() if etp == 1 else fc2.chunk(2, dim=1)[rank].clone(),
+        }
+        states = [
+            {
+                "optimizer": {"param_groups": [{"wd_mult": 1.0}]},
+                "fp32_from_fp16_params": [[value.clone() for value in own]],
+            }
+            for own in ([[part] for part in parts.values()] if is_chained else [list(parts.values())])
+        ]
+        state = {"args": args, "iteration": 3, "checkpoint_version": 3.0}
+        state["model"] = {name: value.bfloat16() for name, value in parts.items()}
+        (target / f"mp_rank_0{rank}").mkdir(parents=True)
+        torch.save(
+            state | {"optimizer": states if is_chained else states[0]},
+            target / f"mp_rank_0{rank}" / "model_optim_rng.pt",
+        )
+    reader = open_legacy_checkpoint(target, weights="master")
+    assert torch.equal(reader.read("decoder.layers.0.mlp.experts.experts.0.linear_fc2.weight"), fc2)
+    assert torch.equal(reader.read("decoder.layers.0.mlp.router.weight"), router)
+
+
 def test_a_parameter_of_another_place_is_noticed(tmp_path):
     """The twin: every weight is taken one alignment too early in the buffer."""
 

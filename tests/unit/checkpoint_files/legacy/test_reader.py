@@ -3,7 +3,9 @@
 import re
 import subprocess
 import sys
+import types
 from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -435,3 +437,21 @@ def test_reading_imports_no_megatron(tmp_path):
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_paths_are_read_under_the_name_of_every_python(tmp_path, module):
+    """Python 3.13 pickles a path as pathlib._local.PosixPath, other versions as pathlib.PosixPath."""
+
+    class Pickled:
+        def __reduce__(self):
+            return kind, ("corpus", "a.bin")
+
+    kind = type("PosixPath", (), {"__module__": module, "__qualname__": "PosixPath"})
+    names = types.ModuleType(module)
+    names.PosixPath = kind
+    weights = llama_weights()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(sys.modules, module, names)
+        target = write_legacy_checkpoint(tmp_path, weights, arguments=legacy_arguments(data=Pickled()))
+    assert open_legacy_checkpoint(target).args.data == Path("corpus/a.bin")
