@@ -28,7 +28,7 @@ from megatron_hammer.checkpoint.inspection.tables import (
     summarise_description,
     summarise_statistics,
 )
-from megatron_hammer.checkpoint.inspection.tensor_views import OpenedCheckpoint, open_any
+from megatron_hammer.checkpoint.inspection.tensor_views import OpenedCheckpoint, is_hugging_face, open_any
 from megatron_hammer.checkpoint.verification.print_checks import print_checks
 from megatron_hammer.checkpoint.verification.verify_conversion import LEVELS, CheckRow, verify_model
 from megatron_hammer.errors import ConfigError, exit_on_interrupt, exit_on_user_error
@@ -47,7 +47,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--weights",
         choices=("model", "master"),
         default="model",
-        help="of a torch_dist checkpoint: the model's, or the optimizer's fp32 copies (%(default)s)",
+        help="of Megatron's checkpoints: the model's, or the optimizer's fp32 copies (%(default)s)",
     )
     parser.add_argument("--statistics", action="store_true", help="read every weight: range, mean, spread, NaN")
     parser.add_argument(
@@ -133,8 +133,17 @@ def inspect(arguments: argparse.Namespace) -> None:
 
 def compare(arguments: argparse.Namespace) -> None:
     """Print how two checkpoints differ; exits with 1 if they do, or if a check of --forward fails."""
-    first = open_any(arguments.path, iteration=arguments.iteration, weights=arguments.weights)
-    second = open_any(arguments.compare, iteration=arguments.other_iteration)
+    paths = (arguments.path, arguments.compare)
+    # Beside a Megatron checkpoint, a Hugging Face folder is compared with the weights that --weights chooses there.
+    has_checkpoint = not all(map(is_hugging_face, paths))
+    first, second = (
+        open_any(
+            path,
+            iteration=iteration,
+            weights="model" if has_checkpoint and is_hugging_face(path) else arguments.weights,
+        )
+        for path, iteration in zip(paths, (arguments.iteration, arguments.other_iteration), strict=True)
+    )
     if arguments.forward is not None and first.is_megatron == second.is_megatron:
         raise ConfigError(
             "--forward: one checkpoint must be Megatron's and the other a Hugging Face folder, got "
@@ -164,8 +173,7 @@ def compare(arguments: argparse.Namespace) -> None:
 def run_forward(first: OpenedCheckpoint, second: OpenedCheckpoint, arguments: argparse.Namespace) -> list[CheckRow]:
     """What Megatron and transformers compute, each in a process of its own."""
     megatron, folder = (first, second) if first.is_megatron else (second, first)
-    weights = arguments.weights if first.is_megatron else "model"
-    return verify_model(megatron.directory, folder.directory, level=arguments.forward, weights=weights)
+    return verify_model(megatron.directory, folder.directory, level=arguments.forward, weights=arguments.weights)
 
 
 @contextmanager

@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.helpers.tool_runs import Finished, run_tool, run_tool_here
 from tests.helpers.toy_checkpoint import toy_llama_tensors, write_toy_checkpoint
 from tests.helpers.toy_pair import write_toy_pair
+from tests.helpers.toy_training_checkpoint import model_tensors, optimizer_tensors, write_training_checkpoint
 
 pytestmark = pytest.mark.integration
 
@@ -53,6 +55,27 @@ def test_a_checkpoint_is_shown_and_measured(pair):
     found = json.loads(output)
     assert (code, errors) == (0, "")
     assert (found["format"], found["num_parameters"], found["iteration"]) == ("Hugging Face", 11_640, None)
+
+
+def test_master_weights_are_those_of_every_megatron_checkpoint(tmp_path):
+    model = model_tensors(dtype=torch.bfloat16)
+    masters = optimizer_tensors(model)
+    name = "optimizer.state.param.decoder.final_layernorm.weight"
+    others = masters | {name: masters[name] * (1 + 1e-6)}  # rounds to the same weights of the model
+    for folder, state in (("first", masters), ("same", masters), ("other", others)):
+        write_training_checkpoint(tmp_path / folder, tensors=model | state)
+    first, same, other = (tmp_path / folder for folder in ("first", "same", "other"))
+    assert run(first, "--compare", other).returncode == 0
+    assert run(first, "--compare", same, "--weights", "master").returncode == 0
+    code, output, _ = run(first, "--compare", other, "--weights", "master", "--json")
+    assert code == 1
+    assert [found["name"] for found in json.loads(output)["differences"]] == ["decoder.final_layernorm.weight"]
+
+
+def test_master_weights_are_compared_with_a_folder(pair):
+    code, output, _ = run(pair[1], "--compare", pair[0], "--weights", "master")
+    assert code == 0, output  # the toy's weights are fp32, so they are their own masters
+    assert run(pair[1], "--compare", pair[1], "--weights", "master").returncode == 2
 
 
 def test_a_difference_is_exit_code_1(pair, changed):

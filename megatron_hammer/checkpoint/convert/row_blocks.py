@@ -69,7 +69,9 @@ def find_stored_rows(reader: TorchDistReader, name: str, files: ExitStack) -> li
         )
     ranges.sort(key=lambda rows: rows.first_row)
     ends = [0, *(rows.first_row + rows.num_rows for rows in ranges)]
-    is_gapless = [rows.first_row for rows in ranges] == ends[:-1] and ends[-1] >= stored.shape[0]
+    # All stored rows, not those of stored.shape: the padding of the vocabulary is stored and not part of the tensor.
+    num_rows = reader.store.tensors[stored.key].shape[num_leading]
+    is_gapless = [rows.first_row for rows in ranges] == ends[:-1] and ends[-1] == num_rows
     return ranges if is_gapless else None
 
 

@@ -1,8 +1,8 @@
-"""The optimizer's parameter groups with and without expert parallelism.
+"""The optimizer's parameter groups where experts are parallelised as the other weights are, and where they are not.
 
-With expert parallelism, megatron gives the experts' parameters an optimizer of their own and chains the two: the common
-state holds {0: dense, 1: experts}. Without it one optimizer has them all. The tensors are stored alike; only this part
-of the common state keeps a checkpoint of one kind from resuming as the other.
+With expert parallelism, or a tensor-parallel size of their own, megatron gives the experts' parameters an optimizer of
+their own and chains the two: the common state holds {0: dense, 1: experts}. Otherwise one optimizer has them all. The
+tensors are stored alike; only this part of the common state keeps a checkpoint of one kind from resuming as the other.
 Source: megatron.core.optimizer.get_megatron_optimizer, ChainedOptimizer.load_state_dict.
 """
 
@@ -35,14 +35,14 @@ def merge_expert_optimizer(state: dict[Any, Any]) -> dict[Any, Any]:
     problems = []
     for group in _groups_of(experts):
         twin = next((other for other in _groups_of(dense) if _identity(other) == _identity(group)), None)
-        differences = [] if twin is None else [name for name in _STEP_FIELDS if twin.get(name) != group.get(name)]
         if twin is None:
             _groups_of(dense).append({**copy.deepcopy(group), "is_expert_parallel": False})
+            continue
         problems += [
             f"optimizer: {name} of the experts must be that of the other parameters, got {group.get(name)} and "
             f"{twin.get(name)}. Resume with expert parallelism."
-            for name in differences
-            if twin is not None
+            for name in _STEP_FIELDS
+            if twin.get(name) != group.get(name)
         ]
     if problems:
         raise CheckpointError(*problems)

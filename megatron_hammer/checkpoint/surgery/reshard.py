@@ -206,7 +206,8 @@ def _plan_tensor(checkpoint: TrainingCheckpoint, key: str, layout: ShardLayout, 
 def _change_optimizer(checkpoint: TrainingCheckpoint, state: dict[Any, Any], args: Namespace) -> dict[Any, Any]:
     if not getattr(args, "num_experts", None):
         return state
-    if args.expert_model_parallel_size == 1:
+    # Source of the condition: use_expert_pgs of megatron.core.tensor_parallel.layers.ColumnParallelLinear.
+    if args.expert_model_parallel_size == 1 and args.expert_tensor_parallel_size == args.tensor_model_parallel_size:
         return merge_expert_optimizer(state)
     has_vectors = any(
         ".mlp.experts." in key and len(stored.shape) == 3  # layer, expert, and one axis of its own

@@ -42,11 +42,14 @@ def test_rows_arrive_as_the_layout_splits_them(tmp_path, monkeypatch, num_chunks
             assert place.holds(part.contiguous())
 
 
-@pytest.mark.parametrize("damage", ["column", "gap", "stack"])
+@pytest.mark.parametrize("damage", ["column", "gap", "stack", "surplus"])
 def test_rows_that_are_not_stored_in_one_piece_are_not_found(tmp_path, damage):
-    """Cut along columns, with a piece missing, or several layers in one piece."""
+    """Cut along columns, with a piece missing, several layers in one piece, or more rows than the tensor has."""
     directory = write_toy_checkpoint(
-        tmp_path, toy_llama_tensors(), num_chunks=1 if damage == "stack" else 2, is_cut_by_rows=damage == "gap"
+        tmp_path,
+        toy_llama_tensors(),
+        num_chunks=1 if damage == "stack" else 2,
+        is_cut_by_rows=damage in ("gap", "surplus"),
     )
     reader = TorchDistReader(directory)
     if damage == "gap":
@@ -54,6 +57,10 @@ def test_rows_that_are_not_stored_in_one_piece_are_not_found(tmp_path, damage):
         chunks = reader.store.tensors[key].chunks
         whole = tuple(chunk for chunk in chunks if chunk.offsets != (1, 20, 0))
         reader.store.tensors[key] = dataclasses.replace(reader.store.tensors[key], chunks=whole)
+    if damage == "surplus":
+        key = "decoder.layers.self_attention.linear_qkv.weight"
+        stored = reader.store.tensors[key]
+        reader.store.tensors[key] = dataclasses.replace(stored, shape=(stored.shape[0], 39, stored.shape[2]))
     with ExitStack() as files:
         assert find_stored_rows(reader, QKV, files) is None
 

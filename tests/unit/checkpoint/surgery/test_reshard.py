@@ -90,6 +90,19 @@ def test_experts_get_an_optimizer_and_give_it_back(tmp_path):
     assert store.common_state["args"].world_size == 3  # 1 rank would do again; 3 still tile it
 
 
+def test_experts_with_a_tensor_parallel_size_of_their_own_have_an_optimizer_too(tmp_path):
+    """Megatron compares the two sizes: use_expert_pgs of ColumnParallelLinear."""
+    arguments = training_arguments(is_moe=True, moe_shared_expert_intermediate_size=None, moe_shared_expert_gate=False)
+    write_training_checkpoint(tmp_path / "old", is_moe=True, arguments=arguments)
+    sizes = {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
+    reshard(tmp_path / "old", tmp_path / "etp1", TargetLayout(**sizes))
+    reshard(tmp_path / "etp1", tmp_path / "etp2", TargetLayout(expert_tensor_parallel_size=2))
+    for name, is_chained in (("etp1", True), ("etp2", False)):
+        _, store = read_all(tmp_path / name)
+        assert store.common_state["args"].expert_model_parallel_size == 1
+        assert store.common_state["optimizer"] == optimizer_state(is_chained=is_chained)
+
+
 def test_boxes_are_those_of_the_target(tmp_path):
     write_training_checkpoint(tmp_path / "old")
     reshard(tmp_path / "old", tmp_path / "new", TargetLayout(tensor_model_parallel_size=2))
