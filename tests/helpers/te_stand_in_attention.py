@@ -1,0 +1,151 @@
+"""Attention for tests/helpers/te_stand_in.py: cuDNN's fused attention, the softmaxes without it, rotary embeddings.
+
+Computed in fp32 whatever the type of the tensors. Sequences of equal length only: packed sequences are refused.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.helpers.te_stand_in_quantize import DTYPES, refuse
+
+# Attention that is not fused: megatron's fp32 runs take it, cuDNN has no fp32.
+
+
+def scaled_upper_triang_masked_softmax_forward(x: Tensor, scale: float) -> Tensor:
+    mask = torch.ones(x.shape[-2:], dtype=torch.bool).triu(1)
+    return torch.softmax((x.float() * scale).masked_fill(mask, float("-inf")), -1).to(x.dtype)
+
+
+def scaled_softmax_forward(x: Tensor, scale: float) -> Tensor:
+    return torch.softmax(x.float() * scale, -1).to(x.dtype)
+
+
+def scaled_masked_softmax_forward(x: Tensor, mask: Tensor, scale: float) -> Tensor:
+    return torch.softmax((x.float() * scale).masked_fill(mask.bool(), -10000.0), -1).to(x.dtype)
+
+
+def scaled_aligned_causal_masked_softmax_forward(x: Tensor, scale: float) -> Tensor:
+    rows, columns = x.shape[-2:]
+    mask = torch.ones(rows, columns, dtype=torch.bool).triu(columns - rows + 1)
+    return torch.softmax((x.float() * scale).masked_fill(mask, float("-inf")), -1).to(x.dtype)
+
+
+def scaled_softmax_backward(grads: Tensor, results: Tensor, scale: float) -> Tensor:
+    y, dy = results.float(), grads.float()
+    return (scale * y * (dy - (dy * y).sum(-1, keepdim=True))).to(grads.dtype)
+
+
+def get_fused_attn_backend(parameters: Any) -> tuple[int, str]:
+    """cuDNN's attention takes 16-bit tensors; scores of fp8 are not pretended."""
+    is_16_bit = DTYPES.get(int(parameters.qkv_dtype)) in (torch.bfloat16, torch.float16)
+    return (0, "") if is_16_bit else (2, "only 16-bit tensors")
+
+
+def find_sequence_dims(layout_or_format: Any) -> tuple[int, int]:
+    """Where batch and sequence are in a tensor of this layout."""
+    name = layout_or_format.name.split("_")[1]
+    return {"BSHD": (0, 1), "SBHD": (1, 0)}.get(name) or refuse(f"fused attention of layout {name}")()
+
+
+def to_heads_first(x: Tensor, dims: tuple[int, int]) -> Tensor:
+    """[b, h, s, d] in fp32 of a tensor [b, s, h, d] or [s, b, h, d]."""
+    return x.float().permute(dims[0], 2, dims[1], 3)
+
+
+def from_heads_first(x: Tensor, dims: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    return x.permute(*((0, 2, 1, 3) if dims == (0, 1) else (2, 0, 1, 3))).to(dtype).contiguous()
+
+
+def compute_scores(q: Tensor, k: Tensor, scale: float, mask_type: Any, window: Any) -> Tensor:
+    """Masked scores [b, h, sq, skv] of heads-first tensors whose keys may have fewer heads."""
+    scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2) * scale
+    if mask_type.name == "NVTE_NO_MASK" and tuple(window) == (-1, -1):
+        return scores
+    if "CAUSAL" not in mask_type.name or "PADDING" in mask_type.name or window[0] != -1:
+        refuse(f"fused attention with {mask_type.name} and window {window}")()
+    offset = scores.shape[-1] - scores.shape[-2] if "BOTTOM_RIGHT" in mask_type.name else 0
+    return scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(offset + 1), float("-inf"))
+
+
+def fused_attn_fwd(
+    max_q: int, max_kv: int, is_training: bool, scale: float, dropout: float, set_zero: bool, layout: Any,
+    o_format: Any, scale_format: Any, bias_type: Any, mask_type: Any, softmax_type: Any, window: Any,
+    bottom_right: Any, cu_q: Tensor, cu_kv: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any,
+) -> list[Tensor]:  # fmt: skip
+    """Output, logsumexp of the scores [b, h, s, 1] and the state of a generator; attention dropout is refused."""
+    if dropout or bias_type or softmax_type:
+        refuse("fused_attn_fwd with dropout, bias or another softmax")()
+    dims, out_dims = find_sequence_dims(layout), find_sequence_dims(o_format)
+    query, key, value = (to_heads_first(tensor, dims) for tensor in (q, k, v))
+    scores = compute_scores(query, key, scale, mask_type, window)
+    groups = query.shape[1] // value.shape[1]
+    output = torch.softmax(scores, -1) @ value.repeat_interleave(groups, 1)
+    stats = scores.logsumexp(-1, keepdim=True)
+    return [from_heads_first(output, out_dims, q.dtype), stats, torch.zeros(2, dtype=torch.int64)]
+
+
+def fused_attn_bwd(
+    max_q: int, max_kv: int, scale: float, dropout: float, set_zero: bool, layout: Any, o_format: Any,
+    do_format: Any, dqkv_layout: Any, scale_format: Any, do_scale_format: Any, bias_type: Any, mask_type: Any,
+    softmax_type: Any, window: Any, bottom_right: Any, deterministic: bool, cu_q: Tensor, cu_kv: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, do: Tensor, fake_dtype: Any, saved: list[Tensor], *rest: Any,
+) -> list[Any]:  # fmt: skip
+    """Gradients of q, k, v, from the output and the logsumexp, which context parallelism takes over all ranks."""
+    dims = find_sequence_dims(layout)
+    query, key, value = (to_heads_first(tensor, dims) for tensor in (q, k, v))
+    output, grads = to_heads_first(o, find_sequence_dims(o_format)), to_heads_first(do, find_sequence_dims(do_format))
+    groups = query.shape[1] // key.shape[1]
+    stats = saved[0].float().reshape(*query.shape[:3], 1)
+    probabilities = torch.exp(compute_scores(query, key, scale, mask_type, window) - stats)
+    dvalue = probabilities.transpose(-1, -2) @ grads
+    dprobabilities = grads @ value.repeat_interleave(groups, 1).transpose(-1, -2)
+    dscores = probabilities * (dprobabilities - (grads * output).sum(-1, keepdim=True)) * scale
+    dquery = dscores @ key.repeat_interleave(groups, 1)
+    dkey = dscores.transpose(-1, -2) @ query
+    shared = [x.unflatten(1, (-1, groups)).sum(2) for x in (dkey, dvalue)]
+    grad_dims = find_sequence_dims(dqkv_layout)
+    return [*(from_heads_first(x, grad_dims, q.dtype) for x in (dquery, *shared)), None, None]
+
+
+def rotate(x: Tensor, freqs: Tensor, qkv_format: Any, interleaved: bool, sign: int) -> Tensor:
+    """Rotary embedding of the first freqs.shape[-1] numbers of each head; sign -1 is its transpose (the gradient)."""
+    if interleaved:
+        refuse("fused_rope with interleaved halves")()
+    sequence_dim = find_sequence_dims(qkv_format)[1]
+    angles = freqs[: x.shape[sequence_dim]].reshape(-1, freqs.shape[-1])
+    angles = angles[:, None, None, :] if sequence_dim == 0 else angles[None, :, None, :]
+    width = freqs.shape[-1]
+    turned, kept = x.float()[..., :width], x[..., width:]
+    first, second = turned.chunk(2, -1)
+    cosine, sine = angles.cos(), angles.sin() * sign
+    turned = turned * cosine + torch.cat((-second, first), -1) * sine
+    return torch.cat((turned.to(x.dtype), kept), -1)
+
+
+def fused_rope_forward(
+    x: Tensor, freqs: Tensor, starts: Any, qkv_format: Any, interleaved: bool, cu: Any, cp_size: int, cp_rank: int
+) -> Tensor:
+    if starts is not None or cu is not None or cp_size != 1:
+        refuse("fused_rope with start positions, packed sequences or context parallelism")()
+    return rotate(x, freqs, qkv_format, interleaved, 1)
+
+
+def fused_rope_backward(
+    grads: Tensor, freqs: Tensor, starts: Any, qkv_format: Any, interleaved: bool, cu: Any, cp_size: int, cp_rank: int
+) -> Tensor:
+    return rotate(grads, freqs, qkv_format, interleaved, -1)
+
+
+KERNELS = (
+    scaled_softmax_forward, scaled_masked_softmax_forward, scaled_upper_triang_masked_softmax_forward,
+    scaled_aligned_causal_masked_softmax_forward,
+    scaled_softmax_backward, get_fused_attn_backend, fused_attn_fwd, fused_attn_bwd, fused_rope_forward,
+    fused_rope_backward,
+)  # fmt: skip
+# A mask has no gradient, so that the other softmaxes share one function.
+ALIASES = {
+    f"scaled_{kind}_softmax_backward": scaled_softmax_backward
+    for kind in ("masked", "upper_triang_masked", "aligned_causal_masked")
+}
