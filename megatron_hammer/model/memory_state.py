@@ -67,7 +67,11 @@ def estimate_state(
     if options.has_fused_weight_gradients:
         # A tied head on the only stage is the embedding's weight.
         ends = (head.matrices or embedding.matrices) if is_last_stage else 0
-        buffers += _count_placeholder_bytes(layer.matrices + ends, element)
+        # TransformerEngine's placeholders for weight gradients that were added to main_grad: one per shape, and they
+        # are never freed. The matrices of a layer have different shapes, and every layer has the same ones. Source:
+        # transformer_engine.pytorch.module.base.get_dummy_wgrad, used by megatron.core.tensor_parallel.layers for the
+        # head too: 2.1 GB for a head of hidden size 8192 and 128,256 tokens.
+        buffers += element * (layer.matrices + ends)
     if is_fsdp:
         largest_end = max(embedding.dense * is_first_stage, head.dense * is_last_stage)
         buffers += _count_gathered_bytes(layer, largest_end, options, total)
@@ -157,17 +161,6 @@ def _count_weight_bytes(options: MemoryOptions, total: int, linear: int) -> tupl
     if options.has_fp8_parameters:
         return element * (total - linear) + copies, 0
     return element * total, copies
-
-
-def _count_placeholder_bytes(num_elements: int, element: int) -> int:
-    """TransformerEngine's placeholders for weight gradients that were added to main_grad: one a shape, never freed.
-
-    The matrices of a layer all have different shapes, and the same ones in every layer.
-
-    Source: transformer_engine.pytorch.module.base.get_dummy_wgrad, used by megatron.core.tensor_parallel.layers for
-    the head too. 2.1 GB for the head of a model with hidden size 8192 and 128,256 tokens.
-    """
-    return element * num_elements
 
 
 def _count_gathered_bytes(layer: _PartSizes, largest_end: int, options: MemoryOptions, total: int) -> int:

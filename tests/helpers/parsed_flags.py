@@ -10,6 +10,7 @@ from megatron_hammer.config.arguments import ParsedArguments
 from megatron_hammer.config.flags import Flags
 from megatron_hammer.config.run_plan import RunSettings
 from megatron_hammer.data.indexed.pair import IndexedWriter
+from tests.helpers.indexed_writing import add_document
 
 TINY = ("--preset", "hammer-tiny", "--mock-data")
 
@@ -51,6 +52,6 @@ def write_data(prefix: Path, documents: list[int], *, vocab_size: int = 4096, dt
     next_id = 0
     with IndexedWriter(prefix, np.dtype(dtype)) as writer:
         for length in documents:
-            writer.add_document((np.arange(next_id, next_id + length) % vocab_size).astype(dtype))
+            add_document(writer, (np.arange(next_id, next_id + length) % vocab_size).astype(dtype))
             next_id += length
     return str(prefix)

@@ -11,6 +11,7 @@ from unittest import mock
 import numpy as np
 
 from megatron_hammer.data.indexed.pair import IndexedWriter
+from tests.helpers.indexed_writing import add_document
 from tests.helpers.parsed_flags import install
 
 
@@ -28,7 +29,7 @@ def write_numbered(prefix: Path, lengths: list[int]) -> str:
     next_id = 0
     with IndexedWriter(prefix, np.dtype(np.int32)) as writer:
         for length in lengths:
-            writer.add_document(np.arange(next_id, next_id + length, dtype=np.int32))
+            add_document(writer, np.arange(next_id, next_id + length, dtype=np.int32))
             next_id += length
     return str(prefix)
 

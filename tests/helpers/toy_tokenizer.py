@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
-from megatron_hammer.tokenizer.vocabulary.train import TokenizerRecipe, train_tokenizer
+from megatron_hammer.tokenizer.vocabulary.recipes import TokenizerRecipe
+from megatron_hammer.tokenizer.vocabulary.text_sample import TextSource
+from megatron_hammer.tokenizer.vocabulary.train import train_tokenizer
 
 TOY_VOCAB_SIZE = 347
 TOY_TEXTS = (
@@ -20,4 +22,6 @@ def write_jsonl(path: Path, texts: tuple[str, ...] | list[str], key: str = "text
 
 def train_toy_tokenizer(folder: Path) -> Path:
     corpus_path = write_jsonl(folder / "toy_tokenizer.jsonl", TOY_TEXTS * 5)
-    return train_tokenizer([corpus_path], folder / "toy.model", TokenizerRecipe(vocab_size=TOY_VOCAB_SIZE)).path
+    return train_tokenizer(
+        [TextSource(inputs=(corpus_path,))], folder / "toy.model", TokenizerRecipe(vocab_size=TOY_VOCAB_SIZE)
+    ).path

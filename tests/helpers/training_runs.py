@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from megatron_hammer.data.indexed.pair import IndexedWriter
+from tests.helpers.indexed_writing import add_document
 from tests.helpers.repository import ROOT
 
 TIMEOUT_S = 240
@@ -114,5 +115,5 @@ def write_toy_data(prefix: Path, *, num_documents: int = 300, vocab_size: int = 
     with IndexedWriter(prefix, np.dtype(np.uint16)) as writer:
         for length in generator.integers(20, 400, num_documents):
             start, stride = generator.integers(0, vocab_size), generator.integers(1, 4)
-            writer.add_document(((start + stride * np.arange(length)) % vocab_size).astype(np.uint16))
+            add_document(writer, ((start + stride * np.arange(length)) % vocab_size).astype(np.uint16))
     return str(prefix)

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_hammer.data.indexed.pair_writer import IndexedWriter
 from megatron_hammer.data.sources import parse_blend
+from tests.helpers.indexed_writing import add_document
 from tests.helpers.tool_runs import Finished, run_tool
 
 pytestmark = pytest.mark.integration
@@ -24,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
     for name, num_tokens in (("large", 9000), ("small", 1000)):
         with IndexedWriter(tmp_path / name, np.dtype(np.uint16)) as writer:
             for length in (num_tokens // 2, num_tokens // 2):
-                writer.add_document(np.ones(length, dtype=np.int64))
+                add_document(writer, np.ones(length, dtype=np.int64))
     return tmp_path
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from megatron_hammer.checkpoint.convert.to_hugging_face import ExportOptions, export_to_hugging_face
 from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
 from megatron_hammer.data.indexed.pair import IndexedWriter
+from tests.helpers.indexed_writing import add_document
 from tests.helpers.tool_runs import run_example, run_tool, run_tool_here, start_tool
 from tests.helpers.toy_checkpoint import toy_llama_tensors, write_toy_checkpoint
 from tests.helpers.toy_model import toy_arguments
@@ -42,7 +43,7 @@ def data_flags(tmp_path_factory, sequence) -> tuple[str, ...]:
     """A corpus with the period of the sequence length: every sample of it is `sequence`, in whatever order."""
     folder = tmp_path_factory.mktemp("data")
     with IndexedWriter(folder / "data", np.dtype(np.uint16)) as writer:
-        writer.add_document(np.tile(sequence[:-1].numpy(), 200).astype(np.uint16))
+        add_document(writer, np.tile(sequence[:-1].numpy(), 200).astype(np.uint16))
     data = ("--data-path", str(folder / "data"), "--split", "1,0,0", "--data-cache-path", str(folder / "cache"))
     # Megatron's loss counts the padding of the vocabulary as classes, transformers has none: leave no padding.
     return (*data, *TOY_SCHEDULE, "--lr-warmup-iters", "0", "--make-vocab-size-divisible-by", "4")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from megatron_hammer.checkpoint.convert.from_hugging_face import ImportOptions, import_from_hugging_face
 from megatron_hammer.checkpoint.convert.to_hugging_face import ExportOptions, export_to_hugging_face
 from megatron_hammer.data.indexed.pair import IndexedWriter
+from tests.helpers.indexed_writing import add_document
 from tests.helpers.tool_runs import run_tool, run_tool_here, start_tool
 from tests.helpers.toy_hf_folder import write_toy_folder
 from tests.helpers.toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
@@ -72,7 +73,7 @@ def data_flags(tmp_path_factory, sequence) -> tuple[str, ...]:
     """A corpus with the period of the sequence length: every sample of it is `sequence`. No step changes anything."""
     folder = tmp_path_factory.mktemp("data")
     with IndexedWriter(folder / "data", np.dtype(np.uint16)) as writer:
-        writer.add_document(np.tile(sequence[:-1].numpy(), 200).astype(np.uint16))
+        add_document(writer, np.tile(sequence[:-1].numpy(), 200).astype(np.uint16))
     data = ("--data-path", str(folder / "data"), "--split", "1,0,0", "--data-cache-path", str(folder / "cache"))
     still = ("--train-iters", "1", "--lr", "0", "--min-lr", "0", "--lr-warmup-iters", "0")
     return (*data, *TOY_SCHEDULE, *still, "--make-vocab-size-divisible-by", "4")  # leaves no padding

@@ -12,6 +12,7 @@ import pytest
 from megatron_hammer.data.indexed.index_format import encode_header
 from megatron_hammer.data.indexed.manifest import manifest_path
 from megatron_hammer.data.indexed.pair import IndexedWriter, read_index
+from tests.helpers.indexed_writing import add_document
 from tests.helpers.messages import assert_errors, assert_problems
 from tests.helpers.tool_runs import Finished, run_tool, start_tool
 from tests.helpers.toy_tokenizer import TOY_TEXTS, train_toy_tokenizer, write_jsonl
@@ -99,7 +100,7 @@ def test_a_missing_shard_is_a_sentence_and_leaves_nothing(corpus_dir: Path, tmp_
 def test_parts_without_manifests_are_merged_with_a_warning(tmp_path: Path) -> None:
     for name in ("b", "a"):
         with IndexedWriter(tmp_path / name, np.dtype(np.int32)) as writer:
-            writer.add_document(np.array([ord(name)]))
+            add_document(writer, np.array([ord(name)]))
     code, _, stderr = run("merge_data.py", "--input", "b", "a", "--output-prefix", "merged", cwd=tmp_path)
     assert code == 0
     assert_problems(stderr.splitlines(), ("warning: parts:", "no part has a manifest", "same tokenizer"))

@@ -43,7 +43,7 @@ class BlockSignerRecipe:
     ignores_whitespace: bool
     near_duplicates: NearDuplicateOptions | None
 
-    def build(self) -> Callable[[Block], SignedBlock]:
+    def __call__(self) -> Callable[[Block], SignedBlock]:
         signer = None if self.near_duplicates is None else Signer(self.near_duplicates)
         return lambda block: self._sign(block, signer)
 

@@ -13,7 +13,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
 import numpy as np
 import orjson
@@ -107,9 +107,7 @@ def _sign_blocks(options: DedupOptions, files: Sequence[Path], counts: DedupCoun
 
     # Digests alone are cheaper than sending texts to another process and back.
     num_workers = 1 if options.near_duplicates is None else options.num_workers
-    build = cast(Any, recipe.build)  # the pool carries any function of a block
-    signed = encode_in_order(blocks, lambda: build, num_workers, locate)
-    return cast(Generator[SignedBlock], signed)
+    return encode_in_order(blocks, lambda: recipe, num_workers, locate)
 
 
 def _refuse_bad_outputs(options: DedupOptions, files: Sequence[Path]) -> None:
@@ -200,9 +198,6 @@ class FirstOccurrences:
 
     def __init__(self) -> None:
         self._locations = SortedRuns()
-
-    def __len__(self) -> int:
-        return len(self._locations)
 
     def add(self, digests: np.ndarray, locations: np.ndarray) -> np.ndarray:
         """Return where each digest was first met, its own location if that is here: int64 [n].

@@ -15,9 +15,6 @@ class SortedRuns:
     def __init__(self) -> None:
         self._runs: list[tuple[np.ndarray, np.ndarray]] = []
 
-    def __len__(self) -> int:
-        return sum(len(keys) for keys, _ in self._runs)
-
     def add(self, keys: np.ndarray, values: np.ndarray) -> None:
         """Add pairs in any order: keys [n], values [n]."""
         order = np.argsort(keys, kind="stable")

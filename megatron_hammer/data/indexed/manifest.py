@@ -114,6 +114,13 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
     return read_json(path, Manifest, remedy=remedy)  # without the derived figures, and fields that are added later
 
 
+def show_option(value: Any) -> str:
+    """Return the value of an option as messages show it."""
+    if isinstance(value, bool) or value is None:
+        return {True: "on", False: "off", None: "nothing"}[value]
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
 def describe_source(path: Path) -> SourceFile:
     """Read the file once and return its size and hash; raises DataError if it cannot be read."""
     try:

@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import struct
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +24,11 @@ from megatron_hammer.files.publish import cannot_write, partial_path
 BUFFER_BYTES = 1 << 20
 INDEX_CHUNK_ENTRIES = 1 << 20
 LARGEST_LENGTH = int(np.iinfo(np.int32).max)
-_pack_length = struct.Struct("<i").pack
-_pack_document_end = struct.Struct("<q").pack
 
 
 @dataclass(frozen=True, slots=True)
 class WriterState:
-    """How much of a pair is on disk: what `IndexedWriter.resume` needs to continue."""
+    """How much of a pair is on disk: what a later `IndexedWriter` needs to continue."""
 
     num_tokens: int
     num_sequences: int
@@ -53,18 +49,18 @@ class IndexedWriter:
     mistaken for a data set. As a context manager it finishes and publishes on success, and removes what it wrote on an
     exception; after `close` it does neither. Raises OutputError if the files cannot be written.
 
-    To survive a kill: store what `sync` returns, the last time directly before `publish`, and pass it to `resume`.
+    To survive a kill: store what `sync` returns, the last time directly before `publish`, and pass it as `resume_from`.
+    Then what an earlier writer left is cut to that state: what was written later is dropped. A pair whose publishing
+    was under way is taken back, and one that was published stays as it is: `finish` and `publish` have nothing left to
+    do. Raises DataError, and changes nothing, if a file is missing or shorter.
     """
 
     def __init__(self, prefix: str | Path, dtype: np.dtype, resume_from: WriterState | None = None):
         self.prefix = Path(prefix)
         self.dtype = np.dtype(dtype)
-        state = resume_from or WriterState(0, 0, 0)
-        self.num_tokens, self.num_sequences, self.num_documents = (
-            state.num_tokens,
-            state.num_sequences,
-            state.num_documents,
-        )
+        self.num_tokens = resume_from.num_tokens if resume_from else 0
+        self.num_sequences = resume_from.num_sequences if resume_from else 0
+        self.num_documents = resume_from.num_documents if resume_from else 0
         self._largest_id = int(np.iinfo(self.dtype).max)
         self._is_open = self._is_finished = self._is_published = self._is_kept = False
         self._partial_bin_path = partial_path(bin_path(prefix))
@@ -81,15 +77,6 @@ class IndexedWriter:
                 self.abort()
             raise
 
-    @classmethod
-    def resume(cls, prefix: str | Path, dtype: np.dtype, state: WriterState) -> Self:
-        """Open what an earlier writer left, cut to `state`; what was written after that state was taken is dropped.
-
-        A pair whose publishing was under way is taken back, and one that was published stays as it is: then `finish`
-        and `publish` have nothing left to do. Raises DataError, and changes nothing, if a file is missing or shorter.
-        """
-        return cls(prefix, dtype, state)
-
     @property
     def state(self) -> WriterState:
         """What has been added so far; only that of `sync` is on disk."""
@@ -100,27 +87,13 @@ class IndexedWriter:
         """How much of the .bin has been passed to the operating system; the rest is in this process's buffer."""
         return os.lseek(self._bin_file.fileno(), 0, os.SEEK_CUR)
 
-    def add_document(self, ids: np.ndarray, sequence_lengths: Sequence[int] | None = None) -> None:
-        """Add one document of one sequence, or of several whose lengths add up to `ids`: [num_tokens] integer.
-
-        A document without ids becomes one without sequences, as in Megatron-LM's tool.
-        """
-        if sequence_lengths is None:
-            sequence_lengths = (len(ids),) if len(ids) else ()
-        if sum(sequence_lengths) != len(ids):
-            raise ValueError(f"sequence_lengths add up to {sum(sequence_lengths)}, but there are {len(ids)} ids")
-        self._write_ids(ids)
-        self.num_sequences += len(sequence_lengths)
-        self.num_documents += 1
-        self._write(self._lengths_file, b"".join(map(_pack_length, sequence_lengths)))
-        self._write(self._documents_file, _pack_document_end(self.num_sequences))
-
     def add_documents(
         self, ids: np.ndarray, sequence_lengths: np.ndarray, sequences_per_document: np.ndarray | None = None
     ) -> None:
-        """Add many documents: ids [sum of sequence_lengths], sequence_lengths [num_sequences] integer.
+        """Add documents: ids [sum of sequence_lengths], sequence_lengths [num_sequences] integer.
 
-        sequences_per_document: [num_documents]; without it, one sequence a document, and none where the length is 0.
+        sequences_per_document: [num_documents]; without it, one sequence per document, and none where the length is 0,
+        as in Megatron-LM's tool.
         """
         if int(sequence_lengths.sum()) != len(ids):
             raise ValueError(f"sequence_lengths add up to {sequence_lengths.sum()}, but there are {len(ids)} ids")
@@ -145,7 +118,7 @@ class IndexedWriter:
         self._write(self._documents_file, document_ends.data)
 
     def sync(self) -> WriterState:
-        """Bring everything to the disk and return the state that a later `resume` may start from."""
+        """Bring everything to the disk and return the state that a later writer may resume from."""
         for file in self._files():
             try:
                 file.flush()
@@ -155,14 +128,14 @@ class IndexedWriter:
         return self.state
 
     def close(self) -> None:
-        """Close the files and keep them under their .partial names, for `resume` or `finish`."""
+        """Close the files and keep them under their .partial names, for a later writer or `finish`."""
         if self._is_open:
             self.sync()
             self._close_files()
         self._is_kept = True
 
     def finish(self) -> None:
-        """Write the index and close all files, still under .partial names; may be repeated after `resume`."""
+        """Write the index and close all files, still under .partial names; may be repeated by a resumed writer."""
         if self._is_published:
             return
         if self._is_open:
@@ -177,8 +150,8 @@ class IndexedWriter:
     def publish(self) -> None:
         """Give the files their names; an older pair of the same name is replaced.
 
-        The old .idx goes first and the new one comes last: a crash in between leaves no pair that opens. What `resume`
-        needs to take this back is removed only after that.
+        The old .idx goes first and the new one comes last: a crash in between leaves no pair that opens. What a resumed
+        writer needs to take this back is removed only after that.
         """
         if self._is_published:
             return
@@ -302,7 +275,7 @@ class IndexedWriter:
                 shutil.copyfileobj(lengths_file, file, BUFFER_BYTES)
                 lengths_file.seek(0)
                 self._write_offsets(lengths_file, file)
-            file.write(_pack_document_end(0))
+            file.write(bytes(DOCUMENT_BYTES))  # the document index begins with 0; the spool has the ends only
             with open(self._documents_path, "rb") as documents_file:
                 shutil.copyfileobj(documents_file, file, BUFFER_BYTES)
             file.flush()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_hammer.data.indexed.index_format import bin_path, idx_path
-from megatron_hammer.data.indexed.manifest import Manifest, manifest_path, read_manifest
+from megatron_hammer.data.indexed.manifest import Manifest, manifest_path, read_manifest, show_option
 from megatron_hammer.data.indexed.pair import IndexSummary, read_index
 from megatron_hammer.errors import DataError
 from megatron_hammer.files.publish import partial_path
@@ -179,8 +179,8 @@ def _find_manifest_problems(parts: Sequence[Part]) -> list[str]:
                 f"{_describe_tokenizer(manifest)}. Preprocess it again with the tokenizer of the others."
             )
         problems += [
-            f"{part.prefix}: option {name} must be {_show(first.options.get(name))}, as of {parts[0].prefix}, got "
-            f"{_show(manifest.options.get(name))}. {OPTION_REMEDIES.get(name, OPTION_REMEDY)}"
+            f"{part.prefix}: option {name} must be {show_option(first.options.get(name))}, as of {parts[0].prefix}, "
+            f"got {show_option(manifest.options.get(name))}. {OPTION_REMEDIES.get(name, OPTION_REMEDY)}"
             for name in sorted(first.options | manifest.options)
             if (manifest.shard is not None or name not in SOURCE_OPTIONS)
             and first.options.get(name) != manifest.options.get(name)
@@ -258,9 +258,3 @@ def _shard_of(part: Part) -> tuple[int, int]:
 
 def _describe_tokenizer(manifest: Manifest) -> str:
     return f"{manifest.tokenizer.name} ({manifest.tokenizer.sha256[:12]})"
-
-
-def _show(value: object) -> str:
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return "nothing" if value is None else str(value)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import orjson
 
 from megatron_hammer.corpus.blocks import Position
-from megatron_hammer.data.indexed.manifest import JobShard, Manifest
+from megatron_hammer.data.indexed.manifest import JobShard, Manifest, show_option
 from megatron_hammer.data.indexed.pair_writer import WriterState
 from megatron_hammer.errors import DataError
 from megatron_hammer.files.publish import cannot_write, publish_files
@@ -167,13 +167,8 @@ def _compare_options(begun: Job, asked: Job) -> list[str]:
         for job in (begun, asked)
     )
     return [
-        f"{name}: must be as when the run began, got {_show(new.get(name))} where it was {_show(old.get(name))}."
+        f"{name}: must be as when the run began, got {show_option(new.get(name))} "
+        f"where it was {show_option(old.get(name))}."
         for name in new | old
         if old.get(name) != new.get(name)
     ]
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "on", False: "off", None: "nothing"}[value]
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -50,8 +50,7 @@ class PreprocessRun:
             remove_leftovers(options)
         self.writers: list[IndexedWriter] = []
         for k, prefix in enumerate(self._select_prefixes(self.phase)):
-            resumed = journal and IndexedWriter.resume(prefix, dtype, journal.writers[k])
-            self.writers.append(resumed or IndexedWriter(prefix, dtype))
+            self.writers.append(IndexedWriter(prefix, dtype, journal.writers[k] if journal else None))
 
     def add(self, encoded: EncodedBlock, locate: Callable[[Position, int], str]) -> None:
         """Write a block. locate: the file:line of the document at a place in the block that begins at a position.

@@ -20,24 +20,22 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, cast
 
 from megatron_hammer.corpus.blocks import Block, Position
-from megatron_hammer.data.preprocess.block_encoder import EncodedBlock
 from megatron_hammer.errors import HammerError, PlatformError
 
 MAX_BYTES_IN_FLIGHT = 32 << 20  # a single block may be larger; then no other is in flight
 MAX_BLOCKS_PER_WORKER = 3  # one in work, one waiting in the worker, one on its way
 JOIN_TIMEOUT_S = 5.0
 
-Encode = Callable[[Block], EncodedBlock]
-BuildEncode = Callable[[], Encode]
+type BuildEncode[T] = Callable[[], Callable[[Block], T]]
 
 
-def encode_in_order(
+def encode_in_order[T](
     blocks: Iterable[Block],
-    prepare: Callable[[], BuildEncode],
+    prepare: Callable[[], BuildEncode[T]],
     num_workers: int,
     locate: Callable[[Position], str] = str,
-) -> Generator[EncodedBlock]:
-    """Yield the encoded blocks in the order of the input; with one worker, in this process.
+) -> Generator[T]:
+    """Yield what becomes of each block, in the order of the input; with one worker, in this process.
 
     prepare: called once, here, while the workers start; what it returns is sent to each and called there. locate:
     file:line for messages.
@@ -49,7 +47,7 @@ def encode_in_order(
         encode = prepare()()
         yield from (encode(block) for block in blocks)
         return
-    pool = _Pool(locate)
+    pool = _Pool[T](locate)
     try:
         pool.start(num_workers)
         pool.send_recipe(prepare())
@@ -103,11 +101,11 @@ class _Worker:
             theirs.close()
 
 
-class _Pool:
+class _Pool[T]:
     def __init__(self, locate: Callable[[Position], str]):
         self._locate = locate
         self._workers: list[_Worker] = []
-        self._results: dict[int, EncodedBlock | Exception] = {}
+        self._results: dict[int, T | Exception] = {}
         self._sizes_bytes: deque[int] = deque()  # of the blocks under way, in order
         self._first = 0  # number of the oldest of them
         self._waiting: Block | None = None
@@ -116,14 +114,14 @@ class _Pool:
         for _ in range(num_workers):
             self._workers.append(_Worker())
 
-    def send_recipe(self, build_encode: BuildEncode) -> None:
+    def send_recipe(self, build_encode: BuildEncode[T]) -> None:
         for worker in self._workers:
             try:
                 send_object(worker.connection, build_encode)
             except OSError as error:
                 raise self._explain_death(worker) from error
 
-    def run(self, feed: _Feed) -> Iterator[EncodedBlock]:
+    def run(self, feed: _Feed) -> Iterator[T]:
         while True:
             self._send(feed)
             if not self._sizes_bytes:
@@ -180,7 +178,7 @@ class _Pool:
             number, _ = worker.in_hand.popleft()
             self._results[number] = result
 
-    def _take(self) -> EncodedBlock:
+    def _take(self) -> T:
         result = self._results.pop(self._first)
         self._first += 1
         self._sizes_bytes.popleft()
@@ -201,10 +199,9 @@ def _serve(connection: Connection) -> None:
     """The worker: take what makes its function, then answer every block until the parent's end of the pipe is gone."""
     received: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_receive_all, args=(connection, received), daemon=True).start()
-    build_encode: BuildEncode = received.get()
-    encode: Encode | None = None
+    build_encode: BuildEncode[Any] = received.get()
+    encode: Callable[[Block], Any] | None = None
     while True:
-        answer: EncodedBlock | Exception
         try:
             encode = encode or build_encode()
             answer = encode(received.get())  # not kept here: a large one must go as soon as it is decoded

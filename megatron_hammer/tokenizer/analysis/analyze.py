@@ -4,8 +4,6 @@ One pass over the documents serves every tokenizer, in batches, with memory for 
 What is counted is exact integers; every ratio is derived from them in analysis_report.py.
 """
 
-import heapq
-import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +17,7 @@ from megatron_hammer.tokenizer.analysis.round_trip import RoundTripCounts
 from megatron_hammer.tokenizer.analysis.script import Script, count_units, detect_script
 from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder
 from megatron_hammer.tokenizer.vocabulary.coverage import LevelCoverage, measure_coverage
+from megatron_hammer.tokenizer.vocabulary.text_sample import sample_within
 
 
 @dataclass(slots=True)
@@ -80,20 +79,8 @@ def load_named_tokenizers(named_paths: Sequence[tuple[str, Path]], reference: st
 
 
 def sample_documents(documents: Iterable[Document], *, max_bytes: int, seed: int) -> list[Document]:
-    """A uniform random sample of whole documents of at most `max_bytes` together, in their original order.
-
-    One pass, and memory for the sample only: each document draws a random number and those with the smallest stay.
-    """
-    draw = random.Random(seed).random
-    kept: list[tuple[float, int, int, Document]] = []  # a heap whose first entry has the largest draw, as -draw
-    kept_bytes = 0
-    for position, document in enumerate(documents):
-        num_bytes = len(document.text.encode("utf-8"))
-        heapq.heappush(kept, (-draw(), position, num_bytes, document))
-        kept_bytes += num_bytes
-        while kept_bytes > max_bytes:
-            kept_bytes -= heapq.heappop(kept)[2]
-    return [entry[3] for entry in sorted(kept, key=lambda entry: entry[1])]
+    """Return a uniform random sample of whole documents; see `sample_within`."""
+    return sample_within(documents, lambda document: len(document.text.encode("utf-8")), max_bytes=max_bytes, seed=seed)
 
 
 def analyze_tokenizers(

@@ -56,7 +56,7 @@ def build_fast_tokenizer(model: SentencePieceModel, *, name: str) -> tokenizers.
         models.BPE(
             vocab=_build_vocabulary(model),
             merges=list_merges(model),
-            unk_token=_unknown_piece(model),
+            unk_token=model.unknown_piece,
             fuse_unk=True,
             byte_fallback=model.has_byte_fallback,
         )
@@ -79,7 +79,7 @@ def define_plain_tokenizer(model: SentencePieceModel) -> bytes:
     It adds no dummy prefix: give it text that begins with one. Raises ConversionError if the model cannot be expressed.
     """
     refuse_rewriting(model)
-    unknown = _unknown_piece(model)
+    unknown = model.unknown_piece
     control = {piece.text for piece in model.pieces if piece.type in SPECIAL_TYPES}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
     definition = {
@@ -133,10 +133,6 @@ def _unmatchable(text: str) -> str:
     fastokens looks up whole stretches of text in the vocabulary before it merges, so removing the merges is not enough.
     """
     return f" {text}"
-
-
-def _unknown_piece(model: SentencePieceModel) -> str | None:
-    return next((piece.text for piece in model.pieces if piece.type is PieceType.UNKNOWN), None)
 
 
 def _validate_expressible(model: SentencePieceModel, name: str) -> None:

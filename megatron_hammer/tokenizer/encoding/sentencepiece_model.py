@@ -62,6 +62,10 @@ class SentencePieceModel:
     escapes_whitespaces: bool
     required_chars: str
 
+    @property
+    def unknown_piece(self) -> str | None:
+        return next((piece.text for piece in self.pieces if piece.type is PieceType.UNKNOWN), None)
+
 
 def read_sentencepiece_model(path: Path) -> SentencePieceModel:
     """Read a `.model` file; raises DataError if it cannot be read or is not one."""

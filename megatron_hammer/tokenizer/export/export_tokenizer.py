@@ -27,11 +27,7 @@ from megatron_hammer.tokenizer.encoding.hugging_face_tokenizer import (
     differs,
     list_piece_texts,
 )
-from megatron_hammer.tokenizer.encoding.sentencepiece_model import (
-    PieceType,
-    SentencePieceModel,
-    read_sentencepiece_model,
-)
+from megatron_hammer.tokenizer.encoding.sentencepiece_model import SentencePieceModel, read_sentencepiece_model
 from megatron_hammer.tokenizer.export.check_export import CheckedTexts, verify_with_transformers
 
 HF_TOKENIZER_FILES = (
@@ -152,5 +148,4 @@ def _tokenizer_config(model: SentencePieceModel, encoder: Encoder, max_length: i
         config["model_max_length"] = max_length
     names = {"bos_token": encoder.bos_id, "eos_token": encoder.eod_id}
     config |= {name: model.pieces[token_id].text for name, token_id in names.items() if token_id is not None}
-    unknown = next((piece.text for piece in model.pieces if piece.type is PieceType.UNKNOWN), None)
-    return config if unknown is None else config | {"unk_token": unknown}
+    return config if model.unknown_piece is None else config | {"unk_token": model.unknown_piece}

@@ -3,7 +3,7 @@
 import heapq
 import math
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,7 +105,7 @@ def sample_sources(
     for number, source in enumerate(sources):
         quota = None if max_bytes is None else int(max_bytes * (source.weight / total_weight))
         lines = _TextLines(source.inputs, json_key, max_line_bytes, on_bytes_read)
-        part = sample_lines(lines, max_bytes=quota, seed=f"{seed}:{number}")
+        part = list(lines) if quota is None else sample_within(lines, len, max_bytes=quota, seed=f"{seed}:{number}")
         sampled_bytes = sum(map(len, part))
         sample += part
         counts.append(
@@ -131,29 +131,31 @@ def count_fitting_bytes(counts: Sequence[SourceCounts]) -> int:
     return int(min((count.sampled_bytes * total_weight / count.weight for count in whole), default=0))
 
 
-def sample_lines(lines: Iterable[bytes], *, max_bytes: int | None, seed: int | str) -> list[bytes]:
-    """Return a uniform random sample of whole lines of at most `max_bytes` together, in their original order.
+def sample_within[T](
+    items: Iterable[T], count_bytes: Callable[[T], int], *, max_bytes: int, seed: int | str
+) -> list[T]:
+    """Return a uniform random sample of the items, of at most `max_bytes` together, in their original order.
 
-    Each line draws a random number, and the sample is all lines whose draw is below the first that no longer fits:
+    Each item draws a random number, and the sample is all items whose draw is below the first that no longer fits:
     one pass, and memory for the sample only.
     """
-    if max_bytes is None:
-        return list(lines)
     draw = random.Random(seed).random
-    kept: list[tuple[float, int, bytes]] = []  # a heap whose first entry has the largest draw, as -draw
+    kept: list[tuple[float, int, int, T]] = []  # a heap whose first entry has the largest draw, as -draw
     kept_bytes = 0
     limit = 1.0
-    for position, line in enumerate(lines):
+    for position, item in enumerate(items):
         value = draw()
         if value >= limit:
             continue
-        heapq.heappush(kept, (-value, position, line))
-        kept_bytes += len(line)
+        num_bytes = count_bytes(item)
+        heapq.heappush(kept, (-value, position, num_bytes, item))
+        kept_bytes += num_bytes
         while kept_bytes > max_bytes:
-            largest, _, dropped = heapq.heappop(kept)
+            largest, _, dropped_bytes, _ = heapq.heappop(kept)
+            # Without this limit, a short item could take the room that a dropped longer one has left.
             limit = -largest
-            kept_bytes -= len(dropped)
-    return [line for _, _, line in sorted(kept, key=lambda entry: entry[1])]
+            kept_bytes -= dropped_bytes
+    return [item for _, _, _, item in sorted(kept, key=lambda entry: entry[1])]
 
 
 def cut_line(line: bytes, max_bytes: int) -> Iterator[bytes]:

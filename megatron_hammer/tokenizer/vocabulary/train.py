@@ -27,8 +27,6 @@ from megatron_hammer.tokenizer.vocabulary.recipes import TokenizerRecipe
 from megatron_hammer.tokenizer.vocabulary.text_sample import SourceCounts, TextSource, sample_sources
 from megatron_hammer.tokenizer.vocabulary.vocabulary_files import spell_piece
 
-__all__ = ["TokenizerRecipe", "TrainedTokenizer", "train_tokenizer"]
-
 STORED_NUM_THREADS = 1
 CONTROL_SYMBOLS = ("<s>", "</s>")  # as user-defined symbols they would begin and end documents where text spells them
 POLL_INTERVAL_S = 0.1
@@ -48,7 +46,7 @@ class TrainedTokenizer:
 
 
 def train_tokenizer(
-    inputs: Sequence[str | Path] | Sequence[TextSource],
+    sources: Sequence[TextSource],
     output_path: Path,
     recipe: TokenizerRecipe,
     *,
@@ -61,12 +59,12 @@ def train_tokenizer(
 ) -> TrainedTokenizer:
     """Train on a sample of at most `max_bytes` of text (all of it if None) and write the model.
 
-    inputs: paths (one source), or sources with weights. on_training: told of the sample once it is complete.
+    on_training: told of the sample once it is complete.
     sentencepiece needs about 20 bytes of memory per byte of the sample.
     Raises DataError if the text cannot give `vocab_size` pieces, or if the inputs or the output fail.
     """
     sample, counts = sample_sources(
-        _list_sources(inputs),
+        sources,
         json_key=json_key,
         max_bytes=max_bytes,
         max_line_bytes=recipe.max_sentence_bytes,
@@ -115,11 +113,6 @@ def check_requirements(model_bytes: bytes, recipe: TokenizerRecipe) -> None:
         )
     if problems:
         raise DataError(*problems)
-
-
-def _list_sources(inputs: Sequence[str | Path] | Sequence[TextSource]) -> list[TextSource]:
-    sources = [item for item in inputs if isinstance(item, TextSource)]
-    return sources or [TextSource(inputs=tuple(item for item in inputs if not isinstance(item, TextSource)))]
 
 
 def _train_interruptibly(sample: Sequence[bytes], recipe: TokenizerRecipe, num_threads: int) -> bytes:

@@ -31,13 +31,14 @@ from megatron_hammer.data.indexed.manifest import Manifest, TokenizerIdentity, e
 from megatron_hammer.data.indexed.pair_writer import IndexedWriter
 from megatron_hammer.data.order.order import normalize_weights
 from megatron_hammer.errors import ConfigError, DataError
+from tests.helpers.indexed_writing import add_document
 from tests.helpers.messages import assert_problem, assert_problems
 
 
 def write_pair(prefix: Path, document_lengths: list[int]) -> Path:
     with IndexedWriter(prefix, np.dtype(np.uint16)) as writer:
         for length in document_lengths:
-            writer.add_document(np.arange(length) % 97)
+            add_document(writer, np.arange(length) % 97)
     return prefix
 
 

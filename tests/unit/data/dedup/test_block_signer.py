@@ -24,14 +24,14 @@ def test_a_block_is_signed(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text('{"text": "a b c"}\n{"text": " "}\n{"text": "春", "k": 1}\n', encoding="utf-8")
     (block,) = read_blocks(select_whole_files([path]), ("text",))
-    signed = pickle.loads(pickle.dumps(build_recipe(path).build))()(block)
+    signed = pickle.loads(pickle.dumps(build_recipe(path)))()(block)
     assert (signed.file_index, signed.first_line) == (0, 1)
     assert signed.lines == tuple(path.read_bytes().splitlines(keepends=True))
     assert signed.text_bytes.tolist() == [5, 1, 3]
     assert signed.is_signed.tolist() == [True, False, True]
     assert signed.digests.tolist() == [digest_text(text, ignores_whitespace=False) for text in ("a b c", " ", "春")]
     assert np.array_equal(signed.signatures, np.stack([Signer(OPTIONS).sign(text) for text in ("a b c", "春")]))
-    assert build_recipe(path, near_duplicates=None).build()(block).signatures is None
+    assert build_recipe(path, near_duplicates=None)()(block).signatures is None
 
 
 def test_a_bad_record_is_named(tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_a_bad_record_is_named(tmp_path: Path) -> None:
     path.write_text('{"text": "a"}\n{"text": 1}\n')
     (block,) = read_blocks(select_whole_files([path]), ("text",))
     with pytest.raises(DataError, match=r'in\.jsonl:2: field "text" must be a string, got a number\.'):
-        build_recipe(path).build()(block)
+        build_recipe(path)()(block)
 
 
 def test_white_space_may_not_count() -> None:

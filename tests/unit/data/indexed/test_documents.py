@@ -9,6 +9,7 @@ from megatron_hammer.data.indexed import documents as documents_module
 from megatron_hammer.data.indexed.documents import Documents, bound_memory, read_pair_documents
 from megatron_hammer.data.indexed.pair import IndexedWriter, read_index
 from megatron_hammer.errors import DataError
+from tests.helpers.indexed_writing import add_document
 
 # Lengths of the sequences of each document; the ids count up, so every one of them is told from the others.
 SEQUENCES = ((3,), (), (2, 1, 4), (0,), (5,), (), (1, 0, 1), (60,), (2,))
@@ -18,7 +19,7 @@ def write_pair(prefix: Path) -> Path:
     first_id = 0
     with IndexedWriter(prefix, np.dtype(np.uint16)) as writer:
         for lengths in SEQUENCES:
-            writer.add_document(np.arange(first_id, first_id + sum(lengths)), lengths)
+            add_document(writer, np.arange(first_id, first_id + sum(lengths)), lengths)
             first_id += sum(lengths)
     return prefix
 

@@ -14,6 +14,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 from megatron_hammer.data.indexed import pair_writer as indexed_writer
 from megatron_hammer.data.indexed.pair import IndexedWriter, WriterState, bin_path, idx_path, read_index, select_dtype
 from megatron_hammer.errors import DataError, OutputError
+from tests.helpers.indexed_writing import add_document
 from tests.helpers.messages import assert_problem
 
 DOCUMENTS = ([5, 6, 7], [], [8], [1, 65_000, 3, 4, 9], [])
@@ -22,7 +23,7 @@ DOCUMENTS = ([5, 6, 7], [], [8], [1, 65_000, 3, 4, 9], [])
 def write_pair(prefix: Path, dtype: type = np.uint16) -> Path:
     with IndexedWriter(prefix, np.dtype(dtype)) as writer:
         for ids in DOCUMENTS:
-            writer.add_document(np.array(ids, dtype=np.int64))
+            add_document(writer, np.array(ids, dtype=np.int64))
     return prefix
 
 
@@ -90,7 +91,7 @@ def test_memory_does_not_grow_with_the_number_of_documents(tmp_path: Path) -> No
         for num_calls in (2, 40):
             for _ in range(num_calls):
                 writer.add_documents(ids, lengths)
-            writer.add_document(ids)
+            add_document(writer, ids)
             peaks_bytes.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.reset_peak()
         tracemalloc.stop()
@@ -105,9 +106,9 @@ def test_megatron_reads_a_written_pair(tmp_path: Path) -> None:
 
 def test_documents_of_several_sequences(tmp_path: Path) -> None:
     with IndexedWriter(tmp_path / "a.b.c", np.dtype(np.int32)) as writer:
-        writer.add_document(np.array([4, 5, 6, 7, 8]), [2, 3])
+        add_document(writer, np.array([4, 5, 6, 7, 8]), [2, 3])
         with pytest.raises(ValueError, match="sequence_lengths add up to 4, but there are 3 ids"):
-            writer.add_document(np.array([4, 5, 6]), [2, 2])
+            add_document(writer, np.array([4, 5, 6]), [2, 2])
     dataset = IndexedDataset(str(tmp_path / "a.b.c"))
     assert dataset.sequence_lengths.tolist() == [2, 3]
     assert dataset.document_indices.tolist() == [0, 2]
@@ -118,7 +119,7 @@ def test_ids_beyond_the_dtype_raise_and_do_not_wrap_around(tmp_path: Path) -> No
         pytest.raises(ValueError, match=re.escape("token ids must lie in 0..65535, got 70000..70000")),
         IndexedWriter(tmp_path / "pair", np.dtype(np.uint16)) as writer,
     ):
-        writer.add_document(np.array([70_000]))
+        add_document(writer, np.array([70_000]))
     assert not list(tmp_path.iterdir())
 
 
@@ -133,7 +134,7 @@ def test_summary(tmp_path: Path) -> None:
 
 def test_summary_of_a_pair_without_tokens(tmp_path: Path) -> None:
     with IndexedWriter(tmp_path / "pair", np.dtype(np.int32)) as writer:
-        writer.add_document(np.array([], dtype=np.int32))
+        add_document(writer, np.array([], dtype=np.int32))
     summary = read_index(tmp_path / "pair")
     assert (summary.num_documents, summary.num_tokens) == (1, 0)
     assert summary.sequence_lengths.tolist() == summary.tokens.tolist() == []
@@ -203,7 +204,7 @@ def list_names(prefix: Path) -> list[str]:
 def test_the_final_names_appear_only_when_the_pair_is_complete(tmp_path: Path) -> None:
     prefix = tmp_path / "new" / "pair"
     writer = IndexedWriter(prefix, np.dtype(np.int32))
-    writer.add_document(np.array([1, 2]))
+    add_document(writer, np.array([1, 2]))
     streams = ["pair.bin.partial", "pair.documents.partial", "pair.lengths.partial"]
     assert list_names(prefix) == streams
     writer.finish()
@@ -220,7 +221,7 @@ def test_an_exception_leaves_the_old_pair_and_no_new_one(tmp_path: Path) -> None
 
     def write_and_stop() -> None:
         with IndexedWriter(tmp_path / "pair", np.dtype(np.int32)) as writer:
-            writer.add_document(np.array([1, 2]))
+            add_document(writer, np.array([1, 2]))
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -264,7 +265,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 def add_rest(writer: IndexedWriter) -> IndexedWriter:
     for ids in DOCUMENTS[writer.num_documents :]:
-        writer.add_document(np.array(ids, dtype=np.int64))
+        add_document(writer, np.array(ids, dtype=np.int64))
     return writer
 
 
@@ -274,11 +275,11 @@ def test_a_killed_run_continues_from_the_synced_bytes(tmp_path: Path, num_docume
     expected = read_bytes(write_pair(tmp_path / "expected"))
     writer = IndexedWriter(tmp_path / "pair", np.dtype(np.uint16))
     for ids in DOCUMENTS[:num_documents]:
-        writer.add_document(np.array(ids, dtype=np.int64))
+        add_document(writer, np.array(ids, dtype=np.int64))
     saved = json.dumps(dataclasses.asdict(writer.sync()))
     add_rest(writer).finish()
     state = WriterState(**json.loads(saved))
-    resumed = IndexedWriter.resume(tmp_path / "pair", np.dtype(np.uint16), state)
+    resumed = IndexedWriter(tmp_path / "pair", np.dtype(np.uint16), state)
     assert resumed.state == state
     with add_rest(resumed):
         pass
@@ -288,11 +289,11 @@ def test_a_killed_run_continues_from_the_synced_bytes(tmp_path: Path, num_docume
 
 def test_close_keeps_what_abort_removes(tmp_path: Path) -> None:
     with IndexedWriter(tmp_path / "pair", np.dtype(np.uint16)) as writer:
-        writer.add_document(np.array([1, 2]))
+        add_document(writer, np.array([1, 2]))
         writer.close()
     assert list_names(tmp_path / "pair") == ["pair.bin.partial", "pair.documents.partial", "pair.lengths.partial"]
-    with IndexedWriter.resume(tmp_path / "pair", np.dtype(np.uint16), writer.state) as resumed:
-        resumed.add_document(np.array([3]))
+    with IndexedWriter(tmp_path / "pair", np.dtype(np.uint16), writer.state) as resumed:
+        add_document(resumed, np.array([3]))
     assert read_index(tmp_path / "pair").tokens.tolist() == [1, 2, 3]
     writer = IndexedWriter(tmp_path / "other", np.dtype(np.uint16))
     writer.abort()
@@ -308,7 +309,7 @@ def test_publishing_can_be_repeated_from_any_moment(
     expected = read_bytes(write_pair(tmp_path / "expected"))
     if has_old_pair:
         with IndexedWriter(tmp_path / "pair", np.dtype(np.uint16)) as old_writer:
-            old_writer.add_document(np.arange(9))  # as many tokens as the new pair
+            add_document(old_writer, np.arange(9))  # as many tokens as the new pair
     writer = add_rest(IndexedWriter(tmp_path / "pair", np.dtype(np.uint16)))
     state = writer.sync()
     writer.finish()
@@ -330,13 +331,13 @@ def test_publishing_can_be_repeated_from_any_moment(
             writer.publish()
     if num_steps in (1, 2):  # between the two ends of `publish`, there is no pair that opens
         assert not idx_path(tmp_path / "pair").exists()
-    resumed = IndexedWriter.resume(tmp_path / "pair", np.dtype(np.uint16), state)
+    resumed = IndexedWriter(tmp_path / "pair", np.dtype(np.uint16), state)
     resumed.finish()
     resumed.publish()
     resumed.abort()
     assert read_bytes(tmp_path / "pair") == expected
     assert list_names(tmp_path / "pair") == ["expected.bin", "expected.idx", "pair.bin", "pair.idx"]
-    again = IndexedWriter.resume(tmp_path / "pair", np.dtype(np.uint16), state)
+    again = IndexedWriter(tmp_path / "pair", np.dtype(np.uint16), state)
     again.finish()
     again.publish()
     assert read_bytes(tmp_path / "pair") == expected
@@ -349,8 +350,8 @@ def test_partial_files_shorter_than_recorded_are_named(
     tmp_path: Path, stream: str, size_bytes: int, found: str
 ) -> None:
     writer = IndexedWriter(tmp_path / "pair", np.dtype(np.uint16))
-    writer.add_document(np.array([1]))
-    writer.add_document(np.array([2]))
+    add_document(writer, np.array([1]))
+    add_document(writer, np.array([2]))
     state = writer.sync()
     writer.close()
     path = tmp_path / f"pair.{stream}.partial"
@@ -359,7 +360,7 @@ def test_partial_files_shorter_than_recorded_are_named(
     if found != "no file":
         path.write_bytes(content[:3])
     with pytest.raises(DataError) as caught:
-        IndexedWriter.resume(tmp_path / "pair", np.dtype(np.uint16), state)
+        IndexedWriter(tmp_path / "pair", np.dtype(np.uint16), state)
     assert_problem(str(caught.value), f"{path}:", f"the first {size_bytes} bytes", f"got {found}")
     assert [part.stat().st_size for part in tmp_path.iterdir() if part != path]
 
@@ -368,5 +369,5 @@ def test_a_published_pair_of_another_run_is_not_mistaken_for_this_one(tmp_path: 
     write_pair(tmp_path / "pair")
     before = read_bytes(tmp_path / "pair")
     with pytest.raises(DataError, match=r"pair.bin.partial: file must hold the first 18 bytes .* got no file."):
-        IndexedWriter.resume(tmp_path / "pair", np.dtype(np.uint16), WriterState(9, 4, 5))
+        IndexedWriter(tmp_path / "pair", np.dtype(np.uint16), WriterState(9, 4, 5))
     assert read_bytes(tmp_path / "pair") == before

@@ -19,6 +19,7 @@ from megatron_hammer.data.indexed.shuffle import (
     shuffle_pairs,
 )
 from megatron_hammer.errors import OutputError
+from tests.helpers.indexed_writing import add_document
 
 NUM_DOCUMENTS = 311
 SEED = 1234
@@ -30,7 +31,7 @@ def write_source(prefix: Path, *, num_documents: int = NUM_DOCUMENTS, first_id: 
     with IndexedWriter(prefix, np.dtype(np.int32)) as writer:
         for _ in range(num_documents):
             lengths = generator.integers(0, 7, size=generator.integers(0, 4)).tolist()
-            writer.add_document(np.arange(first_id, first_id + sum(lengths)), lengths)
+            add_document(writer, np.arange(first_id, first_id + sum(lengths)), lengths)
             first_id += sum(lengths)
     return read_index(prefix)
 
@@ -180,7 +181,7 @@ def test_memory_stays_within_the_limit_however_large_the_pair(tmp_path: Path) ->
     for prefix in ("source", "with_large"):
         if prefix == "with_large":
             with IndexedWriter(tmp_path / prefix, np.dtype(np.uint16)) as writer:
-                writer.add_document(np.zeros(limit_bytes, dtype=np.uint16))
+                add_document(writer, np.zeros(limit_bytes, dtype=np.uint16))
                 writer.add_documents(np.zeros(1 << 20, dtype=np.uint16), np.full(1 << 10, 1 << 10))
         source = read_index(tmp_path / prefix)
         tracemalloc.start()

@@ -22,6 +22,7 @@ from megatron_hammer.data.inspect.document_text import (
 )
 from megatron_hammer.errors import ConfigError, DataError
 from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder
+from tests.helpers.indexed_writing import add_document
 from tests.helpers.toy_tokenizer import TOY_TEXTS, train_toy_tokenizer
 
 TEXTS = [*TOY_TEXTS, "", "the fox 春眠 again", "nothing of it"]
@@ -37,7 +38,7 @@ def index(tmp_path: Path, encoder: Encoder) -> IndexSummary:
     with IndexedWriter(tmp_path / "pair", np.dtype(np.uint16)) as writer:
         for text in TEXTS:
             ids = encoder.encode(text)
-            writer.add_document(ids, (3, len(ids) - 3) if len(ids) > 5 else None)
+            add_document(writer, ids, (3, len(ids) - 3) if len(ids) > 5 else None)
     return read_index(tmp_path / "pair")
 
 

@@ -12,6 +12,7 @@ from megatron_hammer.data.indexed.pair_writer import IndexedWriter
 from megatron_hammer.data.inspect import statistics as inspection
 from megatron_hammer.data.inspect.statistics import count_duplicates, inspect_pair, summarise_lengths
 from megatron_hammer.errors import DataError
+from tests.helpers.indexed_writing import add_document
 
 VOCAB_SIZE = 41
 
@@ -28,7 +29,7 @@ def write_pair(prefix: Path, documents: list[list[int]], dtype: type = np.uint16
         for number, ids in enumerate(documents):
             half = len(ids) // 2
             lengths = (half, len(ids) - half) if number % 3 == 0 and half else None  # some of two sequences
-            writer.add_document(np.array(ids, dtype=dtype), lengths)
+            add_document(writer, np.array(ids, dtype=dtype), lengths)
     return prefix
 
 

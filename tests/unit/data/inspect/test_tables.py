@@ -20,12 +20,13 @@ from megatron_hammer.data.inspect.tables import (
     print_pair_report,
     report_to_json,
 )
+from tests.helpers.indexed_writing import add_document
 
 
 def build_report(prefix: Path, documents: list[list[int]], **values: object) -> PairReport:
     with IndexedWriter(prefix, np.dtype(np.uint16)) as writer:
         for ids in documents:
-            writer.add_document(np.array(ids, dtype=np.uint16))
+            add_document(writer, np.array(ids, dtype=np.uint16))
     fields = {"vocab_size": None, "manifest": None, "verified": None, "frequent_tokens": (), "samples": ()} | values
     return PairReport(prefix=str(prefix), statistics=inspect_pair(read_index(prefix)), **fields)  # type: ignore[arg-type]
 

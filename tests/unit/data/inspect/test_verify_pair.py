@@ -13,6 +13,7 @@ from megatron_hammer.data.indexed.pair import IndexedWriter, bin_path, idx_path,
 from megatron_hammer.data.inspect import verify_pair as verify
 from megatron_hammer.data.inspect.verify_pair import VerifiedPair, verify_pair
 from megatron_hammer.errors import DataError
+from tests.helpers.indexed_writing import add_document
 from tests.helpers.messages import assert_problem, assert_problems
 
 DOCUMENTS = ([5, 6, 7], [], [8], [1, 299, 3, 4, 9], [2, 2, 2, 2], [])
@@ -25,7 +26,7 @@ DOCUMENTS_START = 34 + 12 * NUM_SEQUENCES
 def write_pair(prefix: Path, documents: tuple[list[int], ...] = DOCUMENTS, dtype: type = np.int32) -> Path:
     with IndexedWriter(prefix, np.dtype(dtype)) as writer:
         for ids in documents:
-            writer.add_document(np.array(ids, dtype=np.int64))
+            add_document(writer, np.array(ids, dtype=np.int64))
     return prefix
 
 

@@ -26,6 +26,7 @@ from megatron_hammer.data.merge import merge_pairs as merge
 from megatron_hammer.data.merge.merge_pairs import merge_pairs
 from megatron_hammer.data.preprocess.journal import lock_outputs
 from megatron_hammer.errors import DataError
+from tests.helpers.indexed_writing import add_document
 from tests.helpers.messages import assert_problem, assert_problems
 
 # The sequences of each document, of a whole job; ids are their own place in the job.
@@ -41,7 +42,7 @@ def write_pair(prefix: Path, first: int = 0, last: int = len(DOCUMENTS), dtype: 
     first_id = sum(map(sum, DOCUMENTS[:first]))
     with IndexedWriter(prefix, np.dtype(dtype)) as writer:
         for lengths in DOCUMENTS[first:last]:
-            writer.add_document(np.arange(first_id, first_id + sum(lengths)), lengths)
+            add_document(writer, np.arange(first_id, first_id + sum(lengths)), lengths)
             first_id += sum(lengths)
     return prefix
 

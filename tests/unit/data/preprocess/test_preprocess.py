@@ -24,7 +24,9 @@ from megatron_hammer.data.preprocess.options import PreprocessOptions
 from megatron_hammer.data.preprocess.preprocess import PreprocessProgress, preprocess
 from megatron_hammer.errors import ConfigError, DataError, PlatformError
 from megatron_hammer.tokenizer.encoding.encoder import load_encoder
-from megatron_hammer.tokenizer.vocabulary.train import TokenizerRecipe, train_tokenizer
+from megatron_hammer.tokenizer.vocabulary.recipes import TokenizerRecipe
+from megatron_hammer.tokenizer.vocabulary.text_sample import TextSource
+from megatron_hammer.tokenizer.vocabulary.train import train_tokenizer
 from tests.helpers.messages import assert_problem, assert_problems
 from tests.helpers.toy_tokenizer import TOY_TEXTS, train_toy_tokenizer, write_jsonl
 
@@ -326,7 +328,9 @@ def test_a_changed_input_flag_or_tokenizer_is_refused(tmp_path: Path, tokenizer_
     size_bytes = corpus_path.stat().st_size
     with corpus_path.open("a") as file:
         file.write('{"text": "late"}\n')
-    other_path = train_tokenizer([corpus_path], tmp_path / "other.model", TokenizerRecipe(vocab_size=350)).path
+    other_path = train_tokenizer(
+        [TextSource(inputs=(corpus_path,))], tmp_path / "other.model", TokenizerRecipe(vocab_size=350)
+    ).path
     with pytest.raises(DataError) as caught:
         preprocess(dataclasses.replace(options, append_eod=True, tokenizer_path=other_path))
     old, new = load_encoder(tokenizer_path).sha256, load_encoder(other_path).sha256

@@ -23,7 +23,9 @@ from megatron_hammer.tokenizer.export.export_tokenizer import (
     export_tokenizer,
     export_tokenizer_folder,
 )
-from megatron_hammer.tokenizer.vocabulary.train import TokenizerRecipe, train_tokenizer
+from megatron_hammer.tokenizer.vocabulary.recipes import TokenizerRecipe
+from megatron_hammer.tokenizer.vocabulary.text_sample import TextSource
+from megatron_hammer.tokenizer.vocabulary.train import train_tokenizer
 from tests.helpers.repository import SHARED_DATA, needs_shared_data
 from tests.helpers.toy_tokenizer import TOY_TEXTS, train_toy_tokenizer
 
@@ -79,7 +81,7 @@ def test_user_defined_symbols_are_never_taken_apart(tmp_path):
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in TOY_TEXTS * 5))
     recipe = TokenizerRecipe(vocab_size=355, user_defined_symbols=symbols)
-    source = train_tokenizer([corpus], tmp_path / "symbols.model", recipe).path
+    source = train_tokenizer([TextSource(inputs=(corpus,))], tmp_path / "symbols.model", recipe).path
     _, tokenizer = export_and_load(source, tmp_path / "hf")
     texts = ("<tool_call><tool>x===7 77 <tool_calls> ﬁ", " == == the dog<tool> sleeps", *TEXTS)
     assert_same(tokenizer, source, texts)

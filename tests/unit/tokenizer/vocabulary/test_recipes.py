@@ -7,6 +7,7 @@ import pytest
 from sentencepiece import sentencepiece_model_pb2
 
 from megatron_hammer.tokenizer.vocabulary.recipes import HAMMERLLM_128K, RECIPES, TINY_LLM_ZH_20K, TokenizerRecipe
+from megatron_hammer.tokenizer.vocabulary.text_sample import TextSource
 from megatron_hammer.tokenizer.vocabulary.train import train_tokenizer
 from tests.helpers.repository import SHARED_DATA, needs_shared_data
 from tests.helpers.toy_tokenizer import TOY_TEXTS, write_jsonl
@@ -14,7 +15,7 @@ from tests.helpers.toy_tokenizer import TOY_TEXTS, write_jsonl
 
 def train(tmp_path: Path, recipe: TokenizerRecipe) -> sentencepiece_model_pb2.ModelProto:
     corpus_path = write_jsonl(tmp_path / "corpus.jsonl", TOY_TEXTS * 7)
-    path = train_tokenizer([corpus_path], tmp_path / "t.model", recipe).path
+    path = train_tokenizer([TextSource(inputs=(corpus_path,))], tmp_path / "t.model", recipe).path
     return sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
 
 

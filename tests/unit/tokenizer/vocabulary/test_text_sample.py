@@ -1,5 +1,6 @@
 """Samples are uniform, keep their order, and share their bytes by weight."""
 
+import random
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ from megatron_hammer.tokenizer.vocabulary.text_sample import (
     count_fitting_bytes,
     cut_line,
     parse_sources,
-    sample_lines,
     sample_sources,
+    sample_within,
 )
 from tests.helpers.toy_tokenizer import write_jsonl
 
@@ -92,19 +93,19 @@ def test_a_file_in_two_sources_is_refused(folder: Path) -> None:
 
 def test_sample_keeps_order_and_limit() -> None:
     lines = [b"%04d" % number for number in range(1000)]
-    part = sample_lines(lines, max_bytes=402, seed=3)
+    part = sample_within(lines, len, max_bytes=402, seed=3)
     assert len(part) == 100
     assert part == sorted(part)
-    assert part == sample_lines(iter(lines), max_bytes=402, seed=3)
-    assert part != sample_lines(lines, max_bytes=402, seed=4)
+    assert part == sample_within(iter(lines), len, max_bytes=402, seed=3)
+    assert part != sample_within(lines, len, max_bytes=402, seed=4)
     assert 300 < sum(int(line) for line in part) / len(part) < 700  # not the head, not the tail
-    assert sample_lines(lines, max_bytes=None, seed=3) == lines
+    assert sample_within(lines, len, max_bytes=10**9, seed=3) == lines
 
 
 def test_long_and_short_lines_are_sampled_alike() -> None:
     """A line that no longer fits closes the sample: filling the gap with shorter ones would favour them."""
     lines = [b"x" * (1 if number % 2 else 60) for number in range(4000)]
-    part = [line for seed in range(20) for line in sample_lines(lines, max_bytes=2000, seed=seed)]
+    part = [line for seed in range(20) for line in sample_within(lines, len, max_bytes=2000, seed=seed)]
     num_long = sum(len(line) == 60 for line in part)
     assert 0.45 < num_long / len(part) < 0.55
 
@@ -114,3 +115,11 @@ def test_cut_lines_are_whole_characters_and_lose_nothing(line: bytes) -> None:
     pieces = list(cut_line(line, 64))
     assert b"".join(pieces) == line
     assert all(len(piece) <= 64 and piece.decode("utf-8") is not None for piece in pieces)
+
+
+def test_a_short_item_does_not_take_the_room_of_a_longer_one_that_was_dropped() -> None:
+    sizes = [1, 90] * 200
+    kept = set(sample_within(range(len(sizes)), sizes.__getitem__, max_bytes=1000, seed="7"))
+    generator = random.Random("7")
+    draws = [generator.random() for _ in sizes]
+    assert max(draws[number] for number in kept) < min(draws[number] for number in range(400) if number not in kept)

@@ -16,8 +16,9 @@ from megatron_hammer.tokenizer.encoding.sentencepiece_model import (
     serialize_sentencepiece_model,
 )
 from megatron_hammer.tokenizer.vocabulary import train
+from megatron_hammer.tokenizer.vocabulary.recipes import TokenizerRecipe
 from megatron_hammer.tokenizer.vocabulary.text_sample import TextSource
-from megatron_hammer.tokenizer.vocabulary.train import TokenizerRecipe, check_requirements, train_tokenizer
+from megatron_hammer.tokenizer.vocabulary.train import check_requirements, train_tokenizer
 from tests.helpers.messages import assert_problems
 from tests.helpers.toy_tokenizer import TOY_TEXTS, write_jsonl
 
@@ -28,7 +29,9 @@ def corpus_path(tmp_path: Path) -> Path:
 
 
 def test_the_model_stores_hammerllms_parameters(corpus_path: Path, tmp_path: Path) -> None:
-    trained = train_tokenizer([corpus_path], tmp_path / "new" / "t.model", TokenizerRecipe(vocab_size=331))
+    trained = train_tokenizer(
+        [TextSource(inputs=(corpus_path,))], tmp_path / "new" / "t.model", TokenizerRecipe(vocab_size=331)
+    )
     model = sentencepiece_model_pb2.ModelProto.FromString(trained.path.read_bytes())
     spec, normalizer = model.trainer_spec, model.normalizer_spec
     assert len(model.pieces) == trained.vocab_size == 331
@@ -47,7 +50,9 @@ def test_the_model_stores_hammerllms_parameters(corpus_path: Path, tmp_path: Pat
 def test_same_text_and_seed_give_the_same_bytes(corpus_path: Path, tmp_path: Path) -> None:
     recipe = TokenizerRecipe(vocab_size=319)
     contents = [
-        train_tokenizer([corpus_path], tmp_path / name, recipe, max_bytes=900, seed=seed).path.read_bytes()
+        train_tokenizer(
+            [TextSource(inputs=(corpus_path,))], tmp_path / name, recipe, max_bytes=900, seed=seed
+        ).path.read_bytes()
         for name, seed in (("a.model", 5), ("b.model", 5), ("c.model", 6))
     ]
     assert contents[0] == contents[1]
@@ -57,7 +62,9 @@ def test_same_text_and_seed_give_the_same_bytes(corpus_path: Path, tmp_path: Pat
 def test_the_number_of_threads_changes_nothing(corpus_path: Path, tmp_path: Path) -> None:
     recipe = TokenizerRecipe(vocab_size=331)
     contents = {
-        train_tokenizer([corpus_path], tmp_path / "t.model", recipe, num_threads=num_threads).path.read_bytes()
+        train_tokenizer(
+            [TextSource(inputs=(corpus_path,))], tmp_path / "t.model", recipe, num_threads=num_threads
+        ).path.read_bytes()
         for num_threads in (1, 2, 5)
     }
     assert len(contents) == 1
@@ -67,7 +74,7 @@ def test_the_number_of_threads_changes_nothing(corpus_path: Path, tmp_path: Path
 def test_counts_describe_text_and_sample(corpus_path: Path, tmp_path: Path) -> None:
     told: list[int] = []
     trained = train_tokenizer(
-        [corpus_path],
+        [TextSource(inputs=(corpus_path,))],
         tmp_path / "t.model",
         TokenizerRecipe(vocab_size=323),
         max_bytes=1000,
@@ -98,7 +105,7 @@ def test_weighted_sources_shape_the_vocabulary(tmp_path: Path) -> None:
 def test_required_characters_and_symbols_become_pieces(corpus_path: Path, tmp_path: Path) -> None:
     chars, symbols = "龘靐 <", ("<SEP>", "<a,b>", '"q"', "</p >", "靐", "<")
     recipe = TokenizerRecipe(vocab_size=347, required_chars=chars, user_defined_symbols=symbols)
-    encoder = load_encoder(train_tokenizer([corpus_path], tmp_path / "t.model", recipe).path)
+    encoder = load_encoder(train_tokenizer([TextSource(inputs=(corpus_path,))], tmp_path / "t.model", recipe).path)
     for piece in (*chars, *symbols):
         assert len(encoder.encode(piece)) == 1
 
@@ -106,7 +113,7 @@ def test_required_characters_and_symbols_become_pieces(corpus_path: Path, tmp_pa
 def test_characters_that_the_model_cannot_hold_are_named(corpus_path: Path, tmp_path: Path) -> None:
     recipe = TokenizerRecipe(vocab_size=331, required_chars="龘\0", user_defined_symbols=("<s>", "<SEP>"))
     with pytest.raises(DataError) as raised:
-        train_tokenizer([corpus_path], tmp_path / "t.model", recipe)
+        train_tokenizer([TextSource(inputs=(corpus_path,))], tmp_path / "t.model", recipe)
     assert_problems(
         raised.value.problems,
         ("required-chars-file:", "every character must become", "got none for '\\x00'"),
@@ -117,7 +124,9 @@ def test_characters_that_the_model_cannot_hold_are_named(corpus_path: Path, tmp_
 
 def test_twin_a_model_without_a_required_character_is_noticed(corpus_path: Path, tmp_path: Path) -> None:
     recipe = TokenizerRecipe(vocab_size=331, required_chars="龘靐")
-    model = read_sentencepiece_model(train_tokenizer([corpus_path], tmp_path / "t.model", recipe).path)
+    model = read_sentencepiece_model(
+        train_tokenizer([TextSource(inputs=(corpus_path,))], tmp_path / "t.model", recipe).path
+    )
     check_requirements(serialize_sentencepiece_model(model), recipe)
     fewer = dataclasses.replace(model, pieces=tuple(piece for piece in model.pieces if piece.text != "靐"))
     with pytest.raises(DataError, match="got none for '靐'"):
@@ -136,7 +145,7 @@ def test_ctrl_c_does_not_wait_for_sentencepiece(
 
     monkeypatch.setattr(train, "_train_sentencepiece", train_for_long)
     with pytest.raises(KeyboardInterrupt):
-        train_tokenizer([corpus_path], tmp_path / "t.model", TokenizerRecipe(vocab_size=331))
+        train_tokenizer([TextSource(inputs=(corpus_path,))], tmp_path / "t.model", TokenizerRecipe(vocab_size=331))
     assert not is_over.is_set()
     is_over.set()
     assert not list(tmp_path.glob("t.model*"))
@@ -147,7 +156,7 @@ def test_problems_are_named(corpus_path: Path, tmp_path: Path) -> None:
 
     def expect(message: str, path: Path = corpus_path, **changes: object) -> None:
         with pytest.raises(DataError, match=message):
-            train_tokenizer([path], output_path, TokenizerRecipe(**{"vocab_size": 331} | changes))
+            train_tokenizer([TextSource(inputs=(path,))], output_path, TokenizerRecipe(**{"vocab_size": 331} | changes))
 
     expect(
         r"^vocab-size: must not exceed what the text can give, got vocab_size=50000, pieces found=\d+. "
