@@ -8,6 +8,7 @@ from typing import Any
 from megatron_hammer.model.accounting import count_parameters
 from megatron_hammer.model.byte_units import GIB
 from megatron_hammer.presets.catalogue import select_preset
+from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun
 from megatron_hammer.scaling.plan import PARTS, Cluster, Gpu, Plan, StepTime
 from megatron_hammer.scaling.search.projection import Study, StudyResult, find_knee
 from megatron_hammer.scaling.search.search import Search
@@ -107,3 +108,11 @@ def project_toy_study(study: Study, **changes: Any) -> StudyResult:
         "provenance": {"fitted_on": ["row 1", "row 2"], "cross_validation": {"median_error_ratio": 0.0512345}},
     }
     return StudyResult(**(fields | changes))
+
+
+def build_measured_run(plan: Plan, step_time_s: float, *, row_number: int = 2) -> MeasuredRun:
+    """A row of a table of runs that says this of a plan."""
+    return MeasuredRun(
+        row_number=row_number, source="team", model=plan.model.name, gpu_type=plan.gpu.name, plan=plan,
+        step_time_s=step_time_s, measured_as="iteration_time_s", assumptions=(), fingerprint="", is_megatron_style=True,
+    )  # fmt: skip

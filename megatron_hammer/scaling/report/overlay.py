@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_hammer.model.shape import ModelShape
-from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun, read_runs
+from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun, UnpredictableRow, read_runs
+from megatron_hammer.scaling.evidence.validation import Prediction, Status
 from megatron_hammer.scaling.plan import Plan, StepTime
-from megatron_hammer.scaling.search.projection import LeftOutRow, OverlaidRun, Overlay, Study
+from megatron_hammer.scaling.search.projection import Overlay, Study
 
 
 def build_overlay(
@@ -28,23 +29,16 @@ def build_overlay(
     """
     measured, unpredictable = read_runs(path, gpus_path=gpus_path, clusters_path=clusters_path)
     runs = []
-    left_out = [LeftOutRow(row_number=row.row_number, source=row.source, reason=row.reason) for row in unpredictable]
+    left_out = list(unpredictable)
     for run in measured:
         reason = _find_difference(run, study)
         if reason is not None:
-            left_out.append(LeftOutRow(row_number=run.row_number, source=run.source, reason=reason))
+            row = UnpredictableRow(row_number=run.row_number, source=run.source, model=run.model, reason=reason)
+            left_out.append(row)
             continue
         plan = replace(run.plan, model=study.model, gpu=study.gpu, cluster=study.cluster)
-        runs.append(
-            OverlaidRun(
-                row_number=run.row_number,
-                source=run.source,
-                plan=plan,
-                measured_s=run.step_time_s,
-                step=predict(plan),
-                is_fitted=run.fingerprint in fitted_fingerprints,
-            )
-        )
+        status: Status = "fitted" if run.fingerprint in fitted_fingerprints else "predicted"
+        runs.append(Prediction(run=replace(run, plan=plan), step=predict(plan), status=status))
     return Overlay(runs=tuple(runs), left_out=tuple(sorted(left_out, key=lambda row: row.row_number)))
 
 

@@ -182,21 +182,23 @@ def _build_overlay(overlay: Overlay) -> dict[str, Any]:
     return {
         "runs": [
             {
-                "row_number": run.row_number,
-                "source": run.source,
-                "layout": asdict(run.plan.layout),
-                "plan": {name: getattr(run.plan, name) for name in PLAN_FIELDS},
-                "measured_s": run.measured_s,
-                "predicted_s": run.step.total_s,
-                "low_s": run.step.low_s,
-                "high_s": run.step.high_s,
-                "error_ratio": run.error_ratio,
-                "is_in_band": run.is_in_band,
-                "is_fitted": run.is_fitted,
+                "row_number": one.run.row_number,
+                "source": one.run.source,
+                "layout": asdict(one.run.plan.layout),
+                "plan": {name: getattr(one.run.plan, name) for name in PLAN_FIELDS},
+                "measured_s": one.run.step_time_s,
+                "predicted_s": one.step.total_s,
+                "low_s": one.step.low_s,
+                "high_s": one.step.high_s,
+                "error_ratio": one.error_ratio,
+                "is_in_band": one.is_in_band,
+                "is_fitted": not one.is_counted,
             }
-            for run in overlay.runs
+            for one in overlay.runs
         ],
-        "left_out": [asdict(row) for row in overlay.left_out],
+        "left_out": [
+            {"row_number": row.row_number, "source": row.source, "reason": row.reason} for row in overlay.left_out
+        ],
     }
 
 

@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 
 from megatron_hammer.model.byte_units import GIB
+from megatron_hammer.scaling.plan import Plan
 from megatron_hammer.scaling.search.projection import (
     MEMORY_NAMES,
     PART_NAMES,
-    OverlaidRun,
     SizeProjection,
     Study,
     StudyResult,
@@ -147,19 +147,20 @@ def _mark_measured(axis: Axes, result: StudyResult) -> None:
         (True, "#CC3311", "measured"),
         (False, "none", "measured, another batch or precision"),
     ):
-        runs = [run for run in (result.overlay.runs if result.overlay else ()) if _is_of(result.study, run) == is_same]
+        measured = [one.run for one in result.overlay.runs] if result.overlay else []
+        runs = [run for run in measured if _is_of(result.study, run.plan) == is_same]
         if runs:
-            speeds = [run.plan.tokens_per_step / run.measured_s for run in runs]
+            speeds = [run.plan.tokens_per_step / run.step_time_s for run in runs]
             counts = [run.plan.layout.world_size for run in runs]
             axis.scatter(counts, speeds, marker="s", s=26, facecolors=face, edgecolors="#CC3311", zorder=3, label=words)
 
 
-def _is_of(study: Study, run: OverlaidRun) -> bool:
-    if (run.plan.seq_length, run.plan.precision) != (study.seq_length, study.precision):
+def _is_of(study: Study, plan: Plan) -> bool:
+    if (plan.seq_length, plan.precision) != (study.seq_length, study.precision):
         return False
     if study.samples_per_gpu is not None:
-        return study.samples_per_gpu * run.plan.layout.world_size == run.plan.global_batch_size
-    return study.global_batch_size == run.plan.global_batch_size
+        return study.samples_per_gpu * plan.layout.world_size == plan.global_batch_size
+    return study.global_batch_size == plan.global_batch_size
 
 
 def _draw_mfu(axis: Axes, result: StudyResult) -> None:

@@ -328,19 +328,20 @@ def _build_companion_table(companion: StudyResult) -> ResultTable:
 def _build_overlay_table(result: StudyResult) -> ResultTable:
     assert result.overlay is not None
     rows = []
-    for run in result.overlay.runs:
-        is_as_long = run.plan.seq_length == result.study.seq_length
+    for one in result.overlay.runs:
+        run, plan = one.run, one.run.plan
+        is_as_long = plan.seq_length == result.study.seq_length
         rows.append(
             (
                 f"{run.row_number} {run.source}",
-                f"{run.plan.layout.world_size:,}",
-                describe_cuts(run.plan),
-                f"{run.plan.global_batch_size:,}",
-                run.plan.precision if is_as_long else f"{run.plan.precision} s={run.plan.seq_length}",
-                f"{run.measured_s:.3f}",
-                f"{run.step.total_s:.3f}",
-                f"{run.error_ratio:+.1%}{'*' if run.is_fitted else ''}",
-                "in" if run.is_in_band else "out",
+                f"{plan.layout.world_size:,}",
+                describe_cuts(plan),
+                f"{plan.global_batch_size:,}",
+                plan.precision if is_as_long else f"{plan.precision} s={plan.seq_length}",
+                f"{run.step_time_s:.3f}",
+                f"{one.step.total_s:.3f}",
+                f"{one.error_ratio:+.1%}{'' if one.is_counted else '*'}",
+                "in" if one.is_in_band else "out",
             )
         )
     return ResultTable(

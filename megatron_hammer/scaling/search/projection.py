@@ -12,6 +12,8 @@ from typing import Any
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.accounting import FlopConvention, StageMemory, count_flops_per_token
 from megatron_hammer.model.shape import ModelShape
+from megatron_hammer.scaling.evidence.measured_runs import UnpredictableRow
+from megatron_hammer.scaling.evidence.validation import Prediction
 from megatron_hammer.scaling.plan import PARTS, Cluster, Gpu, Plan, Precision, StepTime
 from megatron_hammer.scaling.search.search_space import SearchSpace
 
@@ -262,41 +264,14 @@ def _build_knee(knee: tuple[int, float] | None, beyond: int | None, threshold_ra
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OverlaidRun:
-    """One measured run of the study's model and GPU beside its own prediction."""
-
-    row_number: int
-    source: str
-    plan: Plan
-    measured_s: float
-    step: StepTime
-    is_fitted: bool = False  # the coefficients were fitted on this run, so its error is no estimate for other runs
-
-    @property
-    def error_ratio(self) -> float:
-        """Above zero, the prediction is slower than the measurement."""
-        return self.step.total_s / self.measured_s - 1
-
-    @property
-    def is_in_band(self) -> bool:
-        return self.step.low_s <= self.measured_s <= self.step.high_s
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LeftOutRow:
-    """A row of the file that does not belong to this study, or that cannot be predicted."""
-
-    row_number: int
-    source: str
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Overlay:
-    """Every row of the file, in one of the two tuples."""
+    """Every row of a table of measured runs, in one of the two tuples.
 
-    runs: tuple[OverlaidRun, ...] = ()
-    left_out: tuple[LeftOutRow, ...] = ()
+    runs: of the study's model and GPU. left_out: rows that do not belong to the study, or that cannot be predicted.
+    """
+
+    runs: tuple[Prediction, ...] = ()
+    left_out: tuple[UnpredictableRow, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -39,12 +39,12 @@ def test_a_run_is_predicted_with_its_own_layout_on_the_studys_cluster(study: Stu
     overlay = build_overlay(write_table(tmp_path / "runs.csv", CELLS), study, predict)
     (run,) = overlay.runs
     assert overlay.left_out == ()
-    layout = run.plan.layout
+    plan, layout = run.run.plan, run.run.plan.layout
     sizes = (layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.data_parallel_size)
     assert sizes == (2, 1, 8)
-    assert (run.plan.cluster.name, run.plan.model) == ("aws-p5", study.model)
-    assert (run.row_number, run.source, run.measured_s) == (2, "team_a", 0.7)
-    assert run.step == predict(run.plan)
+    assert (plan.cluster.name, plan.model) == ("aws-p5", study.model)
+    assert (run.run.row_number, run.run.source, run.run.step_time_s) == (2, "team_a", 0.7)
+    assert run.step == predict(plan)
     assert run.error_ratio == pytest.approx(run.step.total_s / 0.7 - 1)
     assert run.is_in_band == (run.step.low_s <= 0.7 <= run.step.high_s)
 
@@ -54,7 +54,7 @@ def test_rows_of_another_study_are_left_out(study: Study, tmp_path: Path) -> Non
         tmp_path / "runs.csv", CELLS | {"layers": "16"}, CELLS, CELLS | {"gpu_type": "A100"}, CELLS | {"gpu_type": "X9"}
     )
     overlay = build_overlay(path, study, predict)
-    assert [run.row_number for run in overlay.runs] == [3]
+    assert [one.run.row_number for one in overlay.runs] == [3]
     assert [(row.row_number, row.reason) for row in overlay.left_out] == [
         (2, "it trained Llama3-8B, the projection is of llama3-8b"),
         (4, "it ran on a100-sxm-80gb, the projection is of h100-sxm"),
@@ -65,14 +65,14 @@ def test_rows_of_another_study_are_left_out(study: Study, tmp_path: Path) -> Non
 def test_model_fields_that_change_no_work_do_not_prevent_a_match(study: Study, tmp_path: Path) -> None:
     model = replace(study.model, name="ours", rotary_base=10_000, norm_epsilon=1e-6, max_position_embeddings=131_072)
     overlay = build_overlay(write_table(tmp_path / "runs.csv", CELLS), replace(study, model=model), predict)
-    assert [run.plan.model.name for run in overlay.runs] == ["ours"]
+    assert [one.run.plan.model.name for one in overlay.runs] == ["ours"]
 
 
 def test_runs_that_the_coefficients_were_fitted_on_are_marked(study: Study, tmp_path: Path) -> None:
     path = write_table(tmp_path / "runs.csv", CELLS, CELLS | {"global_batch": "128"})
     first = read_runs(path)[0][0].fingerprint
     runs = build_overlay(path, study, predict, fitted_fingerprints={first}).runs
-    assert [run.is_fitted for run in runs] == [True, False]
+    assert [one.status for one in runs] == ["fitted", "predicted"]
 
 
 def test_a_file_that_is_not_there(study: Study, tmp_path: Path) -> None:

@@ -11,15 +11,17 @@ from typing import Any
 import pytest
 
 from megatron_hammer.errors import ConfigError
+from megatron_hammer.scaling.evidence.measured_runs import UnpredictableRow
+from megatron_hammer.scaling.evidence.validation import Prediction
 from megatron_hammer.scaling.report.projection_file import (
     build_projection_document,
     format_csv,
     format_json,
     read_projection,
 )
-from megatron_hammer.scaling.search.projection import LeftOutRow, OverlaidRun, Overlay, StudyResult
+from megatron_hammer.scaling.search.projection import Overlay, StudyResult
 from tests.helpers.messages import raises_problem
-from tests.helpers.toy_study import build_toy_study, project_toy_study
+from tests.helpers.toy_study import build_measured_run, build_toy_study, project_toy_study
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +90,9 @@ def test_long_lists_of_the_provenance_are_counted(result: StudyResult) -> None:
 def test_measured_runs_are_kept_with_their_errors(result: StudyResult) -> None:
     best = result.sizes[0].best
     assert best is not None
-    run = OverlaidRun(row_number=2, source="team", plan=best.plan, measured_s=2 * best.step.total_s, step=best.step)
-    left_out = LeftOutRow(row_number=3, source="team", reason="it ran on another GPU")
+    measured = build_measured_run(best.plan, 2 * best.step.total_s)
+    run = Prediction(run=measured, step=best.step, status="predicted")
+    left_out = UnpredictableRow(row_number=3, source="team", model="x", reason="it ran on another GPU")
     document = build_projection_document(replace(result, overlay=Overlay(runs=(run,), left_out=(left_out,))))
     assert document["overlay"]["runs"][0]["error_ratio"] == -0.5
     assert document["overlay"]["runs"][0]["is_in_band"] is False

@@ -9,10 +9,11 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from megatron_hammer.scaling.evidence.validation import Prediction
 from megatron_hammer.scaling.report import projection_plots as plots
 from megatron_hammer.scaling.report.projection_plots import draw_plots
-from megatron_hammer.scaling.search.projection import OverlaidRun, Overlay, StudyResult
-from tests.helpers.toy_study import build_toy_study, predict, project_toy_study
+from megatron_hammer.scaling.search.projection import Overlay, StudyResult
+from tests.helpers.toy_study import build_measured_run, build_toy_study, predict, project_toy_study
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def test_the_knee_and_measured_runs_are_marked(result: StudyResult) -> None:
     best = result.sizes[0].best
     assert best is not None
     runs = tuple(
-        OverlaidRun(row_number=2, source="x", plan=plan, measured_s=1.0, step=predict(plan))
+        Prediction(run=build_measured_run(plan, 1.0), step=predict(plan), status="predicted")
         for plan in (best.plan, replace(best.plan, global_batch_size=64))
     )
     marked = replace(

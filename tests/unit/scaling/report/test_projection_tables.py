@@ -7,6 +7,8 @@ from fractions import Fraction
 import pytest
 
 from megatron_hammer.files.tables import PLAIN_WIDTH
+from megatron_hammer.scaling.evidence.measured_runs import UnpredictableRow
+from megatron_hammer.scaling.evidence.validation import Prediction
 from megatron_hammer.scaling.plan import PARTS
 from megatron_hammer.scaling.report.projection_tables import (
     SHARES,
@@ -20,8 +22,8 @@ from megatron_hammer.scaling.report.projection_tables import (
     format_tokens,
     print_tables,
 )
-from megatron_hammer.scaling.search.projection import LeftOutRow, OverlaidRun, Overlay, StudyResult, describe_cuts
-from tests.helpers.toy_study import build_toy_study, project_toy_study
+from megatron_hammer.scaling.search.projection import Overlay, StudyResult, describe_cuts
+from tests.helpers.toy_study import build_measured_run, build_toy_study, project_toy_study
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +96,11 @@ def test_where_nothing_fits_there_are_only_reasons() -> None:
 def test_measured_runs_and_what_was_left_out(result: StudyResult) -> None:
     best = result.sizes[0].best
     assert best is not None
-    run = OverlaidRun(row_number=2, source="team", plan=best.plan, measured_s=0.8 * best.step.total_s, step=best.step)
-    left_out = LeftOutRow(row_number=3, source="team", reason="its GPU 'X' is not known")
-    fitted = replace(run, is_fitted=True, plan=replace(run.plan, seq_length=512))
+    measured = build_measured_run(best.plan, 0.8 * best.step.total_s)
+    run = Prediction(run=measured, step=best.step, status="predicted")
+    left_out = UnpredictableRow(row_number=3, source="team", model="x", reason="its GPU 'X' is not known")
+    short = replace(measured, plan=replace(best.plan, seq_length=512))
+    fitted = Prediction(run=short, step=best.step, status="fitted")
     tables = build_tables(replace(result, overlay=Overlay(runs=(run, fitted), left_out=(left_out,))))
     assert [row[-2:] for row in tables[-2].groups[0]] == [("+25.0%", "out"), ("+25.0%*", "out")]
     assert [row[4] for row in tables[-2].groups[0]] == ["bf16", "bf16 s=512"]
