@@ -12,9 +12,9 @@ import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
-from megatron_hammer.errors import ConfigError, PlatformError
+from megatron_hammer.errors import ConfigError
 from megatron_hammer.files.publish import publish_files
-from megatron_hammer.scaling.hardware.visible_gpus import list_gpu_names
+from megatron_hammer.scaling.hardware.visible_gpus import find_gpus
 from megatron_hammer.scaling.measured.run_sweep import (
     Machine,
     Outcome,
@@ -136,12 +136,7 @@ def list_to_stdout(settings: list[Setting]) -> None:
 
 def select_machine(arguments: argparse.Namespace) -> Machine:
     """Raises PlatformError where cuda is asked for and the driver shows no GPU."""
-    gpu_names = [] if arguments.platform == "cpu" else list_gpu_names()
-    if arguments.platform == "cuda" and not gpu_names:
-        raise PlatformError(
-            "platform: cuda needs a GPU that nvidia-smi lists and CUDA_VISIBLE_DEVICES does not hide, got none. "
-            "Pass --platform cpu."
-        )
+    gpu_names = find_gpus(arguments.platform)
     return Machine(
         platform="cuda" if gpu_names else "cpu",
         gpu_type=gpu_names[0] if gpu_names else CPU_TYPE,

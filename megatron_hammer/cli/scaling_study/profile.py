@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_hammer.errors import ConfigError, PlatformError
+from megatron_hammer.errors import ConfigError
 from megatron_hammer.scaling.cost.coefficients import load_coefficients
 from megatron_hammer.scaling.hardware.catalogue import (
     find_gpu_by_device_name,
@@ -20,7 +20,7 @@ from megatron_hammer.scaling.hardware.catalogue import (
     select_default_cluster,
     select_gpu,
 )
-from megatron_hammer.scaling.hardware.visible_gpus import list_gpu_names
+from megatron_hammer.scaling.hardware.visible_gpus import find_gpus
 from megatron_hammer.scaling.measured.operator_profile import (
     HostProfile,
     OperatorReport,
@@ -57,12 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Time the operators and write the files. Raises PlatformError if cuda is asked for and there is no GPU."""
     if arguments.processes < 1:
         raise ConfigError(f"processes: must be at least 1, got {arguments.processes}. Raise it.")
-    gpu_names = [] if arguments.platform == "cpu" else list_gpu_names()
-    if arguments.platform == "cuda" and not gpu_names:
-        raise PlatformError(
-            "platform: cuda needs a GPU that nvidia-smi lists and CUDA_VISIBLE_DEVICES does not hide, got none. "
-            "Pass --platform cpu."
-        )
+    gpu_names = find_gpus(arguments.platform)
     platform = "cuda" if gpu_names else "cpu"
     num_processes = min(arguments.processes, len(gpu_names)) if gpu_names else arguments.processes
     gpu = select_measured_gpu(arguments, gpu_names[0] if gpu_names else None)

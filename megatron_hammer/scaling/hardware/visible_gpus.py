@@ -9,6 +9,8 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron_hammer.errors import PlatformError
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
@@ -27,6 +29,20 @@ def list_gpu_names(environment: Mapping[str, str] | None = None) -> list[str]:
         return []
     chosen = (os.environ if environment is None else environment).get("CUDA_VISIBLE_DEVICES")
     return [device.name for device in select_devices(parse_listing(result.stdout), chosen)]
+
+
+def find_gpus(platform: str) -> list[str]:
+    """The names of the GPUs that a measurement uses; empty: it uses the CPU. platform: auto, cpu or cuda.
+
+    Raises PlatformError where cuda is asked for and there is no GPU.
+    """
+    gpu_names = [] if platform == "cpu" else list_gpu_names()
+    if platform == "cuda" and not gpu_names:
+        raise PlatformError(
+            "platform: cuda needs a GPU that nvidia-smi lists and CUDA_VISIBLE_DEVICES does not hide, got none. "
+            "Pass --platform cpu."
+        )
+    return gpu_names
 
 
 def parse_listing(text: str) -> list[Device]:

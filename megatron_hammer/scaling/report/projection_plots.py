@@ -17,7 +17,7 @@ from megatron_hammer.scaling.plan import Plan
 from megatron_hammer.scaling.search.projection import (
     MEMORY_NAMES,
     PART_NAMES,
-    SizeProjection,
+    Projection,
     Study,
     StudyResult,
     estimate_mfu_ratio,
@@ -98,14 +98,15 @@ def _describe_batch(result: StudyResult) -> str:
     return f"Strong scaling: {study.global_batch_size:,} samples per step"
 
 
-def _feasible(result: StudyResult) -> list[SizeProjection]:
-    return sorted((size for size in result.sizes if size.best), key=lambda size: size.num_gpus)
+def _list_best(result: StudyResult) -> list[Projection]:
+    """The fastest projection of each size on which something fits, from the smallest size."""
+    best = [size.best for size in result.sizes if size.best is not None]
+    return sorted(best, key=lambda projection: projection.num_gpus)
 
 
 def _draw_speed(axis: Axes, result: StudyResult) -> None:
-    sizes = _feasible(result)
-    counts = [size.num_gpus for size in sizes]
-    best = [size.best for size in sizes if size.best is not None]
+    best = _list_best(result)
+    counts = [one.num_gpus for one in best]
     speeds = [one.plan.tokens_per_step / one.step.total_s for one in best]
     low = [one.plan.tokens_per_step / one.step.high_s for one in best]
     high = [one.plan.tokens_per_step / one.step.low_s for one in best]
@@ -165,9 +166,8 @@ def _is_of(study: Study, plan: Plan) -> bool:
 
 def _draw_mfu(axis: Axes, result: StudyResult) -> None:
     letter = result.study.mfu_convention
-    sizes = _feasible(result)
-    counts = [size.num_gpus for size in sizes]
-    best = [size.best for size in sizes if size.best is not None]
+    best = _list_best(result)
+    counts = [one.num_gpus for one in best]
     mfu = [estimate_mfu_ratio(one, letter) for one in best]
     low = [ratio * one.step.total_s / one.step.high_s for ratio, one in zip(mfu, best, strict=True)]
     high = [ratio * one.step.total_s / one.step.low_s for ratio, one in zip(mfu, best, strict=True)]
@@ -196,15 +196,14 @@ def _shorten(value: float, _position: Any = None) -> str:
 
 def _draw_breakdown(result: StudyResult) -> Figure:
     """Shares of the step time of each size's fastest layout, stacked, with the step time on top."""
-    sizes = _feasible(result)
-    best = [size.best for size in sizes if size.best is not None]
+    best = _list_best(result)
     shares = {PART_NAMES[name]: [getattr(one.step, name) / one.step.total_s for one in best] for name in PART_NAMES}
     colours = {PART_NAMES[name]: colour for name, colour in PART_COLOURS.items()}
     shown = {name: values for name, values in shares.items() if max(values) >= 0.0005}
-    figure = Figure(figsize=(max(7.5, 3.6 + 0.75 * len(sizes)), 5.2), layout="constrained")
+    figure = Figure(figsize=(max(7.5, 3.6 + 0.75 * len(best)), 5.2), layout="constrained")
     axis = figure.subplots()
     labels = [_format_seconds(one.step.total_s) for one in best]
-    _stack_bars(axis, sizes, shown, colours, labels)
+    _stack_bars(axis, best, shown, colours, labels)
     axis.set_ylim(0, 1.08)
     axis.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
     axis.set_ylabel("share of the step time")
@@ -216,15 +215,14 @@ def _draw_breakdown(result: StudyResult) -> Figure:
 
 def _draw_memory(result: StudyResult) -> Figure:
     """GiB of the heaviest stage of each size's fastest layout, stacked, against the limit."""
-    sizes = _feasible(result)
-    best = [size.best for size in sizes if size.best is not None]
+    best = _list_best(result)
     parts = {name: [getattr(one.memory, field) / GIB for one in best] for field, name in MEMORY_NAMES.items()}
     shown = {name: values for name, values in parts.items() if max(values) > 0}
     colours = dict(zip(parts, MEMORY_COLOURS, strict=True))
-    figure = Figure(figsize=(max(7.5, 3.6 + 0.75 * len(sizes)), 5.2), layout="constrained")
+    figure = Figure(figsize=(max(7.5, 3.6 + 0.75 * len(best)), 5.2), layout="constrained")
     axis = figure.subplots()
     labels = [f"{one.memory.total_bytes / GIB:.1f}" for one in best]
-    _stack_bars(axis, sizes, shown, colours, labels)
+    _stack_bars(axis, best, shown, colours, labels)
     limit = result.study.memory_limit_bytes / GIB
     axis.axhline(limit, color="#CC3311", linewidth=1.2, label=f"limit {limit:.1f} GiB")
     axis.set_ylim(0, 1.12 * limit)
@@ -236,14 +234,14 @@ def _draw_memory(result: StudyResult) -> Figure:
 
 def _stack_bars(
     axis: Axes,
-    sizes: Sequence[SizeProjection],
+    best: Sequence[Projection],
     parts: Mapping[str, Sequence[float]],
     colours: Mapping[str, str],
     labels: Sequence[str],
 ) -> None:
-    """One bar per size, with its parts from the bottom up and its label on top."""
-    positions = list(range(len(sizes)))
-    bottoms = [0.0] * len(sizes)
+    """One bar per projection, with its parts from the bottom up and its label on top."""
+    positions = list(range(len(best)))
+    bottoms = [0.0] * len(best)
     for name, values in parts.items():
         axis.bar(
             positions,
@@ -267,7 +265,7 @@ def _stack_bars(
             zorder=5,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.9},
         )
-    axis.set_xticks(positions, [f"{size.num_gpus:,}" for size in sizes])
+    axis.set_xticks(positions, [f"{one.num_gpus:,}" for one in best])
     axis.set_xlabel("GPUs")
     axis.grid(True, axis="y", color="#DDDDDD", linewidth=0.7)
     axis.set_axisbelow(True)

@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
+from megatron_hammer.errors import PlatformError
 from megatron_hammer.scaling.hardware import visible_gpus
-from megatron_hammer.scaling.hardware.visible_gpus import list_gpu_names, parse_listing, select_devices
+from megatron_hammer.scaling.hardware.visible_gpus import find_gpus, list_gpu_names, parse_listing, select_devices
+from tests.helpers.messages import raises_problem
 
 # As nvidia-smi -L prints it, with the UUIDs shortened.
 LISTING = """\
@@ -63,3 +65,12 @@ def test_names_come_from_the_driver_and_the_environment(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(visible_gpus.subprocess, "run", fail)
     assert list_gpu_names({}) == []
+
+
+def test_only_cuda_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(visible_gpus, "list_gpu_names", lambda: [])
+    assert (find_gpus("cpu"), find_gpus("auto")) == ([], [])
+    with raises_problem(PlatformError, "platform:", "nvidia-smi", "got none", "--platform cpu"):
+        find_gpus("cuda")
+    monkeypatch.setattr(visible_gpus, "list_gpu_names", lambda: [FIRST])
+    assert (find_gpus("cpu"), find_gpus("auto"), find_gpus("cuda")) == ([], [FIRST], [FIRST])
