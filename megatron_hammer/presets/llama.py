@@ -4,99 +4,80 @@ Sources: arXiv 2307.09288, section 2, and meta-llama/Llama-2-*-hf config.json; a
 meta-llama/Meta-Llama-3-* config.json.
 """
 
+from typing import Any
+
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.presets.preset import Preset, Recipe
 
 
-def _llama2(
-    size: str,
+def _llama(
+    name: str,
     num_parameters: int,
     *,
-    num_layers: int,
-    hidden_size: int,
-    ffn_hidden_size: int,
-    num_attention_heads: int,
-    num_query_groups: int,
+    source: str,
+    recipe_source: str,
+    seq_length: int,
+    global_batch_size: int,
+    train_tokens: int,
     lr: float,
     tp: int,
     pp: int,
-    layout_source: str,
+    vp: int = 1,
+    **shape: Any,
 ) -> Preset:
-    """Llama 2: 4M tokens a step, 2T tokens, cosine to a tenth, warm-up 2000, epsilon 1e-5 (section 2.2)."""
+    """What all share: cosine to a tenth, warm-up 2000, epsilon 1e-5. shape: further fields of ModelShape."""
     return Preset(
         num_parameters=num_parameters,
-        model=ModelShape(
-            name=f"llama2-{size}",
-            source=f"meta-llama/Llama-2-{size}-hf config.json",
-            num_layers=num_layers,
-            hidden_size=hidden_size,
-            ffn_hidden_size=ffn_hidden_size,
-            num_attention_heads=num_attention_heads,
-            num_query_groups=num_query_groups,
-            vocab_size=32_000,
-            max_position_embeddings=4096,
-        ),
+        model=ModelShape(name=name, source=source, **shape),
         recipe=Recipe(
-            source=f"Llama 2, table 1 and section 2.2; {layout_source}",
-            seq_length=4096,
-            global_batch_size=1024,
+            source=recipe_source,
+            seq_length=seq_length,
+            global_batch_size=global_batch_size,
             micro_batch_size=1,
             lr=lr,
             min_lr=lr / 10,
             lr_warmup_steps=2000,
-            train_tokens=2_000_000_000_000,
-            adam_eps=1e-5,
-            tensor_model_parallel_size=tp,
-            pipeline_model_parallel_size=pp,
-            has_sequence_parallel=tp > 1,
-        ),
-    )
-
-
-def _llama3(
-    size: str,
-    num_parameters: int,
-    *,
-    num_layers: int,
-    hidden_size: int,
-    ffn_hidden_size: int,
-    num_attention_heads: int,
-    lr: float,
-    tp: int,
-    pp: int,
-    vp: int,
-    layout_source: str,
-) -> Preset:
-    """Llama 3: 8 query groups, 15T tokens; the batch and warm-up of 8B and 70B are unpublished, NVIDIA's are taken."""
-    return Preset(
-        num_parameters=num_parameters,
-        model=ModelShape(
-            name=f"llama3-{size}",
-            source=f"meta-llama/Meta-Llama-3-{size.upper()} config.json",
-            num_layers=num_layers,
-            hidden_size=hidden_size,
-            ffn_hidden_size=ffn_hidden_size,
-            num_attention_heads=num_attention_heads,
-            num_query_groups=8,
-            vocab_size=128_256,
-            max_position_embeddings=8192,
-            rotary_base=500_000,
-        ),
-        recipe=Recipe(
-            source=f"lr: Llama 3, table 3; batch and warm-up: Megatron-Bridge's Llama 3 recipes; {layout_source}",
-            seq_length=8192,
-            global_batch_size=512,
-            micro_batch_size=1,
-            lr=lr,
-            min_lr=lr / 10,
-            lr_warmup_steps=2000,
-            train_tokens=15_000_000_000_000,
+            train_tokens=train_tokens,
             adam_eps=1e-5,
             tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=pp,
             virtual_pipeline_model_parallel_size=vp,
             has_sequence_parallel=tp > 1,
         ),
+    )
+
+
+def _llama2(size: str, num_parameters: int, *, layout_source: str, **row: Any) -> Preset:
+    """Llama 2: 4M tokens per step, 2T tokens (section 2.2)."""
+    return _llama(
+        f"llama2-{size}",
+        num_parameters,
+        source=f"meta-llama/Llama-2-{size}-hf config.json",
+        recipe_source=f"Llama 2, table 1 and section 2.2; {layout_source}",
+        seq_length=4096,
+        global_batch_size=1024,
+        train_tokens=2_000_000_000_000,
+        vocab_size=32_000,
+        max_position_embeddings=4096,
+        **row,
+    )
+
+
+def _llama3(size: str, num_parameters: int, *, layout_source: str, **row: Any) -> Preset:
+    """Llama 3: 8 query groups, 15T tokens; the batch and warm-up of 8B and 70B are unpublished, NVIDIA's are taken."""
+    return _llama(
+        f"llama3-{size}",
+        num_parameters,
+        source=f"meta-llama/Meta-Llama-3-{size.upper()} config.json",
+        recipe_source=f"lr: Llama 3, table 3; batch and warm-up: Megatron-Bridge's Llama 3 recipes; {layout_source}",
+        seq_length=8192,
+        global_batch_size=512,
+        train_tokens=15_000_000_000_000,
+        num_query_groups=8,
+        vocab_size=128_256,
+        max_position_embeddings=8192,
+        rotary_base=500_000,
+        **row,
     )
 
 
@@ -151,7 +132,6 @@ LLAMA_PRESETS = (
         lr=3e-4,
         tp=2,
         pp=1,
-        vp=1,
         layout_source="layout: ours, TP2 for Megatron-Bridge's CP2",
     ),
     _llama3(

@@ -3,6 +3,8 @@
 Source: wdndev/tiny-llm-zh, README.md 3.3, script/ptm_demo.sh and train/configuration_tinyllm.py.
 """
 
+from typing import Any
+
 from megatron_hammer.model.shape import ModelShape, MoeShape
 from megatron_hammer.presets.preset import Preset, Recipe
 
@@ -11,13 +13,10 @@ def _tiny_llm_zh(
     size: str,
     num_parameters: int,
     *,
-    num_layers: int,
-    hidden_size: int,
-    ffn_hidden_size: int,
     num_attention_heads: int,
     seq_length: int,
     source: str = "tiny-llm-zh README.md 3.3",
-    moe: MoeShape | None = None,
+    **shape: Any,
 ) -> Preset:
     """One row of the family's table: multi-head attention, qkv bias, ChatGLM3's vocabulary, untied."""
     tokens_per_step = 256 * seq_length
@@ -26,16 +25,13 @@ def _tiny_llm_zh(
         model=ModelShape(
             name=f"tiny-llm-zh-{size}",
             source=source,
-            num_layers=num_layers,
-            hidden_size=hidden_size,
-            ffn_hidden_size=ffn_hidden_size,
             num_attention_heads=num_attention_heads,
             num_query_groups=num_attention_heads,
             vocab_size=64_798,
             max_position_embeddings=seq_length,
             norm_epsilon=1e-6,
             has_qkv_bias=True,
-            moe=moe,
+            **shape,
         ),
         recipe=Recipe(
             # 32 sequences x 8 GPUs. The script gives --adam_beta1 twice; the second is taken as the beta2 it must
