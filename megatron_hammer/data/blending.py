@@ -23,6 +23,7 @@ from megatron_hammer.errors import ConfigError, DataError
 
 # BlendedMegatronDatasetConfig.mid_level_dataset_surplus: what Megatron builds beyond the samples that it needs.
 MID_LEVEL_DATASET_SURPLUS = 0.005
+# Enough that a share of a run of 10^9 samples is right to one sample, and short enough for a command line.
 WEIGHT_DIGITS = 9
 DEFAULT_MAX_EPOCHS = 4.0
 
@@ -95,6 +96,7 @@ def read_sources(words: Sequence[str], split: str | None = None) -> tuple[BlendS
 def split_name(word: str) -> tuple[str, str]:
     """Split NAME=PREFIX; a prefix alone is named after its last part."""
     name, equals, prefix = word.partition("=")
+    # A prefix may contain "=" itself. Where a pair of that whole name exists, the word is not split.
     if equals and name and prefix and "/" not in name and not idx_path(word).exists():
         return name, prefix
     return Path(word).name, word
@@ -110,6 +112,7 @@ def _read_train_bounds(split: str | None) -> tuple[float, float]:
 
 
 def _find_tokenizer_problems(tokenizers: dict[str, TokenizerIdentity]) -> list[str]:
+    # By content, not by name: the same file may lie under two names.
     if len({tokenizer.sha256 for tokenizer in tokenizers.values()}) < 2:
         return []
     found = ", ".join(f"{prefix} by {t.name} ({t.sha256[:8]})" for prefix, t in tokenizers.items())
@@ -123,6 +126,7 @@ def weigh_by_tokens(num_tokens: Sequence[int], temperature: float = 1.0) -> np.n
     """
     if not 0 < temperature < math.inf:
         raise ConfigError(f"temperature: must be positive and finite, got {temperature}. Pass --temperature 1.")
+    # In logarithms: tokens^(1/T) overflows for a small T.
     logarithms = np.log(np.array(num_tokens, dtype=np.float64)) / temperature
     return normalize_weights(np.exp(logarithms - logarithms.max()))  # the largest is 1: nothing overflows
 
@@ -185,12 +189,14 @@ def preview_blend(weights: Sequence[str], sources: Sequence[BlendSource], budget
     ]
     if problems:
         raise DataError(*problems)
+    # The weights as they are written, not as they were computed: the run reads the rounded text.
     shares = normalize_weights([float(weight) for weight in weights]).tolist()
     return tuple(_preview_source(share, source, budget) for share, source in zip(shares, sources, strict=True))
 
 
 def _preview_source(share: float, source: BlendSource, budget: Budget) -> SourcePreview:
     num_samples = round(share * budget.num_samples)
+    # One source at a time: the number asked of a source depends on its own share alone.
     (num_requested,) = share_samples(budget.num_samples, [share], surplus=MID_LEVEL_DATASET_SURPLUS)
     return SourcePreview(
         num_samples=num_samples,
@@ -222,6 +228,7 @@ def find_warnings(
 def list_data_path(weights: Sequence[str], sources: Sequence[BlendSource]) -> list[str]:
     """Return what follows --data-path: weight, prefix, weight, prefix...; raises ConfigError if that cannot be read."""
     words = [word for weight, source in zip(weights, sources, strict=True) for word in (weight, source.prefix)]
+    # What is printed here is read by the same rules at training: a prefix that looks like a number is refused.
     _, problems = parse_blend("data-path", words)
     if problems:
         raise ConfigError(*problems)

@@ -12,7 +12,9 @@ from megatron_hammer.corpus.blocks import Block, BlockKind
 from megatron_hammer.corpus.readers import decode_documents
 from megatron_hammer.data.dedup.near_duplicates import NearDuplicateOptions, Signer
 
+# 128 bits: among 10^10 documents, two different ones agree with a chance below 10^-18.
 DIGEST_BYTES = 16
+# Fixed-size bytes, because numpy sorts and searches them; two integers would need a structured type.
 DIGEST_DTYPE = np.dtype(f"S{DIGEST_BYTES}")
 LINE_ENDS_TO_SPACES = bytes.maketrans(b"\r\n", b"  ")
 
@@ -56,6 +58,7 @@ class BlockSignerRecipe:
         digests = [digest_text(text, ignores_whitespace=self.ignores_whitespace) for text in texts]
         signatures = [signer.sign(text) if signer is not None else None for text in texts]
         signed = [signature for signature in signatures if signature is not None]
+        # The column count must be given: a block in which no document has words gives an empty list.
         num_permutations = 0 if self.near_duplicates is None else self.near_duplicates.num_permutations
         return SignedBlock(
             file_index=block.begin.file_index,
@@ -78,5 +81,6 @@ def encode_line(kind: BlockKind, payload: bytes | dict[str, Any], text: str, jso
     """Return the document as a JSON line: if it was read from JSON, that JSON with all its fields."""
     if kind in (BlockKind.LINES, BlockKind.ELEMENTS) and isinstance(payload, bytes):
         # In JSON, line ends occur only between values: in strings they are escaped.
+        # Not parsed and written again: the spelling of numbers and escapes would change.
         return payload.strip().translate(LINE_ENDS_TO_SPACES) + b"\n"
     return orjson.dumps({json_key: text}, option=orjson.OPT_APPEND_NEWLINE)

@@ -30,7 +30,9 @@ from megatron_hammer.errors import ConfigError
 from megatron_hammer.files.publish import publish_file
 
 OUTPUT_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+# A location is one int64: 2^40 lines per file leave 2^23 files.
 LINE_BITS = 40
+# The default levels of the command-line tools zstd and gzip.
 ZSTD_LEVEL = 3
 GZIP_LEVEL = 6
 
@@ -113,6 +115,7 @@ def _sign_blocks(options: DedupOptions, files: Sequence[Path], counts: DedupCoun
 def _refuse_bad_outputs(options: DedupOptions, files: Sequence[Path]) -> None:
     problems = []
     outputs = {"output": options.output_path, "report": options.report_path}
+    # Resolved: the same file may be named by two paths, and writing it would destroy an input.
     inputs = {path.resolve() for path in files}
     for flag, path in outputs.items():
         if path is None:
@@ -165,6 +168,7 @@ class _Run:
             is_kept[place] = False
         self._counts.kept_text_bytes += int(block.text_bytes[is_kept].sum())
         self._output.write(b"".join(compress(block.lines, is_kept)))
+        # In the order of the input, so that the report does not depend on which kind was found first.
         for place, removal in sorted(removals.items()):
             self._report_removed(int(locations[place]), *removal)
 
@@ -211,6 +215,7 @@ class FirstOccurrences:
         for places, known in self._locations.find(unique):
             firsts[places] = known
             is_new[places] = False
+        # Only first occurrences are kept: a digest that is known needs no second entry.
         self._locations.add(unique[is_new], firsts[is_new])
         return firsts[inverse]
 

@@ -26,6 +26,7 @@ UNSPACED = (
 UNIT_PATTERN = re.compile(rf"[^\W{UNSPACED}]+|[^\s]")
 UNIT_START_PATTERN = re.compile(rf"[\W{UNSPACED}]")  # a text may be split before such a character
 SLICE_CHARACTERS = 1 << 20  # a unit takes sixty bytes as a Python string, and some documents have 50 MB
+# 2^64 divided by the golden ratio, made odd: the multiplier of Fibonacci hashing, which spreads near numbers far.
 NGRAM_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 MAX_CACHED_UNITS = 1 << 20
 # Larger blocks do not fit into the processor's cache; a whole document would need 512 bytes per n-gram.
@@ -48,6 +49,7 @@ class NearDuplicateOptions:
     @property
     def min_matches(self) -> int:
         """Least number of equal values of two signatures that makes a near duplicate."""
+        # A product such as 0.55 x 100 may lie just above a whole number in floating point.
         return math.ceil(self.threshold * self.num_permutations - 1e-9)
 
     def validate(self) -> None:
@@ -103,8 +105,10 @@ class NgramHasher:
         """Yield 64 bits for every unit, in order and in parts: uint64."""
         start = 0
         while start < len(text):
+            # A slice must end where a unit ends, so that the units do not depend on how the text is cut.
             unit_start = UNIT_START_PATTERN.search(text, start + SLICE_CHARACTERS)
             end = unit_start.start() if unit_start is not None else len(text)
+            # casefold and not lower: it also makes the German sharp s and "ss" the same.
             units = UNIT_PATTERN.findall(text[start:end].casefold())
             yield np.fromiter(map(self._unit_hashes.__getitem__, units), np.uint64, len(units))
             start = end
@@ -117,6 +121,7 @@ def _combine(units: np.ndarray, ngram: int) -> np.ndarray:
     combined = np.zeros(len(units) - ngram + 1, dtype=np.uint64)
     for position in range(ngram):  # wraps modulo 2^64, as meant
         combined = combined * NGRAM_MULTIPLIER + units[position : position + len(combined)]
+    # The upper half: in a product modulo 2^64 the low bits depend on the low bits of the factors only.
     return (combined >> np.uint64(32)).astype(np.uint32)
 
 
@@ -140,6 +145,7 @@ class Signer:
 
     def sign(self, text: str) -> np.ndarray | None:
         """Return the signature of a text: uint32 [num_permutations]; None if it has no units."""
+        # One sketch is used again: drawing its permutations costs more than signing a short text.
         self._sketch.clear()
         has_ngrams = False
         for hashes in self._hasher.hash(text):

@@ -15,7 +15,9 @@ import numpy as np
 from megatron_hammer.data.dedup.near_duplicates import NearDuplicateOptions, select_bands
 from megatron_hammer.data.dedup.sorted_runs import SortedRuns
 
+# Blocks of fixed size: one growing array would be copied, and held twice, each time it is full.
 SIGNATURES_A_BLOCK = 1 << 14
+# A multiplier of MurmurHash3's 64-bit finalizer.
 HASH_MULTIPLIER = np.uint64(0xFF51AFD7ED558CCD)
 HASH_SHIFT = np.uint64(32)
 
@@ -47,9 +49,11 @@ class SignatureIndex:
         """
         hashes = self._hash_bands(signatures)
         indexed = self._find_indexed(hashes)
+        # Documents of one batch are not in the index yet, so those that share a band are compared with each other here.
         shared = _find_shared(hashes)
         kept_by_hash: dict[int, list[int]] = defaultdict(list)
         matches: list[Match | None] = [None] * len(keys)
+        # In the order of the input: an earlier document is kept and a later one that resembles it is removed.
         for row in sorted(indexed.keys() | shared.keys()):
             numbers = sorted(indexed.get(row, ()))
             rows = sorted({other for band in shared.get(row, ()) for other in kept_by_hash[band]})

@@ -31,6 +31,7 @@ class SortedRuns:
     def find(self, keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield places in `keys`: [n] and one value for each: [n], until all values of all keys have been seen."""
         for run_keys, run_values in self._runs:
+            # Every run is searched: a key may have values in several of them.
             places = np.arange(len(keys))
             positions = np.searchsorted(run_keys, keys)
             while len(places):

@@ -16,6 +16,7 @@ from megatron_hammer.data.indexed.index_format import (
 from megatron_hammer.data.indexed.pair import IndexSummary
 from megatron_hammer.errors import DataError
 
+# Entries of the index that are read together: 512 KiB of document ends.
 DOCUMENTS_AT_ONCE = 1 << 16
 DOCUMENT_OVERHEAD_BYTES = 200  # per document in a chunk, without its ids: its numbers, and the slice that copies it
 
@@ -42,6 +43,7 @@ class Documents:
     @cached_property
     def token_ends(self) -> np.ndarray:
         """Where each document ends in `ids`: [num_documents] int64."""
+        # One entry more, 0 in front: a document without sequences ends where the one before it ends.
         ends_of_sequences = np.zeros(len(self.sequence_lengths) + 1, dtype=np.int64)
         np.cumsum(self.sequence_lengths, out=ends_of_sequences[1:])
         return ends_of_sequences[self.sequence_ends]
@@ -74,6 +76,7 @@ def bound_memory(costs_bytes: np.ndarray, chunk_bytes: int) -> Iterator[tuple[in
     start = 0
     while start < len(ends_bytes):
         before_bytes = int(ends_bytes[start - 1]) if start else 0
+        # At least one item, or a range could stay empty for ever.
         stop = max(start + 1, int(np.searchsorted(ends_bytes, before_bytes + chunk_bytes, side="right")))
         yield start, stop
         start = stop
@@ -101,6 +104,7 @@ def read_pair_documents(index: IndexSummary, *, chunk_bytes: int) -> Iterator[Do
 def _read_document_index(index: IndexSummary) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield the sequence lengths, and the number of sequences of each document, of blocks of documents."""
     num_left, first_sequence = index.num_documents, 0
+    # Two handles on one file: lengths and document index lie in different places, and both are read from front to end.
     with open(index.idx_path, "rb") as lengths_file, open(index.idx_path, "rb") as documents_file:
         lengths_file.seek(IDX_HEADER_BYTES)
         documents_file.seek(IDX_HEADER_BYTES + (LENGTH_BYTES + OFFSET_BYTES) * index.num_sequences + DOCUMENT_BYTES)

@@ -12,6 +12,7 @@ from megatron_hammer.data.indexed.manifest import SourceFile
 from megatron_hammer.errors import HammerError
 from megatron_hammer.files.read import cannot_read
 
+# hashlib releases the interpreter lock for large chunks, so this thread does not hold up the others.
 HASH_CHUNK_BYTES = 1 << 20
 
 
@@ -55,6 +56,7 @@ class FileHasher:
     def _run(self) -> None:
         with ExitStack() as stack:
             hashed: dict[Path, _HashedFile] = {}
+            # After an error the remaining requests are not served: `finish` raises it.
             while (request := self._requests.get()) is not None and self._error is None:
                 path, num_bytes = request
                 try:

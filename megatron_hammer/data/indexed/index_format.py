@@ -36,6 +36,7 @@ CODE_BY_DTYPE = {dtype: code for code, dtype in DTYPE_BY_CODE.items()}
 
 def select_dtype(vocab_size: int) -> np.dtype:
     """Return the dtype that Megatron stores this vocabulary in: uint16 under 65,500 ids, else int32."""
+    # The bound is Megatron-LM's, DType.optimal_dtype: 65,500 and not 65,536.
     return np.dtype(np.uint16) if vocab_size < 65_500 else np.dtype(np.int32)
 
 

@@ -106,6 +106,7 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
     if not path.exists():
         return None
     remedy = "It is no manifest of preprocess_data.py; preprocess the corpus again, or remove the manifest."
+    # The version first: a later format may have other fields, and should be named as such.
     version = read_json(path, FormatVersion, remedy=remedy).format_version
     if version > FORMAT_VERSION:
         raise DataError(

@@ -66,6 +66,7 @@ class IndexSummary:
     @cached_property
     def tokens(self) -> np.ndarray:
         """Every token id: [num_tokens], memory mapped."""
+        # mmap refuses an empty file.
         if self.num_tokens == 0:
             return np.empty(0, dtype=self.dtype)
         return np.memmap(self.bin_path, dtype=self.dtype, mode="r")
@@ -142,6 +143,7 @@ def read_index_header(path: Path) -> tuple[np.dtype, int, int]:
 def _read_num_tokens(path: Path, dtype: np.dtype, num_sequences: int, document_index_length: int) -> int:
     """Return where the last sequence ends, in tokens, after checking that the document index ends there too."""
     with open(path, "rb") as file:
+        # Three numbers at known places instead of the whole index: the cost does not grow with the data.
         last_length = last_offset_bytes = 0
         if num_sequences:
             file.seek(IDX_HEADER_BYTES + 4 * (num_sequences - 1))
@@ -150,6 +152,7 @@ def _read_num_tokens(path: Path, dtype: np.dtype, num_sequences: int, document_i
             (last_offset_bytes,) = struct.unpack("<q", file.read(8))
         file.seek(IDX_HEADER_BYTES + 12 * num_sequences + 8 * (document_index_length - 1))
         (last_document_end,) = struct.unpack("<q", file.read(8))
+    # A cheap sign of damage: the header may be right where the end of the file is not.
     if last_document_end != num_sequences or last_length < 0 or last_offset_bytes % dtype.itemsize:
         raise DataError(
             f"{path}: document index must end at sequence {num_sequences}, got {last_document_end}. "

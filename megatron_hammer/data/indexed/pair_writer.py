@@ -21,8 +21,10 @@ from megatron_hammer.data.indexed.index_format import (
 from megatron_hammer.errors import DataError
 from megatron_hammer.files.publish import cannot_write, partial_path
 
+# Larger than Python's 8 KiB: one system call per megabyte, whatever the size of a document.
 BUFFER_BYTES = 1 << 20
 INDEX_CHUNK_ENTRIES = 1 << 20
+# Lengths are int32 in the .idx, so a longer sequence cannot be stored.
 LARGEST_LENGTH = int(np.iinfo(np.int32).max)
 
 
@@ -132,6 +134,7 @@ class IndexedWriter:
         if self._is_open:
             self.sync()
             self._close_files()
+        # From here on the context manager leaves the files alone.
         self._is_kept = True
 
     def finish(self) -> None:
@@ -285,6 +288,7 @@ class IndexedWriter:
         """Write the byte offset of each sequence into the .bin: the sum of the lengths before it."""
         end_bytes = 0
         while chunk := lengths_file.read(INDEX_CHUNK_ENTRIES * LENGTH_BYTES):
+            # int64 before the product: a length in bytes may exceed int32.
             lengths_bytes = np.frombuffer(chunk, dtype=np.int32).astype(np.int64) * self.dtype.itemsize
             ends_bytes = end_bytes + np.cumsum(lengths_bytes)
             file.write((ends_bytes - lengths_bytes).data)

@@ -22,6 +22,7 @@ MAX_MEMORY_BYTES = 512 << 20
 FEW_BUCKETS = 1024  # each append opens a file, so with many buckets the chunks should be larger
 CHUNKS_IN_MEMORY = 4  # of the source at once; the rest is for their copies
 WORDS_PER_COUNTER = 4  # Philox 4x64
+# Keys and counts in one file: a bucket then has three files and not four.
 DOCUMENT_RECORD = np.dtype([("key", np.uint64), ("num_sequences", np.int64)])
 BUCKET_GLOB = "bucket-*"
 
@@ -46,6 +47,7 @@ def shuffle_pairs(
     """
     if len({source.num_documents for source in sources}) > 1:
         raise ValueError(f"sources must have the same number of documents, got {[s.num_documents for s in sources]}")
+    # Every document is moved twice: into its bucket, and from there to the result.
     total_bytes = 2 * sum(source.num_tokens * source.dtype.itemsize for source in sources)
     done_bytes = 0
 
@@ -95,6 +97,7 @@ def draw_keys(seed: int, first_document: int, num_documents: int) -> np.ndarray:
 
     Raw words of Philox: numpy guarantees that they never change, which it does not for its generators' methods.
     """
+    # The generator counts in blocks of four words, so a start inside a block skips some.
     first_counter, num_skipped = divmod(first_document, WORDS_PER_COUNTER)
     words = np.random.Philox(key=seed, counter=first_counter).random_raw(num_skipped + num_documents)
     return words[num_skipped:]
@@ -102,11 +105,13 @@ def draw_keys(seed: int, first_document: int, num_documents: int) -> np.ndarray:
 
 def select_buckets(keys: np.ndarray, num_buckets: int) -> np.ndarray:
     """Return the bucket of each key: [n] int64 in 0..num_buckets - 1, never less for a larger key."""
+    # The upper 32 bits times the number of buckets: a product of the whole key would overflow.
     return ((keys >> np.uint64(32)) * np.uint64(num_buckets) >> np.uint64(32)).astype(np.int64)
 
 
 def select_memory_bytes(parts: Sequence[IndexSummary]) -> int:
     """Return how much memory keeps the buckets few: 128 MiB, and from 64 GiB of documents on up to 512 MiB."""
+    # Twice, because a bucket holds half the memory on average.
     wanted_bytes = 2 * sum(map(_estimate_bytes, parts)) // FEW_BUCKETS
     return min(max(wanted_bytes, MIN_MEMORY_BYTES), MAX_MEMORY_BYTES)
 

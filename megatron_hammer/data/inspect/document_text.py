@@ -15,6 +15,7 @@ from megatron_hammer.errors import ConfigError, DataError
 from megatron_hammer.tokenizer.encoding.encoder import Encoder
 
 CHUNK_BYTES = 4 << 20
+# What decoders write for bytes that are not UTF-8: a token that is a part of a character.
 REPLACEMENT_CHARACTER = "\ufffd"
 
 
@@ -40,6 +41,7 @@ def require_same_tokenizer(prefix: str | Path, encoder: Encoder, manifest: Manif
     """Raises DataError if the manifest says that another tokenizer encoded the pair."""
     if manifest is None or manifest.tokenizer.sha256 == encoder.sha256:
         return
+    # With another tokenizer the text would be wrong without any error.
     made, given = manifest.tokenizer, encoder
     raise DataError(
         f"{prefix}: pair must be read with the tokenizer that encoded it, {made.name} ({made.sha256[:12]}...), "
@@ -55,6 +57,7 @@ def read_document_ids(index: IndexSummary, number: int) -> np.ndarray:
     first, end = (int(entry) for entry in index.document_index[number : number + 2])
     if first == end:
         return np.empty(0, dtype=index.dtype)
+    # The stored offset, because summing all lengths before the document would read the whole index.
     offset_bytes = np.memmap(
         index.idx_path,
         dtype=np.int64,
@@ -75,6 +78,7 @@ def read_document(index: IndexSummary, encoder: Encoder, number: int) -> Documen
 def choose_samples(index: IndexSummary, num_samples: int, seed: int) -> tuple[int, ...]:
     """Return the numbers of random documents in ascending order, all where there are no more; the seed decides."""
     count = min(num_samples, index.num_documents)
+    # range, not a list: sampling from it takes no memory for the numbers.
     return tuple(sorted(random.Random(seed).sample(range(index.num_documents), count)))
 
 

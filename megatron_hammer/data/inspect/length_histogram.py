@@ -32,12 +32,14 @@ def build_histogram(lengths: np.ndarray, bins_per_octave: int = 1) -> LengthHist
     """Count lengths, int64 [n], in bins that double after every `bins_per_octave`, up to the longest."""
     num_octaves = max(int(lengths.max(initial=0)), 1).bit_length()
     steps = np.arange(num_octaves * bins_per_octave + 1) / bins_per_octave
+    # ceil gives the same edge twice for small lengths, where a step is less than one token.
     edges = np.unique(np.concatenate(([0], np.ceil(2.0**steps)))).astype(np.int64)
     last = int(np.searchsorted(edges, lengths.max(initial=0), side="right"))
     edges = edges[: last + 1]
     bins = np.searchsorted(edges, lengths, side="right") - 1
     num_documents = np.bincount(bins, minlength=len(edges) - 1)
     num_tokens = np.zeros(len(edges) - 1, dtype=np.int64)
+    # add.at and not +=, which would count a bin once however many lengths fall into it.
     np.add.at(num_tokens, bins, lengths)
     return LengthHistogram(edges, num_documents, num_tokens)
 
@@ -59,6 +61,7 @@ def plot_histogram(path: Path, lengths: np.ndarray, title: str) -> None:
     """
     import matplotlib
 
+    # The backend for files: others look for a display.
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -85,6 +88,7 @@ def plot_histogram(path: Path, lengths: np.ndarray, title: str) -> None:
     lower.set_xlabel("tokens of a document" + (" (left of 1: empty)" if histogram.num_documents[0] else ""))
     upper.set_title(title)
     content = io.BytesIO()
+    # Without the version of matplotlib in it: the same data gives the same bytes.
     figure.savefig(content, format="png", dpi=PLOT_DOTS_PER_INCH, metadata={"Software": None})
     pyplot.close(figure)
     publish_files({path: content.getvalue()})

@@ -71,6 +71,7 @@ class PairStatistics:
 
     def select_frequent_ids(self, count: int) -> list[tuple[int, int]]:
         """Return the most frequent ids with how often each occurs, the smaller id first among equals."""
+        # The last key decides first: by count, then by id.
         order = np.lexsort((np.arange(len(self.token_counts)), -self.token_counts))[:count]
         return [(int(token_id), int(self.token_counts[token_id])) for token_id in order if self.token_counts[token_id]]
 
@@ -96,6 +97,7 @@ def inspect_pair(
     token_counts = np.zeros(vocab_size or 0, dtype=np.int64)
     num_documents = num_tokens = 0
     for documents in read_pair_documents(index, chunk_bytes=CHUNK_BYTES):
+        # Into arrays of the known final size: a list of Python numbers would take several times the memory.
         here = slice(num_documents, num_documents + len(documents))
         lengths[here] = documents.token_ends - documents.token_starts
         digests[here] = hash_documents(documents)
@@ -125,6 +127,7 @@ def _count_ids(index: IndexSummary, ids: np.ndarray, counts: np.ndarray, vocab_s
     if not len(ids):
         return counts
     smallest, largest = int(ids.min()), int(ids.max())
+    # bincount allocates one counter per id up to the largest.
     limit = vocab_size or MAX_VOCAB_SIZE
     if smallest < 0 or largest >= limit:
         bad_id = smallest if smallest < 0 else largest
@@ -139,6 +142,7 @@ def _count_ids(index: IndexSummary, ids: np.ndarray, counts: np.ndarray, vocab_s
 
 def count_duplicates(digests: np.ndarray, lengths: np.ndarray) -> DuplicateSummary:
     """Count documents that repeat an earlier one: digests uint64 [n], lengths int64 [n] in the order of the pair."""
+    # All empty documents have the same ids, and are counted by themselves.
     is_text = lengths > 0
     digests, lengths = digests[is_text], lengths[is_text]
     _, first_indices, copies = np.unique(digests, return_index=True, return_counts=True)

@@ -60,7 +60,9 @@ def find_common_documents(reports: Sequence[PairReport]) -> list[CommonDocuments
             num_documents=report.statistics.index.num_documents,
             num_common=count_common_documents(report.statistics, other.statistics),
         )
+        # In both directions: the share differs, because the two pairs have different numbers of documents.
         for report, other in itertools.permutations(reports, 2)
+        # Digests are of the stored bytes, which differ between types for the same ids.
         if report.statistics.index.dtype == other.statistics.index.dtype
     ]
 
@@ -117,6 +119,7 @@ def print_pair_report(report: PairReport, stream: IO[str]) -> None:
     for sample in report.samples:
         cut = "..." if len(sample.text) > SAMPLE_CHARACTERS else ""
         console.print(f"document {sample.number:,}, {sample.num_tokens:,} tokens:")
+        # A document is text of its own width: rich must not break its lines.
         console.print(sample.text[:SAMPLE_CHARACTERS] + cut + "\n", soft_wrap=True)
 
 
@@ -172,6 +175,7 @@ def _build_lengths(histogram: LengthHistogram) -> Table:
     most_documents = int(histogram.num_documents.max(initial=1))
     for low, high, documents, tokens in _list_bins(histogram):
         lengths = f"{low:,}" if high == low + 1 else f"{low:,} - {high - 1:,}"
+        # Rounded up: a bin with one document must show a bar too.
         bar = "#" * -(-documents * BAR_CHARACTERS // max(most_documents, 1))
         rows.append((lengths, f"{documents:,}", f"{tokens:,}", _share(tokens, total_tokens), bar))
     table = build_table("documents by length", ("tokens", "documents", "tokens in all", "share", ""), rows, num_text=0)
@@ -183,6 +187,7 @@ def _list_bins(histogram: LengthHistogram) -> list[tuple[int, int, int, int]]:
     """Lower and upper edge, documents and tokens of every bin from the first that is not empty."""
     columns = (histogram.edges[:-1], histogram.edges[1:], histogram.num_documents, histogram.num_tokens)
     bins = list(zip(*(column.tolist() for column in columns), strict=True))
+    # The bins before the shortest document are all empty, and say nothing.
     first = next((k for k, (_, _, documents, _) in enumerate(bins) if documents), len(bins))
     return bins[first:]
 

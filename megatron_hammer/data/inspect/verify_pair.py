@@ -70,6 +70,7 @@ def verify_pair(
         for path in (own_bin_path, own_idx_path)
         if not path.is_file()
     ]
+    # A damaged or missing file does not end the check: the others are still verified, and all problems are reported.
     index = ids = None
     try:
         if own_idx_path.is_file():
@@ -78,6 +79,7 @@ def verify_pair(
         if own_bin_path.is_file():
             problems += _find_size_problems(own_bin_path, index, manifest)
             dtype = index.dtype if index else np.dtype(manifest.dtype) if manifest else None
+            # The type of the ids is named by the .idx. Where that is damaged, the manifest names it too.
             ids = _scan_ids(own_bin_path, dtype, on_progress)
             problems += _find_id_problems(own_bin_path, ids, vocab_size, manifest)
         if manifest is not None:
@@ -122,6 +124,7 @@ def _scan_sequences(path: Path, dtype: np.dtype, num_sequences: int) -> tuple[in
     offsets = _read_in_chunks(path, np.dtype(np.int64), IDX_HEADER_BYTES + LENGTH_BYTES * num_sequences, num_sequences)
     end_bytes = first_sequence = 0
     for some_lengths, some_offsets in zip(lengths, offsets, strict=True):
+        # int64: the length of a sequence in bytes may exceed int32.
         lengths_bytes = some_lengths.astype(np.int64) * dtype.itemsize
         expected_bytes = end_bytes + np.cumsum(lengths_bytes) - lengths_bytes
         wrong = np.flatnonzero((some_lengths < 0) | (some_offsets != expected_bytes))
@@ -144,6 +147,7 @@ def _scan_document_index(path: Path, num_sequences: int, document_index_length: 
     start_bytes = IDX_HEADER_BYTES + (LENGTH_BYTES + OFFSET_BYTES) * num_sequences
     last = first_entry = 0
     for entries in _read_in_chunks(path, np.dtype(np.int64), start_bytes, document_index_length):
+        # The last entry of the chunk before: an entry may decrease at the border of two chunks.
         before = np.concatenate(([last], entries[:-1]))
         wrong = np.flatnonzero((entries < before) | (entries > num_sequences))
         if first_entry == 0 and entries[0] != 0:
@@ -201,6 +205,7 @@ def _scan_ids(path: Path, dtype: np.dtype | None, on_progress: Callable[[int, in
             digest.update(chunk)
             done_bytes += len(chunk)
             if dtype is not None and np.issubdtype(dtype, np.integer) and len(chunk) >= dtype.itemsize:
+                # Not the whole chunk: the last one of a truncated file may end inside an id.
                 ids = np.frombuffer(chunk, dtype, count=len(chunk) // dtype.itemsize)
                 smallest = [min([int(ids.min()), *smallest])]
                 largest = [max([int(ids.max()), *largest])]
@@ -236,6 +241,7 @@ def _find_count_problems(prefix: Path, manifest: Manifest, index: _Index | None)
         "num_sequences": index.num_sequences,
         "num_tokens": index.num_tokens,
     }
+    # Fields that an older manifest does not have are None, and are not compared.
     expected = {name: getattr(manifest, name) for name in found}
     return [
         f"{idx_path(prefix)}: {name} must be {expected[name]}, as in {manifest_path(prefix).name}, got {value}. "
@@ -255,6 +261,7 @@ def _find_hash_problems(prefix: Path, manifest: Manifest, ids: _Ids | None, prob
         wrong[own_idx_path] = (manifest.idx_sha256, hash_file(own_idx_path))
     wrong = {path: hashes for path, hashes in wrong.items() if hashes[0] != hashes[1]}
     own_manifest_path = manifest_path(prefix)
+    # Both files differ from the manifest: more likely one wrong manifest than two damaged files.
     if len(wrong) == 2:
         return [
             f"{own_manifest_path}: must describe the files beside it, got the SHA-256 of others for both. "
@@ -268,4 +275,5 @@ def _find_hash_problems(prefix: Path, manifest: Manifest, ids: _Ids | None, prob
 
 
 def _is_named(path: Path, problems: list[str]) -> bool:
+    # A second message about a file that is known to be damaged would not help.
     return any(problem.startswith(f"{path}: ") for problem in problems)

@@ -36,6 +36,7 @@ from megatron_hammer.data.preprocess.journal import lock_outputs
 from megatron_hammer.errors import DataError
 from megatron_hammer.files.publish import cannot_write, partial_path, publish_file
 
+# Large enough for sequential reads at full speed, and small beside the memory of a shuffle.
 COPY_CHUNK_BYTES = 16 << 20
 
 
@@ -87,6 +88,7 @@ def merge_pairs(
         on_progress(done_bytes, total_bytes)
 
     with ExitStack() as stack:
+        # Two merges with the same output would write into the same partial files.
         stack.enter_context(lock_outputs(Path(f"{output_prefix}.lock")))
         stack.callback(remove_partial_files, output_prefix)  # Ctrl-C may come before the writer's `with` block begins
         writer = stack.enter_context(IndexedWriter(output_prefix, dtype))
@@ -95,6 +97,7 @@ def merge_pairs(
         else:
             _shuffle(parts, writer, seed, count)
         writer.finish()
+        # `order_parts` refuses parts of which only some have a manifest, so the first stands for all.
         manifest = None if parts[0].manifest is None else _describe(parts, writer, seed)
         _publish(writer, manifest)
     return MergedPair(
@@ -120,6 +123,7 @@ def refuse_small_disk(parts: Sequence[Part], output_prefix: Path, *, is_shuffled
         needed_bytes += num_sequences * LENGTH_BYTES + num_documents * DOCUMENT_RECORD.itemsize
         needed_bytes += select_memory_bytes([part.index for part in parts])
     folder = output_prefix.absolute().parent
+    # The output folder is made later; its disk is that of the nearest folder that exists.
     while not folder.exists():
         folder = folder.parent
     free_bytes = shutil.disk_usage(folder).free
@@ -158,9 +162,11 @@ def _read_checked(parts: Sequence[Part], chunk_bytes: int) -> Iterator[Documents
         digest = hashlib.sha256()
         try:
             if idx_sha256 is not None:
+                # Before the documents are read, which trust the index.
                 _refuse_damaged(part.index.idx_path, idx_sha256, hash_file(part.index.idx_path))
             for documents in read_pair_documents(part.index, chunk_bytes=chunk_bytes):
                 if bin_sha256 is not None:
+                    # Chunks are read from front to end without gaps, so their hash is the hash of the file.
                     digest.update(documents.ids.data)
                 yield documents
         except OSError as error:
@@ -203,12 +209,14 @@ def merge_manifests(manifests: Sequence[Manifest], seed: int | None = None) -> M
     options = dict(first.options)
     for name in SOURCE_OPTIONS:
         values = [manifest.options.get(name) for manifest in manifests]
+        # Not a set: values may be lists.
         distinct = [value for k, value in enumerate(values) if value not in values[:k]]
         if len(distinct) > 1:
             options[name] = distinct
     if seed is not None:
         options |= {"shuffle": True, "seed": seed}
     elif len(manifests) > 1 and any(manifest.options.get("shuffle") for manifest in manifests):
+        # Shuffled parts joined in order are not one shuffled whole, and the manifest must not say so.
         options["shuffle"] = "within each part"
     return dataclasses.replace(
         first,
@@ -239,6 +247,7 @@ def _find_warnings(parts: Sequence[Part]) -> list[str]:
         warnings.append(f"parts: were made with different versions of megatron_hammer: {', '.join(versions)}.")
     seen: dict[str, Path] = {}
     for part, manifest in zip(parts, manifests, strict=True):
+        # Two parts without tokens have the same hash, and are no duplicates.
         if manifest.bin_sha256 is None or manifest.num_tokens == 0:
             continue
         other = seen.setdefault(manifest.bin_sha256, part.prefix)
@@ -265,6 +274,7 @@ def _publish(writer: IndexedWriter, manifest: Manifest | None) -> None:
     except OSError as error:
         raise cannot_write(writer.prefix, error) from error
     except BaseException:
+        # Without an .idx the manifest describes a pair that cannot be opened.
         if manifest is not None and not idx_path(writer.prefix).exists():
             with suppress(OSError):
                 own_manifest_path.unlink(missing_ok=True)

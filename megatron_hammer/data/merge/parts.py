@@ -14,6 +14,7 @@ from megatron_hammer.files.read import cannot_read
 
 PAIR_SUFFIXES = (".idx", ".bin")
 COMPANION_SUFFIXES = (".bin", ".manifest.json")
+# A job may have thousands of shards; ten show which part of them is missing.
 MAX_SHARDS_SHOWN = 10
 # Options that may differ between parts: they say where the documents come from, not how they were made into ids.
 SOURCE_OPTIONS = ("json_key", "shuffle", "seed")
@@ -42,6 +43,7 @@ def find_part_prefixes(inputs: Sequence[str], output_prefix: Path) -> list[Path]
         found, item_problems = _resolve_input(item, output_prefix)
         problems += item_problems
         for prefix in found:
+            # Resolved: a link and its target are the same part.
             real_path = bin_path(prefix).resolve()
             if real_path in prefixes:
                 problems.append(
@@ -88,9 +90,11 @@ def order_parts(parts: Sequence[Part]) -> list[Part]:
             if part.manifest is None
         ]
         problems += _find_manifest_problems(with_manifest)
+        # Shards of different jobs would only add messages that follow from the first ones.
         problems += [] if problems else _find_shard_problems(with_manifest)
     if problems:
         raise DataError(*problems)
+    # Stable: parts that are not shards all have index 0 and stay in the order given.
     return sorted(parts, key=_shard_index)
 
 
@@ -116,7 +120,9 @@ def _resolve_input(text: str, output_prefix: Path) -> tuple[list[Path], list[str
     path = Path(text)
     if path.is_dir():
         return _search_directory(path, output_prefix)
+    # A prefix may contain a character such as [ itself. Where a pair of that name exists, it is no pattern.
     if glob.has_magic(text) and not idx_path(_drop_suffix(text)).exists():
+        # The pattern may end with .idx or without it, as prefixes do.
         matches = {*glob.glob(text), *glob.glob(f"{text}.idx")}
         prefixes = sorted({_drop_suffix(match) for match in matches if match.endswith(PAIR_SUFFIXES)})
         if not prefixes:
@@ -221,6 +227,7 @@ def _find_shard_problems(parts: Sequence[Part]) -> list[str]:
         else:
             seen[index] = part
     missing = [str(index) for index in range(count) if index not in seen]
+    # Where a part is refused above, its shard would be named as missing too.
     if missing and not problems:
         more = f" and {len(missing) - MAX_SHARDS_SHOWN} more" if len(missing) > MAX_SHARDS_SHOWN else ""
         problems.append(

@@ -16,6 +16,7 @@ from megatron_hammer.data.order.order import DataOrder, SourceOrder, build_sourc
 
 # Above so many documents and samples (of all epochs and orders) every k-th document stands for k.
 MAX_EXACT_PIECES = 20_000_000
+# A small source is not thinned out further: an estimate from fewer sequences would vary by more than a few per cent.
 MIN_KEPT_SEQUENCES = 1000
 
 Spans = tuple[np.ndarray, np.ndarray]  # starts and ends, in tokens from the beginning of the source
@@ -83,8 +84,10 @@ def is_continued(old: Segment, new: Segment) -> bool:
         len(signatures[0]) == 1 or old.order.blend_weights == new.order.blend_weights
     ):
         return True
+    # With no source in common, or too many samples to draw, the answer is no: the counts are shown then.
     if not set(signatures[0]) & set(signatures[1]) or num_samples > MAX_EXACT_PIECES:
         return False
+    # Both orders are drawn, and the samples of equal sources get equal numbers, whatever their place in the blend.
     known = {signature: number for number, signature in enumerate(dict.fromkeys(signatures[0] + signatures[1]))}
     drawn = []
     for segment, of_sources in zip((old, new), signatures, strict=True):
@@ -110,6 +113,7 @@ def count_change(
     tokens are counted.
     """
     pieces = sum(_count_pieces(segment.order) for segment in (*history, new))
+    # Rounded up, so that the number of pieces stays below the limit.
     step = max(1, -(-pieces // MAX_EXACT_PIECES))
     steps = {key: max(1, min(step, len(values) // MIN_KEPT_SEQUENCES)) for key, values in lengths.items()}
     spans: dict[int, list[list[Spans]]] = {key: [[], [], []] for key in lengths}
@@ -185,12 +189,14 @@ def find_spans(
     documents = np.arange(-(-source.first_sequence // step), -(-source.last_sequence // step), dtype=np.int32)
     epoch_tokens = int(kept[documents].sum())
     num_samples = source.count_samples(order.seq_length)
+    # With every k-th document, an epoch has about 1/k of the samples.
     scaled = dataclasses.replace(source, epoch_tokens=epoch_tokens)
     share = scaled.count_samples(order.seq_length) / num_samples if step > 1 else 1
     document_order, sample_order = build_source_order(
         documents, source.epochs, epoch_tokens, order.seq_length, seed=order.seed
     )
     ends = np.cumsum(kept[document_order])
+    # Positions in the order's stream of tokens; `starts_in_source` leads back to positions in the source.
     stream = np.concatenate([[0], ends])
     starts_in_source = np.concatenate([[0], np.cumsum(kept)])[document_order] - stream[:-1]
     found = []
@@ -204,6 +210,7 @@ def _cut_at_documents(samples: np.ndarray, seq_length: int, stream: np.ndarray, 
     """samples: sorted. stream: where each document of the order begins, and the end. Returns spans in the source."""
     if len(samples) == 0:
         return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+    # Neighbouring samples are one run of tokens: fewer spans to compare.
     is_first = np.concatenate([[True], np.diff(samples) > 1])
     starts = samples[is_first] * seq_length
     ends = (samples[np.concatenate([is_first[1:], [True]])] + 1) * seq_length
@@ -230,8 +237,10 @@ def _compare_spans(spans: Sequence[Sequence[Spans]]) -> tuple[int, int, int]:
     position = np.concatenate(positions)
     in_order = np.argsort(position, kind="stable")
     kind_of, step_of = np.concatenate(kinds)[in_order], np.concatenate(steps)[in_order]
+    # A sweep over the source: between two neighbouring bounds the three counts do not change.
     widths = np.diff(position[in_order])
     trained, counted, rest = (np.cumsum(np.where(kind_of == number, step_of, 0))[:-1] for number in range(3))
+    # Counted with multiplicity: tokens of a source that is read in several epochs are trained on several times.
     again = np.minimum(rest, np.maximum(0, trained - counted))
     skipped = np.maximum(0, counted - trained)
     unseen = (counted > 0) & (trained == 0) & (rest == 0)

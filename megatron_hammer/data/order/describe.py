@@ -8,12 +8,14 @@ from megatron_hammer.data.order.order import DataOrder, SourceOrder
 def list_order_changes(old: DataOrder, new: DataOrder) -> list[str]:
     """What shapes the order and differs, each with its new and its old value."""
     pairs = [(name, getattr(new, name), getattr(old, name)) for name in ("seed", "seq_length", "dataloader_type")]
+    # Another spelling of the split, such as 98,2,0 for 49,1,0, changes nothing.
     if old.split != new.split and [_bounds(source) for source in old.sources] != [
         _bounds(source) for source in new.sources
     ]:
         pairs.append(("split", new.split, old.split))
     changes = [f"{name}={now} (was {before})" for name, now, before in pairs if now != before]
     source_changes, has_other_epochs = _list_source_changes(old, new)
+    # These four settings act on the order through the epochs only, so they are named only where those differ.
     if has_other_epochs:
         causes = ("order", "num_samples", "joint_samples", "surplus")
         names = {"order": "data_order", "num_samples": "samples", "joint_samples": "data_order_samples"}
@@ -49,6 +51,7 @@ def _list_source_changes(old: DataOrder, new: DataOrder) -> tuple[list[str], boo
     gone = [source.prefix for key, source in zip(old_keys, old.sources, strict=True) if key not in new_keys]
     new_prefixes = {source.prefix for source in new.sources}
     changes += [f"no {prefix}" for prefix in gone if prefix not in new_prefixes]
+    # The same sources in another row: the blend numbers them by their place.
     if sorted(old_keys) == sorted(new_keys) and old_keys != new_keys:
         row, old_row = (", ".join(source.prefix for source in order.sources) for order in (new, old))
         changes.append(f"sources in the row {row} (was {old_row})")

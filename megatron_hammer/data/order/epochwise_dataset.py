@@ -33,6 +33,7 @@ class EpochwiseGPTDataset(GPTDataset):
 
     @staticmethod
     def _key_config_attributes() -> list[str]:
+        # Part of the description whose hash names the cache files: another first block is another order.
         return [*GPTDataset._key_config_attributes(), "joint_samples"]
 
     def _get_num_epochs(self, num_tokens_per_epoch: int) -> int:
@@ -50,8 +51,10 @@ class EpochwiseGPTDataset(GPTDataset):
 
     def _build_document_sample_shuffle_indices(self) -> Any:
         """(document index, sample index, shuffle index), from the cache, which the first rank fills."""
+        # Megatron then maps the files itself, later, from a cache that must be complete.
         if self.config.defer_npy_index_mmap:
             return super()._build_document_sample_shuffle_indices()
+        # The same places as GPTDataset's own cache.
         directory = self.config.path_to_cache or os.path.join(
             self.dataset.path_prefix, "cache", f"{type(self).__name__}_indices"
         )
@@ -69,6 +72,7 @@ class EpochwiseGPTDataset(GPTDataset):
         seed, seq_length = self.config.random_seed, self.config.sequence_length
         epoch_tokens = self._get_num_tokens_per_epoch()
         plan = self._plan_epochs(epoch_tokens)
+        # One generator for both orders, first documents and then samples: that is the sequence of draws in GPTDataset.
         generator = np.random.RandomState(seed)
         document_index = build_document_order(self.indices, plan, seed=seed, generator=generator)
         sample_index = helpers.build_sample_idx(
@@ -85,6 +89,7 @@ class EpochwiseGPTDataset(GPTDataset):
         description_path.parent.mkdir(parents=True, exist_ok=True)
         description_path.write_text(self.unique_description)
         for path, array in zip(paths, indices, strict=True):
+            # With process and thread in the name, two writers of the same file do not write into one another.
             partial = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.partial")
             with partial.open("wb") as file:
                 np.save(file, array)

@@ -41,6 +41,7 @@ def count_source(index: IndexSummary) -> SourceIdentity:
 def is_same_data(first: SourceIdentity, second: SourceIdentity) -> bool | None:
     """None where one of them was not identified."""
     pairs = zip(dataclasses.astuple(first), dataclasses.astuple(second), strict=True)
+    # A field that one side does not know cannot show a difference.
     if any(None not in pair and pair[0] != pair[1] for pair in pairs):
         return False
     return None if first.fingerprint is None or second.fingerprint is None else True
@@ -54,10 +55,12 @@ def _hash_of(path: Path) -> str:
 @functools.lru_cache(maxsize=4096)
 def hash_blocks(path: Path, size_bytes: int, mtime_ns: int) -> str:
     """Hash of a file's size and of blocks of it. mtime_ns: so that a rewritten file is read again."""
+    # The size is part of the hash, because only some blocks of a large file are.
     digest = hashlib.sha256(str(size_bytes).encode())
     last_start = max(0, size_bytes - BLOCK_BYTES)
     starts = list(range(0, size_bytes, BLOCK_BYTES))
     if len(starts) > NUM_BLOCKS:
+        # Spread over the whole file, so that a change in any larger part of it is likely to be seen.
         starts = [last_start * block // (NUM_BLOCKS - 1) for block in range(NUM_BLOCKS)]
     with path.open("rb") as file:
         for start in starts:

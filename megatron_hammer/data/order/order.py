@@ -59,9 +59,11 @@ def plan_epochs(
         return dataclasses.replace(joint, num_epochs=max(joint.num_epochs, whole.num_epochs))
     if num_samples is None:
         return EpochPlan(num_epochs=1, num_joint_epochs=1, is_last_apart=False)
+    # GPTDataset._get_num_epochs: one token more than the samples, for the label of the last.
     num_epochs = max(1, -(-(num_samples * seq_length + 1) // epoch_tokens))
     from_last_epoch = num_samples - count_samples(num_epochs - 1, epoch_tokens, seq_length)
     an_epoch = count_samples(1, epoch_tokens, seq_length)
+    # int() as in GPTDataset: the threshold is rounded down.
     is_last_apart = num_epochs > 1 and from_last_epoch < int(FINAL_EPOCH_SHARE * an_epoch)
     return EpochPlan(num_epochs=num_epochs, num_joint_epochs=num_epochs, is_last_apart=is_last_apart)
 
@@ -72,6 +74,7 @@ def build_document_order(documents: np.ndarray, plan: EpochPlan, *, seed: int, g
     generator: of the joint epochs; `build_sample_order` draws from it next, as in Megatron.
     """
     num_apart = 1 if plan.is_last_apart else 0
+    # GPTDataset._build_document_index: all joint epochs in one shuffle, or the last one in a shuffle of its own.
     blocks = [np.tile(documents.astype(np.int32), plan.num_joint_epochs - num_apart)]
     blocks += [documents.astype(np.int32)] * num_apart
     blocks = [block.copy() for block in blocks]
@@ -103,6 +106,7 @@ def build_sample_order(
         generator.shuffle(block)
     for epoch in range(joint, plan.num_epochs):
         blocks.append(np.arange(count(epoch), count(epoch + 1), dtype=dtype))
+        # A view: shuffling it leaves the first sample of the epoch in place.
         _sample_generator(seed, epoch).shuffle(blocks[-1][1:])
     return np.concatenate(blocks)
 
@@ -139,6 +143,7 @@ def share_samples(num_samples: int, weights: Sequence[float] | np.ndarray, *, su
 
     Source: blended_megatron_dataset_builder._get_size_per_split_per_dataset.
     """
+    # Two roundings, as in Megatron: first the share, then the surplus on it.
     return [math.ceil(math.ceil(num_samples * weight) * (1 + surplus)) for weight in weights]
 
 

@@ -13,6 +13,7 @@ from megatron_hammer.data.order.order import DataOrder
 from megatron_hammer.data.order.run_order import OrderSettings, plan_run_order, plan_saved_order
 from megatron_hammer.errors import DataError
 
+# A later version is read as no record: its meaning is not known.
 RECORD_VERSION = 1
 OTHER_VALIDATION = "the order of the validation samples has changed"
 
@@ -93,6 +94,7 @@ def read_history(saved: SavedOrder, new: DataOrder) -> tuple[tuple[Segment, ...]
         starts, orders = ([0], [order]) if order is not None else ([], [])
     segments = []
     for place, order in enumerate(orders):
+        # A part ends where the next one begins, and the last one ends at the checkpoint.
         last = starts[place + 1] if place + 1 < len(starts) else saved.num_consumed
         last = min(last, saved.num_consumed)
         if starts[place] < last or place == 0:
@@ -111,6 +113,7 @@ def _read_record(record: Any) -> tuple[list[int], list[DataOrder], bool]:
         segments = record["segments"]
         orders = [DataOrder.from_json(segment["order"]) for segment in segments]
         return [int(segment["first_sample"]) for segment in segments], orders, True
+    # The record is an attribute of unpickled arguments, so it may be anything.
     except (KeyError, TypeError, DataError):
         return [], [], False
 
@@ -129,6 +132,7 @@ def build_record(settings: OrderSettings, review: OrderReview | None) -> Record 
     segments: list[dict[str, Any]] = []
     first_sample = 0
     if review is not None:
+        # An unchanged order continues the last part; a changed one begins a new part.
         kept = review.history[:-1] if review.is_same else review.history
         segments = [{"first_sample": segment.first_sample, "order": segment.order.to_json()} for segment in kept]
         first_sample = review.history[-1].first_sample if review.is_same else review.num_consumed

@@ -115,6 +115,7 @@ def _describe_source(
 
 def read_bounds(shares: str | None, split: str) -> tuple[float, float]:
     """Where a split begins and ends in each source, as shares; the bits are those that megatron-core computes."""
+    # Imported here: megatron loads torch, and the rest of this file is used where neither is needed.
     from megatron.core.datasets import blended_megatron_dataset_config as config
 
     matrix: list[tuple[float, float]] = config.convert_split_vector_to_split_matrix(
