@@ -8,6 +8,7 @@ between, preflight looks for problems. Everything else in the package takes the 
 import argparse
 import functools
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,12 @@ from megatron_hammer.presets.catalogue import select_preset
 DEFAULT_SPLIT = "98,2,0"  # Megatron's own "969,30,1" makes a test set that nobody asked for
 DEFAULT_SAVE_INTERVAL_STEPS = 1000
 DEFAULT_EVAL_ITERS = 10
+MEGATRONS_TIMEOUT_MIN = 10
+LONGEST_TIMEOUT_MIN = 24 * 60
+# Rank 0 builds the index of samples while the other ranks wait in a collective. megatron-core 0.19.2 took 0.5 us per
+# sample of one document on a busy core, and 2 to 3 us per sample of four, which is most often the time to shuffle the
+# documents. Twice that, because the index is also written, perhaps to a slow file system.
+INDEX_S_PER_SAMPLE = 6e-6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,6 +189,7 @@ def _derive(namespace: argparse.Namespace, *, platform: str, backend: str, typed
     _derive_data(namespace, default)
     _derive_validation(namespace, default)
     _derive_schedule(namespace, default)
+    _derive_timeout(namespace, default)
     _derive_vocabulary(namespace)
 
 
@@ -229,6 +237,18 @@ def _derive_schedule(namespace: argparse.Namespace, default: Any) -> None:
         default("save_interval", namespace.save_interval or DEFAULT_SAVE_INTERVAL_STEPS)
         if namespace.metrics_path is None:
             namespace.metrics_path = os.path.join(namespace.save, "metrics.jsonl")
+
+
+def _derive_timeout(namespace: argparse.Namespace, default: Any) -> None:
+    """How long a rank waits for the others: at least as long as rank 0 builds the index of the run's samples."""
+    steps, batch = namespace.train_iters or 0, namespace.global_batch_size or 0
+    steps = steps or (namespace.train_samples or 0) // max(1, batch)
+    num_samples = steps * batch
+    if not namespace.full_validation:
+        eval_batch = namespace.eval_global_batch_size or batch
+        num_samples += (steps // max(1, namespace.eval_interval) + 1) * (namespace.eval_iters or 0) * eval_batch
+    needed_min = math.ceil(num_samples * INDEX_S_PER_SAMPLE / 60)
+    default("distributed_timeout_minutes", min(max(MEGATRONS_TIMEOUT_MIN, needed_min), LONGEST_TIMEOUT_MIN))
 
 
 def _derive_vocabulary(namespace: argparse.Namespace) -> None:

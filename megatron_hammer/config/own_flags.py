@@ -58,6 +58,11 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         action="store_true",
         help="resume although samples would come again and others be skipped; preflight counts them",
     )
+    group.add_argument(
+        "--accept-many-epochs",
+        action="store_true",
+        help="train although some data would be read more than 1,000 times",
+    )
     group.add_argument("--dry-run", action="store_true", help="print what would run and every problem found, then stop")
     group.add_argument(
         "--world-size", type=int, dest="requested_world_size", help="processes to plan for (with --dry-run)"

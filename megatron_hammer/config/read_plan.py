@@ -212,6 +212,7 @@ def read_data(args: Any) -> Data:
         order=getattr(args, "data_order", MEGATRON),
         order_samples=getattr(args, "data_order_samples", None),
         accepts_order_change=getattr(args, "accept_data_order_change", False),
+        accepts_many_epochs=getattr(args, "accept_many_epochs", False),
     )
 
 

@@ -153,6 +153,7 @@ class Data:
     order: str
     order_samples: int | None
     accepts_order_change: bool
+    accepts_many_epochs: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,6 +8,10 @@ from megatron_hammer.data.indexed.pair import IndexSummary
 from megatron_hammer.data.sources import SPLIT_FLAGS, DataPlan, count_split_tokens
 
 Indices = dict[str, IndexSummary]
+# Nobody plans to read the same text so often, not even to see a model learn one batch by heart (some hundred steps). It
+# is a --train-iters that was forgotten: a recipe of two trillion tokens reads a demonstration's three million 650,000
+# times, and an index of 10^9 samples is built before the first step.
+MOST_EPOCHS = 1000
 
 
 def find_size_problems(settings: RunSettings, plan: RunPlan | None, indices: Indices, seq_length: int) -> list[str]:
@@ -31,6 +35,7 @@ def find_size_problems(settings: RunSettings, plan: RunPlan | None, indices: Ind
         problems += _find_idle_blend_problems(plan)
         problems += _find_short_epoch_problems(plan, indices)
         problems += _find_single_pass_problems(plan, indices)
+        problems += _find_repetition_problems(plan, indices)
     return problems
 
 
@@ -102,3 +107,32 @@ def _find_single_pass_problems(plan: RunPlan, indices: Indices) -> list[str]:
                 f"split of {needed} that the run draws. Pass weights, which repeat them: {weighted}."
             )
     return problems
+
+
+def _find_repetition_problems(plan: RunPlan, indices: Indices) -> list[str]:
+    """The source that is repeated most, if that is too often. Without weights, sources are read in equal measure."""
+    tokens = _count_tokens(plan, indices, "train")
+    if plan.schedule.skips_training or plan.data.accepts_many_epochs or not tokens:
+        return []
+    sources = plan.data.sources.sources_of("train")
+    weights = [size if source.weight is None else source.weight for source, size in zip(sources, tokens, strict=True)]
+    num_samples = plan.num_samples["train"]
+    total = sum(weights) or 1
+    epochs, source, size = max(
+        (
+            (num_samples * plan.seq_length * weight / total / size, source, size)
+            for weight, source, size in zip(weights, sources, tokens, strict=True)
+        ),
+        key=lambda entry: entry[0],
+    )
+    if epochs <= MOST_EPOCHS:
+        return []
+    one_pass = max(1, sum(tokens) // (plan.batch.global_batch_size * plan.seq_length))
+    remedy = f"Pass --train-iters ({one_pass:,} is one pass over all data)"
+    if len(sources) > 1:
+        remedy += " or lower the weight of this source"
+    return [
+        f"train-iters: training data must not be read more than {MOST_EPOCHS:,} times, got {epochs:,.0f} epochs of the "
+        f"{size:,} tokens in {Path(source.prefix)} ({num_samples:,} samples of {plan.seq_length} tokens). {remedy}. If "
+        "it is meant so, pass --accept-many-epochs and build the sample index beforehand: tools/build_data_cache.py."
+    ]

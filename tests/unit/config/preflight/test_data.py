@@ -225,3 +225,44 @@ def test_data_of_a_run_without_a_micro_batch(tmp_path: Path) -> None:
     problems = find(*flags, write_data(tmp_path / "small", [9], vocab_size=500))
     assert len(problems) > 1
     assert f"{tmp_path / 'small'}: its train split must hold one sample" in problems[1]
+
+
+MANY = ("--train-iters", "100000", "--global-batch-size", "4")
+
+
+def test_data_that_would_be_repeated_absurdly(tmp_path: Path) -> None:
+    """400,000 samples of 16 tokens from 16 documents of 40 tokens: 10,000 epochs."""
+    (problem,) = find_for(tmp_path, *MANY)
+    assert re.search(r"^train-iters: training data must not be read more than 1,000 times, got 10,000 epochs", problem)
+    assert "of the 640 tokens in " in problem
+    assert "(400,000 samples of 16 tokens). Pass --train-iters (10 is one pass over all data). If" in problem
+    assert problem.endswith("beforehand: tools/build_data_cache.py.")
+    assert find_for(tmp_path, *MANY, "--accept-many-epochs") == []
+    assert find_for(tmp_path, "--train-iters", "10000", "--global-batch-size", "4") == []  # exactly 1,000
+
+
+def test_one_source_of_a_blend_that_would_be_repeated_absurdly(tmp_path: Path) -> None:
+    small = write_data(tmp_path / "small", [40] * 20, vocab_size=500)
+    large = write_data(tmp_path / "large", [40] * 20_000, vocab_size=500)
+    blend = ("--split", "80,20,0", "--train-iters", "40000", "--global-batch-size", "4")
+    (problem,) = find_for(tmp_path, "--data-path", "1", small, "1", large, *blend)
+    assert re.search(r"got 2,000 epochs of the 640 tokens in \S*small \(160,000 samples", problem)
+    assert "or lower the weight of this source" in problem
+    assert find_for(tmp_path, "--data-path", "1", small, "9", large, *blend) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "minutes"),
+    [
+        ((), 10),
+        (("--train-iters", "1000000", "--global-batch-size", "1024", "--eval-iters", "0"), 103),
+        (("--train-samples", "1024000000", "--global-batch-size", "1024", "--eval-iters", "0"), 103),
+        # Evaluation draws as many samples again: 1,001 evaluations of 1,000 steps.
+        (("--train-iters", "1000000", "--global-batch-size", "1024", "--eval-iters", "1000"), 205),
+        (("--train-samples", str(2**62), "--global-batch-size", "1024"), 24 * 60),
+        (("--train-iters", "1000000", "--global-batch-size", "1024", "--distributed-timeout-minutes", "20"), 20),
+    ],
+)
+def test_the_ranks_wait_as_long_as_the_sample_index_takes(flags: tuple[str, ...], minutes: int) -> None:
+    namespace = parse("--preset", "hammer-tiny", "--mock-data", *flags).namespace
+    assert namespace.distributed_timeout_minutes == minutes
