@@ -1,6 +1,8 @@
 """Which platform and backend a run uses, decided once and reported."""
 
 import importlib
+import sys
+from typing import Any
 
 import torch
 
@@ -33,6 +35,7 @@ def select_backend(
 
     A plan for a cluster that asks for `te` has it there, whatever this login node has.
     """
+    failure = find_te_failure()  # for every backend: it also hides what megatron could not import
     if platform == "cpu":
         if requested == "te":
             raise PlatformError(
@@ -41,23 +44,33 @@ def select_backend(
         return "torch"
     if requested == "torch" or (requested == "te" and is_plan and not is_for_this_machine):
         return requested
-    failure = find_te_failure()
     if requested == "te" and failure is not None:
         raise PlatformError(
-            f"backend: te needs TransformerEngine, which does not import: {failure}. "
-            "Run pip install 'transformer-engine[pytorch]', or pass --backend torch."
+            f"backend: te needs TransformerEngine 2.14 or later, which does not work here: {failure}. "
+            "Run pip install 'transformer-engine[pytorch]>=2.14', or pass --backend torch."
         )
     return "te" if failure is None else "torch"
 
 
 def find_te_failure() -> str | None:
-    """Why TransformerEngine does not import, or None where it does: installed is not enough, its libraries must load.
+    """Why TransformerEngine cannot be used, or None where it can: installed is not enough, its libraries must load.
 
-    The module is the one that megatron.core.extensions.transformer_engine imports; where that fails, megatron carries
-    on with stubs that cannot build a layer.
+    The module is the one that megatron.core.extensions.transformer_engine imports; where that raises ImportError,
+    megatron continues with stubs that cannot build a layer. A package that raises anything else would end megatron's
+    own import, so it is hidden from this process.
     """
     try:
         importlib.import_module("transformer_engine.pytorch.fp8")
-    except (ImportError, OSError, RuntimeError) as error:
+        optimizers = importlib.import_module("transformer_engine.pytorch.optimizers")
+    except ImportError as error:
         return str(error) or type(error).__name__
+    # A wheel for another CUDA, torch or version of itself raises OSError, RuntimeError, AssertionError or what a
+    # library of it raises.
+    except Exception as error:
+        modules: dict[str, Any] = sys.modules  # None makes every later import of it an ImportError
+        modules["transformer_engine"] = None
+        return f"{type(error).__name__}: {error}"
+    if not hasattr(optimizers, "multi_tensor_scale_tensor"):
+        # Without it megatron takes its own slow loops for the gradient norm and for clipping, and does not say so.
+        return "its version is older than 2.14 (multi_tensor_scale_tensor is missing)"
     return None
