@@ -38,10 +38,28 @@ class TorchSpecProvider(LocalSpecProvider):
 def build_layer_spec(config: TransformerConfig, backend: Backend) -> ModuleSpec:
     """The spec of one layer; every layer of a model is alike (dense, or a mixture of experts throughout)."""
     if backend == "te":
-        return get_gpt_layer_with_transformer_engine_spec(
-            config.num_moe_experts, config.moe_grouped_gemm, config.qk_layernorm
-        )
+        return _build_te_layer_spec(config)
     return _build_torch_layer_spec(config)
+
+
+def _build_te_layer_spec(config: TransformerConfig) -> ModuleSpec:
+    """Everything that megatron's own GPTModelConfig passes (megatron/training/models/gpt.py): what is left out here is
+    accepted as a flag and then ignored.
+    """
+    return get_gpt_layer_with_transformer_engine_spec(
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
+        qk_l2_norm=config.qk_l2_norm,
+        use_te_op_fuser=config.use_transformer_engine_op_fuser,
+        use_kitchen=config.use_kitchen,
+        use_te_activation_func=config.use_te_activation_func,
+        use_kitchen_attention=config.use_kitchen_attention,
+        kitchen_attention_backend=config.kitchen_attention_backend,
+        mla_down_proj_fusion=getattr(config, "mla_down_proj_fusion", False),  # a field of MLATransformerConfig
+        use_grouped_gemm_for_dense_mlp=config.use_grouped_gemm_for_dense_mlp,
+    )
 
 
 def _build_torch_layer_spec(config: TransformerConfig) -> ModuleSpec:

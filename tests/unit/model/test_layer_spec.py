@@ -1,5 +1,8 @@
 """Both backends write the same checkpoint: TransformerEngine's names, with each norm inside the layer behind it."""
 
+import copy
+import inspect
+
 import pytest
 
 from megatron_hammer.model.shape import ModelShape
@@ -92,5 +95,43 @@ def test_each_backend_builds_its_own_spec(monkeypatch) -> None:
     block = layer_spec.build_block_spec(config, "torch")
     assert block.layer_norm is TorchNorm
     assert len(block.layer_specs) == LLAMA.num_layers
-    monkeypatch.setattr(layer_spec, "get_gpt_layer_with_transformer_engine_spec", lambda *arguments: arguments)
-    assert layer_spec.build_block_spec(config, "te") == (None, False, False)
+    te_spec = object()
+    monkeypatch.setattr(layer_spec, "get_gpt_layer_with_transformer_engine_spec", lambda **arguments: te_spec)
+    assert layer_spec.build_block_spec(config, "te") is te_spec
+
+
+CHOICES = {
+    "num_moe_experts": ("num_experts", 5),
+    "moe_grouped_gemm": ("moe_grouped_gemm", True),
+    "qk_layernorm": ("qk_layernorm", True),
+    "multi_latent_attention": ("multi_latent_attention", True),
+    "qk_l2_norm": ("qk_l2_norm", True),
+    "use_transformer_engine_op_fuser": ("use_te_op_fuser", True),
+    "use_kitchen": ("use_kitchen", True),
+    "use_te_activation_func": ("use_te_activation_func", True),
+    "use_kitchen_attention": ("use_kitchen_attention", True),
+    "kitchen_attention_backend": ("kitchen_attention_backend", "fa"),
+    "mla_down_proj_fusion": ("mla_down_proj_fusion", True),
+    "use_grouped_gemm_for_dense_mlp": ("use_grouped_gemm_for_dense_mlp", True),
+}
+
+
+@pytest.mark.parametrize("field", CHOICES)
+def test_every_choice_of_a_te_layer_reaches_megatron(monkeypatch, field: str) -> None:
+    """One field set at a time, so that no two can be swapped."""
+    from megatron_hammer.model import layer_spec
+
+    name, value = CHOICES[field]
+    config = copy.copy(build_whole_model(read_arguments(LLAMA)).config)
+    monkeypatch.setattr(layer_spec, "get_gpt_layer_with_transformer_engine_spec", lambda **arguments: arguments)
+    before = layer_spec.build_layer_spec(config, "te")
+    setattr(config, field, value)
+    after = layer_spec.build_layer_spec(config, "te")
+    assert {key: after[key] for key in after if after[key] != before[key]} == {name: value}
+
+
+def test_no_argument_of_megatrons_te_layer_is_forgotten() -> None:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+
+    parameters = set(inspect.signature(get_gpt_layer_with_transformer_engine_spec).parameters)
+    assert parameters - {"fp8"} == {name for name, _ in CHOICES.values()}  # fp8 is deprecated and unused
