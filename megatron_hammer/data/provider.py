@@ -35,10 +35,12 @@ class DatasetProvider:
     def __call__(self, num_samples: Sequence[int | None], vp_stage: int | None = None) -> Any:
         if self._before_first_build is not None:
             self._before_first_build()
+            # Megatron calls the provider once for each virtual pipeline stage.
             self._before_first_build = None
         builder = BlendedMegatronDatasetBuilder(
             select_dataset_class(self.dataset_config),
             self.select_samples(num_samples),
+            # Ranks without data still take part in the builder's barriers.
             lambda: self.needs_data(vp_stage),
             self.dataset_config,
         )

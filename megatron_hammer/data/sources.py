@@ -33,6 +33,7 @@ class DataPlan:
         """The blend of "train", "valid" or "test"; empty where there is none."""
         if self.own is not None:
             return self.own.get(split_name, ())
+        # A share of 0 is no data set: Megatron builds None there.
         has_share = self.split is not None and self.split[SPLIT_NAMES.index(split_name)] > 0
         return self.shared if has_share else ()
 
@@ -56,6 +57,7 @@ def parse_blend(flag: str, words: list[str]) -> tuple[tuple[DataSource, ...], li
     numbers = [_read_number(word) for word in words]
     if all(number is None for number in numbers):
         return tuple(DataSource(prefix=word.strip(), weight=None) for word in words), []
+    # Strictly in turn: a prefix that is a number, such as 2024, would otherwise be taken for a weight in silence.
     is_in_turn = len(words) % 2 == 0 and all(
         (number is not None) == (position % 2 == 0) for position, number in enumerate(numbers)
     )
@@ -98,6 +100,7 @@ def count_split_tokens(index: IndexSummary, bounds: tuple[float, float]) -> int:
     Source: BlendedMegatronDatasetBuilder._build_megatron_dataset_splits (round of share x number of sequences).
     """
     first, last = (round(bound * float(index.num_sequences)) for bound in bounds)
+    # The header has this number; the lengths need not be read.
     if (first, last) == (0, index.num_sequences):
         return index.num_tokens
     return int(np.sum(index.sequence_lengths[first:last], dtype=np.int64))

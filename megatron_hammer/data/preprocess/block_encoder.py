@@ -13,6 +13,7 @@ from megatron_hammer.errors import DataError
 from megatron_hammer.tokenizer.encoding.encoder import Encoder, require_eod_id
 from megatron_hammer.tokenizer.encoding.fast_encoder import EncoderChoice
 
+# Joined and as UTF-16, a text takes up to eight bytes more per character: 32 MiB here.
 MAX_COUNTED_CHARS = 1 << 22
 
 
@@ -62,6 +63,7 @@ class BlockEncoder:
 
     def _encode_field(self, texts: list[str]) -> EncodedField:
         text_bytes = count_utf8_bytes(texts)
+        # Without sentences, every document is one of them: what follows treats both cases alike.
         sentences_per_document = np.ones(len(texts), dtype=np.int64)
         if self._split is not None:
             split_texts = [self._split(text) for text in texts]
@@ -69,12 +71,14 @@ class BlockEncoder:
             texts = [sentence for sentences in split_texts for sentence in sentences]
         ids, lengths = self._encoder.encode_batch(texts)
         is_kept = lengths > 0  # Megatron-LM's tool drops empty sentences, and adds no token to an empty document
+        # How many sentences are kept before each one, so that document ends can be renumbered in one look-up.
         kept_before = np.concatenate(([0], np.cumsum(is_kept)))
         document_ends = kept_before[np.cumsum(sentences_per_document)]
         sequences_per_document = np.diff(document_ends, prepend=0)
         ids, lengths = add_document_ends(
             ids.astype(self._dtype, copy=False),
             lengths[is_kept],
+            # An empty document gets neither bos nor eod, or it would no longer be empty.
             document_ends[sequences_per_document > 0],
             bos_id=self._bos_id,
             eod_id=self._eod_id,
@@ -89,6 +93,7 @@ def count_utf8_bytes(texts: Sequence[str]) -> int:
     joined = "".join(texts)
     if joined.isascii():
         return len(joined)
+    # UTF-8 takes one byte more from U+0080 on, and another one from U+0800 on.
     units = np.frombuffer(joined.encode("utf-16-le"), dtype="<u2")
     num_pairs = len(units) - len(joined)  # a character beyond the basic plane: two units of three bytes each, but four
     return len(units) + int(np.count_nonzero(units >= 0x80)) + int(np.count_nonzero(units >= 0x800)) - 2 * num_pairs
@@ -109,6 +114,7 @@ def add_document_ends(
     token_ends = np.concatenate(([0], np.cumsum(lengths)))
     places = [token_ends[document_starts]] * (bos_id is not None) + [token_ends[document_ends]] * (eod_id is not None)
     tokens = [token for token in (bos_id, eod_id) if token is not None]
+    # The caller's array must not change.
     lengths = lengths.copy()
     if bos_id is not None:
         lengths[document_starts] += 1

@@ -52,6 +52,7 @@ def describe_job(options: PreprocessOptions, encoder: Encoder, sources: Sources)
     """Return everything that shapes the bytes; raises DataError if the model of sentences is missing."""
     flags = describe_flags(options)
     return Job(
+        # All keys together: they are read in one pass, so a run cannot be continued with other ones.
         flags={"json_keys": list(options.json_keys)} | flags,
         tokenizer_sha256=encoder.sha256,
         shard=options.shard,
@@ -116,6 +117,7 @@ def find_complete_outputs(
         if manifest is None or not _is_for(manifest, {"json_key": key} | flags, options, encoder, sources):
             return None
         manifests[prefix] = manifest
+    # After the manifests of all keys: hashing takes minutes, and a difference in one manifest decides at once.
     if any(not _is_whole(prefix, manifest) for prefix, manifest in manifests.items()):
         return None
     described = tuple(describe_source(path) for path in sources.paths)
@@ -135,6 +137,7 @@ def _is_for(
         and manifest.shard == options.shard
         and manifest.tokenizer == identify_tokenizer(encoder)
         and manifest.tool_version == read_tool_version()
+        # An earlier run may have been allowed more errors than this one.
         and manifest.num_dropped_documents <= options.max_errors
         and found_sources == [(str(path), path.stat().st_size) for path in sources.paths]
         and manifest.ignored_files == tuple(map(str, sources.files.ignored))
@@ -142,5 +145,6 @@ def _is_for(
 
 
 def _is_whole(prefix: Path, manifest: Manifest) -> bool:
+    # A file may have been cut or overwritten after its manifest was written.
     hashes = {bin_path(prefix): manifest.bin_sha256, idx_path(prefix): manifest.idx_sha256}
     return all(path.is_file() and hash_file(path) == sha256 for path, sha256 in hashes.items())

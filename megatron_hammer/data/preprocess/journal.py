@@ -24,6 +24,7 @@ from megatron_hammer.files.publish import cannot_write, publish_files
 from megatron_hammer.files.typed import FormatVersion, read_json
 
 FORMAT_VERSION = 1
+# With another folder as input, thousands of files differ.
 MAX_DIFFERENCES_SHOWN = 20
 
 Phase = Literal["encode", "shuffle", "publish"]
@@ -84,6 +85,7 @@ def read_journal(path: Path) -> Journal | None:
     if not path.exists():
         return None
     remedy = "It is no journal of an unfinished run; pass --restart to throw that run away and begin again."
+    # Any other version, not only a later one: a journal is continued by the version that began it.
     version = read_json(path, FormatVersion, remedy=remedy).format_version
     if version != FORMAT_VERSION:
         raise DataError(f"{path}: format_version must be {FORMAT_VERSION}, got {version}. {remedy}")
@@ -118,6 +120,7 @@ def lock_outputs(path: Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
+            # Before the lock ends: after it, another run may hold this very file.
             path.unlink()
         os.close(descriptor)
 
@@ -129,6 +132,7 @@ def _open_lock(path: Path) -> int:
             # Not the existence of the file: the system drops this lock when its owner dies, however it dies.
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            # The owner has written its process and machine into the file, for this message.
             owner = os.read(descriptor, 100).decode(errors="replace") or "unknown"
             os.close(descriptor)
             raise DataError(
@@ -137,6 +141,7 @@ def _open_lock(path: Path) -> int:
             ) from error
         with suppress(OSError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                # A killed owner leaves its file, with its own number in it.
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, f"{os.getpid()} on {os.uname().nodename}".encode())
                 return descriptor
@@ -152,6 +157,7 @@ def _compare_inputs(begun: tuple[InputState, ...], asked: tuple[InputState, ...]
         if old[path].size_bytes != new[path].size_bytes:
             change = f"{new[path].size_bytes} bytes where there were {old[path].size_bytes}"
             differences.append(f"{path}: input must be as when the run began, got {change}.")
+        # The size is equal, so only the time of the last change differs.
         elif old[path] != new[path]:
             differences.append(f"{path}: input must be as when the run began, got one that was modified since.")
     if not differences and begun != asked:

@@ -58,6 +58,7 @@ class PreprocessOptions:
             "append_eod": self.append_eod,
             "prepend_bos": self.prepend_bos,
             "split_sentences": self.split_sentences,
+            # Without sentences the language shapes nothing, and must not make two runs differ.
             "lang": self.language if self.split_sentences else None,
             "keep_newlines": self.keep_newlines,
             "shuffle": self.seed is not None,

@@ -84,6 +84,7 @@ def preprocess(
     journal counts is kept for the next run with the same options; without a journal nothing that was written remains.
     """
     options.validate()
+    # Before any output is touched and any worker starts: a wrong tokenizer is found at once.
     encoder = load_encoder(options.tokenizer_path)
     if options.append_eod:
         require_eod_id(encoder)
@@ -144,6 +145,7 @@ class _Task:
         # Also for Ctrl-C: whoever stops a run may want to continue it.
         except BaseException as error:
             is_kept = self.run.keep_or_remove(is_void=isinstance(error, VoidRunError))
+            # The same class of error, so that the exit code stays, and one more sentence: how to continue.
             if is_kept and isinstance(error, HammerError):
                 raise type(error)(*error.problems, explain_resume(self.options)) from error
             raise
@@ -162,6 +164,7 @@ class _Task:
             encode_in_order(blocks, self._build_recipe, self.options.num_workers, self._locate)
         ) as encoded_blocks:
             for encoded in encoded_blocks:
+                # Written before the journal counts it, or a kill in between would leave a hole.
                 self.run.add(encoded, self._locate)
                 self.run.save_if_due()
                 self._hash_what_is_done(hasher)
@@ -198,6 +201,7 @@ class _Task:
 
     def _refuse_void_run(self) -> None:
         """Raise VoidRunError if nothing that has been written can be of use, to this run or to a later one."""
+        # At the end and not per file: a file may be appended to after it has been read.
         for state in self.job.inputs:
             try:
                 now = InputState.of(Path(state.path))
@@ -207,6 +211,7 @@ class _Task:
                 ) from error
             if now != state:
                 change = f"{state.size_bytes} bytes at the start and {now.size_bytes} at the end"
+                # Two equal sizes would not explain the refusal.
                 if now.size_bytes == state.size_bytes:
                     change = "one that was modified meanwhile"
                 raise VoidRunError(
@@ -222,6 +227,7 @@ class _Task:
 
     def _locate(self, begin: Position, place: int = 0) -> str:
         """Return file:line of the document that lies `place` documents after a position."""
+        # Counted only where a message needs it: it reads the file up to the slice.
         if begin.file_index not in self.records_before:
             self.records_before[begin.file_index] = count_records_before(self.sources.slices[begin.file_index])
         line = self.records_before[begin.file_index] + begin.num_records + place + 1

@@ -23,6 +23,7 @@ from megatron_hammer.data.preprocess.options import PreprocessOptions
 from megatron_hammer.errors import DataError, OutputError
 from megatron_hammer.files.publish import partial_path, publish_files
 
+# One wrong --json-keys makes every record a problem.
 MAX_PROBLEMS_SHOWN = 20
 
 
@@ -58,12 +59,14 @@ class PreprocessRun:
         Raises DataError when there are more bad records than `max_errors`.
         """
         self.problems += [f"{locate(encoded.begin, place)}: {problem}" for place, problem in encoded.problems]
+        # Before the block is written: a run that ends here must not count its documents.
         if len(self.problems) > self._options.max_errors:
             raise self._too_many_errors()
         for k, (writer, field) in enumerate(zip(self.writers, encoded.fields, strict=True)):
             writer.add_documents(field.ids, field.sequence_lengths, field.sequences_per_document)
             self.text_bytes[k] += field.text_bytes
             self.num_empty_documents[k] += int((field.sequences_per_document == 0).sum())
+        # Last: the journal must not pass a block of which only some keys are written.
         self.position = encoded.end
 
     def save_if_due(self) -> None:
@@ -107,6 +110,7 @@ class PreprocessRun:
         except BaseException:
             for writer in self.writers:
                 writer.abort()
+            # What is encoded is kept: the next run shuffles again from it.
             self.writers = spools
             raise
 
@@ -155,6 +159,7 @@ class PreprocessRun:
         return is_kept
 
     def _select_prefixes(self, phase: Phase) -> list[Path]:
+        # What waits to be shuffled lies under a prefix of its own. Once it is shuffled, the final pair is all there is.
         is_spooled = self._options.seed is not None and phase != "publish"
         return [select_spool_prefix(prefix) for prefix in self._prefixes] if is_spooled else self._prefixes
 

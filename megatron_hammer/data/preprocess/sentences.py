@@ -22,6 +22,7 @@ def load_sentence_splitter(language: str, *, keep_newlines: bool) -> Callable[[s
     Raises DataError if nltk has no model of the language, PlatformError if there is no nltk.
     """
     model = _find_model(language)
+    # After the model was found: `_find_model` explains a missing nltk.
     from nltk.tokenize import punkt
 
     class SpaceKeepingVars(punkt.PunktLanguageVars):
@@ -47,6 +48,7 @@ def hash_sentence_model(language: str) -> str:
     try:
         for name in MODEL_FILES:
             with model.join(name).open() as file:
+                # The byte between two files: moving text from the end of one to the start of the next changes the hash.
                 digest.update(file.read() + b"\0")
     except OSError as error:
         raise _no_model(language) from error

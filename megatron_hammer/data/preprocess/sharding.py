@@ -26,6 +26,7 @@ def parse_shard(text: str) -> JobShard:
 
 def select_shard_prefix(output_prefix: Path, shard: JobShard | None) -> Path:
     """Return the prefix of one shard's outputs, by which they sort in the order of the input."""
+    # Zeros in front, so that names sort as numbers do.
     return output_prefix if shard is None else Path(f"{output_prefix}-{shard.index:05d}-of-{shard.count:05d}")
 
 
@@ -35,11 +36,13 @@ def select_slices(files: Sequence[Path], shard: JobShard | None) -> tuple[FileSl
     if shard is None:
         return whole
     total_bytes = sum(part.end for part in whole)
+    # Integers of any size: every byte belongs to exactly one shard, whatever the rounding.
     begin, end = (total_bytes * number // shard.count for number in (shard.index, shard.index + 1))
     slices = []
     offset = 0
     for part in whole:
         first, last = max(begin - offset, 0), min(end - offset, part.end)
+        # An empty last file begins at the very end; it is listed by the last shard.
         begins_here = begin <= offset < end or (offset == total_bytes and shard.index == shard.count - 1)
         if part.end > 0 and (begins_here or first < last) and is_cuttable(part.path):
             slices.append(FileSlice(part.path, first, last, is_whole=(first, last) == (0, part.end)))

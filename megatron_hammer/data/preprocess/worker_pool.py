@@ -22,8 +22,10 @@ from typing import Any, cast
 from megatron_hammer.corpus.blocks import Block, Position
 from megatron_hammer.errors import HammerError, PlatformError
 
+# Encoded blocks wait for the slowest one before them, so their number must be bounded.
 MAX_BYTES_IN_FLIGHT = 32 << 20  # a single block may be larger; then no other is in flight
 MAX_BLOCKS_PER_WORKER = 3  # one in work, one waiting in the worker, one on its way
+# A worker notices the closed pipe at once, unless a long call of a C library holds the interpreter lock.
 JOIN_TIMEOUT_S = 5.0
 
 type BuildEncode[T] = Callable[[], Callable[[Block], T]]
@@ -50,6 +52,7 @@ def encode_in_order[T](
     pool = _Pool[T](locate)
     try:
         pool.start(num_workers)
+        # While they start: interpreter and imports of a worker take longer than preparing the recipe.
         pool.send_recipe(prepare())
         yield from pool.run(_Feed(iter(blocks)))
     finally:
@@ -126,6 +129,7 @@ class _Pool[T]:
             self._send(feed)
             if not self._sizes_bytes:
                 break
+            # Only the oldest block may go out; later ones that are ready wait in `_results`.
             if self._first in self._results:
                 yield self._take()
             else:
@@ -151,6 +155,7 @@ class _Pool[T]:
             worker = min(self._workers, key=lambda worker: len(worker.in_hand))
             if len(worker.in_hand) >= MAX_BLOCKS_PER_WORKER:
                 return
+            # A block that was read but did not fit comes first: the order of the input is kept.
             block = self._waiting or feed.take()
             self._waiting = None
             if block is None:
@@ -198,6 +203,7 @@ class _Pool[T]:
 def _serve(connection: Connection) -> None:
     """The worker: take what makes its function, then answer every block until the parent's end of the pipe is gone."""
     received: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    # daemon: at the end of the process nobody waits for it.
     threading.Thread(target=_receive_all, args=(connection, received), daemon=True).start()
     build_encode: BuildEncode[Any] = received.get()
     encode: Callable[[Block], Any] | None = None
@@ -206,6 +212,7 @@ def _serve(connection: Connection) -> None:
             encode = encode or build_encode()
             answer = encode(received.get())  # not kept here: a large one must go as soon as it is decoded
         except Exception as error:
+            # An error of ours has its sentence. Any other loses its stack trace on the way, so it is sent as text.
             is_explained = isinstance(error, HammerError)
             answer = error if is_explained else RuntimeError(f"a worker failed:\n{traceback.format_exc()}")
         with suppress(OSError):  # then the parent is gone, and so is this process in a moment
@@ -227,6 +234,7 @@ def send_object(connection: Connection, thing: Any) -> None:
     buffers: list[pickle.PickleBuffer] = []
     head = pickle.dumps(thing, protocol=5, buffer_callback=buffers.append)
     views = [buffer.raw() for buffer in buffers]
+    # The sizes first: the receiver allocates the buffers before it reads into them.
     connection.send_bytes(pickle.dumps([view.nbytes for view in views]))
     connection.send_bytes(head)
     for view in views:

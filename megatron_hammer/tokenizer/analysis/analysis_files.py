@@ -52,6 +52,7 @@ def write_plot(analysis: Analysis, path: Path) -> None:
     """Grouped bars as a PNG, one panel per figure: bytes per token, tokens / reference, fertility, coverage."""
     import matplotlib
 
+    # The backend for files: others look for a display.
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -61,6 +62,7 @@ def write_plot(analysis: Analysis, path: Path) -> None:
     rows = -(-len(panels) // columns)
     size = (PANEL_INCHES[0] * columns, PANEL_INCHES[1] * rows)
     figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    # An odd number of panels leaves one without content.
     for panel_axes in axes.flat[len(panels) :]:
         panel_axes.set_visible(False)
     for panel_axes, (title, unit, groups, values) in zip(axes.flat, panels, strict=False):
@@ -116,5 +118,6 @@ def _drawable(text: str) -> str:
 
     glyphs = font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()
     if all(ord(character) in glyphs for character in text):
+        # matplotlib reads text between two dollar signs as a formula.
         return text.replace("$", r"\$")
     return text.encode("ascii", "backslashreplace").decode("ascii")

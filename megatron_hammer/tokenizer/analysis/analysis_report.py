@@ -54,6 +54,7 @@ def describe_tokenizer(analysis: Analysis, tokenizer: TokenizerCounts) -> dict[s
 
 
 def _describe_tokens(analysis: Analysis, tokenizer: TokenizerCounts, scripts: tuple[Script, ...]) -> dict[str, Any]:
+    # By name: the reference need not be the first tokenizer.
     reference = next(other for other in analysis.tokenizers if other.name == analysis.reference)
     num_tokens = sum(tokenizer.num_tokens[script] for script in scripts)
     return {
@@ -151,6 +152,7 @@ def _build_losses(described: list[dict[str, Any]]) -> Table:
     columns = ("tokenizer", "loss", "first at", "text", "comes back as", "places", "documents")
     rows = []
     for row in described:
+        # A row for a tokenizer without losses too, or it would look as if it had been left out.
         if not row["round_trip"]["losses"]:
             rows.append((row["name"], "none", "", "", "", "0", "0"))
         for kind, loss in row["round_trip"]["losses"].items():

@@ -61,6 +61,7 @@ def parse_named_tokenizer(text: str) -> tuple[str, Path]:
     """`NAME=PATH` as its two parts; a PATH alone is named after its file without the suffix, or after its folder."""
     name, separator, path = text.partition("=")
     if not separator or "/" in name:
+        # Files of these names lie in a folder that is named after the model.
         is_generic = Path(text).name in ("tokenizer.json", "tokenizer.model")
         name, path = Path(text).parent.name if is_generic else Path(text).stem, text
     if not (name and path):
@@ -105,6 +106,7 @@ def analyze_tokenizers(
         for tokenizer in tokenizers:
             _count_batch(tokenizer, batch, batch_scripts)
     return Analysis(
+        # In the order of the enumeration, not in that in which they were met.
         scripts={script: scripts[script] for script in Script if script in scripts},
         tokenizers=tokenizers,
         reference=reference or tokenizers[0].name,
@@ -113,7 +115,9 @@ def analyze_tokenizers(
 
 def _count_batch(tokenizer: TokenizerCounts, batch: list[Document], scripts: list[Script]) -> None:
     ids, lengths = tokenizer.encoder.encode_batch([document.text for document in batch])
+    # Without the last sum: it is the end, behind which there would be an empty part.
     parts = np.split(ids, np.cumsum(lengths)[:-1])
     for document, script, part in zip(batch, scripts, parts, strict=True):
         tokenizer.num_tokens[script] += len(part)
+        # Decoded from the same ids: encoding twice would double the time.
         tokenizer.round_trip.add(document, tokenizer.encoder.decode(part))

@@ -17,6 +17,7 @@ SHOWN_CHARS = 40
 # The walk continues where both texts agree in this many characters, within this distance.
 AGREEMENT_CHARS = 4
 MAX_DISTANCE_CHARS = 64
+# Slices of strings are compared in C: much faster than character by character.
 _COMPARED_CHARS = 4096
 
 _WHITESPACE = re.compile(r"\s*")
@@ -84,6 +85,7 @@ class RoundTripCounts:
                 loss_class.before = _show(document.text, loss.start, loss.before)
                 loss_class.after = _show(decoded, loss.after_start, loss.after)
             loss_class.num_places += 1
+            # A document is counted once for each kind, however many places it has.
             kinds.add(loss.kind)
         for kind in kinds:
             self.classes[kind].num_documents += 1
@@ -96,6 +98,7 @@ def find_losses(before: str, after: str) -> Iterator[Loss]:
     """
     i = j = 0
     while True:
+        # Always first: also behind a loss, where both texts agree again.
         num_equal = _count_equal(before, i, after, j)
         i, j = i + num_equal, j + num_equal
         if i == len(before) and j == len(after):
@@ -139,6 +142,7 @@ def _find_unknown(before: str, i: int, after: str, j: int) -> Loss | None:
     if match is None or i == len(before):
         return None
     following = _UNKNOWN.split(after[match.end() : match.end() + AGREEMENT_CHARS], maxsplit=1)[0]
+    # At least one character: the unknown token stands for something.
     end = before.find(following, i + 1, i + MAX_DISTANCE_CHARS) if following else len(before)
     if end < 0:  # one unknown token more than there was text, or more losses right behind it
         end = i if before.startswith(following.strip(), i) else i + 1
@@ -153,6 +157,7 @@ def _find_invisible(before: str, i: int, after: str, j: int) -> Loss | None:
     if end == i:
         return None
     removed = before[i:end]
+    # Some normalisers make a space of a control character. A space that stands behind it anyway is not that.
     becomes_space = after[j : j + 1].isspace() and not before[end : end + 1].isspace()
     kind = TextLossKind.NUL if set(removed) == {"\0"} else TextLossKind.INVISIBLE
     return Loss(kind, i, removed, j, after[j] if becomes_space else "")
@@ -179,6 +184,7 @@ def _name_whitespace(before: str, start: int, removed: str, added: str) -> TextL
         return TextLossKind.LINE_ENDS
     if removed.count("\t") != added.count("\t"):
         return TextLossKind.TABS
+    # For instance an ideographic space that became a plain one.
     if not (removed + added).isascii():
         return TextLossKind.NORMALISED
     if start == 0:
@@ -188,6 +194,7 @@ def _name_whitespace(before: str, start: int, removed: str, added: str) -> TextL
 
 def _find_normalised(before: str, i: int, after: str, j: int) -> Loss | None:
     """One to four characters whose compatibility form, composition, case or accents changed."""
+    # Composition joins a letter with up to three marks.
     for num_chars in range(1, 5):
         removed = before[i : i + num_chars]
         for form in _list_forms(removed):
@@ -219,6 +226,7 @@ def _agree(before: str, i: int, after: str, j: int) -> bool:
 def _find_agreement(before: str, i: int, after: str, j: int) -> tuple[int, int]:
     """The fewest characters to skip in each text so that both continue alike; all the rest if they never do."""
     for distance in range(1, MAX_DISTANCE_CHARS + 1):
+        # The most characters of the original first: text that is missing is tried before text that was added.
         for num_chars in range(distance, -1, -1):
             if j + distance - num_chars <= len(after) and _agree(
                 before, i + num_chars, after, j + distance - num_chars

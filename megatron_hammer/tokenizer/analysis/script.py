@@ -15,6 +15,7 @@ _HAN_RUN = re.compile(f"[{_HAN}]+")
 _LATIN_RUN = re.compile(f"[{_LATIN}]+")
 _SYLLABLE_RUN = re.compile(f"[{_SYLLABLES}]+")
 _OTHER_RUN = re.compile(rf"(?:(?![{_HAN}{_LATIN}{_SYLLABLES}])[^\W\d_])+")
+# Runs, not single characters: findall then makes far fewer strings.
 _NOT_SPACE = re.compile(r"\S+")
 
 

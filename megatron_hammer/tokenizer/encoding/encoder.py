@@ -58,6 +58,7 @@ class SentencePieceEncoder(Encoder):
 
     def __init__(self, path: Path):
         model_bytes = read_bytes(path)
+        # A global setting of the library, so every place that loads a model sets it.
         sentencepiece.set_min_log_level(SENTENCEPIECE_LOGS_ERRORS_ONLY)
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
@@ -103,8 +104,10 @@ class HuggingFaceEncoder(Encoder):
         # the setting changes ids, so it is a part of what manifests record
         setting = b"split_special_tokens" if self.splits_special_tokens else b""
         self.sha256 = hashlib.sha256(json_bytes + setting).hexdigest()
+        # A tokenizer.json may ask for both, for inference. Here every text must give all its ids, and no others.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        # Not the number of entries: ids may have gaps, and embeddings have a row for every id up to the largest.
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.bos_id = self._first_known_id([_read_name(config, "bos_token"), *COMMON_BOS_TOKENS])
         self.eod_id = self._first_known_id([_read_name(config, "eos_token"), *COMMON_EOD_TOKENS])
@@ -114,11 +117,13 @@ class HuggingFaceEncoder(Encoder):
         return next((token_id for token_id in ids if token_id is not None), None)
 
     def encode(self, text: str) -> np.ndarray:
+        # Without the ids that a post-processor would add: preprocessing adds bos and eod itself.
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         plain_ids = [int(token_id) for token_id in ids]
         for token_id in plain_ids:
+            # tokenizers leaves out unknown ids without an error; sentencepiece raises for them.
             if not 0 <= token_id < self.vocab_size:
                 raise IndexError(f"token id {token_id} is outside the vocabulary of {self.vocab_size}")
         return self._tokenizer.decode(plain_ids, skip_special_tokens=False)
@@ -135,6 +140,7 @@ class DeferredEncoder(Encoder):
         self._encoder: Encoder | None = None
 
     def __getstate__(self) -> dict[str, Any]:
+        # The libraries' objects cannot be pickled, and the file is small enough to be read again.
         return vars(self) | {"_encoder": None}
 
     def encode(self, text: str) -> np.ndarray:
@@ -181,6 +187,7 @@ def require_eod_id(encoder: Encoder) -> int:
 
 
 def _find_in_folder(folder: Path) -> Path:
+    # tokenizer.json first: beside it, tokenizer.model is often only what it was converted from.
     for name in ("tokenizer.json", "tokenizer.model"):
         if (folder / name).is_file():
             return folder / name
@@ -215,4 +222,5 @@ def _read_config(config_path: Path) -> dict[str, Any]:
 def _read_name(config: dict[str, Any], key: str) -> str | None:
     """The name of a special token: a plain string or the content of an AddedToken object."""
     value = config.get(key)
+    # transformers writes both forms, by its version.
     return value["content"] if isinstance(value, dict) else value

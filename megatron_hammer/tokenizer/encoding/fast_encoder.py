@@ -45,6 +45,7 @@ os.environ.setdefault("FASTOKENS_BPE_THREADS", "1")
 os.environ.setdefault("RAYON_NUM_THREADS", "1")
 import fastokens
 
+# Texts of a few kilobytes: a difference is still shown near its place.
 PIECES_PER_TEXT = 256
 BYTE_TOKEN_START = "<0x"  # fastokens takes a literal "<0x41>" for the byte token of that name where no piece joins it
 MAX_SAMPLE_CHARS = 100_000  # the reference encodes this much in a tenth of a second
@@ -83,6 +84,7 @@ class EncoderChoice:
     warning: str | None = None
 
     def load(self) -> Encoder:
+        # The reference reads its file only when it is asked to encode, which a fast encoder rarely does.
         encoder = self.load_whole(self.reference)
         # Each worker holds an encoder, and building one needs far more memory than keeping it.
         _return_free_memory()
@@ -143,6 +145,7 @@ class PartwiseEncoder(Encoder):
         return np.concatenate([self._encoder.encode(part) for part in parts])
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        # One look at the lengths: nearly every batch has short texts only, and goes on as it is.
         if max(map(len, texts), default=0) > self._max_part_chars:
             return super().encode_batch(texts)
         return self._encoder.encode_batch(texts)
@@ -162,6 +165,7 @@ def select_encoder(
     cutter = build_text_cutter(model) if model else None
     reason = "has no fast encoder"
     for kind in kinds:
+        # The kernel knows SentencePiece models only, and needs a C compiler where pip has not built it.
         if kind == "native" and (model is None or load_kernel() is None):
             continue
         try:
@@ -174,6 +178,7 @@ def select_encoder(
             continue
         if difference is None:
             return choice
+        # The next encoder is tried: the two fast ones are different programs.
         reason = difference
     warning = f"{reference.path}: tokenizer {reason}. The reference encodes instead, exactly but slower."
     return EncoderChoice(reference=DeferredEncoder(reference), cutter=cutter, warning=warning)
@@ -200,6 +205,7 @@ def define_without_special_tokens(reference: Encoder) -> bytes:
     if not (isinstance(reference, HuggingFaceEncoder) and reference.splits_special_tokens):
         return definition
     fields = orjson.loads(definition)
+    # fastokens has no setting such as split_special_tokens.
     fields["added_tokens"] = [token for token in fields["added_tokens"] if not token["special"]]
     return orjson.dumps(fields)
 
@@ -239,6 +245,7 @@ def find_difference(encoder: Encoder, reference: Encoder, texts: Iterable[str]) 
         ids, expected = encoder.encode(text), reference.encode(text)
         if not np.array_equal(ids, expected):
             num_common = min(len(ids), len(expected))
+            # True at the end: where one is the beginning of the other, they differ behind it.
             position = int(np.argmax(np.append(ids[:num_common] != expected[:num_common], True)))
             # The tokens around the difference, so that the warning shows where to look.
             context = reference.decode(expected[max(0, position - 2) : position + 3])

@@ -22,6 +22,7 @@ from megatron_hammer.tokenizer.encoding.sentencepiece_model import (
 )
 
 NUL = "\0"
+# decoders.Strip takes a number of characters; no text begins with this many spaces.
 ALL_LEADING = 1_000_000
 SPECIAL_TYPES = (PieceType.CONTROL, PieceType.UNKNOWN)
 
@@ -65,6 +66,7 @@ def build_fast_tokenizer(model: SentencePieceModel, *, name: str) -> tokenizers.
         tokenizer.normalizer = normalizers.Sequence(steps)
     tokenizer.decoder = decoders.Sequence(list(_decoder_steps(model)))
     tokenizer.add_special_tokens(
+        # Not normalised: pieces are looked up as the model stores them.
         [tokenizers.AddedToken(piece.text, normalized=False) for piece in model.pieces if piece.type in SPECIAL_TYPES]
     )
     tokenizer.add_tokens([tokenizers.AddedToken(text, normalized=False) for _, text in list_symbols(model)])
@@ -81,6 +83,7 @@ def define_plain_tokenizer(model: SentencePieceModel) -> bytes:
     refuse_rewriting(model)
     unknown = model.unknown_piece
     control = {piece.text for piece in model.pieces if piece.type in SPECIAL_TYPES}
+    # tokenizers refuses an added token that lacks one of these.
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
     definition = {
         "version": "1.0",
@@ -171,6 +174,7 @@ def _normalizer_steps(model: SentencePieceModel) -> Iterator[Any]:
         yield normalizers.Replace(tokenizers.Regex(r"\A +| +\z"), "")  # spaces only: Strip would take line ends too
         yield normalizers.Replace(tokenizers.Regex(" {2,}"), " ")
     if model.has_dummy_prefix:
+        # After surplus spaces are removed: behind the prefix they would no longer be at the start.
         yield normalizers.Prepend(WHITESPACE_SYMBOL)
     yield normalizers.Replace(" ", WHITESPACE_SYMBOL)
 
@@ -188,6 +192,7 @@ def _decoder_steps(model: SentencePieceModel) -> Iterator[Any]:
 
 def list_merges(model: SentencePieceModel) -> list[tuple[str, str]]:
     """Every pair of pieces whose concatenation is a piece, best score first, as sentencepiece merges them."""
+    # NUL is encoded as its byte then, so no merge may build on it.
     never_merged = NUL if model.has_byte_fallback else None
     ranked = sorted(
         (-piece.score, token_id, piece.text)
@@ -222,6 +227,7 @@ def check_same_encoding(encoder: Encoder, tokenizer: tokenizers.Tokenizer, texts
             expected = encoder.encode(text).tolist()
             if encoding.ids != expected:
                 raise differs(text, expected, encoding.ids)
+            # Both decoders name the unknown token differently, as said above.
             if unknown_id in expected:
                 continue
             decoded = tokenizer.decode(encoding.ids, skip_special_tokens=False)

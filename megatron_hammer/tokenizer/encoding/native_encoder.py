@@ -31,7 +31,9 @@ from megatron_hammer.tokenizer.encoding.sentencepiece_model import WHITESPACE_SY
 
 SOURCE_PATH = Path(__file__).with_name("bpe_kernel.c")
 COMPILER_FLAGS = ("-O3", "-shared", "-fPIC")
+# The file compiles in seconds; a compiler that hangs must not hold up a run.
 COMPILE_TIMEOUT_S = 60
+# 4 MiB; a larger buffer would stay for ever after one long text.
 KEPT_IDS = 1 << 20
 
 
@@ -67,6 +69,7 @@ def build_kernel_tables(model: SentencePieceModel) -> KernelTables:
     symbols = list_symbols(model)
     if any(WHITESPACE_SYMBOL in text for _, text in symbols):
         raise ConversionError("user-defined symbols with white space: they are looked for in raw text")
+    # A symbol of one character is looked up like any character; only longer ones need a search.
     single_symbols = {text: i for i, text in symbols if len(text) == 1}
     normal = {piece.text: i for i, piece in enumerate(pieces) if piece.type is PieceType.NORMAL and piece.text != NUL}
     chars = {text: i for text, i in normal.items() if len(text) == 1} | single_symbols
@@ -86,10 +89,12 @@ def build_kernel_tables(model: SentencePieceModel) -> KernelTables:
     return KernelTables(
         chars=np.array([ord(char) for char in chars], dtype=np.uint32),
         char_pieces=np.array(list(chars.values()), dtype=np.int32),
+        # The kernel cuts words where no piece has two characters side by side. A single symbol always stands alone.
         char_pairs=_list_char_pairs([text for text in normal if not set(text) & set(single_symbols)]),
         lefts=lefts,
         rights=rights,
         merged=merged,
+        # Equal scores share a rank: then the leftmost pair is merged first, as sentencepiece does.
         rank_of_piece=np.unique(-scores, return_inverse=True)[1].astype(np.int32),
         byte_pieces=np.array([byte_pieces[f"<0x{byte:02X}>"] for byte in range(256)], dtype=np.int32),
         symbol_bytes=np.frombuffer(b"".join(text for text, _ in encoded), dtype=np.uint8),
@@ -122,8 +127,10 @@ class NativeEncoder(Encoder):
         self._ids = np.empty(0, dtype=np.int32)
         self._tables = tables  # the kernel reads the symbols where they are
         self._kernel = library.kernel_build(*_list_arguments(tables))
+        # The kernel returns a null pointer where malloc fails.
         if not self._kernel:
             raise MemoryError("no memory for the tokenizer's tables")
+        # Not __del__: it also runs at the end of the interpreter, while the library is still loaded.
         weakref.finalize(self, library.kernel_free, self._kernel)
         self._spare_bytes = bytes(ctypes.c_int64.in_dll(library, "kernel_spare_bytes").value)
         self._num_spare_ids = ctypes.c_int64.in_dll(library, "kernel_spare_ids").value
@@ -138,7 +145,9 @@ class NativeEncoder(Encoder):
         encoded = [text.encode() for text in texts]
         lengths_bytes = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
         starts = np.concatenate((np.zeros(1, dtype=np.int64), np.cumsum(lengths_bytes)))
+        # The kernel reads whole words of memory, which may reach past the last text.
         joined = b"".join([*encoded, self._spare_bytes])
+        # Before the ids are reserved: the texts are in memory twice.
         del encoded
         ids = self._reserve_ids(int(starts[-1]) + self._num_spare_ids)  # a token has at least one byte
         num_ids = np.empty(len(texts), dtype=np.int64)
@@ -147,6 +156,7 @@ class NativeEncoder(Encoder):
         )
         if count < 0:
             raise MemoryError("no memory to encode a text")
+        # The buffer is used again by the next call.
         return ids[:count].copy(), num_ids
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -185,6 +195,7 @@ def load_kernel() -> ctypes.CDLL | None:
     library = _open_library(find_built_kernel()) or _open_library(compile_kernel())
     if library is None:
         return None
+    # ctypes takes int for every result, which would cut a pointer to 32 bits.
     library.kernel_build.restype = ctypes.c_void_p
     library.kernel_free.restype = None
     library.kernel_free.argtypes = [ctypes.c_void_p]

@@ -83,8 +83,10 @@ def parse_sentencepiece_model(data: bytes) -> SentencePieceModel:
     proto = sentencepiece_model_pb2.ModelProto.FromString(data)
     types = {int(piece_type): piece_type for piece_type in PieceType}  # the enum's own look-up takes twice as long
     pieces = tuple(Piece(piece.piece, piece.score, types[piece.type]) for piece in proto.pieces)
+    # Any file whose bytes happen to parse as a message would be taken for an empty model.
     if not pieces or not all(piece.text and isinstance(piece.text, str) for piece in pieces):
         raise ValueError("no pieces, an empty one, or one that is not UTF-8 (protobuf returns it as bytes)")
+    # What is left is a few kilobytes, in every field that this class does not name.
     del proto.pieces[:]
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     return SentencePieceModel(
@@ -107,6 +109,7 @@ def serialize_sentencepiece_model(model: SentencePieceModel) -> bytes:
     Exact inverse of `parse_sentencepiece_model` for every file that sentencepiece wrote.
     The fields of `model` other than these two describe `specs` and are not written.
     """
+    # From the stored settings and not from the fields: a setting that has no field here would be lost.
     proto = sentencepiece_model_pb2.ModelProto.FromString(model.specs)
     proto.pieces.extend(_build_piece_messages(model.pieces))
     return proto.SerializeToString(deterministic=True)

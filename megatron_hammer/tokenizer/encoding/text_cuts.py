@@ -12,8 +12,10 @@ import numpy as np
 
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import WHITESPACE_SYMBOL, PieceType, SentencePieceModel
 
+# Long enough that cutting costs nothing, short enough for the buffers of an encoder.
 MAX_PART_CHARS = 256 * 1024
 _WINDOW_CHARS = 1024
+# Unicode ends at U+10FFFF, which takes 21 bits.
 _CODE_POINT_BITS = np.uint64(21)
 
 
@@ -36,6 +38,7 @@ class TextCutter:
         start = 0
         while len(text) - start > max_part_chars:
             boundary = self._find_boundary(text, start, start + max_part_chars)
+            # The rest has no safe boundary, so it is one part.
             if boundary is None:
                 break
             yield text[start:boundary]
@@ -48,6 +51,7 @@ class TextCutter:
         window_start = max(start, target - _WINDOW_CHARS)
         if len(boundaries := self.find_boundaries(text[window_start : target + 1])):
             return window_start + int(boundaries[-1])
+        # One character more than the step, so that the pair at the border of two windows is looked at.
         for window_start in range(target, len(text), _WINDOW_CHARS):
             if len(boundaries := self.find_boundaries(text[window_start : window_start + _WINDOW_CHARS + 1])):
                 return window_start + int(boundaries[0])
@@ -98,5 +102,6 @@ def _code_points(text: str) -> np.ndarray:
 
 
 def _is_member(values: np.ndarray, sorted_members: np.ndarray) -> np.ndarray:
+    # searchsorted returns the length for a value above all members.
     positions = np.minimum(np.searchsorted(sorted_members, values), len(sorted_members) - 1)
     return sorted_members[positions] == values

@@ -33,6 +33,7 @@ def load_with_transformers(folder: Path) -> Any:
     import transformers
 
     try:
+        # trust_remote_code: a folder may name Python files of its own, which are never run here.
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (ValueError, OSError, ImportError, KeyError, TypeError) as error:
         raise ConversionError(
@@ -56,11 +57,13 @@ def verify_with_transformers(
     """
     tokenizer = load_with_transformers(folder)
     checked = CheckedTexts()
+    # Users call the tokenizer with its defaults, so the export is compared in the same way.
     adds_special_tokens = isinstance(encoder, SentencePieceEncoder)
     for batch in batch_documents(documents):
         texts = [document.text for document in batch]
         expected = _encode_batch(encoder, texts)
         got = tokenizer(texts, add_special_tokens=adds_special_tokens, verbose=False)["input_ids"]
+        # Ids before texts: two different ids may decode to the same text.
         for document, expected_ids, got_ids in zip(batch, expected, got, strict=True):
             if got_ids != expected_ids:
                 raise _differs_in_ids(document, expected_ids, got_ids, tokenizer)

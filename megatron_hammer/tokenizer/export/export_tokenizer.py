@@ -82,6 +82,7 @@ def export_tokenizer_folder(
                 *(problem.replace("Pass --no-tokenizer and encode", "Encode") for problem in error.problems)
             ) from error
         if chat_template is not None:
+            # A file of its own: transformers prefers it to the field of tokenizer_config.json.
             (partial_dir / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
         encoder = load_encoder(source)
         samples = verify_with_transformers(encoder, partial_dir, list_samples(encoder))
@@ -127,9 +128,11 @@ def _export_sentencepiece(encoder: SentencePieceEncoder, target_dir: Path, max_l
 
 
 def _copy_hugging_face(encoder: Encoder, target_dir: Path) -> int:
+    # By name and not all files: the folder may hold weights, and code.
     for name in HF_TOKENIZER_FILES:
         if (file := encoder.path.with_name(name)).is_file():
             shutil.copyfile(file, target_dir / name)
+    # Encoded again from the copy: tokenizer_config.json beside it changes what tokenizer.json does.
     copied = load_encoder(target_dir / encoder.path.name)
     for text in SAMPLE_TEXTS:
         if not np.array_equal(copied.encode(text), encoder.encode(text)):
@@ -140,6 +143,7 @@ def _copy_hugging_face(encoder: Encoder, target_dir: Path) -> int:
 def _tokenizer_config(model: SentencePieceModel, encoder: Encoder, max_length: int | None) -> dict[str, Any]:
     """split_special_tokens: a control token spelt out in text is text, as in sentencepiece."""
     config: dict[str, Any] = {
+        # Not LlamaTokenizerFast: that class rebuilds parts of the tokenizer by rules of its own.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,

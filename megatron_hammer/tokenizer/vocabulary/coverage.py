@@ -87,10 +87,12 @@ def _list_hugging_face_characters(path: Path) -> frozenset[str]:
     import tokenizers
 
     tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    # Added tokens are stored as plain text, all others in the spelling of the vocabulary.
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     spellings = set(tokenizer.get_vocab(with_added_tokens=False)) - added
     if _is_byte_level(json.loads(path.read_bytes()).get("decoder")):
         byte_of = _list_byte_spellings()
+        # A character has at most four bytes in UTF-8.
         decoded = (_decode_bytes(text, byte_of) for text in spellings if len(text) <= 4)
         return frozenset(text for text in {*decoded, *added} if len(text) == 1)
     texts = (text.replace(WHITESPACE_SYMBOL, " ") for text in spellings | added)
@@ -100,6 +102,7 @@ def _list_hugging_face_characters(path: Path) -> frozenset[str]:
 def _is_byte_level(decoder: dict[str, Any] | None) -> bool:
     if decoder is None:
         return False
+    # A Sequence of decoders holds others inside it.
     return decoder["type"] == "ByteLevel" or any(map(_is_byte_level, decoder.get("decoders", ())))
 
 

@@ -21,6 +21,7 @@ def validate_extension(old: Encoder, new: Encoder) -> None:
         )
     old_pieces, new_pieces = _list_pieces(old), _list_pieces(new)
     for token_id, (old_piece, new_piece) in enumerate(zip(old_pieces, new_pieces, strict=False)):
+        # None: an id without a piece, which a new piece may take.
         if old_piece != new_piece and old_piece is not None:
             raise DataError(
                 f"{new.path}: ids of the old tokenizer must keep their pieces, got {new_piece!r} at id={token_id} "
@@ -49,6 +50,7 @@ def _spell_sentencepiece(old: Encoder, new: Encoder) -> Iterator[list[int]]:
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto.FromString(old.path.read_bytes())
+    # A piece inside a word must be spelt without the space that begins a text.
     proto.normalizer_spec.add_dummy_prefix = False
     proto.normalizer_spec.remove_extra_whitespaces = False
     processor = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())

@@ -109,6 +109,7 @@ def merge_characters(
     Raises DataError if the models share no character of the first level, or if there is nothing to add.
     """
     base_pieces, other_pieces = _index_pieces(base), _index_pieces(other)
+    # Scores of BPE pieces are ranks: between two models of different sizes they are comparable by a factor only.
     ratios = list_score_ratios(base_pieces, other_pieces, next(iter(levels.values())))
     ratio = _average_ratios(ratios, next(iter(levels)))
     characters = dict.fromkeys(spell_piece(character) for level in levels.values() for character in level)
@@ -197,11 +198,13 @@ def _append(
     pieces = [*base.pieces, *added]
     id_of = {piece.text: token_id for token_id, piece in enumerate(pieces)}
     new, retyped, present, problems = [], [], [], []
+    # In order and once each: the ids follow from the order.
     for symbol in dict.fromkeys(map(spell_piece, symbols)):
         if symbol not in id_of:
             new.append(symbol)
         elif pieces[id_of[symbol]].type is PieceType.USER_DEFINED:
             present.append(symbol)
+        # A second piece of the same text would be a broken model.
         elif pieces[id_of[symbol]].type is PieceType.NORMAL:
             retyped.append(symbol)
             pieces[id_of[symbol]] = Piece(symbol, 0.0, PieceType.USER_DEFINED)
@@ -214,6 +217,7 @@ def _append(
     if problems:
         raise DataError(*problems)
     pieces += [Piece(symbol, 0.0, PieceType.USER_DEFINED) for symbol in new]
+    # An unchanged copy under a new name would look like an extension.
     if tuple(pieces) == base.pieces:
         raise DataError("merge: the other model must have something that the base lacks, got nothing. Keep the base.")
     report = MergeReport(
@@ -235,6 +239,7 @@ def _calibrate(new: Iterable[Piece], ratio: float, taken: set[float]) -> Iterato
             yield piece
             continue
         score = _round_to_float32(piece.score * ratio)
+        # Two equal scores merge in the order of the text, which a list of merges cannot express.
         while score in taken:
             score = float(np.nextafter(np.float32(score), np.float32(-np.inf)))
         taken.add(score)

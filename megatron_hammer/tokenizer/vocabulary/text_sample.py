@@ -79,6 +79,7 @@ def _parse_weight(item: str) -> float | None:
         weight = float(item)
     except ValueError:
         return None
+    # A folder may be called 2024; guessing would change the weights of all sources.
     if Path(item).exists():
         raise ConfigError(f"input: must be a weight or a path, got {item}, which is both. Write ./{item} for the path.")
     return weight
@@ -165,6 +166,7 @@ def cut_line(line: bytes, max_bytes: int) -> Iterator[bytes]:
         end = line.rfind(b" ", start + 1, start + max_bytes)
         if end < 0:
             end = start + max_bytes
+            # At most three steps back.
             while line[end] & 0xC0 == 0x80:  # a continuation byte of UTF-8
                 end -= 1
         yield line[start:end]
@@ -190,6 +192,7 @@ class _TextLines:
             self.num_documents += 1
             self.text_bytes += len(encoded)
             for line in encoded.split(b"\n"):
+                # sentencepiece drops empty lines; here they would count as sampled.
                 if line.strip():
                     for part in cut_line(line, self._max_line_bytes):
                         self.num_lines += 1

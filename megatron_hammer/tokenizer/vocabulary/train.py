@@ -27,8 +27,10 @@ from megatron_hammer.tokenizer.vocabulary.recipes import TokenizerRecipe
 from megatron_hammer.tokenizer.vocabulary.text_sample import SourceCounts, TextSource, sample_sources
 from megatron_hammer.tokenizer.vocabulary.vocabulary_files import spell_piece
 
+# sentencepiece stores the number in the model; the file must not depend on the machine.
 STORED_NUM_THREADS = 1
 CONTROL_SYMBOLS = ("<s>", "</s>")  # as user-defined symbols they would begin and end documents where text spells them
+# A person does not notice this wait after Ctrl-C.
 POLL_INTERVAL_S = 0.1
 
 
@@ -77,6 +79,7 @@ def train_tokenizer(
     sampled_bytes = sum(count.sampled_bytes for count in counts)
     on_training(sampled_bytes)
     model_bytes = _train_interruptibly(sample, recipe, num_threads)
+    # Before the model gets its name: sentencepiece leaves out what it cannot hold without a word.
     check_requirements(model_bytes, recipe)
     publish_files({output_path: model_bytes})
     return TrainedTokenizer(
@@ -150,6 +153,7 @@ def _train_sentencepiece(sample: Sequence[bytes], recipe: TokenizerRecipe, num_t
             character_coverage=recipe.character_coverage,
             max_sentencepiece_length=recipe.max_piece_chars,
             max_sentence_length=recipe.max_sentence_bytes,
+            # A character that is a symbol too is a piece already: sentencepiece fails with "is already defined".
             required_chars="".join(character for character in required if character not in set(symbols)),
             user_defined_symbols=symbols,
             byte_fallback=True,
@@ -168,6 +172,7 @@ def _train_sentencepiece(sample: Sequence[bytes], recipe: TokenizerRecipe, num_t
 
 def _explain_training_error(error: RuntimeError, recipe: TokenizerRecipe) -> DataError:
     message = str(error)
+    # The messages of sentencepiece's own checks; another version may word them otherwise, then the last line applies.
     if limit := re.search(r"Vocabulary size too high .* <= (\d+)", message):
         return DataError(
             f"vocab-size: must not exceed what the text can give, got vocab_size={recipe.vocab_size}, "

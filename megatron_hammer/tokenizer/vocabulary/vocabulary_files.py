@@ -13,6 +13,7 @@ from megatron_hammer.files.read import read_text
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import WHITESPACE_SYMBOL
 from megatron_hammer.tokenizer.vocabulary.coverage import read_character_levels
 
+# Bytes as protobuf's text format prints them.
 _OCTAL_ESCAPES = re.compile(r"(?:\\[0-7]{3})+")
 _TAG_WITHOUT_START = re.compile(r"[^<>]*\w>")
 _TAG_WITHOUT_END = re.compile(r"</?\w[^<>]*")
@@ -26,6 +27,7 @@ def read_required_levels(path: Path) -> dict[str, tuple[str, ...]]:
     """
     if path.suffix == ".json":
         return read_character_levels(path)
+    # Line ends separate the characters of such a file; they are not meant as characters.
     characters = tuple(dict.fromkeys(read_text(path).replace("\n", "").replace("\r", "")))
     if not characters:
         raise DataError(f"{path}: file must hold characters, got none. Write one a line.")
