@@ -5,7 +5,7 @@
 
 import math
 from dataclasses import dataclass, fields
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from annotated_types import Ge, Gt, Lt, MinLen
 
@@ -21,6 +21,8 @@ NonNegativeFloat = Annotated[float, Ge(0), Lt(math.inf)]
 AtLeastOne = Annotated[float, Ge(1), Lt(math.inf)]
 
 Precision = Literal["fp32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4"]  # of the matrix products; the rest is 16-bit
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+LOW_PRECISIONS: tuple[Precision, ...] = ("fp8", "mxfp8", "nvfp4")
 Recompute = Literal["none", "selective", "full"]
 Sharding = Literal["none", "distributed_optimizer", "fsdp"]
 
@@ -40,6 +42,13 @@ class Gpu:
     memory_bytes: PositiveInt
     memory_bytes_per_s: PositiveFloat
     power_w: PositiveFloat  # of the board at full load
+
+    def find_peak_tflops(self, precision: Precision) -> float | None:
+        """The dense peak of matrix products in this precision. None if the GPU has no units for it."""
+        # fp8 and its block-scaled form mxfp8 run on the same units.
+        formats = {"mxfp8": "fp8", "nvfp4": "fp4"}
+        peak: float | None = getattr(self, f"{formats.get(precision, precision)}_tflops")
+        return peak
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

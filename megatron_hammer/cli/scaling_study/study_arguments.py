@@ -15,7 +15,7 @@ from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.presets.preset import Recipe
 from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_default_cluster, select_gpu
-from megatron_hammer.scaling.plan import Cluster, Gpu
+from megatron_hammer.scaling.plan import PRECISIONS, Cluster, Gpu
 from megatron_hammer.scaling.search.projection import Study
 from megatron_hammer.scaling.search.search_space import RECOMPUTES, SHARDINGS, SearchSpace
 from megatron_hammer.scaling.search.study_problems import SIZE_FLAGS, find_study_problems
@@ -65,7 +65,7 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument(
         "--precision",
-        choices=("fp32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4"),
+        choices=PRECISIONS,
         help="(default: the recipe's, or bf16)",
     )
     run.add_argument("--train-tokens", metavar="TOKENS", help="budget; 15T or 15e12 (default: the recipe's)")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.scaling.cost.coefficients import REFERENCE_WATTS, Coefficients, select_generation
 from megatron_hammer.scaling.cost.operators import Gemm, LayerWork, Shard, Work
-from megatron_hammer.scaling.plan import Gpu
+from megatron_hammer.scaling.plan import LOW_PRECISIONS, Gpu, Precision
 
 TILE_ELEMENTS = 128 * 256  # of a result that one multiprocessor works on: the large tiles of cuBLAS and CUTLASS
 # Flash attention computes as many exponentials for narrow heads as for wide ones: a width of 64 reaches 90% of the
@@ -47,16 +47,14 @@ class Rates(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def build_rates(gpu: Gpu, precision: str, coefficients: Coefficients) -> Rates:
+def build_rates(gpu: Gpu, precision: Precision, coefficients: Coefficients) -> Rates:
     """Raises ConfigError for a precision that the GPU has no units for."""
     own = coefficients.select_gpu(gpu)
-    peak = {"fp32": gpu.fp32_tflops, "fp16": gpu.fp16_tflops}.get(precision, gpu.bf16_tflops)
     # In 8- or 4-bit training the head stays in 16 bits (operators.py), so both peaks are needed.
-    low_peak, low_ratio = peak, own.gemm_ratio
-    if precision in ("fp8", "mxfp8"):
-        low_peak, low_ratio = gpu.fp8_tflops, own.gemm_8bit_ratio
-    elif precision == "nvfp4":
-        low_peak, low_ratio = gpu.fp4_tflops, own.gemm_4bit_ratio
+    peak = gpu.find_peak_tflops("bf16" if precision in LOW_PRECISIONS else precision)
+    low_peak, low_ratio = gpu.find_peak_tflops(precision), own.gemm_ratio
+    if precision in LOW_PRECISIONS:
+        low_ratio = own.gemm_4bit_ratio if precision == "nvfp4" else own.gemm_8bit_ratio
     if not peak or not low_peak:
         raise ConfigError(
             f"precision: must be one that the GPU multiplies in, got precision={precision}, gpu={gpu.name}. "
@@ -123,13 +121,17 @@ def estimate_work(work: Work, rates: Rates, coefficients: Coefficients, attentio
     )
 
 
+def estimate_attention_fill(length: float, head_dim: int, fill_tokens: float) -> float:
+    """The share of its full speed that flash attention reaches with this sequence length and head width."""
+    # Scaled to 1 for a head of 128, the width that attention_ratio describes.
+    return length / (length + fill_tokens) * (head_dim / (head_dim + HEAD_DIM_FILL) * (128 + HEAD_DIM_FILL) / 128)
+
+
 def estimate_layer(work: LayerWork, shard: Shard, head_dim: int, gpu: Gpu, coefficients: Coefficients) -> LayerTime:
     """Both passes of a layer, or of an end of the model, over one micro-batch."""
     rates = build_rates(gpu, shard.precision, coefficients)
-    length = shard.seq_length / shard.cp  # queries of one rank
-    fill = length / (length + coefficients.attention_fill_tokens)
-    # Scaled to 1 for a head of 128, the width that attention_ratio describes.
-    fill *= head_dim / (head_dim + HEAD_DIM_FILL) * (128 + HEAD_DIM_FILL) / 128
+    # Each rank computes its own queries.
+    fill = estimate_attention_fill(shard.seq_length / shard.cp, head_dim, coefficients.attention_fill_tokens)
     return LayerTime(
         estimate_work(work.forward, rates, coefficients, fill),
         estimate_work(work.backward, rates, coefficients, fill),

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from megatron_hammer.model.accounting import padded_vocab_size
 from megatron_hammer.model.shape import ModelShape
+from megatron_hammer.scaling.plan import LOW_PRECISIONS, Precision
 
 # Bytes that unfused attention moves for each of the s * s * heads scores, 16-bit elements, one-byte dropout masks.
 # Forward: scores written (2), scaled and masked softmax (2 + 2), dropout (2 + 2 + 1), read by the product with the
@@ -20,7 +21,6 @@ UNFUSED_BACKWARD_BYTES_PER_SCORE = 19
 # Dao 2023, arXiv 2307.08691, section 2.3.1: the backward pass has five matrix products where the forward pass has two,
 # because scores are not stored but computed again.
 FLASH_BACKWARD_RATIO = 2.5
-LOW_PRECISIONS = ("fp8", "mxfp8", "nvfp4")
 
 
 class Gemm(NamedTuple):
@@ -60,7 +60,7 @@ class Shard(NamedTuple):
     has_sequence_parallel: bool
     num_tokens: int  # of one micro-batch on one context-parallel rank, before tensor parallelism
     seq_length: int
-    precision: str
+    precision: Precision
     has_flash_attention: bool
     vocab_divisible_by: int
 

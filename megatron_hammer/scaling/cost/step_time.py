@@ -19,7 +19,7 @@ from megatron_hammer.scaling.cost.data_parallel import (
 from megatron_hammer.scaling.cost.layer_cost import LayerCost, build_end_times, build_layer_cost, build_shard
 from megatron_hammer.scaling.cost.operators import Shard
 from megatron_hammer.scaling.cost.pipeline import StageKind, build_schedule, list_stages
-from megatron_hammer.scaling.plan import Plan, StepTime
+from megatron_hammer.scaling.plan import LOW_PRECISIONS, Plan, StepTime
 
 # The host launches kernels ahead of the device, so a stage takes the longer of the two times, and a little more when
 # both are similar.
@@ -122,7 +122,7 @@ def select_band_class(plan: Plan) -> str:
         return "fsdp"
     if not plan.has_flash_attention:
         return "unfused_attention"
-    kind = "low_precision" if plan.precision in ("fp8", "mxfp8", "nvfp4") else "16_bit"
+    kind = "low_precision" if plan.precision in LOW_PRECISIONS else "16_bit"
     return f"{select_generation(plan.gpu)}_{kind}"
 
 

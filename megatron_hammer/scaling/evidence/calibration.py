@@ -8,7 +8,7 @@ contains information about keeps its value. `cross_validation.py` computes the e
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ from megatron_hammer.scaling.cost.coefficients import (
     select_generation,
 )
 from megatron_hammer.scaling.cost.step_time import predict_step
+from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun
 from megatron_hammer.scaling.plan import Plan
 
 RELATIVE_ERROR = 0.05  # expected of one run: software versions, clusters and rounding differ by about that much
@@ -33,17 +34,6 @@ RELATIVE_ERROR = 0.05  # expected of one run: software versions, clusters and ro
 SOURCE_WEIGHT_EXPONENT = 0.35
 MOST_RUNS_OF_A_SOURCE = 120  # more runs of one table add no information; evenly spaced ones are taken
 STEP_OF_DIFFERENCE = 1e-3  # of a coefficient's logarithm, for the numerical derivative
-
-
-class FittableRun(Protocol):
-    """What a fit needs to know about a run; `measured_runs.MeasuredRun` has it."""
-
-    @property
-    def source(self) -> str: ...
-    @property
-    def plan(self) -> Plan: ...
-    @property
-    def step_time_s(self) -> float: ...
 
 
 class FreeCoefficient(NamedTuple):
@@ -65,7 +55,7 @@ def name_publication(source: str) -> str:
 
 
 def fit(
-    runs: Sequence[FittableRun], start: Coefficients | None = None, *, is_prior_start: bool = False
+    runs: Sequence[MeasuredRun], start: Coefficients | None = None, *, is_prior_start: bool = False
 ) -> Coefficients:
     """Coefficients that predict these runs best, from `start` (by default the shipped ones).
 
@@ -116,7 +106,7 @@ def fit(
 
 
 def select_free_coefficients(
-    runs: Sequence[FittableRun], start: Coefficients, *, is_prior_start: bool = False
+    runs: Sequence[MeasuredRun], start: Coefficients, *, is_prior_start: bool = False
 ) -> list[FreeCoefficient]:
     """The coefficients that change the prediction of at least one run, with their priors."""
     values = flatten_coefficients(start)
@@ -143,9 +133,9 @@ def select_free_coefficients(
     return free
 
 
-def select_fit_runs[R: FittableRun](runs: Sequence[R]) -> list[R]:
+def select_fit_runs(runs: Sequence[MeasuredRun]) -> list[MeasuredRun]:
     """The runs that a fit takes: all, or MOST_RUNS_OF_A_SOURCE evenly spaced ones of a source that has more."""
-    by_source: dict[str, list[R]] = {}
+    by_source: dict[str, list[MeasuredRun]] = {}
     for run in runs:
         by_source.setdefault(run.source, []).append(run)
     chosen = []
@@ -155,7 +145,7 @@ def select_fit_runs[R: FittableRun](runs: Sequence[R]) -> list[R]:
     return chosen
 
 
-def weigh_runs(runs: Sequence[FittableRun]) -> NDArray[np.float64]:
+def weigh_runs(runs: Sequence[MeasuredRun]) -> NDArray[np.float64]:
     """Weights of the runs' residuals: the more runs a publication has, the smaller is the weight of each."""
     publications = [name_publication(run.source) for run in runs]
     sizes = Counter(publications)

@@ -9,25 +9,19 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from megatron_hammer.scaling.cost.coefficients import Coefficients, load_coefficients
 from megatron_hammer.scaling.cost.step_time import predict_step, select_band_class
-from megatron_hammer.scaling.evidence.calibration import FittableRun, fit, name_publication
+from megatron_hammer.scaling.evidence.calibration import fit, name_publication
+from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun
 from megatron_hammer.scaling.plan import Plan, StepTime
 
 BAND_COVERAGE = 0.8
 LEAST_RUNS_OF_A_CLASS = 12  # a class with fewer errors takes the band of all runs
-PredictedRun = tuple[FittableRun, StepTime]
-
-
-class FingerprintedRun(FittableRun, Protocol):
-    """A run with a fingerprint, by which a coefficients file records that it was fitted to the run."""
-
-    @property
-    def fingerprint(self) -> str: ...
+PredictedRun = tuple[MeasuredRun, StepTime]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,7 +74,7 @@ def assess(predictions: Sequence[PredictedRun]) -> Assessment:
 
 
 def cross_validate(
-    runs: Sequence[FittableRun], start: Coefficients | None = None, *, is_prior_start: bool = False
+    runs: Sequence[MeasuredRun], start: Coefficients | None = None, *, is_prior_start: bool = False
 ) -> list[PredictedRun]:
     """Each run with the prediction of coefficients that were fitted without its publication, in the runs' order.
 
@@ -143,7 +137,7 @@ def summarise_ranking(predictions: Iterable[PredictedRun]) -> RankingSummary | N
     )
 
 
-def _name_task(run: FittableRun) -> Hashable:
+def _name_task(run: MeasuredRun) -> Hashable:
     """What two runs have in common if they differ only in layout."""
     plan: Plan = run.plan
     return (
@@ -186,7 +180,7 @@ def _weighted_quantile(predictions: Sequence[PredictedRun]) -> float:
 
 
 def calibrate(
-    runs: Sequence[FingerprintedRun], start: Coefficients, assessment: Assessment, *, is_prior_start: bool = False
+    runs: Sequence[MeasuredRun], start: Coefficients, assessment: Assessment, *, is_prior_start: bool = False
 ) -> Coefficients:
     """Coefficients fitted to all runs, with the bands and the provenance of a file that can be shipped.
 

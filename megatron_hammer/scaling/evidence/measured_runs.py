@@ -280,8 +280,7 @@ def _read_precision(row: RunRow, gpu: Gpu, software: TrainingSoftware, assumptio
     if precision == "mxfp8" and gpu.fp4_tflops is None:
         assumptions.append("precision fp8: block scaling in software, as the GPU has no MXFP8")
         precision = "fp8"
-    has_format = {"fp8": gpu.fp8_tflops, "mxfp8": gpu.fp8_tflops, "nvfp4": gpu.fp4_tflops, "bf16": gpu.bf16_tflops}
-    if precision in has_format and has_format[precision] is None:
+    if gpu.find_peak_tflops(precision) is None:
         raise UnpredictableError(f"its GPU {gpu.name} has no {precision}")
     return precision
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.scaling.launch.training_flags import find_recipe, list_plan_flags
-from megatron_hammer.scaling.plan import Plan
+from megatron_hammer.scaling.plan import LOW_PRECISIONS, Plan
 
 Launcher = Literal["torchrun", "slurm", "kubernetes"]
 LAUNCHERS: tuple[Launcher, ...] = get_args(Launcher)
@@ -105,8 +105,8 @@ def list_environment(launch: Launch) -> dict[str, str]:
 
 def select_backend(plan: Plan) -> str:
     """te if only TransformerEngine supports the plan, otherwise whatever is installed."""
-    has_low_precision = plan.precision in ("fp8", "mxfp8", "nvfp4")
-    needs_te = plan.layout.context_parallel_size > 1 or has_low_precision or plan.overlaps_tensor_parallel
+    is_low = plan.precision in LOW_PRECISIONS
+    needs_te = plan.layout.context_parallel_size > 1 or is_low or plan.overlaps_tensor_parallel
     return "te" if needs_te else "auto"
 
 

@@ -303,20 +303,26 @@ def read_table(path: Path) -> list[LossRun]:
     for row in reader:
         line = reader.line_num
         values = {column: _parse_number(row[column] or "") for column in TABLE_COLUMNS}
-        problems += [
-            f"{path}:{line}: {column} must be a number, got {row[column]!r}. Correct it or remove the row."
+        # A loss of nan stays, so that the fit can name the run that diverged.
+        wrong = [
+            column
             for column, value in values.items()
             if value is None or (column != "loss" and not math.isfinite(value))
         ]
-        if any(value is None or (column != "loss" and not math.isfinite(value)) for column, value in values.items()):
+        problems += [
+            f"{path}:{line}: {column} must be a number, got {row[column]!r}. Correct it or remove the row."
+            for column in wrong
+        ]
+        if wrong:
             continue
+        num_parameters, num_tokens, loss = (value or 0.0 for value in values.values())
         runs.append(
             LossRun(
                 name=(row.get("run") or "").strip() or f"line-{line}",
                 source=f"{path}:{line}",
-                num_parameters=round(values["num_parameters"] or 0),
-                num_tokens=round(values["num_tokens"] or 0),
-                loss=values["loss"] if values["loss"] is not None else math.nan,
+                num_parameters=round(num_parameters),
+                num_tokens=round(num_tokens),
+                loss=loss,
                 loss_source=f"column loss of {path.name}",
                 tokenizer=(row.get("tokenizer") or "").strip() or None,
             )

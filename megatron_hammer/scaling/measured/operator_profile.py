@@ -17,16 +17,15 @@ from typing import Any
 from megatron_hammer.errors import DataError, PlatformError
 from megatron_hammer.files.typed import read_json
 from megatron_hammer.scaling.cost.coefficients import Coefficients
-from megatron_hammer.scaling.cost.compute import HEAD_DIM_FILL
+from megatron_hammer.scaling.cost.compute import estimate_attention_fill
 from megatron_hammer.scaling.measured.sweep_results import Statistic
-from megatron_hammer.scaling.plan import Cluster, Gpu
+from megatron_hammer.scaling.plan import Cluster, Gpu, Precision
 
 BENCHMARK_MODULE = "megatron_hammer.platforms.operator_benchmark"
 POINTWISE = ("add", "rms_norm", "swiglu", "cross_entropy_with_backward", "adam")
 # Small messages show the latency of a collective, and large ones its bandwidth.
 SMALL_MESSAGE_BYTES, LARGE_MESSAGE_BYTES = 4096, 2**20
 GATHERS = ("all_gather", "reduce_scatter")
-PRECISION_FIELDS = {"fp32": "fp32_tflops", "bf16": "bf16_tflops", "fp16": "fp16_tflops", "fp8": "fp8_tflops"}
 TIMEOUT_S = 1800.0
 
 
@@ -151,7 +150,7 @@ def _rate(timings: Iterable[Timing], quantity: str) -> float:
 def _measure_gpu(report: OperatorReport, gpu: Gpu) -> Gpu:
     """Peaks of one core: its fastest product, its fastest copy, its share of the memory."""
     peaks = {
-        PRECISION_FIELDS[dtype]: max(t.flops / t.fastest_s for t in report.select("gemm") if t.dtype == dtype) / 1e12
+        f"{dtype}_tflops": max(t.flops / t.fastest_s for t in report.select("gemm") if t.dtype == dtype) / 1e12
         for dtype in {timing.dtype for timing in report.select("gemm")}
     }
     fp32_tflops = peaks.get("fp32_tflops", gpu.fp32_tflops)
@@ -168,12 +167,18 @@ def _measure_gpu(report: OperatorReport, gpu: Gpu) -> Gpu:
 
 def _measure_gemm_ratio(report: OperatorReport, gpu: Gpu) -> float:
     """The reached ratio of the peak, in 16-bit products if they were timed, else in fp32."""
-    for dtype in ("bf16", "fp16", "fp32"):
-        gemms = [timing for timing in report.select("gemm") if timing.dtype == dtype]
-        peak = getattr(gpu, PRECISION_FIELDS[dtype])
-        if gemms and peak:
-            return _measure_large_gemms(gemms, peak)
-    raise DataError("profile: must hold matrix products of bf16, fp16 or fp32, got none. Run profile again.")
+    return _measure_large_gemms(*_select_timings(report, gpu, "gemm", "matrix products"))
+
+
+def _select_timings(report: OperatorReport, gpu: Gpu, operator: str, words: str) -> tuple[list[Timing], float]:
+    """(timings of an operator, peak in TFLOP/s), in the first of bf16, fp16 and fp32 that was timed and has a peak."""
+    precisions: tuple[Precision, ...] = ("bf16", "fp16", "fp32")
+    for precision in precisions:
+        timings = [timing for timing in report.select(operator) if timing.dtype == precision]
+        peak = gpu.find_peak_tflops(precision)
+        if timings and peak:
+            return timings, peak
+    raise DataError(f"profile: must hold {words} of bf16, fp16 or fp32, got none. Run profile again.")
 
 
 def _measure_large_gemms(gemms: Sequence[Timing], peak_tflops: float) -> float:
@@ -185,18 +190,12 @@ def _measure_large_gemms(gemms: Sequence[Timing], peak_tflops: float) -> float:
 
 def _measure_attention_ratio(report: OperatorReport, gpu: Gpu, fill_tokens: float) -> float:
     """The ratio of the peak at full speed. Short sequences and narrow heads are corrected as in cost/compute.py."""
-    for dtype in ("bf16", "fp16", "fp32"):
-        timings = [t for t in report.select("attention_with_backward") if t.dtype == dtype]
-        peak = getattr(gpu, PRECISION_FIELDS[dtype])
-        if timings and peak:
-            full_flops = 0.0
-            for timing in timings:
-                length, head_dim = timing.shape[-2:]
-                fill = length / (length + fill_tokens)
-                fill *= head_dim / (head_dim + HEAD_DIM_FILL) * (128 + HEAD_DIM_FILL) / 128
-                full_flops += timing.flops / fill
-            return full_flops / sum(timing.seconds for timing in timings) / (1e12 * peak)
-    raise DataError("profile: must hold attention of bf16, fp16 or fp32, got none. Run profile again.")
+    timings, peak = _select_timings(report, gpu, "attention_with_backward", "attention")
+    full_flops = 0.0
+    for timing in timings:
+        length, head_dim = timing.shape[-2:]
+        full_flops += timing.flops / estimate_attention_fill(length, head_dim, fill_tokens)
+    return full_flops / sum(timing.seconds for timing in timings) / (1e12 * peak)
 
 
 def _measure_memory_ratio(report: OperatorReport, gpu: Gpu) -> float:

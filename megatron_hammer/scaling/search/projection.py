@@ -14,7 +14,7 @@ from megatron_hammer.model.accounting import FlopConvention, StageMemory, count_
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.scaling.evidence.measured_runs import UnpredictableRow
 from megatron_hammer.scaling.evidence.validation import Prediction
-from megatron_hammer.scaling.plan import PARTS, Cluster, Gpu, Plan, Precision, StepTime
+from megatron_hammer.scaling.plan import PARTS, PRECISIONS, Cluster, Gpu, Plan, Precision, StepTime
 from megatron_hammer.scaling.search.search_space import SearchSpace
 
 SECONDS_PER_DAY = 86_400.0
@@ -181,17 +181,9 @@ def describe_plan(plan: Plan) -> str:
 
 def select_peak_tflops(gpu: Gpu, precision: Precision) -> float:
     """Dense peak of the matrix products of a run. Raises ConfigError if the GPU lacks the format."""
-    peaks = {
-        "fp32": gpu.fp32_tflops,
-        "fp16": gpu.fp16_tflops,
-        "bf16": gpu.bf16_tflops,
-        "fp8": gpu.fp8_tflops,
-        "mxfp8": gpu.fp8_tflops,
-        "nvfp4": gpu.fp4_tflops,
-    }
-    peak = peaks[precision]
+    peak = gpu.find_peak_tflops(precision)
     if peak is None:
-        usable = [name for name, tflops in peaks.items() if tflops is not None]
+        usable = [name for name in PRECISIONS if gpu.find_peak_tflops(name) is not None]
         raise ConfigError(
             f"precision: must be a format that the GPU has, got precision={precision}, gpu={gpu.name}. "
             f"Use one of: {', '.join(usable)}."
