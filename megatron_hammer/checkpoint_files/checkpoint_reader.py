@@ -12,7 +12,9 @@ from torch import Tensor
 from megatron_hammer.errors import CheckpointError
 
 LATEST_FILE = "latest_checkpointed_iteration.txt"  # Megatron's pointer to the newest iteration of a folder
+RELEASE = "release"  # in place of an iteration, in the pointer and as a folder: weights that no run continues from
 VOCABULARY_TENSORS = ("embedding.word_embeddings.weight", "output_layer.weight")
+OPTIMIZER_PREFIXES = ("optimizer.", "chained_")  # of torch_dist's keys; chained_0.optimizer. before megatron-core 0.13
 # The local layer spec keeps its norms apart where TransformerEngine fuses them into the next linear layer.
 _LOCAL_NORMS = {
     "input_layernorm.": ("self_attention.linear_qkv.layer_norm_", "self_attention.linear_qkv.weight"),
@@ -54,13 +56,23 @@ def remove_padding_rows(tensors: dict[str, Any], vocab_size: int) -> None:
             tensors[name] = dataclasses.replace(stored, shape=(vocab_size, *stored.shape[1:]))
 
 
-def validate_iteration(reader: CheckpointReader) -> None:
+def name_folder(iteration: int | None) -> str:
+    """The folder of an iteration in the directory of --save; None: of a release."""
+    return RELEASE if iteration is None else f"iter_{iteration:07d}"
+
+
+def name_dtype(dtype: torch.dtype) -> str:
+    """bfloat16, float32, ..."""
+    return str(dtype).removeprefix("torch.")
+
+
+def validate_iteration(directory: Path, iteration: int) -> None:
     """Raise CheckpointError if the state is of another iteration than the name of its directory."""
     # A "release" directory names no iteration.
-    named = re.fullmatch(r"iter_(\d+)", reader.directory.name)
-    if named and int(named[1]) != reader.iteration:
+    named = re.fullmatch(r"iter_(\d+)", directory.name)
+    if named and int(named[1]) != iteration:
         raise CheckpointError(
-            f"{reader.directory}: state must be of iteration {int(named[1])}, got iteration={reader.iteration}. "
+            f"{directory}: state must be of iteration {int(named[1])}, got iteration={iteration}. "
             "Files of two checkpoints are mixed; copy it again."
         )
 

@@ -2,7 +2,13 @@
 
 from pathlib import Path
 
-from megatron_hammer.checkpoint_files.checkpoint_reader import LATEST_FILE, CheckpointReader, validate_iteration
+from megatron_hammer.checkpoint_files.checkpoint_reader import (
+    LATEST_FILE,
+    RELEASE,
+    CheckpointReader,
+    name_folder,
+    validate_iteration,
+)
 from megatron_hammer.checkpoint_files.legacy.reader import open_legacy_checkpoint
 from megatron_hammer.checkpoint_files.torch_dist.reader import TorchDistReader
 from megatron_hammer.errors import CheckpointError
@@ -21,9 +27,9 @@ def open_checkpoint(path: str | Path, *, iteration: int | None = None, weights: 
         raise CheckpointError(f"weights: must be one of {', '.join(WEIGHTS)}, got {weights}. Choose one of them.")
     directory = find_iteration(Path(path), iteration)
     if is_legacy(directory):
-        return open_legacy_checkpoint(directory, weights="master" if weights == "master" else "model")
+        return open_legacy_checkpoint(directory, weights=weights)
     reader = TorchDistReader(directory, weights=weights)
-    validate_iteration(reader)
+    validate_iteration(directory, reader.iteration)
     return reader
 
 
@@ -37,18 +43,18 @@ def find_iteration(path: Path, iteration: int | None = None) -> Path:
     if (path / LATEST_FILE).is_file() and iteration is None:
         tracker = (path / LATEST_FILE).read_text().strip()
         # The two contents that Megatron accepts. Source: megatron.training.checkpointing.read_metadata.
-        if not (tracker.isdigit() or tracker == "release"):
+        if not (tracker.isdigit() or tracker == RELEASE):
             raise CheckpointError(
                 f"{path / LATEST_FILE}: must hold an iteration or 'release', got {tracker[:40]!r}. Pass --iteration."
             )
-        directory = path / ("release" if tracker == "release" else f"iter_{int(tracker):07d}")
+        directory = path / name_folder(None if tracker == RELEASE else int(tracker))
     elif iteration is None:
         raise CheckpointError(
             f"{path}: must hold {LATEST_FILE} or be one iteration with its .metadata, got neither. "
             "Pass the directory given to --save."
         )
     else:
-        directory = path / f"iter_{iteration:07d}"
+        directory = path / name_folder(iteration)
     if not directory.is_dir():
         present = sorted(entry.name for entry in path.glob("iter_*")) or "none"
         raise CheckpointError(f"{directory}: iteration does not exist, got {present}. Pass --iteration of one of them.")

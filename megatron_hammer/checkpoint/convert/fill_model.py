@@ -5,7 +5,6 @@ parameter is. The rows of its family say what the global tensor is made of. Noth
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,9 +53,9 @@ def require_every_element(source: HfFolder, num_held: Sequence[int]) -> None:
     """Raise ConversionError unless all ranks together hold each element once. num_held: summed over all ranks."""
     problems = [
         f"{source.folder}: {', '.join(pair.hf_names)} must go into the model whole, got {held:,} of "
-        f"{math.prod(pair.megatron_shape):,} elements. This is a bug; please report the command."
+        f"{pair.num_elements:,} elements. This is a bug; please report the command."
         for pair, held in zip(source.pairs, num_held, strict=True)
-        if held != math.prod(pair.megatron_shape)
+        if held != pair.num_elements
     ]
     if problems:
         raise ConversionError(*problems)
@@ -117,8 +116,10 @@ class _Filler:
         part = whole[tuple(slice(min(start, end), min(start + size, end)) for start, size, end in boxes)]
         shard.data[: part.shape[0]].copy_(part)
         shard.data[part.shape[0] :].zero_()
+        from megatron.core.dist_checkpointing.mapping import is_main_replica
+
         # Other ranks can hold the same elements. Only the first copy counts, so the sum over all ranks is exact.
-        if _is_first_copy(shard.replica_id):
+        if is_main_replica(shard.replica_id):
             self.num_held[name] += part.numel()
         return int(shard.data.numel())
 
@@ -166,9 +167,3 @@ def _build_shards(entry: Any, data: Tensor) -> list[Any]:
 
 def _stacked_name(shard: Any) -> StackedName:
     return StackedName(key=shard.key, indices=tuple(shard.global_offset[: shard.prepend_axis_num]))
-
-
-def _is_first_copy(replica_id: Any) -> bool:
-    from megatron.core.dist_checkpointing.mapping import is_main_replica
-
-    return bool(is_main_replica(replica_id))

@@ -22,10 +22,12 @@ from megatron_hammer.checkpoint.convert.proofs import (
 from megatron_hammer.checkpoint.convert.saved_arguments import build_common_state, build_saved_arguments
 from megatron_hammer.checkpoint.convert.weight_import import write_verified_weights
 from megatron_hammer.checkpoint.hugging_face.folder import HfFolder, open_hf_folder
+from megatron_hammer.checkpoint.hugging_face.tensor_rows import TensorPair
 from megatron_hammer.checkpoint.verification.verdicts import CheckRow
-from megatron_hammer.checkpoint.verification.verify_conversion import verify_model
+from megatron_hammer.checkpoint.verification.verify_conversion import most_frequent_dtype, verify_model
+from megatron_hammer.checkpoint_files.checkpoint_reader import RELEASE, name_dtype
 from megatron_hammer.checkpoint_files.torch_dist.stacked_names import stack_name
-from megatron_hammer.checkpoint_files.torch_dist.writer import RELEASE, open_checkpoint_writer
+from megatron_hammer.checkpoint_files.torch_dist.writer import open_checkpoint_writer
 from megatron_hammer.errors import HammerError
 from megatron_hammer.tokenizer.export.export_tokenizer import export_tokenizer_folder
 
@@ -82,7 +84,8 @@ def import_from_hugging_face(
     started_at_s = time.monotonic()
     source = open_hf_folder(options.hf_dir)
     dtypes = _select_dtypes(source, options.dtype)
-    _require_space(source, dtypes, options.save_dir)
+    needed_bytes = sum(pair.num_elements * dtypes[_key_of(pair)].itemsize for pair in source.pairs)
+    require_free_space(options.save_dir, needed_bytes)
     tokenizer_source, notes = _find_tokenizer(options)
     checks: list[CheckRow] = []
     with open_checkpoint_writer(options.save_dir, iteration=None, overwrite=options.overwrite) as writer:
@@ -93,7 +96,7 @@ def import_from_hugging_face(
         checks.append(write_verified_weights(source, dtypes, writer, on_parameters))
         arguments = build_saved_arguments(
             source.model,
-            dtype=_most_frequent_dtype(source, dtypes),
+            dtype=most_frequent_dtype((dtypes[_key_of(pair)], pair.num_elements) for pair in source.pairs),
             imported_from=options.hf_dir.absolute().name,
             tokenizer_model=None if tokenizer_dir is None else str(tokenizer_dir),
         )
@@ -106,9 +109,9 @@ def import_from_hugging_face(
         num_hf_tensors=len(source.weights.shapes),
         num_megatron_tensors=len(source.pairs),
         num_skipped=len(skipped),
-        num_parameters=sum(torch.Size(pair.megatron_shape).numel() for pair in source.pairs),
+        num_parameters=sum(pair.num_elements for pair in source.pairs),
         num_bytes=writer.num_bytes,
-        dtype=", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()})),
+        dtype=", ".join(sorted({name_dtype(dtype) for dtype in dtypes.values()})),
         tokenizer_dir=tokenizer_dir,
         checks=tuple(checks),
         elapsed_s=time.monotonic() - started_at_s,
@@ -125,27 +128,14 @@ def _select_dtypes(source: HfFolder, requested: str | None) -> dict[str, torch.d
     for pair in source.pairs:
         # Several layers can share one key, and a key is stored in one dtype. promote_types(bf16, fp16) is fp32,
         # the narrowest that holds both exactly.
-        key = stack_name(pair.megatron_name).key
+        key = _key_of(pair)
         dtype = DTYPES[requested] if requested else source.pair_dtype(pair)
         dtypes[key] = torch.promote_types(dtypes.get(key, dtype), dtype)
     return dtypes
 
 
-def _most_frequent_dtype(source: HfFolder, dtypes: dict[str, torch.dtype]) -> torch.dtype:
-    """The dtype of most parameters."""
-    counts: dict[torch.dtype, int] = {}
-    for pair in source.pairs:
-        dtype = dtypes[stack_name(pair.megatron_name).key]
-        counts[dtype] = counts.get(dtype, 0) + torch.Size(pair.megatron_shape).numel()
-    return max(counts, key=lambda dtype: counts[dtype])
-
-
-def _require_space(source: HfFolder, dtypes: dict[str, torch.dtype], save_dir: Path) -> None:
-    needed_bytes = sum(
-        torch.Size(pair.megatron_shape).numel() * dtypes[stack_name(pair.megatron_name).key].itemsize
-        for pair in source.pairs
-    )
-    require_free_space(save_dir, needed_bytes)
+def _key_of(pair: TensorPair) -> str:
+    return stack_name(pair.megatron_name).key
 
 
 def _find_tokenizer(options: ImportOptions) -> tuple[Path | None, tuple[str, ...]]:

@@ -19,6 +19,7 @@ from megatron_hammer.checkpoint.hugging_face.tensor_layouts import TensorLayout
 from megatron_hammer.checkpoint.hugging_face.tensor_rows import Shape, TensorPair
 from megatron_hammer.checkpoint.verification.verdicts import CheckRow
 from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal, is_finite
+from megatron_hammer.checkpoint_files.checkpoint_reader import name_dtype
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.model.shape import ModelShape
 
@@ -51,7 +52,7 @@ def list_faults(
     faults = []
     if not proof.is_finite:
         faults.append(
-            f"{name}: weights must be finite in {str(dtype).removeprefix('torch.')}, got NaN or infinity in {source}. "
+            f"{name}: weights must be finite in {name_dtype(dtype)}, got NaN or infinity in {source}. "
             f"{remedy}, or pass another --dtype."
         )
     if not proof.is_equal:

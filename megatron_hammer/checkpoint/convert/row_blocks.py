@@ -20,6 +20,7 @@ from megatron_hammer.checkpoint.convert.proofs import TensorProof
 from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal, is_finite
 from megatron_hammer.checkpoint_files.safetensors.shard_writer import WrittenTensor, write_at
 from megatron_hammer.checkpoint_files.torch_dist.reader import TorchDistReader
+from megatron_hammer.checkpoint_files.torch_dist.saved_tensor import read_into
 
 BLOCK_BYTES = 1 << 19
 
@@ -119,11 +120,5 @@ def copy_rows(
 def _read(file: FileIO, start: int, num_bytes: int) -> Tensor:
     """The bytes at `start`, in this thread's buffer."""
     buffer = _blocks.read[:num_bytes]
-    view = memoryview(buffer.numpy())
-    while view:
-        # preadv may return fewer bytes than it was asked for.
-        num_read = os.preadv(file.fileno(), [view], start)
-        if not num_read:
-            raise EOFError(f"{len(view)} bytes are missing")
-        view, start = view[num_read:], start + num_read
+    read_into(file, start, buffer)
     return buffer

@@ -29,7 +29,7 @@ from megatron_hammer.checkpoint.hugging_face.model_card import build_model_card
 from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_dropout, read_saved_model
 from megatron_hammer.checkpoint.hugging_face.tensor_rows import TensorPair, validate_names_and_shapes
 from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow, Level, verify_model
-from megatron_hammer.checkpoint_files.checkpoint_reader import CheckpointReader
+from megatron_hammer.checkpoint_files.checkpoint_reader import CheckpointReader, name_dtype
 from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
 from megatron_hammer.checkpoint_files.safetensors.shard_writer import ShardFile, plan_shards
 from megatron_hammer.checkpoint_files.torch_dist.reader import TorchDistReader
@@ -101,7 +101,7 @@ class _Plan:
 
     @property
     def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
+        return name_dtype(self.dtype)
 
 
 def export_to_hugging_face(

@@ -4,7 +4,6 @@ See proofs.py. Most tensors are copied row by row (row_blocks.py). The others ar
 in memory, and only one if it is large.
 """
 
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -106,7 +105,7 @@ def _write_whole(
     writer: ShardWriter, pair: TensorPair, model: ModelShape, reader: CheckpointReader, dtype: torch.dtype
 ) -> TensorProof:
     """Write it through the layout, and prove it with the inverse layout."""
-    is_large = math.prod(pair.megatron_shape) * dtype.itemsize > _MAX_SHARED_BYTES
+    is_large = pair.num_elements * dtype.itemsize > _MAX_SHARED_BYTES
     with _large_tensor if is_large else nullcontext():
         source = reader.read(pair.megatron_name).to(dtype)
         parts = [part.contiguous() for part in pair.layout.split(source, model)]

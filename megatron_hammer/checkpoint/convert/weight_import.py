@@ -46,7 +46,7 @@ def write_verified_weights(
             writer.declare(stacked.key, shape, dtypes[stacked.key])
         objects[extra_state_key(pair.megatron_name, num_layers=model.num_layers, num_experts=num_experts)] = [None]
     problems = source.list_unequal_duplicates()
-    total = sum(torch.Size(pair.megatron_shape).numel() for pair in source.pairs)
+    total = sum(pair.num_elements for pair in source.pairs)
     done = 0
     pending: Future[list[str]] | None = None
     with ThreadPoolExecutor(max_workers=1) as pool:  # proves one box while the next is written
@@ -54,7 +54,7 @@ def write_verified_weights(
             for prove in _write_pair(pair, source, dtypes, writer):
                 problems += pending.result() if pending else []
                 pending = pool.submit(prove)
-            done += torch.Size(pair.megatron_shape).numel()
+            done += pair.num_elements
             on_parameters(done, total)
         problems += pending.result() if pending else []
     if problems:

@@ -6,6 +6,7 @@ A row is written on mcore's names with `{layer}` and `{expert}`, and serves both
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -52,6 +53,10 @@ class TensorPair:
     hf_names: tuple[str, ...]
     hf_shapes: tuple[Shape, ...]
     layout: TensorLayout
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.megatron_shape)
 
 
 def expand_rows(rows: Sequence[TensorRow], model: ModelShape) -> list[TensorPair]:

@@ -23,12 +23,11 @@ from megatron_hammer.checkpoint.inspection.tensor_views import (
     view_store,
 )
 from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal
-from megatron_hammer.checkpoint_files.checkpoint_reader import VOCABULARY_TENSORS
+from megatron_hammer.checkpoint_files.checkpoint_reader import OPTIMIZER_PREFIXES, VOCABULARY_TENSORS, name_dtype
 from megatron_hammer.errors import CheckpointError
 
 Kind = Literal["missing", "unexpected", "shape", "dtype", "value"]
 _CHUNK_ELEMENTS = 1 << 22
-_OPTIMIZER_PREFIXES = ("optimizer.", "chained_")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,7 +145,7 @@ def view_optimizer(opened: OpenedCheckpoint) -> dict[str, TensorView]:
     """The optimizer's tensors by their keys, without vocabulary padding; raises CheckpointError if there are none."""
     store = opened.store
     views = {} if store is None else view_store(store)
-    chosen = {key: view for key, view in views.items() if key.startswith(_OPTIMIZER_PREFIXES)}
+    chosen = {key: view for key, view in views.items() if key.startswith(OPTIMIZER_PREFIXES)}
     if not chosen:
         raise CheckpointError(
             f"{opened.directory}: must hold the optimizer's state as torch_dist has it, got none. "
@@ -192,7 +191,7 @@ def compare_tensors(
 
 
 def _describe(view: TensorView | None) -> str | None:
-    return None if view is None else f"{tuple(view.shape)} {str(view.dtype).removeprefix('torch.')}"
+    return None if view is None else f"{tuple(view.shape)} {name_dtype(view.dtype)}"
 
 
 def count_differences(first: Tensor, second: Tensor, *, rounds_to_narrower: bool = False) -> tuple[float, int]:
@@ -213,8 +212,7 @@ def count_differences(first: Tensor, second: Tensor, *, rounds_to_narrower: bool
         if count:
             num_different += count
             apart = (left - right)[is_different].abs()
-            found = torch.cat([apart, apart.new_tensor([largest])]).max().item()  # torch's max keeps NaN
-            largest = found
+            largest = torch.cat([apart, apart.new_tensor([largest])]).max().item()  # torch's max keeps NaN
     return largest, num_different
 
 

@@ -22,10 +22,8 @@ from megatron_hammer.checkpoint.inspection.tensor_views import (
     view_by_table_names,
     view_store,
 )
-from megatron_hammer.checkpoint_files.checkpoint_reader import VOCABULARY_TENSORS
+from megatron_hammer.checkpoint_files.checkpoint_reader import OPTIMIZER_PREFIXES, VOCABULARY_TENSORS, name_dtype
 from megatron_hammer.errors import CheckpointError, HammerError
-
-OPTIMIZER_PREFIXES = ("optimizer.", "chained_")
 
 # What is shown: (its name, the saved arguments that hold it, joined by a space).
 LAYOUT_ARGUMENTS = (
@@ -151,15 +149,11 @@ def list_tensors(opened: OpenedCheckpoint) -> Iterator[TensorEntry]:
             name=name,
             part="optimizer" if name.startswith(OPTIMIZER_PREFIXES) else "model",
             shape=view.shape,
-            dtype=dtype_name(view),
+            dtype=name_dtype(view.dtype),
             num_elements=view.num_elements,
             num_bytes=view.num_bytes,
             num_chunks=None if store is None else len(store.tensors[name].chunks),
         )
-
-
-def dtype_name(view: TensorView) -> str:
-    return str(view.dtype).removeprefix("torch.")
 
 
 def count_parameters(opened: OpenedCheckpoint) -> tuple[int, int | None]:

@@ -24,41 +24,19 @@ from megatron_hammer.checkpoint.surgery.rewriting import (
 )
 from megatron_hammer.checkpoint.surgery.training_checkpoint import TrainingCheckpoint, open_training_checkpoint
 from megatron_hammer.checkpoint.surgery.weights_only import build_release_state
+from megatron_hammer.checkpoint.verification.megatron_model import MODEL_ARGUMENTS
 from megatron_hammer.errors import ConversionError
 
-# What the weights mean; two models that differ in one of these are not the same function of their tensors.
+# What the weights mean: two models that differ in one of these are not the same function of their tensors. Left out are
+# the initialisation, the choice of kernels, and what earlier versions of Megatron did not save.
 _MODEL_ARGUMENTS = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "group_query_attention",
-    "num_query_groups",
-    "kv_channels",
-    "vocab_size",
+    *(
+        name
+        for name in MODEL_ARGUMENTS
+        if name not in ("init_method_std", "bias_gelu_fusion", "bias_swiglu_fusion", "rope_type")
+        and name not in ("moe_layer_freq", "moe_router_score_function")
+    ),
     "padded_vocab_size",
-    "max_position_embeddings",
-    "normalization",
-    "layernorm_epsilon",
-    "swiglu",
-    "position_embedding_type",
-    "rotary_base",
-    "rotary_percent",
-    "use_rope_scaling",
-    "rope_scaling_factor",
-    "rotary_seq_len_interpolation_factor",
-    "qk_layernorm",
-    "add_bias_linear",
-    "add_qkv_bias",
-    "untie_embeddings_and_output_weights",
-    "embedding_norm",
-    "num_experts",
-    "moe_router_topk",
-    "moe_router_pre_softmax",
-    "moe_router_topk_scaling_factor",
-    "moe_ffn_hidden_size",
-    "moe_shared_expert_intermediate_size",
-    "moe_shared_expert_gate",
 )
 
 

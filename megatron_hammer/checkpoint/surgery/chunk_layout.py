@@ -10,10 +10,9 @@ import re
 from dataclasses import dataclass
 
 from megatron_hammer.checkpoint.surgery.training_checkpoint import parameter_key
+from megatron_hammer.checkpoint_files.torch_dist.stacked_names import split_stack
 from megatron_hammer.checkpoint_files.torch_dist.store import Box
 
-_LAYER_STACK = re.compile(r"^decoder\.layers\.(?!\d)")
-_EXPERT_STACK = re.compile(r"\.mlp\.experts\.experts\.(?!\d)")
 # The end of a parameter's name, and the axis (after layers and experts) that tensor parallelism cuts.
 _ROWS_CUT = re.compile(
     r"(^embedding\.word_embeddings|^output_layer|\.self_attention\.linear_qkv|\.linear_fc1)\.(weight|bias)$"
@@ -32,7 +31,7 @@ class ShardLayout:
     def cut(self, key: str, shape: tuple[int, ...]) -> list[Box]:
         """(offsets, sizes) of every box, which together are the tensor; `key` may be the optimizer's."""
         name = parameter_key(key)
-        num_stacked = len(_LAYER_STACK.findall(name)) + len(_EXPERT_STACK.findall(name))
+        _, num_stacked = split_stack(name)
         inner = shape[num_stacked:]
         boxes = []
         for index in itertools.product(*map(range, shape[:num_stacked])):

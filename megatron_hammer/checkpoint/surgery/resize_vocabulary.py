@@ -26,7 +26,6 @@ from megatron_hammer.checkpoint.surgery.rewriting import (
     write_planned_checkpoint,
 )
 from megatron_hammer.checkpoint.surgery.training_checkpoint import (
-    VOCABULARY_KEYS,
     TrainingCheckpoint,
     open_training_checkpoint,
     parameter_key,
@@ -39,6 +38,7 @@ from megatron_hammer.checkpoint.surgery.vocabulary_rows import (
     read_rows,
     read_vocab_size,
 )
+from megatron_hammer.checkpoint_files.checkpoint_reader import VOCABULARY_TENSORS
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.tokenizer.vocabulary.extension import spell_new_pieces
 
@@ -110,7 +110,7 @@ def resize_vocabulary(
     rows = _plan_rows(checkpoint, vocabulary, num_tokens_before)
     state = checkpoint.copy_common_state()
     args = state["args"]
-    rows_before = checkpoint.model[VOCABULARY_KEYS[0]].shape[0]
+    rows_before = checkpoint.model[VOCABULARY_TENSORS[0]].shape[0]
     args.vocab_size = rows.num_tokens
     args.padded_vocab_size = count_padded_rows(args)
     if vocabulary.new_tokenizer_path is not None:
@@ -135,7 +135,7 @@ def resize_vocabulary(
         num_padded_rows=args.padded_vocab_size,
         num_new_rows=len(rows.spellings),
         num_spelled=sum(bool(ids) for ids in rows.spellings),
-        resized=tuple(key for key in VOCABULARY_KEYS if key in checkpoint.model),
+        resized=tuple(key for key in VOCABULARY_TENSORS if key in checkpoint.model),
         num_copied_tensors=sum(not is_vocabulary_key(key) for key in keys),
         elapsed_s=time.monotonic() - started_at_s,
     )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_hammer.checkpoint.surgery.training_checkpoint import TrainingCheckpoint
 from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal
+from megatron_hammer.checkpoint_files.checkpoint_reader import name_folder
 from megatron_hammer.checkpoint_files.torch_dist.store import Box, StoredGlobal, TorchDistStore
 from megatron_hammer.checkpoint_files.torch_dist.writer import open_checkpoint_writer
 from megatron_hammer.errors import ConversionError
@@ -108,8 +109,7 @@ def write_planned_checkpoint(
 
 
 def _validate_not_source(save_dir: Path, planned: PlannedCheckpoint, sources: Sequence[TrainingCheckpoint]) -> None:
-    name = "release" if planned.iteration is None else f"iter_{planned.iteration:07d}"
-    target = (save_dir / name).resolve()
+    target = (save_dir / name_folder(planned.iteration)).resolve()
     if any(checkpoint.directory.resolve() == target for checkpoint in sources):
         raise ConversionError(
             f"{save_dir}: target must be another folder than the checkpoint that is read, got --save {save_dir}. "

@@ -12,16 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.checkpoint.surgery.legacy_source import LegacyStore
+from megatron_hammer.checkpoint_files.checkpoint_reader import OPTIMIZER_PREFIXES, RELEASE, validate_iteration
 from megatron_hammer.checkpoint_files.open_checkpoint import find_iteration, is_legacy
 from megatron_hammer.checkpoint_files.torch_dist.store import StoredGlobal, TorchDistStore
 from megatron_hammer.errors import CheckpointError
 
 RNG_PREFIX = "rng_state/"
 RERUN_PREFIX = "rerun_state_machine_state/"
-VOCABULARY_KEYS = ("embedding.word_embeddings.weight", "output_layer.weight")
-RELEASE = "release"
 _OPTIMIZER_PREFIX = re.compile(r"^optimizer\.state\.([^.]+)\.")
-_CHAINED_PREFIX = re.compile(r"^(chained_\d+\.)?optimizer\.|^chained_\d+\.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,29 +66,15 @@ def open_training_checkpoint(path: Path, *, iteration: int | None = None) -> Tra
     directory = find_iteration(path, iteration)
     store: TorchDistStore | LegacyStore = LegacyStore(directory) if is_legacy(directory) else TorchDistStore(directory)
     store.validate()
-    state = store.common_state
-    if "args" not in state or "iteration" not in state:
-        raise CheckpointError(
-            f"{directory}: common state must hold args and iteration, got {sorted(state)}. "
-            "Pass a checkpoint that Megatron's training loop saved."
-        )
-    named = re.fullmatch(r"iter_(\d+)", directory.name)
-    if named and int(named[1]) != state["iteration"]:
-        raise CheckpointError(
-            f"{directory}: state must be of iteration {int(named[1])}, got iteration={state['iteration']}. "
-            "Files of two checkpoints are mixed; copy it again."
-        )
+    iteration = store.common_state["iteration"]
+    validate_iteration(directory, iteration)
     tensors = {key: stored for key, stored in store.tensors.items() if "_extra_state" not in key}
     return TrainingCheckpoint(
         store=store,
-        model={key: stored for key, stored in tensors.items() if not is_optimizer_key(key)},
-        optimizer={key: stored for key, stored in tensors.items() if is_optimizer_key(key)},
-        iteration=None if directory.name == RELEASE or isinstance(store, LegacyStore) else state["iteration"],
+        model={key: stored for key, stored in tensors.items() if not key.startswith(OPTIMIZER_PREFIXES)},
+        optimizer={key: stored for key, stored in tensors.items() if key.startswith(OPTIMIZER_PREFIXES)},
+        iteration=None if directory.name == RELEASE or isinstance(store, LegacyStore) else iteration,
     )
-
-
-def is_optimizer_key(key: str) -> bool:
-    return _CHAINED_PREFIX.match(key) is not None
 
 
 def split_optimizer_key(key: str) -> tuple[str, str] | None:
@@ -130,4 +114,4 @@ def require_reshardable_optimizer(checkpoint: TrainingCheckpoint, *, remedy: str
 
 
 def _has_no_optimizer(checkpoint: TrainingCheckpoint) -> bool:
-    return not checkpoint.optimizer and not checkpoint.list_objects("optimizer.", "chained_")
+    return not checkpoint.optimizer and not checkpoint.list_objects(*OPTIMIZER_PREFIXES)

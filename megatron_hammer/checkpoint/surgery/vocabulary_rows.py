@@ -5,20 +5,21 @@ from argparse import Namespace
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.surgery.training_checkpoint import VOCABULARY_KEYS, TrainingCheckpoint, parameter_key
+from megatron_hammer.checkpoint.surgery.training_checkpoint import TrainingCheckpoint, parameter_key
+from megatron_hammer.checkpoint_files.checkpoint_reader import VOCABULARY_TENSORS
 from megatron_hammer.errors import CheckpointError
 from megatron_hammer.model.accounting import padded_vocab_size
 
 
 def is_vocabulary_key(key: str) -> bool:
     """Whether the tensor has one row per token, or is the optimizer's state of such a parameter."""
-    return parameter_key(key) in VOCABULARY_KEYS
+    return parameter_key(key) in VOCABULARY_TENSORS
 
 
 def read_vocab_size(checkpoint: TrainingCheckpoint) -> int:
     """Tokens of the model, without padding. Raises CheckpointError if the arguments lack it or do not fit."""
     vocab_size: int | None = getattr(checkpoint.args, "vocab_size", None)
-    rows = {key: checkpoint.model[key].shape[0] for key in VOCABULARY_KEYS if key in checkpoint.model}
+    rows = {key: checkpoint.model[key].shape[0] for key in VOCABULARY_TENSORS if key in checkpoint.model}
     if vocab_size is None:
         raise CheckpointError(
             f"{checkpoint.directory}: arguments must hold vocab_size, got none. "
@@ -31,7 +32,7 @@ def read_vocab_size(checkpoint: TrainingCheckpoint) -> int:
         if num_rows < vocab_size
     ]
     if problems or not rows:
-        raise CheckpointError(*(problems or [f"{checkpoint.directory}: must hold {VOCABULARY_KEYS[0]}, got none."]))
+        raise CheckpointError(*(problems or [f"{checkpoint.directory}: must hold {VOCABULARY_TENSORS[0]}, got none."]))
     return vocab_size
 
 

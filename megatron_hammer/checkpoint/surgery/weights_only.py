@@ -16,6 +16,7 @@ from megatron_hammer.checkpoint.surgery.rewriting import (
     write_planned_checkpoint,
 )
 from megatron_hammer.checkpoint.surgery.training_checkpoint import TrainingCheckpoint, open_training_checkpoint
+from megatron_hammer.checkpoint_files.checkpoint_reader import RELEASE
 
 _KEPT_STATE = ("args", "iteration", "checkpoint_version", "content_metadata")
 _CONSUMED = ("consumed_train_samples", "consumed_valid_samples", "skipped_train_samples")
@@ -62,7 +63,7 @@ def keep_weights(
         num_dropped_tensors=len(checkpoint.optimizer),
         num_dropped_objects=len(checkpoint.store.objects) - len(objects),
         num_bytes_before=count_folder_bytes(checkpoint.directory),
-        num_bytes=count_folder_bytes(save_dir / "release"),
+        num_bytes=count_folder_bytes(save_dir / RELEASE),
         elapsed_s=time.monotonic() - started_at_s,
     )
 

@@ -46,7 +46,6 @@ class ForwardRequest:
     """
 
     megatron_dir: str
-    iteration: int | None
     weights: str
     hf_dir: str
     vocab_size: int

@@ -126,18 +126,13 @@ def run_layer(model: Any, hidden: Tensor, *, num_rows: int) -> tuple[Tensor, Ten
 
 def _open(request: ForwardRequest) -> Any:
     """The checkpoint without vocabulary padding, at the master weights where they are asked for."""
-    which = {} if request.weights == "model" else {"weights": request.weights}
-    reader = open_checkpoint(request.megatron_dir, iteration=request.iteration, **which)
+    reader = open_checkpoint(request.megatron_dir, weights=request.weights)
     reader.remove_vocab_padding(request.vocab_size)
     return reader
 
 
 def _changes(request: ForwardRequest, vocab_size: int) -> dict[str, Any]:
-    return {
-        "vocab_size": vocab_size,
-        "padded_vocab_size": vocab_size,
-        "precision": _PRECISIONS[request.dtype],
-    }
+    return {"vocab_size": vocab_size, "padded_vocab_size": vocab_size, "precision": _PRECISIONS[request.dtype]}
 
 
 def _fill(model: Any, reader: Any, request: ForwardRequest, stored_names: dict[str, str]) -> None:

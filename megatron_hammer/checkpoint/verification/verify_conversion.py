@@ -7,12 +7,13 @@ call it on folders that do not have their names yet, after their own exact compa
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,12 +32,12 @@ from megatron_hammer.checkpoint.verification.forward_exchange import (
 )
 from megatron_hammer.checkpoint.verification.layer_check import sample_layers, sample_rows
 from megatron_hammer.checkpoint.verification.verdicts import CheckRow, judge_layers, judge_logits
-from megatron_hammer.checkpoint_files.checkpoint_reader import VOCABULARY_TENSORS
+from megatron_hammer.checkpoint_files.checkpoint_reader import VOCABULARY_TENSORS, name_dtype
 from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
 from megatron_hammer.checkpoint_files.safetensors.weight_files import open_hf_weights
 from megatron_hammer.errors import ConversionError
 
-__all__ = ["LEVELS", "CheckRow", "Level", "verify_model"]
+__all__ = ["LEVELS", "CheckRow", "Level", "most_frequent_dtype", "verify_model"]
 
 Level = Literal["auto", "logits", "layers", "tensors"]
 LEVELS = ("auto", "logits", "layers", "tensors")
@@ -100,12 +101,11 @@ def plan_comparison(
     weights: str,
 ) -> ForwardRequest:
     """What to compare and in which dtype, from the sizes of both sides and the memory that is free."""
-    which = {} if weights == "model" else {"weights": weights}
-    reader = open_checkpoint(megatron_dir, iteration=iteration, **which)
+    reader = open_checkpoint(megatron_dir, iteration=iteration, weights=weights)
     stored = open_hf_weights(hf_dir)
     config = _read_config(hf_dir)
     num_layers, vocab_size = reader.args.num_layers, config["vocab_size"]
-    sizes = {name: torch.Size(tensor.shape).numel() for name, tensor in reader.tensors.items()}
+    sizes = {name: math.prod(tensor.shape) for name, tensor in reader.tensors.items()}
     fp32_bytes = 4 * sum(sizes.values())
     free_bytes = psutil.virtual_memory().available
     if level == "auto":
@@ -117,20 +117,19 @@ def plan_comparison(
     else:
         rows = ()
         is_fp32 = fp32_bytes <= 2 * MODEL_MEMORY_SHARE * free_bytes
-    megatron_dtype = _most_frequent({name: t.dtype for name, t in reader.tensors.items()}, sizes)
-    hf_dtype = _most_frequent(stored.dtypes, {name: torch.Size(shape).numel() for name, shape in stored.shapes.items()})
+    megatron_dtype = most_frequent_dtype((reader.tensors[name].dtype, size) for name, size in sizes.items())
+    hf_dtype = most_frequent_dtype((stored.dtypes[name], math.prod(shape)) for name, shape in stored.shapes.items())
     max_positions = config.get("max_position_embeddings") or config.get("n_positions") or MAX_TOKENS
     return ForwardRequest(
         megatron_dir=str(reader.directory),
-        iteration=None,
         weights=weights,
         hf_dir=str(hf_dir),
         vocab_size=vocab_size,
         num_tokens=min(MAX_TOKENS, max_positions),
         has_experts=bool(getattr(reader.args, "num_experts", None)),
         dtype="float32" if is_fp32 else "bfloat16",
-        megatron_rounding=_dtype_name(hf_dtype) if hf_dtype.itemsize < megatron_dtype.itemsize else None,
-        hf_rounding=_dtype_name(megatron_dtype) if megatron_dtype.itemsize < hf_dtype.itemsize else None,
+        megatron_rounding=name_dtype(hf_dtype) if hf_dtype.itemsize < megatron_dtype.itemsize else None,
+        hf_rounding=name_dtype(megatron_dtype) if megatron_dtype.itemsize < hf_dtype.itemsize else None,
         texts=tuple(texts) if texts is not None else DEFAULT_TEXTS,
         layers=sample_layers(num_layers) if level == "layers" else None,
         rows=rows,
@@ -150,16 +149,12 @@ def _read_config(hf_dir: Path) -> dict[str, Any]:
     return dict(config)
 
 
-def _most_frequent(dtypes: dict[str, torch.dtype], sizes: dict[str, int]) -> torch.dtype:
-    """The dtype of most elements."""
+def most_frequent_dtype(tensors: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:
+    """The dtype of most elements. tensors: the dtype and the number of elements of each."""
     counts: Counter[torch.dtype] = Counter()
-    for name, dtype in dtypes.items():
-        counts[dtype] += sizes[name]
+    for dtype, num_elements in tensors:
+        counts[dtype] += num_elements
     return counts.most_common(1)[0][0]
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 # --- running ---------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ No process group, GPU or megatron. It implements CheckpointReader; `open_checkpo
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal
 from megatron_hammer.checkpoint_files.checkpoint_reader import (
     VOCABULARY_TENSORS,
+    name_dtype,
     remove_padding_rows,
     use_fused_norm_names,
     validate_iteration,
@@ -122,17 +123,14 @@ def _validate_copy(name: str, original: RankPart, copy: RankPart, expected: Tens
         )
 
 
-def open_legacy_checkpoint(directory: str | Path, weights: Literal["model", "master"] = "model") -> LegacyReader:
+def open_legacy_checkpoint(directory: Path, weights: str = "model") -> LegacyReader:
     """Open the directory of one iteration that holds mp_rank_* folders.
 
     weights: "master" for the optimizer's fp32 copy. Raises CheckpointError with a sentence for every rank that is
     missing, damaged or of another iteration, every name that no rule knows, and every tensor whose parts do not fit.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory}: checkpoint directory does not exist. Pass the directory given to --save.")
     reader = LegacyReader(directory, weights=weights)
-    validate_iteration(reader)
+    validate_iteration(directory, reader.iteration)
     return reader
 
 
@@ -243,7 +241,7 @@ def _describe(
         return None
     found = {(copy.located.shape, copy.located.dtype) for copies in by_position.values() for copy in copies}
     if len(found) > 1:
-        kinds = ", ".join(sorted(f"{shape} {str(dtype).removeprefix('torch.')}" for shape, dtype in found))
+        kinds = ", ".join(sorted(f"{shape} {name_dtype(dtype)}" for shape, dtype in found))
         problems.append(
             f"{name}: must have one shape and dtype on all ranks, got {kinds}. "
             "The ranks are of different runs; use another iteration."

@@ -1,7 +1,7 @@
 """How the parts of a tensor on tensor-parallel ranks are put together again.
 
 `select_rank_layout` says which tensor of Megatron is cut in which way. No arithmetic and no IO; reader.py finds the
-files.
+files, and has found the parts of a tensor to have one shape.
 """
 
 import re
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal
 from megatron_hammer.errors import ConversionError
 
 
@@ -38,7 +37,6 @@ def merge_gated_columns(parts: Sequence[Tensor]) -> Tensor:
     parts: [2*f/n, ...] each. Returns [2*f, ...], gate before up. Raises ConversionError for an odd number of rows.
     Source: megatron.core MLP.forward chunks the output of each rank in two.
     """
-    _require_same_shapes(parts)
     if parts[0].shape[0] % 2:
         raise _not_divisible("gate and up of a rank", parts[0].shape[0], 2)
     if len(parts) == 1:
@@ -52,27 +50,17 @@ def order_qkv_by_heads(qkv: Tensor, *, checkpoint_version: float, head_dim: int)
 
     qkv: [3*n*d, ...] with n heads of size d on this rank. Version 0 keeps all queries, then all keys, then all values
     ([3, n, d]); version 1 keeps q, k and v of one element of a head together ([n, d, 3]); 2 and 3 are today's order
-    ([n, 3, d], with groups [g, n/g + 2, d]). Raises ConversionError for another version or rows that are no heads.
+    ([n, 3, d], with groups [g, n/g + 2, d]). Raises ConversionError for rows that are no heads.
     Source: megatron.training.checkpointing.fix_query_key_value_ordering.
     """
     if checkpoint_version in (2, 3):
         return qkv
-    rows = _count_qkv_heads(qkv, checkpoint_version, head_dim)
-    rest = qkv.shape[1:]
-    if checkpoint_version == 0:
-        return qkv.reshape(3, rows, head_dim, *rest).transpose(0, 1).reshape(qkv.shape)
-    return qkv.reshape(rows, head_dim, 3, *rest).transpose(1, 2).reshape(qkv.shape)
-
-
-def _count_qkv_heads(qkv: Tensor, checkpoint_version: float, head_dim: int) -> int:
-    if checkpoint_version not in (0, 1):
-        raise ConversionError(
-            f"checkpoint_version: the order of query_key_value is defined for 0, 1, 2 and 3, got {checkpoint_version}. "
-            "Load the checkpoint with the Megatron that wrote it and save it again."
-        )
     if qkv.shape[0] % (3 * head_dim):
         raise _not_divisible("q, k and v of every head", qkv.shape[0], 3 * head_dim)
-    return qkv.shape[0] // (3 * head_dim)
+    rest = qkv.shape[1:]
+    if checkpoint_version == 0:
+        return qkv.reshape(3, -1, head_dim, *rest).transpose(0, 1).reshape(qkv.shape)
+    return qkv.reshape(-1, head_dim, 3, *rest).transpose(1, 2).reshape(qkv.shape)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,21 +71,11 @@ class RankLayout:
     merge: Callable[[Sequence[Tensor]], Tensor]
 
 
-def merge_replicated(parts: Sequence[Tensor]) -> Tensor:
-    """Every rank holds the whole tensor; raises ConversionError if the ranks do not hold the same bits."""
-    for rank, part in enumerate(parts):
-        if not is_bitwise_equal(parts[0], part):
-            raise ConversionError(
-                f"replicated tensor: must be equal on all ranks, got a difference between 0 and {rank}. "
-                "The ranks are of different runs; use another iteration."
-            )
-    return parts[0]
-
-
 COLUMN = RankLayout(axis=0, merge=merge_columns)
 GATED_COLUMN = RankLayout(axis=0, merge=merge_gated_columns)
 ROW = RankLayout(axis=1, merge=merge_rows)
-REPLICATED = RankLayout(axis=None, merge=merge_replicated)
+# Every rank holds the whole tensor. reader.py makes one part of them and compares its copies.
+REPLICATED = RankLayout(axis=None, merge=lambda parts: parts[0])
 
 # On mcore's names without the layer; the first row that matches whole counts.
 _RANK_LAYOUTS: tuple[tuple[str, RankLayout], ...] = (
@@ -132,17 +110,7 @@ def select_rank_layout(name: str, *, is_gated: bool) -> RankLayout | None:
 
 
 def _merge_axis(parts: Sequence[Tensor], *, axis: int) -> Tensor:
-    _require_same_shapes(parts)
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=axis)
-
-
-def _require_same_shapes(parts: Sequence[Tensor]) -> None:
-    shapes = [tuple(part.shape) for part in parts]
-    if len(set(shapes)) > 1:
-        raise ConversionError(
-            f"parts: must have one shape on all ranks, got {shapes}. The ranks are of different runs; "
-            "use another iteration."
-        )
 
 
 def _not_divisible(what: str, size: int, divisor: int) -> ConversionError:

@@ -17,16 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint_files.checkpoint_reader import remove_padding_rows, use_fused_norm_names
+from megatron_hammer.checkpoint_files.checkpoint_reader import (
+    OPTIMIZER_PREFIXES,
+    remove_padding_rows,
+    use_fused_norm_names,
+)
 from megatron_hammer.checkpoint_files.torch_dist.save_consistency import validate_one_save
+from megatron_hammer.checkpoint_files.torch_dist.stacked_names import split_stack
 from megatron_hammer.checkpoint_files.torch_dist.store import TorchDistStore
 from megatron_hammer.errors import CheckpointError
 
 # The fp32 copy of a weight: "param" by the distributed optimizer, "fp32_param" by the plain one. Optimizers of dense
 # and expert weights, which Megatron chains, share the prefix; before megatron-core 0.13 each had its own.
 _MASTER_WEIGHT = re.compile(r"^(?:chained_\d+\.)?optimizer\.state\.(?:fp32_param|param)\.(.+)$")
-_STACKED_LAYERS = re.compile(r"^(decoder\.layers)\.(?!\d)")
-_STACKED_EXPERTS = re.compile(r"(\.mlp\.experts\.experts)\.(?!\d)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,14 +56,8 @@ class TorchDistReader:
         keys = self._list_keys() if weights == "model" else self._find_master_keys()
         self.tensors = use_fused_norm_names(dict(self._list_tensors(keys)))
         self.store.validate({stored.key for stored in self.tensors.values()})
-        common_state = self.store.common_state
-        if "args" not in common_state or "iteration" not in common_state:
-            raise CheckpointError(
-                f"{directory}: common state must hold args and iteration, got {sorted(common_state)}. "
-                "Pass a checkpoint that Megatron's training loop saved."
-            )
-        self.args: Any = common_state["args"]
-        self.iteration: int = common_state["iteration"]
+        self.args: Any = self.store.common_state["args"]
+        self.iteration: int = self.store.common_state["iteration"]
 
     def validate_one_save(self) -> int:
         """Raise CheckpointError if files of two saves are found to be mixed; see save_consistency.py.
@@ -86,7 +83,7 @@ class TorchDistReader:
         return {
             key: key
             for key in self.store.tensors
-            if not key.startswith(("optimizer.", "chained_")) and "_extra_state" not in key
+            if not key.startswith(OPTIMIZER_PREFIXES) and "_extra_state" not in key
         }
 
     def _find_master_keys(self) -> dict[str, str]:
@@ -124,19 +121,9 @@ class TorchDistReader:
 
 def _unstack(key: str, size: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[str, TensorBox]]:
     """One entry for every layer and expert of a stored tensor whose leading axes they are."""
-    name, num_stacked = key, 0
-    for pattern in (_STACKED_LAYERS, _STACKED_EXPERTS):
-        name, num_found = pattern.subn(r"\1.{}.", name)
-        num_stacked += num_found
+    name, num_stacked = split_stack(key)
     # Without stacked axes the product has one element, the empty index, and the tensor is one entry.
     for indices in itertools.product(*map(range, size[:num_stacked])):
         shape = size[num_stacked:]
-        yield (
-            name.format(*indices),
-            TensorBox(
-                key=key,
-                offsets=(*indices, *([0] * len(shape))),
-                shape=shape,
-                dtype=dtype,
-            ),
-        )
+        offsets = (*indices, *([0] * len(shape)))
+        yield name.format(*indices), TensorBox(key=key, offsets=offsets, shape=shape, dtype=dtype)

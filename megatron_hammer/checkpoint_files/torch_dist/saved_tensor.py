@@ -7,6 +7,7 @@ checkpoint's metadata. Everything else is left to `torch.load(weights_only=True)
 
 import math
 import mmap
+import os
 import pickle
 import struct
 import sys
@@ -84,13 +85,12 @@ def map_tensor(file: FileIO, start: int, shape: Sequence[int], dtype: torch.dtyp
 def read_into(file: FileIO, start: int, tensor: Tensor) -> None:
     """Fill a contiguous tensor with the bytes at `start`; raises EOFError if the file ends before."""
     buffer = memoryview(tensor.view(-1).view(torch.uint8).numpy())
-    file.seek(start)
     while buffer:
-        # One call may read less than it is asked for: Linux stops at 2 GiB.
-        num_read = file.readinto(buffer)
+        # One call may read less than it is asked for: Linux stops at 2 GiB. preadv: other threads read the same file.
+        num_read = os.preadv(file.fileno(), [buffer], start)
         if not num_read:
             raise EOFError(f"{len(buffer)} bytes are missing")
-        buffer = buffer[num_read:]
+        buffer, start = buffer[num_read:], start + num_read
 
 
 def _find_storage(mapped: "_SeekableMap", shape: Sequence[int], dtype: torch.dtype) -> int | None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 _LAYER = re.compile(r"^(decoder\.layers)\.(\d+)\.")
 _EXPERT = re.compile(r"(\.mlp\.experts\.experts)\.(\d+)\.")
+# The same parts of a key, where the layers or experts are stacked.
+_STACKS = (re.compile(r"^(decoder\.layers)\.(?!\d)"), re.compile(r"(\.mlp\.experts\.experts)\.(?!\d)"))
 # Modules that keep a state beside their weights (TransformerEngine's fp8 scales), which may be empty but must be there.
 _STATEFUL = re.compile(r"(.*\.(?:linear_\w+|\w+_layernorm))\.(?:layer_norm_)?weight")
 
@@ -29,6 +31,15 @@ def stack_name(name: str) -> StackedName:
             indices.append(int(found[2]))
             name = name[: found.start()] + found[1] + "." + name[found.end() :]
     return StackedName(key=name, indices=tuple(indices))
+
+
+def split_stack(key: str) -> tuple[str, int]:
+    """(the name of one layer's tensor with {} for its numbers, how many leading axes are stacked) of a key."""
+    num_stacked = 0
+    for pattern in _STACKS:
+        key, num_found = pattern.subn(r"\1.{}.", key)
+        num_stacked += num_found
+    return key, num_stacked
 
 
 def extra_state_key(name: str, *, num_layers: int, num_experts: int) -> str | None:

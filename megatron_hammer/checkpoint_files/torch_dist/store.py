@@ -51,7 +51,7 @@ class TorchDistStore:
 
     tensors: by key, layers stacked as megatron stores them. objects: keys of the non-tensor entries, except the
     common state.
-    common_state: arguments, iteration, param groups and schedules.
+    common_state: arguments, iteration, param groups and schedules. Raises CheckpointError without the first two.
     Raises CheckpointError if the metadata is missing, damaged or of another format.
     """
 
@@ -83,6 +83,11 @@ class TorchDistStore:
         if not isinstance(state, dict):
             raise CheckpointError(
                 f"{self.directory}: common state must be a dictionary, got {type(state).__name__}. "
+                "Pass a checkpoint that Megatron's training loop saved."
+            )
+        if "args" not in state or "iteration" not in state:
+            raise CheckpointError(
+                f"{self.directory}: common state must hold args and iteration, got {sorted(state)}. "
                 "Pass a checkpoint that Megatron's training loop saved."
             )
         return state
@@ -190,10 +195,9 @@ class TorchDistStore:
 
     def _read_chunk(self, key: str, chunk: StoredChunk, target: Tensor | None = None) -> Tensor:
         """The chunk, in `target` if that is given: contiguous, of its shape."""
-        info, path = self._locate(key, chunk.offsets)
         dtype = self.tensors[key].dtype
-        with _open(path) as file:
-            start = find_saved_tensor(file, offset=info.offset, length=info.length, shape=chunk.sizes, dtype=dtype)
+        with _open(self._locate(key, chunk.offsets)[1]) as file:
+            start = self.find_chunk_start(file, key, chunk)
             if start is not None and target is None:
                 return map_tensor(file, start, chunk.sizes, dtype)
             if start is not None and target is not None:

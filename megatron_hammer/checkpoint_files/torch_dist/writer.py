@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint_files.checkpoint_reader import LATEST_FILE
+from megatron_hammer.checkpoint_files.checkpoint_reader import LATEST_FILE, RELEASE, name_folder
 from megatron_hammer.checkpoint_files.located_tensor import locate_in_storage, read_located
 from megatron_hammer.checkpoint_files.pickle_writer import dump_object
 from megatron_hammer.checkpoint_files.torch_dist.store import COMMON_STATE_KEY
@@ -26,7 +26,6 @@ from megatron_hammer.errors import ConversionError
 from megatron_hammer.files.publish import publish_directory, publish_files
 
 MAX_FILE_BYTES = 4 << 30
-RELEASE = "release"
 # torch.save aligns data to this within its archive, so an archive that starts at a multiple can be mapped.
 ALIGNMENT_BYTES = 64
 
@@ -222,7 +221,7 @@ def open_checkpoint_writer(
     The tracker never goes back to an earlier iteration otherwise. Raises ConversionError if the target is taken, and
     OutputError if it cannot be written or the disk is full.
     """
-    name = RELEASE if iteration is None else f"iter_{iteration:07d}"
+    name = name_folder(iteration)
     _validate_target(save_dir, name, overwrite)
     was_there = save_dir.exists()
     try:

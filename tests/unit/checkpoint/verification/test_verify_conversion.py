@@ -126,7 +126,6 @@ def test_every_argument_that_a_preset_sets_for_the_model_is_taken_from_the_check
 def request_of(**changes) -> ForwardRequest:
     values = {
         "megatron_dir": "m",
-        "iteration": None,
         "weights": "model",
         "hf_dir": "h",
         "vocab_size": 53,

@@ -376,8 +376,6 @@ def test_a_checkpoint_without_ranks_or_arguments_is_refused(tmp_path):
     (tmp_path / "mp_rank_00").mkdir()
     with pytest.raises(CheckpointError, match=r"must hold mp_rank_\* folders with model_optim_rng.pt, got none"):
         open_legacy_checkpoint(tmp_path)
-    with pytest.raises(CheckpointError, match="nowhere: checkpoint directory does not exist"):
-        open_legacy_checkpoint(tmp_path / "nowhere")
     target = write_legacy_checkpoint(tmp_path, llama_weights(), change=lambda state, *_: state.pop("args"))
     with pytest.raises(CheckpointError, match="must hold Megatron's arguments, got none"):
         open_legacy_checkpoint(target)
@@ -431,8 +429,9 @@ def test_types_allowed_for_torch_load_are_still_refused(tmp_path):
 def test_reading_imports_no_megatron(tmp_path):
     target = write_legacy_checkpoint(tmp_path, llama_weights())
     code = (
-        "import sys; from megatron_hammer.checkpoint_files.legacy.reader import open_legacy_checkpoint; "
-        f"open_legacy_checkpoint({str(target)!r}).read('output_layer.weight'); "
+        "import sys; from pathlib import Path; "
+        "from megatron_hammer.checkpoint_files.legacy.reader import open_legacy_checkpoint; "
+        f"open_legacy_checkpoint(Path({str(target)!r})).read('output_layer.weight'); "
         "print([name for name in sys.modules if name.split('.')[0] in ('megatron', 'transformers')])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -10,7 +10,6 @@ from megatron_hammer.checkpoint_files.legacy.tensor_parallel import (
     ROW,
     merge_columns,
     merge_gated_columns,
-    merge_replicated,
     merge_rows,
     order_qkv_by_heads,
     select_rank_layout,
@@ -64,15 +63,6 @@ def test_sizes_that_do_not_fit_are_refused():
     weight = torch.randn(10, 9)
     with pytest.raises(ConversionError, match="must hold gate and up of a rank, got size=9"):
         merge_gated_columns([weight.t(), weight.t()])
-    with pytest.raises(ConversionError, match=r"parts: must have one shape on all ranks, got \[\(10, 9\), \(9, 10\)\]"):
-        merge_columns([weight, weight.t()])
-
-
-def test_replicated_parts_must_have_the_same_bits():
-    tensor = torch.tensor([1.0, float("nan"), 0.0])
-    assert merge_replicated([tensor, tensor.clone()]) is tensor  # a NaN has the same bits as itself
-    with pytest.raises(ConversionError, match="must be equal on all ranks, got a difference between 0 and 2"):
-        merge_replicated([tensor, tensor, tensor + 1])
 
 
 @pytest.mark.parametrize("checkpoint_version", [0, 1.0, 2.0, 3.0])
@@ -99,9 +89,7 @@ def test_which_row_is_which_in_versions_0_and_1():
             assert version_1[today] == head * head_dim * 3 + element * 3 + 1
 
 
-def test_other_versions_and_broken_heads_are_refused():
-    with pytest.raises(ConversionError, match=r"order of query_key_value is defined for 0, 1, 2 and 3, got 1\.5"):
-        order_qkv_by_heads(torch.randn(60), checkpoint_version=1.5, head_dim=4)
+def test_broken_heads_are_refused():
     with pytest.raises(ConversionError, match="must hold q, k and v of every head, got size=50, which 12 does not"):
         order_qkv_by_heads(torch.randn(50), checkpoint_version=0, head_dim=4)
 
