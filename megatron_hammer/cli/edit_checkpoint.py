@@ -129,18 +129,16 @@ def run_with_progress(arguments: argparse.Namespace) -> str:
     return summary
 
 
+def select_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The flags of `add_command` that every edit of one checkpoint takes."""
+    return {"iteration": arguments.iteration, "overwrite": arguments.overwrite}
+
+
 def run_reshard(arguments: argparse.Namespace, on_tensor: OnTensor) -> str:
     """Reshard as the flags say; returns the last line. Notes go to stderr."""
     # The fields of TargetLayout have the names of the flags that add_reshard adds.
     target = TargetLayout(**{name: getattr(arguments, name) for name in TargetLayout.__dataclass_fields__})
-    report = reshard(
-        arguments.load,
-        arguments.save,
-        target,
-        iteration=arguments.iteration,
-        overwrite=arguments.overwrite,
-        on_tensor=on_tensor,
-    )
+    report = reshard(arguments.load, arguments.save, target, **select_options(arguments), on_tensor=on_tensor)
     for note in report.notes:
         print(f"note: {note}", file=sys.stderr)
     return (
@@ -181,12 +179,7 @@ def run_resize_vocab(arguments: argparse.Namespace, on_tensor: OnTensor) -> str:
         new_tokenizer_path=arguments.tokenizer_model,
     )
     report = resize_vocabulary(
-        arguments.load,
-        arguments.save,
-        vocabulary,
-        iteration=arguments.iteration,
-        overwrite=arguments.overwrite,
-        on_tensor=on_tensor,
+        arguments.load, arguments.save, vocabulary, **select_options(arguments), on_tensor=on_tensor
     )
     num_dropped = max(0, report.num_tokens_before - report.num_tokens)
     return (
@@ -200,13 +193,7 @@ def run_resize_vocab(arguments: argparse.Namespace, on_tensor: OnTensor) -> str:
 
 def run_weights_only(arguments: argparse.Namespace, on_tensor: OnTensor) -> str:
     """Drop everything but the weights; returns the last line."""
-    report = keep_weights(
-        arguments.load,
-        arguments.save,
-        iteration=arguments.iteration,
-        overwrite=arguments.overwrite,
-        on_tensor=on_tensor,
-    )
+    report = keep_weights(arguments.load, arguments.save, **select_options(arguments), on_tensor=on_tensor)
     return (
         f"{report.save_dir}: release of iteration {report.iteration}; {report.num_weights} weights kept and read back "
         f"equal, {report.num_dropped_tensors} optimizer tensors and {report.num_dropped_objects} states of the run "
@@ -229,8 +216,7 @@ def run_upcycle(arguments: argparse.Namespace, on_tensor: OnTensor) -> str:
         arguments.save,
         shape,
         expert_ffn_hidden_size=arguments.moe_ffn_hidden_size,
-        iteration=arguments.iteration,
-        overwrite=arguments.overwrite,
+        **select_options(arguments),
         on_tensor=on_tensor,
     )
     function = "the dense function up to rounding" if report.is_exact else "near the dense function, not equal to it"

@@ -100,36 +100,20 @@ def estimate_memory(
     options: MemoryOptions | None = None,
     context_bytes: int = CUDA_CONTEXT_BYTES,
     fragmentation_ratio: float = FRAGMENTATION_RATIO,
+    only_heaviest: bool = False,
 ) -> tuple[StageMemory, ...]:
     """The peak of each pipeline stage in one training step. On CPU pass context_bytes=0, fragmentation_ratio=0.
 
-    num_microbatches: a step's, on one data-parallel rank. Raises ConfigError for a layout that cannot hold the model.
+    num_microbatches: a step's, on one data-parallel rank. only_heaviest: of the stages that hold the same state, build
+    only the one that holds most beside it; one of them has the largest total, and a search asks for no other.
+    Raises ConfigError for a layout that cannot hold the model.
     """
     options = options or MemoryOptions()
     raise_problems(find_grid_problems(layout))
     batch = Batch(micro_batch_size=micro_batch_size, seq_length=seq_length)
-    peaks = _list_peaks(model, _drop_data_parallelism(layout), batch, options, num_microbatches)
+    list_peaks = _list_heaviest_peaks if only_heaviest else _list_peaks
+    peaks = list_peaks(model, _drop_data_parallelism(layout), batch, options, num_microbatches)
     return _build_stages(model, layout, options, peaks, context_bytes, fragmentation_ratio)
-
-
-def estimate_heaviest_stage(
-    model: ModelShape,
-    layout: ParallelLayout,
-    *,
-    micro_batch_size: int,
-    seq_length: int,
-    num_microbatches: int,
-    options: MemoryOptions | None = None,
-    context_bytes: int = CUDA_CONTEXT_BYTES,
-    fragmentation_ratio: float = FRAGMENTATION_RATIO,
-) -> StageMemory:
-    """The stage of `estimate_memory` with the largest total, without building the others: for searches."""
-    options = options or MemoryOptions()
-    raise_problems(find_grid_problems(layout))
-    batch = Batch(micro_batch_size=micro_batch_size, seq_length=seq_length)
-    peaks = _list_heaviest_peaks(model, _drop_data_parallelism(layout), batch, options, num_microbatches)
-    stages = _build_stages(model, layout, options, peaks, context_bytes, fragmentation_ratio)
-    return max(stages, key=lambda stage: stage.total_bytes)
 
 
 def count_in_flight(layout: ParallelLayout, pp_rank: int, num_microbatches: int) -> int:

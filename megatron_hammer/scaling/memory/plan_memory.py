@@ -7,7 +7,7 @@ depends on: not the GPU, the cluster, overlap or replicas, and micro-batches onl
 from functools import lru_cache
 from typing import Any
 
-from megatron_hammer.model.accounting import MemoryOptions, StageMemory, estimate_heaviest_stage
+from megatron_hammer.model.accounting import MemoryOptions, StageMemory, estimate_memory
 from megatron_hammer.model.memory_options import WORKSPACE_BYTES
 from megatron_hammer.scaling.plan import Plan, Precision, Recompute, Sharding
 
@@ -17,11 +17,12 @@ def estimate_heaviest_plan_stage(plan: Plan) -> StageMemory:
 
     fp16 needs the same memory as bf16. The loss is Megatron's unfused one. Quantized formats keep 16-bit weights too.
     """
-    return estimate_heaviest_stage(plan.model, plan.layout, **build_memory_run(plan))
+    stages = estimate_memory(plan.model, plan.layout, **build_memory_run(plan), only_heaviest=True)
+    return max(stages, key=lambda stage: stage.total_bytes)
 
 
 def build_memory_run(plan: Plan) -> dict[str, Any]:
-    """A plan without its model and layout, as the arguments of `estimate_memory` and `estimate_heaviest_stage`."""
+    """A plan without its model and layout, as the arguments of `estimate_memory`."""
     is_for_gpu = plan.cluster.full_speed_processes_per_node is None
     # CPU processes have no CUDA context and no caching allocator, so the allowances for both are zero.
     allowances = {} if is_for_gpu else {"context_bytes": 0, "fragmentation_ratio": 0.0}
