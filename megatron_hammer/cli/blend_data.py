@@ -38,6 +38,7 @@ from megatron_hammer.errors import ConfigError, exit_on_user_error
 from megatron_hammer.files.publish import publish_files
 from megatron_hammer.files.tables import build_table, open_console, print_json
 
+# Powers of ten, as papers count tokens: 20B is 20 x 10^9.
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -61,6 +62,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--split", help="shares of training, validation and test, as in training (default: all for training)"
     )
+    # A temperature acts on the sizes, so it has no meaning beside given weights.
     ways = parser.add_mutually_exclusive_group()
     ways.add_argument(
         "--temperature", type=float, default=1.0, help="weights ~ tokens^(1/T); 1 means by size (%(default)s)"
@@ -68,6 +70,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     ways.add_argument("--weights", nargs="+", type=float, help="one weight per source, in their order; any sum")
     budget = parser.add_argument_group("length of the run")
     budget.add_argument("--train-tokens", type=parse_count, help="such as 20B")
+    # The names of training's own flags, so that a line can be copied from a run.
     budget.add_argument("--train-iters", type=parse_count, help="steps; needs --global-batch-size")
     budget.add_argument("--global-batch-size", type=parse_count, help="samples per step")
     budget.add_argument("--seq-length", type=parse_count, default=2048, help="tokens per sample (%(default)s)")
@@ -95,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     weights = round_weights(choose_weights(arguments, sources, budget))
     previews = preview_blend(weights, sources, budget) if budget is not None else None
     data_path = list_data_path(weights, sources)
+    # Only with a budget: without a length, no source is read too often.
     warnings = find_warnings(previews, sources, budget, arguments.max_epochs) if previews and budget else []
     if arguments.output is not None:
         publish_files({arguments.output: encode_data_args(weights, sources)})
@@ -129,6 +133,7 @@ def read_budget(arguments: argparse.Namespace) -> Budget | None:
         # Rounded up: the run must draw at least the tokens that were asked for.
         num_samples = -(-arguments.train_tokens // arguments.seq_length)
         return Budget(num_samples=num_samples, seq_length=arguments.seq_length)
+    # A flag without effect would let the user believe that epochs are capped.
     if arguments.cap_epochs:
         raise ConfigError("cap-epochs: needs the length of the run, got none. Pass --train-tokens or --train-iters.")
     return None
@@ -142,6 +147,7 @@ def choose_weights(arguments: argparse.Namespace, sources: Sequence[BlendSource]
         weights = normalize_weights(arguments.weights)
     else:
         weights = weigh_by_tokens(num_tokens, arguments.temperature)
+    # Last, also on given weights: the cap is a limit on what is read, whatever the weights are.
     if arguments.cap_epochs and budget is not None:
         weights = cap_weights(weights, num_tokens, budget, arguments.max_epochs)
     return weights
@@ -160,6 +166,7 @@ def build_sources(
         if drawn:
             cells += [f"{drawn.num_tokens:,}", f"{drawn.epochs:.3f}", f"{drawn.num_epochs_built:,}"]
         else:
+            # Beside its weight, a source's share of the tokens shows by how much it is favoured.
             cells.append(f"{source.num_tokens / total_tokens:.4%}")
         rows.append((source.name, *cells))
     return build_table(None, headings, rows)

@@ -16,8 +16,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; see --help. Raises ConfigError without --data-cache-path, or for data that does not fit."""
     from megatron_hammer.training.pretrain import open_terminal, prepare
 
+    # cpu: building indices needs no GPU, so it can run on a login node.
     arguments = prepare(["--platform", "cpu", *(sys.argv[1:] if argv is None else argv)], is_plan=True)
     cache_dir = arguments.settings.data.cache_dir
+    # Without the flag, Megatron puts the indices beside the data.
     if cache_dir is None:
         raise ConfigError(
             "data-cache-path: must name the folder that training will read, got none. Pass --data-cache-path DIR."

@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{arguments.output}: {corpus.num_train_documents} documents, {corpus.train_bytes / 1e6:.2f} MB of text")
     if arguments.valid_output:
         print(f"{arguments.valid_output}: {corpus.num_valid_documents} documents, {corpus.valid_bytes / 1e6:.2f} MB")
+    # Causes in alphabetical order: the same corpus gives the same lines.
     skipped = ", ".join(f"{count} {cause}" for cause, count in sorted(corpus.skipped.items())) or "none"
     num_documents = corpus.num_train_documents + corpus.num_valid_documents
     print(f"{num_documents + corpus.skipped.total()} documents found, {num_documents} written, skipped: {skipped}")

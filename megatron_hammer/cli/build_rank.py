@@ -29,10 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     # After the flags are parsed: --help must not wait for torch and megatron.
     from megatron_hammer.training.build_rank import DisagreementError, build_rank, print_built_rank
 
+    # Parsed here only to be shown in --help; training parses it itself.
     preset = ["--preset", arguments.preset] if arguments.preset else []
     try:
         built = build_rank([*preset, "--world-size", str(arguments.world_size), *rest], arguments.rank)
     except DisagreementError as error:
+        # Not "error:": the user can do nothing about it.
         print(f"bug: {error}", file=sys.stderr)
         return 1
     if arguments.json:

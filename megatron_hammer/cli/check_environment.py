@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from megatron_hammer.errors import exit_on_user_error
 
+# The folder above megatron_hammer/, if this file lies in a clone.
 CLONE = Path(__file__).resolve().parents[2]
 SETUP_NAMES = ("PYTHON_REQUIRES", "INSTALL_REQUIRES", "EXTRAS_REQUIRE")
 
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
 
     required = read_installed() if arguments.setup_path is None else read_setup(arguments.setup_path)
+    # A copy: extras are added to it.
     packages = list(required.packages)
     for extra in arguments.extra:
         if extra not in required.extras:
@@ -52,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def find_setup() -> Path | None:
     """The clone's setup.py; None where the package was installed without a clone."""
+    # A wheel has no tools/. A setup.py beside an installed package would be that of another project.
     is_clone = (CLONE / "tools" / "check_environment.py").is_file()
     return CLONE / "setup.py" if is_clone else None
 
@@ -60,6 +63,7 @@ def read_setup(setup_path: Path) -> Requirements:
     """The requirements in setup.py, read without running it (setuptools may be absent)."""
     literals = {}
     for node in ast.parse(setup_path.read_text(encoding="utf-8")).body:
+        # Only literals with these names: the rest of setup.py imports setuptools.
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id in SETUP_NAMES:
             literals[node.targets[0].id] = ast.literal_eval(node.value)
     return Requirements(*(literals[name] for name in SETUP_NAMES))
@@ -72,6 +76,7 @@ def read_installed() -> Requirements:
     extras: dict[str, list[str]] = {name: [] for name in distribution.metadata.get_all("Provides-Extra") or ()}
     for line in distribution.requires or ():
         text, _, marker = line.partition(";")
+        # pip writes the extra of a requirement into its marker, such as: gguf>=0.19; extra == "gguf".
         extra = re.search(r"""extra == ["']([\w-]+)["']""", marker)
         (extras[extra[1]] if extra else packages).append(text.strip())
     return Requirements(distribution.metadata["Requires-Python"], packages, extras)
@@ -92,6 +97,7 @@ def select_missing(requirements: list[str]) -> list[str]:
     for text in requirements:
         requirement = Requirement(text)
         try:
+            # base_version drops what a vendor adds. By PEP 440, 2.13.0a0 would be before 2.13.
             release = Version(metadata.version(requirement.name)).base_version
         except metadata.PackageNotFoundError:
             missing.append(text)

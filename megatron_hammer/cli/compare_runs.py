@@ -13,6 +13,7 @@ from megatron_hammer.errors import ConfigError, exit_on_user_error
 from megatron_hammer.files.tables import open_console
 from megatron_hammer.training import compare
 
+# Not 2, which is for errors of the user: here the comparison itself worked.
 STRAYED_EXIT_CODE = 1
 
 
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; see --help. Exits with 1 if a run differs by more than the tolerance."""
     arguments = parse_arguments(argv)
     named_paths = [[compare.parse_named_path(text) for text in group] for group in arguments.runs]
+    # Over all groups: the table and the JSON name a run by its name alone.
     names = [name for group in named_paths for name, _ in group]
     if len(set(names)) < len(names):
         raise ConfigError(f"--runs: names must differ, got {', '.join(names)}. Rename one.")

@@ -19,6 +19,7 @@ from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
 from megatron_hammer.files.progress import build_byte_progress
 from megatron_hammer.files.tables import print_json
 
+# Around the usual thresholds of 0.7 to 0.9, where the chance rises from near 0 to near 1.
 SHOWN_SIMILARITIES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 
 
@@ -80,9 +81,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_workers=arguments.workers,
         report_path=arguments.report,
     )
+    # monotonic: the wall clock may be set while the command runs.
     started_at_s = time.monotonic()
     counts = deduplicate_with_progress(options)
     elapsed_s = time.monotonic() - started_at_s
+    # The options of this run, so that the user sees what its threshold means in practice.
     chances = {s: removal_probability(s, near) for s in SHOWN_SIMILARITIES} if arguments.near_duplicates else {}
     if arguments.json:
         result = dataclasses.asdict(counts) | {"num_kept": counts.num_kept, "elapsed_s": elapsed_s}
@@ -98,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def deduplicate_with_progress(options: DedupOptions) -> DedupCounts:
     """Run with a live line on the terminal's stderr; where stderr is a file, it stays silent."""
     with build_byte_progress(TextColumn("{task.fields[counts]}")) as bar:
+        # The total is known once the inputs are found.
         task = bar.add_task("", total=None, counts="")
 
         def show(counts: DedupCounts) -> None:

@@ -57,6 +57,7 @@ def add_command(
 def add_reshard(commands: Any) -> None:
     """The subcommand reshard: its flags are those of training for a layout."""
     parser = add_command(commands, "reshard", run_reshard, "another layout, weights and optimizer bit for bit")
+    # No defaults: None means the checkpoint's own value, which the command does not know yet.
     for flag, text in (
         ("tensor-model-parallel-size", "ranks that share every matrix"),
         ("pipeline-model-parallel-size", "pipeline stages"),
@@ -140,6 +141,7 @@ def run_reshard(arguments: argparse.Namespace, on_tensor: OnTensor) -> str:
     target = TargetLayout(**{name: getattr(arguments, name) for name in TargetLayout.__dataclass_fields__})
     report = reshard(arguments.load, arguments.save, target, **select_options(arguments), on_tensor=on_tensor)
     for note in report.notes:
+        # On stderr: stdout has one line, for scripts.
         print(f"note: {note}", file=sys.stderr)
     return (
         f"{report.save_dir}: {name_iteration(report.iteration)} from {report.layout_before} to {report.layout}; "
@@ -150,6 +152,7 @@ def run_reshard(arguments: argparse.Namespace, on_tensor: OnTensor) -> str:
 
 def run_average(arguments: argparse.Namespace, on_tensor: OnTensor) -> str:
     """Average as the flags say; returns the last line. The share of each checkpoint goes to stderr."""
+    # One word with commas: nargs="+" would swallow the checkpoints that follow.
     weights = parse_numbers(arguments.weights) if arguments.weights is not None else None
     report = average(
         arguments.checkpoints, arguments.save, weights=weights, overwrite=arguments.overwrite, on_tensor=on_tensor

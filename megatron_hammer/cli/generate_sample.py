@@ -27,6 +27,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; see --help. Prints the prompt and its continuation."""
     arguments = parse_arguments(argv)
+    # transformers would take the path for the name of a repository, and its error would speak of that.
     for name in ("config.json", "tokenizer.json"):
         if not (arguments.model / name).is_file():
             raise ConversionError(
@@ -52,6 +53,7 @@ def generate(arguments: argparse.Namespace) -> str:
     torch.manual_seed(arguments.seed)
     device = select_platform()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=False)
+    # "auto": the type in which the weights are stored, and not fp32.
     model = AutoModelForCausalLM.from_pretrained(arguments.model, trust_remote_code=False, dtype="auto").to(device)
     inputs = tokenizer(arguments.prompt, return_tensors="pt").to(device)
     sampling = {"do_sample": True, "temperature": arguments.temperature, "top_k": arguments.top_k}

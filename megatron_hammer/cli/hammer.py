@@ -96,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int | None:
     if words == ["--version"]:
         print(f"hammer {__version__}")
         return 0
+    # No name is the beginning of another one, so the first match is the only one.
     for command in COMMANDS:
         name = command.name.split()
         if words[: len(name)] == name:
@@ -133,7 +134,9 @@ def format_lines(commands: Iterable[Command]) -> str:
 def describe_unknown(words: Sequence[str], family: Sequence[Command]) -> str:
     if not words:
         return "command: must be given, got none. Run hammer --help for the list."
+    # Of `hammer tokenizer foo`, both words are the wrong name.
     typed = " ".join(words[: 1 + bool(family)])
+    # A family without its second word: every command of it is near.
     near = [command.name for command in family] if len(words) == 1 else []
     near = near or find_near(typed)
     remedy = f"Did you mean {' or '.join(near)}? " if near else ""

@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     validate_arguments(arguments)
     encoder = load_encoder(arguments.tokenizer_model) if arguments.tokenizer_model is not None else None
+    # First: what follows trusts the files, and would show a damaged pair as if it were sound.
     verified = verify_pairs(arguments, encoder)
     # validate_arguments refuses both flags without a tokenizer, so there is an encoder in these two cases.
     if arguments.document is not None and encoder is not None:
@@ -100,6 +101,7 @@ def validate_arguments(arguments: argparse.Namespace) -> None:
         )
     if arguments.document is not None and arguments.search is not None:
         problems.append("document: cannot be combined with --search, got both. Drop one of them.")
+    # Each names one file or one number, which would be ambiguous with several pairs.
     for flag in ("plot", "csv", "document"):
         if len(arguments.prefixes) > 1 and getattr(arguments, flag) is not None:
             problems.append(f"{flag}: must be of one pair, got {len(arguments.prefixes)}. Pass one prefix.")
@@ -129,6 +131,7 @@ def build_pair_report(
 ) -> PairReport:
     """Read one pair for its report; raises DataError if the given tokenizer is not the one that encoded it."""
     index, manifest = read_index(prefix), read_manifest(prefix)
+    # The ids that never occur are counted of the vocabulary, so its size must be known.
     vocab_size = manifest.tokenizer.vocab_size if manifest is not None else None
     if encoder is not None:
         require_same_tokenizer(prefix, encoder, manifest)
@@ -136,6 +139,7 @@ def build_pair_report(
     with show_progress(f"reading {prefix}", "tokens") as on_progress:
         statistics = inspect_pair(index, vocab_size=vocab_size, on_progress=on_progress)
     frequent = statistics.select_frequent_ids(arguments.top)
+    # Without a tokenizer the table has ids only.
     texts = describe_ids(encoder, [token_id for token_id, _ in frequent]) if encoder else [None] * len(frequent)
     numbers = choose_samples(index, arguments.samples, arguments.seed)
     return PairReport(
@@ -154,6 +158,7 @@ def build_pair_report(
 
 def show_reports(reports: list[PairReport], arguments: argparse.Namespace) -> None:
     """Print the reports, the documents that pairs share, and a last line with the sums; write --csv and --plot."""
+    # --csv and --plot are of one pair; `validate_arguments` has refused more.
     lengths = reports[0].statistics.lengths
     if arguments.csv is not None:
         write_histogram_csv(arguments.csv, build_histogram(lengths))
@@ -180,6 +185,7 @@ def show_reports(reports: list[PairReport], arguments: argparse.Namespace) -> No
 
 def show_document(arguments: argparse.Namespace, encoder: Encoder) -> None:
     """Print the text of --document."""
+    # One pair, as `validate_arguments` requires.
     (prefix,) = arguments.prefixes
     index = read_index(prefix)
     require_same_tokenizer(prefix, encoder, read_manifest(prefix))
@@ -201,6 +207,7 @@ def show_matches(arguments: argparse.Namespace, encoder: Encoder) -> None:
         index = read_index(prefix)
         require_same_tokenizer(prefix, encoder, read_manifest(prefix))
         matches = list(search_documents(index, encoder, arguments.search, max_matches=arguments.max_matches))
+        # It may have ended at the last document by chance: "stopped" then says no more than that there may be others.
         has_stopped = len(matches) == arguments.max_matches
         # The search stops at the last match that it may show, so documents after it were not read.
         num_searched = matches[-1].number + 1 if has_stopped else index.num_documents

@@ -65,6 +65,7 @@ def merge_with_progress(arguments: argparse.Namespace) -> MergedPair:
             arguments.input,
             arguments.output_prefix,
             seed=arguments.seed,
+            # The total is known once the headers of the parts are read.
             on_progress=lambda done_bytes, total_bytes: bar.update(task, completed=done_bytes, total=total_bytes),
         )
 

@@ -61,6 +61,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             f"--workers must be at least 1 and --max-errors at least 0, "
             f"got workers={arguments.workers}, max_errors={arguments.max_errors}"
         )
+    # The same key twice would write into the same files.
     if len(set(arguments.json_keys)) < len(arguments.json_keys):
         parser.error(f"--json-keys must be distinct, got {' '.join(arguments.json_keys)}")
     return arguments
@@ -78,6 +79,7 @@ def build_options(arguments: argparse.Namespace) -> PreprocessOptions:
         split_sentences=arguments.split_sentences,
         language=arguments.lang,
         keep_newlines=arguments.keep_newlines,
+        # --seed has a default, so it alone does not ask for a shuffle.
         seed=arguments.seed if arguments.shuffle else None,
         shard=None if arguments.shard is None else parse_shard(arguments.shard),
         num_workers=arguments.workers,
@@ -89,6 +91,7 @@ def build_options(arguments: argparse.Namespace) -> PreprocessOptions:
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; see --help. A stop by a signal exits with 128 and the signal's number."""
+    # Before the signal handlers: a wrong flag has nothing to keep.
     options = build_options(arguments := parse_arguments(argv))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
@@ -109,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         effort = f"{elapsed_s:.1f} s, {manifest.text_bytes / elapsed_s / 1e6:.1f} MB/s"
         if result.was_complete:
             effort = "already complete, nothing was written"
+        # No rate: the time does not cover what the earlier run did.
         elif result.was_continued:
             effort = f"{elapsed_s:.1f} s since it was continued"
         print(f"{summarise(prefix, manifest)}; {effort}")
@@ -151,6 +155,7 @@ def print_dropped(problems: Sequence[str]) -> None:
 
 def exit_interrupted(options: PreprocessOptions) -> NoReturn:
     """Say what remains; the exit code is that of the signal, as shells have it."""
+    # A run without a journal has removed what it wrote.
     rest = "nothing was done yet. Run the same command again."
     if options.journal_path.exists():
         rest = explain_resume(options)

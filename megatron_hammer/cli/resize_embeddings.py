@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         save_dir=arguments.save,
         has_tokenizer=not arguments.no_tokenizer,
     )
+    # On stderr, so that stdout has the result only.
     with Console(stderr=True).status("reading the model") as status:
         report = resize_embeddings(options, lambda stage: status.update(stage))
     if arguments.json:

@@ -62,11 +62,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     levels = read_character_levels(arguments.charset) if arguments.charset else None
     with open_documents(arguments) as documents:
         analysis = analyze.analyze_tokenizers(encoders, documents, levels=levels, reference=arguments.reference)
+    # A --max-bytes below the first document gives an empty sample.
     if arguments.input and not analysis.scripts:
         raise DataError(
             f"{arguments.input[0]}: inputs must hold a document, got none (max-bytes={arguments.max_bytes}). "
             "Add one, or raise --max-bytes beyond the size of a document."
         )
+    # Files before tables: a reader of stdout that leaves early must not cost them.
     if arguments.csv:
         analysis_files.write_csv(analysis, arguments.csv)
     if arguments.plot:
@@ -84,6 +86,7 @@ def open_documents(arguments: argparse.Namespace) -> Iterator[Iterable[Document]
     if not arguments.input:
         yield ()
         return
+    # Bytes on disk, because the reader reports these also for compressed files.
     total_bytes = sum(path.stat().st_size for path in find_input_files(arguments.input).files)
     with build_byte_progress() as bar:
         task = bar.add_task("", total=total_bytes)

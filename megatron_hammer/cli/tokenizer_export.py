@@ -63,6 +63,7 @@ def summarise(save_dir: Path, exported: ExportedFolder) -> str:
     """The last line: the number of ids, and the texts that were compared."""
     corpus = exported.corpus
     compared = f"{exported.samples.num_documents:,} sample texts"
+    # Without a corpus the last line says so: sample texts alone are a weak proof.
     if corpus.num_documents:
         size = f"{corpus.text_bytes / 1e6:,.2f} MB, {corpus.num_tokens:,} tokens"
         compared += f" and {corpus.num_documents:,} documents ({size})"

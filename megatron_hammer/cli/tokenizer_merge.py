@@ -106,6 +106,7 @@ def validate_arguments(arguments: argparse.Namespace) -> None:
 def select_symbols(arguments: argparse.Namespace, other: SentencePieceModel) -> tuple[str, ...]:
     if arguments.user_defined_symbols_file:
         return read_user_defined_symbols(arguments.user_defined_symbols_file)
+    # Mode vocabulary adds every piece, and the other model's symbols are among them.
     return select_own_symbols(other) if arguments.mode == "characters" else ()
 
 
@@ -135,6 +136,7 @@ def print_merge_report(arguments: argparse.Namespace, model: SentencePieceModel,
     """Print the report as sentences; the last line has the number of pieces before and after."""
     if report.levels:
         print_levels(report)
+    # With --scores zero nothing was calibrated.
     if report.score_ratio is None:
         print("scores of added pieces: 0")
     else:

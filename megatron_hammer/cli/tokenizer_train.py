@@ -27,6 +27,7 @@ from megatron_hammer.tokenizer.vocabulary.vocabulary_files import (
     read_user_defined_symbols,
 )
 
+# About 4 GB of memory at sentencepiece's 20 bytes per byte of the sample.
 DEFAULT_MAX_BYTES = 200_000_000
 
 
@@ -123,6 +124,7 @@ def build_recipe(arguments: argparse.Namespace) -> TokenizerRecipe:
         "required_chars": read_required_chars(chars_path) if chars_path else None,
         "user_defined_symbols": read_user_defined_symbols(symbols_path) if symbols_path else None,
     }
+    # None: not given, so the preset decides.
     changes = {name: value for name, value in changes.items() if value is not None}
     return dataclasses.replace(RECIPES[arguments.preset], **changes)
 
@@ -137,6 +139,7 @@ def show_progress(sources: tuple[TextSource, ...]) -> Iterator[dict[str, Any]]:
 
     def start_training(sampled_bytes: int) -> None:
         bar.stop()
+        # sentencepiece reports no progress, so there is a spinner and no bar.
         training.add_task(f"training on {sampled_bytes / 1e6:.1f} MB", total=None)
         training.start()
 
@@ -150,6 +153,7 @@ def show_progress(sources: tuple[TextSource, ...]) -> Iterator[dict[str, Any]]:
 
 def warn_of_shortfalls(trained: TrainedTokenizer) -> None:
     """Name on stderr each source that has less text than its weight asks for."""
+    # A single source has the whole sample as its share, and is used whole where it is smaller.
     if len(trained.sources) == 1:
         return
     fitting_bytes = count_fitting_bytes(trained.sources)
