@@ -61,6 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
 def select_rows(projection: SavedProjection, ids: str | None) -> list[SavedRow]:
     """The rows with these ids, or the fastest of each size. Raises ConfigError for an unknown id or without rows."""
     if ids is not None:
+        # A repeated id would be counted as two rows of one file.
         chosen = [projection.select_row(row_id) for row_id in dict.fromkeys(ids.split(",")) if row_id]
         if not chosen:
             raise ConfigError(f"rows: must name a row, got {ids!r}. Pass ids such as 512-1,64-1, or leave --rows out.")

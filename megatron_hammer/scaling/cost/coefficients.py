@@ -230,18 +230,18 @@ def format_coefficients(coefficients: Coefficients) -> str:
     for gpu, own in coefficients.gpus.items():
         # Quoted, because a dot in a bare key of TOML starts a table inside the table.
         lines += ["", f"[gpu.{json.dumps(gpu)}]"]
-        lines += [f"{name} = {_format_number(value)}" for name, value in asdict(own).items()]
+        lines += [f"{name} = {format_toml_value(value)}" for name, value in asdict(own).items()]
     lines += ["", "# exp(+-ratio) about a prediction holds 80 % of cross-validated rows of the class", "[band]"]
     lines += [f"{json.dumps(name)} = {ratio:.4f}" for name, ratio in coefficients.band_ratio.items()]
     lines += ["", "[provenance]"]
     # TOML: values of a table stand before its inner tables. After an inner header they would belong to that table.
     for key, value in coefficients.provenance.items():
         if not isinstance(value, Mapping):
-            lines.append(f"{key} = {_format_value(value)}")
+            lines.append(f"{key} = {format_toml_value(value)}")
     for key, value in coefficients.provenance.items():
         if isinstance(value, Mapping):
             lines += ["", f"[provenance.{key}]"]
-            lines += [f"{json.dumps(name)} = {_format_value(item)}" for name, item in value.items()]
+            lines += [f"{json.dumps(name)} = {format_toml_value(item)}" for name, item in value.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -250,11 +250,7 @@ def save_coefficients(coefficients: Coefficients, path: Path) -> None:
     publish_files({path: format_coefficients(coefficients)})
 
 
-def _format_number(value: float) -> str:
-    return str(value) if isinstance(value, int) else f"{value:.6g}"
-
-
-def _format_value(value: Any) -> str:
+def format_toml_value(value: Any) -> str:
     """A TOML value. JSON's strings, numbers and lists are valid TOML. A long list gets one line per entry."""
     if isinstance(value, float):
         return f"{value:.6g}"

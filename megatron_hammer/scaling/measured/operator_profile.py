@@ -5,7 +5,6 @@ reports. A known GPU keeps its data sheet and gets the measured ratios. A CPU co
 measured.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from typing import Any
 
 from megatron_hammer.errors import DataError, PlatformError
 from megatron_hammer.files.typed import read_json
-from megatron_hammer.scaling.cost.coefficients import Coefficients
+from megatron_hammer.scaling.cost.coefficients import Coefficients, format_toml_value
 from megatron_hammer.scaling.cost.compute import estimate_attention_fill
 from megatron_hammer.scaling.measured.sweep_results import Statistic
 from megatron_hammer.scaling.plan import Cluster, Gpu, Precision
@@ -238,5 +237,5 @@ def _format_table(name: str, values: dict[str, Any]) -> str:
     lines = [f"[{name}]"]
     for field, value in values.items():
         if value is not None:
-            lines.append(f"{field} = {f'{value:.6g}' if isinstance(value, float) else json.dumps(value)}")
+            lines.append(f"{field} = {format_toml_value(value)}")
     return "\n".join(lines) + "\n"
