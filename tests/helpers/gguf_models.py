@@ -12,6 +12,7 @@ from megatron_hammer.tokenizer.export.export_tokenizer import export_tokenizer
 from tests.helpers.toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
 
 VOCAB_SIZE = TOY_VOCAB_SIZE + 5  # rows that no token has
+# Not those of toy_model.LLAMA: a block of Q8_0 has 32 numbers, so every row must have a multiple of 32.
 SIZES = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 96,

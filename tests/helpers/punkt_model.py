@@ -8,9 +8,9 @@ from nltk.tokenize.punkt import PunktTrainer
 TRAINING_TEXT = "Dr. Jones saw Mr. Brown. Dr. Smith did not. He left. Mr. Brown slept. Dr. Jones ate. " * 40
 
 
-def write_punkt_model(nltk_data_dir: Path, language: str = "english") -> Path:
-    """Write `tokenizers/punkt_tab/<language>` below a folder that NLTK_DATA may name, and return it."""
-    model_dir = nltk_data_dir / "tokenizers" / "punkt_tab" / language
+def write_punkt_model(nltk_data_dir: Path) -> Path:
+    """Write `tokenizers/punkt_tab/english` below a folder that NLTK_DATA may name, and return it."""
+    model_dir = nltk_data_dir / "tokenizers" / "punkt_tab" / "english"
     model_dir.mkdir(parents=True)
     params, encode = PunktTrainer(TRAINING_TEXT).get_params(), TabEncoder()
     (model_dir / "abbrev_types.txt").write_text(encode.set2txt({*params.abbrev_types, "dr"}))

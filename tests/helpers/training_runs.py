@@ -19,10 +19,12 @@ from tests.helpers.repository import ROOT
 
 TIMEOUT_S = 240
 
-# A toy in which no two sizes are equal, so that a swapped axis cannot pass.
+# Larger than toy_model.LLAMA: it learns, and every layout that the tests train divides its layers and heads. No two
+# sizes are equal, so that a swapped axis cannot pass.
+VOCAB_SIZE = 1000
 TOY_MODEL = (
     *("--num-layers", "4", "--hidden-size", "96", "--ffn-hidden-size", "176", "--num-attention-heads", "8"),
-    *("--group-query-attention", "--num-query-groups", "2", "--vocab-size", "1000", "--seq-length", "64"),
+    *("--group-query-attention", "--num-query-groups", "2", "--vocab-size", str(VOCAB_SIZE), "--seq-length", "64"),
     *("--max-position-embeddings", "64", "--normalization", "RMSNorm", "--swiglu", "--disable-bias-linear"),
     *("--position-embedding-type", "rope", "--untie-embeddings-and-output-weights"),
     *("--hidden-dropout", "0", "--attention-dropout", "0", "--precision", "fp32"),
@@ -109,11 +111,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def write_toy_data(prefix: Path, *, num_documents: int = 300, vocab_size: int = 1000, seed: int = 5) -> str:
+def write_toy_data(prefix: Path, *, num_documents: int = 300, seed: int = 5) -> str:
     """Indexed data that can be learned: each document counts up from a random token in a random stride."""
     generator = np.random.default_rng(seed)
     with IndexedWriter(prefix, np.dtype(np.uint16)) as writer:
         for length in generator.integers(20, 400, num_documents):
-            start, stride = generator.integers(0, vocab_size), generator.integers(1, 4)
-            add_document(writer, ((start + stride * np.arange(length)) % vocab_size).astype(np.uint16))
+            start, stride = generator.integers(0, VOCAB_SIZE), generator.integers(1, 4)
+            add_document(writer, ((start + stride * np.arange(length)) % VOCAB_SIZE).astype(np.uint16))
     return str(prefix)

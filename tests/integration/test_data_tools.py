@@ -16,7 +16,6 @@ from tests.helpers.toy_tokenizer import TOY_TEXTS, train_toy_tokenizer, write_js
 pytestmark = pytest.mark.integration
 
 TOOLS = ("build_machine_corpus.py", "tokenizer_train.py", "preprocess_data.py")
-WAIT_S = 30
 
 
 def run(tool: str, *arguments: str | Path, cwd: Path) -> tuple[int, str, str]:

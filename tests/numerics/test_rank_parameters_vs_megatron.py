@@ -12,7 +12,8 @@ import torch
 from megatron_hammer.model.accounting import ParallelLayout, count_rank_parameters, padded_vocab_size
 from megatron_hammer.model.shape import ModelShape, MoeShape
 
-# No two dimensions alike, so that no swapped axis can pass.
+# Larger than toy_model.LLAMA: 8 tensor-parallel ranks divide its heads and 6 chunks its layers. No two dimensions are
+# alike.
 LLAMA = ModelShape(
     name="toy-llama",
     source="",

@@ -100,7 +100,7 @@ def test_k_quants_need_llama_cpp(monkeypatch):
     )
     with pytest.raises(
         PlatformError,
-        match=r"^k-quants: llama.cpp must make them, got AttributeError: .*ggml_quantize_chunk'.*--type q8_0",
+        match=r"^k-quants: llama.cpp must make them, got AttributeError: .*ggml_quantize_chunk'.*--type q8_0\b",
     ):
         load_quantizer()
     load_quantizer.cache_clear()

@@ -16,23 +16,11 @@ from megatron_hammer.checkpoint.hugging_face.folder import open_hf_folder
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.model.shape import RopeScaling
 from tests.helpers.gguf_models import LLAMA3_ROPE, write_gguf_source
-
-ATTENTION = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output")
-CONFIG = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 53,
-    "hidden_size": 24,
-    "intermediate_size": 20,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32,
-}
+from tests.helpers.toy_hf_folder import LLAMA_CONFIG
 
 
 def interpret(**changes) -> HfModel:
-    config = CONFIG | changes
+    config = LLAMA_CONFIG | changes
     shape, dropout = interpret_config(config)
     return HfModel(shape=shape, dropout=dropout, family=select_family(shape), dtype=None, config=config)
 

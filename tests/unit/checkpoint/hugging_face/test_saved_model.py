@@ -127,7 +127,7 @@ def test_a_rope_is_scaled_in_one_way():
     assert read_saved_model(toy_arguments(rotary_seq_len_interpolation_factor=1)) == read_saved_model(toy_arguments())
     with pytest.raises(
         ConversionError,
-        match=r"^rotary_seq_len_interpolation_factor: .*together with use_rope_scaling, got .*=4",
+        match=r"^rotary_seq_len_interpolation_factor: .*together with use_rope_scaling, got .*=4\b",
     ):
         read_saved_model(toy_arguments(rotary_seq_len_interpolation_factor=4, use_rope_scaling=True))
 

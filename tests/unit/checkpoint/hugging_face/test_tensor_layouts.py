@@ -67,12 +67,12 @@ def test_twin_exchanged_key_and_value_do_not_come_back():
 
 @pytest.mark.parametrize("rows", [41, 16], ids=["not whole heads", "no query"])
 def test_qkv_of_impossible_rows_is_refused(rows):
-    with pytest.raises(ConversionError, match=f"rows={rows}, num_query_groups \\* head_dim=8"):
+    with pytest.raises(ConversionError, match=rf"rows={rows}, num_query_groups \* head_dim=8\b"):
         split_qkv(torch.empty(rows, HIDDEN), num_query_groups=GROUPS, head_dim=HEAD_DIM)
 
 
 def test_qkv_parts_that_do_not_fit_are_refused():
-    with pytest.raises(ConversionError, match="q=24, k=8, v=12"):
+    with pytest.raises(ConversionError, match=r"q=24, k=8, v=12\b"):
         merge_qkv(numbered(24), numbered(8), numbered(12), num_query_groups=GROUPS, head_dim=HEAD_DIM)
 
 
@@ -86,7 +86,7 @@ def test_gate_up_there_and_back(shape):
 
 
 def test_gate_up_that_do_not_fit_are_refused():
-    with pytest.raises(ConversionError, match="rows=11"):
+    with pytest.raises(ConversionError, match=r"rows=11\b"):
         split_gate_up(numbered(11, HIDDEN))
     with pytest.raises(ConversionError, match=r"gate=\(5, 7\), up=\(6, 7\)"):
         merge_gate_up(numbered(5, HIDDEN), numbered(6, HIDDEN))

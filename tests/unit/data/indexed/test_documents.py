@@ -86,5 +86,5 @@ def test_a_file_that_is_cut_while_it_is_read_is_named(tmp_path: Path) -> None:
     index = read_index(write_pair(tmp_path / "pair"))
     with open(index.bin_path, "r+b") as file:
         file.truncate(100)
-    with pytest.raises(DataError, match=r"pair.bin: file must have 158 more bytes.*got 100"):
+    with pytest.raises(DataError, match=r"pair.bin: file must have 158 more bytes.*got 100\b"):
         list(read_pair_documents(index, chunk_bytes=1 << 20))

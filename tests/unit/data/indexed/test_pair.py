@@ -77,7 +77,7 @@ def test_counts_that_do_not_add_up_are_a_bug(tmp_path: Path) -> None:
         writer.add_documents(np.array([4, 5, 6]), np.array([2, 2]))
     with pytest.raises(ValueError, match="sequences_per_document add up to 3, but there are 2 sequences"):
         writer.add_documents(np.array([4, 5, 6]), np.array([2, 1]), np.array([3]))
-    with pytest.raises(ValueError, match=r"sequence_lengths must lie in 0..2147483647, got -1..4"):
+    with pytest.raises(ValueError, match=r"sequence_lengths must lie in 0..2147483647, got -1..4\b"):
         writer.add_documents(np.array([4, 5, 6]), np.array([4, -1]), np.array([2]))
     writer.abort()
     assert not list(tmp_path.iterdir())

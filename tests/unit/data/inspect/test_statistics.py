@@ -84,7 +84,7 @@ def test_duplicates_are_found_by_hash_alone() -> None:
 
 def test_values_that_cannot_be_token_ids_are_refused(tmp_path: Path) -> None:
     prefix = write_pair(tmp_path / "pair", [[1, 2, 77]], np.int32)
-    with pytest.raises(DataError, match=r"pair\.bin: token ids must lie in 0\.\.40, got id=77"):
+    with pytest.raises(DataError, match=r"pair\.bin: token ids must lie in 0\.\.40, got id=77\b"):
         inspect_pair(read_index(prefix), vocab_size=VOCAB_SIZE)
     bin_path(prefix).write_bytes(np.array([1, -5, 77], dtype=np.int32).tobytes())
     with pytest.raises(DataError, match=r"token ids must lie in 0\.\.16777215, got id=-5\."):

@@ -22,7 +22,7 @@ from megatron_hammer.data.preprocess.journal import (
     write_journal,
 )
 from megatron_hammer.errors import DataError, OutputError
-from tests.helpers.messages import assert_problem, assert_problems
+from tests.helpers.messages import assert_problem, assert_problems, raises_problem
 
 JOB = Job(
     flags={"json_keys": ["text"], "append_eod": True, "seed": None},
@@ -153,11 +153,8 @@ def test_a_lock_is_held_by_one_process_and_ends_with_it(tmp_path: Path) -> None:
     owner = multiprocessing.get_context("spawn").Process(target=hold_lock, args=(path, theirs))
     owner.start()
     assert ours.recv() == "held"
-    message = (
-        rf"^{re.escape(str(path))}: another run is writing this output, got process {owner.pid} on \S+. "
-        r"Wait for it to end, or pass another --output-prefix.$"
-    )
-    with pytest.raises(DataError, match=message), lock_outputs(path):
+    facts = ("another run is writing this output", f"got process {owner.pid} on ", "--output-prefix")
+    with raises_problem(DataError, f"{path}:", *facts), lock_outputs(path):
         pass
     owner.kill()
     owner.join()

@@ -11,6 +11,7 @@ from nltk.tokenize.punkt import PunktTokenizer
 
 from megatron_hammer.data.preprocess.sentences import PIECE_CHARS, hash_sentence_model, load_sentence_splitter
 from megatron_hammer.errors import DataError, PlatformError
+from tests.helpers.messages import raises_problem
 from tests.helpers.punkt_model import write_punkt_model
 
 TEXT = 'Dr. Smith went home.\nHe slept! Then... he (woke).  \n\n"Why?" Nobody knew.\n'
@@ -57,12 +58,8 @@ def test_the_hash_follows_the_model(model_dir: Path) -> None:
 
 @pytest.mark.parametrize("language", ["klingon", "../english"])
 def test_a_missing_model_says_how_to_get_it(model_dir: Path, language: str) -> None:
-    message = (
-        f"split-sentences: nltk must have its Punkt model of language {language}, got none in tokenizers/punkt_tab. "
-        "Fetch it with `python -m nltk.downloader punkt_tab`, or set NLTK_DATA to the folder that holds "
-        f"tokenizers/punkt_tab/{language}, or pass another --lang."
-    )
-    with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
+    remedies = ("`python -m nltk.downloader punkt_tab`", "NLTK_DATA", f"tokenizers/punkt_tab/{language}", "--lang")
+    with raises_problem(DataError, "split-sentences:", f"language {language}, got none", *remedies):
         load_sentence_splitter(language, keep_newlines=False)
 
 
@@ -74,6 +71,5 @@ def test_an_incomplete_model_counts_as_missing(model_dir: Path) -> None:
 
 def test_a_missing_nltk_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nltk.data", None)
-    message = r"^split-sentences: nltk must be installed. Install it with `pip install nltk`.$"
-    with pytest.raises(PlatformError, match=message):
+    with raises_problem(PlatformError, "split-sentences:", "nltk must be installed", "`pip install nltk`"):
         hash_sentence_model("english")

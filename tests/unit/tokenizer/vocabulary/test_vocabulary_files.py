@@ -66,7 +66,7 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"absent.txt: file cannot be read \(No such file or directory\)"):
         read_required_chars(tmp_path / "absent.txt")
     (tmp_path / "latin.txt").write_bytes(b"ab\xe9")
-    with pytest.raises(DataError, match=r"latin.txt: text must be UTF-8, got byte 0xe9 at offset 2"):
+    with pytest.raises(DataError, match=r"latin.txt: text must be UTF-8, got byte 0xe9 at offset 2\b"):
         read_user_defined_symbols(tmp_path / "latin.txt")
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(DataError, match=r"empty.txt: file must hold symbols, got none. Write one a line."):
