@@ -26,6 +26,7 @@ from megatron_hammer.scaling.evidence.run_table import PUBLISHED_RUNS_PATH, VTRA
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The tables of runs, where the fit starts, and where its coefficients go."""
     parser.add_argument(
         "--runs",
         type=Path,

@@ -25,6 +25,7 @@ SIX_ND = "6ND"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The runs, what N and compute count, the budgets, and the output. `run` refuses flags without effect."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--runs",

@@ -29,6 +29,7 @@ CPU_TYPE = "cpu-core"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to vary, how often to run it, and on what. Every default of a size is the recipe's."""
     parser.add_argument("--output-dir", type=Path, required=True, help="runs.csv, and a folder for each run")
     parser.add_argument("--sweep", type=Path, metavar="FILE.toml", help="[[sweep]] tables instead of the flags below")
     sweep = parser.add_argument_group("what to vary (several values separated by commas)")

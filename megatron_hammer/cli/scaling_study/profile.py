@@ -33,6 +33,7 @@ from megatron_hammer.scaling.plan import Gpu
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What to time, and which GPU and cluster of the data files this machine is."""
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--platform", choices=["auto", "cpu", "cuda"], default="auto", help="default: cuda if there is")
     parser.add_argument(

@@ -25,6 +25,7 @@ from megatron_hammer.scaling.search.search import Predict, Search
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The study (study_arguments.py), what is shown of it, and the output."""
     add_study_arguments(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--top", type=int, default=5, metavar="K", help="layouts shown at each size (%(default)s)")

@@ -31,6 +31,7 @@ from megatron_hammer.scaling.evidence.validation_report import (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The tables of runs and of memory figures, and the coefficients to compare them with."""
     parser.add_argument(
         "--runs",
         type=Path,
