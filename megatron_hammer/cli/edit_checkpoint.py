@@ -120,14 +120,9 @@ def add_upcycle(commands: Any) -> None:
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    print(run_with_progress(arguments))
-
-
-def run_with_progress(arguments: argparse.Namespace) -> str:
-    """Run the subcommand with a live line on the terminal's stderr; where stderr is a file, it stays silent."""
     with show_stages("{} tensors") as show:
-        summary: str = arguments.run(arguments, show)
-    return summary
+        summary = arguments.run(arguments, show)
+    print(summary)
 
 
 def select_options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -84,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         verify=arguments.verify,
         overwrite=arguments.overwrite,
     )
-    report = export_with_progress(options)
+    with show_stages() as show:
+        report = export_to_hugging_face(options, show)
     for note in report.notes:
         print(f"note: {note}", file=sys.stderr)
     if arguments.json:
@@ -93,12 +94,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         print_checks(report.checks)
         print(summarise(report))
-
-
-def export_with_progress(options: ExportOptions) -> ExportReport:
-    """Run with a live line on the terminal's stderr; where stderr is a file, it stays silent."""
-    with show_stages() as show:
-        return export_to_hugging_face(options, show)
 
 
 def summarise(report: ExportReport) -> str:

@@ -19,7 +19,7 @@ from megatron_hammer.errors import PlatformError, exit_on_interrupt, exit_on_use
 from megatron_hammer.files.progress import show_stages
 
 if TYPE_CHECKING:
-    from megatron_hammer.checkpoint.gguf.to_gguf import GgufOptions, GgufReport
+    from megatron_hammer.checkpoint.gguf.to_gguf import GgufReport
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     require_gguf()
     arguments = parse_arguments(argv)
 
-    from megatron_hammer.checkpoint.gguf.to_gguf import GgufOptions
+    from megatron_hammer.checkpoint.gguf.to_gguf import GgufOptions, export_to_gguf
 
     options = GgufOptions(
         load_dir=arguments.load,
@@ -81,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         text_key=arguments.text_key,
         overwrite=arguments.overwrite,
     )
-    report = export_with_progress(options)
+    with show_stages() as show:
+        report = export_to_gguf(options, show)
     if arguments.json:
         print(json.dumps(dataclasses.asdict(report), default=str, ensure_ascii=False))
         return
@@ -96,14 +97,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 def require_gguf() -> None:
     if importlib.util.find_spec("gguf") is None:
         raise PlatformError("gguf: must be installed, got none. Run pip install gguf xllamacpp.")
-
-
-def export_with_progress(options: "GgufOptions") -> "GgufReport":
-    """Run with a live line on the terminal's stderr; where stderr is a file, it stays silent."""
-    from megatron_hammer.checkpoint.gguf.to_gguf import export_to_gguf
-
-    with show_stages() as show:
-        return export_to_gguf(options, show)
 
 
 def summarise(report: "GgufReport") -> str:

@@ -72,7 +72,8 @@ def write_gguf(
     not_finite: list[str] = []
     with path.open("ab") as file:
         for extra in extras:
-            _write_block(file, encode_rows(extra.values, GGMLQuantizationType.F32), is_first=True)
+            _pad(file)
+            file.write(encode_rows(extra.values, GGMLQuantizationType.F32))
         for number, tensor in enumerate(tensors, start=1):
             if not _write_tensor(file, tensor, read(tensor.hf_name)):
                 not_finite.append(tensor.hf_name)
@@ -94,22 +95,17 @@ def _write_tensor(file: BinaryIO, tensor: GgufTensor, stored: Tensor) -> bool:
     dtype = FLOAT_DTYPES.get(tensor.type, torch.float32)
     is_finite = True
     arranged = tensor.arrange(stored)
-    for number, rows in enumerate(arranged.split(count_block_rows(arranged))):
+    _pad(file)
+    for rows in arranged.split(count_block_rows(arranged)):
         # After the conversion: a finite value above LARGEST_F16 becomes infinity in f16.
         is_finite = is_finite and bool(torch.isfinite(rows.to(dtype)).all())
-        _write_block(file, encode_rows(rows, tensor.type), is_first=number == 0)
+        file.write(encode_rows(rows, tensor.type))
     return is_finite
 
 
 def count_block_rows(tensor: Tensor) -> int:
     """How many rows are converted at a time."""
     return max(1, BLOCK_BYTES // (4 * max(1, tensor[:1].numel())))
-
-
-def _write_block(file: BinaryIO, data: memoryview, *, is_first: bool) -> None:
-    if is_first:
-        _pad(file)
-    file.write(data)
 
 
 def _pad(file: BinaryIO) -> None:

@@ -5,7 +5,6 @@ opened. CPU only.
 """
 
 import http.client
-import importlib.util
 import json
 import socket
 import subprocess
@@ -97,11 +96,6 @@ class _UnixConnection(http.client.HTTPConnection):
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.connect(self._socket_path)
-
-
-def is_llama_cpp_installed() -> bool:
-    """Whether the wheel of llama.cpp is there; it is not imported."""
-    return importlib.util.find_spec("xllamacpp") is not None
 
 
 @contextmanager

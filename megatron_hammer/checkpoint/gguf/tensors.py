@@ -66,6 +66,7 @@ def plan_tensors(model: HfModel, file_type: FileType) -> list[GgufTensor]:
     """Every tensor that comes from a Hugging Face one, in the order in which it is written."""
     arch = select_architecture(model)
     names = get_tensor_name_map(arch, model.shape.num_layers)
+    heads = {"attn_q": model.shape.num_attention_heads, "attn_k": model.shape.num_query_groups}
     tensors = []
     for pair in expand(model.family, model.shape):
         for hf_name, shape in zip(pair.hf_names, pair.hf_shapes, strict=True):
@@ -73,9 +74,9 @@ def plan_tensors(model: HfModel, file_type: FileType) -> list[GgufTensor]:
             if name is None:
                 raise ConversionError(f"{hf_name}: llama.cpp must have a name for it, got none. Update gguf.")
             place = _find_place(name, model.shape)
-            heads = _count_rope_heads(place.kind, model.shape) if arch is MODEL_ARCH.LLAMA else None
+            rope_heads = heads.get(place.kind) if arch is MODEL_ARCH.LLAMA else None
             tensor_type = select_type(file_type, place, shape)
-            tensors.append(GgufTensor(name=name, hf_name=hf_name, shape=shape, type=tensor_type, rope_heads=heads))
+            tensors.append(GgufTensor(name=name, hf_name=hf_name, shape=shape, type=tensor_type, rope_heads=rope_heads))
     return tensors
 
 
@@ -89,10 +90,6 @@ def _find_place(name: str, model: ModelShape) -> Place:
         heads_per_group=model.num_attention_heads // model.num_query_groups,
         is_output=parts[-2] == "output" or (model.has_tied_embeddings and parts[-2] == "token_embd"),
     )
-
-
-def _count_rope_heads(kind: str, model: ModelShape) -> int | None:
-    return {"attn_q": model.num_attention_heads, "attn_k": model.num_query_groups}.get(kind)
 
 
 def compute_rope_factors(scaling: RopeScaling, *, rotary_base: float, head_dim: int) -> Tensor:

@@ -86,9 +86,8 @@ def export_to_gguf(options: GgufOptions, on_step: OnStep = lambda stage, done, t
         if problems := source.list_unequal_duplicates():
             raise ConversionError(*problems)
         vocabulary = read_vocabulary(hf_dir, vocab_size=model.shape.vocab_size, config=model.config)
-        writer = build_metadata(
-            model.shape, vocabulary, arch=arch, file_type=options.file_type, name=_select_name(options)
-        )
+        name = options.name or options.load_dir.resolve().name
+        writer = build_metadata(model.shape, vocabulary, arch=arch, file_type=options.file_type, name=name)
         extras = list_extra_tensors(model.shape)
         total = len(tensors)
         write_gguf(
@@ -163,10 +162,6 @@ def _open_hugging_face(options: GgufOptions, on_step: OnStep) -> Iterator[Path]:
         )
         export_to_hugging_face(export_options, lambda stage, done, total: on_step(f"{stage} the export", done, total))
         yield export_options.save_dir
-
-
-def _select_name(options: GgufOptions) -> str:
-    return options.name or options.load_dir.resolve().name
 
 
 def _prove(

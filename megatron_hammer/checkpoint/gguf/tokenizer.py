@@ -126,13 +126,12 @@ def _read_sentencepiece(path: Path) -> tuple[list[Piece], dict[str, Any]]:
                 for reason in reasons
             )
         )
-    entries = [_show_spaces(piece) if piece.type is PieceType.USER_DEFINED else piece for piece in model.pieces]
+    entries = [
+        Piece(piece.surface, piece.score, piece.type) if piece.type is PieceType.USER_DEFINED else piece
+        for piece in model.pieces
+    ]
     facts = {"model": "llama", "splitting_rule": "default", "merges": None, "adds_space_prefix": model.has_dummy_prefix}
     return entries, facts
-
-
-def _show_spaces(piece: Piece) -> Piece:
-    return Piece(piece.surface, piece.score, piece.type)
 
 
 def list_unsupported(model: SentencePieceModel) -> list[str]:

@@ -6,6 +6,7 @@ difference means that the vocabulary was written wrongly.
 """
 
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,8 +47,7 @@ class TokenizerComparison:
 
     def count_causes(self) -> dict[str, int]:
         """Documents by the cause of their difference."""
-        causes = [difference.cause for difference in self.differences]
-        return {cause: causes.count(cause) for cause in dict.fromkeys(causes)}
+        return Counter(difference.cause for difference in self.differences)
 
 
 def compare_tokenizers(
@@ -76,16 +76,17 @@ def _describe(
     """The first unexplained place, or the first one if all are explained."""
     places = _list_places(expected, got, vocabulary)
     explained = [
-        (causes.explain(document.text, _show(expected[begin:end], vocabulary)), begin) for begin, end in places
+        (causes.explain(document.text, vocabulary.encoder.decode(expected[begin:end])), begin) for begin, end in places
     ]
     cause, begin = next((place for place in explained if place[0] == UNEXPLAINED), explained[0])
     shown = slice(begin, begin + SHOWN_TOKENS)
+    expected_tokens, got_tokens = (tuple(vocabulary.tokens[number] for number in ids[shown]) for ids in (expected, got))
     return IdDifference(
         source=document.source,
         line=document.line,
         cause=cause,
-        expected=tuple(_name_tokens(expected[shown], vocabulary)),
-        got=tuple(_name_tokens(got[shown], vocabulary)),
+        expected=expected_tokens,
+        got=got_tokens,
     )
 
 
@@ -116,14 +117,6 @@ def _count_bytes(vocabulary: GgufVocabulary, token_id: int) -> int:
     if vocabulary.model == "gpt2" and kind is PieceType.NORMAL:
         return len(text)  # a character stands for a byte
     return len(text.replace(" ", WHITESPACE_SYMBOL).encode("utf-8"))
-
-
-def _name_tokens(ids: Sequence[int], vocabulary: GgufVocabulary) -> list[str]:
-    return [vocabulary.tokens[token_id] for token_id in ids]
-
-
-def _show(ids: Sequence[int], vocabulary: GgufVocabulary) -> str:
-    return vocabulary.encoder.decode(ids)
 
 
 class _KnownCauses:
@@ -178,9 +171,9 @@ def summarise_tokenizers(comparison: TokenizerComparison) -> tuple[str, bool]:
 def list_examples(comparison: TokenizerComparison, *, most: int) -> list[str]:
     """A line for each of the first differences of every cause."""
     lines: list[str] = []
-    seen: dict[str, int] = {}
+    seen: Counter[str] = Counter()
     for difference in comparison.differences:
-        seen[difference.cause] = seen.get(difference.cause, 0) + 1
+        seen[difference.cause] += 1
         if seen[difference.cause] <= most:
             lines.append(
                 f"{difference.source}:{difference.line}: {difference.cause}; "

@@ -4,11 +4,12 @@ The tokenizer with the one that the vocabulary stands for (tokenizer_check.py), 
 transformers (logits_check.py). What cannot be done on this machine says why and passes nothing.
 """
 
+import importlib.util
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_hammer.checkpoint.gguf.llama_cpp import LlamaCpp, is_llama_cpp_installed, open_llama_cpp
+from megatron_hammer.checkpoint.gguf.llama_cpp import LlamaCpp, open_llama_cpp
 from megatron_hammer.checkpoint.gguf.logits_check import (
     compare_with_transformers,
     continue_prompts,
@@ -44,7 +45,8 @@ def explain_absence(*, is_asked: bool) -> str | None:
     """Why llama.cpp is not asked, if it is not."""
     if not is_asked:
         return "not asked: --no-verify"
-    return None if is_llama_cpp_installed() else "not asked: xllamacpp is not installed (pip install xllamacpp)"
+    is_installed = importlib.util.find_spec("xllamacpp") is not None
+    return None if is_installed else "not asked: xllamacpp is not installed (pip install xllamacpp)"
 
 
 def verify_with_llama_cpp(

@@ -5,7 +5,6 @@ way that no mapping expresses are refused by name, all at once. Absent fields ha
 `rope_theta` and `torch_dtype` are written as transformers 4 and other engines spell them; transformers 5 reads both.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from megatron_hammer.checkpoint.hugging_face.config_rows import Dropout
 from megatron_hammer.checkpoint.hugging_face.families.catalogue import FAMILIES, select_family
 from megatron_hammer.checkpoint.hugging_face.family import Family
 from megatron_hammer.errors import ConversionError
+from megatron_hammer.files.typed import read_json
 from megatron_hammer.model.shape import ModelShape, MoeShape
 
 CONFIG_NAME = "config.json"
@@ -39,7 +39,9 @@ def read_hf_model(path: Path) -> HfModel:
     """
     has_own_name = path.is_file() and path.name != CONFIG_NAME
     config_path = path if path.is_file() else path / CONFIG_NAME
-    config = _read_config(config_path)
+    if not config_path.is_file():
+        raise ConversionError(f"{config_path}: must exist, got none. Pass a Hugging Face model folder.")
+    config = read_config(config_path)
     name = path.stem if has_own_name else config_path.resolve().parent.name
     shape, dropout = interpret_config(config, name=name, source=str(path))
     dtype = config.get("dtype") or config.get("torch_dtype")
@@ -52,16 +54,9 @@ def read_hf_model(path: Path) -> HfModel:
     )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConversionError(f"{path}: must exist, got none. Pass a Hugging Face model folder.") from error
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{path}: must be readable JSON, got {error}. Fetch the file again.") from error
-    if not isinstance(config, dict):
-        raise ConversionError(f"{path}: must hold one JSON object, got {type(config).__name__}. Fetch the file again.")
-    return config
+def read_config(path: Path) -> dict[str, Any]:
+    """The content of a JSON file of the folder; raises ConversionError where it is not one object."""
+    return read_json(path, dict[str, Any], remedy="Fetch the file again.", raises=ConversionError)
 
 
 def interpret_config(

@@ -4,7 +4,6 @@ Either side may be Megatron's at any layout or a Hugging Face folder. Vocabulary
 of the saved arguments are listed, but they do not change the verdict.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.hugging_face.config_json import CONFIG_NAME
+from megatron_hammer.checkpoint.hugging_face.config_json import CONFIG_NAME, read_config
 from megatron_hammer.checkpoint.inspection.tensor_views import (
     OpenedCheckpoint,
     TensorView,
@@ -251,8 +250,4 @@ def _list_arguments(opened: OpenedCheckpoint) -> dict[str, Any]:
 
 def _list_config(opened: OpenedCheckpoint) -> dict[str, Any]:
     path = opened.directory / CONFIG_NAME
-    try:
-        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return dict(config)
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: file must hold one JSON object, got {error}. Fetch it again.") from error
+    return read_config(path) if path.is_file() else {}

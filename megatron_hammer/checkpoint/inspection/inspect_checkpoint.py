@@ -5,14 +5,13 @@ does not have is None. `tables.py` prints the result.
 """
 
 import fnmatch
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_hammer.checkpoint.hugging_face.config_json import CONFIG_NAME
+from megatron_hammer.checkpoint.hugging_face.config_json import CONFIG_NAME, read_config
 from megatron_hammer.checkpoint.inspection.tensor_statistics import TensorStatistics, measure_tensor
 from megatron_hammer.checkpoint.inspection.tensor_views import (
     OpenedCheckpoint,
@@ -188,10 +187,9 @@ def _describe_architecture(opened: OpenedCheckpoint) -> tuple[dict[str, Any], tu
         notes = tuple(f"no conversion: {problem}" for problem in error.problems)
         if opened.is_megatron:
             return {}, notes
-        path = opened.directory / CONFIG_NAME
         try:
-            return dict(json.loads(path.read_text(encoding="utf-8"))), notes
-        except (OSError, ValueError, TypeError):
+            return read_config(opened.directory / CONFIG_NAME), notes
+        except HammerError:
             return {}, notes
     except AttributeError as error:
         return {}, (f"no conversion: the saved arguments are incomplete ({error})",)

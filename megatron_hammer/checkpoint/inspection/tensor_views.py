@@ -5,8 +5,10 @@ that Hugging Face has for its tensors. No tensor is read before it is asked for,
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,7 +45,7 @@ class TensorView:
 
     @property
     def num_elements(self) -> int:
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)
 
     @property
     def num_bytes(self) -> int:
@@ -109,28 +111,27 @@ def is_hugging_face(path: Path) -> bool:
 
 def _view(reader: Any, name: str) -> TensorView:
     stored = reader.tensors[name]
-    return TensorView(shape=tuple(stored.shape), dtype=stored.dtype, read=lambda: reader.read(name))
+    return TensorView(shape=tuple(stored.shape), dtype=stored.dtype, read=partial(reader.read, name))
 
 
 def view_folder(stored: HfWeights) -> dict[str, TensorView]:
     """The tensors of a Hugging Face folder under their stored names."""
-
-    def view(name: str) -> TensorView:
-        return TensorView(shape=stored.shapes[name], dtype=stored.dtypes[name], read=lambda: stored.read(name))
-
-    return {name: view(name) for name in stored.shapes}
+    return {
+        name: TensorView(shape=shape, dtype=stored.dtypes[name], read=partial(stored.read, name))
+        for name, shape in stored.shapes.items()
+    }
 
 
 def view_store(store: TorchDistStore) -> dict[str, TensorView]:
     """Every tensor of a torch_dist directory under its own key, the optimizer's too."""
-
-    def view(key: str) -> TensorView:
-        shape = store.tensors[key].shape
-        return TensorView(
-            shape=shape, dtype=store.tensors[key].dtype, read=lambda: store.read(key, [0] * len(shape), shape)
+    return {
+        key: TensorView(
+            shape=stored.shape,
+            dtype=stored.dtype,
+            read=partial(store.read, key, [0] * len(stored.shape), stored.shape),
         )
-
-    return {key: view(key) for key in store.tensors}
+        for key, stored in store.tensors.items()
+    }
 
 
 # --- the same tensors on both sides ----------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_hammer.checkpoint.hugging_face.config_json import CONFIG_NAME, read_config
 from megatron_hammer.checkpoint.surgery.new_rows import build_new_rows, load_extension
 from megatron_hammer.checkpoint_files.safetensors.copy_with_rows import (
     InsertedRows,
@@ -113,7 +114,8 @@ def resize_embeddings(options: ResizeOptions, on_stage: Callable[[str], None] = 
         inserted = {name: _build_rows(model.tensors[name], old.vocab_size, spellings) for name in model.matrices}
         _write_weights(model, partial_dir, inserted, on_stage)
         left_out = _copy_other_files(model.directory, partial_dir)
-        _write_config(model, partial_dir, max(model.num_rows, new.vocab_size))
+        config = model.config | {"vocab_size": max(model.num_rows, new.vocab_size)}
+        _write_json(partial_dir / CONFIG_NAME, config)
         if options.has_tokenizer:  # last, as transformers looks into config.json too
             on_stage("comparing the tokenizer")
             verify_with_transformers(new, partial_dir, list_samples(new))
@@ -134,9 +136,9 @@ def resize_embeddings(options: ResizeOptions, on_stage: Callable[[str], None] = 
 
 
 def _read_model(directory: Path) -> _Model:
-    config = _read_json(directory / "config.json")
+    config = read_config(directory / CONFIG_NAME)
     index_path = directory / INDEX_FILE
-    index = _read_json(index_path) if index_path.is_file() else None
+    index = read_config(index_path) if index_path.is_file() else None
     if index is not None and not isinstance(index.get("weight_map"), dict):
         raise ConversionError(f"{index_path}: index must hold a weight_map, got none. Fetch the file again.")
     shard_names = tuple(dict.fromkeys(index["weight_map"].values())) if index else ("model.safetensors",)
@@ -151,20 +153,6 @@ def _read_model(directory: Path) -> _Model:
         tensors=tensors,
         matrices=_find_matrices(directory, config, tensors),
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ConversionError(
-            f"{path}: file of a Hugging Face model cannot be read ({error.strerror}). Check --model."
-        ) from error
-    except ValueError as error:
-        raise ConversionError(f"{path}: file must be JSON, got {error}. Fetch it again.") from error
-    if not isinstance(content, dict):
-        raise ConversionError(f"{path}: file must hold a JSON object, got {type(content).__name__}. Fetch it again.")
-    return content
 
 
 def _find_matrices(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, HeaderEntry]) -> tuple[str, ...]:
@@ -275,7 +263,7 @@ def _copy_other_files(source_dir: Path, target_dir: Path) -> tuple[str, ...]:
     """Copy what is neither weights nor the old tokenizer's nor config.json; returns what was left out."""
     left_out = []
     for path in sorted(source_dir.iterdir()):
-        if path.name in (*HF_TOKENIZER_FILES, INDEX_FILE, "config.json", "added_tokens.json"):
+        if path.name in (*HF_TOKENIZER_FILES, INDEX_FILE, CONFIG_NAME, "added_tokens.json"):
             continue
         if (target_dir / path.name).exists():
             continue
@@ -284,10 +272,6 @@ def _copy_other_files(source_dir: Path, target_dir: Path) -> tuple[str, ...]:
             continue
         shutil.copyfile(path, target_dir / path.name)
     return tuple(left_out)
-
-
-def _write_config(model: _Model, target_dir: Path, num_rows: int) -> None:
-    _write_json(target_dir / "config.json", model.config | {"vocab_size": num_rows})
 
 
 def _write_tokenizer(model: _Model, new: Encoder, target_dir: Path) -> None:
@@ -300,7 +284,7 @@ def _write_tokenizer(model: _Model, new: Encoder, target_dir: Path) -> None:
 
 def _find_max_length(model: _Model) -> int | None:
     path = model.directory / "tokenizer_config.json"
-    saved = _read_json(path).get("model_max_length") if path.is_file() else None
+    saved = read_config(path).get("model_max_length") if path.is_file() else None
     max_length = saved if isinstance(saved, int) else model.config.get("max_position_embeddings")
     return max_length if isinstance(max_length, int) else None
 

@@ -6,7 +6,6 @@ call it on folders that do not have their names yet, after their own exact compa
 """
 
 import importlib.util
-import json
 import math
 import os
 import subprocess
@@ -14,13 +13,15 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import psutil
 import torch
 
 import megatron_hammer
+from megatron_hammer.checkpoint.hugging_face.config_json import CONFIG_NAME
 from megatron_hammer.checkpoint.verification.forward_exchange import (
     DEFAULT_TEXTS,
     MAX_TOKENS,
@@ -36,6 +37,7 @@ from megatron_hammer.checkpoint_files.checkpoint_reader import VOCABULARY_TENSOR
 from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
 from megatron_hammer.checkpoint_files.safetensors.weight_files import open_hf_weights
 from megatron_hammer.errors import ConversionError
+from megatron_hammer.files.typed import read_json
 
 __all__ = ["LEVELS", "CheckRow", "Level", "most_frequent_dtype", "verify_model"]
 
@@ -91,6 +93,15 @@ def _is_installed(name: str) -> bool:
 # --- planning --------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """What is read of config.json. GPT-2 spells the positions n_positions."""
+
+    vocab_size: int
+    max_position_embeddings: int | None = None
+    n_positions: int | None = None
+
+
 def plan_comparison(
     megatron_dir: Path,
     hf_dir: Path,
@@ -103,8 +114,8 @@ def plan_comparison(
     """What to compare and in which dtype, from the sizes of both sides and the memory that is free."""
     reader = open_checkpoint(megatron_dir, iteration=iteration, weights=weights)
     stored = open_hf_weights(hf_dir)
-    config = _read_config(hf_dir)
-    num_layers, vocab_size = reader.args.num_layers, config["vocab_size"]
+    config = read_json(hf_dir / CONFIG_NAME, _Sizes, remedy="Fetch the file again.", raises=ConversionError)
+    num_layers, vocab_size = reader.args.num_layers, config.vocab_size
     sizes = {name: math.prod(tensor.shape) for name, tensor in reader.tensors.items()}
     fp32_bytes = 4 * sum(sizes.values())
     free_bytes = psutil.virtual_memory().available
@@ -119,7 +130,7 @@ def plan_comparison(
         is_fp32 = fp32_bytes <= 2 * MODEL_MEMORY_SHARE * free_bytes
     megatron_dtype = most_frequent_dtype((reader.tensors[name].dtype, size) for name, size in sizes.items())
     hf_dtype = most_frequent_dtype((stored.dtypes[name], math.prod(shape)) for name, shape in stored.shapes.items())
-    max_positions = config.get("max_position_embeddings") or config.get("n_positions") or MAX_TOKENS
+    max_positions = config.max_position_embeddings or config.n_positions or MAX_TOKENS
     return ForwardRequest(
         megatron_dir=str(reader.directory),
         weights=weights,
@@ -134,19 +145,6 @@ def plan_comparison(
         layers=sample_layers(num_layers) if level == "layers" else None,
         rows=rows,
     )
-
-
-def _read_config(hf_dir: Path) -> dict[str, Any]:
-    path = hf_dir / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config["vocab_size"], int):
-            raise ValueError(f"vocab_size={config['vocab_size']!r}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConversionError(
-            f"{path}: file must describe the model and its vocab_size, got {error!r}. Fetch it again."
-        ) from error
-    return dict(config)
 
 
 def most_frequent_dtype(tensors: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:

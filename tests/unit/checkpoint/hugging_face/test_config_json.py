@@ -327,10 +327,10 @@ def test_a_folder_without_a_readable_file_is_refused(tmp_path):
     with pytest.raises(ConversionError, match=r"config\.json: must exist, got none"):
         read_hf_model(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConversionError, match=r"config\.json: must be readable JSON, got .* Fetch the file again\."):
+    with pytest.raises(ConversionError, match=r"config\.json: content must be JSON, got: .* Fetch the file again\."):
         read_hf_model(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ConversionError, match=r"must hold one JSON object, got list\. Fetch the file again\."):
+    with pytest.raises(ConversionError, match=r"content must be a table, got \[.*\]\. Fetch the file again\."):
         read_hf_model(tmp_path)
 
 

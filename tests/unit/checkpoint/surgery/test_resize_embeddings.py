@@ -251,9 +251,9 @@ def test_tokenizers_that_do_not_fit_are_refused(options):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("config.json", None, r"config.json: file of a Hugging Face model cannot be read \(No such file"),
-        ("config.json", "{", r"config.json: file must be JSON, got "),
-        ("config.json", "[]", r"config.json: file must hold a JSON object, got list"),
+        ("config.json", None, r"config.json: file cannot be read \(No such file"),
+        ("config.json", "{", r"config.json: content must be JSON, got: "),
+        ("config.json", "[]", r"config.json: content must be a table, got \[\]"),
         ("model.safetensors", None, r"model.safetensors: weights cannot be read \(No such file"),
         ("model.safetensors", "no", r"model.safetensors: file must be complete safetensors"),
         ("model.safetensors.index.json", "{}", r"index.json: index must hold a weight_map, got none"),
