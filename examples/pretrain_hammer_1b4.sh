@@ -3,6 +3,7 @@
 # it is a demonstration on text of this machine: some minutes, whether of the 1.4B model or of the miniature.
 #
 #   bash examples/pretrain_hammer_1b4.sh [any megatron_hammer or Megatron flag]
+#   srun --nodes 2 --ntasks-per-node 1 bash examples/pretrain_hammer_1b4.sh    # several nodes, in a job of SLURM
 #
 # From the environment:
 #   DATA_PATH        prefixes of indexed data, "PREFIX" or "WEIGHT PREFIX WEIGHT PREFIX" (default: text on this machine)
