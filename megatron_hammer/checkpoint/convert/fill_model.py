@@ -90,6 +90,7 @@ class _Filler:
             self._report(name, "a checkpoint must have a name for it, got none")
 
     def _fill_parameter(self, entry: Any, parameter: Tensor) -> None:
+        # A factory builds several shards, for example gate and up. All must be parts of one tensor.
         names = {self.names.get(_stacked_name(shard)) for shard in _build_shards(entry, parameter.detach())}
         name = names.pop()
         if name is None or names:
@@ -109,10 +110,12 @@ class _Filler:
         """Fill one shard's data, a view of the staged parameter; returns its elements, 0 where the shapes disagree."""
         global_shape = shard.global_shape[shard.prepend_axis_num :]
         starts = shard.global_offset[shard.prepend_axis_num :]
+        # Only the vocabulary is padded. Any other difference of shapes means another model.
         can_be_padded = name in VOCABULARY_TENSORS and global_shape[0] > whole.shape[0]
         if tuple(global_shape) != tuple(whole.shape) and not (can_be_padded and global_shape[1:] == whole.shape[1:]):
             return 0
         boxes = zip(starts, shard.data.shape, whole.shape, strict=True)
+        # min: a rank whose rows are all padding begins after the last row of the source.
         part = whole[tuple(slice(min(start, end), min(start + size, end)) for start, size, end in boxes)]
         shard.data[: part.shape[0]].copy_(part)
         shard.data[part.shape[0] :].zero_()
@@ -128,6 +131,7 @@ class _Filler:
         # The largest finite fp16 value is 65504: a finite bf16 or fp32 value can become infinity here.
         if parameter.dtype == torch.float16 and not torch.isfinite(parameter).all():
             self._report(name, f"must fit into fp16, got values up to {staged.abs().max():.4g}")
+        # From the staged values, not from the parameter: fp32 copies keep what rounding to 16 bits would lose.
         master = self.find_master(parameter)
         if master is not None:
             flat = staged.view(-1)[master.start : master.start + master.tensor.numel()]

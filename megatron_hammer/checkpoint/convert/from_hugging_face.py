@@ -92,6 +92,7 @@ def import_from_hugging_face(
         tokenizer_dir = None
         if tokenizer_source is not None:
             checks.append(_import_tokenizer(tokenizer_source, writer.directory / TOKENIZER_DIR, source))
+            # The final place: the folder is renamed after the arguments, which name it, are written.
             tokenizer_dir = options.save_dir.absolute() / RELEASE / TOKENIZER_DIR
         checks.append(write_verified_weights(source, dtypes, writer, on_parameters))
         arguments = build_saved_arguments(
@@ -101,6 +102,7 @@ def import_from_hugging_face(
             tokenizer_model=None if tokenizer_dir is None else str(tokenizer_dir),
         )
         writer.commit(build_common_state(arguments))
+        # Before the rename: a checkpoint that computes something else never gets its name.
         checks += _verify_computation(writer.directory, options)
     skipped = source.sources.duplicates.keys() | source.sources.buffers.keys()
     return ImportReport(

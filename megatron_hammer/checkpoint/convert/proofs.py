@@ -71,6 +71,7 @@ def find_row_runs(pair: TensorPair, model: ModelShape) -> list[list[tuple[int, i
     return _find_runs_of_layout(pair.layout, pair.megatron_shape, pair.hf_shapes, model)
 
 
+# Layouts, shapes and models can be hashed: all are frozen dataclasses or tuples.
 @functools.lru_cache(maxsize=64)  # the layers of a model have the same few
 def _find_runs_of_layout(
     layout: TensorLayout, shape: Shape, hf_shapes: tuple[Shape, ...], model: ModelShape
@@ -97,12 +98,14 @@ def _find_runs(numbers: Tensor) -> list[tuple[int, int]]:
 def stacks_rows(pair: TensorPair, model: ModelShape) -> bool:
     """Whether the layout puts the Hugging Face tensors whole, one under the other."""
     first_rows = itertools.accumulate((shape[0] for shape in pair.hf_shapes), initial=0)
+    # strict=False: accumulate gives one number more than there are shapes, the end.
     stacked = [[(first_row, shape[0])] for first_row, shape in zip(first_rows, pair.hf_shapes, strict=False)]
     return find_row_runs(pair, model) == stacked
 
 
 def require_free_space(target: Path, num_bytes: int) -> None:
     """Raise ConversionError unless the disk of `target`, which may not exist yet, has room for the weights."""
+    # disk_usage needs a path that exists. The root always does.
     existing = next(path for path in (target.absolute(), *target.absolute().parents) if path.exists())
     free_bytes = shutil.disk_usage(existing).free
     if free_bytes < num_bytes:

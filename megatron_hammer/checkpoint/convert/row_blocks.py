@@ -76,6 +76,7 @@ def find_stored_rows(reader: TorchDistReader, name: str, files: ExitStack) -> li
     return ranges if is_gapless else None
 
 
+# Two threads copy at once (weight_export.py), so they must not share a buffer.
 class _Blocks(threading.local):
     """Two buffers for each thread, used again for every block."""
 
@@ -106,6 +107,7 @@ def copy_rows(
             num_elements = min(left, BLOCK_BYTES // max(stored_dtype.itemsize, dtype.itemsize))
             block = _read(rows.file, first_byte, num_elements * stored_dtype.itemsize).view(stored_dtype).to(dtype)
             are_finite = are_finite and is_finite(block)
+            # Positioned writes: several threads write into one file and share no file position.
             write_at(target.file, position, block)
             read_back = _blocks.read_back[: block.nbytes]
             is_whole = os.preadv(target.file.fileno(), [memoryview(read_back.numpy())], position) == block.nbytes

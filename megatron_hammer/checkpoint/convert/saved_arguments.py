@@ -75,9 +75,11 @@ def build_saved_arguments(
     precision = PRECISIONS[dtype]
     return argparse.Namespace(
         **{
+            # The defaults first: what the model says replaces them.
             **_SHARED,
             **build_model_arguments(model.shape),
             "seq_length": model.shape.max_position_embeddings,
+            # Megatron's fused kernel computes the tanh form of gelu, the plain one the exact form.
             "bias_gelu_fusion": model.shape.activation == "gelu_tanh",
             "bias_swiglu_fusion": True,
             "hidden_dropout": model.dropout.hidden,

@@ -37,7 +37,7 @@ from megatron_hammer.errors import ConversionError
 from megatron_hammer.files.publish import publish_directory
 from megatron_hammer.model.shape import ModelShape
 
-DEFAULT_MAX_SHARD_BYTES = 5_000_000_000  # transformers' own
+DEFAULT_MAX_SHARD_BYTES = 5_000_000_000  # of transformers 4; version 5 writes shards of up to 50 GB
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,6 +180,7 @@ def _validate_target(options: ExportOptions) -> None:
         raise ConversionError(
             f"{options.save_dir}: target must not exist yet. Choose another directory, or pass --overwrite."
         )
+    # A typing error in --save together with --overwrite must not delete a folder of other things.
     is_export = (options.save_dir / "config.json").is_file()
     if options.save_dir.exists() and not is_export and (options.save_dir.is_file() or any(options.save_dir.iterdir())):
         raise ConversionError(
@@ -228,6 +229,7 @@ def _find_saved_tokenizer(options: ExportOptions, plan: _Plan) -> Path | None:
     saved = getattr(plan.reader.args, "tokenizer_model", None)
     if not saved:
         return None
+    # A converted checkpoint has its tokenizer in its own folder, and the saved path is that of the old place.
     beside = [parent / "tokenizer" for parent in (options.load_dir, options.load_dir.absolute().parent)]
     for path in (Path(saved), *beside):
         if path.exists():
@@ -288,6 +290,7 @@ def _compare_models(
     with tempfile.TemporaryDirectory(prefix="megatron_hammer_") as name:
         linked_dir = Path(name) / "model"
         linked_dir.mkdir()
+        # Links: the weights are not copied.
         for path in partial_dir.iterdir():
             (linked_dir / path.name).symlink_to(path)
         (linked_dir / "config.json").write_text(config)

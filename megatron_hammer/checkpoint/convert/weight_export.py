@@ -86,6 +86,7 @@ def _copy_rows_of(
     """Copy it row by row. Returns None, with nothing written, if its layout or its storage does not allow that."""
     if not isinstance(reader, TorchDistReader):
         return None
+    # Row runs read a part of a chunk. A legacy checkpoint has no chunks, and its reader merges whole tensors.
     runs = find_row_runs(pair, model)
     if runs is None:
         return None
@@ -105,6 +106,7 @@ def _write_whole(
     writer: ShardWriter, pair: TensorPair, model: ModelShape, reader: CheckpointReader, dtype: torch.dtype
 ) -> TensorProof:
     """Write it through the layout, and prove it with the inverse layout."""
+    # Small tensors may be in memory twice, once per thread. Of two large ones the second waits for the first.
     is_large = pair.num_elements * dtype.itemsize > _MAX_SHARED_BYTES
     with _large_tensor if is_large else nullcontext():
         source = reader.read(pair.megatron_name).to(dtype)

@@ -41,6 +41,7 @@ def write_verified_weights(
     objects = {}
     for pair in source.pairs:
         stacked = stack_name(pair.megatron_name)
+        # Layer 0 of a stack is declared with the shape of all layers; the others find it there.
         if not any(stacked.indices):  # the first of its stack
             shape = (*axis_sizes[: len(stacked.indices)], *pair.megatron_shape)
             writer.declare(stacked.key, shape, dtypes[stacked.key])
@@ -57,6 +58,7 @@ def write_verified_weights(
             done += pair.num_elements
             on_parameters(done, total)
         problems += pending.result() if pending else []
+    # After the loop, so that all tensors with NaN are named in one run.
     if problems:
         raise ConversionError(*problems)
     for key, value in objects.items():
@@ -76,11 +78,13 @@ def _write_pair(
     if stacks_rows(pair, model):
         yield from _write_rows(pair, source, dtype, writer)
         return
+    # Converted before the merge, so that the proof compares numbers of the written dtype.
     parts = [source.read(name).to(dtype) for name in pair.hf_names]
     offsets = (*stacked.indices, *([0] * len(pair.megatron_shape)))
     _write_box(writer, stacked.key, offsets, len(stacked.indices), pair.layout.merge(parts, model))
 
     def prove() -> list[str]:
+        # From the file, not from the tensor in memory: a full disk or a broken one is noticed here.
         written = writer.read_chunk(stacked.key, offsets).view(pair.megatron_shape)
         return _list_faults(pair, pair.hf_names, parts, pair.layout.split(written, model), source, writer)
 

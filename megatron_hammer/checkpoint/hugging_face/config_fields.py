@@ -97,6 +97,7 @@ class HfFields:
         value = self._config.get(name)
         if value is None and default is not None:
             return default
+        # bool first: in Python True is an int.
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             self._wrong(name, "a positive whole number", value)
             return 1
@@ -140,6 +141,7 @@ class HfFields:
                 "Use the causal language model of this family."
             )
         own_code = self._config.get("auto_map") or {}
+        # auto_map may also name a tokenizer or a config, which do not compute anything.
         names_a_model = not isinstance(own_code, dict) or any(name in own_code for name in _OWN_CODE)
         if names_a_model and not runs_own_code:
             self.refuse("auto_map", "the folder brings code of its own, which is never run and may compute anything")
@@ -149,6 +151,7 @@ class HfFields:
         for name, (is_quiet, reason) in _QUIET.items():
             if not is_quiet(self._config.get(name)):
                 self.refuse(name, reason)
+        # Classes that can have a window, such as Qwen2, write layer_types also where all layers are alike.
         layer_types = self._config.get("layer_types")
         kinds = layer_types if isinstance(layer_types, list) else [layer_types]
         if layer_types and any(kind != "full_attention" for kind in kinds):
@@ -182,6 +185,7 @@ class HfFields:
     def require_no_window(self, *, default: int | None) -> None:
         """Refuse a sliding window that is shorter than the longest sequence; a longer one changes nothing."""
         window = self._config.get("sliding_window", default)
+        # null switches the window off in the classes of Mistral and Mixtral.
         if window is None:
             return
         longest = self._config.get("max_position_embeddings")
@@ -201,6 +205,7 @@ class HfFields:
 
     def query_groups(self, heads: int, *, may_be_absent: bool) -> int:
         """Key and value heads. Null means one for every query head; so does an absent field in the older families."""
+        # The defaults of these classes are numbers, such as 8 or 32, and fit one size of model only.
         if not may_be_absent and "num_key_value_heads" not in self._config:
             self._wrong("num_key_value_heads", "a positive whole number", None)
         groups = self.count("num_key_value_heads", default=heads)
@@ -231,6 +236,7 @@ class HfFields:
         if not isinstance(parameters, dict) or any(isinstance(value, dict) for value in parameters.values()):
             self.refuse(name, "every layer must have the same position embedding")
             return Rope()
+        # transformers 5 moved rope_theta into rope_parameters.
         theta = parameters.get("rope_theta", self._config.get("rope_theta"))
         theta = default_theta if theta is None else theta
         if isinstance(theta, bool) or not isinstance(theta, int | float) or theta < 1 or theta % 1:
@@ -241,6 +247,7 @@ class HfFields:
             return Rope()
         if not _is_one(parameters.get("partial_rotary_factor")):
             self.refuse(name, "Megatron's mapped models rotate every dimension of a head")
+        # Older files spell the field type.
         kind = parameters.get("rope_type", parameters.get("type", "default"))
         scaling = self._llama3_scaling(name, parameters) if kind == "llama3" else None
         interpolation_factor = self._interpolation_factor(name, parameters) if kind == "linear" else None
@@ -263,6 +270,7 @@ class HfFields:
         given = {"original_max_position_embeddings": self._config.get("max_position_embeddings"), **parameters}
         if "original_max_position_embeddings" in self._config:
             given["original_max_position_embeddings"] = self._config["original_max_position_embeddings"]
+        # megatron-core takes only the factor from a flag; the other numbers are constants of its code.
         fixed = RopeScaling()
         for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
             if given.get(key) != getattr(fixed, key):

@@ -37,6 +37,7 @@ def read_hf_model(path: Path) -> HfModel:
 
     Raises ConversionError naming every field that cannot be converted.
     """
+    # A preset may be a config.json under a name of its own.
     has_own_name = path.is_file() and path.name != CONFIG_NAME
     config_path = path if path.is_file() else path / CONFIG_NAME
     if not config_path.is_file():
@@ -44,6 +45,7 @@ def read_hf_model(path: Path) -> HfModel:
     config = read_config(config_path)
     name = path.stem if has_own_name else config_path.resolve().parent.name
     shape, dropout = interpret_config(config, name=name, source=str(path))
+    # transformers 5 writes dtype, version 4 wrote torch_dtype. "auto" is an option of loading and says nothing.
     dtype = config.get("dtype") or config.get("torch_dtype")
     return HfModel(
         shape=shape,
@@ -86,6 +88,7 @@ def interpret_config(
     }
     for row in family.config:
         values |= row.read(fields)
+    # Wrong fields have been replaced by values that are valid, so that all problems are found before any is raised.
     moe = MoeShape(**_select(values, "moe")) if family.has_experts else None
     if moe is not None:
         _require_router(fields, moe)
@@ -129,5 +132,6 @@ def build_config(
 
 def build_generation_config(*, bos_id: int | None, eos_id: int | None) -> dict[str, Any]:
     """generation_config.json: which ids begin and end a text, where the tokenizer says so."""
+    # Pretraining pads nothing, so the tokenizer has no pad token. generate() needs one for batches and takes the end.
     ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": eos_id}
     return {name: token_id for name, token_id in ids.items() if token_id is not None}

@@ -31,6 +31,7 @@ class ConfigRow:
 def write_value(name: str, target: str) -> Callable[[ModelShape, Dropout], Mapping[str, Any]]:
     """Writes the field that a row calls `target` as it is."""
     owner, _, field = target.rpartition(".")
+    # The part before the dot names the object that holds the field.
     owners = {"": lambda model, _: model, "moe": lambda model, _: model.moe, "dropout": lambda _, dropout: dropout}
     return lambda model, dropout: {name: getattr(owners[owner](model, dropout), field)}
 

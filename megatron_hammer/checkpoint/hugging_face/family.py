@@ -38,8 +38,10 @@ class Family:
     is_candidate: Callable[[ModelShape], bool]
     requirements: tuple[Requirement, ...] = ()
     constants: Mapping[str, Any] = field(default_factory=dict)
+    # Without it, a number of experts in config.json is refused: config_fields.require_no_experts.
     has_experts: bool = False
     has_own_code: bool = False  # the class lives in the folder; known here by its published source
+    # transformers ties by default only in some classes, and config.json leaves defaults out.
     is_tied_by_default: bool = False
 
     @property
@@ -48,6 +50,7 @@ class Family:
 
     def require(self, model: ModelShape) -> None:
         """Raise ConversionError with the first requirement that `model` does not meet."""
+        # The first only: later requirements often fail for the same reason.
         for requirement in self.requirements:
             if not requirement.is_met(model):
                 value = requirement.value

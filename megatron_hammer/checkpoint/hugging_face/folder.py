@@ -19,6 +19,7 @@ from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal
 from megatron_hammer.checkpoint_files.safetensors.weight_files import HfWeights, open_hf_weights
 from megatron_hammer.errors import ConversionError
 
+# fp8 and integers are quantized weights. Their scales lie in other tensors, which no row of the table reads.
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -43,6 +44,7 @@ class HfFolder:
 
     def pair_dtype(self, pair: TensorPair) -> torch.dtype:
         """The dtype that holds every part of a Megatron tensor exactly."""
+        # q, k and v may be stored in different dtypes, and Megatron has one tensor for the three.
         return reduce(torch.promote_types, map(self.dtype_of, pair.hf_names))
 
     def read_pair(self, pair: TensorPair) -> Tensor:
@@ -70,6 +72,7 @@ def open_hf_folder(folder: Path) -> HfFolder:
     weights = open_hf_weights(folder)
     pairs = expand(model.family, model.shape)
     sources = locate_hf_tensors(pairs, model.shape, weights.shapes)
+    # Both kinds of problem are collected, so that one run names everything that is wrong with the folder.
     expected = {name: shape for pair in pairs for name, shape in zip(pair.hf_names, pair.hf_shapes, strict=True)}
     problems = _list_strange_dtypes(weights, sources)
     try:

@@ -23,6 +23,7 @@ def build_model_card(
     """
     name = getattr(args, "preset", None) or f"{family.hf_class} with {num_parameters:,} parameters"
     origin = getattr(args, "imported_from", None)
+    # iteration: a model that was imported and then trained further has a recipe of its own.
     if origin is not None and not iteration:
         history = f"Converted by megatron_hammer from {Path(origin).name}, not trained further."
         training = "See the model that it was converted from.\n"
@@ -68,6 +69,7 @@ def _architecture(family: Family, model: ModelShape, dtype: str, num_parameters:
 
 def _recipe(args: Any, iteration: int) -> dict[str, Any]:
     """Rows for what the saved arguments say; a converted checkpoint has never been trained and says less."""
+    # Checkpoints of other versions lack some arguments; their rows are left out.
     values = vars(args)
 
     def has(*names: str) -> bool:

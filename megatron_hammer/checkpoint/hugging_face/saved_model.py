@@ -70,6 +70,7 @@ def read_saved_model(args: Any, *, vocab_size: int | None = None) -> ModelShape:
     Raises ConversionError with one sentence for every argument that no mapping expresses.
     """
     _validate_expressible(args)
+    # padded_vocab_size last: with it the rows of padding become tokens of the exported model.
     vocab_size = vocab_size or getattr(args, "vocab_size", None) or getattr(args, "padded_vocab_size", None)
     if vocab_size is None:
         raise ConversionError("vocab_size: the checkpoint's arguments must hold it, got none. Pass --vocab-size.")
@@ -101,6 +102,7 @@ def _validate_rope(args: Any) -> None:
     if not getattr(args, "use_rope_scaling", False):
         return
     factor, default = getattr(args, "rope_scaling_factor", RopeScaling().factor), RopeScaling().factor
+    # Only this package has --embedding-norm, so its saved name tells who trained the model.
     is_ours = hasattr(args, "embedding_norm")
     if factor != default and not is_ours:
         raise ConversionError(
@@ -119,6 +121,7 @@ def _validate_rope(args: Any) -> None:
 
 def _validate_experts(args: Any) -> None:
     frequency = args.moe_layer_freq
+    # Megatron also saves the pattern as a list, one number per layer.
     if not (frequency == 1 or (isinstance(frequency, list) and all(is_moe == 1 for is_moe in frequency))):
         raise ConversionError(
             f"moe_layer_freq: every layer must be a mixture of experts, got moe_layer_freq={frequency}. "

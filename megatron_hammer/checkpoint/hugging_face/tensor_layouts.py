@@ -32,6 +32,8 @@ def split_qkv(qkv: Tensor, *, num_query_groups: int, head_dim: int) -> tuple[Ten
     rest = qkv.shape[1:]
     grouped = qkv.reshape(num_query_groups, heads_per_group + 2, head_dim, *rest)
     query, key, value = grouped.split([heads_per_group, 1, 1], dim=1)
+    # Row order of q, k and v in transformers: head 0, head 1, ... The heads of a group are neighbours there too, so no
+    # head changes its place among its kind.
     return query.reshape(-1, *rest), key.reshape(-1, *rest), value.reshape(-1, *rest)
 
 
@@ -48,6 +50,7 @@ def merge_qkv(query: Tensor, key: Tensor, value: Tensor, *, num_query_groups: in
             "Check num_key_value_heads and head_dim."
         )
     rest = query.shape[1:]
+    # One axis for the groups, so that cat puts the queries, the key and the value of a group next to each other.
     heads = [tensor.reshape(num_query_groups, -1, head_dim, *rest) for tensor in (query, key, value)]
     return torch.cat(heads, dim=1).reshape(-1, *rest)
 
@@ -64,6 +67,8 @@ def split_gate_up(gate_up: Tensor) -> tuple[Tensor, Tensor]:
             f"gate_up: rows must be even, one half each for gate and up, got rows={gate_up.shape[0]}. "
             "Check ffn_hidden_size and swiglu."
         )
+    # The first half is the one that the activation is applied to. Exchanged halves have the same shapes, so only a
+    # comparison of values finds that mistake.
     gate, up = gate_up.chunk(2)
     return gate, up
 
@@ -101,10 +106,13 @@ def _merge_qkv(parts: Sequence[Tensor], model: ModelShape) -> Tensor:
     return merge_qkv(query, key, value, num_query_groups=model.num_query_groups, head_dim=model.head_dim)
 
 
+# The functions get the model because some layouts depend on its number of heads.
 AS_IS = TensorLayout(split=lambda tensor, _: (tensor,), merge=lambda parts, _: parts[0])
 # GPT-2's Conv1D stores [in, out].
 TRANSPOSED = TensorLayout(
-    split=lambda tensor, _: (tensor.t().contiguous(),), merge=lambda parts, _: parts[0].t().contiguous()
+    # contiguous: safetensors stores row after row, and a transposed view has its elements in the other order.
+    split=lambda tensor, _: (tensor.t().contiguous(),),
+    merge=lambda parts, _: parts[0].t().contiguous(),
 )
 QKV = TensorLayout(split=_split_qkv, merge=_merge_qkv)
 # GPT-2's c_attn keeps q, k and v in one tensor, one after the other.

@@ -17,6 +17,7 @@ from megatron_hammer.errors import ConversionError
 from megatron_hammer.model.shape import ModelShape, MoeShape
 
 Shape = tuple[int, ...]
+# Rows of dense models do not use the symbols of experts, but every symbol needs a number.
 _NO_EXPERTS = MoeShape(num_experts=0, router_topk=0, ffn_hidden_size=0)
 
 
@@ -74,6 +75,7 @@ def _build_sizes(model: ModelShape) -> dict[str, int]:
         "2f": 2 * model.ffn_hidden_size,
         "q": model.num_attention_heads * model.head_dim,
         "qkv": (model.num_attention_heads + 2 * model.num_query_groups) * model.head_dim,
+        # One norm weight is shared by all heads, so it has the width of a head.
         "d": model.head_dim,
         "v": model.vocab_size,
         "p": model.max_position_embeddings,
@@ -92,6 +94,8 @@ def _ordered(rows: Sequence[TensorRow], model: ModelShape) -> Iterator[tuple[Ten
         group_rows = list(group)
         for layer in range(model.num_layers if is_layer else 1):
             for row in group_rows:
+                # Rows of one expert are not grouped: all gates and ups of a layer come first, then all down
+                # projections.
                 num_experts = model.moe.num_experts if model.moe and "{expert}" in row.megatron else 1
                 for expert in range(num_experts):
                     yield row, {"layer": layer, "expert": expert}
@@ -107,6 +111,7 @@ def _layers_together(rows: Sequence[TensorRow]) -> list[TensorRow]:
 
 def _expand_row(row: TensorRow, indices: Mapping[str, int], model: ModelShape, sizes: Mapping[str, int]) -> TensorPair:
     shape = tuple(sizes[symbol] for symbol in row.shape.split())
+    # The layout itself says which shapes come out. On the meta device that costs no memory.
     parts = row.layout.split(torch.empty(shape, device="meta"), model)
     return TensorPair(
         megatron_name=row.megatron.format(**indices),
@@ -125,6 +130,7 @@ def validate_names_and_shapes(expected: Mapping[str, Shape], found: Mapping[str,
         for name in expected
         if name not in found
     ]
+    # A tensor that no row names would be lost without a word, which is worse than an export that stops.
     unexpected = [
         f"{name}: nothing maps it, got a tensor of shape {found[name]} in {where}. "
         "It would be lost; check that the checkpoint's arguments are its own."

@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_hammer.checkpoint.hugging_face.tensor_rows import Shape, TensorPair
 from megatron_hammer.model.shape import ModelShape
 
+# GPT2Model and LlamaModel, saved without their head, write no prefix.
 _PREFIXES = ("transformer.", "model.")
 _HEAD, _EMBEDDING = "lm_head.weight", "embedding.word_embeddings.weight"
 _EXPERT = re.compile(r"(.+)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)\.weight")
@@ -63,6 +64,7 @@ def locate_hf_tensors(pairs: Sequence[TensorPair], model: ModelShape, stored: Ma
     sources: dict[str, HfSource] = {}
     shapes: dict[str, Shape] = {}
     for name in (name for pair in pairs for name in pair.hf_names):
+        # The usual name is tried first, so a folder that holds a tensor twice is read as transformers reads it.
         for source in _list_candidates(name):
             shape = _select_shape(source, stored.get(source.name), model)
             if shape is not None:
@@ -73,6 +75,7 @@ def locate_hf_tensors(pairs: Sequence[TensorPair], model: ModelShape, stored: Ma
     duplicates: dict[str, str] = {}
     buffers: dict[str, str] = {}
     for name in stored.keys() - used:
+        # A head beside tied embeddings is not ignored: folder.py compares it with the embedding.
         what = next((what for pattern, what in _BUFFERS if pattern.fullmatch(name)), None)
         if name == _HEAD and model.has_tied_embeddings and embedding in sources:
             duplicates[name] = embedding
@@ -102,6 +105,7 @@ def _select_shape(source: HfSource, stored: Shape | None, model: ModelShape) -> 
     """The shape of what `source` selects; None where that tensor is not there or cannot be taken apart."""
     if stored is None or source.expert is None:
         return stored
+    # Packed experts are [experts, rows, columns], rows and columns as in the matrix of one expert.
     if model.moe is None or len(stored) != 3 or stored[0] != model.moe.num_experts:
         return None
     if source.half is None:

@@ -20,6 +20,7 @@ FAMILIES: dict[str, Family] = {
 
 def select_family(model: ModelShape) -> Family:
     """The class of transformers that computes this model; raises ConversionError where there is none."""
+    # Open-Llama, the only class with a norm after the embedding, was removed from transformers.
     if model.has_embedding_norm:
         raise no_family("embedding_norm=True", "transformers has no Open-Llama class any more")
     family = next(family for family in FAMILIES.values() if family.is_candidate(model))

@@ -26,6 +26,7 @@ _GELU_TANH_NAMES = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 
 def _read_heads(fields: HfFields) -> Mapping[str, Any]:
     hidden_size, heads = fields.count("n_embd"), fields.count("n_head")
+    # GPT2Attention computes the width of a head and reads no field for it.
     head_dim = fields.head_dim(hidden_size, heads, must_fill=True)
     kv_channels = read_kv_channels(head_dim, hidden_size=hidden_size, heads=heads)
     return {"num_attention_heads": heads, "num_query_groups": heads, **kv_channels}
@@ -60,6 +61,7 @@ _CONFIG = (
     ),
     number("layer_norm_epsilon", "norm_epsilon", 1e-5),
     number("attn_pdrop", "dropout.attention", 0.1),
+    # Megatron has one hidden dropout. It is read from resid_pdrop alone, and written to both fields.
     ConfigRow(lambda fields: {}, write_value("embd_pdrop", "dropout.hidden")),
     number("resid_pdrop", "dropout.hidden", 0.1),
     unwritten(_require_plain_attention),

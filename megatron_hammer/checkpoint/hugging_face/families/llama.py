@@ -50,6 +50,7 @@ _MLP_WIDTH = count("intermediate_size", "ffn_hidden_size")
 def llama_config(
     *,
     mlp_width: ConfigRow = _MLP_WIDTH,
+    # None: LlamaConfig divides hidden_size by the number of heads. Qwen3Config has a number instead.
     default_head_dim: int | None = None,
     default_rope_theta: float = 10_000.0,
     default_epsilon: float = 1e-6,
@@ -91,6 +92,7 @@ def llama_config(
         ),
         count("max_position_embeddings", "max_position_embeddings"),
         number("rms_norm_eps", "norm_epsilon", default_epsilon),
+        # A float, as transformers writes it.
         ConfigRow(read_rope, lambda model, _: {"rope_theta": float(model.rotary_base)}),
         number("attention_dropout", "dropout.attention", 0.0),
         ConfigRow(lambda fields: {}, _write_rope_scaling),
@@ -99,6 +101,7 @@ def llama_config(
 
 def _read_biases(fields: HfFields) -> Mapping[str, Any]:
     has_bias = fields.flag("attention_bias", False)
+    # Megatron has one flag, --add-bias-linear, for the biases of attention and MLP.
     if has_bias != fields.flag("mlp_bias", False):
         fields.refuse("attention_bias", "Megatron biases every linear layer or only q, k and v; mlp_bias differs")
     return {"has_linear_bias": has_bias, "has_qkv_bias": has_bias}
@@ -135,6 +138,7 @@ _LINEAR_BIAS = build_rows(
     (LAYER + "mlp.linear_fc1.bias", "2f", HF_LAYER + "mlp.<gate|up>_proj.bias", GATE_UP),
     (LAYER + "mlp.linear_fc2.bias", "h", HF_LAYER + "mlp.down_proj.bias"),
 )
+# Not part of _BODY: tied models use the embedding as their head and store no second tensor.
 HEAD = build_rows(("output_layer.weight", "v h", "lm_head.weight"))
 
 
@@ -179,6 +183,8 @@ LLAMA = Family(
         unwritten(lambda fields: fields.require_no_window(default=None)),
     ),
     list_tensors=list_llama_tensors,
+    # Biases on all linear layers are in no other class. Biases on q, k and v alone are Qwen2, and other widths of heads
+    # are Mistral, whose config does not ask that they divide hidden_size.
     is_candidate=lambda model: model.has_linear_bias or (has_whole_heads(model) and not model.has_qkv_bias),
     requirements=(
         *LLAMA_REQUIREMENTS,

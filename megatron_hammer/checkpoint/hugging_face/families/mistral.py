@@ -14,6 +14,7 @@ MISTRAL = Family(
     hf_classes=("MistralForCausalLM",),
     config=(
         *llama_config(),
+        # MistralConfig has a window of 4096 by default, so null must be written, and an absent field means 4096.
         fixed("sliding_window", None, lambda fields: fields.require_no_window(default=4096)),
     ),
     list_tensors=list_llama_tensors,

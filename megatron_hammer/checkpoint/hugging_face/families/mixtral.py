@@ -52,9 +52,11 @@ MIXTRAL = Family(
     config=(
         *llama_config(
             mlp_width=ConfigRow(_read_width, write_value("intermediate_size", "moe.ffn_hidden_size")),
+            # MixtralConfig's own defaults; the other classes have 10000 and 1e-6.
             default_rope_theta=1e6,
             default_epsilon=1e-5,
         ),
+        # MixtralConfig has no window by default, unlike MistralConfig.
         fixed("sliding_window", None, lambda fields: fields.require_no_window(default=None)),
         ConfigRow(
             lambda fields: {"moe.num_experts": fields.num_experts()},
@@ -63,6 +65,8 @@ MIXTRAL = Family(
         count("num_experts_per_tok", "moe.router_topk"),
         number("router_aux_loss_coef", "moe.aux_loss_coeff", 0.001),
     ),
+    # Softmax over the chosen logits equals softmax over all of them, divided by the sum over the chosen. Megatron does
+    # the first without --moe-router-pre-softmax.
     constants={"moe.is_topk_renormalized": True},
     list_tensors=lambda model: list_llama_tensors(model, _MIXTURE),
     is_candidate=lambda model: model.moe is not None,

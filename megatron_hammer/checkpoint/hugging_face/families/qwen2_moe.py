@@ -18,6 +18,7 @@ QWEN_MIXTURE = build_rows(
 _SHARED_EXPERT = build_rows(
     (_SHARED + "linear_fc1.weight", "2s h", _HF_SHARED + ".<gate|up>_proj.weight", GATE_UP),
     (_SHARED + "linear_fc2.weight", "h s", _HF_SHARED + ".down_proj.weight"),
+    # A linear layer with one output in both. Megatron keeps it as a bare parameter [1, h].
     (_SHARED + "gate_weight", "1 h", _HF_SHARED + "_gate.weight"),
 )
 # Every layer is a mixture; HfFields.require_nothing_else refuses other values of the first two fields.
@@ -41,6 +42,7 @@ QWEN2_MOE = Family(
         *llama_config(),
         *QWEN_MIXTURE_CONFIG,
         count("shared_expert_intermediate_size", "moe.shared_expert_intermediate_size"),
+        # Unlike Qwen2, whose biases are fixed in its code, this class has a switch.
         flag("qkv_bias", "has_qkv_bias", True),
     ),
     constants={"moe.has_shared_expert_gate": True},

@@ -9,6 +9,7 @@ QWEN3 = Family(
     model_type="qwen3",
     hf_classes=("Qwen3ForCausalLM",),
     config=(
+        # Qwen3Config sets head_dim to 128 whatever hidden_size is.
         *llama_config(default_head_dim=128),
         DENSE_WINDOW,
         always_off("attention_bias", "a bias on o_proj without one on the MLP is not mapped"),
