@@ -16,6 +16,7 @@ def main() -> None:
     Arguments: the GGUF file, the socket's path, tokens of context, threads.
     """
     file_path, socket_path, num_context_tokens, num_threads = sys.argv[1:5]
+    # The parent waits for one line on stdout, so what llama.cpp prints must not get there.
     to_parent = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # llama.cpp prints to both streams
     import xllamacpp

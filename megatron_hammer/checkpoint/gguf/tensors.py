@@ -74,6 +74,7 @@ def plan_tensors(model: HfModel, file_type: FileType) -> list[GgufTensor]:
             if name is None:
                 raise ConversionError(f"{hf_name}: llama.cpp must have a name for it, got none. Update gguf.")
             place = _find_place(name, model.shape)
+            # Only arch llama rotates neighbouring rows (rotary_rows.py).
             rope_heads = heads.get(place.kind) if arch is MODEL_ARCH.LLAMA else None
             tensor_type = select_type(file_type, place, shape)
             tensors.append(GgufTensor(name=name, hf_name=hf_name, shape=shape, type=tensor_type, rope_heads=rope_heads))

@@ -208,6 +208,7 @@ def _complete(entries: list[Piece], added: Mapping[int, Piece], *, vocab_size: i
         if token_id >= len(entries) or not is_sentencepiece:
             completed[token_id] = token
     return [
+        # Every row of the embedding needs a token with a text of its own.
         entry if entry.text else Piece(f"[PAD{token_id}]", 0.0, PieceType.UNUSED)
         for token_id, entry in enumerate(completed)
     ]

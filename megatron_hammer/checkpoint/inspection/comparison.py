@@ -204,6 +204,7 @@ def count_differences(first: Tensor, second: Tensor, *, rounds_to_narrower: bool
     for left, right in zip(_split(first), _split(second), strict=True):
         if rounds_to_narrower:
             left, right = left.to(narrower), right.to(narrower)
+        # fp32 holds every bf16 and fp16 number exactly, so the difference is that of the stored values.
         wide = torch.float64 if torch.float64 in (left.dtype, right.dtype) else torch.float32
         left, right = left.to(wide), right.to(wide)
         is_different = (left != right) & ~(left.isnan() & right.isnan())

@@ -28,6 +28,7 @@ def measure_tensor(tensor: Tensor) -> TensorStatistics:
     low, high, count, mean, squares = math.inf, -math.inf, 0, 0.0, 0.0
     num_nan = num_infinite = num_zero = 0
     for piece in tensor.detach().reshape(-1).split(_CHUNK_ELEMENTS) if tensor.numel() else ():
+        # fp64: sums over millions of elements in fp32 would lose digits of the mean.
         values = piece.to(torch.float64)
         is_finite = values.isfinite()
         if not is_finite.all():

@@ -90,6 +90,7 @@ def average(
 
 def mean_of(parts: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
     """The weighted mean in the dtype of `parts`, as this module's docstring defines it."""
+    # fp32: in bf16, with 8 bits, every addition would round.
     total = torch.zeros(parts[0].shape, dtype=torch.float32)
     for part, share in zip(parts, shares, strict=True):
         total += part.float() * share
@@ -106,6 +107,7 @@ def _plan_mean(checkpoints: Sequence[TrainingCheckpoint], shares: Sequence[float
         key=key,
         shape=stored.shape,
         dtype=stored.dtype,
+        # The cuts of the first checkpoint. The others may be cut in other ways: a read assembles any box.
         boxes=[(chunk.offsets, chunk.sizes) for chunk in stored.chunks],
         read=read,
     )

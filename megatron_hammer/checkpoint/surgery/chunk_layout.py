@@ -44,7 +44,9 @@ class ShardLayout:
         is_expert = ".mlp.experts." in name
         num_parts = self.expert_tensor_parallel_size if is_expert else self.tensor_model_parallel_size
         if self.has_gated_mlp and ".linear_fc1." in name:
+            # A rank holds its rows of the gate and its rows of up, which are not neighbours in the whole matrix.
             num_parts *= 2
+        # Not cut: every rank holds all of it, or the sizes do not divide and the reader assembles its part.
         if axis is None or axis >= len(shape) or shape[axis] % num_parts:
             return [((0,) * len(shape), shape)]
         size = shape[axis] // num_parts

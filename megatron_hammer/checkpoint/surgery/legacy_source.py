@@ -57,6 +57,7 @@ class LegacyStore:
         inner = tuple(slice(axis.start, axis.stop) for axis in ranges[num_stacked:])
         places = itertools.product(*ranges[:num_stacked])
         parts = [self._reader.read(names[place])[inner] for place in places]
+        # stack copies; a single layer stays a view of the file.
         whole = parts[0] if len(parts) == 1 else torch.stack(parts)
         return whole.reshape(tuple(sizes))
 

@@ -44,6 +44,7 @@ def build_new_rows(old_rows: Tensor, spellings: Sequence[Sequence[int]]) -> Tens
         rows[unspelled] = mean_of_all(old_rows)
     for row, ids in zip(rows, spellings, strict=True):
         if ids:
+            # fp32: a sum of bf16 rows would be rounded at every addition.
             row.copy_(old_rows[list(ids)].float().mean(dim=0))
     return rows
 

@@ -267,6 +267,7 @@ def _copy_other_files(source_dir: Path, target_dir: Path) -> tuple[str, ...]:
             continue
         if (target_dir / path.name).exists():
             continue
+        # Other weights, such as a .bin beside the safetensors, would have the old number of rows.
         if path.is_dir() or path.name == MODEL_CARD_NAME or path.name.endswith(WEIGHT_SUFFIXES):
             left_out.append(path.name)
             continue

@@ -199,6 +199,7 @@ def _plan_tensor(checkpoint: TrainingCheckpoint, key: str, rows: _Rows, args: Na
             if not built:
                 built.append(_build_new_rows(checkpoint, key, rows))
             box[begin - first : end - first] = built[0][begin - rows.num_kept : end - rows.num_kept]
+        # The new rows of one matrix are in memory at a time. Verifying reads the boxes again and builds them again.
         if last == shape[0]:
             built.clear()
         return box
@@ -210,9 +211,12 @@ def _build_new_rows(checkpoint: TrainingCheckpoint, key: str, rows: _Rows) -> Te
     """[new rows, h] in the tensor's dtype."""
     dtype, hidden_size = checkpoint.store.tensors[key].dtype, checkpoint.store.tensors[key].shape[1]
     parts = split_optimizer_key(key)
+    # Moments of Adam: a new row has no gradient history.
     if parts and parts[0] not in _MASTER_KINDS:
         return torch.zeros(len(rows.spellings), hidden_size, dtype=dtype)
     masters = [f"optimizer.state.{kind}.{parameter_key(key)}" for kind in _MASTER_KINDS]
+    # The mean of fp32 rows, rounded once. A mean of rounded rows would not be the rounded mean of the fp32 ones, and
+    # the weights must stay the rounded fp32 copies.
     source = next((master for master in masters if master in checkpoint.optimizer), key)
     old = checkpoint.store.read(source, (0, 0), (rows.num_old, hidden_size))
     return build_new_rows(old, rows.spellings).to(dtype)

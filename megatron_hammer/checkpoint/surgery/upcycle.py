@@ -175,6 +175,7 @@ def _plan_fc2(checkpoint: TrainingCheckpoint, shape: ExpertShape, args: Namespac
         layer, expert = offsets[:2]
         first = expert % shape.granularity * width
         dense = checkpoint.store.read(_FC2, (layer, 0, first), (1, hidden_size, width))[0]
+        # Multiplied in fp32 and rounded once.
         whole = dense if shape.output_scale == 1 else (dense.float() * shape.output_scale).to(dense.dtype)
         return _box_of(whole, offsets, sizes)
 
@@ -197,6 +198,7 @@ def build_router(layer: int, shape: ExpertShape, *, hidden_size: int, std: float
     """Random rows of one layer [num_experts, h] in fp32: one for each virtual group, repeated for its experts."""
     generator = torch.Generator().manual_seed(shape.seed * _SEED_STRIDE + layer)
     groups = torch.randn(shape.num_experts // shape.granularity, hidden_size, generator=generator) * std
+    # Equal rows give equal logits, so that the top k holds whole groups.
     return groups.repeat_interleave(shape.granularity, dim=0)
 
 

@@ -32,6 +32,7 @@ def sample_rows(vocab_size: int) -> tuple[int, ...]:
 def draw_hidden_states(num_tokens: int, hidden_size: int, *, seed: int) -> Tensor:
     """Hidden states [s, h] of standard deviation 1, some channels a few times larger, as trained models have them."""
     generator = torch.Generator().manual_seed(seed)
+    # About 2 in 100 channels are 5 times as large.
     scale = 1 + 4 * (torch.rand(hidden_size, generator=generator) > 0.98)
     return torch.randn(num_tokens, hidden_size, generator=generator) * scale
 

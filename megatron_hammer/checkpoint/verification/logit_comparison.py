@@ -87,6 +87,7 @@ def compare_logits(logits: Tensor, reference: Tensor, tokens: Tensor) -> TextDif
         num_same_choice=int((choice == expected_choice).sum()),
         changed_margin=preference.max().item(),
         num_targets=len(targets),
+        # Position i predicts token i + 1, so the last position has no target.
         loss_sum=-log_probabilities[:-1].gather(-1, targets).double().sum().item(),
         reference_loss_sum=-expected[:-1].gather(-1, targets).double().sum().item(),
     )

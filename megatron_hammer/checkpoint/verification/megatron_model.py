@@ -66,6 +66,7 @@ def read_model_arguments(saved: Any, **changes: Any) -> Namespace:
     values = {name: getattr(saved, name) for name in MODEL_ARGUMENTS if hasattr(saved, name)}
     for name, value in {**values, **changes}.items():
         setattr(namespace, name, value)
+    # The flags above plan no run, so the length is not that of the checkpoint.
     namespace.seq_length = namespace.max_position_embeddings
     if not namespace.group_query_attention:
         namespace.num_query_groups = namespace.num_attention_heads

@@ -229,9 +229,11 @@ def build_one_layer(config: Any, weights: HfWeights, layer: int, request: Forwar
     """The folder's class with this layer as its only one and the sampled rows as its vocabulary."""
     names = select_names(weights.shapes, layer)
     config.num_hidden_layers, config.vocab_size = 1, len(request.rows)
+    # The ids may lie beyond the sampled rows, which are the whole vocabulary here.
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, token, None)
     if getattr(config, "layer_types", None):
+        # The list must have one entry per layer, and this model has one layer.
         config.layer_types = [config.layer_types[layer]]
     dtype = getattr(torch, request.dtype)
     rounding = getattr(torch, request.hf_rounding) if request.hf_rounding else None

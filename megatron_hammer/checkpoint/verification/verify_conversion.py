@@ -183,6 +183,7 @@ def _run_side(module: str, folder: Path) -> subprocess.CompletedProcess[str]:
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
         "CUDA_VISIBLE_DEVICES": "",
+        # Nothing is fetched, whatever names the folder mentions.
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
