@@ -9,7 +9,6 @@ transformers.
 from megatron_hammer.model.flops import FLOP_CONVENTIONS, FlopConvention, count_flops_per_token
 from megatron_hammer.model.layout import ParallelLayout, RankCoordinates, find_grid_problems
 from megatron_hammer.model.memory import StageMemory, count_in_flight, estimate_memory
-from megatron_hammer.model.memory_activations import count_layer_activation_bytes
 from megatron_hammer.model.memory_options import MemoryOptions
 from megatron_hammer.model.parameters import (
     RankParameters,

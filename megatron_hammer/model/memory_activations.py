@@ -34,27 +34,16 @@ class _Widths(NamedTuple):
     heads: int
 
 
-def count_layer_activation_bytes(
-    model: ModelShape,
-    layout: ParallelLayout,
-    *,
-    num_tokens: int,
-    options: MemoryOptions | None = None,
-) -> int:
-    """Activations that one layer keeps for its backward pass on one rank, one sequence of `num_tokens` tokens.
-
-    Without dropout, 16-bit, SwiGLU, per token: 8h of norms' inputs and outputs, (4q + 4kv) / tp of attention, with q
-    and kv the widths of the queries and of the keys, and 6 ffn / tp of the MLP. For GPT with dropout it is the paper's
-    34h (its equation 6), 10h + 24h / tp without sequence parallelism, and 4 bytes more per head and token.
-    """
-    batch = Batch(micro_batch_size=1, seq_length=num_tokens * layout.context_parallel_size)
-    return estimate_layer_activations(model, layout, batch, options or MemoryOptions()).kept
-
-
 def estimate_layer_activations(
     model: ModelShape, layout: ParallelLayout, batch: Batch, options: MemoryOptions
 ) -> LayerActivations:
-    """What one layer keeps under its recompute mode, what is made again of it, and what its backward pass adds."""
+    """What one layer keeps under its recompute mode, what is made again of it, and what its backward pass adds.
+
+    Without dropout and recomputation, 16-bit, SwiGLU, per token it keeps 8h of norms' inputs and outputs,
+    (4q + 4kv) / tp of attention, with q and kv the widths of the queries and of the keys, and 6 ffn / tp of the MLP.
+    For GPT with dropout it is the paper's 34h (its equation 6), 10h + 24h / tp without sequence parallelism, and 4
+    bytes more per head and token.
+    """
     widths = _cut_widths(model, layout, batch)
     attention, dropped = _count_attention(model, layout, batch, options, widths)
     mlp, mlp_dropped = _count_mlp(model, layout, options, widths)

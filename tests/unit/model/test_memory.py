@@ -13,10 +13,10 @@ from megatron_hammer.model.memory import (
     count_layers_alive,
     estimate_memory,
 )
-from megatron_hammer.model.memory_activations import count_layer_activation_bytes
 from megatron_hammer.model.memory_options import MemoryOptions
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.presets.catalogue import PRESETS
+from tests.helpers.layer_activations import count_layer_activation_bytes
 from tests.helpers.recipe_layouts import build_layout
 
 GPT_22B = ModelShape(

@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 
 from megatron_hammer.model.layout import ParallelLayout
-from megatron_hammer.model.memory_activations import count_layer_activation_bytes, estimate_layer_activations
+from megatron_hammer.model.memory_activations import estimate_layer_activations
 from megatron_hammer.model.memory_options import Batch, MemoryOptions
 from megatron_hammer.model.shape import MoeShape
 from megatron_hammer.presets.catalogue import PRESETS
+from tests.helpers.layer_activations import count_layer_activation_bytes
 
 # hidden 512, ffn 1408, 8 heads of 64, 2 query groups: all widths differ.
 LLAMA = dataclasses.replace(
