@@ -134,7 +134,7 @@ def format_lines(commands: Iterable[Command]) -> str:
 def describe_unknown(words: Sequence[str], family: Sequence[Command]) -> str:
     if not words:
         return "command: must be given, got none. Run hammer --help for the list."
-    # Of `hammer tokenizer foo`, both words are the wrong name.
+    # Where the first word begins the names of commands, both words are the wrong name.
     typed = " ".join(words[: 1 + bool(family)])
     # A family without its second word: every command of it is near.
     near = [command.name for command in family] if len(words) == 1 else []
