@@ -9,7 +9,6 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -177,10 +176,6 @@ def list_examples(comparison: TokenizerComparison, *, most: int) -> list[str]:
         if seen[difference.cause] <= most:
             lines.append(
                 f"{difference.source}:{difference.line}: {difference.cause}; "
-                f"{_join(difference.expected)} became {_join(difference.got)}"
+                f"{' '.join(map(repr, difference.expected))} became {' '.join(map(repr, difference.got))}"
             )
     return lines
-
-
-def _join(tokens: Sequence[Any]) -> str:
-    return " ".join(map(repr, tokens))

@@ -82,7 +82,10 @@ def _locate_in_buffers(
     """Source: megatron.core DistributedOptimizer.get_parameter_state_dp_zero."""
     if not state.get("buckets_coalesced"):
         raise _unknown(file, "a distributed optimizer of before its buckets were joined")
-    buffers = _group_by_buffer(parameters)
+    # One buffer for each model chunk and dtype, in the order in which its first parameter comes.
+    buffers: dict[tuple[int, torch.dtype], list[Parameter]] = {}
+    for parameter in parameters:
+        buffers.setdefault((parameter.vp_stage, parameter.dtype), []).append(parameter)
     # - 1: the keys are the numbers of the buffers, and buckets_coalesced.
     stored = [entry for index in range(len(state) - 1) for entry in state.get(index, {}).items()]
     if [dtype for _, dtype in buffers] != [key[0] for key, _ in stored]:
@@ -98,14 +101,6 @@ def _locate_in_buffers(
         for parameter, start in zip(own, starts, strict=True):
             located[parameter.vp_stage, parameter.name] = _select_part(whole, start, parameter.shape)
     return located
-
-
-def _group_by_buffer(parameters: Sequence[Parameter]) -> dict[tuple[int, torch.dtype], list[Parameter]]:
-    """One buffer for each model chunk and dtype, in the order in which its first parameter comes."""
-    buffers: dict[tuple[int, torch.dtype], list[Parameter]] = {}
-    for parameter in parameters:
-        buffers.setdefault((parameter.vp_stage, parameter.dtype), []).append(parameter)
-    return buffers
 
 
 def _place(parameters: Sequence[Parameter], num_elements: int, args: Any) -> list[int] | None:

@@ -221,7 +221,11 @@ def _find_model_file(folder: Path) -> Path | None:
 def _open_rank_file(path: Path, rank: ModelRank) -> RankFile:
     state = load_state(path)
     # model0, model1, ... with interleaving. Source: megatron.training.checkpointing.generate_state_dict.
-    keys = ["model"] if "model" in state else sorted(filter(_is_chunk, state), key=lambda key: int(key[5:]))
+    keys = (
+        ["model"]
+        if "model" in state
+        else sorted((key for key in state if re.fullmatch(r"model\d+", str(key))), key=lambda key: int(key[5:]))
+    )
     if not keys or not all(isinstance(state[key], Mapping) for key in keys):
         raise CheckpointError(
             f"{path}: must hold model, or model0, model1, ..., got {sorted(map(str, state))[:20]}. "
@@ -237,10 +241,6 @@ def _open_rank_file(path: Path, rank: ModelRank) -> RankFile:
         optimizer=state.get("optimizer"),
         is_mappable=zipfile.is_zipfile(path),
     )
-
-
-def _is_chunk(key: Any) -> bool:
-    return isinstance(key, str) and re.fullmatch(r"model\d+", key) is not None
 
 
 def _find_mixed_states(files: list[RankFile]) -> list[str]:

@@ -148,10 +148,13 @@ def _assemble(
             if masters is not None:
                 named = _select_masters(named, vp_stage, masters)
             for name, part in named.items():
-                position = _select_position(name, file, sizes)
+                # In an expert, the rank of the expert's own tensor parallelism.
+                position = file.rank.tp if select_expert(name) is None else file.rank.tp % sizes.expert_tp
                 parts.setdefault(name, {}).setdefault(position, []).append(part)
     if not getattr(args, "untie_embeddings_and_output_weights", False):
-        _add_tied_head(parts)
+        # The last stage's copy of a tied embedding counts as a copy of it, and is no tensor of its own.
+        for position, copies in parts.pop(TIED_HEAD, {}).items():
+            parts.setdefault(EMBEDDING, {}).setdefault(position, []).extend(copies)
     tensors = {}
     for name, by_position in parts.items():
         # Experts have a tensor parallelism of their own.
@@ -207,18 +210,6 @@ def _select_masters(
         elif (master := masters.get((vp_stage, part.own_name))) is not None:
             selected[name] = replace(part, located=master, model=part.located)
     return selected
-
-
-def _select_position(name: str, file: RankFile, sizes: ParallelSizes) -> int:
-    """The rank among those that share the tensor: in an expert, that of the expert's own tensor parallelism."""
-    return file.rank.tp if select_expert(name) is None else file.rank.tp % sizes.expert_tp
-
-
-def _add_tied_head(parts: dict[str, dict[int, list[RankPart]]]) -> None:
-    """The last stage's copy of a tied embedding counts as a copy of it, and is no tensor of its own."""
-    head = parts.pop(TIED_HEAD, {})
-    for position, copies in head.items():
-        parts.setdefault(EMBEDDING, {}).setdefault(position, []).extend(copies)
 
 
 def _describe(
