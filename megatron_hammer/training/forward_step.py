@@ -61,7 +61,8 @@ class ForwardStep:
         batch.setdefault("attention_mask", None)
         if layout.context_parallel_size == 1:
             return batch
-        return get_batch_on_this_cp_rank(batch, cp_group=parallel_state.get_context_parallel_group())
+        group = parallel_state.get_context_parallel_group()
+        return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
 
 
 def sum_loss(loss_mask: Tensor, token_losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
