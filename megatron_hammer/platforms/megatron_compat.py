@@ -61,9 +61,6 @@ def install(platform: str) -> None:
     if platform == "cpu":
         # Before megatron is imported: its @jit_fuser is torch.compile, which on a CUDA build without a driver fails.
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-    else:
-        # megatron relies on the order of kernels, which more connections do not keep on GPUs before Blackwell.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # "No CUDA runtime is found": true on a login node and said by our own line.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     # Said once, by the backend that a run reports, instead of ten times at import.
@@ -159,6 +156,37 @@ def _upstream_calls_make() -> bool:
     from megatron.core import datasets
 
     return not (Path(datasets.__file__).parent / "Makefile").exists()
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def _load_tensors_metadata_without_strides() -> None:
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+
+    from megatron_hammer.platforms.checkpoint_loading import skip_strides
+
+    strategy: Any = TorchDistLoadShardedStrategy
+    strategy.load_tensors_metadata = skip_strides(strategy.load_tensors_metadata)
+
+
+def _torch_records_strides() -> bool:
+    import dataclasses
+
+    from torch.distributed.checkpoint.metadata import TensorProperties
+
+    has_strides = "strides" in {field.name for field in dataclasses.fields(TensorProperties)}
+    text = "torch.empty(tp.size, **tp.properties.__dict__"
+    strategy = "megatron.core.dist_checkpointing.strategies.torch.TorchDistLoadShardedStrategy.load_tensors_metadata"
+    return has_strides and _has_text(strategy, text)()
+
+
+def _keep_missing_extra_states() -> None:
+    from megatron.core import dist_checkpointing
+
+    from megatron_hammer.platforms.checkpoint_loading import keep_missing_extra_states
+
+    dist_checkpointing.load = keep_missing_extra_states(dist_checkpointing.load)
 
 
 # --- optimizer ------------------------------------------------------------------------------------------------------
@@ -318,6 +346,26 @@ ADJUSTMENTS: tuple[Adjustment, ...] = (
         is_needed=_has_text(
             "megatron.training.training.evaluate_and_print_results",
             "data_iterators = data_iterator if args.multiple_validation_sets else [data_iterator]",
+        ),
+    ),
+    Adjustment(
+        name="no-strides",
+        platforms=("cpu", "cuda"),
+        reason="torch 2.15 records the strides of a tensor in a checkpoint, and megatron passes them to torch.empty: "
+        "every --dist-ckpt-strictness but the default fails",
+        upstream="megatron.core.dist_checkpointing.strategies.torch.TorchDistLoadShardedStrategy.load_tensors_metadata",
+        apply=_load_tensors_metadata_without_strides,
+        is_needed=_torch_records_strides,
+    ),
+    Adjustment(
+        name="missing-extra-states",
+        platforms=("cpu", "cuda"),
+        reason="a checkpoint of the torch backend, or converted from Hugging Face, has no extra states of "
+        "TransformerEngine's modules, and the te backend could not load it",
+        upstream="megatron.training.checkpointing._load_global_dist_base_checkpoint",
+        apply=_keep_missing_extra_states,
+        is_needed=_has_text(
+            "megatron.training.checkpointing._load_global_dist_base_checkpoint", "strict=args.dist_ckpt_strictness"
         ),
     ),
     Adjustment(

@@ -27,7 +27,7 @@ def attempt(function: Callable[[], Any]) -> str:
     """`ok`, or the exception's name and the beginning of its text."""
     try:
         function()
-    except (Exception, SystemExit) as error:
+    except BaseException as error:  # megatron exits, and torch.distributed.checkpoint raises no Exception
         return f"{type(error).__name__}: {str(error)[:100]}"
     return "ok"
 
@@ -191,6 +191,41 @@ def observe_all_to_all_lists() -> Any:
         )
     )
     return outcome.split(":")[0], output.tolist()
+
+
+def save_and_load(wanted: dict[str, Any], **options: Any) -> Any:
+    """What a checkpoint that holds only {"weight": [0, 1, 2]} gives to a run that asks for `wanted`."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    from megatron_hammer.platforms import cpu_device
+
+    cpu_device.substitute_cuda_runtime()  # the untouched functions too shall run here: what they load is in question
+    cpu_device.substitute_cuda_tensors()
+    with tempfile.TemporaryDirectory() as folder:
+        weight = ShardedTensor.from_rank_offsets("weight", torch.arange(3.0))
+        dist_checkpointing.save({"weight": weight}, folder)
+        weight = ShardedTensor.from_rank_offsets("weight", torch.zeros(3))
+        return dist_checkpointing.load({"weight": weight} | wanted, folder, **options)
+
+
+def observe_no_strides() -> Any:
+    return attempt(lambda: save_and_load({}, strict="raise_all"))
+
+
+def observe_missing_extra_states() -> Any:
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    loaded: dict[str, Any] = {}
+    state = ShardedObject("norm._extra_state", "as built", (1,), (0,))
+    outcome = attempt(lambda: loaded.update(save_and_load({"layers": [{"norm._extra_state": state}]})))
+    other = ShardedObject("scheduler", None, (1,), (0,))
+    return {
+        "extra state": outcome.split(":")[0],
+        "layers": loaded.get("layers"),
+        "weight": None if "weight" not in loaded else loaded["weight"].tolist(),
+        "another object": attempt(lambda: save_and_load({"scheduler": other})).split(":")[0],
+    }
 
 
 @contextlib.contextmanager

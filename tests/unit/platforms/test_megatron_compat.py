@@ -29,6 +29,8 @@ WITHOUT_FAILS: dict[str, Any] = {
     "rng-warning": lambda outcome: outcome == ["CPU RNG state changed within GPU RNG context"],
     "shipped-dataset-helpers": lambda outcome: outcome in ("SystemExit", "FileNotFoundError"),  # no Makefile; no make
     "validation-sets-of-virtual-stages": lambda outcome: outcome[0] == ["prose of stage 0", "code of stage 0"],
+    "no-strides": lambda outcome: outcome.startswith("TypeError") and "strides" in outcome,
+    "missing-extra-states": lambda outcome: outcome["extra state"] != "ok" and outcome["layers"] is None,
     "group-step-adam": lambda outcome: outcome == {"step in the group": None, "expects it there": False},
     "exact-gradient-norm": lambda outcome: outcome > 1e-5,  # measured 2.8e-5
     "silu-kernels": lambda outcome: outcome["module"] == "megatron.core.fusions.fused_bias_swiglu",
@@ -44,6 +46,13 @@ WITH_WORKS: dict[str, Any] = {
     "rng-warning": lambda outcome: outcome == [],
     "shipped-dataset-helpers": lambda outcome: outcome == "ok",
     "validation-sets-of-virtual-stages": lambda outcome: outcome[0] == ["prose of stage 0", "prose of stage 1"],
+    "no-strides": lambda outcome: outcome == "ok",
+    "missing-extra-states": lambda outcome: (
+        outcome["extra state"] == "ok"
+        and outcome["layers"] == [{"norm._extra_state": "as built"}]
+        and outcome["weight"] == [0.0, 1.0, 2.0]
+        and outcome["another object"] != "ok"
+    ),
     "group-step-adam": lambda outcome: outcome == {"step in the group": 1, "expects it there": True},
     "exact-gradient-norm": lambda outcome: outcome < 1e-7,
     "silu-kernels": lambda outcome: (
