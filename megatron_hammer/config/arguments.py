@@ -181,6 +181,10 @@ def _derive(namespace: argparse.Namespace, *, platform: str, backend: str, typed
     default("gradient_accumulation_fusion", importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None)
     if platform == "cpu":
         default("disable_jit_fuser", True)
+    if namespace.use_megatron_fsdp:
+        default("ckpt_format", "fsdp_dtensor")  # the one format that megatron has for it
+    if namespace.use_torch_fsdp2:
+        default("use_distributed_optimizer", False)  # FSDP itself shards the optimizer's state
     is_data_parallel = namespace.world_size > count_ranks_of_model(namespace)
     default("overlap_grad_reduce", platform == "cuda" and is_data_parallel)
     default("overlap_param_gather", platform == "cuda" and is_data_parallel and namespace.use_distributed_optimizer)

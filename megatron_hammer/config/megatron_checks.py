@@ -11,32 +11,33 @@ import io
 import linecache
 import logging
 import os
-import re
 import traceback
 import warnings
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any
 
+from packaging.version import Version
+
+from megatron_hammer.config.connections import BLACKWELL, CONNECTIONS, needs_one_connection
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.platforms.select import find_te_failure
+from megatron_hammer.platforms import cuda
+from megatron_hammer.platforms.select import LEAST_TE_VERSION, find_te_failure
 
 
 def find_megatron_refusal(namespace: argparse.Namespace) -> str | None:
-    """What Megatron's validate_args or its TransformerConfig says about a copy of the namespace; None if it accepts.
+    """What Megatron's validate_args or one of its configurations says about a copy of the namespace; None if it
+    accepts.
 
-    Also None where it cannot answer because it asks a GPU or TransformerEngine, which this machine lacks (a run
-    planned for another one).
+    Where a run is planned for a GPU or a TransformerEngine that this machine lacks, Megatron's questions about them are
+    answered for the planned machine.
     """
-    with _without_side_effects() as output:
-        trial = _copy_for_trial(namespace)
+    with _without_side_effects() as output, _answers_of_planned_machine(namespace):
         try:
-            _validate(trial)
+            _validate(_copy_for_trial(namespace))
         except SystemExit:  # deprecated flags: a printed sentence, then exit()
             return output.getvalue().strip().splitlines()[-1].rstrip(".")
         except Exception as error:  # whatever stops megatron here would stop the run: missing files, bad keys, asserts
-            is_answer = not _asks_missing_gpu(error.__traceback__) and not _asks_missing_te(trial, error)
-            return _describe(error) if is_answer else None
+            return _describe(error)
     return None
 
 
@@ -49,18 +50,23 @@ def build_trial_config(namespace: argparse.Namespace, **changes: Any) -> tuple[a
     refusal = find_megatron_refusal(namespace)
     if refusal is not None:
         raise ConfigError(describe_refusal(refusal))
-    with _without_side_effects():
+    with _without_side_effects(), _answers_of_planned_machine(namespace):
         trial = _copy_for_trial(namespace)
         return trial, _validate(trial)
 
 
 def _validate(trial: argparse.Namespace) -> Any:
-    """Megatron's GPTModelConfig for a copy, which megatron's validation fills in and changes."""
-    from megatron.training.argument_utils import gpt_config_from_args
+    """Megatron's GPTModelConfig for a copy, which megatron's validation fills in and changes.
+
+    The other configurations of a run (optimizer, data parallelism, checkpoints) are built too: each checks itself.
+    """
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
     from megatron.training.arguments import validate_args
 
     validate_args(trial)
-    return gpt_config_from_args(trial)
+    config = gpt_config_from_args(trial)
+    pretrain_cfg_container_from_args(trial, config)
+    return config
 
 
 def build_trial_ddp_config(trial: argparse.Namespace) -> Any:
@@ -111,24 +117,36 @@ def _without_side_effects() -> Iterator[io.StringIO]:
         os.environ.update(environment)
 
 
+@contextlib.contextmanager
+def _answers_of_planned_machine(namespace: argparse.Namespace) -> Iterator[None]:
+    """Answer what Megatron asks of a GPU and of TransformerEngine's version where this machine has none of them.
+
+    The planned GPU is of the first generation that has the run's number formats, Hopper at least, and its environment
+    is the one that `connections.py` sets there.
+    """
+    from megatron.core import utils
+
+    te_version = utils._te_version
+    with contextlib.ExitStack() as stack:
+        if namespace.platform == "cuda" and cuda.read_compute_capability() is None:
+            needs_blackwell = namespace.fp4 or (namespace.fp8 and namespace.fp8_recipe == "mxfp8")
+            stack.enter_context(cuda.pretend_capability((BLACKWELL, 0) if needs_blackwell else (9, 0)))
+            if needs_one_connection(namespace):
+                os.environ.setdefault(CONNECTIONS, "1")
+        if namespace.transformer_impl == "transformer_engine" and find_te_failure() is not None:
+            utils._te_version = Version(LEAST_TE_VERSION)
+        try:
+            yield
+        finally:
+            utils._te_version = te_version
+
+
 def _copy_for_trial(namespace: argparse.Namespace) -> argparse.Namespace:
     """A copy that megatron may change; of a run planned for TransformerEngine, without the kernel that it looks for."""
     trial = copy.deepcopy(namespace)
     if trial.transformer_impl == "transformer_engine" and find_te_failure() is not None:
         trial.apply_rope_fusion = False
     return trial
-
-
-def _asks_missing_te(trial: argparse.Namespace, error: Exception) -> bool:
-    """Whether the error is about TransformerEngine's version, on a machine that has none."""
-    is_about_te = re.search(r"\bTE\b|transformer[-_ ]engine", str(error), re.IGNORECASE) is not None
-    return is_about_te and trial.transformer_impl == "transformer_engine" and find_te_failure() is not None
-
-
-def _asks_missing_gpu(trace: TracebackType | None) -> bool:
-    """Whether the error was raised inside torch.cuda."""
-    frames = traceback.extract_tb(trace)
-    return bool(frames) and f"torch{os.sep}cuda{os.sep}" in frames[-1].filename
 
 
 def _describe(error: Exception) -> str:

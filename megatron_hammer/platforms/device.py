@@ -23,11 +23,6 @@ def read_device_memory_bytes(platform: str) -> int | None:
     return torch.cuda.get_device_properties(0).total_memory
 
 
-def read_device_generation() -> int | None:
-    """Major compute capability of this machine's GPU (8 Ampere, 9 Hopper, 10 Blackwell); None without one."""
-    return torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else None
-
-
 def read_peak_memory_bytes() -> int:
     """Peak memory of this process: allocated on the GPU, or resident (ru_maxrss, KiB on Linux) on the CPU platform."""
     if torch.cuda.is_available():

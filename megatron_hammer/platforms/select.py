@@ -8,6 +8,8 @@ import torch
 
 from megatron_hammer.errors import PlatformError
 
+LEAST_TE_VERSION = "2.14"  # of TransformerEngine; setup.py says which are allowed
+
 
 def select_platform(requested: str = "auto", *, is_plan: bool = False, is_for_this_machine: bool = True) -> str:
     """`cuda` where PyTorch sees a GPU, else `cpu`; a request is checked, not trusted.
@@ -46,8 +48,8 @@ def select_backend(
         return requested
     if requested == "te" and failure is not None:
         raise PlatformError(
-            f"backend: te needs TransformerEngine 2.14 or later, which does not work here: {failure}. "
-            "Run pip install 'transformer-engine[pytorch]>=2.14', or pass --backend torch."
+            f"backend: te needs TransformerEngine {LEAST_TE_VERSION} or later, which does not work here: {failure}. "
+            f"Run pip install 'transformer-engine[pytorch]>={LEAST_TE_VERSION}', or pass --backend torch."
         )
     return "te" if failure is None else "torch"
 
@@ -72,5 +74,5 @@ def find_te_failure() -> str | None:
         return f"{type(error).__name__}: {error}"
     if not hasattr(optimizers, "multi_tensor_scale_tensor"):
         # Without it megatron takes its own slow loops for the gradient norm and for clipping, and does not say so.
-        return "its version is older than 2.14 (multi_tensor_scale_tensor is missing)"
+        return f"its version is older than {LEAST_TE_VERSION} (multi_tensor_scale_tensor is missing)"
     return None

@@ -46,10 +46,12 @@ def prepare(argv: Sequence[str], *, is_plan: bool = False) -> "ParsedArguments":
 
     is_plan: nothing will be started, as with --dry-run, so neither GPUs nor the other ranks need to be here.
     """
+    from megatron_hammer.config.connections import set_connections
     from megatron_hammer.config.own_flags import read_option
     from megatron_hammer.platforms import megatron_compat
     from megatron_hammer.platforms.select import select_backend, select_platform
 
+    set_connections(argv)
     is_plan = is_plan or "--dry-run" in argv
     where = {"is_plan": is_plan, "is_for_this_machine": read_option(argv, "--world-size") is None}
     platform = select_platform(read_option(argv, "--platform") or "auto", **where)

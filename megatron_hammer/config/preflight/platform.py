@@ -1,0 +1,219 @@
+"""What a platform, a backend or this machine cannot do, and what needs a package that is not installed."""
+
+import argparse
+import importlib.util
+import os
+from typing import NamedTuple
+
+from megatron_hammer.config.connections import BLACKWELL, CONNECTIONS, needs_one_connection
+from megatron_hammer.config.flags import Flags, flag_of, show_value
+from megatron_hammer.config.preflight.idle_flags import Condition
+from megatron_hammer.platforms import cpu, cuda
+
+# What only TransformerEngine's modules do: (attribute, quiet values).
+NEEDS_TE: dict[str, tuple[object, ...]] = {
+    "window_size": (None,),
+    "softmax_type": ("vanilla",),
+    "layernorm_zero_centered_gamma": (False,),
+    "qk_clip": (False,),
+    "log_max_attention_logit": (False,),
+    "delay_wgrad_compute": (False,),
+    "tp_comm_overlap": (False,),
+    "use_precision_aware_optimizer": (False,),
+    "te_rng_tracker": (False,),
+    "use_te_activation_func": (False,),
+    "use_transformer_engine_op_fuser": (False,),
+    "fused_residual_rmsnorm": (False,),
+    "moe_grouped_gemm": (False,),
+    "optimizer_cuda_graph": (False,),
+    "fp32_residual_connection": (False,),
+    "cpu_offloading_num_layers": (0,),
+    "cuda_graph_impl": (None, "none", "local", "full_iteration"),
+    "fp8": (None,),
+    "fp4": (None,),
+}
+
+
+class Refusal(NamedTuple):
+    """A flag that Megatron accepts and that would crash or train something else, when `is_asked`."""
+
+    name: str
+    is_asked: Condition
+    why: str
+    remedy: str
+
+
+def _lacks(module: str) -> bool:
+    return importlib.util.find_spec(module) is None
+
+
+REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "hybrid_context_parallel",
+        lambda flags: flags["hybrid_context_parallel"],
+        "splits packed documents, and here every sample is one sequence",
+        "Pass --context-parallel-size alone",
+    ),
+    Refusal(
+        "moe_use_upcycling",
+        lambda flags: flags["moe_use_upcycling"],
+        "would build the dense model with experts",
+        "Convert the dense checkpoint with hammer checkpoint edit upcycle and pass --load",
+    ),
+    Refusal(
+        "init_model_with_meta_device",
+        lambda flags: flags["init_model_with_meta_device"] and not flags["use_megatron_fsdp"],
+        "leaves the weights uninitialised: only --use-megatron-fsdp fills them",
+        "Drop it",
+    ),
+    Refusal(
+        "optimizer",
+        lambda flags: flags["optimizer"] == "sgd" and flags["use_distributed_optimizer"],
+        "has no state that the distributed optimizer can save",
+        "Pass --no-distributed-optimizer with it",
+    ),
+    Refusal(
+        "optimizer",
+        lambda flags: "muon" in flags["optimizer"] and not flags["bf16"],
+        "multiplies its matrices in bf16",
+        "Pass --precision bf16",
+    ),
+    Refusal(
+        "use_ring_exchange_p2p",
+        lambda flags: flags["use_ring_exchange_p2p"],
+        "calls torch.distributed.ring_exchange, which PyTorch does not have",
+        "Drop it",
+    ),
+    Refusal(
+        "use_sharp",
+        lambda flags: flags["use_sharp"],
+        "asks for a process group before megatron-core 0.19 has made it",
+        "Drop it",
+    ),
+    Refusal(
+        "distributed_backend",
+        lambda flags: flags["platform"] == "cuda" and flags["distributed_backend"] == "gloo",
+        "gloo has no reduce-scatter between GPUs",
+        "Drop it",
+    ),
+)
+# What needs a package: (flag, whether it is asked for, module, how to get it).
+PACKAGES: tuple[tuple[str, Condition, str, str], ...] = (
+    (
+        "optimizer",
+        lambda flags: any(name in flags["optimizer"] for name in ("muon", "lion", "soap")),
+        "emerging_optimizers",
+        "emerging-optimizers",
+    ),
+    (
+        "async_save",
+        lambda flags: flags["async_save"] and flags["async_strategy"] == "nvrx",
+        "nvidia_resiliency_ext",
+        "nvidia-resiliency-ext, or pass --async-strategy mcore",
+    ),
+    ("enable_ft_package", lambda flags: flags["enable_ft_package"], "nvidia_resiliency_ext", "nvidia-resiliency-ext"),
+    ("use_megatron_fsdp", lambda flags: flags["use_megatron_fsdp"], "einops", "einops"),
+    ("log_straggler", lambda flags: flags["log_straggler"], "pynvml", "nvidia-ml-py"),
+    ("wandb_project", lambda flags: bool(flags["wandb_project"]), "wandb", "wandb"),
+    ("tensorboard_dir", lambda flags: bool(flags["tensorboard_dir"]), "tensorboard", "tensorboard"),
+)
+# The least compute capability of the fp8 recipes that need more than 8.9 (transformer_engine.pytorch.quantization).
+FP8_CAPABILITY = {"blockwise": (9, 0), "mxfp8": (10, 0)}
+FP4_CAPABILITY = (10, 0)
+
+
+# Files that Megatron reads only once all ranks are up.
+FILES = ("nccl_communicator_config_path", "tp_comm_overlap_cfg", "te_precision_config_file")
+
+
+def find_platform_problems(flags: Flags) -> list[str]:
+    """Everything that this platform, this backend, this GPU or this installation cannot do."""
+    return [
+        *_find_backend_problems(flags),
+        *(
+            f"{flag_of(name)}: {why}, got {name}={show_value(flags[name])}. {remedy}."
+            for name, is_asked, why, remedy in REFUSALS
+            if is_asked(flags)
+        ),
+        *_find_package_problems(flags),
+        *(
+            f"{flag_of(name)}: must be a file that exists, got {name}={flags[name]}. Check the path."
+            for name in FILES
+            if flags[name] is not None and not os.path.isfile(flags[name])
+        ),
+        *_find_format_problems(flags),
+        *_find_environment_problems(flags),
+    ]
+
+
+def _find_package_problems(flags: Flags) -> list[str]:
+    """Packages that a run imports only once all ranks are up. A plan for another machine has them there."""
+    if flags["dry_run"] and flags["requested_world_size"] is not None:
+        return []
+    return [
+        f"{flag_of(name)}: needs the package {module}, which is not installed, got {name}={show_value(flags[name])}. "
+        f"Run pip install {package}."
+        for name, is_asked, module, package in PACKAGES
+        if is_asked(flags) and _lacks(module)
+    ]
+
+
+def _find_format_problems(flags: Flags) -> list[str]:
+    """Number formats that this machine's GPU does not have; TransformerEngine says so only in the first step."""
+    capability = cuda.read_compute_capability() if flags["platform"] == "cuda" else None
+    least = {}
+    if flags["fp8"]:
+        least["fp8_recipe"] = FP8_CAPABILITY.get(flags["fp8_recipe"], (8, 9))
+    if flags["fp4"]:
+        least["fp4_recipe"] = FP4_CAPABILITY
+    return [
+        f"{flag_of(name)}: needs a GPU of compute capability {needed[0]}.{needed[1]} or later, got "
+        f"{name}={flags[name]} on a GPU of {capability[0]}.{capability[1]}. Pass --fp8-format hybrid "
+        "--fp8-recipe tensorwise on Hopper or Ada, or train in bf16."
+        for name, needed in least.items()
+        if capability is not None and capability < needed
+    ]
+
+
+def _find_backend_problems(flags: Flags) -> list[str]:
+    problems = []
+    refused = set()
+    if flags["platform"] == "cpu":
+        for name, is_asked, why in cpu.UNSUPPORTED:
+            if is_asked(flags[name]):
+                refused.add(name)
+                problems.append(
+                    f"{flag_of(name)}: does not work on the cpu platform, got "
+                    f"{name}={show_value(flags[name])}: {why}. Drop it, or run on a GPU."
+                )
+    if flags["backend"] != "torch":
+        return problems
+    names = flags.list_loud(NEEDS_TE)
+    names += ["context_parallel_size"] if flags["context_parallel_size"] > 1 else []
+    return problems + [
+        f"{flag_of(name)}: needs the te backend (TransformerEngine), got {name}={show_value(flags[name])}, "
+        "backend=torch. Drop it, or pass --backend te on a GPU."
+        for name in names
+        if name not in refused
+    ]
+
+
+def _find_environment_problems(flags: Flags) -> list[str]:
+    """What Megatron asks of the environment on GPUs before Blackwell, so that kernels keep their order."""
+    value = os.environ.get(CONNECTIONS)
+    has_fsdp = flags["use_torch_fsdp2"] or flags["use_megatron_fsdp"]
+    capability = cuda.read_compute_capability() if flags["platform"] == "cuda" else None
+    if capability is None:
+        return []
+    if has_fsdp and value == "1":
+        return [
+            f"{CONNECTIONS}: must not be 1 with FSDP, whose gathers would wait behind the matrix products, got "
+            f"{CONNECTIONS}={value}. Run unset {CONNECTIONS} before the launch."
+        ]
+    is_needed = needs_one_connection(argparse.Namespace(**flags.values)) and capability[0] < BLACKWELL
+    if not is_needed or value == "1":
+        return []
+    return [
+        f"{CONNECTIONS}: must be 1 with tensor or context parallelism on this GPU, got {CONNECTIONS}={value}. "
+        f"Run export {CONNECTIONS}=1 before the launch."
+    ]

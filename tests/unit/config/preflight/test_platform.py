@@ -1,0 +1,149 @@
+"""What a platform, a backend, a GPU or an installation cannot do is refused, each with its fact and its remedy."""
+
+import importlib.util
+
+import pytest
+
+from megatron_hammer.config.preflight.flags import find_flag_problems
+from megatron_hammer.config.preflight.platform import FILES, NEEDS_TE, PACKAGES, REFUSALS
+from megatron_hammer.platforms import cpu, cuda
+from tests.helpers.parsed_flags import TINY, parse, with_flags
+
+BASE = parse(*TINY).settings
+
+
+def find_on_gpu(*typed: str, **values: object) -> list[str]:
+    """The problems of single flags on the cuda platform with the te backend."""
+    settings = {"platform": "cuda", "backend": "te", "distributed_backend": "nccl"} | values
+    return find_flag_problems(with_flags(BASE, *typed, **settings))
+
+
+@pytest.mark.parametrize(
+    "name", [*NEEDS_TE, *FILES, *(row.name for row in REFUSALS), *(package[0] for package in PACKAGES)]
+)
+def test_attribute_exists(name: str) -> None:
+    assert name in BASE.flags.values
+
+
+@pytest.mark.parametrize("name", [row[0] for row in cpu.UNSUPPORTED])
+def test_platform_attribute_exists(name: str) -> None:
+    assert name in BASE.flags.values
+
+
+@pytest.mark.parametrize("name", NEEDS_TE)
+def test_flags_that_need_transformer_engine_are_refused_without_it(name: str) -> None:
+    value = {"softmax_type": "off-by-one"}.get(name, "hybrid")
+    (problem,) = find_on_gpu(backend="torch", **{name: value})
+    assert "needs the te backend (TransformerEngine), got" in problem
+    assert find_on_gpu(**{name: value}) == []
+
+
+def test_context_parallelism_needs_transformer_engine() -> None:
+    (problem,) = find_on_gpu(backend="torch", context_parallel_size=2)
+    assert "context-parallel-size: needs the te backend" in problem
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({"hybrid_context_parallel": True}, "hybrid-context-parallel: splits packed documents"),
+        ({"moe_use_upcycling": True}, "moe-use-upcycling: would build the dense model with experts"),
+        ({"init_model_with_meta_device": True}, "init-model-with-meta-device: leaves the weights uninitialised"),
+        ({"optimizer": "sgd"}, "optimizer: has no state that the distributed optimizer can save, got optimizer=sgd"),
+        ({"use_ring_exchange_p2p": True}, "use-ring-exchange-p2p: calls torch.distributed.ring_exchange"),
+        ({"use_sharp": True}, "use-sharp: asks for a process group before"),
+        ({"distributed_backend": "gloo"}, "distributed-backend: gloo has no reduce-scatter between GPUs"),
+        ({"nccl_communicator_config_path": "/nowhere"}, "nccl-communicator-config-path: must be a file that exists"),
+        ({"softmax_type": "learnable"}, "softmax-type: is not supported here"),
+        ({"position_embedding_type": "mrope"}, "position-embedding-type: is not supported here"),
+    ],
+)
+def test_what_would_crash_once_all_ranks_are_up_is_refused(values: dict[str, object], match: str) -> None:
+    (problem,) = find_on_gpu(**values)
+    assert match in problem
+
+
+def test_what_works_is_not_refused() -> None:
+    assert find_on_gpu() == []
+    assert find_on_gpu(optimizer="sgd", use_distributed_optimizer=False) == []
+    assert find_on_gpu(softmax_type="off-by-one") == []
+
+
+@pytest.mark.parametrize(
+    ("values", "package"),
+    [
+        ({"optimizer": "muon", "bf16": True}, "emerging-optimizers"),
+        ({"optimizer": "lion"}, "emerging-optimizers"),
+        ({"async_save": True, "save": "checkpoints"}, "nvidia-resiliency-ext"),
+        ({"use_megatron_fsdp": True, "init_model_with_meta_device": True}, "einops"),
+        ({"log_straggler": True}, "nvidia-ml-py"),
+        ({"tensorboard_dir": "logs"}, "tensorboard"),
+    ],
+)
+def test_a_missing_package_is_named(values: dict[str, object], package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    (problem,) = find_on_gpu(**values)
+    assert "which is not installed" in problem
+    assert f"pip install {package}" in problem
+    assert find_on_gpu(**values, dry_run=True, requested_world_size=8) == []  # a cluster has its own packages
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert find_on_gpu(**values) == []
+
+
+def test_muon_multiplies_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    (problem,) = find_on_gpu(optimizer="muon", bf16=False)
+    assert "optimizer: multiplies its matrices in bf16, got optimizer=muon" in problem
+
+
+@pytest.mark.parametrize(
+    ("values", "capability", "needed"),
+    [
+        ({"fp8": "hybrid", "fp8_recipe": "delayed"}, (8, 0), "8.9"),
+        ({"fp8": "hybrid", "fp8_recipe": "delayed"}, (8, 9), None),
+        ({"fp8": "hybrid", "fp8_recipe": "blockwise"}, (8, 9), "9.0"),
+        ({"fp8": "hybrid", "fp8_recipe": "mxfp8"}, (9, 0), "10.0"),
+        ({"fp8": "hybrid", "fp8_recipe": "mxfp8"}, (10, 0), None),
+        ({"fp4": "e2m1"}, (9, 0), "10.0"),
+        ({"fp8": "hybrid", "fp8_recipe": "mxfp8"}, None, None),
+    ],
+)
+def test_number_formats_need_their_generation(
+    values: dict[str, object], capability: tuple[int, int] | None, needed: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "read_compute_capability", lambda index=0: capability)
+    problems = find_on_gpu(**values)
+    assert len(problems) == (needed is not None)
+    if problems:
+        assert f"needs a GPU of compute capability {needed} or later" in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("capability", "value", "values", "match"),
+    [
+        ((9, 0), None, {"tensor_model_parallel_size": 2}, "must be 1 with tensor or context parallelism"),
+        ((9, 0), "8", {"context_parallel_size": 2}, "must be 1 with tensor or context parallelism"),
+        ((9, 0), "1", {"tensor_model_parallel_size": 2}, None),
+        ((9, 0), "8", {}, None),
+        ((10, 0), None, {"tensor_model_parallel_size": 2}, None),
+        (None, None, {"tensor_model_parallel_size": 2}, None),
+        ((9, 0), "1", {"use_torch_fsdp2": True}, "must not be 1 with FSDP"),
+        ((10, 0), "1", {"use_torch_fsdp2": True}, "must not be 1 with FSDP"),
+        ((9, 0), None, {"use_torch_fsdp2": True, "tensor_model_parallel_size": 2}, None),
+    ],
+)
+def test_environment_that_megatron_needs(
+    capability: tuple[int, int] | None,
+    value: str | None,
+    values: dict[str, object],
+    match: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cuda, "read_compute_capability", lambda index=0: capability)
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    if value is not None:
+        monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", value)
+    problems = find_on_gpu(**values)
+    assert len(problems) == (match is not None)
+    if match is not None:
+        assert f"CUDA_DEVICE_MAX_CONNECTIONS: {match}" in problems[0]
