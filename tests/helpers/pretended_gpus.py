@@ -7,15 +7,19 @@ memory. Import this before megatron, in a process of its own.
 """
 
 import contextlib
+import functools
 import os
 import resource
 import types
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed
+from torch.distributed.fsdp._fully_shard import _fsdp_init, _fully_shard
 
 from megatron_hammer.platforms import cpu_device
+from megatron_hammer.platforms import cuda as cuda_platform
 
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # megatron's @jit_fuser would compile for the pretended GPU
 
@@ -35,8 +39,18 @@ GPUS = {
 }
 
 
+class OneGenerator:
+    """torch.cuda.default_generators: the CPU's generator for every device, however it is named."""
+
+    def __getitem__(self, device: Any) -> torch.Generator:
+        return torch.default_generator
+
+
 class PretendedGraph:
     """torch.cuda.CUDAGraph: what is captured has run, and a replay does nothing."""
+
+    def register_generator_state(self, generator: Any) -> None:
+        pass
 
     def __init__(self, *args: Any, **kwargs: Any):
         pass
@@ -56,10 +70,14 @@ def pretend_gpus(gpu: Gpu, count: int = 8) -> None:
     )
     cuda.is_available = lambda: True
     cuda.device_count = lambda: count
+    cuda.current_device = lambda: 0
+    is_cuda = cpu_device._is_cuda
+    cpu_device._is_cuda = lambda device: is_cuda(device) or type(device) is int  # the number of a GPU
     cuda.get_device_capability = lambda device=None: gpu.capability
     cuda.get_device_name = lambda device=None: gpu.name
     cuda.get_device_properties = lambda device=None: properties
-    cuda.default_generators = [torch.default_generator] * count
+    cuda.default_generators = OneGenerator()
+    cuda._lazy_call, cuda._lazy_init = lambda call, **kwargs: call(), lambda: None
     tensor_class: Any = torch.Tensor
     tensor_class.is_cuda = property(lambda self: True)
     tensor_class.pin_memory = lambda self, *args, **kwargs: self
@@ -69,6 +87,9 @@ def pretend_gpus(gpu: Gpu, count: int = 8) -> None:
     # A captured graph runs once, when it is captured, and replays nothing.
     cuda.CUDAGraph, cuda.graph = PretendedGraph, lambda *args, **kwargs: contextlib.nullcontext()
     cuda.graph_pool_handle = lambda: (0, 0)
+    cuda_platform.read_compute_capability = lambda index=0: gpu.capability
+    for module in (_fsdp_init, _fully_shard):
+        module._get_device_from_mesh = lambda mesh: cpu_device.CPU
     _use_gloo_for_nccl()
     _take_split_sizes_of_arrays()
 
@@ -98,3 +119,25 @@ def _use_gloo_for_nccl() -> None:
 
     module.init_process_group, module.new_group = init_process_group, new_group
     module.get_backend = lambda group=None: "nccl"
+    # NCCL multiplies before it sums where it is asked to; gloo cannot.
+    module._make_nccl_premul_sum = Premultiplied
+    for name in ("all_reduce", "reduce_scatter_tensor"):
+        setattr(module, name, _multiply_first(getattr(module, name)))
+
+
+class Premultiplied(NamedTuple):
+    """The reduction that torch.distributed._make_nccl_premul_sum makes."""
+
+    factor: float
+
+
+def _multiply_first(reduce: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(reduce)
+    def multiply_and_reduce(*args: Any, op: Any = torch.distributed.ReduceOp.SUM, **kwargs: Any) -> Any:
+        if isinstance(op, Premultiplied):
+            source = args[-1] if args else kwargs["input"]
+            source.mul_(op.factor)
+            op = torch.distributed.ReduceOp.SUM
+        return reduce(*args, op=op, **kwargs)
+
+    return multiply_and_reduce

@@ -1,6 +1,8 @@
 """Ranks of training runs that start quickly: each is forked from this process, which has the imports of a run.
 
-    python tests/helpers/rank_server.py   (started and asked by tests/helpers/training_runs.py)
+    python tests/helpers/rank_server.py [GPU]   (started and asked by tests/helpers/training_runs.py)
+
+GPU: the machine pretends to have GPUs of this type (see pretended_gpus.py), and runs are of the cuda platform.
 
 Importing torch, megatron and transformers costs a rank 6 s, most of what a run of a few steps takes. Nothing else of a
 rank changes: it is a process of its own, with its own environment, standard streams, process group and exit code, and
@@ -24,11 +26,15 @@ TRAINING_MODULE = "megatron_hammer.training.pretrain"
 GRACE_S = 5.0  # between SIGTERM and SIGKILL to the ranks that another one left behind
 
 
-def import_what_runs_import() -> None:
-    """Everything slow that a CPU run imports sooner or later; it must leave this process with a single thread."""
+def import_what_runs_import(gpu: str | None) -> None:
+    """Everything slow that a run imports sooner or later; it must leave this process with a single thread."""
+    if gpu is not None:
+        from tests.helpers.pretended_gpus import GPUS, pretend_gpus
+
+        pretend_gpus(GPUS[gpu])
     from megatron_hammer.platforms import megatron_compat
 
-    megatron_compat.install("cpu")
+    megatron_compat.install("cpu" if gpu is None else "cuda")
     import matplotlib.pyplot  # noqa: F401
     import megatron.core.dist_checkpointing.strategies.filesystem_async
     import megatron.core.tokenizers.text.text_tokenizer
@@ -127,6 +133,6 @@ def end_ranks(running: set[int]) -> None:
 
 
 if __name__ == "__main__":
-    import_what_runs_import()
+    import_what_runs_import(sys.argv[1] if len(sys.argv) > 1 else None)
     if serve() is not None:
         runpy.run_module(TRAINING_MODULE, run_name="__main__", alter_sys=True)
