@@ -23,6 +23,11 @@ def read_device_memory_bytes(platform: str) -> int | None:
     return torch.cuda.get_device_properties(0).total_memory
 
 
+def count_devices() -> int:
+    """GPUs that this process sees; CUDA_VISIBLE_DEVICES may hide some of the machine's."""
+    return torch.cuda.device_count()
+
+
 def read_peak_memory_bytes() -> int:
     """Peak memory of this process: allocated on the GPU, or resident (ru_maxrss, KiB on Linux) on the CPU platform."""
     if torch.cuda.is_available():

@@ -14,7 +14,7 @@ from megatron_hammer.config.preflight.data import find_data_problems
 from megatron_hammer.config.preflight.data_order import find_data_order_problems
 from megatron_hammer.config.preflight.flags import find_flag_problems
 from megatron_hammer.config.preflight.initial_model import find_initial_model_problems
-from megatron_hammer.config.preflight.layout import find_run_layout_problems
+from megatron_hammer.config.preflight.layout import find_device_problems, find_run_layout_problems
 from megatron_hammer.config.preflight.memory import find_memory_problems
 from megatron_hammer.config.preflight.schedule import find_schedule_problems
 from megatron_hammer.config.run_plan import RunPlan, RunSettings
@@ -47,7 +47,7 @@ def find_problems(arguments: ParsedArguments) -> list[str]:
 
 def _find_fit_problems(settings: RunSettings, plan: RunPlan | None) -> list[str]:
     """Model, ranks, batch and memory against each other. Memory is estimated only where the others fit."""
-    problems = find_run_layout_problems(settings)
+    problems = [*find_device_problems(settings.machine), *find_run_layout_problems(settings)]
     if plan is None:
         return problems
     problems += find_batch_problems(plan)

@@ -1,9 +1,23 @@
 """Whether model and layout fit together: every divisibility, and every layer in exactly one stage."""
 
-from megatron_hammer.config.run_plan import RunSettings
+from megatron_hammer.config.run_plan import Machine, RunSettings
 from megatron_hammer.model.accounting import ParallelLayout, find_shard_problems, find_split_problems, split_layers
 from megatron_hammer.model.layout import divisors, or_list
 from megatron_hammer.model.shape import ModelShape
+from megatron_hammer.platforms.device import count_devices
+
+
+def find_device_problems(machine: Machine) -> list[str]:
+    """Each process of a node needs a GPU of its own; one without would end with CUDA's "invalid device ordinal"."""
+    if machine.platform != "cuda" or machine.is_planned:
+        return []
+    num_devices = count_devices()
+    if machine.local_world_size <= num_devices:
+        return []
+    return [
+        f"nproc-per-node: must be at most the GPUs that PyTorch sees, got {machine.local_world_size} processes on a "
+        f"node with {num_devices}. Lower it, or look at CUDA_VISIBLE_DEVICES, which may hide GPUs."
+    ]
 
 
 def find_run_layout_problems(settings: RunSettings) -> list[str]:

@@ -4,10 +4,11 @@ import importlib.util
 
 import pytest
 
+from megatron_hammer.config.preflight import layout
 from megatron_hammer.config.preflight.flags import find_flag_problems
 from megatron_hammer.config.preflight.platform import FILES, NEEDS_TE, PACKAGES, REFUSALS
 from megatron_hammer.platforms import cpu, cuda
-from tests.helpers.parsed_flags import TINY, parse, with_flags
+from tests.helpers.parsed_flags import TINY, find, parse, with_flags
 
 BASE = parse(*TINY).settings
 
@@ -147,3 +148,18 @@ def test_environment_that_megatron_needs(
     assert len(problems) == (match is not None)
     if match is not None:
         assert f"CUDA_DEVICE_MAX_CONNECTIONS: {match}" in problems[0]
+
+
+def test_more_processes_than_visible_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = (*TINY, "--micro-batch-size", "1")
+    monkeypatch.setattr(layout, "count_devices", lambda: 4)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    (problem,) = find(*flags, platform="cuda")
+    assert problem == (
+        "nproc-per-node: must be at most the GPUs that PyTorch sees, got 8 processes on a node with 4. "
+        "Lower it, or look at CUDA_VISIBLE_DEVICES, which may hide GPUs."
+    )
+    assert find(*flags, platform="cpu") == []
+    monkeypatch.setattr(layout, "count_devices", lambda: 8)
+    assert find(*flags, platform="cuda") == []
