@@ -31,7 +31,7 @@ if ((num_gpus > 0)); then
     nproc="${NPROC:-$num_gpus}"
     seq_length=2048 global_batch_size=256 train_steps=1000 warmup_steps=100
     if [[ -z "${DATA_PATH:-}" ]]; then
-        # 1.6 million tokens, less than once through the demonstration text
+        # 1.6 million tokens, about once through the demonstration text
         seq_length=1024 global_batch_size="$(fit_batch 32 "$nproc")" train_steps=48 warmup_steps=5
     fi
 else
@@ -82,7 +82,9 @@ else
         fi
     done
     arguments+=(--train-data-path "$output_dir/data/train_text_document"
-        --valid-data-path "$output_dir/data/valid_text_document" --full-validation)
+        --valid-data-path "$output_dir/data/valid_text_document")
+    # A whole pass needs a sample for each GPU, and the held-out text has only a few.
+    if ((num_gpus > 0)); then arguments+=(--eval-iters 1); else arguments+=(--full-validation); fi
 fi
 if [[ -n "${PRESET:-}" ]]; then
     arguments+=(--preset "$PRESET")

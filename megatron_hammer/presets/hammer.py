@@ -41,7 +41,7 @@ HAMMER_1B4_DEMO = Preset(
     num_parameters=HAMMER_1B4.num_parameters,
     model=replace(HAMMER_1B4.model, name="hammer-1b4-demo", source="HammerLLM config.json: hammer-1b4 itself"),
     recipe=Recipe(
-        # examples/demo_data.sh makes about 3.2 million tokens. One pass is 2.9e16 FLOPs: two minutes at 250 TFLOP/s.
+        # examples/demo_data.sh makes 2 to 3 million tokens. The run is 2.4e16 FLOPs: two minutes at 200 TFLOP/s.
         source="ours: a demonstration of hammer-1b4 on text of one machine; betas, decay and clip are hammer-1b4's",
         seq_length=2048,
         global_batch_size=32,  # up to 32 GPUs, and enough steps to see the loss fall

@@ -36,6 +36,7 @@ def find_size_problems(settings: RunSettings, plan: RunPlan | None, indices: Ind
         problems += _find_short_epoch_problems(plan, indices)
         problems += _find_single_pass_problems(plan, indices)
         problems += _find_repetition_problems(plan, indices)
+        problems += _find_whole_pass_problems(plan, indices)
     return problems
 
 
@@ -136,3 +137,23 @@ def _find_repetition_problems(plan: RunPlan, indices: Indices) -> list[str]:
         f"{size:,} tokens in {Path(source.prefix)} ({num_samples:,} samples of {plan.seq_length} tokens). {remedy}. If "
         "it is meant so, pass --accept-many-epochs and build the sample index beforehand: tools/build_data_cache.py."
     ]
+
+
+def _find_whole_pass_problems(plan: RunPlan, indices: Indices) -> list[str]:
+    """A data-parallel rank that gets no sample of a validation set fails at the first evaluation.
+
+    Source: megatron.training's MegatronFullValidationSampler (sample i goes to rank i mod dp) and cyclic_iter.
+    """
+    if not plan.evaluation.is_whole:
+        return []
+    problems, num_ranks = [], plan.layout.data_parallel_size
+    tokens = _count_tokens(plan, indices, "valid")
+    for source, size in zip(plan.data.sources.sources_of("valid"), tokens, strict=True):
+        num_samples = (size - 1) // plan.seq_length
+        if num_samples < num_ranks:
+            problems.append(
+                f"full-validation: needs a sample for each data-parallel rank, got {num_samples} samples of "
+                f"{plan.seq_length} tokens in {Path(source.prefix)}, dp={num_ranks}. "
+                "Give it more text, or drop --full-validation."
+            )
+    return problems

@@ -8,7 +8,7 @@ from megatron_hammer.config.preflight.data import find_vocabulary_problems, read
 from megatron_hammer.data.indexed.manifest import Manifest, TokenizerIdentity, encode_manifest, manifest_path
 from megatron_hammer.data.indexed.pair import read_index
 from megatron_hammer.data.sources import count_split_tokens
-from tests.helpers.parsed_flags import find, parse, write_data
+from tests.helpers.parsed_flags import find, parse, plan, write_data
 from tests.helpers.toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
 
 MODEL = "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16 "
@@ -266,3 +266,14 @@ def test_one_source_of_a_blend_that_would_be_repeated_absurdly(tmp_path: Path) -
 def test_the_ranks_wait_as_long_as_the_sample_index_takes(flags: tuple[str, ...], minutes: int) -> None:
     namespace = parse("--preset", "hammer-tiny", "--mock-data", *flags).namespace
     assert namespace.distributed_timeout_minutes == minutes
+
+
+def test_a_whole_pass_needs_a_sample_for_each_data_parallel_rank(tmp_path: Path) -> None:
+    """50 tokens are 3 samples of 16 tokens and the one after."""
+    train, held = write_data(tmp_path / "train", [40] * 40), write_data(tmp_path / "held", [50])
+    flags = ("--train-data-path", train, "--valid-data-path", held, "--full-validation", "--vocab-size", "4096")
+    (problem,) = find_for(tmp_path, *flags, "--global-batch-size", "4", *plan(4))
+    assert "full-validation: needs a sample for each data-parallel rank, got 3 samples of 16 tokens in " in problem
+    assert problem.endswith("held, dp=4. Give it more text, or drop --full-validation.")
+    assert find_for(tmp_path, *flags, "--global-batch-size", "6", *plan(3)) == []
+    assert find_for(tmp_path, *flags, *plan(4), "--tensor-model-parallel-size", "2") == []
