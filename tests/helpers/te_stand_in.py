@@ -9,6 +9,7 @@ te_stand_in_attention.py, quantized tensors are in te_stand_in_quantize.py. Call
 before megatron is imported: both decide at import whether TransformerEngine is there.
 """
 
+import collections
 import enum
 import importlib.util
 import os
@@ -29,6 +30,7 @@ def install(wheel_dir: Path) -> None:
     # Without this variable transformer_engine.common loads the CUDA libraries as it is imported.
     os.environ["NVTE_PROJECT_BUILDING"] = "1"
     sys.path.insert(0, str(wheel_dir))
+    complete_pretended_gpus()
     sys.modules["transformer_engine_torch"] = build_module()
     onnx = types.ModuleType("transformer_engine.pytorch.onnx_extensions")  # needs onnxscript, which nothing here does
     onnx.__getattr__ = refuse_missing  # type: ignore[method-assign]
@@ -44,6 +46,15 @@ def install(wheel_dir: Path) -> None:
     common: Any = importlib.import_module("transformer_engine.common")
     common.load_framework_extension = load_framework_extension
     spec.loader.exec_module(package)
+
+
+def complete_pretended_gpus() -> None:
+    """What TransformerEngine and megatron with it ask of torch beyond what pretended_gpus answers."""
+    module, cuda = (vars(name) for name in (torch, torch.cuda))
+    cuda["_lazy_init"], cuda["_lazy_call"] = lambda: None, lambda call, **keywords: call()
+    cuda["default_generators"] = collections.defaultdict(lambda: torch.default_generator)  # by number or by device
+    make_tensor = torch.tensor
+    module["tensor"] = lambda *args, pin_memory=False, **keywords: make_tensor(*args, **keywords)
 
 
 def load_framework_extension(framework: str) -> None:
@@ -203,6 +214,13 @@ def rmsnorm_bwd(
     return dx.reshape(x.shape).to(x.dtype), dgamma.to(gamma.dtype)
 
 
+def rmsnorm_bwd_add(
+    dz: Tensor, x: Tensor, add: Tensor, rsigma: Tensor, gamma: Tensor, sm_margin: int, zero_centered: bool
+) -> tuple[Tensor, Tensor]:
+    dx, dgamma = rmsnorm_bwd(dz, x, rsigma, gamma, sm_margin, zero_centered)
+    return dx + add, dgamma
+
+
 def layernorm_fwd(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, ln_out: Any, quantizer: Any, otype: Any,
     sm_margin: int, zero_centered: bool,
@@ -320,9 +338,28 @@ def multi_tensor_adam(
             parameter.copy_(master)
 
 
+def multi_tensor_adam_param_remainder(
+    chunk_size: int, noop_flag: Tensor, lists: list[list[Tensor]], *hyperparameters: Any
+) -> None:
+    """Adam over [grads, bf16 params, exp_avgs, exp_avg_sqs, int16 remainders]: the fp32 value of a parameter is its
+    bits, less 1 where the remainder is negative (it was rounded up), followed by the remainder's.
+    """
+    grads, parameters, means, squares, remainders = lists
+    masters = []
+    for parameter, remainder in zip(parameters, remainders, strict=True):
+        low = remainder.int()
+        high = parameter.view(torch.int16).int() - (low < 0).int()
+        masters.append(((high << 16) | (low & 0xFFFF)).view(torch.float32))
+    multi_tensor_adam(chunk_size, noop_flag, [grads, masters, means, squares], *hyperparameters)
+    for parameter, remainder, master in zip(parameters, remainders, masters, strict=True):
+        bits = master.view(torch.int32)
+        remainder.copy_((bits << 16) >> 16)
+        parameter.view(torch.int16).copy_((bits >> 16) + (remainder < 0).int())
+
+
 KERNELS = (
     get_cublasLt_version, get_cudnn_version, get_num_cublas_streams, generic_gemm, te_general_grouped_gemm,
-    rmsnorm_fwd, rmsnorm_bwd, layernorm_fwd, layernorm_bwd, swiglu, dswiglu, gelu, dgelu, swap_first_dims,
-    fused_multi_row_padding, fused_multi_row_unpadding, multi_tensor_scale, multi_tensor_scale_tensor,
-    multi_tensor_l2norm, multi_tensor_adam,
+    rmsnorm_fwd, rmsnorm_bwd, rmsnorm_bwd_add, layernorm_fwd, layernorm_bwd, swiglu, dswiglu, gelu, dgelu,
+    swap_first_dims, fused_multi_row_padding, fused_multi_row_unpadding, multi_tensor_scale, multi_tensor_scale_tensor,
+    multi_tensor_l2norm, multi_tensor_adam, multi_tensor_adam_param_remainder,
 )  # fmt: skip

@@ -38,9 +38,10 @@ def scaled_softmax_backward(grads: Tensor, results: Tensor, scale: float) -> Ten
 
 
 def get_fused_attn_backend(parameters: Any) -> tuple[int, str]:
-    """cuDNN's attention takes 16-bit tensors; scores of fp8 are not pretended."""
-    is_16_bit = DTYPES.get(int(parameters.qkv_dtype)) in (torch.bfloat16, torch.float16)
-    return (0, "") if is_16_bit else (2, "only 16-bit tensors")
+    """cuDNN's attention takes 16-bit tensors with heads of multiples of 8; scores of fp8 are not pretended."""
+    if DTYPES.get(int(parameters.qkv_dtype)) not in (torch.bfloat16, torch.float16):
+        return 2, "only 16-bit tensors"
+    return (2, "heads of a multiple of 8") if parameters.head_dim_qk % 8 else (0, "")
 
 
 def find_sequence_dims(layout_or_format: Any) -> tuple[int, int]:
