@@ -30,7 +30,7 @@ from megatron_hammer.config.values import BATCH_ESSENTIALS, find_value_problems,
 from megatron_hammer.data.order.order import MEGATRON
 from megatron_hammer.data.sources import SPLIT_FLAGS
 from megatron_hammer.model.accounting import MemoryOptions, ParallelLayout
-from megatron_hammer.model.memory_options import WORKSPACE_BYTES, Recompute, Sharding
+from megatron_hammer.model.memory_options import WORKSPACE_BYTES, Precision, Recompute, Sharding
 from megatron_hammer.presets.preset import Preset
 
 
@@ -238,6 +238,15 @@ def _read_recompute(args: Any) -> Recompute:
     return "selective" if args.recompute_granularity or args.recompute_activations else "none"
 
 
+def _read_product_precision(args: Any) -> Precision:
+    """The number format of the matrix products; fp16 takes as much memory as bf16."""
+    if args.fp4:
+        return "nvfp4"
+    if args.fp8:
+        return "mxfp8" if args.fp8_recipe == "mxfp8" else "fp8"
+    return "bf16" if args.bf16 or args.fp16 else "fp32"
+
+
 def _read_memory_options(args: Any, layout: ParallelLayout, *, has_gpu: bool) -> MemoryOptions:
     """The flags of a run that change its memory; Megatron's spelling of each is in `MemoryOptions`."""
     is_16_bit = args.bf16 or args.fp16
@@ -245,7 +254,10 @@ def _read_memory_options(args: Any, layout: ParallelLayout, *, has_gpu: bool) ->
     instances = args.num_distributed_optimizer_instances
     comm_types = args.cp_comm_type if isinstance(args.cp_comm_type, list) else [args.cp_comm_type]
     return MemoryOptions(
-        precision="bf16" if is_16_bit else "fp32",
+        precision=_read_product_precision(args),
+        # model/torch_modules.py: in fp32 on a GPU
+        has_expanded_heads=has_gpu and args.backend == "torch" and not is_16_bit,
+        has_fp8_parameters=bool(args.fp8 and args.fp8_param_gather),
         recompute=_read_recompute(args),
         recompute_modules=tuple(args.recompute_modules or ("core_attn",)),
         recompute_method=args.recompute_method or "uniform",

@@ -93,6 +93,8 @@ def _count_attention(
     if options.has_hidden_dropout:
         kept += widths.sequence_tokens * h  # a mask is one byte
     kept += widths.tokens * element * (widths.queries + 2 * widths.key_values)  # q, k and v
+    if options.has_expanded_heads and widths.queries > widths.key_values:
+        kept += widths.tokens * element * 2 * widths.queries
     if model.has_qk_norm:  # q and k before their norms too
         kept += widths.tokens * element * (widths.queries + widths.key_values)
     kept += widths.tokens * linear * widths.queries  # the input of linear_proj

@@ -36,6 +36,7 @@ class MemoryOptions:
     has_hidden_dropout: bool = False
     has_attention_dropout: bool = False
     has_flash_attention: bool = True  # False: scores and probabilities of every pair of positions are kept
+    has_expanded_heads: bool = False  # attention keeps a copy of key and value for each query head
     cross_entropy: CrossEntropy = "unfused"
     is_context_parallel_all_to_all: bool = False  # --cp-comm-type a2a: attention keeps an output of its own
     sharding: Sharding | None = None  # None: what the layout says of the distributed optimizer

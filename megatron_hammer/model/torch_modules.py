@@ -79,6 +79,10 @@ class SdpaAttention(MegatronModule):
             raise ValueError("SdpaAttention takes no attention bias and no packed sequences; use the te backend.")
         sequence, batch, heads, head_dim = query.shape
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        if query.is_cuda and query.dtype == torch.float32 and heads != key.shape[1]:
+            # No fused kernel of PyTorch takes grouped heads in fp32: scores of all pairs would be kept, 94 GB for
+            # hammer-1b4. With a copy of key and value for each head, the memory-efficient kernel does.
+            key, value = (tensor.repeat_interleave(heads // tensor.shape[1], dim=1) for tensor in (key, value))
         dropout_ratio = self.attention_dropout if self.training else 0.0
         mask = None if attention_mask is None else ~attention_mask
         with _attention_rng(dropout_ratio):

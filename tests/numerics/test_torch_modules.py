@@ -204,3 +204,23 @@ def test_norm_parameters_say_whether_the_sequence_is_split(normalization: str, s
     assert len(parameters) == {"RMSNorm": 1, "LayerNorm": 2}[normalization]
     assert all(parameter.sequence_parallel is sequence_parallel for parameter in parameters)
     assert all(parameter.dtype == torch.bfloat16 for parameter in parameters)
+
+
+def test_fp32_on_a_gpu_attends_the_same_without_grouped_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel of PyTorch's takes grouped heads in fp32 on a GPU, so key and value are copied there."""
+    query, key, value = make_inputs(2, torch.float32)
+    attention = build_attention(num_query_groups=2)
+    grouped = attention(query, key, value)
+    seen = []
+    original = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *tensors, **options: seen.append((tensors[1].shape[1], options)) or original(*tensors, **options),
+    )
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    torch.testing.assert_close(attention(query, key, value), grouped, rtol=1e-6, atol=1e-6)
+    assert [(heads, options["enable_gqa"]) for heads, options in seen] == [(HEADS, False)]
+    seen.clear()
+    attention(*make_inputs(2, torch.bfloat16))
+    assert [(heads, options["enable_gqa"]) for heads, options in seen] == [(2, True)]

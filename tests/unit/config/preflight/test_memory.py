@@ -7,6 +7,7 @@ from megatron_hammer.config.preflight.memory import (
     find_memory_problems,
     read_available_bytes,
 )
+from megatron_hammer.config.run_plan import RunPlan
 from megatron_hammer.model.memory_options import WORKSPACE_BYTES, MemoryOptions
 from tests.helpers.parsed_flags import TINY, parse, plan
 
@@ -91,3 +92,35 @@ def test_flags_that_change_memory_reach_the_estimate() -> None:
 )
 def test_sharding_flags_reach_the_estimate(flags: tuple[str, ...], sharding: str) -> None:
     assert build_options(*flags).sharding == sharding
+
+
+@pytest.mark.parametrize(
+    ("flags", "precision"),
+    [
+        ((), "bf16"),
+        (("--precision", "fp32"), "fp32"),
+        (("--fp8-format", "hybrid"), "fp8"),
+        (("--fp8-format", "e4m3", "--fp8-recipe", "mxfp8"), "mxfp8"),
+        (("--fp4-format", "e2m1"), "nvfp4"),
+    ],
+)
+def test_number_format_of_the_products_reaches_the_estimate(flags: tuple[str, ...], precision: str) -> None:
+    assert build_options(*flags).precision == precision
+
+
+def count_activations(run: RunPlan) -> int:
+    return estimate_run_memory(run)[0].list_parts()["activations"]
+
+
+def test_fp8_keeps_less_of_a_micro_batch() -> None:
+    usual = parse("--preset", "llama3-8b", *plan(8), platform="cuda", backend="te").plan
+    fp8 = parse("--preset", "llama3-8b", *plan(8), "--fp8-format", "hybrid", platform="cuda", backend="te").plan
+    assert count_activations(fp8) < count_activations(usual)
+
+
+def test_fp32_attention_on_a_gpu_copies_grouped_heads() -> None:
+    flags = ("--preset", "llama3-8b", *plan(8), "--precision", "fp32")
+    torch_plan, te_plan = (parse(*flags, platform="cuda", backend=backend).plan for backend in ("torch", "te"))
+    assert torch_plan.memory.has_expanded_heads
+    assert not te_plan.memory.has_expanded_heads
+    assert count_activations(torch_plan) > count_activations(te_plan)
