@@ -81,6 +81,8 @@ def pretend_gpus(gpu: Gpu, count: int = 8) -> None:
     tensor_class: Any = torch.Tensor
     tensor_class.is_cuda = property(lambda self: True)
     tensor_class.pin_memory = lambda self, *args, **kwargs: self
+    for name in ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"):
+        setattr(tensor_class, name, cpu_device._on_cpu(getattr(tensor_class, name)))
     tensor_class.record_stream = lambda self, stream: None
     for name in ("max_memory_allocated", "max_memory_reserved"):
         setattr(cuda, name, lambda device=None: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

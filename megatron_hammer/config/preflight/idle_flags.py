@@ -291,7 +291,13 @@ FAMILIES: tuple[Family, ...] = (
         "here: training is not wrapped for it, a failed run is started again by its launcher",
         _DROP,
     ),
-    Family(("inference_", "rl_", "grpo_", "langrl_"), (), _always, "while pretraining", _DROP),
+    Family(
+        ("inference_", "rl_", "grpo_", "langrl_"),
+        ("max_tokens_to_oom", "nccl_all_reduce_for_prefill", "use_legacy_static_engine"),
+        _always,
+        "while pretraining",
+        _DROP,
+    ),
     Family(
         ("dino_", "biencoder_", "indexer_", "retriever_", "swin_", "vision_backbone_", "vision_pretraining_"),
         (
@@ -325,6 +331,7 @@ FAMILIES: tuple[Family, ...] = (
         "on a language model: it belongs to Megatron's models of images, audio or retrieval",
         _DROP,
     ),
+    Family(("logits_load_",), (), _always, "here: the loss has no teacher whose logits are read", _DROP),
     Family(("fim_", "sft_"), (), _always, "here: there is no such data set", _DROP),
 )
 

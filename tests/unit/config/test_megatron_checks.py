@@ -43,6 +43,22 @@ def test_a_plan_for_te_is_checked_without_te(monkeypatch: pytest.MonkeyPatch) ->
     assert "recompute_method" in str(find_megatron_refusal(plan))
 
 
+def test_a_question_about_the_planned_gpu_is_no_consent_to_the_rest() -> None:
+    """--moe-grouped-gemm asks for the GPU's compute capability; what follows is still checked."""
+    flags = (*TINY, "--num-experts", "4", "--moe-grouped-gemm", "--dry-run", "--world-size", "4")
+    plan = parse(*flags, platform="cuda", backend="te").namespace
+    assert find_megatron_refusal(plan) is None
+    plan.main_grads_dtype = "bf16"  # of the optimizer's configuration, which is built last
+    assert "main_grads_dtype can only be fp32" in str(find_megatron_refusal(plan))
+
+
+def test_tensor_parallelism_is_planned_with_the_environment_that_it_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    flags = (*TINY, "--tensor-model-parallel-size", "2", "--dry-run", "--world-size", "8")
+    assert find_megatron_refusal(parse(*flags, platform="cuda").namespace) is None
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in os.environ
+
+
 def test_defaults_are_megatrons() -> None:
     defaults = read_megatron_defaults()
     assert (defaults["lr_decay_style"], defaults["num_layers"], defaults["swiglu"]) == ("linear", None, False)
