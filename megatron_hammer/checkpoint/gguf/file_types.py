@@ -68,13 +68,17 @@ def _has_more_bits(place: Place) -> bool:
     return layer < eighth or layer >= 7 * place.num_layers // 8 or (layer - eighth) % 3 == 2
 
 
+# Source of the mixtures below: llama_tensor_get_type_impl in llama.cpp's src/llama-quant.cpp, without its branches for
+# experts, Falcon and files with an importance matrix.
 def _q2_k(place: Place) -> GGMLQuantizationType | None:
+    # Where 4 or more query heads share one value head, attn_v is small, so a better type hardly enlarges the file.
     value = Type.Q4_K if place.heads_per_group >= 4 else Type.Q3_K
     return {"attn_v": value, "ffn_down": Type.Q3_K, "attn_output": Type.Q3_K}.get(place.kind)
 
 
 def _q3_k_m(place: Place) -> GGMLQuantizationType | None:
     value = Type.Q5_K if place.layer < 2 else Type.Q4_K
+    # Integer division as in llama.cpp: a model with fewer than 16 layers has no Q5_K here.
     down = Type.Q5_K if place.layer < place.num_layers // 16 else Type.Q4_K
     return {"attn_v": value, "ffn_down": down, "attn_output": Type.Q4_K}.get(place.kind)
 
@@ -123,10 +127,12 @@ def select_type(file_type: FileType, place: Place, shape: tuple[int, ...]) -> GG
 
 def _select_quantized(file_type: FileType, place: Place, row_size: int) -> GGMLQuantizationType:
     default = file_type.default
+    # Source: the branch for the output tensor, which a tied embedding takes too, because it is also the head.
     if place.is_output:
         has_blocks = row_size % GGML_QUANT_SIZES[default][0] == 0
         return Type.Q6_K if has_blocks and default is not Type.Q8_0 else Type.Q8_0
     selected = file_type.exceptions(place) or default
+    # Source: the branch for LLM_TYPE_70B. There attn_v is 1/8 of attn_q, so more bits hardly enlarge the file.
     is_70b = place.num_layers == NUM_LAYERS_OF_70B and place.heads_per_group > 1
     if is_70b and place.kind == "attn_v" and selected in (Type.Q3_K, Type.Q4_K):
         return Type.Q5_K
@@ -150,6 +156,7 @@ def encode_rows(rows: Tensor, tensor_type: GGMLQuantizationType) -> memoryview:
     """The bytes of finite rows [r, c] (or a vector) in `tensor_type`; c is whole blocks of it."""
     if tensor_type in FLOAT_DTYPES:
         converted = rows.to(FLOAT_DTYPES[tensor_type]).contiguous()
+        # numpy has no bfloat16, so the bytes leave torch as uint8.
         return memoryview(converted.reshape(-1).view(torch.uint8).numpy())
     values = rows.float().contiguous().numpy()
     if tensor_type in TYPES_OF_THE_PACKAGE:
@@ -165,6 +172,7 @@ def decode_rows(data: np.ndarray, tensor_type: GGMLQuantizationType) -> Tensor:
 def _quantize_with_llama_cpp(values: np.ndarray, tensor_type: GGMLQuantizationType) -> np.ndarray:
     num_rows, row_size = values.shape
     encoded = np.empty(count_tensor_bytes(values.shape, tensor_type), np.uint8)
+    # 0 and None: start with the first row, and weigh all values alike (no importance matrix).
     written_bytes = load_quantizer()(
         int(tensor_type), values.ctypes.data, encoded.ctypes.data, 0, num_rows, row_size, None
     )
@@ -191,6 +199,7 @@ def load_quantizer() -> Callable[..., int]:
             f"k-quants: llama.cpp must make them, got {type(error).__name__}: {error}. "
             "Install xllamacpp, or pass --type q8_0."
         ) from error
+    # Without these, ctypes would pass and return 32-bit integers, and large tensors would overflow them.
     function.restype = ctypes.c_size_t
     function.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
     return function

@@ -64,12 +64,16 @@ def write_gguf(
         shape, num_bytes = extra.values.shape, extra.values.numel() * 4
         writer.add_tensor_info(extra.name, shape, np.dtype(np.float32), num_bytes, GGMLQuantizationType.F32)
     for tensor in tensors:
+        # float32 whatever the type is: for uint8 the package would take the shape for one in bytes and convert it. It
+        # writes the type of the last argument.
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.num_bytes, tensor.type)
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
+    # Until it is closed, a part of the header may be in the package's buffer, and the data below would come before it.
     writer.close()
     not_finite: list[str] = []
+    # The package has computed the offsets from num_bytes and the order above, so the data must follow in that order.
     with path.open("ab") as file:
         for extra in extras:
             _pad(file)
@@ -79,6 +83,7 @@ def write_gguf(
                 not_finite.append(tensor.hf_name)
             on_tensor(number)
         _pad(file)
+    # Raised after the last tensor, so that one run names all of them.
     if not_finite:
         kinds = {tensor.hf_name: tensor.type.name.lower() for tensor in tensors}
         raise ConversionError(
@@ -94,6 +99,7 @@ def _write_tensor(file: BinaryIO, tensor: GgufTensor, stored: Tensor) -> bool:
     """Returns whether every value is finite in the tensor's type."""
     dtype = FLOAT_DTYPES.get(tensor.type, torch.float32)
     is_finite = True
+    # Before the split: the order of q and k rows changes within whole heads, and a block of rows may cut a head.
     arranged = tensor.arrange(stored)
     _pad(file)
     for rows in arranged.split(count_block_rows(arranged)):
@@ -105,7 +111,7 @@ def _write_tensor(file: BinaryIO, tensor: GgufTensor, stored: Tensor) -> bool:
 
 def count_block_rows(tensor: Tensor) -> int:
     """How many rows are converted at a time."""
-    return max(1, BLOCK_BYTES // (4 * max(1, tensor[:1].numel())))
+    return max(1, BLOCK_BYTES // (4 * max(1, tensor[:1].numel())))  # at least one row, however long it is
 
 
 def _pad(file: BinaryIO) -> None:
@@ -126,6 +132,7 @@ def verify_gguf(
     """
     stored = {entry.name: entry for entry in GGUFReader(path).tensors}
     expected = {extra.name for extra in extras} | {tensor.name for tensor in tensors}
+    # Both ways: a tensor that is missing, and one that no plan has.
     wrong = sorted(expected ^ stored.keys())
     wrong += [
         extra.name
@@ -150,6 +157,8 @@ def _is_read_back(data: np.ndarray, tensor: GgufTensor, source: Tensor) -> bool:
     if tensor.type not in FLOAT_DTYPES:
         return measure_relative_error(data, tensor, source) <= MAX_RELATIVE_ERROR[tensor.type]
     dtype = FLOAT_DTYPES[tensor.type]
+    # The file's rows are put back in the source's order, so that an error in the permutation cannot hide: arranging the
+    # source once more would repeat it.
     if tensor.rope_heads is not None:
         return torch.equal(tensor.restore(_as_tensor(data, tensor, dtype)), source.to(dtype))
     rows_in_block = count_block_rows(source)
@@ -168,6 +177,7 @@ def measure_relative_error(data: np.ndarray, tensor: GgufTensor, source: Tensor)
     """rms of the difference over rms of the source, on rows evenly spread over a quantized tensor."""
     step = max(1, tensor.shape[0] // NUM_SAMPLED_ROWS)
     written = decode_rows(np.ascontiguousarray(data[::step]), tensor.type)
+    # The source is arranged here, not the file's rows restored: only every step-th row is decoded.
     expected = tensor.arrange(source)[::step].float()
     scale = expected.square().mean().sqrt().item()
     error = (written - expected).square().mean().sqrt().item()

@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_hammer.errors import ConversionError
 
-END_TIMEOUT_S = 30.0
+END_TIMEOUT_S = 30.0  # after that the process is killed
 CHILD = Path(__file__).with_name("llama_cpp_process.py")
 
 
@@ -55,10 +55,12 @@ class LlamaCpp:
             request = {
                 "prompt": [*tokens, *(step.token for step in steps)],
                 "n_predict": 1,
+                # top_k of 1 is the greedy choice, and no other sampler of llama.cpp's default chain can change it.
                 "samplers": ["top_k"],
                 "top_k": 1,
                 "n_probs": num_likeliest,
                 "return_tokens": True,
+                # Each request repeats the last one's tokens and one more; only that one is computed.
                 "cache_prompt": True,
             }
             answer = self._post("/completion", request)
@@ -95,6 +97,7 @@ class _UnixConnection(http.client.HTTPConnection):
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        # HTTPConnection connects to a host and port; everything else of it works on any stream.
         self.sock.connect(self._socket_path)
 
 
@@ -107,10 +110,13 @@ def open_llama_cpp(path: Path, *, num_context_tokens: int, num_threads: int) -> 
     with tempfile.TemporaryDirectory(prefix="gguf-") as folder, open(Path(folder) / "log", "w+b") as log:
         socket_path, log_path = Path(folder) / "llama.sock", Path(folder) / "log"
         settings = [str(path.resolve()), str(socket_path), str(num_context_tokens), str(num_threads)]
+        # -P: else Python puts the script's folder first on sys.path, where tokenizer.py and metadata.py would hide
+        # modules of other packages. stdin stays open as long as this process lives.
         process = subprocess.Popen(
             [sys.executable, "-P", str(CHILD), *settings], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
         )
         try:
+            # An empty line means that the process ended before it was ready; the reason is in its log.
             if process.stdout is None or process.stdout.readline().strip() != b"ready":
                 raise _describe_failure(path, log_path)
             llama_cpp = LlamaCpp(path, socket_path, log_path)
@@ -132,6 +138,7 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 def _describe_failure(path: Path, log_path: Path) -> ConversionError:
     """The last lines of its log that say what went wrong."""
     lines = log_path.read_text(errors="replace").splitlines()
+    # "E" in front of a line is the level of an error in llama.cpp's log (common/log.cpp). Most lines are information.
     said = [line for line in lines if any(word in line.lower() for word in ("error", "fail", "assert", " e "))]
     return ConversionError(
         f"{path}: llama.cpp must load the file and answer, got: {' | '.join((said or lines)[-3:])[:600]}. "

@@ -29,14 +29,15 @@ def main() -> None:
     parameters.n_threads_http = 1
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = int(num_threads)
     parameters.n_gpu_layers = 0
-    parameters.fit_params = False
+    parameters.fit_params = False  # true would let llama.cpp choose unset parameters by the free device memory
     parameters.warmup = False
-    parameters.check_tensors = True
+    parameters.check_tensors = True  # invalid data of a tensor is an error while loading, not a wrong token later
     # By default keys and values are kept in f16, which alone moves logits by more than f32 weights do.
     parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(parameters)
     print("ready", file=to_parent, flush=True)
+    # Returns when the parent closes the pipe or dies, so no server is left behind.
     sys.stdin.read()
     del server
 

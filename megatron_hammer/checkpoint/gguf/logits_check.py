@@ -60,7 +60,9 @@ class GreedyComparison:
 
 def continue_prompts(llama_cpp: LlamaCpp, vocabulary: GgufVocabulary, *, max_tokens: int) -> list[Continuation]:
     """Let llama.cpp continue every prompt greedily within `max_tokens` positions."""
+    # The prompt is sent as ids, and `encode` adds no bos, so it is put in front here.
     bos = [vocabulary.bos_id] if vocabulary.adds_bos and vocabulary.bos_id is not None else []
+    # A model with few positions must hold both the prompt and its continuation.
     num_generated = min(NUM_GENERATED_TOKENS, max(1, max_tokens // 2))
     num_prompt_tokens = min(NUM_PROMPT_TOKENS, max_tokens - num_generated)
     continuations = []
@@ -80,11 +82,13 @@ def compare_with_transformers(hf_dir: Path, continuations: Sequence[Continuation
 
 def compare_steps(expected: Sequence[Tensor], continuations: Sequence[Continuation]) -> GreedyComparison:
     """expected: for every continuation the reference's logits [steps, v] from which each of its tokens was chosen."""
+    # 0 as a first entry: max() of the lists is defined if no token was generated at all.
     num_equal, margins, differences = 0, [0.0], [0.0]
     for logits, continuation in zip(expected, continuations, strict=True):
         log_probabilities = logits.log_softmax(-1)
         for row, step in zip(log_probabilities, continuation.steps, strict=True):
             num_equal += int(row.argmax()) == step.token
+            # 0 where both choose the same token.
             margins.append((row.max() - row[step.token]).item())
             differences += [abs(row[token].item() - value) for token, value in step.log_probabilities.items()]
     return GreedyComparison(
@@ -108,13 +112,15 @@ def judge(comparison: GreedyComparison, file_type: str) -> tuple[str, bool | Non
         sentence += f"; where they differ, transformers' margin is at most {comparison.largest_margin:.2g} nats"
     if tolerance is None:
         return sentence, None
+    # Two tokens may change places if they are nearly equally likely; the margin says how nearly.
     is_near = largest <= tolerance and comparison.largest_margin / comparison.logit_std <= tolerance
+    # No step at all (the model ends the text at once) proves nothing.
     return sentence, is_near and comparison.num_steps > 0
 
 
 def find_obstacle(num_parameters: int) -> str | None:
     """Why transformers cannot read the model in f32 here, if so."""
-    needed_bytes = 4 * num_parameters + MEMORY_RESERVE_BYTES
+    needed_bytes = 4 * num_parameters + MEMORY_RESERVE_BYTES  # f32
     available_bytes = psutil.virtual_memory().available
     if needed_bytes <= available_bytes:
         return None
@@ -139,4 +145,5 @@ def _load_model(hf_dir: Path) -> Any:
 def _compute_next_logits(model: Any, continuation: Continuation) -> Tensor:
     tokens = torch.tensor([[*continuation.prompt, *(step.token for step in continuation.steps)]])
     num_steps = len(continuation.steps)
+    # The logits at a position choose the next token, so those of the last token choose none that llama.cpp generated.
     return model(tokens, logits_to_keep=num_steps + 1).logits[0, :num_steps].float()

@@ -28,6 +28,7 @@ def build_metadata(
     writer.add_feed_forward_length(model.ffn_hidden_size)
     writer.add_head_count(model.num_attention_heads)
     writer.add_head_count_kv(model.num_query_groups)
+    # Without these two llama.cpp takes hidden_size / heads, which is not the head size of every model (Qwen3).
     writer.add_key_length(model.head_dim)
     writer.add_value_length(model.head_dim)
     writer.add_layer_norm_rms_eps(model.norm_epsilon)
@@ -57,6 +58,7 @@ def _describe_tokenizer(writer: GGUFWriter, vocabulary: GgufVocabulary) -> None:
     for add, token_id in ids:
         if token_id is not None:
             add(token_id)
+    # Written even if false, because what llama.cpp does without the key depends on the kind of tokenizer.
     writer.add_add_bos_token(vocabulary.adds_bos)
     writer.add_add_eos_token(vocabulary.adds_eos)
     if vocabulary.adds_space_prefix is not None:

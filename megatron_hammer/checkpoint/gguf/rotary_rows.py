@@ -32,6 +32,7 @@ def _exchange_axes(weight: Tensor, *, num_heads: int, is_stored_in_halves: bool)
             f"rope: rows must be an even number for each head, got rows={num_rows}, heads={num_heads}. "
             "Check num_attention_heads, num_key_value_heads and head_dim."
         )
+    # The two axes (which half, which row of it) change places; in halves the half is the outer one, in pairs the inner.
     half = num_rows // num_heads // 2
     pairs = (2, half) if is_stored_in_halves else (half, 2)
     return weight.reshape(num_heads, *pairs, *rest).transpose(1, 2).reshape(num_rows, *rest).contiguous()

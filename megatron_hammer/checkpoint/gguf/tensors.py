@@ -18,6 +18,7 @@ from megatron_hammer.checkpoint.hugging_face.family import expand
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.model.shape import ModelShape, RopeScaling
 
+# llama.cpp's own converter also writes Mistral as arch llama (LlamaModel in convert_hf_to_gguf.py).
 ARCHITECTURES = {  # by family
     "llama": MODEL_ARCH.LLAMA,
     "mistral": MODEL_ARCH.LLAMA,
@@ -70,6 +71,7 @@ def plan_tensors(model: HfModel, file_type: FileType) -> list[GgufTensor]:
     tensors = []
     for pair in expand(model.family, model.shape):
         for hf_name, shape in zip(pair.hf_names, pair.hf_shapes, strict=True):
+            # The package's map has no endings, so they are taken off, and put back after the lookup.
             name = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
             if name is None:
                 raise ConversionError(f"{hf_name}: llama.cpp must have a name for it, got none. Update gguf.")
@@ -89,6 +91,7 @@ def _find_place(name: str, model: ModelShape) -> Place:
         layer=int(parts[1]) if parts[0] == "blk" else 0,
         num_layers=model.num_layers,
         heads_per_group=model.num_attention_heads // model.num_query_groups,
+        # Without a head of its own the file has no output.weight, and llama.cpp uses token_embd for it.
         is_output=parts[-2] == "output" or (model.has_tied_embeddings and parts[-2] == "token_embd"),
     )
 
@@ -99,8 +102,10 @@ def compute_rope_factors(scaling: RopeScaling, *, rotary_base: float, head_dim: 
     Short wavelengths stay, long ones are multiplied by `factor`, and in between the frequency is interpolated.
     Source: transformers' _compute_llama3_parameters; a division in place of its multiplication.
     """
+    # f64, so that the result is rounded once, to the f32 of the file.
     frequencies = rotary_base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    wavelengths = 2 * math.pi / frequencies
+    wavelengths = 2 * math.pi / frequencies  # in tokens
     context, low, high = scaling.original_max_position_embeddings, scaling.low_freq_factor, scaling.high_freq_factor
+    # 1 for wavelengths below context / high (kept), 0 for those above context / low (divided by `factor`).
     share = ((context / wavelengths - low) / (high - low)).clamp(0, 1)
     return (1 / ((1 - share) / scaling.factor + share)).float()

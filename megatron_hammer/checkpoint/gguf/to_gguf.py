@@ -83,6 +83,7 @@ def export_to_gguf(options: GgufOptions, on_step: OnStep = lambda stage, done, t
         arch = MODEL_ARCH_NAMES[select_architecture(model)]
         tensors = plan_tensors(model, file_type)
         source = open_hf_folder(hf_dir)
+        # Only one copy of tied tensors is written, so copies that differ would lose one.
         if problems := source.list_unequal_duplicates():
             raise ConversionError(*problems)
         vocabulary = read_vocabulary(hf_dir, vocab_size=model.shape.vocab_size, config=model.config)
@@ -97,6 +98,7 @@ def export_to_gguf(options: GgufOptions, on_step: OnStep = lambda stage, done, t
         num_parameters = sum(math.prod(tensor.shape) for tensor in tensors)
         proof = _prove(options, partial_path, hf_dir, model, vocabulary, num_parameters, on_step)
         checks = (CheckRow("tensors", f"{total} read back, {_describe_exactness(tensors)}", True), *proof.rows)
+        # Inside `publish_path`: an error here removes the partial file.
         if failed := [row for row in checks if row.is_passed is False]:
             raise ConversionError(
                 *(
@@ -104,7 +106,7 @@ def export_to_gguf(options: GgufOptions, on_step: OnStep = lambda stage, done, t
                     for row in failed
                 )
             )
-        file_bytes = partial_path.stat().st_size
+        file_bytes = partial_path.stat().st_size  # after the block it has its final name
     return GgufReport(
         save_path=options.save_path,
         arch=arch,
@@ -127,6 +129,7 @@ def _validate_options(options: GgufOptions) -> None:
             "Others need an importance matrix; make them with llama-quantize."
         )
     if FILE_TYPES[options.file_type].needs_llama_cpp:
+        # Called for its error only: without it, a missing library would be noticed after tensors are written.
         load_quantizer()
     if options.save_path.is_dir():
         raise ConversionError(f"{options.save_path}: must be a file to write, got a folder. Add a name, as model.gguf.")
@@ -139,6 +142,7 @@ def _validate_options(options: GgufOptions) -> None:
 @contextmanager
 def _open_hugging_face(options: GgufOptions, on_step: OnStep) -> Iterator[Path]:
     """The folder itself; of a Megatron checkpoint an export beside the target, which goes away with the block."""
+    # A path that is no folder goes this way too: reading config.json below names what is missing.
     if (options.load_dir / CONFIG_NAME).is_file() or not options.load_dir.is_dir():
         if options.iteration is not None or options.tokenizer_path is not None:
             raise ConversionError(
@@ -149,6 +153,7 @@ def _open_hugging_face(options: GgufOptions, on_step: OnStep) -> Iterator[Path]:
         return
     from megatron_hammer.checkpoint.convert.to_hugging_face import ExportOptions, export_to_hugging_face
 
+    # Beside the target, not in the system's temporary folder, which is often too small for a model.
     options.save_path.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(
         prefix=f"{options.save_path.name}.", suffix=".partial", dir=options.save_path.parent
@@ -158,6 +163,7 @@ def _open_hugging_face(options: GgufOptions, on_step: OnStep) -> Iterator[Path]:
             save_dir=Path(folder) / "hf",
             iteration=options.iteration,
             tokenizer_path=options.tokenizer_path,
+            # "tensors" still compares every tensor of the export; only the computation of both models is left out.
             verify="auto" if options.is_verified else "tensors",
         )
         export_to_hugging_face(export_options, lambda stage, done, total: on_step(f"{stage} the export", done, total))
@@ -173,6 +179,7 @@ def _prove(
     num_parameters: int,
     on_step: OnStep,
 ) -> GgufProof:
+    # None, not True: a check that was not done must not count as passed.
     if absence := explain_absence(is_asked=options.is_verified):
         return GgufProof(rows=(CheckRow("llama.cpp", absence, None),))
     return verify_with_llama_cpp(

@@ -65,6 +65,7 @@ def read_vocabulary(folder: Path, *, vocab_size: int, config: Mapping[str, Any])
 
     Raises ConversionError if there is no tokenizer that llama.cpp can be told of, or if it has more ids than the model.
     """
+    # tokenizer.model comes first if there are both: it has the scores, which a tokenizer.json made from it has not.
     is_sentencepiece = (folder / "tokenizer.model").is_file()
     if not is_sentencepiece and not (folder / "tokenizer.json").is_file():
         raise ConversionError(
@@ -78,6 +79,7 @@ def read_vocabulary(folder: Path, *, vocab_size: int, config: Mapping[str, Any])
     else:
         entries, facts = _read_byte_level(encoder.path)
     entries = _complete(entries, added, vocab_size=vocab_size, where=encoder.path)
+    # bos, eos and the chat template are read as users get them from transformers, with the defaults of its class.
     tokenizer = load_with_transformers(folder)
     adds_bos, adds_eos = _find_added_ends(tokenizer)
     return GgufVocabulary(
@@ -90,7 +92,9 @@ def read_vocabulary(folder: Path, *, vocab_size: int, config: Mapping[str, Any])
         unknown_id=_first_id(tokenizer.unk_token_id),
         adds_bos=adds_bos,
         adds_eos=adds_eos,
+        # sentencepiece never reads a control symbol in a text; a tokenizer.json does, unless split_special_tokens.
         reads_control_tokens=isinstance(encoder, HuggingFaceEncoder) and not encoder.splits_special_tokens,
+        # transformers has a dictionary if there are several templates; GGUF's key holds one.
         chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
         **facts,
     )
@@ -104,6 +108,7 @@ def _first_id(*candidates: Any) -> int | None:
 
 def _find_added_ends(tokenizer: Any) -> tuple[bool, bool]:
     """Whether the tokenizer as users call it puts a token before a text, and one after it."""
+    # Measured on a text, not read from settings: add_bos_token and the post-processor may both decide it.
     plain, called = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
     is_before = bool(called) and called[:1] != plain[:1] and called[0] == tokenizer.bos_token_id
     is_after = bool(called) and called[-1:] != plain[-1:] and called[-1] == tokenizer.eos_token_id
@@ -146,6 +151,7 @@ def list_unsupported(model: SentencePieceModel) -> list[str]:
         (not model.escapes_whitespaces, "escape_whitespaces=false: it escapes every space"),
         (PieceType.UNUSED in types, "unused pieces: it does not split them again"),
     ]
+    # All of them, so that a user sees at once whether a change of the tokenizer could help.
     return [reason for is_wrong, reason in reasons if is_wrong]
 
 
@@ -157,9 +163,11 @@ def _read_byte_level(path: Path) -> tuple[list[Piece], dict[str, Any]]:
             f"{path}: tokenizer must be byte-level BPE, got type={model.get('type')}, "
             f"byte_fallback={bool(model.get('byte_fallback'))}. Put the SentencePiece tokenizer.model beside it."
         )
+    # Ids may have gaps; entries without a text get a name in _complete.
     entries = [Piece("", 0.0, PieceType.UNUSED)] * (max(model["vocab"].values(), default=-1) + 1)
     for text, token_id in model["vocab"].items():
         entries[token_id] = Piece(text, 0.0, PieceType.NORMAL)
+    # tokenizers has written pairs since 0.20, and before that one text with a space between the two.
     merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
     rule = _name_splitting_rule(content.get("pre_tokenizer") or {}, path)
     return entries, {"model": "gpt2", "splitting_rule": rule, "merges": tuple(merges), "adds_space_prefix": None}
@@ -168,10 +176,13 @@ def _read_byte_level(path: Path) -> tuple[list[Piece], dict[str, Any]]:
 def _name_splitting_rule(pre_tokenizer: Mapping[str, Any], path: Path) -> str:
     """llama.cpp's name for the regular expression that cuts text before merging."""
     steps: Sequence[Mapping[str, Any]] = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
+    # A pattern may also be {"String": ...}, which no rule of llama.cpp is.
     patterns = [step["pattern"].get("Regex", "") for step in steps if step.get("type") == "Split"]
     byte_level = [step for step in steps if step.get("type") == "ByteLevel"]
+    # Unless use_regex is false, ByteLevel itself splits by GPT-2's expression, which is then not written in the file.
     if len(byte_level) == 1 and byte_level[0].get("use_regex", True) and not patterns:
         patterns = [_GPT2_RULE]
+    # The model gpt2 of a GGUF file has no space prefix (adds_space_prefix is None for it).
     has_prefix = any(step.get("add_prefix_space") for step in byte_level)
     if len(byte_level) != 1 or len(patterns) != 1 or patterns[0] not in SPLITTING_RULES or has_prefix:
         raise ConversionError(
@@ -202,6 +213,7 @@ def _complete(entries: list[Piece], added: Mapping[int, Piece], *, vocab_size: i
             f"{where}: tokenizer must not have more ids than the model, got {num_ids} ids, vocab_size={vocab_size}. "
             "Pass the tokenizer that the model was trained with."
         )
+    # list_unsupported requires byte fallback, so every accepted SentencePiece model has byte pieces; BPE has none.
     is_sentencepiece = any(entry.type is PieceType.BYTE for entry in entries)
     completed = list(entries) + [Piece("", 0.0, PieceType.UNUSED)] * (vocab_size - len(entries))
     for token_id, token in added.items():

@@ -21,8 +21,8 @@ SPELT_OUT = "a control token spelt out: llama.cpp merges pieces to it, the token
 PREFIX = "a symbol and a space prefix: llama.cpp puts a space after every symbol, the tokenizer before the text only"
 COMPOSED = "characters that the tokenizer composes (NFC) and llama.cpp does not"
 UNEXPLAINED = "no known cause"
-CONTEXT_TOKENS = 2
-SHOWN_TOKENS = 8
+CONTEXT_TOKENS = 2  # on each side of a difference: the symbols that cause it may begin or end in equal tokens
+SHOWN_TOKENS = 8  # of a difference, in an example
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +77,7 @@ def _describe(
     explained = [
         (causes.explain(document.text, vocabulary.encoder.decode(expected[begin:end])), begin) for begin, end in places
     ]
+    # One unexplained place fails the document, so it must not be hidden by an explained one before it.
     cause, begin = next((place for place in explained if place[0] == UNEXPLAINED), explained[0])
     shown = slice(begin, begin + SHOWN_TOKENS)
     expected_tokens, got_tokens = (tuple(vocabulary.tokens[number] for number in ids[shown]) for ids in (expected, got))
@@ -91,8 +92,10 @@ def _describe(
 
 def _list_places(expected: list[int], got: list[int], vocabulary: GgufVocabulary) -> list[tuple[int, int]]:
     """Where in `expected` the two differ: tokens between places of the text that both cut, and a few around them."""
+    # Token counts may differ, so positions in the two lists cannot be compared. Positions in the text can.
     ends, other_ends = _measure_ends(expected, vocabulary), _measure_ends(got, vocabulary)
     cuts = np.intersect1d(ends, other_ends)
+    # Index of the first token after each cut; with the beginning and the end, both lists have equally many bounds.
     bounds = [0, *(np.searchsorted(ends, cuts) + 1).tolist(), len(expected)]
     other_bounds = [0, *(np.searchsorted(other_ends, cuts) + 1).tolist(), len(got)]
     return [
@@ -128,10 +131,12 @@ class _KnownCauses:
         self._reserved = [text for text, kind in typed if kind in reserved]
         self._overlaps = list_overlaps(self._symbols)
         self._adds_prefix = bool(vocabulary.adds_space_prefix)
+        # A SentencePiece model that rewrites characters is refused (list_unsupported); a tokenizer.json may hold NFC.
         self._may_compose = vocabulary.model == "gpt2"
 
     def explain(self, text: str, place: str) -> str:
         """The cause of a difference around `place`, a part of `text`."""
+        # From the most specific cause to the least: a text with two overlapping symbols also holds a symbol.
         if any(overlap in place for overlap in self._overlaps):
             return OVERLAP
         if any(reserved in place for reserved in self._reserved):

@@ -27,9 +27,9 @@ from megatron_hammer.corpus.readers import Document, read_documents
 from megatron_hammer.data.preprocess.worker_pool import count_cores
 from megatron_hammer.tokenizer.encoding.hugging_face_tokenizer import SAMPLE_TEXTS
 
-CONTEXT_TOKENS = 128
+CONTEXT_TOKENS = 128  # more than the prompts and their continuations need; the cache of keys stays small
 NUM_SAMPLED_PIECES = 2_000
-NUM_EXAMPLES = 3
+NUM_EXAMPLES = 3  # of each cause
 MOST_THREADS = 8
 
 
@@ -78,11 +78,13 @@ def verify_with_llama_cpp(
             rows.append(row)
             examples += found
         continuations = continue_prompts(llama_cpp, vocabulary, max_tokens=max_tokens)
+    # Asked after llama.cpp has ended, whose memory is free again by then.
     if obstacle := find_obstacle(num_parameters):
         rows.append(CheckRow("greedy tokens", f"llama.cpp answers; not compared: {obstacle}", None))
         return GgufProof(rows=tuple(rows), examples=tuple(examples))
     try:
         result = judge(compare_with_transformers(hf_dir, continuations), file_type)
+    # What from_pretrained raises for a folder that it does not support. Other errors are defects and must be seen.
     except (ImportError, OSError, ValueError, KeyError) as error:
         reason = f"{type(error).__name__}: {str(error)[:200]}"
         result = f"llama.cpp answers; not compared: transformers does not load the model ({reason})", None
@@ -106,6 +108,7 @@ def _compare(
 
 def _list_samples(vocabulary: GgufVocabulary) -> Iterable[Document]:
     """Texts that have told tokenizers apart, and pieces evenly spread over the vocabulary, each as a text."""
+    # The ids of the encoder, not those of the file: padding rows have names that no text means.
     step = max(1, len(vocabulary.tokens) // NUM_SAMPLED_PIECES)
     pieces = (vocabulary.encoder.decode([token_id]) for token_id in range(0, vocabulary.encoder.vocab_size, step))
     texts = [*SAMPLE_TEXTS, *pieces]
