@@ -96,12 +96,15 @@ def parse_arguments(
         defaults |= preset_arguments(preset)
     if initial_model is not None:
         defaults |= initial_model_arguments(initial_model, has_preset=preset is not None)
+    # A preset is ours, so an argument that Megatron lacks is our bug and not a problem of the command line.
     missing = sorted(set(defaults) - {action.dest for action in parser._actions})
     if missing:
         raise ValueError(f"preset sets arguments that Megatron does not have: {missing}")
     parser.set_defaults(**defaults)
     namespace = parser.parse_args(list(argv))
+    # argparse does not tell a typed value from a default; preflight reports only typed flags as idle.
     typed = _typed_destinations(parser, argv)
+    # Before the derivations below: the timeout and the evaluation interval depend on the length of the run.
     _drop_what_is_replaced(namespace, typed)
     _read_environment(namespace, is_plan=is_plan or namespace.dry_run)
     if initial_model is not None and namespace.tokenizer_model is None and namespace.tokenizer_type is None:
@@ -170,6 +173,7 @@ def _derive(namespace: argparse.Namespace, *, platform: str, backend: str, typed
     namespace._is_global_batch_size_explicitly_specified = "global_batch_size" in typed
     namespace.bf16 = namespace.bf16 or (namespace.precision == "bf16" and not namespace.fp16)
     namespace.fp16 = namespace.fp16 or namespace.precision == "fp16"
+    # Megatron's default of --num-query-groups is 1, which it ignores without --group-query-attention.
     if not namespace.group_query_attention:
         namespace.num_query_groups = namespace.num_attention_heads
     default("distributed_backend", "gloo" if platform == "cpu" else "nccl")
@@ -202,12 +206,14 @@ def _derive_data(namespace: argparse.Namespace, default: Any) -> None:
         model = namespace.tokenizer_model
         if model is None:
             namespace.tokenizer_type = "NullTokenizer"
+        # A .model file is SentencePiece's own format; every other name is read as a Hugging Face tokenizer.
         elif str(model).endswith(".model"):
             namespace.tokenizer_type = "SentencePieceTokenizer"
         else:
             namespace.tokenizer_type = "HuggingFaceTokenizer"
     if namespace.data_path is not None or namespace.data_args_path is not None:
         default("split", DEFAULT_SPLIT)
+    # The mask depends on where the documents of a sample end, so only the data loader can make it.
     if namespace.reset_attention_mask:
         default("create_attention_mask_in_dataloader", True)
 
@@ -235,6 +241,7 @@ def _derive_validation(namespace: argparse.Namespace, default: Any) -> None:
 
 def _derive_schedule(namespace: argparse.Namespace, default: Any) -> None:
     steps = namespace.train_iters
+    # Four evaluations in a short run; a long one is evaluated every 1,000 steps.
     default("eval_interval", namespace.eval_interval or max(1, min(1000, (steps or 1000) // 4)))
     if namespace.save is not None:
         default("load", namespace.save)  # the same command continues an interrupted run
@@ -276,6 +283,7 @@ def finalize_arguments(arguments: ParsedArguments) -> TrainingState:
     from megatron.training.arguments import validate_args
     from megatron.training.global_vars import set_global_variables
 
+    # First: the globals are made from the values that validation fills in.
     validate_args(arguments.namespace)
     set_global_variables(arguments.namespace)
     return TrainingState(arguments.namespace)

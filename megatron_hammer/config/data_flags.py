@@ -28,6 +28,7 @@ class DataFlags:
     def list_given(self) -> list[str]:
         """Those that are set."""
         values = {
+            # False is the flag's default and means not given, so it is listed as None like the others.
             "--mock-data": self.mock_data or None,
             "--data-path": self.data_path,
             "--data-args-path": self.data_args_path,
@@ -40,6 +41,7 @@ class DataFlags:
 def read_data_plan(flags: DataFlags) -> tuple[DataPlan, list[str]]:
     """The data flags as a plan, and what is wrong with them; the plan is empty where they contradict each other."""
     given = flags.list_given()
+    # The three flags of one split each are one way of naming data; they may be combined with each other only.
     ways = {
         "per split" if flag in ("--train-data-path", "--valid-data-path", "--test-data-path") else flag
         for flag in given
@@ -72,6 +74,7 @@ def _read_shared(flags: DataFlags, flag: str, words: Sequence[str]) -> tuple[Dat
 
 def _read_own(flags: DataFlags) -> tuple[DataPlan, list[str]]:
     problems = []
+    # --split cuts one data set into three parts; here each part already has its own data set.
     if flags.split is not None:
         problems.append(
             f"split: cannot be combined with a data set for each split, got split={flags.split}. Drop --split."
@@ -85,6 +88,7 @@ def _read_own(flags: DataFlags) -> tuple[DataPlan, list[str]]:
         if words:
             own[name], blend_problems = parse_blend(flag_of(SPLIT_FLAGS[name]), words)
             problems += blend_problems
+    # Only where nothing else is wrong: a list that could not be read is also missing here.
     if "train" not in own and not flags.skips_training and not problems:
         problems.append("train-data-path: training needs a data set, got none. Pass --train-data-path PREFIX.")
     return DataPlan(own=own), problems
@@ -93,6 +97,7 @@ def _read_own(flags: DataFlags) -> tuple[DataPlan, list[str]]:
 def _read_words(flag: str, path: str) -> tuple[list[str], list[str]]:
     try:
         words = Path(path).read_text(encoding="utf-8").split()
+    # ValueError covers UnicodeDecodeError, such as of a .bin that was passed instead of the list.
     except (OSError, ValueError) as error:
         return [], [f"{flag}: must be a text file of prefixes, got {path} ({error}). Check the path."]
     return words, [] if words else [f"{flag}: must name prefixes, got an empty file {path}. Write one on each line."]
@@ -107,6 +112,7 @@ def _read_split_file(path: str) -> tuple[dict[str, list[str] | None], list[str]]
             is_list = isinstance(value, list) and all(isinstance(word, str) for word in value)
             if not (value is None or isinstance(value, str) or is_list):
                 raise TypeError(f"{name} is neither a list of strings nor null")
+    # ValueError: neither UTF-8 nor JSON; KeyError: a split is missing; TypeError: not an object, or the type above.
     except (OSError, ValueError, KeyError, TypeError) as error:
         return {}, [
             f"per-split-data-args-path: must be a JSON object with the keys train, valid and test, got {path} "

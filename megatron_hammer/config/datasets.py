@@ -23,6 +23,7 @@ def build_dataset_provider(arguments: ParsedArguments, plan: RunPlan, state: Tra
         is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
         # In a whole validation pass every stage must know how many steps it takes.
         is_reading_stage = is_first or is_last or plan.evaluation.is_whole
+        # The other tensor-parallel ranks get the batch from rank 0 of their group.
         return is_reading_stage and parallel_state.get_tensor_model_parallel_rank() == 0
 
     return DatasetProvider(
@@ -42,6 +43,7 @@ def select_samples(plan: RunPlan, state: TrainingState, num_samples: Sequence[in
     """
     train, valid, *others = num_samples
     assert train is not None
+    # Megatron's order depends on how many samples it is built for, so it must be the same number in every run.
     if plan.data.order == MEGATRON:
         train = plan.data.order_samples or train
     elif state.num_samples:
@@ -51,6 +53,7 @@ def select_samples(plan: RunPlan, state: TrainingState, num_samples: Sequence[in
             state.iteration, state.num_validation_samples, num_steps=state.num_steps
         )
         valid = max(valid, last)
+    # MegatronPretrainingSampler (megatron.training.datasets.data_samplers) asserts consumed_samples < total_samples.
     return max(train, state.num_samples + 1), valid, *others
 
 
@@ -64,6 +67,7 @@ def _record_order(plan: RunPlan, state: TrainingState) -> None:
     """Put the record of the data order among Megatron's arguments, the same on every rank, for the checkpoints."""
     import torch
 
+    # Only rank 0 reads the checkpoint: many ranks would read the same files from a shared file system.
     record = [build_run_record(plan) if plan.machine.rank == 0 else None]
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         torch.distributed.broadcast_object_list(record, src=0)
@@ -81,12 +85,14 @@ def build_data_cache(arguments: ParsedArguments, plan: RunPlan, state: TrainingS
 
     provider = DatasetProvider(
         build_dataset_config(arguments, plan),
+        # There is no process grid here; this one process builds the indices of every split.
         lambda vp_stage: True,
         select_samples=functools.partial(select_samples, plan, state),
     )
     datasets = provider(get_train_valid_test_num_samples())
     counts: dict[str, int] = {}
     for split, dataset in zip(("train", "valid", "test"), datasets, strict=True):
+        # With several validation sets, Megatron gives a list for that split.
         parts = dataset if isinstance(dataset, list) else [dataset]
         counts[split] = sum(len(part) for part in parts if part is not None)
     return counts

@@ -43,6 +43,7 @@ class InitialModel:
 def initial_model_arguments(initial: InitialModel, *, has_preset: bool) -> dict[str, Any]:
     """What the folder sets: the model, and where no preset has a recipe, the model's own dropout and precision."""
     arguments = build_model_arguments(initial.model)
+    # With a preset, dropout and precision are part of its recipe and are not taken from config.json.
     if not has_preset:
         arguments |= {
             "hidden_dropout": initial.hidden_dropout,
@@ -57,6 +58,7 @@ def select_initial_tokenizer(initial: InitialModel, sources: DataPlan) -> str | 
 
     A run that reads data of another tokenizer than the model's is then refused by preflight.
     """
+    # With a single file there is no choice, and the manifests need not be read.
     if len(initial.tokenizers) > 1:
         made_with = _read_hashes(sources)
         for path in initial.tokenizers if made_with else ():

@@ -47,6 +47,7 @@ def build_trial_config(namespace: argparse.Namespace, **changes: Any) -> tuple[a
     changes: arguments of the copy to replace. Raises ConfigError with Megatron's words where it refuses.
     """
     namespace = argparse.Namespace(**vars(namespace) | changes)
+    # Validated twice, each time on a fresh copy: validation changes its arguments, and the first pass keeps only words.
     refusal = find_megatron_refusal(namespace)
     if refusal is not None:
         raise ConfigError(describe_refusal(refusal))
@@ -103,6 +104,7 @@ def _without_side_effects() -> Iterator[io.StringIO]:
     disabled_level = logging.root.manager.disable
     output = io.StringIO()
     try:
+        # Restored below: a later check or the run itself still logs.
         logging.disable(logging.WARNING)
         with (
             warnings.catch_warnings(),
@@ -113,6 +115,7 @@ def _without_side_effects() -> Iterator[io.StringIO]:
             yield output
     finally:
         logging.disable(disabled_level)
+        # Cleared first, because update() would keep the variables that Megatron added.
         os.environ.clear()
         os.environ.update(environment)
 
@@ -134,6 +137,7 @@ def _answers_of_planned_machine(namespace: argparse.Namespace) -> Iterator[None]
             if needs_one_connection(namespace):
                 os.environ.setdefault(CONNECTIONS, "1")
         if namespace.transformer_impl == "transformer_engine" and find_te_failure() is not None:
+            # megatron.core.utils.get_te_version caches the version in this variable and reads it from there.
             utils._te_version = Version(LEAST_TE_VERSION)
         try:
             yield
@@ -154,6 +158,7 @@ def _describe(error: Exception) -> str:
     text = " ".join(str(error).split())
     if text:
         return text.rstrip(".")
+    # A bare assert has no words; the last frame's source line is its condition. chr(92) is a line continuation.
     frame = traceback.extract_tb(error.__traceback__)[-1]
     source = linecache.getline(frame.filename, frame.lineno or 0).strip()
     return f"{source.removeprefix('assert ').rstrip(chr(92)).strip()} does not hold ({frame.name})"

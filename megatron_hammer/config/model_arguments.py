@@ -43,6 +43,7 @@ def _same(field: str, argument: str | None = None, *, absent: Any = _REQUIRED) -
 
 def default_ffn_hidden_size(hidden_size: int, is_swiglu: bool) -> int:
     """Megatron's width of the MLP where --ffn-hidden-size is left out (megatron.training.arguments.validate_args)."""
+    # SwiGLU has three matrices instead of two: 2/3 of the width keeps the parameters; rounded down to a multiple of 64.
     return int((4 * hidden_size * 2 / 3) / 64) * 64 if is_swiglu else 4 * hidden_size
 
 
@@ -52,6 +53,7 @@ def _read_ffn_hidden_size(args: Any) -> int:
 
 def _read_query_groups(args: Any) -> int:
     """Without --group-query-attention, Megatron ignores --num-query-groups, whose default is 1."""
+    # A checkpoint of a Megatron without grouped attention lacks the attribute: every head has its own key and value.
     is_grouped = getattr(args, "group_query_attention", False)
     return args.num_query_groups if is_grouped else args.num_attention_heads
 
@@ -66,6 +68,7 @@ def _write_query_groups(model: ModelShape) -> dict[str, Any]:
 def _read_kv_channels(args: Any) -> int | None:
     """None for heads that fill hidden_size, so that equal models are equal shapes."""
     kv_channels: int | None = args.kv_channels
+    # Megatron fills kv_channels in while it validates, so a saved namespace has it where the command line had not.
     return None if not kv_channels or kv_channels * args.num_attention_heads == args.hidden_size else kv_channels
 
 
@@ -77,6 +80,7 @@ def _read_activation(args: Any) -> Literal["swiglu", "gelu_tanh", "gelu_erf"]:
 
 
 def _write_activation(model: ModelShape) -> dict[str, Any]:
+    # Only for the exact gelu: Megatron's default, the fusion, is right for every other activation.
     exact = {"bias_gelu_fusion": False} if model.activation == "gelu_erf" else {}
     return {"swiglu": model.activation == "swiglu", **exact}
 
@@ -100,6 +104,7 @@ def _write_rope_scaling(model: ModelShape) -> dict[str, Any]:
 
 def _read_interpolation_factor(args: Any) -> int | None:
     factor: int | None = getattr(args, "rotary_seq_len_interpolation_factor", None)
+    # A factor of 1 changes nothing, so both spellings give equal shapes.
     return None if factor == 1 else factor
 
 

@@ -34,6 +34,7 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     group.add_argument("--embedding-norm", action="store_true", help="LayerNorm on the embedding's output")
     group.add_argument(
+        # Megatron has only the positive flag, and our default is on, so a way to switch it off is needed.
         "--no-distributed-optimizer",
         action="store_false",
         dest="use_distributed_optimizer",
@@ -41,6 +42,7 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--data-order",
+        # The names of data/order/order.py, written out so that this file imports nothing of the data package.
         choices=["megatron", "epochwise"],
         default="megatron",
         help="megatron: all epochs of a source shuffled together, a longer run has another order; epochwise: each "
@@ -78,12 +80,14 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 class Parser(argparse.ArgumentParser):
     """argparse, with its complaints raised as ConfigError instead of printed with the whole usage."""
 
+    # argparse's own error() prints the usage, which with Megatron's flags is several hundred lines, and exits.
     def error(self, message: str) -> Any:
         raise ConfigError(f"command line: {message}. See --help.")
 
 
 def read_option(argv: Sequence[str], name: str, default: str | None = None) -> str | None:
     """The value of one option without building Megatron's parser (which takes seconds to import)."""
+    # No help: --help must reach the full parser. No abbreviations: --pre must not be read as --preset.
     parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument(name, dest="value", default=default)
     return parser.parse_known_args(list(argv))[0].value

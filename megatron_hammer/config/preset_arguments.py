@@ -21,6 +21,7 @@ def recipe_arguments(recipe: Recipe) -> dict[str, Any]:
         "train_iters": recipe.train_steps,
         "lr": recipe.lr,
         "min_lr": recipe.min_lr,
+        # Not a field of Recipe: every shipped recipe decays by a cosine.
         "lr_decay_style": "cosine",
         "lr_warmup_iters": recipe.lr_warmup_steps,
         "weight_decay": recipe.weight_decay,
@@ -33,6 +34,7 @@ def recipe_arguments(recipe: Recipe) -> dict[str, Any]:
         "precision": recipe.precision,
         "tensor_model_parallel_size": recipe.tensor_model_parallel_size,
         "pipeline_model_parallel_size": recipe.pipeline_model_parallel_size,
+        # megatron.training.arguments.validate_args also turns 1 into None: one chunk per stage is no interleaving.
         "num_virtual_stages_per_pipeline_rank": vp if vp > 1 else None,
         "expert_model_parallel_size": recipe.expert_model_parallel_size,
         "sequence_parallel": recipe.has_sequence_parallel,

@@ -84,12 +84,15 @@ def _read_machine(args: Any) -> Machine:
     return _read_same(
         Machine,
         args,
+        # Megatron's namespace has rank, local_rank and world_size, but not this number.
         local_world_size=read_process_place().local_world_size,
+        # Under torchrun, a dry run without --world-size plans for the processes that torchrun started here.
         is_planned=args.dry_run and (args.requested_world_size is not None or "WORLD_SIZE" not in os.environ),
     )
 
 
 def _read_precision(args: Any) -> Literal["bf16", "fp16", "fp32"]:
+    # The flags and not --precision: a checkpoint's arguments have only those.
     return "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
 
 
@@ -126,6 +129,7 @@ def _read_virtual_size(args: Any) -> int:
     layers_per_chunk = read_layers_per_chunk(args)
     if layers_per_chunk is None:
         return args.num_virtual_stages_per_pipeline_rank or 1
+    # Megatron counts the embedding and the loss as a layer each where these two flags are set.
     slots = args.num_layers
     slots += int(args.account_for_embedding_in_pipeline_split) + int(args.account_for_loss_in_pipeline_split)
     return slots // args.pipeline_model_parallel_size // layers_per_chunk
@@ -190,6 +194,7 @@ def read_evaluation(args: Any) -> Evaluation:
 
 
 def read_data_flags(args: Any) -> DataFlags:
+    # An attribute and its split have different names, so _read_same cannot copy them.
     own = {name: getattr(args, attribute) for name, attribute in SPLIT_FLAGS.items()}
     return _read_same(DataFlags, args, data_paths_of=own, skips_training=args.skip_train)
 
@@ -283,5 +288,6 @@ def _select_sharding(args: Any, layout: ParallelLayout) -> Sharding:
         return "fsdp"
     if args.use_megatron_fsdp:
         strategies: dict[str, Sharding] = {"optim_grads_params": "fsdp", "no_shard": "none"}
+        # Sharded gradients ("optim_grads") have no entry: their memory is estimated as the optimizer's shard alone.
         return strategies.get(args.data_parallel_sharding_strategy, "distributed_optimizer")
     return "distributed_optimizer" if layout.has_distributed_optimizer else "none"

@@ -250,7 +250,9 @@ class RunPlan(RunSettings):
         evaluation, num_steps = self.evaluation, num_steps or self.num_steps
         if evaluation.is_whole or not evaluation.num_steps or not num_steps:
             return 0
+        # Nothing is evaluated before --start-eval-at-iter, even if the run resumes earlier.
         first = max(iteration, evaluation.first_step or 0)
+        # Multiples of the interval in (first, num_steps], and 1 for the evaluation after the last step.
         num_left = num_steps // evaluation.interval_steps - first // evaluation.interval_steps + 1
         return num_consumed + max(0, num_left) * evaluation.num_steps * self.batch.eval_global_batch_size
 

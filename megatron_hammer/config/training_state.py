@@ -41,6 +41,7 @@ class TrainingState:
     @property
     def num_validation_sets(self) -> int:
         """Megatron keeps a list of lengths where it evaluates whole sets one by one."""
+        # A number before the first whole pass, a list afterwards.
         lengths: Any = self._namespace.eval_iters
         return len(lengths) if isinstance(lengths, list) else 1
 

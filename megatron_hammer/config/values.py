@@ -90,6 +90,7 @@ def find_value_problems(flags: Flags) -> list[str]:
     problems = []
     for name in COUNTS:
         value = flags[name]
+        # --num-experts 0 means a dense model, which Megatron accepts.
         if value is not None and value < 1 and not (name == "num_experts" and value == 0):
             problems.append(f"{flag_of(name)}: must be at least 1, got {name}={value}. Pass a positive number.")
         largest = LARGEST.get(name, LARGEST_COUNT)
@@ -97,6 +98,7 @@ def find_value_problems(flags: Flags) -> list[str]:
             problems.append(f"{flag_of(name)}: must be at most {largest}, got {name}={value}. Pass a smaller number.")
     for name, (least, below) in RANGES.items():
         value = flags[name]
+        # NaN fails every comparison, so it is reported here too.
         if value is not None and not least <= value < below:
             bounds = f"finite and at least {least:g}" if below == math.inf else f"at least {least:g} and below {below}"
             problems.append(f"{flag_of(name)}: must be {bounds}, got {name}={value}. Pass a number in that range.")
