@@ -26,7 +26,7 @@ from megatron_hammer.checkpoint_files.checkpoint_reader import OPTIMIZER_PREFIXE
 from megatron_hammer.errors import CheckpointError
 
 Kind = Literal["missing", "unexpected", "shape", "dtype", "value"]
-_CHUNK_ELEMENTS = 1 << 22
+_CHUNK_ELEMENTS = 1 << 22  # 16 MiB of fp32; the intermediate tensors of a comparison are of this size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +93,7 @@ def compare_checkpoints(
     for number, name in enumerate(names, start=1):
         difference = compare_tensors(name, first_views.get(name), second_views.get(name), ignores_dtype=ignores_dtype)
         is_comparable = difference is None or difference.kind in ("dtype", "value")
+        # dtype and value differences were computed over all elements; missing, unexpected and shape could not be.
         num_compared += is_comparable
         num_equal += difference is None
         if difference is not None:
@@ -112,6 +113,7 @@ def match_names(
     first: OpenedCheckpoint, second: OpenedCheckpoint
 ) -> tuple[dict[str, TensorView], dict[str, TensorView]]:
     """The weights of both sides under names of one kind, without vocabulary padding."""
+    # Two sides of one kind have the same names already. Only a mixed pair needs the mapping, and so a supported family.
     if first.is_megatron and second.is_megatron:
         return _without_padding(first), _without_padding(second)
     if not first.is_megatron and not second.is_megatron:
@@ -125,6 +127,7 @@ def match_names(
 
 
 def _without_padding(opened: OpenedCheckpoint) -> dict[str, TensorView]:
+    # None if the saved run did not know it. Then padding cannot be told from tokens, and it is compared too.
     vocab_size = getattr(opened.reader.args, "vocab_size", None)
     if not vocab_size:
         return opened.views
@@ -137,12 +140,14 @@ def crop_rows(view: TensorView, num_rows: int) -> TensorView:
     """The first rows of a tensor; one that has no more stays as it is."""
     if not view.shape or view.shape[0] <= num_rows:
         return view
+    # `read` keeps the padding until then: a view promises its shape before anything is read.
     return TensorView(shape=(num_rows, *view.shape[1:]), dtype=view.dtype, read=lambda: view.read()[:num_rows])
 
 
 def view_optimizer(opened: OpenedCheckpoint) -> dict[str, TensorView]:
     """The optimizer's tensors by their keys, without vocabulary padding; raises CheckpointError if there are none."""
     store = opened.store
+    # Legacy files keep the optimizer by rank, in the layout of the run, so it can be compared for torch_dist only.
     views = {} if store is None else view_store(store)
     chosen = {key: view for key, view in views.items() if key.startswith(OPTIMIZER_PREFIXES)}
     if not chosen:
@@ -169,12 +174,14 @@ def compare_tensors(
         return TensorDifference(
             name=name, kind="unexpected" if first is None else "missing", first=texts[0], second=texts[1]
         )
+    # Before the read: tensors of other shapes need not be in memory to be told apart.
     if first.shape != second.shape:
         return TensorDifference(name=name, kind="shape", first=texts[0], second=texts[1])
     left, right = first.read(), second.read()
     if is_bitwise_equal(left, right):  # many times faster than the measurement
         return None
     max_difference, num_different = count_differences(left, right, rounds_to_narrower=ignores_dtype)
+    # A dtype difference carries the largest difference of the values as well: rounding alone shows as a small one.
     is_other_dtype = first.dtype != second.dtype and not ignores_dtype
     if num_different == 0 and not is_other_dtype:
         return None
@@ -207,10 +214,12 @@ def count_differences(first: Tensor, second: Tensor, *, rounds_to_narrower: bool
         # fp32 holds every bf16 and fp16 number exactly, so the difference is that of the stored values.
         wide = torch.float64 if torch.float64 in (left.dtype, right.dtype) else torch.float32
         left, right = left.to(wide), right.to(wide)
+        # NaN is not equal to itself, so two NaNs would count as a difference. Two infinities need no such rule.
         is_different = (left != right) & ~(left.isnan() & right.isnan())
         count = int(is_different.sum())
         if count:
             num_different += count
+            # Only where they differ: infinity minus infinity would be NaN.
             apart = (left - right)[is_different].abs()
             largest = torch.cat([apart, apart.new_tensor([largest])]).max().item()  # torch's max keeps NaN
     return largest, num_different

@@ -110,6 +110,7 @@ def describe_checkpoint(opened: OpenedCheckpoint) -> CheckpointDescription:
     """Everything that is known without reading a tensor."""
     args = opened.reader.args if opened.is_megatron else None
     architecture, notes = _describe_architecture(opened)
+    # Tokens are samples times seq_length: every sample of megatron's GPT dataset has that many.
     samples, seq_length = getattr(args, "consumed_train_samples", None), getattr(args, "seq_length", None)
     num_parameters, num_padding = count_parameters(opened)
     tensors = tuple(list_tensors(opened))
@@ -158,6 +159,7 @@ def list_tensors(opened: OpenedCheckpoint) -> Iterator[TensorEntry]:
 def count_parameters(opened: OpenedCheckpoint) -> tuple[int, int | None]:
     """(parameters, those of vocabulary padding besides), exactly; None where the vocabulary's size is not known."""
     if not opened.is_megatron:
+        # Vocabulary padding is Megatron's; rows of a Hugging Face folder are all the model's.
         return _count_folder_parameters(opened), 0
     stored = sum(view.num_elements for view in opened.views.values())
     vocab_size = getattr(opened.reader.args, "vocab_size", None)
@@ -225,6 +227,7 @@ def describe_optimizer(opened: OpenedCheckpoint, tensors: tuple[TensorEntry, ...
         return {"state": "none: weights only"}
     common: Mapping[str, Any] = opened.store.common_state
     found: dict[str, Any] = {"state": f"{len(own)} tensors of {', '.join(sorted({_moment(e.name) for e in own}))}"}
+    # DistributedOptimizer.sharded_state_dict writes the format into its own state too (param_state_sharding_type).
     content = common.get("content_metadata") or {}
     optimizer = common.get("optimizer")
     sharding = content.get("distrib_optim_sharding_type")
@@ -235,6 +238,7 @@ def describe_optimizer(opened: OpenedCheckpoint, tensors: tuple[TensorEntry, ...
     for name in ("step", "lr", "weight_decay"):
         values = {group[name] for group in groups if isinstance(group.get(name), (int, float))}
         if values:
+            # The groups differ (vectors have no weight decay): the 0 of one must not hide the value of the others.
             found[name.replace("_", " ")] = max(values)
     scheduler = common.get("opt_param_scheduler")
     if isinstance(scheduler, Mapping) and "num_steps" in scheduler:
@@ -244,6 +248,7 @@ def describe_optimizer(opened: OpenedCheckpoint, tensors: tuple[TensorEntry, ...
 
 def _moment(name: str) -> str:
     """exp_avg of `optimizer.state.exp_avg.decoder.layers...`."""
+    # ChainedOptimizer.sharded_state_dict writes chained_N in front of the keys, except in the reshardable formats.
     match = re.match(r"(?:chained_\d+\.)?optimizer\.state\.(\w+)\.", name)
     return match[1] if match else name.split(".")[1] if "." in name else name
 
@@ -253,6 +258,7 @@ def _find_param_groups(state: Any) -> Iterator[Mapping[str, Any]]:
     if isinstance(state, Mapping):
         if isinstance(state.get("param_groups"), list):
             yield from (group for group in state["param_groups"] if isinstance(group, Mapping))
+        # The nesting depends on the optimizer: plain, distributed, mixed precision, or chained under 0 and 1.
         for name, value in state.items():
             if name != "param_groups":
                 yield from _find_param_groups(value)
@@ -270,6 +276,7 @@ def select_views(opened: OpenedCheckpoint, patterns: tuple[str, ...]) -> dict[st
 
     Without patterns the optimizer's are left out. Raises CheckpointError if nothing matches.
     """
+    # The optimizer's state is several times larger than the weights, so it is read only if it is asked for.
     if not patterns:
         return opened.views
     views = dict(opened.views)

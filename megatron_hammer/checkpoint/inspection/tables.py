@@ -15,9 +15,10 @@ from megatron_hammer.checkpoint.inspection.tensor_statistics import TensorStatis
 from megatron_hammer.files.tables import build_pairs, build_table
 
 MAX_LISTED = 60  # of differences, in tables; JSON has all
+# Embeddings, in Megatron's and Hugging Face's names.
 _FIRST = ("embedding.", "model.embed_tokens.", "transformer.wte.", "transformer.wpe.", "wte.", "wpe.")
 _MOMENT = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.\w+\.")
-_INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
+_INDEX = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer or an expert
 
 
 # --- what a checkpoint holds -----------------------------------------------------------------------------------------
@@ -61,6 +62,7 @@ def _count_objects(objects: Sequence[str]) -> str | None:
     """Random states and the like by kind, with how many of each."""
     kinds: dict[str, int] = {}
     for key in objects:
+        # Keys end in the shard's number (rng_state/shard_0_1): with a line for each the table would be very long.
         kind = "_extra_state" if "_extra_state" in key else key.split("/")[0]
         kinds[kind] = kinds.get(kind, 0) + 1
     return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or None
@@ -73,6 +75,7 @@ def _pairs(title: str, values: Mapping[str, Any]) -> Table:
 def _text(value: Any) -> str:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return ", ".join(f"{name} {_text(part)}" for name, part in dataclasses.asdict(value).items())
+    # bool is an int in Python, and True would be printed as 1.
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
@@ -85,6 +88,7 @@ def _tensor_table(entries: Sequence[TensorEntry]) -> Table:
             (
                 name,
                 f"{len(group):,}",
+                # A group of the optimizer's tensors mixes shapes.
                 str(first.shape) if all(entry.shape == first.shape for entry in group) else "",
                 first.dtype,
                 f"{sum(entry.num_elements for entry in group):,}",
@@ -103,6 +107,7 @@ def group_alike(entries: Sequence[TensorEntry]) -> Iterator[tuple[str, list[Tens
     for entry in sorted(entries, key=_place):
         if entry.part == "optimizer":
             moment = _MOMENT.match(entry.name)
+            # One name for each moment: its parameters are those of the model, which are listed already.
             key: tuple[Any, ...] = (moment[0] + "*" if moment else entry.name, entry.dtype)
         else:
             key = (_INDEX.sub("*", entry.name), entry.shape, entry.dtype)

@@ -71,7 +71,7 @@ class OpenedCheckpoint:
 
     @property
     def store(self) -> TorchDistStore | None:
-        return getattr(self.reader, "store", None)
+        return getattr(self.reader, "store", None)  # the legacy reader has none
 
     @property
     def label(self) -> str:
@@ -106,6 +106,7 @@ def open_any(path: Path, *, iteration: int | None = None, weights: str = "model"
 def is_hugging_face(path: Path) -> bool:
     """Whether the folder looks like one of Hugging Face's, complete or not."""
     names = (CONFIG_NAME, PYTORCH_FILE, PYTORCH_INDEX)
+    # *.safetensors* finds model.safetensors.index.json too, of a folder whose weights were not fetched.
     return path.is_dir() and (any((path / name).is_file() for name in names) or any(path.glob("*.safetensors*")))
 
 
@@ -142,6 +143,7 @@ def view_as_hugging_face(opened: OpenedCheckpoint, model: ModelShape) -> dict[st
 
     A tensor whose shape is not the model's cannot be split, and keeps its own name too.
     """
+    # Changes the reader itself, so every later view is without padding too.
     opened.reader.remove_vocab_padding(model.vocab_size)
     views: dict[str, TensorView] = {}
     mapped = set()
@@ -159,6 +161,7 @@ def _view_parts(reader: Any, pair: TensorPair, dtype: torch.dtype, model: ModelS
         return TensorView(
             shape=pair.hf_shapes[index],
             dtype=dtype,
+            # Each part reads the whole Megatron tensor (q, k and v read linear_qkv three times), so that none is kept.
             read=lambda: pair.layout.split(reader.read(pair.megatron_name), model)[index],
         )
 
@@ -198,6 +201,7 @@ def describe_architecture(opened: OpenedCheckpoint) -> dict[str, Any]:
     else:
         found = read_hf_model(opened.directory)
         model, dropout = found.shape, found.dropout
+    # kv_channels may be None for "hidden size / heads", so the head size itself is compared below.
     names = [field.name for field in dataclasses.fields(model) if field.compare and field.name != "kv_channels"]
     return {
         **{name: getattr(model, name) for name in names},

@@ -65,12 +65,14 @@ def average(
     Raises ConversionError for weights that make no mean, and one sentence for every difference between the models.
     """
     started_at_s = time.monotonic()
+    # Before any checkpoint is opened: a wrong number of weights costs no reading.
     shares = _validate_weights(load_dirs, weights)
     checkpoints = [open_training_checkpoint(path) for path in load_dirs]
     _validate_same_model(checkpoints)
     first = checkpoints[0]
     planned = PlannedCheckpoint(
         tensors=[_plan_mean(checkpoints, shares, key) for key in first.model],
+        # Extra states (scaling factors of fp8) have no mean, so those of the first checkpoint are kept.
         objects=copy_objects(first, first.list_model_objects()),
         common_state=build_release_state(first),
         iteration=None,
@@ -94,6 +96,7 @@ def mean_of(parts: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
     total = torch.zeros(parts[0].shape, dtype=torch.float32)
     for part, share in zip(parts, shares, strict=True):
         total += part.float() * share
+    # fsum is exact, so the order of the weights does not change the divisor.
     return (total / math.fsum(shares)).to(parts[0].dtype)
 
 
@@ -123,6 +126,7 @@ def _validate_weights(load_dirs: Sequence[Path], weights: Sequence[float] | None
             f"weights: must be one for each checkpoint, got {len(weights)} for {len(load_dirs)} checkpoints. "
             "Pass as many."
         )
+    # Single weights may be negative; only their sum is a divisor.
     if not all(math.isfinite(weight) for weight in weights) or not math.fsum(weights) > 0:
         raise ConversionError(
             f"weights: must be finite numbers with a positive sum, got {', '.join(map(str, weights))}. Change them."

@@ -34,6 +34,7 @@ class ShardLayout:
         _, num_stacked = split_stack(name)
         inner = shape[num_stacked:]
         boxes = []
+        # One box for each layer and expert: pipeline and expert parallelism give a rank whole ones.
         for index in itertools.product(*map(range, shape[:num_stacked])):
             for offsets, sizes in self._cut_matrix(name, inner):
                 boxes.append(((*index, *offsets), (*([1] * num_stacked), *sizes)))
@@ -41,6 +42,7 @@ class ShardLayout:
 
     def _cut_matrix(self, name: str, shape: tuple[int, ...]) -> list[Box]:
         axis = 0 if _ROWS_CUT.search(name) else 1 if _COLUMNS_CUT.search(name) else None
+        # Shared experts (.mlp.shared_experts.) are cut as dense layers are.
         is_expert = ".mlp.experts." in name
         num_parts = self.expert_tensor_parallel_size if is_expert else self.tensor_model_parallel_size
         if self.has_gated_mlp and ".linear_fc1." in name:
@@ -59,6 +61,7 @@ def layout_of(args: object) -> ShardLayout:
     tp = getattr(args, "tensor_model_parallel_size", 1)
     return ShardLayout(
         tensor_model_parallel_size=tp,
+        # megatron's default: the tensor-parallel size, if the argument is absent or None.
         expert_tensor_parallel_size=getattr(args, "expert_tensor_parallel_size", None) or tp,
         has_gated_mlp=bool(getattr(args, "swiglu", False)),
     )

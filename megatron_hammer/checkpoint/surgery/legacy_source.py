@@ -68,6 +68,7 @@ class LegacyStore:
     def _describe(self, key: str) -> StoredGlobal:
         names = self._names[key]
         first = self._reader.tensors[next(iter(names.values()))]
+        # Indices begin at 0, so the largest of each axis is its size minus one, if none is missing (checked below).
         stacked = tuple(1 + max(axis) for axis in zip(*names, strict=True))
         odd = [name for name in names.values() if self._reader.tensors[name].shape != first.shape]
         if odd or len(names) != len(list(itertools.product(*map(range, stacked)))):

@@ -15,7 +15,7 @@ from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder
 from megatron_hammer.tokenizer.vocabulary.extension import validate_extension
 
 MAX_PADDING_ROWS = 1024  # a vocabulary is padded to a multiple of at most that; more means another tokenizer
-_BLOCK_ROWS = 4096
+_BLOCK_ROWS = 4096  # bounds the fp64 copy: 64 MiB at hidden size 2048
 
 
 def load_extension(old_path: Path, new_path: Path, *, num_rows: int, rows: str, remedy: str) -> tuple[Encoder, Encoder]:
@@ -40,6 +40,7 @@ def build_new_rows(old_rows: Tensor, spellings: Sequence[Sequence[int]]) -> Tens
     """
     rows = torch.empty(len(spellings), old_rows.shape[1], dtype=old_rows.dtype)
     unspelled = [number for number, ids in enumerate(spellings) if not ids]
+    # Computed only if a row needs it, because it reads the whole matrix.
     if unspelled:
         rows[unspelled] = mean_of_all(old_rows)
     for row, ids in zip(rows, spellings, strict=True):
@@ -54,4 +55,4 @@ def mean_of_all(rows: Tensor) -> Tensor:
     total = torch.zeros(rows.shape[1], dtype=torch.float64)
     for block in rows.split(_BLOCK_ROWS):
         total += block.double().sum(dim=0)
-    return (total / max(rows.shape[0], 1)).to(rows.dtype)
+    return (total / max(rows.shape[0], 1)).to(rows.dtype)  # an empty matrix has no mean; 1 avoids a division by zero

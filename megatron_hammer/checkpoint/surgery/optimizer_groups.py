@@ -26,6 +26,7 @@ def merge_expert_optimizer(state: dict[Any, Any]) -> dict[Any, Any]:
     """
     if not is_chained(state):
         return copy.deepcopy(state)
+    # With that flag megatron divides the dense parameters between several chained optimizers as well.
     if sorted(state) != [0, 1]:
         raise CheckpointError(
             f"optimizer: must be one of the dense parameters and one of the experts', got {len(state)} chained. "
@@ -38,6 +39,7 @@ def merge_expert_optimizer(state: dict[Any, Any]) -> dict[Any, Any]:
         if twin is None:
             _groups_of(dense).append({**copy.deepcopy(group), "is_expert_parallel": False})
             continue
+        # One group has one step and one learning rate; two that differ cannot become one.
         problems += [
             f"optimizer: {name} of the experts must be that of the other parameters, got {group.get(name)} and "
             f"{twin.get(name)}. Resume with expert parallelism."
@@ -60,6 +62,7 @@ def split_expert_optimizer(state: dict[Any, Any], *, has_expert_vectors: bool) -
     groups = _groups_of(experts)
     matrices = [group for group in groups if group.get("wd_mult", 1.0) != 0.0 and _has_own_rate_of_all(group, groups)]
     vectors = [group for group in groups if group.get("wd_mult", 1.0) == 0.0 and _has_own_rate_of_all(group, groups)]
+    # In place: `groups` is the list inside the copied state.
     groups[:] = matrices + (vectors if has_expert_vectors else [])
     for group in groups:
         group["is_expert_parallel"] = True

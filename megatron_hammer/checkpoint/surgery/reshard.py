@@ -130,6 +130,7 @@ class _Unset(Namespace):
     """Arguments of which one that the checkpoint's version did not have is unset, or has Megatron's default."""
 
     def __getattr__(self, name: str) -> Any:
+        # copy and pickle ask for special methods, and must be told that there are none.
         if name.startswith("__"):
             raise AttributeError(name)
         return _DEFAULTS.get(name)
@@ -163,8 +164,10 @@ def describe_layout(args: Any) -> str:
 def _plan(checkpoint: TrainingCheckpoint, args: Namespace) -> tuple[PlannedCheckpoint, tuple[str, ...]]:
     layout = layout_of(args)
     tensors = [_plan_tensor(checkpoint, key, layout, args) for key in (*checkpoint.model, *checkpoint.optimizer)]
+    # Extra states belong to layers, not to ranks.
     objects = checkpoint.list_model_objects()
     state = checkpoint.copy_common_state()
+    # megatron reads the layout from here, for example to decide whether the random states fit (checkpointing.py).
     state["args"] = args
     if "optimizer" in state:
         state["optimizer"] = _change_optimizer(checkpoint, state["optimizer"], args)
@@ -218,6 +221,7 @@ def _change_optimizer(checkpoint: TrainingCheckpoint, state: dict[Any, Any], arg
 
 def _change_arguments(saved: Any, target: TargetLayout) -> Namespace:
     """The saved arguments with the target's sizes, and with what megatron derives from them."""
+    # `args` is written, so it keeps only what was saved; `saved` may be asked for anything.
     args, saved = Namespace(**vars(saved)), _Unset(**vars(saved))
     tp = target.tensor_model_parallel_size or saved.tensor_model_parallel_size or 1
     pp = target.pipeline_model_parallel_size or saved.pipeline_model_parallel_size or 1
@@ -228,6 +232,7 @@ def _change_arguments(saved: Any, target: TargetLayout) -> Namespace:
     args.pipeline_model_parallel_size = args.transformer_pipeline_model_parallel_size = pp
     args.expert_model_parallel_size = target.expert_model_parallel_size or saved.expert_model_parallel_size or 1
     args.expert_tensor_parallel_size = target.expert_tensor_parallel_size or etp_kept
+    # megatron turns it off at TP 1, and requires it for experts with tensor parallelism.
     args.sequence_parallel = tp > 1 and bool(saved.sequence_parallel or saved.num_experts)
     for name, before, now in (
         ("tensor_parallel_num_weight_shards", tp_saved, tp),
@@ -237,6 +242,7 @@ def _change_arguments(saved: Any, target: TargetLayout) -> Namespace:
             setattr(args, name, getattr(saved, name) // before * now)
     _change_stages(args, saved, target)
     _change_world(args, saved)
+    # Padding is to a multiple of make_vocab_size_divisible_by times TP, so it may change with TP only.
     if saved.vocab_size and tp != tp_saved:
         args.padded_vocab_size = count_padded_rows(args)
     return args

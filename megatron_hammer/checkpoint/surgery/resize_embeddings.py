@@ -36,7 +36,7 @@ from megatron_hammer.tokenizer.vocabulary.extension import spell_new_pieces
 
 EMBEDDING_NAMES = ("model.embed_tokens.weight", "transformer.wte.weight")  # Llama, Qwen2, Mistral, ...; GPT-2
 HEAD_NAME = "lm_head.weight"
-HEAD_BIAS_NAME = "lm_head.bias"
+HEAD_BIAS_NAME = "lm_head.bias"  # a bias has one entry per piece too, but no rule says what a new one is
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 MODEL_CARD_NAME = "README.md"  # it describes the model before; what it says of the vocabulary is no longer true
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
@@ -114,6 +114,7 @@ def resize_embeddings(options: ResizeOptions, on_stage: Callable[[str], None] = 
         inserted = {name: _build_rows(model.tensors[name], old.vocab_size, spellings) for name in model.matrices}
         _write_weights(model, partial_dir, inserted, on_stage)
         left_out = _copy_other_files(model.directory, partial_dir)
+        # transformers sizes the embedding by vocab_size, so it counts kept padding too.
         config = model.config | {"vocab_size": max(model.num_rows, new.vocab_size)}
         _write_json(partial_dir / CONFIG_NAME, config)
         if options.has_tokenizer:  # last, as transformers looks into config.json too
@@ -141,6 +142,7 @@ def _read_model(directory: Path) -> _Model:
     index = read_config(index_path) if index_path.is_file() else None
     if index is not None and not isinstance(index.get("weight_map"), dict):
         raise ConversionError(f"{index_path}: index must hold a weight_map, got none. Fetch the file again.")
+    # Each name once, in the order of the index.
     shard_names = tuple(dict.fromkeys(index["weight_map"].values())) if index else ("model.safetensors",)
     tensors: dict[str, HeaderEntry] = {}
     for name in shard_names:
@@ -250,9 +252,11 @@ def _resize_index(index: dict[str, Any], model: _Model, target_dir: Path) -> dic
     """transformers counts the bytes, and since version 5 the parameters, of all shards in the index."""
     metadata = dict(index.get("metadata", {}))
     written = [tensor for name in model.shard_names for tensor in read_header(target_dir / name)[0].values()]
+    # Only the fields that the model's index has.
     if "total_size" in metadata:
         metadata["total_size"] = sum(tensor.num_bytes for tensor in written)
     if "total_parameters" in metadata:
+        # All added bytes are rows in the embeddings' dtype; other tensors may be of another.
         grown = sum(tensor.num_bytes for tensor in written) - sum(tensor.num_bytes for tensor in model.tensors.values())
         itemsize = DTYPES[model.tensors[model.matrices[0]].dtype].itemsize
         metadata["total_parameters"] += grown // itemsize
@@ -265,6 +269,7 @@ def _copy_other_files(source_dir: Path, target_dir: Path) -> tuple[str, ...]:
     for path in sorted(source_dir.iterdir()):
         if path.name in (*HF_TOKENIZER_FILES, INDEX_FILE, CONFIG_NAME, "added_tokens.json"):
             continue
+        # The new tokenizer has written it already.
         if (target_dir / path.name).exists():
             continue
         # Other weights, such as a .bin beside the safetensors, would have the old number of rows.

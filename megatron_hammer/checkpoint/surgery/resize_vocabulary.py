@@ -111,6 +111,7 @@ def resize_vocabulary(
     state = checkpoint.copy_common_state()
     args = state["args"]
     rows_before = checkpoint.model[VOCABULARY_TENSORS[0]].shape[0]
+    # In this order: the padding is computed from the new vocab_size.
     args.vocab_size = rows.num_tokens
     args.padded_vocab_size = count_padded_rows(args)
     if vocabulary.new_tokenizer_path is not None:
@@ -121,6 +122,7 @@ def resize_vocabulary(
             _plan_tensor(checkpoint, key, rows, args) if is_vocabulary_key(key) else plan_copy(checkpoint, key)
             for key in keys
         ],
+        # The layout stays, so random states stay valid too and the run resumes.
         objects=copy_objects(checkpoint, checkpoint.store.objects),
         common_state=state,
         iteration=checkpoint.iteration,
@@ -151,10 +153,12 @@ def _plan_rows(checkpoint: TrainingCheckpoint, vocabulary: NewVocabulary, num_to
                 f"vocab-size: must be a positive number other than the model's, got vocab_size={wanted}, "
                 f"{num_tokens} in {checkpoint.directory}. Pass another."
             )
+        # range() of a negative number is empty: a smaller vocabulary only cuts rows off.
         return _Rows(
             num_old=num_tokens, num_kept=min(num_tokens, wanted), spellings=[[] for _ in range(wanted - num_tokens)]
         )
     num_old, spellings = _spell(checkpoint, vocabulary, num_tokens)
+    # Never smaller than the model by default: making it smaller must be asked for.
     num_new = wanted or max(num_tokens, num_old + len(spellings))
     if num_new < num_old + len(spellings):
         raise ConversionError(

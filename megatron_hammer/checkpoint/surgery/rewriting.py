@@ -92,12 +92,14 @@ def write_planned_checkpoint(
             writer.declare(tensor.key, tensor.shape, tensor.dtype)
             is_finite = True
             for offsets, sizes in tensor.boxes:
+                # A box may be a view with other strides, such as some columns of a matrix; chunks are in row order.
                 part = tensor.read(offsets, sizes).contiguous()
                 is_finite = is_finite and bool(torch.isfinite(part).all())
                 writer.write_chunk(tensor.key, offsets, part)
             if not is_finite:
                 not_finite.append(tensor.key)
             on_tensor("writing", number, len(planned.tensors))
+        # Before `commit`, so that nothing is renamed into place.
         if not_finite:
             raise ConversionError(
                 *(f"{key}: values must be finite, got NaN or infinity. Use an earlier iteration." for key in not_finite)
@@ -105,10 +107,12 @@ def write_planned_checkpoint(
         for key, read_bytes in planned.objects.items():
             writer.write_object_bytes(key, read_bytes())
         writer.commit(planned.common_state)
+        # Inside the writer's block: an error here removes what was written.
         _verify(writer.directory, planned, on_tensor)
 
 
 def _validate_not_source(save_dir: Path, planned: PlannedCheckpoint, sources: Sequence[TrainingCheckpoint]) -> None:
+    # resolve: the same folder may be named through a link or a relative path.
     target = (save_dir / name_folder(planned.iteration)).resolve()
     if any(checkpoint.directory.resolve() == target for checkpoint in sources):
         raise ConversionError(
@@ -122,6 +126,7 @@ def _verify(directory: Path, planned: PlannedCheckpoint, on_tensor: OnTensor) ->
     store = TorchDistStore(directory)
     store.validate()
     different = [key for key, read_bytes in planned.objects.items() if store.read_object_bytes(key) != read_bytes()]
+    # Both ways: tensors that are missing, and tensors that nobody planned.
     different += sorted(store.tensors.keys() ^ {tensor.key for tensor in planned.tensors})
     for number, tensor in enumerate(planned.tensors, start=1):
         if not all(is_bitwise_equal(store.read(tensor.key, *box), tensor.read(*box)) for box in tensor.boxes):

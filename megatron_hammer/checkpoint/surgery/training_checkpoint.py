@@ -68,6 +68,7 @@ def open_training_checkpoint(path: Path, *, iteration: int | None = None) -> Tra
     store.validate()
     iteration = store.common_state["iteration"]
     validate_iteration(directory, iteration)
+    # An extra state may be stored as a tensor, but it is no parameter.
     tensors = {key: stored for key, stored in store.tensors.items() if "_extra_state" not in key}
     return TrainingCheckpoint(
         store=store,
@@ -95,6 +96,7 @@ def require_reshardable_optimizer(checkpoint: TrainingCheckpoint, *, remedy: str
     Megatron's `fully_reshardable` format is, and what it writes without the distributed optimizer.
     """
     metadata = checkpoint.store.common_state.get("content_metadata") or {}
+    # Absent without the distributed optimizer, whose state has the shape of its parameters anyway.
     sharding = metadata.get("distrib_optim_sharding_type", "fully_reshardable")
     where = checkpoint.directory
     problems = []

@@ -64,6 +64,7 @@ class ForwardRequest:
 
 def read_request(folder: Path) -> ForwardRequest:
     values: dict[str, Any] = json.loads((folder / REQUEST_FILE).read_text(encoding="utf-8"))
+    # JSON has no tuples, and a frozen request must stay hashable and equal to the one that was written.
     lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     return ForwardRequest(**{**values, **lists})
 

@@ -47,6 +47,7 @@ def select_names(names: Iterable[str], layer: int) -> dict[str, str]:
     selected = {}
     for name in names:
         parts = name.split(".")
+        # Megatron and Llama name them layers, GPT-2 h.
         number = next((i for i in range(1, len(parts)) if parts[i].isdigit() and parts[i - 1] in ("layers", "h")), None)
         if number is None:
             selected[name] = name
@@ -66,16 +67,19 @@ def replace_layer_input(layer: Any, hidden: Tensor) -> Iterator[list[Tensor]]:
     def replace(
         _module: Any, arguments: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        # megatron.core's TransformerBlock passes it by name, transformers' models by position.
         if "hidden_states" in named:
             return arguments, named | {"hidden_states": hidden}
         return (hidden, *arguments[1:]), named
 
     def record(_module: Any, _arguments: Any, output: Any) -> None:
+        # Megatron's TransformerLayer returns (hidden states, context).
         outputs.append((output[0] if isinstance(output, tuple) else output).detach())
 
     hooks = (layer.register_forward_pre_hook(replace, with_kwargs=True), layer.register_forward_hook(record))
     try:
         yield outputs
     finally:
+        # The same layer may run again with another attention kernel.
         for hook in hooks:
             hook.remove()

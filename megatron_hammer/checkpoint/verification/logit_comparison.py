@@ -58,9 +58,11 @@ def measure_difference(tensor: Tensor, reference: Tensor) -> TensorDifference:
     """tensor, reference: [s, n]; raises ValueError if they differ in shape."""
     if tensor.shape != reference.shape:
         raise ValueError(f"the tensor has shape {tuple(tensor.shape)}, the reference {tuple(reference.shape)}")
+    # fp32: in bf16 the difference itself would be rounded to 8 bits.
     apart = (tensor.float() - reference.float()).abs()
     return TensorDifference(
         position_max=tuple(apart.amax(-1).tolist()),  # torch's maximum keeps NaN
+        # fp64: s * v terms, up to millions, are added.
         square_sum=apart.square().sum(dtype=torch.float64).item(),
         num_elements=apart.numel(),
     )
@@ -79,6 +81,7 @@ def compare_logits(logits: Tensor, reference: Tensor, tokens: Tensor) -> TextDif
     difference = measure_difference(logits, reference)
     log_probabilities, expected = logits.float().log_softmax(-1), reference.float().log_softmax(-1)
     choice, expected_choice = logits.argmax(-1), reference.argmax(-1)
+    # 0 where the choice is the same, so the largest is that of the changed ones.
     preference = reference.gather(-1, expected_choice[:, None]) - reference.gather(-1, choice[:, None])
     targets = tokens[1:, None]
     return TextDifference(
@@ -110,6 +113,7 @@ def merge_texts(texts: Sequence[TextDifference]) -> TextDifference:
 
 def read_difference(values: dict[str, Any]) -> TensorDifference:
     """The inverse of dataclasses.asdict and JSON."""
+    # JSON writes NaN and Infinity as such, and Python's reader accepts them.
     return TensorDifference(**{**values, "position_max": tuple(values["position_max"])})
 
 
@@ -121,4 +125,5 @@ def read_text_difference(values: dict[str, Any]) -> TextDifference:
 
 def largest(values: Sequence[float]) -> float:
     """Python's max, but NaN if any value is."""
+    # Python's max depends on the order if NaN is among the values: every comparison with it is false.
     return torch.tensor(values, dtype=torch.float64).max().item()

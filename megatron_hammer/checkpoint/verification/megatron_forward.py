@@ -48,6 +48,7 @@ def main() -> None:
     try:
         from megatron_hammer.platforms import megatron_compat
 
+        # Before megatron is imported: its @jit_fuser is torch.compile, which must be off on a CPU (megatron_compat.py).
         megatron_compat.install("cpu")
         import megatron.training  # noqa: F401
     except Exception as error:  # a broken installation can raise nearly anything
@@ -96,6 +97,7 @@ def compare_layers(request: ForwardRequest, reference: Any) -> dict[str, Any]:
         model = build_model(read_model_arguments(reader.args, **changes))
         _fill(model, reader, request, select_names(reader.tensors, layer))
         hidden = draw_hidden_states(request.num_tokens, reader.args.hidden_size, seed=SEED + layer)
+        # Drawn in fp32 and then rounded, as on the other side, so that both get the same numbers.
         hidden = hidden.to(getattr(torch, request.dtype))
         output, logits = run_layer(model, hidden, num_rows=len(request.rows))
         expected, expected_logits = (reference.get_tensor(f"{name}.{layer}") for name in ("output", "logits"))
@@ -110,6 +112,7 @@ def compare_layers(request: ForwardRequest, reference: Any) -> dict[str, Any]:
                 "embedding": measure_difference(embedding, reference.get_tensor("embedding")).max,
             }
         )
+        # Before the next is built: otherwise two layers would be in memory at a time.
         del model
     return {"layers": found}
 
@@ -118,6 +121,7 @@ def run_layer(model: Any, hidden: Tensor, *, num_rows: int) -> tuple[Tensor, Ten
     """The output [s, h] of the model's only layer on `hidden` [s, h], and the logits [s, v] that follow."""
     from megatron_hammer.checkpoint.verification.megatron_model import compute_logits
 
+    # Their embeddings are replaced by `hidden`; the ids only have to be valid.
     tokens = draw_tokens(num_rows, length=len(hidden))
     with replace_layer_input(model.decoder.layers[0], hidden[:, None]) as outputs:  # megatron's are [s, b, h]
         logits = compute_logits(model, tokens)
@@ -132,6 +136,7 @@ def _open(request: ForwardRequest) -> Any:
 
 
 def _changes(request: ForwardRequest, vocab_size: int) -> dict[str, Any]:
+    # Equal: without padding rows, logits have the same width as transformers'.
     return {"vocab_size": vocab_size, "padded_vocab_size": vocab_size, "precision": _PRECISIONS[request.dtype]}
 
 
@@ -146,6 +151,7 @@ def _fill(model: Any, reader: Any, request: ForwardRequest, stored_names: dict[s
         tensor: Tensor = reader.read(source[name])
         if request.rows and name in VOCABULARY_TENSORS:
             tensor = tensor[list(request.rows)]
+        # Only rounded here; copying into the parameter brings it back to the dtype of the computation.
         return tensor if rounding is None else tensor.to(rounding)
 
     fill_weights(model, set(source), read, where=str(reader.directory))

@@ -44,13 +44,16 @@ def single_rank() -> Iterator[None]:
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     with tempfile.TemporaryDirectory() as folder:
+        # A file in a private folder, not a TCP port: nothing can collide with another process of the machine.
         store = torch.distributed.FileStore(f"{folder}/store", 1)
         torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
         try:
             parallel_state.initialize_model_parallel()
+            # DotProductAttention enters megatron's tracker of random states around its dropout, in evaluation too.
             model_parallel_cuda_manual_seed(1234)
             yield
         finally:
+            # Both are global in the process: without this, a second call in the same process would fail.
             parallel_state.destroy_model_parallel()
             torch.distributed.destroy_process_group()
 
@@ -61,6 +64,7 @@ def read_model_arguments(saved: Any, **changes: Any) -> Namespace:
     from megatron_hammer.config.arguments import parse_arguments
 
     precision = changes.pop("precision", "fp32")
+    # A parsed command line: megatron also reads many arguments that are no property of the saved model.
     flags = [*_UNPLANNED_FLAGS, "--precision", precision]
     namespace = parse_arguments(flags, platform="cpu", backend="torch").namespace
     values = {name: getattr(saved, name) for name in MODEL_ARGUMENTS if hasattr(saved, name)}
@@ -87,6 +91,7 @@ def build_model(namespace: Namespace) -> Any:
         has_embedding_norm=namespace.embedding_norm,
         rope_scaling_factor=namespace.rope_scaling_factor,
     )
+    # Every weight is overwritten by fill_weights, which refuses to leave one out.
     config.transformer.perform_initialization = False
     groups = ProcessGroupCollection.use_mpu_process_groups()
     model = HammerModelBuilder(config).build_model(groups, pre_process=True, post_process=True).eval()
@@ -96,6 +101,7 @@ def build_model(namespace: Namespace) -> Any:
 
 def name_parameters(model: Any) -> dict[str, Tensor]:
     """The model's parameters by the names that a checkpoint has for them."""
+    # SequentialMLP names its experts local_experts; its sharded_state_dict stores them under experts.
     named = {
         name.replace(".experts.local_experts.", ".experts.experts."): parameter.data
         for name, parameter in model.named_parameters()
@@ -126,7 +132,7 @@ def fill_weights(model: Any, names: set[str], read: Callable[[str], Tensor], *, 
                 f"{where}. Its saved arguments are not its own."
             )
             continue
-        parameters[name].copy_(value)
+        parameters[name].copy_(value)  # converts from the stored dtype to that of the computation
     if problems:
         raise CheckpointError(*problems)
 

@@ -36,7 +36,7 @@ from megatron_hammer.errors import ConversionError, exit_on_user_error
 
 ATTENTION = "eager"  # the plainest one; how far sdpa is from it says how much rounding alone can do
 OTHER_ATTENTION = "sdpa"
-VOCABULARY_ENDINGS = ("embed_tokens.weight", "wte.weight", "lm_head.weight")
+VOCABULARY_ENDINGS = ("embed_tokens.weight", "wte.weight", "lm_head.weight")  # Llama, GPT-2, the head of both
 
 
 @exit_on_user_error
@@ -72,6 +72,7 @@ def run_model(request: ForwardRequest) -> tuple[dict[str, Tensor], dict[str, Any
 
     config, class_note = load_config(request.hf_dir)
     options = _loading_options(request, config)
+    # Class and weights are both arguments here, so nothing in the folder can choose another class.
     if class_note:  # the folder's own class is not to be run: its equal, with the folder's weights
         weights = open_hf_weights(Path(request.hf_dir))
         state = {name: weights.read(name) for name in weights.shapes}
@@ -90,6 +91,7 @@ def run_model(request: ForwardRequest) -> tuple[dict[str, Tensor], dict[str, Any
         tensors[f"logits.{number}"] = model(tokens[None]).logits[0].float()
     model.set_attn_implementation(OTHER_ATTENTION)
     noise = measure_difference(model(texts[0][None]).logits[0], tensors["logits.0"])
+    # One standard deviation for all texts, because the limits are judged over all texts.
     stacked = torch.cat([tensors[f"logits.{number}"].flatten() for number in range(len(texts))])
     findings = {
         "class": type(model).__name__ + class_note,
@@ -132,6 +134,7 @@ def _find_class(config: Any) -> Any:
     """The class with a language-model head for that config."""
     import transformers
 
+    # Only its class is wanted: on the meta device no memory is allocated.
     with torch.device("meta"):
         return type(transformers.AutoModelForCausalLM.from_config(config))
 
@@ -142,6 +145,7 @@ def _validate_loading(loading: dict[str, Any], hf_dir: str) -> None:
         f"{hf_dir}: transformers must load every tensor, got {what.removesuffix('_keys')} "
         f"{sorted(map(str, names))[:5]}. "
         "The names are not those of its class."
+        # transformers only warns about these and fills missing tensors at random: another model would be compared.
         for what in ("missing_keys", "unexpected_keys", "mismatched_keys")
         if (names := loading.get(what))
     ]
@@ -160,6 +164,7 @@ def tokenize(request: ForwardRequest) -> tuple[list[Tensor], bool]:
 
     Raises ConversionError if the tokenizer gives an id that the model does not have.
     """
+    # Cut after the tokenizer, so that a text ends with a whole token.
     longest = request.num_tokens
     tokenizer = _load_tokenizer(request.hf_dir)
     if tokenizer is None:
@@ -176,6 +181,7 @@ def tokenize(request: ForwardRequest) -> tuple[list[Tensor], bool]:
         raise ConversionError(
             f"texts: at least one must have two tokens, got {list(request.texts)[:3]}. Pass longer ones."
         )
+    # One token has no next token, so it has no loss.
     return [torch.tensor(tokens) for tokens in texts if len(tokens) > 1], True
 
 
@@ -207,6 +213,7 @@ def run_layers(request: ForwardRequest) -> tuple[dict[str, Tensor], dict[str, An
         hidden = draw_hidden_states(request.num_tokens, config.hidden_size, seed=SEED + layer).to(model.dtype)
         output, logits = run_layer(model, hidden)
         tensors[f"output.{layer}"], tensors[f"logits.{layer}"] = output.float(), logits.float()
+        # The same for every layer, so the last one is kept.
         tensors["embedding"] = model.get_input_embeddings().weight[: len(request.rows)].clone()
         model.set_attn_implementation(OTHER_ATTENTION)
         for kind, again, before in zip(noise, run_layer(model, hidden), (output, logits), strict=True):

@@ -51,10 +51,12 @@ class Limit:
 
     def judge(self, found: TensorDifference) -> tuple[bool, str]:
         """(whether it is within the limit, both as a text)."""
+        # In bf16 the largest of many differences depends on chance; their root mean square does not.
         if self.is_root_mean_square:
             text = f"root mean square difference {found.root_mean_square:.2e}, limit {self.value:.2e} ({self.cause})"
             return found.root_mean_square <= self.value, text
         text = f"max |difference| {found.max:.2e}, limit {self.value:.2e} ({self.cause})"
+        # NaN is within no limit, because every comparison with it is false.
         if found.max <= self.value or not self.has_experts:
             return found.max <= self.value, text
         num_within, num_positions = found.count_within(self.value), len(found.position_max)
@@ -90,6 +92,7 @@ def judge_logits(request: ForwardRequest, theirs: dict[str, Any], ours: dict[str
     found = read_text_difference(ours)
     source = "texts" if theirs["has_tokenizer"] else "sequences of random ids (the folder has no tokenizer that loads)"
     on = f"{theirs['class']} in {request.dtype} on {theirs['num_texts']} {source}, {found.num_tokens} tokens"
+    # Written so that NaN fails too. Logits without spread would make every limit zero.
     if not theirs["std"] > 0:
         return [CheckRow(f"logits, {on}", f"standard deviation {theirs['std']:.3g}: nothing to compare", False)]
     limit = build_limit(request, theirs["std"], theirs["noise"])
@@ -98,6 +101,7 @@ def judge_logits(request: ForwardRequest, theirs: dict[str, Any], ours: dict[str
     doubled = dataclasses.replace(limit, value=2 * limit.value, loose=2 * limit.loose, cause="twice that")
     has_probabilities, probabilities_text = doubled.judge(found.log_probabilities)
     loss, expected_loss = found.loss_sum / found.num_targets, found.reference_loss_sum / found.num_targets
+    # Where single positions may differ (bf16, ties), the mean loss is held to the loose limit as well.
     loss_limit = limit.loose if limit.is_root_mean_square or found.logits.max > limit.value else limit.value
     return [
         CheckRow(f"logits, {on}", text, is_within),
@@ -117,6 +121,7 @@ def _judge_choice(found: Any, limit: Limit) -> CheckRow:
     text = f"equal at {found.num_same_choice} of {found.num_tokens} positions"
     if found.num_same_choice < found.num_tokens:
         text += f", elsewhere {found.changed_margin:.2e} apart at most"
+    # Twice the limit: one of the two logits may rise by it and the other fall by it.
     is_close = found.changed_margin <= 2 * limit.value
     is_loose = limit.is_root_mean_square or (limit.has_experts and found.logits.max > limit.value)
     return CheckRow("most probable token", text, is_close or (is_loose and share >= LEAST_SHARE_OF_SAME_CHOICE))
@@ -142,6 +147,7 @@ def judge_layers(request: ForwardRequest, theirs: dict[str, Any], ours: dict[str
         CheckRow(
             f"{len(request.rows)} rows of the embedding",
             "equal" if embedding == 0 else f"max |difference| {embedding:.2e}",
+            # No arithmetic is done on these rows, so no rounding can excuse a difference.
             embedding == 0,
         ),
     ]

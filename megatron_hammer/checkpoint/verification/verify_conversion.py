@@ -86,6 +86,7 @@ def verify_model(
 def _is_installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
+    # find_spec imports the parents of a dotted name, which a broken installation may not allow.
     except (ImportError, ValueError):
         return False
 
@@ -119,17 +120,22 @@ def plan_comparison(
     sizes = {name: math.prod(tensor.shape) for name, tensor in reader.tensors.items()}
     fp32_bytes = 4 * sum(sizes.values())
     free_bytes = psutil.virtual_memory().available
+    # Only one side is in memory at a time, so one model's size decides.
     if level == "auto":
         level = "logits" if fp32_bytes <= MODEL_MEMORY_SHARE * free_bytes else "layers"
     if level == "layers":
         rows = sample_rows(vocab_size)
+        # A mean over the layers: the models of this package have equal layers, and the norms outside them are small.
         layer_bytes = 4 * sum(size for name, size in sizes.items() if name not in VOCABULARY_TENSORS) // num_layers
         is_fp32 = layer_bytes <= MAX_FP32_LAYER_BYTES
     else:
         rows = ()
+        # True for every model that "auto" takes. A larger one, if "logits" was asked for, is computed in bf16.
         is_fp32 = fp32_bytes <= 2 * MODEL_MEMORY_SHARE * free_bytes
+    # Of most elements: a few tensors, such as norms or routers, may be stored in fp32 beside bf16 weights.
     megatron_dtype = most_frequent_dtype((reader.tensors[name].dtype, size) for name, size in sizes.items())
     hf_dtype = most_frequent_dtype((stored.dtypes[name], math.prod(shape)) for name, shape in stored.shapes.items())
+    # GPT-2's table of positions has no entry beyond this.
     max_positions = config.max_position_embeddings or config.n_positions or MAX_TOKENS
     return ForwardRequest(
         megatron_dir=str(reader.directory),
@@ -139,6 +145,7 @@ def plan_comparison(
         num_tokens=min(MAX_TOKENS, max_positions),
         has_experts=bool(getattr(reader.args, "num_experts", None)),
         dtype="float32" if is_fp32 else "bfloat16",
+        # An export may round (fp32 masters to bf16): the side with more bits is rounded alike before they are compared.
         megatron_rounding=name_dtype(hf_dtype) if hf_dtype.itemsize < megatron_dtype.itemsize else None,
         hf_rounding=name_dtype(megatron_dtype) if megatron_dtype.itemsize < hf_dtype.itemsize else None,
         texts=tuple(texts) if texts is not None else DEFAULT_TEXTS,
@@ -166,6 +173,7 @@ def _run_both(request: ForwardRequest, folder: Path) -> list[CheckRow]:
     )
     findings = []
     for check, module, findings_file in sides:
+        # One after the other: two models at a time need not fit, and Megatron reads what transformers has written.
         result = _run_side(module, folder)
         if result.returncode:
             return [CheckRow(check, _describe_end(result), False)]
@@ -190,11 +198,13 @@ def _run_side(module: str, folder: Path) -> subprocess.CompletedProcess[str]:
     }
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         environment.pop(name, None)  # of a launcher that this process may run under
+    # -P: without it the working directory would be first on sys.path, with any file named like a module.
     command = [sys.executable, "-P", "-m", f"megatron_hammer.checkpoint.verification.{module}", str(folder)]
     return subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
 
 
 def _describe_end(result: subprocess.CompletedProcess[str]) -> str:
+    # The last lines of a Python traceback are the error itself.
     lines = [line.strip() for line in result.stderr.splitlines() if line.strip()][-_LAST_LINES:]
     how = f"killed by signal {-result.returncode}" if result.returncode < 0 else f"exit code {result.returncode}"
     return f"{how}: {' | '.join(lines) or 'no message'}"
