@@ -40,10 +40,11 @@ INSTALL_REQUIRES = [
 
 EXTRAS_REQUIRE = {
     # Both compile against the torch that is already there: pip install --no-build-isolation -e .[gpu]
-    "gpu": ["transformer-engine[pytorch]>=2.14,<2.21"],
+    "gpu": ["transformer-engine[pytorch]>=2.14,<2.21", "einops>=0.8,<1"],  # einops: Megatron's FSDP
     "flash-attn": ["flash-attn>=2.8"],  # not needed on Hopper, where TransformerEngine uses cuDNN's attention
     "gguf": ["gguf>=0.19", "xllamacpp>=2026.10"],
     "dev": [
+        "einops>=0.8,<1",  # Megatron's FSDP
         "pytest>=8.3",
         "pytest-xdist>=3.6",
         "ruff>=0.17,<0.18",  # a formatter's minor versions disagree with one another

@@ -13,15 +13,21 @@ from megatron_hammer.config.run_plan import RunPlan
 
 
 class ForwardStep:
-    """Megatron's forward_step_func for one run: called as (data_iterator, model)."""
+    """Megatron's forward_step_func for one run: called as (data_iterator, model).
+
+    return_schedule_plan: with --overlap-moe-expert-parallel-comm, megatron runs the parts of the forward pass itself.
+    """
 
     def __init__(self, plan: RunPlan):
         self.plan = plan
 
-    def __call__(self, data_iterator: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tensor, Callable[..., Any]]:
+    def __call__(
+        self, data_iterator: Iterator[dict[str, Tensor]], model: Any, return_schedule_plan: bool = False
+    ) -> tuple[Any, Callable[..., Any]]:
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
         batch = self.read_batch(data_iterator, vp_stage, is_training=model.training)
-        output = model(batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"])
+        forward = get_attr_wrapped_model(model, "build_schedule_plan") if return_schedule_plan else model
+        output = forward(batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"])
         return output, partial(sum_loss, batch["loss_mask"])
 
     def read_batch(

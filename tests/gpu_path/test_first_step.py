@@ -13,7 +13,6 @@ from tests.helpers.training_runs import TOY_MODEL, TOY_MOE, TOY_SCHEDULE, run_on
 
 pytestmark = pytest.mark.distributed
 NUM_STEPS = 2
-FSDP = "--use-megatron-fsdp --data-parallel-sharding-strategy"
 # name: (processes, flags). Each must train as one process of the cpu platform does.
 LAYOUTS = {
     "single": (1, ""),
@@ -29,6 +28,7 @@ LAYOUTS = {
     "native-cross-entropy": (1, "--cross-entropy-loss-fusion"),
     "average-in-collective": (2, "--ddp-average-in-collective"),
     "torch-fsdp": (2, "--use-torch-fsdp2"),
+    "graph-of-the-step": (1, "--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad"),
 }
 
 
@@ -72,6 +72,14 @@ def test_trains_as_on_the_cpu(name: str, dense: Start) -> None:
 @pytest.mark.parametrize("flags", ["", "--expert-model-parallel-size 2", "--tensor-model-parallel-size 2"])
 def test_experts_train_as_on_the_cpu(flags: str, moe: Start) -> None:
     assert moe.train_on_gpus(2, *flags.split()) == pytest.approx(moe.losses, rel=1e-4)
+
+
+def test_experts_train_while_their_messages_are_under_way(moe: Start) -> None:
+    """megatron runs the parts of the forward pass of one micro-batch between those of another's backward pass."""
+    flags = ("--precision", "bf16", "--expert-model-parallel-size", "2")
+    usual = moe.train_on_gpus(2, *flags)
+    assert usual == pytest.approx(moe.losses, rel=1e-2)
+    assert moe.train_on_gpus(2, *flags, "--overlap-moe-expert-parallel-comm") == pytest.approx(usual, rel=1e-5)
 
 
 @pytest.mark.parametrize("strategy", ["no_shard", "optim", "optim_grads", "optim_grads_params"])

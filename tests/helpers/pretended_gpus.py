@@ -39,11 +39,31 @@ GPUS = {
 }
 
 
-class OneGenerator:
-    """torch.cuda.default_generators: the CPU's generator for every device, however it is named."""
+class GraphSafeGenerator:
+    """A GPU's generator, by default the CPU's; CUDA graphs pass generators where others pass their states."""
 
-    def __getitem__(self, device: Any) -> torch.Generator:
-        return torch.default_generator
+    def __init__(self, generator: torch.Generator = torch.default_generator):
+        self.generator = generator
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.generator, name)
+
+    def clone_state(self) -> "GraphSafeGenerator":
+        copied = torch.Generator()
+        copied.set_state(self.generator.get_state())
+        return GraphSafeGenerator(copied)
+
+    graphsafe_get_state = clone_state
+
+    def graphsafe_set_state(self, state: "GraphSafeGenerator") -> None:
+        self.generator.set_state(state.generator.get_state())
+
+
+class OneGenerator:
+    """torch.cuda.default_generators: one generator for every device, however it is named."""
+
+    def __getitem__(self, device: Any) -> GraphSafeGenerator:
+        return GraphSafeGenerator()
 
 
 class PretendedGraph:

@@ -28,6 +28,7 @@ NEEDS_TE: dict[str, tuple[object, ...]] = {
     "optimizer_cuda_graph": (False,),
     "fp32_residual_connection": (False,),
     "cpu_offloading_num_layers": (0,),
+    "external_cuda_graph": (False,),
     "cuda_graph_impl": (None, "none", "local", "full_iteration"),
     "fp8": (None,),
     "fp4": (None,),
