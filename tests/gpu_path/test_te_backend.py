@@ -14,10 +14,9 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from tests.helpers.te_runs import run_on_pretended_gpus
 from tests.helpers.te_wheel import WheelUnavailableError, provide_te_wheel
 from tests.helpers.toy_hf_folder import LLAMA_CONFIG, draw_hf_weights, write_toy_folder
-from tests.helpers.training_runs import write_toy_data
+from tests.helpers.training_runs import run_on_pretended_gpus, write_toy_data
 
 pytestmark = pytest.mark.distributed
 NUM_STEPS = 2
@@ -83,11 +82,17 @@ class Model:
         return self.directory / "metrics.jsonl"
 
     def train(self, num_processes: int, flags: str, gpu: str = "h100") -> list[dict[str, Any]]:
-        """The metrics of a run that must succeed, one object a step."""
-        result = self.run(num_processes, flags, gpu)
+        """The metrics of a run that must succeed, one object per step."""
+        return self.train_steps(num_processes, flags, NUM_STEPS, gpu=gpu)
+
+    def train_steps(
+        self, num_processes: int, flags: str, last_step: int, *, first_step: int = 1, gpu: str = "h100"
+    ) -> list[dict[str, Any]]:
+        """The same of a run of another length."""
+        result = self.run(num_processes, f"{flags} --train-iters {last_step}", gpu)
         assert result.returncode == 0, f"{flags}\n{result.stdout[-2000:]}\n{result.stderr[-5000:]}"
         lines = [json.loads(line) for line in self.metrics_path.read_text().splitlines()]
-        assert len(lines) == NUM_STEPS
+        assert [line["step"] for line in lines] == list(range(first_step, last_step + 1))
         return lines
 
 
@@ -242,3 +247,16 @@ def test_both_backends_save_the_same_weights(dense: Model, experts: Model, tmp_p
     names = read_weights(tmp_path / "te")
     assert names == read_weights(tmp_path / "torch")
     assert "decoder.final_layernorm.weight" in names
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [("torch", "te"), ("te", "torch")])
+def test_each_backend_continues_what_the_other_saved(dense: Model, tmp_path: Path, saved: str, loaded: str) -> None:
+    """One more step with weights and optimizer state from the other; the torch backend has no extra states to give."""
+    whole = dense.train_steps(1, "--backend torch --precision fp32", NUM_STEPS + 1)
+    save = f"--precision fp32 --save {tmp_path / 'run'} --train-iters {NUM_STEPS + 1}"
+    first = dense.run(1, f"--backend {saved} {save} --exit-interval {NUM_STEPS}")
+    assert first.returncode == 0, first.stderr[-3000:]
+    continued = dense.train_steps(1, f"--backend {loaded} {save}", NUM_STEPS + 1, first_step=NUM_STEPS + 1)
+    loss, norm = largest_differences(continued, whole[NUM_STEPS:])
+    assert loss < LOSS_TOLERANCE
+    assert norm < NORM_TOLERANCE

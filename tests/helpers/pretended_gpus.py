@@ -103,6 +103,9 @@ def pretend_gpus(gpu: Gpu, count: int = 8) -> None:
     tensor_class.pin_memory = lambda self, *args, **kwargs: self
     for name in ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"):
         setattr(tensor_class, name, cpu_device._on_cpu(getattr(tensor_class, name)))
+    make_tensor = torch.tensor
+    torch_module: Any = torch
+    torch_module.tensor = lambda *args, pin_memory=False, **kwargs: make_tensor(*args, **kwargs)
     tensor_class.record_stream = lambda self, stream: None
     for name in ("max_memory_allocated", "max_memory_reserved"):
         setattr(cuda, name, lambda device=None: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

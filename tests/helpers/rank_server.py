@@ -1,8 +1,9 @@
 """Ranks of training runs that start quickly: each is forked from this process, which has the imports of a run.
 
-    python tests/helpers/rank_server.py [GPU]   (started and asked by tests/helpers/training_runs.py)
+    python tests/helpers/rank_server.py [GPU [te]]   (started and asked by tests/helpers/training_runs.py)
 
-GPU: the machine pretends to have GPUs of this type (see pretended_gpus.py), and runs are of the cuda platform.
+GPU: the machine pretends to have GPUs of this type (see pretended_gpus.py), and runs are of the cuda platform. te: and
+TransformerEngine, whose Python runs over a stand-in for its compiled module (see te_stand_in.py).
 
 Importing torch, megatron and transformers costs a rank 6 s, most of what a run of a few steps takes. Nothing else of a
 rank changes: it is a process of its own, with its own environment, standard streams, process group and exit code, and
@@ -26,12 +27,17 @@ TRAINING_MODULE = "megatron_hammer.training.pretrain"
 GRACE_S = 5.0  # between SIGTERM and SIGKILL to the ranks that another one left behind
 
 
-def import_what_runs_import(gpu: str | None) -> None:
+def import_what_runs_import(gpu: str | None = None, te: str | None = None) -> None:
     """Everything slow that a run imports sooner or later; it must leave this process with a single thread."""
     if gpu is not None:
         from tests.helpers.pretended_gpus import GPUS, pretend_gpus
 
         pretend_gpus(GPUS[gpu])
+    if te is not None:
+        from tests.helpers import te_stand_in
+        from tests.helpers.te_wheel import provide_te_wheel
+
+        te_stand_in.install(provide_te_wheel())
     from megatron_hammer.platforms import megatron_compat
 
     megatron_compat.install("cpu" if gpu is None else "cuda")
@@ -133,6 +139,6 @@ def end_ranks(running: set[int]) -> None:
 
 
 if __name__ == "__main__":
-    import_what_runs_import(sys.argv[1] if len(sys.argv) > 1 else None)
+    import_what_runs_import(*sys.argv[1:])
     if serve() is not None:
         runpy.run_module(TRAINING_MODULE, run_name="__main__", alter_sys=True)

@@ -9,7 +9,6 @@ te_stand_in_attention.py, quantized tensors are in te_stand_in_quantize.py. Call
 before megatron is imported: both decide at import whether TransformerEngine is there.
 """
 
-import collections
 import enum
 import importlib.util
 import os
@@ -30,7 +29,6 @@ def install(wheel_dir: Path) -> None:
     # Without this variable transformer_engine.common loads the CUDA libraries as it is imported.
     os.environ["NVTE_PROJECT_BUILDING"] = "1"
     sys.path.insert(0, str(wheel_dir))
-    complete_pretended_gpus()
     sys.modules["transformer_engine_torch"] = build_module()
     onnx = types.ModuleType("transformer_engine.pytorch.onnx_extensions")  # needs onnxscript, which nothing here does
     onnx.__getattr__ = refuse_missing  # type: ignore[method-assign]
@@ -46,15 +44,6 @@ def install(wheel_dir: Path) -> None:
     common: Any = importlib.import_module("transformer_engine.common")
     common.load_framework_extension = load_framework_extension
     spec.loader.exec_module(package)
-
-
-def complete_pretended_gpus() -> None:
-    """What TransformerEngine and megatron with it ask of torch beyond what pretended_gpus answers."""
-    module, cuda = (vars(name) for name in (torch, torch.cuda))
-    cuda["_lazy_init"], cuda["_lazy_call"] = lambda: None, lambda call, **keywords: call()
-    cuda["default_generators"] = collections.defaultdict(lambda: torch.default_generator)  # by number or by device
-    make_tensor = torch.tensor
-    module["tensor"] = lambda *args, pin_memory=False, **keywords: make_tensor(*args, **keywords)
 
 
 def load_framework_extension(framework: str) -> None:

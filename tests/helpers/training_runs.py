@@ -54,23 +54,28 @@ def environment() -> dict[str, str]:
 def run(num_processes: int, *flags: str) -> subprocess.CompletedProcess[str]:
     """Run training to its end, whatever its exit code; its ranks are forked (see rank_server) where that is safe."""
     if sys.platform == "linux":
-        return _start_rank_server(None).run(num_processes, *flags)
+        return _start_rank_server().run(num_processes, *flags)
     return subprocess.run(
         command(num_processes, *flags), env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S
     )
 
 
-def run_on_pretended_gpus(num_processes: int, *flags: str, gpu: str = "h100") -> subprocess.CompletedProcess[str]:
-    """Run training on a machine that pretends to have GPUs of this type (see pretended_gpus.py), whatever comes."""
-    return _start_rank_server(gpu).run(num_processes, *flags)
+def run_on_pretended_gpus(
+    num_processes: int, *flags: str, gpu: str = "h100", has_te: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run training to its end on a machine that pretends to have GPUs of this type, whatever its exit code.
+
+    has_te: and TransformerEngine. See pretended_gpus.py and te_stand_in.py.
+    """
+    return _start_rank_server(gpu, *(["te"] if has_te else [])).run(num_processes, *flags)
 
 
 class RankServer:
-    """A process that forks ranks of training runs; it ends with this one. gpu: the type that it pretends to have."""
+    """A process that forks ranks of training runs; it ends with this one. machine: what it pretends to have."""
 
-    def __init__(self, gpu: str | None) -> None:
+    def __init__(self, *machine: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "helpers" / "rank_server.py"), *([] if gpu is None else [gpu])],
+            [sys.executable, str(ROOT / "tests" / "helpers" / "rank_server.py"), *machine],
             env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
 
@@ -100,9 +105,9 @@ class RankServer:
 
 
 @functools.cache
-def _start_rank_server(gpu: str | None) -> RankServer:
-    """The one of this process; it takes as long to start as one rank, and only the first run waits for it."""
-    return RankServer(gpu)
+def _start_rank_server(*machine: str) -> RankServer:
+    """The one of this process for a machine; it starts as slowly as one rank, and only the first run waits for it."""
+    return RankServer(*machine)
 
 
 def train(num_processes: int, metrics_path: Path, *flags: str) -> list[dict[str, Any]]:

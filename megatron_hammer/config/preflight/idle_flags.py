@@ -184,6 +184,12 @@ IDLE: tuple[Idle, ...] = (
         "without --cross-entropy-loss-fusion",
         "Pass --cross-entropy-loss-fusion with it, or drop it",
     ),
+    Idle(
+        "fused_residual_rmsnorm",
+        lambda flags: flags["backend"] == "te" and not flags["num_experts"],
+        "in a dense model, whose norms are in TransformerEngine's linear layers",
+        _DROP,
+    ),
     Idle("async_save", _is_without("save"), "without --save", _SAVE_REMEDY),
     Idle("softmax_type", lambda flags: flags["softmax_type"] == "vanilla", "as vanilla, the default", _DROP),
 )

@@ -26,7 +26,6 @@ NEEDS_TE: dict[str, tuple[object, ...]] = {
     "fused_residual_rmsnorm": (False,),
     "moe_grouped_gemm": (False,),
     "optimizer_cuda_graph": (False,),
-    "fp32_residual_connection": (False,),
     "cpu_offloading_num_layers": (0,),
     "external_cuda_graph": (False,),
     "cuda_graph_impl": (None, "none", "local", "full_iteration"),
@@ -80,6 +79,32 @@ REFUSALS: tuple[Refusal, ...] = (
         "Pass --precision bf16",
     ),
     Refusal(
+        "fp32_residual_connection",
+        lambda flags: flags["fp32_residual_connection"],
+        "gives fp32 activations to layers whose weights are 16-bit, which neither backend takes",
+        "Drop it",
+    ),
+    Refusal(
+        "attention_backend",
+        lambda flags: (
+            getattr(flags["attention_backend"], "name", "") == "fused" and not (flags["bf16"] or flags["fp16"])
+        ),
+        "is a kernel of 16-bit numbers",
+        "Pass --precision bf16, or drop it",
+    ),
+    Refusal(
+        "fp8_param_gather",
+        lambda flags: flags["fp8_param_gather"] and not flags["bf16"],
+        "needs the optimizer's master weights, which fp32 training has none of",
+        "Pass --precision bf16",
+    ),
+    Refusal(
+        "use_transformer_engine_op_fuser",
+        lambda flags: flags["use_transformer_engine_op_fuser"] and flags["moe_grouped_gemm"],
+        "has no fused grouped GEMM for experts",
+        "Drop it, or drop --moe-grouped-gemm",
+    ),
+    Refusal(
         "use_ring_exchange_p2p",
         lambda flags: flags["use_ring_exchange_p2p"],
         "calls torch.distributed.ring_exchange, which PyTorch does not have",
@@ -114,6 +139,12 @@ PACKAGES: tuple[tuple[str, Condition, str, str], ...] = (
     ),
     ("enable_ft_package", lambda flags: flags["enable_ft_package"], "nvidia_resiliency_ext", "nvidia-resiliency-ext"),
     ("use_megatron_fsdp", lambda flags: flags["use_megatron_fsdp"], "einops", "einops"),
+    (
+        "attention_backend",
+        lambda flags: getattr(flags["attention_backend"], "name", "") == "flash",
+        "flash_attn",
+        "--no-build-isolation flash-attn, or drop it: the fused kernels of cuDNN are as fast on Hopper",
+    ),
     ("log_straggler", lambda flags: flags["log_straggler"], "pynvml", "nvidia-ml-py"),
     ("wandb_project", lambda flags: bool(flags["wandb_project"]), "wandb", "wandb"),
     ("tensorboard_dir", lambda flags: bool(flags["tensorboard_dir"]), "tensorboard", "tensorboard"),

@@ -21,6 +21,7 @@ CIRCUMSTANCES = {
     "lr_decay_iters": {"lr_decay_style": "constant"},
     "eval_interval": {"eval_iters": 0},
     "reset_attention_mask": {"backend": "te"},
+    "fused_residual_rmsnorm": {"backend": "te"},
 }
 # What makes the flags of a family work, by the family's first prefix or name; the others never work.
 WORKING = {

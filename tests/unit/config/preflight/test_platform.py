@@ -3,6 +3,7 @@
 import importlib.util
 
 import pytest
+from megatron.core.transformer.enums import AttnBackend
 
 from megatron_hammer.config.preflight import layout
 from megatron_hammer.config.preflight.flags import find_flag_problems
@@ -51,6 +52,13 @@ def test_context_parallelism_needs_transformer_engine() -> None:
         ({"moe_use_upcycling": True}, "moe-use-upcycling: would build the dense model with experts"),
         ({"init_model_with_meta_device": True}, "init-model-with-meta-device: leaves the weights uninitialised"),
         ({"optimizer": "sgd"}, "optimizer: has no state that the distributed optimizer can save, got optimizer=sgd"),
+        ({"fp32_residual_connection": True, "bf16": True}, "fp32-residual-connection: gives fp32 activations"),
+        ({"attention_backend": AttnBackend.fused}, "attention-backend: is a kernel of 16-bit numbers"),
+        ({"fp8_param_gather": True}, "fp8-param-gather: needs the optimizer's master weights"),
+        (
+            {"use_transformer_engine_op_fuser": True, "moe_grouped_gemm": True},
+            "use-transformer-engine-op-fuser: has no fused grouped GEMM",
+        ),
         ({"use_ring_exchange_p2p": True}, "use-ring-exchange-p2p: calls torch.distributed.ring_exchange"),
         ({"use_sharp": True}, "use-sharp: asks for a process group before"),
         ({"distributed_backend": "gloo"}, "distributed-backend: gloo has no reduce-scatter between GPUs"),
@@ -78,6 +86,7 @@ def test_what_works_is_not_refused() -> None:
         ({"async_save": True, "save": "checkpoints"}, "nvidia-resiliency-ext"),
         ({"use_megatron_fsdp": True, "init_model_with_meta_device": True}, "einops"),
         ({"log_straggler": True}, "nvidia-ml-py"),
+        ({"attention_backend": AttnBackend.flash}, "--no-build-isolation flash-attn"),
         ({"tensorboard_dir": "logs"}, "tensorboard"),
     ],
 )
