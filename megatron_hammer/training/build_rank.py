@@ -127,6 +127,7 @@ def play_rank(layout: ParallelLayout, rank: int) -> Iterator[Any]:
             context_parallel_size=layout.context_parallel_size,
             expert_model_parallel_size=layout.expert_model_parallel_size,
             expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
+            # The fake backend has no gloo groups, and no message is sent anyway.
             create_gloo_process_groups=False,
         )
         yield ProcessGroupCollection.use_mpu_process_groups()
@@ -153,6 +154,7 @@ def _build_chunks(config: Any, groups: Any) -> list[Any]:
 
 def _describe(plan: "RunPlan", ddp_config: Any, rank: int, groups: Any, chunks: list[Any]) -> BuiltRank:
     parameters = [item for chunk in chunks for item in chunk.named_parameters()]
+    # Megatron names the routed experts of a layer mlp.experts; the shared expert (shared_experts) is dense.
     expert = sum(parameter.numel() for name, parameter in parameters if ".experts." in name)
     share = count_optimizer_shard(plan.model, plan.layout, groups.pp.rank(), vocab_divisible_by=plan.vocab_divisible_by)
     owned, padding = _count_optimizer_parameters(plan.layout, ddp_config, groups, chunks)
@@ -192,11 +194,13 @@ def _count_optimizer_parameters(
     owned = padding = 0
     for stage, chunk in enumerate(chunks):
         for key, layout in _lay_out_buffers(ddp_config, groups, chunk, is_first=stage == 0).items():
+            # Experts have fewer copies: expert parallelism takes its ranks from the data-parallel ones.
             group = groups.expt_dp if key.is_expert_parallel else groups.dp_cp
             for start, end, bucket in layout.param_index_map.values():
                 bucket_start, bucket_end = layout.bucket_indices[bucket]
                 shard_size = (bucket_end - bucket_start) // group.size()
                 shard_start = bucket_start + group.rank() * shard_size
+                # A shard is an equal slice of a bucket and may begin or end inside a parameter.
                 owned += max(0, min(end, shard_start + shard_size) - max(start, shard_start))
             used = sum(end - start for start, end, _ in layout.param_index_map.values())
             padding += -(-(sum(end - start for start, end in layout.bucket_indices) - used) // group.size())
@@ -208,6 +212,7 @@ def _lay_out_buffers(config: Any, groups: Any, chunk: Any, *, is_first: bool) ->
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     has_buckets = config.overlap_grad_reduce and is_first and groups.pp.rank() == 0
+    # The same default as in megatron.core.distributed.DistributedDataParallel, in elements.
     bucket_size = config.bucket_size or max(40_000_000, 1_000_000 * groups.dp.size())
     return DistributedOptimizer.compute_full_param_layout(
         [parameter for parameter in chunk.parameters() if parameter.requires_grad],

@@ -65,6 +65,7 @@ def read_run(name: str, path: Path) -> Run:
             metrics = json.loads(line)
             step = int(metrics["step"])
             losses[step] = float(metrics["loss"])
+            # Null for a step whose gradient norm was not computed.
             grad_norms[step] = None if metrics["grad_norm"] is None else float(metrics["grad_norm"])
         except (ValueError, KeyError, TypeError):
             raise DataError(
@@ -82,6 +83,7 @@ def compare_to_first(
     """Every run after the first against the first. Raises DataError unless all have the same steps."""
     reference, *others = runs
     for run in others:
+        # A comparison of the common steps alone would hide a run that stopped early.
         if run.losses.keys() != reference.losses.keys():
             raise DataError(
                 f"{run.name}: must have the steps of {reference.name}, got {_describe_steps(run)} instead of "
@@ -116,6 +118,7 @@ def _compare(run: Run, reference: Run, tolerance: float, first_step_tolerance: f
 
 def difference_ratio(value: float, expected: float) -> float:
     """|value - expected| / |expected|; 0 where both are equal, inf where either is NaN or only `expected` is 0."""
+    # First, so that two zeros or two equal infinities are no difference.
     if value == expected:
         return 0.0
     difference = abs(value - expected)

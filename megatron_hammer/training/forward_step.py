@@ -39,6 +39,7 @@ class ForwardStep:
         """
         is_first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
+        # A middle stage gets hidden states from the stage before it and needs no part of the batch.
         if not (is_first or is_last):
             return dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids", "attention_mask"))
         sizes, layout = self.plan.batch, self.plan.layout
@@ -47,6 +48,7 @@ class ForwardStep:
         if tp_rank == 0:
             assert data_iterator is not None
             sample = next(data_iterator)
+            # Not blocking: the copy from pinned memory overlaps with work that is already queued.
             batch = {name: tensor.cuda(non_blocking=True) for name, tensor in sample.items()}
         batch = get_batch_on_this_tp_rank(
             batch,
@@ -64,6 +66,7 @@ class ForwardStep:
             is_pipeline_first_stage=is_first,
             is_pipeline_last_stage=is_last,
         )
+        # The backends make the causal mask themselves, but the model's call needs the key.
         batch.setdefault("attention_mask", None)
         if layout.context_parallel_size == 1:
             return batch
@@ -76,9 +79,11 @@ def sum_loss(loss_mask: Tensor, token_losses: Tensor) -> tuple[Tensor, Tensor, d
 
     Returns the sum, the number of tokens, and {"lm loss": [sum, number]} for reporting over the global batch.
     """
+    # fp32: a sum over thousands of 16-bit losses would lose their small differences.
     losses = token_losses.view(-1).float()
     mask = loss_mask.reshape(-1).float()
     loss = torch.sum(losses * mask)
+    # Megatron reduces this count over the ranks and divides the gradients by it.
     num_tokens = mask.sum().detach().to(torch.int)
     report = torch.stack([loss.detach(), num_tokens.to(loss.dtype)])
     return loss, num_tokens, {"lm loss": report}

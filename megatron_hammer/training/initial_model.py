@@ -81,6 +81,7 @@ def build_filler(initial: InitialModel, *, rank: int, terminal: IO[str]) -> Call
         masters = [_list_masters(part) for part in parts]
         num_held, problems = torch.zeros(len(source.pairs), dtype=torch.int64), list[str]()
         try:
+            # One rank is enough: all ranks read the same folder.
             if rank == 0 and (unequal := source.list_unequal_duplicates()):
                 raise ConversionError(*unequal)
             with _progress(modules, terminal if rank == 0 else None) as on_parameter:
@@ -95,6 +96,7 @@ def build_filler(initial: InitialModel, *, rank: int, terminal: IO[str]) -> Call
             ConversionError
         ) as error:  # raised once all ranks have looked, since a rank that stops alone hangs the others
             problems = list(error.problems)
+        # One collective for both: the number of elements each pair filled, and whether any rank failed.
         *num_held_by_all, num_problems = sum_over_ranks(torch.cat([num_held, torch.tensor([len(problems)])])).tolist()
         if num_problems:
             raise ConversionError(*gather_lines(problems))

@@ -42,6 +42,7 @@ def build_observer(plan: RunPlan, state: TrainingState, terminal: IO[str]) -> "R
         state,
         facts,
         Reporter(terminal, facts),
+        # The last rank is in the last pipeline stage, the only one that has the loss.
         is_recorder=machine.rank == machine.world_size - 1,
         read_peak_memory_bytes=read_peak_memory_bytes,
         max_over_ranks=max_over_ranks,
@@ -99,6 +100,7 @@ class RunObserver:
 
     def begin_step(self, param_groups: Sequence[dict[str, Any]]) -> None:
         """A step starts; `param_groups` still hold the learning rate that it will apply."""
+        # Only now: the step to resume from is known once Megatron has loaded the checkpoint.
         if self._log is None and self.is_recorder:
             self._open_log()
         self._lr = max((group["lr"] for group in param_groups if group.get("lr") is not None), default=0.0)
@@ -108,8 +110,10 @@ class RunObserver:
         self, *, step: int, losses: dict[str, Any], grad_norm: float | None, loss_scale: float, is_skipped: bool
     ) -> None:
         """The optimizer has stepped. losses: {name: scalar tensor} on the last pipeline stage, else empty."""
+        # float() waits for the device, so the stopwatch below measures the finished step.
         loss = float(losses[LOSS_NAME]) if LOSS_NAME in losses else None
         step_time_s = self._stopwatch.elapsed_s()
+        # Before the early return: every rank must take part in a collective.
         peak_memory_bytes = int(self._max_over_ranks(float(self._read_peak_memory_bytes())))
         if not self.is_recorder:
             return
@@ -157,6 +161,7 @@ class RunObserver:
         metrics_path = self._metrics_path()
         curve_path = None
         if metrics_path is not None and self._log.history:
+            # From the files and not from the history, so the curve includes the steps before a resume.
             curve_path = metrics_path.with_name("loss.png")
             validations = read_metrics(metrics_path.with_name("validation.jsonl"))
             write_loss_curve(read_metrics(metrics_path), validations, curve_path)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, or with --dry-run say what would be trained. Raises HammerError for every problem a user can fix."""
+    # First: everything below reads a process's place from torchrun's variables.
     os.environ.update(read_slurm_variables(os.environ))
     end_with_launcher()
     argv = sys.argv[1:] if argv is None else argv
@@ -51,6 +52,7 @@ def prepare(argv: Sequence[str], *, is_plan: bool = False) -> "ParsedArguments":
     from megatron_hammer.platforms import megatron_compat
     from megatron_hammer.platforms.select import select_backend, select_platform
 
+    # Before the platform is chosen, which may initialise CUDA; CUDA reads the variable only then.
     set_connections(argv)
     is_plan = is_plan or "--dry-run" in argv
     where = {"is_plan": is_plan, "is_for_this_machine": read_option(argv, "--world-size") is None}
@@ -127,6 +129,7 @@ def train(arguments: "ParsedArguments", plan: "RunPlan", terminal: IO[str]) -> N
 
     stand_alone()
     state = finalize_arguments(arguments)
+    # Ctrl-C and SIGTERM too, since --exit-signal may name another signal.
     training_hooks.stop_on_signals_too((signal.SIGINT, signal.SIGTERM))
     config = build_config_container(arguments, build_model_config)
     observer = build_observer(plan, state, terminal)
@@ -137,6 +140,7 @@ def train(arguments: "ParsedArguments", plan: "RunPlan", terminal: IO[str]) -> N
         pretrain(config, datasets, ModelType.encoder_or_decoder, ForwardStep(plan))
     except SystemExit as stop:
         report_early_stop(observer, stop)
+    # Also after an early stop: the curve and the summary then cover the steps that were run.
     observer.finish()
     close_process_group()
 
@@ -156,6 +160,7 @@ def fill_from_initial_model(plan: "RunPlan", state: "TrainingState", terminal: I
 
 def report_early_stop(observer: "RunObserver", stop: SystemExit) -> None:
     """megatron leaves its loop by exit(0) on a signal, a time limit or --exit-interval; say where the run stands."""
+    # Another exit code is an error of megatron's and must reach the launcher.
     if stop.code not in (0, None):
         raise stop
     observer.report_early_stop()

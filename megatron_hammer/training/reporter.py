@@ -44,6 +44,7 @@ class Reporter:
             self._progress.update(self._task, completed=metrics.step, description=describe_step(metrics))
             return
         now_s = time.perf_counter()
+        # The first and the last step are always printed, also in a run shorter than the interval.
         is_edge = metrics.step == self.facts.train_steps or self._printed_at_s == 0.0
         if is_edge or now_s - self._printed_at_s >= PLAIN_LINE_INTERVAL_S:
             self._printed_at_s = now_s
@@ -56,6 +57,7 @@ class Reporter:
         )
 
     def say(self, message: str) -> None:
+        # Without markup: a path with brackets would be read as a style.
         self.console.print(message, markup=False)
 
     def stop(self) -> None:
@@ -113,6 +115,7 @@ def summarize(history: list[StepMetrics], validations: list[dict[str, Any]], fac
     num_skipped = sum(metrics.is_skipped for metrics in history)
     if num_skipped:
         rows["skipped steps"] = str(num_skipped)
+    # A dict by name keeps the last line of each set.
     for validation in {line["validation_set"]: line for line in validations}.values():
         rows[f"{validation['validation_set']} at step {validation['step']}"] = (
             f"loss {validation['loss']:.4f}, perplexity {validation['perplexity']:.2f}"
@@ -124,12 +127,14 @@ def write_loss_curve(steps: list[dict[str, Any]], validations: list[dict[str, An
     """Loss over steps as a PNG: training, its running mean, and each validation set."""
     import matplotlib
 
+    # Agg draws into memory and needs no display, which a compute node does not have.
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     x, y = [line["step"] for line in steps], [line["loss"] for line in steps]
     axes.plot(x, y, linewidth=0.8, alpha=0.5, label="training")
+    # 2% of the steps: smooths the noise between batches and keeps the shape of the curve.
     window = max(1, len(y) // 50)
     if window > 1:
         means = [sum(y[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(y))]

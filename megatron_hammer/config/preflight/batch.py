@@ -18,6 +18,7 @@ def find_batch_problems(plan: RunPlan) -> list[str]:
             f"train-samples: must fill one step, got train_samples={train_samples}, "
             f"global_batch_size={batch.global_batch_size}. Raise --train-samples, or lower --global-batch-size."
         )
+    # A scheduled batch changes its number of micro-batches during the run, so there is no one number to check here.
     if problems or batch.is_scheduled or plan.layout.virtual_pipeline_model_parallel_size == 1:
         return problems
     return find_schedule_problems(batch, plan.layout, is_evaluated=bool(plan.evaluation.num_steps))
@@ -33,6 +34,7 @@ def find_size_problems(batch: Batch, layout: ParallelLayout) -> list[str]:
             )
         )
     sizes = batch.eval_global_batch_size, batch.eval_micro_batch_size
+    # Evaluation without sizes of its own takes the training sizes, whose problem is already in the list.
     if sizes[0] % (sizes[1] * dp) and (batch.has_own_evaluation or not problems):
         problems.append(
             _describe_size_problem("eval_global_batch_size", sizes[0], "eval_micro_batch_size", sizes[1], dp)
@@ -43,6 +45,7 @@ def find_size_problems(batch: Batch, layout: ParallelLayout) -> list[str]:
 def find_schedule_problems(batch: Batch, layout: ParallelLayout, *, is_evaluated: bool) -> list[str]:
     """The interleaved schedule takes micro-batches in groups (megatron.core.pipeline_parallel.schedules)."""
     dp, pp = layout.data_parallel_size, layout.pipeline_model_parallel_size
+    # Megatron's default group is one micro-batch for each stage.
     group = batch.microbatch_group_size or pp
     counts = {"global_batch_size": batch.global_batch_size // (batch.micro_batch_size * dp)}
     if batch.has_own_evaluation and is_evaluated:
@@ -73,8 +76,10 @@ def _find_group_problems(flag: str, num_microbatches: int, pp: int, group: int) 
 
 def _describe_size_problem(name: str, batch: int, micro_name: str, micro: int, dp: int) -> str:
     flag, unit = flag_of(name), micro * dp
+    # Smaller micro-batches that also fit, so the message can keep the global batch, which affects the training.
     fitting = [size for size in divisors(batch // dp) if size <= micro] if batch % dp == 0 else []
     smaller = f", or --{flag_of(micro_name)} {fitting[-1]}" if fitting else ""
+    # 0 where the batch is smaller than one micro-batch on each rank: then only the larger number is possible.
     lower = batch // unit * unit
     nearest = f"{lower} or {lower + unit}" if lower else str(unit)
     return (

@@ -28,6 +28,7 @@ def find_checkpoint_problems(settings: RunSettings, plan: RunPlan | None) -> lis
     if checkpoints.load is not None:
         tracker_path = Path(checkpoints.load) / LATEST_FILE
         has_other_weights = checkpoints.pretrained is not None or settings.initial_model is not None
+        # With --ckpt-step the tracker is not needed: the folder's name follows from the step.
         if os.path.isfile(tracker_path) or checkpoints.step:
             problems += _find_step_problems(settings, plan, tracker_path)
         elif not (has_other_weights or is_same_place(checkpoints.load, checkpoints.save)):
@@ -50,6 +51,7 @@ def _find_pretrained_problems(checkpoints: Checkpoints) -> list[str]:
 
 def _find_metrics_problems(path: str | None, save: str | None) -> list[str]:
     """--metrics-path is a file in a folder that can be written; a folder that is --save is checked with it."""
+    # By default metrics.jsonl is in --save, which would then be reported twice.
     if path is None or is_same_place(os.path.dirname(path), save):
         return []
     if os.path.isdir(path):
@@ -63,12 +65,14 @@ def _find_step_problems(settings: RunSettings, plan: RunPlan | None, tracker_pat
     if checkpoints.step:
         folder, named_by = f"iter_{checkpoints.step:07d}", "--ckpt-step"
     else:
+        # errors="replace": a damaged tracker must become the problem below, not a UnicodeDecodeError.
         text = tracker_path.read_text(encoding="utf-8", errors="replace").strip()
         if text != "release" and not text.isdecimal():
             return [
                 f"{tracker_path}: must hold a step number or 'release', got {text[:40]!r}. "
                 "Restore it, or name a step that exists with --ckpt-step."
             ]
+        # "release" is what Megatron calls a checkpoint of weights without a run, such as a converted one.
         folder, named_by = "release" if text == "release" else f"iter_{int(text):07d}", LATEST_FILE
     checkpoint_dir = tracker_path.parent / folder
     if not checkpoint_dir.is_dir():
@@ -90,5 +94,6 @@ def _find_saved_problems(settings: RunSettings, plan: RunPlan | None, checkpoint
     try:
         saved = read_saved_run(checkpoint_dir)
     except CheckpointError as error:
+        # The reader's problems name files; the prefix says which flag led to them.
         return [f"load: {problem}" for problem in error.problems]
     return find_resume_problems(settings, plan, saved)

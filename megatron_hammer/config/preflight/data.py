@@ -57,6 +57,7 @@ def read_indices(sources: DataPlan) -> tuple[dict[str, IndexSummary], list[str]]
     prefixes += [source.prefix for source in sources.shared]
     indices: dict[str, IndexSummary] = {}
     problems: list[str] = []
+    # Each prefix once: a shared prefix is a source of every split.
     for prefix in dict.fromkeys(prefixes):
         try:
             indices[prefix] = read_index(prefix)
@@ -107,6 +108,7 @@ def find_vocabulary_problems(settings: RunSettings, encoder: Encoder | None) -> 
     vocab_size = settings.vocab_size
     if encoder is None or vocab_size is None or vocab_size == encoder.vocab_size:
         return []
+    # Published models often have spare rows after the tokenizer's last token, which no text uses.
     if settings.is_vocabulary_chosen and vocab_size > encoder.vocab_size:
         return []
     if settings.initial_model is not None:
@@ -122,6 +124,7 @@ def find_vocabulary_problems(settings: RunSettings, encoder: Encoder | None) -> 
 
 
 def _find_content_problems(vocab_size: int | None, prefix: str, index: IndexSummary) -> list[str]:
+    # An .idx may declare floating-point values, which cannot be token ids.
     if not np.issubdtype(index.dtype, np.integer):
         return [f"{prefix}.idx: tokens must be integers, got dtype={index.dtype}. Preprocess the corpus again."]
     if vocab_size is None or index.num_tokens == 0:
@@ -140,6 +143,7 @@ def _sample_extreme_ids(index: IndexSummary) -> tuple[int, int]:
     """Largest and smallest id, of all tokens or of chunks spread evenly over a large file (its end included)."""
     size = index.num_tokens if index.num_tokens <= MAX_WHOLE_TOKENS else SAMPLED_CHUNK_TOKENS
     last_start = index.num_tokens - size
+    # A set, since a small file has the same start, 0, four times.
     starts = {last_start * step // (NUM_SAMPLED_CHUNKS - 1) for step in range(NUM_SAMPLED_CHUNKS)}
     chunks = [index.tokens[start : start + size] for start in sorted(starts)]
     return max(int(chunk.max()) for chunk in chunks), min(int(chunk.min()) for chunk in chunks)
@@ -166,6 +170,7 @@ def _find_manifest_problems(
                 f"in the .idx {index.num_tokens}. Preprocess the corpus again."
             )
         problems += _find_tokenizer_mismatch(settings, prefix, manifest, encoder)
+    # With a tokenizer, each data set has been compared with it above; without one, the data sets are compared together.
     by_hash = {manifest.tokenizer.sha256: prefix for prefix, manifest in manifests.items()}
     if encoder is None and len(by_hash) > 1:
         names = ", ".join(f"{prefix} ({manifests[prefix].tokenizer.name})" for prefix in by_hash.values())
@@ -188,6 +193,7 @@ def _find_tokenizer_mismatch(
             "Pass the tokenizer that the corpus was preprocessed with, or preprocess it again."
         ]
     vocab_size = settings.vocab_size
+    # A model may have more rows than the tokenizer has tokens, such as config.json's padded vocab_size; not fewer.
     is_larger_on_purpose = settings.is_vocabulary_chosen and vocab_size and vocab_size > made_with.vocab_size
     if vocab_size in (None, made_with.vocab_size) or is_larger_on_purpose:
         return []

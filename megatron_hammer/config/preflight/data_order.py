@@ -82,6 +82,7 @@ def _find_pin_problems(plan: RunPlan, order: DataOrder) -> Iterator[str]:
     pinned, needed = plan.data.order_samples, plan.num_samples["train"]
     if pinned is None:
         return
+    # Only Megatron's order ends there; the epochwise order continues with further epochs.
     if pinned < 1 or (plan.data.order == MEGATRON and pinned < needed):
         yield (
             f"data-order-samples: must be at least the {needed} samples that the run draws, got "
@@ -128,8 +129,10 @@ def _describe_change(plan: RunPlan, saved: SavedRun, review: OrderReview) -> str
 def _describe_counts(review: OrderReview) -> list[str]:
     """How much comes again and is skipped, over all and by source."""
     num_consumed, new = review.num_consumed, review.new
+    # Another loader draws samples in an order that this package does not reproduce.
     if review.old.dataloader_type != COUNTABLE_LOADER:
         return [f"What comes again under --dataloader-type {review.old.dataloader_type} cannot be counted."]
+    # A shorter run may end before what was already consumed, and no order can be read beyond its end.
     last = min(max(new.last_sample, num_consumed), new.order.num_available)
     first = min(num_consumed, last)
     lengths = {
@@ -137,6 +140,7 @@ def _describe_counts(review: OrderReview) -> list[str]:
     }
     rest = Segment(order=new.order, keys=new.keys, first_sample=0, last_sample=last)
     changes, is_exact = count_change(review.history, rest, num_consumed=first, lengths=lengths)
+    # count_change says whether it counted every sample or estimated.
     about = "" if is_exact else "about "
     consumed = sum(change.consumed_tokens for change in changes)
     held = sum(source.epoch_tokens for source in new.order.sources)
@@ -167,6 +171,7 @@ def find_keeping_flags(plan: RunPlan, review: OrderReview) -> str | None:
     old = review.old
     built_for = old.joint_samples if old.order == EPOCHWISE else old.num_samples
     for data_order, samples in ((MEGATRON, built_for), (EPOCHWISE, None), (EPOCHWISE, built_for)):
+        # Megatron's order has an end, and this one would end before the run does.
         if data_order == MEGATRON and (samples or 0) < review.new.last_sample:
             continue
         settings = dataclasses.replace(plan.order, order=data_order, order_samples=samples)

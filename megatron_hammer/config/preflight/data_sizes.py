@@ -21,6 +21,8 @@ def find_size_problems(settings: RunSettings, plan: RunPlan | None, indices: Ind
         return []
     problems = []
     for name in SPLIT_FLAGS:
+        # One sample takes seq_length + 1 tokens, because its labels are its tokens shifted by one. A split that is not
+        # evaluated must still not be empty.
         needed = 1 if name != "train" and not evaluation.is_on else seq_length + 1
         for source in sources.sources_of(name):
             tokens = count_split_tokens(indices[source.prefix], sources.bounds_of(name))
@@ -62,6 +64,7 @@ def _count_tokens(plan: RunPlan, indices: Indices, name: str) -> list[int]:
 def _find_short_epoch_problems(plan: RunPlan, indices: Indices) -> list[str]:
     tokens = _count_tokens(plan, indices, "train")
     batch = plan.batch.global_batch_size
+    # Less data than one step would repeat tokens within one batch.
     if plan.schedule.skips_training or not tokens or sum(tokens) >= batch * plan.seq_length:
         return []
     return [
@@ -95,9 +98,12 @@ def _find_single_pass_problems(plan: RunPlan, indices: Indices) -> list[str]:
         sources = plan.data.sources.sources_of(name)
         if len(sources) < 2 or any(source.weight is not None for source in sources):
             continue
+        # Each set is then read by itself and is not blended.
         if name == "valid" and plan.evaluation.has_several_sets:
             continue
         tokens = _count_tokens(plan, indices, name)
+        # Neighbouring samples share one token, the last label of the one and the first token of the next: hence size -
+        # 1.
         available = sum((size - 1) // plan.seq_length for size in tokens)
         if available < needed:
             weighted = " ".join(
@@ -116,6 +122,7 @@ def _find_repetition_problems(plan: RunPlan, indices: Indices) -> list[str]:
     if plan.schedule.skips_training or plan.data.accepts_many_epochs or not tokens:
         return []
     sources = plan.data.sources.sources_of("train")
+    # Without a weight, a source is drawn in proportion to its size.
     weights = [size if source.weight is None else source.weight for source, size in zip(sources, tokens, strict=True)]
     num_samples = plan.num_samples["train"]
     total = sum(weights) or 1
@@ -124,6 +131,7 @@ def _find_repetition_problems(plan: RunPlan, indices: Indices) -> list[str]:
             (num_samples * plan.seq_length * weight / total / size, source, size)
             for weight, source, size in zip(weights, sources, tokens, strict=True)
         ),
+        # Only the epochs: equal numbers must not make Python compare the sources.
         key=lambda entry: entry[0],
     )
     if epochs <= MOST_EPOCHS:

@@ -36,12 +36,15 @@ def find_problems(arguments: ParsedArguments) -> list[str]:
         problems += _find_fit_problems(settings, plan)
         problems += find_schedule_problems(settings.schedule)
         file_problems = find_data_problems(settings, plan) + file_problems
+        # It reads the data and the checkpoint, which must be whole for that.
         if plan is not None and not file_problems:
             file_problems = find_data_order_problems(plan)
     problems += file_problems
+    # Last and alone: Megatron stops at its first problem, and most are those above in less helpful words.
     refusal = find_megatron_refusal(arguments.namespace) if not problems else None
     if refusal is not None:
         problems.append(describe_refusal(refusal))
+    # Two checks may find the same problem; dict.fromkeys keeps their order.
     return list(dict.fromkeys(problems))
 
 

@@ -61,6 +61,7 @@ def _find_companion_problems(flags: Flags) -> list[str]:
             f"num-query-groups: must be given with --group-query-attention, got "
             f"num_query_groups={flags['num_query_groups']} by default. Pass --num-query-groups."
         )
+    # Megatron has no default method or number of layers for full recomputation.
     if flags["recompute_granularity"] == "full" and (
         flags["recompute_method"] is None or flags["recompute_num_layers"] is None
     ):
@@ -72,6 +73,7 @@ def _find_companion_problems(flags: Flags) -> list[str]:
     problems += [
         f"precision: a run has one precision, got precision={flags['precision']}, --{name}. Drop --{name}."
         for name in ("bf16", "fp16")
+        # --precision is ours, --bf16 and --fp16 are Megatron's; both spellings of the same precision are accepted.
         if {name, "precision"} <= typed and name != flags["precision"]
     ]
     if flags["wandb_project"] and not flags["wandb_exp_name"]:
@@ -95,6 +97,7 @@ def _find_stale_preset_problems(flags: Flags, *, has_preset: bool) -> list[str]:
     """An override must not leave a number of the preset behind that followed from the old one."""
     typed = flags.typed
     problems = []
+    # A preset sets kv_channels explicitly, so Megatron would not derive it again from an overridden size.
     sizes = {"hidden_size", "num_attention_heads"}
     has_sizes = flags["hidden_size"] is not None and flags["num_attention_heads"]
     if has_preset and has_sizes and sizes & typed and "kv_channels" not in typed:
@@ -105,6 +108,7 @@ def _find_stale_preset_problems(flags: Flags, *, has_preset: bool) -> list[str]:
                 f"kv_channels={flags['kv_channels']}, hidden_size={flags['hidden_size']}, "
                 f"num_attention_heads={flags['num_attention_heads']}. Pass --kv-channels {fitting}."
             )
+    # Counts and memory are computed from the derived size; a typed one would disagree with them.
     if "padded_vocab_size" in typed:
         problems.append(
             f"padded-vocab-size: follows from --vocab-size, --make-vocab-size-divisible-by and the tensor-parallel "

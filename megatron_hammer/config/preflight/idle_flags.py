@@ -127,6 +127,7 @@ IDLE: tuple[Idle, ...] = (
     # Data
     Idle(
         "reset_attention_mask",
+        # TransformerEngine's causal kernels take no mask tensor.
         lambda flags: flags["backend"] == "te",
         "with the te backend, whose mask is causal",
         "Pass --backend torch, or drop it",
@@ -250,6 +251,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         ("tp_comm_",),
         (),
+        # --tp-comm-overlap itself begins with the prefix of its family.
         lambda flags: not flags["tp_comm_overlap"] and "tp_comm_overlap" not in flags.typed,
         "without --tp-comm-overlap",
         "Pass --tp-comm-overlap with it, or drop it",
@@ -264,6 +266,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         ("lion_",),
         (),
+        # Muon updates what is not a matrix with another optimizer, which may be Lion.
         lambda flags: flags["optimizer"] != "lion" and flags["muon_scalar_optimizer"] != "lion",
         "without --optimizer lion",
         "Pass --optimizer lion with it, or drop it",
@@ -272,6 +275,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         ("cuda_graph_",),
         (),
+        # --cuda-graph-impl itself begins with the prefix of its family, so typing it must not make the family idle.
         lambda flags: _has_no_graphs(flags) and "cuda_graph_impl" not in flags.typed,
         "without --cuda-graph-impl",
         "Pass --cuda-graph-impl with it, or drop it",
@@ -348,6 +352,7 @@ def find_idle_problems(flags: Flags) -> list[str]:
     for idle in IDLE:
         if idle.name in flags.typed and idle.is_idle(flags):
             problems.append(_describe(idle.name, idle.why, idle.remedy))
+    # Flags with a row of their own have more exact words there, and are judged by that row alone.
     reported = {idle.name for idle in IDLE}
     for family in FAMILIES:
         if family.is_idle(flags):

@@ -39,6 +39,7 @@ def find_initial_model_problems(settings: RunSettings) -> list[str]:
             f"load-hf: a run begins with one model's weights, got load_hf={settings.flags['load_hf']}, "
             f"pretrained_checkpoint={checkpoints.pretrained}. Drop one of the two."
         )
+    # A run that resumes takes its weights from its checkpoint, so the folder's need not be readable.
     if find_checkpoint_to_load(checkpoints) is None:
         problems += [*initial.problems, *_find_unfillable(settings, initial)]
     return problems
@@ -83,6 +84,7 @@ def _find_unfillable(settings: RunSettings, initial: InitialModel) -> list[str]:
         f"{name}={show_value(flags[name])}. {remedy}, or drop the flag."
         for name in flags.list_loud(NEEDS_CONVERSION)
     ]
+    # An fp32 run has no second copy of its weights, so nothing is rounded on the way to the optimizer.
     if precision in EXACT_IN and initial.dtype != EXACT_IN[precision]:
         problems += [
             f"{flag_of(name)}: would take its fp32 weights from {precision}, got {name}=on, weights of {initial.dtype} "

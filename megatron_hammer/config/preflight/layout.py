@@ -48,6 +48,7 @@ def find_layout_problems(
     layers_per_chunk: of --num-layers-per-virtual-pipeline-stage, where that flag decides the number of chunks.
     """
     problems = find_world_problems(layout, world_size) + _find_chunk_problems(model, layout, layers_per_chunk)
+    # Wrong ranks or chunks make every further number wrong, so the checks below would only repeat this problem.
     if problems:
         return problems
     problems += find_shard_problems(model, layout)
@@ -74,6 +75,7 @@ def find_world_problems(layout: ParallelLayout, world_size: int) -> list[str]:
     ranks = tp * pp * cp
     if world_size % ranks == 0:
         return []
+    # With fewer ranks than one copy needs, the only smaller multiple is 0.
     fewer = f"{world_size // ranks * ranks} or " if world_size >= ranks else ""
     more = (world_size // ranks + 1) * ranks
     return [
@@ -86,12 +88,14 @@ def find_world_problems(layout: ParallelLayout, world_size: int) -> list[str]:
 def _find_chunk_problems(model: ModelShape, layout: ParallelLayout, layers_per_chunk: int | None) -> list[str]:
     if layers_per_chunk is None:
         return []
+    # megatron.training.arguments.validate_args asserts the same: a number of layers per chunk needs equal stages.
     if layout.num_layers_first_stage or layout.num_layers_last_stage:
         return [
             "num-layers-per-virtual-pipeline-stage: cannot be combined with uneven stages, got "
             f"num_layers_per_virtual_pipeline_stage={layers_per_chunk}. Pass --num-virtual-stages-per-pipeline-rank."
         ]
     pp = layout.pipeline_model_parallel_size
+    # The embedding and the loss each take the place of a layer where the run accounts for them.
     slots = model.num_layers + int(layout.accounts_for_embedding) + int(layout.accounts_for_loss)
     if slots % pp or slots // pp % layers_per_chunk == 0:
         return []  # the split itself is reported by find_split_problems
@@ -129,16 +133,20 @@ def _find_sequence_problems(model: ModelShape, layout: ParallelLayout, seq_lengt
     if seq_length is None:
         return []
     problems = []
+    # Each context-parallel rank takes two chunks, one from each half of the sequence, so that the causal mask gives all
+    # ranks equal work (get_batch_on_this_cp_rank).
     if cp > 1 and seq_length % (2 * cp):
         problems.append(
             f"seq-length: must be a multiple of 2 x context_parallel_size, got seq_length={seq_length}, cp={cp}. "
             f"Use {next_multiple(seq_length, 2 * cp)}."
         )
+    # Sequence parallelism splits the sequence of one context-parallel rank over its tensor-parallel ranks.
     elif layout.has_sequence_parallel and seq_length // cp % tp:
         problems.append(
             f"seq-length: must be a multiple of tensor x context parallel sizes with --sequence-parallel, got "
             f"seq_length={seq_length}, tp={tp}, cp={cp}. Use {next_multiple(seq_length, tp * cp)}."
         )
+    # Also for rotary embeddings, which have no such table: validate_args asserts it for every model.
     if model.max_position_embeddings < seq_length:
         problems.append(
             f"max-position-embeddings: must be at least seq_length, got "

@@ -37,6 +37,7 @@ def read_available_bytes(machine: Machine) -> int | None:
     if machine.platform == "cpu" and machine.is_planned:
         return None
     total = read_device_memory_bytes(machine.platform)
+    # The processes of a node share its memory; a GPU belongs to one process.
     return total if total is None or machine.platform != "cpu" else total // machine.local_world_size
 
 
@@ -60,6 +61,7 @@ def find_memory_problems(plan: RunPlan) -> list[str]:
 def _advise(plan: RunPlan, parts: dict[str, int]) -> str:
     """The cheapest remedy against what weighs most."""
     state = parts["weights"] + parts["gradients"] + parts["optimizer"]
+    # Smaller micro-batches reduce only these; weights and optimizer state need more ranks.
     if parts["activations"] + parts["logits"] + parts["transient"] > state:
         if plan.batch.micro_batch_size > 1:
             return f"Pass --micro-batch-size {plan.batch.micro_batch_size // 2}"

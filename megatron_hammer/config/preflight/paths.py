@@ -12,6 +12,7 @@ def find_unwritable(name: str, path: str) -> list[str]:
     os.path, since pathlib raises where a folder on the way may not be entered.
     """
     folder = Path(path).absolute()
+    # Up to the nearest folder that exists: a run makes those below it, if it may write there.
     while not os.path.exists(folder) and folder != folder.parent:
         folder = folder.parent
     if folder.is_dir() and os.access(folder, os.W_OK | os.X_OK):
@@ -21,4 +22,5 @@ def find_unwritable(name: str, path: str) -> list[str]:
 
 
 def is_same_place(first: str | None, second: str | None) -> bool:
+    # realpath, so that a link and its target are the same place.
     return first is not None and second is not None and os.path.realpath(first) == os.path.realpath(second)

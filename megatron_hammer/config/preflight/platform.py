@@ -195,6 +195,7 @@ def _find_format_problems(flags: Flags) -> list[str]:
     capability = cuda.read_compute_capability() if flags["platform"] == "cuda" else None
     least = {}
     if flags["fp8"]:
+        # 8.9 is Ada, the first generation with fp8 matrix products.
         least["fp8_recipe"] = FP8_CAPABILITY.get(flags["fp8_recipe"], (8, 9))
     if flags["fp4"]:
         least["fp4_recipe"] = FP4_CAPABILITY
@@ -221,6 +222,7 @@ def _find_backend_problems(flags: Flags) -> list[str]:
     if flags["backend"] != "torch":
         return problems
     names = flags.list_loud(NEEDS_TE)
+    # Not in NEEDS_TE: its loud values are a range and not everything but a few quiet values.
     names += ["context_parallel_size"] if flags["context_parallel_size"] > 1 else []
     return problems + [
         f"{flag_of(name)}: needs the te backend (TransformerEngine), got {name}={show_value(flags[name])}, "
@@ -235,8 +237,10 @@ def _find_environment_problems(flags: Flags) -> list[str]:
     value = os.environ.get(CONNECTIONS)
     has_fsdp = flags["use_torch_fsdp2"] or flags["use_megatron_fsdp"]
     capability = cuda.read_compute_capability() if flags["platform"] == "cuda" else None
+    # A planned GPU is not here; the environment of this machine says nothing about it.
     if capability is None:
         return []
+    # On every GPU, also since Blackwell: with FSDP one connection delays the gathers.
     if has_fsdp and value == "1":
         return [
             f"{CONNECTIONS}: must not be 1 with FSDP, whose gathers would wait behind the matrix products, got "

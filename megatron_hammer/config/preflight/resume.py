@@ -44,10 +44,12 @@ def describe_schedule(schedule: Schedule, batch: Batch) -> dict[str, Any]:
 
     Source: megatron.training.training.get_optimizer_param_scheduler, OptimizerParamScheduler.load_state_dict.
     """
+    # Megatron's scheduler counts samples also for a run in steps, so another global batch is another schedule.
     unit_samples = 1 if schedule.unit == "samples" else batch.global_batch_size
     length, decay, warmup = (
         (units or 0) * unit_samples for units in (schedule.length, schedule.lr_decay, schedule.lr_warmup)
     )
+    # validate_args sets both ends to --weight-decay for the constant style.
     is_constant = schedule.weight_decay_incr_style == "constant"
     return {
         "lr": schedule.lr,
@@ -102,6 +104,7 @@ def _find_other_model(settings: RunSettings, model: ModelShape, saved: SavedRun)
         f"got {computed_now[name]}, in {saved.directory} {computed_before[name]}. "
         f"Pass --{flag_of(name)} as it was, or --finetune with it to begin a run that changes it."
         for name in computed_now
+        # A name that only one of the two has follows from another difference, which is reported itself.
         if computed_now[name] != computed_before.get(name, computed_now[name])
         and not (settings.checkpoints.is_finetuned and name in settings.flags.typed)
     ]
@@ -116,6 +119,7 @@ def _describe_shape(model: ModelShape) -> dict[str, object]:
         "num-attention-heads": model.num_attention_heads,
         "num-query-groups": model.num_query_groups,
         "kv-channels": model.head_dim,
+        # With experts, the dense width is the size of no tensor.
         "ffn-hidden-size": model.ffn_hidden_size if moe is None else None,
         "swiglu": model.activation == "swiglu",
         "normalization": model.normalization,

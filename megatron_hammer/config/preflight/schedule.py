@@ -9,8 +9,10 @@ def find_schedule_problems(schedule: Schedule) -> list[str]:
     if schedule.skips_training:
         return []
     problems = _find_unit_problems(schedule)
+    # A length in two units has no comparison with the warm-up.
     if not problems:
         problems += _find_warmup_problems(schedule)
+    # OptimizerParamScheduler asserts the order of these rates once the model is built on all ranks.
     if schedule.lr is not None and schedule.min_lr is not None and schedule.min_lr > schedule.lr:
         problems.append(
             f"min-lr: must not be above lr, got min_lr={schedule.min_lr:g}, lr={schedule.lr:g}. "
