@@ -53,6 +53,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=count_cores(),
         help="processes that compute signatures (one per core: %(default)s)",
     )
+    # The permutations depend on the seed alone, so that the same command removes the same documents.
     near.add_argument("--seed", type=int, default=defaults.seed, help="random seed of the permutations (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     arguments = parser.parse_args(argv)

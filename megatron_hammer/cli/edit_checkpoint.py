@@ -43,6 +43,7 @@ def add_command(
 ) -> argparse.ArgumentParser:
     """A subcommand that reads one checkpoint and writes another."""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    # main calls this function, so the subcommands need no chain of ifs.
     parser.set_defaults(run=run)
     if has_load:
         parser.add_argument(
@@ -71,6 +72,7 @@ def add_reshard(commands: Any) -> None:
 
 
 def add_average(commands: Any) -> None:
+    # Several checkpoints are positional arguments here, so that a shell's wildcard can name them.
     parser = add_command(commands, "average", run_average, "the mean of several checkpoints' weights", has_load=False)
     parser.add_argument("checkpoints", type=Path, nargs="+", help="directories of --save, or iterations of them")
     parser.add_argument("--weights", help="one number per checkpoint, separated by commas (default: all equal)")
@@ -93,6 +95,7 @@ def add_resize_vocab(commands: Any) -> None:
 def add_upcycle(commands: Any) -> None:
     """The subcommand upcycle: its flags are those of training for a mixture of experts."""
     parser = add_command(commands, "upcycle", run_upcycle, "a dense model as a mixture of experts")
+    # The names of training's own flags, so they can be copied from its command line.
     parser.add_argument("--num-experts", type=int, required=True, help="experts in every layer")
     parser.add_argument("--moe-router-topk", type=int, required=True, help="experts per token")
     parser.add_argument(
@@ -119,6 +122,7 @@ def add_upcycle(commands: Any) -> None:
 @exit_on_interrupt("nothing was written")
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; see --help. Prints one line of what was written; notes go to stderr."""
     arguments = parse_arguments(argv)
     with show_stages("{} tensors") as show:
         summary = arguments.run(arguments, show)
@@ -153,6 +157,7 @@ def run_average(arguments: argparse.Namespace, on_tensor: OnTensor) -> str:
         arguments.checkpoints, arguments.save, weights=weights, overwrite=arguments.overwrite, on_tensor=on_tensor
     )
     for path, share in report.sources:
+        # The shares are normalised, so they may differ from the numbers of --weights.
         print(f"note: {share:.6f} x {path}", file=sys.stderr)
     return (
         f"{report.save_dir}: mean of {len(report.sources)} checkpoints; {report.num_weights} weights out "

@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     report = import_with_progress(options)
     for note in report.notes:
+        # On stderr, so that --json leaves one JSON document on stdout.
         print(f"note: {note}", file=sys.stderr)
     if arguments.json:
         # default=str is for the paths in the report.
@@ -79,9 +80,11 @@ def import_with_progress(options: ImportOptions) -> ImportReport:
     """Run with a live line on the terminal's stderr; where stderr is a file, it stays silent."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with build_progress(*columns) as bar:
+        # The number of tensors is known only after the headers are read.
         task = bar.add_task("reading headers", total=None)
 
         def show(done: int, total: int) -> None:
+            # After the last tensor, Megatron and transformers still compute the model, which the bar cannot measure.
             is_last = done == total
             bar.update(
                 task, completed=done, total=total, description="verifying" if is_last else "writing and verifying"

@@ -35,6 +35,7 @@ from megatron_hammer.errors import ConfigError, exit_on_interrupt, exit_on_user_
 from megatron_hammer.files.progress import build_progress
 from megatron_hammer.files.tables import open_console
 
+# As in diff(1): 1 means different, 2 means that the comparison itself failed.
 DIFFERENT_EXIT_CODE = 1
 
 
@@ -78,6 +79,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 @exit_on_interrupt("nothing was changed")
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; see --help. Exits with 1 if --compare finds a difference."""
     arguments = parse_arguments(argv)
     validate_arguments(arguments)
     if arguments.compare is not None:
@@ -144,6 +146,7 @@ def compare(arguments: argparse.Namespace) -> None:
         )
         for path, iteration in zip(paths, (arguments.iteration, arguments.other_iteration), strict=True)
     )
+    # Each library computes its own format, so a forward check needs one of each.
     if arguments.forward is not None and first.is_megatron == second.is_megatron:
         raise ConfigError(
             "--forward: one checkpoint must be Megatron's and the other a Hugging Face folder, got "
@@ -166,12 +169,14 @@ def compare(arguments: argparse.Namespace) -> None:
         if rows:
             print_checks(rows, title="Megatron against transformers")
         print(summarise_comparison(found))
+    # "is False": None means that the check was not made.
     if not found.is_equal or any(row.is_passed is False for row in rows):
         sys.exit(DIFFERENT_EXIT_CODE)
 
 
 def run_forward(first: OpenedCheckpoint, second: OpenedCheckpoint, arguments: argparse.Namespace) -> list[CheckRow]:
     """What Megatron and transformers compute, each in a process of its own."""
+    # The two paths may be given in either order.
     megatron, folder = (first, second) if first.is_megatron else (second, first)
     return verify_model(megatron.directory, folder.directory, level=arguments.forward, weights=arguments.weights)
 

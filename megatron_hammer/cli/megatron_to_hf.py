@@ -51,6 +51,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--max-shard-gb",
         type=float,
+        # Decimal gigabytes, as transformers counts "5GB" in max_shard_size.
         default=DEFAULT_MAX_SHARD_BYTES / 1e9,
         help="largest safetensors file in units of 10^9 bytes (%(default)g)",
     )
@@ -87,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with show_stages() as show:
         report = export_to_hugging_face(options, show)
     for note in report.notes:
+        # On stderr, so that --json leaves one JSON document on stdout.
         print(f"note: {note}", file=sys.stderr)
     if arguments.json:
         # default=str is for the paths in the report.

@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with Console(stderr=True).status("reading the model") as status:
         report = resize_embeddings(options, lambda stage: status.update(stage))
     if arguments.json:
+        # default=str is for the paths in the report.
         print(json.dumps(dataclasses.asdict(report), default=str, ensure_ascii=False, indent=2))
     else:
         print(summarise(report))

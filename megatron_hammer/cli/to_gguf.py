@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the flags; see --help."""
+    # Imported here, since it imports the optional package gguf.
     from megatron_hammer.checkpoint.gguf.file_types import FILE_TYPES
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -84,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with show_stages() as show:
         report = export_to_gguf(options, show)
     if arguments.json:
+        # ensure_ascii=False: the examples may be Chinese text. default=str is for the paths.
         print(json.dumps(dataclasses.asdict(report), default=str, ensure_ascii=False))
         return
     for note in report.notes:

@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     started_at_s = time.monotonic()
     chat_template = read_text(arguments.chat_template) if arguments.chat_template else None
+    # Without --input, only the sample texts are compared.
     documents: Iterable[Document] = ()
     if arguments.input:
         find_input_files(arguments.input)  # reports a wrong path before the sample texts are compared

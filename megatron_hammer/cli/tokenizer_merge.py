@@ -71,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     symbols = select_symbols(arguments, other)
     model, report = merge(arguments, base, other, symbols)
     write_merged_model(arguments.output, model)
+    # Warnings do not stop the merge: such a symbol may be meant.
     for warning in describe_suspicious_symbols(symbols):
         print(f"warning: {warning}", file=sys.stderr)
     if arguments.mode == "vocabulary" and arguments.scores == "zero":
@@ -91,10 +92,12 @@ def validate_arguments(arguments: argparse.Namespace) -> None:
             "required-chars-file: must be left out of --mode vocabulary, which adds every piece, "
             f"got {arguments.required_chars_file}. Leave it out, or use --mode characters."
         )
+    # In this mode the scores are always calibrated, so the flag would be ignored.
     if arguments.mode == "characters" and arguments.scores == "zero":
         problems.append(
             "scores: must be calibrated in --mode characters, got scores=zero. Leave it out, or use --mode vocabulary."
         )
+    # resolve(), so that a link or another spelling of the path is recognised too.
     if arguments.output.resolve() in (arguments.base.resolve(), arguments.other.resolve()):
         problems.append(
             f"output: must not be one of the models that are merged, got {arguments.output}. Choose another name."

@@ -73,6 +73,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; see --help. Prints the sample and the result; warnings go to stderr."""
     arguments = parse_arguments(argv)
+    # Before the input is read: reading a large corpus takes minutes.
     validate_arguments(arguments)
     started_at_s = time.monotonic()
     recipe, sources = build_recipe(arguments), parse_sources(arguments.input)

@@ -47,6 +47,7 @@ def keep_missing_extra_states(load: Callable[..., Any]) -> Callable[..., Any]:
         def is_extra_state(value: Any) -> bool:
             return isinstance(value, ShardedObject) and value.key.endswith(EXTRA_STATE)
 
+        # Reading the metadata takes time for a large checkpoint; a module without extra states does not need it.
         if extract_matching_values(sharded_state_dict, is_extra_state)[0]:
             stored = set(FileSystemReader(checkpoint_dir).read_metadata().state_dict_metadata)
 

@@ -178,6 +178,7 @@ def substitute_cuda_runtime() -> None:
     """Replace the entry points of `torch.cuda` that megatron's training loop calls by their CPU counterparts."""
     replacements: dict[str, Any] = {
         "current_device": lambda: CPU,
+        # One device per process, as each rank of a GPU run sees its own.
         "device_count": lambda: 1,
         "set_device": _inert(),
         "synchronize": _inert(),
@@ -186,6 +187,7 @@ def substitute_cuda_runtime() -> None:
         "current_stream": lambda device=None: _STREAM,
         "default_stream": lambda device=None: _STREAM,
         "set_stream": _inert(),
+        # Megatron uses these two as context managers.
         "stream": _inert_context(),
         "device": _inert_context(),
         "Stream": InertStream,

@@ -21,6 +21,7 @@ def read_compute_capability(index: int = 0) -> tuple[int, int] | None:
     except OSError:
         return None
     handle, major, minor = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
+    # 0 is NVML_SUCCESS. The library may be installed where no driver is loaded, as in a container.
     if nvml.nvmlInit_v2() != 0:
         return None
     try:

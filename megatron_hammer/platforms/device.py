@@ -37,6 +37,7 @@ def read_peak_memory_bytes() -> int:
 
 def max_over_ranks(value: float) -> float:
     """Collective maximum over all ranks; exact for integers below 2**53."""
+    # NCCL reduces only tensors on a GPU, gloo those on the CPU.
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tensor = torch.tensor([value], dtype=torch.float64, device=device)
     torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
@@ -45,6 +46,7 @@ def max_over_ranks(value: float) -> float:
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Collective sum of a small int64 tensor of the host over all ranks."""
+    # A copy also on the CPU, because all_reduce works in place on the caller's tensor.
     tensor = values.to("cuda" if torch.cuda.is_available() else "cpu", copy=True)
     torch.distributed.all_reduce(tensor)
     return tensor.cpu()
@@ -62,6 +64,7 @@ def stand_alone() -> None:
     if "RANK" in os.environ:
         return
     with socket.socket() as free:
+        # Port 0 lets the system choose a free one, so that several runs on one machine do not collide.
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))

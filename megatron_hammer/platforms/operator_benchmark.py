@@ -118,11 +118,14 @@ class Bench:
         started_at_s = time.perf_counter()
         call()
         self._wait()
+        # The clock may not advance during a very short call, and the next line divides by this.
         first_s = max(time.perf_counter() - started_at_s, 1e-7)
         if self.num_processes > 1:
+            # All ranks must make equally many calls of a collective, or the last ones wait for ever.
             first_s = max_over_ranks(first_s)
         num_calls = min(MAX_CALLS, max(MIN_CALLS, int(self.seconds / first_s)))
         if self.num_processes > 1:
+            # The ranks start together, so the first call does not contain the wait for the slowest rank.
             torch.distributed.barrier()
         return self._time_on_gpu(call, num_calls) if self.device == "cuda" else time_on_cpu(call, num_calls, clock)
 
@@ -136,6 +139,7 @@ class Bench:
             call()
             end.record()
         torch.cuda.synchronize()
+        # elapsed_time is in milliseconds.
         return [start.elapsed_time(end) / 1e3 for start, end in events]
 
     def _wait(self) -> None:
@@ -207,8 +211,10 @@ def time_attention(bench: Bench, dtype: str) -> None:
         def attend_and_back(qkv: list[torch.Tensor] = qkv, grad: torch.Tensor = grad) -> Any:
             return torch.autograd.grad(attend(qkv), qkv, grad)
 
+        # 2 products (scores, and values) of 2 FLOPs per multiply-add over a batch of 2, halved by the causal mask.
         shape, flops = (2, heads, length, width), 2.0 * 2 * heads * length * length * width
         bench.add("attention", shape, dtype, torch.no_grad()(attend), flops=flops)
+        # Backward has 5 products where forward has 2, since it recomputes the scores: 3.5 times in all.
         bench.add("attention_with_backward", shape, dtype, attend_and_back, flops=3.5 * flops)
 
 
@@ -243,6 +249,7 @@ def time_loss(bench: Bench) -> None:
     def compute_loss() -> Any:
         return torch.autograd.grad(torch.nn.functional.cross_entropy(logits, labels), logits)
 
+    # 4 passes over fp32 logits of 4 bytes.
     num_bytes = 16.0 * rows * vocabulary
     bench.add("cross_entropy_with_backward", (rows, vocabulary), "fp32", compute_loss, num_bytes=num_bytes)
 
@@ -253,6 +260,7 @@ def time_optimizer(bench: Bench) -> None:
     weight = torch.nn.Parameter(random_tensor(bench, "fp32", num_parameters))
     weight.grad = random_tensor(bench, "fp32", num_parameters)
     optimizer = GroupStepAdam([weight], lr=1e-3, weight_decay=0.1)
+    # 28 bytes = 7 passes of 4 bytes: 4 values read and 3 written.
     bench.add("adam", (num_parameters,), "fp32", optimizer.step, num_bytes=28.0 * num_parameters)
 
 
@@ -270,6 +278,7 @@ def time_collectives(bench: Bench) -> None:
     """
     world = torch.distributed.get_world_size()
     for num_bytes in MESSAGE_BYTES:
+        # fp32 elements of 4 bytes, in equal parts for all ranks.
         count = max(world, num_bytes // 4 // world * world)
         whole = torch.zeros(count, device=bench.device)
         part = torch.zeros(count // world, device=bench.device)
@@ -316,6 +325,7 @@ def open_group(platform: str) -> Iterator[None]:
     """A process group where a launcher started several processes, and this process's GPU."""
     if platform == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    # Collectives are not timed with one process, so it needs no group.
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return

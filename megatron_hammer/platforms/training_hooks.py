@@ -39,6 +39,7 @@ def observe_training(observer: Any) -> None:
         observer.end_step(
             step=step, losses=losses, grad_norm=grad_norm, loss_scale=loss_scale, is_skipped=bool(is_skipped)
         )
+        # With True, megatron would keep the first step's sums for the second printed line.
         options["is_first_iteration"] = False
         return original_log(losses, totals, lr, step, loss_scale, report, is_skipped, grad_norm, *rest, **options)
 
@@ -55,6 +56,7 @@ def observe_training(observer: Any) -> None:
     @functools.wraps(original_evaluate)
     def evaluate(*arguments: Any, **options: Any) -> Any:
         losses, other, is_out_of_time = original_evaluate(*arguments, **options)
+        # Out of time, megatron returns no losses.
         if not is_out_of_time:
             observer.end_evaluation_of_set(step=current["step"], is_test=current["is_test"], losses=losses)
         return losses, other, is_out_of_time
@@ -89,6 +91,7 @@ def stop_on_signals_too(signals: tuple[Any, ...]) -> None:
     """
     from megatron.training import training
 
+    # Megatron's own handler, so that every signal sets the flag that its loop reads.
     handler = signal.getsignal(training.get_signal_handler().sig)
     for number in signals:
         signal.signal(number, handler)

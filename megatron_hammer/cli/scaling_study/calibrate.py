@@ -51,7 +51,9 @@ def run(arguments: argparse.Namespace) -> None:
     runs, left_out = read_calibration_runs(arguments)
     start = build_prior_coefficients() if arguments.from_priors else load_coefficients(arguments.start)
     fitted = select_fit_runs(runs)
+    # Progress first: the cross-validation below fits once per publication and takes the longest.
     print(f"fitting to {len(fitted)} of {len(runs)} runs", file=sys.stderr, flush=True)
+    # The quoted errors come from fits that did not see the predicted run; the saved coefficients use all runs.
     predictions = cross_validate(fitted, start, is_prior_start=not arguments.from_priors)
     assessment = assess(predictions)
     coefficients = calibrate(fitted, start, assessment, is_prior_start=not arguments.from_priors)

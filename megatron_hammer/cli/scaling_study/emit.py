@@ -50,6 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
     files: dict[Path, str | bytes] = {
         arguments.output_dir / f"{launch.name}{SUFFIXES[launcher]}": render(launch, launcher, options)
         for launch in launches
+        # In the order of LAUNCHERS, each once, whatever order or repetition the flag has.
         for launcher in LAUNCHERS
         if launcher in launchers
     }

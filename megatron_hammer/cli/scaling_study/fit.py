@@ -21,6 +21,7 @@ from megatron_hammer.scaling.loss_law.law import LossFit, LossRun, fit_loss_law
 from megatron_hammer.scaling.loss_law.optimum import TokenCost, find_optimum, fit_flops_cost, six_nd_cost
 from megatron_hammer.scaling.loss_law.report import LossStudy, as_object, draw_study, print_study
 
+# 6 FLOPs per parameter and token: 2 forward and 4 backward (Kaplan et al. 2020, arXiv 2001.08361).
 SIX_ND = "6ND"
 
 
@@ -95,6 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
         runs, num_samples=arguments.bootstrap_samples, confidence=arguments.confidence, seed=arguments.seed
     )
     study = _build_study(arguments, fit)
+    # One text for the file and for stdout, so the two cannot differ.
     text = json.dumps(as_object(study), indent=2)
     if arguments.output_dir is not None:
         publish_files(
@@ -137,6 +139,7 @@ def _find_lonely_flags(arguments: argparse.Namespace) -> list[str]:
     problems = []
     if arguments.table is not None:
         given = {
+            # argparse does not tell a typed default from an absent flag, so only other values are refused.
             "parameters": arguments.parameters != "total",
             "flop-convention": arguments.flop_convention != SIX_ND,
             "loss": arguments.loss != "auto",
@@ -157,6 +160,7 @@ def _find_lonely_flags(arguments: argparse.Namespace) -> list[str]:
     problems += [
         f"{flag}: must come with --{other}, got it alone. "
         "A projection is made by scaling_study.py project --output-dir DIR."
+        # Each of the two needs the other, so the pair is checked in both directions.
         for flag, other in (tuple(pair), tuple(pair)[::-1])
         if pair[flag] and not pair[other]
     ]
@@ -167,6 +171,7 @@ def _read_runs(arguments: argparse.Namespace) -> list[LossRun]:
     if arguments.table is not None:
         runs = loss_law_runs.read_table(arguments.table)
         return loss_law_runs.leave_out(runs, [run.name for run in runs], arguments.leave_out)
+    # Left out before they are read: a diverged run may have files that cannot be read.
     specs = loss_law_runs.leave_out(arguments.runs, loss_law_runs.name_runs(arguments.runs), arguments.leave_out)
     options = loss_law_runs.ReadOptions(
         parameters=arguments.parameters,
@@ -187,6 +192,7 @@ def _build_study(arguments: argparse.Namespace, fit: LossFit) -> LossStudy:
     optima = [find_optimum(fit, cost, budget) for budget in arguments.budget_flops]
     if arguments.budget_gpu_hours:
         gpu_cost = read_gpu_cost(arguments.projection, arguments.projection_gpus, arguments.parameters)
+        # A projection's cost is in GPU seconds.
         optima += [find_optimum(fit, gpu_cost, 3600 * hours) for hours in arguments.budget_gpu_hours]
     notes = (*fit.notes, *(note for optimum in optima for note in optimum.notes))
     return LossStudy(fit=fit, parameter_convention=convention, cost=cost, optima=tuple(optima), notes=notes)

@@ -25,6 +25,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
+        # The names are listed above, and not found in the folder, so that the order of the help is fixed.
         module = importlib.import_module(f"megatron_hammer.cli.scaling_study.{name}")
         text = (module.__doc__ or "").strip()
         command = commands.add_parser(

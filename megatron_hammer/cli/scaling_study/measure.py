@@ -25,6 +25,7 @@ from megatron_hammer.scaling.measured.run_sweep import (
 from megatron_hammer.scaling.measured.sweep import Setting, Sweep, list_settings, read_sweeps
 from megatron_hammer.scaling.measured.sweep_results import build_row, describe_spread, format_rows
 
+# The name that profile gives a CPU in gpus.toml.
 CPU_TYPE = "cpu-core"
 
 
@@ -121,6 +122,7 @@ def select_sweeps(arguments: argparse.Namespace) -> list[Sweep]:
         )
     sweeps = [Sweep(**given)] if arguments.sweep is None else read_sweeps(arguments.sweep)
     for sweep in sweeps:
+        # Every step would be dropped as warm-up.
         if sweep.steps <= arguments.warmup_steps:
             raise ConfigError(
                 f"steps: must be more than the warm-up, got steps={sweep.steps}, "
@@ -154,6 +156,7 @@ def write_results(outcomes: list[Outcome], machine: Machine, arguments: argparse
         for entry in measured
     ]
     path = arguments.output_dir / "runs.csv"
+    # Also when runs failed: the finished ones need not be measured again.
     publish_files({path: format_rows(rows)})
     for entry, row in zip(measured, rows, strict=True):
         print(f"{entry.setting.name}: {row['iteration_time_s']} s ({describe_spread(entry, arguments.statistic)})")

@@ -60,12 +60,14 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"processes: must be at least 1, got {arguments.processes}. Raise it.")
     gpu_names = find_gpus(arguments.platform)
     platform = "cuda" if gpu_names else "cpu"
+    # NCCL allows one process per GPU; CPU processes may be any number.
     num_processes = min(arguments.processes, len(gpu_names)) if gpu_names else arguments.processes
     gpu = select_measured_gpu(arguments, gpu_names[0] if gpu_names else None)
     cluster_name = arguments.cluster or ("cpu-host" if platform == "cpu" else None)
     files = {"path": arguments.clusters_file, "gpus_path": arguments.gpus_file}
     cluster = select_cluster(cluster_name, **files) if cluster_name else select_default_cluster(gpu.name, **files)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    # Operators in one process first: with several, they share memory and cores and are slower.
     alone = time_reported(arguments, platform, 1)
     together = time_reported(arguments, platform, num_processes) if num_processes > 1 else None
     start = load_coefficients(arguments.coefficients)
@@ -79,6 +81,7 @@ def select_measured_gpu(arguments: argparse.Namespace, device_name: str | None) 
     """Raises ConfigError for a GPU that no data file describes."""
     if arguments.gpu is not None:
         return select_gpu(arguments.gpu, arguments.gpus_file)
+    # Without a GPU, the device is one core of the CPU.
     if device_name is None:
         return select_gpu("cpu-core", arguments.gpus_file)
     return find_gpu_by_device_name(device_name) or select_gpu(device_name, arguments.gpus_file)
@@ -110,6 +113,7 @@ def write_profile(profile: HostProfile, alone: OperatorReport, output_dir: Path)
         files[output_dir / "gpus.toml"] = format_gpu(gpu)
         files[output_dir / "clusters.toml"] = format_cluster(cluster)
     publish_files(files)
+    # TFLOP/s x 1000 = GFLOP/s; a CPU core is well below one TFLOP/s.
     print(f"{gpu.name}: {alone.device_name}, fp32 {1e3 * gpu.fp32_tflops:.4g} GFLOP/s, ", end="")
     print(f"memory {gpu.memory_bytes_per_s / 1e9:.4g} GB/s")
     print(f"ratios delivered: products {own.gemm_ratio:.3f}, attention {own.attention_ratio:.3f}, ", end="")

@@ -124,4 +124,5 @@ def _print_result(arguments: argparse.Namespace, result: StudyResult) -> None:
     else:
         print_tables(result, sys.stdout)
     where = f"; written to {arguments.output_dir}" if arguments.output_dir else ""
+    # With --json or --csv stdout is for programs, so the summary goes to stderr.
     print(f"{describe_result(result)}{where}", file=sys.stderr if arguments.json or arguments.csv else sys.stdout)

@@ -108,6 +108,7 @@ def build_study(arguments: argparse.Namespace, read_hf_model: Callable[[Path], M
     )
     problems += find_study_problems(study)
     if problems:
+        # Each once: a stand-in value may cause a problem that is already listed.
         raise ConfigError(*dict.fromkeys(problems))
     return study
 
@@ -173,6 +174,7 @@ def _parse_tokens(text: str | None, problems: list[str]) -> int | None:
         return None
     factor = TOKEN_SUFFIXES.get(text[-1:].upper(), 1)
     try:
+        # Fraction and not float: 1.4T is then exactly 1,400,000,000,000.
         tokens = Fraction(text[:-1] if factor > 1 else text) * factor
     except (ValueError, ZeroDivisionError):
         problems.append(f"train-tokens: must be a number of tokens, got {text!r}. Pass 15T, 300B or 2e9.")

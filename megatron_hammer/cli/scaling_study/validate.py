@@ -65,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print the errors of the predictions. Without --runs and --memory, the published runs are validated."""
     if arguments.runs is None and arguments.memory is None:
+        # Not argparse's default, with which --memory alone would validate the runs too.
         arguments.runs = PUBLISHED_RUNS_PATH
     _check_arguments(arguments)
     report = None if arguments.runs is None else _validate(arguments)
@@ -103,6 +104,7 @@ def _validate(arguments: argparse.Namespace) -> ValidationReport:
         arguments.runs, gpus_path=arguments.gpus_file, clusters_path=arguments.clusters_file
     )
     if arguments.cross_validate:
+        # Progress goes to stderr, since each publication takes a fit of its own.
         return cross_validate_runs(runs, unpredictable, partial(print, file=sys.stderr, flush=True))
     return validate_runs(runs, unpredictable, load_coefficients(arguments.coefficients))
 
@@ -117,6 +119,7 @@ def _write_files(folder: Path, document: dict[str, Any], report: ValidationRepor
     files: dict[Path, str | bytes] = {folder / "validation.json": json.dumps(document, indent=2) + "\n"}
     if report is not None:
         files[folder / "validation.csv"] = format_csv(report)
+        # None where no run could be predicted.
         scatter = draw_scatter(report)
         if scatter is not None:
             files[folder / "validation.png"] = scatter

@@ -58,6 +58,7 @@ def build_dry_run_report(arguments: ParsedArguments, problems: Sequence[str]) ->
     """Everything that can be said about the run; `problems` are those of preflight.find_problems."""
     settings, plan = arguments.settings, arguments.plan
     model, layout = settings.model, settings.layout
+    # Stages and memory are computed by divisions that only a fitting layout allows.
     fits = model is not None and not find_run_layout_problems(settings)
     divisible_by = settings.vocab_divisible_by
     memory = estimate_run_memory(plan) if plan is not None and fits else None
@@ -87,6 +88,7 @@ def print_report(report: Report, stream: IO[str] | None = None, *, as_json: bool
         print(json.dumps(report.to_json(), indent=2), file=stream)
     else:
         print_tables(report, stream)
+    # Before the problems: stdout is buffered where it is a file, so its tables could come after them.
     stream.flush()
     for problem in report.problems:
         print(f"error: {problem}", file=sys.stderr)
@@ -111,12 +113,14 @@ def _list_settings(flags: Flags) -> dict[str, Any]:
     return {
         name: _plain(value)
         for name, value in sorted(flags.values.items())
+        # A leading underscore marks Megatron's own notes, such as _is_global_batch_size_explicitly_specified.
         if name not in UNLISTED and not name.startswith("_") and name in defaults and value != defaults[name]
     }
 
 
 def _plain(value: Any) -> Any:
     """A value as JSON has it."""
+    # By name: the number of an enum says nothing to a reader.
     if isinstance(value, enum.Enum):
         return value.name
     if isinstance(value, (list, tuple)):
@@ -158,6 +162,7 @@ def list_grid_axes(layout: ParallelLayout) -> tuple[GridAxis, ...]:
     if ep > 1:
         etp = layout.expert_tp
         axes += [
+            # Experts are laid out over the same ranks again, with other sizes.
             GridAxis(name="etp", size=etp, stride=1),
             GridAxis(name="ep", size=ep, stride=etp),
             GridAxis(name="edp", size=layout.expert_data_parallel_size, stride=etp * ep),
@@ -218,6 +223,7 @@ def _report_data(plan: RunPlan, run_tokens: int) -> tuple[dict[str, int] | None,
     """Tokens of every split, and the sources of the training blend; (None, ()) without readable data."""
     data_sets = plan.data.sources
     indices, index_problems = read_indices(data_sets)
+    # Mock data has no size, and unreadable data is reported as a problem.
     if data_sets.is_mock or plan.data.problems or index_problems or not indices:
         return None, ()
     tokens = {

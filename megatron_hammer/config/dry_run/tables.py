@@ -64,6 +64,7 @@ def _build_model(model: ModelReport) -> Table:
     table.add_row("layers x hidden size", f"{model.num_layers} x {model.hidden_size:,}")
     table.add_row("parameters", f"{model.num_parameters:,}")
     table.add_row("parameters, vocabulary padded", f"{model.num_parameters_padded:,}")
+    # They differ only in a mixture of experts.
     if model.num_active_parameters != model.num_parameters:
         table.add_row("active parameters per token", f"{model.num_active_parameters:,}")
     table.add_row("vocabulary, padded", f"{model.vocab_size:,}, {model.padded_vocab_size:,}")
@@ -102,6 +103,7 @@ def _build_memory(report: Report) -> Table:
         sizes = stage.memory_bytes or {}
         shown = [sizes.get(name, 0) for name in MEMORY_COLUMNS]
         total = stage.memory_total_bytes or 0
+        # By difference, so the row always adds up, whatever parts the estimate has.
         cells = [*shown, total - sum(shown), total]
         table.add_row(str(stage.pp_rank), *(f"{size / GIB:.2f}" for size in cells))
     return table
