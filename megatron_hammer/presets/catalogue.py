@@ -36,7 +36,7 @@ def select_preset(name: str) -> Preset:
     """The shipped preset of that name; raises ConfigError naming the nearest ones and all."""
     if name in PRESETS:
         return PRESETS[name]
-    nearest = difflib.get_close_matches(name.lower(), PRESETS, n=3, cutoff=0.5)
+    nearest = difflib.get_close_matches(name.lower(), PRESETS, n=3, cutoff=0.5)  # shipped names are in lower case
     hint = f"Did you mean {' or '.join(nearest)}? " if nearest else ""
     raise ConfigError(
         f"preset: must be a shipped one, got preset={name!r}. {hint}Use one of: {', '.join(sorted(PRESETS))}."

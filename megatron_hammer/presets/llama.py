@@ -42,6 +42,7 @@ def _llama(
             tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=pp,
             virtual_pipeline_model_parallel_size=vp,
+            # It divides the activations that TP leaves whole, at the same communication volume (arXiv 2205.05198).
             has_sequence_parallel=tp > 1,
         ),
     )
@@ -55,7 +56,7 @@ def _llama2(size: str, num_parameters: int, *, layout_source: str, **row: Any) -
         source=f"meta-llama/Llama-2-{size}-hf config.json",
         recipe_source=f"Llama 2, table 1 and section 2.2; {layout_source}",
         seq_length=4096,
-        global_batch_size=1024,
+        global_batch_size=1024,  # x 4096 = 4.2M tokens
         train_tokens=2_000_000_000_000,
         vocab_size=32_000,
         max_position_embeddings=4096,
@@ -71,7 +72,7 @@ def _llama3(size: str, num_parameters: int, *, layout_source: str, **row: Any) -
         source=f"meta-llama/Meta-Llama-3-{size.upper()} config.json",
         recipe_source=f"lr: Llama 3, table 3; batch and warm-up: Megatron-Bridge's Llama 3 recipes; {layout_source}",
         seq_length=8192,
-        global_batch_size=512,
+        global_batch_size=512,  # x 8192 = 4.2M tokens
         train_tokens=15_000_000_000_000,
         num_query_groups=8,
         vocab_size=128_256,
@@ -90,7 +91,7 @@ LLAMA_PRESETS = (
         hidden_size=4096,
         ffn_hidden_size=11_008,
         num_attention_heads=32,
-        num_query_groups=32,
+        num_query_groups=32,  # as many as heads: Llama 2 has grouped queries at 34B and 70B only
         lr=3e-4,
         tp=1,
         pp=1,

@@ -18,6 +18,7 @@ class Recipe:
     min_lr: float
     lr_warmup_steps: int
     train_tokens: int
+    # The defaults below are those that Llama 2 (section 2.2), TinyLlama and nanoGPT share. adam_eps is torch's own.
     weight_decay: float = 0.1
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
@@ -38,6 +39,7 @@ class Recipe:
 
     @property
     def train_steps(self) -> int:
+        # Rounded up: the last step completes the budget, so a run never ends below it.
         return -(-self.train_tokens // self.tokens_per_step)
 
 

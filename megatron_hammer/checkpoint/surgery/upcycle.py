@@ -133,6 +133,7 @@ def slice_gate_up(rows: Tensor, *, granularity: int, part: int, is_gated: bool) 
 
     rows: [2f, h] or [f, h]. Returns [2f / granularity, h] or [f / granularity, h].
     """
+    # linear_fc1 has all rows of gate above all rows of up, so a slice of its rows would hold gate only.
     halves = rows.chunk(2) if is_gated else (rows,)
     return torch.cat([half.chunk(granularity)[part] for half in halves])
 
@@ -156,6 +157,7 @@ def _plan_fc1(checkpoint: TrainingCheckpoint, shape: ExpertShape, args: Namespac
 
     def read(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
         layer, expert = offsets[:2]
+        # The whole matrix: an expert's rows of gate and of up are far apart in it.
         dense = checkpoint.store.read(_FC1, (layer, 0, 0), (1, rows, hidden_size))[0]
         whole = slice_gate_up(
             dense, granularity=shape.granularity, part=expert % shape.granularity, is_gated=bool(args.swiglu)
@@ -173,6 +175,7 @@ def _plan_fc2(checkpoint: TrainingCheckpoint, shape: ExpertShape, args: Namespac
 
     def read(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
         layer, expert = offsets[:2]
+        # Column i of linear_fc2 belongs to row i of gate and of up, so slices of equal number fit together.
         first = expert % shape.granularity * width
         dense = checkpoint.store.read(_FC2, (layer, 0, first), (1, hidden_size, width))[0]
         # Multiplied in fp32 and rounded once.
@@ -196,6 +199,7 @@ def _plan_router(checkpoint: TrainingCheckpoint, shape: ExpertShape, args: Names
 
 def build_router(layer: int, shape: ExpertShape, *, hidden_size: int, std: float) -> Tensor:
     """Random rows of one layer [num_experts, h] in fp32: one for each virtual group, repeated for its experts."""
+    # A generator for each layer: a box is computed twice, to write and to verify it, and in any order.
     generator = torch.Generator().manual_seed(shape.seed * _SEED_STRIDE + layer)
     groups = torch.randn(shape.num_experts // shape.granularity, hidden_size, generator=generator) * std
     # Equal rows give equal logits, so that the top k holds whole groups.
@@ -222,6 +226,7 @@ def _plan_objects(checkpoint: TrainingCheckpoint, shape: ExpertShape) -> dict[st
         if not key.startswith(_LAYERS + "mlp."):
             objects[key] = read_bytes
             continue
+        # Keys are <module>._extra_state/shard_<index>_<number of layers>; experts have a second index and number.
         name, _, place = key.removeprefix(_LAYERS + "mlp.").partition("/shard_")
         layer = place.split("_")[0]
         for expert in range(shape.num_experts):
@@ -236,7 +241,7 @@ def _change_arguments(args: Namespace, shape: ExpertShape) -> None:
     args.num_experts = shape.num_experts
     args.moe_router_topk = shape.router_topk
     args.moe_ffn_hidden_size = args.ffn_hidden_size // shape.granularity
-    args.moe_layer_freq = 1
+    args.moe_layer_freq = 1  # every layer is a mixture, as the weights are
     args.moe_router_pre_softmax = shape.has_pre_softmax
     args.moe_router_score_function = "softmax"
     args.moe_shared_expert_intermediate_size = None
@@ -256,6 +261,7 @@ def _find_granularity(checkpoint: TrainingCheckpoint, shape: ExpertShape, width:
 
 def _validate(checkpoint: TrainingCheckpoint, shape: ExpertShape) -> None:
     problems = [*_find_model_problems(checkpoint), *_find_width_problems(checkpoint.args, shape)]
+    # A granularity below 1 is a problem already (widths), and nothing can be divided by 0.
     problems += _find_grouping_problems(shape) if shape.granularity >= 1 else []
     if problems:
         raise ConversionError(*problems)

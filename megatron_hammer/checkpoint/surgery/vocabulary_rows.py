@@ -50,7 +50,7 @@ def read_rows(
 ) -> Tensor:
     """A box of a tensor of which only the first `num_rows` rows are kept; the rows after them are zeros."""
     first, wanted = offsets[0], sizes[0]
-    num_kept = min(max(num_rows - first, 0), wanted)
+    num_kept = min(max(num_rows - first, 0), wanted)  # 0 for a box that begins after the last kept row
     if num_kept == wanted:
         return checkpoint.store.read(key, offsets, sizes)
     result = torch.zeros(sizes, dtype=checkpoint.store.tensors[key].dtype)

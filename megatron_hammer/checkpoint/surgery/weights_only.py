@@ -73,6 +73,7 @@ def build_release_state(checkpoint: TrainingCheckpoint) -> dict[str, Any]:
     state = checkpoint.copy_common_state()
     released = {name: state[name] for name in _KEPT_STATE if name in state}
     released["args"].no_save_optim = released["args"].no_save_rng = True  # it holds neither
+    # A run that starts from the release begins with the first sample of its own data.
     for name in _CONSUMED:
         setattr(released["args"], name, 0)
     if hasattr(released["args"], _DATA_ORDER_RECORD):
