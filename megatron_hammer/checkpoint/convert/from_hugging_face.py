@@ -91,6 +91,7 @@ def import_from_hugging_face(
     with open_checkpoint_writer(options.save_dir, iteration=None, overwrite=options.overwrite) as writer:
         tokenizer_dir = None
         if tokenizer_source is not None:
+            # Before the weights, which take much longer: a tokenizer that does not fit ends the command early.
             checks.append(_import_tokenizer(tokenizer_source, writer.directory / TOKENIZER_DIR, source))
             # The final place: the folder is renamed after the arguments, which name it, are written.
             tokenizer_dir = options.save_dir.absolute() / RELEASE / TOKENIZER_DIR
@@ -183,6 +184,7 @@ def _import_tokenizer(source_path: Path, target_dir: Path, source: HfFolder) -> 
     try:
         exported = export_tokenizer_folder(source_path, target_dir)
     except HammerError as error:
+        # The class stays, because callers may catch it; only the remedy grows.
         raise type(error)(*(f"{problem} Or pass --no-tokenizer." for problem in error.problems)) from error
     num_ids, vocab_size = exported.tokenizer.vocab_size, source.model.shape.vocab_size
     require_ids_in_vocabulary(

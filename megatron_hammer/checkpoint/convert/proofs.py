@@ -78,11 +78,13 @@ def _find_runs_of_layout(
 ) -> list[list[tuple[int, int]]] | None:
     # One element per row is enough to see where a row goes. A layout that also moves columns gives a part of another
     # shape than expected, and the caller then compares the tensor whole.
+    # Axes of size 1 in place of the columns: the layout's reshapes then work on the numbers as on a real tensor.
     numbers = torch.arange(shape[0]).view(-1, *[1] * (len(shape) - 1))
     parts = layout.split(numbers, model)
     for part, hf_shape in zip(parts, hf_shapes, strict=True):
         if part.shape != (len(part), *numbers.shape[1:]) or hf_shape != (len(part), *shape[1:]):
             return None
+    # A layout that also computes, or drops rows, cannot bring the numbers back.
     if not torch.equal(layout.merge(parts, model), numbers):
         return None
     return [_find_runs(part.reshape(-1)) for part in parts]
@@ -126,6 +128,7 @@ def require_ids_in_vocabulary(tokenizer: Path, *, num_ids: int, vocab_size: int,
 
 def require_passed(checks: Iterable[CheckRow], *, requirement: str, consequence: str) -> None:
     """Raise ConversionError with a sentence for every failed check."""
+    # None is "not done", with the reason in the table; it is no failure.
     failed = [check for check in checks if check.is_passed is False]
     if failed:
         raise ConversionError(*(f"{requirement}, got {check.check}: {check.result}. {consequence}" for check in failed))

@@ -78,6 +78,7 @@ def build_saved_arguments(
             # The defaults first: what the model says replaces them.
             **_SHARED,
             **build_model_arguments(model.shape),
+            # config.json does not say at which length the model was trained. The positions are the most that it allows.
             "seq_length": model.shape.max_position_embeddings,
             # Megatron's fused kernel computes the tanh form of gelu, the plain one the exact form.
             "bias_gelu_fusion": model.shape.activation == "gelu_tanh",
@@ -89,6 +90,7 @@ def build_saved_arguments(
             "fp16": precision == "fp16",
             "params_dtype": dtype,
             "tokenizer_model": tokenizer_model,
+            # NullTokenizer is megatron's type that needs no file.
             "tokenizer_type": "NullTokenizer" if tokenizer_model is None else "HuggingFaceTokenizer",
             "imported_from": imported_from,
         }
@@ -102,5 +104,6 @@ def build_common_state(arguments: argparse.Namespace) -> dict[str, Any]:
         "checkpoint_version": CHECKPOINT_VERSION,
         "iteration": 0,
         "num_floating_point_operations_so_far": 0,
+        # singleton_local_shards false: experts lie along an axis, not under numbers (SequentialMLP.sharded_state_dict).
         "content_metadata": {"singleton_local_shards": False, "chained_optim_avoid_prefix": True},
     }

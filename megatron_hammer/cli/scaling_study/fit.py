@@ -117,6 +117,7 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         problems.append(f"confidence: must be between 0 and 1, got {arguments.confidence:g}. Pass 0.9 for 90%.")
     if not 0 < arguments.window_ratio <= 1:
         problems.append(f"window-ratio: must be above 0 and at most 1, got {arguments.window_ratio:g}. Pass 0.05.")
+    # An interval of 90% cuts off 5% at each end, which are only 5 of 100 samples.
     if arguments.bootstrap_samples < 100:
         problems.append(
             f"bootstrap-samples: must be at least 100 for an interval, got {arguments.bootstrap_samples}. Pass 1000."

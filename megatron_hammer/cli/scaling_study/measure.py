@@ -128,6 +128,7 @@ def select_sweeps(arguments: argparse.Namespace) -> list[Sweep]:
                 f"steps: must be more than the warm-up, got steps={sweep.steps}, "
                 f"warmup_steps={arguments.warmup_steps}. Raise --steps, or lower --warmup-steps."
             )
+    # Behind: argparse takes the last value of a repeated flag, so the command line has the last word.
     return [replace(sweep, flags=(*sweep.flags, *arguments.training_flags)) for sweep in sweeps]
 
 

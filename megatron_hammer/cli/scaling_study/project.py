@@ -81,6 +81,7 @@ def _build_overlay(
         arguments.overlay,
         study,
         predict,
+        # Runs that the coefficients were fitted on are marked, because they are no test of them.
         fitted_fingerprints=frozenset(coefficients.provenance.get("fingerprints", ())),
         gpus_path=arguments.gpus_file,
         clusters_path=arguments.clusters_file,

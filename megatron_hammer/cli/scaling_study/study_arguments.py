@@ -139,6 +139,7 @@ def _select_batch(arguments: argparse.Namespace, recipe: Recipe | None, problems
     """Exactly one of Study's two batch fields."""
     if arguments.samples_per_gpu is not None:
         try:
+            # Exact: 0.1 samples on each of 10 GPUs must be one sample, which products of floats need not give.
             return {"samples_per_gpu": Fraction(arguments.samples_per_gpu)}
         except (ValueError, ZeroDivisionError):
             problems.append(
