@@ -18,7 +18,7 @@ class Recipe:
     min_lr: float
     lr_warmup_steps: int
     train_tokens: int
-    # The defaults below are those that Llama 2 (section 2.2), TinyLlama and nanoGPT share. adam_eps is torch's own.
+    # Betas, decay and clipping are those that Llama 2 (section 2.2), TinyLlama and nanoGPT share; adam_eps is torch's.
     weight_decay: float = 0.1
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95

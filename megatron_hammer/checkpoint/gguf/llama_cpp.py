@@ -55,7 +55,7 @@ class LlamaCpp:
             request = {
                 "prompt": [*tokens, *(step.token for step in steps)],
                 "n_predict": 1,
-                # top_k of 1 is the greedy choice, and no other sampler of llama.cpp's default chain can change it.
+                # top_k of 1 is the greedy choice. It is the only sampler here, so that no other can change it.
                 "samplers": ["top_k"],
                 "top_k": 1,
                 "n_probs": num_likeliest,

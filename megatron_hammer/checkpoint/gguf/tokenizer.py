@@ -167,7 +167,7 @@ def _read_byte_level(path: Path) -> tuple[list[Piece], dict[str, Any]]:
     entries = [Piece("", 0.0, PieceType.UNUSED)] * (max(model["vocab"].values(), default=-1) + 1)
     for text, token_id in model["vocab"].items():
         entries[token_id] = Piece(text, 0.0, PieceType.NORMAL)
-    # tokenizers has written pairs since 0.20, and before that one text with a space between the two.
+    # tokenizers writes pairs; files of older versions have one text with a space between the two.
     merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
     rule = _name_splitting_rule(content.get("pre_tokenizer") or {}, path)
     return entries, {"model": "gpt2", "splitting_rule": rule, "merges": tuple(merges), "adds_space_prefix": None}
