@@ -23,6 +23,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--runs",
         nargs="+",
+        # One list per model: each group is compared with its own first run.
         action="append",
         required=True,
         metavar="NAME=PATH",
@@ -64,5 +65,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps(compare.as_objects(groups, differences), indent=2))
     else:
         compare.print_comparison(groups, differences, open_console())
+    # After the tables: they show where a run that is beyond the tolerance begins to differ.
     if not all(difference.is_within for difference in itertools.chain(*differences)):
         sys.exit(STRAYED_EXIT_CODE)

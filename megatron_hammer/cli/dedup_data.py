@@ -90,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     chances = {s: removal_probability(s, near) for s in SHOWN_SIMILARITIES} if arguments.near_duplicates else {}
     if arguments.json:
         result = dataclasses.asdict(counts) | {"num_kept": counts.num_kept, "elapsed_s": elapsed_s}
+        # JSON has only strings as keys.
         result["removal_probability"] = {str(similarity): chance for similarity, chance in chances.items()}
         print_json(result)
         return

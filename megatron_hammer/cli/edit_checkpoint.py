@@ -124,6 +124,7 @@ def add_upcycle(commands: Any) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; see --help. Prints one line of what was written; notes go to stderr."""
     arguments = parse_arguments(argv)
+    # The result is printed after the live line has ended, so the two do not mix.
     with show_stages("{} tensors") as show:
         summary = arguments.run(arguments, show)
     print(summary)
@@ -184,6 +185,7 @@ def run_resize_vocab(arguments: argparse.Namespace, on_tensor: OnTensor) -> str:
     report = resize_vocabulary(
         arguments.load, arguments.save, vocabulary, **select_options(arguments), on_tensor=on_tensor
     )
+    # Negative where the vocabulary grew, which drops nothing.
     num_dropped = max(0, report.num_tokens_before - report.num_tokens)
     return (
         f"{report.save_dir}: {name_iteration(report.iteration)} with {report.num_tokens:,} tokens (was "

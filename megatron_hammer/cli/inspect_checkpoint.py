@@ -100,6 +100,7 @@ def validate_arguments(arguments: argparse.Namespace) -> None:
         },
         "--statistics": {"--names": bool(arguments.names)},
     }
+    # --statistics and --compare are the two flags that others depend on.
     has = {"--compare": arguments.compare is not None, "--statistics": arguments.statistics}
     problems = [
         f"{flag}: works with {other} only, got no {other}. Add it, or leave {flag} out."
@@ -117,6 +118,7 @@ def inspect(arguments: argparse.Namespace) -> None:
     """Print what one checkpoint holds; with --statistics, read every weight that is asked for."""
     opened = open_any(arguments.path, iteration=arguments.iteration, weights=arguments.weights)
     found = describe_checkpoint(opened)
+    # Every weight is read for statistics; without the flag, only headers are.
     measured = {}
     if arguments.statistics:
         with show_progress("reading tensors") as on_tensor:

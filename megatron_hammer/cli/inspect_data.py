@@ -160,6 +160,7 @@ def show_reports(reports: list[PairReport], arguments: argparse.Namespace) -> No
     """Print the reports, the documents that pairs share, and a last line with the sums; write --csv and --plot."""
     # --csv and --plot are of one pair; `validate_arguments` has refused more.
     lengths = reports[0].statistics.lengths
+    # Files before tables: a reader of stdout that leaves early must not cost them.
     if arguments.csv is not None:
         write_histogram_csv(arguments.csv, build_histogram(lengths))
     if arguments.plot is not None:

@@ -36,6 +36,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--seed needs --shuffle, got seed={arguments.seed} alone")
     if arguments.shuffle and arguments.seed is None:
         arguments.seed = DEFAULT_SEED
+    # numpy's generators refuse a negative seed, with a message that does not name the flag.
     if arguments.seed is not None and arguments.seed < 0:
         parser.error(f"--seed must be at least 0, got seed={arguments.seed}")
     return arguments
@@ -46,6 +47,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; see --help. Prints the parts in and the documents and tokens out; warnings go to stderr."""
     arguments = parse_arguments(argv)
+    # monotonic: the wall clock may be set while the command runs.
     started_at_s = time.monotonic()
     merged = merge_with_progress(arguments)
     elapsed_s = time.monotonic() - started_at_s

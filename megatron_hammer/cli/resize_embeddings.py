@@ -61,6 +61,7 @@ def summarise(report: ResizeReport) -> str:
     ]
     if not report.has_tokenizer:
         parts.append("no tokenizer was written: --no-tokenizer")
+    # Files that are not copied are named, so that nothing is missing without notice.
     if report.left_out:
         parts.append(f"left out: {', '.join(report.left_out)}")
     return f"{report.save_dir}: {'; '.join(parts)}; {report.elapsed_s:.1f} s"

@@ -88,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # ensure_ascii=False: the examples may be Chinese text. default=str is for the paths.
         print(json.dumps(dataclasses.asdict(report), default=str, ensure_ascii=False))
         return
+    # With --json the notes are a field of the report.
     for note in report.notes:
         print(f"note: {note}", file=sys.stderr)
     print_checks(report.checks)
@@ -102,6 +103,7 @@ def require_gguf() -> None:
 
 
 def summarise(report: "GgufReport") -> str:
+    # Vectors are always f32, so a file of one type still holds two types of tensors.
     types = ", ".join(f"{count} {name}" for name, count in report.types.items())
     return (
         f"{report.save_path}: {report.arch} in {report.file_type}, {report.num_parameters:,} parameters; "

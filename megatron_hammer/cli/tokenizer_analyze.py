@@ -90,6 +90,7 @@ def open_documents(arguments: argparse.Namespace) -> Iterator[Iterable[Document]
     total_bytes = sum(path.stat().st_size for path in find_input_files(arguments.input).files)
     with build_byte_progress() as bar:
         task = bar.add_task("", total=total_bytes)
+        # Read lazily, so a corpus need not fit in memory.
         documents: Iterable[Document] = read_documents(
             arguments.input, arguments.json_keys, lambda num_bytes: bar.advance(task, num_bytes)
         )

@@ -122,12 +122,14 @@ def merge(
     if arguments.required_chars_file:
         levels = read_required_levels(arguments.required_chars_file)
     else:
+        # Without a file, the other model's own characters are what it requires.
         levels = select_own_requirements(other, arguments.other)
     return merge_characters(base, other, levels, symbols)
 
 
 def describe_normalizer(model: SentencePieceModel) -> dict[str, bool]:
     return {
+        # SentencePiece stores its normalisation rules compiled in this field; empty means no normalisation.
         "is_identity": not model.precompiled_charsmap,
         "has_dummy_prefix": model.has_dummy_prefix,
         "removes_extra_whitespaces": model.removes_extra_whitespaces,

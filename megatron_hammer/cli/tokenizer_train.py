@@ -75,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     # Before the input is read: reading a large corpus takes minutes.
     validate_arguments(arguments)
+    # monotonic: the wall clock may be set while the command runs.
     started_at_s = time.monotonic()
     recipe, sources = build_recipe(arguments), parse_sources(arguments.input)
     for warning in describe_suspicious_symbols(recipe.user_defined_symbols):
@@ -157,6 +158,7 @@ def warn_of_shortfalls(trained: TrainedTokenizer) -> None:
     # A single source has the whole sample as its share, and is used whole where it is smaller.
     if len(trained.sources) == 1:
         return
+    # The largest sample in which every source can have the share of its weight.
     fitting_bytes = count_fitting_bytes(trained.sources)
     for source in trained.sources:
         if source.shortfall_bytes:

@@ -121,6 +121,7 @@ def select_checkpoint_dir(checkpoints: Checkpoints) -> Path | None:
 def find_resumed_run(plan: RunPlan) -> SavedRun | None:
     """The run that --load continues; None where none is, or where this package cannot read the checkpoint."""
     directory = select_checkpoint_dir(plan.checkpoints)
+    # --finetune begins again at step 0, and without training no further sample is drawn.
     is_resumed = not (plan.checkpoints.is_finetuned or plan.schedule.skips_training)
     if directory is None or not is_resumed or not (directory / ".metadata").is_file():
         return None

@@ -202,6 +202,7 @@ def _use_group_step_adam() -> None:
         return
     optimizer.Adam = GroupStepAdam
     optimizer.USING_PYTORCH_OPTIMIZER = False
+    # GroupStepAdam keeps its state as the fused optimizers do, so megatron must take their branch to save and load it.
     distrib_optimizer.HAVE_APEX_OR_TE = True
     distrib_optimizer.USING_TE_OPTIMIZER = True
 
@@ -266,6 +267,7 @@ def _sort_validation_iterators_by_set() -> None:
     def evaluate_and_print_results(
         prefix: str, forward_step: Any, data_iterator: Any, model: Any, *rest: Any, **options: Any
     ) -> Any:
+        # Only an interleaved pipeline has several chunks, and only several sets come as lists.
         if len(model) > 1 and data_iterator and all(isinstance(of_stage, list) for of_stage in data_iterator):
             data_iterator = [list(of_set) for of_set in zip(*data_iterator, strict=True)]
         return original(prefix, forward_step, data_iterator, model, *rest, **options)

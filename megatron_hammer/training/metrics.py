@@ -83,6 +83,7 @@ class MetricsLog:
         step_tokens = step_samples * facts.seq_length
         self._step_times_s.append(step_time_s)
         tokens_per_s = step_tokens / step_time_s
+        # FLOP/s = tokens/s x FLOPs per token, shared equally by the ranks.
         tflops_per_gpu = tokens_per_s * facts.flops_per_token / facts.world_size / 1e12
         mean_step_time_s = sum(self._step_times_s) / len(self._step_times_s)
         metrics = StepMetrics(
@@ -109,6 +110,7 @@ class MetricsLog:
             "step": step,
             "validation_set": validation_set,
             "loss": loss,
+            # exp() overflows a double above 709.
             "perplexity": math.exp(loss) if loss < 700 else math.inf,
         }
         _append(self._validation_file, line)
@@ -123,6 +125,7 @@ class MetricsLog:
 def _append(file: IO[str] | None, line: dict[str, Any]) -> None:
     if file is not None:
         file.write(json.dumps(line) + "\n")
+        # So that a killed run keeps every finished step, and a person can follow the file.
         file.flush()
 
 
@@ -139,6 +142,7 @@ def drop_lines_from(path: Path, first_step: int) -> int:
         try:
             step = json.loads(line)["step"]
         except (ValueError, KeyError, TypeError):
+            # Only a last line can be cut off by a kill; any other bad line means that this is not our file.
             if number == len(lines):
                 continue
             raise DataError(
@@ -146,6 +150,7 @@ def drop_lines_from(path: Path, first_step: int) -> int:
             ) from None
         if step < first_step:
             kept.append(line)
+    # A file that keeps all its lines is left as it is.
     if len(kept) < len(lines):
         publish_files({path: "".join(line + "\n" for line in kept)})
     return len(lines) - len(kept)

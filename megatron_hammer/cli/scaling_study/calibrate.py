@@ -50,6 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Write the fitted coefficients and print them with their errors. Rows left out and the summary go to stderr."""
     runs, left_out = read_calibration_runs(arguments)
     start = build_prior_coefficients() if arguments.from_priors else load_coefficients(arguments.start)
+    # Runs that are alike would only repeat the same evidence.
     fitted = select_fit_runs(runs)
     # Progress first: the cross-validation below fits once per publication and takes the longest.
     print(f"fitting to {len(fitted)} of {len(runs)} runs", file=sys.stderr, flush=True)
@@ -82,6 +83,7 @@ def read_calibration_runs(arguments: argparse.Namespace) -> tuple[list[MeasuredR
         for row in unpredictable:
             print(f"{path}:{row.row_number}: left out ({row.source}): {row.reason}", file=sys.stderr)
     chosen = [one for one in runs if one.is_megatron_style]
+    # By source and not by row: a publication has many runs of one system.
     others = {one.source for one in runs if not one.is_megatron_style}
     if others:
         print(f"left out, other training systems than Megatron: {', '.join(sorted(others))}", file=sys.stderr)

@@ -68,6 +68,7 @@ def select_rows(projection: SavedProjection, ids: str | None) -> list[SavedRow]:
         if not chosen:
             raise ConfigError(f"rows: must name a row, got {ids!r}. Pass ids such as 512-1,64-1, or leave --rows out.")
         return chosen
+    # Rows are ranked within each number of GPUs, so there is one for each size.
     fastest = [row for row in projection.rows if row.rank == 1]
     if not fastest:
         raise ConfigError(f"{projection.path}: must hold a row, got none. Project sizes on which the model fits.")

@@ -129,6 +129,7 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
             ("budget-gpu-hours", arguments.budget_gpu_hours, "Pass hours, such as 5000"),
         )
         for budget in budgets
+        # float() also reads "inf" and "nan", which argparse accepts.
         if not (math.isfinite(budget) and budget > 0)
     ]
     if problems:
@@ -151,6 +152,7 @@ def _find_lonely_flags(arguments: argparse.Namespace) -> list[str]:
             for flag, is_given in given.items()
             if is_given
         ]
+    # Training losses have no validation set.
     elif arguments.validation_set is not None and arguments.loss == "training":
         name = arguments.validation_set
         problems.append(f"validation-set: must be left out with --loss training, got {name}. Drop one of the two.")

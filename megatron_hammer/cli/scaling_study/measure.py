@@ -102,6 +102,7 @@ def check_numbers(arguments: argparse.Namespace) -> None:
     """Raise ConfigError for counts that leave nothing to measure."""
     problems = [
         f"{name}: must be at least {least}, got {getattr(arguments, name.replace('-', '_'))}. Raise it."
+        # Zero warm-up steps are allowed: they only make the first step count.
         for name, least in (("repeats", 1), ("threads", 1), ("warmup-steps", 0))
         if getattr(arguments, name.replace("-", "_")) < least
     ]
@@ -112,6 +113,7 @@ def check_numbers(arguments: argparse.Namespace) -> None:
 def select_sweeps(arguments: argparse.Namespace) -> list[Sweep]:
     """From the file or from the flags, with the training flags of the command line behind their own."""
     names = [field.name for field in fields(Sweep) if field.name != "flags"]
+    # None means that a flag was not given, so Sweep's own default holds.
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     if arguments.sweep is not None and given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
@@ -172,4 +174,5 @@ def write_results(outcomes: list[Outcome], machine: Machine, arguments: argparse
         file=sys.stderr,
     )
     if failed:
+        # 1 and not 2: the command line was right, a training was not.
         sys.exit(1)

@@ -63,6 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     # NCCL allows one process per GPU; CPU processes may be any number.
     num_processes = min(arguments.processes, len(gpu_names)) if gpu_names else arguments.processes
     gpu = select_measured_gpu(arguments, gpu_names[0] if gpu_names else None)
+    # A CPU host is not found through a GPU, so it has a fixed name.
     cluster_name = arguments.cluster or ("cpu-host" if platform == "cpu" else None)
     files = {"path": arguments.clusters_file, "gpus_path": arguments.gpus_file}
     cluster = select_cluster(cluster_name, **files) if cluster_name else select_default_cluster(gpu.name, **files)

@@ -94,6 +94,7 @@ def _project(study: Study, search: Search, coefficients: Coefficients) -> StudyR
     for num_gpus in study.gpu_counts:
         size = search.search_plans(study, num_gpus)
         found = f"{size.best.step.total_s:.3f} s per step" if size.best else "nothing fits"
+        # Weak scaling: the batch grows with the GPUs. Strong scaling: it stays the same.
         kind = "weak" if study.is_weak else "strong"
         print(f"{kind} scaling, {num_gpus:,} GPUs: {size.num_candidates:,} candidates, {found}", file=sys.stderr)
         sizes.append(size)
@@ -103,6 +104,7 @@ def _project(study: Study, search: Search, coefficients: Coefficients) -> StudyR
 
 def _build_files(result: StudyResult, folder: Path) -> dict[Path, str | bytes]:
     """All files for --output-dir, built before the first byte is written."""
+    # Imported here: drawing needs matplotlib, which a projection without files does not.
     from megatron_hammer.scaling.report.html_report import render_html_report
     from megatron_hammer.scaling.report.projection_plots import draw_plots
 

@@ -103,6 +103,7 @@ def build_study(arguments: argparse.Namespace, read_hf_model: Callable[[Path], M
         mfu_convention=arguments.mfu_convention,
         usd_per_gpu_hour=_first(arguments.usd_per_gpu_hour, cluster.usd_per_gpu_hour),
         knee_ratio=arguments.knee,
+        # Bytes per element: bf16 or fp32.
         gradient_bytes=2 if arguments.grad_reduce_in_bf16 else 4,
         **_select_batch(arguments, recipe, problems),
     )
@@ -121,6 +122,7 @@ def _first(*values: Any) -> Any:
 def _select_model(
     arguments: argparse.Namespace, read_hf_model: Callable[[Path], ModelShape]
 ) -> tuple[ModelShape, Recipe | None]:
+    # argparse requires exactly one of --preset and --hf-config.
     if arguments.preset is not None:
         preset = select_preset(arguments.preset)
         return preset.model, preset.recipe
@@ -173,6 +175,7 @@ def _parse_tokens(text: str | None, problems: list[str]) -> int | None:
     """'15T', '15e12' or '15_000' -> a number of tokens."""
     if text is None:
         return None
+    # [-1:] and not [-1], which fails on an empty text.
     factor = TOKEN_SUFFIXES.get(text[-1:].upper(), 1)
     try:
         # Fraction and not float: 1.4T is then exactly 1,400,000,000,000.
@@ -192,6 +195,7 @@ def _build_space(arguments: argparse.Namespace, problems: list[str]) -> SearchSp
         **sizes,
         recomputes=_parse_names("recompute", arguments.recompute, RECOMPUTES, problems),
         shardings=_parse_names("sharding", arguments.sharding, SHARDINGS, problems),
+        # None lets the search decide for each layout.
         overlaps_tensor_parallel=False if arguments.tp_comm_overlap == "off" else None,
     )
 
@@ -204,4 +208,5 @@ def _parse_names(flag: str, text: str | None, known: tuple[Any, ...], problems: 
     unknown = [name for name in names if name not in known]
     if unknown:
         problems.append(f"{flag}: must be of {', '.join(known)}, got {', '.join(unknown)}. Pass --{flag} {known[1]}.")
+    # Never empty: after a problem, the search space must still be valid for the other checks.
     return tuple(name for name in known if name in names) or known

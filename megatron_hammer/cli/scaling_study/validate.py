@@ -123,5 +123,6 @@ def _write_files(folder: Path, document: dict[str, Any], report: ValidationRepor
         scatter = draw_scatter(report)
         if scatter is not None:
             files[folder / "validation.png"] = scatter
+    # All at once, after everything was drawn: a failure leaves no half of a result.
     publish_files(files)
     print(f"wrote {', '.join(path.name for path in files)} to {folder}", file=sys.stderr)

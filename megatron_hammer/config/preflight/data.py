@@ -221,6 +221,7 @@ def _find_validation_set_problems(evaluation: Evaluation, data_sets: DataPlan) -
         ]
     names = evaluation.set_names
     problems = []
+    # Weights blend sets into one, and here each set keeps a loss of its own.
     if any(source.weight is not None for source in sources):
         problems.append(
             "valid-data-path: several validation sets are evaluated one by one, got weights. Pass prefixes alone."

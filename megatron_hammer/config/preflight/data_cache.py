@@ -21,6 +21,7 @@ def find_cache_problems(cache_dir: str | None, sources: DataPlan, indices: dict[
     stale: dict[tuple[str, Path], None] = {}
     for prefix in prefixes:
         written_at_ns = Path(f"{prefix}.idx").stat().st_mtime_ns
+        # Age first: reading the indices of a large corpus takes time, and a newer cache was made from this .idx.
         for path, description in list_descriptions(cache_dir, prefix):
             is_older = path.stat().st_mtime_ns < written_at_ns
             if is_older and not is_index_of(path, description, indices[prefix]):
@@ -59,10 +60,12 @@ def is_index_of(path: Path, description: dict[str, Any], index: IndexSummary) ->
     matrix, split = description.get("split_matrix"), description["index_split"]
     bounds = matrix[SPLIT_NAMES.index(split)] if matrix else (0.0, 1.0)
     first, last = (round(bound * float(index.num_sequences)) for bound in bounds)
+    # Other documents than the split's: the corpus had another number of them.
     if len(documents) == 0 or (int(documents.min()), int(documents.max())) != (first, last - 1):
         return False
     stream = np.concatenate([[0], np.cumsum(index.sequence_lengths[documents], dtype=np.int64)])
     starts = stream[samples[:, 0]] + samples[:, 1]
     seq_length = description["sequence_length"]
+    # A sample's labels reach one token beyond it, so the last token of the stream begins no sample.
     num_samples = (int(stream[-1]) - 1) // seq_length
     return len(samples) == num_samples + 1 and np.array_equal(starts, np.arange(num_samples + 1) * seq_length)
