@@ -158,7 +158,7 @@ def _describe(error: Exception) -> str:
     text = " ".join(str(error).split())
     if text:
         return text.rstrip(".")
-    # A bare assert has no words; the last frame's source line is its condition. chr(92) is a line continuation.
+    # A bare assert has no words; the last frame's source line is its condition. chr(92) is a backslash.
     frame = traceback.extract_tb(error.__traceback__)[-1]
     source = linecache.getline(frame.filename, frame.lineno or 0).strip()
     return f"{source.removeprefix('assert ').rstrip(chr(92)).strip()} does not hold ({frame.name})"

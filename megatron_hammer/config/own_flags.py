@@ -42,7 +42,7 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--data-order",
-        # The names of data/order/order.py, written out so that this file imports nothing of the data package.
+        # MEGATRON and EPOCHWISE of data/order/order.py.
         choices=["megatron", "epochwise"],
         default="megatron",
         help="megatron: all epochs of a source shuffled together, a longer run has another order; epochwise: each "

@@ -92,7 +92,7 @@ def _read_machine(args: Any) -> Machine:
 
 
 def _read_precision(args: Any) -> Literal["bf16", "fp16", "fp32"]:
-    # The flags and not --precision: a checkpoint's arguments have only those.
+    # The flags and not --precision, which is ours: other trainers' checkpoints have only these flags.
     return "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
 
 
@@ -141,6 +141,7 @@ def _count_data_parallel(args: Any) -> int:
 
 
 def read_layout(args: Any) -> ParallelLayout:
+    """The parallel sizes, also where they do not fit the world; preflight says so."""
     return _read_same(
         ParallelLayout,
         args,
@@ -179,6 +180,7 @@ def read_schedule(args: Any) -> Schedule:
 
 
 def read_evaluation(args: Any) -> Evaluation:
+    """When and on how much a run is evaluated; 0 steps where Megatron has counted whole passes."""
     num_steps: Any = args.eval_iters
     return Evaluation(
         num_steps=0 if isinstance(num_steps, list) else num_steps,  # while it trains, Megatron counts whole passes here
@@ -200,6 +202,7 @@ def read_data_flags(args: Any) -> DataFlags:
 
 
 def read_data(args: Any) -> Data:
+    """Data sets, tokenizer and order. Flags that contradict each other are in its `problems`; nothing is raised."""
     flags = read_data_flags(args)
     sources, problems = read_data_plan(flags)
     needs_ends = ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")

@@ -355,6 +355,7 @@ def time_all(bench: Bench, precisions: list[str]) -> None:
 
 
 def main() -> None:
+    """Run the command; see --help. Every rank times, and rank 0 writes the JSON."""
     arguments = parse_arguments()
     platform = arguments.platform
     if platform == "cpu":

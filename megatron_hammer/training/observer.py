@@ -42,7 +42,7 @@ def build_observer(plan: RunPlan, state: TrainingState, terminal: IO[str]) -> "R
         state,
         facts,
         Reporter(terminal, facts),
-        # The last rank is in the last pipeline stage, the only one that has the loss.
+        # The last rank is in the last pipeline stage, and only that stage has the loss.
         is_recorder=machine.rank == machine.world_size - 1,
         read_peak_memory_bytes=read_peak_memory_bytes,
         max_over_ranks=max_over_ranks,

@@ -25,6 +25,7 @@ class Reporter:
         self._task: Any = None
 
     def start(self, first_step: int) -> None:
+        """Open the progress bar where the stream is a terminal. first_step: of this process, counted from 1."""
         if not self.console.is_terminal:
             return
         self._progress = Progress(
@@ -40,6 +41,7 @@ class Reporter:
         self._task = self._progress.add_task("", total=self.facts.train_steps, completed=first_step - 1)
 
     def show_step(self, metrics: StepMetrics) -> None:
+        """Move the bar, or print a line if the last one is PLAIN_LINE_INTERVAL_S old."""
         if self._progress is not None:
             self._progress.update(self._task, completed=metrics.step, description=describe_step(metrics))
             return

@@ -102,8 +102,7 @@ def _find_single_pass_problems(plan: RunPlan, indices: Indices) -> list[str]:
         if name == "valid" and plan.evaluation.has_several_sets:
             continue
         tokens = _count_tokens(plan, indices, name)
-        # Neighbouring samples share one token, the last label of the one and the first token of the next: hence size -
-        # 1.
+        # The last label of a sample is the first token of the next one, so only the last sample needs a token more.
         available = sum((size - 1) // plan.seq_length for size in tokens)
         if available < needed:
             weighted = " ".join(
