@@ -132,6 +132,7 @@ def format_lines(commands: Iterable[Command]) -> str:
 
 
 def describe_unknown(words: Sequence[str], family: Sequence[Command]) -> str:
+    """The error for a command that is not in the map, with the names that are near. family: of the first word."""
     if not words:
         return "command: must be given, got none. Run hammer --help for the list."
     # Where the first word begins the names of commands, both words are the wrong name.

@@ -127,7 +127,7 @@ def play_rank(layout: ParallelLayout, rank: int) -> Iterator[Any]:
             context_parallel_size=layout.context_parallel_size,
             expert_model_parallel_size=layout.expert_model_parallel_size,
             expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
-            # The fake backend has no gloo groups, and no message is sent anyway.
+            # A gloo group would wait for the other processes, and here there are none.
             create_gloo_process_groups=False,
         )
         yield ProcessGroupCollection.use_mpu_process_groups()
