@@ -61,11 +61,14 @@ def install(platform: str) -> None:
     if platform == "cpu":
         # Before megatron is imported: its @jit_fuser is torch.compile, which on a CUDA build without a driver fails.
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+    from megatron_hammer.platforms.select import find_te_failure
+
     # "No CUDA runtime is found": true on a login node and said by our own line.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     # Said once, by the backend that a run reports, instead of ten times at import.
     for cause in (".*Transformer Engine and Apex", ".*Apex is not installed", ".*Only transformer-engine"):
         warnings.filterwarnings("ignore", message=cause)
+    find_te_failure()  # hides a broken TransformerEngine, which would end megatron's import
     for adjustment in ADJUSTMENTS:
         if platform in adjustment.platforms:
             adjustment.apply()

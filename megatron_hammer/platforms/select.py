@@ -37,7 +37,6 @@ def select_backend(
 
     A plan for a cluster that asks for `te` has it there, whatever this login node has.
     """
-    failure = find_te_failure()  # for every backend: it also hides what megatron could not import
     if platform == "cpu":
         if requested == "te":
             raise PlatformError(
@@ -46,6 +45,7 @@ def select_backend(
         return "torch"
     if requested == "torch" or (requested == "te" and is_plan and not is_for_this_machine):
         return requested
+    failure = find_te_failure()
     if requested == "te" and failure is not None:
         raise PlatformError(
             f"backend: te needs TransformerEngine {LEAST_TE_VERSION} or later, which does not work here: {failure}. "

@@ -10,6 +10,7 @@ import os
 import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,6 +101,22 @@ def test_each_adjustment_names_its_reason_and_upstream_location(adjustment: Adju
     assert set(adjustment.platforms) <= {"cpu", "cuda"}
     assert len(adjustment.reason) > 30
     assert pkgutil.resolve_name(adjustment.upstream.split()[0])
+
+
+def test_a_broken_transformer_engine_does_not_end_the_import_of_megatron(tmp_path: Path) -> None:
+    """megatron does without it only after an ImportError; a wheel for another CUDA raises others."""
+    package = tmp_path / "transformer_engine"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise OSError('libcudart.so.99: cannot open shared object file')")
+    script = (
+        "import sys; {}import megatron.core.transformer.transformer_block; print(sys.modules['transformer_engine'])"
+    )
+    install = "from megatron_hammer.platforms import megatron_compat; megatron_compat.install('cpu'); "
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    for prefix, code, output in ((install, 0, "None"), ("", 1, "")):
+        command = [sys.executable, "-c", script.format(prefix)]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert (result.returncode, result.stdout.strip()) == (code, output), result.stderr[-2000:]
 
 
 @pytest.fixture
