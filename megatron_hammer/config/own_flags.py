@@ -40,6 +40,13 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         dest="use_distributed_optimizer",
         help="keep the whole optimizer state on every data-parallel rank (default: sharded)",
     )
+    _add_data_flags(group)
+    _add_output_flags(group)
+    return parser
+
+
+def _add_data_flags(group: argparse._ArgumentGroup) -> None:
+    """The order of samples, and what a run may do with data only on demand."""
     group.add_argument(
         "--data-order",
         # MEGATRON and EPOCHWISE of data/order/order.py.
@@ -65,6 +72,10 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         action="store_true",
         help="train although some data would be read more than 1,000 times",
     )
+
+
+def _add_output_flags(group: argparse._ArgumentGroup) -> None:
+    """What is planned, printed and written."""
     group.add_argument("--dry-run", action="store_true", help="print what would run and every problem found, then stop")
     group.add_argument(
         "--world-size", type=int, dest="requested_world_size", help="processes to plan for (with --dry-run)"
@@ -74,7 +85,6 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--peak-tflops", type=float, help="dense peak of a GPU for MFU (default: by device name)")
     group.add_argument("--metrics-path", help="one JSON object per step (default: metrics.jsonl under --save)")
     group.add_argument("--verbose", action="store_true", help="megatron's own output on the terminal, not in a file")
-    return parser
 
 
 class Parser(argparse.ArgumentParser):
