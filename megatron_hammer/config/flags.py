@@ -8,9 +8,23 @@ from typing import Any
 FLAG_NAMES = {
     "add_bias_linear": "disable-bias-linear",
     "bias_gelu_fusion": "no-bias-gelu-fusion",
+    "cuda_graph_scope_deprecated": "cuda-graph-scope",
     "fp4": "fp4-format",
     "fp8": "fp8-format",
+    "fp8_wgrad": "no-fp8-wgrad",
+    "inference_dynamic_batching_enable_prefix_caching": "inference-dynamic-batching-prefix-caching",
     "layernorm_epsilon": "norm-epsilon",
+    "layernorm_zero_centered_gamma": "apply-layernorm-1p",
+    "microbatch_group_size_per_vp_stage": "microbatch-group-size-per-virtual-pipeline-stage",
+    "muon_split_qkv": "muon-no-split-qkv",
+    "strict_fsdp_dtensor_load": "no-strict-fsdp-dtensor-load",
+    "torch_fsdp2_reshard_after_forward": "torch-fsdp2-no-reshard-after-forward",
+    "tp_comm_bulk_dgrad": "disable-tp-comm-bulk-dgrad",
+    "tp_comm_bulk_wgrad": "disable-tp-comm-bulk-wgrad",
+    "tp_comm_overlap_ag": "disable-tp-comm-overlap-ag",
+    "tp_comm_overlap_rs": "disable-tp-comm-overlap-rs",
+    "tp_comm_split_ag": "disable-tp-comm-split-ag",
+    "tp_comm_split_rs": "disable-tp-comm-split-rs",
     "requested_world_size": "world-size",
 }
 
@@ -36,5 +50,6 @@ def flag_of(name: str) -> str:
 
 
 def show_value(value: object) -> str:
-    """A flag's value in a message."""
+    """A flag's value in a message; of an enumeration, its name."""
+    value = getattr(value, "name", value)
     return "on" if value is True else "off" if value is False else str(value)

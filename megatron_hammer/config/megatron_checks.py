@@ -11,17 +11,23 @@ import io
 import linecache
 import logging
 import os
+import sys
 import traceback
+import types
 import warnings
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
+import torch
 from packaging.version import Version
 
 from megatron_hammer.config.connections import BLACKWELL, CONNECTIONS, needs_one_connection
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.platforms import cuda
 from megatron_hammer.platforms.select import LEAST_TE_VERSION, find_te_failure
+
+TE_MODULES = ("transformer_engine", "transformer_engine.pytorch", "transformer_engine.pytorch.optimizers")
 
 
 def find_megatron_refusal(namespace: argparse.Namespace) -> str | None:
@@ -99,8 +105,8 @@ def read_megatron_defaults() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _without_side_effects() -> Iterator[io.StringIO]:
-    """No output (what was printed is yielded), and the environment as it was: deterministic mode sets variables."""
-    environment = dict(os.environ)
+    """No output (what was printed is yielded); environment and PyTorch as they were, which deterministic mode sets."""
+    environment, is_deterministic = dict(os.environ), torch.are_deterministic_algorithms_enabled()
     disabled_level = logging.root.manager.disable
     output = io.StringIO()
     try:
@@ -115,6 +121,7 @@ def _without_side_effects() -> Iterator[io.StringIO]:
             yield output
     finally:
         logging.disable(disabled_level)
+        torch.use_deterministic_algorithms(is_deterministic)
         # Cleared first, because update() would keep the variables that Megatron added.
         os.environ.clear()
         os.environ.update(environment)
@@ -131,25 +138,47 @@ def _answers_of_planned_machine(namespace: argparse.Namespace) -> Iterator[None]
 
     te_version = utils._te_version
     with contextlib.ExitStack() as stack:
-        if namespace.platform == "cuda" and cuda.read_compute_capability() is None:
+        is_elsewhere = namespace.dry_run and namespace.requested_world_size is not None
+        if namespace.platform == "cuda" and (is_elsewhere or cuda.read_compute_capability() is None):
             needs_blackwell = namespace.fp4 or (namespace.fp8 and namespace.fp8_recipe == "mxfp8")
             stack.enter_context(cuda.pretend_capability((BLACKWELL, 0) if needs_blackwell else (9, 0)))
+            os.environ.pop(CONNECTIONS, None)  # of this machine; it is restored with the rest of the environment
             if needs_one_connection(namespace):
-                os.environ.setdefault(CONNECTIONS, "1")
+                os.environ[CONNECTIONS] = "1"
         if namespace.transformer_impl == "transformer_engine" and find_te_failure() is not None:
             # megatron.core.utils.get_te_version caches the version in this variable and reads it from there.
             utils._te_version = Version(LEAST_TE_VERSION)
+            stack.enter_context(_pretend_te_optimizer())
         try:
             yield
         finally:
             utils._te_version = te_version
 
 
+@contextlib.contextmanager
+def _pretend_te_optimizer() -> Iterator[None]:
+    """What megatron.core.optimizer.OptimizerConfig looks at for --use-precision-aware-optimizer: Adam's arguments."""
+
+    def adam(
+        params: Any,
+        master_weight_dtype: Any,
+        exp_avg_dtype: Any,
+        exp_avg_sq_dtype: Any,
+        use_decoupled_grad: Any,
+        store_param_remainders: Any,
+    ) -> None: ...
+
+    modules = {name: types.ModuleType(name) for name in TE_MODULES}
+    vars(modules[TE_MODULES[-1]])["FusedAdam"] = adam
+    with mock.patch.dict(sys.modules, modules):
+        yield
+
+
 def _copy_for_trial(namespace: argparse.Namespace) -> argparse.Namespace:
-    """A copy that megatron may change; of a run planned for TransformerEngine, without the kernel that it looks for."""
+    """A copy that megatron may change; of a run planned for TransformerEngine, without kernels that it looks for."""
     trial = copy.deepcopy(namespace)
     if trial.transformer_impl == "transformer_engine" and find_te_failure() is not None:
-        trial.apply_rope_fusion = False
+        trial.apply_rope_fusion = trial.moe_permute_fusion = False
     return trial
 
 

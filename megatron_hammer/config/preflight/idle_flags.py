@@ -105,7 +105,12 @@ IDLE: tuple[Idle, ...] = (
     ),
     # Schedule and evaluation
     Idle("min_lr", lambda flags: flags["lr_decay_style"] == "constant", "with a constant learning rate", _DROP),
-    Idle("lr_decay_iters", lambda flags: flags["lr_decay_style"] == "constant", "with a constant learning rate", _DROP),
+    Idle(
+        "lr_decay_iters",  # of which a warm-up fraction is a part
+        lambda flags: flags["lr_decay_style"] == "constant" and flags["lr_warmup_fraction"] is None,
+        "with a constant learning rate",
+        _DROP,
+    ),
     Idle(
         "lr_wsd_decay_iters",
         lambda flags: flags["lr_decay_style"] != "WSD",
@@ -148,7 +153,12 @@ IDLE: tuple[Idle, ...] = (
     Idle("save_retain_interval", lambda flags: flags["save"] is None, "without --save", _SAVE_REMEDY),
     Idle("no_load_optim", lambda flags: flags["load"] is None, "without --load", "Pass --load DIR, or drop it"),
     Idle("no_load_rng", lambda flags: flags["load"] is None, "without --load", "Pass --load DIR, or drop it"),
-    Idle("ckpt_step", lambda flags: flags["load"] is None, "without --load", "Pass --load DIR, or drop it"),
+    Idle(
+        "ckpt_step",
+        lambda flags: flags["load"] is None and flags["pretrained_checkpoint"] is None,
+        "without --load",
+        "Pass --load DIR, or drop it",
+    ),
     Idle(
         "finetune",
         lambda flags: flags["load"] is None and flags["pretrained_checkpoint"] is None,
@@ -173,7 +183,6 @@ IDLE: tuple[Idle, ...] = (
     # Programs and packages around the loop that this one does not start
     Idle("check_for_spiky_loss", _always, "here: the loss is checked for NaN through its gradients", _DROP),
     Idle("exit_signal_handler_for_dataloader", _always, "in megatron-core 0.19, which never reads it", _DROP),
-    Idle("no_weight_decay_cond_type", _always, "in megatron-core 0.19, which never reads it", _DROP),
     Idle("dist_ckpt_save_pre_mcore_014", _always, "in megatron-core 0.19, which never reads it", _DROP),
     Idle("onnx_safe", _always, "in megatron-core 0.19, which never reads it", _DROP),
     Idle(
@@ -192,7 +201,12 @@ IDLE: tuple[Idle, ...] = (
         _DROP,
     ),
     Idle("async_save", _is_without("save"), "without --save", _SAVE_REMEDY),
-    Idle("softmax_type", lambda flags: flags["softmax_type"] == "vanilla", "as vanilla, the default", _DROP),
+    Idle(
+        "async_save",
+        lambda flags: flags["save"] is not None and not flags["use_persistent_ckpt_worker"],
+        "without --use-persistent-ckpt-worker: megatron then saves synchronously",
+        "Pass --use-persistent-ckpt-worker with it, or drop it",
+    ),
 )
 
 
@@ -207,7 +221,9 @@ class Family(NamedTuple):
 
 
 def _has_no_graphs(flags: Flags) -> bool:
-    return flags["cuda_graph_impl"] in (None, "none") and not flags["enable_cuda_graph"]
+    return flags["cuda_graph_impl"] in (None, "none") and not (
+        flags["enable_cuda_graph"] or flags["external_cuda_graph"]
+    )
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -276,7 +292,7 @@ FAMILIES: tuple[Family, ...] = (
         ("cuda_graph_",),
         (),
         # --cuda-graph-impl itself begins with the prefix of its family, so typing it must not make the family idle.
-        lambda flags: _has_no_graphs(flags) and "cuda_graph_impl" not in flags.typed,
+        lambda flags: _has_no_graphs(flags) and "cuda_graph_impl" not in flags.typed,  # itself begins so
         "without --cuda-graph-impl",
         "Pass --cuda-graph-impl with it, or drop it",
     ),
@@ -289,7 +305,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         (),
-        ("profile_step_start", "profile_step_end", "profile_ranks", "use_pytorch_profiler", "nvtx_ranges"),
+        ("profile_step_start", "profile_step_end", "use_pytorch_profiler", "nvtx_ranges"),
         _is_without("profile"),
         "without --profile",
         "Pass --profile with it, or drop it",
@@ -340,6 +356,25 @@ FAMILIES: tuple[Family, ...] = (
         _always,
         "on a language model: it belongs to Megatron's models of images, audio or retrieval",
         _DROP,
+    ),
+    Family(("qk_clip_",), (), _is_without("qk_clip"), "without --qk-clip", "Pass --qk-clip with it, or drop it"),
+    Family(
+        ("straggler_",), (), _is_without("log_straggler"), "without --log-straggler", "Pass --log-straggler, or drop it"
+    ),
+    Family(
+        (),
+        ("optimizer_offload_fraction", "use_torch_optimizer_for_cpu_offload"),
+        _is_without("optimizer_cpu_offload"),
+        "without --optimizer-cpu-offload",
+        "Pass --optimizer-cpu-offload with it, or drop it",
+    ),
+    Family((), ("decoupled_min_lr",), _is_without("decoupled_lr"), "without --decoupled-lr", "Pass --decoupled-lr"),
+    Family(
+        (),
+        ("wandb_entity", "wandb_save_dir"),
+        _is_without("wandb_project"),
+        "without --wandb-project",
+        "Pass --wandb-project",
     ),
     Family(("logits_load_",), (), _always, "here: the loss has no teacher whose logits are read", _DROP),
     Family(("fim_", "sft_"), (), _always, "here: there is no such data set", _DROP),

@@ -24,7 +24,7 @@ def find_run_layout_problems(settings: RunSettings) -> list[str]:
     """`find_layout_problems` of a command line; needs a model to look at."""
     if settings.model is None or settings.layout is None:
         return []
-    return find_layout_problems(
+    problems = find_layout_problems(
         settings.model,
         settings.layout,
         world_size=settings.machine.world_size,
@@ -32,6 +32,19 @@ def find_run_layout_problems(settings: RunSettings) -> list[str]:
         seq_length=settings.seq_length,
         rotary_percent=settings.rotary_percent,
     )
+    return problems or _find_instance_problems(settings)
+
+
+def _find_instance_problems(settings: RunSettings) -> list[str]:
+    """Several instances of the distributed optimizer divide the ranks that hold the same weights evenly."""
+    instances = settings.flags["num_distributed_optimizer_instances"]
+    if settings.layout is None or settings.layout.dense_shard_size % instances == 0:
+        return []
+    return [
+        f"num-distributed-optimizer-instances: must divide the {settings.layout.dense_shard_size} ranks that hold the "
+        f"same weights, got num_distributed_optimizer_instances={instances}. "
+        f"Use {or_list(divisors(settings.layout.dense_shard_size))}."
+    ]
 
 
 def find_layout_problems(

@@ -28,6 +28,8 @@ NEEDS_TE: dict[str, tuple[object, ...]] = {
     "optimizer_cuda_graph": (False,),
     "cpu_offloading_num_layers": (0,),
     "external_cuda_graph": (False,),
+    "save_activations_interval": (None,),
+    "save_dgrads_interval": (None,),
     "cuda_graph_impl": (None, "none", "local", "full_iteration"),
     "fp8": (None,),
     "fp4": (None,),
@@ -47,6 +49,8 @@ def _lacks(module: str) -> bool:
     return importlib.util.find_spec(module) is None
 
 
+# Optimizers of the package emerging-optimizers.
+EMERGING = ("muon", "lion", "soap")
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "hybrid_context_parallel",
@@ -69,14 +73,24 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "optimizer",
         lambda flags: flags["optimizer"] == "sgd" and flags["use_distributed_optimizer"],
-        "has no state that the distributed optimizer can save",
+        "has no state that the distributed optimizer can shard",
         "Pass --no-distributed-optimizer with it",
     ),
     Refusal(
         "optimizer",
-        lambda flags: "muon" in flags["optimizer"] and not flags["bf16"],
-        "multiplies its matrices in bf16",
-        "Pass --precision bf16",
+        lambda flags: flags["optimizer"] == "sgd" and flags["use_megatron_fsdp"],
+        "has no state that --use-megatron-fsdp can shard",
+        "Pass --optimizer adam",
+    ),
+    Refusal(
+        "optimizer",
+        lambda flags: (
+            any(name in flags["optimizer"] for name in EMERGING)
+            and flags["use_distributed_optimizer"]
+            and not flags["bf16"]
+        ),
+        "is distributed over ranks in bf16 alone (megatron.core.optimizer.layer_wise_optimizer)",
+        "Pass --precision bf16, or --no-distributed-optimizer",
     ),
     Refusal(
         "fp32_residual_connection",
@@ -87,14 +101,15 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "attention_backend",
         lambda flags: (
-            getattr(flags["attention_backend"], "name", "") == "fused" and not (flags["bf16"] or flags["fp16"])
+            getattr(flags["attention_backend"], "name", "") in ("fused", "flash")
+            and not (flags["bf16"] or flags["fp16"])
         ),
         "is a kernel of 16-bit numbers",
         "Pass --precision bf16, or drop it",
     ),
     Refusal(
         "fp8_param_gather",
-        lambda flags: flags["fp8_param_gather"] and not flags["bf16"],
+        lambda flags: flags["fp8_param_gather"] and not (flags["bf16"] or flags["fp16"]),
         "needs the optimizer's master weights, which fp32 training has none of",
         "Pass --precision bf16",
     ),
@@ -103,6 +118,36 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda flags: flags["use_transformer_engine_op_fuser"] and flags["moe_grouped_gemm"],
         "has no fused grouped GEMM for experts",
         "Drop it, or drop --moe-grouped-gemm",
+    ),
+    Refusal(
+        "dataloader_type",
+        lambda flags: flags["dataloader_type"] == "external",
+        "leaves loading to a program's own loader, and here is none",
+        "Pass --dataloader-type single or cyclic, or drop it",
+    ),
+    Refusal(
+        "adlr_autoresume",
+        lambda flags: flags["adlr_autoresume"],
+        "needs a library of one cluster, which nobody else has",
+        "Drop it: the same command continues a stopped run",
+    ),
+    Refusal(
+        "config_logger_dir",
+        lambda flags: bool(flags["config_logger_dir"]),
+        "pickles process groups, at which megatron-core 0.19 stops",
+        "Drop it",
+    ),
+    Refusal(
+        "dataloader_fast_cache_load",
+        lambda flags: flags["dataloader_fast_cache_load"] and not flags["data_cache_path"],
+        "needs the folder of the cache",
+        "Pass --data-cache-path with it, or drop it",
+    ),
+    Refusal(
+        "phase_transition_iterations",
+        lambda flags: bool(flags["phase_transition_iterations"]) and flags["train_samples"] is None,
+        "needs a run that is counted in samples",
+        "Pass --train-samples instead of --train-iters",
     ),
     Refusal(
         "use_ring_exchange_p2p",
@@ -127,13 +172,13 @@ REFUSALS: tuple[Refusal, ...] = (
 PACKAGES: tuple[tuple[str, Condition, str, str], ...] = (
     (
         "optimizer",
-        lambda flags: any(name in flags["optimizer"] for name in ("muon", "lion", "soap")),
+        lambda flags: any(name in flags["optimizer"] for name in EMERGING),
         "emerging_optimizers",
         "emerging-optimizers",
     ),
     (
         "async_save",
-        lambda flags: flags["async_save"] and flags["async_strategy"] == "nvrx",
+        lambda flags: flags["async_save"] and flags["use_persistent_ckpt_worker"] and flags["async_strategy"] == "nvrx",
         "nvidia_resiliency_ext",
         "nvidia-resiliency-ext, or pass --async-strategy mcore",
     ),
@@ -141,11 +186,12 @@ PACKAGES: tuple[tuple[str, Condition, str, str], ...] = (
     ("use_megatron_fsdp", lambda flags: flags["use_megatron_fsdp"], "einops", "einops"),
     (
         "attention_backend",
-        lambda flags: getattr(flags["attention_backend"], "name", "") == "flash",
-        "flash_attn",
+        lambda flags: getattr(flags["attention_backend"], "name", "") == "flash" and _lacks("flash_attn_interface"),
+        "flash_attn",  # 2; version 3 is the other module
         "--no-build-isolation flash-attn, or drop it: the fused kernels of cuDNN are as fast on Hopper",
     ),
     ("log_straggler", lambda flags: flags["log_straggler"], "pynvml", "nvidia-ml-py"),
+    ("enable_msc", lambda flags: flags["enable_msc"], "multistorageclient", "multi-storage-client"),
     ("wandb_project", lambda flags: bool(flags["wandb_project"]), "wandb", "wandb"),
     ("tensorboard_dir", lambda flags: bool(flags["tensorboard_dir"]), "tensorboard", "tensorboard"),
 )
@@ -178,9 +224,19 @@ def find_platform_problems(flags: Flags) -> list[str]:
     ]
 
 
+def _is_for_elsewhere(flags: Flags) -> bool:
+    """Whether this is the plan of a run on a cluster, whatever this login node has."""
+    return flags["dry_run"] and flags["requested_world_size"] is not None
+
+
+def _read_capability(flags: Flags) -> tuple[int, int] | None:
+    """Of the GPU that the run would use; None where it is not here."""
+    return None if flags["platform"] != "cuda" or _is_for_elsewhere(flags) else cuda.read_compute_capability()
+
+
 def _find_package_problems(flags: Flags) -> list[str]:
     """Packages that a run imports only once all ranks are up. A plan for another machine has them there."""
-    if flags["dry_run"] and flags["requested_world_size"] is not None:
+    if _is_for_elsewhere(flags):
         return []
     return [
         f"{flag_of(name)}: needs the package {module}, which is not installed, got {name}={show_value(flags[name])}. "
@@ -192,7 +248,7 @@ def _find_package_problems(flags: Flags) -> list[str]:
 
 def _find_format_problems(flags: Flags) -> list[str]:
     """Number formats that this machine's GPU does not have; TransformerEngine says so only in the first step."""
-    capability = cuda.read_compute_capability() if flags["platform"] == "cuda" else None
+    capability = _read_capability(flags)
     least = {}
     if flags["fp8"]:
         # 8.9 is Ada, the first generation with fp8 matrix products.
@@ -236,7 +292,7 @@ def _find_environment_problems(flags: Flags) -> list[str]:
     """What Megatron asks of the environment on GPUs before Blackwell, so that kernels keep their order."""
     value = os.environ.get(CONNECTIONS)
     has_fsdp = flags["use_torch_fsdp2"] or flags["use_megatron_fsdp"]
-    capability = cuda.read_compute_capability() if flags["platform"] == "cuda" else None
+    capability = _read_capability(flags)
     # A planned GPU is not here; the environment of this machine says nothing about it.
     if capability is None:
         return []

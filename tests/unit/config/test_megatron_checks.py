@@ -1,7 +1,9 @@
 import copy
 import os
+import sys
 
 import pytest
+import torch
 
 from megatron_hammer.config import megatron_checks
 from megatron_hammer.config.megatron_checks import (
@@ -50,6 +52,31 @@ def test_a_question_about_the_planned_gpu_is_no_consent_to_the_rest() -> None:
     assert find_megatron_refusal(plan) is None
     plan.main_grads_dtype = "bf16"  # of the optimizer's configuration, which is built last
     assert "main_grads_dtype can only be fp32" in str(find_megatron_refusal(plan))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--use-precision-aware-optimizer",
+        "--num-experts 4 --moe-permute-fusion --moe-token-dispatcher-type alltoall",
+    ],
+)
+def test_a_plan_for_te_has_the_parts_of_te_that_megatron_looks_for(flags: str) -> None:
+    plan = (*TINY, *flags.split(), "--precision", "bf16", "--dry-run", "--world-size", "4")
+    assert find_megatron_refusal(parse(*plan, platform="cuda", backend="te").namespace) is None
+    assert "transformer_engine" not in sys.modules
+
+
+def test_deterministic_mode_ends_with_the_check() -> None:
+    assert find_megatron_refusal(parse(*TINY, "--deterministic-mode").namespace) is None
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_the_environment_of_a_login_node_is_not_the_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
+    flags = (*TINY, "--tensor-model-parallel-size", "2", "--dry-run", "--world-size", "8")
+    assert find_megatron_refusal(parse(*flags, platform="cuda").namespace) is None
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
 
 
 def test_tensor_parallelism_is_planned_with_the_environment_that_it_gets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,14 @@
 """The tables of idle flags: every row names an attribute that exists, and every row reports its problem."""
 
+import argparse
+
 import pytest
 
 from megatron_hammer.config.flags import flag_of
+from megatron_hammer.config.own_flags import add_own_flags
 from megatron_hammer.config.preflight.flags import find_flag_problems
 from megatron_hammer.config.preflight.idle_flags import FAMILIES, IDLE, Family
+from megatron_hammer.config.preflight.platform import NEEDS_TE
 from megatron_hammer.config.run_plan import RunSettings
 from tests.helpers.parsed_flags import TINY, parse, with_flags
 
@@ -22,6 +26,7 @@ CIRCUMSTANCES = {
     "eval_interval": {"eval_iters": 0},
     "reset_attention_mask": {"backend": "te"},
     "fused_residual_rmsnorm": {"backend": "te"},
+    "async_save": {"save": None},
 }
 # What makes the flags of a family work, by the family's first prefix or name; the others never work.
 WORKING = {
@@ -38,6 +43,11 @@ WORKING = {
     "cuda_graph_": {"cuda_graph_impl": "local"},
     "initial_loss_scale": {"fp16": True},
     "profile_step_start": {"profile": True},
+    "qk_clip_": {"qk_clip": True},
+    "straggler_": {"log_straggler": True},
+    "optimizer_offload_fraction": {"optimizer_cpu_offload": True},
+    "decoupled_min_lr": {"decoupled_lr": 1e-4},
+    "wandb_entity": {"wandb_project": "p", "wandb_exp_name": "e"},
 }
 
 
@@ -55,15 +65,30 @@ def test_attribute_exists(name: str) -> None:
     assert name in BASE.flags.values
 
 
+@pytest.mark.parametrize(
+    "name", {*(idle.name for idle in IDLE), *(name for family in FAMILIES for name in list_members(family)), *NEEDS_TE}
+)
+def test_a_message_names_a_flag_that_exists(name: str, options: set[str]) -> None:
+    assert f"--{flag_of(name)}" in options
+
+
+@pytest.fixture(scope="module")
+def options() -> set[str]:
+    from megatron.training.arguments import add_megatron_arguments
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    return set(add_own_flags(add_megatron_arguments(parser))._option_string_actions)
+
+
 @pytest.mark.parametrize("prefix", [prefix for family in FAMILIES for prefix in family.prefixes])
 def test_prefix_has_flags(prefix: str) -> None:
     assert [name for name in BASE.flags.values if name.startswith(prefix)]
 
 
-@pytest.mark.parametrize("idle", IDLE, ids=lambda idle: idle.name)
+@pytest.mark.parametrize("idle", {idle.name: idle for idle in reversed(IDLE)}.values(), ids=lambda idle: idle.name)
 def test_idle_flag_is_reported_when_typed(idle) -> None:
     settings = with_flags(BASE, idle.name, **CIRCUMSTANCES.get(idle.name, {}))
-    flag = "world-size" if idle.name == "requested_world_size" else idle.name.replace("_", "-")
+    flag = flag_of(idle.name)
     problems = [problem for problem in find_flag_problems(settings) if problem.startswith(f"{flag}: has no effect")]
     assert len(problems) == 1
     assert find_flag_problems(with_flags(BASE, **CIRCUMSTANCES.get(idle.name, {}))) == []  # the preset's own are silent
@@ -89,6 +114,24 @@ def test_flags_of_a_family_are_reported_until_what_they_need_is_asked_for(family
 
 def list_idle(flag: str, settings: RunSettings) -> list[str]:
     return [text for text in find_flag_problems(settings) if text.startswith(f"{flag}: has no effect")]
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("lr_decay_iters", {"lr_decay_style": "constant", "lr_warmup_fraction": 0.1}),
+        ("ckpt_step", {"load": None, "pretrained_checkpoint": "old"}),
+        ("cuda_graph_modules", {"external_cuda_graph": True, "backend": "te", "platform": "cuda"}),
+        ("async_save", {"save": "new", "use_persistent_ckpt_worker": True}),
+    ],
+)
+def test_flags_that_work_with_another_are_not_idle(name: str, values: dict[str, object]) -> None:
+    assert list_idle(flag_of(name), with_flags(BASE, name, **values)) == []
+
+
+def test_async_save_without_a_worker_would_be_synchronous() -> None:
+    (problem,) = list_idle("async-save", with_flags(BASE, "async_save", save="new", async_save=True))
+    assert "without --use-persistent-ckpt-worker" in problem
 
 
 def test_a_number_format_without_its_flag_is_not_trained_silently() -> None:

@@ -7,7 +7,7 @@ from megatron.core.transformer.enums import AttnBackend
 
 from megatron_hammer.config.preflight import layout
 from megatron_hammer.config.preflight.flags import find_flag_problems
-from megatron_hammer.config.preflight.platform import FILES, NEEDS_TE, PACKAGES, REFUSALS
+from megatron_hammer.config.preflight.platform import EMERGING, FILES, NEEDS_TE, PACKAGES, REFUSALS
 from megatron_hammer.platforms import cpu, cuda
 from tests.helpers.parsed_flags import TINY, find, parse, with_flags
 
@@ -51,7 +51,7 @@ def test_context_parallelism_needs_transformer_engine() -> None:
         ({"hybrid_context_parallel": True}, "hybrid-context-parallel: splits packed documents"),
         ({"moe_use_upcycling": True}, "moe-use-upcycling: would build the dense model with experts"),
         ({"init_model_with_meta_device": True}, "init-model-with-meta-device: leaves the weights uninitialised"),
-        ({"optimizer": "sgd"}, "optimizer: has no state that the distributed optimizer can save, got optimizer=sgd"),
+        ({"optimizer": "sgd"}, "optimizer: has no state that the distributed optimizer can shard, got optimizer=sgd"),
         ({"fp32_residual_connection": True, "bf16": True}, "fp32-residual-connection: gives fp32 activations"),
         ({"attention_backend": AttnBackend.fused}, "attention-backend: is a kernel of 16-bit numbers"),
         ({"fp8_param_gather": True}, "fp8-param-gather: needs the optimizer's master weights"),
@@ -59,6 +59,12 @@ def test_context_parallelism_needs_transformer_engine() -> None:
             {"use_transformer_engine_op_fuser": True, "moe_grouped_gemm": True},
             "use-transformer-engine-op-fuser: has no fused grouped GEMM",
         ),
+        ({"dataloader_type": "external"}, "dataloader-type: leaves loading to a program's own loader"),
+        ({"adlr_autoresume": True}, "adlr-autoresume: needs a library of one cluster"),
+        ({"config_logger_dir": "logs"}, "config-logger-dir: pickles process groups"),
+        ({"dataloader_fast_cache_load": True}, "dataloader-fast-cache-load: needs the folder of the cache"),
+        ({"phase_transition_iterations": [1]}, "phase-transition-iterations: needs a run that is counted in samples"),
+        ({"attention_backend": AttnBackend.flash}, "got attention_backend=flash. Pass --precision bf16"),
         ({"use_ring_exchange_p2p": True}, "use-ring-exchange-p2p: calls torch.distributed.ring_exchange"),
         ({"use_sharp": True}, "use-sharp: asks for a process group before"),
         ({"distributed_backend": "gloo"}, "distributed-backend: gloo has no reduce-scatter between GPUs"),
@@ -67,7 +73,10 @@ def test_context_parallelism_needs_transformer_engine() -> None:
         ({"position_embedding_type": "mrope"}, "position-embedding-type: is not supported here"),
     ],
 )
-def test_what_would_crash_once_all_ranks_are_up_is_refused(values: dict[str, object], match: str) -> None:
+def test_what_would_crash_once_all_ranks_are_up_is_refused(
+    values: dict[str, object], match: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # every package is there
     (problem,) = find_on_gpu(**values)
     assert match in problem
 
@@ -82,11 +91,12 @@ def test_what_works_is_not_refused() -> None:
     ("values", "package"),
     [
         ({"optimizer": "muon", "bf16": True}, "emerging-optimizers"),
-        ({"optimizer": "lion"}, "emerging-optimizers"),
-        ({"async_save": True, "save": "checkpoints"}, "nvidia-resiliency-ext"),
+        ({"optimizer": "lion", "bf16": True}, "emerging-optimizers"),
+        ({"async_save": True, "use_persistent_ckpt_worker": True}, "nvidia-resiliency-ext"),
         ({"use_megatron_fsdp": True, "init_model_with_meta_device": True}, "einops"),
+        ({"enable_msc": True}, "multi-storage-client"),
         ({"log_straggler": True}, "nvidia-ml-py"),
-        ({"attention_backend": AttnBackend.flash}, "--no-build-isolation flash-attn"),
+        ({"attention_backend": AttnBackend.flash, "bf16": True}, "--no-build-isolation flash-attn"),
         ({"tensorboard_dir": "logs"}, "tensorboard"),
     ],
 )
@@ -100,10 +110,22 @@ def test_a_missing_package_is_named(values: dict[str, object], package: str, mon
     assert find_on_gpu(**values) == []
 
 
-def test_muon_multiplies_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("optimizer", EMERGING)
+def test_optimizers_that_are_distributed_in_bf16_alone(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    (problem,) = find_on_gpu(optimizer="muon", bf16=False)
-    assert "optimizer: multiplies its matrices in bf16, got optimizer=muon" in problem
+    (problem,) = find_on_gpu(optimizer=optimizer, bf16=False)
+    assert "optimizer: is distributed over ranks in bf16 alone" in problem
+    assert f"got optimizer={optimizer}" in problem
+    assert find_on_gpu(optimizer=optimizer, bf16=True) == []
+    assert find_on_gpu(optimizer=optimizer, bf16=False, use_distributed_optimizer=False) == []
+
+
+def test_a_plan_for_a_cluster_does_not_ask_the_gpu_of_the_login_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "read_compute_capability", lambda index=0: (8, 0))
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "8")
+    values = {"fp8": "hybrid", "fp8_recipe": "mxfp8", "tensor_model_parallel_size": 2}
+    assert len(find_on_gpu(**values)) == 2
+    assert find_on_gpu(**values, dry_run=True, requested_world_size=64) == []
 
 
 @pytest.mark.parametrize(
