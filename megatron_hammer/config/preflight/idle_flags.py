@@ -51,7 +51,7 @@ IDLE: tuple[Idle, ...] = (
     ),
     Idle(
         "expert_tensor_parallel_size",
-        lambda flags: not flags["num_experts"],
+        _is_without("num_experts"),
         "without experts",
         "Drop it, or pass --num-experts",
     ),
@@ -67,7 +67,7 @@ IDLE: tuple[Idle, ...] = (
     # Model
     Idle(
         "num_query_groups",
-        lambda flags: not flags["group_query_attention"],
+        _is_without("group_query_attention"),
         "without --group-query-attention",
         "Pass --group-query-attention with it",
     ),
@@ -76,9 +76,7 @@ IDLE: tuple[Idle, ...] = (
     Idle("rotary_interleaved", _has_no_rope, _ROPE_WHY, _ROPE_REMEDY),
     Idle("rotary_seq_len_interpolation_factor", _has_no_rope, _ROPE_WHY, _ROPE_REMEDY),
     Idle("use_rope_scaling", _has_no_rope, _ROPE_WHY, _ROPE_REMEDY),
-    Idle(
-        "rope_scaling_factor", lambda flags: not flags["use_rope_scaling"], "alone", "Pass --use-rope-scaling with it"
-    ),
+    Idle("rope_scaling_factor", _is_without("use_rope_scaling"), "alone", "Pass --use-rope-scaling with it"),
     Idle("transformer_impl", _always, "here: the backend decides", "Pass --backend te or --backend torch"),
     Idle("use_flash_attn", _always, "in megatron-core 0.19: the backend chooses the attention", _DROP),
     Idle("attention_backend", _is_torch, _TORCH_WHY, _TORCH_REMEDY),
@@ -139,7 +137,7 @@ IDLE: tuple[Idle, ...] = (
     ),
     Idle(
         "validation_set_names",
-        lambda flags: not flags["multiple_validation_sets"],
+        _is_without("multiple_validation_sets"),
         "without several validation sets",
         "Pass --multiple-validation-sets and --valid-data-path with it",
     ),
@@ -171,15 +169,14 @@ IDLE: tuple[Idle, ...] = (
         "here: preset and flags say what is trained",
         "Give the model by --preset or by its flags",
     ),
-    Idle("wandb_exp_name", lambda flags: not flags["wandb_project"], "without --wandb-project", "Pass --wandb-project"),
     # Ours
     Idle(
         "requested_world_size",
-        lambda flags: not flags["dry_run"],
+        _is_without("dry_run"),
         "without --dry-run: a run is as large as the processes that are started",
         "Pass --dry-run with it, or start that many processes with torchrun",
     ),
-    Idle("json", lambda flags: not flags["dry_run"], "without --dry-run", "Pass --dry-run with it"),
+    Idle("json", _is_without("dry_run"), "without --dry-run", "Pass --dry-run with it"),
     # Programs and packages around the loop that this one does not start
     Idle("check_for_spiky_loss", _always, "here: the loss is checked for NaN through its gradients", _DROP),
     Idle("exit_signal_handler_for_dataloader", _always, "in megatron-core 0.19, which never reads it", _DROP),
@@ -211,13 +208,17 @@ IDLE: tuple[Idle, ...] = (
 
 
 class Family(NamedTuple):
-    """Typed flags that all have no effect when `is_idle`: those whose names begin so, and others by name."""
+    """Typed flags that all have no effect when `is_idle`: those whose names begin so, and others by name.
+
+    switch: the flag that turns the others on, where its own name begins so too.
+    """
 
     prefixes: tuple[str, ...]
     names: tuple[str, ...]
     is_idle: Condition
     why: str
     remedy: str
+    switch: str | None = None
 
 
 def _has_no_graphs(flags: Flags) -> bool:
@@ -267,10 +268,10 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         ("tp_comm_",),
         (),
-        # --tp-comm-overlap itself begins with the prefix of its family.
-        lambda flags: not flags["tp_comm_overlap"] and "tp_comm_overlap" not in flags.typed,
+        _is_without("tp_comm_overlap"),
         "without --tp-comm-overlap",
         "Pass --tp-comm-overlap with it, or drop it",
+        switch="tp_comm_overlap",
     ),
     Family(
         ("muon_",),
@@ -291,10 +292,10 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         ("cuda_graph_",),
         (),
-        # --cuda-graph-impl itself begins with the prefix of its family, so typing it must not make the family idle.
-        lambda flags: _has_no_graphs(flags) and "cuda_graph_impl" not in flags.typed,  # itself begins so
+        _has_no_graphs,
         "without --cuda-graph-impl",
         "Pass --cuda-graph-impl with it, or drop it",
+        switch="cuda_graph_impl",
     ),
     Family(
         (),
@@ -371,7 +372,7 @@ FAMILIES: tuple[Family, ...] = (
     Family((), ("decoupled_min_lr",), _is_without("decoupled_lr"), "without --decoupled-lr", "Pass --decoupled-lr"),
     Family(
         (),
-        ("wandb_entity", "wandb_save_dir"),
+        ("wandb_exp_name", "wandb_entity", "wandb_save_dir"),
         _is_without("wandb_project"),
         "without --wandb-project",
         "Pass --wandb-project",
@@ -393,7 +394,7 @@ def find_idle_problems(flags: Flags) -> list[str]:
         if family.is_idle(flags):
             problems += [
                 _describe(name, family.why, family.remedy)
-                for name in sorted(flags.typed - reported)
+                for name in sorted(flags.typed - reported - {family.switch})
                 if name.startswith(family.prefixes) or name in family.names
             ]
     return problems

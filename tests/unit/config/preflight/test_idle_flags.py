@@ -47,7 +47,7 @@ WORKING = {
     "straggler_": {"log_straggler": True},
     "optimizer_offload_fraction": {"optimizer_cpu_offload": True},
     "decoupled_min_lr": {"decoupled_lr": 1e-4},
-    "wandb_entity": {"wandb_project": "p", "wandb_exp_name": "e"},
+    "wandb_entity": {"wandb_project": "p"},
 }
 
 
@@ -65,9 +65,10 @@ def test_attribute_exists(name: str) -> None:
     assert name in BASE.flags.values
 
 
-@pytest.mark.parametrize(
-    "name", {*(idle.name for idle in IDLE), *(name for family in FAMILIES for name in list_members(family)), *NEEDS_TE}
-)
+NAMES = {*(idle.name for idle in IDLE), *(name for family in FAMILIES for name in list_members(family)), *NEEDS_TE}
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
 def test_a_message_names_a_flag_that_exists(name: str, options: set[str]) -> None:
     assert f"--{flag_of(name)}" in options
 
@@ -127,6 +128,15 @@ def list_idle(flag: str, settings: RunSettings) -> list[str]:
 )
 def test_flags_that_work_with_another_are_not_idle(name: str, values: dict[str, object]) -> None:
     assert list_idle(flag_of(name), with_flags(BASE, name, **values)) == []
+
+
+def test_a_switch_that_is_typed_off_hides_no_idle_flag() -> None:
+    settings = with_flags(BASE, "cuda_graph_impl", "cuda_graph_warmup_steps", cuda_graph_impl="none")
+    assert len(list_idle("cuda-graph-warmup-steps", settings)) == 1
+    assert list_idle("cuda-graph-impl", settings) == []
+    settings = with_flags(BASE, "tp_comm_overlap", "tp_comm_overlap_cfg", tp_comm_overlap=False)
+    assert len(list_idle("tp-comm-overlap-cfg", settings)) == 1
+    assert list_idle("tp-comm-overlap", settings) == []
 
 
 def test_async_save_without_a_worker_would_be_synchronous() -> None:
