@@ -1,8 +1,11 @@
-"""CUDA_DEVICE_MAX_CONNECTIONS, which CUDA reads once, when it is initialised."""
+"""CUDA_DEVICE_MAX_CONNECTIONS, which CUDA reads once, when it is initialised, and the GPU on which it depends.
 
-import argparse
+Arguments are read as a mapping: of flags (`Flags.values`) or of a namespace (`vars`).
+"""
+
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from megatron_hammer.config.own_flags import Parser
 from megatron_hammer.platforms import cuda
@@ -21,8 +24,10 @@ def set_connections(argv: Sequence[str]) -> None:
     gathers must not wait behind the products. GPUs since Blackwell keep the order by themselves. A value that the user
     has set is left alone; preflight refuses one that megatron cannot use.
     """
+    if not _asks_for_one_connection(argv):
+        return
     capability = cuda.read_compute_capability()
-    if capability is not None and capability[0] < BLACKWELL and _asks_for_one_connection(argv):
+    if capability is not None and capability[0] < BLACKWELL:
         os.environ.setdefault(CONNECTIONS, "1")
 
 
@@ -33,9 +38,19 @@ def _asks_for_one_connection(argv: Sequence[str]) -> bool:
         parser.add_argument(f"--{name.replace('_', '-')}", default="1")
     for name in FREE:
         parser.add_argument(f"--{name.replace('_', '-')}", action="store_true")
-    return needs_one_connection(parser.parse_known_args(list(argv))[0])
+    return needs_one_connection(vars(parser.parse_known_args(list(argv))[0]))
 
 
-def needs_one_connection(args: argparse.Namespace) -> bool:
+def needs_one_connection(arguments: Mapping[str, Any]) -> bool:
     """As megatron.training.arguments.validate_args decides for GPUs before Blackwell."""
-    return any(str(getattr(args, name)) != "1" for name in SIZES) and not any(getattr(args, name) for name in FREE)
+    return any(str(arguments[name]) != "1" for name in SIZES) and not any(arguments[name] for name in FREE)
+
+
+def is_for_elsewhere(arguments: Mapping[str, Any]) -> bool:
+    """Whether this is the plan of a run on a cluster, whatever this login node has."""
+    return arguments["dry_run"] and arguments["requested_world_size"] is not None
+
+
+def read_run_capability(arguments: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Compute capability of the GPU that a run would use; None where it uses none, or one that is not here."""
+    return None if arguments["platform"] != "cuda" or is_for_elsewhere(arguments) else cuda.read_compute_capability()

@@ -22,7 +22,7 @@ from unittest import mock
 import torch
 from packaging.version import Version
 
-from megatron_hammer.config.connections import BLACKWELL, CONNECTIONS, needs_one_connection
+from megatron_hammer.config.connections import BLACKWELL, CONNECTIONS, needs_one_connection, read_run_capability
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.platforms import cuda
 from megatron_hammer.platforms.select import LEAST_TE_VERSION, find_te_failure
@@ -138,14 +138,13 @@ def _answers_of_planned_machine(namespace: argparse.Namespace) -> Iterator[None]
 
     te_version = utils._te_version
     with contextlib.ExitStack() as stack:
-        is_elsewhere = namespace.dry_run and namespace.requested_world_size is not None
-        if namespace.platform == "cuda" and (is_elsewhere or cuda.read_compute_capability() is None):
+        if namespace.platform == "cuda" and read_run_capability(vars(namespace)) is None:
             needs_blackwell = namespace.fp4 or (namespace.fp8 and namespace.fp8_recipe == "mxfp8")
             stack.enter_context(cuda.pretend_capability((BLACKWELL, 0) if needs_blackwell else (9, 0)))
             os.environ.pop(CONNECTIONS, None)  # of this machine; it is restored with the rest of the environment
-            if needs_one_connection(namespace):
+            if needs_one_connection(vars(namespace)):
                 os.environ[CONNECTIONS] = "1"
-        if namespace.transformer_impl == "transformer_engine" and find_te_failure() is not None:
+        if _lacks_te(namespace):
             # megatron.core.utils.get_te_version caches the version in this variable and reads it from there.
             utils._te_version = Version(LEAST_TE_VERSION)
             stack.enter_context(_pretend_te_optimizer())
@@ -153,6 +152,11 @@ def _answers_of_planned_machine(namespace: argparse.Namespace) -> Iterator[None]
             yield
         finally:
             utils._te_version = te_version
+
+
+def _lacks_te(namespace: argparse.Namespace) -> bool:
+    """Whether the run is planned for a TransformerEngine that this machine does not have."""
+    return namespace.transformer_impl == "transformer_engine" and find_te_failure() is not None
 
 
 @contextlib.contextmanager
@@ -177,7 +181,7 @@ def _pretend_te_optimizer() -> Iterator[None]:
 def _copy_for_trial(namespace: argparse.Namespace) -> argparse.Namespace:
     """A copy that megatron may change; of a run planned for TransformerEngine, without kernels that it looks for."""
     trial = copy.deepcopy(namespace)
-    if trial.transformer_impl == "transformer_engine" and find_te_failure() is not None:
+    if _lacks_te(trial):
         trial.apply_rope_fusion = trial.moe_permute_fusion = False
     return trial
 

@@ -1,14 +1,19 @@
 """What a platform, a backend or this machine cannot do, and what needs a package that is not installed."""
 
-import argparse
 import importlib.util
 import os
 from typing import NamedTuple
 
-from megatron_hammer.config.connections import BLACKWELL, CONNECTIONS, needs_one_connection
+from megatron_hammer.config.connections import (
+    BLACKWELL,
+    CONNECTIONS,
+    is_for_elsewhere,
+    needs_one_connection,
+    read_run_capability,
+)
 from megatron_hammer.config.flags import Flags, flag_of, show_value
 from megatron_hammer.config.preflight.idle_flags import Condition
-from megatron_hammer.platforms import cpu, cuda
+from megatron_hammer.platforms import cpu
 
 # What only TransformerEngine's modules do: (attribute, quiet values).
 NEEDS_TE: dict[str, tuple[object, ...]] = {
@@ -206,6 +211,7 @@ FILES = ("nccl_communicator_config_path", "tp_comm_overlap_cfg", "te_precision_c
 
 def find_platform_problems(flags: Flags) -> list[str]:
     """Everything that this platform, this backend, this GPU or this installation cannot do."""
+    capability = read_run_capability(flags.values)
     return [
         *_find_backend_problems(flags),
         *(
@@ -219,24 +225,14 @@ def find_platform_problems(flags: Flags) -> list[str]:
             for name in FILES
             if flags[name] is not None and not os.path.isfile(flags[name])
         ),
-        *_find_format_problems(flags),
-        *_find_environment_problems(flags),
+        *_find_format_problems(flags, capability),
+        *_find_environment_problems(flags, capability),
     ]
-
-
-def _is_for_elsewhere(flags: Flags) -> bool:
-    """Whether this is the plan of a run on a cluster, whatever this login node has."""
-    return flags["dry_run"] and flags["requested_world_size"] is not None
-
-
-def _read_capability(flags: Flags) -> tuple[int, int] | None:
-    """Of the GPU that the run would use; None where it is not here."""
-    return None if flags["platform"] != "cuda" or _is_for_elsewhere(flags) else cuda.read_compute_capability()
 
 
 def _find_package_problems(flags: Flags) -> list[str]:
     """Packages that a run imports only once all ranks are up. A plan for another machine has them there."""
-    if _is_for_elsewhere(flags):
+    if is_for_elsewhere(flags.values):
         return []
     return [
         f"{flag_of(name)}: needs the package {module}, which is not installed, got {name}={show_value(flags[name])}. "
@@ -246,9 +242,8 @@ def _find_package_problems(flags: Flags) -> list[str]:
     ]
 
 
-def _find_format_problems(flags: Flags) -> list[str]:
+def _find_format_problems(flags: Flags, capability: tuple[int, int] | None) -> list[str]:
     """Number formats that this machine's GPU does not have; TransformerEngine says so only in the first step."""
-    capability = _read_capability(flags)
     least = {}
     if flags["fp8"]:
         # 8.9 is Ada, the first generation with fp8 matrix products.
@@ -288,11 +283,10 @@ def _find_backend_problems(flags: Flags) -> list[str]:
     ]
 
 
-def _find_environment_problems(flags: Flags) -> list[str]:
+def _find_environment_problems(flags: Flags, capability: tuple[int, int] | None) -> list[str]:
     """What Megatron asks of the environment on GPUs before Blackwell, so that kernels keep their order."""
     value = os.environ.get(CONNECTIONS)
     has_fsdp = flags["use_torch_fsdp2"] or flags["use_megatron_fsdp"]
-    capability = _read_capability(flags)
     # A planned GPU is not here; the environment of this machine says nothing about it.
     if capability is None:
         return []
@@ -302,7 +296,7 @@ def _find_environment_problems(flags: Flags) -> list[str]:
             f"{CONNECTIONS}: must not be 1 with FSDP, whose gathers would wait behind the matrix products, got "
             f"{CONNECTIONS}={value}. Run unset {CONNECTIONS} before the launch."
         ]
-    is_needed = needs_one_connection(argparse.Namespace(**flags.values)) and capability[0] < BLACKWELL
+    is_needed = needs_one_connection(flags.values) and capability[0] < BLACKWELL
     if not is_needed or value == "1":
         return []
     return [
