@@ -12,9 +12,7 @@ from torch import Tensor
 from tests.helpers.hf_by_hand import list_shapes
 from tests.helpers.toy_model import LLAMA
 
-LLAMA_CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
+LLAMA_SIZES = {
     "vocab_size": LLAMA.vocab_size,
     "hidden_size": LLAMA.hidden_size,
     "intermediate_size": LLAMA.ffn_hidden_size,
@@ -22,6 +20,11 @@ LLAMA_CONFIG = {
     "num_attention_heads": LLAMA.num_attention_heads,
     "num_key_value_heads": LLAMA.num_query_groups,
     "max_position_embeddings": LLAMA.max_position_embeddings,
+}
+LLAMA_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    **LLAMA_SIZES,
     "rms_norm_eps": 1e-5,
     "rope_theta": 20000.0,
     "tie_word_embeddings": False,

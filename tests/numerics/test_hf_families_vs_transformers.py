@@ -21,24 +21,14 @@ from megatron_hammer.checkpoint.hugging_face.tensor_sources import locate_hf_ten
 from megatron_hammer.model.accounting import count_parameters
 from tests.helpers.hf_by_hand import permute_to_megatron
 from tests.helpers.reference_model import compare, randomize
+from tests.helpers.toy_hf_folder import LLAMA_SIZES
 from tests.helpers.toy_model import GATED_EXPERTS, GPT2, LLAMA
 from tests.helpers.whole_model import build_whole_model, load_weights, read_arguments, single_rank
 
 # Measured: at most 6e-6 on a layer and on the logits, of a standard deviation from 0.07 (tied heads) to 1.3; the twins
 # differ by 0.006 to 5, those of the gelu by 6e-5 and 1e-3.
 TOLERANCE = 3e-5
-SIZES = {
-    "vocab_size": LLAMA.vocab_size,
-    "hidden_size": LLAMA.hidden_size,
-    "intermediate_size": LLAMA.ffn_hidden_size,
-    "num_hidden_layers": LLAMA.num_layers,
-    "num_attention_heads": LLAMA.num_attention_heads,
-    "num_key_value_heads": LLAMA.num_query_groups,
-    "max_position_embeddings": LLAMA.max_position_embeddings,
-    "pad_token_id": None,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SIZES = {**LLAMA_SIZES, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
 NO_GROUPS = {"num_key_value_heads": LLAMA.num_attention_heads}
 EXPERTS = {
     "num_experts": GATED_EXPERTS.num_experts,
