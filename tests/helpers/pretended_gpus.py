@@ -8,6 +8,7 @@ memory. Import this before megatron, in a process of its own.
 
 import contextlib
 import functools
+import inspect
 import os
 import resource
 import types
@@ -157,12 +158,15 @@ class Premultiplied(NamedTuple):
 
 
 def _multiply_first(reduce: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(reduce)
+    source = next(name for name in ("input", "tensor") if name in signature.parameters)
+
     @functools.wraps(reduce)
-    def multiply_and_reduce(*args: Any, op: Any = torch.distributed.ReduceOp.SUM, **kwargs: Any) -> Any:
-        if isinstance(op, Premultiplied):
-            source = args[-1] if args else kwargs["input"]
-            source.mul_(op.factor)
-            op = torch.distributed.ReduceOp.SUM
-        return reduce(*args, op=op, **kwargs)
+    def multiply_and_reduce(*args: Any, **kwargs: Any) -> Any:
+        passed = signature.bind(*args, **kwargs)
+        if isinstance(passed.arguments.get("op"), Premultiplied):
+            passed.arguments[source].mul_(passed.arguments["op"].factor)
+            passed.arguments["op"] = torch.distributed.ReduceOp.SUM
+        return reduce(*passed.args, **passed.kwargs)
 
     return multiply_and_reduce
