@@ -6,6 +6,7 @@ Entry points wrap their main in `exit_on_user_error`: user errors leave no stack
 command whose output goes to a program that has ended, such as `head`.
 """
 
+import errno
 import functools
 import os
 import select
@@ -20,6 +21,12 @@ USER_ERROR_EXIT_CODE = 2
 INTERRUPTED_EXIT_CODE = 130  # as shells have it
 NO_READER_EXIT_CODE = 128 + signal.SIGPIPE
 FOLLOWER_GRACE_S = 10.0
+# What the system answers where a path is wrong, forbidden, or on a disk that is full or failing. A file that is missing
+# is not among them: where a user named it, there is a sentence already, and elsewhere it is a bug of ours.
+PATH_ERRNOS = frozenset(
+    getattr(errno, f"E{name}")
+    for name in ("ACCES", "PERM", "ROFS", "NAMETOOLONG", "LOOP", "NOTDIR", "ISDIR", "NOSPC", "DQUOT", "IO", "STALE")
+)
 
 
 class HammerError(Exception):
@@ -67,23 +74,45 @@ def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
+            _refuse_undecodable(sys.argv[1:])
             return main(*args, **kwargs)
-        except HammerError as error:
-            # Every process of a node usually finds the same problem: the first one says it, and its end ends the
-            # others. What only another process finds, that one says after waiting.
-            if os.environ.get("LOCAL_RANK", "0") != "0":
-                time.sleep(FOLLOWER_GRACE_S)
-            for problem in error.problems:
-                print(f"error: {problem}", file=sys.stderr)
-            sys.exit(USER_ERROR_EXIT_CODE)
         except BrokenPipeError:
             if not _is_stdout_unread():  # a pipe of our own, such as one to another process: a bug
                 raise
             sys.exit(NO_READER_EXIT_CODE)
+        except (HammerError, OSError) as error:
+            problems = error.problems if isinstance(error, HammerError) else _explain_path_error(error)
+            if not problems:
+                raise
+            # Every process of a node usually finds the same problem: the first one says it, and its end ends the
+            # others. What only another process finds, that one says after waiting.
+            if os.environ.get("LOCAL_RANK", "0") != "0":
+                time.sleep(FOLLOWER_GRACE_S)
+            for problem in problems:
+                print(f"error: {problem}", file=sys.stderr)
+            sys.exit(USER_ERROR_EXIT_CODE)
         finally:
             _flush_stdout()
 
     return wrapped
+
+
+def _refuse_undecodable(arguments: Sequence[str]) -> None:
+    """Raise ConfigError for an argument that is not UTF-8: manifests, reports and messages could not name it."""
+    for argument in arguments:
+        raw = os.fsencode(argument)
+        if raw.decode(errors="replace") != argument:
+            raise ConfigError(
+                f"command line: arguments must be UTF-8, got {raw!r}. "
+                "Rename the file, or name it through a link or a folder above it."
+            )
+
+
+def _explain_path_error(error: OSError) -> Sequence[str]:
+    """Return the sentence for what the system says of a path; nothing for another error, which is a bug of ours."""
+    if error.errno not in PATH_ERRNOS or not error.filename:
+        return ()
+    return (f"{error.filename}: path must be usable, got: {error.strerror}. Check the path, its permissions and disk.",)
 
 
 def _is_stdout_unread() -> bool:

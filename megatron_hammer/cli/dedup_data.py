@@ -114,9 +114,10 @@ def deduplicate_with_progress(options: DedupOptions) -> DedupCounts:
 
 
 def summarise(output_path: Path, counts: DedupCounts, elapsed_s: float) -> str:
+    ignored = f"{len(counts.ignored_files)} files of other types ignored; " if counts.ignored_files else ""
     return (
         f"{output_path}: {counts.num_documents:,} documents in, {counts.num_kept:,} kept, "
         f"{counts.num_exact_duplicates:,} exact and {counts.num_near_duplicates:,} near duplicates removed; "
         f"{counts.text_bytes / 1e6:.1f} MB of text in, {counts.kept_text_bytes / 1e6:.1f} MB kept; "
-        f"{elapsed_s:.1f} s, {counts.text_bytes / elapsed_s / 1e6:.1f} MB/s"
+        f"{ignored}{elapsed_s:.1f} s, {counts.text_bytes / elapsed_s / 1e6:.1f} MB/s"
     )

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_hammer.corpus.input_files import find_input_files
-from megatron_hammer.corpus.readers import Document, read_documents
+from megatron_hammer.corpus.readers import Document, read_files
 from megatron_hammer.errors import ConfigError, DataError, exit_on_user_error
 from megatron_hammer.files.progress import build_byte_progress
 from megatron_hammer.files.tables import open_console, print_json
@@ -87,12 +87,13 @@ def open_documents(arguments: argparse.Namespace) -> Iterator[Iterable[Document]
         yield ()
         return
     # Bytes on disk, because the reader reports these also for compressed files.
-    total_bytes = sum(path.stat().st_size for path in find_input_files(arguments.input).files)
+    files = find_input_files(arguments.input).files
+    total_bytes = sum(path.stat().st_size for path in files)
     with build_byte_progress() as bar:
         task = bar.add_task("", total=total_bytes)
         # Read lazily, so a corpus need not fit in memory.
-        documents: Iterable[Document] = read_documents(
-            arguments.input, arguments.json_keys, lambda num_bytes: bar.advance(task, num_bytes)
+        documents: Iterable[Document] = read_files(
+            files, arguments.json_keys, lambda num_bytes: bar.advance(task, num_bytes)
         )
         if arguments.max_bytes is not None:
             documents = analyze.sample_documents(documents, max_bytes=arguments.max_bytes, seed=arguments.seed)

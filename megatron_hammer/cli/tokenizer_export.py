@@ -10,8 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_hammer.corpus.input_files import find_input_files
-from megatron_hammer.corpus.readers import Document, read_documents
+from megatron_hammer.corpus.input_files import find_input_files, match_partials
+from megatron_hammer.corpus.readers import Document, read_files
 from megatron_hammer.errors import exit_on_user_error
 from megatron_hammer.files.read import read_text
 from megatron_hammer.tokenizer.export.export_tokenizer import (
@@ -45,8 +45,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Without --input, only the sample texts are compared.
     documents: Iterable[Document] = ()
     if arguments.input:
-        find_input_files(arguments.input)  # reports a wrong path before the sample texts are compared
-        documents = read_documents(arguments.input, arguments.json_keys)
+        # Now, so that a wrong path is reported before the sample texts are compared, and the export is no input.
+        files = find_input_files(arguments.input, match_partials(arguments.save)).files
+        documents = read_files(files, arguments.json_keys)
     console = Console(stderr=True)
     with console.status("comparing sample texts") as status:
         exported = export_tokenizer_folder(

@@ -37,7 +37,14 @@ def read_documents(
     on_bytes_read: called with the size on disk of each chunk that is read. Raises DataError at the first record that is
     not a document, naming file:line, and for a file that cannot be read to its end.
     """
-    slices = select_whole_files(find_input_files(inputs).files)
+    yield from read_files(find_input_files(inputs).files, json_key, on_bytes_read)
+
+
+def read_files(
+    files: Sequence[Path], json_key: str = "text", on_bytes_read: OnBytesRead = lambda num_bytes: None
+) -> Iterator[Document]:
+    """Yield every document of files that `find_input_files` has found; see `read_documents`."""
+    slices = select_whole_files(files)
     for block in read_blocks(slices, (json_key,), on_bytes_read=on_bytes_read):
         for _, document in decode_documents(block, str(slices[block.begin.file_index].path), json_key):
             yield document

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_hammer.corpus.file_search import identify_file
 from megatron_hammer.data.indexed.manifest import TokenizerIdentity, read_manifest
 from megatron_hammer.data.indexed.pair import idx_path, read_index
 from megatron_hammer.data.order.order import normalize_weights, plan_epochs, share_samples
@@ -70,17 +71,20 @@ def read_sources(words: Sequence[str], split: str | None = None) -> tuple[BlendS
     problems: list[str] = []
     sources: list[BlendSource] = []
     tokenizers: dict[str, TokenizerIdentity] = {}
+    seen: dict[object, str] = {}
     for name, prefix in map(split_name, words):
-        if any(prefix == source.prefix for source in sources):
-            problems.append(
-                f"{prefix}: source must be named once, got it twice. Drop one, and give it a larger weight."
-            )
-            continue
         try:
             num_tokens = count_split_tokens(read_index(prefix), bounds)
             manifest = read_manifest(prefix)
+            known = seen.setdefault(identify_file(idx_path(prefix)), prefix)
         except DataError as error:
             problems.extend(error.problems)
+            continue
+        if any(prefix == source.prefix for source in sources) or known != prefix:
+            twice = "twice" if known == prefix else f"as {known} too"
+            problems.append(
+                f"{prefix}: source must be named once, got it {twice}. Drop one, and give it a larger weight."
+            )
             continue
         if num_tokens == 0:
             problems.append(f"{prefix}: training split must hold tokens, got 0. Leave it out, or change --split.")

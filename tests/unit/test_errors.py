@@ -1,5 +1,6 @@
 """How an entry point ends: on a user's error, on Ctrl-C, and on the signal of a scheduler."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -24,6 +25,37 @@ def test_every_problem_is_a_line_and_the_exit_code_is_2(capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENAMETOOLONG, errno.ENOSPC])
+def test_a_path_that_the_system_refuses_is_a_sentence(capsys: pytest.CaptureFixture[str], number: int) -> None:
+    @exit_on_user_error
+    def main() -> None:
+        raise OSError(number, os.strerror(number), "some/file")
+
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert capsys.readouterr().err.startswith(f"error: some/file: path must be usable, got: {os.strerror(number)}.")
+
+
+def test_twin_an_error_without_a_path_and_a_missing_file_are_bugs() -> None:
+    for error in (OSError(errno.ENOSPC, "No space left"), FileNotFoundError(errno.ENOENT, "No such file", "x")):
+
+        @exit_on_user_error
+        def main(error: OSError = error) -> None:
+            raise error
+
+        with pytest.raises(OSError, match="No s"):
+            main()
+
+
+def test_an_argument_that_is_not_utf8_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["tool", "--input", os.fsdecode(b"caf\xe9.jsonl")])
+    with pytest.raises(SystemExit, match="2"):
+        exit_on_user_error(lambda: None)()
+    assert "arguments must be UTF-8, got b'caf\\xe9.jsonl'" in capsys.readouterr().err
+
+
 def test_an_interrupt_is_one_line_that_says_what_is_left(
     number: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:

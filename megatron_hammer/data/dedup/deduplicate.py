@@ -20,7 +20,8 @@ import orjson
 import zstandard
 
 from megatron_hammer.corpus.blocks import Position, read_blocks, select_whole_files
-from megatron_hammer.corpus.input_files import find_input_files
+from megatron_hammer.corpus.file_search import identify_file
+from megatron_hammer.corpus.input_files import find_input_files, match_partials, show_path
 from megatron_hammer.data.dedup.block_signer import BlockSignerRecipe, SignedBlock
 from megatron_hammer.data.dedup.near_duplicates import NearDuplicateOptions
 from megatron_hammer.data.dedup.signature_index import Match, SignatureIndex
@@ -55,7 +56,10 @@ class DedupOptions:
 
 @dataclass(kw_only=True, slots=True)
 class DedupCounts:
-    """What a run has seen so far, text in UTF-8 bytes; input_bytes counts files as they lie on disk."""
+    """What a run has seen so far, text in UTF-8 bytes; input_bytes counts files as they lie on disk.
+
+    ignored_files: found in input directories, and of a type that no reader handles.
+    """
 
     num_documents: int = 0
     num_exact_duplicates: int = 0
@@ -64,6 +68,7 @@ class DedupCounts:
     kept_text_bytes: int = 0
     read_bytes: int = 0
     input_bytes: int = 0
+    ignored_files: tuple[str, ...] = ()
 
     @property
     def num_kept(self) -> int:
@@ -78,9 +83,13 @@ def deduplicate(options: DedupOptions, on_progress: Callable[[DedupCounts], None
     """
     if options.near_duplicates is not None:
         options.near_duplicates.validate()
-    files = find_input_files(options.inputs).files
+    # An older output is no partial file: it may be the only copy of what it holds, so it is refused as an input below.
+    found = find_input_files(options.inputs, match_partials(options.output_path, options.report_path))
+    files = found.files
     _refuse_bad_outputs(options, files)
-    counts = DedupCounts(input_bytes=sum(path.stat().st_size for path in files))
+    counts = DedupCounts(
+        input_bytes=sum(path.stat().st_size for path in files), ignored_files=tuple(map(show_path, found.ignored))
+    )
     with ExitStack() as stack:
         output = stack.enter_context(open_compressed(options.output_path))
         report = None if options.report_path is None else stack.enter_context(open_compressed(options.report_path))
@@ -115,8 +124,8 @@ def _sign_blocks(options: DedupOptions, files: Sequence[Path], counts: DedupCoun
 def _refuse_bad_outputs(options: DedupOptions, files: Sequence[Path]) -> None:
     problems = []
     outputs = {"output": options.output_path, "report": options.report_path}
-    # Resolved: the same file may be named by two paths, and writing it would destroy an input.
-    inputs = {path.resolve() for path in files}
+    # The same file may be named by two paths, and writing it would destroy an input.
+    inputs = {identify_file(path) for path in files}
     for flag, path in outputs.items():
         if path is None:
             continue
@@ -124,8 +133,11 @@ def _refuse_bad_outputs(options: DedupOptions, files: Sequence[Path]) -> None:
             problems.append(
                 f"{flag}: file name must end with {', '.join(OUTPUT_SUFFIXES)}, got {path}. Pass --{flag} {path}.jsonl."
             )
-        if path.resolve() in inputs:
-            problems.append(f"{flag}: must not be one of the inputs, got {path}. Choose another name.")
+        if path.exists() and identify_file(path) in inputs:
+            problems.append(
+                f"{flag}: must not be one of the inputs, got {path}. "
+                "Choose another name or, if an earlier run wrote it, move it away."
+            )
     if options.report_path is not None and options.report_path.resolve() == options.output_path.resolve():
         problems.append(f"report: must differ from --output, got {options.report_path}. Choose another name.")
     if problems:

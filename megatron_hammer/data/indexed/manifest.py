@@ -13,6 +13,7 @@ from typing import Any
 
 import orjson
 
+from megatron_hammer.corpus.input_files import MANIFEST_SUFFIX
 from megatron_hammer.errors import DataError
 from megatron_hammer.files.read import cannot_read
 from megatron_hammer.files.typed import FormatVersion, read_json
@@ -90,7 +91,7 @@ class Manifest:
 
 
 def manifest_path(prefix: str | Path) -> Path:
-    return Path(f"{prefix}.manifest.json")
+    return Path(f"{prefix}{MANIFEST_SUFFIX}")
 
 
 def encode_manifest(manifest: Manifest) -> bytes:

@@ -18,12 +18,13 @@ from megatron_hammer.data.indexed.index_format import (
     encode_header,
     idx_path,
 )
-from megatron_hammer.errors import DataError
+from megatron_hammer.errors import DataError, OutputError
 from megatron_hammer.files.publish import cannot_write, partial_path
 
 # Larger than Python's 8 KiB: one system call per megabyte, whatever the size of a document.
 BUFFER_BYTES = 1 << 20
 INDEX_CHUNK_ENTRIES = 1 << 20
+LONGEST_NAME_BYTES = 255  # of a file, on the usual file systems
 # Lengths are int32 in the .idx, so a longer sequence cannot be stored.
 LARGEST_LENGTH = int(np.iinfo(np.int32).max)
 
@@ -35,6 +36,16 @@ class WriterState:
     num_tokens: int
     num_sequences: int
     num_documents: int
+
+
+def _refuse_long_name(prefix: Path) -> None:
+    """Raise OutputError where a later file of the pair could not be made: the manifest comes last, after all work."""
+    longest = f"{prefix.name}.manifest.json.partial"
+    if len(os.fsencode(longest)) > LONGEST_NAME_BYTES:
+        raise OutputError(
+            f"{prefix}: {longest} must have at most {LONGEST_NAME_BYTES} bytes, got {len(os.fsencode(longest))}. "
+            "Choose a shorter output prefix."
+        )
 
 
 def remove_partial_files(prefix: str | Path) -> None:
@@ -65,6 +76,7 @@ class IndexedWriter:
         self.num_documents = resume_from.num_documents if resume_from else 0
         self._largest_id = int(np.iinfo(self.dtype).max)
         self._is_open = self._is_finished = self._is_published = self._is_kept = False
+        _refuse_long_name(self.prefix)
         self._partial_bin_path = partial_path(bin_path(prefix))
         self._partial_idx_path = partial_path(idx_path(prefix))
         self._lengths_path = partial_path(f"{prefix}.lengths")

@@ -1,10 +1,12 @@
 """Which pairs are to be merged, in which order, and whether they may be: same dtype, tokenizer, options, all shards."""
 
 import glob
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_hammer.corpus.file_search import FileSearch, describe_unreachable, identify_file
 from megatron_hammer.data.indexed.index_format import bin_path, idx_path
 from megatron_hammer.data.indexed.manifest import Manifest, manifest_path, read_manifest, show_option
 from megatron_hammer.data.indexed.pair import IndexSummary, read_index
@@ -37,25 +39,25 @@ def find_part_prefixes(inputs: Sequence[str], output_prefix: Path) -> list[Path]
     Raises DataError listing every input that stands for no pair or for an unfinished one, every pair that is named
     twice, and the output if it is among the inputs.
     """
-    prefixes: dict[Path, Path] = {}
+    prefixes: dict[object, Path] = {}
     problems = []
+    output = _identify(output_prefix)
     for item in _drop_companions(inputs):
         found, item_problems = _resolve_input(item, output_prefix)
         problems += item_problems
         for prefix in found:
-            # Resolved: a link and its target are the same part.
-            real_path = bin_path(prefix).resolve()
-            if real_path in prefixes:
+            identity = _identify(prefix)
+            if identity in prefixes:
                 problems.append(
-                    f"{prefix}: part must be named once, got it as {prefixes[real_path]} before. Drop one of them."
+                    f"{prefix}: part must be named once, got it as {prefixes[identity]} before. Drop one of them."
                 )
-            elif real_path == bin_path(output_prefix).resolve():
+            elif identity == output:
                 problems.append(
                     f"{prefix}: output must not be one of its parts, got it as --output-prefix and from {item}. "
                     "Choose another --output-prefix, or remove an older output."
                 )
             else:
-                prefixes[real_path] = prefix
+                prefixes[identity] = prefix
     if problems:
         raise DataError(*problems)
     return list(prefixes.values())
@@ -109,6 +111,15 @@ def _shard_index(part: Part) -> int:
 # --- inputs ----------------------------------------------------------------------------------------------------------
 
 
+def _identify(prefix: Path) -> object:
+    """Return what a pair is known by, whatever the spelling and the links of its prefix."""
+    real_path = Path(os.path.realpath(bin_path(prefix)))
+    try:
+        return identify_file(real_path)
+    except OSError:  # there is none yet; where it is to be read, reading says so
+        return real_path
+
+
 def _drop_companions(inputs: Sequence[str]) -> list[str]:
     """Leave out the other files of a pair whose .idx is named too, as when a shell has expanded `parts/*`."""
     pairs = [item.removesuffix(".idx") for item in inputs if item.endswith(".idx")]
@@ -123,11 +134,12 @@ def _resolve_input(text: str, output_prefix: Path) -> tuple[list[Path], list[str
     # A prefix may contain a character such as [ itself. Where a pair of that name exists, it is no pattern.
     if glob.has_magic(text) and not idx_path(_drop_suffix(text)).exists():
         # The pattern may end with .idx or without it, as prefixes do.
-        matches = {*glob.glob(text), *glob.glob(f"{text}.idx")}
+        search = FileSearch()
+        matches = [str(found.path) for pattern in (text, f"{text}.idx") for found in search.expand(pattern)]
         prefixes = sorted({_drop_suffix(match) for match in matches if match.endswith(PAIR_SUFFIXES)})
-        if not prefixes:
+        if not prefixes and not search.problems:
             return [], [f"{text}: pattern must match an .idx, got none. Check the folder and the pattern."]
-        return prefixes, []
+        return prefixes, list(dict.fromkeys(search.problems))
     return [_drop_suffix(text)], []
 
 
@@ -137,7 +149,10 @@ def _drop_suffix(text: str) -> Path:
 
 def _search_directory(directory: Path, output_prefix: Path) -> tuple[list[Path], list[str]]:
     """Every pair in the folder; one that is not finished is a problem, unless an earlier merge left it."""
-    names = {path.name for path in directory.iterdir()}
+    try:
+        names = set(os.listdir(directory))
+    except OSError as error:
+        return [], [describe_unreachable(directory, error)]
     own_partial_path = partial_path(bin_path(output_prefix)).resolve()
     problems = []
     for name in sorted(names):

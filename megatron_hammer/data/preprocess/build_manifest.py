@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.corpus.blocks import FileSlice
-from megatron_hammer.corpus.input_files import InputFiles, find_input_files
+from megatron_hammer.corpus.input_files import InputFiles, find_input_files, show_path
 from megatron_hammer.data.indexed.manifest import (
     Manifest,
     SourceFile,
@@ -38,7 +38,7 @@ class Sources:
 
 def select_sources(options: PreprocessOptions) -> Sources:
     """Find the inputs and this run's part of them; raises DataError as `find_input_files`."""
-    files = find_input_files(options.inputs)
+    files = find_input_files(options.inputs, options.build_output_test())
     slices = select_slices(files.files, options.shard)
     return Sources(
         files=files,
@@ -80,7 +80,7 @@ def describe_outputs(
     return [
         Manifest(
             sources=tuple(described_sources),
-            ignored_files=tuple(map(str, sources.files.ignored)),
+            ignored_files=tuple(map(show_path, sources.files.ignored)),
             tokenizer=identify_tokenizer(encoder),
             options={"json_key": key} | flags,
             shard=options.shard,
@@ -140,7 +140,7 @@ def _is_for(
         # An earlier run may have been allowed more errors than this one.
         and manifest.num_dropped_documents <= options.max_errors
         and found_sources == [(str(path), path.stat().st_size) for path in sources.paths]
-        and manifest.ignored_files == tuple(map(str, sources.files.ignored))
+        and manifest.ignored_files == tuple(map(show_path, sources.files.ignored))
     )
 
 

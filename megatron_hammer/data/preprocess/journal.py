@@ -23,7 +23,7 @@ from megatron_hammer.errors import DataError
 from megatron_hammer.files.publish import cannot_write, publish_files
 from megatron_hammer.files.typed import FormatVersion, read_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: inputs are recorded by their real paths
 # With another folder as input, thousands of files differ.
 MAX_DIFFERENCES_SHOWN = 20
 
@@ -32,7 +32,10 @@ Phase = Literal["encode", "shuffle", "publish"]
 
 @dataclass(frozen=True, slots=True)
 class InputState:
-    """An input file as it was found; a change of any of these means that its content may have changed."""
+    """An input file as it was found; a change of any of these means that its content may have changed.
+
+    path: the real one, so that the command can be repeated with another spelling of it.
+    """
 
     path: str
     size_bytes: int
@@ -41,7 +44,7 @@ class InputState:
     @staticmethod
     def of(path: Path) -> "InputState":
         status = path.stat()
-        return InputState(str(path), status.st_size, status.st_mtime_ns)
+        return InputState(os.path.realpath(path), status.st_size, status.st_mtime_ns)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,10 +1,13 @@
 """The options of one run of the preprocessor, and the output names that they determine."""
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_hammer.corpus.blocks import BLOCK_BYTES
+from megatron_hammer.corpus.input_files import JOURNAL_SUFFIX, match_outputs
 from megatron_hammer.data.indexed.manifest import JobShard
 from megatron_hammer.data.preprocess.sharding import select_shard_prefix
 from megatron_hammer.errors import ConfigError
@@ -43,14 +46,28 @@ class PreprocessOptions:
 
     @property
     def journal_path(self) -> Path:
-        return Path(f"{self.job_prefix}.journal.json")
+        return Path(f"{self.job_prefix}{JOURNAL_SUFFIX}")
 
     @property
     def lock_path(self) -> Path:
         return Path(f"{self.job_prefix}.lock")
 
     def prefix_of(self, json_key: str) -> Path:
-        return Path(f"{self.job_prefix}_{json_key}_{'sentence' if self.split_sentences else 'document'}")
+        return Path(f"{self.job_prefix}_{json_key}_{self._level}")
+
+    @property
+    def _level(self) -> str:
+        return "sentence" if self.split_sentences else "document"
+
+    def build_output_test(self) -> Callable[[Path], bool]:
+        """Return the test for files that this run, another shard of the job or the merge of the shards writes."""
+        keys = "|".join(map(re.escape, self.json_keys))
+        of_job = rf"{re.escape(JOURNAL_SUFFIX)}|\.lock|\.shuffle"
+        of_pair = r"(\.unshuffled)?\.(bin|idx|manifest\.json|lengths|documents|buckets|lock)"
+        name = re.escape(self.output_prefix.name) + r"(-\d{5}-of-\d{5})?"
+        return match_outputs(
+            self.output_prefix.parent, rf"{name}({of_job}|_({keys})_{self._level}{of_pair})(\.partial)?"
+        )
 
     def describe(self) -> dict[str, Any]:
         """Return every option that shapes the bytes, except the keys and the shard, by the name of its flag."""

@@ -12,10 +12,12 @@ import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from megatron_hammer.data.indexed import pair_writer as indexed_writer
+from megatron_hammer.data.indexed.manifest import manifest_path
 from megatron_hammer.data.indexed.pair import IndexedWriter, WriterState, bin_path, idx_path, read_index, select_dtype
 from megatron_hammer.errors import DataError, OutputError
+from megatron_hammer.files.publish import publish_files
 from tests.helpers.indexed_writing import add_document
-from tests.helpers.messages import assert_problem
+from tests.helpers.messages import assert_problem, raises_problem
 
 DOCUMENTS = ([5, 6, 7], [], [8], [1, 65_000, 3, 4, 9], [])
 
@@ -371,3 +373,17 @@ def test_a_published_pair_of_another_run_is_not_mistaken_for_this_one(tmp_path: 
     with pytest.raises(DataError, match=r"pair.bin.partial: file must hold the first 18 bytes .* got no file."):
         IndexedWriter(tmp_path / "pair", np.dtype(np.uint16), WriterState(9, 4, 5))
     assert read_bytes(tmp_path / "pair") == before
+
+
+@pytest.mark.parametrize("num_bytes", [233, 234])
+def test_a_prefix_that_leaves_no_room_for_its_manifest_is_refused_before_any_work(
+    tmp_path: Path, num_bytes: int
+) -> None:
+    prefix = tmp_path / ("é" * 100 + "n" * (num_bytes - 200))
+    if num_bytes == 234:
+        with raises_problem(OutputError, f"{prefix}:", "must have at most 255 bytes", "got 256"):
+            IndexedWriter(prefix, np.dtype(np.uint16))
+        assert list(tmp_path.iterdir()) == []
+    else:
+        with IndexedWriter(prefix, np.dtype(np.uint16)):
+            publish_files({manifest_path(prefix): b"{}"})

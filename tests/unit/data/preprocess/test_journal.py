@@ -72,9 +72,9 @@ def test_round_trip(tmp_path: Path) -> None:
         (b"{", "content must be JSON, got: "),
         (b"[]", r"content must be a table, got \[\]"),
         (b"{}", "format_version must be given, got nothing"),
-        (b'{"format_version": 99}', "format_version must be 1, got 99"),
-        (b'{"format_version": 1}', "job must be given, got nothing"),
-        (b'{"format_version": 1, "phase": "sleep"}', "phase must be 'encode', 'shuffle' or 'publish', got 'sleep'"),
+        (b'{"format_version": 99}', "format_version must be 2, got 99"),
+        (b'{"format_version": 2}', "job must be given, got nothing"),
+        (b'{"format_version": 2, "phase": "sleep"}', "phase must be 'encode', 'shuffle' or 'publish', got 'sleep'"),
     ],
 )
 def test_a_damaged_journal_is_refused(tmp_path: Path, content: bytes, problem: str) -> None:

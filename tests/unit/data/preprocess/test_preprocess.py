@@ -389,6 +389,46 @@ def test_a_complete_run_is_not_repeated(tmp_path: Path, tokenizer_path: Path, co
     assert not preprocess(options).was_complete
 
 
+def test_outputs_inside_the_input_folder_are_no_inputs(
+    tmp_path: Path, tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", TEXTS)
+    (folder / "notes.md").touch()
+    (tmp_path / "link").symlink_to("in")
+    monkeypatch.chdir(tmp_path)
+    preprocess(make_options(tmp_path, tokenizer_path, Path("in"), "whole", seed=3))
+    options = make_options(Path("link"), tokenizer_path, Path("in"), "../in/.", seed=3)
+    stop_at(options, 30)
+    # The same job from another folder and with another spelling of everything.
+    monkeypatch.chdir(folder)
+    result = preprocess(make_options(tmp_path, tokenizer_path, Path("."), "in", seed=3))
+    assert result.was_continued
+    monkeypatch.chdir(tmp_path)
+    preprocess(dataclasses.replace(options, restart=True))
+    whole = read_all(tmp_path / "whole")
+    assert json.loads(whole["c_text_document.manifest.json"])["ignored_files"] == ["in/notes.md"]
+    assert read_all(folder).items() >= whole.items()
+    assert preprocess(options).was_complete
+    # As a shell expands in/*.json*, the journal of the stopped run and the manifest are named too.
+    written = tuple(map(str, Path("in").glob("*.json*")))
+    assert len(written) == 2
+    assert preprocess(dataclasses.replace(options, inputs=written)).manifests == {
+        prefix: dataclasses.replace(manifest, ignored_files=())
+        for prefix, manifest in preprocess(options).manifests.items()
+    }
+
+
+def test_shards_beside_each_other_in_the_input_folder_are_no_inputs(tmp_path: Path, tokenizer_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    jobs = [make_options(tmp_path, tokenizer_path, tmp_path, ".", shard=JobShard(index, 2)) for index in range(2)]
+    stop_at(jobs[0], 10)
+    manifests = [manifest for options in reversed(jobs) for manifest in preprocess(options).manifests.values()]
+    assert [source.path for manifest in manifests for source in manifest.sources] == [str(tmp_path / "a.jsonl")] * 2
+    assert all(manifest.ignored_files == () for manifest in manifests)
+
+
 # --- shuffled and shared ---------------------------------------------------------------------------------------------
 
 
