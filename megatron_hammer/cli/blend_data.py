@@ -35,6 +35,7 @@ from megatron_hammer.data.blending import (
 )
 from megatron_hammer.data.order.order import normalize_weights
 from megatron_hammer.errors import ConfigError, exit_on_user_error
+from megatron_hammer.files.command_line import CommandParser
 from megatron_hammer.files.publish import publish_files
 from megatron_hammer.files.tables import build_table, open_console, print_json
 
@@ -57,7 +58,7 @@ def parse_count(text: str) -> int:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the flags; see --help."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("sources", nargs="+", metavar="[NAME=]PREFIX", help="pairs to blend, without .bin or .idx")
     parser.add_argument(
         "--split", help="shares of training, validation and test, as in training (default: all for training)"

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from megatron_hammer.corpus.machine_text import build_machine_corpus
 from megatron_hammer.errors import exit_on_user_error
+from megatron_hammer.files.command_line import CommandParser
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the flags; see --help."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = CommandParser(__doc__)
     parser.add_argument("--output", type=Path, required=True, help="the .jsonl to write")
     parser.add_argument(
         "--max-bytes", type=int, default=12_000_000, help="stop after this many bytes of text (%(default)s)"

@@ -5,19 +5,19 @@
 All flags of training are accepted. Exit code 2: the layout is impossible; 1: the built rank differs from the count.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 
 from megatron_hammer.errors import exit_on_user_error
+from megatron_hammer.files.command_line import CommandParser
 
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; see --help. Returns 1 if the built rank differs from the count, which is a bug of ours."""
-    parser = argparse.ArgumentParser(
-        description="Build one rank of a large run alone. All flags of training are accepted too.", allow_abbrev=False
+    parser = CommandParser(
+        "Build one rank of a large run alone. All flags of training are accepted too.", allow_abbrev=False
     )
     parser.add_argument("--preset", help="model and published layout to start from")
     parser.add_argument("--world-size", type=int, required=True, help="ranks of the whole run")

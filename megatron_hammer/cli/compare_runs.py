@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_hammer.errors import ConfigError, exit_on_user_error
+from megatron_hammer.files.command_line import CommandParser
 from megatron_hammer.files.tables import open_console
 from megatron_hammer.training import compare
 
@@ -19,7 +20,7 @@ STRAYED_EXIT_CODE = 1
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the flags; see --help."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument(
         "--runs",
         nargs="+",

@@ -21,6 +21,7 @@ from megatron_hammer.checkpoint.surgery.resize_vocabulary import NewVocabulary, 
 from megatron_hammer.checkpoint.surgery.upcycle import ExpertShape, upcycle
 from megatron_hammer.checkpoint.surgery.weights_only import keep_weights
 from megatron_hammer.errors import ConfigError, exit_on_interrupt, exit_on_user_error
+from megatron_hammer.files.command_line import CommandParser
 from megatron_hammer.files.progress import show_stages
 
 OnTensor = Callable[[str, int, int], None]
@@ -28,7 +29,7 @@ OnTensor = Callable[[str, int, int], None]
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the flags; see --help."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_reshard(commands)
     add_average(commands)

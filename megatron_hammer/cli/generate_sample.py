@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_hammer.errors import ConversionError, exit_on_user_error
+from megatron_hammer.files.command_line import CommandParser
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the flags; see --help."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = CommandParser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder of the model, with its tokenizer")
     parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument("--max-new-tokens", type=int, default=60, help="length of the continuation (%(default)s)")

@@ -23,12 +23,13 @@ from megatron_hammer.checkpoint.convert.from_hugging_face import (
 from megatron_hammer.checkpoint.verification.print_checks import print_checks
 from megatron_hammer.checkpoint.verification.verify_conversion import LEVELS
 from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
+from megatron_hammer.files.command_line import CommandParser
 from megatron_hammer.files.progress import build_progress
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the flags; see --help."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--load", type=Path, required=True, help="Hugging Face folder: config.json and weights")
     parser.add_argument("--save", type=Path, required=True, help="folder to write, for training's --load")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="type of the written weights (default: as stored)")

@@ -32,6 +32,7 @@ from megatron_hammer.checkpoint.inspection.tensor_views import OpenedCheckpoint,
 from megatron_hammer.checkpoint.verification.print_checks import print_checks
 from megatron_hammer.checkpoint.verification.verify_conversion import LEVELS, CheckRow, verify_model
 from megatron_hammer.errors import ConfigError, exit_on_interrupt, exit_on_user_error
+from megatron_hammer.files.command_line import CommandParser
 from megatron_hammer.files.progress import build_progress
 from megatron_hammer.files.tables import open_console
 
@@ -41,7 +42,7 @@ DIFFERENT_EXIT_CODE = 1
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the flags; see --help."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("path", type=Path, help="directory that training saved into, one iteration, or a model folder")
     parser.add_argument("--iteration", type=int, help="iteration of the first directory (default: the latest)")
     parser.add_argument(

@@ -34,6 +34,7 @@ from megatron_hammer.data.inspect.tables import (
 )
 from megatron_hammer.data.inspect.verify_pair import VerifiedPair, verify_pair
 from megatron_hammer.errors import ConfigError, DataError, exit_on_user_error
+from megatron_hammer.files.command_line import CommandParser
 from megatron_hammer.files.progress import build_progress
 from megatron_hammer.files.tables import print_json
 from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder
@@ -43,7 +44,7 @@ OnProgress = Callable[[int, int], None]
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the flags; see --help."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="path of a pair without .bin or .idx")
     parser.add_argument(
         "--tokenizer-model", type=Path, help="show tokens as text: .model, tokenizer.json, or its folder"

@@ -23,12 +23,13 @@ from megatron_hammer.checkpoint.verification.print_checks import print_checks
 from megatron_hammer.checkpoint.verification.verify_conversion import LEVELS
 from megatron_hammer.checkpoint_files.open_checkpoint import WEIGHTS
 from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
+from megatron_hammer.files.command_line import CommandParser
 from megatron_hammer.files.progress import show_stages
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the flags; see --help."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--load", type=Path, required=True, help="directory that training saved into, or one iteration")
     parser.add_argument("--save", type=Path, required=True, help="Hugging Face folder to write")
     parser.add_argument("--iteration", type=int, help="iteration to export (default: the latest)")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron_hammer.data.merge.merge_pairs import MergedPair, merge_pairs
 from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
+from megatron_hammer.files.command_line import CommandParser
 from megatron_hammer.files.progress import build_byte_progress
 from megatron_hammer.files.tables import print_json
 
@@ -22,7 +23,7 @@ DEFAULT_SEED = 1234
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the flags; see --help. Exits with 2 if values contradict each other or are out of range."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument(
         "--input", nargs="+", required=True, help="prefixes of pairs, .idx files, globs of either, or directories"
     )

@@ -22,6 +22,7 @@ from megatron_hammer.data.preprocess.run import MAX_PROBLEMS_SHOWN
 from megatron_hammer.data.preprocess.sharding import parse_shard
 from megatron_hammer.data.preprocess.worker_pool import count_cores
 from megatron_hammer.errors import exit_on_user_error
+from megatron_hammer.files.command_line import CommandParser
 from megatron_hammer.files.progress import build_byte_progress
 from megatron_hammer.files.tables import print_json
 
@@ -30,7 +31,7 @@ SIGNAL_EXIT_CODE = 128  # plus the number of the signal, as shells report it
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the flags; see --help. Exits with 2 if values contradict each other or are out of range."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--input", nargs="+", required=True, help="files, globs or directories")
     parser.add_argument("--json-keys", nargs="+", default=["text"], help="fields that hold text (text)")
     parser.add_argument(

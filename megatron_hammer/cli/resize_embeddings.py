@@ -13,11 +13,12 @@ from rich.console import Console
 
 from megatron_hammer.checkpoint.surgery.resize_embeddings import ResizeOptions, ResizeReport, resize_embeddings
 from megatron_hammer.errors import exit_on_user_error
+from megatron_hammer.files.command_line import CommandParser
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the flags; see --help."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--model", type=Path, required=True, metavar="HF_DIR", help="folder of a Hugging Face model")
     parser.add_argument("--old-tokenizer", type=Path, required=True, help="tokenizer that the model was trained with")
     parser.add_argument(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from megatron_hammer.checkpoint.verification.print_checks import print_checks
 from megatron_hammer.errors import PlatformError, exit_on_interrupt, exit_on_user_error
+from megatron_hammer.files.command_line import CommandParser
 from megatron_hammer.files.progress import show_stages
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     # Imported here, since it imports the optional package gguf.
     from megatron_hammer.checkpoint.gguf.file_types import FILE_TYPES
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument(
         "--load", type=Path, required=True, help="Hugging Face folder, or directory that training saved into"
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron_hammer.corpus.input_files import find_input_files
 from megatron_hammer.corpus.readers import Document, read_files
 from megatron_hammer.errors import ConfigError, DataError, exit_on_user_error
+from megatron_hammer.files.command_line import CommandParser
 from megatron_hammer.files.progress import build_byte_progress
 from megatron_hammer.files.tables import open_console, print_json
 from megatron_hammer.tokenizer.analysis import analysis_files, analysis_report, analyze
@@ -20,7 +21,7 @@ from megatron_hammer.tokenizer.vocabulary.coverage import read_character_levels
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the flags; see --help."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument(
         "--tokenizers",
         nargs="+",

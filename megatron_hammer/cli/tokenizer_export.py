@@ -13,6 +13,7 @@ from rich.console import Console
 from megatron_hammer.corpus.input_files import find_input_files, match_partials
 from megatron_hammer.corpus.readers import Document, read_files
 from megatron_hammer.errors import exit_on_user_error
+from megatron_hammer.files.command_line import CommandParser
 from megatron_hammer.files.read import read_text
 from megatron_hammer.tokenizer.export.export_tokenizer import (
     ExportedFolder,
@@ -22,7 +23,7 @@ from megatron_hammer.tokenizer.export.export_tokenizer import (
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the flags; see --help."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument(
         "--tokenizer-model", type=Path, required=True, help="a SentencePiece BPE .model, or a HF folder"
     )

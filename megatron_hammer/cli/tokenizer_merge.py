@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_hammer.errors import ConfigError, exit_on_user_error
+from megatron_hammer.files.command_line import CommandParser
 from megatron_hammer.files.tables import build_table, open_console, print_json
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import SentencePieceModel
 from megatron_hammer.tokenizer.vocabulary.merge_vocabularies import (
@@ -37,7 +38,7 @@ ZERO_SCORES_WARNING = (
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the flags; see --help."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--base", type=Path, required=True, help="the .model to extend")
     parser.add_argument("--other", type=Path, required=True, help="the .model whose pieces are added")
     parser.add_argument("--output", type=Path, required=True, help="the .model to write")

@@ -16,6 +16,7 @@ from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from megatron_hammer.corpus.input_files import find_input_files
 from megatron_hammer.errors import ConfigError, exit_on_interrupt, exit_on_user_error
+from megatron_hammer.files.command_line import CommandParser
 from megatron_hammer.files.progress import build_byte_progress, build_progress
 from megatron_hammer.files.tables import print_json
 from megatron_hammer.tokenizer.vocabulary.recipes import RECIPES, TokenizerRecipe
@@ -33,7 +34,7 @@ DEFAULT_MAX_BYTES = 200_000_000
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the flags; see --help."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument(
         "--input",
         nargs="+",

@@ -19,7 +19,7 @@ from megatron_hammer.config.data_flags import read_data_plan
 from megatron_hammer.config.environment import read_process_place
 from megatron_hammer.config.flags import Flags
 from megatron_hammer.config.initial_model import InitialModel, initial_model_arguments, select_initial_tokenizer
-from megatron_hammer.config.own_flags import Parser, add_own_flags, read_option
+from megatron_hammer.config.own_flags import add_own_flags, read_option
 from megatron_hammer.config.preset_arguments import preset_arguments
 from megatron_hammer.config.read_plan import (
     count_least_world_size,
@@ -34,6 +34,7 @@ from megatron_hammer.config.values import find_missing_problems, find_value_prob
 from megatron_hammer.data.order.order import EPOCHWISE
 from megatron_hammer.data.order.run_order import plan_run_order
 from megatron_hammer.errors import ConfigError
+from megatron_hammer.files.command_line import CommandParser
 from megatron_hammer.presets.catalogue import select_preset
 
 DEFAULT_SPLIT = "98,2,0"  # Megatron's own "969,30,1" makes a test set that nobody asked for
@@ -84,7 +85,7 @@ def parse_arguments(
 
     read_process_place()  # megatron's parser reads the same variables, and fails where one is not a number
 
-    parser = Parser(allow_abbrev=False)
+    parser = CommandParser(allow_abbrev=False)
     add_own_flags(add_megatron_arguments(parser))
     for action in parser._actions:  # megatron 0.19.2 writes a bare % in one help text, at which argparse fails
         if action.help and "%)" in action.help:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_hammer.config.own_flags import Parser
+from megatron_hammer.files.command_line import CommandParser
 from megatron_hammer.platforms import cuda
 
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
@@ -33,7 +33,7 @@ def set_connections(argv: Sequence[str]) -> None:
 
 def _asks_for_one_connection(argv: Sequence[str]) -> bool:
     """`needs_one_connection` of a command line that is not parsed yet."""
-    parser = Parser(add_help=False, allow_abbrev=False)
+    parser = CommandParser(add_help=False, allow_abbrev=False)
     for name in SIZES:
         parser.add_argument(f"--{name.replace('_', '-')}", default="1")
     for name in FREE:

@@ -2,9 +2,8 @@
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
 
-from megatron_hammer.errors import ConfigError
+from megatron_hammer.files.command_line import CommandParser
 
 
 def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -87,17 +86,9 @@ def _add_output_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--verbose", action="store_true", help="megatron's own output on the terminal, not in a file")
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, with its complaints raised as ConfigError instead of printed with the whole usage."""
-
-    # argparse's own error() prints the usage, which with Megatron's flags is several hundred lines, and exits.
-    def error(self, message: str) -> Any:
-        raise ConfigError(f"command line: {message}. See --help.")
-
-
 def read_option(argv: Sequence[str], name: str, default: str | None = None) -> str | None:
     """The value of one option without building Megatron's parser (which takes seconds to import)."""
     # No help: --help must reach the full parser. No abbreviations: --pre must not be read as --preset.
-    parser = Parser(add_help=False, allow_abbrev=False)
+    parser = CommandParser(add_help=False, allow_abbrev=False)
     parser.add_argument(name, dest="value", default=default)
     return parser.parse_known_args(list(argv))[0].value

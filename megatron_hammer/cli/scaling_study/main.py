@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
+from megatron_hammer.files.command_line import CommandParser
 from megatron_hammer.model.shape import ModelShape
 
 COMMANDS: tuple[str, ...] = ("project", "emit", "measure", "profile", "calibrate", "validate", "fit")
@@ -22,7 +23,7 @@ COMMANDS: tuple[str, ...] = ("project", "emit", "measure", "profile", "calibrate
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse a command and its flags. `run` of the result is the command's function."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
         # The names are listed above, and not found in the folder, so that the order of the help is fixed.

@@ -1,6 +1,5 @@
 """How long documents are: counts by length in bins that grow by a constant factor, as a table and as a picture."""
 
-import csv
 import io
 import math
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_hammer.files.csv_table import format_csv
 from megatron_hammer.files.publish import publish_files
 
 PLOT_BINS_PER_OCTAVE = 4
@@ -46,12 +46,9 @@ def build_histogram(lengths: np.ndarray, bins_per_octave: int = 1) -> LengthHist
 
 def write_histogram_csv(path: Path, histogram: LengthHistogram) -> None:
     """Write a row for each bin: the least and the largest length in it, documents, tokens."""
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["min_tokens", "max_tokens", "documents", "tokens"])
     columns = (histogram.edges[:-1], histogram.edges[1:] - 1, histogram.num_documents, histogram.num_tokens)
-    rows.writerows(zip(*(column.tolist() for column in columns), strict=True))
-    publish_files({path: text.getvalue()})
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    publish_files({path: format_csv(["min_tokens", "max_tokens", "documents", "tokens"], rows)})
 
 
 def plot_histogram(path: Path, lengths: np.ndarray, title: str) -> None:

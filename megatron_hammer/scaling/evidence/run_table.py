@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.errors import ConfigError
+from megatron_hammer.files.csv_table import read_cell
 
 TABLES_DIR = Path(__file__).parent / "tables"  # its README.md says what they are
 PUBLISHED_RUNS_PATH = TABLES_DIR / "published_runs.csv"
@@ -128,7 +129,7 @@ def _read_records(path: Path) -> tuple[list[str], list[Record]]:
             line = 1
             for cells in reader:
                 if any(cell.strip() for cell in cells):
-                    records.append((line, cells))
+                    records.append((line, [read_cell(cell) for cell in cells]))
                 # A quoted cell may span several lines, so lines are not counted by records.
                 line = reader.line_num + 1
     except OSError as error:

@@ -1,11 +1,11 @@
 """A validation on a terminal, as JSON and CSV, and as a plot of predicted over measured step times."""
 
-import csv
 import io
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import IO, Any
 
+from megatron_hammer.files import csv_table
 from megatron_hammer.scaling.evidence.validation import (
     RANKING_TOLERANCE_RATIO,
     ErrorFigures,
@@ -102,13 +102,10 @@ def build_validation_document(report: ValidationReport) -> dict[str, Any]:
 
 def format_csv(report: ValidationReport) -> str:
     """One line per row of the table, with its assumptions in one cell."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(ROW_COLUMNS)
-    for row in list_rows(report):
+    rows = list_rows(report)
+    for row in rows:
         row["assumptions"] = "; ".join(row["assumptions"] or ())
-        writer.writerow([_format_cell(row[column]) for column in ROW_COLUMNS])
-    return text.getvalue()
+    return csv_table.format_csv(ROW_COLUMNS, [[_format_cell(row[column]) for column in ROW_COLUMNS] for row in rows])
 
 
 def _format_cell(value: Any) -> str:

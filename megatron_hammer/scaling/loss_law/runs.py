@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from megatron_hammer.errors import ConfigError, DataError, HammerError
+from megatron_hammer.files.csv_table import read_cell
 from megatron_hammer.model.accounting import (
     FlopConvention,
     count_active_parameters,
@@ -318,13 +319,13 @@ def read_table(path: Path) -> list[LossRun]:
         num_parameters, num_tokens, loss = (value or 0.0 for value in values.values())
         runs.append(
             LossRun(
-                name=(row.get("run") or "").strip() or f"line-{line}",
+                name=read_cell((row.get("run") or "").strip()) or f"line-{line}",
                 source=f"{path}:{line}",
                 num_parameters=round(num_parameters),
                 num_tokens=round(num_tokens),
                 loss=loss,
                 loss_source=f"column loss of {path.name}",
-                tokenizer=(row.get("tokenizer") or "").strip() or None,
+                tokenizer=read_cell((row.get("tokenizer") or "").strip()) or None,
             )
         )
     if problems:

@@ -4,8 +4,6 @@ The columns are those of the published tables, so `calibrate` and `validate` rea
 the use of sequence parallelism and the expert-parallel size.
 """
 
-import csv
-import io
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_hammer.errors import DataError
+from megatron_hammer.files.csv_table import format_csv
 from megatron_hammer.model.accounting import FLOP_CONVENTIONS, count_flops_per_token, count_parameters
 from megatron_hammer.scaling.measured.sweep import Setting
 from megatron_hammer.scaling.metrics_file import read_metrics
@@ -135,8 +134,4 @@ def describe_spread(measured: MeasuredSetting, statistic: Statistic) -> str:
 
 def format_rows(rows: Sequence[dict[str, Any]]) -> str:
     """The text of runs.csv."""
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return stream.getvalue()
+    return format_csv(COLUMNS, [[row.get(column) for column in COLUMNS] for row in rows])

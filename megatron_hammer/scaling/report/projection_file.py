@@ -4,8 +4,6 @@ The JSON holds whole plans: model, GPU and cluster once, the rest of each plan i
 bytes: the file contains neither the time of day nor the machine that ran the study.
 """
 
-import csv
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_hammer.errors import ConfigError
+from megatron_hammer.files import csv_table
 from megatron_hammer.files.typed import read_json, validate
 from megatron_hammer.model.accounting import FLOP_CONVENTIONS, StageMemory, count_parameters
 from megatron_hammer.model.shape import ModelShape
@@ -102,11 +101,7 @@ def format_csv(result: StudyResult) -> str:
     """One line per layout. Nested values become columns that are named by their path (parts_s.matmul_s)."""
     rows = [_flatten(row) for row in list_rows(result)]
     names = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_table.format_csv(names, [[row.get(name) for name in names] for row in rows])
 
 
 def _flatten(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -17,6 +17,8 @@ SIZE_FLAGS = {
     "expert_tensor_parallel_sizes": "expert-tensor-parallel-size",
     "micro_batch_sizes": "micro-batch-size",
 }
+# Beyond every cluster and batch. The search lists the divisors of these numbers, which takes their square root.
+LARGEST_SIZE = 10**9
 CPU_PRECISIONS = ("fp32", "bf16")  # platforms/cpu.py
 
 
@@ -37,6 +39,11 @@ def _find_number_problems(study: Study) -> list[str]:
         if wrong or not sizes:
             got = ", ".join(str(size) for size in wrong) or "none"
             problems.append(f"{flag}: must be whole numbers of at least 1, got {got}. Pass some, as in --{flag} 8,64.")
+        problems += [
+            f"{flag}: must be at most {LARGEST_SIZE:,}, got {size:,}. Correct it."
+            for size in sizes
+            if size > LARGEST_SIZE
+        ]
     repeated = sorted({count for count in study.gpu_counts if study.gpu_counts.count(count) > 1})
     if repeated:
         got = ", ".join(str(count) for count in repeated)
@@ -65,6 +72,9 @@ def _list_restricted_sizes(study: Study) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def _find_batch_problems(study: Study) -> list[str]:
+    largest = study.global_batch_size or max(float(study.samples_per_gpu or 0) * n for n in (*study.gpu_counts, 0))
+    if largest > LARGEST_SIZE:
+        return [f"global-batch-size: must be at most {LARGEST_SIZE:,} samples, got {largest:,.0f}. Correct it."]
     if study.global_batch_size is not None and study.global_batch_size < 1:
         return [
             f"global-batch-size: must be at least 1, got {study.global_batch_size}. "

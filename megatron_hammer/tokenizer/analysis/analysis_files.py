@@ -1,11 +1,10 @@
 """An analysis of tokenizers as CSV, one row per tokenizer, and as a picture."""
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_hammer.files.csv_table import format_csv
 from megatron_hammer.files.publish import publish_file, publish_files
 from megatron_hammer.tokenizer.analysis.analysis_report import describe_tokenizer
 from megatron_hammer.tokenizer.analysis.analyze import Analysis
@@ -18,11 +17,7 @@ PANEL_INCHES = (5.6, 4.2)
 def write_csv(analysis: Analysis, path: Path) -> None:
     """One row per tokenizer; ratios with six decimals, coverage in percent with two."""
     rows = [_build_row(analysis, describe_tokenizer(analysis, tokenizer)) for tokenizer in analysis.tokenizers]
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    publish_files({path: text.getvalue()})
+    publish_files({path: format_csv(list(rows[0]), [list(row.values()) for row in rows])})
 
 
 def _build_row(analysis: Analysis, described: dict[str, Any]) -> dict[str, Any]:

@@ -32,6 +32,11 @@ def test_a_good_study_has_no_problems() -> None:
             "tensor-model-parallel-size: must be whole numbers of at least 1, got 0. "
             "Pass some, as in --tensor-model-parallel-size 8,64.",
         ),
+        ({"gpu_counts": (10**9 + 1,)}, "gpus: must be at most 1,000,000,000, got 1,000,000,001. Correct it."),
+        (
+            {"global_batch_size": 10**18},
+            "global-batch-size: must be at most 1,000,000,000 samples, got 1,000,000,000,000,000,000. Correct it.",
+        ),
         ({"num_best": 0}, "top: must be at least 1, got 0. Pass --top 5."),
         ({"memory_limit_bytes": -(2**30)}, "memory-gib: must be above 0, got -1. Pass --memory-gib 76."),
         ({"knee_ratio": 1.5}, "knee: must be above 0 and at most 1, got 1.5. Pass --knee 0.8."),

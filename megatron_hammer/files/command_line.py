@@ -1,0 +1,54 @@
+"""The parser of every command: argparse, with numbers that are numbers and complaints of one line."""
+
+import argparse
+import math
+import re
+from typing import Any
+
+from megatron_hammer.errors import ConfigError
+
+# argparse takes a word that begins with a hyphen for a flag unless it looks like a number. Its own pattern knows no
+# exponents (-1e-3), no infinities and no NaN, so these would be reported as a missing value.
+NEGATIVE_NUMBER = re.compile(r"-((\d[\d_]*\.?\d*|\.\d+)(e[-+]?\d+)?|inf|infinity|nan)$", re.IGNORECASE)
+# Of 64 bits. Larger numbers overflow in numpy, or keep a search busy for ever.
+LARGEST_INTEGER = 2**63 - 1
+
+
+class CommandParser(argparse.ArgumentParser):
+    """argparse that raises ConfigError with one line, where argparse prints the whole usage and exits.
+
+    Values of `type=float` must be finite and those of `type=int` fit in 64 bits, without a word at each flag.
+    """
+
+    def __init__(self, description: str | None = None, **options: Any):
+        # Raw: our descriptions are module docstrings with examples, which must keep their lines.
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(description=description, **options)
+        self._negative_number_matcher = NEGATIVE_NUMBER
+        self.register("type", float, parse_finite_number)
+        self.register("type", int, parse_integer)
+
+    def error(self, message: str) -> Any:
+        raise ConfigError(f"command line: {message}. See --help.")
+
+
+def parse_finite_number(text: str) -> float:
+    """float(text); ArgumentTypeError unless it is a finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number, got {text!r}")
+    return value
+
+
+def parse_integer(text: str) -> int:
+    """int(text); ArgumentTypeError unless it is a whole number of at most 64 bits."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+    if abs(value) > LARGEST_INTEGER:
+        raise argparse.ArgumentTypeError(f"must be at most {LARGEST_INTEGER}, got {text!r}")
+    return value
