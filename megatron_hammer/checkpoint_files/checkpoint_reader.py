@@ -34,10 +34,12 @@ class DescribedTensor(Protocol):
 class CheckpointReader(Protocol):
     """One iteration of a checkpoint of any format, opened; obtain it with `open_checkpoint`.
 
-    tensors: the model's, by mcore name. args: the arguments that Megatron saved. iteration: of the saved state.
+    tensors: the model's, by mcore name. saved_args: the arguments that Megatron saved; args: the same under today's
+    names, and complete (saved_arguments.py). iteration: of the saved state.
     """
 
     directory: Path
+    saved_args: Any
     args: Any
     iteration: int
 

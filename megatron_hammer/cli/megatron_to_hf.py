@@ -63,6 +63,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="after the exact comparison of every tensor, compare the logits of Megatron and transformers, sampled "
         "layers, or nothing more; auto takes logits where both fit in memory, else layers (%(default)s)",
     )
+    parser.add_argument(
+        "--ignore-arguments",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="saved arguments that Megatron up to core 0.19 does not have and that do not change what the model "
+        "computes, as those of a fork; without this they stop the export",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in --save")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser.parse_args(argv)
@@ -84,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         dtype=arguments.dtype,
         max_shard_bytes=int(arguments.max_shard_gb * 1e9),
         verify=arguments.verify,
+        ignored_arguments=tuple(arguments.ignore_arguments),
         overwrite=arguments.overwrite,
     )
     with show_stages() as show:

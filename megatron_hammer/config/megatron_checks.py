@@ -103,6 +103,27 @@ def read_megatron_defaults() -> dict[str, Any]:
     return {action.dest: action.default for action in reversed(parser._actions)}
 
 
+def list_model_arguments(namespace: argparse.Namespace) -> set[str]:
+    """The names of the arguments that Megatron reads while it makes the configuration of a GPT model."""
+    from megatron.training.argument_utils import gpt_config_from_args
+
+    # Any sizes do. params_dtype is set by validate_args, which does not run here.
+    sizes = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "max_position_embeddings": 1, "vocab_size": 1}
+    recorded = _RecordedArguments(**vars(namespace) | sizes | {"params_dtype": torch.float32, "names_read": set()})
+    gpt_config_from_args(recorded)
+    return set(vars(recorded)["names_read"])
+
+
+class _RecordedArguments(argparse.Namespace):
+    """Megatron's arguments, with the names that were read of them."""
+
+    def __getattribute__(self, name: str) -> Any:
+        values = super().__getattribute__("__dict__")
+        if name in values:
+            values["names_read"].add(name)
+        return super().__getattribute__(name)
+
+
 @contextlib.contextmanager
 def _without_side_effects() -> Iterator[io.StringIO]:
     """No output (what was printed is yielded); environment and PyTorch as they were, which deterministic mode sets."""

@@ -15,7 +15,32 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-NORM_CLASSES = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}
+NORM_CLASSES: dict[str, Any] = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}
+
+
+class _ZeroCenteredRMSNorm(torch.nn.RMSNorm):
+    """RMSNorm that stores its weight less 1 (--apply-layernorm-1p). TransformerEngine adds the 1 in fp32, as here."""
+
+    def reset_parameters(self) -> None:
+        torch.nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.rms_norm(x.float(), self.normalized_shape, self.weight.float() + 1, self.eps).to(x)
+
+
+class _ZeroCenteredLayerNorm(torch.nn.LayerNorm):
+    """The same of LayerNorm."""
+
+    def reset_parameters(self) -> None:
+        torch.nn.init.zeros_(self.weight)
+        torch.nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.float() + 1, self.bias.float()
+        return torch.nn.functional.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x)
+
+
+ZERO_CENTERED_CLASSES: dict[str, Any] = {"RMSNorm": _ZeroCenteredRMSNorm, "LayerNorm": _ZeroCenteredLayerNorm}
 
 
 class TorchNorm:
@@ -33,7 +58,12 @@ class TorchNorm:
         normalization: str | None = None,
         **_: Any,
     ) -> torch.nn.Module:
-        norm = NORM_CLASSES[normalization or config.normalization](hidden_size, eps=eps, dtype=config.params_dtype)
+        # The norm on the embedding's output, the only one with a class of its own, is always a plain one.
+        is_plain = normalization is not None or not config.layernorm_zero_centered_gamma
+        classes = NORM_CLASSES if is_plain else ZERO_CENTERED_CLASSES
+        norm: torch.nn.Module = classes[normalization or config.normalization](
+            hidden_size, eps=eps, dtype=config.params_dtype
+        )
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm

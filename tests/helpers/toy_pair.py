@@ -1,6 +1,7 @@
 """A toy Megatron checkpoint and the Hugging Face folder of the same weights, written without the conversion's code."""
 
 import json
+import re
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,21 +23,30 @@ def write_toy_pair(
     dtype: torch.dtype = torch.float32,
     hf_dtype: torch.dtype | None = None,
     seed: int = 3,
+    has_zero_centered_norms: bool = False,
 ) -> tuple[Path, Path]:
     """Random weights for `toy_arguments(**changes)` as (checkpoint directory, folder of transformers).
 
     Matrices have a standard deviation of 1/sqrt(width) and norms differ from 1, so that every part counts. dtype: of
     the checkpoint; hf_dtype: of the folder (the same). Rows of vocabulary padding are huge: to read one is noticed.
+    has_zero_centered_norms: the checkpoint's norms lack the 1 that Megatron adds.
     """
     arguments = toy_arguments(**changes)
     config = write_config(arguments)
     generator = torch.Generator().manual_seed(seed)
     hf_tensors = {name: _draw(name, shape, generator).to(dtype) for name, shape in list_shapes(config).items()}
+    if has_zero_centered_norms:
+        # The folder's weights are the rounded sums, so those that the subtraction rounds are equal on both sides.
+        is_hf_norm = re.compile(r"(norm|ln_\w+)\.weight$").search
+        hf_tensors |= {name: (tensor - 1).float() + 1 for name, tensor in hf_tensors.items() if is_hf_norm(name)}
     tensors = permute_to_megatron(config, hf_tensors)
     for name in tensors.keys() & set(VOCABULARY):
         num_rows = max(0, PADDED_VOCAB_SIZE - len(tensors[name]))
         padding = torch.full((num_rows, tensors[name].shape[1]), 1e3, dtype=dtype)
         tensors[name] = torch.cat([tensors[name], padding])
+    if has_zero_centered_norms:
+        is_norm = re.compile(r"(layer_norm_weight|layernorm\.weight)$").search
+        tensors = {name: (tensor - 1).to(dtype) if is_norm(name) else tensor for name, tensor in tensors.items()}
     write_toy_checkpoint(folder / "megatron", tensors, arguments=arguments)
     write_folder(folder / "hf", arguments, hf_tensors, hf_dtype or dtype)
     return folder / "megatron", folder / "hf"

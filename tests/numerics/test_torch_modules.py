@@ -224,3 +224,24 @@ def test_fp32_on_a_gpu_attends_the_same_without_grouped_heads(monkeypatch: pytes
     seen.clear()
     attention(*make_inputs(2, torch.bfloat16))
     assert [(heads, options["enable_gqa"]) for heads, options in seen] == [(2, True)]
+
+
+@pytest.mark.parametrize("normalization", ["RMSNorm", "LayerNorm"])
+def test_a_zero_centered_norm_stores_its_weight_less_1(normalization):
+    """In bf16 too: the sum is made in fp32, as TransformerEngine makes it."""
+    from megatron_hammer.model.torch_modules import TorchNorm
+
+    def build(**changes):
+        values = {"normalization": normalization, "params_dtype": torch.bfloat16, "sequence_parallel": False}
+        return TorchNorm(SimpleNamespace(**values | {"layernorm_zero_centered_gamma": False} | changes), 24)
+
+    zero_centered, plain = build(layernorm_zero_centered_gamma=True), build(params_dtype=torch.float32)
+    x = torch.randn(7, 24, dtype=torch.bfloat16)
+    assert torch.equal(zero_centered(x), plain(x.float()).bfloat16())  # at the start both multiply by 1
+    stored = torch.randn(24, dtype=torch.bfloat16) * 0.1
+    with torch.no_grad():
+        zero_centered.weight.copy_(stored)
+        plain.weight.copy_(stored.float() + 1)
+    assert torch.equal(zero_centered(x), plain(x.float()).bfloat16())
+    with torch.no_grad():
+        assert not torch.equal(zero_centered(x), build(layernorm_zero_centered_gamma=True)(x))

@@ -93,6 +93,23 @@ def test_computing_in_bf16_has_its_own_tolerance(name, tmp_path, in_process, mon
     assert failed_checks(verify_model(megatron_dir, hf_dir, level="layers"))[0].startswith("decoder layers")
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_norms_without_their_1_under_the_arguments_of_core_0_15(name, level, tmp_path, in_process):
+    """The twin says nothing of apply_layernorm_1p, as an export that overlooks it: the check takes its own path."""
+    older = FAMILIES[name] | {"norm_epsilon": 1e-5, "apply_layernorm_1p": True}
+    pair = write_toy_pair(tmp_path / "1p", older, dtype=torch.bfloat16, has_zero_centered_norms=True)
+    assert failed_checks(verify_model(*pair, level=level)) == []
+    twin = write_toy_pair(tmp_path / "twin", older | {"apply_layernorm_1p": False}, has_zero_centered_norms=True)
+    assert failed_checks(verify_model(*twin, level=level))
+
+
+def test_an_argument_that_the_conversion_overlooks_is_noticed(tmp_path, in_process):
+    """Megatron is asked which arguments belong to the model; no list of the conversion is consulted."""
+    pair = write_toy_pair(tmp_path, {"activation_func_clamp_value": 0.01, "bias_swiglu_fusion": False})
+    assert failed_checks(verify_model(*pair, level="logits"))[0].startswith("logits")
+
+
 # --- twins -----------------------------------------------------------------------------------------------------------
 
 

@@ -8,13 +8,14 @@ A failure leaves nothing. config.json is written last, so that after a kill the 
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_hammer.checkpoint.convert.plain_norms import PlainNormReader
 from megatron_hammer.checkpoint.convert.proofs import (
     DTYPES,
     require_free_space,
@@ -26,7 +27,11 @@ from megatron_hammer.checkpoint.hugging_face.config_json import build_config, bu
 from megatron_hammer.checkpoint.hugging_face.families.catalogue import select_family
 from megatron_hammer.checkpoint.hugging_face.family import Family, expand
 from megatron_hammer.checkpoint.hugging_face.model_card import build_model_card
-from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_dropout, read_saved_model
+from megatron_hammer.checkpoint.hugging_face.saved_model import (
+    has_zero_centered_norms,
+    read_saved_dropout,
+    read_saved_model,
+)
 from megatron_hammer.checkpoint.hugging_face.tensor_rows import TensorPair, validate_names_and_shapes
 from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow, Level, verify_model
 from megatron_hammer.checkpoint_files.checkpoint_reader import CheckpointReader, name_dtype
@@ -46,6 +51,7 @@ class ExportOptions:
 
     vocab_size: None for the checkpoint's. has_tokenizer: False leaves the tokenizer's files out. weights: "model", or
     "master" for the optimizer's fp32 copies. verify: how far the models are compared after their tensors have been.
+    ignored_arguments: saved arguments that this package does not know and that do not change the computation.
     """
 
     load_dir: Path
@@ -58,6 +64,7 @@ class ExportOptions:
     dtype: str | None = None
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES
     verify: Level = "auto"
+    ignored_arguments: tuple[str, ...] = ()
     overwrite: bool = False
 
 
@@ -143,14 +150,14 @@ def export_to_hugging_face(
         num_checked_texts=tokenizer.num_checked_texts if tokenizer else 0,
         checks=tuple(checks),
         elapsed_s=time.monotonic() - started_at_s,
-        notes=notes,
+        notes=(*notes, *_describe_norms(plan)),
     )
 
 
 def _plan_export(options: ExportOptions) -> _Plan:
     """Open the checkpoint and compare its names, shapes and dtypes with its model; converts no tensor."""
     reader = open_checkpoint(options.load_dir, iteration=options.iteration, weights=options.weights)
-    model = read_saved_model(reader.args, vocab_size=options.vocab_size)
+    model = read_saved_model(reader.args, vocab_size=options.vocab_size, ignored=options.ignored_arguments)
     family = select_family(model)
     pairs = expand(family, model)
     reader.remove_vocab_padding(model.vocab_size)
@@ -161,6 +168,8 @@ def _plan_export(options: ExportOptions) -> _Plan:
     )
     num_compared_files = reader.validate_one_save() if isinstance(reader, TorchDistReader) else 0
     dtype = _select_dtype(options.dtype, reader)
+    if has_zero_centered_norms(reader.args):
+        reader = PlainNormReader(reader)
     shapes = {name: shape for pair in pairs for name, shape in zip(pair.hf_names, pair.hf_shapes, strict=True)}
     return _Plan(
         reader=reader,
@@ -186,6 +195,14 @@ def _validate_target(options: ExportOptions) -> None:
         raise ConversionError(
             f"{options.save_dir}: --overwrite replaces an exported model only, got something without config.json. "
             "Choose another directory."
+        )
+
+
+def _describe_norms(plan: _Plan) -> Iterator[str]:
+    if isinstance(plan.reader, PlainNormReader) and plan.dtype != torch.float32:
+        yield (
+            f"weights of norms are the stored ones + 1 (--apply-layernorm-1p), rounded to {plan.dtype_name}; "
+            "--dtype fp32 rounds nothing"
         )
 
 

@@ -1,81 +1,50 @@
 """The model of a checkpoint, from the arguments that it saved, if Hugging Face can express it.
 
 config/model_arguments.py reads the arguments. An argument that changes the computation in a way that no mapping
-expresses is refused here, all at once. Pure: imports neither torch nor megatron.
+expresses is refused here, all at once, and so is a set argument that no table knows (argument_effects.py). Pure:
+imports neither torch nor megatron.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Collection, Iterator
 from typing import Any
 
+from megatron_hammer.checkpoint.hugging_face.argument_effects import EXPRESSIBLE, is_known
 from megatron_hammer.checkpoint.hugging_face.config_rows import Dropout
-from megatron_hammer.config.model_arguments import read_model
+from megatron_hammer.checkpoint_files.saved_arguments import complete_arguments, list_missing
+from megatron_hammer.config.model_arguments import ESSENTIALS, read_model
+from megatron_hammer.config.own_flags import add_own_flags
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.model.shape import ModelShape, RopeScaling
 
-_RANKED_OTHERWISE = {"sinkhorn", "quantile_balancing"}  # load balancing that is part of the choice of experts
-# Argument: (the values that the mapping expresses, why no other is). Absent arguments count as unset.
-_EXPRESSIBLE: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "normalization": (lambda value: value in ("RMSNorm", "LayerNorm"), "only RMSNorm and LayerNorm are mapped"),
-    "position_embedding_type": (lambda value: value in ("rope", "learned_absolute"), "no mapping has another"),
-    "rotary_percent": (lambda value: value in (None, 1.0), "Llama rotates every dimension of a head"),
-    "rotary_interleaved": (lambda value: not value, "transformers rotates halves, not neighbouring pairs"),
-    "rotary_scaling_factor": (lambda value: value in (None, 1.0), "only MLA models have it"),
-    "no_rope_freq": (lambda value: not value, "every layer must have the same position embedding"),
-    "qk_l2_norm": (lambda value: not value, "a norm without weights on queries and keys is not mapped"),
-    "multi_latent_attention": (lambda value: not value, "multi-latent attention is not mapped"),
-    "attention_output_gate": (lambda value: not value, "a gate on the attention output is not mapped"),
-    "experimental_attention_variant": (lambda value: not value, "the attention variant is not mapped"),
-    "softmax_type": (lambda value: value in (None, "vanilla"), "transformers' Llama has the plain softmax"),
-    "window_size": (lambda value: not value, "sliding-window attention is not mapped"),
-    "layernorm_zero_centered_gamma": (lambda value: not value, "norm weights would need + 1"),
-    "apply_residual_connection_post_layernorm": (lambda value: not value, "no mapping has that residual"),
-    "squared_relu": (lambda value: not value, "the activation is not mapped"),
-    "quick_geglu": (lambda value: not value, "the activation is not mapped"),
-    "openai_gelu": (lambda value: not value, "the activation is not mapped"),
-    "activation_func_clamp_value": (lambda value: value is None, "a clamped activation is not mapped"),
-    "glu_linear_offset": (lambda value: not value, "a shifted gate is not mapped"),
-    "mtp_num_layers": (lambda value: not value, "multi-token prediction layers are not mapped"),
-    "hybrid_layer_pattern": (lambda value: not value, "hybrid models are not mapped"),
-    "is_hybrid_model": (lambda value: not value, "hybrid models are not mapped"),
-    "linear_attention_freq": (lambda value: not value, "linear attention is not mapped"),
-    "heterogeneous_layers_config_path": (lambda value: not value, "heterogeneous layers are not mapped"),
-    "heterogeneous_layers_config_encoded_json": (lambda value: not value, "heterogeneous layers are not mapped"),
-    "use_mup": (lambda value: not value, "muP's multipliers are not mapped"),
-    "moe_router_score_function": (lambda value: value in (None, "softmax"), "the router must use softmax"),
-    "moe_router_topk_scaling_factor": (lambda value: value in (None, 1.0), "scaled router weights are not mapped"),
-    "moe_router_load_balancing_type": (
-        lambda value: not _RANKED_OTHERWISE & set([value] if isinstance(value, str) else value or []),
-        "the router must choose the largest scores",
-    ),
-    "moe_router_force_load_balancing": (lambda value: not value, "its router chooses at random"),
-    "moe_router_force_biased": (lambda value: value is None, "its router chooses at random"),
-    "moe_router_num_groups": (lambda value: not value, "group-limited routing is not mapped"),
-    "moe_router_enable_expert_bias": (lambda value: not value, "the router's expert bias is not mapped"),
-    "moe_latent_size": (lambda value: not value, "latent experts are not mapped"),
-    "moe_apply_probs_on_input": (lambda value: not value, "transformers weights the experts' outputs"),
-    "moe_mlp_glu_interleave_size": (lambda value: value is None, "interleaved rows of gate and up are not mapped"),
-    "moe_shared_expert_glu_interleave_size": (
-        lambda value: value is None,
-        "interleaved rows of gate and up are not mapped",
-    ),
-    "moe_expert_rank_capacity_factor": (lambda value: value is None, "transformers drops no token"),
-    "moe_expert_capacity_factor": (lambda value: value is None, "transformers drops no token"),
-}
+# What this package adds to the arguments, beside its flags.
+_OWN_NAMES = frozenset({"imported_from"})
+_CAN_BE_EMPTY = (bool, int, float, str, list, tuple, dict, set)  # what is false of these types is not set
 
 
-def read_saved_model(args: Any, *, vocab_size: int | None = None) -> ModelShape:
-    """The model in Megatron's saved arguments; `vocab_size` replaces theirs (before padding).
+def read_saved_model(args: Any, *, vocab_size: int | None = None, ignored: Collection[str] = ()) -> ModelShape:
+    """The model in Megatron's saved arguments of any version; `vocab_size` replaces theirs (before padding).
 
-    Raises ConversionError with one sentence for every argument that no mapping expresses.
+    ignored: names of set arguments that no table knows and that do not change the computation, as the user says.
+    Raises ConversionError with one sentence for every argument that no mapping expresses, and for every one that is
+    missing or unknown.
     """
-    _validate_expressible(args)
+    args = complete_arguments(args)
+    problems = [*_list_inexpressible(args), *_list_unknown(args, ignored)]
     # padded_vocab_size last: with it the rows of padding become tokens of the exported model.
     vocab_size = vocab_size or getattr(args, "vocab_size", None) or getattr(args, "padded_vocab_size", None)
     if vocab_size is None:
-        raise ConversionError("vocab_size: the checkpoint's arguments must hold it, got none. Pass --vocab-size.")
+        problems.append("vocab_size: the checkpoint's arguments must hold it, got none. Pass --vocab-size.")
+    sizes = tuple(name for name in ESSENTIALS if name != "vocab_size")
+    if missing := list_missing(args, sizes):
+        problems.append(
+            "arguments: must hold the sizes of the model as positive whole numbers, got "
+            f"{', '.join(missing)}. Save the checkpoint with Megatron's training loop, which stores its arguments."
+        )
+    if problems:
+        raise ConversionError(*problems)
     _validate_rope(args)
-    if getattr(args, "num_experts", None):
+    if args.num_experts:
         _validate_experts(args)
     completed = argparse.Namespace(**{**vars(args), "vocab_size": vocab_size})
     return read_model(completed, source="saved arguments")
@@ -86,15 +55,36 @@ def read_saved_dropout(args: Any) -> Dropout:
     return Dropout(attention=args.attention_dropout, hidden=args.hidden_dropout)
 
 
-def _validate_expressible(args: Any) -> None:
-    problems = [
-        f"{name}: cannot be exported, got {name}={getattr(args, name)!r}: {reason}. "
-        "Keep the checkpoint in Megatron's format."
-        for name, (is_expressible, reason) in _EXPRESSIBLE.items()
-        if hasattr(args, name) and not is_expressible(getattr(args, name))
-    ]
-    if problems:
-        raise ConversionError(*problems)
+def has_zero_centered_norms(args: Any) -> bool:
+    """Whether the stored weights of the norms lack the 1 that Megatron adds to them (--apply-layernorm-1p)."""
+    return bool(complete_arguments(args).layernorm_zero_centered_gamma)
+
+
+def _list_inexpressible(args: Any) -> Iterator[str]:
+    for name, (is_expressible, reason) in EXPRESSIBLE.items():
+        if hasattr(args, name) and not is_expressible(getattr(args, name)):
+            yield (
+                f"{name}: cannot be exported, got {name}={getattr(args, name)!r}: {reason}. "
+                "Keep the checkpoint in Megatron's format."
+            )
+
+
+def _list_unknown(args: Any, ignored: Collection[str]) -> Iterator[str]:
+    """Set arguments that no version of Megatron in the table has: a newer one, or a fork."""
+    ours = _OWN_NAMES | {action.dest for action in add_own_flags(argparse.ArgumentParser())._actions}
+    unknown = {
+        # Not `value in (...)`: a tensor or an array of a fork compares element by element.
+        name: value
+        for name, value in vars(args).items()
+        if not (is_known(name) or name in ours or value is None or (isinstance(value, _CAN_BE_EMPTY) and not value))
+    }
+    for name in sorted(unknown.keys() - set(ignored)):
+        yield (
+            f"{name}: is not an argument of Megatron up to core 0.19, and may change what the model computes, got "
+            f"{name}={str(unknown[name])[:60]}. If it does not, pass --ignore-arguments {name}."
+        )
+    for name in sorted(set(ignored) - unknown.keys()):
+        yield f"ignore-arguments: must name unknown arguments of the checkpoint that are set, got {name}. Drop it."
 
 
 def _validate_rope(args: Any) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_hammer.checkpoint.hugging_face.argument_effects import EXPRESSED, EXPRESSIBLE
 from megatron_hammer.checkpoint.surgery.rewriting import (
     OnTensor,
     PlannedCheckpoint,
@@ -24,19 +25,17 @@ from megatron_hammer.checkpoint.surgery.rewriting import (
 )
 from megatron_hammer.checkpoint.surgery.training_checkpoint import TrainingCheckpoint, open_training_checkpoint
 from megatron_hammer.checkpoint.surgery.weights_only import build_release_state
-from megatron_hammer.checkpoint.verification.megatron_model import MODEL_ARGUMENTS
+from megatron_hammer.checkpoint_files.saved_arguments import complete_arguments
 from megatron_hammer.errors import ConversionError
 
-# What the weights mean: two models that differ in one of these are not the same function of their tensors. Left out are
-# the initialisation, the choice of kernels, and what earlier versions of Megatron did not save.
-_MODEL_ARGUMENTS = (
-    *(
-        name
-        for name in MODEL_ARGUMENTS
-        if name not in ("init_method_std", "bias_gelu_fusion", "bias_swiglu_fusion", "rope_type")
-        and name not in ("moe_layer_freq", "moe_router_score_function")
-    ),
-    "padded_vocab_size",
+# What the weights mean: two models that differ in one of these are not the same function of their tensors. Left out is
+# what is only about the training: initialisation, dropout, the loss of the routers, and the choice of kernels.
+_MODEL_ARGUMENTS = tuple(
+    sorted(
+        (EXPRESSED | EXPRESSIBLE.keys())
+        - {"init_method_std", "bias_gelu_fusion", "attention_dropout", "hidden_dropout", "moe_aux_loss_coeff"}
+        - {"moe_router_load_balancing_type", "rope_type"}
+    )
 )
 
 
@@ -157,7 +156,8 @@ def _validate_same_model(checkpoints: Sequence[TrainingCheckpoint]) -> None:
 
 
 def _argument(checkpoint: TrainingCheckpoint, name: str) -> Any:
-    return getattr(checkpoint.args, name, None) or None  # False, 0 and absent mean the same
+    # Completed, so checkpoints of different versions of Megatron compare; False, 0 and absent mean the same.
+    return getattr(complete_arguments(checkpoint.args), name, None) or None
 
 
 def _describe(checkpoint: TrainingCheckpoint, key: str) -> str:

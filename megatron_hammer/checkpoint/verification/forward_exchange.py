@@ -42,7 +42,8 @@ class ForwardRequest:
 
     dtype: of the computation. megatron_rounding, hf_rounding: the dtype that a side's stored weights are rounded to
     before that, so that a folder of fewer bits is compared with what it was made from; None where they are exact.
-    num_tokens: of a text at most. rows: of the embedding and the head, that the check of layers looks at.
+    hf_dtype: of most weights of the folder. num_tokens: of a text at most. rows: of the embedding and the head, that
+    the check of layers looks at.
     """
 
     megatron_dir: str
@@ -52,6 +53,7 @@ class ForwardRequest:
     num_tokens: int
     has_experts: bool
     dtype: Literal["float32", "bfloat16"]
+    hf_dtype: str = "float32"
     megatron_rounding: str | None = None
     hf_rounding: str | None = None
     texts: tuple[str, ...] = DEFAULT_TEXTS

@@ -34,6 +34,7 @@ from megatron_hammer.checkpoint_files.checkpoint_reader import VOCABULARY_TENSOR
 from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
 from megatron_hammer.errors import exit_on_user_error
 
+NORM_WEIGHT_ENDINGS = ("layer_norm_weight", "layernorm.weight")
 _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 
 
@@ -73,7 +74,7 @@ def compare_model(request: ForwardRequest, reference: Any, num_texts: int) -> di
     from megatron_hammer.checkpoint.verification.megatron_model import build_model, compute_logits, read_model_arguments
 
     reader = _open(request)
-    namespace = read_model_arguments(reader.args, **_changes(request, request.vocab_size))
+    namespace = read_model_arguments(reader.saved_args, **_changes(request, request.vocab_size))
     model = build_model(namespace)
     _fill(model, reader, request, {name: name for name in reader.tensors})
     differences = []
@@ -94,7 +95,7 @@ def compare_layers(request: ForwardRequest, reference: Any) -> dict[str, Any]:
         changes = {**_changes(request, len(request.rows)), "num_layers": 1}
         if isinstance(getattr(reader.args, "moe_layer_freq", None), list):
             changes["moe_layer_freq"] = 1  # read_saved_model wants every layer to be a mixture
-        model = build_model(read_model_arguments(reader.args, **changes))
+        model = build_model(read_model_arguments(reader.saved_args, **changes))
         _fill(model, reader, request, select_names(reader.tensors, layer))
         hidden = draw_hidden_states(request.num_tokens, reader.args.hidden_size, seed=SEED + layer)
         # Drawn in fp32 and then rounded, as on the other side, so that both get the same numbers.
@@ -146,11 +147,15 @@ def _fill(model: Any, reader: Any, request: ForwardRequest, stored_names: dict[s
 
     source = {name: stored for stored, name in stored_names.items()}
     rounding = getattr(torch, request.megatron_rounding) if request.megatron_rounding else None
+    is_zero_centered, hf_dtype = model.config.layernorm_zero_centered_gamma, getattr(torch, request.hf_dtype)
 
     def read(name: str) -> Tensor:
         tensor: Tensor = reader.read(source[name])
         if request.rows and name in VOCABULARY_TENSORS:
             tensor = tensor[list(request.rows)]
+        if is_zero_centered and name.endswith(NORM_WEIGHT_ENDINGS):
+            # The folder's weight is the stored one + 1 in the folder's dtype; Megatron adds the 1 itself.
+            return (tensor.float() + 1).to(hf_dtype).float() - 1
         # Only rounded here; copying into the parameter brings it back to the dtype of the computation.
         return tensor if rounding is None else tensor.to(rounding)
 

@@ -145,6 +145,7 @@ def plan_comparison(
         num_tokens=min(MAX_TOKENS, max_positions),
         has_experts=bool(getattr(reader.args, "num_experts", None)),
         dtype="float32" if is_fp32 else "bfloat16",
+        hf_dtype=name_dtype(hf_dtype),
         # An export may round (fp32 masters to bf16): the side with more bits is rounded alike before they are compared.
         megatron_rounding=name_dtype(hf_dtype) if hf_dtype.itemsize < megatron_dtype.itemsize else None,
         hf_rounding=name_dtype(megatron_dtype) if megatron_dtype.itemsize < hf_dtype.itemsize else None,

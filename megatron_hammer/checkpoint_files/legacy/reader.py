@@ -22,7 +22,6 @@ from megatron_hammer.checkpoint_files.checkpoint_reader import (
     use_fused_norm_names,
     validate_iteration,
 )
-from megatron_hammer.checkpoint_files.legacy.arguments import complete_arguments
 from megatron_hammer.checkpoint_files.legacy.master_weights import locate_masters
 from megatron_hammer.checkpoint_files.legacy.names import (
     TIED_HEAD,
@@ -38,6 +37,7 @@ from megatron_hammer.checkpoint_files.legacy.tensor_parallel import (
     select_rank_layout,
 )
 from megatron_hammer.checkpoint_files.located_tensor import LocatedTensor, locate_in_storage, read_located
+from megatron_hammer.checkpoint_files.saved_arguments import complete_arguments, list_missing
 from megatron_hammer.errors import CheckpointError, ConversionError
 
 EMBEDDING = VOCABULARY_TENSORS[0]
@@ -70,14 +70,20 @@ class LegacyTensor:
 class LegacyReader:
     """One iteration of a legacy checkpoint, opened; obtain it with `open_legacy_checkpoint`.
 
-    tensors: the model's, by mcore name. args: the arguments that Megatron saved, completed where it was too old to have
-    them. iteration: of the saved state.
+    tensors: the model's, by mcore name. saved_args: the arguments that Megatron saved; args: the same under today's
+    names, and complete (saved_arguments.py). iteration: of the saved state.
     """
 
     def __init__(self, directory: Path, *, weights: str = "model"):
         self.directory = directory
         sizes, files = load_rank_files(directory)
-        self.args: Any = complete_arguments(files[0].args)
+        self.saved_args: Any = files[0].args
+        self.args: Any = complete_arguments(self.saved_args)
+        if missing := list_missing(self.args, ("num_layers", "hidden_size", "num_attention_heads", "kv_channels")):
+            raise CheckpointError(
+                f"{files[0].path}: arguments must hold the sizes of the model as positive whole numbers, got "
+                f"{', '.join(missing)}. Load the checkpoint with the Megatron that wrote it and save it again."
+            )
         self.iteration: int = files[0].iteration or 0
         self._head_dim: int = self.args.kv_channels
         self._agreed: set[str] = set()  # names whose copies were compared; a second read trusts them

@@ -22,6 +22,7 @@ from megatron_hammer.checkpoint_files.checkpoint_reader import (
     remove_padding_rows,
     use_fused_norm_names,
 )
+from megatron_hammer.checkpoint_files.saved_arguments import complete_arguments
 from megatron_hammer.checkpoint_files.torch_dist.save_consistency import validate_one_save
 from megatron_hammer.checkpoint_files.torch_dist.stacked_names import split_stack
 from megatron_hammer.checkpoint_files.torch_dist.store import TorchDistStore
@@ -56,7 +57,8 @@ class TorchDistReader:
         keys = self._list_keys() if weights == "model" else self._find_master_keys()
         self.tensors = use_fused_norm_names(dict(self._list_tensors(keys)))
         self.store.validate({stored.key for stored in self.tensors.values()})
-        self.args: Any = self.store.common_state["args"]
+        self.saved_args: Any = self.store.common_state["args"]
+        self.args: Any = complete_arguments(self.saved_args)
         self.iteration: int = self.store.common_state["iteration"]
 
     def validate_one_save(self) -> int:

@@ -19,7 +19,6 @@ from megatron_hammer.platforms import cpu
 NEEDS_TE: dict[str, tuple[object, ...]] = {
     "window_size": (None,),
     "softmax_type": ("vanilla",),
-    "layernorm_zero_centered_gamma": (False,),
     "qk_clip": (False,),
     "log_max_attention_logit": (False,),
     "delay_wgrad_compute": (False,),

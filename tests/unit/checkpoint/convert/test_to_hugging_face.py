@@ -82,6 +82,34 @@ def test_the_card_of_a_converted_checkpoint_says_where_it_comes_from(tmp_path):
     assert "learning rate" not in card
 
 
+@pytest.mark.parametrize("dtype", [None, "fp32"])
+def test_the_norms_of_apply_layernorm_1p_get_their_1(dtype, tmp_path):
+    """Under the names that megatron-core had until 0.15."""
+    tensors = toy_llama_tensors(dtype=torch.bfloat16)
+    arguments = toy_arguments(norm_epsilon=1e-6, apply_layernorm_1p=True)
+    del arguments.layernorm_epsilon
+    write_toy_checkpoint(tmp_path / "checkpoint", tensors, arguments=arguments)
+    options = export_options(load_dir=tmp_path / "checkpoint", save_dir=tmp_path / "hf", dtype=dtype)
+    report = export_to_hugging_face(options)
+    weights = load_file(options.save_dir / "model.safetensors")
+    written = torch.float32 if dtype else torch.bfloat16
+    expected = (tensors["decoder.final_layernorm.weight"].float() + 1).to(written)
+    assert torch.equal(weights["model.norm.weight"], expected)
+    first = (tensors["decoder.layers.self_attention.linear_qkv.layer_norm_weight"][0].float() + 1).to(written)
+    assert torch.equal(weights["model.layers.0.input_layernorm.weight"], first)
+    assert torch.equal(weights["lm_head.weight"], tensors["output_layer.weight"][:53].to(written))
+    assert json.loads((options.save_dir / "config.json").read_text())["rms_norm_eps"] == 1e-6
+    assert any("rounded to bfloat16" in note for note in report.notes) == (dtype is None)
+
+
+def test_an_unknown_argument_is_exported_only_where_it_is_ignored(tmp_path):
+    write_toy_checkpoint(tmp_path / "checkpoint", toy_llama_tensors(), arguments=toy_arguments(logit_cap=30.0))
+    options = export_options(load_dir=tmp_path / "checkpoint", save_dir=tmp_path / "hf")
+    with pytest.raises(ConversionError, match=r"^logit_cap: .*got logit_cap=30\.0.*--ignore-arguments logit_cap"):
+        export_to_hugging_face(options)
+    export_to_hugging_face(dataclasses.replace(options, ignored_arguments=("logit_cap",)))
+
+
 FAMILIES = {
     "llama": {},
     "llama with biases": {"add_bias_linear": True},

@@ -78,8 +78,8 @@ def test_every_difference_is_named(tmp_path):
     where = f"in {odd}, unlike {first}"
     assert_problems(
         caught.value.problems,
-        ("swiglu:", "must be the same", f"got None {where}: True"),
         ("rotary_base:", "must be the same", f"got 500000 {where}: 10000"),
+        ("swiglu:", "must be the same", f"got None {where}: True"),
         (
             "decoder.final_layernorm.weight:",
             "must be the same",
