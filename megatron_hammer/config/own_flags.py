@@ -31,6 +31,13 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--precision", choices=["bf16", "fp32", "fp16"], help="of weights and activations (default: the preset's)"
     )
+    group.add_argument(
+        "--cross-entropy",
+        choices=["in-place", "chunked"],
+        default="in-place",
+        help="in-place: the gradient of the logits takes their place in memory; chunked: no more than 4,096 tokens "
+        "have logits at a time, which are computed again in the backward pass",
+    )
     group.add_argument("--embedding-norm", action="store_true", help="LayerNorm on the embedding's output")
     group.add_argument(
         # Megatron has only the positive flag, and our default is on, so a way to switch it off is needed.

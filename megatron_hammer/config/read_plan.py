@@ -273,7 +273,7 @@ def _read_memory_options(args: Any, layout: ParallelLayout, *, has_gpu: bool) ->
         has_hidden_dropout=args.hidden_dropout > 0,
         has_attention_dropout=args.attention_dropout > 0,
         has_flash_attention=getattr(args.attention_backend, "name", "auto") not in ("unfused", "local"),
-        cross_entropy=args.cross_entropy_fusion_impl if args.cross_entropy_loss_fusion else "unfused",
+        cross_entropy=args.cross_entropy,
         is_context_parallel_all_to_all=comm_types == ["a2a"],
         sharding=_select_sharding(args, layout),
         shard_size=layout.dense_shard_size // instances if layout.has_distributed_optimizer and instances > 1 else None,

@@ -8,15 +8,16 @@ from typing import NamedTuple
 
 from megatron_hammer.model.layout import ParallelLayout
 from megatron_hammer.model.memory_activations import count_gathered_bytes, count_hidden_bytes
-from megatron_hammer.model.memory_options import Batch, CrossEntropy, MemoryOptions
+from megatron_hammer.model.memory_options import CHUNK_TOKENS, Batch, CrossEntropy, MemoryOptions
 from megatron_hammer.model.parameters import padded_vocab_size
 from megatron_hammer.model.shape import ModelShape
 
-# Bytes per logit at the loss, 16-bit logits. unfused: megatron.core.tensor_parallel.cross_entropy casts to fp32 and
-# works in place from then on (max, exp, softmax, gradient); the 16-bit logits, and later their gradient, live beside
-# that copy. native (fused_cross_entropy): its compiled parts do not work in place, so there is a second fp32 copy; a
-# recorded peak of Megatron-LM's tests shows it (3.9 bytes more). te: the 16-bit logits become their own gradient.
-LOGIT_BYTES: dict[CrossEntropy, int] = {"unfused": 6, "native": 10, "te": 2}
+# Bytes per logit at the loss, 16-bit logits. in-place: the logits become their own gradient, as those of a chunk do.
+# unfused: megatron.core.tensor_parallel.cross_entropy casts to fp32 and works in place from then on (max, exp, softmax,
+# gradient); the 16-bit logits, and later their gradient, live beside that copy. native (fused_cross_entropy): its
+# compiled parts do not work in place, so there is a second fp32 copy; a recorded peak of Megatron-LM's tests shows it
+# (3.9 bytes more). te: the 16-bit logits become their own gradient.
+LOGIT_BYTES: dict[CrossEntropy, int] = {"in-place": 2, "chunked": 2, "unfused": 6, "native": 10, "te": 2}
 
 
 class HeadMemory(NamedTuple):
@@ -33,7 +34,9 @@ def estimate_head(model: ModelShape, layout: ParallelLayout, batch: Batch, optio
     """Final norm, head and loss of one micro-batch; rows cut over the context, columns over the tensor ranks."""
     tp = layout.tensor_model_parallel_size
     rows = padded_vocab_size(model.vocab_size, divisible_by=options.vocab_divisible_by, tensor_model_parallel_size=tp)
-    num_logits = batch.count_tokens(layout.context_parallel_size) * (rows // tp)
+    num_tokens = batch.count_tokens(layout.context_parallel_size)
+    is_chunked = options.cross_entropy == "chunked" and num_tokens > CHUNK_TOKENS
+    num_logits = (CHUNK_TOKENS if is_chunked else num_tokens) * (rows // tp)
     element = options.element_bytes
     hidden = count_hidden_bytes(model, layout, batch, options)
     gathered = count_gathered_bytes(model, layout, batch, options)
@@ -43,7 +46,8 @@ def estimate_head(model: ModelShape, layout: ParallelLayout, batch: Batch, optio
     if layout.pipeline_model_parallel_size > 1:
         backward += hidden
     if not options.has_fused_weight_gradients:
-        backward += element * rows // tp * model.hidden_size
+        # That of a chunk is added to the sum of those before it.
+        backward += (2 if is_chunked else 1) * element * rows // tp * model.hidden_size
     return HeadMemory(
         # The loss of fp32 logits casts nothing: one copy, in place.
         loss_logits=num_logits * (LOGIT_BYTES[options.cross_entropy] if element == 2 else 4),

@@ -12,7 +12,12 @@ Recompute = Literal["none", "selective", "full"]
 # Megatron's --recompute-modules, and torchtitan's checkpointing of operators, which keeps every second product.
 RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts", "every_other_matmul"]
 Sharding = Literal["none", "distributed_optimizer", "fsdp"]
-CrossEntropy = Literal["unfused", "native", "te"]  # the two others: --cross-entropy-fusion-impl
+# Two of this package (model/cross_entropy.py, chunked_cross_entropy.py), and three of Megatron that only published runs
+# have: without --cross-entropy-loss-fusion, and its two implementations.
+CrossEntropy = Literal["in-place", "chunked", "unfused", "native", "te"]
+# Tokens of which "chunked" has logits at a time. A product of the output layer with so many is still as fast as a whole
+# one. With more and smaller chunks, the sum of their 16-bit weight gradients loses precision (docs/architecture.md).
+CHUNK_TOKENS = 4096
 
 # Bytes of one element that a linear keeps as its input, and of one copy of its quantized weight, with their block
 # scales: one byte per 32 elements (MXFP8), one per 16 (NVFP4). Per-tensor fp8 scales take no memory.

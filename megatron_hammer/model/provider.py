@@ -18,9 +18,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from torch import Tensor
 
+from megatron_hammer.model.cross_entropy import vocab_parallel_cross_entropy
 from megatron_hammer.model.layer_spec import Backend, build_block_spec
 from megatron_hammer.model.torch_modules import TorchNorm
-from megatron_hammer.model.vocabulary_padding import mask_padding_logits
 
 
 @dataclass(kw_only=True)
@@ -75,10 +75,11 @@ class HammerGPTModel(GPTModel):
         return super()._preprocess(input_ids, position_ids, decoder_input=decoder_input, **kwargs)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Loss [b, s] of labels [b, s] under logits [s, b, p / tp], whose padding columns are overwritten."""
-        if self.num_tokens is not None:
-            mask_padding_logits(logits, num_tokens=self.num_tokens, tp_rank=self.pg_collection.tp.rank())
-        return super().compute_language_model_loss(labels, logits)
+        """Loss [b, s] in fp32 of labels [b, s] under logits [s, b, p / tp], which the backward pass overwrites."""
+        losses = vocab_parallel_cross_entropy(
+            logits, labels.transpose(0, 1), num_tokens=self.num_tokens, group=self.pg_collection.tp
+        )
+        return losses.transpose(0, 1).contiguous()
 
 
 class HammerModelBuilder(GPTModelBuilder):

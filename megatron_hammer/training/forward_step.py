@@ -10,6 +10,7 @@ from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_ran
 from torch import Tensor
 
 from megatron_hammer.config.run_plan import RunPlan
+from megatron_hammer.model.chunked_cross_entropy import compute_loss_in_chunks
 
 
 class ForwardStep:
@@ -27,7 +28,10 @@ class ForwardStep:
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
         batch = self.read_batch(data_iterator, vp_stage, is_training=model.training)
         forward = get_attr_wrapped_model(model, "build_schedule_plan") if return_schedule_plan else model
-        output = forward(batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"])
+        extra = {"output_processor": compute_loss_in_chunks} if self.plan.memory.cross_entropy == "chunked" else {}
+        output = forward(
+            batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"], **extra
+        )
         return output, partial(sum_loss, batch["loss_mask"])
 
     def read_batch(

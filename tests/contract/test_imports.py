@@ -36,7 +36,15 @@ ROOMS = (
 # Rooms that load neither torch nor megatron, so that they answer at once on a login node.
 WITHOUT_TORCH = ("errors", "files", "presets", "corpus", "scaling")
 # `model` has both halves: these build modules, the others are arithmetic.
-TORCH_MODULES_OF_MODEL = ("model.layer_spec", "model.provider", "model.torch_modules", "model.vocabulary_padding")
+TORCH_MODULES_OF_MODEL = (
+    "model.chunked_cross_entropy",
+    "model.cross_entropy",
+    "model.cross_entropy_torch",
+    "model.cross_entropy_triton",
+    "model.layer_spec",
+    "model.provider",
+    "model.torch_modules",
+)
 # What only the named files or folders of the package may say, and why.
 RESERVED = (
     (r"torch\.cuda(\.|$)", ("platforms/",), "so that the same code runs on CPU and GPU"),

@@ -25,7 +25,7 @@ LAYOUTS = {
     "tp-pp": (4, "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"),
     "recompute-all": (1, "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
     "recompute-attention": (1, "--recompute-granularity selective"),
-    "native-cross-entropy": (1, "--cross-entropy-loss-fusion"),
+    "chunked-cross-entropy": (2, "--cross-entropy chunked --tensor-model-parallel-size 2"),
     "average-in-collective": (2, "--ddp-average-in-collective"),
     "torch-fsdp": (2, "--use-torch-fsdp2"),
     "graph-of-the-step": (1, "--cuda-graph-impl full_iteration --no-check-for-nan-in-loss-and-grad"),

@@ -38,6 +38,8 @@ def _is_without(name: str) -> Condition:
 
 _ROPE_WHY, _ROPE_REMEDY = "without rotary embeddings", "Drop it, or pass --position-embedding-type rope"
 _TORCH_WHY, _TORCH_REMEDY = "with the torch backend, which has one attention", "Drop it, or pass --backend te on a GPU"
+_LOSS_WHY = "here: the loss is computed in fp32, and fused, without it"
+_LOSS_REMEDY = "Drop it; --cross-entropy chunked takes less memory"
 _SAVE_REMEDY = "Pass --save DIR, or drop it"
 _DROP = "Drop it"
 
@@ -185,12 +187,9 @@ IDLE: tuple[Idle, ...] = (
     Idle(
         "openai_gelu", _always, "in megatron-core 0.19, which never reads it", "Drop it, or pass --no-bias-gelu-fusion"
     ),
-    Idle(
-        "cross_entropy_fusion_impl",
-        _is_without("cross_entropy_loss_fusion"),
-        "without --cross-entropy-loss-fusion",
-        "Pass --cross-entropy-loss-fusion with it, or drop it",
-    ),
+    Idle("cross_entropy_loss_fusion", _always, _LOSS_WHY, _LOSS_REMEDY),
+    Idle("cross_entropy_fusion_impl", _always, _LOSS_WHY, _LOSS_REMEDY),
+    Idle("fp16_lm_cross_entropy", _always, _LOSS_WHY, _LOSS_REMEDY),
     Idle(
         "fused_residual_rmsnorm",
         lambda flags: flags["backend"] == "te" and not flags["num_experts"],

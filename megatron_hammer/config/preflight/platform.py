@@ -166,6 +166,28 @@ REFUSALS: tuple[Refusal, ...] = (
         "Drop it",
     ),
     Refusal(
+        "cross_entropy",
+        lambda flags: (
+            flags["cross_entropy"] == "chunked"
+            and flags["sequence_parallel"]
+            and flags["tensor_model_parallel_size"] > 1
+        ),
+        "would cut the sequence, which --sequence-parallel has already divided over the ranks",
+        "Pass --cross-entropy in-place",
+    ),
+    Refusal(
+        "cross_entropy",
+        lambda flags: flags["cross_entropy"] == "chunked" and (flags["use_torch_fsdp2"] or flags["use_megatron_fsdp"]),
+        "would use the output layer several times in a pass, of which FSDP keeps one gradient",
+        "Pass --cross-entropy in-place",
+    ),
+    Refusal(
+        "cross_entropy",
+        lambda flags: flags["cross_entropy"] == "chunked" and flags["defer_embedding_wgrad_compute"],
+        "would run the output layer twice, and --defer-embedding-wgrad-compute keeps its input each time",
+        "Pass --cross-entropy in-place",
+    ),
+    Refusal(
         "distributed_backend",
         lambda flags: flags["platform"] == "cuda" and flags["distributed_backend"] == "gloo",
         "gloo has no reduce-scatter between GPUs",
@@ -194,6 +216,8 @@ PACKAGES: tuple[tuple[str, Condition, str, str], ...] = (
         "flash_attn",  # 2; version 3 is the other module
         "--no-build-isolation flash-attn, or drop it: the fused kernels of cuDNN are as fast on Hopper",
     ),
+    # PyTorch's wheels for CUDA bring it.
+    ("cross_entropy", lambda flags: flags["platform"] == "cuda", "triton", "triton"),
     ("log_straggler", lambda flags: flags["log_straggler"], "pynvml", "nvidia-ml-py"),
     ("enable_msc", lambda flags: flags["enable_msc"], "multistorageclient", "multi-storage-client"),
     ("wandb_project", lambda flags: bool(flags["wandb_project"]), "wandb", "wandb"),

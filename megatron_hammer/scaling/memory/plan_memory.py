@@ -15,7 +15,7 @@ from megatron_hammer.scaling.plan import Plan, Precision, Recompute, Sharding
 def estimate_heaviest_plan_stage(plan: Plan) -> StageMemory:
     """The peak of a rank of the pipeline stage that needs the most. Raises ConfigError if the model does not fit in.
 
-    fp16 needs the same memory as bf16. The loss is Megatron's unfused one. Quantized formats keep 16-bit weights too.
+    fp16 needs the same memory as bf16. The loss is in place. Quantized formats keep 16-bit weights too.
     """
     stages = estimate_memory(plan.model, plan.layout, **build_memory_run(plan), only_heaviest=True)
     return max(stages, key=lambda stage: stage.total_bytes)
@@ -69,6 +69,7 @@ def _build_options(
         sharding=sharding,
         shard_size=shard_size,
         has_flash_attention=has_flash_attention,
+        cross_entropy="in-place",
         gradient_bytes=gradient_bytes,
         # The fusion is a CUDA kernel (fused_weight_gradient_mlp_cuda in megatron.core.tensor_parallel.layers).
         has_fused_weight_gradients=is_for_gpu,

@@ -35,7 +35,7 @@ def test_a_run_on_this_cpu_has_no_gpu_allowances() -> None:
         ("--preset hammer-1b4", "30", "Pass --micro-batch-size 4"),
         ("--preset hammer-1b4 --micro-batch-size 1 --seq-length 8192 --max-position-embeddings 8192", "16",
          "Raise --tensor-model-parallel-size or --pipeline-model-parallel-size, or use more devices"),
-        ("--preset llama3-8b --seq-length 65536 --max-position-embeddings 65536 --tensor-model-parallel-size 8", "60",
+        ("--preset llama3-8b --seq-length 65536 --max-position-embeddings 65536 --tensor-model-parallel-size 8", "56",
          "Pass --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
     ],
 )  # fmt: skip
@@ -60,7 +60,7 @@ def test_flags_that_change_memory_reach_the_estimate() -> None:
     plain = build_options()
     assert (plain.recompute, plain.cross_entropy, plain.gradient_bytes, plain.shard_size) == (
         "none",
-        "unfused",
+        "in-place",
         4,
         None,
     )
@@ -72,8 +72,7 @@ def test_flags_that_change_memory_reach_the_estimate() -> None:
     assert (block.recompute, block.recompute_method, block.recompute_num_layers) == ("full", "block", 3)
     modules = build_options("--recompute-granularity", "selective", "--recompute-modules", "mlp", "core_attn")
     assert (modules.recompute, modules.recompute_modules) == ("selective", ("mlp", "core_attn"))
-    fused = build_options("--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl", "native")
-    assert fused.cross_entropy == "native"
+    assert build_options("--cross-entropy", "chunked").cross_entropy == "chunked"
     assert not build_options("--no-bias-swiglu-fusion").has_fused_activation
     dropout = build_options("--hidden-dropout", "0.1", "--attention-dropout", "0.2")
     assert dropout.has_hidden_dropout

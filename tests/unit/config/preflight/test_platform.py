@@ -69,6 +69,15 @@ def test_context_parallelism_needs_transformer_engine() -> None:
         ({"use_sharp": True}, "use-sharp: asks for a process group before"),
         ({"distributed_backend": "gloo"}, "distributed-backend: gloo has no reduce-scatter between GPUs"),
         ({"nccl_communicator_config_path": "/nowhere"}, "nccl-communicator-config-path: must be a file that exists"),
+        (
+            {"cross_entropy": "chunked", "sequence_parallel": True, "tensor_model_parallel_size": 2},
+            "cross-entropy: would cut the sequence, which --sequence-parallel has already divided",
+        ),
+        ({"cross_entropy": "chunked", "use_torch_fsdp2": True}, "cross-entropy: would use the output layer several"),
+        (
+            {"cross_entropy": "chunked", "defer_embedding_wgrad_compute": True},
+            "cross-entropy: would run the output layer twice",
+        ),
         ({"softmax_type": "learnable"}, "softmax-type: is not supported here"),
         ({"position_embedding_type": "mrope"}, "position-embedding-type: is not supported here"),
     ],
@@ -85,6 +94,7 @@ def test_what_works_is_not_refused() -> None:
     assert find_on_gpu() == []
     assert find_on_gpu(optimizer="sgd", use_distributed_optimizer=False) == []
     assert find_on_gpu(softmax_type="off-by-one") == []
+    assert find_on_gpu(cross_entropy="chunked", tensor_model_parallel_size=2) == []
 
 
 @pytest.mark.parametrize(
@@ -98,10 +108,12 @@ def test_what_works_is_not_refused() -> None:
         ({"log_straggler": True}, "nvidia-ml-py"),
         ({"attention_backend": AttnBackend.flash, "bf16": True}, "--no-build-isolation flash-attn"),
         ({"tensorboard_dir": "logs"}, "tensorboard"),
+        ({"cross_entropy": "in-place"}, "triton"),
     ],
 )
 def test_a_missing_package_is_named(values: dict[str, object], package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    # Every run on a GPU needs Triton, so its absence would hide the others.
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "triton" != package or None)
     (problem,) = find_on_gpu(**values)
     assert "which is not installed" in problem
     assert f"pip install {package}" in problem
