@@ -3,9 +3,10 @@
     python -m megatron_hammer.training.launch --nproc-per-node 2 -- --preset hammer-tiny ...
 
 Everything before `--` is torchrun's (see torchrun --help); what follows goes to megatron_hammer.training.pretrain.
-Three differences from torchrun: a configuration error ends with its own sentence and exit code 2, not with a report of
-failed children; Ctrl-C and SIGTERM wait for the checkpoint instead of killing after 30 s; no process is restarted.
-torchrun itself works as well. Under either, no training process outlives a launcher that was killed.
+Four differences from torchrun: a configuration error ends with its own sentence and exit code 2, not with a report of
+failed children; Ctrl-C and SIGTERM wait for the checkpoint instead of killing after 30 s; SIGUSR1, with which a
+scheduler announces the end of a job's time, does so too and ends with exit code 0; no process is restarted. torchrun
+itself works as well. Under either, no training process outlives a launcher that was killed.
 """
 
 import argparse
@@ -23,12 +24,18 @@ from megatron_hammer.errors import ConfigError, exit_on_user_error
 TRAINING_MODULE = "megatron_hammer.training.pretrain"
 CHECKPOINT_GRACE_S = 1800  # how long a stopping run may take to write its checkpoint
 DEFAULT_MASTER_PORT = 29500  # torchrun's
+# torchrun's own list, and the warning of a scheduler.
+HANDLED_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
-    """Launch and wait. Exits with 0, 128 + the signal that stopped the run, or the first failed child's code."""
+    """Launch and wait. Exits with 0, 128 + the signal that stopped the run, or the first failed child's code.
+
+    After SIGUSR1 the code is 0: the launchers of a job end at slightly different times, and srun --kill-on-bad-exit
+    would kill those that are still saving.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv in (["-h"], ["--help"]):
         print(__doc__, end="")
@@ -56,12 +63,13 @@ def launch(torchrun_options: Sequence[str], training_options: Sequence[str]) -> 
 
     # torchrun's own report of children that ended; what matters is printed below.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    options = run.parse_args([*give_grace(), *torchrun_options, "-m", TRAINING_MODULE, *training_options])
+    ours = [*give_grace(), "--signals-to-handle", HANDLED_SIGNALS]
+    options = run.parse_args([*ours, *torchrun_options, "-m", TRAINING_MODULE, *training_options])
     check_master_port(options)
     try:
         run.run(options)
     except SignalException as stop:
-        return 128 + signal.Signals(stop.sigval).value
+        return 0 if stop.sigval == signal.SIGUSR1 else 128 + signal.Signals(stop.sigval).value
     except ChildFailedError as error:
         failure = error.get_first_failure()[1]
         if failure.exitcode < 0:

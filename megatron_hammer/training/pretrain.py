@@ -129,8 +129,8 @@ def train(arguments: "ParsedArguments", plan: "RunPlan", terminal: IO[str]) -> N
 
     stand_alone()
     state = finalize_arguments(arguments)
-    # Ctrl-C and SIGTERM too, since --exit-signal may name another signal.
-    training_hooks.stop_on_signals_too((signal.SIGINT, signal.SIGTERM))
+    # Ctrl-C, SIGTERM and a scheduler's warning too, since --exit-signal names only one.
+    training_hooks.stop_on_signals_too((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
     config = build_config_container(arguments, build_model_config)
     observer = build_observer(plan, state, terminal)
     training_hooks.observe_training(observer)

@@ -134,15 +134,17 @@ def test_a_killed_process_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_run_ends_its_processes_cleanly(tmp_path: Path, stop: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("stop", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), pytest.param(signal.SIGUSR1, 0, id="warning")]
+)
+def test_a_stopped_run_ends_its_processes_cleanly(tmp_path: Path, stop: signal.Signals, expected: int) -> None:
     program = (
         "rank = os.environ['RANK']\n"
         "def save(number, frame):\n"
         "    time.sleep(1.0)\n"
         "    Path(f'saved-{rank}').touch()\n"
         "    sys.exit(0)\n"
-        "for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, save)\n"
+        f"signal.signal({int(stop)}, save)\n"
         "Path(f'ready-{rank}').touch()\n"
         "time.sleep(60)"
     )
@@ -152,5 +154,5 @@ def test_a_stopped_run_ends_its_processes_cleanly(tmp_path: Path, stop: signal.S
         time.sleep(0.05)
     process.send_signal(stop)
     code, _, _ = finish(process)
-    assert code == 128 + stop
+    assert code == expected
     assert len(list(tmp_path.glob("saved-*"))) == 2
