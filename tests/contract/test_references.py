@@ -18,7 +18,7 @@ EXTRAS = read_setup(ROOT / "setup.py").extras
 FOLDERS = "tools|checkpoint_convert|examples|docker|docs|benchmarks|tests|megatron_hammer|\\.ci|\\.github"
 # The package quotes sources elsewhere, which have examples/ and docs/ too.
 FOLDERS_IN_PACKAGE = "tools|checkpoint_convert|megatron_hammer|docker|benchmarks"
-TEXT_SUFFIXES = (".md", ".py", ".sh", ".toml", ".txt", ".yaml", ".yml")
+TEXT_SUFFIXES = (".md", ".py", ".sbatch", ".sh", ".toml", ".txt", ".yaml", ".yml")
 # These make up names on purpose, or tell of files that were.
 EXCEPTIONS = ("tests/", "CHANGELOG.md")
 

@@ -216,7 +216,7 @@ def test_readme_tree_is_the_repository(document: str) -> None:
 def list_shell_scripts() -> list[Path]:
     folders = ["tools", "tests", "examples", "docker", "checkpoint_convert", "benchmarks", ".ci"]
     paths = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
-    return sorted(path for path in paths if path.suffix == ".sh" or path == ROOT / ".ci" / "run")
+    return sorted(path for path in paths if path.suffix in (".sh", ".sbatch") or path == ROOT / ".ci" / "run")
 
 
 @pytest.mark.parametrize("path", list_shell_scripts(), ids=lambda path: str(path.relative_to(ROOT)))

@@ -43,6 +43,9 @@ NEEDS_TE: dict[str, tuple[str, tuple[int, int, int], dict[str, Any], dict[str, A
 }
 
 
+SWEEP = ("--lr 3e-4", "--lr 1e-4 --wandb-exp-name 'two words'")
+
+
 def build_script(name: str, launcher: Any) -> tuple[str, int]:
     """(text, world size) of a row of ROWS or NEEDS_TE on H100s."""
     preset, sizes, layout, changes = (ROWS | NEEDS_TE)[name]
@@ -61,7 +64,7 @@ def build_script(name: str, launcher: Any) -> tuple[str, int]:
         train_tokens=None,
         comment=f"row {name}",
     )
-    return render(launch, launcher), launch.num_nodes * launch.processes_per_node
+    return render(launch, launcher, sweep=SWEEP), launch.num_nodes * launch.processes_per_node
 
 
 def build_own_model() -> Any:
@@ -98,8 +101,10 @@ def adopt_connections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", variables["CUDA_DEVICE_MAX_CONNECTIONS"])
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "slurm"])
-@pytest.mark.parametrize("name", ["uneven", "context"])
+@pytest.mark.parametrize(
+    ("name", "launcher"),
+    [("uneven", "torchrun"), ("context", "torchrun"), ("context", "slurm"), ("uneven", "slurm-array")],
+)
 def test_shellcheck(name: str, launcher: str, tmp_path: Path) -> None:
     checker = Path(sys.executable).parent / "shellcheck"
     if not checker.exists() and shutil.which("shellcheck") is None:
@@ -173,22 +178,6 @@ def test_one_node_reads_data(tmp_path: Path) -> None:
     assert "--mock-data" not in words
 
 
-def test_slurm_starts_one_launcher_a_node(tmp_path: Path) -> None:
-    """srun and scontrol are stand-ins: the first runs its command as the second node would."""
-    for name, body in (("srun", 'shift\nSLURM_NODEID=1 "$@"'), ("scontrol", "printf 'n1\\nn2\\n'")):
-        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    words = list_words(
-        write_script("fsdp", "slurm", tmp_path), tmp_path, "--seed", "7",
-        PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_NNODES="2", SLURM_JOB_NODELIST="n[1-2]",
-        SLURM_JOB_ID="4500123",
-    )  # fmt: skip
-    assert words[words.index("--node-rank") + 1] == "1"
-    assert words[words.index("--master-addr") + 1] == "n1"
-    assert words[words.index("--master-port") + 1] == "10123", "jobs that share a node need different ports"
-    assert (words[words.index("--nnodes") + 1], words[-2:]) == ("2", ["--seed", "7"])
-
-
 def study(*words: str) -> Finished:
     return run_tool("tools/scaling_study.py", *words)
 
@@ -202,11 +191,16 @@ def test_rows_of_a_projection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert project.returncode == 0, project.stderr
     path.write_text(project.stdout)
     emit = ("emit", "--projection", str(path), "--output-dir", str(tmp_path / "jobs"))
-    result = study(*emit, "--launcher", "torchrun,kubernetes")
+    (tmp_path / "sweep.txt").write_text("# learning rates\n\n--lr 3e-4\n--lr '1e-4'  # the smaller one\n")
+    options = ("--sweep", str(tmp_path / "sweep.txt"), "--rdma", "rdma/ib=8", "--queue", "big")
+    result = study(*emit, "--launcher", "jobset,torchrun,kubernetes,trainjob,slurm-array", *options)
     assert result.returncode == 0, result.stderr
-    assert result.stderr.splitlines()[-1] == "2 rows of 4 emitted, 4 files"
-    names = ["llama3-8b-64-1.sh", "llama3-8b-64-1.yaml", "llama3-8b-8-1.sh", "llama3-8b-8-1.yaml"]
-    assert sorted(file.name for file in (tmp_path / "jobs").iterdir()) == names
+    assert result.stderr.splitlines()[-1] == "2 rows of 4 emitted, 10 files"
+    endings = ("-jobset.yaml", "-sweep.sbatch", "-trainjob.yaml", ".sh", ".yaml")
+    names = [f"llama3-8b-{size}-1{ending}" for size in (64, 8) for ending in endings]
+    assert sorted(file.name for file in (tmp_path / "jobs").iterdir()) == sorted(names)
+    assert "    2) task_flags=(--lr 1e-4) ;;" in (tmp_path / "jobs" / "llama3-8b-8-1-sweep.sbatch").read_text()
+    assert "rdma/ib: 8" in (tmp_path / "jobs" / "llama3-8b-8-1.yaml").read_text()
     words = list_words(tmp_path / "jobs" / "llama3-8b-64-1.sh", tmp_path, DRY_RUN="1")
     adopt_connections(tmp_path, monkeypatch)
     backend = words[words.index("--backend") + 1]
@@ -221,3 +215,10 @@ def test_rows_of_a_projection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     launcher = study(*emit, "--launcher", "torchrun,lsf")
     assert launcher.returncode == 2
     assert_errors(launcher.stderr, ("launcher:", "must be of torchrun", "got lsf"))
+    idle = study(*emit, "--launcher", "slurm", "--queue", "big", "--sweep", "sweep.txt")
+    assert idle.returncode == 2
+    assert_errors(
+        idle.stderr,
+        ("queue:", "must be given with a launcher of Kubernetes, got launcher=slurm"),
+        ("sweep:", "must be given with the launcher slurm-array", "sweep=sweep.txt, launcher=slurm"),
+    )

@@ -1,4 +1,4 @@
-"""Launch scripts of planned runs: torchrun on every node, SLURM, or an Indexed Job of Kubernetes.
+"""Launch scripts of planned runs: torchrun on every node, SLURM, or Kubernetes (Indexed Job, JobSet, TrainJob).
 
 The model and its layout are those of a projection's row. The paths of data and outputs are environment variables with
 defaults, for the user to set. The *.j2 templates beside this file contain what the launchers need.
@@ -15,12 +15,33 @@ from megatron_hammer.errors import ConfigError
 from megatron_hammer.scaling.launch.training_flags import find_recipe, list_plan_flags
 from megatron_hammer.scaling.plan import LOW_PRECISIONS, Plan
 
-Launcher = Literal["torchrun", "slurm", "kubernetes"]
+Launcher = Literal["torchrun", "slurm", "slurm-array", "kubernetes", "jobset", "trainjob"]
 LAUNCHERS: tuple[Launcher, ...] = get_args(Launcher)
-SUFFIXES: Mapping[Launcher, str] = {"torchrun": ".sh", "slurm": ".sbatch", "kubernetes": ".yaml"}
+# "kubernetes" is the plain Indexed Job.
+KUBERNETES_LAUNCHERS: tuple[Launcher, ...] = ("kubernetes", "jobset", "trainjob")
+TEMPLATES: Mapping[Launcher, str] = {
+    "torchrun": "launch_torchrun.sh.j2",
+    "slurm": "launch_slurm.sbatch.j2",
+    "slurm-array": "launch_slurm.sbatch.j2",
+    "kubernetes": "launch_kubernetes.yaml.j2",
+    "jobset": "launch_jobset.yaml.j2",
+    "trainjob": "launch_trainjob.yaml.j2",
+}
+# What follows the launch's name in the name of its file.
+SUFFIXES: Mapping[Launcher, str] = {
+    "torchrun": ".sh",
+    "slurm": ".sbatch",
+    "slurm-array": "-sweep.sbatch",
+    "kubernetes": ".yaml",
+    "jobset": "-jobset.yaml",
+    "trainjob": "-trainjob.yaml",
+}
 TEMPLATE_DIR = Path(__file__).resolve().parent
 CPU_GPU_NAME = "cpu-core"
-MAX_NAME_LENGTH = 45  # Kubernetes appends the pod's number and allows 63 characters
+# JobSet names its pods NAME-node-0-1234-abcde, and Kubernetes allows 63 characters.
+MAX_NAME_LENGTH = 45
+GRACE_S = 600  # for one step, one evaluation and a checkpoint; SLURM and Kubernetes then kill
+MAX_RESTARTS = 100  # more than a month of restarts once a day and the failures between them
 # Defaults for a model that has no recipe here.
 UNTUNED_SCHEDULE = {"LR": "3e-4", "MIN_LR": "3e-5", "LR_WARMUP_ITERS": "100", "TRAIN_ITERS": "1000"}
 FLAGS_OF_KNOBS = {
@@ -56,10 +77,64 @@ class Launch:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KubernetesOptions:
-    """Names that only the user of the cluster knows."""
+    """Names that only the user of the cluster knows. Raises ConfigError for a name that Kubernetes would refuse."""
 
     image: str = "megatron-hammer:latest"
-    volume_claim: str = "training"
+    volume_claim: str = "training"  # checkpoints and logs, mounted at /workspace
+    data_claim: str | None = None  # mounted at /data, read-only
+    queue: str | None = None  # a LocalQueue of Kueue
+    rdma: tuple[str, int] | None = None  # (resource of the network cards, how many of it one pod asks for)
+
+    def __post_init__(self) -> None:
+        names = {"volume-claim": self.volume_claim, "data-claim": self.data_claim, "queue": self.queue}
+        problems = [
+            f"{flag}: must be a name of lower-case letters, digits, '-' and '.', got {name!r}. See kubectl get pvc "
+            "and kubectl get localqueue."
+            for flag, name in names.items()
+            if name is not None and not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", name)
+        ]
+        if problems:
+            raise ConfigError(*problems)
+
+
+def read_rdma(text: str) -> tuple[str, int]:
+    """`rdma/shared_device_a=1` as (resource, number). Raises ConfigError for anything else."""
+    match = re.fullmatch(r"([a-z0-9.-]+/[A-Za-z0-9._-]+)=([1-9][0-9]*)", text)
+    if match is None:
+        raise ConfigError(
+            f"rdma: must be RESOURCE=COUNT, got {text!r}. kubectl describe node lists the resources of a node, such as "
+            "rdma/rdma_shared_device_a."
+        )
+    return match[1], int(match[2])
+
+
+def read_sweep(path: Path) -> list[str]:
+    """The flags of each task of a sweep, one per line and quoted for a shell. Blank lines and # comments are left out.
+
+    Raises ConfigError for a file that cannot be read or has no line, and for a line that is no list of flags.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"sweep: must be a readable text file, got {path}: {error}. Pass one line per task."
+        ) from None
+    tasks, problems = [], []
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError as error:
+            problems.append(f"{path}:{number}: must be flags as a shell reads them, got {line!r}: {error}.")
+            continue
+        if words and not words[0].startswith("--"):
+            problems.append(f"{path}:{number}: must begin with a flag, got {words[0]!r}. Write lines like --lr 3e-4.")
+        elif words:
+            tasks.append(shlex.join(words))
+    if not tasks and not problems:
+        problems.append(f"{path}: must have a line for each task, got none. Write lines like --lr 3e-4 --seed 1.")
+    if problems:
+        raise ConfigError(*problems)
+    return tasks
 
 
 def build_launch(
@@ -76,31 +151,50 @@ def build_launch(
             f"Choose a row of {world_size // processes * processes} GPUs."
         )
     return Launch(
-        # Stripped twice: a shortened name may end in a hyphen, which Kubernetes refuses.
-        name=re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:MAX_NAME_LENGTH].strip("-"),
+        name=shorten_name(name),
         plan=plan,
         model_arguments=model_arguments,
         num_nodes=world_size // processes,
         processes_per_node=processes,
         train_tokens=train_tokens,
-        comment=comment,
+        comment=" ".join(comment.split()),  # a second line would not be a comment of the script
     )
 
 
-def list_environment(launch: Launch) -> dict[str, str]:
-    """Environment variables that Megatron requires. A variable that is already set keeps its value.
+def shorten_name(name: str) -> str:
+    """A name that Kubernetes takes for every object: lower-case letters, digits and hyphens, first a letter.
+
+    A long one loses its middle, because its end has the number of the row.
+    """
+    name = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    if not name[:1].isalpha():
+        name = f"run-{name}".strip("-")
+    if len(name) <= MAX_NAME_LENGTH:
+        return name
+    end = name[-15:].lstrip("-")
+    return f"{name[: MAX_NAME_LENGTH - len(end) - 1].rstrip('-')}-{end}"
+
+
+def list_environment(launch: Launch) -> list[tuple[str, str, str]]:
+    """(name, value, reason) of each environment variable that the scripts set unless it is set already.
 
     Before Blackwell, kernels of tensor and context parallelism keep their order only with one connection
     (CUDA_DEVICE_MAX_CONNECTIONS). FSDP must not have just one (megatron.training.arguments.validate_args), and this
     package sets one by default.
     """
-    plan, environment = launch.plan, {"OMP_NUM_THREADS": "1"}
+    plan = launch.plan
+    variables = [("OMP_NUM_THREADS", "1", "torchrun's default: every process of the node has its own threads.")]
+    if launch.is_cpu:
+        return variables
     is_ordered = max(plan.layout.tensor_model_parallel_size, plan.layout.context_parallel_size) > 1
     if plan.sharding == "fsdp":
-        environment["CUDA_DEVICE_MAX_CONNECTIONS"] = FSDP_CONNECTIONS
-    elif is_ordered and not launch.is_cpu and plan.gpu.fp4_tflops is None:
-        environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
-    return environment
+        reason = "CUDA's default. FSDP needs more than one connection to overlap, and Megatron refuses one."
+        variables.append(("CUDA_DEVICE_MAX_CONNECTIONS", FSDP_CONNECTIONS, reason))
+    elif is_ordered and plan.gpu.fp4_tflops is None:
+        reason = "With one connection, kernels of tensor and context parallelism start in the order that overlaps them."
+        variables.append(("CUDA_DEVICE_MAX_CONNECTIONS", "1", reason))
+    variables.append(("NCCL_DEBUG", "WARN", "NCCL then prints why it fails, and nothing else. Its default is silence."))
+    return variables
 
 
 def select_backend(plan: Plan) -> str:
@@ -130,8 +224,18 @@ def list_launch_flags(launch: Launch) -> list[str]:
     return [*flags, *UNTUNED_FLAGS] if find_recipe(launch.plan.model) is None else flags
 
 
-def render(launch: Launch, launcher: Launcher, options: KubernetesOptions | None = None) -> str:
-    """The text of the launcher's file."""
+def render(
+    launch: Launch,
+    launcher: Launcher,
+    options: KubernetesOptions | None = None,
+    *,
+    sweep: Sequence[str] = (),
+    file_name: str | None = None,
+) -> str:
+    """The text of the launcher's file. sweep: the flags of each task (see read_sweep); only slurm-array reads it.
+
+    file_name: in the commands of the file's head (default: the launch's name and the launcher's suffix).
+    """
     import jinja2
 
     environment = jinja2.Environment(
@@ -142,16 +246,15 @@ def render(launch: Launch, launcher: Launcher, options: KubernetesOptions | None
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    values = _build_values(launch)
-    if launcher == "kubernetes":
-        script = environment.get_template("launch_torchrun.sh.j2").render(values)
-        values |= {"script_lines": script.splitlines(), "options": options or KubernetesOptions()}
-        return environment.get_template("launch_kubernetes.yaml.j2").render(values)
-    template = {"torchrun": "launch_torchrun.sh.j2", "slurm": "launch_slurm.sbatch.j2"}[launcher]
-    return environment.get_template(template).render(values)
+    values = _build_values(launch, sweep if launcher == "slurm-array" else ())
+    values["file_name"] = file_name or f"{launch.name}{SUFFIXES[launcher]}"
+    if launcher in KUBERNETES_LAUNCHERS:
+        script = environment.get_template(TEMPLATES["torchrun"]).render(values)
+        values |= {"script": script.rstrip("\n"), "options": options or KubernetesOptions()}
+    return environment.get_template(TEMPLATES[launcher]).render(values)
 
 
-def _build_values(launch: Launch) -> dict[str, Any]:
+def _build_values(launch: Launch, sweep: Sequence[str]) -> dict[str, Any]:
     schedule = build_schedule(launch)
     return {
         "launch": launch,
@@ -159,6 +262,9 @@ def _build_values(launch: Launch) -> dict[str, Any]:
         "environment": list_environment(launch),
         "argument_lines": join_in_pairs(list_launch_flags(launch)),
         "schedule": [(FLAGS_OF_KNOBS[knob], knob, value) for knob, value in schedule.items()],
+        "task_flags": sweep,
+        "grace_s": GRACE_S,
+        "max_restarts": MAX_RESTARTS,
     }
 
 

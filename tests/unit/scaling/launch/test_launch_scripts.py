@@ -1,6 +1,7 @@
 """Launch scripts: their contents for a plan, and plans that are refused."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from megatron_hammer.model.accounting import ParallelLayout
 from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_gpu
 from megatron_hammer.scaling.launch.launch_scripts import (
+    KUBERNETES_LAUNCHERS,
     SUFFIXES,
     KubernetesOptions,
     Launch,
@@ -19,10 +21,16 @@ from megatron_hammer.scaling.launch.launch_scripts import (
     build_schedule,
     list_environment,
     list_launch_flags,
+    read_rdma,
+    read_sweep,
     render,
     select_backend,
+    shorten_name,
 )
 from megatron_hammer.scaling.plan import Plan
+from tests.helpers.messages import raises_problem
+from tests.helpers.repository import ROOT
+from tests.helpers.shipped_launches import FILES, OPTIONS, build_shipped_launch, render_shipped
 
 
 def build(preset: str = "llama3-8b", *, gpu: str = "h100-sxm", cluster: str = "dgx-h100", **changes: Any) -> Launch:
@@ -43,6 +51,10 @@ def build(preset: str = "llama3-8b", *, gpu: str = "h100-sxm", cluster: str = "d
         train_tokens=None,
         comment="a row",
     )
+
+
+def read_values(launch: Launch) -> dict[str, str]:
+    return {name: value for name, value, _ in list_environment(launch)}
 
 
 def value_of(flags: list[str], flag: str) -> str:
@@ -66,9 +78,9 @@ def test_fsdp_has_its_checkpoints_and_connections() -> None:
     flags = list_launch_flags(launch)
     assert "--use-megatron-fsdp" in flags
     assert value_of(flags, "--ckpt-format") == "fsdp_dtensor"
-    assert list_environment(launch)["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
-    assert list_environment(build())["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
-    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in list_environment(build(gpu="b200-sxm", cluster="dgx-b200"))
+    assert read_values(launch)["CUDA_DEVICE_MAX_CONNECTIONS"] == "8"
+    assert read_values(build())["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    assert "CUDA_DEVICE_MAX_CONNECTIONS" not in read_values(build(gpu="b200-sxm", cluster="dgx-b200"))
 
 
 def test_backend_follows_what_only_transformer_engine_does() -> None:
@@ -93,7 +105,8 @@ def test_cpu_processes_have_no_overlap() -> None:
     flags = list_launch_flags(launch)
     assert value_of(flags, "--platform") == "cpu"
     assert not any(flag.startswith("--overlap") for flag in flags)
-    assert "nvidia.com/gpu" not in render(launch, "kubernetes")
+    assert set(read_values(launch)) == {"OMP_NUM_THREADS"}
+    assert "nvidia.com/gpu" not in render(launch, "kubernetes", OPTIONS)
     assert "--gpus-per-node" not in render(launch, "slurm")
 
 
@@ -156,31 +169,206 @@ def test_a_world_fills_its_nodes() -> None:
 
 @pytest.mark.parametrize("launcher", SUFFIXES)
 def test_scripts_name_their_nodes(launcher: Any) -> None:
-    text = render(build(), launcher)
+    text = render(build(), launcher, sweep=["--lr 1e-4"])
     assert "llama3-8b-16-1" in text
     assert "    --tensor-model-parallel-size 4" in text
     assert text.endswith("\n")
-    if launcher == "slurm":
+    if launcher.startswith("slurm"):
         assert {"#SBATCH --nodes=2", "#SBATCH --gpus-per-node=8"} <= set(text.splitlines())
-    if launcher != "kubernetes":
+    if launcher not in KUBERNETES_LAUNCHERS:
         assert "set -euo pipefail" in text.splitlines()
 
 
-def test_kubernetes_manifest() -> None:
-    options = KubernetesOptions(image="registry/hammer:1", volume_claim="disk")
-    service, config, job = yaml.safe_load_all(render(build(), "kubernetes", options))
-    assert [document["kind"] for document in (service, config, job)] == ["Service", "ConfigMap", "Job"]
+@pytest.mark.parametrize("launcher", SUFFIXES)
+def test_every_variable_has_its_reason_and_can_be_overridden(launcher: Any) -> None:
+    lines = [line.strip() for line in render(build(), launcher, sweep=["--lr 1e-4"]).splitlines()]
+    for name, value, reason in list_environment(build()):
+        place = lines.index(f'export {name}="${{{name}:-{value}}}"')
+        assert lines[place - 1] == f"# {reason}"
+    exported = {line.split("=")[0].split()[-1] for line in lines if line.startswith("export ")}
+    libraries = {name for name in exported if name.startswith(("NCCL", "TORCH", "GLOO", "CUDA"))}
+    assert libraries == {"NCCL_DEBUG", "CUDA_DEVICE_MAX_CONNECTIONS"}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Llama3-8B-64-1", "llama3-8b-64-1"),
+        ("7B_chat-64-1", "run-7b-chat-64-1"),
+        ("模型", "run"),
+        ("a-model-with-a-name-that-has-more-letters-than-512-12", "a-model-with-a-name-that-has-ers-than-512-12"),
+        ("a-model-with-a-name-that-has-more-letters-than-512-13", "a-model-with-a-name-that-has-ers-than-512-13"),
+    ],
+)
+def test_names_suit_kubernetes_and_stay_apart(name: str, expected: str) -> None:
+    assert shorten_name(name) == expected
+    assert len(f"{expected}-node-0-1234-abcde") <= 63, "JobSet refuses longer names of pods"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_examples_are_rendered(name: str) -> None:
+    """Run python -m tests.helpers.shipped_launches after a change of the templates."""
+    assert (ROOT / name).read_text(encoding="utf-8") == render_shipped(name)
+
+
+# --- Kubernetes ------------------------------------------------------------------------------------------------------
+
+
+def read_manifest(launcher: Any, options: KubernetesOptions | None = None) -> dict[str, dict[str, Any]]:
+    """The objects of a manifest by kind."""
+    return {document["kind"]: document for document in yaml.safe_load_all(render(build(), launcher, options))}
+
+
+def find_job_spec(launcher: Any, options: KubernetesOptions | None = None) -> dict[str, Any]:
+    objects = read_manifest(launcher, options)
+    if launcher == "kubernetes":
+        return objects["Job"]["spec"]
+    job_set = (
+        objects["JobSet"]["spec"] if launcher == "jobset" else objects["TrainingRuntime"]["spec"]["template"]["spec"]
+    )
+    (replicated,) = job_set["replicatedJobs"]
+    assert (replicated["name"], replicated["replicas"]) == ("node", 1)
+    return replicated["template"]["spec"]
+
+
+def list_lost(read: Any, document: Any, path: str = "") -> list[str]:
+    """Fields of the document that the model of its API does not know, and so lost; empty ones apart."""
+    if isinstance(document, dict):
+        rows = [(f"{path}.{key}", read.get(key), value) for key, value in document.items()]
+    elif isinstance(document, list) and len(read or ()) == len(document):
+        rows = [(f"{path}[{place}]", *pair) for place, pair in enumerate(zip(read or (), document, strict=True))]
+    else:
+        return [] if read == document or document in ([], "") else [path]
+    return [
+        lost for name, got, value in rows for lost in ([name] if got is None and value else list_lost(got, value, name))
+    ]
+
+
+@pytest.mark.parametrize("launcher", KUBERNETES_LAUNCHERS)
+def test_manifests_have_the_fields_of_their_apis(launcher: Any) -> None:
+    """The models that Kubeflow publishes of its API, of JobSet's and of Kubernetes'."""
+    models = pytest.importorskip("kubeflow_trainer_api.models", reason="bash tests/run.sh installs it")
+    kinds = {
+        "Job": models.IoK8sApiBatchV1JobSpec,
+        "JobSet": models.JobsetV1alpha2JobSetSpec,
+        "TrainingRuntime": models.TrainerV1alpha1TrainingRuntimeSpec,
+        "TrainJob": models.TrainerV1alpha1TrainJobSpec,
+    }
+    specs = {kind: document["spec"] for kind, document in read_manifest(launcher, OPTIONS).items() if kind in kinds}
+    assert len(specs) == (2 if launcher == "trainjob" else 1)
+    for kind, spec in specs.items():
+        assert list_lost(kinds[kind].from_dict(spec).to_dict(), spec) == []
+    if launcher == "jobset":
+        pod = spec["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+        pod["containers"][0]["imagePolicy"] = "Always"
+        lost = list_lost(kinds[kind].from_dict(spec).to_dict(), spec)
+        assert lost == [".replicatedJobs[0].template.spec.template.spec.containers[0].imagePolicy"]
+
+
+def test_indexed_job() -> None:
+    objects = read_manifest("kubernetes", KubernetesOptions(image="registry/hammer:1", volume_claim="disk"))
+    assert list(objects) == ["Service", "ConfigMap", "Job"]
+    service, job = objects["Service"], objects["Job"]
     assert service["spec"]["clusterIP"] == "None"
-    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
-    assert (job["spec"]["completionMode"], job["spec"]["completions"], job["spec"]["parallelism"]) == ("Indexed", 2, 2)
+    assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": job["metadata"]["name"]}
+    assert "labels" not in job["metadata"], "without Kueue"
     pod = job["spec"]["template"]["spec"]
-    (container,) = pod["containers"]
-    assert container["image"] == "registry/hammer:1"
-    assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
-    environment = {entry["name"]: entry.get("value") for entry in container["env"]}
-    assert environment["MASTER_ADDR"] == "llama3-8b-16-1-0.llama3-8b-16-1"
     assert pod["subdomain"] == service["metadata"]["name"]
-    # The pods run the very script of torchrun.
-    assert config["data"]["launch.sh"].strip() == render(build(), "torchrun").strip()
+    assert pod["containers"][0]["image"] == "registry/hammer:1"
+    assert read_pod_variables(pod)["MASTER_ADDR"] == "llama3-8b-16-1-0.llama3-8b-16-1"
+    assert pod["containers"][0]["resources"]["limits"] == {"nvidia.com/gpu": 8}
+    assert "securityContext" not in pod["containers"][0]
     claims = [volume["persistentVolumeClaim"] for volume in pod["volumes"] if "persistentVolumeClaim" in volume]
     assert claims == [{"claimName": "disk"}]
+
+
+def read_pod_variables(pod: dict[str, Any]) -> dict[str, str]:
+    return {entry["name"]: entry.get("value", "") for entry in pod["containers"][0]["env"]}
+
+
+@pytest.mark.parametrize("launcher", KUBERNETES_LAUNCHERS)
+def test_every_manifest_runs_the_script_of_torchrun(launcher: Any) -> None:
+    assert read_manifest(launcher)["ConfigMap"]["data"]["launch.sh"] == render(build(), "torchrun")
+    spec = find_job_spec(launcher, OPTIONS)
+    assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 2, 2)
+    pod = spec["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["name"] == "node", "TrainJob and the failure policy look for this name"
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 8, "rdma/rdma_shared_device_a": 1}
+    assert container["securityContext"]["capabilities"] == {"add": ["IPC_LOCK"]}
+    assert {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]} == {
+        **{"launch": "/launch", "workspace": "/workspace", "data": "/data", "shared-memory": "/dev/shm"}
+    }
+    assert {"name": "shared-memory", "emptyDir": {"medium": "Memory"}} in pod["volumes"]
+    assert pod["terminationGracePeriodSeconds"] == 600
+    names = list(read_pod_variables(pod))
+    assert names.index("NODE_RANK") < names.index("LOG_DIR"), "only earlier variables are expanded"
+
+
+@pytest.mark.parametrize("launcher", ["jobset", "trainjob"])
+def test_all_pods_restart_together_except_after_a_configuration_error(launcher: Any) -> None:
+    spec = find_job_spec(launcher)
+    assert spec["backoffLimit"] == 0, "one failed pod fails the job, and the JobSet restarts"
+    (rule,) = spec["podFailurePolicy"]["rules"]
+    assert (rule["action"], rule["onExitCodes"]["values"]) == ("FailJob", [2])
+    objects = read_manifest(launcher)
+    job_set = (
+        objects["JobSet"]["spec"] if launcher == "jobset" else objects["TrainingRuntime"]["spec"]["template"]["spec"]
+    )
+    (rule,) = job_set["failurePolicy"]["rules"]
+    assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+    variables = read_pod_variables(spec["template"]["spec"])
+    assert variables["MASTER_ADDR"] == "llama3-8b-16-1-node-0-0.llama3-8b-16-1"
+    assert variables["LOG_DIR"].endswith("/logs/attempt-$(ATTEMPT)/node-$(NODE_RANK)")
+
+
+def test_train_job_and_its_runtime() -> None:
+    objects = read_manifest("trainjob", OPTIONS)
+    job, runtime = objects["TrainJob"], objects["TrainingRuntime"]
+    assert job["spec"]["runtimeRef"]["kind"] == "TrainingRuntime"
+    assert job["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]
+    assert (job["spec"]["trainer"], runtime["spec"]["mlPolicy"]) == (
+        {"numNodes": 2, "numProcPerNode": 8},
+        {"numNodes": 2, "torch": {}},
+    )
+    (replicated,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    assert replicated["template"]["metadata"]["labels"] == {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
+
+
+@pytest.mark.parametrize(("launcher", "kind"), [("kubernetes", "Job"), ("jobset", "JobSet"), ("trainjob", "TrainJob")])
+def test_the_queue_of_kueue(launcher: Any, kind: str) -> None:
+    labels = read_manifest(launcher, OPTIONS)[kind]["metadata"]["labels"]
+    assert labels == {"kueue.x-k8s.io/queue-name": "training"}
+
+
+def test_names_that_kubernetes_refuses() -> None:
+    with raises_problem(ConfigError, "queue:", "must be a name of lower-case", "got 'My Queue'"):
+        KubernetesOptions(queue="My Queue")
+    assert read_rdma("rdma/ib=8") == ("rdma/ib", 8)
+    for text in ("rdma/ib", "ib=8", "rdma/ib=0"):
+        with raises_problem(ConfigError, "rdma:", "must be RESOURCE=COUNT", f"got '{text}'"):
+            read_rdma(text)
+
+
+# --- sweeps ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_is_read_line_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.txt"
+    path.write_text("# head\n--lr 3e-4  # first\n\n--save 'a b' --seed 2\n")
+    assert read_sweep(path) == ["--lr 3e-4", "--save 'a b' --seed 2"]
+    path.write_text("# nothing\n")
+    with raises_problem(ConfigError, f"{path}:", "must have a line for each task, got none"):
+        read_sweep(path)
+    path.write_text("3e-4\n--seed 'open\n")
+    with pytest.raises(ConfigError) as caught:
+        read_sweep(path)
+    assert [problem.split(": must")[0] for problem in caught.value.problems] == [f"{path}:1", f"{path}:2"]
+    with raises_problem(ConfigError, "sweep:", "must be a readable text file", "gone.txt"):
+        read_sweep(tmp_path / "gone.txt")
+
+
+def test_the_shipped_layout_is_that_of_the_recipe() -> None:
+    launch = build_shipped_launch()
+    assert (launch.num_nodes, launch.processes_per_node) == (2, 8)
+    assert launch.plan.global_batch_size == PRESETS["hammer-1b4"].recipe.global_batch_size
