@@ -96,6 +96,22 @@ REFUSALS: tuple[Refusal, ...] = (
         "is distributed over ranks in bf16 alone (megatron.core.optimizer.layer_wise_optimizer)",
         "Pass --precision bf16, or --no-distributed-optimizer",
     ),
+    *(
+        Refusal(
+            name,
+            lambda flags, name=name: flags["save"] is not None and flags[name],  # type: ignore[misc]
+            "leaves out what a run needs to resume",
+            "Drop it; checkpoint_convert/megatron_to_hf.py exports the weights alone",
+        )
+        for name in ("no_save_optim", "no_save_rng")
+    ),
+    Refusal(
+        "ckpt_format",
+        # Megatron 0.19.2 writes it, and fails in DistributedOptimizer.load_parameter_state when it resumes.
+        lambda flags: flags["save"] is not None and flags["ckpt_format"] == "torch",
+        "saves an optimizer that Megatron cannot load again",
+        "Drop it: checkpoints are then torch_dist; legacy checkpoints are still read by --load",
+    ),
     Refusal(
         "fp32_residual_connection",
         lambda flags: flags["fp32_residual_connection"],
