@@ -25,12 +25,15 @@ DOCUMENTS = (
     "SECURITY.md",
     "benchmarks/README.md",
     "docs/architecture.md",
+    "docs/clusters.md",
     "docs/checkpoints.md",
     "docs/data.md",
     "docs/presets.md",
     "docs/scaling.md",
     "docs/scaling_accuracy.md",
     "docs/scaling_model.md",
+    "examples/kubernetes/README.md",
+    "examples/slurm/README.md",
 )
 TRAINING_MODULE = "megatron_hammer.training.pretrain"
 # These hand flags that they do not know to Megatron, like the training module itself.
@@ -51,7 +54,7 @@ LARGEST_FILE_BYTES = 1_000_000
 def list_commands(document: str) -> list[str]:
     """Command lines of the fenced bash blocks, continued lines joined, comments dropped."""
     text = (ROOT / document).read_text(encoding="utf-8")
-    lines = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    lines = "\n".join(re.findall(r"^ *```bash\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL))
     lines = lines.replace("\\\n", " ")
     stripped = (re.sub(r"(^|\s)#.*", "", line).strip() for line in lines.splitlines())
     return [" ".join(line.split()) for line in stripped if line]
@@ -115,6 +118,13 @@ def check_docker_command(words: list[str], command: str) -> None:
         assert name in declared, f"{command}: {path.name} has no ARG {name}"
 
 
+def check_cluster_command(program: str, words: list[str], command: str) -> None:
+    """sbatch and kubectl: a script or manifest of ours must exist. Their own options are not known here."""
+    files = [word for word in words if word.startswith("examples/")]
+    assert len(files) == 1 or (program, words[0]) == ("kubectl", "logs"), command
+    assert [name for name in files if not (ROOT / name).is_file()] == [], command
+
+
 def check_hammer_command(words: list[str], command: str) -> None:
     if words == ["--help"]:
         return
@@ -145,6 +155,10 @@ def check_command(command: str) -> None:
         check_python_command(rest, command)
     elif program in ("bash", "source"):
         check_shell_command(rest, settings, command)
+    elif program in ("sbatch", "kubectl"):
+        check_cluster_command(program, rest, command)
+    elif program == "export":
+        assert all(re.fullmatch(r"[A-Z][A-Z0-9_]*=.*", word) for word in rest), command
     elif program == "docker":
         check_docker_command(rest, command)
     elif program == "hammer":
@@ -166,6 +180,8 @@ def test_documented_command_is_real(command: str) -> None:
         ("hammer compare-runs --runs a=b", "hammer compare --runs a=b"),
         ("docker build -f docker/Dockerfile --build-arg EXTRAS=gguf .", "docker build -f docker/Gone ."),
         ("docker build -f docker/Dockerfile .", "docker build -f docker/Dockerfile --build-arg GONE=1 ."),
+        ("sbatch --time 1:00:00 examples/slurm/pretrain.sbatch", "sbatch --time 1:00:00 examples/slurm/gone.sbatch"),
+        ("kubectl apply -f examples/kubernetes/jobset.yaml", "kubectl apply -f examples/kubernetes/gone.yaml"),
         ("TP=2 bash examples/pretrain_hammer_1b4.sh", "GONE=2 bash examples/pretrain_hammer_1b4.sh"),
         ("source tools/setup_environment.sh", "cd .."),
     ],

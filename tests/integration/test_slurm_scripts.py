@@ -263,7 +263,8 @@ def test_a_real_run_saves_at_the_warning(tmp_path: Path) -> None:
     }
     slurm = Slurm(tmp_path / "slurm", **variables)
     metrics = output_dir / "metrics.jsonl"
-    process = slurm.start(script, "--eval-iters", "0")
+    # Loaders of data are in the session of their process, and get its signal too.
+    process = slurm.start(script, "--eval-iters", "0", "--num-workers", "2")
     wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 2, process, seconds=240)
     process.send_signal(signal.SIGUSR1)
     assert process.wait(120) == 0, slurm.output_path.read_text()
