@@ -20,7 +20,7 @@ from megatron_hammer.tokenizer.encoding.sentencepiece_model import (
     SentencePieceModel,
     read_sentencepiece_model,
 )
-from megatron_hammer.tokenizer.export.check_export import load_with_transformers
+from megatron_hammer.tokenizer.encoding.transformers_tokenizer import load_with_transformers
 
 _GPT2_RULE = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 _LLAMA3_RULE = (

@@ -7,13 +7,12 @@ file has a .partial name.
 Read next: blocks.py (reading), block_encoder.py (what workers do), run.py (writing), journal.py (resuming).
 """
 
-import itertools
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_hammer.corpus.blocks import Position, count_records_before, decode_block, read_blocks
+from megatron_hammer.corpus.blocks import Position, count_records_before, read_blocks
 from megatron_hammer.data.indexed.file_hasher import FileHasher
 from megatron_hammer.data.indexed.manifest import Manifest
 from megatron_hammer.data.indexed.pair import select_dtype
@@ -171,12 +170,8 @@ class _Task:
                 self._report(self.read_bytes, self.sources.total_bytes)
 
     def _build_recipe(self) -> BlockEncoderRecipe:
-        """Choose the fast encoder if it agrees with the reference on the first documents."""
-        slices, keys = self.sources.slices, self.options.json_keys
-        # The fast encoder is compared on text of this corpus too, not only on our own samples.
-        first_blocks = itertools.islice(read_blocks(slices, keys, block_bytes=self.options.block_bytes), 1)
-        texts = (text for block in first_blocks for column in decode_block(block, keys).columns for text in column)
-        choice = select_encoder(self.encoder, list(texts))
+        """Choose the encoder by the tokenizer alone: shards of one job must not choose by their own documents."""
+        choice = select_encoder(self.encoder)
         if choice.warning is not None:
             self.on_note(choice.warning)
         return BlockEncoderRecipe(self.options, choice)

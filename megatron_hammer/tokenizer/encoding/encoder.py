@@ -5,7 +5,6 @@ folder may carry is ever executed. A faster encoder with the same ids and interf
 """
 
 import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +17,15 @@ import tokenizers
 from megatron_hammer.errors import DataError
 from megatron_hammer.files.read import read_bytes
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import SENTENCEPIECE_LOGS_ERRORS_ONLY
+from megatron_hammer.tokenizer.encoding.special_tokens import (
+    CONFIG_NAME,
+    SPECIAL_TOKENS,
+    SpecialTokens,
+    find_special_tokens,
+    read_config,
+)
 
-# Bare tokenizer.json files do not say which token ends a document; these names do in every model we ship or convert.
-COMMON_BOS_TOKENS = ("<s>", "<|begin_of_text|>", "<bos>")
-COMMON_EOD_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>")
+RUST_PANIC = "PanicException"  # of pyo3; it is no Exception, and no module offers it
 
 
 class Encoder(ABC):
@@ -29,14 +33,23 @@ class Encoder(ABC):
 
     path: the file that defines the encoding. sha256: the hash of that file, which manifests record.
     vocab_size: one more than the largest id that `encode` can return.
-    bos_id, eod_id: the ids that begin and end a document, or None where the tokenizer has none.
+    special_tokens: the tokens that begin and end a document.
     """
 
     path: Path
     sha256: str
     vocab_size: int
-    bos_id: int | None
-    eod_id: int | None
+    special_tokens: SpecialTokens
+
+    @property
+    def bos_id(self) -> int | None:
+        """The id that begins a document; None where the tokenizer has none. Raises DataError where it is in doubt."""
+        return self.special_tokens.find("bos_token")
+
+    @property
+    def eod_id(self) -> int | None:
+        """The id that ends a document, as for `bos_id`."""
+        return self.special_tokens.find("eos_token")
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
@@ -69,8 +82,10 @@ class SentencePieceEncoder(Encoder):
         self.path = path
         self.sha256 = hashlib.sha256(model_bytes).hexdigest()
         self.vocab_size = self._processor.get_piece_size()
-        self.bos_id = _none_if_negative(self._processor.bos_id())
-        self.eod_id = _none_if_negative(self._processor.eos_id())
+        ids = {"bos_token": self._processor.bos_id(), "eos_token": self._processor.eos_id()}
+        self.special_tokens = SpecialTokens(path)
+        for key in SPECIAL_TOKENS:
+            self.special_tokens.ids[key] = ids[key] if ids[key] >= 0 else None
 
     def encode(self, text: str) -> np.ndarray:
         ids: np.ndarray = self._processor.encode_as_numpy(text)  # int32
@@ -84,41 +99,45 @@ class HuggingFaceEncoder(Encoder):
     """A Hugging Face `tokenizer.json`, alone or in its folder.
 
     As in transformers, a special token spelt out in the text becomes that token's id, unless `tokenizer_config.json`
-    beside it says split_special_tokens, as for our exports of SentencePiece models. That file also names bos and eos;
-    without one the usual names are looked up.
+    beside it says split_special_tokens, as for our exports of SentencePiece models.
     """
 
-    def __init__(self, path: Path):
-        json_bytes = read_bytes(path)
+    def __init__(self, path: Path, content: bytes | None = None):
+        """content: read in place of the file."""
+        json_bytes = read_bytes(path) if content is None else content
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(json_bytes)
+            self.tokenizer = tokenizers.Tokenizer.from_buffer(json_bytes)
         except Exception as error:  # the tokenizers library raises bare Exception for any malformed file
             raise DataError(
                 f"{path}: file must be a Hugging Face tokenizer.json, got one that does not parse ({error}). "
                 "Pass the tokenizer.json written by save_pretrained of a fast tokenizer."
             ) from error
         self.path = path
-        config = _read_config(path.with_name("tokenizer_config.json"))
+        config = read_config(path.with_name(CONFIG_NAME))
         self.splits_special_tokens = bool(config.get("split_special_tokens"))
-        self._tokenizer.encode_special_tokens = self.splits_special_tokens
+        self.tokenizer.encode_special_tokens = self.splits_special_tokens
         # the setting changes ids, so it is a part of what manifests record
         setting = b"split_special_tokens" if self.splits_special_tokens else b""
         self.sha256 = hashlib.sha256(json_bytes + setting).hexdigest()
         # A tokenizer.json may ask for both, for inference. Here every text must give all its ids, and no others.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
         # Not the number of entries: ids may have gaps, and embeddings have a row for every id up to the largest.
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.bos_id = self._first_known_id([_read_name(config, "bos_token"), *COMMON_BOS_TOKENS])
-        self.eod_id = self._first_known_id([_read_name(config, "eos_token"), *COMMON_EOD_TOKENS])
-
-    def _first_known_id(self, names: Sequence[str | None]) -> int | None:
-        ids = (self._tokenizer.token_to_id(name) for name in names if name is not None)
-        return next((token_id for token_id in ids if token_id is not None), None)
+        self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.special_tokens = find_special_tokens(path, self.tokenizer.token_to_id)
 
     def encode(self, text: str) -> np.ndarray:
         # Without the ids that a post-processor would add: preprocessing adds bos and eod itself.
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+        try:
+            return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+        except BaseException as error:
+            # A defect inside the library, such as an added token that begins in the white space that another one takes.
+            if type(error).__name__ != RUST_PANIC:
+                raise
+            raise DataError(
+                f"{self.path}: tokenizers must encode {text[:60]!r}, got an error inside that library ({error}). "
+                "Check lstrip and rstrip of the added tokens."
+            ) from None
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         plain_ids = [int(token_id) for token_id in ids]
@@ -126,7 +145,7 @@ class HuggingFaceEncoder(Encoder):
             # tokenizers leaves out unknown ids without an error; sentencepiece raises for them.
             if not 0 <= token_id < self.vocab_size:
                 raise IndexError(f"token id {token_id} is outside the vocabulary of {self.vocab_size}")
-        return self._tokenizer.decode(plain_ids, skip_special_tokens=False)
+        return self.tokenizer.decode(plain_ids, skip_special_tokens=False)
 
 
 class DeferredEncoder(Encoder):
@@ -158,7 +177,7 @@ class DeferredEncoder(Encoder):
 def copy_facts(source: Encoder, target: Encoder) -> None:
     """Copy the facts of an encoder to one that replaces it."""
     target.path, target.sha256, target.vocab_size = source.path, source.sha256, source.vocab_size
-    target.bos_id, target.eod_id = source.bos_id, source.eod_id
+    target.special_tokens = source.special_tokens
 
 
 def load_encoder(path: str | Path) -> Encoder:
@@ -181,7 +200,7 @@ def require_eod_id(encoder: Encoder) -> int:
     if encoder.eod_id is None:
         raise DataError(
             f"{encoder.path}: tokenizer must have an end-of-document token, got none. "
-            "Name it as eos_token in tokenizer_config.json, or leave out --append-eod."
+            "Name it as eos_token in tokenizer_config.json beside it, or leave out --append-eod."
         )
     return encoder.eod_id
 
@@ -202,25 +221,3 @@ def _not_a_model(path: Path) -> DataError:
         f"{path}: file must be a SentencePiece model, got something else. "
         "Pass a .model file, or a tokenizer.json for a Hugging Face tokenizer."
     )
-
-
-def _none_if_negative(token_id: int) -> int | None:
-    return token_id if token_id >= 0 else None
-
-
-def _read_config(config_path: Path) -> dict[str, Any]:
-    """Read tokenizer_config.json; empty if there is none."""
-    if not config_path.is_file():
-        return {}
-    try:
-        config: dict[str, Any] = json.loads(config_path.read_bytes())
-    except ValueError as error:
-        raise DataError(f"{config_path}: file must be JSON, got {error}. Repair or remove it.") from error
-    return config
-
-
-def _read_name(config: dict[str, Any], key: str) -> str | None:
-    """The name of a special token: a plain string or the content of an AddedToken object."""
-    value = config.get(key)
-    # transformers writes both forms, by its version.
-    return value["content"] if isinstance(value, dict) else value

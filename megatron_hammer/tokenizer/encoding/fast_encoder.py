@@ -1,15 +1,17 @@
-"""A fast encoder in front of the reference, used only after a check that it returns the reference's ids.
+"""A fast encoder in front of the reference, used only where the tokenizer's structure says that their ids are equal.
 
-`select_encoder` builds it once and checks it; `EncoderChoice.load` makes it in each worker. Our own C kernel is tried
-first (native_encoder.py), then `fastokens`. A tokenizer that neither can express, or that they encode otherwise, is
-left to the reference with a warning. Long texts are encoded in parts, see text_cuts.
+`select_encoder` chooses it; `EncoderChoice.load` makes it in each worker. Our own C kernel is tried first
+(native_encoder.py), then `fastokens`. A tokenizer that neither can express, or that they encode otherwise, is left to
+the reference with a warning. The choice depends on the tokenizer alone, never on a corpus, so that all shards of one
+job are encoded alike. Long texts are encoded in parts, see text_cuts.
 """
 
 import ctypes
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import orjson
@@ -22,6 +24,7 @@ from megatron_hammer.tokenizer.encoding.encoder import (
     SentencePieceEncoder,
     copy_facts,
 )
+from megatron_hammer.tokenizer.encoding.fastokens_conditions import list_conditions_not_met
 from megatron_hammer.tokenizer.encoding.hugging_face_tokenizer import (
     SAMPLE_TEXTS,
     define_plain_tokenizer,
@@ -38,6 +41,7 @@ from megatron_hammer.tokenizer.encoding.sentencepiece_model import (
     SentencePieceModel,
     read_sentencepiece_model,
 )
+from megatron_hammer.tokenizer.encoding.small_vocabulary import shrink_vocabulary, write_merges_as_text
 from megatron_hammer.tokenizer.encoding.text_cuts import MAX_PART_CHARS, TextCutter, build_text_cutter
 
 # One process encodes on one core: its own threads would spin on the cores of the other workers (read at import).
@@ -47,8 +51,8 @@ import fastokens
 
 # Texts of a few kilobytes: a difference is still shown near its place.
 PIECES_PER_TEXT = 256
+MAX_PAIRED_TOKENS = 24
 BYTE_TOKEN_START = "<0x"  # fastokens takes a literal "<0x41>" for the byte token of that name where no piece joins it
-MAX_SAMPLE_CHARS = 100_000  # the reference encodes this much in a tenth of a second
 
 # Beside SAMPLE_TEXTS: what a fast encoder might treat by another path than ordinary text.
 HOSTILE_TEXTS = (
@@ -72,6 +76,7 @@ class EncoderChoice:
     tables: what the native encoder is built from. definition: the tokenizer.json that fastokens is built from. Both are
     None where the reference must be used.
     prefix: what the fast encoder puts before every text that is not empty.
+    splits_special_tokens: a special token spelt out in a text is plain text for fastokens.
     cutter: cuts long texts, or None where they must be encoded whole.
     warning: one sentence that says why the reference is used, or None.
     """
@@ -80,6 +85,7 @@ class EncoderChoice:
     tables: KernelTables | None = None
     definition: bytes | None = None
     prefix: str = ""
+    splits_special_tokens: bool = False
     cutter: TextCutter | None = None
     warning: str | None = None
 
@@ -95,7 +101,12 @@ class EncoderChoice:
         if self.tables is not None:
             return NativeEncoder(reference, self.tables, prefix=self.prefix)
         if self.definition is not None:
-            return FastEncoder(reference, self.definition, prefix=self.prefix)
+            return FastEncoder(
+                reference,
+                self.definition,
+                prefix=self.prefix,
+                splits_special_tokens=self.splits_special_tokens,
+            )
         return reference
 
 
@@ -103,12 +114,13 @@ class FastEncoder(Encoder):
     """The ids of `reference`, several times faster; ids are decoded by the reference itself.
 
     definition: a tokenizer.json. Raises ValueError if fastokens does not know something in it.
-    prefix: put before every text that is not empty.
+    prefix: put before every text that is not empty. splits_special_tokens: as in EncoderChoice.
     """
 
-    def __init__(self, reference: Encoder, definition: bytes, *, prefix: str = ""):
+    def __init__(self, reference: Encoder, definition: bytes, *, prefix: str = "", splits_special_tokens: bool = False):
         self._reference = reference
         self._prefix = prefix
+        self._splits_special_tokens = splits_special_tokens
         self._tokenizer = fastokens.Tokenizer.from_json_str(definition.decode("utf-8"))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -117,14 +129,15 @@ class FastEncoder(Encoder):
     def encode(self, text: str) -> np.ndarray:
         if BYTE_TOKEN_START in text:
             return self._reference.encode(text)
-        ids, _ = self._tokenizer.encode_batch_flat([self._prefix + text if text else text])
+        prefixed = self._prefix + text if text else text
+        ids, _ = self._tokenizer.encode_batch_flat([prefixed], split_special_tokens=self._splits_special_tokens)
         return np.frombuffer(ids, dtype=np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         if BYTE_TOKEN_START in "\0".join(texts):  # one search is several times faster than one per text
             return super().encode_batch(texts)
         prefixed = [self._prefix + text if text else text for text in texts] if self._prefix else list(texts)
-        ids, offsets = self._tokenizer.encode_batch_flat(prefixed)
+        ids, offsets = self._tokenizer.encode_batch_flat(prefixed, split_special_tokens=self._splits_special_tokens)
         return np.frombuffer(ids, dtype=np.int32), np.diff(np.frombuffer(offsets, dtype=np.int64))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -154,13 +167,8 @@ class PartwiseEncoder(Encoder):
         return self._encoder.decode(ids)
 
 
-def select_encoder(
-    reference: Encoder, sample_texts: Sequence[str] = (), kinds: Sequence[str] = ("native", "fastokens")
-) -> EncoderChoice:
-    """Choose the first encoder that returns the reference's ids for every piece, hostile text and `sample_texts`.
-
-    Of `sample_texts` about the first MAX_SAMPLE_CHARS are compared.
-    """
+def select_encoder(reference: Encoder, kinds: Sequence[str] = ("native", "fastokens")) -> EncoderChoice:
+    """Choose the first encoder that must return the reference's ids, and returns them for our own texts."""
     model = read_sentencepiece_model(reference.path) if isinstance(reference, SentencePieceEncoder) else None
     cutter = build_text_cutter(model) if model else None
     reason = "has no fast encoder"
@@ -169,74 +177,92 @@ def select_encoder(
         if kind == "native" and (model is None or load_kernel() is None):
             continue
         try:
-            choice = _build_choice(kind, reference, model, cutter)
-            difference = find_difference(
-                choice.load_whole(reference), reference, list_checked_texts(reference, model, sample_texts)
-            )
+            if isinstance(reference, HuggingFaceEncoder):
+                return _choose_for_hugging_face(reference)
+            assert model is not None  # there are two kinds of reference
+            return _choose_for_sentencepiece(kind, reference, model, cutter)
         except (ConversionError, ValueError) as error:
-            reason = f"cannot be expressed for the fast encoder ({'; '.join(str(error).splitlines())})"
-            continue
-        if difference is None:
-            return choice
-        # The next encoder is tried: the two fast ones are different programs.
-        reason = difference
+            # The next encoder is tried: the two fast ones are different programs.
+            reason = "; ".join(str(error).splitlines())
     warning = f"{reference.path}: tokenizer {reason}. The reference encodes instead, exactly but slower."
     return EncoderChoice(reference=DeferredEncoder(reference), cutter=cutter, warning=warning)
 
 
-def _build_choice(
-    kind: str, reference: Encoder, model: SentencePieceModel | None, cutter: TextCutter | None
+def _choose_for_sentencepiece(
+    kind: str, reference: Encoder, model: SentencePieceModel, cutter: TextCutter | None
 ) -> EncoderChoice:
-    """Raises ConversionError if the tokenizer cannot be expressed for this kind of encoder."""
-    if model is None:
-        return EncoderChoice(reference=DeferredEncoder(reference), definition=define_without_special_tokens(reference))
-    prefix = " " if model.has_dummy_prefix else ""
-    if kind == "native":
-        return EncoderChoice(
-            reference=DeferredEncoder(reference), tables=build_kernel_tables(model), prefix=prefix, cutter=cutter
-        )
-    definition = define_plain_tokenizer(model)
-    return EncoderChoice(reference=DeferredEncoder(reference), definition=definition, prefix=prefix, cutter=cutter)
+    """Raises ConversionError with the reason, as the end of a sentence, if this kind of encoder cannot be used."""
+    try:
+        tables = build_kernel_tables(model) if kind == "native" else None
+        definition = define_plain_tokenizer(model) if kind == "fastokens" else None
+    except ConversionError as error:
+        reasons = "; ".join(error.problems)
+        raise ConversionError(f"cannot be expressed for the fast encoder ({reasons})") from error
+    choice = EncoderChoice(
+        reference=DeferredEncoder(reference),
+        tables=tables,
+        definition=definition,
+        prefix=" " if model.has_dummy_prefix else "",
+        cutter=cutter,
+    )
+    _require_no_difference(choice.load_whole(reference), reference, list_checked_texts(model))
+    return choice
 
 
-def define_without_special_tokens(reference: Encoder) -> bytes:
-    """The tokenizer.json of `reference`, without special tokens if it reads them in text as plain text."""
-    definition = reference.path.read_bytes()
-    if not (isinstance(reference, HuggingFaceEncoder) and reference.splits_special_tokens):
-        return definition
-    fields = orjson.loads(definition)
-    # fastokens has no setting such as split_special_tokens.
-    fields["added_tokens"] = [token for token in fields["added_tokens"] if not token["special"]]
-    return orjson.dumps(fields)
+def _choose_for_hugging_face(reference: HuggingFaceEncoder) -> EncoderChoice:
+    """As above; the check is made with a small part of the vocabulary, because building the whole takes a second."""
+    content = orjson.loads(reference.path.read_bytes())
+    if reasons := list_conditions_not_met(content, reference.tokenizer):
+        raise ConversionError(f"is not one that the fast encoder is known to encode alike ({'; '.join(reasons)})")
+    splits = reference.splits_special_tokens
+    small = orjson.dumps(shrink_vocabulary(content))
+    small_reference = HuggingFaceEncoder(reference.path, small)
+    small_encoder = FastEncoder(small_reference, small, splits_special_tokens=splits)
+    _require_no_difference(small_encoder, small_reference, list_checked_texts_of(small_reference, content))
+    definition = orjson.dumps(write_merges_as_text(content))
+    return EncoderChoice(reference=DeferredEncoder(reference), definition=definition, splits_special_tokens=splits)
 
 
-def list_checked_texts(
-    reference: Encoder, model: SentencePieceModel | None, sample_texts: Iterable[str]
-) -> Iterator[str]:
-    """Our own texts, every piece spelt out, and the beginning of `sample_texts`.
+def list_checked_texts(model: SentencePieceModel) -> Iterator[str]:
+    """Our own texts, and every piece spelt out.
 
     Pieces stand between NULs, which are part of no piece: each is encoded as if it were alone. User-defined symbols
     must be found inside words too. Byte tokens are left out: by their names the reference encodes them.
     """
     yield from SAMPLE_TEXTS
     yield from HOSTILE_TEXTS
-    for batch in itertools.batched(_list_piece_texts(reference, model), PIECES_PER_TEXT):
+    pieces = (piece.text for piece in model.pieces if piece.type is not PieceType.BYTE)
+    for batch in itertools.batched(pieces, PIECES_PER_TEXT):
         # Many pieces in one text: 100,000 separate calls would take seconds at every start.
         yield "\0".join(batch).replace(WHITESPACE_SYMBOL, " ")
-    if model is not None:
-        yield "e".join(piece.text for piece in model.pieces if piece.type is PieceType.USER_DEFINED)
-    num_chars_left = MAX_SAMPLE_CHARS
-    for text in sample_texts:
-        yield text[:num_chars_left]
-        num_chars_left -= len(text)
-        if num_chars_left <= 0:
-            return
+    yield "e".join(piece.text for piece in model.pieces if piece.type is PieceType.USER_DEFINED)
 
 
-def _list_piece_texts(reference: Encoder, model: SentencePieceModel | None) -> Iterator[str]:
-    if model is None:
-        return (reference.decode([token_id]) for token_id in range(reference.vocab_size))
-    return (piece.text for piece in model.pieces if piece.type is not PieceType.BYTE)
+def list_checked_texts_of(reference: HuggingFaceEncoder, definition: Mapping[str, Any]) -> Iterator[str]:
+    """Our own texts, every piece of a small vocabulary, and added tokens beside each other, spaces and letters."""
+    yield from SAMPLE_TEXTS
+    yield from HOSTILE_TEXTS
+    for batch in itertools.batched((reference.decode([number]) for number in range(reference.vocab_size)), 256):
+        yield "\0".join(batch)
+    contents = _select_different(definition.get("added_tokens") or [])
+    for first in contents:
+        yield "\n".join(f"a{first}{second} {first}  {second}\t{first}é {first}" for second in contents)
+
+
+def _select_different(added: Sequence[Mapping[str, Any]]) -> list[str]:
+    """At most MAX_PAIRED_TOKENS contents: some of every combination of flags, since models may have thousands."""
+    groups: dict[tuple[bool, ...], list[str]] = {}
+    for token in added:
+        has_space = any(char.isspace() for char in token["content"])
+        flags = tuple(value for value in token.values() if isinstance(value, bool))
+        groups.setdefault((has_space, *flags), []).append(token["content"])
+    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*groups.values()))
+    return list(itertools.islice((content for content in in_turn if content is not None), MAX_PAIRED_TOKENS))
+
+
+def _require_no_difference(encoder: Encoder, reference: Encoder, texts: Iterable[str]) -> None:
+    if difference := find_difference(encoder, reference, texts):
+        raise ConversionError(difference)
 
 
 def find_difference(encoder: Encoder, reference: Encoder, texts: Iterable[str]) -> str | None:

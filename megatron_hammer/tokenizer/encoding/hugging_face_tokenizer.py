@@ -108,6 +108,8 @@ def refuse_rewriting(model: SentencePieceModel) -> None:
         reasons.append("its normaliser rewrites text: fast encoders know no character maps")
     if any(" " in piece.text for piece in model.pieces if piece.type is PieceType.NORMAL):
         reasons.append("a piece with a space: spaces are escaped before pieces are looked up")
+    if any(WHITESPACE_SYMBOL in text for _, text in list_symbols(model)):
+        reasons.append("user-defined symbols with white space: they are looked for in raw text")
     if reasons:
         raise ConversionError(*reasons)
 

@@ -27,7 +27,7 @@ from megatron_hammer.tokenizer.encoding.hugging_face_tokenizer import (
     list_symbols,
     refuse_rewriting,
 )
-from megatron_hammer.tokenizer.encoding.sentencepiece_model import WHITESPACE_SYMBOL, PieceType, SentencePieceModel
+from megatron_hammer.tokenizer.encoding.sentencepiece_model import PieceType, SentencePieceModel
 
 SOURCE_PATH = Path(__file__).with_name("bpe_kernel.c")
 COMPILER_FLAGS = ("-O3", "-shared", "-fPIC")
@@ -67,8 +67,6 @@ def build_kernel_tables(model: SentencePieceModel) -> KernelTables:
         raise ConversionError("no byte fallback: unknown characters have no bytes")
     pieces = model.pieces
     symbols = list_symbols(model)
-    if any(WHITESPACE_SYMBOL in text for _, text in symbols):
-        raise ConversionError("user-defined symbols with white space: they are looked for in raw text")
     # A symbol of one character is looked up like any character; only longer ones need a search.
     single_symbols = {text: i for i, text in symbols if len(text) == 1}
     normal = {piece.text: i for i, piece in enumerate(pieces) if piece.type is PieceType.NORMAL and piece.text != NUL}

@@ -15,6 +15,7 @@ import numpy as np
 from megatron_hammer.corpus.readers import Document, batch_documents
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.tokenizer.encoding.encoder import Encoder, SentencePieceEncoder
+from megatron_hammer.tokenizer.encoding.transformers_tokenizer import load_with_transformers
 
 SHOWN_CHARS = 60
 
@@ -26,20 +27,6 @@ class CheckedTexts:
     num_documents: int = 0
     text_bytes: int = 0
     num_tokens: int = 0
-
-
-def load_with_transformers(folder: Path) -> Any:
-    """The folder's tokenizer; never runs code of the folder. Raises ConversionError if transformers refuses it."""
-    import transformers
-
-    try:
-        # trust_remote_code: a folder may name Python files of its own, which are never run here.
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (ValueError, OSError, ImportError, KeyError, TypeError) as error:
-        raise ConversionError(
-            f"{folder}: transformers must load the tokenizer, got {type(error).__name__}: {str(error)[:300]}. "
-            "Export from the SentencePiece model, or from a folder that needs no code of its own."
-        ) from error
 
 
 def verify_with_transformers(

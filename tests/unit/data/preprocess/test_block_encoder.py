@@ -64,7 +64,7 @@ def test_ends_of_documents_of_several_sequences() -> None:
 
 def test_a_tokenizer_without_bos_is_refused(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     assert require_bos_id(encoder) == 1
-    monkeypatch.setattr(encoder, "bos_id", None)
+    monkeypatch.setitem(encoder.special_tokens.ids, "bos_token", None)
     message = r"toy.model: tokenizer must have a token that begins a document, got none. Name it as bos_token in token"
     with pytest.raises(DataError, match=message):
         require_bos_id(encoder)

@@ -26,7 +26,7 @@ class SpaceLoser(Encoder):
 
     def __init__(self, encoder: Encoder):
         self.path, self.sha256, self.vocab_size = encoder.path, encoder.sha256, 0x110000
-        self.bos_id = self.eod_id = None
+        self.special_tokens = encoder.special_tokens
 
     def encode(self, text):
         return np.array([ord(character) for character in text], dtype=np.int32)

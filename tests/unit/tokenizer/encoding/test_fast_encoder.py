@@ -3,6 +3,7 @@
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ from megatron_hammer.tokenizer.encoding.fast_encoder import (
     FastEncoder,
     PartwiseEncoder,
     find_difference,
-    list_checked_texts,
     select_encoder,
 )
 from megatron_hammer.tokenizer.encoding.hugging_face_tokenizer import define_plain_tokenizer
@@ -42,19 +42,12 @@ def assert_same_ids(encoder, reference, texts):
     assert np.array_equal(ids, np.concatenate(expected))
 
 
-def test_sample_texts_are_bounded(symbols_path, monkeypatch):
-    monkeypatch.setattr(fast_encoder, "MAX_SAMPLE_CHARS", 10)
-    model = read_sentencepiece_model(symbols_path)
-    texts = list(list_checked_texts(load_encoder(symbols_path), model, ["abcdefgh", "ijklm", "n"]))
-    assert texts[-2:] == ["abcdefgh", "ij"]
-
-
 @pytest.mark.parametrize("kind", ["native", "fastokens"])
 @pytest.mark.parametrize("name", ["plain", "dummy prefix", "no byte fallback", "symbols", "symbols and prefix"])
 def test_the_fast_encoder_is_chosen_and_exact(tmp_path, name, kind):
     path = train_model(tmp_path / "a.model", **MODEL_OPTIONS[name])
     kinds = (kind, "fastokens")
-    choice = pickle.loads(pickle.dumps(select_encoder(load_encoder(path), TOY_TEXTS, kinds)))
+    choice = pickle.loads(pickle.dumps(select_encoder(load_encoder(path), kinds)))
     assert choice.warning is None
     is_native = kind == "native" and name != "no byte fallback"
     assert (choice.tables is not None, choice.definition is not None) == (is_native, not is_native)
@@ -71,7 +64,7 @@ def test_the_fast_encoder_is_chosen_and_exact(tmp_path, name, kind):
             "symbols and extra whitespace removed",
             "cannot be expressed for the fast encoder (remove_extra_whitespaces with user-defined symbols: spaces",
         ),
-        ("symbols of whitespace", "is encoded otherwise by the fast encoder near"),
+        ("symbols of whitespace", "cannot be expressed for the fast encoder (user-defined symbols with white space: "),
     ],
 )
 def test_other_models_are_left_to_the_reference_with_a_warning(tmp_path, name, reason):
@@ -156,7 +149,7 @@ def test_twin_an_encoder_that_is_wrong_only_on_the_corpus_is_noticed(symbols_pat
 # --- tokenizer.json -------------------------------------------------------------------------------------------------
 
 
-def write_byte_level_tokenizer(folder: Path) -> Path:
+def write_byte_level_tokenizer(folder: Path, **changes: Any) -> Path:
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = tokenizers.trainers.BpeTrainer(
@@ -166,17 +159,35 @@ def write_byte_level_tokenizer(folder: Path) -> Path:
         show_progress=False,
     )
     tokenizer.train_from_iterator(TOY_TEXTS, trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    definition = json.loads(tokenizer.to_str())
+    definition["model"] |= changes
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
     return folder
 
 
-def test_a_byte_level_tokenizer_json_is_encoded_fast(tmp_path):
-    choice = select_encoder(load_encoder(write_byte_level_tokenizer(tmp_path)))
+@pytest.mark.parametrize("splits_special_tokens", [False, True])
+def test_a_byte_level_tokenizer_json_is_encoded_fast(tmp_path, splits_special_tokens):
+    write_byte_level_tokenizer(tmp_path)
+    config = {"split_special_tokens": splits_special_tokens}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    choice = select_encoder(load_encoder(tmp_path))
     assert choice.warning is None
+    assert choice.definition is not None
     reference = load_encoder(tmp_path)
     assert isinstance(reference, HuggingFaceEncoder)
     texts = build_hostile_texts(["<|start|>", "the", " fox", "花落"], num_texts=1500, seed=3)
     assert_same_ids(choice.load(), reference, texts)
+
+
+def test_a_wrong_fast_encoder_of_a_tokenizer_json_is_noticed_at_start_up(tmp_path, monkeypatch):
+    class WrongOnOneWord(FastEncoder):
+        def encode(self, text):
+            return super().encode(text.replace("world", "globe"))
+
+    monkeypatch.setattr(fast_encoder, "FastEncoder", WrongOnOneWord)
+    choice = select_encoder(load_encoder(write_byte_level_tokenizer(tmp_path)))
+    assert choice.definition is None
+    assert "is encoded otherwise by the fast encoder near" in choice.warning
 
 
 def test_a_tokenizer_json_that_the_fast_encoder_does_not_know_is_left_to_the_reference(tmp_path):
@@ -184,5 +195,5 @@ def test_a_tokenizer_json_that_the_fast_encoder_does_not_know_is_left_to_the_ref
         str(tmp_path / "tokenizer.json")
     )
     choice = select_encoder(load_encoder(tmp_path))
-    assert choice.warning is not None
+    assert "its model is WordLevel, not BPE" in choice.warning
     assert choice.load().encode("the").tolist() == [0]

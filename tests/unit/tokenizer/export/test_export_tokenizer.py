@@ -17,8 +17,8 @@ from megatron_hammer.tokenizer.encoding.hugging_face_tokenizer import (
     check_same_encoding,
 )
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import PieceType, read_sentencepiece_model
+from megatron_hammer.tokenizer.encoding.transformers_tokenizer import load_with_transformers
 from megatron_hammer.tokenizer.export import export_tokenizer as tokenizer_export
-from megatron_hammer.tokenizer.export.check_export import load_with_transformers
 from megatron_hammer.tokenizer.export.export_tokenizer import (
     export_tokenizer,
     export_tokenizer_folder,
