@@ -22,7 +22,7 @@ def reduce_rows(rows: Tensor, targets: Tensor, num_columns: int) -> tuple[Tensor
     maxima = torch.empty(len(rows), dtype=torch.float32, device=rows.device)
     sums, target_logits = torch.empty_like(maxima), torch.empty_like(maxima)
     _reduce_row[(len(rows),)](
-        rows, targets, maxima, sums, target_logits, rows.stride(0), num_columns,
+        rows, targets, maxima, sums, target_logits, rows.stride(0), rows.shape[1], num_columns,
         BLOCK=_select_block(rows), num_warps=NUM_WARPS,
     )  # fmt: skip
     return maxima, sums, target_logits
@@ -43,7 +43,9 @@ def _select_block(rows: Tensor) -> int:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _reduce_row(logits, targets, maxima, sums, target_logits, stride, num_columns, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _reduce_row(  # type: ignore[no-untyped-def]
+    logits, targets, maxima, sums, target_logits, stride, width, num_columns, BLOCK: tl.constexpr
+):
     # int64: 16,384 rows of 105,792 columns are already more elements than int32 can count.
     row = tl.program_id(0).to(tl.int64)
     first = logits + row * stride
@@ -51,7 +53,9 @@ def _reduce_row(logits, targets, maxima, sums, target_logits, stride, num_column
     total = tl.full((), 0.0, tl.float32)
     for start in range(0, num_columns, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        block = tl.load(first + columns, mask=columns < num_columns, other=float("-inf")).to(tl.float32)
+        # Masked by the width, a multiple of 16: with a mask that may end anywhere, each logit would be loaded alone.
+        block = tl.load(first + columns, mask=columns < width, other=float("-inf")).to(tl.float32)
+        block = tl.where(columns < num_columns, block, float("-inf"))
         higher = tl.maximum(maximum, tl.max(block, 0))
         # As long as there is nothing but -inf, -inf - -inf would be NaN.
         shift = tl.where(higher == float("-inf"), 0.0, higher)
@@ -78,9 +82,9 @@ def _write_row_gradient(  # type: ignore[no-untyped-def]
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         is_token = columns < num_columns
-        block = tl.load(first + columns, mask=is_token, other=float("-inf")).to(tl.float32)
+        block = tl.load(first + columns, mask=columns < width, other=float("-inf")).to(tl.float32)
         gradient = tl.exp(block - maximum) * factor
         gradient = tl.where(columns == target, gradient - scale, gradient)
-        # Also where the factor is infinite or the target lies among the padding.
+        # The padding may hold anything, and a target may lie there.
         gradient = tl.where(is_token, gradient, 0.0)
         tl.store(first + columns, gradient.to(logits.dtype.element_ty), mask=columns < width)

@@ -154,6 +154,8 @@ def build_case(name: str) -> dict[str, object]:
     if name == "rank of -inf":
         logits[..., :131] = -torch.inf
         targets.clamp_(min=131)
+    if name != "fp32":  # whose padding the twin below counts
+        logits[..., case.num_tokens or WIDTH :] = torch.nan  # which must reach nothing
     ignored = torch.rand(SEQUENCE, BATCH, generator=generator) < 0.1
     targets[ignored], scales[ignored] = -100, 0.0
     return {
