@@ -6,10 +6,10 @@ backward pass reads them once more and writes their gradient over them, so nothi
 output layer does not, and a second backward pass is refused.
 
 The columns that pad the vocabulary for tensor parallelism stand for no token. Nothing depends on them, and their
-gradient is 0, for three reasons. A continued run starts at the loss that transformers computes. The loss does not depend
-on the padding, which grows with tensor parallelism. No gradient reaches the padding rows of the weight, so an export may
-drop them. A run that was begun with Megatron's loss has learned low logits for these rows; it continues at the same
-loss, less the small probability that they still have.
+gradient is 0, for three reasons. A continued run starts at the loss that transformers computes. The loss does not
+depend on the padding, which grows with tensor parallelism. No gradient reaches the padding rows of the weight, so an
+export may drop them. A run that was begun with Megatron's loss has learned low logits for these rows; it continues at
+the same loss, less the small probability that they still have.
 
 The work on rows is in cross_entropy_triton.py for GPUs and in cross_entropy_torch.py for CPUs.
 """

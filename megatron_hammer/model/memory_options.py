@@ -16,7 +16,7 @@ Sharding = Literal["none", "distributed_optimizer", "fsdp"]
 # have: without --cross-entropy-loss-fusion, and its two implementations.
 CrossEntropy = Literal["in-place", "chunked", "unfused", "native", "te"]
 # Tokens of which "chunked" has logits at a time. A product of the output layer with so many is still as fast as a whole
-# one. With more and smaller chunks, the sum of their 16-bit weight gradients loses precision (docs/architecture.md).
+# one. With more and smaller chunks, the sum of their 16-bit weight gradients loses precision (benchmarks/RESULTS.md).
 CHUNK_TOKENS = 4096
 
 # Bytes of one element that a linear keeps as its input, and of one copy of its quantized weight, with their block
