@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from on_gpu.setting import write_data
 
 ROOT = Path(__file__).resolve().parents[1]
 STARTED_VARIABLE, STAGES_VARIABLE = "START_UP_STARTED_AT_S", "START_UP_STAGES_PATH"
@@ -35,15 +35,6 @@ def build_flags(work_dir: Path) -> list[str]:
         *("--train-iters", "1", "--lr-warmup-iters", "0", "--eval-iters", "0"),
         *("--metrics-path", str(work_dir / "metrics.jsonl")),
     ]
-
-
-def prepare_data(work_dir: Path) -> None:
-    from megatron_hammer.data.indexed.pair import IndexedWriter
-
-    generator = np.random.default_rng(1234)
-    with IndexedWriter(work_dir / "data", np.dtype(np.uint16)) as writer:
-        for _ in range(500):
-            writer.add_document(generator.integers(0, 4096, 1000).astype(np.uint16))
 
 
 def run(arguments: list[str], work_dir: Path, **variables: str) -> tuple[float, float]:
@@ -153,7 +144,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         work_dir = Path(folder)
-        prepare_data(work_dir)
+        write_data(work_dir / "data", num_tokens=500_000, vocab_size=4096)
         rounds = [measure(work_dir) for _ in range(arguments.rounds)]
         stages = measure_stages(work_dir)
     if arguments.json:

@@ -5,7 +5,7 @@
 
 Both sides do the same work in fp32: global batch 8 as 4 micro-batches of 2 x 256 tokens, clip at 1.0, AdamW, from
 the same weights over the same tokens. Ours is the training command itself, data loading and metrics included;
-theirs is the plain loop of `train_with_transformers` below, its tokens already in memory. The two run in turn, each in
+theirs is the plain loop of on_gpu/transformers_loop.py, its tokens already in memory. The two run in turn, each in
 a process of its own, and medians of the step times after the warm-up are compared round by round.
 
 How sameness is made and checked: one run of ours with a learning rate of zero writes its weights as a checkpoint and
@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from on_gpu.setting import write_data
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESET = "hammer-tiny"
@@ -69,33 +70,17 @@ def hammer_flags(work_dir: Path, num_steps: int) -> list[str]:
 def train_with_transformers(work_dir: Path) -> None:
     """Print the losses and times of LlamaForCausalLM (sdpa) under torch.optim.AdamW with torch's defaults, as JSON."""
     import torch
+    from on_gpu.transformers_loop import build_optimizer, train_step
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     recipe = read_recipe()
     model = load_into_transformers(work_dir / "start").float().train()
-    decayed = [parameter for parameter in model.parameters() if parameter.dim() > 1]
-    others = [parameter for parameter in model.parameters() if parameter.dim() == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
-        lr=LR,
-        betas=(recipe.adam_beta1, recipe.adam_beta2),
-        eps=recipe.adam_eps,
-        weight_decay=recipe.weight_decay,
-    )
+    optimizer = build_optimizer(model, recipe, lr=LR)
     batches = torch.from_numpy(np.load(work_dir / "batches.npy"))  # [step, micro-batch, tokens or labels, b, s]
     losses, times_s = [], []
     for step in batches:
         started_at_s = time.perf_counter()
-        optimizer.zero_grad()
-        loss_sum = torch.zeros(())
-        for tokens, labels in step:
-            output = model(input_ids=tokens, labels=labels, shift_labels=labels)
-            loss = output.loss / len(step)
-            loss.backward()
-            loss_sum += loss.detach()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad)
-        optimizer.step()
-        losses.append(loss_sum.item())
+        losses.append(train_step(model, optimizer, step, recipe.clip_grad))
         times_s.append(time.perf_counter() - started_at_s)
     print(json.dumps({"losses": losses, "times_s": times_s}))
 
@@ -129,18 +114,6 @@ def load_into_transformers(checkpoint_dir: Path) -> Any:
 
 
 # --- what both start from -------------------------------------------------------------------------------------------
-
-
-def write_data(prefix: Path, num_samples: int) -> None:
-    """Indexed data of random documents, enough for every sample once."""
-    from megatron_hammer.data.indexed.pair import IndexedWriter
-
-    recipe = read_recipe()
-    generator = np.random.default_rng(1234)
-    num_tokens = (num_samples + 2) * (recipe.seq_length + 1)
-    with IndexedWriter(prefix, np.dtype(np.uint16)) as writer:
-        for _ in range(-(-num_tokens // 1000)):
-            writer.add_document(generator.integers(0, 4096, 1000).astype(np.uint16))
 
 
 def record_start(work_dir: Path, num_steps: int) -> None:
@@ -259,7 +232,10 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         work_dir = Path(folder)
-        write_data(work_dir / "data", num_steps * read_recipe().global_batch_size)
+        recipe = read_recipe()
+        num_samples = num_steps * recipe.global_batch_size
+        num_tokens = (num_samples + 2) * (recipe.seq_length + 1)  # enough for every sample once
+        write_data(work_dir / "data", num_tokens=num_tokens, vocab_size=4096)
         steps = ["--steps", str(arguments.steps), "--warmup-steps", str(arguments.warmup_steps)]
         run([__file__, "--side", "start", folder, *steps], num_threads=1)
         measured = [measure(work_dir, num_threads, arguments) for num_threads in arguments.threads]
