@@ -31,6 +31,8 @@ class Ended:
 def run_python(arguments: Sequence[str], *, timeout_s: float, variables: Mapping[str, str] | None = None) -> Ended:
     """Run this interpreter with our package on its path; its whole session ends with it or with its time."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **(variables or {})}
+    # Set by a process of the cpu platform, such as a test's; a run on a GPU compiles.
+    environment.pop("TORCH_COMPILE_DISABLE", None)
     process = subprocess.Popen(
         [sys.executable, *arguments],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True,

@@ -102,7 +102,6 @@ GPU_ROWS = (
     Row(backend="transformers", micro_batch_size=4),
     Row(backend="torch", micro_batch_size=8),
     Row(backend="te", micro_batch_size=8),
-    Row(backend="torch", micro_batch_size=8, flags=("--no-triton-kernels",)),
     Row(backend="torch", micro_batch_size=8, flags=("--cross-entropy", "chunked")),
     Row(backend="te", micro_batch_size=8, flags=(*FP8, "tensorwise")),
     Row(backend="torch", micro_batch_size=16),

@@ -279,6 +279,8 @@ def _read_memory_options(args: Any, layout: ParallelLayout, *, has_gpu: bool) ->
         shard_size=layout.dense_shard_size // instances if layout.has_distributed_optimizer and instances > 1 else None,
         gradient_bytes=4 if has_fp32_gradients and not args.grad_reduce_in_bf16 else 2,
         has_fused_activation=args.bias_swiglu_fusion,
+        has_linear_offset=not args.bias_swiglu_fusion,
+        has_fused_norms=args.backend == "te",
         has_fused_weight_gradients=args.gradient_accumulation_fusion,
         workspace_bytes=WORKSPACE_BYTES if has_gpu else 0,
         vocab_divisible_by=args.make_vocab_size_divisible_by,

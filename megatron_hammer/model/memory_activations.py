@@ -134,7 +134,7 @@ def _count_mlp(
     if model.moe is None:
         inner = norm_output + widths.tokens * _count_mlp_width(model, options, model.ffn_hidden_size) / _tp(layout)
         if options.is_recomputed("mlp"):
-            return kept + inner, inner
+            return kept + inner, inner if options.has_fused_norms else inner - norm_output
         return kept + inner, norm_output if options.is_recomputed("layernorm") else 0
     routed, activation_outputs = _count_experts(model, layout, options, widths)
     shared_size = model.moe.shared_expert_intermediate_size
@@ -152,7 +152,7 @@ def _count_mlp_width(model: ModelShape, options: MemoryOptions, ffn_hidden_size:
     """Bytes per token of the activation's input (gate and up for SwiGLU) and of its output, which linear_fc2 takes."""
     inputs = 1
     if model.activation == "swiglu":
-        inputs = 2 if options.has_fused_activation else 3
+        inputs = 2 if options.has_fused_activation else 3 + options.has_linear_offset
     return ffn_hidden_size * (inputs * options.element_bytes + options.linear_input_bytes)
 
 

@@ -49,6 +49,8 @@ class MemoryOptions:
     gradient_bytes: int = 4  # of an element of the gradient buffer; 2 where gradients are accumulated in 16 bits
     reshards_after_forward: bool = True  # of FSDP; False: gathered weights and whole gradients stay for a step
     has_fused_activation: bool = True  # False: the output of SiLU is kept beside its product with the other half
+    has_linear_offset: bool = False  # Megatron's own SwiGLU that is not fused keeps that other half plus an offset too
+    has_fused_norms: bool = True  # False: a norm is not part of the MLP after it, which is recomputed from its output
     has_fused_weight_gradients: bool = True  # --gradient-accumulation-fusion: none is ever a tensor of its own
     has_fp8_parameters: bool = False  # --fp8-param-gather: the weights themselves are quantized
     workspace_bytes: int = WORKSPACE_BYTES

@@ -108,10 +108,6 @@ class SdpaAttention(MegatronModule):
         if attention_bias is not None or packed_seq_params is not None:
             raise ValueError("SdpaAttention takes no attention bias and no packed sequences; use the te backend.")
         sequence, batch, heads, head_dim = query.shape
-        if value._base is not None and value._base is not query._base:
-            # After RoPE, query and key are tensors of their own. As a view, value would keep the whole output of
-            # linear_qkv until the backward pass: for hammer-1b4 ten times its own bytes.
-            value = value.contiguous()
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         if query.is_cuda and query.dtype == torch.float32 and heads != key.shape[1]:
             # No fused kernel of PyTorch takes grouped heads in fp32: scores of all pairs would be kept, 94 GB for

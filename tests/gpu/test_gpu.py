@@ -1,6 +1,6 @@
 """What only a GPU can show: both backends are one model, they train, and they need the memory that was estimated.
 
-Each model lives in a process of its own (this file run as a program), since other tests make this one a CPU's.
+Losses and gradients are those that benchmarks/gpu.py checks, with its bounds. Each run is a process of its own.
 """
 
 import dataclasses
@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,6 +20,11 @@ from megatron_hammer.platforms.select import find_te_failure
 from megatron_hammer.presets.catalogue import HAMMER_1B4
 from tests.helpers.repository import ROOT
 
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from on_gpu import gradients  # type: ignore[import-not-found]
+from on_gpu.setting import build_setting, write_data  # type: ignore[import-not-found]
+
+SETTING = build_setting(is_rehearsal=False)
 HAS_GPU = torch.cuda.is_available()
 NUM_LAYERS, VOCAB_SIZE, MICRO_BATCH_SIZE, SEQ_LENGTH = 4, 32_000, 2, 2048  # of hammer-1b4's width
 MODEL_FLAGS = (
@@ -49,29 +53,21 @@ def start(*command: str) -> None:
     assert result.returncode == 0, f"{result.stdout[-2000:]}\n{result.stderr[-5000:]}"
 
 
-def compute(path: Path, backend: str, precision: str) -> dict[str, Any]:
-    """Logits [b, s, v] and checkpoint names of one backend, with the same weights and tokens for all."""
-    start(str(Path(__file__)), backend, precision, str(path))
-    return torch.load(path, weights_only=True)
+@pytest.fixture(scope="module")
+def reference_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A step on the CPU in fp32: its loss, its gradients, and the checkpoint of its weights."""
+    work_dir = tmp_path_factory.mktemp("gradients")
+    write_data(work_dir / "data", num_tokens=100_000, vocab_size=SETTING.num_token_ids)
+    assert gradients.record_reference(SETTING, work_dir, timeout_s=600) is None
+    return work_dir
 
 
-def relative_difference(logits: torch.Tensor, reference: torch.Tensor) -> float:
-    return float((logits - reference).norm() / reference.norm())
-
-
-@pytest.mark.parametrize("backend", [TE])
-def test_both_backends_are_one_model(backend: str, tmp_path: Path) -> None:
-    exact = compute(tmp_path / "exact", "torch", "fp32")
-    ours = compute(tmp_path / "torch", "torch", "bf16")
-    theirs = compute(tmp_path / "te", backend, "bf16")
-    assert theirs["keys"] == ours["keys"]
-    # bf16 rounds, and each backend in another order, so te may stray from fp32 about as far as torch does: measured
-    # 0.013 of the logits on a CPU. A wrong norm, mask or rotary embedding is off by as much as the logits themselves.
-    error = relative_difference(ours["logits"], exact["logits"])
-    assert error < 0.03
-    assert relative_difference(theirs["logits"], exact["logits"]) < 2 * error
-    assert relative_difference(theirs["logits"], ours["logits"]) < 3 * error
-    assert relative_difference(theirs["logits"].roll(1, dims=1), ours["logits"]) > 10 * error  # twin
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("backend", [TE, "torch"])
+def test_loss_and_gradients_are_those_of_the_cpu(backend: str, precision: str, reference_dir: Path) -> None:
+    (check,) = (check for check in SETTING.checks if (check.backend, check.precision) == (backend, precision))
+    result = gradients.run_check(SETTING, check, reference_dir, timeout_s=600)
+    assert result["passed"], result
 
 
 @pytest.mark.parametrize("backend", [TE, "torch"])
@@ -108,45 +104,3 @@ def test_training_runs_in_the_estimated_memory(backend: str, tmp_path: Path) -> 
         fragmentation_ratio=0.0,
     )
     assert steps[-1]["peak_memory_bytes"] == pytest.approx(stage.total_bytes, rel=0.15)
-
-
-def main(backend: str, precision: str, path: str) -> None:
-    """Build the model of one GPU through training's own arguments and provider; save its logits and names."""
-    from megatron_hammer.platforms import megatron_compat
-
-    megatron_compat.install("cuda")
-    from megatron.core import parallel_state
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-    from megatron.training.argument_utils import gpt_config_from_args
-    from megatron.training.arguments import validate_args
-
-    from megatron_hammer.checkpoint_files.checkpoint_reader import use_fused_norm_names
-    from megatron_hammer.config.arguments import parse_arguments
-    from megatron_hammer.model.provider import HammerModelBuilder, build_model_config
-
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("nccl", rank=0, world_size=1, store=store)
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(1)
-    namespace = parse_arguments([*MODEL_FLAGS, "--precision", precision], platform="cuda", backend=backend).namespace
-    validate_args(namespace)
-    config = build_model_config(gpt_config_from_args(namespace), backend=backend, has_embedding_norm=False)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    model = HammerModelBuilder(config).build_model(groups, pre_process=True, post_process=True).cuda().eval()
-    parameters = use_fused_norm_names({name: parameter.data for name, parameter in model.named_parameters()})
-    generator = torch.Generator().manual_seed(2)
-    for name in sorted(parameters):
-        is_norm = parameters[name].dim() == 1
-        weight = torch.randn(parameters[name].shape, generator=generator) * (0.1 if is_norm else 0.02) + is_norm
-        parameters[name].copy_(weight.bfloat16())  # the same values in both precisions
-    tokens = torch.randint(VOCAB_SIZE, (2, 256), generator=generator).cuda()
-    with torch.no_grad():
-        logits = model(tokens, torch.arange(256, device="cuda").expand(2, -1), None)
-    state = model.sharded_state_dict()
-    keys = sorted({value.key for value in state.values() if not value.key.endswith("_extra_state")})
-    torch.save({"logits": logits.float().cpu(), "keys": keys}, path)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -116,6 +116,13 @@ def test_sequence_parallelism_gathers_two_hidden_states_for_the_backward_pass():
 
 def test_silu_without_fusion_keeps_its_output():
     assert count(has_fused_activation=False) - count() == 2 * TOKENS * FFN
+    # megatron.core.transformer.mlp adds an offset, 0 for SwiGLU, to the other half.
+    assert count(has_fused_activation=False, has_linear_offset=True) - count() == 2 * 2 * TOKENS * FFN
+
+
+def test_a_recomputed_mlp_keeps_the_output_of_a_norm_that_is_not_part_of_it():
+    recomputed = {"recompute": "selective", "recompute_modules": ("mlp",)}
+    assert count(**recomputed, has_fused_norms=False) - count(**recomputed) == 2 * TOKENS * H
 
 
 def test_a_weight_gradient_of_its_own_is_the_largest_of_the_layer():

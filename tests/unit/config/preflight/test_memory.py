@@ -73,7 +73,9 @@ def test_flags_that_change_memory_reach_the_estimate() -> None:
     modules = build_options("--recompute-granularity", "selective", "--recompute-modules", "mlp", "core_attn")
     assert (modules.recompute, modules.recompute_modules) == ("selective", ("mlp", "core_attn"))
     assert build_options("--cross-entropy", "chunked").cross_entropy == "chunked"
-    assert not build_options("--no-bias-swiglu-fusion").has_fused_activation
+    unfused = build_options("--no-bias-swiglu-fusion")
+    assert (unfused.has_fused_activation, unfused.has_linear_offset) == (False, True)
+    assert not plain.has_linear_offset
     dropout = build_options("--hidden-dropout", "0.1", "--attention-dropout", "0.2")
     assert dropout.has_hidden_dropout
     assert dropout.has_attention_dropout
