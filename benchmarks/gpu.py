@@ -31,7 +31,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the clone, wherever this is started
 
-from on_gpu import gradients, report, trace
+from on_gpu import report, trace
 from on_gpu.processes import LAUNCH, run_python
 from on_gpu.setting import Row, Setting, build_setting, write_data
 
@@ -69,6 +69,8 @@ class Session:
 
 
 def check_gradients(session: Session) -> None:
+    from on_gpu import gradients  # torch, which --help need not wait for
+
     setting, checks = session.setting, session.result["checks"]
     reason = gradients.record_reference(setting, session.work_dir, session.remaining_s)
     for check in setting.checks:
@@ -148,6 +150,8 @@ def profile_best(session: Session) -> None:
 def run_part(setting: Setting, side: str, arguments: Sequence[str]) -> None:
     """Run one part; prints its JSON as the last line."""
     if side == "gradients":
+        from on_gpu import gradients
+
         platform, output, *flags = arguments
         gradients.record(platform, Path(output), flags)
         return

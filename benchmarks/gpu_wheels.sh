@@ -7,13 +7,13 @@
 #
 # Run it where the environment of tools/setup_environment.sh is and packages can be downloaded: versions are those that
 # are installed. The other machine has Python 3.12 and, by --image, torch (2.11 with CUDA), triton and transformers; what
-# these need is there too. Copy the output and this repository to it, then:
+# these need is there too. Copy the output and this repository to it, then, without network:
 #
-#   bash wheels-gpu/install.sh                            # checks the sums; needs no network
+#   bash benchmarks/gpu_wheels.sh --install wheels-gpu    # checks the sums; PYTHON and pip's variables (PIP_TARGET) apply
 #
 # --te: TransformerEngine as well. Its library is a wheel. Its part for torch is compiled against the torch of the GPU
 # machine, so it is compiled here only if this machine has nvcc and that torch (--torch); else its source is packed, and
-# install.sh compiles it there, which takes minutes.
+# --install compiles it there, which takes minutes.
 set -euo pipefail
 
 # What training and the benchmark import; --all: what any command of the package imports. What is named here is packed
@@ -22,7 +22,7 @@ packages=(megatron-core orjson zstandard sentencepiece protobuf psutil pydantic 
     typing-inspection typing-extensions rich markdown-it-py mdurl pygments)
 te_needs=(einops onnx onnxscript onnx-ir ml-dtypes nvdlfw-inspect nvidia-cudnn-frontend) # of TransformerEngine's torch part
 image=(torch triton transformers numpy)
-output="" piece_mib=60 is_list="" te_version="" cuda_major=13 torch_version=2.11 python_version=3.12
+output="" packed="" piece_mib=60 is_list="" te_version="" cuda_major=13 torch_version=2.11 python_version=3.12
 platform=manylinux_2_28_x86_64
 
 fail() {
@@ -39,6 +39,7 @@ while (($#)); do
     [[ $# -ge 2 ]] || fail "$1: needs a value, got none. See --help."
     case $1 in
         --output) output=$2 ;;
+        --install) packed=$2 ;;
         --piece-mib) piece_mib=$2 ;;
         --image) read -ra image <<<"$2" ;;
         --te) te_version=$2 ;;
@@ -51,11 +52,31 @@ while (($#)); do
     shift 2
 done
 [[ $piece_mib =~ ^[1-9][0-9]*$ ]] || fail "piece-mib: must be a whole number of MiB, got $piece_mib. Use 60."
-[[ -n $is_list || -n $output ]] || fail "output: must name a folder to make, got nothing. Pass --output wheels-gpu."
-[[ -z $output || ! -e $output ]] || fail "output: must not exist yet, got $output. Name a new folder."
+
+install() {
+    [[ -f $1/SHA256SUMS ]] || fail "install: must be a folder that --output made, got $1. Copy all of it."
+    (cd "$1" && sha256sum --check --quiet SHA256SUMS) || fail "install: a piece is damaged in $1. Copy it again."
+    scratch=$(mktemp -d)
+    trap 'rm -rf "$scratch"' EXIT
+    cat "$1"/piece-* | tar -xf - -C "$scratch"
+    local pip=("$python" -m pip install --disable-pip-version-check --no-index --no-deps)
+    "${pip[@]}" "$scratch"/wheels/*.whl
+    shopt -s nullglob
+    local sources=("$scratch"/wheels/*.tar.gz)
+    if ((${#sources[@]})); then
+        NVTE_FRAMEWORK=pytorch TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0} "${pip[@]}" --no-build-isolation \
+            "${sources[@]}"
+    fi
+}
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
+if [[ -n $packed ]]; then
+    install "$packed"
+    exit
+fi
+[[ -n $is_list || -n $output ]] || fail "output: must name a folder to make, got nothing. Pass --output wheels-gpu."
+[[ -z $output || ! -e $output ]] || fail "output: must not exist yet, got $output. Name a new folder."
 
 # Each line: name==version, and the package that needs it. Without names: what setup.py of this repository asks for.
 list_requirements() {
@@ -139,25 +160,7 @@ tar -C "$partial" --sort=name --owner=0 --group=0 --numeric-owner --mtime=@0 -cf
     split --bytes="$((piece_mib * 1024 * 1024))" --numeric-suffixes --suffix-length=3 - "$partial/piece-"
 num_wheels=$(find "$partial/wheels" -type f | wc -l)
 rm -r "$partial/wheels"
-cat >"$partial/install.sh" <<'INSTALL'
-#!/usr/bin/env bash
-# Install the packed wheels without network. PYTHON: the interpreter; arguments go to pip (--target DIR, --user).
-set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
-sha256sum --check --quiet SHA256SUMS
-scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
-cat piece-* | tar -xf - -C "$scratch"
-shopt -s nullglob
-pip=("${PYTHON:-python3}" -m pip install --disable-pip-version-check --no-index --no-deps)
-"${pip[@]}" "$@" "$scratch"/wheels/*.whl
-sources=("$scratch"/wheels/*.tar.gz)
-if ((${#sources[@]})); then
-    export NVTE_FRAMEWORK=pytorch TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0}
-    "${pip[@]}" --no-build-isolation "$@" "${sources[@]}"
-fi
-INSTALL
-(cd "$partial" && sha256sum piece-* install.sh >SHA256SUMS)
+(cd "$partial" && sha256sum piece-* >SHA256SUMS)
 mv "$partial" "$output"
 echo "packed $num_wheels files into $(find "$output" -name 'piece-*' | wc -l) pieces of at most $piece_mib MiB, \
 $(du -sm "$output" | cut -f1) MiB in all, in $output"
