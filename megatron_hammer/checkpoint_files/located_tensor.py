@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_hammer.checkpoint_files.saved_archive import ArchiveDamage, SavedArchive
 from megatron_hammer.errors import ConversionError
 
 
@@ -19,7 +20,8 @@ from megatron_hammer.errors import ConversionError
 class LocatedTensor:
     """Where a tensor's elements lie: `start` in bytes from the beginning of the file, `stride` in elements.
 
-    in_memory: the tensor itself, where the file is of a format that cannot be mapped.
+    in_memory: the tensor itself, where the file is of a format that cannot be mapped. archive: of torch.save, whose
+    checksum of these elements is compared before they are used; None where the format has none.
     """
 
     path: Path
@@ -28,29 +30,42 @@ class LocatedTensor:
     stride: tuple[int, ...]
     start: int
     in_memory: Tensor | None = None
+    archive: SavedArchive | None = None
 
 
-def locate_in_storage(path: Path, tensor: Tensor, is_mappable: bool) -> LocatedTensor:
-    """Where a tensor lies that torch.load made from `path`: on the meta device if `is_mappable`, else in memory."""
+def locate_in_storage(path: Path, tensor: Tensor, archive: SavedArchive | None) -> LocatedTensor:
+    """Where a tensor lies that torch.load made from `path`: on the meta device from an archive, else in memory."""
     storage: Any = tensor.untyped_storage()
     # torch.load sets _checkpoint_offset on the meta device: where the storage begins in the file.
-    start = storage._checkpoint_offset + tensor.storage_offset() * tensor.dtype.itemsize if is_mappable else 0
+    start = storage._checkpoint_offset + tensor.storage_offset() * tensor.dtype.itemsize if archive else 0
     return LocatedTensor(
         path=path,
         dtype=tensor.dtype,
         shape=tuple(tensor.shape),
         stride=tensor.stride(),
         start=start,
-        in_memory=None if is_mappable else tensor.detach(),
+        in_memory=None if archive else tensor.detach(),
+        archive=archive,
     )
 
 
 def read_located(located: LocatedTensor, name: str) -> Tensor:
-    """The tensor, a private view of the file where it can be mapped; `name` is for the error."""
+    """The tensor, a private view of the file where it can be mapped; `name` is for the error.
+
+    Raises ConversionError if its bytes are not those that were saved, or the file has become shorter.
+    """
     if located.in_memory is not None:
         return located.in_memory
     if math.prod(located.shape) == 0:
         return torch.empty(located.shape, dtype=located.dtype)
+    if located.archive is not None:
+        try:
+            located.archive.check_at(located.start)
+        except ArchiveDamage as error:
+            raise ConversionError(
+                f"{located.path}: {name} must have the bytes that were saved, got: {error}. "
+                "The file is damaged; copy it again."
+            ) from error
     # A transposed tensor or a view is saved with its strides, so its elements may span more than their number.
     last_element = sum((size - 1) * step for size, step in zip(located.shape, located.stride, strict=True))
     return _map_elements(located, name, last_element + 1).as_strided(located.shape, located.stride)

@@ -10,6 +10,7 @@ import contextlib
 import io
 import pathlib
 import pickle
+import re
 import signal
 import types
 from collections.abc import Iterable, Iterator, Sequence
@@ -65,6 +66,9 @@ ALLOWED = (
     f"Allowed are plain values, tensors, {', '.join(name for _, name in KNOWN_TYPES)}, and the types under "
     f"{', '.join(prefix + '*' for prefix in _STAND_IN_PREFIXES)}, which become inert records"
 )
+
+
+_MAX_REASON_CHARS = 300
 
 
 class MegatronObject:
@@ -174,9 +178,20 @@ def allow_only(types_and_names: Sequence[Any]) -> Iterator[None]:
         torch.serialization.add_safe_globals(allowed_before)
 
 
+def describe_failure(error: Exception) -> str:
+    """Why torch.load or an unpickler stopped, in one line; without torch's advice to run the code of the file."""
+    text = " ".join(str(error).split())
+    if refused := re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", text):
+        return f"type {refused[1].rstrip('.')} is not on the list of types that are read"
+    if "weights_only" in text:
+        # "WeightsUnpickler error: X" is the cause; what torch says around it is about itself.
+        cause = re.search(r"WeightsUnpickler error: (.*?)(?: Please file an issue| Check the documentation|$)", text)
+        text = cause[1] if cause else "contents that only running the code of the file could read"
+    return f"{type(error).__name__}: {text[:_MAX_REASON_CHARS]}".rstrip(".")
+
+
 def _unreadable(where: str | Path, error: Exception) -> CheckpointError:
-    reason = str(error).strip().split("\n")[0]
     return CheckpointError(
-        f"{where}: contents must be what torch_dist writes, got {type(error).__name__}: {reason}. "
+        f"{where}: contents must be what torch_dist writes, got {describe_failure(error)}. "
         "The file is damaged or not a checkpoint; use another iteration or copy it again."
     )

@@ -10,8 +10,8 @@ import re
 from dataclasses import dataclass
 
 from megatron_hammer.checkpoint.surgery.training_checkpoint import parameter_key
+from megatron_hammer.checkpoint_files.torch_dist.description import Box
 from megatron_hammer.checkpoint_files.torch_dist.stacked_names import split_stack
-from megatron_hammer.checkpoint_files.torch_dist.store import Box
 
 # The end of a parameter's name, and the axis (after layers and experts) that tensor parallelism cuts.
 _ROWS_CUT = re.compile(

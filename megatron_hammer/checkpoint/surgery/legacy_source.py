@@ -15,8 +15,8 @@ from torch import Tensor
 
 from megatron_hammer.checkpoint_files.legacy.reader import open_legacy_checkpoint
 from megatron_hammer.checkpoint_files.pickle_writer import dump_object
+from megatron_hammer.checkpoint_files.torch_dist.description import StoredChunk, StoredGlobal
 from megatron_hammer.checkpoint_files.torch_dist.stacked_names import extra_state_key, stack_name
-from megatron_hammer.checkpoint_files.torch_dist.store import StoredChunk, StoredGlobal
 from megatron_hammer.errors import CheckpointError
 
 Indices = tuple[int, ...]

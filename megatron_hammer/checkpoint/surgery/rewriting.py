@@ -17,7 +17,8 @@ from torch import Tensor
 from megatron_hammer.checkpoint.surgery.training_checkpoint import TrainingCheckpoint
 from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal
 from megatron_hammer.checkpoint_files.checkpoint_reader import name_folder
-from megatron_hammer.checkpoint_files.torch_dist.store import Box, StoredGlobal, TorchDistStore
+from megatron_hammer.checkpoint_files.torch_dist.description import Box, StoredGlobal
+from megatron_hammer.checkpoint_files.torch_dist.store import TorchDistStore
 from megatron_hammer.checkpoint_files.torch_dist.writer import open_checkpoint_writer
 from megatron_hammer.errors import ConversionError
 

@@ -14,7 +14,8 @@ from typing import Any
 from megatron_hammer.checkpoint.surgery.legacy_source import LegacyStore
 from megatron_hammer.checkpoint_files.checkpoint_reader import OPTIMIZER_PREFIXES, RELEASE, validate_iteration
 from megatron_hammer.checkpoint_files.open_checkpoint import find_iteration, is_legacy
-from megatron_hammer.checkpoint_files.torch_dist.store import StoredGlobal, TorchDistStore
+from megatron_hammer.checkpoint_files.torch_dist.description import StoredGlobal
+from megatron_hammer.checkpoint_files.torch_dist.store import TorchDistStore
 from megatron_hammer.errors import CheckpointError
 
 RNG_PREFIX = "rng_state/"

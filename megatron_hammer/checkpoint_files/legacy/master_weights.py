@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_hammer.checkpoint_files.legacy.names import TIED_HEAD, select_expert, translate_name
 from megatron_hammer.checkpoint_files.legacy.rank_files import ParallelSizes, RankFile, load_state
 from megatron_hammer.checkpoint_files.located_tensor import LocatedTensor, locate_in_storage
+from megatron_hammer.checkpoint_files.saved_archive import open_archive
 from megatron_hammer.errors import CheckpointError
 
 OPTIMIZER_FILE = "distrib_optim.pt"
@@ -91,13 +92,13 @@ def _locate_in_buffers(
     if [dtype for _, dtype in buffers] != [key[0] for key, _ in stored]:
         raise _unknown(file, f"{len(stored)} buffers for {len(buffers)}")
     path = file.path.with_name(OPTIMIZER_FILE)
-    located = {}
+    located, archive = {}, open_archive(path)
     for own, (_, tensors) in zip(buffers.values(), stored, strict=True):
         flat = tensors["param"]
         starts = _place(own, flat.numel(), args)
         if starts is None or flat.dtype != torch.float32:
             raise _unknown(file, f"{flat.numel():,} elements of {flat.dtype}, which no order of the weights gives")
-        whole = locate_in_storage(path, flat, file.is_mappable)
+        whole = locate_in_storage(path, flat, archive)
         for parameter, start in zip(own, starts, strict=True):
             located[parameter.vp_stage, parameter.name] = _select_part(whole, start, parameter.shape)
     return located
@@ -180,7 +181,7 @@ def _locate_in_lists(
         if [tuple(tensor.shape) for tensor in tensors] != [parameter.shape for parameter in own]:
             raise _unknown(file, f"{len(tensors)} tensors in a parameter group for {len(own)} weights")
         for tensor, parameter in zip(tensors, own, strict=True):
-            located[parameter.vp_stage, parameter.name] = locate_in_storage(file.path, tensor, file.is_mappable)
+            located[parameter.vp_stage, parameter.name] = locate_in_storage(file.path, tensor, file.archive)
     if len(located) != len(low_precision):
         raise _unknown(file, f"{len(located)} tensors for {len(low_precision)} weights")
     return located

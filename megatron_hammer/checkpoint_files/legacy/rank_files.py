@@ -17,11 +17,13 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_hammer.checkpoint_files.legacy.names import flatten_state
-from megatron_hammer.checkpoint_files.pickle_reader import KNOWN_TYPES, allow_only, build_stand_ins
+from megatron_hammer.checkpoint_files.pickle_reader import KNOWN_TYPES, allow_only, build_stand_ins, describe_failure
+from megatron_hammer.checkpoint_files.saved_archive import SavedArchive, open_archive
 from megatron_hammer.errors import CheckpointError
 
 MODEL_FILES = ("model_optim_rng.pt", "model_rng.pt")  # the second where the optimizer lay apart, before megatron-core
 _INERT_PREFIXES = ("megatron.", "numpy.", "transformer_engine.", "apex.", "_io.BytesIO")
+_MAX_RANKS = 100_000  # of one kind of parallelism, and experts; more than any cluster has
 _ZIP_SIGNATURE = b"PK"
 _NUM_PICKLES_BEFORE_STATE = 3  # in a file of before PyTorch 1.6: magic number, protocol, system
 
@@ -45,7 +47,7 @@ class RankFile:
     checkpoint_version: float
     chunks: tuple[dict[str, Any], ...]
     optimizer: Any
-    is_mappable: bool
+    archive: SavedArchive | None  # None of a file of before PyTorch 1.6, which cannot be mapped
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,6 +134,7 @@ def read_parallel_sizes(args: Any, directory: Path) -> ParallelSizes:
             f"{directory}: must hold Megatron's arguments, got none. Checkpoints of before they were saved do not say "
             "the number of heads; load it with the Megatron that wrote it and save it again."
         )
+    _require_sizes(args, directory)
     tp = getattr(args, "tensor_model_parallel_size", None) or getattr(args, "model_parallel_size", None) or 1
     sizes = ParallelSizes(
         tp=tp,
@@ -149,13 +152,28 @@ def read_parallel_sizes(args: Any, directory: Path) -> ParallelSizes:
     return sizes
 
 
+def _require_sizes(args: Any, directory: Path) -> None:
+    """Raise CheckpointError unless the numbers of ranks and experts are such numbers; they are counted up to below."""
+    names = (
+        *("tensor_model_parallel_size", "model_parallel_size", "pipeline_model_parallel_size", "num_experts"),
+        *("expert_model_parallel_size", "expert_tensor_parallel_size", "context_parallel_size"),
+    )
+    values = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MAX_RANKS:
+            raise CheckpointError(
+                f"{directory}: {name} must be a whole number up to {_MAX_RANKS:,}, got {str(value)[:40]}. "
+                "The file is damaged or not of Megatron; use another iteration or copy it again."
+            )
+
+
 def load_state(path: Path, kind: type | tuple[type, ...] = dict) -> Any:
     """What torch.save wrote to `path`, of that kind: tensors on the meta device, or in memory where no map is possible.
 
     Raises CheckpointError, naming the file, if it is damaged or names a type that no checkpoint needs.
     """
     try:
-        is_mappable = zipfile.is_zipfile(path)
+        is_mappable = open_archive(path) is not None
         stand_ins = build_stand_ins(sorted(_list_types(path, is_mappable)), _INERT_PREFIXES)
         # The meta device: torch.load then reads the description of every tensor and no elements.
         with allow_only([*KNOWN_TYPES, *stand_ins]):
@@ -164,7 +182,7 @@ def load_state(path: Path, kind: type | tuple[type, ...] = dict) -> Any:
             raise TypeError(f"a {type(state).__name__}")
     except Exception as error:  # damaged files can raise nearly anything
         raise CheckpointError(
-            f"{path}: contents must be what --ckpt-format torch writes, got {type(error).__name__}: {_reason(error)}. "
+            f"{path}: contents must be what --ckpt-format torch writes, got {describe_failure(error)}. "
             "The file is damaged or not a checkpoint; use another iteration or copy it again."
         ) from error
     return state
@@ -193,13 +211,6 @@ def _scan(file: Any) -> set[str]:
         # STACK_GLOBAL is absent: torch.save writes protocol 2, and torch.load(weights_only=True) refuses that opcode.
         if opcode.name in ("GLOBAL", "INST")
     }
-
-
-def _reason(error: Exception) -> str:
-    """The sentence of torch that says what is wrong, not its advice to trust the file."""
-    text = str(error).strip()
-    refused = re.search(r"Unsupported global: GLOBAL (\S+)", text)
-    return f"type {refused[1]} is not on the list" if refused else text.split("\n")[0][:300]
 
 
 def _load_first(folders: list[Path]) -> dict[Any, Any]:
@@ -239,7 +250,7 @@ def _open_rank_file(path: Path, rank: ModelRank) -> RankFile:
         checkpoint_version=state.get("checkpoint_version", 0),
         chunks=tuple(dict(flatten_state(state[key])) for key in keys),
         optimizer=state.get("optimizer"),
-        is_mappable=zipfile.is_zipfile(path),
+        archive=open_archive(path),
     )
 
 

@@ -199,7 +199,7 @@ def _locate_chunk(
         )
         located[name] = RankPart(
             own_name=own_name,
-            located=locate_in_storage(file.path, value, file.is_mappable),
+            located=locate_in_storage(file.path, value, file.archive),
             old_qkv_version=file.checkpoint_version if is_old_qkv else None,
         )
     return use_fused_norm_names(located)

@@ -7,7 +7,6 @@ No code of a file is run. Which tensors a model must have is not known here; see
 
 import json
 import math
-import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,9 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.checkpoint_files.located_tensor import LocatedTensor, locate_in_storage, read_located
+from megatron_hammer.checkpoint_files.pickle_reader import describe_failure
 from megatron_hammer.checkpoint_files.safetensors.header import HeaderEntry, read_header
+from megatron_hammer.checkpoint_files.saved_archive import open_archive
 from megatron_hammer.errors import ConversionError
 
 SAFETENSORS_FILE, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -116,7 +117,7 @@ def _read_weight_map(path: Path) -> dict[str, str]:
         strange = [name for name in weight_map.values() if Path(name).name != name or name in ("", ".", "..")]
         if strange or not weight_map:
             raise ValueError(f"the file name {strange[0]!r}" if strange else "no tensors")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConversionError(
             f"{path}: index must map every tensor to a file beside it, got {error}. Fetch the file again."
         ) from error
@@ -184,13 +185,12 @@ def _find_fault(name: str, stored: HeaderEntry) -> str | None:
 
 def _locate_pickled(path: Path) -> dict[str, LocatedTensor]:
     """Tensors of a file that torch.save wrote; its pickle may name tensors and plain containers only."""
-    is_mappable = zipfile.is_zipfile(path)  # files from before PyTorch 1.6 are no zip files
     try:
-        state = torch.load(path, map_location="meta" if is_mappable else "cpu", weights_only=True)
+        archive = open_archive(path)
+        state = torch.load(path, map_location="meta" if archive else "cpu", weights_only=True)
     except Exception as error:  # damaged files can raise nearly anything
-        reason = str(error).strip().split("\n")[0][:300]
         raise ConversionError(
-            f"{path}: file must be complete weights of torch.save, got {type(error).__name__}: {reason}. "
+            f"{path}: file must be complete weights of torch.save, got {describe_failure(error)}. "
             "Fetch it again; it may be truncated, or hold more than tensors."
         ) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -198,7 +198,7 @@ def _locate_pickled(path: Path) -> dict[str, LocatedTensor]:
             f"{path}: file must hold tensors by name, got {_describe_contents(state)}. "
             "Save the model again with save_pretrained."
         )
-    return {name: locate_in_storage(path, tensor, is_mappable) for name, tensor in state.items()}
+    return {name: locate_in_storage(path, tensor, archive) for name, tensor in state.items()}
 
 
 def _describe_contents(state: Any) -> str:

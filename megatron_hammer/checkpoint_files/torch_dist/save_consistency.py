@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal
-from megatron_hammer.checkpoint_files.torch_dist.store import StoredChunk, TorchDistStore
+from megatron_hammer.checkpoint_files.torch_dist.description import StoredChunk
+from megatron_hammer.checkpoint_files.torch_dist.store import TorchDistStore
 from megatron_hammer.errors import CheckpointError
 
 _HALF_DTYPES = (torch.bfloat16, torch.float16)

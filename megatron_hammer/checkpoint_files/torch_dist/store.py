@@ -6,8 +6,10 @@ of a model's layers; `writer.py` makes such directories.
 """
 
 import io
+import itertools
 import json
 import math
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,31 +21,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint_files.pickle_reader import read_metadata, read_object
+from megatron_hammer.checkpoint_files.pickle_reader import read_object
+from megatron_hammer.checkpoint_files.saved_archive import ArchiveDamage, SavedArchive
+from megatron_hammer.checkpoint_files.torch_dist.description import (
+    Box,
+    StoredChunk,
+    StoredPlace,
+    find_overlap,
+    read_description,
+)
 from megatron_hammer.checkpoint_files.torch_dist.saved_tensor import find_saved_tensor, map_tensor, read_into
 from megatron_hammer.errors import CheckpointError
 
 COMMON_STATE_KEY = "common_state/shard_0_1"
 LEGACY_COMMON_FILE = "common.pt"
-
-Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, sizes
-
-
-@dataclass(frozen=True, slots=True)
-class StoredChunk:
-    """A box of a stored tensor that one rank wrote."""
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StoredGlobal:
-    """One tensor under its key, with everything that the ranks cut it into."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    chunks: tuple[StoredChunk, ...]
+# torch.save aligns data to this within its archive, so an archive that starts at a multiple can be mapped.
+ALIGNMENT_BYTES = 64
 
 
 class TorchDistStore:
@@ -58,16 +51,10 @@ class TorchDistStore:
     def __init__(self, directory: Path):
         _validate_format(directory)
         self.directory = directory
-        metadata = read_metadata(directory / ".metadata")
-        entries = metadata.state_dict_metadata
-        # BytesStorageMetadata, the entry of an object, has no chunks.
-        self.tensors = {key: _describe(entry) for key, entry in entries.items() if hasattr(entry, "chunks")}
-        self.objects = tuple(key for key in entries if key not in self.tensors and key != COMMON_STATE_KEY)
-        # By name and offset only: MetadataIndex.index is a hint for searching, and torch does not compare it either.
-        self._storage: dict[tuple[str, tuple[int, ...]], Any] = {
-            (index.fqn, tuple(getattr(index, "offset", None) or ())): info
-            for index, info in metadata.storage_data.items()
-        }
+        described = read_description(directory / ".metadata")
+        self.tensors, self._storage = described.tensors, described.places
+        self.objects = tuple(key for key in described.objects if key != COMMON_STATE_KEY)
+        self._checked: set[tuple[str, int]] = set()  # archives whose checksums were compared: file, offset
         self._chunks_by_leading: dict[tuple[str, int], dict[tuple[int, ...], list[StoredChunk]]] = {}
 
     @cached_property
@@ -100,6 +87,7 @@ class TorchDistStore:
         tensor_keys = list(self.tensors if keys is None else keys)
         wanted = {COMMON_STATE_KEY, *tensor_keys, *(self.objects if keys is None else ())}
         problems = [*self._list_damaged_files(wanted), *self._list_unfinished_tensors(tensor_keys)]
+        problems += [] if problems else self._list_damaged_gaps()
         if problems:
             raise CheckpointError(*problems)
 
@@ -131,9 +119,24 @@ class TorchDistStore:
 
     def find_chunk_start(self, file: FileIO, key: str, chunk: StoredChunk) -> int | None:
         """Where in `file`, which is the chunk's, its elements begin, one after the other; None if they do not."""
+        self.check_content(key, chunk.offsets)
         info, _ = self._locate(key, chunk.offsets)
         dtype = self.tensors[key].dtype
         return find_saved_tensor(file, offset=info.offset, length=info.length, shape=chunk.sizes, dtype=dtype)
+
+    def check_content(self, key: str, offsets: tuple[int, ...] = ()) -> None:
+        """Compare the checksums of a chunk or an object with its bytes, once; raises CheckpointError if they differ."""
+        info, path = self._locate(key, offsets)
+        if (info.name, info.offset) in self._checked:
+            return
+        try:
+            SavedArchive(path, info.offset, info.length).check_all()
+        except (ArchiveDamage, OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{path}: {key} must have the bytes that were saved at offset {info.offset}, got: {error}. "
+                "The file is damaged; copy it again or use another iteration."
+            ) from error
+        self._checked.add((info.name, info.offset))
 
     def file_of(self, key: str, chunk: StoredChunk) -> str:
         """The name of the file that holds a chunk."""
@@ -169,11 +172,9 @@ class TorchDistStore:
 
     def _list_damaged_files(self, keys: set[str]) -> Iterator[str]:
         needed_bytes: dict[str, int] = {}
-        for (key, _), info in self._storage.items():
+        for (key, _), place in self._storage.items():
             if key in keys:
-                needed_bytes[info.relative_path] = max(
-                    needed_bytes.get(info.relative_path, 0), info.offset + info.length
-                )
+                needed_bytes[place.name] = max(needed_bytes.get(place.name, 0), place.offset + place.length)
         for name, num_bytes in sorted(needed_bytes.items()):
             path = self.directory / name
             found = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
@@ -183,15 +184,39 @@ class TorchDistStore:
                     "The save was interrupted or the copy is incomplete; use another iteration or copy it again."
                 )
 
+    def _list_damaged_gaps(self) -> Iterator[str]:
+        """Our writer aligns archives with zeros; no checksum covers these."""
+        places: dict[str, set[tuple[int, int]]] = defaultdict(set)
+        for place in self._storage.values():
+            places[place.name].add((place.offset, place.offset + place.length))
+        for name, ranges in sorted(places.items()):
+            path, ordered = self.directory / name, sorted(ranges)
+            gaps = [(end, start) for (_, end), (start, _) in itertools.pairwise([(0, 0), *ordered])]
+            gaps = [(end, start) for end, start in gaps if 0 < start - end < ALIGNMENT_BYTES]
+            if not gaps or not path.is_file():  # a file of the optimizer alone may have been left out of a copy
+                continue
+            with _open(path) as file:
+                for end, start in gaps:
+                    if any(os.pread(file.fileno(), start - end, end)):
+                        yield (
+                            f"{path}: bytes between two tensors must be zero, got others at offset {end}. "
+                            "The file is damaged; copy it again or use another iteration."
+                        )
+
     def _list_unfinished_tensors(self, keys: Iterable[str]) -> Iterator[str]:
         for key in keys:
             stored = self.tensors[key]
-            num_elements = math.prod(stored.shape)
-            num_written = sum(
-                math.prod(chunk.sizes) for chunk in stored.chunks if (key, chunk.offsets) in self._storage
-            )
+            written = [chunk for chunk in stored.chunks if (key, chunk.offsets) in self._storage]
+            num_elements, num_written = math.prod(stored.shape), sum(math.prod(chunk.sizes) for chunk in written)
             if num_written != num_elements:
                 yield _unfinished(self.directory, key, num_elements, num_written)
+            # As many elements as the tensor has, but some of them twice, would leave others without a value.
+            elif (pair := find_overlap([(chunk.offsets, chunk.sizes) for chunk in written])) is not None:
+                (first, _), (second, sizes) = pair
+                yield (
+                    f"{self.directory / '.metadata'}: chunks of {key} must not overlap, got those at {first} and at "
+                    f"{second} of {sizes}. The file is damaged; copy it again or use another iteration."
+                )
 
     def _read_chunk(self, key: str, chunk: StoredChunk, target: Tensor | None = None) -> Tensor:
         """The chunk, in `target` if that is given: contiguous, of its shape."""
@@ -218,20 +243,21 @@ class TorchDistStore:
         return read_object(io.BytesIO(data), where=f"{path} ({key})")
 
     def _read_bytes(self, key: str, offsets: tuple[int, ...]) -> tuple[bytes, Path]:
+        self.check_content(key, offsets)
         info, path = self._locate(key, offsets)
         with _open(path) as file:
             file.seek(info.offset)
             return file.read(info.length), path
 
-    def _locate(self, key: str, offsets: tuple[int, ...]) -> tuple[Any, Path]:
+    def _locate(self, key: str, offsets: tuple[int, ...]) -> tuple[StoredPlace, Path]:
         info = self._storage.get((key, offsets))
-        if info is None or getattr(info, "transform_descriptors", None):
-            what = "nothing" if info is None else f"data transformed by {info.transform_descriptors}"
+        if info is None or info.is_transformed:
+            what = "nothing" if info is None else "data that was transformed"
             raise CheckpointError(
                 f"{self.directory / '.metadata'}: {key} must be stored as plain data, got {what}. "
                 "Save the checkpoint again with --ckpt-format torch_dist."
             )
-        return info, self.directory / info.relative_path
+        return info, self.directory / info.name
 
 
 def _open(path: Path) -> FileIO:
@@ -245,7 +271,7 @@ def _validate_format(directory: Path) -> None:
     description = directory / "metadata.json"
     try:
         backend = json.loads(description.read_bytes())["sharded_backend"] if description.is_file() else "torch_dist"
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{description}: must name the sharded_backend, got {error}. The copy is incomplete; copy it again."
         ) from error
@@ -254,14 +280,6 @@ def _validate_format(directory: Path) -> None:
             f"{directory}: format must be torch_dist, got sharded_backend={backend}. "
             "Load it in training and save it with --ckpt-format torch_dist."
         )
-
-
-def _describe(entry: Any) -> StoredGlobal:
-    return StoredGlobal(
-        shape=tuple(entry.size),
-        dtype=entry.properties.dtype,
-        chunks=tuple(StoredChunk(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks),
-    )
 
 
 def _unfinished(directory: Path, key: str, num_elements: int, num_written: int) -> str:

@@ -110,6 +110,22 @@ def test_an_unknown_argument_is_exported_only_where_it_is_ignored(tmp_path):
     export_to_hugging_face(dataclasses.replace(options, ignored_arguments=("logit_cap",)))
 
 
+@pytest.mark.parametrize("is_cut_by_rows", [True, False], ids=["copied by rows", "assembled"])
+def test_a_flipped_bit_of_a_weight_stops_the_export(is_cut_by_rows, tmp_path):
+    """The number stays finite, so only the checksum beside it can tell."""
+    tensors = toy_llama_tensors()
+    target = write_toy_checkpoint(tmp_path / "checkpoint", tensors, is_cut_by_rows=is_cut_by_rows)
+    marked = tensors["decoder.layers.mlp.linear_fc2.weight"][1, 3, -2:].numpy().tobytes()
+    path = next(path for path in target.glob("*.distcp") if marked in path.read_bytes())
+    content = bytearray(path.read_bytes())
+    content[content.index(marked)] ^= 1
+    path.write_bytes(content)
+    options = export_options(load_dir=tmp_path / "checkpoint", save_dir=tmp_path / "hf")
+    with pytest.raises(CheckpointError, match=rf"{path.name}: decoder.layers.mlp.linear_fc2.weight must .* CRC32"):
+        export_to_hugging_face(options)
+    assert_nothing_was_left(options)
+
+
 FAMILIES = {
     "llama": {},
     "llama with biases": {"add_bias_linear": True},

@@ -13,6 +13,7 @@ from megatron_hammer.checkpoint.surgery.rewriting import (
     write_planned_checkpoint,
 )
 from megatron_hammer.checkpoint.surgery.training_checkpoint import open_training_checkpoint
+from megatron_hammer.checkpoint_files.pickle_writer import dump_object
 from megatron_hammer.errors import ConversionError
 from tests.helpers.toy_training_checkpoint import RNG_KEY, write_training_checkpoint
 
@@ -44,7 +45,7 @@ def test_a_copy_that_changes_between_writing_and_reading_back_is_refused(tmp_pat
 def test_objects_are_compared_too(tmp_path):
     write_training_checkpoint(tmp_path / "old")
     checkpoint = open_training_checkpoint(tmp_path / "old")
-    answers = iter([b"first", b"second"])
+    answers = iter([dump_object(["first"]), dump_object(["second"])])
     plan = PlannedCheckpoint(
         tensors=[plan_copy(checkpoint, KEY)],
         objects={RNG_KEY: lambda: next(answers)},

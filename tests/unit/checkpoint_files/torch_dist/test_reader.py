@@ -166,7 +166,7 @@ def test_damaged_data_names_the_file_and_the_tensor(tmp_path):
     reader = open_checkpoint(tmp_path)
     for name in ("__0_0.distcp", "__1_0.distcp"):
         (target / name).write_bytes(bytes((target / name).stat().st_size))
-    with pytest.raises(CheckpointError, match=r"_0.distcp \(output_layer.weight\): contents must be what torch_dist"):
+    with pytest.raises(CheckpointError, match=r"_0.distcp: output_layer.weight must have the bytes that were saved at"):
         reader.read("output_layer.weight")
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from megatron_hammer.checkpoint_files.torch_dist import store as torch_dist_store
-from megatron_hammer.checkpoint_files.torch_dist.store import COMMON_STATE_KEY, StoredChunk, TorchDistStore
+from megatron_hammer.checkpoint_files.torch_dist.description import StoredChunk
+from megatron_hammer.checkpoint_files.torch_dist.store import COMMON_STATE_KEY, TorchDistStore
 from megatron_hammer.errors import CheckpointError
 from tests.helpers.messages import assert_problems
 from tests.helpers.toy_checkpoint import toy_llama_tensors, write_toy_checkpoint
@@ -88,7 +89,7 @@ def test_a_file_that_shrank_after_it_was_opened_is_named(tmp_path):
     target = write_toy_checkpoint(tmp_path, {"key": torch.randn(4, 6)}, num_chunks=1)
     store = TorchDistStore(target)
     (target / "__0_0.distcp").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"__0_0.distcp \(key\): contents must be what torch_dist writes"):
+    with pytest.raises(CheckpointError, match=r"__0_0.distcp: key must have the bytes that were saved"):
         store.read("key", (0, 0), (4, 6))
     (target / "__0_0.distcp").unlink()
     with pytest.raises(CheckpointError, match=r"__0_0.distcp: file must be readable, got No such file or directory"):
