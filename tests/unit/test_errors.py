@@ -24,7 +24,6 @@ def test_every_problem_is_a_line_and_the_exit_code_is_2(capsys: pytest.CaptureFi
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENAMETOOLONG, errno.ENOSPC])
 def test_a_path_that_the_system_refuses_is_a_sentence(capsys: pytest.CaptureFixture[str], number: int) -> None:
     @exit_on_user_error
@@ -56,6 +55,7 @@ def test_an_argument_that_is_not_utf8_is_refused(
     assert "arguments must be UTF-8, got b'caf\\xe9.jsonl'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_is_one_line_that_says_what_is_left(
     number: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:
