@@ -1,71 +1,158 @@
-"""Whether cached sample indices are those of the data that they would be used for.
+"""Whether cached sample indices are those that the run would build.
 
-megatron-core finds a cache by prefix, seed, split and number of samples, and not by what the files hold: after a corpus
-is preprocessed again under its old prefix, the old indices would cut the new documents in the wrong places.
+megatron-core finds a cache by prefix, seed, split and number of samples, and trusts what it finds. But a corpus may
+have been preprocessed again under its old prefix, with its old times too (`rsync -a`), and a cache file may be cut
+short or damaged. The content of a cache follows from the lengths of the sequences and from its description, so it is
+computed again and compared.
 """
 
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_hammer.config.preflight.paths import find_unwritable
+from megatron_hammer.config.run_plan import Data
 from megatron_hammer.data.indexed.pair import IndexSummary
-from megatron_hammer.data.sources import SPLIT_NAMES, DataPlan
+from megatron_hammer.data.order.order import EPOCHWISE, MEGATRON, build_blend, build_source_order, plan_epochs
+from megatron_hammer.data.sources import SPLIT_NAMES
+
+CLASS_NAMES = {"GPTDataset": MEGATRON, "EpochwiseGPTDataset": EPOCHWISE}
+SOURCE_PARTS = ("document_index", "sample_index", "shuffle_index")
+BLEND_PARTS = ("dataset_index", "dataset_sample_index")
+ROWS_AT_ONCE = 1 << 20
 
 
-def find_cache_problems(cache_dir: str | None, sources: DataPlan, indices: dict[str, IndexSummary]) -> list[str]:
-    """Caches that are older than the .idx they were made from, and do not agree with it."""
-    prefixes = dict.fromkeys(source.prefix for name in SPLIT_NAMES for source in sources.sources_of(name))
-    stale: dict[tuple[str, Path], None] = {}
-    for prefix in prefixes:
-        written_at_ns = Path(f"{prefix}.idx").stat().st_mtime_ns
-        # Age first: reading the indices of a large corpus takes time, and a newer cache was made from this .idx.
-        for path, description in list_descriptions(cache_dir, prefix):
-            is_older = path.stat().st_mtime_ns < written_at_ns
-            if is_older and not is_index_of(path, description, indices[prefix]):
-                stale[prefix, path.parent] = None
-    return [
-        f"data-cache-path: sample indices must be those of the data, got others for {prefix} in {directory}, older "
-        f"than its .idx. Delete the files in {directory}; they are built again."
-        for prefix, directory in stale
-    ]
+def find_cache_problems(data: Data, indices: dict[str, IndexSummary], seq_length: int) -> list[str]:
+    """Caches that the run may use and that are not what it would build, and folders that cannot take a missing one."""
+    problems: dict[str, None] = {}
+    prefixes = dict.fromkeys(source.prefix for name in SPLIT_NAMES for source in data.sources.sources_of(name))
+    found: dict[str, bool] = dict.fromkeys(prefixes, False)
+    folders = [Path(data.cache_dir)] if data.cache_dir is not None else [Path(prefix, "cache") for prefix in prefixes]
+    for path, description in itertools.chain.from_iterable(map(list_descriptions, folders)):
+        sources = description.get("datasets", [description])
+        # Caches of other runs are read by those alone.
+        if not all(_is_of_run(source, data, seq_length, prefixes) for source in sources):
+            continue
+        found |= {source["dataset_path"]: True for source in sources}
+        if not is_intact(path, description, indices):
+            base = path.name.removesuffix("description.txt")
+            names = ", ".join(dict.fromkeys(source["dataset_path"] for source in sources))
+            problems[
+                f"data-cache-path: sample indices must be those of the data, got others for {names} in "
+                f"{path.parent}/{base}*. Delete these files; they are built again."
+            ] = None
+    for prefix in prefixes if data.cache_dir is None else ():
+        # Without --data-cache-path, the indices are written beside the data, which may lie on a read-only disk.
+        if not found[prefix] and find_unwritable("data_cache_path", f"{prefix}/cache"):
+            problems[
+                f"data-cache-path: must be given where nothing can be written beside the data, got none, and {prefix} "
+                "lies in such a folder. Pass --data-cache-path FOLDER."
+            ] = None
+    return list(problems)
 
 
-def list_descriptions(data_cache_path: str | None, prefix: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """(file, contents) of every cached index of this prefix, of any run."""
-    folder = Path(data_cache_path) if data_cache_path is not None else Path(prefix, "cache")
-    for path in sorted(folder.glob("*-description.txt" if data_cache_path is not None else "*/*-description.txt")):
+def list_descriptions(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """(file, contents) of every cached index in the folder, or in its folders, of any run."""
+    for path in sorted({*folder.glob("*-description.txt"), *folder.glob("*/*-description.txt")}):
         try:
             description = json.loads(path.read_text(encoding="utf-8"))
-            if description.get("dataset_path") == prefix:
-                yield path, description
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError):
             continue  # not one of megatron-core's, or being written
+        if isinstance(description, dict):
+            yield path, description
 
 
-def is_index_of(path: Path, description: dict[str, Any], index: IndexSummary) -> bool:
-    """Whether the samples begin every sequence_length tokens of the split's documents. True where a file is missing.
+def _is_of_run(source: Any, data: Data, seq_length: int, prefixes: dict[str, None]) -> bool:
+    return isinstance(source, dict) and (
+        source.get("dataset_path") in prefixes
+        and CLASS_NAMES.get(source.get("class", "")) == data.order
+        and (source.get("random_seed"), source.get("sequence_length")) == (data.seed, seq_length)
+    )
+
+
+def is_intact(path: Path, description: dict[str, Any], indices: dict[str, IndexSummary]) -> bool:
+    """Whether the cache holds what would be built now. True where a file is missing.
 
     A missing file makes megatron-core build all of them again.
     """
-    try:
-        documents, samples = (
-            np.load(path.with_name(path.name.replace("description.txt", f"{name}.npy")), mmap_mode="r")
-            for name in ("document_index", "sample_index")
-        )
-    except (OSError, ValueError):
+    is_blend = "datasets" in description
+    parts = [path.with_name(path.name.replace("description.txt", f"{name}.npy")) for name in SOURCE_PARTS]
+    if is_blend:
+        parts = [path.with_name(path.name.replace("description.txt", f"{name}.npy")) for name in BLEND_PARTS]
+    if not all(part.is_file() for part in parts):
         return True
-    matrix, split = description.get("split_matrix"), description["index_split"]
+    try:
+        arrays = [np.load(part, mmap_mode="r") for part in parts]
+    except (OSError, ValueError, EOFError):  # cut short, or no numpy file
+        return False
+    if is_blend:
+        return _is_blend(arrays, description)
+    return _is_index_of(arrays, description, indices[description["dataset_path"]])
+
+
+def _is_blend(arrays: Sequence[np.ndarray], description: dict[str, Any]) -> bool:
+    if description.get("size") is None:
+        from megatron.core.datasets import helpers
+
+        sizes = description["weights"]  # whole numbers: each source is read once
+        expected = np.zeros(sum(sizes), dtype=np.int16), np.zeros(sum(sizes), dtype=np.int64)
+        helpers.build_exhaustive_blending_indices(*expected, np.array(sizes, dtype=np.int64), len(sizes))
+    else:
+        expected = build_blend(description["weights"], description["size"])
+    return all(np.array_equal(array, part) for array, part in zip(arrays, expected, strict=True))
+
+
+def _is_index_of(arrays: Sequence[np.ndarray], description: dict[str, Any], index: IndexSummary) -> bool:
+    documents, samples, shuffle = arrays
+    matrix, split, seq_length = (description.get(name) for name in ("split_matrix", "index_split", "sequence_length"))
     bounds = matrix[SPLIT_NAMES.index(split)] if matrix else (0.0, 1.0)
     first, last = (round(bound * float(index.num_sequences)) for bound in bounds)
-    # Other documents than the split's: the corpus had another number of them.
-    if len(documents) == 0 or (int(documents.min()), int(documents.max())) != (first, last - 1):
+    epoch_tokens = int(index.sequence_lengths[first:last].sum(dtype=np.int64))
+    if epoch_tokens == 0:
         return False
-    stream = np.concatenate([[0], np.cumsum(index.sequence_lengths[documents], dtype=np.int64)])
-    starts = stream[samples[:, 0]] + samples[:, 1]
-    seq_length = description["sequence_length"]
-    # A sample's labels reach one token beyond it, so the last token of the stream begins no sample.
-    num_samples = (int(stream[-1]) - 1) // seq_length
-    return len(samples) == num_samples + 1 and np.array_equal(starts, np.arange(num_samples + 1) * seq_length)
+    joint_samples = description.get("joint_samples", {}).get(description["dataset_path"])
+    plan = plan_epochs(
+        description.get("num_samples"),
+        epoch_tokens,
+        seq_length,
+        order=CLASS_NAMES[description["class"]],
+        joint_samples=joint_samples if split == "train" else None,
+    )
+    # The cheap comparisons first: other lengths of the sequences nearly always give another number of entries.
+    num_samples = (plan.num_epochs * epoch_tokens - 1) // seq_length
+    if (documents.shape, shuffle.shape) != ((plan.num_epochs * (last - first),), (num_samples,)):
+        return False
+    expected = build_source_order(
+        np.arange(first, last, dtype=np.int32), plan, epoch_tokens, seq_length, seed=description["random_seed"]
+    )
+    return (
+        samples.shape == (num_samples + 1, 2)
+        and all(np.array_equal(array, part) for array, part in zip((documents, shuffle), expected, strict=True))
+        and begins_every(seq_length, samples, documents, index.sequence_lengths)
+    )
+
+
+def begins_every(seq_length: int, samples: np.ndarray, documents: np.ndarray, lengths: np.ndarray) -> bool:
+    """Whether sample k begins at token k * seq_length of the documents read one after another.
+
+    samples: [n + 1, 2], place in `documents` and offset in that document. documents: [d], places in `lengths`.
+    """
+    begin_tokens, first = 0, 0  # tokens before document `first`
+    for start in range(0, len(samples), ROWS_AT_ONCE):
+        places, offsets = np.asarray(samples[start : start + ROWS_AT_ONCE], dtype=np.int64).T
+        # In order and within the documents, or the sums below would be of something else.
+        if places[0] < first or places[-1] >= len(documents) or (np.diff(places) < 0).any() or (offsets < 0).any():
+            return False
+        used = lengths[documents[first : places[-1] + 1]].astype(np.int64)
+        ends = begin_tokens + np.cumsum(used)
+        starts = (ends - used)[places - first] + offsets
+        if not np.array_equal(starts, np.arange(start, start + len(places)) * seq_length):
+            return False
+        if (offsets > used[places - first]).any():
+            return False
+        begin_tokens, first = int(ends[-1] - used[-1]), int(places[-1])
+    return True

@@ -1,12 +1,16 @@
+"""Cached sample indices are used only where they are what the run would build, whatever their times say."""
+
 import json
 import os
-import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.helpers.messages import assert_problem
 from tests.helpers.parsed_flags import find, parse
+from tests.helpers.privileges import folder_of_everyone, without_privileges
 from tests.helpers.sample_orders import build_datasets, draw_lengths, write_numbered
 
 FLAGS = ("--preset", "hammer-tiny", "--vocab-size", "1000000", "--seq-length", "64", "--train-iters", "20")
@@ -15,10 +19,11 @@ LENGTHS = draw_lengths(0, 97)
 
 
 def renew(prefix: str, lengths: list[int]) -> None:
-    """Write the pair again, some seconds later."""
+    """Write the pair again with its old times, as `rsync -a` brings another one."""
+    times = {suffix: os.stat(prefix + suffix) for suffix in (".bin", ".idx")}
     write_numbered(Path(prefix), lengths)
-    later_s = time.time() + 10
-    os.utime(f"{prefix}.idx", (later_s, later_s))
+    for suffix, old in times.items():
+        os.utime(prefix + suffix, ns=(old.st_atime_ns, old.st_mtime_ns))
 
 
 @pytest.mark.parametrize("order", ["megatron", "epochwise"])
@@ -35,14 +40,87 @@ def test_a_cache_built_for_other_documents_is_refused(tmp_path: Path, order: str
     renew(data, LENGTHS)
     assert find(*flags) == [], "the same documents, written again"
     renew(data, lengths)
-    (problem,) = find(*flags)
-    assert_problem(
-        problem,
-        "data-cache-path:",
-        "sample indices must be those",
-        f"got others for {data} in {cache}, older than its .idx",
-        f"Delete the files in {cache}",
-    )
+    problems = find(*flags)
+    assert problems
+    for problem in problems:
+        assert_problem(
+            problem, "data-cache-path:", "sample indices must be those", f"got others for {data} in {cache}/", "Delete"
+        )
+        (base,) = (word.rstrip("*.") for word in problem.split() if word.startswith(str(cache)))
+        assert len(list(cache.glob(f"{Path(base).name}*"))) == 4
+    assert find(*flags, "--seed", "99") == [], "caches of other runs are read by those alone"
+    for path in cache.iterdir():
+        path.unlink()
+    build_datasets(parse(*flags), (80, 8, 0))
+    assert find(*flags) == []
+
+
+def zero(path: Path) -> None:
+    array = np.load(path)
+    np.save(path, np.zeros_like(array))
+
+
+def rotate(path: Path) -> None:
+    array = np.load(path)
+    np.save(path, np.roll(array, 1, axis=0))
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def swap_two(path: Path) -> None:
+    array = np.load(path)
+    other = int(np.argmax((array != array[0]).reshape(len(array), -1).any(axis=1)))
+    array[[0, other]] = array[[other, 0]]
+    np.save(path, array)
+
+
+PARTS = ("document_index", "sample_index", "shuffle_index", "dataset_index", "dataset_sample_index")
+
+
+@pytest.fixture(scope="module")
+def blend(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[str, ...]]:
+    """The flags of a run of two sources, and its complete cache; several epochs, so that nothing is in file order."""
+    folder = tmp_path_factory.mktemp("blend")
+    first = write_numbered(folder / "a", LENGTHS)
+    second = write_numbered(folder / "b", draw_lengths(1, 61))
+    flags = (*FLAGS, "--data-path", "0.7", first, "0.3", second, "--split", "80,20,0", "--train-iters", "90")
+    flags += ("--data-cache-path", str(folder / "cache"))
+    build_datasets(parse(*flags), (300, 8, 0))
+    assert find(*flags) == []
+    return folder / "cache", flags
+
+
+@pytest.mark.parametrize("damage", [zero, rotate, cut_short, empty, swap_two])
+@pytest.mark.parametrize("part", PARTS)
+def test_a_damaged_cache_is_refused(
+    blend: tuple[Path, tuple[str, ...]], part: str, damage: Callable[[Path], None]
+) -> None:
+    cache, flags = blend
+    path = next(path for path in sorted(cache.glob(f"*-train-{part}.npy")))
+    content = path.read_bytes()
+    try:
+        damage(path)
+        (problem,) = find(*flags)
+    finally:
+        path.write_bytes(content)
+    assert_problem(problem, "data-cache-path:", str(path.name).removesuffix(f"{part}.npy"))
+
+
+def test_sources_that_are_each_read_once(tmp_path: Path) -> None:
+    pairs = [write_numbered(tmp_path / name, draw_lengths(seed, 50)) for seed, name in enumerate("ab")]
+    flags = (*FLAGS, "--train-iters", "4", "--data-path", *pairs, "--split", "100,0,0", "--eval-iters", "0")
+    flags += ("--data-cache-path", str(tmp_path / "cache"))
+    build_datasets(parse(*flags))
+    assert find(*flags) == []
+    (path,) = (tmp_path / "cache").glob("*-BlendedDataset-train-dataset_index.npy")
+    zero(path)
+    assert len(find(*flags)) == 1
 
 
 def test_megatrons_own_folder_and_separate_sets(tmp_path: Path) -> None:
@@ -55,14 +133,26 @@ def test_megatrons_own_folder_and_separate_sets(tmp_path: Path) -> None:
     assert find(*flags) == []
     renew(data, LENGTHS[::-1])
     (problem,) = find(*flags)
-    assert f"got others for {data} in {folder}, older" in problem
+    assert f"got others for {data} in {folder}/" in problem
 
 
-def test_other_files_in_the_cache_folder_are_ignored(tmp_path: Path) -> None:
+def test_other_files_in_the_cache_folder_are_left_alone(tmp_path: Path) -> None:
     data, cache = write_numbered(tmp_path / "a", LENGTHS), tmp_path / "cache"
     cache.mkdir()
     (cache / "x-description.txt").write_text("no JSON")
     (cache / "y-description.txt").write_text("[]")
     (cache / "z-description.txt").write_text(json.dumps({"dataset_path": data, "index_split": "train"}))
-    renew(data, LENGTHS)
+    (cache / "b-description.txt").write_text(json.dumps({"datasets": ["x"]}))
     assert find(*FLAGS, "--data-path", data, "--split", "80,20,0", "--data-cache-path", str(cache)) == []
+
+
+def test_data_in_a_folder_that_cannot_be_written_needs_a_cache_folder() -> None:
+    with folder_of_everyone() as folder:
+        data = write_numbered(folder / "a", LENGTHS)
+        flags = (*FLAGS, "--data-path", data, "--split", "80,20,0")
+        parse(*flags)
+        with without_privileges():
+            assert any(problem.startswith("data-cache-path: must be given") for problem in find(*flags))
+        build_datasets(parse(*flags, "--data-cache-path", f"{data}/cache/GPTDataset_indices"), (80, 8, 0))
+        with without_privileges():
+            assert not any("data-cache-path" in problem for problem in find(*flags))
