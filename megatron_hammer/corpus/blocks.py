@@ -21,6 +21,7 @@ from megatron_hammer.corpus.byte_streams import (
     READ_BUFFER_BYTES,
     UTF8_BOM,
     OnBytesRead,
+    explain_read_error,
     open_decompressed,
     skip_to,
     starts_with_bracket,
@@ -152,7 +153,7 @@ def read_blocks(
             cause = error.strerror if isinstance(error, OSError) and error.strerror else error
             raise DataError(
                 f"{slices[index].path}:{position.num_records + 1}: file must be readable to its end, got: {cause}. "
-                "Fetch or write it again; it may be truncated."
+                f"{explain_read_error(error)}"
             ) from error
 
 

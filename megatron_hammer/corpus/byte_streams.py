@@ -13,17 +13,26 @@ from megatron_hammer.corpus.input_files import is_compressed
 READ_BUFFER_BYTES = 1 << 20
 # A few bytes of zstd can decompress to 128 KiB, so large chunks could need any amount of memory.
 ZSTD_CHUNK_BYTES = 16 * 1024
+# The limit of zstd on 64-bit machines, which `zstd --long=31` uses; the library's default is 2^27. Memory is taken for
+# the window that a frame names, as far as it is used.
+LARGEST_WINDOW_BYTES = 1 << 31
 UTF8_BOM = b"\xef\xbb\xbf"
 
 OnBytesRead = Callable[[int], None]
 
 
 def open_decompressed(path: Path, on_bytes_read: OnBytesRead) -> "io.BufferedReader[Any]":
-    """Open for buffered reading; a truncated archive raises EOFError, zlib.error or ZstdError where it ends."""
+    """Open for buffered reading; a truncated archive raises EOFError, zlib.error or ZstdError where it ends.
+
+    Raises EOFError for an archive without a byte: gzip and zstd write some for an empty file too, and refuse to read
+    none, which is what a failed copy leaves.
+    """
     # Counted below the decompression, because progress is compared with the sizes of the files on the disk.
     raw: io.BufferedReader[Any] = io.BufferedReader(_CountingReader(path, on_bytes_read), READ_BUFFER_BYTES)
     if not is_compressed(path):
         return raw
+    if not raw.peek(1):
+        raise EOFError("the file is empty, and an archive of nothing is not")
     # GzipFile reads every member of a file; _ZstdReader does the same for frames.
     stream = gzip.GzipFile(fileobj=raw) if path.name.lower().endswith(".gz") else _ZstdReader(raw)
     return io.BufferedReader(cast(io.RawIOBase, stream), READ_BUFFER_BYTES)
@@ -45,6 +54,17 @@ def skip_to(stream: "io.BufferedReader[Any]", path: Path, offset: int) -> None:
 def starts_with_bracket(stream: "io.BufferedReader[Any]") -> bool:
     """Say whether the first character is `[`, as in a JSON array, without moving on."""
     return stream.peek(64).removeprefix(UTF8_BOM).lstrip()[:1] == b"["
+
+
+def explain_read_error(error: Exception) -> str:
+    """Return the sentence that says what to do about an error in a file that was opened here."""
+    text = str(error)
+    if "too much memory" in text or "not enough memory" in text:
+        largest = f"{LARGEST_WINDOW_BYTES >> 30} GiB"
+        return f"Its window is larger than {largest} or the free memory: write it again with zstd --long=27 or less."
+    if "Not a gzipped file" in text or "Unknown frame descriptor" in text:
+        return "Name it after what it holds, or remove what follows the archive in it."
+    return "Fetch or write it again; it may be truncated."
 
 
 class _CountingReader(io.RawIOBase):
@@ -97,7 +117,8 @@ class _ZstdReader(io.RawIOBase):
                     raise EOFError("the file ends inside a zstd frame")
                 return 0
             if self._frame is None:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()  # one object reads one frame
+                decompressor = zstandard.ZstdDecompressor(max_window_size=LARGEST_WINDOW_BYTES)
+                self._frame = decompressor.decompressobj()  # one object reads one frame
             self._decompressed = memoryview(self._frame.decompress(chunk))
         size = min(len(buffer), len(self._decompressed))
         buffer[:size] = self._decompressed[:size]

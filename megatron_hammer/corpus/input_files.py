@@ -134,10 +134,11 @@ class _Resolver:
     def _search_folder(self, folder: Path) -> Iterator[Found]:
         num_problems = len(self._problems)
         found = self._search.list_files(folder)
-        names = {entry.path for entry in found}
+        paths = {entry.path for entry in found}
+        partials = [path for path in paths if path.name.endswith(".bin.partial")]
         inputs = []
         for entry in found:
-            if _is_supported(entry.path) and not _describes_a_pair(entry.path, names):
+            if _is_supported(entry.path) and not _describes_a_pair(entry.path, paths, partials):
                 inputs.append(entry)
             else:
                 self.ignored.append(entry.path)
@@ -175,15 +176,15 @@ def _is_supported(path: Path) -> bool:
     return path.name.lower().endswith(SUPPORTED_SUFFIXES)
 
 
-def _describes_a_pair(path: Path, beside: set[Path]) -> bool:
-    """Say whether a JSON file is the manifest of a pair, or the journal of an unfinished one, in the same search."""
+def _describes_a_pair(path: Path, beside: set[Path], partials: Sequence[Path]) -> bool:
+    """Say whether a JSON file is the manifest of a pair, or the journal of an unfinished one, in the same search.
+
+    partials: those of the paths beside it that are the .bin of an unfinished pair.
+    """
     if path.name.endswith(MANIFEST_SUFFIX):
         prefix = str(path).removesuffix(MANIFEST_SUFFIX)
         return any(Path(prefix + suffix) in beside for suffix in (".idx", ".bin"))
     if path.name.endswith(JOURNAL_SUFFIX):
         start = f"{path.name.removesuffix(JOURNAL_SUFFIX)}_"
-        return any(
-            other.parent == path.parent and other.name.startswith(start) and other.name.endswith(".bin.partial")
-            for other in beside
-        )
+        return any(other.parent == path.parent and other.name.startswith(start) for other in partials)
     return False

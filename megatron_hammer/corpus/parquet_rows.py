@@ -12,6 +12,11 @@ if TYPE_CHECKING:
 
 MAX_BATCH_ROWS = 1024
 READ_BUFFER_BYTES = 1 << 20
+# The library's defaults, 100 MB and a million entries, refuse the footers of large files with many row groups.
+THRIFT_LIMITS: dict[str, Any] = {
+    "thrift_string_size_limit": (1 << 31) - 1,
+    "thrift_container_size_limit": (1 << 31) - 1,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +33,8 @@ def count_rows(path: Path) -> int:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_metadata(path).num_rows
+        with pyarrow.parquet.ParquetFile(path, **THRIFT_LIMITS) as file:
+            return file.metadata.num_rows
     except pyarrow.ArrowException as error:
         raise _not_parquet(path, error) from error
 
@@ -46,7 +52,8 @@ def read_row_batches(
     try:
         # pyarrow's documentation: pre_buffer=False needs the least memory, and with a positive buffer_size a
         # column chunk is read through a buffer.
-        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=READ_BUFFER_BYTES) as file:
+        options = {"pre_buffer": False, "buffer_size": READ_BUFFER_BYTES, **THRIFT_LIMITS}
+        with pyarrow.parquet.ParquetFile(path, **options) as file:
             known = list(columns) if set(columns) <= set(file.schema_arrow.names) else None
             group_end = 0
             for group in range(file.num_row_groups):

@@ -72,6 +72,7 @@ def read_sources(words: Sequence[str], split: str | None = None) -> tuple[BlendS
     sources: list[BlendSource] = []
     tokenizers: dict[str, TokenizerIdentity] = {}
     seen: dict[object, str] = {}
+    named: set[str] = set()
     for name, prefix in map(split_name, words):
         try:
             num_tokens = count_split_tokens(read_index(prefix), bounds)
@@ -80,12 +81,13 @@ def read_sources(words: Sequence[str], split: str | None = None) -> tuple[BlendS
         except DataError as error:
             problems.extend(error.problems)
             continue
-        if any(prefix == source.prefix for source in sources) or known != prefix:
+        if known != prefix or prefix in named:
             twice = "twice" if known == prefix else f"as {known} too"
             problems.append(
                 f"{prefix}: source must be named once, got it {twice}. Drop one, and give it a larger weight."
             )
             continue
+        named.add(prefix)
         if num_tokens == 0:
             problems.append(f"{prefix}: training split must hold tokens, got 0. Leave it out, or change --split.")
         if manifest is not None:

@@ -108,7 +108,11 @@ def _is_blend(arrays: Sequence[np.ndarray], description: dict[str, Any]) -> bool
 
 def _is_index_of(arrays: Sequence[np.ndarray], description: dict[str, Any], index: IndexSummary) -> bool:
     documents, samples, shuffle = arrays
-    matrix, split, seq_length = (description.get(name) for name in ("split_matrix", "index_split", "sequence_length"))
+    matrix, split, seq_length = (
+        description.get("split_matrix"),
+        description["index_split"],
+        description["sequence_length"],
+    )
     bounds = matrix[SPLIT_NAMES.index(split)] if matrix else (0.0, 1.0)
     first, last = (round(bound * float(index.num_sequences)) for bound in bounds)
     epoch_tokens = int(index.sequence_lengths[first:last].sum(dtype=np.int64))

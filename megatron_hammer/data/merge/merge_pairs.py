@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from megatron_hammer.data.indexed.documents import Documents, read_pair_documents
 from megatron_hammer.data.indexed.index_format import (
     DOCUMENT_BYTES,
@@ -209,8 +211,8 @@ def merge_manifests(manifests: Sequence[Manifest], seed: int | None = None) -> M
     options = dict(first.options)
     for name in SOURCE_OPTIONS:
         values = [manifest.options.get(name) for manifest in manifests]
-        # Not a set: values may be lists.
-        distinct = [value for k, value in enumerate(values) if value not in values[:k]]
+        # By their JSON: values may be lists, which no dictionary takes as keys.
+        distinct = list({orjson.dumps(value): value for value in values}.values())
         if len(distinct) > 1:
             options[name] = distinct
     if seed is not None:

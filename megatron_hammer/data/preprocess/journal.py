@@ -79,8 +79,9 @@ class Journal:
 
 def write_journal(path: Path, journal: Journal) -> None:
     """Replace the journal; after a kill there is the old one or the new one."""
-    manifests = [manifest.to_json() for manifest in journal.manifests]
-    publish_files({path: orjson.dumps(dataclasses.asdict(journal) | {"manifests": manifests})})
+    # Not dataclasses.asdict: it copies the state of every input file, and there may be many thousands.
+    fields = {field.name: getattr(journal, field.name) for field in dataclasses.fields(journal)}
+    publish_files({path: orjson.dumps(fields)})
 
 
 def read_journal(path: Path) -> Journal | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_hammer.corpus.blocks import Position, count_records_before, read_blocks
-from megatron_hammer.data.indexed.file_hasher import FileHasher
+from megatron_hammer.data.indexed.file_hasher import HASH_CHUNK_BYTES, FileHasher
 from megatron_hammer.data.indexed.manifest import Manifest
 from megatron_hammer.data.indexed.pair import select_dtype
 from megatron_hammer.data.preprocess.block_encoder import BlockEncoderRecipe, require_bos_id
@@ -126,6 +126,8 @@ class _Task:
     on_progress: OnProgress
     on_note: OnNote
     read_bytes: int = 0
+    hashed_at_bytes: int = 0
+    num_files_done: int = 0
     records_before: dict[int, int] = field(default_factory=dict)
 
     def complete(self) -> dict[Path, Manifest]:
@@ -186,8 +188,14 @@ class _Task:
 
     def _hash_what_is_done(self, hasher: FileHasher) -> None:
         """Hash files that will not change any more, while the system still has them in memory."""
+        # Every small file is a block, and the thread that hashes would be woken for each of them.
+        if self.read_bytes - self.hashed_at_bytes < HASH_CHUNK_BYTES:
+            return
+        self.hashed_at_bytes = self.read_bytes
         position = self.run.position
-        hasher.complete(self.sources.paths[: position.file_index])
+        # Only what is new since the last time: there may be many thousands of files.
+        hasher.complete(self.sources.paths[self.num_files_done : position.file_index])
+        self.num_files_done = position.file_index
         if position.offset:  # for archives and rows the offset counts other bytes, but the pace is close enough
             hasher.follow(self.sources.paths[position.file_index], position.offset)
         if self.options.seed is None:  # else it is shuffled into another file

@@ -3,6 +3,9 @@
 import gzip
 import json
 import os
+import re
+import struct
+import subprocess
 from pathlib import Path
 
 import pyarrow
@@ -10,7 +13,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from megatron_hammer.corpus import readers
+from megatron_hammer.corpus import parquet_rows, readers
 from megatron_hammer.corpus.input_files import find_input_files
 from megatron_hammer.corpus.readers import Document, read_documents
 from megatron_hammer.errors import DataError
@@ -187,25 +190,78 @@ def test_a_pipe_is_refused_rather_than_waited_for(tmp_path: Path) -> None:
     )
 
 
+LINES = to_jsonl(["x"] * 9)
+MAYBE_TRUNCATED, OTHER_CONTENT, LARGE_WINDOW = "may be truncated", "Name it after what it holds", "zstd --long=27"
+# A frame header whose window is 2^36 bytes, and an empty block.
+HUGE_WINDOW = bytes.fromhex("28b52ffd 00") + bytes([(36 - 10) << 3]) + bytes.fromhex("010000")
+SKIPPABLE_FRAME = struct.pack("<II", 0x184D2A50, 5) + b"hello"
+
+
 @pytest.mark.parametrize(
-    "name, content, cause",
+    "name, content, cause, remedy",
     [
-        (
-            "a.jsonl.gz",
-            gzip.compress(to_jsonl(["x"] * 9), mtime=0)[:-9],
-            "Compressed file ended before the end-of-stream marker",
-        ),
-        ("a.jsonl.gz", to_jsonl(["x"]), "Not a gzipped file"),
-        ("a.jsonl.zst", zstandard.compress(to_jsonl(["x"] * 9))[:-5], "the file ends inside a zstd frame"),
-        ("a.jsonl.zst", to_jsonl(["x"]), "zstd decompress"),
+        ("a.jsonl.gz", gzip.compress(LINES)[:-9], "ended before the end-of-stream marker", MAYBE_TRUNCATED),
+        ("a.jsonl.gz", gzip.compress(LINES) + gzip.compress(LINES)[:5], "Compressed file ended", MAYBE_TRUNCATED),
+        ("a.jsonl.gz", b"", "the file is empty", MAYBE_TRUNCATED),
+        ("a.txt.zst", b"", "the file is empty", MAYBE_TRUNCATED),
+        ("a.jsonl.gz", LINES, "Not a gzipped file", OTHER_CONTENT),
+        ("a.jsonl.gz", gzip.compress(LINES) + b"garbage", "Not a gzipped file", OTHER_CONTENT),
+        ("a.jsonl.gz", zstandard.compress(LINES), "Not a gzipped file", OTHER_CONTENT),
+        ("a.jsonl.zst", zstandard.compress(LINES)[:-5], "the file ends inside a zstd frame", MAYBE_TRUNCATED),
+        ("a.jsonl.zst", zstandard.compress(LINES) * 2 + b"\x28", "the file ends inside", MAYBE_TRUNCATED),
+        ("a.jsonl.zst", LINES, "Unknown frame descriptor", OTHER_CONTENT),
+        ("a.jsonl.zst", zstandard.compress(LINES) + b"garbage", "Unknown frame descriptor", OTHER_CONTENT),
+        ("a.jsonl.zst", HUGE_WINDOW, "too much memory", LARGE_WINDOW),
     ],
 )
-def test_truncated_archives_are_errors(tmp_path: Path, name: str, content: bytes, cause: str) -> None:
+def test_broken_archives_are_errors(tmp_path: Path, name: str, content: bytes, cause: str, remedy: str) -> None:
     (tmp_path / name).write_bytes(content)
     message = error_of(tmp_path / name)
-    assert message.startswith(f"{tmp_path}/{name}:1: file must be readable to its end, got: ")
+    assert re.match(rf"{re.escape(str(tmp_path / name))}:\d+: file must be readable to its end, got: ", message)
     assert cause in message
-    assert message.endswith("Fetch or write it again; it may be truncated.")
+    assert remedy in message
+
+
+@pytest.mark.parametrize("window_log", [27, 28, 31])
+def test_every_window_that_zstd_writes_is_read(tmp_path: Path, window_log: int) -> None:
+    path = tmp_path / "a.jsonl.zst"
+    # Through stdin, so that zstd does not know the size and names the whole window in the frame.
+    command = ["zstd", "-q", f"--long={window_log}", "-o", str(path)]
+    try:
+        subprocess.run(command, input=LINES, check=True)
+    except FileNotFoundError:
+        pytest.skip("zstd, the command, is not installed: apt-get install zstd")
+    assert zstandard.get_frame_parameters(path.read_bytes()).window_size == 1 << window_log
+    assert read_texts(path) == ["x"] * 9
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.jsonl.gz", gzip.compress(LINES) + b"\0" * 512),  # padded, as on a tape
+        ("a.jsonl.gz", gzip.compress(b"") + gzip.compress(LINES) + gzip.compress(b"")),
+        ("a.jsonl.zst", SKIPPABLE_FRAME + zstandard.compress(LINES) + SKIPPABLE_FRAME),  # as pzstd writes them
+        ("a.jsonl.zst", zstandard.compress(b"") + zstandard.compress(LINES) + zstandard.compress(b"")),
+    ],
+)
+def test_all_that_the_formats_allow_is_read(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert read_texts(tmp_path / name) == ["x"] * 9
+
+
+def test_an_archive_of_nothing_has_no_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b""))
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(b""))
+    assert read_texts(tmp_path) == []
+
+
+def test_a_parquet_file_with_a_large_footer_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x"] * 300}), path, row_group_size=1)
+    assert read_texts(path) == ["x"] * 300
+    # The limits are really passed on: with small ones the same footer is refused.
+    monkeypatch.setattr(parquet_rows, "THRIFT_LIMITS", {"thrift_container_size_limit": 100})
+    assert "Exceeded size limit" in error_of(path)
 
 
 def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:
