@@ -200,11 +200,13 @@ def test_requeues_have_a_limit(tmp_path: Path) -> None:
 @pytest.mark.parametrize("code", [0, 3])
 def test_a_check_can_come_first(tmp_path: Path, code: int) -> None:
     cluster = Cluster(tmp_path, f'if [[ "$2" == torch.distributed.run ]]; then exit {code}; fi', nodes="n1")
-    finished = cluster.sbatch(PRETRAIN, CHECK_SCRIPT="my check.py")
+    finished = cluster.sbatch(PRETRAIN, "--seed", "7", CHECK_SCRIPT="my check.py")
     calls = cluster.list_calls("srun")
     assert (finished.code, len(calls)) == ((2, 1) if code else (0, 2)), finished.output
-    assert isinstance(calls[0]["words"], list)
-    assert calls[0]["words"][-1] == "my check.py"
+    words = calls[0]["words"]
+    assert isinstance(words, list)
+    assert words[words.index("torch.distributed.run") + 1 :][:3] == ["my check.py", "--preset", "hammer-1b4"]
+    assert words[-2:] == ["--seed", "7"]
     assert ("CHECK_SCRIPT: must end with exit code 0, got 3 from my check.py." in finished.output) == bool(code)
 
 

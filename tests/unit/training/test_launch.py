@@ -135,24 +135,33 @@ def test_a_killed_process_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("stop", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), pytest.param(signal.SIGUSR1, 0, id="warning")]
+    ("stops", "expected"),
+    [
+        ([signal.SIGTERM], 143),
+        ([signal.SIGINT], 130),
+        pytest.param([signal.SIGUSR1], 0, id="warning"),
+        # SLURM's preemption: SIGTERM to the launcher, and SIGUSR1 from the script that got SIGTERM as well.
+        pytest.param([signal.SIGTERM, signal.SIGUSR1], 0, id="preemption"),
+    ],
 )
-def test_a_stopped_run_ends_its_processes_cleanly(tmp_path: Path, stop: signal.Signals, expected: int) -> None:
+def test_a_stopped_run_ends_its_processes_cleanly(tmp_path: Path, stops: list[signal.Signals], expected: int) -> None:
     program = (
         "rank = os.environ['RANK']\n"
-        "def save(number, frame):\n"
-        "    time.sleep(1.0)\n"
-        "    Path(f'saved-{rank}').touch()\n"
-        "    sys.exit(0)\n"
-        f"signal.signal({int(stop)}, save)\n"
+        "signals = []\n"
+        "for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):\n"
+        "    signal.signal(number, lambda number, frame: signals.append(number))\n"
         "Path(f'ready-{rank}').touch()\n"
-        "time.sleep(60)"
+        "while not signals: time.sleep(0.05)\n"
+        "time.sleep(1.0)\n"
+        "Path(f'saved-{rank}').touch()"
     )
     process = start(tmp_path, program)
     deadline_s = time.monotonic() + TIMEOUT_S
     while len(list(tmp_path.glob("ready-*"))) < 2 and time.monotonic() < deadline_s:
         time.sleep(0.05)
-    process.send_signal(stop)
+    for stop in stops:
+        process.send_signal(stop)
+        time.sleep(0.3)
     code, _, _ = finish(process)
     assert code == expected
     assert len(list(tmp_path.glob("saved-*"))) == 2
