@@ -7,7 +7,6 @@ between, preflight looks for problems. Everything else in the package takes the 
 
 import argparse
 import functools
-import importlib.util
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 from megatron_hammer.config.data_flags import read_data_plan
 from megatron_hammer.config.environment import read_process_place
 from megatron_hammer.config.flags import Flags
+from megatron_hammer.config.fused_kernels import select_fused_kernels
 from megatron_hammer.config.initial_model import InitialModel, initial_model_arguments, select_initial_tokenizer
 from megatron_hammer.config.own_flags import add_own_flags, read_option
 from megatron_hammer.config.preset_arguments import preset_arguments
@@ -180,10 +180,9 @@ def _derive(namespace: argparse.Namespace, *, platform: str, backend: str, typed
     default("distributed_backend", "gloo" if platform == "cpu" else "nccl")
     default("num_workers", 0 if platform == "cpu" else 2)
     default("transformer_impl", "transformer_engine" if backend == "te" else "local")
-    default("apply_rope_fusion", backend == "te")
     default("no_persist_layer_norm", backend != "te")
     default("masked_softmax_fusion", False)
-    default("gradient_accumulation_fusion", importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None)
+    vars(namespace).update(select_fused_kernels(vars(namespace), typed, platform=platform, backend=backend))
     if platform == "cpu":
         default("disable_jit_fuser", True)
     if namespace.use_megatron_fsdp:

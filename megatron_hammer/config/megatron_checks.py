@@ -200,9 +200,9 @@ def _pretend_te_optimizer() -> Iterator[None]:
 
 
 def _copy_for_trial(namespace: argparse.Namespace) -> argparse.Namespace:
-    """A copy that megatron may change; of a run planned for TransformerEngine, without kernels that it looks for."""
+    """A copy that megatron may change; of a run planned for a GPU, without kernels that it would look for here."""
     trial = copy.deepcopy(namespace)
-    if _lacks_te(trial):
+    if _lacks_te(trial) or trial.triton_kernels:
         trial.apply_rope_fusion = trial.moe_permute_fusion = False
     return trial
 

@@ -38,6 +38,11 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="in-place: the gradient of the logits takes their place in memory; chunked: no more than 4,096 tokens "
         "have logits at a time, which are computed again in the backward pass",
     )
+    group.add_argument(
+        "--triton-kernels",
+        action=argparse.BooleanOptionalAction,
+        help="rotary embeddings and norms of the torch backend by our kernels instead of PyTorch's (default: on a GPU)",
+    )
     group.add_argument("--embedding-norm", action="store_true", help="LayerNorm on the embedding's output")
     group.add_argument(
         # Megatron has only the positive flag, and our default is on, so a way to switch it off is needed.

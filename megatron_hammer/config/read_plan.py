@@ -260,11 +260,12 @@ def _read_memory_options(args: Any, layout: ParallelLayout, *, has_gpu: bool) ->
     is_16_bit = args.bf16 or args.fp16
     has_fp32_gradients = args.bf16 or args.accumulate_allreduce_grads_in_fp32 or not is_16_bit
     instances = args.num_distributed_optimizer_instances
+    # model/torch_modules.py: in fp32 on a GPU
+    has_expanded_heads = has_gpu and args.backend == "torch" and not is_16_bit
     comm_types = args.cp_comm_type if isinstance(args.cp_comm_type, list) else [args.cp_comm_type]
     return MemoryOptions(
         precision=_read_product_precision(args),
-        # model/torch_modules.py: in fp32 on a GPU
-        has_expanded_heads=has_gpu and args.backend == "torch" and not is_16_bit,
+        has_expanded_heads=has_expanded_heads,
         has_fp8_parameters=bool(args.fp8 and args.fp8_param_gather),
         recompute=_read_recompute(args),
         recompute_modules=tuple(args.recompute_modules or ("core_attn",)),
@@ -281,10 +282,20 @@ def _read_memory_options(args: Any, layout: ParallelLayout, *, has_gpu: bool) ->
         has_fused_activation=args.bias_swiglu_fusion,
         has_linear_offset=not args.bias_swiglu_fusion,
         has_fused_norms=args.backend == "te",
-        has_fused_weight_gradients=args.gradient_accumulation_fusion,
+        has_separate_values=_has_separate_values(args, has_expanded_heads=has_expanded_heads),
+        has_fused_weight_gradients=args.gradient_accumulation_fusion and args.backend == "te",
         workspace_bytes=WORKSPACE_BYTES if has_gpu else 0,
         vocab_divisible_by=args.make_vocab_size_divisible_by,
     )
+
+
+def _has_separate_values(args: Any, *, has_expanded_heads: bool) -> bool:
+    """Whether attention keeps values of their own, and not a view of linear_qkv's output.
+
+    TransformerEngine's attention copies a view; PyTorch's takes it as it is, unless each head has a copy.
+    """
+    is_grouped = args.group_query_attention and args.num_query_groups != args.num_attention_heads
+    return args.backend == "te" or args.fused_single_qkv_rope or (has_expanded_heads and is_grouped)
 
 
 def _select_sharding(args: Any, layout: ParallelLayout) -> Sharding:

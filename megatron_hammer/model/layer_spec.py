@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_hammer.model.torch_modules import SdpaAttention, TorchNorm
+from megatron_hammer.model.torch_modules import SdpaAttention, TorchNorm, TorchNormOfResidual
 
 Backend = Literal["te", "torch"]
 
@@ -29,7 +29,7 @@ class TorchSpecProvider(LocalSpecProvider):
     """megatron's own parallel linear layers, with torch's norm and attention."""
 
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> Any:
-        return TorchNorm
+        return TorchNormOfResidual if has_residual else TorchNorm
 
     def core_attention(self) -> type:
         return SdpaAttention
@@ -72,7 +72,7 @@ def _build_torch_layer_spec(config: TransformerConfig) -> ModuleSpec:
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=TorchNorm,
+            input_layernorm=provider.layer_norm(has_residual=True),
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
@@ -85,7 +85,7 @@ def _build_torch_layer_spec(config: TransformerConfig) -> ModuleSpec:
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=TorchNorm,
+            pre_mlp_layernorm=provider.layer_norm(has_residual=True),
             mlp=get_mlp_module_spec_for_backend(
                 backend=provider, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
             ),

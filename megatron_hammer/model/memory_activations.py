@@ -97,12 +97,26 @@ def _count_attention(
         kept += widths.tokens * element * 2 * widths.queries
     if model.has_qk_norm:  # q and k before their norms too
         kept += widths.tokens * element * (widths.queries + widths.key_values)
+    if not options.has_separate_values:
+        kept += widths.tokens * element * _count_whole_qkv(model, widths)
     kept += widths.tokens * linear * widths.queries  # the input of linear_proj
     core = _count_core_attention(batch, layout, options, widths)
     dropped = core if options.is_recomputed("core_attn") else 0
     if options.is_recomputed("layernorm"):
         dropped += norm_output
     return kept + core, dropped
+
+
+def _count_whole_qkv(model: ModelShape, widths: _Widths) -> int:
+    """Elements per token kept beside q, k and v where v, as a view, keeps the whole output of linear_qkv.
+
+    Rotary embeddings make new queries and keys of it. Norms have theirs already, and keep the keys of that output;
+    several groups of several queries are copied where they are made one dimension.
+    """
+    if model.position_embedding_type == "rope" and not model.has_qk_norm:
+        return widths.queries + widths.key_values
+    num_groups = widths.key_values // model.head_dim
+    return widths.queries if 1 < num_groups < widths.heads else 0
 
 
 def _count_core_attention(batch: Batch, layout: ParallelLayout, options: MemoryOptions, widths: _Widths) -> float:

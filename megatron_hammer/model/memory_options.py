@@ -42,6 +42,7 @@ class MemoryOptions:
     has_attention_dropout: bool = False
     has_flash_attention: bool = True  # False: scores and probabilities of every pair of positions are kept
     has_expanded_heads: bool = False  # attention keeps a copy of key and value for each query head
+    has_separate_values: bool = True  # False: the values are a view of linear_qkv's output, which stays as a whole
     cross_entropy: CrossEntropy = "unfused"
     is_context_parallel_all_to_all: bool = False  # --cp-comm-type a2a: attention keeps an output of its own
     sharding: Sharding | None = None  # None: what the layout says of the distributed optimizer
@@ -51,7 +52,9 @@ class MemoryOptions:
     has_fused_activation: bool = True  # False: the output of SiLU is kept beside its product with the other half
     has_linear_offset: bool = False  # Megatron's own SwiGLU that is not fused keeps that other half plus an offset too
     has_fused_norms: bool = True  # False: a norm is not part of the MLP after it, which is recomputed from its output
-    has_fused_weight_gradients: bool = True  # --gradient-accumulation-fusion: none is ever a tensor of its own
+    # Weight gradients are added to main_grad and TransformerEngine's placeholders stand for them. Megatron's own layers
+    # pass an empty tensor of each gradient's size through autograd instead, which takes as much memory as the gradient.
+    has_fused_weight_gradients: bool = True
     has_fp8_parameters: bool = False  # --fp8-param-gather: the weights themselves are quantized
     workspace_bytes: int = WORKSPACE_BYTES
     vocab_divisible_by: int = 128

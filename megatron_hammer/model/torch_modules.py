@@ -48,6 +48,9 @@ class TorchNorm:
 
     megatron's WrappedTorchNorm refuses sequence parallelism because it does not mark its parameters; here they carry
     `sequence_parallel`, so that megatron all-reduces their gradients over the tensor-parallel group.
+
+    has_residual: the norm's input is the residual too. With `config.fused_residual_rmsnorm` the norm then returns both
+    (model/kernels/rms_norm.py). PyTorch's RMSNorm, which is one kernel each way on a GPU, serves everywhere else.
     """
 
     def __new__(  # type: ignore[misc]
@@ -56,17 +59,29 @@ class TorchNorm:
         hidden_size: int,
         eps: float = 1e-5,
         normalization: str | None = None,
+        has_residual: bool = False,
         **_: Any,
     ) -> torch.nn.Module:
         # The norm on the embedding's output, the only one with a class of its own, is always a plain one.
         is_plain = normalization is not None or not config.layernorm_zero_centered_gamma
-        classes = NORM_CLASSES if is_plain else ZERO_CENTERED_CLASSES
-        norm: torch.nn.Module = classes[normalization or config.normalization](
-            hidden_size, eps=eps, dtype=config.params_dtype
-        )
+        norm_class = (NORM_CLASSES if is_plain else ZERO_CENTERED_CLASSES)[normalization or config.normalization]
+        if has_residual and config.fused_residual_rmsnorm:
+            from megatron_hammer.model.kernels.rms_norm import RmsNormWithResidual  # needs triton
+
+            norm_class = RmsNormWithResidual
+        norm: torch.nn.Module = norm_class(hidden_size, eps=eps, dtype=config.params_dtype)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel
         return norm
+
+
+class TorchNormOfResidual:
+    """`TorchNorm` in front of attention or MLP: its input is the residual too."""
+
+    def __new__(  # type: ignore[misc]
+        cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5
+    ) -> torch.nn.Module:
+        return TorchNorm(config, hidden_size, eps, has_residual=True)
 
 
 class SdpaAttention(MegatronModule):

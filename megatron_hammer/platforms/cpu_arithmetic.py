@@ -1,9 +1,9 @@
-"""Megatron functions whose fallbacks are slow or inexact on a CPU, replaced by faster or exact ones.
+"""Megatron functions whose fallbacks are slow on a CPU, replaced by faster ones.
 
 Installed by `megatron_compat.install`; nothing else calls this module. benchmarks/RESULTS.md has what each one gains.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,18 +18,6 @@ def swiglu_back(grad: Tensor, gate_up: Tensor) -> Tensor:
     """
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.cat((torch.ops.aten.silu_backward(grad * up, gate), grad * torch.nn.functional.silu(gate)), dim=-1)
-
-
-def norm_of_all(
-    chunk_size: int, noop_flag: Any, tensor_lists: Sequence[Sequence[Tensor]], per_tensor: bool, *args: Any
-) -> tuple[Tensor, None]:
-    """The L2 norm [1] of all tensors together, with the signature of apex's amp_C.multi_tensor_l2norm.
-
-    Summed in fp64: torch.norm adds the squares of a CPU tensor one after the other in fp32, which loses 4e-5 of the
-    norm over a million elements, and so makes the gradient norm depend on how weights are cut over ranks.
-    """
-    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensors in tensor_lists for tensor in tensors]
-    return torch.linalg.vector_norm(torch.stack(norms)).float().reshape(1), None
 
 
 def skip_gather_of_one_rank(gather: Callable[..., Any]) -> Callable[..., Any]:

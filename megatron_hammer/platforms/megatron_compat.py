@@ -8,10 +8,12 @@ longer holds, so that no adjustment outlives its cause.
 
 import functools
 import importlib.metadata
+import importlib.util
 import inspect
 import logging
 import os
 import pkgutil
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ class Adjustment:
 
     name: str
     platforms: tuple[str, ...]
+    backends: tuple[str, ...] = ("te", "torch")
     reason: str
     upstream: str  # module and function that make it necessary
     apply: Callable[[], None]
@@ -48,8 +51,11 @@ def check_megatron_version() -> None:
         )
 
 
-def install(platform: str) -> None:
-    """Apply the adjustments of `platform` ("cpu" or "cuda"); a second call with the same platform does nothing."""
+def install(platform: str, backend: str = "torch") -> None:
+    """Apply the adjustments of `platform` ("cpu" or "cuda") and of `backend` ("te" or "torch").
+
+    A second call with the same platform does nothing.
+    """
     global _installed_platform
     if _installed_platform == platform:
         return
@@ -70,7 +76,7 @@ def install(platform: str) -> None:
         warnings.filterwarnings("ignore", message=cause)
     find_te_failure()  # hides a broken TransformerEngine, which would end megatron's import
     for adjustment in ADJUSTMENTS:
-        if platform in adjustment.platforms:
+        if platform in adjustment.platforms and backend in adjustment.backends:
             adjustment.apply()
     _installed_platform = platform
 
@@ -210,12 +216,57 @@ def _use_group_step_adam() -> None:
     distrib_optimizer.USING_TE_OPTIMIZER = True
 
 
+def _lacks_fused_gradient_kernels() -> bool:
+    """Whether megatron has taken its own loops, as it does where neither TransformerEngine nor apex can be imported."""
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.utils import local_multi_tensor_applier
+
+    return clip_grads.multi_tensor_applier is local_multi_tensor_applier
+
+
 def _sum_gradient_norm_exactly() -> None:
     from megatron.core.optimizer import clip_grads
 
-    from megatron_hammer.platforms.cpu_arithmetic import norm_of_all
+    from megatron_hammer.platforms.gradient_arithmetic import norm_of_all
 
-    clip_grads.l2_norm_impl = norm_of_all
+    if _lacks_fused_gradient_kernels():
+        clip_grads.l2_norm_impl = norm_of_all
+
+
+def _scale_gradients_in_place() -> None:
+    from megatron.core.optimizer import clip_grads, optimizer
+
+    from megatron_hammer.platforms.gradient_arithmetic import scale_all
+
+    if _lacks_fused_gradient_kernels():
+        clip_grads.multi_tensor_scale_impl = optimizer.multi_tensor_scale_impl = scale_all
+
+
+def _clip_without_waiting() -> None:
+    from megatron.core.optimizer import clip_grads
+
+    from megatron_hammer.platforms.gradient_arithmetic import scale_all
+
+    if _lacks_fused_gradient_kernels():
+        # With this function, megatron leaves norm and factor on the GPU.
+        clip_grads.multi_tensor_scale_tensor_impl = scale_all
+
+
+def _add_weight_gradients_in_the_product() -> None:
+    from megatron_hammer.platforms import gradient_arithmetic
+
+    if not _lacks_apex_weight_gradients():
+        return
+    # Both: a part of megatron imports the module where it is needed, another has tried to do so by now.
+    sys.modules["fused_weight_gradient_mlp_cuda"] = gradient_arithmetic
+    from megatron.core.tensor_parallel import layers
+
+    layers.fused_weight_gradient_mlp_cuda = gradient_arithmetic
+    layers._grad_accum_fusion_available = True
+
+
+def _lacks_apex_weight_gradients() -> bool:
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None
 
 
 # --- model ----------------------------------------------------------------------------------------------------------
@@ -227,6 +278,19 @@ def _use_silu_kernels() -> None:
     from megatron_hammer.platforms.cpu_arithmetic import swiglu_back
 
     fused_bias_swiglu.swiglu_back = swiglu_back
+
+
+def _use_triton_rope() -> None:
+    from megatron.core.models.common.embeddings import rope_utils
+    from megatron.core.transformer import attention
+
+    if importlib.util.find_spec("triton") is None:
+        return  # preflight has refused a run that wants the kernels
+    from megatron_hammer.model.kernels import rope
+
+    rope_utils.fused_apply_rotary_pos_emb = rope.apply_rotary
+    attention.apply_fused_qkv_rotary_pos_emb = rope.split_and_apply_rotary
+    attention.HAVE_FUSED_QKV_ROPE = True
 
 
 # --- gloo -----------------------------------------------------------------------------------------------------------
@@ -386,11 +450,37 @@ ADJUSTMENTS: tuple[Adjustment, ...] = (
     ),
     Adjustment(
         name="exact-gradient-norm",
-        platforms=("cpu",),
-        reason="the fallback norm loses 4e-5 to fp32 summation on a CPU, so the gradient norm differs between layouts",
+        platforms=("cpu", "cuda"),
+        reason="the fallback norm loses 4e-5 to fp32 summation on a CPU, so the gradient norm differs between layouts, "
+        "and waits for a GPU at every tensor",
         upstream="megatron.core.utils.local_multi_tensor_l2_norm",
         apply=_sum_gradient_norm_exactly,
         is_needed=_has_text("megatron.core.utils.local_multi_tensor_l2_norm", "torch.norm(tensor)"),
+    ),
+    Adjustment(
+        name="scale-in-place",
+        platforms=("cpu", "cuda"),
+        reason="the fallback of clipping makes a second copy of every gradient, with two kernels for each",
+        upstream="megatron.core.utils.local_multi_tensor_scale",
+        apply=_scale_gradients_in_place,
+        is_needed=_has_text("megatron.core.utils.local_multi_tensor_scale", "dst.copy_(src * scale)"),
+    ),
+    Adjustment(
+        name="clip-without-waiting",
+        platforms=("cuda",),
+        reason="without TransformerEngine the host reads the gradient norm before it launches the optimizer",
+        upstream="megatron.core.optimizer.clip_grads.get_grad_norm_fp32",
+        apply=_clip_without_waiting,
+        is_needed=_has_text("megatron.core.optimizer.clip_grads", "multi_tensor_scale_tensor_impl = None"),
+    ),
+    Adjustment(
+        name="weight-gradient-fusion",
+        platforms=("cuda",),
+        reason="adding weight gradients to fp32 main_grad within the matrix product needs a module of apex, which "
+        "torch.addmm replaces since torch 2.11",
+        upstream="megatron.core.tensor_parallel.layers.LinearWithGradAccumulationAndAsyncCommunication.backward",
+        apply=_add_weight_gradients_in_the_product,
+        is_needed=_has_text("megatron.core.tensor_parallel.layers", "import fused_weight_gradient_mlp_cuda"),
     ),
     Adjustment(
         name="silu-kernels",
@@ -399,6 +489,17 @@ ADJUSTMENTS: tuple[Adjustment, ...] = (
         upstream="megatron.core.fusions.fused_bias_swiglu.swiglu_back",
         apply=_use_silu_kernels,
         is_needed=_has_text("megatron.core.fusions.fused_bias_swiglu", "g * torch.sigmoid(y_1) * (1 + y_1 * "),
+    ),
+    Adjustment(
+        name="triton-rope",
+        platforms=("cuda",),
+        backends=("torch",),
+        reason="megatron's fused rotary embedding and split of query, key and value are TransformerEngine's kernels",
+        upstream="megatron.core.models.common.embeddings.rope_utils.apply_rotary_pos_emb",
+        apply=_use_triton_rope,
+        is_needed=_has_text(
+            "megatron.core.models.common.embeddings.rope_utils", "extensions.transformer_engine import fused_apply_rot"
+        ),
     ),
     Adjustment(
         name="no-gather-of-one-rank",

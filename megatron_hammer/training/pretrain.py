@@ -58,7 +58,7 @@ def prepare(argv: Sequence[str], *, is_plan: bool = False) -> "ParsedArguments":
     where = {"is_plan": is_plan, "is_for_this_machine": read_option(argv, "--world-size") is None}
     platform = select_platform(read_option(argv, "--platform") or "auto", **where)
     backend = select_backend(read_option(argv, "--backend") or "auto", platform=platform, **where)
-    megatron_compat.install(platform)
+    megatron_compat.install(platform, backend)
 
     from megatron_hammer.config.arguments import parse_arguments
 

@@ -41,6 +41,8 @@ TORCH_MODULES_OF_MODEL = (
     "model.cross_entropy",
     "model.cross_entropy_torch",
     "model.cross_entropy_triton",
+    "model.kernels.rms_norm",
+    "model.kernels.rope",
     "model.layer_spec",
     "model.provider",
     "model.torch_modules",

@@ -69,6 +69,27 @@ def test_trains_as_on_the_cpu(name: str, dense: Start) -> None:
     assert dense.train_on_gpus(num_processes, *flags.split()) == pytest.approx(dense.losses, rel=1e-5)
 
 
+@pytest.mark.parametrize("flags", ["--rotary-percent 0.5", "--qk-layernorm"])
+def test_kernels_train_as_pytorch(flags: str, tmp_path: Path) -> None:
+    """Our Triton kernels, interpreted, in a model and a schedule so small that it takes seconds.
+
+    Norms on query and key come between their split and their turn, so these are two kernels there.
+    """
+    small = ("--num-layers", "2", "--seq-length", "16", "--max-position-embeddings", "16", "--global-batch-size", "2")
+    run = (*TOY_MODEL, *TOY_SCHEDULE, *small, "--mock-data", "--train-iters", "2", "--lr-warmup-iters", "0")
+    measured = []
+    for own in ("--triton-kernels", "--no-triton-kernels"):
+        path = tmp_path / f"{own}.jsonl"
+        place = ("--platform", "cuda", "--num-workers", "0", "--metrics-path", str(path))
+        result = run_on_pretended_gpus(1, *run, *place, own, *flags.split())
+        assert result.returncode == 0, f"{own}\n{result.stdout[-2000:]}\n{result.stderr[-5000:]}"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        measured.append([line[key] for line in lines for key in ("loss", "grad_norm")])
+    kernels, pytorch = measured
+    assert kernels == pytest.approx(pytorch, rel=1e-6)
+    assert kernels != pytorch  # other roundings: the kernels were there
+
+
 @pytest.mark.parametrize("flags", ["", "--expert-model-parallel-size 2", "--tensor-model-parallel-size 2"])
 def test_experts_train_as_on_the_cpu(flags: str, moe: Start) -> None:
     assert moe.train_on_gpus(2, *flags.split()) == pytest.approx(moe.losses, rel=1e-4)

@@ -132,7 +132,7 @@ LAYOUTS = {
     "recompute-attention": (1, "--recompute-granularity selective"),
     "op-fuser": (1, "--use-transformer-engine-op-fuser"),
     "te-activation": (1, "--use-te-activation-func --no-bias-swiglu-fusion"),
-    "unfused-rope": (1, "--no-rope-fusion"),
+    "unfused": (1, "--no-rope-fusion --no-gradient-accumulation-fusion"),
 }
 
 

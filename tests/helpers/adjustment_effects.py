@@ -6,6 +6,7 @@ Its last line is a JSON object: what was `observed` of each adjustment and wheth
 """
 
 import contextlib
+import importlib.util
 import json
 import logging
 import os
@@ -14,7 +15,8 @@ import tempfile
 import warnings
 from argparse import Namespace
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
+from unittest import mock
 
 import torch
 
@@ -158,6 +160,70 @@ def observe_exact_gradient_norm() -> Any:
     return abs(float(norm / exact) - 1)
 
 
+def observe_scale_in_place() -> Any:
+    from megatron.core.optimizer import clip_grads, optimizer
+
+    outcome = {}
+    for module in (clip_grads, optimizer):
+        gradient = WatchedTensor(torch.ones(3))
+        WatchedTensor.seen.clear()
+        tensors = [gradient]
+        clip_grads.multi_tensor_applier(module.multi_tensor_scale_impl, None, [tensors, tensors], 0.5)
+        outcome[module.__name__.split(".")[-1]] = [
+            gradient.tolist(),
+            sorted(set(WatchedTensor.seen) & {"mul", "copy_"}),
+        ]
+    return outcome
+
+
+class WatchedTensor(torch.Tensor):
+    """Remembers the functions that it is passed to."""
+
+    seen: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.seen.append(getattr(function, "__name__", ""))
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def observe_clip_without_waiting() -> Any:
+    from megatron.core.optimizer import clip_grads
+
+    parameter = torch.nn.Parameter(torch.ones(4))
+    parameter.grad = torch.ones(4)  # of norm 2
+    with mock.patch.object(torch.Tensor, "type", return_value="torch.cuda.FloatTensor"):
+        norm = clip_grads.get_grad_norm_fp32([parameter.grad], grad_stats_parallel_group=torch.distributed.group.WORLD)
+        clip_grads.clip_grad_by_total_norm_fp32([parameter], 1.0, norm)
+    return {"norm": type(norm).__name__, "clipped": float(parameter.grad[0])}
+
+
+def observe_weight_gradient_fusion() -> Any:
+    from megatron.core.tensor_parallel import layers
+
+    main_grad = torch.ones(2, 3)
+    outcome = attempt(
+        lambda: layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(
+            torch.ones(5, 3), torch.ones(5, 2), main_grad
+        )
+    )
+    return {
+        "outcome": outcome.split(":")[0],
+        "main_grad": main_grad[0].tolist(),
+        "is available": layers._grad_accum_fusion_available,
+        "imports": importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+    }
+
+
+def observe_triton_rope() -> Any:
+    from megatron.core.models.common.embeddings import rope_utils
+    from megatron.core.transformer import attention
+
+    functions = (rope_utils.fused_apply_rotary_pos_emb, getattr(attention, "apply_fused_qkv_rotary_pos_emb", None))
+    modules = [function and function.__module__ for function in functions]
+    return {"modules": modules, "split": attention.HAVE_FUSED_QKV_ROPE}
+
+
 def observe_silu_kernels() -> Any:
     from megatron.core.fusions import fused_bias_swiglu
 
@@ -243,6 +309,9 @@ def single_rank() -> Any:
 def main() -> None:
     if sys.argv[1] == "adjusted":
         megatron_compat.install("cpu")
+        for adjustment in megatron_compat.ADJUSTMENTS:
+            if "cpu" not in adjustment.platforms:  # none of them needs a GPU to be applied
+                adjustment.apply()
     else:
         os.environ["TORCH_COMPILE_DISABLE"] = "1"
     observed = {

@@ -21,8 +21,10 @@ from torch.distributed.fsdp._fully_shard import _fsdp_init, _fully_shard
 
 from megatron_hammer.platforms import cpu_device
 from megatron_hammer.platforms import cuda as cuda_platform
+from tests.helpers.matrix_products import add_product
 
 os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # megatron's @jit_fuser would compile for the pretended GPU
+os.environ.setdefault("TRITON_INTERPRET", "1")  # our kernels would be compiled for it; triton reads this at import
 
 
 class Gpu(NamedTuple):
@@ -38,6 +40,9 @@ GPUS = {
     "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 80 * 2**30),
     "b200": Gpu("NVIDIA B200", (10, 0), 180 * 2**30),
 }
+
+
+LIBRARY = torch.library.Library("aten", "IMPL")  # what it registers lasts as long as it
 
 
 class GraphSafeGenerator:
@@ -118,6 +123,7 @@ def pretend_gpus(gpu: Gpu, count: int = 8) -> None:
         module._get_device_from_mesh = lambda mesh: cpu_device.CPU
     _use_gloo_for_nccl()
     _take_split_sizes_of_arrays()
+    LIBRARY.impl("addmm.dtype_out", add_product, "CPU")
 
 
 def _take_split_sizes_of_arrays() -> None:

@@ -139,11 +139,35 @@ def fused_rope_backward(
     return rotate(grads, freqs, qkv_format, interleaved, -1)
 
 
+def fused_qkv_rope_forward(
+    qkv: Tensor, q_freqs: Tensor, k_freqs: Tensor, starts: Any, widths: list[int], qkv_format: Any, interleaved: bool,
+    cp_size: int, cp_rank: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Query, key and value, each [s, b, heads, d], of the queries, key and value of each group, [s, b, g, widths]."""
+    if starts is not None or cp_size != 1:
+        refuse("fused_qkv_rope with start positions or context parallelism")()
+    queries, key, value = qkv.split(list(widths), -1)
+    query = queries.reshape(*qkv.shape[:2], -1, widths[1])
+    query, key = (
+        rotate(x, freqs, qkv_format, interleaved, 1) for x, freqs in zip((query, key), (q_freqs, k_freqs), strict=True)
+    )
+    return query, key, value.contiguous()
+
+
+def fused_qkv_rope_backward(
+    q_grads: Tensor, k_grads: Tensor, v_grads: Tensor, q_freqs: Tensor, k_freqs: Tensor, widths: list[int],
+    qkv_format: Any, interleaved: bool, cp_size: int, cp_rank: int,
+) -> Tensor:  # fmt: skip
+    query = rotate(q_grads, q_freqs, qkv_format, interleaved, -1)
+    key = rotate(k_grads, k_freqs, qkv_format, interleaved, -1)
+    return torch.cat((query.reshape(*key.shape[:3], widths[0]), key, v_grads), -1)
+
+
 KERNELS = (
     scaled_softmax_forward, scaled_masked_softmax_forward, scaled_upper_triang_masked_softmax_forward,
     scaled_aligned_causal_masked_softmax_forward,
     scaled_softmax_backward, get_fused_attn_backend, fused_attn_fwd, fused_attn_bwd, fused_rope_forward,
-    fused_rope_backward,
+    fused_rope_backward, fused_qkv_rope_forward, fused_qkv_rope_backward,
 )  # fmt: skip
 # A mask has no gradient, so that the other softmaxes share one function.
 ALIASES = {

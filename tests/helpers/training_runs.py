@@ -65,8 +65,12 @@ def run_on_pretended_gpus(
 ) -> subprocess.CompletedProcess[str]:
     """Run training to its end on a machine that pretends to have GPUs of this type, whatever its exit code.
 
-    has_te: and TransformerEngine. See pretended_gpus.py and te_stand_in.py.
+    has_te: and TransformerEngine. See pretended_gpus.py and te_stand_in.py. Our kernels are interpreted, which is slow,
+    so the torch backend uses them only where flags ask for them.
     """
+    is_te = has_te and "torch" not in flags
+    if not is_te and "--triton-kernels" not in flags:
+        flags = (*flags, "--no-triton-kernels")
     return _start_rank_server(gpu, *(["te"] if has_te else [])).run(num_processes, *flags)
 
 

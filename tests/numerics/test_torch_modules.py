@@ -1,13 +1,19 @@
 """The torch backend's two modules against attention written out in fp64, LlamaRMSNorm of transformers and LayerNorm."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.whole_model import single_rank
+from megatron_hammer.model.layout import ParallelLayout
+from megatron_hammer.model.memory_options import MemoryOptions
+from tests.helpers.layer_activations import count_layer_activation_bytes
+from tests.helpers.toy_model import LLAMA
+from tests.helpers.whole_model import build_whole_model, read_arguments, single_rank
 
 SEQUENCE, BATCH, HEADS, HEAD_DIM = 13, 3, 6, 10
 ATTENTION_TOLERANCE = 1e-13  # fp64; measured 4e-16
@@ -155,7 +161,9 @@ def test_unsupported_options_are_refused() -> None:
 
 def norm_config(normalization: str, **values) -> SimpleNamespace:
     return SimpleNamespace(
-        **{"normalization": normalization, "params_dtype": torch.float32, "sequence_parallel": False} | values
+        **{"normalization": normalization, "params_dtype": torch.float32, "sequence_parallel": False}
+        | {"layernorm_zero_centered_gamma": False}
+        | values
     )
 
 
@@ -245,3 +253,43 @@ def test_a_zero_centered_norm_stores_its_weight_less_1(normalization):
     assert torch.equal(zero_centered(x), plain(x.float()).bfloat16())
     with torch.no_grad():
         assert not torch.equal(zero_centered(x), build(layernorm_zero_centered_gamma=True)(x))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_query_groups": 1},
+        {"position_embedding_type": "none"},
+        {"position_embedding_type": "none", "num_query_groups": HEADS},
+    ],
+    ids=str,
+)
+def test_attention_keeps_what_the_memory_model_counts(changes: dict[str, Any]) -> None:
+    """The memory that autograd holds on to in self-attention without fused rotary embeddings, each storage once."""
+    model = dataclasses.replace(LLAMA, **changes)
+    layer = build_whole_model(read_arguments(model)).train().decoder.layers[0]
+    tokens, width, kv_width = 29, model.num_attention_heads * model.head_dim, model.num_query_groups * model.head_dim
+    own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+    kept: dict[int, int] = {}
+
+    def remember(tensor: Tensor) -> Tensor:
+        # Sines and cosines [s, 1, 1, d] are the whole model's.
+        if tensor.dim() > 2 and tensor.shape[1:3] != (1, 1) and tensor.untyped_storage().data_ptr() not in own:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    angles = torch.randn(tokens, 1, 1, model.head_dim) if model.position_embedding_type == "rope" else None
+    hidden = torch.randn(tokens, 1, model.hidden_size, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        output, _ = layer.self_attention(hidden, None, rotary_pos_emb=angles)
+    whole, separate = (
+        count_layer_activation_bytes(
+            model, ParallelLayout(), num_tokens=tokens, options=MemoryOptions(precision="fp32", has_separate_values=own)
+        )
+        for own in (False, True)
+    )
+    elements = model.hidden_size + width + 2 * kv_width + width + model.num_attention_heads
+    assert output.requires_grad
+    assert sum(kept.values()) == 4 * tokens * elements + whole - separate

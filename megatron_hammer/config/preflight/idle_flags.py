@@ -191,6 +191,12 @@ IDLE: tuple[Idle, ...] = (
     Idle("cross_entropy_fusion_impl", _always, _LOSS_WHY, _LOSS_REMEDY),
     Idle("fp16_lm_cross_entropy", _always, _LOSS_WHY, _LOSS_REMEDY),
     Idle(
+        "triton_kernels",
+        lambda flags: flags["platform"] == "cpu" or flags["backend"] == "te",
+        "without the torch backend on a GPU",
+        _DROP,
+    ),
+    Idle(
         "fused_residual_rmsnorm",
         lambda flags: flags["backend"] == "te" and not flags["num_experts"],
         "in a dense model, whose norms are in TransformerEngine's linear layers",

@@ -12,6 +12,7 @@ from megatron_hammer.config.connections import (
     read_run_capability,
 )
 from megatron_hammer.config.flags import Flags, flag_of, show_value
+from megatron_hammer.config.fused_kernels import frees_norm_outputs
 from megatron_hammer.config.preflight.idle_flags import Condition
 from megatron_hammer.platforms import cpu
 
@@ -27,7 +28,6 @@ NEEDS_TE: dict[str, tuple[object, ...]] = {
     "te_rng_tracker": (False,),
     "use_te_activation_func": (False,),
     "use_transformer_engine_op_fuser": (False,),
-    "fused_residual_rmsnorm": (False,),
     "moe_grouped_gemm": (False,),
     "optimizer_cuda_graph": (False,),
     "cpu_offloading_num_layers": (0,),
@@ -111,6 +111,26 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda flags: flags["save"] is not None and flags["ckpt_format"] == "torch",
         "saves an optimizer that Megatron cannot load again",
         "Drop it: checkpoints are then torch_dist; legacy checkpoints are still read by --load",
+    ),
+    Refusal(
+        "fused_residual_rmsnorm",
+        lambda flags: flags["fused_residual_rmsnorm"] and flags["backend"] == "torch" and not flags["triton_kernels"],
+        "is a Triton kernel on the torch backend",
+        "Drop --no-triton-kernels, or drop it, or pass --backend te on a GPU",
+    ),
+    Refusal(
+        "fused_residual_rmsnorm",
+        lambda flags: (
+            flags["fused_residual_rmsnorm"] and flags["backend"] == "torch" and flags["layernorm_zero_centered_gamma"]
+        ),
+        "has no zero-centered weights on the torch backend",
+        "Drop it, or drop --apply-layernorm-1p",
+    ),
+    Refusal(
+        "fused_residual_rmsnorm",
+        lambda flags: flags["fused_residual_rmsnorm"] and frees_norm_outputs(flags.values),
+        "returns the residual, which --recompute-modules layernorm would free with the norm's output",
+        "Drop it, or drop layernorm from --recompute-modules",
     ),
     Refusal(
         "fp32_residual_connection",

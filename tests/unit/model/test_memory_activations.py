@@ -125,6 +125,21 @@ def test_a_recomputed_mlp_keeps_the_output_of_a_norm_that_is_not_part_of_it():
     assert count(**recomputed, has_fused_norms=False) - count(**recomputed) == 2 * TOKENS * H
 
 
+@pytest.mark.parametrize(
+    "changes, kept",
+    [
+        ({}, Q + KV),
+        ({"has_qk_norm": True}, Q),  # the keys before their norm are a view of it too
+        ({"position_embedding_type": "learned_absolute"}, Q),
+        ({"position_embedding_type": "learned_absolute", "num_query_groups": HEADS}, 0),
+        ({"has_qk_norm": True, "num_query_groups": 1}, 0),
+    ],
+)
+def test_values_that_are_a_view_keep_the_output_of_linear_qkv(changes, kept):
+    model = dataclasses.replace(LLAMA, **changes)
+    assert count(model, has_separate_values=False) - count(model) == 2 * TOKENS * kept
+
+
 def test_a_weight_gradient_of_its_own_is_the_largest_of_the_layer():
     batch = Batch(micro_batch_size=1, seq_length=TOKENS)
     fused, plain = (

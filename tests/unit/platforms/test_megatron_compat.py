@@ -34,6 +34,12 @@ WITHOUT_FAILS: dict[str, Any] = {
     "missing-extra-states": lambda outcome: outcome["extra state"] != "ok" and outcome["layers"] is None,
     "group-step-adam": lambda outcome: outcome == {"step in the group": None, "expects it there": False},
     "exact-gradient-norm": lambda outcome: outcome > 1e-5,  # measured 2.8e-5
+    "scale-in-place": lambda outcome: all(value == [[0.5] * 3, ["copy_", "mul"]] for value in outcome.values()),
+    "clip-without-waiting": lambda outcome: outcome == {"norm": "float", "clipped": pytest.approx(0.5)},
+    "weight-gradient-fusion": lambda outcome: (
+        outcome["outcome"] == "AttributeError" and not outcome["is available"] and not outcome["imports"]
+    ),
+    "triton-rope": lambda outcome: outcome == {"modules": [None, None], "split": False},
     "silu-kernels": lambda outcome: outcome["module"] == "megatron.core.fusions.fused_bias_swiglu",
     "no-gather-of-one-rank": lambda outcome: outcome["gathers in place"],
     "all-to-all-lists": lambda outcome: outcome == ["TypeError", [0.0, 0.0, 0.0]],
@@ -56,6 +62,12 @@ WITH_WORKS: dict[str, Any] = {
     ),
     "group-step-adam": lambda outcome: outcome == {"step in the group": 1, "expects it there": True},
     "exact-gradient-norm": lambda outcome: outcome < 1e-7,
+    "scale-in-place": lambda outcome: all(value == [[0.5] * 3, []] for value in outcome.values()),
+    "clip-without-waiting": lambda outcome: outcome == {"norm": "Tensor", "clipped": pytest.approx(0.5)},
+    "weight-gradient-fusion": lambda outcome: (
+        outcome == {"outcome": "ok", "main_grad": [6.0] * 3, "is available": True, "imports": True}
+    ),
+    "triton-rope": lambda outcome: outcome == {"modules": ["megatron_hammer.model.kernels.rope"] * 2, "split": True},
     "silu-kernels": lambda outcome: (
         outcome["module"] == "megatron_hammer.platforms.cpu_arithmetic" and outcome["difference"] < 1e-6
     ),
