@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup, ReduceOp
 
 from megatron_hammer.model import cross_entropy_torch
@@ -69,9 +70,11 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return (sums.log() - shifted).view(targets.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         logits, row_targets, maxima, sums = ctx.saved_tensors
-        scales = gradients[0].reshape(-1).to(maxima.dtype)
+        # That of a sum is one number seen many times (stride 0), and the kernels step from element to element.
+        scales = gradients[0].reshape(-1).to(maxima.dtype).contiguous()
         _select_kernels(logits).write_gradient(
             logits.view(-1, logits.shape[-1]), row_targets, ctx.num_columns, maxima, sums, scales
         )

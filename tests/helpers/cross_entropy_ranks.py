@@ -44,7 +44,7 @@ def compute(case: dict, group) -> tuple[torch.Tensor, torch.Tensor]:
     losses = cross_entropy.vocab_parallel_cross_entropy(
         logits, case["targets"], num_tokens=case["num_tokens"], group=group
     )
-    (losses * case["scales"]).sum().backward()
+    losses.backward(case["scales"])
     return losses.detach(), leaf.grad
 
 
