@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from megatron_hammer.checkpoint.convert.carried_fields import copy_descriptions
 from megatron_hammer.checkpoint.convert.proofs import (
     DTYPES,
     require_free_space,
@@ -102,6 +103,7 @@ def import_from_hugging_face(
             imported_from=options.hf_dir.absolute().name,
             tokenizer_model=None if tokenizer_dir is None else str(tokenizer_dir),
         )
+        copy_descriptions(options.hf_dir, writer.directory)
         writer.commit(build_common_state(arguments))
         # Before the rename: a checkpoint that computes something else never gets its name.
         checks += _verify_computation(writer.directory, options)

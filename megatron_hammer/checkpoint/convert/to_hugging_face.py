@@ -15,6 +15,13 @@ from typing import Any
 
 import torch
 
+from megatron_hammer.checkpoint.convert.carried_fields import (
+    GENERATION_NAME,
+    CarriedFields,
+    find_descriptions,
+    select_carried,
+)
+from megatron_hammer.checkpoint.convert.exported_vocabulary import select_vocabulary
 from megatron_hammer.checkpoint.convert.plain_norms import PlainNormReader
 from megatron_hammer.checkpoint.convert.proofs import (
     DTYPES,
@@ -34,7 +41,7 @@ from megatron_hammer.checkpoint.hugging_face.saved_model import (
 )
 from megatron_hammer.checkpoint.hugging_face.tensor_rows import TensorPair, validate_names_and_shapes
 from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow, Level, verify_model
-from megatron_hammer.checkpoint_files.checkpoint_reader import CheckpointReader, name_dtype
+from megatron_hammer.checkpoint_files.checkpoint_reader import VOCABULARY_TENSORS, CheckpointReader, name_dtype
 from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
 from megatron_hammer.checkpoint_files.safetensors.shard_writer import ShardFile, plan_shards
 from megatron_hammer.checkpoint_files.torch_dist.reader import TorchDistReader
@@ -101,6 +108,9 @@ class _Plan:
     shards: list[ShardFile]
     num_parameters: int
     num_compared_files: int
+    tokenizer_path: Path | None
+    carried: CarriedFields | None
+    notes: tuple[str, ...]
 
     @property
     def num_bytes(self) -> int:
@@ -150,14 +160,20 @@ def export_to_hugging_face(
         num_checked_texts=tokenizer.num_checked_texts if tokenizer else 0,
         checks=tuple(checks),
         elapsed_s=time.monotonic() - started_at_s,
-        notes=(*notes, *_describe_norms(plan)),
+        notes=(*notes, *plan.notes, *_describe_norms(plan)),
     )
 
 
 def _plan_export(options: ExportOptions) -> _Plan:
     """Open the checkpoint and compare its names, shapes and dtypes with its model; converts no tensor."""
     reader = open_checkpoint(options.load_dir, iteration=options.iteration, weights=options.weights)
-    model = read_saved_model(reader.args, vocab_size=options.vocab_size, ignored=options.ignored_arguments)
+    tokenizer_path = options.tokenizer_path or _find_saved_tokenizer(options, reader)
+    vocabulary = select_vocabulary(reader.args, asked=options.vocab_size, tokenizer_path=tokenizer_path)
+    model = read_saved_model(reader.args, vocab_size=vocabulary.num_tokens, ignored=options.ignored_arguments)
+    embedding = reader.tensors.get(VOCABULARY_TENSORS[0])  # where there is none, the comparison of names says so
+    notes = [] if embedding is None else [*vocabulary.describe(embedding.shape[0])]
+    source = find_descriptions(reader.saved_args, reader.directory)
+    carried = None if source is None else select_carried(source, vocab_size=model.vocab_size)
     family = select_family(model)
     pairs = expand(family, model)
     reader.remove_vocab_padding(model.vocab_size)
@@ -179,6 +195,9 @@ def _plan_export(options: ExportOptions) -> _Plan:
         shapes=shapes,
         dtype=dtype,
         num_compared_files=num_compared_files,
+        tokenizer_path=tokenizer_path if options.has_tokenizer else None,
+        carried=carried,
+        notes=(*notes, *(carried.notes if carried else ())),
         shards=plan_shards(shapes, dtype=dtype, max_shard_bytes=options.max_shard_bytes),
         num_parameters=sum(torch.Size(shape).numel() for shape in shapes.values()),
     )
@@ -224,7 +243,7 @@ def _export_tokenizer(
     """Write the tokenizer's files; returns what was exported (or None) and a note where nothing was."""
     if not options.has_tokenizer:
         return None, ("no tokenizer was written: --no-tokenizer",)
-    path = options.tokenizer_path or _find_saved_tokenizer(options, plan)
+    path = plan.tokenizer_path
     if path is None:
         return None, ("no tokenizer was written: the checkpoint names none, and --tokenizer-model was not given",)
     from megatron_hammer.tokenizer.export.export_tokenizer import export_tokenizer
@@ -241,9 +260,9 @@ def _export_tokenizer(
     return tokenizer, ()
 
 
-def _find_saved_tokenizer(options: ExportOptions, plan: _Plan) -> Path | None:
+def _find_saved_tokenizer(options: ExportOptions, reader: CheckpointReader) -> Path | None:
     """The tokenizer that the checkpoint names, or the one beside a converted checkpoint that has been moved."""
-    saved = getattr(plan.reader.args, "tokenizer_model", None)
+    saved = getattr(reader.args, "tokenizer_model", None)
     if not saved:
         return None
     # A converted checkpoint has its tokenizer in its own folder, and the saved path is that of the old place.
@@ -251,6 +270,8 @@ def _find_saved_tokenizer(options: ExportOptions, plan: _Plan) -> Path | None:
     for path in (Path(saved), *beside):
         if path.exists():
             return path
+    if not options.has_tokenizer:
+        return None
     raise ConversionError(
         f"{saved}: tokenizer that the checkpoint was trained with does not exist here. "
         "Pass --tokenizer-model, or --no-tokenizer."
@@ -258,7 +279,10 @@ def _find_saved_tokenizer(options: ExportOptions, plan: _Plan) -> Path | None:
 
 
 def _write_descriptions(directory: Path, plan: _Plan, tokenizer: Any) -> str:
-    """Write the model card and generation_config.json; returns what belongs into config.json."""
+    """Write the model card and generation_config.json; returns what belongs into config.json.
+
+    Where the model began as a Hugging Face folder, both files say what they said there beside the architecture.
+    """
     ids = {"bos_id": tokenizer.bos_id if tokenizer else None, "eos_id": tokenizer.eos_id if tokenizer else None}
     card = build_model_card(
         plan.family,
@@ -270,10 +294,17 @@ def _write_descriptions(directory: Path, plan: _Plan, tokenizer: Any) -> str:
         has_tokenizer=tokenizer is not None,
     )
     (directory / "README.md").write_text(card)
-    (directory / "generation_config.json").write_text(_format_json(build_generation_config(**ids)))
-    return _format_json(
-        build_config(plan.family, plan.model, read_saved_dropout(plan.reader.args), dtype=plan.dtype_name, **ids)
-    )
+    generation = build_generation_config(**ids) if plan.carried is None else plan.carried.generation
+    if generation is not None:
+        (directory / GENERATION_NAME).write_text(_format_json(generation))
+    dropout = read_saved_dropout(plan.reader.args)
+    config = build_config(plan.family, plan.model, dropout, dtype=plan.dtype_name, **ids)
+    if plan.carried is not None:
+        # The source's own, or where it had none, the default of its class; the tokenizer's may be another.
+        for name in ("bos_token_id", "eos_token_id", "use_cache"):
+            del config[name]
+        config = {**plan.carried.config, **config}
+    return _format_json(config)
 
 
 def _format_json(content: dict[str, Any]) -> str:

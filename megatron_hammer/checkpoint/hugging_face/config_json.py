@@ -97,6 +97,46 @@ def interpret_config(
     return shape, Dropout(**{"hidden": 0.0} | _select(values, "dropout"))
 
 
+# Beside what the rows of a family read. transformers_version and _name_or_path are about the file and not the model.
+_WRITTEN_ANEW = {"architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path"}
+_LEFT_OUT = {
+    "auto_map": "it names code of the source's folder, which this folder does not bring",
+    "custom_pipelines": "it names code of the source's folder, which this folder does not bring",
+}
+
+
+class _ReadFields(dict[str, Any]):
+    """A config.json that remembers which of its fields were asked for."""
+
+    def __init__(self, config: Mapping[str, Any]):
+        super().__init__(config)
+        self.names_read: set[str] = set()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.names_read.add(name)
+        return super().get(name, default)
+
+    def __getitem__(self, name: str) -> Any:
+        self.names_read.add(name)
+        return super().__getitem__(name)
+
+    def __contains__(self, name: object) -> bool:
+        self.names_read.add(str(name))
+        return super().__contains__(name)
+
+
+def list_other_fields(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The fields that say nothing of the architecture, such as ids and settings; and those lost, with the reason.
+
+    A field belongs to the architecture if reading the model asks for it. Raises ConversionError as `interpret_config`.
+    """
+    fields = _ReadFields(config)
+    interpret_config(fields)
+    left_out = {name: reason for name, reason in _LEFT_OUT.items() if config.get(name)}
+    others = config.keys() - fields.names_read - _WRITTEN_ANEW - _LEFT_OUT.keys()
+    return {name: value for name, value in config.items() if name in others}, left_out
+
+
 def _select(values: Mapping[str, Any], owner: str) -> dict[str, Any]:
     """The values that belong to ModelShape (owner ""), MoeShape ("moe") or Dropout ("dropout")."""
     split = {tuple(target.rpartition(".")[::2]): value for target, value in values.items()}

@@ -1,5 +1,6 @@
 """A Hugging Face folder becomes a checkpoint tensor by tensor; every fault is named, and then nothing is written."""
 
+import argparse
 import dataclasses
 import errno
 import json
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from megatron_hammer.checkpoint.convert import from_hugging_face as import_hf
 from megatron_hammer.checkpoint.convert import weight_import
+from megatron_hammer.checkpoint.convert.carried_fields import find_descriptions
 from megatron_hammer.checkpoint.convert.from_hugging_face import ImportOptions, import_from_hugging_face
 from megatron_hammer.checkpoint.convert.to_hugging_face import ExportOptions, export_to_hugging_face
 from megatron_hammer.checkpoint.hugging_face.config_json import interpret_config
@@ -22,6 +24,7 @@ from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
 from megatron_hammer.checkpoint_files.torch_dist.store import TorchDistStore
 from megatron_hammer.checkpoint_files.torch_dist.writer import CheckpointWriter
 from megatron_hammer.errors import ConversionError, DataError, OutputError
+from tests.helpers.messages import assert_problems
 from tests.helpers.toy_hf_folder import LLAMA_CONFIG, draw_hf_weights, write_toy_folder
 from tests.helpers.toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
 
@@ -134,6 +137,79 @@ def test_mixed_dtypes_are_kept_where_nothing_is_merged(folder):
     assert tensors["decoder.final_layernorm.weight"].dtype == torch.float32
     assert tensors["decoder.layers.0.self_attention.linear_qkv.weight"].dtype == torch.float32
     assert_equal({name: tensor.float() for name, tensor in weights.items()}, export(folder))
+
+
+GENERATION = {
+    "bos_token_id": 1,
+    "do_sample": True,
+    "eos_token_id": [7, 3, 50],
+    "pad_token_id": 5,
+    "temperature": 0.6,
+    "top_p": 0.9,
+}
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def test_ends_of_a_text_padding_and_settings_come_back(folder):
+    """What Megatron has no place for is kept beside the weights."""
+    others = {"bos_token_id": 1, "eos_token_id": [7, 3, 50], "pad_token_id": 5, "pretraining_tp": 1, "use_cache": False}
+    write_toy_folder(folder, **others, id2label={"0": "a"}, auto_map={"AutoConfig": "own.Config"})
+    (folder / "generation_config.json").write_text(json.dumps(GENERATION))
+    convert(folder)
+    report = export_to_hugging_face(
+        ExportOptions(load_dir=folder.with_name("save"), save_dir=folder.with_name("back"), verify="tensors")
+    )
+    config = read_json(folder.with_name("back") / "config.json")
+    assert {name: config[name] for name in others} == others
+    assert config["id2label"] == {"0": "a"}
+    assert config["rope_theta"] == 20_000
+    assert "auto_map" not in config
+    assert any(note.startswith("config.json, auto_map: left out") for note in report.notes)
+    assert read_json(folder.with_name("back") / "generation_config.json") == GENERATION
+
+
+def test_a_source_without_a_file_or_a_field_gets_none(folder):
+    write_toy_folder(folder)
+    convert(folder)
+    export(folder)
+    assert not (folder.with_name("again") / "generation_config.json").exists()
+    assert not {"eos_token_id", "bos_token_id"} & read_json(folder.with_name("again") / "config.json").keys()
+
+
+def test_ids_that_the_exported_model_does_not_have_are_left_out_by_name(folder):
+    write_toy_folder(folder, pad_token_id=52, eos_token_id=[7, 51])
+    convert(folder)
+    options = ExportOptions(
+        load_dir=folder.with_name("save"), save_dir=folder.with_name("back"), verify="tensors", vocab_size=51
+    )
+    report = export_to_hugging_face(options)
+    config = read_json(folder.with_name("back") / "config.json")
+    assert (config["eos_token_id"], "pad_token_id" in config) == ([7], False)
+    assert_problems(
+        [note for note in report.notes if "token_id" in note],
+        *[
+            ("config.json, pad_token_id:", "left out", "51 tokens", "got [52]"),
+            ("config.json, eos_token_id:", "left out", "51 tokens", "got [51]"),
+        ],
+    )
+
+
+def test_a_run_that_continues_an_import_exports_what_the_import_had(tmp_path):
+    """Its own folder has no copy; its arguments name the tokenizer that lies beside one."""
+    base = tmp_path / "base" / "release"
+    (base / "tokenizer").mkdir(parents=True)
+    (base / "hugging_face").mkdir()
+    (base / "hugging_face" / "config.json").write_text(json.dumps(LLAMA_CONFIG | {"eos_token_id": [4, 2]}))
+    found = find_descriptions(argparse.Namespace(tokenizer_model=str(base / "tokenizer")), tmp_path / "iter_0000003")
+    assert (found.config["eos_token_id"], found.generation) == ([4, 2], None)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(LLAMA_CONFIG))
+    started = argparse.Namespace(tokenizer_model=None, load_hf=str(tmp_path / "hf"))
+    assert find_descriptions(started, tmp_path / "iter_0000003").directory == tmp_path / "hf"
+    assert find_descriptions(argparse.Namespace(), tmp_path / "iter_0000003") is None
 
 
 def test_a_tied_head_that_is_a_copy_is_left_out(folder):

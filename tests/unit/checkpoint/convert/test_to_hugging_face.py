@@ -3,17 +3,19 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
 
+from megatron_hammer.checkpoint.convert import exported_vocabulary, weight_export
 from megatron_hammer.checkpoint.convert import row_blocks as row_copy
 from megatron_hammer.checkpoint.convert import to_hugging_face as export
-from megatron_hammer.checkpoint.convert import weight_export
 from megatron_hammer.checkpoint.convert.to_hugging_face import ExportOptions, export_to_hugging_face
 from megatron_hammer.checkpoint.hugging_face.families.catalogue import select_family
 from megatron_hammer.checkpoint.hugging_face.family import expand
@@ -444,3 +446,58 @@ def test_an_unsupported_dtype_is_named(tmp_path):
     options = export_options(load_dir=tmp_path / "checkpoint", save_dir=tmp_path / "hf")
     with pytest.raises(ConversionError, match=r"weights must be bf16, fp16 or fp32, got torch.float64\b"):
         export_to_hugging_face(options)
+
+
+# --- the vocabulary of Megatron-LM's own loop ------------------------------------------------------------------------
+
+
+def write_megatrons_own(directory: Path, **changes) -> ExportOptions:
+    """A checkpoint whose arguments have no name of this package; 64 rows are stored."""
+    arguments = toy_arguments(**{"vocab_size": None, "padded_vocab_size": 64} | changes)
+    del arguments.embedding_norm, arguments.preset
+    write_toy_checkpoint(directory, toy_llama_tensors(), arguments=arguments)
+    return export_options(load_dir=directory, save_dir=directory.with_name("hf"))
+
+
+def count_exported_rows(options: ExportOptions) -> int:
+    return len(load_file(options.save_dir / "model.safetensors")["lm_head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "asked", "rows", "notes"),
+    [
+        ({}, None, 64, ["all 64 rows of the embedding are exported as tokens, though some may be padding"]),
+        ({}, 60, 60, []),
+        ({"vocab_size": 53}, None, 53, ["rows 53 to 63 of the embedding were judged .* vocab_size is 53; .* 64$"]),
+        # until core 0.17
+        ({"vocab_size": 53, "tokenizer_type": "NullTokenizer"}, None, 54, ["rows 54 to 63 .* NullTokenizer adds its"]),
+        (
+            {"vocab_size": 53, "tokenizer_type": "NullTokenizer", "null_tokenizer_eod_id": None},
+            None,
+            53,
+            ["rows 53 to"],
+        ),
+    ],
+)
+def test_rows_judged_to_be_padding_are_named(arguments, asked, rows, notes, tmp_path):
+    options = dataclasses.replace(write_megatrons_own(tmp_path / "checkpoint", **arguments), vocab_size=asked)
+    report = export_to_hugging_face(options)
+    assert count_exported_rows(options) == rows
+    found = [note for note in report.notes if "rows" in note]
+    assert len(found) == len(notes)
+    assert all(re.search(pattern, note) for pattern, note in zip(notes, found, strict=True))
+
+
+@pytest.mark.parametrize(("saved", "rows"), [(None, 57), (50, 57), (61, 61)])
+def test_the_tokenizer_says_how_many_tokens_there_are(saved, rows, tmp_path, monkeypatch):
+    """50: without the end of document. 61: the model has more rows than the tokenizer has ids, as Qwen's has."""
+    monkeypatch.setattr(exported_vocabulary, "load_encoder", lambda path: SimpleNamespace(vocab_size=57))
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    options = write_megatrons_own(
+        tmp_path / "checkpoint", tokenizer_model=str(tmp_path / "tokenizer.model"), vocab_size=saved
+    )
+    options = dataclasses.replace(options, has_tokenizer=False)  # without its files; it still has a number of ids
+    report = export_to_hugging_face(options)
+    assert count_exported_rows(options) == rows
+    reason = "tokenizer.model has 57 ids" if rows == 57 else "vocab_size is 61"
+    assert any(f"rows {rows} to 63" in note and reason in note for note in report.notes)
