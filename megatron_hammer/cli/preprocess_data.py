@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from rich.progress import TextColumn
 
+from megatron_hammer.cli import megatron_lm_flags
 from megatron_hammer.data.indexed.manifest import Manifest
 from megatron_hammer.data.preprocess.options import PreprocessOptions
 from megatron_hammer.data.preprocess.preprocess import PreprocessProgress, explain_resume, preprocess
@@ -56,6 +57,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shard", metavar="I/N", help="process part I (from 0) of N; merge-data joins the parts")
     parser.add_argument("--restart", action="store_true", help="discard an unfinished or complete run and begin again")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    megatron_lm_flags.add_flags(parser)
     arguments = parser.parse_args(argv)
     if arguments.workers < 1 or arguments.max_errors < 0:
         parser.error(
@@ -69,10 +71,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def build_options(arguments: argparse.Namespace) -> PreprocessOptions:
-    """The flags as options; raises ConfigError for a --shard that is not I/N."""
+    """The flags as options; raises ConfigError for a --shard that is not I/N, and flags that cannot be taken."""
+    megatron_lm_flags.refuse_what_cannot_be_taken(arguments)
     return PreprocessOptions(
         inputs=tuple(arguments.input),
         tokenizer_path=arguments.tokenizer_model,
+        tokenizer_type=arguments.tokenizer_type,
+        leaves_out_template=arguments.tokenizer_hf_no_include_special_tokens,
         output_prefix=arguments.output_prefix,
         json_keys=tuple(arguments.json_keys),
         append_eod=arguments.append_eod,
@@ -98,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         signal.signal(number, interrupt)
     started_at_s = time.monotonic()
     try:
-        with LiveLine() as line:
+        with LiveLine(arguments.log_interval) as line:
             result = preprocess(options, line.show, print_note)
     except KeyboardInterrupt:
         exit_interrupted(options)
@@ -120,9 +125,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 class LiveLine:
-    """A live line with rate and time left on the terminal's stderr; where stderr is a file, it stays silent."""
+    """A live line with rate and time left on the terminal's stderr; where stderr is a file, it stays silent.
 
-    def __init__(self) -> None:
+    log_interval: documents after each of which a line stays on stderr, a file too; None prints none.
+    """
+
+    def __init__(self, log_interval: int | None = None) -> None:
+        self._log_interval = log_interval
+        self._num_logged = 0
         self._bar = build_byte_progress(TextColumn("{task.fields[counts]}"), has_description=True)
         self._task = self._bar.add_task("", total=None, counts="")
         self._description = ""
@@ -140,6 +150,10 @@ class LiveLine:
             self._bar.reset(self._task, description=description, completed=progress.done_bytes)
             self._description = description
         counts = f"{progress.num_documents:,} documents, {progress.num_tokens:,} tokens"
+        if self._log_interval and progress.num_documents - self._num_logged >= self._log_interval:
+            self._num_logged = progress.num_documents - progress.num_documents % self._log_interval
+            done = f"{progress.done_bytes / 1e6:,.1f} of {progress.total_bytes / 1e6:,.1f} MB read"
+            print(f"{counts}; {done}", file=sys.stderr)
         self._bar.update(self._task, completed=progress.done_bytes, total=progress.total_bytes, counts=counts)
 
 

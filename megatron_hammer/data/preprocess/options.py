@@ -17,6 +17,8 @@ from megatron_hammer.errors import ConfigError
 class PreprocessOptions:
     """One run of the preprocessor; each of `json_keys` becomes `<output_prefix>_<key>_document` (or `_sentence`).
 
+    tokenizer_type: Megatron's name of the kind that the tokenizer must be; None allows every kind. leaves_out_template:
+    it is known that tokens of a Hugging Face tokenizer's template are not written.
     prepend_bos, append_eod: begin and end every document that has tokens. language, keep_newlines: only with
     split_sentences. seed: shuffle the documents with it; None keeps their order. max_errors: bad records to skip.
     restart: discard an unfinished run instead of continuing it. journal_interval_s: the work that a kill may lose.
@@ -24,6 +26,8 @@ class PreprocessOptions:
 
     inputs: tuple[str, ...]
     tokenizer_path: Path
+    tokenizer_type: str | None = None
+    leaves_out_template: bool = False
     output_prefix: Path
     json_keys: tuple[str, ...] = ("text",)
     append_eod: bool = False

@@ -35,8 +35,8 @@ from megatron_hammer.data.preprocess.journal import (
 from megatron_hammer.data.preprocess.options import PreprocessOptions
 from megatron_hammer.data.preprocess.run import PreprocessRun, remove_leftovers
 from megatron_hammer.data.preprocess.worker_pool import encode_in_order
-from megatron_hammer.errors import DataError, HammerError
-from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder, require_eod_id
+from megatron_hammer.errors import ConfigError, DataError, HammerError
+from megatron_hammer.tokenizer.encoding.encoder import Encoder, HuggingFaceEncoder, load_encoder, require_eod_id
 from megatron_hammer.tokenizer.encoding.fast_encoder import select_encoder
 
 
@@ -85,6 +85,9 @@ def preprocess(
     options.validate()
     # Before any output is touched and any worker starts: a wrong tokenizer is found at once.
     encoder = load_encoder(options.tokenizer_path)
+    refuse_other_kind(encoder, options.tokenizer_type)
+    if (note := describe_template(encoder, options)) is not None:
+        on_note(note)
     if options.append_eod:
         require_eod_id(encoder)
     if options.prepend_bos:
@@ -105,6 +108,34 @@ def preprocess(
         run = PreprocessRun(options, job, select_dtype(encoder.vocab_size), journal)
         task = _Task(options, encoder, sources, job, run, on_progress, on_note)
         return PreprocessResult(task.complete(), was_continued=journal is not None)
+
+
+def refuse_other_kind(encoder: Encoder, tokenizer_type: str | None) -> None:
+    """Raise ConfigError if Megatron's --tokenizer-type names another kind of tokenizer than the one that was read."""
+    if tokenizer_type is None:
+        return
+    is_hugging_face = isinstance(encoder, HuggingFaceEncoder)
+    if is_hugging_face != (tokenizer_type == "HuggingFaceTokenizer"):
+        kind = "a Hugging Face tokenizer" if is_hugging_face else "a SentencePiece model"
+        raise ConfigError(
+            f"tokenizer-type: must be the kind of --tokenizer-model, got {tokenizer_type} for {encoder.path}, {kind}. "
+            "Drop the flag, or pass the other file."
+        )
+
+
+def describe_template(encoder: Encoder, options: PreprocessOptions) -> str | None:
+    """Return a sentence if Megatron-LM's tool would write other tokens around each text than this run does."""
+    if not isinstance(encoder, HuggingFaceEncoder) or options.leaves_out_template:
+        return None
+    added = encoder.tokenizer.encode("", add_special_tokens=True).ids
+    if not added or (options.prepend_bos and added == [encoder.bos_id]):
+        return None
+    tokens = " ".join(str(encoder.tokenizer.id_to_token(token_id)) for token_id in added)
+    remedy = "--prepend-bos writes it once per document" if added == [encoder.bos_id] else "add them to the texts"
+    return (
+        f"{encoder.path}: its template adds {tokens} to every text, which Megatron-LM's tool writes and this one does "
+        f"not. If you want it, {remedy}. If not, --tokenizer-hf-no-include-special-tokens says so, as in Megatron-LM."
+    )
 
 
 def describe_place(journal: Journal) -> str:
