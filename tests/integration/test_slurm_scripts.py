@@ -169,13 +169,18 @@ def test_only_progress_is_requeued(tmp_path: Path, behaviour: str, is_requeued: 
     assert phrase in cluster.output_path.read_text()
 
 
-def test_cancelling_saves_and_ends(tmp_path: Path) -> None:
-    """scancel --batch --signal TERM. Preemption too: there SLURM requeues the job itself."""
-    cluster = Cluster(tmp_path, TRAINS)
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM]])
+def test_cancelling_saves_and_ends(tmp_path: Path, numbers: list[signal.Signals]) -> None:
+    """scancel --batch --signal TERM, also after a warning. In a preemption SLURM requeues the job itself."""
+    behaviour = TRAINS.replace("'save 7; exit 0'", "'echo signal >>\"$folder/signals\"; sleep 0.5; save 7; exit 0'")
+    cluster = Cluster(tmp_path, behaviour)
     process = cluster.start(PRETRAIN)
     wait_for_nodes(cluster, process)
-    process.send_signal(signal.SIGTERM)
+    for number in numbers:
+        process.send_signal(number)
+        time.sleep(0.1)
     assert process.wait(60) == 143
+    assert (tmp_path / "node-1-attempt-0" / "signals").read_text() == "signal\n", "each node gets one signal"
     assert not cluster.is_requeued()
     assert (tmp_path / "my outputs" / "latest_checkpointed_iteration.txt").read_text() == "7\n"
 
