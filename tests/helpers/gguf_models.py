@@ -3,7 +3,7 @@
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -73,7 +73,8 @@ def make_toy_model() -> Path:
 class PlainTokenizer:
     """Stands for what transformers makes of a tokenizer that adds nothing to a text, where that takes long or fails."""
 
-    bos_token_id = eos_token_id = unk_token_id = chat_template = None
+    bos_token_id = eos_token_id = unk_token_id = pad_token_id = chat_template = None
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {}
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
         return {"input_ids": [9]}

@@ -9,6 +9,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,11 @@ def export_to_hugging_face(
             plan.dtype,
             lambda done, total: on_progress("tensors", done, total),
         )
-        checks = [*_describe_checks(plan, tokenizer), *_compare_models(options, partial_dir, config, on_progress)]
+        checks = [
+            *_describe_checks(plan, tokenizer),
+            *_compare_tokenizers(tokenizer, partial_dir, config),
+            *_compare_models(options, partial_dir, config, on_progress),
+        ]
         (partial_dir / "config.json").write_text(config)
     return ExportReport(
         save_dir=options.save_dir,
@@ -325,23 +330,42 @@ def _describe_checks(plan: _Plan, tokenizer: Any) -> list[CheckRow]:
     return [*rows, CheckRow("tokenizer", texts, True)]
 
 
-def _compare_models(
-    options: ExportOptions, partial_dir: Path, config: str, on_progress: Callable[[str, int, int], None]
-) -> Sequence[CheckRow]:
-    """Let Megatron and transformers compute the same; raises ConversionError with a sentence for every failed check.
+def _compare_tokenizers(tokenizer: Any, partial_dir: Path, config: str) -> Iterator[CheckRow]:
+    """Load the tokenizer as a user will, beside the model's config.json, which may change its class."""
+    if tokenizer is None or tokenizer.copied_from is None:
+        return
+    from megatron_hammer.tokenizer.export.check_loading import require_loaded_alike
 
-    The models are compared in a folder of links that has its own config.json, so that the partial folder never loads.
-    """
-    if options.verify == "tensors":
-        return [CheckRow("Megatron against transformers", "not compared: --verify tensors", None)]
-    on_progress("computing with both models", 0, 1)
+    with _link_complete(partial_dir, config) as linked_dir:
+        num_facts = require_loaded_alike(tokenizer.copied_from, linked_dir)
+    what = "class, special and added tokens, chat template, ids of texts"
+    result = f"{num_facts} facts equal the original's ({what})"
+    if num_facts is None:
+        result = "not compared: the original alone names no class of transformers"
+    yield CheckRow("tokenizer in transformers", result, None if num_facts is None else True)
+
+
+@contextmanager
+def _link_complete(partial_dir: Path, config: str) -> Iterator[Path]:
+    """A folder of links to `partial_dir` that has its own config.json, so that the partial folder never loads."""
     with tempfile.TemporaryDirectory(prefix="megatron_hammer_") as name:
         linked_dir = Path(name) / "model"
         linked_dir.mkdir()
         # Links: the weights are not copied.
         for path in partial_dir.iterdir():
-            (linked_dir / path.name).symlink_to(path)
+            (linked_dir / path.name).symlink_to(path.absolute())
         (linked_dir / "config.json").write_text(config)
+        yield linked_dir
+
+
+def _compare_models(
+    options: ExportOptions, partial_dir: Path, config: str, on_progress: Callable[[str, int, int], None]
+) -> Sequence[CheckRow]:
+    """Let Megatron and transformers compute the same; raises ConversionError with a sentence for every failed check."""
+    if options.verify == "tensors":
+        return [CheckRow("Megatron against transformers", "not compared: --verify tensors", None)]
+    on_progress("computing with both models", 0, 1)
+    with _link_complete(partial_dir, config) as linked_dir:
         rows = verify_model(
             options.load_dir,
             linked_dir,

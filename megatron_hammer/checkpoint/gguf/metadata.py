@@ -54,6 +54,7 @@ def _describe_tokenizer(writer: GGUFWriter, vocabulary: GgufVocabulary) -> None:
         (writer.add_bos_token_id, vocabulary.bos_id),
         (writer.add_eos_token_id, vocabulary.eos_id),
         (writer.add_unk_token_id, vocabulary.unknown_id),
+        (writer.add_pad_token_id, vocabulary.padding_id),
     )
     for add, token_id in ids:
         if token_id is not None:

@@ -53,6 +53,7 @@ class GgufVocabulary:
     bos_id: int | None
     eos_id: int | None
     unknown_id: int | None
+    padding_id: int | None
     adds_bos: bool
     adds_eos: bool
     adds_space_prefix: bool | None
@@ -72,15 +73,13 @@ def read_vocabulary(folder: Path, *, vocab_size: int, config: Mapping[str, Any])
             f"{folder}: must hold tokenizer.model or tokenizer.json, got neither. Pass --tokenizer-model, "
             "or export the model with its tokenizer."
         )
-    encoder = load_encoder(folder / ("tokenizer.model" if is_sentencepiece else "tokenizer.json"))
-    added = _read_added_tokens(folder / "tokenizer.json")
-    if is_sentencepiece:
-        entries, facts = _read_sentencepiece(encoder.path)
-    else:
-        entries, facts = _read_byte_level(encoder.path)
-    entries = _complete(entries, added, vocab_size=vocab_size, where=encoder.path)
+    path = folder / ("tokenizer.model" if is_sentencepiece else "tokenizer.json")
+    # Without tokenizer.json, the files beside tokenizer.model may add tokens; the folder is the tokenizer then.
+    encoder = load_encoder(path if (folder / "tokenizer.json").is_file() else folder)
     # bos, eos and the chat template are read as users get them from transformers, with the defaults of its class.
     tokenizer = load_with_transformers(folder)
+    entries, facts = _read_sentencepiece(path) if is_sentencepiece else _read_byte_level(path)
+    entries = _complete(entries, _list_added_tokens(tokenizer), vocab_size=vocab_size, where=path)
     adds_bos, adds_eos = _find_added_ends(tokenizer)
     return GgufVocabulary(
         encoder=encoder,
@@ -90,6 +89,7 @@ def read_vocabulary(folder: Path, *, vocab_size: int, config: Mapping[str, Any])
         bos_id=_first_id(tokenizer.bos_token_id, config.get("bos_token_id"), encoder.bos_id),
         eos_id=_first_id(config.get("eos_token_id"), tokenizer.eos_token_id, encoder.eod_id),
         unknown_id=_first_id(tokenizer.unk_token_id),
+        padding_id=_first_id(tokenizer.pad_token_id),
         adds_bos=adds_bos,
         adds_eos=adds_eos,
         # sentencepiece never reads a control symbol in a text; a tokenizer.json does, unless split_special_tokens.
@@ -192,13 +192,11 @@ def _name_splitting_rule(pre_tokenizer: Mapping[str, Any], path: Path) -> str:
     return SPLITTING_RULES[patterns[0]]
 
 
-def _read_added_tokens(path: Path) -> dict[int, Piece]:
-    if not path.is_file():
-        return {}
-    added = json.loads(path.read_bytes()).get("added_tokens") or []
+def _list_added_tokens(tokenizer: Any) -> dict[int, Piece]:
+    """The tokens that transformers finds in a text before it encodes the rest, from whichever file they come."""
     return {
-        token["id"]: Piece(token["content"], 0.0, PieceType.CONTROL if token.get("special") else PieceType.USER_DEFINED)
-        for token in added
+        token_id: Piece(token.content, 0.0, PieceType.CONTROL if token.special else PieceType.USER_DEFINED)
+        for token_id, token in tokenizer.added_tokens_decoder.items()
     }
 
 

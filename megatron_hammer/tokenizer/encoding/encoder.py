@@ -14,7 +14,7 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
-from megatron_hammer.errors import DataError
+from megatron_hammer.errors import ConversionError, DataError
 from megatron_hammer.files.read import read_bytes
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import SENTENCEPIECE_LOGS_ERRORS_ONLY
 from megatron_hammer.tokenizer.encoding.special_tokens import (
@@ -22,8 +22,10 @@ from megatron_hammer.tokenizer.encoding.special_tokens import (
     SPECIAL_TOKENS,
     SpecialTokens,
     find_special_tokens,
+    list_named_tokens,
     read_config,
 )
+from megatron_hammer.tokenizer.encoding.transformers_tokenizer import load_with_transformers
 
 RUST_PANIC = "PanicException"  # of pyo3; it is no Exception, and no module offers it
 
@@ -87,6 +89,10 @@ class SentencePieceEncoder(Encoder):
         for key in SPECIAL_TOKENS:
             self.special_tokens.ids[key] = ids[key] if ids[key] >= 0 else None
 
+    def list_pieces(self) -> dict[str, int]:
+        """Every piece and its id."""
+        return {self._processor.id_to_piece(number): number for number in range(self.vocab_size)}
+
     def encode(self, text: str) -> np.ndarray:
         ids: np.ndarray = self._processor.encode_as_numpy(text)  # int32
         return ids
@@ -103,8 +109,9 @@ class HuggingFaceEncoder(Encoder):
     """
 
     def __init__(self, path: Path, content: bytes | None = None):
-        """content: read in place of the file."""
+        """content: read in place of the file; `path` may be a folder then."""
         json_bytes = read_bytes(path) if content is None else content
+        self._content = content
         try:
             self.tokenizer = tokenizers.Tokenizer.from_buffer(json_bytes)
         except Exception as error:  # the tokenizers library raises bare Exception for any malformed file
@@ -113,7 +120,7 @@ class HuggingFaceEncoder(Encoder):
                 "Pass the tokenizer.json written by save_pretrained of a fast tokenizer."
             ) from error
         self.path = path
-        config = read_config(path.with_name(CONFIG_NAME))
+        config = read_config((path if path.is_dir() else path.parent) / CONFIG_NAME)
         self.splits_special_tokens = bool(config.get("split_special_tokens"))
         self.tokenizer.encode_special_tokens = self.splits_special_tokens
         # the setting changes ids, so it is a part of what manifests record
@@ -124,7 +131,13 @@ class HuggingFaceEncoder(Encoder):
         self.tokenizer.no_padding()
         # Not the number of entries: ids may have gaps, and embeddings have a row for every id up to the largest.
         self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.special_tokens = find_special_tokens(path, self.tokenizer.token_to_id)
+        self.special_tokens = (
+            SpecialTokens(path) if path.is_dir() else find_special_tokens(path, self.tokenizer.token_to_id)
+        )
+
+    def read_definition(self) -> bytes:
+        """The tokenizer.json that this was made from."""
+        return self.path.read_bytes() if self._content is None else self._content
 
     def encode(self, text: str) -> np.ndarray:
         # Without the ids that a post-processor would add: preprocessing adds bos and eod itself.
@@ -187,12 +200,42 @@ def load_encoder(path: str | Path) -> Encoder:
     """
     path = Path(path)
     if path.is_dir():
-        path = _find_in_folder(path)
+        folder, path = path, _find_in_folder(path)
+        if path.suffix != ".json":
+            return _load_sentencepiece_folder(folder, path)
     if not path.exists():
         raise DataError(
             f"{path}: tokenizer does not exist. Pass a SentencePiece .model, a tokenizer.json, or its folder."
         )
     return HuggingFaceEncoder(path) if path.suffix == ".json" else SentencePieceEncoder(path)
+
+
+def _load_sentencepiece_folder(folder: Path, model_path: Path) -> Encoder:
+    """A folder without tokenizer.json. Files beside tokenizer.model may name its tokens otherwise, and add others."""
+    encoder = SentencePieceEncoder(model_path)
+    if list_named_tokens(folder) <= encoder.list_pieces().keys():
+        named = find_special_tokens(model_path, encoder.list_pieces().get)
+        encoder.special_tokens.ids |= named.ids
+        return encoder
+    return load_through_transformers(folder)
+
+
+def load_through_transformers(folder: Path) -> HuggingFaceEncoder:
+    """The tokenizer that transformers makes of a folder without tokenizer.json, by rules of its own for each class.
+
+    Raises DataError if transformers cannot load it, or has no tokenizer of the `tokenizers` library for it.
+    """
+    try:
+        tokenizer = load_with_transformers(folder)
+        definition = tokenizer.backend_tokenizer.to_str().encode()
+    except (ConversionError, AttributeError) as error:
+        raise DataError(
+            f"{folder}: the files beside tokenizer.model must be known to transformers, got {error}. "
+            "Pass tokenizer.model itself to leave them out."
+        ) from error
+    encoder = HuggingFaceEncoder(folder, definition)
+    encoder.special_tokens.ids |= {"bos_token": tokenizer.bos_token_id, "eos_token": tokenizer.eos_token_id}
+    return encoder
 
 
 def require_eod_id(encoder: Encoder) -> int:

@@ -211,7 +211,7 @@ def _choose_for_sentencepiece(
 
 def _choose_for_hugging_face(reference: HuggingFaceEncoder) -> EncoderChoice:
     """As above; the check is made with a small part of the vocabulary, because building the whole takes a second."""
-    content = orjson.loads(reference.path.read_bytes())
+    content = orjson.loads(reference.read_definition())
     if reasons := list_conditions_not_met(content, reference.tokenizer):
         raise ConversionError(f"is not one that the fast encoder is known to encode alike ({'; '.join(reasons)})")
     splits = reference.splits_special_tokens

@@ -17,6 +17,7 @@ SpecialToken = Literal["bos_token", "eos_token"]
 SPECIAL_TOKENS: tuple[SpecialToken, ...] = ("bos_token", "eos_token")
 CONFIG_NAME = "tokenizer_config.json"
 OLD_MAP_NAME = "special_tokens_map.json"
+ADDED_TOKENS_NAME = "added_tokens.json"
 
 
 @dataclass(slots=True)
@@ -78,6 +79,30 @@ def find_special_tokens(path: Path, find_id: Callable[[str], int | None]) -> Spe
         elif not config and not path.with_name("config.json").is_file():
             found.ids[key] = None  # nothing names a class that could have a default
     return found
+
+
+def list_named_tokens(folder: Path) -> set[str]:
+    """The texts of all tokens that the files beside a tokenizer file name: special ones and added ones."""
+    config, old_map = read_config(folder / CONFIG_NAME), read_config(folder / OLD_MAP_NAME)
+    named = set(read_config(folder / ADDED_TOKENS_NAME))
+    for token in (config.get("added_tokens_decoder") or {}).values():
+        named |= _list_texts(token)
+    for source in (config, old_map):
+        for key, value in source.items():
+            if key.endswith("_token") or key in ("additional_special_tokens", "extra_special_tokens"):
+                named |= _list_texts(value)
+    return named
+
+
+def _list_texts(value: Any) -> set[str]:
+    """The texts in a token, a list of them, or a dictionary of them."""
+    if isinstance(value, str):
+        return {value}
+    if isinstance(value, list):
+        return {text for item in value for text in _list_texts(item)}
+    if isinstance(value, dict):
+        return _list_texts(value["content"]) if "content" in value else _list_texts([*value.values()])
+    return set()
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -1,10 +1,10 @@
 """Tokenizer files of a Hugging Face folder that encode exactly as the tokenizer that the model was trained with.
 
 A SentencePiece BPE model becomes `tokenizer.model` (copied) and `tokenizer.json` (encoding/hugging_face_tokenizer.py).
-Files of a Hugging Face tokenizer are copied. Nothing is written before both encode the same texts alike.
-`export_tokenizer` fills the folder of an exported model. `export_tokenizer_folder` makes a folder of its own and,
-before the folder gets its name, compares what transformers loads from it with the original on a whole corpus
-(check_export.py).
+Files of a Hugging Face tokenizer are copied, also of a folder that has a tokenizer.model but no tokenizer.json. Nothing
+is written before both encode the same texts alike. `export_tokenizer` fills the folder of an exported model.
+`export_tokenizer_folder` makes a folder of its own. Before the folder gets its name, what transformers loads from it is
+compared with the original: on a whole corpus (check_export.py), and in all that other files say (check_loading.py).
 """
 
 import json
@@ -19,7 +19,12 @@ import numpy as np
 from megatron_hammer.corpus.readers import Document
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.files.publish import publish_directory
-from megatron_hammer.tokenizer.encoding.encoder import Encoder, SentencePieceEncoder, load_encoder
+from megatron_hammer.tokenizer.encoding.encoder import (
+    Encoder,
+    SentencePieceEncoder,
+    load_encoder,
+    load_through_transformers,
+)
 from megatron_hammer.tokenizer.encoding.hugging_face_tokenizer import (
     SAMPLE_TEXTS,
     build_fast_tokenizer,
@@ -28,12 +33,15 @@ from megatron_hammer.tokenizer.encoding.hugging_face_tokenizer import (
     list_piece_texts,
 )
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import SentencePieceModel, read_sentencepiece_model
+from megatron_hammer.tokenizer.encoding.special_tokens import CONFIG_NAME, read_config
 from megatron_hammer.tokenizer.export.check_export import CheckedTexts, verify_with_transformers
+from megatron_hammer.tokenizer.export.check_loading import require_loaded_alike
 
 HF_TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
@@ -41,10 +49,19 @@ HF_TOKENIZER_FILES = (
 )
 
 
+CHAT_TEMPLATES_DIR = "additional_chat_templates"
+MODEL_CONFIG_NAME = "config.json"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportedTokenizer:
-    """What was written, and on how many texts both tokenizers agreed."""
+    """What was written, and on how many texts both tokenizers agreed.
 
+    copied_from: the folder whose files were copied; None where they were made from a SentencePiece model, or are those
+    of a single file.
+    """
+
+    copied_from: Path | None
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
@@ -81,10 +98,13 @@ def export_tokenizer_folder(
             raise ConversionError(
                 *(problem.replace("Pass --no-tokenizer and encode", "Encode") for problem in error.problems)
             ) from error
+        if tokenizer.copied_from is not None:
+            _name_class(source, partial_dir)
+            require_loaded_alike(source, partial_dir)
         if chat_template is not None:
             # A file of its own: transformers prefers it to the field of tokenizer_config.json.
             (partial_dir / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-        encoder = load_encoder(source)
+        encoder = _load_as_exported(source)
         samples = verify_with_transformers(encoder, partial_dir, list_samples(encoder))
         corpus = verify_with_transformers(encoder, partial_dir, documents, on_document)
     return ExportedFolder(tokenizer=tokenizer, samples=samples, corpus=corpus)
@@ -104,13 +124,18 @@ def export_tokenizer(source: Path, target_dir: Path, *, max_length: int | None) 
     max_length: the model's positions, or None to set no limit; a copied Hugging Face tokenizer keeps its own.
     Raises ConversionError if no exact Hugging Face tokenizer can be made, DataError if `source` is not a tokenizer.
     """
-    encoder = load_encoder(source)
+    encoder = _load_as_exported(source)
+    is_copied = not isinstance(encoder, SentencePieceEncoder)
     if isinstance(encoder, SentencePieceEncoder):
         num_checked_texts = _export_sentencepiece(encoder, target_dir, max_length)
     else:
-        num_checked_texts = _copy_hugging_face(encoder, target_dir)
+        num_checked_texts = _copy_hugging_face(encoder, source, target_dir)
     return ExportedTokenizer(
-        vocab_size=encoder.vocab_size, bos_id=encoder.bos_id, eos_id=encoder.eod_id, num_checked_texts=num_checked_texts
+        copied_from=source if is_copied and source.is_dir() else None,
+        vocab_size=encoder.vocab_size,
+        bos_id=encoder.bos_id,
+        eos_id=encoder.eod_id,
+        num_checked_texts=num_checked_texts,
     )
 
 
@@ -127,17 +152,38 @@ def _export_sentencepiece(encoder: SentencePieceEncoder, target_dir: Path, max_l
     return len(texts)
 
 
-def _copy_hugging_face(encoder: Encoder, target_dir: Path) -> int:
+def _load_as_exported(source: Path) -> Encoder:
+    """The encoder of what is written: of a folder that transformers saved, what transformers makes of its files."""
+    encoder = load_encoder(source)
+    # Its files say more than tokenizer.model does, such as a chat template and what is put around a text.
+    is_saved_by_transformers = source.is_dir() and (source / CONFIG_NAME).is_file()
+    if isinstance(encoder, SentencePieceEncoder) and is_saved_by_transformers:
+        return load_through_transformers(source)
+    return encoder
+
+
+def _copy_hugging_face(encoder: Encoder, source: Path, target_dir: Path) -> int:
+    folder = source if source.is_dir() else source.parent
     # By name and not all files: the folder may hold weights, and code.
     for name in HF_TOKENIZER_FILES:
-        if (file := encoder.path.with_name(name)).is_file():
+        if (file := folder / name).is_file():
             shutil.copyfile(file, target_dir / name)
+    if (folder / CHAT_TEMPLATES_DIR).is_dir():
+        shutil.copytree(folder / CHAT_TEMPLATES_DIR, target_dir / CHAT_TEMPLATES_DIR)
     # Encoded again from the copy: tokenizer_config.json beside it changes what tokenizer.json does.
-    copied = load_encoder(target_dir / encoder.path.name)
+    copied = _load_as_exported(target_dir if source.is_dir() else target_dir / source.name)
     for text in SAMPLE_TEXTS:
         if not np.array_equal(copied.encode(text), encoder.encode(text)):
             raise differs(text, encoder.encode(text).tolist(), copied.encode(text).tolist())
     return len(SAMPLE_TEXTS)
+
+
+def _name_class(source: Path, target_dir: Path) -> None:
+    """Where config.json names the class of the tokenizer, a folder without the model needs those two fields of it."""
+    config = read_config(source / MODEL_CONFIG_NAME)
+    fields = {key: config[key] for key in ("model_type", "tokenizer_class") if key in config}
+    if fields:
+        (target_dir / MODEL_CONFIG_NAME).write_text(json.dumps(fields, indent=2) + "\n")
 
 
 def _tokenizer_config(model: SentencePieceModel, encoder: Encoder, max_length: int | None) -> dict[str, Any]:

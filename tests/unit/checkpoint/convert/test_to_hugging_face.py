@@ -24,10 +24,13 @@ from megatron_hammer.checkpoint.hugging_face.tensor_layouts import GATE_UP, spli
 from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow
 from megatron_hammer.checkpoint_files.safetensors import shard_writer as safetensors_stream
 from megatron_hammer.errors import CheckpointError, ConversionError, OutputError
+from megatron_hammer.tokenizer.encoding.encoder import load_encoder
+from megatron_hammer.tokenizer.export import export_tokenizer
 from tests.helpers.messages import assert_problems
+from tests.helpers.sentencepiece_models import MODEL_OPTIONS, train_model
 from tests.helpers.toy_checkpoint import toy_llama_tensors, write_toy_checkpoint
 from tests.helpers.toy_model import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments
-from tests.helpers.toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
+from tests.helpers.toy_tokenizer import LLAMA_ADDED_TOKENS, TOY_VOCAB_SIZE, train_toy_tokenizer, write_llama_folder
 
 
 def export_options(**changes) -> ExportOptions:
@@ -410,6 +413,45 @@ def test_the_tokenizer_that_the_checkpoint_names_comes_along(tmp_path, tokenizer
     assert len(tokenizer) == TOY_VOCAB_SIZE == model.config.vocab_size
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 2
     assert "AutoTokenizer" in (options.save_dir / "README.md").read_text()
+
+
+def write_llama_checkpoint(tmp_path) -> tuple[Path, ExportOptions]:
+    model_path = train_model(tmp_path / "tokenizer.model", **MODEL_OPTIONS["dummy prefix"])
+    num_pieces = load_encoder(model_path).vocab_size
+    folder = write_llama_folder(tmp_path / "llama", model_path, num_pieces)
+    vocab_size = num_pieces + len(LLAMA_ADDED_TOKENS)
+    return folder, write_with_vocabulary(tmp_path / "checkpoint", vocab_size, tokenizer_model=str(folder))
+
+
+def test_a_tokenizer_folder_without_tokenizer_json_comes_along_whole(tmp_path):
+    folder, options = write_llama_checkpoint(tmp_path)
+    report = export_to_hugging_face(options)
+    row = next(row for row in report.checks if row.check == "tokenizer in transformers")
+    assert "facts equal the original's" in row.result
+    assert row.is_passed
+    source, exported = (transformers.AutoTokenizer.from_pretrained(path) for path in (folder, options.save_dir))
+    assert exported("the fox<|im_end|>")["input_ids"] == source("the fox<|im_end|>")["input_ids"]
+    assert (exported.pad_token, exported.chat_template) == (source.pad_token, source.chat_template)
+
+
+@pytest.mark.parametrize(
+    "lost, fact",
+    [("add_bos_token", "ids of texts"), ("chat_template", "chat template"), ("model_max_length", "model_max_length")],
+)
+def test_twin_a_tokenizer_that_loses_something_is_refused(tmp_path, monkeypatch, lost, fact):
+    _, options = write_llama_checkpoint(tmp_path)
+    complete = export_tokenizer.export_tokenizer
+
+    def export_incompletely(source, target_dir, **settings):
+        exported = complete(source, target_dir, **settings)
+        path = target_dir / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {lost: None}))
+        return exported
+
+    monkeypatch.setattr(export_tokenizer, "export_tokenizer", export_incompletely)
+    with pytest.raises(ConversionError, match=f"{fact} must be that of "):
+        export_to_hugging_face(options)
+    assert_nothing_was_left(options)
 
 
 def test_a_tokenizer_that_moved_must_be_named_or_left_out(tmp_path, tokenizer_path):

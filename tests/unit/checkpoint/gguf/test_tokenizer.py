@@ -4,6 +4,7 @@ import json
 
 import pytest
 import tokenizers
+import transformers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatron_hammer.checkpoint.gguf import tokenizer as gguf_tokenizer
@@ -14,7 +15,13 @@ from megatron_hammer.tokenizer.export.export_tokenizer import export_tokenizer
 from tests.helpers.gguf_models import VOCAB_SIZE, PlainTokenizer, make_toy_model
 from tests.helpers.messages import raises_problem
 from tests.helpers.sentencepiece_models import MODEL_OPTIONS, train_model
-from tests.helpers.toy_tokenizer import TOY_TEXTS, TOY_VOCAB_SIZE
+from tests.helpers.toy_tokenizer import (
+    LLAMA_ADDED_TOKENS,
+    LLAMA_CHAT_TEMPLATE,
+    TOY_TEXTS,
+    TOY_VOCAB_SIZE,
+    write_llama_folder,
+)
 
 CONFIG = {"eos_token_id": [2, 7], "bos_token_id": None}
 
@@ -37,6 +44,22 @@ def test_a_sentencepiece_model_keeps_its_pieces_scores_and_types(folder):
     assert (vocabulary.bos_id, vocabulary.eos_id, vocabulary.unknown_id) == (1, 2, 0)
     assert (vocabulary.adds_bos, vocabulary.adds_eos, vocabulary.adds_space_prefix) == (False, False, False)
     assert not vocabulary.reads_control_tokens
+
+
+def test_a_folder_without_tokenizer_json_keeps_what_lies_beside_the_model(tmp_path):
+    model_path = train_model(tmp_path / "tokenizer.model", **MODEL_OPTIONS["dummy prefix"])
+    num_pieces = len(read_sentencepiece_model(model_path).pieces)
+    folder = write_llama_folder(tmp_path / "llama", model_path, num_pieces)
+    vocabulary = read_vocabulary(folder, vocab_size=num_pieces + 7, config={})
+    assert vocabulary.tokens[num_pieces:] == (*LLAMA_ADDED_TOKENS, *(f"[PAD{num_pieces + n}]" for n in (4, 5, 6)))
+    kinds = [PieceType.CONTROL, PieceType.USER_DEFINED, PieceType.CONTROL, PieceType.USER_DEFINED]
+    assert list(vocabulary.types[num_pieces : num_pieces + 4]) == kinds
+    assert (vocabulary.bos_id, vocabulary.eos_id, vocabulary.padding_id) == (1, num_pieces + 2, num_pieces)
+    assert (vocabulary.adds_bos, vocabulary.adds_eos, vocabulary.adds_space_prefix) == (True, False, True)
+    assert vocabulary.chat_template == LLAMA_CHAT_TEMPLATE
+    oracle = transformers.AutoTokenizer.from_pretrained(folder)
+    text = "the<|im_end|> fox <tool>x"
+    assert vocabulary.encoder.encode(text).tolist() == oracle(text, add_special_tokens=False)["input_ids"]
 
 
 def test_symbols_are_written_with_plain_spaces(tmp_path, monkeypatch):
