@@ -70,6 +70,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "all layers recomputed": _row(4, *_FULL),
     "all layers recomputed, micro-batch 16": _row(16, *_FULL),
     "32 query groups": _row(4, "--num-query-groups", "32"),
+    "without our Triton kernels": _row(4, "--no-triton-kernels"),
     "SwiGLU not fused": _row(4, "--no-bias-swiglu-fusion"),
     "loss in chunks": _row(8, "--cross-entropy", "chunked"),
     "fp32": _row(2, "--precision", "fp32"),
@@ -252,6 +253,7 @@ def prepare(flags: Sequence[str]) -> tuple[Any, Any, Any]:
     """Arguments, plan and Megatron's configuration of rank 0 on a pretended H100, with groups that send nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    os.environ["TRITON_INTERPRET"] = "0"  # else pretended_gpus has kernels interpreted, and none shall run
     from tests.helpers.pretended_gpus import GPUS, pretend_gpus
 
     distributed: Any = torch.distributed

@@ -213,10 +213,10 @@ def compile_kernels() -> dict[str, dict[str, int]]:
     gradients = {"gradient": "*bf16", "residual_gradient": "*bf16", "source_gradient": "*bf16", "weight_sums": "*fp32"}
     width = {"width": 2048, "block": 2048}
     kernels: list[tuple[Any, dict[str, Any], dict[str, Any]]] = [
-        (rope._turn_tensor, of_one, heads | {"num_heads": 32, "is_backward": False}),
-        (rope._turn_qkv, of_three, heads | {"num_groups": 4, "heads_per_group": 8, "is_backward": True}),
-        (rms_norm._normalize, rows | {"output": "*bf16", "eps": "fp32"}, width),
-        (rms_norm._normalize_backward, rows | gradients | {"num_rows": "i32"}, width),
+        (rope._rope_tensor, of_one, heads | {"num_heads": 32, "is_backward": False}),
+        (rope._rope_qkv, of_three, heads | {"num_groups": 4, "heads_per_group": 8, "is_backward": True}),
+        (rms_norm._rms_norm_forward, rows | {"output": "*bf16", "eps": "fp32"}, width),
+        (rms_norm._rms_norm_backward, rows | gradients | {"num_rows": "i32"}, width),
     ]
     return {
         str(capability): {

@@ -65,5 +65,5 @@ def test_a_wrong_split_is_refused() -> None:
 def test_every_kernel_compiles_for_the_gpu(capability: str) -> None:
     """To machine code by Triton's own ptxas, which needs no GPU."""
     sizes = run("compile")[capability]
-    assert sorted(sizes) == ["_normalize", "_normalize_backward", "_turn_qkv", "_turn_tensor"]
+    assert sorted(sizes) == ["_rms_norm_backward", "_rms_norm_forward", "_rope_qkv", "_rope_tensor"]
     assert all(size > 1000 for size in sizes.values())

@@ -17,7 +17,7 @@ NUM_WEIGHT_SUMS = 528
 
 
 @triton.jit
-def _normalize(source, weight, output, inverse_rms, width: tl.constexpr, eps, block: tl.constexpr):
+def _rms_norm_forward(source, weight, output, inverse_rms, width: tl.constexpr, eps, block: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, block)
     mask = column < width
@@ -29,7 +29,7 @@ def _normalize(source, weight, output, inverse_rms, width: tl.constexpr, eps, bl
 
 
 @triton.jit
-def _normalize_backward(
+def _rms_norm_backward(
     source,
     weight,
     inverse_rms,
@@ -69,7 +69,7 @@ class _NormWithResidual(torch.autograd.Function):
         width = source.shape[-1]
         output = torch.empty_like(source)
         inverse_rms = source.new_empty(source.numel() // width, dtype=torch.float32)
-        _normalize[(len(inverse_rms),)](
+        _rms_norm_forward[(len(inverse_rms),)](
             source, weight, output, inverse_rms, width, eps, triton.next_power_of_2(width), num_warps=_warps(width)
         )
         ctx.save_for_backward(source, weight, inverse_rms)
@@ -84,7 +84,7 @@ class _NormWithResidual(torch.autograd.Function):
         source_gradient = torch.empty_like(source)
         num_programs = min(num_rows, NUM_WEIGHT_SUMS)
         weight_sums = source.new_empty(num_programs, width, dtype=torch.float32)
-        _normalize_backward[(num_programs,)](
+        _rms_norm_backward[(num_programs,)](
             source,
             weight,
             inverse_rms,

@@ -60,7 +60,7 @@ def _copy(source, target, is_head, width: tl.constexpr):
 
 
 @triton.jit
-def _turn_tensor(
+def _rope_tensor(
     source,
     target,
     frequencies,
@@ -91,7 +91,7 @@ def _turn_tensor(
 
 
 @triton.jit
-def _turn_qkv(
+def _rope_qkv(
     mixed,
     query,
     key,
@@ -189,7 +189,7 @@ def _launch_tensor(tensor: Tensor, frequencies: Tensor, is_interleaved: bool, *,
     sequence, batch, heads, head_dim = tensor.shape
     frequencies = _with_dense_rows(frequencies)
     output = tensor.new_empty(tensor.shape)
-    _turn_tensor[(sequence * batch,)](
+    _rope_tensor[(sequence * batch,)](
         tensor,
         output,
         frequencies,
@@ -217,7 +217,7 @@ def _launch_qkv(
     query, key, _ = parts
     sequence, batch, heads, head_dim = query.shape
     angles = [_with_dense_rows(tensor) for tensor in frequencies]
-    _turn_qkv[(sequence * batch,)](
+    _rope_qkv[(sequence * batch,)](
         mixed,
         *parts,
         *angles,
