@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_hammer.corpus.file_search import FileSearch, Found, describe_unreachable, identify_file, shorten
 from megatron_hammer.errors import DataError
-from megatron_hammer.files.publish import partial_path
+from megatron_hammer.files.publish import partial_pattern
 
 TEXT_SUFFIXES = (".jsonl", ".json", ".txt")
 COMPRESSION_SUFFIXES = ("", ".gz", ".zst")
@@ -85,7 +85,7 @@ def match_outputs(folder: Path, names: str) -> Callable[[Path], bool]:
 
 def match_partials(*outputs: Path | None) -> Callable[[Path], bool]:
     """Return the test for what a killed run that writes these files leaves behind; the files themselves are no part."""
-    tests = [match_outputs(path.parent, re.escape(partial_path(path).name)) for path in outputs if path is not None]
+    tests = [match_outputs(path.parent, partial_pattern(path)) for path in outputs if path is not None]
     return lambda path: any(test(path) for test in tests)
 
 

@@ -1,62 +1,80 @@
 """Files and folders that get their final name only when they are complete.
 
-Everything is written as `<name>.partial` and renamed at the end, so an incomplete output is never mistaken for a
-complete one. An error leaves nothing behind; a kill leaves only `.partial` names. A file is synced to the disk before
-it is renamed. Not here: outputs of several parts that a later run continues (data/indexed/pair_writer.py); they take
-the `.partial` name and the error from this module.
+Everything is written under a name that nobody else has, `<name>.<random>.partial`, and renamed at the end, so an
+incomplete output is never mistaken for a complete one. An error leaves nothing behind. After a kill, the next run that
+writes the same output removes what was left: only names of this form whose writer is gone, which a lock tells. A file
+is synced to the disk before it is renamed. Not here: outputs of several parts that a later run continues
+(data/indexed/pair_writer.py), which are found by their name, `partial_path`, and take the error from this module.
 """
 
 import errno
+import fcntl
 import os
+import re
+import secrets
 import shutil
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from megatron_hammer.errors import OutputError
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)  # EDQUOT: the quota of the user is used up
+_RANDOM_BYTES = 8
+_LOCK_PATIENCE_S = 5.0  # for the lock of a folder, which is held for moments only
 
 
 def partial_path(path: str | Path) -> Path:
-    """Return the name that `path` has until it is complete."""
+    """Return the name that an output of several parts has until it is complete."""
     return Path(f"{path}.partial")
+
+
+def partial_pattern(path: Path) -> str:
+    """Return a regular expression for the names that a killed run can have left in the place of this output."""
+    return rf"{re.escape(path.name)}(\.[0-9a-f]{{{2 * _RANDOM_BYTES}}})?\.partial"
 
 
 def cannot_write(path: Path, error: OSError) -> OutputError:
     """Say why a file could not be written, as on a full disk."""
     reason = error.strerror or str(error)
-    if error.filename and Path(error.filename) not in (path, partial_path(path), *path.parents):
+    is_own = error.filename and re.fullmatch(partial_pattern(path), Path(os.fsdecode(error.filename)).name)
+    if error.filename and not is_own and Path(os.fsdecode(error.filename)) not in (path, *path.parents):
         reason += f": {error.filename}"  # a file that is read while this one is written
     return OutputError(f"{path}: file cannot be written ({reason}). Free space, or choose another place.")
 
 
 @contextmanager
 def publish_path(path: Path) -> Iterator[Path]:
-    """Yield `<path>.partial` to a writer that opens the file itself; the file gets its name when the block ends.
+    """Yield the partial name, a new empty file, to a writer that opens it itself; it gets its name when the block ends.
 
     Folders on the way are made, and an older file is replaced. If the block raises, the partial file is removed.
-    Raises OutputError for an OSError in the block or in the renaming.
+    Raises OutputError for an OSError in the block or in the renaming, and if nothing was written.
     """
-    partial = partial_path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with _publish(path) as partial:
         yield partial
-        _bring_to_disk(partial)
-        partial.replace(path)
-    except OSError as error:
-        raise cannot_write(path, error) from error
-    finally:
-        # After the renaming there is no file of this name, and nothing is removed.
-        _remove(partial)
+        if not partial.stat().st_size:
+            raise FileNotFoundError(errno.ENODATA, "nothing was written", str(partial))
 
 
 @contextmanager
 def publish_file(path: Path) -> Iterator[BinaryIO]:
-    """Open `<path>.partial` for writing; see `publish_path`."""
-    with publish_path(path) as partial, open(partial, "wb") as file:
+    """Open a file of the partial name for writing; see `publish_path`."""
+    with _publish(path) as partial, open(partial, "wb") as file:
         yield file
+
+
+@contextmanager
+def _publish(path: Path) -> Iterator[Path]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _claim(path, is_folder=False) as partial:
+            yield partial
+            _bring_to_disk(partial)
+            partial.replace(path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def publish_files(contents: Mapping[Path, str | bytes]) -> None:
@@ -64,65 +82,149 @@ def publish_files(contents: Mapping[Path, str | bytes]) -> None:
 
     Folders on the way are made, and older files are replaced. Raises OutputError if one cannot be written.
     """
-    partials = {path: partial_path(path) for path in contents}
-    try:
-        for path, content in contents.items():
-            _write_whole(path, content.encode() if isinstance(content, str) else content)
-        # A second loop: an error while writing one file must leave all older files as they were.
+    with ExitStack() as stack:
+        partials = {
+            path: _write_whole(path, content.encode() if isinstance(content, str) else content, stack)
+            for path, content in contents.items()
+        }
+        # Afterwards, because an error while writing one file must leave all older files as they were.
         for path, partial in partials.items():
             partial.replace(path)
-    finally:
-        for partial in partials.values():
-            _remove(partial)
 
 
 @contextmanager
 def publish_directory(save_dir: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield `<save_dir>.partial`, empty; the folder gets its name when the block ends.
+    """Yield a new empty folder beside `save_dir`, which gets its name when the block ends.
 
     overwrite: what `save_dir` holds is replaced at that moment. If the block raises, the partial folder is removed.
-    Raises OutputError if `save_dir` holds anything and `overwrite` is not set, if the folder cannot be made, or if the
-    disk is full. Other OSErrors pass: the block also reads, and a failure to read is not one to write.
+    Raises OutputError if `save_dir` holds anything and `overwrite` is not set, if another process is writing it, if the
+    folder cannot be made, or if the disk is full. Other OSErrors pass: the block also reads, and a failure to read is
+    not one to write.
     """
-    if not overwrite and save_dir.exists() and (not save_dir.is_dir() or any(save_dir.iterdir())):
+    if not overwrite:
+        _require_free(save_dir)
+    target = save_dir.absolute()
+    with ExitStack() as stack:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial_dir = stack.enter_context(_claim(target, is_folder=True))
+        except OSError as error:
+            raise OutputError(
+                f"{partial_path(target)}: directory cannot be made ({error.strerror}). Choose another --save."
+            ) from error
+        try:
+            yield partial_dir
+            if overwrite:
+                _replace_folder(partial_dir, save_dir)
+            else:
+                _require_free(save_dir)  # again: where locks do not work, another process may have been quicker
+                partial_dir.replace(save_dir)
+        except OSError as error:
+            # The block may also read, for example a damaged input. "Free space" would be the wrong remedy for that.
+            if error.errno not in _FULL_DISK:
+                raise
+            raise OutputError(
+                f"{partial_dir}: directory cannot be written ({error.strerror}). Free space, or choose another --save."
+            ) from error
+
+
+def _require_free(save_dir: Path) -> None:
+    if save_dir.exists() and (not save_dir.is_dir() or any(save_dir.iterdir())):
         found = f"{len(list(save_dir.iterdir()))} entries" if save_dir.is_dir() else "a file"
         raise OutputError(f"{save_dir}: target must be absent or an empty folder, got {found}. Choose another --save.")
-    partial_dir = partial_path(save_dir.absolute())
-    # left by a run that was killed
-    shutil.rmtree(partial_dir, ignore_errors=True)
+
+
+def _replace_folder(partial_dir: Path, save_dir: Path) -> None:
+    """Put the new folder in the place of the old one, which is whole under another name until the new one is there."""
+    old_dir = partial_dir.with_suffix(".replaced")
+    if save_dir.exists():
+        save_dir.rename(old_dir)
+    partial_dir.replace(save_dir)
+    shutil.rmtree(old_dir, ignore_errors=True)
+
+
+@contextmanager
+def _claim(path: Path, *, is_folder: bool) -> Iterator[Path]:
+    """A new file or folder of a partial name of `path`, locked while the block runs and removed at its end.
+
+    What killed runs left of the same output is removed. Raises OutputError if another process is writing the folder.
+    """
+    with _lock_folder(path.parent):  # two processes that begin at the same moment look one after the other
+        if (other := _clear_leftovers(path)) is not None and is_folder:
+            raise OutputError(
+                f"{path}: must not be written by two processes at a time, got another one that writes {other.name}. "
+                "Wait for it, or choose another --save."
+            )
+        partial = Path(f"{path}.{secrets.token_hex(_RANDOM_BYTES)}.partial")
+        if is_folder:
+            partial.mkdir()
+        else:
+            partial.touch(exist_ok=False)
+        descriptor = os.open(partial, os.O_RDONLY)
+        _try_lock(descriptor)
     try:
-        partial_dir.mkdir(parents=True)
-    except OSError as error:
-        raise OutputError(
-            f"{partial_dir}: directory cannot be made ({error.strerror}). Choose another --save."
-        ) from error
-    try:
-        yield partial_dir
-        # A folder can be renamed over an empty folder only.
-        if overwrite and save_dir.exists():
-            shutil.rmtree(save_dir)
-        partial_dir.replace(save_dir)
-    except OSError as error:
-        # The block may also read, for example a damaged input. "Free space" would be the wrong remedy for that.
-        if error.errno not in _FULL_DISK:
-            raise
-        raise OutputError(
-            f"{partial_dir}: directory cannot be written ({error.strerror}). Free space, or choose another --save."
-        ) from error
+        yield partial
     finally:
-        shutil.rmtree(partial_dir, ignore_errors=True)
+        # After the renaming there is nothing of this name, and nothing is removed.
+        _remove(partial)
+        os.close(descriptor)
 
 
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write the partial file of `path`, and check that it can take its place."""
+def _clear_leftovers(path: Path) -> Path | None:
+    """Remove what killed runs left of this output; returns the partial name of a process that is writing it."""
+    writing = None
+    # A name without the random part is of an older version, or a user's own: it stays.
+    names = re.compile(rf"{re.escape(path.name)}\.[0-9a-f]{{{2 * _RANDOM_BYTES}}}\.partial")
+    for found in [entry for entry in path.parent.iterdir() if names.fullmatch(entry.name)]:
+        with suppress(OSError):
+            descriptor = os.open(found, os.O_RDONLY)
+            try:
+                is_locked = _try_lock(descriptor)
+                if is_locked:
+                    _remove(found)
+                elif is_locked is False:
+                    writing = found
+            finally:
+                os.close(descriptor)
+    return writing
+
+
+def _try_lock(descriptor: int) -> bool | None:
+    """Lock until the descriptor is closed. False: another process has the lock; None: the disk has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # some network file systems
+        return None
+    return True
+
+
+@contextmanager
+def _lock_folder(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        give_up_at_s = time.monotonic() + _LOCK_PATIENCE_S
+        # A user may hold the lock of this folder for a whole job (`flock folder command`), so it is not waited for.
+        while _try_lock(descriptor) is False and time.monotonic() < give_up_at_s:
+            time.sleep(0.01)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _write_whole(path: Path, content: bytes, stack: ExitStack) -> Path:
+    """Write a file under its partial name, which it keeps until `stack` ends; checks that it can take its place."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial_path(path).write_bytes(content)
-        _bring_to_disk(partial_path(path))
+        partial = stack.enter_context(_claim(path, is_folder=False))
+        partial.write_bytes(content)
+        _bring_to_disk(partial)
         if path.is_dir():  # found before the first file is renamed
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     except OSError as error:
         raise cannot_write(path, error) from error
+    return partial
 
 
 def _bring_to_disk(path: Path) -> None:
@@ -135,5 +237,8 @@ def _bring_to_disk(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    with suppress(OSError):
-        path.unlink()
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()

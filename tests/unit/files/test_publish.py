@@ -3,16 +3,18 @@
 import errno
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import BinaryIO
 
 import pytest
 
 from megatron_hammer.errors import OutputError
+from megatron_hammer.files import publish
 from megatron_hammer.files.publish import publish_directory, publish_file, publish_files, publish_path
 
 ERRORS = [KeyboardInterrupt(), ValueError(), OSError(errno.EIO, "broken")]
-needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which only Linux has")
+PARTIAL = re.compile(r"(.+)\.[0-9a-f]{16}\.partial")
 
 
 def names_in(folder: Path) -> list[str]:
@@ -23,7 +25,7 @@ def test_a_file_gets_its_name_at_the_end(tmp_path: Path) -> None:
     path = tmp_path / "new" / "x.json"
     with publish_file(path) as file:
         file.write(b"1")
-        assert names_in(path.parent) == ["x.json.partial"]
+        assert PARTIAL.fullmatch(*names_in(path.parent))[1] == "x.json"
     assert path.read_bytes() == b"1"
     assert names_in(path.parent) == ["x.json"]
 
@@ -53,9 +55,12 @@ def test_an_interrupted_file_leaves_the_older_one(tmp_path: Path, error: BaseExc
     assert names_in(tmp_path) == ["x.json"]
 
 
-@needs_dev_full
-def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
-    (tmp_path / "x.partial").symlink_to("/dev/full")
+def fill_the_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", fill_the_disk)
     message = re.escape(f"{tmp_path}/x: file cannot be written (No space left on device). Free space")
     with pytest.raises(OutputError, match=message), publish_file(tmp_path / "x") as file:
         file.write(b"1")
@@ -69,8 +74,12 @@ def test_a_read_error_while_writing_names_the_file_that_was_read(tmp_path: Path)
 
 
 def test_a_writer_that_makes_no_file_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"x: file cannot be written \(No such file"), publish_path(tmp_path / "x"):
+    with (
+        pytest.raises(OutputError, match=r"x: file cannot be written \(nothing was written"),
+        publish_path(tmp_path / "x"),
+    ):
         pass
+    assert names_in(tmp_path) == []
 
 
 def test_several_files_are_written_in_new_folders(tmp_path: Path) -> None:
@@ -100,7 +109,7 @@ def test_a_folder_in_the_place_of_a_file_leaves_the_others_as_they_were(tmp_path
 
 def write_into(save_dir: Path) -> None:
     with publish_directory(save_dir) as folder:
-        assert folder.name == "hf.partial"
+        assert PARTIAL.fullmatch(folder.name)[1] == "hf"
         assert list(folder.iterdir()) == []
         (folder / "a").write_text("1")
     assert names_in(save_dir.parent) == ["hf", "hf/a"]
@@ -112,9 +121,81 @@ def test_a_folder_gets_its_name_at_the_end(tmp_path: Path) -> None:
 
 def test_an_empty_target_and_leftovers_of_a_killed_run_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "hf").mkdir()
-    (tmp_path / "hf.partial").mkdir()
-    (tmp_path / "hf.partial" / "old").write_text("")
+    left = tmp_path / "hf.0123456789abcdef.partial"
+    left.mkdir()
+    (left / "old").write_text("")
     write_into(tmp_path / "hf")
+
+
+def test_a_users_own_partial_is_left_alone(tmp_path: Path) -> None:
+    """Only names that nobody else can have are ours."""
+    own = [tmp_path / name for name in ("hf.partial", "hf.0123.partial", "other.0123456789abcdef.partial")]
+    for folder in own:
+        folder.mkdir()
+        (folder / "mine").write_text("1")
+    (tmp_path / "x.partial").write_text("mine")
+    with publish_directory(tmp_path / "hf") as folder:
+        (folder / "a").write_text("1")
+    publish_files({tmp_path / "x": "new"})
+    assert [(folder / "mine").read_text() for folder in own] == ["1"] * 3
+    assert (tmp_path / "x.partial").read_text() == "mine"
+
+
+def test_of_two_writers_of_one_folder_the_first_wins(tmp_path: Path) -> None:
+    with publish_directory(tmp_path / "hf") as first:
+        (first / "a").write_text("first")
+        message = r"hf: must not be written by two processes at a time, got another one that writes hf\.\w+\.partial"
+        with pytest.raises(OutputError, match=message), publish_directory(tmp_path / "hf", overwrite=True):
+            pass
+        with publish_directory(tmp_path / "other"):
+            pass
+        assert (first / "a").read_text() == "first"
+    assert names_in(tmp_path) == ["hf", "hf/a", "other"]
+
+
+def write_slowly(slow: Path, target: Path) -> None:
+    """Write into the partial folder, while another writer of the same target begins and ends."""
+    (slow / "a").write_text("slow")
+    with publish_directory(target) as quick:
+        (quick / "a").write_text("quick")
+    assert (slow / "a").read_text() == "slow"
+
+
+def test_without_locks_the_quicker_one_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some network file systems have none: then nothing of another writer is removed either."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(publish.fcntl, "flock", refuse)
+    message = "hf: target must be absent or an empty folder, got 1 entries"
+    with pytest.raises(OutputError, match=message), publish_directory(tmp_path / "hf") as slow:
+        write_slowly(slow, tmp_path / "hf")
+    assert (tmp_path / "hf" / "a").read_text() == "quick"
+    assert names_in(tmp_path) == ["hf", "hf/a"]
+
+
+def test_two_writers_of_one_file_do_not_mix(tmp_path: Path) -> None:
+    with publish_file(tmp_path / "x") as first:
+        first.write(b"first")
+        publish_files({tmp_path / "x": "second"})
+        first.write(b" again")
+    assert (tmp_path / "x").read_bytes() == b"first again"
+
+
+def test_the_replaced_folder_is_whole_until_the_new_one_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "old").write_text("1")
+    found: list[list[str]] = []
+    rmtree = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **options: (found.append(names_in(tmp_path)), rmtree(*args)))
+    with publish_directory(tmp_path / "hf", overwrite=True) as folder:
+        (folder / "new").write_text("2")
+    assert {"hf", "hf/new"} <= set(found[0])
+    assert any(name.endswith(".replaced/old") for name in found[0])
+    assert names_in(tmp_path) == ["hf", "hf/new"]
 
 
 @pytest.mark.parametrize("error", ERRORS)
@@ -130,7 +211,7 @@ def test_an_interrupted_folder_leaves_nothing(tmp_path: Path, error: BaseExcepti
 
 def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
     with (
-        pytest.raises(OutputError, match=r"hf.partial: directory cannot be written \(No space left on device\)"),
+        pytest.raises(OutputError, match=r"hf\.\w+\.partial: directory cannot be written \(No space left on device\)"),
         publish_directory(tmp_path / "hf"),
     ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
