@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 
 from rich.progress import TextColumn
 
-from megatron_hammer.cli import megatron_lm_flags
 from megatron_hammer.data.indexed.manifest import Manifest
+from megatron_hammer.data.preprocess import megatron_lm_flags
 from megatron_hammer.data.preprocess.options import PreprocessOptions
 from megatron_hammer.data.preprocess.preprocess import PreprocessProgress, explain_resume, preprocess
 from megatron_hammer.data.preprocess.run import MAX_PROBLEMS_SHOWN
