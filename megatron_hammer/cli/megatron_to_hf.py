@@ -110,7 +110,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def summarise(report: ExportReport) -> str:
     """The last line: what was exported, the tensors in and out, and what the tokenizer was compared on."""
-    tokenizer = f"tokenizer equal on {report.num_checked_texts:,} texts" if report.num_checked_texts else "no tokenizer"
+    is_copied = any(row.check == "tokenizer in transformers" for row in report.checks)
+    tokenizer = "tokenizer copied" if is_copied else "no tokenizer"
+    if report.num_checked_texts:
+        tokenizer = f"tokenizer equal on {report.num_checked_texts:,} texts"
     files = "1 file" if report.num_shards == 1 else f"{report.num_shards} files"
     master = ", the optimizer's master weights" if report.weights == "master" else ""
     return (

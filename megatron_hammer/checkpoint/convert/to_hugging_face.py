@@ -326,6 +326,8 @@ def _describe_checks(plan: _Plan, tokenizer: Any) -> list[CheckRow]:
     rows.append(CheckRow("tensors", f"{num} of {num} read back from the files bit for bit, all finite", True))
     if tokenizer is None:
         return [*rows, CheckRow("tokenizer", "none was written", None)]
+    if not tokenizer.num_checked_texts:
+        return rows
     texts = f"{tokenizer.num_checked_texts:,} of {tokenizer.num_checked_texts:,} texts encode to the original's ids"
     return [*rows, CheckRow("tokenizer", texts, True)]
 
@@ -334,11 +336,18 @@ def _compare_tokenizers(tokenizer: Any, partial_dir: Path, config: str) -> Itera
     """Load the tokenizer as a user will, beside the model's config.json, which may change its class."""
     if tokenizer is None or tokenizer.copied_from is None:
         return
-    from megatron_hammer.tokenizer.export.check_loading import require_loaded_alike
+    from megatron_hammer.tokenizer.export.check_loading import pin_tokenizer, require_loaded_alike
 
-    with _link_complete(partial_dir, config) as linked_dir:
-        num_facts = require_loaded_alike(tokenizer.copied_from, linked_dir)
-    what = "class, special and added tokens, chat template, ids of texts"
+    source = tokenizer.copied_from
+    try:
+        with _link_complete(partial_dir, config) as linked_dir:
+            num_facts = require_loaded_alike(source, linked_dir)
+    # The copied files do not load alike beside this config.json, whose model_type may be another than the original's.
+    except ConversionError:
+        pin_tokenizer(source, partial_dir)
+        with _link_complete(partial_dir, config) as linked_dir:
+            num_facts = require_loaded_alike(source, linked_dir)
+    what = "special and added tokens, chat template, ids of texts"
     result = f"{num_facts} facts equal the original's ({what})"
     if num_facts is None:
         result = "not compared: the original alone names no class of transformers"

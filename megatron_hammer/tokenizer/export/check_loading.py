@@ -4,12 +4,14 @@ Equal ids of some texts prove little: special tokens, added tokens, the chat tem
 default live in other files, and transformers may add a normaliser because of the class that these files name.
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.tokenizer.encoding.hugging_face_tokenizer import SAMPLE_TEXTS
+from megatron_hammer.tokenizer.encoding.special_tokens import CONFIG_NAME, read_config
 from megatron_hammer.tokenizer.encoding.transformers_tokenizer import load_with_transformers
 
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -46,9 +48,23 @@ def require_loaded_alike(source: Path, copy_dir: Path) -> int | None:
     return len(facts)
 
 
+def pin_tokenizer(source: Path, target_dir: Path) -> None:
+    """Write what transformers makes of `source` so that it loads alike beside every config.json.
+
+    transformers chooses the class by `model_type`, and a class may have a normaliser or a side of padding of its own.
+    """
+    tokenizer = load_with_transformers(source)
+    tokenizer.save_pretrained(target_dir)
+    path = target_dir / CONFIG_NAME
+    sides = {"padding_side": tokenizer.padding_side, "truncation_side": tokenizer.truncation_side}
+    # This class takes tokenizer.json as it is.
+    config = read_config(path) | {"tokenizer_class": "TokenizersBackend"} | sides
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def _list_facts(tokenizer: Any, like: Any = None) -> Iterator[tuple[str, Any]]:
     """Names and values; `like` is the tokenizer whose special tokens are spelt out in texts."""
-    yield "class", type(tokenizer).__name__
+    # Not the class: what it does is compared, and a pinned tokenizer has another one.
     yield "number of tokens", len(tokenizer)
     for name in NAMED_TOKENS:
         yield name, (getattr(tokenizer, name), getattr(tokenizer, f"{name}_id"))

@@ -170,6 +170,8 @@ def _copy_hugging_face(encoder: Encoder, source: Path, target_dir: Path) -> int:
             shutil.copyfile(file, target_dir / name)
     if (folder / CHAT_TEMPLATES_DIR).is_dir():
         shutil.copytree(folder / CHAT_TEMPLATES_DIR, target_dir / CHAT_TEMPLATES_DIR)
+    if source.is_dir() and not (source / "tokenizer.json").is_file():
+        return 0  # what it does depends on config.json too, so it is compared once the folder is complete
     # Encoded again from the copy: tokenizer_config.json beside it changes what tokenizer.json does.
     copied = _load_as_exported(target_dir if source.is_dir() else target_dir / source.name)
     for text in SAMPLE_TEXTS:

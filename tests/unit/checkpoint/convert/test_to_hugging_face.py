@@ -25,7 +25,7 @@ from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow
 from megatron_hammer.checkpoint_files.safetensors import shard_writer as safetensors_stream
 from megatron_hammer.errors import CheckpointError, ConversionError, OutputError
 from megatron_hammer.tokenizer.encoding.encoder import load_encoder
-from megatron_hammer.tokenizer.export import export_tokenizer
+from megatron_hammer.tokenizer.export import check_loading, export_tokenizer
 from tests.helpers.messages import assert_problems
 from tests.helpers.sentencepiece_models import MODEL_OPTIONS, train_model
 from tests.helpers.toy_checkpoint import toy_llama_tensors, write_toy_checkpoint
@@ -434,6 +434,19 @@ def test_a_tokenizer_folder_without_tokenizer_json_comes_along_whole(tmp_path):
     assert (exported.pad_token, exported.chat_template) == (source.pad_token, source.chat_template)
 
 
+def test_a_tokenizer_whose_class_follows_from_another_model_type_loads_alike(tmp_path):
+    """Mistral comes back as llama, for which transformers would put a space before every text."""
+    folder, options = write_llama_checkpoint(tmp_path)
+    (folder / "config.json").write_text(json.dumps({"model_type": "mistral"}))
+    export_to_hugging_face(options)
+    source, exported = (transformers.AutoTokenizer.from_pretrained(path) for path in (folder, options.save_dir))
+    assert type(source).__name__ != "LlamaTokenizer"
+    for text in ("the fox", "<|im_end|> a  <tool>b ", " x"):
+        assert exported(text)["input_ids"] == source(text)["input_ids"]
+        assert exported.decode(source(text)["input_ids"]) == source.decode(source(text)["input_ids"])
+    assert exported.padding_side == source.padding_side
+
+
 @pytest.mark.parametrize(
     "lost, fact",
     [("add_bos_token", "ids of texts"), ("chat_template", "chat template"), ("model_max_length", "model_max_length")],
@@ -449,6 +462,7 @@ def test_twin_a_tokenizer_that_loses_something_is_refused(tmp_path, monkeypatch,
         return exported
 
     monkeypatch.setattr(export_tokenizer, "export_tokenizer", export_incompletely)
+    monkeypatch.setattr(check_loading, "pin_tokenizer", lambda source, target_dir: None)
     with pytest.raises(ConversionError, match=f"{fact} must be that of "):
         export_to_hugging_face(options)
     assert_nothing_was_left(options)

@@ -86,7 +86,7 @@ def leave_out_an_added_token(folder):
         ),
         (lambda folder: change_config(folder, chat_template="{{ bos_token }}"), "chat template, conversation 1"),
         (lambda folder: change_config(folder, model_max_length=78), "model_max_length"),
-        (lambda folder: change_config(folder, tokenizer_class="GemmaTokenizer"), "class"),
+        (lambda folder: change_config(folder, tokenizer_class="GemmaTokenizer"), "normalizer"),
         (lambda folder: change_config(folder, legacy=True, add_prefix_space=False), "pre_tokenizer"),
     ],
 )
@@ -109,5 +109,5 @@ def test_a_class_that_only_config_json_names_survives(folder, tmp_path):
     assert json.loads((tmp_path / "copy" / "config.json").read_text()) == {"model_type": "gemma"}
     assert type(transformers.AutoTokenizer.from_pretrained(tmp_path / "copy")).__name__ == "GemmaTokenizer"
     (tmp_path / "copy" / "config.json").unlink()
-    with pytest.raises(ConversionError, match="class must be that of"):
+    with pytest.raises(ConversionError, match="normalizer must be that of"):
         require_loaded_alike(folder, tmp_path / "copy")
