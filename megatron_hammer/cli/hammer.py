@@ -78,6 +78,7 @@ GROUPS: tuple[tuple[str, tuple[Command, ...]], ...] = (
         "Planning a cluster",
         (
             Command("scaling-study", "cli.scaling_study.main", "project, measure, calibrate and validate scaling"),
+            Command("check-cluster", "cli.check_cluster", "check GPUs, links, clocks and folders before a run"),
             Command("build-rank", "cli.build_rank", "build one rank of a run of any size on this CPU, and check it"),
         ),
     ),

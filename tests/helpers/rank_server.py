@@ -10,7 +10,8 @@ rank changes: it is a process of its own, with its own environment, standard str
 nothing has been built before it was forked. What starts ranks for users is tested by itself: unit/training/test_launch,
 distributed/test_resume and the tests of examples/.
 
-One request a line on stdin, {"num_processes", "flags", "directory", "environment", "stdout_path", "stderr_path"}; one
+One request a line on stdin, {"num_processes", "flags", "directory", "environment", "stdout_path", "stderr_path",
+"program"} (program: a script to run in the place of training, or null); one
 answer a line on stdout, the exit code as megatron_hammer.training.launch gives it. The end of stdin ends this process.
 """
 
@@ -140,5 +141,9 @@ def end_ranks(running: set[int]) -> None:
 
 if __name__ == "__main__":
     import_what_runs_import(*sys.argv[1:])
-    if serve() is not None:
+    if (request := serve()) is None:
+        sys.exit()
+    if request["program"] is not None:
+        runpy.run_path(request["program"], run_name="__main__")
+    else:
         runpy.run_module(TRAINING_MODULE, run_name="__main__", alter_sys=True)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,11 @@ def run_on_pretended_gpus(
     return _start_rank_server(gpu, *(["te"] if has_te else [])).run(num_processes, *flags)
 
 
+def run_program(program: Path, num_processes: int, *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a script as the ranks of a run, forked like those of training. variables: more of their environment."""
+    return _start_rank_server().run(num_processes, *flags, program=program, variables=variables)
+
+
 class RankServer:
     """A process that forks ranks of training runs; it ends with this one. machine: what it pretends to have."""
 
@@ -83,14 +89,17 @@ class RankServer:
             env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
 
-    def run(self, num_processes: int, *flags: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, num_processes: int, *flags: str, program: Path | None = None, variables: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """One run to its end. Raises TimeoutExpired, and ends every process of it, as subprocess.run does."""
         with tempfile.TemporaryDirectory() as folder:
             streams = {name: Path(folder, name) for name in ("stdout_path", "stderr_path")}
             for path in streams.values():
                 path.touch()
-            start = {"num_processes": num_processes, "flags": flags, "directory": Path.cwd()}
-            answer = self._ask(json.dumps(start | streams | {"environment": environment()}, default=str))
+            start = {"num_processes": num_processes, "flags": flags, "directory": Path.cwd(), "program": program}
+            surroundings = {"environment": environment() | dict(variables or {})}
+            answer = self._ask(json.dumps(start | streams | surroundings, default=str))
             stdout, stderr = (path.read_text() for path in streams.values())
         return subprocess.CompletedProcess(command(num_processes, *flags), int(answer), stdout, stderr)
 
