@@ -24,6 +24,7 @@ DOCUMENTS = (
     "CONTRIBUTING.md",
     "SECURITY.md",
     "benchmarks/README.md",
+    "docker/README.md",
     "docs/architecture.md",
     "docs/clusters.md",
     "docs/checkpoints.md",
@@ -37,7 +38,7 @@ DOCUMENTS = (
 )
 TRAINING_MODULE = "megatron_hammer.training.pretrain"
 # These hand flags that they do not know to Megatron, like the training module itself.
-TAKES_MEGATRON_FLAGS = ("tools/build_rank.py", "build-rank")
+TAKES_MEGATRON_FLAGS = ("tools/build_rank.py", "build-rank", "tools/check_cluster.py", "check-cluster")
 # The first word after these is a command with flags of its own.
 HAS_COMMANDS = (
     "checkpoint_convert/edit_checkpoint.py",
@@ -109,7 +110,10 @@ def check_shell_command(words: list[str], settings: list[str], command: str) -> 
 
 
 def check_docker_command(words: list[str], command: str) -> None:
-    """docker build: its file must exist and declare every --build-arg."""
+    """docker build: its file must exist and declare every --build-arg. docker run: what it runs is a command of hammer."""
+    if words[0] == "run":
+        image = next(index for index, word in enumerate(words) if word.startswith("megatron_hammer"))
+        return check_hammer_command(words[image + 1 :], command)
     assert words[0] == "build", f"{command}: teach this test to check docker {words[0]}"
     path = ROOT / words[words.index("-f") + 1]
     assert path.is_file(), command
@@ -148,7 +152,8 @@ def check_command(command: str) -> None:
         assert preset in (TOKENIZER_PRESETS if "tools/tokenizer_train.py" in words else PRESETS), command
     program, *rest = words
     if program == "torchrun":
-        split = rest.index("-m")
+        # A module or a script; everything before it is torchrun's.
+        split = next(index for index, word in enumerate(rest) if word == "-m" or word.endswith(".py"))
         assert_flags_are_known(rest[:split], read_known_flags("-m", "torch.distributed.run"), command)
         check_python_command(rest[split:], command)
     elif program == "python":
