@@ -110,7 +110,7 @@ def check_shell_command(words: list[str], settings: list[str], command: str) -> 
 
 
 def check_docker_command(words: list[str], command: str) -> None:
-    """docker build: its file must exist and declare every --build-arg. docker run: what it runs is a command of hammer."""
+    """docker build: its file must exist and declare every --build-arg. docker run: it runs a command of hammer."""
     if words[0] == "run":
         image = next(index for index, word in enumerate(words) if word.startswith("megatron_hammer"))
         return check_hammer_command(words[image + 1 :], command)
