@@ -239,12 +239,13 @@ def _sum_gradient_norm_exactly() -> None:
 
 
 def _scale_gradients_in_place() -> None:
-    from megatron.core.optimizer import clip_grads, optimizer
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.optimizer import optimizer as copies  # between fp16 and fp32 weights
 
     from megatron_hammer.platforms.gradient_arithmetic import scale_all
 
     if _lacks_fused_gradient_kernels():
-        clip_grads.multi_tensor_scale_impl = optimizer.multi_tensor_scale_impl = scale_all
+        clip_grads.multi_tensor_scale_impl = copies.multi_tensor_scale_impl = scale_all
 
 
 def _clip_without_waiting() -> None:
@@ -266,7 +267,7 @@ def _add_weight_gradients_in_the_product() -> None:
     sys.modules["fused_weight_gradient_mlp_cuda"] = gradient_arithmetic
     from megatron.core.tensor_parallel import layers
 
-    layers.fused_weight_gradient_mlp_cuda = gradient_arithmetic
+    vars(layers)["fused_weight_gradient_mlp_cuda"] = gradient_arithmetic  # a name that is not there yet
     layers._grad_accum_fusion_available = True
 
 
@@ -294,7 +295,8 @@ def _use_triton_rope() -> None:
     from megatron_hammer.model.kernels import rope
 
     rope_utils.fused_apply_rotary_pos_emb = rope.apply_rotary
-    attention.apply_fused_qkv_rotary_pos_emb = rope.split_and_apply_rotary
+    # Not there where TransformerEngine is not.
+    vars(attention)["apply_fused_qkv_rotary_pos_emb"] = rope.split_and_apply_rotary
     attention.HAVE_FUSED_QKV_ROPE = True
 
 
