@@ -1,15 +1,18 @@
 """Small random models of every family that becomes GGUF, with all-different dimensions and a tokenizer."""
 
+import json
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, ClassVar
 
+import tokenizers
 import torch
 import transformers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatron_hammer.tokenizer.export.export_tokenizer import export_tokenizer
-from tests.helpers.toy_tokenizer import TOY_VOCAB_SIZE, train_toy_tokenizer
+from tests.helpers.toy_tokenizer import TOY_TEXTS, TOY_VOCAB_SIZE, train_toy_tokenizer
 
 VOCAB_SIZE = TOY_VOCAB_SIZE + 5  # rows that no token has
 # Not those of toy_model.LLAMA: a block of Q8_0 has 32 numbers, so every row must have a multiple of 32.
@@ -78,3 +81,22 @@ class PlainTokenizer:
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
         return {"input_ids": [9]}
+
+
+def write_byte_level(folder: Path, rule: str, *, has_single_digits: bool = False, **changes: Any) -> None:
+    """A byte-level BPE of a few merges that splits by `rule`, as Qwen2's does, or digits one by one before that."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(tokenizers.Regex(rule), "isolated")
+    digits = [pre_tokenizers.Digits(individual_digits=True)] if has_single_digits else []
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [*digits, split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=[], show_progress=False)
+    tokenizer.train_from_iterator(TOY_TEXTS, trainer)
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    content = json.loads(tokenizer.to_str()) | changes
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))

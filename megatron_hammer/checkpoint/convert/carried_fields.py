@@ -11,10 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_hammer.checkpoint.hugging_face.config_json import CONFIG_NAME, list_other_fields, read_config
+from megatron_hammer.checkpoint.hugging_face.config_json import (
+    CONFIG_NAME,
+    GENERATION_NAME,
+    list_other_fields,
+    read_config,
+)
 
 SIDECAR_DIR = "hugging_face"  # in the iteration's folder, so that they come and go together
-GENERATION_NAME = "generation_config.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from megatron_hammer.checkpoint.convert.carried_fields import (
-    GENERATION_NAME,
     CarriedFields,
     find_descriptions,
     select_carried,
@@ -31,7 +30,7 @@ from megatron_hammer.checkpoint.convert.proofs import (
     require_passed,
 )
 from megatron_hammer.checkpoint.convert.weight_export import write_verified_weights
-from megatron_hammer.checkpoint.hugging_face.config_json import build_config, build_generation_config
+from megatron_hammer.checkpoint.hugging_face.config_json import GENERATION_NAME, build_config, build_generation_config
 from megatron_hammer.checkpoint.hugging_face.families.catalogue import select_family
 from megatron_hammer.checkpoint.hugging_face.family import Family, expand
 from megatron_hammer.checkpoint.hugging_face.model_card import build_model_card

@@ -11,6 +11,8 @@ from megatron_hammer.checkpoint.gguf.tensors import ROPE_FACTORS, compute_rope_f
 from megatron_hammer.checkpoint.gguf.tokenizer import GgufVocabulary
 from megatron_hammer.model.shape import ModelShape
 
+MAX_ENDS = 3  # eos, eot and eom
+
 
 def build_metadata(
     model: ModelShape, vocabulary: GgufVocabulary, *, arch: str, file_type: str, name: str
@@ -59,13 +61,25 @@ def _describe_tokenizer(writer: GGUFWriter, vocabulary: GgufVocabulary) -> None:
     for add, token_id in ids:
         if token_id is not None:
             add(token_id)
+    # llama.cpp stops at each of the three. Source: llama_vocab::impl::load, special_eog_ids.
+    for add, token_id in zip((writer.add_eot_token_id, writer.add_eom_token_id), vocabulary.eos_ids[1:], strict=False):
+        add(token_id)
     # Written even if false, because what llama.cpp does without the key depends on the kind of tokenizer.
     writer.add_add_bos_token(vocabulary.adds_bos)
     writer.add_add_eos_token(vocabulary.adds_eos)
     if vocabulary.adds_space_prefix is not None:
         writer.add_add_space_prefix(vocabulary.adds_space_prefix)
-    if vocabulary.chat_template is not None:
-        writer.add_chat_template(vocabulary.chat_template)
+    if vocabulary.chat_templates:
+        writer.add_chat_template([{"name": name, "template": text} for name, text in vocabulary.chat_templates.items()])
+
+
+def list_unwritten(vocabulary: GgufVocabulary) -> list[str]:
+    """A sentence for each thing of the tokenizer that has no place in a GGUF file."""
+    rest = vocabulary.eos_ids[MAX_ENDS:]
+    names = ", ".join(f"{token_id} ({vocabulary.tokens[token_id]})" for token_id in rest)
+    return (
+        [f"{len(rest)} of {len(vocabulary.eos_ids)} ends of a text left out, GGUF names three: {names}"] if rest else []
+    )
 
 
 def list_extra_tensors(model: ModelShape) -> list[ExtraTensor]:

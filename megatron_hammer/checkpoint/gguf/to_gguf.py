@@ -17,11 +17,17 @@ from gguf import GGML_QUANT_SIZES, MODEL_ARCH_NAMES
 
 from megatron_hammer.checkpoint.gguf.file_types import FILE_TYPES, FLOAT_DTYPES, load_quantizer
 from megatron_hammer.checkpoint.gguf.gguf_file import verify_gguf, write_gguf
-from megatron_hammer.checkpoint.gguf.metadata import build_metadata, list_extra_tensors
+from megatron_hammer.checkpoint.gguf.metadata import build_metadata, list_extra_tensors, list_unwritten
 from megatron_hammer.checkpoint.gguf.tensors import GgufTensor, plan_tensors, select_architecture
 from megatron_hammer.checkpoint.gguf.tokenizer import GgufVocabulary, read_vocabulary
 from megatron_hammer.checkpoint.gguf.verification import GgufProof, explain_absence, verify_with_llama_cpp
-from megatron_hammer.checkpoint.hugging_face.config_json import CONFIG_NAME, HfModel, read_hf_model
+from megatron_hammer.checkpoint.hugging_face.config_json import (
+    CONFIG_NAME,
+    GENERATION_NAME,
+    HfModel,
+    read_config,
+    read_hf_model,
+)
 from megatron_hammer.checkpoint.hugging_face.folder import HfFolder, open_hf_folder
 from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow
 from megatron_hammer.errors import ConversionError
@@ -86,7 +92,13 @@ def export_to_gguf(options: GgufOptions, on_step: OnStep = lambda stage, done, t
         # Only one copy of tied tensors is written, so copies that differ would lose one.
         if problems := source.list_unequal_duplicates():
             raise ConversionError(*problems)
-        vocabulary = read_vocabulary(hf_dir, vocab_size=model.shape.vocab_size, config=model.config)
+        generation_path = hf_dir / GENERATION_NAME
+        vocabulary = read_vocabulary(
+            hf_dir,
+            vocab_size=model.shape.vocab_size,
+            config=model.config,
+            generation=read_config(generation_path) if generation_path.is_file() else None,
+        )
         name = options.name or options.load_dir.resolve().name
         writer = build_metadata(model.shape, vocabulary, arch=arch, file_type=options.file_type, name=name)
         extras = list_extra_tensors(model.shape)
@@ -117,7 +129,7 @@ def export_to_gguf(options: GgufOptions, on_step: OnStep = lambda stage, done, t
         types=dict(Counter(tensor.type.name.lower() for tensor in tensors)),
         checks=checks,
         examples=proof.examples,
-        notes=(*_list_left_out(source), *_list_fallbacks(tensors, options.file_type)),
+        notes=(*_list_left_out(source), *list_unwritten(vocabulary), *_list_fallbacks(tensors, options.file_type)),
         elapsed_s=time.monotonic() - started_at_s,
     )
 

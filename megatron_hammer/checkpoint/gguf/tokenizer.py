@@ -27,11 +27,14 @@ _LLAMA3_RULE = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# How a byte-level BPE cuts text before it merges -> llama.cpp's name of it. Source: llama.cpp, llama-vocab.cpp.
-SPLITTING_RULES = {
-    _GPT2_RULE: "gpt-2",
-    _LLAMA3_RULE: "llama-bpe",
-    _LLAMA3_RULE.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2",
+_SINGLE_DIGITS, _BYTES, _BYTES_AND_GPT2 = "Digits", "ByteLevel", "ByteLevel with GPT-2's expression"
+# How a byte-level BPE cuts text before it merges, one step after the other -> llama.cpp's name of it. Source:
+# llama.cpp, llama-vocab.cpp.
+SPLITTING_STEPS: dict[tuple[str | None, ...], str] = {
+    (_GPT2_RULE,): "gpt-2",
+    (_LLAMA3_RULE,): "llama-bpe",
+    (_LLAMA3_RULE.replace(r"\p{N}{1,3}", r"\p{N}"),): "qwen2",
+    (_SINGLE_DIGITS, _GPT2_RULE): "smollm",
 }
 
 
@@ -40,7 +43,8 @@ class GgufVocabulary:
     """What tokenizer.ggml.* says, one entry for every row of the embedding, and the tokenizer that it stands for.
 
     scores: of a "llama" model; merges: of a "gpt2" model, best first. adds_space_prefix: None for "gpt2".
-    reads_control_tokens: whether one spelt out in a text becomes its id.
+    reads_control_tokens: whether one spelt out in a text becomes its id. eos_ids: everything that ends a text, the id
+    that the tokenizer itself puts there first. chat_templates: by name; the one that is used unasked is "default".
     """
 
     encoder: Encoder
@@ -51,19 +55,26 @@ class GgufVocabulary:
     scores: tuple[float, ...] | None
     merges: tuple[str, ...] | None
     bos_id: int | None
-    eos_id: int | None
+    eos_ids: tuple[int, ...]
     unknown_id: int | None
     padding_id: int | None
     adds_bos: bool
     adds_eos: bool
     adds_space_prefix: bool | None
     reads_control_tokens: bool
-    chat_template: str | None
+    chat_templates: Mapping[str, str]
+
+    @property
+    def eos_id(self) -> int | None:
+        return self.eos_ids[0] if self.eos_ids else None
 
 
-def read_vocabulary(folder: Path, *, vocab_size: int, config: Mapping[str, Any]) -> GgufVocabulary:
-    """The vocabulary for `vocab_size` rows; `config` is the model's config.json, which names the end of a text first.
+def read_vocabulary(
+    folder: Path, *, vocab_size: int, config: Mapping[str, Any], generation: Mapping[str, Any] | None = None
+) -> GgufVocabulary:
+    """The vocabulary for `vocab_size` rows; config, generation: config.json and generation_config.json of the model.
 
+    generate() of transformers stops at the ends of generation_config.json, or of config.json where it names none.
     Raises ConversionError if there is no tokenizer that llama.cpp can be told of, or if it has more ids than the model.
     """
     # tokenizer.model comes first if there are both: it has the scores, which a tokenizer.json made from it has not.
@@ -87,15 +98,14 @@ def read_vocabulary(folder: Path, *, vocab_size: int, config: Mapping[str, Any])
         types=tuple(entry.type for entry in entries),
         scores=tuple(entry.score for entry in entries) if is_sentencepiece else None,
         bos_id=_first_id(tokenizer.bos_token_id, config.get("bos_token_id"), encoder.bos_id),
-        eos_id=_first_id(config.get("eos_token_id"), tokenizer.eos_token_id, encoder.eod_id),
+        eos_ids=_list_ends(generation or {}, config, tokenizer.eos_token_id, encoder.eod_id),
         unknown_id=_first_id(tokenizer.unk_token_id),
         padding_id=_first_id(tokenizer.pad_token_id),
         adds_bos=adds_bos,
         adds_eos=adds_eos,
         # sentencepiece never reads a control symbol in a text; a tokenizer.json does, unless split_special_tokens.
         reads_control_tokens=isinstance(encoder, HuggingFaceEncoder) and not encoder.splits_special_tokens,
-        # transformers has a dictionary if there are several templates; GGUF's key holds one.
-        chat_template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
+        chat_templates=_name_templates(tokenizer.chat_template),
         **facts,
     )
 
@@ -104,6 +114,24 @@ def _first_id(*candidates: Any) -> int | None:
     """The first that is an id; of a list of ids (Llama 3 ends a text in several ways) its first."""
     flat = (value[0] if isinstance(value, list) and value else value for value in candidates)
     return next((value for value in flat if isinstance(value, int) and value >= 0), None)
+
+
+def _list_ends(
+    generation: Mapping[str, Any], config: Mapping[str, Any], tokenizer_eos: int | None, eod: int | None
+) -> tuple[int, ...]:
+    """Every id that ends a text; the tokenizer's own comes first where it is one of them."""
+    for value in (generation.get("eos_token_id"), config.get("eos_token_id"), tokenizer_eos, eod):
+        ends = [end for end in (value if isinstance(value, list) else [value]) if isinstance(end, int) and end >= 0]
+        if ends:
+            return tuple(dict.fromkeys(sorted(ends, key=lambda end: end != tokenizer_eos)))  # sorted keeps the order
+    return ()
+
+
+def _name_templates(chat_template: Any) -> dict[str, str]:
+    """transformers has a text, or a dictionary where a tokenizer has several templates."""
+    if isinstance(chat_template, str):
+        return {"default": chat_template}
+    return dict(chat_template or {})
 
 
 def _find_added_ends(tokenizer: Any) -> tuple[bool, bool]:
@@ -163,6 +191,13 @@ def _read_byte_level(path: Path) -> tuple[list[Piece], dict[str, Any]]:
             f"{path}: tokenizer must be byte-level BPE, got type={model.get('type')}, "
             f"byte_fallback={bool(model.get('byte_fallback'))}. Put the SentencePiece tokenizer.model beside it."
         )
+    marks = {name: model.get(name) for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout")}
+    if any(marks.values()):
+        raise ConversionError(
+            f"{path}: the merges of llama.cpp know no marks of words and no chance, got {marks}. "
+            "Serve the model with transformers or vLLM."
+        )
+    _require_normalizer(content.get("normalizer"), path)
     # Ids may have gaps; entries without a text get a name in _complete.
     entries = [Piece("", 0.0, PieceType.UNUSED)] * (max(model["vocab"].values(), default=-1) + 1)
     for text, token_id in model["vocab"].items():
@@ -173,23 +208,46 @@ def _read_byte_level(path: Path) -> tuple[list[Piece], dict[str, Any]]:
     return entries, {"model": "gpt2", "splitting_rule": rule, "merges": tuple(merges), "adds_space_prefix": None}
 
 
-def _name_splitting_rule(pre_tokenizer: Mapping[str, Any], path: Path) -> str:
-    """llama.cpp's name for the regular expression that cuts text before merging."""
-    steps: Sequence[Mapping[str, Any]] = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
-    # A pattern may also be {"String": ...}, which no rule of llama.cpp is.
-    patterns = [step["pattern"].get("Regex", "") for step in steps if step.get("type") == "Split"]
-    byte_level = [step for step in steps if step.get("type") == "ByteLevel"]
-    # Unless use_regex is false, ByteLevel itself splits by GPT-2's expression, which is then not written in the file.
-    if len(byte_level) == 1 and byte_level[0].get("use_regex", True) and not patterns:
-        patterns = [_GPT2_RULE]
-    # The model gpt2 of a GGUF file has no space prefix (adds_space_prefix is None for it).
-    has_prefix = any(step.get("add_prefix_space") for step in byte_level)
-    if len(byte_level) != 1 or len(patterns) != 1 or patterns[0] not in SPLITTING_RULES or has_prefix:
+def _require_normalizer(normalizer: Mapping[str, Any] | None, path: Path) -> None:
+    """llama.cpp changes no character before it splits; NFC is let through, and its effect shown by the comparison."""
+    steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
+    if strange := [step.get("type") for step in steps if step.get("type") != "NFC"]:
         raise ConversionError(
-            f"{path}: text must be split by the rule of {', '.join(SPLITTING_RULES.values())}, "
+            f"{path}: text must be left as it is or composed (NFC) before it is split, got {', '.join(strange)}. "
+            "Serve the model with transformers or vLLM."
+        )
+
+
+def _name_splitting_rule(pre_tokenizer: Mapping[str, Any], path: Path) -> str:
+    """llama.cpp's name for how text is cut before merging; every step of the file must be part of that rule."""
+    steps: Sequence[Mapping[str, Any]] = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
+    found = tuple(_describe_step(step) for step in steps)
+    # Unless use_regex is false, ByteLevel itself splits by GPT-2's expression, which is then not written in the file.
+    if found[-1:] == (_BYTES_AND_GPT2,):
+        found = (*found[:-1], _GPT2_RULE, _BYTES)
+    rule = SPLITTING_STEPS.get(found[:-1]) if found[-1:] == (_BYTES,) else None
+    if rule is None:
+        raise ConversionError(
+            f"{path}: text must be split by the rule of {', '.join(SPLITTING_STEPS.values())}, "
             f"got {json.dumps(pre_tokenizer, ensure_ascii=False)[:300]}. Use llama.cpp's own converter."
         )
-    return SPLITTING_RULES[patterns[0]]
+    return rule
+
+
+def _describe_step(step: Mapping[str, Any]) -> str | None:
+    """A step of a pre-tokenizer in the words of SPLITTING_STEPS; None for every other one."""
+    match step:
+        # The patterns of the table match every character, so keeping the matches or the cuts between them is one thing.
+        case {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False}:
+            return pattern
+        case {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Removed", "invert": True}:
+            return pattern
+        case {"type": "Digits", "individual_digits": True}:
+            return _SINGLE_DIGITS
+        # The model gpt2 of a GGUF file has no space prefix (adds_space_prefix is None for it).
+        case {"type": "ByteLevel", "add_prefix_space": False}:
+            return _BYTES_AND_GPT2 if step.get("use_regex", True) else _BYTES
+    return None
 
 
 def _list_added_tokens(tokenizer: Any) -> dict[int, Piece]:

@@ -1,8 +1,9 @@
 """Compares llama.cpp's tokens of real text with those of the tokenizer that a GGUF file stands for.
 
 llama.cpp has its own tokenizers. They are known to differ where a text holds two symbols that overlap, a control token
-spelt out, or characters that a normaliser composes. A difference in such a place is listed with its cause. Any other
-difference means that the vocabulary was written wrongly.
+spelt out, or characters that a normaliser composes. A difference is listed with its cause only if the cause gives these
+very tokens: symbols that were cut in another way, the control token in place of its text, the space after a symbol, or
+the tokenizer's own tokens once the text is composed. Any other difference means that the vocabulary is written wrongly.
 """
 
 import unicodedata
@@ -64,23 +65,42 @@ def compare_tokenizers(
         comparison.num_documents += 1
         comparison.num_tokens += len(expected)
         if expected != got:
-            comparison.differences.append(_describe(document, expected, got, vocabulary, causes))
+            comparison.differences.append(_describe(document, expected, got, tokenize, causes))
         on_document(comparison.num_documents)
     return comparison
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """The ids of both sides for a part of the text that both cut out, and a few around it; where the first begins."""
+
+    begin: int
+    expected: list[int]
+    got: list[int]
+
+
 def _describe(
-    document: Document, expected: list[int], got: list[int], vocabulary: GgufVocabulary, causes: "_KnownCauses"
+    document: Document,
+    expected: list[int],
+    got: list[int],
+    tokenize: Callable[[str], list[int]],
+    causes: "_KnownCauses",
 ) -> IdDifference:
     """The first unexplained place, or the first one if all are explained."""
-    places = _list_places(expected, got, vocabulary)
-    explained = [
-        (causes.explain(document.text, vocabulary.encoder.decode(expected[begin:end])), begin) for begin, end in places
-    ]
+    vocabulary = causes.vocabulary
+    composed = unicodedata.normalize("NFC", document.text)
+    first = _list_places(expected, got, vocabulary)[0]
+    explained = [(COMPOSED, first)]
+    if vocabulary.model == "gpt2" and composed != document.text:
+        # What is left when llama.cpp gets the composed text has another cause.
+        got = tokenize(composed)
+    if places := _list_places(expected, got, vocabulary):
+        explained = [(causes.explain(place), place) for place in places]
     # One unexplained place fails the document, so it must not be hidden by an explained one before it.
-    cause, begin = next((place for place in explained if place[0] == UNEXPLAINED), explained[0])
-    shown = slice(begin, begin + SHOWN_TOKENS)
-    expected_tokens, got_tokens = (tuple(vocabulary.tokens[number] for number in ids[shown]) for ids in (expected, got))
+    cause, shown = next((found for found in explained if found[0] == UNEXPLAINED), explained[0])
+    expected_tokens, got_tokens = (
+        tuple(vocabulary.tokens[number] for number in ids[:SHOWN_TOKENS]) for ids in (shown.expected, shown.got)
+    )
     return IdDifference(
         source=document.source,
         line=document.line,
@@ -90,8 +110,8 @@ def _describe(
     )
 
 
-def _list_places(expected: list[int], got: list[int], vocabulary: GgufVocabulary) -> list[tuple[int, int]]:
-    """Where in `expected` the two differ: tokens between places of the text that both cut, and a few around them."""
+def _list_places(expected: list[int], got: list[int], vocabulary: GgufVocabulary) -> list[_Place]:
+    """Where the two differ: tokens between places of the text that both cut, and a few around them."""
     # Token counts may differ, so positions in the two lists cannot be compared. Positions in the text can.
     ends, other_ends = _measure_ends(expected, vocabulary), _measure_ends(got, vocabulary)
     cuts = np.intersect1d(ends, other_ends)
@@ -99,7 +119,11 @@ def _list_places(expected: list[int], got: list[int], vocabulary: GgufVocabulary
     bounds = [0, *(np.searchsorted(ends, cuts) + 1).tolist(), len(expected)]
     other_bounds = [0, *(np.searchsorted(other_ends, cuts) + 1).tolist(), len(got)]
     return [
-        (max(0, begin - CONTEXT_TOKENS), end + CONTEXT_TOKENS)
+        _Place(
+            max(0, begin - CONTEXT_TOKENS),
+            expected[max(0, begin - CONTEXT_TOKENS) : end + CONTEXT_TOKENS],
+            got[max(0, other_begin - CONTEXT_TOKENS) : other_end + CONTEXT_TOKENS],
+        )
         for begin, end, other_begin, other_end in zip(
             bounds[:-1], bounds[1:], other_bounds[:-1], other_bounds[1:], strict=True
         )
@@ -122,30 +146,53 @@ def _count_bytes(vocabulary: GgufVocabulary, token_id: int) -> int:
 
 
 class _KnownCauses:
-    """What llama.cpp is known to do in another way with this vocabulary, by the text that sets it off."""
+    """What llama.cpp is known to do in another way with this vocabulary, by the tokens that it gives."""
 
     def __init__(self, vocabulary: GgufVocabulary):
-        typed = list(zip(vocabulary.tokens, vocabulary.types, strict=True))
-        reserved = (PieceType.CONTROL, PieceType.UNKNOWN, PieceType.BYTE)
-        self._symbols = [text for text, kind in typed if kind is PieceType.USER_DEFINED]
-        self._reserved = [text for text, kind in typed if kind in reserved]
-        self._overlaps = list_overlaps(self._symbols)
+        self.vocabulary = vocabulary
+        kinds = (PieceType.CONTROL, PieceType.UNKNOWN, PieceType.BYTE)
+        self._symbols = self._find_ids(PieceType.USER_DEFINED)
+        self._reserved = self._find_ids(*kinds)
+        self._overlaps = list_overlaps([vocabulary.tokens[token_id] for token_id in sorted(self._symbols)])
         self._adds_prefix = bool(vocabulary.adds_space_prefix)
-        # A SentencePiece model that rewrites characters is refused (list_unsupported); a tokenizer.json may hold NFC.
-        self._may_compose = vocabulary.model == "gpt2"
 
-    def explain(self, text: str, place: str) -> str:
-        """The cause of a difference around `place`, a part of `text`."""
-        # From the most specific cause to the least: a text with two overlapping symbols also holds a symbol.
-        if any(overlap in place for overlap in self._overlaps):
+    def explain(self, place: _Place) -> str:
+        """The cause that accounts for the tokens of a place, from the most specific to the least."""
+        text = self.vocabulary.encoder.decode(place.expected)
+        if self._cuts_an_overlap(text, place):
             return OVERLAP
-        if any(reserved in place for reserved in self._reserved):
+        if self._reads_a_reserved_token(text, place):
             return SPELT_OUT
-        if self._adds_prefix and any(symbol in place for symbol in self._symbols):
+        if self._adds_prefix and self._strip_prefixes(place.got) == self._strip_prefixes(place.expected):
             return PREFIX
-        if self._may_compose and unicodedata.normalize("NFC", text) != text:
-            return COMPOSED
         return UNEXPLAINED
+
+    def _find_ids(self, *kinds: PieceType) -> set[int]:
+        return {token_id for token_id, kind in enumerate(self.vocabulary.types) if kind in kinds}
+
+    def _cuts_an_overlap(self, text: str, place: _Place) -> bool:
+        """The same text cut into other symbols, where two of them overlap."""
+        symbols, others = ([token_id for token_id in ids if token_id in self._symbols] for ids in _sides(place))
+        return symbols != others and any(overlap in text for overlap in self._overlaps)
+
+    def _reads_a_reserved_token(self, text: str, place: _Place) -> bool:
+        """A token in place of its text, which the tokenizer leaves text."""
+        added = [token_id for token_id in place.got if token_id in self._reserved and token_id not in place.expected]
+        return any(self.vocabulary.tokens[token_id] in text for token_id in added)
+
+    def _strip_prefixes(self, ids: Sequence[int]) -> str:
+        """The text of the tokens without the space that follows a symbol."""
+        parts, is_after_symbol = [], False
+        for token_id in ids:
+            text = self.vocabulary.tokens[token_id]
+            parts.append(text.removeprefix(WHITESPACE_SYMBOL) if is_after_symbol else text)
+            is_after_symbol = token_id in self._symbols
+        # A part that is stripped to nothing was the space itself; what follows it keeps its own.
+        return "".join(parts)
+
+
+def _sides(place: _Place) -> tuple[list[int], list[int]]:
+    return place.expected, place.got
 
 
 def list_overlaps(symbols: Sequence[str]) -> list[str]:

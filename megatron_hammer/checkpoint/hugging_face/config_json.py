@@ -18,7 +18,7 @@ from megatron_hammer.errors import ConversionError
 from megatron_hammer.files.typed import read_json
 from megatron_hammer.model.shape import ModelShape, MoeShape
 
-CONFIG_NAME = "config.json"
+CONFIG_NAME, GENERATION_NAME = "config.json", "generation_config.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

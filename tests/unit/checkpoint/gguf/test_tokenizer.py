@@ -3,22 +3,21 @@
 import json
 
 import pytest
-import tokenizers
 import transformers
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatron_hammer.checkpoint.gguf import tokenizer as gguf_tokenizer
-from megatron_hammer.checkpoint.gguf.tokenizer import SPLITTING_RULES, list_unsupported, read_vocabulary
+from megatron_hammer.checkpoint.gguf.metadata import build_metadata, list_unwritten
+from megatron_hammer.checkpoint.gguf.tokenizer import SPLITTING_STEPS, list_unsupported, read_vocabulary
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import PieceType, read_sentencepiece_model
 from megatron_hammer.tokenizer.export.export_tokenizer import export_tokenizer
-from tests.helpers.gguf_models import VOCAB_SIZE, PlainTokenizer, make_toy_model
+from tests.helpers import toy_model
+from tests.helpers.gguf_models import VOCAB_SIZE, PlainTokenizer, make_toy_model, write_byte_level
 from tests.helpers.messages import raises_problem
 from tests.helpers.sentencepiece_models import MODEL_OPTIONS, train_model
 from tests.helpers.toy_tokenizer import (
     LLAMA_ADDED_TOKENS,
     LLAMA_CHAT_TEMPLATE,
-    TOY_TEXTS,
     TOY_VOCAB_SIZE,
     write_llama_folder,
 )
@@ -56,7 +55,7 @@ def test_a_folder_without_tokenizer_json_keeps_what_lies_beside_the_model(tmp_pa
     assert list(vocabulary.types[num_pieces : num_pieces + 4]) == kinds
     assert (vocabulary.bos_id, vocabulary.eos_id, vocabulary.padding_id) == (1, num_pieces + 2, num_pieces)
     assert (vocabulary.adds_bos, vocabulary.adds_eos, vocabulary.adds_space_prefix) == (True, False, True)
-    assert vocabulary.chat_template == LLAMA_CHAT_TEMPLATE
+    assert vocabulary.chat_templates == {"default": LLAMA_CHAT_TEMPLATE}
     oracle = transformers.AutoTokenizer.from_pretrained(folder)
     text = "the<|im_end|> fox <tool>x"
     assert vocabulary.encoder.encode(text).tolist() == oracle(text, add_special_tokens=False)["input_ids"]
@@ -103,27 +102,9 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
         read_vocabulary(tmp_path, vocab_size=300, config=CONFIG)
 
 
-def write_byte_level(folder, rule: str, **changes) -> None:
-    """A byte-level BPE of a few merges that splits by `rule`, as Qwen2's does."""
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(tokenizers.Regex(rule), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=[], show_progress=False)
-    tokenizer.train_from_iterator(TOY_TEXTS, trainer)
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    content = json.loads(tokenizer.to_str()) | changes
-    (folder / "tokenizer.json").write_text(json.dumps(content))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-
-
-@pytest.mark.parametrize("rule, name", SPLITTING_RULES.items(), ids=SPLITTING_RULES.values())
-def test_a_byte_level_bpe_is_written_with_its_rule_and_merges(tmp_path, rule, name):
-    write_byte_level(tmp_path, rule)
+@pytest.mark.parametrize("steps, name", SPLITTING_STEPS.items(), ids=SPLITTING_STEPS.values())
+def test_a_byte_level_bpe_is_written_with_its_rule_and_merges(tmp_path, steps, name):
+    write_byte_level(tmp_path, steps[-1], has_single_digits=len(steps) == 2)
     vocabulary = read_vocabulary(tmp_path, vocab_size=320, config={})
     assert (vocabulary.model, vocabulary.splitting_rule) == ("gpt2", name)
     assert vocabulary.scores is None
@@ -138,5 +119,95 @@ def test_a_byte_level_bpe_is_written_with_its_rule_and_merges(tmp_path, rule, na
 
 def test_another_rule_is_refused(tmp_path):
     write_byte_level(tmp_path, r"\p{L}+|\s")
-    with pytest.raises(ConversionError, match=r"text must be split.*qwen2, got \{.*\\p\{L\}\+"):
+    with pytest.raises(ConversionError, match=r"text must be split.*qwen2, smollm, got \{.*\\p\{L\}\+"):
         read_vocabulary(tmp_path, vocab_size=320, config={})
+
+
+def change_steps(folder, change) -> None:
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+GPT2_STEPS = next(steps for steps, name in SPLITTING_STEPS.items() if name == "gpt-2")
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+
+
+def test_the_expression_of_byte_level_itself_is_gpt2s(tmp_path):
+    write_byte_level(tmp_path, *GPT2_STEPS)
+    change_steps(tmp_path, lambda content: content.update(pre_tokenizer=BYTES))
+    assert read_vocabulary(tmp_path, vocab_size=320, config={}).splitting_rule == "gpt-2"
+    digits = {"type": "Digits", "individual_digits": True}
+    steps = {"type": "Sequence", "pretokenizers": [digits, BYTES]}
+    change_steps(tmp_path, lambda content: content.update(pre_tokenizer=steps))  # SmolLM2
+    assert read_vocabulary(tmp_path, vocab_size=320, config={}).splitting_rule == "smollm"
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"type": "Digits", "individual_digits": False},
+        {"type": "Punctuation", "behavior": "Isolated"},
+        {"type": "WhitespaceSplit"},
+        {"type": "Split", "pattern": {"String": "x"}, "behavior": "Isolated", "invert": False},
+    ],
+    ids=lambda step: step["type"],
+)
+def test_a_step_that_no_rule_has_is_refused(tmp_path, step):
+    """Before, a step of another type was passed over, and the rest taken for the whole rule."""
+    write_byte_level(tmp_path, *GPT2_STEPS)
+    change_steps(tmp_path, lambda content: content["pre_tokenizer"]["pretokenizers"].insert(0, step))
+    with pytest.raises(ConversionError, match=f"text must be split by the rule of .*smollm, got .*{step['type']}"):
+        read_vocabulary(tmp_path, vocab_size=320, config={})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"normalizer": {"type": "Lowercase"}}, "left as it is or composed .* got Lowercase"),
+        ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "NFKC"}]}}, "got NFKC"),
+        ({"behavior": "MergedWithPrevious"}, "text must be split by the rule of"),
+        ({"end_of_word_suffix": "</w>"}, "know no marks of words .*'</w>'"),
+    ],
+    ids=["normalizer", "normalizers", "behavior", "suffix"],
+)
+def test_what_llama_cpp_does_not_do_is_refused(tmp_path, change, message):
+    write_byte_level(tmp_path, *GPT2_STEPS)
+
+    def apply(content):
+        content.update({name: value for name, value in change.items() if name == "normalizer"})
+        content["model"].update({name: value for name, value in change.items() if name == "end_of_word_suffix"})
+        split = content["pre_tokenizer"]["pretokenizers"][0]
+        split.update({name: value for name, value in change.items() if name == "behavior"})
+
+    change_steps(tmp_path, apply)
+    with pytest.raises(ConversionError, match=message):
+        read_vocabulary(tmp_path, vocab_size=320, config={})
+
+
+def test_every_end_of_a_text_is_kept_the_tokenizers_own_first(tmp_path):
+    write_byte_level(tmp_path, *GPT2_STEPS)
+    generation = {"eos_token_id": [7, 9, 300, 5]}
+    vocabulary = read_vocabulary(tmp_path, vocab_size=320, config={"eos_token_id": 9}, generation=generation)
+    assert vocabulary.eos_ids == (300, 7, 9, 5)
+    writer = build_metadata(toy_model.LLAMA, vocabulary, arch="llama", file_type="f16", name="toy")
+    values = writer.kv_data[0]
+    ends = [values[f"tokenizer.ggml.{name}_token_id"].value for name in ("eos", "eot", "eom")]
+    assert ends == [300, 7, 9]
+    assert list_unwritten(vocabulary) == [
+        f"1 of 4 ends of a text left out, GGUF names three: 5 ({vocabulary.tokens[5]})"
+    ]
+    assert read_vocabulary(tmp_path, vocab_size=320, config={"eos_token_id": [9, 7]}).eos_ids == (9, 7)
+
+
+def test_every_chat_template_is_kept_under_its_name(tmp_path, monkeypatch):
+    write_byte_level(tmp_path, *GPT2_STEPS)
+    templates = {"default": "{{ a }}", "tool_use": "{{ b }}"}
+    monkeypatch.setattr(PlainTokenizer, "chat_template", templates)
+    monkeypatch.setattr(gguf_tokenizer, "load_with_transformers", lambda folder: PlainTokenizer())
+    vocabulary = read_vocabulary(tmp_path, vocab_size=320, config={})
+    values = build_metadata(toy_model.LLAMA, vocabulary, arch="llama", file_type="f16", name="toy").kv_data[0]
+    assert values["tokenizer.chat_template"].value == "{{ a }}"
+    assert values["tokenizer.chat_template.tool_use"].value == "{{ b }}"
+    assert values["tokenizer.chat_templates"].value == ["tool_use"]
