@@ -144,7 +144,7 @@ def judge_groups(
         for values, unit in ((bandwidths, "GB/s"), (latencies, "us"))
         for ranks, value in values.items()
     ]
-    text = f"{len(fits)} of {len(next(iter(fits)))} ranks: {describe_spread(list(bandwidths.values()), 'GB/s')}, "
+    text = f"{len(fits)} of {len(next(iter(fits)))} ranks each: {describe_spread(list(bandwidths.values()), 'GB/s')}, "
     text += describe_spread(list(latencies.values()), "us")
     typical = LinkFit(statistics.median(latencies.values()) / 1e6, statistics.median(bandwidths.values()) * 1e9)
     return findings or [Finding(check=check, status="fine", text=text)], measurements, typical
