@@ -47,7 +47,8 @@ def find_data_problems(settings: RunSettings, plan: RunPlan | None) -> list[str]
             problems += _find_content_problems(settings.vocab_size, prefix, index)
         if settings.seq_length is not None and not data.problems and not index_problems:
             problems += find_size_problems(settings, plan, indices, settings.seq_length)
-            problems += find_cache_problems(data, indices, settings.seq_length)
+            is_needed = bool(settings.flags.values.get("dataloader_fast_cache_load"))
+            problems += find_cache_problems(data, indices, settings.seq_length, is_needed=is_needed)
     return problems
 
 

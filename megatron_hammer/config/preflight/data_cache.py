@@ -26,8 +26,13 @@ BLEND_PARTS = ("dataset_index", "dataset_sample_index")
 ROWS_AT_ONCE = 1 << 20
 
 
-def find_cache_problems(data: Data, indices: dict[str, IndexSummary], seq_length: int) -> list[str]:
-    """Caches that the run may use and that are not what it would build, and folders that cannot take a missing one."""
+def find_cache_problems(
+    data: Data, indices: dict[str, IndexSummary], seq_length: int, *, is_needed: bool = False
+) -> list[str]:
+    """Caches that the run may use and that are not what it would build, and folders that cannot take a missing one.
+
+    is_needed: megatron-core is told to build none (--dataloader-fast-cache-load).
+    """
     problems: dict[str, None] = {}
     prefixes = dict.fromkeys(source.prefix for name in SPLIT_NAMES for source in data.sources.sources_of(name))
     found: dict[str, bool] = dict.fromkeys(prefixes, False)
@@ -37,6 +42,8 @@ def find_cache_problems(data: Data, indices: dict[str, IndexSummary], seq_length
         # Caches of other runs are read by those alone.
         if not all(_is_of_run(source, data, seq_length, prefixes) for source in sources):
             continue
+        if not all(part.is_file() for part in _list_parts(path, description)):
+            continue  # then megatron-core builds all of them again
         found |= {source["dataset_path"]: True for source in sources}
         if not is_intact(path, description, indices):
             base = path.name.removesuffix("description.txt")
@@ -45,7 +52,15 @@ def find_cache_problems(data: Data, indices: dict[str, IndexSummary], seq_length
                 f"data-cache-path: sample indices must be those of the data, got others for {names} in "
                 f"{path.parent}/{base}*. Delete these files; they are built again."
             ] = None
-    for prefix in prefixes if data.cache_dir is None else ():
+    if data.cache_dir is not None:
+        problems |= dict.fromkeys(
+            f"dataloader-fast-cache-load: reads sample indices and builds none, got none for {prefix} in "
+            f"{data.cache_dir}. Build them with tools/build_data_cache.py, or drop the flag."
+            for prefix in prefixes
+            if is_needed and not found[prefix]
+        )
+        return list(problems)
+    for prefix in prefixes:
         # Without --data-cache-path, the indices are written beside the data, which may lie on a read-only disk.
         if not found[prefix] and find_unwritable("data_cache_path", f"{prefix}/cache"):
             problems[
@@ -74,22 +89,18 @@ def _is_of_run(source: Any, data: Data, seq_length: int, prefixes: dict[str, Non
     )
 
 
-def is_intact(path: Path, description: dict[str, Any], indices: dict[str, IndexSummary]) -> bool:
-    """Whether the cache holds what would be built now. True where a file is missing.
+def _list_parts(path: Path, description: dict[str, Any]) -> list[Path]:
+    names = BLEND_PARTS if "datasets" in description else SOURCE_PARTS
+    return [path.with_name(path.name.replace("description.txt", f"{name}.npy")) for name in names]
 
-    A missing file makes megatron-core build all of them again.
-    """
-    is_blend = "datasets" in description
-    parts = [path.with_name(path.name.replace("description.txt", f"{name}.npy")) for name in SOURCE_PARTS]
-    if is_blend:
-        parts = [path.with_name(path.name.replace("description.txt", f"{name}.npy")) for name in BLEND_PARTS]
-    if not all(part.is_file() for part in parts):
-        return True
+
+def is_intact(path: Path, description: dict[str, Any], indices: dict[str, IndexSummary]) -> bool:
+    """Whether the cache, all files of which are there, holds what would be built now."""
     try:
-        arrays = [np.load(part, mmap_mode="r") for part in parts]
+        arrays = [np.load(part, mmap_mode="r") for part in _list_parts(path, description)]
     except (OSError, ValueError, EOFError):  # cut short, or no numpy file
         return False
-    if is_blend:
+    if "datasets" in description:
         return _is_blend(arrays, description)
     return _is_index_of(arrays, description, indices[description["dataset_path"]])
 

@@ -129,10 +129,11 @@ def _drop_companions(inputs: Sequence[str]) -> list[str]:
 
 def _resolve_input(text: str, output_prefix: Path) -> tuple[list[Path], list[str]]:
     path = Path(text)
-    if path.is_dir():
+    # os.path, since pathlib raises where a folder on the way may not be entered: the search below says which one.
+    if os.path.isdir(path):
         return _search_directory(path, output_prefix)
     # A prefix may contain a character such as [ itself. Where a pair of that name exists, it is no pattern.
-    if glob.has_magic(text) and not idx_path(_drop_suffix(text)).exists():
+    if glob.has_magic(text) and not os.path.exists(idx_path(_drop_suffix(text))):
         # The pattern may end with .idx or without it, as prefixes do.
         search = FileSearch()
         matches = [str(found.path) for pattern in (text, f"{text}.idx") for found in search.expand(pattern)]

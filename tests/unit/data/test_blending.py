@@ -179,6 +179,19 @@ def test_sources_are_named(prefixes: list[str], tmp_path: Path) -> None:
     assert (source.name, source.prefix) == ("code", prefixes[0])
 
 
+def test_a_source_under_another_name_is_refused(prefixes: list[str], tmp_path: Path) -> None:
+    for suffix in ("bin", "idx"):
+        (tmp_path / f"hard.{suffix}").hardlink_to(f"{prefixes[0]}.{suffix}")
+        (tmp_path / f"soft.{suffix}").symlink_to(Path(f"{prefixes[0]}.{suffix}").absolute())
+    with pytest.raises(DataError) as caught:
+        read_sources([prefixes[0], f"{tmp_path}/hard", f"x={tmp_path}/soft"])
+    assert_problems(
+        caught.value.problems,
+        (f"{tmp_path}/hard:", "source must be named once", f"got it as {prefixes[0]} too"),
+        (f"{tmp_path}/soft:", "source must be named once", f"got it as {prefixes[0]} too"),
+    )
+
+
 def test_all_bad_sources_are_named_at_once(prefixes: list[str], tmp_path: Path) -> None:
     missing, empty = tmp_path / "missing", write_pair(tmp_path / "empty", [])
     with pytest.raises(DataError) as caught:

@@ -146,6 +146,24 @@ def test_other_files_in_the_cache_folder_are_left_alone(tmp_path: Path) -> None:
     assert find(*FLAGS, "--data-path", data, "--split", "80,20,0", "--data-cache-path", str(cache)) == []
 
 
+def test_a_cache_that_is_only_read_must_be_there(tmp_path: Path) -> None:
+    data, cache = write_numbered(tmp_path / "a", LENGTHS), tmp_path / "cache"
+    flags = (*FLAGS, "--data-path", data, "--split", "80,20,0", "--data-cache-path", str(cache))
+
+    def find_fast() -> list[str]:
+        problems = find(*flags, "--dataloader-fast-cache-load")
+        return [problem for problem in problems if "builds none" in problem]
+
+    (problem,) = find_fast()
+    assert_problem(problem, "dataloader-fast-cache-load:", f"got none for {data} in {cache}", "build_data_cache.py")
+    build_datasets(parse(*flags), (80, 8, 0))
+    assert find_fast() == []
+    for path in cache.glob("*-shuffle_index.npy"):
+        path.unlink()
+    assert len(find_fast()) == 1
+    assert find(*flags) == []
+
+
 def test_data_in_a_folder_that_cannot_be_written_needs_a_cache_folder() -> None:
     with folder_of_everyone() as folder:
         data = write_numbered(folder / "a", LENGTHS)

@@ -200,3 +200,20 @@ def test_impossible_outputs_are_refused(tmp_path: Path) -> None:
         run(tmp_path, path, report_path=tmp_path / "out.jsonl")
     with pytest.raises(DataError, match="input file does not exist"):
         run(tmp_path, tmp_path / "none.jsonl")
+
+
+def test_an_output_in_the_input_folder_is_never_read(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", ["a", "b", "a"])
+    (folder / "notes.md").touch()
+    (folder / "out.jsonl.partial").write_text("left by a killed run")
+    counts, first = run(folder, folder)
+    assert (counts.num_documents, counts.num_kept) == (3, 2)
+    assert counts.ignored_files == (f"{folder}/notes.md",)
+    # It might be a corpus and the only copy of it, so it is neither read nor overwritten.
+    with pytest.raises(ConfigError, match=r"^output: must not be one of the inputs, got .*out\.jsonl\..*move it away"):
+        run(folder, folder)
+    assert (folder / "out.jsonl").read_bytes() == first
+    with pytest.raises(ConfigError, match=r"^output: must not be one of the inputs"):
+        run(tmp_path, folder, output="in/../in/out.jsonl")

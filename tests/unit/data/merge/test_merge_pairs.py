@@ -1,6 +1,7 @@
 """Merged parts equal the merge of Megatron byte for byte, shards give the bytes of one job, and mismatches named."""
 
 import dataclasses
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,7 @@ from megatron_hammer.data.preprocess.journal import lock_outputs
 from megatron_hammer.errors import DataError
 from tests.helpers.indexed_writing import add_document
 from tests.helpers.messages import assert_problem, assert_problems
+from tests.helpers.privileges import folder_of_everyone, without_privileges
 
 # The sequences of each document, of a whole job; ids are their own place in the job.
 DOCUMENTS = ((3,), (), (2, 1, 4), (5,), (), (1, 1), (60,), (2,), (7,), (1,), (9, 9))
@@ -247,6 +249,18 @@ def test_inputs_that_match_nothing_are_named_together(tmp_path: Path) -> None:
         (f"{part}:", "part must be named once", f"got it as {part} before"),
         (f"{tmp_path}/link:", "part must be named once", f"got it as {part} before"),
     )
+
+
+def test_parts_in_folders_that_cannot_be_read_are_not_taken_for_absent() -> None:
+    with folder_of_everyone() as folder:
+        write_pair(folder / "part")
+        (folder / "closed").mkdir()
+        write_pair(folder / "closed" / "part")
+        os.chmod(folder / "closed", 0o000)
+        with without_privileges():
+            for item in ("closed", "*/*", "closed/p*"):
+                problems = problems_of([folder / "part", folder / item], folder / "merged")
+                assert_problems(problems, (f"{folder}/closed", "input must be readable", "Permission denied"))
 
 
 def test_the_output_must_not_be_a_part(tmp_path: Path) -> None:
