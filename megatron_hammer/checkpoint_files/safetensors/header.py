@@ -14,6 +14,7 @@ from typing import Any
 from megatron_hammer.errors import ConversionError
 
 _ALIGNMENT_BYTES = 8  # the data begins at a multiple of it, as safetensors itself writes it
+_MAX_NUMBER = 1 << 62  # of bytes or elements
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _METADATA = "__metadata__"
 
@@ -54,17 +55,29 @@ def read_header(path: Path) -> tuple[dict[str, HeaderEntry], dict[str, str]]:
             )
             for name, entry in entries
         }
-        # The format allows no holes between tensors, so their sizes must add up to the file.
-        expected_bytes = data_start + sum(tensor.num_bytes for tensor in tensors.values())
-        if expected_bytes != path.stat().st_size:
-            raise ValueError(f"{path.stat().st_size:,} bytes where its header says {expected_bytes:,}")
+        _require_tiles(entries, path.stat().st_size - data_start)
     except OSError as error:
         raise ConversionError(f"{path}: weights cannot be read ({error.strerror}). Check the path.") from error
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, struct.error) as error:
         raise ConversionError(
             f"{path}: file must be complete safetensors, got {error}. Fetch it again; it may be truncated."
         ) from error
     return tensors, metadata
+
+
+def _require_tiles(entries: list[tuple[str, Any]], num_data_bytes: int) -> None:
+    """The format allows neither holes nor overlaps: every tensor begins where the one before it ends."""
+    position = 0
+    for name, entry in entries:
+        numbers = [*entry["data_offsets"], *entry["shape"]]
+        if strange := [value for value in numbers if type(value) is not int or not 0 <= value < _MAX_NUMBER]:
+            raise ValueError(f"{str(strange[0])[:40]} in place of a size or an offset of {name}")
+        start, end = entry["data_offsets"]
+        if start != position or end < start:
+            raise ValueError(f"{name} at bytes {start:,} to {end:,}, where the data before it ends at {position:,}")
+        position = end
+    if position != num_data_bytes:
+        raise ValueError(f"{num_data_bytes:,} bytes where its header says {position:,}")
 
 
 def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str]) -> bytes:

@@ -1,6 +1,7 @@
 """Weights of a Hugging Face folder in every form that it may have; all its faults are named at once."""
 
 import json
+import struct
 from pathlib import Path
 
 import pytest
@@ -185,3 +186,38 @@ def test_a_file_that_becomes_shorter_is_noticed(sharded):
     (sharded / "two.safetensors").write_bytes(b"")
     with pytest.raises(ConversionError, match=r"two.safetensors: lm_head.weight must end at byte "):
         weights.read("lm_head.weight")
+
+
+HEADERS = {
+    "one tensor twice, another missing": (
+        {"a": [0, 8], "b": [0, 8]},
+        "b at bytes 0 to 8, where the data before it ends",
+    ),
+    "a hole": ({"a": [0, 4], "b": [8, 16]}, "b at bytes 8 to 16, where the data before it ends at 4"),
+    "a negative offset": ({"a": [-8, 8], "b": [8, 16]}, "-8 in place of a size or an offset of a"),
+    "an offset of fractions": ({"a": [0, 8.0], "b": [8, 16]}, r"8\.0 in place of a size or an offset of a"),
+    "a huge offset": ({"a": [0, 10**40], "b": [8, 16]}, "1000000000+ in place of a size or an offset of a"),
+    "no offsets": ({"a": [], "b": [0, 16]}, ""),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_hostile_headers_are_one_sentence(name, tmp_path):
+    offsets, message = HEADERS[name]
+    header = json.dumps({key: {"dtype": "F32", "shape": [2], "data_offsets": pair} for key, pair in offsets.items()})
+    write_header(tmp_path, header.encode())
+    with pytest.raises(
+        ConversionError, match=rf"model\.safetensors: file must be complete safetensors, got .*{message}"
+    ):
+        open_hf_weights(tmp_path)
+
+
+def test_a_nested_header_is_one_sentence(tmp_path):
+    write_header(tmp_path, b'{"a":' * 100_000)
+    with pytest.raises(ConversionError, match=r"model\.safetensors: file must be complete safetensors, got "):
+        open_hf_weights(tmp_path)
+
+
+def write_header(folder: Path, header: bytes) -> None:
+    content = struct.pack("<Q", len(header)) + header + bytes(16)
+    (folder / "model.safetensors").write_bytes(content)
