@@ -22,7 +22,6 @@ from megatron_hammer.checkpoint.convert.carried_fields import (
     select_carried,
 )
 from megatron_hammer.checkpoint.convert.exported_vocabulary import select_vocabulary
-from megatron_hammer.checkpoint.convert.plain_norms import PlainNormReader
 from megatron_hammer.checkpoint.convert.proofs import (
     DTYPES,
     require_free_space,
@@ -34,6 +33,7 @@ from megatron_hammer.checkpoint.hugging_face.config_json import GENERATION_NAME,
 from megatron_hammer.checkpoint.hugging_face.families.catalogue import select_family
 from megatron_hammer.checkpoint.hugging_face.family import Family, expand
 from megatron_hammer.checkpoint.hugging_face.model_card import build_model_card
+from megatron_hammer.checkpoint.hugging_face.plain_norms import PlainNormReader
 from megatron_hammer.checkpoint.hugging_face.saved_model import (
     has_zero_centered_norms,
     read_saved_dropout,

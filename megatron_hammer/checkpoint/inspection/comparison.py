@@ -255,7 +255,7 @@ def diff_values(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator
 
 def _list_arguments(opened: OpenedCheckpoint) -> dict[str, Any]:
     """iteration: of the state, in place of where the run had begun."""
-    return {**vars(opened.reader.args), "iteration": opened.reader.iteration}
+    return {**vars(opened.reader.saved_args), "iteration": opened.reader.iteration}
 
 
 def _list_config(opened: OpenedCheckpoint) -> dict[str, Any]:

@@ -18,7 +18,12 @@ from torch import Tensor
 from megatron_hammer.checkpoint.hugging_face.config_json import CONFIG_NAME, read_hf_model
 from megatron_hammer.checkpoint.hugging_face.families.catalogue import select_family
 from megatron_hammer.checkpoint.hugging_face.family import expand
-from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_dropout, read_saved_model
+from megatron_hammer.checkpoint.hugging_face.plain_norms import PlainNormReader
+from megatron_hammer.checkpoint.hugging_face.saved_model import (
+    has_zero_centered_norms,
+    read_saved_dropout,
+    read_saved_model,
+)
 from megatron_hammer.checkpoint.hugging_face.tensor_rows import TensorPair
 from megatron_hammer.checkpoint.hugging_face.tensor_sources import locate_hf_tensors
 from megatron_hammer.checkpoint_files.open_checkpoint import find_iteration, is_legacy, open_checkpoint
@@ -145,6 +150,8 @@ def view_as_hugging_face(opened: OpenedCheckpoint, model: ModelShape) -> dict[st
     """
     # Changes the reader itself, so every later view is without padding too.
     opened.reader.remove_vocab_padding(model.vocab_size)
+    is_zero_centered = has_zero_centered_norms(opened.reader.args)
+    reader = PlainNormReader(opened.reader) if is_zero_centered else opened.reader
     views: dict[str, TensorView] = {}
     mapped = set()
     for pair in expand(select_family(model), model):
@@ -152,7 +159,7 @@ def view_as_hugging_face(opened: OpenedCheckpoint, model: ModelShape) -> dict[st
         if stored is None or tuple(stored.shape) != pair.megatron_shape:
             continue
         mapped.add(pair.megatron_name)
-        views |= _view_parts(opened.reader, pair, stored.dtype, model)
+        views |= _view_parts(reader, pair, stored.dtype, model)
     return views | {name: _view(opened.reader, name) for name in opened.reader.tensors if name not in mapped}
 
 
@@ -162,7 +169,8 @@ def _view_parts(reader: Any, pair: TensorPair, dtype: torch.dtype, model: ModelS
             shape=pair.hf_shapes[index],
             dtype=dtype,
             # Each part reads the whole Megatron tensor (q, k and v read linear_qkv three times), so that none is kept.
-            read=lambda: pair.layout.split(reader.read(pair.megatron_name), model)[index],
+            # .to(dtype) rounds the norms that lack their 1 as an export does; all others have that dtype.
+            read=lambda: pair.layout.split(reader.read(pair.megatron_name).to(dtype), model)[index],
         )
 
     return {name: view(index) for index, name in enumerate(pair.hf_names)}

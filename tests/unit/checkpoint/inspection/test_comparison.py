@@ -181,3 +181,16 @@ def test_nan_equals_nan_and_nothing_else():
     found, count = count_differences(first, torch.tensor([0.0, -infinity, 1.0]))
     assert (str(found), count) == ("nan", 2)
     assert count_differences(first, torch.tensor([nan, 5.0, 1.0])) == (infinity, 1)
+
+
+def test_norms_that_lack_their_1_equal_those_of_the_folder(tmp_path):
+    pair = write_toy_pair(
+        tmp_path / "a", {"apply_layernorm_1p": True}, dtype=torch.bfloat16, has_zero_centered_norms=True
+    )
+    assert compare(*pair).is_equal
+    unsaid = write_toy_pair(tmp_path / "b", {}, dtype=torch.bfloat16, has_zero_centered_norms=True)
+    assert {name.split(".")[-2] for name in kinds(compare(*unsaid))} == {
+        "input_layernorm",
+        "post_attention_layernorm",
+        "norm",
+    }
