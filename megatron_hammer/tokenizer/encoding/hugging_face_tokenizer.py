@@ -13,6 +13,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers
 
 from megatron_hammer.errors import ConversionError
+from megatron_hammer.tokenizer.encoding.charsmap_normalizer import list_charsmap_steps, list_normalized_texts
 from megatron_hammer.tokenizer.encoding.encoder import Encoder
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import (
     WHITESPACE_SYMBOL,
@@ -44,6 +45,7 @@ SAMPLE_TEXTS = (
     "<h1>标题</h1><br/><p>段落</p >CLS><SEP>",
     "العربية हिन्दी 한국어 русский ελληνικά \x00\x01\x7f",
     f"{WHITESPACE_SYMBOL}literal{WHITESPACE_SYMBOL}{WHITESPACE_SYMBOL}escape symbols",
+    f"at the end {WHITESPACE_SYMBOL} {WHITESPACE_SYMBOL}",
 )
 
 
@@ -62,7 +64,7 @@ def build_fast_tokenizer(model: SentencePieceModel, *, name: str) -> tokenizers.
             byte_fallback=model.has_byte_fallback,
         )
     )
-    if steps := list(_normalizer_steps(model)):
+    if steps := list(_normalizer_steps(model, name)):
         tokenizer.normalizer = normalizers.Sequence(steps)
     tokenizer.decoder = decoders.Sequence(list(_decoder_steps(model)))
     tokenizer.add_special_tokens(
@@ -169,11 +171,12 @@ def list_inexpressible(model: SentencePieceModel) -> list[str]:
     return [reason for is_wrong, reason in reasons if is_wrong]
 
 
-def _normalizer_steps(model: SentencePieceModel) -> Iterator[Any]:
+def _normalizer_steps(model: SentencePieceModel, name: str) -> Iterator[Any]:
     if model.precompiled_charsmap:
-        yield normalizers.Precompiled(model.precompiled_charsmap)
+        yield from list_charsmap_steps(model.precompiled_charsmap, name)
     if model.removes_extra_whitespaces:
-        yield normalizers.Replace(tokenizers.Regex(r"\A +| +\z"), "")  # spaces only: Strip would take line ends too
+        # Spaces only: Strip would take line ends too. At the end, sentencepiece takes the symbol for a space as well.
+        yield normalizers.Replace(tokenizers.Regex(rf"\A +|[ {WHITESPACE_SYMBOL}]+\z"), "")
         yield normalizers.Replace(tokenizers.Regex(" {2,}"), " ")
     if model.has_dummy_prefix:
         # After surplus spaces are removed: behind the prefix they would no longer be at the start.
@@ -210,11 +213,13 @@ def list_merges(model: SentencePieceModel) -> list[tuple[str, str]]:
     ]
 
 
-def list_piece_texts(model: SentencePieceModel) -> Iterator[str]:
-    """The text of every piece by itself: finds pieces that one of the two cannot reach."""
+def list_texts_of(model: SentencePieceModel) -> Iterator[str]:
+    """The text of every piece by itself, and texts of all that the normaliser replaces."""
     for piece in model.pieces:
         if piece.type in (PieceType.NORMAL, PieceType.USER_DEFINED):
             yield piece.surface
+    if model.precompiled_charsmap:
+        yield from list_normalized_texts(model.precompiled_charsmap)
 
 
 def check_same_encoding(encoder: Encoder, tokenizer: tokenizers.Tokenizer, texts: list[str]) -> None:

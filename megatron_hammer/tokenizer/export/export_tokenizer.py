@@ -30,7 +30,7 @@ from megatron_hammer.tokenizer.encoding.hugging_face_tokenizer import (
     build_fast_tokenizer,
     check_same_encoding,
     differs,
-    list_piece_texts,
+    list_texts_of,
 )
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import SentencePieceModel, read_sentencepiece_model
 from megatron_hammer.tokenizer.encoding.special_tokens import CONFIG_NAME, read_config
@@ -114,7 +114,7 @@ def list_samples(encoder: Encoder) -> Iterable[Document]:
     """Texts that have told tokenizers apart, and every piece of a SentencePiece model by itself."""
     texts = [*SAMPLE_TEXTS]
     if isinstance(encoder, SentencePieceEncoder):
-        texts += list_piece_texts(read_sentencepiece_model(encoder.path))
+        texts += list_texts_of(read_sentencepiece_model(encoder.path))
     return (Document(text, "sample text", line) for line, text in enumerate(texts, start=1))
 
 
@@ -142,7 +142,7 @@ def export_tokenizer(source: Path, target_dir: Path, *, max_length: int | None) 
 def _export_sentencepiece(encoder: SentencePieceEncoder, target_dir: Path, max_length: int | None) -> int:
     model = read_sentencepiece_model(encoder.path)
     tokenizer = build_fast_tokenizer(model, name=str(encoder.path))
-    texts = [*SAMPLE_TEXTS, *list_piece_texts(model)]
+    texts = [*SAMPLE_TEXTS, *list_texts_of(model)]
     check_same_encoding(encoder, tokenizer, texts)
     tokenizer.encode_special_tokens = False  # not a part of tokenizer.json; transformers sets it from the config
     shutil.copyfile(encoder.path, target_dir / "tokenizer.model")
