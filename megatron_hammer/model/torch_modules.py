@@ -1,6 +1,7 @@
 """The two modules that the `torch` backend swaps into megatron's layers: a norm and the core attention.
 
-Both need nothing but PyTorch and follow the interfaces of megatron's own (`LayerNormBuilder`, `CoreAttention`).
+Both follow the interfaces of megatron's own (`LayerNormBuilder`, `CoreAttention`) and need nothing but PyTorch; only a
+norm that returns the residual too is a Triton kernel of ours.
 Context parallelism, sliding windows and packed sequences are left to the `te` backend; preflight refuses them here.
 """
 
