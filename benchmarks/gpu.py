@@ -62,10 +62,13 @@ class Session:
     def run_side(self, side: str, *arguments: str, timeout_s: float) -> dict[str, Any]:
         """A part that needs a process of its own; its JSON, or {"reason": why there is none}."""
         rehearsal = ["--rehearse"] if self.setting.platform == "cpu" else []
-        command = [str(Path(__file__).resolve()), *rehearsal, "--side", side, *arguments]
+        answer_path = self.work_dir / "answer.json"  # not stdout: training diverts it
+        command = [str(Path(__file__).resolve()), *rehearsal, "--side", side, "--output", str(answer_path), *arguments]
         ended = run_python(command, timeout_s=min(timeout_s, self.remaining_s))
-        # The last line: libraries print too.
-        return {"reason": ended.reason} if ended.reason else json.loads(ended.stdout.splitlines()[-1])
+        if ended.reason is not None:
+            return {"reason": ended.reason}
+        answer: dict[str, Any] = json.loads(answer_path.read_text(encoding="utf8"))
+        return answer
 
 
 def check_gradients(session: Session) -> None:
@@ -147,13 +150,13 @@ def profile_best(session: Session) -> None:
 # --- parts with a process of their own ------------------------------------------------------------------------------
 
 
-def run_part(setting: Setting, side: str, arguments: Sequence[str]) -> None:
-    """Run one part; prints its JSON as the last line."""
+def run_part(setting: Setting, side: str, output: Path, arguments: Sequence[str]) -> None:
+    """Run one part, and write what it found as JSON."""
     if side == "gradients":
         from on_gpu import gradients
 
-        platform, output, *flags = arguments
-        gradients.record(platform, Path(output), flags)
+        platform, *flags = arguments
+        gradients.record(platform, output, flags)
         return
     if side == "profile":
         output_dir, *flags = arguments
@@ -175,7 +178,7 @@ def run_part(setting: Setting, side: str, arguments: Sequence[str]) -> None:
 
         data_prefix, micro_batch_size_text = arguments
         answer = transformers_loop.measure(setting, Path(data_prefix), int(micro_batch_size_text))
-    print(json.dumps(answer), flush=True)
+    output.write_text(json.dumps(answer), encoding="utf8")
 
 
 def describe_machine(setting: Setting) -> dict[str, Any]:
@@ -251,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     setting = build_setting(is_rehearsal=arguments.rehearse)
     if arguments.side:
-        run_part(setting, arguments.side, arguments.arguments)
+        run_part(setting, arguments.side, arguments.output, arguments.arguments)
         return
     result = measure(setting, arguments.output, arguments.minutes)
     if arguments.json:

@@ -63,7 +63,7 @@ def run_recorder(platform: str, output_dir: Path, flags: Sequence[str], timeout_
     output_dir.mkdir()
     flags = [*flags, "--metrics-path", str(output_dir / "metrics.jsonl")]
     variables = {"CUDA_VISIBLE_DEVICES": ""} if platform == "cpu" else {}
-    arguments = [RECORDER, "--side", "gradients", platform, str(output_dir / "gradients.pt"), *flags]
+    arguments = [RECORDER, "--side", "gradients", "--output", str(output_dir / "gradients.pt"), platform, *flags]
     return run_python(arguments, timeout_s=timeout_s, variables=variables).reason
 
 
