@@ -6,6 +6,7 @@ kernels apart and it sees a wrong gradient.
 
 import gzip
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -188,7 +189,6 @@ def test_a_kernel_belongs_to_the_part_that_called_it_and_its_gradient_to_the_sam
         ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm>", "matmul"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention"),
         ("void transformer_engine::normalization::rmsnorm_fwd_general_kernel", "norm"),
-        ("_rotate_and_split_kernel_rope", "rope"),
         ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
         ("void at::native::CatArrayBatchedCopy", "copies"),
         ("triton_poi_fused_mul_silu_0", "elementwise"),
@@ -198,7 +198,36 @@ def test_a_kernel_that_no_part_claims_is_known_by_its_name(name, kernel_class):
     assert trace.classify(name, None) == kernel_class
 
 
+def test_every_kernel_of_ours_is_known_by_its_name():
+    sources = (path.read_text() for path in sorted((ROOT / "megatron_hammer" / "model").rglob("*.py")))
+    kernels = {name for source in sources for name in re.findall(r"^ +(_\w+)\[", source, re.MULTILINE)}
+    assert {"_reduce_row", "_normalize", "_turn_qkv"} <= kernels
+    assert [name for name in sorted(kernels) if trace.classify(name, None) == "elementwise"] == []
+
+
 def test_on_a_cpu_an_operator_counts_without_those_that_it_calls(tmp_path):
     events = [event("aten::linear", 0, 100), event("aten::addmm", 10, 70), event("aten::mul", 200, 20)]
     shares = trace.summarize(write_trace(tmp_path / "trace.json.gz", events))
     assert (shares["matmul"], shares["elementwise"]) == pytest.approx((70 / 120, 50 / 120))
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_memory_model_agrees_with_fake_tensors():
+    """A small Llama whose logits weigh little, so that its layers count; RESULTS.md has hammer-1b4's rows."""
+    flags = (
+        "--preset hammer-tiny --precision bf16 --num-layers 6 --hidden-size 512 --kv-channels 32 --vocab-size 1000 "
+        "--micro-batch-size 4 --global-batch-size 4"
+    )
+    ended = processes.run_python(
+        [str(ROOT / "benchmarks" / "memory_tracked.py"), "--json", "--flags", flags],
+        timeout_s=240,
+        variables={"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert ended.reason is None
+    ((_, row),) = json.loads(ended.stdout).items()
+    for part in ("weights", "gradients", "optimizer"):
+        assert row["estimated"][part] == pytest.approx(row["tracked"][part], rel=0.003)  # blocks of 512 bytes
+    # Measured 0.99 to 1.00 for hammer-1b4; a part that is counted twice or not at all is more than 5% of a layer.
+    assert row["estimated"]["working"] == pytest.approx(row["tracked"]["working"], rel=0.03)
