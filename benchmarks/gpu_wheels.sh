@@ -19,7 +19,8 @@ set -euo pipefail
 # What training and the benchmark import; --all: what any command of the package imports. What is named here is packed
 # even where transformers needs it too: another version of transformers may not.
 packages=(megatron-core orjson zstandard sentencepiece protobuf psutil pydantic pydantic-core annotated-types
-    typing-inspection typing-extensions rich markdown-it-py mdurl pygments)
+    typing-inspection typing-extensions rich markdown-it-py mdurl pygments matplotlib contourpy cycler fonttools
+    kiwisolver pillow pyparsing python-dateutil)
 te_needs=(einops onnx onnxscript onnx-ir ml-dtypes nvdlfw-inspect nvidia-cudnn-frontend) # of TransformerEngine's torch part
 image=(torch triton transformers numpy)
 output="" packed="" piece_mib=60 is_list="" te_version="" cuda_major=13 torch_version=2.11 python_version=3.12

@@ -78,7 +78,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "fp32": _row(2, "--precision", "fp32"),
     "tensor parallel 2": _row(4, *_TP2),
     "tensor and sequence parallel 2": _row(4, *_TP2, "--sequence-parallel"),
-    "data parallel 2": _row(4, "--world-size", "2", ranks=2),
+    "data parallel 2": _row(4, "--dry-run", "--world-size", "2", ranks=2),
     "gpt2-124m: tied, GELU, LayerNorm, dropout": _row(16, preset="gpt2-124m"),
 }
 
@@ -238,9 +238,11 @@ def launch_no_kernels() -> None:
     loss._select_kernels = lambda logits: cross_entropy_triton
 
 
-def check_16_bit(module: torch.nn.Module) -> torch.nn.Module:
-    """Module.bfloat16 of a model that was built in bf16; torch's own would swap fake parameters, and cannot."""
-    assert all(parameter.dtype == torch.bfloat16 for parameter in module.parameters())
+def cast_parameters(module: torch.nn.Module) -> torch.nn.Module:
+    """Module.bfloat16; torch's own would swap the fake parameters, which it refuses."""
+    for parameter in module.parameters():
+        if parameter.dtype != torch.bfloat16:  # such as position embeddings
+            parameter.data = parameter.data.bfloat16()
     return module
 
 
@@ -281,7 +283,7 @@ def prepare(flags: Sequence[str]) -> tuple[Any, Any, Any]:
     functional: Any = torch.nn.functional
     functional.rms_norm = lambda hidden, shape, weight=None, eps=None: FusedRmsNorm.apply(hidden, weight)
     module_class: Any = torch.nn.Module
-    module_class.bfloat16 = check_16_bit
+    module_class.bfloat16 = cast_parameters
     from megatron_hammer.training import pretrain
 
     # Never refused for its size, which is what is examined. One micro-batch: the next ones hold nothing else.

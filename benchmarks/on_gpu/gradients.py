@@ -86,16 +86,19 @@ def list_check_flags(setting: Setting, data_prefix: Path) -> list[str]:
 
 def record_reference(setting: Setting, work_dir: Path, timeout_s: float) -> str | None:
     """The CPU's run in fp32, and the checkpoint of its weights; returns why it failed, or None."""
-    flags = [*list_check_flags(setting, work_dir / "data"), "--platform", "cpu", "--precision", "fp32"]
-    flags += ["--save", str(work_dir / "start"), "--no-save-optim", "--no-save-rng"]
-    return run_recorder("cpu", work_dir / "reference", flags, timeout_s)
+    return run_recorder("cpu", work_dir / "reference", list_reference_flags(setting, work_dir), timeout_s)
+
+
+def list_reference_flags(setting: Setting, work_dir: Path) -> list[str]:
+    precision = ("--platform", "cpu", "--precision", "fp32")
+    return [*list_check_flags(setting, work_dir / "data"), *precision, "--save", str(work_dir / "start")]
 
 
 def run_check(setting: Setting, check: Check, work_dir: Path, timeout_s: float) -> dict[str, Any]:
     """One backend and precision against the reference: what differs by how much, and whether all bounds hold."""
     flags = [*list_check_flags(setting, work_dir / "data"), "--platform", setting.platform]
     flags += ["--precision", check.precision, "--backend", check.backend]
-    flags += ["--load", str(work_dir / "start"), "--finetune", "--no-load-optim", "--no-load-rng"]
+    flags += ["--load", str(work_dir / "start"), "--finetune"]
     output_dir = work_dir / f"{check.backend}-{check.precision}"
     result: dict[str, Any] = {"backend": check.backend, "precision": check.precision}
     reason = run_recorder(setting.platform, output_dir, flags, timeout_s)

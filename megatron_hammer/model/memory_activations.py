@@ -94,7 +94,8 @@ def _count_attention(
         kept += widths.sequence_tokens * h  # a mask is one byte
     kept += widths.tokens * element * (widths.queries + 2 * widths.key_values)  # q, k and v
     if options.has_expanded_heads and widths.queries > widths.key_values:
-        kept += widths.tokens * element * 2 * widths.queries
+        # The copies take the place of key and value, which nothing else needs.
+        kept += widths.tokens * element * 2 * (widths.queries - widths.key_values)
     if model.has_qk_norm:  # q and k before their norms too
         kept += widths.tokens * element * (widths.queries + widths.key_values)
     if not options.has_separate_values:

@@ -39,6 +39,15 @@ def test_preflight_allows_every_row_on_a_planned_gpu(row, tmp_path):
     assert arguments.plan.num_microbatches * row.micro_batch_size == GPU.global_batch_size
 
 
+@pytest.mark.parametrize("of_setting", [GPU, REHEARSAL], ids=["gpu", "rehearsal"])
+def test_preflight_allows_the_reference_of_the_gradients(of_setting, tmp_path):
+    from megatron_hammer.config.preflight.find_problems import find_problems
+
+    setting.write_data(tmp_path / "data", num_tokens=200_000, vocab_size=of_setting.num_token_ids)
+    flags = gradients.list_reference_flags(of_setting, tmp_path)
+    assert not find_problems(parse(*flags, "--dry-run", "--world-size", "1"))
+
+
 def test_rows_differ():
     assert len({row.name for row in GPU.rows}) == len(GPU.rows)
 

@@ -114,6 +114,10 @@ def test_sequence_parallelism_gathers_two_hidden_states_for_the_backward_pass():
     assert divided.transient - repeated.transient == 2 * (2 * TOKENS * H) - TOKENS * H
 
 
+def test_expanded_heads_take_the_place_of_key_and_value():
+    assert count(has_expanded_heads=True) - count() == 2 * TOKENS * 2 * (Q - KV)
+
+
 def test_silu_without_fusion_keeps_its_output():
     assert count(has_fused_activation=False) - count() == 2 * TOKENS * FFN
     # megatron.core.transformer.mlp adds an offset, 0 for SwiGLU, to the other half.
