@@ -110,7 +110,8 @@ class Storage(NamedTuple):
 class StorageTracker(TorchDispatchMode):
     """Counts the bytes of live storages, and remembers which lived at the peak.
 
-    A question for a value, such as a gradient norm's, is answered with 1: fake tensors have none.
+    Fake tensors have no values. A question for one, such as a gradient norm's, is answered with 1, and a question of
+    yes or no, such as whether something is NaN, with no.
     """
 
     def __init__(self) -> None:
@@ -124,7 +125,7 @@ class StorageTracker(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            return 1.0 if args[0].is_floating_point() else 1
+            return 1.0 if args[0].is_floating_point() else int(args[0].dtype != torch.bool)
         if func in COALESCED:
             return FakeWork().boxed()
         result = func(*args, **(kwargs or {}))

@@ -34,6 +34,9 @@ def compute_loss_in_chunks(
         loss: Tensor = compute_language_model_loss(labels, scale_logits(logits))
         return loss
 
+    # A checkpoint gives the backward pass the weight without megatron's attributes. If its gradient were added to
+    # main_grad there, autograd would have none, and megatron's overlapped reduction stops at a parameter without one.
+    output_layer.gradient_accumulation_fusion = False
     size = max(1, CHUNK_TOKENS // hidden_states.shape[1])
     chunks = zip(hidden_states.split(size), labels.split(size, dim=1), strict=True)
     # No random numbers: nothing in a chunk drops out.
