@@ -105,7 +105,6 @@ GPU_ROWS = (
     Row(backend="torch", micro_batch_size=8, flags=("--no-triton-kernels",)),
     Row(backend="torch", micro_batch_size=8, flags=("--cross-entropy", "chunked")),
     Row(backend="te", micro_batch_size=8, flags=(*FP8, "tensorwise")),
-    Row(backend="torch", micro_batch_size=8, flags=("--no-triton-kernels",)),
     Row(backend="torch", micro_batch_size=16),
     Row(backend="transformers", micro_batch_size=8),
     Row(backend="te", micro_batch_size=8, flags=(*FP8, "delayed")),
@@ -116,7 +115,6 @@ GPU_ROWS = (
     Row(backend="torch", micro_batch_size=8, flags=("--no-gradient-accumulation-fusion",)),
     Row(backend="te", micro_batch_size=8, flags=("--no-rope-fusion",)),
     Row(backend="te", micro_batch_size=8, flags=("--cross-entropy", "chunked")),
-    Row(backend="torch", micro_batch_size=8, flags=("--no-gradient-accumulation-fusion",)),
     Row(backend="torch", micro_batch_size=2),
     Row(backend="torch", micro_batch_size=1),
 )

@@ -26,10 +26,10 @@ NAMED_FIRST = {
 }  # fmt: skip
 NAMED_LAST = {
     "optimizer": re.compile(r"adam|multi_tensor|foreach", re.IGNORECASE),
-    # The names that begin with _ are of our own kernels in model/.
+    # The names that begin with _ are of our own kernels in model/, as far as no other pattern fits them.
     "loss": re.compile(r"cross_?entropy|softmax|nll_loss|^_(?:reduce_row|write_row_gradient)", re.IGNORECASE),
-    "norm": re.compile(r"rms_?norm|layer_?norm|norm_(?:fwd|bwd|forward|backward)|^_normalize", re.IGNORECASE),
-    "rope": re.compile(r"rope|rotary|^_turn", re.IGNORECASE),
+    "norm": re.compile(r"rms_?norm|layer_?norm|norm_(?:fwd|bwd|forward|backward)", re.IGNORECASE),
+    "rope": re.compile(r"rope|rotary", re.IGNORECASE),
     "copies": re.compile(r"copy|aten::(?:cat|clone|contiguous|fill_|zero_|index)|CatArray|FillFunctor", re.IGNORECASE),
 }
 PART = "part:"  # in front of a marked part's class, as the trace names it

