@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_hammer.config.preflight.data import read_indices
+from megatron_hammer.config.preflight.data_cache import find_cache_problems
 from tests.helpers.messages import assert_problem
 from tests.helpers.parsed_flags import find, parse
 from tests.helpers.privileges import folder_of_everyone, without_privileges
@@ -84,29 +86,32 @@ PARTS = ("document_index", "sample_index", "shuffle_index", "dataset_index", "da
 
 
 @pytest.fixture(scope="module")
-def blend(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[str, ...]]:
-    """The flags of a run of two sources, and its complete cache; several epochs, so that nothing is in file order."""
+def blend(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Callable[[], list[str]]]:
+    """The cache of a run of two sources and several epochs, so that nothing is in file order, and its check."""
     folder = tmp_path_factory.mktemp("blend")
     first = write_numbered(folder / "a", LENGTHS)
     second = write_numbered(folder / "b", draw_lengths(1, 61))
     flags = (*FLAGS, "--data-path", "0.7", first, "0.3", second, "--split", "80,20,0", "--train-iters", "90")
     flags += ("--data-cache-path", str(folder / "cache"))
-    build_datasets(parse(*flags), (300, 8, 0))
+    build_datasets(arguments := parse(*flags), (300, 8, 0))
     assert find(*flags) == []
-    return folder / "cache", flags
+    data = arguments.settings.data
+    indices, _ = read_indices(data.sources)
+    return folder / "cache", lambda: find_cache_problems(data, indices, 64)
 
 
 @pytest.mark.parametrize("damage", [zero, rotate, cut_short, empty, swap_two])
 @pytest.mark.parametrize("part", PARTS)
 def test_a_damaged_cache_is_refused(
-    blend: tuple[Path, tuple[str, ...]], part: str, damage: Callable[[Path], None]
+    blend: tuple[Path, Callable[[], list[str]]], part: str, damage: Callable[[Path], None]
 ) -> None:
-    cache, flags = blend
+    cache, find_problems = blend
+    assert find_problems() == []
     path = next(path for path in sorted(cache.glob(f"*-train-{part}.npy")))
     content = path.read_bytes()
     try:
         damage(path)
-        (problem,) = find(*flags)
+        (problem,) = find_problems()
     finally:
         path.write_bytes(content)
     assert_problem(problem, "data-cache-path:", str(path.name).removesuffix(f"{part}.npy"))
