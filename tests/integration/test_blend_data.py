@@ -84,7 +84,7 @@ def test_the_printed_line_is_what_a_shell_reads(folder: Path) -> None:
             ("large", "--train-tokens", "1B", "--seq-length", "9000"),
             "error: large: training split must hold one sample",
         ),
-        (("large", "--max-epochs", "nan"), "error: max-epochs: must be positive and finite, got nan."),
+        (("large", "--max-epochs", "nan"), "argument --max-epochs: must be a finite number, got 'nan'."),
         (("large", "--train-tokens", "0"), "must be a positive count such as 20000000, 20M or 1.5B, got 0"),
         (("large", "--train-tokens", "many"), "must be a positive count such as 20000000, 20M or 1.5B, got many"),
         (("large", "--split", "a"), "error: split: must be three shares for training, validation and test"),
