@@ -32,8 +32,8 @@ if [[ -z "${INPUT:-}" ]]; then
 fi
 # The tools expand patterns themselves, so the shell must not.
 set -f
-read -r -a inputs <<<"$INPUT"
-read -r -a others <<<"${COMPARE:-}"
+read -r -d '' -a inputs <<<"$INPUT" || true
+read -r -d '' -a others <<<"${COMPARE:-}" || true
 needed=()
 if [[ -n "${REQUIRED_CHARS_FILE:-}" ]]; then needed+=(--required-chars-file "$REQUIRED_CHARS_FILE"); fi
 if [[ -n "${USER_DEFINED_SYMBOLS_FILE:-}" ]]; then

@@ -69,7 +69,7 @@ fi
 arguments=()
 if ((num_gpus > 0)); then arguments+=(--platform cuda); fi # a torch without CUDA must not train on the CPU
 if [[ -n "${DATA_PATH:-}" ]]; then
-    read -r -a data_path <<<"$DATA_PATH"
+    read -r -d '' -a data_path <<<"$DATA_PATH" || true
     arguments+=(--data-path "${data_path[@]}")
 else
     echo "DATA_PATH is not set: continuing on demonstration text, encoded with the model's tokenizer."

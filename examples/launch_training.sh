@@ -14,6 +14,7 @@ fail() {
 
 # Inside `srun`, SLURM describes the step, which may have fewer nodes than the job.
 num_nodes="${NNODES:-${SLURM_STEP_NUM_NODES:-${SLURM_NNODES:-1}}}"
+[[ "$num_nodes" =~ ^[1-9][0-9]*$ ]] || fail "NNODES: must be a whole number above 0, got $num_nodes. Correct it."
 if ((${SLURM_STEP_NUM_TASKS:-1} > ${SLURM_STEP_NUM_NODES:-1})); then
     fail "srun: must start this script once on each node, got $SLURM_STEP_NUM_TASKS tasks on" \
         "$SLURM_STEP_NUM_NODES nodes. The script starts the processes of its node itself:" \

@@ -19,7 +19,7 @@ source "$root/examples/demo_data.sh"
 
 steps="${STEPS:-6}"
 output_dir="${OUTPUT_DIR:-$root/outputs/parallel-tour}"
-read -r -a layouts <<<"${LAYOUTS:-single tp2 tp2-sp pp2 pp2-vp2 dp2 tp2-pp2 moe-single moe-ep2}"
+read -r -d '' -a layouts <<<"${LAYOUTS:-single tp2 tp2-sp pp2 pp2-vp2 dp2 tp2-pp2 moe-single moe-ep2}" || true
 extra=("$@")
 # One thread per process: sums keep one order, and several processes share few cores.
 export OMP_NUM_THREADS=1

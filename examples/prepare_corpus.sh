@@ -32,7 +32,7 @@ if [[ -z "${SOURCES:-}" || -z "${TOKENIZER_MODEL:-}" ]]; then
 fi
 # The tools expand patterns themselves, so the shell must not.
 set -f
-read -r -a sources <<<"${SOURCES:-machine=$output_dir/machine/corpus.jsonl}"
+read -r -d '' -a sources <<<"${SOURCES:-machine=$output_dir/machine/corpus.jsonl}" || true
 if [[ -z "${TOKENIZER_MODEL:-}" ]]; then
     build_demo_tokenizer "$output_dir/machine" 4096
     TOKENIZER_MODEL="$output_dir/machine/tokenizer.model"

@@ -42,7 +42,7 @@ fi
 output_dir="${OUTPUT_DIR:-$root/outputs/$preset}"
 
 if [[ -n "${DATA_PATH:-}" ]]; then
-    read -r -a data_path <<<"$DATA_PATH"
+    read -r -d '' -a data_path <<<"$DATA_PATH" || true
     arguments+=(--data-path "${data_path[@]}")
     if [[ -n "${TOKENIZER_MODEL:-}" ]]; then arguments+=(--tokenizer-model "$TOKENIZER_MODEL"); fi
 else

@@ -32,7 +32,7 @@ preset="${PRESET:-hammer-tiny}"
 held_out_layouts="${HELD_OUT_LAYOUTS:-dp4,tp2-dp2,pp2-dp2}"
 statistic="${STATISTIC:-median}"
 samples_per_rank="${SAMPLES_PER_RANK:-4}"
-read -r -a studies <<<"${STUDIES:-hammer-1b4 llama3-70b}"
+read -r -d '' -a studies <<<"${STUDIES:-hammer-1b4 llama3-70b}" || true
 # One thread per process: sums keep one order, and several processes share few cores.
 export OMP_NUM_THREADS=1
 machine=(--gpus-file "$output_dir/machine/gpus.toml" --clusters-file "$output_dir/machine/clusters.toml")

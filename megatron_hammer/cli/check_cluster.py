@@ -20,6 +20,7 @@ from megatron_hammer.errors import ConfigError, exit_on_user_error
 if TYPE_CHECKING:
     from megatron_hammer.config.run_plan import RunPlan
 
+DEFAULT_CLUSTER = "measured"
 DEFAULT_PRESET = "hammer-1b4"
 # A command line with one of these describes its own model.
 MODEL_FLAGS = ("--preset", "--load-hf", "--num-layers")
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--file-mib", type=int, default=256, help="size of each host's file (default: 256)")
     parser.add_argument("--max-clock-skew-s", type=float, default=1.0, help="allowed between hosts (default: 1)")
     parser.add_argument("--output-clusters-file", type=Path, help="write the links, for scaling-study --clusters-file")
-    parser.add_argument("--cluster-name", default="measured", help="of the table in that file (default: measured)")
+    parser.add_argument("--cluster-name", help=f"of the table in that file (default: {DEFAULT_CLUSTER})")
     # allow_abbrev=False above: an abbreviated flag of training must not be taken for one of these.
     arguments, rest = parser.parse_known_args(argv)
 
@@ -56,8 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         shared_dir=arguments.shared_dir,
         most_skew_s=arguments.max_clock_skew_s,
         cluster_path=arguments.output_clusters_file,
-        cluster_name=arguments.cluster_name,
+        cluster_name=DEFAULT_CLUSTER if arguments.cluster_name is None else arguments.cluster_name,
     )
+    if arguments.cluster_name is not None and options.cluster_path is None:
+        raise ConfigError(
+            f"cluster-name: must be given with --output-clusters-file, got {arguments.cluster_name!r} alone. "
+            "Add that flag, or leave this one out."
+        )
     check_options(options)
     plan = read_cluster_plan(rest)
     if options.cluster_path is not None and plan.machine.rank == 0:

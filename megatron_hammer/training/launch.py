@@ -65,6 +65,7 @@ def launch(torchrun_options: Sequence[str], training_options: Sequence[str]) -> 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     ours = [*give_grace(), "--signals-to-handle", HANDLED_SIGNALS]
     options = run.parse_args([*ours, *torchrun_options, "-m", TRAINING_MODULE, *training_options])
+    check_node_rank(options)
     check_master_port(options)
     try:
         run.run(options)
@@ -89,6 +90,18 @@ def give_grace() -> list[str]:
     # Before torch 2.12 the agent calls close(signal), whose default timeout is 30 s.
     PContext.close = functools.partialmethod(PContext.close, timeout=CHECKPOINT_GRACE_S)  # type: ignore[assignment]
     return []
+
+
+def check_node_rank(options: argparse.Namespace) -> None:
+    """Raises ConfigError for a number that no node has; torchrun would wait for the others until its timeout."""
+    if options.rdzv_backend != "static" or options.standalone or options.rdzv_endpoint:
+        return
+    num_nodes = options.nnodes.split(":")[-1]  # "2", or "1:2" for at least 1
+    if num_nodes.isdecimal() and not 0 <= options.node_rank < int(num_nodes):
+        raise ConfigError(
+            f"node-rank: must be 0 to {int(num_nodes) - 1}, got {options.node_rank} of {num_nodes} nodes. Number the "
+            "nodes from 0 (NODE_RANK for the scripts)."
+        )
 
 
 def check_master_port(options: argparse.Namespace) -> None:

@@ -87,5 +87,5 @@ def test_a_rank_that_dies_is_named() -> None:
 def test_bad_numbers_end_with_their_sentence() -> None:
     result = run_program(PROGRAM, 1, "--platform", "cpu", "--timeout-s", "0", "--file-mib", "-1", FAULT="none")
     assert result.returncode == 2
-    assert "timeout-s: must be more than 0, got 0" in result.stderr
-    assert "file-mib: must be more than 0, got -1" in result.stderr
+    assert "timeout-s: must be more than 0 and at most 1e+06, got 0" in result.stderr
+    assert "file-mib: must be more than 0 and at most 1e+06, got -1" in result.stderr

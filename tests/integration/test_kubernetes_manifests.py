@@ -83,6 +83,13 @@ def test_a_pod_is_a_node(name: str, tmp_path: Path) -> None:
     assert words[-4:] == ["--save", "/workspace/outputs/hammer-1b4", "--data-path", "/data/corpus_text_document"]
 
 
+@pytest.mark.parametrize("name", ["NODE_RANK", "MASTER_ADDR"])
+def test_a_node_that_does_not_know_its_place(name: str, tmp_path: Path) -> None:
+    """Exit code 2: nothing would be better after a restart."""
+    with pytest.raises(AssertionError, match=rf"error: {name}: must be the .*, got none for NNODES=2\."):
+        start_pod("jobset", tmp_path, **{name: ""})
+
+
 def test_the_dry_run_accepts_the_examples(tmp_path: Path) -> None:
     words = start_pod("jobset", tmp_path, DRY_RUN="1")
     assert words[-3:] == ["--dry-run", "--world-size", "16"]

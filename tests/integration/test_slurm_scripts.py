@@ -215,6 +215,56 @@ def test_a_check_can_come_first(tmp_path: Path, code: int) -> None:
     assert ("CHECK_SCRIPT: must end with exit code 0, got 3 from my check.py." in finished.output) == bool(code)
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 0), (signal.SIGTERM, 143)])
+def test_a_signal_during_the_check_is_no_finding(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    """The check ends with a failure then. Training has not begun, so the next attempt is not bound to fail."""
+    cluster = Cluster(tmp_path, "trap 'exit 1' USR1\ntouch \"$folder/ready\"\ntrain\n")
+    process = cluster.start(PRETRAIN, CHECK_SCRIPT="check.py")
+    wait_for_nodes(cluster, process)
+    process.send_signal(number)
+    assert process.wait(60) == code
+    assert cluster.is_requeued() == (number == signal.SIGUSR1)
+    assert len(cluster.list_calls("srun")) == 1, "no training follows"
+    assert "CHECK_SCRIPT" not in cluster.output_path.read_text()
+
+
+def test_a_requeue_that_slurm_refuses_is_said(tmp_path: Path) -> None:
+    cluster = Cluster(tmp_path, "save 7; exit 1", nodes="n1")
+    (tmp_path / "bin" / "scontrol").write_text("#!/bin/sh\nexit 3\n")
+    finished = cluster.sbatch(PRETRAIN)
+    assert (finished.code, finished.num_attempts) == (2, 1)
+    assert "scontrol: must be able to requeue job 4500123, got exit code 3." in finished.output
+
+
+@pytest.mark.parametrize(
+    ("variables", "flags", "message"),
+    [
+        ({"NPROC": "a[$(touch ran)]"}, (), "NPROC: must be a whole number above 0, got a[$(touch ran)]."),
+        ({"MAX_REQUEUES": "many"}, (), "MAX_REQUEUES: must be a whole number, got many."),
+        ({"DATA_PATH": " \n "}, (), "DATA_PATH: must name a data set, got nothing but spaces."),
+        ({"DRY_RUN": "true"}, (), "DRY_RUN: must be 0 or 1, got true."),
+        ({}, ("--save", "elsewhere"), "save: must be set by OUTPUT_DIR, got --save."),
+        ({}, ("--save=elsewhere",), "save: must be set by OUTPUT_DIR, got --save=elsewhere."),
+    ],
+)
+def test_bad_settings(tmp_path: Path, variables: dict[str, str], flags: tuple[str, ...], message: str) -> None:
+    cluster = Cluster(tmp_path)
+    assert cluster.start(PRETRAIN, *flags, **variables).wait(60) == 2
+    assert f"error: {message}" in cluster.output_path.read_text()
+    assert cluster.list_calls("srun") == []
+    assert not (tmp_path / "ran").exists()
+
+
+def test_data_may_be_named_on_several_lines(tmp_path: Path) -> None:
+    """As in a YAML block or from a file; every character but white space stays as it is."""
+    cluster = Cluster(tmp_path, nodes="n1")
+    assert cluster.sbatch(PRETRAIN, DATA_PATH='0.5 /d/$a\n0.5 /d/*"b', TOKENIZER_MODEL="/t/a $b\n'c").code == 0
+    words = cluster.read_words(0)
+    assert words[words.index("--data-path") + 1 :] == [
+        *("0.5", "/d/$a", "0.5", '/d/*"b', "--tokenizer-model", "/t/a $b\n'c")
+    ]
+
+
 def test_outside_slurm_it_says_how(tmp_path: Path) -> None:
     cluster = Cluster(tmp_path)
     process = cluster.start(PRETRAIN, SLURM_JOB_ID="")

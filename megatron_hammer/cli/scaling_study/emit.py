@@ -58,6 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
     options, sweep = read_options(arguments, launchers)
     rows = select_rows(projection, arguments.rows)
     launches = [build_row_launch(projection, row) for row in rows]
+    check_network(launches, options)
     files: dict[Path, str | bytes] = {
         arguments.output_dir / f"{launch.name}{SUFFIXES[launcher]}": render(launch, launcher, options, sweep=sweep)
         for launch in launches
@@ -101,6 +102,16 @@ def read_options(arguments: argparse.Namespace, launchers: list[Launcher]) -> tu
     if "rdma" in given:
         given["rdma"] = read_rdma(given["rdma"])
     return KubernetesOptions(**given), [] if arguments.sweep is None else read_sweep(arguments.sweep)
+
+
+def check_network(launches: list[Launch], options: KubernetesOptions) -> None:
+    """Raises ConfigError for network cards that a row of CPUs would not use."""
+    names = [launch.name for launch in launches if launch.is_cpu]
+    if names and options.rdma is not None:
+        raise ConfigError(
+            f"rdma: must be given for rows of GPUs only, because gloo does not use it, got {', '.join(names)}. "
+            "Leave the flag out."
+        )
 
 
 def select_rows(projection: SavedProjection, ids: str | None) -> list[SavedRow]:

@@ -4,6 +4,7 @@ The model and its layout are those of a projection's row. The paths of data and 
 defaults, for the user to set. The *.j2 templates beside this file contain what the launchers need.
 """
 
+import io
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,7 @@ SUFFIXES: Mapping[Launcher, str] = {
 }
 TEMPLATE_DIR = Path(__file__).resolve().parent
 CPU_GPU_NAME = "cpu-core"
+_DNS_LABEL = "[a-z0-9]([a-z0-9-]*[a-z0-9])?"
 # JobSet names its pods NAME-node-0-1234-abcde, and Kubernetes allows 63 characters.
 MAX_NAME_LENGTH = 45
 GRACE_S = 600  # for one step, one evaluation and a checkpoint; SLURM and Kubernetes then kill
@@ -79,20 +81,29 @@ class Launch:
 class KubernetesOptions:
     """Names that only the user of the cluster knows. Raises ConfigError for a name that Kubernetes would refuse."""
 
-    image: str = "megatron-hammer:latest"
+    image: str = "megatron_hammer:latest"
     volume_claim: str = "training"  # checkpoints and logs, mounted at /workspace
     data_claim: str | None = None  # mounted at /data, read-only
     queue: str | None = None  # a LocalQueue of Kueue
     rdma: tuple[str, int] | None = None  # (resource of the network cards, how many of it one pod asks for)
 
     def __post_init__(self) -> None:
-        names = {"volume-claim": self.volume_claim, "data-claim": self.data_claim, "queue": self.queue}
+        # The queue's name is the value of a label, which Kubernetes limits further.
+        names = {
+            "volume-claim": (self.volume_claim, 253),
+            "data-claim": (self.data_claim, 253),
+            "queue": (self.queue, 63),
+        }
         problems = [
-            f"{flag}: must be a name of lower-case letters, digits, '-' and '.', got {name!r}. See kubectl get pvc "
-            "and kubectl get localqueue."
-            for flag, name in names.items()
-            if name is not None and not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", name)
+            f"{flag}: must be a name of lower-case letters, digits, '-' and '.', at most {most} long, got {name!r}. "
+            "See kubectl get pvc and kubectl get localqueue."
+            for flag, (name, most) in names.items()
+            if name is not None and (len(name) > most or not re.fullmatch(rf"{_DNS_LABEL}(\.{_DNS_LABEL})*", name))
         ]
+        if not re.fullmatch(r"[!-~]+", self.image):
+            problems.append(
+                f"image: must be a name without spaces, got {self.image!r}. Write it as for docker pull: HOST/NAME:TAG."
+            )
         if problems:
             raise ConfigError(*problems)
 
@@ -111,23 +122,28 @@ def read_rdma(text: str) -> tuple[str, int]:
 def read_sweep(path: Path) -> list[str]:
     """The flags of each task of a sweep, one per line and quoted for a shell. Blank lines and # comments are left out.
 
-    Raises ConfigError for a file that cannot be read or has no line, and for a line that is no list of flags.
+    Raises ConfigError for a file that cannot be read or has no line, for a line that is no list of flags, and for
+    --save, because each task has a folder of its own.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"sweep: must be a readable text file, got {path}: {error}. Pass one line per task."
         ) from None
     tasks, problems = [], []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         try:
-            words = shlex.split(line, comments=True)
+            words = _split_words(line)
         except ValueError as error:
             problems.append(f"{path}:{number}: must be flags as a shell reads them, got {line!r}: {error}.")
             continue
         if words and not words[0].startswith("--"):
             problems.append(f"{path}:{number}: must begin with a flag, got {words[0]!r}. Write lines like --lr 3e-4.")
+        elif any(word.split("=")[0] == "--save" for word in words):
+            problems.append(
+                f"{path}:{number}: must not have --save, got {line.strip()!r}. Set OUTPUT_DIR for all tasks."
+            )
         elif words:
             tasks.append(shlex.join(words))
     if not tasks and not problems:
@@ -135,6 +151,20 @@ def read_sweep(path: Path) -> list[str]:
     if problems:
         raise ConfigError(*problems)
     return tasks
+
+
+def _split_words(line: str) -> list[str]:
+    """The words as a shell splits them; a comment begins with a # at the start of a word.
+
+    shlex.split(comments=True) would cut `--name run#3` to `--name run`.
+    """
+    source = io.StringIO(line)
+    lexer = shlex.shlex(source, posix=True)
+    lexer.whitespace_split, lexer.commenters = True, ""
+    words: list[str] = []
+    while not line[source.tell() :].lstrip().startswith("#") and (word := lexer.get_token()) is not None:
+        words.append(word)
+    return words
 
 
 def build_launch(
@@ -157,7 +187,8 @@ def build_launch(
         num_nodes=world_size // processes,
         processes_per_node=processes,
         train_tokens=train_tokens,
-        comment=" ".join(comment.split()),  # a second line would not be a comment of the script
+        # A second line would not be a comment of the script, and YAML refuses control characters.
+        comment=" ".join("".join(char if char.isprintable() else " " for char in comment).split()),
     )
 
 

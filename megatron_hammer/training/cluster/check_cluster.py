@@ -9,6 +9,7 @@ import dataclasses
 import datetime
 import functools
 import os
+import re
 import shutil
 import socket
 import sys
@@ -23,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_hammer.config.run_plan import RunPlan
-from megatron_hammer.errors import ConfigError
+from megatron_hammer.errors import ConfigError, OutputError
 from megatron_hammer.platforms import device_check
 from megatron_hammer.platforms.device import read_device_name
 from megatron_hammer.platforms.gpu_health import read_gpu_health
@@ -47,6 +48,7 @@ from megatron_hammer.training.cluster.traffic import MACHINE_BYTES, LinkFit, lis
 
 # Every pair of so many hosts is tried; of more, each host meets this many others.
 MOST_ROUNDS = 64
+MOST_OF_AN_OPTION = 1e6  # seconds, GiB or MiB: more is a mistake, and a timedelta ends somewhere
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -382,7 +384,12 @@ class ClusterCheck:
             num_hosts=len(self.ranks_of_hosts),
             fits=self.fits,
         )
-        write_cluster(path, cluster)
+        try:
+            write_cluster(path, cluster)
+        except OutputError as error:
+            # The report of a long check must not be lost with it.
+            self.find("cluster table", "problem", str(error))
+            return
         self.find("cluster table", "fine", f"[{cluster.name}] in {path}, for --clusters-file of a scaling study")
 
     # --- who is where ------------------------------------------------------------------------------------------------
@@ -438,16 +445,20 @@ def describe_layout(plan: RunPlan) -> str:
 
 
 def check_options(options: CheckOptions) -> None:
-    """Raises ConfigError for numbers that leave nothing to check."""
+    """Raises ConfigError for numbers that leave nothing to check, and for a name that TOML would read differently."""
     problems = [
-        f"{flag}: must be more than 0, got {value:g}. Raise it."
+        f"{flag}: must be more than 0 and at most {MOST_OF_AN_OPTION:g}, got {value:g}. Correct it."
         for flag, value in (
             ("timeout-s", options.timeout_s),
             ("memory-gib", 1.0 if options.memory_gib is None else options.memory_gib),
-            ("file-mib", float(options.file_mib)),
+            ("file-mib", options.file_mib),
             ("max-clock-skew-s", options.most_skew_s),
         )
-        if value <= 0
+        if not 0 < value <= MOST_OF_AN_OPTION  # also of nan
     ]
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", options.cluster_name):
+        problems.append(
+            f"cluster-name: must be of letters, digits, '-' and '_', got {options.cluster_name!r}. Choose such a name."
+        )
     if problems:
         raise ConfigError(*problems)

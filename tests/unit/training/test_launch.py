@@ -53,6 +53,19 @@ def test_options_without_a_separator_are_refused(capsys) -> None:
     )
 
 
+@pytest.mark.parametrize("rank", ["2", "-1"])
+def test_a_node_that_the_run_does_not_have_is_refused(rank: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As where somebody counts nodes from 1. torchrun would wait."""
+    launch.check_node_rank(run.parse_args(["--nnodes", "2", "--node-rank", "1", "fake.py"]))
+    launch.check_node_rank(
+        run.parse_args(["--nnodes", "1:3", "--rdzv-endpoint", "host:1", "--node-rank", "9", "fake.py"])
+    )
+    with pytest.raises(SystemExit) as stop:
+        launch.main(["--nnodes", "1:2", f"--node-rank={rank}", "--", "--preset", "hammer-tiny"])
+    assert stop.value.code == 2
+    assert_errors(capsys.readouterr().err, ("node-rank:", "must be 0 to 1", f"got {rank} of 2 nodes"))
+
+
 def test_tasks_of_srun_that_would_each_start_a_node_are_refused(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")
     monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")

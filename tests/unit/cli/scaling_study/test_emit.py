@@ -1,14 +1,16 @@
 """Which rows of a projection get a launch script."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megatron_hammer.cli.scaling_study.emit import select_rows
+from megatron_hammer.cli.scaling_study.emit import build_row_launch, check_network, select_rows
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.accounting import ParallelLayout
 from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_gpu
+from megatron_hammer.scaling.launch.launch_scripts import KubernetesOptions
 from megatron_hammer.scaling.plan import Plan
 from megatron_hammer.scaling.report.projection_file import SavedProjection, SavedRow
 
@@ -35,6 +37,17 @@ def select(ids: str | None) -> list[str]:
 def test_rows_by_their_ids_once_each_else_the_fastest_of_each_size() -> None:
     assert select("64-1,8-2,64-1") == ["64-1", "8-2"]
     assert select(None) == ["8-1", "64-1"]
+
+
+def test_network_cards_are_for_gpus_only() -> None:
+    (row,) = build_projection("8-1").rows
+    launch = build_row_launch(build_projection("8-1"), row)
+    options = KubernetesOptions(rdma=("rdma/ib", 1))
+    check_network([launch], options)
+    cpu = replace(row.plan, gpu=select_gpu("cpu-core"), cluster=select_cluster("cpu-host"))
+    check_network([replace(launch, plan=cpu)], KubernetesOptions())
+    with pytest.raises(ConfigError, match=r"rdma: must be given for rows of GPUs only.*got llama3-8b-8-1"):
+        check_network([launch, replace(launch, plan=cpu)], options)
 
 
 @pytest.mark.parametrize("ids", ["", ","])

@@ -1,5 +1,6 @@
 """Launch scripts: their contents for a plan, and plans that are refused."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,20 @@ def test_names_suit_kubernetes_and_stay_apart(name: str, expected: str) -> None:
     assert len(f"{expected}-node-0-1234-abcde") <= 63, "JobSet refuses longer names of pods"
 
 
+@pytest.mark.parametrize("launcher", SUFFIXES)
+def test_the_name_of_a_model_cannot_leave_its_comment(launcher: Any) -> None:
+    """It comes from a folder of the user, and so may have any character."""
+    plan = build().plan
+    name = "m\nrm -rf x\r\x07\x1b\u2028\udce9: {{ x }} '模型"
+    arguments = build_model_arguments(plan.model)
+    launch = build_launch(plan, model_arguments=arguments, name=name, train_tokens=None, comment=name)
+    text = render(launch, launcher, sweep=["--lr 1e-4"])
+    assert "# m rm -rf x : {{ x }} '模型\n" in text
+    text.encode()
+    if launcher in KUBERNETES_LAUNCHERS:
+        assert all(document["metadata"]["name"] == "m-rm-rf-x-x" for document in yaml.safe_load_all(text))
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_the_examples_are_rendered(name: str) -> None:
     """Run python -m tests.helpers.shipped_launches after a change of the templates."""
@@ -300,6 +315,9 @@ def test_every_manifest_runs_the_script_of_torchrun(launcher: Any) -> None:
         **{"launch": "/launch", "workspace": "/workspace", "data": "/data", "shared-memory": "/dev/shm"}
     }
     assert {"name": "shared-memory", "emptyDir": {"medium": "Memory"}} in pod["volumes"]
+    user = re.search(r"--uid (\d+) ", (ROOT / "docker" / "Dockerfile").read_text())
+    assert user is not None
+    assert pod["securityContext"]["fsGroup"] == int(user[1]), "the image's user must be able to write"
     assert pod["terminationGracePeriodSeconds"] == 600
     names = list(read_pod_variables(pod))
     assert names.index("NODE_RANK") < names.index("LOG_DIR"), "only earlier variables are expanded"
@@ -344,6 +362,13 @@ def test_the_queue_of_kueue(launcher: Any, kind: str) -> None:
 def test_names_that_kubernetes_refuses() -> None:
     with raises_problem(ConfigError, "queue:", "must be a name of lower-case", "got 'My Queue'"):
         KubernetesOptions(queue="My Queue")
+    KubernetesOptions(volume_claim="a.b-c" + "d" * 100)
+    for name in ("a..b", "a-.b", "-a", "a\n", "q" * 64):
+        with raises_problem(ConfigError, "queue:", "at most 63 long", f"got {name!r}"):
+            KubernetesOptions(queue=name)
+    for image in ("", "my image", "image\n"):
+        with raises_problem(ConfigError, "image:", "without spaces", f"got {image!r}"):
+            KubernetesOptions(image=image)
     assert read_rdma("rdma/ib=8") == ("rdma/ib", 8)
     for text in ("rdma/ib", "ib=8", "rdma/ib=0"):
         with raises_problem(ConfigError, "rdma:", "must be RESOURCE=COUNT", f"got '{text}'"):
@@ -355,8 +380,16 @@ def test_names_that_kubernetes_refuses() -> None:
 
 def test_a_sweep_is_read_line_by_line(tmp_path: Path) -> None:
     path = tmp_path / "sweep.txt"
-    path.write_text("# head\n--lr 3e-4  # first\n\n--save 'a b' --seed 2\n")
-    assert read_sweep(path) == ["--lr 3e-4", "--save 'a b' --seed 2"]
+    path.write_text("# head\n--lr 3e-4  # first\n\n--load 'a b' --seed 2\n")
+    assert read_sweep(path) == ["--lr 3e-4", "--load 'a b' --seed 2"]
+    # As a shell: a # inside a word or quotes begins no comment. Windows writes the first and the last characters.
+    path.write_bytes("\ufeff--name run#3 --seed 2 #3\r\n--name '#4' \"a # b\" $HOME #\r\n--seed 5".encode())
+    assert read_sweep(path) == ["--name 'run#3' --seed 2", "--name '#4' 'a # b' '$HOME'", "--seed 5"]
+    path.write_text("--save a\n--seed 1 --save=b\n")
+    with pytest.raises(ConfigError) as caught:
+        read_sweep(path)
+    expected = [f"{path}:{number}: must not have --save" for number in (1, 2)]
+    assert [problem.split(", got")[0] for problem in caught.value.problems] == expected
     path.write_text("# nothing\n")
     with raises_problem(ConfigError, f"{path}:", "must have a line for each task, got none"):
         read_sweep(path)
