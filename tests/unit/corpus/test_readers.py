@@ -200,12 +200,17 @@ SKIPPABLE_FRAME = struct.pack("<II", 0x184D2A50, 5) + b"hello"
 @pytest.mark.parametrize(
     "name, content, cause, remedy",
     [
-        ("a.jsonl.gz", gzip.compress(LINES)[:-9], "ended before the end-of-stream marker", MAYBE_TRUNCATED),
-        ("a.jsonl.gz", gzip.compress(LINES) + gzip.compress(LINES)[:5], "Compressed file ended", MAYBE_TRUNCATED),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)[:-9], "ended before the end-of-stream marker", MAYBE_TRUNCATED),
+        (
+            "a.jsonl.gz",
+            gzip.compress(LINES, mtime=0) + gzip.compress(LINES, mtime=0)[:5],
+            "Compressed file ended",
+            MAYBE_TRUNCATED,
+        ),
         ("a.jsonl.gz", b"", "the file is empty", MAYBE_TRUNCATED),
         ("a.txt.zst", b"", "the file is empty", MAYBE_TRUNCATED),
         ("a.jsonl.gz", LINES, "Not a gzipped file", OTHER_CONTENT),
-        ("a.jsonl.gz", gzip.compress(LINES) + b"garbage", "Not a gzipped file", OTHER_CONTENT),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0) + b"garbage", "Not a gzipped file", OTHER_CONTENT),
         ("a.jsonl.gz", zstandard.compress(LINES), "Not a gzipped file", OTHER_CONTENT),
         ("a.jsonl.zst", zstandard.compress(LINES)[:-5], "the file ends inside a zstd frame", MAYBE_TRUNCATED),
         ("a.jsonl.zst", zstandard.compress(LINES) * 2 + b"\x28", "the file ends inside", MAYBE_TRUNCATED),
@@ -238,8 +243,8 @@ def test_every_window_that_zstd_writes_is_read(tmp_path: Path, window_log: int) 
 @pytest.mark.parametrize(
     "name, content",
     [
-        ("a.jsonl.gz", gzip.compress(LINES) + b"\0" * 512),  # padded, as on a tape
-        ("a.jsonl.gz", gzip.compress(b"") + gzip.compress(LINES) + gzip.compress(b"")),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0) + b"\0" * 512),  # padded, as on a tape
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0) + gzip.compress(LINES, mtime=0) + gzip.compress(b"", mtime=0)),
         ("a.jsonl.zst", SKIPPABLE_FRAME + zstandard.compress(LINES) + SKIPPABLE_FRAME),  # as pzstd writes them
         ("a.jsonl.zst", zstandard.compress(b"") + zstandard.compress(LINES) + zstandard.compress(b"")),
     ],
