@@ -13,6 +13,7 @@ import re
 import shutil
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ from megatron_hammer.training.cluster.traffic import MACHINE_BYTES, LinkFit, lis
 
 # Every pair of so many hosts is tried; of more, each host meets this many others.
 MOST_ROUNDS = 64
+REMOVE_GRACE_S = 20.0  # for the files of the check; a folder that hangs must not keep the report
 MOST_OF_AN_OPTION = 1e6  # seconds, GiB or MiB: more is a mistake, and a timedelta ends somewhere
 
 
@@ -80,6 +82,7 @@ class ClusterCheck:
         )
         store = open_store(rank=self.rank, world_size=machine.world_size, timeout_s=options.timeout_s)
         self.roll = RollCall(store=store, rank=self.rank, world_size=machine.world_size, timeout_s=options.timeout_s)
+        self.folder: Path | None = None  # on rank 0, while the shared folder is checked
         self.watch = Watch(self.end_early)
         self.hosts: list[str] = []
         self.device = torch.device("cpu")
@@ -115,6 +118,7 @@ class ClusterCheck:
             text, ranks = self.roll.find_missing(self.watch.stage)
             cause = "the launcher ended the run, as it does when a process has failed; " if is_launchers_end else ""
             self.report_missing(cause + text, ranks)
+            self.remove_folder()
         elif not is_launchers_end:
             # Rank 0 reports; the launcher would end it as soon as this process ends.
             time.sleep(self.options.timeout_s + REPORT_GRACE_S)
@@ -228,11 +232,19 @@ class ClusterCheck:
             return
         token = self.roll.share("token", f"{os.getpid()}-{time.time_ns()}")
         folder = Path(chosen) / f".check-cluster-{token}"
+        self.folder = folder if self.rank == 0 else None
         try:
             self._check_folder(folder, token)
         finally:
-            if self.rank == 0:
-                shutil.rmtree(folder, ignore_errors=True)
+            self.remove_folder()
+
+    def remove_folder(self) -> None:
+        """Remove the files of the check, in a thread that is left behind if the folder hangs."""
+        if self.folder is not None:
+            remover = threading.Thread(target=shutil.rmtree, args=(self.folder, True), daemon=True)
+            remover.start()
+            remover.join(REMOVE_GRACE_S)
+            self.folder = None
 
     def _check_folder(self, folder: Path, token: str) -> None:
         made = self.stage("making a folder", lambda: self._make_folder(folder, token) if self.rank == 0 else None)

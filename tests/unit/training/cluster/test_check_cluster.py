@@ -50,6 +50,22 @@ def test_a_name_alone_is_not_ignored(capsys: pytest.CaptureFixture[str]) -> None
     assert "cluster-name: must be given with --output-clusters-file, got 'ours' alone." in capsys.readouterr().err
 
 
+def test_a_check_that_ends_early_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if a rank hangs in native code, where no `finally` runs; the report comes first."""
+    check = ClusterCheck.__new__(ClusterCheck)
+    check.rank, check.folder = 0, tmp_path / ".check-cluster-1"
+    check.folder.mkdir()
+    (check.folder / "3.bin").write_bytes(b"much")
+    check.roll = SimpleNamespace(find_missing=lambda stage: ("rank 3", [3]))  # type: ignore[assignment]
+    check.watch = SimpleNamespace(stage="file speed")  # type: ignore[assignment]
+    seen: list[Any] = []
+    monkeypatch.setattr(check, "report_missing", lambda text, ranks: seen.append(len(list(tmp_path.iterdir()))))
+    monkeypatch.setattr("os._exit", seen.append)
+    check.end_early(False)
+    assert seen == [1, 1], "the report while the folder is there, then the exit code"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_table_that_cannot_be_written_does_not_cost_the_report(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     found: list[tuple[str, ...]] = []
