@@ -22,5 +22,10 @@ UNSUPPORTED = (
     ("te_rng_tracker", bool, "it needs TransformerEngine"),
     ("nccl_ub", bool, "there is no NCCL"),
     ("record_memory_history", bool, "it records CUDA's allocator"),
+    ("log_device_memory_used", bool, "there is no GPU whose memory is used"),
+    ("log_memory_to_tensorboard", bool, "it reads CUDA's allocator"),
+    ("log_energy", bool, "it reads a GPU's meter"),
+    ("gpu_sniff_test_interval", bool, "there is no GPU to test"),
+    ("pipeline_model_parallel_comm_backend", bool, "processes talk over gloo"),
     ("log_straggler", bool, "megatron times CUDA kernels for it, and reports nothing without them"),
 )

@@ -3,48 +3,18 @@
 The checks read single flags, so they take the flags as they are and not the plan.
 """
 
+from megatron_hammer.config.flag_tables.refused import REFUSED, UNCOUNTED
 from megatron_hammer.config.flags import Flags, flag_of, show_value
 from megatron_hammer.config.preflight.idle_flags import find_idle_problems
 from megatron_hammer.config.preflight.platform import find_platform_problems
 from megatron_hammer.config.run_plan import RunSettings
-
-# Attributes that change the model or its place in a way that is neither built nor counted here, and their quiet value.
-UNCOUNTED: dict[str, tuple[object, ...]] = {
-    "multi_latent_attention": (False,),
-    "mtp_num_layers": (None, 0),
-    "hybrid_layer_pattern": (None,),
-    "hybrid_override_pattern": (None,),
-    "is_hybrid_model": (False,),
-    "heterogeneous_layers_config_path": (None,),
-    "heterogeneous_layers_config_encoded_json": (None,),
-    "experimental_attention_variant": (None,),
-    "linear_attention_freq": (None,),
-    "spec": (None,),
-    "yaml_cfg": (None,),
-    "attention_output_gate": (False,),
-    "qk_l2_norm": (False,),
-    "quick_geglu": (False,),
-    "squared_relu": (False,),
-    "moe_latent_size": (None,),
-    "moe_layer_freq": (1,),
-    "pipeline_model_parallel_layout": (None,),
-    "encoder_num_layers": (None,),
-    "tensor_parallel_num_weight_shards": (None, 1),
-    "expert_tensor_parallel_num_weight_shards": (None, 1),
-    "use_tp_pp_dp_mapping": (False,),
-    "use_grouped_gemm_for_dense_mlp": (False,),
-    "perform_rl_step": (False,),
-    "vision_pretraining": (False,),
-    "softmax_type": ("vanilla", "off-by-one"),  # learnable: one parameter for each head
-    "position_embedding_type": ("learned_absolute", "rope", "none"),
-}
 
 
 def find_flag_problems(settings: RunSettings) -> list[str]:
     """Typed flags without effect, and what neither this package nor this platform and backend can do."""
     flags = settings.flags
     return [
-        *find_idle_problems(flags),
+        *find_idle_problems(flags, REFUSED),
         *_find_companion_problems(flags),
         *find_uncounted_problems(flags),
         *find_platform_problems(flags),
@@ -108,10 +78,4 @@ def _find_stale_preset_problems(flags: Flags, *, has_preset: bool) -> list[str]:
                 f"kv_channels={flags['kv_channels']}, hidden_size={flags['hidden_size']}, "
                 f"num_attention_heads={flags['num_attention_heads']}. Pass --kv-channels {fitting}."
             )
-    # Counts and memory are computed from the derived size; a typed one would disagree with them.
-    if "padded_vocab_size" in typed:
-        problems.append(
-            f"padded-vocab-size: follows from --vocab-size, --make-vocab-size-divisible-by and the tensor-parallel "
-            f"size, got padded_vocab_size={flags['padded_vocab_size']}. Pass those instead."
-        )
     return problems

@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-from typing import NamedTuple
 
 from megatron_hammer.config.connections import (
     BLACKWELL,
@@ -11,9 +10,9 @@ from megatron_hammer.config.connections import (
     needs_one_connection,
     read_run_capability,
 )
+from megatron_hammer.config.flag_tables.refused import ALWAYS_REFUSED, EMERGING, REFUSALS
+from megatron_hammer.config.flag_tables.row import Condition
 from megatron_hammer.config.flags import Flags, flag_of, show_value
-from megatron_hammer.config.fused_kernels import frees_norm_outputs
-from megatron_hammer.config.preflight.idle_flags import Condition
 from megatron_hammer.platforms import cpu
 
 # What only TransformerEngine's modules do: (attribute, quiet values).
@@ -37,199 +36,16 @@ NEEDS_TE: dict[str, tuple[object, ...]] = {
     "cuda_graph_impl": (None, "none", "local", "full_iteration"),
     "fp8": (None,),
     "fp4": (None,),
+    "batch_invariant_mode": (False,),
+    "symmetric_ar_type": (None,),
+    "te_precision_config_file": (None,),
 }
-
-
-class Refusal(NamedTuple):
-    """A flag that Megatron accepts and that would crash or train something else, when `is_asked`."""
-
-    name: str
-    is_asked: Condition
-    why: str
-    remedy: str
 
 
 def _lacks(module: str) -> bool:
     return importlib.util.find_spec(module) is None
 
 
-# Optimizers of the package emerging-optimizers.
-EMERGING = ("muon", "lion", "soap")
-REFUSALS: tuple[Refusal, ...] = (
-    Refusal(
-        "hybrid_context_parallel",
-        lambda flags: flags["hybrid_context_parallel"],
-        "splits packed documents, and here every sample is one sequence",
-        "Pass --context-parallel-size alone",
-    ),
-    Refusal(
-        "moe_use_upcycling",
-        lambda flags: flags["moe_use_upcycling"],
-        "would build the dense model with experts",
-        "Convert the dense checkpoint with hammer checkpoint edit upcycle and pass --load",
-    ),
-    Refusal(
-        "init_model_with_meta_device",
-        lambda flags: flags["init_model_with_meta_device"] and not flags["use_megatron_fsdp"],
-        "leaves the weights uninitialised: only --use-megatron-fsdp fills them",
-        "Drop it",
-    ),
-    Refusal(
-        "optimizer",
-        lambda flags: flags["optimizer"] == "sgd" and flags["use_distributed_optimizer"],
-        "has no state that the distributed optimizer can shard",
-        "Pass --no-distributed-optimizer with it",
-    ),
-    Refusal(
-        "optimizer",
-        lambda flags: flags["optimizer"] == "sgd" and flags["use_megatron_fsdp"],
-        "has no state that --use-megatron-fsdp can shard",
-        "Pass --optimizer adam",
-    ),
-    Refusal(
-        "optimizer",
-        lambda flags: (
-            any(name in flags["optimizer"] for name in EMERGING)
-            and flags["use_distributed_optimizer"]
-            and not flags["bf16"]
-        ),
-        "is distributed over ranks in bf16 alone (megatron.core.optimizer.layer_wise_optimizer)",
-        "Pass --precision bf16, or --no-distributed-optimizer",
-    ),
-    *(
-        Refusal(
-            name,
-            lambda flags, name=name: flags["save"] is not None and flags[name],  # type: ignore[misc]
-            "leaves out what a run needs to resume",
-            "Drop it; checkpoint_convert/megatron_to_hf.py exports the weights alone",
-        )
-        for name in ("no_save_optim", "no_save_rng")
-    ),
-    Refusal(
-        "ckpt_format",
-        # Megatron 0.19.2 writes it, and fails in DistributedOptimizer.load_parameter_state when it resumes.
-        lambda flags: flags["save"] is not None and flags["ckpt_format"] == "torch",
-        "saves an optimizer that Megatron cannot load again",
-        "Drop it: checkpoints are then torch_dist; legacy checkpoints are still read by --load",
-    ),
-    Refusal(
-        "fused_residual_rmsnorm",
-        lambda flags: flags["fused_residual_rmsnorm"] and flags["backend"] == "torch" and not flags["triton_kernels"],
-        "is a Triton kernel on the torch backend",
-        "Drop --no-triton-kernels, or drop it, or pass --backend te on a GPU",
-    ),
-    Refusal(
-        "fused_residual_rmsnorm",
-        lambda flags: (
-            flags["fused_residual_rmsnorm"] and flags["backend"] == "torch" and flags["layernorm_zero_centered_gamma"]
-        ),
-        "has no zero-centered weights on the torch backend",
-        "Drop it, or drop --apply-layernorm-1p",
-    ),
-    Refusal(
-        "fused_residual_rmsnorm",
-        lambda flags: flags["fused_residual_rmsnorm"] and frees_norm_outputs(flags.values),
-        "returns the residual, which --recompute-modules layernorm would free with the norm's output",
-        "Drop it, or drop layernorm from --recompute-modules",
-    ),
-    Refusal(
-        "fp32_residual_connection",
-        lambda flags: flags["fp32_residual_connection"],
-        "gives fp32 activations to layers whose weights are 16-bit, which neither backend takes",
-        "Drop it",
-    ),
-    Refusal(
-        "attention_backend",
-        lambda flags: (
-            getattr(flags["attention_backend"], "name", "") in ("fused", "flash")
-            and not (flags["bf16"] or flags["fp16"])
-        ),
-        "is a kernel of 16-bit numbers",
-        "Pass --precision bf16, or drop it",
-    ),
-    Refusal(
-        "fp8_param_gather",
-        lambda flags: flags["fp8_param_gather"] and not (flags["bf16"] or flags["fp16"]),
-        "needs the optimizer's master weights, which fp32 training has none of",
-        "Pass --precision bf16",
-    ),
-    Refusal(
-        "use_transformer_engine_op_fuser",
-        lambda flags: flags["use_transformer_engine_op_fuser"] and flags["moe_grouped_gemm"],
-        "has no fused grouped GEMM for experts",
-        "Drop it, or drop --moe-grouped-gemm",
-    ),
-    Refusal(
-        "dataloader_type",
-        lambda flags: flags["dataloader_type"] == "external",
-        "leaves loading to a program's own loader, and here is none",
-        "Pass --dataloader-type single or cyclic, or drop it",
-    ),
-    Refusal(
-        "adlr_autoresume",
-        lambda flags: flags["adlr_autoresume"],
-        "needs a library of one cluster, which nobody else has",
-        "Drop it: the same command continues a stopped run",
-    ),
-    Refusal(
-        "config_logger_dir",
-        lambda flags: bool(flags["config_logger_dir"]),
-        "pickles process groups, at which megatron-core 0.19 stops",
-        "Drop it",
-    ),
-    Refusal(
-        "dataloader_fast_cache_load",
-        lambda flags: flags["dataloader_fast_cache_load"] and not flags["data_cache_path"],
-        "needs the folder of the cache",
-        "Pass --data-cache-path with it, or drop it",
-    ),
-    Refusal(
-        "phase_transition_iterations",
-        lambda flags: bool(flags["phase_transition_iterations"]) and flags["train_samples"] is None,
-        "needs a run that is counted in samples",
-        "Pass --train-samples instead of --train-iters",
-    ),
-    Refusal(
-        "use_ring_exchange_p2p",
-        lambda flags: flags["use_ring_exchange_p2p"],
-        "calls torch.distributed.ring_exchange, which PyTorch does not have",
-        "Drop it",
-    ),
-    Refusal(
-        "use_sharp",
-        lambda flags: flags["use_sharp"],
-        "asks for a process group before megatron-core 0.19 has made it",
-        "Drop it",
-    ),
-    Refusal(
-        "cross_entropy",
-        lambda flags: (
-            flags["cross_entropy"] == "chunked"
-            and flags["sequence_parallel"]
-            and flags["tensor_model_parallel_size"] > 1
-        ),
-        "would cut the sequence, which --sequence-parallel has already divided over the ranks",
-        "Pass --cross-entropy in-place",
-    ),
-    Refusal(
-        "cross_entropy",
-        lambda flags: flags["cross_entropy"] == "chunked" and (flags["use_torch_fsdp2"] or flags["use_megatron_fsdp"]),
-        "would use the output layer several times in a pass, of which FSDP keeps one gradient",
-        "Pass --cross-entropy in-place",
-    ),
-    Refusal(
-        "cross_entropy",
-        lambda flags: flags["cross_entropy"] == "chunked" and flags["defer_embedding_wgrad_compute"],
-        "would run the output layer twice, and --defer-embedding-wgrad-compute keeps its input each time",
-        "Pass --cross-entropy in-place",
-    ),
-    Refusal(
-        "distributed_backend",
-        lambda flags: flags["platform"] == "cuda" and flags["distributed_backend"] == "gloo",
-        "gloo has no reduce-scatter between GPUs",
-        "Drop it",
-    ),
-)
 # What needs a package: (flag, whether it is asked for, module, how to get it).
 PACKAGES: tuple[tuple[str, Condition, str, str], ...] = (
     (
@@ -255,6 +71,19 @@ PACKAGES: tuple[tuple[str, Condition, str, str], ...] = (
     # PyTorch's wheels for CUDA bring it.
     ("cross_entropy", lambda flags: flags["platform"] == "cuda", "triton", "triton"),
     ("log_straggler", lambda flags: flags["log_straggler"], "pynvml", "nvidia-ml-py"),
+    ("log_energy", lambda flags: flags["log_energy"], "pynvml", "nvidia-ml-py"),
+    (
+        "non_persistent_ckpt_type",
+        lambda flags: flags["non_persistent_ckpt_type"] == "local",
+        "nvidia_resiliency_ext",
+        "nvidia-resiliency-ext",
+    ),
+    (
+        "run_workload_inspector_server",
+        lambda flags: flags["run_workload_inspector_server"],
+        "workload_inspector",
+        "workload-inspector, which NVIDIA does not publish, or drop it",
+    ),
     ("enable_msc", lambda flags: flags["enable_msc"], "multistorageclient", "multi-storage-client"),
     ("wandb_project", lambda flags: bool(flags["wandb_project"]), "wandb", "wandb"),
     ("tensorboard_dir", lambda flags: bool(flags["tensorboard_dir"]), "tensorboard", "tensorboard"),
@@ -273,6 +102,11 @@ def find_platform_problems(flags: Flags) -> list[str]:
     capability = read_run_capability(flags.values)
     return [
         *_find_backend_problems(flags),
+        *(
+            f"{flag_of(name)}: {why}, got {name}={show_value(flags[name])}. {remedy}."
+            for name, (why, remedy) in ALWAYS_REFUSED.items()
+            if flags[name]
+        ),
         *(
             f"{flag_of(name)}: {why}, got {name}={show_value(flags[name])}. {remedy}."
             for name, is_asked, why, remedy in REFUSALS

@@ -2,7 +2,8 @@
 
 import pytest
 
-from megatron_hammer.config.preflight.flags import UNCOUNTED, find_flag_problems
+from megatron_hammer.config.flag_tables.refused import UNCOUNTED
+from megatron_hammer.config.preflight.flags import find_flag_problems
 from megatron_hammer.config.values import COUNTS, RANGES
 from tests.helpers.parsed_flags import TINY, find, parse
 
@@ -45,10 +46,12 @@ def test_the_upstream_reason_for_the_batch_ramp_is_still_there() -> None:
     ("flags", "match"),
     [
         ("--recompute-granularity full", "recompute-granularity: full needs a method and a number of layers"),
-        ("--wandb-project p", "wandb-exp-name: must be given with --wandb-project, got wandb_exp_name=None"),
+        (
+            "--wandb-project p --tensorboard-dir logs --save new",
+            "wandb-exp-name: must be given with --wandb-project, got wandb_exp_name=None",
+        ),
         ("--bf16 --precision fp32", "precision: a run has one precision, got precision=fp32, --bf16. Drop --bf16."),
         ("--distributed-backend nccl", "distributed-backend: does not work on the cpu platform"),
-        ("--padded-vocab-size 5000", "padded-vocab-size: follows from --vocab-size"),
         ("--world-size 8", "world-size: has no effect without --dry-run"),
     ],
 )

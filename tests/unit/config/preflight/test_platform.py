@@ -5,9 +5,10 @@ import importlib.util
 import pytest
 from megatron.core.transformer.enums import AttnBackend
 
+from megatron_hammer.config.flag_tables.refused import EMERGING, REFUSALS
 from megatron_hammer.config.preflight import layout
 from megatron_hammer.config.preflight.flags import find_flag_problems
-from megatron_hammer.config.preflight.platform import EMERGING, FILES, NEEDS_TE, PACKAGES, REFUSALS
+from megatron_hammer.config.preflight.platform import FILES, NEEDS_TE, PACKAGES
 from megatron_hammer.platforms import cpu, cuda
 from tests.helpers.parsed_flags import TINY, find, parse, with_flags
 

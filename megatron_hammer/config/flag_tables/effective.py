@@ -1,0 +1,62 @@
+"""Flags that have an effect of their own, on some machine: of Megatron, and ours.
+
+A flag of Megatron is either here, or in the rows of idle flags with what it needs beside it, or is refused by
+preflight whatever is beside it. tests/unit/config/flag_tables asks preflight about every flag of the installed version.
+"""
+
+MODEL = """
+add_bias_linear add_qkv_bias attention_dropout bias_dropout_fusion calculate_per_token_loss embedding_init_method_std
+embedding_norm ffn_hidden_size group_query_attention hidden_dropout hidden_size init_method_std
+init_method_xavier_uniform init_model_with_meta_device kv_channels layernorm_epsilon layernorm_zero_centered_gamma
+make_vocab_size_divisible_by max_position_embeddings normalization num_attention_heads num_experts num_layers
+perform_initialization position_embedding_type preset qk_clip qk_layernorm seed softmax_type swiglu
+untie_embeddings_and_output_weights use_cpu_initialization use_mup use_rotary_position_embeddings vocab_size window_size
+"""
+
+PARALLELISM = """
+check_weight_hash_across_dp_replicas_interval context_parallel_size data_parallel_random_init
+ddp_average_in_collective ddp_param_name_patterns_for_fp32_local_accumulation
+ddp_reduce_scatter_with_fp32_accumulation distributed_backend distributed_timeout_minutes
+distributed_timeout_seconds_after_init expert_model_parallel_size nccl_ub num_layers_per_virtual_pipeline_stage
+num_virtual_stages_per_pipeline_rank overlap_grad_reduce overlap_param_gather overlap_param_gather_with_optimizer_step
+pipeline_model_parallel_size tensor_model_parallel_size use_distributed_optimizer use_gloo_process_groups
+use_megatron_fsdp use_torch_fsdp2
+"""
+
+TRAINING = """
+check_for_large_grads check_for_nan_in_loss_and_grad clip_grad decoupled_lr decrease_batch_size_if_needed
+dump_param_to_param_group_map exit_duration_in_mins exit_interval exit_signal_handler exit_signal_handler_for_training
+freeze_all_layers global_batch_size iterations_to_skip lr lr_decay_style lr_warmup_fraction lr_warmup_iters
+micro_batch_size optimizer optimizer_cpu_offload skip_train step_batch_size_schedule train_iters train_samples
+use_precision_aware_optimizer weight_decay weight_decay_incr_style
+"""
+
+SPEED = """
+backend batch_invariant_mode bf16 cpu_offloading_num_layers cross_entropy cuda_graph_impl deterministic_mode
+disable_jit_fuser enable_cuda_graph enable_experimental external_cuda_graph fine_grained_activation_offloading fp16 fp4
+fp8 gradient_accumulation_fusion manual_gc mlp_chunks_for_training optimizer_cuda_graph platform precision
+recompute_activations recompute_granularity symmetric_ar_type te_precision_config_file te_rng_tracker
+use_te_activation_func use_transformer_engine_op_fuser
+"""
+
+DATA = """
+accept_data_order_change accept_many_epochs allow_ambiguous_pad_tokens create_attention_mask_in_dataloader
+data_args_path data_cache_path data_order data_order_samples data_path dataloader_fast_cache_load dataloader_type
+eod_mask_loss eval_iters full_validation mock_data multiple_validation_sets num_workers per_split_data_args_path
+phase_transition_iterations reset_position_ids seq_length split test_data_path tokenizer_model tokenizer_type
+train_data_path valid_data_path
+"""
+
+CHECKPOINTS = "ckpt_format enable_msc load load_hf pretrained_checkpoint save"
+
+WATCHING = """
+dry_run enable_ft_package enable_one_logger error_injection_rate fault_injector_num_ranks fault_injector_ranks
+gpu_memory_gib gpu_sniff_test_interval log_device_memory_used log_energy log_interval log_max_attention_logit
+log_memory_interval log_num_zeros_in_grad log_params_norm log_straggler log_throughput logging_level metrics_path
+peak_tflops profile record_memory_history rerun_mode result_rejected_tracker_filename run_workload_inspector_server
+tensorboard_dir timing_log_level timing_log_option verbose wandb_project
+"""
+
+EFFECTIVE: frozenset[str] = frozenset(
+    " ".join((MODEL, PARALLELISM, TRAINING, SPEED, DATA, CHECKPOINTS, WATCHING)).split()
+)
