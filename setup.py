@@ -42,8 +42,10 @@ EXTRAS_REQUIRE = {
     # Both compile against the torch that is already there: pip install --no-build-isolation -e .[gpu]
     "gpu": ["transformer-engine[pytorch]>=2.14,<2.21", "einops>=0.8,<1"],  # einops: Megatron's FSDP
     "flash-attn": ["flash-attn>=2.8"],  # not needed on Hopper, where TransformerEngine uses cuDNN's attention
+    "muon": ["emerging-optimizers>=0.3,<0.4"],  # --optimizer muon, lion and soap
     "gguf": ["gguf>=0.19", "xllamacpp>=2026.10"],
     "dev": [
+        "emerging-optimizers>=0.3,<0.4",
         "einops>=0.8,<1",  # Megatron's FSDP
         "pytest>=8.3",
         "pytest-xdist>=3.6",

@@ -217,13 +217,13 @@ BAD = {
         f"{TINY} --log-interval 2 --log-memory-interval 3",
         r"megatron: refuses this configuration: args\.log_memory_interval % args\.log_interval == 0 does not hold",
     ),
-    "a file that Megatron reads late": (
+    "a file that only the te backend reads": (
         f"{TINY} --te-precision-config-file nowhere.yaml",
-        r"te-precision-config-file: must be a file that exists, got te_precision_config_file=nowhere\.yaml",
+        r"te-precision-config-file: needs the te backend \(TransformerEngine\), got te_precision_config_file=nowhere",
     ),
     "a retired flag": (
         f"{TINY} --checkpoint-activations",
-        r"megatron: refuses this configuration: --checkpoint-activations is no longer valid",
+        r"checkpoint-activations: has no effect in megatron-core 0\.19, which refuses it, got --checkpoint-activations",
     ),
 }
 

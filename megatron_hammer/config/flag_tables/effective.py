@@ -27,8 +27,8 @@ TRAINING = """
 check_for_large_grads check_for_nan_in_loss_and_grad clip_grad decoupled_lr decrease_batch_size_if_needed
 dump_param_to_param_group_map exit_duration_in_mins exit_interval exit_signal_handler exit_signal_handler_for_training
 freeze_all_layers global_batch_size iterations_to_skip lr lr_decay_style lr_warmup_fraction lr_warmup_iters
-micro_batch_size optimizer optimizer_cpu_offload skip_train step_batch_size_schedule train_iters train_samples
-use_precision_aware_optimizer weight_decay weight_decay_incr_style
+lr_warmup_samples micro_batch_size optimizer optimizer_cpu_offload skip_train step_batch_size_schedule train_iters
+train_samples use_precision_aware_optimizer weight_decay weight_decay_incr_style
 """
 
 SPEED = """

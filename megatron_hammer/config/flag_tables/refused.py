@@ -79,7 +79,7 @@ ALWAYS_REFUSED: dict[str, tuple[str, str]] = {
     ),
     "ckpt_convert_format": (
         "would convert a checkpoint and stop",
-        "Convert it with hammer checkpoint convert",
+        "Drop it",
     ),
     "logits_save_dir": (
         "reads logits whose place the loss gives to their gradient",
@@ -127,6 +127,24 @@ REFUSALS: tuple[Refusal, ...] = (
         ),
         "is distributed over ranks in bf16 alone (megatron.core.optimizer.layer_wise_optimizer)",
         "Pass --precision bf16, or --no-distributed-optimizer",
+    ),
+    Refusal(
+        "optimizer",
+        lambda flags: (
+            any(name in flags["optimizer"] for name in EMERGING)
+            and flags["use_distributed_optimizer"]
+            and flags["platform"] == "cpu"
+            and flags["bf16"]
+            and flags["world_size"] > 1
+        ),
+        "would gather weights of different sizes, which gloo cannot",
+        "Pass --no-distributed-optimizer with it, or run on GPUs",
+    ),
+    Refusal(
+        "optimizer",
+        lambda flags: flags["optimizer"] == "soap" and flags["save"] is not None,
+        "keeps matrices of other shapes than its weights, which megatron-core 0.19 cannot save",
+        "Pass --optimizer muon, or drop --save",
     ),
     *(
         Refusal(

@@ -106,7 +106,6 @@ OPTIMIZER: tuple[Idle, ...] = (
         "lr_decay_iters lr_decay_samples",
     ),
     beside_value("lr_decay_style", ("WSD",), "lr_wsd_decay_iters lr_wsd_decay_samples lr_wsd_decay_style"),
-    beside("train_samples", "lr_decay_samples lr_warmup_samples lr_wsd_decay_samples", " N"),
     when(
         lambda flags: not (flags["lr_warmup_iters"] or flags["lr_warmup_samples"] or flags["lr_warmup_fraction"]),
         "without a warm-up",

@@ -116,11 +116,16 @@ def find_platform_problems(flags: Flags) -> list[str]:
         *(
             f"{flag_of(name)}: must be a file that exists, got {name}={flags[name]}. Check the path."
             for name in FILES
-            if flags[name] is not None and not os.path.isfile(flags[name])
+            # Where the backend refuses the flag, one sentence is enough.
+            if flags[name] is not None and not os.path.isfile(flags[name]) and not _needs_other_backend(flags, name)
         ),
         *_find_format_problems(flags, capability),
         *_find_environment_problems(flags, capability),
     ]
+
+
+def _needs_other_backend(flags: Flags, name: str) -> bool:
+    return flags["backend"] == "torch" and name in NEEDS_TE
 
 
 def _find_package_problems(flags: Flags) -> list[str]:

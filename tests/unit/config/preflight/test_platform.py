@@ -35,7 +35,7 @@ def test_platform_attribute_exists(name: str) -> None:
 
 @pytest.mark.parametrize("name", NEEDS_TE)
 def test_flags_that_need_transformer_engine_are_refused_without_it(name: str) -> None:
-    value = {"softmax_type": "off-by-one"}.get(name, "hybrid")
+    value = {"softmax_type": "off-by-one", "te_precision_config_file": __file__}.get(name, "hybrid")
     (problem,) = find_on_gpu(backend="torch", **{name: value})
     assert "needs the te backend (TransformerEngine), got" in problem
     assert find_on_gpu(**{name: value}) == []
@@ -53,6 +53,19 @@ def test_context_parallelism_needs_transformer_engine() -> None:
         ({"moe_use_upcycling": True}, "moe-use-upcycling: would build the dense model with experts"),
         ({"init_model_with_meta_device": True}, "init-model-with-meta-device: leaves the weights uninitialised"),
         ({"optimizer": "sgd"}, "optimizer: has no state that the distributed optimizer can shard, got optimizer=sgd"),
+        (
+            {"optimizer": "muon", "bf16": True, "platform": "cpu", "backend": "torch", "world_size": 2}
+            | {"distributed_backend": "gloo"},
+            "optimizer: would gather weights of different sizes, which gloo cannot",
+        ),
+        ({"optimizer": "soap", "bf16": True, "save": "runs"}, "optimizer: keeps matrices of other shapes"),
+        ({"fake_process_group": True}, "fake-process-group: would train with collectives that exchange nothing"),
+        ({"profile": True, "use_pytorch_profiler": True}, "use-pytorch-profiler: writes beside the folder"),
+        (
+            {"wandb_project": "p", "wandb_exp_name": "e", "save": "runs"},
+            "wandb-project: gets its values where Megatron writes TensorBoard's",
+        ),
+        ({"non_persistent_ckpt_type": "in_memory"}, "non-persistent-ckpt-type: is not implemented"),
         ({"no_save_optim": True, "save": "runs"}, "no-save-optim: leaves out what a run needs to resume"),
         ({"no_save_rng": True, "save": "runs"}, "no-save-rng: leaves out what a run needs to resume"),
         ({"ckpt_format": "torch", "save": "runs"}, "ckpt-format: saves an optimizer that Megatron cannot load again"),
