@@ -170,8 +170,12 @@ def test_skipped_records_are_listed(tmp_path: Path, tokenizer_path: Path) -> Non
 @pytest.mark.parametrize(
     "arguments, expected",
     [
-        (("--workers", "0"), "--workers must be at least 1 and --max-errors at least 0, got workers=0, max_errors=0"),
-        (("--json-keys", "a", "a"), "--json-keys must be distinct, got a a"),
+        (
+            ("--workers", "0"),
+            "command line: --workers must be at least 1 and --max-errors at least 0, got workers=0, max_errors=0. "
+            "See --help.",
+        ),
+        (("--json-keys", "a", "a"), "command line: --json-keys must be distinct, got a a. See --help."),
         (
             ("--shard", "4/4"),
             "shard: must be I/N with I from 0 to N - 1, got 4/4. Pass 0/4, 1/4, 2/4 and 3/4 to four runs.",

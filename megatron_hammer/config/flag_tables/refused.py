@@ -157,10 +157,15 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "ckpt_format",
-        # Megatron 0.19.2 writes it, and fails in DistributedOptimizer.load_parameter_state when it resumes.
-        lambda flags: flags["save"] is not None and flags["ckpt_format"] == "torch",
-        "saves an optimizer that Megatron cannot load again",
-        "Drop it: checkpoints are then torch_dist; legacy checkpoints are still read by --load",
+        # Megatron 0.19.2 fails in DistributedOptimizer.load_parameter_state, where fp32 weights are their own masters.
+        lambda flags: (
+            flags["save"] is not None
+            and flags["ckpt_format"] == "torch"
+            and flags["use_distributed_optimizer"]
+            and not (flags["bf16"] or flags["fp16"])
+        ),
+        "saves an optimizer that Megatron cannot load again in fp32",
+        "Drop it, or pass --no-distributed-optimizer",
     ),
     Refusal(
         "fused_residual_rmsnorm",
