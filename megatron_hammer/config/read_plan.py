@@ -263,7 +263,12 @@ def _read_memory_options(args: Any, layout: ParallelLayout, *, has_gpu: bool) ->
     # model/torch_modules.py: in fp32 on a GPU
     has_expanded_heads = has_gpu and args.backend == "torch" and not is_16_bit
     comm_types = args.cp_comm_type if isinstance(args.cp_comm_type, list) else [args.cp_comm_type]
+    # Lion has one moment; Muon has one of matrices, and trains the rest with Adam or Lion.
+    is_muon, is_lion = args.optimizer in ("muon", "dist_muon"), args.optimizer == "lion"
+    has_scalar_lion = "muon" in args.optimizer and args.muon_scalar_optimizer == "lion"
     return MemoryOptions(
+        moments_bytes=4 if is_lion or has_scalar_lion or args.optimizer == "sgd" else 8,
+        matrix_moments_bytes=4 if is_lion or is_muon or args.optimizer == "sgd" else 8,
         precision=_read_product_precision(args),
         has_expanded_heads=has_expanded_heads,
         has_fp8_parameters=bool(args.fp8 and args.fp8_param_gather),

@@ -48,6 +48,8 @@ class MemoryOptions:
     sharding: Sharding | None = None  # None: what the layout says of the distributed optimizer
     shard_size: int | None = None  # ranks that share one copy of what is sharded; None: all that hold the same
     gradient_bytes: int = 4  # of an element of the gradient buffer; 2 where gradients are accumulated in 16 bits
+    moments_bytes: int = 8  # of an element in the optimizer, beside the fp32 master: Adam's two
+    matrix_moments_bytes: int = 8  # the same in the matrices of a layer's linears: 4 with Muon
     reshards_after_forward: bool = True  # of FSDP; False: gathered weights and whole gradients stay for a step
     has_fused_activation: bool = True  # False: the output of SiLU is kept beside its product with the other half
     has_linear_offset: bool = False  # Megatron's own SwiGLU that is not fused keeps that other half plus an offset too

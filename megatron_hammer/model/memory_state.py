@@ -49,7 +49,8 @@ def estimate_state(
     """Weights, gradients, optimizer and lasting buffers of a rank whose stage holds `num_layers` layers.
 
     16-bit: 2 bytes of weight, 4 of main_grad (Megatron reduces bf16 gradients in fp32) and 12 of the optimizer, the
-    fp32 master and Adam's two moments; fp32 needs no master. The distributed optimizer divides the 12, FSDP all 18.
+    fp32 master and Adam's two moments; fp32 needs no master, and Muon keeps one moment of matrices. The distributed
+    optimizer divides the 12, FSDP all 18.
     """
     layer, embedding, head = select_part_sizes(model, layout, options.vocab_divisible_by)
     dense, expert = num_layers * layer.dense, num_layers * layer.expert
@@ -79,9 +80,21 @@ def estimate_state(
     return StageState(
         weights=round(weight_bytes * held / total) if total else 0,
         gradients=options.gradient_bytes * held,
-        optimizer=(12 if element == 2 else 8) * (shard if _is_sharded(layout, options) else total),
+        optimizer=_count_optimizer_bytes(options, total, linear, shard if _is_sharded(layout, options) else total),
         buffers=buffers,
     )
+
+
+def _count_optimizer_bytes(options: MemoryOptions, total: int, linear: int, held: int) -> int:
+    """Master weights and moments of `held` of the stage's `total` elements, of which `linear` are in matrices.
+
+    Megatron gives each rank whole matrices of Muon's; their sum is taken as evenly divided.
+    """
+    if not total:
+        return 0
+    master_bytes = 4 if options.element_bytes == 2 else 0
+    moments_bytes = options.moments_bytes * (total - linear) + options.matrix_moments_bytes * linear
+    return master_bytes * held + round(moments_bytes * held / total)
 
 
 def count_shard_ranks(layout: ParallelLayout, options: MemoryOptions) -> tuple[int, int]:

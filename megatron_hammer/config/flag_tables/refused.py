@@ -142,9 +142,9 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "optimizer",
-        lambda flags: flags["optimizer"] == "soap" and flags["save"] is not None,
+        lambda flags: flags["optimizer"] == "soap",
         "keeps matrices of other shapes than its weights, which megatron-core 0.19 cannot save",
-        "Pass --optimizer muon, or drop --save",
+        "Pass --optimizer muon",
     ),
     *(
         Refusal(

@@ -108,3 +108,13 @@ def test_a_tied_head_is_a_copy_only_on_a_stage_of_its_own():
     assert select_part_sizes(tied, ParallelLayout(), 128)[2].dense == 2 * tied.hidden_size  # the final norm
     _, embedding, head = select_part_sizes(tied, ParallelLayout(pipeline_model_parallel_size=2), 128)
     assert head.dense - 2 * tied.hidden_size == 50_304 * tied.hidden_size < embedding.dense
+
+
+def test_muon_keeps_one_moment_of_matrices():
+    model, layout = PRESETS["hammer-1b4"].model, ParallelLayout()
+    stage = {"num_layers": model.num_layers, "is_first_stage": True, "is_last_stage": True}
+    adam = estimate_state(model, layout, MemoryOptions(), **stage)
+    muon = estimate_state(model, layout, MemoryOptions(matrix_moments_bytes=4), **stage)
+    matrices = 22 * (2560 * 2048 + 2048 * 2048 + 3 * 2048 * 5632)  # query, key and value; projection; SwiGLU's three
+    assert adam.optimizer - muon.optimizer == 4 * matrices
+    assert adam[:2] == muon[:2]
