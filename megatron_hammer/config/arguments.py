@@ -86,6 +86,7 @@ def parse_arguments(
     read_process_place()  # megatron's parser reads the same variables, and fails where one is not a number
 
     parser = CommandParser(allow_abbrev=False)
+    parser.register("type", float, float)  # preflight names a NaN together with all other problems
     add_own_flags(add_megatron_arguments(parser))
     for action in parser._actions:  # megatron 0.19.2 writes a bare % in one help text, at which argparse fails
         if action.help and "%)" in action.help:

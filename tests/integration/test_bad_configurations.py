@@ -125,17 +125,17 @@ BAD = {
     "a negative size": (f"{TINY} --micro-batch-size -2", r"must be at least 1, got micro_batch_size=-2"),
     "no tensor ranks": (f"{TINY} --tensor-model-parallel-size 0", r"at least 1, got tensor_model_parallel_size=0"),
     "no heads": (f"{TINY} --num-attention-heads 0", r"must be at least 1, got num_attention_heads=0"),
-    "a rate that is no number": (f"{TINY} --lr nan", r"argument --lr: must be a finite number, got 'nan'"),
+    "a rate that is no number": (f"{TINY} --lr nan", r"lr: must be finite and at least 0, got lr=nan"),
     "dropout of one": (f"{TINY} --hidden-dropout 1", r"at least 0 and below 1, got hidden_dropout=1"),
-    "an infinite rate": (f"{TINY} --lr inf", r"argument --lr: must be a finite number, got 'inf'"),
+    "an infinite rate": (f"{TINY} --lr inf", r"lr: must be finite and at least 0, got lr=inf"),
     "a rate to begin with that is no number": (
         f"{TINY} --lr-warmup-init nan",
-        r"argument --lr-warmup-init: must be a finite number, got 'nan'",
+        r"must be finite .* got lr_warmup_init=nan",
     ),
     "no time to meet": (f"{TINY} --distributed-timeout-minutes 0", r"got distributed_timeout_minutes=0"),
     "memory that is no number": (
         f"{TINY} --dry-run --gpu-memory-gib nan",
-        r"argument --gpu-memory-gib: must be a finite number, got 'nan'",
+        r"gpu-memory-gib: must be finite and at least 0, got gpu_memory_gib=nan",
     ),
     "a seed that megatron refuses": (f"{TINY} --seed 0", r"seed: must be at least 1 and below 2147483648, got seed=0"),
     "more layers than can be listed": (
