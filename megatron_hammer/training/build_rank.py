@@ -85,6 +85,7 @@ def build_rank(argv: Sequence[str], rank: int) -> BuiltRank:
     config.transformer.perform_initialization = False
     config.transformer.init_model_with_meta_device = True
     config.transformer.context_parallel_size = 1
+    config.transformer.gradient_accumulation_fusion = False  # needs a GPU's extension, and there is no backward pass
     with play_rank(plan.layout, rank) as groups:
         chunks = _build_chunks(config, groups)
         built = _describe(plan, build_trial_ddp_config(trial), rank, groups, chunks)

@@ -1,6 +1,6 @@
 """Processes that srun starts, one for each GPU, without torchrun: they train together, and give torchrun's losses."""
 
-import socket
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +17,7 @@ def test_tasks_of_srun_train_together(tmp_path: Path) -> None:
     flags = (*TOY_MODEL, *TOY_SCHEDULE, "--train-iters", "4", *data, "--tensor-model-parallel-size", "2")
     by_torchrun = train(2, tmp_path / "torchrun.jsonl", *flags)
     metrics_path = tmp_path / "srun.jsonl"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = 10_000 + os.getpid() % 20_000  # below those that Linux gives out itself
     step = {
         **{"SLURM_JOB_ID": "4500123", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_NODEID": "0"},
         **{"SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": str(port)},

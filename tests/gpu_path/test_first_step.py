@@ -86,7 +86,8 @@ def test_kernels_train_as_pytorch(flags: str, tmp_path: Path) -> None:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         measured.append([line[key] for line in lines for key in ("loss", "grad_norm")])
     kernels, pytorch = measured
-    assert kernels == pytest.approx(pytorch, rel=1e-6)
+    # fp32 rounds in another order: measured 1.1e-6 of the second step's gradient norm.
+    assert kernels == pytest.approx(pytorch, rel=5e-6)
     assert kernels != pytorch  # other roundings: the kernels were there
 
 
