@@ -56,6 +56,11 @@ class Session:
     def remaining_s(self) -> float:
         return self.deadline_s - time.monotonic()
 
+    def find_lack(self, backend: str) -> str | None:
+        """Why a backend cannot run here: its many rows need not be started to find that out, at seconds each."""
+        failure = self.result["about"].get("te_failure")
+        return f"TransformerEngine does not work here: {failure}" if backend == "te" and failure else None
+
     def save(self) -> None:
         publish_files({self.output: json.dumps(self.result, indent=1) + "\n"})
 
@@ -77,7 +82,10 @@ def check_gradients(session: Session) -> None:
     setting, checks = session.setting, session.result["checks"]
     reason = gradients.record_reference(setting, session.work_dir, session.remaining_s)
     for check in setting.checks:
-        if reason is None:
+        lack = session.find_lack(check.backend)
+        if lack is not None:
+            checks.append({"backend": check.backend, "precision": check.precision, "passed": False, "reason": lack})
+        elif reason is None:
             checks.append(gradients.run_check(setting, check, session.work_dir, session.remaining_s))
         else:
             reason = f"the reference failed: {reason}"
@@ -111,6 +119,9 @@ def sweep(session: Session) -> None:
 
 def run_row(session: Session, row: Row, plan: dict[str, Any]) -> dict[str, Any]:
     """A row's figures, or why it has none."""
+    lack = session.find_lack(row.backend)
+    if lack is not None:
+        return {"status": "failed", "reason": lack}
     ceiling = session.result["ceiling"]
     known = {**plan, "ceiling_tflops": ceiling.get("tflops")}
     if row.backend == "transformers":
@@ -189,13 +200,14 @@ def describe_machine(setting: Setting) -> dict[str, Any]:
     from megatron_hammer.platforms.select import find_te_failure
 
     device = read_device_name(setting.platform)
-    has_te = find_te_failure() is None
+    te_failure = find_te_failure()
     return {
         "device": device,
         "memory_bytes": read_device_memory_bytes(setting.platform),
         "peak_tflops": find_dense_peak_tflops(device),
         "torch": torch.__version__,
-        "te": importlib.metadata.version("transformer-engine") if has_te else None,
+        "te": None if te_failure else importlib.metadata.version("transformer-engine"),
+        "te_failure": te_failure,
         "preset": setting.preset,
         "global_batch_size": setting.global_batch_size,
     }

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from on_gpu.processes import run_python
+from on_gpu.processes import adjust_megatron, run_python
 from on_gpu.setting import Check, Setting
 
 RECORDER = str(Path(__file__).resolve().parents[1] / "gpu.py")
@@ -30,9 +30,7 @@ class Recorded:
 
 def record(platform: str, output: Path, flags: Sequence[str]) -> None:
     """Run training with `flags`, and save every parameter's gradient of the first step."""
-    from megatron_hammer.platforms import megatron_compat
-
-    megatron_compat.install(platform)  # before anything imports megatron
+    adjust_megatron(platform, flags)
 
     from megatron.core.utils import unwrap_model
     from megatron.training import training

@@ -53,9 +53,9 @@ def find_trace(output_dir: Path) -> Path:
 
 def run_traced(platform: str, flags: Sequence[str]) -> None:
     """Run training with the model's parts marked in the trace."""
-    from megatron_hammer.platforms import megatron_compat
+    from on_gpu.processes import adjust_megatron
 
-    megatron_compat.install(platform)  # before anything imports megatron
+    adjust_megatron(platform, flags)
     mark_parts()
     from megatron_hammer.training import pretrain
 

@@ -48,6 +48,8 @@ def scale_all(chunk_size: int, noop_flag: Any, tensor_lists: Sequence[Sequence[T
     scale: a number, or a tensor of one element on the device of the others, which is not read by the host.
     """
     sources, targets = (list(tensors) for tensors in tensor_lists)
+    if not targets:
+        return  # a rank none of whose parameters has a gradient; torch refuses an empty list
     factor = scale.reshape(()) if isinstance(scale, Tensor) else scale
     if all(source is target for source, target in zip(sources, targets, strict=True)):
         torch._foreach_mul_(targets, factor)

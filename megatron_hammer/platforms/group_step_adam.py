@@ -50,8 +50,9 @@ class GroupStepAdam(torch.optim.Optimizer):
                 if "exp_avg" not in state:
                     state["exp_avg"] = torch.zeros_like(param, dtype=torch.float32)
                     state["exp_avg_sq"] = torch.zeros_like(param, dtype=torch.float32)
-            # The fused kernels take the step as a tensor on the parameters' device.
-            step = torch.tensor(float(group["step"]), device=params[0].device)
+            # The fused kernels take the step as a tensor on the parameters' device. torch.tensor would copy it there
+            # from the host, which waits until the GPU has done everything before.
+            step = torch.full((), float(group["step"]), dtype=torch.float32, device=params[0].device)
             # Called directly: torch.optim.AdamW would keep a step tensor of its own for each parameter.
             update(
                 params,

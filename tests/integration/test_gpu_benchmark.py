@@ -89,6 +89,26 @@ def test_a_row_is_a_training_run_and_a_refused_one_says_why(tmp_path, monkeypatc
     assert "te needs a GPU" in refused["reason"]
 
 
+def test_without_transformer_engine_no_run_of_it_is_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "run_python", lambda *args, **kwargs: pytest.fail("a run was started"))
+    session = open_session(tmp_path, seconds=100)
+    session.result["about"]["te_failure"] = "No module named 'transformer_engine'"
+    row = gpu.run_row(session, REHEARSAL.rows[1], {})
+    assert row["status"] == "failed"
+    assert "No module named 'transformer_engine'" in row["reason"]
+
+
+@pytest.mark.parametrize("backend", ["te", "torch"])
+def test_a_recorded_run_is_adjusted_for_its_own_backend(backend, monkeypatch):
+    from megatron_hammer.platforms import megatron_compat
+
+    installed = []
+    monkeypatch.setattr(megatron_compat, "install", lambda *arguments: installed.append(arguments))
+    processes.adjust_megatron("cuda", ["--precision", "bf16", "--backend", backend])
+    processes.adjust_megatron("cpu", ["--precision", "fp32"])
+    assert installed == [("cuda", backend), ("cpu", "torch")]
+
+
 def test_the_sweep_continues_after_a_failure_and_stops_in_time(tmp_path, monkeypatch):
     run = {"losses": [8.0] * 4, "times_s": [9.0, 9.0, 2.0, 4.0], "peak_memory_bytes": 100}
     answers = iter(
@@ -131,9 +151,14 @@ def test_the_reason_of_a_failure_is_one_line(output, reason):
     assert "\n" not in found
 
 
-def test_a_process_that_does_not_end_is_stopped():
-    ended = processes.run_python(["-c", "import time; time.sleep(60)"], timeout_s=1)
+def test_a_process_that_does_not_end_is_stopped(monkeypatch):
+    """Even if a process in a session of its own, as torchrun starts them, holds on to its output."""
+    monkeypatch.setattr(processes, "KILL_TIMEOUT_S", 0.5)
+    child = "import subprocess; subprocess.run(['sleep', '15'], start_new_session=True)"
+    started_at_s = time.monotonic()
+    ended = processes.run_python(["-c", child], timeout_s=2)
     assert "did not end" in ended.reason
+    assert time.monotonic() - started_at_s < 12
 
 
 # --- gradients ------------------------------------------------------------------------------------------------------

@@ -60,6 +60,11 @@ def test_scaling_is_megatrons(scale: Any) -> None:
     assert all(torch.equal(double, 2 * gradient) for double, gradient in zip(doubled, gradients, strict=True))
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.5, torch.tensor([0.5])], ids=["copy", "number", "tensor"])
+def test_a_rank_without_gradients_is_scaled_too(scale: Any) -> None:
+    scale_all(65536, None, [[], []], scale)
+
+
 @pytest.fixture
 def multiplies_onto_fp32() -> Iterator[list[torch.dtype]]:
     """Give the CPU that operator; the dtypes of the factors that it was called with."""

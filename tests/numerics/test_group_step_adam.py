@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_hammer.platforms.group_step_adam import GroupStepAdam
 
@@ -121,3 +122,27 @@ def test_unsupported_options_are_refused() -> None:
         build(make_groups(), capturable=True)
     with pytest.raises(ValueError, match="takes no closure"):
         build(make_groups()).step(lambda: 0.0)
+
+
+class _Operators(TorchDispatchMode):
+    """The names of all operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_copies_nothing_from_the_host() -> None:
+    """lift_fresh is torch.tensor, whose copy to a GPU waits for everything that is queued there."""
+    optimizer = build(make_groups())
+    with _Operators() as operators:
+        torch.tensor(1.0)
+    assert "lift_fresh" in operators.names
+    with _Operators() as operators:
+        train([optimizer], range(1))
+    assert "_fused_adamw_" in operators.names
+    assert operators.names.isdisjoint({"lift_fresh", "_to_copy"})

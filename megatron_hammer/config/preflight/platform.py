@@ -2,6 +2,9 @@
 
 import importlib.util
 import os
+import shutil
+import sysconfig
+from pathlib import Path
 
 from megatron_hammer.config.connections import (
     BLACKWELL,
@@ -113,6 +116,7 @@ def find_platform_problems(flags: Flags) -> list[str]:
             if is_asked(flags)
         ),
         *_find_package_problems(flags),
+        *_find_compiler_problems(flags),
         *(
             f"{flag_of(name)}: must be a file that exists, got {name}={flags[name]}. Check the path."
             for name in FILES
@@ -138,6 +142,24 @@ def _find_package_problems(flags: Flags) -> list[str]:
         for name, is_asked, module, package in PACKAGES
         if is_asked(flags) and _lacks(module)
     ]
+
+
+def _find_compiler_problems(flags: Flags) -> list[str]:
+    """What Triton compiles its driver with, in the first step; torch.compile's kernels for GPUs are Triton's too."""
+    if flags["platform"] != "cuda" or is_for_elsewhere(flags.values):
+        return []
+    problems = []
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        problems.append("PATH: must have gcc or clang, which Triton needs, got neither. Install gcc, or set CC.")
+    # As triton.runtime.build does: Debian's own scheme has the headers elsewhere than Python.
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    headers = Path(sysconfig.get_paths(scheme)["include"])
+    if not (headers / "Python.h").is_file():
+        problems.append(
+            f"Python.h: must be there for Triton, got no such file in {headers}. Install Python's headers "
+            "(python3-dev on Debian and Ubuntu)."
+        )
+    return problems
 
 
 def _find_format_problems(flags: Flags, capability: tuple[int, int] | None) -> list[str]:

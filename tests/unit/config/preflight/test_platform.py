@@ -1,6 +1,9 @@
 """What a platform, a backend, a GPU or an installation cannot do is refused, each with its fact and its remedy."""
 
 import importlib.util
+import shutil
+import sysconfig
+from pathlib import Path
 
 import pytest
 from megatron.core.transformer.enums import AttnBackend
@@ -137,6 +140,21 @@ def test_a_missing_package_is_named(values: dict[str, object], package: str, mon
     assert find_on_gpu(**values, dry_run=True, requested_world_size=8) == []  # a cluster has its own packages
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     assert find_on_gpu(**values) == []
+
+
+def test_triton_needs_a_compiler_and_the_headers_of_python(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    (problem,) = find_on_gpu()
+    assert problem.startswith("PATH: must have gcc or clang")
+    assert find_on_gpu(dry_run=True, requested_world_size=8) == []  # a cluster has its own
+    monkeypatch.setenv("CC", "/opt/bin/cc")
+    assert find_on_gpu() == []
+    monkeypatch.setattr(sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    (problem,) = find_on_gpu()
+    assert problem.startswith("Python.h: must be there for Triton")
+    assert str(tmp_path) in problem
+    assert find_flag_problems(BASE) == []  # the cpu platform compiles nothing
 
 
 @pytest.mark.parametrize("optimizer", [name for name in EMERGING if name != "soap"])
