@@ -29,7 +29,8 @@ def train_step(model: Any, optimizer: Any, micro_batches: Any, clip_grad: float)
     optimizer.zero_grad()
     loss_sum = torch.zeros((), device=micro_batches.device)
     for tokens, labels in micro_batches:
-        output = model(input_ids=tokens, labels=labels, shift_labels=labels)
+        # Without the cache for generation, which would copy every key and value.
+        output = model(input_ids=tokens, labels=labels, shift_labels=labels, use_cache=False)
         loss = output.loss / len(micro_batches)
         loss.backward()
         loss_sum += loss.detach()

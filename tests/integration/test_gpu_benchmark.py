@@ -20,7 +20,7 @@ from tests.helpers.repository import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu  # type: ignore[import-not-found]
-from on_gpu import gradients, processes, report, setting, trace  # type: ignore[import-not-found]
+from on_gpu import gradients, processes, report, setting, trace, transformers_loop  # type: ignore[import-not-found]
 
 GPU = setting.build_setting(is_rehearsal=False)
 REHEARSAL = setting.build_setting(is_rehearsal=True)
@@ -159,6 +159,24 @@ def test_a_process_that_does_not_end_is_stopped(monkeypatch):
     ended = processes.run_python(["-c", child], timeout_s=2)
     assert "did not end" in ended.reason
     assert time.monotonic() - started_at_s < 12
+
+
+# --- transformers ---------------------------------------------------------------------------------------------------
+
+
+def test_what_we_are_compared_with_keeps_no_cache_for_generation():
+    """transformers keeps one by default, also in training: a copy of every key and value."""
+    import transformers
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=11, use_cache=True, **sizes)).train()
+    outputs = []
+    model.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    optimizer = transformers_loop.build_optimizer(model, REHEARSAL.recipe, lr=1e-3)
+    tokens = torch.arange(2 * 2 * 3 * 5).reshape(2, 2, 3, 5) % 11  # two micro-batches
+    assert transformers_loop.train_step(model, optimizer, tokens, 1.0) > 0
+    assert [output.past_key_values for output in outputs] == [None, None]
+    assert model(input_ids=tokens[0, 0]).past_key_values is not None
 
 
 # --- gradients ------------------------------------------------------------------------------------------------------
