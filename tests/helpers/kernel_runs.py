@@ -201,13 +201,13 @@ def compile_kernels() -> dict[str, dict[str, int]]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    strides, pair = ("i32",) * 3, ("i32",) * 2
-    of_one = {"source": "*bf16", "target": "*bf16", "frequencies": "*fp32", "batch": "i32"}
-    of_one |= {"source_strides": strides, "target_strides": strides, "frequency_strides": pair}
+    strides = ("i32",) * 3
+    of_one = {"source": "*bf16", "target": "*bf16", "table": "*fp32", "batch": "i32"}
+    of_one |= {"source_strides": strides, "target_strides": strides, "table_strides": strides}
     of_three = dict.fromkeys(("mixed", "query", "key", "value"), "*bf16")
-    of_three |= {"query_frequencies": "*fp32", "key_frequencies": "*fp32", "batch": "i32"}
+    of_three |= {"query_table": "*fp32", "key_table": "*fp32", "batch": "i32"}
     of_three |= {f"{name}_strides": strides for name in ("mixed", "query", "key", "value")}
-    of_three |= {f"{name}_frequency_strides": pair for name in ("query", "key")}
+    of_three |= {f"{name}_table_strides": strides for name in ("query", "key")}
     heads = {"head_dim": 64, "rotary_dim": 64, "is_interleaved": False}
     rows = {"source": "*bf16", "weight": "*bf16", "inverse_rms": "*fp32"}
     gradients = {"gradient": "*bf16", "residual_gradient": "*bf16", "source_gradient": "*bf16", "weight_sums": "*fp32"}

@@ -1,9 +1,11 @@
 """Rotary embeddings as Triton kernels, with the split of linear_qkv's output into query, key and value.
 
 They have the signatures of the TransformerEngine functions that megatron calls under `apply_rope_fusion` and
-`fused_single_qkv_rope`. One program turns every head of one token, so sines and cosines are computed once per token,
-in fp32; megatron's unfused code rounds them to the dtype of the activations. The gradient is the turn back. Not here:
-packed sequences, and multi-latent attention, which megatron turns otherwise. Importing this file needs triton.
+`fused_single_qkv_rope`. One program turns every head of one token. Sines and cosines are in fp32; megatron's unfused
+code rounds them to the dtype of the activations. They are a table, which two small kernels of PyTorch make in each
+call: within ours, every thread would compute those of its own elements, and take longer for that than for moving them.
+The gradient is the turn back. Not here: packed sequences, and multi-latent attention, which megatron turns otherwise.
+Importing this file needs triton.
 """
 
 from collections.abc import Sequence
@@ -20,31 +22,30 @@ def _turn(
     source,
     target,
     is_head,
-    frequencies,
+    table,
+    sines,
     head_dim: tl.constexpr,
     rotary_dim: tl.constexpr,
     is_interleaved: tl.constexpr,
     is_backward: tl.constexpr,
 ):
-    """Turn the heads of one token. source, target: pointers [heads] to their first elements."""
+    """Turn the heads of one token. source, target: pointers [heads] to their first elements; table: to the token's
+    cosines; sines: how far behind them its sines are.
+    """
     num_pairs: tl.constexpr = rotary_dim // 2
     pair = tl.arange(0, triton.next_power_of_2(num_pairs))
     first = 2 * pair if is_interleaved else pair
     second = first + 1 if is_interleaved else first + num_pairs
     is_pair = pair < num_pairs
-    # Every rotary embedding of megatron has one angle for both elements of a pair; reading both costs nothing.
-    angle_1 = tl.load(frequencies + first, mask=is_pair, other=0.0).to(tl.float32)
-    angle_2 = tl.load(frequencies + second, mask=is_pair, other=0.0).to(tl.float32)
-    cos_1, sin_1, cos_2, sin_2 = tl.cos(angle_1), tl.sin(angle_1), tl.cos(angle_2), tl.sin(angle_2)
+    cos = tl.load(table + pair, mask=is_pair, other=0.0)[None, :]
+    sin = tl.load(table + sines + pair, mask=is_pair, other=0.0)[None, :]
+    if is_backward:
+        sin = -sin
     mask = is_head[:, None] & is_pair[None, :]
     x_1 = tl.load(source[:, None] + first[None, :], mask=mask, other=0.0).to(tl.float32)
     x_2 = tl.load(source[:, None] + second[None, :], mask=mask, other=0.0).to(tl.float32)
-    if is_backward:
-        y_1 = x_1 * cos_1[None, :] + x_2 * sin_2[None, :]
-        y_2 = x_2 * cos_2[None, :] - x_1 * sin_1[None, :]
-    else:
-        y_1 = x_1 * cos_1[None, :] - x_2 * sin_1[None, :]
-        y_2 = x_2 * cos_2[None, :] + x_1 * sin_2[None, :]
+    y_1 = x_1 * cos - x_2 * sin
+    y_2 = x_2 * cos + x_1 * sin
     tl.store(target[:, None] + first[None, :], y_1.to(target.dtype.element_ty), mask=mask)
     tl.store(target[:, None] + second[None, :], y_2.to(target.dtype.element_ty), mask=mask)
     if rotary_dim < head_dim:
@@ -63,18 +64,18 @@ def _copy(source, target, is_head, width: tl.constexpr):
 def _rope_tensor(
     source,
     target,
-    frequencies,
+    table,
     batch,
     source_strides,
     target_strides,
-    frequency_strides,
+    table_strides,
     num_heads: tl.constexpr,
     head_dim: tl.constexpr,
     rotary_dim: tl.constexpr,
     is_interleaved: tl.constexpr,
     is_backward: tl.constexpr,
 ):
-    """Heads of one token of [s, b, n, d]; strides: those of s, b and n (of s and b for the frequencies)."""
+    """Heads of one token of [s, b, n, d]; strides: those of s, b and n (for the table of s, b and sines)."""
     token = tl.program_id(0).to(tl.int64)  # 64 bits: a large micro-batch has more than 2**31 elements
     position, sequence = token // batch, token % batch
     head = tl.arange(0, triton.next_power_of_2(num_heads)).to(tl.int64)
@@ -82,7 +83,8 @@ def _rope_tensor(
         source + position * source_strides[0] + sequence * source_strides[1] + head * source_strides[2],
         target + position * target_strides[0] + sequence * target_strides[1] + head * target_strides[2],
         head < num_heads,
-        frequencies + position * frequency_strides[0] + sequence * frequency_strides[1],
+        table + position * table_strides[0] + sequence * table_strides[1],
+        table_strides[2],
         head_dim,
         rotary_dim,
         is_interleaved,
@@ -96,15 +98,15 @@ def _rope_qkv(
     query,
     key,
     value,
-    query_frequencies,
-    key_frequencies,
+    query_table,
+    key_table,
     batch,
     mixed_strides,
     query_strides,
     key_strides,
     value_strides,
-    query_frequency_strides,
-    key_frequency_strides,
+    query_table_strides,
+    key_table_strides,
     num_groups: tl.constexpr,
     heads_per_group: tl.constexpr,
     head_dim: tl.constexpr,
@@ -125,16 +127,17 @@ def _rope_qkv(
     query += position * query_strides[0] + sequence * query_strides[1] + head * query_strides[2]
     key += position * key_strides[0] + sequence * key_strides[1] + group * key_strides[2]
     value += position * value_strides[0] + sequence * value_strides[1] + group * value_strides[2]
-    query_frequencies += position * query_frequency_strides[0] + sequence * query_frequency_strides[1]
-    key_frequencies += position * key_frequency_strides[0] + sequence * key_frequency_strides[1]
+    query_table += position * query_table_strides[0] + sequence * query_table_strides[1]
+    key_table += position * key_table_strides[0] + sequence * key_table_strides[1]
+    query_sines, key_sines = query_table_strides[2], key_table_strides[2]
     is_head, is_group = head < num_heads, group < num_groups
     if is_backward:
-        _turn(query, mixed_query, is_head, query_frequencies, head_dim, rotary_dim, is_interleaved, True)
-        _turn(key, mixed_key, is_group, key_frequencies, head_dim, rotary_dim, is_interleaved, True)
+        _turn(query, mixed_query, is_head, query_table, query_sines, head_dim, rotary_dim, is_interleaved, True)
+        _turn(key, mixed_key, is_group, key_table, key_sines, head_dim, rotary_dim, is_interleaved, True)
         _copy(value, mixed_value, is_group, head_dim)
     else:
-        _turn(mixed_query, query, is_head, query_frequencies, head_dim, rotary_dim, is_interleaved, False)
-        _turn(mixed_key, key, is_group, key_frequencies, head_dim, rotary_dim, is_interleaved, False)
+        _turn(mixed_query, query, is_head, query_table, query_sines, head_dim, rotary_dim, is_interleaved, False)
+        _turn(mixed_key, key, is_group, key_table, key_sines, head_dim, rotary_dim, is_interleaved, False)
         _copy(mixed_value, value, is_group, head_dim)
 
 
@@ -179,24 +182,37 @@ def _with_dense_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _frequency_strides(frequencies: Tensor) -> tuple[int, int]:
-    """Strides of position and sequence of angles [s, 1 or b, 1, r]; of 0 where all sequences have the same ones."""
-    return frequencies.stride(0), frequencies.stride(1) if frequencies.shape[1] > 1 else 0
+def _make_table(frequencies: Tensor, is_interleaved: bool) -> Tensor:
+    """Cosines and sines [2, s, 1 or b, r / 2], fp32, of angles [s, 1 or b, 1, r].
+
+    Every rotary embedding of megatron has one angle for both elements of a pair.
+    """
+    size = frequencies.shape[-1]
+    angles = (frequencies[:, :, 0, ::2] if is_interleaved else frequencies[:, :, 0, : size // 2]).float()
+    table = angles.new_empty(2, *angles.shape)
+    torch.cos(angles, out=table[0])
+    torch.sin(angles, out=table[1])
+    return table
+
+
+def _table_strides(table: Tensor) -> tuple[int, int, int]:
+    """Strides of position, sequence and sines; the second is 0 where all sequences have the same angles."""
+    return table.stride(1), table.stride(2) if table.shape[2] > 1 else 0, table.stride(0)
 
 
 def _launch_tensor(tensor: Tensor, frequencies: Tensor, is_interleaved: bool, *, is_backward: bool) -> Tensor:
     tensor = _with_dense_rows(tensor)
     sequence, batch, heads, head_dim = tensor.shape
-    frequencies = _with_dense_rows(frequencies)
+    table = _make_table(frequencies, is_interleaved)
     output = tensor.new_empty(tensor.shape)
     _rope_tensor[(sequence * batch,)](
         tensor,
         output,
-        frequencies,
+        table,
         batch,
         tensor.stride()[:3],
         output.stride()[:3],
-        _frequency_strides(frequencies),
+        _table_strides(table),
         num_heads=heads,
         head_dim=head_dim,
         rotary_dim=frequencies.shape[-1],
@@ -216,19 +232,23 @@ def _launch_qkv(
 ) -> None:
     query, key, _ = parts
     sequence, batch, heads, head_dim = query.shape
-    angles = [_with_dense_rows(tensor) for tensor in frequencies]
+    query_table = _make_table(frequencies[0], is_interleaved)
+    # megatron gives both the same angles, as one tensor.
+    key_table = query_table if frequencies[1] is frequencies[0] else _make_table(frequencies[1], is_interleaved)
     _rope_qkv[(sequence * batch,)](
         mixed,
         *parts,
-        *angles,
+        query_table,
+        key_table,
         batch,
         mixed.stride()[:3],
         *(part.stride()[:3] for part in parts),
-        *(_frequency_strides(tensor) for tensor in angles),
+        _table_strides(query_table),
+        _table_strides(key_table),
         num_groups=key.shape[2],
         heads_per_group=heads // key.shape[2],
         head_dim=head_dim,
-        rotary_dim=angles[0].shape[-1],
+        rotary_dim=frequencies[0].shape[-1],
         is_interleaved=is_interleaved,
         is_backward=is_backward,
     )
