@@ -52,7 +52,9 @@ import fastokens
 # Texts of a few kilobytes: a difference is still shown near its place.
 PIECES_PER_TEXT = 256
 MAX_PAIRED_TOKENS = 24
-BYTE_TOKEN_START = "<0x"  # fastokens takes a literal "<0x41>" for the byte token of that name where no piece joins it
+# fastokens takes a literal "<0x41>" for the byte token of that name where no piece joins it, and the long s behind an
+# apostrophe for no contraction, where `(?i:'s)` says that it is one.
+LEFT_TO_REFERENCE = ("<0x", "'\u017f")
 
 # Beside SAMPLE_TEXTS: what a fast encoder might treat by another path than ordinary text.
 HOSTILE_TEXTS = (
@@ -127,14 +129,15 @@ class FastEncoder(Encoder):
         copy_facts(reference, self)
 
     def encode(self, text: str) -> np.ndarray:
-        if BYTE_TOKEN_START in text:
+        if any(part in text for part in LEFT_TO_REFERENCE):
             return self._reference.encode(text)
         prefixed = self._prefix + text if text else text
         ids, _ = self._tokenizer.encode_batch_flat([prefixed], split_special_tokens=self._splits_special_tokens)
         return np.frombuffer(ids, dtype=np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        if BYTE_TOKEN_START in "\0".join(texts):  # one search is several times faster than one per text
+        joined = "\0".join(texts)  # one search is several times faster than one per text
+        if any(part in joined for part in LEFT_TO_REFERENCE):
             return super().encode_batch(texts)
         prefixed = [self._prefix + text if text else text for text in texts] if self._prefix else list(texts)
         ids, offsets = self._tokenizer.encode_batch_flat(prefixed, split_special_tokens=self._splits_special_tokens)

@@ -232,6 +232,7 @@ def test_rules_of_splitting_agree_on_characters_of_every_kind(tmp_path, name):
         for part in itertools.batched(chars, 64)
     ]
     texts += [(ROOT / "README_zh-CN.md").read_text(encoding="utf-8"), "I'LL we'\u017f don't 'Tis 12345 \r\n\n x" * 50]
+    texts += ["a'\u017fs 'S\u017f", "\u4f60'\u017fa", "e'\u017f\u0301"]
     ids, lengths = choice.load().encode_batch(texts)
     for text, got in zip(texts, np.split(ids, np.cumsum(lengths)[:-1]), strict=True):
         assert np.array_equal(got, reference.encode(text)), text[:200]
