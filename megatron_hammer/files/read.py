@@ -1,5 +1,6 @@
 """Whole files read, with one sentence for every file that cannot be."""
 
+import stat
 from pathlib import Path
 
 from megatron_hammer.errors import DataError, HammerError
@@ -13,6 +14,7 @@ def cannot_read(path: str | Path, error: OSError, *, raises: type[HammerError] =
 def read_bytes(path: Path, *, raises: type[HammerError] = DataError) -> bytes:
     """Return what is in a file; raises `raises` if it cannot be read."""
     try:
+        _refuse_pipe(path, raises)
         return path.read_bytes()
     except OSError as error:
         raise cannot_read(path, error, raises=raises) from error
@@ -21,9 +23,17 @@ def read_bytes(path: Path, *, raises: type[HammerError] = DataError) -> bytes:
 def read_text(path: Path, *, raises: type[HammerError] = DataError) -> str:
     """Return a UTF-8 text, its line ends as \\n; raises `raises` if it cannot be read or is in another encoding."""
     try:
+        _refuse_pipe(path, raises)
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise cannot_read(path, error, raises=raises) from error
     except UnicodeDecodeError as error:
         where = f"byte {error.object[error.start]:#04x} at offset {error.start}"
         raise raises(f"{path}: text must be UTF-8, got {where}. Convert the file with iconv.") from error
+
+
+def _refuse_pipe(path: Path, raises: type[HammerError]) -> None:
+    # A named pipe that nobody writes is waited for without end. Those of a shell, `<(command)`, are read once too, but
+    # many of these files are read again, by other processes.
+    if stat.S_ISFIFO(path.stat().st_mode):
+        raise raises(f"{path}: must be a file, got a pipe, which can be read only once. Write it to a file first.")

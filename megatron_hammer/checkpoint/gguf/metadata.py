@@ -9,6 +9,7 @@ from megatron_hammer.checkpoint.gguf.file_types import FILE_TYPES
 from megatron_hammer.checkpoint.gguf.gguf_file import ExtraTensor
 from megatron_hammer.checkpoint.gguf.tensors import ROPE_FACTORS, compute_rope_factors
 from megatron_hammer.checkpoint.gguf.tokenizer import GgufVocabulary
+from megatron_hammer.errors import ConversionError
 from megatron_hammer.model.shape import ModelShape
 
 MAX_ENDS = 3  # eos, eot and eom
@@ -73,13 +74,36 @@ def _describe_tokenizer(writer: GGUFWriter, vocabulary: GgufVocabulary) -> None:
         writer.add_chat_template([{"name": name, "template": text} for name, text in vocabulary.chat_templates.items()])
 
 
+# What llama.cpp takes where a file names none, by the kind of tokenizer; a file cannot say that there is none. Source:
+# llama_vocab::impl::load.
+DEFAULT_BOS_IDS, DEFAULT_EOS_IDS = {"llama": 1, "gpt2": 11}, {"llama": 2, "gpt2": 11}
+
+
+def require_end(vocabulary: GgufVocabulary) -> None:
+    """Raise ConversionError if nothing ends a text: llama.cpp would stop at an ordinary token."""
+    if not vocabulary.eos_ids:
+        default = DEFAULT_EOS_IDS[vocabulary.model]
+        raise ConversionError(
+            f"eos_token_id: must name a token that ends a text, got none, for which llama.cpp takes {default} "
+            f"({vocabulary.tokens[default]}). Name it in generation_config.json, or as eos_token in "
+            "tokenizer_config.json."
+        )
+
+
 def list_unwritten(vocabulary: GgufVocabulary) -> list[str]:
     """A sentence for each thing of the tokenizer that has no place in a GGUF file."""
+    notes = []
+    if vocabulary.bos_id is None:
+        default = DEFAULT_BOS_IDS[vocabulary.model]
+        notes.append(
+            f"no token begins a text, which GGUF cannot say: a chat template that asks for bos_token gets {default} "
+            f"({vocabulary.tokens[default]}) from llama.cpp"
+        )
     rest = vocabulary.eos_ids[MAX_ENDS:]
     names = ", ".join(f"{token_id} ({vocabulary.tokens[token_id]})" for token_id in rest)
-    return (
-        [f"{len(rest)} of {len(vocabulary.eos_ids)} ends of a text left out, GGUF names three: {names}"] if rest else []
-    )
+    if rest:
+        notes.append(f"{len(rest)} of {len(vocabulary.eos_ids)} ends of a text left out, GGUF names three: {names}")
+    return notes
 
 
 def list_extra_tensors(model: ModelShape) -> list[ExtraTensor]:

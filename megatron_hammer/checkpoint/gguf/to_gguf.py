@@ -17,7 +17,7 @@ from gguf import GGML_QUANT_SIZES, MODEL_ARCH_NAMES
 
 from megatron_hammer.checkpoint.gguf.file_types import FILE_TYPES, FLOAT_DTYPES, load_quantizer
 from megatron_hammer.checkpoint.gguf.gguf_file import verify_gguf, write_gguf
-from megatron_hammer.checkpoint.gguf.metadata import build_metadata, list_extra_tensors, list_unwritten
+from megatron_hammer.checkpoint.gguf.metadata import build_metadata, list_extra_tensors, list_unwritten, require_end
 from megatron_hammer.checkpoint.gguf.tensors import GgufTensor, plan_tensors, select_architecture
 from megatron_hammer.checkpoint.gguf.tokenizer import GgufVocabulary, read_vocabulary
 from megatron_hammer.checkpoint.gguf.verification import GgufProof, explain_absence, verify_with_llama_cpp
@@ -99,6 +99,7 @@ def export_to_gguf(options: GgufOptions, on_step: OnStep = lambda stage, done, t
             config=model.config,
             generation=read_config(generation_path) if generation_path.is_file() else None,
         )
+        require_end(vocabulary)
         name = options.name or options.load_dir.resolve().name
         writer = build_metadata(model.shape, vocabulary, arch=arch, file_type=options.file_type, name=name)
         extras = list_extra_tensors(model.shape)

@@ -3,6 +3,7 @@
 The families (families/) say which field means what.
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,7 @@ _QUIET: dict[str, tuple[Callable[[Any], bool], str]] = {
     "n_group": (_is_one, "group-limited routing is not mapped"),
     "n_shared_experts": (_is_absent, "a shared expert without a gate is not mapped"),
 }
+MAX_COUNT = 2**31 - 1  # Megatron's kernels index with 32 bits
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _OWN_CODE = ("AutoModelForCausalLM", "AutoModel")
 
@@ -98,8 +100,8 @@ class HfFields:
         if value is None and default is not None:
             return default
         # bool first: in Python True is an int.
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            self._wrong(name, "a positive whole number", value)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_COUNT:
+            self._wrong(name, f"a positive whole number up to {MAX_COUNT:,}", value)
             return 1
         return value
 
@@ -108,7 +110,7 @@ class HfFields:
         value = self._config.get(name)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= sys.float_info.max:
             self._wrong(name, "a number that is not negative", value)
             return default
         return float(value)
@@ -238,8 +240,12 @@ class HfFields:
             return Rope()
         # transformers 5 moved rope_theta into rope_parameters.
         theta = parameters.get("rope_theta", self._config.get("rope_theta"))
+        if self._config.get("rope_theta") not in (None, theta):
+            # Version 4 takes the one and version 5 the other, so nobody knows which one the model was trained with.
+            self.refuse("rope_theta", f"{name} says rope_theta={theta!r}")
         theta = default_theta if theta is None else theta
-        if isinstance(theta, bool) or not isinstance(theta, int | float) or theta < 1 or theta % 1:
+        is_number = isinstance(theta, int | float) and not isinstance(theta, bool)
+        if not is_number or not 1 <= theta <= sys.float_info.max or theta % 1:
             self._problems.append(
                 f"config.json, rope_theta: must be a whole number, as Megatron's --rotary-base is, got "
                 f"rope_theta={theta!r}. Use a model with a whole base."

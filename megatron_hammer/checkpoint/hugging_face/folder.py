@@ -18,6 +18,7 @@ from megatron_hammer.checkpoint.hugging_face.tensor_sources import HfSources, lo
 from megatron_hammer.checkpoint_files.bit_patterns import is_bitwise_equal
 from megatron_hammer.checkpoint_files.safetensors.weight_files import HfWeights, open_hf_weights
 from megatron_hammer.errors import ConversionError
+from megatron_hammer.model.shape import ModelShape
 
 # fp8 and integers are quantized weights. Their scales lie in other tensors, which no row of the table reads.
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -70,6 +71,7 @@ def open_hf_folder(folder: Path) -> HfFolder:
     """
     model = read_hf_model(folder)
     weights = open_hf_weights(folder)
+    _require_plausible_counts(model.shape, weights)
     pairs = expand(model.family, model.shape)
     sources = locate_hf_tensors(pairs, model.shape, weights.shapes)
     # Both kinds of problem are collected, so that one run names everything that is wrong with the folder.
@@ -82,6 +84,20 @@ def open_hf_folder(folder: Path) -> HfFolder:
     if problems:
         raise ConversionError(*problems)
     return HfFolder(folder=folder, model=model, pairs=pairs, weights=weights, sources=sources)
+
+
+def _require_plausible_counts(model: ModelShape, weights: HfWeights) -> None:
+    """A damaged config.json may ask for so many layers or experts that their names do not fit in memory."""
+    limits = {"num_hidden_layers": (model.num_layers, len(weights.shapes), "tensors")}
+    if model.moe is not None:
+        longest = max((size for shape in weights.shapes.values() for size in shape), default=0)
+        limits["num_experts"] = (model.moe.num_experts, longest, "rows in its largest tensor")  # the router has them
+    if problems := [
+        f"config.json, {name}: must fit the weights, got {name}={count:,} for {limit:,} {what}. Fetch the folder again."
+        for name, (count, limit, what) in limits.items()
+        if count > limit
+    ]:
+        raise ConversionError(*problems)
 
 
 def _list_strange_dtypes(weights: HfWeights, sources: HfSources) -> list[str]:

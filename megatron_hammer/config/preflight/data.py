@@ -1,6 +1,7 @@
 """Whether the data sets are whole, big enough, and made with the tokenizer and the vocabulary of the model."""
 
 import os
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -9,8 +10,9 @@ from megatron_hammer.config.preflight.data_cache import find_cache_problems
 from megatron_hammer.config.preflight.data_sizes import find_size_problems
 from megatron_hammer.config.preflight.paths import find_unwritable
 from megatron_hammer.config.run_plan import Data, Evaluation, RunPlan, RunSettings
+from megatron_hammer.corpus.file_search import identify_file
 from megatron_hammer.data.indexed.manifest import Manifest, read_manifest
-from megatron_hammer.data.indexed.pair import IndexSummary, read_index
+from megatron_hammer.data.indexed.pair import IndexSummary, bin_path, read_index
 from megatron_hammer.data.sources import SPLIT_FLAGS, DataPlan
 from megatron_hammer.errors import DataError
 from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder
@@ -41,6 +43,7 @@ def find_data_problems(settings: RunSettings, plan: RunPlan | None) -> list[str]
     problems += find_vocabulary_problems(settings, encoder)
     indices, index_problems = read_indices(data.sources)
     problems += index_problems
+    problems += _find_other_spellings(indices)
     problems += _find_manifest_problems(settings, indices, encoder)
     if settings.machine.local_rank == 0:
         for prefix, index in indices.items():
@@ -67,6 +70,20 @@ def read_indices(sources: DataPlan) -> tuple[dict[str, IndexSummary], list[str]]
         except OSError as error:
             problems.append(f"{prefix}: data set cannot be read ({error.strerror}). Check its permissions.")
     return indices, problems
+
+
+def _find_other_spellings(prefixes: Iterable[str]) -> list[str]:
+    """A pair has one name in a run: sample caches, weights and the record of the order go by it."""
+    names: dict[object, str] = {}
+    problems = []
+    for prefix in prefixes:
+        known = names.setdefault(identify_file(bin_path(prefix)), prefix)
+        if known != prefix:
+            problems.append(
+                f"data-path: a data set must be named by one spelling, got it as {known} and {prefix}. Use one of them "
+                "for both, or drop one."
+            )
+    return problems
 
 
 # --- tokenizer and vocabulary ---------------------------------------------------------------------------------------

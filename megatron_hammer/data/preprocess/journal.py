@@ -92,7 +92,10 @@ def read_journal(path: Path) -> Journal | None:
     # Any other version, not only a later one: a journal is continued by the version that began it.
     version = read_json(path, FormatVersion, remedy=remedy).format_version
     if version != FORMAT_VERSION:
-        raise DataError(f"{path}: format_version must be {FORMAT_VERSION}, got {version}. {remedy}")
+        raise DataError(
+            f"{path}: format_version must be {FORMAT_VERSION}, got {version}, of another version of this tool. "
+            "Finish the run with that version, or pass --restart to throw it away and begin again."
+        )
     return read_json(path, Journal, remedy=remedy)
 
 

@@ -27,6 +27,7 @@ from megatron_hammer.tokenizer.encoding.special_tokens import (
 )
 from megatron_hammer.tokenizer.encoding.transformers_tokenizer import load_with_transformers
 
+MAX_VOCAB_SIZE = 2**31 - 1  # ids are int32
 RUST_PANIC = "PanicException"  # of pyo3; it is no Exception, and no module offers it
 
 
@@ -131,6 +132,10 @@ class HuggingFaceEncoder(Encoder):
         self.tokenizer.no_padding()
         # Not the number of entries: ids may have gaps, and embeddings have a row for every id up to the largest.
         self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if self.vocab_size > MAX_VOCAB_SIZE:
+            raise DataError(
+                f"{path}: ids must fit in 32 bits, got {self.vocab_size - 1:,}. Repair the vocabulary of the file."
+            )
         self.special_tokens = (
             SpecialTokens(path) if path.is_dir() else find_special_tokens(path, self.tokenizer.token_to_id)
         )
@@ -216,6 +221,7 @@ def _load_sentencepiece_folder(folder: Path, model_path: Path) -> Encoder:
     if list_named_tokens(folder) <= encoder.list_pieces().keys():
         named = find_special_tokens(model_path, encoder.list_pieces().get)
         encoder.special_tokens.ids |= named.ids
+        encoder.special_tokens.problems |= named.problems
         return encoder
     return load_through_transformers(folder)
 

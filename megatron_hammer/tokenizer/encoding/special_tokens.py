@@ -76,6 +76,11 @@ def find_special_tokens(path: Path, find_id: Callable[[str], int | None]) -> Spe
         source = old_map if "added_tokens_decoder" not in config and key in old_map else config
         if key in source:
             found.record(key, read_name(source, key), find_id)
+            if source[key] is not None and found.ids[key] is None and key not in found.problems:
+                found.problems[key] = (
+                    f"{path}: {key} must be a text or an object with one as content, got {key}={source[key]!r}. "
+                    "Save the tokenizer again with AutoTokenizer's save_pretrained."
+                )
         elif not config and not path.with_name("config.json").is_file():
             found.ids[key] = None  # nothing names a class that could have a default
     return found
@@ -85,8 +90,8 @@ def list_named_tokens(folder: Path) -> set[str]:
     """The texts of all tokens that the files beside a tokenizer file name: special ones and added ones."""
     config, old_map = read_config(folder / CONFIG_NAME), read_config(folder / OLD_MAP_NAME)
     named = set(read_config(folder / ADDED_TOKENS_NAME))
-    for token in (config.get("added_tokens_decoder") or {}).values():
-        named |= _list_texts(token)
+    # A dictionary by id; whatever else has its name is transformers' to judge.
+    named |= _list_texts(config.get("added_tokens_decoder"))
     for source in (config, old_map):
         for key, value in source.items():
             if key.endswith("_token") or key in ("additional_special_tokens", "extra_special_tokens"):

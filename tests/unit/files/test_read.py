@@ -1,5 +1,6 @@
 """A file is read whole, or the message names it with the reason."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,9 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, kind: type[HammerEr
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     with pytest.raises(kind, match=r"latin: text must be UTF-8, got byte 0xe9 at offset 3. Convert"):
         read_text(tmp_path / "latin", raises=kind)
+    os.mkfifo(tmp_path / "pipe")  # nobody writes it, so that reading would not end
     for read in (read_bytes, read_text):
+        with pytest.raises(kind, match=r"pipe: must be a file, got a pipe"):
+            read(tmp_path / "pipe", raises=kind)
         with pytest.raises(kind, match=r"none: file cannot be read \(No such file or directory\). Check the path"):
             read(tmp_path / "none", raises=kind)

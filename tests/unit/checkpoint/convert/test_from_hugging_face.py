@@ -271,6 +271,15 @@ def test_names_shapes_and_dtypes_are_compared_before_anything_is_written(folder,
     assert len(error.problems) == 4
 
 
+def test_more_layers_than_tensors_are_refused_before_they_are_named(folder):
+    write_toy_folder(folder)
+    (folder / "config.json").write_text(json.dumps(LLAMA_CONFIG | {"num_hidden_layers": 10**9}))
+    with pytest.raises(
+        ConversionError, match=r"num_hidden_layers: must fit the weights, got .*=1,000,000,000 for \d+ t"
+    ):
+        import_hf.open_hf_folder(folder)
+
+
 def test_an_unsupported_config_is_refused(folder):
     write_toy_folder(folder)
     (folder / "config.json").write_text(json.dumps(LLAMA_CONFIG | {"model_type": "mamba"}))

@@ -1,12 +1,14 @@
 """What is written about a tokenizer for llama.cpp, and which tokenizers are refused."""
 
+import dataclasses
 import json
+import re
 
 import pytest
 import transformers
 
 from megatron_hammer.checkpoint.gguf import tokenizer as gguf_tokenizer
-from megatron_hammer.checkpoint.gguf.metadata import build_metadata, list_unwritten
+from megatron_hammer.checkpoint.gguf.metadata import build_metadata, list_unwritten, require_end
 from megatron_hammer.checkpoint.gguf.tokenizer import SPLITTING_STEPS, list_unsupported, read_vocabulary
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import PieceType, read_sentencepiece_model
@@ -195,10 +197,24 @@ def test_every_end_of_a_text_is_kept_the_tokenizers_own_first(tmp_path):
     values = writer.kv_data[0]
     ends = [values[f"tokenizer.ggml.{name}_token_id"].value for name in ("eos", "eot", "eom")]
     assert ends == [300, 7, 9]
-    assert list_unwritten(vocabulary) == [
+    assert list_unwritten(vocabulary)[1:] == [
         f"1 of 4 ends of a text left out, GGUF names three: 5 ({vocabulary.tokens[5]})"
     ]
     assert read_vocabulary(tmp_path, vocab_size=320, config={"eos_token_id": [9, 7]}).eos_ids == (9, 7)
+
+
+def test_a_tokenizer_without_ends_is_refused_since_llama_cpp_would_take_an_ordinary_token(tmp_path):
+    write_byte_level(tmp_path, *GPT2_STEPS)
+    vocabulary = dataclasses.replace(read_vocabulary(tmp_path, vocab_size=320, config={}), eos_ids=())
+    with pytest.raises(
+        ConversionError, match=rf"eos_token_id: must .* takes 11 \({re.escape(vocabulary.tokens[11])}\)"
+    ):
+        require_end(vocabulary)
+    (note,) = list_unwritten(vocabulary)
+    assert "asks for bos_token gets 11 " in note
+    vocabulary = dataclasses.replace(vocabulary, bos_id=5, eos_ids=(5,))
+    require_end(vocabulary)
+    assert list_unwritten(vocabulary) == []
 
 
 def test_every_chat_template_is_kept_under_its_name(tmp_path, monkeypatch):

@@ -205,6 +205,13 @@ REFUSED = (
     ({"hidden_act": "gelu"}, ("hidden_act", "got hidden_act='gelu'", "only silu, swish")),
     ({"attention_bias": True}, ("attention_bias", "got attention_bias=True", "mlp_bias differs")),
     ({"sliding_window": 16}, ("sliding_window", "got sliding_window=16", "max_position_embeddings=32")),
+    (
+        {"rope_theta": 2e4, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        ("rope_theta", "got rope_theta=20000.0", "rope_parameters says rope_theta=500000.0"),
+    ),
+    ({"rope_theta": 10**400}, ("rope_theta", "whole number")),
+    ({"rms_norm_eps": 10**400}, ("rms_norm_eps", "number that is not negative")),
+    ({"hidden_size": 10**30}, ("hidden_size", "positive whole number up to 2,147,483,647")),
     ({"rope_theta": 10000.5}, ("rope_theta", "got rope_theta=10000.5", "whole number", "--rotary-base")),
     (
         {"rope_scaling": {"type": "dynamic", "factor": 2.0}},

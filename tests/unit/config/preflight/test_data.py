@@ -174,6 +174,16 @@ def test_every_prefix_is_read_once(tmp_path: Path) -> None:
     assert (list(indices), problems) == ([data], [])
 
 
+def test_a_data_set_has_one_spelling(tmp_path: Path) -> None:
+    """By two, the documents would come twice while every record counts two data sets."""
+    data = write_data(tmp_path / "corpus", [40] * 20, vocab_size=500)
+    other = f"{tmp_path}/../{tmp_path.name}/corpus"
+    flags = ("--split", "100,0,0", "--eval-iters", "0", "--data-path")
+    (problem,) = find_for(tmp_path, *flags, "0.5", data, "0.5", other)
+    assert f"data-path: a data set must be named by one spelling, got it as {data} and {other}." in problem
+    assert find_for(tmp_path, *flags, "0.5", data, "0.5", data) == []
+
+
 def test_prefixes_without_weights_are_read_once(tmp_path: Path) -> None:
     """48 samples of training in two sets; Megatron runs out of them at step 49 of 60, by StopIteration."""
     blend = [write_data(tmp_path / name, [40] * 10, vocab_size=500) for name in ("a", "b")]

@@ -81,6 +81,13 @@ def test_a_tokenizer_json_alone_names_no_end_of_document(tmp_path):
         require_eod_id(encoder)
 
 
+@pytest.mark.parametrize("value", [5, ["<|im_end|>"], {"content": None}, True])
+def test_a_token_that_is_no_text_is_refused_when_it_is_needed(tmp_path, value):
+    encoder = load_encoder(write_folder(tmp_path, {"tokenizer_config.json": FAST | {"eos_token": value}}))
+    with pytest.raises(DataError, match=r"eos_token must be a text .*, got eos_token="):
+        require_eod_id(encoder)
+
+
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
 def test_a_token_outside_the_vocabulary_is_refused_when_it_is_needed(tmp_path, name):
     files = {"tokenizer_config.json": FAST} | {name: FAST | {"eos_token": "<|new|>"}}
