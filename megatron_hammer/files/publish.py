@@ -21,7 +21,8 @@ from typing import BinaryIO
 
 from megatron_hammer.errors import OutputError
 
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)  # EDQUOT: the quota of the user is used up
+# EDQUOT: the quota of the user is used up. EFBIG: the largest file of this disk, or of `ulimit -f`.
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _RANDOM_BYTES = 8
 _LOCK_PATIENCE_S = 5.0  # for the lock of a folder, which is held for moments only
 
