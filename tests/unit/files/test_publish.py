@@ -209,12 +209,14 @@ def test_an_interrupted_folder_leaves_nothing(tmp_path: Path, error: BaseExcepti
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_one_sentence(tmp_path: Path, number: int) -> None:
+    reason = os.strerror(number)
     with (
-        pytest.raises(OutputError, match=r"hf\.\w+\.partial: directory cannot be written \(No space left on device\)"),
+        pytest.raises(OutputError, match=rf"hf\.\w+\.partial: directory cannot be written \({reason}\)"),
         publish_directory(tmp_path / "hf"),
     ):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise OSError(number, reason)
     assert list(tmp_path.iterdir()) == []
 
 
