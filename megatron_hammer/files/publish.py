@@ -32,6 +32,11 @@ def partial_path(path: str | Path) -> Path:
     return Path(f"{path}.partial")
 
 
+def longest_partial_name(name: str) -> str:
+    """A name as long as the one under which a file of this name is written."""
+    return f"{name}.{'0' * 2 * _RANDOM_BYTES}.partial"
+
+
 def partial_pattern(path: Path) -> str:
     """Return a regular expression for the names that a killed run can have left in the place of this output."""
     return rf"{re.escape(path.name)}(\.[0-9a-f]{{{2 * _RANDOM_BYTES}}})?\.partial"

@@ -19,7 +19,7 @@ from megatron_hammer.data.indexed.index_format import (
     idx_path,
 )
 from megatron_hammer.errors import DataError, OutputError
-from megatron_hammer.files.publish import cannot_write, partial_path
+from megatron_hammer.files.publish import cannot_write, longest_partial_name, partial_path
 
 # Larger than Python's 8 KiB: one system call per megabyte, whatever the size of a document.
 BUFFER_BYTES = 1 << 20
@@ -40,7 +40,7 @@ class WriterState:
 
 def _refuse_long_name(prefix: Path) -> None:
     """Raise OutputError where a later file of the pair could not be made: the manifest comes last, after all work."""
-    longest = f"{prefix.name}.manifest.json.partial"
+    longest = longest_partial_name(f"{prefix.name}.manifest.json")
     if len(os.fsencode(longest)) > LONGEST_NAME_BYTES:
         raise OutputError(
             f"{prefix}: {longest} must have at most {LONGEST_NAME_BYTES} bytes, got {len(os.fsencode(longest))}. "

@@ -143,7 +143,7 @@ def test_folders_that_cannot_be_written_are_refused(tmp_path: Path, monkeypatch:
     (problem,) = find_unwritable("save", str(tmp_path / "file" / "run"))
     assert "save: must be a folder that can be written" in problem
     assert "is not a folder" in problem
-    monkeypatch.setattr("os.access", lambda *_: False)
+    monkeypatch.setattr("os.access", lambda *_, **__: False)
     (problem,) = find_unwritable("data_cache_path", str(tmp_path))
     assert f"data-cache-path: must be a folder that can be written, got data_cache_path={tmp_path}" in problem
     assert "is not writable" in problem

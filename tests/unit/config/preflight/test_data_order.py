@@ -362,14 +362,15 @@ def test_changed_validation_samples_are_reported(data: str, checkpoint: Resume) 
 
 
 def test_a_pinned_order_must_be_long_enough(data: str, other: str) -> None:
-    flags = (*MODEL, "--data-path", data, *WHOLE, *steps(20))
+    model = tuple(flag for flag in MODEL if flag != "--override-opt-param-scheduler")  # of resumed runs
+    flags = (*model, "--data-path", data, *WHOLE, *steps(20))
     (problem,) = find(*flags, "--data-order-samples", "79")
     assert_problem(
         problem, "data-order-samples:", "at least the 80 samples", "got data_order_samples=79", "--data-order epochwise"
     )
     assert find(*flags, "--data-order-samples", "80") == []
     assert find(*flags, "--data-order-samples", "48", "--data-order", "epochwise") == []
-    blend = (*MODEL, "--data-path", "1", data, "2", data, *WHOLE, *steps(20), "--data-order", "epochwise")
+    blend = (*model, "--data-path", "1", data, "2", data, *WHOLE, *steps(20), "--data-order", "epochwise")
     (problem,) = find(*blend, "--data-order-samples", "48")
     assert "data-order-samples: needs every prefix once, got one with several weights." in problem
     assert find(*blend) == []
