@@ -22,7 +22,12 @@ def _format_row(row: Sequence[Any]) -> str:
 
 
 def _format_cell(cell: Any) -> Any:
-    return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA_STARTS) and not _is_number(cell) else cell
+    return f"'{cell}" if isinstance(cell, str) and _is_formula(cell) and not _is_number(cell) else cell
+
+
+def _is_formula(text: str) -> bool:
+    """Also of a text with apostrophes of its own before it, or the reader would take the first one for ours."""
+    return text.lstrip("'").startswith(FORMULA_STARTS)
 
 
 def _is_number(text: str) -> bool:
@@ -35,4 +40,4 @@ def _is_number(text: str) -> bool:
 
 def read_cell(text: str) -> str:
     """The text that `format_csv` wrote as this cell."""
-    return text[1:] if text.startswith("'") and text[1:].startswith(FORMULA_STARTS) else text
+    return text[1:] if text.startswith("'") and _is_formula(text) else text

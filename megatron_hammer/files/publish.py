@@ -24,6 +24,7 @@ from megatron_hammer.errors import OutputError
 # EDQUOT: the quota of the user is used up. EFBIG: the largest file of this disk, or of `ulimit -f`.
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _RANDOM_BYTES = 8
+_RANDOM_PART = rf"\.[0-9a-f]{{{2 * _RANDOM_BYTES}}}"
 _LOCK_PATIENCE_S = 5.0  # for the lock of a folder, which is held for moments only
 
 
@@ -39,7 +40,7 @@ def longest_partial_name(name: str) -> str:
 
 def partial_pattern(path: Path) -> str:
     """Return a regular expression for the names that a killed run can have left in the place of this output."""
-    return rf"{re.escape(path.name)}(\.[0-9a-f]{{{2 * _RANDOM_BYTES}}})?\.partial"
+    return rf"{re.escape(path.name)}({_RANDOM_PART})?\.partial"
 
 
 def cannot_write(path: Path, error: OSError) -> OutputError:
@@ -180,7 +181,7 @@ def _clear_leftovers(path: Path) -> Path | None:
     """Remove what killed runs left of this output; returns the partial name of a process that is writing it."""
     writing = None
     # A name without the random part is of an older version, or a user's own: it stays.
-    names = re.compile(rf"{re.escape(path.name)}\.[0-9a-f]{{{2 * _RANDOM_BYTES}}}\.partial")
+    names = re.compile(rf"{re.escape(path.name)}{_RANDOM_PART}\.partial")
     for found in [entry for entry in path.parent.iterdir() if names.fullmatch(entry.name)]:
         with suppress(OSError):
             descriptor = os.open(found, os.O_RDONLY)

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import types
 from collections.abc import Iterator
+from typing import Any
 from unittest import mock
 
 import torch
@@ -16,20 +17,33 @@ def read_compute_capability(index: int = 0) -> tuple[int, int] | None:
 
     torch.cuda cannot be asked: it initialises CUDA, and CUDA reads its environment variables only then.
     """
-    try:
-        nvml = ctypes.CDLL(NVML_LIBRARY)
-    except OSError:
-        return None
     handle, major, minor = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
-    # 0 is NVML_SUCCESS. The library may be installed where no driver is loaded, as in a container.
-    if nvml.nvmlInit_v2() != 0:
-        return None
-    try:
+    with open_nvml() as nvml:
+        if nvml is None:
+            return None
         failed = nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(handle))
         failed = failed or nvml.nvmlDeviceGetCudaComputeCapability(handle, ctypes.byref(major), ctypes.byref(minor))
+    return None if failed else (major.value, minor.value)
+
+
+@contextlib.contextmanager
+def open_nvml(library: Any = None) -> Iterator[Any]:
+    """NVIDIA's management library, ready for questions; None without it or without a driver.
+
+    library: NVML, loaded; None loads it.
+    """
+    try:
+        nvml = ctypes.CDLL(NVML_LIBRARY) if library is None else library
+    except OSError:
+        nvml = None
+    # 0 is NVML_SUCCESS. The library may be installed where no driver is loaded, as in a container.
+    if nvml is None or nvml.nvmlInit_v2() != 0:
+        yield None
+        return
+    try:
+        yield nvml
     finally:
         nvml.nvmlShutdown()
-    return None if failed else (major.value, minor.value)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_hammer.platforms.cuda import NVML_LIBRARY
+from megatron_hammer.platforms.cuda import open_nvml
 
 KERNEL_LOG = "/dev/kmsg"
 _UNCORRECTED, _VOLATILE, _GPU_TEMPERATURE = 1, 0, 0
@@ -46,24 +46,11 @@ def read_gpu_health(uuid: str, library: Any = None) -> GpuHealth | None:
 
     library: NVML, loaded; None loads it.
     """
-    nvml = _load() if library is None else library
-    # 0 is NVML_SUCCESS. The library may be installed where no driver is loaded, as in a container.
-    if nvml is None or nvml.nvmlInit_v2() != 0:
-        return None
-    try:
-        handle = ctypes.c_void_p()
-        if nvml.nvmlDeviceGetHandleByUUID(uuid.encode(), ctypes.byref(handle)) != 0:
+    handle = ctypes.c_void_p()
+    with open_nvml(library) as nvml:
+        if nvml is None or nvml.nvmlDeviceGetHandleByUUID(uuid.encode(), ctypes.byref(handle)) != 0:
             return None
         return _read(nvml, handle)
-    finally:
-        nvml.nvmlShutdown()
-
-
-def _load() -> Any:
-    try:
-        return ctypes.CDLL(NVML_LIBRARY)
-    except OSError:
-        return None
 
 
 def _read(nvml: Any, handle: ctypes.c_void_p) -> GpuHealth:

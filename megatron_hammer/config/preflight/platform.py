@@ -103,18 +103,11 @@ FILES = ("nccl_communicator_config_path", "tp_comm_overlap_cfg", "te_precision_c
 def find_platform_problems(flags: Flags) -> list[str]:
     """Everything that this platform, this backend, this GPU or this installation cannot do."""
     capability = read_run_capability(flags.values)
+    refused = [(name, why, remedy) for name, (why, remedy) in ALWAYS_REFUSED.items() if flags[name]]
+    refused += [(name, why, remedy) for name, is_asked, why, remedy in REFUSALS if is_asked(flags)]
     return [
         *_find_backend_problems(flags),
-        *(
-            f"{flag_of(name)}: {why}, got {name}={show_value(flags[name])}. {remedy}."
-            for name, (why, remedy) in ALWAYS_REFUSED.items()
-            if flags[name]
-        ),
-        *(
-            f"{flag_of(name)}: {why}, got {name}={show_value(flags[name])}. {remedy}."
-            for name, is_asked, why, remedy in REFUSALS
-            if is_asked(flags)
-        ),
+        *(f"{flag_of(name)}: {why}, got {name}={show_value(flags[name])}. {remedy}." for name, why, remedy in refused),
         *_find_package_problems(flags),
         *_find_compiler_problems(flags),
         *(

@@ -161,7 +161,7 @@ class PartwiseEncoder(Encoder):
         return np.concatenate([self._encoder.encode(part) for part in parts])
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        # One look at the lengths: nearly every batch has short texts only, and goes on as it is.
+        # One look at the lengths: nearly every batch has short texts only, and is passed on as it is.
         if max(map(len, texts), default=0) > self._max_part_chars:
             return super().encode_batch(texts)
         return self._encoder.encode_batch(texts)

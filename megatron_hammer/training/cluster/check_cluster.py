@@ -35,7 +35,13 @@ from megatron_hammer.scaling.hardware.catalogue import find_gpu_by_device_name, 
 from megatron_hammer.training.cluster import clocks, judgements, links, shared_folder, software
 from megatron_hammer.training.cluster.cluster_table import build_cluster, write_cluster
 from megatron_hammer.training.cluster.findings import Finding, list_names
-from megatron_hammer.training.cluster.rank_groups import list_groups, list_machine_groups, list_rounds, name_hosts
+from megatron_hammer.training.cluster.rank_groups import (
+    list_groups,
+    list_machine_groups,
+    list_ranks_of_hosts,
+    list_rounds,
+    name_hosts,
+)
 from megatron_hammer.training.cluster.report import Report, print_report
 from megatron_hammer.training.cluster.roll_call import (
     EXIT_PROBLEM,
@@ -408,10 +414,7 @@ class ClusterCheck:
 
     @property
     def ranks_of_hosts(self) -> dict[str, list[int]]:
-        found: dict[str, list[int]] = {}
-        for rank, host in enumerate(self.hosts):
-            found.setdefault(host, []).append(rank)
-        return found
+        return list_ranks_of_hosts(self.hosts)
 
     @property
     def first_ranks(self) -> dict[str, int]:

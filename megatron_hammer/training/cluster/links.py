@@ -67,7 +67,7 @@ def time_pairs(
 ) -> list[tuple[int, int, float]]:
     """(this rank, partner, bytes per second in each direction) for the pairs that this rank is part of.
 
-    The pairs of a round send at the same time. A rank without a partner in a round goes on to the next one.
+    The pairs of a round send at the same time. A rank without a partner in a round starts the next one.
     """
     rank, found = dist.get_rank(), []
     sent, received = (torch.zeros(num_bytes // 4, device=device) for _ in range(2))

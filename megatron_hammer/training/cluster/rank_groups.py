@@ -30,15 +30,20 @@ def list_machine_groups(hosts: Sequence[str]) -> dict[str, list[tuple[int, ...]]
 
     Without hosts of equal size there is no group across them, since somebody would be left out.
     """
-    of_host: dict[str, list[int]] = {}
-    for rank, host in enumerate(hosts):
-        of_host.setdefault(host, []).append(rank)
     found: dict[str, list[tuple[int, ...]]] = {}
-    members = list(of_host.values())
+    members = list(list_ranks_of_hosts(hosts).values())
     if all(len(ranks) > 1 for ranks in members):
         found["host"] = [tuple(ranks) for ranks in members]
     if len(members) > 1 and len({len(ranks) for ranks in members}) == 1:
         found["network"] = [tuple(ranks) for ranks in zip(*members, strict=True)]
+    return found
+
+
+def list_ranks_of_hosts(hosts: Sequence[str]) -> dict[str, list[int]]:
+    """The ranks of each host, in the order of their first ranks. hosts: by rank."""
+    found: dict[str, list[int]] = {}
+    for rank, host in enumerate(hosts):
+        found.setdefault(host, []).append(rank)
     return found
 
 

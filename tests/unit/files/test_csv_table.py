@@ -5,7 +5,7 @@ import pytest
 
 from megatron_hammer.files.csv_table import format_csv, read_cell
 
-FORMULAS = ["=1+1", "+1+1", "-1+1", "@SUM(A1)", "\t=1", "\r=1", '=HYPERLINK("x","y")']
+FORMULAS = ["=1+1", "+1+1", "-1+1", "@SUM(A1)", "\t=1", "\r=1", '=HYPERLINK("x","y")', "'=1+1", "''-0.5"]
 
 
 def read_first_cell(text: str) -> str:
