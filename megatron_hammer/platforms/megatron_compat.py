@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.errors import PlatformError
+from megatron_hammer.platforms import iteration_publishing
 
 SUPPORTED_MEGATRON_VERSION = "0.19.2"
 
@@ -443,6 +444,15 @@ ADJUSTMENTS: tuple[Adjustment, ...] = (
         is_needed=_has_text(
             "megatron.training.checkpointing._load_global_dist_base_checkpoint", "strict=args.dist_ckpt_strictness"
         ),
+    ),
+    Adjustment(
+        name="whole-iterations",
+        platforms=("cpu", "cuda"),
+        reason="a save writes into the iteration's own folder, over what is there, and truncates the tracker before it "
+        "writes it: a kill leaves half a checkpoint that looks whole, and nothing notices a flipped bit afterwards",
+        upstream="megatron.training.checkpointing.save_checkpoint",
+        apply=iteration_publishing.apply,
+        is_needed=_has_text("megatron.training.checkpointing.save_checkpoint", "maybe_msc.open(tracker_filename, 'w')"),
     ),
     Adjustment(
         name="group-step-adam",

@@ -6,6 +6,7 @@ Its last line is a JSON object: what was `observed` of each adjustment and wheth
 """
 
 import contextlib
+import hashlib
 import importlib.util
 import json
 import logging
@@ -15,6 +16,7 @@ import tempfile
 import warnings
 from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
 
@@ -292,6 +294,42 @@ def observe_missing_extra_states() -> Any:
         "weight": None if "weight" not in loaded else loaded["weight"].tolist(),
         "another object": attempt(lambda: save_and_load({"scheduler": other})).split(":")[0],
     }
+
+
+def observe_whole_iterations() -> Any:
+    """What is seen under the final name while an iteration is written, and of the tracker while that is."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+    from megatron.training import checkpointing
+
+    from megatron_hammer.platforms import cpu_device
+
+    cpu_device.substitute_cuda_runtime()
+    cpu_device.substitute_cuda_tensors()
+    with tempfile.TemporaryDirectory() as folder:
+        iteration, tracker = Path(folder, "iter_0000007"), Path(folder, "tracker")
+        iteration.mkdir()
+        tracker.write_text("6")
+        weight = ShardedTensor.from_rank_offsets("weight", torch.arange(3.0))
+        with mock.patch("megatron.core.dist_checkpointing.serialization.save_config", side_effect=KeyboardInterrupt):
+            interrupted = attempt(lambda: dist_checkpointing.save({"weight": weight}, str(iteration)))
+        after_interrupt = sorted(entry.name for entry in Path(folder).iterdir())
+        dist_checkpointing.save({"weight": weight}, str(iteration))
+        hashes = iteration / "integrity.json"
+        digests = json.loads(hashes.read_text())["files"] if hashes.is_file() else {}
+        with checkpointing.maybe_msc.open(str(tracker), "w") as file:
+            before = tracker.read_text()
+            file.write("7")
+        return {
+            "interrupted": [interrupted.split(":")[0], after_interrupt],
+            "finished": sorted(entry.name for entry in Path(folder).iterdir()),
+            "hashes": {name: digests.get(name) == sha256(iteration / name) for name in os.listdir(iteration)},
+            "tracker": [before, tracker.read_text()],
+        }
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @contextlib.contextmanager

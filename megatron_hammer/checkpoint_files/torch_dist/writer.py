@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_hammer.checkpoint_files.checkpoint_reader import LATEST_FILE, RELEASE, name_folder
 from megatron_hammer.checkpoint_files.located_tensor import LocatedTensor, read_located
 from megatron_hammer.checkpoint_files.pickle_writer import dump_object
+from megatron_hammer.checkpoint_files.torch_dist.content_hashes import write_hashes
 from megatron_hammer.checkpoint_files.torch_dist.store import ALIGNMENT_BYTES, COMMON_STATE_KEY
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.files.publish import publish_directory, publish_files
@@ -239,6 +240,7 @@ def open_checkpoint_writer(
                 writer.close()
             if not writer.is_committed:
                 raise ValueError(f"{save_dir / name}: the block ended without commit()")
+            write_hashes(partial_dir)
     except BaseException:
         if not was_there:
             with suppress(OSError):
