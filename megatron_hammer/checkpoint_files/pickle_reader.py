@@ -21,7 +21,7 @@ import torch
 
 from megatron_hammer.errors import CheckpointError
 
-_METADATA_TYPES = frozenset(
+METADATA_TYPES = frozenset(
     {
         ("builtins", "set"),
         ("builtins", "frozenset"),
@@ -32,7 +32,7 @@ _METADATA_TYPES = frozenset(
 )
 # These become records that keep what was pickled: importing torch.distributed takes seconds. Megatron-core before 0.16
 # had subclasses of its own, which only add to torch's.
-_METADATA_RECORDS = frozenset(
+METADATA_RECORDS = frozenset(
     {
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
         ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
@@ -51,7 +51,7 @@ _METADATA_RECORDS = frozenset(
         ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"),
     }
 )
-_TENSOR_PROPERTIES = ("torch.distributed.checkpoint.metadata", "TensorProperties")
+TENSOR_PROPERTIES = ("torch.distributed.checkpoint.metadata", "TensorProperties")
 # What objects may hold besides plain values and tensors, with the name by which it is pickled. Not from __module__:
 # Python 3.13 pickles a path under another module than other versions do, and must read their files too.
 KNOWN_TYPES: tuple[tuple[Any, str], ...] = (
@@ -61,10 +61,10 @@ KNOWN_TYPES: tuple[tuple[Any, str], ...] = (
     (pathlib.PosixPath, "pathlib._local.PosixPath"),
     (signal.Signals, "signal.Signals"),
 )
-_STAND_IN_PREFIXES = ("megatron.core.", "megatron.training.", "transformer_engine.")
+STAND_IN_PREFIXES = ("megatron.core.", "megatron.training.", "transformer_engine.")
 ALLOWED = (
     f"Allowed are plain values, tensors, {', '.join(name for _, name in KNOWN_TYPES)}, and the types under "
-    f"{', '.join(prefix + '*' for prefix in _STAND_IN_PREFIXES)}, which become inert records"
+    f"{', '.join(prefix + '*' for prefix in STAND_IN_PREFIXES)}, which become inert records"
 )
 
 
@@ -115,11 +115,11 @@ class _TensorProperties:
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Return the listed type or its inert record; raises UnpicklingError for every other name."""
-        if (module, name) in _METADATA_TYPES:
+        if (module, name) in METADATA_TYPES:
             return super().find_class(module, name)
-        if (module, name) in _METADATA_RECORDS:
+        if (module, name) in METADATA_RECORDS:
             return type(name, (MetadataRecord,), {})
-        if (module, name) == _TENSOR_PROPERTIES:
+        if (module, name) == TENSOR_PROPERTIES:
             return _TensorProperties
         # A dtype is pickled by its name in torch. Most other attributes of torch can be called.
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
@@ -149,7 +149,7 @@ def read_object(file: BinaryIO | io.BytesIO, *, where: str | Path) -> Any:
         with allow_only(KNOWN_TYPES):
             names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
             file.seek(0)
-            stand_ins = build_stand_ins(names, _STAND_IN_PREFIXES)
+            stand_ins = build_stand_ins(names, STAND_IN_PREFIXES)
             # torch.load stops at the first type that it does not allow. Here all of them are named.
             if refused := sorted({*names} - {name for _, name in stand_ins}):
                 raise pickle.UnpicklingError(f"types that are not on the list: {', '.join(refused)}. {ALLOWED}")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.errors import PlatformError
-from megatron_hammer.platforms import iteration_publishing
+from megatron_hammer.platforms import iteration_publishing, safe_loading
 
 SUPPORTED_MEGATRON_VERSION = "0.19.2"
 
@@ -443,6 +443,17 @@ ADJUSTMENTS: tuple[Adjustment, ...] = (
         apply=_keep_missing_extra_states,
         is_needed=_has_text(
             "megatron.training.checkpointing._load_global_dist_base_checkpoint", "strict=args.dist_ckpt_strictness"
+        ),
+    ),
+    Adjustment(
+        name="safe-loading",
+        platforms=("cpu", "cuda"),
+        reason="torch reads .metadata, __0.metadata and every object of a checkpoint with Python's unpickler, which "
+        "runs whatever code the file names",
+        upstream="torch.distributed.checkpoint.filesystem.FileSystemReader.read_metadata",
+        apply=safe_loading.apply,
+        is_needed=_has_text(
+            "torch.distributed.checkpoint.filesystem.FileSystemReader.read_metadata", "pickle.load(metadata_file)"
         ),
     ),
     Adjustment(

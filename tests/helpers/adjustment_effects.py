@@ -8,9 +8,12 @@ Its last line is a JSON object: what was `observed` of each adjustment and wheth
 import contextlib
 import hashlib
 import importlib.util
+import io
 import json
 import logging
 import os
+import pickle
+import shutil
 import sys
 import tempfile
 import warnings
@@ -330,6 +333,55 @@ def observe_whole_iterations() -> Any:
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class _Intruder:
+    """Unpickled by Python, it makes a file; nothing else of it is left."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def observe_safe_loading() -> Any:
+    """Whether the code of a file has run, by the way in which it was read; and what is still read."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
+    outcomes: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+
+        def enter(way: str, read: Callable[[], Any]) -> None:
+            error = attempt(read)
+            outcomes[way] = [(folder / "ran").exists(), error.split(":")[0]]
+            shutil.rmtree(folder / "ran", ignore_errors=True)
+
+        intruder = _Intruder(folder / "ran")
+        for metadata in (".metadata", "__0.metadata"):
+            (folder / metadata).write_bytes(pickle.dumps(intruder))
+        torch.save({"iteration": intruder}, folder / "common.pt")
+        planner, item = DefaultLoadPlanner(flatten_state_dict=False), mock.Mock()
+        planner.state_dict = {}
+        enter(".metadata", FileSystemReader(folder).read_metadata)
+        enter("__0.metadata", lambda: FileSystemReader(folder).read_metadata(rank=0))
+        enter("object", lambda: planner.load_bytes(item, io.BytesIO((folder / "common.pt").read_bytes())))
+        enter("torch.load", lambda: torch.load(folder / "common.pt", weights_only=False))
+        with mock.patch.dict(os.environ, TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="1"):
+            enter("environment", lambda: torch.load(folder / "common.pt"))
+        torch.save({"args": Namespace(a=1), "mode": _find_megatron_enum()}, folder / "good.pt")
+        loaded = torch.load(folder / "good.pt", weights_only=False)
+        outcomes["values"] = [loaded["args"].a, loaded["mode"] is _find_megatron_enum()]
+    return outcomes
+
+
+def _find_megatron_enum() -> Any:
+    """A member of an enum that Megatron's own list of safe types lacks."""
+    from megatron.core.transformer.enums import LayerType
+
+    return LayerType.decoder
 
 
 @contextlib.contextmanager

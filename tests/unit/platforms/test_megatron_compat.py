@@ -20,6 +20,7 @@ from megatron_hammer.platforms import megatron_compat
 from megatron_hammer.platforms.megatron_compat import ADJUSTMENTS, Adjustment
 from tests.helpers.repository import ROOT
 
+WAYS_IN = (".metadata", "__0.metadata", "object", "torch.load", "environment")  # of code in a checkpoint's pickles
 NAMES = [adjustment.name for adjustment in ADJUSTMENTS]
 WITHOUT_FAILS: dict[str, Any] = {
     "no-compiler-import": lambda outcome: outcome is True,
@@ -32,6 +33,7 @@ WITHOUT_FAILS: dict[str, Any] = {
     "validation-sets-of-virtual-stages": lambda outcome: outcome[0] == ["prose of stage 0", "code of stage 0"],
     "no-strides": lambda outcome: outcome.startswith("TypeError") and "strides" in outcome,
     "missing-extra-states": lambda outcome: outcome["extra state"] != "ok" and outcome["layers"] is None,
+    "safe-loading": lambda outcome: all(outcome[way][0] for way in WAYS_IN),
     "whole-iterations": lambda outcome: (
         outcome["interrupted"] == ["KeyboardInterrupt", ["iter_0000007", "tracker"]]
         and not any(outcome["hashes"].values())
@@ -64,6 +66,9 @@ WITH_WORKS: dict[str, Any] = {
         and outcome["layers"] == [{"norm._extra_state": "as built"}]
         and outcome["weight"] == [0.0, 1.0, 2.0]
         and outcome["another object"] != "ok"
+    ),
+    "safe-loading": lambda outcome: (
+        all(outcome[way] == [False, "CheckpointError"] for way in WAYS_IN) and outcome["values"] == [1, True]
     ),
     "whole-iterations": lambda outcome: (
         outcome["interrupted"] == ["KeyboardInterrupt", ["tracker", "unfinished_iter_0000007"]]
