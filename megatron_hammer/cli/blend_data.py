@@ -12,7 +12,6 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,7 @@ from megatron_hammer.data.blending import (
 )
 from megatron_hammer.data.order.order import normalize_weights
 from megatron_hammer.errors import ConfigError, exit_on_user_error
-from megatron_hammer.files.command_line import CommandParser
+from megatron_hammer.files.command_line import CommandParser, parse_new_name
 from megatron_hammer.files.publish import publish_files
 from megatron_hammer.files.tables import build_table, open_console, print_json
 
@@ -84,7 +83,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     budget.add_argument(
         "--cap-epochs", action="store_true", help="lower the weights of such sources and raise the others"
     )
-    parser.add_argument("--output", type=Path, help="write the blend to this file, for --data-args-path")
+    parser.add_argument("--output", type=parse_new_name, help="write the blend to this file, for --data-args-path")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser.parse_args(argv)
 

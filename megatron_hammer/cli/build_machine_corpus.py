@@ -2,22 +2,21 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_hammer.corpus.machine_text import build_machine_corpus
 from megatron_hammer.errors import exit_on_user_error
-from megatron_hammer.files.command_line import CommandParser
+from megatron_hammer.files.command_line import CommandParser, parse_new_name
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the flags; see --help."""
     parser = CommandParser(__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="the .jsonl to write")
+    parser.add_argument("--output", type=parse_new_name, required=True, help="the .jsonl to write")
     parser.add_argument(
         "--max-bytes", type=int, default=12_000_000, help="stop after this many bytes of text (%(default)s)"
     )
     parser.add_argument("--seed", type=int, default=1234, help="random seed of the order of documents (%(default)s)")
-    parser.add_argument("--valid-output", type=Path, help="a second .jsonl for held-out documents")
+    parser.add_argument("--valid-output", type=parse_new_name, help="a second .jsonl for held-out documents")
     parser.add_argument(
         "--valid-ratio", type=float, default=0.02, help="share of documents held out, by hash (%(default)s)"
     )

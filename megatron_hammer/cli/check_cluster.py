@@ -6,7 +6,6 @@ All flags of training are accepted; the groups of its layout are built and timed
 there are problems, each named by host; 2: a bad command line. What could not be checked is said to be unknown.
 """
 
-import argparse
 import os
 import shlex
 import sys
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from megatron_hammer.config.environment import read_slurm_variables
 from megatron_hammer.errors import ConfigError, exit_on_user_error
+from megatron_hammer.files.command_line import CommandParser, parse_new_name
 
 if TYPE_CHECKING:
     from megatron_hammer.config.run_plan import RunPlan
@@ -30,16 +30,16 @@ MODEL_FLAGS = ("--preset", "--load-hf", "--num-layers")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; see --help. Returns 1 if a problem was found."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = CommandParser(__doc__, allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--timeout-s", type=float, default=180.0, help="of one stage (default: 180)")
     parser.add_argument("--memory-gib", type=float, help="memory to test on each rank (default: half of a free GPU)")
     parser.add_argument("--shared-dir", type=Path, help="folder that all hosts share (default: the run's --save)")
     parser.add_argument("--file-mib", type=int, default=256, help="size of each host's file (default: 256)")
     parser.add_argument("--max-clock-skew-s", type=float, default=1.0, help="allowed between hosts (default: 1)")
-    parser.add_argument("--output-clusters-file", type=Path, help="write the links, for scaling-study --clusters-file")
+    parser.add_argument(
+        "--output-clusters-file", type=parse_new_name, help="write the links, for scaling-study --clusters-file"
+    )
     parser.add_argument("--cluster-name", help=f"of the table in that file (default: {DEFAULT_CLUSTER})")
     # allow_abbrev=False above: an abbreviated flag of training must not be taken for one of these.
     arguments, rest = parser.parse_known_args(argv)

@@ -16,7 +16,7 @@ from megatron_hammer.data.dedup.deduplicate import DedupCounts, DedupOptions, de
 from megatron_hammer.data.dedup.near_duplicates import NearDuplicateOptions, removal_probability
 from megatron_hammer.data.preprocess.worker_pool import count_cores
 from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
-from megatron_hammer.files.command_line import CommandParser
+from megatron_hammer.files.command_line import CommandParser, parse_new_name
 from megatron_hammer.files.progress import build_byte_progress
 from megatron_hammer.files.tables import print_json
 
@@ -30,7 +30,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser(__doc__)
     parser.add_argument("--input", nargs="+", required=True, help="files, globs or directories")
     parser.add_argument("--json-keys", default="text", metavar="KEY", help="field that holds the text (%(default)s)")
-    parser.add_argument("--output", type=Path, required=True, help=".jsonl, .jsonl.gz or .jsonl.zst to write")
+    parser.add_argument("--output", type=parse_new_name, required=True, help=".jsonl, .jsonl.gz or .jsonl.zst to write")
     parser.add_argument(
         "--report", type=Path, help="write one line per removed document to this file: .jsonl, .gz or .zst"
     )

@@ -10,11 +10,10 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_hammer.data.merge.merge_pairs import MergedPair, merge_pairs
 from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
-from megatron_hammer.files.command_line import CommandParser
+from megatron_hammer.files.command_line import CommandParser, parse_new_name
 from megatron_hammer.files.progress import build_byte_progress
 from megatron_hammer.files.tables import print_json
 
@@ -27,7 +26,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--input", nargs="+", required=True, help="prefixes of pairs, .idx files, globs of either, or directories"
     )
-    parser.add_argument("--output-prefix", type=Path, required=True, help="path of the result without .bin or .idx")
+    parser.add_argument(
+        "--output-prefix", type=parse_new_name, required=True, help="path of the result without .bin or .idx"
+    )
     parser.add_argument("--shuffle", action="store_true", help="put the documents of all parts in random order")
     parser.add_argument("--seed", type=int, default=None, help=f"random seed of --shuffle ({DEFAULT_SEED})")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")

@@ -23,7 +23,7 @@ from megatron_hammer.data.preprocess.run import MAX_PROBLEMS_SHOWN
 from megatron_hammer.data.preprocess.sharding import parse_shard
 from megatron_hammer.data.preprocess.worker_pool import count_cores
 from megatron_hammer.errors import exit_on_user_error
-from megatron_hammer.files.command_line import CommandParser
+from megatron_hammer.files.command_line import CommandParser, parse_new_name
 from megatron_hammer.files.progress import build_byte_progress
 from megatron_hammer.files.tables import print_json
 
@@ -38,7 +38,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--tokenizer-model", type=Path, required=True, help="SentencePiece .model, tokenizer.json, or its folder"
     )
-    parser.add_argument("--output-prefix", type=Path, required=True, help="path of the outputs without _<key>_document")
+    parser.add_argument(
+        "--output-prefix", type=parse_new_name, required=True, help="path of the outputs without _<key>_document"
+    )
     parser.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
     parser.add_argument(
         "--prepend-bos", action="store_true", help="begin every document with the beginning-of-sequence token"

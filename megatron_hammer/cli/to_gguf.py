@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from megatron_hammer.checkpoint.verification.print_checks import print_checks
 from megatron_hammer.errors import PlatformError, exit_on_interrupt, exit_on_user_error
-from megatron_hammer.files.command_line import CommandParser
+from megatron_hammer.files.command_line import CommandParser, parse_new_name
 from megatron_hammer.files.progress import show_stages
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--load", type=Path, required=True, help="Hugging Face folder, or directory that training saved into"
     )
-    parser.add_argument("--save", type=Path, required=True, help="GGUF file to write")
+    parser.add_argument("--save", type=parse_new_name, required=True, help="GGUF file to write")
     parser.add_argument(
         "--type",
         choices=list(FILE_TYPES),

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_hammer.errors import ConfigError, exit_on_user_error
-from megatron_hammer.files.command_line import CommandParser
+from megatron_hammer.files.command_line import CommandParser, parse_new_name
 from megatron_hammer.files.tables import build_table, open_console, print_json
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import SentencePieceModel
 from megatron_hammer.tokenizer.vocabulary.merge_vocabularies import (
@@ -41,7 +41,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser(__doc__)
     parser.add_argument("--base", type=Path, required=True, help="the .model to extend")
     parser.add_argument("--other", type=Path, required=True, help="the .model whose pieces are added")
-    parser.add_argument("--output", type=Path, required=True, help="the .model to write")
+    parser.add_argument("--output", type=parse_new_name, required=True, help="the .model to write")
     parser.add_argument("--mode", choices=("characters", "vocabulary"), default="characters", help="(%(default)s)")
     parser.add_argument(
         "--required-chars-file",

@@ -16,7 +16,7 @@ from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from megatron_hammer.corpus.input_files import find_input_files
 from megatron_hammer.errors import ConfigError, exit_on_interrupt, exit_on_user_error
-from megatron_hammer.files.command_line import CommandParser
+from megatron_hammer.files.command_line import CommandParser, parse_new_name
 from megatron_hammer.files.progress import build_byte_progress, build_progress
 from megatron_hammer.files.tables import print_json
 from megatron_hammer.tokenizer.vocabulary.recipes import RECIPES, TokenizerRecipe
@@ -42,7 +42,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="[WEIGHT] PATH",
         help="files, globs or directories; a number before a path is the weight of the paths up to the next number",
     )
-    parser.add_argument("--output", type=Path, required=True, help="the .model to write")
+    parser.add_argument("--output", type=parse_new_name, required=True, help="the .model to write")
     parser.add_argument(
         "--preset", choices=sorted(RECIPES), default="hammerllm-128k", help="settings to start from (%(default)s)"
     )

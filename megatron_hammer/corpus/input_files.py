@@ -16,6 +16,7 @@ from pathlib import Path
 from megatron_hammer.corpus.file_search import FileSearch, Found, describe_unreachable, identify_file, shorten
 from megatron_hammer.errors import DataError
 from megatron_hammer.files.publish import partial_pattern
+from megatron_hammer.files.read import is_permitted
 
 TEXT_SUFFIXES = (".jsonl", ".json", ".txt")
 COMPRESSION_SUFFIXES = ("", ".gz", ".zst")
@@ -164,7 +165,7 @@ class _Resolver:
                 f"{path}: input must be a regular file, got a pipe or a device. Write it to a file first."
             )
         # Now, and not after hours of reading the files before it.
-        elif not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+        elif not is_permitted(path, os.R_OK):
             self._problems.append(describe_unreachable(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES))))
         elif show_path(path) != str(path):
             self._problems.append(f"{show_path(path)}: name must be UTF-8, because manifests record it. Rename it.")

@@ -2,7 +2,9 @@
 
 import argparse
 import math
+import os
 import re
+from pathlib import Path
 from typing import Any
 
 from megatron_hammer.errors import ConfigError
@@ -17,7 +19,8 @@ LARGEST_INTEGER = 2**63 - 1
 class CommandParser(argparse.ArgumentParser):
     """argparse that raises ConfigError with one line, where argparse prints the whole usage and exits.
 
-    Values of `type=float` must be finite and those of `type=int` fit in 64 bits, without a word at each flag.
+    Values of `type=float` must be finite, those of `type=int` fit in 64 bits and those of `type=Path` not be empty,
+    without a word at each flag.
     """
 
     def __init__(self, description: str | None = None, **options: Any):
@@ -27,6 +30,7 @@ class CommandParser(argparse.ArgumentParser):
         self._negative_number_matcher = NEGATIVE_NUMBER
         self.register("type", float, parse_finite_number)
         self.register("type", int, parse_integer)
+        self.register("type", Path, parse_path)
 
     def error(self, message: str) -> Any:
         raise ConfigError(f"command line: {message}. See --help.")
@@ -52,3 +56,19 @@ def parse_integer(text: str) -> int:
     if abs(value) > LARGEST_INTEGER:
         raise argparse.ArgumentTypeError(f"must be at most {LARGEST_INTEGER}, got {text!r}")
     return value
+
+
+def parse_path(text: str) -> Path:
+    """Path(text); ArgumentTypeError for no text, which would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be a path, got ''. Is a variable of the shell not set?")
+    return Path(text)
+
+
+def parse_new_name(text: str) -> Path:
+    """Path(text) of a file or prefix to be written; ArgumentTypeError for the spelling of a folder, `data/` or `..`."""
+    path = parse_path(text)
+    # pathlib drops a slash at the end, and the name of the folder would become that of the output.
+    if os.path.basename(text) in ("", ".", ".."):
+        raise argparse.ArgumentTypeError(f"must end in a name, got {text!r}. Pass {os.path.join(text, 'NAME')}")
+    return path

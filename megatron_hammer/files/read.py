@@ -1,9 +1,18 @@
 """Whole files read, with one sentence for every file that cannot be."""
 
+import os
 import stat
 from pathlib import Path
 
 from megatron_hammer.errors import DataError, HammerError
+
+# With them, the answer is for the rights that this process has now.
+_KNOWS_EFFECTIVE_IDS = os.access in os.supports_effective_ids
+
+
+def is_permitted(path: str | Path, mode: int) -> bool:
+    """Whether this process may use an existing path so; mode: bits as for os.access."""
+    return os.access(path, mode, effective_ids=_KNOWS_EFFECTIVE_IDS)
 
 
 def cannot_read(path: str | Path, error: OSError, *, raises: type[HammerError] = DataError) -> HammerError:

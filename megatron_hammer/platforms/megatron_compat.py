@@ -39,7 +39,7 @@ class Adjustment:
     is_needed: Callable[[], bool]
 
 
-_installed_platform: str | None = None
+_installed: tuple[str, str] | None = None  # platform, backend
 
 
 def check_megatron_version() -> None:
@@ -55,15 +55,31 @@ def check_megatron_version() -> None:
 def install(platform: str, backend: str = "torch") -> None:
     """Apply the adjustments of `platform` ("cpu" or "cuda") and of `backend` ("te" or "torch").
 
-    A second call with the same platform does nothing.
+    A second call with the same two does nothing. No adjustment is taken back, so PlatformError is raised for another
+    platform, or a backend that lacks one of those that were applied.
     """
-    global _installed_platform
-    if _installed_platform == platform:
-        return
-    if _installed_platform is not None:
+    global _installed
+    adjustments = _select_adjustments(platform, backend)
+    applied = [] if _installed is None else _select_adjustments(*_installed)
+    if _installed is not None and (platform != _installed[0] or any(one not in adjustments for one in applied)):
         raise PlatformError(
-            f"platform: one process has one, got {platform} after {_installed_platform}. Start a new process."
+            f"platform: one process has one platform and one backend, got {platform} and {backend} after "
+            f"{' and '.join(_installed)}. Start a new process."
         )
+    if _installed is None:
+        _prepare_import(platform)
+    for adjustment in adjustments:
+        if adjustment not in applied:
+            adjustment.apply()
+    _installed = platform, backend
+
+
+def _select_adjustments(platform: str, backend: str) -> list[Adjustment]:
+    return [one for one in ADJUSTMENTS if platform in one.platforms and backend in one.backends]
+
+
+def _prepare_import(platform: str) -> None:
+    """What must be so before anything imports megatron."""
     check_megatron_version()
     if platform == "cpu":
         # Before megatron is imported: its @jit_fuser is torch.compile, which on a CUDA build without a driver fails.
@@ -81,10 +97,6 @@ def install(platform: str, backend: str = "torch") -> None:
     ):
         warnings.filterwarnings("ignore", message=cause)
     find_te_failure()  # hides a broken TransformerEngine, which would end megatron's import
-    for adjustment in ADJUSTMENTS:
-        if platform in adjustment.platforms and backend in adjustment.backends:
-            adjustment.apply()
-    _installed_platform = platform
 
 
 def _has_text(upstream: str, text: str) -> Callable[[], bool]:

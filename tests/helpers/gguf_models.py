@@ -80,7 +80,10 @@ class PlainTokenizer:
     added_tokens_decoder: ClassVar[dict[int, Any]] = {}
 
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        return {"input_ids": [9]}
+        return {"input_ids": [9] if text else []}
+
+    def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> str:
+        raise ValueError("there is no chat template")
 
 
 def write_byte_level(folder: Path, rule: str, *, has_single_digits: bool = False, **changes: Any) -> None:

@@ -41,7 +41,7 @@ def import_what_runs_import(gpu: str | None = None, te: str | None = None) -> No
         te_stand_in.install(provide_te_wheel())
     from megatron_hammer.platforms import megatron_compat
 
-    # A server with TransformerEngine also runs the torch backend, but without our kernels.
+    # A server with TransformerEngine also runs the torch backend: what that has beside is installed by the run.
     megatron_compat.install("cpu" if gpu is None else "cuda", "torch" if te is None else "te")
     import matplotlib.pyplot  # noqa: F401
     import megatron.core.dist_checkpointing.strategies.filesystem_async

@@ -62,7 +62,7 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path, family):
     assert (row.is_passed, of) == (True, "of")
     assert equal == steps
     assert int(steps) >= 30
-    assert [check.is_passed for check in report.checks] == [True, True, True]
+    assert {check.check for check in report.checks if not check.is_passed} == {"chat template"}  # it has none
 
 
 def test_f16_is_within_its_tolerance(tmp_path, llama):

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,10 +40,12 @@ class LlamaCpp:
         self._path, self._log_path = path, log_path
         self._connection = _UnixConnection(socket_path)
 
-    def tokenize(self, text: str, *, reads_control_tokens: bool = False) -> list[int]:
-        """The ids of a text without bos and eos. reads_control_tokens: one spelt out in the text becomes its id."""
-        request = {"content": text, "add_special": False, "parse_special": reads_control_tokens}
-        return [int(token) for token in self._post("/tokenize", request)["tokens"]]
+    def tokenize(self, text: str, *, reads_control_tokens: bool = False, adds_ends: bool = False) -> list[int]:
+        """The ids of a text. reads_control_tokens: one spelt out in the text becomes its id. adds_ends: with the tokens
+        that the file says are put around every text.
+        """
+        request = {"content": text, "add_special": adds_ends, "parse_special": reads_control_tokens}
+        return [int(token) for token in self._ask("POST", "/tokenize", request)["tokens"]]
 
     def continue_greedily(self, tokens: Sequence[int], *, num_tokens: int, num_likeliest: int) -> list[GreedyStep]:
         """At most `num_tokens` likeliest next tokens after `tokens`; it stops at the end of a text.
@@ -63,7 +65,7 @@ class LlamaCpp:
                 # Each request repeats the last one's tokens and one more; only that one is computed.
                 "cache_prompt": True,
             }
-            answer = self._post("/completion", request)
+            answer = self._ask("POST", "/completion", request)
             if answer["stop_type"] == "eos" or not answer["tokens"]:
                 break
             likeliest = [entry for step in answer.get("completion_probabilities", []) for entry in step["top_logprobs"]]
@@ -71,23 +73,37 @@ class LlamaCpp:
             steps.append(GreedyStep(token=answer["tokens"][0], log_probabilities=log_probabilities))
         return steps
 
+    def read_properties(self) -> dict[str, Any]:
+        """What llama.cpp says of the file, such as `bos_token` and `chat_template`."""
+        return self._ask("GET", "/props")
+
+    def render(self, conversation: Sequence[Mapping[str, str]]) -> str:
+        """The prompt that the chat template makes; or the error, where the template refuses the conversation."""
+        status, content = self._exchange("POST", "/apply-template", {"messages": [*conversation]})
+        answer = json.loads(content)
+        return str(answer["prompt"] if status == http.client.OK else answer["error"]["message"])
+
     def close(self) -> None:
         self._connection.close()
 
-    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        try:
-            self._connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
-            response = self._connection.getresponse()
-            content = response.read()
-        except (OSError, http.client.HTTPException) as error:
-            raise _describe_failure(self._path, self._log_path) from error
-        if response.status != http.client.OK:
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        status, content = self._exchange(method, path, body)
+        if status != http.client.OK:
             raise ConversionError(
-                f"{self._path}: llama.cpp must answer {path}, got status {response.status}: {content[:300]!r}. "
+                f"{self._path}: llama.cpp must answer {path}, got status {status}: {content[:300]!r}. "
                 "If the machine has memory left, this is a defect of the converter."
             )
         answer: dict[str, Any] = json.loads(content)
         return answer
+
+    def _exchange(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, bytes]:
+        """Status and content of an answer."""
+        try:
+            self._connection.request(method, path, json.dumps(body), {"Content-Type": "application/json"})
+            response = self._connection.getresponse()
+            return response.status, response.read()
+        except (OSError, http.client.HTTPException) as error:
+            raise _describe_failure(self._path, self._log_path) from error
 
 
 class _UnixConnection(http.client.HTTPConnection):

@@ -21,6 +21,7 @@ from megatron_hammer.tokenizer.encoding.sentencepiece_model import (
     read_sentencepiece_model,
 )
 from megatron_hammer.tokenizer.encoding.transformers_tokenizer import load_with_transformers
+from megatron_hammer.tokenizer.export.check_loading import CONVERSATIONS, render_conversation
 
 _GPT2_RULE = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 _LLAMA3_RULE = (
@@ -45,6 +46,8 @@ class GgufVocabulary:
     scores: of a "llama" model; merges: of a "gpt2" model, best first. adds_space_prefix: None for "gpt2".
     reads_control_tokens: whether one spelt out in a text becomes its id. eos_ids: everything that ends a text, the id
     that the tokenizer itself puts there first. chat_templates: by name; the one that is used unasked is "default".
+    For the comparison with llama.cpp, of transformers: ids_of_no_text: those of "", called as users do. added_tokens:
+    their texts by id. conversations: CONVERSATIONS rendered with the template; None where it refuses one.
     """
 
     encoder: Encoder
@@ -63,6 +66,9 @@ class GgufVocabulary:
     adds_space_prefix: bool | None
     reads_control_tokens: bool
     chat_templates: Mapping[str, str]
+    ids_of_no_text: tuple[int, ...]
+    added_tokens: Mapping[int, str]
+    conversations: tuple[str | None, ...]
 
     @property
     def eos_id(self) -> int | None:
@@ -90,7 +96,8 @@ def read_vocabulary(
     # bos, eos and the chat template are read as users get them from transformers, with the defaults of its class.
     tokenizer = load_with_transformers(folder)
     entries, facts = _read_sentencepiece(path) if is_sentencepiece else _read_byte_level(path)
-    entries = _complete(entries, _list_added_tokens(tokenizer), vocab_size=vocab_size, where=path)
+    added = _list_added_tokens(tokenizer)
+    entries = _complete(entries, added, vocab_size=vocab_size, where=path)
     adds_bos, adds_eos = _find_added_ends(tokenizer)
     return GgufVocabulary(
         encoder=encoder,
@@ -106,6 +113,9 @@ def read_vocabulary(
         # sentencepiece never reads a control symbol in a text; a tokenizer.json does, unless split_special_tokens.
         reads_control_tokens=isinstance(encoder, HuggingFaceEncoder) and not encoder.splits_special_tokens,
         chat_templates=_name_templates(tokenizer.chat_template),
+        ids_of_no_text=tuple(tokenizer("")["input_ids"]),
+        added_tokens={token_id: token.text for token_id, token in added.items()},
+        conversations=tuple(_render(tokenizer, conversation) for conversation in CONVERSATIONS),
         **facts,
     )
 
@@ -132,6 +142,13 @@ def _name_templates(chat_template: Any) -> dict[str, str]:
     if isinstance(chat_template, str):
         return {"default": chat_template}
     return dict(chat_template or {})
+
+
+def _render(tokenizer: Any, conversation: list[dict[str, str]]) -> str | None:
+    try:
+        return render_conversation(tokenizer, conversation)
+    except ConversionError:
+        return None
 
 
 def _find_added_ends(tokenizer: Any) -> tuple[bool, bool]:

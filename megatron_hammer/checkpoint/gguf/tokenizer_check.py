@@ -20,6 +20,7 @@ from megatron_hammer.tokenizer.encoding.sentencepiece_model import WHITESPACE_SY
 OVERLAP = "symbols that overlap: llama.cpp takes the longest of the text first, the tokenizer the first from the left"
 SPELT_OUT = "a control token spelt out: llama.cpp merges pieces to it, the tokenizer leaves it text"
 PREFIX = "a symbol and a space prefix: llama.cpp puts a space after every symbol, the tokenizer before the text only"
+LEADING = "a space prefix and a space at the start: llama.cpp and sentencepiece have two there, transformers has one"
 COMPOSED = "characters that the tokenizer composes (NFC) and llama.cpp does not"
 UNEXPLAINED = "no known cause"
 CONTEXT_TOKENS = 2  # on each side of a difference: the symbols that cause it may begin or end in equal tokens
@@ -94,7 +95,16 @@ def _describe(
     if vocabulary.model == "gpt2" and composed != document.text:
         # What is left when llama.cpp gets the composed text has another cause.
         got = tokenize(composed)
-    if places := _list_places(expected, got, vocabulary):
+    if causes.adds_prefix and document.text[:1] in (" ", WHITESPACE_SYMBOL):
+        # Likewise without the space that is the prefix for transformers; of no text there is nothing to ask.
+        rest, doubled = document.text[1:], WHITESPACE_SYMBOL + causes.join(expected)
+        explained = [(LEADING, first)]
+        got = tokenize(rest) if rest else expected if causes.join(got) == doubled else got
+    places = _list_places(expected, got, vocabulary)
+    # Of the whole document, because spaces that only one side has move all places behind them.
+    if places and causes.differs_in_prefixes(expected, got):
+        explained = [(PREFIX, first)]
+    elif places:
         explained = [(causes.explain(place), place) for place in places]
     # One unexplained place fails the document, so it must not be hidden by an explained one before it.
     cause, shown = next((found for found in explained if found[0] == UNEXPLAINED), explained[0])
@@ -153,8 +163,10 @@ class _KnownCauses:
         kinds = (PieceType.CONTROL, PieceType.UNKNOWN, PieceType.BYTE)
         self._symbols = self._find_ids(PieceType.USER_DEFINED)
         self._reserved = self._find_ids(*kinds)
+        found = (PieceType.CONTROL, PieceType.UNKNOWN) if vocabulary.reads_control_tokens else ()
+        self._cuts = self._symbols | self._find_ids(*found)  # each is found in a text before the rest is encoded
         self._overlaps = list_overlaps([vocabulary.tokens[token_id] for token_id in sorted(self._symbols)])
-        self._adds_prefix = bool(vocabulary.adds_space_prefix)
+        self.adds_prefix = bool(vocabulary.adds_space_prefix)
 
     def explain(self, place: _Place) -> str:
         """The cause that accounts for the tokens of a place, from the most specific to the least."""
@@ -163,9 +175,16 @@ class _KnownCauses:
             return OVERLAP
         if self._reads_a_reserved_token(text, place):
             return SPELT_OUT
-        if self._adds_prefix and self._strip_prefixes(place.got) == self._strip_prefixes(place.expected):
-            return PREFIX
-        return UNEXPLAINED
+        return PREFIX if self.differs_in_prefixes(place.expected, place.got) else UNEXPLAINED
+
+    def differs_in_prefixes(self, expected: Sequence[int], got: Sequence[int]) -> bool:
+        """The same text but for the space that llama.cpp puts after every symbol, the tokenizer perhaps too."""
+        if not self.adds_prefix:
+            return False
+        return self._strip_prefixes(got) in (self.join(expected), self._strip_prefixes(expected))
+
+    def join(self, ids: Sequence[int]) -> str:
+        return "".join(self.vocabulary.tokens[token_id] for token_id in ids)
 
     def _find_ids(self, *kinds: PieceType) -> set[int]:
         return {token_id for token_id, kind in enumerate(self.vocabulary.types) if kind in kinds}
@@ -186,7 +205,7 @@ class _KnownCauses:
         for token_id in ids:
             text = self.vocabulary.tokens[token_id]
             parts.append(text.removeprefix(WHITESPACE_SYMBOL) if is_after_symbol else text)
-            is_after_symbol = token_id in self._symbols
+            is_after_symbol = token_id in self._cuts
         # A part that is stripped to nothing was the space itself; what follows it keeps its own.
         return "".join(parts)
 

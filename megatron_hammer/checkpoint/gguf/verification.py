@@ -16,6 +16,7 @@ from megatron_hammer.checkpoint.gguf.logits_check import (
     find_obstacle,
     judge,
 )
+from megatron_hammer.checkpoint.gguf.special_token_check import check_special_tokens
 from megatron_hammer.checkpoint.gguf.tokenizer import GgufVocabulary
 from megatron_hammer.checkpoint.gguf.tokenizer_check import (
     compare_tokenizers,
@@ -77,6 +78,7 @@ def verify_with_llama_cpp(
             row, found = _compare(check, llama_cpp, vocabulary, documents, on_text)
             rows.append(row)
             examples += found
+        rows += check_special_tokens(llama_cpp, vocabulary)
         continuations = continue_prompts(llama_cpp, vocabulary, max_tokens=max_tokens)
     # Asked after llama.cpp has ended, whose memory is free again by then.
     if obstacle := find_obstacle(num_parameters):

@@ -45,7 +45,8 @@ class TorchDistStore:
     tensors: by key, layers stacked as megatron stores them. objects: keys of the non-tensor entries, except the
     common state.
     common_state: arguments, iteration, param groups and schedules. Raises CheckpointError without the first two.
-    Raises CheckpointError if the metadata is missing, damaged or of another format.
+    Raises CheckpointError if the metadata is missing, damaged or of another format, or a file is a link out of the
+    directory.
     """
 
     def __init__(self, directory: Path):
@@ -54,6 +55,7 @@ class TorchDistStore:
         described = read_description(directory / ".metadata")
         self.tensors, self._storage = described.tensors, described.places
         self.objects = tuple(key for key in described.objects if key != COMMON_STATE_KEY)
+        self._paths = _find_files(directory, {place.name for place in self._storage.values()})
         self._checked: set[tuple[str, int]] = set()  # archives whose checksums were compared: file, offset
         self._chunks_by_leading: dict[tuple[str, int], dict[tuple[int, ...], list[StoredChunk]]] = {}
 
@@ -257,7 +259,25 @@ class TorchDistStore:
                 f"{self.directory / '.metadata'}: {key} must be stored as plain data, got {what}. "
                 "Save the checkpoint again with --ckpt-format torch_dist."
             )
-        return info, self.directory / info.name
+        return info, self._paths[info.name]
+
+
+def _find_files(directory: Path, names: set[str]) -> dict[str, Path]:
+    """The path of each file by its name; raises CheckpointError for links that lead out of the checkpoint.
+
+    Where `.metadata` is a link too, as in the cache of Hugging Face's hub, its target's folder belongs to it.
+    """
+    folders = {os.path.realpath(directory), os.path.dirname(os.path.realpath(directory / ".metadata"))}
+    paths = {name: directory / name for name in sorted(names)}
+    if strays := [path for path in paths.values() if os.path.dirname(os.path.realpath(path)) not in folders]:
+        raise CheckpointError(
+            *(
+                f"{path}: must lie in the checkpoint's own folder, got a link to {os.path.realpath(path)}. "
+                "Put the file there, if the link is yours."
+                for path in strays
+            )
+        )
+    return paths
 
 
 def _open(path: Path) -> FileIO:

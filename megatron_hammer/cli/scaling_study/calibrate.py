@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from megatron_hammer.errors import DataError
+from megatron_hammer.files.command_line import parse_new_name
 from megatron_hammer.files.tables import build_table, open_console
 from megatron_hammer.scaling.cost.coefficients import (
     Coefficients,
@@ -35,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="tables of measured runs (default: the published ones that the shipped coefficients were fitted on)",
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="coefficients file to be written")
+    parser.add_argument(
+        "--output", type=parse_new_name, required=True, metavar="FILE", help="coefficients file to be written"
+    )
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--start", type=Path, metavar="FILE", help="coefficients to start from (default: the shipped)")
     start.add_argument(

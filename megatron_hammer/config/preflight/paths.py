@@ -4,9 +4,7 @@ import os
 from pathlib import Path
 
 from megatron_hammer.config.flags import flag_of
-
-# With them, the answer is for the rights that this process has now.
-_KNOWS_EFFECTIVE_IDS = os.access in os.supports_effective_ids
+from megatron_hammer.files.read import is_permitted
 
 
 def find_unwritable(name: str, path: str) -> list[str]:
@@ -18,7 +16,7 @@ def find_unwritable(name: str, path: str) -> list[str]:
     # Up to the nearest folder that exists: a run makes those below it, if it may write there.
     while not os.path.exists(folder) and folder != folder.parent:
         folder = folder.parent
-    if folder.is_dir() and os.access(folder, os.W_OK | os.X_OK, effective_ids=_KNOWS_EFFECTIVE_IDS):
+    if folder.is_dir() and is_permitted(folder, os.W_OK | os.X_OK):
         return []
     why = "is not writable" if folder.is_dir() else "is not a folder"
     return [f"{flag_of(name)}: must be a folder that can be written, got {name}={path} ({folder} {why}). Pass another."]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_hammer.errors import ConversionError, DataError
+from megatron_hammer.files.typed import read_json
 from megatron_hammer.tokenizer.encoding.transformers_tokenizer import load_with_transformers
 
 SpecialToken = Literal["bos_token", "eos_token"]
@@ -112,15 +113,7 @@ def _list_texts(value: Any) -> set[str]:
 
 def read_config(path: Path) -> dict[str, Any]:
     """Read tokenizer_config.json or a file like it; empty if there is none. Raises DataError if it is not an object."""
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: file must be JSON, got {error}. Repair or remove it.") from error
-    if not isinstance(config, dict):
-        raise DataError(f"{path}: file must be a JSON object, got {type(config).__name__}. Repair or remove it.")
-    return config
+    return read_json(path, dict[str, Any], remedy="Repair or remove it.") if path.is_file() else {}
 
 
 def read_name(config: dict[str, Any], key: str) -> str | None:

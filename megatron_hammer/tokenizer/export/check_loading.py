@@ -85,7 +85,16 @@ def _list_facts(tokenizer: Any, like: Any = None) -> Iterator[tuple[str, Any]]:
 
 def _render(tokenizer: Any, conversation: list[dict[str, str]]) -> str:
     try:
+        return render_conversation(tokenizer, conversation)
+    # Both must refuse a conversation alike.
+    except ConversionError as error:
+        return str(error)
+
+
+def render_conversation(tokenizer: Any, conversation: list[dict[str, str]]) -> str:
+    """The prompt that the chat template of a tokenizer of transformers makes; ConversionError if it makes none."""
+    try:
         return str(tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
-    # A template may refuse a conversation in any way; both must refuse it alike.
+    # A template may refuse a conversation in any way.
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        raise ConversionError(f"{type(error).__name__}: {error}") from error

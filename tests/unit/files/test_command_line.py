@@ -1,7 +1,9 @@
+from pathlib import Path
+
 import pytest
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.files.command_line import CommandParser
+from megatron_hammer.files.command_line import CommandParser, parse_new_name
 
 
 def parse(*words: str) -> object:
@@ -9,6 +11,8 @@ def parse(*words: str) -> object:
     parser.add_argument("--ratio", type=float)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--names", nargs="*")
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--output", type=parse_new_name)
     return parser.parse_args(words)
 
 
@@ -36,3 +40,18 @@ def test_a_whole_number_has_64_bits(text: str) -> None:
 def test_other_words_with_a_hyphen_are_flags(word: str) -> None:
     with pytest.raises(ConfigError, match="command line: unrecognized arguments"):
         parse("--names", word)
+
+
+@pytest.mark.parametrize("text", ["data/", "data/.", "data/..", ".", "..", "/"])
+def test_an_output_has_a_name(text: str) -> None:
+    with pytest.raises(ConfigError, match=rf"--output: must end in a name, got '{text}'. Pass {text.rstrip('/')}/NAME"):
+        parse("--output", text)
+    assert parse("--folder", text).folder == Path(text)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("flag", ["--folder", "--output"])
+def test_no_path_is_not_the_current_folder(flag: str) -> None:
+    with pytest.raises(ConfigError, match=f"{flag}: must be a path, got ''"):
+        parse(flag, "")
+    with pytest.raises(ConfigError, match=f"{flag}: must be a path, got ''"):
+        parse(f"{flag}=")

@@ -156,20 +156,21 @@ def applied(monkeypatch) -> list[str]:
         Adjustment(
             name=name,
             platforms=platforms,
+            backends=("torch",) if name == "d" else ("te", "torch"),
             reason="",
             upstream="",
             apply=functools.partial(applied.append, name),
             is_needed=lambda: True,
         )
-        for name, platforms in [("a", ("cpu",)), ("b", ("cpu", "cuda")), ("c", ("cuda",))]
+        for name, platforms in [("a", ("cpu",)), ("b", ("cpu", "cuda")), ("c", ("cuda",)), ("d", ("cuda",))]
     )
     monkeypatch.setattr(megatron_compat, "ADJUSTMENTS", fakes)
-    monkeypatch.setattr(megatron_compat, "_installed_platform", None)
+    monkeypatch.setattr(megatron_compat, "_installed", None)
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
     return applied
 
 
-@pytest.mark.parametrize(("platform", "names"), [("cpu", ["a", "b"]), ("cuda", ["b", "c"])])
+@pytest.mark.parametrize(("platform", "names"), [("cpu", ["a", "b"]), ("cuda", ["b", "c", "d"])])
 def test_a_platform_gets_its_own_adjustments_once(applied: list[str], platform: str, names: list[str]) -> None:
     megatron_compat.install(platform)
     megatron_compat.install(platform)
@@ -178,9 +179,18 @@ def test_a_platform_gets_its_own_adjustments_once(applied: list[str], platform: 
 
 def test_a_second_platform_is_refused(applied: list[str]) -> None:
     megatron_compat.install("cpu")
-    with pytest.raises(PlatformError, match=r"^platform: one process has one, got cuda after cpu"):
+    with pytest.raises(PlatformError, match=r"^platform: one .* got cuda and torch after cpu and torch"):
         megatron_compat.install("cuda")
     assert applied == ["a", "b"]
+
+
+def test_a_second_backend_gets_what_it_has_more_and_is_refused_if_it_has_less(applied: list[str]) -> None:
+    megatron_compat.install("cuda", "te")
+    assert applied == ["b", "c"]
+    megatron_compat.install("cuda", "torch")
+    assert applied == ["b", "c", "d"]
+    with pytest.raises(PlatformError, match="got cuda and te after cuda and torch"):
+        megatron_compat.install("cuda", "te")
 
 
 def test_another_megatron_is_refused(applied: list[str], monkeypatch) -> None:

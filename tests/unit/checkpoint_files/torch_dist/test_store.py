@@ -3,6 +3,7 @@
 import io
 import itertools
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from megatron_hammer.checkpoint_files.torch_dist import store as torch_dist_stor
 from megatron_hammer.checkpoint_files.torch_dist.description import StoredChunk
 from megatron_hammer.checkpoint_files.torch_dist.store import COMMON_STATE_KEY, TorchDistStore
 from megatron_hammer.errors import CheckpointError
-from tests.helpers.messages import assert_problems
+from tests.helpers.messages import assert_problems, raises_problem
 from tests.helpers.toy_checkpoint import toy_llama_tensors, write_toy_checkpoint
 
 QKV = "decoder.layers.self_attention.linear_qkv.weight"
@@ -100,3 +101,22 @@ def test_common_state_that_is_no_dictionary_is_refused(tmp_path):
     target = write_toy_checkpoint(tmp_path, toy_llama_tensors(), common_state=7)
     with pytest.raises(CheckpointError, match="common state must be a dictionary, got int"):
         TorchDistStore(target).common_state  # noqa: B018
+
+
+def test_a_link_out_of_the_checkpoint_is_refused_and_a_folder_of_links_is_read(tmp_path: Path) -> None:
+    """The cache of Hugging Face's hub has links only, all to one folder."""
+    blobs = write_toy_checkpoint(tmp_path / "blobs", toy_llama_tensors())
+    snapshot, mixed = tmp_path / "snapshot", tmp_path / "mixed"
+    for folder in (snapshot, mixed):
+        folder.mkdir()
+        for path in blobs.iterdir():
+            (folder / path.name).symlink_to(path)
+    assert TorchDistStore(snapshot).tensors == TorchDistStore(blobs).tensors
+    (tmp_path / "linked").symlink_to(snapshot)
+    TorchDistStore(tmp_path / "linked").validate()
+    stray = min(mixed.glob("*.distcp"))
+    for path in set(mixed.iterdir()) - {stray}:
+        path.unlink()
+        path.hardlink_to(blobs / path.name)
+    with raises_problem(CheckpointError, f"{stray}: must lie in", f"a link to {blobs / stray.name}"):
+        TorchDistStore(mixed)

@@ -111,5 +111,5 @@ def test_a_default_of_the_class_outside_the_vocabulary_is_refused(tmp_path):
 def test_a_broken_file_is_named(tmp_path, content):
     write_folder(tmp_path, {})
     (tmp_path / "special_tokens_map.json").write_text(content)
-    with pytest.raises(DataError, match=r"special_tokens_map.json: file must be"):
+    with pytest.raises(DataError, match=r"special_tokens_map.json: content must be"):
         load_encoder(tmp_path)

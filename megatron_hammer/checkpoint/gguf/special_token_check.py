@@ -1,0 +1,72 @@
+"""Compares what llama.cpp loads beside pieces and merges with what transformers loads from the same folder.
+
+Equal tokens of texts do not show it: which tokens are put around a text unasked, that every added token is one token,
+and the chat template. llama.cpp is asked itself; what transformers says is in the vocabulary.
+"""
+
+from collections.abc import Iterator
+
+from megatron_hammer.checkpoint.gguf.llama_cpp import LlamaCpp
+from megatron_hammer.checkpoint.gguf.tokenizer import GgufVocabulary
+from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow
+from megatron_hammer.tokenizer.encoding.sentencepiece_model import PieceType
+from megatron_hammer.tokenizer.export.check_loading import CONVERSATIONS
+
+SAMPLE_TEXT = "Hello, world!"
+MAX_SHOWN = 3
+
+
+def check_special_tokens(llama_cpp: LlamaCpp, vocabulary: GgufVocabulary) -> Iterator[CheckRow]:
+    """Yield a row for what is put around a text, one for added tokens, and one for the chat template."""
+    yield _check_ends(llama_cpp, vocabulary)
+    yield _check_added_tokens(llama_cpp, vocabulary)
+    yield _check_template(llama_cpp, vocabulary)
+
+
+def _check_ends(llama_cpp: LlamaCpp, vocabulary: GgufVocabulary) -> CheckRow:
+    """The text itself is compared elsewhere, so here it is llama.cpp's own ids of it."""
+    before = [vocabulary.bos_id] if vocabulary.adds_bos else []
+    after = [vocabulary.eos_id] if vocabulary.adds_eos else []
+    plain = llama_cpp.tokenize(SAMPLE_TEXT)
+    expected = {"": list(vocabulary.ids_of_no_text), SAMPLE_TEXT: [*before, *plain, *after]}
+    got = {text: llama_cpp.tokenize(text, adds_ends=True) for text in expected}
+    if got != expected:
+        return CheckRow("tokens around a text", f"{got} for {expected}", False)
+    name = None if vocabulary.bos_id is None else vocabulary.tokens[vocabulary.bos_id]
+    if name is not None and (said := llama_cpp.read_properties()["bos_token"]) != name:
+        return CheckRow("tokens around a text", f"bos_token is {said!r} for {name!r}", False)
+    added = " and ".join(name for name, ids in (("bos before", before), ("eos after", after)) if ids)
+    return CheckRow("tokens around a text", f"{added or 'none'}, as in transformers", True)
+
+
+def _check_added_tokens(llama_cpp: LlamaCpp, vocabulary: GgufVocabulary) -> CheckRow:
+    """A special token is found in a text where llama.cpp is asked to, as in a chat; the others always."""
+    got = {
+        (token_id, text): llama_cpp.tokenize(
+            text, reads_control_tokens=vocabulary.types[token_id] is not PieceType.USER_DEFINED
+        )
+        for token_id, text in vocabulary.added_tokens.items()
+    }
+    wrong = [f"{text!r} is {ids} for {token_id}" for (token_id, text), ids in got.items() if ids != [token_id]]
+    if wrong:
+        more = f" and {len(wrong) - MAX_SHOWN} more" if len(wrong) > MAX_SHOWN else ""
+        return CheckRow("added tokens", "; ".join(wrong[:MAX_SHOWN]) + more, False)
+    return CheckRow("added tokens", f"{len(got)} of {len(got)} are one token with the id of transformers", True)
+
+
+def _check_template(llama_cpp: LlamaCpp, vocabulary: GgufVocabulary) -> CheckRow:
+    """Its text must be equal. What it renders is told: the two have each their own implementation of Jinja."""
+    expected = vocabulary.chat_templates.get("default")
+    if expected is None:
+        return CheckRow("chat template", "the tokenizer has none", None)
+    got = llama_cpp.read_properties()["chat_template"]
+    if got != expected:
+        return CheckRow("chat template", f"{got[:200]!r} for {expected[:200]!r}", False)
+    # llama.cpp leaves out the token that it puts before every text.
+    bos = vocabulary.tokens[vocabulary.bos_id] if vocabulary.adds_bos and vocabulary.bos_id is not None else ""
+    for conversation, rendered in zip(CONVERSATIONS, vocabulary.conversations, strict=True):
+        answer = llama_cpp.render(conversation)
+        if rendered is not None and answer.removeprefix(bos) != rendered.removeprefix(bos):
+            difference = f"{answer[:200]!r} for {rendered[:200]!r}"
+            return CheckRow("chat template", f"its text is equal; llama.cpp renders another prompt: {difference}", None)
+    return CheckRow("chat template", f"equal, and so are {len(CONVERSATIONS)} conversations rendered with it", True)

@@ -1,0 +1,80 @@
+"""llama.cpp's own answers about a tokenizer with added tokens, a template and a BOS; each that is lost is noticed."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_hammer.checkpoint.gguf import metadata as gguf_metadata
+from megatron_hammer.checkpoint.gguf import verification as gguf_verification
+from megatron_hammer.checkpoint.gguf.to_gguf import GgufOptions, export_to_gguf
+from megatron_hammer.checkpoint.gguf.tokenizer_check import LEADING, PREFIX
+from megatron_hammer.errors import ConversionError
+from megatron_hammer.tokenizer.encoding.sentencepiece_model import PieceType, read_sentencepiece_model
+from tests.helpers.gguf_models import write_gguf_source
+from tests.helpers.sentencepiece_models import MODEL_OPTIONS, train_model
+from tests.helpers.toy_tokenizer import LLAMA_ADDED_TOKENS, write_llama_folder
+
+pytest.importorskip("xllamacpp", reason="xllamacpp, the wheel of llama.cpp, is missing; pip install xllamacpp")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama") / "hf"
+    model_path = train_model(folder.with_name("tokenizer.model"), **MODEL_OPTIONS["dummy prefix"])
+    num_pieces = len(read_sentencepiece_model(model_path).pieces)
+    write_gguf_source(folder, "llama", vocab_size=num_pieces + 7, num_hidden_layers=1)
+    for path in folder.glob("*token*"):
+        path.unlink()
+    return write_llama_folder(folder, model_path, num_pieces)
+
+
+@pytest.fixture(autouse=True)
+def without_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are compared elsewhere, and take longer than all others."""
+    monkeypatch.setattr(gguf_verification, "MOST_THREADS", 1)
+    monkeypatch.setattr(gguf_verification, "continue_prompts", lambda *arguments, **options: [])
+    monkeypatch.setattr(gguf_verification, "find_obstacle", lambda num_parameters: "not asked here")
+
+
+def convert(source: Path, target: Path) -> dict[str, str]:
+    report = export_to_gguf(GgufOptions(load_dir=source, save_path=target, file_type="f32"))
+    return {check.check: check.result for check in report.checks if check.is_passed}
+
+
+def test_ends_added_tokens_and_the_chat_template_are_llama_cpps_own(tmp_path: Path, source: Path) -> None:
+    rows = convert(source, tmp_path / "model.gguf")
+    # Where transformers is another tokenizer than sentencepiece, llama.cpp is as sentencepiece, and that is said.
+    differences = re.findall(r"(\d+) with (.*?)(?:; |$)", rows["tokenizer, samples"])
+    assert {cause: int(count) for count, cause in differences} == {LEADING: 4, PREFIX: 1}
+    assert rows["tokens around a text"] == "bos before, as in transformers"
+    num_added = len(LLAMA_ADDED_TOKENS) + 3  # <unk>, <s> and </s> are listed too
+    assert rows["added tokens"].startswith(f"{num_added} of {num_added} are one token")
+    assert rows["chat template"].startswith("equal, and so are 2 conversations")
+
+
+LOST: dict[str, tuple[dict[str, Any], str]] = {
+    "bos": ({"adds_bos": False}, r"tokens around a text must agree, got \{'': \[\]"),
+    "another bos": ({"bos_id": 5}, r"tokens around a text must agree, got \{'': \[5\]"),
+    "template": ({"chat_templates": {}}, "chat template must agree, got "),
+    "added token": ({"types": PieceType.UNUSED}, "added tokens must agree, got "),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_twin_what_is_not_written_is_noticed(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    changes, problem = LOST[name]
+    describe = gguf_metadata._describe_tokenizer
+
+    def describe_changed(writer, vocabulary):
+        kinds = vocabulary.types
+        changed = changes if "types" not in changes else {"types": (*kinds[:-4], changes["types"], *kinds[-3:])}
+        describe(writer, dataclasses.replace(vocabulary, **changed))
+
+    monkeypatch.setattr(gguf_metadata, "_describe_tokenizer", describe_changed)
+    with pytest.raises(ConversionError, match=problem):
+        convert(source, tmp_path / "model.gguf")
