@@ -114,6 +114,48 @@ def _read_aux_loss_coeff(args: Any) -> float:
     return math.fsum(coefficient) if isinstance(coefficient, list) else coefficient
 
 
+def _read_dense_layers(args: Any) -> tuple[int, ...]:
+    """--moe-layer-freq: N for a mixture in every Nth layer, layer 0 the first; or a 1 or a 0 for every layer."""
+    frequency = getattr(args, "moe_layer_freq", 1)
+    if isinstance(frequency, int):
+        return tuple(layer for layer in range(args.num_layers) if layer % frequency)
+    return tuple(layer for layer, is_mixture in enumerate(frequency) if not is_mixture)
+
+
+def _write_layer_frequency(model: ModelShape) -> int | list[int]:
+    """1 where every layer is a mixture: Megatron stacks the layers in a checkpoint for the number, not for a list."""
+    if model.moe is None or not model.moe.dense_layers:
+        return 1
+    return [int(model.is_mixture(layer)) for layer in range(model.num_layers)]
+
+
+def _read_topk_renormalized(args: Any) -> bool:
+    """Only the softmax reads --moe-router-pre-softmax; sigmoid scores are divided by their sum if there are several."""
+    if _read_score_function(args) == "softmax":
+        return not getattr(args, "moe_router_pre_softmax", False)
+    return bool(args.moe_router_topk > 1)
+
+
+def _read_score_function(args: Any) -> Literal["softmax", "sigmoid", "sqrtsoftplus"]:
+    function: Literal["softmax", "sigmoid", "sqrtsoftplus"] = (
+        getattr(args, "moe_router_score_function", None) or "softmax"
+    )
+    return function
+
+
+def _write_score_function(moe: MoeShape) -> dict[str, Any]:
+    if moe.score_function == "softmax":
+        return {"moe_router_score_function": "softmax"}
+    # Every published model with sigmoid scores computes them in fp32; by default Megatron has them in bf16.
+    return {"moe_router_score_function": moe.score_function, "moe_router_dtype": "fp32"}
+
+
+def _read_groups(args: Any) -> tuple[int | None, int | None]:
+    """(num_groups, group_topk); neither where all groups are chosen, so that equal models are equal shapes."""
+    num_groups, group_topk = getattr(args, "moe_router_num_groups", None), getattr(args, "moe_router_group_topk", None)
+    return (None, None) if not group_topk or num_groups == group_topk else (num_groups, group_topk)
+
+
 def _read_moe(args: Any) -> MoeShape | None:
     if not getattr(args, "num_experts", None):
         return None
@@ -123,8 +165,12 @@ def _read_moe(args: Any) -> MoeShape | None:
 def _write_moe(model: ModelShape) -> dict[str, Any]:
     if model.moe is None:
         return {}
-    # The dispatcher is part of no shape, but Megatron's default, allgather, cannot run most layouts.
-    return {**_write_rows(_MOE_ROWS, model.moe), "moe_token_dispatcher_type": "alltoall"}
+    return {
+        **_write_rows(_MOE_ROWS, model.moe),
+        "moe_layer_freq": _write_layer_frequency(model),
+        # The dispatcher is part of no shape, but Megatron's default, allgather, cannot run most layouts.
+        "moe_token_dispatcher_type": "alltoall",
+    }
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -144,8 +190,8 @@ _MOE_ROWS = (
     ),
     Row(
         "is_topk_renormalized",
-        lambda args: not getattr(args, "moe_router_pre_softmax", False),
-        lambda moe: {"moe_router_pre_softmax": not moe.is_topk_renormalized},
+        _read_topk_renormalized,
+        lambda moe: {"moe_router_pre_softmax": moe.score_function == "softmax" and not moe.is_topk_renormalized},
     ),
     Row(
         "aux_loss_coeff",
@@ -156,6 +202,30 @@ _MOE_ROWS = (
         "has_shared_expert_gate",  # Megatron ignores the gate where there is no shared expert
         lambda args: bool(args.moe_shared_expert_intermediate_size and args.moe_shared_expert_gate),
         lambda moe: {"moe_shared_expert_gate": moe.has_shared_expert_gate},
+    ),
+    Row("dense_layers", _read_dense_layers, lambda moe: {}),  # _write_moe: it needs the number of layers
+    Row("score_function", _read_score_function, _write_score_function),
+    Row(
+        "has_expert_bias",
+        lambda args: bool(getattr(args, "moe_router_enable_expert_bias", False)),
+        lambda moe: {"moe_router_enable_expert_bias": moe.has_expert_bias},
+    ),
+    Row(
+        "topk_scaling_factor",  # Megatron multiplies with none and with 0 as with 1
+        lambda args: getattr(args, "moe_router_topk_scaling_factor", None) or 1.0,
+        lambda moe: {
+            "moe_router_topk_scaling_factor": None if moe.topk_scaling_factor == 1 else moe.topk_scaling_factor
+        },
+    ),
+    Row(
+        "num_groups",
+        lambda args: _read_groups(args)[0],
+        lambda moe: {"moe_router_num_groups": moe.num_groups},
+    ),
+    Row(
+        "group_topk",
+        lambda args: _read_groups(args)[1],
+        lambda moe: {"moe_router_group_topk": moe.group_topk},
     ),
 )
 _ROWS = (

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 
+from megatron_hammer.config.expert_flags import find_expert_problems
 from megatron_hammer.config.flags import Flags, flag_of
 from megatron_hammer.config.model_arguments import ESSENTIALS
 
@@ -52,6 +53,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "num_workers": (0, math.inf),
     "layernorm_epsilon": (0, math.inf),
     "init_method_std": (0, math.inf),
+    "moe_router_bias_update_rate": (0, math.inf),
     "gpu_memory_gib": (0, math.inf),
     "peak_tflops": (0, math.inf),
 }
@@ -86,7 +88,7 @@ def find_missing_problems(flags: Flags) -> list[str]:
 
 
 def find_value_problems(flags: Flags) -> list[str]:
-    """Numbers outside their range, infinite or NaN."""
+    """Numbers outside their range, infinite or NaN; then those of experts."""
     problems = []
     for name in COUNTS:
         value = flags[name]
@@ -102,4 +104,5 @@ def find_value_problems(flags: Flags) -> list[str]:
         if value is not None and not least <= value < below:
             bounds = f"finite and at least {least:g}" if below == math.inf else f"at least {least:g} and below {below}"
             problems.append(f"{flag_of(name)}: must be {bounds}, got {name}={value}. Pass a number in that range.")
-    return problems
+    # Its checks divide by these numbers.
+    return problems or find_expert_problems(flags)

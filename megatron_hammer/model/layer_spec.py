@@ -18,7 +18,11 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 
 from megatron_hammer.model.torch_modules import SdpaAttention, TorchNorm, TorchNormOfResidual
 
@@ -35,19 +39,20 @@ class TorchSpecProvider(LocalSpecProvider):
         return SdpaAttention
 
 
-def build_layer_spec(config: TransformerConfig, backend: Backend) -> ModuleSpec:
-    """The spec of one layer; every layer of a model is alike (dense, or a mixture of experts throughout)."""
+def build_layer_spec(config: TransformerConfig, backend: Backend, *, is_mixture: bool = True) -> ModuleSpec:
+    """The spec of one layer. is_mixture: False for a dense layer of a model that has experts in others."""
+    num_experts = config.num_moe_experts if is_mixture else None
     if backend == "te":
-        return _build_te_layer_spec(config)
-    return _build_torch_layer_spec(config)
+        return _build_te_layer_spec(config, num_experts)
+    return _build_torch_layer_spec(config, num_experts)
 
 
-def _build_te_layer_spec(config: TransformerConfig) -> ModuleSpec:
+def _build_te_layer_spec(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
     """Everything that megatron's own GPTModelConfig passes (megatron/training/models/gpt.py): what is left out here is
     accepted as a flag and then ignored.
     """
     return get_gpt_layer_with_transformer_engine_spec(
-        num_experts=config.num_moe_experts,
+        num_experts=num_experts,
         moe_grouped_gemm=config.moe_grouped_gemm,
         qk_layernorm=config.qk_layernorm,
         multi_latent_attention=config.multi_latent_attention,
@@ -62,11 +67,11 @@ def _build_te_layer_spec(config: TransformerConfig) -> ModuleSpec:
     )
 
 
-def _build_torch_layer_spec(config: TransformerConfig) -> ModuleSpec:
+def _build_torch_layer_spec(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
     provider = TorchSpecProvider()
     qk_norm = TorchNorm if config.qk_layernorm else IdentityOp
     norm_names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
-    if config.num_moe_experts is None:
+    if num_experts is None:
         # A mixture of experts keeps its norm apart in TransformerEngine too.
         norm_names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     return ModuleSpec(
@@ -87,7 +92,7 @@ def _build_torch_layer_spec(config: TransformerConfig) -> ModuleSpec:
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=provider.layer_norm(has_residual=True),
             mlp=get_mlp_module_spec_for_backend(
-                backend=provider, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
+                backend=provider, num_experts=num_experts, moe_grouped_gemm=config.moe_grouped_gemm
             ),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=norm_names,
@@ -97,8 +102,26 @@ def _build_torch_layer_spec(config: TransformerConfig) -> ModuleSpec:
 
 def build_block_spec(config: TransformerConfig, backend: Backend, vp_stage: int | None = None) -> Any:
     """The layers of one pipeline chunk and the norm that ends the last one."""
-    layer_spec = build_layer_spec(config, backend)
-    if backend == "te":
-        return layer_spec  # megatron's block builds TENorm by itself
-    num_layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer_spec] * num_layers, layer_norm=TorchNorm)
+    is_mixture = _list_mixtures(config)
+    if backend == "te" and all(is_mixture):
+        return build_layer_spec(config, backend)  # megatron's block builds TENorm by itself
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    chunk = is_mixture[first : first + get_num_layers_to_build(config, vp_stage=vp_stage)]
+    specs = {kind: build_layer_spec(config, backend, is_mixture=kind) for kind in set(chunk)}
+    # Imported by name only where it is used: TransformerEngine is not installed where the torch backend runs.
+    norm = TorchNorm if backend == "torch" else _te_norm()
+    return TransformerBlockSubmodules(layer_specs=[specs[kind] for kind in chunk], layer_norm=norm)
+
+
+def _list_mixtures(config: TransformerConfig) -> list[bool]:
+    """Of every layer of the model, whether it has experts where the model has any (--moe-layer-freq)."""
+    frequency, num_layers = config.moe_layer_freq, config.num_layers
+    if isinstance(frequency, int):
+        return [layer % frequency == 0 for layer in range(num_layers)]
+    return [bool(is_moe) for is_moe in frequency]
+
+
+def _te_norm() -> Any:
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm

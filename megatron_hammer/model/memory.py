@@ -7,6 +7,7 @@ tests/unit/model/test_memory.py holds it against Korthikanti et al. 2022, and pe
 SimuMax recorded.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from megatron_hammer.model.memory_loss import HeadMemory, count_embedding_bytes,
 from megatron_hammer.model.memory_options import Batch, MemoryOptions
 from megatron_hammer.model.memory_state import StageState, estimate_state
 from megatron_hammer.model.parameters import find_shard_problems
-from megatron_hammer.model.pipeline_split import split_layers
+from megatron_hammer.model.pipeline_split import LayerRange, split_layers
 from megatron_hammer.model.shape import ModelShape
 
 # Allowances, not measurements of this machine: CUDA context and kernels (about 0.5 GiB on A100 and H100), NCCL
@@ -79,6 +80,7 @@ class _StageKind(NamedTuple):
     """What the state of a stage depends on."""
 
     num_layers: int
+    num_dense_layers: int  # of these, MoeShape.dense_layers
     is_first: bool
     is_last: bool
 
@@ -130,10 +132,8 @@ def count_in_flight(layout: ParallelLayout, pp_rank: int, num_microbatches: int)
     return min(num_warmup + 1, num_microbatches * vp)
 
 
-def count_layers_alive(
-    layout: ParallelLayout, chunk_sizes: tuple[int, ...], num_in_flight: int, num_microbatches: int
-) -> int:
-    """Layers of a stage whose activations are alive at the peak; chunk_sizes: the layers of each of its chunks.
+def count_alive(layout: ParallelLayout, chunk_sizes: tuple[int, ...], num_in_flight: int, num_microbatches: int) -> int:
+    """What of a stage's chunks is alive at the peak: layers or bytes of activations, as chunk_sizes has them per chunk.
 
     Chunks of equal size, or one: size x passes. Else (the embedding or the loss takes a layer's place in one chunk)
     the passes are counted in Megatron's order: pp micro-batches through a chunk, then through the next one; backward
@@ -167,23 +167,26 @@ def _list_peaks(
     """What every stage holds beside its state at its worst moment; a search asks for the same ones again and again."""
     split = split_layers(model.num_layers, layout)
     raise_problems(find_shard_problems(model, layout))
-    layer = estimate_layer_activations(model, layout, batch, options)
+    layers = [estimate_layer_activations(kind, layout, batch, options) for kind, _ in model.split_kinds()]
     embedding = count_embedding_bytes(model, layout, batch, options)
     head = estimate_head(model, layout, batch, options)
     peaks = []
     last_pp_rank = len(split) - 1
     for pp_rank, chunks in enumerate(split):
         num_in_flight = count_in_flight(layout, pp_rank, num_microbatches)
-        sizes = tuple(chunk.num_layers for chunk in chunks)
-        layers_alive = count_layers_alive(layout, sizes, num_in_flight, num_microbatches)
+        longest = max(chunk.num_layers for chunk in chunks)
+        shared = [_share_units(layer, options, longest) for layer in layers]
+        counts = [_count_kinds(model, chunk) for chunk in chunks]
+        kept = tuple(sum(num * layer.kept for num, layer in zip(count, shared, strict=True)) for count in counts)
         first_chunks = -(-num_in_flight // layout.virtual_pipeline_model_parallel_size) if pp_rank == 0 else 0
         moment = _select_worst_moment(
-            _share_units(layer, options, max(sizes)),
-            layers_alive,
-            first_chunks * embedding,
+            [layer for i, layer in enumerate(shared) if any(count[i] for count in counts)],
+            count_alive(layout, kept, num_in_flight, num_microbatches) + first_chunks * embedding,
             head if pp_rank == last_pp_rank else None,
         )
-        kind = _StageKind(sum(chunk.num_layers for chunk in chunks), pp_rank == 0, pp_rank == last_pp_rank)
+        num_layers = sum(map(sum, counts))
+        num_dense = sum(count[0] for count in counts) if len(layers) > 1 else 0
+        kind = _StageKind(num_layers, num_dense, pp_rank == 0, pp_rank == last_pp_rank)
         peaks.append(_StagePeak(pp_rank, kind, num_in_flight, moment))
     return tuple(peaks)
 
@@ -219,12 +222,20 @@ def _share_units(layer: LayerActivations, options: MemoryOptions, num_layers: in
     return layer._replace(kept=kept, remade=layer.remade if num_recomputed else 0)
 
 
-def _select_worst_moment(
-    layer: LayerActivations, layers_alive: int, embedding: int, head: HeadMemory | None
-) -> _Moment:
-    """The moment that needs most: a layer's backward pass with all micro-batches in flight, the loss or the head's."""
-    kept = layers_alive * layer.kept + embedding
-    moments = [_Moment(kept + layer.remade, 0, layer.transient) if layers_alive else _Moment(kept, 0, 0)]
+def _count_kinds(model: ModelShape, chunk: LayerRange) -> tuple[int, ...]:
+    """How many layers of each kind of the model a chunk has, in the order of ModelShape.split_kinds."""
+    if model.moe is None or not model.moe.dense_layers:
+        return (chunk.num_layers,)
+    num_mixtures = sum(map(model.is_mixture, chunk.list_layers()))
+    return (chunk.num_layers - num_mixtures, num_mixtures)
+
+
+def _select_worst_moment(layers: Sequence[LayerActivations], kept: int, head: HeadMemory | None) -> _Moment:
+    """The moment that needs most: a layer's backward pass with all micro-batches in flight, the loss or the head's.
+
+    layers: one of each kind that the stage has. kept: bytes between the forward and the backward pass.
+    """
+    moments = [_Moment(kept + layer.remade, 0, layer.transient) for layer in layers] or [_Moment(kept, 0, 0)]
     if head is not None:
         moments.append(_Moment(kept + head.kept, head.loss_logits, head.loss_transient))
         moments.append(_Moment(kept + head.kept, head.backward_logits, head.backward_transient))
@@ -244,13 +255,21 @@ def _build_stages(
             model,
             layout,
             options,
-            num_layers=kind.num_layers,
+            kinds=_split_stage(model, kind),
             is_first_stage=kind.is_first,
             is_last_stage=kind.is_last,
         )
         for kind in {peak.kind for peak in peaks}
     }
     return tuple(_build_stage(peak, states[peak.kind], context_bytes, fragmentation_ratio) for peak in peaks)
+
+
+def _split_stage(model: ModelShape, kind: _StageKind) -> list[tuple[ModelShape, int]]:
+    models = [layer for layer, _ in model.split_kinds()]
+    if len(models) == 1:
+        return [(models[0], kind.num_layers)]
+    kinds = list(zip(models, (kind.num_dense_layers, kind.num_layers - kind.num_dense_layers), strict=True))
+    return [(layer, num_layers) for layer, num_layers in kinds if num_layers] or kinds[:1]
 
 
 def _build_stage(peak: _StagePeak, state: StageState, context_bytes: int, fragmentation_ratio: float) -> StageMemory:

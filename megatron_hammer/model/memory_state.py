@@ -4,6 +4,7 @@ Sizes come tensor by tensor from `parameters.py`; bytes per parameter from Rajbh
 section 3.1) and megatron.core's distributed optimizer, Megatron-FSDP and TransformerEngine.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -42,23 +43,26 @@ def estimate_state(
     layout: ParallelLayout,
     options: MemoryOptions,
     *,
-    num_layers: int,
+    kinds: Sequence[tuple[ModelShape, int]],
     is_first_stage: bool,
     is_last_stage: bool,
 ) -> StageState:
-    """Weights, gradients, optimizer and lasting buffers of a rank whose stage holds `num_layers` layers.
+    """Weights, gradients, optimizer and lasting buffers of a rank whose stage holds these layers.
+
+    kinds: at least one, as ModelShape.split_kinds has them.
 
     16-bit: 2 bytes of weight, 4 of main_grad (Megatron reduces bf16 gradients in fp32) and 12 of the optimizer, the
     fp32 master and Adam's two moments; fp32 needs no master, and Muon keeps one moment of matrices. The distributed
     optimizer divides the 12, FSDP all 18.
     """
-    layer, embedding, head = select_part_sizes(model, layout, options.vocab_divisible_by)
-    dense, expert = num_layers * layer.dense, num_layers * layer.expert
+    _, embedding, head = select_part_sizes(model, layout, options.vocab_divisible_by)
+    layer, layers = _sum_layers(layout, options, kinds)
+    dense, expert = layers.dense, layers.expert
     if is_first_stage:
         dense += embedding.dense
     if is_last_stage:
         dense += head.dense
-    total, linear = dense + expert, num_layers * layer.linear
+    total, linear = dense + expert, layers.linear
     dense_ranks, expert_ranks = count_shard_ranks(layout, options)
     shard = -(-dense // dense_ranks) + -(-expert // expert_ranks)
     element = options.element_bytes
@@ -69,9 +73,9 @@ def estimate_state(
         # A tied head on the only stage is the embedding's weight.
         ends = (head.matrices or embedding.matrices) if is_last_stage else 0
         # TransformerEngine's placeholders for weight gradients that were added to main_grad: one per shape, and they
-        # are never freed. The matrices of a layer have different shapes, and every layer has the same ones. Source:
-        # transformer_engine.pytorch.module.base.get_dummy_wgrad, used by megatron.core.tensor_parallel.layers for the
-        # head too: 2.1 GB for a head of hidden size 8192 and 128,256 tokens.
+        # are never freed. The matrices of a layer have different shapes, and layers of a kind have the same ones.
+        # Source: transformer_engine.pytorch.module.base.get_dummy_wgrad; megatron.core.tensor_parallel.layers uses it
+        # for the head too: 2.1 GB for a head of hidden size 8192 and 128,256 tokens.
         buffers += element * (layer.matrices + ends)
     if is_fsdp:
         largest_end = max(embedding.dense * is_first_stage, head.dense * is_last_stage)
@@ -83,6 +87,19 @@ def estimate_state(
         optimizer=_count_optimizer_bytes(options, total, linear, shard if _is_sharded(layout, options) else total),
         buffers=buffers,
     )
+
+
+def _sum_layers(
+    layout: ParallelLayout, options: MemoryOptions, kinds: Sequence[tuple[ModelShape, int]]
+) -> tuple[_PartSizes, _PartSizes]:
+    """(the largest of these layers, all of them); both have the matrices of every shape once."""
+    sizes = [(select_part_sizes(kind, layout, options.vocab_divisible_by)[0], num) for kind, num in kinds]
+    largest = max((layer for layer, _ in sizes), key=lambda layer: layer.dense + layer.expert)
+    if len(kinds) > 1:  # attention is the same in both
+        tensors = {tensor.name: tensor for kind, _ in kinds for tensor in layer_tensors(kind)}
+        largest = largest._replace(matrices=_cut_tensors(kinds[-1][0], layout, list(tensors.values())).matrices)
+    dense, expert, linear = (sum(num * layer[part] for layer, num in sizes) for part in range(3))
+    return largest, _PartSizes(dense, expert, linear, largest.matrices)
 
 
 def _count_optimizer_bytes(options: MemoryOptions, total: int, linear: int, held: int) -> int:
@@ -124,7 +141,9 @@ def _select_part_sizes(
 def select_part_sizes(
     model: ModelShape, layout: ParallelLayout, vocab_divisible_by: int
 ) -> tuple[_PartSizes, _PartSizes, _PartSizes]:
-    """One layer, the embedding and the head on one rank; kept, for they depend on few of a layout's fields."""
+    """One layer of a model whose layers are alike, the embedding and the head on one rank; kept, for they depend on few
+    of a layout's fields.
+    """
     cut = ParallelLayout(
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=min(2, layout.pipeline_model_parallel_size),

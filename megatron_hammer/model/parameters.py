@@ -46,18 +46,20 @@ def padded_vocab_size(vocab_size: int, *, divisible_by: int = 128, tensor_model_
 def count_parameters(model: ModelShape, vocab_size: int | None = None) -> int:
     """All parameters of the unsharded model; tied embeddings count once. vocab_size: the tokenizer's by default."""
     rows = model.vocab_size if vocab_size is None else vocab_size
-    ends = sum(tensor.numel for tensor in embedding_tensors(model, rows) + head_tensors(model, rows))
-    num_experts = model.moe.num_experts if model.moe else 0
-    return ends + model.num_layers * _count_layer(model, num_experts)
+    total = sum(tensor.numel for tensor in embedding_tensors(model, rows) + head_tensors(model, rows))
+    for kind, num_layers in model.split_kinds():
+        total += num_layers * _count_layer(kind, kind.moe.num_experts if kind.moe else 0)
+    return total
 
 
 def count_active_parameters(model: ModelShape, vocab_size: int | None = None) -> int:
     """The parameters that one token is computed with: count_parameters with only the routed experts of a token."""
-    if model.moe is None:
-        return count_parameters(model, vocab_size)
-    idle_experts = model.moe.num_experts - model.moe.router_topk
-    idle = _count_layer(model, idle_experts) - _count_layer(model, 0)
-    return count_parameters(model, vocab_size) - model.num_layers * idle
+    idle = 0
+    for kind, num_layers in model.split_kinds():
+        if kind.moe is not None:
+            idle_experts = kind.moe.num_experts - kind.moe.router_topk
+            idle += num_layers * (_count_layer(kind, idle_experts) - _count_layer(kind, 0))
+    return count_parameters(model, vocab_size) - idle
 
 
 def count_matmul_parameters(model: ModelShape, vocab_size: int | None = None) -> int:
@@ -68,13 +70,15 @@ def count_matmul_parameters(model: ModelShape, vocab_size: int | None = None) ->
     """
     rows = model.vocab_size if vocab_size is None else vocab_size
     matrices = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
-    topk = model.moe.router_topk if model.moe else 0
-    layer = sum(
-        tensor.numel * (topk if tensor.cut.startswith("expert") else 1)
-        for tensor in layer_tensors(model)
-        if tensor.name.endswith(matrices)
-    )
-    return model.num_layers * layer + model.hidden_size * rows
+    layers = 0
+    for kind, num_layers in model.split_kinds():
+        topk = kind.moe.router_topk if kind.moe else 0
+        layers += num_layers * sum(
+            tensor.numel * (topk if tensor.cut.startswith("expert") else 1)
+            for tensor in layer_tensors(kind)
+            if tensor.name.endswith(matrices)
+        )
+    return layers + model.hidden_size * rows
 
 
 def count_rank_parameters(
@@ -89,8 +93,9 @@ def count_rank_parameters(
     tp = layout.tensor_model_parallel_size
     last_pp_rank = layout.pipeline_model_parallel_size - 1
     rows = padded_vocab_size(model.vocab_size, divisible_by=vocab_divisible_by, tensor_model_parallel_size=tp)
-    num_layers = sum(chunk.num_layers for chunk in select_stage(model.num_layers, layout, pp_rank))
-    dense, expert = _count_rank_tensors(model, layout, layer_tensors(model), num_layers)
+    layers = [layer for chunk in select_stage(model.num_layers, layout, pp_rank) for layer in chunk.list_layers()]
+    counts = [_count_rank_tensors(kind, layout, layer_tensors(kind), num) for kind, num in model.split_kinds(layers)]
+    dense, expert = (sum(count[part] for count in counts) for part in (0, 1))
     ends: list[TensorSize] = []
     if pp_rank == 0:
         ends += embedding_tensors(model, rows)
@@ -119,7 +124,7 @@ def count_optimizer_shard(
 
 
 def layer_tensors(model: ModelShape) -> list[TensorSize]:
-    """The parameters of one transformer layer."""
+    """The parameters of one transformer layer of a model whose layers are all alike: see ModelShape.split_kinds."""
     h = model.hidden_size
     query, key_value = model.num_attention_heads * model.head_dim, model.num_query_groups * model.head_dim
     tensors = [
@@ -169,9 +174,9 @@ def find_shard_problems(model: ModelShape, layout: ParallelLayout) -> tuple[str,
         return tuple(problems)
     tp, groups = layout.tensor_model_parallel_size, model.num_query_groups
     cuts = {"num_attention_heads": model.num_attention_heads}
-    if model.moe is None:
+    if model.moe is None or model.moe.dense_layers:
         cuts["ffn_hidden_size"] = model.ffn_hidden_size
-    elif model.moe.shared_expert_intermediate_size:
+    if model.moe is not None and model.moe.shared_expert_intermediate_size:
         cuts["shared_expert_intermediate_size"] = model.moe.shared_expert_intermediate_size
     for name, size in cuts.items():
         if size % tp:

@@ -17,6 +17,10 @@ class LayerRange(NamedTuple):
     first_layer: int
     num_layers: int
 
+    def list_layers(self) -> range:
+        """The layers' numbers in the model, from 0."""
+        return range(self.first_layer, self.first_layer + self.num_layers)
+
 
 def split_layers(num_layers: int, layout: ParallelLayout) -> tuple[tuple[LayerRange, ...], ...]:
     """The layers of every pipeline stage, a range for each of its virtual chunks: result[pp_rank][vp_stage].

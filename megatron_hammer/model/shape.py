@@ -4,21 +4,35 @@ Names are mcore's. It is translated to and from Megatron's arguments in `config/
 Hugging Face config in `checkpoint/hugging_face/`, nowhere else. How a model is trained is a `Recipe` (presets/).
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MoeShape:
-    """Experts of a mixture-of-experts layer. Every layer is one (no leading dense layers)."""
+    """The mixture-of-experts layers of a model, which all have the same experts.
+
+    is_topk_renormalized: True where the chosen experts' weights sum to one (Mixtral), False in Qwen2-MoE. Megatron
+    divides other scores than softmax by their sum where several experts are chosen, and never a single one.
+    has_expert_bias: a bias in fp32 for each expert, added to its score for the choice only, and moved in training by
+    the load of the experts instead of a loss (arXiv 2408.15664). It is a buffer and no parameter.
+    """
 
     num_experts: int
     router_topk: int
     ffn_hidden_size: int  # of one routed expert
     shared_expert_intermediate_size: int = 0  # 0: no shared expert
     has_shared_expert_gate: bool = False  # Qwen2-MoE: the shared expert is scaled by sigmoid(x . w)
-    is_topk_renormalized: bool = False  # True: the chosen experts' weights sum to one (Mixtral); False: Qwen2-MoE
+    is_topk_renormalized: bool = False
     aux_loss_coeff: float = 0.01
+    dense_layers: tuple[int, ...] = ()  # these, counted from 0, have an MLP of the model's ffn_hidden_size instead
+    score_function: Literal["softmax", "sigmoid", "sqrtsoftplus"] = "softmax"
+    has_expert_bias: bool = False
+    topk_scaling_factor: float = 1.0  # of the chosen experts' weights
+    # Group-limited routing: only experts of the group_topk best of num_groups groups are chosen. Both or neither.
+    num_groups: int | None = None
+    group_topk: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +75,7 @@ class ModelShape:
     has_tied_embeddings: bool = False
     has_embedding_norm: bool = False  # LayerNorm (weight, bias) on the embedding's output, whatever `normalization` is
     init_method_std: float = 0.02
-    moe: MoeShape | None = None  # then ffn_hidden_size is unused: the experts have their own
+    moe: MoeShape | None = None  # then ffn_hidden_size is that of its dense layers, if any: the experts have their own
     kv_channels: int | None = None  # width of a head; None: hidden_size / num_attention_heads, which is never spelt out
     has_qk_norm: bool = False  # a norm of width head_dim on every head's query and key, before the rotation (Qwen3)
     rope_scaling: RopeScaling | None = None
@@ -70,3 +84,21 @@ class ModelShape:
     @property
     def head_dim(self) -> int:
         return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    def is_mixture(self, layer: int) -> bool:
+        """Whether layer `layer`, counted from 0, is a mixture of experts."""
+        return self.moe is not None and layer not in self.moe.dense_layers
+
+    def split_kinds(self, layers: Iterable[int] | None = None) -> list[tuple["ModelShape", int]]:
+        """(this model with that kind of layer only, how many of `layers` are of it), dense layers first.
+
+        layers: all by default. A kind that none of them has is left out. What is true of a layer, such as its number of
+        parameters, is asked of such a model; what is true of the whole model is not.
+        """
+        chosen = list(range(self.num_layers) if layers is None else layers)
+        if self.moe is None or not self.moe.dense_layers:
+            return [(self, len(chosen))] if chosen else []
+        num_mixtures = sum(map(self.is_mixture, chosen))
+        dense, mixture = replace(self, moe=None), replace(self, moe=replace(self.moe, dense_layers=()))
+        kinds = [(dense, len(chosen) - num_mixtures), (mixture, num_mixtures)]
+        return [(kind, num_layers) for kind, num_layers in kinds if num_layers]

@@ -231,7 +231,7 @@ def compare(plan: "RunPlan", built: BuiltRank) -> None:
     ranges = split_layers(model.num_layers, layout)[place.pp_rank]
     local = count_rank_parameters(model, layout, place.pp_rank, vocab_divisible_by=plan.vocab_divisible_by)
     counted = place._asdict() | {
-        "layers": tuple(tuple(range(chunk.first_layer, chunk.first_layer + chunk.num_layers)) for chunk in ranges),
+        "layers": tuple(tuple(chunk.list_layers()) for chunk in ranges),
         "dense_parameters": local.dense,
         "expert_parameters": local.expert,
     }

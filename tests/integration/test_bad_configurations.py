@@ -97,6 +97,9 @@ BAD = {
         f"{MOE} --moe-router-topk 5",
         r"must be at most num_experts, got moe_router_topk=5, num_experts=4",
     ),
+    "a number for each layer": (f"{MOE} --moe-layer-freq [0]+[1]*2", r"must have a number for each layer, got moe_lay"),
+    "experts in no layer": (f"{MOE} --moe-layer-freq [0]*4", r"must be 0 or 1 for each layer, and 1 for some"),
+    "experts every 0th layer": (f"{MOE} --moe-layer-freq 0", r"moe-layer-freq: must be at least 1"),
     # Batch
     "global batch over ranks": (
         f"{TINY} {PLAN} 3",

@@ -29,7 +29,7 @@ def count_by_megatron(model: ModelShape, seq_length: int, batch_size: int, vocab
         moe_router_topk=moe.router_topk if moe else None,
         moe_ffn_hidden_size=moe.ffn_hidden_size if moe else None,
         moe_shared_expert_intermediate_size=moe.shared_expert_intermediate_size if moe else None,
-        moe_layer_freq=1,
+        moe_layer_freq=[int(model.is_mixture(layer)) for layer in range(model.num_layers)] if moe else 1,
         moe_latent_size=None,
         mtp_num_layers=None,
         multi_latent_attention=False,
@@ -46,6 +46,14 @@ def test_convention_a_is_what_megatron_logs(name):
     rows = padded_vocab_size(model.vocab_size, tensor_model_parallel_size=2)
     ours = count_flops_per_token(model, seq_length, "A", vocab_size=rows)
     assert batch_size * seq_length * ours == count_by_megatron(model, seq_length, batch_size, rows)
+
+
+def test_dense_layers_among_mixtures_are_counted_by_their_own_width():
+    model = PRESETS["tiny-llm-zh-moe"].model
+    mixed = dataclasses.replace(model, moe=dataclasses.replace(model.moe, dense_layers=(0, 3)))
+    ours = count_flops_per_token(mixed, 512, "A")
+    assert 512 * ours == count_by_megatron(mixed, 512, 1, mixed.vocab_size)
+    assert ours != count_flops_per_token(model, 512, "A")
 
 
 def test_norms_of_queries_and_keys_are_not_counted_and_wide_heads_are():

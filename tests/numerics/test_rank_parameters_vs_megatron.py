@@ -50,6 +50,9 @@ TOYS = {
             has_shared_expert_gate=True,
         ),
     ),
+    "moe after dense layers": dataclasses.replace(
+        LLAMA, moe=MoeShape(num_experts=8, router_topk=2, ffn_hidden_size=56, dense_layers=(0, 1, 2, 8))
+    ),
 }
 DENSE_LAYOUTS = {
     "one": ParallelLayout(),
@@ -84,7 +87,7 @@ CASES = [
     for model in ("llama", "qkv bias", "qk norm and wide heads", "tied", "gpt")
     for layout in DENSE_LAYOUTS
 ]
-MOE_CASES = [(model, layout) for model in ("moe", "moe shared") for layout in MOE_LAYOUTS]
+MOE_CASES = [(model, layout) for model in ("moe", "moe shared", "moe after dense layers") for layout in MOE_LAYOUTS]
 
 
 @pytest.fixture
@@ -125,6 +128,7 @@ def build_config(model: ModelShape, layout: ParallelLayout):
             "moe_ffn_hidden_size": moe.ffn_hidden_size,
             "moe_shared_expert_intermediate_size": moe.shared_expert_intermediate_size or None,
             "moe_shared_expert_gate": moe.has_shared_expert_gate,
+            "moe_layer_freq": [int(model.is_mixture(layer)) for layer in range(model.num_layers)],
             "moe_token_dispatcher_type": "allgather",
         }
     return TransformerConfig(
@@ -156,20 +160,14 @@ def build_config(model: ModelShape, layout: ParallelLayout):
 
 def count_built(model: ModelShape, layout: ParallelLayout, pp_rank: int) -> tuple[int, int]:
     """(dense, expert) elements of the chunks that megatron-core builds for the rank being played."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
 
     config = build_config(model, layout)
-    spec = get_gpt_layer_local_spec(
-        num_experts=model.moe.num_experts if model.moe else None,
-        qk_layernorm=model.has_qk_norm,
-        normalization=model.normalization,
-    )
     vp = layout.virtual_pipeline_model_parallel_size
     build = functools.partial(
         GPTModel,
         config=config,
-        transformer_layer_spec=spec,
         vocab_size=padded_vocab_size(
             model.vocab_size, divisible_by=8, tensor_model_parallel_size=layout.tensor_model_parallel_size
         ),
@@ -181,7 +179,9 @@ def count_built(model: ModelShape, layout: ParallelLayout, pp_rank: int) -> tupl
     for vp_stage in range(vp):
         is_first = pp_rank == 0 and vp_stage == 0
         is_last = pp_rank == layout.pipeline_model_parallel_size - 1 and vp_stage == vp - 1
-        chunk = build(pre_process=is_first, post_process=is_last, vp_stage=vp_stage if vp > 1 else None)
+        stage = vp_stage if vp > 1 else None
+        spec = get_gpt_decoder_block_spec(config, False, normalization=model.normalization, vp_stage=stage)
+        chunk = build(transformer_layer_spec=spec, pre_process=is_first, post_process=is_last, vp_stage=stage)
         for name, parameter in chunk.named_parameters():
             if ".experts." in name:
                 expert += parameter.numel()

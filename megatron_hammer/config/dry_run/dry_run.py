@@ -180,7 +180,7 @@ def _report_stages(
         stages.append(
             StageReport(
                 pp_rank=pp_rank,
-                layers=tuple(tuple(range(chunk.first_layer, chunk.first_layer + chunk.num_layers)) for chunk in chunks),
+                layers=tuple(tuple(chunk.list_layers()) for chunk in chunks),
                 dense_parameters=local.dense,
                 expert_parameters=local.expert,
                 optimizer_shard_parameters=shard.total,

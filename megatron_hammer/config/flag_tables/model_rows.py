@@ -112,6 +112,12 @@ EXPERTS: tuple[Idle, ...] = (
     ),
     beside("moe_expert_capacity_factor", "moe_pad_expert_input_to_capacity moe_token_drop_policy", " 1.5"),
     beside("moe_router_num_groups", "moe_router_group_topk", " 4"),
+    beside("moe_router_group_topk", "moe_router_num_groups", " 2"),
+    when(
+        lambda flags: flags["moe_router_score_function"] != "softmax",
+        "with --moe-router-score-function sigmoid",
+        "moe_router_pre_softmax",
+    ),
     beside("moe_router_enable_expert_bias", "moe_router_bias_update_rate"),
     beside("moe_routing_trace_path", "moe_routing_trace_", " DIR"),
     beside("moe_paged_stash", "moe_paged_stash_"),

@@ -26,7 +26,6 @@ UNCOUNTED: dict[str, tuple[object, ...]] = {
     "quick_geglu": (False,),
     "squared_relu": (False,),
     "moe_latent_size": (None,),
-    "moe_layer_freq": (1,),
     "pipeline_model_parallel_layout": (None,),
     "encoder_num_layers": (None,),
     "decoder_num_layers": (None,),

@@ -172,9 +172,7 @@ def _find_sequence_problems(model: ModelShape, layout: ParallelLayout, seq_lengt
 def _find_lost_layers(model: ModelShape, layout: ParallelLayout) -> list[str]:
     """Last: the layers of all chunks together are the layers of the model, each once."""
     chunks = [chunk for stage in split_layers(model.num_layers, layout) for chunk in stage]
-    built = sorted(
-        layer for chunk in chunks for layer in range(chunk.first_layer, chunk.first_layer + chunk.num_layers)
-    )
+    built = sorted(layer for chunk in chunks for layer in chunk.list_layers())
     if built == list(range(model.num_layers)):
         return []
     return [

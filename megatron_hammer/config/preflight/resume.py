@@ -119,8 +119,8 @@ def _describe_shape(model: ModelShape) -> dict[str, object]:
         "num-attention-heads": model.num_attention_heads,
         "num-query-groups": model.num_query_groups,
         "kv-channels": model.head_dim,
-        # With experts, the dense width is the size of no tensor.
-        "ffn-hidden-size": model.ffn_hidden_size if moe is None else None,
+        # With experts in every layer, the dense width is the size of no tensor.
+        "ffn-hidden-size": model.ffn_hidden_size if moe is None or moe.dense_layers else None,
         "swiglu": model.activation == "swiglu",
         "normalization": model.normalization,
         "position-embedding-type": model.position_embedding_type,
@@ -133,6 +133,8 @@ def _describe_shape(model: ModelShape) -> dict[str, object]:
         "moe-ffn-hidden-size": moe and moe.ffn_hidden_size,
         "moe-shared-expert-intermediate-size": moe and moe.shared_expert_intermediate_size,
         "moe-shared-expert-gate": moe and moe.has_shared_expert_gate,
+        "moe-layer-freq": moe and [int(model.is_mixture(layer)) for layer in range(model.num_layers)],
+        "moe-router-enable-expert-bias": moe and moe.has_expert_bias,
     }
 
 
@@ -148,5 +150,10 @@ def _describe_computation(model: ModelShape) -> dict[str, object]:
         values["bias_gelu_fusion"] = model.activation == "gelu_tanh"
     if model.moe is not None:
         values["moe_router_topk"] = model.moe.router_topk
-        values["moe_router_pre_softmax"] = not model.moe.is_topk_renormalized
+        if model.moe.score_function == "softmax":
+            values["moe_router_pre_softmax"] = not model.moe.is_topk_renormalized
+        values["moe_router_score_function"] = model.moe.score_function
+        values["moe_router_topk_scaling_factor"] = model.moe.topk_scaling_factor
+        values["moe_router_num_groups"] = model.moe.num_groups
+        values["moe_router_group_topk"] = model.moe.group_topk
     return values

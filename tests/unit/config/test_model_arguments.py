@@ -44,6 +44,7 @@ def test_every_field_is_translated_and_a_change_of_one_is_noticed() -> None:
         has_shared_expert_gate=True,
         is_topk_renormalized=True,
         aux_loss_coeff=0.03,
+        dense_layers=(0, 2),
     )
     changes = {
         "num_layers": 5,
@@ -75,6 +76,51 @@ def test_every_field_is_translated_and_a_change_of_one_is_noticed() -> None:
         changed = dataclasses.replace(LLAMA, **{name: value}, **linear)
         assert changed != LLAMA
         assert read_model(read_arguments(changed)) == changed, name
+
+
+def test_every_field_of_the_experts_is_translated() -> None:
+    sigmoid = MoeShape(
+        num_experts=8, router_topk=4, ffn_hidden_size=12, is_topk_renormalized=True, score_function="sigmoid"
+    )
+    changes = {
+        "num_experts": 6,
+        "router_topk": 2,
+        "ffn_hidden_size": 16,
+        "shared_expert_intermediate_size": 9,
+        "aux_loss_coeff": 0.03,
+        "dense_layers": (1,),
+        "score_function": "sqrtsoftplus",
+        "has_expert_bias": True,
+        "topk_scaling_factor": 2.5,
+    }
+    groups = {"num_groups": 4, "group_topk": 2}
+    softmax = {"is_topk_renormalized": False, "has_shared_expert_gate": True}  # beside what they need
+    assert changes.keys() | groups.keys() | softmax.keys() == {field.name for field in dataclasses.fields(MoeShape)}
+    models = [{name: value} for name, value in changes.items()]
+    models += [groups, {"is_topk_renormalized": False, "score_function": "softmax"}]
+    models += [{"has_shared_expert_gate": True, "shared_expert_intermediate_size": 9}]
+    for change in models:
+        changed = dataclasses.replace(LLAMA, moe=dataclasses.replace(sigmoid, **change))
+        assert read_model(read_arguments(changed)) == changed, change
+
+
+def test_equal_routers_are_equal_shapes() -> None:
+    """Megatron ignores these, or takes them for what it does without."""
+    base = toy_arguments(**MOE_ARGUMENTS | {"moe_router_score_function": "sigmoid"})
+    same = {
+        "moe_router_pre_softmax": True,
+        "moe_router_topk_scaling_factor": 1.0,
+        "moe_router_num_groups": 5,
+        "moe_layer_freq": [1, 1, 1],
+    }
+    for name, value in same.items():
+        assert read_model(argparse.Namespace(**vars(base) | {name: value})) == read_model(base), name
+    every_second = read_model(argparse.Namespace(**vars(base) | {"moe_layer_freq": 2}))
+    assert every_second.moe is not None
+    assert every_second.moe.dense_layers == (1,)
+    alone = read_model(argparse.Namespace(**vars(base) | {"moe_router_topk": 1}))
+    assert alone.moe is not None
+    assert not alone.moe.is_topk_renormalized
 
 
 def test_arguments_saved_before_a_flag_existed_mean_what_megatron_did_then() -> None:

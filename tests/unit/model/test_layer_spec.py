@@ -1,6 +1,7 @@
 """Both backends write the same checkpoint: TransformerEngine's names, with each norm inside the layer behind it."""
 
 import copy
+import dataclasses
 import inspect
 
 import pytest
@@ -67,6 +68,31 @@ def layers(names: tuple[str, ...]) -> list[str]:
 )
 def test_checkpoint_names(model: ModelShape, expected: list[str]) -> None:
     assert list_keys(model) == sorted(expected)
+
+
+def test_dense_layers_among_mixtures_have_names_of_their_own() -> None:
+    """Megatron stacks only layers that are all alike; and --moe-layer-freq 1 is alike."""
+    bias = {"score_function": "sigmoid", "has_expert_bias": True}
+    moe = dataclasses.replace(MOE.moe, dense_layers=(1,), **bias)
+    mixture = (*MOE_LAYER, "mlp.router.expert_bias")
+    expected = [f"decoder.layers.{layer}.{name}" for layer in (0, 2) for name in mixture]
+    expected += [f"decoder.layers.1.{name}" for name in DENSE]
+    assert list_keys(dataclasses.replace(MOE, moe=moe)) == sorted([*ENDS, *expected])
+
+
+@pytest.mark.parametrize("backend", ["torch", "te"])
+def test_a_stage_has_its_own_layers(monkeypatch, backend) -> None:
+    from megatron_hammer.model import layer_spec
+
+    config = copy.copy(build_whole_model(read_arguments(MOE)).config)
+    config.num_layers = 6
+    monkeypatch.setattr(layer_spec, "build_layer_spec", lambda config, backend, is_mixture: is_mixture)
+    monkeypatch.setattr(layer_spec, "_te_norm", lambda: "TENorm")
+    monkeypatch.setattr(layer_spec, "get_transformer_layer_offset", lambda config, vp_stage: 2)
+    monkeypatch.setattr(layer_spec, "get_num_layers_to_build", lambda config, vp_stage: 3)
+    for frequency, expected in ((2, [True, False, True]), ([0, 0, 0, 1, 1, 1], [False, True, True])):
+        config.moe_layer_freq = frequency
+        assert layer_spec.build_block_spec(config, backend).layer_specs == expected
 
 
 def test_the_embedding_norm_has_a_name_of_its_own() -> None:

@@ -9,8 +9,8 @@ from megatron_hammer.model.byte_units import GIB
 from megatron_hammer.model.layout import ParallelLayout
 from megatron_hammer.model.memory import (
     CUDA_CONTEXT_BYTES,
+    count_alive,
     count_in_flight,
-    count_layers_alive,
     estimate_memory,
 )
 from megatron_hammer.model.memory_loss import estimate_head
@@ -295,7 +295,7 @@ def test_micro_batches_in_flight(pp, vp, num_microbatches, in_flight):
 )
 def test_layers_alive_in_uneven_chunks(chunk_sizes, num_in_flight, num_microbatches, alive):
     layout = ParallelLayout(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=len(chunk_sizes))
-    assert count_layers_alive(layout, chunk_sizes, num_in_flight, num_microbatches) == alive
+    assert count_alive(layout, chunk_sizes, num_in_flight, num_microbatches) == alive
 
 
 def test_interleaving_costs_the_papers_factor():

@@ -1,6 +1,7 @@
 """State and permanent buffers of a stage: bytes per parameter, quantized copies, placeholders, gathered layers."""
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 
@@ -8,13 +9,14 @@ from megatron_hammer.model.layout import ParallelLayout
 from megatron_hammer.model.memory_options import WORKSPACE_BYTES, MemoryOptions
 from megatron_hammer.model.memory_state import count_shard_ranks, estimate_state, select_part_sizes
 from megatron_hammer.model.parameters import count_optimizer_shard, count_rank_parameters
+from megatron_hammer.model.pipeline_split import split_layers
 from megatron_hammer.presets.catalogue import PRESETS
 
 MODEL = PRESETS["hammer-1b4"].model
 H, FFN, KV, ROWS = 2048, 5632, 256, 105_856  # the vocabulary is padded to a multiple of 128
 LAYER_LINEARS = H * (H + 2 * KV) + H * H + 3 * H * FFN
 LAYER = LAYER_LINEARS + 2 * H
-WHOLE_MODEL = {"num_layers": 22, "is_first_stage": True, "is_last_stage": True}
+WHOLE_MODEL = {"kinds": [(MODEL, 22)], "is_first_stage": True, "is_last_stage": True}
 
 
 def estimate(layout=None, stage=WHOLE_MODEL, **options):
@@ -27,10 +29,13 @@ def estimate(layout=None, stage=WHOLE_MODEL, **options):
 @pytest.mark.parametrize(
     "model_name, pp",
     [("hammer-1b4", 1), ("hammer-1b4", 11), ("gpt2-124m", 1), ("gpt2-124m", 3), ("tiny-llm-zh-moe", 1),
-     ("tiny-llm-zh-moe", 2)],
+     ("tiny-llm-zh-moe", 2), ("tiny-llm-zh-moe with dense layers", 1), ("tiny-llm-zh-moe with dense layers", 2)],
 )  # fmt: skip
 def test_parts_add_up_to_the_exact_count_of_a_rank(tp, pp, model_name):
-    model = PRESETS[model_name].model
+    name, _, has_dense_layers = model_name.partition(" ")
+    model = PRESETS[name].model
+    if has_dense_layers:
+        model = replace(model, moe=replace(model.moe, dense_layers=(0, 2)))
     ep = 2 if model.moe else 1
     layout = ParallelLayout(
         tensor_model_parallel_size=tp,
@@ -39,14 +44,16 @@ def test_parts_add_up_to_the_exact_count_of_a_rank(tp, pp, model_name):
         expert_model_parallel_size=ep,
         has_sequence_parallel=tp > 1,
     )
-    for pp_rank in {0, pp - 1}:
+    for pp_rank, chunks in enumerate(split_layers(model.num_layers, layout)):
+        if pp_rank not in (0, pp - 1):
+            continue
         exact = count_rank_parameters(model, layout, pp_rank)
         shard = count_optimizer_shard(model, layout, pp_rank)
         state = estimate_state(
             model,
             layout,
             MemoryOptions(),
-            num_layers=model.num_layers // pp,
+            kinds=model.split_kinds(chunks[0].list_layers()),
             is_first_stage=pp_rank == 0,
             is_last_stage=pp_rank == pp - 1,
         )
@@ -57,7 +64,7 @@ def test_placeholders_of_weight_gradients_are_one_for_each_shape():
     plain, fused = estimate(has_fused_weight_gradients=False), estimate()
     assert plain.buffers == WORKSPACE_BYTES
     assert fused.buffers - plain.buffers == 2 * (LAYER_LINEARS + ROWS * H)
-    middle = {"num_layers": 11, "is_first_stage": False, "is_last_stage": False}
+    middle = {"kinds": [(MODEL, 11)], "is_first_stage": False, "is_last_stage": False}
     assert estimate(stage=middle).buffers - WORKSPACE_BYTES == 2 * LAYER_LINEARS  # no head there
 
 
@@ -98,7 +105,7 @@ def test_a_tied_head_has_a_placeholder_too():
     tied = PRESETS["gpt2-124m"].model
     h, rows = tied.hidden_size, 50_304
     layout = ParallelLayout(has_distributed_optimizer=False)
-    state = estimate_state(tied, layout, MemoryOptions(), num_layers=12, is_first_stage=True, is_last_stage=True)
+    state = estimate_state(tied, layout, MemoryOptions(), kinds=[(tied, 12)], is_first_stage=True, is_last_stage=True)
     # fc1 and fc2 have as many elements but not the same shape.
     assert state.buffers - WORKSPACE_BYTES == 2 * (3 * h * h + h * h + 2 * 4 * h * h + rows * h)
 
@@ -112,7 +119,7 @@ def test_a_tied_head_is_a_copy_only_on_a_stage_of_its_own():
 
 def test_muon_keeps_one_moment_of_matrices():
     model, layout = PRESETS["hammer-1b4"].model, ParallelLayout()
-    stage = {"num_layers": model.num_layers, "is_first_stage": True, "is_last_stage": True}
+    stage = {"kinds": model.split_kinds(), "is_first_stage": True, "is_last_stage": True}
     adam = estimate_state(model, layout, MemoryOptions(), **stage)
     muon = estimate_state(model, layout, MemoryOptions(matrix_moments_bytes=4), **stage)
     matrices = 22 * (2560 * 2048 + 2048 * 2048 + 3 * 2048 * 5632)  # query, key and value; projection; SwiGLU's three

@@ -44,6 +44,7 @@ FULL = {
     "moe_shared_expert_intermediate_size": 8,
     "moe_expert_capacity_factor": 2.0,
     "moe_router_num_groups": 2,
+    "moe_router_group_topk": 1,
     "moe_routing_trace_path": "traces",
     "moe_token_dispatcher_type": "flex",
     "window_size": (8, 0),
