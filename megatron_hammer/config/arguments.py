@@ -302,6 +302,7 @@ def build_config_container(arguments: ParsedArguments, build_model_config: Calla
         gpt_config_from_args(namespace),
         backend=namespace.backend,
         has_embedding_norm=namespace.embedding_norm,
+        residual_multiplier=namespace.residual_multiplier,
         num_tokens=namespace.vocab_size,
         rope_scaling_factor=namespace.rope_scaling_factor,
     )

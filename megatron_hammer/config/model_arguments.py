@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_hammer.model.shape import ModelShape, MoeShape, RopeScaling
+from megatron_hammer.model.shape import ModelShape, MoeShape, RopeScaling, shorten_attention_scale
 
 ESSENTIALS = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
 
@@ -106,6 +106,72 @@ def _read_interpolation_factor(args: Any) -> int | None:
     factor: int | None = getattr(args, "rotary_seq_len_interpolation_factor", None)
     # A factor of 1 changes nothing, so both spellings give equal shapes.
     return None if factor == 1 else factor
+
+
+def _read_rotary_percent(args: Any) -> float:
+    """Without a rope, --rotary-percent means nothing."""
+    return getattr(args, "rotary_percent", 1.0) if _read_position_embedding_type(args) == "rope" else 1.0
+
+
+def _read_layers_without_rope(args: Any) -> tuple[int, ...]:
+    """--no-rope-freq is a list with a 1 for each layer without a rope, or N for every N-th layer."""
+    frequency: Any = getattr(args, "no_rope_freq", None)
+    if not frequency or _read_position_embedding_type(args) != "rope":
+        return ()
+    if isinstance(frequency, int):
+        return tuple(range(frequency - 1, args.num_layers, frequency))
+    return tuple(layer for layer, is_without in enumerate(frequency) if is_without)
+
+
+def _write_layers_without_rope(model: ModelShape) -> dict[str, Any]:
+    layers, num_layers = model.layers_without_rope, model.num_layers
+    if not layers:
+        return {"no_rope_freq": None}
+    # Megatron takes the number only where it divides the layers.
+    step = layers[0] + 1
+    if num_layers % step == 0 and layers == tuple(range(step - 1, num_layers, step)):
+        return {"no_rope_freq": step}
+    return {"no_rope_freq": [int(layer in layers) for layer in range(num_layers)]}
+
+
+# megatron.core TransformerConfig.__post_init__ of 0.19.2 derives two of the multipliers of --use-mup from sizes.
+
+
+def _read_embedding_multiplier(args: Any) -> float:
+    return args.mup_embedding_mult if getattr(args, "use_mup", False) else 1.0
+
+
+def _read_attention_scale(args: Any) -> float | None:
+    """None for 1 / sqrt(head_dim), so that equal models are equal shapes."""
+    if not getattr(args, "use_mup", False):
+        return None
+    head_dim = args.kv_channels or args.hidden_size // args.num_attention_heads
+    base = 1.0 if args.mup_base_head_dim is None else args.mup_base_head_dim**0.5
+    return shorten_attention_scale(base / head_dim**args.mup_attn_scale_power, head_dim)
+
+
+def _read_logits_multiplier(args: Any) -> float:
+    if not getattr(args, "use_mup", False):
+        return 1.0
+    # Megatron takes a multiplier of 1 for one that was not given.
+    is_derived = args.mup_output_mult == 1.0 and args.mup_base_hidden_size
+    return args.mup_base_hidden_size / args.hidden_size if is_derived else args.mup_output_mult
+
+
+def _write_multipliers(model: ModelShape) -> dict[str, Any]:
+    """--use-mup of a model that is its own base, so that neither its learning rates nor its first weights change."""
+    if (model.embedding_multiplier, model.attention_scale, model.logits_multiplier) == (1.0, None, 1.0):
+        return {"use_mup": False}
+    scale = model.attention_scale or model.head_dim**-0.5
+    return {
+        "use_mup": True,
+        "mup_base_hidden_size": None,
+        "mup_embedding_mult": model.embedding_multiplier,
+        "mup_output_mult": model.logits_multiplier,
+        # The scale is sqrt(base) / head_dim ** power. No flag of Megatron has the scale itself.
+        "mup_attn_scale_power": 0.0,
+        "mup_base_head_dim": scale * scale,
+    }
 
 
 def _read_aux_loss_coeff(args: Any) -> float:
@@ -266,6 +332,12 @@ _ROWS = (
         _read_interpolation_factor,
         lambda model: {"rotary_seq_len_interpolation_factor": model.rotary_seq_len_interpolation_factor},
     ),
+    Row("rotary_percent", _read_rotary_percent, lambda model: {"rotary_percent": model.rotary_percent}),
+    Row("layers_without_rope", _read_layers_without_rope, _write_layers_without_rope),
+    Row("embedding_multiplier", _read_embedding_multiplier, _write_multipliers),
+    Row("attention_scale", _read_attention_scale, _write_multipliers),
+    Row("logits_multiplier", _read_logits_multiplier, _write_multipliers),
+    _same("residual_multiplier", absent=1.0),  # ours: Megatron has no such argument
     Row("moe", _read_moe, _write_moe),
 )
 

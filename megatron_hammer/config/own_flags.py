@@ -45,6 +45,12 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     group.add_argument("--embedding-norm", action="store_true", help="LayerNorm on the embedding's output")
     group.add_argument(
+        "--residual-multiplier",
+        type=float,
+        default=1.0,
+        help="of the outputs of attention and MLP before they are added to the residual (Granite)",
+    )
+    group.add_argument(
         # Megatron has only the positive flag, and our default is on, so a way to switch it off is needed.
         "--no-distributed-optimizer",
         action="store_false",

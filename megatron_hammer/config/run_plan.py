@@ -191,7 +191,6 @@ class RunSettings:
     model: ModelShape | None
     layout: ParallelLayout | None
     layers_per_chunk: int | None  # where it decides the number of virtual chunks
-    rotary_percent: float
 
     @property
     def model_name(self) -> str:

@@ -4,6 +4,8 @@ Both give the same checkpoint names: TransformerEngine fuses the norm in front o
 (`self_attention.linear_qkv.layer_norm_weight`), and the torch layers map their separate norms to those names.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -23,6 +25,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
+from torch import Tensor
 
 from megatron_hammer.model.torch_modules import SdpaAttention, TorchNorm, TorchNormOfResidual
 
@@ -39,12 +42,32 @@ class TorchSpecProvider(LocalSpecProvider):
         return SdpaAttention
 
 
-def build_layer_spec(config: TransformerConfig, backend: Backend, *, is_mixture: bool = True) -> ModuleSpec:
+def build_layer_spec(
+    config: TransformerConfig, backend: Backend, *, is_mixture: bool = True, residual_multiplier: float = 1.0
+) -> ModuleSpec:
     """The spec of one layer. is_mixture: False for a dense layer of a model that has experts in others."""
     num_experts = config.num_moe_experts if is_mixture else None
-    if backend == "te":
-        return _build_te_layer_spec(config, num_experts)
-    return _build_torch_layer_spec(config, num_experts)
+    spec = (_build_te_layer_spec if backend == "te" else _build_torch_layer_spec)(config, num_experts)
+    if residual_multiplier != 1.0:
+        spec.submodules.self_attn_bda = spec.submodules.mlp_bda = _scale_residual_branch(residual_multiplier)
+    return spec
+
+
+def _scale_residual_branch(multiplier: float) -> Callable[[bool, bool], Any]:
+    """megatron's sum of a layer's output, its bias and the residual, with the first two multiplied before it."""
+
+    # A function: megatron's build_module would import anything else that is no class.
+    def select_sum(is_training: bool, is_fused: bool) -> Callable[..., Tensor]:
+        add = get_bias_dropout_add(is_training, is_fused)
+
+        def add_scaled(output: tuple[Tensor, Tensor | None], residual: Tensor, dropout_ratio: float) -> Tensor:
+            scaled = tuple(None if part is None else part * multiplier for part in output)
+            total: Tensor = add(scaled, residual, dropout_ratio)
+            return total
+
+        return add_scaled
+
+    return select_sum
 
 
 def _build_te_layer_spec(config: TransformerConfig, num_experts: int | None) -> ModuleSpec:
@@ -100,14 +123,17 @@ def _build_torch_layer_spec(config: TransformerConfig, num_experts: int | None) 
     )
 
 
-def build_block_spec(config: TransformerConfig, backend: Backend, vp_stage: int | None = None) -> Any:
+def build_block_spec(
+    config: TransformerConfig, backend: Backend, vp_stage: int | None = None, *, residual_multiplier: float = 1.0
+) -> Any:
     """The layers of one pipeline chunk and the norm that ends the last one."""
+    build = partial(build_layer_spec, config, backend, residual_multiplier=residual_multiplier)
     is_mixture = _list_mixtures(config)
     if backend == "te" and all(is_mixture):
-        return build_layer_spec(config, backend)  # megatron's block builds TENorm by itself
+        return build(is_mixture=True)  # megatron's block builds TENorm by itself
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     chunk = is_mixture[first : first + get_num_layers_to_build(config, vp_stage=vp_stage)]
-    specs = {kind: build_layer_spec(config, backend, is_mixture=kind) for kind in set(chunk)}
+    specs = {kind: build(is_mixture=kind) for kind in set(chunk)}
     # Imported by name only where it is used: TransformerEngine is not installed where the torch backend runs.
     norm = TorchNorm if backend == "torch" else _te_norm()
     return TransformerBlockSubmodules(layer_specs=[specs[kind] for kind in chunk], layer_norm=norm)

@@ -108,16 +108,17 @@ def _count_attention(
     return kept + core, dropped
 
 
-def _count_whole_qkv(model: ModelShape, widths: _Widths) -> int:
+def _count_whole_qkv(model: ModelShape, widths: _Widths) -> float:
     """Elements per token kept beside q, k and v where v, as a view, keeps the whole output of linear_qkv.
 
     Rotary embeddings make new queries and keys of it. Norms have theirs already, and keep the keys of that output;
     several groups of several queries are copied where they are made one dimension.
     """
-    if model.position_embedding_type == "rope" and not model.has_qk_norm:
-        return widths.queries + widths.key_values
+    # The average layer: how many of a stage's layers have no rope is not looked at.
+    turned = 0.0 if model.has_qk_norm else model.rope_share
     num_groups = widths.key_values // model.head_dim
-    return widths.queries if 1 < num_groups < widths.heads else 0
+    copied = widths.queries if 1 < num_groups < widths.heads else 0
+    return turned * (widths.queries + widths.key_values) + (1 - turned) * copied
 
 
 def _count_core_attention(batch: Batch, layout: ParallelLayout, options: MemoryOptions, widths: _Widths) -> float:

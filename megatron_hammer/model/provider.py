@@ -28,12 +28,14 @@ class HammerModelConfig(GPTModelConfig):
     """megatron's GPTModelConfig, the backend that builds it, and what the shipped presets need beyond it.
 
     num_tokens: of the vocabulary without its padding; None counts the padding as tokens, in the loss too.
+    residual_multiplier: of what attention and MLP add to the residual.
     """
 
     builder: ClassVar[str] = "megatron_hammer.model.provider.HammerModelBuilder"
     backend: Backend = "torch"
     has_embedding_norm: bool = False
     num_tokens: int | None = None
+    residual_multiplier: float = 1.0
 
 
 def build_model_config(
@@ -41,6 +43,7 @@ def build_model_config(
     *,
     backend: Backend,
     has_embedding_norm: bool,
+    residual_multiplier: float,
     num_tokens: int | None = None,
     rope_scaling_factor: float | None = None,
 ) -> HammerModelConfig:
@@ -48,7 +51,13 @@ def build_model_config(
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(GPTModelConfig)}
     if rope_scaling_factor is not None:
         values["rope_scaling_factor"] = rope_scaling_factor
-    return HammerModelConfig(**values, backend=backend, has_embedding_norm=has_embedding_norm, num_tokens=num_tokens)
+    return HammerModelConfig(
+        **values,
+        backend=backend,
+        has_embedding_norm=has_embedding_norm,
+        num_tokens=num_tokens,
+        residual_multiplier=residual_multiplier,
+    )
 
 
 class HammerGPTModel(GPTModel):
@@ -101,7 +110,9 @@ class HammerModelBuilder(GPTModelBuilder):
             post_process = is_vp_last_stage(vp_stage=vp_stage, vp_size=vp_size) and is_pp_last_stage(pg_collection.pp)
         return HammerGPTModel(
             config=config.transformer,
-            transformer_layer_spec=build_block_spec(config.transformer, config.backend, vp_stage),
+            transformer_layer_spec=build_block_spec(
+                config.transformer, config.backend, vp_stage, residual_multiplier=config.residual_multiplier
+            ),
             vocab_size=config.vocab_size,
             max_sequence_length=config.seq_length,
             pre_process=pre_process,

@@ -4,6 +4,7 @@ Names are mcore's. It is translated to and from Megatron's arguments in `config/
 Hugging Face config in `checkpoint/hugging_face/`, nowhere else. How a model is trained is a `Recipe` (presets/).
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -80,10 +81,23 @@ class ModelShape:
     has_qk_norm: bool = False  # a norm of width head_dim on every head's query and key, before the rotation (Qwen3)
     rope_scaling: RopeScaling | None = None
     rotary_seq_len_interpolation_factor: int | None = None  # positions are divided by it (linear scaling)
+    rotary_percent: float = 1.0  # share of a head's channels that the rope turns, the first of them (Phi-3)
+    layers_without_rope: tuple[int, ...] = ()  # from 0, ascending; they turn no query and no key (SmolLM3)
+    embedding_multiplier: float = 1.0  # of the embedding's output (Granite, --use-mup; so the next three)
+    attention_scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim), which is never spelt out
+    residual_multiplier: float = 1.0  # of what attention and MLP add to the residual
+    logits_multiplier: float = 1.0
 
     @property
     def head_dim(self) -> int:
         return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def rope_share(self) -> float:
+        """The share of the layers that turn queries and keys."""
+        if self.position_embedding_type != "rope":
+            return 0.0
+        return 1 - len(self.layers_without_rope) / self.num_layers
 
     def is_mixture(self, layer: int) -> bool:
         """Whether layer `layer`, counted from 0, is a mixture of experts."""
@@ -102,3 +116,8 @@ class ModelShape:
         dense, mixture = replace(self, moe=None), replace(self, moe=replace(self.moe, dense_layers=()))
         kinds = [(dense, len(chosen) - num_mixtures), (mixture, num_mixtures)]
         return [(kind, num_layers) for kind, num_layers in kinds if num_layers]
+
+
+def shorten_attention_scale(scale: float, head_dim: int) -> float | None:
+    """`ModelShape.attention_scale` of this scale: None for the usual one, within the rounding of its last digits."""
+    return None if math.isclose(scale, head_dim**-0.5, rel_tol=1e-15) else scale

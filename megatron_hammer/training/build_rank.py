@@ -79,7 +79,12 @@ def build_rank(argv: Sequence[str], rank: int) -> BuiltRank:
     trial, megatron_config = build_trial_config(
         arguments.namespace, global_batch_size=batch, eval_global_batch_size=None, eval_micro_batch_size=None
     )
-    config = build_model_config(megatron_config, backend="torch", has_embedding_norm=plan.model.has_embedding_norm)
+    config = build_model_config(
+        megatron_config,
+        backend="torch",
+        has_embedding_norm=plan.model.has_embedding_norm,
+        residual_multiplier=plan.model.residual_multiplier,
+    )
     # No values, and none fetched from the first stage for a tied head. Context parallelism cuts no parameter, and the
     # torch backend has none: the groups below are the run's, the modules are built without it.
     config.transformer.perform_initialization = False

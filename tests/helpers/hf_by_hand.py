@@ -217,6 +217,7 @@ def permute_to_megatron(config: Mapping[str, Any], hf: Mapping[str, Tensor]) -> 
 
 def _permute_layer(config: Mapping[str, Any], hf: dict[str, Tensor]) -> dict[str, Tensor]:
     """Pops what it uses from `hf`, the tensors of one layer."""
+    _take_apart(config, hf)
     megatron = {"self_attention.linear_qkv.layer_norm_weight": hf.pop("input_layernorm.weight")}
     for kind in ("weight", "bias"):
         if f"self_attn.q_proj.{kind}" in hf:
@@ -251,6 +252,24 @@ def _permute_layer(config: Mapping[str, Any], hf: dict[str, Tensor]) -> dict[str
         megatron |= _permute_mlp("mlp.shared_experts.", "mlp.shared_expert.{}_proj", hf)
         megatron["mlp.shared_experts.gate_weight"] = hf.pop("mlp.shared_expert_gate.weight")
     return megatron
+
+
+def _take_apart(config: Mapping[str, Any], hf: dict[str, Tensor]) -> None:
+    """Phi-3's fused tensors and Helium's rows as Llama has them."""
+    heads, groups = config["num_attention_heads"], config.get("num_key_value_heads", config["num_attention_heads"])
+    if "self_attn.qkv_proj.weight" in hf:
+        qkv, h = hf.pop("self_attn.qkv_proj.weight"), config["hidden_size"]
+        d = h // heads
+        ends = {"q": (0, heads * d), "k": (heads * d, (heads + groups) * d), "v": ((heads + groups) * d, len(qkv))}
+        hf |= {f"self_attn.{part}_proj.weight": qkv[begin:end] for part, (begin, end) in ends.items()}
+        gate_up, f = hf.pop("mlp.gate_up_proj.weight"), config["intermediate_size"]
+        hf |= {"mlp.gate_proj.weight": gate_up[:f], "mlp.up_proj.weight": gate_up[f:]}
+    if config["model_type"] == "helium":
+        for name in [f"self_attn.{part}_proj.{kind}" for part in "qk" for kind in ("weight", "bias")]:
+            if name in hf:
+                d = read_head_dim(config)
+                heads_of = hf[name].split(d)
+                hf[name] = torch.cat([torch.cat([head[0::2], head[1::2]]) for head in heads_of])
 
 
 def _permute_mlp(ours: str, theirs: str, hf: dict[str, Tensor]) -> dict[str, Tensor]:

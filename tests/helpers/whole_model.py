@@ -61,6 +61,7 @@ def build_whole_model(namespace: Namespace) -> Any:
         gpt_config_from_args(namespace),
         backend="torch",
         has_embedding_norm=namespace.embedding_norm,
+        residual_multiplier=namespace.residual_multiplier,
         rope_scaling_factor=namespace.rope_scaling_factor,
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()

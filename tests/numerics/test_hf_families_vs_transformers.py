@@ -44,6 +44,14 @@ GPT2_SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+PARTIAL_SIZES = SIZES | {"hidden_size": 48}  # heads of 8 channels
+# Of Granite 3; no two alike, and none a power of two.
+MULTIPLIERS = {
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.7,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 1.3,
+}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 5e5,
@@ -89,6 +97,42 @@ FAMILIES = {
     ),
     "qwen3 moe": (
         transformers.Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=14, norm_topk_prob=True),
+        {"norm_epsilon": 1e-5},
+    ),
+    "phi3": (transformers.Phi3Config(**SIZES), {"norm_epsilon": 1e-3}),
+    "phi3 that turns half of a head": (
+        transformers.Phi3Config(**PARTIAL_SIZES, partial_rotary_factor=0.5),
+        {"rotary_percent": 1.0},
+    ),
+    "seed oss": (transformers.SeedOssConfig(**SIZES, head_dim=14), {"rotary_base": 20_000}),
+    "seed oss without biases": (
+        transformers.SeedOssConfig(**SIZES, head_dim=14, attention_bias=False),
+        {"norm_epsilon": 1e-5},
+    ),
+    "smollm3": (
+        transformers.SmolLM3Config(**SIZES, no_rope_layer_interval=2, tie_word_embeddings=False),
+        {"layers_without_rope": (0,)},
+    ),
+    "smollm3 by its list": (
+        transformers.SmolLM3Config(**SIZES, no_rope_layers=[0, 1, 0], tie_word_embeddings=True),
+        {"layers_without_rope": (0,)},
+    ),
+    "granite": (transformers.GraniteConfig(**SIZES, **MULTIPLIERS), {"residual_multiplier": 1.0}),
+    "granite with another scale of the scores": (
+        transformers.GraniteConfig(**SIZES, attention_multiplier=0.3),
+        {"attention_scale": None},
+    ),
+    "granite with larger embeddings": (
+        transformers.GraniteConfig(**SIZES, **MULTIPLIERS),
+        {"embedding_multiplier": 1.0},
+    ),
+    "granite with smaller logits": (
+        transformers.GraniteConfig(**SIZES, **MULTIPLIERS, tie_word_embeddings=True),
+        {"logits_multiplier": 1.0},
+    ),
+    "helium": (transformers.HeliumConfig(**SIZES, head_dim=4), {"rotary_base": 20_000}),
+    "helium with biases": (
+        transformers.HeliumConfig(**SIZES, head_dim=4, attention_bias=True, tie_word_embeddings=True),
         {"norm_epsilon": 1e-5},
     ),
     "gpt2": (transformers.GPT2Config(**GPT2_SIZES), {"activation": "gelu_erf"}),
@@ -148,7 +192,7 @@ def test_a_folder_of_transformers_is_the_same_model(name, tmp_path):
     num_built = sum(parameter.numel() for parameter in reference.parameters())
     assert count_parameters(model) == num_built
     padding_rows = namespace.padded_vocab_size - LLAMA.vocab_size
-    padding = padding_rows * LLAMA.hidden_size * (1 if model.has_tied_embeddings else 2)
+    padding = padding_rows * model.hidden_size * (1 if model.has_tied_embeddings else 2)
     assert sum(parameter.numel() for parameter in ours.parameters()) == num_built + padding
 
     assert read_saved_model(namespace) == model  # what an export of this run will find
@@ -161,8 +205,10 @@ def test_a_folder_of_transformers_comes_back_bit_for_bit(name, tmp_path):
     save_reference(FAMILIES[name][0], tmp_path)
     model, config, weights = read_folder(tmp_path)
     permuted = permute_to_megatron(config, weights)
+    family = select_family(model, preferred=config["model_type"])
+    assert family.model_type == config["model_type"]
     back = {}
-    for pair in expand(select_family(model), model):
+    for pair in expand(family, model):
         parts = pair.layout.split(permuted[pair.megatron_name], model)
         back |= dict(zip(pair.hf_names, parts, strict=True))
     assert back.keys() == weights.keys()

@@ -178,7 +178,7 @@ def _plan_export(options: ExportOptions) -> _Plan:
     notes = [] if embedding is None else [*vocabulary.describe(embedding.shape[0])]
     source = find_descriptions(reader.saved_args, reader.directory)
     carried = None if source is None else select_carried(source, vocab_size=model.vocab_size)
-    family = select_family(model)
+    family = select_family(model, preferred=None if source is None else source.config.get("model_type"))
     pairs = expand(family, model)
     reader.remove_vocab_padding(model.vocab_size)
     validate_names_and_shapes(

@@ -12,9 +12,9 @@ from gguf import MODEL_ARCH, GGMLQuantizationType, get_tensor_name_map
 from torch import Tensor
 
 from megatron_hammer.checkpoint.gguf.file_types import FileType, Place, count_tensor_bytes, select_type
-from megatron_hammer.checkpoint.gguf.rotary_rows import permute_rope, unpermute_rope
 from megatron_hammer.checkpoint.hugging_face.config_json import HfModel
 from megatron_hammer.checkpoint.hugging_face.family import expand
+from megatron_hammer.checkpoint.hugging_face.rotary_rows import permute_rope, unpermute_rope
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.model.shape import ModelShape, RopeScaling
 

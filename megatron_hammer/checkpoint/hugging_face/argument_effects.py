@@ -19,7 +19,8 @@ _EXPRESSED = """
     untie_embeddings_and_output_weights embedding_norm init_method_std qk_layernorm use_rope_scaling
     rope_scaling_factor rotary_seq_len_interpolation_factor num_experts moe_router_topk moe_ffn_hidden_size
     moe_shared_expert_intermediate_size moe_shared_expert_gate moe_router_pre_softmax moe_layer_freq
-    moe_aux_loss_coeff attention_dropout hidden_dropout
+    moe_aux_loss_coeff attention_dropout hidden_dropout rotary_percent no_rope_freq residual_multiplier use_mup
+    mup_base_hidden_size mup_embedding_mult mup_output_mult mup_base_head_dim mup_attn_scale_power
 """
 EXPRESSED = frozenset(_EXPRESSED.split())
 
@@ -28,10 +29,8 @@ _RANKED_OTHERWISE = {"sinkhorn", "quantile_balancing"}  # load balancing that is
 EXPRESSIBLE: dict[str, tuple[Callable[[Any], bool], str]] = {
     "normalization": (lambda value: value in ("RMSNorm", "LayerNorm"), "only RMSNorm and LayerNorm are mapped"),
     "position_embedding_type": (lambda value: value in ("rope", "learned_absolute"), "no mapping has another"),
-    "rotary_percent": (lambda value: value in (None, 1.0), "Llama rotates every dimension of a head"),
     "rotary_interleaved": (lambda value: not value, "transformers rotates halves, not neighbouring pairs"),
     "rotary_scaling_factor": (lambda value: value in (None, 1.0), "only MLA models have it"),
-    "no_rope_freq": (lambda value: not value, "every layer must have the same position embedding"),
     "qk_l2_norm": (lambda value: not value, "a norm without weights on queries and keys is not mapped"),
     "multi_latent_attention": (lambda value: not value, "multi-latent attention is not mapped"),
     "attention_output_gate": (lambda value: not value, "a gate on the attention output is not mapped"),
@@ -60,7 +59,6 @@ EXPRESSIBLE: dict[str, tuple[Callable[[Any], bool], str]] = {
     "linear_attention_freq": (lambda value: not value, "linear attention is not mapped"),
     "heterogeneous_layers_config_path": (lambda value: not value, "heterogeneous layers are not mapped"),
     "heterogeneous_layers_config_encoded_json": (lambda value: not value, "heterogeneous layers are not mapped"),
-    "use_mup": (lambda value: not value, "muP's multipliers are not mapped"),
     "moe_router_score_function": (lambda value: value in (None, "softmax"), "the router must use softmax"),
     "moe_router_topk_scaling_factor": (lambda value: value in (None, 1.0), "scaled router weights are not mapped"),
     "moe_router_load_balancing_type": (
@@ -83,13 +81,13 @@ EXPRESSIBLE: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-# Families of arguments about the run, and of a feature whose switch is refused above (mup_ belongs to use_mup).
+# Families of arguments about the run, and of a feature whose switch is refused above.
 _INERT_PREFIXES = """
     adam_ adlr_ app_tag_ async_ bert_ biencoder_ ckpt_ consumed_ cpu_offloading cuda_graph_ data_ dataloader_
     ddp_ decoupled_ dino_ disable_straggler dist_ distrib_ distributed_ dsa_ encoder_ eval_ exit_ exp_avg_
     fault_injector_ fim_ fine_grained_ flight_recorder_ fp4_ fp8_ fsdp_ ft_ grpo_ hysteresis ict_ indexer_
     inference_ inprocess_ kitchen_ langrl_ linear_ lion_ load_ log_ logits_ lr_ mamba_ manual_gc mask_
-    megatron_fsdp_ moe_hybridep_ moe_ncclep_ moe_paged_stash moe_routing_trace_ moe_upcycling_ muon_ mup_ nccl_
+    megatron_fsdp_ moe_hybridep_ moe_ncclep_ moe_paged_stash moe_routing_trace_ moe_upcycling_ muon_ nccl_
     no_load_ no_save_ non_persistent_ null_tokenizer_ num_floating_ offload_ one_logger_ optimizer overlap_
     pin_cpu_ profile pytorch_profiler_ qk_clip query_ recompute_ record_ replication retriever_ retro_ rl_ save_
     sft_ skipped_ straggler_ tensorboard_ test_ tiktoken_ timing_log_ tokenizer_ tp_comm_ train_ use_checkpoint_
@@ -144,8 +142,8 @@ _INERT = """
     moe_single_grouped_bias moe_single_grouped_weight moe_token_dispatcher_type moe_token_drop_policy
     moe_token_dropping moe_use_legacy_grouped_gemm moe_use_upcycling moe_z_loss_coeff mrope_section mscale
     mscale_all_dim mtp_detach_heads mtp_hybrid_override_pattern mtp_loss_scaling_factor mtp_standalone
-    mtp_use_repeated_layer multiple_validation_sets no_persist_layer_norm no_weight_decay_cond_type num_channels
-    num_classes num_dataset_builder_threads num_distributed_optimizer_instances num_layers_at_end_in_bf16
+    mtp_use_repeated_layer multiple_validation_sets mup_width_mult no_persist_layer_norm no_weight_decay_cond_type
+    num_channels num_classes num_dataset_builder_threads num_distributed_optimizer_instances num_layers_at_end_in_bf16
     num_layers_at_start_in_bf16 num_layers_per_virtual_pipeline_stage num_speculative_tokens
     num_virtual_stages_per_pipeline_rank num_workers nvtx_ranges object_storage_cache_path
     offset_sampling_seed_by_dp_rank onnx_safe out_seq_length outer_dp_sharding_strategy output_bert_embeddings

@@ -4,7 +4,7 @@ The families (families/) say which field means what.
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ def _is_one(value: Any) -> bool:
 _QUIET: dict[str, tuple[Callable[[Any], bool], str]] = {
     "quantization_config": (_is_absent, "quantized weights are not mapped"),
     "compression_config": (_is_absent, "compressed weights are not mapped"),
-    "partial_rotary_factor": (_is_one, "Megatron's mapped models rotate every dimension of a head"),
+    "partial_rotary_factor": (_is_one, "this family is mapped with a rope of every dimension of a head"),
     "rotary_pct": (_is_one, "Megatron's mapped models rotate every dimension of a head"),
     "rope_interleaved": (_is_absent, "rotated pairs must stand half a head apart"),
     "use_mrope": (_is_absent, "a rope over several axes is not mapped"),
@@ -73,6 +73,7 @@ class Rope:
     base: int = 10_000
     scaling: RopeScaling | None = None
     interpolation_factor: int | None = None
+    percent: float = 1.0  # of the channels of a head
 
 
 class HfFields:
@@ -115,6 +116,14 @@ class HfFields:
             return default
         return float(value)
 
+    def multiplier(self, name: str) -> float:
+        """A positive number; 1 where it is absent."""
+        value = self.number(name, 1.0)
+        if value == 0:
+            self._wrong(name, "a positive number", value)
+            return 1.0
+        return value
+
     def flag(self, name: str, default: bool) -> bool:
         """True or false."""
         value = self._config.get(name)
@@ -148,10 +157,10 @@ class HfFields:
         if names_a_model and not runs_own_code:
             self.refuse("auto_map", "the folder brings code of its own, which is never run and may compute anything")
 
-    def require_nothing_else(self) -> None:
-        """Refuse every field, of any family, that asks for what is not mapped."""
+    def require_nothing_else(self, read_here: Collection[str] = ()) -> None:
+        """Refuse every field, of any family, that asks for what is not mapped; read_here: those of this family."""
         for name, (is_quiet, reason) in _QUIET.items():
-            if not is_quiet(self._config.get(name)):
+            if name not in read_here and not is_quiet(self._config.get(name)):
                 self.refuse(name, reason)
         # Classes that can have a window, such as Qwen2, write layer_types also where all layers are alike.
         layer_types = self._config.get("layer_types")
@@ -228,8 +237,23 @@ class HfFields:
             return hidden_size // heads
         return self.count("head_dim", default=default or hidden_size // heads)
 
-    def rope(self, default_theta: float) -> Rope:
-        """The rotary embedding. transformers 4 writes its scaling to rope_scaling, version 5 to rope_parameters."""
+    def layers_without_rope(self, num_layers: int) -> tuple[int, ...]:
+        """SmolLM3's layers, from 0: those with a 0 in no_rope_layers, or without that list every 4th or so."""
+        pattern = self._config.get("no_rope_layers")
+        if pattern is None:
+            interval = self.count("no_rope_layer_interval", default=4)
+            return tuple(range(interval - 1, num_layers, interval))
+        # transformers takes a longer list, of which it reads the beginning.
+        if not isinstance(pattern, list) or len(pattern) < num_layers or any(has not in (0, 1) for has in pattern):
+            self._wrong("no_rope_layers", f"a list with 1 or 0 for each of {num_layers} layers", pattern)
+            return ()
+        return tuple(layer for layer, has_rope in enumerate(pattern[:num_layers]) if not has_rope)
+
+    def rope(self, default_theta: float, *, may_be_partial: bool = False) -> Rope:
+        """The rotary embedding. transformers 4 writes its scaling to rope_scaling, version 5 to rope_parameters.
+
+        may_be_partial: the family may turn a share of a head's channels.
+        """
         older, newer = self._config.get("rope_scaling") or {}, self._config.get("rope_parameters") or {}
         name = "rope_scaling" if older else "rope_parameters"
         parameters = older or newer
@@ -251,15 +275,31 @@ class HfFields:
                 f"rope_theta={theta!r}. Use a model with a whole base."
             )
             return Rope()
-        if not _is_one(parameters.get("partial_rotary_factor")):
+        percent = parameters.get("partial_rotary_factor")
+        if percent is None:
+            percent = self._config.get("partial_rotary_factor")
+        percent = 1.0 if percent is None else percent
+        if not may_be_partial and not _is_one(parameters.get("partial_rotary_factor")):
             self.refuse(name, "Megatron's mapped models rotate every dimension of a head")
+        elif isinstance(percent, bool) or not isinstance(percent, int | float) or not 0 < percent <= 1:
+            self._wrong("partial_rotary_factor", "a share of a head's channels, above 0 and up to 1", percent)
+            percent = 1.0
         # Older files spell the field type.
         kind = parameters.get("rope_type", parameters.get("type", "default"))
         scaling = self._llama3_scaling(name, parameters) if kind == "llama3" else None
         interpolation_factor = self._interpolation_factor(name, parameters) if kind == "linear" else None
         if kind not in ("default", "linear", "llama3"):
             self.refuse(name, f"Megatron scales a rope by llama3 or linear, not by {kind}")
-        return Rope(base=int(theta), scaling=scaling, interpolation_factor=interpolation_factor)
+        share = float(percent) if may_be_partial else 1.0
+        return Rope(base=int(theta), scaling=scaling, interpolation_factor=interpolation_factor, percent=share)
+
+    def require_no_rope_scaling(self, reason: str) -> None:
+        """Refuse a scaled rope, whatever its kind."""
+        for name in ("rope_scaling", "rope_parameters"):
+            parameters = self._config.get(name) or {}
+            kind = parameters.get("rope_type", parameters.get("type")) if isinstance(parameters, dict) else None
+            if kind not in (None, "default"):
+                self.refuse(name, f"{kind}: {reason}")
 
     def _interpolation_factor(self, name: str, parameters: Mapping[str, Any]) -> int | None:
         factor = parameters.get("factor")

@@ -50,7 +50,7 @@ def read_hf_model(path: Path) -> HfModel:
     return HfModel(
         shape=shape,
         dropout=dropout,
-        family=select_family(shape),
+        family=select_family(shape, preferred=config["model_type"]),
         dtype=dtype.removeprefix("torch.") if isinstance(dtype, str) and dtype != "auto" else None,
         config=config,
     )
@@ -77,7 +77,7 @@ def interpret_config(
     family = FAMILIES[model_type]
     fields = HfFields(config)
     fields.require_class(family.hf_classes, runs_own_code=family.has_own_code)
-    fields.require_nothing_else()
+    fields.require_nothing_else(family.own_fields)
     if not family.has_experts:
         fields.require_no_experts()
     values: dict[str, Any] = {

@@ -46,6 +46,11 @@ def number(name: str, target: str, default: float) -> ConfigRow:
     return ConfigRow(lambda fields: {target: fields.number(name, default)}, write_value(name, target))
 
 
+def multiplier(name: str, target: str) -> ConfigRow:
+    """A positive number."""
+    return ConfigRow(lambda fields: {target: fields.multiplier(name)}, write_value(name, target))
+
+
 def flag(name: str, target: str, default: bool) -> ConfigRow:
     """True or false."""
     return ConfigRow(lambda fields: {target: fields.flag(name, default)}, write_value(name, target))

@@ -3,6 +3,7 @@
 A family is one file in families/ and one entry in families/catalogue.py.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,8 @@ class Family:
     hf_classes: its causal language model, then older spellings. config: the rows of config.json. constants: fields of
     ModelShape that are the same in every model. list_tensors: the rows of its weights. is_candidate: whether a model is
     of this kind; of several candidates, the first in the catalogue is taken. requirements: what a candidate must be.
+    features: the names in FEATURES that its config.json can say. own_fields: fields of config.json that its rows
+    read and every other family refuses.
     """
 
     model_type: str
@@ -38,6 +41,8 @@ class Family:
     is_candidate: Callable[[ModelShape], bool]
     requirements: tuple[Requirement, ...] = ()
     constants: Mapping[str, Any] = field(default_factory=dict)
+    features: frozenset[str] = frozenset()
+    own_fields: frozenset[str] = frozenset()
     # Without it, a number of experts in config.json is refused: config_fields.require_no_experts.
     has_experts: bool = False
     has_own_code: bool = False  # the class lives in the folder; known here by its published source
@@ -48,13 +53,42 @@ class Family:
     def hf_class(self) -> str:
         return self.hf_classes[0]
 
+    def computes(self, model: ModelShape) -> bool:
+        """Whether the class computes `model`."""
+        has_constants = all(getattr(model, name) == value for name, value in self.constants.items() if "." not in name)
+        # What only a constant can be, and no row of config.json.
+        has_qk_norm = self.constants.get("has_qk_norm", False) == model.has_qk_norm
+        is_of_this_kind = self.is_candidate(model) and (model.moe is not None) == self.has_experts
+        has_features = self.features.issuperset(list_features(model))
+        return (
+            is_of_this_kind
+            and (has_constants and has_qk_norm and has_features)
+            and all(requirement.is_met(model) for requirement in self.requirements)
+        )
+
     def require(self, model: ModelShape) -> None:
         """Raise ConversionError with the first requirement that `model` does not meet."""
+        if missing := sorted(set(list_features(model)) - self.features):
+            values = ", ".join(f"{name}={getattr(model, name)}" for name in missing)
+            raise no_family(values, f"{self.hf_class}, which is the nearest, has no such field")
         # The first only: later requirements often fail for the same reason.
         for requirement in self.requirements:
             if not requirement.is_met(model):
                 value = requirement.value
                 raise no_family(value if isinstance(value, str) else value(model), requirement.reason)
+
+
+# Fields of ModelShape that only some classes have a field for. Any value but the default must be in Family.features.
+FEATURES = (
+    *("rotary_percent", "layers_without_rope"),
+    *("embedding_multiplier", "attention_scale", "residual_multiplier", "logits_multiplier"),
+)
+_DEFAULTS = {entry.name: entry.default for entry in dataclasses.fields(ModelShape)}
+
+
+def list_features(model: ModelShape) -> list[str]:
+    """The fields in FEATURES that are not as in a plain model."""
+    return [name for name in FEATURES if getattr(model, name) != _DEFAULTS[name]]
 
 
 def expand(family: Family, model: ModelShape) -> list[TensorPair]:

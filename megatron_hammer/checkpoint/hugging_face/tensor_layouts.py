@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_hammer.checkpoint.hugging_face.rotary_rows import permute_rope, unpermute_rope
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.model.shape import ModelShape
 
@@ -106,6 +107,24 @@ def _merge_qkv(parts: Sequence[Tensor], model: ModelShape) -> Tensor:
     return merge_qkv(query, key, value, num_query_groups=model.num_query_groups, head_dim=model.head_dim)
 
 
+def _cut_qkv(qkv: Tensor, model: ModelShape) -> Sequence[Tensor]:
+    key_values = model.num_query_groups * model.head_dim
+    return qkv.split([model.num_attention_heads * model.head_dim, key_values, key_values])
+
+
+def _split_to_neighbours(qkv: Tensor, model: ModelShape) -> tuple[Tensor, ...]:
+    query, key, value = _split_qkv(qkv, model)
+    heads, groups = model.num_attention_heads, model.num_query_groups
+    return permute_rope(query, num_heads=heads), permute_rope(key, num_heads=groups), value
+
+
+def _merge_neighbours(parts: Sequence[Tensor], model: ModelShape) -> Tensor:
+    query, key, value = parts
+    heads, groups = model.num_attention_heads, model.num_query_groups
+    halves = (unpermute_rope(query, num_heads=heads), unpermute_rope(key, num_heads=groups), value)
+    return _merge_qkv(halves, model)
+
+
 # The functions get the model because some layouts depend on its number of heads.
 AS_IS = TensorLayout(split=lambda tensor, _: (tensor,), merge=lambda parts, _: parts[0])
 # GPT-2's Conv1D stores [in, out].
@@ -115,6 +134,13 @@ TRANSPOSED = TensorLayout(
     merge=lambda parts, _: parts[0].t().contiguous(),
 )
 QKV = TensorLayout(split=_split_qkv, merge=_merge_qkv)
+# Phi-3's qkv_proj: all of q, then all of k, then all of v.
+FUSED_QKV = TensorLayout(
+    split=lambda tensor, model: (torch.cat(_split_qkv(tensor, model)),),
+    merge=lambda parts, model: _merge_qkv(_cut_qkv(parts[0], model), model),
+)
+# Helium's q and k, which are turned by neighbouring rows.
+NEIGHBOURS_QKV = TensorLayout(split=_split_to_neighbours, merge=_merge_neighbours)
 # GPT-2's c_attn keeps q, k and v in one tensor, one after the other.
 CONV1D_QKV_WEIGHT = TensorLayout(
     split=lambda tensor, model: (torch.cat(_split_qkv(tensor, model)).t().contiguous(),),

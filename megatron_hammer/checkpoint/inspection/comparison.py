@@ -11,12 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.hugging_face.config_json import CONFIG_NAME, read_config
+from megatron_hammer.checkpoint.hugging_face.config_json import CONFIG_NAME, read_config, read_hf_model
 from megatron_hammer.checkpoint.inspection.tensor_views import (
     OpenedCheckpoint,
     TensorView,
     describe_architecture,
-    read_model,
     view_as_hugging_face,
     view_by_table_names,
     view_store,
@@ -118,9 +117,9 @@ def match_names(
         return _without_padding(first), _without_padding(second)
     if not first.is_megatron and not second.is_megatron:
         return first.views, second.views
-    model = read_model(second if first.is_megatron else first)
+    folder = read_hf_model((second if first.is_megatron else first).directory)
     left, right = (
-        view_as_hugging_face(side, model) if side.is_megatron else view_by_table_names(side, model)
+        view_as_hugging_face(side, folder) if side.is_megatron else view_by_table_names(side, folder)
         for side in (first, second)
     )
     return left, right

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_hammer.checkpoint.hugging_face.config_json import CONFIG_NAME, read_config
+from megatron_hammer.checkpoint.hugging_face.config_json import CONFIG_NAME, read_config, read_hf_model
 from megatron_hammer.checkpoint.inspection.tensor_statistics import TensorStatistics, measure_tensor
 from megatron_hammer.checkpoint.inspection.tensor_views import (
     OpenedCheckpoint,
     TensorView,
     describe_architecture,
-    read_model,
     view_by_table_names,
     view_store,
 )
@@ -175,7 +174,7 @@ def count_parameters(opened: OpenedCheckpoint) -> tuple[int, int | None]:
 def _count_folder_parameters(opened: OpenedCheckpoint) -> int:
     """Buffers and the second copy of a tied head are not counted; if the family is unknown, everything is."""
     try:
-        views = view_by_table_names(opened, read_model(opened))
+        views = view_by_table_names(opened, read_hf_model(opened.directory))
     except HammerError:
         views = opened.views
     return sum(view.num_elements for view in views.values())

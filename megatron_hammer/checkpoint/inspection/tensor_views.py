@@ -15,8 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.hugging_face.config_json import CONFIG_NAME, read_hf_model
-from megatron_hammer.checkpoint.hugging_face.families.catalogue import select_family
+from megatron_hammer.checkpoint.hugging_face.config_json import CONFIG_NAME, HfModel, read_hf_model
 from megatron_hammer.checkpoint.hugging_face.family import expand
 from megatron_hammer.checkpoint.hugging_face.plain_norms import PlainNormReader
 from megatron_hammer.checkpoint.hugging_face.saved_model import (
@@ -143,18 +142,19 @@ def view_store(store: TorchDistStore) -> dict[str, TensorView]:
 # --- the same tensors on both sides ----------------------------------------------------------------------------------
 
 
-def view_as_hugging_face(opened: OpenedCheckpoint, model: ModelShape) -> dict[str, TensorView]:
-    """A Megatron checkpoint's tensors under the names that an export gives them; unmapped tensors keep their own names.
+def view_as_hugging_face(opened: OpenedCheckpoint, folder: HfModel) -> dict[str, TensorView]:
+    """A Megatron checkpoint's tensors under the names of a folder; unmapped tensors keep their own names.
 
     A tensor whose shape is not the model's cannot be split, and keeps its own name too.
     """
+    model = folder.shape
     # Changes the reader itself, so every later view is without padding too.
     opened.reader.remove_vocab_padding(model.vocab_size)
     is_zero_centered = has_zero_centered_norms(opened.reader.args)
     reader = PlainNormReader(opened.reader) if is_zero_centered else opened.reader
     views: dict[str, TensorView] = {}
     mapped = set()
-    for pair in expand(select_family(model), model):
+    for pair in expand(folder.family, model):
         stored = opened.reader.tensors.get(pair.megatron_name)
         if stored is None or tuple(stored.shape) != pair.megatron_shape:
             continue
@@ -176,12 +176,12 @@ def _view_parts(reader: Any, pair: TensorPair, dtype: torch.dtype, model: ModelS
     return {name: view(index) for index, name in enumerate(pair.hf_names)}
 
 
-def view_by_table_names(opened: OpenedCheckpoint, model: ModelShape) -> dict[str, TensorView]:
+def view_by_table_names(opened: OpenedCheckpoint, folder: HfModel) -> dict[str, TensorView]:
     """A Hugging Face folder's tensors under the names of the mapping, packed experts taken apart; buffers left out."""
     if opened.weights is None:
         raise ValueError("only a Hugging Face folder has them")
     stored = opened.weights
-    found = locate_hf_tensors(expand(select_family(model), model), model, stored.shapes)
+    found = locate_hf_tensors(expand(folder.family, folder.shape), folder.shape, stored.shapes)
     views = {name: opened.views[name] for name in found.shapes if name not in found.sources}
 
     def view(name: str) -> TensorView:

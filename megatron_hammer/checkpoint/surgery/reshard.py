@@ -54,6 +54,7 @@ _DEFAULTS = {
     "account_for_embedding_in_pipeline_split": False,
     "account_for_loss_in_pipeline_split": False,
     "rotary_percent": 1.0,
+    "residual_multiplier": 1.0,
 }
 
 
@@ -145,7 +146,6 @@ def _find_problems(args: Namespace) -> list[str]:
         world_size=args.world_size,
         layers_per_chunk=read_layers_per_chunk(args),
         seq_length=args.seq_length,
-        rotary_percent=args.rotary_percent,
     )
 
 

@@ -49,7 +49,7 @@ _CHOSEN_PREFIXES = (
 # Megatron would import what these name, or read files.
 _NAMES_CODE = ("spec", "yaml_cfg", "heterogeneous_layers_config_path")
 # Read by build_model, or by Megatron only for some models.
-_OTHER_ARGUMENTS = ("vocab_size", "embedding_norm", "rope_scaling_factor", "bias_swiglu_fusion")
+_OTHER_ARGUMENTS = ("vocab_size", "embedding_norm", "residual_multiplier", "rope_scaling_factor", "bias_swiglu_fusion")
 _UNPLANNED_FLAGS = (
     *("--mock-data", "--micro-batch-size", "1", "--global-batch-size", "1", "--train-iters", "1", "--lr", "1"),
     *("--hidden-dropout", "0", "--attention-dropout", "0", "--moe-token-dispatcher-type", "alltoall"),
@@ -160,6 +160,7 @@ def build_model(namespace: Namespace) -> Any:
         megatron_config,
         backend="torch",
         has_embedding_norm=namespace.embedding_norm,
+        residual_multiplier=namespace.residual_multiplier,
         rope_scaling_factor=namespace.rope_scaling_factor,
     )
     # Every weight is overwritten by fill_weights, which refuses to leave one out.

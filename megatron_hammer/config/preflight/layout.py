@@ -1,5 +1,7 @@
 """Whether model and layout fit together: every divisibility, and every layer in exactly one stage."""
 
+import math
+
 from megatron_hammer.config.run_plan import Machine, RunSettings
 from megatron_hammer.model.accounting import ParallelLayout, find_shard_problems, find_split_problems, split_layers
 from megatron_hammer.model.layout import divisors, or_list
@@ -30,7 +32,6 @@ def find_run_layout_problems(settings: RunSettings) -> list[str]:
         world_size=settings.machine.world_size,
         layers_per_chunk=settings.layers_per_chunk,
         seq_length=settings.seq_length,
-        rotary_percent=settings.rotary_percent,
     )
     return problems or _find_instance_problems(settings)
 
@@ -54,7 +55,6 @@ def find_layout_problems(
     world_size: int,
     layers_per_chunk: int | None = None,
     seq_length: int | None = None,
-    rotary_percent: float = 1.0,
 ) -> list[str]:
     """Problems of the ranks, the pipeline and the cuts.
 
@@ -66,7 +66,7 @@ def find_layout_problems(
         return problems
     problems += find_shard_problems(model, layout)
     problems += find_split_problems(model.num_layers, layout)
-    problems += _find_head_problems(model, rotary_percent=rotary_percent)
+    problems += _find_head_problems(model)
     problems += _find_sequence_problems(model, layout, seq_length)
     if not problems:
         problems += _find_lost_layers(model, layout)
@@ -118,7 +118,7 @@ def _find_chunk_problems(model: ModelShape, layout: ParallelLayout, layers_per_c
     ]
 
 
-def _find_head_problems(model: ModelShape, *, rotary_percent: float) -> list[str]:
+def _find_head_problems(model: ModelShape) -> list[str]:
     heads, groups = model.num_attention_heads, model.num_query_groups
     problems = []
     if heads % groups:
@@ -132,12 +132,17 @@ def _find_head_problems(model: ModelShape, *, rotary_percent: float) -> list[str
             "Use an even number."
         )
     elif model.position_embedding_type == "rope":
-        turned = model.head_dim * rotary_percent
+        turned = model.head_dim * model.rotary_percent
         if not 0 < turned <= model.head_dim or int(turned) < 2 or int(turned) % 2:
             problems.append(
                 f"rotary-percent: must be a share of kv_channels that is an even number of channels, got "
-                f"rotary_percent={rotary_percent:g}, kv_channels={model.head_dim}. Pass 1, or 0.5."
+                f"rotary_percent={model.rotary_percent:g}, kv_channels={model.head_dim}. Pass 1, or 0.5."
             )
+    if not 0 < model.residual_multiplier < math.inf:
+        problems.append(
+            f"residual-multiplier: must be a positive number, got residual_multiplier={model.residual_multiplier:g}. "
+            "Pass 1, or drop it."
+        )
     return problems
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from megatron_hammer.config.flags import flag_of
+from megatron_hammer.config.model_arguments import build_model_arguments
 from megatron_hammer.config.run_plan import Batch, RunPlan, RunSettings, Schedule
 from megatron_hammer.config.saved_run import SavedRun
 from megatron_hammer.model.shape import ModelShape
@@ -140,10 +141,19 @@ def _describe_shape(model: ModelShape) -> dict[str, object]:
 
 def _describe_computation(model: ModelShape) -> dict[str, object]:
     """What changes no tensor but what is computed from them, by Megatron's attribute; where it has any effect."""
-    values: dict[str, object] = {"layernorm_epsilon": model.norm_epsilon}
+    values: dict[str, object] = {
+        "layernorm_epsilon": model.norm_epsilon,
+        # The flags of --use-mup decide the next three.
+        "mup_embedding_mult": model.embedding_multiplier,
+        "mup_attn_scale_power": model.attention_scale or model.head_dim**-0.5,
+        "mup_output_mult": model.logits_multiplier,
+        "residual_multiplier": model.residual_multiplier,
+    }
     if model.position_embedding_type == "rope":
         values["rotary_base"] = model.rotary_base
         values["use_rope_scaling"] = model.rope_scaling is not None
+        values["rotary_percent"] = model.rotary_percent
+        values["no_rope_freq"] = build_model_arguments(model)["no_rope_freq"]
     if model.rope_scaling is not None:
         values["rope_scaling_factor"] = model.rope_scaling.factor
     if model.activation != "swiglu":

@@ -217,8 +217,10 @@ def _count_pointwise_bytes(model: ModelShape, shard: Shard) -> tuple[float, floa
     queries = shard.num_tokens * model.num_attention_heads * model.head_dim / shard.tp
     key_values = shard.num_tokens * max(model.num_query_groups / shard.tp, 1) * model.head_dim
     forward, backward = 10 * along_sequence, 10 * along_sequence
-    if model.position_embedding_type == "rope":
-        forward, backward = forward + 2 * (queries + key_values), backward + 2 * (queries + key_values)
+    turned = 2 * model.rope_share * (queries + key_values)
+    forward, backward = forward + turned, backward + turned
+    if model.residual_multiplier != 1.0:  # reads and writes the outputs of attention and MLP
+        forward, backward = forward + 4 * along_sequence, backward + 4 * along_sequence
     if model.has_qk_norm:
         forward, backward = forward + 2 * (queries + key_values), backward + 3 * (queries + key_values)
     if not shard.has_flash_attention:

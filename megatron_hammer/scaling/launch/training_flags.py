@@ -60,6 +60,8 @@ def list_model_flags(model: ModelShape, arguments: Mapping[str, Any]) -> list[st
     unused = {
         "num_query_groups": not arguments["group_query_attention"],
         "rotary_base": arguments["position_embedding_type"] != "rope",
+        "rotary_percent": arguments["rotary_percent"] == 1,
+        "residual_multiplier": arguments["residual_multiplier"] == 1,
         # Attention of megatron.core has this bias already if all linears have one.
         "add_qkv_bias": arguments["add_bias_linear"],
     }
@@ -74,7 +76,13 @@ def _spell_argument(name: str, value: Any) -> list[str]:
     flag = "--norm-epsilon" if name == "layernorm_epsilon" else f"--{name.replace('_', '-')}"
     if value is None or isinstance(value, bool):
         return [flag] if value else []
-    return [flag, f"{value:g}" if isinstance(value, float) else str(value)]
+    if isinstance(value, list):
+        return [flag, str(value).replace(" ", "")]
+    if not isinstance(value, float):
+        return [flag, str(value)]
+    # The short spelling where it is the same number.
+    short = f"{value:g}"
+    return [flag, short if float(short) == value else repr(value)]
 
 
 def list_layout_flags(model: ModelShape, layout: ParallelLayout) -> list[str]:

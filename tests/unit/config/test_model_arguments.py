@@ -69,6 +69,12 @@ def test_every_field_is_translated_and_a_change_of_one_is_noticed() -> None:
         "has_qk_norm": True,
         "rope_scaling": RopeScaling(factor=32.0),
         "rotary_seq_len_interpolation_factor": 4,
+        "rotary_percent": 0.5,
+        "layers_without_rope": (0, 2),
+        "embedding_multiplier": 12.0,
+        "attention_scale": 0.7,
+        "residual_multiplier": 0.22,
+        "logits_multiplier": 1 / 1.3,
     }
     assert changes.keys() | {"name", "source"} == {field.name for field in dataclasses.fields(ModelShape)}
     for name, value in changes.items():
@@ -125,7 +131,10 @@ def test_equal_routers_are_equal_shapes() -> None:
 
 def test_arguments_saved_before_a_flag_existed_mean_what_megatron_did_then() -> None:
     arguments = read_arguments(LLAMA)
-    for name in ("embedding_norm", "qk_layernorm", "use_rope_scaling", "rotary_seq_len_interpolation_factor"):
+    for name in (
+        *("embedding_norm", "qk_layernorm", "use_rope_scaling", "rotary_seq_len_interpolation_factor"),
+        *("rotary_percent", "no_rope_freq", "use_mup", "residual_multiplier"),
+    ):
         delattr(arguments, name)
     assert read_model(arguments) == LLAMA
     del arguments.swiglu
@@ -139,6 +148,44 @@ def test_a_gate_of_no_shared_expert_and_a_factor_of_one_change_nothing() -> None
     arguments = read_arguments(mixture)
     arguments.moe_shared_expert_gate, arguments.rotary_seq_len_interpolation_factor = True, 1
     assert read_model(arguments) == mixture
+
+
+@pytest.mark.parametrize(("flag", "layers"), [("2", (1, 3)), ("[1,0,0,1]", (0, 3)), ("[0]*4", ()), ("4", (3,))])
+def test_both_forms_of_no_rope_freq_are_the_layers_without_a_rope(flag: str, layers: tuple[int, ...]) -> None:
+    model = read_model(parse(*TINY, "--no-rope-freq", flag).namespace)
+    assert model.layers_without_rope == layers
+    assert model.rope_share == 1 - len(layers) / 4
+    assert read_model(read_arguments(model)) == model
+
+
+def test_a_list_of_every_nth_layer_is_written_as_its_number() -> None:
+    model = dataclasses.replace(LLAMA, num_layers=6, layers_without_rope=(2, 5))
+    assert build_model_arguments(model)["no_rope_freq"] == 3
+    # Megatron takes the number only where it divides the layers.
+    uneven = dataclasses.replace(LLAMA, num_layers=5, layers_without_rope=(2,))
+    assert build_model_arguments(uneven)["no_rope_freq"] == [0, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("", (1.0, 16**-1.0, 1.0)),  # Megatron's defaults: scores divided by the width of a head
+        ("--mup-attn-scale-power 0.5", (1.0, None, 1.0)),
+        ("--mup-base-head-dim 16", (1.0, None, 1.0)),
+        ("--mup-base-hidden-size 64 --mup-base-head-dim 4", (1.0, 2 / 16, 0.25)),
+        ("--mup-base-hidden-size 64 --mup-output-mult 3 --mup-embedding-mult 10", (10.0, 1 / 16, 3.0)),
+    ],
+)
+def test_the_multipliers_of_mup_are_those_that_megatron_derives(flags: str, expected: tuple) -> None:
+    from megatron_hammer.config.megatron_checks import build_trial_config
+
+    namespace = parse(*TINY, "--use-mup", *flags.split()).namespace
+    model = read_model(namespace)
+    assert (model.embedding_multiplier, model.attention_scale, model.logits_multiplier) == expected
+    transformer = build_trial_config(namespace)[1].transformer
+    assert transformer.softmax_scale == pytest.approx(model.attention_scale or model.head_dim**-0.5, rel=1e-15)
+    assert (transformer.mup_embedding_mult, transformer.mup_output_mult) == (expected[0], expected[2])
+    assert read_model(read_arguments(model)) == model
 
 
 def test_overrides_are_counted() -> None:

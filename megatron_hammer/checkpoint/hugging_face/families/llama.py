@@ -19,7 +19,7 @@ from megatron_hammer.checkpoint.hugging_face.config_rows import (
     write_value,
 )
 from megatron_hammer.checkpoint.hugging_face.family import Family, Requirement
-from megatron_hammer.checkpoint.hugging_face.tensor_layouts import GATE_UP, QKV
+from megatron_hammer.checkpoint.hugging_face.tensor_layouts import GATE_UP, QKV, TensorLayout
 from megatron_hammer.checkpoint.hugging_face.tensor_rows import TensorRow, build_rows
 from megatron_hammer.model.shape import ModelShape
 
@@ -54,11 +54,13 @@ def llama_config(
     default_head_dim: int | None = None,
     default_rope_theta: float = 10_000.0,
     default_epsilon: float = 1e-6,
+    default_attention_dropout: float = 0.0,
     may_lack_groups: bool = False,
+    has_partial_rope: bool = False,
 ) -> tuple[ConfigRow, ...]:
     """The fields of LlamaConfig that all descendants have. default_*: of the descendant's class in transformers.
 
-    may_lack_groups: its older files have no num_key_value_heads.
+    may_lack_groups: its older files have no num_key_value_heads. has_partial_rope: it may turn a share of a head.
     """
 
     def read_groups(fields: HfFields) -> Mapping[str, Any]:
@@ -71,11 +73,12 @@ def llama_config(
         return read_kv_channels(head_dim, hidden_size=hidden_size, heads=heads)
 
     def read_rope(fields: HfFields) -> Mapping[str, Any]:
-        rope = fields.rope(default_rope_theta)
+        rope = fields.rope(default_rope_theta, may_be_partial=has_partial_rope)
         return {
             "rotary_base": rope.base,
             "rope_scaling": rope.scaling,
             "rotary_seq_len_interpolation_factor": rope.interpolation_factor,
+            "rotary_percent": rope.percent,
         }
 
     return (
@@ -94,8 +97,9 @@ def llama_config(
         number("rms_norm_eps", "norm_epsilon", default_epsilon),
         # A float, as transformers writes it.
         ConfigRow(read_rope, lambda model, _: {"rope_theta": float(model.rotary_base)}),
-        number("attention_dropout", "dropout.attention", 0.0),
+        number("attention_dropout", "dropout.attention", default_attention_dropout),
         ConfigRow(lambda fields: {}, _write_rope_scaling),
+        *((ConfigRow(lambda fields: {}, write_value("partial_rotary_factor", "rotary_percent")),) * has_partial_rope),
     )
 
 
@@ -111,18 +115,18 @@ def _write_biases(model: ModelShape, _: Dropout) -> Mapping[str, Any]:
     return {"attention_bias": model.has_linear_bias, "mlp_bias": model.has_linear_bias}
 
 
+BIASES = ConfigRow(_read_biases, _write_biases)
+
 # --- tensors ---------------------------------------------------------------------------------------------------------
 
 LAYER, HF_LAYER = "decoder.layers.{layer}.", "model.layers.{layer}."
-_BODY = build_rows(
+_FRONT = build_rows(
     ("embedding.word_embeddings.weight", "v h", "model.embed_tokens.weight"),
     (LAYER + "self_attention.linear_qkv.layer_norm_weight", "h", HF_LAYER + "input_layernorm.weight"),
-    (LAYER + "self_attention.linear_qkv.weight", "qkv h", HF_LAYER + "self_attn.<q|k|v>_proj.weight", QKV),
+)
+_BACK = build_rows(
     (LAYER + "self_attention.linear_proj.weight", "h q", HF_LAYER + "self_attn.o_proj.weight"),
     ("decoder.final_layernorm.weight", "h", "model.norm.weight"),
-)
-_QKV_BIAS = build_rows(
-    (LAYER + "self_attention.linear_qkv.bias", "qkv", HF_LAYER + "self_attn.<q|k|v>_proj.bias", QKV),
 )
 _QK_NORM = build_rows(
     (LAYER + "self_attention.q_layernorm.weight", "d", HF_LAYER + "self_attn.q_norm.weight"),
@@ -138,15 +142,25 @@ _LINEAR_BIAS = build_rows(
     (LAYER + "mlp.linear_fc1.bias", "2f", HF_LAYER + "mlp.<gate|up>_proj.bias", GATE_UP),
     (LAYER + "mlp.linear_fc2.bias", "h", HF_LAYER + "mlp.down_proj.bias"),
 )
-# Not part of _BODY: tied models use the embedding as their head and store no second tensor.
+# Not part of _BACK: tied models use the embedding as their head and store no second tensor.
 HEAD = build_rows(("output_layer.weight", "v h", "lm_head.weight"))
 
 
-def list_llama_tensors(model: ModelShape, mlp: tuple[TensorRow, ...] = _MLP) -> tuple[TensorRow, ...]:
-    """The rows of a model with this attention and these MLPs."""
+def list_llama_tensors(
+    model: ModelShape,
+    mlp: tuple[TensorRow, ...] = _MLP,
+    *,
+    qkv_name: str = "self_attn.<q|k|v>_proj",
+    qkv_layout: TensorLayout = QKV,
+) -> tuple[TensorRow, ...]:
+    """The rows of a model with this attention and these MLPs; qkv_*: where its query, key and value lie, and how."""
+    qkv, hf_qkv = LAYER + "self_attention.linear_qkv", HF_LAYER + qkv_name
+    qkv_bias = build_rows((f"{qkv}.bias", "qkv", f"{hf_qkv}.bias", qkv_layout))
     return (
-        *_BODY,
-        *(_QKV_BIAS if model.has_qkv_bias else ()),
+        *_FRONT,
+        *build_rows((f"{qkv}.weight", "qkv h", f"{hf_qkv}.weight", qkv_layout)),
+        *(qkv_bias if model.has_qkv_bias else ()),
+        *_BACK,
         *(_QK_NORM if model.has_qk_norm else ()),
         *mlp,
         *(_LINEAR_BIAS if model.has_linear_bias else ()),
@@ -164,6 +178,11 @@ def has_whole_heads(model: ModelShape) -> bool:
 
 LLAMA_REQUIREMENTS = (
     Requirement(
+        lambda model: model.normalization == "RMSNorm",
+        lambda model: f"normalization={model.normalization}",
+        "Llama's norms are RMSNorm",
+    ),
+    Requirement(
         lambda model: model.position_embedding_type == "rope",
         "normalization=RMSNorm with learned positions",
         "Llama rotates queries and keys",
@@ -179,7 +198,7 @@ LLAMA = Family(
     hf_classes=("LlamaForCausalLM", "LLaMAForCausalLM"),
     config=(
         *llama_config(may_lack_groups=True),
-        ConfigRow(_read_biases, _write_biases),
+        BIASES,
         unwritten(lambda fields: fields.require_no_window(default=None)),
     ),
     list_tensors=list_llama_tensors,

@@ -18,6 +18,6 @@ MISTRAL = Family(
         fixed("sliding_window", None, lambda fields: fields.require_no_window(default=4096)),
     ),
     list_tensors=list_llama_tensors,
-    is_candidate=lambda model: not has_whole_heads(model),
+    is_candidate=lambda model: not has_whole_heads(model) and not model.has_qkv_bias,
     requirements=LLAMA_REQUIREMENTS,
 )

@@ -14,8 +14,8 @@ from megatron_hammer.checkpoint.gguf.gguf_file import (
     verify_gguf,
     write_gguf,
 )
-from megatron_hammer.checkpoint.gguf.rotary_rows import permute_rope
 from megatron_hammer.checkpoint.gguf.tensors import GgufTensor
+from megatron_hammer.checkpoint.hugging_face.rotary_rows import permute_rope
 from megatron_hammer.errors import ConversionError
 from tests.helpers.messages import assert_problems, raises_problem
 

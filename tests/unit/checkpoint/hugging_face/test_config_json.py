@@ -16,6 +16,14 @@ from tests.helpers.messages import assert_problems
 from tests.helpers.toy_model import GPT2_ARGUMENTS, MOE_ARGUMENTS, PLAIN_MOE_ARGUMENTS, toy_arguments
 
 SCALING = {"use_rope_scaling": True, "rope_scaling_factor": 32.0}
+MULTIPLIERS = {
+    "use_mup": True,
+    "mup_base_hidden_size": None,
+    "mup_base_head_dim": None,
+    "mup_embedding_mult": 12.0,
+    "mup_output_mult": 1.0,
+    "mup_attn_scale_power": 1.0,
+}
 CASES = {
     "llama": {"attention_dropout": 0.25, "init_method_std": 0.006},
     "llama with biases": {"add_bias_linear": True},
@@ -31,6 +39,11 @@ CASES = {
     "qwen2 moe": MOE_ARGUMENTS | {"add_qkv_bias": True, "moe_router_pre_softmax": True},
     "qwen2 moe without bias": MOE_ARGUMENTS | {"moe_aux_loss_coeff": 0.002},
     "qwen3 moe": PLAIN_MOE_ARGUMENTS | {"qk_layernorm": True, "kv_channels": 10},
+    "phi3": {"rotary_percent": 0.5, "hidden_dropout": 0.25},
+    "smollm3": {"no_rope_freq": 3, "add_bias_linear": True},
+    "smollm3 by its list": {"no_rope_freq": [1, 0, 1], "rotary_base": 2_000_000},
+    "granite": MULTIPLIERS | {"residual_multiplier": 0.22},
+    "granite of larger logits": MULTIPLIERS | {"mup_output_mult": 1 / 49, "mup_attn_scale_power": 0.5},
     "gpt2": GPT2_ARGUMENTS | {"attention_dropout": 0.1, "hidden_dropout": 0.2},
     "gpt2 untied with the exact gelu": GPT2_ARGUMENTS
     | {"untie_embeddings_and_output_weights": True, "bias_gelu_fusion": False},

@@ -5,10 +5,11 @@ import argparse
 import pytest
 
 from megatron_hammer.checkpoint.hugging_face.argument_effects import EXPRESSIBLE, is_known
+from megatron_hammer.checkpoint.hugging_face.families.catalogue import select_family
 from megatron_hammer.checkpoint.hugging_face.saved_model import has_zero_centered_norms, read_saved_model
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.model.shape import RopeScaling
-from tests.helpers.toy_model import GPT2_ARGUMENTS, MOE_ARGUMENTS, toy_arguments
+from tests.helpers.toy_model import GPT2_ARGUMENTS, MOE_ARGUMENTS, PLAIN_MOE_ARGUMENTS, toy_arguments
 
 
 def test_llama_is_read():
@@ -53,16 +54,59 @@ def test_leading_dense_layers_are_refused():
 
 
 def test_all_arguments_that_no_mapping_expresses_are_named_at_once():
-    arguments = toy_arguments(qk_l2_norm=True, rotary_percent=0.5, multi_latent_attention=True, mtp_num_layers=1)
+    arguments = toy_arguments(qk_l2_norm=True, rotary_interleaved=True, multi_latent_attention=True, mtp_num_layers=1)
     with pytest.raises(ConversionError) as caught:
         read_saved_model(arguments)
     assert {problem.split(":")[0] for problem in caught.value.problems} == {
         "qk_l2_norm",
-        "rotary_percent",
+        "rotary_interleaved",
         "multi_latent_attention",
         "mtp_num_layers",
     }
-    assert "got rotary_percent=0.5: Llama rotates every dimension of a head" in str(caught.value)
+    assert "got rotary_interleaved=True: transformers rotates halves, not neighbouring pairs" in str(caught.value)
+
+
+MUP = {
+    "use_mup": True,
+    "mup_base_hidden_size": 12,
+    "mup_base_head_dim": None,
+    "mup_embedding_mult": 10.0,
+    "mup_output_mult": 1.0,
+    "mup_attn_scale_power": 1.0,
+}
+
+
+def test_a_run_of_mup_is_a_granite_and_nothing_else():
+    """Its multipliers, from what Megatron derives; a class without a field for one is refused by the field's name."""
+    model = read_saved_model(toy_arguments(**MUP))
+    assert (model.embedding_multiplier, model.attention_scale, model.logits_multiplier) == (10.0, 1 / 4, 0.5)
+    assert select_family(model).hf_class == "GraniteForCausalLM"
+    like_any_other = MUP | {"mup_base_hidden_size": None, "mup_embedding_mult": 1.0, "mup_attn_scale_power": 0.5}
+    assert read_saved_model(toy_arguments(**like_any_other)) == read_saved_model(toy_arguments())
+    for change, nearest in (({"add_qkv_bias": True}, "Qwen2"), ({"qk_layernorm": True}, "Qwen3"), (MOE_ARGUMENTS, "")):
+        model = read_saved_model(toy_arguments(**MUP | change))
+        with pytest.raises(
+            ConversionError, match=f"attention_scale=0.25, embedding_multiplier=10.0.*{nearest}.*no such field"
+        ):
+            select_family(model)
+
+
+def test_layers_without_a_rope_and_turned_shares_choose_their_class():
+    assert select_family(read_saved_model(toy_arguments(no_rope_freq=3))).hf_class == "SmolLM3ForCausalLM"
+    assert select_family(read_saved_model(toy_arguments(rotary_percent=0.5))).hf_class == "Phi3ForCausalLM"
+    with pytest.raises(ConversionError, match=r"layers_without_rope=\(2,\), rotary_percent=0.5"):
+        select_family(read_saved_model(toy_arguments(no_rope_freq=3, rotary_percent=0.5)))
+
+
+def test_an_export_has_the_class_of_its_source_while_that_computes_it():
+    plain = read_saved_model(toy_arguments())
+    for name in ("helium", "phi3", "granite", "smollm3", "seed_oss"):
+        assert select_family(plain, preferred=name).model_type == name
+    assert select_family(plain, preferred="gemma").model_type == "llama"
+    # Upcycled, a Helium has experts; no dense class computes them.
+    mixture = read_saved_model(toy_arguments(**PLAIN_MOE_ARGUMENTS))
+    for name in ("helium", "phi3", "llama", "qwen3"):
+        assert select_family(mixture, preferred=name).model_type == "mixtral"
 
 
 @pytest.mark.parametrize(

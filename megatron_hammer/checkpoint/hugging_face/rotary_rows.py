@@ -1,8 +1,8 @@
-"""How llama.cpp's arch `llama` arranges the rows of q and k: a pair of pure functions, each the other's exact inverse.
+"""Two orders of the rows of q and k: a pair of pure functions, each the other's exact inverse.
 
-transformers rotates dimension i of a head together with i + d/2; llama.cpp's arch `llama` rotates neighbours, 2i with
-2i + 1, as Meta's own code does. The same model therefore has its rows in another order. The archs `qwen2` and `qwen3`
-rotate halves as transformers does and keep the order.
+Megatron and most classes of transformers rotate dimension i of a head together with i + d/2. Helium, and llama.cpp's
+arch `llama`, rotate neighbours, 2i with 2i + 1, as Meta's own code does. The same model therefore has its rows in
+another order there.
 """
 
 from torch import Tensor

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_hammer.checkpoint.gguf.rotary_rows import permute_rope, unpermute_rope
+from megatron_hammer.checkpoint.hugging_face.rotary_rows import permute_rope, unpermute_rope
 from megatron_hammer.errors import ConversionError
 
 HEADS, HEAD_DIM, HIDDEN = 3, 6, 5
