@@ -14,6 +14,7 @@ from megatron_hammer.checkpoint.hugging_face.config_fields import HfFields
 from megatron_hammer.checkpoint.hugging_face.config_rows import Dropout
 from megatron_hammer.checkpoint.hugging_face.families.catalogue import FAMILIES, select_family
 from megatron_hammer.checkpoint.hugging_face.family import Family
+from megatron_hammer.checkpoint.hugging_face.unmapped_families import explain_absence
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.files.typed import read_json
 from megatron_hammer.model.shape import ModelShape, MoeShape
@@ -71,8 +72,8 @@ def interpret_config(
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConversionError(
-            f"config.json, model_type: must be one of {', '.join(sorted(FAMILIES))}, got model_type={model_type!r}. "
-            "Use a model of one of these families."
+            f"config.json, model_type: must be one of {', '.join(sorted(FAMILIES))}, got model_type={model_type!r}: "
+            f"{explain_absence(config)}. Use a model of one of these families."
         )
     family = FAMILIES[model_type]
     fields = HfFields(config)

@@ -13,8 +13,7 @@ QWEN2 = Family(
     config=(*llama_config(), DENSE_WINDOW),
     constants={"has_qkv_bias": True},
     list_tensors=list_llama_tensors,
-    is_candidate=lambda model: (
-        model.has_qkv_bias and not model.has_linear_bias
-    ),  # LlamaConfig's attention_bias would bias o_proj too
+    # LlamaConfig's attention_bias would bias o_proj too.
+    is_candidate=lambda model: model.has_qkv_bias and not model.has_linear_bias,
     requirements=LLAMA_REQUIREMENTS,
 )

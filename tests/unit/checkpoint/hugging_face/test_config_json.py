@@ -205,7 +205,7 @@ def test_a_window_as_long_as_the_positions_is_accepted(config):
 
 # A change of the config, and what the refusal says: field, value, reason.
 REFUSED = (
-    ({"model_type": "gemma"}, ("model_type", "got model_type='gemma'", "one of gpt2")),
+    ({"model_type": "gemma"}, ("model_type", "got model_type='gemma'", "one of ", "1 + weight")),
     (
         {"architectures": ["LlamaForSequenceClassification"]},
         ("architectures", "got architectures=['LlamaForSequenceClassification']", "must be LlamaForCausalLM"),
