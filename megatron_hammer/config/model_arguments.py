@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_hammer.model.shape import ModelShape, MoeShape, RopeScaling, shorten_attention_scale
+from megatron_hammer.model.shape import ModelShape, MoeShape, RopeScaling, YarnScaling, shorten_attention_scale
 
 ESSENTIALS = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
 
@@ -86,31 +86,67 @@ def _write_activation(model: ModelShape) -> dict[str, Any]:
 
 
 def _read_position_embedding_type(args: Any) -> Any:
-    """--use-rotary-position-embeddings is the older spelling of --position-embedding-type rope."""
-    return "rope" if getattr(args, "use_rotary_position_embeddings", False) else args.position_embedding_type
+    """--use-rotary-position-embeddings is the older spelling of --position-embedding-type rope.
+
+    "yarn" is a rope too: what differs is its rope_scaling.
+    """
+    is_rope = getattr(args, "use_rotary_position_embeddings", False) or args.position_embedding_type == "yarn"
+    return "rope" if is_rope else args.position_embedding_type
 
 
-def _read_rope_scaling(args: Any) -> RopeScaling | None:
+def _write_position_embedding_type(model: ModelShape) -> dict[str, Any]:
+    is_yarn = isinstance(model.rope_scaling, YarnScaling)
+    return {"position_embedding_type": "yarn" if is_yarn else model.position_embedding_type}
+
+
+def is_yarn(args: Any) -> bool:
+    """--use-rotary-position-embeddings overrules --position-embedding-type (megatron's validate_args)."""
+    return args.position_embedding_type == "yarn" and not getattr(args, "use_rotary_position_embeddings", False)
+
+
+# Field of YarnScaling: (Megatron's argument, what it takes where that is not set). The arguments without the prefix are
+# multi-latent attention's too. Source: megatron.training.argument_utils._apply_yarn_config_from_args.
+YARN_ARGUMENTS: dict[str, tuple[str, Any]] = {
+    "factor": ("rotary_scaling_factor", 1.0),
+    "original_max_position_embeddings": ("yarn_original_max_position_embeddings", 4096),
+    "beta_fast": ("yarn_beta_fast", 32.0),
+    "beta_slow": ("yarn_beta_slow", 1.0),
+    "mscale": ("mscale", 1.0),
+    "mscale_all_dim": ("mscale_all_dim", 0.0),
+    "has_whole_bounds": ("yarn_correction_range_round_to_int", True),
+}
+
+
+def _read_rope_scaling(args: Any) -> RopeScaling | YarnScaling | None:
+    if is_yarn(args):
+        numbers: dict[str, Any] = {field: getattr(args, name, None) for field, (name, _) in YARN_ARGUMENTS.items()}
+        defaults = {field: default for field, (_, default) in YARN_ARGUMENTS.items() if numbers[field] is None}
+        return YarnScaling(**numbers | defaults)
     if not getattr(args, "use_rope_scaling", False):
         return None
     return RopeScaling(factor=getattr(args, "rope_scaling_factor", RopeScaling().factor))
 
 
 def _write_rope_scaling(model: ModelShape) -> dict[str, Any]:
-    if model.rope_scaling is None:
+    scaling = model.rope_scaling
+    if isinstance(scaling, YarnScaling):
+        numbers = {name: getattr(scaling, field) for field, (name, _) in YARN_ARGUMENTS.items()}
+        return {"use_rope_scaling": False, **numbers}
+    if scaling is None:
         return {"use_rope_scaling": False}
-    return {"use_rope_scaling": True, "rope_scaling_factor": model.rope_scaling.factor}
+    return {"use_rope_scaling": True, "rope_scaling_factor": scaling.factor}
 
 
 def _read_interpolation_factor(args: Any) -> int | None:
     factor: int | None = getattr(args, "rotary_seq_len_interpolation_factor", None)
-    # A factor of 1 changes nothing, so both spellings give equal shapes.
-    return None if factor == 1 else factor
+    # A factor of 1 changes nothing, so both spellings give equal shapes. Megatron's YaRN never reads it.
+    return None if factor == 1 or is_yarn(args) else factor
 
 
 def _read_rotary_percent(args: Any) -> float:
-    """Without a rope, --rotary-percent means nothing."""
-    return getattr(args, "rotary_percent", 1.0) if _read_position_embedding_type(args) == "rope" else 1.0
+    """Without a rope, --rotary-percent means nothing, and Megatron's YaRN never reads it."""
+    has_percent = _read_position_embedding_type(args) == "rope" and not is_yarn(args)
+    return getattr(args, "rotary_percent", 1.0) if has_percent else 1.0
 
 
 def _read_layers_without_rope(args: Any) -> tuple[int, ...]:
@@ -312,11 +348,7 @@ _ROWS = (
         lambda args: args.add_qkv_bias or args.add_bias_linear,
         lambda model: {"add_qkv_bias": model.has_qkv_bias or model.has_linear_bias},
     ),
-    Row(
-        "position_embedding_type",
-        _read_position_embedding_type,
-        lambda model: {"position_embedding_type": model.position_embedding_type},
-    ),
+    Row("position_embedding_type", _read_position_embedding_type, _write_position_embedding_type),
     _same("rotary_base"),
     Row(
         "has_tied_embeddings",

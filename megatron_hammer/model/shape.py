@@ -50,6 +50,32 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class YarnScaling:
+    """YaRN's stretch of the rotary frequencies (arXiv 2309.00071), in the numbers of megatron's YarnRotaryEmbedding.
+
+    Dimensions that turn fewer than `beta_slow` times within the original positions have their frequency divided by
+    `factor`, those of more than `beta_fast` turns keep it, with a ramp between the two. has_whole_bounds: the ends of
+    the ramp are rounded outwards to whole dimensions.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+    has_whole_bounds: bool = True
+
+    @property
+    def attention_factor(self) -> float:
+        """What sines and cosines are multiplied by. Source: megatron's _yarn_get_concentration_factor."""
+        return self._grow(self.mscale) / self._grow(self.mscale_all_dim)
+
+    def _grow(self, mscale: float) -> float:
+        return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelShape:
     """The architecture of one model, in mcore's names. Two shapes are equal if they describe the same architecture.
 
@@ -79,7 +105,7 @@ class ModelShape:
     moe: MoeShape | None = None  # then ffn_hidden_size is that of its dense layers, if any: the experts have their own
     kv_channels: int | None = None  # width of a head; None: hidden_size / num_attention_heads, which is never spelt out
     has_qk_norm: bool = False  # a norm of width head_dim on every head's query and key, before the rotation (Qwen3)
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScaling | YarnScaling | None = None
     rotary_seq_len_interpolation_factor: int | None = None  # positions are divided by it (linear scaling)
     rotary_percent: float = 1.0  # share of a head's channels that the rope turns, the first of them (Phi-3)
     layers_without_rope: tuple[int, ...] = ()  # from 0, ascending; they turn no query and no key (SmolLM3)

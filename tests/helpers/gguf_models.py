@@ -38,6 +38,7 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 2.8, "original_max_position_embeddings": 40}
 FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama": (transformers.LlamaConfig, {}),
     "llama with biases": (transformers.LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
@@ -46,6 +47,11 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama linear": (
         transformers.LlamaConfig,
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 3.0}},
+    ),
+    "llama yarn": (transformers.LlamaConfig, {"rope_parameters": YARN_ROPE}),
+    "qwen2 yarn": (
+        transformers.Qwen2Config,
+        {"head_dim": 16, "rope_parameters": YARN_ROPE | {"attention_factor": 0.7}},
     ),
     "mistral": (transformers.MistralConfig, {"sliding_window": None}),
     "qwen2": (transformers.Qwen2Config, {"head_dim": 16}),

@@ -7,6 +7,7 @@ twin with one thing about it ignored, which must be noticed.
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from megatron_hammer.checkpoint.hugging_face.family import expand
 from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
 from megatron_hammer.checkpoint.hugging_face.tensor_sources import locate_hf_tensors
 from megatron_hammer.model.accounting import count_parameters
+from megatron_hammer.model.shape import YarnScaling
 from tests.helpers.hf_by_hand import permute_to_megatron
 from tests.helpers.reference_model import compare, randomize
 from tests.helpers.toy_hf_folder import LLAMA_SIZES
@@ -61,6 +63,16 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 8192,
 }
 
+# With these the ramp has more than one of a head's few pairs.
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 5e3,
+    "factor": 5.0,
+    "original_max_position_embeddings": 11,
+    "beta_fast": 3.0,
+    "beta_slow": 0.25,
+}
+SCALING = {name: YARN_ROPE[name] for name in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")}
 # Family: (transformers' config, a change of the preset that the logits must notice).
 FAMILIES = {
     "llama 1": (
@@ -79,6 +91,23 @@ FAMILIES = {
     "llama with positions divided": (
         transformers.LlamaConfig(**SIZES, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}),
         {"rotary_seq_len_interpolation_factor": None},
+    ),
+    "llama yarn": (
+        transformers.LlamaConfig(**SIZES, head_dim=16, rope_parameters=YARN_ROPE),
+        {"rope_scaling": YarnScaling(factor=5.0, original_max_position_embeddings=11)},
+    ),
+    "qwen2 yarn with its own factor": (
+        transformers.Qwen2Config(
+            **SIZES, head_dim=10, rope_parameters=YARN_ROPE | {"attention_factor": 0.7, "truncate": False}
+        ),
+        # Another rounding of the ramp, and nothing else.
+        {"rope_scaling": YarnScaling(**SCALING, mscale=(0.7 - 1) / (0.1 * math.log(5)))},
+    ),
+    "qwen3 yarn with mscale": (
+        transformers.Qwen3Config(
+            **SIZES, head_dim=14, rope_parameters=YARN_ROPE | {"mscale": 0.7, "mscale_all_dim": 1.3}
+        ),
+        {"rope_scaling": YarnScaling(**SCALING)},
     ),
     "mistral": (transformers.MistralConfig(**SIZES, head_dim=14, sliding_window=None), {"rotary_base": 20_000}),
     "qwen2": (transformers.Qwen2Config(**SIZES, tie_word_embeddings=True), {"norm_epsilon": 1e-5}),

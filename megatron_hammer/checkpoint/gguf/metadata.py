@@ -10,7 +10,7 @@ from megatron_hammer.checkpoint.gguf.gguf_file import ExtraTensor
 from megatron_hammer.checkpoint.gguf.tensors import ROPE_FACTORS, compute_rope_factors
 from megatron_hammer.checkpoint.gguf.tokenizer import GgufVocabulary
 from megatron_hammer.errors import ConversionError
-from megatron_hammer.model.shape import ModelShape
+from megatron_hammer.model.shape import ModelShape, RopeScaling, YarnScaling
 
 MAX_ENDS = 3  # eos, eot and eom
 
@@ -40,8 +40,31 @@ def build_metadata(
     if model.rotary_seq_len_interpolation_factor is not None:
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(model.rotary_seq_len_interpolation_factor))
+    if isinstance(model.rope_scaling, YarnScaling):
+        _describe_yarn(writer, model.rope_scaling)
     _describe_tokenizer(writer, vocabulary)
     return writer
+
+
+def _describe_yarn(writer: GGUFWriter, scaling: YarnScaling) -> None:
+    """Raise ConversionError for what llama.cpp does not read: its archs llama, qwen2 and qwen3 have one ramp.
+
+    Source: the constructor of llama_context, and rope_yarn of ggml.
+    """
+    built_in = YarnScaling(factor=scaling.factor, original_max_position_embeddings=1)
+    for name, field in (("beta_fast", "beta_fast"), ("beta_slow", "beta_slow"), ("truncate", "has_whole_bounds")):
+        value, expected = getattr(scaling, field), getattr(built_in, field)
+        if value != expected:
+            raise ConversionError(
+                f"config.json, {name}: must be {str(expected).lower()}, which llama.cpp has built in, got "
+                f"{name}={value}. Keep the Hugging Face folder."
+            )
+    writer.add_rope_scaling_type(RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(scaling.factor)
+    writer.add_rope_scaling_orig_ctx_len(scaling.original_max_position_embeddings)
+    # llama.cpp multiplies sines and cosines by the factor that follows from `factor` alone, times this.
+    if scaling.attention_factor != built_in.attention_factor:
+        writer.add_rope_scaling_attn_factors(scaling.attention_factor / built_in.attention_factor)
 
 
 def _describe_tokenizer(writer: GGUFWriter, vocabulary: GgufVocabulary) -> None:
@@ -108,7 +131,7 @@ def list_unwritten(vocabulary: GgufVocabulary) -> list[str]:
 
 def list_extra_tensors(model: ModelShape) -> list[ExtraTensor]:
     """What llama.cpp reads from the file and transformers computes: the stretch of the rotary frequencies."""
-    if model.rope_scaling is None:
+    if not isinstance(model.rope_scaling, RopeScaling):
         return []
     factors = compute_rope_factors(model.rope_scaling, rotary_base=float(model.rotary_base), head_dim=model.head_dim)
     return [ExtraTensor(name=ROPE_FACTORS, values=factors)]

@@ -17,7 +17,9 @@ _EXPRESSED = """
     layernorm_zero_centered_gamma apply_layernorm_1p swiglu bias_gelu_fusion add_bias_linear disable_bias_linear
     add_qkv_bias use_rotary_position_embeddings add_position_embedding rotary_base
     untie_embeddings_and_output_weights embedding_norm init_method_std qk_layernorm use_rope_scaling
-    rope_scaling_factor rotary_seq_len_interpolation_factor num_experts moe_router_topk moe_ffn_hidden_size
+    rope_scaling_factor rotary_seq_len_interpolation_factor rotary_scaling_factor mscale mscale_all_dim
+    yarn_original_max_position_embeddings yarn_beta_fast yarn_beta_slow yarn_correction_range_round_to_int
+    num_experts moe_router_topk moe_ffn_hidden_size
     moe_shared_expert_intermediate_size moe_shared_expert_gate moe_router_pre_softmax moe_layer_freq
     moe_aux_loss_coeff attention_dropout hidden_dropout rotary_percent no_rope_freq residual_multiplier use_mup
     mup_base_hidden_size mup_embedding_mult mup_output_mult mup_base_head_dim mup_attn_scale_power
@@ -28,9 +30,8 @@ _RANKED_OTHERWISE = {"sinkhorn", "quantile_balancing"}  # load balancing that is
 # Argument: (the values that the mapping expresses, why no other is). Absent arguments count as unset.
 EXPRESSIBLE: dict[str, tuple[Callable[[Any], bool], str]] = {
     "normalization": (lambda value: value in ("RMSNorm", "LayerNorm"), "only RMSNorm and LayerNorm are mapped"),
-    "position_embedding_type": (lambda value: value in ("rope", "learned_absolute"), "no mapping has another"),
+    "position_embedding_type": (lambda value: value in ("rope", "learned_absolute", "yarn"), "no mapping has another"),
     "rotary_interleaved": (lambda value: not value, "transformers rotates halves, not neighbouring pairs"),
-    "rotary_scaling_factor": (lambda value: value in (None, 1.0), "only MLA models have it"),
     "qk_l2_norm": (lambda value: not value, "a norm without weights on queries and keys is not mapped"),
     "multi_latent_attention": (lambda value: not value, "multi-latent attention is not mapped"),
     "attention_output_gate": (lambda value: not value, "a gate on the attention output is not mapped"),
@@ -91,7 +92,7 @@ _INERT_PREFIXES = """
     no_load_ no_save_ non_persistent_ null_tokenizer_ num_floating_ offload_ one_logger_ optimizer overlap_
     pin_cpu_ profile pytorch_profiler_ qk_clip query_ recompute_ record_ replication retriever_ retro_ rl_ save_
     sft_ skipped_ straggler_ tensorboard_ test_ tiktoken_ timing_log_ tokenizer_ tp_comm_ train_ use_checkpoint_
-    use_dist_ckpt valid_ virtual_ vision_ wandb_ yarn_
+    use_dist_ckpt valid_ virtual_ vision_ wandb_
 """
 # How the model is trained, laid out, rounded, started, saved or observed; or a number of a feature whose switch is
 # refused above, such as kv_lora_rank of multi_latent_attention.
@@ -140,8 +141,8 @@ _INERT = """
     moe_router_dtype moe_router_fusion moe_router_group_topk moe_router_padding_for_fp8
     moe_router_padding_for_quantization moe_router_quantile_balancing_ema moe_shared_expert_overlap
     moe_single_grouped_bias moe_single_grouped_weight moe_token_dispatcher_type moe_token_drop_policy
-    moe_token_dropping moe_use_legacy_grouped_gemm moe_use_upcycling moe_z_loss_coeff mrope_section mscale
-    mscale_all_dim mtp_detach_heads mtp_hybrid_override_pattern mtp_loss_scaling_factor mtp_standalone
+    moe_token_dropping moe_use_legacy_grouped_gemm moe_use_upcycling moe_z_loss_coeff mrope_section
+    mtp_detach_heads mtp_hybrid_override_pattern mtp_loss_scaling_factor mtp_standalone
     mtp_use_repeated_layer multiple_validation_sets mup_width_mult no_persist_layer_norm no_weight_decay_cond_type
     num_channels num_classes num_dataset_builder_threads num_distributed_optimizer_instances num_layers_at_end_in_bf16
     num_layers_at_start_in_bf16 num_layers_per_virtual_pipeline_stage num_speculative_tokens

@@ -8,8 +8,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_hammer.checkpoint.hugging_face.yarn_fields import read_yarn
 from megatron_hammer.errors import ConversionError
-from megatron_hammer.model.shape import RopeScaling
+from megatron_hammer.model.shape import RopeScaling, YarnScaling
 
 
 def _is_absent(value: Any) -> bool:
@@ -71,7 +72,7 @@ class Rope:
     """A rotary embedding in Megatron's terms; at most one of scaling and interpolation_factor is there."""
 
     base: int = 10_000
-    scaling: RopeScaling | None = None
+    scaling: RopeScaling | YarnScaling | None = None
     interpolation_factor: int | None = None
     percent: float = 1.0  # of the channels of a head
 
@@ -286,10 +287,16 @@ class HfFields:
             percent = 1.0
         # Older files spell the field type.
         kind = parameters.get("rope_type", parameters.get("type", "default"))
-        scaling = self._llama3_scaling(name, parameters) if kind == "llama3" else None
+        scaling: RopeScaling | YarnScaling | None = None
+        if kind == "llama3":
+            scaling = self._llama3_scaling(name, parameters)
+        elif kind == "yarn":
+            scaling = self._yarn_scaling(name, parameters, rope_theta=int(theta))
         interpolation_factor = self._interpolation_factor(name, parameters) if kind == "linear" else None
-        if kind not in ("default", "linear", "llama3"):
-            self.refuse(name, f"Megatron scales a rope by llama3 or linear, not by {kind}")
+        if kind not in ("default", "linear", "llama3", "yarn"):
+            self.refuse(name, f"Megatron scales a rope by llama3, linear or yarn, not by {kind}")
+        if kind == "yarn" and percent != 1:
+            self.refuse(name, "Megatron's YaRN rotates every dimension of a head")
         share = float(percent) if may_be_partial else 1.0
         return Rope(base=int(theta), scaling=scaling, interpolation_factor=interpolation_factor, percent=share)
 
@@ -311,11 +318,26 @@ class HfFields:
             return None
         return None if factor == 1 else int(factor)
 
+    def _original_positions(self, parameters: Mapping[str, Any]) -> Any:
+        """As in transformers' standardize_rope_params: the field of the config overrides the one in the parameters."""
+        name = "original_max_position_embeddings"
+        if name in self._config:
+            return self._config[name]
+        return parameters.get(name, self._config.get("max_position_embeddings"))
+
+    def _yarn_scaling(self, name: str, parameters: Mapping[str, Any], *, rope_theta: int) -> YarnScaling | None:
+        positions = self._original_positions(parameters)
+        scaling, problems = read_yarn(parameters, original_positions=positions, rope_theta=rope_theta)
+        given = {**parameters, "original_max_position_embeddings": positions, "rope_theta": rope_theta}
+        self._problems += [
+            f"config.json, {name}.{key}: must be {expected}, got {key}={given.get(key)!r}. "
+            "Restore the file as transformers wrote it."
+            for key, expected in problems
+        ]
+        return scaling
+
     def _llama3_scaling(self, name: str, parameters: Mapping[str, Any]) -> RopeScaling | None:
-        # As in transformers' standardize_rope_params: the field of the config overrides the one in the parameters.
-        given = {"original_max_position_embeddings": self._config.get("max_position_embeddings"), **parameters}
-        if "original_max_position_embeddings" in self._config:
-            given["original_max_position_embeddings"] = self._config["original_max_position_embeddings"]
+        given = {**parameters, "original_max_position_embeddings": self._original_positions(parameters)}
         # megatron-core takes only the factor from a flag; the other numbers are constants of its code.
         fixed = RopeScaling()
         for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_hammer.checkpoint.hugging_face.argument_effects import EXPRESSIBLE, is_known
 from megatron_hammer.checkpoint.hugging_face.config_rows import Dropout
 from megatron_hammer.checkpoint_files.saved_arguments import complete_arguments, list_missing
-from megatron_hammer.config.model_arguments import ESSENTIALS, read_model
+from megatron_hammer.config.model_arguments import ESSENTIALS, is_yarn, read_model
 from megatron_hammer.config.own_flags import add_own_flags
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.model.shape import ModelShape, RopeScaling
@@ -89,7 +89,7 @@ def _list_unknown(args: Any, ignored: Collection[str]) -> Iterator[str]:
 
 def _validate_rope(args: Any) -> None:
     """Our training builds with the factor that was asked for; Megatron's own (gpt_config_from_args) always with 8."""
-    if not getattr(args, "use_rope_scaling", False):
+    if not getattr(args, "use_rope_scaling", False) or is_yarn(args):  # Megatron's YaRN never reads it
         return
     factor, default = getattr(args, "rope_scaling_factor", RopeScaling().factor), RopeScaling().factor
     # Only this package has --embedding-norm, so its saved name tells who trained the model.

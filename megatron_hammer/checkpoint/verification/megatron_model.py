@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_hammer.checkpoint_files.checkpoint_reader import use_fused_norm_names
 from megatron_hammer.checkpoint_files.saved_arguments import complete_arguments
 from megatron_hammer.config.megatron_checks import list_model_arguments
+from megatron_hammer.config.model_arguments import YARN_ARGUMENTS
 from megatron_hammer.config.preflight.platform import NEEDS_TE
 from megatron_hammer.errors import CheckpointError
 from megatron_hammer.platforms import megatron_compat
@@ -49,7 +50,10 @@ _CHOSEN_PREFIXES = (
 # Megatron would import what these name, or read files.
 _NAMES_CODE = ("spec", "yaml_cfg", "heterogeneous_layers_config_path")
 # Read by build_model, or by Megatron only for some models.
-_OTHER_ARGUMENTS = ("vocab_size", "embedding_norm", "residual_multiplier", "rope_scaling_factor", "bias_swiglu_fusion")
+_OTHER_ARGUMENTS = (
+    *("vocab_size", "embedding_norm", "residual_multiplier", "rope_scaling_factor", "bias_swiglu_fusion"),
+    *(name for name, _ in YARN_ARGUMENTS.values()),
+)
 _UNPLANNED_FLAGS = (
     *("--mock-data", "--micro-batch-size", "1", "--global-batch-size", "1", "--train-iters", "1", "--lr", "1"),
     *("--hidden-dropout", "0", "--attention-dropout", "0", "--moe-token-dispatcher-type", "alltoall"),

@@ -33,7 +33,12 @@ MODEL: tuple[Idle, ...] = (
         "Drop it, or pass --position-embedding-type rope",
     ),
     beside("use_rope_scaling", "rope_scaling_factor"),
-    beside_value("position_embedding_type", ("yarn",), "yarn_"),
+    beside_value("position_embedding_type", ("yarn",), "yarn_ rotary_scaling_factor mscale mscale_all_dim"),
+    when(
+        lambda flags: flags["position_embedding_type"] == "yarn",
+        "with --position-embedding-type yarn",
+        "rotary_percent rotary_seq_len_interpolation_factor use_rope_scaling apply_rope_fusion",
+    ),
     beside("window_size", "window_attn_skip_freq", " 128,0"),
     beside("qk_layernorm", "apply_wd_to_qk_layernorm no_weight_decay_cond_type"),
     beside("qk_clip", "qk_clip_"),
@@ -77,10 +82,9 @@ MODEL: tuple[Idle, ...] = (
     ),
     never(
         "here: no such layer is built",
-        "q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim rotary_scaling_factor mscale "
-        "mscale_all_dim cache_mla_latents mla_down_proj_fusion dsa_ linear_ mtp_ mamba_ use_mamba_mem_eff_path "
-        "mrope_section relative_attention_ use_fused_weighted_squared_relu use_kitchen_attention "
-        "kitchen_attention_backend bert_binary_head",
+        "q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim cache_mla_latents mla_down_proj_fusion "
+        "dsa_ linear_ mtp_ mamba_ use_mamba_mem_eff_path mrope_section relative_attention_ "
+        "use_fused_weighted_squared_relu use_kitchen_attention kitchen_attention_backend bert_binary_head",
     ),
     never(
         "here: the rows of the vocabulary follow from --vocab-size",

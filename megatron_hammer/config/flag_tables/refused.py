@@ -36,7 +36,7 @@ UNCOUNTED: dict[str, tuple[object, ...]] = {
     "perform_rl_step": (False,),
     "vision_pretraining": (False,),
     "softmax_type": ("vanilla", "off-by-one"),  # learnable: one parameter for each head
-    "position_embedding_type": ("learned_absolute", "rope", "none"),
+    "position_embedding_type": ("learned_absolute", "rope", "yarn", "none"),
 }
 # What would crash, or train something else, whatever is beside it: {attribute: (why, remedy)}.
 ALWAYS_REFUSED: dict[str, tuple[str, str]] = {
@@ -194,6 +194,18 @@ REFUSALS: tuple[Refusal, ...] = (
         ),
         "is a kernel of 16-bit numbers",
         "Pass --precision bf16, or drop it",
+    ),
+    Refusal(
+        "use_rotary_position_embeddings",
+        lambda flags: flags["use_rotary_position_embeddings"] and flags["position_embedding_type"] in ("yarn", "none"),
+        "overrules --position-embedding-type with rope",
+        "Drop one of the two",
+    ),
+    Refusal(
+        "rotary_interleaved",
+        lambda flags: flags["rotary_interleaved"] and flags["position_embedding_type"] == "yarn",
+        "turns neighbouring pairs, for which megatron-core has no YaRN",
+        "Drop it",
     ),
     Refusal(
         "fp8_param_gather",

@@ -2,10 +2,12 @@
 
 import math
 
+from megatron_hammer.config.flags import flag_of
+from megatron_hammer.config.model_arguments import YARN_ARGUMENTS
 from megatron_hammer.config.run_plan import Machine, RunSettings
 from megatron_hammer.model.accounting import ParallelLayout, find_shard_problems, find_split_problems, split_layers
 from megatron_hammer.model.layout import divisors, or_list
-from megatron_hammer.model.shape import ModelShape
+from megatron_hammer.model.shape import ModelShape, YarnScaling
 from megatron_hammer.platforms.device import count_devices
 
 
@@ -142,6 +144,33 @@ def _find_head_problems(model: ModelShape) -> list[str]:
         problems.append(
             f"residual-multiplier: must be a positive number, got residual_multiplier={model.residual_multiplier:g}. "
             "Pass 1, or drop it."
+        )
+    return problems + _find_yarn_problems(model)
+
+
+def _find_yarn_problems(model: ModelShape) -> list[str]:
+    """Numbers of which megatron's YaRN makes infinite or undefined frequencies."""
+    scaling = model.rope_scaling
+    if not isinstance(scaling, YarnScaling):
+        return []
+    fast, slow, is_finite = scaling.beta_fast, scaling.beta_slow, math.isfinite(scaling.attention_factor)
+    wanted = {
+        "factor": (scaling.factor >= 1, "at least 1"),
+        "original_max_position_embeddings": (scaling.original_max_position_embeddings > 0, "positive"),
+        "beta_fast": (math.inf > fast >= slow > 0, f"at least beta_slow={slow:g}, both above 0"),
+        "mscale": (is_finite and scaling.attention_factor > 0, "one that makes a positive factor of sines and cosines"),
+    }
+    problems = [
+        f"{flag_of(name)}: must be {expected} with --position-embedding-type yarn, got {name}="
+        f"{getattr(scaling, field):g}. Pass the model's own number, as its config.json has it."
+        for field, (is_met, expected) in wanted.items()
+        for name in [YARN_ARGUMENTS[field][0]]
+        if not is_met
+    ]
+    if model.rotary_base <= 1:
+        problems.append(
+            f"rotary-base: must be above 1 with --position-embedding-type yarn, which divides by its logarithm, got "
+            f"rotary_base={model.rotary_base}. Pass the model's own number."
         )
     return problems
 

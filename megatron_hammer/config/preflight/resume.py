@@ -3,7 +3,7 @@
 from typing import Any
 
 from megatron_hammer.config.flags import flag_of
-from megatron_hammer.config.model_arguments import build_model_arguments
+from megatron_hammer.config.model_arguments import YARN_ARGUMENTS, build_model_arguments
 from megatron_hammer.config.run_plan import Batch, RunPlan, RunSettings, Schedule
 from megatron_hammer.config.saved_run import SavedRun
 from megatron_hammer.model.shape import ModelShape
@@ -151,11 +151,11 @@ def _describe_computation(model: ModelShape) -> dict[str, object]:
     }
     if model.position_embedding_type == "rope":
         values["rotary_base"] = model.rotary_base
-        values["use_rope_scaling"] = model.rope_scaling is not None
+        written = build_model_arguments(model)
+        scaling = ("use_rope_scaling", "rope_scaling_factor", *(name for name, _ in YARN_ARGUMENTS.values()))
+        values |= {name: written[name] for name in ("position_embedding_type", *scaling) if name in written}
         values["rotary_percent"] = model.rotary_percent
-        values["no_rope_freq"] = build_model_arguments(model)["no_rope_freq"]
-    if model.rope_scaling is not None:
-        values["rope_scaling_factor"] = model.rope_scaling.factor
+        values["no_rope_freq"] = written["no_rope_freq"]
     if model.activation != "swiglu":
         values["bias_gelu_fusion"] = model.activation == "gelu_tanh"
     if model.moe is not None:

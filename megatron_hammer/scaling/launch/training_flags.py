@@ -59,7 +59,7 @@ def list_model_flags(model: ModelShape, arguments: Mapping[str, Any]) -> list[st
     # Arguments that Megatron ignores, or would refuse, beside the model's other arguments.
     unused = {
         "num_query_groups": not arguments["group_query_attention"],
-        "rotary_base": arguments["position_embedding_type"] != "rope",
+        "rotary_base": arguments["position_embedding_type"] not in ("rope", "yarn"),
         "rotary_percent": arguments["rotary_percent"] == 1,
         "residual_multiplier": arguments["residual_multiplier"] == 1,
         # Attention of megatron.core has this bias already if all linears have one.

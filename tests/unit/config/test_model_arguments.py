@@ -5,7 +5,7 @@ import pytest
 
 from megatron_hammer.config.model_arguments import build_model_arguments, default_ffn_hidden_size, read_model
 from megatron_hammer.model.accounting import count_parameters
-from megatron_hammer.model.shape import ModelShape, MoeShape, RopeScaling
+from megatron_hammer.model.shape import ModelShape, MoeShape, RopeScaling, YarnScaling
 from megatron_hammer.presets.catalogue import PRESETS
 from tests.helpers.parsed_flags import TINY, parse
 from tests.helpers.toy_model import GPT2, GPT2_ARGUMENTS, LLAMA, MOE, MOE_ARGUMENTS, toy_arguments
@@ -82,6 +82,22 @@ def test_every_field_is_translated_and_a_change_of_one_is_noticed() -> None:
         changed = dataclasses.replace(LLAMA, **{name: value}, **linear)
         assert changed != LLAMA
         assert read_model(read_arguments(changed)) == changed, name
+    yarn = YarnScaling(
+        factor=6.0,
+        original_max_position_embeddings=40,
+        beta_fast=7.0,
+        beta_slow=0.5,
+        mscale=0.7,
+        mscale_all_dim=0.6,
+        has_whole_bounds=False,
+    )
+    defaults = YarnScaling(factor=1.0, original_max_position_embeddings=4096)
+    assert not any(getattr(yarn, field.name) == getattr(defaults, field.name) for field in dataclasses.fields(yarn))
+    stretched = dataclasses.replace(LLAMA, rope_scaling=yarn)
+    assert read_model(read_arguments(stretched)) == stretched
+    plain = read_arguments(LLAMA)
+    plain.position_embedding_type = "yarn"
+    assert read_model(plain).rope_scaling == defaults
 
 
 def test_every_field_of_the_experts_is_translated() -> None:

@@ -21,7 +21,8 @@ from megatron_hammer.checkpoint.hugging_face.config_rows import (
 from megatron_hammer.checkpoint.hugging_face.family import Family, Requirement
 from megatron_hammer.checkpoint.hugging_face.tensor_layouts import GATE_UP, QKV, TensorLayout
 from megatron_hammer.checkpoint.hugging_face.tensor_rows import TensorRow, build_rows
-from megatron_hammer.model.shape import ModelShape
+from megatron_hammer.checkpoint.hugging_face.yarn_fields import write_yarn
+from megatron_hammer.model.shape import ModelShape, YarnScaling
 
 # --- config.json -----------------------------------------------------------------------------------------------------
 
@@ -29,6 +30,8 @@ from megatron_hammer.model.shape import ModelShape
 def _write_rope_scaling(model: ModelShape, _: Dropout) -> Mapping[str, Any]:
     """As transformers 4 spells it; version 5 reads it too."""
     scaling, interpolation = model.rope_scaling, model.rotary_seq_len_interpolation_factor
+    if isinstance(scaling, YarnScaling):
+        return {"rope_scaling": write_yarn(scaling)}
     if scaling is not None:
         return {
             "rope_scaling": {

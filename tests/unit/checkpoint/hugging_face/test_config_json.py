@@ -31,6 +31,12 @@ CASES = {
     "llama of wide heads": {"kv_channels": 16, "rotary_base": 500_000, "layernorm_epsilon": 3e-6},
     "llama with scaled rope": SCALING,
     "llama with positions divided": {"rotary_seq_len_interpolation_factor": 4},
+    "llama with yarn": {"position_embedding_type": "yarn", "rotary_scaling_factor": 4.0},
+    "qwen2 with all of yarn": {
+        **{"add_qkv_bias": True, "position_embedding_type": "yarn", "rotary_scaling_factor": 2.5},
+        **{"yarn_original_max_position_embeddings": 24, "yarn_beta_fast": 20.0, "yarn_beta_slow": 2.0},
+        **{"mscale": 0.7, "mscale_all_dim": 0.9, "yarn_correction_range_round_to_int": False},
+    },
     "mistral": {"hidden_size": 25},
     "qwen2": {"add_qkv_bias": True},
     "qwen2 with scaled rope": SCALING | {"add_qkv_bias": True},
@@ -181,6 +187,18 @@ def test_both_spellings_of_the_rope_scaling_are_read(field):
     assert (model.rotary_base, model.rope_scaling) == (500_000, RopeScaling(factor=8.0))
 
 
+def test_the_original_positions_of_yarn_are_those_of_transformers():
+    """In the parameters, else the longest; a field of the config goes first, as Phi3's files have it."""
+    for config in ({}, {"original_max_position_embeddings": 9}):
+        for parameters in ({}, {"original_max_position_embeddings": 11}):
+            yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, **parameters}
+            expected = transformers.LlamaConfig(max_position_embeddings=32, rope_parameters=dict(yarn), **config)
+            expected.standardize_rope_params()  # as each model does again
+            found = read_shape(LLAMA | config | {"rope_parameters": yarn}).rope_scaling
+            name = "original_max_position_embeddings"
+            assert getattr(found, name) == expected.rope_parameters[name]
+
+
 @pytest.mark.parametrize("kind", ["type", "rope_type"])
 def test_positions_divided_are_read(kind):
     model = read_shape(LLAMA | {"rope_scaling": {kind: "linear", "factor": 4.0}})
@@ -228,7 +246,7 @@ REFUSED = (
     ({"rope_theta": 10000.5}, ("rope_theta", "got rope_theta=10000.5", "whole number", "--rotary-base")),
     (
         {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-        ("rope_scaling", "got rope_scaling={'type': 'dynamic', 'factor': 2.0}", "llama3 or linear"),
+        ("rope_scaling", "got rope_scaling={'type': 'dynamic', 'factor': 2.0}", "llama3, linear or yarn"),
     ),
     (
         {"rope_scaling": LLAMA3 | {"low_freq_factor": 2.0}},
@@ -245,6 +263,10 @@ REFUSED = (
     (
         {"rope_scaling": LLAMA3 | {"factor": None}},
         ("rope_scaling.factor", "got factor=None", "number of at least 1"),
+    ),
+    (
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 0}},
+        ("rope_scaling.original_max_position_embeddings", "got original_max_position_embeddings=0"),
     ),
     (
         {"rope_scaling": {"type": "linear", "factor": 2.5}},

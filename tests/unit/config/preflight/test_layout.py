@@ -14,3 +14,30 @@ def test_instances_of_the_optimizer_divide_the_ranks_that_hold_the_same_weights(
         assert "num-distributed-optimizer-instances: must divide the 8 ranks" in problems[0]
         assert f"got num_distributed_optimizer_instances={instances}." in problems[0]
         assert "Use 1, 2, 4 or 8." in problems[0]
+
+
+YARN = (*TINY, "--position-embedding-type", "yarn", "--yarn-original-max-position-embeddings", "64")
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        ("--rotary-scaling-factor 4", None),
+        ("--rotary-scaling-factor 0.5", "rotary-scaling-factor: must be at least 1 with"),
+        ("--rotary-scaling-factor 4 --yarn-beta-fast 2 --yarn-beta-slow 3", "yarn-beta-fast: must be at least"),
+        ("--rotary-scaling-factor 4 --mscale=-9", "mscale: must be one that makes a positive factor"),
+        ("--rotary-scaling-factor 4 --rotary-base 1", "rotary-base: must be above 1"),
+        ("--rotary-scaling-factor 4 --rotary-percent 0.5", "rotary-percent: has no effect with"),
+        ("--rotary-scaling-factor 4 --rotary-seq-len-interpolation-factor 2", "factor: has no effect with"),
+        ("--rotary-scaling-factor 4 --rotary-interleaved", "rotary-interleaved: turns neighbouring pairs"),
+        ("--use-rotary-position-embeddings", "use-rotary-position-embeddings: overrules"),
+    ],
+)
+def test_yarn_is_taken_where_megatron_computes_it(flags: str, match: str | None) -> None:
+    problems = find(*YARN, *flags.split())
+    assert problems == [] if match is None else [problem for problem in problems if match in problem]
+
+
+def test_the_numbers_of_yarn_need_yarn() -> None:
+    (problem,) = find(*TINY, "--rotary-scaling-factor", "4")
+    assert "rotary-scaling-factor: has no effect without --position-embedding-type yarn" in problem
