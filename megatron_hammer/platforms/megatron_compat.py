@@ -163,6 +163,14 @@ def _upstream_loader_draws_from_the_generator() -> bool:
     return not _has_text("megatron.training.datasets.data_samplers.build_pretraining_data_loader", "generator=")()
 
 
+def _end_data_loader_workers_with_their_rank() -> None:
+    from megatron.training import training
+
+    from megatron_hammer.platforms.data_loader_workers import end_workers_with_rank
+
+    training.build_pretraining_data_loader = end_workers_with_rank(training.build_pretraining_data_loader)
+
+
 def _silence_rng_warning() -> None:
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
 
@@ -214,6 +222,14 @@ def _keep_missing_extra_states() -> None:
     from megatron_hammer.platforms.checkpoint_loading import keep_missing_extra_states
 
     dist_checkpointing.load = keep_missing_extra_states(dist_checkpointing.load)
+
+
+def _keep_write_results_in_the_process() -> None:
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    from megatron_hammer.platforms.checkpoint_saving import make_results_queue
+
+    filesystem_async.get_write_results_queue = make_results_queue
 
 
 # --- optimizer ------------------------------------------------------------------------------------------------------
@@ -407,6 +423,18 @@ ADJUSTMENTS: tuple[Adjustment, ...] = (
         is_needed=_upstream_loader_draws_from_the_generator,
     ),
     Adjustment(
+        name="workers-end-with-rank",
+        platforms=("cpu", "cuda"),
+        reason="workers of the data loader ignore the SIGTERM with which Python ends them: a rank that fails waits for "
+        "them without end, and those of a killed rank hold its connections for 5 s",
+        upstream="megatron.training.datasets.data_samplers.build_pretraining_data_loader",
+        apply=_end_data_loader_workers_with_their_rank,
+        is_needed=_has_text(
+            "megatron.training.datasets.data_samplers.build_pretraining_data_loader",
+            "DistributedSignalHandler(args.exit_signal).__enter__()",
+        ),
+    ),
+    Adjustment(
         name="rng-warning",
         platforms=("cpu",),
         reason="with one generator for both devices, every fork of the tracker would warn that the CPU's has moved",
@@ -476,6 +504,17 @@ ADJUSTMENTS: tuple[Adjustment, ...] = (
         upstream="megatron.training.checkpointing.save_checkpoint",
         apply=iteration_publishing.apply,
         is_needed=_has_text("megatron.training.checkpointing.save_checkpoint", "maybe_msc.open(tracker_filename, 'w')"),
+    ),
+    Adjustment(
+        name="results-in-the-process",
+        platforms=("cpu", "cuda"),
+        reason="every save passes its results through a multiprocessing.Manager in the rank's process group: SIGTERM "
+        "to the group ends it before the rank saves, and it outlives a rank that is killed, holding its stdout",
+        upstream="megatron.core.dist_checkpointing.strategies.filesystem_async.get_write_results_queue",
+        apply=_keep_write_results_in_the_process,
+        is_needed=_has_text(
+            "megatron.core.dist_checkpointing.strategies.filesystem_async.get_write_results_queue", "ctx.Manager()"
+        ),
     ),
     Adjustment(
         name="group-step-adam",

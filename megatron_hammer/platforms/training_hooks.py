@@ -3,6 +3,7 @@
 import functools
 import signal
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 
@@ -84,14 +85,22 @@ def fill_new_model(fill: Callable[[Any, Any], None]) -> None:
     training.setup_model_and_optimizer = setup_model_and_optimizer
 
 
-def stop_on_signals_too(signals: tuple[Any, ...]) -> None:
+def stop_on_signals_too(signals: tuple[Any, ...]) -> list[signal.Signals]:
     """Let these signals save and stop as megatron's own exit signal does; its handler takes only one.
 
-    Call after megatron's globals are set and before training.
+    Call after megatron's globals are set and before training. Returns a list that grows by each signal that arrives.
     """
     from megatron.training import training
 
     # Megatron's own handler, so that every signal sets the flag that its loop reads.
-    handler = signal.getsignal(training.get_signal_handler().sig)
-    for number in signals:
-        signal.signal(number, handler)
+    own = training.get_signal_handler().sig
+    handler = signal.getsignal(own)
+    received: list[signal.Signals] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(signal.Signals(number))
+        handler(number, frame)  # type: ignore[operator, misc]
+
+    for number in {*signals, own}:
+        signal.signal(number, note)
+    return received

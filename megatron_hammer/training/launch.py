@@ -4,13 +4,14 @@
 
 Everything before `--` is torchrun's (see torchrun --help); what follows goes to megatron_hammer.training.pretrain.
 Four differences from torchrun: a configuration error ends with its own sentence and exit code 2, not with a report of
-failed children; Ctrl-C and SIGTERM wait for the checkpoint instead of killing after 30 s; SIGUSR1, with which a
-scheduler announces the end of a job's time, does so too and ends with exit code 0; no process is restarted. torchrun
-itself works as well. Under either, no training process outlives a launcher that was killed.
+failed children; Ctrl-C, SIGTERM and SIGHUP wait for the checkpoint instead of killing after 30 s, also when they come
+again; SIGUSR1, with which a scheduler announces the end of a job's time, does so too and ends with exit code 0; no
+process is restarted. torchrun itself works as well. Under either, no training process outlives a launcher that was
+killed.
 """
 
 import argparse
-import ctypes
+import contextlib
 import functools
 import logging
 import os
@@ -18,24 +19,22 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from types import FrameType
 
 from megatron_hammer.errors import ConfigError, exit_on_user_error
+from megatron_hammer.platforms.parent_process import end_with_parent
 
 TRAINING_MODULE = "megatron_hammer.training.pretrain"
 CHECKPOINT_GRACE_S = 1800  # how long a stopping run may take to write its checkpoint
 DEFAULT_MASTER_PORT = 29500  # torchrun's
-# torchrun's own list, and the warning of a scheduler.
-HANDLED_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+# torchrun's own list, and the warning of a scheduler. Training saves and stops on each of them.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 
 
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
-    """Launch and wait. Exits with 0, 128 + the signal that stopped the run, or the first failed child's code.
-
-    After SIGUSR1 the code is 0: the launchers of a job end at slightly different times, and srun --kill-on-bad-exit
-    would kill those that are still saving.
-    """
+    """Launch and wait. Exits with 0, the code of the signal that stopped the run, or the first failed child's code."""
+    die_silently_of_interrupts()
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv in (["-h"], ["--help"]):
         print(__doc__, end="")
@@ -63,14 +62,15 @@ def launch(torchrun_options: Sequence[str], training_options: Sequence[str]) -> 
 
     # torchrun's own report of children that ended; what matters is printed below.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    ours = [*give_grace(), "--signals-to-handle", HANDLED_SIGNALS]
+    received = stop_only_once()
+    ours = [*give_grace(), "--signals-to-handle", ",".join(number.name for number in list_stop_signals())]
     options = run.parse_args([*ours, *torchrun_options, "-m", TRAINING_MODULE, *training_options])
     check_node_rank(options)
     check_master_port(options)
     try:
         run.run(options)
-    except SignalException as stop:
-        return 0 if stop.sigval == signal.SIGUSR1 else 128 + signal.Signals(stop.sigval).value
+    except SignalException:
+        return choose_exit_code(received)
     except ChildFailedError as error:
         failure = error.get_first_failure()[1]
         if failure.exitcode < 0:
@@ -90,6 +90,48 @@ def give_grace() -> list[str]:
     # Before torch 2.12 the agent calls close(signal), whose default timeout is 30 s.
     PContext.close = functools.partialmethod(PContext.close, timeout=CHECKPOINT_GRACE_S)  # type: ignore[assignment]
     return []
+
+
+def list_stop_signals() -> tuple[signal.Signals, ...]:
+    """The signals on which a run saves and stops: STOP_SIGNALS, but not a SIGHUP that `nohup` has switched off."""
+    is_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return tuple(number for number in STOP_SIGNALS if not (is_nohup and number == signal.SIGHUP))
+
+
+def stop_only_once() -> list[signal.Signals]:
+    """Have the first signal stop the run and later ones wait for it; returns the list that each one is appended to.
+
+    At a second signal, torchrun would leave its waiting, and its end would kill processes that are still saving.
+    """
+    from torch.distributed.elastic.multiprocessing import api
+
+    received: list[signal.Signals] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        received.append(signal.Signals(number))
+        if len(received) == 1:
+            raise api.SignalException(f"got {received[0].name}", sigval=received[0])
+        with contextlib.suppress(OSError):  # of a terminal that is gone
+            # Not print, whose buffer the signal may have interrupted.
+            os.write(2, f"still saving; to end at once, without it: kill -9 {os.getpid()}\n".encode())
+
+    api._terminate_process_handler = stop
+    return received
+
+
+def choose_exit_code(received: Sequence[signal.Signals]) -> int:
+    """128 + the first signal that stopped a run, as shells have it, or 0 if one of them was SIGUSR1.
+
+    With SIGUSR1 a scheduler announces the end of a job's time. The launchers of a job end at slightly different times,
+    and srun --kill-on-bad-exit would kill those that are still saving.
+    """
+    return 0 if not received or signal.SIGUSR1 in received else 128 + received[0]
+
+
+def die_silently_of_interrupts() -> None:
+    """Ctrl-C ends this process as it ends a program in C: without a stack trace, as long as nothing could be saved."""
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def check_node_rank(options: argparse.Namespace) -> None:
@@ -132,12 +174,8 @@ def end_with_launcher() -> None:
     memory runs out, would leave its processes training, beside those of the run that replaces it and into the same
     files.
     """
-    if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
-    launcher = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != launcher:  # it died in between
-        os.kill(os.getpid(), signal.SIGKILL)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(os.getppid())
 
 
 if __name__ == "__main__":

@@ -10,14 +10,18 @@ chosen before it is, and the processes that megatron spawns to write checkpoints
 """
 
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING
 
 from megatron_hammer.config.environment import read_slurm_variables
 from megatron_hammer.errors import USER_ERROR_EXIT_CODE, ConfigError, exit_on_user_error
-from megatron_hammer.training.launch import end_with_launcher
+from megatron_hammer.training.launch import (
+    choose_exit_code,
+    die_silently_of_interrupts,
+    end_with_launcher,
+    list_stop_signals,
+)
 
 if TYPE_CHECKING:
     from megatron_hammer.config.arguments import ParsedArguments
@@ -33,13 +37,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     # First: everything below reads a process's place from torchrun's variables.
     os.environ.update(read_slurm_variables(os.environ))
     end_with_launcher()
+    die_silently_of_interrupts()
     argv = sys.argv[1:] if argv is None else argv
     arguments = prepare(argv)
     if arguments.settings.output.is_dry_run:
         dry_run(arguments, sys.stdout)
     else:
         plan = check(arguments)
-        train(arguments, plan, open_terminal(plan))
+        sys.exit(train(arguments, plan, open_terminal(plan)))
 
 
 def prepare(argv: Sequence[str], *, is_plan: bool = False) -> "ParsedArguments":
@@ -114,8 +119,8 @@ def open_terminal(settings: "RunSettings") -> IO[str]:
     return divert_output(None if save_dir is None else Path(save_dir) / "logs", settings.machine.rank)[0]
 
 
-def train(arguments: "ParsedArguments", plan: "RunPlan", terminal: IO[str]) -> None:
-    """Run megatron's training loop to the end of the schedule or to a signal, and report."""
+def train(arguments: "ParsedArguments", plan: "RunPlan", terminal: IO[str]) -> int:
+    """Run megatron's training loop to the end of the schedule or to a signal, and report; returns the exit code."""
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
 
@@ -130,7 +135,8 @@ def train(arguments: "ParsedArguments", plan: "RunPlan", terminal: IO[str]) -> N
     stand_alone()
     state = finalize_arguments(arguments)
     # Ctrl-C, SIGTERM and a scheduler's warning too, since --exit-signal names only one.
-    training_hooks.stop_on_signals_too((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
+    received = training_hooks.stop_on_signals_too(list_stop_signals())
+    exit_code = 0
     config = build_config_container(arguments, build_model_config)
     observer = build_observer(plan, state, terminal)
     training_hooks.observe_training(observer)
@@ -140,9 +146,11 @@ def train(arguments: "ParsedArguments", plan: "RunPlan", terminal: IO[str]) -> N
         pretrain(config, datasets, ModelType.encoder_or_decoder, ForwardStep(plan))
     except SystemExit as stop:
         report_early_stop(observer, stop)
+        exit_code = choose_exit_code(received)
     # Also after an early stop: the curve and the summary then cover the steps that were run.
     observer.finish()
     close_process_group()
+    return exit_code
 
 
 def fill_from_initial_model(plan: "RunPlan", state: "TrainingState", terminal: IO[str]) -> None:

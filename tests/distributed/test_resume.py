@@ -1,17 +1,24 @@
 """Resumed training equals uninterrupted training: bit for bit at the same layout, closely at another one."""
 
-import os
 import random
 import signal
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from tests.helpers.training_runs import TOY_MODEL, TOY_SCHEDULE, command, environment, read_lines, train, write_toy_data
+from tests.helpers.training_runs import (
+    TOY_MODEL,
+    TOY_SCHEDULE,
+    read_lines,
+    read_tracker,
+    start,
+    train,
+    wait_until,
+    wait_until_gone,
+    write_toy_data,
+)
 
 pytestmark = pytest.mark.distributed
 NUM_STEPS = 24
@@ -48,59 +55,45 @@ def uninterrupted(flags: tuple[str, ...], tmp_path_factory: pytest.TempPathFacto
     return save
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        arguments, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-
-
-def wait_for_step(process: subprocess.Popen[str], metrics_path: Path, step: int) -> None:
-    """Until metrics.jsonl holds that step; fails if the run ends before."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if metrics_path.exists() and len(metrics_path.read_text().splitlines()) >= step:
-            return
-        assert process.poll() is None, process.communicate()[1][-3000:]
-        time.sleep(0.05)
-    raise AssertionError(f"step {step} did not come")
+def has_step(metrics_path: Path, step: int) -> bool:
+    return metrics_path.exists() and len(metrics_path.read_text().splitlines()) >= step
 
 
 def test_kill_minus_nine_and_resume_is_bit_exact(flags: tuple[str, ...], uninterrupted: Path, tmp_path: Path) -> None:
     all_flags = (*flags, *TP2, *saving(tmp_path))
-    process = start(*command(2, *all_flags))
+    process = start(2, *all_flags)
     # any step will do, if it is not so late that the run could end by itself; the message names it
     kill_after = random.randint(SAVE_INTERVAL + 1, NUM_STEPS - SAVE_INTERVAL)
-    wait_for_step(process, tmp_path / "metrics.jsonl", kill_after)
-    ranks = psutil.Process(process.pid).children()
-    assert len(ranks) == 2
+    wait_until(lambda: has_step(tmp_path / "metrics.jsonl", kill_after), process)
+    descendants = psutil.Process(process.pid).children(recursive=True)
+    assert len(descendants) == 2
     process.kill()  # the launcher alone: its ranks, in sessions of their own, must not train on
-    process.wait()
-    assert psutil.wait_procs(ranks, timeout=10)[1] == []
+    process.communicate(timeout=10)  # nor may anything hold stdout, for which `launch ... | tee log` would wait
+    assert wait_until_gone(descendants, timeout_s=10) == []
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) < NUM_STEPS, f"{kill_after=}"
     resumed = train(2, tmp_path / "metrics.jsonl", *all_flags)
     assert exact_values(resumed) == exact_values(read_lines(uninterrupted / "metrics.jsonl")), f"{kill_after=}"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_saves_and_stops_cleanly(
-    flags: tuple[str, ...], uninterrupted: Path, tmp_path: Path, number: signal.Signals
+def test_a_scheduler_stops_a_run_after_its_first_save(
+    flags: tuple[str, ...], uninterrupted: Path, tmp_path: Path
 ) -> None:
-    all_flags = (*flags, *TP2, *saving(tmp_path))
-    process = start(*command(2, *all_flags))
-    wait_for_step(process, tmp_path / "metrics.jsonl", 3)
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)  # as a terminal does
-    else:
-        process.send_signal(number)
+    """SLURM sends SIGTERM to every process of a job: the launcher, the ranks and what they have started."""
+    all_flags = (*flags, *TP2, *saving(tmp_path), "--num-workers", "1")
+    process = start(2, *all_flags)
+    wait_until(lambda: read_tracker(tmp_path) > 0, process)
+    descendants = psutil.Process(process.pid).children(recursive=True)
+    for one in (*descendants, process):
+        one.send_signal(signal.SIGTERM)
     stdout, stderr = process.communicate(timeout=90)
-    assert process.returncode == 128 + number, stderr[-3000:]
+    assert process.returncode == 128 + signal.SIGTERM, stderr[-3000:]
     assert "Traceback" not in stderr, stderr[-3000:]
     assert "the same command continues from there" in stdout
     stopped_at = read_lines(tmp_path / "metrics.jsonl")[-1]["step"]
-    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == str(stopped_at)
-    if number == signal.SIGTERM:
-        resumed = train(2, tmp_path / "metrics.jsonl", *all_flags)
-        assert exact_values(resumed) == exact_values(read_lines(uninterrupted / "metrics.jsonl"))
+    assert SAVE_INTERVAL < read_tracker(tmp_path) == stopped_at
+    assert wait_until_gone(descendants, timeout_s=10) == []
+    resumed = train(2, tmp_path / "metrics.jsonl", *all_flags)
+    assert exact_values(resumed) == exact_values(read_lines(uninterrupted / "metrics.jsonl"))
 
 
 NO_DROPOUT = ("--hidden-dropout", "0", "--attention-dropout", "0")  # its draws differ between layouts

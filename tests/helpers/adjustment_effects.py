@@ -11,9 +11,12 @@ import importlib.util
 import io
 import json
 import logging
+import multiprocessing
 import os
 import pickle
+import select
 import shutil
+import signal
 import sys
 import tempfile
 import warnings
@@ -90,6 +93,32 @@ def observe_loader_generator() -> Any:
     before = torch.get_rng_state()
     assert next(iter(loader)).tolist() == [0, 1]
     return torch.equal(torch.get_rng_state(), before)
+
+
+def observe_workers_end_with_rank() -> Any:
+    """What becomes of a worker that gets SIGTERM, and of one whose rank is killed, seen by the parent of the rank."""
+    from megatron.training import global_vars, training
+
+    reader, writer = os.pipe()
+    rank = os.fork()
+    if rank == 0:
+        arguments = {"micro_batch_size": 2, "global_batch_size": 2, "dataloader_type": "single", "num_workers": 1}
+        arguments |= {"exit_signal_handler": True, "exit_signal": signal.SIGTERM}
+        global_vars.set_args(Namespace(**arguments, hybrid_context_parallel=False, full_validation=False))
+        workers = iter(training.build_pretraining_data_loader(list(range(8)), 0))
+        next(workers)
+        worker = workers._workers[0]
+        worker.terminate()
+        worker.join(timeout=1)
+        is_up = worker.is_alive()
+        os.write(writer, bytes([is_up]))
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.close(writer)
+    is_up_after_sigterm = os.read(reader, 1) == b"\1"
+    os.waitpid(rank, 0)
+    # The end of the pipe comes when no process holds it: a worker looks for its parent every 5 s.
+    is_gone = bool(select.select([reader], [], [], 2)[0])
+    return {"stays up": is_up_after_sigterm, "ends with its rank": is_gone}
 
 
 def observe_rng_warning() -> Any:
@@ -382,6 +411,14 @@ def _find_megatron_enum() -> Any:
     from megatron.core.transformer.enums import LayerType
 
     return LayerType.decoder
+
+
+def observe_results_in_the_process() -> Any:
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    results = filesystem_async.get_write_results_queue()
+    results.put("written")
+    return {"process": bool(multiprocessing.active_children()), "result": results.get_nowait()}
 
 
 @contextlib.contextmanager

@@ -108,11 +108,6 @@ def become_rank(request: dict[str, Any], rank: int, port: int) -> None:
         opened = os.open(path, mode)
         os.dup2(opened, descriptor)
         os.close(opened)
-    if "--save" in request["flags"]:
-        # The process through which megatron passes what was written, forked as for --async-save: else it imports too.
-        from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-        filesystem_async.get_write_results_queue(mp_mode="fork")
 
 
 def wait_for_ranks(pids: list[int]) -> int:

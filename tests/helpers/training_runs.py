@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from megatron_hammer.data.indexed.pair import IndexedWriter
 from tests.helpers.indexed_writing import add_document
@@ -50,6 +52,46 @@ def command(num_processes: int, *flags: str) -> list[str]:
 def environment() -> dict[str, str]:
     """One thread a process, and this clone's package."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+
+
+def start(num_processes: int, *flags: str) -> subprocess.Popen[str]:
+    """Start a run as a user does, with its launcher in a session of its own."""
+    return subprocess.Popen(
+        command(num_processes, *flags), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_until(is_reached: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Until the run of this launcher has got so far; fails if it ends before."""
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while not is_reached():
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < deadline_s, "it did not come so far"
+        time.sleep(0.05)
+
+
+def read_tracker(save: Path) -> int:
+    """The step of the newest complete checkpoint in a folder; 0 without one."""
+    path = save / "latest_checkpointed_iteration.txt"
+    return int(path.read_text() or 0) if path.exists() else 0
+
+
+def wait_until_gone(processes: Sequence[psutil.Process], timeout_s: float) -> list[psutil.Process]:
+    """The processes that still run after the timeout. A zombie is gone: it holds nothing, and init may not reap it."""
+    deadline_s = time.monotonic() + timeout_s
+    while left := [process for process in processes if is_running(process)]:
+        if time.monotonic() > deadline_s:
+            break
+        time.sleep(0.05)
+    return left
+
+
+def is_running(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def run(num_processes: int, *flags: str) -> subprocess.CompletedProcess[str]:

@@ -28,6 +28,7 @@ WITHOUT_FAILS: dict[str, Any] = {
     "allow-no-cuda": lambda outcome: outcome == "AssertionError: Megatron requires CUDA.",
     "cpu-rng-state": lambda outcome: outcome is False,
     "loader-generator": lambda outcome: outcome is False,
+    "workers-end-with-rank": lambda outcome: outcome == {"stays up": True, "ends with its rank": False},
     "rng-warning": lambda outcome: outcome == ["CPU RNG state changed within GPU RNG context"],
     "shipped-dataset-helpers": lambda outcome: outcome in ("SystemExit", "FileNotFoundError"),  # no Makefile; no make
     "validation-sets-of-virtual-stages": lambda outcome: outcome[0] == ["prose of stage 0", "code of stage 0"],
@@ -39,6 +40,7 @@ WITHOUT_FAILS: dict[str, Any] = {
         and not any(outcome["hashes"].values())
         and outcome["tracker"] == ["", "7"]
     ),
+    "results-in-the-process": lambda outcome: outcome == {"process": True, "result": "written"},
     "group-step-adam": lambda outcome: outcome == {"step in the group": None, "expects it there": False},
     "exact-gradient-norm": lambda outcome: outcome > 1e-5,  # measured 2.8e-5
     "scale-in-place": lambda outcome: all(value == [[0.5] * 3, ["copy_", "mul"]] for value in outcome.values()),
@@ -57,6 +59,7 @@ WITH_WORKS: dict[str, Any] = {
     "allow-no-cuda": lambda outcome: outcome == "AssertionError: args is not initialized.",
     "cpu-rng-state": lambda outcome: outcome is True,
     "loader-generator": lambda outcome: outcome is True,
+    "workers-end-with-rank": lambda outcome: outcome == {"stays up": True, "ends with its rank": True},
     "rng-warning": lambda outcome: outcome == [],
     "shipped-dataset-helpers": lambda outcome: outcome == "ok",
     "validation-sets-of-virtual-stages": lambda outcome: outcome[0] == ["prose of stage 0", "prose of stage 1"],
@@ -77,6 +80,7 @@ WITH_WORKS: dict[str, Any] = {
         == [".metadata", "__0_0.distcp", "metadata.json"]
         and outcome["tracker"] == ["6", "7"]
     ),
+    "results-in-the-process": lambda outcome: outcome == {"process": False, "result": "written"},
     "group-step-adam": lambda outcome: outcome == {"step in the group": 1, "expects it there": True},
     "exact-gradient-norm": lambda outcome: outcome < 1e-7,
     "scale-in-place": lambda outcome: all(value == [[0.5] * 3, []] for value in outcome.values()),

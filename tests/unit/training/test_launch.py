@@ -150,8 +150,8 @@ def test_a_killed_process_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stops", "expected"),
     [
-        ([signal.SIGTERM], 143),
-        ([signal.SIGINT], 130),
+        pytest.param([signal.SIGINT, signal.SIGINT], 130, id="impatience"),
+        ([signal.SIGHUP], 129),
         pytest.param([signal.SIGUSR1], 0, id="warning"),
         # SLURM's preemption: SIGTERM to the launcher, and SIGUSR1 from the script that got SIGTERM as well.
         pytest.param([signal.SIGTERM, signal.SIGUSR1], 0, id="preemption"),
@@ -161,7 +161,7 @@ def test_a_stopped_run_ends_its_processes_cleanly(tmp_path: Path, stops: list[si
     program = (
         "rank = os.environ['RANK']\n"
         "signals = []\n"
-        "for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):\n"
+        "for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):\n"
         "    signal.signal(number, lambda number, frame: signals.append(number))\n"
         "Path(f'ready-{rank}').touch()\n"
         "while not signals: time.sleep(0.05)\n"
@@ -175,6 +175,16 @@ def test_a_stopped_run_ends_its_processes_cleanly(tmp_path: Path, stops: list[si
     for stop in stops:
         process.send_signal(stop)
         time.sleep(0.3)
-    code, _, _ = finish(process)
+    code, _, stderr = finish(process)
     assert code == expected
     assert len(list(tmp_path.glob("saved-*"))) == 2
+    assert stderr.count(f"kill -9 {process.pid}") == len(stops) - 1  # says how to end at once, in place of doing it
+
+
+def test_a_hangup_that_nohup_switched_off_stays_off() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert signal.SIGHUP not in launch.list_stop_signals()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert signal.SIGHUP in launch.list_stop_signals()
