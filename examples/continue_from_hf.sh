@@ -17,6 +17,7 @@
 #   TP PP VP CP EP   parallel sizes
 #   NPROC            processes on this node (default: its GPUs; 2 on the CPU)
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT   for several nodes (default: from SLURM's variables)
+#   MAX_RESTARTS     after failures, from the newest checkpoint (default: 100; three without a new one are the last)
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 # shellcheck source=tools/setup_environment.sh

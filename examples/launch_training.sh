@@ -5,6 +5,7 @@
 # Parallel sizes and nodes come from environment variables:
 #   TP PP VP CP EP                             parallel sizes
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT   for several nodes (default: from SLURM's variables)
+#   MAX_RESTARTS   after failures, from the newest checkpoint (default: 100; three without a new checkpoint are the last)
 set -euo pipefail
 
 fail() {
@@ -12,9 +13,13 @@ fail() {
     exit 2
 }
 
+# Before any arithmetic, in which bash runs the command of a value such as "a[$(command)]".
+for name in NPROC MAX_RESTARTS SLURM_STEP_NUM_NODES SLURM_STEP_NUM_TASKS SLURM_JOB_ID; do
+    [[ "${!name:-0}" =~ ^(0|[1-9][0-9]{0,9})$ ]] || fail "$name: must be a whole number, got ${!name}. Correct or unset it."
+done
 # Inside `srun`, SLURM describes the step, which may have fewer nodes than the job.
 num_nodes="${NNODES:-${SLURM_STEP_NUM_NODES:-${SLURM_NNODES:-1}}}"
-[[ "$num_nodes" =~ ^[1-9][0-9]*$ ]] || fail "NNODES: must be a whole number above 0, got $num_nodes. Correct it."
+[[ "$num_nodes" =~ ^[1-9][0-9]{0,5}$ ]] || fail "NNODES: must be a whole number above 0, got $num_nodes. Correct it."
 if ((${SLURM_STEP_NUM_TASKS:-1} > ${SLURM_STEP_NUM_NODES:-1})); then
     fail "srun: must start this script once on each node, got $SLURM_STEP_NUM_TASKS tasks on" \
         "$SLURM_STEP_NUM_NODES nodes. The script starts the processes of its node itself:" \
@@ -69,7 +74,7 @@ find_master() {
 launch_training() {
     local nproc="$1" launch sizes=() master_addr master_port
     shift
-    launch=(--nproc-per-node "$nproc")
+    launch=(--nproc-per-node "$nproc" --max-restarts "${MAX_RESTARTS:-100}")
     if [[ -n "${TP:-}" ]]; then sizes+=(--tensor-model-parallel-size "$TP"); fi
     if [[ -n "${PP:-}" ]]; then sizes+=(--pipeline-model-parallel-size "$PP"); fi
     if [[ -n "${VP:-}" ]]; then sizes+=(--num-virtual-stages-per-pipeline-rank "$VP"); fi

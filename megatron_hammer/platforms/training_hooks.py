@@ -66,6 +66,43 @@ def observe_training(observer: Any) -> None:
     training.evaluate_and_print_results, training.evaluate = evaluate_and_print_results, evaluate
 
 
+# Functions of megatron.training.training, each with the phase of a run that it is.
+_PHASES = {
+    "setup_model_and_optimizer": "building the model",
+    "load_checkpoint": "loading",
+    "train_step": "training",
+    "evaluate": "evaluating",
+    "save_checkpoint": "saving",
+}
+
+
+def follow_progress(record: Any) -> None:
+    """Keep `record` (training/supervision/progress.py) at the phase and the step where megatron's loop is."""
+    from megatron.training import training
+
+    def follow(original: Callable[..., Any], phase: str) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def followed(*arguments: Any, **options: Any) -> Any:
+            previous = record.enter(phase)
+            result = original(*arguments, **options)
+            record.enter(previous)  # not after an error: the record then says where it came from
+            return result
+
+        return followed
+
+    for name, phase in _PHASES.items():
+        setattr(training, name, follow(getattr(training, name), phase))
+    original_log = training.training_log
+
+    @functools.wraps(original_log)
+    def training_log(losses: Any, totals: Any, lr: Any, step: int, *rest: Any, **options: Any) -> Any:
+        result = original_log(losses, totals, lr, step, *rest, **options)
+        record.finish_step(step)
+        return result
+
+    training.training_log = training_log
+
+
 def fill_new_model(fill: Callable[[Any, Any], None]) -> None:
     """Call `fill(model chunks, optimizer)` once megatron has built both, on every rank.
 

@@ -5,27 +5,29 @@
 Everything before `--` is torchrun's (see torchrun --help); what follows goes to megatron_hammer.training.pretrain.
 Four differences from torchrun: a configuration error ends with its own sentence and exit code 2, not with a report of
 failed children; Ctrl-C, SIGTERM and SIGHUP wait for the checkpoint instead of killing after 30 s, also when they come
-again; SIGUSR1, with which a scheduler announces the end of a job's time, does so too and ends with exit code 0; no
-process is restarted. torchrun itself works as well. Under either, no training process outlives a launcher that was
-killed.
+again; SIGUSR1, with which a scheduler announces the end of a job's time, does so too and ends with exit code 0;
+--max-restarts (default 0) resumes from the newest checkpoint, and stops where the run gets no further
+(training/supervision/). torchrun itself works as well, without the restarts. Under either, no training process outlives
+a launcher that was killed.
 """
 
 import argparse
 import contextlib
-import functools
 import logging
 import os
+import re
 import signal
 import socket
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 from megatron_hammer.errors import ConfigError, exit_on_user_error
 from megatron_hammer.platforms.parent_process import end_with_parent
 
 TRAINING_MODULE = "megatron_hammer.training.pretrain"
-CHECKPOINT_GRACE_S = 1800  # how long a stopping run may take to write its checkpoint
+CHECKPOINT_GRACE_S = 1800  # for the checkpoint of a run that is stopped, unless --shutdown-timeout says otherwise
 DEFAULT_MASTER_PORT = 29500  # torchrun's
 # torchrun's own list, and the warning of a scheduler. Training saves and stops on each of them.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
@@ -58,38 +60,43 @@ def launch(torchrun_options: Sequence[str], training_options: Sequence[str]) -> 
     """Run the training processes of this node to their end; returns the exit code."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    from megatron_hammer.config.own_flags import read_option
+    from megatron_hammer.training.supervision.agent import run_agent
+    from megatron_hammer.training.supervision.rendezvous import settle_rendezvous
 
     # torchrun's own report of children that ended; what matters is printed below.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     received = stop_only_once()
-    ours = [*give_grace(), "--signals-to-handle", ",".join(number.name for number in list_stop_signals())]
+    ours = ["--signals-to-handle", ",".join(number.name for number in list_stop_signals())]
     options = run.parse_args([*ours, *torchrun_options, "-m", TRAINING_MODULE, *training_options])
+    check_numbers(options)
     check_node_rank(options)
     check_master_port(options)
+    settle_rendezvous(options)
+    config, entrypoint, arguments = run.config_from_args(options)
+    save = read_option(training_options, "--save")
+    save_dir = None if save is None else Path(save)
+    grace_s = getattr(options, "shutdown_timeout", None) or CHECKPOINT_GRACE_S
     try:
-        run.run(options)
+        return run_agent(config, entrypoint, arguments, save_dir=save_dir, stop_grace_s=grace_s)
     except SignalException:
         return choose_exit_code(received)
-    except ChildFailedError as error:
-        failure = error.get_first_failure()[1]
-        if failure.exitcode < 0:
-            print(f"error: a training process was killed by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
-            return 128 - failure.exitcode
-        return failure.exitcode
-    return 0
 
 
-def give_grace() -> list[str]:
-    """Have torchrun wait for the checkpoint of a run that it stops; returns the options that say so."""
-    from torch.distributed.elastic.multiprocessing.api import PContext
-    from torch.distributed.launcher.api import LaunchConfig
-
-    if "shutdown_timeout" in LaunchConfig.__dataclass_fields__:
-        return ["--shutdown-timeout", str(CHECKPOINT_GRACE_S)]
-    # Before torch 2.12 the agent calls close(signal), whose default timeout is 30 s.
-    PContext.close = functools.partialmethod(PContext.close, timeout=CHECKPOINT_GRACE_S)  # type: ignore[assignment]
-    return []
+def check_numbers(options: argparse.Namespace) -> None:
+    """Raises ConfigError for numbers that torchrun meets with a stack trace."""
+    problems = []
+    if not re.fullmatch(r"[1-9]\d*|auto|cpu|gpu|xpu", str(options.nproc_per_node)):
+        problems.append(
+            f"nproc-per-node: must be a number above 0, or auto, gpu or cpu, got {options.nproc_per_node}. Correct it."
+        )
+    if not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", str(options.nnodes)):
+        problems.append(f"nnodes: must be a number above 0, or MIN:MAX, got {options.nnodes}. Correct it.")
+    if options.max_restarts < 0:
+        problems.append(f"max-restarts: must be at least 0, got {options.max_restarts}. Use 0 for none.")
+    if problems:
+        raise ConfigError(*problems)
 
 
 def list_stop_signals() -> tuple[signal.Signals, ...]:

@@ -22,6 +22,7 @@ from megatron_hammer.training.launch import (
     end_with_launcher,
     list_stop_signals,
 )
+from megatron_hammer.training.supervision.progress import ProgressRecord, open_record
 
 if TYPE_CHECKING:
     from megatron_hammer.config.arguments import ParsedArguments
@@ -38,13 +39,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ.update(read_slurm_variables(os.environ))
     end_with_launcher()
     die_silently_of_interrupts()
+    progress = open_record()
     argv = sys.argv[1:] if argv is None else argv
     arguments = prepare(argv)
     if arguments.settings.output.is_dry_run:
         dry_run(arguments, sys.stdout)
     else:
         plan = check(arguments)
-        sys.exit(train(arguments, plan, open_terminal(plan)))
+        sys.exit(train(arguments, plan, open_terminal(plan), progress))
 
 
 def prepare(argv: Sequence[str], *, is_plan: bool = False) -> "ParsedArguments":
@@ -119,7 +121,7 @@ def open_terminal(settings: "RunSettings") -> IO[str]:
     return divert_output(None if save_dir is None else Path(save_dir) / "logs", settings.machine.rank)[0]
 
 
-def train(arguments: "ParsedArguments", plan: "RunPlan", terminal: IO[str]) -> int:
+def train(arguments: "ParsedArguments", plan: "RunPlan", terminal: IO[str], progress: ProgressRecord) -> int:
     """Run megatron's training loop to the end of the schedule or to a signal, and report; returns the exit code."""
     from megatron.core.enums import ModelType
     from megatron.training import pretrain
@@ -140,6 +142,7 @@ def train(arguments: "ParsedArguments", plan: "RunPlan", terminal: IO[str]) -> i
     config = build_config_container(arguments, build_model_config)
     observer = build_observer(plan, state, terminal)
     training_hooks.observe_training(observer)
+    training_hooks.follow_progress(progress)
     fill_from_initial_model(plan, state, terminal)
     datasets = build_dataset_provider(arguments, plan, state)
     try:

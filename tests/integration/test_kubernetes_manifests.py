@@ -76,7 +76,8 @@ def test_a_pod_is_a_node(name: str, tmp_path: Path) -> None:
     words = start_pod(name, tmp_path, DATA_PATH="/data/corpus_text_document")
     split = words.index("--")
     assert words[:split] == [
-        *("-m", "megatron_hammer.training.launch", "--nproc-per-node", "8", "--nnodes", "2", "--node-rank", "1"),
+        *("-m", "megatron_hammer.training.launch", "--nproc-per-node", "8", "--max-restarts", "100"),
+        *("--nnodes", "2", "--node-rank", "1"),
         *("--master-addr", master, "--master-port", "29500"),
         *("--log-dir", f"/workspace/outputs/hammer-1b4/{log_dir}", "--tee", "3"),
     ]

@@ -87,7 +87,7 @@ def test_without_data_the_whole_model_gets_a_demonstration(machine: Machine) -> 
     result = machine.run("pretrain_hammer_1b4.sh")
     assert "DATA_PATH is not set: a demonstration. The 1.4B model trains for 48 steps" in result.stdout
     launcher, training = machine.launch("pretrain_hammer_1b4.sh", "--lr", "1e-4", "--train-samples", "320")
-    assert launcher == ["--nproc-per-node", "8", "--standalone"]
+    assert launcher == ["--nproc-per-node", "8", "--max-restarts", "100", "--standalone"]
     assert training[:2] == ["--preset", "hammer-1b4-demo"]
     assert training[training.index("--platform") + 1] == "cuda"
     namespace = parse(*training, *plan(8), platform="cuda").namespace
@@ -148,18 +148,33 @@ def test_a_node_of_a_slurm_step(machine: Machine, script: str) -> None:
     """The step's nodes, and a port that follows from the job's number; the user's variables win."""
     launcher, _ = machine.launch(script, DATA_PATH="a", HF_DIR="model", **IN_STEP)
     assert launcher == [
-        *("--nproc-per-node", "8", "--nnodes", "2", "--node-rank", "1"),
+        *("--nproc-per-node", "8", "--max-restarts", "100", "--nnodes", "2", "--node-rank", "1"),
         *("--master-addr", "n07", "--master-port", "10123"),
     ]
     own = {"MASTER_ADDR": "here", "MASTER_PORT": "7", "NODE_RANK": "0"}
     launcher, _ = machine.launch(script, DATA_PATH="a", HF_DIR="model", **IN_STEP | own)
-    assert launcher[4:] == ["--node-rank", "0", "--master-addr", "here", "--master-port", "7"]
+    assert launcher[6:] == ["--node-rank", "0", "--master-addr", "here", "--master-port", "7"]
 
 
 def test_one_node_of_a_larger_job_is_enough(machine: Machine) -> None:
     one = {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NODELIST": "n08", "SLURM_NODEID": "0"}
     launcher, _ = machine.launch("pretrain_hammer_1b4.sh", **IN_STEP | one)
-    assert launcher == ["--nproc-per-node", "8", "--standalone"]
+    assert launcher == ["--nproc-per-node", "8", "--max-restarts", "100", "--standalone"]
+
+
+@pytest.mark.parametrize(
+    "name", ["NNODES", "NPROC", "MAX_RESTARTS", "SLURM_JOB_ID", "SLURM_STEP_NUM_NODES", "SLURM_STEP_NUM_TASKS"]
+)
+@pytest.mark.parametrize("value", ["PATH[$(touch ran)]", "08", "1e3", "99999999999"])
+def test_a_number_that_is_none_is_refused_before_bash_computes_with_it(
+    machine: Machine, name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arithmetic in bash runs the command of the first value, and reads the second one as octal."""
+    monkeypatch.chdir(machine.folder)
+    result = machine.run("pretrain_hammer_1b4.sh", **{name: value})
+    assert (result.returncode, machine.words_path.exists(), (machine.folder / "ran").exists()) == (2, False, False)
+    assert result.stderr.startswith(f"error: {name}: must be a whole number")
+    assert f"got {value}." in result.stderr
 
 
 @pytest.mark.parametrize(

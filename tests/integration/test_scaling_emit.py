@@ -153,7 +153,7 @@ def test_torchrun_on_several_nodes(tmp_path: Path) -> None:
     launch, training = words[: words.index("--")], words[words.index("--") + 1 :]
     assert launch[:2] == ["-m", "megatron_hammer.training.launch"]
     assert launch[2:] == [
-        *("--nproc-per-node", "8", "--nnodes", "16", "--node-rank", "3"),
+        *("--nproc-per-node", "8", "--max-restarts", "100", "--nnodes", "16", "--node-rank", "3"),
         *("--master-addr", "host0", "--master-port", "29500"),
     ]  # fmt: skip
     assert training[-2:] == ["--seed", "7"]

@@ -100,6 +100,7 @@ def test_one_launcher_on_each_node(tmp_path: Path) -> None:
             *("--nproc-per-node", "8"),
             *("--log-dir", f"{tmp_path}/my outputs/logs/job-4500123-0/node-{node}", "--tee", "3"),
             *("--nnodes", "3", "--node-rank", str(node), "--master-addr", "r1n03", "--master-port", "10123"),
+            *("--max-restarts", "100"),
         ]
         assert words[-2:] == ["--seed", "7 8"]
         assert words[words.index("--save") + 1] == f"{tmp_path}/my outputs"
@@ -240,6 +241,8 @@ def test_a_requeue_that_slurm_refuses_is_said(tmp_path: Path) -> None:
     ("variables", "flags", "message"),
     [
         ({"NPROC": "a[$(touch ran)]"}, (), "NPROC: must be a whole number above 0, got a[$(touch ran)]."),
+        ({"SLURM_RESTART_COUNT": "a[$(touch ran)]"}, (), "SLURM_RESTART_COUNT: must be a whole number, got a["),
+        ({"MAX_RESTARTS": "a[$(touch ran)]"}, (), "MAX_RESTARTS: must be a whole number, got a["),
         ({"MAX_REQUEUES": "many"}, (), "MAX_REQUEUES: must be a whole number, got many."),
         ({"DATA_PATH": " \n "}, (), "DATA_PATH: must name a data set, got nothing but spaces."),
         ({"DRY_RUN": "true"}, (), "DRY_RUN: must be 0 or 1, got true."),

@@ -7,11 +7,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from unittest import mock
 
 import pytest
 from torch.distributed import run
-from torch.distributed.elastic.multiprocessing import api
 
 from megatron_hammer.training import launch
 from tests.helpers.messages import assert_errors
@@ -51,6 +49,22 @@ def test_options_without_a_separator_are_refused(capsys) -> None:
         capsys.readouterr().err,
         ("launch:", "needs -- between torchrun's", "got none", "--nproc-per-node 2 -- --preset"),
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "facts"),
+    [
+        (("--nproc-per-node", "2x"), ("nproc-per-node:", "number above 0", "got 2x")),
+        (("--nproc-per-node", "0"), ("nproc-per-node:", "got 0")),
+        (("--nnodes", "two"), ("nnodes:", "MIN:MAX", "got two")),
+        (("--max-restarts", "-1"), ("max-restarts:", "at least 0", "got -1")),
+    ],
+)
+def test_numbers_that_are_none_are_refused(options: tuple[str, str], facts: tuple[str, ...], capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        launch.main([*options, "--", "--preset", "hammer-tiny"])
+    assert stop.value.code == 2
+    assert_errors(capsys.readouterr().err, facts)
 
 
 @pytest.mark.parametrize("rank", ["2", "-1"])
@@ -101,20 +115,6 @@ def test_a_port_of_another_run_is_named(options: tuple[str, ...], capsys) -> Non
     )
 
 
-def test_a_run_gets_time_for_its_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a flag of torchrun where it has one, which a user's own follows; before torch 2.12 as close()'s default."""
-    monkeypatch.setattr(api.PContext, "close", api.PContext.close)
-    grace = launch.give_grace()
-    if grace:
-        assert run.parse_args([*grace, "train.py"]).shutdown_timeout == launch.CHECKPOINT_GRACE_S
-        assert run.parse_args([*grace, "--shutdown-timeout", "7", "train.py"]).shutdown_timeout == 7
-    else:
-        timeouts = []
-        context = mock.Mock(_tail_logs=[], _close=lambda death_sig, timeout: timeouts.append(timeout))
-        api.PContext.close.__get__(context)(signal.SIGTERM)
-        assert timeouts == [launch.CHECKPOINT_GRACE_S]
-
-
 @pytest.mark.distributed
 def test_flags_reach_every_process(tmp_path: Path) -> None:
     program = "Path(os.environ['RANK']).write_text(' '.join([os.environ['WORLD_SIZE'], *sys.argv[1:]]))"
@@ -143,7 +143,8 @@ def test_a_killed_process_is_named(tmp_path: Path) -> None:
     program = "if os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)"
     code, _, stderr = finish(start(tmp_path, program))
     assert code == 128 + signal.SIGKILL
-    assert stderr.splitlines()[-1] == "error: a training process was killed by SIGKILL"
+    killed = f"error: rank 1 on {socket.gethostname()} was killed by SIGKILL before its first step"
+    assert stderr.splitlines()[-1] == killed
 
 
 @pytest.mark.distributed

@@ -1,0 +1,133 @@
+"""How the launchers of a run find each other, so that they also find each other again after a failure.
+
+torchrun's static rendezvous (--node-rank, --master-addr) happens once: after a failure on one node the others never
+hear of it. So its options are read as torchrun's dynamic rendezvous (c10d), held by node 0 at the same address and
+port, with nodes numbered as the user numbers them. A run on one node takes it as torchrun --standalone does.
+"""
+
+import argparse
+import dataclasses
+import os
+import socket
+import time
+import uuid
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed.elastic.rendezvous import (
+    RendezvousConnectionError,
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousParameters,
+    rendezvous_handler_registry,
+)
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
+    DynamicRendezvousHandler,
+    RendezvousSettings,
+    RendezvousTimeout,
+    create_handler,
+)
+
+FIRST_WAIT_S = 600  # for all nodes at the start of a run; torchrun's own
+REJOIN_WAIT_S = 60  # for a node that was lost; its launcher's silence alone takes 15 s to notice
+_NODE_RANK = "node_rank"  # our entry among the settings of a rendezvous, which torchrun passes on
+
+
+@dataclasses.dataclass(eq=True, order=True, frozen=True)
+class NumberedNode:
+    """In the place of torch's own description of a node, whose order, by address, would number the ranks."""
+
+    node_rank: int
+    addr: str
+    pid: int
+    local_id: int
+
+    def __repr__(self) -> str:
+        return f"node {self.node_rank} ({self.addr}, process {self.pid})"
+
+
+class RepeatedRendezvous(DynamicRendezvousHandler):
+    """Gives every attempt a store of its own for its process groups, and waits a bounded time for lost nodes.
+
+    torch keeps one store for all attempts of a launcher: the ranks of a second attempt read there the addresses of the
+    first one's ranks, and no restart succeeds (DynamicRendezvousHandler.next_rendezvous of torch 2.15).
+    """
+
+    num_rounds = 0
+    _settings: RendezvousSettings
+    _shared_tcp_store_server: Any
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        former = self._shared_tcp_store_server  # it must live until the ranks that use it are gone
+        self._shared_tcp_store_server = self._bootstrap_store_info = None
+        if self.num_rounds:
+            timeouts = self._settings.timeout
+            bounded = RendezvousTimeout(timedelta(seconds=REJOIN_WAIT_S), timeouts.last_call, timeouts.close)
+            self._settings = dataclasses.replace(self._settings, timeout=bounded)
+        info = super().next_rendezvous()
+        self.num_rounds += 1
+        del former
+        return info
+
+    def read_attempt(self) -> int:
+        """Number of the present attempt, from 0; the same on all nodes, also on one that joined later."""
+        return self._state_holder.state.round
+
+
+def settle_rendezvous(options: argparse.Namespace) -> None:
+    """Replace torchrun's static rendezvous in `options`, as parsed by torch.distributed.run.parse_args."""
+    is_alone = options.nnodes in ("1", "1:1") and not options.rdzv_endpoint and options.master_port is None
+    if options.standalone or (options.rdzv_backend == "static" and is_alone):
+        options.rdzv_backend, options.rdzv_endpoint, options.rdzv_id = "c10d", "localhost:0", str(uuid.uuid4())
+        # torch takes the host's name, which need not resolve where a run on one node is all that is wanted.
+        options.local_addr = options.local_addr or "localhost"
+    elif options.rdzv_backend == "static":
+        port = 29500 if options.master_port is None else options.master_port
+        options.rdzv_endpoint = options.rdzv_endpoint or f"{options.master_addr}:{port}"
+        options.rdzv_backend = "c10d"
+        is_host = options.node_rank == 0
+        settings = [options.rdzv_conf, f"is_host={is_host}", f"{_NODE_RANK}={options.node_rank}"]
+        options.rdzv_conf = ",".join(setting for setting in settings if setting)
+        # Node 0's address must be the one under which the others know it.
+        options.local_addr = options.local_addr or (options.master_addr if is_host else None)
+        options.node_rank = 0  # else torchrun warns that it is ignored
+    if options.master_port is None:
+        options.master_port = 29500
+
+
+def build_handler(parameters: RendezvousParameters) -> RendezvousHandler:
+    """The handler of a launcher. Raises RendezvousConnectionError if node 0's does not answer in time."""
+    if parameters.backend != "c10d":
+        # etcd: the remedy for shared stores that torch has; see RepeatedRendezvous.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+        return rendezvous_handler_registry.create_handler(parameters)
+    backend, store = _connect(parameters)
+    handler = create_handler(store, backend, parameters)
+    node: Any = handler._this_node
+    node_rank = parameters.get_as_int(_NODE_RANK)
+    if node_rank is not None:
+        address = parameters.local_addr or find_own_address(parameters.endpoint)
+        node = NumberedNode(node_rank, address, node.pid, node.local_id)
+    return RepeatedRendezvous(node, handler.settings, backend.name, store, handler._state_holder)
+
+
+def _connect(parameters: RendezvousParameters) -> tuple[Any, Any]:
+    """torch's create_backend, repeated until node 0's launcher is there: nodes need not start at the same time."""
+    deadline_s = time.monotonic() + (parameters.get_as_int("timeout") or FIRST_WAIT_S)
+    while True:
+        try:
+            return create_backend(parameters)
+        except RendezvousConnectionError:
+            if parameters.get_as_bool("is_host") or time.monotonic() > deadline_s:
+                raise
+            time.sleep(1)
+
+
+def find_own_address(endpoint: str) -> str:
+    """The address under which this host reaches `endpoint` ("host:port"), and so is reached from there."""
+    host, _, port = endpoint.rpartition(":")
+    family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(address)  # UDP: nothing is sent
+        return str(probe.getsockname()[0])

@@ -1,0 +1,79 @@
+"""Runs that lose a process are started again by their launchers, resume, and give up where they get no further."""
+
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.helpers.launched_runs import LaunchedRun, find_free_port, read_events, wait_for_step
+from tests.helpers.training_runs import TOY_MODEL, TOY_SCHEDULE, read_lines, write_toy_data
+
+pytestmark = pytest.mark.distributed
+NUM_STEPS = 16
+SAVE_INTERVAL = 4
+ONE_HOST = ("--standalone", "--nproc-per-node", "2")
+EXACT = ("step", "loss", "grad_norm", "lr", "num_samples", "is_skipped")
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    data = write_toy_data(tmp_path_factory.mktemp("data") / "data", num_documents=25)
+    parallel = ("--tensor-model-parallel-size", "2", "--save-interval", str(SAVE_INTERVAL))
+    schedule = ("--train-iters", str(NUM_STEPS), "--data-path", data, "--split", "100,0,0")
+    return (*TOY_MODEL, *TOY_SCHEDULE, "--hidden-dropout", "0.1", *parallel, *schedule)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(flags: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
+    save_dir = tmp_path_factory.mktemp("uninterrupted")
+    run = LaunchedRun(*ONE_HOST, "--", *flags, "--save", str(save_dir))
+    assert run.wait() == 0, run.log
+    return select_exact(read_lines(save_dir / "metrics.jsonl"))
+
+
+def select_exact(lines: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    return [tuple(line[name] for name in EXACT) for line in lines]
+
+
+def test_a_killed_rank_is_restarted_from_the_newest_checkpoint(
+    flags: tuple[str, ...], uninterrupted: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    run = LaunchedRun(*ONE_HOST, "--max-restarts", "2", "--", *flags, "--save", str(tmp_path))
+    wait_for_step(run, tmp_path, SAVE_INTERVAL + 2)
+    run.list_ranks()[1].kill()
+    assert run.wait() == 0, run.log
+    assert select_exact(read_lines(tmp_path / "metrics.jsonl")) == uninterrupted
+    failed, restart = read_events(tmp_path, "rank-failed", "restart")
+    assert (failed["rank"], failed["exit_code"]) == (1, -9)
+    assert failed["saved_step"] == SAVE_INTERVAL * (failed["step"] // SAVE_INTERVAL)
+    assert restart["num_lost_steps"] == failed["step"] - failed["saved_step"]
+    assert f"from the checkpoint of step {failed['saved_step']}" in restart["message"]
+    assert [event["attempt"] for event in read_events(tmp_path, "attempt-started")] == [0, 1]
+    assert read_events(tmp_path)[-1]["event"] == "run-ended"
+    assert f"error: rank 1 on {failed['host']} was killed by SIGKILL" in run.log
+
+
+def test_two_hosts_recover_from_a_killed_rank_and_from_a_killed_launcher(
+    flags: tuple[str, ...], uninterrupted: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    """Numbered as for torchrun's static rendezvous, which recovers from neither."""
+    port = find_free_port()
+
+    def launch(node_rank: int) -> LaunchedRun:
+        nodes = ("--nnodes", "2", "--node-rank", str(node_rank), "--nproc-per-node", "1", "--max-restarts", "4")
+        master = ("--master-addr", "localhost", "--master-port", str(port))
+        return LaunchedRun(*nodes, *master, "--", *flags, "--save", str(tmp_path))
+
+    # The second one first: the order must come from the numbers.
+    second, first = launch(1), launch(0)
+    wait_for_step(first, tmp_path, SAVE_INTERVAL + 1)
+    second.list_ranks()[0].kill()
+    wait_for_step(first, tmp_path, SAVE_INTERVAL * 2 + 1)
+    psutil.Process(second.pid).kill()
+    replacement = launch(1)
+    assert (first.wait(), replacement.wait()) == (0, 0), first.log + replacement.log
+    assert second.wait() == -9
+    assert select_exact(read_lines(tmp_path / "metrics.jsonl")) == uninterrupted
+    started = [(event["attempt"], event["ranks"]) for event in read_events(tmp_path, "attempt-started")]
+    assert sorted(started) == [(attempt, [rank]) for attempt in range(3) for rank in (0, 1)]

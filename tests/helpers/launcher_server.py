@@ -1,0 +1,116 @@
+"""Launchers of training runs that start quickly: forked, as are their ranks, from this process, which has the imports.
+
+    python tests/helpers/launcher_server.py        (started and asked by tests/helpers/launched_runs.py)
+
+Everything else of a launcher and its ranks is as for a user: processes with their own environment, session, standard
+streams, signals and exit codes, torchrun's agent and its rendezvous. Only Popen is replaced, by fork.
+
+One request a line on stdin, {"arguments", "environment", "log_path", "code_path"}; one answer a line on stdout, the
+process id of the launcher. Its exit code is written to code_path when it ends. The end of stdin ends this process.
+"""
+
+import json
+import os
+import runpy
+import sys
+import traceback
+from typing import Any
+
+from tests.helpers.rank_server import import_what_runs_import
+
+
+class ForkedProcess:
+    """What torch's SubprocessHandler uses of subprocess.Popen, for a Python module that runs in a fork."""
+
+    def __init__(self, arguments: tuple[str, ...], environment: dict[str, str]):
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.setsid()
+            run_and_exit(arguments, environment)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        import subprocess
+        import time
+
+        deadline_s = time.monotonic() + (timeout or 1e9)
+        while self.poll() is None:
+            if time.monotonic() > deadline_s:
+                raise subprocess.TimeoutExpired("rank", timeout or 0)
+            time.sleep(0.02)
+        return self.returncode or 0
+
+
+def run_and_exit(arguments: tuple[str, ...], environment: dict[str, str]) -> None:
+    """Run `python [-u] -m MODULE ARGUMENT...` in this process, and end it with the exit code Python would have."""
+    os.environ.clear()
+    os.environ.update(environment)
+    module_at = arguments.index("-m") + 1
+    sys.argv = [arguments[module_at], *arguments[module_at + 1 :]]
+    code: Any = 0
+    try:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+
+
+def serve() -> None:
+    while line := sys.stdin.readline():
+        request = json.loads(line)
+        reader, writer = os.pipe()
+        if os.fork() == 0:
+            launch(request, writer)
+        os.close(writer)
+        with os.fdopen(reader) as answers:
+            print(answers.readline().strip(), flush=True)
+
+
+def launch(request: dict[str, Any], pid_writer: int) -> None:
+    """In a process between the server and the launcher: wait for the launcher, and keep its exit code."""
+    launcher = os.fork()
+    if launcher == 0:
+        os.setsid()
+        for descriptor, path, mode in (
+            (0, os.devnull, os.O_RDONLY),
+            (1, request["log_path"], os.O_WRONLY | os.O_APPEND | os.O_CREAT),
+            (2, request["log_path"], os.O_WRONLY | os.O_APPEND | os.O_CREAT),
+        ):
+            os.dup2(os.open(path, mode, 0o644), descriptor)
+        from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+        subprocess_handler.SubprocessHandler._popen = lambda self, arguments, environment: ForkedProcess(
+            arguments, environment
+        )
+        os.environ.update(request["environment"])
+        arguments = ("-m", "megatron_hammer.training.launch", *request["arguments"])
+        run_and_exit(arguments, dict(os.environ))
+    os.write(pid_writer, f"{launcher}\n".encode())
+    os.close(pid_writer)
+    code = os.waitstatus_to_exitcode(os.waitpid(launcher, 0)[1])
+    partial = f"{request['code_path']}.partial"
+    with open(partial, "w") as file:
+        file.write(str(code))
+    os.rename(partial, request["code_path"])
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    import_what_runs_import()
+    import torch.distributed.run  # noqa: F401
+
+    import megatron_hammer.training.launch
+    import megatron_hammer.training.supervision.agent  # noqa: F401
+
+    serve()

@@ -1,0 +1,47 @@
+import argparse
+import socket
+
+from torch.distributed import run
+
+from megatron_hammer.training.supervision.rendezvous import NumberedNode, find_own_address, settle_rendezvous
+
+
+def settle(*options: str) -> argparse.Namespace:
+    parsed = run.parse_args([*options, "train.py"])
+    settle_rendezvous(parsed)
+    run.config_from_args(parsed)  # torch accepts it
+    return parsed
+
+
+def test_a_run_on_one_node_needs_no_name_of_its_host() -> None:
+    for options in ((), ("--standalone",), ("--nnodes", "1:1")):
+        settled = settle(*options)
+        assert (settled.rdzv_backend, settled.rdzv_endpoint, settled.local_addr) == ("c10d", "localhost:0", "localhost")
+    assert settle().rdzv_id != settle().rdzv_id
+
+
+def test_static_nodes_meet_at_the_address_of_node_0_and_keep_their_numbers() -> None:
+    static = ("--nnodes", "3", "--master-addr", "host0", "--master-port", "1234", "--rdzv-conf", "timeout=9")
+    first, last = settle(*static, "--node-rank", "0"), settle(*static, "--node-rank", "2")
+    assert first.rdzv_backend == last.rdzv_backend == "c10d"
+    assert first.rdzv_endpoint == last.rdzv_endpoint == "host0:1234"
+    assert first.rdzv_conf == "timeout=9,is_host=True,node_rank=0"
+    assert last.rdzv_conf == "timeout=9,is_host=False,node_rank=2"
+    assert (first.local_addr, last.local_addr) == ("host0", None)
+
+
+def test_other_rendezvous_are_left_as_they_are() -> None:
+    settled = settle("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "h:1", "--rdzv-id", "x")
+    assert (settled.rdzv_backend, settled.rdzv_endpoint, settled.rdzv_id) == ("c10d", "h:1", "x")
+    assert settled.rdzv_conf == ""
+
+
+def test_numbers_order_the_nodes_and_not_their_addresses() -> None:
+    nodes = [NumberedNode(1, "a", 7, 0), NumberedNode(0, "b", 9, 0)]
+    assert [node.addr for node in sorted(nodes)] == ["b", "a"]
+
+
+def test_the_own_address_is_the_one_towards_the_other_host() -> None:
+    assert find_own_address("127.0.0.1:29500") == "127.0.0.1"
+    if socket.has_dualstack_ipv6():
+        assert find_own_address("[::1]:29500") == "::1"
