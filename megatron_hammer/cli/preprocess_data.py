@@ -79,7 +79,7 @@ def build_options(arguments: argparse.Namespace) -> PreprocessOptions:
         inputs=tuple(arguments.input),
         tokenizer_path=arguments.tokenizer_model,
         tokenizer_type=arguments.tokenizer_type,
-        leaves_out_template=arguments.tokenizer_hf_no_include_special_tokens,
+        includes_template=arguments.includes_template,
         output_prefix=arguments.output_prefix,
         json_keys=tuple(arguments.json_keys),
         append_eod=arguments.append_eod,

@@ -4,6 +4,7 @@ hammer tokenizer export --tokenizer-model tokenizer.model --save hf/tokenizer --
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -59,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             chat_template=chat_template,
             on_document=lambda num_documents: status.update(f"{num_documents:,} documents compared"),
         )
+    if exported.tokenizer.note is not None:
+        print(f"note: {exported.tokenizer.note}", file=sys.stderr)
     print(f"{summarise(arguments.save, exported)}; {time.monotonic() - started_at_s:.1f} s")
 
 

@@ -35,6 +35,15 @@ CONFIGS: dict[str, Any] = {
     "gpt2": lambda: transformers.GPT2Config(
         n_embd=96, n_layer=4, n_head=8, vocab_size=VOCAB_SIZE, n_positions=80, **dict.fromkeys(DROPOUTS, 0.0)
     ),
+    "phi3": lambda: transformers.Phi3Config(partial_rotary_factor=0.5, pad_token_id=None, **SIZES),
+    "seed-oss": lambda: transformers.SeedOssConfig(
+        head_dim=20, attention_dropout=0.0, residual_dropout=0.0, pad_token_id=None, **SIZES
+    ),
+    "smollm3-tied": lambda: transformers.SmolLM3Config(no_rope_layers=[1, 0, 0, 1], pad_token_id=None, **SIZES),
+    "granite": lambda: transformers.GraniteConfig(
+        embedding_multiplier=12.0, attention_multiplier=0.3, residual_multiplier=0.22, logits_scaling=1.3, **SIZES
+    ),
+    "helium": lambda: transformers.HeliumConfig(head_dim=12, pad_token_id=None, **SIZES),
     "qwen2-moe": lambda: transformers.Qwen2MoeConfig(
         moe_intermediate_size=80, shared_expert_intermediate_size=112, num_experts=6, num_experts_per_tok=2, **SIZES
     ),
@@ -115,6 +124,11 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]
         pytest.param("qwen3-tied", 2, TP2, id="tied-qk-norm-tp2"),
         pytest.param("qwen3-tied", 2, (*PP2, *VP2), id="tied-qk-norm-pp2-vp2"),
         pytest.param("gpt2", 2, TP2, id="gpt2-tp2"),
+        pytest.param("phi3", 2, TP2, id="phi3-tp2"),
+        pytest.param("seed-oss", 2, PP2, id="seed-oss-pp2"),
+        pytest.param("smollm3-tied", 2, (*PP2, *VP2), id="smollm3-tied-pp2-vp2"),
+        pytest.param("granite", 4, (*TP2, *PP2, "--sequence-parallel"), id="granite-tp2-pp2-sp"),
+        pytest.param("helium", 2, TP2, id="helium-tp2"),
         pytest.param("qwen2-moe", 2, EP2, id="moe-ep2"),
     ],
 )
@@ -122,9 +136,10 @@ def test_the_first_step_is_that_of_transformers(
     references: dict[str, Reference], tmp_path: Path, name: str, num_processes: int, flags: tuple[str, ...]
 ) -> None:
     reference = references[name]
-    (line,) = reference.train(num_processes, tmp_path / "metrics.jsonl", *flags)
+    line, *later = reference.train(num_processes, tmp_path / "metrics.jsonl", *flags, num_steps=3)
     assert line["loss"] == pytest.approx(reference.loss, rel=LOSS_TOLERANCE)
     assert line["grad_norm"] == pytest.approx(reference.norm, rel=NORM_TOLERANCE)
+    assert later[-1]["loss"] < line["loss"]
 
 
 def test_the_oracle_sees_small_faults(references: dict[str, Reference]) -> None:

@@ -56,6 +56,23 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "mistral": (transformers.MistralConfig, {"sliding_window": None}),
     "qwen2": (transformers.Qwen2Config, {"head_dim": 16}),
     "qwen3": (transformers.Qwen3Config, {}),
+    "phi3": (transformers.Phi3Config, {"head_dim": 16, "pad_token_id": None}),
+    "phi3 partial": (transformers.Phi3Config, {"head_dim": 16, "partial_rotary_factor": 0.5, "pad_token_id": None}),
+    "seed oss": (transformers.SeedOssConfig, {}),
+    "smollm3": (
+        transformers.SmolLM3Config,
+        {"num_hidden_layers": 5, "pad_token_id": None, "tie_word_embeddings": False},
+    ),
+    "granite": (
+        transformers.GraniteConfig,
+        {
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.3,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 1.3,
+        },
+    ),
+    "helium": (transformers.HeliumConfig, {"head_dim": 16, "tie_word_embeddings": True}),
 }
 
 

@@ -50,6 +50,11 @@ FAMILIES = {
     "mixtral": transformers.MixtralConfig(**SIZES, num_local_experts=5, num_experts_per_tok=2),
     "qwen2 moe": transformers.Qwen2MoeConfig(**SIZES, **EXPERTS, shared_expert_intermediate_size=36),
     "qwen3 moe": transformers.Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=14),
+    "phi3": transformers.Phi3Config(**SIZES, partial_rotary_factor=0.5),
+    "seed oss": transformers.SeedOssConfig(**SIZES, head_dim=14),
+    "smollm3": transformers.SmolLM3Config(**SIZES, no_rope_layers=[1, 0, 0]),
+    "granite": transformers.GraniteConfig(**SIZES, embedding_multiplier=12.0, logits_scaling=1.3),
+    "helium": transformers.HeliumConfig(**SIZES, head_dim=8, attention_bias=True),
     "gpt2": transformers.GPT2Config(**GPT2_SIZES),
     "gpt2 with a head of its own": transformers.GPT2Config(**GPT2_SIZES, tie_word_embeddings=False),
 }
@@ -88,6 +93,9 @@ def test_every_family_comes_back(name, tmp_path):
     assert_same_bits(load_file(tmp_path / "hf" / "model.safetensors"), weights)
     before, after = (read_hf_model(folder).shape for folder in (tmp_path / "hf", target))
     assert before == after
+    # A Mistral without a window is a Llama.
+    model_type = FAMILIES[name].model_type
+    assert read_hf_model(target).config["model_type"] == {"mistral": "llama"}.get(name, model_type)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16)
     assert_same_bits(reference.state_dict(), loaded.state_dict())
     tokens = torch.arange(12).view(1, -1)

@@ -244,7 +244,7 @@ def _select_dtype(requested: str | None, reader: CheckpointReader) -> torch.dtyp
 def _export_tokenizer(
     options: ExportOptions, plan: _Plan, target_dir: Path, on_progress: Callable[[str, int, int], None]
 ) -> tuple[Any, tuple[str, ...]]:
-    """Write the tokenizer's files; returns what was exported (or None) and a note where nothing was."""
+    """Write the tokenizer's files; returns what was exported (or None), and a note where nothing or otherwise was."""
     if not options.has_tokenizer:
         return None, ("no tokenizer was written: --no-tokenizer",)
     path = plan.tokenizer_path
@@ -261,7 +261,7 @@ def _export_tokenizer(
         remedy="Pass the tokenizer that the model was trained with.",
     )
     on_progress("tokenizer", 1, 1)
-    return tokenizer, ()
+    return tokenizer, () if tokenizer.note is None else (tokenizer.note,)
 
 
 def _find_saved_tokenizer(options: ExportOptions, reader: CheckpointReader) -> Path | None:

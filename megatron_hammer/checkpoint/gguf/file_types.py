@@ -80,10 +80,12 @@ def _q3_k_m(place: Place) -> GGMLQuantizationType | None:
     value = Type.Q5_K if place.layer < 2 else Type.Q4_K
     # Integer division as in llama.cpp: a model with fewer than 16 layers has no Q5_K here.
     down = Type.Q5_K if place.layer < place.num_layers // 16 else Type.Q4_K
-    return {"attn_v": value, "ffn_down": down, "attn_output": Type.Q4_K}.get(place.kind)
+    return {"attn_v": value, "attn_qkv": Type.Q4_K, "ffn_down": down, "attn_output": Type.Q4_K}.get(place.kind)
 
 
 def _q3_k_l(place: Place) -> GGMLQuantizationType | None:
+    if place.kind == "attn_qkv":
+        return Type.Q4_K
     return Type.Q5_K if place.kind in ("attn_v", "ffn_down", "attn_output") else None
 
 
@@ -92,8 +94,13 @@ def _q4_k_s(place: Place) -> GGMLQuantizationType | None:
     return Type.Q5_K if is_early.get(place.kind) else None
 
 
-def _q4_k_m_and_q5_k_m(place: Place) -> GGMLQuantizationType | None:
-    return Type.Q6_K if place.kind in ("attn_v", "ffn_down") and _has_more_bits(place) else None
+def _q4_k_m(place: Place) -> GGMLQuantizationType | None:
+    return Type.Q5_K if place.kind == "attn_qkv" else _q5_k_m(place)
+
+
+def _q5_k_m(place: Place) -> GGMLQuantizationType | None:
+    is_chosen = place.kind in ("attn_v", "ffn_down") and _has_more_bits(place)
+    return Type.Q6_K if is_chosen or place.kind == "attn_qkv" else None
 
 
 _CODE = LlamaFileType
@@ -108,9 +115,9 @@ FILE_TYPES = MappingProxyType(
         "q3_k_m": FileType(code=_CODE.MOSTLY_Q3_K_M, default=Type.Q3_K, exceptions=_q3_k_m),
         "q3_k_l": FileType(code=_CODE.MOSTLY_Q3_K_L, default=Type.Q3_K, exceptions=_q3_k_l),
         "q4_k_s": FileType(code=_CODE.MOSTLY_Q4_K_S, default=Type.Q4_K, exceptions=_q4_k_s),
-        "q4_k_m": FileType(code=_CODE.MOSTLY_Q4_K_M, default=Type.Q4_K, exceptions=_q4_k_m_and_q5_k_m),
+        "q4_k_m": FileType(code=_CODE.MOSTLY_Q4_K_M, default=Type.Q4_K, exceptions=_q4_k_m),
         "q5_k_s": FileType(code=_CODE.MOSTLY_Q5_K_S, default=Type.Q5_K),
-        "q5_k_m": FileType(code=_CODE.MOSTLY_Q5_K_M, default=Type.Q5_K, exceptions=_q4_k_m_and_q5_k_m),
+        "q5_k_m": FileType(code=_CODE.MOSTLY_Q5_K_M, default=Type.Q5_K, exceptions=_q5_k_m),
         "q6_k": FileType(code=_CODE.MOSTLY_Q6_K, default=Type.Q6_K),
     }
 )

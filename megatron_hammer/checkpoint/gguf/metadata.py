@@ -3,7 +3,7 @@
 Source of the keys: gguf.constants.Keys; llama.cpp's src/llama-model.cpp and src/llama-vocab.cpp read them.
 """
 
-from gguf import GGML_QUANT_VERSION, GGUFWriter, RopeScalingType
+from gguf import GGML_QUANT_VERSION, MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, RopeScalingType
 
 from megatron_hammer.checkpoint.gguf.file_types import FILE_TYPES
 from megatron_hammer.checkpoint.gguf.gguf_file import ExtraTensor
@@ -35,13 +35,18 @@ def build_metadata(
     writer.add_key_length(model.head_dim)
     writer.add_value_length(model.head_dim)
     writer.add_layer_norm_rms_eps(model.norm_epsilon)
-    writer.add_rope_dimension_count(model.head_dim)
+    writer.add_rope_dimension_count(int(model.head_dim * model.rotary_percent))
     writer.add_rope_freq_base(float(model.rotary_base))
     if model.rotary_seq_len_interpolation_factor is not None:
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(model.rotary_seq_len_interpolation_factor))
     if isinstance(model.rope_scaling, YarnScaling):
         _describe_yarn(writer, model.rope_scaling)
+    if arch == MODEL_ARCH_NAMES[MODEL_ARCH.GRANITE]:
+        writer.add_embedding_scale(model.embedding_multiplier)
+        writer.add_attention_scale(model.attention_scale or model.head_dim**-0.5)
+        writer.add_residual_scale(model.residual_multiplier)
+        writer.add_logit_scale(1 / model.logits_multiplier)  # llama.cpp divides by it
     _describe_tokenizer(writer, vocabulary)
     return writer
 

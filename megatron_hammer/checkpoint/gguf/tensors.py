@@ -24,8 +24,17 @@ ARCHITECTURES = {  # by family
     "mistral": MODEL_ARCH.LLAMA,
     "qwen2": MODEL_ARCH.QWEN2,
     "qwen3": MODEL_ARCH.QWEN3,
+    "phi3": MODEL_ARCH.PHI3,
+    "seed_oss": MODEL_ARCH.SEED_OSS,
+    "smollm3": MODEL_ARCH.SMOLLM3,
+    "granite": MODEL_ARCH.GRANITE,
+    "helium": MODEL_ARCH.LLAMA,  # its rows already have the order of that arch
 }
-SUPPORTED = "Llama, TinyLlama, HammerLLM, Mistral, Qwen2, tiny-llm-zh, Qwen3"
+SUPPORTED = "Llama, TinyLlama, HammerLLM, Mistral, Qwen2, tiny-llm-zh, Qwen3, Phi-3, Seed-OSS, SmolLM3, Granite, Helium"
+# The archs that rotate neighbouring rows (LLAMA_ROPE_TYPE_NORM), and the families that store them so.
+TURNS_NEIGHBOURS = frozenset({MODEL_ARCH.LLAMA, MODEL_ARCH.SMOLLM3, MODEL_ARCH.GRANITE})
+STORES_NEIGHBOURS = frozenset({"helium"})
+STEP_WITHOUT_ROPE = 4  # llama.cpp's arch smollm3 has it built in: n_no_rope_layer_step
 ROPE_FACTORS = "rope_freqs.weight"
 
 
@@ -60,6 +69,12 @@ def select_architecture(model: HfModel) -> MODEL_ARCH:
             f"config.json, model_type: GGUF is written for {SUPPORTED}, got model_type={model.config['model_type']!r}, "
             f"which is {model.family.hf_class}. Use llama.cpp's own converter."
         )
+    layers, num_layers = model.shape.layers_without_rope, model.shape.num_layers
+    if arch is MODEL_ARCH.SMOLLM3 and layers != tuple(range(STEP_WITHOUT_ROPE - 1, num_layers, STEP_WITHOUT_ROPE)):
+        raise ConversionError(
+            f"config.json, no_rope_layers: llama.cpp leaves the rope out of every {STEP_WITHOUT_ROPE}th layer of a "
+            f"SmolLM3, got none in layers {list(layers)} of {num_layers}, from 0. Keep the Hugging Face folder."
+        )
     return arch
 
 
@@ -76,8 +91,9 @@ def plan_tensors(model: HfModel, file_type: FileType) -> list[GgufTensor]:
             if name is None:
                 raise ConversionError(f"{hf_name}: llama.cpp must have a name for it, got none. Update gguf.")
             place = _find_place(name, model.shape)
-            # Only arch llama rotates neighbouring rows (rotary_rows.py).
-            rope_heads = heads.get(place.kind) if arch is MODEL_ARCH.LLAMA else None
+            # rotary_rows.py has the two orders.
+            is_reordered = arch in TURNS_NEIGHBOURS and model.family.model_type not in STORES_NEIGHBOURS
+            rope_heads = heads.get(place.kind) if is_reordered else None
             tensor_type = select_type(file_type, place, shape)
             tensors.append(GgufTensor(name=name, hf_name=hf_name, shape=shape, type=tensor_type, rope_heads=rope_heads))
     return tensors

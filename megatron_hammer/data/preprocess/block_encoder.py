@@ -9,6 +9,7 @@ from megatron_hammer.corpus.blocks import Block, Position, decode_block
 from megatron_hammer.data.indexed.pair import select_dtype
 from megatron_hammer.data.preprocess.options import PreprocessOptions
 from megatron_hammer.data.preprocess.sentences import load_sentence_splitter
+from megatron_hammer.data.preprocess.template import NO_TEMPLATE, Template
 from megatron_hammer.errors import DataError
 from megatron_hammer.tokenizer.encoding.encoder import Encoder, require_eod_id
 from megatron_hammer.tokenizer.encoding.fast_encoder import EncoderChoice
@@ -44,12 +45,13 @@ class EncodedBlock:
 class BlockEncoder:
     """Made once in each worker, because reading a tokenizer is slow. Raises DataError if it lacks a needed token."""
 
-    def __init__(self, options: PreprocessOptions, encoder: Encoder):
+    def __init__(self, options: PreprocessOptions, encoder: Encoder, template: Template = NO_TEMPLATE):
         self._encoder = encoder
+        self._template = template
         self._json_keys = options.json_keys
         self._dtype = select_dtype(encoder.vocab_size)
-        self._bos_id = require_bos_id(encoder) if options.prepend_bos else None
-        self._eod_id = require_eod_id(encoder) if options.append_eod else None
+        self._before = [require_bos_id(encoder)] if options.prepend_bos else []
+        self._after = [require_eod_id(encoder)] if options.append_eod else []
         self._split: Callable[[str], list[str]] | None = None
         if options.split_sentences:
             self._split = load_sentence_splitter(options.language, keep_newlines=options.keep_newlines)
@@ -70,18 +72,22 @@ class BlockEncoder:
             sentences_per_document = np.array([len(sentences) for sentences in split_texts], dtype=np.int64)
             texts = [sentence for sentences in split_texts for sentence in sentences]
         ids, lengths = self._encoder.encode_batch(texts)
+        # Around every text, also an empty one, which has tokens then.
+        every_text = np.arange(1, len(texts) + 1)
+        template = self._template
+        ids, lengths = add_ends(ids, lengths, every_text, before=template.before, after=template.after)
         is_kept = lengths > 0  # Megatron-LM's tool drops empty sentences, and adds no token to an empty document
         # How many sentences are kept before each one, so that document ends can be renumbered in one look-up.
         kept_before = np.concatenate(([0], np.cumsum(is_kept)))
         document_ends = kept_before[np.cumsum(sentences_per_document)]
         sequences_per_document = np.diff(document_ends, prepend=0)
-        ids, lengths = add_document_ends(
+        ids, lengths = add_ends(
             ids.astype(self._dtype, copy=False),
             lengths[is_kept],
             # An empty document gets neither bos nor eod, or it would no longer be empty.
             document_ends[sequences_per_document > 0],
-            bos_id=self._bos_id,
-            eod_id=self._eod_id,
+            before=self._before,
+            after=self._after,
         )
         return EncodedField(ids, lengths.astype(np.int32), sequences_per_document, text_bytes)
 
@@ -99,28 +105,24 @@ def count_utf8_bytes(texts: Sequence[str]) -> int:
     return len(units) + int(np.count_nonzero(units >= 0x80)) + int(np.count_nonzero(units >= 0x800)) - 2 * num_pairs
 
 
-def add_document_ends(
-    ids: np.ndarray, lengths: np.ndarray, document_ends: np.ndarray, *, bos_id: int | None, eod_id: int | None
+def add_ends(
+    ids: np.ndarray, lengths: np.ndarray, document_ends: np.ndarray, *, before: Sequence[int], after: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Put `bos_id` before and `eod_id` behind each document, as parts of its first and last sequence; None: nothing is
-    added.
+    """Put tokens before and after each document, as parts of its first and last sequence.
 
     ids: [sum of lengths]. lengths: [num_sequences]. document_ends: [num_documents], the index of the sequence after
-    each document; no document is empty. Returns the new ids and lengths.
+    each document; each has a sequence. Returns the new ids and lengths.
     """
-    if not len(document_ends) or (bos_id is None and eod_id is None):
+    if not len(document_ends) or not (before or after):
         return ids, lengths
     document_starts = np.concatenate(([0], document_ends[:-1]))
     token_ends = np.concatenate(([0], np.cumsum(lengths)))
-    places = [token_ends[document_starts]] * (bos_id is not None) + [token_ends[document_ends]] * (eod_id is not None)
-    tokens = [token for token in (bos_id, eod_id) if token is not None]
+    places = [token_ends[document_starts]] * len(before) + [token_ends[document_ends]] * len(after)
     # The caller's array must not change.
     lengths = lengths.copy()
-    if bos_id is not None:
-        lengths[document_starts] += 1
-    if eod_id is not None:
-        lengths[document_ends - 1] += 1
-    added = np.tile(np.array(tokens, dtype=ids.dtype), len(document_ends))
+    lengths[document_starts] += len(before)
+    lengths[document_ends - 1] += len(after)
+    added = np.tile(np.array([*before, *after], dtype=ids.dtype), len(document_ends))
     return np.insert(ids, np.stack(places, axis=1).ravel(), added), lengths  # equal places keep their order
 
 
@@ -140,6 +142,7 @@ class BlockEncoderRecipe:
 
     options: PreprocessOptions
     choice: EncoderChoice
+    template: Template = NO_TEMPLATE
 
     def __call__(self) -> Callable[[Block], EncodedBlock]:
-        return BlockEncoder(self.options, self.choice.load()).encode
+        return BlockEncoder(self.options, self.choice.load(), self.template).encode

@@ -17,11 +17,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("flags of Megatron-LM's tool")
     kinds = ", ".join((*SENTENCEPIECE_TYPES, HUGGING_FACE_TYPE))
     group.add_argument("--tokenizer-type", metavar="TYPE", help=f"checked against --tokenizer-model: {kinds}")
-    group.add_argument(
-        "--tokenizer-hf-no-include-special-tokens",
-        action="store_true",
-        help="add no tokens of the tokenizer's template, which is always so here",
-    )
+    template = group.add_mutually_exclusive_group()
+    for prefix, includes, meaning in (
+        ("", True, "put the tokens of the tokenizer's template around every text, as Megatron-LM's tool does"),
+        ("no-", False, "put none there, which is the default here"),
+    ):
+        template.add_argument(
+            f"--tokenizer-hf-{prefix}include-special-tokens",
+            dest="includes_template",
+            action="store_const",
+            const=includes,
+            help=meaning,
+        )
     group.add_argument(
         "--keep-sequential-samples", action="store_true", help="keep the order of documents, which is always kept here"
     )

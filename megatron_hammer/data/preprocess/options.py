@@ -17,8 +17,9 @@ from megatron_hammer.errors import ConfigError
 class PreprocessOptions:
     """One run of the preprocessor; each of `json_keys` becomes `<output_prefix>_<key>_document` (or `_sentence`).
 
-    tokenizer_type: Megatron's name of the kind that the tokenizer must be; None allows every kind. leaves_out_template:
-    it is known that tokens of a Hugging Face tokenizer's template are not written.
+    tokenizer_type: Megatron's name of the kind that the tokenizer must be; None allows every kind. includes_template:
+    whether the tokens of a Hugging Face tokenizer's template are written around every text; None: they are not, and a
+    note says so.
     prepend_bos, append_eod: begin and end every document that has tokens. language, keep_newlines: only with
     split_sentences. seed: shuffle the documents with it; None keeps their order. max_errors: bad records to skip.
     restart: discard an unfinished run instead of continuing it. journal_interval_s: the work that a kill may lose.
@@ -27,7 +28,7 @@ class PreprocessOptions:
     inputs: tuple[str, ...]
     tokenizer_path: Path
     tokenizer_type: str | None = None
-    leaves_out_template: bool = False
+    includes_template: bool | None = None
     output_prefix: Path
     json_keys: tuple[str, ...] = ("text",)
     append_eod: bool = False
@@ -75,7 +76,9 @@ class PreprocessOptions:
 
     def describe(self) -> dict[str, Any]:
         """Return every option that shapes the bytes, except the keys and the shard, by the name of its flag."""
-        return {
+        # Not where it is off, so that manifests of runs before this option stay equal.
+        template = {"includes_template": True} if self.includes_template else {}
+        return template | {
             "append_eod": self.append_eod,
             "prepend_bos": self.prepend_bos,
             "split_sentences": self.split_sentences,

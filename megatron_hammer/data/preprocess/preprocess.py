@@ -1,9 +1,9 @@
 """Raw text to Megatron's .bin/.idx: read, encode in a pool of processes, write in order, shuffle if asked.
 
 The output depends on the inputs, the tokenizer and the options only: not on the number of workers, and not on how often
-the run was killed and continued. For valid input it has the same bytes as the output of Megatron-LM's tool. A bad
-record is an error that names file:line; a dead worker is an error and never a hang. Until everything is written, every
-file has a .partial name.
+the run was killed and continued. For valid input it has the bytes of Megatron-LM's tool, but for what template.py says.
+A bad record is an error that names file:line; a dead worker is an error and never a hang. Until everything is written,
+every file has a .partial name.
 Read next: blocks.py (reading), block_encoder.py (what workers do), run.py (writing), journal.py (resuming).
 """
 
@@ -34,6 +34,7 @@ from megatron_hammer.data.preprocess.journal import (
 )
 from megatron_hammer.data.preprocess.options import PreprocessOptions
 from megatron_hammer.data.preprocess.run import PreprocessRun, remove_leftovers
+from megatron_hammer.data.preprocess.template import Template, describe_differences, select_template
 from megatron_hammer.data.preprocess.worker_pool import encode_in_order
 from megatron_hammer.errors import ConfigError, DataError, HammerError
 from megatron_hammer.tokenizer.encoding.encoder import Encoder, HuggingFaceEncoder, load_encoder, require_eod_id
@@ -86,7 +87,8 @@ def preprocess(
     # Before any output is touched and any worker starts: a wrong tokenizer is found at once.
     encoder = load_encoder(options.tokenizer_path)
     refuse_other_kind(encoder, options.tokenizer_type)
-    if (note := describe_template(encoder, options)) is not None:
+    template = select_template(encoder, options)
+    for note in describe_differences(encoder, options):
         on_note(note)
     if options.append_eod:
         require_eod_id(encoder)
@@ -106,7 +108,7 @@ def preprocess(
             remove_leftovers(options)  # left by a run that was killed while it removed them
             return PreprocessResult(complete, was_complete=True)
         run = PreprocessRun(options, job, select_dtype(encoder.vocab_size), journal)
-        task = _Task(options, encoder, sources, job, run, on_progress, on_note)
+        task = _Task(options, encoder, template, sources, job, run, on_progress, on_note)
         return PreprocessResult(task.complete(), was_continued=journal is not None)
 
 
@@ -123,21 +125,6 @@ def refuse_other_kind(encoder: Encoder, tokenizer_type: str | None) -> None:
         )
 
 
-def describe_template(encoder: Encoder, options: PreprocessOptions) -> str | None:
-    """Return a sentence if Megatron-LM's tool would write other tokens around each text than this run does."""
-    if not isinstance(encoder, HuggingFaceEncoder) or options.leaves_out_template:
-        return None
-    added = encoder.tokenizer.encode("", add_special_tokens=True).ids
-    if not added or (options.prepend_bos and added == [encoder.bos_id]):
-        return None
-    tokens = " ".join(str(encoder.tokenizer.id_to_token(token_id)) for token_id in added)
-    remedy = "--prepend-bos writes it once per document" if added == [encoder.bos_id] else "add them to the texts"
-    return (
-        f"{encoder.path}: its template adds {tokens} to every text, which Megatron-LM's tool writes and this one does "
-        f"not. If you want it, {remedy}. If not, --tokenizer-hf-no-include-special-tokens says so, as in Megatron-LM."
-    )
-
-
 def describe_place(journal: Journal) -> str:
     """Return in words how far a run had come."""
     num_documents = f"{journal.writers[0].num_documents:,} documents"
@@ -151,6 +138,7 @@ class _Task:
 
     options: PreprocessOptions
     encoder: Encoder
+    template: Template
     sources: Sources
     job: Job
     run: PreprocessRun
@@ -207,7 +195,7 @@ class _Task:
         choice = select_encoder(self.encoder)
         if choice.warning is not None:
             self.on_note(choice.warning)
-        return BlockEncoderRecipe(self.options, choice)
+        return BlockEncoderRecipe(self.options, choice, self.template)
 
     def _describe(self, hasher: FileHasher) -> list[Manifest]:
         output_paths = self.run.finish()

@@ -21,6 +21,7 @@ from megatron_hammer.errors import ConversionError
 from megatron_hammer.files.publish import publish_directory
 from megatron_hammer.tokenizer.encoding.encoder import (
     Encoder,
+    HuggingFaceEncoder,
     SentencePieceEncoder,
     load_encoder,
     load_through_transformers,
@@ -32,6 +33,7 @@ from megatron_hammer.tokenizer.encoding.hugging_face_tokenizer import (
     differs,
     list_texts_of,
 )
+from megatron_hammer.tokenizer.encoding.loading_by_class import describe_other_loading, is_known_to_load_alike
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import SentencePieceModel, read_sentencepiece_model
 from megatron_hammer.tokenizer.encoding.special_tokens import CONFIG_NAME, read_config
 from megatron_hammer.tokenizer.export.check_export import CheckedTexts, verify_with_transformers
@@ -58,10 +60,11 @@ class ExportedTokenizer:
     """What was written, and on how many texts both tokenizers agreed.
 
     copied_from: the folder whose files were copied; None where they were made from a SentencePiece model, or are those
-    of a single file.
+    of a single file. note: a sentence where AutoTokenizer reads the source's folder otherwise than it is read here.
     """
 
     copied_from: Path | None
+    note: str | None
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
@@ -132,11 +135,23 @@ def export_tokenizer(source: Path, target_dir: Path, *, max_length: int | None) 
         num_checked_texts = _copy_hugging_face(encoder, source, target_dir)
     return ExportedTokenizer(
         copied_from=source if is_copied and source.is_dir() else None,
+        note=_describe_other_reading(encoder, source),
         vocab_size=encoder.vocab_size,
         bos_id=encoder.bos_id,
         eos_id=encoder.eod_id,
         num_checked_texts=num_checked_texts,
     )
+
+
+def _describe_other_reading(encoder: Encoder, source: Path) -> str | None:
+    if isinstance(encoder, HuggingFaceEncoder):
+        difference = None if is_known_to_load_alike(encoder) else describe_other_loading(encoder)
+        rest = "The export has the same files; what was encoded here has the ids of the file."
+    else:
+        # Of a folder: a .model by itself is what its user named.
+        difference = describe_other_loading(encoder) if source.is_dir() else None
+        rest = "The export encodes as the file."
+    return None if difference is None else f"{difference} {rest}"
 
 
 def _export_sentencepiece(encoder: SentencePieceEncoder, target_dir: Path, max_length: int | None) -> int:

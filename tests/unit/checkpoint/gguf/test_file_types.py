@@ -47,6 +47,13 @@ def test_a_mixture_gives_more_bits_where_llama_cpp_does():
     assert select_type(FILE_TYPES["q3_k_s"], place("attn_v", num_layers=80), ROW) is Type.Q5_K
 
 
+def test_a_fused_qkv_gets_the_bits_that_llama_cpp_gives_it():
+    expected = {"q2_k": Type.Q2_K, "q3_k_s": Type.Q3_K, "q3_k_m": Type.Q4_K, "q3_k_l": Type.Q4_K}
+    expected |= {"q4_k_s": Type.Q4_K, "q4_k_m": Type.Q5_K, "q5_k_s": Type.Q5_K, "q5_k_m": Type.Q6_K}
+    chosen = {name: select_type(FILE_TYPES[name], place("attn_qkv"), ROW) for name in expected}
+    assert chosen == expected
+
+
 def test_the_head_gets_more_bits():
     head = place("output", is_output=True)
     assert select_type(FILE_TYPES["q2_k"], head, ROW) is Type.Q6_K

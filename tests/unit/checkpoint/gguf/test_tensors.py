@@ -74,6 +74,14 @@ def test_other_families_are_refused_by_name():
         plan_tensors(gpt2, FILE_TYPES["f32"])
 
 
+def test_another_pattern_of_layers_without_a_rope_than_llama_cpps_is_refused():
+    config = LLAMA_CONFIG | {"model_type": "smollm3", "architectures": ["SmolLM3ForCausalLM"]}
+    shape, dropout = interpret_config(config | {"no_rope_layer_interval": 2})
+    folder = HfModel(shape=shape, dropout=dropout, family=select_family(shape), dtype=None, config=config)
+    with pytest.raises(ConversionError, match=r"no_rope_layers: .*every 4th layer.*got none in layers \[1\] of 3"):
+        plan_tensors(folder, FILE_TYPES["f32"])
+
+
 def test_rope_factors_are_those_of_transformers():
     scaling = RopeScaling(factor=4.0)
     config = LlamaConfig(hidden_size=192, num_attention_heads=6, head_dim=32, rope_parameters=LLAMA3_ROPE)

@@ -9,7 +9,7 @@ from megatron_hammer.corpus.blocks import read_blocks, select_whole_files
 from megatron_hammer.data.preprocess.block_encoder import (
     BlockEncoder,
     EncodedField,
-    add_document_ends,
+    add_ends,
     count_utf8_bytes,
     require_bos_id,
 )
@@ -55,11 +55,19 @@ def test_texts_that_are_all_empty_give_no_token(tmp_path: Path, encoder: Encoder
 
 
 def test_ends_of_documents_of_several_sequences() -> None:
-    ids, lengths = add_document_ends(
-        np.arange(10, 19, dtype=np.uint16), np.array([2, 3, 1, 3]), np.array([2, 3, 4]), bos_id=7, eod_id=7
+    ids, lengths = add_ends(
+        np.arange(10, 19, dtype=np.uint16), np.array([2, 3, 1, 3]), np.array([2, 3, 4]), before=[7], after=[7]
     )
     assert ids.tolist() == [7, 10, 11, 12, 13, 14, 7, 7, 15, 7, 7, 16, 17, 18, 7]
     assert lengths.tolist() == [3, 4, 3, 5]
+
+
+def test_ends_of_empty_texts() -> None:
+    ids, lengths = add_ends(
+        np.array([3], dtype=np.uint16), np.array([0, 1, 0]), np.arange(1, 4), before=[7, 8], after=[9]
+    )
+    assert ids.tolist() == [7, 8, 9, 7, 8, 3, 9, 7, 8, 9]
+    assert lengths.tolist() == [3, 4, 3]
 
 
 def test_a_tokenizer_without_bos_is_refused(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:

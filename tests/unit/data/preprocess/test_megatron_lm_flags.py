@@ -1,6 +1,8 @@
 """A command line of Megatron-LM's preprocess_data.py is taken, or each flag that cannot be has its sentence."""
 
+import itertools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,9 @@ def test_a_usual_command_line_is_taken() -> None:
     flags = "--tokenizer-type HuggingFaceTokenizer --append-eod --workers 4 --partitions 1 --log-interval 1000"
     options = build(*flags.split(), "--dataset-impl", "mmap", "--keep-sequential-samples")
     assert (options.tokenizer_type, options.append_eod, options.num_workers) == ("HuggingFaceTokenizer", True, 4)
-    assert build("--tokenizer-hf-no-include-special-tokens").leaves_out_template
+    assert build("--tokenizer-hf-no-include-special-tokens").includes_template is False
+    assert build("--tokenizer-hf-include-special-tokens").includes_template is True
+    assert build().includes_template is None
 
 
 @pytest.mark.parametrize(
@@ -82,25 +86,32 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_tokens_of_a_template_are_spoken_of_and_written_on_demand(tmp_path: Path, tokenizer_dir: Path) -> None:
     from megatron.core.tokenizers.text.libraries.huggingface_tokenizer import HuggingFaceTokenizer
 
-    texts = ["the fox", "the dog", "fox"]
+    texts = ["the fox", "the dog", "", "fox"]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
     def run(**options) -> tuple[list[int], list[str]]:
         notes: list[str] = []
-        prefix = tmp_path / f"x{len(options)}"
+        prefix = tmp_path / "-".join(["x", *options])
         inputs = (str(tmp_path / "a.jsonl"),)
         settings = PreprocessOptions(inputs=inputs, tokenizer_path=tokenizer_dir, output_prefix=prefix, **options)
         preprocess(settings, on_note=notes.append)
         ids = list(memoryview(Path(f"{prefix}_text_document.bin").read_bytes()).cast("H"))
         return ids, [note for note in notes if "template" in note]
 
-    theirs = [token for text in texts for token in HuggingFaceTokenizer(str(tokenizer_dir)).text_to_ids(text)]
-    ids, notes = run(prepend_bos=True)
-    assert (ids, notes) == (theirs, [])
+    def join(parts: Iterable[list[int]]) -> list[int]:
+        return [*itertools.chain.from_iterable(parts)]
+
+    theirs = [HuggingFaceTokenizer(str(tokenizer_dir)).text_to_ids(text) for text in texts]
+    assert theirs[2] == [0]
+    # As Megatron-LM's tool appends it: also to a document that has nothing but the template.
+    assert run(includes_template=True, append_eod=True) == (join([*ids, 1] for ids in theirs), [])
+    assert run(prepend_bos=True) == (join(ids for ids in theirs if ids != [0]), [])
     ids, (note,) = run()
-    assert ids == [token for token in theirs if token]
+    assert ids == [token for token in join(theirs) if token]
     assert "<s>" in note
     assert "--prepend-bos" in note
-    assert run(leaves_out_template=True, tokenizer_type="HuggingFaceTokenizer") == (ids, [])
+    assert run(includes_template=False, tokenizer_type="HuggingFaceTokenizer") == (ids, [])
     with raises_problem(ConfigError, "tokenizer-type:", "got Llama2Tokenizer", "a Hugging Face tokenizer"):
         run(tokenizer_type="Llama2Tokenizer")
+    with raises_problem(ConfigError, "prepend-bos: must not come with", "Drop one"):
+        run(includes_template=True, prepend_bos=True)

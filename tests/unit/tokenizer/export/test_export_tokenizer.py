@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import pytest
 import sentencepiece
@@ -318,3 +319,20 @@ def test_a_target_that_holds_something_is_refused(tmp_path, content):
     found = "a file" if content == "file" else "1 entries"
     with pytest.raises(OutputError, match=f"hf: target must be absent or an empty folder, got {found}"):
         export_tokenizer_folder(train_toy_tokenizer(tmp_path), target)
+
+
+def test_where_auto_tokenizer_reads_the_source_otherwise_a_note_says_so(tmp_path):
+    """A folder with a tokenizer.model alone, of which transformers loses the space prefix, and the rules of a class."""
+    model = train(tmp_path / "tokenizer.model", add_dummy_prefix=True, remove_extra_whitespaces=False)
+    exported, tokenizer = export_and_load(model, tmp_path / "of the model")
+    assert exported.note is None
+    folder = tmp_path / "source"
+    folder.mkdir()
+    shutil.copy(model, folder)
+    noted, again = export_and_load(folder, tmp_path / "of the folder")
+    assert noted.note.startswith(f"{folder}: transformers' AutoTokenizer is another tokenizer than tokenizer.model")
+    assert again("fox")["input_ids"] == tokenizer("fox")["input_ids"]
+    named = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "fox"}
+    (tmp_path / "of the model" / "tokenizer_config.json").write_text(json.dumps(named))
+    noted, _ = export_and_load(tmp_path / "of the model", tmp_path / "copy")
+    assert "than tokenizer.json" in noted.note
