@@ -122,6 +122,20 @@ def fill_new_model(fill: Callable[[Any, Any], None]) -> None:
     training.setup_model_and_optimizer = setup_model_and_optimizer
 
 
+def before_groups_form(check: Callable[[], None]) -> None:
+    """Call `check()` on every rank once they have met, before megatron divides them into groups."""
+    from megatron.training import initialize
+
+    original = initialize.mpu.initialize_model_parallel
+
+    @functools.wraps(original)
+    def initialize_model_parallel(*arguments: Any, **options: Any) -> Any:
+        check()
+        return original(*arguments, **options)
+
+    initialize.mpu.initialize_model_parallel = initialize_model_parallel
+
+
 def stop_on_signals_too(signals: tuple[Any, ...]) -> list[signal.Signals]:
     """Let these signals save and stop as megatron's own exit signal does; its handler takes only one.
 

@@ -131,6 +131,7 @@ def train(arguments: "ParsedArguments", plan: "RunPlan", terminal: IO[str], prog
     from megatron_hammer.model.provider import build_model_config
     from megatron_hammer.platforms import training_hooks
     from megatron_hammer.platforms.device import stand_alone
+    from megatron_hammer.training.cluster.agreement import require_equal_ranks
     from megatron_hammer.training.forward_step import ForwardStep
     from megatron_hammer.training.observer import build_observer
 
@@ -143,6 +144,7 @@ def train(arguments: "ParsedArguments", plan: "RunPlan", terminal: IO[str], prog
     observer = build_observer(plan, state, terminal)
     training_hooks.observe_training(observer)
     training_hooks.follow_progress(progress)
+    training_hooks.before_groups_form(lambda: require_equal_ranks(plan, arguments.settings.flags))
     fill_from_initial_model(plan, state, terminal)
     datasets = build_dataset_provider(arguments, plan, state)
     try:

@@ -68,10 +68,10 @@ def describe_spread(values: Sequence[float], unit: str) -> str:
     return f"median {statistics.median(values):.4g} {unit} ({min(values):.4g} to {max(values):.4g})"
 
 
-def compare_values(check: str, values: Mapping[str, Any], *, remedy: str) -> Finding:
+def compare_values(check: str, values: Mapping[str, Any], *, remedy: str, of: str = "hosts") -> Finding:
     """Whether a thing has the same value on every host; where not, which hosts have another one than most.
 
-    values: by host. None stands for "not there".
+    values: by host. None stands for "not there". of: what `values` are by, for the sentence.
     """
     hosts_of: dict[str, list[str]] = {}
     for host, value in values.items():
@@ -83,7 +83,7 @@ def compare_values(check: str, values: Mapping[str, Any], *, remedy: str) -> Fin
     has_majority = len(groups[0][1]) > len(groups[1][1])
     shown = groups[1:] if has_majority else groups
     others = "; ".join(f"{value} on {list_names(hosts)}" for value, hosts in shown)
-    rule = f"{groups[0][0]} on {len(groups[0][1])} hosts, but " if has_majority else ""
+    rule = f"{groups[0][0]} on {len(groups[0][1])} {of}, but " if has_majority else ""
     return Finding(
         check=check,
         status="problem",
