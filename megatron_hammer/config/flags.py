@@ -73,6 +73,7 @@ FLAG_NAMES = {
     "use_layer_wise_param_layout": "no-use-layer-wise-param-layout",
     "use_mamba_mem_eff_path": "disable-mamba-mem-eff-path",
     "use_tokenizer_model_from_checkpoint_args": "no-use-tokenizer-model-from-checkpoint-args",
+    "verify_checkpoint": "no-verify-checkpoint",
 }
 
 

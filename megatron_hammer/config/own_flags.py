@@ -58,8 +58,19 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="keep the whole optimizer state on every data-parallel rank (default: sharded)",
     )
     _add_data_flags(group)
+    _add_checkpoint_flags(group)
     _add_output_flags(group)
     return parser
+
+
+def _add_checkpoint_flags(group: argparse._ArgumentGroup) -> None:
+    """What a run checks of the checkpoint that it loads."""
+    group.add_argument(
+        "--no-verify-checkpoint",
+        action="store_false",
+        dest="verify_checkpoint",
+        help="do not compare the files of the checkpoint with the hashes that were saved with it",
+    )
 
 
 def _add_data_flags(group: argparse._ArgumentGroup) -> None:

@@ -234,6 +234,9 @@ def _read_checkpoints(args: Any) -> Checkpoints:
         loads_optimizer=not args.no_load_optim,
         iteration_override=args.override_ckpt_iteration,
         is_schedule_settled=args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler,
+        format=args.ckpt_format,
+        is_verified=args.verify_checkpoint,
+        agreed=None,
     )
 
 

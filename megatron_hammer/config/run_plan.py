@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_hammer.checkpoint_files.newest_intact import LoadChoice
 from megatron_hammer.config.flags import Flags
 from megatron_hammer.config.initial_model import InitialModel
 from megatron_hammer.data.order.run_order import OrderSettings
@@ -65,6 +66,9 @@ class Checkpoints:
     loads_optimizer: bool
     iteration_override: int | None
     is_schedule_settled: bool  # a flag says whose schedule counts, the run's or the checkpoint's
+    format: str  # --ckpt-format
+    is_verified: bool  # no --no-verify-checkpoint
+    agreed: LoadChoice | None = None  # of all ranks, once they have read all of it; training/saving/resumption.py
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,11 +3,19 @@
 import argparse
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_hammer.checkpoint_files.checkpoint_reader import LATEST_FILE
+from megatron_hammer.checkpoint_files.checkpoint_reader import RELEASE
+from megatron_hammer.checkpoint_files.intact import find_visible_damage
+from megatron_hammer.checkpoint_files.iterations import list_iterations
+from megatron_hammer.checkpoint_files.newest_intact import (
+    LoadChoice,
+    choose_iteration,
+    has_checkpoint,
+    read_tracker,
+)
 from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
 from megatron_hammer.config.initial_model import InitialModel
 from megatron_hammer.config.model_arguments import read_model
@@ -25,6 +33,8 @@ from megatron_hammer.data.order.review import OrderReview, SavedOrder, review_or
 from megatron_hammer.data.order.run_order import OrderSettings
 from megatron_hammer.errors import CheckpointError
 from megatron_hammer.model.shape import ModelShape
+
+UNREAD_FORMATS = ("torch_dcp", "fsdp_dtensor")  # Megatron's loader alone reads them
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,10 +100,58 @@ def _read_order_settings(args: argparse.Namespace) -> OrderSettings:
 def find_checkpoint_to_load(checkpoints: Checkpoints) -> str | None:
     """The folder whose checkpoint a run begins with, resumed or not; None where it begins without one."""
     load = checkpoints.load
-    # os.path, since pathlib raises for a name that is too long, and a dry run asks this even of a senseless --load.
-    if load is not None and (checkpoints.step or os.path.isfile(Path(load) / LATEST_FILE)):
+    if load is not None and (checkpoints.step or has_checkpoint(load)):
         return load
     return checkpoints.pretrained
+
+
+def choose_checkpoint(checkpoints: Checkpoints, rejected: Mapping[Path, str] | None = None) -> LoadChoice:
+    """Which iteration of that folder; rejected: why one that looks intact is not, for who has read all of it.
+
+    Only a resumed run falls back to an older iteration; what --pretrained-checkpoint names is loaded or refused.
+    """
+    if checkpoints.agreed is not None:
+        return checkpoints.agreed
+    folder = find_checkpoint_to_load(checkpoints)
+    if folder is None:
+        # Perhaps there are saves that never came to their end.
+        folder = checkpoints.load
+    if folder is None or not os.path.isdir(folder):
+        return LoadChoice()
+    return _choose(
+        Path(folder),
+        checkpoints.step,
+        folder == checkpoints.load,
+        None if checkpoints.format in UNREAD_FORMATS else checkpoints.is_verified,
+        tuple((rejected or {}).items()),
+        tuple(_stamp(Path(folder))),
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _choose(
+    folder: Path,
+    step: int | None,
+    has_fall_back: bool,
+    has_hash_check: bool | None,
+    rejected: tuple[tuple[Path, str], ...],
+    stamp: tuple[object, ...],
+) -> LoadChoice:
+    """has_hash_check: None where this package cannot read the format. stamp: so that changed folders are read again."""
+
+    def find_damage(directory: Path) -> list[str]:
+        return [] if has_hash_check is None else find_visible_damage(directory, has_hash_check=has_hash_check)
+
+    return choose_iteration(
+        folder, step=step, has_fall_back=has_fall_back, rejected=dict(rejected), find_damage=find_damage
+    )
+
+
+def _stamp(folder: Path) -> Iterator[object]:
+    for directory in (folder / RELEASE, *list_iterations(folder).values()):
+        for path in (directory, directory / ".metadata"):
+            yield str(path), path.stat().st_mtime_ns if path.exists() else None
+    yield read_tracker(folder)
 
 
 def describe_weights(checkpoints: Checkpoints, initial_model: InitialModel | None) -> str:
@@ -101,21 +159,20 @@ def describe_weights(checkpoints: Checkpoints, initial_model: InitialModel | Non
     load_dir = find_checkpoint_to_load(checkpoints)
     if load_dir is not None:
         unread = "" if initial_model is None else f"; {initial_model.folder} is not read again"
-        return f"checkpoint in {load_dir}{unread}"
+        choice = choose_checkpoint(checkpoints)
+        name = f" {choice.directory.name}" if choice.notes and choice.directory is not None else ""
+        # A run has printed the notes by now, one a line (training/saving/resumption.py).
+        notes = choice.notes if checkpoints.agreed is None else ()
+        return "; ".join([f"checkpoint{name} in {load_dir}{unread}", *notes])
     return "random" if initial_model is None else f"{initial_model.folder} ({initial_model.description})"
 
 
 def select_checkpoint_dir(checkpoints: Checkpoints) -> Path | None:
-    """The folder that Megatron would resume from, which may not exist; None without one, or for a released model."""
-    if checkpoints.load is None:
+    """The folder of the iteration that a run resumes from; None without one, or for a released model."""
+    if checkpoints.load is None or find_checkpoint_to_load(checkpoints) != checkpoints.load:
         return None
-    if checkpoints.step:
-        return Path(checkpoints.load) / f"iter_{checkpoints.step:07d}"
-    try:
-        text = (Path(checkpoints.load) / LATEST_FILE).read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return None
-    return Path(checkpoints.load) / f"iter_{int(text):07d}" if text.isdecimal() else None
+    choice = choose_checkpoint(checkpoints)
+    return None if choice.iteration is None else choice.directory
 
 
 def find_resumed_run(plan: RunPlan) -> SavedRun | None:

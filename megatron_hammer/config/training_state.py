@@ -19,6 +19,10 @@ class TrainingState:
         """Steps that the weights have been trained for when this process starts; 0 before the checkpoint is loaded."""
         return getattr(self._namespace, "iteration", 0)
 
+    def load_iteration(self, iteration: int | None) -> None:
+        """Have megatron's loader take this iteration; None: a release."""
+        self._namespace.ckpt_step = iteration
+
     @property
     def num_steps(self) -> int | None:
         """Steps of the run; Megatron fills them in for a run that is counted in samples."""

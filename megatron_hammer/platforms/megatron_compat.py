@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.errors import PlatformError
-from megatron_hammer.platforms import iteration_publishing, safe_loading
+from megatron_hammer.platforms import checkpoint_verification, iteration_publishing, safe_loading
 
 SUPPORTED_MEGATRON_VERSION = "0.19.2"
 
@@ -230,6 +230,10 @@ def _keep_write_results_in_the_process() -> None:
     from megatron_hammer.platforms.checkpoint_saving import make_results_queue
 
     filesystem_async.get_write_results_queue = make_results_queue
+
+
+def _lacks_verification() -> bool:
+    return not _has_text("megatron.core.dist_checkpointing.serialization.load_common_state_dict", "integrity")()
 
 
 # --- optimizer ------------------------------------------------------------------------------------------------------
@@ -495,6 +499,15 @@ ADJUSTMENTS: tuple[Adjustment, ...] = (
         is_needed=_has_text(
             "torch.distributed.checkpoint.filesystem.FileSystemReader.read_metadata", "pickle.load(metadata_file)"
         ),
+    ),
+    Adjustment(
+        name="verified-loading",
+        platforms=("cpu", "cuda"),
+        reason="a flipped bit, or a file of another iteration, is loaded without a word; megatron's own hashes are all "
+        "read by rank 0, and compared after the first objects were unpickled",
+        upstream="megatron.core.dist_checkpointing.serialization.load_common_state_dict",
+        apply=checkpoint_verification.apply,
+        is_needed=_lacks_verification,
     ),
     Adjustment(
         name="whole-iterations",

@@ -1,10 +1,14 @@
 """Calls from megatron's training loop, which has no callbacks for them: its functions are wrapped, once, by name."""
 
 import functools
+import os
 import signal
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
+
+from megatron_hammer.checkpoint_files.checkpoint_reader import name_folder
+from megatron_hammer.errors import CheckpointError
 
 
 def observe_training(observer: Any) -> None:
@@ -101,6 +105,50 @@ def follow_progress(record: Any) -> None:
         return result
 
     training.training_log = training_log
+
+
+def form_process_group() -> None:
+    """Have all ranks find each other, as megatron does later; what they must agree on before that can then be asked.
+
+    Megatron's globals must be set. It finds the group and builds those of the parallel layout on it.
+    """
+    from megatron.training import initialize
+
+    initialize._initialize_distributed(None, None, None, skip_model_parallel_init=True)
+
+
+def load_iteration(folder: str, iteration: int | None) -> None:
+    """Have megatron load this iteration (None: a release) from this folder, whatever its tracker says, if it has one.
+
+    Megatron ends a load that fails in the legacy format with exit code 0; here it is a CheckpointError.
+    """
+    from megatron.training import checkpointing, training
+
+    original_read, original_load = checkpointing.read_metadata, training.load_checkpoint
+    tracker = checkpointing.get_checkpoint_tracker_filename(folder)
+
+    @functools.wraps(original_read)
+    def read_metadata(path: str) -> tuple[int, bool]:
+        return (iteration or 0, iteration is None) if path == tracker else original_read(path)
+
+    @functools.wraps(checkpointing.checkpoint_exists)
+    def checkpoint_exists(path: str | None) -> bool:
+        return path == folder or (
+            path is not None and os.path.isfile(checkpointing.get_checkpoint_tracker_filename(path))
+        )
+
+    @functools.wraps(original_load)
+    def load_checkpoint(*arguments: Any, **options: Any) -> Any:
+        try:
+            return original_load(*arguments, **options)
+        except SystemExit as stop:
+            raise CheckpointError(
+                f"{folder}: must be a checkpoint that megatron can load, got {name_folder(iteration)}, at which it "
+                "stopped. The rank's log, in logs/ beside the checkpoints, says why; use another iteration."
+            ) from stop
+
+    checkpointing.read_metadata, training.load_checkpoint = read_metadata, load_checkpoint
+    checkpointing.checkpoint_exists = training.checkpoint_exists = checkpoint_exists
 
 
 def fill_new_model(fill: Callable[[Any, Any], None]) -> None:

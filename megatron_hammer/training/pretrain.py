@@ -137,6 +137,8 @@ def train(arguments: "ParsedArguments", plan: "RunPlan", terminal: IO[str], prog
 
     stand_alone()
     state = finalize_arguments(arguments)
+    training_hooks.form_process_group()
+    plan = agree_on_checkpoint(plan, state, terminal)
     # Ctrl-C, SIGTERM and a scheduler's warning too, since --exit-signal names only one.
     received = training_hooks.stop_on_signals_too(list_stop_signals())
     exit_code = 0
@@ -156,6 +158,20 @@ def train(arguments: "ParsedArguments", plan: "RunPlan", terminal: IO[str], prog
     observer.finish()
     close_process_group()
     return exit_code
+
+
+def agree_on_checkpoint(plan: "RunPlan", state: "TrainingState", terminal: IO[str]) -> "RunPlan":
+    """The plan with the checkpoint that all ranks have verified, which is then the one that megatron loads."""
+    from megatron_hammer.config.saved_run import find_checkpoint_to_load
+    from megatron_hammer.platforms import training_hooks
+    from megatron_hammer.training.saving import resumption
+
+    plan = resumption.agree_on_checkpoint(plan, terminal)
+    choice, folder = plan.checkpoints.agreed, find_checkpoint_to_load(plan.checkpoints)
+    if choice is not None and choice.directory is not None and folder is not None:
+        state.load_iteration(choice.iteration)
+        training_hooks.load_iteration(folder, choice.iteration)
+    return plan
 
 
 def fill_from_initial_model(plan: "RunPlan", state: "TrainingState", terminal: IO[str]) -> None:

@@ -360,6 +360,29 @@ def observe_whole_iterations() -> Any:
         }
 
 
+def observe_verified_loading() -> Any:
+    """How a shard with a flipped bit is loaded, by the two functions that read one."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    with tempfile.TemporaryDirectory() as folder:
+        iteration = Path(folder, "iter_0000007")
+        iteration.mkdir()
+        weight = ShardedTensor.from_rank_offsets("weight", torch.arange(999.0))
+        dist_checkpointing.save({"weight": weight}, str(iteration))
+        shard = iteration / "__0_0.distcp"
+        content = bytearray(shard.read_bytes())
+        content[content.index(torch.arange(999.0).numpy().tobytes()) + 17] ^= 1
+        shard.write_bytes(content)
+        wanted = {"weight": ShardedTensor.from_rank_offsets("weight", torch.zeros(999))}
+        return {
+            "load": attempt(lambda: dist_checkpointing.load(wanted, str(iteration))).split(":")[0],
+            "load_common_state_dict": attempt(lambda: dist_checkpointing.load_common_state_dict(str(iteration))).split(
+                ":"
+            )[0],
+        }
+
+
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron_hammer.checkpoint_files.pickle_reader import read_object
 from megatron_hammer.checkpoint_files.saved_archive import ArchiveDamage, SavedArchive
+from megatron_hammer.checkpoint_files.torch_dist.content_hashes import find_damage, read_hashes
 from megatron_hammer.checkpoint_files.torch_dist.description import (
     Box,
     StoredChunk,
@@ -57,6 +58,8 @@ class TorchDistStore:
         self.objects = tuple(key for key in described.objects if key != COMMON_STATE_KEY)
         self._paths = _find_files(directory, {place.name for place in self._storage.values()})
         self._checked: set[tuple[str, int]] = set()  # archives whose checksums were compared: file, offset
+        self._hashes = read_hashes(directory) or {}
+        self._checked_files: set[str] = set()  # that have the hash with which they were saved
         self._chunks_by_leading: dict[tuple[str, int], dict[tuple[int, ...], list[StoredChunk]]] = {}
 
     @cached_property
@@ -121,6 +124,7 @@ class TorchDistStore:
 
     def find_chunk_start(self, file: FileIO, key: str, chunk: StoredChunk) -> int | None:
         """Where in `file`, which is the chunk's, its elements begin, one after the other; None if they do not."""
+        self._check_file(self._locate(key, chunk.offsets)[1])
         self.check_content(key, chunk.offsets)
         info, _ = self._locate(key, chunk.offsets)
         dtype = self.tensors[key].dtype
@@ -129,7 +133,7 @@ class TorchDistStore:
     def check_content(self, key: str, offsets: tuple[int, ...] = ()) -> None:
         """Compare the checksums of a chunk or an object with its bytes, once; raises CheckpointError if they differ."""
         info, path = self._locate(key, offsets)
-        if (info.name, info.offset) in self._checked:
+        if (info.name, info.offset) in self._checked or info.name in self._checked_files:
             return
         try:
             SavedArchive(path, info.offset, info.length).check_all()
@@ -139,6 +143,18 @@ class TorchDistStore:
                 "The file is damaged; copy it again or use another iteration."
             ) from error
         self._checked.add((info.name, info.offset))
+
+    def _check_file(self, path: Path) -> None:
+        """Compare the hash of a whole file, before the first tensor of it is used; raises CheckpointError."""
+        if path.name in self._hashes and path.name not in self._checked_files:
+            if problems := find_damage(self.directory, {path.name: self._hashes[path.name]}):
+                raise CheckpointError(*problems)
+            self._checked_files.add(path.name)
+
+    def list_places(self) -> Iterator[tuple[str, tuple[int, ...], str]]:
+        """Of every chunk and object: its key, its offsets (none for an object), and the name of its file."""
+        for (key, offsets), place in self._storage.items():
+            yield key, offsets, place.name
 
     def file_of(self, key: str, chunk: StoredChunk) -> str:
         """The name of the file that holds a chunk."""

@@ -291,6 +291,12 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "non_persistent_ckpt_type",
+        lambda flags: flags["non_persistent_ckpt_type"] == "local",
+        "saves objects that only running code of the file could read again",
+        "Pass --non-persistent-ckpt-type global",
+    ),
+    Refusal(
+        "non_persistent_ckpt_type",
         lambda flags: flags["non_persistent_ckpt_type"] == "in_memory",
         "is not implemented in megatron-core 0.19",
         "Pass --non-persistent-ckpt-type global",

@@ -61,7 +61,7 @@ CHECKPOINTS: tuple[Idle, ...] = (
     ),
     beside(
         "load",
-        "no_load_ ckpt_fully_parallel_load ckpt_load_ dist_ckpt_strictness verify_integrity stream_ckpt_dequant "
+        "no_load_ ckpt_fully_parallel_load ckpt_load_ dist_ckpt_strictness stream_ckpt_dequant "
         "override_opt_param_scheduler use_checkpoint_opt_param_scheduler exit_on_missing_checkpoint "
         "auto_detect_ckpt_format load_main_params_from_ckpt override_ckpt_iteration ckpt_assume_constant_structure "
         "ckpt_convert_update_legacy_dist_opt_format non_persistent_ckpt_type",
@@ -70,7 +70,7 @@ CHECKPOINTS: tuple[Idle, ...] = (
     when(
         lambda flags: flags["load"] is None and flags["pretrained_checkpoint"] is None,
         "without --load",
-        "ckpt_step finetune",
+        "ckpt_step finetune verify_checkpoint",
         "Pass --load DIR, or drop it",
     ),
     beside("ckpt_fully_parallel_load", "ckpt_fully_parallel_load_"),
@@ -94,6 +94,11 @@ CHECKPOINTS: tuple[Idle, ...] = (
         "here: preset and flags say what is trained",
         "use_checkpoint_args use_mp_args_from_checkpoint_args use_tokenizer_model_from_checkpoint_args",
         "Give the model by --preset or by its flags",
+    ),
+    never(
+        "here: every save writes hashes, and every load compares them",
+        "verify_integrity",
+        "Drop it; --no-verify-checkpoint leaves the comparison out",
     ),
     never(UNREAD, "dist_ckpt_save_pre_mcore_014 ckpt_fully_parallel_save_deprecated"),
     never(UNREAD, "use_dist_ckpt_deprecated dist_ckpt_format_deprecated", "Pass --ckpt-format torch_dist"),

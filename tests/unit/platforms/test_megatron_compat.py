@@ -35,6 +35,7 @@ WITHOUT_FAILS: dict[str, Any] = {
     "no-strides": lambda outcome: outcome.startswith("TypeError") and "strides" in outcome,
     "missing-extra-states": lambda outcome: outcome["extra state"] != "ok" and outcome["layers"] is None,
     "safe-loading": lambda outcome: all(outcome[way][0] for way in WAYS_IN),
+    "verified-loading": lambda outcome: set(outcome.values()) == {"ok"},
     "whole-iterations": lambda outcome: (
         outcome["interrupted"] == ["KeyboardInterrupt", ["iter_0000007", "tracker"]]
         and not any(outcome["hashes"].values())
@@ -73,6 +74,7 @@ WITH_WORKS: dict[str, Any] = {
     "safe-loading": lambda outcome: (
         all(outcome[way] == [False, "CheckpointError"] for way in WAYS_IN) and outcome["values"] == [1, True]
     ),
+    "verified-loading": lambda outcome: set(outcome.values()) == {"CheckpointError"},
     "whole-iterations": lambda outcome: (
         outcome["interrupted"] == ["KeyboardInterrupt", ["tracker", "unfinished_iter_0000007"]]
         and outcome["finished"] == ["iter_0000007", "tracker"]

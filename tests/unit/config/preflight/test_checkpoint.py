@@ -26,6 +26,7 @@ def save_with(monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], **argumen
     """Make every checkpoint one that was saved with these flags, and arguments that stand for others."""
     saved = argparse.Namespace(**(vars(parse(*flags).namespace) | arguments))
     monkeypatch.setattr(saved_run, "open_checkpoint", lambda path: SimpleNamespace(args=saved, iteration=7))
+    monkeypatch.setattr(saved_run, "find_visible_damage", lambda directory, has_hash_check: [])
 
 
 def test_a_run_that_continues_itself_may_be_new(tmp_path: Path) -> None:
@@ -46,21 +47,44 @@ def test_another_folder_must_hold_a_checkpoint(tmp_path: Path) -> None:
 def test_the_tracker_must_name_an_existing_iteration(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
     (tmp_path / LATEST_FILE).write_text("8")
-    (problem,) = find(*TINY, "--load", str(tmp_path))
-    assert f"load: checkpoint iter_0000008 named by {LATEST_FILE} is missing" in problem
+    missing, damaged, problem = find(*TINY, "--load", str(tmp_path))
+    assert f"checkpoint iter_0000008 named by {LATEST_FILE} is missing" in missing
+    assert damaged.startswith("load: iter_0000007 is passed over: ")
+    assert_problem(problem, f"load: {tmp_path}:", "must hold an intact iteration", "none of 2", "start anew")
     (tmp_path / LATEST_FILE).write_text("eight")
-    (problem,) = find(*TINY, "--load", str(tmp_path))
-    assert "must hold a step number or 'release', got 'eight'" in problem
+    problems = find(*TINY, "--load", str(tmp_path))
+    assert "must hold a step number or 'release', got 'eight'" in problems[0]
     (problem,) = find(*TINY, "--load", str(tmp_path), "--ckpt-step", "3")
     assert "load: checkpoint iter_0000003 named by --ckpt-step is missing" in problem
 
 
 def test_a_damaged_checkpoint_is_reported(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
+    (tmp_path / "iter_0000007" / "metadata.json").write_text("{}")
     problems = find(*TINY, "--load", str(tmp_path))
-    assert len(problems) == 1
-    assert problems[0].startswith("load: ")
-    assert ".metadata" in problems[0]
+    assert len(problems) == 2
+    assert problems[0].startswith("load: iter_0000007 is passed over: ")
+    assert "metadata.json: must name the sharded_backend" in problems[0]
+    (problem,) = find(*TINY, "--load", str(tmp_path), "--ckpt-step", "7")
+    assert "metadata.json: must name the sharded_backend" in problem
+    (problem,) = find(*TINY, "--pretrained-checkpoint", str(tmp_path))
+    assert problem.startswith("pretrained-checkpoint: ")
+    assert "metadata.json: must name the sharded_backend" in problem
+
+
+def test_a_lost_tracker_does_not_start_a_run_afresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (write_checkpoint(tmp_path) / "metadata.json").write_text("{}")
+    (tmp_path / LATEST_FILE).unlink()
+    flags = (*TINY, "--save", str(tmp_path))
+    assert "must hold an intact iteration" in find(*flags)[-1]
+    save_with(monkeypatch, TINY)
+    saved_run._choose.cache_clear()
+    assert find(*flags) == []
+    settings = parse(*flags).settings
+    choice = saved_run.choose_checkpoint(settings.checkpoints)
+    assert (choice.iteration, choice.directory) == (7, tmp_path / "iter_0000007")
+    assert f"{tmp_path / LATEST_FILE}: must exist beside 1 iterations" in choice.notes[0]
+    assert "checkpoint iter_0000007 in" in saved_run.describe_weights(settings.checkpoints, None)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,6 +135,7 @@ def test_arguments_that_another_megatron_did_not_save_are_not_compared(
     write_checkpoint(tmp_path)
     opened = SimpleNamespace(args=argparse.Namespace(num_layers=5), iteration=7)
     monkeypatch.setattr(saved_run, "open_checkpoint", lambda path: opened)
+    monkeypatch.setattr(saved_run, "find_visible_damage", lambda directory, has_hash_check: [])
     assert find(*TINY, "--load", str(tmp_path)) == []
 
 
