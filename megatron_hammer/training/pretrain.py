@@ -22,6 +22,7 @@ from megatron_hammer.training.launch import (
     end_with_launcher,
     list_stop_signals,
 )
+from megatron_hammer.training.supervision.last_words import leave_last_words, note_user_errors
 from megatron_hammer.training.supervision.progress import ProgressRecord, open_record
 
 if TYPE_CHECKING:
@@ -33,12 +34,14 @@ if TYPE_CHECKING:
 
 
 @exit_on_user_error
+@note_user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, or with --dry-run say what would be trained. Raises HammerError for every problem a user can fix."""
     # First: everything below reads a process's place from torchrun's variables.
     os.environ.update(read_slurm_variables(os.environ))
     end_with_launcher()
     die_silently_of_interrupts()
+    leave_last_words()
     progress = open_record()
     argv = sys.argv[1:] if argv is None else argv
     arguments = prepare(argv)
@@ -118,7 +121,7 @@ def open_terminal(settings: "RunSettings") -> IO[str]:
     if settings.output.is_verbose:
         return sys.stdout
     save_dir = settings.checkpoints.save
-    return divert_output(None if save_dir is None else Path(save_dir) / "logs", settings.machine.rank)[0]
+    return divert_output(None if save_dir is None else Path(save_dir), settings.machine.rank)[0]
 
 
 def train(arguments: "ParsedArguments", plan: "RunPlan", terminal: IO[str], progress: ProgressRecord) -> int:

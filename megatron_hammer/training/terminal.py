@@ -1,41 +1,74 @@
 """Keeps megatron's own output (hundreds of lines on every rank) off the terminal, in one file per rank.
 
-Errors still reach the terminal: stderr is left alone, only warnings and log records are diverted.
+Errors still reach the terminal, and the file too: it is the one place that has everything about a rank.
 """
 
+import datetime
+import faulthandler
+import io
 import logging
 import os
+import signal
+import socket
 import sys
-import tempfile
 import warnings
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from megatron_hammer.errors import ConfigError
+from megatron_hammer.training.supervision.log_folder import find_log, find_log_dir
+from megatron_hammer.training.supervision.progress import ATTEMPT_VARIABLE
+
+STACKS_SIGNAL = signal.SIGUSR2  # asks a rank for the stacks of its threads, which it writes to its log
 
 
-def divert_output(log_dir: Path | None, rank: int) -> tuple[IO[str], Path]:
-    """Send stdout, warnings and log records of this process to `<log_dir>/rank-<rank>.log`, appending.
+class LogStream(io.TextIOWrapper):
+    """A text file that loses what its disk has no room for, and lets the run go on. Nothing is buffered."""
 
-    log_dir: None means a folder in the system's temporary directory. Returns the real stdout and the log's path.
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError:
+            return len(text)
+
+
+class CopiedStream:
+    """`stream`, with a copy of everything written to `log`."""
+
+    def __init__(self, stream: IO[str], log: IO[str]):
+        self._stream, self._log = stream, log
+
+    def write(self, text: str) -> int:
+        self._log.write(text)
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def divert_output(save_dir: Path | None, rank: int) -> tuple[IO[str], Path]:
+    """Send stdout, warnings and log records of this process to the log of its rank, appending, and copy stderr there.
+
+    save_dir: None means a folder in the system's temporary directory. Returns the real stdout and the log's path.
     """
-    if log_dir is None:
-        # torchrun calls every run "none" unless told otherwise, and users share the machine.
-        name = f"megatron_hammer-{os.getuid()}-{os.environ.get('TORCHELASTIC_RUN_ID', 'run')}"
-        log_dir = Path(tempfile.gettempdir()) / name
+    log_dir = find_log_dir(save_dir)
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
+        log_path = find_log(log_dir, rank)
+        log_file: IO[str] = LogStream(log_path.open("ab", buffering=0), encoding="utf8", write_through=True)
     except OSError as error:
         raise ConfigError(
             f"save: must be a folder that can be made and written, got {log_dir}: {error.strerror}. "
             "Pass another --save."
         ) from error
-    log_path = log_dir / f"rank-{rank}.log"
     terminal = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf8", buffering=1)
-    log_file = log_path.open("a", encoding="utf8", buffering=1)
     sys.stdout.flush()
     os.dup2(log_file.fileno(), 1)  # what compiled code prints goes there too
     sys.stdout = log_file
+    sys.stderr = CopiedStream(sys.stderr, log_file)  # type: ignore[assignment]
+    log_file.write(_describe_process(rank))
+    faulthandler.enable(log_file)  # the stacks of a process that crashes
+    faulthandler.register(STACKS_SIGNAL, log_file)
 
     def write_warning(message, category, filename, lineno, file=None, line=None) -> None:  # type: ignore[no-untyped-def]
         log_file.write(warnings.formatwarning(message, category, filename, lineno, line))
@@ -43,3 +76,10 @@ def divert_output(log_dir: Path | None, rank: int) -> tuple[IO[str], Path]:
     warnings.showwarning = write_warning
     logging.basicConfig(stream=log_file, level=logging.INFO, force=True)
     return terminal, log_path
+
+
+def _describe_process(rank: int) -> str:
+    """The line with which each attempt begins in the log."""
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    attempt = os.environ.get(ATTEMPT_VARIABLE, "0")
+    return f"== attempt {attempt} of rank {rank}, {now}, host {socket.gethostname()}, process {os.getpid()} ==\n"

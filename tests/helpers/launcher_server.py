@@ -13,7 +13,6 @@ import json
 import os
 import runpy
 import sys
-import traceback
 from typing import Any
 
 from tests.helpers.rank_server import import_what_runs_import
@@ -59,7 +58,7 @@ def run_and_exit(arguments: tuple[str, ...], environment: dict[str, str]) -> Non
     except SystemExit as stop:
         code = stop.code
     except BaseException:
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final, Literal, get_args
 
 PROGRESS_VARIABLE: Final = "HAMMER_PROGRESS_DIR"
+ATTEMPT_VARIABLE: Final = "HAMMER_ATTEMPT"  # number of this start of the ranks, from 0
 Phase = Literal["starting", "building the model", "loading", "training", "evaluating", "saving", "ending"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 _RECORD = struct.Struct("<qqdBB6x")  # step, collectives, time, phase, is_waiting

@@ -19,6 +19,7 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousHandler,
     RendezvousInfo,
     RendezvousParameters,
+    RendezvousTimeoutError,
     rendezvous_handler_registry,
 )
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
@@ -31,7 +32,8 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
 
 FIRST_WAIT_S = 600  # for all nodes at the start of a run; torchrun's own
 REJOIN_WAIT_S = 60  # for a node that was lost; its launcher's silence alone takes 15 s to notice
-_NODE_RANK = "node_rank"  # our entry among the settings of a rendezvous, which torchrun passes on
+# Settings of a rendezvous (--rdzv-conf), the last two ours.
+_FIRST_WAIT, _REJOIN_WAIT, _NODE_RANK = "join_timeout", "rejoin_timeout", "node_rank"
 
 
 @dataclasses.dataclass(eq=True, order=True, frozen=True)
@@ -55,20 +57,33 @@ class RepeatedRendezvous(DynamicRendezvousHandler):
     """
 
     num_rounds = 0
+    rejoin_wait_s = REJOIN_WAIT_S
     _settings: RendezvousSettings
     _shared_tcp_store_server: Any
 
     def next_rendezvous(self) -> RendezvousInfo:
         former = self._shared_tcp_store_server  # it must live until the ranks that use it are gone
         self._shared_tcp_store_server = self._bootstrap_store_info = None
+        timeouts = self._settings.timeout
         if self.num_rounds:
-            timeouts = self._settings.timeout
-            bounded = RendezvousTimeout(timedelta(seconds=REJOIN_WAIT_S), timeouts.last_call, timeouts.close)
+            bounded = RendezvousTimeout(timedelta(seconds=self.rejoin_wait_s), timeouts.last_call, timeouts.close)
             self._settings = dataclasses.replace(self._settings, timeout=bounded)
-        info = super().next_rendezvous()
+        try:
+            info = super().next_rendezvous()
+        except RendezvousTimeoutError:
+            raise RendezvousTimeoutError(self._describe_missing()) from None
         self.num_rounds += 1
         del former
         return info
+
+    def _describe_missing(self) -> str:
+        waited_s = self._settings.timeout.join.total_seconds()
+        present = {*self._state_holder.state.participants, *self._state_holder.state.wait_list, self._this_node}
+        fact = f"nodes: all {self._settings.max_nodes} must be there, got {len(present)} within {waited_s:.0f} s"
+        if isinstance(self._this_node, NumberedNode):
+            missing = set(range(self._settings.max_nodes)) - {getattr(node, "node_rank", None) for node in present}
+            fact += f": missing node {', '.join(map(str, sorted(missing)))}"
+        return f"{fact}. Start the same command there, then here again."
 
     def read_attempt(self) -> int:
         """Number of the present attempt, from 0; the same on all nodes, also on one that joined later."""
@@ -109,12 +124,14 @@ def build_handler(parameters: RendezvousParameters) -> RendezvousHandler:
     if node_rank is not None:
         address = parameters.local_addr or find_own_address(parameters.endpoint)
         node = NumberedNode(node_rank, address, node.pid, node.local_id)
-    return RepeatedRendezvous(node, handler.settings, backend.name, store, handler._state_holder)
+    repeated = RepeatedRendezvous(node, handler.settings, backend.name, store, handler._state_holder)
+    repeated.rejoin_wait_s = parameters.get_as_int(_REJOIN_WAIT) or REJOIN_WAIT_S
+    return repeated
 
 
 def _connect(parameters: RendezvousParameters) -> tuple[Any, Any]:
     """torch's create_backend, repeated until node 0's launcher is there: nodes need not start at the same time."""
-    deadline_s = time.monotonic() + (parameters.get_as_int("timeout") or FIRST_WAIT_S)
+    deadline_s = time.monotonic() + (parameters.get_as_int(_FIRST_WAIT) or FIRST_WAIT_S)
     while True:
         try:
             return create_backend(parameters)

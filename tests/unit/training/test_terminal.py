@@ -1,5 +1,7 @@
 """Output of megatron goes into one file per rank; our own output and errors stay in the terminal."""
 
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -26,9 +28,9 @@ print("an error", file=sys.stderr)
 """
 
 
-def run_program(log_dir: Path | None, **environment: str) -> tuple[str, str, Path]:
+def run_program(save_dir: Path | None, **environment: str) -> tuple[str, str, Path]:
     """Returns stdout, stderr and the log's path."""
-    argument = "None" if log_dir is None else f"Path({str(log_dir)!r})"
+    argument = "None" if save_dir is None else f"Path({str(save_dir)!r})"
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM, argument],
         capture_output=True,
@@ -40,12 +42,14 @@ def run_program(log_dir: Path | None, **environment: str) -> tuple[str, str, Pat
 
 
 def test_everything_but_errors_is_diverted(tmp_path: Path) -> None:
-    stdout, stderr, log_path = run_program(tmp_path / "logs")
+    stdout, stderr, log_path = run_program(tmp_path, HAMMER_ATTEMPT="7")
     assert log_path == tmp_path / "logs" / "rank-3.log"
     assert stdout.splitlines() == ["before", "to a person", str(log_path)]
     assert stderr == "an error\n"
     log = log_path.read_text()
-    for line in ("from print", "from compiled code", "from C", "from warnings", "from logging"):
+    assert log.startswith("== attempt 7 of rank 3, ")
+    assert f"host {socket.gethostname()}" in log.splitlines()[0]
+    for line in ("an error", "from print", "from compiled code", "from C", "from warnings", "from logging"):
         assert log.count(line) == 1, line
 
 
@@ -65,4 +69,41 @@ def test_without_a_folder_the_log_is_a_temporary_file(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigError, match=r"save: must be a folder that can be made and written, got .*file/logs"):
-        divert_output(tmp_path / "file" / "logs", 0)
+        divert_output(tmp_path / "file", 0)
+
+
+@pytest.mark.parametrize("kind", ["link", "file", "writable"])
+def test_a_folder_that_somebody_else_put_there_is_not_used(tmp_path: Path, kind: str) -> None:
+    """Its name can be known before the run: a link would append the log to a file of the victim."""
+    expected = tmp_path / f"megatron_hammer-{os.getuid()}-run-7"
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "rank-3.log").write_text("precious")
+    if kind == "link":
+        expected.symlink_to(victim)
+    elif kind == "file":
+        expected.write_text("")
+    else:
+        expected.mkdir()
+        expected.chmod(0o777)
+    *_, log_path = run_program(None, TMPDIR=str(tmp_path), TORCHELASTIC_RUN_ID="run-7")
+    assert log_path.parent != expected
+    assert log_path.parent.stat().st_mode & 0o077 == 0
+    assert "from print" in log_path.read_text()
+    assert (victim / "rank-3.log").read_text() == "precious"
+
+
+def test_a_log_on_a_full_disk_is_lost_and_nothing_else(tmp_path: Path) -> None:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full, a device of Linux that is always full")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank-3.log").symlink_to("/dev/full")
+    program = PROGRAM.replace('os.write(1, b"from compiled code\\n")', "pass")
+    result = subprocess.run(
+        [sys.executable, "-c", program, f"Path({str(tmp_path)!r})"],
+        capture_output=True, text=True, env={"PYTHONPATH": ":".join(filter(None, sys.path))},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "to a person" in result.stdout
+    assert "an error" in result.stderr
+    assert "Traceback" not in result.stderr

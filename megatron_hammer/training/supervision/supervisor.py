@@ -1,0 +1,170 @@
+"""Judges failures of one node's ranks: what happened, why, what was lost, and whether the ranks start again."""
+
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from megatron_hammer.errors import USER_ERROR_EXIT_CODE
+from megatron_hammer.training.supervision.events import EVENTS_FILE, EventLog
+from megatron_hammer.training.supervision.exit_causes import describe_exit, explain_exit
+from megatron_hammer.training.supervision.exit_evidence import (
+    KilledCounts,
+    gather_evidence,
+    list_mapped_files,
+    read_killed_counts,
+)
+from megatron_hammer.training.supervision.last_words import find_note, read_note
+from megatron_hammer.training.supervision.log_folder import LOG_DIR_VARIABLE, find_log, find_log_dir
+from megatron_hammer.training.supervision.progress import (
+    ATTEMPT_VARIABLE,
+    PROGRESS_VARIABLE,
+    RankProgress,
+    find_record,
+    read_record,
+)
+from megatron_hammer.training.supervision.restart_rule import RestartRule
+from megatron_hammer.training.supervision.resuming import read_saved_step
+
+MAPPED_FILES_INTERVAL_S = 60.0
+# Of a rank that got a signal itself, and has saved; see choose_exit_code in training/launch.py.
+STOPPED_EXIT_CODES = tuple(128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT))
+
+
+class Failure(Protocol):
+    """What is read of torch's ProcessFailure."""
+
+    local_rank: int
+    exitcode: int
+    timestamp: int
+
+
+class Supervisor:
+    """save_dir: of the run's checkpoints, None without. progress_dir: of the records that this node's ranks keep."""
+
+    def __init__(self, save_dir: Path | None, max_restarts: int, progress_dir: Path):
+        self.save_dir, self.progress_dir = save_dir, progress_dir
+        self.host = socket.gethostname()
+        if save_dir is None:
+            os.environ[LOG_DIR_VARIABLE] = tempfile.mkdtemp(prefix=f"megatron_hammer-{os.getuid()}-")
+        self.log_dir = find_log_dir(save_dir)
+        self.events = EventLog(None if save_dir is None else save_dir / EVENTS_FILE)
+        self.first_saved_step = read_saved_step(save_dir)
+        self.rule = RestartRule(max_restarts, self.first_saved_step)
+        self.attempt = 0
+        self._ranks: Sequence[int] = ()
+        self._killed: KilledCounts = read_killed_counts()
+        self._mapped: dict[int, dict[Path, int]] = {}  # by local rank
+        self._mapped_at_s = 0.0
+
+    # --- called by the agent -----------------------------------------------------------------------------------------
+
+    def begin_attempt(self, attempt: int, ranks: Sequence[int], world_size: int) -> None:
+        """The ranks of this node, by global number, are about to start."""
+        self.attempt, self._ranks = attempt, ranks
+        self._killed, self._mapped, self._mapped_at_s = read_killed_counts(), {}, 0.0
+        for local_rank in range(len(ranks)):
+            find_record(self.progress_dir, local_rank).unlink(missing_ok=True)
+            find_note(self.progress_dir, local_rank).unlink(missing_ok=True)
+        os.environ[ATTEMPT_VARIABLE] = str(attempt)
+        os.environ[PROGRESS_VARIABLE] = str(self.progress_dir)
+        self.events.write(
+            "attempt-started",
+            f"attempt {attempt}: ranks {ranks[0]} to {ranks[-1]} of {world_size} start",
+            attempt=attempt,
+            ranks=list(ranks),
+            world_size=world_size,
+            saved_step=read_saved_step(self.save_dir),
+        )
+
+    def watch(self, pids: Mapping[int, int]) -> None:
+        """Look after running ranks, by local rank; called many times per second."""
+        now_s = time.monotonic()
+        is_due = now_s - self._mapped_at_s > MAPPED_FILES_INTERVAL_S
+        if is_due and self.read_step():  # by then a rank has opened its data
+            self._mapped_at_s = now_s
+            self._mapped = {local_rank: list_mapped_files(pid) for local_rank, pid in pids.items()}
+
+    def judge(self, failures: Mapping[int, Failure]) -> bool:
+        """Whether the ranks are to be started again, after these failures by global rank; says and records why."""
+        rank, failure = find_first_failure(failures)
+        code = failure.exitcode
+        if code in STOPPED_EXIT_CODES:
+            name = signal.Signals(code - 128).name
+            self.events.write("run-stopped", f"rank {rank} stopped after {name}", attempt=self.attempt, rank=rank)
+            return False
+        step, saved_step = self.read_step(), read_saved_step(self.save_dir)
+        fields = {"attempt": self.attempt, "rank": rank, "exit_code": code}
+        fields |= {"step": step, "saved_step": saved_step, "num_lost_steps": max(0, step - saved_step)}
+        fact, cause = self._explain(rank, failure, step)
+        self.events.write("rank-failed", f"{fact}. {cause}", **fields, failed_ranks=sorted(failures))
+        if code == USER_ERROR_EXIT_CODE:  # the rank has said it on the terminal
+            self._end_run("the same command would fail again", fields)
+            return False
+        print(f"error: {fact}. {cause}", file=sys.stderr)
+        reason = self.rule.refuse(has_finished_step=step > 0, saved_step=saved_step)
+        if reason is not None:
+            self._end_run(reason, fields)
+            if self.rule.max_restarts:
+                print(f"error: not started again: {reason}.", file=sys.stderr)
+            return False
+        message = self._describe_restart(saved_step, fields["num_lost_steps"])
+        print(message, file=sys.stderr)
+        self.events.write("restart", message, **fields, num_restarts=self.rule.num_restarts)
+        return True
+
+    # --- what the records say ----------------------------------------------------------------------------------------
+
+    def read_records(self) -> dict[int, RankProgress]:
+        """Of this node's ranks, by local rank, as far as they have begun one."""
+        records = {local: read_record(find_record(self.progress_dir, local)) for local in range(len(self._ranks))}
+        return {local: record for local, record in records.items() if record is not None}
+
+    def read_step(self) -> int:
+        """The last step that a rank of this node finished in this attempt; 0 for none."""
+        return max((record.step for record in self.read_records().values()), default=0)
+
+    def _explain(self, rank: int, failure: Failure, step: int) -> tuple[str, str]:
+        """(what happened, why and what to do)."""
+        evidence = gather_evidence(
+            note=read_note(self.progress_dir, failure.local_rank),
+            killed_before=self._killed,
+            mapped=self._mapped.get(failure.local_rank, {}),
+            log_path=find_log(self.log_dir, rank),
+        )
+        record = self.read_records().get(failure.local_rank)
+        when = f"after step {step}" if step else "before its first step"
+        phase = "" if record is None else f", {record.phase}"
+        fact = f"rank {rank} on {self.host} {describe_exit(failure.exitcode)} {when}{phase}"
+        return fact, explain_exit(failure.exitcode, evidence)
+
+    def _describe_restart(self, saved_step: int, num_lost: int) -> str:
+        return (
+            f"restart {self.rule.num_restarts} (at most {self.rule.max_restarts}), from "
+            + (f"the checkpoint of step {saved_step}" if saved_step else "the beginning")
+            + (f"; {num_lost} steps run again" if num_lost else "")
+        )
+
+    def _end_run(self, reason: str, fields: Mapping[str, int]) -> None:
+        self.events.write("run-ended", f"not started again: {reason}", **fields)
+
+
+def find_first_failure(failures: Mapping[int, Failure]) -> tuple[int, Failure]:
+    """The failure that is the cause of the others, by global rank.
+
+    Their times are whole seconds, and torch has ended the remaining ranks with SIGTERM by now. A rank whose neighbour
+    was killed ends with an error of its connection, so of the same second a signal counts first.
+    """
+
+    def order(rank: int) -> tuple[bool, bool, int, bool]:
+        code = failures[rank].exitcode
+        is_ended = code == -signal.SIGTERM or code in STOPPED_EXIT_CODES
+        return code != USER_ERROR_EXIT_CODE, is_ended, failures[rank].timestamp, code >= 0
+
+    first = min(failures, key=order)  # of equals the one that torch noticed first
+    return first, failures[first]
