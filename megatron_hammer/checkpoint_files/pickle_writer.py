@@ -7,6 +7,7 @@ They were read as inert `MegatronObject`s and are written without importing mega
 import copyreg
 import io
 import pickle
+import sys
 import types
 from typing import Any
 
@@ -15,7 +16,9 @@ import torch
 from megatron_hammer.checkpoint_files.pickle_reader import MegatronObject
 
 
-class _StandInPickler(pickle._Pickler):  # the C pickler insists on importing what it names
+class StandInPickler(pickle._Pickler):  # the C pickler insists on importing what it names
+    """Pickles inert records under the names of the types that they stand in for."""
+
     def reducer_override(self, obj: Any) -> Any:
         """An enum is its type called with its values; a record is made empty and given its fields."""
         if isinstance(obj, type) and issubclass(obj, MegatronObject):
@@ -31,13 +34,18 @@ class _StandInPickler(pickle._Pickler):  # the C pickler insists on importing wh
             super().save_global(obj, name)  # type: ignore[misc]
             return
         module, _, type_name = obj.global_name.rpartition(".")
-        # GLOBAL, not STACK_GLOBAL of protocol 4: torch.load(weights_only=True) knows only the former.
-        self.write(pickle.GLOBAL + f"{module}\n{type_name}\n".encode())  # type: ignore[attr-defined]
+        # torch.load(weights_only=True) does not know STACK_GLOBAL; torch.save writes protocol 2.
+        if self.proto >= 4:  # type: ignore[attr-defined]
+            self.save(sys.intern(module))  # type: ignore[attr-defined]  # one object, written once
+            self.save(type_name)  # type: ignore[attr-defined]
+            self.write(pickle.STACK_GLOBAL)  # type: ignore[attr-defined]
+        else:
+            self.write(pickle.GLOBAL + f"{module}\n{type_name}\n".encode())  # type: ignore[attr-defined]
         self.memoize(obj)  # type: ignore[attr-defined]
 
 
 _PICKLE_MODULE = types.ModuleType("pickle")
-_PICKLE_MODULE.Pickler = _StandInPickler  # type: ignore[attr-defined]
+_PICKLE_MODULE.Pickler = StandInPickler  # type: ignore[attr-defined]
 
 
 def dump_object(value: Any) -> bytes:

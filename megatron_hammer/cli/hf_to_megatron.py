@@ -14,17 +14,19 @@ from pathlib import Path
 
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from megatron_hammer.checkpoint.convert.from_hugging_face import (
-    DTYPES,
-    ImportOptions,
-    ImportReport,
-    import_from_hugging_face,
-)
-from megatron_hammer.checkpoint.verification.print_checks import print_checks
-from megatron_hammer.checkpoint.verification.verify_conversion import LEVELS
 from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
-from megatron_hammer.files.command_line import CommandParser
+from megatron_hammer.files.command_line import CommandParser, importing
 from megatron_hammer.files.progress import build_progress
+
+with importing():
+    from megatron_hammer.checkpoint.convert.from_hugging_face import (
+        DTYPES,
+        ImportOptions,
+        ImportReport,
+        import_from_hugging_face,
+    )
+    from megatron_hammer.checkpoint.verification.print_checks import print_checks
+    from megatron_hammer.checkpoint.verification.verify_conversion import LEVELS
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

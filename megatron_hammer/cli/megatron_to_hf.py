@@ -12,19 +12,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_hammer.checkpoint.convert.to_hugging_face import (
-    DEFAULT_MAX_SHARD_BYTES,
-    DTYPES,
-    ExportOptions,
-    ExportReport,
-    export_to_hugging_face,
-)
-from megatron_hammer.checkpoint.verification.print_checks import print_checks
-from megatron_hammer.checkpoint.verification.verify_conversion import LEVELS
-from megatron_hammer.checkpoint_files.open_checkpoint import WEIGHTS
 from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
-from megatron_hammer.files.command_line import CommandParser
+from megatron_hammer.files.command_line import CommandParser, importing
 from megatron_hammer.files.progress import show_stages
+
+with importing():
+    from megatron_hammer.checkpoint.convert.to_hugging_face import (
+        DEFAULT_MAX_SHARD_BYTES,
+        DTYPES,
+        ExportOptions,
+        ExportReport,
+        export_to_hugging_face,
+    )
+    from megatron_hammer.checkpoint.verification.print_checks import print_checks
+    from megatron_hammer.checkpoint.verification.verify_conversion import LEVELS
+    from megatron_hammer.checkpoint_files.open_checkpoint import WEIGHTS
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -1,9 +1,12 @@
-"""The parser of every command: argparse, with numbers that are numbers and complaints of one line."""
+"""How a command begins: its large imports, and its parser, which has numbers that are numbers and short complaints."""
 
 import argparse
+import gc
 import math
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,23 @@ from megatron_hammer.errors import ConfigError
 NEGATIVE_NUMBER = re.compile(r"-((\d[\d_]*\.?\d*|\.\d+)(e[-+]?\d+)?|inf|infinity|nan)$", re.IGNORECASE)
 # Of 64 bits. Larger numbers overflow in numpy, or keep a search busy for ever.
 LARGEST_INTEGER = 2**63 - 1
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Import large libraries in this block, a quarter faster: Python searches what they make for garbage only once.
+
+    Nearly all of it stays until the end of the process. The search is repeated as the number of objects grows, and once
+    more at exit, which gc.freeze() prevents.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was_enabled:
+            gc.enable()
 
 
 class CommandParser(argparse.ArgumentParser):

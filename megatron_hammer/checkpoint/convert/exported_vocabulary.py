@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_hammer.tokenizer.encoding.encoder import load_encoder
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VocabularyChoice:
@@ -44,6 +42,8 @@ def select_vocabulary(args: Any, *, asked: int | None, tokenizer_path: Path | No
     if asked is not None or (is_ours and saved is not None):
         return VocabularyChoice(num_tokens=asked or saved)
     if tokenizer_path is not None:
+        from megatron_hammer.tokenizer.encoding.encoder import load_encoder
+
         num_ids = load_encoder(tokenizer_path).vocab_size
         if saved is None or saved <= num_ids:
             return VocabularyChoice(num_tokens=num_ids, reason=f"{tokenizer_path} has {num_ids:,} ids")

@@ -30,7 +30,6 @@ from megatron_hammer.checkpoint_files.checkpoint_reader import RELEASE, name_dty
 from megatron_hammer.checkpoint_files.torch_dist.stacked_names import stack_name
 from megatron_hammer.checkpoint_files.torch_dist.writer import open_checkpoint_writer
 from megatron_hammer.errors import HammerError
-from megatron_hammer.tokenizer.export.export_tokenizer import export_tokenizer_folder
 
 TOKENIZER_DIR = "tokenizer"  # inside the iteration's folder, so that they come and go together
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
@@ -183,6 +182,8 @@ def _verify_computation(partial_dir: Path, options: ImportOptions) -> list[Check
 
 def _import_tokenizer(source_path: Path, target_dir: Path, source: HfFolder) -> CheckRow:
     """Copy the tokenizer, compared through transformers. Raises HammerError if it cannot be copied exactly."""
+    from megatron_hammer.tokenizer.export.export_tokenizer import export_tokenizer_folder
+
     try:
         exported = export_tokenizer_folder(source_path, target_dir)
     except HammerError as error:

@@ -5,10 +5,8 @@ disk when it comes, so that memory is needed for one box. `.metadata` and metada
 come last, then the folder is renamed, then the tracker points to it. `store.py` reads such a directory.
 """
 
-import io
 import json
 import math
-import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -19,14 +17,18 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.checkpoint_files.checkpoint_reader import LATEST_FILE, RELEASE, name_folder
-from megatron_hammer.checkpoint_files.located_tensor import LocatedTensor, read_located
 from megatron_hammer.checkpoint_files.pickle_writer import dump_object
-from megatron_hammer.checkpoint_files.torch_dist.content_hashes import write_hashes
+from megatron_hammer.checkpoint_files.saved_archive import ArchiveDamage, SavedArchive
+from megatron_hammer.checkpoint_files.torch_dist.content_hashes import FileHash, HashingFile, write_hashes
+from megatron_hammer.checkpoint_files.torch_dist.description import Description, StoredChunk, StoredGlobal, StoredPlace
+from megatron_hammer.checkpoint_files.torch_dist.metadata_file import write_description
+from megatron_hammer.checkpoint_files.torch_dist.saved_tensor import find_saved_tensor, map_tensor
 from megatron_hammer.checkpoint_files.torch_dist.store import ALIGNMENT_BYTES, COMMON_STATE_KEY
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.files.publish import publish_directory, publish_files
 
 MAX_FILE_BYTES = 4 << 30
+_BLOCK_BYTES = 1 << 19  # of one write
 
 Offsets = tuple[int, ...]
 
@@ -53,9 +55,10 @@ class CheckpointWriter:
         self.is_committed = False
         self._max_file_bytes = max_file_bytes
         self._declared: dict[str, _Declared] = {}
-        self._stored: dict[tuple[str, Offsets | None], tuple[str, int, int]] = {}
+        self._stored: dict[tuple[str, Offsets | None], StoredPlace] = {}
         self._num_files = 0
-        self._file: io.BufferedWriter | None = None
+        self._file: HashingFile | None = None
+        self._hashes: dict[str, FileHash] = {}  # of the files that are complete
 
     def declare(self, key: str, shape: Sequence[int], dtype: torch.dtype) -> None:
         """Announce a global tensor under Megatron's key; its chunks follow in any order."""
@@ -80,29 +83,26 @@ class CheckpointWriter:
         declared.chunks[at] = tuple(tensor.shape)
 
     def read_chunk(self, key: str, offsets: Sequence[int]) -> Tensor:
-        """A chunk that was written, read back from the file: a view of it."""
-        from torch.distributed.checkpoint.utils import _create_file_view
+        """A chunk that was written, read back from the file: a view of it.
 
-        name, start, length = self._stored[(key, tuple(offsets))]
-        path = self.directory / name
-        try:
-            with path.open("rb") as file:
-                view = _create_file_view(file, start, length)
-                described = torch.load(view, map_location="meta", weights_only=True)
-        except (RuntimeError, ValueError, pickle.UnpicklingError, EOFError) as error:
-            raise ConversionError(
-                f"{path}: {key} must read back as it was written, got {str(error).splitlines()[0]}. Check the disk."
-            ) from error
-        # Without a check of the checksum: the caller compares the numbers themselves.
-        in_archive: Any = described.untyped_storage()
-        located = LocatedTensor(
-            path=path,
-            dtype=described.dtype,
-            shape=tuple(described.shape),
-            stride=described.stride(),
-            start=start + in_archive._checkpoint_offset,
-        )
-        return read_located(located, key)
+        Raises ConversionError unless every header around it is as written.
+        """
+        declared, at = self._declared[key], tuple(offsets)
+        place = self._stored[(key, at)]
+        path, sizes = self.directory / place.name, declared.chunks[at]
+        start, reason = None, "headers of another tensor"
+        with path.open("rb", buffering=0) as file:
+            try:
+                # Without the checksum of the elements: the caller compares the numbers themselves.
+                SavedArchive(path, place.offset, place.length)
+                start = find_saved_tensor(
+                    file, offset=place.offset, length=place.length, shape=sizes, dtype=declared.dtype
+                )
+            except (ArchiveDamage, OSError, ValueError) as error:
+                reason = str(error)
+            if start is None:
+                raise ConversionError(f"{path}: {key} must read back as it was written, got {reason}. Check the disk.")
+            return map_tensor(file, start, sizes, declared.dtype)
 
     def write_object(self, key: str, value: Any) -> None:
         """Write a non-tensor entry (Megatron's ShardedObject: a list of one value) as torch.save does."""
@@ -125,12 +125,16 @@ class CheckpointWriter:
             raise ValueError(f"chunks do not cover {', '.join(incomplete)}")
         self.write_object(COMMON_STATE_KEY, [dict(common_state)])
         self._close_file()
-        with (self.directory / ".metadata").open("wb") as file:
-            pickle.dump(self._build_metadata(), file)
+        write_description(self.directory / ".metadata", self._describe())
         # Source: megatron.core.dist_checkpointing.core.CheckpointingConfig.
         description = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         (self.directory / "metadata.json").write_text(json.dumps(description))
         self.is_committed = True
+
+    @property
+    def hashes(self) -> Mapping[str, FileHash]:
+        """Of the files with tensors, by name, once they are closed: computed while they were written."""
+        return self._hashes
 
     def close(self) -> None:
         """Close the files; without `commit` they are no checkpoint."""
@@ -146,7 +150,7 @@ class CheckpointWriter:
             self._close_file()
         if self._file is None:
             # As torch.distributed.checkpoint.filesystem names the files of rank 0.
-            self._file = (self.directory / f"__0_{self._num_files}.distcp").open("wb")
+            self._file = HashingFile(self.directory / f"__0_{self._num_files}.distcp")
             self._num_files += 1
         self._file.write(bytes(-self._file.tell() % ALIGNMENT_BYTES))
         start = self._file.tell()
@@ -159,56 +163,50 @@ class CheckpointWriter:
         # Other threads read the chunk back by the file's name.
         self._file.flush()
         length = self._file.tell() - start
-        self._stored[(key, offsets)] = (Path(self._file.name).name, start, length)
+        name = _name_of(self._file)
+        self._stored[(key, offsets)] = StoredPlace(name=name, offset=start, length=length, is_transformed=False)
         self.num_bytes += length
 
     def _close_file(self) -> None:
         file, self._file = self._file, None
         if file is not None:
             file.close()
+            self._hashes[_name_of(file)] = file.content
 
-    def _build_metadata(self) -> Any:
-        """torch.distributed.checkpoint's description of everything written."""
-        from torch.distributed.checkpoint.filesystem import _StorageInfo
-        from torch.distributed.checkpoint.metadata import (
-            BytesStorageMetadata,
-            ChunkStorageMetadata,
-            Metadata,
-            MetadataIndex,
-            TensorProperties,
-            TensorStorageMetadata,
+    def _describe(self) -> Description:
+        return Description(
+            tensors={
+                key: StoredGlobal(
+                    shape=declared.shape,
+                    dtype=declared.dtype,
+                    chunks=tuple(StoredChunk(offsets, sizes) for offsets, sizes in declared.chunks.items()),
+                )
+                for key, declared in self._declared.items()
+            },
+            objects=tuple(key for key, offsets in self._stored if offsets is None),
+            places={(key, offsets or ()): place for (key, offsets), place in self._stored.items()},
         )
 
-        entries: dict[str, Any] = {
-            key: TensorStorageMetadata(
-                properties=TensorProperties(dtype=declared.dtype),
-                size=torch.Size(declared.shape),
-                chunks=[
-                    ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
-                    for offsets, sizes in declared.chunks.items()
-                ],
-            )
-            for key, declared in self._declared.items()
-        }
-        storage = {}
-        for (key, offsets), (name, start, length) in self._stored.items():
-            if offsets is None:
-                entries[key] = BytesStorageMetadata()
-            index = MetadataIndex(key, None if offsets is None else torch.Size(offsets))
-            storage[index] = _StorageInfo(name, start, length)
-        return Metadata(state_dict_metadata=entries, storage_data=storage)
+
+def _name_of(file: HashingFile) -> str:
+    return Path(file.name).name
 
 
 class _Sink:
     """A file that remembers the error that stopped a write: torch.save replaces it by a RuntimeError."""
 
-    def __init__(self, file: io.BufferedWriter):
+    def __init__(self, file: HashingFile):
         self._file = file
         self.error: BaseException | None = None
 
     def write(self, data: bytes | memoryview) -> int:
         try:
-            return self._file.write(data)
+            with memoryview(data) as view:
+                # torch.save gives a tensor in one piece. Linux copies one that is a memory map of many MB five times
+                # slower than its blocks, and a block is in the processor's cache when it is hashed and then written.
+                for first in range(0, len(view), _BLOCK_BYTES):
+                    self._file.write(view[first : first + _BLOCK_BYTES])
+                return len(view)
         except (OSError, KeyboardInterrupt) as error:
             self.error = error
             raise
@@ -240,7 +238,7 @@ def open_checkpoint_writer(
                 writer.close()
             if not writer.is_committed:
                 raise ValueError(f"{save_dir / name}: the block ended without commit()")
-            write_hashes(partial_dir)
+            write_hashes(partial_dir, writer.hashes)
     except BaseException:
         if not was_there:
             with suppress(OSError):

@@ -1,9 +1,10 @@
+import gc
 from pathlib import Path
 
 import pytest
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.files.command_line import CommandParser, parse_new_name
+from megatron_hammer.files.command_line import CommandParser, importing, parse_new_name
 
 
 def parse(*words: str) -> object:
@@ -55,3 +56,15 @@ def test_no_path_is_not_the_current_folder(flag: str) -> None:
         parse(flag, "")
     with pytest.raises(ConfigError, match=f"{flag}: must be a path, got ''"):
         parse(f"{flag}=")
+
+
+def test_what_is_imported_is_left_out_of_the_search_for_garbage() -> None:
+    num_frozen = gc.get_freeze_count()
+    try:
+        with importing():
+            assert not gc.isenabled()
+            kept = [[] for _ in range(1000)]
+        assert gc.isenabled()
+        assert gc.get_freeze_count() >= num_frozen + len(kept)
+    finally:
+        gc.unfreeze()

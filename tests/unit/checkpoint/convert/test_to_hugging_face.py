@@ -13,9 +13,9 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from megatron_hammer.checkpoint.convert import exported_vocabulary, weight_export
 from megatron_hammer.checkpoint.convert import row_blocks as row_copy
 from megatron_hammer.checkpoint.convert import to_hugging_face as export
+from megatron_hammer.checkpoint.convert import weight_export
 from megatron_hammer.checkpoint.convert.to_hugging_face import ExportOptions, export_to_hugging_face
 from megatron_hammer.checkpoint.hugging_face.families.catalogue import select_family
 from megatron_hammer.checkpoint.hugging_face.family import expand
@@ -24,6 +24,7 @@ from megatron_hammer.checkpoint.hugging_face.tensor_layouts import GATE_UP, spli
 from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow
 from megatron_hammer.checkpoint_files.safetensors import shard_writer as safetensors_stream
 from megatron_hammer.errors import CheckpointError, ConversionError, OutputError
+from megatron_hammer.tokenizer.encoding import encoder
 from megatron_hammer.tokenizer.encoding.encoder import load_encoder
 from megatron_hammer.tokenizer.export import check_loading, export_tokenizer
 from tests.helpers.messages import assert_problems
@@ -547,7 +548,7 @@ def test_rows_judged_to_be_padding_are_named(arguments, asked, rows, notes, tmp_
 @pytest.mark.parametrize(("saved", "rows"), [(None, 57), (50, 57), (61, 61)])
 def test_the_tokenizer_says_how_many_tokens_there_are(saved, rows, tmp_path, monkeypatch):
     """50: without the end of document. 61: the model has more rows than the tokenizer has ids, as Qwen's has."""
-    monkeypatch.setattr(exported_vocabulary, "load_encoder", lambda path: SimpleNamespace(vocab_size=57))
+    monkeypatch.setattr(encoder, "load_encoder", lambda path: SimpleNamespace(vocab_size=57))
     (tmp_path / "tokenizer.model").write_bytes(b"")
     options = write_megatrons_own(
         tmp_path / "checkpoint", tokenizer_model=str(tmp_path / "tokenizer.model"), vocab_size=saved

@@ -10,6 +10,8 @@ import torch.distributed.checkpoint
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
+from megatron_hammer.checkpoint_files.torch_dist import content_hashes
+from megatron_hammer.checkpoint_files.torch_dist.content_hashes import HashingFile, require_intact
 from megatron_hammer.checkpoint_files.torch_dist.store import TorchDistStore
 from megatron_hammer.checkpoint_files.torch_dist.writer import CheckpointWriter, open_checkpoint_writer
 from megatron_hammer.errors import CheckpointError, ConversionError, OutputError
@@ -111,7 +113,7 @@ def test_data_is_aligned_for_memory_maps(tmp_path):
     writer = CheckpointWriter(tmp_path)
     writer.write_object("odd/shard_0_1", "x" * 13)
     write(writer)
-    offsets = [start for _, start, _ in writer._stored.values()]
+    offsets = [place.offset for place in writer._stored.values()]
     assert all(start % 64 == 0 for start in offsets)
     assert writer.read_chunk("a.float", (0,)).data_ptr() % 4 == 0
     writer.close()
@@ -141,6 +143,36 @@ def test_damage_between_writing_and_reading_back_is_noticed(tmp_path):
     with pytest.raises(ConversionError, match=r"__0_0.distcp: a.float must read back as it was written, got "):
         writer.read_chunk("a.float", (0,))
     writer.close()
+
+
+def test_a_header_that_changes_between_writing_and_reading_back_is_noticed(tmp_path):
+    writer = CheckpointWriter(tmp_path)
+    write(writer, num_chunks=1)
+    path = tmp_path / "__0_0.distcp"
+    whole = path.read_bytes()
+    place = writer._stored[("a.half", (0, 0))]
+    elements = whole.index(TENSORS["a.half"].numpy().tobytes(), place.offset)
+    end = elements + TENSORS["a.half"].nbytes
+    # Every 9th byte of the archive around the elements: its headers, its pickle, its directory.
+    around = [*range(place.offset, elements), *range(end, place.offset + place.length)][::9]
+    for position in around:
+        damaged = bytearray(whole)
+        damaged[position] ^= 4
+        path.write_bytes(damaged)
+        with pytest.raises(ConversionError, match=r"a\.half must read back as it was written"):
+            writer.read_chunk("a.half", (0, 0))
+    path.write_bytes(whole)
+    assert torch.equal(writer.read_chunk("a.half", (0, 0)), TENSORS["a.half"])
+    writer.close()
+
+
+def test_the_hashes_computed_while_writing_are_those_of_the_files(tmp_path, monkeypatch):
+    read_again = []
+    hash_file = content_hashes.hash_file
+    monkeypatch.setattr(content_hashes, "hash_file", lambda path: read_again.append(path.name) or hash_file(path))
+    save(tmp_path)
+    assert sorted(read_again) == [".metadata", "metadata.json"]
+    assert require_intact(tmp_path / "iter_0000010")
 
 
 @pytest.mark.parametrize(
@@ -182,10 +214,8 @@ def test_an_error_leaves_nothing_and_keeps_what_was_there(tmp_path):
     assert open_checkpoint(tmp_path / "save").iteration == 10
 
 
-class InterruptedFile(io.BytesIO):
+class InterruptedFile(HashingFile):
     """A file during whose writing somebody presses Ctrl-C."""
-
-    name = "__0_0.distcp"
 
     def write(self, data):
         if len(data) > 1000:
@@ -197,7 +227,7 @@ def test_an_interrupt_in_the_middle_of_a_tensor_is_an_interrupt(tmp_path):
     def write_interrupted():
         with open_checkpoint_writer(tmp_path / "save", iteration=3) as writer:
             writer.declare("a", (5000,), torch.float32)
-            writer._file = InterruptedFile()
+            writer._file = InterruptedFile(os.devnull)
             writer.write_chunk("a", (0,), torch.ones(5000))
 
     with pytest.raises(KeyboardInterrupt):
@@ -210,7 +240,7 @@ def test_a_full_disk_is_one_sentence(tmp_path, num_elements):
     def write_to_full_disk():
         with open_checkpoint_writer(tmp_path / "save", iteration=3) as writer:
             writer.declare("a", (num_elements,), torch.float32)
-            writer._file = open("/dev/full", "wb")  # noqa: SIM115
+            writer._file = HashingFile("/dev/full")
             writer.write_chunk("a", (0,), torch.ones(num_elements))
             writer.commit(STATE)
 
