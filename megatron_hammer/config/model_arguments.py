@@ -11,7 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_hammer.model.shape import ModelShape, MoeShape, RopeScaling, YarnScaling, shorten_attention_scale
+from megatron_hammer.model.shape import (
+    ModelShape,
+    MoeShape,
+    RopeScaling,
+    SlidingWindow,
+    YarnScaling,
+    shorten_attention_scale,
+)
 
 ESSENTIALS = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "max_position_embeddings")
 
@@ -168,6 +175,35 @@ def _write_layers_without_rope(model: ModelShape) -> dict[str, Any]:
     if num_layers % step == 0 and layers == tuple(range(step - 1, num_layers, step)):
         return {"no_rope_freq": step}
     return {"no_rope_freq": [int(layer in layers) for layer in range(num_layers)]}
+
+
+def _read_sliding_window(args: Any) -> SlidingWindow | None:
+    """--window-size is (tokens before a position, tokens after it); preflight and the export refuse any but 0 after.
+
+    --window-attn-skip-freq is a list with a 1 for each layer with the window, or N where every N-th layer has none.
+    """
+    window: Any = getattr(args, "window_size", None)
+    if not window:
+        return None
+    frequency: Any = getattr(args, "window_attn_skip_freq", None)
+    layers = tuple(layer for layer in range(args.num_layers) if _has_window(frequency, layer))
+    return SlidingWindow(num_tokens=window[0] + 1, layers=layers) if layers else None
+
+
+def _has_window(frequency: Any, layer: int) -> bool:
+    """Source: megatron.core.transformer.utils.is_layer_window_attention, which counts layers from 1."""
+    if isinstance(frequency, list):
+        return bool(layer < len(frequency) and frequency[layer])
+    return not frequency or (layer + 1) % frequency != 0
+
+
+def _write_sliding_window(model: ModelShape) -> dict[str, Any]:
+    window = model.sliding_window
+    if window is None:
+        return {"window_size": None, "window_attn_skip_freq": None}
+    is_everywhere = len(window.layers) == model.num_layers
+    pattern = None if is_everywhere else [int(layer in window.layers) for layer in range(model.num_layers)]
+    return {"window_size": (window.num_tokens - 1, 0), "window_attn_skip_freq": pattern}
 
 
 # megatron.core TransformerConfig.__post_init__ of 0.19.2 derives two of the multipliers of --use-mup from sizes.
@@ -364,6 +400,7 @@ _ROWS = (
         _read_interpolation_factor,
         lambda model: {"rotary_seq_len_interpolation_factor": model.rotary_seq_len_interpolation_factor},
     ),
+    Row("sliding_window", _read_sliding_window, _write_sliding_window),
     Row("rotary_percent", _read_rotary_percent, lambda model: {"rotary_percent": model.rotary_percent}),
     Row("layers_without_rope", _read_layers_without_rope, _write_layers_without_rope),
     Row("embedding_multiplier", _read_embedding_multiplier, _write_multipliers),

@@ -236,7 +236,6 @@ def _read_checkpoints(args: Any) -> Checkpoints:
         is_schedule_settled=args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler,
         format=args.ckpt_format,
         is_verified=args.verify_checkpoint,
-        keep_iterations=tuple(args.keep_iterations or ()),
         agreed=None,
     )
 
@@ -264,8 +263,9 @@ def _read_memory_options(args: Any, layout: ParallelLayout, *, has_gpu: bool) ->
     is_16_bit = args.bf16 or args.fp16
     has_fp32_gradients = args.bf16 or args.accumulate_allreduce_grads_in_fp32 or not is_16_bit
     instances = args.num_distributed_optimizer_instances
-    # model/torch_modules.py: in fp32 on a GPU
-    has_expanded_heads = has_gpu and args.backend == "torch" and not is_16_bit
+    # model/torch_modules.py: in fp32 on a GPU, and where a mask is added to the scores
+    has_mask = args.backend == "torch" and bool(args.window_size or args.create_attention_mask_in_dataloader)
+    has_expanded_heads = has_gpu and args.backend == "torch" and (has_mask or not is_16_bit)
     comm_types = args.cp_comm_type if isinstance(args.cp_comm_type, list) else [args.cp_comm_type]
     # Lion has one moment; Muon has one of matrices, and trains the rest with Adam or Lion.
     is_muon, is_lion = args.optimizer in ("muon", "dist_muon"), args.optimizer == "lion"
@@ -293,9 +293,20 @@ def _read_memory_options(args: Any, layout: ParallelLayout, *, has_gpu: bool) ->
         has_fused_norms=args.backend == "te",
         has_separate_values=_has_separate_values(args, has_expanded_heads=has_expanded_heads),
         has_fused_weight_gradients=args.gradient_accumulation_fusion and args.backend == "te",
-        workspace_bytes=WORKSPACE_BYTES if has_gpu else 0,
+        workspace_bytes=(WORKSPACE_BYTES if has_gpu else 0) + _count_window_mask_bytes(args),
         vocab_divisible_by=args.make_vocab_size_divisible_by,
     )
+
+
+def _count_window_mask_bytes(args: Any) -> int:
+    """The torch backend keeps one mask [s, s] for all layers with a sliding window, in the dtype of the scores.
+
+    What such a layer saves is not counted, on either backend: its activations are as large as those of full attention.
+    """
+    length = args.seq_length or 0
+    if args.backend != "torch" or not args.window_size or args.window_size[0] >= length - 1:
+        return 0
+    return int(length**2 * (2 if args.bf16 or args.fp16 else 4))
 
 
 def _has_separate_values(args: Any, *, has_expanded_heads: bool) -> bool:

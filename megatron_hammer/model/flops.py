@@ -27,6 +27,7 @@ def count_flops_per_token(
     to.
 
     vocab_size: the rows of embedding and head, by default the tokenizer's; Megatron-LM logs with the padded ones.
+    A sliding window makes no difference in any of them: its layers count as full ones, as Megatron-LM counts them.
     Source of A: megatron.training.training.num_floating_point_operations, pinned by a test.
     """
     # Scores and their product with the values: 2 matmuls of s x head_dim per head and query. A multiply-add is 6

@@ -76,6 +76,17 @@ class YarnScaling:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SlidingWindow:
+    """num_tokens: that a position sees in these layers, itself and those before it; elsewhere it sees all before it.
+
+    layers: from 0, ascending; at least one. Megatron's --window-size has one token less: those before the position.
+    """
+
+    num_tokens: int
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelShape:
     """The architecture of one model, in mcore's names. Two shapes are equal if they describe the same architecture.
 
@@ -113,6 +124,7 @@ class ModelShape:
     attention_scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim), which is never spelt out
     residual_multiplier: float = 1.0  # of what attention and MLP add to the residual
     logits_multiplier: float = 1.0
+    sliding_window: SlidingWindow | None = None
 
     @property
     def head_dim(self) -> int:

@@ -2,10 +2,11 @@
 
 Both follow the interfaces of megatron's own (`LayerNormBuilder`, `CoreAttention`) and need nothing but PyTorch; only a
 norm that returns the residual too is a Triton kernel of ours.
-Context parallelism, sliding windows and packed sequences are left to the `te` backend; preflight refuses them here.
+Context parallelism and packed sequences are left to the `te` backend; preflight refuses them here.
 """
 
 import contextlib
+import functools
 import math
 from typing import Any
 
@@ -14,6 +15,7 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 NORM_CLASSES: dict[str, Any] = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}
@@ -85,8 +87,19 @@ class TorchNormOfResidual:
         return TorchNorm(config, hidden_size, eps, has_residual=True)
 
 
+@functools.lru_cache(maxsize=2)
+def build_window_mask(sequence: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What is added to the scores [s, s]: 0 where a position sees itself and the `window` positions before it.
+
+    One tensor for all layers and micro-batches, because autograd keeps the mask of each. In the dtype of the queries:
+    PyTorch would make one of that dtype out of booleans for each layer.
+    """
+    forbidden = torch.ones(sequence, sequence, dtype=torch.bool, device=device).tril().triu(-window).logical_not_()
+    return torch.zeros(sequence, sequence, dtype=dtype, device=device).masked_fill_(forbidden, -math.inf)
+
+
 class SdpaAttention(MegatronModule):
-    """Causal attention by torch.nn.functional.scaled_dot_product_attention, with grouped queries.
+    """Causal attention by torch.nn.functional.scaled_dot_product_attention, with grouped queries and sliding windows.
 
     query [s, b, n, d]; key and value [s, b, g, d], where n is a multiple of g (all three already split over the
     tensor-parallel group). Returns [s, b, n * d].
@@ -109,6 +122,9 @@ class SdpaAttention(MegatronModule):
         self.attention_dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         # --apply-query-key-layer-scaling changes nothing: megatron's softmax multiplies back what it divides here.
         self.softmax_scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
+        has_window = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        # Of the pair only what lies before a position counts: preflight refuses any but 0 after it.
+        self.window: int | None = config.window_size[0] if has_window else None
 
     def forward(
         self,
@@ -125,12 +141,12 @@ class SdpaAttention(MegatronModule):
             raise ValueError("SdpaAttention takes no attention bias and no packed sequences; use the te backend.")
         sequence, batch, heads, head_dim = query.shape
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        if query.is_cuda and query.dtype == torch.float32 and heads != key.shape[1]:
-            # No fused kernel of PyTorch takes grouped heads in fp32: scores of all pairs would be kept, 94 GB for
-            # hammer-1b4. With a copy of key and value for each head, the memory-efficient kernel does.
+        mask = self._build_mask(query, attention_mask)
+        if query.is_cuda and heads != key.shape[1] and (query.dtype == torch.float32 or mask is not None):
+            # No fused kernel of PyTorch takes grouped heads in fp32 or with a mask: scores of all pairs would be kept,
+            # 94 GB for hammer-1b4. With a copy of key and value for each head, the memory-efficient kernel does.
             key, value = (tensor.repeat_interleave(heads // tensor.shape[1], dim=1) for tensor in (key, value))
         dropout_ratio = self.attention_dropout if self.training else 0.0
-        mask = None if attention_mask is None else ~attention_mask
         with _attention_rng(dropout_ratio):
             context = torch.nn.functional.scaled_dot_product_attention(
                 query,
@@ -143,6 +159,17 @@ class SdpaAttention(MegatronModule):
                 enable_gqa=heads != key.shape[1],
             )
         return context.permute(2, 0, 1, 3).reshape(sequence, batch, heads * head_dim)
+
+    def _build_mask(self, query: Tensor, forbidden: Tensor | None) -> Tensor | None:
+        """What scaled_dot_product_attention takes as attn_mask: None for causal attention to everything before.
+
+        query: [b, n, s, d]; forbidden: as attention_mask of `forward`.
+        """
+        sequence = query.shape[2]
+        if self.window is None or self.window >= sequence - 1:
+            return None if forbidden is None else ~forbidden
+        mask = build_window_mask(sequence, self.window, query.dtype, query.device)
+        return mask if forbidden is None else mask.masked_fill(forbidden, -math.inf)
 
 
 def _attention_rng(dropout_ratio: float) -> contextlib.AbstractContextManager[None]:

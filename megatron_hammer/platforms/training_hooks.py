@@ -3,7 +3,6 @@
 import functools
 import os
 import signal
-import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -171,24 +170,18 @@ def fill_new_model(fill: Callable[[Any, Any], None]) -> None:
     training.setup_model_and_optimizer = setup_model_and_optimizer
 
 
-def observe_saves(observer: Any) -> None:
-    """Call `observer.end_save(step, elapsed_s)` on every rank when megatron's loop goes on after it has saved.
+def before_groups_form(check: Callable[[], None]) -> None:
+    """Call `check()` on every rank once they have met, before megatron divides them into groups."""
+    from megatron.training import initialize
 
-    An asynchronous save is then still being written.
-    """
-    from megatron.training import training
-
-    original = training.save_checkpoint
+    original = initialize.mpu.initialize_model_parallel
 
     @functools.wraps(original)
-    def save_checkpoint(iteration: int, *arguments: Any, **options: Any) -> Any:
-        started_at_s = time.perf_counter()
-        result = original(iteration, *arguments, **options)
-        if not options.get("non_persistent_ckpt"):
-            observer.end_save(iteration, time.perf_counter() - started_at_s)
-        return result
+    def initialize_model_parallel(*arguments: Any, **options: Any) -> Any:
+        check()
+        return original(*arguments, **options)
 
-    training.save_checkpoint = save_checkpoint
+    initialize.mpu.initialize_model_parallel = initialize_model_parallel
 
 
 def stop_on_signals_too(signals: tuple[Any, ...]) -> list[signal.Signals]:

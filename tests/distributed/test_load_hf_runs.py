@@ -44,6 +44,17 @@ CONFIGS: dict[str, Any] = {
         embedding_multiplier=12.0, attention_multiplier=0.3, residual_multiplier=0.22, logits_scaling=1.3, **SIZES
     ),
     "helium": lambda: transformers.HeliumConfig(head_dim=12, pad_token_id=None, **SIZES),
+    "mistral-window": lambda: transformers.MistralConfig(head_dim=20, sliding_window=11, **SIZES),
+    "qwen2-window-yarn": lambda: transformers.Qwen2Config(
+        use_sliding_window=True,
+        sliding_window=7,
+        layer_types=["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
+        rope_parameters={
+            **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 20},
+            **{"beta_fast": 3.0, "beta_slow": 0.5, "truncate": False},
+        },
+        **SIZES,
+    ),
     "qwen2-moe": lambda: transformers.Qwen2MoeConfig(
         moe_intermediate_size=80, shared_expert_intermediate_size=112, num_experts=6, num_experts_per_tok=2, **SIZES
     ),
@@ -129,6 +140,8 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]
         pytest.param("smollm3-tied", 2, (*PP2, *VP2), id="smollm3-tied-pp2-vp2"),
         pytest.param("granite", 4, (*TP2, *PP2, "--sequence-parallel"), id="granite-tp2-pp2-sp"),
         pytest.param("helium", 2, TP2, id="helium-tp2"),
+        pytest.param("mistral-window", 2, TP2, id="window-tp2"),
+        pytest.param("qwen2-window-yarn", 2, (*PP2, *VP2), id="window-yarn-pp2-vp2"),
         pytest.param("qwen2-moe", 2, EP2, id="moe-ep2"),
     ],
 )

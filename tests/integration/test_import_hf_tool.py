@@ -141,7 +141,7 @@ def test_bad_inputs_end_with_one_sentence_and_exit_code_2(tmp_path):
     write_toy_folder(tmp_path / "short")
     weights = tmp_path / "short" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    write_toy_folder(tmp_path / "window", model_type="mistral", architectures=["MistralForCausalLM"])
+    write_toy_folder(tmp_path / "window")
     config = json.loads((tmp_path / "window" / "config.json").read_text())
     (tmp_path / "window" / "config.json").write_text(json.dumps(config | {"sliding_window": 8}))
     cases = {

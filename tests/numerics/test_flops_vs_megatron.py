@@ -1,12 +1,13 @@
 """Convention A is Megatron-LM's own arithmetic, to the last operation."""
 
 import dataclasses
+import inspect
 from types import SimpleNamespace
 
 import pytest
 
 from megatron_hammer.model.accounting import count_flops_per_token, padded_vocab_size
-from megatron_hammer.model.shape import ModelShape
+from megatron_hammer.model.shape import ModelShape, SlidingWindow
 from megatron_hammer.presets.catalogue import PRESETS
 
 
@@ -60,6 +61,15 @@ def test_norms_of_queries_and_keys_are_not_counted_and_wide_heads_are():
     model = dataclasses.replace(PRESETS["hammer-1b4"].model, kv_channels=96, has_qk_norm=True)
     assert 2048 * count_flops_per_token(model, 2048, "A") == count_by_megatron(model, 2048, 1, model.vocab_size)
     assert count_flops_per_token(model, 2048) > count_flops_per_token(PRESETS["hammer-1b4"].model, 2048)
+
+
+def test_a_window_counts_as_full_attention_as_in_what_megatron_logs():
+    window = SlidingWindow(num_tokens=128, layers=(0, 2))
+    model = dataclasses.replace(PRESETS["hammer-1b4"].model, sliding_window=window)
+    from megatron.training.training import num_floating_point_operations
+
+    assert 2048 * count_flops_per_token(model, 2048) == count_by_megatron(model, 2048, 1, model.vocab_size)
+    assert "window" not in inspect.getsource(num_floating_point_operations)  # else it has to be counted here too
 
 
 def test_twin_another_convention_is_noticed():

@@ -20,7 +20,7 @@ from megatron_hammer.checkpoint.hugging_face.family import expand
 from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
 from megatron_hammer.checkpoint.hugging_face.tensor_sources import locate_hf_tensors
 from megatron_hammer.model.accounting import count_parameters
-from megatron_hammer.model.shape import YarnScaling
+from megatron_hammer.model.shape import SlidingWindow, YarnScaling
 from tests.helpers.hf_by_hand import permute_to_megatron
 from tests.helpers.reference_model import compare, randomize
 from tests.helpers.toy_hf_folder import LLAMA_SIZES
@@ -73,6 +73,7 @@ YARN_ROPE = {
     "beta_slow": 0.25,
 }
 SCALING = {name: YARN_ROPE[name] for name in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")}
+FULL, SLIDING = "full_attention", "sliding_attention"
 # Family: (transformers' config, a change of the preset that the logits must notice).
 FAMILIES = {
     "llama 1": (
@@ -110,6 +111,61 @@ FAMILIES = {
         {"rope_scaling": YarnScaling(**SCALING)},
     ),
     "mistral": (transformers.MistralConfig(**SIZES, head_dim=14, sliding_window=None), {"rotary_base": 20_000}),
+    "mistral with a window": (
+        transformers.MistralConfig(**SIZES, head_dim=14, sliding_window=5),
+        {"sliding_window": SlidingWindow(num_tokens=6, layers=(0, 1, 2))},
+    ),
+    "ministral": (
+        transformers.MinistralConfig(**SIZES, head_dim=14, sliding_window=5, layer_types=[SLIDING, FULL, SLIDING]),
+        {"sliding_window": SlidingWindow(num_tokens=5, layers=(0, 1))},
+    ),
+    "qwen2 with a window in its last layers": (
+        transformers.Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=3, max_window_layers=1),
+        {"sliding_window": SlidingWindow(num_tokens=3, layers=(0, 1, 2))},
+    ),
+    "qwen3 with a window": (
+        transformers.Qwen3Config(
+            **SIZES, head_dim=14, use_sliding_window=True, sliding_window=1, layer_types=[FULL, SLIDING, FULL]
+        ),
+        {"sliding_window": None},
+    ),
+    "mixtral with a window": (
+        transformers.MixtralConfig(
+            **SIZES,
+            num_local_experts=EXPERTS["num_experts"],
+            num_experts_per_tok=EXPERTS["num_experts_per_tok"],
+            sliding_window=4,
+        ),
+        {"sliding_window": SlidingWindow(num_tokens=3, layers=(0, 1, 2))},
+    ),
+    "qwen2 moe with a window": (
+        transformers.Qwen2MoeConfig(
+            **SIZES,
+            **EXPERTS,
+            shared_expert_intermediate_size=GATED_EXPERTS.shared_expert_intermediate_size,
+            use_sliding_window=True,
+            sliding_window=6,
+        ),
+        {"sliding_window": SlidingWindow(num_tokens=6, layers=(0, 1, 2))},
+    ),
+    "qwen3 moe with a window": (
+        transformers.Qwen3MoeConfig(
+            **SIZES, **EXPERTS, head_dim=14, norm_topk_prob=True, use_sliding_window=True, sliding_window=2
+        ),
+        {"sliding_window": SlidingWindow(num_tokens=2, layers=(1, 2))},
+    ),
+    "phi3 with a window": (
+        transformers.Phi3Config(**SIZES, sliding_window=4),
+        {"sliding_window": SlidingWindow(num_tokens=5, layers=(0, 1, 2))},
+    ),
+    "smollm3 with a window": (
+        transformers.SmolLM3Config(**SIZES, no_rope_layers=[1, 0, 1], use_sliding_window=True, sliding_window=4),
+        {"sliding_window": None},
+    ),
+    "smollm3 with yarn": (
+        transformers.SmolLM3Config(**SIZES, no_rope_layers=[1, 0, 1], rope_parameters=YARN_ROPE),
+        {"layers_without_rope": ()},
+    ),
     "qwen2": (transformers.Qwen2Config(**SIZES, tie_word_embeddings=True), {"norm_epsilon": 1e-5}),
     "qwen3": (transformers.Qwen3Config(**SIZES, head_dim=14), {"rotary_base": 20_000}),
     "mixtral": (

@@ -38,6 +38,8 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 3.0, "original_max_position_embeddings": 10}
+FULL, SLIDING = "full_attention", "sliding_attention"
 GPT2_SIZES = {"vocab_size": 61, "n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 32, "n_inner": 40}
 GPT2_SIZES |= {"bos_token_id": 1, "eos_token_id": 2}
 FAMILIES = {
@@ -45,6 +47,13 @@ FAMILIES = {
     "llama with biases": transformers.LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
     "llama 3.2": transformers.LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),
     "mistral": transformers.MistralConfig(**SIZES, sliding_window=None),
+    "mistral with a window": transformers.MistralConfig(**SIZES, sliding_window=5),
+    "ministral": transformers.MinistralConfig(
+        **SIZES, head_dim=10, sliding_window=5, layer_types=[SLIDING, FULL, FULL]
+    ),
+    "qwen2 with a window and yarn": transformers.Qwen2Config(
+        **SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=2, rope_parameters=YARN_ROPE
+    ),
     "qwen2": transformers.Qwen2Config(**SIZES, tie_word_embeddings=True),
     "qwen3": transformers.Qwen3Config(**SIZES, head_dim=14),
     "mixtral": transformers.MixtralConfig(**SIZES, num_local_experts=5, num_experts_per_tok=2),
@@ -93,9 +102,7 @@ def test_every_family_comes_back(name, tmp_path):
     assert_same_bits(load_file(tmp_path / "hf" / "model.safetensors"), weights)
     before, after = (read_hf_model(folder).shape for folder in (tmp_path / "hf", target))
     assert before == after
-    # A Mistral without a window is a Llama.
-    model_type = FAMILIES[name].model_type
-    assert read_hf_model(target).config["model_type"] == {"mistral": "llama"}.get(name, model_type)
+    assert read_hf_model(target).config["model_type"] == FAMILIES[name].model_type
     loaded = transformers.AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16)
     assert_same_bits(reference.state_dict(), loaded.state_dict())
     tokens = torch.arange(12).view(1, -1)

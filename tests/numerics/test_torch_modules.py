@@ -39,6 +39,8 @@ def build_attention(*, num_query_groups: int = 2, **options):
         num_query_groups=num_query_groups,
         attention_dropout=options.pop("config_dropout", 0.0),
         apply_query_key_layer_scaling=layer_scaling,
+        window_size=options.pop("window_size", None),
+        window_attn_skip_freq=options.pop("window_attn_skip_freq", None),
         attention_softmax_in_fp32=True,
     )
     layer_number = options.pop("layer_number", 1)
@@ -101,6 +103,59 @@ def test_an_explicit_mask_forbids_where_it_is_true(mask_batch: int) -> None:
         output, attend(*inputs, scale=HEAD_DIM**-0.5, forbidden=mask), rtol=0, atol=ATTENTION_TOLERANCE
     )
     assert differ(output, attend(*inputs, scale=HEAD_DIM**-0.5))
+
+
+def forbid(window: int) -> Tensor:
+    """[1, 1, s, s]: what comes later, and all but the `window` positions before."""
+    position = torch.arange(SEQUENCE)
+    distance = position[:, None] - position[None, :]
+    return ((distance < 0) | (distance > window))[None, None]
+
+
+@pytest.mark.parametrize("window", [0, 1, 5, SEQUENCE - 2, SEQUENCE - 1, 99])
+def test_a_window_is_how_many_tokens_before_it_a_position_sees(window: int) -> None:
+    inputs = make_inputs(2)
+    output = build_attention(window_size=(window, 0))(*inputs)
+    expected = attend(*inputs, scale=HEAD_DIM**-0.5, forbidden=forbid(window))
+    torch.testing.assert_close(output, expected, rtol=0, atol=ATTENTION_TOLERANCE)
+    if window < SEQUENCE - 2:
+        assert differ(output, attend(*inputs, scale=HEAD_DIM**-0.5, forbidden=forbid(window + 1)))
+
+
+def test_documents_end_within_a_window() -> None:
+    document = torch.arange(SEQUENCE) >= 6
+    documents = torch.ones(SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1) | (document[:, None] != document[None, :])
+    inputs = make_inputs(3)
+    output = build_attention(num_query_groups=3, window_size=(4, 0))(*inputs, attention_mask=documents[None, None])
+    expected = attend(*inputs, scale=HEAD_DIM**-0.5, forbidden=documents | forbid(4))
+    torch.testing.assert_close(output, expected, rtol=0, atol=ATTENTION_TOLERANCE)
+    assert differ(output, attend(*inputs, scale=HEAD_DIM**-0.5, forbidden=forbid(4)))
+
+
+@pytest.mark.parametrize(("frequency", "windowed"), [(None, {1, 2, 3, 4}), (2, {1, 3}), ([0, 1, 1, 0], {2, 3})])
+def test_the_pattern_says_which_layers_have_the_window(frequency, windowed: set[int]) -> None:
+    inputs = make_inputs(2)
+    for layer in (1, 2, 3, 4):
+        attention = build_attention(window_size=(3, 0), window_attn_skip_freq=frequency, layer_number=layer)
+        forbidden = forbid(3 if layer in windowed else SEQUENCE)
+        expected = attend(*inputs, scale=HEAD_DIM**-0.5, forbidden=forbidden)
+        torch.testing.assert_close(attention(*inputs), expected, rtol=0, atol=ATTENTION_TOLERANCE)
+
+
+def test_all_layers_keep_one_mask() -> None:
+    """Autograd keeps the mask of each layer for the backward pass."""
+    kept: dict[int, tuple[int, ...]] = {}
+    layers = [build_attention(window_size=(3, 0), layer_number=layer) for layer in (1, 2, 3)]
+    inputs = [tensor.requires_grad_() for tensor in make_inputs(2, torch.float32)]
+
+    def remember(tensor: Tensor) -> Tensor:
+        if tensor.shape[-2:] == (SEQUENCE, SEQUENCE):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.shape
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        sum(layer(*inputs).sum() for layer in layers).backward()
+    assert len(kept) == 1
 
 
 def test_softmax_scale() -> None:
@@ -232,6 +287,9 @@ def test_fp32_on_a_gpu_attends_the_same_without_grouped_heads(monkeypatch: pytes
     seen.clear()
     attention(*make_inputs(2, torch.bfloat16))
     assert [(heads, options["enable_gqa"]) for heads, options in seen] == [(2, True)]
+    seen.clear()  # nor with a mask in 16 bits
+    build_attention(window_size=(3, 0))(*make_inputs(2, torch.bfloat16))
+    assert [(heads, options["enable_gqa"]) for heads, options in seen] == [(HEADS, False)]
 
 
 @pytest.mark.parametrize("normalization", ["RMSNorm", "LayerNorm"])

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from gguf import MODEL_ARCH, GGMLQuantizationType, get_tensor_name_map
+from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGMLQuantizationType, get_tensor_name_map
 from torch import Tensor
 
 from megatron_hammer.checkpoint.gguf.file_types import FileType, Place, count_tensor_bytes, select_type
@@ -22,6 +22,7 @@ from megatron_hammer.model.shape import ModelShape, RopeScaling
 ARCHITECTURES = {  # by family
     "llama": MODEL_ARCH.LLAMA,
     "mistral": MODEL_ARCH.LLAMA,
+    "ministral": MODEL_ARCH.LLAMA,
     "qwen2": MODEL_ARCH.QWEN2,
     "qwen3": MODEL_ARCH.QWEN3,
     "phi3": MODEL_ARCH.PHI3,
@@ -68,6 +69,12 @@ def select_architecture(model: HfModel) -> MODEL_ARCH:
         raise ConversionError(
             f"config.json, model_type: GGUF is written for {SUPPORTED}, got model_type={model.config['model_type']!r}, "
             f"which is {model.family.hf_class}. Use llama.cpp's own converter."
+        )
+    if window := model.shape.sliding_window:
+        raise ConversionError(
+            f"config.json, sliding_window: must be null, got sliding_window={window.num_tokens}: llama.cpp's arch "
+            f"{MODEL_ARCH_NAMES[arch]} has no window, and would compute something else for longer texts. Set it to "
+            "null in a copy of the folder to accept that."
         )
     layers, num_layers = model.shape.layers_without_rope, model.shape.num_layers
     if arch is MODEL_ARCH.SMOLLM3 and layers != tuple(range(STEP_WITHOUT_ROPE - 1, num_layers, STEP_WITHOUT_ROPE)):

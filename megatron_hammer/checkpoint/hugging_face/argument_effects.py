@@ -23,6 +23,7 @@ _EXPRESSED = """
     moe_shared_expert_intermediate_size moe_shared_expert_gate moe_router_pre_softmax moe_layer_freq
     moe_aux_loss_coeff attention_dropout hidden_dropout rotary_percent no_rope_freq residual_multiplier use_mup
     mup_base_hidden_size mup_embedding_mult mup_output_mult mup_base_head_dim mup_attn_scale_power
+    window_attn_skip_freq
 """
 EXPRESSED = frozenset(_EXPRESSED.split())
 
@@ -37,7 +38,10 @@ EXPRESSIBLE: dict[str, tuple[Callable[[Any], bool], str]] = {
     "attention_output_gate": (lambda value: not value, "a gate on the attention output is not mapped"),
     "experimental_attention_variant": (lambda value: not value, "the attention variant is not mapped"),
     "softmax_type": (lambda value: value in (None, "vanilla"), "transformers' Llama has the plain softmax"),
-    "window_size": (lambda value: not value, "sliding-window attention is not mapped"),
+    "window_size": (
+        lambda value: not value or (len(value) == 2 and value[0] >= 0 and value[1] == 0),
+        "a window of any other kind than (tokens before a position, 0) is not mapped",
+    ),
     "apply_residual_connection_post_layernorm": (lambda value: not value, "no mapping has that residual"),
     "squared_relu": (lambda value: not value, "the activation is not mapped"),
     "quick_geglu": (lambda value: not value, "the activation is not mapped"),
@@ -172,7 +176,7 @@ _INERT = """
     use_sharp use_te_activation_func use_tokenizer_model_from_checkpoint_args use_torch_fsdp2
     use_torch_optimizer_for_cpu_offload use_tp_pp_dp_mapping use_transformer_engine_op_fuser v_head_dim
     validation_set_names variable_seq_lengths verify_integrity vocab_extra_ids vocab_file warmup weight_decay
-    weight_decay_incr_style wgrad_deferral_limit window_attn_skip_freq world_size
+    weight_decay_incr_style wgrad_deferral_limit world_size
 """
 INERT, INERT_PREFIXES = frozenset(_INERT.split()), tuple(_INERT_PREFIXES.split())
 

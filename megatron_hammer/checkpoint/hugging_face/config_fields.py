@@ -4,7 +4,7 @@ The families (families/) say which field means what.
 """
 
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +21,16 @@ def _is_one(value: Any) -> bool:
     return value is None or value == 1
 
 
+def _is_full_attention(kinds: Any) -> bool:
+    """Classes that can have a window, such as Qwen2, write layer_types also where all layers are alike."""
+    return not kinds or (isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds))
+
+
 # Field of any family: (whether a value changes nothing, why other values cannot be converted). transformers reads some
 # of these fields only for classes that are not mapped. In a file of a mapped class they mean that the model's author
 # computes something else, so they are refused there too.
 _QUIET: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "layer_types": (_is_full_attention, "in this family every layer must have full attention"),
     "quantization_config": (_is_absent, "quantized weights are not mapped"),
     "compression_config": (_is_absent, "compressed weights are not mapped"),
     "partial_rotary_factor": (_is_one, "this family is mapped with a rope of every dimension of a head"),
@@ -63,6 +69,7 @@ _QUIET: dict[str, tuple[Callable[[Any], bool], str]] = {
     "n_shared_experts": (_is_absent, "a shared expert without a gate is not mapped"),
 }
 MAX_COUNT = 2**31 - 1  # Megatron's kernels index with 32 bits
+_LAYER_TYPES = ("full_attention", "sliding_attention")
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _OWN_CODE = ("AutoModelForCausalLM", "AutoModel")
 
@@ -106,6 +113,10 @@ class HfFields:
             self._wrong(name, f"a positive whole number up to {MAX_COUNT:,}", value)
             return 1
         return value
+
+    def count_or_zero(self, name: str, default: int) -> int:
+        """A whole number that is not negative."""
+        return 0 if self._config.get(name) == 0 else self.count(name, default)
 
     def number(self, name: str, default: float) -> float:
         """A number that is not negative."""
@@ -163,11 +174,6 @@ class HfFields:
         for name, (is_quiet, reason) in _QUIET.items():
             if name not in read_here and not is_quiet(self._config.get(name)):
                 self.refuse(name, reason)
-        # Classes that can have a window, such as Qwen2, write layer_types also where all layers are alike.
-        layer_types = self._config.get("layer_types")
-        kinds = layer_types if isinstance(layer_types, list) else [layer_types]
-        if layer_types and any(kind != "full_attention" for kind in kinds):
-            self.refuse("layer_types", "every layer must have full attention")
 
     def require_choice(self, name: str, choices: Sequence[str], *, default: str) -> str:
         """Return the value, which must be one of `choices`."""
@@ -207,13 +213,26 @@ class HfFields:
                 f"sliding_window={window!r}. Use a model with full attention, or one whose sequences fit in the window."
             )
 
-    def require_no_switched_window(self, *, has_layer_choice: bool = True) -> None:
-        """Qwen uses its window only with use_sliding_window; its dense models only from layer max_window_layers on."""
-        if not self.flag("use_sliding_window", False):
-            return
-        if has_layer_choice and self.count("max_window_layers", 28) >= self.count("num_hidden_layers"):
-            return
-        self.require_no_window(default=4096)
+    def has_value(self, name: str, default: Any) -> bool:
+        """Whether the field is not null; an absent one has the default."""
+        return self._config.get(name, default) is not None
+
+    def window(self, default: int | None) -> int | None:
+        """sliding_window; None where it is null, or as long as the longest sequence, which sees all of it anyway."""
+        if not self.has_value("sliding_window", default):
+            return None
+        window = self.count("sliding_window", default)
+        return None if window >= self.count("max_position_embeddings") else window
+
+    def windowed_layers(self, default: Iterable[int]) -> tuple[int, ...]:
+        """The layers, from 0, that layer_types gives a window; `default` without that list."""
+        kinds, num_layers = self._config.get("layer_types"), self.count("num_hidden_layers")
+        if kinds is None:
+            return tuple(default)
+        if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in _LAYER_TYPES for kind in kinds):
+            self._wrong("layer_types", f"one of {', '.join(_LAYER_TYPES)} for each of {num_layers} layers", kinds)
+            return ()
+        return tuple(layer for layer, kind in enumerate(kinds) if kind == _LAYER_TYPES[1])
 
     def query_groups(self, heads: int, *, may_be_absent: bool) -> int:
         """Key and value heads. Null means one for every query head; so does an absent field in the older families."""

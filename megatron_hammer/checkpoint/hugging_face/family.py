@@ -81,7 +81,7 @@ class Family:
 # Fields of ModelShape that only some classes have a field for. Any value but the default must be in Family.features.
 FEATURES = (
     *("rotary_percent", "layers_without_rope"),
-    *("embedding_multiplier", "attention_scale", "residual_multiplier", "logits_multiplier"),
+    *("sliding_window", "embedding_multiplier", "attention_scale", "residual_multiplier", "logits_multiplier"),
 )
 _DEFAULTS = {entry.name: entry.default for entry in dataclasses.fields(ModelShape)}
 

@@ -14,6 +14,8 @@ _PARALLEL = "attention and MLP of a layer work side by side on one input"
 _ALIBI = "its positions are ALiBi's biases of the attention scores"
 _ENCODER = "it is or has an encoder; only decoders are mapped"
 _SQUARED_RELU = "its MLP has no gate, and its activation is the square of a ReLU"
+# Megatron's layer has no place for either: norms stand in front, and those of queries and keys are a head wide.
+_OLMO = "its norms stand behind attention and MLP and not in front, and one goes over all heads of the queries or keys"
 _GEMMA = "its norms multiply by 1 + weight, its embeddings by sqrt(hidden_size), and its gate is a gelu"
 _OWN_CODE = "its class is code of its own repository, which is never run"
 
@@ -26,7 +28,9 @@ _REASONS: tuple[tuple[str, str], ...] = (
         "glm4_moe_lite",
     ),
     (f"{_MLA}, and chooses the keys that it attends to", "glm_moe_dsa"),
-    (_SANDWICH, "olmo2 olmo3 exaone4 glm4 afmoe"),
+    (_SANDWICH, "exaone4 glm4 afmoe"),
+    (_OLMO, "olmo2"),
+    (f"{_OLMO}, and a scaled rope turns its layers of full attention alone", "olmo3"),
     ("its norms have no weights", "olmo nanochat"),
     ("its norms of queries and keys have a weight for each head and channel", "olmoe flex_olmo minimax_m2"),
     (_PARALLEL, "cohere cohere2 falcon gpt_neox gptj codegen phi persimmon"),
@@ -44,7 +48,11 @@ _REASONS: tuple[tuple[str, str], ...] = (
     ),
     (_SQUARED_RELU, "arcee jais2 nemotron"),
     ("its activation is xIELU, which learns two numbers for each layer", "apertus"),
-    ("its attention has a learned sink for each head, and its gate is clamped and shifted", "gpt_oss"),
+    (
+        "its attention has a learned sink for each head (Megatron's --softmax-type learnable), its router and experts "
+        "have biases, and its gate is clamped and shifted",
+        "gpt_oss",
+    ),
     ("its attention works within chunks, some of its layers scale queries by position", "llama4 llama4_text"),
     ("its rope turns neighbouring channels of a share of each head", "glm chatglm"),
     ("its rope turns neighbouring channels", "ernie4_5 ernie4_5_moe"),
@@ -58,7 +66,9 @@ _REASONS: tuple[tuple[str, str], ...] = (
     ("its linear layers round weights to three values, with norms between them", "bitnet"),
     ("it keeps all experts of a layer in one tensor under other names, and multiplies its residuals", "granitemoe"),
     ("it has shared experts without a gate, and multiplies its residuals", "granitemoeshared"),
-    ("its layers choose between full and windowed attention", "ministral dots1 laguna mellum"),
+    ("its layers with a window have another rope than the others", "mellum"),
+    ("it has shared experts without a gate, whose output is added to that of a router with sigmoid scores", "dots1"),
+    ("the output of its attention is multiplied by a gate, and its layers differ in their number of heads", "laguna"),
     ("it scales queries by position", "ministral3"),
     ("its router has expert biases, and its rope turns a share of each head", "glm4_moe solar_open"),
     ("its rope changes with the length of the text, and o_proj has a bias of its own choice", "internlm3"),

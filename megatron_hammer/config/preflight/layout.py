@@ -2,7 +2,7 @@
 
 import math
 
-from megatron_hammer.config.flags import flag_of
+from megatron_hammer.config.flags import Flags, flag_of, show_value
 from megatron_hammer.config.model_arguments import YARN_ARGUMENTS
 from megatron_hammer.config.run_plan import Machine, RunSettings
 from megatron_hammer.model.accounting import ParallelLayout, find_shard_problems, find_split_problems, split_layers
@@ -35,7 +35,39 @@ def find_run_layout_problems(settings: RunSettings) -> list[str]:
         layers_per_chunk=settings.layers_per_chunk,
         seq_length=settings.seq_length,
     )
-    return problems or _find_instance_problems(settings)
+    return (problems or _find_instance_problems(settings)) + _find_window_problems(settings.flags)
+
+
+def _find_window_problems(flags: Flags) -> list[str]:
+    """Windows that megatron's two attentions would read in different ways, and patterns that fit no model."""
+    window, frequency, num_layers = flags["window_size"], flags["window_attn_skip_freq"], flags["num_layers"]
+    if window is None:
+        return []
+    problems = []
+    if len(window) != 2 or window[0] < 0 or window[1] != 0:
+        problems.append(
+            "window-size: must be how many tokens before a position it sees, and 0 for those after it, got "
+            f"window_size={','.join(map(str, window))}. Pass --window-size 4095,0 for a window of 4,096 tokens."
+        )
+    pattern = frequency if isinstance(frequency, list) else [1]
+    if (isinstance(frequency, int) and frequency < 2) or not any(pattern) or not set(pattern) <= {0, 1}:
+        problems.append(
+            "window-attn-skip-freq: must leave layers with a window, got "
+            f"window_attn_skip_freq={show_value(frequency)}. Pass N for a layer without one after "
+            "N - 1 with one, a list with 1 for a window and 0 for none, or drop it for a window everywhere."
+        )
+    elif isinstance(frequency, list) and len(frequency) != num_layers:
+        problems.append(
+            f"window-attn-skip-freq: must have one number for each of {num_layers} layers, got {len(frequency)}. "
+            "Lengthen or shorten the list."
+        )
+    kinds = set(flags["cp_comm_type"]) - {"a2a", "all_gather"}
+    if flags["context_parallel_size"] > 1 and kinds and flags["backend"] == "te":
+        problems.append(
+            "window-size: with context parallelism TransformerEngine exchanges keys by a2a or all_gather alone, got "
+            f"cp_comm_type={', '.join(sorted(kinds))}. Pass --cp-comm-type a2a."
+        )
+    return problems
 
 
 def _find_instance_problems(settings: RunSettings) -> list[str]:

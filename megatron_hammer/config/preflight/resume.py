@@ -156,6 +156,10 @@ def _describe_computation(model: ModelShape) -> dict[str, object]:
         values |= {name: written[name] for name in ("position_embedding_type", *scaling) if name in written}
         values["rotary_percent"] = model.rotary_percent
         values["no_rope_freq"] = written["no_rope_freq"]
+    window = build_model_arguments(model)
+    values["window_size"] = window["window_size"]
+    if model.sliding_window is not None:
+        values["window_attn_skip_freq"] = window["window_attn_skip_freq"]
     if model.activation != "swiglu":
         values["bias_gelu_fusion"] = model.activation == "gelu_tanh"
     if model.moe is not None:

@@ -78,6 +78,8 @@ def _spell_argument(name: str, value: Any) -> list[str]:
         return [flag] if value else []
     if isinstance(value, list):
         return [flag, str(value).replace(" ", "")]
+    if isinstance(value, tuple):
+        return [flag, ",".join(map(str, value))]
     if not isinstance(value, float):
         return [flag, str(value)]
     # The short spelling where it is the same number.
@@ -99,9 +101,8 @@ def list_layout_flags(model: ModelShape, layout: ParallelLayout) -> list[str]:
         flags += ["--context-parallel-size", str(layout.context_parallel_size)]
     if layout.expert_model_parallel_size > 1 or (recipe is not None and recipe.expert_model_parallel_size > 1):
         flags += ["--expert-model-parallel-size", str(layout.expert_model_parallel_size)]
-    has_expert_tp = recipe is not None and recipe.expert_tensor_parallel_size is not None
-    if model.moe is not None and (has_expert_tp or layout.expert_tensor_parallel_size is not None):
-        flags += ["--expert-tensor-parallel-size", str(layout.expert_tp)]
+    if layout.expert_tensor_parallel_size is not None and model.moe is not None:
+        flags += ["--expert-tensor-parallel-size", str(layout.expert_tensor_parallel_size)]
     if layout.has_sequence_parallel and tp > 1:
         flags.append("--sequence-parallel")
     elif recipe is not None and recipe.has_sequence_parallel and tp > 1:

@@ -5,7 +5,7 @@ import pytest
 
 from megatron_hammer.config.model_arguments import build_model_arguments, default_ffn_hidden_size, read_model
 from megatron_hammer.model.accounting import count_parameters
-from megatron_hammer.model.shape import ModelShape, MoeShape, RopeScaling, YarnScaling
+from megatron_hammer.model.shape import ModelShape, MoeShape, RopeScaling, SlidingWindow, YarnScaling
 from megatron_hammer.presets.catalogue import PRESETS
 from tests.helpers.parsed_flags import TINY, parse
 from tests.helpers.toy_model import GPT2, GPT2_ARGUMENTS, LLAMA, MOE, MOE_ARGUMENTS, toy_arguments
@@ -69,6 +69,7 @@ def test_every_field_is_translated_and_a_change_of_one_is_noticed() -> None:
         "has_qk_norm": True,
         "rope_scaling": RopeScaling(factor=32.0),
         "rotary_seq_len_interpolation_factor": 4,
+        "sliding_window": SlidingWindow(num_tokens=6, layers=(1,)),
         "rotary_percent": 0.5,
         "layers_without_rope": (0, 2),
         "embedding_multiplier": 12.0,
@@ -202,6 +203,18 @@ def test_the_multipliers_of_mup_are_those_that_megatron_derives(flags: str, expe
     assert transformer.softmax_scale == pytest.approx(model.attention_scale or model.head_dim**-0.5, rel=1e-15)
     assert (transformer.mup_embedding_mult, transformer.mup_output_mult) == (expected[0], expected[2])
     assert read_model(read_arguments(model)) == model
+
+
+@pytest.mark.parametrize("frequency", [None, 1, 2, 3, 5, [1, 0, 0, 1], [0, 0, 0, 0]], ids=str)
+def test_a_window_is_in_the_layers_in_which_megatron_has_it(frequency) -> None:
+    from megatron.core.transformer.utils import is_layer_window_attention
+
+    arguments = parse(*TINY, "--window-size", "4,0").namespace
+    arguments.window_attn_skip_freq = frequency
+    layers = [layer for layer in range(4) if is_layer_window_attention((4, 0), frequency, layer + 1)]
+    window = read_model(arguments).sliding_window
+    assert (list(window.layers) if window else []) == layers
+    assert window is None or window.num_tokens == 5
 
 
 def test_overrides_are_counted() -> None:

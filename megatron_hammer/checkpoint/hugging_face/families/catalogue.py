@@ -4,7 +4,7 @@ from megatron_hammer.checkpoint.hugging_face.families.gpt2 import GPT2
 from megatron_hammer.checkpoint.hugging_face.families.granite import GRANITE
 from megatron_hammer.checkpoint.hugging_face.families.helium import HELIUM
 from megatron_hammer.checkpoint.hugging_face.families.llama import LLAMA
-from megatron_hammer.checkpoint.hugging_face.families.mistral import MISTRAL
+from megatron_hammer.checkpoint.hugging_face.families.mistral import MINISTRAL, MISTRAL
 from megatron_hammer.checkpoint.hugging_face.families.mixtral import MIXTRAL
 from megatron_hammer.checkpoint.hugging_face.families.phi3 import PHI3
 from megatron_hammer.checkpoint.hugging_face.families.qwen2 import QWEN2
@@ -20,7 +20,7 @@ from megatron_hammer.model.shape import ModelShape
 # In the order in which a class is looked for: the more special kind of model first, and those that add to Llama only
 # what few models have, or that spell the same model in another way, last.
 _ORDER = (
-    *(GPT2, QWEN2_MOE, QWEN3_MOE, MIXTRAL, QWEN3, LLAMA, QWEN2, MISTRAL, TINYLLM),
+    *(GPT2, QWEN2_MOE, QWEN3_MOE, MIXTRAL, QWEN3, LLAMA, QWEN2, MISTRAL, MINISTRAL, TINYLLM),
     *(GRANITE, SMOLLM3, PHI3, SEED_OSS, HELIUM),
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ORDER}

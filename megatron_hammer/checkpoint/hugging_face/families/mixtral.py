@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_hammer.checkpoint.hugging_face.config_fields import HfFields
-from megatron_hammer.checkpoint.hugging_face.config_rows import ConfigRow, count, fixed, number, write_value
+from megatron_hammer.checkpoint.hugging_face.config_rows import ConfigRow, count, number, write_value
 from megatron_hammer.checkpoint.hugging_face.families.llama import (
     HF_LAYER,
     LAYER,
@@ -15,6 +15,7 @@ from megatron_hammer.checkpoint.hugging_face.families.llama import (
 from megatron_hammer.checkpoint.hugging_face.family import Family, Requirement
 from megatron_hammer.checkpoint.hugging_face.tensor_layouts import GATE_UP
 from megatron_hammer.checkpoint.hugging_face.tensor_rows import build_rows
+from megatron_hammer.checkpoint.hugging_face.window_rows import IN_EVERY_LAYER, WINDOW, window_in_every_layer
 
 _EXPERTS, _HF_MIXTURE = LAYER + "mlp.experts.experts.{expert}.", HF_LAYER + "block_sparse_moe."
 _MIXTURE = build_rows(
@@ -57,7 +58,7 @@ MIXTRAL = Family(
             default_epsilon=1e-5,
         ),
         # MixtralConfig has no window by default, unlike MistralConfig.
-        fixed("sliding_window", None, lambda fields: fields.require_no_window(default=None)),
+        window_in_every_layer(default=None),
         ConfigRow(
             lambda fields: {"moe.num_experts": fields.num_experts()},
             write_value("num_local_experts", "moe.num_experts"),
@@ -70,9 +71,11 @@ MIXTRAL = Family(
     constants={"moe.is_topk_renormalized": True},
     list_tensors=lambda model: list_llama_tensors(model, _MIXTURE),
     is_candidate=lambda model: model.moe is not None,
+    features=WINDOW,
     requirements=(
         *MIXTURE_REQUIREMENTS,
         NO_QKV_BIAS,
+        IN_EVERY_LAYER,
         Requirement(
             lambda model: model.moe is not None and model.moe.is_topk_renormalized,
             "experts with moe_router_pre_softmax=True, no shared one and no norm on queries and keys",

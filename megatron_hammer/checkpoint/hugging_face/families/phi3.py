@@ -12,6 +12,7 @@ from megatron_hammer.checkpoint.hugging_face.families.llama import (
 from megatron_hammer.checkpoint.hugging_face.family import Family, Requirement
 from megatron_hammer.checkpoint.hugging_face.tensor_layouts import FUSED_QKV
 from megatron_hammer.checkpoint.hugging_face.tensor_rows import build_rows
+from megatron_hammer.checkpoint.hugging_face.window_rows import IN_EVERY_LAYER, WINDOW, window_in_every_layer
 
 
 def _require_plain_rope(fields: HfFields) -> None:
@@ -33,14 +34,15 @@ PHI3 = Family(
         ConfigRow(lambda fields: {}, write_value("embd_pdrop", "dropout.hidden")),
         number("resid_pdrop", "dropout.hidden", 0.0),
         unwritten(_require_plain_rope),
-        unwritten(lambda fields: fields.require_no_window(default=None)),
+        window_in_every_layer(default=None),
     ),
-    features=frozenset({"rotary_percent"}),
+    features=WINDOW | {"rotary_percent"},
     own_fields=frozenset({"partial_rotary_factor"}),
     list_tensors=lambda model: list_llama_tensors(model, _MLP, qkv_name="self_attn.qkv_proj", qkv_layout=FUSED_QKV),
     is_candidate=lambda model: not model.has_qkv_bias,
     requirements=(
         *LLAMA_REQUIREMENTS,
+        IN_EVERY_LAYER,
         Requirement(
             lambda model: model.rope_scaling is None and model.rotary_seq_len_interpolation_factor is None,
             "rotary_percent with a scaled rope",

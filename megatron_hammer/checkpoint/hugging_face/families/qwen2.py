@@ -1,11 +1,15 @@
 """Qwen2: a Llama with biases on q, k and v."""
 
-from megatron_hammer.checkpoint.hugging_face.config_fields import HfFields
-from megatron_hammer.checkpoint.hugging_face.config_rows import fixed
 from megatron_hammer.checkpoint.hugging_face.families.llama import LLAMA_REQUIREMENTS, list_llama_tensors, llama_config
 from megatron_hammer.checkpoint.hugging_face.family import Family
+from megatron_hammer.checkpoint.hugging_face.window_rows import (
+    LAYER_TYPES,
+    WINDOW,
+    last_layers,
+    switched_window_in_chosen_layers,
+)
 
-DENSE_WINDOW = fixed("use_sliding_window", False, HfFields.require_no_switched_window)
+DENSE_WINDOW = switched_window_in_chosen_layers(last_layers, default=4096)
 
 QWEN2 = Family(
     model_type="qwen2",
@@ -15,5 +19,7 @@ QWEN2 = Family(
     list_tensors=list_llama_tensors,
     # LlamaConfig's attention_bias would bias o_proj too.
     is_candidate=lambda model: model.has_qkv_bias and not model.has_linear_bias,
+    features=WINDOW,
+    own_fields=LAYER_TYPES,
     requirements=LLAMA_REQUIREMENTS,
 )

@@ -1,11 +1,15 @@
 """Qwen2-MoE: a Qwen2 with experts in place of the MLP, one of them shared by all tokens; and what Qwen3-MoE shares."""
 
+from collections.abc import Iterable
+
+from megatron_hammer.checkpoint.hugging_face.config_fields import HfFields
 from megatron_hammer.checkpoint.hugging_face.config_rows import ConfigRow, count, fixed, flag, number, write_value
 from megatron_hammer.checkpoint.hugging_face.families.llama import HF_LAYER, LAYER, list_llama_tensors, llama_config
 from megatron_hammer.checkpoint.hugging_face.families.mixtral import MIXTURE_REQUIREMENTS
 from megatron_hammer.checkpoint.hugging_face.family import Family, Requirement
 from megatron_hammer.checkpoint.hugging_face.tensor_layouts import GATE_UP
 from megatron_hammer.checkpoint.hugging_face.tensor_rows import build_rows
+from megatron_hammer.checkpoint.hugging_face.window_rows import LAYER_TYPES, WINDOW, switched_window_in_chosen_layers
 
 _EXPERT, _HF_EXPERT = LAYER + "mlp.experts.experts.{expert}.", HF_LAYER + "mlp.experts.{expert}."
 _SHARED, _HF_SHARED = LAYER + "mlp.shared_experts.", HF_LAYER + "mlp.shared_expert"
@@ -23,7 +27,6 @@ _SHARED_EXPERT = build_rows(
 )
 # Every layer is a mixture; HfFields.require_nothing_else refuses other values of the first two fields.
 QWEN_MIXTURE_CONFIG = (
-    fixed("use_sliding_window", False, lambda fields: fields.require_no_switched_window(has_layer_choice=False)),
     fixed("decoder_sparse_step", 1, lambda fields: None),
     fixed("mlp_only_layers", [], lambda fields: None),
     ConfigRow(lambda fields: {"moe.num_experts": fields.num_experts()}, write_value("num_experts", "moe.num_experts")),
@@ -33,6 +36,12 @@ QWEN_MIXTURE_CONFIG = (
     count("moe_intermediate_size", "moe.ffn_hidden_size"),
     number("router_aux_loss_coef", "moe.aux_loss_coeff", 0.001),
 )
+
+
+def _every_second_layer(fields: HfFields) -> Iterable[int]:
+    """The first, the third and so on, up to max_window_layers."""
+    return range(0, min(fields.count_or_zero("max_window_layers", 28), fields.count("num_hidden_layers")), 2)
+
 
 QWEN2_MOE = Family(
     model_type="qwen2_moe",
@@ -44,7 +53,10 @@ QWEN2_MOE = Family(
         count("shared_expert_intermediate_size", "moe.shared_expert_intermediate_size"),
         # Unlike Qwen2, whose biases are fixed in its code, this class has a switch.
         flag("qkv_bias", "has_qkv_bias", True),
+        switched_window_in_chosen_layers(_every_second_layer, default=4096),
     ),
+    features=WINDOW,
+    own_fields=LAYER_TYPES,
     constants={"moe.has_shared_expert_gate": True},
     list_tensors=lambda model: list_llama_tensors(model, QWEN_MIXTURE + _SHARED_EXPERT),
     is_candidate=lambda model: model.moe is not None and model.moe.shared_expert_intermediate_size > 0,

@@ -4,6 +4,7 @@ from megatron_hammer.checkpoint.hugging_face.config_rows import always_off
 from megatron_hammer.checkpoint.hugging_face.families.llama import LLAMA_REQUIREMENTS, list_llama_tensors, llama_config
 from megatron_hammer.checkpoint.hugging_face.families.qwen2 import DENSE_WINDOW
 from megatron_hammer.checkpoint.hugging_face.family import Family, Requirement
+from megatron_hammer.checkpoint.hugging_face.window_rows import LAYER_TYPES, WINDOW
 
 QWEN3 = Family(
     model_type="qwen3",
@@ -17,6 +18,8 @@ QWEN3 = Family(
     constants={"has_qk_norm": True},
     list_tensors=list_llama_tensors,
     is_candidate=lambda model: model.has_qk_norm,
+    features=WINDOW,
+    own_fields=LAYER_TYPES,
     requirements=(
         *LLAMA_REQUIREMENTS,
         Requirement(

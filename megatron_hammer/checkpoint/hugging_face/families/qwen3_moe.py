@@ -5,6 +5,7 @@ from megatron_hammer.checkpoint.hugging_face.families.llama import list_llama_te
 from megatron_hammer.checkpoint.hugging_face.families.mixtral import MIXTURE_REQUIREMENTS, NO_QKV_BIAS
 from megatron_hammer.checkpoint.hugging_face.families.qwen2_moe import QWEN_MIXTURE, QWEN_MIXTURE_CONFIG
 from megatron_hammer.checkpoint.hugging_face.family import Family
+from megatron_hammer.checkpoint.hugging_face.window_rows import IN_EVERY_LAYER, WINDOW, switched_window_in_every_layer
 
 QWEN3_MOE = Family(
     model_type="qwen3_moe",
@@ -13,10 +14,12 @@ QWEN3_MOE = Family(
     config=(
         *llama_config(),
         *QWEN_MIXTURE_CONFIG,
+        switched_window_in_every_layer(),
         always_off("attention_bias", "a bias on o_proj without one on the experts is not mapped"),
     ),
     constants={"has_qk_norm": True},
     list_tensors=lambda model: list_llama_tensors(model, QWEN_MIXTURE),
     is_candidate=lambda model: model.moe is not None and model.has_qk_norm,
-    requirements=(*MIXTURE_REQUIREMENTS, NO_QKV_BIAS),
+    features=WINDOW,
+    requirements=(*MIXTURE_REQUIREMENTS, NO_QKV_BIAS, IN_EVERY_LAYER),
 )

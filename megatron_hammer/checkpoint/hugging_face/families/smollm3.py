@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_hammer.checkpoint.hugging_face.config_fields import HfFields
-from megatron_hammer.checkpoint.hugging_face.config_rows import ConfigRow, Dropout, fixed
+from megatron_hammer.checkpoint.hugging_face.config_rows import ConfigRow, Dropout
 from megatron_hammer.checkpoint.hugging_face.families.llama import (
     BIASES,
     LLAMA_REQUIREMENTS,
@@ -12,6 +12,7 @@ from megatron_hammer.checkpoint.hugging_face.families.llama import (
     llama_config,
 )
 from megatron_hammer.checkpoint.hugging_face.family import Family
+from megatron_hammer.checkpoint.hugging_face.window_rows import LAYER_TYPES, WINDOW, switched_window_in_chosen_layers
 from megatron_hammer.model.shape import ModelShape
 
 
@@ -31,10 +32,11 @@ SMOLLM3 = Family(
         *llama_config(default_rope_theta=2e6),
         BIASES,
         ConfigRow(_read_layers, _write_layers),
-        fixed("use_sliding_window", False, lambda fields: fields.require_no_switched_window(has_layer_choice=False)),
+        # Without layer_types, the layers without a rope have the window.
+        switched_window_in_chosen_layers(lambda fields: _read_layers(fields)["layers_without_rope"], default=None),
     ),
-    features=frozenset({"layers_without_rope"}),
-    own_fields=frozenset({"no_rope_layers", "no_rope_layer_interval"}),
+    features=WINDOW | {"layers_without_rope"},
+    own_fields=LAYER_TYPES | {"no_rope_layers", "no_rope_layer_interval"},
     list_tensors=list_llama_tensors,
     is_candidate=lambda model: model.has_linear_bias or not model.has_qkv_bias,
     requirements=LLAMA_REQUIREMENTS,

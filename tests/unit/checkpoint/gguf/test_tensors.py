@@ -104,3 +104,10 @@ def test_missing_and_unexpected_tensors_are_listed_together(tmp_path):
         open_hf_folder(folder)
     assert len(caught.value.problems) == 9
     assert all(problem.startswith("model.layers.3.") for problem in caught.value.problems)
+
+
+def test_a_window_that_llama_cpp_does_not_have_is_refused():
+    windowed = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 8}
+    with pytest.raises(ConversionError, match=r"sliding_window: must be null, got sliding_window=8: .*arch llama has"):
+        plan_tensors(interpret(**windowed), FILE_TYPES["f16"])
+    assert plan_tensors(interpret(**windowed | {"sliding_window": None}), FILE_TYPES["f16"])

@@ -50,6 +50,13 @@ CASES = {
     "smollm3 by its list": {"no_rope_freq": [1, 0, 1], "rotary_base": 2_000_000},
     "granite": MULTIPLIERS | {"residual_multiplier": 0.22},
     "granite of larger logits": MULTIPLIERS | {"mup_output_mult": 1 / 49, "mup_attn_scale_power": 0.5},
+    "mistral with a window": {"window_size": (7, 0)},
+    "ministral": {"window_size": (7, 0), "window_attn_skip_freq": [1, 0, 1]},
+    "qwen2 with a window": {"add_qkv_bias": True, "window_size": (3, 0), "window_attn_skip_freq": 2},
+    "qwen3 with a window": {"qk_layernorm": True, "kv_channels": 10, "window_size": (0, 0)},
+    "mixtral with a window": PLAIN_MOE_ARGUMENTS | {"ffn_hidden_size": 12, "window_size": (7, 0)},
+    "qwen2 moe with a window": MOE_ARGUMENTS | {"window_size": (7, 0), "window_attn_skip_freq": [0, 1, 0]},
+    "qwen3 moe with a window": PLAIN_MOE_ARGUMENTS | {"qk_layernorm": True, "kv_channels": 10, "window_size": (7, 0)},
     "gpt2": GPT2_ARGUMENTS | {"attention_dropout": 0.1, "hidden_dropout": 0.2},
     "gpt2 untied with the exact gelu": GPT2_ARGUMENTS
     | {"untie_embeddings_and_output_weights": True, "bias_gelu_fusion": False},
@@ -235,7 +242,7 @@ REFUSED = (
     ({"num_key_value_heads": 4}, ("num_key_value_heads", "got num_key_value_heads=4", "num_attention_heads=6")),
     ({"hidden_act": "gelu"}, ("hidden_act", "got hidden_act='gelu'", "only silu, swish")),
     ({"attention_bias": True}, ("attention_bias", "got attention_bias=True", "mlp_bias differs")),
-    ({"sliding_window": 16}, ("sliding_window", "got sliding_window=16", "max_position_embeddings=32")),
+    ({"sliding_window": 16}, ("sliding_window", "got sliding_window=16", "max_position_embeddings=32")),  # of a Llama
     (
         {"rope_theta": 2e4, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
         ("rope_theta", "got rope_theta=20000.0", "rope_parameters says rope_theta=500000.0"),
@@ -312,16 +319,18 @@ def test_a_field_that_cannot_be_converted_is_named(change, problem):
         ),
         (LLAMA | {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, ["rope_parameters"]),
         (LLAMA | {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, ["rope_parameters"]),
-        (MISTRAL | {"max_position_embeddings": 8192}, ["sliding_window"]),  # absent is 4096 in MistralConfig
-        (MIXTRAL | {"sliding_window": 4}, ["sliding_window"]),
+        (MISTRAL | {"sliding_window": 0}, ["sliding_window"]),
+        (MISTRAL | {"sliding_window": 8, "layer_types": ["sliding_attention"] * 3}, ["layer_types"]),
+        (QWEN2 | {"layer_types": ["sliding_attention"] * 3}, ["layer_types"]),  # switched off
+        (QWEN2 | {"use_sliding_window": True, "layer_types": ["full_attention"] * 2}, ["layer_types"]),
+        (QWEN2 | {"use_sliding_window": True, "layer_types": ["chunked_attention"] * 3}, ["layer_types"]),
         (MIXTRAL | {"num_experts": 6}, ["num_local_experts"]),
         (MIXTRAL | {"num_experts_per_tok": 6}, ["num_experts_per_tok"]),
         (MIXTRAL | {"num_experts_per_tok": 1}, ["num_experts_per_tok"]),
-        (QWEN2 | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}, ["sliding_window"]),
         ({key: value for key, value in QWEN2.items() if key != "num_key_value_heads"}, ["num_key_value_heads"]),
         (QWEN3 | {"attention_bias": True}, ["attention_bias"]),
         (
-            QWEN3_MOE | {"attention_bias": True, "use_sliding_window": True, "sliding_window": 8},
+            QWEN3_MOE | {"attention_bias": True, "use_sliding_window": True, "sliding_window": -8},
             ["sliding_window", "attention_bias"],
         ),
         (QWEN3_MOE | {"decoder_sparse_step": 2, "mlp_only_layers": [0]}, ["mlp_only_layers", "decoder_sparse_step"]),

@@ -118,6 +118,9 @@ def test_flags_that_compute_something_else_from_the_same_weights_are_refused(
     assert find(*flags, "--finetune", "--norm-epsilon", "1e-5") == []
     problems = find(*flags, "--norm-epsilon", "1e-6", "--rotary-base", "500000", "--use-rope-scaling")
     assert [text.split(":")[0] for text in problems] == ["rotary-base", "use-rope-scaling"]
+    yarn = ("--position-embedding-type", "yarn", "--rotary-scaling-factor", "4")
+    problems = find(*flags, "--norm-epsilon", "1e-6", *yarn, "--window-size", "31,0")
+    assert [text.split(":")[0] for text in problems] == ["position-embedding-type", "window-size"]
 
 
 def test_a_release_has_neither_optimizer_nor_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,3 +41,32 @@ def test_yarn_is_taken_where_megatron_computes_it(flags: str, match: str | None)
 def test_the_numbers_of_yarn_need_yarn() -> None:
     (problem,) = find(*TINY, "--rotary-scaling-factor", "4")
     assert "rotary-scaling-factor: has no effect without --position-embedding-type yarn" in problem
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        ("--window-size 31,0", None),
+        ("--window-size 31,0 --window-attn-skip-freq 2", None),
+        ("--window-size 31,0 --window-attn-skip-freq [1,0,0,1]", None),
+        ("--window-size 31,1", "window-size: must be how many tokens before a position it sees, and 0"),
+        ("--window-size 31", "got window_size=31. Pass --window-size 4095,0"),
+        ("--window-size=-1,0", "got window_size=-1,0."),
+        ("--window-size 31,0 --window-attn-skip-freq 1", "window-attn-skip-freq: must leave layers with a window"),
+        ("--window-size 31,0 --window-attn-skip-freq 0", "got window_attn_skip_freq=0."),
+        ("--window-size 31,0 --window-attn-skip-freq [0,0,0,0]", "must leave layers with a window"),
+        ("--window-size 31,0 --window-attn-skip-freq [1,0,1]", "one number for each of 4 layers, got 3."),
+    ],
+)
+def test_windows_are_those_that_both_backends_have(flags: str, match: str | None) -> None:
+    problems = find(*TINY, *flags.split())
+    assert problems == [] if match is None else [problem for problem in problems if match in problem]
+
+
+@pytest.mark.parametrize(("kind", "num_problems"), [("p2p", 1), ("a2a+p2p", 1), ("a2a", 0), ("all_gather", 0)])
+def test_a_window_goes_with_context_parallelism_where_keys_are_exchanged_whole(kind: str, num_problems: int) -> None:
+    flags = (*TINY, *plan(2), "--window-size", "31,0", "--context-parallel-size", "2", "--cp-comm-type", kind)
+    if kind == "a2a+p2p":
+        flags = (*flags, "--hierarchical-context-parallel-sizes", "1", "2")
+    problems = find(*flags, platform="cuda", backend="te")
+    assert sum("exchanges keys by a2a or all_gather alone" in problem for problem in problems) == num_problems

@@ -125,3 +125,17 @@ def test_fp32_attention_on_a_gpu_copies_grouped_heads() -> None:
     assert torch_plan.memory.has_expanded_heads
     assert not te_plan.memory.has_expanded_heads
     assert count_activations(torch_plan) > count_activations(te_plan)
+
+
+def test_a_window_of_the_torch_backend_is_one_mask_and_copies_of_grouped_heads() -> None:
+    """Its layers keep as much as those of full attention, on both backends."""
+
+    def build(backend: str, *flags: str) -> MemoryOptions:
+        return parse("--preset", "llama3-8b", *plan(8), *flags, platform="cuda", backend=backend).plan.memory
+
+    window = ("--seq-length", "4096", "--window-size", "1023,0")
+    plain, masked = build("torch", *window[:2]), build("torch", *window)
+    assert masked.workspace_bytes - plain.workspace_bytes == 2 * 4096**2
+    assert (plain.has_expanded_heads, masked.has_expanded_heads) == (False, True)
+    assert build("torch", *window[:2], "--window-size", "4095,0").workspace_bytes == WORKSPACE_BYTES
+    assert build("te", *window) == build("te", *window[:2])
