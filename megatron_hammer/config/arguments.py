@@ -128,6 +128,8 @@ def _package_defaults() -> dict[str, Any]:
         # Checkpoints that resume at any TP, PP and DP.
         "ckpt_format": "torch_dist",
         "dist_ckpt_optim_fully_reshardable": True,
+        # Megatron's own worker, which needs no package; see platforms/checkpoint_saving.py.
+        "async_strategy": "mcore",
         # SIGTERM (and Ctrl-C, see training/pretrain.py) save a checkpoint and stop.
         "exit_signal_handler": True,
         # Both backends make the causal mask themselves; a dataloader's [s, s] mask would only be copied about.
@@ -245,6 +247,9 @@ def _derive_schedule(namespace: argparse.Namespace, default: Any) -> None:
     # Four evaluations in a short run; a long one is evaluated every 1,000 steps.
     default("eval_interval", namespace.eval_interval or max(1, min(1000, (steps or 1000) // 4)))
     if namespace.save is not None:
+        has_local_checkpoints = namespace.non_persistent_ckpt_type == "local"  # which nvidia-resiliency-ext writes
+        default("async_save", namespace.ckpt_format == "torch_dist" and not has_local_checkpoints)
+        default("use_persistent_ckpt_worker", namespace.async_save)  # without, Megatron switches the other off
         default("load", namespace.save)  # the same command continues an interrupted run
         default("save_interval", namespace.save_interval or DEFAULT_SAVE_INTERVAL_STEPS)
         if namespace.metrics_path is None:

@@ -57,6 +57,14 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         dest="use_distributed_optimizer",
         help="keep the whole optimizer state on every data-parallel rank (default: sharded)",
     )
+    group.add_argument(
+        # As for the optimizer: Megatron's flag is positive, and our default is on.
+        "--no-async-save",
+        action="store_false",
+        dest="async_save",
+        help="let training wait until a checkpoint is written (default: it waits until the state is copied, and a "
+        "thread writes the copies; torch_dist only)",
+    )
     _add_data_flags(group)
     _add_checkpoint_flags(group)
     _add_output_flags(group)

@@ -1,9 +1,22 @@
-"""What writing a checkpoint needs of megatron that megatron does otherwise.
+"""Checkpoints are written by their rank: by a thread of it while it trains, or at once. No process is started for it.
+
+Megatron's worker for `--async-save` is another process. It gets the tensors of a CPU as shared memory that training
+goes on to change (also where /dev/shm is too small for them), needs a CUDA context of its own on a GPU, and if it dies
+the run waits for it without end. The thread gets copies. What it calls for long, writing and hashing, holds no GIL.
+Megatron's queue of saves, its order and its agreement between ranks on which save is complete stay as they are.
 
 Installed by `megatron_compat.install`; nothing else calls this module.
 """
 
+import contextlib
+import os
 import queue
+import signal
+import subprocess
+import threading
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
 
 
@@ -12,7 +25,116 @@ def make_results_queue(mp_mode: str = "spawn") -> "queue.SimpleQueue[Any]":
 
     Megatron asks a `multiprocessing.Manager` for one queue, because a writer may be another process. The manager is a
     process with torch imported (589 MB). It shares the rank's process group, so a signal to the group ends it before
-    the rank saves, and it outlives a rank that is killed. Here the writer is the rank itself, or a thread of it.
-    mp_mode: how megatron would start the manager.
+    the rank saves, and it outlives a rank that is killed. mp_mode: how megatron would start the manager.
     """
     return queue.SimpleQueue()
+
+
+class WriterThread:
+    """Writes the saves of this rank one after the other, in the place of async_utils.PersistentAsyncCaller.
+
+    Its methods are what AsyncCallsQueue calls, on every rank in the same order.
+    """
+
+    _thread: threading.Thread | None = None
+    _tasks: "queue.SimpleQueue[tuple[Future[None], Any] | None]" = queue.SimpleQueue()
+
+    def __init__(self) -> None:
+        self._pending: deque[Future[None]] = deque()
+
+    @classmethod
+    def _get_process(cls, rank: int, mp_mode: str = "", cpu_priority: int = 0, io_priority: int | None = None) -> None:
+        """Start the thread unless it runs. cpu_priority: its nice value. io_priority: its class, for ionice."""
+        if cls._thread is None:
+            # A daemon: a rank that fails must not wait for a save that its peers can no longer complete.
+            priorities = (cpu_priority, io_priority)
+            cls._thread = threading.Thread(
+                target=cls._write_all, args=priorities, name="checkpoint writer", daemon=True
+            )
+            cls._thread.start()
+
+    def schedule_async_call(self, request: Any) -> None:
+        """Copy what is to be saved, and have it written. The live state may change when this returns."""
+        finished: Future[None] = Future()
+        self._pending.append(finished)
+        if request.async_fn is None:  # this rank has nothing to write
+            finished.set_result(None)
+            return
+        copy_to_host(request.async_fn_args[1])
+        self._get_process(rank=0)
+        self._tasks.put((finished, request))
+
+    def is_current_async_call_done(self, blocking: bool = False, no_dist: bool = False) -> bool:
+        """Whether every rank has written the oldest save that is not complete. blocking: wait until they have.
+
+        no_dist: ask only this rank.
+        """
+        if blocking and self._pending:
+            self._pending[0].result()
+        is_done = not self._pending or self._pending[0].done()
+        if not no_dist:
+            is_done = _is_true_on_all_ranks(is_done)
+        if is_done and self._pending:
+            self._pending.popleft()
+        return is_done
+
+    def close(self, abort: bool = False) -> None:
+        """End the thread when it has written what it was given. abort: give up what has not begun."""
+        if abort:
+            self._pending.clear()
+        cls = type(self)
+        if cls._thread is not None:
+            cls._tasks.put(None)
+            if not abort:
+                cls._thread.join()
+            cls._thread, cls._tasks = None, queue.SimpleQueue()
+
+    @classmethod
+    def _write_all(cls, cpu_priority: int, io_priority: int | None) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # for the main thread, which stops the run
+        _lower_priority(cpu_priority, io_priority)
+        tasks = cls._tasks
+        while (task := tasks.get()) is not None:
+            finished, request = task
+            _write(request)
+            finished.set_result(None)
+            del task, request  # the copies
+
+
+def copy_to_host(buckets: Sequence[Any]) -> None:
+    """Replace the tensors of megatron's WriteBuckets, one after the other, by copies in host memory.
+
+    `Tensor.to("cpu")`, which megatron uses, is no copy of a tensor that is there already.
+    """
+    for _path, _key, (_bytes, tensors) in buckets:
+        for index, (item, tensor) in enumerate(tensors):
+            tensors[index] = (item, tensor.to("cpu", copy=True))
+
+
+def _write(request: Any) -> None:
+    """Call what megatron calls in its worker. A failure becomes a result, so that all ranks hear of it."""
+    rank, buckets, results = request.async_fn_args
+    try:
+        request.async_fn(rank, buckets, results, **request.async_fn_kwargs)
+    except Exception as error:
+        results.put(error)
+    for _path, _key, (_bytes, tensors) in buckets:
+        tensors.clear()  # the copies; megatron keeps the buckets until all ranks have written
+
+
+def _is_true_on_all_ranks(value: bool) -> bool:
+    import torch
+
+    number = torch.tensor([int(not value)], dtype=torch.int, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(number)
+    return not number.item()
+
+
+def _lower_priority(cpu_priority: int, io_priority: int | None) -> None:
+    """For this thread alone: on Linux a thread has priorities of its own."""
+    thread_id = threading.get_native_id()
+    if cpu_priority > os.getpriority(os.PRIO_PROCESS, thread_id):
+        os.setpriority(os.PRIO_PROCESS, thread_id, cpu_priority)
+    if io_priority is not None:
+        with contextlib.suppress(OSError):  # not installed; it is only a courtesy to other programs
+            subprocess.run(["ionice", "-c", str(io_priority), "-p", str(thread_id)], capture_output=True, check=False)

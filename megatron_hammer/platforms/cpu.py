@@ -10,7 +10,7 @@ UNSUPPORTED = (
     ("use_megatron_fsdp", bool, "FSDP needs NCCL"),
     ("moe_grouped_gemm", bool, "grouped GEMM is a CUDA kernel"),
     ("tp_comm_overlap", bool, "communication overlap needs TransformerEngine's user buffers"),
-    ("async_save", bool, "asynchronous checkpointing copies from a GPU"),
+    ("async_strategy", lambda value: value == "nvrx", "nvidia-resiliency-ext copies from a GPU"),
     ("optimizer_cpu_offload", bool, "there is no GPU to offload from"),
     ("distributed_backend", lambda value: value == "nccl", "NCCL needs GPUs; processes talk over gloo"),
     ("ddp_average_in_collective", bool, "gloo has no averaging reduction"),

@@ -234,6 +234,12 @@ def _keep_write_results_in_the_process() -> None:
 
 def _lacks_verification() -> bool:
     return not _has_text("megatron.core.dist_checkpointing.serialization.load_common_state_dict", "integrity")()
+def _write_checkpoints_in_a_thread() -> None:
+    from megatron.core.dist_checkpointing.strategies import async_utils
+
+    from megatron_hammer.platforms.checkpoint_saving import WriterThread
+
+    async_utils.PersistentAsyncCaller = WriterThread
 
 
 # --- optimizer ------------------------------------------------------------------------------------------------------
@@ -527,6 +533,18 @@ ADJUSTMENTS: tuple[Adjustment, ...] = (
         apply=_keep_write_results_in_the_process,
         is_needed=_has_text(
             "megatron.core.dist_checkpointing.strategies.filesystem_async.get_write_results_queue", "ctx.Manager()"
+        ),
+    ),
+    Adjustment(
+        name="writer-thread",
+        platforms=("cpu", "cuda"),
+        reason="the worker process of --async-save gets the live tensors of a CPU, which it writes as they are later, "
+        "needs a CUDA context of its own on a GPU, and a run waits without end for one that has died",
+        upstream="megatron.core.dist_checkpointing.strategies.async_utils.PersistentAsyncCaller",
+        apply=_write_checkpoints_in_a_thread,
+        is_needed=_has_text(
+            "megatron.core.dist_checkpointing.strategies.filesystem_async.FileSystemWriterAsync.preload_tensors",
+            'tensor.to("cpu", non_blocking=non_blocking)',
         ),
     ),
     Adjustment(

@@ -19,6 +19,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import warnings
 from argparse import Namespace
 from collections.abc import Callable
@@ -442,6 +443,33 @@ def observe_results_in_the_process() -> Any:
     results = filesystem_async.get_write_results_queue()
     results.put("written")
     return {"process": bool(multiprocessing.active_children()), "result": results.get_nowait()}
+
+
+def observe_writer_thread() -> Any:
+    """Who writes an asynchronous save, and whether a tensor that changes meanwhile is written as it was."""
+    from megatron.core.dist_checkpointing.strategies import async_utils
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    live, written = torch.zeros(3), []
+    buckets = [("path", "key", ([], [("item", live)]))]
+    if async_utils.PersistentAsyncCaller.__module__.startswith("megatron."):
+        # What its worker calls; as another process, it would get the tensor in shared memory.
+        staged = FileSystemWriterAsync.preload_tensors(buckets)
+        live.fill_(1.0)
+        return {"writer": "process", "written": staged[0][2][1][0][1].tolist()}
+
+    def write(rank: int, buckets: Any, results: Any) -> None:
+        may_write.wait()
+        written.append((threading.current_thread().name, buckets[0][2][1][0][1].tolist()))
+
+    may_write, calls = threading.Event(), async_utils.AsyncCallsQueue(persistent=True)
+    calls.schedule_async_request(async_utils.AsyncRequest(write, (0, buckets, None), []))
+    assert calls.maybe_finalize_async_calls() == []
+    live.fill_(1.0)
+    may_write.set()
+    calls.close()
+    ((writer, values),) = written
+    return {"writer": writer, "written": values}
 
 
 @contextlib.contextmanager

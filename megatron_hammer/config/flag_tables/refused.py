@@ -290,6 +290,14 @@ REFUSALS: tuple[Refusal, ...] = (
         "Pass --wandb-save-dir DIR, or --save DIR",
     ),
     Refusal(
+        "async_save",
+        lambda flags: (
+            flags["async_save"] and flags["ckpt_format"] != "torch_dist" and flags["async_strategy"] == "mcore"
+        ),
+        "writes torch_dist only",
+        "Pass --ckpt-format torch_dist, or drop it",
+    ),
+    Refusal(
         "non_persistent_ckpt_type",
         lambda flags: flags["non_persistent_ckpt_type"] == "local",
         "saves objects that only running code of the file could read again",

@@ -84,12 +84,6 @@ CHECKPOINTS: tuple[Idle, ...] = (
     beside("replication", "replication_"),
     beside("ckpt_convert_format", "ckpt_convert_save", " torch_dist"),
     beside("async_save", "async_ckpt_ async_strategy use_persistent_ckpt_worker"),
-    when(
-        lambda flags: not flags["use_persistent_ckpt_worker"],
-        "without --use-persistent-ckpt-worker: megatron then saves synchronously",
-        "async_save",
-        "Pass --use-persistent-ckpt-worker with it, or drop it",
-    ),
     never(
         "here: preset and flags say what is trained",
         "use_checkpoint_args use_mp_args_from_checkpoint_args use_tokenizer_model_from_checkpoint_args",

@@ -58,7 +58,7 @@ PACKAGES: tuple[tuple[str, Condition, str, str], ...] = (
     ),
     (
         "async_save",
-        lambda flags: flags["async_save"] and flags["use_persistent_ckpt_worker"] and flags["async_strategy"] == "nvrx",
+        lambda flags: flags["async_save"] and flags["async_strategy"] == "nvrx",
         "nvidia_resiliency_ext",
         "nvidia-resiliency-ext, or pass --async-strategy mcore",
     ),

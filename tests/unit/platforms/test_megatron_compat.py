@@ -42,6 +42,7 @@ WITHOUT_FAILS: dict[str, Any] = {
         and outcome["tracker"] == ["", "7"]
     ),
     "results-in-the-process": lambda outcome: outcome == {"process": True, "result": "written"},
+    "writer-thread": lambda outcome: outcome == {"writer": "process", "written": [1.0, 1.0, 1.0]},
     "group-step-adam": lambda outcome: outcome == {"step in the group": None, "expects it there": False},
     "exact-gradient-norm": lambda outcome: outcome > 1e-5,  # measured 2.8e-5
     "scale-in-place": lambda outcome: all(value == [[0.5] * 3, ["copy_", "mul"]] for value in outcome.values()),
@@ -83,6 +84,7 @@ WITH_WORKS: dict[str, Any] = {
         and outcome["tracker"] == ["6", "7"]
     ),
     "results-in-the-process": lambda outcome: outcome == {"process": False, "result": "written"},
+    "writer-thread": lambda outcome: outcome == {"writer": "checkpoint writer", "written": [0.0, 0.0, 0.0]},
     "group-step-adam": lambda outcome: outcome == {"step in the group": 1, "expects it there": True},
     "exact-gradient-norm": lambda outcome: outcome < 1e-7,
     "scale-in-place": lambda outcome: all(value == [[0.5] * 3, []] for value in outcome.values()),

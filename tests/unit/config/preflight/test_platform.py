@@ -122,7 +122,7 @@ def test_what_works_is_not_refused() -> None:
     [
         ({"optimizer": "muon", "bf16": True}, "emerging-optimizers"),
         ({"optimizer": "lion", "bf16": True}, "emerging-optimizers"),
-        ({"async_save": True, "use_persistent_ckpt_worker": True}, "nvidia-resiliency-ext"),
+        ({"async_save": True, "async_strategy": "nvrx"}, "nvidia-resiliency-ext"),
         ({"use_megatron_fsdp": True, "init_model_with_meta_device": True}, "einops"),
         ({"enable_msc": True}, "multi-storage-client"),
         ({"log_straggler": True}, "nvidia-ml-py"),
