@@ -234,6 +234,8 @@ def _keep_write_results_in_the_process() -> None:
 
 def _lacks_verification() -> bool:
     return not _has_text("megatron.core.dist_checkpointing.serialization.load_common_state_dict", "integrity")()
+
+
 def _write_checkpoints_in_a_thread() -> None:
     from megatron.core.dist_checkpointing.strategies import async_utils
 
