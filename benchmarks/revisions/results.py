@@ -31,7 +31,7 @@ LEFT_OUT = re.compile(r"(^|/)(logs/.*|output\.txt|loss\.png|[^/]*\.distcp)$")
 VARYING_FIELDS = ("elapsed_s",)
 VARYING_METRICS = (  # of metrics.jsonl; in a projection, fields of these names are results
     *("step_time_s", "tokens_per_s", "tokens_per_s_per_gpu", "model_tflops_per_gpu", "mfu", "eta_s"),
-    "peak_memory_bytes",
+    *("peak_memory_bytes", "save_time_s"),
 )
 ELAPSED = re.compile(r"[\d.,]+ s(, [\d.,]+ MB/s)?( since it was continued)?$", re.MULTILINE)
 NOISE = re.compile(r"^(set-up: |[WE]\d{4} |.*Warning: |\s+warnings\.warn).*\n?", re.MULTILINE)

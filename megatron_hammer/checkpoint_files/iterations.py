@@ -33,6 +33,11 @@ def list_iterations(save_dir: Path) -> dict[int, Path]:
     return dict(sorted((iteration, path) for iteration, path in entries if iteration is not None))
 
 
+def count_bytes(directory: Path) -> int:
+    """Of all files below a folder; 0 without it."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
 def list_leftovers(save_dir: Path) -> list[Path]:
     """Folders of saves and removals that did not come to their end."""
     pattern = re.compile(rf"({UNFINISHED_PREFIX}|{REMOVED_PREFIX})(iter_\d+|release)")

@@ -72,12 +72,25 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def _add_checkpoint_flags(group: argparse._ArgumentGroup) -> None:
-    """What a run checks of the checkpoint that it loads."""
+    """What a run checks of the checkpoint that it loads, and which of its own it keeps."""
     group.add_argument(
         "--no-verify-checkpoint",
         action="store_false",
         dest="verify_checkpoint",
         help="do not compare the files of the checkpoint with the hashes that were saved with it",
+    )
+    group.add_argument(
+        "--keep-last",
+        type=int,
+        metavar="N",
+        help="keep the newest N checkpoints and remove older ones after each save (default: keep all); with 2 or more, "
+        "a damaged one has another to fall back to",
+    )
+    group.add_argument(
+        "--keep-every", type=int, metavar="STEPS", help="with --keep-last: keep also those that are multiples of STEPS"
+    )
+    group.add_argument(
+        "--keep-iterations", type=int, nargs="+", metavar="STEP", help="with --keep-last: keep also these milestones"
     )
 
 

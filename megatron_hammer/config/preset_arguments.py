@@ -37,5 +37,6 @@ def recipe_arguments(recipe: Recipe) -> dict[str, Any]:
         # megatron.training.arguments.validate_args also turns 1 into None: one chunk per stage is no interleaving.
         "num_virtual_stages_per_pipeline_rank": vp if vp > 1 else None,
         "expert_model_parallel_size": recipe.expert_model_parallel_size,
+        "expert_tensor_parallel_size": recipe.expert_tensor_parallel_size,
         "sequence_parallel": recipe.has_sequence_parallel,
     }

@@ -236,6 +236,7 @@ def _read_checkpoints(args: Any) -> Checkpoints:
         is_schedule_settled=args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler,
         format=args.ckpt_format,
         is_verified=args.verify_checkpoint,
+        keep_iterations=tuple(args.keep_iterations or ()),
         agreed=None,
     )
 

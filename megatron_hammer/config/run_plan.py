@@ -68,6 +68,9 @@ class Checkpoints:
     is_schedule_settled: bool  # a flag says whose schedule counts, the run's or the checkpoint's
     format: str  # --ckpt-format
     is_verified: bool  # no --no-verify-checkpoint
+    keep_last: int | None
+    keep_every: int | None
+    keep_iterations: tuple[int, ...]
     agreed: LoadChoice | None = None  # of all ranks, once they have read all of it; training/saving/resumption.py
 
 

@@ -20,7 +20,7 @@ COUNTS = (
     "moe_router_topk", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "recompute_num_layers",
     "log_interval", "eval_interval", "save_interval", "lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_iters",
     "lr_wsd_decay_samples", "exit_interval", "exit_duration_in_mins",
-    "distributed_timeout_minutes",
+    "distributed_timeout_minutes", "keep_last", "keep_every",
     "rotary_base", "num_distributed_optimizer_instances",
 )  # fmt: skip
 # What a size may be at most; samples of a run are counted in 64 bits, and every layer is listed.

@@ -17,6 +17,8 @@ from megatron_hammer.checkpoint_files.iterations import begin_iteration, publish
 from megatron_hammer.checkpoint_files.torch_dist.content_hashes import FileHash, HashingFile
 from megatron_hammer.files.publish import publish_file
 
+# Called on rank 0 with the folder of a tracker that names a new iteration.
+_listeners: list[Callable[[Path], object]] = []
 # Hashes of the shards of the save that rank 0 is finishing, by the folder that is written.
 _hashes: dict[str, dict[str, FileHash]] = {}
 
@@ -38,6 +40,11 @@ def apply() -> None:
     dist_checkpointing.save = publish_whole_iterations(dist_checkpointing.save)
     hash_written_files(FileSystemWriterAsync)
     checkpointing.maybe_msc = AtomicWriting(checkpointing.maybe_msc)
+
+
+def after_each_save(listener: Callable[[Path], object]) -> None:
+    """Have `listener(save_dir)` called on rank 0 whenever the tracker of a folder has been replaced."""
+    _listeners.append(listener)
 
 
 def publish_whole_iterations(save: Callable[..., Any]) -> Callable[..., Any]:
@@ -91,6 +98,8 @@ def _replace_text(path: Path) -> Iterator[TextIO]:
         text = io.TextIOWrapper(file, encoding="utf-8", write_through=True)
         yield text
         text.detach()
+    for listener in _listeners:
+        listener(path.parent)
 
 
 def hash_written_files(writer: Any) -> None:

@@ -3,6 +3,7 @@
 import functools
 import os
 import signal
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -170,18 +171,24 @@ def fill_new_model(fill: Callable[[Any, Any], None]) -> None:
     training.setup_model_and_optimizer = setup_model_and_optimizer
 
 
-def before_groups_form(check: Callable[[], None]) -> None:
-    """Call `check()` on every rank once they have met, before megatron divides them into groups."""
-    from megatron.training import initialize
+def observe_saves(observer: Any) -> None:
+    """Call `observer.end_save(step, elapsed_s)` on every rank when megatron's loop goes on after it has saved.
 
-    original = initialize.mpu.initialize_model_parallel
+    An asynchronous save is then still being written.
+    """
+    from megatron.training import training
+
+    original = training.save_checkpoint
 
     @functools.wraps(original)
-    def initialize_model_parallel(*arguments: Any, **options: Any) -> Any:
-        check()
-        return original(*arguments, **options)
+    def save_checkpoint(iteration: int, *arguments: Any, **options: Any) -> Any:
+        started_at_s = time.perf_counter()
+        result = original(iteration, *arguments, **options)
+        if not options.get("non_persistent_ckpt"):
+            observer.end_save(iteration, time.perf_counter() - started_at_s)
+        return result
 
-    initialize.mpu.initialize_model_parallel = initialize_model_parallel
+    training.save_checkpoint = save_checkpoint
 
 
 def stop_on_signals_too(signals: tuple[Any, ...]) -> list[signal.Signals]:

@@ -13,6 +13,8 @@ from megatron_hammer.presets.hammer import HAMMER_1B4, HAMMER_1B4_DEMO, HAMMER_T
 from megatron_hammer.presets.llama import LLAMA_PRESETS
 from megatron_hammer.presets.open_llama import OPEN_LLAMA_7B
 from megatron_hammer.presets.preset import Preset
+from megatron_hammer.presets.qwen3 import QWEN3_PRESETS
+from megatron_hammer.presets.smollm3 import SMOLLM3_3B
 from megatron_hammer.presets.tiny_llm_zh import TINY_LLM_ZH_PRESETS
 from megatron_hammer.presets.tinyllama import TINYLLAMA_1B1
 
@@ -27,6 +29,8 @@ PRESETS: dict[str, Preset] = {
         *TINY_LLM_ZH_PRESETS,
         OPEN_LLAMA_7B,
         *LLAMA_PRESETS,
+        *QWEN3_PRESETS,
+        SMOLLM3_3B,
         GPT2_124M,
     )
 }

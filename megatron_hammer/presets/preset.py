@@ -31,6 +31,7 @@ class Recipe:
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int = 1
     expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None  # None: as tensor_model_parallel_size
     has_sequence_parallel: bool = False
 
     @property

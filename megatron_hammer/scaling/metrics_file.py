@@ -20,6 +20,8 @@ def read_metrics(path: Path, *names: str) -> list[dict[str, Any]]:
             entry = json.loads(line)
         except ValueError:
             entry = None
+        if isinstance(entry, dict) and "saved" in entry:  # the line of a checkpoint
+            continue
         if isinstance(entry, dict) and all(name in entry for name in names):
             objects.append(entry)
         elif number < len(lines):

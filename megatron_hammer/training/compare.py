@@ -17,6 +17,7 @@ from rich.table import Table
 
 from megatron_hammer.errors import ConfigError, DataError
 from megatron_hammer.files.tables import build_table
+from megatron_hammer.training.metrics import SAVED_FIELD
 
 # Megatron sums the same numbers in another order under another layout. In fp32 the first step, on equal weights,
 # differs only by that; later steps also by the weights that it led to.
@@ -63,6 +64,8 @@ def read_run(name: str, path: Path) -> Run:
     for number, line in enumerate(path.read_text(encoding="utf8").splitlines(), 1):
         try:
             metrics = json.loads(line)
+            if SAVED_FIELD in metrics:
+                continue
             step = int(metrics["step"])
             losses[step] = float(metrics["loss"])
             # Null for a step whose gradient norm was not computed.

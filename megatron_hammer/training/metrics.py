@@ -1,4 +1,4 @@
-"""What is measured about a run: one object per step in metrics.jsonl, one per evaluation in validation.jsonl.
+"""What is measured about a run: steps and saves in metrics.jsonl, evaluations in validation.jsonl, an object for each.
 
 No torch: megatron's values arrive as plain numbers from `training/observer.py`. Every figure carries its definition
 in `RunFacts`; where a figure has none (an MFU without a known peak) it is null, never a guess.
@@ -17,6 +17,7 @@ from megatron_hammer.files.publish import publish_files
 
 MFU_CONVENTION: Final = "A"  # layers and head with causal attention, no input embedding; see model/flops.py
 ETA_WINDOW_STEPS = 20
+SAVED_FIELD = "saved"  # only the line of a saved checkpoint has it: the name of its folder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,6 +117,11 @@ class MetricsLog:
         _append(self._validation_file, line)
         return line
 
+    def add_save(self, *, step: int, name: str, save_time_s: float, save_bytes: int) -> None:
+        """Write the line of a saved checkpoint. save_time_s: how long training waited for it."""
+        line = {"step": step, SAVED_FIELD: name, "save_time_s": save_time_s, "save_bytes": save_bytes}
+        _append(self._file, line)
+
     def close(self) -> None:
         for file in (self._file, self._validation_file):
             if file is not None:
@@ -157,8 +163,9 @@ def drop_lines_from(path: Path, first_step: int) -> int:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All lines of a metrics file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()]
+    """The lines of a metrics file, except those of saved checkpoints."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()]
+    return [line for line in lines if SAVED_FIELD not in line]
 
 
 class Stopwatch:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_hammer.checkpoint_files.checkpoint_reader import name_folder
+from megatron_hammer.checkpoint_files.iterations import count_bytes
 from megatron_hammer.config.run_plan import RunPlan
 from megatron_hammer.config.saved_run import describe_weights
 from megatron_hammer.config.training_state import TrainingState
@@ -95,6 +97,7 @@ class RunObserver:
         self._log: MetricsLog | None = None
         self._validations: list[dict[str, Any]] = []
         self._num_evaluated_sets = 0
+        self._pending_saves: dict[int, float] = {}  # by step, how long training waited
 
     # --- called by megatron's loop -----------------------------------------------------------------------------------
 
@@ -131,7 +134,14 @@ class RunObserver:
             is_skipped=bool(is_skipped),
             peak_memory_bytes=peak_memory_bytes,
         )
+        self._record_saves()
         self.reporter.show_step(metrics)
+
+    def end_save(self, step: int, elapsed_s: float) -> None:
+        """Training goes on after a save, which may still be written."""
+        if self.is_recorder:
+            self._pending_saves[step] = elapsed_s
+            self._record_saves()
 
     def begin_evaluation(self) -> None:
         """An evaluation starts; its sets follow one by one."""
@@ -157,6 +167,7 @@ class RunObserver:
         self.reporter.stop()
         if not self.is_recorder or self._log is None:
             return
+        self._record_saves()
         self._log.close()
         metrics_path = self._metrics_path()
         curve_path = None
@@ -191,6 +202,21 @@ class RunObserver:
     @property
     def last_step(self) -> int:
         return self._log.history[-1].step if self._log and self._log.history else self.state.iteration
+
+    def _record_saves(self) -> None:
+        """Write the line of every save whose folder has got its name, which it gets once it is complete."""
+        save_dir = self.plan.checkpoints.save
+        if self._log is None or save_dir is None:
+            return
+        for step in list(self._pending_saves):
+            num_bytes = count_bytes(Path(save_dir) / name_folder(step))
+            if num_bytes:
+                self._log.add_save(
+                    step=step,
+                    name=name_folder(step),
+                    save_time_s=self._pending_saves.pop(step),
+                    save_bytes=num_bytes,
+                )
 
     def _metrics_path(self) -> Path | None:
         path = self.plan.output.metrics_path

@@ -141,15 +141,17 @@ def train(arguments: "ParsedArguments", plan: "RunPlan", terminal: IO[str], prog
     stand_alone()
     state = finalize_arguments(arguments)
     training_hooks.form_process_group()
+    require_equal_ranks(plan, arguments.settings.flags)
     plan = agree_on_checkpoint(plan, state, terminal)
+    keep_save_dir_tidy(plan, terminal)
     # Ctrl-C, SIGTERM and a scheduler's warning too, since --exit-signal names only one.
     received = training_hooks.stop_on_signals_too(list_stop_signals())
     exit_code = 0
     config = build_config_container(arguments, build_model_config)
     observer = build_observer(plan, state, terminal)
     training_hooks.observe_training(observer)
+    training_hooks.observe_saves(observer)
     training_hooks.follow_progress(progress)
-    training_hooks.before_groups_form(lambda: require_equal_ranks(plan, arguments.settings.flags))
     fill_from_initial_model(plan, state, terminal)
     datasets = build_dataset_provider(arguments, plan, state)
     try:
@@ -175,6 +177,24 @@ def agree_on_checkpoint(plan: "RunPlan", state: "TrainingState", terminal: IO[st
         state.load_iteration(choice.iteration)
         training_hooks.load_iteration(folder, choice.iteration)
     return plan
+
+
+def keep_save_dir_tidy(plan: "RunPlan", terminal: IO[str]) -> None:
+    """Remove what killed runs left unfinished in --save, now, and older checkpoints after each save; on rank 0."""
+    from pathlib import Path
+
+    from megatron_hammer.checkpoint_files.iterations import remove_leftovers
+    from megatron_hammer.platforms.iteration_publishing import after_each_save
+    from megatron_hammer.training.saving.retention import Retainer, read_rule
+
+    checkpoints = plan.checkpoints
+    if checkpoints.save is None or plan.machine.rank != 0:
+        return
+    for name in remove_leftovers(Path(checkpoints.save)):
+        print(f"{checkpoints.save}: removed {name}, which was interrupted", file=terminal, flush=True)
+    if checkpoints.keep_last is not None:
+        loaded_dir = None if checkpoints.agreed is None else checkpoints.agreed.directory
+        after_each_save(Retainer(Path(checkpoints.save), read_rule(checkpoints), loaded_dir))
 
 
 def fill_from_initial_model(plan: "RunPlan", state: "TrainingState", terminal: IO[str]) -> None:

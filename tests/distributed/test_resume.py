@@ -8,8 +8,10 @@ from typing import Any
 import psutil
 import pytest
 
+from megatron_hammer.checkpoint.surgery.reshard import TargetLayout, reshard
 from tests.helpers.training_runs import (
     TOY_MODEL,
+    TOY_MOE,
     TOY_SCHEDULE,
     read_lines,
     read_tracker,
@@ -126,6 +128,30 @@ def test_resume_at_another_layout(
         assert line["lr"] == expected["lr"]
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-4)
         assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+
+
+def train_and_resume(tmp_path: Path, optimizer: str) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
+    """Four steps of a model with experts, and its last two again from the checkpoint; returns flags and all lines."""
+    flags = (*TOY_MODEL, *TOY_MOE, *TOY_SCHEDULE, "--optimizer", optimizer, "--no-distributed-optimizer", "--mock-data")
+    flags = (*flags, "--train-iters", "4")
+    saving = ("--save", str(tmp_path / "run"), "--save-interval", "2")
+    whole = train(1, tmp_path / "whole.jsonl", *flags, *saving)
+    saved = ("--load", str(tmp_path / "run"), "--ckpt-step", "2")
+    assert exact_values(train(1, tmp_path / "same.jsonl", *flags, *saved)) == exact_values(whole[2:])
+    return flags, whole
+
+
+def test_lion_resumes_bit_for_bit(tmp_path: Path) -> None:
+    train_and_resume(tmp_path, "lion")
+
+
+def test_muon_with_experts_resumes_bit_for_bit_and_closely_at_another_expert_parallel_size(tmp_path: Path) -> None:
+    """Its optimizers are chained by kind, and by experts where these are parallel; resharding adds a link."""
+    flags, whole = train_and_resume(tmp_path, "muon")
+    reshard(tmp_path / "run", tmp_path / "ep2", TargetLayout(expert_model_parallel_size=2), iteration=2)
+    parallel = ("--expert-model-parallel-size", "2", "--load", str(tmp_path / "ep2"))
+    resumed = train(2, tmp_path / "ep2.jsonl", *flags, *parallel)
+    assert [line["loss"] for line in resumed] == pytest.approx([line["loss"] for line in whole[2:]], rel=1e-5)
 
 
 def test_muon_resumes_bit_for_bit_and_closely_at_another_pipeline_size(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ def build_layout(recipe: Recipe, *, data_parallel_size: int = 1) -> ParallelLayo
         pipeline_model_parallel_size=recipe.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=recipe.virtual_pipeline_model_parallel_size,
         expert_model_parallel_size=recipe.expert_model_parallel_size,
+        expert_tensor_parallel_size=recipe.expert_tensor_parallel_size,
         data_parallel_size=data_parallel_size,
         has_sequence_parallel=recipe.has_sequence_parallel,
     )

@@ -173,7 +173,9 @@ def train(num_processes: int, metrics_path: Path, *flags: str) -> list[dict[str,
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The lines of a file of JSON lines; of metrics.jsonl, those of steps."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [line for line in lines if "saved" not in line]
 
 
 def write_toy_data(prefix: Path, *, num_documents: int = 300, seed: int = 5) -> str:

@@ -115,7 +115,7 @@ def test_every_preset_has_a_class_with_exactly_its_parameters(name):
     from megatron_hammer.config.model_arguments import build_model_arguments
 
     preset = PRESETS[name].model
-    arguments = toy_arguments(**build_model_arguments(preset), bias_gelu_fusion=True, moe_layer_freq=1)
+    arguments = toy_arguments(**{"bias_gelu_fusion": True, "moe_layer_freq": 1, **build_model_arguments(preset)})
     model = read_saved_model(arguments)
     pairs = expand(select_family(model), model)
     num_parameters = sum(torch.Size(shape).numel() for pair in pairs for shape in pair.hf_shapes)

@@ -41,6 +41,16 @@ def transformers_config(model: ModelShape):
         "max_position_embeddings": model.max_position_embeddings,
         "tie_word_embeddings": model.has_tied_embeddings,
     }
+    if model.moe is not None and model.has_qk_norm:
+        return transformers.Qwen3MoeConfig(
+            **common,
+            head_dim=model.head_dim,
+            num_experts=model.moe.num_experts,
+            num_experts_per_tok=model.moe.router_topk,
+            moe_intermediate_size=model.moe.ffn_hidden_size,
+        )
+    if model.has_qk_norm:
+        return transformers.Qwen3Config(**common, head_dim=model.head_dim)
     if model.moe is not None:
         return transformers.Qwen2MoeConfig(
             **common,
@@ -71,7 +81,6 @@ def test_open_llama_is_a_tied_llama_with_one_layer_norm_more():
 
 
 # Sizes and exact parameters of published models of families without a shipped preset; source: their config.json.
-SMALL_QWEN3 = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936, "max_position_embeddings": 40_960}
 LLAMA_3_2 = {"num_key_value_heads": 8, "vocab_size": 128_256, "max_position_embeddings": 131_072}
 PUBLISHED = {
     "Qwen/Qwen2.5-0.5B": (
@@ -84,23 +93,6 @@ PUBLISHED = {
             tie_word_embeddings=True,
         ),
         494_032_768,
-    ),
-    "Qwen/Qwen3-0.6B": (
-        transformers.Qwen3Config(
-            num_hidden_layers=28,
-            hidden_size=1024,
-            intermediate_size=3072,
-            num_attention_heads=16,
-            tie_word_embeddings=True,
-            **SMALL_QWEN3,
-        ),
-        596_049_920,
-    ),
-    "Qwen/Qwen3-8B": (
-        transformers.Qwen3Config(
-            num_hidden_layers=36, hidden_size=4096, intermediate_size=12_288, num_attention_heads=32, **SMALL_QWEN3
-        ),
-        8_190_735_360,
     ),
     "meta-llama/Llama-3.2-1B": (
         transformers.LlamaConfig(
@@ -119,9 +111,19 @@ PUBLISHED = {
     ),
     "mistralai/Mixtral-8x7B-v0.1": (transformers.MixtralConfig(), 46_702_792_704),
     "Qwen/Qwen1.5-MoE-A2.7B": (transformers.Qwen2MoeConfig(), 14_315_784_192),
-    "Qwen/Qwen3-30B-A3B": (
-        transformers.Qwen3MoeConfig(num_hidden_layers=48, head_dim=128, max_position_embeddings=40_960),
-        30_532_122_624,
+    "microsoft/Phi-3-mini-4k-instruct without its window": (transformers.Phi3Config(), 3_821_079_552),
+    "ByteDance-Seed/Seed-OSS-36B-Base": (transformers.SeedOssConfig(hidden_size=5120), 36_151_104_512),
+    "ibm-granite/granite-3.3-2b-instruct": (
+        transformers.GraniteConfig(
+            num_hidden_layers=40,
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            vocab_size=49_159,
+            tie_word_embeddings=True,
+        ),
+        2_533_539_840,
     ),
 }
 

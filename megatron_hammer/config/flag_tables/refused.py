@@ -72,6 +72,10 @@ ALWAYS_REFUSED: dict[str, tuple[str, str]] = {
         "leaves the process groups to a caller that is not here",
         "Drop it",
     ),
+    "save_retain_interval": (
+        "removes the only checkpoint that a damaged one could fall back to",
+        "Pass --keep-last 2 --keep-every STEPS",
+    ),
     "fake_process_group": (
         "would train with collectives that exchange nothing",
         "Drop it; --dry-run plans a run of any size",
@@ -296,6 +300,12 @@ REFUSALS: tuple[Refusal, ...] = (
         ),
         "writes torch_dist only",
         "Pass --ckpt-format torch_dist, or drop it",
+    ),
+    Refusal(
+        "keep_last",
+        lambda flags: flags["keep_last"] is not None and flags["ckpt_format"] != "torch_dist",
+        "tells by their hashes which checkpoints this run wrote, and only the format torch_dist has them",
+        "Pass --ckpt-format torch_dist with it, or drop it",
     ),
     Refusal(
         "non_persistent_ckpt_type",

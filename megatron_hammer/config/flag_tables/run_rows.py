@@ -73,6 +73,8 @@ CHECKPOINTS: tuple[Idle, ...] = (
         "ckpt_step finetune verify_checkpoint",
         "Pass --load DIR, or drop it",
     ),
+    beside("save", "keep_last", " DIR"),
+    beside("keep_last", "keep_every keep_iterations", " 3"),
     beside("ckpt_fully_parallel_load", "ckpt_fully_parallel_load_"),
     beside("non_persistent_ckpt_type", "non_persistent_save_interval", " global"),
     beside_value("non_persistent_ckpt_type", ("global",), "non_persistent_global_ckpt_dir"),

@@ -101,8 +101,9 @@ def list_layout_flags(model: ModelShape, layout: ParallelLayout) -> list[str]:
         flags += ["--context-parallel-size", str(layout.context_parallel_size)]
     if layout.expert_model_parallel_size > 1 or (recipe is not None and recipe.expert_model_parallel_size > 1):
         flags += ["--expert-model-parallel-size", str(layout.expert_model_parallel_size)]
-    if layout.expert_tensor_parallel_size is not None and model.moe is not None:
-        flags += ["--expert-tensor-parallel-size", str(layout.expert_tensor_parallel_size)]
+    has_expert_tp = recipe is not None and recipe.expert_tensor_parallel_size is not None
+    if model.moe is not None and (has_expert_tp or layout.expert_tensor_parallel_size is not None):
+        flags += ["--expert-tensor-parallel-size", str(layout.expert_tp)]
     if layout.has_sequence_parallel and tp > 1:
         flags.append("--sequence-parallel")
     elif recipe is not None and recipe.has_sequence_parallel and tp > 1:

@@ -86,7 +86,7 @@ def test_a_stage_has_its_own_layers(monkeypatch, backend) -> None:
 
     config = copy.copy(build_whole_model(read_arguments(MOE)).config)
     config.num_layers = 6
-    monkeypatch.setattr(layer_spec, "build_layer_spec", lambda config, backend, is_mixture: is_mixture)
+    monkeypatch.setattr(layer_spec, "build_layer_spec", lambda config, backend, is_mixture, **_: is_mixture)
     monkeypatch.setattr(layer_spec, "_te_norm", lambda: "TENorm")
     monkeypatch.setattr(layer_spec, "get_transformer_layer_offset", lambda config, vp_stage: 2)
     monkeypatch.setattr(layer_spec, "get_num_layers_to_build", lambda config, vp_stage: 3)

@@ -47,6 +47,18 @@ def test_splitting_and_merging_are_inverses():
     assert split_expert_optimizer(two, has_expert_vectors=False) == two
 
 
+def test_of_optimizers_chained_by_kind_the_one_of_the_matrices_has_the_experts():
+    """As Muon and Lion are, which leave embeddings and norms to Adam."""
+    matrices = {"param_groups": [dict(MATRIX_GROUP)]}
+    others = {"param_groups": [{**MATRIX_GROUP, "optimizer": "adam"}, {**VECTOR_GROUP, "optimizer": "adam"}]}
+    experts = {"param_groups": [{**MATRIX_GROUP, "is_expert_parallel": True}]}
+    one, two = {0: matrices, 1: others}, {0: matrices, 1: experts, 2: others}
+    assert split_expert_optimizer(one, has_expert_vectors=False) == two
+    assert merge_expert_optimizer(two) == one
+    assert merge_expert_optimizer(one) == one
+    assert split_expert_optimizer(two, has_expert_vectors=False) == two
+
+
 def test_two_optimizers_at_different_steps_are_not_merged():
     state = optimizer_state(is_chained=True)
     state[1]["optimizer"]["param_groups"][0] |= {"step": 9, "lr": 0.2}
@@ -58,7 +70,8 @@ def test_two_optimizers_at_different_steps_are_not_merged():
 
 
 def test_other_chains_and_states_without_groups_are_named():
-    state = {**optimizer_state(is_chained=True), 2: {}}
+    state = optimizer_state(is_chained=True)
+    state[2] = state[0]
     text = "optimizer: must be one of the dense parameters and one of the experts', got 3 chained."
     with pytest.raises(CheckpointError, match=re.escape(text)):
         merge_expert_optimizer(state)

@@ -35,6 +35,7 @@ FULL = {
     "backend": "te",
     "save": "new",
     "load": "new",
+    "keep_last": 3,
     "tensor_model_parallel_size": 2,
     "pipeline_model_parallel_size": 2,
     "context_parallel_size": 2,
