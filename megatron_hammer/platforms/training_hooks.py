@@ -74,6 +74,7 @@ def observe_training(observer: Any) -> None:
 # Functions of megatron.training.training, each with the phase of a run that it is.
 _PHASES = {
     "setup_model_and_optimizer": "building the model",
+    "build_train_valid_test_data_iterators": "building the data",
     "load_checkpoint": "loading",
     "train_step": "training",
     "evaluate": "evaluating",
@@ -82,15 +83,32 @@ _PHASES = {
 
 
 def follow_progress(record: Any) -> None:
-    """Keep `record` (training/supervision/progress.py) at the phase and the step where megatron's loop is."""
+    """Keep `record` (training/supervision/progress.py) at the phase and the step where megatron's loop is.
+
+    Every wait for a collective is noted too, where the host waits: on GPUs only for some.
+    """
     from megatron.training import training
+    from torch.distributed import Work
+
+    original_wait = Work.wait
+
+    @functools.wraps(original_wait)
+    def wait(*arguments: Any, **options: Any) -> Any:
+        record.begin_wait()
+        result = original_wait(*arguments, **options)
+        record.end_wait()
+        return result
+
+    Work.wait = wait
 
     def follow(original: Callable[..., Any], phase: str) -> Callable[..., Any]:
         @functools.wraps(original)
         def followed(*arguments: Any, **options: Any) -> Any:
             previous = record.enter(phase)
             result = original(*arguments, **options)
-            record.enter(previous)  # not after an error: the record then says where it came from
+            # Not after an error: the record then says where it came from. Between two steps the run is training, too.
+            if phase != "training":
+                record.enter(previous)
             return result
 
         return followed

@@ -8,7 +8,15 @@ failed children; Ctrl-C, SIGTERM and SIGHUP wait for the checkpoint instead of k
 again; SIGUSR1, with which a scheduler announces the end of a job's time, does so too and ends with exit code 0;
 --max-restarts (default 0) resumes from the newest checkpoint, and stops where the run gets no further
 (training/supervision/). torchrun itself works as well, without the restarts. Under either, no training process outlives
-a launcher that was killed.
+a launcher that was killed. Two options are not torchrun's:
+
+    --hang-timeout SECONDS   a run that does not move for so long after its start hangs: the rank and host that hold it
+                             up are named, and the stacks of all ranks are in their logs (default: ten steps, at least
+                             60 s, at most half of --distributed-timeout-minutes)
+    --end-hangs              then end the attempt, which --max-restarts may start again
+
+and so are two settings of --rdzv-conf: join_timeout, how long the nodes wait for each other at the start (600 s), and
+rejoin_timeout, how long for a node that was lost (60 s).
 """
 
 import argparse
@@ -24,6 +32,7 @@ from pathlib import Path
 from types import FrameType
 
 from megatron_hammer.errors import ConfigError, exit_on_user_error
+from megatron_hammer.files.command_line import CommandParser
 from megatron_hammer.platforms.parent_process import end_with_parent
 
 TRAINING_MODULE = "megatron_hammer.training.pretrain"
@@ -64,10 +73,12 @@ def launch(torchrun_options: Sequence[str], training_options: Sequence[str]) -> 
     from megatron_hammer.config.own_flags import read_option
     from megatron_hammer.training.supervision.agent import run_agent
     from megatron_hammer.training.supervision.rendezvous import settle_rendezvous
+    from megatron_hammer.training.supervision.supervisor import HangOptions
 
     # torchrun's own report of children that ended; what matters is printed below.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     received = stop_only_once()
+    own, torchrun_options = read_own_options(torchrun_options)
     ours = ["--signals-to-handle", ",".join(number.name for number in list_stop_signals())]
     options = run.parse_args([*ours, *torchrun_options, "-m", TRAINING_MODULE, *training_options])
     check_numbers(options)
@@ -79,9 +90,33 @@ def launch(torchrun_options: Sequence[str], training_options: Sequence[str]) -> 
     save_dir = None if save is None else Path(save)
     grace_s = getattr(options, "shutdown_timeout", None) or CHECKPOINT_GRACE_S
     try:
-        return run_agent(config, entrypoint, arguments, save_dir=save_dir, stop_grace_s=grace_s)
+        return run_agent(
+            config,
+            entrypoint,
+            arguments,
+            save_dir=save_dir,
+            stop_grace_s=grace_s,
+            hang_options=HangOptions(
+                timeout_s=60 * float(read_option(training_options, "--distributed-timeout-minutes") or 10),
+                fixed_s=own.hang_timeout,
+                ends_hangs=own.end_hangs,
+            ),
+        )
     except SignalException:
         return choose_exit_code(received)
+
+
+def read_own_options(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options of the launcher that torchrun lacks, and the rest of `words`."""
+    parser = CommandParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--hang-timeout", type=float)
+    parser.add_argument("--end-hangs", action="store_true")
+    own, rest = parser.parse_known_args(list(words))
+    if own.hang_timeout is not None and own.hang_timeout <= 0:
+        raise ConfigError(
+            f"hang-timeout: must be above 0 seconds, got {own.hang_timeout:g}. Leave it out for the default."
+        )
+    return own, rest
 
 
 def check_numbers(options: argparse.Namespace) -> None:

@@ -8,7 +8,6 @@ import faulthandler
 import io
 import logging
 import os
-import signal
 import socket
 import sys
 import warnings
@@ -17,9 +16,7 @@ from typing import IO, Any
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.training.supervision.log_folder import find_log, find_log_dir
-from megatron_hammer.training.supervision.progress import ATTEMPT_VARIABLE
-
-STACKS_SIGNAL = signal.SIGUSR2  # asks a rank for the stacks of its threads, which it writes to its log
+from megatron_hammer.training.supervision.progress import ATTEMPT_VARIABLE, STACKS_SIGNAL
 
 
 class LogStream(io.TextIOWrapper):

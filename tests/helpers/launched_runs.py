@@ -23,15 +23,19 @@ TIMEOUT_S = 120
 
 
 class LaunchedRun:
-    """A launcher that runs. pid: its process; log: what it and its ranks have printed."""
+    """A launcher that runs. pid: its process; log: what it and its ranks have printed.
 
-    def __init__(self, *arguments: str, **variables: str):
+    before_rank: a script that each rank runs first. variables: more of its environment.
+    """
+
+    def __init__(self, *arguments: str, before_rank: str | None = None, **variables: str):
         self._folder = Path(tempfile.mkdtemp())
         self.log_path, self._code_path = self._folder / "log", self._folder / "code"
         request = {
             "arguments": arguments,
             "environment": environment() | variables,
             "log_path": str(self.log_path),
+            "before_rank": before_rank,
             "code_path": str(self._code_path),
         }
         server = _start_server()

@@ -5,8 +5,9 @@
 Everything else of a launcher and its ranks is as for a user: processes with their own environment, session, standard
 streams, signals and exit codes, torchrun's agent and its rendezvous. Only Popen is replaced, by fork.
 
-One request a line on stdin, {"arguments", "environment", "log_path", "code_path"}; one answer a line on stdout, the
-process id of the launcher. Its exit code is written to code_path when it ends. The end of stdin ends this process.
+One request a line on stdin, {"arguments", "environment", "log_path", "code_path", "before_rank"} (a script
+that each rank runs first, or null); one answer a line on stdout, the process id of the launcher. Its exit code
+is written to code_path when it ends. The end of stdin ends this process.
 """
 
 import json
@@ -21,12 +22,12 @@ from tests.helpers.rank_server import import_what_runs_import
 class ForkedProcess:
     """What torch's SubprocessHandler uses of subprocess.Popen, for a Python module that runs in a fork."""
 
-    def __init__(self, arguments: tuple[str, ...], environment: dict[str, str]):
+    def __init__(self, arguments: tuple[str, ...], environment: dict[str, str], before: str | None):
         self.returncode: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
             os.setsid()
-            run_and_exit(arguments, environment)
+            run_and_exit(arguments, environment, before)
 
     def poll(self) -> int | None:
         if self.returncode is None:
@@ -46,13 +47,15 @@ class ForkedProcess:
         return self.returncode or 0
 
 
-def run_and_exit(arguments: tuple[str, ...], environment: dict[str, str]) -> None:
+def run_and_exit(arguments: tuple[str, ...], environment: dict[str, str], before: str | None = None) -> None:
     """Run `python [-u] -m MODULE ARGUMENT...` in this process, and end it with the exit code Python would have."""
     os.environ.clear()
     os.environ.update(environment)
     module_at = arguments.index("-m") + 1
     sys.argv = [arguments[module_at], *arguments[module_at + 1 :]]
     code: Any = 0
+    if before is not None:
+        runpy.run_path(before)
     try:
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     except SystemExit as stop:
@@ -89,8 +92,9 @@ def launch(request: dict[str, Any], pid_writer: int) -> None:
             os.dup2(os.open(path, mode, 0o644), descriptor)
         from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
+        before_rank = request["before_rank"]
         subprocess_handler.SubprocessHandler._popen = lambda self, arguments, environment: ForkedProcess(
-            arguments, environment
+            arguments, environment, before_rank
         )
         os.environ.update(request["environment"])
         arguments = ("-m", "megatron_hammer.training.launch", *request["arguments"])

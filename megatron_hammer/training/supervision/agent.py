@@ -28,7 +28,7 @@ from torch.distributed.launcher.api import LaunchConfig
 
 from megatron_hammer.training.supervision.rendezvous import RepeatedRendezvous, build_handler
 from megatron_hammer.training.supervision.resuming import continue_own_run, read_saved_step
-from megatron_hammer.training.supervision.supervisor import Supervisor, find_first_failure
+from megatron_hammer.training.supervision.supervisor import HangOptions, Supervisor, find_first_failure
 
 FAILURE_GRACE_S = 15  # between SIGTERM and SIGKILL to ranks that a failed one left behind
 EXIT_BARRIER_S = 30  # how long a launcher that is done waits for those of other nodes
@@ -48,7 +48,7 @@ class SupervisedAgent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
         if result.state == WorkerState.HEALTHY and self._pcontext is not None:
-            self._supervisor.watch(self._pcontext.pids())
+            self._supervisor.watch(self._pcontext.pids(), worker_group.store)
         if result.state == WorkerState.FAILED and not self._supervisor.judge(result.failures):
             self._remaining_restarts = 0
         return result
@@ -58,7 +58,8 @@ class SupervisedAgent(LocalElasticAgent):
         handler = spec.rdzv_handler
         attempt = handler.read_attempt() if isinstance(handler, RepeatedRendezvous) else supervisor.attempt
         ranks = [worker.global_rank for worker in worker_group.workers]
-        supervisor.begin_attempt(attempt, ranks, worker_group.workers[0].world_size)
+        place = worker_group.group_rank, worker_group.group_world_size
+        supervisor.begin_attempt(attempt, ranks, worker_group.workers[0].world_size, *place)
         if supervisor.save_dir is not None and read_saved_step(supervisor.save_dir) != supervisor.first_saved_step:
             spec.args = continue_own_run(self._first_arguments, supervisor.save_dir)
         pids = super()._start_workers(worker_group)
@@ -83,6 +84,7 @@ def run_agent(
     *,
     save_dir: Path | None,
     stop_grace_s: float,
+    hang_options: HangOptions,
 ) -> int:
     """Start the ranks of this node and see them to their end, with restarts; returns the exit code.
 
@@ -90,7 +92,7 @@ def run_agent(
     """
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = config.signals_to_handle  # read where torch starts processes
     with tempfile.TemporaryDirectory(prefix="megatron_hammer-progress-") as progress_dir:
-        supervisor = Supervisor(save_dir, config.max_restarts, Path(progress_dir))
+        supervisor = Supervisor(save_dir, config.max_restarts, Path(progress_dir), hang_options)
         try:
             result = _run_to_end(supervisor, config, entrypoint, arguments, stop_grace_s)
         except SignalException as stop:

@@ -6,6 +6,7 @@ hangs. The launcher makes the folder and passes it on as HAMMER_PROGRESS_DIR; wi
 
 import mmap
 import os
+import signal
 import struct
 import time
 from dataclasses import dataclass
@@ -14,7 +15,10 @@ from typing import Final, Literal, get_args
 
 PROGRESS_VARIABLE: Final = "HAMMER_PROGRESS_DIR"
 ATTEMPT_VARIABLE: Final = "HAMMER_ATTEMPT"  # number of this start of the ranks, from 0
-Phase = Literal["starting", "building the model", "loading", "training", "evaluating", "saving", "ending"]
+STACKS_SIGNAL: Final = signal.SIGUSR2  # asks a rank for the stacks of its threads, which it writes to its log
+Phase = Literal[
+    "starting", "building the model", "building the data", "loading", "training", "evaluating", "saving", "ending"
+]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 _RECORD = struct.Struct("<qqdBB6x")  # step, collectives, time, phase, is_waiting
 

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +20,7 @@ from megatron_hammer.training.supervision.exit_evidence import (
     list_mapped_files,
     read_killed_counts,
 )
+from megatron_hammer.training.supervision.hangs import Hang, HangLimit
 from megatron_hammer.training.supervision.last_words import find_note, read_note
 from megatron_hammer.training.supervision.log_folder import LOG_DIR_VARIABLE, find_log, find_log_dir
 from megatron_hammer.training.supervision.progress import (
@@ -30,10 +32,20 @@ from megatron_hammer.training.supervision.progress import (
 )
 from megatron_hammer.training.supervision.restart_rule import RestartRule
 from megatron_hammer.training.supervision.resuming import read_saved_step
+from megatron_hammer.training.supervision.watch import Place, RunWatch, Store, describe_hang
 
 MAPPED_FILES_INTERVAL_S = 60.0
 # Of a rank that got a signal itself, and has saved; see choose_exit_code in training/launch.py.
 STOPPED_EXIT_CODES = tuple(128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HangOptions:
+    """timeout_s: of the run's collectives. fixed_s: a limit of the user's. ends_hangs: see RunWatch."""
+
+    timeout_s: float
+    fixed_s: float | None
+    ends_hangs: bool
 
 
 class Failure(Protocol):
@@ -47,7 +59,7 @@ class Failure(Protocol):
 class Supervisor:
     """save_dir: of the run's checkpoints, None without. progress_dir: of the records that this node's ranks keep."""
 
-    def __init__(self, save_dir: Path | None, max_restarts: int, progress_dir: Path):
+    def __init__(self, save_dir: Path | None, max_restarts: int, progress_dir: Path, hang_options: HangOptions):
         self.save_dir, self.progress_dir = save_dir, progress_dir
         self.host = socket.gethostname()
         if save_dir is None:
@@ -58,14 +70,27 @@ class Supervisor:
         self.rule = RestartRule(max_restarts, self.first_saved_step)
         self.attempt = 0
         self._ranks: Sequence[int] = ()
+        self._hang_options = hang_options
+        self._watch: RunWatch | None = None
+        self._ended_because: str | None = None
         self._killed: KilledCounts = read_killed_counts()
         self._mapped: dict[int, dict[Path, int]] = {}  # by local rank
         self._mapped_at_s = 0.0
 
     # --- called by the agent -----------------------------------------------------------------------------------------
 
-    def begin_attempt(self, attempt: int, ranks: Sequence[int], world_size: int) -> None:
+    def begin_attempt(self, attempt: int, ranks: Sequence[int], world_size: int, node: int, num_nodes: int) -> None:
         """The ranks of this node, by global number, are about to start."""
+        options = self._hang_options
+        self._ended_because = None
+        self._watch = RunWatch(
+            Place(node=node, num_nodes=num_nodes, host=self.host, ranks=ranks),
+            self.read_records,
+            HangLimit(options.timeout_s, options.fixed_s),
+            self._report_hang,
+            self._note_reason,
+            ends_hangs=options.ends_hangs,
+        )
         self.attempt, self._ranks = attempt, ranks
         self._killed, self._mapped, self._mapped_at_s = read_killed_counts(), {}, 0.0
         for local_rank in range(len(ranks)):
@@ -82,8 +107,10 @@ class Supervisor:
             saved_step=read_saved_step(self.save_dir),
         )
 
-    def watch(self, pids: Mapping[int, int]) -> None:
-        """Look after running ranks, by local rank; called many times per second."""
+    def watch(self, pids: Mapping[int, int], store: Store) -> None:
+        """Look after running ranks, by local rank; called many times per second. store: shared by all launchers."""
+        assert self._watch is not None
+        self._watch.look(pids, store)
         now_s = time.monotonic()
         is_due = now_s - self._mapped_at_s > MAPPED_FILES_INTERVAL_S
         if is_due and self.read_step():  # by then a rank has opened its data
@@ -131,6 +158,8 @@ class Supervisor:
 
     def _explain(self, rank: int, failure: Failure, step: int) -> tuple[str, str]:
         """(what happened, why and what to do)."""
+        if self._ended_because is not None:
+            return f"attempt {self.attempt} was ended on {self.host} after step {step}", f"{self._ended_because}."
         evidence = gather_evidence(
             note=read_note(self.progress_dir, failure.local_rank),
             killed_before=self._killed,
@@ -142,6 +171,14 @@ class Supervisor:
         phase = "" if record is None else f", {record.phase}"
         fact = f"rank {rank} on {self.host} {describe_exit(failure.exitcode)} {when}{phase}"
         return fact, explain_exit(failure.exitcode, evidence)
+
+    def _report_hang(self, hang: Hang) -> None:
+        print(f"warning: {hang.message}.", file=sys.stderr)
+        self.events.write("hang", hang.message, attempt=self.attempt, **describe_hang(hang))
+
+    def _note_reason(self, reason: str) -> None:
+        """The ranks of this node are about to be killed for it."""
+        self._ended_because = reason
 
     def _describe_restart(self, saved_step: int, num_lost: int) -> str:
         return (

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.training.supervision.progress import ProgressRecord, find_record
-from megatron_hammer.training.supervision.supervisor import Supervisor, find_first_failure
+from megatron_hammer.training.supervision.supervisor import HangOptions, Supervisor, find_first_failure
 from tests.helpers.launched_runs import read_events
 
 
@@ -34,11 +34,14 @@ def test_an_earlier_second_counts_before_a_signal() -> None:
     assert find_first_failure({0: Failure(-9, timestamp=130), 1: Failure(1, timestamp=100)})[0] == 1
 
 
+HANG_OPTIONS = HangOptions(timeout_s=600, fixed_s=None, ends_hangs=False)
+
+
 def start(save_dir: Path, max_restarts: int, step: int) -> Supervisor:
     progress_dir = save_dir / "progress"
     progress_dir.mkdir(parents=True)
-    supervisor = Supervisor(save_dir, max_restarts, progress_dir)
-    supervisor.begin_attempt(0, [4, 5], 8)
+    supervisor = Supervisor(save_dir, max_restarts, progress_dir, HANG_OPTIONS)
+    supervisor.begin_attempt(0, [4, 5], 8, 2, 4)
     record = ProgressRecord(find_record(progress_dir, 1))
     record.enter("saving")
     record.finish_step(step)
