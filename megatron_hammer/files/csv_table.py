@@ -3,10 +3,16 @@
 import csv
 import io
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
+
+from megatron_hammer.errors import DataError, HammerError
+from megatron_hammer.files.read import cannot_read
 
 # Spreadsheets compute a cell that begins with one of these (OWASP, "CSV Injection"). An apostrophe makes it text.
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+OTHER_SEPARATORS = {";": "semicolons", "\t": "tabs"}
+Record = tuple[int, list[str]]  # (the line on which it starts, cells)
 
 
 def format_csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -41,3 +47,49 @@ def _is_number(text: str) -> bool:
 def read_cell(text: str) -> str:
     """The text that `format_csv` wrote as this cell."""
     return text[1:] if text.startswith("'") and _is_formula(text) else text
+
+
+def read_csv(path: Path, *, raises: type[HammerError] = DataError) -> tuple[list[str], list[Record]]:
+    """Return the column names in lower case, and every record that is not empty, as `format_csv` was given them.
+
+    Raises `raises` for a file that is no CSV in UTF-8 or has no header.
+    """
+    records = []
+    try:
+        # utf-8-sig drops a byte order mark, which would become part of the first column's name. newline="" is what the
+        # csv module needs to read line breaks inside quoted cells.
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file)
+            line = 1
+            for cells in reader:
+                if any(cell.strip() for cell in cells):
+                    records.append((line, [read_cell(cell) for cell in cells]))
+                # A quoted cell may span several lines, so lines are not counted by records.
+                line = reader.line_num + 1
+    except OSError as error:
+        raise cannot_read(path, error, raises=raises) from error
+    except UnicodeDecodeError as error:
+        raise raises(
+            f"{path}: must be UTF-8 text, got {error.reason} at byte {error.start}. Save it as UTF-8."
+        ) from error
+    except csv.Error as error:
+        raise raises(f"{path}: must be a CSV file, got: {error}. Pass a CSV file.") from error
+    if not records:
+        raise raises(f"{path}:1: must be a header, got an empty file. Pass a CSV file with a header.")
+    (_, header), *rest = records
+    names = [name.strip().lower() for name in header]
+    # Spreadsheets write these where the comma is the decimal point.
+    if other := [word for sign, word in OTHER_SEPARATORS.items() if len(names) == 1 and sign in names[0]]:
+        raise raises(f"{path}:1: cells must be separated by commas, got {other[0]}. Save it with commas and points.")
+    return names, rest
+
+
+def list_repeated_columns(path: Path, names: Sequence[str]) -> list[str]:
+    """A sentence for every name that the header has more than once."""
+    twice = sorted({name for name in names if name and names.count(name) > 1})
+    return [f"{path}:1: must have each column once, got {name} twice. Drop one of the two." for name in twice]
+
+
+def describe_other_length(where: str, num_cells: int, num_columns: int) -> str:
+    """The sentence for a record with more or fewer cells than the header."""
+    return f"{where}: must have a cell for each of {num_columns} columns, got {num_cells}. Correct the row."

@@ -25,6 +25,9 @@ from megatron_hammer.scaling.loss_law.report import LossStudy, as_object, draw_s
 SIX_ND = "6ND"
 
 
+MOST_SAMPLES = 100_000  # more move an interval's ends by less than is shown, and need memory
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The runs, what N and compute count, the budgets, and the output. `run` refuses flags without effect."""
     source = parser.add_mutually_exclusive_group(required=True)
@@ -118,10 +121,13 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
     if not 0 < arguments.window_ratio <= 1:
         problems.append(f"window-ratio: must be above 0 and at most 1, got {arguments.window_ratio:g}. Pass 0.05.")
     # An interval of 90% cuts off 5% at each end, which are only 5 of 100 samples.
-    if arguments.bootstrap_samples < 100:
+    if not 100 <= arguments.bootstrap_samples <= MOST_SAMPLES:
         problems.append(
-            f"bootstrap-samples: must be at least 100 for an interval, got {arguments.bootstrap_samples}. Pass 1000."
+            f"bootstrap-samples: must be at least 100 for an interval and at most {MOST_SAMPLES:,}, "
+            f"got {arguments.bootstrap_samples}. Pass 1000."
         )
+    if arguments.seed < 0:
+        problems.append(f"seed: must be at least 0, got {arguments.seed}. Pass another.")
     problems += [
         f"{flag}: must be positive and finite, got {budget:g}. {remedy}."
         for flag, budgets, remedy in (

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import re
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -23,6 +24,8 @@ from megatron_hammer.scaling.search.study_problems import SIZE_FLAGS, find_study
 # Of a GPU's memory that a plan may need by default: the rest is for the error of the estimate.
 USABLE_MEMORY_RATIO = 0.95
 TOKEN_SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+EXACT_NUMBER = re.compile(r"[-+]?[\d_]{0,20}(\.[\d_]{0,20})?(e[-+]?\d{1,2})?(/[\d_]{1,20})?", re.IGNORECASE)
 
 
 def add_study_arguments(parser: argparse.ArgumentParser) -> None:
@@ -142,7 +145,7 @@ def _select_batch(arguments: argparse.Namespace, recipe: Recipe | None, problems
     if arguments.samples_per_gpu is not None:
         try:
             # Exact: 0.1 samples on each of 10 GPUs must be one sample, which products of floats need not give.
-            return {"samples_per_gpu": Fraction(arguments.samples_per_gpu)}
+            return {"samples_per_gpu": _parse_exactly(arguments.samples_per_gpu)}
         except (ValueError, ZeroDivisionError):
             problems.append(
                 f"samples-per-gpu: must be a number or a fraction, got {arguments.samples_per_gpu!r}. "
@@ -159,6 +162,13 @@ def _select_batch(arguments: argparse.Namespace, recipe: Recipe | None, problems
         )
         return {"global_batch_size": 1}
     return {"global_batch_size": recipe.global_batch_size}
+
+
+def _parse_exactly(text: str) -> Fraction:
+    """ValueError unless it is a number of a size that is meant: 1e999999999 alone would need all memory."""
+    if not EXACT_NUMBER.fullmatch(text):
+        raise ValueError(text)
+    return Fraction(text)
 
 
 def _parse_counts(flag: str, text: str, problems: list[str]) -> tuple[int, ...]:
@@ -179,7 +189,7 @@ def _parse_tokens(text: str | None, problems: list[str]) -> int | None:
     factor = TOKEN_SUFFIXES.get(text[-1:].upper(), 1)
     try:
         # Fraction and not float: 1.4T is then exactly 1,400,000,000,000.
-        tokens = Fraction(text[:-1] if factor > 1 else text) * factor
+        tokens = _parse_exactly(text[:-1] if factor > 1 else text) * factor
     except (ValueError, ZeroDivisionError):
         problems.append(f"train-tokens: must be a number of tokens, got {text!r}. Pass 15T, 300B or 2e9.")
         return None

@@ -4,7 +4,6 @@ Tables of runs have one of two headers: that of the published tables (and of `sc
 vTrain's measured iteration times. Nothing is interpreted here: `measured_runs.py` and `memory/measured_memory.py` do.
 """
 
-import csv
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.files.csv_table import read_cell
+from megatron_hammer.files.csv_table import Record, describe_other_length, list_repeated_columns, read_csv
 
 TABLES_DIR = Path(__file__).parent / "tables"  # its README.md says what they are
 PUBLISHED_RUNS_PATH = TABLES_DIR / "published_runs.csv"
@@ -38,7 +37,6 @@ VTRAIN_COLUMNS = {
     "iteration time (ms)": "iteration_time_s",
 }
 MEMORY_COLUMNS = ("model", "quantity", "memory_value", "unit")
-Record = tuple[int, list[str]]  # (the line on which it starts, cells)
 VTRAIN_SOURCE = "vTrain_ground_truth_single"
 
 
@@ -93,7 +91,7 @@ class MemoryRow(RunRow):
 
 def read_memory_rows(path: Path) -> list[MemoryRow]:
     """Every row of a CSV file of memory figures, in its order. Raises ConfigError as `read_run_rows` does."""
-    names, records = _read_records(path)
+    names, records = read_csv(path, raises=ConfigError)
     missing = [name for name in MEMORY_COLUMNS if name not in names]
     if missing:
         raise ConfigError(
@@ -109,37 +107,13 @@ def read_run_rows(path: Path) -> list[RunRow]:
     Raises ConfigError for an unreadable file or header, and once with all cells of the wrong type, each with its line,
     column and value.
     """
-    names, records = _read_records(path)
+    names, records = read_csv(path, raises=ConfigError)
     is_vtrain = set(VTRAIN_COLUMNS) <= set(names)
     names = [VTRAIN_COLUMNS.get(name, name) if is_vtrain else name for name in names]
     if not is_vtrain:
         _check_header(names, path)
     rows = _parse_rows(RunRow, names, records, path)
     return [_as_vtrain(row) for row in rows] if is_vtrain else rows
-
-
-def _read_records(path: Path) -> tuple[list[str], list[Record]]:
-    """(column names in lower case, every record that is not empty)."""
-    records = []
-    try:
-        # utf-8-sig drops a byte order mark, which would become part of the first column's name. newline="" is what the
-        # csv module needs to read line breaks inside quoted cells.
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file)
-            line = 1
-            for cells in reader:
-                if any(cell.strip() for cell in cells):
-                    records.append((line, [read_cell(cell) for cell in cells]))
-                # A quoted cell may span several lines, so lines are not counted by records.
-                line = reader.line_num + 1
-    except OSError as error:
-        raise ConfigError(f"{path}: must be a readable file, got {error.strerror}. Pass a CSV file.") from error
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: must be a CSV file in UTF-8, got: {error}. Pass a CSV file.") from error
-    if not records:
-        raise ConfigError(f"{path}:1: must be a header, got an empty file. Pass a CSV file with a header.")
-    (_, header), *rest = records
-    return [name.strip().lower() for name in header], rest
 
 
 def _check_header(names: list[str], path: Path) -> None:
@@ -153,8 +127,7 @@ def _check_header(names: list[str], path: Path) -> None:
             f"{path}:1: must have one of the columns {', '.join(MEASUREMENT_COLUMNS)}, got {', '.join(names)}. "
             "Add what was measured."
         )
-    twice = sorted({name for name in names if name and names.count(name) > 1})
-    problems += [f"{path}:1: must have each column once, got {name} twice. Drop one of the two." for name in twice]
+    problems += list_repeated_columns(path, names)
     if problems:
         raise ConfigError(*problems)
 
@@ -169,9 +142,7 @@ def _parse_rows[R: RunRow](kind: type[R], names: list[str], records: list[Record
             values = _parse_cells(dict(zip(names, cells, strict=True)), parsers, f"{path}:{line}", problems)
             rows.append(kind(row_number=line, **values))
         else:
-            problems.append(
-                f"{path}:{line}: must have a cell for each of {len(names)} columns, got {len(cells)}. Correct the row."
-            )
+            problems.append(describe_other_length(f"{path}:{line}", len(cells), len(names)))
     if problems:
         raise ConfigError(*problems)
     return rows

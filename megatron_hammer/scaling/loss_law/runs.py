@@ -4,15 +4,15 @@ A metrics.jsonl does not name its model, so a run is given as MODEL=PATH. The mo
 which the file contains. The fields are those of training/metrics.py.
 """
 
-import csv
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeGuard
 
 from megatron_hammer.errors import ConfigError, DataError, HammerError
-from megatron_hammer.files.csv_table import read_cell
+from megatron_hammer.files.csv_table import describe_other_length, list_repeated_columns, read_csv
 from megatron_hammer.model.accounting import (
     FlopConvention,
     count_active_parameters,
@@ -31,6 +31,7 @@ PARAMETER_CONVENTIONS: Final[dict[ParameterConvention, str]] = {
     "total": "with embeddings and head",
     "non-embedding": "without embeddings and head",
 }
+GROUPED_DIGITS: Final = re.compile(r"\d{1,3}(,\d{3})+(\.\d*)?")
 TABLE_COLUMNS: Final = ("num_parameters", "num_tokens", "loss")
 # A run whose final loss is above its lowest loss by more than this ratio, both smoothed, has diverged.
 DIVERGENCE_RATIO: Final = 1.1
@@ -284,48 +285,41 @@ def _describe_schedule(run: MetricsRun) -> list[str]:
 
 def read_table(path: Path) -> list[LossRun]:
     """The rows of a CSV with num_parameters, num_tokens, loss and, if known, run and tokenizer."""
-    try:
-        # Spreadsheets may write a byte order mark, which would become part of the first column's name.
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise DataError(f"{path}: must be a CSV file, got {error.strerror}. Check --table.") from None
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: must be UTF-8 text, got {error.reason} at byte {error.start}. Save it as UTF-8."
-        ) from None
-    reader = csv.DictReader(text.splitlines())
-    missing = [column for column in TABLE_COLUMNS if column not in (reader.fieldnames or ())]
-    if missing:
-        raise DataError(
+    names, records = read_csv(path)
+    problems = list_repeated_columns(path, names)
+    if missing := [column for column in TABLE_COLUMNS if column not in names]:
+        problems.append(
             f"{path}:1: must name the columns {', '.join(TABLE_COLUMNS)}, got no {', '.join(missing)}. Name them."
         )
+    if problems:
+        raise DataError(*problems)
     runs: list[LossRun] = []
-    problems: list[str] = []
-    for row in reader:
-        line = reader.line_num
-        values = {column: _parse_number(row[column] or "") for column in TABLE_COLUMNS}
-        # A loss of nan stays, so that the fit can name the run that diverged.
-        wrong = [
-            column
-            for column, value in values.items()
-            if value is None or (column != "loss" and not math.isfinite(value))
-        ]
-        problems += [
-            f"{path}:{line}: {column} must be a number, got {row[column]!r}. Correct it or remove the row."
-            for column in wrong
-        ]
-        if wrong:
+    for line, cells in records:
+        if len(cells) != len(names):
+            problems.append(describe_other_length(f"{path}:{line}", len(cells), len(names)))
             continue
-        num_parameters, num_tokens, loss = (value or 0.0 for value in values.values())
+        row = dict(zip(names, map(str.strip, cells), strict=True))
+        num_parameters, num_tokens, loss = (
+            _parse_number(row[column], has_groups=column != "loss") for column in TABLE_COLUMNS
+        )
+        # A loss of nan stays, so that the fit can name the run that diverged.
+        if loss is None or not (_is_finite(num_parameters) and _is_finite(num_tokens)):
+            values = dict(zip(TABLE_COLUMNS, (num_parameters, num_tokens, loss), strict=True))
+            problems += [
+                f"{path}:{line}: {column} must be a number, got {row[column]!r}. Correct it or remove the row."
+                for column, value in values.items()
+                if value is None or (column != "loss" and not _is_finite(value))
+            ]
+            continue
         runs.append(
             LossRun(
-                name=read_cell((row.get("run") or "").strip()) or f"line-{line}",
+                name=row.get("run") or f"line-{line}",
                 source=f"{path}:{line}",
                 num_parameters=round(num_parameters),
                 num_tokens=round(num_tokens),
                 loss=loss,
                 loss_source=f"column loss of {path.name}",
-                tokenizer=read_cell((row.get("tokenizer") or "").strip()) or None,
+                tokenizer=row.get("tokenizer") or None,
             )
         )
     if problems:
@@ -343,9 +337,16 @@ def leave_out[T](runs: Sequence[T], names: Sequence[str], left_out: Sequence[str
     return [run for run, name in zip(runs, names, strict=True) if name not in left_out]
 
 
-def _parse_number(text: str) -> float | None:
+def _is_finite(value: float | None) -> TypeGuard[float]:
+    return value is not None and math.isfinite(value)
+
+
+def _parse_number(text: str, *, has_groups: bool = True) -> float | None:
+    """has_groups: commas between groups of three digits are allowed. Any other comma may be a decimal point."""
+    if has_groups and GROUPED_DIGITS.fullmatch(text):
+        text = text.replace(",", "")
     try:
-        return float(text.replace(",", "").replace("_", ""))
+        return float(text)
     except ValueError:
         return None
 

@@ -51,7 +51,13 @@ def _find_number_problems(study: Study) -> list[str]:
     memory_gib, price = study.memory_limit_bytes / GIB, study.usd_per_gpu_hour
     limits = [
         ("top", study.num_best, study.num_best >= 1, "at least 1", "--top 5"),
-        ("memory-gib", memory_gib, 0 < memory_gib < math.inf, "above 0", "--memory-gib 76"),
+        (
+            "memory-gib",
+            memory_gib,
+            0 < study.memory_limit_bytes <= study.gpu.memory_bytes,
+            f"above 0 and at most the {study.gpu.memory_bytes / GIB:g} of {study.gpu.name}",
+            "--memory-gib 76",
+        ),
         ("knee", study.knee_ratio, 0 < study.knee_ratio <= 1, "above 0 and at most 1", "--knee 0.8"),
     ]
     if study.train_tokens is not None:

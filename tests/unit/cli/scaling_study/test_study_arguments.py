@@ -94,6 +94,9 @@ def test_a_hugging_face_model_has_no_recipe() -> None:
             ("pipeline-model-parallel-size:", "whole numbers", "got 'two'"),
         ),
         ((*LLAMA, "--samples-per-gpu", "half"), ("samples-per-gpu:", "a fraction", "got 'half'", "1/4")),
+        # As a fraction, which is exact, this number would need all memory.
+        ((*LLAMA, "--samples-per-gpu", "1e999999999"), ("samples-per-gpu:", "a fraction", "got '1e999999999'")),
+        ((*LLAMA, "--train-tokens", "1e-999999999"), ("train-tokens:", "number of tokens", "got '1e-999999999'")),
         ((*LLAMA, "--train-tokens", "15X"), ("train-tokens:", "number of tokens", "got '15X'", "15T")),
         ((*LLAMA, "--recompute", "some,full"), ("recompute:", "none, selective, full", "got some.")),
         ((*LLAMA, "--sharding", "zero"), ("sharding:", "none, distributed_optimizer, fsdp", "got zero")),

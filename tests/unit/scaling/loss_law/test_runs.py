@@ -221,8 +221,45 @@ def test_problems_of_a_table(tmp_path: Path) -> None:
         (f"{path}:2:", "num_tokens must be a number", "got 'many'"),
         (f"{path}:3:", "num_parameters must be a number", "got ''"),
     )
-    with pytest.raises(DataError, match=r"absent\.csv: must be a CSV file, got No such file or directory.*--tab"):
+    with pytest.raises(DataError, match=r"absent\.csv: file cannot be read \(No such file or directory\)"):
         read_table(tmp_path / "absent.csv")
+
+
+@pytest.mark.parametrize(
+    ("table", "line", "fact"),
+    [
+        ("num_parameters;num_tokens;loss\n1;2;3\n", 1, "separated by commas, got semicolons"),
+        ("num_parameters\tnum_tokens\tloss\n1\t2\t3\n", 1, "separated by commas, got tabs"),
+        # A decimal comma must not become a hundredfold loss, nor a column be shifted by it.
+        ('num_parameters,num_tokens,loss\n1,2,"3,21"\n', 2, "loss must be a number, got '3,21'"),
+        ('num_parameters,num_tokens,loss\n"1,5",2,3\n', 2, "num_parameters must be a number, got '1,5'"),
+        ("num_parameters,num_tokens,loss\n1,2,3,21\n", 2, "cell for each of 3 columns, got 4"),
+        ("num_parameters,num_tokens,loss,loss\n1,2,3,4\n", 1, "each column once, got loss twice"),
+        ("num_parameters,num_tokens,loss\n1,=2+3,3\n", 2, "num_tokens must be a number, got '=2+3'"),
+    ],
+)
+def test_tables_of_spreadsheets_that_would_be_read_wrongly(tmp_path: Path, table: str, line: int, fact: str) -> None:
+    path = tmp_path / "losses.csv"
+    path.write_text(table)
+    with raises_problem(DataError, f"{path}:{line}:", fact):
+        read_table(path)
+
+
+def test_groups_of_digits_and_lines_inside_a_cell(tmp_path: Path) -> None:
+    path = tmp_path / "losses.csv"
+    path.write_bytes(
+        b'num_parameters,num_tokens,loss,run\r\n"1,234,567",1_000,3.5,"a\u2028\nb"\r\n1e6,"2,000",3.25,c\r\n'
+    )
+    first, second = read_table(path)
+    assert (first.num_parameters, first.num_tokens, first.loss) == (1_234_567, 1000, 3.5)
+    assert (second.num_tokens, second.source) == (2000, f"{path}:4")
+
+
+def test_a_cell_that_is_too_large_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "losses.csv"
+    path.write_text(f"num_parameters,num_tokens,loss\n{'9' * 200_000},1,1\n")
+    with raises_problem(DataError, f"{path}:", "must be a CSV file", "field limit"):
+        read_table(path)
 
 
 def test_a_table_in_another_encoding(tmp_path: Path) -> None:

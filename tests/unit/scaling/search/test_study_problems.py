@@ -38,7 +38,14 @@ def test_a_good_study_has_no_problems() -> None:
             "global-batch-size: must be at most 1,000,000,000 samples, got 1,000,000,000,000,000,000. Correct it.",
         ),
         ({"num_best": 0}, "top: must be at least 1, got 0. Pass --top 5."),
-        ({"memory_limit_bytes": -(2**30)}, "memory-gib: must be above 0, got -1. Pass --memory-gib 76."),
+        (
+            {"memory_limit_bytes": -(2**30)},
+            "memory-gib: must be above 0 and at most the 40 of toy-gpu, got -1. Pass --memory-gib 76.",
+        ),
+        (
+            {"memory_limit_bytes": 41 * 2**30},
+            "memory-gib: must be above 0 and at most the 40 of toy-gpu, got 41. Pass --memory-gib 76.",
+        ),
         ({"knee_ratio": 1.5}, "knee: must be above 0 and at most 1, got 1.5. Pass --knee 0.8."),
         ({"knee_ratio": float("nan")}, "knee: must be above 0 and at most 1, got nan. Pass --knee 0.8."),
         ({"train_tokens": 0}, "train-tokens: must be at least 1, got 0. Pass --train-tokens 15T."),
