@@ -25,6 +25,7 @@ from megatron_hammer.checkpoint_files.torch_dist.store import TorchDistStore
 from megatron_hammer.errors import CheckpointError
 
 _DESCRIPTIONS = ("metadata.json", ".metadata")  # of torch_dist; both are written after the shards
+_NUM_THREADS = 8
 _COPY_AGAIN = "The save was interrupted or the copy is incomplete; use another iteration or copy it again."
 
 
@@ -43,6 +44,7 @@ def find_visible_damage(directory: Path, *, has_hash_check: bool = True) -> list
     missing = [name for name in _DESCRIPTIONS if not (directory / name).is_file()]
     if missing:
         return [f"{directory / name}: must exist, got no such file. {_COPY_AGAIN}" for name in missing]
+    hashes = None
     try:
         hashes = read_hashes(directory) if has_hash_check else None
         if hashes is not None:
@@ -53,7 +55,8 @@ def find_visible_damage(directory: Path, *, has_hash_check: bool = True) -> list
         if hashes is None and isinstance(reader, TorchDistReader):
             reader.store.validate()  # of the optimizer's state too; with hashes, the sizes were compared above
     except CheckpointError as error:
-        return list(error.problems)
+        # What lies in a shard contradicts the rest. The hashes say which file it is.
+        return find_damage(directory, hashes or {}, num_threads=_NUM_THREADS) or list(error.problems)
     return []
 
 

@@ -162,8 +162,8 @@ def load_iteration(folder: str, iteration: int | None) -> None:
             return original_load(*arguments, **options)
         except SystemExit as stop:
             raise CheckpointError(
-                f"{folder}: must be a checkpoint that megatron can load, got {name_folder(iteration)}, at which it "
-                "stopped. The rank's log, in logs/ beside the checkpoints, says why; use another iteration."
+                f"{os.path.join(folder, name_folder(iteration))}: must be a checkpoint that megatron can load, got one "
+                "at which it stopped. The rank's log, in logs/ under --save, says why; use another iteration."
             ) from stop
 
     checkpointing.read_metadata, training.load_checkpoint = read_metadata, load_checkpoint

@@ -94,6 +94,11 @@ def read_hashes(directory: Path) -> dict[str, FileHash] | None:
         if content["algorithm"] != ALGORITHM:
             raise ValueError(f"algorithm {content['algorithm']}")
         sizes = content.get("sizes", {})
+        # Exactly these: a damaged key must not leave a part of the comparison out.
+        if not {"algorithm", "files"} <= set(content) <= {"algorithm", "files", "sizes"}:
+            raise ValueError(f"the fields {', '.join(map(str, content))}")
+        if "sizes" in content and set(sizes) != set(content["files"]):
+            raise ValueError("other files in sizes than in files")
         hashes = {name: FileHash(digest, sizes.get(name)) for name, digest in content["files"].items()}
         for name, expected in hashes.items():
             _validate_entry(name, expected)

@@ -109,6 +109,8 @@ def test_an_iteration_without_hashes_is_told_from_one_with_damaged_ones(iteratio
         json.dumps(content | {"files": {"x": "short"}}),
         json.dumps(content | {"files": {"x": 3}}),
         json.dumps(content | {"files": {"x": digest}, "sizes": {"x": "3"}}),
+        json.dumps(content | {"files": {"x": digest}}),
+        json.dumps({("sizez" if name == "sizes" else name): value for name, value in content.items()}),
         "[" * 100_000,
     ):
         (iteration / HASHES_FILE).write_text(damaged)
