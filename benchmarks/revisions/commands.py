@@ -15,7 +15,7 @@ DATA = "../tokenizer/train_text_document"
 TEXTS = "../text/a.jsonl ../text/b.jsonl.gz ../text/c.jsonl.zst ../text/d.json ../text/e.txt ../text/f.parquet"
 DENSE_MODELS = (
     *("llama", "llama-biases", "llama-rope3", "llama-linear", "llama-shards", "llama-pickled", "mistral", "qwen2"),
-    *("qwen3", "gpt2", "gpt2-gelu", "gpt2-published", "tinyllm"),
+    *("qwen3", "phi3", "seed-oss", "smollm3", "granite", "helium", "gpt2", "gpt2-gelu", "gpt2-published", "tinyllm"),
 )
 MOE_MODELS = ("mixtral", "qwen2-moe", "qwen3-moe", "qwen3-moe-packed")
 FORWARD_MODELS = ("llama-rope3", "gpt2", "qwen2-moe")  # also computed by Megatron and by transformers
@@ -229,6 +229,12 @@ DRY_RUNS = {
     "llama2-70b": (f"--world-size 256 {TP} 8 {PP} 4", f"--world-size 512 {TP} 8 {PP} 8 {VP} 5 --gpu-memory-gib 80"),
     "llama3-8b": ("--world-size 64", f"--world-size 64 {TP} 4 --backend te --context-parallel-size 2"),
     "llama3-70b": (f"--world-size 512 {TP} 8 {PP} 4 --global-batch-size 512",),
+    "qwen3-0.6b": ("--world-size 8",),
+    "qwen3-1.7b": ("--world-size 16",),
+    "qwen3-4b": (f"--world-size 16 {TP} 4",),
+    "qwen3-8b": ("--world-size 32", f"--world-size 32 {TP} 2 {PP} 2 {VP} 3"),
+    "qwen3-30b-a3b": ("--world-size 64",),
+    "smollm3-3b": ("--world-size 16", f"--world-size 16 {PP} 2 {VP} 3"),
     "gpt2-124m": ("--world-size 8", f"--world-size 8 {TP} 4 --seq-length 512"),
 }  # fmt: skip
 RANK = "tools/build_rank.py --json --preset"
