@@ -65,7 +65,7 @@ def _dense_config(args: Namespace) -> dict[str, Any]:
     if getattr(args, "qk_layernorm", False):
         return {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
     if args.add_qkv_bias and not args.add_bias_linear:
-        return {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False}
+        return {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], **_window_config(args)}
     if args.hidden_size % args.num_attention_heads:  # LlamaConfig refuses it
         return {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
     has_bias = args.add_bias_linear
@@ -74,6 +74,17 @@ def _dense_config(args: Namespace) -> dict[str, Any]:
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": has_bias,
         "mlp_bias": has_bias,
+    }
+
+
+def _window_config(args: Namespace) -> dict[str, Any]:
+    if not getattr(args, "window_size", None):
+        return {"use_sliding_window": False}
+    pattern = args.window_attn_skip_freq or [1] * args.num_layers
+    return {
+        "use_sliding_window": True,
+        "sliding_window": args.window_size[0] + 1,
+        "layer_types": ["sliding_attention" if has_window else "full_attention" for has_window in pattern],
     }
 
 

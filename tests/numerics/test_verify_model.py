@@ -9,8 +9,10 @@ import sys
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 
+from megatron_hammer.checkpoint.convert.from_hugging_face import ImportOptions, import_from_hugging_face
 from megatron_hammer.checkpoint.verification import megatron_forward, transformers_forward
 from megatron_hammer.checkpoint.verification import verify_conversion as verify
 from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow, verify_model
@@ -31,6 +33,9 @@ FAMILIES = {
     "tied": {"untie_embeddings_and_output_weights": False},
     "llama 3.2 positions": {"use_rope_scaling": True, "rope_scaling_factor": 32.0, "rotary_base": 500_000},
 }
+# Longer than a quarter of the texts, so that both sides shorten it.
+WINDOW = {"add_qkv_bias": True, "window_size": (19, 0), "window_attn_skip_freq": [1, 0, 1]}
+FAMILIES["qwen2 with a window in some layers"] = WINDOW
 LEVELS = ("logits", "layers")
 
 
@@ -174,6 +179,58 @@ def test_twin_a_wrong_config_is_noticed(field, value, tmp_path, in_process):
     (hf_dir / "config.json").write_text(json.dumps(config | {field: value}))
     for level in LEVELS:
         assert failed_checks(verify_model(megatron_dir, hf_dir, level=level))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sliding_window": 19},
+        {"sliding_window": 21},
+        {"use_sliding_window": False, "layer_types": ["full_attention"] * 3},
+        {"layer_types": ["sliding_attention"] * 3},
+    ],
+    ids=str,
+)
+def test_twin_another_window_is_noticed(change, level, tmp_path, in_process):
+    """Be it by one token, although the window is longer than most texts."""
+    megatron_dir, hf_dir = write_toy_pair(tmp_path, WINDOW)
+    config = json.loads((hf_dir / "config.json").read_text())
+    (hf_dir / "config.json").write_text(json.dumps(config | change))
+    assert failed_checks(verify_model(megatron_dir, hf_dir, level=level))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_layers_of_every_kind_are_computed(level, tmp_path, in_process):
+    """SmolLM3: with and without a rope, with and without a window; and YaRN's numbers."""
+    config = transformers.SmolLM3Config(
+        **{"vocab_size": 61, "hidden_size": 48, "intermediate_size": 40, "num_attention_heads": 6},
+        **{"num_hidden_layers": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": None},
+        no_rope_layers=[1, 0, 0, 1],
+        use_sliding_window=True,
+        sliding_window=30,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+        rope_parameters={
+            **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16},
+            **{"beta_fast": 4.0, "attention_factor": 0.8},
+        },
+    )
+    torch.manual_seed(5)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "hf")
+    import_from_hugging_face(ImportOptions(hf_dir=tmp_path / "hf", save_dir=tmp_path / "save", verify="tensors"))
+    assert failed_checks(verify_model(tmp_path / "save", tmp_path / "hf", level=level)) == []
+    change = json.loads((tmp_path / "hf" / "config.json").read_text())
+    change["rope_parameters"]["attention_factor"] = 0.81
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(change))
+    assert failed_checks(verify_model(tmp_path / "save", tmp_path / "hf", level=level))
+
+
+def test_a_window_that_the_checkpoint_alone_has_is_noticed(tmp_path, in_process):
+    pair = write_toy_pair(tmp_path, WINDOW)
+    plain = write_toy_pair(tmp_path / "plain", {"add_qkv_bias": True})
+    assert failed_checks(verify_model(pair[0], plain[1], level="logits"))
+    assert failed_checks(verify_model(plain[0], pair[1], level="logits"))
+    assert failed_checks(verify_model(*plain, level="logits")) == []
 
 
 def test_twin_nan_in_the_folder_passes_no_check(tmp_path, in_process):

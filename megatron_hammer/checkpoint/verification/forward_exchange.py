@@ -42,6 +42,7 @@ class ForwardRequest:
 
     dtype: of the computation. megatron_rounding, hf_rounding: the dtype that a side's stored weights are rounded to
     before that, so that a folder of fewer bits is compared with what it was made from; None where they are exact.
+    window_shift: by how many tokens both sides shorten a sliding window, which no text here would fill as it is.
     hf_dtype: of most weights of the folder. num_tokens: of a text at most. rows: of the embedding and the head, that
     the check of layers looks at.
     """
@@ -58,6 +59,7 @@ class ForwardRequest:
     hf_rounding: str | None = None
     texts: tuple[str, ...] = DEFAULT_TEXTS
     layers: tuple[int, ...] | None = None
+    window_shift: int = 0
     rows: tuple[int, ...] = ()
 
     def write(self, folder: Path) -> None:

@@ -42,6 +42,29 @@ def draw_tokens(num_rows: int, *, length: int, seed: int = SEED) -> Tensor:
     return torch.randint(0, num_rows, (length,), generator=torch.Generator().manual_seed(seed))
 
 
+def describe_layer(saved: Any, layer: int) -> dict[str, Any]:
+    """Megatron's arguments that differ between layers, for a model whose only layer is this one of `saved`."""
+    changes: dict[str, Any] = {}
+    window_frequency, rope_frequency = (
+        getattr(saved, name, None) for name in ("window_attn_skip_freq", "no_rope_freq")
+    )
+    # Both patterns count from 1 where they are a number: every such layer has no window, or no rope.
+    if window_frequency is not None:
+        is_list = isinstance(window_frequency, list)
+        has_window = window_frequency[layer] if is_list else (layer + 1) % window_frequency != 0
+        changes["window_attn_skip_freq"] = [int(has_window)]
+    if rope_frequency:
+        is_list = isinstance(rope_frequency, list)
+        lacks_rope = rope_frequency[layer] if is_list else (layer + 1) % rope_frequency == 0
+        changes["no_rope_freq"] = [int(lacks_rope)]
+    return changes
+
+
+def shorten_window(window: int, shift: int, *, longest: int) -> int:
+    """A window of `window` tokens less `shift`; one as long as the longest sequence changes nothing and stays."""
+    return window if window >= longest else max(1, window - shift)
+
+
 def select_names(names: Iterable[str], layer: int) -> dict[str, str]:
     """Stored name -> name with the layer numbered 0, of that layer's tensors and of those outside the layers."""
     selected = {}

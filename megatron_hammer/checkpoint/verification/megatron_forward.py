@@ -24,10 +24,12 @@ from megatron_hammer.checkpoint.verification.forward_exchange import (
     write_findings,
 )
 from megatron_hammer.checkpoint.verification.layer_check import (
+    describe_layer,
     draw_hidden_states,
     draw_tokens,
     replace_layer_input,
     select_names,
+    shorten_window,
 )
 from megatron_hammer.checkpoint.verification.logit_comparison import compare_logits, measure_difference, merge_texts
 from megatron_hammer.checkpoint_files.checkpoint_reader import VOCABULARY_TENSORS
@@ -74,7 +76,7 @@ def compare_model(request: ForwardRequest, reference: Any, num_texts: int) -> di
     from megatron_hammer.checkpoint.verification.megatron_model import build_model, compute_logits, read_model_arguments
 
     reader = _open(request)
-    namespace = read_model_arguments(reader.saved_args, **_changes(request, request.vocab_size))
+    namespace = read_model_arguments(reader.saved_args, **_changes(request, reader, request.vocab_size))
     model = build_model(namespace)
     _fill(model, reader, request, {name: name for name in reader.tensors})
     differences = []
@@ -92,7 +94,8 @@ def compare_layers(request: ForwardRequest, reference: Any) -> dict[str, Any]:
     reader = _open(request)
     found = []
     for layer in request.layers or ():
-        changes = {**_changes(request, len(request.rows)), "num_layers": 1}
+        changes = {**_changes(request, reader, len(request.rows)), "num_layers": 1}
+        changes |= describe_layer(reader.saved_args, layer)
         if isinstance(getattr(reader.args, "moe_layer_freq", None), list):
             changes["moe_layer_freq"] = 1  # read_saved_model wants every layer to be a mixture
         model = build_model(read_model_arguments(reader.saved_args, **changes))
@@ -136,9 +139,16 @@ def _open(request: ForwardRequest) -> Any:
     return reader
 
 
-def _changes(request: ForwardRequest, vocab_size: int) -> dict[str, Any]:
+def _changes(request: ForwardRequest, reader: Any, vocab_size: int) -> dict[str, Any]:
     # Equal: without padding rows, logits have the same width as transformers'.
-    return {"vocab_size": vocab_size, "padded_vocab_size": vocab_size, "precision": _PRECISIONS[request.dtype]}
+    changes = {"vocab_size": vocab_size, "padded_vocab_size": vocab_size, "precision": _PRECISIONS[request.dtype]}
+    window = getattr(reader.saved_args, "window_size", None)
+    if window:
+        # Megatron counts the tokens before a position, transformers the position too.
+        longest = reader.args.max_position_embeddings
+        shortened = shorten_window(window[0] + 1, request.window_shift, longest=longest) - 1
+        changes["window_size"] = (shortened, *window[1:])
+    return changes
 
 
 def _fill(model: Any, reader: Any, request: ForwardRequest, stored_names: dict[str, str]) -> None:

@@ -29,6 +29,7 @@ from megatron_hammer.checkpoint.verification.layer_check import (
     draw_tokens,
     replace_layer_input,
     select_names,
+    shorten_window,
 )
 from megatron_hammer.checkpoint.verification.logit_comparison import measure_difference
 from megatron_hammer.checkpoint_files.safetensors.weight_files import HfWeights, open_hf_weights
@@ -71,6 +72,7 @@ def run_model(request: ForwardRequest) -> tuple[dict[str, Tensor], dict[str, Any
     import transformers
 
     config, class_note = load_config(request.hf_dir)
+    _shorten_window(config, request.window_shift)
     options = _loading_options(request, config)
     # Class and weights are both arguments here, so nothing in the folder can choose another class.
     if class_note:  # the folder's own class is not to be run: its equal, with the folder's weights
@@ -117,6 +119,11 @@ def load_config(hf_dir: str) -> tuple[Any, str]:
         found.family, found.shape, found.dropout, dtype=found.dtype or "float32", bos_id=None, eos_id=None
     )
     return transformers.AutoConfig.for_model(**values), f" in place of {FAMILIES[model_type].hf_classes[0]}"
+
+
+def _shorten_window(config: Any, shift: int) -> None:
+    if getattr(config, "sliding_window", None) and shift:
+        config.sliding_window = shorten_window(config.sliding_window, shift, longest=config.max_position_embeddings)
 
 
 def _loading_options(request: ForwardRequest, config: Any) -> dict[str, Any]:
@@ -208,6 +215,7 @@ def run_layers(request: ForwardRequest) -> tuple[dict[str, Tensor], dict[str, An
     name = ""
     for layer in request.layers or ():
         config, class_note = load_config(request.hf_dir)
+        _shorten_window(config, request.window_shift)
         model = build_one_layer(config, weights, layer, request)
         name = type(model).__name__ + class_note
         hidden = draw_hidden_states(request.num_tokens, config.hidden_size, seed=SEED + layer).to(model.dtype)
@@ -239,9 +247,10 @@ def build_one_layer(config: Any, weights: HfWeights, layer: int, request: Forwar
     # The ids may lie beyond the sampled rows, which are the whole vocabulary here.
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, token, None)
-    if getattr(config, "layer_types", None):
+    for name in ("layer_types", "no_rope_layers"):
         # The list must have one entry per layer, and this model has one layer.
-        config.layer_types = [config.layer_types[layer]]
+        if getattr(config, name, None):
+            setattr(config, name, [getattr(config, name)[layer]])
     dtype = getattr(torch, request.dtype)
     rounding = getattr(torch, request.hf_rounding) if request.hf_rounding else None
     state = {}

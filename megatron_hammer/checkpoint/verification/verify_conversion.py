@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
 import torch
@@ -101,6 +101,7 @@ class _Sizes:
     vocab_size: int
     max_position_embeddings: int | None = None
     n_positions: int | None = None
+    sliding_window: int | None = None
 
 
 def plan_comparison(
@@ -137,12 +138,14 @@ def plan_comparison(
     hf_dtype = most_frequent_dtype((stored.dtypes[name], math.prod(shape)) for name, shape in stored.shapes.items())
     # GPT-2's table of positions has no entry beyond this.
     max_positions = config.max_position_embeddings or config.n_positions or MAX_TOKENS
+    num_tokens = min(MAX_TOKENS, max_positions)
     return ForwardRequest(
         megatron_dir=str(reader.directory),
         weights=weights,
         hf_dir=str(hf_dir),
         vocab_size=vocab_size,
-        num_tokens=min(MAX_TOKENS, max_positions),
+        num_tokens=num_tokens,
+        window_shift=_plan_window_shift(reader.saved_args, config.sliding_window, num_tokens, max_positions),
         has_experts=bool(getattr(reader.args, "num_experts", None)),
         dtype="float32" if is_fp32 else "bfloat16",
         hf_dtype=name_dtype(hf_dtype),
@@ -153,6 +156,16 @@ def plan_comparison(
         layers=sample_layers(num_layers) if level == "layers" else None,
         rows=rows,
     )
+
+
+def _plan_window_shift(saved: Any, sliding_window: int | None, num_tokens: int, max_positions: int) -> int:
+    """Such that the longer of both sides' windows is a quarter of the texts.
+
+    Both are shortened by as much, so that a difference between them stays, be it one token.
+    """
+    before = (getattr(saved, "window_size", None) or [-1])[0]
+    windows = [window for window in (before + 1, sliding_window or 0) if window < max_positions]
+    return max(0, max(windows, default=0) - num_tokens // 4)
 
 
 def most_frequent_dtype(tensors: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:
