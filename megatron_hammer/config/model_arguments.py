@@ -262,7 +262,7 @@ def _read_dense_layers(args: Any) -> tuple[int, ...]:
 
 def _write_layer_frequency(model: ModelShape) -> int | list[int]:
     """1 where every layer is a mixture: Megatron stacks the layers in a checkpoint for the number, not for a list."""
-    if model.moe is None or not model.moe.dense_layers:
+    if not model.is_mixed:
         return 1
     return [int(model.is_mixture(layer)) for layer in range(model.num_layers)]
 

@@ -224,7 +224,7 @@ def _share_units(layer: LayerActivations, options: MemoryOptions, num_layers: in
 
 def _count_kinds(model: ModelShape, chunk: LayerRange) -> tuple[int, ...]:
     """How many layers of each kind of the model a chunk has, in the order of ModelShape.split_kinds."""
-    if model.moe is None or not model.moe.dense_layers:
+    if not model.is_mixed:
         return (chunk.num_layers,)
     num_mixtures = sum(map(model.is_mixture, chunk.list_layers()))
     return (chunk.num_layers - num_mixtures, num_mixtures)

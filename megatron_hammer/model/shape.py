@@ -137,6 +137,11 @@ class ModelShape:
             return 0.0
         return 1 - len(self.layers_without_rope) / self.num_layers
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether dense layers stand among mixtures. A checkpoint then has no tensors of all layers together."""
+        return self.moe is not None and bool(self.moe.dense_layers)
+
     def is_mixture(self, layer: int) -> bool:
         """Whether layer `layer`, counted from 0, is a mixture of experts."""
         return self.moe is not None and layer not in self.moe.dense_layers
@@ -148,7 +153,7 @@ class ModelShape:
         parameters, is asked of such a model; what is true of the whole model is not.
         """
         chosen = list(range(self.num_layers) if layers is None else layers)
-        if self.moe is None or not self.moe.dense_layers:
+        if self.moe is None or not self.is_mixed:
             return [(self, len(chosen))] if chosen else []
         num_mixtures = sum(map(self.is_mixture, chosen))
         dense, mixture = replace(self, moe=None), replace(self, moe=replace(self.moe, dense_layers=()))

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from megatron_hammer.checkpoint.hugging_face.folder import open_hf_folder
+from megatron_hammer.checkpoint.surgery.reshard import TargetLayout, reshard
 from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
 from tests.helpers.sample_orders import build_datasets
 from tests.helpers.training_runs import read_lines, run, train, write_toy_data
@@ -58,6 +59,9 @@ CONFIGS: dict[str, Any] = {
     "qwen2-moe": lambda: transformers.Qwen2MoeConfig(
         moe_intermediate_size=80, shared_expert_intermediate_size=112, num_experts=6, num_experts_per_tok=2, **SIZES
     ),
+    "glm4-moe": lambda: transformers.Glm4MoeConfig(
+        moe_intermediate_size=80, n_routed_experts=6, num_experts_per_tok=2, routed_scaling_factor=1.5, **SIZES
+    ),
 }
 DROPOUTS = ("resid_pdrop", "attn_pdrop", "embd_pdrop")
 RECIPE = (
@@ -88,10 +92,15 @@ class Reference:
                     parameter.copy_(torch.randn_like(parameter) * 0.3 + (1.0 if is_scale else 0.0))
                 else:
                     parameter.normal_(std=parameter.shape[-1] ** -0.5)
+            for buffer in self.list_expert_biases():
+                buffer.normal_(std=0.3)  # sigmoid scores lie between 0 and 1
         self.model.save_pretrained(self.folder)
         self.flags = ("--load-hf", str(self.folder), "--data-path", data, *RECIPE)
         self.tokens, self.labels = read_first_batch(self.flags)
         self.loss, self.norm = self.measure()
+
+    def list_expert_biases(self) -> list[torch.Tensor]:
+        return [buffer for name, buffer in self.model.named_buffers() if name.endswith("e_score_correction_bias")]
 
     def measure(self) -> tuple[float, float]:
         """(mean loss of a token, norm of its gradient)"""
@@ -143,6 +152,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]
         pytest.param("mistral-window", 2, TP2, id="window-tp2"),
         pytest.param("qwen2-window-yarn", 2, (*PP2, *VP2), id="window-yarn-pp2-vp2"),
         pytest.param("qwen2-moe", 2, EP2, id="moe-ep2"),
+        pytest.param("glm4-moe", 4, (*PP2, *EP2), id="dense-layer-and-biased-router-pp2-ep2"),
     ],
 )
 def test_the_first_step_is_that_of_transformers(
@@ -173,6 +183,52 @@ def test_the_oracle_sees_small_faults(references: dict[str, Reference]) -> None:
     norm.data = kept
     assert all(abs(loss / reference.loss - 1) > 100 * LOSS_TOLERANCE for loss in losses), losses
     assert reference.measure()[0] == reference.loss
+
+
+def test_the_oracle_sees_the_expert_bias(references: dict[str, Reference]) -> None:
+    """The twin: a router without its biases chooses other experts."""
+    reference = references["glm4-moe"]
+    biases = reference.list_expert_biases()
+    kept = [bias.clone() for bias in biases]
+    assert len(biases) == 3  # one layer is dense
+    for bias in biases:
+        bias.zero_()
+    assert abs(reference.measure()[0] / reference.loss - 1) > 100 * LOSS_TOLERANCE
+    for bias, value in zip(biases, kept, strict=True):
+        bias.copy_(value)
+
+
+def test_expert_biases_stay_fp32_and_move_by_their_rate(references: dict[str, Reference], tmp_path: Path) -> None:
+    """Through bf16 training with EP=2, saving, resuming in a changed layout and resharding, bit for bit."""
+    reference, names = references["glm4-moe"], [f"decoder.layers.{layer}.mlp.router.expert_bias" for layer in (1, 2, 3)]
+    flags = (*STANDSTILL, *EP2, "--save", str(tmp_path / "run"), "--save-interval", "1")
+    still = ("--moe-router-bias-update-rate", "0")
+    reference.train(2, tmp_path / "first.jsonl", *flags, *still)
+    loaded = [bias.clone() for bias in reference.list_expert_biases()]
+    assert not any(torch.equal(bias, bias.bfloat16().float()) for bias in loaded)
+    assert all(map(torch.equal, read_biases(tmp_path / "run", names), loaded))
+
+    reference.train(2, tmp_path / "second.jsonl", *flags, "--moe-router-bias-update-rate", "0.25", num_steps=2)
+    moved = read_biases(tmp_path / "run", names)
+    # Every expert got more or fewer tokens than the mean.
+    for before, after in zip(loaded, moved, strict=True):
+        assert torch.equal(torch.maximum(after, before), torch.where(after > before, before + 0.25, before))
+        assert torch.equal(torch.minimum(after, before), torch.where(after < before, before - 0.25, before))
+        assert not torch.equal(before, after)
+
+    pp2 = TargetLayout(pipeline_model_parallel_size=2, expert_model_parallel_size=1)
+    reshard(tmp_path / "run", tmp_path / "pp2", pp2)
+    assert all(map(torch.equal, read_biases(tmp_path / "pp2", names), moved))
+    resumed = (*STANDSTILL, *still, *PP2, "--moe-aux-loss-coeff", "0", "--save", str(tmp_path / "pp2"))
+    reference.train(2, tmp_path / "third.jsonl", *resumed, num_steps=3)
+    assert open_checkpoint(tmp_path / "pp2").iteration == 3
+    assert all(map(torch.equal, read_biases(tmp_path / "pp2", names), moved))
+
+
+def read_biases(save: Path, names: list[str]) -> list[torch.Tensor]:
+    reader = open_checkpoint(save)
+    assert {reader.tensors[name].dtype for name in names} == {torch.float32}
+    return [reader.read(name) for name in names]
 
 
 @pytest.fixture(scope="module")

@@ -138,8 +138,8 @@ def read_head_dim(config: Mapping[str, Any]) -> int:
 
 
 def count_experts(config: Mapping[str, Any]) -> int:
-    """transformers spells it in two ways, for one architecture in two of its versions."""
-    return config["num_experts"] if "num_experts" in config else config["num_local_experts"]
+    """transformers spells it in three ways, and for one architecture in another way in another version."""
+    return next(config[name] for name in ("num_experts", "num_local_experts", "n_routed_experts") if name in config)
 
 
 def _list_layer_shapes(config: Mapping[str, Any]) -> Shapes:
@@ -256,7 +256,11 @@ def _permute_layer(config: Mapping[str, Any], hf: dict[str, Tensor]) -> dict[str
             renamed = {f"{part}.weight": tensor for part, tensor in own.items()}
             megatron |= _permute_mlp(f"mlp.experts.experts.{expert}.", "{}", renamed)
         return megatron
-    megatron["mlp.router.weight"] = hf.pop("mlp.gate.weight")
+    hunyuan = "mlp.expert_bias" in hf
+    megatron["mlp.router.weight"] = hf.pop("mlp.router.gate.weight" if hunyuan else "mlp.gate.weight")
+    if bias := [name for name in hf if name.endswith(("e_score_correction_bias", "expert_bias"))]:
+        megatron["mlp.router.expert_bias"] = hf.pop(*bias)
+        megatron |= _permute_mlp("mlp.shared_experts.", f"mlp.shared_{'mlp' if hunyuan else 'experts'}.{{}}_proj", hf)
     for expert in range(count_experts(config)):
         megatron |= _permute_mlp(f"mlp.experts.experts.{expert}.", f"mlp.experts.{expert}.{{}}_proj", hf)
     if "mlp.shared_expert_gate.weight" in hf:

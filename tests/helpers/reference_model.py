@@ -21,6 +21,9 @@ def randomize(module: torch.nn.Module) -> None:
                 parameter.normal_(std=0.02)
             else:
                 parameter.normal_(std=0.1 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5)
+        for name, buffer in module.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # sigmoid scores lie between 0 and 1
+                buffer.normal_(std=0.3)
 
 
 def sample_tokens(vocab_size: int) -> torch.Tensor:

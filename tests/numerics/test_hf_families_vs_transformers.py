@@ -74,8 +74,56 @@ YARN_ROPE = {
 }
 SCALING = {name: YARN_ROPE[name] for name in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")}
 FULL, SLIDING = "full_attention", "sliding_attention"
+MIXED = {
+    "n_routed_experts": 12,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": GATED_EXPERTS.ffn_hidden_size,
+    "n_shared_experts": 2,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 1,
+}
+NOT_SOLAR = ("intermediate_size", "first_k_dense_replace")
+GROUPS = {"n_group": 3, "topk_group": 2}
+
+
+def without(**fields):
+    """A change of the experts."""
+    return lambda model: {"moe": dataclasses.replace(model.moe, **fields)}
+
+
 # Family: (transformers' config, a change of the preset that the logits must notice).
 FAMILIES = {
+    "dots.llm1": (
+        transformers.Dots1Config(**SIZES, **MIXED, head_dim=14, sliding_window=5, layer_types=[SLIDING, FULL, SLIDING]),
+        without(topk_scaling_factor=1.0),
+    ),
+    "dots.llm1 with groups": (
+        transformers.Dots1Config(**SIZES, **MIXED | GROUPS, sliding_window=None),
+        without(num_groups=None, group_topk=None),
+    ),
+    "glm 4.5": (
+        transformers.Glm4MoeConfig(**SIZES, **MIXED | {"first_k_dense_replace": 2}, head_dim=12, use_qk_norm=True),
+        {"rotary_percent": 1.0},
+    ),
+    "glm 4.5 air": (
+        transformers.Glm4MoeConfig(**SIZES, **MIXED | GROUPS, attention_bias=True, partial_rotary_factor=0.5),
+        without(score_function="sqrtsoftplus"),
+    ),
+    "solar open": (
+        transformers.SolarOpenConfig(**{k: v for k, v in (SIZES | MIXED).items() if k not in NOT_SOLAR}, head_dim=14),
+        without(topk_scaling_factor=1.0),
+    ),
+    "hunyuan 3": (
+        transformers.HYV3Config(
+            **SIZES,
+            **EXPERTS,
+            head_dim=14,
+            num_shared_experts=1,
+            mlp_layer_types=["sparse", "dense", "sparse"],
+        ),
+        without(topk_scaling_factor=1.0),
+    ),
     "llama 1": (
         transformers.LlamaConfig(**SIZES | NO_GROUPS, rms_norm_eps=1e-5),
         {"norm_epsilon": 1e-6},
@@ -220,6 +268,16 @@ FAMILIES = {
         transformers.HeliumConfig(**SIZES, head_dim=4, attention_bias=True, tie_word_embeddings=True),
         {"norm_epsilon": 1e-5},
     ),
+    "qwen3 moe with dense layers": (
+        transformers.Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=14, mlp_only_layers=[2]),
+        {"norm_epsilon": 1e-5},
+    ),
+    "qwen2 moe in every second layer": (
+        transformers.Qwen2MoeConfig(
+            **SIZES, **EXPERTS, shared_expert_intermediate_size=9, decoder_sparse_step=2, tie_word_embeddings=True
+        ),
+        {"norm_epsilon": 1e-5},
+    ),
     "gpt2": (transformers.GPT2Config(**GPT2_SIZES), {"activation": "gelu_erf"}),
     "gpt2 with the exact gelu": (
         transformers.GPT2Config(
@@ -281,6 +339,7 @@ def test_a_folder_of_transformers_is_the_same_model(name, tmp_path):
     assert sum(parameter.numel() for parameter in ours.parameters()) == num_built + padding
 
     assert read_saved_model(namespace) == model  # what an export of this run will find
+    change = change(model) if callable(change) else change
     twin, _ = build_ours(model, config, weights, **change)
     assert compare(twin, reference, LLAMA.vocab_size)["logits"] > TOLERANCE
 
@@ -298,6 +357,16 @@ def test_a_folder_of_transformers_comes_back_bit_for_bit(name, tmp_path):
         back |= dict(zip(pair.hf_names, parts, strict=True))
     assert back.keys() == weights.keys()
     assert all(torch.equal(back[name], weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("name", ["dots.llm1 with groups", "glm 4.5", "hunyuan 3"])
+def test_twin_without_the_expert_bias_other_experts_are_chosen(name, tmp_path):
+    reference = save_reference(FAMILIES[name][0], tmp_path)
+    model, config, weights = read_folder(tmp_path)
+    biases = [name for name in weights if name.endswith("bias")]
+    assert len(biases) == model.num_layers - len(model.moe.dense_layers)
+    ours, _ = build_ours(model, config, weights | {name: torch.zeros_like(weights[name]) for name in biases})
+    assert compare(ours, reference, LLAMA.vocab_size)["logits"] > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2 moe", "qwen3 moe"])

@@ -3,6 +3,8 @@
 transformers writes the folders, in the forms that are in circulation, and loads what comes back.
 """
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -30,6 +32,15 @@ EXPERTS = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 24,
 }  # transformers' grouped products want multiples of 16 bytes
+MIXED = {
+    "n_routed_experts": 12,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 2,
+    "norm_topk_prob": True,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.5,
+}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 5e5,
@@ -64,6 +75,10 @@ FAMILIES = {
     "smollm3": transformers.SmolLM3Config(**SIZES, no_rope_layers=[1, 0, 0]),
     "granite": transformers.GraniteConfig(**SIZES, embedding_multiplier=12.0, logits_scaling=1.3),
     "helium": transformers.HeliumConfig(**SIZES, head_dim=8, attention_bias=True),
+    "dots.llm1": transformers.Dots1Config(**SIZES, **MIXED, n_group=3, topk_group=2, sliding_window=None),
+    "glm 4.5": transformers.Glm4MoeConfig(**SIZES, **MIXED, head_dim=14, use_qk_norm=True, attention_bias=True),
+    "hunyuan 3": transformers.HYV3Config(**SIZES, **EXPERTS, mlp_layer_types=["sparse", "dense", "sparse"]),
+    "qwen3 moe with dense layers": transformers.Qwen3MoeConfig(**SIZES, **EXPERTS, mlp_only_layers=[0, 2]),
     "gpt2": transformers.GPT2Config(**GPT2_SIZES),
     "gpt2 with a head of its own": transformers.GPT2Config(**GPT2_SIZES, tie_word_embeddings=False),
 }
@@ -75,6 +90,9 @@ def save_reference(config, folder, **options):
     reference = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     for parameter in reference.parameters():
         torch.nn.init.normal_(parameter)
+    for name, buffer in reference.named_buffers():
+        if name.endswith("e_score_correction_bias"):  # fp32 beside bf16 weights
+            buffer.data = torch.randn(buffer.shape, dtype=torch.float32)
     reference.save_pretrained(folder, **options)
     return reference
 
@@ -122,12 +140,48 @@ def test_shards_and_pytorch_files_give_the_same_checkpoint(tmp_path):
         assert_same_bits(weights, load_file(go_and_return(folder / "hf") / "model.safetensors"))
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3 moe"])
+def test_a_requested_dtype_leaves_the_expert_bias_in_fp32(tmp_path):
+    save_reference(FAMILIES["glm 4.5"], tmp_path / "hf")
+    import_from_hugging_face(
+        ImportOptions(hf_dir=tmp_path / "hf", save_dir=tmp_path / "fp16", verify="tensors", dtype="fp16")
+    )
+    export_to_hugging_face(
+        ExportOptions(load_dir=tmp_path / "fp16", save_dir=tmp_path / "again", verify="tensors", dtype="bf16")
+    )
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "again"))
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert torch.equal(before[bias], after[bias])
+    assert {name for name, tensor in after.items() if tensor.dtype == torch.float32} == {
+        bias,
+        bias.replace("layers.1", "layers.2"),
+    }
+
+
+def test_layers_of_multi_token_prediction_are_left_out_and_named(tmp_path):
+    save_reference(FAMILIES["glm 4.5"], tmp_path / "hf")
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    extra = {"model.layers.3.eh_proj.weight": torch.ones(48, 96), "model.layers.3.enorm.weight": torch.ones(48)}
+    save_file(weights | extra, tmp_path / "hf" / "model.safetensors")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    options = ImportOptions(hf_dir=tmp_path / "hf", save_dir=tmp_path / "megatron", verify="tensors")
+    report = import_from_hugging_face(options)
+    assert report.num_skipped == 2
+    assert any(
+        "2 tensors were left out, model.layers.3.eh_proj.weight the first: multi" in note for note in report.notes
+    )
+    again = ExportOptions(load_dir=tmp_path / "megatron", save_dir=tmp_path / "again", verify="tensors")
+    export_to_hugging_face(again)
+    assert_same_bits(weights, load_file(tmp_path / "again" / "model.safetensors"))
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3 moe", "dots.llm1", "hunyuan 3"])
 def test_experts_that_transformers_packs_are_taken_apart(name, tmp_path):
     save_reference(FAMILIES[name], tmp_path / "hf")
     save_reference(FAMILIES[name], tmp_path / "packed" / "hf", save_original_format=False)
     packed = load_file(tmp_path / "packed" / "hf" / "model.safetensors")
-    assert packed["model.layers.0.mlp.experts.gate_up_proj"].dim() == 3
+    assert packed["model.layers.2.mlp.experts.gate_up_proj"].dim() == 3
     target = go_and_return(tmp_path / "packed" / "hf")
     assert_same_bits(load_file(tmp_path / "hf" / "model.safetensors"), load_file(target / "model.safetensors"))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_hammer.checkpoint.hugging_face.folder import HfFolder
 from megatron_hammer.checkpoint_files.checkpoint_reader import VOCABULARY_TENSORS
-from megatron_hammer.checkpoint_files.torch_dist.stacked_names import StackedName, stack_name
+from megatron_hammer.checkpoint_files.torch_dist.stacked_names import split_stack
 from megatron_hammer.errors import ConversionError
 
 
@@ -71,7 +71,6 @@ class _Filler:
         self.source, self.find_master, self.on_parameter = source, find_master, on_parameter
         self.problems: list[str] = []
         self.pairs = {pair.megatron_name: pair for pair in source.pairs}
-        self.names = {stack_name(name): name for name in self.pairs}
         self.num_held = dict.fromkeys(self.pairs, 0)
 
     @torch.no_grad()
@@ -79,8 +78,10 @@ class _Filler:
         """Fill one model chunk; what does not fit is noted in `problems`, with every other problem."""
         # An entry has the name of the checkpoint, which can differ from the name in the model. Its data is the
         # parameter's own memory, so the address identifies it.
-        left = {parameter.data_ptr(): (name, parameter) for name, parameter in chunk.named_parameters()}
-        for entry in _list_entries(chunk.sharded_state_dict(metadata=metadata)):
+        entries = list(_list_entries(chunk.sharded_state_dict(metadata=metadata)))
+        # After that call, which brings buffers in 16 bits back to fp32, in memory of their own.
+        left = {tensor.data_ptr(): (name, tensor) for name, tensor in _list_tensors(chunk)}
+        for entry in entries:
             _, parameter = left.pop(entry.data.data_ptr(), (None, None))
             if parameter is None:
                 self._report(entry.key, "nothing of the folder belongs into it, got a tensor that is no parameter")
@@ -91,9 +92,9 @@ class _Filler:
 
     def _fill_parameter(self, entry: Any, parameter: Tensor) -> None:
         # A factory builds several shards, for example gate and up. All must be parts of one tensor.
-        names = {self.names.get(_stacked_name(shard)) for shard in _build_shards(entry, parameter.detach())}
+        names = {_name_shard(shard) for shard in _build_shards(entry, parameter.detach())}
         name = names.pop()
-        if name is None or names:
+        if name not in self.pairs or names:
             self._report(entry.key, "must be one tensor of the folder's architecture, got none")
             return
         whole = self.source.read_pair(self.pairs[name])
@@ -169,5 +170,13 @@ def _build_shards(entry: Any, data: Tensor) -> list[Any]:
     return [dataclasses.replace(entry, data=data, dtype=data.dtype)]
 
 
-def _stacked_name(shard: Any) -> StackedName:
-    return StackedName(key=shard.key, indices=tuple(shard.global_offset[: shard.prepend_axis_num]))
+def _name_shard(shard: Any) -> str:
+    """mcore's name of the tensor that a shard is part of: its key, with the numbers of stacked layers and experts."""
+    return split_stack(shard.key)[0].format(*shard.global_offset[: shard.prepend_axis_num])
+
+
+def _list_tensors(chunk: Any) -> Iterator[tuple[str, Tensor]]:
+    """The parameters and the buffers of a model chunk that a checkpoint keeps."""
+    for name, value in chunk.state_dict(keep_vars=True).items():
+        if isinstance(value, Tensor):
+            yield name, value

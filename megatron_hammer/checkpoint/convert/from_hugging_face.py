@@ -84,7 +84,7 @@ def import_from_hugging_face(
     started_at_s = time.monotonic()
     source = open_hf_folder(options.hf_dir)
     dtypes = _select_dtypes(source, options.dtype)
-    needed_bytes = sum(pair.num_elements * dtypes[_key_of(pair)].itemsize for pair in source.pairs)
+    needed_bytes = sum(pair.num_elements * dtypes[_key_of(pair, source)].itemsize for pair in source.pairs)
     require_free_space(options.save_dir, needed_bytes)
     tokenizer_source, notes = _find_tokenizer(options)
     checks: list[CheckRow] = []
@@ -98,7 +98,7 @@ def import_from_hugging_face(
         checks.append(write_verified_weights(source, dtypes, writer, on_parameters))
         arguments = build_saved_arguments(
             source.model,
-            dtype=most_frequent_dtype((dtypes[_key_of(pair)], pair.num_elements) for pair in source.pairs),
+            dtype=most_frequent_dtype((dtypes[_key_of(pair, source)], pair.num_elements) for pair in source.pairs),
             imported_from=options.hf_dir.absolute().name,
             tokenizer_model=None if tokenizer_dir is None else str(tokenizer_dir),
         )
@@ -106,6 +106,7 @@ def import_from_hugging_face(
         writer.commit(build_common_state(arguments))
         # Before the rename: a checkpoint that computes something else never gets its name.
         checks += _verify_computation(writer.directory, options)
+    written = {dtypes[_key_of(pair, source)] for pair in source.pairs if not pair.is_buffer}
     skipped = source.sources.duplicates.keys() | source.sources.buffers.keys()
     return ImportReport(
         save_dir=options.save_dir,
@@ -113,9 +114,9 @@ def import_from_hugging_face(
         num_hf_tensors=len(source.weights.shapes),
         num_megatron_tensors=len(source.pairs),
         num_skipped=len(skipped),
-        num_parameters=sum(pair.num_elements for pair in source.pairs),
+        num_parameters=sum(pair.num_elements for pair in source.pairs if not pair.is_buffer),
         num_bytes=writer.num_bytes,
-        dtype=", ".join(sorted({name_dtype(dtype) for dtype in dtypes.values()})),
+        dtype=", ".join(sorted({name_dtype(dtype) for dtype in written})),
         tokenizer_dir=tokenizer_dir,
         checks=tuple(checks),
         elapsed_s=time.monotonic() - started_at_s,
@@ -132,14 +133,16 @@ def _select_dtypes(source: HfFolder, requested: str | None) -> dict[str, torch.d
     for pair in source.pairs:
         # Several layers can share one key, and a key is stored in one dtype. promote_types(bf16, fp16) is fp32,
         # the narrowest that holds both exactly.
-        key = _key_of(pair)
+        key = _key_of(pair, source)
         dtype = DTYPES[requested] if requested else source.pair_dtype(pair)
+        if pair.is_buffer:
+            dtype = torch.float32
         dtypes[key] = torch.promote_types(dtypes.get(key, dtype), dtype)
     return dtypes
 
 
-def _key_of(pair: TensorPair) -> str:
-    return stack_name(pair.megatron_name).key
+def _key_of(pair: TensorPair, source: HfFolder) -> str:
+    return stack_name(pair.megatron_name, has_layer_axis=not source.model.shape.is_mixed).key
 
 
 def _find_tokenizer(options: ImportOptions) -> tuple[Path | None, tuple[str, ...]]:
@@ -161,7 +164,7 @@ def _describe_skipped(source: HfFolder) -> Iterator[str]:
         yield f"{name} was left out: it is a copy of {twin}, to which config.json ties it"
     for what in sorted(set(source.sources.buffers.values())):
         names = sorted(name for name, kind in source.sources.buffers.items() if kind == what)
-        yield f"{len(names)} buffers were left out, {names[0]} the first: {what}"
+        yield f"{len(names)} tensors were left out, {names[0]} the first: {what}"
 
 
 # --- the whole model and its tokenizer -------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ class _Plan:
 
     @property
     def num_bytes(self) -> int:
-        return self.num_parameters * self.dtype.itemsize
+        return sum(shard.count_bytes(name) for shard in self.shards for name in shard.shapes)
 
     @property
     def dtype_name(self) -> str:
@@ -187,7 +187,7 @@ def _plan_export(options: ExportOptions) -> _Plan:
         where=str(reader.directory),
     )
     num_compared_files = reader.validate_one_save() if isinstance(reader, TorchDistReader) else 0
-    dtype = _select_dtype(options.dtype, reader)
+    dtype = _select_dtype(options.dtype, reader, pairs)
     if has_zero_centered_norms(reader.args):
         reader = PlainNormReader(reader)
     shapes = {name: shape for pair in pairs for name, shape in zip(pair.hf_names, pair.hf_shapes, strict=True)}
@@ -202,8 +202,13 @@ def _plan_export(options: ExportOptions) -> _Plan:
         tokenizer_path=tokenizer_path if options.has_tokenizer else None,
         carried=carried,
         notes=(*notes, *(carried.notes if carried else ())),
-        shards=plan_shards(shapes, dtype=dtype, max_shard_bytes=options.max_shard_bytes),
-        num_parameters=sum(torch.Size(shape).numel() for shape in shapes.values()),
+        shards=plan_shards(
+            shapes,
+            dtype=dtype,
+            max_shard_bytes=options.max_shard_bytes,
+            fp32_names=[name for pair in pairs if pair.is_buffer for name in pair.hf_names],
+        ),
+        num_parameters=sum(pair.num_elements for pair in pairs if not pair.is_buffer),
     )
 
 
@@ -229,11 +234,11 @@ def _describe_norms(plan: _Plan) -> Iterator[str]:
         )
 
 
-def _select_dtype(requested: str | None, reader: CheckpointReader) -> torch.dtype:
-    """The requested dtype, or that of the widest stored tensor."""
+def _select_dtype(requested: str | None, reader: CheckpointReader, pairs: Sequence[TensorPair]) -> torch.dtype:
+    """The requested dtype, or that of the widest stored parameter."""
     if requested is not None:
         return DTYPES[requested]
-    stored = {tensor.dtype for tensor in reader.tensors.values()}
+    stored = {reader.tensors[pair.megatron_name].dtype for pair in pairs if not pair.is_buffer}
     if unknown := sorted(map(str, stored - set(DTYPES.values()))):
         raise ConversionError(
             f"{reader.directory}: weights must be bf16, fp16 or fp32, got {', '.join(unknown)}. Pass --dtype."

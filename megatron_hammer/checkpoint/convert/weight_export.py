@@ -41,7 +41,7 @@ def write_verified_weights(
     Raises one ConversionError that names every tensor with NaN or infinity, or that did not read back equal.
     """
     problems: list[str] = []
-    with ShardWriter(directory, shards, dtype=dtype) as writer, ThreadPoolExecutor(_NUM_THREADS) as pool:
+    with ShardWriter(directory, shards) as writer, ThreadPoolExecutor(_NUM_THREADS) as pool:
         jobs = [pool.submit(_write_pair, writer, pair, model, reader, dtype) for pair in _from_both_ends(pairs)]
         try:
             for num_done, job in enumerate(jobs, start=1):
@@ -69,6 +69,7 @@ def _write_pair(
     writer: ShardWriter, pair: TensorPair, model: ModelShape, reader: CheckpointReader, dtype: torch.dtype
 ) -> list[str]:
     """Write one Megatron tensor as its Hugging Face tensors; returns a sentence for each thing wrong with it."""
+    dtype = torch.float32 if pair.is_buffer else dtype
     proof = _copy_rows_of(writer, pair, model, reader, dtype) or _write_whole(writer, pair, model, reader, dtype)
     return list_faults(
         pair.megatron_name,

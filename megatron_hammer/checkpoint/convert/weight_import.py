@@ -15,7 +15,7 @@ from megatron_hammer.checkpoint.convert.proofs import compare_tensors, list_faul
 from megatron_hammer.checkpoint.hugging_face.folder import HfFolder
 from megatron_hammer.checkpoint.hugging_face.tensor_rows import TensorPair
 from megatron_hammer.checkpoint.verification.verdicts import CheckRow
-from megatron_hammer.checkpoint_files.torch_dist.stacked_names import extra_state_key, stack_name
+from megatron_hammer.checkpoint_files.torch_dist.stacked_names import StackedName, extra_state_key, stack_name
 from megatron_hammer.checkpoint_files.torch_dist.writer import CheckpointWriter
 from megatron_hammer.errors import ConversionError
 
@@ -37,15 +37,22 @@ def write_verified_weights(
     """
     model = source.model.shape
     num_experts = model.moe.num_experts if model.moe else 0
-    axis_sizes = (model.num_layers, num_experts)
+    has_layer_axis = not model.is_mixed
+    axis_sizes = (model.num_layers, num_experts) if has_layer_axis else (num_experts,)
     objects = {}
     for pair in source.pairs:
-        stacked = stack_name(pair.megatron_name)
+        stacked = _stack(pair, source)
         # Layer 0 of a stack is declared with the shape of all layers; the others find it there.
         if not any(stacked.indices):  # the first of its stack
             shape = (*axis_sizes[: len(stacked.indices)], *pair.megatron_shape)
             writer.declare(stacked.key, shape, dtypes[stacked.key])
-        objects[extra_state_key(pair.megatron_name, num_layers=model.num_layers, num_experts=num_experts)] = [None]
+        state = extra_state_key(
+            pair.megatron_name,
+            num_layers=model.num_layers,
+            num_experts=num_experts,
+            has_layer_axis=has_layer_axis,
+        )
+        objects[state] = [None]
     problems = source.list_unequal_duplicates()
     total = sum(pair.num_elements for pair in source.pairs)
     done = 0
@@ -72,7 +79,7 @@ def _write_pair(
     pair: TensorPair, source: HfFolder, dtypes: dict[str, torch.dtype], writer: CheckpointWriter
 ) -> Iterator[Prove]:
     """Write one Megatron tensor; yields functions that read it back, split it again and compare it with its source."""
-    stacked = stack_name(pair.megatron_name)
+    stacked = _stack(pair, source)
     dtype = dtypes[stacked.key]
     model = source.model.shape
     if stacks_rows(pair, model):
@@ -93,7 +100,7 @@ def _write_pair(
 
 def _write_rows(pair: TensorPair, source: HfFolder, dtype: torch.dtype, writer: CheckpointWriter) -> Iterator[Prove]:
     """The same for parts that lie one under the other: nothing is merged, and a large part is written box by box."""
-    stacked = stack_name(pair.megatron_name)
+    stacked = _stack(pair, source)
     num_stacked, row = len(stacked.indices), 0
     for name in pair.hf_names:
         for piece in _split_rows(source.read(name), dtype):
@@ -112,8 +119,12 @@ def _prove_rows(
     source: HfFolder,
     writer: CheckpointWriter,
 ) -> list[str]:
-    written = writer.read_chunk(stack_name(pair.megatron_name).key, offsets).view(part.shape)
+    written = writer.read_chunk(_stack(pair, source).key, offsets).view(part.shape)
     return _list_faults(pair, [name], [part], [written], source, writer)
+
+
+def _stack(pair: TensorPair, source: HfFolder) -> StackedName:
+    return stack_name(pair.megatron_name, has_layer_axis=not source.model.shape.is_mixed)
 
 
 def _split_rows(tensor: Tensor, dtype: torch.dtype) -> Sequence[Tensor]:

@@ -21,8 +21,9 @@ _EXPRESSED = """
     yarn_original_max_position_embeddings yarn_beta_fast yarn_beta_slow yarn_correction_range_round_to_int
     num_experts moe_router_topk moe_ffn_hidden_size
     moe_shared_expert_intermediate_size moe_shared_expert_gate moe_router_pre_softmax moe_layer_freq
-    moe_aux_loss_coeff attention_dropout hidden_dropout rotary_percent no_rope_freq residual_multiplier use_mup
-    mup_base_hidden_size mup_embedding_mult mup_output_mult mup_base_head_dim mup_attn_scale_power
+    moe_aux_loss_coeff moe_router_topk_scaling_factor moe_router_num_groups moe_router_group_topk
+    moe_router_enable_expert_bias attention_dropout hidden_dropout rotary_percent no_rope_freq residual_multiplier
+    use_mup mup_base_hidden_size mup_embedding_mult mup_output_mult mup_base_head_dim mup_attn_scale_power
     window_attn_skip_freq
 """
 EXPRESSED = frozenset(_EXPRESSED.split())
@@ -64,16 +65,16 @@ EXPRESSIBLE: dict[str, tuple[Callable[[Any], bool], str]] = {
     "linear_attention_freq": (lambda value: not value, "linear attention is not mapped"),
     "heterogeneous_layers_config_path": (lambda value: not value, "heterogeneous layers are not mapped"),
     "heterogeneous_layers_config_encoded_json": (lambda value: not value, "heterogeneous layers are not mapped"),
-    "moe_router_score_function": (lambda value: value in (None, "softmax"), "the router must use softmax"),
-    "moe_router_topk_scaling_factor": (lambda value: value in (None, 1.0), "scaled router weights are not mapped"),
+    "moe_router_score_function": (
+        lambda value: value in (None, "softmax", "sigmoid"),
+        "the router's scores must be softmax or sigmoid",
+    ),
     "moe_router_load_balancing_type": (
         lambda value: not _RANKED_OTHERWISE & set([value] if isinstance(value, str) else value or []),
         "the router must choose the largest scores",
     ),
     "moe_router_force_load_balancing": (lambda value: not value, "its router chooses at random"),
     "moe_router_force_biased": (lambda value: value is None, "its router chooses at random"),
-    "moe_router_num_groups": (lambda value: not value, "group-limited routing is not mapped"),
-    "moe_router_enable_expert_bias": (lambda value: not value, "the router's expert bias is not mapped"),
     "moe_latent_size": (lambda value: not value, "latent experts are not mapped"),
     "moe_apply_probs_on_input": (lambda value: not value, "transformers weights the experts' outputs"),
     "moe_mlp_glu_interleave_size": (lambda value: value is None, "interleaved rows of gate and up are not mapped"),
@@ -142,7 +143,7 @@ _INERT = """
     moe_flex_dispatcher_backend moe_flex_dispatcher_num_sms moe_grouped_gemm moe_input_jitter_eps
     moe_layer_recompute moe_pad_expert_input_to_capacity moe_pad_experts_for_cuda_graph_inference
     moe_per_layer_logging moe_permute_fusion moe_permute_fusion_into_hybridep moe_router_bias_update_rate
-    moe_router_dtype moe_router_fusion moe_router_group_topk moe_router_padding_for_fp8
+    moe_router_dtype moe_router_fusion moe_router_padding_for_fp8
     moe_router_padding_for_quantization moe_router_quantile_balancing_ema moe_shared_expert_overlap
     moe_single_grouped_bias moe_single_grouped_weight moe_token_dispatcher_type moe_token_drop_policy
     moe_token_dropping moe_use_legacy_grouped_gemm moe_use_upcycling moe_z_loss_coeff mrope_section

@@ -59,15 +59,16 @@ _QUIET: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_nextn_predict_layers": (_is_absent, "multi-token prediction layers are not mapped"),
     "is_encoder_decoder": (_is_absent, "only decoders are mapped"),
     "pruned_heads": (_is_absent, "pruned heads are not mapped"),
-    "mlp_only_layers": (_is_absent, "every layer must be a mixture of experts"),
-    "decoder_sparse_step": (_is_one, "every layer must be a mixture of experts"),
-    "first_k_dense_replace": (_is_absent, "every layer must be a mixture of experts"),
+    "mlp_only_layers": (_is_absent, "every layer of this family must be a mixture of experts"),
+    "decoder_sparse_step": (_is_one, "every layer of this family must be a mixture of experts"),
+    "first_k_dense_replace": (_is_absent, "every layer of this family must be a mixture of experts"),
     "moe_layer_freq": (_is_one, "every layer must be a mixture of experts"),
-    "scoring_func": (lambda value: value in (None, "softmax"), "the router must use softmax"),
+    "scoring_func": (lambda value: value in (None, "softmax"), "the router of this family uses softmax"),
     "routed_scaling_factor": (_is_one, "scaled router weights are not mapped"),
     "n_group": (_is_one, "group-limited routing is not mapped"),
     "n_shared_experts": (_is_absent, "a shared expert without a gate is not mapped"),
 }
+MAX_LAYERS = 100_000  # as training takes; a list of 2**31 layers would not end
 MAX_COUNT = 2**31 - 1  # Megatron's kernels index with 32 bits
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
@@ -116,7 +117,33 @@ class HfFields:
 
     def count_or_zero(self, name: str, default: int) -> int:
         """A whole number that is not negative."""
-        return 0 if self._config.get(name) == 0 else self.count(name, default)
+        value = self._config.get(name, default)
+        return 0 if type(value) is int and value == 0 else self.count(name, default)
+
+    def layers(self) -> range:
+        """The numbers of the layers, for rows that say something of each."""
+        num_layers = self.count("num_hidden_layers")
+        if num_layers > MAX_LAYERS:
+            self.refuse("num_hidden_layers", f"no model has more than {MAX_LAYERS:,}")
+        return range(min(num_layers, MAX_LAYERS))
+
+    def numbers(self, name: str) -> list[int]:
+        """A list of whole numbers that are not negative; empty where it is absent."""
+        values = self._config.get(name) or []
+        if not isinstance(values, list) or any(type(value) is not int or value < 0 for value in values):
+            self._wrong(name, "a list of layers, counted from 0", values)
+            return []
+        return values
+
+    def choices(self, name: str, allowed: Sequence[str], *, length: int) -> list[str] | None:
+        """A list of that many of the allowed words; None where it is absent."""
+        values = self._config.get(name)
+        if values is None:
+            return None
+        if not isinstance(values, list) or len(values) != length or any(value not in allowed for value in values):
+            self._wrong(name, f"a list of {length} of {', '.join(allowed)}", values)
+            return None
+        return values
 
     def number(self, name: str, default: float) -> float:
         """A number that is not negative."""
@@ -269,7 +296,7 @@ class HfFields:
             return ()
         return tuple(layer for layer, has_rope in enumerate(pattern[:num_layers]) if not has_rope)
 
-    def rope(self, default_theta: float, *, may_be_partial: bool = False) -> Rope:
+    def rope(self, default_theta: float, *, may_be_partial: bool = False, default_percent: float = 1.0) -> Rope:
         """The rotary embedding. transformers 4 writes its scaling to rope_scaling, version 5 to rope_parameters.
 
         may_be_partial: the family may turn a share of a head's channels.
@@ -298,7 +325,7 @@ class HfFields:
         percent = parameters.get("partial_rotary_factor")
         if percent is None:
             percent = self._config.get("partial_rotary_factor")
-        percent = 1.0 if percent is None else percent
+        percent = default_percent if percent is None else percent
         if not may_be_partial and not _is_one(parameters.get("partial_rotary_factor")):
             self.refuse(name, "Megatron's mapped models rotate every dimension of a head")
         elif isinstance(percent, bool) or not isinstance(percent, int | float) or not 0 < percent <= 1:

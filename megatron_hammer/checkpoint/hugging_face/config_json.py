@@ -149,6 +149,8 @@ def _require_router(fields: HfFields, moe: MoeShape) -> None:
         fields.refuse("num_experts_per_tok", f"there are {moe.num_experts} experts")
     elif moe.router_topk == 1 and moe.is_topk_renormalized:
         fields.refuse("num_experts_per_tok", "megatron-core refuses to renormalise the weight of a single expert")
+    elif moe.router_topk > 1 and moe.score_function != "softmax" and not moe.is_topk_renormalized:
+        fields.refuse("norm_topk_prob", "megatron-core always divides the scores of several experts by their sum")
 
 
 def build_config(

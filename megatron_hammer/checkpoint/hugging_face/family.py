@@ -11,7 +11,7 @@ from typing import Any
 from megatron_hammer.checkpoint.hugging_face.config_rows import ConfigRow
 from megatron_hammer.checkpoint.hugging_face.tensor_rows import TensorPair, TensorRow, expand_rows
 from megatron_hammer.errors import ConversionError
-from megatron_hammer.model.shape import ModelShape
+from megatron_hammer.model.shape import ModelShape, MoeShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Family:
         """Whether the class computes `model`."""
         has_constants = all(getattr(model, name) == value for name, value in self.constants.items() if "." not in name)
         # What only a constant can be, and no row of config.json.
-        has_qk_norm = self.constants.get("has_qk_norm", False) == model.has_qk_norm
+        has_qk_norm = "has_qk_norm" in self.features or (self.constants.get("has_qk_norm", False) == model.has_qk_norm)
         is_of_this_kind = self.is_candidate(model) and (model.moe is not None) == self.has_experts
         has_features = self.features.issuperset(list_features(model))
         return (
@@ -69,7 +69,7 @@ class Family:
     def require(self, model: ModelShape) -> None:
         """Raise ConversionError with the first requirement that `model` does not meet."""
         if missing := sorted(set(list_features(model)) - self.features):
-            values = ", ".join(f"{name}={getattr(model, name)}" for name in missing)
+            values = ", ".join(f"{name}={_read(model, name)}" for name in missing)
             raise no_family(values, f"{self.hf_class}, which is the nearest, has no such field")
         # The first only: later requirements often fail for the same reason.
         for requirement in self.requirements:
@@ -82,13 +82,23 @@ class Family:
 FEATURES = (
     *("rotary_percent", "layers_without_rope"),
     *("sliding_window", "embedding_multiplier", "attention_scale", "residual_multiplier", "logits_multiplier"),
+    *("moe.dense_layers", "moe.score_function", "moe.has_expert_bias", "moe.topk_scaling_factor", "moe.num_groups"),
 )
 _DEFAULTS = {entry.name: entry.default for entry in dataclasses.fields(ModelShape)}
+_DEFAULTS |= {f"moe.{entry.name}": entry.default for entry in dataclasses.fields(MoeShape)}
 
 
 def list_features(model: ModelShape) -> list[str]:
     """The fields in FEATURES that are not as in a plain model."""
-    return [name for name in FEATURES if getattr(model, name) != _DEFAULTS[name]]
+    return [name for name in FEATURES if _read(model, name) != _DEFAULTS[name]]
+
+
+def _read(model: ModelShape, name: str) -> Any:
+    """The value of a field that may be one of the experts; its default in a dense model."""
+    owner, _, entry = name.rpartition(".")
+    if not owner:
+        return getattr(model, entry)
+    return _DEFAULTS[name] if model.moe is None else getattr(model.moe, entry)
 
 
 def expand(family: Family, model: ModelShape) -> list[TensorPair]:

@@ -73,7 +73,7 @@ def open_hf_folder(folder: Path) -> HfFolder:
     weights = open_hf_weights(folder)
     _require_plausible_counts(model.shape, weights)
     pairs = expand(model.family, model.shape)
-    sources = locate_hf_tensors(pairs, model.shape, weights.shapes)
+    sources = locate_hf_tensors(pairs, model.shape, weights.shapes, num_extra_layers=count_extra_layers(model))
     # Both kinds of problem are collected, so that one run names everything that is wrong with the folder.
     expected = {name: shape for pair in pairs for name, shape in zip(pair.hf_names, pair.hf_shapes, strict=True)}
     problems = _list_strange_dtypes(weights, sources)
@@ -84,6 +84,12 @@ def open_hf_folder(folder: Path) -> HfFolder:
     if problems:
         raise ConversionError(*problems)
     return HfFolder(folder=folder, model=model, pairs=pairs, weights=weights, sources=sources)
+
+
+def count_extra_layers(model: HfModel) -> int:
+    """Layers of multi-token prediction behind the model's own; other families refuse them in config.json."""
+    number = model.config.get("num_nextn_predict_layers")
+    return number if type(number) is int else 0
 
 
 def _require_plausible_counts(model: ModelShape, weights: HfWeights) -> None:

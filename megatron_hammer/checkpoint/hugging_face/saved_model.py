@@ -111,9 +111,15 @@ def _validate_rope(args: Any) -> None:
 
 def _validate_experts(args: Any) -> None:
     frequency = args.moe_layer_freq
-    # Megatron also saves the pattern as a list, one number per layer.
-    if not (frequency == 1 or (isinstance(frequency, list) and all(is_moe == 1 for is_moe in frequency))):
+    is_number = isinstance(frequency, int) and frequency >= 1
+    # The pattern of a list has one number per layer.
+    if not is_number and not (
+        isinstance(frequency, list)
+        and len(frequency) == args.num_layers
+        and all(is_mixture in (0, 1) for is_mixture in frequency)
+        and any(frequency)
+    ):
         raise ConversionError(
-            f"moe_layer_freq: every layer must be a mixture of experts, got moe_layer_freq={frequency}. "
-            "Keep the checkpoint in Megatron's format."
+            "moe_layer_freq: must be a positive number, or a 0 or a 1 for each layer and not 0 for all, got "
+            f"moe_layer_freq={frequency}, num_layers={args.num_layers}. Its saved arguments are not its own."
         )

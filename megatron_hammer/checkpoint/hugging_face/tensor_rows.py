@@ -8,7 +8,8 @@ A row is written on mcore's names with `{layer}` and `{expert}`, and serves both
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 
@@ -23,12 +24,18 @@ _NO_EXPERTS = MoeShape(num_experts=0, router_topk=0, ffn_hidden_size=0)
 
 @dataclass(frozen=True, slots=True)
 class TensorRow:
-    """One Megatron tensor, its shape in the symbols of `_build_sizes`, and the HF tensors it becomes."""
+    """One Megatron tensor, its shape in the symbols of `_build_sizes`, and the HF tensors it becomes.
+
+    layers: which layers have it, where it is a layer's. is_buffer: no parameter; fp32 in both formats, whatever the
+    dtype of the weights.
+    """
 
     megatron: str
     shape: str
     hf: tuple[str, ...]
     layout: TensorLayout = AS_IS
+    layers: Literal["every", "dense", "mixture"] = "every"
+    is_buffer: bool = False
 
 
 def _expand_choices(name: str) -> tuple[str, ...]:
@@ -45,6 +52,11 @@ def build_rows(*lines: tuple[str, str, str] | tuple[str, str, str, TensorLayout]
     return tuple(TensorRow(line[0], line[1], _expand_choices(line[2]), *line[3:]) for line in lines)
 
 
+def mark_rows(rows: Sequence[TensorRow], **fields: Any) -> tuple[TensorRow, ...]:
+    """The rows with these fields of `TensorRow`, such as the layers that have them."""
+    return tuple(replace(row, **fields) for row in rows)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorPair:
     """One Megatron tensor and the HF tensors it becomes, with their names and shapes for one architecture."""
@@ -54,6 +66,7 @@ class TensorPair:
     hf_names: tuple[str, ...]
     hf_shapes: tuple[Shape, ...]
     layout: TensorLayout
+    is_buffer: bool = False
 
     @property
     def num_elements(self) -> int:
@@ -94,6 +107,8 @@ def _ordered(rows: Sequence[TensorRow], model: ModelShape) -> Iterator[tuple[Ten
         group_rows = list(group)
         for layer in range(model.num_layers if is_layer else 1):
             for row in group_rows:
+                if is_layer and row.layers != "every" and (row.layers == "mixture") != model.is_mixture(layer):
+                    continue
                 # Rows of one expert are not grouped: all gates and ups of a layer come first, then all down
                 # projections.
                 num_experts = model.moe.num_experts if model.moe and "{expert}" in row.megatron else 1
@@ -119,6 +134,7 @@ def _expand_row(row: TensorRow, indices: Mapping[str, int], model: ModelShape, s
         hf_names=tuple(name.format(**indices) for name in row.hf),
         hf_shapes=tuple(tuple(part.shape) for part in parts),
         layout=row.layout,
+        is_buffer=row.is_buffer,
     )
 
 

@@ -19,6 +19,13 @@ from megatron_hammer.model.shape import ModelShape
 _PREFIXES = ("transformer.", "model.")
 _HEAD, _EMBEDDING = "lm_head.weight", "embedding.word_embeddings.weight"
 _EXPERT = re.compile(r"(.+)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)\.weight")
+# (in the files of a model's authors, in transformers' own modules).
+_NEWER_NAMES = (
+    (".block_sparse_moe.gate.", ".mlp.gate."),
+    (".mlp.router.gate.", ".mlp.gate."),
+    (".mlp.expert_bias", ".mlp.e_score_correction_bias"),
+    (".mlp.shared_mlp.", ".mlp.shared_experts."),
+)
 # Part of an expert: (the tensor that packs it, which half of its rows; None for all of them).
 _PACKED_PARTS: dict[str, tuple[str, int | None]] = {
     "gate_proj": ("gate_up_proj", 0),
@@ -56,11 +63,17 @@ class HfSources:
     sources: dict[str, HfSource]  # by the table's name
     shapes: dict[str, Shape]  # of the sources by the table's name, and of what nothing maps by its own
     duplicates: dict[str, str]  # stored name -> the table's name of the tensor that it must equal
-    buffers: dict[str, str]  # stored name -> what it is; not read
+    buffers: dict[str, str]  # stored name -> what it is; not read; layers of multi-token prediction too
 
 
-def locate_hf_tensors(pairs: Sequence[TensorPair], model: ModelShape, stored: Mapping[str, Shape]) -> HfSources:
-    """Find the tensors of `pairs` among the stored ones; what is missing or unexpected shows in `shapes`."""
+def locate_hf_tensors(
+    pairs: Sequence[TensorPair], model: ModelShape, stored: Mapping[str, Shape], *, num_extra_layers: int = 0
+) -> HfSources:
+    """Find the tensors of `pairs` among the stored ones; what is missing or unexpected shows in `shapes`.
+
+    num_extra_layers: behind the model's own, which predict later tokens than the next and are not read.
+    """
+    extra_layers = range(model.num_layers, model.num_layers + num_extra_layers)
     sources: dict[str, HfSource] = {}
     shapes: dict[str, Shape] = {}
     for name in (name for pair in pairs for name in pair.hf_names):
@@ -76,7 +89,7 @@ def locate_hf_tensors(pairs: Sequence[TensorPair], model: ModelShape, stored: Ma
     buffers: dict[str, str] = {}
     for name in stored.keys() - used:
         # A head beside tied embeddings is not ignored: folder.py compares it with the embedding.
-        what = next((what for pattern, what in _BUFFERS if pattern.fullmatch(name)), None)
+        what = _name_leftover(name, extra_layers)
         if name == _HEAD and model.has_tied_embeddings and embedding in sources:
             duplicates[name] = embedding
         elif what is not None:
@@ -86,14 +99,23 @@ def locate_hf_tensors(pairs: Sequence[TensorPair], model: ModelShape, stored: Ma
     return HfSources(sources=sources, shapes=shapes, duplicates=duplicates, buffers=buffers)
 
 
+def _name_leftover(name: str, extra_layers: range) -> str | None:
+    """What a stored tensor is that the model's function does not need; None if it is not known to be such."""
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    if layer is not None and int(layer[1]) in extra_layers:
+        return "multi-token prediction, which no logits of the model need"
+    return next((what for pattern, what in _BUFFERS if pattern.fullmatch(name)), None)
+
+
 def _list_candidates(name: str) -> Iterator[HfSource]:
     """Every place where transformers has kept this tensor, the usual one first."""
     yield HfSource(name=name)
     for prefix in _PREFIXES:
         if name.startswith(prefix):
             yield HfSource(name=name.removeprefix(prefix))
-    if name.endswith(".block_sparse_moe.gate.weight"):
-        yield HfSource(name=name.replace(".block_sparse_moe.", ".mlp."))
+    for original, newer in _NEWER_NAMES:
+        if original in name:
+            yield HfSource(name=name.replace(original, newer))
     expert = _EXPERT.fullmatch(name)
     if expert is not None:
         layer, index, part = expert.groups()

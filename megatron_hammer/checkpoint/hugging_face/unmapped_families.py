@@ -55,7 +55,12 @@ _REASONS: tuple[tuple[str, str], ...] = (
     ),
     ("its attention works within chunks, some of its layers scale queries by position", "llama4 llama4_text"),
     ("its rope turns neighbouring channels of a share of each head", "glm chatglm"),
-    ("its rope turns neighbouring channels", "ernie4_5 ernie4_5_moe"),
+    ("its rope turns neighbouring channels", "ernie4_5"),
+    (
+        "its rope turns neighbouring channels, and its router has softmax scores with expert biases, which Megatron "
+        "takes beside sigmoid scores alone",
+        "ernie4_5_moe",
+    ),
     ("its norms are LayerNorm beside a rope", "stablelm starcoder2 phimoe dbrx"),
     ("it has one key and one value for all heads beside learned positions", "gpt_bigcode"),
     ("its attention is local in every other layer and not scaled", "gpt_neo"),
@@ -67,10 +72,8 @@ _REASONS: tuple[tuple[str, str], ...] = (
     ("it keeps all experts of a layer in one tensor under other names, and multiplies its residuals", "granitemoe"),
     ("it has shared experts without a gate, and multiplies its residuals", "granitemoeshared"),
     ("its layers with a window have another rope than the others", "mellum"),
-    ("it has shared experts without a gate, whose output is added to that of a router with sigmoid scores", "dots1"),
     ("the output of its attention is multiplied by a gate, and its layers differ in their number of heads", "laguna"),
     ("it scales queries by position", "ministral3"),
-    ("its router has expert biases, and its rope turns a share of each head", "glm4_moe solar_open"),
     ("its rope changes with the length of the text, and o_proj has a bias of its own choice", "internlm3"),
     (_OWN_CODE, "baichuan internlm internlm2 qwen minicpm exaone xverse orion"),
 )

@@ -51,11 +51,11 @@ def switched_window_in_every_layer() -> ConfigRow:
     return ConfigRow(read, write)
 
 
-def window_in_chosen_layers(*, default: int | None) -> ConfigRow:
-    """`layer_types` chooses, by default every layer; a null `sliding_window` switches off (Ministral)."""
+def window_in_chosen_layers(default_layers: DefaultLayers = _every_layer, *, default: int | None) -> ConfigRow:
+    """`layer_types` chooses, by default every layer; a null `sliding_window` switches off (Ministral, dots.llm1)."""
 
     def read(fields: HfFields) -> Mapping[str, Any]:
-        return _read_chosen(fields, default, _every_layer)
+        return _read_chosen(fields, default, default_layers)
 
     def write(model: ModelShape, _: Dropout) -> Mapping[str, Any]:
         return {"sliding_window": _count_tokens(model), "layer_types": _list_types(model)}

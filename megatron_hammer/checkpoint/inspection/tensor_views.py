@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_hammer.checkpoint.hugging_face.config_json import CONFIG_NAME, HfModel, read_hf_model
 from megatron_hammer.checkpoint.hugging_face.family import expand
+from megatron_hammer.checkpoint.hugging_face.folder import count_extra_layers
 from megatron_hammer.checkpoint.hugging_face.plain_norms import PlainNormReader
 from megatron_hammer.checkpoint.hugging_face.saved_model import (
     has_zero_centered_norms,
@@ -181,7 +182,12 @@ def view_by_table_names(opened: OpenedCheckpoint, folder: HfModel) -> dict[str, 
     if opened.weights is None:
         raise ValueError("only a Hugging Face folder has them")
     stored = opened.weights
-    found = locate_hf_tensors(expand(folder.family, folder.shape), folder.shape, stored.shapes)
+    found = locate_hf_tensors(
+        expand(folder.family, folder.shape),
+        folder.shape,
+        stored.shapes,
+        num_extra_layers=count_extra_layers(folder),
+    )
     views = {name: opened.views[name] for name in found.shapes if name not in found.sources}
 
     def view(name: str) -> TensorView:

@@ -16,7 +16,11 @@ from torch import Tensor
 from megatron_hammer.checkpoint_files.legacy.reader import open_legacy_checkpoint
 from megatron_hammer.checkpoint_files.pickle_writer import dump_object
 from megatron_hammer.checkpoint_files.torch_dist.description import StoredChunk, StoredGlobal
-from megatron_hammer.checkpoint_files.torch_dist.stacked_names import extra_state_key, stack_name
+from megatron_hammer.checkpoint_files.torch_dist.stacked_names import (
+    extra_state_key,
+    stack_name,
+    stacks_layers,
+)
 from megatron_hammer.errors import CheckpointError
 
 Indices = tuple[int, ...]
@@ -29,8 +33,9 @@ class LegacyStore:
         self.directory = directory
         self._reader = open_legacy_checkpoint(directory)
         self._names: dict[str, dict[Indices, str]] = {}
+        self._has_layer_axis = stacks_layers(self._reader.args)
         for name in self._reader.tensors:
-            stacked = stack_name(name)
+            stacked = stack_name(name, has_layer_axis=self._has_layer_axis)
             self._names.setdefault(stacked.key, {})[stacked.indices] = name
         self.tensors = {key: self._describe(key) for key in self._names}
 
@@ -42,8 +47,13 @@ class LegacyStore:
     def objects(self) -> tuple[str, ...]:
         """Extra states of the layers, which torch_dist wants even where they hold nothing."""
         args = self._reader.args
-        sizes = {"num_layers": args.num_layers, "num_experts": getattr(args, "num_experts", None) or 0}
-        keys = (extra_state_key(name, **sizes) for name in self._reader.tensors)
+        num_experts = getattr(args, "num_experts", None) or 0
+        keys = (
+            extra_state_key(
+                name, num_layers=args.num_layers, num_experts=num_experts, has_layer_axis=self._has_layer_axis
+            )
+            for name in self._reader.tensors
+        )
         return tuple(dict.fromkeys(key for key in keys if key is not None))
 
     def validate(self) -> None:

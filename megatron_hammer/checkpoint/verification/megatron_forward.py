@@ -37,6 +37,7 @@ from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
 from megatron_hammer.errors import exit_on_user_error
 
 NORM_WEIGHT_ENDINGS = ("layer_norm_weight", "layernorm.weight")
+FP32_BUFFERS = ("router.expert_bias",)  # never rounded
 _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 
 
@@ -96,8 +97,8 @@ def compare_layers(request: ForwardRequest, reference: Any) -> dict[str, Any]:
     for layer in request.layers or ():
         changes = {**_changes(request, reader, len(request.rows)), "num_layers": 1}
         changes |= describe_layer(reader.saved_args, layer)
-        if isinstance(getattr(reader.args, "moe_layer_freq", None), list):
-            changes["moe_layer_freq"] = 1  # read_saved_model wants every layer to be a mixture
+        if reader.args.num_experts:
+            changes["moe_layer_freq"] = [int(_is_mixture(reader.args.moe_layer_freq, layer))]
         model = build_model(read_model_arguments(reader.saved_args, **changes))
         _fill(model, reader, request, select_names(reader.tensors, layer))
         hidden = draw_hidden_states(request.num_tokens, reader.args.hidden_size, seed=SEED + layer)
@@ -119,6 +120,10 @@ def compare_layers(request: ForwardRequest, reference: Any) -> dict[str, Any]:
         # Before the next is built: otherwise two layers would be in memory at a time.
         del model
     return {"layers": found}
+
+
+def _is_mixture(frequency: Any, layer: int) -> bool:
+    return bool(frequency[layer]) if isinstance(frequency, list) else layer % frequency == 0
 
 
 def run_layer(model: Any, hidden: Tensor, *, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -167,7 +172,7 @@ def _fill(model: Any, reader: Any, request: ForwardRequest, stored_names: dict[s
             # The folder's weight is the stored one + 1 in the folder's dtype; Megatron adds the 1 itself.
             return (tensor.float() + 1).to(hf_dtype).float() - 1
         # Only rounded here; copying into the parameter brings it back to the dtype of the computation.
-        return tensor if rounding is None else tensor.to(rounding)
+        return tensor if rounding is None or name.endswith(FP32_BUFFERS) else tensor.to(rounding)
 
     fill_weights(model, set(source), read, where=str(reader.directory))
 

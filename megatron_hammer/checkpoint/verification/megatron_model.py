@@ -176,11 +176,13 @@ def build_model(namespace: Namespace) -> Any:
 
 
 def name_parameters(model: Any) -> dict[str, Tensor]:
-    """The model's parameters by the names that a checkpoint has for them."""
+    """The model's parameters, and its buffers that are stored, by the names that a checkpoint has for them."""
     # SequentialMLP names its experts local_experts; its sharded_state_dict stores them under experts.
     named = {
-        name.replace(".experts.local_experts.", ".experts.experts."): parameter.data
-        for name, parameter in model.named_parameters()
+        name.replace(".experts.local_experts.", ".experts.experts."): value.data
+        # The router's state_dict brings its bias, which is a buffer, back to fp32.
+        for name, value in model.state_dict(keep_vars=True).items()
+        if isinstance(value, Tensor)
     }
     return use_fused_norm_names(named)
 

@@ -37,6 +37,8 @@ from megatron_hammer.errors import ConversionError, exit_on_user_error
 
 ATTENTION = "eager"  # the plainest one; how far sdpa is from it says how much rounding alone can do
 OTHER_ATTENTION = "sdpa"
+# Buffers that these classes keep in fp32, by the names in a folder.
+FP32_BUFFERS = ("e_score_correction_bias", "mlp.expert_bias")
 VOCABULARY_ENDINGS = ("embed_tokens.weight", "wte.weight", "lm_head.weight")  # Llama, GPT-2, the head of both
 
 
@@ -251,6 +253,7 @@ def build_one_layer(config: Any, weights: HfWeights, layer: int, request: Forwar
         # The list must have one entry per layer, and this model has one layer.
         if getattr(config, name, None):
             setattr(config, name, [getattr(config, name)[layer]])
+    _choose_kind(config, is_mixture=any(".experts." in name for name in names.values()))
     dtype = getattr(torch, request.dtype)
     rounding = getattr(torch, request.hf_rounding) if request.hf_rounding else None
     state = {}
@@ -258,11 +261,26 @@ def build_one_layer(config: Any, weights: HfWeights, layer: int, request: Forwar
         tensor = weights.read(name)
         if name.endswith(VOCABULARY_ENDINGS):
             tensor = tensor[list(request.rows)]
-        state[new_name] = (tensor if rounding is None else tensor.to(rounding)).to(dtype)
+        if not name.endswith(FP32_BUFFERS):
+            tensor = (tensor if rounding is None else tensor.to(rounding)).to(dtype)
+        state[new_name] = tensor
     options = _loading_options(request, config)
     model, loading = _find_class(config).from_pretrained(None, config=config, state_dict=state, **options)
     _validate_loading(loading, request.hf_dir)
     return model.eval()
+
+
+def _choose_kind(config: Any, *, is_mixture: bool) -> None:
+    """Let the only layer be a mixture of experts or a dense one, in the spelling of the class."""
+    kinds = {
+        "first_k_dense_replace": int(not is_mixture),
+        "mlp_only_layers": [] if is_mixture else [0],
+        "decoder_sparse_step": 1,
+        "mlp_layer_types": ["sparse" if is_mixture else "dense"],
+    }
+    for name, value in kinds.items():
+        if getattr(config, name, None) is not None:
+            setattr(config, name, value)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +33,7 @@ from megatron_hammer.checkpoint.verification.forward_exchange import (
 )
 from megatron_hammer.checkpoint.verification.layer_check import sample_layers, sample_rows
 from megatron_hammer.checkpoint.verification.verdicts import CheckRow, judge_layers, judge_logits
-from megatron_hammer.checkpoint_files.checkpoint_reader import VOCABULARY_TENSORS, name_dtype
+from megatron_hammer.checkpoint_files.checkpoint_reader import name_dtype
 from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
 from megatron_hammer.checkpoint_files.safetensors.weight_files import open_hf_weights
 from megatron_hammer.errors import ConversionError
@@ -126,8 +126,7 @@ def plan_comparison(
         level = "logits" if fp32_bytes <= MODEL_MEMORY_SHARE * free_bytes else "layers"
     if level == "layers":
         rows = sample_rows(vocab_size)
-        # A mean over the layers: the models of this package have equal layers, and the norms outside them are small.
-        layer_bytes = 4 * sum(size for name, size in sizes.items() if name not in VOCABULARY_TENSORS) // num_layers
+        layer_bytes = 4 * _count_largest_layer(sizes)
         is_fp32 = layer_bytes <= MAX_FP32_LAYER_BYTES
     else:
         rows = ()
@@ -166,6 +165,15 @@ def _plan_window_shift(saved: Any, sliding_window: int | None, num_tokens: int, 
     before = (getattr(saved, "window_size", None) or [-1])[0]
     windows = [window for window in (before + 1, sliding_window or 0) if window < max_positions]
     return max(0, max(windows, default=0) - num_tokens // 4)
+
+
+def _count_largest_layer(sizes: Mapping[str, int]) -> int:
+    """Elements of the largest layer; a mixture of experts has many times those of a dense layer."""
+    layers: Counter[str] = Counter()
+    for name, size in sizes.items():
+        if name.startswith("decoder.layers."):
+            layers[name.split(".")[2]] += size
+    return max(layers.values(), default=0)
 
 
 def most_frequent_dtype(tensors: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:

@@ -3,11 +3,10 @@
 safetensors' own `save_file` wants a whole shard in memory. Format: see header.py.
 """
 
-import itertools
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -26,18 +25,32 @@ _BLOCK_BYTES = 4 << 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardFile:
-    """One file and the shapes of the tensors in it, in the order in which they are written."""
+    """One file and the shapes and dtypes of the tensors in it, in the order in which they are written."""
 
     file_name: str
     shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, torch.dtype]
+
+    def count_bytes(self, name: str) -> int:
+        return math.prod(self.shapes[name]) * self.dtypes[name].itemsize
 
 
-def plan_shards(shapes: Mapping[str, tuple[int, ...]], *, dtype: torch.dtype, max_shard_bytes: int) -> list[ShardFile]:
-    """Cut the tensors, in their order, into shards of at most `max_shard_bytes` (or one tensor that is larger)."""
+def plan_shards(
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+    fp32_names: Collection[str] = (),
+) -> list[ShardFile]:
+    """Cut the tensors, in their order, into shards of at most `max_shard_bytes` (or one tensor that is larger).
+
+    fp32_names: the tensors that are fp32 whatever `dtype` is.
+    """
+    dtypes = {name: torch.float32 if name in fp32_names else dtype for name in shapes}
     groups: list[dict[str, tuple[int, ...]]] = [{}]
     group_bytes = 0
     for name, shape in shapes.items():
-        tensor_bytes = math.prod(shape) * dtype.itemsize
+        tensor_bytes = math.prod(shape) * dtypes[name].itemsize
         # `groups[-1]`: a tensor that is larger than the limit gets its own shard, and no shard is empty.
         if groups[-1] and group_bytes + tensor_bytes > max_shard_bytes:
             groups.append({})
@@ -45,9 +58,9 @@ def plan_shards(shapes: Mapping[str, tuple[int, ...]], *, dtype: torch.dtype, ma
         groups[-1][name] = shape
         group_bytes += tensor_bytes
     if len(groups) == 1:
-        return [ShardFile(file_name="model.safetensors", shapes=groups[0])]
+        return [ShardFile(file_name="model.safetensors", shapes=groups[0], dtypes=dtypes)]
     return [
-        ShardFile(file_name=f"model-{number:05d}-of-{len(groups):05d}.safetensors", shapes=group)
+        ShardFile(file_name=f"model-{number:05d}-of-{len(groups):05d}.safetensors", shapes=group, dtypes=dtypes)
         for number, group in enumerate(groups, start=1)
     ]
 
@@ -79,26 +92,28 @@ class ShardWriter:
     The files stay open until the context ends. If it ends without an exception, the index of several shards is written.
     """
 
-    def __init__(self, directory: Path, shards: Sequence[ShardFile], *, dtype: torch.dtype):
+    def __init__(self, directory: Path, shards: Sequence[ShardFile]):
         self.directory = directory
         self._shards = shards
-        self._dtype = dtype
-        self._places: dict[str, tuple[tuple[int, ...], WrittenTensor]] = {}  # of the tensors that are not written yet
+        # Of the tensors that are not written yet: shape, dtype and place.
+        self._places: dict[str, tuple[tuple[int, ...], torch.dtype, WrittenTensor]] = {}
 
     def __enter__(self) -> "ShardWriter":
         for shard in self._shards:
             file = FileIO(self.directory / shard.file_name, "w+")
-            sizes = [math.prod(shape) * self._dtype.itemsize for shape in shard.shapes.values()]
-            described = zip(shard.shapes, itertools.repeat(DTYPE_NAMES[self._dtype]), shard.shapes.values(), sizes)
+            described = [
+                (name, DTYPE_NAMES[shard.dtypes[name]], shape, shard.count_bytes(name))
+                for name, shape in shard.shapes.items()
+            ]
             # transformers' save_pretrained writes the same metadata.
             header = build_header(described, {"format": "pt"})
             write_at(file, 0, torch.frombuffer(bytearray(header), dtype=torch.uint8))  # it wants a writable buffer
             start = len(header)
             for name, shape in shard.shapes.items():
-                self._places[name] = shape, WrittenTensor(file, start)
-                start += math.prod(shape) * self._dtype.itemsize
+                self._places[name] = shape, shard.dtypes[name], WrittenTensor(file, start)
+                start += shard.count_bytes(name)
         # Kept apart from the places, which take() removes.
-        self._files = {place.file for _, place in self._places.values()}
+        self._files = {place.file for _, _, place in self._places.values()}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
@@ -108,7 +123,7 @@ class ShardWriter:
             if self._places:
                 raise ValueError(f"{', '.join(self._places)} was planned and never written")
             if len(self._shards) > 1:
-                _write_index(self.directory, self._shards, self._dtype)
+                _write_index(self.directory, self._shards)
 
     def write(self, name: str, tensor: Tensor) -> WrittenTensor:
         """Write a planned tensor, once."""
@@ -120,9 +135,9 @@ class ShardWriter:
         """The place of a planned tensor. It can be taken once, and the caller then writes the whole tensor."""
         if name not in self._places:
             raise ValueError(f"{name} was not planned, or came twice")
-        planned_shape, place = self._places.pop(name)
-        if shape != planned_shape or dtype != self._dtype:
-            raise ValueError(f"{name} was planned as {planned_shape} {self._dtype}, got {shape} {dtype}")
+        planned_shape, planned_dtype, place = self._places.pop(name)
+        if shape != planned_shape or dtype != planned_dtype:
+            raise ValueError(f"{name} was planned as {planned_shape} {planned_dtype}, got {shape} {dtype}")
         return place
 
 
@@ -138,8 +153,8 @@ def write_at(file: FileIO, start: int, tensor: Tensor) -> None:
         data, start = data[num_written:], start + num_written
 
 
-def _write_index(directory: Path, shards: Sequence[ShardFile], dtype: torch.dtype) -> None:
-    total_bytes = sum(math.prod(shape) * dtype.itemsize for shard in shards for shape in shard.shapes.values())
+def _write_index(directory: Path, shards: Sequence[ShardFile]) -> None:
+    total_bytes = sum(shard.count_bytes(name) for shard in shards for name in shard.shapes)
     index = {
         "metadata": {"total_size": total_bytes},
         "weight_map": {name: shard.file_name for shard in shards for name in shard.shapes},

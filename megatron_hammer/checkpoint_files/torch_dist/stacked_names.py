@@ -1,11 +1,12 @@
 """From the name of one layer's tensor to the key under which torch_dist keeps it, with all layers in one tensor.
 
-The inverse of how `reader.py` names them. Megatron stacks the layers of a model whose layers are all alike, and the
-experts of a layer; this package maps no other models. Source: TransformerBlock.sharded_state_dict (0.19.2).
+The inverse of how `reader.py` names them. Megatron stacks the experts of a layer, and the layers of a model unless it
+has both dense layers and mixtures of experts. Source: TransformerBlock.sharded_state_dict (0.19.2).
 """
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 _LAYER = re.compile(r"^(decoder\.layers)\.(\d+)\.")
 _EXPERT = re.compile(r"(\.mlp\.experts\.experts)\.(\d+)\.")
@@ -23,10 +24,19 @@ class StackedName:
     indices: tuple[int, ...]
 
 
-def stack_name(name: str) -> StackedName:
-    """`decoder.layers.3.mlp.linear_fc1.weight` is number 3 of `decoder.layers.mlp.linear_fc1.weight`."""
+def stacks_layers(args: Any) -> bool:
+    """Whether Megatron keeps the layers of the model of these arguments in one tensor: a list is not looked into."""
+    frequency = getattr(args, "moe_layer_freq", 1)
+    return isinstance(frequency, int) and frequency <= 1
+
+
+def stack_name(name: str, *, has_layer_axis: bool = True) -> StackedName:
+    """`decoder.layers.3.mlp.linear_fc1.weight` is number 3 of `decoder.layers.mlp.linear_fc1.weight`.
+
+    has_layer_axis: False for a model of which each layer has keys of its own; its experts are stacked all the same.
+    """
     indices = []
-    for pattern in (_LAYER, _EXPERT):
+    for pattern in (_LAYER, _EXPERT) if has_layer_axis else (_EXPERT,):
         if found := pattern.search(name):
             indices.append(int(found[2]))
             name = name[: found.start()] + found[1] + "." + name[found.end() :]
@@ -42,16 +52,17 @@ def split_stack(key: str) -> tuple[str, int]:
     return key, num_stacked
 
 
-def extra_state_key(name: str, *, num_layers: int, num_experts: int) -> str | None:
+def extra_state_key(name: str, *, num_layers: int, num_experts: int, has_layer_axis: bool = True) -> str | None:
     """The key of the module's extra state, where the module of the tensor `name` has one.
 
     Megatron's ShardedObject.unique_key: `<module>._extra_state/shard_<indices>_<sizes of the stacked axes>`.
     """
-    stacked = stack_name(name)
+    stacked = stack_name(name, has_layer_axis=has_layer_axis)
     module = _STATEFUL.fullmatch(stacked.key)
     if module is None:
         return None
     # A module outside the layers counts as one of one: megatron.core.transformer.utils._get_extra_state_offsets.
-    sizes = (num_layers, num_experts)[: len(stacked.indices)] or (1,)
+    axes = (num_layers, num_experts) if has_layer_axis else (num_experts,)
+    sizes = axes[: len(stacked.indices)] or (1,)
     at = ".".join(map(str, stacked.indices or (0,)))
     return f"{module[1]}._extra_state/shard_{at}_{'.'.join(map(str, sizes))}"

@@ -20,7 +20,7 @@ from megatron_hammer.checkpoint.hugging_face.config_rows import (
 )
 from megatron_hammer.checkpoint.hugging_face.family import Family, Requirement
 from megatron_hammer.checkpoint.hugging_face.tensor_layouts import GATE_UP, QKV, TensorLayout
-from megatron_hammer.checkpoint.hugging_face.tensor_rows import TensorRow, build_rows
+from megatron_hammer.checkpoint.hugging_face.tensor_rows import TensorRow, build_rows, mark_rows
 from megatron_hammer.checkpoint.hugging_face.yarn_fields import write_yarn
 from megatron_hammer.model.shape import ModelShape, YarnScaling
 
@@ -60,6 +60,7 @@ def llama_config(
     default_attention_dropout: float = 0.0,
     may_lack_groups: bool = False,
     has_partial_rope: bool = False,
+    default_rotary_percent: float = 1.0,
 ) -> tuple[ConfigRow, ...]:
     """The fields of LlamaConfig that all descendants have. default_*: of the descendant's class in transformers.
 
@@ -76,7 +77,7 @@ def llama_config(
         return read_kv_channels(head_dim, hidden_size=hidden_size, heads=heads)
 
     def read_rope(fields: HfFields) -> Mapping[str, Any]:
-        rope = fields.rope(default_rope_theta, may_be_partial=has_partial_rope)
+        rope = fields.rope(default_rope_theta, may_be_partial=has_partial_rope, default_percent=default_rotary_percent)
         return {
             "rotary_base": rope.base,
             "rope_scaling": rope.scaling,
@@ -140,6 +141,7 @@ _MLP = build_rows(
     (LAYER + "mlp.linear_fc1.weight", "2f h", HF_LAYER + "mlp.<gate|up>_proj.weight", GATE_UP),
     (LAYER + "mlp.linear_fc2.weight", "h f", HF_LAYER + "mlp.down_proj.weight"),
 )
+DENSE_MLP = mark_rows(_MLP, layers="dense")  # of a model that has mixtures of experts in other layers
 _LINEAR_BIAS = build_rows(
     (LAYER + "self_attention.linear_proj.bias", "h", HF_LAYER + "self_attn.o_proj.bias"),
     (LAYER + "mlp.linear_fc1.bias", "2f", HF_LAYER + "mlp.<gate|up>_proj.bias", GATE_UP),

@@ -18,12 +18,26 @@ from megatron_hammer.checkpoint.hugging_face.family import expand
 from megatron_hammer.checkpoint.hugging_face.folder import HfFolder, open_hf_folder
 from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
 from megatron_hammer.errors import ConversionError
-from megatron_hammer.model.shape import ModelShape
+from megatron_hammer.model.shape import ModelShape, MoeShape
 from tests.helpers.messages import assert_problems
 from tests.helpers.toy_model import GPT2, LLAMA, MOE
 from tests.helpers.whole_model import build_whole_model, checkpoint_parameters, read_arguments, single_rank
 
 BIASED_MOE = dataclasses.replace(MOE, has_qkv_bias=True)
+BIASED_ROUTER = dataclasses.replace(
+    LLAMA,
+    moe=MoeShape(
+        num_experts=6,
+        router_topk=2,
+        ffn_hidden_size=12,
+        shared_expert_intermediate_size=24,
+        is_topk_renormalized=True,
+        aux_loss_coeff=0.0,
+        dense_layers=(0,),
+        score_function="sigmoid",
+        has_expert_bias=True,
+    ),
+)
 TIED = dataclasses.replace(LLAMA, has_tied_embeddings=True, has_qk_norm=True)
 EMBEDDING = "model.embed_tokens.weight"
 ROWS, HIDDEN = LLAMA.vocab_size, LLAMA.hidden_size
@@ -55,7 +69,11 @@ def write_folder(folder: Path, model: ModelShape, *, dtype: torch.dtype = torch.
     return open_hf_folder(folder)
 
 
-@pytest.mark.parametrize("model", [LLAMA, TIED, BIASED_MOE, GPT2], ids=["llama", "tied-qk-norm", "moe", "gpt2"])
+@pytest.mark.parametrize(
+    "model",
+    [LLAMA, TIED, BIASED_MOE, BIASED_ROUTER, GPT2],
+    ids=["llama", "tied-qk-norm", "moe", "biased-router", "gpt2"],
+)
 def test_every_parameter_is_what_the_mapping_makes_of_the_folder(model: ModelShape, tmp_path: Path) -> None:
     source = write_folder(tmp_path / "hf", model)
     built = build_whole_model(read_arguments(model))
@@ -92,6 +110,15 @@ def test_fp32_copies_take_the_digits_that_bf16_drops(tmp_path: Path) -> None:
     assert torch.equal(masters[weight].tensor, expected[3:10].flatten())
     assert torch.equal(weight, expected.bfloat16())
     assert not torch.equal(weight.float(), expected)
+
+
+def test_an_expert_bias_stays_fp32_in_a_16_bit_model(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "hf", BIASED_ROUTER)
+    built = build_whole_model(read_arguments(BIASED_ROUTER)).bfloat16()
+    router = built.decoder.layers[1].mlp.router
+    assert router.expert_bias.dtype == torch.bfloat16  # what Megatron's wrapper of 16-bit models makes of it
+    require_every_element(source, fill_chunks([built], source).tolist())
+    assert torch.equal(router.expert_bias, source.read("model.layers.1.mlp.gate.e_score_correction_bias"))
 
 
 def test_values_that_are_not_finite_are_named_all_at_once(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def test_rows_arrive_as_the_layout_splits_them(tmp_path, monkeypatch, num_chunks
     reader, pair = TorchDistReader(directory), PAIRS[QKV]
     shards = plan_shards(dict(zip(pair.hf_names, pair.hf_shapes, strict=True)), dtype=dtype, max_shard_bytes=10**6)
     parts = pair.layout.split(reader.read(QKV).to(dtype), MODEL)
-    with ShardWriter(tmp_path, shards, dtype=dtype) as writer, ExitStack() as files:
+    with ShardWriter(tmp_path, shards) as writer, ExitStack() as files:
         rows = find_stored_rows(reader, QKV, files)
         assert rows is not None
         assert len(rows) == num_chunks
@@ -68,7 +68,7 @@ def test_rows_that_are_not_stored_in_one_piece_are_not_found(tmp_path, damage):
 def test_a_file_that_ends_too_soon_is_an_error(tmp_path):
     reader = TorchDistReader(write_toy_checkpoint(tmp_path, toy_llama_tensors(), num_chunks=1, is_cut_by_rows=True))
     shards = plan_shards({"a": (24,)}, dtype=torch.float32, max_shard_bytes=10**6)
-    with ShardWriter(tmp_path, shards, dtype=torch.float32) as writer, ExitStack() as files:
+    with ShardWriter(tmp_path, shards) as writer, ExitStack() as files:
         (rows,) = find_stored_rows(reader, "decoder.final_layernorm.weight", files) or []
         cut_short = dataclasses.replace(rows, start=(tmp_path / "iter_0000010" / "__0_0.distcp").stat().st_size * 9)
         place = writer.take("a", (24,), torch.float32)

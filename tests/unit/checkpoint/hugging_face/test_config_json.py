@@ -75,6 +75,26 @@ QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "
 QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "num_key_value_heads": 2}
 MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "num_key_value_heads": 2}
 EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+GLM4_MOE = LLAMA | {
+    "architectures": ["Glm4MoeForCausalLM"],
+    "model_type": "glm4_moe",
+    "num_key_value_heads": 2,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 12,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 4,
+    "topk_group": 2,
+}
+HY_V3 = LLAMA | {
+    "architectures": ["HYV3ForCausalLM"],
+    "model_type": "hy_v3",
+    "num_key_value_heads": 2,
+    "num_experts": 8,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 12,
+}
 QWEN3_MOE = QWEN3 | EXPERTS | {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
 QWEN2_MOE = QWEN3_MOE | {
     "architectures": ["Qwen2MoeForCausalLM"],
@@ -333,7 +353,19 @@ def test_a_field_that_cannot_be_converted_is_named(change, problem):
             QWEN3_MOE | {"attention_bias": True, "use_sliding_window": True, "sliding_window": -8},
             ["sliding_window", "attention_bias"],
         ),
-        (QWEN3_MOE | {"decoder_sparse_step": 2, "mlp_only_layers": [0]}, ["mlp_only_layers", "decoder_sparse_step"]),
+        (QWEN3_MOE | {"decoder_sparse_step": 2, "mlp_only_layers": [1]}, ["mlp_only_layers"]),  # no experts are left
+        (MIXTRAL | {"decoder_sparse_step": 2, "mlp_only_layers": [0]}, ["mlp_only_layers", "decoder_sparse_step"]),
+        (GLM4_MOE | {"norm_topk_prob": False, "scoring_func": "softmax"}, ["norm_topk_prob", "scoring_func"]),
+        (
+            GLM4_MOE | {"num_experts_per_tok": 1, "n_group": 1, "topk_group": 1},
+            ["num_experts_per_tok"],
+        ),  # Megatron never divides a single score
+        (GLM4_MOE | {"first_k_dense_replace": 3}, ["first_k_dense_replace"]),
+        (GLM4_MOE | {"n_group": 4, "topk_group": 3}, ["topk_group"]),  # Megatron would take the best one of a group
+        (GLM4_MOE | {"n_group": 5, "topk_group": 2}, ["topk_group"]),
+        (GLM4_MOE | {"num_hidden_layers": 10**6}, ["num_hidden_layers"]),
+        (HY_V3 | {"mlp_layer_types": ["dense", "sparse"]}, ["mlp_layer_types"]),
+        (HY_V3 | {"mlp_layer_types": ["dense"] * 3, "n_group": 2}, ["mlp_layer_types", "n_group"]),
         (QWEN2_MOE | {"shared_expert_intermediate_size": None}, ["shared_expert_intermediate_size"]),
         (GPT2 | {"scale_attn_weights": False}, ["scale_attn_weights"]),
         (GPT2 | {"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx"]),
@@ -350,7 +382,7 @@ def test_every_field_that_cannot_be_converted_is_named_at_once(config, fields):
 
 
 @pytest.mark.parametrize("value", [True, -1, float("nan"), "x", [["x"]], {"a": 1}, 10**30], ids=repr)
-@pytest.mark.parametrize("config", [LLAMA, MIXTRAL, QWEN2_MOE, GPT2], ids=lambda config: config["model_type"])
+@pytest.mark.parametrize("config", [LLAMA, MIXTRAL, QWEN2_MOE, GLM4_MOE, GPT2], ids=lambda config: config["model_type"])
 def test_a_value_of_the_wrong_kind_is_a_users_error(config, value):
     """Never a stack trace: a file that somebody edited, or one that is no model's."""
     optional = (

@@ -46,10 +46,13 @@ def test_experts_are_read():
     assert not pre_softmax.moe.is_topk_renormalized
 
 
-def test_leading_dense_layers_are_refused():
-    arguments = toy_arguments(**MOE_ARGUMENTS | {"moe_layer_freq": [0, 1, 1]})
-    with pytest.raises(ConversionError, match=r"moe_layer_freq=\[0, 1, 1\]"):
-        read_saved_model(arguments)
+def test_dense_layers_among_mixtures_are_read():
+    mixed = read_saved_model(toy_arguments(**MOE_ARGUMENTS | {"moe_layer_freq": [0, 1, 1]}))
+    assert mixed.moe.dense_layers == (0,)
+    for wrong in ([0, 1], [0, 0, 0], [0, 1, 2], 0, "[1]*3"):
+        arguments = toy_arguments(**MOE_ARGUMENTS | {"moe_layer_freq": wrong})
+        with pytest.raises(ConversionError, match=r"moe_layer_freq: must be .* a 0 or a 1 for each layer"):
+            read_saved_model(arguments)
     assert read_saved_model(toy_arguments(**MOE_ARGUMENTS | {"moe_layer_freq": [1, 1, 1]})).moe
 
 

@@ -11,7 +11,7 @@ from megatron_hammer.checkpoint_files.safetensors.shard_writer import ShardWrite
 
 
 def write_shards(directory, shards, tensors, *, dtype):
-    with ShardWriter(directory, shards, dtype=dtype) as writer:
+    with ShardWriter(directory, shards) as writer:
         for name, tensor in tensors:
             assert writer.write(name, tensor).holds(tensor)
 
@@ -88,7 +88,7 @@ def test_a_missing_planned_tensor_is_an_internal_error(tmp_path):
 def test_twin_a_bit_that_changed_on_disk_is_found(tmp_path, position):
     tensor = torch.zeros(10_000_000, dtype=torch.uint8).view(torch.bfloat16)
     shards = plan_shards({"a": (5_000_000,)}, dtype=torch.bfloat16, max_shard_bytes=10**9)
-    with ShardWriter(tmp_path, shards, dtype=torch.bfloat16) as writer:
+    with ShardWriter(tmp_path, shards) as writer:
         written = writer.write("a", tensor)
         assert written.holds(tensor)
         with (tmp_path / "model.safetensors").open("r+b") as file:

@@ -1,9 +1,14 @@
 """Qwen3-MoE: a Qwen3 with experts in place of the MLP, none of them shared."""
 
 from megatron_hammer.checkpoint.hugging_face.config_rows import always_off
-from megatron_hammer.checkpoint.hugging_face.families.llama import list_llama_tensors, llama_config
-from megatron_hammer.checkpoint.hugging_face.families.mixtral import MIXTURE_REQUIREMENTS, NO_QKV_BIAS
-from megatron_hammer.checkpoint.hugging_face.families.qwen2_moe import QWEN_MIXTURE, QWEN_MIXTURE_CONFIG
+from megatron_hammer.checkpoint.hugging_face.families.llama import llama_config
+from megatron_hammer.checkpoint.hugging_face.families.mixtures.mixtral import MIXTURE_REQUIREMENTS, NO_QKV_BIAS
+from megatron_hammer.checkpoint.hugging_face.families.mixtures.qwen2_moe import (
+    DENSE_LAYERS,
+    QWEN_FIELDS,
+    QWEN_MIXTURE_CONFIG,
+    list_qwen_mixture,
+)
 from megatron_hammer.checkpoint.hugging_face.family import Family
 from megatron_hammer.checkpoint.hugging_face.window_rows import IN_EVERY_LAYER, WINDOW, switched_window_in_every_layer
 
@@ -18,8 +23,9 @@ QWEN3_MOE = Family(
         always_off("attention_bias", "a bias on o_proj without one on the experts is not mapped"),
     ),
     constants={"has_qk_norm": True},
-    list_tensors=lambda model: list_llama_tensors(model, QWEN_MIXTURE),
+    own_fields=QWEN_FIELDS,
+    list_tensors=lambda model: list_qwen_mixture(model, has_shared_expert=False),
     is_candidate=lambda model: model.moe is not None and model.has_qk_norm,
-    features=WINDOW,
+    features=WINDOW | {DENSE_LAYERS},
     requirements=(*MIXTURE_REQUIREMENTS, NO_QKV_BIAS, IN_EVERY_LAYER),
 )
