@@ -5,6 +5,7 @@ Nothing here is built from our own configuration: transformers' config classes s
 twin with one thing about it ignored, which must be noticed.
 """
 
+import copy
 import dataclasses
 import json
 import math
@@ -14,10 +15,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from megatron_hammer.checkpoint.hugging_face.config_json import read_hf_model
+from megatron_hammer.checkpoint.hugging_face.config_json import build_config, read_hf_model
 from megatron_hammer.checkpoint.hugging_face.families.catalogue import select_family
 from megatron_hammer.checkpoint.hugging_face.family import expand
-from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_model
+from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_dropout, read_saved_model
 from megatron_hammer.checkpoint.hugging_face.tensor_sources import locate_hf_tensors
 from megatron_hammer.model.accounting import count_parameters
 from megatron_hammer.model.shape import SlidingWindow, YarnScaling
@@ -376,6 +377,28 @@ def test_packed_experts_are_the_same_model(name, tmp_path):
     model, config, weights = read_folder(tmp_path)
     ours, _ = build_ours(model, config, weights)
     assert max(compare(ours, reference, LLAMA.vocab_size).values()) < TOLERANCE
+
+
+# Widths that make every derived multiplier differ from 1, and from the others.
+MUP = ("--use-mup", "--mup-base-hidden-size", "16", "--mup-base-head-dim", "3", "--mup-embedding-mult", "10")
+
+
+def test_granite_computes_what_megatron_does_with_mup(tmp_path):
+    """The oracle of the multipliers that Megatron derives: its own model, built from the flags as they are typed."""
+    namespace = read_arguments(LLAMA, MUP)
+    model = read_saved_model(namespace)
+    fields = build_config(
+        select_family(model), model, read_saved_dropout(namespace), dtype="float32", bos_id=1, eos_id=2
+    )
+    assert fields["model_type"] == "granite"
+    reference = save_reference(transformers.AutoConfig.for_model(**fields), tmp_path)
+    ours = build_whole_model(namespace)
+    load_weights(ours, permute_to_megatron(fields, load_file(tmp_path / "model.safetensors")))
+    assert max(compare(ours, reference, LLAMA.vocab_size).values()) < TOLERANCE
+    for name, value in (("logits_scaling", 1.0), ("attention_multiplier", 0.5), ("embedding_multiplier", 1.0)):
+        setattr(twin_config := copy.deepcopy(reference.config), name, value)
+        twin = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, config=twin_config).eval()
+        assert compare(ours, twin, LLAMA.vocab_size)["logits"] > TOLERANCE
 
 
 def test_tiny_llm_zh_is_computed_by_qwen2(tmp_path):

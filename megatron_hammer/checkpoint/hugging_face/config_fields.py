@@ -182,7 +182,7 @@ class HfFields:
             f"config.json, {name}: must be {expected}, got {name}={value!r}. Restore the file as transformers wrote it."
         )
 
-    def require_class(self, names: Sequence[str], *, runs_own_code: bool) -> None:
+    def require_class(self, names: Sequence[str], *, is_known_code: bool) -> None:
         """The class that computes the model must be the family's own."""
         classes = self._config.get("architectures")
         if classes and not (isinstance(classes, list) and any(name in classes for name in names)):
@@ -193,7 +193,7 @@ class HfFields:
         own_code = self._config.get("auto_map") or {}
         # auto_map may also name a tokenizer or a config, which do not compute anything.
         names_a_model = not isinstance(own_code, dict) or any(name in own_code for name in _OWN_CODE)
-        if names_a_model and not runs_own_code:
+        if names_a_model and not is_known_code:
             self.refuse("auto_map", "the folder brings code of its own, which is never run and may compute anything")
 
     def require_nothing_else(self, read_here: Collection[str] = ()) -> None:

@@ -77,7 +77,7 @@ def interpret_config(
         )
     family = FAMILIES[model_type]
     fields = HfFields(config)
-    fields.require_class(family.hf_classes, runs_own_code=family.has_own_code)
+    fields.require_class(family.hf_classes, is_known_code=family.has_own_code or family.began_with_own_code)
     fields.require_nothing_else(family.own_fields)
     if not family.has_experts:
         fields.require_no_experts()

@@ -46,6 +46,7 @@ class Family:
     # Without it, a number of experts in config.json is refused: config_fields.require_no_experts.
     has_experts: bool = False
     has_own_code: bool = False  # the class lives in the folder; known here by its published source
+    began_with_own_code: bool = False  # published folders name the code that the class of transformers was made of
     # transformers ties by default only in some classes, and config.json leaves defaults out.
     is_tied_by_default: bool = False
 

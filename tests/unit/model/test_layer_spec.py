@@ -5,7 +5,9 @@ import dataclasses
 import inspect
 
 import pytest
+import torch
 
+from megatron_hammer.model import layer_spec
 from megatron_hammer.model.shape import ModelShape
 from tests.helpers.toy_model import GPT2, LLAMA, MOE
 from tests.helpers.whole_model import build_whole_model, read_arguments, single_rank
@@ -82,8 +84,6 @@ def test_dense_layers_among_mixtures_have_names_of_their_own() -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "te"])
 def test_a_stage_has_its_own_layers(monkeypatch, backend) -> None:
-    from megatron_hammer.model import layer_spec
-
     config = copy.copy(build_whole_model(read_arguments(MOE)).config)
     config.num_layers = 6
     monkeypatch.setattr(layer_spec, "build_layer_spec", lambda config, backend, is_mixture, **_: is_mixture)
@@ -93,6 +93,15 @@ def test_a_stage_has_its_own_layers(monkeypatch, backend) -> None:
     for frequency, expected in ((2, [True, False, True]), ([0, 0, 0, 1, 1, 1], [False, True, True])):
         config.moe_layer_freq = frequency
         assert layer_spec.build_block_spec(config, backend).layer_specs == expected
+
+
+@pytest.mark.parametrize("is_fused", [False, True])
+@pytest.mark.parametrize("bias", [None, torch.tensor([1.0, -2.0])])
+def test_output_and_bias_are_multiplied_before_the_residual_is_added(is_fused: bool, bias: torch.Tensor | None) -> None:
+    output, residual = torch.randn(3, 2), torch.randn(3, 2)
+    add = layer_spec._scale_residual_branch(0.22)(False, is_fused)
+    expected = residual + 0.22 * (output if bias is None else output + bias)
+    torch.testing.assert_close(add((output.clone(), bias), residual, 0.0), expected)
 
 
 def test_the_embedding_norm_has_a_name_of_its_own() -> None:

@@ -28,6 +28,7 @@ _MLP = build_rows(
 PHI3 = Family(
     model_type="phi3",
     hf_classes=("Phi3ForCausalLM",),
+    began_with_own_code=True,
     config=(
         *llama_config(may_lack_groups=True, has_partial_rope=True, default_epsilon=1e-5),
         # Phi3Model has no dropout of the embedding, whatever the file says.

@@ -9,6 +9,7 @@ import transformers
 from megatron_hammer.checkpoint.hugging_face.config_json import build_config, interpret_config, read_hf_model
 from megatron_hammer.checkpoint.hugging_face.config_rows import Dropout
 from megatron_hammer.checkpoint.hugging_face.families.catalogue import select_family
+from megatron_hammer.checkpoint.hugging_face.families.granite import find_divisor
 from megatron_hammer.checkpoint.hugging_face.saved_model import read_saved_dropout, read_saved_model
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.model.shape import RopeScaling
@@ -107,6 +108,9 @@ MIXTRAL = MISTRAL | {
     "num_local_experts": 5,
     "num_experts_per_tok": 2,
 }
+GRANITE = LLAMA | {"architectures": ["GraniteForCausalLM"], "model_type": "granite"}
+SEED_OSS = LLAMA | {"architectures": ["SeedOssForCausalLM"], "model_type": "seed_oss", "num_key_value_heads": 2}
+HELIUM = LLAMA | {"architectures": ["HeliumForCausalLM"], "model_type": "helium", "num_key_value_heads": 2}
 GPT2 = {
     "architectures": ["GPT2LMHeadModel"],
     "model_type": "gpt2",
@@ -184,6 +188,68 @@ def test_absent_fields_mean_what_transformers_takes_them_for():
     assert read_shape(QWEN3_MOE).head_dim == 4
     assert not read_shape(QWEN3_MOE).moe.is_topk_renormalized
     assert read_shape(QWEN2_MOE).has_qkv_bias
+
+
+PHI3 = LLAMA | {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3"}
+
+
+def test_phi3_is_read_as_it_is_published():
+    """Its folders name the code that transformers' class was made of, and turn a share of a head in two spellings."""
+    code = {"auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}, "hidden_size": 48}
+    assert read_shape(PHI3 | code).rotary_percent == 1
+    for partial in (
+        {"partial_rotary_factor": 0.75},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}},
+    ):
+        assert read_shape(PHI3 | code | partial).rotary_percent == 0.75
+    longrope = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    with pytest.raises(ConversionError, match=r"rope_scaling: cannot be converted, .*longrope: transformers takes it"):
+        interpret_config(PHI3 | code | {"rope_scaling": longrope})
+    with pytest.raises(ConversionError, match=r"partial_rotary_factor: must be a share .*=1\.5"):
+        interpret_config(PHI3 | code | {"partial_rotary_factor": 1.5})
+
+
+SMOLLM3 = LLAMA | {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("fields", "layers"),
+    [
+        ({}, ()),  # every fourth of three
+        ({"no_rope_layer_interval": 2}, (1,)),
+        ({"no_rope_layer_interval": 2, "no_rope_layers": [0, 1, 1]}, (0,)),  # the list counts
+        ({"no_rope_layers": [1, 1, 0, 0, 0]}, (2,)),  # a longer list is read as far as there are layers
+    ],
+)
+def test_layers_without_a_rope_are_read_as_transformers_reads_them(fields, layers):
+    assert read_shape(SMOLLM3 | fields).layers_without_rope == layers
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        (SMOLLM3 | {"no_rope_layers": [1, 0]}, r"no_rope_layers: must be a list with 1 or 0 for each of 3 layers"),
+        (SMOLLM3 | {"no_rope_layer_interval": 0}, "no_rope_layer_interval: must be a positive whole number"),
+        (LLAMA | {"no_rope_layers": [1, 0, 1]}, "no_rope_layers: cannot be converted"),
+        (LLAMA | {"embedding_multiplier": 12.0}, "embedding_multiplier: cannot be converted"),
+        (GRANITE | {"logits_scaling": 0.0}, "logits_scaling: must be a positive number, got logits_scaling=0"),
+        (SEED_OSS | {"mlp_bias": True}, "attention_out_bias: cannot be converted"),
+        (HELIUM | {"head_dim": 10}, "head_dim: cannot be converted, got head_dim=10: .*fill hidden_size=24"),
+        (HELIUM, "head_dim: cannot be converted"),  # HeliumConfig's default is 128
+        (HELIUM | {"head_dim": 4, "mlp_bias": True}, "mlp_bias: cannot be converted"),
+    ],
+)
+def test_what_a_dense_family_cannot_say_is_refused(config, problem):
+    with pytest.raises(ConversionError, match=problem):
+        interpret_config(config)
+
+
+def test_a_divisor_of_the_logits_comes_back_as_it_was():
+    """1 / (1 / x) is not always x."""
+    assert 1 / (1 / 49) != 49
+    for divisor in (49.0, 8.0, 1.3, 13.0, 6.0, 0.37):
+        assert find_divisor(1 / divisor) == divisor
+    assert 1 / find_divisor(0.1234567890123) == pytest.approx(0.1234567890123, rel=1e-15)
 
 
 def test_tiny_llm_zh_is_a_llama_with_biases_that_qwen2_computes():

@@ -16,6 +16,15 @@ def test_instances_of_the_optimizer_divide_the_ranks_that_hold_the_same_weights(
         assert "Use 1, 2, 4 or 8." in problems[0]
 
 
+@pytest.mark.parametrize(("value", "num_problems"), [("0.22", 0), ("0", 1), ("-1", 1)])
+def test_a_residual_multiplier_is_positive(value: str, num_problems: int) -> None:
+    problems = find(*TINY, f"--residual-multiplier={value}")
+    assert len(problems) == num_problems
+    assert all(
+        f"residual-multiplier: must be a positive number, got residual_multiplier={value}." in p for p in problems
+    )
+
+
 YARN = (*TINY, "--position-embedding-type", "yarn", "--yarn-original-max-position-embeddings", "64")
 
 
