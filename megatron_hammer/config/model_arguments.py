@@ -218,8 +218,12 @@ def _read_attention_scale(args: Any) -> float | None:
     if not getattr(args, "use_mup", False):
         return None
     head_dim = args.kv_channels or args.hidden_size // args.num_attention_heads
-    base = 1.0 if args.mup_base_head_dim is None else args.mup_base_head_dim**0.5
-    return shorten_attention_scale(base / head_dim**args.mup_attn_scale_power, head_dim)
+    base = getattr(args, "mup_base_head_dim", None)
+    try:
+        scale = (1.0 if base is None else math.sqrt(base)) / math.pow(head_dim, args.mup_attn_scale_power)
+    except (ValueError, OverflowError, ZeroDivisionError):
+        return math.nan  # preflight refuses it
+    return shorten_attention_scale(scale, head_dim)
 
 
 def _read_logits_multiplier(args: Any) -> float:

@@ -172,6 +172,11 @@ def _find_head_problems(model: ModelShape) -> list[str]:
                 f"rotary-percent: must be a share of kv_channels that is an even number of channels, got "
                 f"rotary_percent={model.rotary_percent:g}, kv_channels={model.head_dim}. Pass 1, or 0.5."
             )
+    if model.attention_scale is not None and not 0 < model.attention_scale < math.inf:
+        problems.append(
+            "mup-base-head-dim: must give a positive scale of the scores, sqrt(mup-base-head-dim) / kv-channels ** "
+            f"mup-attn-scale-power, got {model.attention_scale:g}. Pass the width of a head of the base model."
+        )
     if not 0 < model.residual_multiplier < math.inf:
         problems.append(
             f"residual-multiplier: must be a positive number, got residual_multiplier={model.residual_multiplier:g}. "

@@ -135,6 +135,7 @@ def test_a_recomputed_mlp_keeps_the_output_of_a_norm_that_is_not_part_of_it():
         ({}, Q + KV),
         ({"has_qk_norm": True}, Q),  # the keys before their norm are a view of it too
         ({"position_embedding_type": "learned_absolute"}, Q),
+        ({"layers_without_rope": (1,)}, Q + KV * 2 / 3),  # the average of three layers
         ({"position_embedding_type": "learned_absolute", "num_query_groups": HEADS}, 0),
         ({"has_qk_norm": True, "num_query_groups": 1}, 0),
     ],

@@ -25,6 +25,18 @@ def test_a_residual_multiplier_is_positive(value: str, num_problems: int) -> Non
     )
 
 
+@pytest.mark.parametrize("flag", ["--mup-base-head-dim=-4", "--mup-base-head-dim=0", "--mup-attn-scale-power=1e6"])
+def test_a_scale_of_the_scores_that_is_none_is_refused(flag: str) -> None:
+    problems = find(*TINY, "--use-mup", flag)
+    assert [problem for problem in problems if "mup-base-head-dim: must give a positive scale" in problem]
+
+
+@pytest.mark.parametrize("frequency", ["3", "[1,0]", "[0,0,0,1,0]"])
+def test_layers_without_a_rope_fit_the_layers(frequency: str) -> None:
+    (problem,) = find(*TINY, "--no-rope-freq", frequency)
+    assert "no_rope" in problem
+
+
 YARN = (*TINY, "--position-embedding-type", "yarn", "--yarn-original-max-position-embeddings", "64")
 
 

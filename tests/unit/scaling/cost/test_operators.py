@@ -117,6 +117,15 @@ def test_experts_work_on_the_copies_that_reach_them():
     assert sparse.forward.gemms[2] == Gemm(4096, 8, LLAMA.hidden_size)  # the router, never in 8 bits
 
 
+def test_layers_without_a_rope_turn_nothing_and_a_residual_multiplier_reads_and_writes_once_more():
+    plain = build_layer_work(LLAMA, SHARD).forward.pointwise_bytes
+    half = dataclasses.replace(LLAMA, layers_without_rope=tuple(range(0, LLAMA.num_layers, 2)))
+    turned = 2 * 2 * 2 * 4096 * LLAMA.hidden_size  # two bytes, read and written, of queries and keys
+    assert plain - build_layer_work(half, SHARD).forward.pointwise_bytes == pytest.approx(turned / 2)
+    scaled = dataclasses.replace(LLAMA, residual_multiplier=0.22)
+    assert build_layer_work(scaled, SHARD).forward.pointwise_bytes - plain == pytest.approx(turned)
+
+
 def test_the_embedding_has_no_products_and_a_norm_costs_bytes():
     plain = build_embedding_work(LLAMA, SHARD)
     normed = build_embedding_work(dataclasses.replace(LLAMA, has_embedding_norm=True), SHARD)
