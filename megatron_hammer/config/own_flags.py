@@ -67,6 +67,7 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     _add_data_flags(group)
     _add_checkpoint_flags(group)
+    _add_bad_loss_flags(group)
     _add_output_flags(group)
     return parser
 
@@ -91,6 +92,31 @@ def _add_checkpoint_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--keep-iterations", type=int, nargs="+", metavar="STEP", help="with --keep-last: keep also these milestones"
+    )
+
+
+def _add_bad_loss_flags(group: argparse._ArgumentGroup) -> None:
+    """What a run does about a step that would break its weights."""
+    group.add_argument(
+        "--on-bad-loss",
+        choices=["stop", "skip-batch", "roll-back"],
+        default="stop",
+        help="where a loss or gradient is not finite, or the loss spikes. stop: end with the last good weights saved; "
+        "skip-batch: leave the batch out; roll-back: start again from the newest checkpoint before it and leave out "
+        "the batches of --rolled-back-steps (default: %(default)s)",
+    )
+    group.add_argument(
+        "--loss-spike-factor",
+        type=float,
+        metavar="F",
+        help="a loss of more than F times the median of the last 64 steps is bad too (default: none is)",
+    )
+    group.add_argument(
+        "--rolled-back-steps",
+        type=int,
+        default=1,
+        metavar="N",
+        help="batches that a roll-back leaves out, up to that of the bad step (default: %(default)s)",
     )
 
 

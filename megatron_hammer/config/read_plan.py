@@ -16,6 +16,7 @@ from megatron_hammer.config.flags import Flags
 from megatron_hammer.config.initial_model import InitialModel
 from megatron_hammer.config.model_arguments import read_model
 from megatron_hammer.config.run_plan import (
+    BadLossPolicy,
     Batch,
     Checkpoints,
     Data,
@@ -54,6 +55,7 @@ def read_settings(args: Any, flags: Flags, *, preset: Preset | None, initial_mod
         precision=_read_precision(args),
         checkpoints=_read_checkpoints(args),
         schedule=read_schedule(args),
+        bad_loss=_read_bad_loss_policy(args),
         evaluation=read_evaluation(args),
         data=read_data(args),
         recompute=_read_recompute(args),
@@ -238,6 +240,18 @@ def _read_checkpoints(args: Any) -> Checkpoints:
         is_verified=args.verify_checkpoint,
         keep_iterations=tuple(args.keep_iterations or ()),
         agreed=None,
+    )
+
+
+def _read_bad_loss_policy(args: Any) -> BadLossPolicy:
+    has_dynamic_scale = args.fp16 and not args.loss_scale
+    return BadLossPolicy(
+        action=args.on_bad_loss,
+        spike_factor=args.loss_spike_factor,
+        num_rolled_back=args.rolled_back_steps,
+        is_judged=args.check_for_nan_in_loss_and_grad
+        and not has_dynamic_scale
+        and args.rerun_mode != "report_determinism_stats",
     )
 
 

@@ -60,6 +60,7 @@ class Checkpoints:
 
     save: str | None
     load: str | None
+    save_interval: int | None  # steps
     step: int | None  # --ckpt-step
     pretrained: str | None
     is_finetuned: bool
@@ -72,6 +73,16 @@ class Checkpoints:
     keep_every: int | None
     keep_iterations: tuple[int, ...]
     agreed: LoadChoice | None = None  # of all ranks, once they have read all of it; training/saving/resumption.py
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BadLossPolicy:
+    """What a run does about a step with an unusable loss or gradient; see training/supervision/bad_steps.py."""
+
+    action: Literal["stop", "skip-batch", "roll-back"]
+    spike_factor: float | None  # a loss this many times above the median of the last steps is unusable too
+    num_rolled_back: int  # batches that a roll-back leaves out, the unusable one included
+    is_judged: bool  # with dynamic loss scaling, the scaler itself skips steps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -189,6 +200,7 @@ class RunSettings:
     precision: Literal["bf16", "fp16", "fp32"]
     checkpoints: Checkpoints
     schedule: Schedule
+    bad_loss: BadLossPolicy
     evaluation: Evaluation
     data: Data
     recompute: Recompute

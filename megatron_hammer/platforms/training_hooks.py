@@ -209,6 +209,55 @@ def observe_saves(observer: Any) -> None:
     training.save_checkpoint = save_checkpoint
 
 
+def judge_steps(judge: Any) -> None:
+    """Ask `judge` (training/supervision/bad_steps.py) before megatron's optimizer changes a weight.
+
+    Megatron's own answer to a value that is not finite is exit code 16 or 17, after running the step again. Here its
+    check only tells the judge.
+    """
+    import torch
+    from megatron.core.rerun_state_machine import RerunStateMachine
+    from megatron.training import training
+
+    original_step = training.train_step
+    machine: Any = RerunStateMachine
+    original_validate = machine.validate_result
+
+    @functools.wraps(original_validate)
+    def validate_result(
+        self: Any, result: Any, rejection_func: Any, message: str, *rest: Any, fatal: bool = True, **options: Any
+    ) -> None:
+        if not fatal:
+            original_validate(self, result, rejection_func, message, *rest, fatal=fatal, **options)
+        elif rejection_func is torch.isnan:  # the same norm comes again for torch.isinf
+            is_injected = self.error_injector.maybe_inject()
+            judge.add_norm(torch.full_like(result, torch.nan) if is_injected else result)
+
+    def guard(optimizer: Any) -> None:
+        original_update = optimizer.step
+
+        def step() -> Any:
+            # (was the update made, norm of the gradients, number of zeros in them)
+            return original_update() if judge.permits_update() else (False, None, None)
+
+        optimizer.step, optimizer.is_guarded = step, True
+
+    @functools.wraps(original_step)
+    def train_step(
+        forward_step: Any, data_iterator: Any, model: Any, optimizer: Any, *rest: Any, iteration: int, **options: Any
+    ) -> Any:
+        judge.begin_step(iteration + 1)
+        if not hasattr(optimizer, "is_guarded"):
+            guard(optimizer)
+        result = original_step(forward_step, data_iterator, model, optimizer, *rest, iteration=iteration, **options)
+        if judge.has_ended_run:
+            # losses, is skipped, should save, should exit, exit code, norm, number of zeros, attention logit
+            return {}, True, judge.must_save(), True, 0, None, None, 0
+        return result
+
+    machine.validate_result, training.train_step = validate_result, train_step
+
+
 def stop_on_signals_too(signals: tuple[Any, ...]) -> list[signal.Signals]:
     """Let these signals save and stop as megatron's own exit signal does; its handler takes only one.
 

@@ -1,6 +1,7 @@
 """A training's metrics.jsonl and validation.jsonl, as training/metrics.py writes them: one JSON object per line."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ def read_metrics(path: Path, *names: str) -> list[dict[str, Any]]:
         if isinstance(entry, dict) and "saved" in entry:  # the line of a checkpoint
             continue
         if isinstance(entry, dict) and all(name in entry for name in names):
-            objects.append(entry)
+            # JSON has no NaN: a loss that was none is null.
+            objects.append(entry | {"loss": math.nan} if entry.get("loss", 0.0) is None else entry)
         elif number < len(lines):
             raise DataError(
                 f"{path}:{number}: must be one JSON object with {' and '.join(names)}, got {line[:60]!r}. "

@@ -67,7 +67,8 @@ def read_run(name: str, path: Path) -> Run:
             if SAVED_FIELD in metrics:
                 continue
             step = int(metrics["step"])
-            losses[step] = float(metrics["loss"])
+            # Null for a loss that is not finite, which JSON cannot say.
+            losses[step] = math.nan if metrics["loss"] is None else float(metrics["loss"])
             # Null for a step whose gradient norm was not computed.
             grad_norms[step] = None if metrics["grad_norm"] is None else float(metrics["grad_norm"])
         except (ValueError, KeyError, TypeError):
@@ -120,9 +121,9 @@ def _compare(run: Run, reference: Run, tolerance: float, first_step_tolerance: f
 
 
 def difference_ratio(value: float, expected: float) -> float:
-    """|value - expected| / |expected|; 0 where both are equal, inf where either is NaN or only `expected` is 0."""
+    """|value - expected| / |expected|; 0 where both are equal or NaN, inf where one is NaN or only `expected` is 0."""
     # First, so that two zeros or two equal infinities are no difference.
-    if value == expected:
+    if value == expected or (math.isnan(value) and math.isnan(expected)):
         return 0.0
     difference = abs(value - expected)
     return difference / abs(expected) if math.isfinite(difference) and expected != 0 else math.inf
@@ -181,5 +182,7 @@ def _as_object(run: Run, difference: Difference | None) -> dict[str, Any]:
     measures = None if difference is None else asdict(difference)
     if measures is not None:
         del measures["name"]
-    losses = [{"step": step, "loss": loss} for step, loss in sorted(run.losses.items())]
+    losses = [
+        {"step": step, "loss": loss if math.isfinite(loss) else None} for step, loss in sorted(run.losses.items())
+    ]
     return {"name": run.name, "losses": losses, "difference": measures}

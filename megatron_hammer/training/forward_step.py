@@ -16,11 +16,13 @@ from megatron_hammer.model.chunked_cross_entropy import compute_loss_in_chunks
 class ForwardStep:
     """Megatron's forward_step_func for one run: called as (data_iterator, model).
 
+    add_loss: called with [sum of losses, number of tokens] of every micro-batch of training.
+
     return_schedule_plan: with --overlap-moe-expert-parallel-comm, megatron runs the parts of the forward pass itself.
     """
 
-    def __init__(self, plan: RunPlan):
-        self.plan = plan
+    def __init__(self, plan: RunPlan, add_loss: Callable[[Tensor], None] | None = None):
+        self.plan, self.add_loss = plan, add_loss
 
     def __call__(
         self, data_iterator: Iterator[dict[str, Tensor]], model: Any, return_schedule_plan: bool = False
@@ -32,7 +34,14 @@ class ForwardStep:
         output = forward(
             batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"], **extra
         )
-        return output, partial(sum_loss, batch["loss_mask"])
+        return output, partial(self.sum_loss if model.training else sum_loss, batch["loss_mask"])
+
+    def sum_loss(self, loss_mask: Tensor, token_losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """As the function below; the loss of training is also told to `add_loss`."""
+        loss, num_tokens, report = sum_loss(loss_mask, token_losses)
+        if self.add_loss is not None:
+            self.add_loss(report["lm loss"])
+        return loss, num_tokens, report
 
     def read_batch(
         self, data_iterator: Iterator[dict[str, Tensor]] | None, vp_stage: int | None, *, is_training: bool

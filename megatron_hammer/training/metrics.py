@@ -130,7 +130,12 @@ class MetricsLog:
 
 def _append(file: IO[str] | None, line: dict[str, Any]) -> None:
     if file is not None:
-        file.write(json.dumps(line) + "\n")
+        # JSON has no number for NaN and infinity.
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in line.items()
+        }
+        file.write(json.dumps(finite, allow_nan=False) + "\n")
         # So that a killed run keeps every finished step, and a person can follow the file.
         file.flush()
 
@@ -163,9 +168,10 @@ def drop_lines_from(path: Path, first_step: int) -> int:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, except those of saved checkpoints."""
+    """The lines of a metrics file, except those of saved checkpoints; a loss of null, which JSON has for NaN, is NaN."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()]
-    return [line for line in lines if SAVED_FIELD not in line]
+    steps = [line for line in lines if SAVED_FIELD not in line]
+    return [line | {"loss": math.nan} if line["loss"] is None else line for line in steps]
 
 
 class Stopwatch:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from megatron_hammer.config.run_plan import RunPlan, RunSettings
     from megatron_hammer.config.training_state import TrainingState
     from megatron_hammer.training.observer import RunObserver
+    from megatron_hammer.training.supervision.bad_steps import StepJudge
 
 
 @exit_on_user_error
@@ -154,15 +155,42 @@ def train(arguments: "ParsedArguments", plan: "RunPlan", terminal: IO[str], prog
     training_hooks.follow_progress(progress)
     fill_from_initial_model(plan, state, terminal)
     datasets = build_dataset_provider(arguments, plan, state)
+    judge = build_judge(plan, state, observer)
+    forward_step = ForwardStep(plan, None if judge is None else judge.add_loss)
     try:
-        pretrain(config, datasets, ModelType.encoder_or_decoder, ForwardStep(plan))
+        pretrain(config, datasets, ModelType.encoder_or_decoder, forward_step)
     except SystemExit as stop:
         report_early_stop(observer, stop)
         exit_code = choose_exit_code(received)
     # Also after an early stop: the curve and the summary then cover the steps that were run.
     observer.finish()
     close_process_group()
+    if judge is not None:
+        judge.end_run()
     return exit_code
+
+
+def build_judge(plan: "RunPlan", state: "TrainingState", observer: "RunObserver") -> "StepJudge | None":
+    """Have every step judged before it changes the weights; None where the flags leave that to others."""
+    from pathlib import Path
+
+    from megatron_hammer.platforms import training_hooks
+    from megatron_hammer.training.supervision.bad_steps import StepJudge
+
+    if not plan.bad_loss.is_judged:
+        return None
+    save = plan.checkpoints.save
+    judge = StepJudge(
+        plan.bad_loss,
+        state,
+        None if save is None else Path(save),
+        is_recorder=observer.is_recorder,
+        say=observer.reporter.say,
+        device=plan.machine.platform,
+        save_interval=plan.checkpoints.save_interval,
+    )
+    training_hooks.judge_steps(judge)
+    return judge
 
 
 def agree_on_checkpoint(plan: "RunPlan", state: "TrainingState", terminal: IO[str]) -> "RunPlan":

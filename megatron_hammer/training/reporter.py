@@ -1,5 +1,6 @@
 """What a person sees: a live line while training, a table and a loss curve at the end."""
 
+import math
 import time
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +22,7 @@ class Reporter:
         self.console = Console(file=stream, soft_wrap=True, highlight=False)
         self.facts = facts
         self._printed_at_s = 0.0
+        self._has_warned = False
         self._progress: Progress | None = None
         self._task: Any = None
 
@@ -42,6 +44,11 @@ class Reporter:
 
     def show_step(self, metrics: StepMetrics) -> None:
         """Move the bar, or print a line if the last one is PLAIN_LINE_INTERVAL_S old."""
+        if not (math.isfinite(metrics.loss) or metrics.is_skipped or self._has_warned):
+            self._has_warned = True
+            self.say(
+                f"step {metrics.step}: loss is not a number: {metrics.loss}. The weights may be lost from here on."
+            )
         if self._progress is not None:
             self._progress.update(self._task, completed=metrics.step, description=describe_step(metrics))
             return

@@ -133,7 +133,28 @@ WATCHING: tuple[Idle, ...] = (
     ),
     beside("exit_signal_handler", "exit_signal"),
     beside("adlr_autoresume", "adlr_autoresume_interval"),
-    never("here: the loss is checked for NaN through its gradients", "check_for_spiky_loss"),
+    beside_value("on_bad_loss", ("roll-back",), "rolled_back_steps"),
+    when(
+        lambda flags: not flags["check_for_nan_in_loss_and_grad"],
+        "with --no-check-for-nan-in-loss-and-grad",
+        "on_bad_loss loss_spike_factor",
+        "Drop one of them",
+    ),
+    when(
+        lambda flags: flags["fp16"] and not flags["loss_scale"],
+        "with dynamic loss scaling, whose scaler skips steps itself",
+        "on_bad_loss loss_spike_factor",
+        "Pass --loss-scale for a fixed scale, or drop it",
+    ),
+    never(
+        "here: a loss is compared with the median of the last steps",
+        "check_for_spiky_loss",
+        "Pass --loss-spike-factor 3 instead",
+    ),
+    never(
+        "here: batches that are left out are recorded in skipped_batches.jsonl, beside the checkpoints",
+        "result_rejected_tracker_filename",
+    ),
     never("here: training is not wrapped for it, a failed run is started again by its launcher", "inprocess_"),
     never(UNREAD, "exit_signal_handler_for_dataloader disable_msc_deprecated"),
     when(

@@ -46,6 +46,11 @@ def _find_companion_problems(flags: Flags) -> list[str]:
         # --precision is ours, --bf16 and --fp16 are Megatron's; both spellings of the same precision are accepted.
         if {name, "precision"} <= typed and name != flags["precision"]
     ]
+    if flags["on_bad_loss"] == "roll-back" and not flags["save"]:
+        problems.append(
+            "on-bad-loss: roll-back needs checkpoints to go back to, got on_bad_loss=roll-back, save=None. "
+            "Pass --save DIR, or --on-bad-loss skip-batch."
+        )
     if flags["wandb_project"] and not flags["wandb_exp_name"]:
         problems.append(
             f"wandb-exp-name: must be given with --wandb-project, got wandb_exp_name={flags['wandb_exp_name']}. "

@@ -9,8 +9,6 @@ from megatron_hammer.training.supervision.last_words import is_lost_connection
 
 _LITTLE_SHM_BYTES = 4 << 20
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
-# megatron.core.rerun_state_machine
-_RESUME_TO_DISAMBIGUATE, _FAILED_ON_RESULT_VALIDATION = 16, 17
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,11 +55,6 @@ def explain_exit(exit_code: int, evidence: Evidence) -> str:
         return f"It crashed in compiled code; the stacks of its threads are at the end of {evidence.log_path}."
     if exit_code == -signal.SIGTERM:
         return "Somebody else ended it: the launcher had sent nothing. Look for a scheduler or an administrator."
-    if exit_code in (_RESUME_TO_DISAMBIGUATE, _FAILED_ON_RESULT_VALIDATION):
-        return (
-            "Megatron found a loss that is NaN, infinite or far off, and stopped before it changed the weights; "
-            f"{evidence.log_path} has the step and the value."
-        )
     return _explain_error(exit_code, evidence)
 
 

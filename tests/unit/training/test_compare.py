@@ -71,7 +71,8 @@ def test_tolerances_are_the_callers() -> None:
 def test_difference_ratio_of_odd_values() -> None:
     assert difference_ratio(0.0, 0.0) == 0.0
     assert difference_ratio(1.0, 0.0) == math.inf
-    assert difference_ratio(math.nan, math.nan) == math.inf
+    assert difference_ratio(math.nan, math.nan) == 0.0  # a step that both skipped
+    assert difference_ratio(math.nan, 1.0) == math.inf
     assert difference_ratio(-1.0, -2.0) == 0.5
 
 
@@ -92,7 +93,7 @@ def test_read_run_refuses_what_is_not_metrics(tmp_path: Path) -> None:
     path.write_text("", encoding="utf8")
     with pytest.raises(DataError, match=r"metrics.jsonl: must hold at least one step, got none\. Run dp2 again"):
         read_run("dp2", path)
-    for line in ('{"step": 2, "lo', '{"step": 2}', "[]", '{"step": 2, "loss": null, "grad_norm": 1}'):
+    for line in ('{"step": 2, "lo', '{"step": 2}', "[]", '{"step": 2, "loss": "x", "grad_norm": 1}'):
         write_metrics(path, 1.0)
         with path.open("a", encoding="utf8") as file:
             file.write(line)

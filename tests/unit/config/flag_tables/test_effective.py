@@ -70,6 +70,7 @@ FULL = {
     "ckpt_convert_format": "torch",
     "error_injection_rate": 5,
     "fault_injector_ranks": "0",
+    "on_bad_loss": "roll-back",
     "flight_recorder_dump_path": "flights",
 }
 OTHER = {
