@@ -168,7 +168,7 @@ def drop_lines_from(path: Path, first_step: int) -> int:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, except those of saved checkpoints; a loss of null, which JSON has for NaN, is NaN."""
+    """The lines of a metrics file, but not those of saved checkpoints; a loss of null is NaN, which JSON lacks."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()]
     steps = [line for line in lines if SAVED_FIELD not in line]
     return [line | {"loss": math.nan} if line["loss"] is None else line for line in steps]
