@@ -23,6 +23,8 @@ def read_metrics(path: Path, *names: str) -> list[dict[str, Any]]:
             entry = None
         if isinstance(entry, dict) and "saved" in entry:  # the line of a checkpoint
             continue
+        if isinstance(entry, dict) and "saved" in entry:  # the line of a checkpoint
+            continue
         if isinstance(entry, dict) and all(name in entry for name in names):
             # JSON has no NaN: a loss that was none is null.
             objects.append(entry | {"loss": math.nan} if entry.get("loss", 0.0) is None else entry)

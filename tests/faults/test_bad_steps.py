@@ -35,7 +35,8 @@ def read_steps(save: Path) -> dict[int, dict[str, Any]]:
         raise AssertionError(f"not JSON: {name}")
 
     lines = (save / "metrics.jsonl").read_text().splitlines()
-    return {line["step"]: line for line in (json.loads(text, parse_constant=refuse) for text in lines)}
+    steps = (json.loads(text, parse_constant=refuse) for text in lines)
+    return {line["step"]: line for line in steps if "loss" in line}
 
 
 def read_skipped_steps(save: Path) -> list[int]:

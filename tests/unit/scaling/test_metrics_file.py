@@ -1,5 +1,6 @@
 """Lines of a training that was killed, and of a file that no training wrote."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,11 @@ def test_any_other_line_must_be_a_step(line: str, tmp_path: Path) -> None:
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with raises_problem(DataError, f"{tmp_path / 'absent.jsonl'}:", "No such file"):
         read_metrics(tmp_path / "absent.jsonl", "step")
+
+
+def test_checkpoints_are_no_steps_and_a_loss_of_null_is_nan(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": null}\n{"step": 1, "saved": "iter_0000001"}\n{"step": 2, "loss": 3.5}\n')
+    first, second = read_metrics(path, "step", "loss")
+    assert math.isnan(first["loss"])
+    assert second["step"] == 2
