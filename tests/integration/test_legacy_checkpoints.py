@@ -10,24 +10,30 @@ import pytest
 import torch
 
 from megatron_hammer.checkpoint.convert.to_hugging_face import ExportOptions, export_to_hugging_face
+from megatron_hammer.checkpoint.surgery.training_checkpoint import open_training_checkpoint
 from megatron_hammer.checkpoint_files.legacy.tensor_parallel import COLUMN, GATED_COLUMN
 from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
 from megatron_hammer.errors import ConversionError
-from tests.helpers.training_runs import TOY_MODEL, TOY_MOE, TOY_SCHEDULE, train, write_toy_data
+from tests.helpers.training_runs import TOY_MODEL, TOY_SCHEDULE, train, write_toy_data
 
 pytestmark = pytest.mark.integration
 
 TIED = tuple(flag for flag in TOY_MODEL if flag != "--untie-embeddings-and-output-weights")
 BF16 = ("--precision", "bf16")
+MIXED = (
+    *("--num-experts", "4", "--moe-router-topk", "2", "--moe-ffn-hidden-size", "80", "--moe-layer-freq", "[0]+[1]*3"),
+    *("--moe-router-score-function", "sigmoid", "--moe-router-dtype", "fp32", "--moe-router-enable-expert-bias"),
+    *("--moe-shared-expert-intermediate-size", "160", "--moe-token-dispatcher-type", "alltoall"),
+)
 LAYOUTS = {
     "tp2-pp2-vp2-tied": (
         4,
         *(*TIED, *BF16, "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"),
         *("--num-virtual-stages-per-pipeline-rank", "2", "--overlap-grad-reduce", "--ddp-bucket-size", "20000"),
     ),
-    "ep2-tp2-plain-optimizer": (
+    "ep2-tp2-plain-optimizer-dense-layer-expert-bias": (
         2,
-        *(*TOY_MODEL, *TOY_MOE, *BF16, "--tensor-model-parallel-size", "2", "--no-distributed-optimizer"),
+        *(*TOY_MODEL, *MIXED, *BF16, "--tensor-model-parallel-size", "2", "--no-distributed-optimizer"),
         *("--expert-model-parallel-size", "2", "--expert-tensor-parallel-size", "1"),
     ),
 }
@@ -60,8 +66,17 @@ def test_it_reads_equal_to_torch_dist_of_the_same_run(both_formats, weights):
     assert legacy.iteration == sharded.iteration == 2
     dtype = torch.bfloat16 if weights == "model" else torch.float32
     for name, stored in sharded.tensors.items():
-        assert (legacy.tensors[name].shape, legacy.tensors[name].dtype) == (stored.shape, dtype)
+        expected = torch.float32 if name.endswith("expert_bias") else dtype  # a buffer, which has no other copy
+        assert (legacy.tensors[name].shape, legacy.tensors[name].dtype) == (stored.shape, expected)
         assert torch.equal(legacy.read(name), sharded.read(name)), name
+
+
+def test_surgery_sees_the_keys_of_torch_dist(both_formats):
+    legacy, sharded = (open_training_checkpoint(path) for path in both_formats.values())
+    assert {key: stored.shape for key, stored in legacy.model.items()} == {
+        key: stored.shape for key, stored in sharded.model.items()
+    }
+    assert set(sharded.list_model_objects()) <= set(legacy.list_model_objects())
 
 
 def test_halves_of_the_gated_mlp_merged_as_plain_rows_are_noticed(both_formats):

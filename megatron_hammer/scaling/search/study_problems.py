@@ -25,10 +25,23 @@ CPU_PRECISIONS = ("fp32", "bf16")  # platforms/cpu.py
 def find_study_problems(study: Study) -> list[str]:
     """All problems; empty if the search can start. What does not fit at one size is that size's own `problem`."""
     return [
+        *_find_model_problems(study),
         *_find_number_problems(study),
         *_find_batch_problems(study),
         *_find_precision_problems(study),
         *_find_sequence_problems(study),
+    ]
+
+
+def _find_model_problems(study: Study) -> list[str]:
+    """The time of a step is computed from one layer, the memory of a stage from the number of its layers."""
+    moe = study.model.moe
+    if moe is None or not moe.dense_layers:
+        return []
+    return [
+        "model: layers must all be alike for a projection, got "
+        f"{len(moe.dense_layers)} dense ones among {study.model.num_layers} in {study.model.name}. "
+        "Time training runs of it, or project a model whose layers all have experts."
     ]
 
 

@@ -11,6 +11,9 @@ from megatron_hammer.scaling.search.search_space import SearchSpace
 from megatron_hammer.scaling.search.study_problems import find_study_problems
 from tests.helpers.toy_study import CLUSTER, build_toy_study
 
+MOE = select_preset("tiny-llm-zh-moe").model
+MIXED = replace(MOE, moe=replace(MOE.moe, dense_layers=(0, 1)))
+
 
 def test_a_good_study_has_no_problems() -> None:
     assert find_study_problems(build_toy_study()) == []
@@ -74,6 +77,11 @@ def test_a_good_study_has_no_problems() -> None:
         (
             {"precision": "fp16", "cluster": replace(CLUSTER, name="cpus", full_speed_processes_per_node=2)},
             "precision: must be fp32 or bf16 on a CPU host, got precision=fp16, cluster=cpus. Pass --precision bf16.",
+        ),
+        (
+            {"model": MIXED},
+            "model: layers must all be alike for a projection, got 2 dense ones among 8 in tiny-llm-zh-moe. "
+            "Time training runs of it, or project a model whose layers all have experts.",
         ),
         ({"seq_length": 0}, "seq-length: must be at least 1, got 0. Pass tokens, as in --seq-length 4096."),
         (
