@@ -31,13 +31,15 @@ from megatron_hammer.checkpoint.inspection.tables import (
 from megatron_hammer.checkpoint.inspection.tensor_views import OpenedCheckpoint, is_hugging_face, open_any
 from megatron_hammer.checkpoint.verification.print_checks import print_checks
 from megatron_hammer.checkpoint.verification.verify_conversion import LEVELS, CheckRow, verify_model
-from megatron_hammer.errors import ConfigError, exit_on_interrupt, exit_on_user_error
+from megatron_hammer.checkpoint_files.intact import find_hidden_damage, find_visible_damage, has_hashes
+from megatron_hammer.errors import CheckpointError, ConfigError, exit_on_interrupt, exit_on_user_error
 from megatron_hammer.files.command_line import CommandParser
 from megatron_hammer.files.progress import build_progress
 from megatron_hammer.files.tables import open_console
 
 # As in diff(1): 1 means different, 2 means that the comparison itself failed.
 DIFFERENT_EXIT_CODE = 1
+NUM_READERS = 8  # threads that hash files
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -58,6 +60,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=[],
         metavar="PATTERN",
         help="statistics of these tensors only, also of the optimizer: shell wildcards such as '*linear_qkv*'",
+    )
+    parser.add_argument(
+        "--files",
+        action="store_true",
+        help="read every file of a Megatron checkpoint and compare it with the hash that was saved with it, or with "
+        "torch's checksums where there are none",
     )
     parser.add_argument("--compare", type=Path, metavar="OTHER", help="compare with this checkpoint")
     parser.add_argument("--other-iteration", type=int, help="iteration of OTHER (default: the latest)")
@@ -109,8 +117,9 @@ def validate_arguments(arguments: argparse.Namespace) -> None:
         for flag, is_given in flags.items()
         if is_given and not has[other]
     ]
-    if arguments.compare is not None and arguments.statistics:
-        problems.append("--statistics: is about one checkpoint, got --compare too. Run the two one after the other.")
+    for flag in ("--statistics", "--files"):
+        if arguments.compare is not None and getattr(arguments, flag.removeprefix("--")):
+            problems.append(f"{flag}: is about one checkpoint, got --compare too. Run the two one after the other.")
     if problems:
         raise ConfigError(*problems)
 
@@ -124,16 +133,31 @@ def inspect(arguments: argparse.Namespace) -> None:
     if arguments.statistics:
         with show_progress("reading tensors") as on_tensor:
             measured = measure_tensors(select_views(opened, tuple(arguments.names)), on_tensor)
+    verdict = verify_files(opened) if arguments.files else None
     if arguments.json:
         statistics = {"statistics": statistics_to_json(measured)} if measured else {}
-        print(json.dumps(description_to_json(found) | statistics))
+        files = {} if verdict is None else {"files": verdict}
+        print(json.dumps(description_to_json(found) | statistics | files))
         return
     console = open_console()
     print_description(found, console)
     if measured:
         print_statistics(measured, console)
         print(summarise_statistics(measured))
+    if verdict is not None:
+        print(f"files: {verdict}")
     print(summarise_description(found))
+
+
+def verify_files(opened: OpenedCheckpoint) -> str:
+    """How every file was verified. Raises CheckpointError naming those that are not as they were saved."""
+    if not opened.is_megatron:
+        raise ConfigError(f"--files: works with Megatron's checkpoints, got {opened.format}. Leave it out.")
+    problems = find_visible_damage(opened.directory) or find_hidden_damage(opened.directory, num_threads=NUM_READERS)
+    if problems:
+        raise CheckpointError(*problems)
+    has_all = opened.store is not None and has_hashes(opened.directory)
+    return "all as saved, by their hashes" if has_all else "all as saved, by the checksums of their tensors"
 
 
 def compare(arguments: argparse.Namespace) -> None:

@@ -117,3 +117,35 @@ def test_user_errors_are_sentences_with_exit_code_2(pair, tmp_path):
         assert (code, output) == (2, ""), arguments
         assert message in errors
         assert all(line.startswith("error: ") for line in errors.splitlines())
+
+
+def test_every_file_is_verified(tmp_path, pair):
+    write_training_checkpoint(tmp_path / "run")
+    directory = tmp_path / "run" / "iter_0000010"
+    code, output, _ = run(directory, "--files")
+    assert code == 0
+    assert "files: all as saved, by their hashes" in output
+    assert json.loads(run(pair[0], "--files", "--json").stdout)["files"].startswith("all as saved, by the checksums")
+    shard = max(directory.glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    code, output, errors = run(directory, "--files")
+    assert (code, output) == (2, "")
+    assert f"error: {shard}: must have the contents that were saved" in errors
+    assert run(pair[1], "--files").returncode == 2
+    assert "--files: is about one checkpoint" in run(pair[0], "--files", "--compare", pair[1]).stderr
+
+
+def test_no_tensor_of_a_file_that_has_changed_is_used(tmp_path):
+    """A shard of another save: torch's own checksums are right, the hashes of the folder are not."""
+    for name, seed in (("run", 1), ("other", 2)):
+        torch.manual_seed(seed)
+        write_training_checkpoint(tmp_path / name, tensors=model_tensors() | {"extra": torch.randn(3)})
+    directory = tmp_path / "run" / "iter_0000010"
+    for shard in directory.glob("*.distcp"):
+        shard.write_bytes((tmp_path / "other" / "iter_0000010" / shard.name).read_bytes())
+    assert run(directory).returncode == 0  # shows descriptions only
+    code, _, errors = run(directory, "--statistics")
+    assert code == 2
+    assert ".distcp: must have the contents that were saved" in errors
