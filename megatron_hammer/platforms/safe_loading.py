@@ -15,6 +15,8 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, BinaryIO
 
+import numpy
+import numpy.dtypes
 import torch
 
 from megatron_hammer.checkpoint_files.pickle_reader import (
@@ -50,7 +52,7 @@ def load_data_only(load: Callable[..., Any]) -> Callable[..., Any]:
         kwargs.pop("pickle_module", None)
         kwargs["weights_only"] = True
         names = list_unlisted_types(file)
-        allowed = [entry for name in names if (entry := _find_enum(name)) is not None]
+        allowed = [*_list_numpy_types(), *(entry for name in names if (entry := _find_enum(name)) is not None)]
         found = {name for _, name in allowed}
         allowed += build_stand_ins((name for name in names if name not in found), STAND_IN_PREFIXES)
         try:
@@ -75,6 +77,23 @@ def list_unlisted_types(file: Any) -> list[str]:
     finally:
         if start is not None:
             file.seek(start)
+
+
+@functools.cache
+def _list_numpy_types() -> tuple[tuple[Any, str], ...]:
+    """Numbers and arrays of numpy, under the names of numpy 1 and 2; building one runs no code of the file."""
+    multiarray = numpy._core.multiarray  # type: ignore[attr-defined]
+    makers = [
+        (getattr(multiarray, name), f"numpy.{core}.multiarray.{name}")
+        for name in ("scalar", "_reconstruct")
+        for core in ("core", "_core")
+    ]
+    types = [
+        (found, f"numpy.dtypes.{name}")
+        for name in numpy.dtypes.__all__
+        if isinstance(found := getattr(numpy.dtypes, name), type)
+    ]
+    return (*makers, *types, (numpy.ndarray, "numpy.ndarray"), (numpy.dtype, "numpy.dtype"))
 
 
 def _find_enum(name: str) -> tuple[Any, str] | None:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
 
+import numpy
 import torch
 
 from megatron_hammer.platforms import megatron_compat
@@ -424,9 +425,17 @@ def observe_safe_loading() -> Any:
         enter("torch.load", lambda: torch.load(folder / "common.pt", weights_only=False))
         with mock.patch.dict(os.environ, TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="1"):
             enter("environment", lambda: torch.load(folder / "common.pt"))
-        torch.save({"args": Namespace(a=1), "mode": _find_megatron_enum()}, folder / "good.pt")
+        kept = {
+            "args": Namespace(a=1),
+            "mode": _find_megatron_enum(),
+            "array": numpy.arange(3),
+            "x": numpy.float64(0.5),
+        }
+        torch.save(kept, folder / "good.pt")
         loaded = torch.load(folder / "good.pt", weights_only=False)
-        outcomes["values"] = [loaded["args"].a, loaded["mode"] is _find_megatron_enum()]
+        outcomes["values"] = [
+            loaded["args"].a, loaded["mode"] is _find_megatron_enum(), loaded["array"].tolist(), float(loaded["x"])
+        ]  # fmt: skip
     return outcomes
 
 

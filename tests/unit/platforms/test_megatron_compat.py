@@ -73,7 +73,8 @@ WITH_WORKS: dict[str, Any] = {
         and outcome["another object"] != "ok"
     ),
     "safe-loading": lambda outcome: (
-        all(outcome[way] == [False, "CheckpointError"] for way in WAYS_IN) and outcome["values"] == [1, True]
+        all(outcome[way] == [False, "CheckpointError"] for way in WAYS_IN)
+        and outcome["values"] == [1, True, [0, 1, 2], 0.5]
     ),
     "verified-loading": lambda outcome: set(outcome.values()) == {"CheckpointError"},
     "whole-iterations": lambda outcome: (
