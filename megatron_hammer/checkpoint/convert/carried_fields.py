@@ -42,6 +42,12 @@ class CarriedFields:
     notes: tuple[str, ...]
 
 
+def require_descriptions(hf_dir: Path) -> None:
+    """Raise ConversionError for a generation_config.json that no export could read; config.json was read already."""
+    if (path := hf_dir / GENERATION_NAME).is_file():
+        read_config(path)
+
+
 def copy_descriptions(hf_dir: Path, checkpoint_dir: Path) -> None:
     """Keep both files of a Hugging Face folder in the folder of an iteration."""
     target = checkpoint_dir / SIDECAR_DIR

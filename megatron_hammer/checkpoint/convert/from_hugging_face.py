@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from megatron_hammer.checkpoint.convert.carried_fields import copy_descriptions
+from megatron_hammer.checkpoint.convert.carried_fields import copy_descriptions, require_descriptions
 from megatron_hammer.checkpoint.convert.proofs import (
     DTYPES,
     require_free_space,
@@ -83,6 +83,7 @@ def import_from_hugging_face(
     """
     started_at_s = time.monotonic()
     source = open_hf_folder(options.hf_dir)
+    require_descriptions(options.hf_dir)
     dtypes = _select_dtypes(source, options.dtype)
     needed_bytes = sum(pair.num_elements * dtypes[_key_of(pair, source)].itemsize for pair in source.pairs)
     require_free_space(options.save_dir, needed_bytes)
@@ -92,7 +93,11 @@ def import_from_hugging_face(
         tokenizer_dir = None
         if tokenizer_source is not None:
             # Before the weights, which take much longer: a tokenizer that does not fit ends the command early.
-            checks.append(_import_tokenizer(tokenizer_source, writer.directory / TOKENIZER_DIR, source))
+            tokenizer_check, tokenizer_note = _import_tokenizer(
+                tokenizer_source, writer.directory / TOKENIZER_DIR, source
+            )
+            checks.append(tokenizer_check)
+            notes += () if tokenizer_note is None else (tokenizer_note,)
             # The final place: the folder is renamed after the arguments, which name it, are written.
             tokenizer_dir = options.save_dir.absolute() / RELEASE / TOKENIZER_DIR
         checks.append(write_verified_weights(source, dtypes, writer, on_parameters))
@@ -183,8 +188,11 @@ def _verify_computation(partial_dir: Path, options: ImportOptions) -> list[Check
     return checks
 
 
-def _import_tokenizer(source_path: Path, target_dir: Path, source: HfFolder) -> CheckRow:
-    """Copy the tokenizer, compared through transformers. Raises HammerError if it cannot be copied exactly."""
+def _import_tokenizer(source_path: Path, target_dir: Path, source: HfFolder) -> tuple[CheckRow, str | None]:
+    """Copy the tokenizer, compared through transformers; returns what was compared, and what a user should know.
+
+    Raises HammerError if it cannot be copied exactly.
+    """
     from megatron_hammer.tokenizer.export.export_tokenizer import export_tokenizer_folder
 
     try:
@@ -201,4 +209,4 @@ def _import_tokenizer(source_path: Path, target_dir: Path, source: HfFolder) -> 
     )
     texts = exported.samples
     result = f"{texts.num_documents:,} texts, {texts.num_tokens:,} tokens equal in transformers"
-    return CheckRow("tokenizer copied", result, True)
+    return CheckRow("tokenizer copied", result, True), exported.tokenizer.note

@@ -5,10 +5,11 @@ The path: open the checkpoint, choose the family, compare every name and shape, 
 A failure leaves nothing. config.json is written last, so that after a kill the partial folder does not load.
 """
 
+import functools
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,7 +188,9 @@ def _plan_export(options: ExportOptions) -> _Plan:
         where=str(reader.directory),
     )
     num_compared_files = reader.validate_one_save() if isinstance(reader, TorchDistReader) else 0
-    dtype = _select_dtype(options.dtype, reader, pairs)
+    # Buffers are in fp32 always.
+    stored = {reader.tensors[pair.megatron_name].dtype for pair in pairs if not pair.is_buffer}
+    dtype = _select_dtype(options.dtype, stored, where=reader.directory)
     if has_zero_centered_norms(reader.args):
         reader = PlainNormReader(reader)
     shapes = {name: shape for pair in pairs for name, shape in zip(pair.hf_names, pair.hf_shapes, strict=True)}
@@ -201,7 +204,7 @@ def _plan_export(options: ExportOptions) -> _Plan:
         num_compared_files=num_compared_files,
         tokenizer_path=tokenizer_path if options.has_tokenizer else None,
         carried=carried,
-        notes=(*notes, *(carried.notes if carried else ())),
+        notes=(*notes, *_describe_dtypes(options.dtype, stored, dtype), *(carried.notes if carried else ())),
         shards=plan_shards(
             shapes,
             dtype=dtype,
@@ -234,16 +237,23 @@ def _describe_norms(plan: _Plan) -> Iterator[str]:
         )
 
 
-def _select_dtype(requested: str | None, reader: CheckpointReader, pairs: Sequence[TensorPair]) -> torch.dtype:
-    """The requested dtype, or that of the widest stored parameter."""
+def _select_dtype(requested: str | None, stored: Set[torch.dtype], *, where: Path) -> torch.dtype:
+    """The requested dtype, or the narrowest that holds every parameter exactly: fp32 for bf16 and fp16 together."""
     if requested is not None:
         return DTYPES[requested]
-    stored = {reader.tensors[pair.megatron_name].dtype for pair in pairs if not pair.is_buffer}
     if unknown := sorted(map(str, stored - set(DTYPES.values()))):
-        raise ConversionError(
-            f"{reader.directory}: weights must be bf16, fp16 or fp32, got {', '.join(unknown)}. Pass --dtype."
-        )
-    return max(stored, key=lambda dtype: (dtype.itemsize, str(dtype)))
+        raise ConversionError(f"{where}: weights must be bf16, fp16 or fp32, got {', '.join(unknown)}. Pass --dtype.")
+    return functools.reduce(torch.promote_types, stored)
+
+
+def _describe_dtypes(requested: str | None, stored: Set[torch.dtype], dtype: torch.dtype) -> list[str]:
+    """A sentence where a folder with one dtype is made of a checkpoint with several."""
+    if requested is not None or len(stored) == 1:
+        return []
+    return [
+        f"weights are stored in {' and '.join(sorted(map(name_dtype, stored)))}; all were written in "
+        f"{name_dtype(dtype)}, which changes no value. --dtype bf16 writes all of them in 16 bits"
+    ]
 
 
 def _export_tokenizer(

@@ -22,6 +22,7 @@ from megatron_hammer.model.shape import ModelShape
 
 # fp8 and integers are quantized weights. Their scales lie in other tensors, which no row of the table reads.
 WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+ADAPTER_NAME = "adapter_config.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +72,12 @@ def open_hf_folder(folder: Path) -> HfFolder:
     """
     model = read_hf_model(folder)
     weights = open_hf_weights(folder)
+    # transformers adds it to the weights where peft is installed, so it is a part of the model that a user loads.
+    if (folder / ADAPTER_NAME).is_file():
+        raise ConversionError(
+            f"{folder / ADAPTER_NAME}: a folder of weights must hold no adapter, got one. Merge it with peft's "
+            "merge_and_unload and save_pretrained, or remove it to convert the weights without it."
+        )
     _require_plausible_counts(model.shape, weights)
     pairs = expand(model.family, model.shape)
     sources = locate_hf_tensors(pairs, model.shape, weights.shapes, num_extra_layers=count_extra_layers(model))

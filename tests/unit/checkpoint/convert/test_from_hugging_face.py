@@ -171,6 +171,22 @@ def test_ends_of_a_text_padding_and_settings_come_back(folder):
     assert read_json(folder.with_name("back") / "generation_config.json") == GENERATION
 
 
+@pytest.mark.parametrize("content", ["[]", "{", "7"])
+def test_a_broken_generation_config_is_named_before_anything_is_written(folder, content):
+    write_toy_folder(folder)
+    (folder / "generation_config.json").write_text(content)
+    with pytest.raises(ConversionError, match=r"generation_config\.json: content must be"):
+        convert(folder)
+    assert not folder.with_name("save").exists()
+
+
+def test_an_adapter_that_transformers_would_add_is_refused(folder):
+    write_toy_folder(folder)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ConversionError, match=r"adapter_config\.json: .* must hold no adapter, got one\. Merge it"):
+        convert(folder)
+
+
 def test_a_source_without_a_file_or_a_field_gets_none(folder):
     write_toy_folder(folder)
     convert(folder)

@@ -177,6 +177,22 @@ def test_the_dtype_is_the_stored_or_the_requested_one(tmp_path, stored, requeste
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto").dtype == written
 
 
+@pytest.mark.parametrize(
+    ("second", "written"), [(torch.float32, torch.float32), (torch.float16, torch.float32), (torch.bfloat16, None)]
+)
+def test_several_stored_dtypes_become_the_one_that_holds_all_and_a_note_says_so(tmp_path, second, written):
+    """fp16 has neither the range of bf16 nor is bf16 as precise."""
+    tensors = toy_llama_tensors(dtype=torch.bfloat16)
+    name = "decoder.final_layernorm.weight"
+    tensors[name] = tensors[name].to(second)
+    write_toy_checkpoint(tmp_path / "checkpoint", tensors)
+    report = export_to_hugging_face(export_options(load_dir=tmp_path / "checkpoint", save_dir=tmp_path / "hf"))
+    weights = load_file(tmp_path / "hf" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {written or torch.bfloat16}
+    notes = [note for note in report.notes if note.startswith("weights are stored in bfloat16 and ")]
+    assert len(notes) == (0 if written is None else 1)
+
+
 def test_chunks_and_shards_do_not_change_the_weights(options, tmp_path):
     export_to_hugging_face(options)
     one_file = load_file(options.save_dir / "model.safetensors")
