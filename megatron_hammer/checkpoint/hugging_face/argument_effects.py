@@ -24,11 +24,20 @@ _EXPRESSED = """
     moe_aux_loss_coeff moe_router_topk_scaling_factor moe_router_num_groups moe_router_group_topk
     moe_router_enable_expert_bias attention_dropout hidden_dropout rotary_percent no_rope_freq residual_multiplier
     use_mup mup_base_hidden_size mup_embedding_mult mup_output_mult mup_base_head_dim mup_attn_scale_power
-    window_attn_skip_freq
 """
 EXPRESSED = frozenset(_EXPRESSED.split())
 
 _RANKED_OTHERWISE = {"sinkhorn", "quantile_balancing"}  # load balancing that is part of the choice of experts
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(number, int) for number in value)
+
+
+def _is_pattern(value: Any) -> bool:
+    return isinstance(value, list) and all(number in (0, 1) for number in value)
+
+
 # Argument: (the values that the mapping expresses, why no other is). Absent arguments count as unset.
 EXPRESSIBLE: dict[str, tuple[Callable[[Any], bool], str]] = {
     "normalization": (lambda value: value in ("RMSNorm", "LayerNorm"), "only RMSNorm and LayerNorm are mapped"),
@@ -40,8 +49,12 @@ EXPRESSIBLE: dict[str, tuple[Callable[[Any], bool], str]] = {
     "experimental_attention_variant": (lambda value: not value, "the attention variant is not mapped"),
     "softmax_type": (lambda value: value in (None, "vanilla"), "transformers' Llama has the plain softmax"),
     "window_size": (
-        lambda value: not value or (len(value) == 2 and value[0] >= 0 and value[1] == 0),
+        lambda value: not value or (_is_pair(value) and value[0] >= 0 and value[1] == 0),
         "a window of any other kind than (tokens before a position, 0) is not mapped",
+    ),
+    "window_attn_skip_freq": (
+        lambda value: value is None or isinstance(value, int) or _is_pattern(value),
+        "it is neither a number nor a list of 0 and 1",
     ),
     "apply_residual_connection_post_layernorm": (lambda value: not value, "no mapping has that residual"),
     "squared_relu": (lambda value: not value, "the activation is not mapped"),

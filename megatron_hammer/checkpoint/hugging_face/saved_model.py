@@ -12,7 +12,7 @@ from typing import Any
 from megatron_hammer.checkpoint.hugging_face.argument_effects import EXPRESSIBLE, is_known
 from megatron_hammer.checkpoint.hugging_face.config_rows import Dropout
 from megatron_hammer.checkpoint_files.saved_arguments import complete_arguments, list_missing
-from megatron_hammer.config.model_arguments import ESSENTIALS, is_yarn, read_model
+from megatron_hammer.config.model_arguments import ESSENTIALS, YARN_ARGUMENTS, is_yarn, read_model
 from megatron_hammer.config.own_flags import add_own_flags
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.model.shape import ModelShape, RopeScaling
@@ -89,7 +89,10 @@ def _list_unknown(args: Any, ignored: Collection[str]) -> Iterator[str]:
 
 def _validate_rope(args: Any) -> None:
     """Our training builds with the factor that was asked for; Megatron's own (gpt_config_from_args) always with 8."""
-    if not getattr(args, "use_rope_scaling", False) or is_yarn(args):  # Megatron's YaRN never reads it
+    if is_yarn(args):
+        _validate_yarn(args)
+        return  # Megatron's YaRN reads neither
+    if not getattr(args, "use_rope_scaling", False):
         return
     factor, default = getattr(args, "rope_scaling_factor", RopeScaling().factor), RopeScaling().factor
     # Only this package has --embedding-norm, so its saved name tells who trained the model.
@@ -107,6 +110,16 @@ def _validate_rope(args: Any) -> None:
             f"rotary_seq_len_interpolation_factor={interpolation_factor}: transformers scales a rope in one way. "
             "Keep the checkpoint in Megatron's format."
         )
+
+
+def _validate_yarn(args: Any) -> None:
+    problems = [
+        f"{name}: must be a number, got {name}={value!r}. Save the checkpoint with Megatron's training loop."
+        for name, value in ((name, getattr(args, name, None)) for name, _ in YARN_ARGUMENTS.values())
+        if not (value is None or isinstance(value, int | float))
+    ]
+    if problems:
+        raise ConversionError(*problems)
 
 
 def _validate_experts(args: Any) -> None:

@@ -13,7 +13,7 @@ from megatron_hammer.model.shape import YarnScaling
 
 _FIELDS = """
     rope_type type rope_theta partial_rotary_factor factor original_max_position_embeddings attention_factor beta_fast
-    beta_slow mscale mscale_all_dim truncate
+    beta_slow mscale mscale_all_dim truncate finetuned
 """
 FIELDS = frozenset(_FIELDS.split())
 

@@ -38,8 +38,12 @@ _ARGUMENT_ORDER = (
     *("num_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_aux_loss_coeff", "moe_token_dispatcher_type"),
     *("moe_shared_expert_intermediate_size", "moe_shared_expert_gate", "moe_router_pre_softmax"),
 )
-# These two are on by default, so the flag switches them off.
-_OFF_SWITCHES = {"add_bias_linear": "--disable-bias-linear", "bias_gelu_fusion": "--no-bias-gelu-fusion"}
+# These are on by default, so the flag switches them off.
+_OFF_SWITCHES = {
+    "add_bias_linear": "--disable-bias-linear",
+    "bias_gelu_fusion": "--no-bias-gelu-fusion",
+    "yarn_correction_range_round_to_int": "--no-yarn-correction-range-round-to-int",
+}
 
 
 def find_recipe(model: ModelShape) -> Recipe | None:

@@ -8,7 +8,7 @@ from megatron_hammer.checkpoint.hugging_face.argument_effects import EXPRESSIBLE
 from megatron_hammer.checkpoint.hugging_face.families.catalogue import select_family
 from megatron_hammer.checkpoint.hugging_face.saved_model import has_zero_centered_norms, read_saved_model
 from megatron_hammer.errors import ConversionError
-from megatron_hammer.model.shape import RopeScaling
+from megatron_hammer.model.shape import RopeScaling, YarnScaling
 from tests.helpers.toy_model import GPT2_ARGUMENTS, MOE_ARGUMENTS, PLAIN_MOE_ARGUMENTS, toy_arguments
 
 
@@ -99,6 +99,31 @@ def test_layers_without_a_rope_and_turned_shares_choose_their_class():
     assert select_family(read_saved_model(toy_arguments(rotary_percent=0.5))).hf_class == "Phi3ForCausalLM"
     with pytest.raises(ConversionError, match=r"layers_without_rope=\(2,\), rotary_percent=0.5"):
         select_family(read_saved_model(toy_arguments(no_rope_freq=3, rotary_percent=0.5)))
+
+
+def test_windows_and_yarn_choose_their_class_or_are_refused_by_name():
+    everywhere, some = {"window_size": (7, 0)}, {"window_size": [7, 0], "window_attn_skip_freq": 2}
+    window = read_saved_model(toy_arguments(**some)).sliding_window
+    assert (window.num_tokens, window.layers) == (8, (0, 2))
+    assert select_family(read_saved_model(toy_arguments(**everywhere))).hf_class == "MistralForCausalLM"
+    assert select_family(read_saved_model(toy_arguments(**some))).hf_class == "MinistralForCausalLM"
+    with pytest.raises(ConversionError, match="a sliding window in some layers: the class has one in every layer"):
+        select_family(read_saved_model(toy_arguments(**some, **PLAIN_MOE_ARGUMENTS)))
+    with pytest.raises(ConversionError, match=r"sliding_window=.*no such field"):
+        select_family(read_saved_model(toy_arguments(**everywhere, **GPT2_ARGUMENTS)))
+    for value in ((7, 1), (-1, 0), 7, (7,), ("7", "0")):
+        with pytest.raises(ConversionError, match=r"^window_size: cannot be exported, got window_size="):
+            read_saved_model(toy_arguments(window_size=value))
+    with pytest.raises(ConversionError, match=r"^window_attn_skip_freq: .*neither a number nor a list of 0 and 1"):
+        read_saved_model(toy_arguments(window_size=(7, 0), window_attn_skip_freq=[[1], 0, 2]))
+    yarn = {"position_embedding_type": "yarn", "use_rope_scaling": True, "rotary_seq_len_interpolation_factor": 3}
+    model = read_saved_model(toy_arguments(**yarn, rotary_scaling_factor=4.0))
+    assert (model.rope_scaling, model.rotary_seq_len_interpolation_factor) == (
+        YarnScaling(factor=4.0, original_max_position_embeddings=4096),
+        None,
+    )
+    with pytest.raises(ConversionError, match=r"^yarn_beta_fast: must be a number, got yarn_beta_fast='x'"):
+        read_saved_model(toy_arguments(**yarn, yarn_beta_fast="x"))
 
 
 def test_an_export_has_the_class_of_its_source_while_that_computes_it():

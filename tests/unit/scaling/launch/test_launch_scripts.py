@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_hammer.config.model_arguments import build_model_arguments
+from megatron_hammer.config.model_arguments import build_model_arguments, read_model
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.accounting import ParallelLayout
+from megatron_hammer.model.shape import SlidingWindow, YarnScaling
 from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_gpu
 from megatron_hammer.scaling.launch.launch_scripts import (
@@ -28,8 +29,10 @@ from megatron_hammer.scaling.launch.launch_scripts import (
     select_backend,
     shorten_name,
 )
+from megatron_hammer.scaling.launch.training_flags import list_model_flags
 from megatron_hammer.scaling.plan import Plan
 from tests.helpers.messages import raises_problem
+from tests.helpers.parsed_flags import parse
 from tests.helpers.repository import ROOT
 from tests.helpers.shipped_launches import FILES, OPTIONS, build_shipped_launch, render_shipped
 
@@ -150,6 +153,20 @@ def test_a_spelled_model_has_only_flags_that_megatron_heeds() -> None:
     expected += ["--moe-shared-expert-intermediate-size", "704", "--moe-shared-expert-gate", "--moe-router-pre-softmax"]
     start = flags.index("--num-experts")
     assert flags[start : start + len(expected)] == expected
+
+
+def test_every_number_of_yarn_and_of_windows_is_spelled() -> None:
+    """The flags make the same model again."""
+    yarn = YarnScaling(
+        **{"factor": 4.0, "original_max_position_embeddings": 2048, "beta_fast": 20.0, "beta_slow": 2.0},
+        **{"mscale": 0.7, "mscale_all_dim": 0.3, "has_whole_bounds": False},
+    )
+    for scaling in (yarn, replace(yarn, has_whole_bounds=True)):
+        for layers in ((0, 1, 2, 3), (0, 3)):
+            window = SlidingWindow(num_tokens=128, layers=layers)
+            model = replace(PRESETS["hammer-tiny"].model, name="mine", rope_scaling=scaling, sliding_window=window)
+            flags = list_model_flags(model, build_model_arguments(model))
+            assert read_model(parse(*flags, "--mock-data", "--dry-run").namespace) == model
 
 
 def test_a_recipes_sequence_parallelism_cannot_be_taken_back() -> None:
