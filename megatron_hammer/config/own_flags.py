@@ -159,6 +159,14 @@ def _add_output_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--gpu-memory-gib", type=float, help="memory of a GPU, for --dry-run on a machine without it")
     group.add_argument("--peak-tflops", type=float, help="dense peak of a GPU for MFU (default: by device name)")
     group.add_argument("--metrics-path", help="one JSON object per step (default: metrics.jsonl under --save)")
+    group.add_argument(
+        "--prometheus-file",
+        metavar="FILE",
+        help="step, loss, speed, restarts and age of the checkpoint as Prometheus text",
+    )
+    group.add_argument(
+        "--prometheus-port", type=int, metavar="PORT", help="serve the same at /metrics on the host of the last rank"
+    )
     group.add_argument("--verbose", action="store_true", help="megatron's own output on the terminal, not in a file")
 
 

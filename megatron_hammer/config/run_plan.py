@@ -52,6 +52,8 @@ class Output:
     is_verbose: bool
     metrics_path: str | None
     tensorboard_dir: str | None
+    prometheus_file: str | None
+    prometheus_port: int | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

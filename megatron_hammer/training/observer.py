@@ -19,6 +19,7 @@ from megatron_hammer.platforms.device import max_over_ranks, read_device_name, r
 from megatron_hammer.platforms.gpu_peaks import find_dense_peak_tflops
 from megatron_hammer.training.metrics import MFU_CONVENTION, MetricsLog, RunFacts, Stopwatch, read_metrics
 from megatron_hammer.training.reporter import Reporter, write_loss_curve
+from megatron_hammer.training.supervision.heartbeat import Heartbeat
 
 LOSS_NAME = "lm loss"  # the key of forward_step.sum_loss
 
@@ -48,6 +49,18 @@ def build_observer(plan: RunPlan, state: TrainingState, terminal: IO[str]) -> "R
         is_recorder=machine.rank == machine.world_size - 1,
         read_peak_memory_bytes=read_peak_memory_bytes,
         max_over_ranks=max_over_ranks,
+        heartbeat=build_heartbeat(plan) if machine.rank == machine.world_size - 1 else None,
+    )
+
+
+def build_heartbeat(plan: RunPlan) -> Heartbeat:
+    """For outside monitors; raises ConfigError if --prometheus-port is taken."""
+    save, output = plan.checkpoints.save, plan.output
+    return Heartbeat(
+        plan.model_name if save is None else Path(save).name,
+        None if save is None else Path(save),
+        None if output.prometheus_file is None else Path(output.prometheus_file),
+        output.prometheus_port,
     )
 
 
@@ -87,12 +100,14 @@ class RunObserver:
         is_recorder: bool,
         read_peak_memory_bytes: Callable[[], int],
         max_over_ranks: Callable[[float], float],
+        heartbeat: Heartbeat | None = None,
     ):
         self.plan, self.state, self.facts, self.reporter = plan, state, facts, reporter
         self.is_recorder = is_recorder
         # Now, since a run's own first checkpoint would be found later.
         self._weights = describe_weights(plan.checkpoints, plan.initial_model)
         self._read_peak_memory_bytes, self._max_over_ranks = read_peak_memory_bytes, max_over_ranks
+        self._heartbeat = heartbeat
         self._stopwatch, self._lr = Stopwatch(), 0.0
         self._log: MetricsLog | None = None
         self._validations: list[dict[str, Any]] = []
@@ -136,6 +151,14 @@ class RunObserver:
         )
         self._record_saves()
         self.reporter.show_step(metrics)
+        if self._heartbeat is not None:
+            self._heartbeat.beat(
+                step=metrics.step,
+                train_steps=self.facts.train_steps,
+                loss=metrics.loss,
+                tokens_per_s=metrics.tokens_per_s,
+                step_time_s=metrics.step_time_s,
+            )
 
     def end_save(self, step: int, elapsed_s: float) -> None:
         """Training goes on after a save, which may still be written."""

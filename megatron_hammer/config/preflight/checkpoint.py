@@ -7,7 +7,7 @@ from megatron_hammer.checkpoint_files.newest_intact import LoadChoice, has_check
 from megatron_hammer.config.flags import flag_of
 from megatron_hammer.config.preflight.paths import find_unwritable, is_same_place
 from megatron_hammer.config.preflight.resume import find_resume_problems
-from megatron_hammer.config.run_plan import RunPlan, RunSettings
+from megatron_hammer.config.run_plan import Output, RunPlan, RunSettings
 from megatron_hammer.config.saved_run import choose_checkpoint, find_checkpoint_to_load, read_saved_run
 from megatron_hammer.errors import CheckpointError
 
@@ -25,6 +25,7 @@ def find_checkpoint_problems(settings: RunSettings, plan: RunPlan | None) -> lis
     if settings.output.tensorboard_dir is not None:
         problems += find_unwritable("tensorboard_dir", settings.output.tensorboard_dir)
     problems += _find_metrics_problems(settings.output.metrics_path, checkpoints.save)
+    problems += _find_prometheus_problems(settings.output)
     if checkpoints.load is not None:
         has_other_weights = checkpoints.pretrained is not None or settings.initial_model is not None
         # With --ckpt-step the tracker is not needed: the folder's name follows from the step.
@@ -60,6 +61,19 @@ def _find_metrics_problems(path: str | None, save: str | None) -> list[str]:
     if os.path.isdir(path):
         return [f"metrics-path: must be a file, got a folder, metrics_path={path}. Pass {path}/metrics.jsonl."]
     return find_unwritable("metrics_path", os.path.dirname(path) or ".")
+
+
+def _find_prometheus_problems(output: Output) -> list[str]:
+    path, port, problems = output.prometheus_file, output.prometheus_port, []
+    if path is not None:
+        if os.path.isdir(path):
+            problems.append(
+                f"prometheus-file: must be a file, got a folder, prometheus_file={path}. Pass a file in it."
+            )
+        problems += find_unwritable("prometheus_file", os.path.dirname(path) or ".")
+    if port is not None and not 0 < port < 65536:
+        problems.append(f"prometheus-port: must be 1 to 65535, got prometheus_port={port}. Pass another one.")
+    return problems
 
 
 def _find_saved_problems(settings: RunSettings, plan: RunPlan | None) -> list[str]:

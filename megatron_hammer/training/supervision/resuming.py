@@ -10,12 +10,17 @@ _BEGINNINGS_WITH_VALUE = ("--load", "--ckpt-step", "--pretrained-checkpoint")
 _BEGINNINGS = ("--finetune", "--no-load-optim", "--no-load-rng")
 
 
+def find_tracker(save_dir: Path) -> Path:
+    """The file that names the newest checkpoint, written after it."""
+    return save_dir / LATEST_FILE
+
+
 def read_saved_step(save_dir: Path | None) -> int:
     """The step of the newest checkpoint in `save_dir`; 0 without one."""
     if save_dir is None:
         return 0
     try:
-        text = (save_dir / LATEST_FILE).read_text(encoding="utf-8", errors="replace").strip()
+        text = find_tracker(save_dir).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return 0
     return int(text) if text.isdecimal() else 0
