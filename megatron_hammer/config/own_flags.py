@@ -11,6 +11,12 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group = parser.add_argument_group("megatron_hammer")
     group.add_argument("--preset", help="model and recipe to start from; any other flag overrides it")
     group.add_argument(
+        # Replaced by the recorded arguments before these are parsed; see training/supervision/run_folder.py.
+        "--from-run",
+        metavar="DIR",
+        help="repeat the run that saved into this folder: its arguments, then those given here (needs a new --save)",
+    )
+    group.add_argument(
         "--load-hf",
         metavar="DIR",
         help="the model and the first weights of a Hugging Face folder; the checkpoint in --load, once there is one, "

@@ -24,6 +24,7 @@ from megatron_hammer.training.launch import (
 )
 from megatron_hammer.training.supervision.last_words import leave_last_words, note_user_errors
 from megatron_hammer.training.supervision.progress import ProgressRecord, open_record
+from megatron_hammer.training.supervision.run_folder import repeat_run
 
 if TYPE_CHECKING:
     from megatron_hammer.config.arguments import ParsedArguments
@@ -44,12 +45,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     die_silently_of_interrupts()
     leave_last_words()
     progress = open_record()
-    argv = sys.argv[1:] if argv is None else argv
+    argv = repeat_run(sys.argv[1:] if argv is None else argv)
     arguments = prepare(argv)
     if arguments.settings.output.is_dry_run:
         dry_run(arguments, sys.stdout)
     else:
         plan = check(arguments)
+        record_start(argv, arguments, plan)
         sys.exit(train(arguments, plan, open_terminal(plan), progress))
 
 
@@ -111,6 +113,19 @@ def dry_run(arguments: "ParsedArguments", terminal: IO[str]) -> None:
     print_report(build_dry_run_report(arguments, problems), terminal, as_json=arguments.settings.output.has_json)
     if problems:
         sys.exit(USER_ERROR_EXIT_CODE)
+
+
+def record_start(argv: Sequence[str], arguments: "ParsedArguments", plan: "RunPlan") -> None:
+    """Leave under --save how the run was started, from which --from-run repeats it."""
+    from pathlib import Path
+
+    from megatron_hammer.training.cluster.software import identify_data
+    from megatron_hammer.training.supervision.run_folder import describe_start, write_start
+
+    save = plan.checkpoints.save
+    if save is not None and plan.machine.rank == 0:
+        start = describe_start(argv, identify_data(plan.data.sources))
+        write_start(Path(save), start, arguments.settings.flags.values)
 
 
 def open_terminal(settings: "RunSettings") -> IO[str]:
