@@ -54,7 +54,7 @@ def test_a_killed_rank_is_restarted_from_the_newest_checkpoint(
     assert f"error: rank 1 on {failed['host']} was killed by SIGKILL" in run.log
 
 
-def test_two_hosts_recover_from_a_killed_rank_and_from_a_killed_launcher(
+def test_two_hosts_recover_from_a_killed_rank_and_from_killed_launchers(
     flags: tuple[str, ...], uninterrupted: list[tuple[Any, ...]], tmp_path: Path
 ) -> None:
     """Numbered as for torchrun's static rendezvous, which recovers from neither."""
@@ -72,8 +72,14 @@ def test_two_hosts_recover_from_a_killed_rank_and_from_a_killed_launcher(
     wait_for_step(first, tmp_path, SAVE_INTERVAL * 2 + 1)
     psutil.Process(second.pid).kill()
     replacement = launch(1)
-    assert (first.wait(), replacement.wait()) == (0, 0), first.log + replacement.log
-    assert second.wait() == -9
+    wait_for_step(first, tmp_path, SAVE_INTERVAL * 3 + 1)
+    psutil.Process(first.pid).kill()  # it holds the rendezvous
+    returned = launch(0)
+    assert (returned.wait(), replacement.wait()) == (0, 0), returned.log + replacement.log
+    assert (first.wait(), second.wait()) == (-9, -9)
+    assert "error: the launcher of node 0 does not answer; waiting for it." in replacement.log
+    assert "Traceback" not in first.log + second.log + returned.log + replacement.log
     assert select_exact(read_lines(tmp_path / "metrics.jsonl")) == uninterrupted
     started = [(event["attempt"], event["ranks"]) for event in read_events(tmp_path, "attempt-started")]
-    assert sorted(started) == [(attempt, [rank]) for attempt in range(3) for rank in (0, 1)]
+    # A new launcher of node 0 counts anew.
+    assert sorted(started) == sorted((attempt, [rank]) for attempt in (0, 1, 2, 0) for rank in (0, 1))

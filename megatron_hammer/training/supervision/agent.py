@@ -26,13 +26,15 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.launcher.api import LaunchConfig
 
-from megatron_hammer.training.supervision.rendezvous import RepeatedRendezvous, build_handler
+from megatron_hammer.training.supervision.bounded_call import call_bounded
+from megatron_hammer.training.supervision.rendezvous import RepeatedRendezvous, build_handler, may_rejoin
 from megatron_hammer.training.supervision.resuming import continue_own_run, read_saved_step
 from megatron_hammer.training.supervision.supervisor import HangOptions, Supervisor, find_first_failure
 
 FAILURE_GRACE_S = 15  # between SIGTERM and SIGKILL to ranks that a failed one left behind
 EXIT_BARRIER_S = 30  # how long a launcher that is done waits for those of other nodes
 FAILURE_EXIT_CODE = 1
+LOST_NODES = (RendezvousError, DistError, TimeoutError)
 
 
 class SupervisedAgent(LocalElasticAgent):
@@ -48,7 +50,11 @@ class SupervisedAgent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)
         if result.state == WorkerState.HEALTHY and self._pcontext is not None:
-            self._supervisor.watch(self._pcontext.pids(), worker_group.store)
+            pids, store = self._pcontext.pids(), worker_group.store
+            if worker_group.group_world_size == 1:
+                self._supervisor.watch(pids, store)
+            else:
+                call_bounded(functools.partial(self._supervisor.watch, pids, store))
         if result.state == WorkerState.FAILED and not self._supervisor.judge(result.failures):
             self._remaining_restarts = 0
         return result
@@ -94,12 +100,12 @@ def run_agent(
     with tempfile.TemporaryDirectory(prefix="megatron_hammer-progress-") as progress_dir:
         supervisor = Supervisor(save_dir, config.max_restarts, Path(progress_dir), hang_options)
         try:
-            result = _run_to_end(supervisor, config, entrypoint, arguments, stop_grace_s)
+            result = _run_with_reconnection(supervisor, config, entrypoint, arguments, stop_grace_s)
         except SignalException as stop:
             message = f"stopped by {signal.Signals(stop.sigval).name}"
             supervisor.events.write("run-stopped", message, attempt=supervisor.attempt, step=supervisor.read_step())
             raise
-        except (RendezvousError, DistError) as error:
+        except LOST_NODES as error:
             reason = describe_rendezvous_error(error, config)
             supervisor.events.write("run-ended", reason, attempt=supervisor.attempt)
             print(f"error: {reason}", file=sys.stderr)
@@ -111,12 +117,31 @@ def run_agent(
         return code if code >= 0 else 128 - code
 
 
+def _run_with_reconnection(
+    supervisor: Supervisor,
+    config: LaunchConfig,
+    entrypoint: Callable[..., Any] | str | None,
+    arguments: Sequence[str],
+    stop_grace_s: float,
+) -> RunResult:
+    """`_run_to_end`, again while node 0's launcher is lost and comes back."""
+    is_rejoining = False
+    while True:
+        try:
+            return _run_to_end(supervisor, config, entrypoint, arguments, stop_grace_s, is_rejoining)
+        except LOST_NODES as error:
+            if not may_rejoin(error, config.rdzv_configs) or not supervisor.lose_first_node():
+                raise
+            is_rejoining = True
+
+
 def _run_to_end(
     supervisor: Supervisor,
     config: LaunchConfig,
     entrypoint: Callable[..., Any] | str | None,
     arguments: Sequence[str],
     stop_grace_s: float,
+    is_rejoining: bool,
 ) -> RunResult:
     """What torch.distributed.launcher.api.launch_agent does, with our agent and rendezvous."""
     parameters = RendezvousParameters(
@@ -133,7 +158,7 @@ def _run_to_end(
         local_world_size=config.nproc_per_node,
         entrypoint=entrypoint,
         args=tuple(arguments),
-        rdzv_handler=build_handler(parameters),
+        rdzv_handler=build_handler(parameters, is_rejoining=is_rejoining),
         **{name: getattr(config, name) for name in shared},
     )
     agent = SupervisedAgent(

@@ -11,9 +11,11 @@ import os
 import socket
 import time
 import uuid
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
+from torch.distributed import DistError
 from torch.distributed.elastic.rendezvous import (
     RendezvousConnectionError,
     RendezvousHandler,
@@ -29,6 +31,8 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
     RendezvousTimeout,
     create_handler,
 )
+
+from megatron_hammer.training.supervision.bounded_call import call_bounded
 
 FIRST_WAIT_S = 600  # for all nodes at the start of a run; torchrun's own
 REJOIN_WAIT_S = 60  # for a node that was lost; its launcher's silence alone takes 15 s to notice
@@ -58,6 +62,8 @@ class RepeatedRendezvous(DynamicRendezvousHandler):
 
     num_rounds = 0
     rejoin_wait_s = REJOIN_WAIT_S
+    _asked_at_s = 0.0
+    _num_waiting = 0
     _settings: RendezvousSettings
     _shared_tcp_store_server: Any
 
@@ -75,6 +81,17 @@ class RepeatedRendezvous(DynamicRendezvousHandler):
         self.num_rounds += 1
         del former
         return info
+
+    def num_nodes_waiting(self) -> int:
+        """As torch's, which asks the store ten times per second and may wait for it without end."""
+        now_s = time.monotonic()
+        if now_s - self._asked_at_s >= 1.0:
+            self._asked_at_s = now_s
+            try:
+                self._num_waiting = call_bounded(super().num_nodes_waiting)
+            except TimeoutError as error:
+                raise RendezvousConnectionError(str(error)) from None
+        return self._num_waiting
 
     def _describe_missing(self) -> str:
         waited_s = self._settings.timeout.join.total_seconds()
@@ -111,12 +128,18 @@ def settle_rendezvous(options: argparse.Namespace) -> None:
         options.master_port = 29500
 
 
-def build_handler(parameters: RendezvousParameters) -> RendezvousHandler:
-    """The handler of a launcher. Raises RendezvousConnectionError if node 0's does not answer in time."""
+def build_handler(parameters: RendezvousParameters, *, is_rejoining: bool = False) -> RendezvousHandler:
+    """The handler of a launcher. Raises RendezvousConnectionError if node 0's does not answer in time.
+
+    is_rejoining: whether this launcher has lost node 0's, and waits for it as for any lost node.
+    """
     if parameters.backend != "c10d":
         # etcd: the remedy for shared stores that torch has; see RepeatedRendezvous.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
         return rendezvous_handler_registry.create_handler(parameters)
+    rejoin_wait_s = parameters.get_as_int(_REJOIN_WAIT) or REJOIN_WAIT_S
+    if is_rejoining:
+        parameters.config[_FIRST_WAIT] = rejoin_wait_s
     backend, store = _connect(parameters)
     handler = create_handler(store, backend, parameters)
     node: Any = handler._this_node
@@ -125,7 +148,7 @@ def build_handler(parameters: RendezvousParameters) -> RendezvousHandler:
         address = parameters.local_addr or find_own_address(parameters.endpoint)
         node = NumberedNode(node_rank, address, node.pid, node.local_id)
     repeated = RepeatedRendezvous(node, handler.settings, backend.name, store, handler._state_holder)
-    repeated.rejoin_wait_s = parameters.get_as_int(_REJOIN_WAIT) or REJOIN_WAIT_S
+    repeated.rejoin_wait_s = rejoin_wait_s
     return repeated
 
 
@@ -139,6 +162,12 @@ def _connect(parameters: RendezvousParameters) -> tuple[Any, Any]:
             if parameters.get_as_bool("is_host") or time.monotonic() > deadline_s:
                 raise
             time.sleep(1)
+
+
+def may_rejoin(error: Exception, rdzv_configs: Mapping[str, Any]) -> bool:
+    """Whether only the connection to node 0's launcher is lost, which may come back. rdzv_configs: of this launcher."""
+    is_numbered = int(rdzv_configs.get(_NODE_RANK, 0)) > 0
+    return is_numbered and isinstance(error, RendezvousConnectionError | DistError | TimeoutError)
 
 
 def find_own_address(endpoint: str) -> str:

@@ -145,6 +145,19 @@ class Supervisor:
         self.events.write("restart", message, **fields, num_restarts=self.rule.num_restarts)
         return True
 
+    def lose_first_node(self) -> bool:
+        """Node 0's launcher does not answer. Whether to wait for it, as for any restart; its ranks have ended here."""
+        if self._watch is None:
+            return False  # no attempt since it was lost
+        self._watch = None
+        step, saved_step = self.read_step(), read_saved_step(self.save_dir)
+        reason = self.rule.refuse(has_finished_step=step > 0, saved_step=saved_step)
+        message = "the launcher of node 0 does not answer" + ("; waiting for it" if reason is None else "")
+        print(f"error: {message}.", file=sys.stderr)
+        fields = {"attempt": self.attempt, "step": step, "saved_step": saved_step}
+        self.events.write("node-lost", message, **fields, num_lost_steps=max(0, step - saved_step))
+        return reason is None
+
     # --- what the records say ----------------------------------------------------------------------------------------
 
     def read_records(self) -> dict[int, RankProgress]:
