@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def launch(torchrun_options: Sequence[str], training_options: Sequence[str]) -> int:
     """Run the training processes of this node to their end; returns the exit code."""
+    silence_compiled_torch()
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
@@ -104,6 +105,19 @@ def launch(torchrun_options: Sequence[str], training_options: Sequence[str]) -> 
         )
     except SignalException:
         return choose_exit_code(received)
+
+
+def silence_compiled_torch() -> None:
+    """Keep the stacks that torch's C++ prints for each lost connection off this process; its ranks log as ever.
+
+    torch reads the variable when it is imported, and only then.
+    """
+    name = "TORCH_CPP_LOG_LEVEL"
+    if name not in os.environ:
+        os.environ[name] = "FATAL"
+        import torch  # noqa: F401
+
+        del os.environ[name]
 
 
 def read_own_options(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -50,7 +50,7 @@ train_data_path valid_data_path
 CHECKPOINTS = "ckpt_format enable_msc load load_hf pretrained_checkpoint save"
 
 WATCHING = """
-dry_run enable_ft_package enable_one_logger error_injection_rate fault_injector_num_ranks fault_injector_ranks
+dry_run enable_ft_package enable_one_logger error_injection_rate fault_injector_num_ranks fault_injector_ranks from_run
 gpu_memory_gib gpu_sniff_test_interval log_device_memory_used log_energy log_interval log_max_attention_logit
 log_memory_interval log_num_zeros_in_grad log_params_norm log_straggler log_throughput logging_level metrics_path
 peak_tflops profile prometheus_file prometheus_port record_memory_history rerun_mode run_workload_inspector_server

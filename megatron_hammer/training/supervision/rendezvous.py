@@ -32,7 +32,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
     create_handler,
 )
 
-from megatron_hammer.training.supervision.bounded_call import call_bounded
+from megatron_hammer.training.supervision.bounded_call import STORE_SILENCE_S, call_bounded
 
 FIRST_WAIT_S = 600  # for all nodes at the start of a run; torchrun's own
 REJOIN_WAIT_S = 60  # for a node that was lost; its launcher's silence alone takes 15 s to notice
@@ -119,7 +119,8 @@ def settle_rendezvous(options: argparse.Namespace) -> None:
         options.rdzv_endpoint = options.rdzv_endpoint or f"{options.master_addr}:{port}"
         options.rdzv_backend = "c10d"
         is_host = options.node_rank == 0
-        settings = [options.rdzv_conf, f"is_host={is_host}", f"{_NODE_RANK}={options.node_rank}"]
+        own = f"read_timeout={STORE_SILENCE_S:.0f}"  # first, so that the user's own wins
+        settings = [own, options.rdzv_conf, f"is_host={is_host}", f"{_NODE_RANK}={options.node_rank}"]
         options.rdzv_conf = ",".join(setting for setting in settings if setting)
         # Node 0's address must be the one under which the others know it.
         options.local_addr = options.local_addr or (options.master_addr if is_host else None)

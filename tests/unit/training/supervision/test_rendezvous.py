@@ -25,8 +25,8 @@ def test_static_nodes_meet_at_the_address_of_node_0_and_keep_their_numbers() -> 
     first, last = settle(*static, "--node-rank", "0"), settle(*static, "--node-rank", "2")
     assert first.rdzv_backend == last.rdzv_backend == "c10d"
     assert first.rdzv_endpoint == last.rdzv_endpoint == "host0:1234"
-    assert first.rdzv_conf == "timeout=9,is_host=True,node_rank=0"
-    assert last.rdzv_conf == "timeout=9,is_host=False,node_rank=2"
+    assert first.rdzv_conf == "read_timeout=30,timeout=9,is_host=True,node_rank=0"
+    assert last.rdzv_conf == "read_timeout=30,timeout=9,is_host=False,node_rank=2"
     assert (first.local_addr, last.local_addr) == ("host0", None)
 
 
