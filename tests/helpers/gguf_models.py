@@ -38,6 +38,14 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+EXPERTS = {
+    "n_routed_experts": 10,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 64,
+    "n_shared_experts": 2,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.5,
+}
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 2.8, "original_max_position_embeddings": 40}
 FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama": (transformers.LlamaConfig, {}),
@@ -72,6 +80,15 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
             "logits_scaling": 1.3,
         },
     ),
+    "glm 4.5": (
+        transformers.Glm4MoeConfig,
+        {**EXPERTS, "use_qk_norm": True, "attention_bias": True, "first_k_dense_replace": 2},
+    ),
+    "solar open": (transformers.SolarOpenConfig, EXPERTS),
+    "dots.llm1": (
+        transformers.Dots1Config,
+        {**EXPERTS, "num_key_value_heads": 6, "first_k_dense_replace": 1, "sliding_window": None},
+    ),
     "helium": (transformers.HeliumConfig, {"head_dim": 16, "tie_word_embeddings": True}),
 }
 
@@ -85,6 +102,9 @@ def write_gguf_source(folder: Path, family: str = "llama", *, seed: int = 0, **c
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
                 parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # sigmoid scores lie between 0 and 1
+                buffer.normal_(std=0.3)
     model.save_pretrained(folder)
     export_tokenizer(make_toy_model(), folder, max_length=None)
     return folder

@@ -83,6 +83,25 @@ def test_twin_rows_that_are_not_permuted_are_noticed(tmp_path, llama, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
+def test_twin_a_lost_expert_bias_is_noticed(tmp_path, monkeypatch):
+    source = write_gguf_source(tmp_path / "hf", "glm 4.5")
+    read_stacks = gguf_export.read_stacks
+
+    def read_without(read, moe):
+        whole = read_stacks(read, moe)
+        return lambda name: torch.zeros(moe.num_experts) if name.endswith("correction_bias") else whole(name)
+
+    monkeypatch.setattr(gguf_export, "read_stacks", read_without)
+    with pytest.raises(ConversionError, match=r"model\.gguf: greedy tokens must agree, got "):
+        convert(source, tmp_path / "model.gguf")
+
+
+def test_experts_are_quantized_and_the_router_is_not(tmp_path):
+    report = convert(write_gguf_source(tmp_path / "hf", "solar open"), tmp_path / "model.gguf", "q8_0")
+    # Of each of 3 layers: attention, experts and the shared one in q8_0; two norms, router and its bias in f32.
+    assert report.types == {"q8_0": 2 + 3 * (4 + 3 + 3), "f32": 1 + 3 * 4}
+
+
 def test_twin_lost_rope_factors_are_noticed(tmp_path, monkeypatch):
     source = write_gguf_source(tmp_path / "hf", "llama 3.1")
     monkeypatch.setattr(gguf_export, "list_extra_tensors", lambda model: [])

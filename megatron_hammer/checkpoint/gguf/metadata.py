@@ -5,6 +5,7 @@ Source of the keys: gguf.constants.Keys; llama.cpp's src/llama-model.cpp and src
 
 from gguf import GGML_QUANT_VERSION, MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, RopeScalingType
 
+from megatron_hammer.checkpoint.gguf.experts import describe_experts
 from megatron_hammer.checkpoint.gguf.file_types import FILE_TYPES
 from megatron_hammer.checkpoint.gguf.gguf_file import ExtraTensor
 from megatron_hammer.checkpoint.gguf.tensors import ROPE_FACTORS, compute_rope_factors
@@ -47,6 +48,8 @@ def build_metadata(
         writer.add_attention_scale(model.attention_scale or model.head_dim**-0.5)
         writer.add_residual_scale(model.residual_multiplier)
         writer.add_logit_scale(1 / model.logits_multiplier)  # llama.cpp divides by it
+    if model.moe is not None:
+        describe_experts(writer, model.moe)
     _describe_tokenizer(writer, vocabulary)
     return writer
 

@@ -11,6 +11,13 @@ import torch
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGMLQuantizationType, get_tensor_name_map
 from torch import Tensor
 
+from megatron_hammer.checkpoint.gguf.experts import (
+    ROUTER,
+    is_stack,
+    name_stack,
+    require_writable_experts,
+    spell_for_lookup,
+)
 from megatron_hammer.checkpoint.gguf.file_types import FileType, Place, count_tensor_bytes, select_type
 from megatron_hammer.checkpoint.hugging_face.config_json import HfModel
 from megatron_hammer.checkpoint.hugging_face.family import expand
@@ -29,9 +36,15 @@ ARCHITECTURES = {  # by family
     "seed_oss": MODEL_ARCH.SEED_OSS,
     "smollm3": MODEL_ARCH.SMOLLM3,
     "granite": MODEL_ARCH.GRANITE,
+    "glm4_moe": MODEL_ARCH.GLM4_MOE,
+    "solar_open": MODEL_ARCH.GLM4_MOE,
+    "dots1": MODEL_ARCH.DOTS1,
     "helium": MODEL_ARCH.LLAMA,  # its rows already have the order of that arch
 }
-SUPPORTED = "Llama, TinyLlama, HammerLLM, Mistral, Qwen2, tiny-llm-zh, Qwen3, Phi-3, Seed-OSS, SmolLM3, Granite, Helium"
+SUPPORTED = (
+    "Llama, TinyLlama, HammerLLM, Mistral, Qwen2, tiny-llm-zh, Qwen3, Phi-3, Seed-OSS, SmolLM3, Granite, Helium, "
+    "GLM-4.5, Solar Open, dots.llm1"
+)
 # The archs that rotate neighbouring rows (LLAMA_ROPE_TYPE_NORM), and the families that store them so.
 TURNS_NEIGHBOURS = frozenset({MODEL_ARCH.LLAMA, MODEL_ARCH.SMOLLM3, MODEL_ARCH.GRANITE})
 STORES_NEIGHBOURS = frozenset({"helium"})
@@ -41,7 +54,10 @@ ROPE_FACTORS = "rope_freqs.weight"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GgufTensor:
-    """One tensor. rope_heads: the heads whose rows take llama.cpp's order, None where rows stay as they are."""
+    """One tensor. rope_heads: the heads whose rows take llama.cpp's order, None where rows stay as they are.
+
+    hf_name: of a tensor of the folder, or of all experts of a layer (experts.py).
+    """
 
     name: str
     hf_name: str
@@ -76,6 +92,12 @@ def select_architecture(model: HfModel) -> MODEL_ARCH:
             f"{MODEL_ARCH_NAMES[arch]} has no window, and would compute something else for longer texts. Set it to "
             "null in a copy of the folder to accept that."
         )
+    heads, groups = model.shape.num_attention_heads, model.shape.num_query_groups
+    if arch is MODEL_ARCH.DOTS1 and groups != heads:
+        raise ConversionError(
+            "config.json, num_key_value_heads: llama.cpp's arch dots1 has a key and a value for every head, got "
+            f"num_key_value_heads={groups}, num_attention_heads={heads}. Keep the Hugging Face folder."
+        )
     layers, num_layers = model.shape.layers_without_rope, model.shape.num_layers
     if arch is MODEL_ARCH.SMOLLM3 and layers != tuple(range(STEP_WITHOUT_ROPE - 1, num_layers, STEP_WITHOUT_ROPE)):
         raise ConversionError(
@@ -88,20 +110,25 @@ def select_architecture(model: HfModel) -> MODEL_ARCH:
 def plan_tensors(model: HfModel, file_type: FileType) -> list[GgufTensor]:
     """Every tensor that comes from a Hugging Face one, in the order in which it is written."""
     arch = select_architecture(model)
+    require_writable_experts(model.shape, file_type)
     names = get_tensor_name_map(arch, model.shape.num_layers)
     heads = {"attn_q": model.shape.num_attention_heads, "attn_k": model.shape.num_query_groups}
     tensors = []
     for pair in expand(model.family, model.shape):
-        for hf_name, shape in zip(pair.hf_names, pair.hf_shapes, strict=True):
+        for part_name, part_shape in zip(pair.hf_names, pair.hf_shapes, strict=True):
+            hf_name = name_stack(part_name)
+            if hf_name is None:
+                continue
+            shape = (model.shape.moe.num_experts, *part_shape) if model.shape.moe and is_stack(hf_name) else part_shape
             # The package's map has no endings, so they are taken off, and put back after the lookup.
-            name = names.get_name(hf_name, try_suffixes=(".weight", ".bias"))
+            name = names.get_name(spell_for_lookup(hf_name), try_suffixes=(".weight", ".bias"))
             if name is None:
                 raise ConversionError(f"{hf_name}: llama.cpp must have a name for it, got none. Update gguf.")
             place = _find_place(name, model.shape)
             # rotary_rows.py has the two orders.
             is_reordered = arch in TURNS_NEIGHBOURS and model.family.model_type not in STORES_NEIGHBOURS
             rope_heads = heads.get(place.kind) if is_reordered else None
-            tensor_type = select_type(file_type, place, shape)
+            tensor_type = GGMLQuantizationType.F32 if place.kind == ROUTER else select_type(file_type, place, shape)
             tensors.append(GgufTensor(name=name, hf_name=hf_name, shape=shape, type=tensor_type, rope_heads=rope_heads))
     return tensors
 

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 
 from gguf import GGML_QUANT_SIZES, MODEL_ARCH_NAMES
 
+from megatron_hammer.checkpoint.gguf.experts import read_stacks
 from megatron_hammer.checkpoint.gguf.file_types import FILE_TYPES, FLOAT_DTYPES, load_quantizer
 from megatron_hammer.checkpoint.gguf.gguf_file import verify_gguf, write_gguf
 from megatron_hammer.checkpoint.gguf.metadata import build_metadata, list_extra_tensors, list_unwritten, require_end
@@ -104,10 +105,9 @@ def export_to_gguf(options: GgufOptions, on_step: OnStep = lambda stage, done, t
         writer = build_metadata(model.shape, vocabulary, arch=arch, file_type=options.file_type, name=name)
         extras = list_extra_tensors(model.shape)
         total = len(tensors)
-        write_gguf(
-            partial_path, writer, extras, tensors, source.read, lambda done: on_step("writing tensors", done, total)
-        )
-        verify_gguf(partial_path, extras, tensors, source.read, lambda done: on_step("verifying tensors", done, total))
+        read = read_stacks(source.read, model.shape.moe)
+        write_gguf(partial_path, writer, extras, tensors, read, lambda done: on_step("writing tensors", done, total))
+        verify_gguf(partial_path, extras, tensors, read, lambda done: on_step("verifying tensors", done, total))
         num_parameters = sum(math.prod(tensor.shape) for tensor in tensors)
         proof = _prove(options, partial_path, hf_dir, model, vocabulary, num_parameters, on_step)
         checks = (CheckRow("tensors", f"{total} read back, {_describe_exactness(tensors)}", True), *proof.rows)
