@@ -87,6 +87,7 @@ def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
             # Every process of a node usually finds the same problem: the first one says it, and its end ends the
             # others. What only another process finds, that one says after waiting.
             if os.environ.get("LOCAL_RANK", "0") != "0":
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)  # with which the launcher ends the others
                 time.sleep(FOLLOWER_GRACE_S)
             for problem in problems:
                 print(f"error: {problem}", file=sys.stderr)

@@ -8,26 +8,75 @@ Megatron's queue of saves, its order and its agreement between ranks on which sa
 Installed by `megatron_compat.install`; nothing else calls this module.
 """
 
+import atexit
 import contextlib
+import functools
 import os
 import queue
 import signal
+import socket
 import subprocess
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+INTERRUPT_S = 60.0  # longer than a tensor takes
+_write_failures: list[str] = []
 
-def make_results_queue(mp_mode: str = "spawn") -> "queue.SimpleQueue[Any]":
+
+class ResultsQueue(queue.SimpleQueue[Any]):
+    """Of one save. Where writing has failed, the file and the reason take the place of megatron's own exception."""
+
+    def put(self, results: Any, block: bool = True, timeout: float | None = None) -> None:
+        if isinstance(results, Exception) and _write_failures:
+            results = RuntimeError("; ".join(_write_failures))
+        _write_failures.clear()
+        super().put(results)
+
+
+def make_results_queue(mp_mode: str = "spawn") -> ResultsQueue:
     """Where the writer of one save leaves its results, in the place of filesystem_async.get_write_results_queue.
 
     Megatron asks a `multiprocessing.Manager` for one queue, because a writer may be another process. The manager is a
     process with torch imported (589 MB). It shares the rank's process group, so a signal to the group ends it before
     the rank saves, and it outlives a rank that is killed. mp_mode: how megatron would start the manager.
     """
-    return queue.SimpleQueue()
+    return ResultsQueue()
+
+
+def note_write_failures(write: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap FileSystemWriterAsync.write_preloaded_data, whose exception its caller reduces to the name of its type."""
+
+    @functools.wraps(write)
+    def write_and_note(*args: Any, **kwargs: Any) -> Any:
+        output = write(*args, **kwargs)
+        if output is not None and isinstance(output[1], Exception):
+            error, path = output[1], kwargs["write_bucket"][0]
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else repr(error)
+            _write_failures.append(f"{path} on host {socket.gethostname()}: {reason}")
+        return output
+
+    return write_and_note
+
+
+_is_ending = threading.Event()
+
+
+def stop_when_ending(write_item: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap filesystem_async._write_item, which writes one tensor: it fails once this process ends.
+
+    A thread of the interpreter that still runs compiled code crashes the process at its end.
+    """
+
+    @functools.wraps(write_item)
+    def write(*args: Any, **kwargs: Any) -> Any:
+        if _is_ending.is_set():
+            raise InterruptedError("the process ends")
+        return write_item(*args, **kwargs)
+
+    return write
 
 
 class WriterThread:
@@ -47,6 +96,7 @@ class WriterThread:
         """Start the thread unless it runs. cpu_priority: its nice value. io_priority: its class, for ionice."""
         if cls._thread is None:
             # A daemon: a rank that fails must not wait for a save that its peers can no longer complete.
+            atexit.register(cls._interrupt)
             priorities = (cpu_priority, io_priority)
             cls._thread = threading.Thread(
                 target=cls._write_all, args=priorities, name="checkpoint writer", daemon=True
@@ -88,6 +138,14 @@ class WriterThread:
             if not abort:
                 cls._thread.join()
             cls._thread, cls._tasks = None, queue.SimpleQueue()
+
+    @classmethod
+    def _interrupt(cls) -> None:
+        """Before the process ends: give up what is not written."""
+        _is_ending.set()
+        if cls._thread is not None:
+            cls._tasks.put(None)
+            cls._thread.join(timeout=INTERRUPT_S)
 
     @classmethod
     def _write_all(cls, cpu_priority: int, io_priority: int | None) -> None:

@@ -227,9 +227,11 @@ def _keep_missing_extra_states() -> None:
 def _keep_write_results_in_the_process() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    from megatron_hammer.platforms.checkpoint_saving import make_results_queue
+    from megatron_hammer.platforms.checkpoint_saving import make_results_queue, note_write_failures
 
     filesystem_async.get_write_results_queue = make_results_queue
+    writer: Any = filesystem_async.FileSystemWriterAsync
+    writer.write_preloaded_data = staticmethod(note_write_failures(writer.write_preloaded_data))
 
 
 def _lacks_verification() -> bool:
@@ -237,11 +239,12 @@ def _lacks_verification() -> bool:
 
 
 def _write_checkpoints_in_a_thread() -> None:
-    from megatron.core.dist_checkpointing.strategies import async_utils
+    from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
 
-    from megatron_hammer.platforms.checkpoint_saving import WriterThread
+    from megatron_hammer.platforms.checkpoint_saving import WriterThread, stop_when_ending
 
     async_utils.PersistentAsyncCaller = WriterThread
+    filesystem_async._write_item = stop_when_ending(filesystem_async._write_item)
 
 
 # --- optimizer ------------------------------------------------------------------------------------------------------

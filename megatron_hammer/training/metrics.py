@@ -4,8 +4,11 @@ No torch: megatron's values arrive as plain numbers from `training/observer.py`.
 in `RunFacts`; where a figure has none (an MFU without a known peak) it is null, never a guess.
 """
 
+import contextlib
+import errno
 import json
 import math
+import os
 import time
 from collections import deque
 from dataclasses import asdict, dataclass
@@ -69,14 +72,14 @@ class MetricsLog:
         self.history: list[StepMetrics] = []
         self.num_dropped = 0
         self._step_times_s: deque[float] = deque(maxlen=ETA_WINDOW_STEPS)
-        self._file = self._validation_file = None
+        self._file: LineFile | None = None
+        self._validation_file: LineFile | None = None
         if metrics_path is not None:
             metrics_path.parent.mkdir(parents=True, exist_ok=True)
             self.num_dropped = drop_lines_from(metrics_path, first_step)
             validation_path = metrics_path.with_name("validation.jsonl")
             drop_lines_from(validation_path, first_step)
-            self._file = metrics_path.open("a", encoding="utf8")
-            self._validation_file = validation_path.open("a", encoding="utf8")
+            self._file, self._validation_file = LineFile(metrics_path), LineFile(validation_path)
 
     def add_step(self, *, num_samples: int, step_samples: int, step_time_s: float, **values: Any) -> StepMetrics:
         """Derive the rates of one step and write its line. Returns the metrics."""
@@ -102,7 +105,8 @@ class MetricsLog:
             eta_s=(facts.train_steps - values["step"]) * mean_step_time_s,
         )
         self.history.append(metrics)
-        _append(self._file, asdict(metrics))
+        if self._file is not None:
+            self._file.append(asdict(metrics))
         return metrics
 
     def add_validation(self, *, step: int, validation_set: str, loss: float) -> dict[str, Any]:
@@ -114,13 +118,20 @@ class MetricsLog:
             # exp() overflows a double above 709.
             "perplexity": math.exp(loss) if loss < 700 else math.inf,
         }
-        _append(self._validation_file, line)
+        if self._validation_file is not None:
+            self._validation_file.append(line)
         return line
 
     def add_save(self, *, step: int, name: str, save_time_s: float, save_bytes: int) -> None:
         """Write the line of a saved checkpoint. save_time_s: how long training waited for it."""
         line = {"step": step, SAVED_FIELD: name, "save_time_s": save_time_s, "save_bytes": save_bytes}
-        _append(self._file, line)
+        if self._file is not None:
+            self._file.append(line)
+
+    @property
+    def failure(self) -> str | None:
+        """What was wrong with a file at its last line; None while nothing is."""
+        return next((file.failure for file in (self._file, self._validation_file) if file and file.failure), None)
 
     def close(self) -> None:
         for file in (self._file, self._validation_file):
@@ -128,16 +139,48 @@ class MetricsLog:
                 file.close()
 
 
-def _append(file: IO[str] | None, line: dict[str, Any]) -> None:
-    if file is not None:
+class LineFile:
+    """Appends JSON lines. Where the disk takes none, training goes on: they are kept, and written when it does.
+
+    Every line is written at once, so that a killed run keeps every finished step, and a person can follow the file.
+    failure: what was wrong at the last line, with the file's name.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.failure: str | None = None
+        self._waiting = b""
+        self._file: IO[bytes] | None = None
+        with contextlib.suppress(OSError):
+            self._file = path.open("ab", buffering=0)
+
+    def append(self, line: dict[str, Any]) -> None:
         # JSON has no number for NaN and infinity.
         finite = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in line.items()
         }
-        file.write(json.dumps(finite, allow_nan=False) + "\n")
-        # So that a killed run keeps every finished step, and a person can follow the file.
-        file.flush()
+        self._waiting += json.dumps(finite, allow_nan=False).encode() + b"\n"
+        self.failure = None
+        try:
+            self._write()
+        except OSError as error:
+            self.failure = f"{self.path}: {error.strerror}; training goes on, and the lines wait"
+
+    def _write(self) -> None:
+        if self._file is None or os.fstat(self._file.fileno()).st_nlink == 0:
+            self.failure = f"{self.path}: was deleted; training goes on, and it is begun anew"
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("ab", buffering=0)
+        size_bytes = os.fstat(self._file.fileno()).st_size
+        if self._file.write(self._waiting) != len(self._waiting):  # no half line may stay
+            os.ftruncate(self._file.fileno(), size_bytes)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._waiting = b""
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 def drop_lines_from(path: Path, first_step: int) -> int:

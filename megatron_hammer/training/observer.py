@@ -14,6 +14,7 @@ from megatron_hammer.config.run_plan import RunPlan
 from megatron_hammer.config.saved_run import describe_weights
 from megatron_hammer.config.training_state import TrainingState
 from megatron_hammer.data.order.review import describe_continuation
+from megatron_hammer.errors import OutputError
 from megatron_hammer.model.accounting import count_flops_per_token, count_parameters
 from megatron_hammer.platforms.device import max_over_ranks, read_device_name, read_peak_memory_bytes
 from megatron_hammer.platforms.gpu_peaks import find_dense_peak_tflops
@@ -113,6 +114,7 @@ class RunObserver:
         self._validations: list[dict[str, Any]] = []
         self._num_evaluated_sets = 0
         self._pending_saves: dict[int, float] = {}  # by step, how long training waited
+        self._reported_failure: str | None = None
 
     # --- called by megatron's loop -----------------------------------------------------------------------------------
 
@@ -150,6 +152,7 @@ class RunObserver:
             peak_memory_bytes=peak_memory_bytes,
         )
         self._record_saves()
+        self._report_failure(self._log)
         self.reporter.show_step(metrics)
         if self._heartbeat is not None:
             self._heartbeat.beat(
@@ -195,10 +198,7 @@ class RunObserver:
         metrics_path = self._metrics_path()
         curve_path = None
         if metrics_path is not None and self._log.history:
-            # From the files and not from the history, so the curve includes the steps before a resume.
-            curve_path = metrics_path.with_name("loss.png")
-            validations = read_metrics(metrics_path.with_name("validation.jsonl"))
-            write_loss_curve(read_metrics(metrics_path), validations, curve_path)
+            curve_path = self._draw_curve(metrics_path)
         save_dir = self.plan.checkpoints.save
         self.reporter.show_summary(
             self._log.history,
@@ -209,6 +209,23 @@ class RunObserver:
                 "checkpoints": None if save_dir is None else Path(save_dir),
             },
         )
+
+    def _draw_curve(self, metrics_path: Path) -> Path | None:
+        """The picture of the loss; None where the disk does not take it, which is no reason for a run to fail."""
+        curve_path = metrics_path.with_name("loss.png")
+        try:
+            # From the files and not from the history, so the curve includes the steps before a resume.
+            validations = read_metrics(metrics_path.with_name("validation.jsonl"))
+            write_loss_curve(read_metrics(metrics_path), validations, curve_path)
+        except (OSError, OutputError) as error:
+            self.reporter.say(f"loss curve: not written, {error}")
+            return None
+        return curve_path
+
+    def _report_failure(self, log: MetricsLog) -> None:
+        failure, self._reported_failure = self._reported_failure, log.failure
+        if log.failure and not failure:
+            self.reporter.say(f"metrics: {log.failure}")
 
     def report_early_stop(self) -> None:
         """Say where a run stands that stopped before its last step."""

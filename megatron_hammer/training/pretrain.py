@@ -132,9 +132,10 @@ def open_terminal(settings: "RunSettings") -> IO[str]:
     """The stream for what a person reads; megatron's own output goes to a file unless --verbose."""
     from pathlib import Path
 
-    from megatron_hammer.training.terminal import divert_output
+    from megatron_hammer.training.terminal import divert_output, lose_what_is_not_taken
 
     if settings.output.is_verbose:
+        sys.stdout = lose_what_is_not_taken(sys.stdout)
         return sys.stdout
     save_dir = settings.checkpoints.save
     return divert_output(None if save_dir is None else Path(save_dir), settings.machine.rank)[0]
@@ -148,7 +149,7 @@ def train(arguments: "ParsedArguments", plan: "RunPlan", terminal: IO[str], prog
     from megatron_hammer.config.arguments import build_config_container, finalize_arguments
     from megatron_hammer.config.datasets import build_dataset_provider
     from megatron_hammer.model.provider import build_model_config
-    from megatron_hammer.platforms import training_hooks
+    from megatron_hammer.platforms import output_hooks, training_hooks
     from megatron_hammer.platforms.device import stand_alone
     from megatron_hammer.training.cluster.agreement import require_equal_ranks
     from megatron_hammer.training.forward_step import ForwardStep
@@ -164,10 +165,13 @@ def train(arguments: "ParsedArguments", plan: "RunPlan", terminal: IO[str], prog
     received = training_hooks.stop_on_signals_too(list_stop_signals())
     exit_code = 0
     config = build_config_container(arguments, build_model_config)
+    guard_saves(plan)
     observer = build_observer(plan, state, terminal)
     training_hooks.observe_training(observer)
     training_hooks.observe_saves(observer)
     training_hooks.follow_progress(progress)
+    if plan.output.tensorboard_dir is not None:
+        output_hooks.lose_tensorboard_events()
     fill_from_initial_model(plan, state, terminal)
     datasets = build_dataset_provider(arguments, plan, state)
     judge = build_judge(plan, state, observer)
@@ -238,6 +242,15 @@ def keep_save_dir_tidy(plan: "RunPlan", terminal: IO[str]) -> None:
     if checkpoints.keep_last is not None:
         loaded_dir = None if checkpoints.agreed is None else checkpoints.agreed.directory
         after_each_save(Retainer(Path(checkpoints.save), read_rule(checkpoints), loaded_dir))
+
+
+def guard_saves(plan: "RunPlan") -> None:
+    """One sentence where a checkpoint cannot be written, and none is begun where there is no room for it."""
+    if plan.checkpoints.save is not None:
+        from megatron_hammer.platforms import output_hooks
+        from megatron_hammer.training.saving.failures import explain, require_room
+
+        output_hooks.guard_saves(lambda: require_room(plan), lambda error: explain(error, plan))
 
 
 def fill_from_initial_model(plan: "RunPlan", state: "TrainingState", terminal: IO[str]) -> None:

@@ -3,6 +3,7 @@
 Errors still reach the terminal, and the file too: it is the one place that has everything about a rank.
 """
 
+import contextlib
 import datetime
 import faulthandler
 import io
@@ -20,13 +21,21 @@ from megatron_hammer.training.supervision.progress import ATTEMPT_VARIABLE, STAC
 
 
 class LogStream(io.TextIOWrapper):
-    """A text file that loses what its disk has no room for, and lets the run go on. Nothing is buffered."""
+    """A text file that loses what its disk has no room for, and lets the run go on. Nothing is buffered.
+
+    It also loses what a terminal that is gone, or a program that has ended, does not take.
+    """
 
     def write(self, text: str) -> int:
         try:
             return super().write(text)
         except OSError:
             return len(text)
+
+
+def lose_what_is_not_taken(stream: IO[str]) -> LogStream:
+    """The same terminal, pipe or file, as a stream that never fails."""
+    return LogStream(os.fdopen(os.dup(stream.fileno()), "wb", buffering=0), encoding="utf8", write_through=True)
 
 
 class CopiedStream:
@@ -37,7 +46,9 @@ class CopiedStream:
 
     def write(self, text: str) -> int:
         self._log.write(text)
-        return self._stream.write(text)
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -58,7 +69,7 @@ def divert_output(save_dir: Path | None, rank: int) -> tuple[IO[str], Path]:
             f"save: must be a folder that can be made and written, got {log_dir}: {error.strerror}. "
             "Pass another --save."
         ) from error
-    terminal = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf8", buffering=1)
+    terminal = lose_what_is_not_taken(sys.stdout)
     sys.stdout.flush()
     os.dup2(log_file.fileno(), 1)  # what compiled code prints goes there too
     sys.stdout = log_file

@@ -1,12 +1,14 @@
 """Where a run's checkpoints are read and written."""
 
 import os
+from pathlib import Path
 
 from megatron_hammer.checkpoint_files.checkpoint_reader import LATEST_FILE
 from megatron_hammer.checkpoint_files.newest_intact import LoadChoice, has_checkpoint
 from megatron_hammer.config.flags import flag_of
 from megatron_hammer.config.preflight.paths import find_unwritable, is_same_place
 from megatron_hammer.config.preflight.resume import find_resume_problems
+from megatron_hammer.config.preflight.space import count_needed_bytes, find_space_problems
 from megatron_hammer.config.run_plan import Output, RunPlan, RunSettings
 from megatron_hammer.config.saved_run import choose_checkpoint, find_checkpoint_to_load, read_saved_run
 from megatron_hammer.errors import CheckpointError
@@ -22,6 +24,8 @@ def find_checkpoint_problems(settings: RunSettings, plan: RunPlan | None) -> lis
     problems = []
     if checkpoints.save is not None:
         problems += find_unwritable("save", checkpoints.save)
+        if plan is not None and settings.machine.rank == 0 and not settings.machine.is_planned:
+            problems += find_space_problems(checkpoints.save, count_needed_bytes(plan, Path(checkpoints.save)))
     if settings.output.tensorboard_dir is not None:
         problems += find_unwritable("tensorboard_dir", settings.output.tensorboard_dir)
     problems += _find_metrics_problems(settings.output.metrics_path, checkpoints.save)

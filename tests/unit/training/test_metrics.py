@@ -2,13 +2,16 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from megatron_hammer.errors import DataError
 from megatron_hammer.training.metrics import (
     ETA_WINDOW_STEPS,
+    LineFile,
     MetricsLog,
     RunFacts,
     StepMetrics,
@@ -149,3 +152,40 @@ def test_validation_carries_its_perplexity(tmp_path: Path) -> None:
 def test_a_perplexity_beyond_floats_is_infinite() -> None:
     log = MetricsLog(FACTS, None, 1)
     assert log.add_validation(step=1, validation_set="v", loss=1e4)["perplexity"] == math.inf
+
+
+def test_lines_that_the_disk_does_not_take_are_written_later(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = LineFile(Path("/dev/full"))
+    lines.append({"step": 1, "loss": 1.5})
+    assert lines.failure is not None
+    assert "/dev/full: No space left on device; training goes on" in lines.failure
+    lines._file = path.open("ab", buffering=0)  # there is room again
+    lines.append({"step": 2, "loss": 1.5})
+    assert lines.failure is None
+    assert [line["step"] for line in read_metrics(path)] == [1, 2]
+
+
+def test_half_a_line_does_not_stay(tmp_path: Path) -> None:
+    lines = LineFile(tmp_path / "metrics.jsonl")
+    lines.append({"step": 1, "loss": 1.5})
+    whole = lines._file
+    assert whole is not None
+    lines._file = mock.Mock(wraps=whole, write=lambda data: whole.write(data[:5]))  # as where a disk fills up
+    lines.append({"step": 2, "loss": 1.5})
+    assert lines.failure is not None
+    lines._file = whole
+    lines.append({"step": 3, "loss": 1.5})
+    assert [line["step"] for line in read_metrics(lines.path)] == [1, 2, 3]
+
+
+def test_a_deleted_file_is_begun_anew(tmp_path: Path) -> None:
+    lines = LineFile(tmp_path / "run" / "metrics.jsonl")
+    (tmp_path / "run").mkdir()
+    for step in (1, 2):
+        lines.append({"step": step})
+    shutil.rmtree(tmp_path / "run")
+    lines.append({"step": 3, "loss": 1.5})
+    assert lines.failure is not None
+    assert "was deleted" in lines.failure
+    assert [line["step"] for line in read_metrics(lines.path)] == [3]

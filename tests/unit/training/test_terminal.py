@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.training.terminal import divert_output
+from megatron_hammer.training.terminal import divert_output, lose_what_is_not_taken
 
 PROGRAM = """
 import ctypes, logging, os, sys, warnings
@@ -107,3 +107,13 @@ def test_a_log_on_a_full_disk_is_lost_and_nothing_else(tmp_path: Path) -> None:
     assert "to a person" in result.stdout
     assert "an error" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_terminal_that_is_gone_is_lost_and_nothing_else() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        stream = lose_what_is_not_taken(pipe)
+        print("nobody reads this", file=stream)
+        stream.flush()
+        stream.close()
