@@ -88,21 +88,31 @@ class TorchNormOfResidual:
 
 
 @functools.lru_cache(maxsize=2)
-def build_window_mask(sequence: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def build_window_mask(
+    sequence: int, window: int, dtype: torch.dtype, device: torch.device, *, has_null_key: bool
+) -> Tensor:
     """What is added to the scores [s, s]: 0 where a position sees itself and the `window` positions before it.
 
     One tensor for all layers and micro-batches, because autograd keeps the mask of each. In the dtype of the queries:
-    PyTorch would make one of that dtype out of booleans for each layer.
+    PyTorch would make one of that dtype out of booleans for each layer. has_null_key: [s + 1, s + 1], with a key in
+    front that all positions see.
     """
     forbidden = torch.ones(sequence, sequence, dtype=torch.bool, device=device).tril().triu(-window).logical_not_()
-    return torch.zeros(sequence, sequence, dtype=dtype, device=device).masked_fill_(forbidden, -math.inf)
+    if has_null_key:
+        forbidden = _put_null_key_in_front(forbidden)
+    return torch.zeros(forbidden.shape, dtype=dtype, device=device).masked_fill_(forbidden, -math.inf)
+
+
+def _put_null_key_in_front(forbidden: Tensor) -> Tensor:
+    """[..., s, s] to [..., s + 1, s + 1]: nobody is forbidden the first key, and the first query nothing."""
+    return torch.nn.functional.pad(forbidden, (1, 0, 1, 0), value=False)
 
 
 class SdpaAttention(MegatronModule):
     """Causal attention by torch.nn.functional.scaled_dot_product_attention, with grouped queries and sliding windows.
 
     query [s, b, n, d]; key and value [s, b, g, d], where n is a multiple of g (all three already split over the
-    tensor-parallel group). Returns [s, b, n * d].
+    tensor-parallel group). Returns [s, b, n * d]. Its softmax is the plain one, or --softmax-type off-by-one.
     """
 
     def __init__(
@@ -125,6 +135,10 @@ class SdpaAttention(MegatronModule):
         has_window = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         # Of the pair only what lies before a position counts: preflight refuses any but 0 after it.
         self.window: int | None = config.window_size[0] if has_window else None
+        if config.softmax_type == "learnable":
+            raise ValueError("SdpaAttention has no learned sinks; preflight must have refused them.")
+        # That softmax adds 1 to its denominator, as a key of zeros does, whose score is 0; its value adds nothing.
+        self.has_null_key = config.softmax_type == "off-by-one"
 
     def forward(
         self,
@@ -142,6 +156,9 @@ class SdpaAttention(MegatronModule):
         sequence, batch, heads, head_dim = query.shape
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         mask = self._build_mask(query, attention_mask)
+        if self.has_null_key:
+            # In front, where causal attention shows it to all positions; the query beside it is dropped below.
+            query, key, value = (torch.nn.functional.pad(tensor, (0, 0, 1, 0)) for tensor in (query, key, value))
         if query.is_cuda and heads != key.shape[1] and (query.dtype == torch.float32 or mask is not None):
             # No fused kernel of PyTorch takes grouped heads in fp32 or with a mask: scores of all pairs would be kept,
             # 94 GB for hammer-1b4. With a copy of key and value for each head, the memory-efficient kernel does.
@@ -158,6 +175,8 @@ class SdpaAttention(MegatronModule):
                 scale=self.softmax_scale,
                 enable_gqa=heads != key.shape[1],
             )
+        if self.has_null_key:
+            context = context[:, :, 1:]
         return context.permute(2, 0, 1, 3).reshape(sequence, batch, heads * head_dim)
 
     def _build_mask(self, query: Tensor, forbidden: Tensor | None) -> Tensor | None:
@@ -166,9 +185,11 @@ class SdpaAttention(MegatronModule):
         query: [b, n, s, d]; forbidden: as attention_mask of `forward`.
         """
         sequence = query.shape[2]
+        if forbidden is not None and self.has_null_key:
+            forbidden = _put_null_key_in_front(forbidden)
         if self.window is None or self.window >= sequence - 1:
             return None if forbidden is None else ~forbidden
-        mask = build_window_mask(sequence, self.window, query.dtype, query.device)
+        mask = build_window_mask(sequence, self.window, query.dtype, query.device, has_null_key=self.has_null_key)
         return mask if forbidden is None else mask.masked_fill(forbidden, -math.inf)
 
 

@@ -39,6 +39,7 @@ def build_attention(*, num_query_groups: int = 2, **options):
         num_query_groups=num_query_groups,
         attention_dropout=options.pop("config_dropout", 0.0),
         apply_query_key_layer_scaling=layer_scaling,
+        softmax_type=options.pop("softmax_type", "vanilla"),
         window_size=options.pop("window_size", None),
         window_attn_skip_freq=options.pop("window_attn_skip_freq", None),
         attention_softmax_in_fp32=True,
@@ -140,6 +141,40 @@ def test_the_pattern_says_which_layers_have_the_window(frequency, windowed: set[
         forbidden = forbid(3 if layer in windowed else SEQUENCE)
         expected = attend(*inputs, scale=HEAD_DIM**-0.5, forbidden=forbidden)
         torch.testing.assert_close(attention(*inputs), expected, rtol=0, atol=ATTENTION_TOLERANCE)
+
+
+@pytest.mark.parametrize("has_documents", [False, True])
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_softmax_off_by_one_is_megatrons(window: int | None, has_documents: bool) -> None:
+    from megatron.core.fusions.fused_softmax import SoftmaxOne
+
+    forbidden = forbid(SEQUENCE if window is None else window)
+    documents = None
+    if has_documents:
+        document = torch.arange(SEQUENCE) >= 6
+        documents = forbid(SEQUENCE) | (document[:, None] != document[None, :])
+        forbidden = forbidden | documents
+    inputs = [tensor.requires_grad_() for tensor in make_inputs(HEADS)]
+    window_size = None if window is None else (window, 0)
+    attention = build_attention(num_query_groups=HEADS, softmax_type="off-by-one", window_size=window_size)
+    output = attention(*inputs, attention_mask=documents)
+    query, key, value = inputs
+    scores = torch.einsum("ibnd,jbnd->bnij", query, key) * HEAD_DIM**-0.5
+    softmax = SoftmaxOne(-1, torch.zeros(HEADS, dtype=scores.dtype))
+    weights = softmax(scores.masked_fill(forbidden, -math.inf))
+    expected = torch.einsum("bnij,jbnd->ibnd", weights, value).reshape(output.shape)
+    torch.testing.assert_close(output, expected, rtol=0, atol=ATTENTION_TOLERANCE)
+    direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=output.dtype)
+    gradients = (torch.autograd.grad((result * direction).sum(), inputs) for result in (output, expected))
+    for ours, megatrons in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, megatrons, rtol=0, atol=1e-12)
+    plain = build_attention(num_query_groups=HEADS, window_size=window_size)
+    assert differ(output, plain(*inputs, attention_mask=documents))
+
+
+def test_learned_sinks_are_left_out() -> None:
+    with pytest.raises(ValueError, match="no learned sinks"):
+        build_attention(softmax_type="learnable")
 
 
 def test_all_layers_keep_one_mask() -> None:

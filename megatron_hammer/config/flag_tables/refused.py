@@ -35,7 +35,7 @@ UNCOUNTED: dict[str, tuple[object, ...]] = {
     "use_grouped_gemm_for_dense_mlp": (False,),
     "perform_rl_step": (False,),
     "vision_pretraining": (False,),
-    "softmax_type": ("vanilla", "off-by-one"),  # learnable: one parameter for each head
+    "softmax_type": ("vanilla", "off-by-one"),  # learnable: one parameter for each head, as gpt-oss has
     "position_embedding_type": ("learned_absolute", "rope", "yarn", "none"),
 }
 # What would crash, or train something else, whatever is beside it: {attribute: (why, remedy)}.

@@ -20,7 +20,6 @@ from megatron_hammer.platforms import cpu
 
 # What only TransformerEngine's modules do: (attribute, quiet values).
 NEEDS_TE: dict[str, tuple[object, ...]] = {
-    "softmax_type": ("vanilla",),
     "qk_clip": (False,),
     "log_max_attention_logit": (False,),
     "delay_wgrad_compute": (False,),

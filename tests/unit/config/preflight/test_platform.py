@@ -38,7 +38,7 @@ def test_platform_attribute_exists(name: str) -> None:
 
 @pytest.mark.parametrize("name", NEEDS_TE)
 def test_flags_that_need_transformer_engine_are_refused_without_it(name: str) -> None:
-    value = {"softmax_type": "off-by-one", "te_precision_config_file": __file__}.get(name, "hybrid")
+    value = {"te_precision_config_file": __file__}.get(name, "hybrid")
     (problem,) = find_on_gpu(backend="torch", **{name: value})
     assert "needs the te backend (TransformerEngine), got" in problem
     assert find_on_gpu(**{name: value}) == []
@@ -113,7 +113,7 @@ def test_what_would_crash_once_all_ranks_are_up_is_refused(
 def test_what_works_is_not_refused() -> None:
     assert find_on_gpu() == []
     assert find_on_gpu(optimizer="sgd", use_distributed_optimizer=False) == []
-    assert find_on_gpu(softmax_type="off-by-one") == []
+    assert find_on_gpu(softmax_type="off-by-one") == find_on_gpu(softmax_type="off-by-one", backend="torch") == []
     assert find_on_gpu(cross_entropy="chunked", tensor_model_parallel_size=2) == []
 
 
