@@ -34,6 +34,7 @@ from megatron_hammer.checkpoint.verification.layer_check import (
 from megatron_hammer.checkpoint.verification.logit_comparison import measure_difference
 from megatron_hammer.checkpoint_files.safetensors.weight_files import HfWeights, open_hf_weights
 from megatron_hammer.errors import ConversionError, exit_on_user_error
+from megatron_hammer.files.command_line import importing
 
 ATTENTION = "eager"  # the plainest one; how far sdpa is from it says how much rounding alone can do
 OTHER_ATTENTION = "sdpa"
@@ -55,6 +56,8 @@ def main() -> None:
     except Exception as error:  # a broken installation can raise nearly anything
         write_findings(folder / TRANSFORMERS_FINDINGS_FILE, {NOT_DONE: f"transformers does not import: {error}"})
         return
+    with importing():
+        from transformers import AutoModelForCausalLM  # noqa: F401  its modules; transformers itself is a stub
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.manual_seed(SEED)

@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ class TorchDistStore:
         self._checked: set[tuple[str, int]] = set()  # archives whose checksums were compared: file, offset
         self._hashes = read_hashes(directory) or {}
         self._checked_files: set[str] = set()  # that have the hash with which they were saved
+        self._file_locks: dict[str, threading.Lock] = {}  # threads that need one file do not each hash it
         self._chunks_by_leading: dict[tuple[str, int], dict[tuple[int, ...], list[StoredChunk]]] = {}
 
     @cached_property
@@ -146,7 +148,11 @@ class TorchDistStore:
 
     def _check_file(self, path: Path) -> None:
         """Compare the hash of a whole file, before the first tensor of it is used; raises CheckpointError."""
-        if path.name in self._hashes and path.name not in self._checked_files:
+        if path.name not in self._hashes:
+            return
+        with self._file_locks.setdefault(path.name, threading.Lock()):
+            if path.name in self._checked_files:
+                return
             if problems := find_damage(self.directory, {path.name: self._hashes[path.name]}):
                 raise CheckpointError(*problems)
             self._checked_files.add(path.name)
