@@ -1,22 +1,26 @@
 #!/usr/bin/env python3
-"""Both converters against `cp` of the same bytes on the same disk: times as ratios, and peak memory.
+"""Both converters against `cp` of the same bytes on the same disk: times as ratios, CPU time per GB, and peak memory.
 
     python benchmarks/convert.py --work-dir /big/disk --model 7b --rounds 3
 
-A model of random bf16 weights in the shape of Llama 2 7B (13.5 GB) is made on the spot, as a Hugging Face folder. A
-round is: cp of that folder, hf_to_megatron.py of it, cp of the checkpoint, megatron_to_hf.py of the checkpoint, every
-second round the other way round. Each is a command of its own, from its start to its end, and then to the end of
-`sync`, since what a command leaves in memory is still to be written; the ratios are of both. Before each command
-everything is synced and the files that it reads leave the page cache (posix_fadvise), so that every side reads from the
-disk; programs and libraries stay in it. `--warm` leaves the files there. Peak memory is the largest resident set of any
-one process, file-backed maps included.
+A model of random bf16 weights in the shape of Llama 2 7B (13.5 GB; 1b: 1.6 GB) is made on the spot, as a Hugging Face
+folder. A round is: cp of that folder, hf_to_megatron.py of it, cp of the checkpoint, megatron_to_hf.py of the
+checkpoint, every second round the other way round. Each is a command of its own, from its start to its end, and then to
+the end of `sync`, since what a command leaves in memory is still to be written; the ratios are of both. Before each
+command everything is synced and the files that it reads leave the page cache (posix_fadvise), so that every side reads
+from the disk; programs and libraries stay in it. `--warm` leaves the files there. Peak memory is the largest resident
+set of any one process, file-backed maps included.
+
+CPU time is user and system time of a command and its children. Start-up is the CPU time for a model of 0.3 MB, the
+smaller of two; "CPU s per GB" is without it. Other work on the machine disturbs these least. The disk's own speed, with
+1 GB written by one process up to fsync, and read again from the disk, is printed beside them.
 
 The converters verify every tensor bit for bit (`--verify tensors`): each is read back from the written file through the
-page cache and must be the source again. In the end the exported folder must hold the weights that were made.
+page cache and must be the source again. The import also hashes what it writes, and the export hashes what it reads
+(SHA-256). In the end the exported folder must hold the weights that were made.
 
-Prediction, written before the first run: copying 13.5 GB is limited by the disk, not by cp, so both converters, whose
-own work is about 1 s of CPU time a GB and overlaps with the disk's, take 1.0 to 1.5 times as long; peak memory 0.9 GiB.
-Target: at most 2 times, and 2 GiB plus the largest tensor (262 MB).
+Prediction, written before the first run of the present code: 1.0 s of CPU per GB for both, 1.5 s of start-up, of which
+torch is 1.3. Targets: 1 s and 1 s; 2 GiB plus the largest tensor (262 MB).
 """
 
 import argparse
@@ -28,13 +32,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / "checkpoint_convert"
 POOL_ELEMENTS = 1 << 26
+DISK_BYTES, DISK_BLOCK_BYTES = 1_000_000_000, 1 << 20
 
 # hidden, intermediate, layers, heads, key-value heads, vocabulary
 SHAPES = {
@@ -148,14 +153,43 @@ def measure(name: str, command: Sequence[str], source: Path, target: Path, is_wa
     )
 
 
+def measure_disk(work_dir: Path) -> tuple[float, float]:
+    """Seconds to write DISK_BYTES up to fsync, and to read them from the disk."""
+    block, path = os.urandom(DISK_BLOCK_BYTES), work_dir / "disk"
+    with path.open("wb", buffering=0) as file:
+        started_at_s = time.monotonic()
+        for _ in range(DISK_BYTES // len(block)):
+            file.write(block)
+        os.fsync(file.fileno())
+        write_s = time.monotonic() - started_at_s
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    with path.open("rb", buffering=0) as file:
+        started_at_s = time.monotonic()
+        while file.read(DISK_BLOCK_BYTES):
+            pass
+        read_s = time.monotonic() - started_at_s
+    path.unlink()
+    return write_s, read_s
+
+
+def convert(script: str, source: Path, target: Path, verify: str, is_warm: bool) -> Measured:
+    flags = ["--load", str(source), "--save", str(target), "--no-tokenizer", "--verify", verify]
+    command = [sys.executable, "-W", "ignore", str(TOOLS / f"{script}.py"), *flags]
+    return measure(script, command, source, target, is_warm)
+
+
+def measure_start_up(work_dir: Path, verify: str) -> dict[str, float]:
+    """CPU seconds of each converter for a model of next to nothing: the smaller of two."""
+    hf, megatron, back = (work_dir / f"toy-{name}" for name in ("hf", "megatron", "back"))
+    run_apart("write_model", "toy", hf)
+    pairs = {"hf_to_megatron": (hf, megatron), "megatron_to_hf": (megatron, back)}
+    found = [{name: convert(name, *paths, verify, True).cpu_s for name, paths in pairs.items()} for _ in range(2)]
+    return {name: min(times[name] for times in found) for name in pairs}
+
+
 def measure_round(work_dir: Path, number: int, verify: str, is_warm: bool) -> list[Measured]:
     """cp, import, cp, export; the checkpoint of an earlier round stays until the import of this one replaces it."""
     hf, megatron, copy, back = (work_dir / name for name in ("hf", "megatron", "copy", "back"))
-    tool = [sys.executable, "-W", "ignore"]
-
-    def convert(script: str, source: Path, target: Path) -> Measured:
-        flags = ["--load", str(source), "--save", str(target), "--no-tokenizer", "--verify", verify]
-        return measure(script, [*tool, str(TOOLS / f"{script}.py"), *flags], source, target, is_warm)
 
     def copy_of(what: str, source: Path) -> Measured:
         result = measure(f"cp {what}", ["cp", "-r", str(source), str(copy)], source, copy, is_warm)
@@ -163,9 +197,9 @@ def measure_round(work_dir: Path, number: int, verify: str, is_warm: bool) -> li
         return result
 
     shutil.rmtree(back, ignore_errors=True)
-    steps = [lambda: copy_of("hf", hf), lambda: convert("hf_to_megatron", hf, megatron)]
+    steps = [lambda: copy_of("hf", hf), lambda: convert("hf_to_megatron", hf, megatron, verify, is_warm)]
     measured = [step() for step in (steps if number % 2 == 0 else reversed(steps))]
-    steps = [lambda: copy_of("megatron", megatron), lambda: convert("megatron_to_hf", megatron, back)]
+    steps = [lambda: copy_of("megatron", megatron), lambda: convert("megatron_to_hf", megatron, back, verify, is_warm)]
     return measured + [step() for step in (steps if number % 2 == 0 else reversed(steps))]
 
 
@@ -187,11 +221,12 @@ def count_equal_tensors(first: Path, second: Path) -> int:
     return len(ours.shapes)
 
 
-def format_table(rounds: Sequence[Sequence[Measured]], num_bytes: int) -> str:
+def format_table(rounds: Sequence[Sequence[Measured]], num_bytes: int, start_up_s: Mapping[str, float]) -> str:
     """Markdown: medians over the rounds with their smallest and largest, and ratios of the rounds' own pairs."""
     lines = [
-        "| command | s | s with sync | CPU s | peak memory, MiB | GB/s with sync | times cp | times cp, with sync |",
-        "|---|---|---|---|---|---|---|---|",
+        "| command | s | s with sync | CPU s | of it start-up | CPU s per GB | peak memory, MiB | GB/s with sync "
+        "| times cp | times cp, with sync | CPU times cp |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, copied in (
         ("cp hf", None),
@@ -201,13 +236,16 @@ def format_table(rounds: Sequence[Sequence[Measured]], num_bytes: int) -> str:
     ):
         own = [next(step for step in steps if step.name == name) for steps in rounds]
         cells = [_spread([getattr(step, field) for step in own]) for field in ("elapsed_s", "synced_s", "cpu_s")]
+        base_s = start_up_s.get(name, 0.0)
+        cells.append(f"{base_s:.2f}" if base_s else "")
+        cells.append(_spread([(step.cpu_s - base_s) / num_bytes * 1e9 for step in own]))
         cells.append(f"{max(step.peak_bytes for step in own) / 2**20:,.0f}")
         cells.append(f"{num_bytes / 1e9 / statistics.median(step.synced_s for step in own):.2f}")
         if copied is None:
-            cells += ["", ""]
+            cells += ["", "", ""]
         else:
             base = [next(step for step in steps if step.name == copied) for steps in rounds]
-            for field in ("elapsed_s", "synced_s"):
+            for field in ("elapsed_s", "synced_s", "cpu_s"):
                 pairs = zip(own, base, strict=True)
                 cells.append(_spread([getattr(step, field) / getattr(copy, field) for step, copy in pairs]))
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -236,6 +274,8 @@ def main() -> None:
         raise SystemExit(f"{arguments.work_dir}: must not exist yet; it is removed in the end")
     arguments.work_dir.mkdir(parents=True)
     try:
+        write_s, read_s = measure_disk(arguments.work_dir)
+        start_up_s = measure_start_up(arguments.work_dir, arguments.verify)
         num_bytes = run_apart("write_model", arguments.model, arguments.work_dir / "hf")
         rounds = []
         for number in range(arguments.rounds):
@@ -245,11 +285,13 @@ def main() -> None:
     finally:
         shutil.rmtree(arguments.work_dir)
     if arguments.json:
-        print(json.dumps({"num_bytes": num_bytes, "rounds": [[asdict(step) for step in steps] for steps in rounds]}))
+        found = {"num_bytes": num_bytes, "disk_write_s": write_s, "disk_read_s": read_s, "start_up_s": start_up_s}
+        print(json.dumps({**found, "rounds": [[asdict(step) for step in steps] for steps in rounds]}))
         return
-    print(format_table(rounds, num_bytes))
+    print(format_table(rounds, num_bytes, start_up_s))
     cache = "in the page cache as far as they fit" if arguments.warm else "not in the page cache"
     print(
+        f"\ndisk: {DISK_BYTES / write_s / 1e9:.2f} GB/s written, {DISK_BYTES / read_s / 1e9:.2f} GB/s read"
         f"\n{arguments.model}: {num_bytes / 1e9:.1f} GB of bf16 weights, rounds: {arguments.rounds}; files read were "
         f"{cache}; converters with --verify {arguments.verify}; all {num_equal} tensors came back bit for bit"
     )
