@@ -3,6 +3,8 @@
 import io
 import itertools
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from megatron_hammer.checkpoint_files.torch_dist import store as torch_dist_store
 from megatron_hammer.checkpoint_files.torch_dist.description import StoredChunk
 from megatron_hammer.checkpoint_files.torch_dist.store import COMMON_STATE_KEY, TorchDistStore
+from megatron_hammer.checkpoint_files.torch_dist.writer import open_checkpoint_writer
 from megatron_hammer.errors import CheckpointError
 from tests.helpers.messages import assert_problems, raises_problem
 from tests.helpers.toy_checkpoint import toy_llama_tensors, write_toy_checkpoint
@@ -120,3 +123,24 @@ def test_a_link_out_of_the_checkpoint_is_refused_and_a_folder_of_links_is_read(t
         path.hardlink_to(blobs / path.name)
     with raises_problem(CheckpointError, f"{stray}: must lie in", f"a link to {blobs / stray.name}"):
         TorchDistStore(mixed)
+
+
+def test_threads_that_need_one_file_hash_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = toy_llama_tensors()
+    with open_checkpoint_writer(tmp_path, iteration=3) as writer:
+        for key, tensor in tensors.items():
+            writer.declare(key, tensor.shape, tensor.dtype)
+            writer.write_chunk(key, [0] * tensor.dim(), tensor)
+        writer.commit({"args": None, "iteration": 3})
+    store, hashed = TorchDistStore(tmp_path / "iter_0000003"), []
+
+    def find_damage(_directory: Path, hashes: dict[str, object]) -> list[str]:
+        hashed.extend(hashes)
+        time.sleep(0.05)  # the others ask meanwhile
+        return []
+
+    monkeypatch.setattr(torch_dist_store, "find_damage", find_damage)
+    with ThreadPoolExecutor(4) as pool:
+        read = pool.map(lambda key: store.read(key, [0] * tensors[key].dim(), tensors[key].shape), tensors)
+    assert all(map(torch.equal, read, tensors.values()))
+    assert hashed == ["__0_0.distcp"]
