@@ -1,6 +1,10 @@
 """Compare the losses of several runs of one model, step by step. Exit code 1: a run differs by more than the tolerance.
 
 hammer compare-runs --runs single=a/metrics.jsonl tp2=b/metrics.jsonl
+hammer compare-runs --bit-exact --runs first=a/metrics.jsonl again=b/metrics.jsonl
+
+With --bit-exact, the runs must have one layout and have been trained with --fingerprint-interval; the first step, rank
+and tensor that differ are named.
 """
 
 import argparse
@@ -8,11 +12,12 @@ import itertools
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_hammer.errors import ConfigError, exit_on_user_error
 from megatron_hammer.files.command_line import CommandParser
 from megatron_hammer.files.tables import open_console
-from megatron_hammer.training import compare
+from megatron_hammer.training import compare, fingerprints
 
 # Not 2, which is for errors of the user: here the comparison itself worked.
 STRAYED_EXIT_CODE = 1
@@ -42,6 +47,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=compare.FIRST_STEP_TOLERANCE,
         help="the same for the first step (%(default)s)",
     )
+    parser.add_argument(
+        "--bit-exact", action="store_true", help="compare the fingerprints beside the metrics, which must be equal"
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON array with one object per run")
     return parser.parse_args(argv)
 
@@ -55,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = [name for group in named_paths for name, _ in group]
     if len(set(names)) < len(names):
         raise ConfigError(f"--runs: names must differ, got {', '.join(names)}. Rename one.")
+    if arguments.bit_exact and arguments.json:
+        raise ConfigError("--json: has no effect with --bit-exact, whose answer is the exit code. Drop one of them.")
     groups = [[compare.read_run(name, path) for name, path in group] for group in named_paths]
     differences = [
         compare.compare_to_first(
@@ -62,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         for group in groups
     ]
+    if arguments.bit_exact:
+        sys.exit(STRAYED_EXIT_CODE if print_first_differences(named_paths) else 0)
     if arguments.json:
         print(json.dumps(compare.as_objects(groups, differences), indent=2))
     else:
@@ -69,3 +81,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     # After the tables: they show where a run that is beyond the tolerance begins to differ.
     if not all(difference.is_within for difference in itertools.chain(*differences)):
         sys.exit(STRAYED_EXIT_CODE)
+
+
+def print_first_differences(named_paths: Sequence[Sequence[tuple[str, Path]]]) -> bool:
+    """A line for each run after the first of its group; returns whether any differs."""
+    is_any_different = False
+    for (reference, reference_path), *others in named_paths:
+        expected = fingerprints.read_run(reference_path.parent / fingerprints.FOLDER)
+        for name, path in others:
+            run = fingerprints.read_run(path.parent / fingerprints.FOLDER)
+            difference = fingerprints.find_first_difference(run, expected)
+            is_any_different |= difference is not None
+            steps = sorted({step for of_rank in run.values() for step in of_rank})
+            equal = f"equals it bit for bit in {len(steps)} steps of {len(run)} ranks"
+            print(f"{name}, compared with {reference}: {difference or equal}")
+    return is_any_different

@@ -173,6 +173,16 @@ def _add_output_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--prometheus-port", type=int, metavar="PORT", help="serve the same at /metrics on the host of the last rank"
     )
+    group.add_argument(
+        "--fingerprint-interval",
+        type=int,
+        metavar="N",
+        help="every N steps, each rank records a hash of its batch, gradients and weights beside the metrics, for "
+        "compare_runs --bit-exact",
+    )
+    group.add_argument(
+        "--deterministic", action="store_true", dest="deterministic_mode", help="same as --deterministic-mode"
+    )
     group.add_argument("--verbose", action="store_true", help="megatron's own output on the terminal, not in a file")
 
 

@@ -54,6 +54,7 @@ class Output:
     tensorboard_dir: str | None
     prometheus_file: str | None
     prometheus_port: int | None
+    fingerprint_interval: int | None  # steps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,7 +21,7 @@ COUNTS = (
     "log_interval", "eval_interval", "save_interval", "lr_decay_iters", "lr_decay_samples", "lr_wsd_decay_iters",
     "lr_wsd_decay_samples", "exit_interval", "exit_duration_in_mins",
     "distributed_timeout_minutes", "keep_last", "keep_every",
-    "rotary_base", "num_distributed_optimizer_instances", "rolled_back_steps",
+    "rotary_base", "num_distributed_optimizer_instances", "rolled_back_steps", "fingerprint_interval",
 )  # fmt: skip
 # What a size may be at most; samples of a run are counted in 64 bits, and every layer is listed.
 LARGEST_COUNT = 2**31 - 1

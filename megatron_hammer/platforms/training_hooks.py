@@ -209,6 +209,34 @@ def observe_saves(observer: Any) -> None:
     training.save_checkpoint = save_checkpoint
 
 
+def take_fingerprints(record: Any) -> None:
+    """Show `record` (training/fingerprints.py) the gradients and weights of every step of megatron's loop."""
+    from megatron.training import training
+
+    original_step = training.train_step
+
+    @functools.wraps(original_step)
+    def train_step(
+        forward_step: Any, data_iterator: Any, model: Any, optimizer: Any, *rest: Any, iteration: int, **options: Any
+    ) -> Any:
+        record.begin_step(iteration + 1)
+        original_update = optimizer.step
+
+        def step() -> Any:
+            record.add_gradients(model)
+            return original_update()
+
+        optimizer.step = step
+        try:
+            result = original_step(forward_step, data_iterator, model, optimizer, *rest, iteration=iteration, **options)
+        finally:
+            optimizer.step = original_update
+        record.end_step(model)
+        return result
+
+    training.train_step = train_step
+
+
 def judge_steps(judge: Any) -> None:
     """Ask `judge` (training/supervision/bad_steps.py) before megatron's optimizer changes a weight.
 

@@ -16,19 +16,26 @@ from megatron_hammer.model.chunked_cross_entropy import compute_loss_in_chunks
 class ForwardStep:
     """Megatron's forward_step_func for one run: called as (data_iterator, model).
 
-    add_loss: called with [sum of losses, number of tokens] of every micro-batch of training.
+    Called for every micro-batch of training: add_loss with [sum of losses, number of tokens], add_batch with the batch.
 
     return_schedule_plan: with --overlap-moe-expert-parallel-comm, megatron runs the parts of the forward pass itself.
     """
 
-    def __init__(self, plan: RunPlan, add_loss: Callable[[Tensor], None] | None = None):
-        self.plan, self.add_loss = plan, add_loss
+    def __init__(
+        self,
+        plan: RunPlan,
+        add_loss: Callable[[Tensor], None] | None = None,
+        add_batch: Callable[[dict[str, Tensor | None]], None] | None = None,
+    ):
+        self.plan, self.add_loss, self.add_batch = plan, add_loss, add_batch
 
     def __call__(
         self, data_iterator: Iterator[dict[str, Tensor]], model: Any, return_schedule_plan: bool = False
     ) -> tuple[Any, Callable[..., Any]]:
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
         batch = self.read_batch(data_iterator, vp_stage, is_training=model.training)
+        if self.add_batch is not None and model.training:
+            self.add_batch(batch)
         forward = get_attr_wrapped_model(model, "build_schedule_plan") if return_schedule_plan else model
         extra = {"output_processor": compute_loss_in_chunks} if self.plan.memory.cross_entropy == "chunked" else {}
         output = forward(

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from megatron_hammer.config.initial_model import InitialModel
     from megatron_hammer.config.run_plan import RunPlan, RunSettings
     from megatron_hammer.config.training_state import TrainingState
+    from megatron_hammer.training.fingerprints import FingerprintFile
     from megatron_hammer.training.observer import RunObserver
     from megatron_hammer.training.supervision.bad_steps import StepJudge
 
@@ -175,7 +176,12 @@ def train(arguments: "ParsedArguments", plan: "RunPlan", terminal: IO[str], prog
     fill_from_initial_model(plan, state, terminal)
     datasets = build_dataset_provider(arguments, plan, state)
     judge = build_judge(plan, state, observer)
-    forward_step = ForwardStep(plan, None if judge is None else judge.add_loss)
+    fingerprints = build_fingerprints(plan)
+    forward_step = ForwardStep(
+        plan,
+        add_loss=None if judge is None else judge.add_loss,
+        add_batch=None if fingerprints is None else fingerprints.add_batch,
+    )
     try:
         pretrain(config, datasets, ModelType.encoder_or_decoder, forward_step)
     except SystemExit as stop:
@@ -210,6 +216,22 @@ def build_judge(plan: "RunPlan", state: "TrainingState", observer: "RunObserver"
     )
     training_hooks.judge_steps(judge)
     return judge
+
+
+def build_fingerprints(plan: "RunPlan") -> "FingerprintFile | None":
+    """Have every step's batch, gradients and weights recorded as hashes; None without --fingerprint-interval."""
+    from pathlib import Path
+
+    from megatron_hammer.platforms import training_hooks
+    from megatron_hammer.training import fingerprints
+
+    output = plan.output
+    if output.fingerprint_interval is None or output.metrics_path is None:
+        return None
+    folder = Path(output.metrics_path).parent / fingerprints.FOLDER
+    record = fingerprints.FingerprintFile(folder, plan.machine.rank, output.fingerprint_interval)
+    training_hooks.take_fingerprints(record)
+    return record
 
 
 def agree_on_checkpoint(plan: "RunPlan", state: "TrainingState", terminal: IO[str]) -> "RunPlan":

@@ -21,9 +21,9 @@ def find_size_problems(settings: RunSettings, plan: RunPlan | None, indices: Ind
         return []
     problems = []
     for name in SPLIT_FLAGS:
-        # One sample takes seq_length + 1 tokens, because its labels are its tokens shifted by one. A split that is not
-        # evaluated must still not be empty.
-        needed = 1 if name != "train" and not evaluation.is_on else seq_length + 1
+        # One sample takes seq_length + 1 tokens, because its labels are its tokens shifted by one. Megatron's sampler
+        # refuses a split without one, be it evaluated or not.
+        needed = seq_length + 1
         for source in sources.sources_of(name):
             tokens = count_split_tokens(indices[source.prefix], sources.bounds_of(name))
             if tokens < needed:
@@ -48,9 +48,9 @@ def _describe_small_split(prefix: str, name: str, tokens: int, needed: int, sour
         if sources.own is None
         else f"Take it out of --{flag_of(SPLIT_FLAGS[name])}, or give it more text"
     )
-    what = "one sample (seq_length + 1 tokens)" if needed > 1 else "a token"
     return (
-        f"{Path(prefix)}: its {name} split must hold {what}, got {tokens} tokens of {needed} needed. "
+        f"{Path(prefix)}: its {name} split must hold one sample (seq_length + 1 tokens), got {tokens} tokens of "
+        f"{needed} needed. "
         f"{remedy}, or lower --seq-length."
     )
 

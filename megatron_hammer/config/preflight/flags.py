@@ -51,6 +51,11 @@ def _find_companion_problems(flags: Flags) -> list[str]:
             "on-bad-loss: roll-back needs checkpoints to go back to, got on_bad_loss=roll-back, save=None. "
             "Pass --save DIR, or --on-bad-loss skip-batch."
         )
+    if flags["fingerprint_interval"] and not flags["metrics_path"]:
+        problems.append(
+            f"fingerprint-interval: needs a folder, got fingerprint_interval={flags['fingerprint_interval']}, "
+            "metrics_path=None. Pass --save DIR or --metrics-path FILE."
+        )
     if flags["wandb_project"] and not flags["wandb_exp_name"]:
         problems.append(
             f"wandb-exp-name: must be given with --wandb-project, got wandb_exp_name={flags['wandb_exp_name']}. "

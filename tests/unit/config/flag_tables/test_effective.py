@@ -119,6 +119,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "wandb_project": {"wandb_project": "p", "wandb_exp_name": "e", "tensorboard_dir": "logs", "save": "new"},
     "te_precision_config_file": {"te_precision_config_file": __file__},
     "precision": {"precision": "bf16"},
+    "fingerprint_interval": {"fingerprint_interval": 2, "metrics_path": "metrics.jsonl"},
     "platform": {"platform": "cuda"},
     "backend": {"backend": "te"},
 }

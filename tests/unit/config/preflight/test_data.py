@@ -63,7 +63,7 @@ def test_an_empty_validation_split_is_refused_even_without_evaluation(tmp_path: 
     """_get_num_epochs adds tokens until there are enough; of none it never has enough."""
     data = write_data(tmp_path / "small", [40] * 10)
     (problem,) = find_for(tmp_path, "--data-path", data, "--split", "98,2,0", "--eval-iters", "0")
-    assert "its valid split must hold a token, got 0 tokens of 1 needed" in problem
+    assert "its valid split must hold one sample (seq_length + 1 tokens), got 0 tokens of 17 needed" in problem
     assert find_for(tmp_path, "--data-path", data, "--split", "100,0,0", "--eval-iters", "0") == []
 
 
