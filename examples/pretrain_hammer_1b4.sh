@@ -13,6 +13,8 @@
 #   TP PP VP CP EP   parallel sizes (CPU default: TP=2)
 #   NPROC            processes on this node (default: its GPUs; 2 on the CPU)
 #   NNODES NODE_RANK MASTER_ADDR MASTER_PORT   for several nodes (default: from SLURM's variables)
+#   KEEP_LAST KEEP_EVERY   checkpoints that stay: the newest (default: 3), and those at multiples of so many steps
+#                    (default: 50000: 23 of the 1.4B model's 1,000 checkpoints of 20 GB); KEEP_LAST= keeps all
 #   MAX_RESTARTS     after failures, from the newest checkpoint (default: 100; three without a new one are the last)
 #   PROMPT           text that the exported miniature continues (default: "def ")
 set -euo pipefail
@@ -61,6 +63,10 @@ else
         arguments+=(--vocab-size 105789 --global-batch-size "$(fit_batch 32 "$nproc")"
             --eval-iters 1) # a whole pass needs a sample for each GPU, and the held-out text has only a few
     fi
+fi
+
+if [[ -n "${KEEP_LAST-3}" ]]; then
+    arguments+=(--keep-last "${KEEP_LAST-3}" --keep-every "${KEEP_EVERY:-50000}")
 fi
 
 launch_training "$nproc" --preset "$preset" --save "$output_dir" "${arguments[@]}" "$@"

@@ -30,6 +30,7 @@ DOCUMENTS = (
     "docs/checkpoints.md",
     "docs/data.md",
     "docs/presets.md",
+    "docs/reliability.md",
     "docs/scaling.md",
     "docs/scaling_accuracy.md",
     "docs/scaling_model.md",

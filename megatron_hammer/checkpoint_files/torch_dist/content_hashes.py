@@ -72,7 +72,10 @@ def write_hashes(directory: Path, known: Mapping[str, FileHash] | None = None) -
     """
     known = known or {}
     names = sorted(entry.name for entry in directory.iterdir() if entry.is_file() and entry.name != HASHES_FILE)
-    hashes = {name: known.get(name) or hash_file(directory / name) for name in names}
+    unknown = [name for name in names if name not in known]
+    with ThreadPoolExecutor(_count_threads()) as pool:
+        read = dict(zip(unknown, pool.map(lambda name: hash_file(directory / name), unknown), strict=True))
+    hashes = {name: known.get(name) or read[name] for name in names}
     content = {
         "algorithm": ALGORITHM,
         "files": {name: content.sha256 for name, content in hashes.items()},
