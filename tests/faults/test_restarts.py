@@ -1,5 +1,6 @@
 """Runs that lose a process are started again by their launchers, resume, and give up where they get no further."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,38 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(flags: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
+def whole_run(flags: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing has interrupted."""
     save_dir = tmp_path_factory.mktemp("uninterrupted")
-    run = LaunchedRun(*ONE_HOST, "--", *flags, "--save", str(save_dir))
+    prometheus = ("--prometheus-file", str(save_dir / "run.prom"))
+    run = LaunchedRun(*ONE_HOST, "--", *flags, "--save", str(save_dir), *prometheus)
     assert run.wait() == 0, run.log
-    return select_exact(read_lines(save_dir / "metrics.jsonl"))
+    return save_dir
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(whole_run: Path) -> list[tuple[Any, ...]]:
+    return select_exact(read_lines(whole_run / "metrics.jsonl"))
+
+
+def test_a_run_is_repeated_from_its_folder(
+    whole_run: Path, uninterrupted: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    run = LaunchedRun(*ONE_HOST, "--", "--from-run", str(whole_run), "--save", str(tmp_path))
+    assert run.wait() == 0, run.log
+    assert select_exact(read_lines(tmp_path / "metrics.jsonl")) == uninterrupted
+    (start,) = (tmp_path / "run").glob("start-*.json")
+    assert json.loads(start.read_text())["data"], "what the data was"
+    (config,) = (tmp_path / "run").glob("config-*.json")
+    assert json.loads(config.read_text())["adam_beta2"], "every default, too"
+
+
+def test_monitors_find_the_end_of_a_run(whole_run: Path) -> None:
+    beat = json.loads((whole_run / "heartbeat.json").read_text())
+    last = read_lines(whole_run / "metrics.jsonl")[-1]
+    assert (beat["step"], beat["loss"], beat["restarts"]) == (NUM_STEPS, last["loss"], 0)
+    assert beat["checkpoint_step"] == NUM_STEPS - SAVE_INTERVAL, "the last save comes after the last step"
+    assert f'hammer_step{{run="{whole_run.name}"}} {NUM_STEPS}\n' in (whole_run / "run.prom").read_text()
 
 
 def select_exact(lines: list[dict[str, Any]]) -> list[tuple[Any, ...]]:

@@ -59,7 +59,7 @@ def write_start(save_dir: Path, start: Mapping[str, Any], config: Mapping[str, A
     """
     stem = re.sub(r"[^0-9T]", "", start["time"].split("+")[0])
     folder = save_dir / RUN_DIR
-    text = json.dumps(config, indent=2, sort_keys=True, default=str)
+    text = json.dumps(dict(config), indent=2, sort_keys=True, default=str)
     files = {
         folder / f"start-{stem}.json": json.dumps(start, indent=2) + "\n",
         folder / f"config-{stem}.json": text + "\n",
