@@ -278,7 +278,8 @@ def _list_added_tokens(tokenizer: Any) -> dict[int, Piece]:
 def _complete(entries: list[Piece], added: Mapping[int, Piece], *, vocab_size: int, where: Path) -> list[Piece]:
     """One entry a row: the tokenizer's own, tokens added to it, and names for rows that no token has.
 
-    Of a SentencePiece model's own ids the model says the type, of a tokenizer.json's the list of added tokens.
+    Of a SentencePiece model's own symbols the model says the type. A piece that a file beside it renames, or makes a
+    token that is found before the rest is encoded, is what that file says, as every added token of a tokenizer.json.
     """
     num_ids = max([len(entries), *(token_id + 1 for token_id in added)])
     if num_ids > vocab_size:
@@ -290,7 +291,8 @@ def _complete(entries: list[Piece], added: Mapping[int, Piece], *, vocab_size: i
     is_sentencepiece = any(entry.type is PieceType.BYTE for entry in entries)
     completed = list(entries) + [Piece("", 0.0, PieceType.UNUSED)] * (vocab_size - len(entries))
     for token_id, token in added.items():
-        if token_id >= len(entries) or not is_sentencepiece:
+        known = completed[token_id]
+        if not is_sentencepiece or known.type in (PieceType.NORMAL, PieceType.UNUSED) or known.text != token.text:
             completed[token_id] = token
     return [
         # Every row of the embedding needs a token with a text of its own.

@@ -178,10 +178,17 @@ class _KnownCauses:
         return PREFIX if self.differs_in_prefixes(place.expected, place.got) else UNEXPLAINED
 
     def differs_in_prefixes(self, expected: Sequence[int], got: Sequence[int]) -> bool:
-        """The same text but for the space that llama.cpp puts after every symbol, the tokenizer perhaps too."""
+        """The same symbols and the same text between them, but for the space that llama.cpp puts after every symbol.
+
+        The tokenizer may put it there too, or only where the text has none.
+        """
         if not self.adds_prefix:
             return False
-        return self._strip_prefixes(got) in (self.join(expected), self._strip_prefixes(expected))
+        (symbols, parts), (other_symbols, others) = self._split(expected), self._split(got)
+        return (symbols, parts[0]) == (other_symbols, others[0]) and all(
+            other == part or other.removeprefix(WHITESPACE_SYMBOL) in (part, part.removeprefix(WHITESPACE_SYMBOL))
+            for part, other in zip(parts, others, strict=True)
+        )
 
     def join(self, ids: Sequence[int]) -> str:
         return "".join(self.vocabulary.tokens[token_id] for token_id in ids)
@@ -199,15 +206,11 @@ class _KnownCauses:
         added = [token_id for token_id in place.got if token_id in self._reserved and token_id not in place.expected]
         return any(self.vocabulary.tokens[token_id] in text for token_id in added)
 
-    def _strip_prefixes(self, ids: Sequence[int]) -> str:
-        """The text of the tokens without the space that follows a symbol."""
-        parts, is_after_symbol = [], False
-        for token_id in ids:
-            text = self.vocabulary.tokens[token_id]
-            parts.append(text.removeprefix(WHITESPACE_SYMBOL) if is_after_symbol else text)
-            is_after_symbol = token_id in self._cuts
-        # A part that is stripped to nothing was the space itself; what follows it keeps its own.
-        return "".join(parts)
+    def _split(self, ids: Sequence[int]) -> tuple[list[int], list[str]]:
+        """The symbols, and the text before, between and behind them."""
+        places = [place for place, token_id in enumerate(ids) if token_id in self._cuts]
+        bounds = zip([-1, *places], [*places, len(ids)], strict=True)
+        return [ids[place] for place in places], [self.join(ids[begin + 1 : end]) for begin, end in bounds]
 
 
 def _sides(place: _Place) -> tuple[list[int], list[int]]:

@@ -121,6 +121,7 @@ class HuggingFaceEncoder(Encoder):
                 "Pass the tokenizer.json written by save_pretrained of a fast tokenizer."
             ) from error
         self.path = path
+        self._refuse_equal_added_tokens()
         config = read_config((path if path.is_dir() else path.parent) / CONFIG_NAME)
         self.splits_special_tokens = bool(config.get("split_special_tokens"))
         self.tokenizer.encode_special_tokens = self.splits_special_tokens
@@ -139,6 +140,20 @@ class HuggingFaceEncoder(Encoder):
         self.special_tokens = (
             SpecialTokens(path) if path.is_dir() else find_special_tokens(path, self.tokenizer.token_to_id)
         )
+
+    def _refuse_equal_added_tokens(self) -> None:
+        """Where two are one text once it is normalised, the library takes either of them, by chance at each loading."""
+        normalizer = self.tokenizer.normalizer
+        texts: dict[str, str] = {}
+        for token in self.tokenizer.get_added_tokens_decoder().values():
+            if normalizer is None or not token.normalized:
+                continue
+            other = texts.setdefault(normalizer.normalize_str(token.content), token.content)
+            if other != token.content:
+                raise DataError(
+                    f"{self.path}: added tokens must differ once they are normalised, got {other!r} and "
+                    f"{token.content!r}, of which tokenizers finds either by chance. Set normalized to false for one."
+                )
 
     def read_definition(self) -> bytes:
         """The tokenizer.json that this was made from."""

@@ -1,7 +1,9 @@
 """llama.cpp's own answers about a tokenizer with added tokens, a template and a BOS; each that is lost is noticed."""
 
 import dataclasses
+import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,27 @@ def test_ends_added_tokens_and_the_chat_template_are_llama_cpps_own(tmp_path: Pa
     num_added = len(LLAMA_ADDED_TOKENS) + 3  # <unk>, <s> and </s> are listed too
     assert rows["added tokens"].startswith(f"{num_added} of {num_added} are one token")
     assert rows["chat template"].startswith("equal, and so are 2 conversations")
+
+
+def test_a_tokenizer_that_puts_a_space_after_symbols_as_llama_cpp_does(tmp_path: Path, source: Path) -> None:
+    """legacy=True, as Llama 1 and 2 say it: but not where a space is there already."""
+    legacy = tmp_path / "hf"
+    shutil.copytree(source, legacy)
+    config = json.loads((legacy / "tokenizer_config.json").read_text())
+    (legacy / "tokenizer_config.json").write_text(json.dumps(config | {"legacy": True}))
+    assert (
+        "4 with a space prefix and a space at the start" in convert(legacy, tmp_path / "m.gguf")["tokenizer, samples"]
+    )
+
+
+def test_a_piece_that_a_file_makes_an_added_token_is_one(tmp_path: Path, source: Path) -> None:
+    folder = tmp_path / "hf"
+    shutil.copytree(source, folder)
+    pieces = read_sentencepiece_model(folder / "tokenizer.model").pieces
+    number, piece = next((n, p) for n, p in enumerate(pieces) if p.type is PieceType.NORMAL and p.text.isalpha())
+    added = json.loads((folder / "added_tokens.json").read_text())
+    (folder / "added_tokens.json").write_text(json.dumps(added | {piece.text: number}))
+    assert convert(folder, tmp_path / "m.gguf")["added tokens"].startswith("8 of 8 are one token")
 
 
 LOST: dict[str, tuple[dict[str, Any], str]] = {
