@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from megatron_hammer.config.training_state import TrainingState
     from megatron_hammer.training.fingerprints import FingerprintFile
     from megatron_hammer.training.observer import RunObserver
+    from megatron_hammer.training.saving.lock import RunLock
     from megatron_hammer.training.supervision.bad_steps import StepJudge
 
 
@@ -161,12 +162,13 @@ def train(arguments: "ParsedArguments", plan: "RunPlan", terminal: IO[str], prog
     training_hooks.form_process_group()
     require_equal_ranks(plan, arguments.settings.flags)
     plan = agree_on_checkpoint(plan, state, terminal)
+    lock = take_save_dir(plan)
     keep_save_dir_tidy(plan, terminal)
     # Ctrl-C, SIGTERM and a scheduler's warning too, since --exit-signal names only one.
     received = training_hooks.stop_on_signals_too(list_stop_signals())
     exit_code = 0
     config = build_config_container(arguments, build_model_config)
-    guard_saves(plan)
+    guard_saves(plan, lock)
     observer = build_observer(plan, state, terminal)
     training_hooks.observe_training(observer)
     training_hooks.observe_saves(observer)
@@ -189,6 +191,8 @@ def train(arguments: "ParsedArguments", plan: "RunPlan", terminal: IO[str], prog
         exit_code = choose_exit_code(received)
     # Also after an early stop: the curve and the summary then cover the steps that were run.
     observer.finish()
+    if lock is not None:
+        lock.release()
     close_process_group()
     if judge is not None:
         judge.end_run()
@@ -266,13 +270,26 @@ def keep_save_dir_tidy(plan: "RunPlan", terminal: IO[str]) -> None:
         after_each_save(Retainer(Path(checkpoints.save), read_rule(checkpoints), loaded_dir))
 
 
-def guard_saves(plan: "RunPlan") -> None:
+def take_save_dir(plan: "RunPlan") -> "RunLock | None":
+    """The lock on --save, which rank 0 gets; raises on every rank if another run writes there."""
+    from pathlib import Path
+
+    from megatron_hammer.platforms.agreement import ask_first_rank
+    from megatron_hammer.training.saving.lock import RunLock
+
+    save_dir, taken = plan.checkpoints.save, []
+    if save_dir is not None:
+        ask_first_rank(lambda: taken.append(RunLock(Path(save_dir))))
+    return taken[0] if taken else None
+
+
+def guard_saves(plan: "RunPlan", lock: "RunLock | None") -> None:
     """One sentence where a checkpoint cannot be written, and none is begun where there is no room for it."""
     if plan.checkpoints.save is not None:
         from megatron_hammer.platforms import output_hooks
         from megatron_hammer.training.saving.failures import explain, require_room
 
-        output_hooks.guard_saves(lambda: require_room(plan), lambda error: explain(error, plan))
+        output_hooks.guard_saves(lambda: require_room(plan, lock), lambda error: explain(error, plan))
 
 
 def fill_from_initial_model(plan: "RunPlan", state: "TrainingState", terminal: IO[str]) -> None:
