@@ -178,5 +178,6 @@ def _name_shard(shard: Any) -> str:
 def _list_tensors(chunk: Any) -> Iterator[tuple[str, Tensor]]:
     """The parameters and the buffers of a model chunk that a checkpoint keeps."""
     for name, value in chunk.state_dict(keep_vars=True).items():
-        if isinstance(value, Tensor):
+        # TransformerEngine's scales of fp8, which no folder has, are a tensor of this dictionary too.
+        if isinstance(value, Tensor) and "_extra_state" not in name:
             yield name, value
