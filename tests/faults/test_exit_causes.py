@@ -64,6 +64,21 @@ def test_a_node_that_never_comes_is_named(tmp_path: Path) -> None:
         assert "Traceback" not in run.log
 
 
+def test_a_mistake_on_one_host_ends_the_others_with_its_sentence(tmp_path: Path) -> None:
+    nodes = ("--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "9", "--master-addr", "localhost")
+    port = str(find_free_port())
+    runs = [
+        LaunchedRun(*nodes, "--master-port", port, "--node-rank", rank, "--", *ENDLESS, "--mock-data", *flags)
+        for rank, flags in (("0", ("--lr", "-1", "--save", str(tmp_path))), ("1", ("--save", str(tmp_path))))
+    ]
+    assert [run.wait() for run in runs] == [2, 128 + signal.SIGKILL]
+    (error,) = [line for line in runs[1].log.splitlines() if line.startswith("error:")]
+    assert "rank 0 on " in error
+    assert "lr: must be" in error
+    assert "restart" not in runs[1].log
+    assert "Traceback" not in runs[0].log + runs[1].log
+
+
 def test_a_launcher_that_node_0_does_not_answer_says_so(tmp_path: Path) -> None:
     place = ("--nnodes", "2", "--node-rank", "1", "--rdzv-conf", "join_timeout=1,read_timeout=1")
     port = find_free_port()

@@ -4,11 +4,13 @@ The agent and its rendezvous are torch's; what is added is judgement (restart_ru
 (events.py), and a bounded wait where torch waits for minutes.
 """
 
+import contextlib
 import functools
 import os
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -32,6 +34,7 @@ from megatron_hammer.training.supervision.resuming import continue_own_run, read
 from megatron_hammer.training.supervision.supervisor import HangOptions, Supervisor, find_first_failure
 
 FAILURE_GRACE_S = 15  # between SIGTERM and SIGKILL to ranks that a failed one left behind
+STOP_NOTICE_S = 6  # until the launchers of all nodes have read that the run ends
 EXIT_BARRIER_S = 30  # how long a launcher that is done waits for those of other nodes
 FAILURE_EXIT_CODE = 1
 LOST_NODES = (RendezvousError, DistError, TimeoutError)
@@ -57,6 +60,10 @@ class SupervisedAgent(LocalElasticAgent):
                 call_bounded(functools.partial(self._supervisor.watch, pids, store))
         if result.state == WorkerState.FAILED and not self._supervisor.judge(result.failures):
             self._remaining_restarts = 0
+            if worker_group.group_world_size > 1 and self._supervisor.stop_reason is not None:
+                with contextlib.suppress(*LOST_NODES):
+                    call_bounded(functools.partial(self._supervisor.stop_others, worker_group.store))
+                    time.sleep(STOP_NOTICE_S if worker_group.group_rank == 0 else 0)  # the store ends with node 0's
         return result
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:

@@ -73,6 +73,8 @@ class Supervisor:
         self._hang_options = hang_options
         self._watch: RunWatch | None = None
         self._ended_because: str | None = None
+        self._is_final = False
+        self.stop_reason: str | None = None  # why the run ends, for the other nodes; None where they need not hear it
         self._killed: KilledCounts = read_killed_counts()
         self._mapped: dict[int, dict[Path, int]] = {}  # by local rank
         self._mapped_at_s = 0.0
@@ -82,7 +84,7 @@ class Supervisor:
     def begin_attempt(self, attempt: int, ranks: Sequence[int], world_size: int, node: int, num_nodes: int) -> None:
         """The ranks of this node, by global number, are about to start."""
         options = self._hang_options
-        self._ended_because = None
+        self._ended_because, self._is_final, self.stop_reason = None, False, None
         self._watch = RunWatch(
             Place(node=node, num_nodes=num_nodes, host=self.host, ranks=ranks),
             self.read_records,
@@ -132,11 +134,16 @@ class Supervisor:
         self.events.write("rank-failed", f"{fact}. {cause}", **fields, failed_ranks=sorted(failures))
         if code == USER_ERROR_EXIT_CODE:  # the rank has said it on the terminal
             self._end_run("the same command would fail again", fields)
+            self.stop_reason = f"{fact}: {cause}"
             return False
         print(f"error: {fact}. {cause}", file=sys.stderr)
+        if self._is_final:
+            self._end_run("another node has ended the run", fields)
+            return False
         reason = self.rule.refuse(has_finished_step=step > 0, saved_step=saved_step)
         if reason is not None:
             self._end_run(reason, fields)
+            self.stop_reason = f"{fact}, and it was not started again: {reason}"
             if self.rule.max_restarts:
                 print(f"error: not started again: {reason}.", file=sys.stderr)
             return False
@@ -144,6 +151,11 @@ class Supervisor:
         print(message, file=sys.stderr)
         self.events.write("restart", message, **fields, num_restarts=self.rule.num_restarts)
         return True
+
+    def stop_others(self, store: Store) -> None:
+        """Tell the other nodes that the run ends, and why."""
+        if self._watch is not None and self.stop_reason is not None:
+            self._watch.stop_all(store, self.stop_reason)
 
     def lose_first_node(self) -> bool:
         """Node 0's launcher does not answer. Whether to wait for it, as for any restart; its ranks have ended here."""
@@ -189,9 +201,9 @@ class Supervisor:
         print(f"warning: {hang.message}.", file=sys.stderr)
         self.events.write("hang", hang.message, attempt=self.attempt, **describe_hang(hang))
 
-    def _note_reason(self, reason: str) -> None:
-        """The ranks of this node are about to be killed for it."""
-        self._ended_because = reason
+    def _note_reason(self, reason: str, is_final: bool) -> None:
+        """The ranks of this node are about to be killed for it. is_final: another node has ended the whole run."""
+        self._ended_because, self._is_final = reason, is_final
 
     def _describe_restart(self, saved_step: int, num_lost: int) -> str:
         return (

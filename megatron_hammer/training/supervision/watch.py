@@ -43,8 +43,8 @@ class Place:
 class RunWatch:
     """Of one attempt. read_records: of this node's ranks. report: called once for each hang, on node 0.
 
-    end: called on every node with the reason before its ranks are killed. ends_hangs: whether a hang ends the attempt;
-    the silence of a whole node always does.
+    end: called on every node with the reason before its ranks are killed, and whether the whole run ends. ends_hangs:
+    whether a hang ends the attempt; the silence of a whole node always does.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class RunWatch:
         read_records: Callable[[], Mapping[int, RankProgress]],
         limit: HangLimit,
         report: Callable[[Hang], None],
-        end: Callable[[str], None],
+        end: Callable[[str, bool], None],
         *,
         ends_hangs: bool,
     ):
@@ -76,13 +76,18 @@ class RunWatch:
         if order is not None:
             self._obey(order, pids)
 
+    def stop_all(self, store: Store, reason: str) -> None:
+        """Have the launchers of all other nodes end the run: this one has met what no restart helps."""
+        store.set(_ORDER, f"stop\n{reason}")
+
     def _exchange(self, own: Sequence[RankView], store: Store, now_s: float) -> str | None:
         """Publish this node's views; on node 0 judge those of all. Returns the order that node 0 gave."""
         self._count += 1
         text = json.dumps([self._count, self._place.host, [dataclasses.asdict(view) for view in own]])
         store.set(f"{_PREFIX}{self._place.node}", text)
-        if self._place.node != 0:
-            return store.get(_ORDER).decode() if store.check([_ORDER]) else None
+        given = store.get(_ORDER).decode() if store.check([_ORDER]) else None
+        if self._place.node != 0 or (given is not None and given.startswith("stop")):
+            return given
         views = list(own)
         for node in range(1, self._place.num_nodes):
             views += self._hear(node, store, now_s)
@@ -135,8 +140,8 @@ class RunWatch:
                 if record.phase != "starting" and local_rank in pids:  # before, the signal would end the rank
                     os.kill(pids[local_rank], STACKS_SIGNAL)
         action, _, reason = order.partition("\n")
-        if action == "end":
-            self._end(reason)
+        if action in ("end", "stop"):
+            self._end(reason, action == "stop")
             time.sleep(0.5)  # for the stacks
             for pid in pids.values():
                 os.kill(pid, signal.SIGKILL)
