@@ -62,7 +62,8 @@ class SupervisedAgent(LocalElasticAgent):
             self._remaining_restarts = 0
             if worker_group.group_world_size > 1 and self._supervisor.stop_reason is not None:
                 with contextlib.suppress(*LOST_NODES):
-                    call_bounded(functools.partial(self._supervisor.stop_others, worker_group.store))
+                    code = read_exit_code(result)
+                    call_bounded(functools.partial(self._supervisor.stop_others, worker_group.store, code))
                     time.sleep(STOP_NOTICE_S if worker_group.group_rank == 0 else 0)  # the store ends with node 0's
         return result
 
@@ -120,8 +121,13 @@ def run_agent(
         if not result.is_failed():
             supervisor.events.write("run-ended", "all ranks of this node ended well", exit_code=0)
             return 0
-        code = find_first_failure(result.failures)[1].exitcode
-        return code if code >= 0 else 128 - code
+        return read_exit_code(result) if supervisor.others_exit_code is None else supervisor.others_exit_code
+
+
+def read_exit_code(result: RunResult) -> int:
+    """Of the rank that failed first, as shells have it."""
+    code = find_first_failure(result.failures)[1].exitcode
+    return code if code >= 0 else 128 - code
 
 
 def _run_with_reconnection(

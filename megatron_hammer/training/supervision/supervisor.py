@@ -73,7 +73,7 @@ class Supervisor:
         self._hang_options = hang_options
         self._watch: RunWatch | None = None
         self._ended_because: str | None = None
-        self._is_final = False
+        self.others_exit_code: int | None = None  # of the node that has ended the run
         self.stop_reason: str | None = None  # why the run ends, for the other nodes; None where they need not hear it
         self._killed: KilledCounts = read_killed_counts()
         self._mapped: dict[int, dict[Path, int]] = {}  # by local rank
@@ -84,7 +84,7 @@ class Supervisor:
     def begin_attempt(self, attempt: int, ranks: Sequence[int], world_size: int, node: int, num_nodes: int) -> None:
         """The ranks of this node, by global number, are about to start."""
         options = self._hang_options
-        self._ended_because, self._is_final, self.stop_reason = None, False, None
+        self._ended_because, self.others_exit_code, self.stop_reason = None, None, None
         self._watch = RunWatch(
             Place(node=node, num_nodes=num_nodes, host=self.host, ranks=ranks),
             self.read_records,
@@ -137,7 +137,7 @@ class Supervisor:
             self.stop_reason = f"{fact}: {cause}"
             return False
         print(f"error: {fact}. {cause}", file=sys.stderr)
-        if self._is_final:
+        if self.others_exit_code is not None:
             self._end_run("another node has ended the run", fields)
             return False
         reason = self.rule.refuse(has_finished_step=step > 0, saved_step=saved_step)
@@ -152,10 +152,10 @@ class Supervisor:
         self.events.write("restart", message, **fields, num_restarts=self.rule.num_restarts)
         return True
 
-    def stop_others(self, store: Store) -> None:
+    def stop_others(self, store: Store, exit_code: int) -> None:
         """Tell the other nodes that the run ends, and why."""
         if self._watch is not None and self.stop_reason is not None:
-            self._watch.stop_all(store, self.stop_reason)
+            self._watch.stop_all(store, self.stop_reason, exit_code)
 
     def lose_first_node(self) -> bool:
         """Node 0's launcher does not answer. Whether to wait for it, as for any restart; its ranks have ended here."""
@@ -201,9 +201,9 @@ class Supervisor:
         print(f"warning: {hang.message}.", file=sys.stderr)
         self.events.write("hang", hang.message, attempt=self.attempt, **describe_hang(hang))
 
-    def _note_reason(self, reason: str, is_final: bool) -> None:
-        """The ranks of this node are about to be killed for it. is_final: another node has ended the whole run."""
-        self._ended_because, self._is_final = reason, is_final
+    def _note_reason(self, reason: str, exit_code: int | None) -> None:
+        """The ranks of this node are about to be killed for it. exit_code: of another node, which has ended the run."""
+        self._ended_because, self.others_exit_code = reason, exit_code
 
     def _describe_restart(self, saved_step: int, num_lost: int) -> str:
         return (

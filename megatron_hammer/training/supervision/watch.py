@@ -43,8 +43,8 @@ class Place:
 class RunWatch:
     """Of one attempt. read_records: of this node's ranks. report: called once for each hang, on node 0.
 
-    end: called on every node with the reason before its ranks are killed, and whether the whole run ends. ends_hangs:
-    whether a hang ends the attempt; the silence of a whole node always does.
+    end: called on every node before its ranks are killed, with the reason and, if the whole run ends, the exit code.
+    ends_hangs: whether a hang ends the attempt; the silence of a whole node always does.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class RunWatch:
         read_records: Callable[[], Mapping[int, RankProgress]],
         limit: HangLimit,
         report: Callable[[Hang], None],
-        end: Callable[[str, bool], None],
+        end: Callable[[str, int | None], None],
         *,
         ends_hangs: bool,
     ):
@@ -76,9 +76,9 @@ class RunWatch:
         if order is not None:
             self._obey(order, pids)
 
-    def stop_all(self, store: Store, reason: str) -> None:
-        """Have the launchers of all other nodes end the run: this one has met what no restart helps."""
-        store.set(_ORDER, f"stop\n{reason}")
+    def stop_all(self, store: Store, reason: str, exit_code: int) -> None:
+        """Have the launchers of all other nodes end the run with this code: no restart helps."""
+        store.set(_ORDER, f"stop {exit_code}\n{reason}")
 
     def _exchange(self, own: Sequence[RankView], store: Store, now_s: float) -> str | None:
         """Publish this node's views; on node 0 judge those of all. Returns the order that node 0 gave."""
@@ -140,8 +140,9 @@ class RunWatch:
                 if record.phase != "starting" and local_rank in pids:  # before, the signal would end the rank
                     os.kill(pids[local_rank], STACKS_SIGNAL)
         action, _, reason = order.partition("\n")
+        action, _, code = action.partition(" ")
         if action in ("end", "stop"):
-            self._end(reason, action == "stop")
+            self._end(reason, int(code) if action == "stop" else None)
             time.sleep(0.5)  # for the stacks
             for pid in pids.values():
                 os.kill(pid, signal.SIGKILL)

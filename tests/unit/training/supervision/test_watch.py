@@ -36,14 +36,14 @@ class Node:
         self.record = RankProgress(step=9, num_waits=3, changed_at_s=0.0, phase="training", is_waiting=True)
         self.hangs: list[Hang] = []
         self.reasons: list[str] = []
-        self.is_final = False
+        self.exit_code: int | None = None
         place = Place(node=number, num_nodes=2, host=f"host{number}", ranks=[number])
         limit = HangLimit(timeout_s=600.0, fixed_s=100.0)
         self.watch = RunWatch(place, self.read_records, limit, self.hangs.append, self.note, ends_hangs=ends_hangs)
 
-    def note(self, reason: str, is_final: bool) -> None:
+    def note(self, reason: str, exit_code: int | None) -> None:
         self.reasons.append(reason)
-        self.is_final = is_final
+        self.exit_code = exit_code
 
     def read_records(self) -> Mapping[int, RankProgress]:
         return {0: self.record}
@@ -97,9 +97,9 @@ def test_a_node_that_is_not_heard_of_ends_the_attempt(clock: list[float]) -> Non
 def test_every_node_hears_that_another_one_ends_the_run(clock: list[float], ending: int, told: int) -> None:
     store, nodes = MemoryStore(), [Node(0), Node(1)]
     look(clock, store, *nodes, moved=True)
-    nodes[ending].watch.stop_all(store, "lr: must be positive")
+    nodes[ending].watch.stop_all(store, "lr: must be positive", 2)
     look(clock, store, nodes[told], moved=True)
-    assert (nodes[told].reasons, nodes[told].is_final) == (["lr: must be positive"], True)
+    assert (nodes[told].reasons, nodes[told].exit_code) == (["lr: must be positive"], 2)
 
 
 def test_a_hang_that_passes_may_be_reported_again(clock: list[float]) -> None:
