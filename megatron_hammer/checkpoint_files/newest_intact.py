@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_hammer.checkpoint_files.checkpoint_reader import LATEST_FILE, RELEASE, name_folder
+from megatron_hammer.checkpoint_files.checkpoint_reader import LATEST_FILE, RELEASE, name_folder, read_tracker
 from megatron_hammer.checkpoint_files.intact import find_visible_damage
 from megatron_hammer.checkpoint_files.iterations import list_iterations
 from megatron_hammer.checkpoint_files.open_checkpoint import is_legacy
@@ -27,16 +27,6 @@ class LoadChoice:
     iteration: int | None = None
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-
-
-def read_tracker(folder: Path) -> int | str | None:
-    """The iteration, or RELEASE, or another text that means nothing; None without a tracker."""
-    try:
-        # errors="replace": damage must become a sentence, not a UnicodeDecodeError.
-        text = (folder / LATEST_FILE).read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return None
-    return int(text) if text.isdecimal() and len(text) < 19 else text
 
 
 def has_checkpoint(folder: str | Path) -> bool:

@@ -7,6 +7,7 @@ from megatron_hammer.checkpoint_files.checkpoint_reader import (
     RELEASE,
     CheckpointReader,
     name_folder,
+    read_tracker,
     validate_iteration,
 )
 from megatron_hammer.checkpoint_files.legacy.reader import open_legacy_checkpoint
@@ -41,13 +42,14 @@ def find_iteration(path: Path, iteration: int | None = None) -> Path:
     if (path / ".metadata").is_file() or is_legacy(path):
         return path
     if (path / LATEST_FILE).is_file() and iteration is None:
-        tracker = (path / LATEST_FILE).read_text().strip()
+        tracker = read_tracker(path)
         # The two contents that Megatron accepts. Source: megatron.training.checkpointing.read_metadata.
-        if not (tracker.isdigit() or tracker == RELEASE):
+        if not isinstance(tracker, int) and tracker != RELEASE:
             raise CheckpointError(
-                f"{path / LATEST_FILE}: must hold an iteration or 'release', got {tracker[:40]!r}. Pass --iteration."
+                f"{path / LATEST_FILE}: must hold an iteration or 'release', got {str(tracker)[:40]!r}. "
+                "Pass --iteration."
             )
-        directory = path / name_folder(None if tracker == RELEASE else int(tracker))
+        directory = path / name_folder(tracker if isinstance(tracker, int) else None)
     elif iteration is None:
         raise CheckpointError(
             f"{path}: must hold {LATEST_FILE} or be one iteration with its .metadata, got neither. "

@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_hammer.checkpoint_files.checkpoint_reader import RELEASE
+from megatron_hammer.checkpoint_files.checkpoint_reader import RELEASE, read_tracker
 from megatron_hammer.checkpoint_files.intact import find_visible_damage
 from megatron_hammer.checkpoint_files.iterations import list_iterations
 from megatron_hammer.checkpoint_files.newest_intact import (
     LoadChoice,
     choose_iteration,
     has_checkpoint,
-    read_tracker,
 )
 from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
 from megatron_hammer.config.initial_model import InitialModel

@@ -61,7 +61,7 @@ def read_run(name: str, path: Path) -> Run:
         raise DataError(f"{path}: must be a metrics.jsonl, got no such file. Check --metrics-path of run {name}.")
     losses: dict[int, float] = {}
     grad_norms: dict[int, float | None] = {}
-    for number, line in enumerate(path.read_text(encoding="utf8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf8", errors="replace").splitlines(), 1):
         try:
             metrics = json.loads(line)
             if SAVED_FIELD in metrics:

@@ -190,11 +190,12 @@ def drop_lines_from(path: Path, first_step: int) -> int:
     """
     if not path.exists():
         return 0
-    lines = path.read_text(encoding="utf8").splitlines()
+    # errors="replace": a damaged line must be named, and be no UnicodeDecodeError.
+    lines = path.read_text(encoding="utf8", errors="replace").splitlines()
     kept = []
     for number, line in enumerate(lines, 1):
         try:
-            step = json.loads(line)["step"]
+            step = int(json.loads(line)["step"])
         except (ValueError, KeyError, TypeError):
             # Only a last line can be cut off by a kill; any other bad line means that this is not our file.
             if number == len(lines):

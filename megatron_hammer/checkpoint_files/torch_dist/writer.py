@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint_files.checkpoint_reader import LATEST_FILE, RELEASE, name_folder
+from megatron_hammer.checkpoint_files.checkpoint_reader import LATEST_FILE, RELEASE, name_folder, read_tracker
 from megatron_hammer.checkpoint_files.pickle_writer import dump_object
 from megatron_hammer.checkpoint_files.saved_archive import ArchiveDamage, SavedArchive
 from megatron_hammer.checkpoint_files.torch_dist.content_hashes import FileHash, HashingFile, write_hashes
@@ -255,24 +255,17 @@ def _validate_target(save_dir: Path, name: str, overwrite: bool) -> None:
         raise ConversionError(
             f"{save_dir / name}: target must not exist yet. Choose another --save, or pass --overwrite."
         )
-    tracked = _read_tracker(save_dir)
+    tracked = read_tracker(save_dir)
     if name == RELEASE and tracked is not None:
         raise ConversionError(
-            f"{save_dir / LATEST_FILE}: must not point to a training run's checkpoint yet, got {tracked!r}: the run "
-            "would start anew from the imported weights. Choose another --save, or pass --overwrite."
+            f"{save_dir / LATEST_FILE}: must not point to a training run's checkpoint yet, got {str(tracked)!r}: the "
+            "run would start anew from the imported weights. Choose another --save, or pass --overwrite."
         )
 
 
-def _read_tracker(save_dir: Path) -> str | None:
-    try:
-        return (save_dir / LATEST_FILE).read_text().strip()
-    except OSError:
-        return None
-
-
 def _write_tracker(save_dir: Path, iteration: int | None, overwrite: bool) -> None:
-    tracked = _read_tracker(save_dir)
-    is_later = tracked is not None and tracked.isdecimal() and iteration is not None and int(tracked) > iteration
+    tracked = read_tracker(save_dir)
+    is_later = isinstance(tracked, int) and iteration is not None and tracked > iteration
     if is_later and not overwrite:
         return
     publish_files({save_dir / LATEST_FILE: RELEASE if iteration is None else str(iteration)})

@@ -78,7 +78,7 @@ class SentencePieceEncoder(Encoder):
         sentencepiece.set_min_log_level(SENTENCEPIECE_LOGS_ERRORS_ONLY)
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, UnicodeDecodeError) as error:  # the last for a piece that is not UTF-8
             raise _not_a_model(path) from error
         if self._processor.get_piece_size() == 0:  # an empty file parses as a model without pieces
             raise _not_a_model(path)

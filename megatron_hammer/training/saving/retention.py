@@ -10,8 +10,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_hammer.checkpoint_files.checkpoint_reader import read_tracker
 from megatron_hammer.checkpoint_files.iterations import list_iterations, remove_iteration
-from megatron_hammer.checkpoint_files.newest_intact import read_tracker
 from megatron_hammer.checkpoint_files.torch_dist.content_hashes import HASHES_FILE, read_hashes
 from megatron_hammer.config.run_plan import Checkpoints
 from megatron_hammer.errors import CheckpointError

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_hammer.checkpoint_files.checkpoint_reader import LATEST_FILE
+from megatron_hammer.checkpoint_files.checkpoint_reader import LATEST_FILE, read_tracker
 
 # They say how the first attempt begins, such as from another run's checkpoint, and would do so again.
 _BEGINNINGS_WITH_VALUE = ("--load", "--ckpt-step", "--pretrained-checkpoint")
@@ -19,11 +19,8 @@ def read_saved_step(save_dir: Path | None) -> int:
     """The step of the newest checkpoint in `save_dir`; 0 without one."""
     if save_dir is None:
         return 0
-    try:
-        text = find_tracker(save_dir).read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return 0
-    return int(text) if text.isdecimal() else 0
+    tracked = read_tracker(save_dir)
+    return tracked if isinstance(tracked, int) else 0
 
 
 def continue_own_run(arguments: Sequence[str], save_dir: Path) -> tuple[str, ...]:
