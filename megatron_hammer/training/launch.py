@@ -72,9 +72,9 @@ def launch(torchrun_options: Sequence[str], training_options: Sequence[str]) -> 
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
     from megatron_hammer.config.own_flags import read_option
-    from megatron_hammer.training.supervision.agent import run_agent
-    from megatron_hammer.training.supervision.rendezvous import settle_rendezvous
-    from megatron_hammer.training.supervision.supervisor import HangOptions
+    from megatron_hammer.training.supervision.launcher.agent import run_agent
+    from megatron_hammer.training.supervision.launcher.rendezvous import settle_rendezvous
+    from megatron_hammer.training.supervision.launcher.supervisor import HangOptions
 
     # torchrun's own report of children that ended; what matters is printed below.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)

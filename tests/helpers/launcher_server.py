@@ -114,6 +114,6 @@ if __name__ == "__main__":
     import torch.distributed.run  # noqa: F401
 
     import megatron_hammer.training.launch
-    import megatron_hammer.training.supervision.agent  # noqa: F401
+    import megatron_hammer.training.supervision.launcher.agent  # noqa: F401
 
     serve()

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_hammer.training.supervision.launcher.supervisor import HangOptions, Supervisor, find_first_failure
 from megatron_hammer.training.supervision.progress import ProgressRecord, find_record
-from megatron_hammer.training.supervision.supervisor import HangOptions, Supervisor, find_first_failure
 from tests.helpers.launched_runs import read_events
 
 

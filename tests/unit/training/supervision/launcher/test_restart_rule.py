@@ -1,6 +1,6 @@
 import pytest
 
-from megatron_hammer.training.supervision.restart_rule import RestartRule
+from megatron_hammer.training.supervision.launcher.restart_rule import RestartRule
 
 
 def fail(rule: RestartRule, *saved_steps: int, has_finished_step: bool = True) -> list[str | None]:

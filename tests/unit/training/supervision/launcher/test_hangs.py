@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_hammer.training.supervision.hangs import HangLimit, RankView, find_behind, find_hang
+from megatron_hammer.training.supervision.launcher.hangs import HangLimit, RankView, find_behind, find_hang
 
 LIMIT = HangLimit(timeout_s=600.0)
 

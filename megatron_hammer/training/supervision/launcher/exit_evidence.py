@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_hammer.training.supervision.exit_causes import Evidence, ShrunkFile
+from megatron_hammer.training.supervision.launcher.exit_causes import Evidence, ShrunkFile
 
 _CGROUPS = Path("/sys/fs/cgroup")
 

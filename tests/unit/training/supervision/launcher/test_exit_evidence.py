@@ -2,8 +2,8 @@ import mmap
 import os
 from pathlib import Path
 
-from megatron_hammer.training.supervision import exit_evidence
-from megatron_hammer.training.supervision.exit_evidence import KilledCounts, find_shrunk_files, gather_evidence
+from megatron_hammer.training.supervision.launcher import exit_evidence
+from megatron_hammer.training.supervision.launcher.exit_evidence import KilledCounts, find_shrunk_files, gather_evidence
 
 
 def test_mapped_files_that_become_shorter_are_found(tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 import pytest
 
-from megatron_hammer.training.supervision import watch
-from megatron_hammer.training.supervision.hangs import Hang, HangLimit
+from megatron_hammer.training.supervision.launcher import watch
+from megatron_hammer.training.supervision.launcher.hangs import Hang, HangLimit
+from megatron_hammer.training.supervision.launcher.watch import Place, RunWatch, build_views, is_stopped
 from megatron_hammer.training.supervision.progress import RankProgress
-from megatron_hammer.training.supervision.watch import Place, RunWatch, build_views, is_stopped
 
 
 class MemoryStore:

@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from megatron_hammer.training.supervision.bounded_call import call_bounded
+from megatron_hammer.training.supervision.launcher.bounded_call import call_bounded
 
 
 def test_results_and_errors_come_back() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hammer.training.supervision.events import EventLog
+from megatron_hammer.training.supervision.launcher.events import EventLog
 
 
 def test_an_event_is_a_line_with_time_host_and_sentence(tmp_path: Path) -> None:

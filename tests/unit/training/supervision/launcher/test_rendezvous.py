@@ -3,7 +3,7 @@ import socket
 
 from torch.distributed import run
 
-from megatron_hammer.training.supervision.rendezvous import NumberedNode, find_own_address, settle_rendezvous
+from megatron_hammer.training.supervision.launcher.rendezvous import NumberedNode, find_own_address, settle_rendezvous
 
 
 def settle(*options: str) -> argparse.Namespace:

@@ -32,7 +32,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
     create_handler,
 )
 
-from megatron_hammer.training.supervision.bounded_call import STORE_SILENCE_S, call_bounded
+from megatron_hammer.training.supervision.launcher.bounded_call import STORE_SILENCE_S, call_bounded
 
 FIRST_WAIT_S = 600  # for all nodes at the start of a run; torchrun's own
 REJOIN_WAIT_S = 60  # for a node that was lost; its launcher's silence alone takes 15 s to notice

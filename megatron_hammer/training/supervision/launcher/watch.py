@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_hammer.training.supervision.hangs import UNBOUNDED_PHASES, Hang, HangLimit, RankView, find_hang
+from megatron_hammer.training.supervision.launcher.hangs import UNBOUNDED_PHASES, Hang, HangLimit, RankView, find_hang
 from megatron_hammer.training.supervision.progress import STACKS_SIGNAL, RankProgress
 
 INTERVAL_S = 2.0

@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_hammer.errors import USER_ERROR_EXIT_CODE
-from megatron_hammer.training.supervision.events import EVENTS_FILE, EventLog
-from megatron_hammer.training.supervision.exit_causes import describe_exit, explain_exit
-from megatron_hammer.training.supervision.exit_evidence import (
+from megatron_hammer.training.supervision.last_words import find_note, read_note
+from megatron_hammer.training.supervision.launcher.events import EVENTS_FILE, EventLog
+from megatron_hammer.training.supervision.launcher.exit_causes import describe_exit, explain_exit
+from megatron_hammer.training.supervision.launcher.exit_evidence import (
     KilledCounts,
     gather_evidence,
     list_mapped_files,
     read_killed_counts,
 )
-from megatron_hammer.training.supervision.hangs import Hang, HangLimit
-from megatron_hammer.training.supervision.last_words import find_note, read_note
+from megatron_hammer.training.supervision.launcher.hangs import Hang, HangLimit
+from megatron_hammer.training.supervision.launcher.restart_rule import RestartRule
+from megatron_hammer.training.supervision.launcher.watch import Place, RunWatch, Store, describe_hang
 from megatron_hammer.training.supervision.log_folder import LOG_DIR_VARIABLE, find_log, find_log_dir
 from megatron_hammer.training.supervision.progress import (
     ATTEMPT_VARIABLE,
@@ -30,9 +32,7 @@ from megatron_hammer.training.supervision.progress import (
     find_record,
     read_record,
 )
-from megatron_hammer.training.supervision.restart_rule import RestartRule
 from megatron_hammer.training.supervision.resuming import read_saved_step
-from megatron_hammer.training.supervision.watch import Place, RunWatch, Store, describe_hang
 
 MAPPED_FILES_INTERVAL_S = 60.0
 # Of a rank that got a signal itself, and has saved; see choose_exit_code in training/launch.py.

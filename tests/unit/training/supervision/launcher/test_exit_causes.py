@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hammer.training.supervision.exit_causes import Evidence, ShrunkFile, describe_exit, explain_exit
+from megatron_hammer.training.supervision.launcher.exit_causes import Evidence, ShrunkFile, describe_exit, explain_exit
 
 LOG = Path("save/logs/rank-3.log")
 

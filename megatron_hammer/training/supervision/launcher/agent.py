@@ -28,10 +28,10 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.launcher.api import LaunchConfig
 
-from megatron_hammer.training.supervision.bounded_call import call_bounded
-from megatron_hammer.training.supervision.rendezvous import RepeatedRendezvous, build_handler, may_rejoin
+from megatron_hammer.training.supervision.launcher.bounded_call import call_bounded
+from megatron_hammer.training.supervision.launcher.rendezvous import RepeatedRendezvous, build_handler, may_rejoin
+from megatron_hammer.training.supervision.launcher.supervisor import HangOptions, Supervisor, find_first_failure
 from megatron_hammer.training.supervision.resuming import continue_own_run, read_saved_step
-from megatron_hammer.training.supervision.supervisor import HangOptions, Supervisor, find_first_failure
 
 FAILURE_GRACE_S = 15  # between SIGTERM and SIGKILL to ranks that a failed one left behind
 STOP_NOTICE_S = 6  # until the launchers of all nodes have read that the run ends
