@@ -14,6 +14,8 @@ from megatron_hammer.errors import CheckpointError
 LATEST_FILE = "latest_checkpointed_iteration.txt"  # Megatron's pointer to the newest iteration of a folder
 RELEASE = "release"  # in place of an iteration, in the pointer and as a folder: weights that no run continues from
 VOCABULARY_TENSORS = ("embedding.word_embeddings.weight", "output_layer.weight")
+# Buffers that a model's state has beside its parameters: fp32 whatever the dtype of these, and known to no optimizer.
+BUFFER_ENDINGS = (".router.expert_bias",)
 OPTIMIZER_PREFIXES = ("optimizer.", "chained_")  # of torch_dist's keys; chained_0.optimizer. before megatron-core 0.13
 # The local layer spec keeps its norms apart where TransformerEngine fuses them into the next linear layer.
 _LOCAL_NORMS = {

@@ -39,7 +39,8 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Family:
 
 @pytest.fixture(scope="module")
 def moe(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    return Family(tmp_path_factory.mktemp("moe"), TOY_MODEL + TOY_MOE)
+    """Experts in every second layer, so that stages and chunks hold layers of either kind."""
+    return Family(tmp_path_factory.mktemp("moe"), (*TOY_MODEL, *TOY_MOE, "--moe-layer-freq", "[0,1,0,1]"))
 
 
 @pytest.fixture(scope="module")

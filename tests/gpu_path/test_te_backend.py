@@ -213,7 +213,12 @@ def test_16_and_8_bits_stay_near_fp32(dense: Model, name: str) -> None:
 FROM_SCRATCH = {
     "remainders-of-bf16": (2, "--use-precision-aware-optimizer"),
     "remainders-on-cpu": (2, "--use-precision-aware-optimizer --optimizer-cpu-offload"),
-    "fp8-experts": (2, f"{FP8} tensorwise {EP2} --num-experts 4 --moe-router-topk 2 --moe-grouped-gemm"),
+    # Dense layers among them, and the router of DeepSeek-V3.
+    "fp8-experts": (
+        2,
+        f"{FP8} tensorwise {EP2} --num-experts 4 --moe-router-topk 2 --moe-grouped-gemm --moe-layer-freq [0]+[1]*3 "
+        "--moe-router-score-function sigmoid --moe-router-dtype fp32 --moe-router-enable-expert-bias",
+    ),
 }
 
 

@@ -30,6 +30,7 @@ from megatron_hammer.checkpoint.hugging_face.config_json import (
     read_hf_model,
 )
 from megatron_hammer.checkpoint.hugging_face.folder import HfFolder, open_hf_folder
+from megatron_hammer.checkpoint.hugging_face.tensor_sources import HF_BUFFER_ENDINGS
 from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.files.publish import publish_path
@@ -108,7 +109,8 @@ def export_to_gguf(options: GgufOptions, on_step: OnStep = lambda stage, done, t
         read = read_stacks(source.read, model.shape.moe)
         write_gguf(partial_path, writer, extras, tensors, read, lambda done: on_step("writing tensors", done, total))
         verify_gguf(partial_path, extras, tensors, read, lambda done: on_step("verifying tensors", done, total))
-        num_parameters = sum(math.prod(tensor.shape) for tensor in tensors)
+        parameters = (tensor for tensor in tensors if not tensor.hf_name.endswith(HF_BUFFER_ENDINGS))
+        num_parameters = sum(math.prod(tensor.shape) for tensor in parameters)
         proof = _prove(options, partial_path, hf_dir, model, vocabulary, num_parameters, on_step)
         checks = (CheckRow("tensors", f"{total} read back, {_describe_exactness(tensors)}", True), *proof.rows)
         # Inside `publish_path`: an error here removes the partial file.

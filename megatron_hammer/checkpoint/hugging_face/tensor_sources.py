@@ -19,6 +19,8 @@ from megatron_hammer.model.shape import ModelShape
 _PREFIXES = ("transformer.", "model.")
 _HEAD, _EMBEDDING = "lm_head.weight", "embedding.word_embeddings.weight"
 _EXPERT = re.compile(r"(.+)\.(?:mlp|block_sparse_moe)\.experts\.(\d+)\.(\w+)\.weight")
+# The same buffers as checkpoint_reader.BUFFER_ENDINGS; their classes keep them in fp32.
+HF_BUFFER_ENDINGS = ("e_score_correction_bias", ".mlp.expert_bias")
 # (in the files of a model's authors, in transformers' own modules).
 _NEWER_NAMES = (
     (".block_sparse_moe.gate.", ".mlp.gate."),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.checkpoint.hugging_face.config_json import CONFIG_NAME, read_config, read_hf_model
+from megatron_hammer.checkpoint.hugging_face.tensor_sources import HF_BUFFER_ENDINGS
 from megatron_hammer.checkpoint.inspection.tensor_statistics import TensorStatistics, measure_tensor
 from megatron_hammer.checkpoint.inspection.tensor_views import (
     OpenedCheckpoint,
@@ -20,7 +21,12 @@ from megatron_hammer.checkpoint.inspection.tensor_views import (
     view_by_table_names,
     view_store,
 )
-from megatron_hammer.checkpoint_files.checkpoint_reader import OPTIMIZER_PREFIXES, VOCABULARY_TENSORS, name_dtype
+from megatron_hammer.checkpoint_files.checkpoint_reader import (
+    BUFFER_ENDINGS,
+    OPTIMIZER_PREFIXES,
+    VOCABULARY_TENSORS,
+    name_dtype,
+)
 from megatron_hammer.errors import CheckpointError, HammerError
 
 # What is shown: (its name, the saved arguments that hold it, joined by a space).
@@ -160,7 +166,7 @@ def count_parameters(opened: OpenedCheckpoint) -> tuple[int, int | None]:
     if not opened.is_megatron:
         # Vocabulary padding is Megatron's; rows of a Hugging Face folder are all the model's.
         return _count_folder_parameters(opened), 0
-    stored = sum(view.num_elements for view in opened.views.values())
+    stored = sum(view.num_elements for name, view in opened.views.items() if not name.endswith(BUFFER_ENDINGS))
     vocab_size = getattr(opened.reader.args, "vocab_size", None)
     if not vocab_size:
         return stored, None
@@ -177,7 +183,7 @@ def _count_folder_parameters(opened: OpenedCheckpoint) -> int:
         views = view_by_table_names(opened, read_hf_model(opened.directory))
     except HammerError:
         views = opened.views
-    return sum(view.num_elements for view in views.values())
+    return sum(view.num_elements for name, view in views.items() if not name.endswith(HF_BUFFER_ENDINGS))
 
 
 def _describe_architecture(opened: OpenedCheckpoint) -> tuple[dict[str, Any], tuple[str, ...]]:

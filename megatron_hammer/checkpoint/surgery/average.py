@@ -25,6 +25,7 @@ from megatron_hammer.checkpoint.surgery.rewriting import (
 )
 from megatron_hammer.checkpoint.surgery.training_checkpoint import TrainingCheckpoint, open_training_checkpoint
 from megatron_hammer.checkpoint.surgery.weights_only import build_release_state
+from megatron_hammer.checkpoint_files.checkpoint_reader import BUFFER_ENDINGS
 from megatron_hammer.checkpoint_files.saved_arguments import complete_arguments
 from megatron_hammer.errors import ConversionError
 
@@ -84,7 +85,9 @@ def average(
             for checkpoint, share in zip(checkpoints, shares, strict=True)
         ),
         num_weights=len(first.model),
-        num_parameters=sum(math.prod(stored.shape) for stored in first.model.values()),
+        num_parameters=sum(
+            math.prod(stored.shape) for key, stored in first.model.items() if not key.endswith(BUFFER_ENDINGS)
+        ),
         elapsed_s=time.monotonic() - started_at_s,
     )
 

@@ -32,12 +32,11 @@ from megatron_hammer.checkpoint.verification.layer_check import (
     shorten_window,
 )
 from megatron_hammer.checkpoint.verification.logit_comparison import compare_logits, measure_difference, merge_texts
-from megatron_hammer.checkpoint_files.checkpoint_reader import VOCABULARY_TENSORS
+from megatron_hammer.checkpoint_files.checkpoint_reader import BUFFER_ENDINGS, VOCABULARY_TENSORS
 from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
 from megatron_hammer.errors import exit_on_user_error
 
 NORM_WEIGHT_ENDINGS = ("layer_norm_weight", "layernorm.weight")
-FP32_BUFFERS = ("router.expert_bias",)  # never rounded
 _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 
 
@@ -172,7 +171,7 @@ def _fill(model: Any, reader: Any, request: ForwardRequest, stored_names: dict[s
             # The folder's weight is the stored one + 1 in the folder's dtype; Megatron adds the 1 itself.
             return (tensor.float() + 1).to(hf_dtype).float() - 1
         # Only rounded here; copying into the parameter brings it back to the dtype of the computation.
-        return tensor if rounding is None or name.endswith(FP32_BUFFERS) else tensor.to(rounding)
+        return tensor if rounding is None or name.endswith(BUFFER_ENDINGS) else tensor.to(rounding)
 
     fill_weights(model, set(source), read, where=str(reader.directory))
 

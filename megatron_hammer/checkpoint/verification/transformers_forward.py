@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_hammer.checkpoint.hugging_face.config_json import CONFIG_NAME, FAMILIES, build_config, read_hf_model
+from megatron_hammer.checkpoint.hugging_face.tensor_sources import HF_BUFFER_ENDINGS
 from megatron_hammer.checkpoint.verification.forward_exchange import (
     NOT_DONE,
     NUM_RANDOM_TEXTS,
@@ -38,8 +39,6 @@ from megatron_hammer.files.command_line import importing
 
 ATTENTION = "eager"  # the plainest one; how far sdpa is from it says how much rounding alone can do
 OTHER_ATTENTION = "sdpa"
-# Buffers that these classes keep in fp32, by the names in a folder.
-FP32_BUFFERS = ("e_score_correction_bias", "mlp.expert_bias")
 VOCABULARY_ENDINGS = ("embed_tokens.weight", "wte.weight", "lm_head.weight")  # Llama, GPT-2, the head of both
 
 
@@ -264,7 +263,7 @@ def build_one_layer(config: Any, weights: HfWeights, layer: int, request: Forwar
         tensor = weights.read(name)
         if name.endswith(VOCABULARY_ENDINGS):
             tensor = tensor[list(request.rows)]
-        if not name.endswith(FP32_BUFFERS):
+        if not name.endswith(HF_BUFFER_ENDINGS):
             tensor = (tensor if rounding is None else tensor.to(rounding)).to(dtype)
         state[new_name] = tensor
     options = _loading_options(request, config)

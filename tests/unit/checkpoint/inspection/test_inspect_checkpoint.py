@@ -118,6 +118,17 @@ def test_both_sides_have_the_same_number_of_parameters(tmp_path, changes):
     assert describe(hf_dir).num_parameters == sum(tensor.numel() for tensor in read_folder(hf_dir).values())
 
 
+def test_an_expert_bias_is_no_parameter(tmp_path):
+    tensors = toy_llama_tensors()
+    write_toy_checkpoint(tmp_path / "without", tensors)
+    # A checkpoint of layers with keys of their own, as one with dense layers among mixtures.
+    bias = {"decoder.layers.1.mlp.router.expert_bias": torch.zeros(5)}
+    write_toy_checkpoint(tmp_path / "with", tensors | bias)
+    before, after = (describe(tmp_path / name) for name in ("without", "with"))
+    assert after.num_parameters == before.num_parameters
+    assert after.num_bytes == before.num_bytes + 4 * 5
+
+
 def test_a_tied_head_and_buffers_are_no_parameters(tmp_path):
     _, hf_dir = write_toy_pair(tmp_path, {"untie_embeddings_and_output_weights": False})
     before = describe(hf_dir).num_parameters
