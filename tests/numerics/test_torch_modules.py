@@ -124,10 +124,11 @@ def test_a_window_is_how_many_tokens_before_it_a_position_sees(window: int) -> N
 
 
 def test_documents_end_within_a_window() -> None:
-    document = torch.arange(SEQUENCE) >= 6
-    documents = torch.ones(SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1) | (document[:, None] != document[None, :])
+    """In another place in each sequence of the batch."""
+    document = torch.arange(SEQUENCE) >= torch.arange(5, 5 + BATCH)[:, None]  # [b, s]
+    documents = forbid(SEQUENCE) | (document[:, None, :, None] != document[:, None, None, :])
     inputs = make_inputs(3)
-    output = build_attention(num_query_groups=3, window_size=(4, 0))(*inputs, attention_mask=documents[None, None])
+    output = build_attention(num_query_groups=3, window_size=(4, 0))(*inputs, attention_mask=documents)
     expected = attend(*inputs, scale=HEAD_DIM**-0.5, forbidden=documents | forbid(4))
     torch.testing.assert_close(output, expected, rtol=0, atol=ATTENTION_TOLERANCE)
     assert differ(output, attend(*inputs, scale=HEAD_DIM**-0.5, forbidden=forbid(4)))

@@ -107,6 +107,10 @@ def test_windows_and_yarn_choose_their_class_or_are_refused_by_name():
     assert (window.num_tokens, window.layers) == (8, (0, 2))
     assert select_family(read_saved_model(toy_arguments(**everywhere))).hf_class == "MistralForCausalLM"
     assert select_family(read_saved_model(toy_arguments(**some))).hf_class == "MinistralForCausalLM"
+    plain = read_saved_model(toy_arguments())
+    assert select_family(plain, preferred="mistral").model_type == "mistral"
+    # transformers' Ministral makes the mask of a window in every model, and fails where there is none.
+    assert select_family(plain, preferred="ministral").model_type == "llama"
     with pytest.raises(ConversionError, match="a sliding window in some layers: the class has one in every layer"):
         select_family(read_saved_model(toy_arguments(**some, **PLAIN_MOE_ARGUMENTS)))
     with pytest.raises(ConversionError, match=r"sliding_window=.*no such field"):
