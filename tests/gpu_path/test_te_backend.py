@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tests.helpers.te_wheel import WheelUnavailableError, provide_te_wheel
 from tests.helpers.toy_hf_folder import LLAMA_CONFIG, draw_hf_weights, write_toy_folder
-from tests.helpers.training_runs import run_on_pretended_gpus, write_toy_data
+from tests.helpers.training_runs import read_lines, run_on_pretended_gpus, write_toy_data
 
 pytestmark = pytest.mark.distributed
 NUM_STEPS = 2
@@ -91,7 +91,7 @@ class Model:
         """The same of a run of another length."""
         result = self.run(num_processes, f"{flags} --train-iters {last_step}", gpu)
         assert result.returncode == 0, f"{flags}\n{result.stdout[-2000:]}\n{result.stderr[-5000:]}"
-        lines = [json.loads(line) for line in self.metrics_path.read_text().splitlines()]
+        lines = read_lines(self.metrics_path)
         assert [line["step"] for line in lines] == list(range(first_step, last_step + 1))
         return lines
 
