@@ -33,7 +33,10 @@ class HammerError(Exception):
     """A problem that the user can fix; its text says where, what and how.
 
     problems: every problem found, one sentence each, so that all are reported at once.
+    is_told: rank 0 says it, so the other processes of a node need not.
     """
+
+    is_told = False
 
     def __init__(self, *problems: str):
         super().__init__("\n".join(problems))
@@ -89,6 +92,8 @@ def exit_on_user_error(main: Callable[..., Any]) -> Callable[..., Any]:
             if os.environ.get("LOCAL_RANK", "0") != "0":
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)  # with which the launcher ends the others
                 time.sleep(FOLLOWER_GRACE_S)
+                if isinstance(error, HammerError) and error.is_told:
+                    sys.exit(USER_ERROR_EXIT_CODE)
             for problem in problems:
                 print(f"error: {problem}", file=sys.stderr)
             sys.exit(USER_ERROR_EXIT_CODE)

@@ -32,5 +32,6 @@ def ask_first_rank[T](answer: Callable[[], T]) -> T:
     torch.distributed.broadcast_object_list(message, src=0)
     result, refusal = message[0]
     if refusal is not None:
+        refusal.is_told = torch.distributed.get_rank() > 0
         raise refusal
     return result

@@ -53,7 +53,9 @@ def explain(error: BaseException, plan: RunPlan) -> OutputError:
         failures = getattr(error, "failures", {})  # by rank: exception and stack; rank 0 alone has them
         causes = [f"rank {rank}: {_read_cause(failure[0])}" for rank, failure in sorted(failures.items())]
         what = "; ".join(causes) or "a failure that rank 0 names"
-    return OutputError(f"save: every part of a checkpoint must be written, got {what}. {_REMEDY}")
+    sentence = OutputError(f"save: every part of a checkpoint must be written, got {what}. {_REMEDY}")
+    sentence.is_told = not isinstance(error, OSError) and not getattr(error, "failures", {})
+    return sentence
 
 
 def _read_cause(error: BaseException) -> str:
