@@ -37,6 +37,14 @@ def test_an_earlier_second_counts_before_a_signal() -> None:
 HANG_OPTIONS = HangOptions(timeout_s=600, fixed_s=None, ends_hangs=False)
 
 
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher sets variables for its ranks."""
+    for name in ("HAMMER_ATTEMPT", "HAMMER_PROGRESS_DIR", "HAMMER_LOG_DIR"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
 def start(save_dir: Path, max_restarts: int, step: int) -> Supervisor:
     progress_dir = save_dir / "progress"
     progress_dir.mkdir(parents=True)
