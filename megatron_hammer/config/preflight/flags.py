@@ -9,16 +9,29 @@ from megatron_hammer.config.preflight.idle_flags import find_idle_problems
 from megatron_hammer.config.preflight.platform import find_platform_problems
 from megatron_hammer.config.run_plan import RunSettings
 
+# Off by being empty, which is their default.
+MAY_BE_EMPTY = ("wandb_project", "wandb_exp_name", "wandb_save_dir", "wandb_entity")
+
 
 def find_flag_problems(settings: RunSettings) -> list[str]:
     """Typed flags without effect, and what neither this package nor this platform and backend can do."""
     flags = settings.flags
     return [
+        *_find_empty_problems(flags),
         *find_idle_problems(flags, REFUSED),
         *_find_companion_problems(flags),
         *find_uncounted_problems(flags),
         *find_platform_problems(flags),
         *_find_stale_preset_problems(flags, has_preset=settings.preset is not None),
+    ]
+
+
+def _find_empty_problems(flags: Flags) -> list[str]:
+    """Megatron takes an empty text as if the flag were not there: `--save ""` would save nothing."""
+    return [
+        f"{flag_of(name)}: must not be empty, got {name}=''. Is a variable of the shell not set? Set it, or drop it."
+        for name in sorted(flags.typed)
+        if flags[name] == "" and name not in MAY_BE_EMPTY
     ]
 
 

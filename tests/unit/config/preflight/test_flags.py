@@ -24,6 +24,13 @@ def test_a_good_command_line_has_no_problems() -> None:
     assert find_flag_problems(BASE) == []
 
 
+def test_an_empty_text_is_not_taken_for_an_absent_flag() -> None:
+    """Of an unset variable of the shell: Megatron would train and save nothing."""
+    problems = find(*TINY, "--save", "", "--tensorboard-dir=", "--wandb-project", "")
+    empty = [problem.partition(":")[0] for problem in problems if "must not be empty" in problem]
+    assert empty == ["save", "tensorboard-dir"]
+
+
 def test_rope_scaling_reaches_the_model() -> None:
     """gpt_config_from_args hands over use_rope_scaling but not the factor, for which megatron then has 8."""
     import inspect
