@@ -44,7 +44,7 @@ DISK_BYTES, DISK_BLOCK_BYTES = 1_000_000_000, 1 << 20
 # hidden, intermediate, layers, heads, key-value heads, vocabulary
 SHAPES = {
     "toy": (96, 136, 3, 12, 4, 501),
-    "1b": (2048, 5632, 8, 32, 4, 105789),  # hammer-1b4 with 8 layers: a rehearsal
+    "1b": (2048, 5632, 8, 32, 4, 105789),  # hammer-1b4 with 8 layers
     "7b": (4096, 11008, 32, 32, 32, 32000),  # Llama 2 7B
 }
 
