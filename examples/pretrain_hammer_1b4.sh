@@ -43,6 +43,9 @@ else
     if [[ -z "${PP:-}" ]]; then TP="${TP:-2}"; fi
 fi
 output_dir="${OUTPUT_DIR:-$root/outputs/$preset}"
+if [[ -n "${KEEP_LAST-3}" ]]; then
+    arguments+=(--keep-last "${KEEP_LAST-3}" --keep-every "${KEEP_EVERY:-50000}")
+fi
 
 if [[ -n "${DATA_PATH:-}" ]]; then
     read -r -d '' -a data_path <<<"$DATA_PATH" || true
@@ -63,10 +66,6 @@ else
         arguments+=(--vocab-size 105789 --global-batch-size "$(fit_batch 32 "$nproc")"
             --eval-iters 1) # a whole pass needs a sample for each GPU, and the held-out text has only a few
     fi
-fi
-
-if [[ -n "${KEEP_LAST-3}" ]]; then
-    arguments+=(--keep-last "${KEEP_LAST-3}" --keep-every "${KEEP_EVERY:-50000}")
 fi
 
 launch_training "$nproc" --preset "$preset" --save "$output_dir" "${arguments[@]}" "$@"

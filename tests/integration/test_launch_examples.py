@@ -126,6 +126,22 @@ def test_own_data_gets_the_whole_recipe(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize(
+    ("variables", "kept"),
+    [
+        ({}, "--keep-last 3 --keep-every 50000"),
+        ({"KEEP_LAST": "5", "KEEP_EVERY": "100"}, "--keep-last 5 --keep-every 100"),
+        ({"KEEP_LAST": ""}, None),
+    ],
+)
+def test_the_example_does_not_keep_every_checkpoint(
+    machine: Machine, variables: dict[str, str], kept: str | None
+) -> None:
+    _, training = machine.launch("pretrain_hammer_1b4.sh", DATA_PATH="a", **variables)
+    words = " ".join(training)
+    assert ("--keep" not in words) if kept is None else (kept in words)
+
+
+@pytest.mark.parametrize(
     ("visible", "num_processes"), [("", "2"), ("0,1,2", "3"), ("GPU-7,GPU-1", "2"), ("1,-1,2", "1"), ("MIG-1", "2")]
 )
 def test_only_visible_gpus_are_counted(machine: Machine, visible: str, num_processes: str) -> None:
