@@ -177,7 +177,7 @@ def load_state(path: Path, kind: type | tuple[type, ...] = dict) -> Any:
         stand_ins = build_stand_ins(sorted(_list_types(path, is_mappable)), _INERT_PREFIXES)
         # The meta device: torch.load then reads the description of every tensor and no elements.
         with allow_only([*KNOWN_TYPES, *stand_ins]):
-            state = torch.load(path, map_location="meta" if is_mappable else "cpu", weights_only=True)
+            state = torch.serialization.load(path, map_location="meta" if is_mappable else "cpu", weights_only=True)
         if not isinstance(state, kind):
             raise TypeError(f"a {type(state).__name__}")
     except Exception as error:  # damaged files can raise nearly anything

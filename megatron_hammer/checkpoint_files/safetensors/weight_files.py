@@ -187,7 +187,7 @@ def _locate_pickled(path: Path) -> dict[str, LocatedTensor]:
     """Tensors of a file that torch.save wrote; its pickle may name tensors and plain containers only."""
     try:
         archive = open_archive(path)
-        state = torch.load(path, map_location="meta" if archive else "cpu", weights_only=True)
+        state = torch.serialization.load(path, map_location="meta" if archive else "cpu", weights_only=True)
     except Exception as error:  # damaged files can raise nearly anything
         raise ConversionError(
             f"{path}: file must be complete weights of torch.save, got {describe_failure(error)}. "

@@ -78,7 +78,7 @@ def test_arguments_with_types_of_megatron_and_numpy_are_written_back(tmp_path, m
     write_legacy_checkpoint(tmp_path / "old", llama_weights(), arguments=args)
     keep_weights(tmp_path / "old", tmp_path / "new")
     written = TorchDistStore(tmp_path / "new" / "release").read_object_bytes(COMMON_STATE_KEY)
-    found = torch.load(io.BytesIO(written), weights_only=False)[0]["args"]
+    found = torch.serialization.load(io.BytesIO(written), weights_only=False)[0]["args"]
     assert found.attention_backend is module.Mode.FAST
     assert found.betas.tolist() == [0.9, 0.95]
     assert found.folder == Path("a")

@@ -36,7 +36,12 @@ def test_every_key_is_listed_with_its_shape_dtype_and_chunks(tmp_path):
     assert store.objects == ()
     assert store.common_state["iteration"] == 10
     assert store.read_object(COMMON_STATE_KEY)[0]["args"].hidden_size == 24
-    assert torch.load(io.BytesIO(store.read_object_bytes(COMMON_STATE_KEY)), weights_only=False)[0]["iteration"] == 10
+    assert (
+        torch.serialization.load(io.BytesIO(store.read_object_bytes(COMMON_STATE_KEY)), weights_only=False)[0][
+            "iteration"
+        ]
+        == 10
+    )
     store.validate()
 
 
