@@ -190,6 +190,8 @@ class RunObserver:
 
     def finish(self) -> None:
         """Close the files; write the loss curve; print the summary."""
+        if self._heartbeat is not None:
+            self._heartbeat.finish()
         self.reporter.stop()
         if not self.is_recorder or self._log is None:
             return

@@ -70,6 +70,11 @@ class Heartbeat:
             self._written_at_s = time.monotonic()
             self._write()
 
+    def finish(self) -> None:
+        """The run has ended, after its last checkpoint."""
+        if self._beat:
+            self._write()
+
     def describe(self) -> dict[str, Any]:
         """The last heartbeat, with the newest checkpoint as it is now; {} before the first step."""
         return {**self._beat, **describe_checkpoint(self._save_dir)} if self._beat else {}
