@@ -13,6 +13,7 @@ from megatron_hammer.config.preflight.checkpoint import find_checkpoint_problems
 from megatron_hammer.config.preflight.data import find_data_problems
 from megatron_hammer.config.preflight.data_order import find_data_order_problems
 from megatron_hammer.config.preflight.flags import find_flag_problems
+from megatron_hammer.config.preflight.host_memory import find_host_memory_problems
 from megatron_hammer.config.preflight.initial_model import find_initial_model_problems
 from megatron_hammer.config.preflight.layout import find_device_problems, find_run_layout_problems
 from megatron_hammer.config.preflight.memory import find_memory_problems
@@ -54,4 +55,4 @@ def _find_fit_problems(settings: RunSettings, plan: RunPlan | None) -> list[str]
     if plan is None:
         return problems
     problems += find_batch_problems(plan)
-    return problems or find_memory_problems(plan)
+    return problems or [*find_memory_problems(plan), *find_host_memory_problems(plan)]
