@@ -71,7 +71,7 @@ def read_run(name: str, path: Path) -> Run:
             losses[step] = math.nan if metrics["loss"] is None else float(metrics["loss"])
             # Null for a step whose gradient norm was not computed.
             grad_norms[step] = None if metrics["grad_norm"] is None else float(metrics["grad_norm"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             raise DataError(
                 f"{path}:{number}: must be one JSON object with step, loss and grad_norm, got {line[:60]!r}. "
                 f"Run {name} again."

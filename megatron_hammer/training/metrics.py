@@ -196,7 +196,7 @@ def drop_lines_from(path: Path, first_step: int) -> int:
     for number, line in enumerate(lines, 1):
         try:
             step = int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             # Only a last line can be cut off by a kill; any other bad line means that this is not our file.
             if number == len(lines):
                 continue

@@ -48,6 +48,10 @@ class LaunchedRun:
     def log(self) -> str:
         return self.log_path.read_text() if self.log_path.exists() else ""
 
+    @property
+    def has_ended(self) -> bool:
+        return self._code_path.exists()
+
     def wait(self, timeout_s: float = TIMEOUT_S) -> int:
         """The exit code, negative for a signal; the processes of a run that takes too long are killed."""
         try:
