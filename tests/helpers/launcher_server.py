@@ -13,6 +13,7 @@ is written to code_path when it ends. The end of stdin ends this process.
 import json
 import os
 import runpy
+import signal
 import sys
 from typing import Any
 
@@ -27,6 +28,10 @@ class ForkedProcess:
         self.pid = os.fork()
         if self.pid == 0:
             os.setsid()
+            # As exec does: the launcher's handlers are not the rank's.
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             run_and_exit(arguments, environment, before)
 
     def poll(self) -> int | None:
