@@ -25,10 +25,13 @@ TIMEOUT_S = 120
 class LaunchedRun:
     """A launcher that runs. pid: its process; log: what it and its ranks have printed.
 
-    before_rank: a script that each rank runs first. variables: more of its environment.
+    before_rank: a script that each rank runs first. namespaces_of: a process whose network and host name it has, see
+    hosts.py. variables: more of its environment.
     """
 
-    def __init__(self, *arguments: str, before_rank: str | None = None, **variables: str):
+    def __init__(
+        self, *arguments: str, before_rank: str | None = None, namespaces_of: int | None = None, **variables: str
+    ):
         self._folder = Path(tempfile.mkdtemp())
         self.log_path, self._code_path = self._folder / "log", self._folder / "code"
         request = {
@@ -36,6 +39,7 @@ class LaunchedRun:
             "environment": environment() | variables,
             "log_path": str(self.log_path),
             "before_rank": before_rank,
+            "namespaces_of": namespaces_of,
             "code_path": str(self._code_path),
         }
         server = _start_server()

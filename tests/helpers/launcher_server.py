@@ -5,9 +5,10 @@
 Everything else of a launcher and its ranks is as for a user: processes with their own environment, session, standard
 streams, signals and exit codes, torchrun's agent and its rendezvous. Only Popen is replaced, by fork.
 
-One request a line on stdin, {"arguments", "environment", "log_path", "code_path", "before_rank"} (a script
-that each rank runs first, or null); one answer a line on stdout, the process id of the launcher. Its exit code
-is written to code_path when it ends. The end of stdin ends this process.
+One request a line on stdin, {"arguments", "environment", "log_path", "code_path", "before_rank", "namespaces_of"} (a
+script that each rank runs first, or null; a process whose network and host name the launcher has, or null); one answer
+a line on stdout, the process id of the launcher. Its exit code is written to code_path when it ends. The end of stdin
+ends this process.
 """
 
 import json
@@ -95,6 +96,8 @@ def launch(request: dict[str, Any], pid_writer: int) -> None:
             (2, request["log_path"], os.O_WRONLY | os.O_APPEND | os.O_CREAT),
         ):
             os.dup2(os.open(path, mode, 0o644), descriptor)
+        if request["namespaces_of"] is not None:
+            os.setns(os.pidfd_open(request["namespaces_of"]), os.CLONE_NEWNET | os.CLONE_NEWUTS)
         from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
         before_rank = request["before_rank"]
