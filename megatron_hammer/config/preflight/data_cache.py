@@ -6,8 +6,11 @@ short or damaged. The content of a cache follows from the lengths of the sequenc
 computed again and compared.
 """
 
+import hashlib
 import itertools
 import json
+import re
+import tokenize
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,9 @@ BLEND_PARTS = ("dataset_index", "dataset_sample_index")
 ROWS_AT_ONCE = 1 << 20
 
 
+_CACHE_NAME = re.compile(r"[0-9a-f]{32}-")
+
+
 def find_cache_problems(
     data: Data, indices: dict[str, IndexSummary], seq_length: int, *, is_needed: bool = False
 ) -> list[str]:
@@ -38,6 +44,12 @@ def find_cache_problems(
     found: dict[str, bool] = dict.fromkeys(prefixes, False)
     folders = [Path(data.cache_dir)] if data.cache_dir is not None else [Path(prefix, "cache") for prefix in prefixes]
     for path, description in itertools.chain.from_iterable(map(list_descriptions, folders)):
+        if not _is_named_by_content(path):
+            problems[
+                f"data-cache-path: a description must be as megatron-core wrote it, got {path}, which is damaged. "
+                f"Delete it and {path.name.removesuffix('description.txt')}* beside it; they are built again."
+            ] = None
+            continue
         sources = description.get("datasets", [description])
         # Caches of other runs are read by those alone.
         if not all(_is_of_run(source, data, seq_length, prefixes) for source in sources):
@@ -73,6 +85,8 @@ def find_cache_problems(
 def list_descriptions(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """(file, contents) of every cached index in the folder, or in its folders, of any run."""
     for path in sorted({*folder.glob("*-description.txt"), *folder.glob("*/*-description.txt")}):
+        if not _CACHE_NAME.match(path.name):
+            continue
         try:
             description = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -89,6 +103,11 @@ def _is_of_run(source: Any, data: Data, seq_length: int, prefixes: dict[str, Non
     )
 
 
+def _is_named_by_content(path: Path) -> bool:
+    """megatron-core names all files of a cache by the hash of its description (GPTDataset.__init__)."""
+    return path.name.startswith(hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest())
+
+
 def _list_parts(path: Path, description: dict[str, Any]) -> list[Path]:
     names = BLEND_PARTS if "datasets" in description else SOURCE_PARTS
     return [path.with_name(path.name.replace("description.txt", f"{name}.npy")) for name in names]
@@ -98,7 +117,8 @@ def is_intact(path: Path, description: dict[str, Any], indices: dict[str, IndexS
     """Whether the cache, all files of which are there, holds what would be built now."""
     try:
         arrays = [np.load(part, mmap_mode="r") for part in _list_parts(path, description)]
-    except (OSError, ValueError, EOFError):  # cut short, or no numpy file
+    # Cut short, or no numpy file; of a damaged header, which is Python, numpy says that it cannot be parsed or held.
+    except (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError, OverflowError, MemoryError):
         return False
     if "datasets" in description:
         return _is_blend(arrays, description)

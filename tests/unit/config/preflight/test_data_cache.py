@@ -117,6 +117,33 @@ def test_a_damaged_cache_is_refused(
     assert_problem(problem, "data-cache-path:", str(path.name).removesuffix(f"{part}.npy"))
 
 
+def test_a_damaged_description_is_refused(blend: tuple[Path, Callable[[], list[str]]]) -> None:
+    cache, find_problems = blend
+    (path,) = cache.glob("*-BlendedDataset-train-description.txt")
+    content = path.read_text()
+    try:
+        path.write_text(content.replace('"size": 3', '"size": 9'))
+        (problem,) = find_problems()
+    finally:
+        path.write_text(content)
+    assert_problem(problem, "data-cache-path:", str(path), "damaged")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_damaged_header_is_refused(blend: tuple[Path, Callable[[], list[str]]], part: str) -> None:
+    """numpy reads it as Python, so that any error of a parser may come out of it."""
+    cache, find_problems = blend
+    path = next(path for path in sorted(cache.glob(f"*-train-{part}.npy")))
+    content = path.read_bytes()
+    try:
+        for at in range(128):
+            for flipped in (255, 1 << at % 8):
+                path.write_bytes(content[:at] + bytes([content[at] ^ flipped]) + content[at + 1 :])
+                assert len(find_problems()) <= 1  # none where it is the header's space
+    finally:
+        path.write_bytes(content)
+
+
 def test_sources_that_are_each_read_once(tmp_path: Path) -> None:
     pairs = [write_numbered(tmp_path / name, draw_lengths(seed, 50)) for seed, name in enumerate("ab")]
     flags = (*FLAGS, "--train-iters", "4", "--data-path", *pairs, "--split", "100,0,0", "--eval-iters", "0")
