@@ -124,3 +124,16 @@ def test_a_rank_that_the_kernel_kills_for_memory_is_told_from_one_that_somebody_
     (error,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
     assert "rank 1 on " in error
     assert "The kernel killed it because its cgroup, which is limited to 1.0 GiB, had no memory left." in error
+
+
+def test_a_worker_of_the_data_loader_that_is_killed_is_named(tmp_path: Path) -> None:
+    data = write_toy_data(tmp_path / "data", num_documents=5000)
+    flags = (*ENDLESS, "--data-path", data, "--save", str(tmp_path), "--num-workers", "1")
+    run = LaunchedRun("--standalone", "--nproc-per-node", "1", "--", *flags)
+    wait_for_step(run, tmp_path, 3)
+    (worker,) = run.list_ranks()[0].children()
+    worker.kill()
+    assert run.wait() == 1
+    assert f"num-workers: processes that load data must live as long as the run, got process {worker.pid}" in run.log
+    assert "Traceback" not in run.log
+    assert "Traceback" in (tmp_path / "logs" / "rank-0.log").read_text()

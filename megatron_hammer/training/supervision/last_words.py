@@ -54,6 +54,19 @@ def explain_group_error(text: str, environment: Mapping[str, str]) -> str | None
     return None
 
 
+def explain_lost_worker(text: str) -> str | None:
+    """One sentence for an error of torch that a process of the data loader has ended; None for any other error."""
+    worker = re.search(
+        r"DataLoader worker \(pid\(?s?\)? ?([\d, ]+)\)? (is killed by signal: \w+|exited unexpectedly)", text
+    )
+    if worker is None:
+        return None
+    return (
+        f"num-workers: processes that load data must live as long as the run, got process {worker[1]}, which "
+        f"{worker[2]}. If the host has no memory left, use fewer --num-workers, or 0; then start again."
+    )
+
+
 def leave_last_words() -> None:
     """Have an error that ends this process noted for the launcher.
 
@@ -64,7 +77,7 @@ def leave_last_words() -> None:
 
     def note_and_show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         text = f"{kind.__name__}: {error}"
-        sentence = explain_group_error(text, os.environ)
+        sentence = explain_group_error(text, os.environ) or explain_lost_worker(text)
         write_note(sentence or text)
         if sentence is None and not is_lost_connection(text):
             show(kind, error, trace)

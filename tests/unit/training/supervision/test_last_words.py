@@ -11,6 +11,7 @@ import torch
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.training.supervision.last_words import (
     explain_group_error,
+    explain_lost_worker,
     is_lost_connection,
     note_user_errors,
     read_note,
@@ -123,3 +124,18 @@ def test_a_note_without_a_launcher_is_nowhere(monkeypatch) -> None:
     monkeypatch.delenv("HAMMER_PROGRESS_DIR", raising=False)
     write_note("text")
     assert "HAMMER_PROGRESS_DIR" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        (
+            "RuntimeError: DataLoader worker (pid 2641) is killed by signal: Killed. ",
+            "2641, which is killed by signal: K",
+        ),
+        ("RuntimeError: DataLoader worker (pid(s) 12, 13) exited unexpectedly", "12, 13, which exited unexpectedly"),
+    ],
+)
+def test_a_lost_worker_of_the_data_loader_is_recognised(text: str, named: str) -> None:
+    assert named in str(explain_lost_worker(text))
+    assert explain_lost_worker("RuntimeError: a worker") is None
