@@ -93,3 +93,107 @@ def test_a_lost_host_is_brought_back(
     wait_for_step(cluster.runs[0], tmp_path, SAVE_INTERVAL + 2)
     cluster.lose_and_bring_back(1)
     assert cluster.finish() == undisturbed
+
+
+@pytest.mark.long
+def test_two_hosts_survive_ten_losses(hosts: list[Host], flags: tuple[str, ...], tmp_path: Path) -> None:
+    """Of the one with the rendezvous and the other by turns."""
+    longer = (*flags, "--train-iters", str(11 * SAVE_INTERVAL + 3))
+    expected = Cluster(hosts[:2], longer, tmp_path / "undisturbed").finish()
+    cluster = Cluster(hosts[:2], longer, tmp_path / "lossy")
+    for loss in range(10):
+        wait_for_step(cluster.runs[loss % 2], cluster.save_dir, SAVE_INTERVAL * (loss + 1) + 1)
+        cluster.lose_and_bring_back(loss % 2)
+    assert cluster.finish() == expected
+
+
+@pytest.mark.long
+def test_three_hosts_survive_the_loss_of_any(hosts: list[Host], flags: tuple[str, ...], tmp_path: Path) -> None:
+    expected = Cluster(hosts, flags, tmp_path / "undisturbed").finish()
+    cluster = Cluster(hosts, flags, tmp_path / "lossy")
+    for node in (2, 0):
+        wait_for_step(cluster.runs[1], cluster.save_dir, SAVE_INTERVAL * (2 if node else 3) - 1)
+        cluster.lose_and_bring_back(node)
+    assert cluster.finish() == expected
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_host_that_stays_away_ends_the_run_with_its_number(
+    hosts: list[Host], flags: tuple[str, ...], lost: int, tmp_path: Path
+) -> None:
+    """Within the silence that is waited for (30 s), the rejoin_timeout, and the ends of processes."""
+    cluster = Cluster(hosts[:2], flags, tmp_path, "--rdzv-conf", "rejoin_timeout=10")
+    wait_for_step(cluster.runs[0], tmp_path, SAVE_INTERVAL + 2)
+    hosts[lost].fail()
+    lost_at_s = time.monotonic()
+    left = cluster.runs[1 - lost]
+    try:
+        assert left.wait() == 1, left.log
+    finally:
+        hosts[lost].come_back()
+    print(f"ended {time.monotonic() - lost_at_s:.1f} s after the loss of host {lost}")
+    check_last_words(left, lost, hosts[0].address)
+
+
+def check_last_words(left: LaunchedRun, lost: int, first_address: str) -> None:
+    """The last line on the terminal names the node that is missing."""
+    assert "Traceback" not in left.log, left.log
+    *_, last = left.log.strip().splitlines()
+    if lost == 0:
+        assert last.startswith(f"error: nodes: the launcher of node 0 must answer at {first_address}:"), left.log
+    else:
+        assert last.startswith("error: nodes: all 2 must be there, got 1 within 10 s: missing node 1."), left.log
+
+
+@pytest.mark.long
+def test_a_slow_link_that_loses_packets_changes_nothing(
+    flags: tuple[str, ...], undisturbed: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    with several_hosts(2) as slow:
+        for host in slow:
+            host.slow_down(20_000)
+            host.lose_packets(0.03)
+        cluster = Cluster(slow, flags, tmp_path)
+        assert cluster.finish() == undisturbed
+        assert len(cluster.read_started()) == 2, "no restart was needed"
+        assert all(host.count_lost_packets() for host in slow)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seconds", [5, 50])
+def test_a_partition_that_heals_changes_nothing(
+    hosts: list[Host], flags: tuple[str, ...], undisturbed: list[tuple[Any, ...]], seconds: int, tmp_path: Path
+) -> None:
+    """A short one is a pause; after a longer one, every launcher has missed the other, and they meet again."""
+    cluster = Cluster(hosts[:2], flags, tmp_path)
+    wait_for_step(cluster.runs[0], tmp_path, SAVE_INTERVAL + 2)
+    hosts[1].part()
+    try:
+        time.sleep(seconds)
+    finally:
+        hosts[1].heal()
+    healed_at_s = time.monotonic()
+    if seconds > 30:
+        wait_until(lambda: len(cluster.read_started()) >= 4, run=cluster.runs[1])
+        print(f"resumed {time.monotonic() - healed_at_s:.1f} s after a partition of {seconds} s")
+    assert cluster.finish() == undisturbed
+    lost = read_events(tmp_path, "node-lost", "hang")
+    assert {event["host"] for event in lost} == (set() if seconds < 30 else {"host-0", "host-1"}), lost
+
+
+@pytest.mark.long
+def test_a_partition_that_stays_ends_both_parts(hosts: list[Host], flags: tuple[str, ...], tmp_path: Path) -> None:
+    cluster = Cluster(hosts[:2], flags, tmp_path, "--rdzv-conf", "rejoin_timeout=10")
+    wait_for_step(cluster.runs[0], tmp_path, SAVE_INTERVAL + 2)
+    hosts[1].part()
+    parted_at_s = time.monotonic()
+    try:
+        assert [run.wait() for run in cluster.runs] == [1, 1]
+    finally:
+        hosts[1].heal()
+    print(f"ended {time.monotonic() - parted_at_s:.1f} s after the partition")
+    for node, run in enumerate(cluster.runs):
+        check_last_words(run, 1 - node, hosts[0].address)
+    (silence,) = read_events(tmp_path, "hang")
+    assert silence["message"].startswith("node 1 (host-1) has not been heard of for 30 s"), silence

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-import psutil
 import pytest
 
 from tests.helpers.launched_runs import LaunchedRun
@@ -33,12 +32,13 @@ class Namespace:
         if self._keeper.stdout.readline() != "ready\n":
             raise PermissionError(self._keeper.communicate()[1].strip())
 
-    def run(self, command: str) -> None:
-        """Run one command within it, which must succeed."""
+    def run(self, command: str) -> str:
+        """Run one command within it, which must succeed; returns its output."""
         enter = ["nsenter", "--target", str(self.pid), "--net", "--uts", "--", *command.split()]
         result = subprocess.run(enter, capture_output=True, text=True)
         if result.returncode:
             raise PermissionError(f"{command}: {result.stderr.strip()}")
+        return result.stdout
 
     def close(self) -> None:
         self._keeper.communicate()
@@ -83,6 +83,9 @@ class Host(Namespace):
         """Drop this share of the incoming packets, at random."""
         self.run(f"iptables -A INPUT -i {DEVICE} -m statistic --mode random --probability {share} -j DROP")
 
+    def count_lost_packets(self) -> int:
+        return sum(int(line.split()[0]) for line in self.run("iptables -nvxL INPUT").splitlines() if " DROP " in line)
+
     def heal(self) -> None:
         """Undo `part` and `lose_packets`."""
         self.run("iptables -F")
@@ -122,9 +125,3 @@ def find_obstacle() -> str | None:
         return "they need root (sudo bash tests/run.sh tests/faults)"
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     return f"they need {', '.join(missing)} (packages iproute2, iptables, util-linux)" if missing else None
-
-
-def list_processes(run: LaunchedRun) -> list[psutil.Process]:
-    """The launcher and everything that it has started."""
-    launcher = psutil.Process(run.pid)
-    return [launcher, *launcher.children(recursive=True)]

@@ -182,8 +182,13 @@ def _run_to_end(
         start_method=config.start_method,
         log_line_prefix_template=config.log_line_prefix_template,
     )
-    result = agent.run()  # a signal leaves the rendezvous open: another launcher may take this one's place
-    spec.rdzv_handler.shutdown()
+    try:
+        result = agent.run()  # a signal leaves the rendezvous open: another launcher may take this one's place
+        spec.rdzv_handler.shutdown()
+    except LOST_NODES:
+        if isinstance(spec.rdzv_handler, RepeatedRendezvous):
+            spec.rdzv_handler.abandon()
+        raise
     return result
 
 

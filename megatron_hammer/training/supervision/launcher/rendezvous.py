@@ -66,6 +66,7 @@ class RepeatedRendezvous(DynamicRendezvousHandler):
     _num_waiting = 0
     _settings: RendezvousSettings
     _shared_tcp_store_server: Any
+    _keep_alive_timer: Any
 
     def next_rendezvous(self) -> RendezvousInfo:
         former = self._shared_tcp_store_server  # it must live until the ranks that use it are gone
@@ -92,6 +93,15 @@ class RepeatedRendezvous(DynamicRendezvousHandler):
             except TimeoutError as error:
                 raise RendezvousConnectionError(str(error)) from None
         return self._num_waiting
+
+    def abandon(self) -> None:
+        """Stop its heartbeats, without the wait that torch has for one that gets no answer.
+
+        torch waits for their thread also when the handler is collected, which may happen in that thread itself.
+        """
+        if self._keep_alive_timer is not None:
+            self._keep_alive_timer._ctx.stop_event.set()
+            self._keep_alive_timer._finalizer.detach()
 
     def _describe_missing(self) -> str:
         waited_s = self._settings.timeout.join.total_seconds()

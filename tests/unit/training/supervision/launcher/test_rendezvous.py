@@ -1,9 +1,22 @@
 import argparse
+import gc
 import socket
+import sys
+import threading
+from typing import Any
 
-from torch.distributed import run
+import pytest
+from torch.distributed import HashStore, run
+from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 
-from megatron_hammer.training.supervision.launcher.rendezvous import NumberedNode, find_own_address, settle_rendezvous
+from megatron_hammer.training.supervision.launcher.rendezvous import (
+    NumberedNode,
+    RepeatedRendezvous,
+    find_own_address,
+    settle_rendezvous,
+)
 
 
 def settle(*options: str) -> argparse.Namespace:
@@ -45,3 +58,30 @@ def test_the_own_address_is_the_one_towards_the_other_host() -> None:
     assert find_own_address("127.0.0.1:29500") == "127.0.0.1"
     if socket.has_dualstack_ipv6():
         assert find_own_address("[::1]:29500") == "::1"
+
+
+def test_an_abandoned_rendezvous_waits_for_no_heartbeat_that_gets_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread of the heartbeats then holds the last reference to it, and would have to wait for itself."""
+    problems: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", problems.append)
+    is_asked, may_answer = threading.Event(), threading.Event()
+
+    class SilentStore(RepeatedRendezvous):
+        def _keep_alive(self) -> None:
+            is_asked.set()
+            assert may_answer.wait(60)
+
+    store = HashStore()
+    parameters = RendezvousParameters("c10d", "h:1", "run", 1, 1, keep_alive_interval=1)
+    torchs: Any = create_handler(store, C10dRendezvousBackend(store, "run"), parameters)
+    own: Any = SilentStore(torchs._this_node, torchs.settings, "c10d", store, torchs._state_holder)
+    own._start_heartbeats()
+    thread = own._keep_alive_timer._thread
+    assert is_asked.wait(60)
+    own.abandon()
+    del own
+    gc.collect()
+    may_answer.set()
+    thread.join(60)
+    assert not thread.is_alive(), "it gives no other sign"
+    assert problems == []
