@@ -122,14 +122,14 @@ def test_three_hosts_survive_the_loss_of_any(hosts: list[Host], flags: tuple[str
 def test_a_host_that_stays_away_ends_the_run_with_its_number(
     hosts: list[Host], flags: tuple[str, ...], lost: int, tmp_path: Path
 ) -> None:
-    """Within the silence that is waited for (30 s), the rejoin_timeout, and the ends of processes."""
+    """After 30 s of silence, the rejoin_timeout and at most 60 s for connections and processes to end."""
     cluster = Cluster(hosts[:2], flags, tmp_path, "--rdzv-conf", "rejoin_timeout=10")
     wait_for_step(cluster.runs[0], tmp_path, SAVE_INTERVAL + 2)
     hosts[lost].fail()
     lost_at_s = time.monotonic()
     left = cluster.runs[1 - lost]
     try:
-        assert left.wait() == 1, left.log
+        assert left.wait(30 + 10 + 60) == 1, left.log
     finally:
         hosts[lost].come_back()
     print(f"ended {time.monotonic() - lost_at_s:.1f} s after the loss of host {lost}")
@@ -189,7 +189,7 @@ def test_a_partition_that_stays_ends_both_parts(hosts: list[Host], flags: tuple[
     hosts[1].part()
     parted_at_s = time.monotonic()
     try:
-        assert [run.wait() for run in cluster.runs] == [1, 1]
+        assert [run.wait(30 + 10 + 60) for run in cluster.runs] == [1, 1]
     finally:
         hosts[1].heal()
     print(f"ended {time.monotonic() - parted_at_s:.1f} s after the partition")
