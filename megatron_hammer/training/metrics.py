@@ -74,11 +74,14 @@ class MetricsLog:
         self._step_times_s: deque[float] = deque(maxlen=ETA_WINDOW_STEPS)
         self._file: LineFile | None = None
         self._validation_file: LineFile | None = None
+        self._validated: set[tuple[int, str]] = set()
         if metrics_path is not None:
             metrics_path.parent.mkdir(parents=True, exist_ok=True)
             self.num_dropped = drop_lines_from(metrics_path, first_step)
             validation_path = metrics_path.with_name("validation.jsonl")
             drop_lines_from(validation_path, first_step)
+            if validation_path.exists():
+                self._validated = {(line["step"], line["validation_set"]) for line in read_metrics(validation_path)}
             self._file, self._validation_file = LineFile(metrics_path), LineFile(validation_path)
 
     def add_step(self, *, num_samples: int, step_samples: int, step_time_s: float, **values: Any) -> StepMetrics:
@@ -110,7 +113,10 @@ class MetricsLog:
         return metrics
 
     def add_validation(self, *, step: int, validation_set: str, loss: float) -> dict[str, Any]:
-        """Write one line of validation.jsonl: loss in nats per token and its perplexity. Returns the object."""
+        """Write one line of validation.jsonl: loss in nats per token and its perplexity. Returns the object.
+
+        A step has one line: a run that was killed after its last evaluation evaluates again, on other samples.
+        """
         line = {
             "step": step,
             "validation_set": validation_set,
@@ -118,7 +124,7 @@ class MetricsLog:
             # exp() overflows a double above 709.
             "perplexity": math.exp(loss) if loss < 700 else math.inf,
         }
-        if self._validation_file is not None:
+        if self._validation_file is not None and (step, validation_set) not in self._validated:
             self._validation_file.append(line)
         return line
 

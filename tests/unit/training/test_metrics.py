@@ -149,6 +149,16 @@ def test_validation_carries_its_perplexity(tmp_path: Path) -> None:
     assert line == {"step": 5, "validation_set": "code", "loss": 2.0, "perplexity": math.exp(2.0)}
 
 
+def test_a_step_that_is_evaluated_again_after_a_kill_keeps_its_line(tmp_path: Path) -> None:
+    for loss in (2.0, 3.0):
+        log = MetricsLog(FACTS, tmp_path / "metrics.jsonl", 6)
+        log.add_validation(step=5, validation_set="code", loss=loss)
+        log.add_validation(step=5, validation_set="web", loss=loss)
+        log.close()
+    lines = read_metrics(tmp_path / "validation.jsonl")
+    assert [(line["validation_set"], line["loss"]) for line in lines] == [("code", 2.0), ("web", 2.0)]
+
+
 def test_a_perplexity_beyond_floats_is_infinite() -> None:
     log = MetricsLog(FACTS, None, 1)
     assert log.add_validation(step=1, validation_set="v", loss=1e4)["perplexity"] == math.inf
