@@ -122,7 +122,7 @@ def test_a_model_that_is_not_mapped_is_refused_at_once(folder: Path, tmp_path: P
     other = shutil.copytree(folder, tmp_path / "other")
     config = json.loads((folder / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
-    with pytest.raises(ConversionError, match=r"config\.json, model_type: must be one of .*, got model_type='mamba'\."):
+    with pytest.raises(ConversionError, match=r"config\.json, model_type: must be one of .*, got model_type='mamba': "):
         check("--load-hf", str(other), "--mock-data")
     with pytest.raises(ConversionError, match=r"config\.json: must exist, got none\."):
         check("--load-hf", str(tmp_path / "nowhere"), "--mock-data")

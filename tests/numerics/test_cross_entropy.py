@@ -44,6 +44,7 @@ def build_training_model():
         gpt_config_from_args(read_arguments(LLAMA, ("--make-vocab-size-divisible-by", "16"))),
         backend="torch",
         has_embedding_norm=False,
+        residual_multiplier=1.0,
         num_tokens=VOCAB_SIZE,
     )
     return HammerModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups()).eval()

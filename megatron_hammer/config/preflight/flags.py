@@ -31,7 +31,7 @@ def _find_empty_problems(flags: Flags) -> list[str]:
     return [
         f"{flag_of(name)}: must not be empty, got {name}=''. Is a variable of the shell not set? Set it, or drop it."
         for name in sorted(flags.typed)
-        if flags[name] == "" and name not in MAY_BE_EMPTY
+        if flags.values.get(name) == "" and name not in MAY_BE_EMPTY
     ]
 
 
