@@ -69,6 +69,15 @@ def _find_companion_problems(flags: Flags) -> list[str]:
             f"fingerprint-interval: needs a folder, got fingerprint_interval={flags['fingerprint_interval']}, "
             "metrics_path=None. Pass --save DIR or --metrics-path FILE."
         )
+    virtual_stages = flags["num_virtual_stages_per_pipeline_rank"] or flags["num_layers_per_virtual_pipeline_stage"]
+    if flags["iterations_to_skip"] and (virtual_stages or flags["pipeline_model_parallel_size"] > 2):
+        # megatron.training.training.dummy_train_step: next() of a list, or of the None of a middle stage.
+        problems.append(
+            "iterations-to-skip: Megatron reads the batches of skipped steps on every stage, which fails with virtual "
+            f"stages and with more than two stages, got iterations_to_skip={flags['iterations_to_skip']}, "
+            f"pipeline_model_parallel_size={flags['pipeline_model_parallel_size']}. Pass --on-bad-loss skip-batch, or "
+            "two stages at most."
+        )
     if flags["wandb_project"] and not flags["wandb_exp_name"]:
         problems.append(
             f"wandb-exp-name: must be given with --wandb-project, got wandb_exp_name={flags['wandb_exp_name']}. "
