@@ -96,7 +96,7 @@ def write_model(model: str, folder: Path) -> int:
     shapes = {name: shape for pair in pairs for name, shape in zip(pair.hf_names, pair.hf_shapes, strict=True)}
     shards = plan_shards(shapes, dtype=torch.bfloat16, max_shard_bytes=5_000_000_000)
     pool = torch.randn(POOL_ELEMENTS, generator=torch.Generator().manual_seed(1)).mul_(0.02).bfloat16()
-    with ShardWriter(folder, shards, dtype=torch.bfloat16) as writer:
+    with ShardWriter(folder, shards) as writer:
         for number, (name, shape) in enumerate(shapes.items()):
             numel = math.prod(shape)
             shifted = pool.roll(7919 * number)  # no two tensors alike
