@@ -74,11 +74,11 @@ MOE_PATTERN = re.compile(r"mixtral|moe|\d+x\d+b|(?<![a-z])(\d+b)?a\d+(\.\d+)?b|d
 def build_row_model(row: RunRow) -> tuple[ModelShape, tuple[str, ...]]:
     """The model of a row, and what was assumed about it. Raises UnpredictableError if the row does not say enough."""
     preset = _find_preset(row)
-    name = row.model.lower()
-    if MOE_PATTERN.search(name) or (preset is not None and preset.moe is not None):
-        raise UnpredictableError("its model has experts, whose sizes the table has no columns for")
     if preset is not None:
         return preset, (f"model {preset.name}: the preset of this name ({preset.source})",)
+    name = row.model.lower()
+    if MOE_PATTERN.search(name):
+        raise UnpredictableError("its model has experts, whose sizes the table has no columns for")
     listed = load_known_models()
     known = next((model for model in listed.model if re.search(model.pattern, name)), None)
     family = known or next((model for model in listed.family if re.search(model.pattern, name)), None)

@@ -98,7 +98,7 @@ def test_models_that_no_rule_fills_are_refused(cells: dict[str, int | str], reas
 
 
 @pytest.mark.parametrize(
-    "name", ["Mixtral-8x7B", "qwen3-30b-a3b", "qwen3_30ba3b", "Qwen1.5-MoE-A2.7B", "a3b", "DeepSeek-V3", "grok-1"]
+    "name", ["Mixtral-8x7B", "qwen3-235b-a22b", "qwen3_30ba3b", "Qwen1.5-MoE-A2.7B", "a3b", "DeepSeek-V3", "grok-1"]
 )
 def test_models_with_experts_are_refused(name: str) -> None:
     with pytest.raises(UnpredictableError, match="experts"):
