@@ -209,32 +209,45 @@ def observe_saves(observer: Any) -> None:
     training.save_checkpoint = save_checkpoint
 
 
-def take_fingerprints(record: Any) -> None:
-    """Show `record` (training/fingerprints.py) the gradients and weights of every step of megatron's loop."""
+def _wrap_steps(begin: Callable[[int], None], permits: Callable[[Any], bool], end: Callable[..., Any]) -> None:
+    """Call `begin(step)`, `permits(model)` and `end(model, result)` around every step of megatron's loop.
+
+    step: counted from 1. permits: asked between the backward pass and the update, which is not made on False. end: its
+    value is the step's result. Of several wraps, the last one begins first and is asked first.
+    """
     from megatron.training import training
 
     original_step = training.train_step
+    is_guarded = False
 
     @functools.wraps(original_step)
     def train_step(
         forward_step: Any, data_iterator: Any, model: Any, optimizer: Any, *rest: Any, iteration: int, **options: Any
     ) -> Any:
-        record.begin_step(iteration + 1)
-        original_update = optimizer.step
+        nonlocal is_guarded
+        begin(iteration + 1)
+        if not is_guarded:
+            original_update, is_guarded = optimizer.step, True
+            # (was the update made, norm of the gradients, number of zeros in them)
+            optimizer.step = lambda: original_update() if permits(model) else (False, None, None)
+        result = original_step(forward_step, data_iterator, model, optimizer, *rest, iteration=iteration, **options)
+        return end(model, result)
 
-        def step() -> Any:
-            record.add_gradients(model)
-            return original_update()
+    training.train_step = train_step
 
-        optimizer.step = step
-        try:
-            result = original_step(forward_step, data_iterator, model, optimizer, *rest, iteration=iteration, **options)
-        finally:
-            optimizer.step = original_update
+
+def take_fingerprints(record: Any) -> None:
+    """Show `record` (training/fingerprints.py) the gradients and weights of every step of megatron's loop."""
+
+    def permits(model: Any) -> bool:
+        record.add_gradients(model)
+        return True
+
+    def end(model: Any, result: Any) -> Any:
         record.end_step(model)
         return result
 
-    training.train_step = train_step
+    _wrap_steps(record.begin_step, permits, end)
 
 
 def judge_steps(judge: Any) -> None:
@@ -245,9 +258,7 @@ def judge_steps(judge: Any) -> None:
     """
     import torch
     from megatron.core.rerun_state_machine import RerunStateMachine
-    from megatron.training import training
 
-    original_step = training.train_step
     machine: Any = RerunStateMachine
     original_validate = machine.validate_result
 
@@ -261,29 +272,14 @@ def judge_steps(judge: Any) -> None:
             is_injected = self.error_injector.maybe_inject()
             judge.add_norm(torch.full_like(result, torch.nan) if is_injected else result)
 
-    def guard(optimizer: Any) -> None:
-        original_update = optimizer.step
+    def end(model: Any, result: Any) -> Any:
+        if not judge.has_ended_run:
+            return result
+        # losses, is skipped, should save, should exit, exit code, norm, number of zeros, attention logit
+        return {}, True, judge.must_save(), True, 0, None, None, 0
 
-        def step() -> Any:
-            # (was the update made, norm of the gradients, number of zeros in them)
-            return original_update() if judge.permits_update() else (False, None, None)
-
-        optimizer.step, optimizer.is_guarded = step, True
-
-    @functools.wraps(original_step)
-    def train_step(
-        forward_step: Any, data_iterator: Any, model: Any, optimizer: Any, *rest: Any, iteration: int, **options: Any
-    ) -> Any:
-        judge.begin_step(iteration + 1)
-        if not hasattr(optimizer, "is_guarded"):
-            guard(optimizer)
-        result = original_step(forward_step, data_iterator, model, optimizer, *rest, iteration=iteration, **options)
-        if judge.has_ended_run:
-            # losses, is skipped, should save, should exit, exit code, norm, number of zeros, attention logit
-            return {}, True, judge.must_save(), True, 0, None, None, 0
-        return result
-
-    machine.validate_result, training.train_step = validate_result, train_step
+    machine.validate_result = validate_result
+    _wrap_steps(judge.begin_step, lambda model: judge.permits_update(), end)
 
 
 def stop_on_signals_too(signals: tuple[Any, ...]) -> list[signal.Signals]:

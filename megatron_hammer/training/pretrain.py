@@ -177,8 +177,8 @@ def train(arguments: "ParsedArguments", plan: "RunPlan", terminal: IO[str], prog
         output_hooks.lose_tensorboard_events()
     fill_from_initial_model(plan, state, terminal)
     datasets = build_dataset_provider(arguments, plan, state)
-    judge = build_judge(plan, state, observer)
     fingerprints = build_fingerprints(plan)
+    judge = build_judge(plan, state, observer)
     forward_step = ForwardStep(
         plan,
         add_loss=None if judge is None else judge.add_loss,

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from megatron_hammer.training.fingerprints import FOLDER, read_run
 from tests.helpers.repository import ROOT
 from tests.helpers.training_runs import TOY_MODEL, TOY_SCHEDULE, run_program, write_toy_data
 
@@ -65,7 +66,8 @@ def test_stop_saves_the_last_good_weights_and_the_run_continues_after_a_fault_of
 
 def test_a_rolled_back_run_ends_like_one_that_skips_the_batch(data: str, tmp_path: Path) -> None:
     skipping, rolled_back = tmp_path / "skip", tmp_path / "back"
-    result = run(data, skipping, "--on-bad-loss", "skip-batch", factor="inf")
+    # Its fingerprints look at every update as the judge does, and must not take its place.
+    result = run(data, skipping, "--on-bad-loss", "skip-batch", "--fingerprint-interval", "1", factor="inf")
     assert result.returncode == 0, result.stderr[-2000:]
     assert_named(result, "The batch is skipped")
     result = run(data, rolled_back, "--on-bad-loss", "roll-back", factor="inf")
@@ -81,6 +83,9 @@ def test_a_rolled_back_run_ends_like_one_that_skips_the_batch(data: str, tmp_pat
     steps, others = read_steps(skipping), read_steps(rolled_back)
     assert [step for step, line in steps.items() if line["is_skipped"]] == [BAD_STEP]
     assert steps[BAD_STEP]["loss"] is None
+    fingerprints = read_run(skipping / FOLDER)[1]
+    assert fingerprints[BAD_STEP].weights == fingerprints[BAD_STEP - 1].weights != fingerprints[BAD_STEP + 1].weights
+    assert fingerprints[BAD_STEP].gradients
     # An average of the two ranks' gradients, of which one is infinite, would have left no finite loss.
     assert [steps[step]["loss"] for step in range(1, 10)] == [others[step]["loss"] for step in range(1, 10)]
     assert steps[9]["loss"] < steps[1]["loss"]
