@@ -10,6 +10,7 @@ from megatron_hammer.config.saved_run import review_resumed_order
 from megatron_hammer.config.training_state import TrainingState
 from megatron_hammer.data.order.order import MEGATRON
 from megatron_hammer.data.order.review import Record, build_record
+from megatron_hammer.platforms.agreement import ask_first_rank
 
 
 def build_dataset_provider(arguments: ParsedArguments, plan: RunPlan, state: TrainingState) -> Any:
@@ -65,13 +66,8 @@ def build_run_record(plan: RunPlan) -> Record | None:
 
 def _record_order(plan: RunPlan, state: TrainingState) -> None:
     """Put the record of the data order among Megatron's arguments, the same on every rank, for the checkpoints."""
-    import torch
-
     # Only rank 0 reads the checkpoint: many ranks would read the same files from a shared file system.
-    record = [build_run_record(plan) if plan.machine.rank == 0 else None]
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        torch.distributed.broadcast_object_list(record, src=0)
-    state.data_order = record[0]
+    state.data_order = ask_first_rank(lambda: build_run_record(plan))
 
 
 def build_data_cache(arguments: ParsedArguments, plan: RunPlan, state: TrainingState) -> dict[str, int]:

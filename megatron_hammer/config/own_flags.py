@@ -37,6 +37,16 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument(
         "--precision", choices=["bf16", "fp32", "fp16"], help="of weights and activations (default: the preset's)"
     )
+    _add_model_flags(group)
+    _add_data_flags(group)
+    _add_checkpoint_flags(group)
+    _add_bad_loss_flags(group)
+    _add_output_flags(group)
+    return parser
+
+
+def _add_model_flags(group: argparse._ArgumentGroup) -> None:
+    """What Megatron's models lack, and how ours are computed."""
     group.add_argument(
         "--cross-entropy",
         choices=["in-place", "chunked"],
@@ -71,11 +81,6 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="let training wait until a checkpoint is written (default: it waits until the state is copied, and a "
         "thread writes the copies; torch_dist only)",
     )
-    _add_data_flags(group)
-    _add_checkpoint_flags(group)
-    _add_bad_loss_flags(group)
-    _add_output_flags(group)
-    return parser
 
 
 def _add_checkpoint_flags(group: argparse._ArgumentGroup) -> None:

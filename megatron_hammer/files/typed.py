@@ -8,7 +8,9 @@ Not here: corpora, whose records are parsed by the million (corpus/json_records.
 
 import functools
 import json
+import math
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,6 +112,24 @@ def parse_json[T](
         # pydantic collects the errors of all fields before it raises.
         problems = [_describe(details) for details in error.errors(include_url=False)]
         raise raises(*(f"{where}: {problem}. {remedy}" for problem in problems)) from error
+
+
+def read_json_lines[T](path: Path, kind: type[T], *, remedy: str, raises: type[HammerError] = DataError) -> list[T]:
+    """Return every line of a file as a typed object, without a last one that a kill cut off; see `read_json`."""
+    lines = read_bytes(path, raises=raises).splitlines()
+    if lines and not lines[-1].endswith(b"}"):
+        del lines[-1]
+    return [
+        parse_json(line, kind, where=f"{path}:{number}", remedy=remedy, raises=raises)
+        for number, line in enumerate(lines, 1)
+    ]
+
+
+def replace_non_finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with null for NaN and infinities, for which JSON has no number."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
+    }
 
 
 # Built once for each type, because parse_json may be called for every line of a file.

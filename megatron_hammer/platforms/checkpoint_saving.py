@@ -1,7 +1,7 @@
 """Checkpoints are written by their rank: by a thread of it while it trains, or at once. No process is started for it.
 
 Megatron's worker for `--async-save` is another process. It gets the tensors of a CPU as shared memory that training
-goes on to change (also where /dev/shm is too small for them), needs a CUDA context of its own on a GPU, and if it dies
+then changes (also where /dev/shm is too small for them), needs a CUDA context of its own on a GPU, and if it dies
 the run waits for it without end. The thread gets copies. What it calls for long, writing and hashing, holds no GIL.
 Megatron's queue of saves, its order and its agreement between ranks on which save is complete stay as they are.
 

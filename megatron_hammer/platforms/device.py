@@ -4,10 +4,11 @@ import os
 import resource
 import socket
 from collections.abc import Sequence
-from typing import Any
 
 import psutil
 import torch
+
+from megatron_hammer.platforms.agreement import gather_from_ranks
 
 
 def read_device_name(platform: str) -> str:
@@ -54,9 +55,7 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 def gather_lines(lines: Sequence[str]) -> list[str]:
     """Collective list of every rank's lines, each once, in the order of the ranks."""
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, list(lines))
-    return list(dict.fromkeys(line for of_rank in gathered for line in of_rank))
+    return list(dict.fromkeys(line for of_rank in gather_from_ranks(list(lines)) for line in of_rank))
 
 
 def stand_alone() -> None:

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from megatron_hammer.errors import ConfigError, DataError
 from megatron_hammer.files.tables import build_table
+from megatron_hammer.files.typed import replace_non_finite
 from megatron_hammer.training.metrics import SAVED_FIELD
 
 # Megatron sums the same numbers in another order under another layout. In fp32 the first step, on equal weights,
@@ -182,7 +183,5 @@ def _as_object(run: Run, difference: Difference | None) -> dict[str, Any]:
     measures = None if difference is None else asdict(difference)
     if measures is not None:
         del measures["name"]
-    losses = [
-        {"step": step, "loss": loss if math.isfinite(loss) else None} for step, loss in sorted(run.losses.items())
-    ]
+    losses = [replace_non_finite({"step": step, "loss": loss}) for step, loss in sorted(run.losses.items())]
     return {"name": run.name, "losses": losses, "difference": measures}

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_hammer.errors import DataError
-from megatron_hammer.files.typed import parse_json
+from megatron_hammer.files.typed import read_json_lines
+from megatron_hammer.training.metrics import drop_lines_from
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +46,8 @@ class FingerprintFile:
     def begin_step(self, step: int) -> None:
         """step: counted from 1."""
         if self._step == 0:
-            self._drop_from(step)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            drop_lines_from(self._path, step)  # of steps that run again
         self._step = step
         self._found = {kind: {} for kind in KINDS}
         self._num_batches = 0
@@ -78,15 +80,6 @@ class FingerprintFile:
     def _is_due(self) -> bool:
         return self._step % self._interval == 0
 
-    def _drop_from(self, step: int) -> None:
-        """Keep the lines before `step` only: the others are of steps that run again."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_file(self._path) if line.step < step] if self._path.exists() else []
-        with self._path.open("w", encoding="utf-8") as file:
-            for line in kept:
-                fields = {kind: getattr(line, kind) for kind in KINDS}
-                file.write(json.dumps({"step": line.step, **fields}) + "\n")
-
 
 def find_file(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank:05d}.jsonl"
@@ -110,17 +103,7 @@ def hash_tensor(tensor: "Tensor") -> int:
 
 def read_file(path: Path) -> list[StepFingerprint]:
     """Every line; one that a kill cut off at the end is left out. Raises DataError with path and line."""
-    lines = path.read_bytes().splitlines()
-    found = []
-    for number, line in enumerate(lines, 1):
-        if number == len(lines) and not line.endswith(b"}"):
-            break
-        found.append(
-            parse_json(
-                line, StepFingerprint, where=f"{path}:{number}", remedy="Run again with --fingerprint-interval 1."
-            )
-        )
-    return found
+    return read_json_lines(path, StepFingerprint, remedy="Run again with --fingerprint-interval 1.")
 
 
 def read_run(folder: Path) -> dict[int, dict[int, StepFingerprint]]:

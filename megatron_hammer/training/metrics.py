@@ -17,6 +17,7 @@ from typing import IO, Any, Final
 
 from megatron_hammer.errors import DataError
 from megatron_hammer.files.publish import publish_files
+from megatron_hammer.files.typed import replace_non_finite
 
 MFU_CONVENTION: Final = "A"  # layers and head with causal attention, no input embedding; see model/flops.py
 ETA_WINDOW_STEPS = 20
@@ -161,12 +162,7 @@ class LineFile:
             self._file = path.open("ab", buffering=0)
 
     def append(self, line: dict[str, Any]) -> None:
-        # JSON has no number for NaN and infinity.
-        finite = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in line.items()
-        }
-        self._waiting += json.dumps(finite, allow_nan=False).encode() + b"\n"
+        self._waiting += json.dumps(replace_non_finite(line), allow_nan=False).encode() + b"\n"
         self.failure = None
         try:
             self._write()

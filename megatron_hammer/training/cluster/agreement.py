@@ -7,8 +7,6 @@ collective, and only ranks with different hashes send what lies behind them.
 
 import hashlib
 import json
-import os
-import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from megatron_hammer.data.sources import DataPlan
 from megatron_hammer.errors import ConfigError, PlatformError
 from megatron_hammer.training.cluster.findings import compare_values
 from megatron_hammer.training.cluster.rank_groups import name_hosts
-from megatron_hammer.training.cluster.roll_call import MissingRanksError, RollCall
+from megatron_hammer.training.cluster.roll_call import MissingRanksError, RollCall, read_place
 from megatron_hammer.training.cluster.software import identify_data, read_versions
 
 # Which process this is, and folders that may lie on a host's own disk.
@@ -93,19 +91,18 @@ def require_agreement(roll: RollCall, described: Mapping[str, Mapping[str, str] 
 
 def _compare(roll: RollCall, described: Mapping[str, Mapping[str, str] | None], typed: Sequence[str]) -> None:
     hashes = {subject: _hash(values) for subject, values in described.items() if values is not None}
-    node = os.environ.get("GROUP_RANK") or os.environ.get("SLURM_NODEID")
-    answers = roll.gather("agreement", [socket.gethostname(), node, hashes])
+    answers = roll.gather("agreement", [read_place(), hashes])
     witnesses: list[int] = []
     if answers is not None:
-        roll.hosts.update(enumerate(name_hosts([(host, node) for host, node, _ in answers])))
-        witnesses = _find_witnesses([hashes for _, _, hashes in answers])
+        roll.hosts.update(enumerate(name_hosts([place for place, _ in answers])))
+        witnesses = _find_witnesses([hashes for _, hashes in answers])
     witnesses = roll.share("agreement witnesses", witnesses)
     if not witnesses:
         return
     told = roll.gather("agreement values", [described, list(typed)] if roll.rank in witnesses else None)
     problems: list[str] = []
     if answers is not None and told is not None:
-        problems = _describe_differences(roll, [hashes for _, _, hashes in answers], [told[rank] for rank in witnesses])
+        problems = _describe_differences(roll, [hashes for _, hashes in answers], [told[rank] for rank in witnesses])
     raise ConfigError(*roll.share("agreement problems", problems))
 
 

@@ -11,7 +11,6 @@ import functools
 import os
 import re
 import shutil
-import socket
 import sys
 import threading
 import time
@@ -50,6 +49,7 @@ from megatron_hammer.training.cluster.roll_call import (
     RollCall,
     Watch,
     open_store,
+    read_place,
 )
 from megatron_hammer.training.cluster.traffic import MACHINE_BYTES, LinkFit, list_product_shapes, list_traffic
 
@@ -141,10 +141,8 @@ class ClusterCheck:
 
     def meet(self) -> None:
         """Who is here, on which host."""
-        # Two hosts may have one name, as containers have; the launcher numbers them.
-        node = os.environ.get("GROUP_RANK") or os.environ.get("SLURM_NODEID")
         self.watch.stage = "hello"
-        answers = self.roll.gather(self.watch.stage, [socket.gethostname(), node])
+        answers = self.roll.gather(self.watch.stage, read_place())
         if answers is not None:
             self.roll.hosts.update(enumerate(name_hosts(answers)))
         self.hosts = self.roll.share("hosts", [self.roll.hosts.get(rank) for rank in range(self.roll.world_size)])

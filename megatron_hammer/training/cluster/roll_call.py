@@ -27,6 +27,11 @@ REPORT_GRACE_S = 10.0
 _ABORTED = b"aborted"
 
 
+def read_place() -> tuple[str, str | None]:
+    """(host of this process, the launcher's number of its node): two hosts may have one name, as containers have."""
+    return socket.gethostname(), os.environ.get("GROUP_RANK") or os.environ.get("SLURM_NODEID")
+
+
 class MissingRanksError(Exception):
     """Ranks that did not answer in a stage: the text says which. ranks: on rank 0, those that the others wait for."""
 

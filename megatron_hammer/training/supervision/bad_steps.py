@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +24,8 @@ from torch import Tensor
 from megatron_hammer.config.run_plan import BadLossPolicy
 from megatron_hammer.config.training_state import TrainingState
 from megatron_hammer.errors import CheckpointError, HammerError
-from megatron_hammer.files.typed import parse_json
+from megatron_hammer.files.typed import read_json_lines
+from megatron_hammer.platforms.agreement import gather_from_ranks
 from megatron_hammer.training.supervision.last_words import write_note
 
 SKIPPED_BATCHES_FILE = "skipped_batches.jsonl"
@@ -156,8 +156,7 @@ class StepJudge:
         """Which ranks have which bad values: 'rank 3 (host b): loss is nan'."""
         own = [f"loss is {float(loss[0])}" for loss in self._losses if not math.isfinite(float(loss[0]))][:1]
         own += [f"norm of its gradients is {float(norm)}" for norm in self._norms if not math.isfinite(float(norm))][:1]
-        answers: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(answers, [socket.gethostname(), own])
+        answers = gather_from_ranks((socket.gethostname(), own))
         found = [
             f"rank {rank} ({host}): {' and '.join(values)}" for rank, (host, values) in enumerate(answers) if values
         ]
@@ -181,7 +180,7 @@ class StepJudge:
             first = self._recent[0][0]
             self._roll_back = (
                 f"{what}. Rolled back: the run ends, starts again from its newest checkpoint, and leaves out the "
-                f"batches of steps {first} to {self._step}."
+                f"batches of steps {first} to {self._step} that come after it."
             )
             self._tell(self._roll_back)
         else:
@@ -218,12 +217,4 @@ def read_skipped(path: Path) -> list[SkippedBatch]:
     """The batches that a run must skip; none without the file. Raises CheckpointError with path and line."""
     if not path.exists():
         return []
-    lines = path.read_bytes().splitlines()
-    found = []
-    for number, line in enumerate(lines, 1):
-        if number == len(lines) and not line.endswith(b"}"):  # cut off by a kill
-            break
-        found.append(
-            parse_json(line, SkippedBatch, where=f"{path}:{number}", remedy="Remove the line.", raises=CheckpointError)
-        )
-    return found
+    return read_json_lines(path, SkippedBatch, remedy="Remove the line.", raises=CheckpointError)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from megatron_hammer.errors import ConfigError
+from megatron_hammer.files.typed import replace_non_finite
 from megatron_hammer.training.supervision.progress import ATTEMPT_VARIABLE
 from megatron_hammer.training.supervision.resuming import find_tracker, read_saved_step
 
@@ -82,8 +83,7 @@ class Heartbeat:
     def _write(self) -> None:
         described = self.describe()
         if self._save_dir is not None:
-            # NaN is no JSON.
-            values = {key: None if is_not_finite(value) else value for key, value in described.items()}
+            values = replace_non_finite(described)
             _replace(self._save_dir / HEARTBEAT_FILE, json.dumps(values, indent=2) + "\n")
         if self._textfile_path is not None:
             _replace(self._textfile_path, render_prometheus(described, self._run))
@@ -143,10 +143,6 @@ def _spell(value: float) -> str:
     if math.isinf(value):
         return "+Inf" if value > 0 else "-Inf"
     return repr(value)
-
-
-def is_not_finite(value: object) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _replace(path: Path, text: str) -> None:
