@@ -6,13 +6,13 @@ whole iteration or a folder whose name says what it is, which the next run clear
 `iter_`, because Megatron and other tools list `iter_*`. No torch, no Megatron.
 """
 
-import os
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_hammer.checkpoint_files.torch_dist.content_hashes import FileHash, write_hashes
+from megatron_hammer.files.publish import bring_to_disk
 
 UNFINISHED_PREFIX, REMOVED_PREFIX = "unfinished_", "removed_"
 _ITERATION = re.compile(r"iter_(\d+)")
@@ -73,10 +73,10 @@ def begin_iteration(directory: Path, *, is_writer: bool) -> Path:
 def publish_iteration(unfinished_dir: Path, directory: Path, known: Mapping[str, FileHash]) -> int:
     """Write the hashes of a complete folder and give it its name; returns its bytes. known: hashes that are known."""
     num_bytes = write_hashes(unfinished_dir, known)
-    sync(unfinished_dir)
+    bring_to_disk(unfinished_dir)
     remove_iteration(directory)
     unfinished_dir.rename(directory)
-    sync(directory.parent)
+    bring_to_disk(directory.parent)
     return num_bytes
 
 
@@ -92,12 +92,3 @@ def remove_iteration(directory: Path) -> None:
         shutil.rmtree(removed_dir, ignore_errors=True)
         directory.rename(removed_dir)
         shutil.rmtree(removed_dir, ignore_errors=True)
-
-
-def sync(directory: Path) -> None:
-    """Bring the names in a folder to the disk; without, a power cut could undo a renaming that was reported."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

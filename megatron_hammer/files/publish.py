@@ -78,7 +78,7 @@ def _publish(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _claim(path, is_folder=False) as partial:
             yield partial
-            _bring_to_disk(partial)
+            bring_to_disk(partial)
             partial.replace(path)
     except OSError as error:
         raise cannot_write(path, error) from error
@@ -226,7 +226,7 @@ def _write_whole(path: Path, content: bytes, stack: ExitStack) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = stack.enter_context(_claim(path, is_folder=False))
         partial.write_bytes(content)
-        _bring_to_disk(partial)
+        bring_to_disk(partial)
         if path.is_dir():  # found before the first file is renamed
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     except OSError as error:
@@ -234,8 +234,8 @@ def _write_whole(path: Path, content: bytes, stack: ExitStack) -> Path:
     return partial
 
 
-def _bring_to_disk(path: Path) -> None:
-    # Without this, a power cut could leave a file that has its name and is empty.
+def bring_to_disk(path: Path) -> None:
+    """Without this, a power cut could leave a file that has its name and is empty, or undo a renaming in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
