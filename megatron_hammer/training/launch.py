@@ -27,6 +27,7 @@ import re
 import signal
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -38,6 +39,7 @@ from megatron_hammer.platforms.parent_process import end_with_parent
 TRAINING_MODULE = "megatron_hammer.training.pretrain"
 CHECKPOINT_GRACE_S = 1800  # for the checkpoint of a run that is stopped, unless --shutdown-timeout says otherwise
 DEFAULT_MASTER_PORT = 29500  # torchrun's
+PORT_RELEASE_S = 10.0  # for the kernel to end a launcher that was killed just before, which still has the port
 # torchrun's own list, and the warning of a scheduler. Training saves and stops on each of them.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 
@@ -212,15 +214,25 @@ def check_master_port(options: argparse.Namespace) -> None:
     if options.master_port is None and options.nnodes in ("1", "1:1"):
         return  # torchrun then takes a free port
     port = DEFAULT_MASTER_PORT if options.master_port is None else options.master_port
+    deadline_s = time.monotonic() + PORT_RELEASE_S
+    while (error := try_to_listen(port)) is not None:
+        if time.monotonic() > deadline_s:
+            raise ConfigError(
+                f"master-port: must be free on node 0, got {port}: {error.strerror}. "
+                "Another run on this host may use it. Give all nodes another one (MASTER_PORT for the scripts)."
+            )
+        time.sleep(0.1)
+
+
+def try_to_listen(port: int) -> OSError | None:
+    """Why no process can listen on the port of this host, or None; it is free again afterwards."""
     has_both = socket.has_dualstack_ipv6()  # torch listens on either, so neither may be in use
     family = socket.AF_INET6 if has_both else socket.AF_INET
     try:
         socket.create_server(("", port), family=family, dualstack_ipv6=has_both).close()
     except OSError as error:
-        raise ConfigError(
-            f"master-port: must be free on node 0, got {port}: {error.strerror}. "
-            "Another run on this host may use it. Give all nodes another one (MASTER_PORT for the scripts)."
-        ) from None
+        return error
+    return None
 
 
 def end_with_launcher() -> None:

@@ -29,6 +29,7 @@ class ForkedProcess:
         self.pid = os.fork()
         if self.pid == 0:
             os.setsid()
+            os.closerange(3, os.sysconf("SC_OPEN_MAX"))  # as Popen does: the port of the rendezvous, among others
             # As exec does: the launcher's handlers are not the rank's.
             for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
                 signal.signal(number, signal.SIG_DFL)

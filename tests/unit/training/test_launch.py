@@ -1,10 +1,12 @@
 """How a launched run ends, with a tiny program instead of training: exit codes and output."""
 
+import argparse
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -98,7 +100,8 @@ def test_tasks_of_srun_that_would_each_start_a_node_are_refused(monkeypatch: pyt
 
 
 @pytest.mark.parametrize("options", [("--nnodes", "2", "--node-rank", "0", "--master-addr", "localhost"), ()])
-def test_a_port_of_another_run_is_named(options: tuple[str, ...], capsys) -> None:
+def test_a_port_of_another_run_is_named(options: tuple[str, ...], monkeypatch, capsys) -> None:
+    monkeypatch.setattr(launch, "PORT_RELEASE_S", 0.0)
     with socket.create_server(("", 0)) as other:
         port = str(other.getsockname()[1])
         with pytest.raises(SystemExit) as stop:
@@ -113,6 +116,21 @@ def test_a_port_of_another_run_is_named(options: tuple[str, ...], capsys) -> Non
             "MASTER_PORT for the scripts",
         ),
     )
+
+
+def test_a_port_that_a_killed_launcher_still_has_is_waited_for() -> None:
+    with socket.create_server(("", 0)) as killed:
+        options = argparse.Namespace(
+            rdzv_backend="static",
+            standalone=False,
+            rdzv_endpoint="",
+            node_rank=0,
+            nnodes="2",
+            master_port=killed.getsockname()[1],
+        )
+        threading.Timer(0.3, killed.close).start()
+        launch.check_master_port(options)
+        assert killed.fileno() == -1, "the check returned before the port was free"
 
 
 @pytest.mark.distributed

@@ -247,9 +247,8 @@ def test_tables_of_spreadsheets_that_would_be_read_wrongly(tmp_path: Path, table
 
 def test_groups_of_digits_and_lines_inside_a_cell(tmp_path: Path) -> None:
     path = tmp_path / "losses.csv"
-    path.write_bytes(
-        b'num_parameters,num_tokens,loss,run\r\n"1,234,567",1_000,3.5,"a\u2028\nb"\r\n1e6,"2,000",3.25,c\r\n'
-    )
+    lines = 'num_parameters,num_tokens,loss,run\r\n"1,234,567",1_000,3.5,"a\u2028\nb"\r\n1e6,"2,000",3.25,c\r\n'
+    path.write_bytes(lines.encode())
     first, second = read_table(path)
     assert (first.num_parameters, first.num_tokens, first.loss) == (1_234_567, 1000, 3.5)
     assert (second.num_tokens, second.source) == (2000, f"{path}:4")
