@@ -58,6 +58,12 @@ def gather_lines(lines: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(line for of_rank in gather_from_ranks(list(lines)) for line in of_rank))
 
 
+def use_own_device(platform: str, local_rank: int) -> None:
+    """Let this process use the GPU of its number on this node; without effect on the cpu platform."""
+    if platform == "cuda":
+        torch.cuda.set_device(local_rank)
+
+
 def stand_alone() -> None:
     """Where no launcher started this process, set what a launcher would set: it is rank 0 of 1, and its own master."""
     if "RANK" in os.environ:

@@ -1,21 +1,43 @@
-"""Fills the model chunks of one rank from a Hugging Face folder, at any parallel layout, one parameter at a time.
+"""Fills the model chunks of one rank with stored weights, at any parallel layout, one parameter at a time.
 
 The model's own `sharded_state_dict`, which also writes and reads checkpoints, says which part of which global tensor a
-parameter is. The rows of its family say what the global tensor is made of. Nothing is written to disk.
+parameter is. The source, an opened Hugging Face folder or checkpoint, has the global tensors. Nothing is written to
+disk.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_hammer.checkpoint.hugging_face.folder import HfFolder
 from megatron_hammer.checkpoint_files.checkpoint_reader import VOCABULARY_TENSORS
 from megatron_hammer.checkpoint_files.torch_dist.stacked_names import split_stack
 from megatron_hammer.errors import ConversionError
+
+
+class WeightPair(Protocol):
+    """One Megatron tensor of a source; hf_names: what it is made of there, for messages."""
+
+    @property
+    def megatron_name(self) -> str: ...
+    @property
+    def hf_names(self) -> Sequence[str]: ...
+    @property
+    def num_elements(self) -> int: ...
+
+
+class WeightSource[P: WeightPair](Protocol):
+    """Where weights are read: an HfFolder, or a checkpoint of Megatron (evaluation/scorers/megatron.py)."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def pairs(self) -> Sequence[P]: ...
+    def read_pair(self, pair: P) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +50,7 @@ class MasterWeights:
 
 def fill_chunks(
     chunks: Sequence[Any],
-    source: HfFolder,
+    source: WeightSource[Any],
     *,
     metadata: Mapping[str, Any] | None = None,
     find_master: Callable[[Tensor], MasterWeights | None] = lambda parameter: None,
@@ -49,7 +71,7 @@ def fill_chunks(
     return torch.tensor(list(filler.num_held.values()))
 
 
-def require_every_element(source: HfFolder, num_held: Sequence[int]) -> None:
+def require_every_element(source: WeightSource[Any], num_held: Sequence[int]) -> None:
     """Raise ConversionError unless all ranks together hold each element once. num_held: summed over all ranks."""
     problems = [
         f"{source.folder}: {', '.join(pair.hf_names)} must go into the model whole, got {held:,} of "
@@ -64,7 +86,7 @@ def require_every_element(source: HfFolder, num_held: Sequence[int]) -> None:
 class _Filler:
     def __init__(
         self,
-        source: HfFolder,
+        source: WeightSource[Any],
         find_master: Callable[[Tensor], MasterWeights | None],
         on_parameter: Callable[[int], None],
     ):

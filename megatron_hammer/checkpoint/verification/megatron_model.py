@@ -1,7 +1,8 @@
-"""Megatron's own model of a checkpoint, on one CPU rank, from the arguments that the checkpoint saved.
+"""Megatron's own model of a checkpoint, or one rank's part of it, from the arguments that the checkpoint saved.
 
-What training builds with those arguments, without parallelism, random numbers or vocabulary padding. `single_rank()`
-must be open while a model is built and run. The mapping of this package plays no part here: the names are Megatron's.
+What training builds with those arguments, without random numbers or vocabulary padding. Megatron's parallel state must
+exist while a model is built and run: `single_rank()` makes one for this process alone. The mapping of this package
+plays no part here: the names are Megatron's.
 """
 
 import contextlib
@@ -61,9 +62,9 @@ _UNPLANNED_FLAGS = (
 
 
 @contextlib.contextmanager
-def single_rank() -> Iterator[None]:
+def single_rank(platform: str = "cpu") -> Iterator[None]:
     """A gloo group of this process alone, with megatron's parallel state and random states on it."""
-    megatron_compat.install("cpu")
+    megatron_compat.install(platform)
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
@@ -82,19 +83,19 @@ def single_rank() -> Iterator[None]:
             torch.distributed.destroy_process_group()
 
 
-def read_model_arguments(saved: Any, **changes: Any) -> Namespace:
-    """Megatron's namespace for the saved model on one rank; `changes` replace what was saved.
+def read_model_arguments(saved: Any, *, platform: str = "cpu", **changes: Any) -> Namespace:
+    """Megatron's namespace for the saved model, on one rank unless `changes`, which replace what was saved, say more.
 
     Which of the saved arguments belong to the model is asked of Megatron, and not of the tables that the conversion
     uses, so a gap in those is found by the comparison. Raises CheckpointError for what cannot be built here.
     """
-    megatron_compat.install("cpu")
+    megatron_compat.install(platform)
     from megatron_hammer.config.arguments import parse_arguments
 
     precision = changes.pop("precision", "fp32")
     # A parsed command line: megatron also reads many arguments that are no property of the saved model.
     flags = [*_UNPLANNED_FLAGS, "--precision", precision]
-    namespace = parse_arguments(flags, platform="cpu", backend="torch").namespace
+    namespace = parse_arguments(flags, platform=platform, backend="torch").namespace
     names = _list_model_arguments(namespace)
     # What an older Megatron did not save yet comes from the table; what it saved has the last word.
     completed = vars(complete_arguments(saved))
@@ -153,7 +154,7 @@ def _require_buildable(values: dict[str, Any]) -> None:
 
 
 def build_model(namespace: Namespace) -> Any:
-    """The whole model in evaluation mode; its weights have no values yet."""
+    """This rank's part of the model in evaluation mode; its weights have no values yet."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from megatron_hammer.config.megatron_checks import build_trial_config
@@ -170,7 +171,7 @@ def build_model(namespace: Namespace) -> Any:
     # Every weight is overwritten by fill_weights, which refuses to leave one out.
     config.transformer.perform_initialization = False
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    model = HammerModelBuilder(config).build_model(groups, pre_process=True, post_process=True).eval()
+    model = HammerModelBuilder(config).build_model(groups).eval()
     # Position embeddings are made in fp32; in training megatron's Float16Module converts the whole model.
     return model.to(config.transformer.params_dtype)
 
