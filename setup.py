@@ -71,7 +71,7 @@ EXTRAS_REQUIRE = {
     ],
 }
 
-PACKAGE_DATA = ["py.typed", "*.c", "*.j2", "*.toml", "tables/*"]
+PACKAGE_DATA = ["py.typed", "*.c", "*.j2", "*.jinja", "*.toml", "tables/*"]
 
 
 def read_version() -> str:
