@@ -71,6 +71,7 @@ GROUPS: tuple[tuple[str, tuple[Command, ...]], ...] = (
             Command("convert to-hf", "cli.megatron_to_hf", "Megatron checkpoint to Hugging Face model"),
             Command("convert to-gguf", "cli.to_gguf", "either of them to a GGUF file for llama.cpp"),
             Command("resize-embeddings", "cli.resize_embeddings", "fit a Hugging Face model to an extended tokenizer"),
+            Command("quantize", "cli.quantize", "Hugging Face model to GPTQ or AWQ format, and what that costs"),
             Command("generate-sample", "cli.generate_sample", "continue a prompt with a Hugging Face model"),
         ),
     ),
