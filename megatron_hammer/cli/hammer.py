@@ -76,6 +76,13 @@ GROUPS: tuple[tuple[str, tuple[Command, ...]], ...] = (
         ),
     ),
     (
+        "Post-training",
+        (
+            Command("preprocess-conversations", "cli.preprocess_conversations", "turn chat data into ids and masks"),
+            Command("show-chat-masks", "cli.show_chat_masks", "print conversations with the loss weight of each token"),
+        ),
+    ),
+    (
         "Planning a cluster",
         (
             Command("scaling-study", "cli.scaling_study.main", "project, measure, calibrate and validate scaling"),

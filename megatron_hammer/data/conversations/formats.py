@@ -68,7 +68,8 @@ class Preference:
 def parse_record(kind: BlockKind, payload: bytes | bytearray | Fields) -> Fields:
     """Return the fields of a record of a corpus block; a line may also be the list of messages itself."""
     if isinstance(payload, Mapping):
-        return payload
+        # A Parquet file has every column in every row.
+        return {name: value for name, value in payload.items() if value is not None}
     if kind is BlockKind.TEXT:
         raise _bad("file must hold JSON or Parquet records, got plain text")
     try:

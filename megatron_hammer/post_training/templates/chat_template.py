@@ -6,7 +6,7 @@ The shipped ones lie beside this file. What a template must fulfil is checked in
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,3 +86,14 @@ def load_chat_template(source: str | Path, bindings: Mapping[str, str] | None = 
     # In one pass, so that tokens can be exchanged.
     tokens = re.compile("|".join(map(re.escape, sorted(bindings, key=len, reverse=True))) or "(?!)")
     return ChatTemplate(name, tokens.sub(lambda found: bindings[found[0]], text))
+
+
+def parse_bindings(pairs: Iterable[str]) -> dict[str, str]:
+    """Return TOKEN=OTHER pairs, as a command line has them, as a table; raises ConfigError for another form."""
+    bindings: dict[str, str] = {}
+    for pair in pairs:
+        token, _, other = pair.partition("=")
+        if not token or not other or token in bindings:
+            raise ConfigError(f"bind-token: must be TOKEN=OTHER, once for each token, got {pair}. Quote it.")
+        bindings[token] = other
+    return bindings

@@ -28,7 +28,7 @@ from megatron_hammer.tokenizer.encoding.hugging_face_tokenizer import (
     build_fast_tokenizer,
     check_same_encoding,
 )
-from megatron_hammer.tokenizer.encoding.sentencepiece_model import read_sentencepiece_model
+from megatron_hammer.tokenizer.encoding.sentencepiece_model import WHITESPACE_SYMBOL, read_sentencepiece_model
 from megatron_hammer.tokenizer.encoding.special_tokens import CONFIG_NAME, read_config, read_name
 
 # Noncharacters of Unicode, which no text should hold; a conversation that does is refused.
@@ -104,6 +104,14 @@ class ChatTokenizer:
                 f"{num_answers}",
             )
         return self._encode_text(text, spans)
+
+    def spell(self, number: int) -> str:
+        """The text of one token; as the tokenizer writes it where it is a part of a character."""
+        token = self.plain.id_to_token(number) or ""
+        if number in self._ids_by_stand_in.values() or WHITESPACE_SYMBOL in token:
+            return token.replace(WHITESPACE_SYMBOL, " ")
+        text = self.plain.decode([number], skip_special_tokens=False)
+        return token if "\ufffd" in text else text or token
 
     def control_sequence(self, conversation: Conversation) -> list[str]:
         """The control tokens that the template writes for a conversation, in order."""
