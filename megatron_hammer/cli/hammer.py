@@ -76,6 +76,10 @@ GROUPS: tuple[tuple[str, tuple[Command, ...]], ...] = (
         ),
     ),
     (
+        "Evaluation",
+        (Command("evaluate", "cli.evaluate", "run benchmarks: C-Eval, CMMLU, HumanEval and lm-eval's tasks"),),
+    ),
+    (
         "Post-training",
         (
             Command("preprocess-conversations", "cli.preprocess_conversations", "turn chat data into ids and masks"),

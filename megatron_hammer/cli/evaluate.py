@@ -1,0 +1,134 @@
+"""Run benchmarks on models without a network: lm-eval's tasks, C-Eval, CMMLU and HumanEval.
+
+hammer evaluate hf/hammer --tasks ceval-ppl cmmlu-ppl --num-fewshot 0 5 --data-dir data/benchmarks
+hammer evaluate checkpoints/hammer --iteration 60000 --tasks hellaswag arc_easy piqa --data-dir data/benchmarks
+torchrun --nproc-per-node 4 tools/evaluate.py checkpoints/hammer --pipeline-model-parallel-size 4 --suite suite.toml
+
+A model is a Hugging Face folder, the --save folder of a run or a GGUF file; all of them are asked the same questions
+through one interface. The data are local copies of what the authors publish, a folder for each dataset in --data-dir
+(docs/evaluation.md lists the layouts). Every score comes with its standard error, the score of guessing and the number
+of questions.
+"""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_hammer.config.evaluation_suite import EvaluationSuite, read_suite
+from megatron_hammer.errors import ConfigError, exit_on_user_error
+from megatron_hammer.files.command_line import CommandParser, importing
+from megatron_hammer.platforms.parent_process import end_with_parent
+
+HAS_BOS = {"auto": None, "yes": True, "no": False}
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the flags; those of a suite are None where they are not given. See --help."""
+    parser = CommandParser(__doc__)
+    parser.add_argument("models", nargs="+", type=Path, metavar="MODEL")
+    parser.add_argument("--suite", type=Path, metavar="FILE", help="TOML file with the settings below; flags override")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="names or patterns: ceval-ppl, 'cmmlu-gen_high*'")
+    parser.add_argument("--data-dir", metavar="DIR", help="folder that has a folder for each dataset")
+    parser.add_argument("--tasks-dir", metavar="DIR", help="more task files of lm-eval")
+    parser.add_argument("--num-fewshot", nargs="+", type=int, metavar="N", help="examples before a question (0)")
+    parser.add_argument("--limit", type=int, metavar="N", help="questions of each task (all)")
+    parser.add_argument(
+        "--bos", choices=list(HAS_BOS), help="begin texts with BOS (auto: as the tokenizer of the folder does)"
+    )
+    parser.add_argument(
+        "--apply-chat-template", action="store_true", default=None, help="ask in the turns of a chat model's template"
+    )
+    parser.add_argument(
+        "--fewshot-as-multiturn",
+        action=argparse.BooleanOptionalAction,
+        help="with --apply-chat-template: each example is a turn of its own (yes)",
+    )
+    parser.add_argument(
+        "--run-generated-code",
+        action="store_true",
+        default=None,
+        help="for HumanEval: run what the model writes, in a process with limits that is no security sandbox",
+    )
+    parser.add_argument("--tokenizer-model", metavar="PATH", help="default: the model's own")
+    parser.add_argument("--iteration", type=int, metavar="N", help="of a run's checkpoints (newest)")
+    parser.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N", help="under torchrun")
+    parser.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N", help="under torchrun")
+    parser.add_argument("--platform", choices=["cpu", "cuda"], help="(cpu)")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="(fp32 on cpu, bf16 on cuda)")
+    parser.add_argument("--max-batch-tokens", type=int, metavar="N", help="computed at once")
+    parser.add_argument("--output-dir", type=Path, metavar="DIR", help="new folder for scores and all answers")
+    parser.add_argument("--json", action="store_true", help="print the scores as JSON")
+    parser.add_argument("--parent-process", type=int, help=argparse.SUPPRESS)  # of training, which starts this command
+    return parser.parse_args(argv)
+
+
+def build_suite(arguments: argparse.Namespace) -> EvaluationSuite:
+    """The suite of the command: its file's, with the flags over it. Raises ConfigError."""
+    if arguments.suite is None and arguments.tasks is None:
+        raise ConfigError("tasks: must be given, got none. Pass --tasks ceval-ppl hellaswag, or --suite FILE.")
+    if arguments.fewshot_as_multiturn is not None and not arguments.apply_chat_template:
+        raise ConfigError("fewshot-as-multiturn: has no effect without --apply-chat-template. Pass both, or drop it.")
+    suite = EvaluationSuite(tasks=()) if arguments.suite is None else read_suite(arguments.suite)
+    given: dict[str, Any] = {
+        "tasks": arguments.tasks and tuple(arguments.tasks),
+        "data_dir": arguments.data_dir,
+        "tasks_dir": arguments.tasks_dir,
+        "num_fewshot": arguments.num_fewshot and tuple(dict.fromkeys(arguments.num_fewshot)),
+        "limit": arguments.limit,
+        "applies_chat_template": arguments.apply_chat_template,
+        "has_multiturn_fewshot": arguments.fewshot_as_multiturn,
+        "runs_generated_code": arguments.run_generated_code,
+        "tokenizer_model": arguments.tokenizer_model,
+        "platform": arguments.platform,
+        "precision": arguments.precision,
+        "max_batch_tokens": arguments.max_batch_tokens,
+    }
+    for name, least in (("num_fewshot", 0), ("limit", 1), ("max_batch_tokens", 1)):
+        numbers = given[name] if isinstance(given[name], tuple) else (given[name],)
+        if any(number is not None and number < least for number in numbers):
+            flag = name.replace("_", "-")
+            raise ConfigError(f"{flag}: must be at least {least}, got {min(numbers)}. Correct it.")
+    suite = dataclasses.replace(suite, **{name: value for name, value in given.items() if value is not None})
+    return suite if arguments.bos is None else dataclasses.replace(suite, has_bos=HAS_BOS[arguments.bos])
+
+
+@exit_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; see --help."""
+    arguments = parse_arguments(argv)
+    if arguments.parent_process is not None:
+        end_with_parent(arguments.parent_process)
+    suite = build_suite(arguments)
+    with importing():
+        from megatron_hammer.evaluation.benchmarks import reports, run
+        from megatron_hammer.evaluation.scorers.megatron_ranks import ModelLayout
+        from megatron_hammer.evaluation.scorers.open_scorer import ScorerOptions
+
+        run.forbid_network()
+    options = ScorerOptions(
+        tokenizer_path=None if suite.tokenizer_model is None else Path(suite.tokenizer_model),
+        layout=ModelLayout(
+            tensor_model_parallel_size=arguments.tensor_model_parallel_size,
+            pipeline_model_parallel_size=arguments.pipeline_model_parallel_size,
+            platform=suite.platform,
+        ),
+        precision=suite.precision,
+        max_batch_tokens=suite.max_batch_tokens,
+        iteration=arguments.iteration,
+    )
+    evaluated = [found for path in arguments.models if (found := run.evaluate_model(path, suite, options)) is not None]
+    if not evaluated:  # another rank than the first
+        return
+    if arguments.output_dir is not None:
+        reports.write_reports(arguments.output_dir, evaluated, suite)
+    if arguments.json:
+        print(json.dumps(reports.build_report(evaluated, suite), indent=2, ensure_ascii=False))
+    else:
+        reports.print_scores(evaluated, suite)
+
+
+if __name__ == "__main__":
+    main()

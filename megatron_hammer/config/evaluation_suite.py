@@ -1,0 +1,47 @@
+"""What an evaluation asks of a model: the file of `hammer evaluate --suite` and of `--evaluate-suite` in training.
+
+Preflight reads it before a run starts, so it lies here and not in evaluation/, which does what it says.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from annotated_types import Ge
+
+from megatron_hammer.errors import ConfigError
+from megatron_hammer.files.typed import read_toml
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationSuite:
+    """tasks: of lm-eval, ours or of tasks_dir. Paths are relative to the folder where the command was started.
+
+    num_fewshot: examples before each question; with several numbers, every task is run with each. limit: questions of
+    each task; None: all. has_bos: whether texts begin with BOS; None: as the model's own tokenizer does.
+    platform, precision, max_batch_tokens: of the model; None: their defaults (evaluation/scorers/open_scorer.py).
+    """
+
+    tasks: tuple[str, ...]
+    data_dir: str | None = None
+    tasks_dir: str | None = None
+    num_fewshot: tuple[Annotated[int, Ge(0)], ...] = (0,)
+    limit: Annotated[int, Ge(1)] | None = None
+    has_bos: bool | None = None
+    applies_chat_template: bool = False
+    has_multiturn_fewshot: bool = True
+    runs_generated_code: bool = False
+    tokenizer_model: str | None = None
+    platform: Literal["cpu", "cuda"] = "cpu"
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    max_batch_tokens: Annotated[int, Ge(1)] | None = None
+
+
+def read_suite(path: Path) -> EvaluationSuite:
+    """Raises ConfigError with every field that is wrong."""
+    remedy = "docs/evaluation.md has an example"
+    suite = read_toml(path, EvaluationSuite, remedy=f"{remedy}.", raises=ConfigError, allows_unknown=False)
+    if not suite.tasks or not suite.num_fewshot:
+        name = "num_fewshot" if suite.tasks else "tasks"
+        raise ConfigError(f"{path}: {name} must name at least one, got none. {remedy}.")
+    return suite

@@ -1,0 +1,34 @@
+from pathlib import Path
+
+import pytest
+
+from megatron_hammer.cli.evaluate import build_suite, parse_arguments
+from megatron_hammer.config.evaluation_suite import EvaluationSuite
+from megatron_hammer.errors import ConfigError
+
+
+def read(*flags: str) -> EvaluationSuite:
+    return build_suite(parse_arguments(["model", *flags]))
+
+
+def test_flags_override_the_suite(tmp_path: Path) -> None:
+    path = tmp_path / "suite.toml"
+    path.write_text('tasks = ["piqa"]\nnum_fewshot = [5]\nlimit = 3\nhas_bos = true\ndata_dir = "here"\n')
+    assert read("--suite", str(path), "--num-fewshot", "0", "5", "0", "--bos", "auto") == EvaluationSuite(
+        tasks=("piqa",), num_fewshot=(0, 5), limit=3, has_bos=None, data_dir="here"
+    )
+    assert read("--tasks", "piqa", "--bos", "no").has_bos is False
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ((), r"tasks: must be given"),
+        (("--tasks", "piqa", "--limit", "0"), r"limit: must be at least 1, got 0"),
+        (("--tasks", "piqa", "--num-fewshot", "0", "-1"), r"num-fewshot: must be at least 0, got -1"),
+        (("--tasks", "piqa", "--fewshot-as-multiturn"), r"fewshot-as-multiturn: has no effect without"),
+    ],
+)
+def test_what_is_wrong_is_named(flags: tuple[str, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read(*flags)

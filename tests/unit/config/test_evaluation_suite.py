@@ -1,0 +1,34 @@
+from pathlib import Path
+
+import pytest
+
+from megatron_hammer.config.evaluation_suite import EvaluationSuite, read_suite
+from megatron_hammer.errors import ConfigError
+
+
+def write(folder: Path, text: str) -> Path:
+    (folder / "suite.toml").write_text(text)
+    return folder / "suite.toml"
+
+
+def test_a_suite_is_read(tmp_path: Path) -> None:
+    suite = read_suite(write(tmp_path, 'tasks = ["piqa"]\nnum_fewshot = [0, 5]\nlimit = 10\nhas_bos = true\n'))
+    assert suite == EvaluationSuite(tasks=("piqa",), num_fewshot=(0, 5), limit=10, has_bos=True)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", r"suite.toml: tasks must be given"),
+        ("tasks = []", r"tasks must name at least one"),
+        ('tasks = ["piqa"]\nnum_fewshot = []', r"num_fewshot must name at least one"),
+        ('tasks = ["piqa"]\nlimit = 0', r"limit must be at least 1, got 0"),
+        ('tasks = ["piqa"]\nnum_fewshot = [-1]', r"num_fewshot.* must be at least 0"),
+        ('tasks = ["piqa"]\nshots = 5', r"shots must be a known field"),
+        ('tasks = ["piqa"]\nplatform = "tpu"', r"platform must be 'cpu' or 'cuda'"),
+        ("tasks = [", r"file must be TOML"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_suite(write(tmp_path, text))

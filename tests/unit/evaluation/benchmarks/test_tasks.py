@@ -1,0 +1,74 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_hammer.errors import ConfigError, DataError
+from megatron_hammer.evaluation.benchmarks.run import forbid_network
+
+forbid_network()
+
+from megatron_hammer.evaluation.benchmarks.tasks import USUAL_FOLDERS, load_tasks  # noqa: E402
+from tests.helpers.published_benchmarks import NUM_QUESTIONS, write_published_data  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_published_data(tmp_path_factory.mktemp("published"))
+
+
+def load(names: list[str], data_dir: Path | None, **changes: Any) -> dict[str, Any]:
+    options = {"tasks_dir": None, "num_fewshot": 0, "runs_code": False, **changes}
+    return load_tasks(names, data_dir=data_dir, **options)
+
+
+def test_a_task_without_its_examples_is_loaded_where_it_needs_none(data_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "hellaswag"
+    folder.mkdir()
+    (folder / "val.jsonl").write_bytes((data_dir / "hellaswag" / "data" / "hellaswag_val.jsonl").read_bytes())
+    assert len(load(["hellaswag"], tmp_path)["tasks"]["hellaswag"].eval_docs) == NUM_QUESTIONS
+    with pytest.raises(DataError, match="must have split train of Rowan/hellaswag for task hellaswag"):
+        load(["hellaswag"], tmp_path, num_fewshot=5)
+
+
+def test_all_that_is_missing_is_named_at_once(data_dir: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        load(["ceval-ppl", "arc_easy"], data_dir)
+    assert len(caught.value.problems) == 9
+    assert "split val of ceval/ceval-exam computer_network for task ceval-ppl_computer_network" in str(caught.value)
+    assert "43 more splits are missing" in str(caught.value)
+    with pytest.raises(DataError, match="data-dir: must be given for baber/piqa"):
+        load(["piqa"], None)
+
+
+def test_code_of_the_model_is_run_only_with_leave() -> None:
+    with pytest.raises(ConfigError, match=r"humaneval runs code that the model writes.*--run-generated-code"):
+        load(["humaneval"], None)
+    assert len(load(["humaneval"], None, runs_code=True, num_fewshot=5)["tasks"]["humaneval"].eval_docs) == 164
+
+
+def test_task_files_of_the_user_come_first(data_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "questions.jsonl").write_text('{"q": "a", "answer": "b"}\n')
+    own = (
+        f"dataset_path: json\ndataset_kwargs:\n  data_files: {tmp_path}/questions.jsonl\ntest_split: train\n"
+        "output_type: loglikelihood\ndoc_to_text: q\ndoc_to_target: answer\nmetric_list: [{metric: acc}]\n"
+    )
+    (tmp_path / "a.yaml").write_text(f"task: my_task\n{own}")
+    (tmp_path / "b.yaml").write_text(f"task: piqa\n{own}")
+    loaded = load(["my_task", "piqa"], data_dir, tasks_dir=tmp_path)
+    assert {name: len(task.eval_docs) for name, task in loaded["tasks"].items()} == {"my_task": 1, "piqa": 1}
+    with pytest.raises(ConfigError, match="tasks-dir: must be a folder"):
+        load(["my_task"], data_dir, tasks_dir=tmp_path / "missing")
+
+
+def test_names_are_checked(data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # lm-eval's whole index takes seconds; a part of it shows the same.
+    monkeypatch.setattr("megatron_hammer.evaluation.benchmarks.tasks.WHOLE_INDEX", USUAL_FOLDERS)
+    with pytest.raises(ConfigError, match=r"got helaswag. Did you mean hellaswag\?") as caught:
+        load(["helaswag", "nothing"], data_dir)
+    assert len(caught.value.problems) == 2
+    loaded = load(["cmmlu-ppl_agro*"], data_dir)
+    assert list(loaded["tasks"]) == ["cmmlu-ppl_agronomy"]
+    (tmp_path / "group.yaml").write_text("group: mine\ntask: [piqa]\n")
+    with pytest.raises(ConfigError, match="must name each task once"):
+        load(["mine", "piqa"], data_dir, tasks_dir=tmp_path)
