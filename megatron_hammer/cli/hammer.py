@@ -77,7 +77,10 @@ GROUPS: tuple[tuple[str, tuple[Command, ...]], ...] = (
     ),
     (
         "Evaluation",
-        (Command("evaluate", "cli.evaluate", "run benchmarks: C-Eval, CMMLU, HumanEval and lm-eval's tasks"),),
+        (
+            Command("evaluate-perplexity", "cli.evaluate_perplexity", "compare the perplexity of models by domain"),
+            Command("evaluate", "cli.evaluate", "run benchmarks: C-Eval, CMMLU, HumanEval and lm-eval's tasks"),
+        ),
     ),
     (
         "Post-training",

@@ -1,0 +1,72 @@
+"""The texts that models are compared on: a domain is an input that the preprocessor reads, or a .bin/.idx pair."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_hammer.corpus.readers import Document, read_documents
+from megatron_hammer.data.indexed.manifest import read_manifest
+from megatron_hammer.data.indexed.pair import read_index
+from megatron_hammer.data.inspect.document_text import read_document_ids, require_same_tokenizer
+from megatron_hammer.errors import ConfigError, DataError
+from megatron_hammer.tokenizer.encoding.encoder import Encoder
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Domain:
+    """Documents with text. num_skipped: of the input's documents, how many have none."""
+
+    name: str
+    documents: tuple[Document, ...]
+    num_skipped: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DomainOptions:
+    """json_key: the field or column of the text. max_characters, max_documents: None for no limit.
+
+    pair_encoder: the tokenizer by which .bin/.idx pairs were encoded.
+    """
+
+    json_key: str = "text"
+    max_characters: int | None = None
+    max_documents: int | None = None
+    pair_encoder: Encoder | None = None
+
+
+def read_domain(name: str, source: str, options: DomainOptions) -> Domain:
+    """Read the documents of a file, a glob, a folder or the prefix of a pair.
+
+    Raises DataError if it cannot be read or has no text, ConfigError for a pair without pair_encoder.
+    """
+    is_pair = Path(f"{source}.idx").is_file()
+    found = _read_pair(source, options.pair_encoder) if is_pair else read_documents([source], options.json_key)
+    documents, num_skipped = [], 0
+    for document in itertools.islice(found, options.max_documents):
+        text = document.text[: options.max_characters]
+        num_skipped += not text
+        if text:
+            documents.append(Document(text, document.source, document.line))
+    if not documents:
+        raise DataError(f"{source}: domain {name} must have text, got {num_skipped} empty documents. Check the input.")
+    return Domain(name=name, documents=tuple(documents), num_skipped=num_skipped)
+
+
+def _read_pair(prefix: str, encoder: Encoder | None) -> Iterator[Document]:
+    """The documents as text, without the BOS and the end-of-document tokens that the preprocessor adds."""
+    if encoder is None:
+        raise ConfigError(
+            f"{prefix}: a pair needs the tokenizer that encoded it, got none. Pass it with --data-tokenizer."
+        )
+    require_same_tokenizer(prefix, encoder, read_manifest(prefix))
+    index = read_index(prefix)
+    for number in range(index.num_documents):
+        ids = read_document_ids(index, number).tolist()
+        ids = ids[bool(ids and ids[0] == encoder.bos_id) :]
+        ids = ids[: len(ids) - bool(ids and ids[-1] == encoder.eod_id)]
+        try:
+            text = encoder.decode(ids)
+        except IndexError as error:
+            raise DataError(f"{prefix}: document {number}: {error}. Pass its own tokenizer.") from error
+        yield Document(text, f"{prefix}.idx", number + 1)

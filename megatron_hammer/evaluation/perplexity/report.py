@@ -1,0 +1,178 @@
+"""Perplexity tables as Markdown, CSV, JSON and a picture, and the notes that belong to them."""
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from megatron_hammer.evaluation.perplexity.formula import Estimate, estimate_average, estimate_domain
+from megatron_hammer.evaluation.perplexity.measure import DomainScores, ModelScores
+from megatron_hammer.files.csv_table import format_csv
+from megatron_hammer.files.publish import publish_files
+
+PLOT_DOTS_PER_INCH = 120
+CSV_COLUMNS = (
+    *("model", "trained_tokens", "domain", "perplexity", "perplexity_low", "perplexity_high", "bits_per_byte"),
+    *("bits_per_byte_low", "bits_per_byte_high", "nats", "documents", "bytes", "tokens", "reference_tokens", "prefix"),
+    *("max_length", "stride", "precision", "documents_without_number"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A title, a header and rows of texts."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def build_tables(models: Sequence[ModelScores], reference: str) -> list[Table]:
+    """Perplexity as HammerLLM's README prints it, and bits per byte. reference: the path of the tokenizer."""
+    names = tuple(domain.name for domain in models[0].domains)
+    perplexities, bits = [], []
+    for model in models:
+        head = (model.name, format_tokens(model.num_trained_tokens))
+        domains = [estimate_domain(domain.losses) for domain in model.domains]
+        values = [one.perplexity for one in domains] + ([estimate_average(domains)] if len(names) > 1 else [])
+        perplexities.append((*head, *(_format(one, 2) for one in values)))
+        bits.append((*head, *(_format(one.bits_per_byte, 4) for one in domains)))
+    columns = ("model", "tokens", *names)
+    average = ("average",) if len(names) > 1 else ()
+    return [
+        Table(f"perplexity, per token of {reference}", (*columns, *average), tuple(perplexities)),
+        Table("bits per byte", columns, tuple(bits)),
+    ]
+
+
+def list_notes(models: Sequence[ModelScores]) -> list[str]:
+    """How the figures were made, which documents have no number, and what each model's measurement noticed."""
+    notes = []
+    for model in models:
+        windows = f"windows of {model.max_length:,} tokens, stride {model.stride:,}"
+        notes.append(f"{model.name}: {model.prefix} in front of each document, {windows}, {model.precision}")
+        for domain in model.domains:
+            if domain.bad_documents:
+                bad = domain.bad_documents
+                shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+                notes.append(
+                    f"{model.name}: {domain.name} has no figure and is not in the average: the loss is not a finite "
+                    f"number at {shown}"
+                )
+        notes += model.notes
+    return notes
+
+
+def write_report(save_dir: Path, models: Sequence[ModelScores], reference: str) -> list[Path]:
+    """Write perplexity.md, .csv, .json and .png at once; returns their paths. Raises OutputError if it cannot."""
+    save_dir.mkdir(parents=True, exist_ok=True)
+    contents: dict[Path, str | bytes] = {
+        save_dir / "perplexity.md": format_markdown(build_tables(models, reference), list_notes(models)),
+        save_dir / "perplexity.csv": format_csv(CSV_COLUMNS, [row for model in models for row in _list_rows(model)]),
+        save_dir / "perplexity.json": orjson.dumps(describe(models, reference), option=orjson.OPT_INDENT_2),
+        save_dir / "perplexity.png": draw(models),
+    }
+    publish_files(contents)
+    return list(contents)
+
+
+def format_markdown(tables: Sequence[Table], notes: Sequence[str]) -> str:
+    """Each table under its title, then the notes as a list."""
+    lines = []
+    for table in tables:
+        lines += [f"### {table.title}", "", _join(table.columns)]
+        lines += [_join(["---", *["---:"] * (len(table.columns) - 1)]), *map(_join, table.rows), ""]
+    return "\n".join([*lines, *(f"- {note}" for note in notes)]) + "\n"
+
+
+def describe(models: Sequence[ModelScores], reference: str) -> dict[str, Any]:
+    """Everything as one JSON object; NaN is null."""
+    rows = [dict(zip(CSV_COLUMNS, row, strict=True)) for model in models for row in _list_rows(model)]
+    averages = [
+        {"model": model.name}
+        | _describe_estimate(estimate_average([estimate_domain(one.losses) for one in model.domains]))
+        for model in models
+    ]
+    return {"reference_tokenizer": reference, "rows": rows, "averages": averages, "notes": list_notes(models)}
+
+
+def draw(models: Sequence[ModelScores]) -> bytes:
+    """A PNG: perplexity against trained tokens where two models or more know theirs, else bits per byte as bars."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    series = sorted(
+        (model for model in models if model.num_trained_tokens), key=lambda one: one.num_trained_tokens or 0
+    )
+    if len(series) > 1:
+        tokens = [(model.num_trained_tokens or 0) / 1e9 for model in series]
+        for number, domain in enumerate(series[0].domains):
+            estimates = [estimate_domain(model.domains[number].losses).perplexity for model in series]
+            axes.plot(tokens, [one.value for one in estimates], marker="o", label=domain.name)
+            axes.fill_between(tokens, [one.low for one in estimates], [one.high for one in estimates], alpha=0.2)
+        axes.set(xlabel="trained tokens (billions)", ylabel="perplexity", yscale="log")
+    else:
+        places = np.arange(len(models[0].domains))
+        width = 0.8 / len(models)
+        for number, model in enumerate(models):
+            estimates = [estimate_domain(domain.losses).bits_per_byte for domain in model.domains]
+            errors = [[one.value - one.low for one in estimates], [one.high - one.value for one in estimates]]
+            axes.bar(places + number * width, [one.value for one in estimates], width, yerr=errors, label=model.name)
+        axes.set_xticks(places + 0.4 - width / 2, [domain.name for domain in models[0].domains])
+        axes.set_ylabel("bits per byte")
+    axes.legend()
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=PLOT_DOTS_PER_INCH, metadata={"Software": None})
+    return content.getvalue()
+
+
+def format_tokens(num_tokens: int | None) -> str:
+    """50B, 1.3M or 820; a hyphen where it is not known."""
+    if num_tokens is None:
+        return "-"
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if num_tokens >= size:
+            return f"{num_tokens / size:.4g}{unit}"
+    return str(num_tokens)
+
+
+def _list_rows(model: ModelScores) -> list[tuple[Any, ...]]:
+    return [_list_cells(model, domain) for domain in model.domains]
+
+
+def _list_cells(model: ModelScores, domain: DomainScores) -> tuple[Any, ...]:
+    estimates, losses = estimate_domain(domain.losses), domain.losses
+    figures = [
+        _finite(value)
+        for one in (estimates.perplexity, estimates.bits_per_byte)
+        for value in (one.value, one.low, one.high)
+    ]
+    sums = (_finite(losses.nats.sum()), len(losses.nats), int(losses.num_bytes.sum()), domain.num_tokens)
+    settings = (model.prefix, model.max_length, model.stride, model.precision, " ".join(domain.bad_documents))
+    head = (model.name, model.num_trained_tokens, domain.name)
+    return (*head, *figures, *sums, int(losses.num_reference_tokens.sum()), *settings)
+
+
+def _describe_estimate(one: Estimate) -> dict[str, Any]:
+    return {"perplexity": _finite(one.value), "low": _finite(one.low), "high": _finite(one.high)}
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _format(one: Estimate, num_decimals: int) -> str:
+    """The figure with its interval, where it has one."""
+    if math.isnan(one.low):
+        return f"{one.value:.{num_decimals}f}"
+    return f"{one.value:.{num_decimals}f} [{one.low:.{num_decimals}f}, {one.high:.{num_decimals}f}]"
+
+
+def _join(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
