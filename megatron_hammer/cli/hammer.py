@@ -32,6 +32,9 @@ GROUPS: tuple[tuple[str, tuple[Command, ...]], ...] = (
         "Text",
         (
             Command("build-machine-corpus", "cli.build_machine_corpus", "make a demonstration corpus from local text"),
+            Command(
+                "build-machine-conversations", "cli.build_machine_conversations", "make conversations for a small demo"
+            ),
             Command("dedup-data", "cli.dedup_data", "drop duplicate and nearly duplicate documents"),
         ),
     ),
@@ -87,6 +90,7 @@ GROUPS: tuple[tuple[str, tuple[Command, ...]], ...] = (
         (
             Command("preprocess-conversations", "cli.preprocess_conversations", "turn chat data into ids and masks"),
             Command("show-chat-masks", "cli.show_chat_masks", "print conversations with the loss weight of each token"),
+            Command("post-train", "cli.post_train", "SFT, reward models, DPO and LoRA of a Hugging Face model"),
         ),
     ),
     (

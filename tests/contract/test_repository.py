@@ -29,6 +29,7 @@ DOCUMENTS = (
     "docs/clusters.md",
     "docs/checkpoints.md",
     "docs/data.md",
+    "docs/post_training.md",
     "docs/presets.md",
     "docs/reliability.md",
     "docs/scaling.md",
@@ -44,6 +45,8 @@ TAKES_MEGATRON_FLAGS = ("tools/build_rank.py", "build-rank", "tools/check_cluste
 HAS_COMMANDS = (
     "checkpoint_convert/edit_checkpoint.py",
     "checkpoint edit",
+    "tools/post_train.py",
+    "post-train",
     "tools/scaling_study.py",
     "scaling-study",
 )

@@ -1,0 +1,28 @@
+"""One line on stderr for every log of the training; a loss that is not a number ends it."""
+
+import math
+import sys
+from typing import Any
+
+from transformers import TrainerCallback
+
+from megatron_hammer.errors import DataError
+
+SHOWN = {"loss": "loss", "learning_rate": "lr", "accuracy": "accuracy", "rewards/accuracies": "accuracy"}
+
+
+class ShowProgress(TrainerCallback):
+    """Prints step, loss, learning rate and, of preferences, the share in which the chosen answer wins."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **options: Any) -> None:
+        """Called by transformers on every process."""
+        if logs is None or "loss" not in logs:  # the summary at the end
+            return
+        loss = float(logs["loss"])
+        if not math.isfinite(loss):
+            raise DataError(
+                f"loss: must be finite, got {loss} in step {state.global_step}. Lower lr, or look at the data."
+            )
+        if state.is_world_process_zero:
+            values = "  ".join(f"{label} {float(logs[name]):.4g}" for name, label in SHOWN.items() if name in logs)
+            print(f"step {state.global_step}/{state.max_steps}  {values}", file=sys.stderr, flush=True)
