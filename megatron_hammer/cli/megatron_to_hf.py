@@ -7,6 +7,7 @@ and transformers compute the same text, as far as memory allows. The folder is r
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ with importing():
     from megatron_hammer.checkpoint.verification.print_checks import print_checks
     from megatron_hammer.checkpoint.verification.verify_conversion import LEVELS
     from megatron_hammer.checkpoint_files.open_checkpoint import WEIGHTS
+    from megatron_hammer.cli.tokenizer_export import add_chat_flags
+    from megatron_hammer.post_training.templates.chat_export import find_chat_format
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -47,6 +50,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="SentencePiece .model, tokenizer.json or its folder (default: the one the checkpoint was trained with)",
     )
     parser.add_argument("--no-tokenizer", action="store_true", help="write no tokenizer files")
+    add_chat_flags(parser, default="that of the conversations that the checkpoint was trained on, if any")
     parser.add_argument(
         "--vocab-size", type=int, help="rows of the embedding to keep (default: the checkpoint's vocab_size)"
     )
@@ -75,7 +79,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in --save")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.no_tokenizer and arguments.chat_template:
+        parser.error("--chat-template needs the tokenizer, got --no-tokenizer too")
+    if arguments.bind_token and not arguments.chat_template:
+        parser.error("--bind-token must come with --chat-template, got it alone")
+    return arguments
 
 
 @exit_on_interrupt("nothing was written")
@@ -96,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         verify=arguments.verify,
         ignored_arguments=tuple(arguments.ignore_arguments),
         overwrite=arguments.overwrite,
+        find_chat=functools.partial(find_chat_format, source=arguments.chat_template, bindings=arguments.bind_token),
     )
     with show_stages() as show:
         report = export_to_hugging_face(options, show)

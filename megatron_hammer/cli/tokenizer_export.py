@@ -15,7 +15,8 @@ from megatron_hammer.corpus.input_files import find_input_files, match_partials
 from megatron_hammer.corpus.readers import Document, read_files
 from megatron_hammer.errors import exit_on_user_error
 from megatron_hammer.files.command_line import CommandParser
-from megatron_hammer.files.read import read_text
+from megatron_hammer.post_training.templates.chat_export import build_chat_format
+from megatron_hammer.post_training.templates.chat_template import SHIPPED, load_chat_template, parse_bindings
 from megatron_hammer.tokenizer.export.export_tokenizer import (
     ExportedFolder,
     export_tokenizer_folder,
@@ -34,8 +35,23 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--model-max-length", type=int, help="positions of the model, for transformers (default: no limit)"
     )
-    parser.add_argument("--chat-template", type=Path, help="a Jinja file to ship with the tokenizer")
-    return parser.parse_args(argv)
+    add_chat_flags(parser, default="none")
+    arguments = parser.parse_args(argv)
+    if arguments.bind_token and not arguments.chat_template:
+        parser.error("--bind-token must come with --chat-template, got it alone")
+    return arguments
+
+
+def add_chat_flags(parser: argparse.ArgumentParser, *, default: str) -> None:
+    """The flags that say which chat template an exported folder has; default: in words, for the help."""
+    parser.add_argument("--chat-template", help=f"{', '.join(SHIPPED)}, or a Jinja file (default: {default})")
+    parser.add_argument(
+        "--bind-token",
+        action="append",
+        default=[],
+        metavar="TOKEN=OTHER",
+        help="write a control token of the template as another one, which the tokenizer has and no text uses",
+    )
 
 
 @exit_on_user_error
@@ -43,7 +59,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; see --help. Prints what was compared; status goes to stderr."""
     arguments = parse_arguments(argv)
     started_at_s = time.monotonic()
-    chat_template = read_text(arguments.chat_template) if arguments.chat_template else None
+    chat = None
+    if arguments.chat_template:
+        template = load_chat_template(arguments.chat_template, parse_bindings(arguments.bind_token), is_marked=False)
+        chat = build_chat_format(arguments.tokenizer_model, template)
     # Without --input, only the sample texts are compared.
     documents: Iterable[Document] = ()
     if arguments.input:
@@ -57,11 +76,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             arguments.save,
             documents,
             max_length=arguments.model_max_length,
-            chat_template=chat_template,
+            chat=chat,
             on_document=lambda num_documents: status.update(f"{num_documents:,} documents compared"),
         )
-    if exported.tokenizer.note is not None:
-        print(f"note: {exported.tokenizer.note}", file=sys.stderr)
+    for note in (*((exported.tokenizer.note,) if exported.tokenizer.note else ()), *exported.notes):
+        print(f"note: {note}", file=sys.stderr)
+    if chat is not None and not exported.num_conversations:
+        print("note: no conversation was compared: the template has no {% generation %} marks", file=sys.stderr)
     print(f"{summarise(arguments.save, exported)}; {time.monotonic() - started_at_s:.1f} s")
 
 
@@ -75,4 +96,7 @@ def summarise(save_dir: Path, exported: ExportedFolder) -> str:
         compared += f" and {corpus.num_documents:,} documents ({size})"
     else:
         compared += " and no documents (pass --input)"
-    return f"{save_dir}: {exported.tokenizer.vocab_size:,} ids; {compared} encode and decode alike in transformers"
+    same = f"{compared} encode and decode alike in transformers"
+    if exported.num_conversations:
+        same += f", {exported.num_conversations} conversations have the same ids and masks"
+    return f"{save_dir}: {exported.tokenizer.vocab_size:,} ids; {same}"

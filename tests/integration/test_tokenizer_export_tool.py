@@ -24,7 +24,8 @@ def test_a_tokenizer_is_exported_and_compared(tmp_path: Path) -> None:
     code, stdout, stderr = run_tool(
         TOOL, *arguments, "--input", "c.jsonl", "--chat-template", "chat.jinja", cwd=tmp_path
     )
-    assert (code, stderr) == (0, "")
+    assert code == 0
+    assert stderr == "note: no conversation was compared: the template has no {% generation %} marks\n"
     assert stdout.startswith("out/hf: 347 ids; ")
     assert " sample texts and 3 documents (0.00 MB, " in stdout
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out" / "hf")
@@ -32,6 +33,24 @@ def test_a_tokenizer_is_exported_and_compared(tmp_path: Path) -> None:
     code, stdout, stderr = run_tool_here(TOOL, *arguments, cwd=tmp_path)
     assert (code, stdout) == (2, "")
     assert_errors(stderr, ("out/hf:", "target must be absent", "got 4 entries", "--save"))
+
+
+def test_a_chat_template_is_proven_and_compared(tmp_path: Path) -> None:
+    arguments = ("--tokenizer-model", train_toy_tokenizer(tmp_path), "--save", "hf", "--chat-template", "chatml")
+    code, stdout, stderr = run_tool_here(TOOL, *arguments, cwd=tmp_path)
+    assert (code, stdout) == (2, "")
+    assert_errors(stderr, (f"{tmp_path}/toy.model:", "must have the control tokens", "got none for <|im_end|>"))
+    bindings = ("--bind-token", "<|im_start|>=<s>", "--bind-token", "<|im_end|>=</s>")
+    code, stdout, stderr = run_tool_here(TOOL, *arguments, *bindings, cwd=tmp_path)
+    assert code == 0
+    assert " conversations have the same ids and masks" in stdout
+    assert stderr.startswith("note: split_special_tokens is off in this folder")
+
+
+def test_a_binding_without_a_template_is_refused(tmp_path: Path) -> None:
+    code, _, stderr = run_tool_here(TOOL, "--tokenizer-model", "t", "--save", "hf", "--bind-token", "a=b", cwd=tmp_path)
+    assert code == 2
+    assert_errors(stderr, ("command line:", "--bind-token must come with --chat-template"))
 
 
 @needs_shared_data
@@ -49,7 +68,10 @@ def test_hammerllm_encodes_the_whole_corpus_alike(tmp_path: Path) -> None:
     [
         (("--tokenizer-model", "none.model"), "none.model: tokenizer does not exist."),
         (("--tokenizer-model", "toy.model", "--input", "none.jsonl"), "none.jsonl: input file does not exist."),
-        (("--tokenizer-model", "toy.model", "--chat-template", "c.jinja"), "c.jinja: file cannot be read ("),
+        (
+            ("--tokenizer-model", "toy.model", "--chat-template", "c.jinja"),
+            "chat-template: must be chatml, llama3, qwen, tiny_llm_zh or a Jinja file",
+        ),
         (("--tokenizer-model", "toy.model", "--input", "bad.jsonl"), "bad.jsonl:2: line must be one JSON object,"),
     ],
 )

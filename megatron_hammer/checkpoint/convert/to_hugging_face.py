@@ -9,6 +9,7 @@ import functools
 import json
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ from megatron_hammer.checkpoint_files.torch_dist.reader import TorchDistReader
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.files.publish import publish_directory
 from megatron_hammer.model.shape import ModelShape
+from megatron_hammer.tokenizer.encoding.special_tokens import read_config
+from megatron_hammer.tokenizer.export.chat_format import ChatFormat, write_chat_format
 
 DEFAULT_MAX_SHARD_BYTES = 5_000_000_000  # of transformers 4; version 5 writes shards of up to 50 GB
 
@@ -60,6 +63,7 @@ class ExportOptions:
     vocab_size: None for the checkpoint's. has_tokenizer: False leaves the tokenizer's files out. weights: "model", or
     "master" for the optimizer's fp32 copies. verify: how far the models are compared after their tensors have been.
     ignored_arguments: saved arguments that this package does not know and that do not change the computation.
+    find_chat: is given the tokenizer's path and the saved arguments, and returns how the model chats, if it does.
     """
 
     load_dir: Path
@@ -74,6 +78,7 @@ class ExportOptions:
     verify: Level = "auto"
     ignored_arguments: tuple[str, ...] = ()
     overwrite: bool = False
+    find_chat: Callable[[Path, Namespace], ChatFormat | None] = lambda path, args: None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,6 +155,8 @@ def export_to_hugging_face(
             *_compare_tokenizers(tokenizer, partial_dir, config),
             *_compare_models(options, partial_dir, config, on_progress),
         ]
+        # Last: what differs from the original tokenizer on purpose must not be compared with it.
+        chat_checks, chat_notes = _write_chat_format(options, plan, partial_dir)
         (partial_dir / "config.json").write_text(config)
     return ExportReport(
         save_dir=options.save_dir,
@@ -163,9 +170,9 @@ def export_to_hugging_face(
         num_shards=len(plan.shards),
         dtype=plan.dtype_name,
         num_checked_texts=tokenizer.num_checked_texts if tokenizer else 0,
-        checks=tuple(checks),
+        checks=(*checks, *chat_checks),
         elapsed_s=time.monotonic() - started_at_s,
-        notes=(*notes, *plan.notes, *_describe_norms(plan)),
+        notes=(*notes, *plan.notes, *_describe_norms(plan), *chat_notes),
     )
 
 
@@ -277,6 +284,23 @@ def _export_tokenizer(
     )
     on_progress("tokenizer", 1, 1)
     return tokenizer, () if tokenizer.note is None else (tokenizer.note,)
+
+
+def _write_chat_format(
+    options: ExportOptions, plan: _Plan, directory: Path
+) -> tuple[tuple[CheckRow, ...], tuple[str, ...]]:
+    """Add the chat template, and let generation stop at the end of a turn; returns what was compared, and notes."""
+    chat = None if plan.tokenizer_path is None else options.find_chat(plan.tokenizer_path, plan.reader.args)
+    if chat is None:
+        return (), ()
+    notes = write_chat_format(directory, chat)
+    generation = read_config(directory / GENERATION_NAME)
+    ends = generation.get("eos_token_id", [])
+    stops = sorted({*(ends if isinstance(ends, list) else [ends]), *chat.end_of_turn_ids})
+    (directory / GENERATION_NAME).write_text(_format_json(generation | {"eos_token_id": stops}))
+    num_conversations = chat.check(directory)
+    result = f"{num_conversations} conversations have the same ids and masks in transformers"
+    return (CheckRow("chat template", result, True),) if num_conversations else (), notes
 
 
 def _find_saved_tokenizer(options: ExportOptions, reader: CheckpointReader) -> Path | None:

@@ -4,12 +4,19 @@ It is the manifest of the preprocessor with more fields, so that what reads mani
 run's tokenizer, reads these too.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_hammer.data.indexed.index_format import idx_path
 from megatron_hammer.data.indexed.manifest import Manifest, manifest_path
 from megatron_hammer.errors import DataError
 from megatron_hammer.files.typed import read_json
+
+
+def mask_prefix(prefix: str | Path) -> Path:
+    """The prefix of the masks of conversations."""
+    return Path(f"{prefix}_loss_mask")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,3 +59,24 @@ def read_conversation_manifest(prefix: str | Path) -> ConversationManifest:
     if not path.is_file():
         raise DataError(f"{path}: manifest must lie beside conversations, got none. {remedy}")
     return read_json(path, ConversationManifest, remedy=remedy)
+
+
+def find_template(data_path: Iterable[str]) -> TemplateIdentity | None:
+    """The template of the conversations among the parts of a --data-path, which may also hold weights; None if none.
+
+    Conversations that are not here any more are no part. Raises DataError if they have different templates.
+    """
+    found: dict[str, str] = {}
+    template = None
+    for prefix in data_path:
+        # Only conversations have a template in their manifest; corpora may stand beside them.
+        if not manifest_path(prefix).is_file() or not idx_path(mask_prefix(prefix)).is_file():
+            continue
+        template = read_conversation_manifest(prefix).template
+        found.setdefault(template.sha256, prefix)
+    if len(found) > 1:
+        raise DataError(
+            f"data-path: conversations of one model must have one template, got several in "
+            f"{' and '.join(found.values())}. Name the one to export: --chat-template."
+        )
+    return template

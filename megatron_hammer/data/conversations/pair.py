@@ -15,18 +15,15 @@ from typing import Self
 
 import numpy as np
 
-from megatron_hammer.data.conversations.manifest import ConversationManifest, read_conversation_manifest
+from megatron_hammer.data.conversations.manifest import ConversationManifest, mask_prefix, read_conversation_manifest
 from megatron_hammer.data.indexed.manifest import encode_manifest, manifest_path
 from megatron_hammer.data.indexed.pair import IndexedWriter, IndexSummary, bin_path, idx_path, read_index
 from megatron_hammer.errors import DataError
 from megatron_hammer.files.publish import partial_path, publish_files
 
+__all__ = ["MASK_DTYPE", "ConversationWriter", "Conversations", "mask_prefix", "open_conversations"]
+
 MASK_DTYPE = np.dtype(np.uint8)
-
-
-def mask_prefix(prefix: str | Path) -> Path:
-    """The prefix of the masks of conversations."""
-    return Path(f"{prefix}_loss_mask")
 
 
 @dataclass(frozen=True, slots=True)

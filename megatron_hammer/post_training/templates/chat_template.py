@@ -63,11 +63,14 @@ class ChatTemplate:
         return rendered[0], spans[0]
 
 
-def load_chat_template(source: str | Path, bindings: Mapping[str, str] | None = None) -> ChatTemplate:
+def load_chat_template(
+    source: str | Path, bindings: Mapping[str, str] | None = None, *, is_marked: bool = True
+) -> ChatTemplate:
     """Load a shipped template by its name, or a Jinja file.
 
-    bindings: control tokens of the template to be written as other ones that the tokenizer has. Raises ConfigError for
-    an unknown name, a template without {% generation %}, or a binding that it does not use.
+    bindings: control tokens of the template to be written as other ones that the tokenizer has. is_marked: whether it
+    must have {% generation %} marks. Raises ConfigError if it has none, for an unknown name, and for a binding that the
+    template does not use.
     """
     path = SHIPPED.get(str(source).replace("-", "_"), Path(source))
     if not path.is_file():
@@ -75,7 +78,7 @@ def load_chat_template(source: str | Path, bindings: Mapping[str, str] | None = 
             f"chat-template: must be {', '.join(SHIPPED)} or a Jinja file, got {source}. Check the name or the path."
         )
     name, text = (path.stem if path in SHIPPED.values() else path.name), read_text(path)
-    if not GENERATION_MARK.search(text):
+    if is_marked and not GENERATION_MARK.search(text):
         raise ConfigError(
             f"{source}: chat template must mark what the assistant says, got no {{% generation %}}. Put the "
             "assistant's text and its end-of-turn token between {% generation %} and {% endgeneration %}."

@@ -5,6 +5,7 @@ user's words; a control token that is several tokens of text; a conversation tha
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 import numpy as np
 
@@ -26,7 +27,7 @@ def prove_template(tokenizer: ChatTokenizer) -> tuple[int, ...]:
         tokenizer.render(PLAIN_PROBE)
     except ConversationError as error:
         raise ConfigError(f"{name}: chat template must render a question and its answer, got: {error}") from error
-    probes = [probe for probe in _list_probes() if _is_rendered(tokenizer, probe)]
+    probes = list_probes(tokenizer)
     for problems in (
         _list_missing_variables(tokenizer),
         _list_missing_tokens(tokenizer, probes),
@@ -50,20 +51,16 @@ def prove_template(tokenizer: ChatTokenizer) -> tuple[int, ...]:
     return tuple(sorted(ends))
 
 
-def _list_probes() -> Iterator[Conversation]:
+def list_probes(tokenizer: ChatTokenizer) -> list[Conversation]:
+    """Short conversations that the template renders; it may refuse system texts, for instance."""
     turn = ({"role": "user", "content": QUESTION}, {"role": ASSISTANT, "content": ANSWER})
-    yield Conversation(turn)
-    yield Conversation(turn * 3)
-    yield Conversation(({"role": "system", "content": SYSTEM}, *turn, *turn))
-
-
-def _is_rendered(tokenizer: ChatTokenizer, probe: Conversation) -> bool:
-    """Whether the template knows such conversations; it may refuse system texts, for instance."""
-    try:
-        tokenizer.render(probe)
-    except ConversationError:
-        return False
-    return True
+    system = {"role": "system", "content": SYSTEM}
+    probes = []
+    for messages in (turn, turn * 3, (system, *turn, *turn)):
+        with suppress(ConversationError):
+            tokenizer.render(Conversation(messages))
+            probes.append(Conversation(messages))
+    return probes
 
 
 def _list_missing_variables(tokenizer: ChatTokenizer) -> list[str]:

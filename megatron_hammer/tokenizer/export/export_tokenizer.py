@@ -36,6 +36,7 @@ from megatron_hammer.tokenizer.encoding.hugging_face_tokenizer import (
 from megatron_hammer.tokenizer.encoding.loading_by_class import describe_other_loading, is_known_to_load_alike
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import SentencePieceModel, read_sentencepiece_model
 from megatron_hammer.tokenizer.encoding.special_tokens import CONFIG_NAME, read_config
+from megatron_hammer.tokenizer.export.chat_format import TEMPLATE_NAME, ChatFormat, write_chat_format
 from megatron_hammer.tokenizer.export.check_export import CheckedTexts, verify_with_transformers
 from megatron_hammer.tokenizer.export.check_loading import require_loaded_alike
 
@@ -47,7 +48,7 @@ HF_TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
-    "chat_template.jinja",
+    TEMPLATE_NAME,
 )
 
 
@@ -73,11 +74,16 @@ class ExportedTokenizer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportedFolder:
-    """What was written, and how much text transformers encodes and decodes as the original does."""
+    """What was written, and how much text and how many conversations transformers encodes as the original does.
+
+    notes: what was changed for conversations.
+    """
 
     tokenizer: ExportedTokenizer
     samples: CheckedTexts
     corpus: CheckedTexts
+    num_conversations: int
+    notes: tuple[str, ...]
 
 
 def export_tokenizer_folder(
@@ -86,12 +92,12 @@ def export_tokenizer_folder(
     documents: Iterable[Document] = (),
     *,
     max_length: int | None = None,
-    chat_template: str | None = None,
+    chat: ChatFormat | None = None,
     on_document: Callable[[int], None] = lambda num_documents: None,
 ) -> ExportedFolder:
     """Write a Hugging Face tokenizer folder that encodes every document as `source` does, or nothing at all.
 
-    documents: read once, streamed; `on_document` is told how many were compared. chat_template: Jinja text.
+    documents: read once, streamed; `on_document` is told how many were compared. chat: added last.
     Raises ConversionError at the first text on which both differ, and if `save_dir` holds anything.
     """
     with publish_directory(save_dir) as partial_dir:
@@ -104,13 +110,14 @@ def export_tokenizer_folder(
         if tokenizer.copied_from is not None:
             _name_class(source, partial_dir)
             require_loaded_alike(source, partial_dir)
-        if chat_template is not None:
-            # A file of its own: transformers prefers it to the field of tokenizer_config.json.
-            (partial_dir / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
         encoder = _load_as_exported(source)
         samples = verify_with_transformers(encoder, partial_dir, list_samples(encoder))
         corpus = verify_with_transformers(encoder, partial_dir, documents, on_document)
-    return ExportedFolder(tokenizer=tokenizer, samples=samples, corpus=corpus)
+        notes = () if chat is None else write_chat_format(partial_dir, chat)
+        num_conversations = 0 if chat is None else chat.check(partial_dir)
+    return ExportedFolder(
+        tokenizer=tokenizer, samples=samples, corpus=corpus, num_conversations=num_conversations, notes=notes
+    )
 
 
 def list_samples(encoder: Encoder) -> Iterable[Document]:

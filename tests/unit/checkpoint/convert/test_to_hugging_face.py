@@ -27,6 +27,7 @@ from megatron_hammer.errors import CheckpointError, ConversionError, OutputError
 from megatron_hammer.tokenizer.encoding import encoder
 from megatron_hammer.tokenizer.encoding.encoder import load_encoder
 from megatron_hammer.tokenizer.export import check_loading, export_tokenizer
+from megatron_hammer.tokenizer.export.chat_format import ChatFormat
 from tests.helpers.messages import assert_problems
 from tests.helpers.sentencepiece_models import MODEL_OPTIONS, train_model
 from tests.helpers.toy_checkpoint import toy_llama_tensors, write_toy_checkpoint
@@ -430,6 +431,27 @@ def test_the_tokenizer_that_the_checkpoint_names_comes_along(tmp_path, tokenizer
     assert len(tokenizer) == TOY_VOCAB_SIZE == model.config.vocab_size
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 2
     assert "AutoTokenizer" in (options.save_dir / "README.md").read_text()
+
+
+def test_a_chat_template_comes_last_and_generation_stops_at_its_ends(tmp_path):
+    """The tokenizer is compared with the original before, because the folder then differs from it on purpose."""
+    _, options = write_llama_checkpoint(tmp_path)
+    asked, checked = [], []
+
+    def find_chat(path, args):
+        asked.append((str(path), args.tokenizer_model))
+        check = lambda folder: checked.append((folder / "chat_template.jinja").read_text()) or 5  # noqa: E731
+        return ChatFormat(template="{{ messages }}", end_of_turn_ids=(7, 3), check=check)
+
+    report = export_to_hugging_face(dataclasses.replace(options, find_chat=find_chat))
+    assert asked == [(str(tmp_path / "llama"),) * 2]
+    assert checked == ["{{ messages }}"]
+    assert report.checks[-1] == CheckRow(
+        "chat template", "5 conversations have the same ids and masks in transformers", True
+    )
+    generation = json.loads((options.save_dir / "generation_config.json").read_bytes())
+    own_end = transformers.AutoTokenizer.from_pretrained(options.save_dir).eos_token_id
+    assert generation["eos_token_id"] == sorted({3, 7, own_end})
 
 
 def write_llama_checkpoint(tmp_path) -> tuple[Path, ExportOptions]:

@@ -21,6 +21,7 @@ from megatron_hammer.tokenizer.encoding.hugging_face_tokenizer import (
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import PieceType, read_sentencepiece_model
 from megatron_hammer.tokenizer.encoding.transformers_tokenizer import load_with_transformers
 from megatron_hammer.tokenizer.export import export_tokenizer as tokenizer_export
+from megatron_hammer.tokenizer.export.chat_format import ChatFormat
 from megatron_hammer.tokenizer.export.export_tokenizer import (
     export_tokenizer,
     export_tokenizer_folder,
@@ -227,8 +228,9 @@ def test_a_folder_is_written_once_every_document_is_the_same(tmp_path):
     source = train_toy_tokenizer(tmp_path)
     counts = []
     exported = export_tokenizer_folder(
-        source, tmp_path / "hf", iter(DOCUMENTS), chat_template="{{ messages }}", on_document=counts.append
+        source, tmp_path / "hf", iter(DOCUMENTS), chat=ChatFormat(template="{{ messages }}"), on_document=counts.append
     )
+    assert (exported.num_conversations, exported.notes) == (0, ())
     assert exported.tokenizer.vocab_size == 347
     assert exported.samples.num_documents == exported.tokenizer.num_checked_texts > 90
     assert exported.corpus.num_documents == counts[-1] == len(TEXTS)
