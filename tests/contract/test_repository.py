@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.tokenizer.vocabulary.recipes import RECIPES as TOKENIZER_PRESETS
 from tests.helpers.imports import MODULES, PACKAGE
 from tests.helpers.repository import ROOT, list_tracked_files
+from tests.helpers.tool_runs import run_python_here
 
 # Sourced, so they must leave their caller's shell options alone; every other script sets its own.
 SOURCED_SCRIPTS = ("tools/setup_environment.sh",)
@@ -71,14 +71,12 @@ COMMANDS = list(dict.fromkeys(command for document in DOCUMENTS for command in l
 @functools.cache
 def read_known_flags(*command: str) -> frozenset[str]:
     """Every --flag in the command's --help. Skips the test where the environment lacks a package it needs."""
-    search_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PYTHONPATH": search_path}
-    result = subprocess.run(
-        [sys.executable, *command, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
-    )
-    absent = re.search(r"ModuleNotFoundError: No module named '(?!megatron_hammer)([\w.]+)'", result.stderr)
-    if absent:
-        pytest.skip(f"{absent[1]} is missing; bash tests/run.sh installs it")
+    try:
+        result = run_python_here(*command, "--help", cwd=ROOT)
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith(PACKAGE):
+            raise
+        pytest.skip(f"{error.name} is missing; bash tests/run.sh installs it")
     assert result.returncode == 0, f"{' '.join(command)} --help: {result.stderr[-2000:]}"
     return frozenset(re.findall(r"--[A-Za-z0-9][\w-]*", result.stdout))
 

@@ -88,16 +88,25 @@ def without_notes(stderr: str) -> str:
 
 def run_tool_here(tool: str | Path, *arguments: str | Path, cwd: Path | None = None) -> Finished:
     """Run a tool in this process, where it need not import torch again; each tool is started for real elsewhere too."""
+    return run_python_here(str(ROOT / tool), *map(str, arguments), cwd=cwd)
+
+
+def run_python_here(*words: str, cwd: Path | None = None) -> Finished:
+    """What `python WORD...` does, in this process. words: `-m` and a module, or a script, and then the arguments."""
+    module, arguments = (words[1], words[1:]) if words[0] == "-m" else (None, words)
     stdout, stderr, code = io.StringIO(), io.StringIO(), 0
     with (
-        mock.patch.object(sys, "argv", [str(ROOT / tool), *map(str, arguments)]),
+        mock.patch.object(sys, "argv", [*arguments]),
         mock.patch.dict(os.environ),
         contextlib.chdir(cwd or Path.cwd()),
         contextlib.redirect_stdout(stdout),
         contextlib.redirect_stderr(stderr),
     ):
         try:
-            runpy.run_path(str(ROOT / tool), run_name="__main__")
+            if module is None:
+                runpy.run_path(arguments[0], run_name="__main__")
+            else:
+                runpy.run_module(module, run_name="__main__", alter_sys=True)
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
     return Finished(code, stdout.getvalue(), stderr.getvalue())
