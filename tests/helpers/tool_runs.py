@@ -94,9 +94,12 @@ def run_tool_here(tool: str | Path, *arguments: str | Path, cwd: Path | None = N
 def run_python_here(*words: str, cwd: Path | None = None) -> Finished:
     """What `python WORD...` does, in this process. words: `-m` and a module, or a script, and then the arguments."""
     module, arguments = (words[1], words[1:]) if words[0] == "-m" else (None, words)
+    folders = [] if module else [str((cwd or Path.cwd()) / Path(arguments[0]).parent)]
     stdout, stderr, code = io.StringIO(), io.StringIO(), 0
     with (
         mock.patch.object(sys, "argv", [*arguments]),
+        # A script's own folder is where it first looks for what it imports.
+        mock.patch.object(sys, "path", [*folders, *sys.path]),
         mock.patch.dict(os.environ),
         contextlib.chdir(cwd or Path.cwd()),
         contextlib.redirect_stdout(stdout),

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.integration
 
 TOOL = "tools/preprocess_data.py"
 WAIT_S = 60
-NUM_KILLS = 20
+NUM_KILLS = 8
 # The package function as a user's script would call it; small blocks, and by default a journal after every one of them.
 SCRIPT = """
 import sys
@@ -123,7 +123,7 @@ def run_and_kill(folder: Path, output: str, delay_s: float, **options: object) -
 
 @pytest.mark.parametrize(
     "num_kills, options",
-    [(NUM_KILLS, {"seed": 7, "num_workers": 2}), (NUM_KILLS // 4, {"num_workers": 1})],
+    [(NUM_KILLS, {"seed": 7, "num_workers": 2}), (NUM_KILLS // 2, {"num_workers": 1})],
     ids=["shuffled", "in order"],
 )
 def test_killed_at_random_moments_ends_with_the_same_bytes(
