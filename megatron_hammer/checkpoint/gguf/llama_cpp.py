@@ -18,6 +18,7 @@ from typing import Any
 
 from megatron_hammer.errors import ConversionError
 
+FORCING_BIAS = 1e6  # of a logit: far beyond what any model computes
 END_TIMEOUT_S = 30.0  # after that the process is killed
 CHILD = Path(__file__).with_name("llama_cpp_process.py")
 
@@ -54,24 +55,43 @@ class LlamaCpp:
         """
         steps: list[GreedyStep] = []
         while len(steps) < num_tokens:
-            request = {
-                "prompt": [*tokens, *(step.token for step in steps)],
-                "n_predict": 1,
-                # top_k of 1 is the greedy choice. It is the only sampler here, so that no other can change it.
-                "samplers": ["top_k"],
-                "top_k": 1,
-                "n_probs": num_likeliest,
-                "return_tokens": True,
-                # Each request repeats the last one's tokens and one more; only that one is computed.
-                "cache_prompt": True,
-            }
-            answer = self._ask("POST", "/completion", request)
+            prompt = [*tokens, *(step.token for step in steps)]
+            answer = self.complete(prompt, num_likeliest=num_likeliest)
             if answer["stop_type"] == "eos" or not answer["tokens"]:
                 break
             likeliest = [entry for step in answer.get("completion_probabilities", []) for entry in step["top_logprobs"]]
             log_probabilities = {entry["id"]: entry["logprob"] for entry in likeliest}
             steps.append(GreedyStep(token=answer["tokens"][0], log_probabilities=log_probabilities))
         return steps
+
+    def complete(self, tokens: Sequence[int], *, forced: int | None = None, num_likeliest: int = 0) -> dict[str, Any]:
+        """The answer with the likeliest next token, or `forced` in its place; probabilities in it are the model's.
+
+        num_likeliest: how many tokens it lists with their log-probabilities (nats), the likeliest first.
+        """
+        request = {
+            "prompt": [int(token) for token in tokens],
+            "n_predict": 1,
+            # top_k of 1 is the greedy choice. It is the only sampler here, so that no other can change it.
+            "samplers": ["top_k"],
+            "top_k": 1,
+            # Added to the logit before the choice, and not to the probabilities in the answer.
+            "logit_bias": [] if forced is None else [[forced, FORCING_BIAS]],
+            "n_probs": num_likeliest,
+            "return_tokens": True,
+            # Each request repeats the last one's tokens and one more; only that one is computed.
+            "cache_prompt": True,
+        }
+        return self._ask("POST", "/completion", request)
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """The text of ids; U+FFFD where they end inside a character."""
+        return str(self._ask("POST", "/detokenize", {"tokens": [*tokens]})["content"])
+
+    def read_model(self) -> dict[str, Any]:
+        """What llama.cpp says of the loaded model: `n_ctx` tokens of context, `n_vocab`, `ftype`."""
+        described: dict[str, Any] = self._ask("GET", "/v1/models")["data"][0]["meta"]
+        return described
 
     def read_properties(self) -> dict[str, Any]:
         """What llama.cpp says of the file, such as `bos_token` and `chat_template`."""

@@ -12,7 +12,13 @@ from torch import Tensor
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.evaluation.scorers.scorer import Scorer, TokenScores, plan_batches, require_vocabulary
 from megatron_hammer.files.command_line import importing
-from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder
+from megatron_hammer.tokenizer.encoding.encoder import (
+    Encoder,
+    HuggingFaceEncoder,
+    load_encoder,
+    load_through_transformers,
+)
+from megatron_hammer.tokenizer.encoding.loading_by_class import describe_other_loading, is_known_to_load_alike
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROWS_AT_ONCE = 256  # of logits that are brought to fp32: 0.1 GB at a vocabulary of 105,000
@@ -25,7 +31,7 @@ class HuggingFaceScorer(Scorer):
         self, folder: Path, *, device: str, precision: str, max_batch_tokens: int, encoder: Encoder | None = None
     ):
         self.name = folder.name or str(folder)
-        self.encoder = load_encoder(folder) if encoder is None else encoder
+        self.encoder = load_folder_encoder(folder) if encoder is None else encoder
         self.precision, self.max_batch_tokens = precision, max_batch_tokens
         self.model = load_model(folder, DTYPES[precision]).to(device)
         require_vocabulary(self.encoder, self.model.get_input_embeddings().weight.shape[0], str(folder))
@@ -102,6 +108,15 @@ def score_rows(logits: Tensor, targets: Tensor) -> TokenScores:
     return TokenScores(-losses.double().cpu().numpy(), is_greedy)
 
 
+def load_folder_encoder(folder: Path) -> Encoder:
+    """The tokenizer that AutoTokenizer makes of the folder, which can differ from its tokenizer.json by its class."""
+    encoder = load_encoder(folder)
+    is_known = isinstance(encoder, HuggingFaceEncoder) and is_known_to_load_alike(encoder)
+    if is_known or describe_other_loading(encoder) is None:
+        return encoder
+    return load_through_transformers(folder)
+
+
 def load_model(folder: Path, dtype: torch.dtype) -> Any:
     """The folder's model in evaluation mode; raises ConversionError with transformers' words if it does not load."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
@@ -114,9 +129,9 @@ def load_model(folder: Path, dtype: torch.dtype) -> Any:
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # transformers, safetensors and torch each raise their own for a damaged folder
         raise ConversionError(
-            f"{folder}: transformers must load the model, got: {str(error).splitlines()[0]}. "
+            f"{folder}: transformers must load the model, got: {(str(error) or repr(error)).splitlines()[0]}. "
             "Pass a folder that save_pretrained or hammer convert to-hf wrote."
         ) from error
     # transformers fills missing tensors with random numbers and only warns.

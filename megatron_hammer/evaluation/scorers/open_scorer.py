@@ -1,4 +1,4 @@
-"""Opens a model of any kind for evaluation: a checkpoint of Megatron or a Hugging Face folder.
+"""Opens a model of any kind for evaluation: a checkpoint of Megatron, a Hugging Face folder or a GGUF file.
 
     use_scorer(Path("checkpoints/hammer"), ScorerOptions(), lambda scorer: evaluate(scorer))
 
@@ -26,10 +26,11 @@ DEFAULT_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScorerOptions:
-    """How to open a model. tokenizer_path: None for the model's own. layout: of a checkpoint of Megatron only.
+    """How to open a model. tokenizer_path: None for the model's own; a GGUF file has only its own. layout: of a
+    checkpoint of Megatron; other models are computed by rank 0.
 
-    precision: of the arithmetic; None: fp32 on a CPU, bf16 on a GPU. max_batch_tokens: computed at once; None: the
-    platform's default. iteration: of a checkpoint; None: the newest.
+    precision: of the arithmetic; None: fp32 on a CPU, bf16 on a GPU; a GGUF file has its own. max_batch_tokens:
+    computed at once; None: the platform's default. iteration: of a checkpoint; None: the newest.
     """
 
     tokenizer_path: Path | None = None
@@ -53,6 +54,8 @@ def use_scorer[T](path: Path, options: ScorerOptions, work: Callable[[Scorer], T
         return _use_megatron(path, options, precision, max_batch_tokens, work)
     if not is_first_process():
         return None
+    if kind == "gguf":
+        return _use_gguf(path, options, work)
     encoder = None if options.tokenizer_path is None else load_encoder(options.tokenizer_path)
     from megatron_hammer.evaluation.scorers.hugging_face import HuggingFaceScorer
 
@@ -90,11 +93,24 @@ def _use_megatron[T](
         return result
 
 
+def _use_gguf[T](path: Path, options: ScorerOptions, work: Callable[[Scorer], T]) -> T:
+    fixed = {"tokenizer-model": options.tokenizer_path, "precision": options.precision}
+    for name, value in fixed.items():
+        if value is not None:
+            raise ConfigError(f"{name}: a GGUF file has its own, got {value} for {path}. Evaluate it by itself.")
+    from megatron_hammer.evaluation.scorers.gguf import open_gguf
+
+    with open_gguf(path) as scorer:
+        return work(scorer)
+
+
 def find_kind(path: Path) -> str:
-    """`hugging_face` or `megatron`, by what lies at the path; raises ConfigError if nothing does."""
+    """`hugging_face`, `gguf` or `megatron`, by what lies at the path; raises ConfigError if nothing does."""
+    if path.is_file() and path.suffix == ".gguf":
+        return "gguf"
     if not path.is_dir():
         raise ConfigError(
-            f"{path}: model must be a checkpoint of Megatron or a Hugging Face folder, got "
+            f"{path}: model must be a checkpoint of Megatron, a Hugging Face folder or a .gguf file, got "
             f"{'another file' if path.exists() else 'nothing'}. Check the path."
         )
     return "hugging_face" if (path / "config.json").is_file() else "megatron"
