@@ -3,21 +3,38 @@
 The new folder loads in vLLM, and in transformers where gptqmodel is installed. Linear layers of the blocks are
 quantized; embeddings, the head, norms and biases stay in fp16. The tokenizer and its chat template are copied.
 Every packed layer is read back and compared with the source before the folder is renamed into place.
+With --evaluate, a table of both models follows: bytes, perplexity and bits per byte by domain, and how often the
+likeliest next token is the same. It is also written into the new folder.
 For GGUF files use checkpoint_convert/to_gguf.py --type q4_k_m.
 """
 
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_hammer.checkpoint.verification.print_checks import print_checks
-from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
+from megatron_hammer.errors import ConfigError, exit_on_interrupt, exit_on_user_error
+from megatron_hammer.evaluation.perplexity.domains import Domain, DomainOptions, read_domain
+from megatron_hammer.evaluation.scorers.megatron_ranks import ModelLayout
+from megatron_hammer.evaluation.scorers.open_scorer import ScorerOptions
 from megatron_hammer.files.command_line import CommandParser
 from megatron_hammer.files.progress import show_stages
+from megatron_hammer.files.publish import publish_files
+from megatron_hammer.files.tables import build_table, open_console
+from megatron_hammer.serving.quantization.comparison import (
+    COLUMNS,
+    ComparedModel,
+    build_rows,
+    compare_models,
+    describe,
+    format_markdown,
+)
 from megatron_hammer.serving.quantization.quantize import QuantizationOptions, QuantizationReport, quantize
 from megatron_hammer.serving.quantization.run_auto_round import BITS, FORMATS, RoundingOptions, require_auto_round
+
+COMPARISON_STEM = "quantization_comparison"  # of two files in the new folder
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -57,9 +74,25 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=default.batch_size, help="samples per step (%(default)s)")
     parser.add_argument("--seed", type=int, default=default.seed, help="of the samples and the steps (%(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default.device, help="(%(default)s)")
+    parser.add_argument(
+        "--evaluate",
+        nargs="+",
+        default=[],
+        metavar="[NAME=]INPUT",
+        help="texts to compare both models on, one input per domain; not those of --calibration",
+    )
+    parser.add_argument(
+        "--compare", nargs="+", type=Path, default=[], metavar="PATH", help="further models for the table of --evaluate"
+    )
+    parser.add_argument("--max-documents", type=int, help="compare on this many documents of a domain (all)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier folder in --save")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if (arguments.compare or arguments.max_documents is not None) and not arguments.evaluate:
+        parser.error("--compare and --max-documents must come with --evaluate, got them alone")
+    if arguments.max_documents is not None and arguments.max_documents < 1:
+        parser.error(f"--max-documents must be at least 1, got {arguments.max_documents}")
+    return arguments
 
 
 @exit_on_interrupt("nothing was written")
@@ -86,13 +119,53 @@ def main(argv: Sequence[str] | None = None) -> None:
         seq_length=arguments.seq_length,
         overwrite=arguments.overwrite,
     )
+    # Before the work of hours: a text that cannot be read, or a model that is not there.
+    domains = read_domains(arguments)
     with show_stages() as show:
         report = quantize(options, show)
+        compared = compare(arguments, domains, show) if domains else []
     if arguments.json:
-        print(json.dumps(dataclasses.asdict(report), default=str))
+        tables = {"comparison": describe(compared)} if compared else {}
+        print(json.dumps(dataclasses.asdict(report) | tables, default=str, ensure_ascii=False))
         return
     print_checks(report.checks)
+    if compared:
+        open_console().print(build_table(None, COLUMNS, build_rows(compared), num_text=2), "")
     print(summarise(report))
+
+
+def read_domains(arguments: argparse.Namespace) -> list[Domain]:
+    """Read the texts of --evaluate; raises HammerError for one that cannot be read, or a missing model of --compare."""
+    if missing := [path for path in arguments.compare if not path.exists()]:
+        raise ConfigError(*(f"compare: {path} must exist, got nothing. Check the path." for path in missing))
+    options = DomainOptions(json_key=arguments.text_key, max_documents=arguments.max_documents)
+    domains = []
+    for text in arguments.evaluate:
+        name, separator, source = text.partition("=")
+        if not separator or Path(text).exists():
+            name, source = Path(text).name.split(".")[0], text
+        domains.append(read_domain(name, source, options))
+    names = [domain.name for domain in domains]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"evaluate: names must differ, got {twice[0]} twice. Pass NAME=INPUT.")
+    return domains
+
+
+def compare(
+    arguments: argparse.Namespace, domains: Sequence[Domain], show: Callable[[str, int, int | None], None]
+) -> list[ComparedModel]:
+    """Compare the source, the new folder and those of --compare; writes the table into the new folder."""
+    options = ScorerOptions(layout=ModelLayout(platform=arguments.device))
+    paths = [arguments.load, arguments.save, *arguments.compare]
+    compared = compare_models(paths, domains, options=options, on_model=show)
+    publish_files(
+        {
+            arguments.save / f"{COMPARISON_STEM}.md": format_markdown(compared),
+            arguments.save / f"{COMPARISON_STEM}.json": json.dumps(describe(compared), indent=2, ensure_ascii=False)
+            + "\n",
+        }
+    )
+    return compared
 
 
 def summarise(report: QuantizationReport) -> str:

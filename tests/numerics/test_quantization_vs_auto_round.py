@@ -120,9 +120,22 @@ def test_the_folder_is_complete(source, quantized, method: str) -> None:
     assert tensors["lm_head.weight"].dtype == tensors["model.norm.weight"].dtype == torch.float16
 
 
-def test_the_same_seed_gives_the_same_bytes(source, corpus, quantized, tmp_path, capsys) -> None:
-    run(source, corpus, tmp_path / "gptq", "gptq", "--json")
-    assert json.loads(capsys.readouterr().out)["num_layers"] == NUM_LAYERS
+def test_the_same_seed_gives_the_same_bytes_and_a_table_says_what_they_cost(
+    source, corpus, quantized, tmp_path, capsys
+) -> None:
+    flags = ("--json", "--evaluate", f"toy={corpus}", "--max-documents", "6", "--compare", str(quantized / "awq"))
+    run(source, corpus, tmp_path / "gptq", "gptq", *flags)
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["num_layers"] == NUM_LAYERS
+    assert [row["model"] for row in printed["comparison"]] == ["source", "gptq", "awq"]
+    bits = [row["bits_per_byte"] for row in printed["comparison"]]
+    assert bits[1] == pytest.approx(bits[0], rel=0.05)
+    assert len({*bits}) == 3
+    table = tmp_path / "gptq" / "quantization_comparison.md"
+    assert table.read_text().count("\n") == 5
+    assert json.loads(table.with_suffix(".json").read_text()) == printed["comparison"]
+    for path in (table, table.with_suffix(".json")):
+        path.unlink()
     hashes = [
         {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
         for folder in (quantized / "gptq", tmp_path / "gptq")

@@ -1,4 +1,5 @@
 import gc
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,8 @@ def test_no_path_is_not_the_current_folder(flag: str) -> None:
         parse(f"{flag}=")
 
 
-def test_what_is_imported_is_left_out_of_the_search_for_garbage() -> None:
+def test_what_is_imported_is_left_out_of_the_search_for_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "triton", raising=False)  # another test may have imported it
     num_frozen = gc.get_freeze_count()
     try:
         with importing():
@@ -68,3 +70,12 @@ def test_what_is_imported_is_left_out_of_the_search_for_garbage() -> None:
         assert gc.get_freeze_count() >= num_frozen + len(kept)
     finally:
         gc.unfreeze()
+
+
+def test_with_triton_nothing_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would print a line at exit for each of its objects."""
+    monkeypatch.setitem(sys.modules, "triton", sys)
+    num_frozen = gc.get_freeze_count()
+    with importing():
+        assert not gc.isenabled()
+    assert gc.get_freeze_count() == num_frozen

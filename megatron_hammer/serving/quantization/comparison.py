@@ -1,0 +1,194 @@
+"""What a quantization costs: bytes, perplexity and bits per byte by domain, and how often the likeliest token changes.
+
+A folder in GPTQ or AWQ format is computed from the weights that its packed layers stand for (packed_weights.py), so
+that no kernel is needed. Other folders and GGUF files are computed as they are.
+"""
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_hammer.checkpoint.hugging_face.config_json import CONFIG_NAME, read_config
+from megatron_hammer.checkpoint_files.safetensors.weight_files import open_hf_weights
+from megatron_hammer.errors import ConfigError
+from megatron_hammer.evaluation.perplexity.domains import Domain
+from megatron_hammer.evaluation.perplexity.formula import DomainEstimates, estimate_domain
+from megatron_hammer.evaluation.perplexity.measure import MeasureOptions, choose_prefix, measure_model
+from megatron_hammer.evaluation.scorers.open_scorer import ScorerOptions, use_scorer
+from megatron_hammer.evaluation.scorers.scorer import Scorer
+from megatron_hammer.serving.quantization.packed_weights import write_plain_folder
+from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder
+
+PLACES_PER_DOMAIN = 256
+MOST_CONTEXT_TOKENS = 256
+SEED = 1234
+COLUMNS = ("model", "domain", "bytes", "of the source", "perplexity", "bits per byte", "change", "same token")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ComparedDomain:
+    """agreement: share of `num_places` places of the text where this model's likeliest next token is the source's."""
+
+    name: str
+    estimates: DomainEstimates
+    agreement: float
+    num_places: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ComparedModel:
+    """size_bytes: of the weights, or of a GGUF file."""
+
+    name: str
+    size_bytes: int
+    domains: tuple[ComparedDomain, ...]
+
+
+def compare_models(
+    paths: Sequence[Path],
+    domains: Sequence[Domain],
+    *,
+    options: ScorerOptions,
+    on_model: Callable[[str, int, int | None], None] = lambda *_: None,
+) -> list[ComparedModel]:
+    """Measure every model; the first one is the source, with which the others are compared.
+
+    Raises ConfigError for a model with another tokenizer than the source's: its ids mean other texts.
+    """
+    encoder = load_encoder(paths[0])
+    places: list[list[list[int]]] = []
+
+    def measure(scorer: Scorer) -> tuple[list[DomainEstimates], list[list[int]]]:
+        require_same_ids(scorer, encoder, domains)
+        if not places:  # of the source's length, for all models
+            places.extend(draw_places(encoder, domain, scorer.max_length) for domain in domains)
+        scores = measure_model(scorer, domains, MeasureOptions(), reference=encoder)
+        return [estimate_domain(one.losses) for one in scores.domains], [scorer.choose_next(ids) for ids in places]
+
+    compared: list[ComparedModel] = []
+    chosen_by_source: list[list[int]] = []
+    for number, path in enumerate(paths):
+        on_model("comparison", number, len(paths))
+        with open_computable(path) as computable:
+            result = use_scorer(computable, options, measure)
+        if result is None:  # under torchrun, on another rank than the first
+            continue
+        estimates, chosen = result
+        chosen_by_source = chosen_by_source or chosen
+        rows = zip(domains, estimates, chosen, chosen_by_source, strict=True)
+        compared.append(
+            ComparedModel(
+                name=path.name,
+                size_bytes=open_hf_weights(path).num_bytes if path.is_dir() else path.stat().st_size,
+                domains=tuple(
+                    ComparedDomain(
+                        name=domain.name,
+                        estimates=one,
+                        agreement=float(np.mean(np.array(ours) == np.array(source))),
+                        num_places=len(ours),
+                    )
+                    for domain, one, ours, source in rows
+                ),
+            )
+        )
+    on_model("comparison", len(paths), len(paths))
+    return compared
+
+
+@contextmanager
+def open_computable(path: Path) -> Iterator[Path]:
+    """The path itself, or for GPTQ and AWQ a folder of plain weights beside it until the end of the block."""
+    config = path / CONFIG_NAME
+    if not config.is_file() or "quantization_config" not in read_config(config):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix=f"{path.name}-plain-", dir=path.absolute().parent) as folder:
+        write_plain_folder(path, Path(folder))
+        yield Path(folder)
+
+
+def require_same_ids(scorer: Scorer, encoder: Encoder, domains: Sequence[Domain]) -> None:
+    """Raise ConfigError if the model's tokenizer encodes the first document of a domain in another way."""
+    for domain in domains:
+        text = domain.documents[0].text
+        if scorer.encoder.encode(text).tolist() != encoder.encode(text).tolist():
+            raise ConfigError(
+                f"compare: models must have the tokenizer of {encoder.path}, got another one in {scorer.encoder.path}. "
+                "Use tools/evaluate_perplexity.py, which compares models of different tokenizers."
+            )
+
+
+def draw_places(encoder: Encoder, domain: Domain, max_length: int) -> list[list[int]]:
+    """The tokens before places that are drawn evenly from a domain's documents, the same ones for every model."""
+    generator = np.random.default_rng(SEED)
+    _, prefix = choose_prefix(encoder, "auto")
+    start = [] if prefix is None else [prefix]
+    encoded = [start + encoder.encode(document.text).tolist() for document in domain.documents]
+    # A place is a token that has another one before it; `ends`: how many places there are up to each document's end.
+    ends = np.cumsum([max(0, len(ids) - 1) for ids in encoded])
+    drawn = generator.choice(ends[-1], size=min(PLACES_PER_DOMAIN, ends[-1]), replace=False)
+    most = min(max_length, MOST_CONTEXT_TOKENS)
+    places = []
+    for place in np.sort(drawn).tolist():
+        number = int(np.searchsorted(ends, place, side="right"))
+        length = place - (int(ends[number - 1]) if number else 0) + 1
+        places.append(encoded[number][max(0, length - most) : length])
+    return places
+
+
+def build_rows(models: Sequence[ComparedModel]) -> list[tuple[str, ...]]:
+    """One row per model and domain, in the columns of COLUMNS. Perplexity has its interval of 95 %."""
+    source = models[0]
+    rows: list[tuple[str, ...]] = []
+    for model in models:
+        for domain, before in zip(model.domains, source.domains, strict=True):
+            perplexity, bits = domain.estimates.perplexity, domain.estimates.bits_per_byte
+            # The standard error of a share.
+            error = math.sqrt(domain.agreement * (1 - domain.agreement) / domain.num_places)
+            rows.append(
+                (
+                    model.name,
+                    domain.name,
+                    f"{model.size_bytes:,}",
+                    f"{model.size_bytes / source.size_bytes:.1%}",
+                    f"{perplexity.value:.2f} [{perplexity.low:.2f}, {perplexity.high:.2f}]",
+                    f"{bits.value:.4f}",
+                    f"{bits.value - before.estimates.bits_per_byte.value:+.4f}",
+                    f"{domain.agreement:.1%} ± {error:.1%}",
+                )
+            )
+    return rows
+
+
+def describe(models: Sequence[ComparedModel]) -> list[dict[str, Any]]:
+    """The same as an object per model and domain; figures that are not finite are null."""
+    return [
+        {
+            "model": model.name,
+            "size_bytes": model.size_bytes,
+            "domain": domain.name,
+            "perplexity": _finite(domain.estimates.perplexity.value),
+            "perplexity_low": _finite(domain.estimates.perplexity.low),
+            "perplexity_high": _finite(domain.estimates.perplexity.high),
+            "bits_per_byte": _finite(domain.estimates.bits_per_byte.value),
+            "agreement": domain.agreement,
+            "num_places": domain.num_places,
+        }
+        for model in models
+        for domain in model.domains
+    ]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def format_markdown(models: Sequence[ComparedModel]) -> str:
+    """The rows as a table for README files."""
+    return "".join(f"| {' | '.join(row)} |\n" for row in (COLUMNS, ("---",) * len(COLUMNS), *build_rows(models)))
