@@ -206,7 +206,7 @@ def _build_plain_tokenizer(encoder: Encoder) -> tokenizers.Tokenizer:
             tokenizer = build_fast_tokenizer(read_sentencepiece_model(encoder.path), name=str(encoder.path))
             check_same_encoding(encoder, tokenizer, list(SAMPLE_TEXTS))
         except ConversionError as error:
-            remedy = "Conversations need one that can be exported."
+            remedy = "Conversations need one that can be exported; pass a Hugging Face folder."
             problems = [problem.rsplit(" Pass --no-tokenizer", 1)[0] + f" {remedy}" for problem in error.problems]
             raise DataError(*problems) from error
     tokenizer.encode_special_tokens = False
