@@ -153,13 +153,13 @@ def test_a_killed_export_leaves_nothing_that_loads(tmp_path, number, exit_code):
     arguments = toy_arguments(vocab_size=2_000_000)
     write_toy_checkpoint(tmp_path / "checkpoint", tensors, arguments=arguments, num_chunks=1)
     with start_tool(EXPORT, "--load", tmp_path / "checkpoint", "--save", tmp_path / "hf") as process:
-        deadline_s = time.monotonic() + 30
+        deadline_s = time.monotonic() + 60
         while not any(path.stat().st_size > 1_000_000 for path in tmp_path.glob("hf.*.partial/model.safetensors")):
             assert process.poll() is None, "it ended before it could be killed"
             assert time.monotonic() < deadline_s
             time.sleep(0.001)
         os.kill(process.pid, number)
-        process.communicate(timeout=30)
+        process.communicate(timeout=60)
     assert process.returncode == exit_code
     assert not (tmp_path / "hf").exists()
     assert len(list(tmp_path.glob("hf.*.partial"))) == (number == signal.SIGKILL)

@@ -169,7 +169,7 @@ def test_a_killed_import_leaves_nothing_that_loads(tmp_path, number, exit_code):
             assert time.monotonic() < deadline_s
             time.sleep(0.001)
         os.kill(process.pid, number)
-        process.communicate(timeout=30)
+        process.communicate(timeout=60)
     assert process.returncode == exit_code
     if number == signal.SIGKILL:
         (left,) = (tmp_path / "save").iterdir()

@@ -41,4 +41,4 @@ def test_maximum_over_ranks_is_exact(tmp_path) -> None:
         process.start()
     assert [results.get(), results.get()] == [2**53 - 1] * 2
     for process in processes:
-        process.join(timeout=30)
+        process.join(timeout=60)

@@ -118,7 +118,7 @@ def test_nothing_is_left_of_a_run_that_takes_too_long(tmp_path: Path, monkeypatc
     (outcome,) = sweep(tmp_path, "single", machine=machine)
     assert outcome.reason == "did not end within 0.5 s"
     child = int((tmp_path / "child").read_text())
-    deadline_s = time.monotonic() + 5
+    deadline_s = time.monotonic() + 60
     while psutil.pid_exists(child) and time.monotonic() < deadline_s:
         time.sleep(0.02)
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE

@@ -72,13 +72,13 @@ def test_the_port_serves_the_same(tmp_path: Path) -> None:
     beating = Heartbeat("run", None, None, port)
     try:
         url = f"http://localhost:{port}"
-        assert urllib.request.urlopen(f"{url}/metrics", timeout=10).read() == b"", "no step yet"
+        assert urllib.request.urlopen(f"{url}/metrics", timeout=60).read() == b"", "no step yet"
         beating.beat(**STEP)
-        answer = urllib.request.urlopen(f"{url}/metrics", timeout=10)
+        answer = urllib.request.urlopen(f"{url}/metrics", timeout=60)
         assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
         assert 'hammer_step{run="run"} 7\n' in answer.read().decode()
         with pytest.raises(urllib.error.HTTPError, match="404"):
-            urllib.request.urlopen(f"{url}/etc/passwd", timeout=10)
+            urllib.request.urlopen(f"{url}/etc/passwd", timeout=60)
         with pytest.raises(ConfigError, match=rf"prometheus-port: must be free .* got {port}"):
             Heartbeat("run", None, None, port)
     finally:
