@@ -1,12 +1,12 @@
 """Processes that srun starts, one for each GPU, without torchrun: they train together, and give torchrun's losses."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.launched_runs import find_free_port
 from tests.helpers.training_runs import TOY_MODEL, TOY_SCHEDULE, environment, read_lines, train, write_toy_data
 
 pytestmark = pytest.mark.distributed
@@ -17,10 +17,9 @@ def test_tasks_of_srun_train_together(tmp_path: Path) -> None:
     flags = (*TOY_MODEL, *TOY_SCHEDULE, "--train-iters", "4", *data, "--tensor-model-parallel-size", "2")
     by_torchrun = train(2, tmp_path / "torchrun.jsonl", *flags)
     metrics_path = tmp_path / "srun.jsonl"
-    port = 10_000 + os.getpid() % 20_000  # below those that Linux gives out itself
     step = {
         **{"SLURM_JOB_ID": "4500123", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_NODEID": "0"},
-        **{"SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": str(port)},
+        **{"SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": str(find_free_port())},
     }
     command = [sys.executable, "-m", "megatron_hammer.training.pretrain", *flags, "--metrics-path", str(metrics_path)]
     tasks = [

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_hammer.errors import USER_ERROR_EXIT_CODE
 from tests.helpers.parsed_flags import find, write_data
-from tests.helpers.training_runs import environment
+from tests.helpers.training_runs import environment, run
 
 SENTENCE = re.compile(r"^[\w./~+-]+: .+[^.]\. [A-Z].+[^.]\.$")
 TINY = "--preset hammer-tiny --mock-data"
@@ -289,12 +289,13 @@ COMMANDS = {
 
 @pytest.mark.parametrize("name", COMMANDS)
 @pytest.mark.integration
-def test_command_ends_with_code_2_and_leaves_nothing(name: str, tmp_path: Path) -> None:
+def test_command_ends_with_code_2_and_leaves_nothing(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a rank starts; the command is started as a user does below, and in test_dry_run.py."""
     flags, sentences = COMMANDS[name]
-    result = subprocess.run(
-        [sys.executable, "-m", "megatron_hammer.training.pretrain", "--platform", "cpu", "--dry-run", *flags.split()],
-        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    result = run(1, "--platform", "cpu", "--dry-run", *flags.split())
     assert result.returncode == USER_ERROR_EXIT_CODE, result.stderr
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     for sentence in sentences:
@@ -311,7 +312,7 @@ def test_a_real_launch_stops_as_early(tmp_path: Path) -> None:
     flags = ("--preset", "hammer-tiny", "--data-path", data, "--platform", "cpu", "--verbose")
     result = subprocess.run(
         [sys.executable, "-m", "megatron_hammer.training.pretrain", *flags],
-        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120,
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert result.returncode == USER_ERROR_EXIT_CODE
     assert "corpus.bin: size must be 12000 bytes" in result.stderr

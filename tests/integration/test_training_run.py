@@ -78,23 +78,28 @@ def test_the_files_of_a_run(finished: tuple[Path, str]) -> None:
 
 
 def test_whole_validation_passes_agree_at_every_layout(tmp_path: Path) -> None:
-    """One set, read to its end: by one process, where a tensor-parallel rank reads no data, and through four stages."""
+    """One set, read to its end: by one process, where a tensor-parallel rank reads no data, and through four stages.
+
+    The first run saves the weights that the others load; at a rate of 0 none of them changes these.
+    """
     data = ("--train-data-path", write_toy_data(tmp_path / "train"))
     held_out = ("--valid-data-path", write_toy_data(tmp_path / "held", num_documents=9, seed=6), "--full-validation")
     layouts = {
-        "single": (1, ()),
         "tp2": (2, ("--tensor-model-parallel-size", "2")),
         "pp4": (4, ("--pipeline-model-parallel-size", "4")),
         "pp2-vp2": (2, ("--pipeline-model-parallel-size", "2", "--num-virtual-stages-per-pipeline-rank", "2")),
     }
-    start = (*TOY_MODEL, *SCHEDULE, *data, "--lr-warmup-iters", "0")
-    saved = ("--save", str(tmp_path / "start"), "--lr", "0", "--min-lr", "0", "--eval-iters", "0")
-    train(1, tmp_path / "start.jsonl", *start, *saved, "--train-iters", "1")
+    rate = ("--lr-warmup-iters", "0", "--lr", "0", "--min-lr", "0")
+    shared = (*TOY_MODEL, *SCHEDULE, *data, *held_out, *rate, "--train-iters", "2", "--eval-interval", "2")
+    runs = {"single": (1, ("--save", str(tmp_path / "single")))}
+    runs |= {
+        name: (num_processes, (*flags, "--load", str(tmp_path / "single"), "--finetune"))
+        for name, (num_processes, flags) in layouts.items()
+    }
     losses = {}
-    for name, (num_processes, flags) in layouts.items():
+    for name, (num_processes, flags) in runs.items():
         folder = tmp_path / name
-        load = ("--load", str(tmp_path / "start"), "--finetune", "--train-iters", "2", "--eval-interval", "2")
-        train(num_processes, folder / "metrics.jsonl", *start, *held_out, *load, *flags)
+        train(num_processes, folder / "metrics.jsonl", *shared, *flags)
         (line,) = read_lines(folder / "validation.jsonl")
         assert (line["step"], line["validation_set"]) == (2, "validation")
         losses[name] = line["loss"]
