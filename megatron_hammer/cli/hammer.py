@@ -94,6 +94,13 @@ GROUPS: tuple[tuple[str, tuple[Command, ...]], ...] = (
         ),
     ),
     (
+        "Serving",
+        (
+            Command("serve", "cli.serve", "serve a model to OpenAI's clients and a web browser"),
+            Command("chat", "cli.chat", "talk with a model or a server in the terminal"),
+        ),
+    ),
+    (
         "Planning a cluster",
         (
             Command("scaling-study", "cli.scaling_study.main", "project, measure, calibrate and validate scaling"),

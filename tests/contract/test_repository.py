@@ -35,6 +35,7 @@ DOCUMENTS = (
     "docs/scaling.md",
     "docs/scaling_accuracy.md",
     "docs/scaling_model.md",
+    "docs/serving.md",
     "examples/kubernetes/README.md",
     "examples/slurm/README.md",
 )

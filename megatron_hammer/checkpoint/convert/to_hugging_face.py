@@ -179,7 +179,7 @@ def export_to_hugging_face(
 def _plan_export(options: ExportOptions) -> _Plan:
     """Open the checkpoint and compare its names, shapes and dtypes with its model; converts no tensor."""
     reader = open_checkpoint(options.load_dir, iteration=options.iteration, weights=options.weights)
-    tokenizer_path = options.tokenizer_path or _find_saved_tokenizer(options, reader)
+    tokenizer_path = options.tokenizer_path or find_saved_tokenizer(options, reader)
     vocabulary = select_vocabulary(reader.args, asked=options.vocab_size, tokenizer_path=tokenizer_path)
     model = read_saved_model(reader.args, vocab_size=vocabulary.num_tokens, ignored=options.ignored_arguments)
     embedding = reader.tensors.get(VOCABULARY_TENSORS[0])  # where there is none, the comparison of names says so
@@ -303,7 +303,7 @@ def _write_chat_format(
     return (CheckRow("chat template", result, True),) if num_conversations else (), notes
 
 
-def _find_saved_tokenizer(options: ExportOptions, reader: CheckpointReader) -> Path | None:
+def find_saved_tokenizer(options: ExportOptions, reader: CheckpointReader) -> Path | None:
     """The tokenizer that the checkpoint names, or the one beside a converted checkpoint that has been moved."""
     saved = getattr(reader.args, "tokenizer_model", None)
     if not saved:

@@ -20,7 +20,21 @@ from megatron_hammer.errors import ConversionError
 
 FORCING_BIAS = 1e6  # of a logit: far beyond what any model computes
 END_TIMEOUT_S = 30.0  # after that the process is killed
-CHILD = Path(__file__).with_name("llama_cpp_process.py")
+# -P: else Python puts the script's folder first on sys.path, where tokenizer.py and metadata.py would hide modules of
+# other packages.
+COMMAND = (sys.executable, "-P", str(Path(__file__).with_name("llama_cpp_process.py")))
+_SETTINGS = {
+    "n_parallel": 1,
+    "n_threads_http": 1,
+    "n_gpu_layers": 0,
+    "fit_params": False,  # true would let llama.cpp choose unset parameters by the free device memory
+    "warmup": False,
+    "check_tensors": True,  # invalid data of a tensor is an error while loading, not a wrong token later
+    # By default keys and values are kept in f16, which alone moves logits by more than f32 weights do.
+    "cache_type_k": "GGML_TYPE_F32",
+    "cache_type_v": "GGML_TYPE_F32",
+    "flash_attn_type": "LLAMA_FLASH_ATTN_TYPE_DISABLED",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,15 +159,23 @@ def open_llama_cpp(path: Path, *, num_context_tokens: int, num_threads: int) -> 
     """
     with tempfile.TemporaryDirectory(prefix="gguf-") as folder, open(Path(folder) / "log", "w+b") as log:
         socket_path, log_path = Path(folder) / "llama.sock", Path(folder) / "log"
-        settings = [str(path.resolve()), str(socket_path), str(num_context_tokens), str(num_threads)]
-        # -P: else Python puts the script's folder first on sys.path, where tokenizer.py and metadata.py would hide
-        # modules of other packages. stdin stays open as long as this process lives.
-        process = subprocess.Popen(
-            [sys.executable, "-P", str(CHILD), *settings], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
-        )
+        settings = {
+            **_SETTINGS,
+            "model.path": str(path.resolve()),
+            "hostnames": [str(socket_path)],
+            "n_ctx": num_context_tokens,
+            "cpuparams.n_threads": num_threads,
+            "cpuparams_batch.n_threads": num_threads,
+        }
+        # stdin stays open as long as this process lives.
+        process = subprocess.Popen(COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)
+        assert process.stdin is not None
+        assert process.stdout is not None
         try:
+            process.stdin.write(json.dumps(settings).encode() + b"\n")
+            process.stdin.flush()
             # An empty line means that the process ended before it was ready; the reason is in its log.
-            if process.stdout is None or process.stdout.readline().strip() != b"ready":
+            if process.stdout.readline().strip() != b"ready":
                 raise _describe_failure(path, log_path)
             llama_cpp = LlamaCpp(path, socket_path, log_path)
             yield llama_cpp
@@ -172,11 +194,16 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 
 def _describe_failure(path: Path, log_path: Path) -> ConversionError:
-    """The last lines of its log that say what went wrong."""
     lines = log_path.read_text(errors="replace").splitlines()
-    # "E" in front of a line is the level of an error in llama.cpp's log (common/log.cpp). Most lines are information.
-    said = [line for line in lines if any(word in line.lower() for word in ("error", "fail", "assert", " e "))]
     return ConversionError(
-        f"{path}: llama.cpp must load the file and answer, got: {' | '.join((said or lines)[-3:])[:600]}. "
+        f"{path}: llama.cpp must load the file and answer, got: {select_errors(lines)}. "
         "If the machine has memory left, this is a defect of the converter."
     )
+
+
+def select_errors(lines: Sequence[str]) -> str:
+    """The lines of llama.cpp's log that say what went wrong: the first ones have the cause, the last one the end."""
+    # "E" in front of a line is the level of an error in llama.cpp's log (common/log.cpp). Most lines are information.
+    said = [line for line in lines if any(word in line.lower() for word in ("error", "fail", "assert", " e "))]
+    chosen = [*said[:2], *said[2:][-1:]] or lines[-3:]
+    return " | ".join(chosen)[:600]

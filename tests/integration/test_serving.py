@@ -1,0 +1,376 @@
+"""tools/serve.py and tools/chat.py as users and their clients meet them, well-meaning or not."""
+
+import concurrent.futures
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_hammer.checkpoint.gguf.to_gguf import GgufOptions, export_to_gguf
+from megatron_hammer.tokenizer.encoding.transformers_tokenizer import load_with_transformers
+from tests.helpers.messages import assert_errors
+from tests.helpers.repository import ROOT
+from tests.helpers.served_models import CONTEXT_TOKENS, PRIVATE_KEY, RunningServer, run_server, write_chat_folder
+from tests.helpers.tool_runs import run_tool, run_tool_here
+
+pytestmark = pytest.mark.integration
+openai = pytest.importorskip("openai", reason="openai, the client of the tests, is missing; pip install openai")
+for package in ("xllamacpp", "aiohttp"):
+    pytest.importorskip(package, reason=f"{package} is missing; pip install megatron_hammer[serving]")
+
+CHAT, PATH = "/v1/chat/completions", "/v1/completions"
+MESSAGES = [{"role": "user", "content": "the fox"}]
+CONVERSATION = [
+    {"role": "system", "content": "春眠不觉晓 fox"},
+    {"role": "user", "content": " the dog"},
+    {"role": "assistant", "content": "sleeps\n"},
+    {"role": "user", "content": "the fox 🦊"},
+]
+NUM_SLOTS = 2
+ENDLESS = {"ignore_eos": True, "max_tokens": CONTEXT_TOKENS}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_chat_folder(tmp_path_factory.mktemp("served") / "toy-chat")
+
+
+@pytest.fixture(scope="module")
+def gguf(folder: Path) -> Path:
+    path = folder.with_name("toy-chat.gguf")
+    export_to_gguf(GgufOptions(load_dir=folder, save_path=path, is_verified=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(gguf: Path) -> Iterator[RunningServer]:
+    key_file = gguf.with_name("keys")
+    key_file.write_text(f"another-key\n{PRIVATE_KEY}\n")
+    with run_server(gguf, "--parallel", str(NUM_SLOTS), "--api-key-file", key_file) as running:
+        yield running
+
+
+@pytest.fixture
+def page_server(gguf: Path) -> Iterator[RunningServer]:
+    """Without a key, for which the page would ask."""
+    with run_server(gguf) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: RunningServer) -> "openai.OpenAI":
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=PRIVATE_KEY, max_retries=0)
+
+
+# --- what clients of OpenAI expect -----------------------------------------------------------------------------------
+
+
+def test_a_chat_is_streamed_and_equal_to_the_whole(client) -> None:
+    request = {"model": "toy-chat", "messages": MESSAGES, "max_tokens": 12, "temperature": 0}
+    whole = client.chat.completions.create(**request)
+    chunks = list(client.chat.completions.create(**request, stream=True))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert (text, len(chunks) > 3) == (whole.choices[0].message.content, True)
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "length"
+    assert client.models.list().data[0].id == "toy-chat"
+
+
+def test_log_probabilities_of_the_likeliest_tokens(client) -> None:
+    answer = client.chat.completions.create(
+        model="toy-chat", messages=MESSAGES, max_tokens=4, temperature=0, logprobs=True, top_logprobs=3
+    )
+    steps = answer.choices[0].logprobs.content
+    assert len(steps) == 4
+    for step in steps:
+        assert step.logprob == max(entry.logprob for entry in step.top_logprobs) <= 0
+        assert len(step.top_logprobs) == 3
+
+
+def test_a_stop_text_ends_an_answer(client) -> None:
+    whole = client.completions.create(model="toy-chat", prompt="the", max_tokens=20, temperature=0).choices[0].text
+    stop = next(character for character in whole[2:] if character.isascii() and character not in whole[:2])
+    cut = client.completions.create(model="toy-chat", prompt="the", max_tokens=20, temperature=0, stop=[stop])
+    assert (cut.choices[0].text, cut.choices[0].finish_reason) == (whole[: whole.index(stop)], "stop")
+
+
+def test_a_wrong_key_is_refused_and_a_right_one_is_not(server: RunningServer) -> None:
+    stranger = openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0)
+    with pytest.raises(openai.AuthenticationError, match="api key"):
+        stranger.chat.completions.create(model="toy-chat", messages=MESSAGES)
+    assert [server.ask("/metrics", key=key)[0] for key in (None, "wrong", PRIVATE_KEY)] == [401, 401, 200]
+    assert server.ask(PATH, {"prompt": "a", "max_tokens": 1}, key="another-key")[0] == 200
+    assert server.ask("/health", key=None) == (200, {"status": "ok"})
+
+
+# --- the same tokens as in training ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("conversation", [MESSAGES, CONVERSATION], ids=["one turn", "turns"])
+def test_a_conversation_becomes_the_tokens_of_transformers(server: RunningServer, folder: Path, conversation) -> None:
+    tokenizer = load_with_transformers(folder)
+    expected = tokenizer.apply_chat_template(conversation, add_generation_prompt=True)["input_ids"]
+    _, rendered = server.ask("/apply-template", {"messages": conversation})
+    request = {"content": rendered["prompt"], "add_special": True, "parse_special": True}
+    assert server.ask("/tokenize", request)[1]["tokens"] == expected
+    assert expected.count(tokenizer.bos_token_id) == 1
+    _, answer = server.ask(CHAT, {"messages": conversation, "max_tokens": 1})
+    assert answer["usage"]["prompt_tokens"] == len(expected)
+
+
+def test_the_end_of_a_turn_ends_an_answer(server: RunningServer, folder: Path) -> None:
+    tokenizer = load_with_transformers(folder)
+    bias = [[tokenizer.convert_tokens_to_ids("<|im_end|>"), 1000.0]]
+    _, answer = server.ask(CHAT, {"messages": MESSAGES, "max_tokens": 9, "logit_bias": bias})
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["choices"][0]["message"]["content"] == ""
+
+
+# --- clients that are wrong, many, slow or gone ----------------------------------------------------------------------
+
+DEEP = 100_000
+WRONG = {
+    "bad JSON": (b'{"messages": [', 400, "body"),
+    "no UTF-8": (b'{"messages": "\xff"}', 400, "body"),
+    "deep JSON": (b'{"messages":[],"x":' + b"[" * DEEP + b"]" * DEEP + b"}", 400, "body"),
+    "JSON that llama.cpp would recurse into": (b'{"x":' + b"[" * 300 + b"]" * 300 + b"}", 400, "nested"),
+    "10 MB": (json.dumps({"messages": [{"role": "user", "content": "fox " * 2_500_000}]}).encode(), 413, "body"),
+    "prompt beyond the context": ({"messages": [{"role": "user", "content": "fox " * 1000}]}, 400, "context"),
+    "no messages": ({}, 400, "messages"),
+    "text for messages": ({"messages": "hello"}, 400, "messages"),
+    "role of the wrong type": ({"messages": [{"role": 5, "content": "a"}]}, 400, "messages[0]"),
+    "negative length": ({"messages": MESSAGES, "max_tokens": -7}, 400, "max_tokens"),
+    "text for a number": ({"messages": MESSAGES, "temperature": "hot"}, 400, "temperature"),
+    "huge n": ({"messages": MESSAGES, "n": 10**9}, 400, "'n'"),
+    "a buffer of 8 GiB": ({"messages": MESSAGES, "repeat_last_n": 2**31 - 1}, 400, "repeat_last_n"),
+    "the whole vocabulary": ({"messages": MESSAGES, "top_logprobs": 10**6}, 400, "top_logprobs"),
+    "many prompts": ({"prompt": ["a"] * 5000}, 400, "prompt"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_request_gets_one_error_and_the_server_stays(server: RunningServer, name: str) -> None:
+    body, status, field = WRONG[name]
+    child = server.find_child()
+    got, answer = server.ask(PATH if name == "many prompts" else CHAT, body)
+    assert (got, field in answer["error"]["message"]) == (status, True), answer
+    assert server.find_child() == child
+    assert server.ask(PATH, {"prompt": "a", "max_tokens": 1})[0] == 200
+
+
+def test_no_messages_and_an_empty_prompt_are_answered(server: RunningServer) -> None:
+    assert server.ask(CHAT, {"messages": [], "max_tokens": 2})[0] == 200
+    assert server.ask(PATH, {"prompt": "", "max_tokens": 2})[0] == 200
+
+
+def test_fifty_clients_at_once_are_all_answered(server: RunningServer) -> None:
+    def ask(number: int) -> tuple[int, int]:
+        status, answer = server.ask(CHAT, {"messages": [{"role": "user", "content": f"fox {number}"}], "max_tokens": 3})
+        return status, answer["usage"]["completion_tokens"]
+
+    with concurrent.futures.ThreadPoolExecutor(50) as pool:
+        answers = list(pool.map(ask, range(50)))
+    assert {status for status, _ in answers} == {200}
+    assert all(1 <= num_tokens <= 3 for _, num_tokens in answers)
+
+
+def open_request(server: RunningServer, body: dict, *, num_missing_bytes: int = 0) -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+    content = json.dumps(body).encode()
+    head = (
+        f"POST {PATH} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {PRIVATE_KEY}\r\nContent-Length: {len(content)}\r\n"
+    )
+    connection.sendall(head.encode() + b"\r\n" + content[: len(content) - num_missing_bytes])
+    return connection
+
+
+def wait_until_idle(server: RunningServer) -> None:
+    deadline_s = time.monotonic() + 20
+    while server.read_metric("requests_processing") + server.read_metric("requests_deferred"):
+        assert time.monotonic() < deadline_s, "requests of clients that have left are still computed"
+        time.sleep(0.05)
+
+
+def test_a_client_that_leaves_frees_its_place(server: RunningServer) -> None:
+    before = server.read_metric("tokens_predicted_total")
+    connections = [open_request(server, {"prompt": "a", "stream": True, **ENDLESS}) for _ in range(12)]
+    for connection in connections:
+        connection.recv(64)  # the answer has begun, for which those before it must have left
+        connection.close()
+    wait_until_idle(server)
+    num_computed = server.read_metric("tokens_predicted_total") - before
+    assert num_computed < len(connections) * CONTEXT_TOKENS / 2
+    assert server.ask(PATH, {"prompt": "a", "max_tokens": 1})[0] == 200
+
+
+def test_silent_clients_take_nothing_from_others(server: RunningServer) -> None:
+    silent = [open_request(server, {"prompt": "a"}, num_missing_bytes=5) for _ in range(300)]
+    assert server.ask("/health")[0] == 200
+    assert server.ask(PATH, {"prompt": "a", "max_tokens": 1})[0] == 200
+    for connection in silent:
+        connection.close()
+
+
+def test_llama_cpp_is_started_again_after_a_crash(server: RunningServer) -> None:
+    before = server.find_child()
+    os.kill(before, signal.SIGSTOP)  # so that the request is there and not yet answered
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        lost = pool.submit(server.ask, PATH, {"prompt": "a", "max_tokens": 4})
+        time.sleep(0.3)
+        os.kill(before, signal.SIGKILL)
+        status, answer = lost.result(timeout=30)
+    assert (status, "llama.cpp" in answer["error"]["message"]) == (502, True)
+    deadline_s = time.monotonic() + 60
+    while server.ask("/health")[0] != 200:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.1)
+    assert server.find_child() != before
+    assert server.ask(CHAT, {"messages": MESSAGES, "max_tokens": 2})[0] == 200
+
+
+# --- the web page ----------------------------------------------------------------------------------------------------
+
+
+def test_the_page_answers_in_a_browser(page_server: RunningServer) -> None:
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="playwright, which drives a browser, is missing; pip install playwright"
+    )
+    browser_path = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser_path is None:
+        pytest.skip("no Chromium is installed; install the system's package chromium")
+    with playwright.sync_playwright() as tools:
+        browser = tools.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
+        page = browser.new_page()
+        urls: list[str] = []
+        page.on("request", lambda request: urls.append(request.url))
+        page.goto(page_server.url)
+        page.locator("textarea").first.fill("the fox")
+        page.keyboard.press("Enter")
+        page.get_by_text("t/s").first.wait_for(timeout=20_000)  # the speed is shown when an answer is complete
+        browser.close()
+    assert f"{page_server.url}/v1/chat/completions" in urls
+    # Nothing is loaded from elsewhere: the page works on a machine without network.
+    assert [url for url in urls if not url.startswith((page_server.url, "data:", "blob:"))] == []
+
+
+# --- beginning and end -----------------------------------------------------------------------------------------------
+
+
+def test_a_signal_ends_the_server_and_frees_its_port(gguf: Path, tmp_path: Path) -> None:
+    with run_server(gguf) as running:
+        child = running.find_child()
+        taken = run_tool("tools/serve.py", "--model", gguf, "--port", str(running.port))
+        assert taken.returncode == 2
+        assert_errors(taken.stderr, ("port:", f"got {running.port}", "--port"))
+        running.process.send_signal(signal.SIGTERM)
+        stdout, stderr = running.process.communicate(timeout=30)
+        assert (running.process.returncode, stderr) == (0, "")
+        assert stdout.startswith("stopped: 0 requests answered")
+        assert not Path(f"/proc/{child}").exists()
+        socket.create_server(("127.0.0.1", running.port)).close()
+
+
+BAD_STARTS = {
+    "no file": ("none.gguf", (), ("none.gguf:", "does not exist")),
+    "no GGUF": ("text.gguf", (), ("text.gguf:", "must be a GGUF file", "hell")),
+    "cut off": ("cut.gguf", (), ("cut.gguf:", "llama.cpp must load the model", "corrupted or incomplete")),
+    "no template": ("base.gguf", (), ("base.gguf:", "chat template", "--no-chat")),
+    "context": ("base.gguf", ("--context", "100000", "--no-chat"), ("context:", "256 tokens", "got 100,000")),
+    "useless flag": ("base.gguf", ("--type", "q8_0"), ("base.gguf:", "--type", "GGUF file")),
+    "keys": ("base.gguf", ("--api-key-file", "empty"), ("empty:", "keys", "got 0")),
+    "numbers": ("base.gguf", ("--parallel", "0"), ("parallel:", "between 1 and 256", "got 0")),
+    "vllm": ("base.gguf", ("--engine", "vllm"), ("base.gguf:", "vllm", "Hugging Face folder")),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_files(folder: Path, gguf: Path) -> Path:
+    directory = folder.with_name("bad")
+    directory.mkdir()
+    (directory / "text.gguf").write_text("hello")
+    (directory / "empty").write_text("\n")
+    content = gguf.read_bytes()
+    (directory / "cut.gguf").write_bytes(content[: len(content) - 1000])
+    base = shutil.copytree(folder, directory / "base")
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    export_to_gguf(GgufOptions(load_dir=base, save_path=directory / "base.gguf", is_verified=False))
+    return directory
+
+
+@pytest.mark.parametrize("name", BAD_STARTS)
+def test_what_cannot_be_served_is_one_error(bad_files: Path, name: str) -> None:
+    model, flags, (field, *facts) = BAD_STARTS[name]
+    result = run_tool_here("tools/serve.py", "--model", model, "--port", "0", *flags, cwd=bad_files)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert_errors(result.stderr, (field, *facts))
+
+
+def test_a_context_that_does_not_fit_in_memory_is_one_error(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_hammer.serving import llama_server
+
+    # As on a machine with so little left: enough for the libraries, and not for 200 conversations.
+    monkeypatch.setattr(llama_server, "_find_room", lambda path, header: 180 << 20)
+    result = run_tool_here("tools/serve.py", "--model", gguf, "--port", "0", "--parallel", "200", "--threads", "1")
+    assert result.returncode == 2
+    assert_errors(result.stderr, (f"{gguf}:", "must fit in memory", "0.2 GiB", "200 conversations", "--parallel"))
+
+
+def test_a_base_model_serves_completions_only(bad_files: Path) -> None:
+    with run_server(bad_files / "base.gguf", "--no-chat") as running:
+        assert running.ask(PATH, {"prompt": "a", "max_tokens": 2})[0] == 200
+        status, answer = running.ask(CHAT, {"messages": MESSAGES})
+        assert (status, "chat template" in answer["error"]["message"]) == (400, True)
+
+
+# --- the terminal ----------------------------------------------------------------------------------------------------
+
+
+def chat(lines: str, *flags: str | Path, cwd: Path) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, str(ROOT / "tools/chat.py"), *map(str, flags), "--system", "春", "--temperature", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [*command, "--max-tokens", "9"],
+        input=lines,
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment,
+        timeout=60,
+    )
+
+
+def test_a_conversation_through_a_pipe(server: RunningServer, tmp_path: Path) -> None:
+    lines = "the fox\n/save first.jsonl\n/reset\n//help\n/save second.jsonl\n/exit\nnever read\n"
+    (tmp_path / "key").write_text(PRIVATE_KEY)
+    result = chat(lines, "--server", server.url, "--api-key-file", "key", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    first, second = (json.loads((tmp_path / name).read_text())["messages"] for name in ("first.jsonl", "second.jsonl"))
+    assert [message["role"] for message in first] == ["system", "user", "assistant"] == [m["role"] for m in second]
+    assert (first[1]["content"], second[1]["content"]) == ("the fox", "/help")
+    assert result.stdout == f"{first[2]['content']}\n{second[2]['content']}\n"
+
+
+def test_a_model_is_loaded_for_one_conversation(gguf: Path, tmp_path: Path) -> None:
+    result = chat("the fox\n", "--model", gguf, "--threads", "1", cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.strip()
+
+
+def test_a_chat_without_its_server_is_one_error(server: RunningServer) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    result = run_tool_here("tools/chat.py", "--server", f"http://127.0.0.1:{port}")
+    assert result.returncode == 2
+    assert_errors(result.stderr, ("server:", f"{port}", "Connection refused"))
+    result = run_tool_here("tools/chat.py", "--server", server.url)
+    assert result.returncode == 2
+    assert_errors(result.stderr, ("server:", "status 401", "API Key"))

@@ -1,0 +1,66 @@
+"""What is refused before llama.cpp sees it; everything else reaches it with the same meaning."""
+
+import json
+from typing import Any
+
+import pytest
+
+from megatron_hammer.serving.request_limits import MOST_LIKELIEST, MOST_PROMPTS, check_request
+
+CONTEXT = 77
+
+
+def check(request: Any) -> Any:
+    return json.loads(check_request(json.dumps(request).encode(), context_tokens=CONTEXT))
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"messages": [{"role": "user", "content": "春\u0000 \U0001f98a"}], "repeat_last_n": CONTEXT, "n": 2**31},
+        {"prompt": list(range(MOST_PROMPTS + 1)), "logprobs": True, "top_logprobs": MOST_LIKELIEST},
+        {"prompt": ["a"] * MOST_PROMPTS, "temperature": 1e-3, "seed": -1, "repeat_last_n": -1},
+        {"messages": "wrong, and llama.cpp says so", "repeat_last_n": "five"},
+        [1, 2],
+        None,
+    ],
+)
+def test_what_llama_cpp_can_judge_passes_unchanged(request_: Any) -> None:
+    assert check(request_) == request_
+
+
+@pytest.mark.parametrize("name", ["repeat_last_n", "dry_penalty_last_n"])
+@pytest.mark.parametrize("value", [CONTEXT + 1, 1e30, 10**30])
+def test_more_past_tokens_than_a_conversation_has(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: must be at most {CONTEXT}, got "):
+        check({name: value})
+
+
+@pytest.mark.parametrize("name", ["n_probs", "top_logprobs", "logprobs"])
+def test_more_likeliest_tokens_than_an_answer_should_list(name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: must be at most {MOST_LIKELIEST}, got {MOST_LIKELIEST + 1}"):
+        check({name: MOST_LIKELIEST + 1})
+
+
+@pytest.mark.parametrize("item", ["a", [1], True, {"prompt_string": "a"}])
+def test_more_prompts_than_one_request_should_have(item: Any) -> None:
+    with pytest.raises(ValueError, match=f"^prompt: must be at most {MOST_PROMPTS} prompts, got 257"):
+        check({"prompt": [item] * (MOST_PROMPTS + 1)})
+
+
+@pytest.mark.parametrize("message", [5, None, "hello", {}, {"role": None}, {"role": ["user"]}])
+def test_a_message_without_a_role(message: Any) -> None:
+    with pytest.raises(ValueError, match=r"^messages\[1\]: must be an object with a role, got "):
+        check({"messages": [{"role": "user"}, message]})
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff", b'{"a": NaN}', b'"\\ud800"', b"[" * 2000 + b"]" * 2000])
+def test_a_body_that_is_not_json(body: bytes) -> None:
+    with pytest.raises(ValueError, match=r"^body: must be JSON in UTF-8, got: "):
+        check_request(body, context_tokens=CONTEXT)
+
+
+def test_json_that_llama_cpp_would_recurse_into() -> None:
+    with pytest.raises(ValueError, match=r"^body: JSON must be nested less than 254 times"):
+        check_request(b"[" * 300 + b"]" * 300, context_tokens=CONTEXT)
+    assert check_request(b"[" * 200 + b"]" * 200, context_tokens=CONTEXT) == b"[" * 200 + b"]" * 200
