@@ -93,7 +93,7 @@ def open_stored(prefix: Path, tokenizer_path: Path) -> tuple[ChatTokenizer, Iter
     """Raises DataError if another tokenizer encoded the data."""
     stored = open_conversations(prefix)
     identity = stored.manifest.template
-    tokenizer = ChatTokenizer(tokenizer_path, ChatTemplate(identity.name, identity.text))
+    tokenizer = ChatTokenizer(tokenizer_path, ChatTemplate(identity.name, identity.text, identity.bound_tokens))
     require_same_tokenizer(prefix, tokenizer.encoder, stored.manifest)
     ends = stored.read_offsets()
     return tokenizer, (

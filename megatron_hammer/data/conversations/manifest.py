@@ -23,13 +23,15 @@ def mask_prefix(prefix: str | Path) -> Path:
 class TemplateIdentity:
     """The chat template by name and content; its text, so that an exported model can carry it.
 
-    end_of_turn_ids: the ids with which the assistant's turn ends; a server stops at them.
+    end_of_turn_ids: the ids with which the assistant's turn ends; a server stops at them. bound_tokens: which the
+    template writes in the place of its own control tokens.
     """
 
     name: str
     sha256: str
     text: str
     end_of_turn_ids: tuple[int, ...]
+    bound_tokens: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

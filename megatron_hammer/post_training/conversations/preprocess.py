@@ -112,7 +112,11 @@ def preprocess_conversations(
             mask_idx_sha256=outputs[3],
             tool_version=read_tool_version(),
             template=TemplateIdentity(
-                name=template.name, sha256=template.sha256, text=template.text, end_of_turn_ids=end_of_turn_ids
+                name=template.name,
+                sha256=template.sha256,
+                text=template.text,
+                end_of_turn_ids=end_of_turn_ids,
+                bound_tokens=template.bound_tokens,
             ),
             num_records=totals.num_records,
             num_learned_tokens=writer.num_learned_tokens,

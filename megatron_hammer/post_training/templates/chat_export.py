@@ -5,7 +5,7 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_hammer.data.conversations.formats import Conversation
+from megatron_hammer.data.conversations.formats import Conversation, ConversationError
 from megatron_hammer.data.conversations.manifest import find_template
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.post_training.templates.chat_template import (
@@ -54,24 +54,30 @@ def find_chat_format(
         return build_chat_format(tokenizer_path, template)
     paths = [getattr(saved, name, None) or [] for name in ("data_path", "train_data_path")]
     identity = find_template([str(part) for path in paths for part in ([path] if isinstance(path, str) else path)])
-    return None if identity is None else build_chat_format(tokenizer_path, ChatTemplate(identity.name, identity.text))
+    if identity is None:
+        return None
+    return build_chat_format(tokenizer_path, ChatTemplate(identity.name, identity.text, identity.bound_tokens))
 
 
 def require_same_conversations(folder: Path, tokenizer: ChatTokenizer) -> int:
     """Return how many conversations have the same ids and masks in transformers as here; raises ConversionError."""
     theirs = load_with_transformers(folder)
-    conversations = list(_list_conversations(tokenizer))
-    for conversation in conversations:
+    num_conversations = 0
+    for conversation in _list_conversations(tokenizer):
+        try:
+            ours = tokenizer.encode(conversation)
+        except ConversationError:
+            continue  # a template may change texts, and refuses those then
         found = theirs.apply_chat_template(
             list(conversation.messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
-        ours = tokenizer.encode(conversation)
+        num_conversations += 1
         if (list(found["input_ids"]), list(found["assistant_masks"])) != (ours.ids.tolist(), ours.mask.tolist()):
             raise ConversionError(
                 f"{folder}: transformers must give a conversation the ids and the mask that it is trained with, got "
                 f"others for {str(conversation.messages)[:80]}. Nothing was written; use another template."
             )
-    return len(conversations)
+    return num_conversations
 
 
 def _list_conversations(tokenizer: ChatTokenizer) -> Iterator[Conversation]:

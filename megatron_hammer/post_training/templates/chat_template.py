@@ -22,10 +22,11 @@ CONTROL_FORM = re.compile(r"<[|｜][^<>\s]+?[|｜]>|<\w+_of_\w+>")
 
 @dataclass(frozen=True, slots=True)
 class ChatTemplate:
-    """name: of a shipped template, or of the file. text: Jinja, with `bindings` already replaced."""
+    """name: of a shipped template, or of the file. text: Jinja, with the bound tokens already in it."""
 
     name: str
     text: str
+    bound_tokens: tuple[str, ...] = ()
 
     @property
     def sha256(self) -> str:
@@ -88,7 +89,7 @@ def load_chat_template(
         raise ConfigError(f"bind-token: {name} must write the token, got {unused[0]}, which it does not. Drop it.")
     # In one pass, so that tokens can be exchanged.
     tokens = re.compile("|".join(map(re.escape, sorted(bindings, key=len, reverse=True))) or "(?!)")
-    return ChatTemplate(name, tokens.sub(lambda found: bindings[found[0]], text))
+    return ChatTemplate(name, tokens.sub(lambda found: bindings[found[0]], text), tuple(bindings.values()))
 
 
 def parse_bindings(pairs: Iterable[str]) -> dict[str, str]:
@@ -96,7 +97,7 @@ def parse_bindings(pairs: Iterable[str]) -> dict[str, str]:
     bindings: dict[str, str] = {}
     for pair in pairs:
         token, _, other = pair.partition("=")
-        if not token or not other or token in bindings:
-            raise ConfigError(f"bind-token: must be TOKEN=OTHER, once for each token, got {pair}. Quote it.")
+        if not token or not other or token in bindings or other in bindings.values():
+            raise ConfigError(f"bind-token: must be TOKEN=OTHER, each of them once, got {pair}. Quote it.")
         bindings[token] = other
     return bindings

@@ -8,9 +8,10 @@ stand-in becomes the id of its token. A control id from anywhere else is an erro
 """
 
 import itertools
+import json
 import re
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from megatron_hammer.tokenizer.encoding.special_tokens import CONFIG_NAME, read_
 # Noncharacters of Unicode, which no text should hold; a conversation that does is refused.
 MARK, STAND_IN = "\ufdd0", "\ufdd1"
 ASSISTANT = "assistant"
+REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")  # as transformers knows them
 PLAIN_PROBE = Conversation(({"role": "user", "content": "aa"}, {"role": ASSISTANT, "content": "bb"}))
 
 
@@ -67,6 +69,7 @@ class ChatTokenizer:
         vocabulary = self.plain.get_vocab(with_added_tokens=True)
         named = {vocabulary[text]: tokenizers.AddedToken(text) for text in self.special_tokens.values()}
         written = self._list_written([token.content for token in added.values() if not token.special])
+        written.update(template.bound_tokens)
         self.controls = {
             token.content: number
             for number, token in (named | added).items()
@@ -184,15 +187,14 @@ class ChatTokenizer:
             )
 
     def _refuse_lost_text(self, conversation: Conversation, rendered: str) -> None:
-        for message in conversation.messages:
-            for name in ("content", "reasoning_content"):
-                text = message.get(name)
-                if isinstance(text, str) and text.strip() not in rendered:
-                    raise ConversationError(
-                        "text-lost",
-                        f"chat template {self.template.name} must write every text, got {text.strip()[:60]!r} of the "
-                        f"{message.get('role')}, which it leaves out or changes",
-                    )
+        """A template can leave out what it does not know, such as tools or reasoning, without any error."""
+        for text in _list_required(conversation):
+            if text not in rendered and json.dumps(text, ensure_ascii=False)[1:-1] not in rendered:
+                raise ConversationError(
+                    "text-lost",
+                    f"chat template {self.template.name} must write every text, got {text[:60]!r}, which it leaves out "
+                    "or changes",
+                )
 
 
 def _build_plain_tokenizer(encoder: Encoder) -> tokenizers.Tokenizer:
@@ -251,7 +253,18 @@ def _spell_stand_in(number: int) -> str:
     return f"{STAND_IN}{number}{STAND_IN}"
 
 
-def _list_texts(value: Any) -> Any:
+def _list_required(conversation: Conversation) -> Iterator[str]:
+    """The texts that a rendered conversation must hold, without the spaces around them, which templates may trim."""
+    for message in conversation.messages:
+        values = [message.get(name) for name in ("content", *REASONING_NAMES)]
+        for call in message.get("tool_calls") or []:
+            values += [call["function"]["name"], call["function"]["arguments"]]
+        yield from (text.strip() for text in _list_texts(values))
+    for tool in conversation.tools or []:
+        yield str(tool.get("function", tool).get("name", "")).strip()
+
+
+def _list_texts(value: Any) -> Iterator[str]:
     """Every text in a conversation: contents, names, arguments of calls, schemas of tools."""
     if isinstance(value, str):
         yield value

@@ -28,38 +28,42 @@ def prove_template(tokenizer: ChatTokenizer) -> tuple[int, ...]:
     except ConversationError as error:
         raise ConfigError(f"{name}: chat template must render a question and its answer, got: {error}") from error
     probes = list_probes(tokenizer)
+    if problems := [*_list_missing_variables(tokenizer), *_list_missing_tokens(tokenizer, probes)]:
+        raise DataError(*problems)
+    if "strftime_now" in tokenizer.template.text:
+        raise ConfigError(
+            f"{name}: chat template must render alike at any time, got strftime_now. Write a fixed date, or none."
+        )
+    # One group after another: with wrong marks, for instance, the beginnings of turns mean nothing.
     for problems in (
-        _list_missing_variables(tokenizer),
-        _list_missing_tokens(tokenizer, probes),
         [problem for probe in probes for problem in _list_mask_problems(tokenizer, probe)],
         [problem for probe in probes for problem in _list_prefix_problems(tokenizer, probe)],
         _list_boundary_problems(tokenizer),
     ):
-        # One group after another: with a wrong mask, for instance, the beginnings of turns mean nothing.
         if problems:
-            kind = (
-                DataError
-                if all(problem.startswith(str(tokenizer.encoder.path)) for problem in problems)
-                else ConfigError
-            )
-            raise kind(*dict.fromkeys(problems))
+            raise ConfigError(*dict.fromkeys(problems))
     ends: set[int] = set()
     for probe in probes:
-        encoded = tokenizer.encode(probe)
+        try:
+            encoded = tokenizer.encode(probe)
+        except ConversationError as error:
+            raise ConfigError(f"{name}: {error}") from error
         ends |= {int(encoded.ids[end - 1]) for end in encoded.turn_ends}
         _require_plain_ids(tokenizer, probe, encoded.ids)
     return tuple(sorted(ends))
 
 
 def list_probes(tokenizer: ChatTokenizer) -> list[Conversation]:
-    """Short conversations that the template renders; it may refuse system texts, for instance."""
+    """Short conversations that the template renders; it may refuse system texts."""
     turn = ({"role": "user", "content": QUESTION}, {"role": ASSISTANT, "content": ANSWER})
     system = {"role": "system", "content": SYSTEM}
     probes = []
     for messages in (turn, turn * 3, (system, *turn, *turn)):
         with suppress(ConversationError):
-            tokenizer.render(Conversation(messages))
-            probes.append(Conversation(messages))
+            rendered, _ = tokenizer.render(Conversation(messages))
+            # One that leaves system texts out refuses the conversations that have them.
+            if messages[0] is not system or SYSTEM in rendered:
+                probes.append(Conversation(messages))
     return probes
 
 
@@ -77,17 +81,19 @@ def _list_missing_variables(tokenizer: ChatTokenizer) -> list[str]:
     ]
 
 
-def _list_missing_tokens(tokenizer: ChatTokenizer, probes: list[Conversation]) -> list[str]:
+def _list_missing_tokens(tokenizer: ChatTokenizer, probes: list[Conversation]) -> Iterator[str]:
+    where, bound = f"{tokenizer.encoder.path}: tokenizer must have", tokenizer.template.bound_tokens
+    for token in bound:
+        if token not in tokenizer.controls:
+            yield f"{where} the token that --bind-token names, got {token}, which is no symbol of it. Name another."
     written = {token for probe in probes for token in CONTROL_FORM.findall(tokenizer.render(probe)[0])}
-    missing = sorted(written - tokenizer.controls.keys())
-    if not missing:
-        return []
-    return [
-        f"{tokenizer.encoder.path}: tokenizer must have the control tokens of chat template "
-        f"{tokenizer.template.name}, got none for {' '.join(missing)}, which would be several tokens of text. Bind "
-        f"them to tokens that it has and no text uses (--bind-token '{missing[0]}=TOKEN'), or add them: hammer "
-        "tokenizer merge --mode vocabulary with --user-defined-symbols-file, then hammer resize-embeddings."
-    ]
+    if missing := sorted(written - tokenizer.controls.keys() - set(bound)):
+        yield (
+            f"{where} the control tokens of chat template {tokenizer.template.name}, got none for "
+            f"{' '.join(missing)}, which would be several tokens of text. Bind them to tokens that it has and no text "
+            f"uses (--bind-token '{missing[0]}=TOKEN'), or add them: hammer tokenizer merge --mode vocabulary with "
+            "--user-defined-symbols-file, then hammer resize-embeddings."
+        )
 
 
 def _list_mask_problems(tokenizer: ChatTokenizer, probe: Conversation) -> Iterator[str]:

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_hammer.data.conversations.formats import Conversation, ConversationError
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.post_training.templates.chat_template import ChatTemplate, load_chat_template
+from megatron_hammer.post_training.templates.chat_template import ChatTemplate, load_chat_template, parse_bindings
 
 MARKED = "{% generation %}{{ messages[0].content }}<|end|>{% endgeneration %}"
 TURN = Conversation(({"role": "assistant", "content": "hi"},))
@@ -51,3 +51,10 @@ def test_errors_of_a_template_are_told_apart() -> None:
 def test_a_template_cannot_leave_its_sandbox(attack: str) -> None:
     with pytest.raises(ConversationError, match="must render it"):
         ChatTemplate("mine", MARKED + "{{ " + attack + " }}").render(TURN, {})
+
+
+def test_bindings_are_pairs() -> None:
+    assert parse_bindings(["<|a|>=<b>", "<|c|>=="]) == {"<|a|>": "<b>", "<|c|>": "="}
+    for pairs in (["<|a|>"], ["=b"], ["a="], ["a=b", "a=c"], ["a=c", "b=c"]):
+        with pytest.raises(ConfigError, match="bind-token: must be TOKEN=OTHER, each of them once"):
+            parse_bindings(pairs)

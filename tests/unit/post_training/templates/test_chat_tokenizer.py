@@ -183,7 +183,7 @@ def test_our_own_marks_in_a_text_are_refused(paths: dict[str, Path], char: str) 
         ((user("a"),), "nothing-to-learn", "must have a turn of the assistant"),
         (({"role": "system", "content": "a"},), "nothing-to-learn", "must have a turn of the assistant"),
         ((user("a"), assistant("", tool_calls=[{}])), "refused-by-template", "ChatML has no place for tool calls"),
-        ((user("a"), assistant("b", reasoning_content="why")), "text-lost", "got 'why' of the assistant"),
+        ((user("a"), assistant("b", reasoning_content="why")), "text-lost", "must write every text, got 'why'"),
     ],
     ids=["no answer", "system only", "tool call", "reasoning"],
 )
@@ -194,6 +194,19 @@ def test_a_conversation_that_cannot_be_used_is_named(
     with pytest.raises(ConversationError, match=match) as caught:
         tokenizer.encode(Conversation(messages))
     assert caught.value.reason == reason
+
+
+def test_tools_that_a_template_does_not_know_are_not_lost(paths: dict[str, Path]) -> None:
+    """A template of a user may leave them out without an error."""
+    text = (
+        load_chat_template("chatml").text.replace("if tools", "if false").replace("if message.tool_calls", "if false")
+    )
+    tokenizer = ChatTokenizer(paths["byte level"], ChatTemplate("mine", text))
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": ["one"]}}}
+    with pytest.raises(ConversationError, match="must write every text, got 'add'"):
+        tokenizer.encode(Conversation((user("a"), assistant("b", tool_calls=[call]))))
+    with pytest.raises(ConversationError, match="must write every text, got 'add'"):
+        tokenizer.encode(Conversation((user("a"), assistant("b")), [{"type": "function", "function": {"name": "add"}}]))
 
 
 def test_an_answer_without_its_end_is_refused(paths: dict[str, Path]) -> None:
@@ -238,3 +251,5 @@ def test_bound_tokens_are_control_tokens(paths: dict[str, Path]) -> None:
     found = tokenizer.encode(Conversation((user("<h1>```"), assistant("``` x <h1>"))))
     assert [(found.ids == tokenizer.controls[token]).sum() for token in ("<h1>", "```")] == [2, 2]
     assert set(CHAT_TOKENS) < tokenizer.controls.keys()
+    # Without its bindings the text alone tells only of tokens between brackets.
+    assert "```" in ChatTokenizer(paths["symbols"], ChatTemplate("mine", template.text)).controls

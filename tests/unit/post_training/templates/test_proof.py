@@ -1,10 +1,12 @@
 """Each thing that a chat template must fulfil is asked for: twins of ChatML that break one of them are refused."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from megatron_hammer.data.conversations.formats import Conversation, ConversationError
 from megatron_hammer.errors import ConfigError, DataError, HammerError
 from megatron_hammer.post_training.templates.chat_template import SHIPPED, ChatTemplate, load_chat_template
 from megatron_hammer.post_training.templates.chat_tokenizer import ChatTokenizer
@@ -99,6 +101,31 @@ def test_a_broken_template_is_refused(byte_level: Path, name: str) -> None:
 def test_a_template_may_refuse_system_texts(byte_level: Path) -> None:
     text = change((HEADER, '{% if message.role == "system" %}{{ raise_exception("none") }}{% endif %}' + HEADER))
     assert prove_template(ChatTokenizer(byte_level, ChatTemplate("mine", text)))
+
+
+def test_a_template_that_leaves_system_texts_out_is_for_conversations_without(byte_level: Path) -> None:
+    text = change(("for message in messages", 'for message in messages if message.role != "system"'))
+    tokenizer = ChatTokenizer(byte_level, ChatTemplate("mine", text))
+    assert prove_template(tokenizer)
+    turn = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+    tokenizer.encode(Conversation(turn))
+    with pytest.raises(ConversationError, match="must write every text, got 'be brief'"):
+        tokenizer.encode(Conversation(({"role": "system", "content": "be brief"}, *turn)))
+
+
+def test_a_template_that_depends_on_the_clock_is_refused(byte_level: Path) -> None:
+    template = ChatTemplate("mine", "{{ strftime_now('%d %b %Y') }}\n" + CHATML)
+    with pytest.raises(ConfigError, match="must render alike at any time, got strftime_now"):
+        prove_template(ChatTokenizer(byte_level, template))
+
+
+@pytest.mark.parametrize("other", ["<|no_such|>", "<TOKENS_UNUSED_999>", "user"])
+def test_a_token_that_the_tokenizer_lacks_cannot_be_bound(byte_level: Path, other: str) -> None:
+    template = load_chat_template("chatml", {"<|im_start|>": other})
+    with pytest.raises(
+        DataError, match=rf"the token that --bind-token names, got {re.escape(other)}, which is no symbol"
+    ):
+        prove_template(ChatTokenizer(byte_level, template))
 
 
 def test_missing_control_tokens_are_named_with_remedies(tmp_path: Path) -> None:
