@@ -67,7 +67,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def list_model_flags(arguments: argparse.Namespace) -> list[str]:
     """The flags of a loaded model, --model apart, as words for the command serve."""
-    names = ("iteration", "tokenizer_model", "type", "cache_dir", "chat_template", "context", "threads")
+    names = (
+        *("iteration", "tokenizer_model", "type", "cache_dir", "chat_template", "context", "threads"),
+        *("draft_model", "draft_tokens"),
+    )
     given = {f"--{name.replace('_', '-')}": getattr(arguments, name) for name in names}
     words = [word for flag, value in given.items() if value is not None for word in (flag, str(value))]
     return words + ["--no-verify"] * arguments.no_verify

@@ -14,7 +14,9 @@ import ipaddress
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_hammer.errors import ConfigError, PlatformError, exit_on_interrupt, exit_on_user_error
@@ -22,6 +24,7 @@ from megatron_hammer.files.command_line import CommandParser
 from megatron_hammer.files.progress import show_stages
 from megatron_hammer.files.read import read_text
 from megatron_hammer.serving.model_files import ModelSource, open_gguf, open_hugging_face
+from megatron_hammer.serving.speculative import DEFAULT_DRAFT_TOKENS, DraftOptions
 from megatron_hammer.serving.vllm import build_vllm_command, build_vllm_environment, require_vllm
 
 _BYTES_PER_TOKEN = 64  # in JSON; text of most languages has less than 8
@@ -56,6 +59,10 @@ def add_model_flags(parser: argparse.ArgumentParser, *, is_required: bool) -> No
     parser.add_argument("--no-verify", action="store_true", help="convert without comparing both models")
     parser.add_argument("--chat-template", type=Path, help="Jinja file, in place of the model's own template")
     parser.add_argument("--context", type=int, help="tokens of a conversation (default: the model's, at most 8192)")
+    parser.add_argument(
+        "--draft-model", type=Path, help="smaller model with the same tokenizer that proposes tokens, as of --model"
+    )
+    parser.add_argument("--draft-tokens", type=int, help="tokens that it proposes at a time (default: 4)")
     parser.add_argument("--threads", type=int, help="threads that compute (default: llama.cpp's choice)")
 
 
@@ -72,8 +79,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     require_llama_cpp()
     listener = listen(arguments.host, arguments.port)  # before the conversion: a port in use is said at once
-    with listener, show_stages() as show, open_gguf(source, arguments.cache_dir, show) as path:
-        serve_with_llama_cpp(arguments, path, arguments.name or source.name, keys, listener)
+    with (
+        listener,
+        show_stages() as show,
+        open_gguf(source, arguments.cache_dir, show) as path,
+        open_draft(arguments, show) as draft,
+    ):
+        serve_with_llama_cpp(arguments, path, draft, arguments.name or source.name, keys, listener)
 
 
 def validate(arguments: argparse.Namespace) -> None:
@@ -83,6 +95,7 @@ def validate(arguments: argparse.Namespace) -> None:
         "batch_tokens": (1, None),
         "context": (16, None),
         "threads": (1, None),
+        "draft_tokens": (1, 64),
         "max_request_mib": (0.01, 1024),
         "port": (0, 65535),
     }
@@ -94,6 +107,10 @@ def validate(arguments: argparse.Namespace) -> None:
     ]
     if not arguments.model.exists():
         problems.append(f"{arguments.model}: model does not exist. Pass a checkpoint, a folder or a GGUF file.")
+    if arguments.draft_model is None and arguments.draft_tokens is not None:
+        problems.append(f"draft-tokens: must come with --draft-model, got {arguments.draft_tokens} alone.")
+    if arguments.draft_model is not None and not arguments.draft_model.exists():
+        problems.append(f"{arguments.draft_model}: model does not exist. Pass a checkpoint, a folder or a GGUF file.")
     if problems:
         raise ConfigError(*problems)
 
@@ -106,6 +123,21 @@ def build_source(arguments: argparse.Namespace) -> ModelSource:
         tokenizer_path=arguments.tokenizer_model,
         is_verified=not arguments.no_verify,
     )
+
+
+@contextmanager
+def open_draft(
+    arguments: argparse.Namespace, show: Callable[[str, int, int | None], None]
+) -> Iterator[DraftOptions | None]:
+    """The GGUF file of --draft-model and how many tokens it proposes, if it is given; converted as --model is."""
+    if arguments.draft_model is None:
+        yield None
+        return
+    source = ModelSource(path=arguments.draft_model, is_verified=not arguments.no_verify)
+    # --type is of the files that are made here.
+    source = source if source.is_gguf else replace(source, file_type=arguments.type)
+    with open_gguf(source, arguments.cache_dir, show) as path:
+        yield DraftOptions(path=path, num_tokens=arguments.draft_tokens or DEFAULT_DRAFT_TOKENS)
 
 
 def read_keys(path: Path | None) -> tuple[str, ...]:
@@ -137,7 +169,12 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve_with_llama_cpp(
-    arguments: argparse.Namespace, path: Path, name: str, keys: tuple[str, ...], listener: socket.socket
+    arguments: argparse.Namespace,
+    path: Path,
+    draft: DraftOptions | None,
+    name: str,
+    keys: tuple[str, ...],
+    listener: socket.socket,
 ) -> None:
     # Imported here, so that --help and wrong flags need no package of the extra.
     from megatron_hammer.serving.front import serve
@@ -153,6 +190,7 @@ def serve_with_llama_cpp(
         chat_template=read_text(arguments.chat_template) if arguments.chat_template else None,
         has_chat=not arguments.no_chat,
         api_keys=keys,
+        draft=draft,
     )
     server = LlamaServer(settings)
     most_bytes = max(_SMALLEST_LIMIT_BYTES, _BYTES_PER_TOKEN * server.context_tokens)
@@ -187,6 +225,7 @@ def serve_with_vllm(arguments: argparse.Namespace, source: ModelSource, keys: tu
         "--no-chat": arguments.no_chat,
         "--threads": arguments.threads,
         "--max-request-mib": arguments.max_request_mib,
+        "--draft-model": arguments.draft_model,
     }
     problems = [f"engine: vllm has no {flag}. Leave it out." for flag, value in useless.items() if value]
     if len(keys) > 1:

@@ -23,6 +23,7 @@ from megatron_hammer.checkpoint.gguf.llama_cpp import COMMAND, select_errors
 from megatron_hammer.checkpoint.gguf.llama_cpp_process import LOADING_BYTES, SERVING_BYTES
 from megatron_hammer.errors import ConfigError, ConversionError, PlatformError
 from megatron_hammer.model.byte_units import GIB
+from megatron_hammer.serving.speculative import DraftOptions, build_draft_parameters
 from megatron_hammer.training.supervision.launcher.exit_evidence import read_memory_limit_bytes
 
 LARGEST_DEFAULT_CONTEXT = 8192
@@ -45,7 +46,7 @@ class ServerSettings:
 
     num_slots: answers that are computed at the same time. batch_tokens: of prompts, computed in one step.
     chat_template: Jinja text; None: the file's. has_chat: False serves completions only. num_threads: None: llama.cpp's
-    choice.
+    choice. draft: a smaller model that proposes tokens.
     """
 
     path: Path
@@ -57,6 +58,7 @@ class ServerSettings:
     chat_template: str | None = None
     has_chat: bool = True
     api_keys: tuple[str, ...] = ()
+    draft: DraftOptions | None = None
     more: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -79,6 +81,7 @@ class LlamaServer:
                 f"context: must be at most the {trained_tokens:,} tokens that the model was trained with, "
                 f"got {self.context_tokens:,}. Pass a smaller --context."
             )
+        self._draft_parameters = {} if settings.draft is None else self._check_draft(settings.draft)
         self._loading_bytes = _find_room(settings.path, header)
         self._folder = tempfile.TemporaryDirectory(prefix="hammer-serve-")
         self.socket_path = Path(self._folder.name) / "llama.sock"
@@ -135,6 +138,12 @@ class LlamaServer:
             await self._reader
         self._folder.cleanup()
 
+    def _check_draft(self, draft: DraftOptions) -> dict[str, Any]:
+        threads = self.settings.num_threads
+        return build_draft_parameters(
+            self.settings.path, draft, context_tokens=self.context_tokens, num_threads=threads
+        )
+
     def _build_parameters(self) -> dict[str, Any]:
         settings = self.settings
         threads = {} if settings.num_threads is None else {"cpuparams.n_threads": settings.num_threads}
@@ -161,6 +170,7 @@ class LlamaServer:
             SERVING_BYTES: _SERVING_BYTES,
             **threads,
             **template,
+            **self._draft_parameters,
             **settings.more,
         }
 

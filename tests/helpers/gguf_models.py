@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import tokenizers
 import torch
 import transformers
+from gguf import GGUFWriter
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatron_hammer.tokenizer.export.export_tokenizer import export_tokenizer
@@ -146,3 +147,30 @@ def write_byte_level(folder: Path, rule: str, *, has_single_digits: bool = False
     (folder / "tokenizer.json").write_text(json.dumps(content))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+VOCABULARY = ("<unk>", "<s>", "</s>", "a", "春", "<|im_end|>")
+VOCABULARY_TYPES = (2, 3, 3, 1, 1, 4)  # llama.cpp's numbers: unknown, control, normal, user-defined
+
+
+def write_vocabulary(
+    path: Path,
+    *,
+    tokens: tuple[str, ...] = VOCABULARY,
+    types: tuple[int, ...] = VOCABULARY_TYPES,
+    context: int = 128,
+    **special: int | bool,
+) -> Path:
+    """Write a GGUF file without tensors. special: of tokenizer.ggml, such as eos_token_id."""
+    writer = GGUFWriter(path, "llama")
+    writer.add_context_length(context)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * len(tokens))
+    writer.add_token_types(types)
+    for name, value in ({"bos_token_id": 1, "eos_token_id": 2} | special).items():
+        (writer.add_bool if isinstance(value, bool) else writer.add_uint32)(f"tokenizer.ggml.{name}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path

@@ -16,6 +16,7 @@ import pytest
 
 from megatron_hammer.checkpoint.gguf.to_gguf import GgufOptions, export_to_gguf
 from megatron_hammer.tokenizer.encoding.transformers_tokenizer import load_with_transformers
+from tests.helpers.gguf_models import write_vocabulary
 from tests.helpers.messages import assert_errors
 from tests.helpers.repository import ROOT
 from tests.helpers.served_models import CONTEXT_TOKENS, PRIVATE_KEY, RunningServer, run_server, write_chat_folder
@@ -131,6 +132,18 @@ def test_the_end_of_a_turn_ends_an_answer(server: RunningServer, folder: Path) -
     _, answer = server.ask(CHAT, {"messages": MESSAGES, "max_tokens": 9, "logit_bias": bias})
     assert answer["choices"][0]["finish_reason"] == "stop"
     assert answer["choices"][0]["message"]["content"] == ""
+
+
+def test_a_draft_model_changes_the_time_and_not_the_answer(server: RunningServer, gguf: Path) -> None:
+    """The model proposes tokens to itself, so that all of them are right."""
+    request = {"prompt": "the fox", "max_tokens": 24, "temperature": 0, "ignore_eos": True}
+    _, expected = server.ask(PATH, request)
+    with run_server(gguf, "--draft-model", gguf, "--draft-tokens", "3") as drafted:
+        status, answer = drafted.ask(PATH, request)
+    assert status == 200
+    assert answer["choices"][0]["text"] == expected["choices"][0]["text"]
+    assert answer["timings"]["draft_n_accepted"] == answer["timings"]["draft_n"] > 10
+    assert "draft_n" not in expected["timings"]
 
 
 # --- clients that are wrong, many, slow or gone ----------------------------------------------------------------------
@@ -286,6 +299,14 @@ BAD_STARTS = {
     "useless flag": ("base.gguf", ("--type", "q8_0"), ("base.gguf:", "--type", "GGUF file")),
     "keys": ("base.gguf", ("--api-key-file", "empty"), ("empty:", "keys", "got 0")),
     "numbers": ("base.gguf", ("--parallel", "0"), ("parallel:", "between 1 and 256", "got 0")),
+    "draft": ("base.gguf", ("--no-chat", "--draft-model", "text.gguf"), ("text.gguf:", "must be a GGUF file")),
+    "draft of another vocabulary": (
+        "base.gguf",
+        ("--no-chat", "--draft-model", "other.gguf"),
+        ("other.gguf: draft-model", "token 1 must be", "got 'a'"),
+    ),
+    "draft that is not there": ("base.gguf", ("--draft-model", "none.gguf"), ("none.gguf:", "does not exist")),
+    "tokens of no draft": ("base.gguf", ("--draft-tokens", "3"), ("draft-tokens:", "--draft-model", "got 3")),
     "vllm": ("base.gguf", ("--engine", "vllm"), ("base.gguf:", "vllm", "Hugging Face folder")),
 }
 
@@ -296,6 +317,7 @@ def bad_files(folder: Path, gguf: Path) -> Path:
     directory.mkdir()
     (directory / "text.gguf").write_text("hello")
     (directory / "empty").write_text("\n")
+    write_vocabulary(directory / "other.gguf", tokens=("<unk>", "a"), types=(2, 1), context=256)
     content = gguf.read_bytes()
     (directory / "cut.gguf").write_bytes(content[: len(content) - 1000])
     base = shutil.copytree(folder, directory / "base")

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from megatron_hammer.errors import ConversionError
@@ -107,6 +108,17 @@ class LlamaCpp:
         described: dict[str, Any] = self._ask("GET", "/v1/models")["data"][0]["meta"]
         return described
 
+    def continue_text(self, tokens: Sequence[int], *, num_tokens: int, reuses_prompt: bool = False) -> dict[str, Any]:
+        """One greedy answer of exactly `num_tokens` tokens: its `content`, and llama.cpp's `timings`.
+
+        reuses_prompt: what the last request and this one begin with is not computed again.
+        """
+        # llama.cpp closes a connection that is idle for some seconds. The next request opens another one.
+        self._connection.close()
+        # As in continue_greedily; ignore_eos, so that answers of several models have one length.
+        greedy = {"samplers": ["top_k"], "top_k": 1, "n_predict": num_tokens, "ignore_eos": True}
+        return self._ask("POST", "/completion", {"prompt": [*tokens], "cache_prompt": reuses_prompt, **greedy})
+
     def read_properties(self) -> dict[str, Any]:
         """What llama.cpp says of the file, such as `bos_token` and `chat_template`."""
         return self._ask("GET", "/props")
@@ -152,8 +164,10 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 @contextmanager
-def open_llama_cpp(path: Path, *, num_context_tokens: int, num_threads: int) -> Iterator[LlamaCpp]:
-    """Load a GGUF file with llama.cpp and yield it; it ends with the block.
+def open_llama_cpp(
+    path: Path, *, num_context_tokens: int, num_threads: int, more: Mapping[str, Any] = MappingProxyType({})
+) -> Iterator[LlamaCpp]:
+    """Load a GGUF file with llama.cpp and yield it; it ends with the block. more: further attributes by their path.
 
     Raises ConversionError if llama.cpp does not load the file or dies on it, with what it said last.
     """
@@ -166,6 +180,7 @@ def open_llama_cpp(path: Path, *, num_context_tokens: int, num_threads: int) -> 
             "n_ctx": num_context_tokens,
             "cpuparams.n_threads": num_threads,
             "cpuparams_batch.n_threads": num_threads,
+            **more,
         }
         # stdin stays open as long as this process lives.
         process = subprocess.Popen(COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log)

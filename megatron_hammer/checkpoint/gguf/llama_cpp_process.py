@@ -47,10 +47,12 @@ def assign(parameters: Any, path: str, value: Any) -> None:
     *owners, name = path.split(".")
     for owner in owners:
         parameters = getattr(parameters, owner)
-    kind = type(getattr(parameters, name))
-    if hasattr(kind, "__members__"):
-        value = kind[value]
-    setattr(parameters, name, set(value) if kind is set else value)
+    old = getattr(parameters, name)
+    if isinstance(old, list) and old and hasattr(type(old[0]), "__members__"):
+        value = [type(old[0])[member] for member in value]
+    elif hasattr(type(old), "__members__"):
+        value = type(old)[value]
+    setattr(parameters, name, set(value) if isinstance(old, set) else value)
 
 
 def limit_memory(num_bytes: int) -> None:

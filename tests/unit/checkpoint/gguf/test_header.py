@@ -46,6 +46,23 @@ def test_every_number_and_text_is_that_of_the_package_gguf(path: Path) -> None:
     assert header == {name: fields[name].contents() for name in header}
 
 
+def test_arrays_that_are_asked_for_are_there(path: Path) -> None:
+    names = ("tokenizer.ggml.tokens", "tokenizer.ggml.scores", "truths")
+    header = read_gguf_header(path, arrays=names)
+    assert [header[name] for name in names] == [["a", "春", ""], [0.5, -1.0, 0.0], [True, False]]
+    assert header.keys() - names == read_gguf_header(path).keys()
+
+
+@pytest.mark.parametrize("length", [9, 2**40])
+def test_an_array_of_a_damaged_length_is_named(tmp_path: Path, length: int) -> None:
+    path = tmp_path / "x.gguf"
+    # One entry, of the name "a": an array of one number of 32 bits, which says that it has more.
+    entry = struct.pack("<Q1sIIQI", 1, b"a", 9, 4, length, 7)
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + entry)
+    with raises_problem(ConversionError, f"{path}:", "damaged or cut off"):
+        read_gguf_header(path, arrays=("a",))
+
+
 def test_a_file_of_another_kind_is_named_with_its_first_bytes(tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     path.write_bytes(b"PK\x03\x04")
