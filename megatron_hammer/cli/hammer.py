@@ -91,6 +91,7 @@ GROUPS: tuple[tuple[str, tuple[Command, ...]], ...] = (
             Command("preprocess-conversations", "cli.preprocess_conversations", "turn chat data into ids and masks"),
             Command("show-chat-masks", "cli.show_chat_masks", "print conversations with the loss weight of each token"),
             Command("post-train", "cli.post_train", "SFT, reward models, DPO and LoRA of a Hugging Face model"),
+            Command("check-chat", "cli.check_chat", "ask a chat model questions: does it answer, and stop"),
         ),
     ),
     (

@@ -1,9 +1,8 @@
 """The data of a run as token ids: every record read, checked and encoded here, and each one that is left out named."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from megatron_hammer.corpus.blocks import read_blocks, select_whole_files, split_block
 from megatron_hammer.corpus.input_files import find_input_files
@@ -14,10 +13,8 @@ from megatron_hammer.data.conversations.formats import (
     read_conversation,
     read_preference,
 )
-from megatron_hammer.errors import ConfigError, DataError
-from megatron_hammer.post_training.templates.chat_template import load_chat_template
+from megatron_hammer.errors import DataError
 from megatron_hammer.post_training.templates.chat_tokenizer import ChatTokenizer
-from megatron_hammer.post_training.templates.proof import prove_template
 from megatron_hammer.post_training.trl.preferences import encode_pair
 from megatron_hammer.post_training.trl.recipe import Stage
 
@@ -105,21 +102,3 @@ def _choose_encoding(stage: Stage, tokenizer: ChatTokenizer, max_length: int) ->
         return {"prompt_ids": pair.prompt, "chosen_ids": pair.chosen, "rejected_ids": pair.rejected}
 
     return encode_conversation if stage == "sft" else encode_preference
-
-
-def open_chat_tokenizer(
-    hf_dir: Path, chat_template: str | None, bindings: Mapping[str, str]
-) -> tuple[ChatTokenizer, tuple[int, ...]]:
-    """The tokenizer of a model with a template that is proven to fit, and the ids that end a turn of the assistant.
-
-    chat_template: a shipped name or a file; the one in the folder where it is None. bindings: as for
-    `load_chat_template`. Raises ConfigError or DataError for everything in which template and tokenizer do not fit.
-    """
-    path = hf_dir / "chat_template.jinja"
-    if chat_template is None and not path.is_file():
-        raise ConfigError(
-            f"{hf_dir}: model must have a chat_template.jinja, got none. Pass --chat-template chatml, or a file."
-        )
-    template = load_chat_template(chat_template or path, bindings)
-    tokenizer = ChatTokenizer(hf_dir, template)
-    return tokenizer, prove_template(tokenizer)

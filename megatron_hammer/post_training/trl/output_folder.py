@@ -16,10 +16,11 @@ import torch
 from megatron_hammer.checkpoint.hugging_face.config_json import CONFIG_NAME, GENERATION_NAME, read_config
 from megatron_hammer.checkpoint.hugging_face.folder import open_hf_folder
 from megatron_hammer.checkpoint_files.safetensors.weight_files import open_hf_weights
+from megatron_hammer.post_training.templates.model_template import TEMPLATE_NAME
 from megatron_hammer.post_training.trl.recipe import Stage
 from megatron_hammer.tokenizer.export.export_tokenizer import HF_TOKENIZER_FILES
 
-TOKENIZER_CONFIG_NAME, TEMPLATE_NAME = "tokenizer_config.json", "chat_template.jinja"
+TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 
 
 def write_output(

@@ -25,7 +25,8 @@ from megatron_hammer.files.publish import partial_path, publish_directory
 from megatron_hammer.platforms.agreement import ask_first_rank
 from megatron_hammer.platforms.device import count_devices
 from megatron_hammer.platforms.select import select_platform
-from megatron_hammer.post_training.trl.examples import Examples, load_examples, open_chat_tokenizer
+from megatron_hammer.post_training.templates.model_template import open_chat_tokenizer
+from megatron_hammer.post_training.trl.examples import Examples, load_examples
 from megatron_hammer.post_training.trl.output_folder import write_output
 from megatron_hammer.post_training.trl.recipe import Lora, Recipe, Stage
 
@@ -91,7 +92,9 @@ def post_train(options: PostTrainOptions) -> PostTrainReport | None:
     platform = prepare_process(options.platform)
     base = open_hf_folder(options.hf_dir)
     max_length = _choose_max_length(options.recipe, base.model.shape.max_position_embeddings)
-    chat_tokenizer, end_of_turn_ids = open_chat_tokenizer(options.hf_dir, options.chat_template, options.bindings)
+    chat_tokenizer, end_of_turn_ids = open_chat_tokenizer(
+        options.hf_dir, options.hf_dir, chat_template=options.chat_template, bindings=options.bindings
+    )
     is_first = os.environ.get("RANK", "0") == "0"
     # For the whole run, because the folder is locked for it: two runs must not write the same checkpoints.
     with publish_directory(options.save_dir, overwrite=options.overwrite) if is_first else nullcontext() as folder:

@@ -64,6 +64,7 @@ def build_arguments(
         "gradient_checkpointing": recipe.recompute,
         "use_cpu": platform == "cpu",
         "ddp_backend": "gloo" if platform == "cpu" and num_processes > 1 else None,
+        "ddp_find_unused_parameters": False,
         "save_strategy": "steps",
         "save_steps": recipe.save_interval,
         "save_total_limit": KEPT_CHECKPOINTS,
@@ -71,6 +72,8 @@ def build_arguments(
         "logging_first_step": True,
         "logging_nan_inf_filter": False,  # progress.py ends the run
         "report_to": "none",
+        "log_level": "error",
+        "log_level_replica": "error",
         "disable_tqdm": True,
         "max_length": None,  # what is too long was dropped by name; TRL would cut it
     }
