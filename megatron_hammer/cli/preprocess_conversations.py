@@ -117,6 +117,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     print_lines("dropped", manifest.problems)
     print_lines("shortened", manifest.shortened)
+    if manifest.num_joined_answers:
+        print(
+            f"note: {manifest.num_joined_answers:,} answers begin with white space that the tokenizer joins to their "
+            "header, so a model cannot begin so. Trim the answers, or use a template that does",
+            file=sys.stderr,
+        )
     if arguments.json:
         print_json(manifest.to_json())
     else:

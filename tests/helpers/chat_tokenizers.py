@@ -56,7 +56,8 @@ def write_byte_level(path: Path, *, special: bool = True) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(TOY_TEXTS * 5, trainers.BpeTrainer(vocab_size=331, initial_alphabet=alphabet))
+    texts = (*TOY_TEXTS, "x\n\n\n\n" * 9) * 5  # with tokens of several line ends
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=331, initial_alphabet=alphabet))
     tokenizer.add_special_tokens(["<|bos|>"])
     tokenizer.add_tokens([tokenizers.AddedToken(text, special=special, normalized=False) for text in CHAT_TOKENS])
     tokenizer.add_tokens(["<tool_call>", "</tool_call>", "<think>"])

@@ -4,10 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 
-from tests.helpers.chat_tokenizers import train_with_symbols
+from megatron_hammer.post_training.templates.chat_template import SHIPPED
+from megatron_hammer.tokenizer.encoding.encoder import load_encoder
+from tests.helpers.chat_tokenizers import train_with_symbols, write_byte_level
 from tests.helpers.messages import assert_errors
 from tests.helpers.tool_runs import run_tool, run_tool_here
+from tests.helpers.toy_checkpoint import toy_llama_tensors, write_toy_checkpoint
+from tests.helpers.toy_model import toy_arguments
 from tests.helpers.toy_tokenizer import train_toy_tokenizer
 
 pytestmark = pytest.mark.integration
@@ -66,6 +72,17 @@ def test_conversations_are_written_and_shown(folder: Path) -> None:
     assert "a.jsonl:2: not used. empty-turn:" in stdout
 
 
+def test_answers_that_a_model_cannot_begin_are_told(folder: Path) -> None:
+    """The byte-level tokenizer joins the line ends of header and answer to one token."""
+    (folder / "byte").mkdir()
+    write_byte_level(folder / "byte" / "tokenizer.json")
+    (folder / "b.jsonl").write_text('{"question": "a", "answer": "\\n\\nx"}\n{"question": "a", "answer": "x"}\n')
+    arguments = ("--input", "b.jsonl", "--tokenizer-model", "byte", "--chat-template", "chatml", "--workers", "1")
+    code, _, stderr = run_tool_here(PREPROCESS, *arguments, "--output-prefix", "data/joined", cwd=folder)
+    assert code == 0
+    assert stderr.startswith("note: 1 answers begin with white space that the tokenizer joins to their header")
+
+
 def test_the_manifest_can_be_printed(folder: Path) -> None:
     arguments = (
         "--input",
@@ -119,3 +136,34 @@ def test_flags_of_the_other_form_are_refused(folder: Path, arguments: tuple[str,
     code, stdout, stderr = run_tool_here(SHOW, "--tokenizer-model", "symbols.model", *arguments, cwd=folder)
     assert (code, stdout) == (2, "")
     assert_errors(stderr, ("command line:", *facts))
+
+
+def test_a_model_that_was_trained_on_conversations_is_exported_with_their_template(folder: Path) -> None:
+    arguments = ("--input", "a.jsonl", "--tokenizer-model", "symbols.model", "--chat-template", "chatml")
+    run_tool_here(
+        PREPROCESS, *arguments, "--output-prefix", "run/chat", "--max-errors", "1", "--workers", "1", cwd=folder
+    )
+    num_ids = load_encoder(folder / "symbols.model").vocab_size
+    tensors = toy_llama_tensors()
+    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        tensors[name] = torch.randn(num_ids + 3, tensors[name].shape[1])
+    paths = {"tokenizer_model": str(folder / "symbols.model"), "data_path": ["1", str(folder / "run" / "chat")]}
+    write_toy_checkpoint(folder / "checkpoint", tensors, arguments=toy_arguments(vocab_size=num_ids, **paths))
+    code, stdout, stderr = run_tool_here(
+        *("checkpoint_convert/megatron_to_hf.py", "--load", "checkpoint", "--save", "hf", "--verify", "tensors"),
+        cwd=folder,
+    )
+    assert code == 0
+    assert " conversations have the same ids and masks in transformers" in stdout
+    assert "note: eos_token is <|im_end|> in this folder" in stderr
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "hf")
+    assert tokenizer.chat_template == SHIPPED["chatml"].read_text()
+    generation = json.loads((folder / "hf" / "generation_config.json").read_bytes())
+    assert tokenizer.eos_token_id in generation["eos_token_id"]
+    code, stdout, stderr = run_tool_here(
+        *("checkpoint_convert/megatron_to_hf.py", "--load", "checkpoint", "--save", "hf2", "--no-tokenizer"),
+        *("--chat-template", "qwen"),
+        cwd=folder,
+    )
+    assert code == 2
+    assert_errors(stderr, ("command line:", "--chat-template needs the tokenizer"))

@@ -41,7 +41,8 @@ class ConversationManifest(Manifest):
     num_records: conversations that were read; those written and those dropped add up to it. num_learned_tokens: tokens
     that the masks mark. num_dropped_by_reason: has a count for each reason in `problems`. shortened: one sentence for
     each conversation that lost turns to the maximum length. num_without_last_answer: conversations that end with a
-    turn of somebody else than the assistant.
+    turn of somebody else than the assistant. num_joined_answers: answers that begin inside the last token of their
+    header, as where both have a line end there: a model that is given the header cannot begin so.
     """
 
     template: TemplateIdentity
@@ -50,6 +51,7 @@ class ConversationManifest(Manifest):
     num_dropped_by_reason: dict[str, int]
     shortened: tuple[str, ...]
     num_without_last_answer: int
+    num_joined_answers: int = 0
     mask_bin_sha256: str | None = None
     mask_idx_sha256: str | None = None
 

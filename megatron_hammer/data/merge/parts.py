@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_hammer.corpus.file_search import FileSearch, describe_unreachable, identify_file
+from megatron_hammer.data.conversations.manifest import mask_prefix
 from megatron_hammer.data.indexed.index_format import bin_path, idx_path
 from megatron_hammer.data.indexed.manifest import Manifest, manifest_path, read_manifest, show_option
 from megatron_hammer.data.indexed.pair import IndexSummary, read_index
@@ -68,6 +69,12 @@ def read_parts(prefixes: Sequence[Path]) -> list[Part]:
     parts: list[Part] = []
     problems: list[str] = []
     for prefix in prefixes:
+        if idx_path(mask_prefix(prefix)).exists():
+            problems.append(
+                f"{prefix}: part must not be conversations, got some, whose masks a merge would lose. Pass several "
+                "prefixes to --data-path, or preprocess their inputs together."
+            )
+            continue
         try:
             parts.append(Part(prefix, read_index(prefix), read_manifest(prefix)))
         except DataError as error:

@@ -46,6 +46,7 @@ class EncodedBlock:
     lengths: tuple[int, ...]
     text_bytes: int
     num_without_last_answer: int
+    num_joined_answers: int
     dropped: tuple[tuple[int, str, str], ...]
     shortened: tuple[tuple[int, str], ...]
 
@@ -85,6 +86,7 @@ class ConversationBlockEncoder:
             lengths=tuple(len(part.ids) for part in encoded),
             text_bytes=sum(part.text_bytes for part in encoded),
             num_without_last_answer=num_without_last_answer,
+            num_joined_answers=sum(part.num_joined_answers for part in encoded),
             dropped=tuple(dropped),
             shortened=tuple(shortened),
         )

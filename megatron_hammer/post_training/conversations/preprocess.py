@@ -123,6 +123,7 @@ def preprocess_conversations(
             num_dropped_by_reason=dict(sorted(totals.reasons.items())),
             shortened=tuple(totals.shortened),
             num_without_last_answer=totals.num_without_last_answer,
+            num_joined_answers=totals.num_joined_answers,
         )
         writer.publish(manifest)
     return manifest
@@ -135,6 +136,7 @@ class _Totals:
     num_records: int = 0
     text_bytes: int = 0
     num_without_last_answer: int = 0
+    num_joined_answers: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
     shortened: list[str] = field(default_factory=list)
@@ -143,6 +145,7 @@ class _Totals:
         self.num_records += len(block.lengths) + len(block.dropped)
         self.text_bytes += block.text_bytes
         self.num_without_last_answer += block.num_without_last_answer
+        self.num_joined_answers += block.num_joined_answers
         self.reasons.update(reason for _, reason, _ in block.dropped)
         self.problems += [f"{locate(block.begin, place)}: {sentence}" for place, _, sentence in block.dropped]
         self.shortened += [f"{locate(block.begin, place)}: {sentence}" for place, sentence in block.shortened]

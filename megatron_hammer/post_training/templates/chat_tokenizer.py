@@ -44,12 +44,14 @@ class EncodedConversation:
     """ids [n] int32 and mask [n] uint8, 1 where a token is learned as a target.
 
     turn_ends: behind the last token of each turn of the assistant, in tokens. text_bytes: of the rendered text.
+    num_joined_answers: turns of the assistant that begin inside the last token of their header.
     """
 
     ids: np.ndarray
     mask: np.ndarray
     turn_ends: tuple[int, ...]
     text_bytes: int
+    num_joined_answers: int = 0
 
 
 class ChatTokenizer:
@@ -142,7 +144,7 @@ class ChatTokenizer:
         self._refuse_injected(raw_ids)
         ids = np.array([self._ids_by_stand_in.get(number, number) for number in encoding.ids], dtype=np.int32)
         mask = np.zeros(len(ids), dtype=np.uint8)
-        turn_ends = []
+        turn_ends, num_joined = [], 0
         for start, end in spans:
             inside = np.flatnonzero((ends > start) & (starts < end))
             if not len(inside) or int(raw_ids[inside[-1]]) not in self._ids_by_stand_in:
@@ -154,7 +156,8 @@ class ChatTokenizer:
             # From the first to the last: a token that lies in both the header and the answer is learned.
             mask[inside[0] : inside[-1] + 1] = 1
             turn_ends.append(int(inside[-1]) + 1)
-        return EncodedConversation(ids, mask, tuple(turn_ends), len(text.encode()))
+            num_joined += int(starts[inside[0]] < start)
+        return EncodedConversation(ids, mask, tuple(turn_ends), len(text.encode()), num_joined)
 
     def _mark(self, text: str) -> str:
         return self._pattern.sub(lambda found: MARK + found[0], text)

@@ -296,6 +296,15 @@ def change_manifest(prefix: Path, **changes: object) -> None:
     manifest_path(prefix).write_bytes(encode_manifest(dataclasses.replace(manifest, **changes)))
 
 
+def test_conversations_are_no_parts(tmp_path: Path) -> None:
+    """The merge knows nothing of their masks."""
+    parts = [write_pair(tmp_path / name) for name in ("chat", "chat_loss_mask", "text")]
+    with pytest.raises(DataError) as caught:
+        merge_pairs([str(parts[0]), str(parts[2])], tmp_path / "merged")
+    (problem,) = caught.value.problems
+    assert_problem(problem, f"{parts[0]}: part must not be conversations", "whose masks a merge would lose")
+
+
 def test_another_dtype(tmp_path: Path) -> None:
     first, second = write_pair(tmp_path / "a"), write_pair(tmp_path / "b", dtype=np.int32)
     assert_problems(
