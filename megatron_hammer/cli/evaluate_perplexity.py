@@ -31,7 +31,7 @@ with importing():
     )
     from megatron_hammer.evaluation.perplexity.report import build_tables, describe, list_notes, write_report
     from megatron_hammer.evaluation.scorers.megatron_ranks import ModelLayout, is_first_process
-    from megatron_hammer.evaluation.scorers.open_scorer import PRECISIONS, ScorerOptions, use_scorer
+    from megatron_hammer.evaluation.scorers.open_scorer import PRECISIONS, ScorerOptions, find_kind, use_scorer
     from megatron_hammer.evaluation.scorers.scorer import Scorer
     from megatron_hammer.platforms.select import select_platform
     from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder
@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def list_models(arguments: argparse.Namespace) -> list[NamedModel]:
-    """The models of the command line, then the iterations of --load; raises ConfigError for iterations not there."""
+    """The models of the command line, then the iterations of --load; raises ConfigError for what is not there."""
     named = list(map(split_name, arguments.models))
     last_parts = [Path(path).name for _, path in named]
     # Folders of one name in different places are called by their whole path.
@@ -132,6 +132,8 @@ def list_models(arguments: argparse.Namespace) -> list[NamedModel]:
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"models: names must differ, got {name} twice. Pass NAME=PATH.")
+    for model in models:
+        find_kind(model.path)  # before the first one is computed
     if arguments.load is None:
         return models
     if arguments.iterations is None:
@@ -179,9 +181,9 @@ def score_model(
 
     def work(scorer: Scorer) -> ModelScores:
         references[:] = references or [scorer.encoder]
-        with show_stages(f"{model.name or scorer.name} {{}}") as show:
-            scores = measure_model(scorer, domains, measure_options, reference=references[0], on_progress=show)
-        return dataclasses.replace(scores, name=model.name or scores.name)
+        scorer.name = model.name or scorer.name
+        with show_stages(f"{scorer.name} {{}}") as show:
+            return measure_model(scorer, domains, measure_options, reference=references[0], on_progress=show)
 
     return use_scorer(model.path, dataclasses.replace(options, iteration=model.iteration), work)
 

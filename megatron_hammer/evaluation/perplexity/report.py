@@ -111,12 +111,13 @@ def draw(models: Sequence[ModelScores]) -> bytes:
         (model for model in models if model.num_trained_tokens), key=lambda one: one.num_trained_tokens or 0
     )
     if len(series) > 1:
-        tokens = [(model.num_trained_tokens or 0) / 1e9 for model in series]
+        tokens = [model.num_trained_tokens or 0 for model in series]
         for number, domain in enumerate(series[0].domains):
             estimates = [estimate_domain(model.domains[number].losses).perplexity for model in series]
             axes.plot(tokens, [one.value for one in estimates], marker="o", label=domain.name)
             axes.fill_between(tokens, [one.low for one in estimates], [one.high for one in estimates], alpha=0.2)
-        axes.set(xlabel="trained tokens (billions)", ylabel="perplexity", yscale="log")
+        axes.set(xlabel="trained tokens", ylabel="perplexity", yscale="log")
+        axes.xaxis.set_major_formatter(lambda value, _: format_tokens(round(value)))
     else:
         places = np.arange(len(models[0].domains))
         width = 0.8 / len(models)

@@ -23,7 +23,7 @@ from megatron_hammer.errors import USER_ERROR_EXIT_CODE, ConfigError
 from megatron_hammer.platforms import megatron_compat
 from megatron_hammer.platforms.device import use_own_device
 
-# How long a rank waits for a request: rank 0 may evaluate another kind of model, or write its results, meanwhile.
+# How long a rank waits for rank 0, which meanwhile evaluates: a model of another kind, or what lies between requests.
 PATIENCE = datetime.timedelta(days=30)
 ENDED, FAILED = "ended", "failed"
 
@@ -131,9 +131,11 @@ def join_ranks(layout: ModelLayout) -> Iterator[ModelRanks]:
         return
     if not torch.distributed.is_initialized():
         use_own_device(layout.platform, int(os.environ["LOCAL_RANK"]))
-        torch.distributed.init_process_group("nccl" if layout.platform == "cuda" else "gloo")
+        torch.distributed.init_process_group("nccl" if layout.platform == "cuda" else "gloo", timeout=PATIENCE)
         # Kept until the process ends: the next model of the command uses the same group.
         atexit.register(torch.distributed.destroy_process_group)
+    # The groups below are made within minutes, or not at all; only this waits for rank 0.
+    torch.distributed.barrier()
     parallel_state.initialize_model_parallel(
         layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, create_gloo_process_groups=False
     )
