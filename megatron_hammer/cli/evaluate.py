@@ -19,10 +19,9 @@ from typing import Any
 
 from megatron_hammer.config.evaluation_suite import EvaluationSuite, read_suite
 from megatron_hammer.errors import ConfigError, exit_on_user_error
+from megatron_hammer.evaluation.benchmarks.offline import forbid_network
 from megatron_hammer.files.command_line import CommandParser, importing
 from megatron_hammer.platforms.parent_process import end_with_parent
-
-HAS_BOS = {"auto": None, "yes": True, "no": False}
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -36,7 +35,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-fewshot", nargs="+", type=int, metavar="N", help="examples before a question (0)")
     parser.add_argument("--limit", type=int, metavar="N", help="questions of each task (all)")
     parser.add_argument(
-        "--bos", choices=list(HAS_BOS), help="begin texts with BOS (auto: as the tokenizer of the folder does)"
+        "--bos",
+        choices=["auto", "bos", "eod", "none"],
+        help="the token before a text (auto: what the tokenizer of a Hugging Face folder puts there, else none)",
     )
     parser.add_argument(
         "--apply-chat-template", action="store_true", default=None, help="ask in the turns of a chat model's template"
@@ -59,7 +60,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--platform", choices=["cpu", "cuda"], help="(cpu)")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="(fp32 on cpu, bf16 on cuda)")
     parser.add_argument("--max-batch-tokens", type=int, metavar="N", help="computed at once")
-    parser.add_argument("--output-dir", type=Path, metavar="DIR", help="new folder for scores and all answers")
+    parser.add_argument("--check", action="store_true", help="only find the tasks and their data, and print nothing")
+    parser.add_argument("--save-dir", type=Path, metavar="DIR", help="new folder for scores and all answers")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
     parser.add_argument("--parent-process", type=int, help=argparse.SUPPRESS)  # of training, which starts this command
     return parser.parse_args(argv)
@@ -78,6 +80,7 @@ def build_suite(arguments: argparse.Namespace) -> EvaluationSuite:
         "tasks_dir": arguments.tasks_dir,
         "num_fewshot": arguments.num_fewshot and tuple(dict.fromkeys(arguments.num_fewshot)),
         "limit": arguments.limit,
+        "bos": arguments.bos,
         "applies_chat_template": arguments.apply_chat_template,
         "has_multiturn_fewshot": arguments.fewshot_as_multiturn,
         "runs_generated_code": arguments.run_generated_code,
@@ -91,8 +94,7 @@ def build_suite(arguments: argparse.Namespace) -> EvaluationSuite:
         if any(number is not None and number < least for number in numbers):
             flag = name.replace("_", "-")
             raise ConfigError(f"{flag}: must be at least {least}, got {min(numbers)}. Correct it.")
-    suite = dataclasses.replace(suite, **{name: value for name, value in given.items() if value is not None})
-    return suite if arguments.bos is None else dataclasses.replace(suite, has_bos=HAS_BOS[arguments.bos])
+    return dataclasses.replace(suite, **{name: value for name, value in given.items() if value is not None})
 
 
 @exit_on_user_error
@@ -102,12 +104,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.parent_process is not None:
         end_with_parent(arguments.parent_process)
     suite = build_suite(arguments)
+    forbid_network()
     with importing():
         from megatron_hammer.evaluation.benchmarks import reports, run
         from megatron_hammer.evaluation.scorers.megatron_ranks import ModelLayout
         from megatron_hammer.evaluation.scorers.open_scorer import ScorerOptions
-
-        run.forbid_network()
+    if arguments.check:
+        run.load_all_tasks(suite)
+        return
     options = ScorerOptions(
         tokenizer_path=None if suite.tokenizer_model is None else Path(suite.tokenizer_model),
         layout=ModelLayout(
@@ -122,8 +126,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     evaluated = [found for path in arguments.models if (found := run.evaluate_model(path, suite, options)) is not None]
     if not evaluated:  # another rank than the first
         return
-    if arguments.output_dir is not None:
-        reports.write_reports(arguments.output_dir, evaluated, suite)
+    if arguments.save_dir is not None:
+        reports.write_reports(arguments.save_dir, evaluated, suite)
     if arguments.json:
         print(json.dumps(reports.build_report(evaluated, suite), indent=2, ensure_ascii=False))
     else:

@@ -179,6 +179,16 @@ def _add_output_flags(group: argparse._ArgumentGroup) -> None:
         "--prometheus-port", type=int, metavar="PORT", help="serve the same at /metrics on the host of the last rank"
     )
     group.add_argument(
+        "--evaluate-every",
+        type=int,
+        metavar="N",
+        help="evaluate the checkpoint of every N steps, and the last one, in another process while training goes on; "
+        "needs --evaluate-suite",
+    )
+    group.add_argument(
+        "--evaluate-suite", metavar="FILE", help="tasks and data of --evaluate-every, as for hammer evaluate --suite"
+    )
+    group.add_argument(
         "--fingerprint-interval",
         type=int,
         metavar="N",

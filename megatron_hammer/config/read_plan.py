@@ -191,6 +191,8 @@ def read_evaluation(args: Any) -> Evaluation:
         is_whole=args.full_validation,
         has_several_sets=getattr(args, "multiple_validation_sets", False),
         set_names=tuple(getattr(args, "validation_set_names", None) or ()),
+        scored_every_steps=getattr(args, "evaluate_every", None),
+        suite_path=getattr(args, "evaluate_suite", None),
     )
 
 

@@ -144,6 +144,8 @@ class Evaluation:
     is_whole: bool
     has_several_sets: bool
     set_names: tuple[str, ...]
+    scored_every_steps: int | None  # --evaluate-every: checkpoints that another process evaluates
+    suite_path: str | None
 
     @property
     def is_on(self) -> bool:

@@ -22,6 +22,7 @@ COUNTS = (
     "lr_wsd_decay_samples", "exit_interval", "exit_duration_in_mins",
     "distributed_timeout_minutes", "keep_last", "keep_every",
     "rotary_base", "num_distributed_optimizer_instances", "rolled_back_steps", "fingerprint_interval",
+    "evaluate_every",
 )  # fmt: skip
 # What a size may be at most; samples of a run are counted in 64 bits, and every layer is listed.
 LARGEST_COUNT = 2**31 - 1

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_hammer.errors import HammerError
@@ -39,6 +39,39 @@ def guard_saves(check: Callable[[], None], explain: Callable[[BaseException], Ex
 
     training.save_checkpoint = explained(save_checkpoint)
     training.maybe_finalize_async_save = explained(original_finalize)
+
+
+def log_values(values: Mapping[str, float], step: int) -> None:
+    """Write values of a step to TensorBoard and Weights & Biases, where megatron does, on the last rank.
+
+    They come later than those of the steps after it, which Weights & Biases refuses, so there the step is a value too.
+    """
+    from megatron.training import training
+
+    writer, wandb = training.get_tensorboard_writer(), training.get_wandb_writer()
+    if writer is not None:
+        for name, value in values.items():
+            writer.add_scalar(f"evaluation/{name}", value, step)
+        writer.flush()
+    if wandb is not None:
+        wandb.define_metric("evaluation/*", step_metric="evaluation/step")
+        # Not committed: the row of the current step gets them, which megatron goes on to fill.
+        wandb.log({"evaluation/step": step, **{f"evaluation/{name}": v for name, v in values.items()}}, commit=False)
+
+
+def postpone_wandb_finish() -> Callable[[], None]:
+    """Keep the run of Weights & Biases open when megatron ends; returns what closes it. Megatron's globals must be set.
+
+    Scores of the last checkpoints come after megatron's end.
+    """
+    from megatron.training import training
+
+    wandb = training.get_wandb_writer()
+    if wandb is None:
+        return lambda: None
+    finish: Callable[[], None] = wandb.finish
+    wandb.finish = lambda *_, **__: None
+    return finish
 
 
 def lose_tensorboard_events() -> None:

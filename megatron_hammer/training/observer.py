@@ -4,6 +4,7 @@ megatron calls (through platforms/training_hooks.py) on every rank; the last ran
 recording. Reading the loss ends a step: it waits for the device, so the step time needs no other synchronisation.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -18,11 +19,14 @@ from megatron_hammer.errors import OutputError
 from megatron_hammer.model.accounting import count_flops_per_token, count_parameters
 from megatron_hammer.platforms.device import max_over_ranks, read_device_name, read_peak_memory_bytes
 from megatron_hammer.platforms.gpu_peaks import find_dense_peak_tflops
+from megatron_hammer.platforms.output_hooks import log_values
+from megatron_hammer.training.checkpoint_scores import CheckpointScorer, find_scores_path, read_scores
 from megatron_hammer.training.metrics import MFU_CONVENTION, MetricsLog, RunFacts, Stopwatch, read_metrics
 from megatron_hammer.training.reporter import Reporter, write_loss_curve
 from megatron_hammer.training.supervision.heartbeat import Heartbeat
 
 LOSS_NAME = "lm loss"  # the key of forward_step.sum_loss
+SCORES_POLL_INTERVAL_S = 0.2
 
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # of the parameters, as torch names them
@@ -41,16 +45,34 @@ def build_observer(plan: RunPlan, state: TrainingState, terminal: IO[str]) -> "R
         peak_tflops=machine.peak_tflops or find_dense_peak_tflops(device_name),
         device_name=device_name,
     )
+    reporter = Reporter(terminal, facts)
     return RunObserver(
         plan,
         state,
         facts,
-        Reporter(terminal, facts),
+        reporter,
         # The last rank is in the last pipeline stage, and only that stage has the loss.
         is_recorder=machine.rank == machine.world_size - 1,
         read_peak_memory_bytes=read_peak_memory_bytes,
         max_over_ranks=max_over_ranks,
         heartbeat=build_heartbeat(plan) if machine.rank == machine.world_size - 1 else None,
+        scorer=build_scorer(plan, reporter) if machine.rank == machine.world_size - 1 else None,
+    )
+
+
+def build_scorer(plan: RunPlan, reporter: Reporter) -> CheckpointScorer | None:
+    """For --evaluate-every; None without it."""
+    every, suite_path, save = plan.evaluation.scored_every_steps, plan.evaluation.suite_path, plan.checkpoints.save
+    if every is None or suite_path is None or save is None or plan.output.metrics_path is None:
+        return None
+    return CheckpointScorer(
+        Path(save),
+        Path(suite_path),
+        find_scores_path(Path(plan.output.metrics_path)),
+        every=every,
+        last_step=plan.num_steps,
+        say=reporter.say,
+        publish=log_values,
     )
 
 
@@ -102,13 +124,14 @@ class RunObserver:
         read_peak_memory_bytes: Callable[[], int],
         max_over_ranks: Callable[[float], float],
         heartbeat: Heartbeat | None = None,
+        scorer: CheckpointScorer | None = None,
     ):
         self.plan, self.state, self.facts, self.reporter = plan, state, facts, reporter
         self.is_recorder = is_recorder
         # Now, since a run's own first checkpoint would be found later.
         self._weights = describe_weights(plan.checkpoints, plan.initial_model)
         self._read_peak_memory_bytes, self._max_over_ranks = read_peak_memory_bytes, max_over_ranks
-        self._heartbeat = heartbeat
+        self._heartbeat, self._scorer = heartbeat, scorer
         self._stopwatch, self._lr = Stopwatch(), 0.0
         self._log: MetricsLog | None = None
         self._validations: list[dict[str, Any]] = []
@@ -152,6 +175,8 @@ class RunObserver:
             peak_memory_bytes=peak_memory_bytes,
         )
         self._record_saves()
+        if self._scorer is not None:
+            self._scorer.poll()
         self._report_failure(self._log)
         self.reporter.show_step(metrics)
         if self._heartbeat is not None:
@@ -188,6 +213,19 @@ class RunObserver:
 
     # --- called by the main path -------------------------------------------------------------------------------------
 
+    def wait_for_scores(self, *, is_stopped: Callable[[], bool], on_wait: Callable[[], object]) -> None:
+        """On every rank: wait until the last checkpoints are scored, unless the run was stopped, as by a signal.
+
+        All ranks wait, since a launcher takes a node whose ranks have ended for done. on_wait: called often meanwhile.
+        """
+        if self.plan.evaluation.scored_every_steps is None:
+            return
+        if self.is_recorder:
+            self._record_saves()
+        while self._max_over_ranks(float(self._scorer is not None and not is_stopped() and self._scorer.is_busy())):
+            on_wait()
+            time.sleep(SCORES_POLL_INTERVAL_S)
+
     def finish(self) -> None:
         """Close the files; write the loss curve; print the summary."""
         if self._heartbeat is not None:
@@ -196,6 +234,8 @@ class RunObserver:
         if not self.is_recorder or self._log is None:
             return
         self._record_saves()
+        if self._scorer is not None:
+            self._scorer.finish()
         self._log.close()
         metrics_path = self._metrics_path()
         curve_path = None
@@ -218,7 +258,8 @@ class RunObserver:
         try:
             # From the files and not from the history, so the curve includes the steps before a resume.
             validations = read_metrics(metrics_path.with_name("validation.jsonl"))
-            write_loss_curve(read_metrics(metrics_path), validations, curve_path)
+            scores = read_scores(find_scores_path(metrics_path))
+            write_loss_curve(read_metrics(metrics_path), validations, curve_path, scores)
         except (OSError, OutputError) as error:
             self.reporter.say(f"loss curve: not written, {error}")
             return None
@@ -259,6 +300,8 @@ class RunObserver:
                     save_time_s=self._pending_saves.pop(step),
                     save_bytes=num_bytes,
                 )
+                if self._scorer is not None:
+                    self._scorer.add(step)
 
     def _metrics_path(self) -> Path | None:
         path = self.plan.output.metrics_path
@@ -278,6 +321,8 @@ class RunObserver:
             self.reporter.say(
                 f"metrics: dropped {self._log.num_dropped} lines of steps after the checkpoint; they run again"
             )
+        if self._scorer is not None:
+            self._scorer.begin(first_step)
         self.reporter.start(first_step)
 
     def _name_evaluated_set(self, is_test: bool) -> str:

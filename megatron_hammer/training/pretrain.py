@@ -9,6 +9,7 @@ and listen to its loop. Imports stay inside the functions: megatron takes second
 chosen before it is, and the processes that megatron spawns to write checkpoints import this module again.
 """
 
+import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from megatron_hammer.training.fingerprints import FingerprintFile
     from megatron_hammer.training.observer import RunObserver
     from megatron_hammer.training.saving.lock import RunLock
+    from megatron_hammer.training.saving.retention import Retainer
     from megatron_hammer.training.supervision.bad_steps import StepJudge
 
 
@@ -166,7 +168,7 @@ def train(arguments: "ParsedArguments", plan: "RunPlan", terminal: IO[str], prog
     keep_save_dir_tidy(plan, terminal)
     # Ctrl-C, SIGTERM and a scheduler's warning too, since --exit-signal names only one.
     received = training_hooks.stop_on_signals_too(list_stop_signals())
-    exit_code = 0
+    exit_code, is_stopped = 0, False
     config = build_config_container(arguments, build_model_config)
     guard_saves(plan, lock)
     observer = build_observer(plan, state, terminal)
@@ -175,6 +177,7 @@ def train(arguments: "ParsedArguments", plan: "RunPlan", terminal: IO[str], prog
     training_hooks.follow_progress(progress)
     if plan.output.tensorboard_dir is not None:
         output_hooks.lose_tensorboard_events()
+    finish_wandb = output_hooks.postpone_wandb_finish()
     fill_from_initial_model(plan, state, terminal)
     datasets = build_dataset_provider(arguments, plan, state)
     fingerprints = build_fingerprints(plan)
@@ -188,9 +191,12 @@ def train(arguments: "ParsedArguments", plan: "RunPlan", terminal: IO[str], prog
         pretrain(config, datasets, ModelType.encoder_or_decoder, forward_step)
     except SystemExit as stop:
         report_early_stop(observer, stop)
-        exit_code = choose_exit_code(received)
+        exit_code, is_stopped = choose_exit_code(received), True
+    observer.wait_for_scores(is_stopped=lambda: is_stopped or bool(received), on_wait=lambda: progress.enter("ending"))
     # Also after an early stop: the curve and the summary then cover the steps that were run.
     observer.finish()
+    finish_wandb()
+    remove_scored(plan)
     if lock is not None:
         lock.release()
     close_process_group()
@@ -258,16 +264,44 @@ def keep_save_dir_tidy(plan: "RunPlan", terminal: IO[str]) -> None:
 
     from megatron_hammer.checkpoint_files.iterations import remove_leftovers
     from megatron_hammer.platforms.iteration_publishing import after_each_save
-    from megatron_hammer.training.saving.retention import Retainer, read_rule
 
     checkpoints = plan.checkpoints
     if checkpoints.save is None or plan.machine.rank != 0:
         return
     for name in remove_leftovers(Path(checkpoints.save)):
         print(f"{checkpoints.save}: removed {name}, which was interrupted", file=terminal, flush=True)
-    if checkpoints.keep_last is not None:
-        loaded_dir = None if checkpoints.agreed is None else checkpoints.agreed.directory
-        after_each_save(Retainer(Path(checkpoints.save), read_rule(checkpoints), loaded_dir))
+    retainer = build_retainer(plan)
+    if retainer is not None:
+        after_each_save(retainer)
+
+
+def build_retainer(plan: "RunPlan") -> "Retainer | None":
+    """What removes older checkpoints; None where all are kept. Those that --evaluate-every has yet to evaluate stay."""
+    from pathlib import Path
+
+    from megatron_hammer.training.checkpoint_scores import find_scores_path, select_unscored
+    from megatron_hammer.training.saving.retention import Retainer, read_rule
+
+    checkpoints, every, metrics_path = plan.checkpoints, plan.evaluation.scored_every_steps, plan.output.metrics_path
+    if checkpoints.save is None or checkpoints.keep_last is None:
+        return None
+    loaded_dir = None if checkpoints.agreed is None else checkpoints.agreed.directory
+    save_dir, rule = Path(checkpoints.save), read_rule(checkpoints)
+    if every is None or metrics_path is None:
+        return Retainer(save_dir, rule, loaded_dir)
+    select = functools.partial(
+        select_unscored, scores_path=find_scores_path(Path(metrics_path)), every=every, last_step=plan.num_steps
+    )
+    return Retainer(save_dir, rule, loaded_dir, select)
+
+
+def remove_scored(plan: "RunPlan") -> None:
+    """Remove the older checkpoints that only the evaluation still needed, once it has ended after the last save."""
+    from pathlib import Path
+
+    retainer = build_retainer(plan) if plan.machine.rank == 0 else None
+    if retainer is not None and plan.checkpoints.save is not None and plan.evaluation.scored_every_steps is not None:
+        retainer(Path(plan.checkpoints.save))
 
 
 def take_save_dir(plan: "RunPlan") -> "RunLock | None":

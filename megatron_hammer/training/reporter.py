@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -132,8 +133,13 @@ def summarize(history: list[StepMetrics], validations: list[dict[str, Any]], fac
     return rows
 
 
-def write_loss_curve(steps: list[dict[str, Any]], validations: list[dict[str, Any]], path: Path) -> None:
-    """Loss over steps as a PNG: training, its running mean, and each validation set."""
+def write_loss_curve(
+    steps: list[dict[str, Any]], validations: list[dict[str, Any]], path: Path, scores: Sequence[dict[str, Any]] = ()
+) -> None:
+    """Loss over steps as a PNG: training, its running mean, and each validation set; scores on an axis of their own.
+
+    scores: lines of scores.jsonl; averages are drawn in the place of the tasks that they cover.
+    """
     import matplotlib
 
     # Agg draws into memory and needs no display, which a compute node does not have.
@@ -153,10 +159,30 @@ def write_loss_curve(steps: list[dict[str, Any]], validations: list[dict[str, An
         axes.plot([p["step"] for p in points], [p["loss"] for p in points], "o-", markersize=4, label=name)
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
-    axes.legend()
+    lines = axes.get_lines() + draw_scores(axes, scores)
+    axes.legend(lines, [line.get_label() for line in lines])
     with publish_file(path) as file:
         figure.savefig(file, dpi=120, format="png")
     pyplot.close(figure)
+
+
+def draw_scores(axes: Any, lines: Sequence[dict[str, Any]]) -> list[Any]:
+    """Add an axis for scores on the right, if there are any; returns what is drawn there."""
+    points: dict[str, list[tuple[int, float]]] = {}
+    for line in sorted(lines, key=lambda line: line["step"]):
+        for score in line.get("scores", ()):
+            if not score["is_part"] and score["value"] is not None:
+                name = f"{score['task']} {score['metric']}, {score['num_fewshot']}-shot"
+                points.setdefault(name, []).append((line["step"], score["value"]))
+    if not points:
+        return []
+    right = axes.twinx()
+    right.set(ylabel="score")
+    # Beside the colours of the losses.
+    return [
+        right.plot(*zip(*of_score, strict=True), "s--", markersize=4, color=f"C{number % 7 + 3}", label=name)[0]
+        for number, (name, of_score) in enumerate(points.items())
+    ]
 
 
 def format_count(value: float) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_hammer.config.evaluation_suite import EvaluationSuite
-from megatron_hammer.evaluation.benchmarks.run import Evaluated, evaluate_model, forbid_network
+from megatron_hammer.evaluation.benchmarks.offline import forbid_network
+from megatron_hammer.evaluation.benchmarks.run import Evaluated, evaluate_model
 from megatron_hammer.evaluation.benchmarks.scores import Score, collect_scores
 from megatron_hammer.evaluation.scorers.open_scorer import ScorerOptions
 from megatron_hammer.tokenizer.encoding.encoder import load_encoder
@@ -135,7 +136,7 @@ def test_other_weights_and_another_beginning_are_noticed(folder: Path, of_folder
     values, _ = list_values([sample["resps"] for sample in samples])
     for evaluated in (
         evaluate_here(tmp_path, "hf", suite),
-        evaluate_here(folder, "hf", dataclasses.replace(suite, has_bos=True)),
+        evaluate_here(folder, "hf", dataclasses.replace(suite, bos="eod")),
     ):
         others, _ = list_values([sample["resps"] for sample in evaluated.samples])
         differing = [a for a, b in zip(values, others, strict=True) if abs(a - b) > TOLERANCE]
@@ -149,8 +150,8 @@ def test_texts_begin_as_the_folders_tokenizer_has_them(folder: Path, tmp_path: P
     pair = [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}]
     template = {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": {"<s>": bos}}
     change_json(tmp_path / "hf" / "tokenizer.json", post_processor=template)
-    assert evaluate_here(tmp_path, "hf", build_suite(folder, tasks=("piqa",))).has_bos
-    assert not evaluate_here(folder, "hf", build_suite(folder, tasks=("piqa",))).has_bos
+    assert evaluate_here(tmp_path, "hf", build_suite(folder, tasks=("piqa",))).bos == "bos"
+    assert evaluate_here(folder, "hf", build_suite(folder, tasks=("piqa",))).bos == "none"
 
 
 @pytest.mark.parametrize("is_multiturn", [True, False])

@@ -101,6 +101,7 @@ CHECKPOINTS: tuple[Idle, ...] = (
 )
 
 WATCHING: tuple[Idle, ...] = (
+    beside("evaluate_every", "evaluate_suite", " N"),
     beside(
         "tensorboard_dir",
         "tensorboard_ log_timers_to_tensorboard log_loss_scale_to_tensorboard log_validation_ppl_to_tensorboard "

@@ -12,6 +12,7 @@ from megatron_hammer.config.preflight.batch import find_batch_problems
 from megatron_hammer.config.preflight.checkpoint import find_checkpoint_problems
 from megatron_hammer.config.preflight.data import find_data_problems
 from megatron_hammer.config.preflight.data_order import find_data_order_problems
+from megatron_hammer.config.preflight.evaluation import find_evaluation_problems
 from megatron_hammer.config.preflight.flags import find_flag_problems
 from megatron_hammer.config.preflight.host_memory import find_host_memory_problems
 from megatron_hammer.config.preflight.initial_model import find_initial_model_problems
@@ -32,7 +33,7 @@ def find_problems(arguments: ParsedArguments) -> list[str]:
         *find_flag_problems(settings),
         *find_initial_model_problems(settings),
     ]
-    file_problems = find_checkpoint_problems(settings, plan)
+    file_problems = find_checkpoint_problems(settings, plan) + find_evaluation_problems(settings)
     if not value_problems:  # arithmetic on zeros and negative sizes would only add noise
         problems += _find_fit_problems(settings, plan)
         problems += find_schedule_problems(settings.schedule)

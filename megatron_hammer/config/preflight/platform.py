@@ -86,6 +86,7 @@ PACKAGES: tuple[tuple[str, Condition, str, str], ...] = (
         "workload-inspector, which NVIDIA does not publish, or drop it",
     ),
     ("enable_msc", lambda flags: flags["enable_msc"], "multistorageclient", "multi-storage-client"),
+    ("evaluate_every", lambda flags: bool(flags["evaluate_every"]), "lm_eval", "lm-eval"),
     ("wandb_project", lambda flags: bool(flags["wandb_project"]), "wandb", "wandb"),
     ("tensorboard_dir", lambda flags: bool(flags["tensorboard_dir"]), "tensorboard", "tensorboard"),
 )

@@ -16,6 +16,7 @@ from megatron_hammer.files.tables import build_table, open_console
 from megatron_hammer.files.typed import replace_non_finite
 
 NUM_TEXT_COLUMNS = 3
+FIRST_TOKENS = {"bos": "BOS", "eod": "the end-of-document token", "none": "no token"}
 
 
 def build_report(evaluated: Sequence[Evaluated], suite: EvaluationSuite) -> dict[str, Any]:
@@ -27,7 +28,7 @@ def build_report(evaluated: Sequence[Evaluated], suite: EvaluationSuite) -> dict
             {
                 "name": model.name,
                 "precision": model.precision,
-                "has_bos": model.has_bos,
+                "bos": model.bos,
                 "num_trained_tokens": model.num_trained_tokens,
                 "scores": [replace_non_finite(dataclasses.asdict(score)) for score in model.scores],
             }
@@ -46,10 +47,7 @@ def print_scores(evaluated: Sequence[Evaluated], suite: EvaluationSuite) -> None
 
 def describe_recipe(evaluated: Sequence[Evaluated], suite: EvaluationSuite) -> list[str]:
     """How the texts began, and what was left out."""
-    lines = [
-        f"{model.name}: {model.precision}, texts begin {'with' if model.has_bos else 'without'} BOS"
-        for model in evaluated
-    ]
+    lines = [f"{model.name}: {model.precision}, before texts: {FIRST_TOKENS[model.bos]}" for model in evaluated]
     if suite.limit is not None:
         lines.append(f"the first {suite.limit} questions of each task: not comparable with published scores")
     version = importlib.metadata.version("lm_eval")

@@ -1,18 +1,16 @@
-"""Run benchmarks on one model: lm-eval's loop over our scorer, without a network.
+"""Run benchmarks on one model: lm-eval's loop over our scorer. offline.py comes before everything here.
 
 Read next: tasks.py for what is asked, scored_model.py for how a model answers, scores.py for what is reported.
 """
 
 import logging
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_hammer.config.evaluation_suite import EvaluationSuite
-from megatron_hammer.errors import PlatformError
+from megatron_hammer.errors import ConfigError
 from megatron_hammer.evaluation.benchmarks.scores import Score, collect_scores
 from megatron_hammer.evaluation.scorers.open_scorer import ScorerOptions, find_kind, use_scorer
 from megatron_hammer.evaluation.scorers.scorer import Scorer
@@ -23,34 +21,17 @@ BOOTSTRAP_DRAWS = 1000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluated:
-    """name: of the model, for tables. num_trained_tokens: None where it is not known. samples: of lm-eval."""
+    """name: of the model, for tables. bos: what stood before texts: bos, eod or none. samples: of lm-eval.
+
+    num_trained_tokens: None where it is not known.
+    """
 
     name: str
     precision: str
-    has_bos: bool
+    bos: str
     num_trained_tokens: int | None
     scores: Sequence[Score]
     samples: Sequence[dict[str, Any]]
-
-
-def forbid_network() -> None:
-    """Have the libraries of Hugging Face read local files only; they look at these variables when they are imported.
-
-    Raises PlatformError without lm-eval.
-    """
-    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_EVALUATE_OFFLINE="1")
-    if not sys.stderr.isatty():
-        os.environ["TQDM_DISABLE"] = "1"  # lm-eval has a bar for every task
-    try:
-        import datasets
-        import lm_eval  # noqa: F401
-    except ImportError as error:
-        raise PlatformError(
-            f"lm-eval: must be installed for benchmarks, got: {error}. pip install 'megatron_hammer[evaluation]'."
-        ) from error
-    datasets.disable_progress_bars()
-    # It reports every task that it builds.
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
 def evaluate_model(path: Path, suite: EvaluationSuite, options: ScorerOptions) -> Evaluated | None:
@@ -58,9 +39,16 @@ def evaluate_model(path: Path, suite: EvaluationSuite, options: ScorerOptions) -
 
     Raises HammerError for what the user can fix: for tasks and data before the model is opened.
     """
+    loads = load_all_tasks(suite)
+    return use_scorer(path, options, lambda scorer: evaluate_scorer(scorer, path, suite, loads))
+
+
+def load_all_tasks(suite: EvaluationSuite) -> list[dict[str, Any]]:
+    """The tasks with their data, once for each number of examples; raises HammerError for all that is wrong."""
     from megatron_hammer.evaluation.benchmarks.tasks import load_tasks
 
-    loads = [
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it reports every task that it builds
+    return [
         load_tasks(
             suite.tasks,
             tasks_dir=None if suite.tasks_dir is None else Path(suite.tasks_dir),
@@ -70,7 +58,6 @@ def evaluate_model(path: Path, suite: EvaluationSuite, options: ScorerOptions) -
         )
         for num_fewshot in suite.num_fewshot
     ]
-    return use_scorer(path, options, lambda scorer: evaluate_scorer(scorer, path, suite, loads))
 
 
 def evaluate_scorer(scorer: Scorer, path: Path, suite: EvaluationSuite, loads: Sequence[dict[str, Any]]) -> Evaluated:
@@ -80,8 +67,8 @@ def evaluate_scorer(scorer: Scorer, path: Path, suite: EvaluationSuite, loads: S
     from megatron_hammer.evaluation.benchmarks.scored_model import ScoredModel, load_chat_tokenizer
 
     tokenizer = load_chat_tokenizer(Path(suite.tokenizer_model or path)) if suite.applies_chat_template else None
-    has_bos = begins_with_bos(scorer, path) if suite.has_bos is None else suite.has_bos
-    model = ScoredModel(scorer, has_bos=has_bos, tokenizer=tokenizer)
+    bos = suite.bos if suite.bos != "auto" else find_bos(scorer, path)
+    model = ScoredModel(scorer, first_id=find_first_id(scorer, bos), tokenizer=tokenizer)
     scores: list[Score] = []
     samples: list[dict[str, Any]] = []
     for num_fewshot, loaded in zip(suite.num_fewshot, loads, strict=True):
@@ -103,19 +90,31 @@ def evaluate_scorer(scorer: Scorer, path: Path, suite: EvaluationSuite, loads: S
     return Evaluated(
         name=scorer.name,
         precision=scorer.precision,
-        has_bos=has_bos,
+        bos=bos,
         num_trained_tokens=scorer.num_trained_tokens,
         scores=scores,
         samples=samples,
     )
 
 
-def begins_with_bos(scorer: Scorer, path: Path) -> bool:
-    """Whether the tokenizer of a Hugging Face folder puts BOS before a text; False for other models."""
+def find_first_id(scorer: Scorer, bos: str) -> int | None:
+    """The token of bos or eod; None for none. Raises ConfigError if the tokenizer does not have it."""
+    if bos == "none":
+        return None
+    first_id = scorer.encoder.bos_id if bos == "bos" else scorer.encoder.eod_id
+    if first_id is None:
+        raise ConfigError(
+            f"bos: tokenizer must have the token, got {bos}, which {scorer.encoder.path} lacks. Pass another --bos."
+        )
+    return first_id
+
+
+def find_bos(scorer: Scorer, path: Path) -> str:
+    """`bos` if the tokenizer of a Hugging Face folder puts BOS before a text, else and for other models `none`."""
     bos_id = scorer.encoder.bos_id
     if bos_id is None or find_kind(path) != "hugging_face":
-        return False
+        return "none"
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    return bool(tokenizer("A")["input_ids"][0] == bos_id)
+    return "bos" if tokenizer("A")["input_ids"][0] == bos_id else "none"

@@ -26,17 +26,18 @@ SEQUENCES_AT_ONCE = 256  # that the scorer is asked for, between two moves of th
 
 
 class ScoredModel(TemplateLM):  # type: ignore[misc]
-    """See TemplateLM. has_bos: whether every text begins with BOS. tokenizer: transformers', of a chat model only."""
+    """See TemplateLM. first_id: the token before every text, if any. tokenizer: transformers', of a chat model only."""
 
-    def __init__(self, scorer: Scorer, *, has_bos: bool, tokenizer: Any = None):
+    def __init__(self, scorer: Scorer, *, first_id: int | None, tokenizer: Any = None):
         super().__init__()
-        self.scorer, self.has_bos, self.tokenizer = scorer, has_bos, tokenizer
+        self.scorer, self.tokenizer = scorer, tokenizer
+        self._first = [] if first_id is None else [first_id]
         self.max_length = scorer.max_length
         self._bos_id, self._eod_id = scorer.encoder.bos_id, scorer.encoder.eod_id
-        if self._bos_id is None and (has_bos or self._eod_id is None):
+        if self._bos_id is None and self._eod_id is None:
             raise ConfigError(
-                f"{scorer.encoder.path}: tokenizer must have a token that begins a text, got none. "
-                "Pass --bos no, or a tokenizer with BOS or EOS."
+                f"{scorer.encoder.path}: tokenizer must have a token that begins or ends a text, got none. "
+                "Pass --tokenizer-model with BOS or EOS."
             )
 
     @property
@@ -64,13 +65,13 @@ class ScoredModel(TemplateLM):  # type: ignore[misc]
         return text
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        bos = [self._bos_id] if self.has_bos and self._bos_id is not None else []
+        first = [] if add_special_tokens is False else self._first
         if self.tokenizer is None:
-            return [*(bos if add_special_tokens is not False else []), *map(int, self.scorer.encoder.encode(string))]
+            return [*first, *map(int, self.scorer.encoder.encode(string))]
         # A rendered conversation has the special tokens of its template in it, BOS among them.
         ids: list[int] = self.tokenizer.encode(string, add_special_tokens=False)
         has_own = has_bos_prefix(string, self.tokenizer.bos_token)
-        return ids if has_own or add_special_tokens is False else [*bos, *ids]
+        return ids if has_own else [*first, *ids]
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **kwargs: Any) -> list[tuple[float, bool]]:
         # Each choice of a question is a sequence; equal ones, as few-shot prompts often have, are scored once.

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 SKIPPED_METRICS = ("alias", "name", "sample_len", "sample_count")
@@ -16,7 +16,8 @@ class Score:
     standard_error: of the mean over questions, for an average that of its tasks, taken as independent; None if the
     metric has none. chance: the mean score of guessing; None where guessing has no score of its own. num_tasks: above
     1 for an average, the mean of its tasks with equal weights, as C-Eval and CMMLU report it; question_mean: the mean
-    over all their questions. num_unanswered: questions without an extracted answer, which count as wrong.
+    over all their questions. num_unanswered: questions without an extracted answer, which count as wrong. is_part: an
+    average of its own group covers it.
     """
 
     task: str
@@ -29,6 +30,7 @@ class Score:
     num_tasks: int = 1
     question_mean: float | None = None
     num_unanswered: int | None = None
+    is_part: bool = False
 
 
 def collect_scores(results: Mapping[str, Any], loaded: Mapping[str, Any], num_fewshot: int) -> list[Score]:
@@ -41,15 +43,18 @@ def collect_scores(results: Mapping[str, Any], loaded: Mapping[str, Any], num_fe
         name: score_task(name, task, results["results"][name], results["samples"][name], num_fewshot)
         for name, task in tasks.items()
     }
-    rows = [score for of_task in scores.values() for score in of_task]
-    for group, members in loaded.get("group_map", {}).items():
+    groups = loaded.get("group_map", {})
+    parts = {name for group in groups for name in _list_tasks(group, loaded)}
+    rows = [replace(score, is_part=name in parts) for name, of_task in scores.items() for score in of_task]
+    for group, members in groups.items():
         covered = [name for member in members for name in _list_tasks(member, loaded)]
         categories: dict[str, list[str]] = {}
         for name in covered:
             for category in (tasks[name].config.metadata or {}).get("categories", ()):
                 categories.setdefault(category, []).append(name)
         for title, names in (*((f"{group}: {key}", value) for key, value in categories.items()), (group, covered)):
-            rows += average(title, [score for name in names for score in scores[name]])
+            averages = average(title, [score for name in names for score in scores[name]])
+            rows += [replace(score, is_part=title != group) for score in averages]
     return rows
 
 

@@ -1,6 +1,6 @@
 """Which tasks are run: lm-eval's own by name, ours (exams.py, human_eval.py), and the user's files in --tasks-dir.
 
-Importing this loads lm-eval. `run.py` has switched the hub off by then.
+Importing this loads lm-eval, so offline.py comes first.
 """
 
 import fnmatch

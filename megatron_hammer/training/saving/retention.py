@@ -1,12 +1,13 @@
 """Which iterations a run keeps, and the removal of the others after each save.
 
 With --keep-last N the newest N stay, besides those that --keep-every and --keep-iterations name; without it all stay.
-Never removed: the iteration that was just saved, the one that this process began with, those after the saved one, and
-whatever this package did not write: a link, a folder without hashes, a folder with other files in it.
+Never removed: the iteration that was just saved, the one that this process began with, those after the saved one, those
+that --evaluate-every has still to evaluate, and whatever this package did not write: a link, a folder without hashes, a
+folder with other files in it.
 """
 
 import threading
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,11 +61,18 @@ def is_own(directory: Path) -> bool:
 class Retainer:
     """Called with a folder whenever its tracker names a new iteration; removes what no rule keeps, in a thread.
 
-    loaded_dir: the iteration that this process began with; None without one.
+    loaded_dir: the iteration that this process began with; None without one. select_needed: those of
+    given iterations that are still to be read.
     """
 
-    def __init__(self, save_dir: Path, rule: Retention, loaded_dir: Path | None):
-        self.save_dir, self.rule = save_dir, rule
+    def __init__(
+        self,
+        save_dir: Path,
+        rule: Retention,
+        loaded_dir: Path | None,
+        select_needed: Callable[[Collection[int]], Collection[int]] = lambda iterations: (),
+    ):
+        self.save_dir, self.rule, self._select_needed = save_dir, rule, select_needed
         is_here = loaded_dir is not None and loaded_dir.parent.resolve() == save_dir.resolve()
         self._loaded = [number for number, path in list_iterations(save_dir).items() if is_here and path == loaded_dir]
 
@@ -73,7 +81,8 @@ class Retainer:
         if folder.resolve() != self.save_dir.resolve() or not isinstance(saved, int):
             return None
         own = {number: path for number, path in list_iterations(folder).items() if is_own(path)}
-        removable = [own[number] for number in select_removable(own, saved, self.rule, kept=self._loaded)]
+        kept = {*self._loaded, *self._select_needed(own)}
+        removable = [own[number] for number in select_removable(own, saved, self.rule, kept=kept)]
         # Not a daemon: at the end of a run the process waits until the files are gone.
         thread = threading.Thread(target=lambda: list(map(remove_iteration, removable)), name="retention")
         thread.start()

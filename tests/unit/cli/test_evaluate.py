@@ -13,11 +13,11 @@ def read(*flags: str) -> EvaluationSuite:
 
 def test_flags_override_the_suite(tmp_path: Path) -> None:
     path = tmp_path / "suite.toml"
-    path.write_text('tasks = ["piqa"]\nnum_fewshot = [5]\nlimit = 3\nhas_bos = true\ndata_dir = "here"\n')
+    path.write_text('tasks = ["piqa"]\nnum_fewshot = [5]\nlimit = 3\nbos = "bos"\ndata_dir = "here"\n')
     assert read("--suite", str(path), "--num-fewshot", "0", "5", "0", "--bos", "auto") == EvaluationSuite(
-        tasks=("piqa",), num_fewshot=(0, 5), limit=3, has_bos=None, data_dir="here"
+        tasks=("piqa",), num_fewshot=(0, 5), limit=3, bos="auto", data_dir="here"
     )
-    assert read("--tasks", "piqa", "--bos", "no").has_bos is False
+    assert read("--tasks", "piqa").bos == "auto"
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ def write(folder: Path, text: str) -> Path:
 
 
 def test_a_suite_is_read(tmp_path: Path) -> None:
-    suite = read_suite(write(tmp_path, 'tasks = ["piqa"]\nnum_fewshot = [0, 5]\nlimit = 10\nhas_bos = true\n'))
-    assert suite == EvaluationSuite(tasks=("piqa",), num_fewshot=(0, 5), limit=10, has_bos=True)
+    suite = read_suite(write(tmp_path, 'tasks = ["piqa"]\nnum_fewshot = [0, 5]\nlimit = 10\nbos = "eod"\n'))
+    assert suite == EvaluationSuite(tasks=("piqa",), num_fewshot=(0, 5), limit=10, bos="eod")
 
 
 @pytest.mark.parametrize(

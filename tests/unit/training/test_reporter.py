@@ -11,6 +11,7 @@ from megatron_hammer.training.metrics import MetricsLog, RunFacts, StepMetrics
 from megatron_hammer.training.reporter import (
     Reporter,
     describe_step,
+    draw_scores,
     format_count,
     format_duration,
     summarize,
@@ -165,3 +166,21 @@ def test_the_loss_curve_is_drawn_as_an_image(tmp_path: Path) -> None:
     assert pixels.shape[:2] == (540, 960)
     assert len({tuple(pixel) for row in pixels[::4, ::4, :3] for pixel in row}) > 20  # lines in several colours
     assert [entry.name for entry in tmp_path.iterdir()] == ["loss.png"]
+
+
+def test_scores_have_an_axis_of_their_own() -> None:
+    from matplotlib.figure import Figure
+
+    axes = Figure().add_subplot()
+    score = {"task": "ceval-ppl", "metric": "acc", "num_fewshot": 5, "value": 0.25, "is_part": False}
+    part = {**score, "task": "ceval-ppl_law", "is_part": True}
+    lines = [
+        {"step": 20, "scores": [{**score, "value": 0.3}, part]},
+        {"step": 10, "scores": [score, part, {**score, "metric": "lost", "value": None}]},
+        {"step": 30, "failure": "no data"},
+    ]
+    (drawn,) = draw_scores(axes, lines)
+    assert drawn.get_label() == "ceval-ppl acc, 5-shot"
+    assert [list(values) for values in drawn.get_data()] == [[10, 20], [0.25, 0.3]]
+    assert drawn.axes is not axes
+    assert draw_scores(axes, [lines[-1]]) == []

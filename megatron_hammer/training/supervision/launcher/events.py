@@ -1,7 +1,7 @@
 """events.jsonl: what happened to a run, in the order in which it happened, one JSON object a line.
 
-Written by the launcher of every node, and by no other process. Each line has the time (UTC), the event, the host and a
-sentence for a person; docs/operations.md lists the events and their fields.
+Written by the launcher of every node, and by the rank that has checkpoints evaluated. Each line has the time (UTC), the
+event, the host and a sentence for a person; docs/operations.md lists the events and their fields.
 """
 
 import datetime

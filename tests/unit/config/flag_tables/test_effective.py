@@ -36,6 +36,7 @@ FULL = {
     "save": "new",
     "load": "new",
     "keep_last": 3,
+    "evaluate_every": 10,
     "tensor_model_parallel_size": 2,
     "pipeline_model_parallel_size": 2,
     "context_parallel_size": 2,

@@ -14,7 +14,7 @@ SUITE = EvaluationSuite(tasks=("piqa",), limit=7)
 SCORE = Score(task="piqa", metric="acc", num_fewshot=0, value=0.625, standard_error=0.17, chance=0.5, num_questions=8)
 EVALUATED = [
     Evaluated(
-        name="m@10", precision="fp32", has_bos=False, num_trained_tokens=320, scores=[SCORE], samples=[{"doc": "问"}]
+        name="m@10", precision="fp32", bos="none", num_trained_tokens=320, scores=[SCORE], samples=[{"doc": "问"}]
     )
 ]
 
@@ -33,7 +33,7 @@ def test_every_form_has_the_same_scores(tmp_path: Path, capsys: pytest.CaptureFi
     print_scores(EVALUATED, SUITE)
     printed = capsys.readouterr().out
     for text in (markdown, printed):
-        assert "texts begin without BOS" in text
+        assert "before texts: no token" in text
         assert "first 7 questions of each task: not comparable" in text
     assert "62.50" in printed
 

@@ -39,8 +39,9 @@ def test_scores_have_error_chance_and_number_of_questions() -> None:
     assert list(rows) == ["a", "b", "exam: STEM", "exam: Hard", "exam"]
     assert rows["a"] == Score(
         task="a", metric="acc", num_fewshot=5, value=0.5, standard_error=0.2, chance=(1 / 4 + 1 / 5) / 2,
-        num_questions=2,
+        num_questions=2, is_part=True,
     )  # fmt: skip
+    assert [name for name, score in rows.items() if not score.is_part] == ["exam"]
     assert rows["b"].standard_error is None
     assert rows["exam: Hard"].value == 1.0
     assert (rows["exam"].value, rows["exam"].num_tasks, rows["exam"].num_questions) == (0.75, 2, 3)

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from megatron_hammer.errors import ConfigError, DataError
-from megatron_hammer.evaluation.benchmarks.run import forbid_network
+from megatron_hammer.evaluation.benchmarks.offline import forbid_network
 
 forbid_network()
 

@@ -76,6 +76,14 @@ def test_what_was_loaded_and_what_is_not_ours_stays(save_dir: Path) -> None:
     shutil.rmtree(save_dir.parent / "iter_0000010")
 
 
+def test_what_is_still_to_be_evaluated_stays(save_dir: Path) -> None:
+    retainer = Retainer(save_dir, keep(1), None, lambda iterations: [step for step in iterations if step in (20, 70)])
+    thread = retainer(save_dir)
+    assert thread is not None
+    thread.join()
+    assert list_steps(save_dir) == [20, 70, 120]
+
+
 def test_another_folder_is_left_alone(save_dir: Path, tmp_path: Path) -> None:
     other = tmp_path / "non_persistent"
     other.mkdir()
