@@ -22,7 +22,9 @@ from megatron_hammer.errors import ConfigError, DataError
 from megatron_hammer.post_training.trl.post_train import PostTrainOptions, PostTrainReport, post_train
 from megatron_hammer.post_training.trl.progress import ShowProgress
 from megatron_hammer.post_training.trl.recipe import Dpo, Lora, Recipe
+from tests.helpers.repository import ROOT
 from tests.helpers.toy_chat_model import list_conversations, list_preferences, write_chat_model, write_lines
+from tests.helpers.training_runs import run_program
 
 pytestmark = pytest.mark.integration
 
@@ -229,7 +231,7 @@ BAD_PREFERENCES = (
             name: [{"role": "user", "content": name}, {"role": "assistant", "content": name}]
             for name in ("chosen", "rejected")
         },
-        "bad-record",
+        "prompts-differ",
     ),
 )
 
@@ -271,6 +273,23 @@ def test_the_command_prints_a_summary_and_refuses_what_has_no_effect(
     main([*command, "--chat-template", "chatml"])
     last = capsys.readouterr().out.splitlines()[-1]
     assert f"{tmp_path / 'out'}: sft, 8 records in, 8 used, 0 dropped; 1 steps, loss " in last
+
+
+def test_two_processes_share_a_batch(folder: Path, tmp_path: Path) -> None:
+    """As torchrun starts them: one step is the same step, and the first of them writes."""
+    recipe = dataclasses.replace(RECIPE, train_steps=2, micro_batch_size=2)
+    alone = train(folder, tmp_path / "alone", "dpo", recipe=recipe, is_lora=False)
+    config = tmp_path / "dpo.toml"
+    config.write_text("lr = 1e-2\ntrain_steps = 2\nmicro_batch_size = 2\nglobal_batch_size = 8\nlog_interval = 1\n")
+    flags = ["--load", folder / "base", "--data", folder / "preferences.jsonl", "--config", config]
+    flags += ["--save", tmp_path / "shared", "--chat-template", "chatml", "--platform", "cpu"]
+    result = run_program(ROOT / "tools" / "post_train.py", 2, "dpo", *map(str, flags))
+    assert result.returncode == 0, result.stderr
+    shared = json.loads((tmp_path / "shared" / "post_training.json").read_text())["losses"]
+    # Measured: 7e-7 in the weights after four steps; sums over the batch have another order.
+    assert list(shared.values()) == pytest.approx(list(alone.losses.values()), rel=1e-5)
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("alone", "shared")]
+    assert all(torch.allclose(weight, weights[1][name], atol=1e-5) for name, weight in weights[0].items())
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run(folder: Path, tmp_path: Path) -> None:

@@ -104,9 +104,7 @@ def read_preference(fields: Fields, *, system: str | None = None) -> Preference:
     turns = next((fields[key] for key in (*TURN_KEYS, "prompt") if isinstance(fields.get(key), list)), None)
     prompt = _read_turns(turns) if turns is not None else _read_question(fields)
     if chosen[0]["role"] != "assistant":  # both answers hold the prompt, which may stand beside them once more
-        both = zip(chosen, rejected, strict=False)
-        num_common = next((place for place, (one, other) in enumerate(both) if one != other), len(chosen))
-        prompt, chosen, rejected = chosen[:num_common], chosen[num_common:], rejected[num_common:]
+        prompt, chosen, rejected = _split_prompt(prompt, chosen, rejected)
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if not answer or answer[0]["role"] != "assistant":
             raise _bad(f'field "{name}" must continue the prompt with a turn of the assistant')
@@ -114,6 +112,20 @@ def read_preference(fields: Fields, *, system: str | None = None) -> Preference:
     if not prompt or prompt[-1]["role"] == "assistant":
         raise _bad("prompt must end with a turn that the assistant answers, got none")
     return Preference(_complete(prompt, fields, system), chosen, rejected)
+
+
+def _split_prompt(
+    prompt: list[Message], chosen: list[Message], rejected: list[Message]
+) -> tuple[list[Message], list[Message], list[Message]]:
+    """The prompt that both conversations begin with, and what each says after it. prompt: beside them, or nothing."""
+    both = zip(chosen, rejected, strict=False)
+    # Of two equal conversations the last turn is the answer.
+    num_common = next((place for place, (one, other) in enumerate(both) if one != other), len(chosen) - 1)
+    answers = chosen[num_common:], rejected[num_common:]
+    is_continued = all(answer and answer[0]["role"] == "assistant" for answer in answers)
+    if not is_continued or (prompt and chosen[:num_common][-len(prompt) :] != prompt):
+        raise ConversationError("prompts-differ", "both answers must follow the same prompt, got different ones")
+    return chosen[:num_common], *answers
 
 
 def _find_format(fields: Fields) -> str:
