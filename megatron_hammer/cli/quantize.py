@@ -11,14 +11,16 @@ For GGUF files use checkpoint_convert/to_gguf.py --type q4_k_m.
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_hammer.checkpoint.verification.print_checks import print_checks
 from megatron_hammer.errors import ConfigError, exit_on_interrupt, exit_on_user_error
 from megatron_hammer.evaluation.perplexity.domains import Domain, DomainOptions, read_domain
+from megatron_hammer.evaluation.perplexity.measure import BOS_POLICIES
 from megatron_hammer.evaluation.scorers.megatron_ranks import ModelLayout
-from megatron_hammer.evaluation.scorers.open_scorer import ScorerOptions
+from megatron_hammer.evaluation.scorers.open_scorer import ScorerOptions, find_kind
 from megatron_hammer.files.command_line import CommandParser
 from megatron_hammer.files.progress import show_stages
 from megatron_hammer.files.publish import publish_files
@@ -84,12 +86,19 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--compare", nargs="+", type=Path, default=[], metavar="PATH", help="further models for the table of --evaluate"
     )
+    parser.add_argument(
+        "--bos",
+        choices=BOS_POLICIES,
+        default="auto",
+        help="token in front of each document of --evaluate, as of evaluate-perplexity (%(default)s)",
+    )
     parser.add_argument("--max-documents", type=int, help="compare on this many documents of a domain (all)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier folder in --save")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     arguments = parser.parse_args(argv)
-    if (arguments.compare or arguments.max_documents is not None) and not arguments.evaluate:
-        parser.error("--compare and --max-documents must come with --evaluate, got them alone")
+    is_useless = arguments.compare or arguments.max_documents is not None or arguments.bos != "auto"
+    if is_useless and not arguments.evaluate:
+        parser.error("--compare, --bos and --max-documents must come with --evaluate, got them alone")
     if arguments.max_documents is not None and arguments.max_documents < 1:
         parser.error(f"--max-documents must be at least 1, got {arguments.max_documents}")
     return arguments
@@ -136,8 +145,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def read_domains(arguments: argparse.Namespace) -> list[Domain]:
     """Read the texts of --evaluate; raises HammerError for one that cannot be read, or a missing model of --compare."""
-    if missing := [path for path in arguments.compare if not path.exists()]:
-        raise ConfigError(*(f"compare: {path} must exist, got nothing. Check the path." for path in missing))
+    if wrong := [path for path in arguments.compare if find_kind(path) == "megatron"]:
+        raise ConfigError(
+            *(f"compare: {path} must be a Hugging Face folder or a GGUF file, got another folder." for path in wrong)
+        )
     options = DomainOptions(json_key=arguments.text_key, max_documents=arguments.max_documents)
     domains = []
     for text in arguments.evaluate:
@@ -157,7 +168,9 @@ def compare(
     """Compare the source, the new folder and those of --compare; writes the table into the new folder."""
     options = ScorerOptions(layout=ModelLayout(platform=arguments.device))
     paths = [arguments.load, arguments.save, *arguments.compare]
-    compared = compare_models(paths, domains, options=options, on_model=show)
+    compared = compare_models(paths, domains, options=options, bos=arguments.bos, on_model=show)
+    for note in [note for model in compared for note in model.notes]:
+        print(f"note: {note}", file=sys.stderr)
     publish_files(
         {
             arguments.save / f"{COMPARISON_STEM}.md": format_markdown(compared),

@@ -7,19 +7,21 @@ that no kernel is needed. Other folders and GGUF files are computed as they are.
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_hammer.checkpoint.gguf.llama_cpp import open_llama_cpp
 from megatron_hammer.checkpoint.hugging_face.config_json import CONFIG_NAME, read_config
 from megatron_hammer.checkpoint_files.safetensors.weight_files import open_hf_weights
+from megatron_hammer.data.preprocess.worker_pool import count_cores
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.evaluation.perplexity.domains import Domain
 from megatron_hammer.evaluation.perplexity.formula import DomainEstimates, estimate_domain
-from megatron_hammer.evaluation.perplexity.measure import MeasureOptions, choose_prefix, measure_model
+from megatron_hammer.evaluation.perplexity.measure import MeasureOptions, ModelScores, choose_prefix, measure_model
 from megatron_hammer.evaluation.scorers.open_scorer import ScorerOptions, use_scorer
 from megatron_hammer.evaluation.scorers.scorer import Scorer
 from megatron_hammer.serving.quantization.packed_weights import write_plain_folder
@@ -28,7 +30,11 @@ from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder
 PLACES_PER_DOMAIN = 256
 MOST_CONTEXT_TOKENS = 256
 SEED = 1234
-COLUMNS = ("model", "domain", "bytes", "of the source", "perplexity", "bits per byte", "change", "same token")
+SPEED_TOKENS, SPEED_ROUNDS, MOST_THREADS = 32, 5, 8
+COLUMNS = (
+    *("model", "domain", "bytes", "of the source", "perplexity", "bits per byte", "change", "same token"),
+    "speed of GGUF",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,11 +49,17 @@ class ComparedDomain:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ComparedModel:
-    """size_bytes: of the weights, or of a GGUF file."""
+    """size_bytes: of the weights, or of a GGUF file. notes: what the measurement noticed.
+
+    speed: of a GGUF file, generated tokens per second in units of the first GGUF file; None for others, which are not
+    computed here as a server computes them, and where there is no second file.
+    """
 
     name: str
     size_bytes: int
     domains: tuple[ComparedDomain, ...]
+    notes: tuple[str, ...]
+    speed: float | None = None
 
 
 def compare_models(
@@ -55,21 +67,22 @@ def compare_models(
     domains: Sequence[Domain],
     *,
     options: ScorerOptions,
+    bos: str = "auto",
     on_model: Callable[[str, int, int | None], None] = lambda *_: None,
 ) -> list[ComparedModel]:
-    """Measure every model; the first one is the source, with which the others are compared.
+    """Measure every model; the first one is the source, with which the others are compared. bos: as in MeasureOptions.
 
     Raises ConfigError for a model with another tokenizer than the source's: its ids mean other texts.
     """
     encoder = load_encoder(paths[0])
     places: list[list[list[int]]] = []
 
-    def measure(scorer: Scorer) -> tuple[list[DomainEstimates], list[list[int]]]:
+    def measure(scorer: Scorer) -> tuple[ModelScores, list[list[int]]]:
         require_same_ids(scorer, encoder, domains)
         if not places:  # of the source's length, for all models
-            places.extend(draw_places(encoder, domain, scorer.max_length) for domain in domains)
-        scores = measure_model(scorer, domains, MeasureOptions(), reference=encoder)
-        return [estimate_domain(one.losses) for one in scores.domains], [scorer.choose_next(ids) for ids in places]
+            places.extend(draw_places(encoder, domain, scorer.max_length, bos=bos) for domain in domains)
+        scores = measure_model(scorer, domains, MeasureOptions(bos=bos), reference=encoder)
+        return scores, [scorer.choose_next(ids) for ids in places]
 
     compared: list[ComparedModel] = []
     chosen_by_source: list[list[int]] = []
@@ -77,11 +90,10 @@ def compare_models(
         on_model("comparison", number, len(paths))
         with open_computable(path) as computable:
             result = use_scorer(computable, options, measure)
-        if result is None:  # under torchrun, on another rank than the first
-            continue
-        estimates, chosen = result
+        assert result is not None  # only other ranks of a checkpoint of Megatron get None
+        scores, chosen = result
         chosen_by_source = chosen_by_source or chosen
-        rows = zip(domains, estimates, chosen, chosen_by_source, strict=True)
+        rows = zip(scores.domains, chosen, chosen_by_source, strict=True)
         compared.append(
             ComparedModel(
                 name=path.name,
@@ -89,16 +101,38 @@ def compare_models(
                 domains=tuple(
                     ComparedDomain(
                         name=domain.name,
-                        estimates=one,
+                        estimates=estimate_domain(domain.losses),
                         agreement=float(np.mean(np.array(ours) == np.array(source))),
                         num_places=len(ours),
                     )
-                    for domain, one, ours, source in rows
+                    for domain, ours, source in rows
                 ),
+                notes=scores.notes,
             )
         )
+    speeds = measure_speeds([path for path in paths if path.suffix == ".gguf"], places[0][-1] if places else [])
     on_model("comparison", len(paths), len(paths))
-    return compared
+    return [replace(model, speed=speeds.get(path)) for model, path in zip(compared, paths, strict=True)]
+
+
+def measure_speeds(paths: Sequence[Path], prompt: Sequence[int]) -> dict[Path, float]:
+    """Generated tokens per second of GGUF files in units of the first one, by the fastest of some rounds in turn."""
+    if len(paths) < 2:
+        return {}
+    times_ms: dict[Path, list[float]] = {path: [] for path in paths}
+    num_threads = min(count_cores(), MOST_THREADS)
+    with ExitStack() as stack:
+        models = {
+            path: stack.enter_context(
+                open_llama_cpp(path, num_context_tokens=len(prompt) + SPEED_TOKENS, num_threads=num_threads)
+            )
+            for path in paths
+        }
+        for _ in range(SPEED_ROUNDS):
+            for path, model in models.items():
+                answer = model.continue_text(prompt, num_tokens=SPEED_TOKENS)
+                times_ms[path].append(answer["timings"]["predicted_ms"])
+    return {path: min(times_ms[paths[0]]) / min(times) for path, times in times_ms.items()}
 
 
 @contextmanager
@@ -124,10 +158,10 @@ def require_same_ids(scorer: Scorer, encoder: Encoder, domains: Sequence[Domain]
             )
 
 
-def draw_places(encoder: Encoder, domain: Domain, max_length: int) -> list[list[int]]:
+def draw_places(encoder: Encoder, domain: Domain, max_length: int, *, bos: str = "auto") -> list[list[int]]:
     """The tokens before places that are drawn evenly from a domain's documents, the same ones for every model."""
     generator = np.random.default_rng(SEED)
-    _, prefix = choose_prefix(encoder, "auto")
+    _, prefix = choose_prefix(encoder, bos)
     start = [] if prefix is None else [prefix]
     encoded = [start + encoder.encode(document.text).tolist() for document in domain.documents]
     # A place is a token that has another one before it; `ends`: how many places there are up to each document's end.
@@ -161,6 +195,7 @@ def build_rows(models: Sequence[ComparedModel]) -> list[tuple[str, ...]]:
                     f"{bits.value:.4f}",
                     f"{bits.value - before.estimates.bits_per_byte.value:+.4f}",
                     f"{domain.agreement:.1%} ± {error:.1%}",
+                    "-" if model.speed is None else f"{model.speed:.2f}",
                 )
             )
     return rows
@@ -172,6 +207,7 @@ def describe(models: Sequence[ComparedModel]) -> list[dict[str, Any]]:
         {
             "model": model.name,
             "size_bytes": model.size_bytes,
+            "speed_of_gguf": model.speed,
             "domain": domain.name,
             "perplexity": _finite(domain.estimates.perplexity.value),
             "perplexity_low": _finite(domain.estimates.perplexity.low),

@@ -51,8 +51,8 @@ def open_quantizable(folder: Path, *, group_size: int) -> QuantizableModel:
     model = read_hf_model(folder)
     if model.shape.moe is not None:
         raise ConversionError(
-            f"{folder}: model must have no experts, got {model.shape.moe.num_experts} per layer. AutoRound stores "
-            "experts under other names than the model does. Use checkpoint_convert/to_gguf.py --type q4_k_m."
+            f"{folder}: model must have no experts, got {model.shape.moe.num_experts} per layer, for which "
+            "the names that AutoRound gives them are not verified. Use checkpoint_convert/to_gguf.py --type q4_k_m."
         )
     weights = open_hf_weights(folder)
     layers = {

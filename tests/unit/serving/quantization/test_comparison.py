@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+from megatron_hammer.checkpoint.gguf.to_gguf import GgufOptions, export_to_gguf
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.evaluation.perplexity.domains import DomainOptions, read_domain
 from megatron_hammer.evaluation.scorers.open_scorer import ScorerOptions
@@ -83,6 +84,24 @@ def test_the_table_has_a_row_per_model_and_domain(compared) -> None:
     assert rows[0][6] == "+0.0000"
     assert format_markdown(compared).splitlines()[2].startswith("| source | toy | ")
     assert json.dumps(describe(compared))
+
+
+def test_gguf_files_are_compared_and_timed_against_the_first(folder, tmp_path) -> None:
+    pytest.importorskip("xllamacpp", reason="xllamacpp is missing; pip install megatron_hammer[gguf]")
+    paths = [tmp_path / f"{file_type}.gguf" for file_type in ("f32", "q8_0")]
+    for path in paths:
+        options = GgufOptions(load_dir=folder / "source", save_path=path, file_type=path.stem, is_verified=False)
+        export_to_gguf(options)
+    # llama.cpp is asked once for each token, so that one document is enough.
+    domains = [read_domain("toy", str(folder / "toy.jsonl"), DomainOptions(max_documents=1))]
+    models = compare_models([folder / "source", *paths], domains, options=ScorerOptions())
+    assert [model.speed is None for model in models] == [True, False, False]
+    assert models[1].speed == 1
+    bits = [model.domains[0].estimates.bits_per_byte.value for model in models]
+    assert bits[1] == pytest.approx(bits[0], rel=1e-3)
+    assert models[1].domains[0].agreement == 1
+    assert models[2].size_bytes == paths[1].stat().st_size < models[1].size_bytes / 3
+    assert [row[-1] for row in build_rows(models)][:2] == ["-", "1.00"]
 
 
 def test_places_are_drawn_once_and_have_their_context(folder, domains) -> None:
