@@ -15,11 +15,11 @@ from megatron_hammer.tokenizer.encoding.encoder import Encoder
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Domain:
-    """Documents with text. num_skipped: of the input's documents, how many have none."""
+    """Documents with text. note: how many there are, of which input, and what of it was left out."""
 
     name: str
     documents: tuple[Document, ...]
-    num_skipped: int
+    note: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +50,10 @@ def read_domain(name: str, source: str, options: DomainOptions) -> Domain:
             documents.append(Document(text, document.source, document.line))
     if not documents:
         raise DataError(f"{source}: domain {name} must have text, got {num_skipped} empty documents. Check the input.")
-    return Domain(name=name, documents=tuple(documents), num_skipped=num_skipped)
+    cut = "" if options.max_characters is None else f", each to its character {options.max_characters:,}"
+    skipped = f"; {num_skipped:,} empty ones left out" if num_skipped else ""
+    note = f"{name}: {len(documents):,} documents of {source}{cut}{skipped}"
+    return Domain(name=name, documents=tuple(documents), note=note)
 
 
 def _read_pair(prefix: str, encoder: Encoder | None) -> Iterator[Document]:

@@ -31,9 +31,12 @@ class MeasureOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DomainScores:
-    """bad_documents: where the model gave no finite number, as `file:line`. num_tokens: scored, of the model's own."""
+    """note: of the Domain. bad_documents: where the model gave no finite number, as `file:line`. num_tokens: scored, of
+    the model's own.
+    """
 
     name: str
+    note: str
     losses: DocumentLosses
     num_tokens: int
     bad_documents: tuple[str, ...]
@@ -133,6 +136,7 @@ def _build_scores(domain: Domain, nats: np.ndarray, num_reference_tokens: list[i
         raise DataError(f"domain {domain.name}: must have tokens to score, got none behind the first. Drop --bos none.")
     return DomainScores(
         name=domain.name,
+        note=domain.note,
         losses=DocumentLosses(
             nats=nats,
             num_bytes=np.array([len(one.text.encode()) for one in domain.documents]),

@@ -51,8 +51,8 @@ def build_tables(models: Sequence[ModelScores], reference: str) -> list[Table]:
 
 
 def list_notes(models: Sequence[ModelScores]) -> list[str]:
-    """How the figures were made, which documents have no number, and what each model's measurement noticed."""
-    notes = []
+    """Of what and how the figures were made, which documents have no number, and what each measurement noticed."""
+    notes = [domain.note for domain in models[0].domains]
     for model in models:
         windows = f"windows of {model.max_length:,} tokens, stride {model.stride:,}"
         notes.append(f"{model.name}: {model.prefix} in front of each document, {windows}, {model.precision}")

@@ -18,7 +18,7 @@ def test_a_file_is_read_as_the_preprocessor_reads_it(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "zh.jsonl", ["春眠不觉晓", "", "花落知多少"], key="content")
     found = read_domain("zh", str(path), DomainOptions(json_key="content", max_characters=2))
     assert [(one.text, one.line) for one in found.documents] == [("春眠", 1), ("花落", 3)]
-    assert found.num_skipped == 1
+    assert found.note == f"zh: 2 documents of {path}, each to its character 2; 1 empty ones left out"
     assert len(read_domain("zh", str(path), DomainOptions(json_key="content", max_documents=1)).documents) == 1
 
 

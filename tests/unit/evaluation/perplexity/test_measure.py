@@ -44,7 +44,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
 
 def make_domain(*texts: str) -> Domain:
     documents = tuple(Document(text, "zh.jsonl", line) for line, text in enumerate(texts, start=1))
-    return Domain(name="zh", documents=documents, num_skipped=0)
+    return Domain(name="zh", documents=documents, note="")
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 16, 17, 30])

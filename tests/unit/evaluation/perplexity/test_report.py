@@ -16,7 +16,7 @@ from megatron_hammer.evaluation.perplexity.report import draw, format_tokens, wr
 def make_domain(name: str, nats: list[float], bad: tuple[str, ...] = ()) -> DomainScores:
     size = np.full(len(nats), 10)
     losses = DocumentLosses(nats=np.array(nats), num_bytes=2 * size, num_reference_tokens=size)
-    return DomainScores(name=name, losses=losses, num_tokens=33, bad_documents=bad)
+    return DomainScores(name=name, note=f"{name}: 2 documents", losses=losses, num_tokens=33, bad_documents=bad)
 
 
 def make_model(name: str, num_trained_tokens: int | None, *domains: DomainScores) -> ModelScores:
@@ -41,6 +41,7 @@ def test_every_file_has_every_figure_and_names_the_document_without_one(tmp_path
     assert r"| a\|b | 50B | 7.39 [7.39, 7.39] | nan | 7.39 [7.39, 7.39] |" in markdown
     assert "### perplexity, per token of ref/tokenizer.json" in markdown
     assert "en has no figure and is not in the average: the loss is not a finite number at en.jsonl:2" in markdown
+    assert "- zh: 2 documents\n- en: 2 documents\n" in markdown
     assert "BOS in front of each document, windows of 80 tokens, stride 40, fp32" in markdown
     rows = list(csv.DictReader(paths[1].open()))
     assert [(row["model"], row["domain"]) for row in rows] == [
