@@ -29,6 +29,7 @@ from megatron_hammer.config.read_plan import (
     read_settings,
 )
 from megatron_hammer.config.run_plan import RunPlan, RunSettings
+from megatron_hammer.config.sft import derive_sft, drop_sft_length, sft_arguments
 from megatron_hammer.config.training_state import TrainingState
 from megatron_hammer.config.values import find_missing_problems, find_value_problems
 from megatron_hammer.data.order.order import EPOCHWISE
@@ -36,6 +37,7 @@ from megatron_hammer.data.order.run_order import plan_run_order
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.files.command_line import CommandParser
 from megatron_hammer.presets.catalogue import select_preset
+from megatron_hammer.presets.preset import LLAMA_2_SFT
 
 DEFAULT_SPLIT = "98,2,0"  # Megatron's own "969,30,1" makes a test set that nobody asked for
 DEFAULT_SAVE_INTERVAL_STEPS = 1000
@@ -98,6 +100,8 @@ def parse_arguments(
         defaults |= preset_arguments(preset)
     if initial_model is not None:
         defaults |= initial_model_arguments(initial_model, has_preset=preset is not None)
+    if "--sft" in argv:
+        defaults |= sft_arguments(LLAMA_2_SFT if preset is None else preset.sft)
     # A preset is ours, so an argument that Megatron lacks is our bug and not a problem of the command line.
     missing = sorted(set(defaults) - {action.dest for action in parser._actions})
     if missing:
@@ -146,6 +150,8 @@ def _typed_destinations(parser: argparse.ArgumentParser, argv: Sequence[str]) ->
 
 def _drop_what_is_replaced(namespace: argparse.Namespace, typed: frozenset[str]) -> None:
     """--train-samples replaces the preset's step count and turns its warm-up into samples; a fraction replaces both."""
+    if namespace.sft:
+        drop_sft_length(namespace, typed)
     if "lr_warmup_fraction" in typed and "lr_warmup_iters" not in typed:
         namespace.lr_warmup_iters = 0
     if "train_samples" not in typed:
@@ -174,6 +180,9 @@ def _derive(namespace: argparse.Namespace, *, platform: str, backend: str, typed
             setattr(namespace, name, value)
 
     namespace.platform, namespace.backend = platform, backend
+    namespace.is_sft = namespace.sft
+    if namespace.sft:
+        derive_sft(namespace)
     namespace._is_global_batch_size_explicitly_specified = "global_batch_size" in typed
     namespace.bf16 = namespace.bf16 or (namespace.precision == "bf16" and not namespace.fp16)
     namespace.fp16 = namespace.fp16 or namespace.precision == "fp16"
@@ -289,6 +298,9 @@ def finalize_arguments(arguments: ParsedArguments) -> TrainingState:
     from megatron.training.arguments import validate_args
     from megatron.training.global_vars import set_global_variables
 
+    # Megatron's loop would average the losses of an evaluation over micro-batches, not over learned tokens. `is_sft`
+    # keeps what was asked for, in checkpoints too.
+    arguments.namespace.sft = False
     # First: the globals are made from the values that validation fills in.
     validate_args(arguments.namespace)
     set_global_variables(arguments.namespace)
@@ -302,7 +314,7 @@ def build_config_container(arguments: ParsedArguments, build_model_config: Calla
     """
     from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 
-    namespace = arguments.namespace
+    namespace, plan = arguments.namespace, arguments.require_plan()
     model_config = build_model_config(
         gpt_config_from_args(namespace),
         backend=namespace.backend,
@@ -310,44 +322,54 @@ def build_config_container(arguments: ParsedArguments, build_model_config: Calla
         residual_multiplier=namespace.residual_multiplier,
         num_tokens=namespace.vocab_size,
         rope_scaling_factor=namespace.rope_scaling_factor,
+        is_packed=plan.rows is not None and plan.rows.is_packed,
     )
     return pretrain_cfg_container_from_args(namespace, model_config)
 
 
 def build_dataset_config(arguments: ParsedArguments, plan: RunPlan) -> Any:
-    """mcore's GPTDatasetConfig, or the epochwise one, for finalized arguments; its tokenizer is Megatron's global."""
+    """mcore's configuration of data sets for finalized arguments; its tokenizer is Megatron's global."""
     from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
     from megatron.training import get_tokenizer
     from megatron.training.utils import get_blend_and_blend_per_split
 
+    from megatron_hammer.data.conversations.dataset import ConversationDatasetConfig
     from megatron_hammer.data.order.epochwise_dataset import EpochwiseGPTDatasetConfig
 
     namespace = arguments.namespace
     blend, blend_per_split = get_blend_and_blend_per_split(namespace)
+    same = {
+        "random_seed": namespace.seed,
+        "sequence_length": namespace.seq_length,
+        "blend": blend,
+        "blend_per_split": blend_per_split,
+        "multiple_validation_sets": namespace.multiple_validation_sets,
+        "full_validation": namespace.full_validation,
+        "split": namespace.split,
+        "num_dataset_builder_threads": namespace.num_dataset_builder_threads,
+        "path_to_cache": namespace.data_cache_path,
+        "mmap_bin_files": namespace.mmap_bin_files,
+        "tokenizer": get_tokenizer(),
+        "mid_level_dataset_surplus": namespace.mid_level_dataset_surplus,
+        "allow_ambiguous_pad_tokens": namespace.allow_ambiguous_pad_tokens,
+    }
+    if plan.rows is not None:
+        rows = plan.rows
+        return ConversationDatasetConfig(
+            **same, is_packed=rows.is_packed, is_truncated=rows.is_truncated, granularity=rows.granularity
+        )
     config_class = functools.partial(GPTDatasetConfig)
     if plan.data.order == EPOCHWISE:
         order = plan_run_order(plan.order)
         joint_samples = {} if order is None else order.joint_samples_of_sources
         config_class = functools.partial(EpochwiseGPTDatasetConfig, joint_samples=joint_samples)
     return config_class(
-        random_seed=namespace.seed,
-        sequence_length=namespace.seq_length,
-        blend=blend,
-        blend_per_split=blend_per_split,
-        multiple_validation_sets=namespace.multiple_validation_sets,
-        full_validation=namespace.full_validation,
-        split=namespace.split,
-        num_dataset_builder_threads=namespace.num_dataset_builder_threads,
-        path_to_cache=namespace.data_cache_path,
-        mmap_bin_files=namespace.mmap_bin_files,
-        tokenizer=get_tokenizer(),
+        **same,
         reset_position_ids=namespace.reset_position_ids,
         reset_attention_mask=namespace.reset_attention_mask,
         eod_mask_loss=namespace.eod_mask_loss,
         create_attention_mask=namespace.create_attention_mask_in_dataloader,
         object_storage_cache_path=namespace.object_storage_cache_path,
-        mid_level_dataset_surplus=namespace.mid_level_dataset_surplus,
-        allow_ambiguous_pad_tokens=namespace.allow_ambiguous_pad_tokens,
         fast_cache_load=namespace.dataloader_fast_cache_load,
         defer_npy_index_mmap=namespace.dataloader_defer_npy_index_mmap,
         data_parallel_size=namespace.data_parallel_size,

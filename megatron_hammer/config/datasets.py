@@ -22,8 +22,10 @@ def build_dataset_provider(arguments: ParsedArguments, plan: RunPlan, state: Tra
     def needs_data(vp_stage: int | None) -> bool:
         is_first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
-        # In a whole validation pass every stage must know how many steps it takes.
-        is_reading_stage = is_first or is_last or plan.evaluation.is_whole
+        # In a whole validation pass every stage must know how many steps it takes. Attention needs the boundaries of
+        # packed conversations on every stage.
+        has_boundaries = plan.rows is not None and plan.rows.is_packed
+        is_reading_stage = is_first or is_last or plan.evaluation.is_whole or has_boundaries
         # The other tensor-parallel ranks get the batch from rank 0 of their group.
         return is_reading_stage and parallel_state.get_tensor_model_parallel_rank() == 0
 

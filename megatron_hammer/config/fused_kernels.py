@@ -18,8 +18,12 @@ def select_fused_kernels(
         return chosen[name]
 
     has_kernels = choose("triton_kernels", platform == "cuda" and backend == "torch")
-    has_rope = choose("apply_rope_fusion", backend == "te" or has_kernels)
-    chosen["fused_single_qkv_rope"] = has_rope and _can_fuse_split(arguments)
+    is_packed_te = backend == "te" and arguments["is_sft"] and not arguments["sft_unpacked"]
+    sizes = (arguments["micro_batch_size"], arguments["eval_micro_batch_size"] or arguments["micro_batch_size"])
+    # Positions of packed conversations differ from sequence to sequence, and TransformerEngine's kernel has one angle
+    # for all; its other kernel, which splits too, is refused by megatron beside boundaries.
+    has_rope = choose("apply_rope_fusion", (backend == "te" or has_kernels) and not (is_packed_te and sizes != (1, 1)))
+    chosen["fused_single_qkv_rope"] = has_rope and _can_fuse_split(arguments) and not is_packed_te
     is_plain_rms = arguments["normalization"] == "RMSNorm" and not arguments["layernorm_zero_centered_gamma"]
     choose("fused_residual_rmsnorm", has_kernels and is_plain_rms and not frees_norm_outputs(arguments))
     # Both FSDPs keep gradients in a way of their own. PyTorch has the product onto fp32 on GPUs alone.

@@ -39,6 +39,7 @@ def add_own_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     _add_model_flags(group)
     _add_data_flags(group)
+    _add_sft_flags(group)
     _add_checkpoint_flags(group)
     _add_bad_loss_flags(group)
     _add_output_flags(group)
@@ -157,6 +158,26 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
         "--accept-many-epochs",
         action="store_true",
         help="train although some data would be read more than 1,000 times",
+    )
+
+
+def _add_sft_flags(group: argparse._ArgumentGroup) -> None:
+    """With Megatron's --sft: how conversations are trained on."""
+    group.add_argument(
+        "--sft-unpacked",
+        action="store_true",
+        help="with --sft: one conversation in each sequence, padded (default: as many as fit, none attends to another)",
+    )
+    group.add_argument(
+        "--sft-truncate",
+        action="store_true",
+        help="with --sft: cut conversations that are longer than --seq-length at their end (default: refuse them)",
+    )
+    group.add_argument(
+        "--sft-epochs",
+        type=float,
+        metavar="N",
+        help="with --sft: passes over the training data, instead of --train-iters (default: the recipe's)",
     )
 
 

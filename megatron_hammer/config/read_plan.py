@@ -26,6 +26,7 @@ from megatron_hammer.config.run_plan import (
     RunPlan,
     RunSettings,
     Schedule,
+    Sft,
 )
 from megatron_hammer.config.values import BATCH_ESSENTIALS, find_value_problems, list_missing
 from megatron_hammer.data.order.order import MEGATRON
@@ -58,6 +59,7 @@ def read_settings(args: Any, flags: Flags, *, preset: Preset | None, initial_mod
         bad_loss=_read_bad_loss_policy(args),
         evaluation=read_evaluation(args),
         data=read_data(args),
+        sft=read_sft(args),
         recompute=_read_recompute(args),
         vocab_divisible_by=args.make_vocab_size_divisible_by,
         model=read_model(args) if has_model else None,
@@ -228,6 +230,13 @@ def read_data(args: Any) -> Data:
     )
 
 
+def read_sft(args: Any) -> Sft | None:
+    """None in pretraining."""
+    if not getattr(args, "is_sft", False):
+        return None
+    return Sft(is_packed=not args.sft_unpacked, is_truncated=args.sft_truncate, num_epochs=args.sft_epochs)
+
+
 def _read_checkpoints(args: Any) -> Checkpoints:
     return _read_same(
         Checkpoints,
@@ -281,7 +290,9 @@ def _read_memory_options(args: Any, layout: ParallelLayout, *, has_gpu: bool) ->
     has_fp32_gradients = args.bf16 or args.accumulate_allreduce_grads_in_fp32 or not is_16_bit
     instances = args.num_distributed_optimizer_instances
     # model/torch_modules.py: in fp32 on a GPU, and where a mask is added to the scores
-    has_mask = args.backend == "torch" and bool(args.window_size or args.create_attention_mask_in_dataloader)
+    is_packed = args.is_sft and not args.sft_unpacked
+    has_own_mask = args.window_size or args.create_attention_mask_in_dataloader or is_packed
+    has_mask = args.backend == "torch" and bool(has_own_mask)
     has_expanded_heads = has_gpu and args.backend == "torch" and (has_mask or not is_16_bit)
     comm_types = args.cp_comm_type if isinstance(args.cp_comm_type, list) else [args.cp_comm_type]
     # Lion has one moment; Muon has one of matrices, and trains the rest with Adam or Lion.

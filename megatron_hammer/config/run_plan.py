@@ -12,6 +12,7 @@ from typing import Literal
 from megatron_hammer.checkpoint_files.newest_intact import LoadChoice
 from megatron_hammer.config.flags import Flags
 from megatron_hammer.config.initial_model import InitialModel
+from megatron_hammer.data.conversations.packing import RowLayout
 from megatron_hammer.data.order.run_order import OrderSettings
 from megatron_hammer.data.sources import DataPlan
 from megatron_hammer.model.accounting import MemoryOptions, ParallelLayout
@@ -180,6 +181,15 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Sft:
+    """Supervised fine-tuning: the data are conversations. num_epochs: None where the length is given otherwise."""
+
+    is_packed: bool
+    is_truncated: bool
+    num_epochs: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
     """The batch of a step and of an evaluation step, in samples."""
 
@@ -208,6 +218,7 @@ class RunSettings:
     bad_loss: BadLossPolicy
     evaluation: Evaluation
     data: Data
+    sft: Sft | None
     recompute: Recompute
     vocab_size: int | None
     vocab_divisible_by: int
@@ -256,8 +267,15 @@ class RunPlan(RunSettings):
         return count_needed_samples(self.schedule, self.evaluation, self.batch)
 
     @property
+    def rows(self) -> RowLayout | None:
+        """How conversations become samples; None in pretraining."""
+        if self.sft is None:
+            return None
+        return build_row_layout(self.sft, self.seq_length, self.layout.context_parallel_size)
+
+    @property
     def order(self) -> OrderSettings:
-        return build_order_settings(self.data, self.num_samples, self.seq_length)
+        return build_order_settings(self.data, self.num_samples, self.seq_length, self.rows)
 
     def count_last_sample(self, iteration: int, num_consumed: int) -> int:
         """Where in its order the run ends if it resumes from there; the batch may have had another size before."""
@@ -280,6 +298,17 @@ class RunPlan(RunSettings):
         return num_consumed + max(0, num_left) * evaluation.num_steps * self.batch.eval_global_batch_size
 
 
+def build_row_layout(sft: Sft, seq_length: int, context_parallel_size: int) -> RowLayout:
+    """Under context parallelism each rank takes two equal parts of each conversation of a packed row."""
+    is_divided = sft.is_packed and context_parallel_size > 1
+    return RowLayout(
+        seq_length=seq_length,
+        is_packed=sft.is_packed,
+        is_truncated=sft.is_truncated,
+        granularity=2 * context_parallel_size if is_divided else 1,
+    )
+
+
 def count_needed_samples(schedule: Schedule, evaluation: Evaluation, batch: Batch) -> dict[str, int]:
     """Samples that a run draws from each split, as megatron.training.get_train_valid_test_num_samples counts them.
 
@@ -297,7 +326,9 @@ def count_needed_samples(schedule: Schedule, evaluation: Evaluation, batch: Batc
     }
 
 
-def build_order_settings(data: Data, num_samples: Mapping[str, int], seq_length: int) -> OrderSettings:
+def build_order_settings(
+    data: Data, num_samples: Mapping[str, int], seq_length: int, rows: RowLayout | None
+) -> OrderSettings:
     """What decides the order of samples, of a run or of a checkpoint."""
     return OrderSettings(
         sources=DataPlan() if data.problems else data.sources,
@@ -309,4 +340,5 @@ def build_order_settings(data: Data, num_samples: Mapping[str, int], seq_length:
         seq_length=seq_length,
         surplus=data.surplus,
         dataloader_type=data.dataloader_type,
+        rows=None if rows is None else rows.description,
     )

@@ -18,13 +18,14 @@ from megatron_hammer.checkpoint_files.newest_intact import (
 from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
 from megatron_hammer.config.initial_model import InitialModel
 from megatron_hammer.config.model_arguments import read_model
-from megatron_hammer.config.read_plan import read_batch, read_data, read_evaluation, read_schedule
+from megatron_hammer.config.read_plan import read_batch, read_data, read_evaluation, read_schedule, read_sft
 from megatron_hammer.config.run_plan import (
     Batch,
     Checkpoints,
     RunPlan,
     Schedule,
     build_order_settings,
+    build_row_layout,
     count_needed_samples,
 )
 from megatron_hammer.config.training_state import RECORD_NAME
@@ -90,7 +91,9 @@ def _read_part[T](read: Callable[[argparse.Namespace], T], args: argparse.Namesp
 
 def _read_order_settings(args: argparse.Namespace) -> OrderSettings:
     needed = count_needed_samples(read_schedule(args), read_evaluation(args), read_batch(args))
-    return build_order_settings(read_data(args), needed, args.seq_length)
+    sft = read_sft(args)
+    rows = None if sft is None else build_row_layout(sft, args.seq_length, args.context_parallel_size)
+    return build_order_settings(read_data(args), needed, args.seq_length, rows)
 
 
 # --- which checkpoint a run loads -----------------------------------------------------------------------------------

@@ -43,11 +43,21 @@ class TorchSpecProvider(LocalSpecProvider):
 
 
 def build_layer_spec(
-    config: TransformerConfig, backend: Backend, *, is_mixture: bool = True, residual_multiplier: float = 1.0
+    config: TransformerConfig,
+    backend: Backend,
+    *,
+    is_mixture: bool = True,
+    residual_multiplier: float = 1.0,
+    is_packed: bool = False,
 ) -> ModuleSpec:
     """The spec of one layer. is_mixture: False for a dense layer of a model that has experts in others."""
     num_experts = config.num_moe_experts if is_mixture else None
     spec = (_build_te_layer_spec if backend == "te" else _build_torch_layer_spec)(config, num_experts)
+    if is_packed and backend == "te":
+        # Imported only where it is used: TransformerEngine is not installed where the torch backend runs.
+        from megatron_hammer.model.te_attention import PackedTEAttention
+
+        spec.submodules.self_attention.submodules.core_attention = PackedTEAttention
     if residual_multiplier != 1.0:
         spec.submodules.self_attn_bda = spec.submodules.mlp_bda = _scale_residual_branch(residual_multiplier)
     return spec
@@ -124,10 +134,15 @@ def _build_torch_layer_spec(config: TransformerConfig, num_experts: int | None) 
 
 
 def build_block_spec(
-    config: TransformerConfig, backend: Backend, vp_stage: int | None = None, *, residual_multiplier: float = 1.0
+    config: TransformerConfig,
+    backend: Backend,
+    vp_stage: int | None = None,
+    *,
+    residual_multiplier: float = 1.0,
+    is_packed: bool = False,
 ) -> Any:
     """The layers of one pipeline chunk and the norm that ends the last one."""
-    build = partial(build_layer_spec, config, backend, residual_multiplier=residual_multiplier)
+    build = partial(build_layer_spec, config, backend, residual_multiplier=residual_multiplier, is_packed=is_packed)
     is_mixture = _list_mixtures(config)
     if backend == "te" and all(is_mixture):
         return build(is_mixture=True)  # megatron's block builds TENorm by itself

@@ -28,7 +28,8 @@ class HammerModelConfig(GPTModelConfig):
     """megatron's GPTModelConfig, the backend that builds it, and what the shipped presets need beyond it.
 
     num_tokens: of the vocabulary without its padding; None counts the padding as tokens, in the loss too.
-    residual_multiplier: of what attention and MLP add to the residual.
+    residual_multiplier: of what attention and MLP add to the residual. is_packed: a sequence holds several conversations,
+    whose positions begin at 0 each.
     """
 
     builder: ClassVar[str] = "megatron_hammer.model.provider.HammerModelBuilder"
@@ -36,6 +37,7 @@ class HammerModelConfig(GPTModelConfig):
     has_embedding_norm: bool = False
     num_tokens: int | None = None
     residual_multiplier: float = 1.0
+    is_packed: bool = False
 
 
 def build_model_config(
@@ -46,6 +48,7 @@ def build_model_config(
     residual_multiplier: float,
     num_tokens: int | None = None,
     rope_scaling_factor: float | None = None,
+    is_packed: bool = False,
 ) -> HammerModelConfig:
     """Our model config with the values of megatron's; rope_scaling_factor is one that gpt_config_from_args drops."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(GPTModelConfig)}
@@ -57,6 +60,7 @@ def build_model_config(
         has_embedding_norm=has_embedding_norm,
         num_tokens=num_tokens,
         residual_multiplier=residual_multiplier,
+        is_packed=is_packed,
     )
 
 
@@ -67,8 +71,16 @@ class HammerGPTModel(GPTModel):
     That norm is LayerNorm with a bias whatever the layers use, as in transformers' OpenLlamaModel.embed_layer_norm.
     """
 
-    def __init__(self, *, has_embedding_norm: bool = False, num_tokens: int | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        *,
+        has_embedding_norm: bool = False,
+        num_tokens: int | None = None,
+        is_packed: bool = False,
+        **kwargs: Any,
+    ):
         super().__init__(**kwargs)
+        self.is_packed = is_packed
         self.num_tokens = num_tokens
         self.has_embedding_norm = has_embedding_norm and self.pre_process
         if self.has_embedding_norm:
@@ -81,7 +93,19 @@ class HammerGPTModel(GPTModel):
     ) -> Any:
         if self.has_embedding_norm and decoder_input is None:
             decoder_input = self.embedding_norm(self.embedding(input_ids=input_ids, position_ids=position_ids))
-        return super()._preprocess(input_ids, position_ids, decoder_input=decoder_input, **kwargs)
+        output = super()._preprocess(input_ids, position_ids, decoder_input=decoder_input, **kwargs)
+        # The second is the rotary embedding, the same for all sequences; None where the model has none.
+        if not self.is_packed or output[1] is None:
+            return output
+        return output[0], self._select_angles(position_ids), *output[2:]
+
+    def _select_angles(self, position_ids: Tensor) -> Tensor:
+        """Angles of the rotary embedding [s, b, 1, r] of positions [b, s], which begin at 0 with each conversation."""
+        # packed_seq: of all positions, also where context parallelism gives this rank only some of them.
+        angles = self.rotary_pos_emb(self.max_sequence_length, packed_seq=True)
+        if isinstance(angles, tuple):  # YaRN's, with a factor that attention takes from the configuration
+            angles = angles[0]
+        return angles[position_ids.transpose(0, 1)].squeeze(2)
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Loss [b, s] in fp32 of labels [b, s] under logits [s, b, p / tp], which the backward pass overwrites."""
@@ -111,7 +135,11 @@ class HammerModelBuilder(GPTModelBuilder):
         return HammerGPTModel(
             config=config.transformer,
             transformer_layer_spec=build_block_spec(
-                config.transformer, config.backend, vp_stage, residual_multiplier=config.residual_multiplier
+                config.transformer,
+                config.backend,
+                vp_stage,
+                residual_multiplier=config.residual_multiplier,
+                is_packed=config.is_packed,
             ),
             vocab_size=config.vocab_size,
             max_sequence_length=config.seq_length,
@@ -131,4 +159,5 @@ class HammerModelBuilder(GPTModelBuilder):
             vp_stage=vp_stage,
             has_embedding_norm=config.has_embedding_norm,
             num_tokens=config.num_tokens,
+            is_packed=config.is_packed,
         )

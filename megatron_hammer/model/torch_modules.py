@@ -2,7 +2,8 @@
 
 Both follow the interfaces of megatron's own (`LayerNormBuilder`, `CoreAttention`) and need nothing but PyTorch; only a
 norm that returns the residual too is a Triton kernel of ours.
-Context parallelism and packed sequences are left to the `te` backend; preflight refuses them here.
+Context parallelism is left to the `te` backend; preflight refuses it here. Sequences that hold several conversations
+have a mask here, and their boundaries in `te` (te_attention.py).
 """
 
 import contextlib
@@ -103,6 +104,21 @@ def build_window_mask(
     return torch.zeros(forbidden.shape, dtype=dtype, device=device).masked_fill_(forbidden, -math.inf)
 
 
+@functools.lru_cache(maxsize=2)
+def build_score_mask(forbidden: Tensor, window: int | None, dtype: torch.dtype, *, has_null_key: bool) -> Tensor:
+    """The same of a mask [b or 1, 1, s, s] that is True where attention is forbidden, and of a window if there is one.
+
+    Cached for the layers of a micro-batch, as above.
+    """
+    if has_null_key:
+        forbidden = _put_null_key_in_front(forbidden)
+    if window is None:
+        return torch.zeros(forbidden.shape, dtype=dtype, device=forbidden.device).masked_fill_(forbidden, -math.inf)
+    sequence = forbidden.shape[-1] - int(has_null_key)
+    mask = build_window_mask(sequence, window, dtype, forbidden.device, has_null_key=has_null_key)
+    return mask.masked_fill(forbidden, -math.inf)
+
+
 def _put_null_key_in_front(forbidden: Tensor) -> Tensor:
     """[..., s, s] to [..., s + 1, s + 1]: nobody is forbidden the first key, and the first query nothing."""
     return torch.nn.functional.pad(forbidden, (1, 0, 1, 0), value=False)
@@ -185,12 +201,12 @@ class SdpaAttention(MegatronModule):
         query: [b, n, s, d]; forbidden: as attention_mask of `forward`.
         """
         sequence = query.shape[2]
-        if forbidden is not None and self.has_null_key:
-            forbidden = _put_null_key_in_front(forbidden)
-        if self.window is None or self.window >= sequence - 1:
-            return None if forbidden is None else ~forbidden
-        mask = build_window_mask(sequence, self.window, query.dtype, query.device, has_null_key=self.has_null_key)
-        return mask if forbidden is None else mask.masked_fill(forbidden, -math.inf)
+        window = None if self.window is None or self.window >= sequence - 1 else self.window
+        if forbidden is not None:
+            return build_score_mask(forbidden, window, query.dtype, has_null_key=self.has_null_key)
+        if window is None:
+            return None
+        return build_window_mask(sequence, window, query.dtype, query.device, has_null_key=self.has_null_key)
 
 
 def _attention_rng(dropout_ratio: float) -> contextlib.AbstractContextManager[None]:

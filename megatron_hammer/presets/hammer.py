@@ -7,7 +7,7 @@ ours: small enough for a laptop, with every parallel size of the parallel tour s
 from dataclasses import replace
 
 from megatron_hammer.model.shape import ModelShape, MoeShape
-from megatron_hammer.presets.preset import Preset, Recipe
+from megatron_hammer.presets.preset import Preset, Recipe, SftRecipe
 
 HAMMER_1B4 = Preset(
     num_parameters=1_402_288_128,
@@ -67,6 +67,17 @@ _TINY_RECIPE = Recipe(
     precision="fp32",  # CPU cores have no fast bf16
 )
 
+_TINY_SFT = SftRecipe(
+    source="ours: a quarter of hammer-tiny's learning rate; warm-up and epochs of tiny-llm-zh",
+    global_batch_size=8,
+    lr=2.5e-4,
+    min_lr=0.0,
+    lr_decay_style="cosine",
+    lr_warmup_fraction=0.05,
+    num_epochs=5,
+    weight_decay=0.1,
+)
+
 HAMMER_TINY = Preset(
     num_parameters=4_851_968,
     model=ModelShape(
@@ -81,6 +92,7 @@ HAMMER_TINY = Preset(
         max_position_embeddings=256,
     ),
     recipe=_TINY_RECIPE,
+    sft=_TINY_SFT,
 )
 
 HAMMER_TINY_MOE = Preset(
@@ -98,4 +110,5 @@ HAMMER_TINY_MOE = Preset(
         ),
     ),
     recipe=_TINY_RECIPE,
+    sft=_TINY_SFT,
 )

@@ -45,12 +45,49 @@ class Recipe:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SftRecipe:
+    """How a trained model is fine-tuned on conversations (--sft); all else is as in its `Recipe`.
+
+    global_batch_size: in sequences, which hold several conversations each unless --sft-unpacked is given.
+    """
+
+    source: str
+    global_batch_size: int
+    lr: float
+    min_lr: float
+    lr_decay_style: Literal["cosine", "constant"]
+    lr_warmup_fraction: float | None
+    num_epochs: float
+    weight_decay: float
+    adam_beta2: float = 0.95
+    # A kernel for one sequence of many conversations is as busy as one for many sequences.
+    micro_batch_size: int = 1
+
+
+LLAMA_2_SFT = SftRecipe(
+    # The paper has no warm-up and no final rate; cosine to 0 after 3 % of warm-up is what Alpaca's trainer does.
+    source="Llama 2 (arXiv:2307.09288) section 3.1; warm-up and final learning rate from Stanford Alpaca",
+    global_batch_size=64,
+    lr=2e-5,
+    min_lr=0.0,
+    lr_decay_style="cosine",
+    lr_warmup_fraction=0.03,
+    num_epochs=2,
+    weight_decay=0.1,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Preset:
-    """What `--preset NAME` selects. num_parameters: the published count, without vocabulary padding; tests check it."""
+    """What `--preset NAME` selects. num_parameters: the published count, without vocabulary padding; tests check it.
+
+    sft: what --sft changes in the recipe.
+    """
 
     num_parameters: int
     model: ModelShape
     recipe: Recipe
+    sft: SftRecipe = LLAMA_2_SFT
 
     @property
     def name(self) -> str:

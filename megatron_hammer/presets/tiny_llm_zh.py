@@ -1,12 +1,24 @@
 """The tiny-llm-zh family, 16M to 1.5B and a mixture of experts.
 
-Source: wdndev/tiny-llm-zh, README.md 3.3, script/ptm_demo.sh and train/configuration_tinyllm.py.
+Source: wdndev/tiny-llm-zh, README.md 3.3, script/ptm_demo.sh, script/sft_demo.sh and train/configuration_tinyllm.py.
 """
 
 from typing import Any
 
 from megatron_hammer.model.shape import ModelShape, MoeShape
-from megatron_hammer.presets.preset import Preset, Recipe
+from megatron_hammer.presets.preset import Preset, Recipe, SftRecipe
+
+_SFT = SftRecipe(
+    # 32 conversations x 8 GPUs; --adam_beta1 is given twice, as below.
+    source="tiny-llm-zh script/sft_demo.sh",
+    global_batch_size=256,
+    lr=3e-4,
+    min_lr=0.0,
+    lr_decay_style="cosine",
+    lr_warmup_fraction=0.05,
+    num_epochs=5,
+    weight_decay=0.01,
+)
 
 
 def _tiny_llm_zh(
@@ -46,6 +58,7 @@ def _tiny_llm_zh(
             train_tokens=42_000_000_000,
             weight_decay=0.01,
         ),
+        sft=_SFT,
     )
 
 

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from megatron_hammer.config.run_plan import RunPlan
 from megatron_hammer.model.chunked_cross_entropy import compute_loss_in_chunks
+from megatron_hammer.training.boundaries import Boundaries, select_on_cp_rank
+
+BATCH_NAMES = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
 
 
 class ForwardStep:
@@ -35,33 +38,39 @@ class ForwardStep:
         vp_stage = get_attr_wrapped_model(model, "vp_stage")
         batch = self.read_batch(data_iterator, vp_stage, is_training=model.training)
         if self.add_batch is not None and model.training:
-            self.add_batch(batch)
+            self.add_batch({name: batch[name] for name in BATCH_NAMES})
         forward = get_attr_wrapped_model(model, "build_schedule_plan") if return_schedule_plan else model
-        extra = {"output_processor": compute_loss_in_chunks} if self.plan.memory.cross_entropy == "chunked" else {}
+        extra: dict[str, Any] = {"packed_seq_params": batch["packed_seq_params"]}
+        if self.plan.memory.cross_entropy == "chunked":
+            extra["output_processor"] = compute_loss_in_chunks
         output = forward(
             batch["tokens"], batch["position_ids"], batch["attention_mask"], labels=batch["labels"], **extra
         )
-        return output, partial(self.sum_loss if model.training else sum_loss, batch["loss_mask"])
+        add_up = self.sum_loss if model.training else sum_loss
+        return output, partial(add_up, batch["loss_mask"], num_padding=batch["num_padding"])
 
-    def sum_loss(self, loss_mask: Tensor, token_losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def sum_loss(
+        self, loss_mask: Tensor, token_losses: Tensor, *, num_padding: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """As the function below; the loss of training is also told to `add_loss`."""
-        loss, num_tokens, report = sum_loss(loss_mask, token_losses)
+        loss, num_tokens, report = sum_loss(loss_mask, token_losses, num_padding=num_padding)
         if self.add_loss is not None:
             self.add_loss(report["lm loss"])
         return loss, num_tokens, report
 
     def read_batch(
         self, data_iterator: Iterator[dict[str, Tensor]] | None, vp_stage: int | None, *, is_training: bool
-    ) -> dict[str, Tensor | None]:
+    ) -> dict[str, Any]:
         """The part of the next micro-batch that this rank needs: tokens on the first stage, labels on the last.
 
         Rank 0 of a tensor-parallel group reads the data and broadcasts it to the group.
         """
         is_first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage)
         is_last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
-        # A middle stage gets hidden states from the stage before it and needs no part of the batch.
-        if not (is_first or is_last):
-            return dict.fromkeys(("tokens", "labels", "loss_mask", "position_ids", "attention_mask"))
+        # A middle stage gets hidden states from the stage before it; of the batch it needs the boundaries, if any.
+        rows = self.plan.rows
+        if not (is_first or is_last or (rows is not None and rows.is_packed)):
+            return dict.fromkeys((*BATCH_NAMES, "packed_seq_params", "num_padding"))
         sizes, layout = self.plan.batch, self.plan.layout
         tp_rank = parallel_state.get_tensor_model_parallel_rank()
         batch: dict[str, Any] = {}
@@ -70,9 +79,10 @@ class ForwardStep:
             sample = next(data_iterator)
             # Not blocking: the copy from pinned memory overlaps with work that is already queued.
             batch = {name: tensor.cuda(non_blocking=True) for name, tensor in sample.items()}
+            batch.setdefault("cu_seqlens_padded", None)
         batch = get_batch_on_this_tp_rank(
             batch,
-            has_cu_seqlens=False,
+            has_cu_seqlens=rows is not None,
             is_hybrid_cp=False,
             create_attention_mask_in_dataloader=self.plan.has_attention_mask,
             broadcast_src_rank=parallel_state.get_tensor_model_parallel_src_rank(),
@@ -87,17 +97,41 @@ class ForwardStep:
             is_pipeline_last_stage=is_last,
         )
         # The backends make the causal mask themselves, but the model's call needs the key.
-        batch.setdefault("attention_mask", None)
-        if layout.context_parallel_size == 1:
-            return batch
-        group = parallel_state.get_context_parallel_group()
-        return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)
+        batch = {"attention_mask": None, "packed_seq_params": None, "num_padding": None} | batch
+        if rows is not None and rows.is_packed:
+            batch = self._confine_attention(batch)
+        elif layout.context_parallel_size > 1:
+            group = parallel_state.get_context_parallel_group()
+            batch = get_batch_on_this_cp_rank(
+                batch, is_hybrid_cp=False, cp_group=group, use_per_sequence_balancing=True
+            )
+        if rows is not None:
+            # Every rank of a context-parallel group reports its share of the same sequences.
+            num_padding = (self.plan.seq_length - batch["cu_seqlens"][:, -1]).sum()
+            batch["num_padding"] = num_padding / layout.context_parallel_size
+        return batch
+
+    def _confine_attention(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with attention confined to each conversation and positions from 0, on every stage."""
+        cp_size = self.plan.layout.context_parallel_size
+        ends = batch["cu_seqlens"] if cp_size == 1 else batch["cu_seqlens_padded"]
+        boundaries = Boundaries(ends, self.plan.seq_length)
+        batch = batch | {"position_ids": boundaries.build_positions()}
+        if self.plan.machine.backend == "torch":
+            return batch | {"attention_mask": boundaries.build_mask()}
+        batch |= {"packed_seq_params": boundaries.build_packed_params()}
+        cp_rank = parallel_state.get_context_parallel_rank()
+        return batch if cp_size == 1 else select_on_cp_rank(batch, boundaries, cp_size=cp_size, cp_rank=cp_rank)
 
 
-def sum_loss(loss_mask: Tensor, token_losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def sum_loss(
+    loss_mask: Tensor, token_losses: Tensor, *, num_padding: Tensor | None = None
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum the losses [b, s] of the tokens that count; Megatron divides by their number.
 
-    Returns the sum, the number of tokens, and {"lm loss": [sum, number]} for reporting over the global batch.
+    Returns the sum, the number of tokens, and {"lm loss": [sum, number]} for reporting over the global batch. With
+    conversations, num_padding of the micro-batch's positions are padding; shares of all positions are then reported
+    too: {"learned share": [number, positions], "padding share": [padding, positions]}.
     """
     # fp32: a sum over thousands of 16-bit losses would lose their small differences.
     losses = token_losses.view(-1).float()
@@ -105,5 +139,10 @@ def sum_loss(loss_mask: Tensor, token_losses: Tensor) -> tuple[Tensor, Tensor, d
     loss = torch.sum(losses * mask)
     # Megatron reduces this count over the ranks and divides the gradients by it.
     num_tokens = mask.sum().detach().to(torch.int)
-    report = torch.stack([loss.detach(), num_tokens.to(loss.dtype)])
-    return loss, num_tokens, {"lm loss": report}
+    count = num_tokens.to(loss.dtype)
+    report = {"lm loss": torch.stack([loss.detach(), count])}
+    if num_padding is not None:
+        num_positions = torch.full_like(count, mask.numel())
+        report["learned share"] = torch.stack([count, num_positions])
+        report["padding share"] = torch.stack([num_padding.to(loss.dtype), num_positions])
+    return loss, num_tokens, report

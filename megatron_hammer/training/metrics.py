@@ -59,6 +59,8 @@ class StepMetrics:
     peak_memory_bytes: int  # of the rank that needs most
     loss_scale: float
     is_skipped: bool  # the optimizer skipped the step (overflow or NaN)
+    learned_tokens: int | None = None  # of step_tokens, those with a loss; of conversations only
+    padding_share: float | None = None  # of step_tokens, those that hold no conversation
 
 
 class MetricsLog:
@@ -85,8 +87,16 @@ class MetricsLog:
                 self._validated = {(line["step"], line["validation_set"]) for line in read_metrics(validation_path)}
             self._file, self._validation_file = LineFile(metrics_path), LineFile(validation_path)
 
-    def add_step(self, *, num_samples: int, step_samples: int, step_time_s: float, **values: Any) -> StepMetrics:
-        """Derive the rates of one step and write its line. Returns the metrics."""
+    def add_step(
+        self,
+        *,
+        num_samples: int,
+        step_samples: int,
+        step_time_s: float,
+        learned_share: float | None = None,
+        **values: Any,
+    ) -> StepMetrics:
+        """Derive the rates of one step and write its line. learned_share: of its tokens. Returns the metrics."""
         facts = self.facts
         step_tokens = step_samples * facts.seq_length
         self._step_times_s.append(step_time_s)
@@ -107,6 +117,7 @@ class MetricsLog:
             mfu_convention=MFU_CONVENTION,
             peak_tflops=facts.peak_tflops,
             eta_s=(facts.train_steps - values["step"]) * mean_step_time_s,
+            learned_tokens=None if learned_share is None else round(learned_share * step_tokens),
         )
         self.history.append(metrics)
         if self._file is not None:

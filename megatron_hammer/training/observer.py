@@ -27,6 +27,7 @@ from megatron_hammer.training.supervision.heartbeat import Heartbeat
 
 LOSS_NAME = "lm loss"  # the key of forward_step.sum_loss
 SCORES_POLL_INTERVAL_S = 0.2
+SHARE_NAMES = {"learned_share": "learned share", "padding_share": "padding share"}  # its keys with conversations
 
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # of the parameters, as torch names them
@@ -155,6 +156,7 @@ class RunObserver:
         """The optimizer has stepped. losses: {name: scalar tensor} on the last pipeline stage, else empty."""
         # float() waits for the device, so the stopwatch below measures the finished step.
         loss = float(losses[LOSS_NAME]) if LOSS_NAME in losses else None
+        shares = {name: float(losses[key]) for name, key in SHARE_NAMES.items() if key in losses}
         step_time_s = self._stopwatch.elapsed_s()
         # Before the early return: every rank must take part in a collective.
         peak_memory_bytes = int(self._max_over_ranks(float(self._read_peak_memory_bytes())))
@@ -173,6 +175,7 @@ class RunObserver:
             loss_scale=float(loss_scale),
             is_skipped=bool(is_skipped),
             peak_memory_bytes=peak_memory_bytes,
+            **shares,
         )
         self._record_saves()
         if self._scorer is not None:

@@ -16,15 +16,15 @@ from megatron_hammer.training.pretrain import main
 original = forward_step.sum_loss
 
 
-def sum_loss(loss_mask, token_losses):
+def sum_loss(loss_mask, token_losses, **counts):
     args = get_args()
     is_there = args.rank == args.world_size - 1 and args.consumed_train_samples == int(os.environ["BAD_SAMPLES"])
     counter = Path(args.save or "/nonexistent") / "bad_times"
     if not is_there or ("TIMES" in os.environ and counter.exists()):
-        return original(loss_mask, token_losses)
+        return original(loss_mask, token_losses, **counts)
     if "TIMES" in os.environ:
         counter.touch()
-    return original(loss_mask, token_losses * float(os.environ["FACTOR"]))
+    return original(loss_mask, token_losses * float(os.environ["FACTOR"]), **counts)
 
 
 forward_step.sum_loss = sum_loss

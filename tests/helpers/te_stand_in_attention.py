@@ -1,8 +1,9 @@
 """Attention for tests/helpers/te_stand_in.py: cuDNN's fused attention, the softmaxes without it, rotary embeddings.
 
-Computed in fp32 whatever the type of the tensors. Sequences of equal length only: packed sequences are refused.
+Computed in fp32 whatever the type of the tensors. Packed sequences, [t, h, d], are one row with a mask of their own.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -47,11 +48,12 @@ def get_fused_attn_backend(parameters: Any) -> tuple[int, str]:
 def find_sequence_dims(layout_or_format: Any) -> tuple[int, int]:
     """Where batch and sequence are in a tensor of this layout."""
     name = layout_or_format.name.split("_")[1]
-    return {"BSHD": (0, 1), "SBHD": (1, 0)}.get(name) or refuse(f"fused attention of layout {name}")()
+    return {"BSHD": (0, 1), "SBHD": (1, 0), "THD": (0, 1)}.get(name) or refuse(f"fused attention of layout {name}")()
 
 
 def to_heads_first(x: Tensor, dims: tuple[int, int]) -> Tensor:
-    """[b, h, s, d] in fp32 of a tensor [b, s, h, d] or [s, b, h, d]."""
+    """[b, h, s, d] in fp32 of a tensor [b, s, h, d], [s, b, h, d], or [t, h, d] of one row."""
+    x = x.unsqueeze(0) if x.dim() == 3 else x
     return x.float().permute(dims[0], 2, dims[1], 3)
 
 
@@ -59,9 +61,18 @@ def from_heads_first(x: Tensor, dims: tuple[int, int], dtype: torch.dtype) -> Te
     return x.permute(*((0, 2, 1, 3) if dims == (0, 1) else (2, 0, 1, 3))).to(dtype).contiguous()
 
 
-def compute_scores(q: Tensor, k: Tensor, scale: float, mask_type: Any, window: Any) -> Tensor:
-    """Masked scores [b, h, sq, skv] of heads-first tensors whose keys may have fewer heads."""
+def compute_scores(q: Tensor, k: Tensor, scale: float, mask_type: Any, window: Any, starts: Tensor | None) -> Tensor:
+    """Masked scores [b, h, sq, skv] of heads-first tensors whose keys may have fewer heads.
+
+    starts: where packed sequences begin, and the end of the last.
+    """
     scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2) * scale
+    if starts is not None:
+        if mask_type.name != "NVTE_PADDING_CAUSAL_MASK" or window[0] != -1 or starts[-1] != q.shape[2]:
+            refuse(f"fused attention of packed sequences with {mask_type.name}, {window} or padding")()
+        sequence = torch.repeat_interleave(torch.arange(len(starts) - 1), starts.diff())
+        is_hidden = (sequence[:, None] != sequence[None, :]) | torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        return scores.masked_fill(is_hidden, float("-inf"))
     if mask_type.name == "NVTE_NO_MASK" and tuple(window) == (-1, -1):
         return scores
     if "CAUSAL" not in mask_type.name or "PADDING" in mask_type.name or window[0] != -1:
@@ -80,11 +91,13 @@ def fused_attn_fwd(
         refuse("fused_attn_fwd with dropout, bias or another softmax")()
     dims, out_dims = find_sequence_dims(layout), find_sequence_dims(o_format)
     query, key, value = (to_heads_first(tensor, dims) for tensor in (q, k, v))
-    scores = compute_scores(query, key, scale, mask_type, window)
+    scores = compute_scores(query, key, scale, mask_type, window, cu_q if q.dim() == 3 else None)
     groups = query.shape[1] // value.shape[1]
     output = torch.softmax(scores, -1) @ value.repeat_interleave(groups, 1)
     stats = scores.logsumexp(-1, keepdim=True)
-    return [from_heads_first(output, out_dims, q.dtype), stats, torch.zeros(2, dtype=torch.int64)]
+    output = from_heads_first(output, out_dims, q.dtype)
+    output = output.squeeze(0) if q.dim() == 3 else output
+    return [output, stats, torch.zeros(2, dtype=torch.int64)]
 
 
 def fused_attn_bwd(
@@ -98,8 +111,9 @@ def fused_attn_bwd(
     query, key, value = (to_heads_first(tensor, dims) for tensor in (q, k, v))
     output, grads = to_heads_first(o, find_sequence_dims(o_format)), to_heads_first(do, find_sequence_dims(do_format))
     groups = query.shape[1] // key.shape[1]
+    starts = cu_q if q.dim() == 3 else None
     stats = saved[0].float().reshape(*query.shape[:3], 1)
-    probabilities = torch.exp(compute_scores(query, key, scale, mask_type, window) - stats)
+    probabilities = torch.exp(compute_scores(query, key, scale, mask_type, window, starts) - stats)
     dvalue = probabilities.transpose(-1, -2) @ grads
     dprobabilities = grads @ value.repeat_interleave(groups, 1).transpose(-1, -2)
     dscores = probabilities * (dprobabilities - (grads * output).sum(-1, keepdim=True)) * scale
@@ -107,7 +121,8 @@ def fused_attn_bwd(
     dkey = dscores.transpose(-1, -2) @ query
     shared = [x.unflatten(1, (-1, groups)).sum(2) for x in (dkey, dvalue)]
     grad_dims = find_sequence_dims(dqkv_layout)
-    return [*(from_heads_first(x, grad_dims, q.dtype) for x in (dquery, *shared)), None, None]
+    grads = (from_heads_first(x, grad_dims, q.dtype) for x in (dquery, *shared))
+    return [*(grad.squeeze(0) if q.dim() == 3 else grad for grad in grads), None, None]
 
 
 def rotate(x: Tensor, freqs: Tensor, qkv_format: Any, interleaved: bool, sign: int) -> Tensor:
@@ -163,8 +178,43 @@ def fused_qkv_rope_backward(
     return torch.cat((query.reshape(*key.shape[:3], widths[0]), key, v_grads), -1)
 
 
+def convert_thd_to_bshd(x: Tensor, starts: Tensor, batch: int, longest: int) -> Tensor:
+    """Sequences of [t, h, d], which begin at `starts`, as rows [b, longest, h, d] that end with zeros."""
+    rows = x.new_zeros(batch, longest, *x.shape[1:])
+    for row, (start, end) in enumerate(itertools.pairwise(starts.tolist())):
+        rows[row, : end - start] = x[start:end]
+    return rows
+
+
+def convert_bshd_to_thd(rows: Tensor, starts: Tensor, num_tokens: int) -> Tensor:
+    x = rows.new_zeros(num_tokens, *rows.shape[2:])
+    for row, (start, end) in enumerate(itertools.pairwise(starts.tolist())):
+        x[start:end] = rows[row, : end - start]
+    return x
+
+
+def list_places_by_rank(starts: Tensor, cp_size: int) -> Tensor:
+    """The places of packed sequences in the order of context-parallel ranks, which have two parts of each sequence."""
+    places = []
+    for rank in range(cp_size):
+        for start, end in itertools.pairwise(starts.tolist()):
+            size = (end - start) // (2 * cp_size)
+            for part in (rank, 2 * cp_size - 1 - rank):
+                places += range(start + part * size, start + (part + 1) * size)
+    return torch.tensor(places)
+
+
+def thd_sequence_order_to_cp_rank_order(x: Tensor, starts: Tensor, cp_size: int, num_tokens: int) -> Tensor:
+    return x[list_places_by_rank(starts, cp_size)]
+
+
+def thd_cp_rank_order_to_sequence_order(x: Tensor, starts: Tensor, cp_size: int, num_tokens: int) -> Tensor:
+    return torch.empty_like(x).index_copy_(0, list_places_by_rank(starts, cp_size), x)
+
+
 KERNELS = (
-    scaled_softmax_forward, scaled_masked_softmax_forward, scaled_upper_triang_masked_softmax_forward,
+    thd_sequence_order_to_cp_rank_order, thd_cp_rank_order_to_sequence_order,
+    convert_thd_to_bshd, convert_bshd_to_thd, scaled_softmax_forward, scaled_masked_softmax_forward, scaled_upper_triang_masked_softmax_forward,
     scaled_aligned_causal_masked_softmax_forward,
     scaled_softmax_backward, get_fused_attn_backend, fused_attn_fwd, fused_attn_bwd, fused_rope_forward,
     fused_rope_backward, fused_qkv_rope_forward, fused_qkv_rope_backward,

@@ -43,7 +43,7 @@ DATA = """
 accept_data_order_change accept_many_epochs allow_ambiguous_pad_tokens create_attention_mask_in_dataloader
 data_args_path data_cache_path data_order data_order_samples data_path dataloader_fast_cache_load dataloader_type
 eod_mask_loss eval_iters full_validation mock_data multiple_validation_sets num_workers per_split_data_args_path
-phase_transition_iterations reset_position_ids seq_length split test_data_path tokenizer_model tokenizer_type
+phase_transition_iterations reset_position_ids seq_length sft split test_data_path tokenizer_model tokenizer_type
 train_data_path valid_data_path
 """
 

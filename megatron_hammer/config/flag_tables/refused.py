@@ -1,9 +1,8 @@
 """Flags that Megatron accepts and that preflight refuses: always, or beside some others."""
 
-from typing import NamedTuple
-
 from megatron_hammer.config.flag_tables.effective import EFFECTIVE
-from megatron_hammer.config.flag_tables.row import Condition
+from megatron_hammer.config.flag_tables.row import Refusal
+from megatron_hammer.config.flag_tables.sft import SFT_REFUSALS
 from megatron_hammer.config.fused_kernels import frees_norm_outputs
 
 # Optimizers of the package emerging-optimizers.
@@ -91,15 +90,6 @@ ALWAYS_REFUSED: dict[str, tuple[str, str]] = {
 }
 # Attributes that are refused at every value but the default; the tables of flags need not know what else they do.
 REFUSED = frozenset(ALWAYS_REFUSED) | (frozenset(UNCOUNTED) - EFFECTIVE)
-
-
-class Refusal(NamedTuple):
-    """A flag that Megatron accepts and that would crash or train something else, when `is_asked`."""
-
-    name: str
-    is_asked: Condition
-    why: str
-    remedy: str
 
 
 REFUSALS: tuple[Refusal, ...] = (
@@ -319,4 +309,5 @@ REFUSALS: tuple[Refusal, ...] = (
         "is not implemented in megatron-core 0.19",
         "Pass --non-persistent-ckpt-type global",
     ),
+    *SFT_REFUSALS,
 )

@@ -26,6 +26,15 @@ class Idle(NamedTuple):
     remedy: str
 
 
+class Refusal(NamedTuple):
+    """A flag that Megatron accepts and that would crash or train something else, when `is_asked`."""
+
+    name: str
+    is_asked: Condition
+    why: str
+    remedy: str
+
+
 def beside(switch: str, names: str, example: str = "") -> Idle:
     """Flags that are read only where `switch` is set; example: a value of the switch, with a space before it."""
     flag = flag_of(switch)

@@ -36,7 +36,12 @@ DATA: tuple[Idle, ...] = (
     beside("dataloader_fast_cache_load", "dataloader_defer_npy_index_mmap"),
     beside_value("dataloader_type", ("cyclic",), "data_sharding"),
     never("here: data are files of this machine", "object_storage_cache_path"),
-    never("here: there is no such data set", "fim_ sft sft_ per_dataset_sequences_path"),
+    never("here: there is no such data set", "fim_ per_dataset_sequences_path"),
+    beside("sft", "sft_unpacked sft_truncate sft_epochs"),
+    never(
+        "here: the template is part of the data, as hammer preprocess-conversations rendered them",
+        "sft_tokenizer_prompt_format",
+    ),
     never("here", "dataloader_inter_document_masking", "Pass --reset-attention-mask with --backend torch"),
     when(
         lambda flags: flags["tokenizer_type"] == "NullTokenizer",

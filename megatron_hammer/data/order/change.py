@@ -85,7 +85,7 @@ def is_continued(old: Segment, new: Segment) -> bool:
     ):
         return True
     # With no source in common, or too many samples to draw, the answer is no: the counts are shown then.
-    if not set(signatures[0]) & set(signatures[1]) or num_samples > MAX_EXACT_PIECES:
+    if not set(signatures[0]) & set(signatures[1]) or num_samples > MAX_EXACT_PIECES or new.order.rows is not None:
         return False
     # Both orders are drawn, and the samples of equal sources get equal numbers, whatever their place in the blend.
     known = {signature: number for number, signature in enumerate(dict.fromkeys(signatures[0] + signatures[1]))}
@@ -100,7 +100,7 @@ def _signature(order: DataOrder, source: SourceOrder, key: int) -> tuple[object,
     """What decides a source's own order as far as it goes."""
     epochs = source.epochs
     bounds = (source.first_sequence, source.last_sequence)
-    return key, bounds, order.seed, order.seq_length, epochs.num_joint_epochs, epochs.is_last_apart
+    return key, bounds, order.seed, order.seq_length, order.rows, epochs.num_joint_epochs, epochs.is_last_apart
 
 
 def count_change(

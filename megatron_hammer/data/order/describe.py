@@ -7,7 +7,9 @@ from megatron_hammer.data.order.order import DataOrder, SourceOrder
 
 def list_order_changes(old: DataOrder, new: DataOrder) -> list[str]:
     """What shapes the order and differs, each with its new and its old value."""
-    pairs = [(name, getattr(new, name), getattr(old, name)) for name in ("seed", "seq_length", "dataloader_type")]
+    pairs = [
+        (name, getattr(new, name), getattr(old, name)) for name in ("seed", "seq_length", "dataloader_type", "rows")
+    ]
     # Another spelling of the split, such as 98,2,0 for 49,1,0, changes nothing.
     if old.split != new.split and [_bounds(source) for source in old.sources] != [
         _bounds(source) for source in new.sources

@@ -12,6 +12,7 @@ element by element, is pinned by tests/unit/data/order/test_order.py. Next: chan
 import dataclasses
 import itertools
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -220,6 +221,8 @@ class DataOrder:
     """All that shapes the order of training samples.
 
     num_samples: that it is built for. joint_samples: --data-order-samples under the epochwise order. split: its text.
+    rows: how conversations become samples (data/conversations/packing.py), which shuffles every epoch by itself and has
+    no end; None for text, whose samples are cut as this file says.
     """
 
     order: str
@@ -232,6 +235,7 @@ class DataOrder:
     is_blend: bool
     dataloader_type: str
     sources: tuple[SourceOrder, ...]
+    rows: str | None = None
 
     @property
     def blend_weights(self) -> list[float]:
@@ -243,7 +247,9 @@ class DataOrder:
 
     @property
     def num_available(self) -> int:
-        """Samples that the order holds."""
+        """Samples that the order holds. Of conversations, preflight counts what a blend without weights holds."""
+        if self.rows is not None:
+            return sys.maxsize
         held = sum(source.count_samples(self.seq_length) for source in self.sources)
         if not self.is_blend:
             return held
@@ -284,6 +290,7 @@ def plan_order(
     surplus: float,
     is_blend: bool,
     dataloader_type: str,
+    rows: str | None = None,
 ) -> DataOrder:
     """The order of a run that draws `num_samples`, as the dataset builder would make it.
 
@@ -305,7 +312,9 @@ def plan_order(
             **{field.name: getattr(source, field.name) for field in dataclasses.fields(source)},
             num_requested=num_requested,
             num_joint=num_joint,
-            epochs=plan_epochs(num_requested, source.epoch_tokens, seq_length, order=order, joint_samples=num_joint),
+            epochs=EpochPlan(num_epochs=1, num_joint_epochs=1, is_last_apart=False)
+            if rows is not None
+            else plan_epochs(num_requested, source.epoch_tokens, seq_length, order=order, joint_samples=num_joint),
         )
         for source, num_requested, num_joint in zip(
             sources, requested(num_samples), requested(joint_samples), strict=True
@@ -322,4 +331,5 @@ def plan_order(
         is_blend=is_blend,
         dataloader_type=dataloader_type,
         sources=tuple(planned),
+        rows=rows,
     )

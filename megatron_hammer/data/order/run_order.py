@@ -19,7 +19,7 @@ class OrderSettings:
     """What decides the order of a run's samples.
 
     sources: without any where the data flags make no sense. num_samples: that the run draws from each split. split: as
-    it was typed. order_samples: --data-order-samples.
+    it was typed. order_samples: --data-order-samples. rows: how conversations become samples; None for text.
     """
 
     sources: DataPlan
@@ -31,6 +31,7 @@ class OrderSettings:
     seq_length: int
     surplus: float
     dataloader_type: str
+    rows: str | None = None
 
 
 def plan_run_order(
@@ -96,6 +97,7 @@ def _plan_order(
         surplus=settings.surplus,
         is_blend=is_blend,
         dataloader_type=settings.dataloader_type,
+        rows=settings.rows,
     )
 
 

@@ -25,7 +25,7 @@ adlr_autoresume async_save bf16 ckpt_fully_parallel_load dataloader_fast_cache_l
 dry_run enable_ft_package fine_grained_activation_offloading fp4 fp8 log_straggler manual_gc moe_paged_stash
 moe_router_enable_expert_bias multiple_validation_sets nccl_ub optimizer_cpu_offload overlap_grad_reduce
 overlap_moe_expert_parallel_comm overlap_param_gather profile qk_clip qk_layernorm record_memory_history replication
-sequence_parallel tp_comm_overlap use_mup use_persistent_ckpt_worker use_precision_aware_optimizer
+sequence_parallel sft tp_comm_overlap use_mup use_persistent_ckpt_worker use_precision_aware_optimizer
 use_pytorch_profiler use_rope_scaling use_sharp
 """
 # Two runs, of which one or the other has what a flag needs beside it. Together with BASE, whose flags are few.
