@@ -181,8 +181,6 @@ def _derive(namespace: argparse.Namespace, *, platform: str, backend: str, typed
 
     namespace.platform, namespace.backend = platform, backend
     namespace.is_sft = namespace.sft
-    if namespace.sft:
-        derive_sft(namespace)
     namespace._is_global_batch_size_explicitly_specified = "global_batch_size" in typed
     namespace.bf16 = namespace.bf16 or (namespace.precision == "bf16" and not namespace.fp16)
     namespace.fp16 = namespace.fp16 or namespace.precision == "fp16"
@@ -207,6 +205,8 @@ def _derive(namespace: argparse.Namespace, *, platform: str, backend: str, typed
     if namespace.tensor_model_parallel_size > 1 and namespace.num_experts:
         default("sequence_parallel", True)  # mcore's MoE requires it with tensor parallelism
     _derive_data(namespace, default)
+    if namespace.sft:
+        derive_sft(namespace)
     _derive_validation(namespace, default)
     _derive_schedule(namespace, default)
     _derive_timeout(namespace, default)

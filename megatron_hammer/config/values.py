@@ -81,7 +81,10 @@ def find_missing_problems(flags: Flags) -> list[str]:
         f"{REMEDIES.get(name, f'Pass --{flag_of(name)}, or a --preset that sets it')}."
         for name in missing
     ]
-    if is_trained and flags["train_iters"] is None and flags["train_samples"] is None:
+    has_data = any(flags[name] is not None for name in ("data_path", "data_args_path", "train_data_path"))
+    # The length follows from the data then, and what is wrong with those is said elsewhere.
+    has_length = bool(flags["sft"]) and flags["sft_epochs"] is not None and has_data
+    if is_trained and flags["train_iters"] is None and flags["train_samples"] is None and not has_length:
         problems.append(
             "train-iters: a run needs a length, got train_iters=None, train_samples=None. "
             "Pass --train-iters or --train-samples."

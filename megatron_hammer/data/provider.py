@@ -19,8 +19,8 @@ class DatasetProvider:
     """Megatron's train_valid_test_dataset_provider: called with (train, valid, test) sample counts and a vp_stage.
 
     needs_data: whether this rank reads data for that virtual stage (first or last pipeline stage, or every stage where
-    samples have boundaries; first of its tensor-parallel group). select_samples: what the orders are built for, from the numbers that Megatron asks for.
-    before_first_build: called once, on every rank.
+    samples have boundaries; first of its tensor-parallel group). select_samples: what the orders are built for, from
+    the numbers that Megatron asks for. before_first_build: called once, on every rank.
     """
 
     is_distributed = True  # Megatron then calls it on every rank; mcore's builder synchronises them

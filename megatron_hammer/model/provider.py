@@ -28,8 +28,8 @@ class HammerModelConfig(GPTModelConfig):
     """megatron's GPTModelConfig, the backend that builds it, and what the shipped presets need beyond it.
 
     num_tokens: of the vocabulary without its padding; None counts the padding as tokens, in the loss too.
-    residual_multiplier: of what attention and MLP add to the residual. is_packed: a sequence holds several conversations,
-    whose positions begin at 0 each.
+    residual_multiplier: of what attention and MLP add to the residual. is_packed: a sequence holds several
+    conversations, whose positions begin at 0 each.
     """
 
     builder: ClassVar[str] = "megatron_hammer.model.provider.HammerModelBuilder"

@@ -214,7 +214,8 @@ def thd_cp_rank_order_to_sequence_order(x: Tensor, starts: Tensor, cp_size: int,
 
 KERNELS = (
     thd_sequence_order_to_cp_rank_order, thd_cp_rank_order_to_sequence_order,
-    convert_thd_to_bshd, convert_bshd_to_thd, scaled_softmax_forward, scaled_masked_softmax_forward, scaled_upper_triang_masked_softmax_forward,
+    convert_thd_to_bshd, convert_bshd_to_thd,
+    scaled_softmax_forward, scaled_masked_softmax_forward, scaled_upper_triang_masked_softmax_forward,
     scaled_aligned_causal_masked_softmax_forward,
     scaled_softmax_backward, get_fused_attn_backend, fused_attn_fwd, fused_attn_bwd, fused_rope_forward,
     fused_rope_backward, fused_qkv_rope_forward, fused_qkv_rope_backward,

@@ -12,6 +12,7 @@ from typing import IO, Any
 
 from megatron_hammer.config.arguments import ParsedArguments
 from megatron_hammer.config.dry_run.report import (
+    ConversationReport,
     GridAxis,
     ModelReport,
     Override,
@@ -23,6 +24,7 @@ from megatron_hammer.config.dry_run.report import (
 from megatron_hammer.config.dry_run.tables import print_tables
 from megatron_hammer.config.flags import Flags
 from megatron_hammer.config.megatron_checks import read_megatron_defaults
+from megatron_hammer.config.preflight.conversations import count_cut_to_nothing, count_split_rows
 from megatron_hammer.config.preflight.data import read_indices
 from megatron_hammer.config.preflight.data_order import describe_order_state
 from megatron_hammer.config.preflight.layout import find_run_layout_problems
@@ -30,6 +32,7 @@ from megatron_hammer.config.preflight.memory import estimate_run_memory, read_av
 from megatron_hammer.config.preset_arguments import preset_arguments
 from megatron_hammer.config.run_plan import RunPlan
 from megatron_hammer.config.saved_run import describe_weights
+from megatron_hammer.data.conversations.packing import RowLayout
 from megatron_hammer.data.order.describe import describe_epochs
 from megatron_hammer.data.order.run_order import plan_run_order
 from megatron_hammer.data.sources import SPLIT_NAMES, DataPlan, count_split_tokens
@@ -216,6 +219,7 @@ def _report_run(plan: RunPlan) -> RunReport:
         epochs=num_tokens / train_tokens if train_tokens else None,
         data_order=describe_order_state(plan) if split_tokens else None,
         sources=sources,
+        conversations=_report_conversations(plan) if split_tokens else None,
     )
 
 
@@ -234,9 +238,41 @@ def _report_data(plan: RunPlan, run_tokens: int) -> tuple[dict[str, int] | None,
         for name in SPLIT_NAMES
     }
     split_tokens = {name: sum(by_prefix.values()) for name, by_prefix in tokens.items()}
+    if plan.rows is not None:
+        return _report_rows(plan, plan.rows, run_tokens)
     order = plan_run_order(plan.order)
     shufflings = [describe_epochs(source) for source in order.sources] if order else []
     return split_tokens, _report_sources(data_sets, tokens["train"], run_tokens, shufflings)
+
+
+def _report_rows(plan: RunPlan, rows: RowLayout, run_tokens: int) -> tuple[dict[str, int], tuple[SourceReport, ...]]:
+    """The same of conversations, in positions of sequences."""
+    tokens = {
+        name: {
+            source.prefix: counts.num_rows * plan.seq_length for source, counts in count_split_rows(plan, rows, name)
+        }
+        for name in SPLIT_NAMES
+    }
+    split_tokens = {name: sum(by_prefix.values()) for name, by_prefix in tokens.items()}
+    shufflings = ["each epoch shuffled by itself"] * len(tokens["train"])
+    return split_tokens, _report_sources(plan.data.sources, tokens["train"], run_tokens, shufflings)
+
+
+def _report_conversations(plan: RunPlan) -> ConversationReport | None:
+    """The training data of a run with --sft."""
+    if plan.rows is None:
+        return None
+    found = count_split_rows(plan, plan.rows, "train")
+    num_rows = sum(counts.num_rows for _, counts in found)
+    num_positions = sum(counts.num_positions for _, counts in found)
+    return ConversationReport(
+        rows=plan.rows.description,
+        num_conversations=sum(counts.num_conversations for _, counts in found),
+        num_sequences=num_rows,
+        padding_share=1 - num_positions / (num_rows * plan.seq_length) if num_rows else 0.0,
+        num_truncated=sum(counts.num_too_long for _, counts in found) if plan.rows.is_truncated else 0,
+        num_cut_to_nothing=sum(count_cut_to_nothing(source.prefix, plan.rows) for source, _ in found),
+    )
 
 
 def _report_sources(

@@ -65,8 +65,23 @@ class SourceReport:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ConversationReport:
+    """An epoch of conversations. num_truncated: cut at their end; num_cut_to_nothing: of these, nothing is learned."""
+
+    rows: str  # how they become sequences
+    num_conversations: int
+    num_sequences: int
+    padding_share: float
+    num_truncated: int
+    num_cut_to_nothing: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunReport:
-    """Length of the run. split_tokens and epochs are None for mock data and for data that cannot be read."""
+    """Length of the run. split_tokens and epochs are None for mock data and for data that cannot be read.
+
+    conversations: None in pretraining. With them, tokens of data are positions of sequences, padding included.
+    """
 
     micro_batch_size: int
     global_batch_size: int
@@ -83,6 +98,7 @@ class RunReport:
     epochs: float | None
     data_order: str | None  # and, where the run resumes, whether it is the checkpoint's
     sources: tuple[SourceReport, ...]
+    conversations: ConversationReport | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

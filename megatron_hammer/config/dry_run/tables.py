@@ -5,7 +5,14 @@ from typing import IO
 
 from rich.table import Table
 
-from megatron_hammer.config.dry_run.report import GridAxis, ModelReport, Report, RunReport, StageReport
+from megatron_hammer.config.dry_run.report import (
+    ConversationReport,
+    GridAxis,
+    ModelReport,
+    Report,
+    RunReport,
+    StageReport,
+)
 from megatron_hammer.files.tables import build_table, open_console
 from megatron_hammer.model.byte_units import GIB
 
@@ -123,11 +130,24 @@ def _build_run(run: RunReport) -> Table:
     table.add_row("data", ", ".join(run.data_flags) or "none named: a run needs --data-path, or --mock-data")
     if run.split_tokens is not None:
         table.add_row("tokens of train, valid, test", ", ".join(f"{size:,}" for size in run.split_tokens.values()))
+    if run.conversations is not None:
+        table.add_row("conversations", describe_conversations(run.conversations))
     if run.epochs is not None:
         table.add_row("epochs of the training data", f"{run.epochs:.3f}")
     if run.data_order is not None:
         table.add_row("data order", run.data_order)
     return table
+
+
+def describe_conversations(found: ConversationReport) -> str:
+    """1,200 in 90 sequences (packed conversations), 1.2 % padding, 3 cut at their end"""
+    words = [
+        f"{found.num_conversations:,} in {found.num_sequences:,} sequences ({found.rows})",
+        f"{found.padding_share:.1%} padding",
+    ]
+    if found.num_truncated:
+        words.append(f"{found.num_truncated:,} cut at their end, {found.num_cut_to_nothing:,} to nothing to learn")
+    return ", ".join(words)
 
 
 def _build_sources(run: RunReport) -> Table:

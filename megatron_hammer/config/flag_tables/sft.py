@@ -46,8 +46,8 @@ SFT_REFUSALS: tuple[Refusal, ...] = (
             and flags["sft_epochs"] is not None
             and bool({"train_iters", "train_samples"} & flags.typed)
         ),
-        "and another flag both give the length of the run",
-        "Drop --train-iters or --train-samples, or drop it",
+        "gives the length of the run, as --train-iters and --train-samples do",
+        "Pass one of them",
     ),
     Refusal(
         "cuda_graph_impl",

@@ -6,6 +6,11 @@ from collections.abc import Iterable
 import numpy as np
 
 from megatron_hammer.config.flags import flag_of
+from megatron_hammer.config.preflight.conversations import (
+    find_conversation_problems,
+    find_epoch_problems,
+    find_mask_problems,
+)
 from megatron_hammer.config.preflight.data_cache import find_cache_problems
 from megatron_hammer.config.preflight.data_sizes import find_size_problems
 from megatron_hammer.config.preflight.paths import find_unwritable
@@ -45,10 +50,13 @@ def find_data_problems(settings: RunSettings, plan: RunPlan | None) -> list[str]
     problems += index_problems
     problems += _find_other_spellings(indices)
     problems += _find_manifest_problems(settings, indices, encoder)
+    problems += find_epoch_problems(settings.sft) if settings.sft else find_mask_problems(list(indices))
     if settings.machine.local_rank == 0:
         for prefix, index in indices.items():
             problems += _find_content_problems(settings.vocab_size, prefix, index)
-        if settings.seq_length is not None and not data.problems and not index_problems:
+        if settings.sft is not None:
+            problems += [] if index_problems else find_conversation_problems(settings, plan, list(indices))
+        elif settings.seq_length is not None and not data.problems and not index_problems:
             problems += find_size_problems(settings, plan, indices, settings.seq_length)
             is_needed = bool(settings.flags.values.get("dataloader_fast_cache_load"))
             problems += find_cache_problems(data, indices, settings.seq_length, is_needed=is_needed)

@@ -50,7 +50,7 @@ def describe_order_state(plan: RunPlan) -> str | None:
     if order is None:
         return None
     order_samples = plan.data.order_samples
-    words = order.order + ("" if order_samples is None else f", built for {order_samples:,} samples")
+    words = (order.rows or order.order) + ("" if order_samples is None else f", built for {order_samples:,} samples")
     resumed = review_resumed_order(plan)
     if resumed is None:
         return words
@@ -129,6 +129,8 @@ def _describe_change(plan: RunPlan, saved: SavedRun, review: OrderReview) -> str
 def _describe_counts(review: OrderReview) -> list[str]:
     """How much comes again and is skipped, over all and by source."""
     num_consumed, new = review.num_consumed, review.new
+    if review.old.rows is not None or new.order.rows is not None:
+        return [f"{num_consumed:,} samples were trained on so far; which conversations come again is not counted."]
     # Another loader draws samples in an order that this package does not reproduce.
     if review.old.dataloader_type != COUNTABLE_LOADER:
         return [f"What comes again under --dataloader-type {review.old.dataloader_type} cannot be counted."]
@@ -169,6 +171,8 @@ def _describe_source_change(change: SourceChange) -> str:
 def find_keeping_flags(plan: RunPlan, review: OrderReview) -> str | None:
     """The flags of ours that would keep the checkpoint's order in this run, if there are any."""
     old = review.old
+    if old.rows is not None or review.new.order.rows is not None:
+        return None  # the order of conversations has none
     built_for = old.joint_samples if old.order == EPOCHWISE else old.num_samples
     for data_order, samples in ((MEGATRON, built_for), (EPOCHWISE, None), (EPOCHWISE, built_for)):
         # Megatron's order has an end, and this one would end before the run does.

@@ -16,7 +16,7 @@ MOST_EPOCHS = 1000
 
 def find_size_problems(settings: RunSettings, plan: RunPlan | None, indices: Indices, seq_length: int) -> list[str]:
     """Without tokens in a split megatron-core counts epochs without end; without a sample it cannot draw any."""
-    sources, evaluation = settings.data.sources, settings.evaluation
+    sources = settings.data.sources
     if sources.is_mock or (sources.own is None and sources.split is None):
         return []
     problems = []
@@ -28,18 +28,25 @@ def find_size_problems(settings: RunSettings, plan: RunPlan | None, indices: Ind
             tokens = count_split_tokens(indices[source.prefix], sources.bounds_of(name))
             if tokens < needed:
                 problems.append(_describe_small_split(source.prefix, name, tokens, needed, sources))
-    if evaluation.is_on and not sources.sources_of("valid") and not settings.schedule.skips_training:
-        problems.append(
-            f"eval-iters: evaluation needs a validation set, got eval_iters={evaluation.num_steps} and none. "
-            "Pass --eval-iters 0, or give validation a share: --split 98,2,0, or --valid-data-path."
-        )
+    problems += find_missing_validation(settings)
     if not problems and plan is not None:
-        problems += _find_idle_blend_problems(plan)
+        problems += find_idle_blend_problems(plan)
         problems += _find_short_epoch_problems(plan, indices)
         problems += _find_single_pass_problems(plan, indices)
         problems += _find_repetition_problems(plan, indices)
         problems += _find_whole_pass_problems(plan, indices)
     return problems
+
+
+def find_missing_validation(settings: RunSettings) -> list[str]:
+    """An evaluation without data to evaluate on."""
+    evaluation = settings.evaluation
+    if not evaluation.is_on or settings.data.sources.sources_of("valid") or settings.schedule.skips_training:
+        return []
+    return [
+        f"eval-iters: evaluation needs a validation set, got eval_iters={evaluation.num_steps} and none. "
+        "Pass --eval-iters 0, or give validation a share: --split 98,2,0, or --valid-data-path."
+    ]
 
 
 def _describe_small_split(prefix: str, name: str, tokens: int, needed: int, sources: DataPlan) -> str:
@@ -74,7 +81,7 @@ def _find_short_epoch_problems(plan: RunPlan, indices: Indices) -> list[str]:
     ]
 
 
-def _find_idle_blend_problems(plan: RunPlan) -> list[str]:
+def find_idle_blend_problems(plan: RunPlan) -> list[str]:
     """A blend of which nothing is drawn has no samples, and Megatron's sampler refuses it once all ranks are up."""
     problems = []
     for name in ("valid", "test"):

@@ -56,8 +56,8 @@ class ConversationDataset(MegatronDataset):
         lengths = dataset.lengths[indices]
         if not self.layout.is_truncated and self.layout.is_too_long(lengths).any():
             raise DataError(
-                f"{dataset_path}: conversations must fit into seq_length + 1 = {self.layout.seq_length + 1} tokens, got "
-                f"one of {lengths.max()}. Raise --seq-length, or pass --sft-truncate."
+                f"{dataset_path}: conversations must fit into seq_length + 1 = {self.layout.seq_length + 1} tokens, "
+                f"got one of {lengths.max()}. Raise --seq-length, or pass --sft-truncate."
             )
         self.plan = plan_rows(lengths, self.layout)
         self.offsets = dataset.read_offsets()
