@@ -120,6 +120,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "wandb_project": {"wandb_project": "p", "wandb_exp_name": "e", "tensorboard_dir": "logs", "save": "new"},
     "te_precision_config_file": {"te_precision_config_file": __file__},
     "precision": {"precision": "bf16"},
+    "sft": {"sft": True, "mock_data": False},
     "fingerprint_interval": {"fingerprint_interval": 2, "metrics_path": "metrics.jsonl"},
     "platform": {"platform": "cuda"},
     "backend": {"backend": "te"},
