@@ -1,10 +1,10 @@
 """TinyLlama 1.1B.
 
-Source: arXiv 2401.02385 and jzhang38/TinyLlama, pretrain/tinyllama.py.
+Source: arXiv 2401.02385 and jzhang38/TinyLlama, pretrain/tinyllama.py and sft/script.sh.
 """
 
 from megatron_hammer.model.shape import ModelShape
-from megatron_hammer.presets.preset import Preset, Recipe
+from megatron_hammer.presets.preset import Preset, Recipe, SftRecipe
 
 TINYLLAMA_1B1 = Preset(
     num_parameters=1_100_048_384,
@@ -28,5 +28,17 @@ TINYLLAMA_1B1 = Preset(
         min_lr=4e-5,
         lr_warmup_steps=2000,
         train_tokens=2 * 715_256 * 1024 * 2048,
+    ),
+    sft=SftRecipe(
+        # 4 conversations x 4 GPUs. Its --warmup_ratio 0.05 has no effect beside --lr_scheduler_type constant.
+        source="TinyLlama sft/script.sh, of the chat models V0.1 and V0.2",
+        global_batch_size=16,
+        lr=1e-5,
+        min_lr=0.0,
+        lr_decay_style="constant",
+        lr_warmup_fraction=None,
+        num_epochs=5,
+        weight_decay=0.0,
+        adam_beta2=0.999,
     ),
 )

@@ -9,7 +9,9 @@ import transformers
 from megatron_hammer.data.conversations.packing import RowLayout, plan_rows
 from tests.helpers.toy_conversations import Conversation, draw_conversations, write_conversations
 
-LOSS_TOLERANCE, NORM_TOLERANCE = 1e-6, 2e-6
+# Relative, in fp32, where sums are taken in another order: at most 1.3e-7 for the loss and 1.3e-6 for the gradient's norm
+# (1.5e-7 without GPT-2's tied embeddings) were measured.
+LOSS_TOLERANCE, NORM_TOLERANCE = 1e-6, 5e-6
 SEQ_LENGTH, VOCAB_SIZE, NUM_CONVERSATIONS = 48, 500, 24
 ROWS = RowLayout(seq_length=SEQ_LENGTH, is_packed=True, is_truncated=False)
 CONFIGS: dict[str, Any] = {
@@ -45,7 +47,6 @@ class FineTuning:
         self.loss, self.norm = compute_oracle(model, conversations)
 
     def assert_equal(self, line: dict[str, Any]) -> None:
-        print("DIFF", line["loss"] / self.loss - 1, line["grad_norm"] / self.norm - 1)
         assert abs(line["loss"] / self.loss - 1) < LOSS_TOLERANCE
         assert abs(line["grad_norm"] / self.norm - 1) < NORM_TOLERANCE
 
