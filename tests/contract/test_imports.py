@@ -45,6 +45,7 @@ TORCH_MODULES_OF_MODEL = (
     "model.kernels.rope",
     "model.layer_spec",
     "model.provider",
+    "model.te_attention",
     "model.torch_modules",
 )
 # What only the named files or folders of the package may say, and why.

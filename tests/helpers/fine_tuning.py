@@ -9,8 +9,8 @@ import transformers
 from megatron_hammer.data.conversations.packing import RowLayout, plan_rows
 from tests.helpers.toy_conversations import Conversation, draw_conversations, write_conversations
 
-# Relative, in fp32, where sums are taken in another order: at most 1.3e-7 for the loss and 1.3e-6 for the gradient's norm
-# (1.5e-7 without GPT-2's tied embeddings) were measured.
+# Relative, in fp32, where sums are taken in another order: at most 1.3e-7 for the loss and 1.3e-6 for the gradient's
+# norm (1.5e-7 without GPT-2's tied embeddings) were measured.
 LOSS_TOLERANCE, NORM_TOLERANCE = 1e-6, 5e-6
 SEQ_LENGTH, VOCAB_SIZE, NUM_CONVERSATIONS = 48, 500, 24
 ROWS = RowLayout(seq_length=SEQ_LENGTH, is_packed=True, is_truncated=False)
