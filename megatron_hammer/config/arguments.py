@@ -27,9 +27,10 @@ from megatron_hammer.config.read_plan import (
     read_data_flags,
     read_plan,
     read_settings,
+    read_sft,
 )
 from megatron_hammer.config.run_plan import RunPlan, RunSettings
-from megatron_hammer.config.sft import derive_sft, drop_sft_length, sft_arguments
+from megatron_hammer.config.sft import count_sft_steps, sft_arguments
 from megatron_hammer.config.training_state import TrainingState
 from megatron_hammer.config.values import find_missing_problems, find_value_problems
 from megatron_hammer.data.order.order import EPOCHWISE
@@ -150,8 +151,11 @@ def _typed_destinations(parser: argparse.ArgumentParser, argv: Sequence[str]) ->
 
 def _drop_what_is_replaced(namespace: argparse.Namespace, typed: frozenset[str]) -> None:
     """--train-samples replaces the preset's step count and turns its warm-up into samples; a fraction replaces both."""
-    if namespace.sft:
-        drop_sft_length(namespace, typed)
+    # A typed length of the run or of its warm-up replaces that of the fine-tuning recipe.
+    if typed & {"train_iters", "train_samples"} and "sft_epochs" not in typed:
+        namespace.sft_epochs = None
+    if typed & {"lr_warmup_iters", "lr_warmup_samples"} and "lr_warmup_fraction" not in typed:
+        namespace.lr_warmup_fraction = None
     if "lr_warmup_fraction" in typed and "lr_warmup_iters" not in typed:
         namespace.lr_warmup_iters = 0
     if "train_samples" not in typed:
@@ -206,7 +210,7 @@ def _derive(namespace: argparse.Namespace, *, platform: str, backend: str, typed
         default("sequence_parallel", True)  # mcore's MoE requires it with tensor parallelism
     _derive_data(namespace, default)
     if namespace.sft:
-        derive_sft(namespace)
+        _derive_sft(namespace)
     _derive_validation(namespace, default)
     _derive_schedule(namespace, default)
     _derive_timeout(namespace, default)
@@ -228,6 +232,21 @@ def _derive_data(namespace: argparse.Namespace, default: Any) -> None:
     # The mask depends on where the documents of a sample end, so only the data loader can make it.
     if namespace.reset_attention_mask:
         default("create_attention_mask_in_dataloader", True)
+
+
+def _derive_sft(namespace: argparse.Namespace) -> None:
+    """The loss per learned token: Megatron's sum over all ranks and micro-batches, divided by their number. And steps."""
+    namespace.calculate_per_token_loss = True
+    sft, (sources, problems) = read_sft(namespace), read_data_plan(read_data_flags(namespace))
+    has_length = namespace.train_iters is not None or namespace.train_samples is not None
+    if sft is not None and not has_length and not problems:
+        namespace.train_iters = count_sft_steps(
+            sft,
+            sources,
+            seq_length=namespace.seq_length or 0,
+            global_batch_size=namespace.global_batch_size or 0,
+            context_parallel_size=namespace.context_parallel_size,
+        )
 
 
 def _derive_validation(namespace: argparse.Namespace, default: Any) -> None:

@@ -1,13 +1,11 @@
-"""Supervised fine-tuning as arguments: the recipe behind --sft, and what follows from it. No torch, no megatron."""
+"""Supervised fine-tuning as arguments: the recipe behind --sft, and the steps of its epochs. No torch, no megatron."""
 
-import argparse
 import math
 from typing import Any
 
-from megatron_hammer.config.data_flags import read_data_plan
-from megatron_hammer.config.read_plan import read_data_flags, read_sft
-from megatron_hammer.config.run_plan import build_row_layout
+from megatron_hammer.config.run_plan import Sft, build_row_layout
 from megatron_hammer.data.conversations.counts import count_rows
+from megatron_hammer.data.sources import DataPlan
 from megatron_hammer.errors import DataError
 from megatron_hammer.presets.preset import SftRecipe
 
@@ -29,32 +27,14 @@ def sft_arguments(recipe: SftRecipe) -> dict[str, Any]:
     }
 
 
-def drop_sft_length(namespace: argparse.Namespace, typed: frozenset[str]) -> None:
-    """A typed length of the run or of its warm-up replaces the recipe's."""
-    if typed & {"train_iters", "train_samples"} and "sft_epochs" not in typed:
-        namespace.sft_epochs = None
-    if typed & {"lr_warmup_iters", "lr_warmup_samples"} and "lr_warmup_fraction" not in typed:
-        namespace.lr_warmup_fraction = None
-
-
-def derive_sft(namespace: argparse.Namespace) -> None:
-    """Steps from epochs, and the loss per learned token."""
-    # The sum over the learned tokens of all ranks and micro-batches, divided by their number.
-    namespace.calculate_per_token_loss = True
-    if namespace.sft_epochs is not None and namespace.train_iters is None and namespace.train_samples is None:
-        namespace.train_iters = _count_steps(namespace)
-
-
-def _count_steps(namespace: argparse.Namespace) -> int | None:
-    """Steps of so many epochs; None where the data cannot be read or the sizes make no sense, which preflight says."""
-    sft, epochs = read_sft(namespace), namespace.sft_epochs
-    sizes = (namespace.seq_length, namespace.global_batch_size, namespace.context_parallel_size)
-    if sft is None or None in sizes or min(sizes) < 1 or not 0 < epochs < math.inf:
+def count_sft_steps(
+    sft: Sft, sources: DataPlan, *, seq_length: int, global_batch_size: int, context_parallel_size: int
+) -> int | None:
+    """Steps of its epochs; None where the data cannot be read or the sizes make no sense, which preflight says."""
+    epochs = sft.num_epochs
+    if epochs is None or not 0 < epochs < math.inf or min(seq_length, global_batch_size, context_parallel_size) < 1:
         return None
-    layout = build_row_layout(sft, namespace.seq_length, namespace.context_parallel_size)
-    sources, problems = read_data_plan(read_data_flags(namespace))
-    if problems:
-        return None
+    layout = build_row_layout(sft, seq_length, context_parallel_size)
     try:
         rows = [
             count_rows(source.prefix, sources.bounds_of("train"), layout).num_rows
@@ -62,4 +42,4 @@ def _count_steps(namespace: argparse.Namespace) -> int | None:
         ]
     except (DataError, OSError):
         return None
-    return math.ceil(epochs * sum(rows) / namespace.global_batch_size) if rows else None
+    return math.ceil(epochs * sum(rows) / global_batch_size) if rows else None
