@@ -235,7 +235,8 @@ def _derive_data(namespace: argparse.Namespace, default: Any) -> None:
 
 
 def _derive_sft(namespace: argparse.Namespace) -> None:
-    """The loss per learned token: Megatron's sum over all ranks and micro-batches, divided by their number. And steps."""
+    """The loss per learned token, and the steps of the recipe's epochs."""
+    # Megatron sums the losses over all ranks and micro-batches and divides by the number of tokens.
     namespace.calculate_per_token_loss = True
     sft, (sources, problems) = read_sft(namespace), read_data_plan(read_data_flags(namespace))
     has_length = namespace.train_iters is not None or namespace.train_samples is not None
