@@ -57,7 +57,9 @@ def add_model_flags(parser: argparse.ArgumentParser, *, is_required: bool) -> No
     parser.add_argument("--type", help="type of the converted weights, as of hammer convert to-gguf (f16)")
     parser.add_argument("--cache-dir", type=Path, help="folder for converted models (default: one until the end)")
     parser.add_argument("--no-verify", action="store_true", help="convert without comparing both models")
-    parser.add_argument("--chat-template", type=Path, help="Jinja file, in place of the model's own template")
+    parser.add_argument(
+        "--chat-template", help="chatml, llama3, qwen, tiny_llm_zh or a Jinja file (default: the model's own)"
+    )
     parser.add_argument("--context", type=int, help="tokens of a conversation (default: the model's, at most 8192)")
     parser.add_argument(
         "--draft-model", type=Path, help="smaller model with the same tokenizer that proposes tokens, as of --model"
@@ -121,6 +123,7 @@ def build_source(arguments: argparse.Namespace) -> ModelSource:
         file_type=arguments.type,
         iteration=arguments.iteration,
         tokenizer_path=arguments.tokenizer_model,
+        chat_template=arguments.chat_template,
         is_verified=not arguments.no_verify,
     )
 
@@ -168,6 +171,15 @@ def listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
+def read_template(source: str | None) -> str | None:
+    """The text of a shipped template or of a file."""
+    if source is None:
+        return None
+    from megatron_hammer.post_training.templates.chat_template import load_chat_template
+
+    return load_chat_template(source, is_marked=False).text
+
+
 def serve_with_llama_cpp(
     arguments: argparse.Namespace,
     path: Path,
@@ -187,7 +199,7 @@ def serve_with_llama_cpp(
         num_slots=arguments.parallel,
         batch_tokens=arguments.batch_tokens or 2048,
         num_threads=arguments.threads,
-        chat_template=read_text(arguments.chat_template) if arguments.chat_template else None,
+        chat_template=read_template(arguments.chat_template),
         has_chat=not arguments.no_chat,
         api_keys=keys,
         draft=draft,
@@ -252,7 +264,17 @@ def serve_with_vllm(arguments: argparse.Namespace, source: ModelSource, keys: tu
             context_tokens=arguments.context,
             num_slots=arguments.parallel,
             batch_tokens=arguments.batch_tokens,
-            chat_template=arguments.chat_template,
+            chat_template=find_template_file(arguments.chat_template),
         )
     sys.stdout.flush()
     os.execve(command[0], command, build_vllm_environment(os.environ, keys))
+
+
+def find_template_file(source: str | None) -> Path | None:
+    """What vLLM is given; raises ConfigError if there is no such template."""
+    if source is None:
+        return None
+    from megatron_hammer.post_training.templates.chat_template import SHIPPED, load_chat_template
+
+    load_chat_template(source, is_marked=False)
+    return SHIPPED.get(source.replace("-", "_"), Path(source))

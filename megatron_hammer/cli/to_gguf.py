@@ -7,6 +7,7 @@ are compared with the tokenizer's, and its greedy continuations with those of tr
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import json
 import sys
@@ -70,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
 
     from megatron_hammer.checkpoint.gguf.to_gguf import GgufOptions, export_to_gguf
+    from megatron_hammer.post_training.templates.chat_export import find_chat_format
 
     options = GgufOptions(
         load_dir=arguments.load,
@@ -81,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         is_verified=not arguments.no_verify,
         corpus=tuple(arguments.corpus),
         text_key=arguments.text_key,
+        find_chat=functools.partial(find_chat_format, source=None, bindings=()),
         overwrite=arguments.overwrite,
     )
     with show_stages() as show:

@@ -7,16 +7,22 @@ the user chose. The conversions are those of `hammer convert`, with their proofs
 
 import hashlib
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_hammer import __version__
 from megatron_hammer.checkpoint_files.torch_dist.content_hashes import HASHES_FILE, hash_file
 from megatron_hammer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_hammer.checkpoint.gguf.to_gguf import GgufReport
 
 OnStep = Callable[[str, int, int | None], None]
 # What the converters read of a folder; a trainer may have left an optimizer's state beside it.
@@ -31,13 +37,15 @@ class ModelSource:
     """path: a GGUF file, a Hugging Face folder, or a directory that training saved into.
 
     file_type: of the weights in a GGUF file, a key of FILE_TYPES; None: f16. iteration, tokenizer_path: of a
-    checkpoint, as in ExportOptions.
+    checkpoint, as in ExportOptions. chat_template: name or file for a checkpoint; None: that of the conversations that
+    it was trained on.
     """
 
     path: Path
     file_type: str | None = None
     iteration: int | None = None
     tokenizer_path: Path | None = None
+    chat_template: str | None = None
     is_verified: bool = True
 
     @property
@@ -71,6 +79,7 @@ def open_gguf(source: ModelSource, cache_dir: Path | None, on_step: OnStep) -> I
         path = folder / f"{source.name[:_LONGEST_NAME]}-{_compute_key(source)}.gguf"
         if not path.is_file():
             from megatron_hammer.checkpoint.gguf.to_gguf import GgufOptions, export_to_gguf
+            from megatron_hammer.post_training.templates.chat_export import find_chat_format
 
             options = GgufOptions(
                 load_dir=source.path,
@@ -80,10 +89,18 @@ def open_gguf(source: ModelSource, cache_dir: Path | None, on_step: OnStep) -> I
                 tokenizer_path=source.tokenizer_path,
                 name=source.name,
                 is_verified=source.is_verified,
+                find_chat=partial(find_chat_format, source=source.chat_template, bindings=()),
                 overwrite=True,  # another start may have made it meanwhile
             )
-            export_to_gguf(options, on_step)
+            _tell(export_to_gguf(options, on_step))
         yield path
+
+
+def _tell(report: "GgufReport") -> None:
+    """Print what is not as in transformers, and what could not be compared."""
+    open_rows = (f"{row.check}: {row.result}" for row in report.checks if row.is_passed is None)
+    for note in (*report.notes, *open_rows):
+        print(f"note: {note}", file=sys.stderr)
 
 
 @contextmanager
@@ -98,6 +115,7 @@ def open_hugging_face(source: ModelSource, cache_dir: Path | None, on_step: OnSt
         path = folder / f"{source.name[:_LONGEST_NAME]}-{_compute_key(source)}"
         if not path.is_dir():
             from megatron_hammer.checkpoint.convert.to_hugging_face import ExportOptions, export_to_hugging_face
+            from megatron_hammer.post_training.templates.chat_export import find_chat_format
 
             options = ExportOptions(
                 load_dir=source.path,
@@ -105,6 +123,7 @@ def open_hugging_face(source: ModelSource, cache_dir: Path | None, on_step: OnSt
                 iteration=source.iteration,
                 tokenizer_path=source.tokenizer_path,
                 verify="auto" if source.is_verified else "tensors",
+                find_chat=partial(find_chat_format, source=source.chat_template, bindings=()),
                 overwrite=True,
             )
             export_to_hugging_face(options, on_step)
@@ -131,11 +150,14 @@ def _open_cache(cache_dir: Path | None) -> Iterator[Path]:
 
 
 def _compute_key(source: ModelSource) -> str:
-    """A hash of the contents of every file that the result depends on, and of how it is made."""
-    files = _list_model_files(source.path) if source.is_hugging_face else _list_checkpoint_files(source)
+    """A hash of the contents of everything that the result depends on, and of how it is made."""
+    if source.is_hugging_face:
+        files, template = _list_model_files(source.path), None
+    else:
+        files, template = _describe_checkpoint(source)
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         hashes = list(pool.map(lambda path: hash_file(path).sha256, files.values()))
-    made_by = [__version__, source.name, source.file_type, source.is_verified]
+    made_by = [__version__, source.name, source.file_type, source.is_verified, template]
     text = json.dumps([sorted(zip(files, hashes, strict=True)), made_by])
     return hashlib.sha256(text.encode()).hexdigest()[:_KEY_DIGITS]
 
@@ -145,10 +167,15 @@ def _list_model_files(folder: Path) -> dict[str, Path]:
     return {path.relative_to(folder).as_posix(): path for path in paths if path.is_file()}
 
 
-def _list_checkpoint_files(source: ModelSource) -> dict[str, Path]:
-    """The file of hashes of an iteration, which covers the others; or all of them, where it was saved without one."""
+def _describe_checkpoint(source: ModelSource) -> tuple[dict[str, Path], str | None]:
+    """The files of an iteration and of its tokenizer, and the hash of its chat template.
+
+    Of the iteration its file of hashes, which covers the others; or all of them, where it was saved without one.
+    """
     from megatron_hammer.checkpoint.convert.to_hugging_face import ExportOptions, find_saved_tokenizer
     from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
+    from megatron_hammer.post_training.templates.chat_export import find_trained_template
+    from megatron_hammer.post_training.templates.chat_template import load_chat_template
 
     reader = open_checkpoint(source.path, iteration=source.iteration)
     names = [reader.directory / HASHES_FILE]
@@ -162,4 +189,7 @@ def _list_checkpoint_files(source: ModelSource) -> dict[str, Path]:
         beside = _list_model_files(tokenizer if tokenizer.is_dir() else tokenizer.parent)
         names = [path for path in beside.values() if path.suffix not in _WEIGHT_SUFFIXES]
         files |= {f"tokenizer/{path.name}": path for path in (*names, tokenizer) if path.is_file()}
-    return files
+    if source.chat_template is not None:
+        return files, load_chat_template(source.chat_template, is_marked=False).sha256
+    template = find_trained_template(reader.args)
+    return files, None if template is None else template.sha256

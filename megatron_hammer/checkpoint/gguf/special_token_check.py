@@ -5,9 +5,11 @@ and the chat template. llama.cpp is asked itself; what transformers says is in t
 """
 
 from collections.abc import Iterator
+from itertools import zip_longest
 
 from megatron_hammer.checkpoint.gguf.llama_cpp import LlamaCpp
 from megatron_hammer.checkpoint.gguf.tokenizer import GgufVocabulary
+from megatron_hammer.checkpoint.gguf.tokenizer_check import CONTROL_FORM
 from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import PieceType
 from megatron_hammer.tokenizer.export.check_loading import CONVERSATIONS
@@ -40,11 +42,12 @@ def _check_ends(llama_cpp: LlamaCpp, vocabulary: GgufVocabulary) -> CheckRow:
 
 
 def _check_added_tokens(llama_cpp: LlamaCpp, vocabulary: GgufVocabulary) -> CheckRow:
-    """A special token is found in a text where llama.cpp is asked to, as in a chat; the others always."""
+    """A special token is found in a text where llama.cpp is asked to, as in a chat; the others always.
+
+    llama.cpp makes control tokens of some symbols by their names, as <|im_end|>: those too are found in a chat.
+    """
     got = {
-        (token_id, text): llama_cpp.tokenize(
-            text, reads_control_tokens=vocabulary.types[token_id] is not PieceType.USER_DEFINED
-        )
+        (token_id, text): llama_cpp.tokenize(text, reads_control_tokens=_is_control(vocabulary, token_id))
         for token_id, text in vocabulary.added_tokens.items()
     }
     wrong = [f"{text!r} is {ids} for {token_id}" for (token_id, text), ids in got.items() if ids != [token_id]]
@@ -54,19 +57,41 @@ def _check_added_tokens(llama_cpp: LlamaCpp, vocabulary: GgufVocabulary) -> Chec
     return CheckRow("added tokens", f"{len(got)} of {len(got)} are one token with the id of transformers", True)
 
 
+def _is_control(vocabulary: GgufVocabulary, token_id: int) -> bool:
+    is_symbol = vocabulary.types[token_id] is PieceType.USER_DEFINED
+    return not is_symbol or CONTROL_FORM.fullmatch(vocabulary.tokens[token_id]) is not None
+
+
 def _check_template(llama_cpp: LlamaCpp, vocabulary: GgufVocabulary) -> CheckRow:
-    """Its text must be equal. What it renders is told: the two have each their own implementation of Jinja."""
+    """Its text must be equal. What it renders is told: the two have each their own implementation of Jinja.
+
+    So are tokens: llama.cpp puts a space prefix after every control token, transformers maybe before the text only.
+    """
     expected = vocabulary.chat_templates.get("default")
     if expected is None:
         return CheckRow("chat template", "the tokenizer has none", None)
     got = llama_cpp.read_properties()["chat_template"]
-    if got != expected:
+    # Without the newline at the end of the file, which Jinja leaves out as well.
+    if got.removesuffix("\n") != expected.removesuffix("\n"):
         return CheckRow("chat template", f"{got[:200]!r} for {expected[:200]!r}", False)
     # llama.cpp leaves out the token that it puts before every text.
     bos = vocabulary.tokens[vocabulary.bos_id] if vocabulary.adds_bos and vocabulary.bos_id is not None else ""
-    for conversation, rendered in zip(CONVERSATIONS, vocabulary.conversations, strict=True):
+    for conversation, expected_prompt in zip(CONVERSATIONS, vocabulary.conversations, strict=True):
+        if expected_prompt is None:
+            continue
+        rendered, ids = expected_prompt
         answer = llama_cpp.render(conversation)
-        if rendered is not None and answer.removeprefix(bos) != rendered.removeprefix(bos):
+        if answer.removeprefix(bos) != rendered.removeprefix(bos):
             difference = f"{answer[:200]!r} for {rendered[:200]!r}"
             return CheckRow("chat template", f"its text is equal; llama.cpp renders another prompt: {difference}", None)
+        # As its server does with a prompt that it has rendered.
+        got = llama_cpp.tokenize(answer, reads_control_tokens=True, adds_ends=True)
+        if got != ids:
+            first = next(place for place, pair in enumerate(zip_longest(got, ids)) if pair[0] != pair[1])
+            shown, wanted = (
+                " ".join(repr(vocabulary.tokens[token]) for token in side[max(0, first - 1) : first + 3])
+                for side in (got, ids)
+            )
+            difference = f"{shown} for {wanted} at token {first}"
+            return CheckRow("chat template", f"its text is equal; llama.cpp has other tokens: {difference}", None)
     return CheckRow("chat template", f"equal, and so are {len(CONVERSATIONS)} conversations rendered with it", True)

@@ -6,6 +6,7 @@ pass, read it back, let llama.cpp load it and compare its tokens and logits, ren
 
 import math
 import time
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ from megatron_hammer.checkpoint.hugging_face.tensor_sources import HF_BUFFER_END
 from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.files.publish import publish_path
+from megatron_hammer.tokenizer.export.chat_format import ChatFormat
 
 OnStep = Callable[[str, int, int | None], None]
 
@@ -42,8 +44,8 @@ OnStep = Callable[[str, int, int | None], None]
 class GgufOptions:
     """load_dir: a Hugging Face folder or what training saved. file_type: a key of FILE_TYPES.
 
-    iteration, tokenizer_path: of a Megatron checkpoint, as in ExportOptions. name: what llama.cpp shows; None for the
-    folder's. corpus: files of documents that both tokenizers must encode alike; text_key: their field.
+    iteration, tokenizer_path, find_chat: of a Megatron checkpoint, as in ExportOptions. name: what llama.cpp shows;
+    None for the folder's. corpus: files of documents that both tokenizers must encode alike; text_key: their field.
     """
 
     load_dir: Path
@@ -55,6 +57,7 @@ class GgufOptions:
     is_verified: bool = True
     corpus: tuple[str, ...] = ()
     text_key: str = "text"
+    find_chat: Callable[[Path, Namespace], ChatFormat | None] = lambda path, args: None
     overwrite: bool = False
 
 
@@ -180,6 +183,7 @@ def _open_hugging_face(options: GgufOptions, on_step: OnStep) -> Iterator[Path]:
             tokenizer_path=options.tokenizer_path,
             # "tensors" still compares every tensor of the export; only the computation of both models is left out.
             verify="auto" if options.is_verified else "tensors",
+            find_chat=options.find_chat,
         )
         export_to_hugging_face(export_options, lambda stage, done, total: on_step(f"{stage} the export", done, total))
         yield export_options.save_dir

@@ -47,7 +47,7 @@ class GgufVocabulary:
     reads_control_tokens: whether one spelt out in a text becomes its id. eos_ids: everything that ends a text, the id
     that the tokenizer itself puts there first. chat_templates: by name; the one that is used unasked is "default".
     For the comparison with llama.cpp, of transformers: ids_of_no_text: those of "", called as users do. added_tokens:
-    their texts by id. conversations: CONVERSATIONS rendered with the template; None where it refuses one.
+    their texts by id. conversations: the text and the ids of each of CONVERSATIONS; None where the template refuses it.
     """
 
     encoder: Encoder
@@ -68,7 +68,7 @@ class GgufVocabulary:
     chat_templates: Mapping[str, str]
     ids_of_no_text: tuple[int, ...]
     added_tokens: Mapping[int, str]
-    conversations: tuple[str | None, ...]
+    conversations: tuple[tuple[str, list[int]] | None, ...]
 
     @property
     def eos_id(self) -> int | None:
@@ -144,11 +144,12 @@ def _name_templates(chat_template: Any) -> dict[str, str]:
     return dict(chat_template or {})
 
 
-def _render(tokenizer: Any, conversation: list[dict[str, str]]) -> str | None:
+def _render(tokenizer: Any, conversation: list[dict[str, str]]) -> tuple[str, list[int]] | None:
     try:
-        return render_conversation(tokenizer, conversation)
+        text = render_conversation(tokenizer, conversation)
     except ConversionError:
         return None
+    return text, list(tokenizer.apply_chat_template(conversation, add_generation_prompt=True)["input_ids"])
 
 
 def _find_added_ends(tokenizer: Any) -> tuple[bool, bool]:

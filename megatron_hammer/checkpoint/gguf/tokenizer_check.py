@@ -1,11 +1,13 @@
 """Compares llama.cpp's tokens of real text with those of the tokenizer that a GGUF file stands for.
 
 llama.cpp has its own tokenizers. They are known to differ where a text holds two symbols that overlap, a control token
-spelt out, or characters that a normaliser composes. A difference is listed with its cause only if the cause gives these
-very tokens: symbols that were cut in another way, the control token in place of its text, the space after a symbol, or
-the tokenizer's own tokens once the text is composed. Any other difference means that the vocabulary is written wrongly.
+spelt out, a symbol that looks like one, or characters that a normaliser composes. A difference is listed with its cause
+only if the cause gives these very tokens: symbols that were cut in another way, the control token in place of its text,
+the text in place of the symbol, the space after a symbol, or the tokenizer's own tokens once the text is composed. Any
+other difference means that the vocabulary is written wrongly.
 """
 
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +24,11 @@ SPELT_OUT = "a control token spelt out: llama.cpp merges pieces to it, the token
 PREFIX = "a symbol and a space prefix: llama.cpp puts a space after every symbol, the tokenizer before the text only"
 LEADING = "a space prefix and a space at the start: llama.cpp and sentencepiece have two there, transformers has one"
 COMPOSED = "characters that the tokenizer composes (NFC) and llama.cpp does not"
+TURN_END = "a symbol such as <|im_end|>: llama.cpp makes it a control token, which is found in conversations only"
 UNEXPLAINED = "no known cause"
+# llama.cpp knows ends of turns by their texts, whatever their type in the file. Source: llama_vocab::impl::load,
+# "control-looking token". Which symbols it changes, special_token_check.py asks it.
+CONTROL_FORM = re.compile(r"<[|｜][^<>\s]+[|｜]>|<\w+_of_\w+>")
 CONTEXT_TOKENS = 2  # on each side of a difference: the symbols that cause it may begin or end in equal tokens
 SHOWN_TOKENS = 8  # of a difference, in an example
 
@@ -175,6 +181,8 @@ class _KnownCauses:
             return OVERLAP
         if self._reads_a_reserved_token(text, place):
             return SPELT_OUT
+        if self._leaves_control_forms(place):
+            return TURN_END
         return PREFIX if self.differs_in_prefixes(place.expected, place.got) else UNEXPLAINED
 
     def differs_in_prefixes(self, expected: Sequence[int], got: Sequence[int]) -> bool:
@@ -200,6 +208,19 @@ class _KnownCauses:
         """The same text cut into other symbols, where two of them overlap."""
         symbols, others = ([token_id for token_id in ids if token_id in self._symbols] for ids in _sides(place))
         return symbols != others and any(overlap in text for overlap in self._overlaps)
+
+    def _leaves_control_forms(self, place: _Place) -> bool:
+        """Symbols of that form have become their text, and nothing else is different."""
+        lost = {token_id for token_id in place.expected if token_id in self._symbols and token_id not in place.got}
+        is_same_text = self._join_text(place.expected) == self._join_text(place.got)
+        return (
+            bool(lost)
+            and is_same_text
+            and all(CONTROL_FORM.fullmatch(self.vocabulary.tokens[token_id]) for token_id in lost)
+        )
+
+    def _join_text(self, ids: Sequence[int]) -> str:
+        return self.vocabulary.encoder.decode(list(ids))
 
     def _reads_a_reserved_token(self, text: str, place: _Place) -> bool:
         """A token in place of its text, which the tokenizer leaves text."""

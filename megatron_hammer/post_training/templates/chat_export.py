@@ -52,11 +52,15 @@ def find_chat_format(
     if source is not None:
         template = load_chat_template(source, parse_bindings(bindings), is_marked=False)
         return build_chat_format(tokenizer_path, template)
+    trained = find_trained_template(saved)
+    return None if trained is None else build_chat_format(tokenizer_path, trained)
+
+
+def find_trained_template(saved: Namespace) -> ChatTemplate | None:
+    """The template of the conversations that a run was trained on; None where it was trained on none."""
     paths = [getattr(saved, name, None) or [] for name in ("data_path", "train_data_path")]
     identity = find_template([str(part) for path in paths for part in ([path] if isinstance(path, str) else path)])
-    if identity is None:
-        return None
-    return build_chat_format(tokenizer_path, ChatTemplate(identity.name, identity.text, identity.bound_tokens))
+    return None if identity is None else ChatTemplate(identity.name, identity.text, identity.bound_tokens)
 
 
 def require_same_conversations(folder: Path, tokenizer: ChatTokenizer) -> int:

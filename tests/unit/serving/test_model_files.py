@@ -10,8 +10,11 @@ from megatron_hammer.checkpoint.gguf.header import read_gguf_header
 from megatron_hammer.checkpoint.hugging_face.config_json import CONFIG_NAME
 from megatron_hammer.checkpoint_files.torch_dist.content_hashes import write_hashes
 from megatron_hammer.errors import ConfigError
+from megatron_hammer.post_training.templates.chat_template import load_chat_template
 from megatron_hammer.serving.model_files import ModelSource, open_gguf, open_hugging_face
-from tests.helpers.gguf_models import VOCAB_SIZE, make_toy_model, write_gguf_source
+from megatron_hammer.tokenizer.encoding.encoder import load_encoder
+from tests.helpers.chat_tokenizers import train_with_symbols
+from tests.helpers.gguf_models import make_toy_model, write_gguf_source
 from tests.helpers.messages import raises_problem
 from tests.helpers.served_models import write_chat_folder
 from tests.helpers.toy_checkpoint import toy_llama_tensors, write_toy_checkpoint
@@ -74,10 +77,10 @@ def test_without_a_cache_nothing_stays(tmp_path: Path, conversions: list[Path]) 
 
 def write_run(folder: Path, seed: int, **arguments: str) -> Path:
     tensors = {
-        key: tensor.new_ones(352, 24) if tensor.shape == (64, 24) else tensor
+        key: tensor.new_ones(384, 24) if tensor.shape == (64, 24) else tensor
         for key, tensor in toy_llama_tensors(seed=seed).items()
     }
-    sizes = {"vocab_size": VOCAB_SIZE, "padded_vocab_size": 352, "max_position_embeddings": 64}
+    sizes = {"vocab_size": 370, "padded_vocab_size": 384, "max_position_embeddings": 64}
     write_toy_checkpoint(folder, tensors, arguments=toy_arguments(**sizes, **arguments))
     return folder
 
@@ -118,3 +121,15 @@ def test_a_checkpoint_for_vllm_is_exported_once(tmp_path: Path) -> None:
         made_at_ns = (first / "config.json").stat().st_mtime_ns
     with open_hugging_face(source, tmp_path / "cache", lambda *step: None) as second:
         assert (second, (second / "config.json").stat().st_mtime_ns) == (first, made_at_ns)
+
+
+def test_the_template_of_a_checkpoint_reaches_the_file_and_its_name(tmp_path: Path) -> None:
+    tokenizer = train_with_symbols(tmp_path / "symbols.model")
+    run, cache_dir = write_run(tmp_path / "run", 1, tokenizer_model=str(tokenizer)), tmp_path / "cache"
+    base, chatml, other = (convert(cache_dir, run, chat_template=name) for name in (None, "chatml", "tiny_llm_zh"))
+    assert len({base, chatml, other}) == 3
+    assert "tokenizer.chat_template" not in read_gguf_header(base)
+    header = read_gguf_header(chatml)
+    assert header["tokenizer.chat_template"] == load_chat_template("chatml").text
+    end = load_encoder(tokenizer).encode("<|im_end|>").tolist()[-1]
+    assert end in (header["tokenizer.ggml.eos_token_id"], header.get("tokenizer.ggml.eot_token_id"))

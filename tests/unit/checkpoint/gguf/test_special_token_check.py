@@ -12,9 +12,14 @@ import pytest
 from megatron_hammer.checkpoint.gguf import metadata as gguf_metadata
 from megatron_hammer.checkpoint.gguf import verification as gguf_verification
 from megatron_hammer.checkpoint.gguf.to_gguf import GgufOptions, export_to_gguf
-from megatron_hammer.checkpoint.gguf.tokenizer_check import LEADING, PREFIX
+from megatron_hammer.checkpoint.gguf.tokenizer_check import LEADING, PREFIX, TURN_END
 from megatron_hammer.errors import ConversionError
+from megatron_hammer.post_training.templates.chat_export import build_chat_format
+from megatron_hammer.post_training.templates.chat_template import load_chat_template
+from megatron_hammer.tokenizer.encoding.encoder import load_encoder
 from megatron_hammer.tokenizer.encoding.sentencepiece_model import PieceType, read_sentencepiece_model
+from megatron_hammer.tokenizer.export.export_tokenizer import export_tokenizer_folder
+from tests.helpers.chat_tokenizers import CHAT_TOKENS, train_with_controls, write_byte_level
 from tests.helpers.gguf_models import write_gguf_source
 from tests.helpers.sentencepiece_models import MODEL_OPTIONS, train_model
 from tests.helpers.toy_tokenizer import LLAMA_ADDED_TOKENS, write_llama_folder
@@ -41,9 +46,9 @@ def without_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf_verification, "find_obstacle", lambda num_parameters: "not asked here")
 
 
-def convert(source: Path, target: Path) -> dict[str, str]:
+def convert(source: Path, target: Path, *, is_passed: bool | None = True) -> dict[str, str]:
     report = export_to_gguf(GgufOptions(load_dir=source, save_path=target, file_type="f32"))
-    return {check.check: check.result for check in report.checks if check.is_passed}
+    return {check.check: check.result for check in report.checks if check.is_passed is is_passed}
 
 
 def test_ends_added_tokens_and_the_chat_template_are_llama_cpps_own(tmp_path: Path, source: Path) -> None:
@@ -54,7 +59,47 @@ def test_ends_added_tokens_and_the_chat_template_are_llama_cpps_own(tmp_path: Pa
     assert rows["tokens around a text"] == "bos before, as in transformers"
     num_added = len(LLAMA_ADDED_TOKENS) + 3  # <unk>, <s> and </s> are listed too
     assert rows["added tokens"].startswith(f"{num_added} of {num_added} are one token")
+
+
+def test_other_tokens_of_a_conversation_are_told(tmp_path: Path, source: Path) -> None:
+    # legacy=False: transformers puts the prefix before the text only, and llama.cpp after every control token.
+    row = convert(source, tmp_path / "model.gguf", is_passed=None)["chat template"]
+    assert "llama.cpp has other tokens: " in row
+    assert "'<|im_start|>' '▁' " in row
+
+
+TOKENIZERS = {
+    "symbols": lambda folder: train_model(
+        folder / "symbols.model", **MODEL_OPTIONS["plain"] | {"user_defined_symbols": list(CHAT_TOKENS)}
+    ),
+    "control pieces and a prefix": lambda folder: train_with_controls(folder / "prefix.model", "dummy prefix"),
+    "byte-level": lambda folder: write_byte_level(folder / "tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize(
+    "kind, template",
+    [
+        ("symbols", "chatml"),
+        ("control pieces and a prefix", "tiny_llm_zh"),
+        ("byte-level", "llama3"),
+        ("byte-level", "qwen"),
+    ],
+)
+def test_conversations_of_exported_folders_have_the_same_tokens(tmp_path: Path, kind: str, template: str) -> None:
+    tokenizer_path = TOKENIZERS[kind](tmp_path)
+    chat = build_chat_format(tokenizer_path, load_chat_template(template))
+    export_tokenizer_folder(tokenizer_path, tmp_path / "tokenizer", chat=chat)
+    folder = write_gguf_source(
+        tmp_path / "hf", vocab_size=load_encoder(tokenizer_path).vocab_size + 3, num_hidden_layers=1
+    )
+    for path in folder.glob("*token*"):
+        path.unlink()
+    shutil.copytree(tmp_path / "tokenizer", folder, dirs_exist_ok=True)
+    rows = convert(folder, tmp_path / "model.gguf")
     assert rows["chat template"].startswith("equal, and so are 2 conversations")
+    if kind == "symbols":  # <|im_end|> and <|eot_id|> alone, and in a text
+        assert TURN_END in rows["tokenizer, samples"]
 
 
 def test_a_tokenizer_that_puts_a_space_after_symbols_as_llama_cpp_does(tmp_path: Path, source: Path) -> None:
