@@ -92,10 +92,7 @@ class ChatTokenizer:
 
     def encode(self, conversation: Conversation) -> EncodedConversation:
         """Return ids and mask; raises ConversationError, with a reason to count it under, if it cannot be used."""
-        texts = list(_list_texts(conversation))
-        for text in texts:
-            if MARK in text or STAND_IN in text:
-                raise ConversationError("bad-record", "text must not hold the noncharacters U+FDD0 and U+FDD1, got one")
+        _refuse_bad_texts(conversation)
         rendered, spans = self.render(_map_texts(conversation, self._mark))
         text, spans = self._replace_controls(rendered, spans)
         self._refuse_lost_text(conversation, rendered.replace(MARK, ""))
@@ -256,6 +253,20 @@ def _spell_stand_in(number: int) -> str:
     return f"{STAND_IN}{number}{STAND_IN}"
 
 
+def _refuse_bad_texts(conversation: Conversation) -> None:
+    """Raise ConversationError for texts that cannot be encoded: those that hold our own marks, or no valid Unicode."""
+    try:
+        for text in _list_texts(conversation):
+            if MARK in text or STAND_IN in text:
+                raise ConversationError("bad-record", "text must not hold the noncharacters U+FDD0 and U+FDD1, got one")
+            text.encode()
+    except UnicodeEncodeError as error:
+        surrogate = f"U+{ord(error.object[error.start]):04X}"
+        raise ConversationError("bad-record", f"text must be valid Unicode, got the surrogate {surrogate}") from error
+    except RecursionError as error:
+        raise ConversationError("bad-record", "record must be nested less deeply, got too many levels") from error
+
+
 def _list_required(conversation: Conversation) -> Iterator[str]:
     """The texts that a rendered conversation must hold, without the spaces around them, which templates may trim."""
     for message in conversation.messages:
@@ -280,7 +291,7 @@ def _list_texts(value: Any) -> Iterator[str]:
 
 
 def _map_texts(value: Any, change: Any) -> Any:
-    """The same with every text changed, except roles, which the readers have chosen from a few."""
+    """The same with every text changed."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Conversation):

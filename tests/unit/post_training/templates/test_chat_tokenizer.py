@@ -196,6 +196,18 @@ def test_a_conversation_that_cannot_be_used_is_named(
     assert caught.value.reason == reason
 
 
+def test_calls_that_cannot_be_encoded_are_refused(paths: dict[str, Path]) -> None:
+    tokenizer = ChatTokenizer(paths["byte level"], load_chat_template("qwen"))
+    deep: dict[str, Any] = {}
+    for _ in range(5000):
+        deep = {"a": deep}
+    for arguments, match in ((deep, "must be nested less deeply"), ({"a": ["\ud800"]}, r"got the surrogate U\+D800")):
+        call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
+        with pytest.raises(ConversationError, match=match) as caught:
+            tokenizer.encode(Conversation((user("a"), assistant("", tool_calls=[call]))))
+        assert caught.value.reason == "bad-record"
+
+
 def test_tools_that_a_template_does_not_know_are_not_lost(paths: dict[str, Path]) -> None:
     """A template of a user may leave them out without an error."""
     text = (
