@@ -1,10 +1,24 @@
 """What every test needs: one thread a process. It is set here because it counts only before torch is imported."""
 
+import gc
 import os
 
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"
+# Nearly all that is imported and collected stays until the end, so no search for garbage needs to look at it.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Leave what there is by now out of every search for garbage, of this process and of those that it forks."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """Else the libraries in C++ report what is frozen as leaked."""
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

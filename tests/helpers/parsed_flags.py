@@ -10,6 +10,7 @@ from megatron_hammer.config.arguments import ParsedArguments
 from megatron_hammer.config.flags import Flags
 from megatron_hammer.config.run_plan import RunSettings
 from megatron_hammer.data.indexed.pair import IndexedWriter
+from tests.helpers.flag_texts import remember_flag_texts
 from tests.helpers.indexed_writing import add_document
 
 TINY = ("--preset", "hammer-tiny", "--mock-data")
@@ -20,6 +21,7 @@ def install() -> None:
     from megatron_hammer.platforms import megatron_compat
 
     megatron_compat.install("cpu")
+    remember_flag_texts()
 
 
 def parse(*flags: str, platform: str = "cpu", backend: str = "torch") -> ParsedArguments:

@@ -15,6 +15,9 @@ One request a line on stdin, {"num_processes", "flags", "directory", "environmen
 answer a line on stdout, the exit code as megatron_hammer.training.launch gives it. The end of stdin ends this process.
 """
 
+import argparse
+import atexit
+import gc
 import json
 import os
 import runpy
@@ -45,17 +48,36 @@ def import_what_runs_import(gpu: str | None = None, te: str | None = None) -> No
     megatron_compat.install("cpu" if gpu is None else "cuda", "torch" if te is None else "te")
     import matplotlib.pyplot  # noqa: F401
     import megatron.core.dist_checkpointing.strategies.filesystem_async
+    import megatron.core.tokenizers.text.models
     import megatron.core.tokenizers.text.text_tokenizer
-    import megatron.training  # noqa: F401
+    import megatron.training.distillation  # noqa: F401
     import torch._dynamo  # noqa: F401
 
     import megatron_hammer.config.arguments
     import megatron_hammer.config.preflight.find_problems
+    import megatron_hammer.data.provider
     import megatron_hammer.model.provider
+    import megatron_hammer.training.forward_step
     import megatron_hammer.training.observer  # noqa: F401
 
+    fill_caches()
     if sys.platform == "linux":
         assert len(os.listdir("/proc/self/task")) == 1, "a forked process has none of the threads of its parent"
+
+
+def fill_caches() -> None:
+    """What is read from files that belong to the installation, and is the same in every run."""
+    import megatron.training.arguments
+
+    from megatron_hammer.scaling.hardware.catalogue import find_gpu_by_device_name
+    from tests.helpers.flag_texts import remember_flag_texts
+
+    remember_flag_texts()
+    megatron.training.arguments.add_megatron_arguments(argparse.ArgumentParser())
+    find_gpu_by_device_name("")
+    # A search for garbage in a rank would touch, and so copy, every object that this process has: a third of its time.
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # else the end of a process reports them as leaked
 
 
 def serve() -> dict[str, Any] | None:
