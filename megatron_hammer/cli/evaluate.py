@@ -34,6 +34,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tasks-dir", metavar="DIR", help="more task files of lm-eval")
     parser.add_argument("--num-fewshot", nargs="+", type=int, metavar="N", help="examples before a question (0)")
     parser.add_argument("--limit", type=int, metavar="N", help="questions of each task (all)")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of tasks that generate (as each task says)")
     parser.add_argument(
         "--bos",
         choices=["auto", "bos", "eod", "none"],
@@ -80,6 +81,7 @@ def build_suite(arguments: argparse.Namespace) -> EvaluationSuite:
         "tasks_dir": arguments.tasks_dir,
         "num_fewshot": arguments.num_fewshot and tuple(dict.fromkeys(arguments.num_fewshot)),
         "limit": arguments.limit,
+        "max_new_tokens": arguments.max_new_tokens,
         "bos": arguments.bos,
         "applies_chat_template": arguments.apply_chat_template,
         "has_multiturn_fewshot": arguments.fewshot_as_multiturn,
@@ -89,7 +91,7 @@ def build_suite(arguments: argparse.Namespace) -> EvaluationSuite:
         "precision": arguments.precision,
         "max_batch_tokens": arguments.max_batch_tokens,
     }
-    for name, least in (("num_fewshot", 0), ("limit", 1), ("max_batch_tokens", 1)):
+    for name, least in (("num_fewshot", 0), ("limit", 1), ("max_new_tokens", 1), ("max_batch_tokens", 1)):
         numbers = given[name] if isinstance(given[name], tuple) else (given[name],)
         if any(number is not None and number < least for number in numbers):
             flag = name.replace("_", "-")

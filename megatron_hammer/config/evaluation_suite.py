@@ -18,9 +18,10 @@ class EvaluationSuite:
     """tasks: of lm-eval, ours or of tasks_dir. Paths are relative to the folder where the command was started.
 
     num_fewshot: examples before each question; with several numbers, every task is run with each. limit: questions of
-    each task; None: all. bos: the token before a text, BOS or the end-of-document token; auto: what the tokenizer of a
-    Hugging Face folder puts there, and none for other models.
-    platform, precision, max_batch_tokens: of the model; None: their defaults (evaluation/scorers/open_scorer.py).
+    each task; None: all. max_new_tokens: of tasks that generate; None: as each task says. bos: the token before a text,
+    BOS or the end-of-document token; auto: what the tokenizer of a Hugging Face folder puts there, and none for other
+    models. platform, precision, max_batch_tokens: of the model; None: their defaults
+    (evaluation/scorers/open_scorer.py).
     """
 
     tasks: tuple[str, ...]
@@ -28,6 +29,7 @@ class EvaluationSuite:
     tasks_dir: str | None = None
     num_fewshot: tuple[Annotated[int, Ge(0)], ...] = (0,)
     limit: Annotated[int, Ge(1)] | None = None
+    max_new_tokens: Annotated[int, Ge(1)] | None = None
     bos: Literal["auto", "bos", "eod", "none"] = "auto"
     applies_chat_template: bool = False
     has_multiturn_fewshot: bool = True

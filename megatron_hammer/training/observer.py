@@ -223,6 +223,8 @@ class RunObserver:
         """
         if self.plan.evaluation.scored_every_steps is None:
             return
+        if self.is_recorder and self._log is None and not is_stopped():
+            self._open_log()  # a run that had no step left, started again for the scores
         if self.is_recorder:
             self._record_saves()
         while self._max_over_ranks(float(self._scorer is not None and not is_stopped() and self._scorer.is_busy())):

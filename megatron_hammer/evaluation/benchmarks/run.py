@@ -55,6 +55,7 @@ def load_all_tasks(suite: EvaluationSuite) -> list[dict[str, Any]]:
             data_dir=None if suite.data_dir is None else Path(suite.data_dir),
             num_fewshot=num_fewshot,
             runs_code=suite.runs_generated_code,
+            max_new_tokens=suite.max_new_tokens,
         )
         for num_fewshot in suite.num_fewshot
     ]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import (
     handle_stop_sequences,
@@ -56,13 +57,23 @@ class ScoredModel(TemplateLM):  # type: ignore[misc]
         return self.scorer.encoder.sha256
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        text: str = self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
-        return text
+        def render(messages: list[dict[str, str]]) -> str:
+            text: str = self.tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+            return text
+
+        try:
+            return render(chat_history)
+        except TemplateError:
+            if chat_history[0]["role"] != "system" or len(chat_history) < 2:
+                raise
+            # A template without a system role. What the task says there must not be lost, so the user says it.
+            system, user, *rest = chat_history
+            return render([{**user, "content": f"{system['content']}{user['content']}"}, *rest])
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         first = [] if add_special_tokens is False else self._first
@@ -132,7 +143,7 @@ class ScoredModel(TemplateLM):  # type: ignore[misc]
         if room < 1:
             raise ConfigError(
                 f"tasks: new tokens must be fewer than the {self.max_length} that the model reads, got "
-                f"{max_new_tokens}. Set max_gen_toks in the task's generation_kwargs."
+                f"{max_new_tokens}. Pass fewer --max-new-tokens."
             )
         ends = self._list_ends()
 

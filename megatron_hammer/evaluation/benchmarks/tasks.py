@@ -32,7 +32,13 @@ class _Leaf:
 
 
 def load_tasks(
-    names: Sequence[str], *, tasks_dir: Path | None, data_dir: Path | None, num_fewshot: int, runs_code: bool
+    names: Sequence[str],
+    *,
+    tasks_dir: Path | None,
+    data_dir: Path | None,
+    num_fewshot: int,
+    runs_code: bool,
+    max_new_tokens: int | None = None,
 ) -> dict[str, Any]:
     """lm-eval's tasks and groups by name, with their data, as its `evaluate` takes them.
 
@@ -59,6 +65,8 @@ def load_tasks(
         # As lm-eval's command does: a task that fixes 0 examples keeps them.
         if task.get_config("num_fewshot") != 0:
             task.set_config(key="num_fewshot", value=num_fewshot)
+        if max_new_tokens is not None and task.OUTPUT_TYPE == "generate_until":
+            task.set_config(key="generation_kwargs", value={"max_gen_toks": max_new_tokens}, update=True)
         task.set_fewshot_seed(seed=1234)
     return dict(loaded)
 

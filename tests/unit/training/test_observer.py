@@ -183,3 +183,35 @@ def test_without_metrics_path_only_the_terminal_gets_output(tmp_path: Path) -> N
     run.observer.finish()
     assert "1 to 1 of 6" in run.stream.getvalue()
     assert list(tmp_path.iterdir()) == []
+
+
+class CountingScorer:
+    """In the place of CheckpointScorer: busy for some polls."""
+
+    def __init__(self, num_busy: int):
+        self.num_busy, self.calls = num_busy, []
+
+    def is_busy(self) -> bool:
+        self.num_busy -= 1
+        return self.num_busy >= 0
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *values: self.calls.append((name, *values))
+
+
+@pytest.mark.parametrize("has_stopped", [False, True])
+def test_all_ranks_wait_for_the_scores_of_a_run_that_was_not_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_stopped: bool
+) -> None:
+    """Also of a run that has no step left and was started again for them."""
+    monkeypatch.setattr("megatron_hammer.training.observer.SCORES_POLL_INTERVAL_S", 0.0)
+    run, scorer, reduced = Run(tmp_path, iteration=6), CountingScorer(2), []
+    run.observer.plan.evaluation.scored_every_steps = 2
+    run.observer._scorer = scorer
+    run.observer._max_over_ranks = lambda value: reduced.append(value) or value
+    waits: list[int] = []
+    run.observer.wait_for_scores(is_stopped=lambda: has_stopped, on_wait=lambda: waits.append(1))
+    run.observer.finish()
+    assert reduced == ([0.0] if has_stopped else [1.0, 1.0, 0.0])
+    assert len(waits) == len(reduced) - 1
+    assert scorer.calls == ([] if has_stopped else [("begin", 7), ("finish",)])
