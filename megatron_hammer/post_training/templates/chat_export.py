@@ -73,7 +73,11 @@ def require_same_conversations(folder: Path, tokenizer: ChatTokenizer) -> int:
         except ConversationError:
             continue  # a template may change texts, and refuses those then
         found = theirs.apply_chat_template(
-            list(conversation.messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            list(conversation.messages),
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"verbose": False},  # no warning of texts that are longer than the model
         )
         num_conversations += 1
         if (list(found["input_ids"]), list(found["assistant_masks"])) != (ours.ids.tolist(), ours.mask.tolist()):
