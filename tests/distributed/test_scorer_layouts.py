@@ -34,7 +34,7 @@ def expected(models: tuple[Path, Path]) -> Any:
 
 
 def run_layout(path: Path, num_processes: int, tp: int, pp: int, output: Path) -> Any:
-    result = run_program(Path(scorer_ranks.__file__), num_processes, str(path), str(tp), str(pp), str(output))
+    result = run_program(Path(scorer_ranks.__file__), num_processes, str(path), str(tp), str(pp), str(output), "cpu")
     assert result.returncode == 0, result.stderr[-4000:]
     return json.loads(output.read_text())
 

@@ -1,4 +1,4 @@
-"""What every rank of a scored model computes together: `scorer_ranks.py MODEL TP PP OUTPUT`.
+"""What every rank of a scored model computes together: `scorer_ranks.py MODEL TP PP OUTPUT PLATFORM`.
 
 Started by tests/helpers/training_runs.run_program. Rank 0 writes log-probabilities, greedy flags and continuations of
 list_sequences() as JSON, of MODEL twice: the groups of processes must serve one model after the other.
@@ -38,9 +38,9 @@ def measure(scorer: Scorer) -> dict[str, Any]:
 
 
 def main() -> None:
-    path, tp, pp, output = sys.argv[1:]
-    layout = ModelLayout(tensor_model_parallel_size=int(tp), pipeline_model_parallel_size=int(pp))
-    options = ScorerOptions(layout=layout, max_batch_tokens=200)
+    path, tp, pp, output, platform = sys.argv[1:]
+    layout = ModelLayout(tensor_model_parallel_size=int(tp), pipeline_model_parallel_size=int(pp), platform=platform)
+    options = ScorerOptions(layout=layout, precision="fp32", max_batch_tokens=200)
     results = [use_scorer(Path(path), options, measure) for _ in range(2)]
     if results[0] is not None:
         Path(output).write_text(json.dumps(results))

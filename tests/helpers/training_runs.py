@@ -117,9 +117,15 @@ def run_on_pretended_gpus(
     return _start_rank_server(gpu, *(["te"] if has_te else [])).run(num_processes, *flags)
 
 
-def run_program(program: Path, num_processes: int, *flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run a script as the ranks of a run, forked like those of training. variables: more of their environment."""
-    return _start_rank_server().run(num_processes, *flags, program=program, variables=variables)
+def run_program(
+    program: Path, num_processes: int, *flags: str, gpu: str | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a script as the ranks of a run, forked like those of training. variables: more of their environment.
+
+    gpu: the machine pretends to have GPUs of this type.
+    """
+    server = _start_rank_server(*([] if gpu is None else [gpu]))
+    return server.run(num_processes, *flags, program=program, variables=variables)
 
 
 class RankServer:

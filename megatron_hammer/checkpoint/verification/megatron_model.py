@@ -63,7 +63,7 @@ _UNPLANNED_FLAGS = (
 
 @contextlib.contextmanager
 def single_rank(platform: str = "cpu") -> Iterator[None]:
-    """A gloo group of this process alone, with megatron's parallel state and random states on it."""
+    """A process group of this process alone, with megatron's parallel state and random states on it."""
     megatron_compat.install(platform)
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -71,7 +71,8 @@ def single_rank(platform: str = "cpu") -> Iterator[None]:
     with tempfile.TemporaryDirectory() as folder:
         # A file in a private folder, not a TCP port: nothing can collide with another process of the machine.
         store = torch.distributed.FileStore(f"{folder}/store", 1)
-        torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
+        backend = "gloo" if platform == "cpu" else "nccl"
+        torch.distributed.init_process_group(backend, rank=0, world_size=1, store=store)
         try:
             parallel_state.initialize_model_parallel()
             # DotProductAttention enters megatron's tracker of random states around its dropout, in evaluation too.

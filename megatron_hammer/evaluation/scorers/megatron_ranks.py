@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from megatron_hammer.checkpoint.verification.megatron_model import single_rank
+from megatron_hammer.config.connections import set_connections
 from megatron_hammer.config.environment import read_process_place
 from megatron_hammer.errors import USER_ERROR_EXIT_CODE, ConfigError
 from megatron_hammer.platforms import megatron_compat
@@ -118,6 +119,9 @@ def join_ranks(layout: ModelLayout) -> Iterator[ModelRanks]:
     Raises ConfigError if the number of processes does not fit.
     """
     validate_layout(layout)
+    if layout.platform == "cuda":
+        # Megatron refuses tensor parallelism without it on some GPUs; CUDA reads it when it starts.
+        set_connections(("--tensor-model-parallel-size", str(layout.tensor_model_parallel_size)))
     megatron_compat.install(layout.platform)
     # What Megatron says here is about training: its newer model class, and the overlap of gradients.
     logging.getLogger("megatron").setLevel(logging.ERROR)
