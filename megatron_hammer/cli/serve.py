@@ -15,7 +15,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,12 +81,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     require_llama_cpp()
     listener = listen(arguments.host, arguments.port)  # before the conversion: a port in use is said at once
-    with (
-        listener,
-        show_stages() as show,
-        open_gguf(source, arguments.cache_dir, show) as path,
-        open_draft(arguments, show) as draft,
-    ):
+    with listener, ExitStack() as stack:
+        # Only around the conversions: a live line in a terminal takes what is printed to stdout.
+        with show_stages() as show:
+            path = stack.enter_context(open_gguf(source, arguments.cache_dir, show))
+            draft = stack.enter_context(open_draft(arguments, show))
         serve_with_llama_cpp(arguments, path, draft, arguments.name or source.name, keys, listener)
 
 

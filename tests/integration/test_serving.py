@@ -3,6 +3,8 @@
 import concurrent.futures
 import json
 import os
+import pty
+import select
 import shutil
 import signal
 import socket
@@ -385,6 +387,35 @@ def test_a_model_is_loaded_for_one_conversation(gguf: Path, tmp_path: Path) -> N
     result = chat("the fox\n", "--model", gguf, "--threads", "1", cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.strip()
+
+
+def test_a_conversation_in_a_terminal(gguf: Path, tmp_path: Path) -> None:
+    """A terminal of its own, as the progress of a conversion, prompts and Ctrl-C behave otherwise there."""
+    command = [sys.executable, str(ROOT / "tools/chat.py"), "--model", str(gguf), "--threads", "1"]
+    process_id, terminal = pty.fork()
+    if process_id == 0:
+        os.chdir(tmp_path)
+        os.execve(command[0], command, {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "dumb"})
+    try:
+        wait_for(terminal, b"> ")
+        os.write(terminal, b"half a line\x03")
+        wait_for(terminal, b"> ")
+        os.write(terminal, b"the fox\n")
+        wait_for(terminal, b"> ")
+        os.write(terminal, b"/save x.jsonl\n/exit\n")
+        _, status = os.waitpid(process_id, 0)
+    finally:
+        os.close(terminal)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert "the fox" in (tmp_path / "x.jsonl").read_text()
+
+
+def wait_for(terminal: int, text: bytes) -> None:
+    shown, deadline_s = b"", time.monotonic() + 30
+    while text not in shown:
+        assert time.monotonic() < deadline_s, shown
+        if select.select([terminal], [], [], 0.1)[0]:
+            shown += os.read(terminal, 4096)
 
 
 def test_a_chat_without_its_server_is_one_error(server: RunningServer) -> None:
