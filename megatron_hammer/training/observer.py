@@ -244,7 +244,7 @@ class RunObserver:
         self._log.close()
         metrics_path = self._metrics_path()
         curve_path = None
-        if metrics_path is not None and self._log.history:
+        if metrics_path is not None and (self._log.history or self._scorer is not None):
             curve_path = self._draw_curve(metrics_path)
         save_dir = self.plan.checkpoints.save
         self.reporter.show_summary(

@@ -215,3 +215,4 @@ def test_all_ranks_wait_for_the_scores_of_a_run_that_was_not_stopped(
     assert reduced == ([0.0] if has_stopped else [1.0, 1.0, 0.0])
     assert len(waits) == len(reduced) - 1
     assert scorer.calls == ([] if has_stopped else [("begin", 7), ("finish",)])
+    assert (tmp_path / "loss.png").exists() is not has_stopped  # drawn again, with the scores
