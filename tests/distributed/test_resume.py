@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from megatron_hammer.checkpoint.surgery.reshard import TargetLayout, reshard
+from tests.helpers.launched_runs import LaunchedRun, wait_until
 from tests.helpers.training_runs import (
     TOY_MODEL,
     TOY_MOE,
@@ -17,10 +18,10 @@ from tests.helpers.training_runs import (
     read_tracker,
     start,
     train,
-    wait_until,
     wait_until_gone,
     write_toy_data,
 )
+from tests.helpers.training_runs import wait_until as wait_until_started
 
 pytestmark = pytest.mark.distributed
 NUM_STEPS = 24
@@ -66,7 +67,7 @@ def test_kill_minus_nine_and_resume_is_bit_exact(flags: tuple[str, ...], uninter
     process = start(2, *all_flags)
     # any step will do, if it is not so late that the run could end by itself; the message names it
     kill_after = random.randint(SAVE_INTERVAL + 1, NUM_STEPS - SAVE_INTERVAL)
-    wait_until(lambda: has_step(tmp_path / "metrics.jsonl", kill_after), process)
+    wait_until_started(lambda: has_step(tmp_path / "metrics.jsonl", kill_after), process)
     descendants = psutil.Process(process.pid).children(recursive=True)
     assert len(descendants) == 2
     process.kill()  # the launcher alone: its ranks, in sessions of their own, must not train on
@@ -82,15 +83,15 @@ def test_a_scheduler_stops_a_run_after_its_first_save(
 ) -> None:
     """SLURM sends SIGTERM to every process of a job: the launcher, the ranks and what they have started."""
     all_flags = (*flags, *TP2, *saving(tmp_path), "--num-workers", "1")
-    process = start(2, *all_flags)
-    wait_until(lambda: read_tracker(tmp_path) > 0, process)
-    descendants = psutil.Process(process.pid).children(recursive=True)
-    for one in (*descendants, process):
+    job = LaunchedRun("--standalone", "--nproc-per-node", "2", "--", *all_flags)
+    wait_until(lambda: read_tracker(tmp_path) > 0, run=job)
+    launcher = psutil.Process(job.pid)
+    descendants = launcher.children(recursive=True)
+    for one in (*descendants, launcher):
         one.send_signal(signal.SIGTERM)
-    stdout, stderr = process.communicate(timeout=180)
-    assert process.returncode == 128 + signal.SIGTERM, stderr[-3000:]
-    assert "Traceback" not in stderr, stderr[-3000:]
-    assert "the same command continues from there" in stdout
+    assert job.wait() == 128 + signal.SIGTERM, job.log[-3000:]
+    assert "Traceback" not in job.log, job.log[-3000:]
+    assert "the same command continues from there" in job.log
     stopped_at = read_lines(tmp_path / "metrics.jsonl")[-1]["step"]
     assert SAVE_INTERVAL < read_tracker(tmp_path) == stopped_at
     assert wait_until_gone(descendants, timeout_s=60) == []
