@@ -6,7 +6,13 @@ across boundaries in one of four stages differs by 2.8e-3 in the loss and 1.6e-3
 
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
+import torch
+import transformers
+import trl
+from tokenizers import Tokenizer, models
 
 from tests.helpers.fine_tuning import LOSS_TOLERANCE, NORM_TOLERANCE, NUM_CONVERSATIONS, FineTuning
 from tests.helpers.training_runs import read_lines, run, run_program, train
@@ -23,6 +29,29 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> FineTuning:
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> FineTuning:
     return FineTuning(tmp_path_factory.mktemp("gpt2"), "gpt2")
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_trl_has_the_same_loss_and_gradient(llama: FineTuning, tmp_path: Path, is_packed: bool) -> None:
+    """Packed as TRL does it (padding_free): one sequence whose positions begin anew."""
+    records = [
+        {"input_ids": ids.tolist(), "labels": np.where(mask, ids, -100).tolist()} for ids, mask in llama.conversations
+    ]
+    vocabulary = Tokenizer(models.WordLevel({"<pad>": 0, "<end>": 1}, unk_token="<pad>"))
+    trainer = trl.SFTTrainer(
+        model=transformers.AutoModelForCausalLM.from_pretrained(llama.directory / "hf", dtype=torch.float32),
+        args=trl.SFTConfig(
+            output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=len(records), padding_free=is_packed,
+            max_length=None, gradient_checkpointing=False, use_cpu=True, bf16=False, logging_steps=1, report_to=[],
+            save_strategy="no", disable_tqdm=True,
+        ),
+        train_dataset=datasets.Dataset.from_list(records),
+        processing_class=transformers.PreTrainedTokenizerFast(
+            tokenizer_object=vocabulary, pad_token="<pad>", eos_token="<end>"
+        ),
+    )  # fmt: skip
+    trainer.train()
+    llama.assert_equal(trainer.state.log_history[0])
 
 
 LAYOUTS = {

@@ -39,7 +39,7 @@ class FineTuning:
         plan = plan_rows(torch.tensor([len(ids) for ids, _ in conversations]).numpy(), ROWS)
         assert plan.num_rows == 8, "the first batch must hold every conversation once"
         data = write_conversations(directory / "conversations", conversations, vocab_size=VOCAB_SIZE)
-        self.directory = directory
+        self.directory, self.conversations = directory, conversations
         self.flags = (
             *("--load-hf", str(directory / "hf"), "--sft", "--data-path", data, "--seq-length", str(SEQ_LENGTH)),
             *("--split", "100,0,0", "--eval-iters", "0", "--precision", "fp32", "--lr", "3e-3", "--train-iters", "1"),
