@@ -104,7 +104,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-@exit_on_interrupt("nothing was written")
+@exit_on_interrupt("no incomplete folder is left")
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; see --help. Raises PlatformError if AutoRound is not installed."""
