@@ -5,6 +5,7 @@ turn, only answers are written, and an error ends the conversation, so that a sc
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
@@ -20,6 +21,9 @@ HELP = """/reset       begin again, with the same system prompt
 /save FILE   write the conversation as one line of JSON, as the tools for chat data read it
 /exit        end, as Ctrl-D
 Ctrl-C stops an answer. A line that begins with two slashes is sent with one."""
+
+# A model may write any characters, also those with which a terminal is told to move, hide or rename things.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class _End(Exception):
@@ -97,7 +101,7 @@ class TerminalChat:
             with closing(self.client.stream(self.model, [*self.messages, question])) as answer:
                 for part in answer:
                     parts.append(part)
-                    self.out.write(part)
+                    self.out.write(_CONTROLS.sub("\ufffd", part) if self.out.isatty() else part)
                     self.out.flush()
         except KeyboardInterrupt:
             if not self.out.isatty():

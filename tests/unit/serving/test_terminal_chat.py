@@ -117,3 +117,14 @@ def test_a_question_that_the_server_refuses_is_not_part_of_the_conversation() ->
     chat = make_chat(Full(), is_terminal=True)
     chat.run_terminal(read_from(iter(["long"])))
     assert (chat.messages, "error: server: full" in chat.notes.getvalue()) == ([], True)
+
+
+@pytest.mark.parametrize("is_terminal, shown", [(True, "春\ufffd[2J\n\t\n"), (False, "春\x1b[2J\n\t\n")])
+def test_a_model_cannot_steer_the_terminal(is_terminal: bool, shown: str) -> None:
+    class Steering(Model):
+        def stream(self, model: str, messages: list[dict[str, str]]) -> Generator[str]:
+            yield "春\x1b[2J\n\t"
+
+    chat = make_chat(Steering(), is_terminal=is_terminal)
+    chat.run_pipe(iter(["one"]))
+    assert (chat.out.getvalue(), chat.messages[-1]["content"]) == (shown, "春\x1b[2J\n\t")
