@@ -18,7 +18,7 @@ from megatron_hammer.errors import ConversionError
 from megatron_hammer.model.shape import ModelShape, RopeScaling
 
 # What this package adds to the arguments, beside its flags.
-_OWN_NAMES = frozenset({"imported_from"})
+_OWN_NAMES = frozenset({"imported_from", "is_sft"})
 _CAN_BE_EMPTY = (bool, int, float, str, list, tuple, dict, set)  # what is false of these types is not set
 
 

@@ -268,3 +268,7 @@ def test_a_set_argument_that_no_table_knows_is_refused_by_name_unless_it_is_igno
 def test_sizes_that_are_missing_or_no_numbers_are_one_sentence(value):
     with pytest.raises(ConversionError, match=rf"^arguments: must hold the sizes .*hidden_size={value!r}"):
         read_saved_model(toy_arguments(hidden_size=value))
+
+
+def test_what_our_training_notes_in_the_arguments_is_known():
+    assert read_saved_model(toy_arguments(is_sft=True, imported_from="hf")) == read_saved_model(toy_arguments())
