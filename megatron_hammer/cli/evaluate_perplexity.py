@@ -15,14 +15,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_hammer.errors import ConfigError, exit_on_user_error
+from megatron_hammer.errors import CheckpointError, ConfigError, HammerError, exit_on_user_error
 from megatron_hammer.files.command_line import CommandParser, importing
 from megatron_hammer.files.progress import show_stages
 from megatron_hammer.files.tables import build_table, open_console, print_json
 
 with importing():
     from megatron_hammer.checkpoint_files.iterations import list_iterations
-    from megatron_hammer.evaluation.perplexity.domains import Domain, DomainOptions, read_domain
+    from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
+    from megatron_hammer.evaluation.perplexity.domains import Domain, DomainOptions, is_pair, read_domain
     from megatron_hammer.evaluation.perplexity.measure import (
         BOS_POLICIES,
         MeasureOptions,
@@ -83,6 +84,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("tensor", "pipeline"):
         if (value := getattr(arguments, f"{name}_model_parallel_size")) < 1:
             parser.error(f"--{name}-model-parallel-size must be at least 1, got {value}")
+    if arguments.save_dir is not None and arguments.save_dir.exists() and not arguments.save_dir.is_dir():
+        parser.error(f"--save-dir must be a folder, got the file {arguments.save_dir}")
     if not arguments.models and arguments.load is None:
         parser.error("--models or --load must be given, got neither")
     if arguments.iterations is not None and arguments.load is None:
@@ -122,30 +125,48 @@ def main(argv: Sequence[str] | None = None) -> None:
 def list_models(arguments: argparse.Namespace) -> list[NamedModel]:
     """The models of the command line, then the iterations of --load; raises ConfigError for what is not there."""
     named = list(map(split_name, arguments.models))
-    last_parts = [Path(path).name for _, path in named]
-    # Folders of one name in different places are called by their whole path.
+    if arguments.load is not None:
+        named.append((None, str(arguments.load)))
+    # A folder that is called as another model is called by its whole path.
+    names = [name or Path(path).name for name, path in named]
     models = [
-        NamedModel(Path(path), name or (path if last_parts.count(Path(path).name) > 1 else None))
-        for name, path in named
+        NamedModel(Path(path), name or (path if names.count(Path(path).name) > 1 else None)) for name, path in named
     ]
     names = [model.name for model in models if model.name is not None]
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"models: names must differ, got {name} twice. Pass NAME=PATH.")
-    for model in models:
-        find_kind(model.path)  # before the first one is computed
-    if arguments.load is None:
-        return models
-    if arguments.iterations is None:
-        return [*models, NamedModel(arguments.load)]
-    present = list(list_iterations(arguments.load))
-    asked = present if arguments.iterations == "all" else [one.strip() for one in arguments.iterations.split(",")]
-    if not present or any(str(one) not in map(str, present) for one in asked):
+    if arguments.iterations is not None:
+        run = models.pop()
+        models += [
+            NamedModel(run.path, run.name and f"{run.name}@{iteration}", iteration)
+            for iteration in select_iterations(run.path, arguments.iterations)
+        ]
+    problems: list[str] = []
+    for model in models:  # before the first one is computed
+        try:
+            if find_kind(model.path) == "megatron":
+                open_checkpoint(model.path, iteration=model.iteration)
+        except HammerError as error:
+            problems += error.problems
+    if problems:
+        raise CheckpointError(*problems)
+    return models
+
+
+def select_iterations(run: Path, text: str) -> list[int]:
+    """`all` or 1000,2000 as iterations that are there, each once; raises ConfigError.
+
+    all: but for empty folders, which Megatron makes before it saves.
+    """
+    present = [iteration for iteration, folder in list_iterations(run).items() if any(folder.iterdir())]
+    asked = list(map(str, present)) if text == "all" else [one.strip() for one in text.split(",")]
+    if not present or not set(asked) <= set(map(str, present)):
         raise ConfigError(
-            f"iterations: must be all or among those of {arguments.load}, got {arguments.iterations}; there are "
+            f"iterations: must be all or among those of {run}, got {text}; there are "
             f"{', '.join(map(str, present)) or 'none'}. Choose of them."
         )
-    return [*models, *(NamedModel(arguments.load, iteration=int(one)) for one in asked)]
+    return list(dict.fromkeys(map(int, asked)))
 
 
 def read_domains(arguments: argparse.Namespace) -> list[Domain]:
@@ -155,6 +176,11 @@ def read_domains(arguments: argparse.Namespace) -> list[Domain]:
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"domains: names must differ, got {name} twice. Pass NAME=INPUT.")
+    if arguments.data_tokenizer is not None and not any(is_pair(source) for _, source in named):
+        raise ConfigError(
+            f"data-tokenizer: is for domains that are .bin/.idx pairs, got {arguments.data_tokenizer} without one. "
+            "Drop it, or pass the prefix of a pair."
+        )
     options = DomainOptions(
         json_key=arguments.json_key,
         max_characters=arguments.max_characters,
@@ -192,12 +218,12 @@ def print_results(results: Sequence[ModelScores], reference: str, arguments: arg
     """Tables or JSON on stdout, notes on stderr, and the files of --save-dir."""
     for note in list_notes(results):
         print(f"note: {note}", file=sys.stderr)
-    if arguments.save_dir is not None:
-        for path in write_report(arguments.save_dir, results, reference):
-            print(f"wrote {path}", file=sys.stderr)
     if arguments.json:
         print_json(describe(results, reference))
-        return
-    console = open_console()
-    for table in build_tables(results, reference):
-        console.print(build_table(table.title, table.columns, table.rows))
+    else:
+        console = open_console()
+        for table in build_tables(results, reference):
+            console.print(build_table(table.title, table.columns, table.rows))
+    if arguments.save_dir is not None:  # last, for a folder that cannot be written
+        for path in write_report(arguments.save_dir, results, reference):
+            print(f"wrote {path}", file=sys.stderr)

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import models, pre_tokenizers
 
-from megatron_hammer.cli.evaluate_perplexity import main
+from megatron_hammer.cli.evaluate_perplexity import list_models, main, parse_arguments
 from tests.helpers.scored_models import write_hf_model
 from tests.helpers.toy_checkpoint import toy_llama_tensors, write_toy_checkpoint
 from tests.helpers.toy_model import toy_arguments
@@ -111,6 +112,10 @@ def test_a_document_without_a_number_is_named_and_not_averaged(
          "got 1 x 2 with 1. Start the command with torchrun --nproc-per-node 2"),
         (["--models", "{folder}/hf", "--stride", "81", "--domains", "{folder}/lazy.jsonl"], "got stride=81"),
         (["--models", "{folder}/hf", "--stride", "0", "--domains", "{folder}/lazy.jsonl"], "must be at least 1, got 0"),
+        (["--models", "{folder}/hf", "--data-tokenizer", "{folder}/hf", "--domains", "{folder}/lazy.jsonl"],
+         "data-tokenizer: is for domains that are"),
+        (["--models", "{folder}/hf", "--save-dir", "{folder}/lazy.jsonl", "--domains", "{folder}/lazy.jsonl"],
+         "--save-dir must be a folder, got the file"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_sentence(
@@ -128,13 +133,39 @@ def test_a_mistake_is_one_sentence(
 def test_what_was_measured_before_a_mistake_is_not_lost(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    # Only its weights show that the second model does not load.
+    damaged = shutil.copytree(folder / "hf", tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes(b"")
     with pytest.raises(SystemExit):
-        main(["--models", str(folder / "hf"), str(folder / "letters"), "--domains", str(folder / "lazy.jsonl"),
+        main(["--models", str(folder / "hf"), str(damaged), "--domains", str(folder / "lazy.jsonl"),
               "--save-dir", str(tmp_path)])  # fmt: skip
     printed = capsys.readouterr()
     assert [row["model"] for row in csv.DictReader((tmp_path / "perplexity.csv").open())] == ["hf"]
     assert printed.err.splitlines()[-1].startswith("error: ")
     assert "bits per byte" in printed.out
+
+
+def test_every_checkpoint_is_opened_before_the_first_is_computed(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    (run / "iter_0000030").mkdir()  # empty, as while Megatron saves
+    arguments = parse_arguments(["--load", str(run), "--iterations", "all", "--domains", "x"])
+    assert [model.iteration for model in list_models(arguments)] == [10, 20]
+    arguments.iterations, arguments.models = "20, 10,20", [str(folder / "run")]
+    assert [(model.name, model.iteration) for model in list_models(arguments)] == [
+        (str(folder / "run"), None), (f"{run}@20", 20), (f"{run}@10", 10),
+    ]  # fmt: skip
+    for name in ("iter_0000015", "iter_0000025"):  # half copied
+        (run / name).mkdir()
+        (run / name / "common.pt").touch()
+    with pytest.raises(SystemExit):
+        main(["--load", str(run), "--iterations", "all", "--domains", str(folder / "lazy.jsonl")])
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert [line.split(": ")[1] for line in printed.err.splitlines()] == [
+        str(run / name / ".metadata") for name in ("iter_0000015", "iter_0000025")
+    ]
 
 
 def test_a_checkpoint_with_infinite_weights_is_named(

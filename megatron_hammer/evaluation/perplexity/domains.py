@@ -40,8 +40,7 @@ def read_domain(name: str, source: str, options: DomainOptions) -> Domain:
 
     Raises DataError if it cannot be read or has no text, ConfigError for a pair without pair_encoder.
     """
-    is_pair = Path(f"{source}.idx").is_file()
-    found = _read_pair(source, options.pair_encoder) if is_pair else read_documents([source], options.json_key)
+    found = _read_pair(source, options.pair_encoder) if is_pair(source) else read_documents([source], options.json_key)
     documents, num_skipped = [], 0
     for document in itertools.islice(found, options.max_documents):
         text = document.text[: options.max_characters]
@@ -54,6 +53,11 @@ def read_domain(name: str, source: str, options: DomainOptions) -> Domain:
     skipped = f"; {num_skipped:,} empty ones left out" if num_skipped else ""
     note = f"{name}: {len(documents):,} documents of {source}{cut}{skipped}"
     return Domain(name=name, documents=tuple(documents), note=note)
+
+
+def is_pair(source: str) -> bool:
+    """Whether it is the prefix of a .bin/.idx pair."""
+    return Path(f"{source}.idx").is_file()
 
 
 def _read_pair(prefix: str, encoder: Encoder | None) -> Iterator[Document]:

@@ -58,23 +58,25 @@ def estimate_domain(losses: DocumentLosses) -> DomainEstimates:
     columns = np.stack([nats, losses.num_bytes, losses.num_reference_tokens], axis=1)
     sums = np.stack([counts @ columns for counts in counts_of])
     total_nats, total_bytes, total_tokens = columns.sum(0)
-    log_resamples = sums[:, 0] / sums[:, 2]
-    return DomainEstimates(
-        _estimate(np.exp(total_nats / total_tokens), np.exp(log_resamples), num_documents),
-        _estimate(total_nats / np.log(2) / total_bytes, sums[:, 0] / np.log(2) / sums[:, 1], num_documents),
-        log_resamples,
-    )
+    # A resample without tokens has no figure, and a loss of thousands of nats per token is an infinite perplexity.
+    with np.errstate(all="ignore"):
+        log_resamples = sums[:, 0] / sums[:, 2]
+        return DomainEstimates(
+            _estimate(np.exp(total_nats / total_tokens), np.exp(log_resamples), num_documents),
+            _estimate(total_nats / np.log(2) / total_bytes, sums[:, 0] / np.log(2) / sums[:, 1], num_documents),
+            log_resamples,
+        )
 
 
 def average_perplexity(perplexities: Sequence[float]) -> float:
-    """The geometric mean: the perplexity of the mean loss. Values that are not finite are left out; NaN without any."""
-    finite = [value for value in perplexities if np.isfinite(value)]
-    return float(np.exp(np.mean(np.log(finite)))) if finite else float("nan")
+    """The geometric mean: the perplexity of the mean loss. NaN is left out; NaN where nothing else is there."""
+    known = [value for value in perplexities if not np.isnan(value)]
+    return float(np.exp(np.mean(np.log(known)))) if known else float("nan")
 
 
 def estimate_average(domains: Sequence[DomainEstimates]) -> Estimate:
     """The average over the domains that have a figure, whose documents are resampled independently."""
-    known = [domain for domain in domains if np.isfinite(domain.perplexity.value)]
+    known = [domain for domain in domains if not np.isnan(domain.perplexity.value)]
     value = average_perplexity([domain.perplexity.value for domain in known])
     if not known or any(np.isnan(domain.perplexity.low) for domain in known):
         return Estimate(value, np.nan, np.nan)

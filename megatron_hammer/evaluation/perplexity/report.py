@@ -70,7 +70,6 @@ def list_notes(models: Sequence[ModelScores]) -> list[str]:
 
 def write_report(save_dir: Path, models: Sequence[ModelScores], reference: str) -> list[Path]:
     """Write perplexity.md, .csv, .json and .png at once; returns their paths. Raises OutputError if it cannot."""
-    save_dir.mkdir(parents=True, exist_ok=True)
     contents: dict[Path, str | bytes] = {
         save_dir / "perplexity.md": format_markdown(build_tables(models, reference), list_notes(models)),
         save_dir / "perplexity.csv": format_csv(CSV_COLUMNS, [row for model in models for row in _list_rows(model)]),

@@ -37,6 +37,17 @@ def test_one_document_without_a_number_leaves_no_figure() -> None:
     assert math.isnan(average_perplexity([math.nan]))
 
 
+@pytest.mark.filterwarnings("error")
+def test_an_infinite_perplexity_is_averaged_and_a_document_without_tokens_leaves_no_interval() -> None:
+    huge = estimate_domain(make_losses([9e5, 8e5], [40, 9], [10, 3]))
+    assert huge.perplexity.value == math.inf
+    assert estimate_average([huge, estimate_domain(make_losses([30.0, 5.0], [40, 9], [10, 3]))]).value == math.inf
+    # Of one character behind nothing: the resample that draws it twice has no tokens.
+    found = estimate_domain(make_losses([30.0, 0.0], [40, 1], [10, 0]))
+    assert found.perplexity.value == pytest.approx(math.exp(3))
+    assert math.isnan(found.perplexity.low)
+
+
 def test_the_interval_covers_the_mean_as_often_as_it_says() -> None:
     generator = np.random.default_rng(0)
     num_covered, num_trials = 0, 60

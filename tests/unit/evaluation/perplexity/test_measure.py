@@ -1,5 +1,6 @@
 """Windows, what stands before a document, and documents without a number."""
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,3 +120,14 @@ def test_windows_that_cannot_be_are_refused(encoder: Encoder, max_length: int, s
     options = MeasureOptions(max_length=max_length, stride=stride)
     with pytest.raises(ConfigError, match=f"stride, max-length: must be 1 <= .* <= 8 of plain, got .*={max_length}"):
         measure_model(PlainScorer(encoder), [make_domain("abc")], options, reference=encoder)
+
+
+def test_texts_that_the_tokenizer_changes_are_counted_in_a_note(tmp_path: Path) -> None:
+    path = write_byte_tokenizer(tmp_path) / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": {"type": "NFKC"}}))
+    domain = make_domain("１２ Ａ", "é 👨‍👩‍👧\n", "12 A")
+    scores = measure_model(
+        PlainScorer(load_encoder(path)), [domain], MeasureOptions(bos="bos"), reference=load_encoder(path)
+    )
+    (note,) = scores.notes
+    assert "1 of 3 documents of zh lose characters in its tokenizer, the first at zh.jsonl:1" in note
