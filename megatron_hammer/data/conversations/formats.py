@@ -26,6 +26,7 @@ ROLES = {
 }
 ROLE_BY_NAME = {name: role for role, names in ROLES.items() for name in names}
 TURN_KEYS = ("messages", "conversations", "conversation")
+SYSTEM_KEYS = ("system", "system_prompt")
 # Of one question and one answer; the first three are also those of tiny-llm-zh, Open-Llama and Firefly.
 PAIRS = (
     ("question", "answer"),
@@ -33,6 +34,7 @@ PAIRS = (
     ("input", "target"),
     ("prompt", "response"),
     ("query", "response"),
+    ("question", "response"),
     ("instruction", "response"),
 )
 # BELLE and Open-Llama write a dialogue into one instruction, which ends where the answer begins.
@@ -73,16 +75,27 @@ def parse_record(kind: BlockKind, payload: bytes | bytearray | Fields) -> Fields
     if kind is BlockKind.TEXT:
         raise _bad("file must hold JSON or Parquet records, got plain text")
     try:
-        fields = orjson.loads(payload)
+        orjson.loads(payload)
     except orjson.JSONDecodeError:
         try:
-            fields = parse_json_object(payload)
+            parse_json_object(payload)
         except BadRecordError as error:
             raise ConversationError("bad-record", str(error).split(". ")[0]) from error
+    # orjson is strict; this one can tell that a name occurs twice, of which every parser drops one.
+    fields = json.loads(payload, object_pairs_hook=_refuse_repeats)
     if isinstance(fields, list):
         return {"messages": fields}
     if not isinstance(fields, dict):
         raise _bad(f"record must be a JSON object, got {name_of_type(fields)}")
+    return fields
+
+
+def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise _bad(f"field {json.dumps(repeated)} must occur once in an object, got it again", "Keep one of them")
     return fields
 
 
@@ -147,6 +160,8 @@ def _read_alpaca(fields: Fields) -> list[Message]:
     output = _require(fields, ("output",), str)
     instruction = _require(fields, ("instruction",), str)
     if instruction.startswith("Human:") and instruction.rstrip().endswith("Assistant:"):
+        if more := next((name for name in ("input", "history") if fields.get(name)), None):
+            raise _bad(f'field "{more}" must be empty beside a dialogue in the instruction, got one', "Move it there")
         return [*_split_dialogue(instruction), _say("assistant", output)]
     return [*_read_history(fields), *_read_question(fields), _say("assistant", output)]
 
@@ -158,7 +173,8 @@ def _read_pair(fields: Fields) -> list[Message]:
     if all(isinstance(fields[name], list) for name in pair):  # as TRL has them
         return [message for name in pair for message in _read_turns(fields[name])]
     question, answer = (_require(fields, (name,), str) for name in pair)
-    return [*_read_history(fields), _say("user", question), _say("assistant", answer)]
+    asked = _read_question(fields) if pair[0] == "instruction" else [_say("user", question)]
+    return [*_read_history(fields), *asked, _say("assistant", answer)]
 
 
 def _read_open_llama(fields: Fields) -> list[Message]:
@@ -184,9 +200,11 @@ FORMATS: dict[str, Callable[[Fields], list[Message]]] = {
 
 def _complete(messages: list[Message], fields: Fields, system: str | None) -> Conversation:
     """Add the system text, and refuse turns without text."""
-    own = _require(fields, ("system",), str) if fields.get("system") else None
-    if own is not None and messages[:1] and messages[0]["role"] == "system":
-        raise _bad('record must have one system text, got the field "system" and a system message')
+    names = [name for name in SYSTEM_KEYS if fields.get(name)]
+    own = _require(fields, names, str) if names else None
+    if len(names) > 1 or (own is not None and messages[:1] and messages[0]["role"] == "system"):
+        other = names[1:2] or ["a system message"]
+        raise _bad(f'record must have one system text, got the field "{names[0]}" and {other[0]}')
     text = own or system
     # An empty system text says nothing; templates would still write a turn for it.
     messages = [message for message in messages if message["role"] != "system" or message["content"].strip()]
@@ -214,25 +232,33 @@ def _read_turns(turns: Any) -> list[Message]:
 def _read_turn(turn: Any, number: int) -> Message:
     if not isinstance(turn, dict):
         raise _bad(f"turn {number} must be an object, got {name_of_type(turn)}")
+    if twice := next((pair for pair in (("role", "from"), ("content", "value")) if turn.keys() >= {*pair}), None):
+        raise _bad(f'turn {number} must have one of "{twice[0]}" and "{twice[1]}", got both', "Keep one of them")
     name, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if name not in ROLE_BY_NAME:
+    if not isinstance(name, str) or name not in ROLE_BY_NAME:
         raise _bad(f"turn {number} must have one of the roles {', '.join(ROLE_BY_NAME)}, got {name!r}")
     if turn.get("weight", 1) != 1:
         raise _bad(f"turn {number} must have weight 1, got {turn['weight']}: every answer is learned", "Leave it out")
     message: Message = {"role": ROLE_BY_NAME[name], "content": _read_content(content, number)}
-    calls = turn.get("tool_calls") or ([_parse(content, dict, number)] if name == "function_call" else [])
+    calls = turn.get("tool_calls") or ([turn["function_call"]] if turn.get("function_call") else [])
+    calls = calls or ([_parse(content, dict, number)] if name == "function_call" else [])
+    if not isinstance(calls, list):
+        raise _bad(f"turn {number} must have a list of tool calls, got {name_of_type(calls)}")
     if calls:
         message["tool_calls"] = [_read_call(call, number) for call in calls]
         message["content"] = "" if name == "function_call" else message["content"]
     # What else templates may read, such as reasoning_content and the name of a tool.
-    known = ("role", "from", "content", "value", "tool_calls", "weight")
+    known = ("role", "from", "content", "value", "tool_calls", "function_call", "weight")
     return message | {key: value for key, value in turn.items() if key not in known and value is not None}
 
 
 def _read_content(content: Any, number: int) -> str:
     """A text; or its parts, as in OpenAI's format."""
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(str(part.get("text", "")) for part in content)
+    parts = content if isinstance(content, list) else []
+    if parts and all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
+        if wrong := [part.get("text") for part in parts if not isinstance(part.get("text"), str)]:
+            raise _bad(f"turn {number} must have parts with a text, got {name_of_type(wrong[0])}")
+        content = "".join(part["text"] for part in parts)
     if content is not None and not isinstance(content, str):
         raise _bad(f"turn {number} must be text, got {name_of_type(content)} or parts of another type than text")
     return _require_unicode(content or "", f"turn {number}")
@@ -268,18 +294,18 @@ def _read_answer(fields: Fields, name: str) -> list[Message]:
 
 
 def _read_question(fields: Fields) -> list[Message]:
-    """The user's part of a record without turns; alpaca's input stands below its instruction."""
+    """The user's part of a record without turns; alpaca's input and Dolly's context stand below the instruction."""
     name = next((name for name in ("instruction", "prompt", "question", "query") if name in fields), None)
     if name is None:
         return []
-    addition = fields.get("input") if name == "instruction" else None
-    text = _require(fields, (name,), str)
-    return [_say("user", f"{text}\n{_require(fields, ('input',), str)}" if addition else text)]
+    additions = [below for below in ("input", "context") if name == "instruction" and fields.get(below)]
+    texts = [_require(fields, (one,), str) for one in (name, *additions)]
+    return [_say("user", "\n".join(filter(None, texts)))]
 
 
 def _read_history(fields: Fields) -> list[Message]:
     messages = []
-    for number, pair in enumerate(fields.get("history") or [], start=1):
+    for number, pair in enumerate(_require(fields, ("history",), list) if fields.get("history") else [], start=1):
         if not isinstance(pair, list) or len(pair) != 2:
             raise _bad(f'field "history" must hold pairs of question and answer, got another entry {number}')
         messages += [
@@ -325,7 +351,7 @@ def _require_unicode(text: str, where: str) -> str:
 def _parse(text: Any, kind: type, number: int | None) -> Any:
     where = 'field "tools"' if number is None else f"the call of turn {number}"
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_refuse_repeats)
     except (TypeError, ValueError, RecursionError) as error:
         raise _bad(f"{where} must be JSON, got {str(text)[:60]!r}") from error
     if not isinstance(value, kind):

@@ -33,6 +33,22 @@ RECORDS: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
         {"instruction": "Add.", "input": "1 and 1", "output": "2"},
         [say("user", "Add.\n1 and 1"), say("assistant", "2")],
     ),
+    "alpaca with nothing but an input": ("auto", {"instruction": "", "input": "1 + 1?", "output": "2"}, ONE_TURN),
+    "Dolly": (
+        "auto",
+        {"instruction": "Add.", "context": "1 and 1", "response": "2", "category": "math"},
+        [say("user", "Add.\n1 and 1"), say("assistant", "2")],
+    ),
+    "an instruction with an input and a response": (
+        "question-answer",
+        {"instruction": "Add.", "input": "1 and 1", "response": "2"},
+        [say("user", "Add.\n1 and 1"), say("assistant", "2")],
+    ),
+    "OpenOrca": (
+        "auto",
+        {"system_prompt": "Be brief.", "question": "1 + 1?", "response": "2"},
+        [say("system", "Be brief."), *ONE_TURN],
+    ),
     "alpaca with history and system": (
         "auto",
         {"instruction": "sure?", "output": "yes", "history": [["1 + 1?", "2"]], "system": "Be brief."},
@@ -78,6 +94,11 @@ RECORDS: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
         },
         [ONE_TURN[0], say("assistant", "", tool_calls=[CALL]), say("tool", "2", tool_call_id="x")],
     ),
+    "messages with OpenAI's older calls": (
+        "auto",
+        {"messages": [ONE_TURN[0], say("assistant", "Let me see.", function_call=AS_TEXT)]},
+        [ONE_TURN[0], say("assistant", "Let me see.", tool_calls=[CALL])],
+    ),
     "messages of system only parts": ("auto", {"messages": [say("system", " "), *ONE_TURN]}, ONE_TURN),
     "tiny-llm-zh": ("auto", {"question": "1 + 1?", "answer": "2"}, ONE_TURN),
     "Firefly": ("question-answer", {"kind": "math", "input": "1 + 1?", "target": "2"}, ONE_TURN),
@@ -120,6 +141,26 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no messages": ({"messages": []}, r"must have a message, got none"),
     "a turn that is no object": ({"messages": ["hi"]}, r"turn 1 must be an object, got a string"),
     "an unknown role": ({"messages": [say("narrator", "x")]}, r"one of the roles system, .*, got 'narrator'"),
+    "a list as a role": ({"messages": [{"role": ["user"], "content": "x"}]}, r"turn 1 must have .*, got \['user'\]"),
+    "two texts": ({"messages": [say("user", "x", value="y")]}, r'one of "content" and "value", got both'),
+    "a part without a text": (
+        {"messages": [say("user", [{"type": "text", "text": None}])]},  # type: ignore[arg-type]
+        r"turn 1 must have parts with a text, got null",
+    ),
+    "calls of another kind": ({"messages": [say("assistant", "x", tool_calls=7)]}, r"a list of tool calls, got a num"),
+    "a call with a name twice": (
+        {"messages": [say("assistant", "", tool_calls=[{"name": "add", "arguments": '{"a": 1, "a": 2}'}])]},
+        r'field "a" must occur once in an object, got it again',
+    ),
+    "a history of another kind": ({"prompt": "a", "response": "b", "history": 5}, r'field "history" must be a list'),
+    "a dialogue and an input": (
+        {"instruction": "Human: a\nAssistant:", "input": "lost", "output": "b"},
+        r'field "input" must be empty beside a dialogue',
+    ),
+    "two names of a system text": (
+        {"system": "a", "system_prompt": "b", "question": "a", "answer": "b"},
+        r'one system text, got the field "system" and system_prompt',
+    ),
     "no role": ({"messages": [{"content": "x"}]}, r"got None"),
     "an image": ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, r"turn 1 must be text, got a list"),
     "a number": ({"question": 1, "answer": "a"}, r'field "question" must be a string, got a number'),
@@ -166,6 +207,7 @@ def test_records_are_parsed() -> None:
         (BlockKind.LINES, b'{"a": ', "invalid JSON"),
         (BlockKind.LINES, b"\n", "got a blank line"),
         (BlockKind.LINES, b"3", "must be a JSON object, got a number"),
+        (BlockKind.LINES, b'{"messages": [{"content": "a", "content": "b"}]}', 'field "content" must occur once'),
     ):
         with pytest.raises(ConversationError, match=match):
             parse_record(kind, payload)
