@@ -11,6 +11,7 @@ import itertools
 import json
 import re
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,6 +97,7 @@ class ChatTokenizer:
         rendered, spans = self.render(_map_texts(conversation, self._mark))
         text, spans = self._replace_controls(rendered, spans)
         self._refuse_lost_text(conversation, rendered.replace(MARK, ""))
+        self._refuse_changed_turns(conversation)
         num_answers = sum(message.get("role") == ASSISTANT for message in conversation.messages)
         if not num_answers:
             raise ConversationError("nothing-to-learn", "conversation must have a turn of the assistant, got none")
@@ -188,12 +190,33 @@ class ChatTokenizer:
 
     def _refuse_lost_text(self, conversation: Conversation, rendered: str) -> None:
         """A template can leave out what it does not know, such as tools or reasoning, without any error."""
-        for text in _list_required(conversation):
-            if text not in rendered and json.dumps(text, ensure_ascii=False)[1:-1] not in rendered:
+        # As often as it is said: an answer may repeat what the user wrote, and be left out none the less.
+        for text, count in Counter(_list_required(conversation)).items():
+            spellings = {text, json.dumps(text, ensure_ascii=False)[1:-1]}
+            if sum(map(rendered.count, spellings)) < count:
                 raise ConversationError(
                     "text-lost",
                     f"chat template {self.template.name} must write every text, got {text[:60]!r}, which it leaves out "
                     "or changes",
+                )
+
+    def _refuse_changed_turns(self, conversation: Conversation) -> None:
+        """The proof is about plain turns; tools and calls may make a template write a turn otherwise once it is over.
+
+        Such as one that moves the schemas of tools to the last question.
+        """
+        messages = conversation.messages
+        if not (conversation.tools or any(message.keys() - {"role", "content"} for message in messages)):
+            return
+        answers = [number for number, message in enumerate(messages, start=1) if message["role"] == ASSISTANT]
+        whole, _ = self.render(conversation)
+        for number in answers[:-1]:
+            part, _ = self.render(Conversation(messages[:number], conversation.tools))
+            if not whole.startswith(part):
+                raise ConversationError(
+                    "refused-by-template",
+                    f"chat template {self.template.name} must write a turn alike whatever follows it, got another text "
+                    f"for the first {number} of {len(messages)} turns",
                 )
 
 
@@ -270,7 +293,9 @@ def _refuse_bad_texts(conversation: Conversation) -> None:
 def _list_required(conversation: Conversation) -> Iterator[str]:
     """The texts that a rendered conversation must hold, without the spaces around them, which templates may trim."""
     for message in conversation.messages:
-        values = [message.get(name) for name in ("content", *REASONING_NAMES)]
+        # The same reasoning is often stored under several names.
+        reasons = [message.get(name) for name in REASONING_NAMES]
+        values = [message.get("content"), *(said for place, said in enumerate(reasons) if said not in reasons[:place])]
         for call in message.get("tool_calls") or []:
             values += [call["function"]["name"], call["function"]["arguments"]]
         yield from (text.strip() for text in _list_texts(values))

@@ -4,6 +4,7 @@ The field's silent failures: an end-of-turn token that is never learned, so that
 user's words; a control token that is several tokens of text; a conversation that reads otherwise once it continues.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -15,6 +16,10 @@ from megatron_hammer.post_training.templates.chat_template import CONTROL_FORM
 from megatron_hammer.post_training.templates.chat_tokenizer import ASSISTANT, PLAIN_PROBE, ChatTokenizer
 
 QUESTION, ANSWER, SYSTEM = "quux question", "corge answer", "grault system"
+
+JINJA_COMMENT = re.compile(r"{#.*?#}", re.DOTALL)
+# What Jinja and transformers offer that is another text each time: a date, a random choice, a random text.
+CHANGING = re.compile(r"\b(strftime_now|lipsum)\b|\|\s*(random)\b")
 
 
 def prove_template(tokenizer: ChatTokenizer) -> tuple[int, ...]:
@@ -30,15 +35,16 @@ def prove_template(tokenizer: ChatTokenizer) -> tuple[int, ...]:
     probes = list_probes(tokenizer)
     if problems := [*_list_missing_variables(tokenizer), *_list_missing_tokens(tokenizer, probes)]:
         raise DataError(*problems)
-    if "strftime_now" in tokenizer.template.text:
+    if changing := CHANGING.search(JINJA_COMMENT.sub("", tokenizer.template.text)):
         raise ConfigError(
-            f"{name}: chat template must render alike at any time, got strftime_now. Write a fixed date, or none."
+            f"{name}: chat template must render alike at any time, got {changing[1] or changing[2]}. Write a fixed "
+            "text, or none."
         )
     # One group after another: with wrong marks, for instance, the beginnings of turns mean nothing.
     for problems in (
         [problem for probe in probes for problem in _list_mask_problems(tokenizer, probe)],
         [problem for probe in probes for problem in _list_prefix_problems(tokenizer, probe)],
-        _list_boundary_problems(tokenizer),
+        _list_boundary_problems(tokenizer, probes[-1]),
     ):
         if problems:
             raise ConfigError(*dict.fromkeys(problems))
@@ -111,11 +117,13 @@ def _list_mask_problems(tokenizer: ChatTokenizer, probe: Conversation) -> Iterat
         header, _ = tokenizer.render(Conversation(probe.messages[:number]), add_generation_prompt=True)
         if ANSWER not in said:
             yield f"{where} mark the assistant's text, got {said!r} between the marks. Move them."
-        elif not any(said.endswith(token) for token in tokenizer.controls):
+        elif not (ends := [token for token in tokenizer.controls if said.endswith(token)]):
             yield (
                 f"{where} end the assistant's turn with a control token inside the marks, got {said[-20:]!r} at the "
                 "end: the model would never learn to stop. Write its end-of-turn token before {% endgeneration %}."
             )
+        elif said.count(end := max(ends, key=len)) > 1:
+            yield f"{where} write {end} once in a turn, got {said[:40]!r}: the model would stop there. Keep the last."
         elif header != rendered[:start]:
             yield (
                 f"{where} begin the marks where its generation prompt ends, got {header[-40:]!r} as a prompt and "
@@ -136,17 +144,18 @@ def _list_prefix_problems(tokenizer: ChatTokenizer, probe: Conversation) -> Iter
                 )
 
 
-def _list_boundary_problems(tokenizer: ChatTokenizer) -> list[str]:
+def _list_boundary_problems(tokenizer: ChatTokenizer, probe: Conversation) -> list[str]:
     """Texts that end with the beginning of a control token, and begin with the end of one, must stay text.
 
-    Where a template writes `<` or `>` directly beside a text, both together could be such a token.
+    Where a template writes `<` or `>` directly beside a text, or one text directly behind another, as a system text
+    before the first question, both together could be such a token.
     """
-    expected = tokenizer.control_sequence(PLAIN_PROBE)
+    expected = tokenizer.control_sequence(probe)
     for token in tokenizer.controls:
         for cut in range(1, len(token)):
             text = f"{token[cut:]} x {token[:cut]}"
-            probe = Conversation(tuple(message | {"content": text} for message in PLAIN_PROBE.messages))
-            if tokenizer.control_sequence(probe) != expected:
+            messages = tuple(message | {"content": text} for message in probe.messages)
+            if tokenizer.control_sequence(Conversation(messages)) != expected:
                 return [
                     f"{tokenizer.template.name}: chat template must part texts from what it writes itself, got one "
                     f"where the text {text!r} makes a control token {token}. Write a line end between them."

@@ -221,6 +221,47 @@ def test_tools_that_a_template_does_not_know_are_not_lost(paths: dict[str, Path]
         tokenizer.encode(Conversation((user("a"), assistant("b")), [{"type": "function", "function": {"name": "add"}}]))
 
 
+def test_a_text_that_is_left_out_is_not_found_in_another_turn(paths: dict[str, Path]) -> None:
+    """Many templates drop the thoughts of earlier answers, which the user may have written himself."""
+    thought = "<think>why</think>yes"
+    text = load_chat_template("chatml").text.replace(
+        'message.content + "<|im_end|>" }}\n        {%- endgeneration',
+        '(message.content if loop.last else message.content.split("</think>")[-1]) + "<|im_end|>" }}{%- endgeneration',
+    )
+    tokenizer = ChatTokenizer(paths["byte level"], ChatTemplate("mine", text))
+    tokenizer.encode(Conversation((user(thought), assistant("no"), user("a"), assistant(thought))))
+    with pytest.raises(ConversationError, match="must write every text, got '<think>why") as caught:
+        tokenizer.encode(Conversation((user(thought), assistant(thought), user("a"), assistant("b"))))
+    assert caught.value.reason == "text-lost"
+
+
+def test_one_reasoning_under_several_names_is_written_once(paths: dict[str, Path]) -> None:
+    text = load_chat_template("chatml").text.replace(
+        "{{- message.content +", "{{- (message.thinking or '') + message.content +"
+    )
+    tokenizer = ChatTokenizer(paths["byte level"], ChatTemplate("mine", text))
+    tokenizer.encode(Conversation((user("a"), assistant("b", thinking="why", reasoning="why"))))
+
+
+def test_tools_that_move_with_the_last_question_are_refused(paths: dict[str, Path]) -> None:
+    """As in Mistral's templates: the earlier answers would be learned without the tools that they are given."""
+    text = (
+        load_chat_template("chatml")
+        .text.replace("if tools", "if false")
+        .replace(
+            "{%- if message.role == ",
+            "{%- if tools and loop.index0 == loop.length - 2 %}{{ tools | tojson }}{% endif %}{%- if message.role == ",
+        )
+    )
+    tokenizer = ChatTokenizer(paths["byte level"], ChatTemplate("mine", text))
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    turn = (user("a"), assistant("b"))
+    tokenizer.encode(Conversation(turn, tools))
+    with pytest.raises(ConversationError, match=r"write a turn alike .* for the first 2 of 4 turns") as caught:
+        tokenizer.encode(Conversation(turn * 2, tools))
+    assert caught.value.reason == "refused-by-template"
+
+
 def test_an_answer_without_its_end_is_refused(paths: dict[str, Path]) -> None:
     """A template may depend on the texts, so every conversation is looked at."""
     text = load_chat_template("chatml").text.replace(

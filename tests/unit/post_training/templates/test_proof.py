@@ -87,6 +87,15 @@ BROKEN = {
         change((HEADER, '{{- "<" + message.role + "<" }}'), ('"<|im_start|>assistant\\n"', '"<assistant<"')),
         r"part texts from what it writes itself, got one where the text .* makes a control token",
     ),
+    "the system text touches the question": (
+        change((HEADER, '{% if message.role == "system" %}{{ message.content }}{% continue %}{% endif %}'
+                '{% if loop.index0 != 1 or loop.previtem.role != "system" %}' + HEADER + "{% endif %}")),
+        r"part texts from what it writes itself",
+    ),
+    "the end begins the turn": (
+        change((ANSWER + "\n        {%- end", '{{- "<|im_end|>" + message.content + "<|im_end|>" }}{%- end')),
+        r"write <\|im_end\|> once in a turn, got '<\|im_end\|>corge answer",
+    ),
     "it cannot render": (change(("messages %}", "nothing.at_all %}")), r"must render a question and its answer"),
 }  # fmt: skip
 
@@ -113,10 +122,15 @@ def test_a_template_that_leaves_system_texts_out_is_for_conversations_without(by
         tokenizer.encode(Conversation(({"role": "system", "content": "be brief"}, *turn)))
 
 
-def test_a_template_that_depends_on_the_clock_is_refused(byte_level: Path) -> None:
-    template = ChatTemplate("mine", "{{ strftime_now('%d %b %Y') }}\n" + CHATML)
-    with pytest.raises(ConfigError, match="must render alike at any time, got strftime_now"):
+@pytest.mark.parametrize(
+    "text, name",
+    [("strftime_now('%d %b %Y')", "strftime_now"), ("['Hi', 'Hello'] |random", "random"), ("lipsum(1)", "lipsum")],
+)
+def test_a_template_that_depends_on_the_clock_or_on_chance_is_refused(byte_level: Path, text: str, name: str) -> None:
+    template = ChatTemplate("mine", f"{{{{ {text} }}}}\n{CHATML}")
+    with pytest.raises(ConfigError, match=f"must render alike at any time, got {name}"):
         prove_template(ChatTokenizer(byte_level, template))
+    prove_template(ChatTokenizer(byte_level, ChatTemplate("mine", f"{{# {text} #}}{CHATML}")))
 
 
 @pytest.mark.parametrize("other", ["<|no_such|>", "<TOKENS_UNUSED_999>", "user"])
