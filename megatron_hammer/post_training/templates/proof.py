@@ -122,8 +122,8 @@ def _list_mask_problems(tokenizer: ChatTokenizer, probe: Conversation) -> Iterat
                 f"{where} end the assistant's turn with a control token inside the marks, got {said[-20:]!r} at the "
                 "end: the model would never learn to stop. Write its end-of-turn token before {% endgeneration %}."
             )
-        elif said.count(end := max(ends, key=len)) > 1:
-            yield f"{where} write {end} once in a turn, got {said[:40]!r}: the model would stop there. Keep the last."
+        elif said.count(token := max(ends, key=len)) > 1:
+            yield f"{where} write {token} once in a turn, got {said[:40]!r}: the model would stop there. Keep the last."
         elif header != rendered[:start]:
             yield (
                 f"{where} begin the marks where its generation prompt ends, got {header[-40:]!r} as a prompt and "
