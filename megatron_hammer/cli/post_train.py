@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_hammer.cli.tokenizer_export import add_chat_flags
 from megatron_hammer.errors import ConfigError, exit_on_interrupt, exit_on_user_error
 from megatron_hammer.files.command_line import CommandParser, importing
 from megatron_hammer.files.tables import print_json
@@ -48,16 +49,7 @@ def add_flags(parser: argparse.ArgumentParser, stage: str) -> None:
     parser.add_argument(
         "--held-out-data", nargs="+", default=[], metavar="FILE", help=f"{records} that are scored after training"
     )
-    parser.add_argument(
-        "--chat-template", help="name of a shipped template, or a Jinja file (default: the one in --load)"
-    )
-    parser.add_argument(
-        "--bind-token",
-        action="append",
-        default=[],
-        metavar="TOKEN=OTHER",
-        help="write a control token of the template as another one, which the tokenizer has and no text uses",
-    )
+    add_chat_flags(parser, default="the one in --load")
     parser.add_argument("--lora", action="store_true", help="train low-rank adapters; the table [lora] sets their size")
     parser.add_argument(
         "--keep-adapter", action="store_true", help="write the adapter alone, where --lora merges it into the model"

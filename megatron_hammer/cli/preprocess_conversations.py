@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.progress import TextColumn
 
+from megatron_hammer.cli.tokenizer_export import add_chat_flags
 from megatron_hammer.data.conversations.formats import FORMATS
 from megatron_hammer.data.conversations.manifest import ConversationManifest
 from megatron_hammer.data.preprocess.worker_pool import count_cores
@@ -22,7 +23,7 @@ from megatron_hammer.files.progress import build_byte_progress
 from megatron_hammer.files.tables import print_json
 from megatron_hammer.post_training.conversations.block_encoder import OVERLONG_POLICIES, RecordOptions
 from megatron_hammer.post_training.conversations.preprocess import ConversationOptions, preprocess_conversations
-from megatron_hammer.post_training.templates.chat_template import SHIPPED, parse_bindings
+from megatron_hammer.post_training.templates.chat_template import parse_bindings
 
 MAX_PROBLEMS_SHOWN = 20
 
@@ -32,18 +33,7 @@ def add_template_flags(parser: argparse.ArgumentParser, *, is_required: bool = T
     parser.add_argument(
         "--tokenizer-model", type=Path, required=True, help="SentencePiece .model, tokenizer.json, or its folder"
     )
-    parser.add_argument(
-        "--chat-template",
-        required=is_required,
-        help=f"{', '.join(SHIPPED)}, or a Jinja file with {{%% generation %%}} marks",
-    )
-    parser.add_argument(
-        "--bind-token",
-        action="append",
-        default=[],
-        metavar="TOKEN=OTHER",
-        help="write a control token of the template as another one, which the tokenizer has and no text uses",
-    )
+    add_chat_flags(parser, default=None if is_required else "that of the written conversations")
 
 
 def add_record_flags(parser: argparse.ArgumentParser) -> None:

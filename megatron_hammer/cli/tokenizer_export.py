@@ -42,9 +42,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def add_chat_flags(parser: argparse.ArgumentParser, *, default: str) -> None:
-    """The flags that say which chat template an exported folder has; default: in words, for the help."""
-    parser.add_argument("--chat-template", help=f"{', '.join(SHIPPED)}, or a Jinja file (default: {default})")
+def add_chat_flags(parser: argparse.ArgumentParser, *, default: str | None) -> None:
+    """The flags that say which chat template is used; default: in words, for the help; None requires the flag."""
+    parser.add_argument(
+        "--chat-template",
+        required=default is None,
+        help=f"{', '.join(SHIPPED)}, or a Jinja file with {{%% generation %%}} marks"
+        + (f" (default: {default})" if default else ""),
+    )
     parser.add_argument(
         "--bind-token",
         action="append",
