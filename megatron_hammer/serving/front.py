@@ -9,6 +9,8 @@ Everything else, such as the API itself, the keys and the web page, is llama.cpp
 
 import asyncio
 import hmac
+import logging
+import re
 import resource
 import signal
 import socket
@@ -16,10 +18,12 @@ import sys
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Any
 
 import orjson
 from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, UnixConnector, web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from megatron_hammer.serving.llama_server import NUM_EXTRA_THREADS, LlamaServer
 from megatron_hammer.serving.request_limits import check_request
@@ -34,6 +38,8 @@ _SHUTDOWN_TIMEOUT_S = 5.0  # for answers that are being written
 _HOP_HEADERS = frozenset(
     ("connection", "content-length", "expect", "host", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade")
 )
+# llama.cpp calls these its own errors (500), and clients of OpenAI would send such a request again.
+_CLIENTS_ERRORS = re.compile(r"Failed to parse|Unknown |.*is not supported")
 # They render a conversation, for which llama.cpp would take ChatML where a model has no template.
 _CHAT_PATHS = ("/chat/completions", "/apply-template", "/responses", "/messages", "/messages/count_tokens", "/api/chat")
 
@@ -75,8 +81,13 @@ class Front:
         application.router.add_route("*", "/{path:.*}", self._handle)
         # Cancellation ends the request to llama.cpp, and thereby the computation, when a client has left.
         runner = web.AppRunner(
-            application, handler_cancellation=True, access_log=None, shutdown_timeout=_SHUTDOWN_TIMEOUT_S
+            application,
+            handler_cancellation=True,
+            access_log=None,
+            shutdown_timeout=_SHUTDOWN_TIMEOUT_S,
+            auto_decompress=False,  # some kilobytes could become gigabytes
         )
+        logging.getLogger("aiohttp.server").addFilter(_is_no_clients_error)
         await runner.setup()
         return runner
 
@@ -104,7 +115,9 @@ class Front:
         keys = self.server.settings.api_keys
         given = request.headers.get("Authorization", "").removeprefix("Bearer ") or request.headers.get("X-Api-Key", "")
         # A list, not a generator: how long `any` takes would tell which key is right in part.
-        if keys and not any([hmac.compare_digest(given.encode(), key.encode()) for key in keys]):
+        if keys and not any(
+            [hmac.compare_digest(given.encode(errors="surrogateescape"), key.encode()) for key in keys]
+        ):
             raise _Refusal(401, "api key: must be one of the server's. Pass it as Authorization: Bearer KEY.")
         if not self.server.settings.has_chat and request.path.removeprefix("/v1") in _CHAT_PATHS:
             raise _Refusal(400, "model: it has no chat template, and --no-chat was given. Use /v1/completions.")
@@ -124,6 +137,8 @@ class Front:
                         )
                     if self._buffered_bytes > _MOST_BUFFERED_BYTES:
                         raise _Refusal(503, "server: too many large requests are open. Try again later.")
+        except web.RequestPayloadError as error:
+            raise _Refusal(400, f"body: must be valid HTTP, got: {error}. Check the client.") from None
         except TimeoutError:
             raise _Refusal(408, f"body: must arrive within {_BODY_TIMEOUT_S:.0f} s. Send it again.") from None
 
@@ -149,6 +164,8 @@ class Front:
         answer: web.StreamResponse | None = None
         try:
             async with self._session.request(request.method, url, headers=headers, data=body) as upstream:
+                if upstream.status == HTTPStatus.INTERNAL_SERVER_ERROR:
+                    raise _read_error(await upstream.read())
                 answer = web.StreamResponse(status=upstream.status)
                 for name, value in upstream.headers.items():
                     if name.lower() not in _HOP_HEADERS:
@@ -181,6 +198,21 @@ async def _copy(upstream: ClientResponse, answer: web.StreamResponse) -> None:
             await answer.write(chunk)
     async with asyncio.timeout(_WRITE_TIMEOUT_S):
         await answer.write_eof()
+
+
+def _read_error(content: bytes) -> _Refusal:
+    """An error of llama.cpp, with the status of whose fault it is."""
+    try:
+        message = str(orjson.loads(content)["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        message = content.decode(errors="replace")
+    return _Refusal(400 if _CLIENTS_ERRORS.match(message) else 500, message)
+
+
+def _is_no_clients_error(record: logging.LogRecord) -> bool:
+    """Whether aiohttp should log it: a request that is no HTTP has its answer, and is no defect of this server."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, HttpProcessingError | web.RequestPayloadError)
 
 
 def _describe(status: int, message: str) -> dict[str, Any]:

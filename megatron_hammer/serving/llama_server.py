@@ -27,11 +27,16 @@ from megatron_hammer.serving.speculative import DraftOptions, build_draft_parame
 from megatron_hammer.training.supervision.launcher.exit_evidence import read_memory_limit_bytes
 
 LARGEST_DEFAULT_CONTEXT = 8192
-# HTTP threads beside one per answer: for /health and /metrics, for the page, and for prompts that wait for a slot.
-NUM_EXTRA_THREADS = 6
+# HTTP threads beside one per answer: three for /health, /metrics and the page, three for prompts that wait for a slot,
+# and one to ask whether llama.cpp still works.
+NUM_EXTRA_THREADS = 7
 _PROMPT_CACHE_MIB = 512  # prompts of conversations that have no slot now; llama.cpp's default is 8 GiB
 _SERVING_BYTES = 3 * GIB  # for requests, and for that cache
 _END_TIMEOUT_S = 5.0
+_PROBE_INTERVAL_S = 10.0
+# llama.cpp answers nobody while it computes a batch of prompts. This is for small models; of large ones, the time that
+# a slow machine needs, with as many bytes of weights times tokens in a second.
+_LEAST_STUCK_S, _SLOWEST_BYTES_PER_S = 60.0, 2e9
 # The second is what a thread is refused with.
 _OUT_OF_MEMORY = ("bad_alloc", "system_error", "failed to allocate", "unable to allocate")
 _KEPT_LINES = 200
@@ -113,15 +118,46 @@ class LlamaServer:
         self.is_ready = True
 
     async def watch(self) -> None:
-        """Start llama.cpp again whenever it ends; never returns, raises as `start` does."""
+        """Start llama.cpp again whenever it ends or is stuck; never returns, raises as `start` does."""
         while True:
             assert self._process is not None
-            code = await self._process.wait()
+            guard = asyncio.create_task(self._end_when_stuck(self._process))
+            try:
+                code = await self._process.wait()
+            finally:
+                guard.cancel()
             self.is_ready = False
             self.num_restarts += 1
             cause = f"signal {-code}" if code < 0 else f"exit code {code}"
             print(f"note: llama.cpp ended with {cause} and is started again", file=sys.stderr, flush=True)
             await self.start()
+
+    async def _end_when_stuck(self, process: asyncio.subprocess.Process) -> None:
+        """Some grammars and JSON schemas take years to be followed, in the one thread that computes for all."""
+        settings = self.settings
+        batch_s = os.path.getsize(settings.path) * settings.batch_tokens / _SLOWEST_BYTES_PER_S
+        while True:
+            await asyncio.sleep(_PROBE_INTERVAL_S)
+            try:
+                async with asyncio.timeout(_LEAST_STUCK_S + batch_s):
+                    await self._probe()
+            except TimeoutError:
+                seconds = f"{_LEAST_STUCK_S + batch_s:,.0f} s"
+                print(f"note: llama.cpp has computed nothing for {seconds}", file=sys.stderr, flush=True)
+                process.kill()
+                return
+            except OSError:  # it has ended
+                return
+
+    async def _probe(self) -> None:
+        """Return once llama.cpp's computing thread has answered a question."""
+        reader, writer = await asyncio.open_unix_connection(self.socket_path)
+        try:
+            key = "".join(f"Authorization: Bearer {key}\r\n" for key in self.settings.api_keys[:1])
+            writer.write(f"GET /lora-adapters HTTP/1.0\r\n{key}\r\n".encode())
+            await reader.read()
+        finally:
+            writer.close()
 
     async def close(self) -> None:
         """End the child: by closing its stdin, or by a signal if it computes on."""

@@ -2,19 +2,20 @@
 
 llama.cpp answers most wrong requests itself, with one clear error. Not these, which were tried on it: JSON that is
 nested some ten thousand times ends the process, `repeat_last_n` of 2^31 allocates 8 GiB, the likeliest tokens of a
-whole vocabulary at each step make an answer of gigabytes, and 200,000 prompts in one request hold up all others.
+whole vocabulary at each step make an answer of gigabytes, 200,000 prompts or 50,000 sequence breakers in one request
+hold up all others, and 20,000 messages take longer to render than a client waits.
 """
 
 from typing import Any
 
 import orjson
 
-MOST_PROMPTS = 256
+MOST_ENTRIES = 256
 MOST_LIKELIEST = 100
 # Fields that name a number of past tokens, for which llama.cpp allocates.
 _PAST_TOKENS = ("repeat_last_n", "dry_penalty_last_n")
 _LIKELIEST = ("n_probs", "top_logprobs", "logprobs")
-_LISTS = ("prompt", "input", "content")
+_LISTS = ("prompt", "input", "content", "stop", "dry_sequence_breakers")
 
 
 def check_request(body: bytes, *, context_tokens: int) -> bytes:
@@ -25,7 +26,6 @@ def check_request(body: bytes, *, context_tokens: int) -> bytes:
         raise ValueError(f"body: must be JSON in UTF-8, got: {error}. Check the request.") from None
     if isinstance(request, dict):
         _check_fields(request, context_tokens)
-        _check_messages(request.get("messages"))
     try:
         return orjson.dumps(request)
     except orjson.JSONEncodeError:  # its limit is 254 levels
@@ -38,17 +38,9 @@ def _check_fields(request: dict[str, Any], context_tokens: int) -> None:
         value = request.get(name)
         if isinstance(value, int | float) and value > limit:
             raise ValueError(f"{name}: must be at most {limit}, got {value}. Pass a smaller number.")
-    for name in _LISTS:
+    # Every message has at least one token.
+    for name, limit in (dict.fromkeys(_LISTS, MOST_ENTRIES) | {"messages": context_tokens}).items():
         value = request.get(name)
         # A list of ids is one prompt.
-        if isinstance(value, list) and len(value) > MOST_PROMPTS and not all(type(item) is int for item in value):
-            raise ValueError(
-                f"{name}: must be at most {MOST_PROMPTS} prompts, got {len(value)}. Send several requests."
-            )
-
-
-def _check_messages(messages: Any) -> None:
-    """llama.cpp calls these its own error (500), and clients of OpenAI send such a request again."""
-    for number, message in enumerate(messages if isinstance(messages, list) else ()):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ValueError(f"messages[{number}]: must be an object with a role, got {str(message)[:100]}.")
+        if isinstance(value, list) and len(value) > limit and not all(type(item) is int for item in value):
+            raise ValueError(f"{name}: must have at most {limit} entries, got {len(value)}. Send fewer in a request.")

@@ -1,5 +1,6 @@
 """tools/serve.py and tools/chat.py as users and their clients meet them, well-meaning or not."""
 
+import asyncio
 import concurrent.futures
 import json
 import os
@@ -26,8 +27,9 @@ from tests.helpers.tool_runs import run_tool, run_tool_here
 
 pytestmark = pytest.mark.integration
 openai = pytest.importorskip("openai", reason="openai, the client of the tests, is missing; pip install openai")
-for package in ("xllamacpp", "aiohttp"):
-    pytest.importorskip(package, reason=f"{package} is missing; pip install megatron_hammer[serving]")
+_SERVING = "is missing; pip install megatron_hammer[serving]"
+aiohttp = pytest.importorskip("aiohttp", reason=f"aiohttp {_SERVING}")
+pytest.importorskip("xllamacpp", reason=f"xllamacpp {_SERVING}")
 
 CHAT, PATH = "/v1/chat/completions", "/v1/completions"
 MESSAGES = [{"role": "user", "content": "the fox"}]
@@ -151,6 +153,7 @@ def test_a_draft_model_changes_the_time_and_not_the_answer(server: RunningServer
 # --- clients that are wrong, many, slow or gone ----------------------------------------------------------------------
 
 DEEP = 100_000
+IMAGE = {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}
 WRONG = {
     "bad JSON": (b'{"messages": [', 400, "body"),
     "no UTF-8": (b'{"messages": "\xff"}', 400, "body"),
@@ -160,7 +163,11 @@ WRONG = {
     "prompt beyond the context": ({"messages": [{"role": "user", "content": "fox " * 1000}]}, 400, "context"),
     "no messages": ({}, 400, "messages"),
     "text for messages": ({"messages": "hello"}, 400, "messages"),
-    "role of the wrong type": ({"messages": [{"role": 5, "content": "a"}]}, 400, "messages[0]"),
+    "role of the wrong type": ({"messages": [{"role": 5, "content": "a"}]}, 400, "messages"),
+    "calls of the wrong type": ({"messages": MESSAGES, "tools": "x"}, 400, "tools"),
+    "an image": ({"messages": [{"role": "user", "content": [IMAGE]}]}, 400, "image input"),
+    "many messages": ({"messages": MESSAGES * 20_000}, 400, "messages"),
+    "many sequence breakers": ({"messages": MESSAGES, "dry_sequence_breakers": ["ab"] * 50_000}, 400, "breakers"),
     "negative length": ({"messages": MESSAGES, "max_tokens": -7}, 400, "max_tokens"),
     "text for a number": ({"messages": MESSAGES, "temperature": "hot"}, 400, "temperature"),
     "huge n": ({"messages": MESSAGES, "n": 10**9}, 400, "'n'"),
@@ -178,6 +185,23 @@ def test_a_wrong_request_gets_one_error_and_the_server_stays(server: RunningServ
     assert (got, field in answer["error"]["message"]) == (status, True), answer
     assert server.find_child() == child
     assert server.ask(PATH, {"prompt": "a", "max_tokens": 1})[0] == 200
+
+
+def test_a_request_that_is_no_http_is_one_error_and_no_trace(server: RunningServer) -> None:
+    head = f"POST {PATH} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n".encode()
+    key = f"Authorization: Bearer {PRIVATE_KEY}\r\n".encode()
+    wrong = {
+        "method": (b"FOO / HTTP/1.1\r\n\r\n", 400),
+        "long URL": (b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\n\r\n", 400),
+        "chunk": (head + key + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
+        "not compressed": (head + key + b"Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\nab", 400),
+        "key": (head + b"Authorization: Bearer \xff\r\nContent-Length: 2\r\n\r\n{}", 401),
+    }
+    for name, (content, status) in wrong.items():
+        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+            connection.sendall(content)
+            assert connection.recv(100).split()[1] == str(status).encode(), name
+    assert not select.select([server.process.stderr], [], [], 0)[0]
 
 
 def test_no_messages_and_an_empty_prompt_are_answered(server: RunningServer) -> None:
@@ -248,6 +272,37 @@ def test_llama_cpp_is_started_again_after_a_crash(server: RunningServer) -> None
         time.sleep(0.1)
     assert server.find_child() != before
     assert server.ask(CHAT, {"messages": MESSAGES, "max_tokens": 2})[0] == 200
+
+
+def test_llama_cpp_is_started_again_when_it_is_stuck(
+    gguf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megatron_hammer.serving import llama_server
+
+    monkeypatch.setattr(llama_server, "_PROBE_INTERVAL_S", 0.05)
+    monkeypatch.setattr(llama_server, "_LEAST_STUCK_S", 0.5)
+    settings = llama_server.ServerSettings(path=gguf, name="toy", num_slots=1, num_threads=1, api_keys=("key",))
+    request = {"prompt": "a", "max_tokens": 1, "grammar": 'root ::= (("a"?){100}){100}'}
+
+    async def run() -> int:
+        server = llama_server.LlamaServer(settings)
+        await server.start()
+        watch = asyncio.create_task(server.watch())
+        await asyncio.sleep(1.0)  # some answers to the questions
+        assert server.num_restarts == 0
+        connector = aiohttp.UnixConnector(str(server.socket_path))
+        headers = {"Authorization": "Bearer key"}
+        async with aiohttp.ClientSession("http://localhost", connector=connector, headers=headers) as session:
+            with pytest.raises(aiohttp.ClientError):
+                await session.post(PATH, json=request)
+        while not (server.num_restarts and server.is_ready):
+            await asyncio.sleep(0.05)
+        watch.cancel()
+        await server.close()
+        return server.num_restarts
+
+    assert asyncio.run(asyncio.wait_for(run(), 60)) == 1
+    assert "computed nothing" in capsys.readouterr().err
 
 
 # --- the web page ----------------------------------------------------------------------------------------------------
