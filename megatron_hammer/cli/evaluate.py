@@ -21,6 +21,7 @@ from megatron_hammer.config.evaluation_suite import EvaluationSuite, read_suite
 from megatron_hammer.errors import ConfigError, exit_on_user_error
 from megatron_hammer.evaluation.benchmarks.offline import forbid_network
 from megatron_hammer.files.command_line import CommandParser, importing
+from megatron_hammer.files.publish import require_free
 from megatron_hammer.platforms.parent_process import end_with_parent
 
 
@@ -38,7 +39,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--bos",
         choices=["auto", "bos", "eod", "none"],
-        help="the token before a text (auto: what the tokenizer of a Hugging Face folder puts there, else none)",
+        help="the token before a text (auto: what a tokenizer in a Hugging Face folder puts there, else none)",
     )
     parser.add_argument(
         "--apply-chat-template", action="store_true", default=None, help="ask in the turns of a chat model's template"
@@ -110,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with importing():
         from megatron_hammer.evaluation.benchmarks import reports, run
         from megatron_hammer.evaluation.scorers.megatron_ranks import ModelLayout
-        from megatron_hammer.evaluation.scorers.open_scorer import ScorerOptions
+        from megatron_hammer.evaluation.scorers.open_scorer import ScorerOptions, find_kind
     if arguments.check:
         run.load_all_tasks(suite)
         return
@@ -125,15 +126,34 @@ def main(argv: Sequence[str] | None = None) -> None:
         max_batch_tokens=suite.max_batch_tokens,
         iteration=arguments.iteration,
     )
-    evaluated = [found for path in arguments.models if (found := run.evaluate_model(path, suite, options)) is not None]
-    if not evaluated:  # another rank than the first
-        return
+    kinds = [find_kind(path) for path in arguments.models]
+    if arguments.iteration is not None and "megatron" not in kinds:
+        raise ConfigError(
+            f"iteration: is of a run's checkpoints, got {arguments.iteration} without one among the models. Drop it."
+        )
     if arguments.save_dir is not None:
-        reports.write_reports(arguments.save_dir, evaluated, suite)
-    if arguments.json:
-        print(json.dumps(reports.build_report(evaluated, suite), indent=2, ensure_ascii=False))
-    else:
-        reports.print_scores(evaluated, suite)
+        require_free(arguments.save_dir)
+    evaluated = []
+    try:
+        for path, name in name_models(arguments.models):
+            found = run.evaluate_model(path, suite, options, name)
+            evaluated += [] if found is None else [found]
+    finally:
+        # Also where a later model fails: what was evaluated may have taken hours. Empty on all ranks but the first.
+        if evaluated and arguments.json:
+            print(json.dumps(reports.build_report(evaluated, suite), indent=2, ensure_ascii=False))
+        elif evaluated:
+            reports.print_scores(evaluated, suite)
+        if evaluated and arguments.save_dir is not None:
+            reports.write_reports(arguments.save_dir, evaluated, suite)
+
+
+def name_models(paths: Sequence[Path]) -> list[tuple[Path, str | None]]:
+    """Each model with its name for tables, None for its own; folders of one name are called by their whole path."""
+    if repeated := [path for number, path in enumerate(paths) if path in paths[:number]]:
+        raise ConfigError(f"models: must differ, got {repeated[0]} twice. Drop one of the two.")
+    names = [path.name for path in paths]
+    return [(path, str(path) if names.count(path.name) > 1 else None) for path in paths]
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ class EvaluationSuite:
 
     num_fewshot: examples before each question; with several numbers, every task is run with each. limit: questions of
     each task; None: all. max_new_tokens: of tasks that generate; None: as each task says. bos: the token before a text,
-    BOS or the end-of-document token; auto: what the tokenizer of a Hugging Face folder puts there, and none for other
-    models. platform, precision, max_batch_tokens: of the model; None: their defaults
+    BOS or the end-of-document token; auto: what a tokenizer in a Hugging Face folder puts there, and none for other
+    tokenizers. platform, precision, max_batch_tokens: of the model; None: their defaults
     (evaluation/scorers/open_scorer.py).
     """
 

@@ -109,7 +109,7 @@ def publish_directory(save_dir: Path, *, overwrite: bool = False) -> Iterator[Pa
     not one to write.
     """
     if not overwrite:
-        _require_free(save_dir)
+        require_free(save_dir)
     target = save_dir.absolute()
     with ExitStack() as stack:
         try:
@@ -124,7 +124,7 @@ def publish_directory(save_dir: Path, *, overwrite: bool = False) -> Iterator[Pa
             if overwrite:
                 _replace_folder(partial_dir, save_dir)
             else:
-                _require_free(save_dir)  # again: where locks do not work, another process may have been quicker
+                require_free(save_dir)  # again: where locks do not work, another process may have been quicker
                 partial_dir.replace(save_dir)
         except OSError as error:
             # The block may also read, for example a damaged input. "Free space" would be the wrong remedy for that.
@@ -135,7 +135,8 @@ def publish_directory(save_dir: Path, *, overwrite: bool = False) -> Iterator[Pa
             ) from error
 
 
-def _require_free(save_dir: Path) -> None:
+def require_free(save_dir: Path) -> None:
+    """Raise OutputError if something is in the place of a folder that is to be written."""
     if save_dir.exists() and (not save_dir.is_dir() or any(save_dir.iterdir())):
         found = f"{len(list(save_dir.iterdir()))} entries" if save_dir.is_dir() else "a file"
         raise OutputError(f"{save_dir}: target must be absent or an empty folder, got {found}. Choose another --save.")

@@ -168,7 +168,11 @@ class CheckpointScorer:
         if exit_code:
             self._fail(f"ended with exit code {exit_code}: {_read_last_line(self._log_path)}")
         elif self._current is not None:
-            scores = json.loads(self._output_path.read_bytes())["models"][0]["scores"]
+            try:
+                scores = json.loads(self._output_path.read_bytes())["models"][0]["scores"]
+            except (OSError, ValueError, LookupError, TypeError):  # also where a task's own code prints
+                self._fail(f"must write scores to {self._output_path}, got something else")
+                return
             line = {"step": self._current, "scores": scores, "elapsed_s": time.monotonic() - self._started_at_s}
             self._append(line)
             headlines = [score for score in scores if not score["is_part"] and score["value"] is not None]

@@ -66,6 +66,7 @@ def list_exam_tasks() -> Iterator[tuple[str, dict[str, Any]]]:
 
 def build_task(exam: Exam, task: str, subject: str, style: str) -> dict[str, Any]:
     """lm-eval's configuration of one subject."""
+    index = f"{OPTIONS}.index({exam.answer}.strip().upper())"  # which raises for what is no option
     config: dict[str, Any] = {
         "task": task,
         "task_alias": subject,
@@ -85,13 +86,13 @@ def build_task(exam: Exam, task: str, subject: str, style: str) -> dict[str, Any
         own: dict[str, Any] = {
             "output_type": "multiple_choice",
             "doc_to_choice": OPTIONS,
-            "doc_to_target": f"{{{{['A', 'B', 'C', 'D'].index({exam.answer})}}}}",
+            "doc_to_target": f"{{{{{index}}}}}",
         }
     else:
         metric = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
         own = {
             "output_type": "generate_until",
-            "doc_to_target": exam.answer,
+            "doc_to_target": f"{{{{{OPTIONS}[{index}]}}}}",
             "generation_kwargs": dict(GENERATION),
             "filter_list": [{"name": "option", "filter": [{"function": "custom", "filter_fn": extract_options}]}],
         }

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_hammer.config.evaluation_suite import EvaluationSuite
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.evaluation.benchmarks.scores import Score, collect_scores
-from megatron_hammer.evaluation.scorers.open_scorer import ScorerOptions, find_kind, use_scorer
+from megatron_hammer.evaluation.scorers.open_scorer import ScorerOptions, use_scorer
 from megatron_hammer.evaluation.scorers.scorer import Scorer
 
 # Draws for the standard errors of metrics that are no means; means need none.
@@ -34,13 +34,20 @@ class Evaluated:
     samples: Sequence[dict[str, Any]]
 
 
-def evaluate_model(path: Path, suite: EvaluationSuite, options: ScorerOptions) -> Evaluated | None:
-    """Evaluate one model on rank 0; None on the others, which hold their part of it.
+def evaluate_model(
+    path: Path, suite: EvaluationSuite, options: ScorerOptions, name: str | None = None
+) -> Evaluated | None:
+    """Evaluate one model on rank 0; None on the others, which hold their part of it. name: None for its own.
 
     Raises HammerError for what the user can fix: for tasks and data before the model is opened.
     """
     loads = load_all_tasks(suite)
-    return use_scorer(path, options, lambda scorer: evaluate_scorer(scorer, path, suite, loads))
+
+    def work(scorer: Scorer) -> Evaluated:
+        scorer.name = name or scorer.name
+        return evaluate_scorer(scorer, path, suite, loads)
+
+    return use_scorer(path, options, work)
 
 
 def load_all_tasks(suite: EvaluationSuite) -> list[dict[str, Any]]:
@@ -56,6 +63,7 @@ def load_all_tasks(suite: EvaluationSuite) -> list[dict[str, Any]]:
             num_fewshot=num_fewshot,
             runs_code=suite.runs_generated_code,
             max_new_tokens=suite.max_new_tokens,
+            limit=suite.limit,
         )
         for num_fewshot in suite.num_fewshot
     ]
@@ -111,11 +119,15 @@ def find_first_id(scorer: Scorer, bos: str) -> int | None:
 
 
 def find_bos(scorer: Scorer, path: Path) -> str:
-    """`bos` if the tokenizer of a Hugging Face folder puts BOS before a text, else and for other models `none`."""
-    bos_id = scorer.encoder.bos_id
-    if bos_id is None or find_kind(path) != "hugging_face":
-        return "none"
-    from transformers import AutoTokenizer
+    """`bos` if the Hugging Face folder of the tokenizer, else of the model, puts BOS before a text; else `none`."""
+    from megatron_hammer.evaluation.benchmarks.scored_model import load_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    return "bos" if tokenizer("A")["input_ids"][0] == bos_id else "none"
+    own, bos_id = scorer.encoder.path, scorer.encoder.bos_id
+    folders = [
+        folder
+        for folder in (own if own.is_dir() else own.parent, path)
+        if any((folder / name).is_file() for name in ("config.json", "tokenizer_config.json"))
+    ]
+    if bos_id is None or own.suffix == ".gguf" or not folders:
+        return "none"
+    return "bos" if load_tokenizer(folders[0])("A")["input_ids"][:1] == [bos_id] else "none"

@@ -4,6 +4,7 @@ What is tokenized, cut and scored is what lm-eval's own class for transformers d
 numbers; tests/numerics/test_benchmarks_vs_lm_eval.py compares them.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from megatron_hammer.errors import ConfigError
-from megatron_hammer.evaluation.scorers.scorer import Scorer
+from megatron_hammer.errors import CheckpointError, ConfigError
+from megatron_hammer.evaluation.scorers.scorer import Scorer, TokenScores
 
 DEFAULT_NEW_TOKENS = 256  # lm-eval's, for tasks that do not say how many
 SEQUENCES_AT_ONCE = 256  # that the scorer is asked for, between two moves of the progress bar
@@ -88,7 +89,9 @@ class ScoredModel(TemplateLM):  # type: ignore[misc]
         # Each choice of a question is a sequence; equal ones, as few-shot prompts often have, are scored once.
         cut = [((context + answer)[-(self.max_length + 1) :], len(answer)) for _, context, answer in requests]
         for (_, context, _), (ids, num_targets) in zip(requests, cut, strict=True):
-            if not 0 < num_targets < len(ids):
+            if not num_targets:
+                raise ConfigError("tasks: an answer must have a token, got an empty one. Remove its question.")
+            if num_targets >= len(ids):
                 raise ConfigError(
                     f"tasks: an answer must have 1 to {self.max_length} tokens after its context, got {num_targets} "
                     f"after {len(context)}. Evaluate this task with a model of a longer context."
@@ -100,8 +103,17 @@ class ScoredModel(TemplateLM):  # type: ignore[misc]
             keys = distinct[start : start + SEQUENCES_AT_ONCE]
             scores = self.scorer.score([ids for ids, _ in keys], [num_targets for _, num_targets in keys])
             for key, score in zip(keys, scores, strict=True):
-                known[key] = float(score.log_probabilities.sum()), bool(score.is_greedy.all())
+                known[key] = self._sum(score), bool(score.is_greedy.all())
         return [known[tuple(ids), num_targets] for ids, num_targets in cut]
+
+    def _sum(self, score: TokenScores) -> float:
+        total = float(score.log_probabilities.sum())
+        if math.isnan(total):  # of which lm-eval would take the first option
+            raise CheckpointError(
+                f"{self.scorer.name}: log-probabilities must be numbers, got NaN. Choose an earlier checkpoint, or "
+                "pass --precision fp32."
+            )
+        return total
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         windows = []
@@ -151,6 +163,8 @@ class ScoredModel(TemplateLM):  # type: ignore[misc]
             return ids[-1] in ends or any(stop in self._decode(ids) for stop in stops)
 
         prompts = [self.tok_encode(context)[-room:] for context in contexts]
+        if len(first := prompts[0]) > 1:  # a model that computes NaN continues as any other
+            self._sum(self.scorer.score([first], [1])[0])
         found = self.scorer.generate(prompts, max_new_tokens=max_new_tokens, is_done=is_done)
         kept = [ids[:-1] if ids and ids[-1] in ends else ids for ids in found]
         return [postprocess_generated_text(self._decode(ids), list(stops), None) for ids in kept]
@@ -162,22 +176,29 @@ class ScoredModel(TemplateLM):  # type: ignore[misc]
 
     def _decode(self, ids: list[int]) -> str:
         if self.tokenizer is None:
-            return self.scorer.encoder.decode(ids)
+            encoder = self.scorer.encoder
+            # Models have more rows than tokens; such an id has no text, as in transformers.
+            return encoder.decode([token for token in ids if token < encoder.vocab_size])
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
 
-def load_chat_tokenizer(folder: Path) -> Any:
-    """transformers' tokenizer of a folder, with a chat template; raises ConfigError without one."""
+def load_tokenizer(folder: Path) -> Any:
+    """transformers' tokenizer of a folder; raises ConfigError if it does not load."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
-            f"{folder}: transformers must load the tokenizer of a chat model, got: {str(error).splitlines()[0]}. "
+            f"{folder}: transformers must load the tokenizer, got: {str(error).splitlines()[0]}. "
             "Pass the exported folder, or --tokenizer-model FOLDER."
         ) from error
+
+
+def load_chat_tokenizer(folder: Path) -> Any:
+    """As `load_tokenizer`, with a chat template; raises ConfigError without one."""
+    tokenizer = load_tokenizer(folder)
     if not tokenizer.chat_template:
         raise ConfigError(
             f"{folder}: tokenizer must have a chat template for --apply-chat-template, got none. "

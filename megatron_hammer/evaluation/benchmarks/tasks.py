@@ -4,7 +4,8 @@ Importing this loads lm-eval, so offline.py comes first.
 """
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from typing import Any
 import lm_eval.tasks
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import TaskIndex
+from lm_eval.tasks._yaml_loader import load_yaml
 
-from megatron_hammer.errors import ConfigError, DataError
+from megatron_hammer.errors import ConfigError, DataError, HammerError
 from megatron_hammer.evaluation.benchmarks import exams, human_eval
 from megatron_hammer.evaluation.benchmarks.local_data import PACKAGED, find_split, require_folder, serve_local_data
 
@@ -39,11 +41,13 @@ def load_tasks(
     num_fewshot: int,
     runs_code: bool,
     max_new_tokens: int | None = None,
+    limit: int | None = None,
 ) -> dict[str, Any]:
     """lm-eval's tasks and groups by name, with their data, as its `evaluate` takes them.
 
     names: of tasks, groups or tags, or patterns such as ceval-ppl_high_*. runs_code: whether code that the model writes
-    may be run. Raises ConfigError and DataError with every task that is unknown or lacks data.
+    may be run. limit: questions of each task. Raises ConfigError and DataError with every task that is unknown, lacks
+    data, or has a question that does not fit it.
     """
     manager, selected = find_tasks(names, tasks_dir)
     leaves = [leaf for name in selected for leaf in list_leaves(manager, name)]
@@ -57,18 +61,74 @@ def load_tasks(
     with serve_local_data(data_dir):
         try:
             loaded: Any = manager.load(selected)
-        except ValueError as error:
-            if "Duplicate task" not in str(error):
-                raise
-            raise ConfigError(f"tasks: must name each task once, got: {error}. Drop one of the two.") from error
+        except HammerError:
+            raise
+        except Exception as error:  # whatever a user's file or data make lm-eval, Jinja, datasets or its code raise
+            if "Duplicate task" in str(error):
+                raise ConfigError(f"tasks: must name each task once, got: {error}. Drop one of the two.") from error
+            culprit = next((leaf.name for leaf in leaves if not _can_load(manager, leaf.name)), ", ".join(selected))
+            raise ConfigError(
+                f"task {culprit}: lm-eval must load it, got {_describe(error)}. Correct its file or its data."
+            ) from error
     for task in loaded["tasks"].values():
         # As lm-eval's command does: a task that fixes 0 examples keeps them.
         if task.get_config("num_fewshot") != 0:
             task.set_config(key="num_fewshot", value=num_fewshot)
         if max_new_tokens is not None and task.OUTPUT_TYPE == "generate_until":
             task.set_config(key="generation_kwargs", value={"max_gen_toks": max_new_tokens}, update=True)
-        task.set_fewshot_seed(seed=1234)
+    require_questions(loaded["tasks"], limit)
     return dict(loaded)
+
+
+def _can_load(manager: TaskManager, name: str) -> bool:
+    try:
+        manager.load([name])
+    except Exception:
+        return False
+    return True
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error) or 'nothing').splitlines()[0].rstrip('.')}"
+
+
+def require_questions(tasks: Mapping[str, Any], limit: int | None) -> None:
+    """Raise DataError unless every question fills the templates of its task, and has its answer among its choices.
+
+    lm-eval would stop in the middle, or count a question with an unknown answer as wrong.
+    """
+    problems = []
+    for name, task in tasks.items():
+        number, num_fewshot = 0, task.get_config("num_fewshot") or 0
+        num_examples = len(task.sampler.df) if num_fewshot else 0
+        if num_examples < num_fewshot:
+            problems.append(
+                f"num-fewshot: task {name} has {num_examples} examples, got num_fewshot={num_fewshot}. Pass fewer."
+            )
+            continue
+        try:
+            for number, doc in enumerate(itertools.islice(task.eval_docs, limit), start=1):
+                if number == 1:
+                    task.fewshot_context(doc, num_fewshot)
+                _require_answer(task, doc)
+        except Exception as error:  # of Jinja, or of the task's own code
+            problems.append(
+                f"task {name}: question {number} must fit the task, got {_describe(error)}. Correct the data."
+            )
+        task.set_fewshot_seed(seed=1234)  # the trial drew examples
+    if problems:
+        raise DataError(*problems)
+
+
+def _require_answer(task: Any, doc: Any) -> None:
+    text, target = task.doc_to_text(doc), task.doc_to_target(doc)
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return
+    choices = task.doc_to_choice(doc)
+    found = text if task.multiple_input else target
+    for one in found if isinstance(found, list) else [found]:
+        if one not in (choices if isinstance(one, str) else range(len(choices))):
+            raise ValueError(f"the answer {one!r}, which is none of its {len(choices)} choices")
 
 
 def find_tasks(names: Sequence[str], tasks_dir: Path | None) -> tuple[TaskManager, list[str]]:
@@ -78,11 +138,24 @@ def find_tasks(names: Sequence[str], tasks_dir: Path | None) -> tuple[TaskManage
     """
     if tasks_dir is not None and not tasks_dir.is_dir():
         raise ConfigError(f"tasks-dir: must be a folder of lm-eval's task files, got {tasks_dir}. Check the path.")
+    _require_readable([] if tasks_dir is None else sorted(tasks_dir.rglob("*.yaml")))
     root = Path(lm_eval.tasks.__file__).parent
     manager = build_manager(tasks_dir, [root / folder for folder in USUAL_FOLDERS])
     if not all(name in manager.task_index for name in names):  # patterns may match more in the whole index
         manager = build_manager(tasks_dir, [root / folder for folder in WHOLE_INDEX])
     return manager, select_names(manager, names)
+
+
+def _require_readable(paths: Sequence[Path]) -> None:
+    """Raise ConfigError for files that lm-eval would skip without a word, and with them the tasks that they define."""
+    problems = []
+    for path in paths:
+        try:
+            load_yaml(path, resolve_func=False)
+        except Exception as error:  # of yaml, or of an include that is missing
+            problems.append(f"{path}: must be a task file, got {' '.join(_describe(error).split())}. Correct it.")
+    if problems:
+        raise ConfigError(*problems)
 
 
 def build_manager(tasks_dir: Path | None, folders: Sequence[Path]) -> TaskManager:

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hammer.cli.evaluate import build_suite, parse_arguments
+from megatron_hammer.cli.evaluate import build_suite, main, name_models, parse_arguments
 from megatron_hammer.config.evaluation_suite import EvaluationSuite
 from megatron_hammer.errors import ConfigError
 
@@ -32,3 +32,29 @@ def test_flags_override_the_suite(tmp_path: Path) -> None:
 def test_what_is_wrong_is_named(flags: tuple[str, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read(*flags)
+
+
+def test_models_of_one_name_are_told_apart() -> None:
+    paths = [Path("a/hf"), Path("b/hf"), Path("c")]
+    assert name_models(paths) == [(paths[0], "a/hf"), (paths[1], "b/hf"), (paths[2], None)]
+    with pytest.raises(ConfigError, match="models: must differ, got c twice"):
+        name_models([*paths, Path("c")])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("{folder}/none",), "none: model must be"),
+        (("--iteration", "5"), "iteration: is of a run's checkpoints, got 5"),
+        (("--save-dir", "{folder}"), "target must be absent or an empty folder"),
+    ],
+)
+def test_what_is_wrong_beside_the_suite_is_told_before_a_model_is_opened(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], message: str
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+    with pytest.raises(SystemExit) as stop:
+        main([str(tmp_path / "model"), *(flag.format(folder=tmp_path) for flag in flags), "--tasks", "piqa"])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err

@@ -31,6 +31,8 @@ while (here / "wait").exists():
     time.sleep(0.02)
 if (here / f"fail-{step}").exists():
     sys.exit("Traceback\\nerror: data-dir: must be there, got none. Copy it.")
+if (here / f"print-{step}").exists():
+    print("a word of the task's own code")
 score = {"task": "exam", "metric": "acc", "num_fewshot": 0, "value": (step or 0) / 100, "is_part": False}
 print(json.dumps({"models": [{"scores": [score, {**score, "task": "law", "is_part": True}]}]}))
 """
@@ -107,6 +109,18 @@ def test_a_failure_is_one_warning_one_event_and_one_line(bench: Bench) -> None:
     assert failed["step"] == 10
     assert "data-dir" in failed["failure"]
     assert scored["step"] == 20
+
+
+def test_an_output_that_is_not_only_scores_does_not_end_the_run(bench: Bench) -> None:
+    (bench.folder / "print-10").touch()
+    scorer = bench.build()
+    scorer.begin(1)
+    scorer.add(10)
+    scorer.add(20)
+    bench.end(scorer)
+    failed, scored = read_scores(bench.scores_path)
+    assert "evaluation.json, got something else" in failed["failure"]
+    assert scored["scores"]
 
 
 def test_a_program_that_cannot_be_started_does_not_end_the_run(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_hammer.errors import ConfigError
+from megatron_hammer.errors import CheckpointError, ConfigError
 from megatron_hammer.evaluation.benchmarks.scored_model import ScoredModel, load_chat_tokenizer
 from megatron_hammer.evaluation.scorers.scorer import Scorer, TokenScores
 
@@ -91,7 +91,7 @@ def test_generation_ends_at_a_stop_sequence_or_at_eod() -> None:
     assert model.generate_until([request("q", {"until": [], "max_gen_toks": 2})]) == ["xy"]
     scorer.asked.clear()
     model.generate_until([request("0123456789", {"until": ["x"], "max_gen_toks": 5})])
-    assert scorer.asked[0] == ([*map(ord, "789")], 0), "room for the new tokens"
+    assert scorer.asked[1] == ([*map(ord, "789")], 0), "room for the new tokens"
 
 
 def test_what_cannot_be_answered_is_refused() -> None:
@@ -118,5 +118,33 @@ def test_a_template_without_a_system_role_gets_its_words_from_the_user() -> None
 
 
 def test_a_folder_without_a_chat_template_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="transformers must load the tokenizer of a chat model"):
+    with pytest.raises(ConfigError, match="transformers must load the tokenizer"):
         load_chat_tokenizer(tmp_path)
+
+
+def test_a_model_that_computes_nan_has_no_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = build()
+    monkeypatch.setattr(
+        CountingScorer,
+        "score",
+        lambda self, sequences, num_targets=None: [
+            TokenScores(np.full(1, np.nan), np.zeros(1, dtype=bool)) for _ in sequences
+        ],
+    )
+    with pytest.raises(CheckpointError, match="counting: log-probabilities must be numbers, got NaN"):
+        model.loglikelihood([request("qq", "a")], disable_tqdm=True)
+    with pytest.raises(CheckpointError, match="got NaN"):
+        model.generate_until([request("qq", {"until": ["z"], "max_gen_toks": 3, "do_sample": False})])
+
+
+def test_an_id_behind_the_tokens_has_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, scorer = build()
+    monkeypatch.setattr(scorer.encoder, "vocab_size", ord("z"), raising=False)
+    asked = {"until": ["zz"], "max_gen_toks": 3, "do_sample": False}
+    assert model.generate_until([request("q", asked)]) == ["xy"]
+
+
+def test_an_empty_answer_is_named() -> None:
+    model, _ = build()
+    with pytest.raises(ConfigError, match="an answer must have a token, got an empty one"):
+        model.loglikelihood([request("qq", "")], disable_tqdm=True)

@@ -72,3 +72,56 @@ def test_names_are_checked(data_dir: Path, tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "group.yaml").write_text("group: mine\ntask: [piqa]\n")
     with pytest.raises(ConfigError, match="must name each task once"):
         load(["mine", "piqa"], data_dir, tasks_dir=tmp_path)
+
+
+OWN_TASK = (
+    "task: my_task\ndataset_path: json\ndataset_kwargs:\n  data_files: {folder}/questions.jsonl\n"
+    "test_split: train\noutput_type: multiple_choice\ndoc_to_text: '{{{{q}}}}'\ndoc_to_choice: [x, y]\n"
+    "doc_to_target: '{{{{answer}}}}'\nmetric_list: [{{metric: acc}}]\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("task: my_task", "task: [my_task\n  b: :", r"a.yaml: must be a task file, got ParserError"),
+        ("task: my_task", "include: none.yaml\ntask: my_task", r"a.yaml: must be a task file, got FileNotFound"),
+        ("test_split", "nonsense: 1\ntest_split", r"task my_task: lm-eval must load it, got TypeError.*nonsense"),
+        ("'{{q}}'", "'{{q'", r"task my_task: lm-eval must load it, got TemplateSyntaxError"),
+        ("'{{q}}'", "'{{other}}'", r"task my_task: lm-eval must load it, got UndefinedError: 'other' is undefined"),
+        ("questions.jsonl", "none.jsonl", r"task my_task: lm-eval must load it, got FileNotFoundError"),
+        ("[x, y]", "[x, y, z]", None),
+        ("[x, y]", "[x]", r"task my_task: question 2 must fit the task, got ValueError: the answer '?y'?"),
+    ],
+)  # fmt: skip
+def test_a_task_file_that_cannot_be_used_is_one_sentence(tmp_path: Path, old: str, new: str, message: str) -> None:
+    (tmp_path / "questions.jsonl").write_text('{"q": "a", "answer": "x"}\n{"q": "b", "answer": "y"}\n')
+    (tmp_path / "a.yaml").write_text(OWN_TASK.format(folder=tmp_path).replace(old, new))
+    if message is None:
+        assert len(load(["my_task"], None, tasks_dir=tmp_path)["tasks"]) == 1
+        return
+    with pytest.raises((ConfigError, DataError), match=message) as caught:
+        load(["my_task"], None, tasks_dir=tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def write_answers(folder: Path, *answers: str) -> Path:
+    """C-Eval's law with these answers, the same for its examples."""
+    for split in ("val", "dev"):
+        path = folder / "ceval-exam" / split / f"law_{split}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("id,question,A,B,C,D,answer\n" + "".join(f"0,q,a,b,c,d,{answer}\n" for answer in answers))
+    return folder
+
+
+@pytest.mark.parametrize("style", ["ppl", "gen"])
+def test_answers_have_one_spelling_and_what_is_no_option_is_named(tmp_path: Path, style: str) -> None:
+    name = f"ceval-{style}_law"
+    task = load([name], write_answers(tmp_path / "good", " A", "b "), num_fewshot=2)["tasks"][name]
+    assert [task.doc_to_target(doc) for doc in task.eval_docs] == ([0, 1] if style == "ppl" else ["A", "B"])
+    bad = write_answers(tmp_path / "bad", "A", "E", "")
+    with pytest.raises(DataError, match=rf"task {name}: question 2 must fit the task, got ValueError: 'E'"):
+        load([name], bad)
+    assert load([name], bad, limit=1)
+    with pytest.raises(DataError, match=r"num-fewshot: task .* has 3 examples, got num_fewshot=4"):
+        load([name], bad, num_fewshot=4)
