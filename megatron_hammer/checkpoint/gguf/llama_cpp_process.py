@@ -10,11 +10,13 @@ here that ends only this process. `llama_cpp.py` is the other side.
 import json
 import os
 import resource
+import signal
 import sys
 from typing import Any
 
 # Two keys that are not attributes: what the process may allocate until the model is loaded, and how much more later.
 LOADING_BYTES, SERVING_BYTES = "loading_bytes", "serving_bytes"
+END_LIMIT_S = 2  # for open requests, once the parent has closed stdin or died
 
 
 def main() -> None:
@@ -39,6 +41,8 @@ def main() -> None:
     print("ready", file=to_parent, flush=True)
     # Returns when the parent closes the pipe or dies, so no server is left behind.
     sys.stdin.read()
+    # llama.cpp waits without end for a request whose client died with the parent. The signal ends this process.
+    signal.alarm(END_LIMIT_S)
     del server
 
 
