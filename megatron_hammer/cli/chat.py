@@ -86,7 +86,7 @@ def talk(arguments: argparse.Namespace, url: str, key: str | None) -> None:
 
         chat.run_terminal(lambda: input("> "))
     else:
-        chat.run_pipe(iter(sys.stdin))
+        chat.run_pipe(sys.stdin.buffer)
 
 
 @contextmanager

@@ -16,16 +16,18 @@ class ChatClient:
 
     def __init__(self, url: str, *, api_key: str | None = None, options: Mapping[str, Any] | None = None):
         """Raises ConfigError unless the URL is one of http or https."""
-        parts = urlsplit(url if "//" in url else f"http://{url}")
         try:
+            parts = urlsplit(url if "//" in url else f"http://{url}")
             self._address = (parts.hostname or "", parts.port)
-        except ValueError:  # of a port that is no number
-            self._address = ("", None)
-        if parts.scheme not in ("http", "https") or not self._address[0]:
+            self._is_secure = parts.scheme == "https"
+            self._connect()  # makes no connection yet, and checks the name
+            is_url = parts.scheme in ("http", "https") and self._address[0] != ""
+        except (ValueError, http.client.InvalidURL):
+            is_url = False
+        if not is_url:
             raise ConfigError(
                 f"server: must be a URL of http or https, got {url}. Pass one like http://127.0.0.1:8080."
             )
-        self._is_secure = parts.scheme == "https"
         self._path = parts.path.rstrip("/").removesuffix("/v1") + "/v1"
         self._url, self._options = url, dict(options or {})
         self._headers = {"Content-Type": "application/json"}

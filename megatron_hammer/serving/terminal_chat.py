@@ -7,13 +7,13 @@ turn, only answers are written, and an error ends the conversation, so that a sc
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from megatron_hammer.errors import ConfigError, HammerError, OutputError
+from megatron_hammer.errors import ConfigError, DataError, HammerError, OutputError
 from megatron_hammer.files.publish import publish_files
 from megatron_hammer.serving.chat_client import ChatClient
 
@@ -47,11 +47,15 @@ class TerminalChat:
     def reset(self) -> None:
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
 
-    def run_pipe(self, lines: Iterator[str]) -> None:
+    def run_pipe(self, lines: Iterable[bytes]) -> None:
         """Answer every line; raises HammerError at the first that cannot be answered, KeyboardInterrupt at Ctrl-C."""
         with suppress(_End):
-            for line in lines:
-                self._take(line)
+            for number, line in enumerate(lines, 1):
+                try:
+                    text = line.decode("utf-8-sig")
+                except UnicodeDecodeError:
+                    raise DataError(f"stdin:{number}: must be UTF-8, got {line[:40]!r}. Convert the text.") from None
+                self._take(text)
 
     def run_terminal(self, read_line: Callable[[], str]) -> None:
         """Ask for lines until /exit or the end of the input; errors are printed, and the conversation continues."""

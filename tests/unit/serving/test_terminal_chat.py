@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatron_hammer.errors import ConfigError, OutputError, PlatformError
+from megatron_hammer.errors import ConfigError, DataError, OutputError, PlatformError
+from megatron_hammer.serving.chat_client import ChatClient
 from megatron_hammer.serving.terminal_chat import TerminalChat
 from tests.helpers.messages import raises_problem
 
@@ -44,7 +45,7 @@ def make_chat(model: Model, *, is_terminal: bool = False, system: str | None = N
 
 def test_every_line_is_a_turn_of_one_conversation() -> None:
     chat = make_chat(model := Model(), system="short")
-    chat.run_pipe(iter(["one\n", "\n", "  two\n"]))
+    chat.run_pipe([b"one\n", b"\n", b"  two\n"])
     assert chat.out.getvalue() == "0 1 \n0 1 2 3 \n"
     assert model.asked[1] == [
         {"role": "system", "content": "short"},
@@ -54,32 +55,45 @@ def test_every_line_is_a_turn_of_one_conversation() -> None:
     ]
 
 
+def test_lines_of_other_systems_and_of_other_encodings() -> None:
+    chat = make_chat(model := Model())
+    with raises_problem(DataError, "stdin:4", "UTF-8", r"b'\xc4\xe3"):
+        chat.run_pipe([b"\xef\xbb\xbfone\r\n", b"\r\n", "春\r\n".encode(), b"\xc4\xe3\n", b"never\n"])
+    assert [asked[-1]["content"] for asked in model.asked] == ["one", "春"]
+
+
+@pytest.mark.parametrize("url", ["ftp://x", "http://", "http://a:99999", "http://[::1", "http://a b"])
+def test_an_address_that_is_no_url(url: str) -> None:
+    with raises_problem(ConfigError, "server", "URL of http", url):
+        ChatClient(url)
+
+
 def test_commands_are_not_sent_and_two_slashes_are_one() -> None:
     chat = make_chat(model := Model(), system="short")
-    chat.run_pipe(iter(["one\n", "/reset\n", "//two\n", "/exit\n", "three\n"]))
+    chat.run_pipe([b"one\n", b"/reset\n", b"//two\n", b"/exit\n", b"three\n"])
     assert [[message["content"] for message in asked] for asked in model.asked] == [["short", "one"], ["short", "/two"]]
 
 
 def test_a_conversation_is_saved_once_and_as_jsonl(tmp_path: Path) -> None:
     path = tmp_path / "folder" / "chat 1.jsonl"
     chat = make_chat(Model())
-    chat.run_pipe(iter(["春\n", f"/save {path}\n"]))
+    chat.run_pipe(["春\n".encode(), f"/save {path}\n".encode()])
     expected = [{"role": "user", "content": "春"}, {"role": "assistant", "content": "0 "}]
     assert [json.loads(line) for line in path.read_text().splitlines()] == [{"messages": expected}]
     with raises_problem(OutputError, "/save:", "new file", str(path)):
-        chat.run_pipe(iter([f"/save {path}\n"]))
+        chat.run_pipe([f"/save {path}\n".encode()])
     with raises_problem(OutputError, "/save:", "new file", "''"):
-        chat.run_pipe(iter(["/save\n"]))
+        chat.run_pipe([b"/save\n"])
 
 
 def test_a_script_notices_what_goes_wrong() -> None:
     with raises_problem(ConfigError, "/sav:", "/save", "//"):
-        make_chat(Model()).run_pipe(iter(["/sav x\n", "never\n"]))
+        make_chat(Model()).run_pipe([b"/sav x\n", b"never\n"])
     chat = make_chat(Model(PlatformError("server: gone")))
     with raises_problem(PlatformError, "server: gone"):
-        chat.run_pipe(iter(["one\n", "never\n"]))
+        chat.run_pipe([b"one\n", b"never\n"])
     with pytest.raises(KeyboardInterrupt):
-        make_chat(Model(KeyboardInterrupt())).run_pipe(iter(["one\n"]))
+        make_chat(Model(KeyboardInterrupt())).run_pipe([b"one\n"])
 
 
 def read_from(lines: Iterator[str | BaseException]) -> Any:
@@ -126,5 +140,5 @@ def test_a_model_cannot_steer_the_terminal(is_terminal: bool, shown: str) -> Non
             yield "春\x1b[2J\n\t"
 
     chat = make_chat(Steering(), is_terminal=is_terminal)
-    chat.run_pipe(iter(["one"]))
+    chat.run_pipe([b"one"])
     assert (chat.out.getvalue(), chat.messages[-1]["content"]) == (shown, "春\x1b[2J\n\t")
