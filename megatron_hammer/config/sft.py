@@ -42,4 +42,5 @@ def count_sft_steps(
         ]
     except (DataError, OSError):
         return None
-    return math.ceil(epochs * sum(rows) / global_batch_size) if rows else None
+    # No rows: preflight names the split that has none.
+    return math.ceil(epochs * sum(rows) / global_batch_size) or None if rows else None

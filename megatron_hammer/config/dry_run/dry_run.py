@@ -24,7 +24,7 @@ from megatron_hammer.config.dry_run.report import (
 from megatron_hammer.config.dry_run.tables import print_tables
 from megatron_hammer.config.flags import Flags
 from megatron_hammer.config.megatron_checks import read_megatron_defaults
-from megatron_hammer.config.preflight.conversations import count_cut_to_nothing, count_split_rows
+from megatron_hammer.config.preflight.conversations import count_split_rows
 from megatron_hammer.config.preflight.data import read_indices
 from megatron_hammer.config.preflight.data_order import describe_order_state
 from megatron_hammer.config.preflight.layout import find_run_layout_problems
@@ -271,7 +271,6 @@ def _report_conversations(plan: RunPlan) -> ConversationReport | None:
         num_sequences=num_rows,
         padding_share=1 - num_positions / (num_rows * plan.seq_length) if num_rows else 0.0,
         num_truncated=sum(counts.num_too_long for _, counts in found) if plan.rows.is_truncated else 0,
-        num_cut_to_nothing=sum(count_cut_to_nothing(source.prefix, plan.rows) for source, _ in found),
     )
 
 

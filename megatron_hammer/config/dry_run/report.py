@@ -66,14 +66,13 @@ class SourceReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConversationReport:
-    """An epoch of conversations. num_truncated: cut at their end; num_cut_to_nothing: of these, nothing is learned."""
+    """An epoch of conversations. num_truncated: cut at their end."""
 
     rows: str  # how they become sequences
     num_conversations: int
     num_sequences: int
     padding_share: float
     num_truncated: int
-    num_cut_to_nothing: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -146,7 +146,7 @@ def describe_conversations(found: ConversationReport) -> str:
         f"{found.padding_share:.1%} padding",
     ]
     if found.num_truncated:
-        words.append(f"{found.num_truncated:,} cut at their end, {found.num_cut_to_nothing:,} to nothing to learn")
+        words.append(f"{found.num_truncated:,} cut at their end")
     return ", ".join(words)
 
 

@@ -38,6 +38,7 @@ def find_conversation_problems(settings: RunSettings, plan: RunPlan | None, pref
         return problems  # Megatron says that context parallelism must divide the sequence
     for prefix in prefixes:
         problems += _find_length_problems(prefix, count_rows(prefix, (0.0, 1.0), layout), layout)
+        problems += _find_cut_to_nothing(prefix, layout)
     if problems:
         return problems
     problems += _find_empty_splits(settings, layout)
@@ -80,6 +81,20 @@ def _find_length_problems(prefix: str, counts: RowCounts, layout: RowLayout) -> 
         f"{counts.num_too_long:,} of {counts.num_conversations:,} conversations in {prefix} are longer, the longest "
         f"has {counts.longest_tokens:,} tokens. Raise --seq-length, or pass --sft-truncate to cut them at their end."
     ]
+
+
+def _find_cut_to_nothing(prefix: str, layout: RowLayout) -> Iterator[str]:
+    """A batch of such conversations has no loss: 0 / 0."""
+    if not layout.is_truncated:
+        return
+    conversations = open_conversations(prefix)
+    if num_lost := len(find_unlearned(conversations, seq_length=layout.seq_length)):
+        yield (
+            f"sft-truncate: must leave every conversation a token to learn, got seq_length={layout.seq_length}, which "
+            f"{num_lost:,} of {len(conversations):,} conversations in {prefix} need for what comes before the first "
+            f"answer. Raise --seq-length, or leave them out: hammer preprocess-conversations --max-length "
+            f"{layout.seq_length + 1}, with --overlong cut-turns to keep the answers that fit."
+        )
 
 
 def _find_empty_splits(settings: RunSettings, layout: RowLayout) -> Iterator[str]:
@@ -134,8 +149,3 @@ def _find_amount_problems(plan: RunPlan, layout: RowLayout) -> Iterator[str]:
             f"train-iters: conversations must not be read more than {MOST_EPOCHS:,} times, got {epochs:,.0f} epochs of "
             f"{held:,} sequences. Pass --sft-epochs instead, or --accept-many-epochs if it is meant so."
         )
-
-
-def count_cut_to_nothing(prefix: str, layout: RowLayout) -> int:
-    """Conversations of which --sft-truncate leaves nothing to learn."""
-    return len(find_unlearned(open_conversations(prefix), seq_length=layout.seq_length)) if layout.is_truncated else 0

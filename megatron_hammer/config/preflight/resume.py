@@ -14,7 +14,23 @@ def find_resume_problems(settings: RunSettings, plan: RunPlan | None, saved: Sav
     problems = [] if settings.model is None else _find_other_model(settings, settings.model, saved)
     if saved.directory.name == "release" or plan is None:
         return problems  # of a released model Megatron loads the weights alone, without optimizer and schedule
+    if other := find_other_training(plan, saved):
+        return problems + other
     return problems + find_schedule_changes(plan, saved) + _find_expert_problems(plan, saved)
+
+
+def find_other_training(plan: RunPlan, saved: SavedRun) -> list[str]:
+    """Fine-tuning that would continue pretraining, or the reverse, with its step, optimizer and schedule."""
+    is_new = plan.checkpoints.is_finetuned or plan.schedule.skips_training
+    was_sft, is_sft = saved.order is not None and saved.order.rows is not None, plan.rows is not None
+    if is_new or saved.order is None or was_sft == is_sft or plan.data.accepts_order_change:
+        return []
+    before, now = ("--sft", "none") if was_sft else ("pretraining", "--sft")
+    return [
+        f"load: a checkpoint must be of the same training to be continued, got {now} for one of {before} in "
+        f"{saved.directory}. Pass --pretrained-checkpoint {saved.directory.parent} with another --save and without "
+        "--load, which begins with its weights alone."
+    ]
 
 
 def find_schedule_changes(plan: RunPlan, saved: SavedRun) -> list[str]:

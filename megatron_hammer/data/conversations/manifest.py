@@ -62,6 +62,8 @@ def read_conversation_manifest(prefix: str | Path) -> ConversationManifest:
     remedy = "Write the conversations with hammer preprocess-conversations."
     if not path.is_file():
         raise DataError(f"{path}: manifest must lie beside conversations, got none. {remedy}")
+    if not idx_path(mask_prefix(prefix)).is_file() and "template" not in read_json(path, dict, remedy=remedy):
+        raise DataError(f"{path}: data must be conversations, got text without loss masks. {remedy}")
     return read_json(path, ConversationManifest, remedy=remedy)
 
 

@@ -1,5 +1,6 @@
 """Conversations that cannot be trained on as asked are refused before the run, each with what to do."""
 
+import json
 import re
 from pathlib import Path
 
@@ -67,6 +68,10 @@ def test_a_good_run_has_no_problem(data: str) -> None:
     ("flags", "match"),
     [
         ("--seq-length 20", r"seq-length: must hold .* got seq_length=20, \d+ of 60 .* --sft-truncate"),
+        (
+            "--seq-length 2 --sft-truncate",
+            r"sft-truncate: must leave every conversation a token to learn, got seq_length=2",
+        ),
         ("--global-batch-size 64", "must fill one step, got .* global_batch_size=64"),
         ("--sft-epochs 0", "sft-epochs: must be above 0"),
         ("--train-iters 50000", "must not be read more than 1,000 times"),
@@ -108,6 +113,21 @@ def test_masks_without_a_token_to_learn(tmp_path: Path) -> None:
     conversations[7] = (conversations[7][0], np.zeros_like(conversations[7][1]))
     data = write_conversations(tmp_path / "c", conversations, vocab_size=VOCAB_SIZE)
     check(data, match=r"must have a token to learn, got 1 of 20 with none in their masks \(conversations 7, from 0\)")
+
+
+def test_text_and_an_empty_share_are_named(data: str, tmp_path: Path) -> None:
+    one = write_conversations(
+        tmp_path / "one", draw_conversations(1, vocab_size=VOCAB_SIZE, longest=20), vocab_size=VOCAB_SIZE
+    )
+    (problem,) = find(*FLAGS, "--data-path", one, "--split", "40,60,0", "--eval-iters", "1")
+    assert "its train split must hold a conversation, got none" in problem
+    manifest = json.loads((tmp_path / "one.manifest.json").read_bytes())
+    del manifest["template"]
+    (tmp_path / "one.manifest.json").write_text(json.dumps(manifest))
+    for suffix in (".bin", ".idx"):
+        mask_prefix(one).with_suffix(suffix).unlink()
+    (problem,) = find(*FLAGS, "--data-path", one, "--global-batch-size", "1")
+    assert "data must be conversations, got text without loss masks" in problem
 
 
 def test_pretraining_does_not_ignore_masks(data: str) -> None:

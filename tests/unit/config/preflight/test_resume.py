@@ -1,10 +1,11 @@
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from megatron_hammer.config.preflight.resume import describe_schedule, find_schedule_changes
+from megatron_hammer.config.preflight.resume import describe_schedule, find_other_training, find_schedule_changes
 from tests.helpers.messages import assert_problem
 from tests.helpers.parsed_flags import TINY, parse
 
@@ -41,6 +42,20 @@ def test_a_longer_run_has_another_schedule() -> None:
 )
 def test_a_schedule_flag_allows_another_schedule(flag: str) -> None:
     assert changes("--train-iters", "40", flag) == []
+
+
+def test_fine_tuning_does_not_continue_pretraining() -> None:
+    """Nor the reverse: the step, the optimizer and the schedule are those of other data."""
+    runs = {"pretraining": parse(*RUN).plan, "--sft": parse(*RUN, "--sft").plan}
+    for before, now in (("pretraining", "--sft"), ("--sft", "pretraining")):
+        saved = SimpleNamespace(directory=FOLDER, order=runs[before].order)
+        (problem,) = find_other_training(runs[now], saved)
+        assert_problem(problem, "load:", f"for one of {before} in {FOLDER}", "--pretrained-checkpoint checkpoints ")
+        assert find_other_training(runs[before], saved) == []
+        allowed = dataclasses.replace(
+            runs[now], checkpoints=dataclasses.replace(runs[now].checkpoints, is_finetuned=True)
+        )
+        assert find_other_training(allowed, saved) == []
 
 
 def test_samples_are_counted_like_steps() -> None:
