@@ -1,4 +1,4 @@
-"""What commands print on stdout: tables of one look, as wide as the terminal or as a file needs, and JSON."""
+"""Tables of one look, on stdout as wide as the terminal or as a file needs, or in Markdown; and JSON."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, Any
@@ -43,6 +43,13 @@ def build_table(
     for row in rows:
         table.add_row(*map(Text, row))
     return table
+
+
+def format_markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, num_text: int = 1) -> str:
+    """The same table for a file in Markdown, each line with its line end; bars in cells stay text."""
+    rules = ["---"] * num_text + ["---:"] * (len(columns) - num_text)
+    cells = ([cell.replace("|", r"\|") for cell in row] for row in (columns, rules, *rows))
+    return "".join(f"| {' | '.join(row)} |\n" for row in cells)
 
 
 def build_pairs(title: str, values: Mapping[str, str]) -> Table:

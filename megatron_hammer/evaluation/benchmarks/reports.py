@@ -12,7 +12,7 @@ from megatron_hammer.evaluation.benchmarks.run import Evaluated
 from megatron_hammer.evaluation.benchmarks.scores import COLUMNS, list_rows
 from megatron_hammer.files.csv_table import format_csv
 from megatron_hammer.files.publish import publish_directory
-from megatron_hammer.files.tables import build_table, open_console
+from megatron_hammer.files.tables import build_table, format_markdown_table, open_console
 from megatron_hammer.files.typed import replace_non_finite
 
 NUM_TEXT_COLUMNS = 3
@@ -58,18 +58,12 @@ def write_reports(folder: Path, evaluated: Sequence[Evaluated], suite: Evaluatio
     """scores.json, scores.csv, scores.md and samples.jsonl with every question and answer, in a new folder."""
     rows = _list_all_rows(evaluated)
     samples = [json.dumps(sample, ensure_ascii=False, default=str) for model in evaluated for sample in model.samples]
-    markdown = [
-        "| " + " | ".join(COLUMNS) + " |",
-        "|" + "".join(" --- |" if number < NUM_TEXT_COLUMNS else " ---: |" for number in range(len(COLUMNS))),
-        *("| " + " | ".join(row) + " |" for row in rows),
-        "",
-        *(f"- {line}" for line in describe_recipe(evaluated, suite)),
-    ]
+    table = format_markdown_table(COLUMNS, rows, num_text=NUM_TEXT_COLUMNS)
     with publish_directory(folder) as partial_dir:
         for name, text in {
             "scores.json": json.dumps(build_report(evaluated, suite), indent=2, ensure_ascii=False) + "\n",
             "scores.csv": format_csv(COLUMNS, rows),
-            "scores.md": "\n".join(markdown) + "\n",
+            "scores.md": "\n- ".join([table, *describe_recipe(evaluated, suite)]) + "\n",
             "samples.jsonl": "".join(f"{sample}\n" for sample in samples),
         }.items():
             (partial_dir / name).write_text(text, encoding="utf-8")

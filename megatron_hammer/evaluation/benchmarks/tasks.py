@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval.tasks
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import TaskIndex
 from lm_eval.tasks._yaml_loader import load_yaml
@@ -99,6 +100,8 @@ def require_questions(tasks: Mapping[str, Any], limit: int | None) -> None:
     """
     problems = []
     for name, task in tasks.items():
+        if not isinstance(task, ConfigurableTask):  # written in Python: only it knows its questions
+            continue
         number, num_fewshot = 0, task.get_config("num_fewshot") or 0
         num_examples = len(task.sampler.df) if num_fewshot else 0
         if num_examples < num_fewshot:

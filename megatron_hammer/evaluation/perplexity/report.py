@@ -14,6 +14,7 @@ from megatron_hammer.evaluation.perplexity.formula import Estimate, estimate_ave
 from megatron_hammer.evaluation.perplexity.measure import DomainScores, ModelScores
 from megatron_hammer.files.csv_table import format_csv
 from megatron_hammer.files.publish import publish_files
+from megatron_hammer.files.tables import format_markdown_table
 
 PLOT_DOTS_PER_INCH = 120
 CSV_COLUMNS = (
@@ -84,8 +85,7 @@ def format_markdown(tables: Sequence[Table], notes: Sequence[str]) -> str:
     """Each table under its title, then the notes as a list."""
     lines = []
     for table in tables:
-        lines += [f"### {table.title}", "", _join(table.columns)]
-        lines += [_join(["---", *["---:"] * (len(table.columns) - 1)]), *map(_join, table.rows), ""]
+        lines += [f"### {table.title}", "", format_markdown_table(table.columns, table.rows)]
     return "\n".join([*lines, *(f"- {note}" for note in notes)]) + "\n"
 
 
@@ -172,7 +172,3 @@ def _format(one: Estimate, num_decimals: int) -> str:
     if math.isnan(one.low):
         return f"{one.value:.{num_decimals}f}"
     return f"{one.value:.{num_decimals}f} [{one.low:.{num_decimals}f}, {one.high:.{num_decimals}f}]"
-
-
-def _join(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"

@@ -24,6 +24,7 @@ from megatron_hammer.evaluation.perplexity.formula import DomainEstimates, estim
 from megatron_hammer.evaluation.perplexity.measure import MeasureOptions, ModelScores, choose_prefix, measure_model
 from megatron_hammer.evaluation.scorers.open_scorer import ScorerOptions, use_scorer
 from megatron_hammer.evaluation.scorers.scorer import Scorer
+from megatron_hammer.files.tables import format_markdown_table
 from megatron_hammer.serving.quantization.packed_weights import write_plain_folder
 from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder
 
@@ -227,4 +228,4 @@ def _finite(value: float) -> float | None:
 
 def format_markdown(models: Sequence[ComparedModel]) -> str:
     """The rows as a table for README files."""
-    return "".join(f"| {' | '.join(row)} |\n" for row in (COLUMNS, ("---",) * len(COLUMNS), *build_rows(models)))
+    return format_markdown_table(COLUMNS, build_rows(models), num_text=2)

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from megatron_hammer.files.tables import PLAIN_WIDTH, build_pairs, build_table, open_console
+from megatron_hammer.files.tables import PLAIN_WIDTH, build_pairs, build_table, format_markdown_table, open_console
 
 
 def render(*renderables: object) -> list[str]:
@@ -43,3 +43,8 @@ def test_a_narrow_terminal_folds_and_cuts_nothing(monkeypatch: pytest.MonkeyPatc
     text = "".join(render(build_table(None, ("c", "n"), [("abcdefghijklmnopqrstuvwxyz", "12345")])))
     assert "…" not in text
     assert all(character in text for character in "abcdefghijklmnopqrstuvwxyz12345")
+
+
+def test_a_bar_in_a_cell_of_markdown_stays_text() -> None:
+    table = format_markdown_table(("name", "kind", "score"), [("a|b", "x", "1")], num_text=2)
+    assert table.splitlines() == ["| name | kind | score |", "| --- | --- | ---: |", r"| a\|b | x | 1 |"]
