@@ -68,7 +68,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--bits", type=int, choices=sorted(BITS["gptq"]), default=default.bits, help="bits per weight (%(default)s)"
     )
     parser.add_argument(
-        "--group-size", type=int, default=default.group_size, help="inputs that share a scale (%(default)s)"
+        "--group-size",
+        type=int,
+        default=default.group_size,
+        help="inputs that share a scale: 128, 64 or 32 (%(default)s)",
     )
     parser.add_argument(
         "--iterations", type=int, default=default.iterations, help="optimization steps per block (%(default)s)"

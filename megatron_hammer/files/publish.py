@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -121,6 +122,7 @@ def publish_directory(save_dir: Path, *, overwrite: bool = False) -> Iterator[Pa
             ) from error
         try:
             yield partial_dir
+            _share_files(partial_dir)
             if overwrite:
                 _replace_folder(partial_dir, save_dir)
             else:
@@ -140,6 +142,16 @@ def require_free(save_dir: Path) -> None:
     if save_dir.exists() and (not save_dir.is_dir() or any(save_dir.iterdir())):
         found = f"{len(list(save_dir.iterdir()))} entries" if save_dir.is_dir() else "a file"
         raise OutputError(f"{save_dir}: target must be absent or an empty folder, got {found}. Choose another --save.")
+
+
+def _share_files(folder: Path) -> None:
+    """Let others read each file as the folder, which the umask decides: safetensors writes files for the owner only."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        found = path.lstat()
+        # A file with a second name is not only this folder's.
+        if stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and found.st_mode & mode != mode:
+            path.chmod(stat.S_IMODE(found.st_mode) | mode)
 
 
 def _replace_folder(partial_dir: Path, save_dir: Path) -> None:

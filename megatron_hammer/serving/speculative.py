@@ -112,14 +112,6 @@ def _read_type(header: Mapping[str, Any], number: int) -> int | None:
     return types[number] if number < len(types) else None
 
 
-def estimate_tokens_per_pass(acceptance: float, num_draft_tokens: int) -> float:
-    """Tokens that one pass of the target gives, on average, if each proposed token is accepted with this probability.
-
-    1 + a + a^2 + ... + a^n: a pass always gives one token of its own, and a rejected token ends the accepted ones.
-    """
-    return sum(acceptance**number for number in range(num_draft_tokens + 1))
-
-
 def estimate_speedup(
     tokens_per_pass: float, num_draft_tokens: int, *, draft_cost: float, verification_cost: float = 1.0
 ) -> float:

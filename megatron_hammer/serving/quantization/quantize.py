@@ -32,7 +32,7 @@ from megatron_hammer.serving.quantization.packed_weights import (
     read_quantization,
 )
 from megatron_hammer.serving.quantization.run_auto_round import BITS, RoundingOptions, quantize_folder
-from megatron_hammer.serving.quantization.source_model import QuantizableModel, open_quantizable
+from megatron_hammer.serving.quantization.source_model import GROUP_SIZES, QuantizableModel, open_quantizable
 from megatron_hammer.tokenizer.encoding.encoder import load_encoder
 
 REPORT_NAME = "quantization_report.json"
@@ -133,7 +133,6 @@ def quantize(
 def _validate(options: QuantizationOptions) -> None:
     rounding = options.rounding
     positive = {
-        "group-size": rounding.group_size,
         "iterations": rounding.iterations,
         "batch-size": rounding.batch_size,
         "num-samples": options.num_samples,
@@ -144,6 +143,13 @@ def _validate(options: QuantizationOptions) -> None:
         for name, value in positive.items()
         if value < 1
     ]
+    if options.load_dir.resolve().is_relative_to(options.save_dir.resolve()):
+        problems.append(f"save: must not hold the model of --load, got {options.save_dir}. Choose another --save.")
+    if rounding.group_size not in GROUP_SIZES:
+        allowed = ", ".join(map(str, GROUP_SIZES))
+        problems.append(
+            f"group-size: must be one of {allowed}, which kernels read, got {rounding.group_size}. Pass one of them."
+        )
     if rounding.bits not in BITS[rounding.format]:
         allowed = " or ".join(map(str, BITS[rounding.format]))
         problems.append(

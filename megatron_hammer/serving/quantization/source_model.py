@@ -43,6 +43,8 @@ def open_quantizable(folder: Path, *, group_size: int) -> QuantizableModel:
             f"{folder / CONFIG_NAME}, quantization_config: model must not be quantized yet, got {method}. "
             "Pass the model before quantization."
         )
+    if folder.is_file():
+        raise ConversionError(f"{folder}: must be a Hugging Face folder, got a file. Pass the folder it was made from.")
     if (folder / "latest_checkpointed_iteration.txt").is_file():
         raise ConversionError(
             f"{folder}: must be a Hugging Face folder, got a Megatron checkpoint. "

@@ -141,6 +141,21 @@ def test_a_users_own_partial_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "x.partial").read_text() == "mine"
 
 
+def test_files_of_a_folder_can_be_read_as_the_folder(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.touch(mode=0o600)
+    old_mask = os.umask(0o027)
+    try:
+        with publish_directory(tmp_path / "out") as folder:
+            (folder / "sub").mkdir()
+            (folder / "sub" / "private").touch(mode=0o600)
+            (folder / "hard").hardlink_to(shared)
+    finally:
+        os.umask(old_mask)
+    modes = [(tmp_path / "out" / name).stat().st_mode & 0o777 for name in ("sub/private", "hard")]
+    assert modes == [0o640, 0o600]
+
+
 def test_of_two_writers_of_one_folder_the_first_wins(tmp_path: Path) -> None:
     with publish_directory(tmp_path / "hf") as first:
         (first / "a").write_text("first")

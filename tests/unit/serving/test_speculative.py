@@ -1,6 +1,5 @@
 """Draft models: vocabularies are compared token by token, and the arithmetic of the gain agrees with a simulation."""
 
-import random
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from megatron_hammer.serving.speculative import (
     build_draft_parameters,
     compute_break_even_cost,
     estimate_speedup,
-    estimate_tokens_per_pass,
 )
 from tests.helpers.gguf_models import VOCABULARY, VOCABULARY_TYPES, write_vocabulary
 from tests.helpers.messages import assert_problems, raises_problem
@@ -111,23 +109,6 @@ def test_a_draft_with_fewer_positions_is_refused(tmp_path) -> None:
 def test_no_draft_tokens_are_refused(tmp_path) -> None:
     with raises_problem(ConfigError, "draft-tokens", "got 0"):
         build(tmp_path, num_tokens=0)
-
-
-@pytest.mark.parametrize("acceptance", [0.0, 0.4, 0.8, 1.0])
-def test_tokens_per_pass_agree_with_a_simulation(acceptance: float) -> None:
-    generator = random.Random(5)
-    passes = 20_000
-    total = 0
-    for _ in range(passes):
-        total += 1
-        for _ in range(3):
-            if generator.random() >= acceptance:
-                break
-            total += 1
-    assert estimate_tokens_per_pass(acceptance, 3) == pytest.approx(total / passes, rel=0.02)
-    # Leviathan et al. 2023, equation 1.
-    if acceptance < 1:
-        assert estimate_tokens_per_pass(acceptance, 3) == pytest.approx((1 - acceptance**4) / (1 - acceptance))
 
 
 def test_at_the_break_even_nothing_is_gained() -> None:

@@ -1,5 +1,7 @@
 """A quantized folder is compared with its source, and what is wrong in it is named. AutoRound does not run here."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -74,14 +76,31 @@ def test_options_that_cannot_work_are_named_at_once(source, tmp_path) -> None:
         save_dir=tmp_path / "out",
         calibration=(),
         num_samples=0,
-        rounding=RoundingOptions(format="awq", bits=8, iterations=-1),
+        rounding=RoundingOptions(format="awq", bits=8, iterations=-1, group_size=16),
     )
     with pytest.raises(ConfigError) as error:
         quantize(options)
     assert_problems(
-        error.value.problems, ("iterations", "got -1"), ("num-samples", "got 0"), ("bits", "got 8", "--bits 4")
+        error.value.problems,
+        ("iterations", "got -1"),
+        ("num-samples", "got 0"),
+        ("group-size", "128, 64, 32", "got 16"),
+        ("bits", "got 8", "--bits 4"),
     )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("save_dir", [Path("."), Path("..")])
+def test_the_source_is_not_replaced(source, save_dir: Path) -> None:
+    options = QuantizationOptions(
+        load_dir=source,
+        save_dir=source / save_dir,
+        calibration=(),
+        rounding=RoundingOptions(group_size=32),
+        overwrite=True,
+    )
+    with raises_problem(ConfigError, "save", "--load", f"got {source / save_dir}"):
+        quantize(options)
 
 
 def test_more_tokens_than_positions_are_refused(source, tmp_path) -> None:

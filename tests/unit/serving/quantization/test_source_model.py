@@ -78,6 +78,12 @@ def test_a_megatron_checkpoint_is_pointed_to_the_export(tmp_path) -> None:
         open_quantizable(tmp_path, group_size=32)
 
 
+def test_a_file_is_refused(tmp_path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    with raises_problem(ConversionError, f"{tmp_path / 'm.gguf'}", "Hugging Face folder", "got a file"):
+        open_quantizable(tmp_path / "m.gguf", group_size=32)
+
+
 def test_a_config_that_is_no_model_is_refused(tmp_path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with raises_problem(ConversionError, "config.json, model_type", "bert"):
