@@ -1,11 +1,14 @@
-"""What every test needs: one thread a process. It is set here because it counts only before torch is imported."""
+"""What every test needs: one thread per process, set before torch is imported, and the signals of a terminal."""
 
 import gc
 import os
+import signal
 
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"
+# nohup and some schedulers switch it off, for runs that are started too, and they must stop on it.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Nearly all that is imported and collected stays until the end, so no search for garbage needs to look at it.
 gc.disable()
 
