@@ -203,7 +203,7 @@ def _add_output_flags(group: argparse._ArgumentGroup) -> None:
         "--evaluate-every",
         type=int,
         metavar="N",
-        help="evaluate the checkpoint of every N steps, and the last one, in another process while training goes on; "
+        help="evaluate the checkpoint of every N steps, and the last one, in another process while training continues; "
         "needs --evaluate-suite",
     )
     group.add_argument(
