@@ -7,8 +7,9 @@ import signal
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"
-# nohup and some schedulers switch it off, for runs that are started too, and they must stop on it.
+# nohup and `command &` in a script switch these off, also for what the tests start and stop by them.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Nearly all that is imported and collected stays until the end, so no search for garbage needs to look at it.
 gc.disable()
 
