@@ -72,7 +72,7 @@ EXTRAS_REQUIRE = {
     ],
 }
 
-PACKAGE_DATA = ["py.typed", "*.c", "*.j2", "*.jinja", "*.toml", "tables/*"]
+PACKAGE_DATA = ["py.typed", "*.c", "*.j2", "*.jinja", "*.toml", "tables/*", "exams/*"]
 
 
 def read_version() -> str:
