@@ -19,15 +19,13 @@ import numpy as np
 from rich.text import Text
 
 from megatron_hammer.cli.preprocess_conversations import add_record_flags, add_template_flags
-from megatron_hammer.corpus.blocks import read_blocks, select_whole_files, split_block
-from megatron_hammer.corpus.input_files import find_input_files
-from megatron_hammer.data.conversations.formats import ConversationError, parse_record, read_conversation
+from megatron_hammer.data.conversations.formats import ConversationError, read_conversation
 from megatron_hammer.data.conversations.pair import open_conversations
+from megatron_hammer.data.conversations.records import iterate_records
 from megatron_hammer.data.inspect.document_text import require_same_tokenizer
 from megatron_hammer.errors import ConfigError, exit_on_user_error
 from megatron_hammer.files.command_line import CommandParser
 from megatron_hammer.files.tables import build_table, open_console, print_json
-from megatron_hammer.post_training.conversations.preprocess import ALL_COLUMNS
 from megatron_hammer.post_training.templates.chat_template import ChatTemplate, load_chat_template, parse_bindings
 from megatron_hammer.post_training.templates.chat_tokenizer import ChatTokenizer
 from megatron_hammer.post_training.templates.proof import prove_template
@@ -103,19 +101,14 @@ def open_stored(prefix: Path, tokenizer_path: Path) -> tuple[ChatTokenizer, Iter
 
 
 def encode_records(arguments: argparse.Namespace, tokenizer: ChatTokenizer) -> Iterator[ShownConversation]:
-    slices = select_whole_files(find_input_files(arguments.input).files)
     nothing = np.empty(0, dtype=np.int32)
-    for block in read_blocks(slices, ALL_COLUMNS):
-        for line, payload in enumerate(split_block(block), start=block.begin.num_records + 1):
-            source = f"{slices[block.begin.file_index].path}:{line}"
-            try:
-                fields = parse_record(block.kind, payload)
-                conversation = read_conversation(fields, arguments.format, system=arguments.system)
-                encoded = tokenizer.encode(conversation)
-            except ConversationError as error:
-                yield ShownConversation(source, nothing, nothing, f"{error.reason}: {error}")
-            else:
-                yield ShownConversation(source, encoded.ids, encoded.mask)
+    for source, read in iterate_records(arguments.input):
+        try:
+            encoded = tokenizer.encode(read_conversation(read(), arguments.format, system=arguments.system))
+        except ConversationError as error:
+            yield ShownConversation(source, nothing, nothing, f"{error.reason}: {error}")
+        else:
+            yield ShownConversation(source, encoded.ids, encoded.mask)
 
 
 def describe(tokenizer: ChatTokenizer, conversation: ShownConversation) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from megatron_hammer.corpus.blocks import BLOCK_BYTES, Block, Position, read_blo
 from megatron_hammer.corpus.input_files import InputFiles, find_input_files, match_outputs, show_path
 from megatron_hammer.data.conversations.manifest import ConversationManifest, TemplateIdentity
 from megatron_hammer.data.conversations.pair import ConversationWriter
+from megatron_hammer.data.conversations.records import ALL_COLUMNS
 from megatron_hammer.data.indexed.manifest import describe_source, read_tool_version
 from megatron_hammer.data.indexed.pair import select_dtype
 from megatron_hammer.data.preprocess.build_manifest import identify_tokenizer
@@ -35,8 +36,6 @@ from megatron_hammer.post_training.templates.chat_tokenizer import ChatTokenizer
 from megatron_hammer.post_training.templates.proof import prove_template
 
 MAX_PROBLEMS_SHOWN = 20
-# A column that no file has: then the Parquet reader gives all columns, since the format is not known yet.
-ALL_COLUMNS = ("*",)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

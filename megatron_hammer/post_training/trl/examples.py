@@ -1,18 +1,16 @@
 """The data of a run as token ids: every record read, checked and encoded here, and each one that is left out named."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from megatron_hammer.corpus.blocks import read_blocks, select_whole_files, split_block
-from megatron_hammer.corpus.input_files import find_input_files
 from megatron_hammer.data.conversations.formats import (
     ConversationError,
     Fields,
-    parse_record,
     read_conversation,
     read_preference,
 )
+from megatron_hammer.data.conversations.records import iterate_records
 from megatron_hammer.errors import DataError
 from megatron_hammer.post_training.templates.chat_tokenizer import ChatTokenizer
 from megatron_hammer.post_training.trl.preferences import encode_pair
@@ -58,7 +56,7 @@ def load_examples(
     loaded = Examples()
     encode = _choose_encoding(stage, tokenizer, max_length)
     for inputs, examples in ((data, loaded.examples), (held_out_data, loaded.held_out)):
-        for place, read in _iterate_records(inputs):
+        for place, read in iterate_records(inputs) if inputs else ():
             loaded.num_records += 1
             try:
                 examples.append(encode(read()))
@@ -72,15 +70,6 @@ def load_examples(
                 "The lines above say why."
             )
     return loaded
-
-
-def _iterate_records(inputs: Sequence[str]) -> Iterator[tuple[str, Callable[[], Fields]]]:
-    """Yield `file:line` of every record, and what reads its fields or raises ConversationError."""
-    slices = select_whole_files(find_input_files(inputs).files) if inputs else []
-    for block in read_blocks(slices, ()):
-        path = slices[block.begin.file_index].path
-        for line, payload in enumerate(split_block(block), start=block.begin.num_records + 1):
-            yield f"{path}:{line}", lambda kind=block.kind, payload=payload: parse_record(kind, payload)  # type: ignore[misc]
 
 
 def _choose_encoding(stage: Stage, tokenizer: ChatTokenizer, max_length: int) -> Encode:
