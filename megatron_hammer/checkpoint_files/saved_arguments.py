@@ -8,6 +8,7 @@ import argparse
 import copy
 import types
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from megatron_hammer.errors import CheckpointError
@@ -117,3 +118,16 @@ def _derive(args: Any) -> Mapping[str, Any]:
 
 def _is_positive(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def find_saved_tokenizer(args: Any, directory: Path) -> Path | None:
+    """The tokenizer that these saved arguments name, or the one beside a converted checkpoint that has been moved.
+
+    directory: the folder of the iteration, where it lies now. None where they name none, or it is not here any more.
+    """
+    saved = getattr(args, "tokenizer_model", None)
+    if not saved:
+        return None
+    # A converted checkpoint has its tokenizer in its own folder, and the saved path is that of the old place.
+    beside = [parent / "tokenizer" for parent in (directory, directory.absolute().parent)]
+    return next((path for path in (Path(saved), *beside) if path.exists()), None)

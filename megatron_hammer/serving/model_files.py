@@ -172,8 +172,8 @@ def _describe_checkpoint(source: ModelSource) -> tuple[dict[str, Path], str | No
 
     Of the iteration its file of hashes, which covers the others; or all of them, where it was saved without one.
     """
-    from megatron_hammer.checkpoint.convert.to_hugging_face import ExportOptions, find_saved_tokenizer
     from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
+    from megatron_hammer.checkpoint_files.saved_arguments import find_saved_tokenizer
     from megatron_hammer.post_training.templates.chat_export import find_trained_template
     from megatron_hammer.post_training.templates.chat_template import load_chat_template
 
@@ -182,8 +182,7 @@ def _describe_checkpoint(source: ModelSource) -> tuple[dict[str, Path], str | No
     if not names[0].is_file():
         names = [path for path in reader.directory.rglob("*") if path.is_file()]
     files = {path.relative_to(reader.directory).as_posix(): path for path in names}
-    options = ExportOptions(load_dir=source.path, save_dir=Path())
-    tokenizer = source.tokenizer_path or find_saved_tokenizer(options, reader)
+    tokenizer = source.tokenizer_path or find_saved_tokenizer(reader.args, reader.directory)
     if tokenizer is not None:
         # What lies beside a tokenizer.json or tokenizer.model may belong to it; weights do not.
         beside = _list_model_files(tokenizer if tokenizer.is_dir() else tokenizer.parent)

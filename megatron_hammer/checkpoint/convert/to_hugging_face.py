@@ -46,6 +46,7 @@ from megatron_hammer.checkpoint.verification.verify_conversion import CheckRow, 
 from megatron_hammer.checkpoint_files.checkpoint_reader import VOCABULARY_TENSORS, CheckpointReader, name_dtype
 from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
 from megatron_hammer.checkpoint_files.safetensors.shard_writer import ShardFile, plan_shards
+from megatron_hammer.checkpoint_files.saved_arguments import find_saved_tokenizer
 from megatron_hammer.checkpoint_files.torch_dist.reader import TorchDistReader
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.files.publish import publish_directory
@@ -179,7 +180,7 @@ def export_to_hugging_face(
 def _plan_export(options: ExportOptions) -> _Plan:
     """Open the checkpoint and compare its names, shapes and dtypes with its model; converts no tensor."""
     reader = open_checkpoint(options.load_dir, iteration=options.iteration, weights=options.weights)
-    tokenizer_path = options.tokenizer_path or find_saved_tokenizer(options, reader)
+    tokenizer_path = options.tokenizer_path or _find_own_tokenizer(options, reader)
     vocabulary = select_vocabulary(reader.args, asked=options.vocab_size, tokenizer_path=tokenizer_path)
     model = read_saved_model(reader.args, vocab_size=vocabulary.num_tokens, ignored=options.ignored_arguments)
     embedding = reader.tensors.get(VOCABULARY_TENSORS[0])  # where there is none, the comparison of names says so
@@ -303,22 +304,16 @@ def _write_chat_format(
     return (CheckRow("chat template", result, True),) if num_conversations else (), notes
 
 
-def find_saved_tokenizer(options: ExportOptions, reader: CheckpointReader) -> Path | None:
-    """The tokenizer that the checkpoint names, or the one beside a converted checkpoint that has been moved."""
+def _find_own_tokenizer(options: ExportOptions, reader: CheckpointReader) -> Path | None:
+    """The checkpoint's tokenizer, which must be there unless its files are left out."""
     saved = getattr(reader.args, "tokenizer_model", None)
-    if not saved:
-        return None
-    # A converted checkpoint has its tokenizer in its own folder, and the saved path is that of the old place.
-    beside = [parent / "tokenizer" for parent in (options.load_dir, options.load_dir.absolute().parent)]
-    for path in (Path(saved), *beside):
-        if path.exists():
-            return path
-    if not options.has_tokenizer:
-        return None
-    raise ConversionError(
-        f"{saved}: tokenizer that the checkpoint was trained with does not exist here. "
-        "Pass --tokenizer-model, or --no-tokenizer."
-    )
+    path = find_saved_tokenizer(reader.args, reader.directory)
+    if saved and path is None and options.has_tokenizer:
+        raise ConversionError(
+            f"{saved}: tokenizer that the checkpoint was trained with does not exist here. "
+            "Pass --tokenizer-model, or --no-tokenizer."
+        )
+    return path
 
 
 def _write_descriptions(directory: Path, plan: _Plan, tokenizer: Any) -> str:

@@ -17,6 +17,7 @@ from megatron_hammer.checkpoint.convert.exported_vocabulary import select_vocabu
 from megatron_hammer.checkpoint.convert.fill_model import fill_chunks
 from megatron_hammer.checkpoint_files.checkpoint_reader import CheckpointReader
 from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
+from megatron_hammer.checkpoint_files.saved_arguments import find_saved_tokenizer
 from megatron_hammer.errors import CheckpointError, ConfigError
 from megatron_hammer.evaluation.scorers.megatron_ranks import ModelLayout, ModelRanks
 from megatron_hammer.evaluation.scorers.scorer import Scorer, TokenScores, plan_batches, require_vocabulary
@@ -211,14 +212,13 @@ def _build_filled_model(reader: CheckpointReader, layout: ModelLayout, precision
 
 def find_tokenizer(reader: CheckpointReader, asked: Path | None) -> Path:
     """The tokenizer to use: the one asked for, else the checkpoint's; raises CheckpointError if there is neither."""
-    saved = getattr(reader.args, "tokenizer_model", None)
-    path = asked or (None if saved is None else Path(saved))
-    if path is None or not path.exists():
+    found = asked or find_saved_tokenizer(reader.args, reader.directory)
+    if found is None or not found.exists():
+        named = found or getattr(reader.args, "tokenizer_model", None)
         raise CheckpointError(
-            f"{reader.directory}: tokenizer must exist, got {'none in its arguments' if path is None else path}. "
-            "Pass --tokenizer-model."
+            f"{reader.directory}: tokenizer must exist, got {named or 'none in its arguments'}. Pass --tokenizer-model."
         )
-    return path
+    return found
 
 
 def count_trained_tokens(args: Any) -> int | None:
