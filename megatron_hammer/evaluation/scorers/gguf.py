@@ -12,11 +12,11 @@ import importlib.util
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
+from megatron_hammer.checkpoint.gguf.header import read_gguf_header
 from megatron_hammer.checkpoint.gguf.llama_cpp import LlamaCpp, open_llama_cpp
 from megatron_hammer.errors import ConversionError, PlatformError
 from megatron_hammer.evaluation.scorers.scorer import Scorer, TokenScores
@@ -25,6 +25,7 @@ from megatron_hammer.tokenizer.encoding.special_tokens import SpecialTokens
 
 MAX_CONTEXT_TOKENS = 4096  # keys and values are kept in fp32; llama.cpp takes fewer where the model reads fewer
 MAX_THREADS = 8
+_TOKENS, _MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
 
 
 class LlamaCppEncoder(Encoder):
@@ -32,15 +33,13 @@ class LlamaCppEncoder(Encoder):
 
     def __init__(self, path: Path, llama_cpp: LlamaCpp):
         self._llama_cpp = llama_cpp
-        fields = _read_fields(path)
-        tokens = fields["tokenizer.ggml.tokens"].contents()
-        merges = fields["tokenizer.ggml.merges"].contents() if "tokenizer.ggml.merges" in fields else None
+        header = read_gguf_header(path, arrays=(_TOKENS, _MERGES))
+        tokens, merges = header[_TOKENS], header.get(_MERGES)
         self.path, self.vocab_size = path, len(tokens)
         self.sha256 = hashlib.sha256(repr((tokens, merges)).encode(errors="surrogatepass")).hexdigest()
         self.special_tokens = SpecialTokens(path)
         for name, key in (("bos_token", "bos"), ("eos_token", "eos")):
-            field = fields.get(f"tokenizer.ggml.{key}_token_id")
-            self.special_tokens.ids[name] = None if field is None else int(field.contents())  # type: ignore[index]
+            self.special_tokens.ids[name] = header.get(f"tokenizer.ggml.{key}_token_id")  # type: ignore[index]
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self._llama_cpp.tokenize(text), dtype=np.int32)
@@ -107,11 +106,9 @@ class GgufScorer(Scorer):
 @contextlib.contextmanager
 def open_gguf(path: Path) -> Iterator[GgufScorer]:
     """Load the file with llama.cpp; raises PlatformError without it, ConversionError if the file does not load."""
-    missing = [name for name in ("xllamacpp", "gguf") if importlib.util.find_spec(name) is None]
-    if missing:
+    if importlib.util.find_spec("xllamacpp") is None:
         raise PlatformError(
-            f"{path}: a GGUF file needs {' and '.join(missing)}, which are not installed. "
-            "Run pip install 'megatron_hammer[gguf]'."
+            f"{path}: a GGUF file needs xllamacpp, which is not installed. Run pip install 'megatron_hammer[gguf]'."
         )
     num_threads = min(torch.get_num_threads(), MAX_THREADS)  # which OMP_NUM_THREADS sets
     with open_llama_cpp(path, num_context_tokens=MAX_CONTEXT_TOKENS, num_threads=num_threads) as llama_cpp:
@@ -121,9 +118,3 @@ def open_gguf(path: Path) -> Iterator[GgufScorer]:
 def _read_number(value: float | None) -> float:
     """JSON has no NaN: llama.cpp writes null."""
     return math.nan if value is None else float(value)
-
-
-def _read_fields(path: Path) -> dict[str, Any]:
-    from gguf import GGUFReader
-
-    return dict(GGUFReader(path).fields)
