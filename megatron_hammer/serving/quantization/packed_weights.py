@@ -44,8 +44,7 @@ def read_packed_layer(weights: HfWeights, layer: str, quantization: Mapping[str,
 
     quantization: quantization_config of config.json. Raises ConversionError if a part of the layer is missing.
     """
-    if missing := [end for end in ("qzeros", "scales") if f"{layer}.{end}" not in weights.shapes]:
-        raise ConversionError(f"{weights.folder}: {layer} must have {', '.join(missing)}, got none. Quantize it again.")
+    _require_parts(weights, layer)
     q, zeros, scales = (weights.read(f"{layer}.{end}") for end in ("qweight", "qzeros", "scales"))
     scales = scales.float()
     if quantization["quant_method"] == "awq":
@@ -61,6 +60,11 @@ def read_packed_layer(weights: HfWeights, layer: str, quantization: Mapping[str,
         group = weights.read(f"{layer}.g_idx").long() if has_order else _even_groups(q.shape[0], scales.shape[0])
     steps = scales[group]
     return ((q - zeros[group]) * steps).T.contiguous(), steps.T.contiguous()
+
+
+def _require_parts(weights: HfWeights, layer: str) -> None:
+    if missing := [end for end in ("qzeros", "scales") if f"{layer}.{end}" not in weights.shapes]:
+        raise ConversionError(f"{weights.folder}: {layer} must have {', '.join(missing)}, got none. Quantize it again.")
 
 
 def _even_groups(num_inputs: int, num_groups: int) -> Tensor:
@@ -81,6 +85,21 @@ def iterate_plain_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for name in weights.shapes:
         if name.rpartition(".")[2] not in PACKED_ENDINGS:
             yield name, weights.read(name)
+
+
+def list_plain_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of `iterate_plain_weights`, in its order, without unpacking anything."""
+    quantization = read_quantization(folder)
+    weights = open_hf_weights(folder)
+    shapes = weights.shapes
+    # Inputs that share an int32 of qweight; AWQ packs outputs.
+    num_joint_inputs = 1 if quantization["quant_method"] == "awq" else 32 // int(quantization["bits"])
+    plain: dict[str, tuple[int, ...]] = {}
+    for layer in list_packed_layers(weights):
+        _require_parts(weights, layer)
+        num_inputs = shapes[f"{layer}.qweight"][0] * num_joint_inputs
+        plain[f"{layer}.weight"] = (shapes[f"{layer}.scales"][1], num_inputs)
+    return plain | {name: shape for name, shape in shapes.items() if name.rpartition(".")[2] not in PACKED_ENDINGS}
 
 
 def read_quantization(folder: Path) -> dict[str, Any]:
@@ -104,11 +123,9 @@ def write_plain_folder(quantized_dir: Path, plain_dir: Path) -> None:
     Kernels that compute in fp16 round each weight in the same way. Needs the disk space of the model before
     quantization, and the memory of one shard. The tokenizer is copied.
     """
-    weights = iterate_plain_weights(quantized_dir)
-    shapes = {name: tuple(tensor.shape) for name, tensor in iterate_plain_weights(quantized_dir)}
-    shards = plan_shards(shapes, dtype=torch.float16, max_shard_bytes=PLAIN_SHARD_BYTES)
+    shards = plan_shards(list_plain_shapes(quantized_dir), dtype=torch.float16, max_shard_bytes=PLAIN_SHARD_BYTES)
     with ShardWriter(plain_dir, shards) as writer:
-        for name, tensor in weights:
+        for name, tensor in iterate_plain_weights(quantized_dir):
             writer.write(name, tensor.to(torch.float16))
     config = read_config(quantized_dir / CONFIG_NAME)
     del config["quantization_config"]

@@ -9,7 +9,9 @@ from safetensors.torch import load_file, save_file
 from megatron_hammer.checkpoint_files.safetensors.weight_files import open_hf_weights
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.serving.quantization.packed_weights import (
+    iterate_plain_weights,
     list_packed_layers,
+    list_plain_shapes,
     read_packed_layer,
     write_plain_folder,
 )
@@ -94,6 +96,23 @@ def test_a_plain_folder_has_the_usual_names_and_no_trace_of_the_format(source, t
     assert (plain / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     assert len(list_packed_layers(open_hf_weights(quantized))) == 14
     assert list_packed_layers(open_hf_weights(plain)) == []
+
+
+@pytest.mark.parametrize("method, bits", [("gptq", 4), ("gptq", 8), ("awq", 4)])
+def test_plain_shapes_are_known_without_unpacking(source, tmp_path, method: str, bits: int) -> None:
+    quantized = pack_folder(source, tmp_path / "q", method, bits)
+    expected = {name: tuple(tensor.shape) for name, tensor in iterate_plain_weights(quantized)}
+    assert list(list_plain_shapes(quantized).items()) == list(expected.items())
+
+
+def test_plain_shapes_name_a_missing_part(source, tmp_path) -> None:
+    quantized = pack_folder(source, tmp_path / "q", "gptq")
+    tensors = load_file(quantized / "model.safetensors")
+    layer = list_packed_layers(open_hf_weights(quantized))[0]
+    del tensors[f"{layer}.scales"]
+    save_file(tensors, quantized / "model.safetensors")
+    with raises_problem(ConversionError, str(quantized), layer, "scales"):
+        list_plain_shapes(quantized)
 
 
 @pytest.mark.parametrize("change", [{"bits": 3}, {"quant_method": "awq", "version": "gemv"}, {"quant_method": "fp8"}])
