@@ -23,7 +23,14 @@ from megatron_hammer.files.tables import build_table, open_console, print_json
 with importing():
     from megatron_hammer.checkpoint_files.iterations import list_iterations
     from megatron_hammer.checkpoint_files.open_checkpoint import open_checkpoint
-    from megatron_hammer.evaluation.perplexity.domains import Domain, DomainOptions, is_pair, read_domain
+    from megatron_hammer.evaluation.perplexity.domains import (
+        Domain,
+        DomainOptions,
+        is_pair,
+        name_domains,
+        read_domain,
+        split_name,
+    )
     from megatron_hammer.evaluation.perplexity.measure import (
         BOS_POLICIES,
         MeasureOptions,
@@ -171,11 +178,7 @@ def select_iterations(run: Path, text: str) -> list[int]:
 
 def read_domains(arguments: argparse.Namespace) -> list[Domain]:
     """Read every domain; raises ConfigError if two have one name."""
-    named = [(name or Path(source).name.split(".")[0], source) for name, source in map(split_name, arguments.domains)]
-    names = [name for name, _ in named]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"domains: names must differ, got {name} twice. Pass NAME=INPUT.")
+    named = name_domains(arguments.domains, flag="domains")
     if arguments.data_tokenizer is not None and not any(is_pair(source) for _, source in named):
         raise ConfigError(
             f"data-tokenizer: is for domains that are .bin/.idx pairs, got {arguments.data_tokenizer} without one. "
@@ -188,12 +191,6 @@ def read_domains(arguments: argparse.Namespace) -> list[Domain]:
         pair_encoder=None if arguments.data_tokenizer is None else load_encoder(arguments.data_tokenizer),
     )
     return [read_domain(name, source, options) for name, source in named]
-
-
-def split_name(text: str) -> tuple[str | None, str]:
-    """NAME and PATH of NAME=PATH; a path that exists as it is written has no name, even with = in it."""
-    name, separator, path = text.partition("=")
-    return (None, text) if not separator or Path(text).exists() else (name, path)
 
 
 def score_model(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from megatron_hammer.checkpoint.verification.print_checks import print_checks
 from megatron_hammer.errors import ConfigError, exit_on_interrupt, exit_on_user_error
-from megatron_hammer.evaluation.perplexity.domains import Domain, DomainOptions, read_domain
+from megatron_hammer.evaluation.perplexity.domains import Domain, DomainOptions, name_domains, read_domain
 from megatron_hammer.evaluation.perplexity.measure import BOS_POLICIES
 from megatron_hammer.evaluation.scorers.megatron_ranks import ModelLayout
 from megatron_hammer.evaluation.scorers.open_scorer import ScorerOptions, find_kind
@@ -153,16 +153,7 @@ def read_domains(arguments: argparse.Namespace) -> list[Domain]:
             *(f"compare: {path} must be a Hugging Face folder or a GGUF file, got another folder." for path in wrong)
         )
     options = DomainOptions(json_key=arguments.text_key, max_documents=arguments.max_documents)
-    domains = []
-    for text in arguments.evaluate:
-        name, separator, source = text.partition("=")
-        if not separator or Path(text).exists():
-            name, source = Path(text).name.split(".")[0], text
-        domains.append(read_domain(name, source, options))
-    names = [domain.name for domain in domains]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ConfigError(f"evaluate: names must differ, got {twice[0]} twice. Pass NAME=INPUT.")
-    return domains
+    return [read_domain(name, source, options) for name, source in name_domains(arguments.evaluate, flag="evaluate")]
 
 
 def compare(

@@ -273,7 +273,7 @@ def find_template_file(source: str | None) -> Path | None:
     """What vLLM is given; raises ConfigError if there is no such template."""
     if source is None:
         return None
-    from megatron_hammer.post_training.templates.chat_template import SHIPPED, load_chat_template
+    from megatron_hammer.post_training.templates.chat_template import find_chat_template, load_chat_template
 
     load_chat_template(source, is_marked=False)
-    return SHIPPED.get(source.replace("-", "_"), Path(source))
+    return find_chat_template(source)

@@ -1,7 +1,7 @@
 """The texts that models are compared on: a domain is an input that the preprocessor reads, or a .bin/.idx pair."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,24 @@ class DomainOptions:
     max_characters: int | None = None
     max_documents: int | None = None
     pair_encoder: Encoder | None = None
+
+
+def split_name(text: str) -> tuple[str | None, str]:
+    """NAME and PATH of NAME=PATH; a path that exists as it is written has no name, even with = in it."""
+    name, separator, path = text.partition("=")
+    return (None, text) if not separator or Path(text).exists() else (name, path)
+
+
+def name_domains(texts: Sequence[str], *, flag: str) -> list[tuple[str, str]]:
+    """Name and input of every domain of a command line; raises ConfigError if two have one name.
+
+    texts: [NAME=]INPUT. flag: where they stand, for the message.
+    """
+    named = [(name or Path(source).name.split(".")[0], source) for name, source in map(split_name, texts)]
+    names = [name for name, _ in named]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"{flag}: names must differ, got {twice[0]} twice. Pass NAME=INPUT.")
+    return named
 
 
 def read_domain(name: str, source: str, options: DomainOptions) -> Domain:

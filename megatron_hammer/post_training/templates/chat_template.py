@@ -73,11 +73,7 @@ def load_chat_template(
     must have {% generation %} marks. Raises ConfigError if it has none, for an unknown name, and for a binding that the
     template does not use.
     """
-    path = SHIPPED.get(str(source).replace("-", "_"), Path(source))
-    if not path.is_file():
-        raise ConfigError(
-            f"chat-template: must be {', '.join(SHIPPED)} or a Jinja file, got {source}. Check the name or the path."
-        )
+    path = find_chat_template(source)
     name, text = (path.stem if path in SHIPPED.values() else path.name), read_text(path)
     if is_marked and not GENERATION_MARK.search(text):
         raise ConfigError(
@@ -90,6 +86,16 @@ def load_chat_template(
     # In one pass, so that tokens can be exchanged.
     tokens = re.compile("|".join(map(re.escape, sorted(bindings, key=len, reverse=True))) or "(?!)")
     return ChatTemplate(name, tokens.sub(lambda found: bindings[found[0]], text), tuple(bindings.values()))
+
+
+def find_chat_template(source: str | Path) -> Path:
+    """The file of a shipped template by its name, or `source` itself; raises ConfigError if there is none."""
+    path = SHIPPED.get(str(source).replace("-", "_"), Path(source))
+    if not path.is_file():
+        raise ConfigError(
+            f"chat-template: must be {', '.join(SHIPPED)} or a Jinja file, got {source}. Check the name or the path."
+        )
+    return path
 
 
 def parse_bindings(pairs: Iterable[str]) -> dict[str, str]:
