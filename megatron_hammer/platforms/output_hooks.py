@@ -55,7 +55,7 @@ def log_values(values: Mapping[str, float], step: int) -> None:
         writer.flush()
     if wandb is not None:
         wandb.define_metric("evaluation/*", step_metric="evaluation/step")
-        # Not committed: the row of the current step gets them, which megatron goes on to fill.
+        # Not committed: the row of the current step gets them, and megatron adds its own values to it.
         wandb.log({"evaluation/step": step, **{f"evaluation/{name}": v for name, v in values.items()}}, commit=False)
 
 

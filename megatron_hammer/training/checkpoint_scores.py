@@ -1,4 +1,4 @@
-"""Scores of a running job's checkpoints: with --evaluate-every, another process evaluates each while training goes on.
+"""Scores of a running job's checkpoints: with --evaluate-every, another process evaluates them beside the training.
 
 It is `hammer evaluate` on the CPU, or where the suite says, one checkpoint after the other. Its scores come into
 scores.jsonl beside the metrics. Not into metrics.jsonl: they arrive later than the lines of the steps after them. A

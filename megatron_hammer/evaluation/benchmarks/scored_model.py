@@ -20,8 +20,9 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from megatron_hammer.errors import CheckpointError, ConfigError
+from megatron_hammer.errors import CheckpointError, ConfigError, ConversionError
 from megatron_hammer.evaluation.scorers.scorer import Scorer, TokenScores
+from megatron_hammer.tokenizer.encoding.transformers_tokenizer import load_with_transformers
 
 DEFAULT_NEW_TOKENS = 256  # lm-eval's, for tasks that do not say how many
 SEQUENCES_AT_ONCE = 256  # that the scorer is asked for, between two moves of the progress bar
@@ -185,13 +186,12 @@ class ScoredModel(TemplateLM):  # type: ignore[misc]
 
 def load_tokenizer(folder: Path) -> Any:
     """transformers' tokenizer of a folder; raises ConfigError if it does not load."""
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+        return load_with_transformers(folder)
+    except ConversionError as error:
+        reason = (str(error.__cause__) or repr(error.__cause__)).splitlines()[0]
         raise ConfigError(
-            f"{folder}: transformers must load the tokenizer, got: {str(error).splitlines()[0]}. "
+            f"{folder}: transformers must load the tokenizer, got: {reason}. "
             "Pass the exported folder, or --tokenizer-model FOLDER."
         ) from error
 

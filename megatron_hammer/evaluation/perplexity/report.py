@@ -15,6 +15,7 @@ from megatron_hammer.evaluation.perplexity.measure import DomainScores, ModelSco
 from megatron_hammer.files.csv_table import format_csv
 from megatron_hammer.files.publish import publish_files
 from megatron_hammer.files.tables import format_markdown_table
+from megatron_hammer.files.typed import replace_non_finite
 
 PLOT_DOTS_PER_INCH = 120
 CSV_COLUMNS = (
@@ -73,7 +74,7 @@ def write_report(save_dir: Path, models: Sequence[ModelScores], reference: str) 
     """Write perplexity.md, .csv, .json and .png at once; returns their paths. Raises OutputError if it cannot."""
     contents: dict[Path, str | bytes] = {
         save_dir / "perplexity.md": format_markdown(build_tables(models, reference), list_notes(models)),
-        save_dir / "perplexity.csv": format_csv(CSV_COLUMNS, [row for model in models for row in _list_rows(model)]),
+        save_dir / "perplexity.csv": format_csv(CSV_COLUMNS, [[*row.values()] for row in _list_rows(models)]),
         save_dir / "perplexity.json": orjson.dumps(describe(models, reference), option=orjson.OPT_INDENT_2),
         save_dir / "perplexity.png": draw(models),
     }
@@ -91,13 +92,13 @@ def format_markdown(tables: Sequence[Table], notes: Sequence[str]) -> str:
 
 def describe(models: Sequence[ModelScores], reference: str) -> dict[str, Any]:
     """Everything as one JSON object; NaN is null."""
-    rows = [dict(zip(CSV_COLUMNS, row, strict=True)) for model in models for row in _list_rows(model)]
     averages = [
         {"model": model.name}
         | _describe_estimate(estimate_average([estimate_domain(one.losses) for one in model.domains]))
         for model in models
     ]
-    return {"reference_tokenizer": reference, "rows": rows, "averages": averages, "notes": list_notes(models)}
+    notes = list_notes(models)
+    return {"reference_tokenizer": reference, "rows": _list_rows(models), "averages": averages, "notes": notes}
 
 
 def draw(models: Sequence[ModelScores]) -> bytes:
@@ -142,29 +143,25 @@ def format_tokens(num_tokens: int | None) -> str:
     return str(num_tokens)
 
 
-def _list_rows(model: ModelScores) -> list[tuple[Any, ...]]:
-    return [_list_cells(model, domain) for domain in model.domains]
+def _list_rows(models: Sequence[ModelScores]) -> list[dict[str, Any]]:
+    """A row for every model and domain, by CSV_COLUMNS."""
+    cells = [_list_cells(model, domain) for model in models for domain in model.domains]
+    return [replace_non_finite(dict(zip(CSV_COLUMNS, row, strict=True))) for row in cells]
 
 
 def _list_cells(model: ModelScores, domain: DomainScores) -> tuple[Any, ...]:
     estimates, losses = estimate_domain(domain.losses), domain.losses
     figures = [
-        _finite(value)
-        for one in (estimates.perplexity, estimates.bits_per_byte)
-        for value in (one.value, one.low, one.high)
+        value for one in (estimates.perplexity, estimates.bits_per_byte) for value in (one.value, one.low, one.high)
     ]
-    sums = (_finite(losses.nats.sum()), len(losses.nats), int(losses.num_bytes.sum()), domain.num_tokens)
+    sums = (float(losses.nats.sum()), len(losses.nats), int(losses.num_bytes.sum()), domain.num_tokens)
     settings = (model.prefix, model.max_length, model.stride, model.precision, " ".join(domain.bad_documents))
     head = (model.name, model.num_trained_tokens, domain.name)
     return (*head, *figures, *sums, int(losses.num_reference_tokens.sum()), *settings)
 
 
 def _describe_estimate(one: Estimate) -> dict[str, Any]:
-    return {"perplexity": _finite(one.value), "low": _finite(one.low), "high": _finite(one.high)}
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+    return replace_non_finite({"perplexity": one.value, "low": one.low, "high": one.high})
 
 
 def _format(one: Estimate, num_decimals: int) -> str:

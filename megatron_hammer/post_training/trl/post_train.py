@@ -20,6 +20,7 @@ from typing import Any
 import orjson
 
 from megatron_hammer.checkpoint.hugging_face.folder import open_hf_folder
+from megatron_hammer.config.environment import read_process_place
 from megatron_hammer.errors import ConfigError, DataError, PlatformError
 from megatron_hammer.files.publish import partial_path, publish_directory
 from megatron_hammer.platforms.agreement import ask_first_rank
@@ -29,6 +30,7 @@ from megatron_hammer.post_training.templates.model_template import open_chat_tok
 from megatron_hammer.post_training.trl.examples import Examples, load_examples
 from megatron_hammer.post_training.trl.output_folder import write_output
 from megatron_hammer.post_training.trl.recipe import Lora, Recipe, Stage
+from megatron_hammer.tokenizer.encoding.transformers_tokenizer import load_with_transformers
 
 # Before the libraries are imported, which read them then.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "DISABLE_TELEMETRY": "1"}
@@ -95,7 +97,7 @@ def post_train(options: PostTrainOptions) -> PostTrainReport | None:
     chat_tokenizer, end_of_turn_ids = open_chat_tokenizer(
         options.hf_dir, options.hf_dir, chat_template=options.chat_template, bindings=options.bindings
     )
-    is_first = os.environ.get("RANK", "0") == "0"
+    is_first = read_process_place().rank == 0
     # For the whole run, because the folder is locked for it: two runs must not write the same checkpoints.
     with publish_directory(options.save_dir, overwrite=options.overwrite) if is_first else nullcontext() as folder:
         data = load_examples(
@@ -170,9 +172,7 @@ def _load_tokenizer(hf_dir: Path, end_of_turn_ids: Sequence[int]) -> Any:
 
     A reward model scores the last token that is no padding, which is the end of a turn.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(hf_dir, local_files_only=True, trust_remote_code=False)
+    tokenizer = load_with_transformers(hf_dir)
     names = (tokenizer.pad_token, tokenizer.unk_token, tokenizer.eos_token, tokenizer.bos_token)
     for name in names:
         if name is not None and tokenizer.convert_tokens_to_ids(name) not in end_of_turn_ids:
@@ -193,7 +193,7 @@ def _build(options: PostTrainOptions, data: Examples, tokenizer: Any, platform: 
     from megatron_hammer.post_training.trl.trainers import build_arguments, build_trainer, load_model
     from megatron_hammer.post_training.trl.unfinished import Job, MarkComplete, begin_or_continue
 
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    num_processes = read_process_place().world_size
     work_dir = partial_path(options.save_dir)
     recipe = options.recipe
     arguments = build_arguments(options.stage, recipe, work_dir, platform=platform, num_processes=num_processes)

@@ -25,6 +25,7 @@ from megatron_hammer.evaluation.perplexity.measure import MeasureOptions, ModelS
 from megatron_hammer.evaluation.scorers.open_scorer import ScorerOptions, use_scorer
 from megatron_hammer.evaluation.scorers.scorer import Scorer
 from megatron_hammer.files.tables import format_markdown_table
+from megatron_hammer.files.typed import replace_non_finite
 from megatron_hammer.serving.quantization.packed_weights import write_plain_folder
 from megatron_hammer.tokenizer.encoding.encoder import Encoder, load_encoder
 
@@ -205,25 +206,23 @@ def build_rows(models: Sequence[ComparedModel]) -> list[tuple[str, ...]]:
 def describe(models: Sequence[ComparedModel]) -> list[dict[str, Any]]:
     """The same as an object per model and domain; figures that are not finite are null."""
     return [
-        {
-            "model": model.name,
-            "size_bytes": model.size_bytes,
-            "speed_of_gguf": model.speed,
-            "domain": domain.name,
-            "perplexity": _finite(domain.estimates.perplexity.value),
-            "perplexity_low": _finite(domain.estimates.perplexity.low),
-            "perplexity_high": _finite(domain.estimates.perplexity.high),
-            "bits_per_byte": _finite(domain.estimates.bits_per_byte.value),
-            "agreement": domain.agreement,
-            "num_places": domain.num_places,
-        }
+        replace_non_finite(
+            {
+                "model": model.name,
+                "size_bytes": model.size_bytes,
+                "speed_of_gguf": model.speed,
+                "domain": domain.name,
+                "perplexity": domain.estimates.perplexity.value,
+                "perplexity_low": domain.estimates.perplexity.low,
+                "perplexity_high": domain.estimates.perplexity.high,
+                "bits_per_byte": domain.estimates.bits_per_byte.value,
+                "agreement": domain.agreement,
+                "num_places": domain.num_places,
+            }
+        )
         for model in models
         for domain in model.domains
     ]
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def format_markdown(models: Sequence[ComparedModel]) -> str:

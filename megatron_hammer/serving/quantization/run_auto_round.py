@@ -16,6 +16,7 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_hammer.errors import ConversionError, PlatformError
+from megatron_hammer.tokenizer.encoding.transformers_tokenizer import load_with_transformers
 
 # Under AutoRound's names. gptq is symmetric: its first version, which all kernels read, cannot store a zero point of 0.
 # awq is asymmetric, as AutoAWQ writes it.
@@ -67,7 +68,7 @@ def quantize_folder(folder: Path, output_dir: Path, samples: Sequence[Tensor], o
             local_files_only=True,
             trust_remote_code=False,
         )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = load_with_transformers(folder)
         name, is_symmetric = FORMATS[options.format]
         rounding = SignRoundConfig(iters=options.iterations)
         rounding.bits, rounding.group_size, rounding.sym = options.bits, options.group_size, is_symmetric
