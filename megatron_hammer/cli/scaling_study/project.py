@@ -99,7 +99,9 @@ def _project(study: Study, search: Search, coefficients: Coefficients) -> StudyR
         print(f"{kind} scaling, {num_gpus:,} GPUs: {size.num_candidates:,} candidates, {found}", file=sys.stderr)
         sizes.append(size)
     knee = find_knee(sizes, study.knee_ratio)
-    return StudyResult(study=study, sizes=tuple(sizes), knee=knee, provenance=coefficients.provenance)
+    return StudyResult(
+        study=study, sizes=tuple(sizes), knee=knee, provenance=coefficients.provenance, coefficients=coefficients
+    )
 
 
 def _build_files(result: StudyResult, folder: Path) -> dict[Path, str | bytes]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.files.publish import publish_files
-from megatron_hammer.files.typed import read_toml
+from megatron_hammer.files.typed import read_toml, validate
 from megatron_hammer.scaling.plan import Gpu, PositiveFloat, PositiveInt
 
 SHIPPED_PATH = Path(__file__).parent / "coefficients.toml"
@@ -207,6 +207,26 @@ class _CoefficientsFile:
 
 def _load(path: Path) -> Coefficients:
     file = read_toml(path, _CoefficientsFile, remedy="Run calibrate again.", raises=ConfigError, allows_unknown=False)
+    return _build(file, str(path))
+
+
+def list_tables(coefficients: Coefficients) -> dict[str, Any]:
+    """The coefficients as plain values with all digits, without their provenance; inverse of `read_tables`."""
+    return {
+        "shared": {name: getattr(coefficients, name) for name in SHARED_NAMES},
+        "gpu": {name: asdict(own) for name, own in coefficients.gpus.items()},
+        "band": dict(coefficients.band_ratio),
+    }
+
+
+def read_tables(tables: Mapping[str, Any], *, where: str) -> Coefficients:
+    """Coefficients of `list_tables`. Raises ConfigError, naming every coefficient that is absent or unknown."""
+    remedy = "Write the file again with this version."
+    file = validate(tables, _CoefficientsFile, where=where, remedy=remedy, raises=ConfigError, allows_unknown=False)
+    return _build(file, where)
+
+
+def _build(file: _CoefficientsFile, path: str) -> Coefficients:
     known, given = set(SHARED_NAMES), set(file.shared)
     faults = {
         "shared must hold only known coefficients, got ": given - known,

@@ -38,6 +38,23 @@ class DataTraffic(NamedTuple):
     gather_s: float
 
 
+class DataParallelTime(NamedTuple):
+    """Seconds per step of a stage's communication over data-parallel ranks, beside its passes and outside of them.
+
+    embedding_s: the sum of a tied embedding's gradients over the first and the last stage, which nothing hides.
+    """
+
+    exposed_reduce_s: float
+    exposed_gather_s: float
+    hidden_reduce_s: float
+    hidden_gather_s: float
+    embedding_s: float
+
+    @property
+    def exposed_s(self) -> float:
+        return self.exposed_reduce_s + self.exposed_gather_s + self.embedding_s
+
+
 @lru_cache(maxsize=8192)
 def _count_stage_parameters(
     model: ModelShape, tp: int, ep: int, expert_tp: int, num_layers: int, ends: tuple[bool, bool], multiple: int
@@ -117,25 +134,30 @@ def _count_shards(plan: Plan, num_replicas: int) -> int:
     return 1 if plan.sharding == "none" else min(plan.shard_size or num_replicas, num_replicas)
 
 
-def estimate_data_parallel_s(
+def build_data_parallel_time(
     plan: Plan, kind: StageKind, forward_s: float, backward_s: float, coefficients: Coefficients
-) -> float:
-    """The part of both that is not hidden: reduction by the last backward pass, gathering by the first forward pass.
+) -> DataParallelTime:
+    """Gradients are reduced beside the last backward pass, and parameters gathered beside the first forward pass.
 
     forward_s, backward_s: of one micro-batch on this kind of stage.
     """
     # FSDP communicates in every layer, which estimate_fsdp_s counts.
     if plan.sharding == "fsdp":
-        return 0.0
-    traffic = _estimate_traffic(plan, _count_kind_parameters(plan, kind), coefficients)
+        return DataParallelTime(0.0, 0.0, 0.0, 0.0, 0.0)
+    reduce_s, gather_s = _estimate_traffic(plan, _count_kind_parameters(plan, kind), coefficients)
     least = coefficients.data_exposed_ratio
-    reduce_s, gather_s = traffic
-    embedding_s = _estimate_tied_embedding_s(plan, coefficients)
+    exposed_reduce_s, exposed_gather_s = reduce_s, gather_s
     if plan.overlaps_grad_reduce:
-        reduce_s = estimate_exposed_s(reduce_s, backward_s, least)
+        exposed_reduce_s = estimate_exposed_s(reduce_s, backward_s, least)
     if plan.overlaps_param_gather:
-        gather_s = estimate_exposed_s(gather_s, forward_s, least)
-    return reduce_s + gather_s + embedding_s
+        exposed_gather_s = estimate_exposed_s(gather_s, forward_s, least)
+    return DataParallelTime(
+        exposed_reduce_s,
+        exposed_gather_s,
+        reduce_s - exposed_reduce_s,
+        gather_s - exposed_gather_s,
+        _estimate_tied_embedding_s(plan, coefficients),
+    )
 
 
 def _estimate_tied_embedding_s(plan: Plan, coefficients: Coefficients) -> float:

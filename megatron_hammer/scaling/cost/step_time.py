@@ -12,13 +12,14 @@ from megatron_hammer.scaling.cost.coefficients import Coefficients, load_coeffic
 from megatron_hammer.scaling.cost.communication import estimate_send_s, place_group
 from megatron_hammer.scaling.cost.compute import LayerTime
 from megatron_hammer.scaling.cost.data_parallel import (
-    estimate_data_parallel_s,
+    DataParallelTime,
+    build_data_parallel_time,
     estimate_fsdp_s,
     estimate_optimizer_s,
 )
 from megatron_hammer.scaling.cost.layer_cost import LayerCost, build_end_times, build_layer_cost, build_shard
 from megatron_hammer.scaling.cost.operators import Shard
-from megatron_hammer.scaling.cost.pipeline import StageKind, build_schedule, list_stages
+from megatron_hammer.scaling.cost.pipeline import Schedule, StageKind, build_schedule, list_stages
 from megatron_hammer.scaling.plan import LOW_PRECISIONS, Plan, StepTime
 
 # The host launches kernels ahead of the device, so a stage takes the longer of the two times, and a little more when
@@ -36,6 +37,27 @@ class StageCost(NamedTuple):
     total_s: float
     forward_s: float
     ends_s: float  # of embedding, head and loss
+
+
+class StepCosts(NamedTuple):
+    """What a step is added up from. `decisions/trace.py` draws the same numbers as a timeline.
+
+    kinds and stages belong together, position by position. fsdp_s: of one layer over one micro-batch. send_s: what a
+    stage waits for its neighbours, per micro-batch. fill_send_s: once per step.
+    """
+
+    layer: LayerCost
+    embedding: LayerTime
+    head: LayerTime
+    kinds: tuple[StageKind, ...]
+    stages: tuple[StageCost, ...]
+    fsdp_s: float
+    send_s: float
+    fill_send_s: float
+    schedule: Schedule
+    data_parallel: DataParallelTime
+    optimizer_s: float
+    step_s: float
 
 
 def predict_step(plan: Plan, coefficients: Coefficients | None = None) -> StepTime:
@@ -58,9 +80,9 @@ def predict_step(plan: Plan, coefficients: Coefficients | None = None) -> StepTi
     return StepTime(**parts, jitter_s=jitter_s, low_s=total_s / band, high_s=total_s * band)
 
 
-def _estimate_parts(plan: Plan, coefficients: Coefficients) -> tuple[dict[str, float], float]:
-    """Every part of StepTime except the jitter, and the seconds that a process waits for others, on average."""
-    layout, num_microbatches = plan.layout, plan.num_microbatches
+def build_step_costs(plan: Plan, coefficients: Coefficients) -> StepCosts:
+    """The costs of a plan's layers, stages and communication, before they are added up along the critical path."""
+    layout = plan.layout
     shard = build_shard(plan)
     layer = build_layer_cost(
         plan.model, shard, plan.gpu, plan.cluster, coefficients, plan.recompute, plan.overlaps_tensor_parallel
@@ -70,18 +92,40 @@ def _estimate_parts(plan: Plan, coefficients: Coefficients) -> tuple[dict[str, f
     fsdp_s = 0.0
     if plan.sharding == "fsdp":
         fsdp_s = estimate_fsdp_s(plan, layer.forward_s, layer.backward_s, coefficients)
-    stages = [_build_stage_cost(kind, layer, embedding, head, fsdp_s) for kind in kinds]
+    stages = tuple(_build_stage_cost(kind, layer, embedding, head, fsdp_s) for kind in kinds)
     send_s, fill_send_s = _estimate_pipeline_sends(plan, shard, coefficients)
     schedule = build_schedule(
         [stage.total_s + send_s for stage in stages],
         [kind.num_stages for kind in kinds],
         layout.virtual_pipeline_model_parallel_size,
     )
-    # Parts are those of the slowest stage. What the other stages add is in the bubble.
     kind, stage = kinds[schedule.slowest], stages[schedule.slowest]
+    return StepCosts(
+        layer=layer,
+        embedding=embedding,
+        head=head,
+        kinds=kinds,
+        stages=stages,
+        fsdp_s=fsdp_s,
+        send_s=send_s,
+        fill_send_s=fill_send_s,
+        schedule=schedule,
+        data_parallel=build_data_parallel_time(
+            plan, kind, stage.forward_s, stage.total_s - stage.forward_s, coefficients
+        ),
+        optimizer_s=estimate_optimizer_s(plan, coefficients),
+        step_s=coefficients.step_s,
+    )
+
+
+def _estimate_parts(plan: Plan, coefficients: Coefficients) -> tuple[dict[str, float], float]:
+    """Every part of StepTime except the jitter, and the seconds that a process waits for others, on average."""
+    costs, num_microbatches = build_step_costs(plan, coefficients), plan.num_microbatches
+    layer, schedule = costs.layer, costs.schedule
+    # Parts are those of the slowest stage. What the other stages add is in the bubble.
+    kind, stage = costs.kinds[schedule.slowest], costs.stages[schedule.slowest]
     layers = num_microbatches * kind.num_layers
     forward, backward = layer.time
-    data_s = estimate_data_parallel_s(plan, kind, stage.forward_s, stage.total_s - stage.forward_s, coefficients)
     waited_s = num_microbatches * (stage.total_s - stage.device_s)  # for the host
     parts = {
         "matmul_s": layers * (forward.matmul_s + backward.matmul_s),
@@ -89,14 +133,14 @@ def _estimate_parts(plan: Plan, coefficients: Coefficients) -> tuple[dict[str, f
         "pointwise_s": layers * (forward.pointwise_s + backward.pointwise_s),
         "embedding_and_loss_s": num_microbatches * stage.ends_s,
         "recompute_s": layers * layer.recompute.device_s,
-        "overhead_s": layers * (forward.gap_s + backward.gap_s) + waited_s + coefficients.step_s,
+        "overhead_s": layers * (forward.gap_s + backward.gap_s) + waited_s + costs.step_s,
         "tensor_parallel_s": layers * (layer.tensor_forward_s + layer.tensor_backward_s),
         "context_parallel_s": layers * (layer.context_forward_s + layer.context_backward_s),
         "expert_parallel_s": layers * (layer.expert_forward_s + layer.expert_backward_s),
-        "pipeline_p2p_s": num_microbatches * send_s + fill_send_s,
+        "pipeline_p2p_s": num_microbatches * costs.send_s + costs.fill_send_s,
         "bubble_s": schedule.bubble_s,
-        "data_parallel_s": data_s + layers * fsdp_s,
-        "optimizer_s": estimate_optimizer_s(plan, coefficients),
+        "data_parallel_s": costs.data_parallel.exposed_s + layers * costs.fsdp_s,
+        "optimizer_s": costs.optimizer_s,
     }
     return parts, schedule.bubble_s + num_microbatches * schedule.imbalance_s
 

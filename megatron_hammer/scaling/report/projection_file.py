@@ -10,11 +10,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_hammer import __version__
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.files import csv_table
 from megatron_hammer.files.typed import read_json, validate
 from megatron_hammer.model.accounting import FLOP_CONVENTIONS, StageMemory, count_parameters
 from megatron_hammer.model.shape import ModelShape
+from megatron_hammer.scaling.cost.coefficients import Coefficients, list_tables, read_tables
 from megatron_hammer.scaling.plan import PARTS, Cluster, Gpu, Plan
 from megatron_hammer.scaling.search.projection import (
     Overlay,
@@ -51,11 +53,12 @@ class SavedRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SavedProjection:
-    """What `emit` and `fit` need of a projection."""
+    """What other commands need of a projection. coefficients: of the cost model; None if the file has none."""
 
     path: Path
     train_tokens: int | None
     rows: tuple[SavedRow, ...]
+    coefficients: Coefficients | None
 
     def select_row(self, row_id: str) -> SavedRow:
         """The row with this id. Raises ConfigError with the known ids."""
@@ -75,6 +78,7 @@ def build_projection_document(result: StudyResult) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "study": _build_study(result.study),
         "coefficients": _summarise(result.provenance),
+        "cost_model": None if result.coefficients is None else _build_cost_model(result.coefficients),
         "sizes": [_build_size(result, size) for size in result.sizes],
         "knee": None if result.knee is None else asdict(result.knee),
         "rows": list_rows(result),
@@ -163,6 +167,11 @@ def _summarise(provenance: Mapping[str, Any]) -> dict[str, Any]:
         else value
         for name, value in provenance.items()
     }
+
+
+def _build_cost_model(coefficients: Coefficients) -> dict[str, Any]:
+    """What predicted the steps: `trace` and `diff` predict them again."""
+    return {"version": __version__, "coefficients": list_tables(coefficients)}
 
 
 def _build_companion(companion: StudyResult) -> dict[str, Any]:
@@ -279,11 +288,17 @@ class _Row:
 
 
 @dataclass(frozen=True, slots=True)
+class _CostModel:
+    coefficients: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class _ProjectionFile:
     """The part of the file that is read. Plans are parsed apart, because they may have no unknown field."""
 
     study: _StudyOfFile
     rows: tuple[_Row, ...]
+    cost_model: _CostModel | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,7 +325,10 @@ def read_projection(path: Path) -> SavedProjection:
     for row in file.rows:
         plan = _validate_strictly({**subject, "layout": row.layout, **row.plan}, Plan, f"{path}: row {row.id}")
         rows.append(SavedRow(row_id=row.id, num_gpus=row.gpus, rank=row.rank, plan=plan, **asdict(row.prediction)))
-    return SavedProjection(path=path, train_tokens=study.train_tokens, rows=tuple(rows))
+    coefficients = None
+    if file.cost_model is not None:
+        coefficients = read_tables(file.cost_model.coefficients, where=f"{path}: cost_model.coefficients")
+    return SavedProjection(path=path, train_tokens=study.train_tokens, rows=tuple(rows), coefficients=coefficients)
 
 
 def _validate_strictly[T](values: dict[str, Any], kind: type[T], where: str) -> T:

@@ -12,6 +12,7 @@ from typing import Any
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.accounting import FlopConvention, StageMemory, count_flops_per_token
 from megatron_hammer.model.shape import ModelShape
+from megatron_hammer.scaling.cost.coefficients import Coefficients
 from megatron_hammer.scaling.evidence.measured_runs import UnpredictableRow
 from megatron_hammer.scaling.evidence.validation import Prediction
 from megatron_hammer.scaling.plan import PARTS, PRECISIONS, Cluster, Gpu, Plan, Precision, StepTime
@@ -268,12 +269,16 @@ class Overlay:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudyResult:
-    """The result of a study. provenance: that of the coefficients, unchanged from their file."""
+    """The result of a study. provenance: that of the coefficients, unchanged from their file.
+
+    coefficients: those of the cost model; None if something else predicted the steps.
+    """
 
     study: Study
     sizes: tuple[SizeProjection, ...]
     knee: Knee | None
     provenance: Mapping[str, Any]
+    coefficients: Coefficients | None = None
     overlay: Overlay | None = None  # measured runs, where some were given
     companion: "StudyResult | None" = None  # the other way of scaling, for comparison: see build_companion_study
 

@@ -9,7 +9,7 @@ from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.cost.coefficients import build_prior_coefficients, replace_values
 from megatron_hammer.scaling.cost.data_parallel import (
     OPTIMIZER_BYTES_PER_PARAMETER,
-    estimate_data_parallel_s,
+    build_data_parallel_time,
     estimate_fsdp_s,
     estimate_optimizer_s,
 )
@@ -37,7 +37,7 @@ WHOLE = StageKind(MODEL.num_layers, True, True, 1)
 
 
 def estimate(plan: Plan, kind: StageKind = WHOLE, forward_s: float = 0.0, backward_s: float = 0.0) -> float:
-    return estimate_data_parallel_s(plan, kind, forward_s, backward_s, COEFFICIENTS)
+    return build_data_parallel_time(plan, kind, forward_s, backward_s, COEFFICIENTS).exposed_s
 
 
 def test_a_distributed_optimizer_scatters_gradients_and_gathers_weights():
@@ -135,3 +135,13 @@ def test_a_tied_embedding_is_summed_with_its_padding() -> None:
     summed_bytes = 4 * 50_688 // 4 * 768  # 99 x 512 rows in four parts, gradients of 4 bytes
     # With one data-parallel rank nothing else is communicated; an all-reduce over 2 ranks moves each byte once.
     assert estimate(plan, StageKind(6, True, False, 1)) == pytest.approx(summed_bytes / CLUSTER.nvlink_bytes_per_s)
+
+
+def test_what_is_hidden_and_what_shows_is_all_the_traffic():
+    plan = dataclasses.replace(PLAN, overlaps_grad_reduce=True, overlaps_param_gather=True)
+    alone = build_data_parallel_time(plan, WHOLE, 0.0, 0.0, COEFFICIENTS)
+    beside = build_data_parallel_time(plan, WHOLE, 1e9, 1e9, COEFFICIENTS)
+    assert (alone.hidden_reduce_s, alone.hidden_gather_s) == (0.0, 0.0)
+    assert beside.exposed_reduce_s == pytest.approx(COEFFICIENTS.data_exposed_ratio * alone.exposed_reduce_s)
+    assert beside.exposed_reduce_s + beside.hidden_reduce_s == pytest.approx(alone.exposed_reduce_s)
+    assert beside.exposed_gather_s + beside.hidden_gather_s == pytest.approx(alone.exposed_gather_s)

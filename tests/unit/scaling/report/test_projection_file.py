@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_hammer.errors import ConfigError
+from megatron_hammer.scaling.cost.coefficients import list_tables, load_coefficients, replace_values
 from megatron_hammer.scaling.evidence.measured_runs import UnpredictableRow
 from megatron_hammer.scaling.evidence.validation import Prediction
 from megatron_hammer.scaling.report.projection_file import (
@@ -47,6 +48,20 @@ def test_plans_are_read_back_whole(result: StudyResult, tmp_path: Path) -> None:
     row = saved.select_row("8-2")
     assert (row.num_gpus, row.rank) == (8, 2)
     assert row.low_s < row.step_time_s < row.high_s
+
+
+def test_the_coefficients_are_read_back_with_all_digits(result: StudyResult, tmp_path: Path) -> None:
+    coefficients = replace_values(load_coefficients(), {"host_s": 1.23456789e-5})
+    path = write(replace(result, coefficients=coefficients), tmp_path / "projection.json")
+    read = read_projection(path).coefficients
+    assert read is not None
+    assert list_tables(read) == list_tables(coefficients)
+    assert read_projection(write(result, path)).coefficients is None
+    tables = list_tables(coefficients)
+    tables["shared"]["unknown_ratio"] = 1.0
+    path.write_text(json.dumps(build_projection_document(result) | {"cost_model": {"coefficients": tables}}))
+    with pytest.raises(ConfigError, match=r"cost_model\.coefficients: .*unknown_ratio"):
+        read_projection(path)
 
 
 def test_the_same_study_gives_the_same_bytes(result: StudyResult) -> None:
