@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megatron_hammer.config.untrained_models import find_untrained
+from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.shape import (
     ModelShape,
     MoeShape,
@@ -424,7 +426,12 @@ def read_model(args: Any, *, name: str = "custom", source: str = "command line")
 
 
 def build_model_arguments(model: ModelShape) -> dict[str, Any]:
-    """{attribute of Megatron's namespace: value}; `read_model` gives an equal model back."""
+    """{attribute of Megatron's namespace: value}; `read_model` gives an equal model back.
+
+    Raises ConfigError, all problems at once, for a model that can be studied only (untrained_models.py).
+    """
+    if problems := find_untrained(model):
+        raise ConfigError(*problems)
     return _write_rows(_ROWS, model)
 
 

@@ -79,10 +79,13 @@ class _Moment(NamedTuple):
 class _StageKind(NamedTuple):
     """What the state of a stage depends on."""
 
-    num_layers: int
-    num_dense_layers: int  # of these, MoeShape.dense_layers
+    counts: tuple[int, ...]  # of its layers, by their kinds, in the order of ModelShape.split_kinds
     is_first: bool
     is_last: bool
+
+    @property
+    def num_layers(self) -> int:
+        return sum(self.counts)
 
 
 class _StagePeak(NamedTuple):
@@ -167,7 +170,8 @@ def _list_peaks(
     """What every stage holds beside its state at its worst moment; a search asks for the same ones again and again."""
     split = split_layers(model.num_layers, layout)
     raise_problems(find_shard_problems(model, layout))
-    layers = [estimate_layer_activations(kind, layout, batch, options) for kind, _ in model.split_kinds()]
+    kinds = [kind for kind, _ in model.split_kinds()]
+    layers = [estimate_layer_activations(kind, layout, batch, options) for kind in kinds]
     embedding = count_embedding_bytes(model, layout, batch, options)
     head = estimate_head(model, layout, batch, options)
     peaks = []
@@ -176,7 +180,7 @@ def _list_peaks(
         num_in_flight = count_in_flight(layout, pp_rank, num_microbatches)
         longest = max(chunk.num_layers for chunk in chunks)
         shared = [_share_units(layer, options, longest) for layer in layers]
-        counts = [_count_kinds(model, chunk) for chunk in chunks]
+        counts = [_count_kinds(model, kinds, chunk) for chunk in chunks]
         kept = tuple(sum(num * layer.kept for num, layer in zip(count, shared, strict=True)) for count in counts)
         first_chunks = -(-num_in_flight // layout.virtual_pipeline_model_parallel_size) if pp_rank == 0 else 0
         moment = _select_worst_moment(
@@ -184,9 +188,7 @@ def _list_peaks(
             count_alive(layout, kept, num_in_flight, num_microbatches) + first_chunks * embedding,
             head if pp_rank == last_pp_rank else None,
         )
-        num_layers = sum(map(sum, counts))
-        num_dense = sum(count[0] for count in counts) if len(layers) > 1 else 0
-        kind = _StageKind(num_layers, num_dense, pp_rank == 0, pp_rank == last_pp_rank)
+        kind = _StageKind(tuple(map(sum, zip(*counts, strict=True))), pp_rank == 0, pp_rank == last_pp_rank)
         peaks.append(_StagePeak(pp_rank, kind, num_in_flight, moment))
     return tuple(peaks)
 
@@ -222,12 +224,12 @@ def _share_units(layer: LayerActivations, options: MemoryOptions, num_layers: in
     return layer._replace(kept=kept, remade=layer.remade if num_recomputed else 0)
 
 
-def _count_kinds(model: ModelShape, chunk: LayerRange) -> tuple[int, ...]:
-    """How many layers of each kind of the model a chunk has, in the order of ModelShape.split_kinds."""
-    if not model.is_mixed:
+def _count_kinds(model: ModelShape, kinds: Sequence[ModelShape], chunk: LayerRange) -> tuple[int, ...]:
+    """How many layers of each kind of the model a chunk has."""
+    if model.is_uniform:
         return (chunk.num_layers,)
-    num_mixtures = sum(map(model.is_mixture, chunk.list_layers()))
-    return (chunk.num_layers - num_mixtures, num_mixtures)
+    counts = dict(model.split_kinds(chunk.list_layers()))
+    return tuple(counts.get(kind, 0) for kind in kinds)
 
 
 def _select_worst_moment(layers: Sequence[LayerActivations], kept: int, head: HeadMemory | None) -> _Moment:
@@ -265,10 +267,7 @@ def _build_stages(
 
 
 def _split_stage(model: ModelShape, kind: _StageKind) -> list[tuple[ModelShape, int]]:
-    models = [layer for layer, _ in model.split_kinds()]
-    if len(models) == 1:
-        return [(models[0], kind.num_layers)]
-    kinds = list(zip(models, (kind.num_dense_layers, kind.num_layers - kind.num_dense_layers), strict=True))
+    kinds = list(zip((layer for layer, _ in model.split_kinds()), kind.counts, strict=True))
     return [(layer, num_layers) for layer, num_layers in kinds if num_layers] or kinds[:1]
 
 

@@ -167,7 +167,7 @@ def _count_mlp(
 def _count_mlp_width(model: ModelShape, options: MemoryOptions, ffn_hidden_size: int) -> float:
     """Bytes per token of the activation's input (gate and up for SwiGLU) and of its output, which linear_fc2 takes."""
     inputs = 1
-    if model.activation == "swiglu":
+    if model.is_gated:
         inputs = 2 if options.has_fused_activation else 3 + options.has_linear_offset
     return ffn_hidden_size * (inputs * options.element_bytes + options.linear_input_bytes)
 
@@ -213,7 +213,7 @@ def _count_transient(
     Without fused weight gradients the largest of them is a tensor of its own.
     """
     element = options.element_bytes
-    inputs = 2 if model.activation == "swiglu" else 1
+    inputs = 2 if model.is_gated else 1
     ffn = model.ffn_hidden_size
     tokens: float = widths.tokens
     if model.moe is not None:

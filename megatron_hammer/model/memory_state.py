@@ -130,11 +130,11 @@ def _select_part_sizes(
 ) -> tuple[_PartSizes, _PartSizes, _PartSizes]:
     tp = layout.tensor_model_parallel_size
     rows = padded_vocab_size(model.vocab_size, divisible_by=vocab_divisible_by, tensor_model_parallel_size=tp)
-    holds_tied_copy = layout.pipeline_model_parallel_size > 1
+    is_apart = layout.pipeline_model_parallel_size > 1
     return (
         _cut_tensors(model, layout, layer_tensors(model)),
         _cut_tensors(model, layout, embedding_tensors(model, rows)),
-        _cut_tensors(model, layout, head_tensors(model, rows, holds_tied_copy=holds_tied_copy)),
+        _cut_tensors(model, layout, head_tensors(model, rows, is_apart=is_apart)),
     )
 
 

@@ -1,8 +1,9 @@
 """Exact parameter counts: of a model, of one rank of any layout, and of that rank's optimizer shard.
 
 Counted from a table of the tensors that megatron-core builds, each with how it is cut; no formula for a whole model.
-Source of the cuts: megatron.core SelfAttention, MLP, MoELayer, TopKRouter, SharedExpertMLP, LanguageModelEmbedding
-and GPTModel of 0.19.2; tests hold the totals against transformers' models and published figures.
+Source of the cuts: megatron.core SelfAttention, MLASelfAttention, MLP, MoELayer, TopKRouter, SharedExpertMLP,
+MultiTokenPredictionLayer, LanguageModelEmbedding and GPTModel of 0.19.2, with TransformerEngine's layers; tests hold
+the totals against transformers' models and published figures.
 """
 
 from dataclasses import dataclass
@@ -44,10 +45,14 @@ def padded_vocab_size(vocab_size: int, *, divisible_by: int = 128, tensor_model_
 
 
 def count_parameters(model: ModelShape, vocab_size: int | None = None) -> int:
-    """All parameters of the unsharded model; tied embeddings count once. vocab_size: the tokenizer's by default."""
+    """All parameters of the unsharded model, with its layers for further tokens; tied embeddings count once.
+
+    vocab_size: the tokenizer's by default. A published number of parameters often leaves the layers for further tokens
+    out: DeepSeek-V3's 671B is replace(model, num_mtp_layers=0).
+    """
     rows = model.vocab_size if vocab_size is None else vocab_size
     total = sum(tensor.numel for tensor in embedding_tensors(model, rows) + head_tensors(model, rows))
-    for kind, num_layers in model.split_kinds():
+    for kind, num_layers in _list_all_kinds(model):
         total += num_layers * _count_layer(kind, kind.moe.num_experts if kind.moe else 0)
     return total
 
@@ -55,7 +60,7 @@ def count_parameters(model: ModelShape, vocab_size: int | None = None) -> int:
 def count_active_parameters(model: ModelShape, vocab_size: int | None = None) -> int:
     """The parameters that one token is computed with: count_parameters with only the routed experts of a token."""
     idle = 0
-    for kind, num_layers in model.split_kinds():
+    for kind, num_layers in _list_all_kinds(model):
         if kind.moe is not None:
             idle_experts = kind.moe.num_experts - kind.moe.router_topk
             idle += num_layers * (_count_layer(kind, idle_experts) - _count_layer(kind, 0))
@@ -65,20 +70,22 @@ def count_active_parameters(model: ModelShape, vocab_size: int | None = None) ->
 def count_matmul_parameters(model: ModelShape, vocab_size: int | None = None) -> int:
     """The weights that a token is multiplied with, as Megatron-LM counts them for its throughput.
 
-    Attention and MLP matrices and the head (which does its work whether or not it is tied). Not the input embedding,
-    which is a look-up, nor norms, biases, router and shared expert gate, which are left out there as well.
+    Attention and MLP matrices and the head (which does its work whether or not it is tied, and once more for each
+    further token that is predicted). Not the input embedding, which is a look-up, nor norms, biases, router and shared
+    expert gate, which are left out there as well; but the norms of latent attention and of the layers for further
+    tokens, which are not.
     """
     rows = model.vocab_size if vocab_size is None else vocab_size
-    matrices = ("linear_qkv.weight", "linear_proj.weight", "linear_fc1.weight", "linear_fc2.weight")
     layers = 0
-    for kind, num_layers in model.split_kinds():
+    for kind, num_layers in _list_all_kinds(model):
         topk = kind.moe.router_topk if kind.moe else 0
         layers += num_layers * sum(
             tensor.numel * (topk if tensor.cut.startswith("expert") else 1)
             for tensor in layer_tensors(kind)
-            if tensor.name.endswith(matrices)
+            if _is_matrix(tensor) or (model.latent_attention is not None and tensor.name in _LATENT_NORMS)
         )
-    return layers + model.hidden_size * rows
+    layers += sum(tensor.numel for tensor in mtp_tensors(model))
+    return layers + (1 + model.num_mtp_layers) * model.hidden_size * rows
 
 
 def count_rank_parameters(
@@ -87,20 +94,24 @@ def count_rank_parameters(
     """What one rank of a pipeline stage holds, exact; the same for each of its tensor, expert and data ranks.
 
     Vocabulary rows are padded (padded_vocab_size). Tied embeddings are held twice when pp > 1: the last stage keeps a
-    copy of the first one's. Raises ConfigError, all problems at once, for a model that the layout cannot cut.
+    copy of the first one's, and another one where it has layers for further tokens. Raises ConfigError, all problems at
+    once, for a model that the layout cannot cut.
     """
     raise_problems(find_shard_problems(model, layout))
     tp = layout.tensor_model_parallel_size
     last_pp_rank = layout.pipeline_model_parallel_size - 1
     rows = padded_vocab_size(model.vocab_size, divisible_by=vocab_divisible_by, tensor_model_parallel_size=tp)
     layers = [layer for chunk in select_stage(model.num_layers, layout, pp_rank) for layer in chunk.list_layers()]
-    counts = [_count_rank_tensors(kind, layout, layer_tensors(kind), num) for kind, num in model.split_kinds(layers)]
+    kinds = model.split_kinds(layers)
+    if pp_rank == last_pp_rank:
+        kinds += list_mtp_kinds(model)
+    counts = [_count_rank_tensors(kind, layout, layer_tensors(kind), num) for kind, num in kinds]
     dense, expert = (sum(count[part] for count in counts) for part in (0, 1))
     ends: list[TensorSize] = []
     if pp_rank == 0:
         ends += embedding_tensors(model, rows)
     if pp_rank == last_pp_rank:
-        ends += head_tensors(model, rows, holds_tied_copy=last_pp_rank > 0)
+        ends += head_tensors(model, rows, is_apart=last_pp_rank > 0)
     return RankParameters(dense=dense + _count_rank_tensors(model, layout, ends, 1)[0], expert=expert)
 
 
@@ -126,24 +137,36 @@ def count_optimizer_shard(
 def layer_tensors(model: ModelShape) -> list[TensorSize]:
     """The parameters of one transformer layer of a model whose layers are all alike: see ModelShape.split_kinds."""
     h = model.hidden_size
-    query, key_value = model.num_attention_heads * model.head_dim, model.num_query_groups * model.head_dim
     tensors = [
         *_norm_tensors("input_layernorm", h, model.normalization),
-        TensorSize("self_attention.linear_qkv.weight", h * (query + 2 * key_value), "tensor"),
-        TensorSize("self_attention.linear_proj.weight", query * h, "tensor"),
+        *(_attention_tensors(model) if model.latent_attention is None else _latent_attention_tensors(model)),
         *_norm_tensors("pre_mlp_layernorm", h, model.normalization),
     ]
-    if model.has_qk_norm:  # one norm for every head, so each tensor-parallel rank keeps the whole of it
-        tensors += _norm_tensors("self_attention.q_layernorm", model.head_dim, model.normalization)
-        tensors += _norm_tensors("self_attention.k_layernorm", model.head_dim, model.normalization)
-    if model.has_linear_bias or model.has_qkv_bias:
-        tensors.append(TensorSize("self_attention.linear_qkv.bias", query + 2 * key_value, "tensor"))
+    if model.has_attention_sinks:
+        tensors.append(TensorSize("self_attention.core_attention.softmax_offset", model.num_attention_heads, "tensor"))
     if model.has_linear_bias:
         # A row-parallel linear adds its bias after the sum over ranks, so each rank keeps the whole of it.
         tensors.append(TensorSize("self_attention.linear_proj.bias", h, "replicated"))
     if model.moe is None:
         return tensors + _mlp_tensors("mlp", model, model.ffn_hidden_size, "tensor", "replicated")
     return tensors + _moe_tensors(model)
+
+
+def list_mtp_kinds(model: ModelShape) -> list[tuple[ModelShape, int]]:
+    """The transformer layers among those for further tokens, as split_kinds has them: each is like the last layer."""
+    return [(model.select_kind(model.num_layers - 1), model.num_mtp_layers)] if model.num_mtp_layers else []
+
+
+def mtp_tensors(model: ModelShape) -> list[TensorSize]:
+    """What the layers for further tokens have beside a transformer layer each: two norms, a projection and a norm."""
+    h = model.hidden_size
+    one = [
+        *_norm_tensors("mtp.enorm", h, model.normalization),
+        *_norm_tensors("mtp.hnorm", h, model.normalization),
+        TensorSize("mtp.eh_proj.weight", 2 * h * h, "tensor"),
+        *_norm_tensors("mtp.final_layernorm", h, model.normalization),
+    ]
+    return one * model.num_mtp_layers
 
 
 def embedding_tensors(model: ModelShape, vocab_rows: int) -> list[TensorSize]:
@@ -159,11 +182,17 @@ def embedding_tensors(model: ModelShape, vocab_rows: int) -> list[TensorSize]:
     return tensors
 
 
-def head_tensors(model: ModelShape, vocab_rows: int, *, holds_tied_copy: bool = False) -> list[TensorSize]:
-    """The parameters behind the last layer, on the last pipeline stage; there a tied head is a copy of the first's."""
-    tensors = _norm_tensors("decoder.final_layernorm", model.hidden_size, model.normalization)
-    if holds_tied_copy or not model.has_tied_embeddings:
+def head_tensors(model: ModelShape, vocab_rows: int, *, is_apart: bool = False) -> list[TensorSize]:
+    """The parameters behind the last layer, on the last pipeline stage.
+
+    is_apart: it is not the first stage too. Then a tied head is a copy of the embedding, and the layers for further
+    tokens, which look up tokens as well, have a copy of their own.
+    """
+    tensors = _norm_tensors("decoder.final_layernorm", model.hidden_size, model.normalization) + mtp_tensors(model)
+    if is_apart or not model.has_tied_embeddings:
         tensors.append(TensorSize("output_layer.weight", vocab_rows * model.hidden_size, "tensor"))
+    if is_apart and model.num_mtp_layers:
+        tensors += embedding_tensors(model, vocab_rows)
     return tensors
 
 
@@ -186,7 +215,8 @@ def find_shard_problems(model: ModelShape, layout: ParallelLayout) -> tuple[str,
             f"tensor-model-parallel-size: must divide num_query_groups or be a multiple of it, got tp={tp}, "
             f"num_query_groups={groups}. Use {or_list(divisors(groups))}."
         )
-    if model.kv_channels is None and model.hidden_size % model.num_attention_heads:
+    has_own_width = model.kv_channels is not None or model.latent_attention is not None
+    if not has_own_width and model.hidden_size % model.num_attention_heads:
         problems.append(
             f"num_attention_heads: must divide hidden_size, got num_attention_heads={model.num_attention_heads}, "
             f"hidden_size={model.hidden_size}. Change one of the two."
@@ -227,9 +257,58 @@ def _norm_tensors(name: str, size: int, normalization: str) -> list[TensorSize]:
     return tensors
 
 
+# Norms of the compressed states, which Megatron-LM's FLOPs count as if they were rows of the matrices behind them.
+_LATENT_NORMS = ("self_attention.q_layernorm.weight", "self_attention.kv_layernorm.weight")
+
+
+def _is_matrix(tensor: TensorSize) -> bool:
+    return "linear_" in tensor.name and tensor.name.endswith(".weight")
+
+
+def _attention_tensors(model: ModelShape) -> list[TensorSize]:
+    h, head_dim = model.hidden_size, model.head_dim
+    query, key_value = model.num_attention_heads * head_dim, model.num_query_groups * head_dim
+    tensors = [
+        TensorSize("self_attention.linear_qkv.weight", h * (query + 2 * key_value), "tensor"),
+        TensorSize("self_attention.linear_proj.weight", query * h, "tensor"),
+    ]
+    if model.has_qk_norm:  # one norm for every head, so each tensor-parallel rank keeps the whole of it
+        tensors += _norm_tensors("self_attention.q_layernorm", head_dim, model.normalization)
+        tensors += _norm_tensors("self_attention.k_layernorm", head_dim, model.normalization)
+    if model.has_linear_bias or model.has_qkv_bias:
+        tensors.append(TensorSize("self_attention.linear_qkv.bias", query + 2 * key_value, "tensor"))
+    return tensors
+
+
+def _latent_attention_tensors(model: ModelShape) -> list[TensorSize]:
+    """TransformerEngine's linears that compress are not cut; megatron.core's own, which only tests use, are."""
+    latent, h, heads = model.latent_attention, model.hidden_size, model.num_attention_heads
+    assert latent is not None
+    kv_rank, q_rank = latent.kv_lora_rank, latent.q_lora_rank
+    up_rows = heads * (latent.qk_head_dim + latent.v_head_dim)
+    tensors = [
+        TensorSize(
+            "self_attention.linear_kv_down_proj.weight", h * (kv_rank + latent.qk_pos_emb_head_dim), "replicated"
+        ),
+        TensorSize("self_attention.linear_kv_up_proj.weight", kv_rank * up_rows, "tensor"),
+        TensorSize("self_attention.linear_proj.weight", heads * latent.v_head_dim * h, "tensor"),
+    ]
+    query_rows = heads * latent.query_dim
+    if q_rank is None:
+        tensors.append(TensorSize("self_attention.linear_q_proj.weight", h * query_rows, "tensor"))
+    else:
+        tensors.append(TensorSize("self_attention.linear_q_down_proj.weight", h * q_rank, "replicated"))
+        tensors.append(TensorSize("self_attention.linear_q_up_proj.weight", q_rank * query_rows, "tensor"))
+    if model.has_qk_norm:
+        tensors += _norm_tensors("self_attention.kv_layernorm", kv_rank, model.normalization)
+        if q_rank is not None:
+            tensors += _norm_tensors("self_attention.q_layernorm", q_rank, model.normalization)
+    return tensors
+
+
 def _mlp_tensors(name: str, model: ModelShape, ffn: int, column: Cut, whole: Cut) -> list[TensorSize]:
     h = model.hidden_size
-    fc1_rows = 2 * ffn if model.activation == "swiglu" else ffn  # gate and up in one matrix
+    fc1_rows = 2 * ffn if model.is_gated else ffn  # gate and up in one matrix
     tensors = [
         TensorSize(f"{name}.linear_fc1.weight", h * fc1_rows, column),
         TensorSize(f"{name}.linear_fc2.weight", ffn * h, column),
@@ -254,6 +333,10 @@ def _moe_tensors(model: ModelShape) -> list[TensorSize]:
         if moe.has_shared_expert_gate:
             tensors.append(TensorSize("mlp.shared_experts.gate_weight", h, "replicated"))
     return tensors + _mlp_tensors("mlp.experts", model, moe.ffn_hidden_size, "expert_tensor", "expert_replicated")
+
+
+def _list_all_kinds(model: ModelShape) -> list[tuple[ModelShape, int]]:
+    return model.split_kinds() + list_mtp_kinds(model)
 
 
 def _count_layer(model: ModelShape, num_experts: int) -> int:

@@ -34,6 +34,27 @@ class MoeShape:
     # Group-limited routing: only experts of the group_topk best of num_groups groups are chosen. Both or neither.
     num_groups: int | None = None
     group_topk: int | None = None
+    has_scaled_inputs: bool = False  # the weight of an expert multiplies its input and not its output (Llama 4)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentAttention:
+    """Multi-latent attention (MLA): queries, keys and values are made of compressed states (arXiv 2405.04434, 2.1).
+
+    A head has qk_head_dim channels that no rope turns and qk_pos_emb_head_dim that one does; the latter are the same
+    for the keys of all heads. Its value has v_head_dim. q_lora_rank: None where queries are not compressed.
+    """
+
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_head_dim: int
+    qk_pos_emb_head_dim: int
+    v_head_dim: int
+
+    @property
+    def query_dim(self) -> int:
+        """Channels of a head's query, and of its key."""
+        return self.qk_head_dim + self.qk_pos_emb_head_dim
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,10 +101,12 @@ class SlidingWindow:
     """num_tokens: that a position sees in these layers, itself and those before it; elsewhere it sees all before it.
 
     layers: from 0, ascending; at least one. Megatron's --window-size has one token less: those before the position.
+    is_chunked: the sequence is cut into chunks of num_tokens, and a position sees what its chunk has before it.
     """
 
     num_tokens: int
     layers: tuple[int, ...]
+    is_chunked: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +114,11 @@ class ModelShape:
     """The architecture of one model, in mcore's names. Two shapes are equal if they describe the same architecture.
 
     activation "gelu_tanh" is the tanh approximation (GPT-2's `gelu_new`), which Megatron's fused bias-gelu computes;
-    "gelu_erf" is the exact function, which Megatron computes without that fusion.
+    "gelu_erf" is the exact function, which Megatron computes without that fusion. "clamped_swiglu" is GPT-OSS's: gate
+    and up are clamped, the gate is multiplied by sigmoid(1.702 gate), and 1 is added to the other half.
+    With latent_attention, num_query_groups equals num_attention_heads and kv_channels is None: the heads have the
+    widths that it says. has_qk_norm then means norms of the compressed states.
+    Some fields can be studied and not trained here: config/model_arguments.py lists them.
     """
 
     name: str = field(compare=False)
@@ -105,7 +132,7 @@ class ModelShape:
     max_position_embeddings: int
     normalization: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
     norm_epsilon: float = 1e-5
-    activation: Literal["swiglu", "gelu_tanh", "gelu_erf"] = "swiglu"
+    activation: Literal["swiglu", "gelu_tanh", "gelu_erf", "clamped_swiglu"] = "swiglu"
     position_embedding_type: Literal["rope", "learned_absolute"] = "rope"
     rotary_base: int = 10_000
     has_linear_bias: bool = False  # every linear but the head; then has_qkv_bias is set too
@@ -125,10 +152,27 @@ class ModelShape:
     residual_multiplier: float = 1.0  # of what attention and MLP add to the residual
     logits_multiplier: float = 1.0
     sliding_window: SlidingWindow | None = None
+    latent_attention: LatentAttention | None = None
+    has_attention_sinks: bool = False  # a learned score for each head, which takes part in the softmax (GPT-OSS)
+    has_qk_l2_norm: bool = False  # a norm without weights on queries and keys that a rope has turned (Llama 4)
+    has_query_temperature: bool = False  # layers without rope scale queries by their position (Llama 4)
+    num_mtp_layers: int = 0  # behind the others, which predict further tokens (arXiv 2412.19437, section 2.2)
 
     @property
     def head_dim(self) -> int:
+        """Channels of a head's query and key; those of its value are `value_dim`."""
+        if self.latent_attention is not None:
+            return self.latent_attention.query_dim
         return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def value_dim(self) -> int:
+        return self.head_dim if self.latent_attention is None else self.latent_attention.v_head_dim
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the first linear of an MLP has the rows of a gate beside those of the other half."""
+        return self.activation in ("swiglu", "clamped_swiglu")
 
     @property
     def rope_share(self) -> float:
@@ -142,23 +186,45 @@ class ModelShape:
         """Whether dense layers stand among mixtures. A checkpoint then has no tensors of all layers together."""
         return self.moe is not None and bool(self.moe.dense_layers)
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all layers have the same parameters and see as much."""
+        window = self.sliding_window
+        return not self.is_mixed and (window is None or len(window.layers) == self.num_layers)
+
     def is_mixture(self, layer: int) -> bool:
         """Whether layer `layer`, counted from 0, is a mixture of experts."""
         return self.moe is not None and layer not in self.moe.dense_layers
 
-    def split_kinds(self, layers: Iterable[int] | None = None) -> list[tuple["ModelShape", int]]:
-        """(this model with that kind of layer only, how many of `layers` are of it), dense layers first.
+    def has_window(self, layer: int) -> bool:
+        """Whether layer `layer`, counted from 0, sees a window or a chunk only."""
+        return self.sliding_window is not None and layer in self.sliding_window.layers
 
-        layers: all by default. A kind that none of them has is left out. What is true of a layer, such as its number of
-        parameters, is asked of such a model; what is true of the whole model is not.
+    def select_kind(self, layer: int) -> "ModelShape":
+        """This model with all layers as layer `layer`, counted from 0: mixtures or not, with the window or without."""
+        moe, window = self.moe, self.sliding_window
+        if moe is not None and moe.dense_layers:
+            moe = replace(moe, dense_layers=()) if self.is_mixture(layer) else None
+        if window is not None and len(window.layers) < self.num_layers:
+            window = replace(window, layers=tuple(range(self.num_layers))) if self.has_window(layer) else None
+        return (
+            self if (moe, window) == (self.moe, self.sliding_window) else replace(self, moe=moe, sliding_window=window)
+        )
+
+    def split_kinds(self, layers: Iterable[int] | None = None) -> list[tuple["ModelShape", int]]:
+        """(this model with that kind of layer only, how many of `layers` are of it); see select_kind.
+
+        layers: all by default. A kind that none of them has is left out. Dense layers come first, and of each of these
+        kinds those without the window. What is true of a layer, such as its number of parameters, is asked of such a
+        model; what is true of the whole model, such as num_layers, is not.
         """
         chosen = list(range(self.num_layers) if layers is None else layers)
-        if self.moe is None or not self.is_mixed:
-            return [(self, len(chosen))] if chosen else []
-        num_mixtures = sum(map(self.is_mixture, chosen))
-        dense, mixture = replace(self, moe=None), replace(self, moe=replace(self.moe, dense_layers=()))
-        kinds = [(dense, len(chosen) - num_mixtures), (mixture, num_mixtures)]
-        return [(kind, num_layers) for kind, num_layers in kinds if num_layers]
+        if chosen and self.is_uniform:
+            return [(self, len(chosen))]
+        counts: dict[tuple[bool, bool], list[int]] = {}
+        for layer in chosen:
+            counts.setdefault((self.is_mixture(layer), self.has_window(layer)), []).append(layer)
+        return [(self.select_kind(alike[0]), len(alike)) for _, alike in sorted(counts.items())]
 
 
 def shorten_attention_scale(scale: float, head_dim: int) -> float | None:

@@ -146,7 +146,7 @@ def _build_linears(model: ModelShape, shard: Shard) -> list[Gemm]:
         Gemm(tokens, h, queries / shard.tp, is_low_precision=low),
     ]
     # The first linear of SwiGLU has the rows of the gate and of the up projection.
-    gates = 2 if model.activation == "swiglu" else 1
+    gates = 2 if model.is_gated else 1
     if model.moe is None:
         ffn = model.ffn_hidden_size / shard.tp
         return [
@@ -229,7 +229,7 @@ def _count_pointwise_bytes(model: ModelShape, shard: Shard) -> tuple[float, floa
         forward, backward = forward + moved + dropout, backward + moved + dropout
     else:  # the fused qkv is split into contiguous parts, and the gradient is put together again
         forward, backward = forward + (queries + 2 * key_values), backward + 2 * (queries + 2 * key_values)
-    read_written = (3, 5) if model.activation == "swiglu" else (2, 3)
+    read_written = (3, 5) if model.is_gated else (2, 3)
     width = _count_activation_elements(model, shard)
     forward, backward = forward + read_written[0] * width, backward + read_written[1] * width
     if model.moe is not None:  # dispatch and combination permute every copy of a token, before and after the exchange

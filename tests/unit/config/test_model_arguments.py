@@ -4,6 +4,7 @@ import dataclasses
 import pytest
 
 from megatron_hammer.config.model_arguments import build_model_arguments, default_ffn_hidden_size, read_model
+from megatron_hammer.config.untrained_models import UNTRAINED
 from megatron_hammer.model.accounting import count_parameters
 from megatron_hammer.model.shape import ModelShape, MoeShape, RopeScaling, SlidingWindow, YarnScaling
 from megatron_hammer.presets.catalogue import PRESETS
@@ -77,7 +78,8 @@ def test_every_field_is_translated_and_a_change_of_one_is_noticed() -> None:
         "residual_multiplier": 0.22,
         "logits_multiplier": 1 / 1.3,
     }
-    assert changes.keys() | {"name", "source"} == {field.name for field in dataclasses.fields(ModelShape)}
+    described = changes.keys() | {"name", "source"} | {name for name in UNTRAINED if "." not in name}
+    assert described == {field.name for field in dataclasses.fields(ModelShape)}
     for name, value in changes.items():
         linear = {"has_qkv_bias": True} if name == "has_linear_bias" else {}
         changed = dataclasses.replace(LLAMA, **{name: value}, **linear)
@@ -118,7 +120,8 @@ def test_every_field_of_the_experts_is_translated() -> None:
     }
     groups = {"num_groups": 4, "group_topk": 2}
     softmax = {"is_topk_renormalized": False, "has_shared_expert_gate": True}  # beside what they need
-    assert changes.keys() | groups.keys() | softmax.keys() == {field.name for field in dataclasses.fields(MoeShape)}
+    described = changes.keys() | groups.keys() | softmax.keys() | {"has_scaled_inputs"}
+    assert described == {field.name for field in dataclasses.fields(MoeShape)}
     models = [{name: value} for name, value in changes.items()]
     models += [groups, {"is_topk_renormalized": False, "score_function": "softmax"}]
     models += [{"has_shared_expert_gate": True, "shared_expert_intermediate_size": 9}]
