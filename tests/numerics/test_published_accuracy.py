@@ -1,7 +1,8 @@
 """The shipped coefficients and the accuracy in README and docs are reproduced from the tables in this repository."""
 
 import re
-from collections.abc import Mapping
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,14 +11,16 @@ from megatron_hammer.scaling.evidence.calibration import fit, select_fit_runs
 from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun, read_runs
 from megatron_hammer.scaling.evidence.run_table import PUBLISHED_MEMORY_PATH, PUBLISHED_RUNS_PATH, VTRAIN_RUNS_PATH
 from megatron_hammer.scaling.evidence.validation import (
-    ErrorFigures,
-    Prediction,
     ValidationReport,
     build_validation_report,
     cross_validate_runs,
 )
 from megatron_hammer.scaling.memory.validation import validate_memory
 from tests.helpers.repository import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from scaling_accuracy import DOCUMENT_PATH, README_PATHS, build_documents, keep_date, replace_block
 
 
 def read_fit_runs() -> list[MeasuredRun]:
@@ -45,60 +48,42 @@ def report() -> ValidationReport:
     return cross_validate_runs(runs, unpredictable, announce=lambda line: None)
 
 
-def format_figures(figures: ErrorFigures) -> list[str]:
-    return [
-        str(figures.num_rows),
-        f"{figures.median_absolute_ratio:.1%}",
-        f"{figures.mean_absolute_ratio:.1%}",
-        f"{figures.bias_ratio:+.1%}",
-        f"{figures.band_coverage_ratio:.0%}",
-    ]
+@pytest.fixture(scope="module")
+def documents(report: ValidationReport) -> dict[Path, str]:
+    """The documents as benchmarks/scaling_accuracy.py would write them, from the shipped coefficients."""
+    return build_documents(report, validate_memory(PUBLISHED_MEMORY_PATH), load_coefficients())
 
 
-@pytest.mark.parametrize("readme", ["README.md", "README_zh-CN.md"])
-def test_the_accuracy_in_the_readme(readme: str, report: ValidationReport) -> None:
-    """The row about published runs has their number, and the median and mean error."""
-    num_rows, median, mean, *_ = format_figures(report.errors["software"]["Megatron-style"])
-    (row,) = re.findall(rf"^\| [^|]*\b{num_rows}\b.*$", (ROOT / readme).read_text(encoding="utf-8"), re.MULTILINE)
-    assert re.findall(r"[\d.]+%", row.split("|")[2]) == [median, mean]
+@pytest.mark.parametrize("path", [DOCUMENT_PATH, *README_PATHS], ids=lambda path: path.name)
+def test_the_figures_in_the_documents(path: Path, documents: dict[Path, str]) -> None:
+    """If this fails: python benchmarks/scaling_accuracy.py --write."""
+    assert path.read_text(encoding="utf-8").splitlines() == documents[path].splitlines()
 
 
-def read_tables(heading: str) -> list[list[str]]:
-    """The rows of the table of docs/scaling_accuracy.md whose header begins with `heading`."""
-    text = (ROOT / "docs" / "scaling_accuracy.md").read_text(encoding="utf-8")
-    lines = re.findall(rf"^\| {heading}.*\n\|[-: |]+\|\n((?:\|.*\n)+)", text, re.MULTILINE)[0].splitlines()
-    return [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines]
+def test_the_figures_of_the_report_stand_in_the_documents(report: ValidationReport, documents: dict[Path, str]) -> None:
+    figures = report.errors["software"]["Megatron-style"]
+    median, mean = f"{figures.median_absolute_ratio:.1%}", f"{figures.mean_absolute_ratio:.1%}"
+    assert f"| **all** | {figures.num_rows} | {median} | {mean} |" in documents[DOCUMENT_PATH]
+    for path in README_PATHS:
+        (row,) = re.findall(r"^\|.*validate --cross-validate.*$", documents[path], re.MULTILINE)
+        assert re.findall(r"[\d.]+%", row) == [median, mean]
+        assert str(figures.num_rows) in row
+    sources = {run.source.replace("_", " ") for run in (one.run for one in report.predictions)}
+    assert {name for name in sources if f"\n| {name} | " in documents[DOCUMENT_PATH]} == sources
 
 
-def test_the_tables_of_step_times_in_the_docs(report: ValidationReport) -> None:
-    errors = {name: format_figures(figures) for name, figures in report.errors["source"].items()}
-    sources = {name.replace("_", " "): figures for name, figures in errors.items()}
-    first, *styles = read_tables("Megatron-core")
-    assert first == ["all", *format_figures(report.errors["software"]["Megatron-style"])]
-    megatron = build_report([one for one in report.predictions if one.run.is_megatron_style])
-    named = {name: figures for group in ("GPU", "precision", "scale") for name, figures in megatron[group].items()}
-    assert {name: figures for name, *figures in styles} == {
-        name.replace("-", " to ") if name.endswith("GPUs") else name: format_figures(figures)
-        for name, figures in named.items()
-    }
-    listed = [*read_tables("by source"), *read_tables("other software")[1:]]
-    assert {name: figures for name, *figures in listed} == sources
+def test_another_report_changes_the_documents(report: ValidationReport, documents: dict[Path, str]) -> None:
+    fewer = build_validation_report(report.predictions[::2], report.unpredictable)
+    others = build_documents(fewer, validate_memory(PUBLISHED_MEMORY_PATH), load_coefficients())
+    assert all(others[path] != text for path, text in documents.items())
 
 
-def build_report(predictions: list[Prediction]) -> Mapping[str, Mapping[str, ErrorFigures]]:
-    return build_validation_report(predictions, []).errors
+def test_a_document_without_its_comments_is_named() -> None:
+    with pytest.raises(SystemExit, match="end of memory"):
+        replace_block("<!-- memory: written by benchmarks/scaling_accuracy.py -->\n", "memory", "")
 
 
-def test_the_table_of_memory_in_the_docs() -> None:
-    groups = [group for group in validate_memory(PUBLISHED_MEMORY_PATH).groups if group.by == "source"]
-    expected = {
-        group.name.replace("_", " "): [
-            str(group.num_rows),
-            f"{group.median_absolute_error_ratio:.1%}",
-            f"{group.mean_absolute_error_ratio:.1%}",
-            f"{group.largest_error_ratio:+.1%}",
-            f"{group.within_5_percent_ratio:.0%}",
-        ]
-        for group in groups
-    }
-    assert {name: figures for name, *figures in read_tables("memory")} == expected
+def test_a_fit_that_changes_nothing_keeps_its_date() -> None:
+    older = 'a = 1\ndate = "2026-11-21"\n'
+    assert keep_date(older.replace("21", "29"), older) == older
+    assert keep_date(older.replace("a = 1", "a = 2"), older) == older.replace("a = 1", "a = 2")

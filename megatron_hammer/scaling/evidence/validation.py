@@ -107,15 +107,19 @@ def validate_runs(
 
 
 def cross_validate_runs(
-    runs: Sequence[MeasuredRun], unpredictable: Sequence[UnpredictableRow], announce: Callable[[str], None] = print
+    runs: Sequence[MeasuredRun],
+    unpredictable: Sequence[UnpredictableRow],
+    announce: Callable[[str], None] = print,
+    *,
+    band_ratio: Mapping[str, float] | None = None,
 ) -> ValidationReport:
     """Predict every run with coefficients fitted to the Megatron-style runs of all other publications, from the priors.
 
-    The widths of the bands are the shipped ones. announce: called before each fit, which takes seconds.
+    announce: called before each fit, which takes seconds. band_ratio: the widths of the bands, by default the shipped.
     """
     from megatron_hammer.scaling.evidence.calibration import fit, name_publication, select_fit_runs
 
-    start = replace(build_prior_coefficients(), band_ratio=load_coefficients().band_ratio)
+    start = replace(build_prior_coefficients(), band_ratio=band_ratio or load_coefficients().band_ratio)
     fit_runs = select_fit_runs([run for run in runs if run.is_megatron_style])
     fitted_to = {name_publication(run.source) for run in fit_runs}
     coefficients: dict[str | None, Coefficients] = {}

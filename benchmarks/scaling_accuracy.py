@@ -1,0 +1,229 @@
+#!/usr/bin/env python3
+"""Refit the shipped coefficients, and write every figure of the documents that depends on them.
+
+    python benchmarks/scaling_accuracy.py            # names the files that are out of date, and exits with 1 if any is
+    python benchmarks/scaling_accuracy.py --write    # brings them up to date
+
+The coefficients are fitted from the priors, as `calibrate --from-priors` does, so it also works while the shipped file
+holds the marks of a merge conflict. In docs/scaling_accuracy.md it replaces what stands between the two comments of
+each block, in README.md and README_zh-CN.md the figures of one row. tests/numerics/test_published_accuracy.py
+compares all of them.
+"""
+
+import argparse
+import re
+import statistics
+import sys
+import textwrap
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_hammer.files.publish import publish_files
+from megatron_hammer.files.tables import format_markdown_table
+from megatron_hammer.scaling.cost.coefficients import (
+    SHIPPED_PATH,
+    Coefficients,
+    build_prior_coefficients,
+    format_coefficients,
+)
+from megatron_hammer.scaling.evidence.calibration import select_fit_runs
+from megatron_hammer.scaling.evidence.cross_validation import assess, calibrate, cross_validate
+from megatron_hammer.scaling.evidence.measured_runs import read_runs
+from megatron_hammer.scaling.evidence.run_table import (
+    PUBLISHED_MEMORY_PATH,
+    PUBLISHED_RUNS_PATH,
+    VTRAIN_RUNS_PATH,
+    VTRAIN_SOURCE,
+)
+from megatron_hammer.scaling.evidence.validation import (
+    RANKING_TOLERANCE_RATIO,
+    ErrorFigures,
+    Prediction,
+    ValidationReport,
+    build_validation_report,
+    cross_validate_runs,
+)
+from megatron_hammer.scaling.memory.validation import MemoryReport, validate_memory
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENT_PATH = ROOT / "docs" / "scaling_accuracy.md"
+README_PATHS = (ROOT / "README.md", ROOT / "README_zh-CN.md")
+WIDTH = 125
+FIGURES = ("rows", "median", "mean", "bias", "in the band")
+
+
+def main() -> None:
+    """Compare, or write, and say what changed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write the files that are out of date")
+    arguments = parser.parse_args()
+    announce = partial(print, file=sys.stderr, flush=True)
+    announce("fitting the shipped coefficients")
+    coefficients = fit_shipped_coefficients()
+    texts = {SHIPPED_PATH: keep_date(format_coefficients(coefficients), SHIPPED_PATH.read_text(encoding="utf-8"))}
+    runs, unpredictable = read_runs(PUBLISHED_RUNS_PATH)
+    report = cross_validate_runs(runs, unpredictable, announce, band_ratio=coefficients.band_ratio)
+    texts |= build_documents(report, validate_memory(PUBLISHED_MEMORY_PATH), coefficients)
+    changed = {path: text for path, text in texts.items() if path.read_text(encoding="utf-8") != text}
+    if arguments.write:
+        publish_files(changed)
+    for path in changed:
+        print(f"{path.relative_to(ROOT)}: {'written' if arguments.write else 'out of date'}")
+    print(f"{len(texts)} files compared, {len(changed)} {'written' if arguments.write else 'out of date'}")
+    sys.exit(1 if changed and not arguments.write else 0)
+
+
+def fit_shipped_coefficients() -> Coefficients:
+    """Fit from the priors to all shipped tables, with the bands and the provenance of a file that can be shipped."""
+    paths = (PUBLISHED_RUNS_PATH, VTRAIN_RUNS_PATH)
+    runs = select_fit_runs([run for path in paths for run in read_runs(path)[0] if run.is_megatron_style])
+    start = build_prior_coefficients()
+    return calibrate(runs, start, assess(cross_validate(runs, start)))
+
+
+def keep_date(text: str, older: str) -> str:
+    """The older text where only the date differs: a fit that changed nothing must not change the file."""
+    date = re.compile(r"^date = .*$", re.MULTILINE)
+    return older if date.sub("", text) == date.sub("", older) else text
+
+
+def build_documents(report: ValidationReport, memory: MemoryReport, coefficients: Coefficients) -> dict[Path, str]:
+    """The documents with the figures of these reports, by path."""
+    text = DOCUMENT_PATH.read_text(encoding="utf-8")
+    for name, block in build_blocks(report, memory, coefficients.provenance).items():
+        text = replace_block(text, name, block)
+    figures = report.errors["software"]["Megatron-style"]
+    readmes = {path: replace_readme_row(path.read_text(encoding="utf-8"), figures) for path in README_PATHS}
+    return {DOCUMENT_PATH: text, **readmes}
+
+
+def replace_block(text: str, name: str, block: str) -> str:
+    """The text with another content between the two comments that name a block."""
+    first = f"<!-- {name}: written by benchmarks/scaling_accuracy.py -->\n"
+    last = f"<!-- end of {name} -->\n"
+    before, found_first, rest = text.partition(first)
+    _, found_last, after = rest.partition(last)
+    if not (found_first and found_last):
+        raise SystemExit(f"{DOCUMENT_PATH}: must have the comments {first.strip()} and {last.strip()}. Add them.")
+    return f"{before}{first}\n{block}\n{last}{after}"
+
+
+def replace_readme_row(text: str, figures: ErrorFigures) -> str:
+    """The text with the number of rows and the median and mean error in the row of the cross-validation."""
+    (row,) = re.findall(r"^\|.*validate --cross-validate.*$", text, re.MULTILINE)
+    errors = iter((f"{figures.median_absolute_ratio:.1%}", f"{figures.mean_absolute_ratio:.1%}"))
+    changed = re.sub(r"\d+(?=( published| 次))", str(figures.num_rows), row)
+    return text.replace(row, re.sub(r"[\d.]+%", lambda _: next(errors), changed))
+
+
+def fill(sentences: str) -> str:
+    """A paragraph in lines of the width that the documents have."""
+    return textwrap.fill(sentences, WIDTH, break_long_words=False, break_on_hyphens=False) + "\n"
+
+
+def build_blocks(report: ValidationReport, memory: MemoryReport, provenance: Mapping[str, Any]) -> dict[str, str]:
+    """The blocks of docs/scaling_accuracy.md by name, in Markdown."""
+    return {
+        "step times": format_step_times(report),
+        "fit": format_fit(provenance),
+        "memory": format_memory(memory),
+    }
+
+
+def format_step_times(report: ValidationReport) -> str:
+    """Counts, errors by group and by source, and the ranking of layouts."""
+    num_refused = len(report.unpredictable)
+    counts = fill(
+        f"Of {len(report.predictions) + num_refused} published runs, {len(report.predictions)} are predicted and "
+        f"{num_refused} are listed with the reason why not."
+    )
+    megatron = [one for one in report.predictions if one.run.is_megatron_style]
+    others = [one for one in report.predictions if not one.run.is_megatron_style]
+    groups = build_validation_report(megatron, []).errors
+    styles = [(name, figures) for group in ("GPU", "precision") for name, figures in sort_groups(groups[group])]
+    styles += [(re.sub(r"(\d)-(\d)", r"\1 to \2", name), figures) for name, figures in groups["scale"].items()]
+    tables = (
+        format_errors("Megatron-core, and stacks like it", [("**all**", groups["all"]["all rows"]), *styles]),
+        format_errors("by source", list_sources(megatron)),
+        format_errors(
+            "other software, which the fit never sees",
+            [("**all**", report.errors["software"]["other software"]), *list_sources(others)],
+        ),
+    )
+    return "\n".join([counts, *tables, format_ranking(report)])
+
+
+def list_sources(predictions: Iterable[Prediction]) -> list[tuple[str, ErrorFigures]]:
+    sources = build_validation_report(list(predictions), []).errors["source"]
+    return [(name.replace("_", " "), figures) for name, figures in sort_groups(sources)]
+
+
+def sort_groups(groups: Mapping[str, ErrorFigures]) -> list[tuple[str, ErrorFigures]]:
+    """The largest first; names decide between equal ones."""
+    return sorted(groups.items(), key=lambda item: (-item[1].num_rows, item[0]))
+
+
+def format_errors(title: str, rows: Iterable[tuple[str, ErrorFigures]]) -> str:
+    return format_markdown_table((title, *FIGURES), [(name, *format_figures(figures)) for name, figures in rows])
+
+
+def format_figures(figures: ErrorFigures) -> tuple[str, ...]:
+    return (
+        str(figures.num_rows),
+        f"{figures.median_absolute_ratio:.1%}",
+        f"{figures.mean_absolute_ratio:.1%}",
+        f"{figures.bias_ratio:+.1%}",
+        f"{figures.band_coverage_ratio:.0%}",
+    )
+
+
+def format_ranking(report: ValidationReport) -> str:
+    losses = [one.loss_ratio for one in report.rankings]
+    mean = statistics.fmean(losses)
+    close = sum(loss <= RANKING_TOLERANCE_RATIO for loss in losses)
+    return fill(
+        f"{len(losses)} jobs were published in several layouts. In {close} of them the layout predicted to be the best "
+        f"is within {RANKING_TOLERANCE_RATIO:.0%} of the measured best. The mean loss is {mean:.1%}, "
+        f"and the largest {max(losses):.1%}."
+    )
+
+
+def format_fit(provenance: Mapping[str, Any]) -> str:
+    """What the coefficients were fitted on, and the cross-validated errors of all these rows."""
+    num_runs = sum(provenance["sources"].values())
+    num_vtrain = provenance["sources"][VTRAIN_SOURCE]
+    return fill(
+        f"They are fitted to the {num_runs - num_vtrain} Megatron-style rows of published_runs.csv and to {num_vtrain} "
+        "of vTrain's measurements on a single node, which scatter more. With these, the cross-validated median error "
+        f"is {provenance['cross_validated_median_ratio']:.1%} and the mean is "
+        f"{provenance['cross_validated_mean_ratio']:.1%} (`provenance` in the coefficients file)."
+    )
+
+
+def format_memory(memory: MemoryReport) -> str:
+    """Counts, and errors by source."""
+    num_rows = len(memory.rows) + len(memory.unpredictable)
+    rows = [
+        (
+            group.name.replace("_", " "),
+            str(group.num_rows),
+            f"{group.median_absolute_error_ratio:.1%}",
+            f"{group.mean_absolute_error_ratio:.1%}",
+            f"{group.largest_error_ratio:+.1%}",
+            f"{group.within_5_percent_ratio:.0%}",
+        )
+        for group in sorted(memory.groups, key=lambda group: (-group.num_rows, group.name))
+        if group.by == "source"
+    ]
+    counts = fill(
+        f"Of {num_rows} published figures, {len(memory.rows)} are predicted and {len(memory.unpredictable)} are listed "
+        "with the reason why not."
+    )
+    columns = ("memory", "rows", "median", "mean", "largest", "within 5%")
+    return f"{counts}\n{format_markdown_table(columns, rows)}"
+
+
+if __name__ == "__main__":
+    main()
