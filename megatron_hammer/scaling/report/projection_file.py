@@ -58,7 +58,7 @@ class SavedProjection:
     path: Path
     train_tokens: int | None
     rows: tuple[SavedRow, ...]
-    coefficients: Coefficients | None
+    coefficients: Coefficients | None = None
 
     def select_row(self, row_id: str) -> SavedRow:
         """The row with this id. Raises ConfigError with the known ids."""
