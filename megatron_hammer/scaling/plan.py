@@ -4,7 +4,7 @@
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal, get_args
 
 from annotated_types import Ge, Gt, Lt, MinLen
@@ -25,6 +25,15 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 LOW_PRECISIONS: tuple[Precision, ...] = ("fp8", "mxfp8", "nvfp4")
 Recompute = Literal["none", "selective", "full"]
 Sharding = Literal["none", "distributed_optimizer", "fsdp"]
+# How tokens reach their experts: NCCL's all-gather or all-to-all, or the kernels of DeepEP (deepseek-ai/DeepEP) and
+# HybridEP, which send a token once to each node or NVLink domain and copy it there.
+Dispatcher = Literal["allgather", "alltoall", "deepep", "hybridep"]
+DISPATCHERS: tuple[Dispatcher, ...] = get_args(Dispatcher)
+# What CUDA graphs launch instead of the host: nothing, the router of a mixture, that and attention, or the whole step.
+CudaGraphs = Literal["none", "router", "attention", "step"]
+# What "selective" recomputation repeats: Megatron's --recompute-modules.
+RecomputeModule = Literal["core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts"]
+RECOMPUTE_MODULES: tuple[RecomputeModule, ...] = get_args(RecomputeModule)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +83,16 @@ class Cluster:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertOptions:
+    """How a run computes its mixtures of experts. It has no meaning for a dense model."""
+
+    dispatcher: Dispatcher = "alltoall"
+    overlaps_communication: bool = False  # --overlap-moe-expert-parallel-comm
+    has_grouped_gemm: bool = True  # --moe-grouped-gemm; False: one product after the other
+    imbalance_ratio: AtLeastOne = 1.0  # tokens of the busiest rank of experts over the mean
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """One training run to be predicted. The data-parallel size and the other parallel sizes are in `layout`."""
 
@@ -86,6 +105,7 @@ class Plan:
     global_batch_size: int
     precision: Precision = "bf16"
     recompute: Recompute = "none"
+    recompute_modules: tuple[RecomputeModule, ...] = ("core_attn",)  # of "selective"
     sharding: Sharding = "distributed_optimizer"
     shard_size: int | None = None  # ranks that share one copy of what is sharded; None: all data and context ranks
     has_flash_attention: bool = True
@@ -94,6 +114,9 @@ class Plan:
     overlaps_tensor_parallel: bool = False  # --tp-comm-overlap
     gradient_bytes: int = 4  # of one element in the reduction
     vocab_divisible_by: int = 128
+    experts: ExpertOptions = field(default_factory=ExpertOptions)
+    cuda_graphs: CudaGraphs = "none"
+    num_mtp_layers: int = 0  # --mtp-num-layers: layers behind the last one that predict further tokens
 
     @property
     def num_microbatches(self) -> int:

@@ -3,6 +3,8 @@
 import csv
 import re
 
+import pytest
+
 from megatron_hammer.scaling.evidence.run_table import TABLES_DIR
 
 README = (TABLES_DIR / "README.md").read_text(encoding="utf-8")
@@ -17,17 +19,18 @@ def test_the_readme_lists_every_table_with_its_number_of_rows() -> None:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows[path.name] = sum(1 for _ in csv.reader(file)) - 1
     assert listed == rows
-    assert len(rows) == 3
+    assert len(rows) == 4
 
 
-def test_the_readme_explains_every_column_of_the_runs() -> None:
-    with (TABLES_DIR / "published_runs.csv").open(encoding="utf-8", newline="") as file:
+@pytest.mark.parametrize("table", ["published_runs.csv", "published_moe.csv"])
+def test_the_readme_explains_every_column_of_the_runs(table: str) -> None:
+    with (TABLES_DIR / table).open(encoding="utf-8", newline="") as file:
         columns = set(next(csv.reader(file)))
     assert {name for name in columns if not re.search(rf"\b{name}\b", README)} == set()
 
 
 def test_every_published_row_names_its_source_and_where_it_was_copied_from() -> None:
-    for name in ("published_runs.csv", "published_memory.csv"):
+    for name in ("published_runs.csv", "published_moe.csv", "published_memory.csv"):
         with (TABLES_DIR / name).open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 assert row["source"], row

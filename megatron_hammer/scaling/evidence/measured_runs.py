@@ -18,6 +18,13 @@ from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.accounting import ParallelLayout, count_rank_parameters
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.presets.catalogue import PRESETS
+from megatron_hammer.scaling.evidence.row_experts import (
+    DispatcherSiblings,
+    collect_dispatchers,
+    read_cuda_graphs,
+    read_expert_options,
+    read_recompute_modules,
+)
 from megatron_hammer.scaling.evidence.row_layout import Siblings, build_row_layout, collect_siblings, name_source_family
 from megatron_hammer.scaling.evidence.row_model import UnpredictableError, build_row_model
 from megatron_hammer.scaling.evidence.row_step_time import find_step_time
@@ -77,11 +84,12 @@ def read_runs(
     rows = read_run_rows(path)
     hardware = _Hardware(gpus_path, clusters_path)
     siblings = collect_siblings(rows)
+    dispatchers = collect_dispatchers(rows)
     runs: list[MeasuredRun] = []
     unpredictable: list[UnpredictableRow] = []
     for row in rows:
         try:
-            runs.append(_build_run(row, hardware, siblings))
+            runs.append(_build_run(row, hardware, siblings, dispatchers))
         except UnpredictableError as error:
             unpredictable.append(
                 UnpredictableRow(row_number=row.row_number, source=row.source, model=row.model, reason=str(error))
@@ -124,7 +132,7 @@ class _Hardware:
             raise UnpredictableError(f"no cluster of {gpu.name} is known; describe one with --clusters-file") from error
 
 
-def _build_run(row: RunRow, hardware: _Hardware, siblings: Siblings) -> MeasuredRun:
+def _build_run(row: RunRow, hardware: _Hardware, siblings: Siblings, dispatchers: DispatcherSiblings) -> MeasuredRun:
     if all(getattr(row, name) is None for name in MEASUREMENT_COLUMNS):
         raise UnpredictableError("it holds no measured time, throughput or utilisation")
     gpu, software, assumptions = hardware.select(row)
@@ -157,6 +165,7 @@ def _build_run(row: RunRow, hardware: _Hardware, siblings: Siblings) -> Measured
         global_batch_size=global_batch,
         precision=precision,
         recompute=recompute,
+        recompute_modules=read_recompute_modules(row),
         sharding=sharding,
         shard_size=shard_size,
         has_flash_attention=software.has_flash_attention,
@@ -164,6 +173,9 @@ def _build_run(row: RunRow, hardware: _Hardware, siblings: Siblings) -> Measured
         overlaps_param_gather=software.overlaps_data_parallel and sharding != "none",
         overlaps_tensor_parallel=layout.tensor_model_parallel_size > 1 and _overlaps_tensor_parallel(row, software),
         gradient_bytes=_select_gradient_bytes(precision, recipe, software),
+        experts=read_expert_options(row, software, dispatchers, assumptions),
+        cuda_graphs=read_cuda_graphs(row, assumptions),
+        num_mtp_layers=row.mtp_layers or 0,
     )
     if "deterministic" in row.notes.lower():
         assumptions.append("its kernels were the deterministic ones, which are slower and not modelled")
@@ -245,6 +257,8 @@ def _fill_global_batch(row: RunRow, dp: int, assumptions: list[str]) -> int:
         return global_batch
     if row.micro_batch is None:
         raise UnpredictableError("micro_batch and global_batch are blank")
+    if row.experts is not None and (row.pp or 1) > 1:
+        raise UnpredictableError("global_batch is blank, on which the bubble of its pipeline depends")
     smallest = row.micro_batch * dp
     preset = PRESETS.get("hammer-1b4") if "hammerllm" in row.model.lower() else None
     if preset is not None and preset.recipe.global_batch_size % smallest == 0:
@@ -368,6 +382,9 @@ def compute_fingerprint(row: RunRow) -> str:
     cells = [getattr(row, name) for name in _IDENTIFYING_FIELDS]
     texts = ["" if cell is None else cell.lower().strip() if isinstance(cell, str) else f"{cell}" for cell in cells]
     # The first tables did not have these columns. A blank is left out, so their fingerprints stay valid.
-    later = {"sequence_parallel": row.sequence_parallel, "ep": row.ep}
+    later = {
+        "sequence_parallel": row.sequence_parallel, "ep": row.ep, "etp": row.etp, "dispatcher": row.dispatcher or None,
+        "cuda_graphs": row.cuda_graphs or None, "overlap_ep": row.overlap_ep, "routing": row.routing or None,
+    }  # fmt: skip
     texts += [f"{name}={cell}" for name, cell in later.items() if cell is not None]
     return hashlib.sha256("|".join([*texts, f"{measured:.6g}"]).encode()).hexdigest()[:16]

@@ -73,6 +73,7 @@ def build_row_layout(
         context_parallel_size=cp,
         data_parallel_size=dp,
         expert_model_parallel_size=row.ep or 1,
+        expert_tensor_parallel_size=_fill_expert_tensor_parallel(row, software, assumptions),
         has_sequence_parallel=_has_sequence_parallel(row, tp, software),
     )
     vpp = _fill_chunks(row, (tp, pp), model, software, siblings, assumptions)
@@ -81,6 +82,14 @@ def build_row_layout(
     if problems:
         raise UnpredictableError(f"its layout cannot be built: {problems[0]}")
     return layout
+
+
+def _fill_expert_tensor_parallel(row: RunRow, software: TrainingSoftware, assumptions: list[str]) -> int | None:
+    if row.etp is not None or row.experts is None:
+        return row.etp
+    size = software.expert_tensor_parallel_size
+    assumptions.append(f"etp {'tp' if size is None else size}: blank, {software.name}")
+    return size
 
 
 def _has_sequence_parallel(row: RunRow, tp: int, software: TrainingSoftware) -> bool:

@@ -6,14 +6,14 @@ nor known by its name is refused with the reason.
 
 import functools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.files.typed import read_toml, validate
 from megatron_hammer.model.accounting import count_parameters
-from megatron_hammer.model.shape import ModelShape
+from megatron_hammer.model.shape import ModelShape, MoeShape, SlidingWindow
 from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.evidence.run_table import RunRow
 from megatron_hammer.scaling.plan import Text
@@ -22,6 +22,15 @@ MODELS_PATH = Path(__file__).parent / "models.toml"
 DEFAULT_HEAD_DIM = 128
 DEFAULT_GPT_VOCAB_SIZE = 51_200  # GPT-2's 50,257 as Megatron pads them: arXiv 2104.04473, section 5
 NOTABLE_SIZE_DIFFERENCE_RATIO = 0.05
+# Of a model with experts as built and as its row states it, which has three digits or fewer.
+LARGEST_SIZE_DIFFERENCE_RATIO = 0.02
+LLAMA4_CHUNK_TOKENS = 8192  # attention_chunk_size of meta-llama/Llama-4-*; up to it, attention is that of a full mask
+# What a row's notes say about its layers -> why its time cannot be predicted.
+_REFUSALS = (
+    (r"hybrid.?mamba|mamba2", "its model is a hybrid of Mamba and attention, which is not modelled"),
+    (r"sparse attention", "its sparse attention is not modelled"),
+    (r"known [\w-]+ regression", "its publication names a regression of this release"),
+)
 
 
 class UnpredictableError(Exception):
@@ -68,7 +77,9 @@ def load_known_models() -> KnownModels:
 
 # Besides names: "8x7b" is experts x size, and "a3b" the parameters that are active for a token. The latter is a word of
 # its own, or follows the size as in "30ba3b". Names of dense models end in the same letters: llama7b, gemma2b.
-MOE_PATTERN = re.compile(r"mixtral|moe|\d+x\d+b|(?<![a-z])(\d+b)?a\d+(\.\d+)?b|deepseek-?v[23]|grok")
+MOE_PATTERN = re.compile(
+    r"mixtral|moe|\d+x\d+b|(?<![a-z])(\d+b)?a\d+(\.\d+)?b|deepseek-?v[234]|grok|gpt-?oss|llama-?4|kimi-?k2"
+)
 
 
 def build_row_model(row: RunRow) -> tuple[ModelShape, tuple[str, ...]]:
@@ -77,8 +88,11 @@ def build_row_model(row: RunRow) -> tuple[ModelShape, tuple[str, ...]]:
     if preset is not None:
         return preset, (f"model {preset.name}: the preset of this name ({preset.source})",)
     name = row.model.lower()
-    if MOE_PATTERN.search(name):
-        raise UnpredictableError("its model has experts, whose sizes the table has no columns for")
+    _refuse_unmodelled_layers(row)
+    if row.experts is None and MOE_PATTERN.search(name):
+        raise UnpredictableError("its model has experts, and its row does not say how many")
+    if row.experts is not None:
+        return _build_expert_model(row)
     listed = load_known_models()
     known = next((model for model in listed.model if re.search(model.pattern, name)), None)
     family = known or next((model for model in listed.family if re.search(model.pattern, name)), None)
@@ -100,6 +114,12 @@ def _find_preset(row: RunRow) -> ModelShape | None:
         "layers": model.num_layers, "hidden": model.hidden_size, "heads": model.num_attention_heads,
         "kv_heads": model.num_query_groups, "ffn": model.ffn_hidden_size, "vocab": model.vocab_size,
     }  # fmt: skip
+    if model.moe is not None:
+        sizes |= {
+            "experts": model.moe.num_experts, "topk": model.moe.router_topk, "moe_ffn": model.moe.ffn_hidden_size,
+        }  # fmt: skip
+    elif row.experts is not None:
+        return None
     return model if all(getattr(row, name) in (None, size) for name, size in sizes.items()) else None
 
 
@@ -160,7 +180,9 @@ def _build_model(row: RunRow, shape: dict[str, int], family: KnownModel | None, 
         )  # fmt: skip
         assumptions.append(f"activation {rule}")
     head_dim, rest = divmod(shape["hidden"], shape["heads"])
-    if rest:
+    if row.head_dim is not None:
+        head_dim = row.head_dim
+    elif rest:
         raise UnpredictableError(f"its {shape['heads']} heads do not divide hidden {shape['hidden']}")
     model = ModelShape(
         name=row.model,
@@ -188,3 +210,83 @@ def _note_size(row: RunRow, model: ModelShape, assumptions: list[str]) -> None:
     counted = count_parameters(model) / 1e9
     if abs(counted / row.params_b - 1) > NOTABLE_SIZE_DIFFERENCE_RATIO:
         assumptions.append(f"{counted:.2f} B parameters as built, where the row says {row.params_b:g} B")
+
+
+# SwiGLU, RMSNorm, a rope and an untied head: every published model with experts that is not refused.
+EXPERT_FAMILY = KnownModel(
+    pattern="", source="the columns of experts", activation="swiglu", is_tied=False, has_bias=False, has_rope=True
+)
+
+
+def _build_expert_model(row: RunRow) -> tuple[ModelShape, tuple[str, ...]]:
+    """The model of a row that has the columns for experts: nothing is filled from its name."""
+    assumptions: list[str] = []
+    if row.dense_layers and row.ffn is None:
+        raise UnpredictableError("ffn is blank, the width of its dense layers")
+    # ModelShape's ffn_hidden_size is that of dense layers, and has no effect without them.
+    shape = _fill_shape(replace(row, ffn=row.ffn or row.moe_ffn), None, EXPERT_FAMILY, assumptions)
+    model = replace(
+        _build_model(row, shape, EXPERT_FAMILY, assumptions),
+        moe=_build_experts(row, shape["layers"]),
+        sliding_window=_read_sliding_window(row, shape["layers"]),
+    )
+    _refuse_other_size(row, model)
+    return model, tuple(assumptions)
+
+
+def _refuse_unmodelled_layers(row: RunRow) -> None:
+    """Raise UnpredictableError for a row whose notes name layers that no model of this package has."""
+    text = row.notes.lower()
+    for pattern, reason in _REFUSALS:
+        if re.search(pattern, text):
+            raise UnpredictableError(reason)
+    chunk = re.search(r"chunked local attention", text)
+    if chunk and (row.seq is None or row.seq > LLAMA4_CHUNK_TOKENS):
+        raise UnpredictableError("its chunked local attention is not modelled beyond one chunk")
+    if row.attention.lower() == "mla":
+        raise UnpredictableError("its multi-latent attention is not modelled")
+
+
+def _build_experts(row: RunRow, num_layers: int) -> MoeShape:
+    """The experts of a row that has the columns for them. Raises UnpredictableError if one of them is blank."""
+    blank = [name for name in ("experts", "topk", "moe_ffn") if getattr(row, name) is None]
+    if blank:
+        raise UnpredictableError(f"its model has experts, and {' and '.join(blank)} blank")
+    assert row.experts is not None
+    assert row.topk is not None
+    assert row.moe_ffn is not None
+    return MoeShape(
+        num_experts=row.experts,
+        router_topk=row.topk,
+        ffn_hidden_size=row.moe_ffn,
+        shared_expert_intermediate_size=row.shared_ffn or 0,
+        dense_layers=_list_dense_layers(row, num_layers),
+    )
+
+
+def _list_dense_layers(row: RunRow, num_layers: int) -> tuple[int, ...]:
+    """The first ones, as DeepSeek has them; every second one where half of many layers are dense, as in Llama 4."""
+    number = row.dense_layers or 0
+    if number >= num_layers:
+        raise UnpredictableError(f"all of its {num_layers} layers are dense, and it has experts")
+    if number and 2 * number == num_layers:
+        # interleave_moe_layer_step = 2 of meta-llama/Llama-4-Maverick: layers 1, 3, 5, ... are mixtures.
+        return tuple(range(0, num_layers, 2))
+    return tuple(range(number))
+
+
+def _read_sliding_window(row: RunRow, num_layers: int) -> SlidingWindow | None:
+    """The window that a row's notes name: of every second layer, from the first (GPT-OSS)."""
+    match = re.search(r"alternate layers use (\d+)-token sliding-window", row.notes.lower())
+    if match is None:
+        return None
+    return SlidingWindow(num_tokens=int(match[1]), layers=tuple(range(0, num_layers, 2)))
+
+
+def _refuse_other_size(row: RunRow, model: ModelShape) -> None:
+    """Raise UnpredictableError if the model as built has another size than the row states: it is another model."""
+    if row.params_b is None:
+        return
+    counted = count_parameters(model) / 1e9
+    if abs(counted / row.params_b - 1) > LARGEST_SIZE_DIFFERENCE_RATIO:
+        raise UnpredictableError(f"its model has {counted:.4g} B parameters as built, the row says {row.params_b:g} B")

@@ -7,14 +7,17 @@ vTrain's measured iteration times. Nothing is interpreted here: `measured_runs.p
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.files.csv_table import Record, describe_other_length, list_repeated_columns, read_csv
+from megatron_hammer.scaling.plan import NonNegativeInt
 
 TABLES_DIR = Path(__file__).parent / "tables"  # its README.md says what they are
 PUBLISHED_RUNS_PATH = TABLES_DIR / "published_runs.csv"
+PUBLISHED_MOE_PATH = TABLES_DIR / "published_moe.csv"
 VTRAIN_RUNS_PATH = TABLES_DIR / "vtrain_ground_truth_single.csv"
 PUBLISHED_MEMORY_PATH = TABLES_DIR / "published_memory.csv"
 
@@ -77,6 +80,27 @@ class RunRow:
     notes: str = ""
     sequence_parallel: bool | None = None
     ep: int | None = None
+    # Of models with experts. In these columns 0 says that there is none, and a blank that it is not known.
+    params_active_b: float | None = None
+    head_dim: int | None = None
+    experts: int | None = None
+    topk: int | None = None
+    moe_ffn: int | None = None
+    shared_ffn: NonNegativeInt | None = None
+    dense_layers: NonNegativeInt | None = None
+    moe_layers: int | None = None
+    etp: int | None = None
+    attention: str = ""  # gqa or mla
+    q_lora: int | None = None
+    kv_lora: int | None = None
+    qk_head: int | None = None
+    v_head: int | None = None
+    rope_head: int | None = None
+    dispatcher: str = ""
+    cuda_graphs: str = ""
+    overlap_ep: bool | None = None
+    routing: str = ""
+    mtp_layers: NonNegativeInt | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,12 +187,13 @@ def _parse_cells(
     return values
 
 
-def _parse_count(text: str) -> int | None:
-    number = _parse_number(text, "a whole number of at least 1")
+def _parse_count(text: str, least: int = 1) -> int | None:
+    expected = f"a whole number of at least {least}"
+    number = _parse_number(text, expected)
     if number is None:
         return None
-    if number < 1 or number != int(number):
-        raise ValueError("a whole number of at least 1")
+    if number < least or number != int(number):
+        raise ValueError(expected)
     return int(number)
 
 
@@ -202,6 +227,7 @@ def _parse_flag(text: str) -> bool | None:
 _PARSER_OF_TYPE: dict[Any, Callable[[str], Any]] = {
     str: str,
     int | None: _parse_count,
+    NonNegativeInt | None: partial(_parse_count, least=0),
     float | None: _parse_quantity,
     bool | None: _parse_flag,
 }

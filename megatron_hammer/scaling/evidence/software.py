@@ -15,7 +15,7 @@ from megatron_hammer.errors import ConfigError
 from megatron_hammer.files.typed import read_toml
 from megatron_hammer.model.accounting import FlopConvention
 from megatron_hammer.scaling.evidence.run_table import RunRow
-from megatron_hammer.scaling.plan import Precision, Recompute, Sharding, Text
+from megatron_hammer.scaling.plan import Dispatcher, Precision, Recompute, Sharding, Text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +42,8 @@ class TrainingSoftware:
     flop_convention: FlopConvention | Literal["hardware"] = "B"
     seq_length: int | None = None
     is_interleaved: bool = False  # a blank vpp means one chunk per layer: "set to maximum" in NeMo's recipes
+    dispatcher: Dispatcher = "alltoall"
+    expert_tensor_parallel_size: int | None = None  # None: tp, Megatron's default
     accumulates_gradients: bool = True  # False: a blank micro_batch is global_batch / dp
     cluster_of_gpu: Mapping[str, str] = field(default_factory=dict)  # if it is not the GPU's default cluster
     gpu_of_gpu: Mapping[str, str] = field(default_factory=dict)  # which variant the name of the GPU meant at that time

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hammer.model.accounting import count_parameters
+from megatron_hammer.model.accounting import count_active_parameters, count_parameters
 from megatron_hammer.scaling.evidence.measured_runs import read_runs
-from megatron_hammer.scaling.evidence.run_table import PUBLISHED_RUNS_PATH, VTRAIN_RUNS_PATH
+from megatron_hammer.scaling.evidence.run_table import PUBLISHED_MOE_PATH, PUBLISHED_RUNS_PATH, VTRAIN_RUNS_PATH
 from tests.helpers.messages import assert_problem
 from tests.helpers.run_tables import COLUMNS, read_one, read_plan, write_table
 
@@ -145,7 +145,7 @@ def test_a_batch_that_does_not_divide_is_rounded_and_the_time_with_it(tmp_path: 
         ({"gpus": "", "dp": ""}, "gpus and dp are blank"),
         ({"seq": ""}, "seq is blank and its source's sequence length is not known"),
         ({"layers": "", "model": "X-9B"}, "layers is blank and the model 'X-9B' is not known by its name"),
-        ({"model": "Mixtral-8x7B"}, "its model has experts, whose sizes the table has no columns for"),
+        ({"model": "Mixtral-8x7B"}, "its model has experts, and its row does not say how many"),
         ({"precision": "int8"}, "its precision 'int8' is not known"),
         ({"precision": "fp8", "gpu_type": "A100"}, "its GPU a100-sxm-80gb has no fp8"),
         ({"recompute": "clever"}, "its recomputation 'clever' is not known"),
@@ -233,3 +233,24 @@ def test_every_row_of_vtrain_is_predictable() -> None:
     assert (len(runs), unpredictable) == (1440, [])
     assert {run.plan.cluster.name for run in runs} == {"vtrain-a100"}
     assert not any(run.plan.has_flash_attention for run in runs)
+
+
+def test_no_published_row_with_experts_is_dropped() -> None:
+    runs, unpredictable = read_runs(PUBLISHED_MOE_PATH)
+    assert len({*(run.row_number for run in runs), *(row.row_number for row in unpredictable)}) == 308
+    assert len(runs) >= 174
+    assert len(runs) - len({run.fingerprint for run in runs}) == 2  # printed again by a later release
+    for run in runs:
+        flops_per_s = 6 * count_active_parameters(run.plan.model) * run.plan.tokens_per_step / run.step_time_s
+        utilisation = flops_per_s / run.plan.layout.world_size / (run.plan.gpu.fp16_tflops * 1e12)
+        assert 0.02 < utilisation < 1.0, f"line {run.row_number}: {run.assumptions}"
+
+
+def test_experts_of_published_rows() -> None:
+    runs = {run.row_number: run.plan for run in read_runs(PUBLISHED_MOE_PATH)[0]}
+    qwen = runs[7]  # qwen3-235b-a22b on 256 GB300
+    assert (qwen.experts.dispatcher, qwen.cuda_graphs) == ("hybridep", "step")
+    assert qwen.experts.overlaps_communication
+    assert (qwen.layout.expert_model_parallel_size, qwen.layout.expert_tp) == (32, 1)
+    grok = runs[234]
+    assert (grok.layout.expert_tp, grok.experts.has_grouped_gemm) == (4, False)

@@ -1,5 +1,8 @@
 """Models known by name have the parameters that their owners publish."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 from megatron_hammer.model.accounting import count_parameters
@@ -98,7 +101,17 @@ def test_models_that_no_rule_fills_are_refused(cells: dict[str, int | str], reas
 
 
 @pytest.mark.parametrize(
-    "name", ["Mixtral-8x7B", "qwen3-235b-a22b", "qwen3_30ba3b", "Qwen1.5-MoE-A2.7B", "a3b", "DeepSeek-V3", "grok-1"]
+    "name",
+    [
+        "Mixtral-8x7B",
+        "qwen3-235b-a22b",
+        "qwen3_30ba3b",
+        "Qwen1.5-MoE-A2.7B",
+        "a3b",
+        "DeepSeek-V3",
+        "grok-1",
+        "GPT-OSS-120B",
+    ],
 )
 def test_models_with_experts_are_refused(name: str) -> None:
     with pytest.raises(UnpredictableError, match="experts"):
@@ -110,3 +123,50 @@ def test_dense_names_that_end_in_a_and_a_size_are_not_taken_for_experts(name: st
     row = RunRow(row_number=2, model=name, layers=4, hidden=512, heads=8, ffn=1536, vocab=3200)
     model, _ = build_row_model(row)
     assert (model.moe, model.num_layers, model.vocab_size) == (None, 4, 3200)
+
+
+EXPERT_ROW = RunRow(
+    row_number=2, model="qwen3-a3b of a row", params_b=30.5, layers=48, hidden=2048, heads=32, kv_heads=4,
+    vocab=151_936, head_dim=128, experts=128, topk=8, moe_ffn=768, shared_ffn=0, dense_layers=0,
+)  # fmt: skip
+
+
+def test_the_columns_of_experts_build_the_published_model() -> None:
+    model, _ = build_row_model(EXPERT_ROW)
+    assert model.moe is not None
+    assert (model.moe.num_experts, model.moe.router_topk, model.moe.ffn_hidden_size) == (128, 8, 768)
+    # 30,532,122,624 parameters of the published checkpoint, without the norms of query and key (2 x 128 per layer)
+    assert count_parameters(model) == 30_532_122_624 - 48 * 2 * 128
+
+
+def test_dense_layers_are_the_first_or_every_second() -> None:
+    deepseek, _ = build_row_model(replace(EXPERT_ROW, params_b=None, dense_layers=3, ffn=6144))
+    maverick, _ = build_row_model(replace(EXPERT_ROW, params_b=None, dense_layers=24, ffn=6144))
+    assert deepseek.moe is not None
+    assert deepseek.moe.dense_layers == (0, 1, 2)
+    assert maverick.moe is not None
+    assert maverick.moe.dense_layers == tuple(range(0, 48, 2))
+
+
+def test_a_window_of_alternate_layers() -> None:
+    model, _ = build_row_model(replace(EXPERT_ROW, notes="alternate layers use 128-token sliding-window attention"))
+    assert model.sliding_window is not None
+    assert (model.sliding_window.num_tokens, model.sliding_window.layers[:3]) == (128, (0, 2, 4))
+
+
+@pytest.mark.parametrize(
+    ("cells", "reason"),
+    [
+        ({"topk": None}, "its model has experts, and topk blank"),
+        ({"params_b": 31.5}, "its model has 30.53 B parameters as built, the row says 31.5 B"),
+        ({"dense_layers": 3}, "ffn is blank, the width of its dense layers"),
+        ({"dense_layers": 48, "ffn": 6144}, "all of its 48 layers are dense"),
+        ({"notes": "HYBRID-MAMBA: 23 Mamba2 + 23 MoE"}, "hybrid of Mamba"),
+        ({"notes": "SPARSE ATTENTION (CSA)"}, "sparse attention"),
+        ({"notes": "chunked local attention in 3 of 4 layers", "seq": 16_384}, "chunked local attention"),
+        ({"notes": "footnote: known GPT-OSS regression in this release"}, "names a regression"),
+    ],
+)
+def test_rows_with_experts_that_are_refused(cells: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UnpredictableError, match=reason):
+        build_row_model(replace(EXPERT_ROW, **cells))
