@@ -3,6 +3,8 @@
 import gc
 import os
 import signal
+import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -12,6 +14,37 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Nearly all that is imported and collected stays until the end, so no search for garbage needs to look at it.
 gc.disable()
+
+
+@pytest.fixture(autouse=True)
+def process_left_as_found() -> Iterator[None]:
+    """Which tests share a process, and in which order, is chance: none may change what another one finds.
+
+    Environment and signal handlers are put back: Megatron's argument checks set variables, and commands own both in
+    their process. Nothing may leave PyTorch or the working directory changed.
+    """
+    environment, found = dict(os.environ), read_process_state()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    if dict(os.environ) != environment:
+        os.environ.clear()
+        os.environ.update(environment)
+    for number, handler in handlers.items():
+        if handler is not None and signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
+    left = read_process_state()
+    changed = {name: (found[name], left[name]) for name in found.keys() & left.keys() if found[name] != left[name]}
+    assert not changed, f"the test, or the code it runs, changed its process (before, after): {changed}"
+
+
+def read_process_state() -> dict[str, object]:
+    state: dict[str, object] = {"working directory": os.getcwd()}
+    if torch := sys.modules.get("torch"):
+        state["deterministic algorithms"] = torch.get_deterministic_debug_mode()
+        state["default dtype"] = torch.get_default_dtype()
+        state["gradients"] = torch.is_grad_enabled()
+        state["threads"] = torch.get_num_threads()
+    return state
 
 
 def pytest_collection_finish() -> None:

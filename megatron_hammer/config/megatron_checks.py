@@ -127,7 +127,7 @@ class _RecordedArguments(argparse.Namespace):
 @contextlib.contextmanager
 def _without_side_effects() -> Iterator[io.StringIO]:
     """No output (what was printed is yielded); environment and PyTorch as they were, which deterministic mode sets."""
-    environment, is_deterministic = dict(os.environ), torch.are_deterministic_algorithms_enabled()
+    environment, deterministic_mode = dict(os.environ), torch.get_deterministic_debug_mode()
     disabled_level = logging.root.manager.disable
     output = io.StringIO()
     try:
@@ -142,7 +142,7 @@ def _without_side_effects() -> Iterator[io.StringIO]:
             yield output
     finally:
         logging.disable(disabled_level)
-        torch.use_deterministic_algorithms(is_deterministic)
+        torch.set_deterministic_debug_mode(deterministic_mode)
         # Cleared first, because update() would keep the variables that Megatron added.
         os.environ.clear()
         os.environ.update(environment)

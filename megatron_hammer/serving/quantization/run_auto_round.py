@@ -52,7 +52,7 @@ def quantize_folder(folder: Path, output_dir: Path, samples: Sequence[Tensor], o
     """
     # huggingface_hub reads it when it is imported.
     os.environ["HF_HUB_OFFLINE"] = "1"
-    with _quiet_libraries():
+    with _quiet_libraries(), _process_state_restored():
         import torch
         import transformers
         from auto_round import AutoRound
@@ -94,6 +94,20 @@ def quantize_folder(folder: Path, output_dir: Path, samples: Sequence[Tensor], o
             f"{output_dir}: AutoRound must write one model, got {len(found)}. This is a defect of the command."
         )
     return found[0]
+
+
+@contextmanager
+def _process_state_restored() -> Iterator[None]:
+    """AutoRound switches deterministic algorithms on and sets a variable for cuBLAS; both end with it."""
+    import torch
+
+    environment, deterministic_mode = dict(os.environ), torch.get_deterministic_debug_mode()
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(deterministic_mode)
+        os.environ.clear()
+        os.environ.update(environment)
 
 
 @contextmanager
