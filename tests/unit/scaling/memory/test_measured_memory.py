@@ -166,7 +166,7 @@ def test_precision(tmp_path, precision, expected):
         ({"sharding": "ZeRO offload"}, "offloading to the host is not modelled"),
         ({"model": "DeepSeek-V3"}, "its multi-latent attention is not modelled"),
         ({"model": "Qwen3-8B LoRA"}, "adapters beside frozen weights are not modelled"),
-        ({"model": "Mixtral-8x7B"}, "its model has experts, whose sizes the table has no columns for"),
+        ({"model": "Mixtral-8x7B"}, "its model has experts, and its row does not say how many"),
     ],
 )
 def test_a_row_that_cannot_be_predicted_has_its_reason(tmp_path, change, reason):
