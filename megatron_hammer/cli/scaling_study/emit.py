@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     projection = read_projection(arguments.projection)
     launchers = read_launchers(arguments.launcher)
     options, sweep = read_options(arguments, launchers)
-    rows = select_rows(projection, arguments.rows)
+    rows = projection.select_rows(arguments.rows)
     launches = [build_row_launch(projection, row) for row in rows]
     check_network(launches, options)
     files: dict[Path, str | bytes] = {
@@ -112,21 +112,6 @@ def check_network(launches: list[Launch], options: KubernetesOptions) -> None:
             f"rdma: must be given for rows of GPUs only, because gloo does not use it, got {', '.join(names)}. "
             "Leave the flag out."
         )
-
-
-def select_rows(projection: SavedProjection, ids: str | None) -> list[SavedRow]:
-    """The rows with these ids, or the fastest of each size. Raises ConfigError for an unknown id or without rows."""
-    if ids is not None:
-        # A repeated id would be counted as two rows of one file.
-        chosen = [projection.select_row(row_id) for row_id in dict.fromkeys(ids.split(",")) if row_id]
-        if not chosen:
-            raise ConfigError(f"rows: must name a row, got {ids!r}. Pass ids such as 512-1,64-1, or leave --rows out.")
-        return chosen
-    # Rows are ranked within each number of GPUs, so there is one for each size.
-    fastest = [row for row in projection.rows if row.rank == 1]
-    if not fastest:
-        raise ConfigError(f"{projection.path}: must hold a row, got none. Project sizes on which the model fits.")
-    return fastest
 
 
 def build_row_launch(projection: SavedProjection, row: SavedRow) -> Launch:

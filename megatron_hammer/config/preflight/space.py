@@ -8,16 +8,16 @@ from megatron_hammer.checkpoint_files.iterations import list_iterations
 from megatron_hammer.config.run_plan import RunPlan
 from megatron_hammer.model.accounting import count_parameters
 from megatron_hammer.model.byte_units import GIB
+from megatron_hammer.model.checkpoint_size import estimate_checkpoint_bytes
 
-_ADAM_BYTES_PER_PARAMETER = 12  # the fp32 weight and two moments
 
-
-def estimate_checkpoint_bytes(plan: RunPlan) -> int:
+def estimate_iteration_bytes(plan: RunPlan) -> int:
     """Bytes of one iteration at most: weights in their precision, and the state of Adam. Else the weights alone."""
     flags = plan.flags
     has_state = flags["optimizer"] == "adam" and not flags["no_save_optim"]
-    per_parameter = plan.memory.element_bytes + (_ADAM_BYTES_PER_PARAMETER if has_state else 0)
-    return count_parameters(plan.model) * per_parameter
+    return estimate_checkpoint_bytes(
+        count_parameters(plan.model), element_bytes=plan.memory.element_bytes, has_optimizer_state=has_state
+    )
 
 
 def count_needed_bytes(plan: RunPlan, save_dir: Path) -> int:
@@ -25,7 +25,7 @@ def count_needed_bytes(plan: RunPlan, save_dir: Path) -> int:
     for directory in reversed(list_iterations(save_dir).values()):
         if size := sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()):
             return size
-    return estimate_checkpoint_bytes(plan)
+    return estimate_iteration_bytes(plan)
 
 
 def find_space_problems(save: str, needed_bytes: int) -> list[str]:

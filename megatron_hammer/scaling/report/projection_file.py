@@ -17,7 +17,7 @@ from megatron_hammer.files.typed import read_json, validate
 from megatron_hammer.model.accounting import FLOP_CONVENTIONS, StageMemory, count_parameters
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.scaling.cost.coefficients import Coefficients, list_tables, read_tables
-from megatron_hammer.scaling.plan import PARTS, Cluster, Gpu, Plan
+from megatron_hammer.scaling.plan import PARTS, Cluster, Gpu, NonNegativeFloat, Plan, PositiveFloat, PositiveInt
 from megatron_hammer.scaling.search.projection import (
     Overlay,
     Projection,
@@ -59,6 +59,7 @@ class SavedProjection:
     train_tokens: int | None
     rows: tuple[SavedRow, ...]
     coefficients: Coefficients | None = None
+    usd_per_gpu_hour: float | None = None
 
     def select_row(self, row_id: str) -> SavedRow:
         """The row with this id. Raises ConfigError with the known ids."""
@@ -69,6 +70,22 @@ class SavedProjection:
             f"{self.path}: must hold the row that is asked for, got row={row_id!r}. "
             f"Use one of: {', '.join(row.row_id for row in self.rows)}."
         )
+
+    def select_rows(self, ids: str | None) -> list[SavedRow]:
+        """The rows with these ids, or the first of each size. Raises ConfigError for an unknown id or without rows."""
+        if ids is not None:
+            # A repeated id would be counted as two rows of one file.
+            chosen = [self.select_row(row_id) for row_id in dict.fromkeys(ids.split(",")) if row_id]
+            if not chosen:
+                raise ConfigError(
+                    f"rows: must name a row, got {ids!r}. Pass ids such as 512-1,64-1, or leave --rows out."
+                )
+            return chosen
+        # Rows are ranked within each number of GPUs, so there is one for each size.
+        first = [row for row in self.rows if row.rank == 1]
+        if not first:
+            raise ConfigError(f"{self.path}: must hold a row, got none. Project sizes on which the model fits.")
+        return first
 
 
 def build_projection_document(result: StudyResult) -> dict[str, Any]:
@@ -267,14 +284,15 @@ class _StudyOfFile:
     model: dict[str, Any]
     gpu: dict[str, Any]
     cluster: dict[str, Any]
-    train_tokens: int | None
+    train_tokens: PositiveInt | None
+    usd_per_gpu_hour: NonNegativeFloat | None
 
 
 @dataclass(frozen=True, slots=True)
 class _Prediction:
-    step_time_s: float
-    low_s: float
-    high_s: float
+    step_time_s: PositiveFloat
+    low_s: PositiveFloat
+    high_s: PositiveFloat
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,7 +346,13 @@ def read_projection(path: Path) -> SavedProjection:
     coefficients = None
     if file.cost_model is not None:
         coefficients = read_tables(file.cost_model.coefficients, where=f"{path}: cost_model.coefficients")
-    return SavedProjection(path=path, train_tokens=study.train_tokens, rows=tuple(rows), coefficients=coefficients)
+    return SavedProjection(
+        path=path,
+        train_tokens=study.train_tokens,
+        rows=tuple(rows),
+        coefficients=coefficients,
+        usd_per_gpu_hour=study.usd_per_gpu_hour,
+    )
 
 
 def _validate_strictly[T](values: dict[str, Any], kind: type[T], where: str) -> T:

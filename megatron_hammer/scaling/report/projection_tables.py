@@ -73,23 +73,28 @@ def build_tables(result: StudyResult) -> list[ResultTable]:
 
 def print_tables(result: StudyResult, stream: IO[str]) -> None:
     """Print the whole result except its last line (describe_result)."""
+    print(describe_study(result), file=stream)
+    for table in build_tables(result):
+        print(file=stream)
+        print_table(table, stream)
+    print(file=stream)
+    for sentence in (*list_problems(result), describe_knee(result)):
+        print(sentence, file=stream)
+
+
+def print_table(data: ResultTable, stream: IO[str]) -> None:
+    """Print a table and its note."""
     from megatron_hammer.files.tables import build_table, open_console
 
     console = open_console(stream)
-    console.print(describe_study(result), markup=False)
-    for data in build_tables(result):
-        table = build_table(data.title, data.columns, (), num_text=data.num_text)
-        for group in data.groups:
-            for row in group:
-                table.add_row(*row)
-            table.add_section()
-        console.print()
-        console.print(table)
-        if data.note:
-            console.print(data.note, markup=False)
-    console.print()
-    for sentence in (*list_problems(result), describe_knee(result)):
-        console.print(sentence, markup=False)
+    table = build_table(data.title, data.columns, (), num_text=data.num_text)
+    for group in data.groups:
+        for row in group:
+            table.add_row(*row)
+        table.add_section()
+    console.print(table)
+    if data.note:
+        console.print(data.note, markup=False)
 
 
 def list_problems(result: StudyResult) -> list[str]:

@@ -1,11 +1,11 @@
-"""Which rows of a projection get a launch script."""
+"""What a launch needs of its row."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from megatron_hammer.cli.scaling_study.emit import build_row_launch, check_network, select_rows
+from megatron_hammer.cli.scaling_study.emit import build_row_launch, check_network
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.accounting import ParallelLayout
 from megatron_hammer.presets.catalogue import PRESETS
@@ -30,15 +30,6 @@ def build_projection(*row_ids: str) -> SavedProjection:
     return SavedProjection(path=Path("projection.json"), train_tokens=None, rows=rows)
 
 
-def select(ids: str | None) -> list[str]:
-    return [row.row_id for row in select_rows(build_projection("8-1", "8-2", "64-1"), ids)]
-
-
-def test_rows_by_their_ids_once_each_else_the_fastest_of_each_size() -> None:
-    assert select("64-1,8-2,64-1") == ["64-1", "8-2"]
-    assert select(None) == ["8-1", "64-1"]
-
-
 def test_network_cards_are_for_gpus_only() -> None:
     (row,) = build_projection("8-1").rows
     launch = build_row_launch(build_projection("8-1"), row)
@@ -48,16 +39,3 @@ def test_network_cards_are_for_gpus_only() -> None:
     check_network([replace(launch, plan=cpu)], KubernetesOptions())
     with pytest.raises(ConfigError, match=r"rdma: must be given for rows of GPUs only.*got llama3-8b-8-1"):
         check_network([launch, replace(launch, plan=cpu)], options)
-
-
-@pytest.mark.parametrize("ids", ["", ","])
-def test_no_id_is_an_error(ids: str) -> None:
-    with pytest.raises(ConfigError, match=f"^rows: must name a row, got '{ids}'"):
-        select(ids)
-
-
-def test_an_unknown_id_and_a_projection_without_rows_are_errors() -> None:
-    with pytest.raises(ConfigError, match="row='8-7'"):
-        select("8-1,8-7")
-    with pytest.raises(ConfigError, match=r"projection\.json: must hold a row, got none"):
-        select_rows(build_projection(), None)

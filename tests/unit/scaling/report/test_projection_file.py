@@ -64,6 +64,19 @@ def test_the_coefficients_are_read_back_with_all_digits(result: StudyResult, tmp
         read_projection(path)
 
 
+def test_rows_by_their_ids_once_each_else_the_first_of_each_size(result: StudyResult, tmp_path: Path) -> None:
+    saved = read_projection(write(result, tmp_path / "projection.json"))
+    assert [row.row_id for row in saved.select_rows("8-2,4-1,8-2")] == ["8-2", "4-1"]
+    assert [row.row_id for row in saved.select_rows(None)] == ["4-1", "8-1"]
+    for ids in ("", ","):
+        with raises_problem(ConfigError, f"rows: must name a row, got '{ids}'"):
+            saved.select_rows(ids)
+    with pytest.raises(ConfigError, match="row='8-7'"):
+        saved.select_rows("8-1,8-7")
+    with pytest.raises(ConfigError, match=r"projection\.json: must hold a row, got none"):
+        replace(saved, rows=()).select_rows(None)
+
+
 def test_the_same_study_gives_the_same_bytes(result: StudyResult) -> None:
     again = project_toy_study(result.study)
     assert format_csv(again) == format_csv(result)
