@@ -6,7 +6,7 @@ bytes: the file contains neither the time of day nor the machine that ran the st
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -206,7 +206,7 @@ def _build_overlay(overlay: Overlay) -> dict[str, Any]:
                 "row_number": one.run.row_number,
                 "source": one.run.source,
                 "layout": asdict(one.run.plan.layout),
-                "plan": {name: getattr(one.run.plan, name) for name in PLAN_FIELDS},
+                "plan": _describe_plan(one.run.plan),
                 "measured_s": one.run.step_time_s,
                 "predicted_s": one.step.total_s,
                 "low_s": one.step.low_s,
@@ -231,7 +231,7 @@ def _build_row(study: Study, size: SizeProjection, rank: int, projection: Projec
         "rank": rank,
         "num_nodes": projection.num_nodes,
         "layout": asdict(plan.layout),
-        "plan": {name: getattr(plan, name) for name in PLAN_FIELDS},
+        "plan": _describe_plan(plan),
         "prediction": {
             "num_microbatches": plan.num_microbatches,
             "step_time_s": step.total_s,
@@ -260,6 +260,11 @@ def _build_bill(study: Study, projection: Projection) -> dict[str, Any]:
         return dict.fromkeys(names)
     bill = estimate_bill(projection, train_tokens=study.train_tokens, usd_per_gpu_hour=study.usd_per_gpu_hour)
     return {name: getattr(bill, name) for name in names}
+
+
+def _describe_plan(plan: Plan) -> dict[str, Any]:
+    values = ((name, getattr(plan, name)) for name in PLAN_FIELDS)
+    return {name: asdict(value) if is_dataclass(value) else value for name, value in values}  # type: ignore[arg-type]
 
 
 def _describe_model(model: ModelShape) -> dict[str, Any]:
