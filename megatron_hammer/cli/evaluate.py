@@ -59,9 +59,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--iteration", type=int, metavar="N", help="of a run's checkpoints (newest)")
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N", help="under torchrun")
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N", help="under torchrun")
-    parser.add_argument("--platform", choices=["cpu", "cuda"], help="(cpu)")
+    parser.add_argument("--platform", choices=["auto", "cpu", "cuda"], help="(auto)")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="(fp32 on cpu, bf16 on cuda)")
-    parser.add_argument("--max-batch-tokens", type=int, metavar="N", help="computed at once")
+    parser.add_argument(
+        "--batch-tokens", type=int, metavar="N", help="computed at once (2048 on a CPU, 16384 on a GPU)"
+    )
     parser.add_argument("--check", action="store_true", help="only find the tasks and their data, and print nothing")
     parser.add_argument("--save-dir", type=Path, metavar="DIR", help="new folder for scores and all answers")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
@@ -90,9 +92,9 @@ def build_suite(arguments: argparse.Namespace) -> EvaluationSuite:
         "tokenizer_model": arguments.tokenizer_model,
         "platform": arguments.platform,
         "precision": arguments.precision,
-        "max_batch_tokens": arguments.max_batch_tokens,
+        "batch_tokens": arguments.batch_tokens,
     }
-    for name, least in (("num_fewshot", 0), ("limit", 1), ("max_new_tokens", 1), ("max_batch_tokens", 1)):
+    for name, least in (("num_fewshot", 0), ("limit", 1), ("max_new_tokens", 1), ("batch_tokens", 1)):
         numbers = given[name] if isinstance(given[name], tuple) else (given[name],)
         if any(number is not None and number < least for number in numbers):
             flag = name.replace("_", "-")
@@ -112,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from megatron_hammer.evaluation.benchmarks import reports, run
         from megatron_hammer.evaluation.scorers.megatron_ranks import ModelLayout
         from megatron_hammer.evaluation.scorers.open_scorer import ScorerOptions, find_kind
+        from megatron_hammer.platforms.select import select_platform
     if arguments.check:
         run.load_all_tasks(suite)
         return
@@ -120,10 +123,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         layout=ModelLayout(
             tensor_model_parallel_size=arguments.tensor_model_parallel_size,
             pipeline_model_parallel_size=arguments.pipeline_model_parallel_size,
-            platform=suite.platform,
+            platform=select_platform(suite.platform or ("auto" if arguments.parent_process is None else "cpu")),
         ),
         precision=suite.precision,
-        max_batch_tokens=suite.max_batch_tokens,
+        max_batch_tokens=suite.batch_tokens,
         iteration=arguments.iteration,
     )
     kinds = [find_kind(path) for path in arguments.models]

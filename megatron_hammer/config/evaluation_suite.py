@@ -20,8 +20,9 @@ class EvaluationSuite:
     num_fewshot: examples before each question; with several numbers, every task is run with each. limit: questions of
     each task; None: all. max_new_tokens: of tasks that generate; None: as each task says. bos: the token before a text,
     BOS or the end-of-document token; auto: what a tokenizer in a Hugging Face folder puts there, and none for other
-    tokenizers. platform, precision, max_batch_tokens: of the model; None: their defaults
-    (evaluation/scorers/open_scorer.py).
+    tokenizers. platform: None: auto, and cpu beside a training, which keeps its GPUs. precision, batch_tokens: of the
+    model; None: their defaults (evaluation/scorers/open_scorer.py). time_limit_minutes: of one checkpoint beside a
+    training, after which its evaluation is ended.
     """
 
     tasks: tuple[str, ...]
@@ -35,9 +36,10 @@ class EvaluationSuite:
     has_multiturn_fewshot: bool = True
     runs_generated_code: bool = False
     tokenizer_model: str | None = None
-    platform: Literal["cpu", "cuda"] = "cpu"
+    platform: Literal["auto", "cpu", "cuda"] | None = None
     precision: Literal["fp32", "bf16", "fp16"] | None = None
-    max_batch_tokens: Annotated[int, Ge(1)] | None = None
+    batch_tokens: Annotated[int, Ge(1)] | None = None
+    time_limit_minutes: Annotated[int, Ge(1)] = 240
 
 
 def read_suite(path: Path) -> EvaluationSuite:

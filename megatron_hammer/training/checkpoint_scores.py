@@ -70,15 +70,16 @@ def flatten_scores(line: Mapping[str, Any]) -> dict[str, float]:
 class CheckpointScorer:
     """Used by the one rank that records. say: what a person reads. publish: gets the scores of a step by name.
 
-    every: in steps. last_step: of the run.
+    every: in steps. last_step: of the run. time_limit_s: of one evaluation; a run waits for its last ones.
     """
 
     def __init__(
-        self, save_dir: Path, suite_path: Path, scores_path: Path, *, every: int, last_step: int,
+        self, save_dir: Path, suite_path: Path, scores_path: Path, *, every: int, last_step: int, time_limit_s: float,
         say: Callable[[str], None], publish: Callable[[dict[str, float], int], None],
     ):  # fmt: skip
         self.save_dir, self.suite_path, self.scores_path = save_dir, suite_path, scores_path
-        self._every, self._last_step, self._say, self._publish = every, last_step, say, publish
+        self._every, self._last_step, self._time_limit_s = every, last_step, time_limit_s
+        self._say, self._publish = say, publish
         self._events = EventLog(save_dir / EVENTS_FILE)
         self._log_path, self._output_path = (find_log_dir(save_dir) / name for name in (LOG_FILE, OUTPUT_FILE))
         self._waiting: deque[int | None] = deque()
@@ -115,6 +116,9 @@ class CheckpointScorer:
         """Take the scores of an evaluation that has ended, and start the next one. Never waits."""
         if self._process is not None and self._process.poll() is not None:
             self._collect(self._process.returncode)
+        elif self._process is not None and time.monotonic() - self._started_at_s > self._time_limit_s:
+            self._end_process()
+            self._fail(f"took longer than {self._time_limit_s / 60:g} minutes, time_limit_minutes of the suite")
         if self._process is None and self._waiting:
             self._current = self._waiting.popleft()
             self._start()
@@ -131,14 +135,17 @@ class CheckpointScorer:
     def finish(self) -> None:
         """Leave no process, and say which checkpoints have no scores."""
         left = self._list_left()
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
+        self._end_process()
         if left:
             self._say(f"evaluation: {_name_steps(left)} not scored; the same command continues with it")
         if self._file is not None:
             self._file.close()
+
+    def _end_process(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
 
     def _list_left(self) -> list[int]:
         return [step for step in (self._current, *self._waiting) if step is not None]

@@ -11,6 +11,7 @@ from typing import IO, Any
 
 from megatron_hammer.checkpoint_files.checkpoint_reader import name_folder
 from megatron_hammer.checkpoint_files.iterations import count_bytes
+from megatron_hammer.config.evaluation_suite import read_suite
 from megatron_hammer.config.run_plan import RunPlan
 from megatron_hammer.config.saved_run import describe_weights
 from megatron_hammer.config.training_state import TrainingState
@@ -72,6 +73,7 @@ def build_scorer(plan: RunPlan, reporter: Reporter) -> CheckpointScorer | None:
         find_scores_path(Path(plan.output.metrics_path)),
         every=every,
         last_step=plan.num_steps,
+        time_limit_s=60 * read_suite(Path(suite_path)).time_limit_minutes,
         say=reporter.say,
         publish=log_values,
     )

@@ -27,7 +27,7 @@ here, words = pathlib.Path(__file__).parent, sys.argv[1:]
 step = int(words[words.index("--iteration") + 1]) if "--iteration" in words else None
 with open(here / "asked", "a") as file:
     file.write(json.dumps([step, "RANK" in os.environ]) + "\\n")
-while (here / "wait").exists():
+while (here / "wait").exists() or (here / f"hang-{step}").exists():
     time.sleep(0.02)
 if (here / f"fail-{step}").exists():
     sys.exit("Traceback\\nerror: data-dir: must be there, got none. Copy it.")
@@ -46,9 +46,10 @@ class Bench:
         (folder / "evaluate_stand_in.py").write_text(PROGRAM)
         self.scores_path = find_scores_path(folder / "metrics.jsonl")
 
-    def build(self) -> CheckpointScorer:
+    def build(self, time_limit_s: float = 60) -> CheckpointScorer:
         return CheckpointScorer(
             self.folder, self.folder / "suite.toml", self.scores_path, every=10, last_step=25,
+            time_limit_s=time_limit_s,
             say=self.said.append, publish=lambda values, step: self.published.update({step: values}),
         )  # fmt: skip
 
@@ -131,6 +132,20 @@ def test_a_program_that_cannot_be_started_does_not_end_the_run(bench: Bench, mon
     bench.end(scorer)
     assert [line["step"] for line in read_scores(bench.scores_path)] == [10]
     assert sum("cannot be started" in line for line in bench.said) == 2
+
+
+def test_an_evaluation_that_hangs_is_ended_and_the_next_one_starts(bench: Bench) -> None:
+    (bench.folder / "hang-10").touch()
+    scorer = bench.build(time_limit_s=5)
+    scorer.begin(1)
+    scorer.add(10)
+    scorer.add(20)
+    bench.end(scorer)
+    failed, scored = read_scores(bench.scores_path)
+    assert failed["step"] == 10
+    assert "longer than 0.0833333 minutes, time_limit_minutes" in failed["failure"]
+    assert scored["step"] == 20
+    assert not [child for child in psutil.Process().children() if "evaluate_stand_in" in child.cmdline()]
 
 
 def test_a_run_that_is_stopped_does_not_wait_and_its_next_start_scores_the_rest(bench: Bench) -> None:
