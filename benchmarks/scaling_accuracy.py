@@ -12,7 +12,6 @@ compares all of them.
 
 import argparse
 import re
-import statistics
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping
@@ -30,6 +29,7 @@ from megatron_hammer.scaling.cost.coefficients import (
 )
 from megatron_hammer.scaling.evidence.calibration import select_fit_runs
 from megatron_hammer.scaling.evidence.cross_validation import assess, calibrate, cross_validate
+from megatron_hammer.scaling.evidence.layout_ranking import RANKING_TOLERANCE_RATIO, describe_choice, summarise_rankings
 from megatron_hammer.scaling.evidence.measured_runs import read_runs
 from megatron_hammer.scaling.evidence.run_table import (
     PUBLISHED_MEMORY_PATH,
@@ -38,7 +38,6 @@ from megatron_hammer.scaling.evidence.run_table import (
     VTRAIN_SOURCE,
 )
 from megatron_hammer.scaling.evidence.validation import (
-    RANKING_TOLERANCE_RATIO,
     ErrorFigures,
     Prediction,
     ValidationReport,
@@ -180,14 +179,28 @@ def format_figures(figures: ErrorFigures) -> tuple[str, ...]:
 
 
 def format_ranking(report: ValidationReport) -> str:
-    losses = [one.loss_ratio for one in report.rankings]
-    mean = statistics.fmean(losses)
-    close = sum(loss <= RANKING_TOLERANCE_RATIO for loss in losses)
-    return fill(
-        f"{len(losses)} jobs were published in several layouts. In {close} of them the layout predicted to be the best "
-        f"is within {RANKING_TOLERANCE_RATIO:.0%} of the measured best. The mean loss is {mean:.1%}, "
-        f"and the largest {max(losses):.1%}."
+    """The regret of following the prediction: in a sentence, and for every job where it was not the best."""
+    summary = summarise_rankings(report.rankings)
+    assert summary is not None
+    sentence = fill(
+        f"{summary.num_groups} jobs were published in several layouts. In {summary.num_within_5_percent} of them the "
+        f"layout predicted to be the best is within {RANKING_TOLERANCE_RATIO:.0%} of the measured best. The mean loss "
+        f"is {summary.mean_loss_ratio:.1%}, and the largest {summary.worst_loss_ratio:.1%}. The table has every job in "
+        "which another layout was measured to be faster."
     )
+    rows = [
+        (
+            f"{one.source.replace('_', ' ')}: {one.description}",
+            describe_choice(one.predicted_best.plan),
+            describe_choice(one.measured_best.plan),
+            str(one.num_layouts),
+            f"{one.loss_ratio:.1%}",
+        )
+        for one in sorted(report.rankings, key=lambda one: (-one.loss_ratio, one.predicted_best.row_number))
+        if one.loss_ratio > 0
+    ]
+    columns = ("job", "predicted best", "measured best", "layouts", "slower by")
+    return f"{sentence}\n{format_markdown_table(columns, rows, num_text=3)}"
 
 
 def format_fit(provenance: Mapping[str, Any]) -> str:

@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+from annotated_types import Gt, Lt
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.files.publish import publish_files
@@ -127,6 +129,7 @@ class Coefficients:
     fsdp_exposed_ratio: PositiveFloat  # of gathers and reductions by layer at least: they slow what runs beside them
     jitter_ratio: PositiveFloat  # of the step's time, each time the number of nodes grows by a factor of e
     band_ratio: Mapping[str, float] = field(default_factory=lambda: {"default": 0.2})  # exp(+-) holds 80 %, by class
+    layout_correlation: float = 0.75  # of the errors of two layouts of one job, for each step between them
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def select_gpu(self, gpu: Gpu) -> GpuCoefficients:
@@ -196,12 +199,18 @@ def _load_shipped() -> Coefficients:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class _RankingTable:
+    layout_correlation: Annotated[float, Gt(0), Lt(1)] = 0.75
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _CoefficientsFile:
     """The tables of a coefficients file."""
 
     shared: Mapping[str, PositiveFloat]
     gpu: Mapping[str, GpuCoefficients]
     band: Mapping[str, PositiveFloat] = field(default_factory=lambda: {"default": 0.2})
+    ranking: _RankingTable = field(default_factory=_RankingTable)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -240,7 +249,13 @@ def _build(file: _CoefficientsFile, path: str) -> Coefficients:
     if problems:
         raise ConfigError(*problems)
     shared: dict[str, Any] = dict(file.shared)
-    return Coefficients(gpus=file.gpu, **shared, band_ratio=file.band, provenance=file.provenance)
+    return Coefficients(
+        gpus=file.gpu,
+        **shared,
+        band_ratio=file.band,
+        layout_correlation=file.ranking.layout_correlation,
+        provenance=file.provenance,
+    )
 
 
 def format_coefficients(coefficients: Coefficients) -> str:
@@ -253,7 +268,8 @@ def format_coefficients(coefficients: Coefficients) -> str:
         lines += [f"{name} = {format_toml_value(value)}" for name, value in asdict(own).items()]
     lines += ["", "# exp(+-ratio) about a prediction holds 80 % of cross-validated rows of the class", "[band]"]
     lines += [f"{json.dumps(name)} = {ratio:.4f}" for name, ratio in coefficients.band_ratio.items()]
-    lines += ["", "[provenance]"]
+    lines += ["", "# correlation of the errors of two layouts of one job, one step (a size doubled) apart", "[ranking]"]
+    lines += [f"layout_correlation = {coefficients.layout_correlation:.4f}", "", "[provenance]"]
     # TOML: values of a table stand before its inner tables. After an inner header they would belong to that table.
     for key, value in coefficients.provenance.items():
         if not isinstance(value, Mapping):

@@ -16,8 +16,14 @@ import numpy as np
 from megatron_hammer.scaling.cost.coefficients import Coefficients, load_coefficients
 from megatron_hammer.scaling.cost.step_time import predict_step, select_band_class
 from megatron_hammer.scaling.evidence.calibration import fit, name_publication
+from megatron_hammer.scaling.evidence.layout_ranking import (
+    RankingSummary,
+    estimate_layout_correlation,
+    rank_layouts,
+    summarise_rankings,
+)
 from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun
-from megatron_hammer.scaling.plan import Plan, StepTime
+from megatron_hammer.scaling.plan import StepTime
 
 BAND_COVERAGE = 0.8
 LEAST_RUNS_OF_A_CLASS = 12  # a class with fewer errors takes the band of all runs
@@ -35,16 +41,6 @@ class ErrorSummary:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RankingSummary:
-    """For groups of runs that differ only in layout: how much slower the predicted best is than the measured best."""
-
-    num_groups: int
-    num_within_5_percent: int
-    median_loss_ratio: float
-    worst_loss_ratio: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Assessment:
     """The result of a cross-validation: errors of all runs and by publication, the ranking, and the bands."""
 
@@ -53,6 +49,7 @@ class Assessment:
     ranking: RankingSummary | None
     bands: Mapping[str, float]
     num_runs_by_class: Mapping[str, int]
+    layout_correlation: float
 
     def build_table(self) -> dict[str, Any]:
         """For JSON and for the provenance of a coefficients file."""
@@ -64,12 +61,20 @@ class Assessment:
 
 
 def assess(predictions: Sequence[PredictedRun]) -> Assessment:
+    runs = [run for run, _ in predictions]
+    bands = estimate_bands(predictions)
     return Assessment(
         errors=summarise_errors(predictions),
         by_publication=summarise_by_publication(predictions),
-        ranking=summarise_ranking(predictions),
-        bands=estimate_bands(predictions),
-        num_runs_by_class=Counter(select_band_class(run.plan) for run, _ in predictions),
+        ranking=summarise_rankings(rank_layouts(runs, [step for _, step in predictions])),
+        bands=bands,
+        num_runs_by_class=Counter(select_band_class(run.plan) for run in runs),
+        layout_correlation=estimate_layout_correlation(
+            runs,
+            [find_error(prediction) for prediction in predictions],
+            [bands[select_band_class(run.plan)] for run in runs],
+            start=load_coefficients().layout_correlation,
+        ),
     )
 
 
@@ -114,41 +119,6 @@ def summarise_by_publication(predictions: Iterable[PredictedRun]) -> dict[str, E
     for prediction in predictions:
         groups[name_publication(prediction[0].source)].append(prediction)
     return {name: summarise_errors(group) for name, group in sorted(groups.items())}
-
-
-def summarise_ranking(predictions: Iterable[PredictedRun]) -> RankingSummary | None:
-    """None if no two runs differ only in their layout."""
-    groups: dict[Hashable, list[PredictedRun]] = defaultdict(list)
-    for prediction in predictions:
-        groups[_name_task(prediction[0])].append(prediction)
-    losses = []
-    for group in groups.values():
-        if len(group) > 1:
-            # Follow the prediction, and compare the measured time of its choice with the best measured time.
-            chosen = min(group, key=lambda one: one[1].total_s)[0].step_time_s
-            losses.append(chosen / min(run.step_time_s for run, _ in group) - 1.0)
-    if not losses:
-        return None
-    return RankingSummary(
-        num_groups=len(losses),
-        num_within_5_percent=sum(loss <= 0.05 for loss in losses),
-        median_loss_ratio=float(np.median(losses)),
-        worst_loss_ratio=max(losses),
-    )
-
-
-def _name_task(run: MeasuredRun) -> Hashable:
-    """What two runs have in common if they differ only in layout."""
-    plan: Plan = run.plan
-    return (
-        run.source,
-        plan.model,
-        plan.gpu,
-        plan.seq_length,
-        plan.global_batch_size,
-        plan.precision,
-        plan.layout.world_size,
-    )
 
 
 def estimate_bands(predictions: Sequence[PredictedRun]) -> dict[str, float]:
@@ -211,4 +181,4 @@ def calibrate(
             for name, errors in assessment.by_publication.items()
         },
     }
-    return replace(fitted, band_ratio=bands, provenance=provenance)
+    return replace(fitted, band_ratio=bands, layout_correlation=assessment.layout_correlation, provenance=provenance)

@@ -6,12 +6,13 @@ each run with coefficients that were fitted without its publication. `validation
 
 import re
 import statistics
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megatron_hammer.scaling.cost.coefficients import Coefficients, build_prior_coefficients, load_coefficients
 from megatron_hammer.scaling.cost.step_time import predict_step
+from megatron_hammer.scaling.evidence.layout_ranking import Ranking, rank_layouts
 from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun, UnpredictableRow
 from megatron_hammer.scaling.plan import StepTime
 
@@ -19,7 +20,6 @@ Status = Literal["predicted", "fitted", "cross-validated"]
 
 SCALES = ((8, "1-8 GPUs"), (64, "9-64 GPUs"), (512, "65-512 GPUs"))  # the largest of each, then the rest
 LARGEST_SCALE = "over 512 GPUs"
-RANKING_TOLERANCE_RATIO = 0.05
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,22 +54,6 @@ class ErrorFigures:
     mean_absolute_ratio: float
     bias_ratio: float  # the median of the signed errors
     band_coverage_ratio: float  # share of the rows whose measured time lies in the predicted band
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ranking:
-    """A group of runs that differ only in their layout, and what following the prediction would have cost."""
-
-    source: str
-    description: str
-    num_layouts: int
-    predicted_best: MeasuredRun
-    measured_best: MeasuredRun
-
-    @property
-    def loss_ratio(self) -> float:
-        """Measured time of the layout predicted to be best over that of the measured best, minus one."""
-        return self.predicted_best.step_time_s / self.measured_best.step_time_s - 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,7 +138,7 @@ def build_validation_report(
         predictions=tuple(predictions),
         unpredictable=tuple(unpredictable),
         errors=errors,
-        rankings=tuple(rank_layouts(counted)),
+        rankings=tuple(rank_layouts([one.run for one in counted], [one.step for one in counted])),
     )
 
 
@@ -211,43 +195,3 @@ _SCALE_ORDER = {name: position for position, name in enumerate([*(name for _, na
 def _by_scale(item: tuple[str, list[Prediction]]) -> tuple[int, str]:
     # Sorted as text, "65-512 GPUs" would come before "9-64 GPUs". Names of other dimensions stay in alphabetical order.
     return _SCALE_ORDER.get(item[0], 0), item[0]
-
-
-def rank_layouts(predictions: Sequence[Prediction]) -> list[Ranking]:
-    """One ranking for each set of at least two runs that differ only in layout and micro-batch."""
-    groups: dict[Hashable, list[Prediction]] = {}
-    for one in predictions:
-        groups.setdefault(_identify_job(one.run), []).append(one)
-    rankings = []
-    for group in groups.values():
-        num_layouts = len({_identify_layout(one.run) for one in group})
-        if num_layouts < 2:
-            continue
-        predicted_best = min(group, key=lambda one: one.step.total_s).run
-        plan = predicted_best.plan
-        rankings.append(
-            Ranking(
-                source=predicted_best.source,
-                description=(
-                    f"{predicted_best.model} x{plan.layout.world_size} {plan.gpu.name} {plan.precision}, "
-                    f"batch {plan.global_batch_size}"
-                ),
-                num_layouts=num_layouts,
-                predicted_best=predicted_best,
-                measured_best=min(group, key=lambda one: one.run.step_time_s).run,
-            )
-        )
-    return rankings
-
-
-def _identify_job(run: MeasuredRun) -> Hashable:
-    """Everything about a run except its layout."""
-    plan = run.plan
-    return (
-        run.source, plan.model, plan.gpu.name, plan.cluster.name, plan.layout.world_size, plan.seq_length,
-        plan.global_batch_size, plan.precision, plan.recompute, plan.sharding, plan.shard_size,
-    )  # fmt: skip
-
-
-def _identify_layout(run: MeasuredRun) -> Hashable:
-    return run.plan.layout, run.plan.micro_batch_size

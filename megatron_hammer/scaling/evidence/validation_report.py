@@ -6,13 +6,14 @@ from dataclasses import asdict
 from typing import IO, Any
 
 from megatron_hammer.files import csv_table
-from megatron_hammer.scaling.evidence.validation import (
+from megatron_hammer.model.accounting import ParallelLayout
+from megatron_hammer.scaling.evidence.layout_ranking import (
     RANKING_TOLERANCE_RATIO,
-    ErrorFigures,
-    Prediction,
     Ranking,
-    ValidationReport,
+    describe_choice,
+    summarise_rankings,
 )
+from megatron_hammer.scaling.evidence.validation import ErrorFigures, Prediction, ValidationReport
 from megatron_hammer.scaling.plan import PARTS
 
 DOTS_PER_INCH = 130
@@ -74,6 +75,7 @@ def _describe_prediction(one: Prediction) -> dict[str, Any]:
 
 def build_validation_document(report: ValidationReport) -> dict[str, Any]:
     """The report as plain types, for JSON."""
+    ranking = summarise_rankings(report.rankings)
     return {
         "rows": list_rows(report),
         "errors": {
@@ -91,6 +93,7 @@ def build_validation_document(report: ValidationReport) -> dict[str, Any]:
             }
             for one in report.rankings
         ],
+        "ranking": None if ranking is None else asdict(ranking),
         "summary": {
             "rows": len(report.predictions) + len(report.unpredictable),
             "counted": len(report.counted),
@@ -153,11 +156,13 @@ def describe_report(report: ValidationReport) -> str:
 
 
 def describe_rankings(rankings: Sequence[Ranking]) -> str:
-    close = sum(one.loss_ratio <= RANKING_TOLERANCE_RATIO for one in rankings)
-    losses = sorted(one.loss_ratio for one in rankings)
+    """The regret of following the prediction, in a sentence; the rankings must not be empty."""
+    summary = summarise_rankings(rankings)
+    assert summary is not None
     return (
-        f"{len(rankings)} jobs in several layouts: in {close} the layout predicted best is within "
-        f"{RANKING_TOLERANCE_RATIO:.0%} of the measured best; at worst it is {losses[-1]:.1%} slower"
+        f"{summary.num_groups} jobs in several layouts: the layout predicted best is {summary.mean_loss_ratio:.1%} "
+        f"slower than the measured best on average and {summary.worst_loss_ratio:.1%} at worst; in "
+        f"{summary.num_within_5_percent} jobs it is within {RANKING_TOLERANCE_RATIO:.0%}"
     )
 
 
@@ -169,18 +174,13 @@ def _build_row_table(report: ValidationReport) -> Any:
     )
     for one in report.predictions:
         run, plan, layout = one.run, one.run.plan, one.run.plan.layout
-        sizes = (
-            f"TP{layout.tensor_model_parallel_size} PP{layout.pipeline_model_parallel_size}"
-            f"x{layout.virtual_pipeline_model_parallel_size} CP{layout.context_parallel_size} "
-            f"DP{layout.data_parallel_size}"
-        )
         error = f"{one.error_ratio:+.1%}" + ("" if one.is_in_band else " !")
         table.add_row(
             str(run.row_number),
             run.source,
             run.model,
             f"{layout.world_size} {plan.gpu.name} {plan.precision}",
-            sizes,
+            _describe_layout(layout),
             f"{plan.global_batch_size}/{plan.micro_batch_size}",
             f"{run.step_time_s:.4g} s",
             f"{one.step.total_s:.4g} s",
@@ -189,6 +189,15 @@ def _build_row_table(report: ValidationReport) -> Any:
         )
     table.caption = "batch: global/micro; !: the measured time lies outside the band"
     return table
+
+
+def _describe_layout(layout: ParallelLayout) -> str:
+    words = (
+        f"TP{layout.tensor_model_parallel_size} PP{layout.pipeline_model_parallel_size}"
+        f"x{layout.virtual_pipeline_model_parallel_size} CP{layout.context_parallel_size} "
+        f"DP{layout.data_parallel_size}"
+    )
+    return f"{words} EP{layout.expert_model_parallel_size}" if layout.expert_model_parallel_size > 1 else words
 
 
 def _build_reason_table(report: ValidationReport) -> Any:
@@ -224,14 +233,16 @@ def _format_figures(figures: ErrorFigures) -> tuple[str, ...]:
 
 
 def _build_ranking_table(rankings: Sequence[Ranking]) -> Any:
-    table = _build_table("Ranking of layouts", ("source", "job"), ("layouts", "predicted best", "best", "slower by"))
+    table = _build_table(
+        "Ranking of layouts", ("source", "job", "predicted best", "measured best"), ("layouts", "slower by")
+    )
     for one in rankings:
         table.add_row(
             one.source,
             one.description,
+            f"line {one.predicted_best.row_number}: {describe_choice(one.predicted_best.plan)}",
+            f"line {one.measured_best.row_number}: {describe_choice(one.measured_best.plan)}",
             str(one.num_layouts),
-            f"line {one.predicted_best.row_number}",
-            f"line {one.measured_best.row_number}",
             f"{one.loss_ratio:.1%}",
         )
     return table

@@ -5,7 +5,6 @@ import math
 
 import pytest
 
-from megatron_hammer.model.accounting import ParallelLayout
 from megatron_hammer.scaling.cost.coefficients import (
     build_prior_coefficients,
     flatten_coefficients,
@@ -21,7 +20,6 @@ from megatron_hammer.scaling.evidence.cross_validation import (
     find_error,
     summarise_by_publication,
     summarise_errors,
-    summarise_ranking,
 )
 from megatron_hammer.scaling.evidence.measured_runs import read_runs
 from megatron_hammer.scaling.evidence.run_table import PUBLISHED_RUNS_PATH
@@ -69,23 +67,6 @@ def test_errors_are_ratios_and_the_bias_has_a_sign():
     assert errors.mean_ratio == pytest.approx((1.0 + 0.25 + 0.2) / 3)
     assert errors.bias_ratio == pytest.approx(0.25)
     assert find_error(predict_all(runs)[0]) == pytest.approx(math.log(2))
-
-
-def test_ranking_compares_what_was_chosen_with_what_was_best():
-    runs = simulate_runs(PRIORS)
-    first = runs[0]
-    other = dataclasses.replace(
-        first,
-        plan=dataclasses.replace(
-            first.plan, layout=ParallelLayout(tensor_model_parallel_size=2, data_parallel_size=32)
-        ),
-        step_time_s=0.9 * first.step_time_s,  # was faster, and is predicted to be slower
-    )
-    assert summarise_ranking(predict_all(runs)) is None  # all differ in more than their layout
-    ranking = summarise_ranking(predict_all([*runs, other]))
-    assert ranking is not None
-    assert (ranking.num_groups, ranking.num_within_5_percent) == (1, 0)
-    assert ranking.worst_loss_ratio == pytest.approx(1 / 0.9 - 1)
 
 
 def test_bands_hold_four_fifths_and_weigh_publications_alike():

@@ -19,7 +19,6 @@ from megatron_hammer.scaling.evidence.validation import (
     compute_error_figures,
     cross_validate_runs,
     list_fitted_fingerprints,
-    rank_layouts,
     validate_runs,
 )
 from megatron_hammer.scaling.evidence.validation_report import FITTED_SENTENCE, list_rows
@@ -92,17 +91,12 @@ def test_figures_by_each_dimension(tmp_path: Path) -> None:
     }
 
 
-def test_layouts_of_one_job_are_ranked(tmp_path: Path) -> None:
-    wide = {"tp": "4", "dp": "4", "iteration_time_s": "0.75"}
+def test_fitted_runs_are_not_ranked(tmp_path: Path) -> None:
     slow = {"tp": "1", "dp": "16", "iteration_time_s": "0.9"}
-    other_job = {"global_batch": "128", "iteration_time_s": "0.1"}
-    runs = read(tmp_path / "runs.csv", {"iteration_time_s": "0.7"}, wide, slow, other_job)
-    predictions = [predict(run, time) for run, time in zip(runs, (0.8, 0.7, 1.0, 0.1), strict=True)]
-    (ranking,) = rank_layouts(predictions)
-    assert ranking.num_layouts == 3
+    runs = read(tmp_path / "runs.csv", {"iteration_time_s": "0.7"}, slow)
+    predictions = [predict(run, time) for run, time in zip(runs, (0.8, 0.7), strict=True)]
+    (ranking,) = build_validation_report(predictions, []).rankings
     assert (ranking.predicted_best.row_number, ranking.measured_best.row_number) == (3, 2)
-    assert ranking.loss_ratio == pytest.approx(0.75 / 0.7 - 1)
-    assert "GPT-tiny x16 h100-sxm bf16, batch 64" in ranking.description
     fitted = [replace(one, status="fitted") for one in predictions]
     assert build_validation_report(fitted, []).rankings == ()
 
