@@ -6,7 +6,7 @@ it loads torch or megatron, so it runs on a login node. Tests compare it with th
 transformers.
 """
 
-from megatron_hammer.model.flops import FLOP_CONVENTIONS, FlopConvention, count_flops_per_token
+from megatron_hammer.model.flops import FLOP_CONVENTIONS, FlopConvention, count_attended_keys, count_flops_per_token
 from megatron_hammer.model.layout import ParallelLayout, RankCoordinates, find_grid_problems
 from megatron_hammer.model.memory import StageMemory, count_in_flight, estimate_memory
 from megatron_hammer.model.memory_options import MemoryOptions

@@ -27,13 +27,15 @@ def count_flops_per_token(
     to.
 
     vocab_size: the rows of embedding and head, by default the tokenizer's; Megatron-LM logs with the padded ones.
-    A sliding window makes no difference in any of them: its layers count as full ones, as Megatron-LM counts them.
-    Source of A: megatron.training.training.num_floating_point_operations, pinned by a test.
+    A sliding window or chunk makes no difference in any of them: its layers count as full ones, as Megatron-LM counts
+    them; what their attention really does is count_attended_keys. Layers for further tokens count as what they are: a
+    layer, a projection and a head each. Source of A: megatron.training.training.num_floating_point_operations, pinned
+    by a test.
     """
-    # Scores and their product with the values: 2 matmuls of s x head_dim per head and query. A multiply-add is 6
-    # operations of training, and a causal mask leaves half of the s keys.
-    query_projection_size = model.num_attention_heads * model.head_dim
-    full_attention_flops = 12 * model.num_layers * query_projection_size * seq_length
+    # Scores and their product with the values: matmuls of s x head_dim and s x value_dim per head and query. A
+    # multiply-add is 6 operations of training, and a causal mask leaves half of the s keys.
+    width = model.num_attention_heads * (model.head_dim + model.value_dim)
+    full_attention_flops = 6 * (model.num_layers + model.num_mtp_layers) * width * seq_length
     if convention == "A":
         return 6 * count_matmul_parameters(model, vocab_size) + full_attention_flops // 2
     if convention == "B":
@@ -41,3 +43,20 @@ def count_flops_per_token(
     if convention == "C":
         return 6 * count_active_parameters(model, vocab_size)
     return 6 * count_active_parameters(model, vocab_size) + full_attention_flops
+
+
+def count_attended_keys(model: ModelShape, seq_length: int) -> float:
+    """Keys that a position of a sequence sees, on average over its positions, itself among them.
+
+    Of a model whose layers are all alike: see ModelShape.split_kinds. Causal: (seq_length + 1) / 2 without a window.
+    Masks of packed documents are not looked at.
+    """
+    window = model.sliding_window
+    if window is None or window.num_tokens >= seq_length:
+        return (seq_length + 1) / 2
+    size = window.num_tokens
+    triangle = size * (size + 1) // 2  # keys seen by the first `size` positions
+    if window.is_chunked:
+        num_chunks, rest = divmod(seq_length, size)
+        return (num_chunks * triangle + rest * (rest + 1) // 2) / seq_length
+    return (triangle + (seq_length - size) * size) / seq_length

@@ -82,9 +82,11 @@ def count_matmul_parameters(model: ModelShape, vocab_size: int | None = None) ->
         layers += num_layers * sum(
             tensor.numel * (topk if tensor.cut.startswith("expert") else 1)
             for tensor in layer_tensors(kind)
-            if _is_matrix(tensor) or (model.latent_attention is not None and tensor.name in _LATENT_NORMS)
+            if _is_matrix(tensor)
         )
     layers += sum(tensor.numel for tensor in mtp_tensors(model))
+    if (latent := model.latent_attention) is not None:
+        layers += (model.num_layers + model.num_mtp_layers) * ((latent.q_lora_rank or 0) + latent.kv_lora_rank)
     return layers + (1 + model.num_mtp_layers) * model.hidden_size * rows
 
 
@@ -255,10 +257,6 @@ def _norm_tensors(name: str, size: int, normalization: str) -> list[TensorSize]:
     if normalization == "LayerNorm":
         tensors.append(TensorSize(f"{name}.bias", size, "replicated"))
     return tensors
-
-
-# Norms of the compressed states, which Megatron-LM's FLOPs count as if they were rows of the matrices behind them.
-_LATENT_NORMS = ("self_attention.q_layernorm.weight", "self_attention.kv_layernorm.weight")
 
 
 def _is_matrix(tensor: TensorSize) -> bool:

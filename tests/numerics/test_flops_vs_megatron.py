@@ -2,10 +2,12 @@
 
 import dataclasses
 import inspect
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from megatron_hammer.checkpoint.hugging_face.studied_families.catalogue import read_studied_model
 from megatron_hammer.model.accounting import count_flops_per_token, padded_vocab_size
 from megatron_hammer.model.shape import ModelShape, SlidingWindow
 from megatron_hammer.presets.catalogue import PRESETS
@@ -14,8 +16,9 @@ from megatron_hammer.presets.catalogue import PRESETS
 def count_by_megatron(model: ModelShape, seq_length: int, batch_size: int, vocab_rows: int) -> float:
     from megatron.training.training import num_floating_point_operations
 
-    moe = model.moe
+    moe, latent = model.moe, model.latent_attention
     arguments = SimpleNamespace(
+        **({} if latent is None else dataclasses.asdict(latent)),
         seq_length=seq_length,
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -24,7 +27,7 @@ def count_by_megatron(model: ModelShape, seq_length: int, batch_size: int, vocab
         group_query_attention=model.num_query_groups < model.num_attention_heads,
         num_query_groups=model.num_query_groups,
         kv_channels=model.head_dim,
-        swiglu=model.activation == "swiglu",
+        swiglu=model.is_gated,  # --quick-geglu, which is GPT-OSS's gate, counts as no gate in 0.19.2
         padded_vocab_size=vocab_rows,
         num_experts=moe.num_experts if moe else None,
         moe_router_topk=moe.router_topk if moe else None,
@@ -32,8 +35,8 @@ def count_by_megatron(model: ModelShape, seq_length: int, batch_size: int, vocab
         moe_shared_expert_intermediate_size=moe.shared_expert_intermediate_size if moe else None,
         moe_layer_freq=[int(model.is_mixture(layer)) for layer in range(model.num_layers)] if moe else 1,
         moe_latent_size=None,
-        mtp_num_layers=None,
-        multi_latent_attention=False,
+        mtp_num_layers=model.num_mtp_layers or None,
+        multi_latent_attention=latent is not None,
         attention_output_gate=False,
         experimental_attention_variant=None,
         hybrid_layer_pattern=None,
@@ -61,6 +64,23 @@ def test_norms_of_queries_and_keys_are_not_counted_and_wide_heads_are():
     model = dataclasses.replace(PRESETS["hammer-1b4"].model, kv_channels=96, has_qk_norm=True)
     assert 2048 * count_flops_per_token(model, 2048, "A") == count_by_megatron(model, 2048, 1, model.vocab_size)
     assert count_flops_per_token(model, 2048) > count_flops_per_token(PRESETS["hammer-1b4"].model, 2048)
+
+
+PUBLISHED = Path(__file__).parent / "published_configs"
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted(PUBLISHED.glob("*.json"))])
+def test_published_mixtures_are_counted_as_megatron_counts_them(name):
+    """Multi-latent attention, shared experts, first and interleaved dense layers, layers for further tokens."""
+    model = read_studied_model(PUBLISHED / f"{name}.json")
+    assert 4096 * count_flops_per_token(model, 4096, "A") == count_by_megatron(model, 4096, 1, model.vocab_size)
+
+
+def test_latent_attention_without_a_query_rank_is_counted_as_megatron_counts_it():
+    model = read_studied_model(PUBLISHED / "deepseek_v3.json")
+    latent = dataclasses.replace(model.latent_attention, q_lora_rank=None, v_head_dim=96)
+    plain = dataclasses.replace(model, latent_attention=latent, num_mtp_layers=2)
+    assert 4096 * count_flops_per_token(plain, 4096, "A") == count_by_megatron(plain, 4096, 1, plain.vocab_size)
 
 
 def test_a_window_counts_as_full_attention_as_in_what_megatron_logs():

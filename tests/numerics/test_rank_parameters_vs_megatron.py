@@ -9,8 +9,8 @@ import functools
 import pytest
 import torch
 
-from megatron_hammer.model.accounting import ParallelLayout, count_rank_parameters, padded_vocab_size
-from megatron_hammer.model.shape import ModelShape, MoeShape
+from megatron_hammer.model.accounting import ParallelLayout, count_rank_parameters, padded_vocab_size, split_layers
+from megatron_hammer.model.shape import LatentAttention, ModelShape, MoeShape
 
 # Larger than toy_model.LLAMA: 8 tensor-parallel ranks divide its heads and 6 chunks its layers. No two dimensions are
 # alike.
@@ -54,6 +54,20 @@ TOYS = {
         LLAMA, moe=MoeShape(num_experts=8, router_topk=2, ffn_hidden_size=56, dense_layers=(0, 1, 2, 8))
     ),
 }
+LATENT = LatentAttention(q_lora_rank=20, kv_lora_rank=28, qk_head_dim=10, qk_pos_emb_head_dim=6, v_head_dim=14)
+TOYS |= {
+    "latent": dataclasses.replace(LLAMA, num_query_groups=16, latent_attention=LATENT, has_qk_norm=True),
+    "latent queries whole": dataclasses.replace(
+        LLAMA, num_query_groups=16, latent_attention=dataclasses.replace(LATENT, q_lora_rank=None)
+    ),
+    "sinks and biases": dataclasses.replace(LLAMA, has_attention_sinks=True, has_linear_bias=True, has_qkv_bias=True),
+    "further tokens": dataclasses.replace(LLAMA, num_mtp_layers=2),
+    "moe further token": dataclasses.replace(
+        LLAMA,
+        num_mtp_layers=1,
+        moe=MoeShape(num_experts=8, router_topk=2, ffn_hidden_size=56, dense_layers=(0, 1)),
+    ),
+}
 DENSE_LAYOUTS = {
     "one": ParallelLayout(),
     "tp2": ParallelLayout(tensor_model_parallel_size=2),
@@ -87,7 +101,13 @@ CASES = [
     for model in ("llama", "qkv bias", "qk norm and wide heads", "tied", "gpt")
     for layout in DENSE_LAYOUTS
 ]
+CASES += [
+    (model, layout)
+    for model in ("latent", "latent queries whole", "sinks and biases", "further tokens")
+    for layout in ("one", "tp2", "uneven")
+]
 MOE_CASES = [(model, layout) for model in ("moe", "moe shared", "moe after dense layers") for layout in MOE_LAYOUTS]
+MOE_CASES += [("moe further token", layout) for layout in ("one", "tp2 ep2 pp2")]
 
 
 @pytest.fixture
@@ -95,6 +115,8 @@ def play_rank(monkeypatch):
     """play_rank(layout, rank): Megatron's parallel state as that rank would see it."""
     # The one CUDA call while a model is built: the last stage fetches its copy of a tied embedding to the GPU.
     monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor, *_args, **_kwargs: tensor)
+    # Where the scores of attention sinks are made.
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -116,7 +138,7 @@ def play_rank(monkeypatch):
 
 
 def build_config(model: ModelShape, layout: ParallelLayout):
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
     vp, moe = layout.virtual_pipeline_model_parallel_size, model.moe
     activation = torch.nn.functional.silu if model.activation == "swiglu" else torch.nn.functional.gelu
@@ -131,13 +153,19 @@ def build_config(model: ModelShape, layout: ParallelLayout):
             "moe_layer_freq": [int(model.is_mixture(layer)) for layer in range(model.num_layers)],
             "moe_token_dispatcher_type": "allgather",
         }
-    return TransformerConfig(
+    build: type[TransformerConfig] = TransformerConfig
+    attention = {"num_query_groups": model.num_query_groups, "kv_channels": model.head_dim}
+    if model.latent_attention is not None:
+        build, attention = MLATransformerConfig, dataclasses.asdict(model.latent_attention)
+        attention |= {"multi_latent_attention": True, "rope_type": "rope"}
+    return build(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
         num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups,
-        kv_channels=model.head_dim,
+        **attention,
+        softmax_type="learnable" if model.has_attention_sinks else "vanilla",
+        mtp_num_layers=model.num_mtp_layers or None,
         qk_layernorm=model.has_qk_norm,
         normalization=model.normalization,
         activation_func=activation,
@@ -160,8 +188,9 @@ def build_config(model: ModelShape, layout: ParallelLayout):
 
 def count_built(model: ModelShape, layout: ParallelLayout, pp_rank: int) -> tuple[int, int]:
     """(dense, expert) elements of the chunks that megatron-core builds for the rank being played."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer.identity_op import IdentityOp
 
     config = build_config(model, layout)
     vp = layout.virtual_pipeline_model_parallel_size
@@ -181,13 +210,30 @@ def count_built(model: ModelShape, layout: ParallelLayout, pp_rank: int) -> tupl
         is_last = pp_rank == layout.pipeline_model_parallel_size - 1 and vp_stage == vp - 1
         stage = vp_stage if vp > 1 else None
         spec = get_gpt_decoder_block_spec(config, False, normalization=model.normalization, vp_stage=stage)
-        chunk = build(transformer_layer_spec=spec, pre_process=is_first, post_process=is_last, vp_stage=stage)
+        if model.latent_attention is not None:
+            # megatron.core's own attention takes no other width of values. It has no parameters.
+            for layer in spec.layer_specs:
+                layer.submodules.self_attention.submodules.core_attention = IdentityOp
+        mtp = get_gpt_mtp_block_spec(config, spec, False, vp_stage=stage) if is_last else None
+        chunk = build(
+            transformer_layer_spec=spec, mtp_block_spec=mtp, pre_process=is_first, post_process=is_last, vp_stage=stage
+        )
         for name, parameter in chunk.named_parameters():
             if ".experts." in name:
                 expert += parameter.numel()
             else:
                 dense += parameter.numel()
     return dense, expert
+
+
+def count_cut_compressions(model: ModelShape, layout: ParallelLayout, pp_rank: int) -> int:
+    """Elements that megatron.core's own linears, built here, cut off this rank and TransformerEngine's do not."""
+    latent, tp = model.latent_attention, layout.tensor_model_parallel_size
+    if latent is None:
+        return 0
+    rows = (latent.q_lora_rank or 0) + latent.kv_lora_rank + latent.qk_pos_emb_head_dim
+    num_layers = sum(chunk.num_layers for chunk in split_layers(model.num_layers, layout)[pp_rank])
+    return num_layers * model.hidden_size * rows * (tp - 1) // tp
 
 
 @pytest.mark.parametrize("model_name, layout_name", CASES + MOE_CASES)
@@ -202,7 +248,8 @@ def test_every_stage_holds_what_is_counted(model_name, layout_name, play_rank):
         play_rank(layout, rank)
         assert parallel_state.get_pipeline_model_parallel_rank() == layout.coordinates(rank).pp_rank == pp_rank
         counted = count_rank_parameters(model, layout, pp_rank, vocab_divisible_by=8)
-        assert (counted.dense, counted.expert) == count_built(model, layout, pp_rank)
+        cut = count_cut_compressions(model, layout, pp_rank)
+        assert (counted.dense - cut, counted.expert) == count_built(model, layout, pp_rank)
         if pp_rank < pp - 1:
             parallel_state.destroy_model_parallel()
             torch.distributed.destroy_process_group()

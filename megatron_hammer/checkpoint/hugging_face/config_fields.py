@@ -284,10 +284,13 @@ class HfFields:
             return hidden_size // heads
         return self.count("head_dim", default=default or hidden_size // heads)
 
-    def layers_without_rope(self, num_layers: int) -> tuple[int, ...]:
-        """SmolLM3's layers, from 0: those with a 0 in no_rope_layers, or without that list every 4th or so."""
+    def layers_without_rope(self, num_layers: int, *, may_be_empty: bool = False) -> tuple[int, ...]:
+        """SmolLM3's layers, from 0: those with a 0 in no_rope_layers, or without that list every 4th or so.
+
+        may_be_empty: an empty list stands for none (Llama 4).
+        """
         pattern = self._config.get("no_rope_layers")
-        if pattern is None:
+        if pattern is None or (may_be_empty and pattern == []):
             interval = self.count("no_rope_layer_interval", default=4)
             return tuple(range(interval - 1, num_layers, interval))
         # transformers takes a longer list, of which it reads the beginning.
@@ -296,10 +299,18 @@ class HfFields:
             return ()
         return tuple(layer for layer, has_rope in enumerate(pattern[:num_layers]) if not has_rope)
 
-    def rope(self, default_theta: float, *, may_be_partial: bool = False, default_percent: float = 1.0) -> Rope:
+    def rope(
+        self,
+        default_theta: float,
+        *,
+        may_be_partial: bool = False,
+        default_percent: float = 1.0,
+        has_fixed_bounds: bool = True,
+    ) -> Rope:
         """The rotary embedding. transformers 4 writes its scaling to rope_scaling, version 5 to rope_parameters.
 
-        may_be_partial: the family may turn a share of a head's channels.
+        may_be_partial: the family may turn a share of a head's channels. has_fixed_bounds: a llama3 scaling must have
+        the numbers that megatron-core has built in.
         """
         older, newer = self._config.get("rope_scaling") or {}, self._config.get("rope_parameters") or {}
         name = "rope_scaling" if older else "rope_parameters"
@@ -335,7 +346,7 @@ class HfFields:
         kind = parameters.get("rope_type", parameters.get("type", "default"))
         scaling: RopeScaling | YarnScaling | None = None
         if kind == "llama3":
-            scaling = self._llama3_scaling(name, parameters)
+            scaling = self._llama3_scaling(name, parameters, has_fixed_bounds=has_fixed_bounds)
         elif kind == "yarn":
             scaling = self._yarn_scaling(name, parameters, rope_theta=int(theta))
         interpolation_factor = self._interpolation_factor(name, parameters) if kind == "linear" else None
@@ -382,15 +393,21 @@ class HfFields:
         ]
         return scaling
 
-    def _llama3_scaling(self, name: str, parameters: Mapping[str, Any]) -> RopeScaling | None:
+    def _llama3_scaling(
+        self, name: str, parameters: Mapping[str, Any], *, has_fixed_bounds: bool
+    ) -> RopeScaling | None:
         given = {**parameters, "original_max_position_embeddings": self._original_positions(parameters)}
         # megatron-core takes only the factor from a flag; the other numbers are constants of its code.
         fixed = RopeScaling()
+        bounds: dict[str, Any] = {}
         for key in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
-            if given.get(key) != getattr(fixed, key):
+            bounds[key] = given.get(key)
+            if not has_fixed_bounds:
+                self._require_positive(f"{name}.{key}", bounds[key])
+            elif bounds[key] != getattr(fixed, key):
                 self._problems.append(
                     f"config.json, {name}.{key}: must be {getattr(fixed, key):g}, which megatron-core has built in, "
-                    f"got {key}={given.get(key)!r}. Use a model with Llama 3.1's scaling."
+                    f"got {key}={bounds[key]!r}. Use a model with Llama 3.1's scaling."
                 )
         factor = given.get("factor")
         if isinstance(factor, bool) or not isinstance(factor, int | float) or not 1 <= factor < float("inf"):
@@ -399,4 +416,8 @@ class HfFields:
                 "Restore the file as transformers wrote it."
             )
             return None
-        return RopeScaling(factor=float(factor))
+        return RopeScaling(factor=float(factor)) if has_fixed_bounds else RopeScaling(factor=float(factor), **bounds)
+
+    def _require_positive(self, name: str, value: Any) -> None:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            self._wrong(name, "a positive number", value)

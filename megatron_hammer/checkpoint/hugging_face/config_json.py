@@ -13,7 +13,7 @@ from typing import Any
 from megatron_hammer.checkpoint.hugging_face.config_fields import HfFields
 from megatron_hammer.checkpoint.hugging_face.config_rows import Dropout
 from megatron_hammer.checkpoint.hugging_face.families.catalogue import FAMILIES, select_family
-from megatron_hammer.checkpoint.hugging_face.family import Family
+from megatron_hammer.checkpoint.hugging_face.family import ConfigFamily, Family
 from megatron_hammer.checkpoint.hugging_face.unmapped_families import explain_absence
 from megatron_hammer.errors import ConversionError
 from megatron_hammer.files.typed import read_json
@@ -38,13 +38,7 @@ def read_hf_model(path: Path) -> HfModel:
 
     Raises ConversionError naming every field that cannot be converted.
     """
-    # A preset may be a config.json under a name of its own.
-    has_own_name = path.is_file() and path.name != CONFIG_NAME
-    config_path = path if path.is_file() else path / CONFIG_NAME
-    if not config_path.is_file():
-        raise ConversionError(f"{config_path}: must exist, got none. Pass a Hugging Face model folder.")
-    config = read_config(config_path)
-    name = path.stem if has_own_name else config_path.resolve().parent.name
+    config, name = read_named_config(path)
     shape, dropout = interpret_config(config, name=name, source=str(path))
     # transformers 5 writes dtype, version 4 wrote torch_dtype. "auto" is an option of loading and says nothing.
     dtype = config.get("dtype") or config.get("torch_dtype")
@@ -57,25 +51,39 @@ def read_hf_model(path: Path) -> HfModel:
     )
 
 
+def read_named_config(path: Path) -> tuple[dict[str, Any], str]:
+    """config.json of a folder, or of the file itself, and the name of its model; as read_hf_model."""
+    # A preset may be a config.json under a name of its own.
+    has_own_name = path.is_file() and path.name != CONFIG_NAME
+    config_path = path if path.is_file() else path / CONFIG_NAME
+    if not config_path.is_file():
+        raise ConversionError(f"{config_path}: must exist, got none. Pass a Hugging Face model folder.")
+    return read_config(config_path), path.stem if has_own_name else config_path.resolve().parent.name
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The content of a JSON file of the folder; raises ConversionError where it is not one object."""
     return read_json(path, dict[str, Any], remedy="Fetch the file again.", raises=ConversionError)
 
 
 def interpret_config(
-    config: Mapping[str, Any], *, name: str = "model", source: str = CONFIG_NAME
+    config: Mapping[str, Any],
+    *,
+    name: str = "model",
+    source: str = CONFIG_NAME,
+    families: Mapping[str, ConfigFamily] = FAMILIES,
 ) -> tuple[ModelShape, Dropout]:
     """What a config.json that was read describes; raises ConversionError naming every unsupported field.
 
-    name, source: of the ModelShape.
+    name, source: of the ModelShape. families: those that are accepted, by their model_type.
     """
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in families:
         raise ConversionError(
-            f"config.json, model_type: must be one of {', '.join(sorted(FAMILIES))}, got model_type={model_type!r}: "
+            f"config.json, model_type: must be one of {', '.join(sorted(families))}, got model_type={model_type!r}: "
             f"{explain_absence(config)}. Use a model of one of these families."
         )
-    family = FAMILIES[model_type]
+    family = families[model_type]
     fields = HfFields(config)
     fields.require_class(family.hf_classes, is_known_code=family.has_own_code or family.began_with_own_code)
     fields.require_nothing_else(family.own_fields)

@@ -1,6 +1,7 @@
 """What a family is: one model_type of transformers, with its config.json, its tensors, and the models it computes.
 
-A family is one file in families/ and one entry in families/catalogue.py.
+A family is one file in families/ and one entry in families/catalogue.py; one whose models can only be studied lies in
+studied_families/ instead.
 """
 
 import dataclasses
@@ -24,24 +25,18 @@ class Requirement:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Family:
-    """One model_type of transformers.
+class ConfigFamily:
+    """What config.json says in one model_type of transformers; of a scaling study no more is asked.
 
     hf_classes: its causal language model, then older spellings. config: the rows of config.json. constants: fields of
-    ModelShape that are the same in every model. list_tensors: the rows of its weights. is_candidate: whether a model is
-    of this kind; of several candidates, the first in the catalogue is taken. requirements: what a candidate must be.
-    features: the names in FEATURES that its config.json can say. own_fields: fields of config.json that its rows
-    read and every other family refuses.
+    ModelShape that are the same in every model. own_fields: fields of config.json that its rows read and every other
+    family refuses.
     """
 
     model_type: str
     hf_classes: tuple[str, ...]
     config: tuple[ConfigRow, ...]
-    list_tensors: Callable[[ModelShape], tuple[TensorRow, ...]]
-    is_candidate: Callable[[ModelShape], bool]
-    requirements: tuple[Requirement, ...] = ()
     constants: Mapping[str, Any] = field(default_factory=dict)
-    features: frozenset[str] = frozenset()
     own_fields: frozenset[str] = frozenset()
     # Without it, a number of experts in config.json is refused: config_fields.require_no_experts.
     has_experts: bool = False
@@ -53,6 +48,21 @@ class Family:
     @property
     def hf_class(self) -> str:
         return self.hf_classes[0]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family(ConfigFamily):
+    """One model_type that can be converted.
+
+    list_tensors: the rows of its weights. is_candidate: whether a model is of this kind; of several candidates, the
+    first in the catalogue is taken. requirements: what a candidate must be. features: the names in FEATURES that its
+    config.json can say.
+    """
+
+    list_tensors: Callable[[ModelShape], tuple[TensorRow, ...]]
+    is_candidate: Callable[[ModelShape], bool]
+    requirements: tuple[Requirement, ...] = ()
+    features: frozenset[str] = frozenset()
 
     def computes(self, model: ModelShape) -> bool:
         """Whether the class computes `model`."""

@@ -46,9 +46,9 @@ def read_hf_model(path: Path) -> ModelShape:
 
     It is passed to scaling/, which stands below checkpoint/ and may not import it.
     """
-    from megatron_hammer.checkpoint.hugging_face import config_json
+    from megatron_hammer.checkpoint.hugging_face.studied_families.catalogue import read_studied_model
 
-    return config_json.read_hf_model(path).shape
+    return read_studied_model(path)
 
 
 @exit_on_user_error

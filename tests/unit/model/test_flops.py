@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from megatron_hammer.model.flops import FLOP_CONVENTIONS, count_flops_per_token
-from megatron_hammer.model.shape import MoeShape
+from megatron_hammer.model.flops import FLOP_CONVENTIONS, count_attended_keys, count_flops_per_token
+from megatron_hammer.model.shape import MoeShape, SlidingWindow
 from megatron_hammer.presets.catalogue import PRESETS
 
 HAMMER = PRESETS["hammer-1b4"].model
@@ -52,3 +52,17 @@ def test_idle_experts_do_no_work_but_routing(convention):
     router = 6 * 22 * 8 * 2048 if convention in "CD" else 0  # Megatron-LM leaves the router out
     assert flops(16, 2) - flops(8, 2) == router
     assert flops(8, 3) - flops(8, 2) == 6 * 22 * 3 * 704 * 2048
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 12, 23, 24, 40])
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_attended_keys_are_the_average_of_every_position(num_tokens, is_chunked):
+    length = 24
+    window = SlidingWindow(num_tokens=num_tokens, layers=(0,), is_chunked=is_chunked)
+    if is_chunked:
+        seen = [position % num_tokens + 1 for position in range(length)]
+    else:
+        seen = [min(position + 1, num_tokens) for position in range(length)]
+    model = dataclasses.replace(HAMMER, sliding_window=window)
+    assert count_attended_keys(model, length) == sum(seen) / length
+    assert count_attended_keys(HAMMER, length) == (length + 1) / 2

@@ -53,6 +53,7 @@ _MLP_WIDTH = count("intermediate_size", "ffn_hidden_size")
 def llama_config(
     *,
     mlp_width: ConfigRow = _MLP_WIDTH,
+    head_width: ConfigRow | None = None,
     # None: LlamaConfig divides hidden_size by the number of heads. Qwen3Config has a number instead.
     default_head_dim: int | None = None,
     default_rope_theta: float = 10_000.0,
@@ -61,10 +62,12 @@ def llama_config(
     may_lack_groups: bool = False,
     has_partial_rope: bool = False,
     default_rotary_percent: float = 1.0,
+    has_fixed_rope_bounds: bool = True,
 ) -> tuple[ConfigRow, ...]:
     """The fields of LlamaConfig that all descendants have. default_*: of the descendant's class in transformers.
 
-    may_lack_groups: its older files have no num_key_value_heads. has_partial_rope: it may turn a share of a head.
+    head_width: in place of head_dim. may_lack_groups: its older files have no num_key_value_heads. has_partial_rope: it
+    may turn a share of a head. has_fixed_rope_bounds: as HfFields.rope.
     """
 
     def read_groups(fields: HfFields) -> Mapping[str, Any]:
@@ -77,7 +80,12 @@ def llama_config(
         return read_kv_channels(head_dim, hidden_size=hidden_size, heads=heads)
 
     def read_rope(fields: HfFields) -> Mapping[str, Any]:
-        rope = fields.rope(default_rope_theta, may_be_partial=has_partial_rope, default_percent=default_rotary_percent)
+        rope = fields.rope(
+            default_rope_theta,
+            may_be_partial=has_partial_rope,
+            default_percent=default_rotary_percent,
+            has_fixed_bounds=has_fixed_rope_bounds,
+        )
         return {
             "rotary_base": rope.base,
             "rope_scaling": rope.scaling,
@@ -91,7 +99,7 @@ def llama_config(
         count("num_hidden_layers", "num_layers"),
         count("num_attention_heads", "num_attention_heads"),
         ConfigRow(read_groups, write_value("num_key_value_heads", "num_query_groups")),
-        ConfigRow(read_head_dim, write_value("head_dim", "head_dim")),
+        head_width or ConfigRow(read_head_dim, write_value("head_dim", "head_dim")),
         fixed(
             "hidden_act",
             "silu",
