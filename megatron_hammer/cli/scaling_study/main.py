@@ -2,6 +2,7 @@
 
 project: the best layouts at each number of GPUs, with step time, memory, cost and an error band.
 emit: launch scripts of chosen rows of a projection.
+trace: a predicted step as a timeline for chrome://tracing and Perfetto.
 goodput: save interval, spare nodes and days of chosen rows, with failures.
 measure: a sweep of real short trainings.
 profile: this machine's operators, timed.
@@ -19,7 +20,17 @@ from megatron_hammer.errors import exit_on_interrupt, exit_on_user_error
 from megatron_hammer.files.command_line import CommandParser
 from megatron_hammer.model.shape import ModelShape
 
-COMMANDS: tuple[str, ...] = ("project", "emit", "goodput", "measure", "profile", "calibrate", "validate", "fit")
+COMMANDS: tuple[str, ...] = (
+    "project",
+    "emit",
+    "trace",
+    "goodput",
+    "measure",
+    "profile",
+    "calibrate",
+    "validate",
+    "fit",
+)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
