@@ -287,7 +287,9 @@ def _read_product_precision(args: Any) -> Precision:
 def _read_memory_options(args: Any, layout: ParallelLayout, *, has_gpu: bool) -> MemoryOptions:
     """The flags of a run that change its memory; Megatron's spelling of each is in `MemoryOptions`."""
     is_16_bit = args.bf16 or args.fp16
-    has_fp32_gradients = args.bf16 or args.accumulate_allreduce_grads_in_fp32 or not is_16_bit
+    has_fp32_gradients = not is_16_bit or args.accumulate_allreduce_grads_in_fp32
+    # Megatron accumulates the gradients of bf16 weights in fp32, unless the optimizer takes other ones.
+    has_fp32_gradients |= args.bf16 and _count_element_bytes(args.main_grads_dtype) == 4
     instances = args.num_distributed_optimizer_instances
     # model/torch_modules.py: in fp32 on a GPU, and where a mask is added to the scores
     is_packed = args.is_sft and not args.sft_unpacked
@@ -295,15 +297,21 @@ def _read_memory_options(args: Any, layout: ParallelLayout, *, has_gpu: bool) ->
     has_mask = args.backend == "torch" and bool(has_own_mask)
     has_expanded_heads = has_gpu and args.backend == "torch" and (has_mask or not is_16_bit)
     comm_types = args.cp_comm_type if isinstance(args.cp_comm_type, list) else [args.cp_comm_type]
-    # Lion has one moment; Muon has one of matrices, and trains the rest with Adam or Lion.
-    is_muon, is_lion = args.optimizer in ("muon", "dist_muon"), args.optimizer == "lion"
-    has_scalar_lion = "muon" in args.optimizer and args.muon_scalar_optimizer == "lion"
+    moments_bytes, matrix_moments_bytes = _count_moments(args)
     return MemoryOptions(
-        moments_bytes=4 if is_lion or has_scalar_lion or args.optimizer == "sgd" else 8,
-        matrix_moments_bytes=4 if is_lion or is_muon or args.optimizer == "sgd" else 8,
+        moments_bytes=moments_bytes,
+        matrix_moments_bytes=matrix_moments_bytes,
+        master_bytes=_count_master_bytes(args),
+        optimizer_offload_ratio=args.optimizer_offload_fraction if args.optimizer_cpu_offload else 0.0,
+        num_offloaded_layers=args.cpu_offloading_num_layers,
+        offload_modules=tuple(args.offload_modules or ()) if args.fine_grained_activation_offloading else (),
+        offload_ratio=args.activation_offload_fraction,
         precision=_read_product_precision(args),
         has_expanded_heads=has_expanded_heads,
-        has_fp8_parameters=bool(args.fp8 and args.fp8_param_gather),
+        has_quantized_parameters=bool((args.fp8 and args.fp8_param_gather) or (args.fp4 and args.fp4_param_gather)),
+        has_own_gather_buffer=bool(
+            args.fp8 and args.fp8_recipe == "mxfp8" and not args.reuse_grad_buf_for_mxfp8_param_ag
+        ),
         recompute=_read_recompute(args),
         recompute_modules=tuple(args.recompute_modules or ("core_attn",)),
         recompute_method=args.recompute_method or "uniform",
@@ -324,6 +332,44 @@ def _read_memory_options(args: Any, layout: ParallelLayout, *, has_gpu: bool) ->
         workspace_bytes=(WORKSPACE_BYTES if has_gpu else 0) + _count_window_mask_bytes(args),
         vocab_divisible_by=args.make_vocab_size_divisible_by,
     )
+
+
+def _count_moments(args: Any) -> tuple[int, int]:
+    """Bytes per element of the optimizer's moments, and of those of matrices.
+
+    Lion has one moment; Muon has one of matrices, and trains the rest with Adam or Lion. Adam's two have types of their
+    own with --use-precision-aware-optimizer.
+    """
+    is_muon, is_lion = args.optimizer in ("muon", "dist_muon"), args.optimizer == "lion"
+    if args.use_precision_aware_optimizer and args.optimizer == "adam":
+        size = sum(_count_element_bytes(dtype) for dtype in (args.exp_avg_dtype, args.exp_avg_sq_dtype))
+        return size, size
+    has_scalar_lion = "muon" in args.optimizer and args.muon_scalar_optimizer == "lion"
+    return (
+        4 if is_lion or has_scalar_lion or args.optimizer == "sgd" else 8,
+        4 if is_lion or is_muon or args.optimizer == "sgd" else 8,
+    )
+
+
+def _count_element_bytes(dtype: Any) -> int:
+    """Of a number format as a flag spells it, or as a torch.dtype."""
+    text = str(dtype)
+    return 1 if "8" in text else 2 if "16" in text else 4
+
+
+def _count_master_bytes(args: Any) -> int:
+    """Bytes per element of the optimizer's own weights of a 16-bit model.
+
+    The precision-aware optimizer keeps the 16 bits that bf16 weights lost (store_param_remainders), or 16-bit weights.
+    With per-tensor current, block or MX scaling, and with an optimizer on the host, Megatron keeps fp32 weights itself.
+    Source: megatron.core.optimizer.optimizer_config, use_precision_aware_optimizer_no_fp8_or_ds_fp8.
+    """
+    if not args.use_precision_aware_optimizer or args.optimizer_cpu_offload:
+        return 4
+    if _count_element_bytes(args.main_params_dtype) != 4:
+        return _count_element_bytes(args.main_params_dtype)
+    is_kept_by_megatron = args.fp8_recipe not in (None, "delayed")
+    return 2 if args.bf16 and not is_kept_by_megatron else 4
 
 
 def _count_window_mask_bytes(args: Any) -> int:

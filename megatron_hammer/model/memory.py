@@ -15,6 +15,7 @@ from typing import NamedTuple
 from megatron_hammer.model.layout import ParallelLayout, find_grid_problems, raise_problems
 from megatron_hammer.model.memory_activations import LayerActivations, estimate_layer_activations
 from megatron_hammer.model.memory_loss import HeadMemory, count_embedding_bytes, estimate_head
+from megatron_hammer.model.memory_offload import count_offloaded
 from megatron_hammer.model.memory_options import Batch, MemoryOptions
 from megatron_hammer.model.memory_state import StageState, estimate_state
 from megatron_hammer.model.parameters import find_shard_problems
@@ -24,14 +25,17 @@ from megatron_hammer.model.shape import ModelShape
 # Allowances, not measurements of this machine: CUDA context and kernels (about 0.5 GiB on A100 and H100), NCCL
 # communicators and TransformerEngine workspaces (about 1 GiB with three or four groups).
 CUDA_CONTEXT_BYTES = 3 * 2**29
-# Share of the tensors that come and go which the caching allocator holds on top of them. SimuMax's published B200 runs
-# held 10 to 30%; a lower share here, because a refusal must be right and expandable segments need less.
+# Share of the tensors that come and go which the caching allocator holds on top of them. Without expandable segments a
+# freed block serves only requests that fit into it: SimuMax's published B200 runs held 10 to 30%; a lower share here,
+# because a refusal must be right. Expandable segments map freed pages of 2 MiB to any request: what torchtitan's runs
+# with them reserved is within 4% of the tensors alone, on either side.
 FRAGMENTATION_RATIO = 0.1
+EXPANDABLE_FRAGMENTATION_RATIO = 0.02
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageMemory:
-    """Estimated peak of one rank of a pipeline stage. `total_bytes` is the sum of the other byte fields."""
+    """Estimated peak of one rank of a pipeline stage. `total_bytes` is the sum of all bytes except the host's."""
 
     pp_rank: int
     num_layers: int
@@ -45,13 +49,14 @@ class StageMemory:
     transient_bytes: int  # gradients and gathered tensors at the peak
     context_bytes: int  # allowance
     fragmentation_bytes: int  # allowance
+    host_bytes: int = 0  # offloaded to the memory of the host
 
     def list_parts(self) -> dict[str, int]:
-        """Every field of bytes by its name without `_bytes`; their sum is `total_bytes`."""
+        """Every field of bytes on the GPU by its name without `_bytes`; their sum is `total_bytes`."""
         return {
             field.name.removesuffix("_bytes"): getattr(self, field.name)
             for field in fields(self)
-            if field.name.endswith("_bytes")
+            if field.name.endswith("_bytes") and field.name != "host_bytes"
         }
 
     @property
@@ -93,6 +98,7 @@ class _StagePeak(NamedTuple):
     kind: _StageKind
     num_in_flight: int
     moment: _Moment
+    host: int  # bytes of activations
 
 
 def estimate_memory(
@@ -171,7 +177,7 @@ def _list_peaks(
     split = split_layers(model.num_layers, layout)
     raise_problems(find_shard_problems(model, layout))
     kinds = [kind for kind, _ in model.split_kinds()]
-    layers = [estimate_layer_activations(kind, layout, batch, options) for kind in kinds]
+    layers = [_estimate_layer(kind, layout, batch, options) for kind in kinds]
     embedding = count_embedding_bytes(model, layout, batch, options)
     head = estimate_head(model, layout, batch, options)
     peaks = []
@@ -181,7 +187,9 @@ def _list_peaks(
         longest = max(chunk.num_layers for chunk in chunks)
         shared = [_share_units(layer, options, longest) for layer in layers]
         counts = [_count_kinds(model, kinds, chunk) for chunk in chunks]
-        kept = tuple(sum(num * layer.kept for num, layer in zip(count, shared, strict=True)) for count in counts)
+        kept, on_host = zip(
+            *(_sum_layers(count, shared, options.num_offloaded_layers) for count in counts), strict=True
+        )
         first_chunks = -(-num_in_flight // layout.virtual_pipeline_model_parallel_size) if pp_rank == 0 else 0
         moment = _select_worst_moment(
             [layer for i, layer in enumerate(shared) if any(count[i] for count in counts)],
@@ -189,7 +197,8 @@ def _list_peaks(
             head if pp_rank == last_pp_rank else None,
         )
         kind = _StageKind(tuple(map(sum, zip(*counts, strict=True))), pp_rank == 0, pp_rank == last_pp_rank)
-        peaks.append(_StagePeak(pp_rank, kind, num_in_flight, moment))
+        most_on_host = count_alive(layout, on_host, num_in_flight, num_microbatches)
+        peaks.append(_StagePeak(pp_rank, kind, num_in_flight, moment, most_on_host))
     return tuple(peaks)
 
 
@@ -204,6 +213,26 @@ def _list_heaviest_peaks(
         if best is None or sum(peak.moment) > sum(best.moment):
             heaviest[peak.kind] = peak
     return tuple(heaviest.values())
+
+
+def _estimate_layer(
+    model: ModelShape, layout: ParallelLayout, batch: Batch, options: MemoryOptions
+) -> LayerActivations:
+    """A layer with what it offloads on the host, from where it comes back for the layer's own backward pass."""
+    layer = estimate_layer_activations(model, layout, batch, options)
+    offloaded = min(count_offloaded(model, layout, batch, options), layer.kept)
+    return layer._replace(kept=layer.kept - offloaded, remade=layer.remade + offloaded, offloaded=offloaded)
+
+
+def _sum_layers(counts: Sequence[int], layers: Sequence[LayerActivations], num_offloaded: int) -> tuple[int, int]:
+    """(on the GPU, on the host) of a chunk, of whose layers the first `num_offloaded` move as a whole.
+
+    They are gone at the end of the forward pass, where the others are complete, and come back as those are freed.
+    """
+    kept = sum(num * layer.kept for num, layer in zip(counts, layers, strict=True))
+    on_host = sum(num * layer.offloaded for num, layer in zip(counts, layers, strict=True))
+    moved = kept * min(num_offloaded, sum(counts)) // max(1, sum(counts))
+    return kept - moved, on_host + moved
 
 
 def _share_units(layer: LayerActivations, options: MemoryOptions, num_layers: int) -> LayerActivations:
@@ -286,4 +315,5 @@ def _build_stage(peak: _StagePeak, state: StageState, context_bytes: int, fragme
         transient_bytes=moment.transient,
         context_bytes=context_bytes,
         fragmentation_bytes=round(fragmentation_ratio * sum(moment)),
+        host_bytes=peak.host + state.host,
     )

@@ -15,16 +15,18 @@ from megatron_hammer.model.shape import ModelShape
 class LayerActivations(NamedTuple):
     """Bytes of one layer and micro-batch on one rank.
 
-    kept: from the forward to the backward pass. remade: what recomputation makes again while the layer's own backward
-    pass runs. transient: gradients and gathered tensors that exist beside these at the worst moment of it.
+    kept: on the GPU from the forward to the backward pass. remade: what recomputation makes again, or what comes back
+    from the host, while the layer's own backward pass runs. transient: gradients and gathered tensors that exist beside
+    these at the worst moment of it. offloaded: what waits on the host.
     """
 
     kept: int
     remade: int
     transient: int
+    offloaded: int = 0
 
 
-class _Widths(NamedTuple):
+class Widths(NamedTuple):
     """Elements per token on one rank, cut over the tensor-parallel ranks; h is not."""
 
     tokens: int  # of the context-parallel rank
@@ -44,7 +46,7 @@ def estimate_layer_activations(
     For GPT with dropout it is the paper's 34h (its equation 6), 10h + 24h / tp without sequence parallelism, and 4
     bytes more per head and token.
     """
-    widths = _cut_widths(model, layout, batch)
+    widths = cut_widths(model, layout, batch)
     attention, dropped = _count_attention(model, layout, batch, options, widths)
     mlp, mlp_dropped = _count_mlp(model, layout, options, widths)
     whole = round(attention + mlp)
@@ -71,10 +73,10 @@ def count_gathered_bytes(model: ModelShape, layout: ParallelLayout, batch: Batch
     return batch.count_tokens(layout.context_parallel_size) * options.element_bytes * model.hidden_size
 
 
-def _cut_widths(model: ModelShape, layout: ParallelLayout, batch: Batch) -> _Widths:
+def cut_widths(model: ModelShape, layout: ParallelLayout, batch: Batch) -> Widths:
     tp = layout.tensor_model_parallel_size
     tokens = batch.count_tokens(layout.context_parallel_size)
-    return _Widths(
+    return Widths(
         tokens=tokens,
         sequence_tokens=tokens // tp if layout.has_sequence_parallel else tokens,
         queries=model.num_attention_heads * model.head_dim // tp,
@@ -84,7 +86,7 @@ def _cut_widths(model: ModelShape, layout: ParallelLayout, batch: Batch) -> _Wid
 
 
 def _count_attention(
-    model: ModelShape, layout: ParallelLayout, batch: Batch, options: MemoryOptions, widths: _Widths
+    model: ModelShape, layout: ParallelLayout, batch: Batch, options: MemoryOptions, widths: Widths
 ) -> tuple[float, float]:
     """(kept without recomputation, of that given up by --recompute-modules) of norm, linears and core attention."""
     element, linear, h = options.element_bytes, options.linear_input_bytes, model.hidden_size
@@ -108,7 +110,7 @@ def _count_attention(
     return kept + core, dropped
 
 
-def _count_whole_qkv(model: ModelShape, widths: _Widths) -> float:
+def _count_whole_qkv(model: ModelShape, widths: Widths) -> float:
     """Elements per token kept beside q, k and v where v, as a view, keeps the whole output of linear_qkv.
 
     Rotary embeddings make new queries and keys of it. Norms have theirs already, and keep the keys of that output;
@@ -121,7 +123,7 @@ def _count_whole_qkv(model: ModelShape, widths: _Widths) -> float:
     return turned * (widths.queries + widths.key_values) + (1 - turned) * copied
 
 
-def _count_core_attention(batch: Batch, layout: ParallelLayout, options: MemoryOptions, widths: _Widths) -> float:
+def _count_core_attention(batch: Batch, layout: ParallelLayout, options: MemoryOptions, widths: Widths) -> float:
     """What core attention keeps besides q, k, v and the tensor that linear_proj takes."""
     element = options.element_bytes
     if options.has_flash_attention:
@@ -139,7 +141,7 @@ def _count_core_attention(batch: Batch, layout: ParallelLayout, options: MemoryO
 
 
 def _count_mlp(
-    model: ModelShape, layout: ParallelLayout, options: MemoryOptions, widths: _Widths
+    model: ModelShape, layout: ParallelLayout, options: MemoryOptions, widths: Widths
 ) -> tuple[float, float]:
     """(kept without recomputation, of that given up by --recompute-modules) of the norm and the MLP or the experts."""
     element, linear, h = options.element_bytes, options.linear_input_bytes, model.hidden_size
@@ -173,17 +175,16 @@ def _count_mlp_width(model: ModelShape, options: MemoryOptions, ffn_hidden_size:
 
 
 def _count_experts(
-    model: ModelShape, layout: ParallelLayout, options: MemoryOptions, widths: _Widths
+    model: ModelShape, layout: ParallelLayout, options: MemoryOptions, widths: Widths
 ) -> tuple[float, float]:
     """(all, of that the activations' outputs) of router, permuted tokens and routed experts.
 
-    Balanced load: a rank works on as many copies of tokens as it sends out, times the ranks that share an expert. A
-    copy is kept where the experts take it in; permuting keeps indices only, and probabilities are multiplied into the
+    A copy is kept where the experts take it in; permuting keeps indices only, and probabilities are multiplied into the
     activation, which for SwiGLU is one fused kernel and else keeps its plain output too.
     """
     moe, element, linear = model.moe, options.element_bytes, options.linear_input_bytes
     assert moe is not None
-    copies = widths.tokens * moe.router_topk * layout.expert_tp / _tp(layout)
+    copies = count_copies(model, layout, options, widths)
     ffn = moe.ffn_hidden_size / layout.expert_tp
     router = widths.sequence_tokens * 4 * moe.num_experts  # fp32 scores
     activation_outputs = copies * linear * ffn
@@ -191,9 +192,16 @@ def _count_experts(
     return router + routed, activation_outputs
 
 
-def _count_every_other_matmul(
-    model: ModelShape, layout: ParallelLayout, options: MemoryOptions, widths: _Widths
-) -> int:
+def count_copies(model: ModelShape, layout: ParallelLayout, options: MemoryOptions, widths: Widths) -> float:
+    """Copies of tokens that the routed experts of a rank work on: as many as it sends out, where the load is balanced,
+    times the ranks that share an expert.
+    """
+    assert model.moe is not None
+    tokens = widths.tokens * options.expert_imbalance_ratio
+    return tokens * model.moe.router_topk * layout.expert_tp / _tp(layout)
+
+
+def _count_every_other_matmul(model: ModelShape, layout: ParallelLayout, options: MemoryOptions, widths: Widths) -> int:
     """Input of the layer, attention's output, and of q, k, v, out, gate, up and down the first, third, ... product.
 
     Source: pytorch/torchtitan distributed/activation_checkpoint.py, selective_ac_option "op".
@@ -204,7 +212,7 @@ def _count_every_other_matmul(
 
 
 def _count_transient(
-    model: ModelShape, layout: ParallelLayout, batch: Batch, options: MemoryOptions, widths: _Widths
+    model: ModelShape, layout: ParallelLayout, batch: Batch, options: MemoryOptions, widths: Widths
 ) -> int:
     """Beside what is kept, when the backward pass of a layer needs most: behind the activation of its MLP.
 
@@ -214,12 +222,14 @@ def _count_transient(
     """
     element = options.element_bytes
     inputs = 2 if model.is_gated else 1
-    ffn = model.ffn_hidden_size
-    tokens: float = widths.tokens
-    if model.moe is not None:
-        ffn = model.moe.ffn_hidden_size
-        tokens *= model.moe.router_topk
-    total = tokens * element * inputs * ffn / _tp(layout) + count_hidden_bytes(model, layout, batch, options)
+    if model.moe is None:
+        total = widths.tokens * element * inputs * model.ffn_hidden_size / _tp(layout)
+    else:
+        # Either that gradient, or those of the dispatched copies of tokens: as the experts took them in, and on their
+        # way back. The latter are larger where experts are narrower than the model.
+        width = max(inputs * model.moe.ffn_hidden_size / layout.expert_tp, 2 * model.hidden_size)
+        total = element * count_copies(model, layout, options, widths) * width
+    total += count_hidden_bytes(model, layout, batch, options)
     total += 2 * count_gathered_bytes(model, layout, batch, options)
     if not options.has_fused_weight_gradients:
         total += element * inputs * model.hidden_size * model.ffn_hidden_size / _tp(layout)

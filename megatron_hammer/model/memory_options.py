@@ -12,6 +12,10 @@ Recompute = Literal["none", "selective", "full"]
 # Megatron's --recompute-modules, and torchtitan's checkpointing of operators, which keeps every second product.
 RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts", "every_other_matmul"]
 Sharding = Literal["none", "distributed_optimizer", "fsdp"]
+# Megatron's --offload-modules: each moves its input to the host between the forward and the backward pass.
+OffloadModule = Literal[
+    "attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act", "fused_group_mlp"
+]
 # Two of this package (model/cross_entropy.py, chunked_cross_entropy.py), and three of Megatron that only published runs
 # have: without --cross-entropy-loss-fusion, and its two implementations.
 CrossEntropy = Literal["in-place", "chunked", "unfused", "native", "te"]
@@ -57,7 +61,18 @@ class MemoryOptions:
     # Weight gradients are added to main_grad and TransformerEngine's placeholders stand for them. Megatron's own layers
     # pass an empty tensor of each gradient's size through autograd instead, which takes as much memory as the gradient.
     has_fused_weight_gradients: bool = True
-    has_fp8_parameters: bool = False  # --fp8-param-gather: the weights themselves are quantized
+    has_quantized_parameters: bool = False  # --fp8-param-gather and its fp4 form: the weights themselves are quantized
+    # Products read a quantized copy of a weight forward and a transposed one backward. Blackwell multiplies per-tensor
+    # fp8 in every layout and needs the first only (is_non_tn_fp8_gemm_supported of TransformerEngine).
+    has_transposed_weights: bool = True
+    # Parameters in MXFP8 are gathered in 16 bits. --reuse-grad-buf-for-mxfp8-param-ag: into the gradients' buffer.
+    has_own_gather_buffer: bool = False
+    master_bytes: int = 4  # of an element of 16-bit weights in the optimizer; 2 where it keeps only the lost bits
+    optimizer_offload_ratio: float = 0.0  # --optimizer-cpu-offload: --optimizer-offload-fraction
+    num_offloaded_layers: int = 0  # --cpu-offloading-num-layers
+    offload_modules: tuple[OffloadModule, ...] = ()  # of --fine-grained-activation-offloading
+    offload_ratio: float = 1.0  # --activation-offload-fraction, of these modules
+    expert_imbalance_ratio: float = 1.0  # tokens of the rank with the most over the average, with dropless routing
     workspace_bytes: int = WORKSPACE_BYTES
     vocab_divisible_by: int = 128
 
@@ -70,6 +85,11 @@ class MemoryOptions:
     def linear_input_bytes(self) -> float:
         """Bytes of an element that a linear keeps for its weight gradient: of its quantized copy, if it has one."""
         return QUANTIZED_BYTES.get(self.precision, float(self.element_bytes))
+
+    @property
+    def has_quantized_copies(self) -> bool:
+        """Whether quantized copies of 16-bit weights last."""
+        return self.precision in QUANTIZED_BYTES and not self.has_quantized_parameters
 
     def is_recomputed(self, module: RecomputeModule) -> bool:
         return self.recompute == "selective" and module in self.recompute_modules

@@ -19,6 +19,10 @@ from megatron_hammer.model.parameters import (
 )
 from megatron_hammer.model.shape import ModelShape
 
+# Per offloaded parameter, in pinned memory: the 16-bit copy that it was made from, the fp32 weight, its gradient and
+# Adam's two moments. Source: megatron.core.optimizer.cpu_offloading.hybrid_optimizer.HybridDeviceOptimizer.
+HOST_OPTIMIZER_BYTES = 2 + 4 + 4 + 8
+
 
 class StageState(NamedTuple):
     """Bytes of one rank of a stage."""
@@ -27,6 +31,7 @@ class StageState(NamedTuple):
     gradients: int
     optimizer: int
     buffers: int
+    host: int = 0  # of the offloaded part of the optimizer, in the memory of the host
 
 
 class _PartSizes(NamedTuple):
@@ -66,8 +71,8 @@ def estimate_state(
     dense_ranks, expert_ranks = count_shard_ranks(layout, options)
     shard = -(-dense // dense_ranks) + -(-expert // expert_ranks)
     element = options.element_bytes
-    weight_bytes, weight_copies = _count_weight_bytes(options, total, linear)
     is_fsdp = options.sharding == "fsdp"
+    weight_bytes, weight_copies = _count_weight_bytes(options, total, linear)
     buffers = options.workspace_bytes + weight_copies
     if options.has_fused_weight_gradients:
         # A tied head on the only stage is the embedding's weight.
@@ -79,13 +84,16 @@ def estimate_state(
         buffers += element * (layer.matrices + ends)
     if is_fsdp:
         largest_end = max(embedding.dense * is_first_stage, head.dense * is_last_stage)
-        buffers += _count_gathered_bytes(layer, largest_end, options, total)
+        buffers += _count_gathered_bytes(layer, largest_end, options, layers._replace(dense=dense))
     held = shard if is_fsdp else total
+    updated = shard if _is_sharded(layout, options) else total
+    num_offloaded = round(updated * options.optimizer_offload_ratio)
     return StageState(
         weights=round(weight_bytes * held / total) if total else 0,
         gradients=options.gradient_bytes * held,
-        optimizer=_count_optimizer_bytes(options, total, linear, shard if _is_sharded(layout, options) else total),
+        optimizer=_count_optimizer_bytes(options, total, linear, updated - num_offloaded),
         buffers=buffers,
+        host=HOST_OPTIMIZER_BYTES * num_offloaded,
     )
 
 
@@ -109,7 +117,7 @@ def _count_optimizer_bytes(options: MemoryOptions, total: int, linear: int, held
     """
     if not total:
         return 0
-    master_bytes = 4 if options.element_bytes == 2 else 0
+    master_bytes = options.master_bytes if options.element_bytes == 2 else 0
     moments_bytes = options.moments_bytes * (total - linear) + options.matrix_moments_bytes * linear
     return master_bytes * held + round(moments_bytes * held / total)
 
@@ -180,28 +188,46 @@ def _is_sharded(layout: ParallelLayout, options: MemoryOptions) -> bool:
 
 
 def _count_weight_bytes(options: MemoryOptions, total: int, linear: int) -> tuple[int, int]:
-    """(the weights themselves, quantized copies beside them).
+    """(the weights themselves, what lasts beside them) of `total` elements, `linear` of them in the layers' linears.
 
-    Quantized matrix products need a row-wise and a column-wise copy of every linear's weight. TransformerEngine makes
-    them once per step and keeps them; with quantized parameters they are the weights and no 16-bit ones exist.
+    TransformerEngine makes the quantized copies of a weight once per step and keeps them, also under Megatron-FSDP.
+    With quantized parameters these copies are the weights, and no 16-bit ones exist. FSDP makes the transposed copies
+    of per-tensor fp8 only for the layer at work (fp8_discard_transpose_cache of Megatron-FSDP).
     """
     element = options.element_bytes
     quantized = QUANTIZED_BYTES.get(options.precision)
     if quantized is None:
         return element * total, 0
-    copies = round(2 * quantized * linear)
-    if options.has_fp8_parameters:
-        return element * (total - linear) + copies, 0
-    return element * total, copies
+    if not options.has_quantized_parameters:
+        return element * total, round(_count_copies(options) * quantized * linear)
+    is_transposed_late = options.sharding == "fsdp" and options.precision == "fp8"
+    copies = quantized * linear * (1 if is_transposed_late else _count_copies(options))
+    return element * (total - linear) + round(copies), element * linear if options.has_own_gather_buffer else 0
 
 
-def _count_gathered_bytes(layer: _PartSizes, largest_end: int, options: MemoryOptions, total: int) -> int:
+def _count_copies(options: MemoryOptions) -> int:
+    return 2 if options.has_transposed_weights else 1
+
+
+def _count_gathered_bytes(layer: _PartSizes, largest_end: int, options: MemoryOptions, whole: _PartSizes) -> int:
     """FSDP's whole parts: the layer at work and the next one's weights, a part's gradient on its way, the ends.
 
     Units are a layer, the embedding and the head (Megatron-FSDP and FSDP2 alike); an end is whole while it works.
-    Without resharding, as FSDP2 under a pipeline, all of the rank's weights and gradients are whole.
+    Quantized parameters travel quantized. Without resharding, as FSDP2 under a pipeline, all of the rank's weights and
+    gradients are whole. whole: all elements of the rank.
     """
-    element, layer_size = options.element_bytes, layer.dense + layer.expert
+    element, gradient = options.element_bytes, options.gradient_bytes
     if not options.reshards_after_forward:
-        return (element + options.gradient_bytes) * total
-    return 2 * element * layer_size + (element + options.gradient_bytes) * max(layer_size, largest_end)
+        total = whole.dense + whole.expert
+        return _count_unit_bytes(options, total, whole.linear) + gradient * total
+    layer_size = layer.dense + layer.expert
+    unit = _count_unit_bytes(options, layer_size, layer.linear)
+    return 2 * unit + max(unit + gradient * layer_size, (element + gradient) * largest_end)
+
+
+def _count_unit_bytes(options: MemoryOptions, total: int, linear: int) -> int:
+    """The gathered weights of `total` elements, `linear` of them in the layers' linears."""
+    quantized = QUANTIZED_BYTES.get(options.precision)
+    if quantized is None or not options.has_quantized_parameters:
+        return options.element_bytes * total
+    return options.element_bytes * (total - linear) + round(_count_copies(options) * quantized * linear)

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, get_args
 from annotated_types import Ge, Gt, Lt, MinLen
 
 from megatron_hammer.model.accounting import ParallelLayout
+from megatron_hammer.model.memory_options import OffloadModule, RecomputeModule
 from megatron_hammer.model.shape import ModelShape
 
 # Limits of what a TOML file may hold (files/typed.py checks them); a file cannot say "infinite".
@@ -106,6 +107,14 @@ class Plan:
     precision: Precision = "bf16"
     recompute: Recompute = "none"
     recompute_modules: tuple[RecomputeModule, ...] = ("core_attn",)  # of "selective"
+    recompute_num_layers: int | None = None  # of "full", of each model chunk; None: all
+    has_quantized_parameters: bool = False  # --fp8-param-gather: no 16-bit weights of the linears
+    keeps_quantized_copies: bool = True  # of 16-bit weights; False: software that quantizes each time it multiplies
+    num_offloaded_layers: int = 0  # --cpu-offloading-num-layers: their activations wait on the host
+    offload_modules: tuple[OffloadModule, ...] = ()  # of --fine-grained-activation-offloading
+    optimizer_offload_ratio: float = 0.0  # --optimizer-cpu-offload
+    master_bytes: int = 4  # of an element in the optimizer
+    moments_bytes: int = 8  # the same of Adam's two
     sharding: Sharding = "distributed_optimizer"
     shard_size: int | None = None  # ranks that share one copy of what is sharded; None: all data and context ranks
     has_flash_attention: bool = True

@@ -1,10 +1,12 @@
 """Estimated memory of each pipeline stage against what a device holds."""
 
 import math
+import os
 
 from megatron_hammer.config.run_plan import Machine, RunPlan
 from megatron_hammer.model.accounting import StageMemory, estimate_memory
 from megatron_hammer.model.byte_units import GIB
+from megatron_hammer.model.memory import EXPANDABLE_FRAGMENTATION_RATIO, FRAGMENTATION_RATIO
 from megatron_hammer.platforms.device import read_device_memory_bytes
 
 ALLOWANCES = ("context", "fragmentation")  # not shown: no flag of the run changes them
@@ -15,7 +17,9 @@ def estimate_run_memory(plan: RunPlan) -> tuple[StageMemory, ...]:
 
     A run on this machine's CPU has no CUDA context and no caching allocator; a planned one is planned for GPUs.
     """
-    gpu_allowances = {} if plan.machine.has_gpu else {"context_bytes": 0, "fragmentation_ratio": 0.0}
+    allowances = {"fragmentation_ratio": EXPANDABLE_FRAGMENTATION_RATIO if _is_expandable() else FRAGMENTATION_RATIO}
+    if not plan.machine.has_gpu:
+        allowances = {"context_bytes": 0, "fragmentation_ratio": 0.0}
     return estimate_memory(
         plan.model,
         plan.layout,
@@ -23,8 +27,14 @@ def estimate_run_memory(plan: RunPlan) -> tuple[StageMemory, ...]:
         seq_length=plan.seq_length,
         num_microbatches=plan.num_microbatches,
         options=plan.memory,
-        **gpu_allowances,  # type: ignore[arg-type]
+        **allowances,  # type: ignore[arg-type]
     )
+
+
+def _is_expandable() -> bool:
+    """Whether the environment switches expandable segments of torch's caching allocator on."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the new name and the old one
+    return any("expandable_segments:true" in os.environ.get(name, "").lower() for name in names)
 
 
 def read_available_bytes(machine: Machine) -> int | None:
@@ -67,4 +77,7 @@ def _advise(plan: RunPlan, parts: dict[str, int]) -> str:
             return f"Pass --micro-batch-size {plan.batch.micro_batch_size // 2}"
         if plan.recompute != "full":
             return "Pass --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    if plan.memory.has_quantized_copies and parts["buffers"] > parts["weights"] / 2:
+        flag = "--fp4-param-gather" if plan.memory.precision == "nvfp4" else "--fp8-param-gather"
+        return f"Pass {flag}: 16-bit weights are kept beside their quantized copies"
     return "Raise --tensor-model-parallel-size or --pipeline-model-parallel-size, or use more devices"

@@ -64,7 +64,7 @@ def predict_step(plan: Plan, coefficients: Coefficients | None = None) -> StepTi
     """Seconds of one step of a plan, with their parts and band.
 
     coefficients: the shipped ones by default. Raises ConfigError if the layout does not fit the model. Memory is not
-    checked here: see `memory/plan_memory.py`.
+    checked here: see `plan_memory.py`.
     """
     coefficients = coefficients or load_coefficients()
     parts, idle_s = _estimate_parts(plan, coefficients)

@@ -224,6 +224,8 @@ def list_environment(launch: Launch) -> list[tuple[str, str, str]]:
     elif is_ordered and plan.gpu.fp4_tflops is None:
         reason = "With one connection, kernels of tensor and context parallelism start in the order that overlaps them."
         variables.append(("CUDA_DEVICE_MAX_CONNECTIONS", "1", reason))
+    reason = "The allocator then reuses freed memory for tensors of any size; the plan's memory is estimated so."
+    variables.append(("PYTORCH_ALLOC_CONF", "expandable_segments:True", reason))
     variables.append(("NCCL_DEBUG", "WARN", "NCCL then prints why it fails, and nothing else. Its default is silence."))
     return variables
 

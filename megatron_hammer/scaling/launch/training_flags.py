@@ -26,6 +26,7 @@ FSDP_FLAGS = (
     *("--ckpt-format", "fsdp_dtensor"),
 )
 DEFAULT_VOCAB_DIVISOR = 128
+DEFAULT_RECOMPUTE_MODULES = ("core_attn",)  # recompute_modules of megatron.core's TransformerConfig
 
 
 # Megatron's arguments of a model in the order in which a script has their flags. Any other follows.
@@ -140,11 +141,36 @@ def list_batch_flags(*, micro_batch_size: int, global_batch_size: int, seq_lengt
     return [word for flag, size in sizes.items() for word in (f"--{flag}", str(size))]
 
 
-def list_recompute_flags(recompute: Recompute) -> list[str]:
-    """selective recomputes the core attention; full recomputes each layer separately."""
+def list_recompute_flags(
+    recompute: Recompute, modules: tuple[str, ...] = DEFAULT_RECOMPUTE_MODULES, num_layers: int | None = None
+) -> list[str]:
+    """modules: what selective recomputes. full recomputes each layer separately, or the first num_layers of a chunk."""
     if recompute == "full":
-        return ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"]
-    return [] if recompute == "none" else ["--recompute-granularity", "selective"]
+        method, number = ("uniform", 1) if num_layers is None else ("block", num_layers)
+        return ["--recompute-granularity", "full", "--recompute-method", method, "--recompute-num-layers", str(number)]
+    if recompute == "none":
+        return []
+    named = [] if modules == DEFAULT_RECOMPUTE_MODULES else ["--recompute-modules", *modules]
+    return ["--recompute-granularity", "selective", *named]
+
+
+def _list_memory_flags(plan: Plan) -> list[str]:
+    """Quantized parameters, and what waits on the host."""
+    flags = []
+    if plan.has_quantized_parameters and plan.precision in LOW_PRECISION_FLAGS:
+        flags += ["--fp4-param-gather"] if plan.precision == "nvfp4" else ["--fp8-param-gather"]
+        # Megatron-FSDP has a buffer of its own for the gathered weights.
+        if plan.precision == "mxfp8" and plan.sharding != "fsdp":
+            flags.append("--reuse-grad-buf-for-mxfp8-param-ag")
+    if plan.num_offloaded_layers:
+        flags += ["--cpu-offloading-num-layers", str(plan.num_offloaded_layers)]
+    if plan.offload_modules:
+        flags += ["--fine-grained-activation-offloading", "--offload-modules", *plan.offload_modules]
+    if plan.optimizer_offload_ratio:
+        # Megatron asks for the precision-aware optimizer beside it.
+        flags += ["--optimizer-cpu-offload", "--optimizer-offload-fraction", f"{plan.optimizer_offload_ratio:g}"]
+        flags += ["--use-precision-aware-optimizer", "--overlap-cpu-optimizer-d2h-h2d"]
+    return flags
 
 
 def list_plan_flags(plan: Plan, model_arguments: Mapping[str, Any], *, is_cpu: bool) -> list[str]:
@@ -166,7 +192,8 @@ def list_plan_flags(plan: Plan, model_arguments: Mapping[str, Any], *, is_cpu: b
     if plan.vocab_divisible_by != DEFAULT_VOCAB_DIVISOR:
         flags += ["--make-vocab-size-divisible-by", str(plan.vocab_divisible_by)]
     flags += LOW_PRECISION_FLAGS.get(plan.precision, ("--precision", plan.precision))
-    return [*flags, *list_recompute_flags(plan.recompute), *_list_data_parallel_flags(plan, is_cpu=is_cpu)]
+    flags += list_recompute_flags(plan.recompute, plan.recompute_modules, plan.recompute_num_layers)
+    return [*flags, *_list_memory_flags(plan), *_list_data_parallel_flags(plan, is_cpu=is_cpu)]
 
 
 def _list_data_parallel_flags(plan: Plan, *, is_cpu: bool) -> list[str]:

@@ -298,7 +298,7 @@ def _build_options(
         has_fused_activation=software.has_fused_activation,
         gradient_bytes=software.gradient_bytes,
         has_fused_weight_gradients=software.has_fused_weight_gradients,
-        has_fp8_parameters=software.has_fp8_parameters,
+        has_quantized_parameters=software.has_quantized_parameters,
         workspace_bytes=software.workspace_bytes,
     )
 

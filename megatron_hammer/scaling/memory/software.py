@@ -48,7 +48,7 @@ class MemorySoftware:
     reshards_in_pipeline: bool = True
     has_fused_activation: bool = True
     has_fused_weight_gradients: bool = True
-    has_fp8_parameters: bool = False
+    has_quantized_parameters: bool = False
     keeps_quantized: bool = True  # False: 8-bit copies are made again each time they are needed, and never kept
     is_context_parallel_all_to_all: bool = False
     cross_entropy: CrossEntropy = "unfused"

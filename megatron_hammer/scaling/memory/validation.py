@@ -186,9 +186,7 @@ def _row_as_json(prediction: MemoryPrediction) -> dict[str, Any]:
         "predicted": prediction.predicted,
         "error_ratio": prediction.error_ratio,
         "pp_rank": stage.pp_rank,
-        "parts_bytes": {
-            name.removesuffix("_bytes"): size for name, size in asdict(stage).items() if name.endswith("_bytes")
-        },
+        "parts_bytes": stage.list_parts(),
         "assumptions": list(row.assumptions),
     }
 

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 from megatron_hammer.model.accounting import ParallelLayout, StageMemory
 from megatron_hammer.model.byte_units import GIB
-from megatron_hammer.scaling.memory.plan_memory import estimate_heaviest_plan_stage
 from megatron_hammer.scaling.plan import Plan, Sharding, StepTime
+from megatron_hammer.scaling.plan_memory import estimate_heaviest_plan_stage
 from megatron_hammer.scaling.search.projection import Projection, SizeProjection, Study, describe_plan
 from megatron_hammer.scaling.search.search_space import (
     RECOMPUTES,

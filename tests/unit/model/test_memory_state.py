@@ -71,11 +71,46 @@ def test_placeholders_of_weight_gradients_are_one_for_each_shape():
 @pytest.mark.parametrize("precision, copy_bytes", [("fp8", 1), ("mxfp8", 33 / 32), ("nvfp4", 9 / 16)])
 def test_quantized_weights_are_kept_twice(precision, copy_bytes):
     linears = 22 * LAYER_LINEARS
-    beside, instead = estimate(precision=precision), estimate(precision=precision, has_fp8_parameters=True)
+    beside, instead = estimate(precision=precision), estimate(precision=precision, has_quantized_parameters=True)
     assert beside.weights == estimate().weights
     assert beside.buffers - estimate().buffers == round(2 * copy_bytes * linears)
     assert instead.weights == estimate().weights - 2 * linears + round(2 * copy_bytes * linears)
     assert instead.buffers == estimate().buffers
+
+
+def test_blackwell_keeps_one_copy_of_per_tensor_fp8():
+    linears = 22 * LAYER_LINEARS
+    one = estimate(precision="fp8", has_transposed_weights=False)
+    assert one.buffers - estimate().buffers == linears
+    instead = estimate(precision="fp8", has_transposed_weights=False, has_quantized_parameters=True)
+    assert instead.weights == estimate().weights - linears
+
+
+def test_mxfp8_parameters_need_a_gather_buffer_unless_they_share_that_of_gradients():
+    shared = estimate(precision="mxfp8", has_quantized_parameters=True)
+    own = estimate(precision="mxfp8", has_quantized_parameters=True, has_own_gather_buffer=True)
+    assert own.buffers - shared.buffers == 2 * 22 * LAYER_LINEARS
+    assert own.weights == shared.weights
+
+
+def test_fsdp_gathers_quantized_parameters_of_the_layers_at_work_only():
+    layout = ParallelLayout(data_parallel_size=8)
+    options = {"sharding": "fsdp", "has_fused_weight_gradients": False, "precision": "fp8"}
+    beside, instead = estimate(layout, **options), estimate(layout, has_quantized_parameters=True, **options)
+    unit = 2 * LAYER_LINEARS + 2 * (LAYER - LAYER_LINEARS)  # an 8-bit copy and its transpose, norms in 16 bits
+    assert instead.buffers - WORKSPACE_BYTES == 2 * unit + 6 * (ROWS * H + H)
+    # TransformerEngine keeps the copies of 16-bit weights, whole ones on every rank.
+    assert beside.buffers - WORKSPACE_BYTES == 2 * 2 * LAYER + 6 * (ROWS * H + H) + 2 * 22 * LAYER_LINEARS
+    # The shard has no transposes: they are made when a layer is gathered.
+    assert beside.weights - instead.weights == pytest.approx(22 * LAYER_LINEARS / 8, abs=2)
+
+
+def test_an_offloaded_optimizer_is_on_the_host():
+    layout = ParallelLayout(data_parallel_size=8)
+    whole, half = estimate(layout), estimate(layout, optimizer_offload_ratio=0.5)
+    assert half.optimizer == pytest.approx(whole.optimizer / 2, abs=12)
+    assert half.host == pytest.approx(18 * whole.optimizer / 12 / 2, abs=18)  # with the gradient and a 16-bit copy
+    assert (half.weights, half.gradients, half.buffers, whole.host) == (*whole[:2], whole.buffers, 0)
 
 
 def test_fsdp_divides_all_state_and_gathers_layers():

@@ -12,8 +12,8 @@ from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.scaling.cost.coefficients import build_prior_coefficients
 from megatron_hammer.scaling.cost.step_time import predict_step
 from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_default_cluster, select_gpu
-from megatron_hammer.scaling.memory.plan_memory import estimate_heaviest_plan_stage
 from megatron_hammer.scaling.plan import Plan, Precision, StepTime
+from megatron_hammer.scaling.plan_memory import estimate_heaviest_plan_stage
 from megatron_hammer.scaling.search.projection import Study, describe_plan
 from megatron_hammer.scaling.search.search import GIB, Predict, Search
 from megatron_hammer.scaling.search.search_space import (

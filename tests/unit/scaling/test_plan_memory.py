@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 
 from megatron_hammer.model.accounting import ParallelLayout, StageMemory, estimate_memory
+from megatron_hammer.model.memory import EXPANDABLE_FRAGMENTATION_RATIO
 from megatron_hammer.model.memory_options import MemoryOptions
 from megatron_hammer.presets.catalogue import PRESETS
-from megatron_hammer.scaling.memory.plan_memory import build_memory_run, estimate_heaviest_plan_stage
 from megatron_hammer.scaling.plan import Cluster, Gpu, Plan
+from megatron_hammer.scaling.plan_memory import build_memory_run, estimate_heaviest_plan_stage
 
 GPU = Gpu(
     name="test-gpu",
@@ -52,7 +53,13 @@ def estimate_plan_memory(plan: Plan) -> tuple[StageMemory, ...]:
 def test_a_plan_needs_what_preflight_estimates():
     options = MemoryOptions(cross_entropy="in-place")
     expected = estimate_memory(
-        PLAN.model, PLAN.layout, micro_batch_size=1, seq_length=4096, num_microbatches=64, options=options
+        PLAN.model,
+        PLAN.layout,
+        micro_batch_size=1,
+        seq_length=4096,
+        num_microbatches=64,
+        options=options,
+        fragmentation_ratio=EXPANDABLE_FRAGMENTATION_RATIO,
     )
     assert estimate_plan_memory(PLAN) == expected
 
