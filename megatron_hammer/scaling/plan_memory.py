@@ -52,6 +52,7 @@ def build_memory_run(plan: Plan) -> dict[str, Any]:
             _select_memory_precision(plan),
             # Blackwell, which also has units for 4 bits, multiplies per-tensor fp8 in every layout.
             plan.precision != "fp8" or plan.gpu.fp4_tflops is None,
+            plan.experts.imbalance_ratio,
             tuple(getattr(plan, name) for name in SHARED_FIELDS),
         ),
         **allowances,
@@ -77,6 +78,7 @@ def _build_options(
     recompute_num_layers: int | None,
     precision: Any,
     has_transposed_weights: bool,
+    expert_imbalance_ratio: float,
     shared: tuple[Any, ...],
 ) -> MemoryOptions:
     fields = dict(zip(SHARED_FIELDS, shared, strict=True))
@@ -85,6 +87,7 @@ def _build_options(
         recompute_method="uniform" if recompute_num_layers is None else "block",
         recompute_num_layers=recompute_num_layers,
         has_transposed_weights=has_transposed_weights,
+        expert_imbalance_ratio=expert_imbalance_ratio,
         matrix_moments_bytes=fields["moments_bytes"],
         cross_entropy="in-place",
         # The fusion is a CUDA kernel (fused_weight_gradient_mlp_cuda in megatron.core.tensor_parallel.layers).
