@@ -10,7 +10,9 @@ from typing import Literal
 Precision = Literal["fp32", "bf16", "fp8", "mxfp8", "nvfp4"]
 Recompute = Literal["none", "selective", "full"]
 # Megatron's --recompute-modules, and torchtitan's checkpointing of operators, which keeps every second product.
-RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts", "every_other_matmul"]
+RecomputeModule = Literal[
+    "core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts", "every_other_matmul"
+]
 Sharding = Literal["none", "distributed_optimizer", "fsdp"]
 # Megatron's --offload-modules: each moves its input to the host between the forward and the backward pass.
 OffloadModule = Literal[

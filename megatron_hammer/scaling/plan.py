@@ -33,8 +33,7 @@ DISPATCHERS: tuple[Dispatcher, ...] = get_args(Dispatcher)
 # What CUDA graphs launch instead of the host: nothing, the router of a mixture, that and attention, or the whole step.
 CudaGraphs = Literal["none", "router", "attention", "step"]
 # What "selective" recomputation repeats: Megatron's --recompute-modules.
-RecomputeModule = Literal["core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts"]
-RECOMPUTE_MODULES: tuple[RecomputeModule, ...] = get_args(RecomputeModule)
+RECOMPUTE_MODULES: tuple[RecomputeModule, ...] = get_args(RecomputeModule)[:-1]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,6 @@ from megatron_hammer.scaling.plan import (
     CudaGraphs,
     Dispatcher,
     ExpertOptions,
-    RecomputeModule,
 )
 
 
