@@ -5,6 +5,7 @@ The columns are those of published_moe.csv; `row_model.py` builds the experts th
 
 from dataclasses import dataclass
 
+from megatron_hammer.model.memory_options import RecomputeModule
 from megatron_hammer.scaling.evidence.row_model import UnpredictableError
 from megatron_hammer.scaling.evidence.run_table import RunRow
 from megatron_hammer.scaling.evidence.software import TrainingSoftware
