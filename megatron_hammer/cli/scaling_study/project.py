@@ -15,11 +15,13 @@ from functools import partial
 from pathlib import Path
 
 from megatron_hammer.cli.scaling_study.study_arguments import add_study_arguments, build_study
+from megatron_hammer.errors import ConfigError
 from megatron_hammer.files.publish import publish_files
 from megatron_hammer.model.accounting import FLOP_CONVENTIONS
 from megatron_hammer.scaling.cost.coefficients import Coefficients, load_coefficients
 from megatron_hammer.scaling.cost.step_time import predict_step
 from megatron_hammer.scaling.report.projection_file import build_projection_document, format_csv, format_json
+from megatron_hammer.scaling.report.projection_tables import describe_result, list_problems, print_tables
 from megatron_hammer.scaling.search.projection import Overlay, Study, StudyResult, build_companion_study, find_knee
 from megatron_hammer.scaling.search.search import Predict, Search
 
@@ -54,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the best layouts. A size on which nothing fits is reported and is no error."""
+    """Print the best layouts. Raises ConfigError, after everything is written, if nothing fits at any size."""
     study = build_study(arguments, arguments.read_hf_model)
     coefficients = load_coefficients(arguments.coefficients)
     predict = partial(predict_step, coefficients=coefficients)
@@ -68,6 +70,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.output_dir is not None:
         publish_files(_build_files(result, arguments.output_dir))
     _print_result(arguments, result)
+    if not any(size.best for size in result.sizes):
+        raise ConfigError(*list_problems(result))
 
 
 def _build_overlay(
@@ -120,8 +124,6 @@ def _build_files(result: StudyResult, folder: Path) -> dict[Path, str | bytes]:
 
 
 def _print_result(arguments: argparse.Namespace, result: StudyResult) -> None:
-    from megatron_hammer.scaling.report.projection_tables import describe_result, print_tables
-
     if arguments.json:
         print(format_json(build_projection_document(result)), end="")
     elif arguments.csv:

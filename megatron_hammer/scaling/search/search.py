@@ -13,6 +13,7 @@ question always gets the same answer.
 """
 
 import heapq
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, lcm, log2
@@ -35,6 +36,9 @@ from megatron_hammer.scaling.search.search_space import (
 # Safety margin of the bound, for rounding and for parts that a predictor counts a little differently with and without
 # pipeline stages: a plan is skipped only if this share of its bound is above the slowest of the best.
 BOUND_MARGIN_RATIO = 0.98
+# Of a layout with more micro-batch sizes than this, the largest that fits is found by bisection before any is bounded.
+# A batch with many divisors has thousands, and most of them are far too large.
+MOST_UNSORTED_SIZES = 16
 # What every layer costs for each micro-batch, independent of the placement of other ranks.
 LAYER_PARTS = ("matmul_s", "attention_s", "pointwise_s", "tensor_parallel_s", "context_parallel_s", "expert_parallel_s")
 # Of equally fast plans, prefer the one that is closest to Megatron's defaults.
@@ -82,8 +86,8 @@ class Search:
     def search_plans(self, study: Study, num_gpus: int) -> SizeProjection:
         """The study's best plans on this number of GPUs, or the reason why there are none, with a remedy."""
         batch = study.global_batch_size_at(num_gpus)
-        candidates = sorted(self._list_candidates(study, num_gpus, batch))
         fit = _Fit(study, self._estimate)
+        candidates = sorted(self._list_candidates(study, num_gpus, batch, fit))
         best: list[_Ranked] = []
         for candidate in candidates:
             # best[0] is the slowest of the best plans. Candidates are sorted by bound, so all others are slower too.
@@ -108,7 +112,7 @@ class Search:
             least_memory_bytes=fit.least.memory.total_bytes if fit.least and not best else None,
         )
 
-    def _list_candidates(self, study: Study, num_gpus: int, batch: int) -> Iterator[_Candidate]:
+    def _list_candidates(self, study: Study, num_gpus: int, batch: int, fit: "_Fit") -> Iterator[_Candidate]:
         layouts = list_layouts(
             study.model,
             study.cluster,
@@ -119,9 +123,10 @@ class Search:
         )
         place = 0
         for layout in layouts:
-            sizes = list_micro_batch_sizes(layout, batch, study.space)
+            all_sizes = list_micro_batch_sizes(layout, batch, study.space)
             for sharding in list_shardings(layout, study.cluster, study.space):
                 plan = _build_plan(study, layout, sharding, batch)
+                sizes = fit.drop_too_large(plan, all_sizes)
                 for size, bound_s in zip(sizes, self._list_bounds_s(plan, sizes), strict=True):
                     yield _Candidate(bound_s, place, plan, size)
                     place += 1
@@ -174,6 +179,17 @@ class _Fit:
         self._estimate = estimate
         self._too_large: dict[tuple[ParallelLayout, Sharding], int] = {}  # micro-batch sizes that did not fit
         self.least: _Failure | None = None
+
+    def drop_too_large(self, plan: Plan, sizes: list[int]) -> list[int]:
+        """The micro-batch sizes, in rising order, without those above the first that does not fit."""
+        if len(sizes) <= MOST_UNSORTED_SIZES:
+            return sizes
+        smallest_memory = replace(plan, recompute=self._recomputes[-1])
+
+        def is_too_large(size: int) -> bool:
+            return self._try(replace(smallest_memory, micro_batch_size=size)) is None
+
+        return sizes[: bisect_left(sizes, True, key=is_too_large)]
 
     def choose_recompute(self, plan: Plan) -> tuple[Plan, StageMemory] | None:
         """The plan with the least recomputation that makes it fit, and its heaviest stage. None if nothing does."""
@@ -265,5 +281,6 @@ def _describe_failure(study: Study, num_gpus: int, batch: int, least: _Failure |
         remedy = "Lower --seq-length, use more GPUs for context parallelism, or some with more memory"
     return (
         f"gpus: one GPU must hold its share of {study.model.name}, got {memory.total_bytes / GIB:.1f} GiB at least of "
-        f"{limit / GIB:.1f} with gpus={num_gpus} ({describe_plan(plan)}). {remedy}."
+        f"{limit / GIB:.1f} with gpus={num_gpus}: {(memory.total_bytes - limit) / GIB:.1f} GiB are missing for "
+        f"{describe_plan(plan)}. {remedy}."
     )

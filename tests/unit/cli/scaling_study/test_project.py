@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.cli.scaling_study import project
-from megatron_hammer.errors import OutputError
+from megatron_hammer.errors import ConfigError, OutputError
 from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.scaling.report.projection_file import read_projection
 from tests.helpers.run_tables import write_table
@@ -74,10 +74,12 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         run(*SMALL, "--output-dir", str(tmp_path / "file"))
 
 
-def test_a_study_in_which_nothing_fits_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(*SMALL, "--memory-gib", "0.5", "--output-dir", str(tmp_path))
+def test_a_study_in_which_nothing_fits_is_written_and_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError, match=r"gpus: one GPU must hold its share of hammer-tiny, got .*GiB are missing"):
+        run(*SMALL, "--memory-gib", "0.5", "--output-dir", str(tmp_path))
     output = capsys.readouterr().out
-    assert "gpus: one GPU must hold its share of hammer-tiny, got " in output
     assert "2 sizes, 0 feasible; " in output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["projection.csv", "projection.json", "report.html"]
 

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from megatron_hammer.model.accounting import ParallelLayout
+from megatron_hammer.model.accounting import ParallelLayout, StageMemory
 from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.scaling.cost.coefficients import build_prior_coefficients
 from megatron_hammer.scaling.cost.step_time import predict_step
@@ -15,7 +15,7 @@ from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_de
 from megatron_hammer.scaling.plan import Plan, Precision, StepTime
 from megatron_hammer.scaling.plan_memory import estimate_heaviest_plan_stage
 from megatron_hammer.scaling.search.projection import Study, describe_plan
-from megatron_hammer.scaling.search.search import GIB, Predict, Search
+from megatron_hammer.scaling.search.search import GIB, Predict, Search, _Fit
 from megatron_hammer.scaling.search.search_space import (
     RECOMPUTES,
     SearchSpace,
@@ -122,7 +122,7 @@ def test_plans_that_the_search_skips_are_slower(preset: str, gpu: str, precision
     )
     search = Search(predict=predict_step)
     for num_gpus in (4, 64):
-        candidates = list(search._list_candidates(study, num_gpus, 1024))
+        candidates = list(search._list_candidates(study, num_gpus, 1024, _Fit(study, estimate_heaviest_plan_stage)))
         for candidate in candidates[:: len(candidates) // 40 + 1]:
             plan = replace(candidate.plan, micro_batch_size=candidate.micro_batch_size)
             times = [predict_step(replace(plan, recompute=recompute)).total_s for recompute in RECOMPUTES]
@@ -248,3 +248,30 @@ def test_plans_in_words() -> None:
     plan = replace(plan, layout=cut, recompute="full", sharding="none")
     assert describe_plan(plan) == "tp=4 pp=2 vp=11, micro-batch 2, full recomputation, no sharding"
     assert describe_plan(replace(plan, layout=ParallelLayout())).startswith("one rank, ")
+
+
+def test_a_batch_with_many_divisors_is_searched_by_bisection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer is that of a search that tries every divisor, at less than half of its tries."""
+    study = build_toy_study(
+        "hammer-tiny",
+        gpu_counts=(2,),
+        global_batch_size=2 * 3 * 5 * 7 * 11 * 13 * 64,
+        seq_length=256,
+        memory_limit_bytes=3 * GIB,
+        space=SearchSpace(pipeline_model_parallel_sizes=(1,)),
+    )
+    results, tries = [], []
+    for most in (16, 10**9):
+        monkeypatch.setattr("megatron_hammer.scaling.search.search.MOST_UNSORTED_SIZES", most)
+        count = 0
+
+        def estimate(plan: Plan) -> StageMemory:
+            nonlocal count
+            count += 1
+            return estimate_heaviest_plan_stage(plan)
+
+        results.append(Search(predict=predict, estimate=estimate).search_plans(study, 2).projections)
+        tries.append(count)
+    assert results[0] == results[1]
+    assert results[0]
+    assert tries[0] < tries[1] / 2
