@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_hammer.scaling.decisions.schedule import Pass, list_passes
+from megatron_hammer.scaling.timeline.schedule import Pass, list_passes
 
 
 @pytest.mark.parametrize(

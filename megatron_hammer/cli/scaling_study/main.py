@@ -1,6 +1,7 @@
 """What a cluster will do with a model: projected, measured, calibrated and validated.
 
 project: the best layouts at each number of GPUs, with step time, memory, cost and an error band.
+compare: several machines for one training, with days, cost, energy and CO2.
 emit: launch scripts of chosen rows of a projection.
 trace: a predicted step as a timeline for chrome://tracing and Perfetto.
 goodput: save interval, spare nodes and days of chosen rows, with failures.
@@ -22,6 +23,7 @@ from megatron_hammer.model.shape import ModelShape
 
 COMMANDS: tuple[str, ...] = (
     "project",
+    "compare",
     "emit",
     "trace",
     "goodput",

@@ -28,41 +28,50 @@ TOKEN_SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 EXACT_NUMBER = re.compile(r"[-+]?[\d_]{0,20}(\.[\d_]{0,20})?(e[-+]?\d{1,2})?(/[\d_]{1,20})?", re.IGNORECASE)
 
 
-def add_study_arguments(parser: argparse.ArgumentParser) -> None:
-    """Model, machine, run and restrictions of a study."""
+def add_study_arguments(parser: argparse.ArgumentParser, *, has_machine: bool = True) -> None:
+    """Model, machine, run and restrictions of a study.
+
+    has_machine: whether one machine is chosen here. `compare` chooses several, all with the same batch.
+    """
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--preset", help="a shipped model; its recipe supplies the defaults")
     model.add_argument(
         "--hf-config", type=Path, metavar="PATH", help="config.json of a Hugging Face model, or its folder"
     )
-    _add_machine_arguments(parser)
-    _add_run_arguments(parser)
+    machine = parser.add_argument_group("machine")
+    if has_machine:
+        _add_machine_arguments(machine)
+    _add_file_arguments(machine)
+    _add_run_arguments(parser, has_machine)
     _add_restrictions(parser)
 
 
-def _add_machine_arguments(parser: argparse.ArgumentParser) -> None:
-    machine = parser.add_argument_group("machine")
+def _add_machine_arguments(machine: argparse._ArgumentGroup) -> None:
     machine.add_argument("--gpu", required=True, help="a GPU of gpus.toml, such as h100-sxm")
     machine.add_argument("--cluster", help="a cluster of clusters.toml (default: the first one of this GPU)")
     machine.add_argument("--gpus", required=True, metavar="N,N,...", help="numbers of GPUs")
-    machine.add_argument("--gpus-file", type=Path, metavar="TOML", help="GPUs of your own, added to the shipped ones")
-    machine.add_argument("--clusters-file", type=Path, metavar="TOML", help="clusters of your own")
-    machine.add_argument("--coefficients", type=Path, metavar="TOML", help="coefficients of your own, from calibrate")
     machine.add_argument("--memory-gib", type=float, help="what a plan may need of a GPU (default: 95%% of its memory)")
     machine.add_argument(
         "--usd-per-gpu-hour", type=float, metavar="USD", help="price (default: the cluster's, if known)"
     )
 
 
-def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_file_arguments(machine: argparse._ArgumentGroup) -> None:
+    machine.add_argument("--gpus-file", type=Path, metavar="TOML", help="GPUs of your own, added to the shipped ones")
+    machine.add_argument("--clusters-file", type=Path, metavar="TOML", help="clusters of your own")
+    machine.add_argument("--coefficients", type=Path, metavar="TOML", help="coefficients of your own, from calibrate")
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser, has_samples_per_gpu: bool) -> None:
     run = parser.add_argument_group("run")
     batch = run.add_mutually_exclusive_group()
     batch.add_argument(
         "--global-batch-size", type=int, metavar="N", help="samples per step at every size (default: the recipe's)"
     )
-    batch.add_argument(
-        "--samples-per-gpu", metavar="N", help="samples per step and GPU, so that the batch grows; also 0.25 or 1/4"
-    )
+    if has_samples_per_gpu:
+        batch.add_argument(
+            "--samples-per-gpu", metavar="N", help="samples per step and GPU, so that the batch grows; also 0.25 or 1/4"
+        )
     run.add_argument(
         "--seq-length", type=int, metavar="TOKENS", help="(default: the recipe's, or the config's longest)"
     )

@@ -14,9 +14,9 @@ from typing import Any
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.files.publish import publish_files
 from megatron_hammer.files.tables import build_table, open_console, print_json
-from megatron_hammer.scaling.decisions.trace import StepTrace, build_trace, format_trace, sum_slowest_stage
 from megatron_hammer.scaling.report.projection_file import SavedRow, read_projection
 from megatron_hammer.scaling.search.projection import describe_plan
+from megatron_hammer.scaling.timeline.trace import StepTrace, build_trace, format_trace, sum_slowest_stage
 
 # Of the time in the file, to the one that is predicted again: only rounding may differ.
 TIME_TOLERANCE_RATIO = 1e-9

@@ -40,7 +40,7 @@ class StageCost(NamedTuple):
 
 
 class StepCosts(NamedTuple):
-    """What a step is added up from. `decisions/trace.py` draws the same numbers as a timeline.
+    """What a step is added up from. `timeline/trace.py` draws the same numbers as a timeline.
 
     kinds and stages belong together, position by position. fsdp_s: of one layer over one micro-batch. send_s: what a
     stage waits for its neighbours, per micro-batch. fill_send_s: once per step.

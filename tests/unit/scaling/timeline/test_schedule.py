@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_hammer.scaling.decisions.schedule import Pass, find_source, list_passes, place_passes
+from megatron_hammer.scaling.timeline.schedule import Pass, find_source, list_passes, place_passes
 
 
 def test_a_single_stage_runs_each_micro_batch_forward_and_backward() -> None:

@@ -20,9 +20,9 @@ from megatron_hammer.model.accounting import LayerRange, split_layers
 from megatron_hammer.scaling.cost.coefficients import Coefficients
 from megatron_hammer.scaling.cost.compute import PassTime
 from megatron_hammer.scaling.cost.step_time import StageCost, StepCosts, build_step_costs, predict_step
-from megatron_hammer.scaling.decisions.schedule import Pass, PlacedPass, place_passes
 from megatron_hammer.scaling.plan import Plan, StepTime
 from megatron_hammer.scaling.search.projection import PART_NAMES, describe_plan
+from megatron_hammer.scaling.timeline.schedule import Pass, PlacedPass, place_passes
 
 STEP_TRACK, PARTS_TRACK, GATHER_TRACK, REDUCE_TRACK = range(4)
 TRACK_NAMES = ("step", "parts of the passes", "parameters gathered beside", "gradients reduced beside")

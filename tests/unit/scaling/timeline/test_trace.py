@@ -12,7 +12,9 @@ from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.accounting import ParallelLayout
 from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.scaling.cost.coefficients import load_coefficients
-from megatron_hammer.scaling.decisions.trace import (
+from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_gpu
+from megatron_hammer.scaling.plan import Plan
+from megatron_hammer.scaling.timeline.trace import (
     GATHER_TRACK,
     PARTS_TRACK,
     REDUCE_TRACK,
@@ -22,10 +24,6 @@ from megatron_hammer.scaling.decisions.trace import (
     format_trace,
     sum_slowest_stage,
 )
-from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_gpu
-from megatron_hammer.scaling.plan import Plan
-
-STEP_PARTS = ("optimizer_s", "jitter_s", "bubble_s")  # of the whole step, and not of a pass
 
 
 def build_plan(preset: str = "llama3-8b", *, num_microbatches: int = 8, **changes: Any) -> Plan:
