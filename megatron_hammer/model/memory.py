@@ -18,7 +18,7 @@ from megatron_hammer.model.memory_loss import HeadMemory, count_embedding_bytes,
 from megatron_hammer.model.memory_offload import count_offloaded
 from megatron_hammer.model.memory_options import Batch, MemoryOptions
 from megatron_hammer.model.memory_state import StageState, estimate_state
-from megatron_hammer.model.parameters import find_shard_problems
+from megatron_hammer.model.parameters import find_shard_problems, list_mtp_kinds
 from megatron_hammer.model.pipeline_split import LayerRange, split_layers
 from megatron_hammer.model.shape import ModelShape
 
@@ -187,6 +187,8 @@ def _list_peaks(
         longest = max(chunk.num_layers for chunk in chunks)
         shared = [_share_units(layer, options, longest) for layer in layers]
         counts = [_count_kinds(model, kinds, chunk) for chunk in chunks]
+        if pp_rank == last_pp_rank:
+            counts[-1] = _add_mtp_layers(model, kinds, counts[-1])
         kept, on_host = zip(
             *(_sum_layers(count, shared, options.num_offloaded_layers) for count in counts), strict=True
         )
@@ -259,6 +261,12 @@ def _count_kinds(model: ModelShape, kinds: Sequence[ModelShape], chunk: LayerRan
         return (chunk.num_layers,)
     counts = dict(model.split_kinds(chunk.list_layers()))
     return tuple(counts.get(kind, 0) for kind in kinds)
+
+
+def _add_mtp_layers(model: ModelShape, kinds: Sequence[ModelShape], counts: tuple[int, ...]) -> tuple[int, ...]:
+    """The layers of the last chunk and those behind it, which predict further tokens."""
+    further = dict(list_mtp_kinds(model))
+    return tuple(count + further.get(kind, 0) for kind, count in zip(kinds, counts, strict=True))
 
 
 def _select_worst_moment(layers: Sequence[LayerActivations], kept: int, head: HeadMemory | None) -> _Moment:

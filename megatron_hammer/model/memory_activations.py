@@ -8,7 +8,9 @@ terms), quantized inputs of linears, and each module of --recompute-modules.
 from typing import NamedTuple
 
 from megatron_hammer.model.layout import ParallelLayout
+from megatron_hammer.model.memory_latents import count_latents, count_quantized_inputs
 from megatron_hammer.model.memory_options import Batch, MemoryOptions
+from megatron_hammer.model.memory_widths import Widths, cut_widths
 from megatron_hammer.model.shape import ModelShape
 
 
@@ -24,16 +26,6 @@ class LayerActivations(NamedTuple):
     remade: int
     transient: int
     offloaded: int = 0
-
-
-class Widths(NamedTuple):
-    """Elements per token on one rank, cut over the tensor-parallel ranks; h is not."""
-
-    tokens: int  # of the context-parallel rank
-    sequence_tokens: int  # of these, the share of a sequence-parallel rank
-    queries: int
-    key_values: int  # of the keys alone
-    heads: int
 
 
 def estimate_layer_activations(
@@ -73,41 +65,41 @@ def count_gathered_bytes(model: ModelShape, layout: ParallelLayout, batch: Batch
     return batch.count_tokens(layout.context_parallel_size) * options.element_bytes * model.hidden_size
 
 
-def cut_widths(model: ModelShape, layout: ParallelLayout, batch: Batch) -> Widths:
-    tp = layout.tensor_model_parallel_size
-    tokens = batch.count_tokens(layout.context_parallel_size)
-    return Widths(
-        tokens=tokens,
-        sequence_tokens=tokens // tp if layout.has_sequence_parallel else tokens,
-        queries=model.num_attention_heads * model.head_dim // tp,
-        key_values=max(1, model.num_query_groups // tp) * model.head_dim,
-        heads=model.num_attention_heads // tp,
-    )
-
-
 def _count_attention(
     model: ModelShape, layout: ParallelLayout, batch: Batch, options: MemoryOptions, widths: Widths
 ) -> tuple[float, float]:
     """(kept without recomputation, of that given up by --recompute-modules) of norm, linears and core attention."""
     element, linear, h = options.element_bytes, options.linear_input_bytes, model.hidden_size
     norm_output = widths.sequence_tokens * linear * h  # which linear_qkv saves as its input
-    kept = widths.sequence_tokens * element * h + norm_output
+    kept: float = widths.sequence_tokens * element * h
     if options.has_hidden_dropout:
         kept += widths.sequence_tokens * h  # a mask is one byte
-    kept += widths.tokens * element * (widths.queries + 2 * widths.key_values)  # q, k and v
-    if options.has_expanded_heads and widths.queries > widths.key_values:
-        # The copies take the place of key and value, which nothing else needs.
-        kept += widths.tokens * element * 2 * (widths.queries - widths.key_values)
-    if model.has_qk_norm:  # q and k before their norms too
-        kept += widths.tokens * element * (widths.queries + widths.key_values)
-    if not options.has_separate_values:
-        kept += widths.tokens * element * _count_whole_qkv(model, widths)
-    kept += widths.tokens * linear * widths.queries  # the input of linear_proj
+    if model.latent_attention is None:
+        projected, dropped = _count_projected(model, options, widths), 0.0
+    else:
+        norm_output *= count_quantized_inputs(options, 2)
+        projected, dropped = count_latents(model, options, widths)
+    kept += norm_output + projected + widths.tokens * linear * widths.outputs  # the input of linear_proj
     core = _count_core_attention(batch, layout, options, widths)
-    dropped = core if options.is_recomputed("core_attn") else 0
+    dropped += core if options.is_recomputed("core_attn") else 0
     if options.is_recomputed("layernorm"):
         dropped += norm_output
     return kept + core, dropped
+
+
+def _count_projected(model: ModelShape, options: MemoryOptions, widths: Widths) -> float:
+    """Queries, keys and values, and what is kept of them in addition."""
+    element = options.element_bytes
+    kept = widths.tokens * element * (widths.queries + widths.key_values + widths.values)
+    if options.has_expanded_heads and widths.queries > widths.key_values:
+        # The copies take the place of key and value, which nothing else needs.
+        kept += widths.tokens * element * 2 * (widths.queries - widths.key_values)
+    # q and k before their norms too; the average layer, as in _count_whole_qkv, where only some have them.
+    normed = 1.0 if model.has_qk_norm else model.rope_share * model.has_qk_l2_norm
+    total = kept + normed * widths.tokens * element * (widths.queries + widths.key_values)
+    if not options.has_separate_values:
+        total += widths.tokens * element * _count_whole_qkv(model, widths)
+    return total
 
 
 def _count_whole_qkv(model: ModelShape, widths: Widths) -> float:
@@ -132,7 +124,7 @@ def _count_core_attention(batch: Batch, layout: ParallelLayout, options: MemoryO
         has_own_output = options.linear_input_bytes < element or (
             options.is_context_parallel_all_to_all and layout.context_parallel_size > 1
         )
-        return row_statistics + has_own_output * widths.tokens * element * widths.queries
+        return row_statistics + has_own_output * widths.tokens * element * widths.outputs
     pairs = widths.heads * widths.tokens * batch.seq_length
     # Probabilities; with dropout its mask and what it lets through: 5 a s^2 b (the paper's section 4.1).
     scores = pairs * (element + (1 + element if options.has_attention_dropout else 0))
@@ -146,7 +138,7 @@ def _count_mlp(
     """(kept without recomputation, of that given up by --recompute-modules) of the norm and the MLP or the experts."""
     element, linear, h = options.element_bytes, options.linear_input_bytes, model.hidden_size
     norm_output = widths.sequence_tokens * linear * h
-    kept = widths.sequence_tokens * element * h
+    kept: float = widths.sequence_tokens * element * h
     if options.has_hidden_dropout:
         kept += widths.sequence_tokens * h
     if model.moe is None:
@@ -154,8 +146,12 @@ def _count_mlp(
         if options.is_recomputed("mlp"):
             return kept + inner, inner if options.has_fused_norms else inner - norm_output
         return kept + inner, norm_output if options.is_recomputed("layernorm") else 0
+    # A norm in front of a mixture stands alone: the router takes its 16-bit output, and a shared expert quantizes it.
+    norm_output = widths.sequence_tokens * options.element_bytes * h
     routed, activation_outputs = _count_experts(model, layout, options, widths)
     shared_size = model.moe.shared_expert_intermediate_size
+    if shared_size and linear < element:
+        norm_output += widths.sequence_tokens * linear * h
     shared = widths.tokens * _count_mlp_width(model, options, shared_size) / _tp(layout)
     inner = norm_output + routed + shared
     if options.is_recomputed("moe"):  # the norm lies outside

@@ -18,6 +18,13 @@ from megatron_hammer.model.shape import ModelShape
 # compiled parts do not work in place, so there is a second fp32 copy; a recorded peak of Megatron-LM's tests shows it
 # (3.9 bytes more). te: the 16-bit logits become their own gradient.
 LOGIT_BYTES: dict[CrossEntropy, int] = {"in-place": 2, "chunked": 2, "unfused": 6, "native": 10, "te": 2}
+# Of these, what stays until the backward pass: the loss of a further token waits so long, as the last token's loss is
+# computed after it and its backward pass runs first. The fp32 softmax of `unfused` and `native` is one copy.
+WAITING_LOGIT_BYTES: dict[CrossEntropy, int] = {"in-place": 2, "chunked": 2, "unfused": 4, "native": 4, "te": 2}
+# Hidden states that a layer for further tokens keeps beside its transformer layer: the embeddings that its norm takes,
+# two that its projection takes, those of its final norm and of the head. Source: megatron.core
+# MultiTokenPredictionLayer.
+MTP_HIDDEN_STATES = 5
 
 
 class HeadMemory(NamedTuple):
@@ -48,11 +55,12 @@ def estimate_head(model: ModelShape, layout: ParallelLayout, batch: Batch, optio
     if not options.has_fused_weight_gradients:
         # That of a chunk is added to the sum of those before it.
         backward += (2 if is_chunked else 1) * element * rows // tp * model.hidden_size
+    waiting = model.num_mtp_layers * num_logits * (WAITING_LOGIT_BYTES[options.cross_entropy] if element == 2 else 4)
     return HeadMemory(
         # The loss of fp32 logits casts nothing: one copy, in place.
-        loss_logits=num_logits * (LOGIT_BYTES[options.cross_entropy] if element == 2 else 4),
-        backward_logits=num_logits * element,
-        kept=2 * hidden,
+        loss_logits=waiting + num_logits * (LOGIT_BYTES[options.cross_entropy] if element == 2 else 4),
+        backward_logits=waiting + num_logits * element,
+        kept=(2 + MTP_HIDDEN_STATES * model.num_mtp_layers) * hidden,
         loss_transient=gathered,
         backward_transient=backward,
     )

@@ -5,8 +5,9 @@ Source: OffloadModule and fine_grained_activation_offloading of megatron.core.tr
 """
 
 from megatron_hammer.model.layout import ParallelLayout
-from megatron_hammer.model.memory_activations import Widths, count_copies, cut_widths
+from megatron_hammer.model.memory_activations import count_copies
 from megatron_hammer.model.memory_options import Batch, MemoryOptions, OffloadModule
+from megatron_hammer.model.memory_widths import Widths, cut_widths
 from megatron_hammer.model.shape import ModelShape
 
 
@@ -31,8 +32,8 @@ def _list_inputs(
         "attn_norm": norm_input,
         "mlp_norm": norm_input,
         "qkv_linear": 0.0 if options.is_recomputed("layernorm") else widths.sequence_tokens * linear * h,
-        "core_attn": widths.tokens * element * float(widths.queries + 2 * widths.key_values),
-        "attn_proj": widths.tokens * linear * float(widths.queries),
+        "core_attn": widths.tokens * element * float(widths.queries + widths.key_values + widths.values),
+        "attn_proj": widths.tokens * linear * float(widths.outputs),
     }
     if model.moe is None or options.is_recomputed("moe"):
         return inputs

@@ -65,9 +65,10 @@ def estimate_state(
     dense, expert = layers.dense, layers.expert
     if is_first_stage:
         dense += embedding.dense
+    linear = layers.linear
     if is_last_stage:
-        dense += head.dense
-    total, linear = dense + expert, layers.linear
+        dense, linear = dense + head.dense, linear + head.linear
+    total = dense + expert
     dense_ranks, expert_ranks = count_shard_ranks(layout, options)
     shard = -(-dense // dense_ranks) + -(-expert // expert_ranks)
     element = options.element_bytes
@@ -84,7 +85,7 @@ def estimate_state(
         buffers += element * (layer.matrices + ends)
     if is_fsdp:
         largest_end = max(embedding.dense * is_first_stage, head.dense * is_last_stage)
-        buffers += _count_gathered_bytes(layer, largest_end, options, layers._replace(dense=dense))
+        buffers += _count_gathered_bytes(layer, largest_end, options, layers._replace(dense=dense, linear=linear))
     held = shard if is_fsdp else total
     updated = shard if _is_sharded(layout, options) else total
     num_offloaded = round(updated * options.optimizer_offload_ratio)
@@ -173,7 +174,7 @@ def _cut_tensors(model: ModelShape, layout: ParallelLayout, tensors: list[Tensor
             numel = tensor.numel // (layout.tensor_model_parallel_size if tensor.cut == "tensor" else 1)
             copies = 1
             dense += numel
-        if "linear_" in tensor.name and tensor.name.endswith(".weight"):
+        if ("linear_" in tensor.name or "eh_proj" in tensor.name) and tensor.name.endswith(".weight"):
             linear += copies * numel
             matrices += numel
         elif tensor.name in ("output_layer.weight", "embedding.word_embeddings.weight"):

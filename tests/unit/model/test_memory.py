@@ -15,6 +15,7 @@ from megatron_hammer.model.memory import (
 )
 from megatron_hammer.model.memory_loss import estimate_head
 from megatron_hammer.model.memory_options import Batch, MemoryOptions
+from megatron_hammer.model.parameters import layer_tensors
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.presets.catalogue import PRESETS
 from tests.helpers.layer_activations import count_layer_activation_bytes
@@ -414,3 +415,22 @@ def test_units_of_full_recomputation(method, num_layers, kept_layers, whole_laye
     # The input of a layer that is made again counts once: among those kept.
     remade = 0 if method == "block" and num_layers == 0 else 1
     assert stage.activations_bytes == pytest.approx(expected - remade * 2 * tokens * model.hidden_size, rel=1e-6)
+
+
+def test_layers_for_further_tokens_stand_behind_the_last_stage():
+    model = PRESETS["hammer-1b4"].model
+    layout = ParallelLayout(pipeline_model_parallel_size=2)
+    step = {"micro_batch_size": 1, "seq_length": 2048, "num_microbatches": 4}
+    plain = estimate_memory(model, layout, **step)
+    further = estimate_memory(dataclasses.replace(model, num_mtp_layers=1), layout, **step)
+    assert further[0] == plain[0]
+    assert (further[1].num_layers, plain[1].num_layers) == (12, 11)
+    # A layer, a projection and three norms, and a copy of the embedding.
+    parameters = sum(tensor.numel for tensor in layer_tensors(model)) + 2 * 2048**2 + 3 * 2048 + 105_856 * 2048
+    assert further[1].gradients_bytes - plain[1].gradients_bytes == 4 * parameters
+    hidden, logits = 2 * 2048 * 2048, 2048 * 105_856
+    batch, options = Batch(micro_batch_size=1, seq_length=2048), MemoryOptions()
+    kept = count_layer_activation_bytes(model, layout, num_tokens=2048) + 5 * hidden
+    assert further[1].activations_bytes - plain[1].activations_bytes == kept
+    assert further[1].logits_bytes - plain[1].logits_bytes == 4 * logits  # softmax in fp32, until its backward pass
+    assert estimate_head(model, layout, batch, options).loss_logits == 6 * logits

@@ -7,7 +7,7 @@ import pytest
 from megatron_hammer.model.layout import ParallelLayout
 from megatron_hammer.model.memory_activations import estimate_layer_activations
 from megatron_hammer.model.memory_options import Batch, MemoryOptions
-from megatron_hammer.model.shape import MoeShape
+from megatron_hammer.model.shape import LatentAttention, MoeShape
 from megatron_hammer.presets.catalogue import PRESETS
 from tests.helpers.layer_activations import count_layer_activation_bytes
 
@@ -154,3 +154,40 @@ def test_a_weight_gradient_of_its_own_is_the_largest_of_the_layer():
         for is_fused in (True, False)
     )
     assert plain - fused == 2 * 2 * H * FFN
+
+
+def test_a_quantized_mixture_keeps_its_norm_for_the_router_and_a_copy_for_the_shared_expert():
+    moe = dataclasses.replace(LLAMA, moe=MoeShape(num_experts=4, router_topk=2, ffn_hidden_size=320))
+    shared = dataclasses.replace(moe, moe=dataclasses.replace(moe.moe, shared_expert_intermediate_size=448))
+    attention = TOKENS * (2 * H + H + 2 * (Q + 2 * KV) + Q + 2 * Q + 4 * HEADS)
+    routed = 2 * TOKENS * (H + 4 * 320 + 320) + TOKENS * 4 * 4
+    assert count(moe, precision="fp8") == attention + TOKENS * (2 * H + 2 * H) + routed
+    assert count(shared, precision="fp8") - count(moe, precision="fp8") == TOKENS * (H + 5 * 448)
+
+
+def test_latent_attention_by_its_formula():
+    latent = LatentAttention(q_lora_rank=96, kv_lora_rank=72, qk_head_dim=40, qk_pos_emb_head_dim=24, v_head_dim=48)
+    model = dataclasses.replace(LLAMA, num_query_groups=8, latent_attention=latent, has_qk_norm=True)
+    heads, ranks, rope = 8 * (64 + 64 + 48), 96 + 72, 24
+    mlp = 4 * H + 6 * FFN
+    assert count(model) == TOKENS * (4 * H + 4 * ranks + 2 * rope + 2 * heads + 2 * 8 * 48 + 4 * HEADS + mlp)
+    up = {"recompute": "selective", "recompute_modules": ("mla_up_proj",)}
+    assert count(model) - count(model, **up) == TOKENS * 2 * (heads + ranks)
+    # Two linears quantize the output of the input norm; attention keeps an output of its own.
+    fp8 = 2 * H + 2 * H + 3 * ranks + 2 * rope + 2 * heads + 3 * 8 * 48 + 4 * HEADS
+    assert count(model, precision="fp8") == TOKENS * (fp8 + 3 * H + 5 * FFN)
+
+
+def test_tensor_parallel_ranks_cut_the_heads_and_not_the_compressed_states():
+    latent = LatentAttention(q_lora_rank=96, kv_lora_rank=72, qk_head_dim=40, qk_pos_emb_head_dim=24, v_head_dim=48)
+    model = dataclasses.replace(LLAMA, num_query_groups=8, latent_attention=latent, has_qk_norm=True)
+    layout = ParallelLayout(tensor_model_parallel_size=2)
+    heads = 2 * 8 * (64 + 64 + 48) + 2 * 8 * 48 + 4 * HEADS
+    assert count(model) - count(model, layout) == TOKENS * (heads + 6 * FFN) // 2
+    divided = dataclasses.replace(layout, has_sequence_parallel=True)
+    assert 2 * count(model, divided) == count(model)
+
+
+def test_a_norm_without_weights_keeps_queries_and_keys_of_the_layers_that_have_it():
+    model = dataclasses.replace(LLAMA, has_qk_l2_norm=True, layers_without_rope=(2,))
+    assert count(model) - count() == round(TOKENS * 2 * (Q + KV) * 2 / 3)

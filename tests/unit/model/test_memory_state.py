@@ -8,8 +8,9 @@ import pytest
 from megatron_hammer.model.layout import ParallelLayout
 from megatron_hammer.model.memory_options import WORKSPACE_BYTES, MemoryOptions
 from megatron_hammer.model.memory_state import count_shard_ranks, estimate_state, select_part_sizes
-from megatron_hammer.model.parameters import count_optimizer_shard, count_rank_parameters
+from megatron_hammer.model.parameters import count_optimizer_shard, count_rank_parameters, list_mtp_kinds
 from megatron_hammer.model.pipeline_split import split_layers
+from megatron_hammer.model.shape import LatentAttention
 from megatron_hammer.presets.catalogue import PRESETS
 
 MODEL = PRESETS["hammer-1b4"].model
@@ -29,13 +30,20 @@ def estimate(layout=None, stage=WHOLE_MODEL, **options):
 @pytest.mark.parametrize(
     "model_name, pp",
     [("hammer-1b4", 1), ("hammer-1b4", 11), ("gpt2-124m", 1), ("gpt2-124m", 3), ("tiny-llm-zh-moe", 1),
-     ("tiny-llm-zh-moe", 2), ("tiny-llm-zh-moe with dense layers", 1), ("tiny-llm-zh-moe with dense layers", 2)],
+     ("tiny-llm-zh-moe", 2), ("tiny-llm-zh-moe with dense layers", 1), ("tiny-llm-zh-moe with dense layers", 2),
+     ("hammer-1b4 with latents", 2), ("tiny-llm-zh-moe with further tokens", 1),
+     ("tiny-llm-zh-moe with further tokens", 2)],
 )  # fmt: skip
 def test_parts_add_up_to_the_exact_count_of_a_rank(tp, pp, model_name):
-    name, _, has_dense_layers = model_name.partition(" ")
+    name, _, addition = model_name.partition(" with ")
     model = PRESETS[name].model
-    if has_dense_layers:
+    if addition == "dense layers":
         model = replace(model, moe=replace(model.moe, dense_layers=(0, 2)))
+    elif addition == "latents":
+        latent = LatentAttention(q_lora_rank=96, kv_lora_rank=64, qk_head_dim=40, qk_pos_emb_head_dim=24, v_head_dim=48)
+        model = replace(model, num_query_groups=32, latent_attention=latent, has_qk_norm=True)
+    elif addition == "further tokens":
+        model = replace(model, num_mtp_layers=2)
     ep = 2 if model.moe else 1
     layout = ParallelLayout(
         tensor_model_parallel_size=tp,
@@ -53,7 +61,7 @@ def test_parts_add_up_to_the_exact_count_of_a_rank(tp, pp, model_name):
             model,
             layout,
             MemoryOptions(),
-            kinds=model.split_kinds(chunks[0].list_layers()),
+            kinds=model.split_kinds(chunks[0].list_layers()) + (list_mtp_kinds(model) if pp_rank == pp - 1 else []),
             is_first_stage=pp_rank == 0,
             is_last_stage=pp_rank == pp - 1,
         )
