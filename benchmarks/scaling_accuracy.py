@@ -14,6 +14,7 @@ import argparse
 import re
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from megatron_hammer.scaling.cost.coefficients import (
 from megatron_hammer.scaling.evidence.calibration import select_fit_runs
 from megatron_hammer.scaling.evidence.cross_validation import assess, calibrate, cross_validate
 from megatron_hammer.scaling.evidence.layout_ranking import RANKING_TOLERANCE_RATIO, describe_choice, summarise_rankings
-from megatron_hammer.scaling.evidence.measured_runs import read_runs
+from megatron_hammer.scaling.evidence.measured_runs import UnpredictableRow, read_runs
 from megatron_hammer.scaling.evidence.run_table import (
     PUBLISHED_MEMORY_PATH,
     PUBLISHED_RUNS_PATH,
@@ -39,7 +40,6 @@ from megatron_hammer.scaling.evidence.run_table import (
 )
 from megatron_hammer.scaling.evidence.validation import (
     ErrorFigures,
-    Prediction,
     ValidationReport,
     build_validation_report,
     cross_validate_runs,
@@ -50,7 +50,9 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT_PATH = ROOT / "docs" / "scaling_accuracy.md"
 README_PATHS = (ROOT / "README.md", ROOT / "README_zh-CN.md")
 WIDTH = 125
-FIGURES = ("rows", "median", "mean", "bias", "in the band")
+FIGURES = ("rows", "refused", "median", "mean", "bias", "in the band")
+OTHERS = "other software, which the fit never sees"
+ErrorRow = tuple[str, ErrorFigures | None, int | None]  # a group, its errors if any row was predicted, refused rows
 
 
 def main() -> None:
@@ -139,24 +141,34 @@ def format_step_times(report: ValidationReport) -> str:
         f"{num_refused} are listed with the reason why not."
     )
     megatron = [one for one in report.predictions if one.run.is_megatron_style]
-    others = [one for one in report.predictions if not one.run.is_megatron_style]
     groups = build_validation_report(megatron, []).errors
     styles = [(name, figures) for group in ("GPU", "precision") for name, figures in sort_groups(groups[group])]
     styles += [(re.sub(r"(\d)-(\d)", r"\1 to \2", name), figures) for name, figures in groups["scale"].items()]
+    software, refused = report.errors["software"], report.refused["software"]
+    first, other = (("**all**", software[name], refused.get(name, 0)) for name in ("Megatron-style", "other software"))
     tables = (
-        format_errors("Megatron-core, and stacks like it", [("**all**", groups["all"]["all rows"]), *styles]),
-        format_errors("by source", list_sources(megatron)),
-        format_errors(
-            "other software, which the fit never sees",
-            [("**all**", report.errors["software"]["other software"]), *list_sources(others)],
-        ),
+        format_errors("Megatron-core, and stacks like it", [first, *((*style, None) for style in styles)]),
+        format_errors("by source", list_sources(report, is_megatron_style=True)),
+        format_errors(OTHERS, [other, *list_sources(report, is_megatron_style=False)]),
     )
-    return "\n".join([counts, *tables, format_ranking(report)])
+    return "\n".join([counts, *tables, format_reasons(report.unpredictable), format_ranking(report)])
 
 
-def list_sources(predictions: Iterable[Prediction]) -> list[tuple[str, ErrorFigures]]:
-    sources = build_validation_report(list(predictions), []).errors["source"]
-    return [(name.replace("_", " "), figures) for name, figures in sort_groups(sources)]
+def list_sources(report: ValidationReport, *, is_megatron_style: bool) -> list[ErrorRow]:
+    """The sources of one kind of software with their errors and refused rows, those with most predictions first."""
+    predicted = [one for one in report.predictions if one.run.is_megatron_style == is_megatron_style]
+    refused = Counter(row.source for row in report.unpredictable if row.is_megatron_style == is_megatron_style)
+    sources = build_validation_report(predicted, []).errors["source"]
+    rows: list[ErrorRow] = [(name, figures, refused[name]) for name, figures in sort_groups(sources)]
+    rows += [(name, None, number) for name, number in sorted(refused.items()) if name not in sources]
+    return [(name.replace("_", " "), figures, number) for name, figures, number in rows]
+
+
+def format_reasons(unpredictable: Iterable[UnpredictableRow]) -> str:
+    """Why rows were refused, by source and reason."""
+    reasons = Counter((row.source.replace("_", " "), row.reason) for row in unpredictable)
+    rows = [(source, reason, str(number)) for (source, reason), number in reasons.items()]
+    return format_markdown_table(("refused", "reason", "rows"), rows, num_text=2)
 
 
 def sort_groups(groups: Mapping[str, ErrorFigures]) -> list[tuple[str, ErrorFigures]]:
@@ -164,8 +176,13 @@ def sort_groups(groups: Mapping[str, ErrorFigures]) -> list[tuple[str, ErrorFigu
     return sorted(groups.items(), key=lambda item: (-item[1].num_rows, item[0]))
 
 
-def format_errors(title: str, rows: Iterable[tuple[str, ErrorFigures]]) -> str:
-    return format_markdown_table((title, *FIGURES), [(name, *format_figures(figures)) for name, figures in rows])
+def format_errors(title: str, rows: Iterable[ErrorRow]) -> str:
+    """A table of errors. A number of refused rows that is None is not known, as of a GPU that a row does not name."""
+    cells = []
+    for name, figures, refused in rows:
+        num_rows, *errors = format_figures(figures) if figures else ("0", *"----")
+        cells.append((name, num_rows, "" if refused is None else str(refused), *errors))
+    return format_markdown_table((title, *FIGURES), cells)
 
 
 def format_figures(figures: ErrorFigures) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from typing import Any
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.files.publish import publish_files
 from megatron_hammer.scaling.cost.coefficients import load_coefficients
+from megatron_hammer.scaling.evidence.folds import FOLDS_BY
 from megatron_hammer.scaling.evidence.measured_runs import read_runs
 from megatron_hammer.scaling.evidence.run_table import PUBLISHED_MEMORY_PATH, PUBLISHED_RUNS_PATH
 from megatron_hammer.scaling.evidence.validation import ValidationReport, cross_validate_runs, validate_runs
@@ -53,8 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clusters-file", type=Path, help="TOML of clusters that changes or extends the shipped ones")
     parser.add_argument(
         "--cross-validate",
-        action="store_true",
-        help="predict every run with coefficients fitted on the runs of all other publications",
+        choices=FOLDS_BY,
+        nargs="?",
+        const="recipe",
+        help="predict every run with coefficients fitted without its publication and without the same model, GPU and "
+        "kinds of parallelism elsewhere; with `publication`, these near copies stay in the fit",
     )
     parser.add_argument("--json", action="store_true", help="the result as one JSON object on stdout")
     parser.add_argument(
@@ -104,8 +108,9 @@ def _validate(arguments: argparse.Namespace) -> ValidationReport:
         arguments.runs, gpus_path=arguments.gpus_file, clusters_path=arguments.clusters_file
     )
     if arguments.cross_validate:
-        # Progress goes to stderr, since each publication takes a fit of its own.
-        return cross_validate_runs(runs, unpredictable, partial(print, file=sys.stderr, flush=True))
+        # Progress goes to stderr, since each fold takes a fit of its own.
+        announce = partial(print, file=sys.stderr, flush=True)
+        return cross_validate_runs(runs, unpredictable, announce, by=arguments.cross_validate)
     return validate_runs(runs, unpredictable, load_coefficients(arguments.coefficients))
 
 

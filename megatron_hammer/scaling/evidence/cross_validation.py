@@ -1,13 +1,13 @@
 """The errors of the performance model on runs that it was not fitted to: every publication is left out once.
 
-A fold leaves out all tables of one publication (`calibration.name_publication`), because versions of one table share
-hardware, software and layouts. These are the errors to quote, and the width of the band is computed from them.
+A fold leaves out all tables of one publication, because versions of one table share hardware, software and layouts, and
+the same recipes elsewhere (`folds.py`). These are the errors to quote, and the width of the band is computed from them.
 """
 
 import datetime
 import math
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from megatron_hammer.scaling.cost.coefficients import Coefficients, load_coefficients
 from megatron_hammer.scaling.cost.step_time import predict_step, select_band_class
 from megatron_hammer.scaling.evidence.calibration import fit, name_publication
+from megatron_hammer.scaling.evidence.folds import FoldBy, list_folds
 from megatron_hammer.scaling.evidence.layout_ranking import (
     RankingSummary,
     estimate_layout_correlation,
@@ -79,20 +80,21 @@ def assess(predictions: Sequence[PredictedRun]) -> Assessment:
 
 
 def cross_validate(
-    runs: Sequence[MeasuredRun], start: Coefficients | None = None, *, is_prior_start: bool = False
+    runs: Sequence[MeasuredRun],
+    start: Coefficients | None = None,
+    *,
+    is_prior_start: bool = False,
+    by: FoldBy = "recipe",
 ) -> list[PredictedRun]:
-    """Each run with the prediction of coefficients that were fitted without its publication, in the runs' order.
+    """Each run with the prediction of coefficients that were fitted without its fold, in the runs' order.
 
-    If there is only one publication, each run is left out alone. A single run is predicted by the start. start,
-    is_prior_start: as in `calibration.fit`.
+    A fold without any other run, such as a single run, is predicted by the start. start, is_prior_start: as in
+    `calibration.fit`. by: as in `folds.list_folds`.
     """
     start = start or load_coefficients()
-    names = [name_publication(run.source) for run in runs]
-    folds: list[Hashable] = list(names) if len(set(names)) > 1 else list(range(len(runs)))
     predictions: dict[int, StepTime] = {}
-    for fold in dict.fromkeys(folds):
-        held_out = [row for row, name in enumerate(folds) if name == fold]
-        others = [run for run, name in zip(runs, folds, strict=True) if name != fold]
+    for held_out, fitted in list_folds(runs, by=by):
+        others = [runs[row] for row in fitted]
         coefficients = fit(others, start, is_prior_start=is_prior_start) if others else start
         predictions |= {row: predict_step(runs[row].plan, coefficients) for row in held_out}
     return [(run, predictions[row]) for row, run in enumerate(runs)]

@@ -72,6 +72,7 @@ class UnpredictableRow:
     source: str
     model: str
     reason: str
+    is_megatron_style: bool = True
 
 
 def read_runs(
@@ -92,7 +93,13 @@ def read_runs(
             runs.append(_build_run(row, hardware, siblings, dispatchers))
         except UnpredictableError as error:
             unpredictable.append(
-                UnpredictableRow(row_number=row.row_number, source=row.source, model=row.model, reason=str(error))
+                UnpredictableRow(
+                    row_number=row.row_number,
+                    source=row.source,
+                    model=row.model,
+                    reason=str(error),
+                    is_megatron_style=select_software(row, row.gpu_type.lower())[0].is_megatron_style,
+                )
             )
     return runs, unpredictable
 

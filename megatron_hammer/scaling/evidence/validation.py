@@ -1,17 +1,21 @@
 """The errors of predictions on runs that the coefficients have not seen, and whether layouts are ranked correctly.
 
 Runs that the coefficients were fitted on are flagged and excluded from every error figure. Cross-validation predicts
-each run with coefficients that were fitted without its publication. `validation_report.py` prints the result.
+each run with coefficients that were fitted without its publication and its recipe (`folds.py`). Refused rows are
+counted beside the errors, so that a small error of few rows is seen as such. `validation_report.py` prints the result.
 """
 
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megatron_hammer.scaling.cost.coefficients import Coefficients, build_prior_coefficients, load_coefficients
 from megatron_hammer.scaling.cost.step_time import predict_step
+from megatron_hammer.scaling.evidence.calibration import fit, name_publication, select_fit_runs
+from megatron_hammer.scaling.evidence.folds import Fold, FoldBy, list_folds
 from megatron_hammer.scaling.evidence.layout_ranking import Ranking, rank_layouts
 from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun, UnpredictableRow
 from megatron_hammer.scaling.plan import StepTime
@@ -64,6 +68,7 @@ class ValidationReport:
     unpredictable: tuple[UnpredictableRow, ...]
     errors: Mapping[str, Mapping[str, ErrorFigures]]  # by dimension ("source", "GPU", ...), then by its value
     rankings: tuple[Ranking, ...]
+    refused: Mapping[str, Mapping[str, int]]  # number of unpredictable rows: of "all", by "software" and by "source"
 
     @property
     def counted(self) -> tuple[Prediction, ...]:
@@ -96,28 +101,28 @@ def cross_validate_runs(
     announce: Callable[[str], None] = print,
     *,
     band_ratio: Mapping[str, float] | None = None,
+    by: FoldBy = "recipe",
 ) -> ValidationReport:
-    """Predict every run with coefficients fitted to the Megatron-style runs of all other publications, from the priors.
+    """Predict every run with coefficients fitted, from the priors, to the Megatron-style runs of all other folds.
 
-    announce: called before each fit, which takes seconds. band_ratio: the widths of the bands, by default the shipped.
+    Runs of other software are in no fit: one fit to all Megatron-style runs predicts them. announce: called before each
+    fit, which takes seconds. band_ratio: the widths of the bands, by default the shipped. by: as in `folds.list_folds`.
     """
-    from megatron_hammer.scaling.evidence.calibration import fit, name_publication, select_fit_runs
-
     start = replace(build_prior_coefficients(), band_ratio=band_ratio or load_coefficients().band_ratio)
-    fit_runs = select_fit_runs([run for run in runs if run.is_megatron_style])
-    fitted_to = {name_publication(run.source) for run in fit_runs}
-    coefficients: dict[str | None, Coefficients] = {}
-    predictions = []
-    for run in runs:
-        publication = name_publication(run.source)
-        # A publication that no fit contains needs no fold of its own: one fit to all runs predicts all such rows.
-        left_out = publication if publication in fitted_to else None
-        if left_out not in coefficients:
-            others = [other for other in fit_runs if name_publication(other.source) != left_out]
-            announce(f"fitting to {len(others)} runs" + (f", {left_out} left out" if left_out else ""))
-            coefficients[left_out] = fit(others, start) if others else start
-        step = predict_step(run.plan, coefficients[left_out])
-        predictions.append(Prediction(run=run, step=step, status="cross-validated"))
+    megatron = [run for run in runs if run.is_megatron_style]
+    others = [run for run in runs if not run.is_megatron_style]
+    pool = [*megatron, *others]
+    folds = list_folds(megatron, by=by)
+    if others:
+        folds.append(Fold(list(range(len(megatron), len(pool))), list(range(len(megatron)))))
+    steps: dict[int, StepTime] = {}
+    for held_out, fitted in folds:
+        fit_runs = select_fit_runs([pool[row] for row in fitted])
+        names = sorted({name_publication(pool[row].source) for row in held_out if pool[row].is_megatron_style})
+        announce(f"fitting to {len(fit_runs)} runs" + (f", {', '.join(names)} left out" if names else ""))
+        coefficients = fit(fit_runs, start) if fit_runs else start
+        steps |= {id(pool[row]): predict_step(pool[row].plan, coefficients) for row in held_out}
+    predictions = [Prediction(run=run, step=steps[id(run)], status="cross-validated") for run in runs]
     return build_validation_report(predictions, unpredictable)
 
 
@@ -138,6 +143,7 @@ def build_validation_report(
         predictions=tuple(predictions),
         unpredictable=tuple(unpredictable),
         errors=errors,
+        refused={dimension: Counter(map(name_of, unpredictable)) for dimension, name_of in REFUSAL_DIMENSIONS.items()},
         rankings=tuple(rank_layouts([one.run for one in counted], [one.step for one in counted])),
     )
 
@@ -177,7 +183,7 @@ def name_scale(run: MeasuredRun) -> str:
     return next((name for largest, name in SCALES if num_gpus <= largest), LARGEST_SCALE)
 
 
-def _name_style(run: MeasuredRun) -> str:
+def _name_style(run: MeasuredRun | UnpredictableRow) -> str:
     return "Megatron-style" if run.is_megatron_style else "other software"
 
 
@@ -188,6 +194,12 @@ DIMENSIONS: dict[str, Callable[[MeasuredRun], str]] = {
     "GPU": lambda run: run.plan.gpu.name,
     "precision": lambda run: run.plan.precision,
     "scale": name_scale,
+}
+# What is known of a row that was refused, whatever the reason.
+REFUSAL_DIMENSIONS: dict[str, Callable[[UnpredictableRow], str]] = {
+    "all": lambda row: "all rows",
+    "software": _name_style,
+    "source": lambda row: row.source or "unnamed",
 }
 _SCALE_ORDER = {name: position for position, name in enumerate([*(name for _, name in SCALES), LARGEST_SCALE])}
 

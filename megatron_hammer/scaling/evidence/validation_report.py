@@ -82,6 +82,7 @@ def build_validation_document(report: ValidationReport) -> dict[str, Any]:
             dimension: {name: asdict(figures) for name, figures in groups.items()}
             for dimension, groups in report.errors.items()
         },
+        "refused": {dimension: dict(groups) for dimension, groups in report.refused.items()},
         "rankings": [
             {
                 "source": one.source,
@@ -212,12 +213,16 @@ def _build_reason_table(report: ValidationReport) -> Any:
 def _build_error_tables(report: ValidationReport) -> list[Any]:
     tables = []
     for dimension, groups in report.errors.items():
-        if not groups:
+        refused = report.refused.get(dimension, {})
+        if not groups and not refused:
             continue
         title = "Errors of the step time" if dimension == "all" else f"Errors by {dimension}"
-        table = _build_table(title, (dimension,), ("rows", "median", "mean", "bias", "in the band"))
-        for name, figures in groups.items():
-            table.add_row(name, *_format_figures(figures))
+        # A column only where it is known of refused rows: the GPU or the precision may be what they lack.
+        columns = ("rows", *(["refused"] if refused else []), "median", "mean", "bias", "in the band")
+        table = _build_table(title, (dimension,), columns)
+        for name in dict.fromkeys([*groups, *refused]):
+            num_rows, *figures = _format_figures(groups[name]) if name in groups else ("0", *"----")
+            table.add_row(name, num_rows, *([str(refused.get(name, 0))] if refused else []), *figures)
         tables.append(table)
     return tables
 

@@ -37,13 +37,19 @@ def predict_all(runs, coefficients=PRIORS):
 def test_a_publication_is_predicted_by_the_others_alone():
     runs = [*simulate_runs(FAST, "fast_table_v1")[:4], *simulate_runs(SLOW, "slow_table")[:4]]
     runs += simulate_runs(FAST, "fast_table_v2")[:2]
-    predictions = cross_validate(runs, PRIORS)
+    predictions = cross_validate(runs, PRIORS, by="publication")
     assert [run for run, _ in predictions] == runs
     biases = {name: errors.bias_ratio for name, errors in summarise_by_publication(predictions).items()}
     # each was predicted from the other's speed, so the fast one too slow and the slow one too fast
     assert biases["fast_table"] > 0.1
     assert biases["slow_table"] < -0.1
     assert summarise_by_publication(predictions)["fast_table"].num_runs == 6
+
+
+def test_a_recipe_that_no_other_publication_may_show_is_predicted_by_the_start():
+    runs = [*simulate_runs(FAST, "fast_table")[:2], *simulate_runs(SLOW, "slow_table")[:2]]
+    predictions = cross_validate(runs, PRIORS)
+    assert [step for _, step in predictions] == [predict_step(run.plan, PRIORS) for run in runs]
 
 
 def test_runs_of_one_publication_are_left_out_one_by_one():

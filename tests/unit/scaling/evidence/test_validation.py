@@ -11,7 +11,7 @@ from megatron_hammer.cli.scaling_study import validate as command
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.scaling.cost.coefficients import Coefficients, load_coefficients
 from megatron_hammer.scaling.cost.step_time import predict_step
-from megatron_hammer.scaling.evidence import calibration as calibrate
+from megatron_hammer.scaling.evidence import validation
 from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun, read_runs
 from megatron_hammer.scaling.evidence.validation import (
     Prediction,
@@ -113,9 +113,9 @@ def test_no_run_is_predicted_by_coefficients_of_its_publication(
         seen.append([other.source for other in others])
         return replace(start, step_s=start.step_s * (1 + len(seen)))
 
-    monkeypatch.setattr(calibrate, "fit", fit)
+    monkeypatch.setattr(validation, "fit", fit)
     announced: list[str] = []
-    report = cross_validate_runs(runs, [], announced.append)
+    report = cross_validate_runs(runs, [], announced.append, by="publication")
     assert seen == [["lab_b"], ["team_a_v1.0", "team_a_v2.0"], ["team_a_v1.0", "team_a_v2.0", "lab_b"]]
     assert announced[0] == "fitting to 1 runs, team_a left out"
     assert announced[2] == "fitting to 3 runs"
@@ -172,3 +172,17 @@ def test_the_published_tables_are_the_default(capsys: pytest.CaptureFixture[str]
     lines = run_command(capsys, "--memory").splitlines()
     assert lines[-1] == "165 rows: 114 predicted, 51 not, each with its reason."
     assert not any("predicted, 267 fitted" in line for line in lines)
+
+
+def test_refused_rows_are_counted_beside_the_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cells = {"iteration_time_s": "0.5", "source": "lab"}
+    path = write_table(
+        tmp_path / "runs.csv", cells, cells | {"layers": ""}, cells | {"hidden": "", "source": "MosaicML_x"}
+    )
+    report = validate_runs(*read_runs(path), load_coefficients())
+    assert report.refused["all"] == {"all rows": 2}
+    assert report.refused["source"] == {"lab": 1, "MosaicML_x": 1}
+    assert report.refused["software"] == {"Megatron-style": 1, "other software": 1}
+    lines = [line.split() for line in run_command(capsys, "--runs", str(path)).splitlines()]
+    assert ["lab", "1", "1"] in [line[:3] for line in lines]
+    assert ["MosaicML_x", "0", "1", "-", "-", "-", "-"] in lines
