@@ -77,7 +77,7 @@ def build_suite(arguments: argparse.Namespace) -> EvaluationSuite:
         raise ConfigError("tasks: must be given, got none. Pass --tasks ceval-ppl hellaswag, or --suite FILE.")
     if arguments.fewshot_as_multiturn is not None and not arguments.apply_chat_template:
         raise ConfigError("fewshot-as-multiturn: has no effect without --apply-chat-template. Pass both, or drop it.")
-    suite = EvaluationSuite(tasks=()) if arguments.suite is None else read_suite(arguments.suite)
+    suite = EvaluationSuite() if arguments.suite is None else read_suite(arguments.suite)
     given: dict[str, Any] = {
         "tasks": arguments.tasks and tuple(arguments.tasks),
         "data_dir": arguments.data_dir,
@@ -117,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from megatron_hammer.platforms.select import select_platform
     if arguments.check:
         run.load_all_tasks(suite)
+        run.read_domains(suite)
         return
     options = ScorerOptions(
         tokenizer_path=None if suite.tokenizer_model is None else Path(suite.tokenizer_model),

@@ -3,7 +3,7 @@
 Preflight reads it before a run starts, so it lies here and not in evaluation/, which does what it says.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,7 +15,9 @@ from megatron_hammer.files.typed import read_toml
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationSuite:
-    """tasks: of lm-eval, ours or of tasks_dir. Paths are relative to the folder where the command was started.
+    """tasks: of lm-eval, ours or of tasks_dir. domains: by name, texts for perplexity and bits per byte: an input that
+    the preprocessor reads, or a .bin/.idx pair that tokenizer_model encoded. json_key: the field of their text.
+    max_documents: of each domain; None: all. Paths are relative to the folder where the command was started.
 
     num_fewshot: examples before each question; with several numbers, every task is run with each. limit: questions of
     each task; None: all. max_new_tokens: of tasks that generate; None: as each task says. bos: the token before a text,
@@ -25,7 +27,10 @@ class EvaluationSuite:
     training, after which its evaluation is ended.
     """
 
-    tasks: tuple[str, ...]
+    tasks: tuple[str, ...] = ()
+    domains: dict[str, str] = field(default_factory=dict)
+    json_key: str = "text"
+    max_documents: Annotated[int, Ge(1)] | None = None
     data_dir: str | None = None
     tasks_dir: str | None = None
     num_fewshot: tuple[Annotated[int, Ge(0)], ...] = (0,)
@@ -46,7 +51,8 @@ def read_suite(path: Path) -> EvaluationSuite:
     """Raises ConfigError with every field that is wrong."""
     remedy = "docs/evaluation.md has an example"
     suite = read_toml(path, EvaluationSuite, remedy=f"{remedy}.", raises=ConfigError, allows_unknown=False)
-    if not suite.tasks or not suite.num_fewshot:
-        name = "num_fewshot" if suite.tasks else "tasks"
+    is_empty = not suite.tasks and not suite.domains
+    if is_empty or not suite.num_fewshot:
+        name = "tasks or domains" if is_empty else "num_fewshot"
         raise ConfigError(f"{path}: {name} must name at least one, got none. {remedy}.")
     return suite

@@ -16,7 +16,11 @@ def test_a_run_on_two_stages_has_the_scores_of_its_last_checkpoint(tmp_path: Pat
     write_published_data(tmp_path / "data")
     tokenizer_model = train_toy_tokenizer(tmp_path)
     suite = tmp_path / "suite.toml"
-    suite.write_text(f'tasks = ["piqa"]\ndata_dir = "{tmp_path / "data"}"\nlimit = 5\n')
+    (tmp_path / "text.jsonl").write_text('{"text": "a small text"}\n{"text": "and one more of them"}\n')
+    suite.write_text(
+        f'tasks = ["piqa"]\ndata_dir = "{tmp_path / "data"}"\nlimit = 5\n'
+        f'domains = {{ english = "{tmp_path / "text.jsonl"}" }}\n'
+    )
     save = tmp_path / "save"
     flags = [
         *TOY_MODEL, *TOY_SCHEDULE, "--vocab-size", str(TOY_VOCAB_SIZE), "--mock-data", "--tokenizer-type",
@@ -29,7 +33,7 @@ def test_a_run_on_two_stages_has_the_scores_of_its_last_checkpoint(tmp_path: Pat
     (line,) = [json.loads(text) for text in (save / "scores.jsonl").read_text().splitlines()]
     assert line["step"] == 4
     assert [(score["task"], score["metric"], score["num_questions"]) for score in line["scores"]] == [
-        ("piqa", "acc", 5), ("piqa", "acc_norm", 5),
+        ("piqa", "acc", 5), ("piqa", "acc_norm", 5), ("english", "perplexity", 2), ("english", "bits_per_byte", 2),
     ]  # fmt: skip
     assert "step 4  evaluation: piqa/acc/0-shot" in result.stdout
     assert (save / "loss.png").stat().st_size > 0

@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 
 from megatron_hammer.config.evaluation_suite import EvaluationSuite
+from megatron_hammer.errors import DataError
 from megatron_hammer.evaluation.benchmarks.offline import forbid_network
-from megatron_hammer.evaluation.benchmarks.run import Evaluated, evaluate_model
+from megatron_hammer.evaluation.benchmarks.run import Evaluated, evaluate_model, read_domains
 from megatron_hammer.evaluation.benchmarks.scores import Score, collect_scores
-from megatron_hammer.evaluation.scorers.open_scorer import ScorerOptions
+from megatron_hammer.evaluation.perplexity.formula import estimate_domain
+from megatron_hammer.evaluation.perplexity.measure import MeasureOptions, ModelScores, measure_model
+from megatron_hammer.evaluation.scorers.open_scorer import ScorerOptions, use_scorer
+from megatron_hammer.evaluation.scorers.scorer import Scorer
 from megatron_hammer.tokenizer.encoding.encoder import load_encoder
 from tests.helpers.published_benchmarks import SUBJECT, write_published_data
 from tests.helpers.repository import ROOT
@@ -105,6 +109,30 @@ def test_a_checkpoint_scores_as_its_exported_folder(folder: Path, of_folder: Eva
     assert values == pytest.approx(expected_values, abs=TOLERANCE)
     assert facts == expected_facts
     assert of_checkpoint.scores == of_folder.scores
+
+
+def test_texts_of_a_suite_score_as_with_the_command_for_perplexity(folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"content": "a small text"}\n{"content": "and one more of them"}\n{"content": "a third"}\n')
+    suite = EvaluationSuite(domains={"english": str(text)}, json_key="content", max_documents=2, bos="eod")
+    (domain,) = read_domains(suite)
+
+    def measure(scorer: Scorer) -> ModelScores:
+        return measure_model(scorer, [domain], MeasureOptions(bos="eod"), reference=scorer.encoder)
+
+    for model in ("hf", "megatron"):
+        evaluated = evaluate_here(folder, model, suite)
+        measured = use_scorer(folder / model, ScorerOptions(tokenizer_path=folder / "toy.model"), measure)
+        assert measured is not None
+        expected = estimate_domain(measured.domains[0].losses)
+        perplexity, bits = evaluated.scores
+        assert (perplexity.task, perplexity.metric, bits.metric) == ("english", "perplexity", "bits_per_byte")
+        assert (perplexity.value, bits.value) == (expected.perplexity.value, expected.bits_per_byte.value)
+        assert bits.num_questions == 2
+        assert bits.standard_error is not None
+        assert 0 < bits.standard_error < bits.value
+    with pytest.raises(DataError, match="nowhere"):
+        read_domains(EvaluationSuite(domains={"zh": "nowhere.jsonl"}))
 
 
 def test_two_pipeline_stages_give_the_scores_of_one_process(folder: Path, of_folder: Evaluated) -> None:

@@ -1,22 +1,29 @@
-"""Run benchmarks on one model: lm-eval's loop over our scorer. offline.py comes before everything here.
+"""Run a suite on one model: lm-eval's loop over our scorer, then texts. offline.py comes before everything here.
 
 Read next: tasks.py for what is asked, scored_model.py for how a model answers, scores.py for what is reported.
 """
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_hammer.config.evaluation_suite import EvaluationSuite
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.evaluation.benchmarks.scores import Score, collect_scores
+from megatron_hammer.evaluation.perplexity.domains import Domain, DomainOptions, is_pair, read_domain
+from megatron_hammer.evaluation.perplexity.formula import estimate_domain
+from megatron_hammer.evaluation.perplexity.measure import MeasureOptions, measure_model
+from megatron_hammer.evaluation.scorers.megatron_ranks import is_first_process
 from megatron_hammer.evaluation.scorers.open_scorer import ScorerOptions, use_scorer
 from megatron_hammer.evaluation.scorers.scorer import Scorer
+from megatron_hammer.tokenizer.encoding.encoder import load_encoder
 
 # Draws for the standard errors of metrics that are no means; means need none.
 BOOTSTRAP_DRAWS = 1000
+NORMAL_INTERVAL = 2 * 1.96  # standard errors in an interval of 95 %
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,21 +49,25 @@ def evaluate_model(
     Raises HammerError for what the user can fix: for tasks and data before the model is opened.
     """
     loads = load_all_tasks(suite)
+    domains = read_domains(suite) if is_first_process() else []
 
     def work(scorer: Scorer) -> Evaluated:
         scorer.name = name or scorer.name
-        return evaluate_scorer(scorer, path, suite, loads)
+        evaluated = evaluate_scorer(scorer, path, suite, loads)
+        return replace(evaluated, scores=[*evaluated.scores, *score_domains(scorer, suite, domains)])
 
     return use_scorer(path, options, work)
 
 
-def load_all_tasks(suite: EvaluationSuite) -> list[dict[str, Any]]:
-    """The tasks with their data, once for each number of examples; raises HammerError for all that is wrong."""
+def load_all_tasks(suite: EvaluationSuite) -> dict[int, dict[str, Any]]:
+    """The tasks with their data, by number of examples; raises HammerError for all that is wrong."""
     from megatron_hammer.evaluation.benchmarks.tasks import load_tasks
 
+    if not suite.tasks:
+        return {}
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it reports every task that it builds
-    return [
-        load_tasks(
+    return {
+        num_fewshot: load_tasks(
             suite.tasks,
             tasks_dir=None if suite.tasks_dir is None else Path(suite.tasks_dir),
             data_dir=None if suite.data_dir is None else Path(suite.data_dir),
@@ -66,11 +77,13 @@ def load_all_tasks(suite: EvaluationSuite) -> list[dict[str, Any]]:
             limit=suite.limit,
         )
         for num_fewshot in suite.num_fewshot
-    ]
+    }
 
 
-def evaluate_scorer(scorer: Scorer, path: Path, suite: EvaluationSuite, loads: Sequence[dict[str, Any]]) -> Evaluated:
-    """Run loaded tasks. path: of the model, in whose folder its chat template is. loads: one for each num_fewshot."""
+def evaluate_scorer(
+    scorer: Scorer, path: Path, suite: EvaluationSuite, loads: Mapping[int, dict[str, Any]]
+) -> Evaluated:
+    """Run loaded tasks. path: of the model, in whose folder its chat template is. loads: by number of examples."""
     from lm_eval.evaluator import evaluate
 
     from megatron_hammer.evaluation.benchmarks.scored_model import ScoredModel, load_chat_tokenizer
@@ -80,7 +93,7 @@ def evaluate_scorer(scorer: Scorer, path: Path, suite: EvaluationSuite, loads: S
     model = ScoredModel(scorer, first_id=find_first_id(scorer, bos), tokenizer=tokenizer)
     scores: list[Score] = []
     samples: list[dict[str, Any]] = []
-    for num_fewshot, loaded in zip(suite.num_fewshot, loads, strict=True):
+    for num_fewshot, loaded in loads.items():
         results = evaluate(
             lm=model,
             task_dict=loaded,
@@ -104,6 +117,42 @@ def evaluate_scorer(scorer: Scorer, path: Path, suite: EvaluationSuite, loads: S
         scores=scores,
         samples=samples,
     )
+
+
+def read_domains(suite: EvaluationSuite) -> list[Domain]:
+    """The texts of a suite; raises DataError for what cannot be read, ConfigError for a pair without a tokenizer."""
+    encoder = None if suite.tokenizer_model is None else load_encoder(Path(suite.tokenizer_model))
+    if encoder is None and (pairs := [name for name, source in suite.domains.items() if is_pair(source)]):
+        raise ConfigError(
+            f"domains: {pairs[0]} is a .bin/.idx pair, which needs the tokenizer that encoded it, got "
+            "tokenizer_model=None. Add it to the suite."
+        )
+    options = DomainOptions(json_key=suite.json_key, max_documents=suite.max_documents, pair_encoder=encoder)
+    return [read_domain(name, source, options) for name, source in suite.domains.items()]
+
+
+def score_domains(scorer: Scorer, suite: EvaluationSuite, domains: Sequence[Domain]) -> list[Score]:
+    """Perplexity per token of the model's own and bits per byte; NaN for a domain with a document without a number."""
+    if not domains:
+        return []
+    measured = measure_model(scorer, domains, MeasureOptions(bos=suite.bos), reference=scorer.encoder)
+    scores = []
+    for domain in measured.domains:
+        estimates = estimate_domain(domain.losses)
+        for metric, one in (("perplexity", estimates.perplexity), ("bits_per_byte", estimates.bits_per_byte)):
+            error = (one.high - one.low) / NORMAL_INTERVAL
+            scores.append(
+                Score(
+                    task=domain.name,
+                    metric=metric,
+                    num_fewshot=0,
+                    value=one.value,
+                    standard_error=None if math.isnan(error) else error,
+                    chance=None,
+                    num_questions=len(domain.losses.nats),
+                )
+            )
+    return scores
 
 
 def find_first_id(scorer: Scorer, bos: str) -> int | None:

@@ -19,13 +19,15 @@ def test_a_suite_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("", r"suite.toml: tasks must be given"),
-        ("tasks = []", r"tasks must name at least one"),
+        ("", r"suite.toml: tasks or domains must name at least one"),
+        ("tasks = []", r"tasks or domains must name at least one"),
         ('tasks = ["piqa"]\nnum_fewshot = []', r"num_fewshot must name at least one"),
         ('tasks = ["piqa"]\nlimit = 0', r"limit must be at least 1, got 0"),
         ('tasks = ["piqa"]\nnum_fewshot = [-1]', r"num_fewshot.* must be at least 0"),
         ('tasks = ["piqa"]\nshots = 5', r"shots must be a known field"),
-        ('tasks = ["piqa"]\nplatform = "tpu"', r"platform must be 'cpu' or 'cuda'"),
+        ('tasks = ["piqa"]\nplatform = "tpu"', r"platform must be 'auto', 'cpu' or 'cuda'"),
+        ('domains = ["zh.jsonl"]', r"domains must be"),
+        ('domains = { zh = "zh.jsonl" }\nmax_documents = 0', r"max_documents must be at least 1, got 0"),
         ("tasks = [", r"file must be TOML"),
     ],
 )
