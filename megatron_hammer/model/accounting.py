@@ -16,6 +16,7 @@ from megatron_hammer.model.parameters import (
     count_optimizer_shard,
     count_parameters,
     count_rank_parameters,
+    count_stage_parameters,
     find_shard_problems,
     padded_vocab_size,
 )

@@ -6,6 +6,7 @@ MultiTokenPredictionLayer, LanguageModelEmbedding and GPTModel of 0.19.2, with T
 the totals against transformers' models and published figures.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -100,20 +101,37 @@ def count_rank_parameters(
     once, for a model that the layout cannot cut.
     """
     raise_problems(find_shard_problems(model, layout))
-    tp = layout.tensor_model_parallel_size
-    last_pp_rank = layout.pipeline_model_parallel_size - 1
-    rows = padded_vocab_size(model.vocab_size, divisible_by=vocab_divisible_by, tensor_model_parallel_size=tp)
+    is_last = pp_rank == layout.pipeline_model_parallel_size - 1
     layers = [layer for chunk in select_stage(model.num_layers, layout, pp_rank) for layer in chunk.list_layers()]
-    kinds = model.split_kinds(layers)
-    if pp_rank == last_pp_rank:
-        kinds += list_mtp_kinds(model)
+    kinds = model.split_kinds(layers) + (list_mtp_kinds(model) if is_last else [])
+    return count_stage_parameters(
+        model, layout, kinds, has_embedding=pp_rank == 0, has_head=is_last, vocab_divisible_by=vocab_divisible_by
+    )
+
+
+def count_stage_parameters(
+    model: ModelShape,
+    layout: ParallelLayout,
+    kinds: Sequence[tuple[ModelShape, int]],
+    *,
+    has_embedding: bool,
+    has_head: bool,
+    vocab_divisible_by: int = 128,
+) -> RankParameters:
+    """What one rank of a stage with these layers holds, as count_rank_parameters; the layout is known to fit.
+
+    kinds: as ModelShape.split_kinds has them, with the layers for further tokens where the stage has the head.
+    """
+    rows = padded_vocab_size(
+        model.vocab_size,
+        divisible_by=vocab_divisible_by,
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+    )
     counts = [_count_rank_tensors(kind, layout, layer_tensors(kind), num) for kind, num in kinds]
     dense, expert = (sum(count[part] for count in counts) for part in (0, 1))
-    ends: list[TensorSize] = []
-    if pp_rank == 0:
-        ends += embedding_tensors(model, rows)
-    if pp_rank == last_pp_rank:
-        ends += head_tensors(model, rows, is_apart=last_pp_rank > 0)
+    ends = embedding_tensors(model, rows) if has_embedding else []
+    if has_head:
+        ends += head_tensors(model, rows, is_apart=not has_embedding)
     return RankParameters(dense=dense + _count_rank_tensors(model, layout, ends, 1)[0], expert=expert)
 
 
