@@ -40,6 +40,9 @@ class ParallelLayout:
     num_layers_last_stage: int | None = None  # --decoder-last-pipeline-num-layers
     accounts_for_embedding: bool = False  # --account-for-embedding-in-pipeline-split
     accounts_for_loss: bool = False  # --account-for-loss-in-pipeline-split
+    # --pipeline-model-parallel-layout: layers of every chunk, in the order in which a micro-batch passes them. Training
+    # refuses this flag; published runs have it.
+    chunk_layers: tuple[int, ...] | None = None
 
     @property
     def world_size(self) -> int:

@@ -49,6 +49,8 @@ def find_split_problems(num_layers: int, layout: ParallelLayout) -> tuple[str, .
     pp, vp = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size
     is_uneven = layout.num_layers_first_stage is not None or layout.num_layers_last_stage is not None
     problems = []
+    if layout.chunk_layers is not None:
+        return _find_chunk_problems(num_layers, layout, layout.chunk_layers)
     if vp > 1 and pp == 1:
         problems.append(
             f"virtual-pipeline-model-parallel-size: needs more than one pipeline stage, got vp={vp}, pp=1. "
@@ -65,6 +67,16 @@ def find_split_problems(num_layers: int, layout: ParallelLayout) -> tuple[str, .
     else:
         problems += _find_even_problems(num_layers, layout)
     return tuple(problems)
+
+
+def _find_chunk_problems(num_layers: int, layout: ParallelLayout, sizes: tuple[int, ...]) -> tuple[str, ...]:
+    num_chunks = layout.pipeline_model_parallel_size * layout.virtual_pipeline_model_parallel_size
+    if len(sizes) == num_chunks and sum(sizes) == num_layers and min(sizes) >= 0:
+        return ()
+    return (
+        f"pipeline-model-parallel-layout: must share {num_layers} layers out to {num_chunks} chunks, got {len(sizes)} "
+        f"chunks of {sum(sizes)} layers. Give the layers of every chunk.",
+    )
 
 
 def _find_even_problems(num_layers: int, layout: ParallelLayout) -> list[str]:
@@ -128,6 +140,8 @@ def _find_uneven_problems(num_layers: int, layout: ParallelLayout) -> list[str]:
 def _count_chunk_layers(num_layers: int, layout: ParallelLayout) -> list[list[int]]:
     """Layers of each chunk, [pp_rank][vp_stage]; the split is known to be exact."""
     pp, vp = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size
+    if layout.chunk_layers is not None:
+        return [[layout.chunk_layers[chunk * pp + pp_rank] for chunk in range(vp)] for pp_rank in range(pp)]
     first, last = layout.num_layers_first_stage, layout.num_layers_last_stage
     if first is not None or last is not None:
         middle_stages = pp - (first is not None) - (last is not None)

@@ -89,6 +89,7 @@ class ExpertOptions:
     dispatcher: Dispatcher = "alltoall"
     overlaps_communication: bool = False  # --overlap-moe-expert-parallel-comm
     has_grouped_gemm: bool = True  # --moe-grouped-gemm; False: one product after the other
+    pads_to_capacity: bool = False  # --moe-pad-expert-input-to-capacity: tokens beyond it are dropped
     imbalance_ratio: AtLeastOne = 1.0  # tokens of the busiest rank of experts over the mean
 
 
@@ -124,7 +125,6 @@ class Plan:
     vocab_divisible_by: int = 128
     experts: ExpertOptions = field(default_factory=ExpertOptions)
     cuda_graphs: CudaGraphs = "none"
-    num_mtp_layers: int = 0  # --mtp-num-layers: layers behind the last one that predict further tokens
 
     @property
     def num_microbatches(self) -> int:

@@ -9,25 +9,23 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 from annotated_types import Gt, Lt
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.files.publish import publish_files
 from megatron_hammer.files.typed import read_toml, validate
+from megatron_hammer.scaling.cost.expert_coefficients import (
+    EXPERT_NAMES,
+    EXPERT_TABLE,
+    ExpertCoefficients,
+    build_prior_expert_coefficients,
+)
+from megatron_hammer.scaling.cost.prior import Prior
 from megatron_hammer.scaling.plan import Gpu, PositiveFloat, PositiveInt
 
 SHIPPED_PATH = Path(__file__).parent / "coefficients.toml"
-
-
-class Prior(NamedTuple):
-    """What is known about a coefficient before any run; `spread` is the standard deviation of its logarithm."""
-
-    value: float
-    low: float
-    high: float
-    spread: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,6 +126,7 @@ class Coefficients:
     pipeline_exposed_ratio: PositiveFloat  # of the exchange between interleaved stages
     fsdp_exposed_ratio: PositiveFloat  # of gathers and reductions by layer at least: they slow what runs beside them
     jitter_ratio: PositiveFloat  # of the step's time, each time the number of nodes grows by a factor of e
+    experts: ExpertCoefficients = field(default_factory=build_prior_expert_coefficients)
     band_ratio: Mapping[str, float] = field(default_factory=lambda: {"default": 0.2})  # exp(+-) holds 80 %, by class
     layout_correlation: float = 0.75  # of the errors of two layouts of one job, for each step between them
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -168,7 +167,7 @@ def flatten_coefficients(coefficients: Coefficients) -> dict[str, float]:
     values = {name: getattr(coefficients, name) for name in SHARED_NAMES}
     for gpu, own in coefficients.gpus.items():
         values |= {f"{gpu}.{name}": getattr(own, name) for name in GPU_NAMES}
-    return values
+    return values | {f"{EXPERT_TABLE}.{name}": getattr(coefficients.experts, name) for name in EXPERT_NAMES}
 
 
 def replace_values(coefficients: Coefficients, values: Mapping[str, float]) -> Coefficients:
@@ -181,7 +180,8 @@ def replace_values(coefficients: Coefficients, values: Mapping[str, float]) -> C
         if dot:
             changed.setdefault(gpu, {})[own] = value
     gpus = {gpu: replace(own, **changed.get(gpu, {})) for gpu, own in coefficients.gpus.items()}
-    return replace(coefficients, gpus=gpus, **shared)
+    experts = replace(coefficients.experts, **changed.get(EXPERT_TABLE, {}))
+    return replace(coefficients, gpus=gpus, experts=experts, **shared)
 
 
 def load_coefficients(path: Path | None = None) -> Coefficients:
@@ -209,6 +209,7 @@ class _CoefficientsFile:
 
     shared: Mapping[str, PositiveFloat]
     gpu: Mapping[str, GpuCoefficients]
+    experts: ExpertCoefficients
     band: Mapping[str, PositiveFloat] = field(default_factory=lambda: {"default": 0.2})
     ranking: _RankingTable = field(default_factory=_RankingTable)
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -224,6 +225,7 @@ def list_tables(coefficients: Coefficients) -> dict[str, Any]:
     return {
         "shared": {name: getattr(coefficients, name) for name in SHARED_NAMES},
         "gpu": {name: asdict(own) for name, own in coefficients.gpus.items()},
+        EXPERT_TABLE: asdict(coefficients.experts),
         "band": dict(coefficients.band_ratio),
     }
 
@@ -251,6 +253,7 @@ def _build(file: _CoefficientsFile, path: str) -> Coefficients:
     shared: dict[str, Any] = dict(file.shared)
     return Coefficients(
         gpus=file.gpu,
+        experts=file.experts,
         **shared,
         band_ratio=file.band,
         layout_correlation=file.ranking.layout_correlation,
@@ -266,6 +269,8 @@ def format_coefficients(coefficients: Coefficients) -> str:
         # Quoted, because a dot in a bare key of TOML starts a table inside the table.
         lines += ["", f"[gpu.{json.dumps(gpu)}]"]
         lines += [f"{name} = {format_toml_value(value)}" for name, value in asdict(own).items()]
+    lines += ["", f"[{EXPERT_TABLE}]"]
+    lines += [f"{name} = {format_toml_value(value)}" for name, value in asdict(coefficients.experts).items()]
     lines += ["", "# exp(+-ratio) about a prediction holds 80 % of cross-validated rows of the class", "[band]"]
     lines += [f"{json.dumps(name)} = {ratio:.4f}" for name, ratio in coefficients.band_ratio.items()]
     lines += ["", "# correlation of the errors of two layouts of one job, one step (a size doubled) apart", "[ranking]"]

@@ -28,6 +28,10 @@ class PassTime(NamedTuple):
         return self.matmul_s + self.attention_s + self.pointwise_s + self.gap_s
 
 
+def add_pass_times(first: PassTime, second: PassTime) -> PassTime:
+    return PassTime(*(one + other for one, other in zip(first, second, strict=True)))
+
+
 class LayerTime(NamedTuple):
     forward: PassTime
     backward: PassTime

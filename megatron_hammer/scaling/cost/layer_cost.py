@@ -5,21 +5,28 @@ communication of a step (pipeline and data parallelism) is in `step_time.py` and
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.scaling.cost.coefficients import Coefficients
 from megatron_hammer.scaling.cost.communication import (
     estimate_all_reduce_s,
-    estimate_all_to_all_s,
     estimate_exposed_s,
-    estimate_gather_s,
     estimate_send_s,
     place_group,
 )
-from megatron_hammer.scaling.cost.compute import LayerTime, PassTime, estimate_layer
+from megatron_hammer.scaling.cost.compute import (
+    LayerTime,
+    PassTime,
+    add_pass_times,
+    build_rates,
+    estimate_layer,
+    estimate_work,
+)
+from megatron_hammer.scaling.cost.expert_cost import MixtureCost, build_mixture_cost
 from megatron_hammer.scaling.cost.operators import Shard, build_embedding_work, build_head_work, build_layer_work
-from megatron_hammer.scaling.plan import Cluster, Gpu, Plan
+from megatron_hammer.scaling.cost.recompute import build_recomputed_work
+from megatron_hammer.scaling.plan import Cluster, Gpu, Plan, RecomputeModule
 
 NO_PASS = PassTime(0.0, 0.0, 0.0, 0.0, 0.0)
 
@@ -50,6 +57,30 @@ class LayerCost(NamedTuple):
         return self.time.forward.host_s + self.time.backward.host_s + self.recompute.host_s
 
 
+@lru_cache(maxsize=256)
+def list_layer_kinds(model: ModelShape) -> tuple[tuple[ModelShape, ...], tuple[int, ...]]:
+    """(the model with each kind of its layers only, the kind of every layer); no numbers if all layers are alike."""
+    if model.is_uniform:
+        return (model,), ()
+    kinds: dict[ModelShape, int] = {}
+    numbers = tuple(kinds.setdefault(model.select_kind(layer), len(kinds)) for layer in range(model.num_layers))
+    return tuple(kinds), numbers
+
+
+def average_layer_costs(costs: tuple[LayerCost, ...], counts: tuple[int, ...]) -> LayerCost:
+    """The mean of a stage's layers, `counts` of each kind; the only kind of a model whose layers are alike."""
+    if len(costs) == 1 or not sum(counts):
+        return costs[0]
+    mean: LayerCost = _average(costs, counts)
+    return mean
+
+
+def _average(values: Any, counts: tuple[int, ...]) -> Any:
+    if not isinstance(values[0], tuple):
+        return sum(value * count for value, count in zip(values, counts, strict=True)) / sum(counts)
+    return type(values[0])(*(_average(parts, counts) for parts in zip(*values, strict=True)))
+
+
 def build_shard(plan: Plan) -> Shard:
     """The part of a plan that the work of a layer depends on. num_tokens: of one context-parallel rank."""
     layout = plan.layout
@@ -64,6 +95,8 @@ def build_shard(plan: Plan) -> Shard:
         precision=plan.precision,
         has_flash_attention=plan.has_flash_attention,
         vocab_divisible_by=plan.vocab_divisible_by,
+        experts=plan.experts,
+        cuda_graphs=plan.cuda_graphs,
     )
 
 
@@ -76,27 +109,33 @@ def build_layer_cost(
     coefficients: Coefficients,
     recompute: str,
     overlaps_tensor_parallel: bool,
+    recompute_modules: tuple[RecomputeModule, ...] = ("core_attn",),
 ) -> LayerCost:
     """The cost of one layer, cached by exactly what it depends on.
 
     It takes no Plan, so all plans that split a layer in the same way share one result. Full recomputation repeats the
-    forward pass with its communication; selective recomputation repeats the core attention only.
+    forward pass with its communication; selective recomputation repeats recompute_modules.
     """
     work = build_layer_work(model, shard)
     time = estimate_layer(work, shard, model.head_dim, gpu, coefficients)
-    forward = time.forward
+    if model.has_attention_sinks:
+        time = _slow_attention(time, coefficients.experts.sink_attention_ratio)
+    mixture = None if model.moe is None else build_mixture_cost(model, shard, gpu, cluster, coefficients)
     repeated = NO_PASS
-    if recompute == "full":
-        repeated = forward
-    elif recompute == "selective":  # the core attention only, taken as a fifth of the host's work for a layer
-        # core_attn alone is the default of recompute_modules in megatron.core (TransformerConfig).
-        repeated = PassTime(0.0, forward.attention_s, 0.0, 0.0, forward.host_s * 0.2)
+    if recompute == "selective":
+        repeated = _estimate_selective(model, shard, gpu, coefficients, recompute_modules, time.forward, mixture)
+    elif recompute == "full":
+        repeated = time.forward if mixture is None else add_pass_times(time.forward, mixture.forward)
     tensor_forward_s, tensor_backward_s = _estimate_tensor_parallel_s(
         model, shard, cluster, coefficients, overlaps_tensor_parallel
     )
     context_forward_s, context_backward_s = _estimate_context_parallel_s(model, shard, cluster, coefficients, time)
-    # The backward pass sends the gradients back over the same ways.
-    expert_forward_s = expert_backward_s = _estimate_expert_parallel_s(model, shard, cluster, coefficients)
+    expert_forward_s = expert_backward_s = 0.0
+    if mixture is not None:
+        expert_forward_s, expert_backward_s = _expose_exchange(mixture, time, shard, coefficients)
+        if recompute == "selective" and "moe" in recompute_modules:
+            expert_backward_s += expert_forward_s
+        time = LayerTime(add_pass_times(time.forward, mixture.forward), add_pass_times(time.backward, mixture.backward))
     if recompute == "full":  # the forward pass is repeated before the backward pass, with its communication
         tensor_backward_s += tensor_forward_s
         context_backward_s += context_forward_s
@@ -156,19 +195,46 @@ def _estimate_context_parallel_s(
     )
 
 
-def _estimate_expert_parallel_s(model: ModelShape, shard: Shard, cluster: Cluster, coefficients: Coefficients) -> float:
-    """Dispatch and combination of every copy of a token in one pass: two all-to-alls, balanced."""
-    if model.moe is None or shard.ep * shard.expert_tp == 1:
-        return 0.0
-    group = place_group(shard.ep, shard.expert_tp, cluster)
-    # Each token is sent to top-k experts; a tensor-parallel rank dispatches its share of the tokens.
-    copies = shard.num_tokens / shard.tp * model.moe.router_topk
-    num_bytes = shard.element_bytes * copies * model.hidden_size
-    seconds = 2.0 * estimate_all_to_all_s(num_bytes, group, cluster, coefficients)
-    if shard.expert_tp > 1:
-        tensor_group = place_group(shard.expert_tp, 1, cluster)
-        seconds += 2.0 * estimate_gather_s(num_bytes * shard.expert_tp, tensor_group, cluster, coefficients)
-    return seconds
+def _slow_attention(time: LayerTime, ratio: float) -> LayerTime:
+    return LayerTime(*(one._replace(attention_s=one.attention_s / ratio) for one in time))
+
+
+def _estimate_selective(
+    model: ModelShape,
+    shard: Shard,
+    gpu: Gpu,
+    coefficients: Coefficients,
+    modules: tuple[RecomputeModule, ...],
+    forward: PassTime,
+    mixture: MixtureCost | None,
+) -> PassTime:
+    """What selective recomputation repeats of one layer. forward: without its mixture."""
+    work = build_recomputed_work(model, shard, tuple(module for module in modules if module != "core_attn"))
+    repeated = estimate_work(work, build_rates(gpu, shard.precision, coefficients), coefficients, 1.0)
+    if "core_attn" in modules:  # taken as a fifth of the host's work for a layer
+        repeated = add_pass_times(repeated, PassTime(0.0, forward.attention_s, 0.0, 0.0, forward.host_s * 0.2))
+    if "moe" in modules and mixture is not None:
+        repeated = add_pass_times(repeated, mixture.forward)
+    return repeated
+
+
+def _expose_exchange(
+    mixture: MixtureCost, time: LayerTime, shard: Shard, coefficients: Coefficients
+) -> tuple[float, float]:
+    """Dispatch and combination that are not hidden, forward and backward. The backward pass sends as many bytes.
+
+    With --overlap-moe-expert-parallel-comm, the exchange of one micro-batch runs beside the layer's work for another.
+    time: of the layer without its mixture.
+    """
+    if not shard.experts.overlaps_communication:
+        return mixture.exchange_s, mixture.exchange_s
+    least = coefficients.experts.exposed_ratio
+    forward_s = time.forward.device_s + mixture.forward.device_s
+    backward_s = time.backward.device_s + mixture.backward.device_s
+    # The forward pass of one micro-batch is interleaved with the backward pass of another.
+    window_s = (forward_s + backward_s) / 2
+    shown_s = estimate_exposed_s(mixture.exchange_s, window_s, least)
+    return shown_s, shown_s
 
 
 @lru_cache(maxsize=8192)

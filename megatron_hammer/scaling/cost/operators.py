@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from megatron_hammer.model.accounting import padded_vocab_size
 from megatron_hammer.model.shape import ModelShape
-from megatron_hammer.scaling.plan import LOW_PRECISIONS, Precision
+from megatron_hammer.scaling.plan import LOW_PRECISIONS, CudaGraphs, ExpertOptions, Precision
 
 # Bytes that unfused attention moves for each of the s * s * heads scores, 16-bit elements, one-byte dropout masks.
 # Forward: scores written (2), scaled and masked softmax (2 + 2), dropout (2 + 2 + 1), read by the product with the
@@ -63,6 +63,8 @@ class Shard(NamedTuple):
     precision: Precision
     has_flash_attention: bool
     vocab_divisible_by: int
+    experts: ExpertOptions = ExpertOptions()
+    cuda_graphs: CudaGraphs = "none"
 
     @property
     def element_bytes(self) -> int:
@@ -80,25 +82,24 @@ class Shard(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def build_layer_work(model: ModelShape, shard: Shard) -> LayerWork:
-    """The work of one layer, forward and backward."""
+    """The work of one layer, forward and backward. A mixture of experts is left out: expert_work.py counts it."""
     linears = _build_linears(model, shard)
     attention_forward, attention_backward = _build_attention(model, shard)
     forward_bytes, backward_bytes = _count_pointwise_bytes(model, shard)
-    cast_forward, cast_backward = _count_cast_bytes(linears, shard)
+    cast_forward, cast_backward = count_cast_bytes(linears, shard)
     tensor_kernels = 2 if shard.tp > 1 else 0
     # Stacks of 2020 to 2022: scores, masks and dropouts one by one, biases apart, random states kept for recomputation.
     unfused_kernels = 0 if shard.has_flash_attention else 25
-    expert_kernels = 25 if model.moe else 0
     forward = Work(
         gemms=tuple(linears),
         pointwise_bytes=forward_bytes + cast_forward,
-        num_kernels=13 + unfused_kernels + tensor_kernels + expert_kernels + (8 if shard.is_low_precision else 0),
+        num_kernels=13 + unfused_kernels + tensor_kernels + (8 if shard.is_low_precision else 0),
         **attention_forward,
     )
     backward = Work(
-        gemms=tuple(product for linear in linears for product in _differentiate(linear, shard)),
+        gemms=tuple(product for linear in linears for product in differentiate(linear)),
         pointwise_bytes=backward_bytes + cast_backward,
-        num_kernels=22 + unfused_kernels + tensor_kernels + expert_kernels + (8 if shard.is_low_precision else 0),
+        num_kernels=22 + unfused_kernels + tensor_kernels + (8 if shard.is_low_precision else 0),
         **attention_backward,
     )
     return LayerWork(forward, backward)
@@ -129,52 +130,72 @@ def build_head_work(model: ModelShape, shard: Shard) -> LayerWork:
     head = Gemm(shard.num_tokens, columns, model.hidden_size)
     logits = shard.num_tokens * columns
     norm_bytes = 5 * shard.element_bytes * shard.num_tokens * model.hidden_size
+    # A layer for further tokens has logits and a loss of its own, and a projection of two hidden states to one.
+    losses, further = 1 + model.num_mtp_layers, model.num_mtp_layers
+    joined = Gemm(shard.num_tokens, model.hidden_size / shard.tp, 2 * model.hidden_size)
+    forward = (head,) * losses + (joined,) * further
     return LayerWork(
-        Work(gemms=(head,), pointwise_bytes=30 * logits + 0.4 * norm_bytes, num_kernels=18),
-        Work(gemms=_differentiate(head, shard), pointwise_bytes=14 * logits + 0.6 * norm_bytes, num_kernels=12),
+        Work(forward, pointwise_bytes=losses * (30 * logits + 0.4 * norm_bytes), num_kernels=18 * losses),
+        Work(
+            tuple(product for gemm in forward for product in differentiate(gemm)),
+            pointwise_bytes=losses * (14 * logits + 0.6 * norm_bytes),
+            num_kernels=12 * losses,
+        ),
     )
 
 
 def _build_linears(model: ModelShape, shard: Shard) -> list[Gemm]:
     """Forward products of the linears of one layer, [tokens, in] x [in, out / tp] or the rows cut for the second."""
+    values = model.num_attention_heads * model.value_dim
+    output = Gemm(shard.num_tokens, model.hidden_size, values / shard.tp, is_low_precision=shard.is_low_precision)
+    ffn = model.ffn_hidden_size if model.moe is None else 0
+    return [*_build_projections(model, shard), output, *build_mlp_linears(model, shard, ffn)]
+
+
+def _build_projections(model: ModelShape, shard: Shard) -> list[Gemm]:
+    """From the hidden state to queries, keys and values.
+
+    In multi-latent attention every tensor-parallel rank compresses the tokens that it holds, and then computes its
+    heads of all tokens. Source: megatron.core MLASelfAttention.
+    """
     h, tokens, low = model.hidden_size, shard.num_tokens, shard.is_low_precision
-    queries = model.num_attention_heads * model.head_dim
-    # With more ranks than query groups, each rank computes one whole group, so there are tp of them.
-    key_values = 2 * max(model.num_query_groups, shard.tp) * model.head_dim
-    linears = [
-        Gemm(tokens, (queries + key_values) / shard.tp, h, is_low_precision=low),
-        Gemm(tokens, h, queries / shard.tp, is_low_precision=low),
+    latent = model.latent_attention
+    if latent is None:
+        queries = model.num_attention_heads * model.head_dim
+        # With more ranks than query groups, each rank computes one whole group, so there are tp of them.
+        key_values = 2 * max(model.num_query_groups, shard.tp) * model.head_dim
+        return [Gemm(tokens, (queries + key_values) / shard.tp, h, is_low_precision=low)]
+    down = [Gemm(shard.pointwise_tokens, latent.kv_lora_rank + latent.qk_pos_emb_head_dim, h, is_low_precision=low)]
+    if latent.q_lora_rank is not None:
+        down.append(Gemm(shard.pointwise_tokens, latent.q_lora_rank, h, is_low_precision=low))
+    return down + build_latent_up_projections(model, shard)
+
+
+def build_latent_up_projections(model: ModelShape, shard: Shard) -> list[Gemm]:
+    """Of multi-latent attention: from the compressed states to this rank's heads. None of any other attention."""
+    latent = model.latent_attention
+    if latent is None:
+        return []
+    tokens, low = shard.num_tokens, shard.is_low_precision
+    heads = model.num_attention_heads / shard.tp
+    return [
+        Gemm(tokens, heads * latent.query_dim, latent.q_lora_rank or model.hidden_size, is_low_precision=low),
+        Gemm(tokens, heads * (latent.qk_head_dim + latent.v_head_dim), latent.kv_lora_rank, is_low_precision=low),
     ]
+
+
+def build_mlp_linears(model: ModelShape, shard: Shard, ffn_hidden_size: int) -> list[Gemm]:
+    """An MLP that all tokens pass, or none for a width of 0."""
+    if not ffn_hidden_size:
+        return []
+    h, tokens, low = model.hidden_size, shard.num_tokens, shard.is_low_precision
     # The first linear of SwiGLU has the rows of the gate and of the up projection.
     gates = 2 if model.is_gated else 1
-    if model.moe is None:
-        ffn = model.ffn_hidden_size / shard.tp
-        return [
-            *linears,
-            Gemm(tokens, gates * ffn, h, is_low_precision=low),
-            Gemm(tokens, h, ffn, is_low_precision=low),
-        ]
-    moe = model.moe
-    local_experts = moe.num_experts / shard.ep
-    # The load is balanced: each rank of an expert group brings tokens / tp, and every token goes to top-k experts.
-    per_expert = tokens / shard.tp * shard.ep * shard.expert_tp * moe.router_topk / moe.num_experts
-    ffn = moe.ffn_hidden_size / shard.expert_tp
-    linears += [
-        # The router is not split: each rank has its whole weight, and scores the tokens that it holds.
-        Gemm(shard.pointwise_tokens, moe.num_experts, h),
-        Gemm(per_expert, gates * ffn, h, local_experts, is_low_precision=low),
-        Gemm(per_expert, h, ffn, local_experts, is_low_precision=low),
-    ]
-    if moe.shared_expert_intermediate_size:
-        ffn = moe.shared_expert_intermediate_size / shard.tp
-        linears += [
-            Gemm(tokens, gates * ffn, h, is_low_precision=low),
-            Gemm(tokens, h, ffn, is_low_precision=low),
-        ]
-    return linears
+    ffn = ffn_hidden_size / shard.tp
+    return [Gemm(tokens, gates * ffn, h, is_low_precision=low), Gemm(tokens, h, ffn, is_low_precision=low)]
 
 
-def _differentiate(linear: Gemm, shard: Shard) -> tuple[Gemm, Gemm]:
+def differentiate(linear: Gemm) -> tuple[Gemm, Gemm]:
     """The gradient of the input, and that of the weight, which the epilogue adds to an fp32 buffer (4 + 4 bytes)."""
     m, n, k, batch = linear.m, linear.n, linear.k, linear.batch
     accumulated_bytes = 8.0 * n * k * batch
@@ -187,15 +208,16 @@ def _differentiate(linear: Gemm, shard: Shard) -> tuple[Gemm, Gemm]:
 def _build_attention(model: ModelShape, shard: Shard) -> tuple[dict[str, Any], dict[str, Any]]:
     """Core attention of one rank: FLOPs of flash attention under a causal mask, or products and traffic of the scores.
 
-    Each of the two forward products takes 2 * s * head_dim operations per query and head. Flash attention skips the
-    masked blocks and does half of them; unfused attention does all of them.
+    Each of the two forward products takes 2 * head_dim operations per query, head and key that the query sees. Flash
+    attention skips the masked blocks; unfused attention does them all, half of which are masked.
     """
-    queries = model.num_attention_heads * model.head_dim / shard.tp
+    heads = model.num_attention_heads / shard.tp
     if shard.has_flash_attention:
-        flops = 2.0 * shard.num_tokens * shard.seq_length * queries
+        widths = heads * (model.head_dim + model.value_dim)
+        flops = 2.0 * shard.num_tokens * _count_keys(model, shard.seq_length) * widths
         return {"attention_flops": flops}, {"attention_flops": FLASH_BACKWARD_RATIO * flops}
     s, d = shard.seq_length, model.head_dim
-    heads = shard.num_tokens * shard.cp / s * model.num_attention_heads / shard.tp  # of all sequences
+    heads *= shard.num_tokens * shard.cp / s  # of all sequences
     scores = heads * s * s / shard.cp
     forward = (Gemm(s / shard.cp, s, d, heads), Gemm(s / shard.cp, d, s, heads))
     backward = (forward[0], forward[1], Gemm(s, d, s / shard.cp, heads), Gemm(s, d, s / shard.cp, heads))
@@ -204,6 +226,20 @@ def _build_attention(model: ModelShape, shard: Shard) -> tuple[dict[str, Any], d
         {"attention_gemms": forward, "attention_bytes": scale * UNFUSED_FORWARD_BYTES_PER_SCORE * scores},
         {"attention_gemms": backward, "attention_bytes": scale * UNFUSED_BACKWARD_BYTES_PER_SCORE * scores},
     )
+
+
+def _count_keys(model: ModelShape, seq_length: int) -> float:
+    """Keys that a query sees, on average over a sequence: all before it, or those of its window or its chunk.
+
+    The window of a model counts where all of its layers have it; step_time.py asks for one kind of layer at a time.
+    """
+    window = model.sliding_window
+    if window is None or len(window.layers) < model.num_layers or window.num_tokens >= seq_length:
+        return seq_length / 2
+    if window.is_chunked:
+        return window.num_tokens / 2
+    # The first queries see fewer keys than the window has.
+    return window.num_tokens - window.num_tokens**2 / (2 * seq_length)
 
 
 def _count_pointwise_bytes(model: ModelShape, shard: Shard) -> tuple[float, float]:
@@ -216,12 +252,17 @@ def _count_pointwise_bytes(model: ModelShape, shard: Shard) -> tuple[float, floa
     along_sequence = shard.pointwise_tokens * model.hidden_size  # two norms and two residual sums make 10 and 10
     queries = shard.num_tokens * model.num_attention_heads * model.head_dim / shard.tp
     key_values = shard.num_tokens * max(model.num_query_groups / shard.tp, 1) * model.head_dim
+    latent = model.latent_attention
     forward, backward = 10 * along_sequence, 10 * along_sequence
     turned = 2 * model.rope_share * (queries + key_values)
     forward, backward = forward + turned, backward + turned
     if model.residual_multiplier != 1.0:  # reads and writes the outputs of attention and MLP
         forward, backward = forward + 4 * along_sequence, backward + 4 * along_sequence
-    if model.has_qk_norm:
+    if latent is not None:  # norms of the compressed states, and copies of the shared key to all heads
+        ranks = (latent.q_lora_rank or 0) + latent.kv_lora_rank
+        states = shard.pointwise_tokens * ranks
+        forward, backward = forward + 2 * (states + key_values), backward + 3 * states + 2 * key_values
+    elif model.has_qk_norm:
         forward, backward = forward + 2 * (queries + key_values), backward + 3 * (queries + key_values)
     if not shard.has_flash_attention:
         moved = 2 * (2 * queries + 2 * key_values)
@@ -229,24 +270,14 @@ def _count_pointwise_bytes(model: ModelShape, shard: Shard) -> tuple[float, floa
         forward, backward = forward + moved + dropout, backward + moved + dropout
     else:  # the fused qkv is split into contiguous parts, and the gradient is put together again
         forward, backward = forward + (queries + 2 * key_values), backward + 2 * (queries + 2 * key_values)
-    read_written = (3, 5) if model.is_gated else (2, 3)
-    width = _count_activation_elements(model, shard)
-    forward, backward = forward + read_written[0] * width, backward + read_written[1] * width
-    if model.moe is not None:  # dispatch and combination permute every copy of a token, before and after the exchange
-        copies = shard.num_tokens * model.moe.router_topk * shard.expert_tp / shard.tp * model.hidden_size
-        forward, backward = forward + 8 * copies, backward + 8 * copies
+    if model.moe is None:
+        read_written = (3, 5) if model.is_gated else (2, 3)
+        width = shard.num_tokens * model.ffn_hidden_size / shard.tp
+        forward, backward = forward + read_written[0] * width, backward + read_written[1] * width
     return shard.element_bytes * forward, shard.element_bytes * backward
 
 
-def _count_activation_elements(model: ModelShape, shard: Shard) -> float:
-    """Outputs of the activation function on one rank."""
-    if model.moe is None:
-        return shard.num_tokens * model.ffn_hidden_size / shard.tp
-    routed = shard.num_tokens * model.moe.router_topk * model.moe.ffn_hidden_size / shard.tp
-    return routed + shard.num_tokens * model.moe.shared_expert_intermediate_size / shard.tp
-
-
-def _count_cast_bytes(linears: list[Gemm], shard: Shard) -> tuple[float, float]:
+def count_cast_bytes(linears: list[Gemm], shard: Shard) -> tuple[float, float]:
     """Bytes of casting the operands of 8-bit products: each is read (2) and written twice, once transposed (1 + 1).
 
     Forward the inputs are cast, backward the gradients of the outputs; weights are cast once per step and kept. Source:

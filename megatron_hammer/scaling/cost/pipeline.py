@@ -11,12 +11,16 @@ from megatron_hammer.model.accounting import ParallelLayout, split_layers
 
 
 class StageKind(NamedTuple):
-    """`num_stages` identical stages: their number of layers, and whether they have one of the model's ends."""
+    """`num_stages` identical stages: their number of layers, and whether they have one of the model's ends.
+
+    kind_counts: layers of each kind of a model whose layers are not all alike; empty otherwise.
+    """
 
     num_layers: int
     has_embedding: bool
     has_head: bool
     num_stages: int
+    kind_counts: tuple[int, ...] = ()
 
 
 class Schedule(NamedTuple):
@@ -36,8 +40,15 @@ def list_stages(
     last: int | None,
     accounts_for_embedding: bool,
     accounts_for_loss: bool,
+    chunk_layers: tuple[int, ...] | None = None,
+    layer_kinds: tuple[int, ...] = (),
+    num_mtp_layers: int = 0,
 ) -> tuple[StageKind, ...]:
-    """The kinds of stages of a layout. Raises ConfigError if the layers cannot be split that way."""
+    """The kinds of stages of a layout. Raises ConfigError if the layers cannot be split that way.
+
+    layer_kinds: the kind of every layer, from 0; empty if all are alike. num_mtp_layers: layers behind the last one,
+    which are on the last stage and of the last layer's kind.
+    """
     layout = ParallelLayout(
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vp,
@@ -45,12 +56,18 @@ def list_stages(
         num_layers_last_stage=last,
         accounts_for_embedding=accounts_for_embedding,
         accounts_for_loss=accounts_for_loss,
+        chunk_layers=chunk_layers,
     )
-    counts: dict[tuple[int, bool, bool], int] = {}
+    counts: dict[tuple[int, bool, bool, tuple[int, ...]], int] = {}
     for pp_rank, chunks in enumerate(split_layers(num_layers, layout)):
-        key = (sum(chunk.num_layers for chunk in chunks), pp_rank == 0, pp_rank == pp - 1)
+        layers = [layer for chunk in chunks for layer in chunk.list_layers()]
+        if pp_rank == pp - 1:
+            layers += [num_layers - 1] * num_mtp_layers
+        kinds = [layer_kinds[layer] for layer in layers] if layer_kinds else []
+        kind_counts = tuple(kinds.count(kind) for kind in range(max(layer_kinds, default=-1) + 1))
+        key = (len(layers), pp_rank == 0, pp_rank == pp - 1, kind_counts)
         counts[key] = counts.get(key, 0) + 1
-    return tuple(StageKind(*key, count) for key, count in counts.items())
+    return tuple(StageKind(*key[:3], count, key[3]) for key, count in counts.items())
 
 
 def build_schedule(stage_s: list[float], counts: list[int], num_chunks: int) -> Schedule:

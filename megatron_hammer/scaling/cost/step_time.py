@@ -17,7 +17,14 @@ from megatron_hammer.scaling.cost.data_parallel import (
     estimate_fsdp_s,
     estimate_optimizer_s,
 )
-from megatron_hammer.scaling.cost.layer_cost import LayerCost, build_end_times, build_layer_cost, build_shard
+from megatron_hammer.scaling.cost.layer_cost import (
+    LayerCost,
+    average_layer_costs,
+    build_end_times,
+    build_layer_cost,
+    build_shard,
+    list_layer_kinds,
+)
 from megatron_hammer.scaling.cost.operators import Shard
 from megatron_hammer.scaling.cost.pipeline import Schedule, StageKind, build_schedule, list_stages
 from megatron_hammer.scaling.plan import LOW_PRECISIONS, Plan, StepTime
@@ -42,8 +49,9 @@ class StageCost(NamedTuple):
 class StepCosts(NamedTuple):
     """What a step is added up from. `timeline/trace.py` draws the same numbers as a timeline.
 
-    kinds and stages belong together, position by position. fsdp_s: of one layer over one micro-batch. send_s: what a
-    stage waits for its neighbours, per micro-batch. fill_send_s: once per step.
+    layer: the mean one of the slowest stage. kinds and stages belong together, position by position. fsdp_s: of one
+    layer over one micro-batch. send_s: what a stage waits for its neighbours, per micro-batch. fill_send_s: once per
+    step.
     """
 
     layer: LayerCost
@@ -84,15 +92,29 @@ def build_step_costs(plan: Plan, coefficients: Coefficients) -> StepCosts:
     """The costs of a plan's layers, stages and communication, before they are added up along the critical path."""
     layout = plan.layout
     shard = build_shard(plan)
-    layer = build_layer_cost(
-        plan.model, shard, plan.gpu, plan.cluster, coefficients, plan.recompute, plan.overlaps_tensor_parallel
+    models, layer_kinds = list_layer_kinds(plan.model)
+    costs = tuple(
+        build_layer_cost(
+            model,
+            shard,
+            plan.gpu,
+            plan.cluster,
+            coefficients,
+            plan.recompute,
+            plan.overlaps_tensor_parallel,
+            plan.recompute_modules,
+        )
+        for model in models
     )
     embedding, head = build_end_times(plan.model, shard, plan.gpu, coefficients)
-    kinds = _list_plan_stages(plan)
+    kinds = _list_plan_stages(plan, layer_kinds)
+    layers = [average_layer_costs(costs, kind.kind_counts) for kind in kinds]
     fsdp_s = 0.0
     if plan.sharding == "fsdp":
-        fsdp_s = estimate_fsdp_s(plan, layer.forward_s, layer.backward_s, coefficients)
-    stages = tuple(_build_stage_cost(kind, layer, embedding, head, fsdp_s) for kind in kinds)
+        fsdp_s = estimate_fsdp_s(plan, layers[0].forward_s, layers[0].backward_s, coefficients)
+    stages = tuple(
+        _build_stage_cost(kind, layer, embedding, head, fsdp_s) for kind, layer in zip(kinds, layers, strict=True)
+    )
     send_s, fill_send_s = _estimate_pipeline_sends(plan, shard, coefficients)
     schedule = build_schedule(
         [stage.total_s + send_s for stage in stages],
@@ -101,7 +123,7 @@ def build_step_costs(plan: Plan, coefficients: Coefficients) -> StepCosts:
     )
     kind, stage = kinds[schedule.slowest], stages[schedule.slowest]
     return StepCosts(
-        layer=layer,
+        layer=layers[schedule.slowest],
         embedding=embedding,
         head=head,
         kinds=kinds,
@@ -145,7 +167,7 @@ def _estimate_parts(plan: Plan, coefficients: Coefficients) -> tuple[dict[str, f
     return parts, schedule.bubble_s + num_microbatches * schedule.imbalance_s
 
 
-def _list_plan_stages(plan: Plan) -> tuple[StageKind, ...]:
+def _list_plan_stages(plan: Plan, layer_kinds: tuple[int, ...]) -> tuple[StageKind, ...]:
     layout = plan.layout
     return list_stages(
         plan.model.num_layers,
@@ -155,6 +177,9 @@ def _list_plan_stages(plan: Plan) -> tuple[StageKind, ...]:
         layout.num_layers_last_stage,
         layout.accounts_for_embedding,
         layout.accounts_for_loss,
+        layout.chunk_layers,
+        layer_kinds,
+        plan.model.num_mtp_layers,
     )
 
 

@@ -18,12 +18,13 @@ from megatron_hammer.scaling.cost.coefficients import (
     GPU_PRIORS,
     PRIORS,
     Coefficients,
-    Prior,
     flatten_coefficients,
     load_coefficients,
     replace_values,
     select_generation,
 )
+from megatron_hammer.scaling.cost.expert_coefficients import EXPERT_PRIORS, EXPERT_TABLE
+from megatron_hammer.scaling.cost.prior import Prior
 from megatron_hammer.scaling.cost.step_time import predict_step
 from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun
 from megatron_hammer.scaling.plan import Plan
@@ -64,7 +65,17 @@ def fit(
     """
     if not runs:
         raise DataError("runs: must hold at least one run that can be predicted, got none. Add measured rows.")
-    start = start or load_coefficients()
+    fitted = start or load_coefficients()
+    # Two stages, so that the two kinds of models do not disturb each other's fit.
+    for has_experts in (False, True):
+        chosen = [run for run in runs if (run.plan.model.moe is not None) == has_experts]
+        if chosen:
+            fitted = _fit_stage(chosen, fitted, is_prior_start=is_prior_start)
+    return fitted
+
+
+def _fit_stage(runs: Sequence[MeasuredRun], start: Coefficients, *, is_prior_start: bool) -> Coefficients:
+    """The fit to runs that are all dense, or all with experts: these change the coefficients of experts only."""
     free = select_free_coefficients(runs, start, is_prior_start=is_prior_start)
     values = flatten_coefficients(start)
     weights = weigh_runs(runs)
@@ -108,18 +119,29 @@ def fit(
 def select_free_coefficients(
     runs: Sequence[MeasuredRun], start: Coefficients, *, is_prior_start: bool = False
 ) -> list[FreeCoefficient]:
-    """The coefficients that change the prediction of at least one run, with their priors."""
+    """The coefficients that change the prediction of at least one run, with their priors.
+
+    Of runs with experts only the coefficients of experts: the others are fitted to dense models.
+    """
+    has_experts = any(run.plan.model.moe is not None for run in runs)
     values = flatten_coefficients(start)
     base = np.array([predict_step(run.plan, start).total_s for run in runs])
     free = []
     for name, value in values.items():
         gpu, dot, own = name.rpartition(".")
-        rows = [row for row, run in enumerate(runs) if not dot or _is_of_gpu(run.plan, gpu, start)]
+        if has_experts != (gpu == EXPERT_TABLE):
+            continue
+        is_shared = not dot or has_experts
+        rows = [row for row, run in enumerate(runs) if is_shared or _is_of_gpu(run.plan, gpu, start)]
         if not rows:
             continue
         # A GPU with its own coefficients has the priors of its generation.
-        table = gpu if gpu in GPU_PRIORS else select_generation(runs[rows[0]].plan.gpu)
-        prior = GPU_PRIORS[table][own] if dot else PRIORS[name]
+        if has_experts:
+            prior = EXPERT_PRIORS[own]
+        elif dot:
+            prior = GPU_PRIORS[gpu if gpu in GPU_PRIORS else select_generation(runs[rows[0]].plan.gpu)][own]
+        else:
+            prior = PRIORS[name]
         if is_prior_start:
             # A measured start may lie outside the bounds. They are widened, because clipping would change the start.
             prior = prior._replace(value=value, low=min(prior.low, value), high=max(prior.high, value))

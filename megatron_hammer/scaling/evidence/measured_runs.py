@@ -182,7 +182,6 @@ def _build_run(row: RunRow, hardware: _Hardware, siblings: Siblings, dispatchers
         gradient_bytes=_select_gradient_bytes(precision, recipe, software),
         experts=read_expert_options(row, software, dispatchers, assumptions),
         cuda_graphs=read_cuda_graphs(row, assumptions),
-        num_mtp_layers=row.mtp_layers or 0,
     )
     if "deterministic" in row.notes.lower():
         assumptions.append("its kernels were the deterministic ones, which are slower and not modelled")
@@ -210,9 +209,9 @@ def _fill_from_recipe(row: RunRow, gpu: Gpu, assumptions: list[str]) -> tuple[Ru
     if recipe is None:
         return row, None
     filled: dict[str, Any] = {}
-    for name in ("tp", "pp", "cp", "vpp", "micro_batch", "seq"):
+    for name in ("tp", "pp", "cp", "vpp", "micro_batch", "seq", "dispatcher", "overlap_ep"):
         value = getattr(recipe, name)
-        if value is not None and getattr(row, name) is None:
+        if value is not None and getattr(row, name) in (None, ""):
             filled[name] = value
     if recipe.samples_per_gpu is not None and row.global_batch is None and row.gpus is not None:
         filled["global_batch"] = round(recipe.samples_per_gpu * row.gpus)
@@ -242,7 +241,11 @@ def _fill_batch(
             f"micro_batch {micro_batch // pp}: the row's is the local batch, which torchtitan cuts by pp"
         )
         micro_batch //= pp
-    if micro_batch is None:
+    if micro_batch is None and row.experts is not None:
+        # What NVIDIA's recipes for such models take, except the smallest ones.
+        micro_batch = 1
+        assumptions.append("micro_batch 1: blank, a model with experts")
+    elif micro_batch is None:
         micro_batch = _assume_micro_batch(global_batch // dp, pp, software, assumptions)
     num_microbatches = global_batch // (micro_batch * dp)
     if num_microbatches == 0:

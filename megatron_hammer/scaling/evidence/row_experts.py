@@ -41,6 +41,7 @@ def read_expert_options(
         dispatcher=_read_dispatcher(row, software, siblings, assumptions),
         overlaps_communication=overlaps,
         has_grouped_gemm="grouped gemm off" not in row.notes.lower(),
+        pads_to_capacity="token_drop" in row.routing,
     )
 
 
@@ -86,6 +87,9 @@ def read_cuda_graphs(row: RunRow, assumptions: list[str]) -> CudaGraphs:
         return "attention"
     if "router" in text:
         return "router"
+    if text.startswith("yes") and "token_drop" in row.routing:
+        assumptions.append("cuda_graphs step: with experts padded to their capacity, graphs hold whole layers")
+        return "step"
     assumptions.append(f"cuda_graphs none: {row.cuda_graphs!r} names no part of a layer")
     return "none"
 

@@ -77,7 +77,7 @@ def build_row_layout(
         has_sequence_parallel=_has_sequence_parallel(row, tp, software),
     )
     vpp = _fill_chunks(row, (tp, pp), model, software, siblings, assumptions)
-    layout = _split_over_stages(base, model.num_layers, vpp, assumptions)
+    layout = _split_over_stages(base, model, vpp, assumptions)
     problems = (*find_grid_problems(layout), *find_shard_problems(model, layout))
     if problems:
         raise UnpredictableError(f"its layout cannot be built: {problems[0]}")
@@ -155,8 +155,13 @@ def _fill_chunks(
     return chunks
 
 
-def _split_over_stages(base: ParallelLayout, num_layers: int, vpp: int, assumptions: list[str]) -> ParallelLayout:
-    """The first exact way to split the layers: evenly, with embedding and loss as layers, or a short last stage."""
+def _split_over_stages(base: ParallelLayout, model: ModelShape, vpp: int, assumptions: list[str]) -> ParallelLayout:
+    """The first exact way to split the layers: evenly, with embedding and loss as layers, or a short last stage.
+
+    If a model with experts has none, its layers are shared out over the chunks one by one, as its recipes do with
+    --pipeline-model-parallel-layout.
+    """
+    num_layers = model.num_layers
     layout = replace(base, virtual_pipeline_model_parallel_size=vpp if base.pipeline_model_parallel_size > 1 else 1)
     pp = layout.pipeline_model_parallel_size
     last = num_layers - math.ceil(num_layers / pp) * (pp - 1)
@@ -172,4 +177,17 @@ def _split_over_stages(base: ParallelLayout, num_layers: int, vpp: int, assumpti
             if text:
                 assumptions.append(f"{num_layers} layers over pp {pp}, vpp {vpp}: {text}")
             return way
-    raise UnpredictableError(f"its {num_layers} layers cannot be split over pp {pp} and vpp {vpp}")
+    chunks = None if model.moe is None else _share_out_layers(num_layers, pp * vpp, model.num_mtp_layers)
+    if chunks is None:
+        raise UnpredictableError(f"its {num_layers} layers cannot be split over pp {pp} and vpp {vpp}")
+    assumptions.append(f"{num_layers} layers over pp {pp}, vpp {vpp}: shared out as evenly as chunks allow")
+    return replace(layout, chunk_layers=chunks)
+
+
+def _share_out_layers(num_layers: int, num_chunks: int, num_mtp_layers: int) -> tuple[int, ...] | None:
+    """Layers of each chunk, where embedding, head and every layer for further tokens take the place of one."""
+    size, larger = divmod(num_layers + 2 + num_mtp_layers, num_chunks)
+    sizes = [size + (chunk < larger) for chunk in range(num_chunks)]
+    sizes[0] -= 1
+    sizes[-1] -= 1 + num_mtp_layers
+    return tuple(sizes) if min(sizes) >= 0 else None

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.files.typed import read_toml, validate
 from megatron_hammer.model.accounting import count_parameters
-from megatron_hammer.model.shape import ModelShape, MoeShape, SlidingWindow
+from megatron_hammer.model.shape import LatentAttention, ModelShape, MoeShape, SlidingWindow
 from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.evidence.run_table import RunRow
 from megatron_hammer.scaling.plan import Text
@@ -24,7 +24,7 @@ DEFAULT_GPT_VOCAB_SIZE = 51_200  # GPT-2's 50,257 as Megatron pads them: arXiv 2
 NOTABLE_SIZE_DIFFERENCE_RATIO = 0.05
 # Of a model with experts as built and as its row states it, which has three digits or fewer.
 LARGEST_SIZE_DIFFERENCE_RATIO = 0.02
-LLAMA4_CHUNK_TOKENS = 8192  # attention_chunk_size of meta-llama/Llama-4-*; up to it, attention is that of a full mask
+LLAMA4_CHUNK_TOKENS = 8192  # attention_chunk_size of meta-llama/Llama-4-*
 # What a row's notes say about its layers -> why its time cannot be predicted.
 _REFUSALS = (
     (r"hybrid.?mamba|mamba2", "its model is a hybrid of Mamba and attention, which is not modelled"),
@@ -50,10 +50,11 @@ class KnownModel:
     kv_heads: int | None = None  # None: multi-head attention
     ffn: int | None = None
     vocab: int | None = None
-    activation: Literal["swiglu", "gelu_tanh"]
+    activation: Literal["swiglu", "gelu_tanh", "clamped_swiglu"]
     is_tied: bool
     has_bias: bool
     has_rope: bool
+    has_sinks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,10 +195,11 @@ def _build_model(row: RunRow, shape: dict[str, int], family: KnownModel | None, 
         num_query_groups=shape["kv_heads"],
         vocab_size=shape["vocab"],
         max_position_embeddings=row.seq or 2048,
-        normalization="RMSNorm" if family.activation == "swiglu" else "LayerNorm",
+        normalization="LayerNorm" if family.activation == "gelu_tanh" else "RMSNorm",
         activation=family.activation,
         position_embedding_type="rope" if family.has_rope else "learned_absolute",
         has_linear_bias=family.has_bias,
+        has_attention_sinks=family.has_sinks,
         has_tied_embeddings=family.is_tied,
         kv_channels=head_dim,
     )
@@ -212,7 +214,7 @@ def _note_size(row: RunRow, model: ModelShape, assumptions: list[str]) -> None:
         assumptions.append(f"{counted:.2f} B parameters as built, where the row says {row.params_b:g} B")
 
 
-# SwiGLU, RMSNorm, a rope and an untied head: every published model with experts that is not refused.
+# SwiGLU, RMSNorm, a rope and an untied head: every published model with experts that is not refused, except GPT-OSS.
 EXPERT_FAMILY = KnownModel(
     pattern="", source="the columns of experts", activation="swiglu", is_tied=False, has_bias=False, has_rope=True
 )
@@ -224,14 +226,38 @@ def _build_expert_model(row: RunRow) -> tuple[ModelShape, tuple[str, ...]]:
     if row.dense_layers and row.ffn is None:
         raise UnpredictableError("ffn is blank, the width of its dense layers")
     # ModelShape's ffn_hidden_size is that of dense layers, and has no effect without them.
-    shape = _fill_shape(replace(row, ffn=row.ffn or row.moe_ffn), None, EXPERT_FAMILY, assumptions)
+    families = (one for one in load_known_models().family if re.search(one.pattern, row.model.lower()))
+    family = next((one for one in families if one.has_sinks), EXPERT_FAMILY)
+    shape = _fill_shape(replace(row, ffn=row.ffn or row.moe_ffn), None, family, assumptions)
+    latent = _build_latent_attention(row) if row.attention.lower() == "mla" else None
+    if latent is not None:
+        shape["kv_heads"] = shape["heads"]
+    model = _build_model(row, shape, family, assumptions)
     model = replace(
-        _build_model(row, shape, EXPERT_FAMILY, assumptions),
+        model,
+        latent_attention=latent,
+        kv_channels=None if latent else model.kv_channels,
+        has_qk_norm=latent is not None,
         moe=_build_experts(row, shape["layers"]),
         sliding_window=_read_sliding_window(row, shape["layers"]),
     )
+    # Published sizes leave out the layers that predict further tokens.
     _refuse_other_size(row, model)
-    return model, tuple(assumptions)
+    return replace(model, num_mtp_layers=row.mtp_layers or 0), tuple(assumptions)
+
+
+def _build_latent_attention(row: RunRow) -> LatentAttention:
+    blank = [name for name in ("kv_lora", "qk_head", "v_head", "rope_head") if getattr(row, name) is None]
+    if blank:
+        raise UnpredictableError(f"its attention is latent, and {' and '.join(blank)} blank")
+    sizes: Any = row  # none of them is None
+    return LatentAttention(
+        q_lora_rank=row.q_lora,
+        kv_lora_rank=sizes.kv_lora,
+        qk_head_dim=sizes.qk_head,
+        qk_pos_emb_head_dim=sizes.rope_head,
+        v_head_dim=sizes.v_head,
+    )
 
 
 def _refuse_unmodelled_layers(row: RunRow) -> None:
@@ -240,11 +266,6 @@ def _refuse_unmodelled_layers(row: RunRow) -> None:
     for pattern, reason in _REFUSALS:
         if re.search(pattern, text):
             raise UnpredictableError(reason)
-    chunk = re.search(r"chunked local attention", text)
-    if chunk and (row.seq is None or row.seq > LLAMA4_CHUNK_TOKENS):
-        raise UnpredictableError("its chunked local attention is not modelled beyond one chunk")
-    if row.attention.lower() == "mla":
-        raise UnpredictableError("its multi-latent attention is not modelled")
 
 
 def _build_experts(row: RunRow, num_layers: int) -> MoeShape:
@@ -276,11 +297,15 @@ def _list_dense_layers(row: RunRow, num_layers: int) -> tuple[int, ...]:
 
 
 def _read_sliding_window(row: RunRow, num_layers: int) -> SlidingWindow | None:
-    """The window that a row's notes name: of every second layer, from the first (GPT-OSS)."""
-    match = re.search(r"alternate layers use (\d+)-token sliding-window", row.notes.lower())
-    if match is None:
-        return None
-    return SlidingWindow(num_tokens=int(match[1]), layers=tuple(range(0, num_layers, 2)))
+    """The window that a row's notes name: of every second layer (GPT-OSS), or the chunks of Llama 4."""
+    text = row.notes.lower()
+    match = re.search(r"alternate layers use (\d+)-token sliding-window", text)
+    if match is not None:
+        return SlidingWindow(num_tokens=int(match[1]), layers=tuple(range(0, num_layers, 2)))
+    if "chunked local attention in 3 of 4 layers" in text:
+        layers = tuple(layer for layer in range(num_layers) if layer % 4 != 3)
+        return SlidingWindow(num_tokens=LLAMA4_CHUNK_TOKENS, layers=layers, is_chunked=True)
+    return None
 
 
 def _refuse_other_size(row: RunRow, model: ModelShape) -> None:

@@ -66,6 +66,8 @@ class SourceRecipe:
     seq: int | None = None
     recompute: Recompute | None = None
     gradient_bytes: int | None = None
+    dispatcher: Dispatcher | None = None
+    overlap_ep: bool | None = None
 
 
 SOFTWARE_PATH = Path(__file__).parent / "software.toml"

@@ -9,6 +9,7 @@ import pytest
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.layout import ParallelLayout
 from megatron_hammer.model.pipeline_split import find_split_problems, select_stage, split_layers
+from tests.helpers.messages import assert_problem
 
 
 @functools.cache
@@ -205,3 +206,14 @@ def test_all_problems_at_once():
 def test_stage_that_does_not_exist_is_refused():
     with pytest.raises(ConfigError, match=r"pp_rank: must be a pipeline stage, got pp_rank=2, pp=2\. Use 0 to 1\."):
         select_stage(22, ParallelLayout(pipeline_model_parallel_size=2), 2)
+
+
+def test_chunks_of_any_size() -> None:
+    """DeepSeek-V3 on 4 stages of 2 chunks, where a micro-batch passes the first chunk of every stage first."""
+    sizes = (7, 8, 8, 8, 8, 8, 8, 6)
+    layout = ParallelLayout(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=2, chunk_layers=sizes)
+    stages = split_layers(61, layout)
+    assert [[chunk.num_layers for chunk in stage] for stage in stages] == [[7, 8], [8, 8], [8, 8], [8, 6]]
+    assert stages[0][1].first_layer == 31
+    (problem,) = find_split_problems(60, layout)
+    assert_problem(problem, "pipeline-model-parallel-layout", "60 layers", "61 layers")

@@ -16,6 +16,7 @@ from megatron_hammer.scaling.cost.coefficients import (
     save_coefficients,
     select_generation,
 )
+from megatron_hammer.scaling.cost.expert_coefficients import EXPERT_PRIORS
 from megatron_hammer.scaling.hardware.catalogue import load_gpus, select_gpu
 from tests.helpers.messages import assert_problems
 
@@ -51,7 +52,8 @@ def test_the_shipped_file_says_what_it_was_fitted_on():
 def test_every_shipped_coefficient_lies_within_its_bounds():
     for name, value in flatten_coefficients(load_coefficients()).items():
         gpu, _, own = name.rpartition(".")
-        prior = GPU_PRIORS[gpu][own] if gpu else PRIORS[name]
+        tables = {**GPU_PRIORS, "experts": EXPERT_PRIORS}
+        prior = tables[gpu][own] if gpu else PRIORS[name]
         assert prior.low < value < prior.high, name
 
 

@@ -8,10 +8,16 @@ from megatron_hammer.model.accounting import ParallelLayout
 from megatron_hammer.model.shape import MoeShape
 from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.cost.coefficients import build_prior_coefficients, replace_values
-from megatron_hammer.scaling.cost.layer_cost import build_end_times, build_layer_cost, build_shard
+from megatron_hammer.scaling.cost.layer_cost import (
+    average_layer_costs,
+    build_end_times,
+    build_layer_cost,
+    build_shard,
+    list_layer_kinds,
+)
 from megatron_hammer.scaling.cost.operators import Shard
 from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_gpu
-from megatron_hammer.scaling.plan import Plan
+from megatron_hammer.scaling.plan import ExpertOptions, Plan
 
 PRIORS = build_prior_coefficients()
 MODEL = PRESETS["llama3-70b"].model
@@ -103,3 +109,42 @@ def test_the_head_costs_its_vocabulary():
     assert small == embedding
     ratio = small_head.forward.matmul_s / head.forward.matmul_s
     assert ratio == pytest.approx(32256 / 128512, rel=0.02)  # padded to multiples of 128 * tp
+
+
+def test_a_layer_of_a_mixed_stage_is_the_mean_of_its_kinds():
+    moe = MoeShape(num_experts=8, router_topk=2, ffn_hidden_size=3584, dense_layers=(0, 1))
+    model = dataclasses.replace(MODEL, moe=moe)
+    kinds, numbers = list_layer_kinds(model)
+    assert [kind.moe is None for kind in kinds] == [True, False]
+    assert numbers[:4] == (0, 0, 1, 1)
+    assert list_layer_kinds(MODEL) == ((MODEL,), ())
+    dense, mixture = (cost(model=kind) for kind in kinds)
+    mean = average_layer_costs((dense, mixture), (1, 3))
+    assert mean.forward_s == pytest.approx((dense.forward_s + 3 * mixture.forward_s) / 4)
+    assert average_layer_costs((dense,), ()) is dense
+
+
+def test_an_overlapped_exchange_is_hidden_except_for_its_share():
+    moe = MoeShape(num_experts=8, router_topk=2, ffn_hidden_size=3584)
+    model = dataclasses.replace(MODEL, moe=moe)
+    shard = SHARD._replace(ep=4, expert_tp=1)
+    shown = cost(shard, model=model)
+    hidden = cost(shard._replace(experts=ExpertOptions(overlaps_communication=True)), model=model)
+    assert hidden.expert_forward_s == pytest.approx(PRIORS.experts.exposed_ratio * shown.expert_forward_s)
+    assert hidden.time == shown.time
+
+
+def test_recomputing_a_mixture_repeats_its_exchange():
+    moe = MoeShape(num_experts=8, router_topk=2, ffn_hidden_size=3584)
+    model = dataclasses.replace(MODEL, moe=moe)
+    shard = SHARD._replace(ep=4, expert_tp=1)
+    plain = cost(shard, model=model)
+    again = build_layer_cost(model, shard, GPU, CLUSTER, PRIORS, "selective", False, ("moe",))
+    assert again.expert_backward_s == pytest.approx(2 * plain.expert_backward_s)
+    assert again.recompute.matmul_s > 0
+
+
+def test_sinks_slow_attention_down():
+    plain, sinks = cost(), cost(model=dataclasses.replace(MODEL, has_attention_sinks=True))
+    ratio = PRIORS.experts.sink_attention_ratio
+    assert sinks.time.forward.attention_s == pytest.approx(plain.time.forward.attention_s / ratio)

@@ -75,3 +75,14 @@ def test_stages_alike_are_one_kind():
 def test_a_split_that_does_not_come_out_is_refused():
     with pytest.raises(ConfigError, match="pipeline-model-parallel-size: must divide num_layers, got pp=5"):
         list_stages(24, 5, 1, None, None, False, False)
+
+
+def test_stages_of_layers_of_several_kinds():
+    """Three dense layers first and a layer for a further token last, as in DeepSeek-V3."""
+    kinds = (0, 0, 0, *[1] * 9)
+    stages = list_stages(12, 3, 1, None, None, False, False, None, kinds, 1)
+    assert stages == (
+        StageKind(4, True, False, 1, (3, 1)),
+        StageKind(4, False, False, 1, (0, 4)),
+        StageKind(5, False, True, 1, (0, 5)),
+    )

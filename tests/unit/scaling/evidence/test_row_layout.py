@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.scaling.evidence.measured_runs import read_runs
-from tests.helpers.run_tables import read_one, read_plan, write_table
+from tests.helpers.run_tables import COLUMNS, read_one, read_plan, write_table
 
 
 def test_126_layers_over_eight_interleaved_stages_count_embedding_and_loss(tmp_path: Path) -> None:
@@ -62,3 +62,17 @@ def test_source_families(tmp_path: Path) -> None:
     }
     for name, family in names.items():
         assert read_one(tmp_path, source=name).source_family == family
+
+
+def test_layers_that_no_rule_splits_are_shared_out_in_models_with_experts(tmp_path: Path) -> None:
+    cells = {"layers": "61", "pp": "8", "vpp": "4", "gpus": "128", "experts": "8", "topk": "2", "moe_ffn": "1024"}
+    columns = [*COLUMNS, "experts", "topk", "moe_ffn", "mtp_layers"]
+    path = write_table(tmp_path / "one.csv", cells | {"mtp_layers": "1", "ffn": ""}, columns=columns)
+    (run,), _ = read_runs(path)
+    chunks = run.plan.layout.chunk_layers
+    assert chunks is not None
+    # 64 places for 61 layers, the embedding, the head and the layer for a further token
+    assert (len(chunks), sum(chunks), chunks[0], chunks[-1]) == (32, 61, 1, 0)
+    assert any("shared out as evenly" in text for text in run.assumptions)
+    dense = write_table(tmp_path / "dense.csv", {name: cells[name] for name in ("layers", "pp", "vpp", "gpus")})
+    assert read_runs(dense)[1][0].reason.startswith("its 61 layers cannot be split")

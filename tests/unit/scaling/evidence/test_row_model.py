@@ -163,10 +163,35 @@ def test_a_window_of_alternate_layers() -> None:
         ({"dense_layers": 48, "ffn": 6144}, "all of its 48 layers are dense"),
         ({"notes": "HYBRID-MAMBA: 23 Mamba2 + 23 MoE"}, "hybrid of Mamba"),
         ({"notes": "SPARSE ATTENTION (CSA)"}, "sparse attention"),
-        ({"notes": "chunked local attention in 3 of 4 layers", "seq": 16_384}, "chunked local attention"),
+        ({"attention": "mla", "kv_lora": 512}, "its attention is latent, and qk_head and v_head and rope_head blank"),
         ({"notes": "footnote: known GPT-OSS regression in this release"}, "names a regression"),
     ],
 )
 def test_rows_with_experts_that_are_refused(cells: dict[str, Any], reason: str) -> None:
     with pytest.raises(UnpredictableError, match=reason):
         build_row_model(replace(EXPERT_ROW, **cells))
+
+
+def test_latent_attention_and_layers_for_further_tokens() -> None:
+    """DeepSeek-V3's 671 B parameters are those of its layers without the one for a further token."""
+    row = RunRow(
+        row_number=2, model="deepseek-v3", params_b=671, layers=61, hidden=7168, heads=128, kv_heads=128, ffn=18_432,
+        vocab=129_280, experts=256, topk=8, moe_ffn=2048, shared_ffn=2048, dense_layers=3, attention="mla",
+        q_lora=1536, kv_lora=512, qk_head=128, v_head=128, rope_head=64, mtp_layers=1,
+    )  # fmt: skip
+    model, _ = build_row_model(row)
+    assert model.latent_attention is not None
+    assert (model.latent_attention.query_dim, model.num_mtp_layers) == (192, 1)
+    assert count_parameters(replace(model, num_mtp_layers=0)) / 1e9 == pytest.approx(671.0, rel=1e-3)
+
+
+def test_models_with_sinks_have_their_biases_and_activation() -> None:
+    model, _ = build_row_model(replace(EXPERT_ROW, model="gpt-oss-120b", params_b=None))
+    assert (model.has_attention_sinks, model.has_linear_bias, model.activation) == (True, True, "clamped_swiglu")
+
+
+def test_the_chunks_of_llama4() -> None:
+    model, _ = build_row_model(replace(EXPERT_ROW, notes="chunked local attention in 3 of 4 layers (public config)"))
+    assert model.sliding_window is not None
+    assert model.sliding_window.is_chunked
+    assert model.sliding_window.layers[:4] == (0, 1, 2, 4)
