@@ -4,6 +4,7 @@ project: the best layouts at each number of GPUs, with step time, memory, cost a
 compare: several machines for one training, with days, cost, energy and CO2.
 emit: launch scripts of chosen rows of a projection.
 trace: a predicted step as a timeline for chrome://tracing and Perfetto.
+plan: from a target loss or tokens to size, GPUs, days and cost, with intervals.
 goodput: save interval, spare nodes and days of chosen rows, with failures.
 measure: a sweep of real short trainings.
 profile: this machine's operators, timed.
@@ -26,6 +27,7 @@ COMMANDS: tuple[str, ...] = (
     "compare",
     "emit",
     "trace",
+    "plan",
     "goodput",
     "measure",
     "profile",

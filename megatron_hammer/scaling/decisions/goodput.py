@@ -177,9 +177,7 @@ def _estimate_days(
         return {}
     num_steps = -(-train_tokens // row.plan.tokens_per_step)
     work_s = num_steps * row.step_time_s
-    drawn_s = num_steps * draw_step_s(row, random, NUM_SAMPLES)
-    interval_s = steps * drawn_s / num_steps
-    totals_s = draw_run_s(drawn_s, interval_s, cost, 1 / rates, random)
+    totals_s = _draw_total_s(row, np.full(NUM_SAMPLES, float(num_steps)), steps, cost, rates, random)
     low, middle, high = (float(value) / SECONDS_PER_DAY for value in np.percentile(totals_s, BAND))
     expected_s = estimate_run_s(work_s, steps * row.step_time_s, cost, mtbf_s)
     return {
@@ -188,6 +186,28 @@ def _estimate_days(
         "days_interval": Interval(low, high),
         "num_failures": expected_s / mtbf_s,
     }
+
+
+def draw_days(good: Goodput, num_steps: np.ndarray, operations: Operations) -> np.ndarray:
+    """[n]: days of n runs, each of its own number of steps; inf where that is infinite or the run does not end."""
+    random = np.random.default_rng(operations.seed)
+    rates = operations.failure_rate.draw(random, len(num_steps)) * good.row.num_gpus / SECONDS_PER_DAY
+    is_finite = np.isfinite(num_steps)
+    steps = np.where(is_finite, num_steps, 1.0)
+    totals_s = _draw_total_s(good.row, steps, good.save_interval_steps, good.cost, rates, random)
+    return np.where(is_finite, totals_s / SECONDS_PER_DAY, np.inf)
+
+
+def _draw_total_s(
+    row: SavedRow,
+    num_steps: np.ndarray,
+    interval_steps: int,
+    cost: SaveCost,
+    rates: np.ndarray,
+    random: np.random.Generator,
+) -> np.ndarray:
+    step_s = draw_step_s(row, random, len(num_steps))
+    return draw_run_s(num_steps * step_s, interval_steps * step_s, cost, 1 / rates, random)
 
 
 def draw_step_s(row: SavedRow, random: np.random.Generator, num_samples: int) -> np.ndarray:
