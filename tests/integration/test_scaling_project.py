@@ -57,10 +57,13 @@ def test_a_study_of_llama3_70b(tmp_path: Path) -> None:
         assert row["memory"]["total_bytes"] <= document["study"]["memory_limit_bytes"]
         assert prediction["cost_usd"] == pytest.approx(2.5 * prediction["gpu_hours"])
     with open(folder / "projection.csv", newline="", encoding="utf-8") as file:
-        assert [row["id"] for row in csv.DictReader(file)] == ["64-1", "64-2", "512-1", "512-2"]
-    first = {path.name: path.read_bytes() for path in folder.iterdir()}
+        *layouts, first, second, third = [row["id"] for row in csv.DictReader(file)]
+    assert layouts == [row["id"] for row in document["rows"]]
+    assert [first, second, third] == ["8-published", "64-published", "512-published"]
+    assert all(reference["measured_s"] > 0 < reference["predicted_s"] for reference in document["references"])
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
     project(*flags, "--usd-per-gpu-hour", "2.5", "--top", "2", cwd=tmp_path)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == first
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,9 @@ def run(arguments: argparse.Namespace) -> None:
     studies = build_studies(arguments)
     grids = [_select_value(study, _read_values(arguments, "grid-kgco2-per-kwh")) for study in studies]
     coefficients = load_coefficients(arguments.coefficients)
-    search = Search(predict=partial(predict_step, coefficients=coefficients))
+    search = Search(
+        predict=partial(predict_step, coefficients=coefficients), layout_correlation=coefficients.layout_correlation
+    )
     options = []
     for study, kgco2_per_kwh in zip(studies, grids, strict=True):
         size = search.search_plans(study, study.gpu_counts[0])

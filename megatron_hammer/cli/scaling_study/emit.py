@@ -30,7 +30,7 @@ from megatron_hammer.scaling.report.projection_file import SavedProjection, Save
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which rows of which projection, for which launchers, and what only the user of the cluster knows."""
     parser.add_argument("--projection", type=Path, required=True, help="projection.json that project wrote")
-    parser.add_argument("--rows", help="ids such as 512-1,64-1 (default: the fastest row of each number of GPUs)")
+    parser.add_argument("--rows", help="ids such as 512-1,64-1 (default: the first row of each number of GPUs)")
     parser.add_argument(
         "--launcher",
         default="torchrun",

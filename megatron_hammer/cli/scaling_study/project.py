@@ -20,9 +20,11 @@ from megatron_hammer.files.publish import publish_files
 from megatron_hammer.model.accounting import FLOP_CONVENTIONS
 from megatron_hammer.scaling.cost.coefficients import Coefficients, load_coefficients
 from megatron_hammer.scaling.cost.step_time import predict_step
+from megatron_hammer.scaling.plan_memory import estimate_heaviest_plan_stage
 from megatron_hammer.scaling.report.projection_file import build_projection_document, format_csv, format_json
 from megatron_hammer.scaling.report.projection_tables import describe_result, list_problems, print_tables
 from megatron_hammer.scaling.search.projection import Overlay, Study, StudyResult, build_companion_study, find_knee
+from megatron_hammer.scaling.search.reference import find_references
 from megatron_hammer.scaling.search.search import Predict, Search
 
 
@@ -62,8 +64,9 @@ def run(arguments: argparse.Namespace) -> None:
     predict = partial(predict_step, coefficients=coefficients)
     # Before the search, so that an unreadable file is reported at once.
     overlay = _build_overlay(arguments, study, predict, coefficients)
-    search = Search(predict=predict)
-    result = replace(_project(study, search, coefficients), overlay=overlay)
+    search = Search(predict=predict, layout_correlation=coefficients.layout_correlation)
+    references = find_references(study, predict, estimate_heaviest_plan_stage)
+    result = replace(_project(study, search, coefficients), overlay=overlay, references=references)
     companion = build_companion_study(study, result.sizes)
     if companion is not None:
         result = replace(result, companion=_project(companion, search, coefficients))

@@ -17,7 +17,7 @@ from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.presets.preset import Recipe
 from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_default_cluster, select_gpu
 from megatron_hammer.scaling.plan import PRECISIONS, Cluster, Gpu
-from megatron_hammer.scaling.search.projection import Study
+from megatron_hammer.scaling.search.projection import MEMORY_MARGIN_RATIO, Study
 from megatron_hammer.scaling.search.search_space import RECOMPUTES, SHARDINGS, SearchSpace
 from megatron_hammer.scaling.search.study_problems import SIZE_FLAGS, find_study_problems
 
@@ -90,6 +90,14 @@ def _add_restrictions(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{flag}", metavar="N,N,...")
     group.add_argument("--recompute", metavar="NAME,...", help=f"of {', '.join(RECOMPUTES)}")
     group.add_argument("--sharding", metavar="NAME,...", help=f"of {', '.join(SHARDINGS)}")
+    group.add_argument(
+        "--memory-margin",
+        type=float,
+        default=MEMORY_MARGIN_RATIO,
+        metavar="RATIO",
+        help="what the estimate of memory may be off: layouts closer to the limit are marked, and not recommended over "
+        "a tie (default: %(default)s, the error on published figures)",
+    )
     group.add_argument("--tp-comm-overlap", choices=("auto", "off"), default="auto", help="(default: where possible)")
 
 
@@ -110,6 +118,7 @@ def build_study(arguments: argparse.Namespace, read_hf_model: Callable[[Path], M
         precision=_first(arguments.precision, recipe and recipe.precision, "bf16"),
         train_tokens=_first(_parse_tokens(arguments.train_tokens, problems), recipe and recipe.train_tokens),
         memory_limit_bytes=round(gpu.memory_bytes * USABLE_MEMORY_RATIO if memory_gib is None else memory_gib * GIB),
+        memory_margin_ratio=arguments.memory_margin,
         space=_build_space(arguments, problems),
         num_best=arguments.top,
         mfu_convention=arguments.mfu_convention,

@@ -227,6 +227,7 @@ def list_tables(coefficients: Coefficients) -> dict[str, Any]:
         "gpu": {name: asdict(own) for name, own in coefficients.gpus.items()},
         EXPERT_TABLE: asdict(coefficients.experts),
         "band": dict(coefficients.band_ratio),
+        "ranking": {"layout_correlation": coefficients.layout_correlation},
     }
 
 

@@ -16,12 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun
-from megatron_hammer.scaling.plan import Plan, StepTime
+from megatron_hammer.scaling.plan import RECOMPUTE_MODULES, Plan, StepTime
 
 RANKING_TOLERANCE_RATIO = 0.05
 # What a search chooses. Runs that differ in anything else of a plan are different jobs.
 LAYOUT_FIELDS = (
-    "layout", "micro_batch_size", "recompute", "sharding", "shard_size", "overlaps_param_gather",
+    "layout", "micro_batch_size", "recompute", "recompute_modules", "recompute_num_layers", "num_offloaded_layers",
+    "offload_modules", "optimizer_offload_ratio", "sharding", "shard_size", "overlaps_param_gather",
     "overlaps_tensor_parallel",
 )  # fmt: skip
 JOB_FIELDS = tuple(field.name for field in fields(Plan) if field.name not in LAYOUT_FIELDS)
@@ -151,6 +152,7 @@ def build_layout_features(plan: Plan) -> list[float]:
     is_even = (layout.num_layers_first_stage, layout.num_layers_last_stage) == (None, None)
     choices = (
         *(plan.recompute == one for one in ("none", "selective", "full")),
+        *(0.5 * (plan.recompute == "selective" and one in plan.recompute_modules) for one in RECOMPUTE_MODULES),
         *(plan.sharding == one for one in ("none", "distributed_optimizer", "fsdp")),
         *(is_even, not is_even),
         *(layout.accounts_for_loss, not layout.accounts_for_loss),

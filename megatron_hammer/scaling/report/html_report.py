@@ -31,7 +31,7 @@ from megatron_hammer.scaling.search.projection import (
 TEMPLATE_DIR = Path(__file__).resolve().parent
 PLOT_TITLES = {
     "scaling": "Throughput and MFU over the number of GPUs, with the band that holds 80 % of measured steps",
-    "breakdown": "Share of each part in the step time of the fastest layout",
+    "breakdown": "Share of each part in the step time of the layout to start from",
     "memory": "Estimated memory of one GPU of the heaviest pipeline stage",
 }
 MAX_LISTED = 8  # entries of a list in the provenance; longer ones are counted
@@ -113,7 +113,8 @@ def list_assumptions(result: StudyResult) -> list[str]:
         f"{cluster.gpus_per_node}, power usage effectiveness {cluster.power_usage_effectiveness:g}; an upper side, as "
         "waiting GPUs draw less.",
         "Cost: no price is known." if price is None else f"Cost: {price:g} USD per GPU-hour, for every GPU and hour.",
-        "Every layout was considered that would start and fits in memory; the fastest are shown. Left out: uneven "
+        "Every layout was considered that would start and fits in memory; the fastest of each family are shown. Left "
+        "out: uneven "
         "stages beyond one for each pipeline size, FSDP together with pipeline stages, offloading.",
         f"The knee is the largest size up to which a GPU does at least {study.knee_ratio:.0%} of the best tokens/s/GPU "
         "of any smaller size.",

@@ -18,6 +18,7 @@ from megatron_hammer.model.accounting import FLOP_CONVENTIONS, StageMemory, coun
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.scaling.cost.coefficients import Coefficients, list_tables, read_tables
 from megatron_hammer.scaling.plan import PARTS, Cluster, Gpu, NonNegativeFloat, Plan, PositiveFloat, PositiveInt
+from megatron_hammer.scaling.report.reference_rows import list_reference_rows, list_references
 from megatron_hammer.scaling.search.projection import (
     Overlay,
     Projection,
@@ -99,6 +100,7 @@ def build_projection_document(result: StudyResult) -> dict[str, Any]:
         "sizes": [_build_size(result, size) for size in result.sizes],
         "knee": None if result.knee is None else asdict(result.knee),
         "rows": list_rows(result),
+        "references": list_references(result),
         "companion": None if result.companion is None else _build_companion(result.companion),
         "overlay": None if result.overlay is None else _build_overlay(result.overlay),
     }
@@ -110,7 +112,7 @@ def format_json(document: Mapping[str, Any]) -> str:
 
 
 def list_rows(result: StudyResult) -> list[dict[str, Any]]:
-    """Every projected layout of every size, the fastest of each size first."""
+    """Every projected layout of every size: the one to start from, then the others in the order of their times."""
     return [
         _build_row(result.study, size, rank, projection)
         for size in result.sizes
@@ -119,8 +121,8 @@ def list_rows(result: StudyResult) -> list[dict[str, Any]]:
 
 
 def format_csv(result: StudyResult) -> str:
-    """One line per layout. Nested values become columns that are named by their path (parts_s.matmul_s)."""
-    rows = [_flatten(row) for row in list_rows(result)]
+    """One line per layout, then the published runs. Nested values become columns named by their path, with dots."""
+    rows = [*(_flatten(row) for row in list_rows(result)), *list_reference_rows(result)]
     names = list(dict.fromkeys(name for row in rows for name in row))
     return csv_table.format_csv(names, [[row.get(name) for name in names] for row in rows])
 
@@ -132,7 +134,7 @@ def _flatten(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             inner = "" if name in ("plan", "layout", "prediction") else f"{name}."
             flat |= _flatten(value, prefix + inner)
         else:
-            flat[prefix + name] = value
+            flat[prefix + name] = "; ".join(value) if name == "cautions" else value
     return flat
 
 
@@ -152,6 +154,7 @@ def _build_study(study: Study) -> dict[str, Any]:
         },
         "train_tokens": study.train_tokens,
         "memory_limit_bytes": study.memory_limit_bytes,
+        "memory_margin_ratio": study.memory_margin_ratio,
         "mfu_convention": study.mfu_convention,
         "mfu_convention_meaning": FLOP_CONVENTIONS[study.mfu_convention],
         "usd_per_gpu_hour": study.usd_per_gpu_hour,
@@ -192,7 +195,7 @@ def _build_cost_model(coefficients: Coefficients) -> dict[str, Any]:
 
 
 def _build_companion(companion: StudyResult) -> dict[str, Any]:
-    """The curve of the other way of scaling: the fastest layout of each size. They are not rows that `emit` can use."""
+    """The curve of the other way of scaling: one layout of each size. They are not rows that `emit` can use."""
     document = build_projection_document(companion)
     rows = [{**row, "id": None} for row in document["rows"]]
     sizes = [{**size, "best_row": None} for size in document["sizes"]]
@@ -229,6 +232,7 @@ def _build_row(study: Study, size: SizeProjection, rank: int, projection: Projec
         "id": f"{size.num_gpus}-{rank}",
         "gpus": size.num_gpus,
         "rank": rank,
+        "standing": asdict(projection.standing),
         "num_nodes": projection.num_nodes,
         "layout": asdict(plan.layout),
         "plan": _describe_plan(plan),

@@ -10,6 +10,7 @@ from typing import IO
 
 from megatron_hammer.model.byte_units import GIB
 from megatron_hammer.scaling.plan import StepTime
+from megatron_hammer.scaling.report import reference_rows
 from megatron_hammer.scaling.search.projection import (
     COMPUTE_PARTS,
     MEMORY_NAMES,
@@ -60,8 +61,8 @@ class ResultTable:
 
 def build_tables(result: StudyResult) -> list[ResultTable]:
     """Every table of the result that has rows."""
-    tables = [_build_speed_table(result), _build_layout_table(result), _build_share_table(result)]
-    tables.append(_build_memory_table(result))
+    tables = [_build_speed_table(result), _build_layout_table(result), _build_reference_table(result)]
+    tables += [_build_share_table(result), _build_memory_table(result)]
     if result.study.train_tokens is not None:
         tables.append(_build_bill_table(result))
     if result.companion is not None:
@@ -200,7 +201,7 @@ def _build_speed_table(result: StudyResult) -> ResultTable:
         )
     columns = ("GPUs", "s per step", "80 % band", "tokens/s", "tokens/s/GPU", f"MFU {letter}", "scaling", "bottleneck")
     return ResultTable(
-        title="The fastest layout at each size",
+        title="The layout to start from at each size",
         columns=columns,
         groups=(tuple(rows),),
         note="scaling: tokens/s/GPU relative to the smallest size that fits; bottleneck: the largest part that is no "
@@ -209,8 +210,9 @@ def _build_speed_table(result: StudyResult) -> ResultTable:
 
 
 def _build_layout_table(result: StudyResult) -> ResultTable:
-    """Every layout that was found, the fastest of each size first."""
+    """The layout to start from at each size, then the others in the order of their times."""
     columns = ("row", "tp", "cp", "pp", "vp", "ep", "dp", "micro", "batch", "recompute", "sharded", "overlap")
+    figures = ("s per step", f"MFU {result.study.mfu_convention}", "GiB", "best", "tie", "copies", "caution")
     groups = []
     for size in result.sizes:
         rows = []
@@ -233,21 +235,37 @@ def _build_layout_table(result: StudyResult) -> ResultTable:
                     f"{projection.step.total_s:.3f}",
                     f"{estimate_mfu_ratio(projection, result.study.mfu_convention):.1%}",
                     f"{projection.memory.total_bytes / GIB:.1f}",
+                    f"{projection.standing.chance_of_best:.0%}",
+                    "tie" if projection.standing.is_tied else "",
+                    str(projection.standing.num_near_copies),
+                    "; ".join(projection.standing.cautions),
                 )
             )
         groups.append(tuple(rows))
     return ResultTable(
-        title="Layouts, the fastest of each size first",
-        columns=(*columns, "s per step", f"MFU {result.study.mfu_convention}", "GiB"),
+        title="Layouts, the one to start from first, then the fastest",
+        columns=(*columns, *figures),
         groups=tuple(groups),
         num_text=1,
         note="row: what scaling_study.py emit takes. TP is with sequence parallelism. pp 4+EL: embedding and loss take "
-        "the place of a layer each.",
+        "the place of a layer each. best: the chance that it, or one of its near copies, is the fastest in reality. "
+        "tie: its difference to the fastest is smaller than the error. copies: plans that differ in micro-batch, "
+        "chunks, recomputation or context ranks only. Of ties, the first row has the fewest cautions and mechanisms.",
+    )
+
+
+def _build_reference_table(result: StudyResult) -> ResultTable:
+    return ResultTable(
+        title="NVIDIA's published runs of this model, s per step",
+        columns=reference_rows.COLUMNS,
+        groups=(reference_rows.list_reference_cells(result),),
+        num_text=3,
+        note=reference_rows.NOTE,
     )
 
 
 def _build_share_table(result: StudyResult) -> ResultTable:
-    """Where the time of the fastest layout goes. Parts that are zero at every size are left out."""
+    """Where the time of the layout to start from goes. Parts that are zero at every size are left out."""
     best = _best(result)
     shares = {
         name: parts

@@ -13,11 +13,13 @@ from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.accounting import FlopConvention, StageMemory, count_flops_per_token
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.scaling.cost.coefficients import Coefficients
-from megatron_hammer.scaling.evidence.measured_runs import UnpredictableRow
+from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun, UnpredictableRow
 from megatron_hammer.scaling.evidence.validation import Prediction
 from megatron_hammer.scaling.plan import PARTS, PRECISIONS, Cluster, Gpu, Plan, Precision, StepTime
 from megatron_hammer.scaling.search.search_space import SearchSpace
 
+# By how much a device may need more than its estimate: nine of ten published figures of reserved memory are within it.
+MEMORY_MARGIN_RATIO = 0.1
 SECONDS_PER_DAY = 86_400.0
 JOULES_PER_MWH = 3.6e9
 # The work of a token in every layout. Every other part of a step depends on the layout.
@@ -70,6 +72,7 @@ class Study:
     samples_per_gpu: Fraction | None = None  # weak scaling: the batch grows with the size
     train_tokens: int | None = None  # the budget that days, energy and cost are for
     memory_limit_bytes: int
+    memory_margin_ratio: float = MEMORY_MARGIN_RATIO  # of the estimate: layouts closer to the limit are marked
     space: SearchSpace = field(default_factory=SearchSpace)
     num_best: int = 5
     mfu_convention: FlopConvention = "A"
@@ -91,12 +94,23 @@ class Study:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Standing:
+    """How a layout compares with the others of its size. standing.py computes it."""
+
+    chance_of_best: float = 0.0  # that it, or one of its near copies, is the fastest in reality
+    is_tied: bool = False  # with the fastest: their difference is smaller than its error
+    num_near_copies: int = 0  # other plans of the same family (search.py) that are about as fast
+    cautions: tuple[str, ...] = ()  # why it may not work as predicted (published_reach.py)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Projection:
     """One plan with its prediction. `memory` is that of its heaviest pipeline stage."""
 
     plan: Plan
     step: StepTime
     memory: StageMemory
+    standing: Standing = field(default_factory=Standing)
 
     @property
     def num_gpus(self) -> int:
@@ -131,7 +145,7 @@ class Bill:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SizeProjection:
-    """One number of GPUs: its best projections, the fastest first, or why there are none."""
+    """One number of GPUs: the layout to start from, then the best one of every other family, or why there are none."""
 
     num_gpus: int
     global_batch_size: int
@@ -143,6 +157,21 @@ class SizeProjection:
     @property
     def best(self) -> Projection | None:
         return self.projections[0] if self.projections else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reference:
+    """The published run of the study's model that is closest to a size: see reference.py."""
+
+    num_gpus: int  # the size of the study
+    run: MeasuredRun
+    step: StepTime  # as predicted for the run itself
+    projection: Projection | None  # its layout at the study's size and batch; None if that does not divide
+
+    @property
+    def error_ratio(self) -> float:
+        """Predicted over measured step time of the run, minus one."""
+        return self.step.total_s / self.run.step_time_s - 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -279,6 +308,7 @@ class StudyResult:
     knee: Knee | None
     provenance: Mapping[str, Any]
     coefficients: Coefficients | None = None
+    references: tuple[Reference, ...] = ()  # published runs of the study's model
     overlay: Overlay | None = None  # measured runs, where some were given
     companion: "StudyResult | None" = None  # the other way of scaling, for comparison: see build_companion_study
 

@@ -1,8 +1,11 @@
 """The fastest plans of every size that fit in memory: all candidates of search_space.py, except those that cannot win.
 
-Candidates are tried in the order of a lower bound of their time (_list_bounds_s). When the bound exceeds the slowest of
-the best plans found, every remaining plan is slower, so neither its memory nor its time is computed. These plans are
-left out before that, because they cannot win:
+Plans are grouped into families, which have the parallel sizes and the sharding in common. One plan of a family is
+shown, and its near copies are counted. standing.py chooses the plan to start from.
+
+Candidates are tried in the order of a lower bound of their time (_list_bounds_s). When the bound exceeds the slowest
+family to be shown and every possible tie, all remaining plans are slower, so neither their memory nor their time is
+computed. These plans are left out before that, because they cannot win:
 - more recomputation than a plan needs to fit: it adds work and saves only memory;
 - overlap switched off although it is possible: overlap only hides time;
 - larger micro-batches than one that did not fit with full recomputation: activations grow with them;
@@ -13,17 +16,19 @@ question always gets the same answer.
 """
 
 import heapq
+import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from math import ceil, lcm, log2
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from megatron_hammer.model.accounting import ParallelLayout, StageMemory
 from megatron_hammer.model.byte_units import GIB
+from megatron_hammer.scaling.cost.coefficients import load_coefficients
 from megatron_hammer.scaling.plan import Plan, Sharding, StepTime
 from megatron_hammer.scaling.plan_memory import estimate_heaviest_plan_stage
-from megatron_hammer.scaling.search.projection import Projection, SizeProjection, Study, describe_plan
+from megatron_hammer.scaling.search.projection import Projection, SizeProjection, Standing, Study, describe_plan
+from megatron_hammer.scaling.search.published_reach import list_cautions
 from megatron_hammer.scaling.search.search_space import (
     RECOMPUTES,
     can_overlap_tensor_parallel,
@@ -32,6 +37,7 @@ from megatron_hammer.scaling.search.search_space import (
     list_micro_batch_sizes,
     list_shardings,
 )
+from megatron_hammer.scaling.search.standing import find_widest_tie_ratio, rank_families
 
 # Safety margin of the bound, for rounding and for parts that a predictor counts a little differently with and without
 # pipeline stages: a plan is skipped only if this share of its bound is above the slowest of the best.
@@ -63,24 +69,54 @@ class _Failure(NamedTuple):
     memory: StageMemory
 
 
-@dataclass(slots=True)
-class _Ranked:
-    """A projection in a heap. Slower plans compare as smaller, so the slowest one is removed first."""
+class _Pool:
+    """The plans found so far that may be shown, and the time beyond which no other one can be."""
 
-    key: tuple[float, tuple[Any, ...]]
-    projection: Projection
+    def __init__(self, num_families: int) -> None:
+        self._num_families = num_families
+        self._found: list[Projection] = []
+        self._fastest_s: dict[Hashable, float] = {}  # by family
+        self._best: StepTime | None = None
+        self.limit_s = math.inf
 
-    def __lt__(self, other: "_Ranked") -> bool:
-        return self.key > other.key
+    def add(self, projection: Projection) -> None:
+        total_s = projection.step.total_s
+        if total_s > self.limit_s:
+            return
+        self._found.append(projection)
+        family = _identify_family(projection.plan)
+        if total_s >= self._fastest_s.get(family, math.inf):
+            return
+        self._fastest_s[family] = total_s
+        if self._best is None or total_s < self._best.total_s:
+            self._best = projection.step
+        if len(self._fastest_s) >= self._num_families:
+            slowest_s = heapq.nsmallest(self._num_families, self._fastest_s.values())[-1]
+            self.limit_s = max(slowest_s, self._best.total_s * find_widest_tie_ratio(self._best))
+
+    def list_found(self) -> list[Projection]:
+        """The fastest first."""
+        found = [one for one in self._found if one.step.total_s <= self.limit_s]
+        return sorted(found, key=lambda one: (one.step.total_s, _tie_key(one.plan)))
 
 
 class Search:
     """Searches that share a cache: the time of a layer for each micro-batch size and layout of a layer."""
 
-    def __init__(self, *, predict: Predict, estimate: EstimateMemory = estimate_heaviest_plan_stage) -> None:
-        """predict: step_time.predict_step with its coefficients; estimate: memory of its heaviest stage."""
+    def __init__(
+        self,
+        *,
+        predict: Predict,
+        estimate: EstimateMemory = estimate_heaviest_plan_stage,
+        layout_correlation: float | None = None,
+    ) -> None:
+        """predict: step_time.predict_step with its coefficients; estimate: memory of its heaviest stage.
+
+        layout_correlation: that of the coefficients, by default of the shipped ones.
+        """
         self._predict = predict
         self._estimate = estimate
+        self._correlation = layout_correlation or load_coefficients().layout_correlation
         self._layer_times_s: dict[tuple[Any, ...], dict[int, float]] = {}
 
     def search_plans(self, study: Study, num_gpus: int) -> SizeProjection:
@@ -88,29 +124,34 @@ class Search:
         batch = study.global_batch_size_at(num_gpus)
         fit = _Fit(study, self._estimate)
         candidates = sorted(self._list_candidates(study, num_gpus, batch, fit))
-        best: list[_Ranked] = []
-        for candidate in candidates:
-            # best[0] is the slowest of the best plans. Candidates are sorted by bound, so all others are slower too.
-            if len(best) == study.num_best and candidate.bound_s * BOUND_MARGIN_RATIO > best[0].key[0]:
-                break
-            fitting = fit.choose_recompute(replace(candidate.plan, micro_batch_size=candidate.micro_batch_size))
-            if fitting is None:
-                continue
-            plan, memory = fitting
-            step = self._predict(plan)
-            ranked = _Ranked((step.total_s, _tie_key(plan)), Projection(plan=plan, step=step, memory=memory))
-            if len(best) < study.num_best:
-                heapq.heappush(best, ranked)
-            else:
-                heapq.heappushpop(best, ranked)
+        projections = self._rank(study, self._find_fastest(study, candidates, fit))
         return SizeProjection(
             num_gpus=num_gpus,
             global_batch_size=batch,
             num_candidates=len(candidates),
-            projections=tuple(ranked.projection for ranked in sorted(best, key=lambda ranked: ranked.key)),
-            problem=None if best else _describe_failure(study, num_gpus, batch, fit.least),
-            least_memory_bytes=fit.least.memory.total_bytes if fit.least and not best else None,
+            projections=projections,
+            problem=None if projections else _describe_failure(study, num_gpus, batch, fit.least),
+            least_memory_bytes=fit.least.memory.total_bytes if fit.least and not projections else None,
         )
+
+    def _find_fastest(self, study: Study, candidates: Sequence[_Candidate], fit: "_Fit") -> list[Projection]:
+        """Every plan that fits and is as fast as the slowest family shown or a possible tie; the fastest first."""
+        pool = _Pool(study.num_best)
+        for candidate in candidates:
+            # Candidates are sorted by their bound, so all others are slower too.
+            if candidate.bound_s * BOUND_MARGIN_RATIO > pool.limit_s:
+                break
+            fitting = fit.choose_recompute(replace(candidate.plan, micro_batch_size=candidate.micro_batch_size))
+            if fitting is not None:
+                plan, memory = fitting
+                pool.add(Projection(plan=plan, step=self._predict(plan), memory=memory))
+        return pool.list_found()
+
+    def _rank(self, study: Study, found: Sequence[Projection]) -> tuple[Projection, ...]:
+        if not found:
+            return ()
+        marked = [replace(one, standing=Standing(cautions=_list_study_cautions(study, one))) for one in found]
+        return tuple(rank_families(marked, study.num_best, _identify_family, self._correlation))
 
     def _list_candidates(self, study: Study, num_gpus: int, batch: int, fit: "_Fit") -> Iterator[_Candidate]:
         layouts = list_layouts(
@@ -155,7 +196,7 @@ class Search:
         layout = plan.layout
         ranks = layout.tensor_model_parallel_size * layout.context_parallel_size
         # The fewest replicas whose ranks are whole blocks of experts.
-        dp = lcm(ranks, layout.expert_model_parallel_size * layout.expert_tp) // ranks
+        dp = math.lcm(ranks, layout.expert_model_parallel_size * layout.expert_tp) // ranks
         alone = replace(
             layout,
             data_parallel_size=dp,
@@ -242,6 +283,32 @@ def _build_plan(study: Study, layout: ParallelLayout, sharding: Sharding, global
     )
 
 
+def _identify_family(plan: Plan) -> Hashable:
+    """What near copies have in common. They differ in micro-batch, chunks, split of the layers and recomputation.
+
+    They also differ in context parallelism: twice the context ranks with half the replicas and twice the micro-batch
+    gives every rank as many tokens, parameters and bytes to send.
+    """
+    layout = plan.layout
+    return (
+        layout.tensor_model_parallel_size,
+        layout.pipeline_model_parallel_size,
+        layout.expert_model_parallel_size,
+        layout.expert_tp,
+        plan.sharding,
+        plan.shard_size,
+    )
+
+
+def _list_study_cautions(study: Study, projection: Projection) -> tuple[str, ...]:
+    return list_cautions(
+        projection.plan,
+        projection.memory.total_bytes,
+        memory_limit_bytes=study.memory_limit_bytes,
+        memory_margin_ratio=study.memory_margin_ratio,
+    )
+
+
 def _tie_key(plan: Plan) -> tuple[Any, ...]:
     """Between equally fast plans the one with fewer cuts, then larger micro-batches, then fewer other measures."""
     layout = plan.layout
@@ -276,7 +343,7 @@ def _describe_failure(study: Study, num_gpus: int, batch: int, least: _Failure |
     if 2 * state_bytes > memory.total_bytes:
         # Most of the memory is state, which more GPUs share. Suggest the next power of two that would be enough.
         enough = num_gpus * memory.total_bytes / limit
-        remedy = f"Use {2 ** ceil(log2(enough)):,} GPUs or more to share it out, or some with more memory"
+        remedy = f"Use {2 ** math.ceil(math.log2(enough)):,} GPUs or more to share it out, or some with more memory"
     else:
         remedy = "Lower --seq-length, use more GPUs for context parallelism, or some with more memory"
     return (

@@ -71,6 +71,13 @@ def _find_number_problems(study: Study) -> list[str]:
             f"above 0 and at most the {study.gpu.memory_bytes / GIB:g} of {study.gpu.name}",
             "--memory-gib 76",
         ),
+        (
+            "memory-margin",
+            study.memory_margin_ratio,
+            0 <= study.memory_margin_ratio < 1,
+            "at least 0 and below 1",
+            "--memory-margin 0.1",
+        ),
         ("knee", study.knee_ratio, 0 < study.knee_ratio <= 1, "above 0 and at most 1", "--knee 0.8"),
     ]
     if study.train_tokens is not None:

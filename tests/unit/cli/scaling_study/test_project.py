@@ -28,7 +28,7 @@ def run(*flags: str) -> None:
 def test_tables_end_in_a_summary(capsys: pytest.CaptureFixture[str]) -> None:
     run(*SMALL)
     output = capsys.readouterr()
-    assert "The fastest layout at each size" in output.out
+    assert "The layout to start from at each size" in output.out
     last = output.out.splitlines()[-1]
     assert last.startswith("2 sizes, 2 feasible; ")
     assert last.endswith(" candidates, 4 layouts shown")

@@ -43,8 +43,8 @@ def test_the_terminal_has_every_table_and_problem(result: StudyResult) -> None:
         "hammer-1b4 on toy-gpu (toy-cluster): strong scaling, 32 samples per step, sequence 2,048, bf16"
     )
     for title in (
-        "The fastest layout at each size",
-        "Layouts, the fastest of each size first",
+        "The layout to start from at each size",
+        "Layouts, the one to start from first, then the fastest",
         "Where its time goes",
         "Memory of its heaviest stage, GiB per GPU",
         "Training on 10B tokens",

@@ -15,7 +15,7 @@ from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_de
 from megatron_hammer.scaling.plan import Plan, Precision, StepTime
 from megatron_hammer.scaling.plan_memory import estimate_heaviest_plan_stage
 from megatron_hammer.scaling.search.projection import Study, describe_plan
-from megatron_hammer.scaling.search.search import GIB, Predict, Search, _Fit
+from megatron_hammer.scaling.search.search import GIB, Predict, Search, _Fit, _identify_family
 from megatron_hammer.scaling.search.search_space import (
     RECOMPUTES,
     SearchSpace,
@@ -23,6 +23,7 @@ from megatron_hammer.scaling.search.search_space import (
     list_layouts,
     list_micro_batch_sizes,
 )
+from megatron_hammer.scaling.search.standing import find_widest_tie_ratio
 from tests.helpers.messages import assert_problem
 from tests.helpers.toy_study import GPU, build_toy_study, predict
 
@@ -62,8 +63,8 @@ def list_every_plan(study: Study, num_gpus: int) -> Iterator[Plan]:
                         )
 
 
-def find_fastest_s(study: Study, num_gpus: int, predictor: Predict) -> list[float]:
-    """Step times of the fastest plans that fit, each once: dominated twins are the same plan, slower."""
+def list_every_time_s(study: Study, num_gpus: int, predictor: Predict) -> list[float]:
+    """Step times of all plans that fit, each once: dominated twins are the same plan, slower."""
     times: dict[tuple[ParallelLayout, int, str], float] = {}
     for plan in list_every_plan(study, num_gpus):
         if estimate_heaviest_plan_stage(plan).total_bytes > study.memory_limit_bytes:
@@ -74,19 +75,31 @@ def find_fastest_s(study: Study, num_gpus: int, predictor: Predict) -> list[floa
             "fsdp" if plan.sharding == "fsdp" else "",
         )
         times[key] = min(times.get(key, float("inf")), predictor(plan).total_s)
-    return sorted(times.values())[: study.num_best]
+    return sorted(times.values())
+
+
+def assert_nothing_faster_is_missed(study: Study, num_gpus: int, predictor: Predict) -> None:
+    """The plans found are the fastest of all, down to the slowest family to be shown and every possible tie."""
+    search = Search(predict=predictor)
+    fit = _Fit(study, estimate_heaviest_plan_stage)
+    candidates = sorted(search._list_candidates(study, num_gpus, study.global_batch_size_at(num_gpus), fit))
+    found = search._find_fastest(study, candidates, fit)
+    times = list_every_time_s(study, num_gpus, predictor)
+    assert [one.step.total_s for one in found] == times[: len(found)]
+    assert len({_identify_family(one.plan) for one in found}) >= study.num_best
+    if len(found) < len(times):
+        assert times[len(found)] > found[0].step.total_s * find_widest_tie_ratio(found[0].step)
 
 
 @pytest.mark.parametrize("memory_gib", [12, 40])
 @pytest.mark.parametrize(("preset", "num_gpus"), [("hammer-1b4", 8), ("tiny-llm-zh-moe", 4)])
-def test_the_best_are_those_of_a_full_search(preset: str, num_gpus: int, memory_gib: int) -> None:
+def test_the_plans_are_those_of_a_full_search(preset: str, num_gpus: int, memory_gib: int) -> None:
     study = build_toy_study(preset, memory_limit_bytes=memory_gib * GIB, global_batch_size=16, num_best=4)
     study = replace(study, seq_length=min(2048, study.model.max_position_embeddings))
-    found = Search(predict=predict).search_plans(study, num_gpus).projections
-    assert [projection.step.total_s for projection in found] == find_fastest_s(study, num_gpus, predict)
+    assert_nothing_faster_is_missed(study, num_gpus, predict)
 
 
-def test_the_best_with_the_performance_model_are_those_of_a_full_search() -> None:
+def test_the_plans_with_the_performance_model_are_those_of_a_full_search() -> None:
     predictor = partial(predict_step, coefficients=build_prior_coefficients())
     study = build_toy_study(
         gpu=select_gpu("h100-sxm"),
@@ -95,8 +108,29 @@ def test_the_best_with_the_performance_model_are_those_of_a_full_search() -> Non
         global_batch_size=16,
         num_best=4,
     )
-    found = Search(predict=predictor).search_plans(study, 8).projections
-    assert [projection.step.total_s for projection in found] == find_fastest_s(study, 8, predictor)
+    assert_nothing_faster_is_missed(study, 8, predictor)
+
+
+def test_a_family_is_shown_once() -> None:
+    study = build_toy_study(num_best=4)
+    found = Search(predict=predict).search_plans(study, 8).projections
+    assert len({_identify_family(one.plan) for one in found}) == 4
+    first, *others = found
+    assert [one.step.total_s for one in others] == sorted(one.step.total_s for one in others)
+    assert first.step.total_s <= 1.02 * min(one.step.total_s for one in found)
+
+
+def test_near_copies_fill_the_rows_that_families_leave_empty() -> None:
+    space = SearchSpace(
+        tensor_model_parallel_sizes=(1,),
+        pipeline_model_parallel_sizes=(1,),
+        context_parallel_sizes=(1,),
+        shardings=("distributed_optimizer",),
+    )
+    found = Search(predict=predict).search_plans(build_toy_study(space=space, num_best=3), 8).projections
+    assert [one.plan.micro_batch_size for one in found] == [4, 2, 1]
+    assert len({_identify_family(one.plan) for one in found}) == 1
+    assert sum(one.standing.chance_of_best for one in found) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(

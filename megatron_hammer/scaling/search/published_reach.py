@@ -1,0 +1,63 @@
+"""How far published runs reach, and which layouts go beyond: nobody has shown that those work as predicted."""
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+from megatron_hammer.model.byte_units import GIB
+from megatron_hammer.scaling.evidence.measured_runs import read_runs
+from megatron_hammer.scaling.evidence.run_table import PUBLISHED_MOE_PATH, PUBLISHED_RUNS_PATH
+from megatron_hammer.scaling.plan import Plan
+from megatron_hammer.scaling.search.search_space import is_cpu_host
+
+SIZE_NAMES = {"fsdp": "ranks that FSDP shards over", "optimizer": "ranks that share the optimizer", "gpus": "GPUs"}
+
+
+def list_sizes(plan: Plan) -> dict[str, int]:
+    """The sizes of a plan that published runs are compared in."""
+    layout = plan.layout
+    shard_size = plan.shard_size or layout.dense_shard_size
+    return {
+        "tp": layout.tensor_model_parallel_size,
+        "cp": layout.context_parallel_size,
+        "pp": layout.pipeline_model_parallel_size,
+        "vp": layout.virtual_pipeline_model_parallel_size,
+        "ep": layout.expert_model_parallel_size,
+        "fsdp": shard_size if plan.sharding == "fsdp" else 1,
+        "optimizer": shard_size if plan.sharding == "distributed_optimizer" else 1,
+        "gpus": layout.world_size,
+    }
+
+
+@lru_cache(maxsize=1)
+def read_published_reach() -> Mapping[str, int]:
+    """The largest value of each of these sizes in the tables of published runs."""
+    runs = [run for path in (PUBLISHED_RUNS_PATH, PUBLISHED_MOE_PATH) for run in read_runs(path)[0]]
+    sizes = [list_sizes(run.plan) for run in runs]
+    return {name: max(one[name] for one in sizes) for name in sizes[0]}
+
+
+def list_cautions(
+    plan: Plan, memory_bytes: int, *, memory_limit_bytes: int, memory_margin_ratio: float
+) -> tuple[str, ...]:
+    """Why a layout may not work as predicted, each in a few words; empty for most.
+
+    Memory closer to the limit than the error of its estimate; groups that leave the NVLink domain; sizes beyond those
+    of every published run.
+    """
+    cautions = []
+    if memory_bytes * (1 + memory_margin_ratio) > memory_limit_bytes:
+        cautions.append(f"memory: {memory_bytes / GIB:.1f} of {memory_limit_bytes / GIB:.1f} GiB")
+    if is_cpu_host(plan.cluster):
+        return tuple(cautions)
+    domain = plan.cluster.nvlink_domain_size
+    if plan.layout.tensor_model_parallel_size > domain:
+        cautions.append(f"tp {plan.layout.tensor_model_parallel_size}: beyond the NVLink domain of {domain}")
+    reach = read_published_reach()
+    cautions += [
+        f"{size:,} {SIZE_NAMES[name]}: at most {reach[name]:,} published"
+        if name in SIZE_NAMES
+        else f"{name} {size:,}: at most {reach[name]:,} published"
+        for name, size in list_sizes(plan).items()
+        if size > reach[name]
+    ]
+    return tuple(cautions)

@@ -1,0 +1,78 @@
+"""Layouts beyond published runs, outside the NVLink domain or close to the memory's limit are marked."""
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_hammer.model.accounting import ParallelLayout
+from megatron_hammer.model.byte_units import GIB
+from megatron_hammer.scaling.evidence.measured_runs import read_runs
+from megatron_hammer.scaling.evidence.run_table import PUBLISHED_RUNS_PATH
+from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_gpu
+from megatron_hammer.scaling.plan import Plan
+from megatron_hammer.scaling.search.published_reach import list_cautions, list_sizes, read_published_reach
+from tests.helpers.toy_study import build_toy_study
+
+LIMIT = 76 * GIB
+
+
+def build_plan(**layout: int) -> Plan:
+    study = build_toy_study("llama3-8b")
+    return Plan(
+        model=study.model,
+        layout=ParallelLayout(**layout),
+        gpu=select_gpu("h100-sxm"),
+        cluster=select_cluster("dgx-h100"),
+        seq_length=8192,
+        micro_batch_size=1,
+        global_batch_size=16384,
+    )
+
+
+def mark(plan: Plan, memory_gib: float = 40) -> tuple[str, ...]:
+    return list_cautions(plan, round(memory_gib * GIB), memory_limit_bytes=LIMIT, memory_margin_ratio=0.1)
+
+
+def test_a_usual_layout_has_no_mark() -> None:
+    assert mark(build_plan(tensor_model_parallel_size=8, data_parallel_size=64)) == ()
+
+
+def test_memory_within_the_margin_of_the_limit_is_marked() -> None:
+    plan = build_plan(data_parallel_size=64)
+    assert mark(plan, 69.0) == ()
+    assert mark(plan, 69.2) == ("memory: 69.2 of 76.0 GiB",)
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes", "words"),
+    [
+        ({"data_parallel_size": 16384}, {"sharding": "fsdp"}, "16,384 ranks that FSDP shards over: at most "),
+        ({"context_parallel_size": 256}, {}, "cp 256: at most "),
+        ({"expert_model_parallel_size": 256, "data_parallel_size": 256}, {}, "ep 256: at most "),
+        ({"pipeline_model_parallel_size": 64}, {}, "pp 64: at most "),
+        ({"tensor_model_parallel_size": 16}, {}, "tp 16: beyond the NVLink domain of 8"),
+    ],
+)
+def test_what_no_published_run_has_is_marked(layout: dict[str, int], changes: dict[str, str], words: str) -> None:
+    cautions = mark(replace(build_plan(**layout), **changes))
+    assert any(caution.startswith(words) for caution in cautions), cautions
+
+
+def test_no_published_run_is_beyond_the_published_ones() -> None:
+    reach = read_published_reach()
+    runs = read_runs(PUBLISHED_RUNS_PATH)[0]
+    assert all(size <= reach[name] for run in runs for name, size in list_sizes(run.plan).items())
+    assert reach["fsdp"] == 2048  # PaxML on 2,048 H100
+    marked = [run for run in runs if any("published" in caution for caution in mark(run.plan))]
+    assert marked == []
+
+
+def test_sharding_inside_a_group_counts_its_ranks() -> None:
+    plan = replace(build_plan(data_parallel_size=8192), sharding="fsdp", shard_size=64)
+    assert list_sizes(plan)["fsdp"] == 64
+    assert not any("FSDP" in caution for caution in mark(plan))
+
+
+def test_cpu_processes_are_not_compared_with_clusters() -> None:
+    plan = replace(build_plan(data_parallel_size=2), cluster=select_cluster("cpu-host"))
+    assert list_cautions(plan, 2 * GIB, memory_limit_bytes=LIMIT, memory_margin_ratio=0.1) == ()
