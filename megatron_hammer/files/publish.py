@@ -15,7 +15,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -101,14 +101,16 @@ def publish_files(contents: Mapping[Path, str | bytes]) -> None:
 
 
 @contextmanager
-def publish_directory(save_dir: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def publish_directory(save_dir: Path, *, overwrite: bool = False, sources: Sequence[Path] = ()) -> Iterator[Path]:
     """Yield a new empty folder beside `save_dir`, which gets its name when the block ends.
 
     overwrite: what `save_dir` holds is replaced at that moment. If the block raises, the partial folder is removed.
-    Raises OutputError if `save_dir` holds anything and `overwrite` is not set, if another process is writing it, if the
-    folder cannot be made, or if the disk is full. Other OSErrors pass: the block also reads, and a failure to read is
-    not one to write.
+    sources: the files and folders that the result is made of.
+    Raises OutputError if `save_dir` holds anything and `overwrite` is not set, if it is or holds a source, if another
+    process is writing it, if the folder cannot be made, or if the disk is full. Other OSErrors pass: the block also
+    reads, and a failure to read is not one to write.
     """
+    require_apart(save_dir, sources)
     if not overwrite:
         require_free(save_dir)
     target = save_dir.absolute()
@@ -135,6 +137,14 @@ def publish_directory(save_dir: Path, *, overwrite: bool = False) -> Iterator[Pa
             raise OutputError(
                 f"{partial_dir}: directory cannot be written ({error.strerror}). Free space, or choose another --save."
             ) from error
+
+
+def require_apart(target: Path, sources: Sequence[Path]) -> None:
+    """Raise OutputError if replacing the file or folder `target` would remove a source."""
+    for source in sources:
+        # resolve: the same place may be named through a link or a relative path.
+        if source.resolve().is_relative_to(target.resolve()):
+            raise OutputError(f"{target}: target must not be or hold the input {source}. Choose another --save.")
 
 
 def require_free(save_dir: Path) -> None:

@@ -96,6 +96,8 @@ def test_bad_arguments_are_one_message(tmp_path, source):
     result = run_tool_here(TOOL, "--load", source, "--save", taken)
     assert (result.returncode, result.stdout) == (2, "")
     assert_errors(result.stderr, (f"{taken}:", "must not exist", "--overwrite"))
+    result = run_tool_here(TOOL, "--load", source, "--save", taken, "--overwrite")
+    assert_errors(result.stderr, (f"{taken}:", "--overwrite replaces a GGUF file only", "got another file"))
     assert taken.read_text() == "mine"
     result = run_tool_here(TOOL, "--load", source, "--save", tmp_path / "new.gguf", "--iteration", "3")
     assert result.returncode == 2

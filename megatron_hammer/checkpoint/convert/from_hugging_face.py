@@ -89,7 +89,9 @@ def import_from_hugging_face(
     require_free_space(options.save_dir, needed_bytes)
     tokenizer_source, notes = _find_tokenizer(options)
     checks: list[CheckRow] = []
-    with open_checkpoint_writer(options.save_dir, iteration=None, overwrite=options.overwrite) as writer:
+    with open_checkpoint_writer(
+        options.save_dir, iteration=None, overwrite=options.overwrite, sources=[options.hf_dir]
+    ) as writer:
         tokenizer_dir = None
         if tokenizer_source is not None:
             # Before the weights, which take much longer: a tokenizer that does not fit ends the command early.

@@ -139,7 +139,7 @@ def export_to_hugging_face(
     _validate_target(options)
     plan = _plan_export(options)
     require_free_space(options.save_dir, plan.num_bytes)
-    with publish_directory(options.save_dir, overwrite=options.overwrite) as partial_dir:
+    with publish_directory(options.save_dir, overwrite=options.overwrite, sources=[options.load_dir]) as partial_dir:
         tokenizer, notes = _export_tokenizer(options, plan, partial_dir, on_progress)
         config = _write_descriptions(partial_dir, plan, tokenizer)
         write_verified_weights(

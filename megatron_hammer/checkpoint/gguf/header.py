@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from megatron_hammer.errors import ConversionError
 
-_MAGIC = b"GGUF"
+MAGIC = b"GGUF"
 _VERSIONS = (2, 3)  # version 1 has 32-bit lengths, and llama.cpp refuses it
 _FORMATS = ("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?", "", "", "<Q", "<q", "<d")  # by the type's number
 _TEXT, _ARRAY = 8, 9
@@ -26,7 +26,7 @@ def read_gguf_header(path: Path, *, arrays: Collection[str] = ()) -> dict[str, A
     """
     try:
         with path.open("rb") as file:
-            if (magic := file.read(4)) != _MAGIC:
+            if (magic := file.read(4)) != MAGIC:
                 raise ConversionError(
                     f"{path}: must be a GGUF file, got first bytes {magic!r}. "
                     "Pass a .gguf file, a Hugging Face folder or a directory that training saved into."

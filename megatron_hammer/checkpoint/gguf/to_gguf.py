@@ -19,6 +19,7 @@ from gguf import GGML_QUANT_SIZES, MODEL_ARCH_NAMES
 from megatron_hammer.checkpoint.gguf.experts import read_stacks
 from megatron_hammer.checkpoint.gguf.file_types import FILE_TYPES, FLOAT_DTYPES, load_quantizer
 from megatron_hammer.checkpoint.gguf.gguf_file import verify_gguf, write_gguf
+from megatron_hammer.checkpoint.gguf.header import MAGIC
 from megatron_hammer.checkpoint.gguf.metadata import build_metadata, list_extra_tensors, list_unwritten, require_end
 from megatron_hammer.checkpoint.gguf.tensors import GgufTensor, plan_tensors, select_architecture
 from megatron_hammer.checkpoint.gguf.tokenizer import GgufVocabulary, read_vocabulary
@@ -154,6 +155,11 @@ def _validate_options(options: GgufOptions) -> None:
     if options.save_path.exists() and not options.overwrite:
         raise ConversionError(
             f"{options.save_path}: target must not exist yet. Choose another name, or pass --overwrite."
+        )
+    # A typing error in --save together with --overwrite must not destroy a file of weights.
+    if options.save_path.exists() and options.save_path.open("rb").read(len(MAGIC)) != MAGIC:
+        raise ConversionError(
+            f"{options.save_path}: --overwrite replaces a GGUF file only, got another file. Choose another name."
         )
 
 

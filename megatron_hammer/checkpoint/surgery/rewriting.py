@@ -21,6 +21,7 @@ from megatron_hammer.checkpoint_files.torch_dist.description import Box, StoredG
 from megatron_hammer.checkpoint_files.torch_dist.store import TorchDistStore
 from megatron_hammer.checkpoint_files.torch_dist.writer import open_checkpoint_writer
 from megatron_hammer.errors import ConversionError
+from megatron_hammer.files.publish import require_apart
 
 ReadBox = Callable[[tuple[int, ...], tuple[int, ...]], Tensor]
 OnTensor = Callable[[str, int, int], None]  # stage, done, total
@@ -86,7 +87,9 @@ def write_planned_checkpoint(
     Raises ConversionError if the target is taken or one of `sources`, if a tensor holds NaN or infinity, or does not
     read back equal.
     """
-    _validate_not_source(save_dir, planned, sources)
+    directories = [checkpoint.directory for checkpoint in sources]
+    # Before the writer looks whether the target is taken, which it always is by a source.
+    require_apart(save_dir / name_folder(planned.iteration), directories)
     with open_checkpoint_writer(save_dir, iteration=planned.iteration, overwrite=overwrite) as writer:
         not_finite = []
         for number, tensor in enumerate(planned.tensors, start=1):
@@ -110,16 +113,6 @@ def write_planned_checkpoint(
         writer.commit(planned.common_state)
         # Inside the writer's block: an error here removes what was written.
         _verify(writer.directory, planned, on_tensor)
-
-
-def _validate_not_source(save_dir: Path, planned: PlannedCheckpoint, sources: Sequence[TrainingCheckpoint]) -> None:
-    # resolve: the same folder may be named through a link or a relative path.
-    target = (save_dir / name_folder(planned.iteration)).resolve()
-    if any(checkpoint.directory.resolve() == target for checkpoint in sources):
-        raise ConversionError(
-            f"{save_dir}: target must be another folder than the checkpoint that is read, got --save {save_dir}. "
-            "Choose another."
-        )
 
 
 def _verify(directory: Path, planned: PlannedCheckpoint, on_tensor: OnTensor) -> None:

@@ -217,20 +217,20 @@ class _Sink:
 
 @contextmanager
 def open_checkpoint_writer(
-    save_dir: Path, *, iteration: int | None, overwrite: bool = False
+    save_dir: Path, *, iteration: int | None, overwrite: bool = False, sources: Sequence[Path] = ()
 ) -> Iterator[CheckpointWriter]:
     """A writer whose checkpoint appears under `save_dir` when the block ends, and not at all if it raises.
 
     iteration: of the state; None for a "release", from which Megatron starts at iteration 0 with a new optimizer.
     overwrite: replace what `save_dir` holds of this iteration, and let the tracker point to it whatever it names now.
-    The tracker never goes back to an earlier iteration otherwise. Raises ConversionError if the target is taken, and
-    OutputError if it cannot be written or the disk is full.
+    The tracker never goes back to an earlier iteration otherwise. sources: as in publish_directory. Raises
+    ConversionError if the target is taken, and OutputError if it cannot be written or the disk is full.
     """
     name = name_folder(iteration)
     _validate_target(save_dir, name, overwrite)
     was_there = save_dir.exists()
     try:
-        with publish_directory(save_dir / name, overwrite=overwrite) as partial_dir:
+        with publish_directory(save_dir / name, overwrite=overwrite, sources=sources) as partial_dir:
             writer = CheckpointWriter(partial_dir)
             try:
                 yield writer

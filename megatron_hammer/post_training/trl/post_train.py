@@ -99,7 +99,9 @@ def post_train(options: PostTrainOptions) -> PostTrainReport | None:
     )
     is_first = read_process_place().rank == 0
     # For the whole run, because the folder is locked for it: two runs must not write the same checkpoints.
-    with publish_directory(options.save_dir, overwrite=options.overwrite) if is_first else nullcontext() as folder:
+    sources = [options.hf_dir, *map(Path, (*options.data, *options.held_out_data))]
+    output = partial(publish_directory, options.save_dir, overwrite=options.overwrite, sources=sources)
+    with output() if is_first else nullcontext() as folder:
         data = load_examples(
             options.stage,
             options.data,

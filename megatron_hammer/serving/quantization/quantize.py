@@ -101,7 +101,7 @@ def quantize(
         seed=rounding.seed,
     )
     on_stage("source and samples", 1, 1)
-    with publish_directory(options.save_dir, overwrite=options.overwrite) as partial_dir:
+    with publish_directory(options.save_dir, overwrite=options.overwrite, sources=[options.load_dir]) as partial_dir:
         on_stage("AutoRound", 0, 1)
         with tempfile.TemporaryDirectory(dir=partial_dir) as work_dir:
             written_dir = quantize_folder(options.load_dir, Path(work_dir), samples, rounding)
@@ -143,8 +143,6 @@ def _validate(options: QuantizationOptions) -> None:
         for name, value in positive.items()
         if value < 1
     ]
-    if options.load_dir.resolve().is_relative_to(options.save_dir.resolve()):
-        problems.append(f"save: must not hold the model of --load, got {options.save_dir}. Choose another --save.")
     if rounding.group_size not in GROUP_SIZES:
         allowed = ", ".join(map(str, GROUP_SIZES))
         problems.append(

@@ -240,3 +240,20 @@ def test_a_folder_that_cannot_be_made_or_holds_something_is_refused(tmp_path: Pa
     for path, message in (("file", "got a file"), (".", "got 1 entries"), ("file/hf", "directory cannot be made")):
         with pytest.raises(OutputError, match=message), publish_directory(tmp_path / path):
             pass
+
+
+def test_an_input_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "run" / "iter_1").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "run", target_is_directory=True)
+    source = tmp_path / "run" / "iter_1"
+    for target in (source, tmp_path / "run", tmp_path / "link", tmp_path / "run" / ".." / "run" / "iter_1", tmp_path):
+        with (
+            pytest.raises(OutputError, match="target must not be or hold the input"),
+            publish_directory(target, overwrite=True, sources=[tmp_path / "other", source]),
+        ):
+            pass
+    # Beside or inside of an input, an output removes nothing of it.
+    for target in (tmp_path / "run" / "iter", source / "export"):
+        with publish_directory(target, overwrite=True, sources=[source]):
+            pass
+    assert names_in(tmp_path) == ["link", "run", "run/iter", "run/iter_1", "run/iter_1/export"]

@@ -412,3 +412,12 @@ def test_an_earlier_import_is_replaced_only_when_asked(folder):
     weights = write_toy_folder(folder, weights=draw_hf_weights(LLAMA_CONFIG, seed=9))
     convert(folder, overwrite=True)
     assert_equal(weights, export(folder))
+
+
+def test_a_folder_that_would_be_replaced_by_its_own_import_is_refused(folder):
+    inside = folder.with_name("save") / "release" / "hf"
+    write_toy_folder(inside)
+    options = ImportOptions(hf_dir=inside, save_dir=folder.with_name("save"), overwrite=True)
+    with pytest.raises(OutputError, match="must not be or hold the input"):
+        import_from_hugging_face(options)
+    assert (inside / "config.json").is_file()

@@ -391,6 +391,11 @@ def test_an_existing_target_is_replaced_only_when_asked_and_only_an_export(optio
     (options.save_dir / "config.json").unlink()
     with pytest.raises(ConversionError, match="--overwrite replaces an exported model only"):
         export_to_hugging_face(again)
+    # A folder that holds the checkpoint too.
+    (options.load_dir.parent / "config.json").write_text("{}")
+    with pytest.raises(OutputError, match="must not be or hold the input"):
+        export_to_hugging_face(dataclasses.replace(again, save_dir=options.load_dir.parent))
+    assert list(options.load_dir.iterdir())
 
 
 def test_the_target_of_a_failed_replacement_stays(options):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_hammer.checkpoint.surgery.reshard import TargetLayout, reshard
-from megatron_hammer.errors import CheckpointError, ConversionError
+from megatron_hammer.errors import CheckpointError, ConversionError, OutputError
 from tests.helpers.messages import assert_problems
 from tests.helpers.toy_training_checkpoint import (
     RERUN_KEY,
@@ -180,7 +180,7 @@ def test_a_number_that_is_not_finite_is_named_and_nothing_is_left(tmp_path):
 
 def test_the_source_is_never_the_target(tmp_path):
     tensors = write_training_checkpoint(tmp_path / "old")
-    text = f"{tmp_path / 'old'}: target must be another folder than the checkpoint that is read, got --save"
-    with pytest.raises(ConversionError, match=re.escape(text)):
+    text = f"target must not be or hold the input {tmp_path / 'old'}"
+    with pytest.raises(OutputError, match=re.escape(text)):
         reshard(tmp_path / "old", tmp_path / "old", TargetLayout(), overwrite=True)
     assert_equal(read_all(tmp_path / "old")[0], tensors)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_hammer.errors import ConfigError, ConversionError
+from megatron_hammer.errors import ConfigError, ConversionError, OutputError
 from megatron_hammer.serving.quantization.quantize import QuantizationOptions, quantize, verify
 from megatron_hammer.serving.quantization.run_auto_round import RoundingOptions
 from megatron_hammer.serving.quantization.source_model import open_quantizable
@@ -99,7 +99,7 @@ def test_the_source_is_not_replaced(source, save_dir: Path) -> None:
         rounding=RoundingOptions(group_size=32),
         overwrite=True,
     )
-    with raises_problem(ConfigError, "save", "--load", f"got {source / save_dir}"):
+    with raises_problem(OutputError, f"{source / save_dir}", f"must not be or hold the input {source}"):
         quantize(options)
 
 
