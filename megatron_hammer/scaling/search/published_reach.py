@@ -29,11 +29,14 @@ def list_sizes(plan: Plan) -> dict[str, int]:
 
 
 @lru_cache(maxsize=1)
-def read_published_reach() -> Mapping[str, int]:
-    """The largest value of each of these sizes in the tables of published runs."""
-    runs = [run for path in (PUBLISHED_RUNS_PATH, PUBLISHED_MOE_PATH) for run in read_runs(path)[0]]
-    sizes = [list_sizes(run.plan) for run in runs]
-    return {name: max(one[name] for one in sizes) for name in sizes[0]}
+def read_published_reach() -> Mapping[bool, Mapping[str, int]]:
+    """The largest value of each of these sizes in published runs: of dense models (False) and of mixtures (True)."""
+    plans = [run.plan for path in (PUBLISHED_RUNS_PATH, PUBLISHED_MOE_PATH) for run in read_runs(path)[0]]
+    reach = {}
+    for has_experts in (False, True):
+        sizes = [list_sizes(plan) for plan in plans if (plan.model.moe is not None) == has_experts]
+        reach[has_experts] = {name: max(one[name] for one in sizes) for name in sizes[0]}
+    return reach
 
 
 def list_cautions(
@@ -42,7 +45,7 @@ def list_cautions(
     """Why a layout may not work as predicted, each in a few words; empty for most.
 
     Memory closer to the limit than the error of its estimate; groups that leave the NVLink domain; sizes beyond those
-    of every published run.
+    of every published run of a dense model, or of a mixture of experts.
     """
     cautions = []
     if memory_bytes * (1 + memory_margin_ratio) > memory_limit_bytes:
@@ -52,7 +55,7 @@ def list_cautions(
     domain = plan.cluster.nvlink_domain_size
     if plan.layout.tensor_model_parallel_size > domain:
         cautions.append(f"tp {plan.layout.tensor_model_parallel_size}: beyond the NVLink domain of {domain}")
-    reach = read_published_reach()
+    reach = read_published_reach()[plan.model.moe is not None]
     cautions += [
         f"{size:,} {SIZE_NAMES[name]}: at most {reach[name]:,} published"
         if name in SIZE_NAMES

@@ -8,6 +8,8 @@ family to be shown and every possible tie, all remaining plans are slower, so ne
 computed. These plans are left out before that, because they cannot win:
 - more recomputation than a plan needs to fit: it adds work and saves only memory;
 - overlap switched off although it is possible: overlap only hides time;
+- context parallelism beside micro-batches of several samples: whole samples on each rank are the same work without the
+  exchange of keys and values;
 - larger micro-batches than one that did not fit with full recomputation: activations grow with them;
 - an unsharded optimizer if sharding is allowed: it moves as many bytes (an all-reduce is a reduce-scatter and an
   all-gather), updates more parameters, and needs more memory.
@@ -24,6 +26,7 @@ from typing import Any, NamedTuple
 
 from megatron_hammer.model.accounting import ParallelLayout, StageMemory
 from megatron_hammer.model.byte_units import GIB
+from megatron_hammer.model.layout import divisors
 from megatron_hammer.scaling.cost.coefficients import load_coefficients
 from megatron_hammer.scaling.plan import Plan, Sharding, StepTime
 from megatron_hammer.scaling.plan_memory import estimate_heaviest_plan_stage
@@ -31,6 +34,7 @@ from megatron_hammer.scaling.search.projection import Projection, SizeProjection
 from megatron_hammer.scaling.search.published_reach import list_cautions
 from megatron_hammer.scaling.search.search_space import (
     RECOMPUTES,
+    SearchSpace,
     can_overlap_tensor_parallel,
     is_cpu_host,
     list_layouts,
@@ -164,7 +168,7 @@ class Search:
         )
         place = 0
         for layout in layouts:
-            all_sizes = list_micro_batch_sizes(layout, batch, study.space)
+            all_sizes = _list_undivided_sizes(layout, list_micro_batch_sizes(layout, batch, study.space), study.space)
             for sharding in list_shardings(layout, study.cluster, study.space):
                 plan = _build_plan(study, layout, sharding, batch)
                 sizes = fit.drop_too_large(plan, all_sizes)
@@ -281,6 +285,25 @@ def _build_plan(study: Study, layout: ParallelLayout, sharding: Sharding, global
         gradient_bytes=study.gradient_bytes,
         vocab_divisible_by=study.vocab_divisible_by,
     )
+
+
+def _list_undivided_sizes(layout: ParallelLayout, sizes: Sequence[int], space: SearchSpace) -> list[int]:
+    """The micro-batch sizes without those that can be shared out in place of the sequence.
+
+    If p divides both, cp / p context ranks with p times the replicas and 1 / p of the micro-batch give every rank as
+    many tokens, parameters and micro-batches. The space must allow both.
+    """
+    cp = layout.context_parallel_size
+    allowed_cp, allowed_sizes = space.context_parallel_sizes, space.micro_batch_sizes
+
+    def has_better_twin(size: int) -> bool:
+        return any(
+            (allowed_cp is None or cp // p in allowed_cp) and (allowed_sizes is None or size // p in allowed_sizes)
+            for p in divisors(math.gcd(cp, size))
+            if p > 1
+        )
+
+    return [size for size in sizes if not has_better_twin(size)]
 
 
 def _identify_family(plan: Plan) -> Hashable:

@@ -6,8 +6,9 @@ import pytest
 
 from megatron_hammer.model.accounting import ParallelLayout
 from megatron_hammer.model.byte_units import GIB
+from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.scaling.evidence.measured_runs import read_runs
-from megatron_hammer.scaling.evidence.run_table import PUBLISHED_RUNS_PATH
+from megatron_hammer.scaling.evidence.run_table import PUBLISHED_MOE_PATH, PUBLISHED_RUNS_PATH
 from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_gpu
 from megatron_hammer.scaling.plan import Plan
 from megatron_hammer.scaling.search.published_reach import list_cautions, list_sizes, read_published_reach
@@ -59,12 +60,17 @@ def test_what_no_published_run_has_is_marked(layout: dict[str, int], changes: di
 
 
 def test_no_published_run_is_beyond_the_published_ones() -> None:
-    reach = read_published_reach()
-    runs = read_runs(PUBLISHED_RUNS_PATH)[0]
-    assert all(size <= reach[name] for run in runs for name, size in list_sizes(run.plan).items())
-    assert reach["fsdp"] == 2048  # PaxML on 2,048 H100
-    marked = [run for run in runs if any("published" in caution for caution in mark(run.plan))]
-    assert marked == []
+    runs = [run for path in (PUBLISHED_RUNS_PATH, PUBLISHED_MOE_PATH) for run in read_runs(path)[0]]
+    assert {run.plan.model.moe is not None for run in runs} == {False, True}
+    assert [run for run in runs if any("published" in caution for caution in mark(run.plan))] == []
+    assert read_published_reach()[False]["fsdp"] == 2048  # PaxML on 2,048 H100
+
+
+def test_dense_models_say_nothing_of_mixtures() -> None:
+    dense = replace(build_plan(data_parallel_size=2048), sharding="fsdp")
+    assert mark(dense) == ()
+    mixture = replace(dense, model=select_preset("qwen3-30b-a3b").model)
+    assert any(caution.startswith("2,048 ranks that FSDP shards over") for caution in mark(mixture))
 
 
 def test_sharding_inside_a_group_counts_its_ranks() -> None:

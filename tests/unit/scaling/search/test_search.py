@@ -1,5 +1,6 @@
 """The search finds the plans of a full search, and gives the reason where nothing fits."""
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -69,9 +70,17 @@ def list_every_time_s(study: Study, num_gpus: int, predictor: Predict) -> list[f
     for plan in list_every_plan(study, num_gpus):
         if estimate_heaviest_plan_stage(plan).total_bytes > study.memory_limit_bytes:
             continue
+        layout = plan.layout
+        # Whole samples on each rank are the same work as a part of each sample, without the exchange.
+        shared = math.gcd(layout.context_parallel_size, plan.micro_batch_size)
         key = (
-            replace(plan.layout, has_distributed_optimizer=True),
-            plan.micro_batch_size,
+            replace(
+                layout,
+                has_distributed_optimizer=True,
+                context_parallel_size=layout.context_parallel_size // shared,
+                data_parallel_size=layout.data_parallel_size * shared,
+            ),
+            plan.micro_batch_size // shared,
             "fsdp" if plan.sharding == "fsdp" else "",
         )
         times[key] = min(times.get(key, float("inf")), predictor(plan).total_s)
@@ -109,6 +118,20 @@ def test_the_plans_with_the_performance_model_are_those_of_a_full_search() -> No
         num_best=4,
     )
     assert_nothing_faster_is_missed(study, 8, predictor)
+
+
+def test_samples_are_shared_out_before_the_sequence() -> None:
+    search = Search(predict=predict)
+
+    def list_pairs(study: Study) -> set[tuple[int, int]]:
+        candidates = search._list_candidates(study, 8, 32, _Fit(study, estimate_heaviest_plan_stage))
+        return {(one.plan.layout.context_parallel_size, one.micro_batch_size) for one in candidates}
+
+    pairs = list_pairs(build_toy_study())
+    assert {size for cp, size in pairs if cp > 1} == {1}
+    assert len({size for cp, size in pairs if cp == 1}) > 2
+    # Where fewer context ranks are not allowed, larger micro-batches have no twin.
+    assert {(2, 1), (2, 2), (2, 4)} <= list_pairs(build_toy_study(space=SearchSpace(context_parallel_sizes=(2,))))
 
 
 def test_a_family_is_shown_once() -> None:
