@@ -9,20 +9,28 @@ from megatron_hammer.scaling.evidence.run_table import PUBLISHED_MOE_PATH, PUBLI
 from megatron_hammer.scaling.plan import Plan
 from megatron_hammer.scaling.search.search_space import is_cpu_host
 
-SIZE_NAMES = {"fsdp": "ranks that FSDP shards over", "optimizer": "ranks that share the optimizer", "gpus": "GPUs"}
+SIZE_NAMES = {
+    "fsdp": "ranks that FSDP shards over",
+    "fsdp_experts": "ranks that FSDP shards an expert over",
+    "optimizer": "ranks that share the optimizer",
+    "gpus": "GPUs",
+}
 
 
 def list_sizes(plan: Plan) -> dict[str, int]:
     """The sizes of a plan that published runs are compared in."""
     layout = plan.layout
     shard_size = plan.shard_size or layout.dense_shard_size
+    is_fsdp, has_experts = plan.sharding == "fsdp", plan.model.moe is not None
     return {
         "tp": layout.tensor_model_parallel_size,
         "cp": layout.context_parallel_size,
         "pp": layout.pipeline_model_parallel_size,
         "vp": layout.virtual_pipeline_model_parallel_size,
         "ep": layout.expert_model_parallel_size,
-        "fsdp": shard_size if plan.sharding == "fsdp" else 1,
+        "fsdp": shard_size if is_fsdp else 1,
+        # Without expert parallelism every rank gathers all experts, of which a token uses a few.
+        "fsdp_experts": layout.expert_data_parallel_size if is_fsdp and has_experts else 1,
         "optimizer": shard_size if plan.sharding == "distributed_optimizer" else 1,
         "gpus": layout.world_size,
     }

@@ -24,7 +24,7 @@ TIE_Z = NormalDist().inv_cdf(1 - TIE_CHANCE)
 NUM_DRAWS = 4096
 SEED = 20_240_301  # any number: the same study must give the same chances
 MOST_COMPARED = 256  # layouts in the draws; slower ones have no chance worth a digit
-# The layout to start from is predicted to be at most this much slower than the fastest one, tied or not.
+# What a simpler layout, or one with less memory, may give up of the speed of a tie without more cautions.
 MOST_GIVEN_UP_RATIO = 0.02
 # A tie is worth giving up speed for only if it frees at least this share of the GPU's memory.
 FAR_LESS_MEMORY_RATIO = 0.25
@@ -101,19 +101,17 @@ def count_kinds(plan: Plan) -> int:
 def choose_start(projections: Sequence[Projection], correlation: float) -> int:
     """The position of the layout to start from, among those that are tied with the first one, the fastest.
 
-    The rule, for ties that give up at most MOST_GIVEN_UP_RATIO: the fewest cautions, then the fewest mechanisms
-    (count_kinds), then the fastest, unless another one needs far less memory (FAR_LESS_MEMORY_RATIO of the GPU's).
+    The rule: the fewest cautions, whatever a tie gives up. Of those that are at most MOST_GIVEN_UP_RATIO slower than
+    the fastest of them: the fewest mechanisms (count_kinds), then the fastest, unless another one needs far less memory
+    (FAR_LESS_MEMORY_RATIO of the GPU's).
     """
-
-    def rate(position: int) -> tuple[int, int]:
-        one = projections[position]
-        return len(one.standing.cautions), count_kinds(one.plan)
-
-    limit_s = projections[0].step.total_s * (1 + MOST_GIVEN_UP_RATIO)
-    ties = enumerate(find_ties(projections, correlation))
-    tied = [position for position, is_tied in ties if is_tied and projections[position].step.total_s <= limit_s]
-    best = min(rate(one) for one in tied)
-    chosen, *others = [one for one in tied if rate(one) == best]
+    tied = [one for one, is_tied in enumerate(find_ties(projections, correlation)) if is_tied]
+    fewest = min(len(projections[one].standing.cautions) for one in tied)
+    fastest, *slower = [one for one in tied if len(projections[one].standing.cautions) == fewest]
+    limit_s = projections[fastest].step.total_s * (1 + MOST_GIVEN_UP_RATIO)
+    close = [fastest, *(one for one in slower if projections[one].step.total_s <= limit_s)]
+    simplest = min(count_kinds(projections[one].plan) for one in close)
+    chosen, *others = [one for one in close if count_kinds(projections[one].plan) == simplest]
     far_less = FAR_LESS_MEMORY_RATIO * projections[0].plan.gpu.memory_bytes
     for other in others:
         if projections[other].memory.total_bytes <= projections[chosen].memory.total_bytes - far_less:

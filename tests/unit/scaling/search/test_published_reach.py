@@ -71,6 +71,11 @@ def test_dense_models_say_nothing_of_mixtures() -> None:
     assert mark(dense) == ()
     mixture = replace(dense, model=select_preset("qwen3-30b-a3b").model)
     assert any(caution.startswith("2,048 ranks that FSDP shards over") for caution in mark(mixture))
+    # Published with 1,024 ranks, all of them with expert parallelism.
+    small = replace(mixture, layout=ParallelLayout(data_parallel_size=512))
+    (caution,) = mark(small)
+    assert caution.startswith("512 ranks that FSDP shards an expert over: at most ")
+    assert mark(replace(small, layout=replace(small.layout, expert_model_parallel_size=8))) == ()
 
 
 def test_sharding_inside_a_group_counts_its_ranks() -> None:

@@ -88,6 +88,8 @@ def test_the_start_is_the_fastest_unless_a_tie_is_better_in_kind() -> None:
     assert choose_start([build(1.0, memory_gib=33), build(1.01, micro=2, memory_gib=20)], CORRELATION) == 1
     tight = replace(build(1.0), standing=Standing(cautions=("memory: 37 of 38 GiB",)))
     assert choose_start([tight, build(1.01, tp=2)], CORRELATION) == 1
+    assert choose_start([tight, build(1.03, tp=4)], CORRELATION) == 1  # without a caution, a tie may give up more
+    assert choose_start([tight, build(1.06, tp=4)], CORRELATION) == 0  # no tie
 
 
 def test_families_are_ranked_with_their_copies() -> None:
