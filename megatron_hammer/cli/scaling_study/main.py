@@ -2,6 +2,7 @@
 
 project: the best layouts at each number of GPUs, with step time, memory, cost and an error band.
 compare: several machines for one training, with days, cost, energy and CO2.
+sensitivity: what one change at a time does to the time and to the best layout.
 emit: launch scripts of chosen rows of a projection.
 trace: a predicted step as a timeline for chrome://tracing and Perfetto.
 plan: from a target loss or tokens to size, GPUs, days and cost, with intervals.
@@ -25,6 +26,7 @@ from megatron_hammer.model.shape import ModelShape
 COMMANDS: tuple[str, ...] = (
     "project",
     "compare",
+    "sensitivity",
     "emit",
     "trace",
     "plan",
