@@ -1,4 +1,4 @@
-"""Compare machines for one training: days, cost, energy and CO2 of each one's fastest layout, with their uncertainty.
+"""Compare machines for one training: days, cost, energy and CO2 of each one's best layout, with their uncertainty.
 
 An option is a GPU, its number, and if wanted the cluster and the precision: GPU[@CLUSTER]:N[,N...][:PRECISION]. Says
 which option is the fastest and the cheapest, or that it is a tie, and which ones are on the front of days against cost.
@@ -156,7 +156,7 @@ def _build_job_studies(arguments: argparse.Namespace, job: str) -> list[Study]:
     precision = match["precision"] or arguments.precision
     if precision is not None and precision not in PRECISIONS:
         raise ConfigError(f"precision: must be of {', '.join(PRECISIONS)}, got {precision}. Choose one of them.")
-    # The flags of a study on one machine, as `project` has them. Only the fastest layout is wanted.
+    # The flags of a study on one machine, as `project` has them. Only the layout to start from is wanted.
     flags = {"gpu": match["gpu"], "cluster": match["cluster"], "gpus": match["gpus"], "precision": precision}
     rest = {"memory_gib": None, "usd_per_gpu_hour": None, "samples_per_gpu": None, "top": 1}
     shown = {"mfu_convention": "A", "knee": 0.8}

@@ -4,6 +4,7 @@ Source: Narayanan et al. 2021, arXiv 2104.04473, sections 2.2.1 and 2.2.2. Stage
 embedding, the last the head and the loss. The slowest stage sets the pace.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -59,15 +60,24 @@ def list_stages(
         chunk_layers=chunk_layers,
     )
     counts: dict[tuple[int, bool, bool, tuple[int, ...]], int] = {}
-    for pp_rank, chunks in enumerate(split_layers(num_layers, layout)):
-        layers = [layer for chunk in chunks for layer in chunk.list_layers()]
-        if pp_rank == pp - 1:
-            layers += [num_layers - 1] * num_mtp_layers
-        kinds = [layer_kinds[layer] for layer in layers] if layer_kinds else []
-        kind_counts = tuple(kinds.count(kind) for kind in range(max(layer_kinds, default=-1) + 1))
-        key = (len(layers), pp_rank == 0, pp_rank == pp - 1, kind_counts)
+    for pp_rank, chunks in enumerate(list_chunk_layers(num_layers, layout, num_mtp_layers)):
+        layers = [layer for chunk in chunks for layer in chunk]
+        key = (len(layers), pp_rank == 0, pp_rank == pp - 1, count_kinds(layers, layer_kinds))
         counts[key] = counts.get(key, 0) + 1
     return tuple(StageKind(*key[:3], count, key[3]) for key, count in counts.items())
+
+
+def list_chunk_layers(num_layers: int, layout: ParallelLayout, num_mtp_layers: int) -> list[list[list[int]]]:
+    """The layers of every chunk of every pipeline rank, from 0. Layers behind the last one have its number."""
+    split = [[list(chunk.list_layers()) for chunk in chunks] for chunks in split_layers(num_layers, layout)]
+    split[-1][-1] += [num_layers - 1] * num_mtp_layers
+    return split
+
+
+def count_kinds(layers: Sequence[int], layer_kinds: tuple[int, ...]) -> tuple[int, ...]:
+    """How many of the layers are of each kind; empty if all are alike."""
+    kinds = [layer_kinds[layer] for layer in layers] if layer_kinds else []
+    return tuple(kinds.count(kind) for kind in range(max(layer_kinds, default=-1) + 1))
 
 
 def build_schedule(stage_s: list[float], counts: list[int], num_chunks: int) -> Schedule:

@@ -49,12 +49,13 @@ class StageCost(NamedTuple):
 class StepCosts(NamedTuple):
     """What a step is added up from. `timeline/trace.py` draws the same numbers as a timeline.
 
-    layer: the mean one of the slowest stage. kinds and stages belong together, position by position. fsdp_s: of one
-    layer over one micro-batch. send_s: what a stage waits for its neighbours, per micro-batch. fill_send_s: once per
-    step.
+    layer: the mean one of the slowest stage. layer_costs: of each kind of layer. kinds and stages belong together,
+    position by position. fsdp_s: of one layer over one micro-batch. send_s: what a stage waits for its neighbours, per
+    micro-batch. fill_send_s: once per step.
     """
 
     layer: LayerCost
+    layer_costs: tuple[LayerCost, ...]
     embedding: LayerTime
     head: LayerTime
     kinds: tuple[StageKind, ...]
@@ -124,6 +125,7 @@ def build_step_costs(plan: Plan, coefficients: Coefficients) -> StepCosts:
     kind, stage = kinds[schedule.slowest], stages[schedule.slowest]
     return StepCosts(
         layer=layers[schedule.slowest],
+        layer_costs=costs,
         embedding=embedding,
         head=head,
         kinds=kinds,

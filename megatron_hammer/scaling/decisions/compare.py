@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from megatron_hammer.scaling.cost.coefficients import Coefficients, select_generation
 from megatron_hammer.scaling.evidence.layout_ranking import BAND_Z, measure_layout_distances
-from megatron_hammer.scaling.plan import Plan, StepTime
+from megatron_hammer.scaling.plan import Plan
 from megatron_hammer.scaling.search.projection import Bill, Projection, SizeProjection, Study, estimate_bill
+from megatron_hammer.scaling.search.standing import estimate_spread
 
 NUM_DRAWS = 20_000  # of the errors: the standard error of a probability is below 0.4 %
 
@@ -35,7 +36,7 @@ CRITERIA = tuple(field.name for field in fields(Amounts))
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Option:
-    """One machine with one number of GPUs, and its fastest layout. amounts, bill: None if nothing fits."""
+    """One machine with one number of GPUs, and the layout to start from. amounts, bill: None if nothing fits."""
 
     study: Study
     size: SizeProjection
@@ -140,6 +141,7 @@ def _judge(
         return None
     best = min(known, key=lambda position: float(amounts[position]))
     # An option that is better with a probability of at least 10 % is a tie: the 80 % interval of the ratio reaches 1.
+    # Ties of layouts (search/standing.py) need a third, because another layout costs nothing to try.
     ties = [
         one for one in known if one != best and amounts[one] <= amounts[best] * math.exp(BAND_Z * spreads[one, best])
     ]
@@ -165,7 +167,7 @@ def _estimate_errors(
     """
     fitting = [position for position, one in enumerate(options) if one.best is not None]
     projections = [one.best for one in options if one.best is not None]
-    deviations = np.array([estimate_deviation(one.step) for one in projections])
+    deviations = np.array([estimate_spread(one.step) for one in projections])
     plans = [one.plan for one in projections]
     correlations = correlate_errors(plans, coefficients.layout_correlation) if plans else np.zeros((0, 0))
     covariances = correlations * deviations[:, None] * deviations[None, :]
@@ -180,11 +182,6 @@ def _estimate_errors(
             np.zeros(len(fitting)), covariances, size=NUM_DRAWS
         )
     return spreads, draws
-
-
-def estimate_deviation(step: StepTime) -> float:
-    """Standard deviation of the logarithm of a step time, from its band, which holds 80%."""
-    return math.log(step.high_s / step.low_s) / (2 * BAND_Z)
 
 
 def correlate_errors(plans: Sequence[Plan], layout_correlation: float) -> NDArray[np.float64]:

@@ -108,7 +108,7 @@ def _build_amount_table(comparison: Comparison) -> ResultTable:
                 "yes" if position in comparison.front else "",
             )
         )
-    columns = ("option", "fastest layout", "s per step", "GiB", "80 % band of days")
+    columns = ("option", "layout to start from", "s per step", "GiB", "80 % band of days")
     study = comparison.options[0].study
     return ResultTable(
         title=f"{study.model.name}, {format_tokens(study.train_tokens or 0)} tokens, "

@@ -1,5 +1,7 @@
 """What one change at a time does to a study: to its time, to its best layout, and to the ranking of its layouts.
 
+The best layout is here the fastest one, and not the one to start from: that one is chosen between ties, and a choice
+that flips is no effect of the change.
 Each variation is searched anew, and the layouts that were best before it are predicted again under it. Both predictions
 share most of their errors, so their ratio is known better than either time.
 """
@@ -47,10 +49,11 @@ class Outcome:
 
     @property
     def loss_ratio(self) -> float | None:
-        """How much slower the old best layout is than the new best one."""
+        """How much slower the old best layout is than the new best one; 0 if it is as fast."""
         if self.kept_time_ratio is None or self.time_ratio is None:
             return None
-        return (1 + self.kept_time_ratio) / (1 + self.time_ratio) - 1
+        # A search shows one layout of each family, so another member of the family may be faster by a hair.
+        return max(0.0, (1 + self.kept_time_ratio) / (1 + self.time_ratio) - 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +74,7 @@ def estimate_sensitivity(
     """
     report("base")
     estimate = _remember_memory(case)
-    base = _build_search(case, estimate).search_plans(case.study, case.num_gpus)
+    base = _sort_by_time(_build_search(case, estimate).search_plans(case.study, case.num_gpus))
     if base.best is None:
         raise ConfigError(base.problem or "gpus: must hold the model. Use more.")
     outcomes = []
@@ -97,11 +100,15 @@ def _remember_memory(case: Case) -> EstimateMemory:
 
 
 def _build_search(case: Case, estimate: EstimateMemory) -> Search:
-    return Search(predict=partial(predict_step, coefficients=case.coefficients), estimate=estimate)
+    return Search(
+        predict=partial(predict_step, coefficients=case.coefficients),
+        estimate=estimate,
+        layout_correlation=case.coefficients.layout_correlation,
+    )
 
 
 def _find_outcome(variation: Variation, varied: Case, base: SizeProjection, search: Search) -> Outcome:
-    size = search.search_plans(varied.study, varied.num_gpus)
+    size = _sort_by_time(search.search_plans(varied.study, varied.num_gpus))
     if size.best is None or base.best is None:
         return Outcome(variation=variation, problem=size.problem)
     carried = [carry_projection(one.plan, varied, search) for one in base.projections]
@@ -119,6 +126,10 @@ def _find_outcome(variation: Variation, varied: Case, base: SizeProjection, sear
         place=None if kept is None else _find_place(kept, size),
         rank_correlation=_correlate_ranks(base.projections, carried),
     )
+
+
+def _sort_by_time(size: SizeProjection) -> SizeProjection:
+    return replace(size, projections=tuple(sorted(size.projections, key=lambda one: one.step.total_s)))
 
 
 def _find_token_s(projection: Projection) -> float:

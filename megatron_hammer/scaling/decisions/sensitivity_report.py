@@ -68,7 +68,7 @@ def build_table(result: Sensitivity) -> ResultTable:
     return ResultTable(
         title=f"{study.model.name} on {result.case.num_gpus:,} x {study.gpu.name} ({study.cluster.name}), "
         f"{study.precision}: one change at a time",
-        columns=(*columns, "best layout"),
+        columns=(*columns, "fastest layout"),
         groups=(tuple(rows),),
         num_text=1,
         note=RANK_NOTE,

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.model.accounting import LayerRange, split_layers
 from megatron_hammer.scaling.cost.coefficients import Coefficients
 from megatron_hammer.scaling.cost.compute import PassTime
+from megatron_hammer.scaling.cost.layer_cost import list_layer_kinds
+from megatron_hammer.scaling.cost.pipeline import count_kinds, list_chunk_layers
 from megatron_hammer.scaling.cost.step_time import StageCost, StepCosts, build_step_costs, predict_step
 from megatron_hammer.scaling.plan import Plan, StepTime
 from megatron_hammer.scaling.search.projection import PART_NAMES, describe_plan
@@ -62,7 +63,7 @@ class StepTrace:
 class _Chunk(NamedTuple):
     """Seconds of one micro-batch through one chunk of a stage, by the parts of StepTime."""
 
-    layers: LayerRange
+    layers: list[int]  # a layer for further tokens (MTP) has the number of the last layer
     forward: dict[str, float]
     backward: dict[str, float]
 
@@ -123,75 +124,85 @@ def _check_number_of_spans(plan: Plan, has_parts: bool) -> None:
 
 def _list_stages(plan: Plan, costs: StepCosts) -> list[list[_Chunk]]:
     """The chunks of every pipeline rank. The parts of a stage's chunks add up to its StageCost and its sends."""
-    split = split_layers(plan.model.num_layers, plan.layout)
-    return [_list_chunks(rank, split, costs) for rank in range(len(split))]
+    split = list_chunk_layers(plan.model.num_layers, plan.layout, plan.model.num_mtp_layers)
+    _, layer_kinds = list_layer_kinds(plan.model)
+    return [_list_chunks(rank, split, layer_kinds, costs) for rank in range(len(split))]
 
 
-def _list_chunks(rank: int, split: Sequence[Sequence[LayerRange]], costs: StepCosts) -> list[_Chunk]:
-    ranges = split[rank]
-    stage = _find_stage(rank, split, costs)
+def _list_chunks(
+    rank: int, split: Sequence[Sequence[list[int]]], layer_kinds: tuple[int, ...], costs: StepCosts
+) -> list[_Chunk]:
+    stage = _find_stage(rank, split, layer_kinds, costs)
     pairs = []
-    for position, layers in enumerate(ranges):
+    for position, layers in enumerate(split[rank]):
         has_embedding = rank == 0 and position == 0
-        has_head = rank == len(split) - 1 and position == len(ranges) - 1
+        has_head = rank == len(split) - 1 and position == len(split[rank]) - 1
         ends = [end for end, is_here in ((costs.embedding, has_embedding), (costs.head, has_head)) if is_here]
+        counts = count_kinds(layers, layer_kinds) or (len(layers),)
         pairs.append(
             (
-                _list_forward_parts(layers.num_layers, [end.forward for end in ends], costs),
-                _list_backward_parts(layers.num_layers, [end.backward for end in ends], costs),
+                _list_forward_parts(counts, [end.forward for end in ends], costs),
+                _list_backward_parts(counts, [end.backward for end in ends], costs),
             )
         )
-    forward_s, backward_s = (sum(sum(pair[side].values()) for pair in pairs) for side in (0, 1))
+    whole_s = sum(sum(side.values()) for pair in pairs for side in pair)
     # Besides its layers and ends, a stage waits for FSDP and for the host. StageCost shares that over both passes in
     # proportion to their length, and the chunks do the same here.
-    num_layers = sum(layers.num_layers for layers in ranges)
-    fsdp_s, host_s = num_layers * costs.fsdp_s, stage.total_s - stage.device_s
+    fsdp_s, host_s = sum(map(len, split[rank])) * costs.fsdp_s, stage.total_s - stage.device_s
     chunks = []
-    for layers, parts in zip(ranges, pairs, strict=True):
+    for layers, parts in zip(split[rank], pairs, strict=True):
         for side in parts:
-            share = sum(side.values()) / (forward_s + backward_s)
+            share = sum(side.values()) / whole_s
             side["data_parallel_s"] = share * fsdp_s
             side["overhead_s"] += share * host_s
-            side["pipeline_p2p_s"] = costs.send_s / (2 * len(ranges))
+            side["pipeline_p2p_s"] = costs.send_s / (2 * len(pairs))
         chunks.append(_Chunk(layers, *parts))
     return chunks
 
 
-def _find_stage(rank: int, split: Sequence[Sequence[LayerRange]], costs: StepCosts) -> StageCost:
-    num_layers = sum(layers.num_layers for layers in split[rank])
-    key = (num_layers, rank == 0, rank == len(split) - 1)
-    return next(stage for kind, stage in zip(costs.kinds, costs.stages, strict=True) if kind[:3] == key)
+def _find_stage(
+    rank: int, split: Sequence[Sequence[list[int]]], layer_kinds: tuple[int, ...], costs: StepCosts
+) -> StageCost:
+    layers = [layer for chunk in split[rank] for layer in chunk]
+    key = (len(layers), rank == 0, rank == len(split) - 1)
+    counts = count_kinds(layers, layer_kinds)
+    return next(
+        stage
+        for kind, stage in zip(costs.kinds, costs.stages, strict=True)
+        if kind[:3] == key and kind.kind_counts == counts
+    )
 
 
-def _list_forward_parts(num_layers: int, ends: list[PassTime], costs: StepCosts) -> dict[str, float]:
-    layer = costs.layer
+def _list_forward_parts(counts: tuple[int, ...], ends: list[PassTime], costs: StepCosts) -> dict[str, float]:
+    """counts: layers of each kind."""
+    pairs = list(zip(counts, costs.layer_costs, strict=True))
     return {
         "embedding_and_loss_s": sum(end.device_s for end in ends),
-        **_list_layer_parts(num_layers, layer.time.forward),
-        "tensor_parallel_s": num_layers * layer.tensor_forward_s,
-        "context_parallel_s": num_layers * layer.context_forward_s,
-        "expert_parallel_s": num_layers * layer.expert_forward_s,
+        **_list_layer_parts([(count, layer.time.forward) for count, layer in pairs]),
+        "tensor_parallel_s": sum(count * layer.tensor_forward_s for count, layer in pairs),
+        "context_parallel_s": sum(count * layer.context_forward_s for count, layer in pairs),
+        "expert_parallel_s": sum(count * layer.expert_forward_s for count, layer in pairs),
     }
 
 
-def _list_backward_parts(num_layers: int, ends: list[PassTime], costs: StepCosts) -> dict[str, float]:
-    layer = costs.layer
+def _list_backward_parts(counts: tuple[int, ...], ends: list[PassTime], costs: StepCosts) -> dict[str, float]:
+    pairs = list(zip(counts, costs.layer_costs, strict=True))
     return {
-        "recompute_s": num_layers * layer.recompute.device_s,
+        "recompute_s": sum(count * layer.recompute.device_s for count, layer in pairs),
         "embedding_and_loss_s": sum(end.device_s for end in ends),
-        **_list_layer_parts(num_layers, layer.time.backward),
-        "tensor_parallel_s": num_layers * layer.tensor_backward_s,
-        "context_parallel_s": num_layers * layer.context_backward_s,
-        "expert_parallel_s": num_layers * layer.expert_backward_s,
+        **_list_layer_parts([(count, layer.time.backward) for count, layer in pairs]),
+        "tensor_parallel_s": sum(count * layer.tensor_backward_s for count, layer in pairs),
+        "context_parallel_s": sum(count * layer.context_backward_s for count, layer in pairs),
+        "expert_parallel_s": sum(count * layer.expert_backward_s for count, layer in pairs),
     }
 
 
-def _list_layer_parts(num_layers: int, time: PassTime) -> dict[str, float]:
+def _list_layer_parts(pairs: list[tuple[int, PassTime]]) -> dict[str, float]:
     return {
-        "matmul_s": num_layers * time.matmul_s,
-        "attention_s": num_layers * time.attention_s,
-        "pointwise_s": num_layers * time.pointwise_s,
-        "overhead_s": num_layers * time.gap_s,
+        "matmul_s": sum(count * time.matmul_s for count, time in pairs),
+        "attention_s": sum(count * time.attention_s for count, time in pairs),
+        "pointwise_s": sum(count * time.pointwise_s for count, time in pairs),
+        "overhead_s": sum(count * time.gap_s for count, time in pairs),
     }
 
 
@@ -202,9 +213,10 @@ def _select_parts(chunks: Sequence[_Chunk], work: Pass) -> dict[str, float]:
 
 def _find_slowest_rank(plan: Plan, costs: StepCosts) -> int:
     """The first pipeline rank of the kind that sets the pace."""
-    split = split_layers(plan.model.num_layers, plan.layout)
+    split = list_chunk_layers(plan.model.num_layers, plan.layout, plan.model.num_mtp_layers)
+    _, layer_kinds = list_layer_kinds(plan.model)
     slowest = costs.stages[costs.schedule.slowest]
-    return next(rank for rank in range(len(split)) if _find_stage(rank, split, costs) is slowest)
+    return next(rank for rank in range(len(split)) if _find_stage(rank, split, layer_kinds, costs) is slowest)
 
 
 # --- spans -----------------------------------------------------------------------------------------------------------
@@ -289,8 +301,8 @@ def _describe(work: Pass, chunks: Sequence[_Chunk]) -> dict[str, Any]:
     return {
         "microbatch": work.microbatch,
         "chunk": work.chunk,
-        "first_layer": layers.first_layer,
-        "num_layers": layers.num_layers,
+        "first_layer": layers[0] if layers else None,
+        "num_layers": len(layers),
     }
 
 
@@ -337,11 +349,12 @@ def format_trace(trace: StepTrace) -> str:
 
 def _list_names(trace: StepTrace) -> Iterator[dict[str, Any]]:
     """Metadata events ("M"), which name processes and tracks."""
-    split = split_layers(trace.plan.model.num_layers, trace.plan.layout)
+    model = trace.plan.model
+    split = list_chunk_layers(model.num_layers, trace.plan.layout, model.num_mtp_layers)
     tracks = sorted({(span.pp_rank, span.track) for span in trace.spans if span.end_s > span.start_s})
-    for rank, ranges in enumerate(split):
+    for rank, chunks in enumerate(split):
         pace = ", sets the pace" if rank == trace.slowest_pp_rank and len(split) > 1 else ""
-        num_layers = sum(layers.num_layers for layers in ranges)
+        num_layers = sum(map(len, chunks))
         name = f"pipeline stage {rank} ({num_layers} layers{pace})"
         yield {"ph": "M", "name": "process_name", "pid": rank, "tid": 0, "args": {"name": name}}
         yield {"ph": "M", "name": "process_sort_index", "pid": rank, "tid": 0, "args": {"sort_index": rank}}

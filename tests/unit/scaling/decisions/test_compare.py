@@ -15,7 +15,6 @@ from megatron_hammer.scaling.decisions.compare import (
     build_option,
     compare,
     correlate_errors,
-    estimate_deviation,
     find_front,
     find_interval,
 )
@@ -115,10 +114,3 @@ def test_where_nothing_fits_there_is_no_verdict() -> None:
     comparison = compare([nothing_fits(), nothing_fits()], COEFFICIENTS)
     assert comparison.verdicts == ()
     assert comparison.front == ()
-
-
-def test_the_deviation_is_that_of_a_band_of_80_percent() -> None:
-    option = build()
-    assert option.best is not None
-    inside = NormalDist(0, estimate_deviation(option.best.step))
-    assert inside.cdf(0.2) - inside.cdf(-0.2) == pytest.approx(0.8, abs=1e-4)

@@ -41,6 +41,8 @@ def build_plan(preset: str = "llama3-8b", *, num_microbatches: int = 8, **change
     return replace(plan, global_batch_size=num_microbatches * plan.layout.data_parallel_size)
 
 
+MOE = select_preset("qwen3-30b-a3b").model.moe
+assert MOE is not None
 PLANS = {
     "no pipeline": build_plan(),
     "1F1B": build_plan(layout={"pipeline_model_parallel_size": 4}),
@@ -58,6 +60,15 @@ PLANS = {
         "qwen3-30b-a3b",
         layout={"expert_model_parallel_size": 8, "pipeline_model_parallel_size": 2},
         recompute="selective",
+    ),
+    "dense layers among mixtures, and a layer for further tokens": build_plan(
+        model=replace(
+            select_preset("qwen3-30b-a3b").model,
+            moe=replace(MOE, dense_layers=(0, 1, 2)),
+            ffn_hidden_size=9728,
+            num_mtp_layers=1,
+        ),
+        layout={"expert_model_parallel_size": 8, "pipeline_model_parallel_size": 4},
     ),
     "FSDP": build_plan(sharding="fsdp"),
     "tied embeddings without overlap": build_plan(
@@ -112,6 +123,7 @@ def index_passes(trace: StepTrace) -> dict[tuple[str, int, int, int], dict[str, 
 
 def test_every_micro_batch_passes_every_layer_in_order(trace: StepTrace) -> None:
     passes = index_passes(trace)
+    num_layers = trace.plan.model.num_layers + trace.plan.model.num_mtp_layers
     for microbatch in range(trace.plan.num_microbatches):
         ways = {
             direction: sorted(
@@ -130,7 +142,7 @@ def test_every_micro_batch_passes_every_layer_in_order(trace: StepTrace) -> None
         assert [(event["args"]["chunk"], event["pid"]) for event in ways["backward"]] == order[::-1]
         way = ways["forward"] + ways["backward"]
         assert all(event["ts"] + event["dur"] <= later["ts"] for event, later in pairwise(way))
-        assert sum(event["args"]["num_layers"] for event in ways["forward"]) == trace.plan.model.num_layers
+        assert sum(event["args"]["num_layers"] for event in ways["forward"]) == num_layers
 
 
 def test_the_parts_are_those_of_the_prediction(trace: StepTrace) -> None:
