@@ -114,6 +114,7 @@ def _project(study: Study, search: Search, coefficients: Coefficients) -> StudyR
 def _build_files(result: StudyResult, folder: Path) -> dict[Path, str | bytes]:
     """All files for --output-dir, built before the first byte is written."""
     # Imported here: drawing needs matplotlib, which a projection without files does not.
+    from megatron_hammer.scaling.decisions.study_decision import decide_study
     from megatron_hammer.scaling.report.html_report import render_html_report
     from megatron_hammer.scaling.report.projection_plots import draw_plots
 
@@ -122,7 +123,7 @@ def _build_files(result: StudyResult, folder: Path) -> dict[Path, str | bytes]:
         folder / "projection.json": format_json(build_projection_document(result)),
         folder / "projection.csv": format_csv(result),
         **{folder / f"{name}.png": image for name, image in plots.items()},
-        folder / "report.html": render_html_report(result, plots),
+        folder / "report.html": render_html_report(result, plots, decide_study(result)),
     }
 
 

@@ -25,7 +25,7 @@ from megatron_hammer.scaling.loss_law.target import (
     find_size_for_tokens,
     law_parameters,
 )
-from megatron_hammer.scaling.report.projection_file import SavedRow
+from megatron_hammer.scaling.report.projection_file import build_row
 from megatron_hammer.scaling.search.projection import SizeProjection, Study
 from megatron_hammer.scaling.search.search import Search
 
@@ -185,16 +185,7 @@ def _plan_size(
     best = size.best
     if best is None:
         return PlannedSize(num_gpus=size.num_gpus, problem=size.problem)
-    row = SavedRow(
-        row_id=f"{size.num_gpus}-1",
-        num_gpus=size.num_gpus,
-        rank=1,
-        plan=best.plan,
-        step_time_s=best.step.total_s,
-        low_s=best.step.low_s,
-        high_s=best.step.high_s,
-    )
-    good = estimate_goodput(row, run.num_tokens, operations)
+    good = estimate_goodput(build_row(best, rank=1), run.num_tokens, operations)
     if good.problem is not None:
         return PlannedSize(num_gpus=size.num_gpus, problem=good.problem)
     random = np.random.default_rng(operations.seed)

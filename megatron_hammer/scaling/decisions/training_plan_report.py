@@ -22,7 +22,7 @@ def describe_decision(plan: TrainingPlan) -> list[str]:
     interval = chosen.days_interval
     usd = ""
     if chosen.cost_usd is not None and chosen.cost_usd_interval is not None:
-        usd = f" and {format_amount(chosen.cost_usd)} USD ({_format_interval(chosen.cost_usd_interval)})"
+        usd = f" and {format_amount(chosen.cost_usd)} USD ({format_interval(chosen.cost_usd_interval)})"
     chance = "" if chosen.chance_ratio is None else f" The limits are met with a chance of {chosen.chance_ratio:.0%}."
     return [
         *sentences,
@@ -34,8 +34,8 @@ def describe_decision(plan: TrainingPlan) -> list[str]:
 
 def _describe_run(run: ChosenRun, plan: TrainingPlan) -> str:
     model = run.model
-    size = "" if run.best_size_interval is None else f" (best size {_format_interval(run.best_size_interval)})"
-    tokens = "" if plan.target.num_tokens is not None else f" ({_format_interval(run.num_tokens_interval)})"
+    size = "" if run.best_size_interval is None else f" (best size {format_interval(run.best_size_interval)})"
+    tokens = "" if plan.target.num_tokens is not None else f" ({format_interval(run.num_tokens_interval)})"
     never = f"; in {run.unreached_ratio:.0%} of the samples never" if run.unreached_ratio else ""
     return (
         f"Train {format_count(run.num_parameters)} parameters{size}: {model.num_layers} layers, hidden size "
@@ -53,8 +53,9 @@ def format_count(number: float) -> str:
     return f"{number:,.0f}"
 
 
-def _format_interval(interval: Interval) -> str:
-    return " to ".join("never" if math.isinf(end) else format_count(end) for end in interval)
+def format_interval(interval: Interval, factor: float = 1.0) -> str:
+    """An interval times a factor, such as the price of a day."""
+    return " to ".join("never" if math.isinf(end) else format_count(factor * end) for end in interval)
 
 
 def build_plan_table(plan: TrainingPlan) -> ResultTable:
@@ -82,7 +83,7 @@ def _build_cells(size: PlannedSize) -> tuple[str, ...]:
         f"{format_days(days.low)} - {format_days(days.high)}",
         "never" if math.isinf(size.days or 0.0) else format_amount((size.days or 0.0) * 24 * size.num_gpus),
         "" if size.cost_usd is None else "never" if math.isinf(size.cost_usd) else format_amount(size.cost_usd),
-        "" if usd is None else _format_interval(usd),
+        "" if usd is None else format_interval(usd),
         "" if size.chance_ratio is None else f"{size.chance_ratio:.0%}",
     )
 

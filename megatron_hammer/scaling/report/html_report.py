@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.model.accounting import FLOP_CONVENTIONS, count_parameters
+from megatron_hammer.scaling.report.decision import Decision
 from megatron_hammer.scaling.report.projection_tables import (
     GIB,
     build_tables,
@@ -37,7 +38,7 @@ PLOT_TITLES = {
 MAX_LISTED = 8  # entries of a list in the provenance; longer ones are counted
 
 
-def render_html_report(result: StudyResult, plots: Mapping[str, bytes]) -> str:
+def render_html_report(result: StudyResult, plots: Mapping[str, bytes], decision: Decision) -> str:
     """The page; plots: PNG bytes by the names of projection_plots.py."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -51,6 +52,7 @@ def render_html_report(result: StudyResult, plots: Mapping[str, bytes]) -> str:
     )
     return environment.get_template("report.html.j2").render(
         title=describe_study(result),
+        decision=decision,
         summary=list_findings(result),
         problems=list_problems(result),
         tables=build_tables(result),
@@ -85,7 +87,7 @@ def list_findings(result: StudyResult) -> list[str]:
             cost = "" if bill.cost_usd is None else f" and {format_amount(bill.cost_usd)} USD"
             text += (
                 f" {format_tokens(result.study.train_tokens)} tokens take {format_amount(bill.days)} days "
-                f"({format_amount(bill.low_days)} to {format_amount(bill.high_days)}), "
+                f"({format_amount(bill.low_days)} to {format_amount(bill.high_days)}) without failures, "
                 f"{format_amount(bill.energy_mwh)} MWh{cost}."
             )
         findings.append(text)

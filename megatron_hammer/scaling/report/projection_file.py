@@ -89,6 +89,20 @@ class SavedProjection:
         return first
 
 
+def build_row(projection: Projection, *, rank: int) -> SavedRow:
+    """What a projection's row is read back as."""
+    step = projection.step
+    return SavedRow(
+        row_id=f"{projection.num_gpus}-{rank}",
+        num_gpus=projection.num_gpus,
+        rank=rank,
+        plan=projection.plan,
+        step_time_s=step.total_s,
+        low_s=step.low_s,
+        high_s=step.high_s,
+    )
+
+
 def build_projection_document(result: StudyResult) -> dict[str, Any]:
     """The projection as plain values for JSON."""
     return {

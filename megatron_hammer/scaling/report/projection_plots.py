@@ -4,6 +4,7 @@ The same result gives the same bytes. pyplot is not used, so no display is neede
 """
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,6 +25,7 @@ from megatron_hammer.scaling.search.projection import (
 )
 
 DOTS_PER_INCH = 130
+CHARACTERS_PER_INCH = 9.5  # of a title at most: capitals of 11 points are wider, but no title is all capitals
 # Blue to green is compute, warm colours are what the layout adds; the palette is Paul Tol's, safe for the colour-blind.
 PART_COLOURS = {
     "matmul_s": "#332288",
@@ -45,14 +47,13 @@ MEMORY_COLOURS = ("#332288", "#4477AA", "#88CCEE", "#999933", "#EE8866", "#EE667
 
 
 def draw_plots(result: StudyResult) -> dict[str, bytes]:
-    """Every chart by its name. Empty if nothing fits at any size."""
-    if not any(size.best for size in result.sizes):
-        return {}
-    return {
-        "scaling": _render(_draw_scaling(result)),
-        "breakdown": _render(_draw_breakdown(result)),
-        "memory": _render(_draw_memory(result)),
-    }
+    """Every chart by its name. A chart of a single point or bar is left out: the tables say the same."""
+    drawn = {}
+    if len(_list_best(result)) > 1:
+        drawn["scaling"] = _render(_draw_scaling(result))
+    if len(_list_bars(result)) > 1:
+        drawn |= {"breakdown": _render(_draw_breakdown(result)), "memory": _render(_draw_memory(result))}
+    return drawn
 
 
 def _render(figure: Figure) -> bytes:
@@ -73,10 +74,10 @@ def _title(result: StudyResult) -> str:
 
 def _draw_scaling(result: StudyResult) -> Figure:
     """Tokens per second over GPUs, with the band and linear scaling; MFU below it; strong beside weak scaling."""
-    results = [one for one in (result, result.companion) if one is not None]
+    results = [one for one in (result, result.companion) if one is not None and len(_list_best(one)) > 1]
     results.sort(key=lambda one: one.study.is_weak)
     figure = Figure(figsize=(6.2 * len(results), 7.4), layout="constrained")
-    figure.suptitle(_title(result), fontsize=12)
+    _set_title(figure, _title(result))
     axes = figure.subplots(2, len(results), squeeze=False, sharex="col", height_ratios=(3, 2))
     for column, one in enumerate(results):
         one = replace(one, overlay=result.overlay)
@@ -102,6 +103,28 @@ def _list_best(result: StudyResult) -> list[Projection]:
     """The fastest projection of each size on which something fits, from the smallest size."""
     best = [size.best for size in result.sizes if size.best is not None]
     return sorted(best, key=lambda projection: projection.num_gpus)
+
+
+def _list_bars(result: StudyResult) -> list[Projection]:
+    """What the bars show: the fastest layout of each size, or, of a single size, all of its layouts."""
+    best = _list_best(result)
+    if len(best) != 1:
+        return best
+    return [one for size in result.sizes for one in size.projections]
+
+
+def _name_bars(bars: Sequence[Projection]) -> tuple[str, list[str]]:
+    """The axis and its labels: numbers of GPUs, or the rows of a single size."""
+    counts = [one.num_gpus for one in bars]
+    if len(set(counts)) == len(counts):
+        return "GPUs", [f"{count:,}" for count in counts]
+    return "row", [f"{count}-{rank}" for rank, count in enumerate(counts, start=1)]
+
+
+def _set_title(figure: Figure, *lines: str) -> None:
+    """A title over the whole figure, folded where it is wider. No word is cut."""
+    width = int(figure.get_figwidth() * CHARACTERS_PER_INCH)
+    figure.suptitle("\n".join(part for line in lines for part in textwrap.wrap(line, width)), fontsize=11)
 
 
 def _draw_speed(axis: Axes, result: StudyResult) -> None:
@@ -196,7 +219,7 @@ def _shorten(value: float, _position: Any = None) -> str:
 
 def _draw_breakdown(result: StudyResult) -> Figure:
     """Shares of the step time of each size's fastest layout, stacked, with the step time on top."""
-    best = _list_best(result)
+    best = _list_bars(result)
     shares = {PART_NAMES[name]: [getattr(one.step, name) / one.step.total_s for one in best] for name in PART_NAMES}
     colours = {PART_NAMES[name]: colour for name, colour in PART_COLOURS.items()}
     shown = {name: values for name, values in shares.items() if max(values) >= 0.0005}
@@ -207,15 +230,15 @@ def _draw_breakdown(result: StudyResult) -> Figure:
     axis.set_ylim(0, 1.08)
     axis.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
     axis.set_ylabel("share of the step time")
-    axis.set_title(
-        f"Where the time goes: {_title(result)}\n{_describe_batch(result)}; on each bar the step time", fontsize=10
+    _set_title(
+        figure, f"Where the time goes: {_title(result)}", f"{_describe_batch(result)}; on each bar the step time"
     )
     return figure
 
 
 def _draw_memory(result: StudyResult) -> Figure:
     """GiB of the heaviest stage of each size's fastest layout, stacked, against the limit."""
-    best = _list_best(result)
+    best = _list_bars(result)
     parts = {name: [getattr(one.memory, field) / GIB for one in best] for field, name in MEMORY_NAMES.items()}
     shown = {name: values for name, values in parts.items() if max(values) > 0}
     colours = dict(zip(parts, MEMORY_COLOURS, strict=True))
@@ -227,7 +250,7 @@ def _draw_memory(result: StudyResult) -> Figure:
     axis.axhline(limit, color="#CC3311", linewidth=1.2, label=f"limit {limit:.1f} GiB")
     axis.set_ylim(0, 1.12 * limit)
     axis.set_ylabel("GiB of one GPU")
-    axis.set_title(f"Memory of the heaviest pipeline stage: {_title(result)}", fontsize=10)
+    _set_title(figure, f"Memory of the heaviest pipeline stage: {_title(result)}")
     _place_legend(axis)
     return figure
 
@@ -265,8 +288,9 @@ def _stack_bars(
             zorder=5,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.9},
         )
-    axis.set_xticks(positions, [f"{one.num_gpus:,}" for one in best])
-    axis.set_xlabel("GPUs")
+    name, labels_below = _name_bars(best)
+    axis.set_xticks(positions, labels_below)
+    axis.set_xlabel(name)
     axis.grid(True, axis="y", color="#DDDDDD", linewidth=0.7)
     axis.set_axisbelow(True)
     _place_legend(axis)
