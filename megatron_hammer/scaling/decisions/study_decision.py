@@ -9,7 +9,7 @@ from megatron_hammer.scaling.decisions.goodput_report import format_days, format
 from megatron_hammer.scaling.decisions.training_plan_report import format_count, format_interval
 from megatron_hammer.scaling.report.decision import Decision
 from megatron_hammer.scaling.report.projection_file import build_row
-from megatron_hammer.scaling.report.projection_tables import ResultTable, format_tokens
+from megatron_hammer.scaling.report.projection_tables import ResultTable
 from megatron_hammer.scaling.search.projection import Projection, StudyResult, describe_plan
 from megatron_hammer.scaling.search.search_space import is_cpu_host
 
@@ -31,7 +31,7 @@ def decide_study(result: StudyResult, operations: Operations | None = None) -> D
     return Decision(
         headline=_describe_choice(result, chosen, goodputs.get(chosen.num_gpus)),
         actions=tuple(_list_actions(chosen, goodputs.get(chosen.num_gpus))),
-        doubts=tuple(_list_doubts(chosen, goodputs.get(chosen.num_gpus))),
+        doubts=(*_describe_standing(result, chosen), *_list_doubts(chosen, goodputs.get(chosen.num_gpus))),
         options=_build_options(result, best, goodputs),
         assumptions=tuple(list_assumptions(operations)) if operations is not None and goodputs else (),
     )
@@ -47,7 +47,7 @@ def _describe_choice(result: StudyResult, chosen: Projection, good: Goodput | No
     study, step = result.study, chosen.step
     text = f"Train {study.model.name} on {chosen.num_gpus:,} GPU{'s' if chosen.num_gpus > 1 else ''}"
     if good is not None and good.days is not None and good.days_interval is not None:
-        tokens, days = format_tokens(study.train_tokens or 0), good.days_interval
+        tokens, days = format_count(study.train_tokens or 0), good.days_interval
         band = f"{format_days(days.low)} to {format_days(days.high)}"
         return f"{text}: {tokens} tokens in {format_days(good.days)} days ({band}){_format_cost(result, good)}."
     speed = chosen.tokens_per_s_per_gpu * chosen.num_gpus
@@ -71,12 +71,25 @@ def _format_cost(result: StudyResult, good: Goodput) -> str:
     return f" for {format_count(per_day * good.days)} USD ({format_interval(good.days_interval, per_day)})"
 
 
+def _describe_standing(result: StudyResult, chosen: Projection) -> list[str]:
+    """How sure the layout is the fastest, what it is tied with, and why it may not work as predicted."""
+    (size,) = [size for size in result.sizes if size.best is chosen]
+    tied = [f"{size.num_gpus}-{rank}" for rank, one in enumerate(size.projections, start=1) if one.standing.is_tied]
+    others = [row for row in tied if row != f"{size.num_gpus}-1"]
+    chance = f"Its chance to be the fastest is {chosen.standing.chance_of_best:.0%}"
+    cautions = [f"Caution: {caution}." for caution in chosen.standing.cautions]
+    if others:
+        words = f"row{'' if len(others) == 1 else 's'} {', '.join(others)}"
+        return [f"{chance}; it is tied with {words}: measure before you choose.", *cautions]
+    return [f"{chance}; no other layout shown is tied with it.", *cautions]
+
+
 def _list_doubts(chosen: Projection, good: Goodput | None) -> list[str]:
     step = chosen.step
     low, high = (end / step.total_s - 1 for end in (step.low_s, step.high_s))
     doubts = [
-        f"The step time is {format_seconds(step.total_s)}. Of measured steps, 80% lie {low:+.0%} to {high:+.0%} from such "
-        "a prediction."
+        f"The step time is {format_seconds(step.total_s)}. Of measured steps, 80% lie {low:+.0%} to {high:+.0%} from "
+        "such a prediction."
     ]
     if good is None:
         return doubts
@@ -97,11 +110,9 @@ def _build_options(result: StudyResult, best: list[Projection], goodputs: dict[i
     """A line for each size. Columns without a value at any size are left out."""
     lines = [_build_line(result, one, goodputs.get(one.num_gpus)) for one in sorted(best, key=lambda one: one.num_gpus)]
     columns = [name for name in lines[0] if any(line[name] for line in lines)]
-    note = (
-        ""
-        if not goodputs
-        else "days, USD and bands: with failures, of published clusters and storage as assumed below."
-    )
+    note = "chance: of the layout to be the fastest of its size."
+    if goodputs:
+        note += " days, USD and bands: with failures, of published clusters and storage as assumed below."
     return ResultTable(
         title="The options",
         columns=tuple(columns),
@@ -126,6 +137,7 @@ def _build_line(result: StudyResult, one: Projection, good: Goodput | None) -> d
         "days": days,
         "80 % band": band,
         "USD": usd,
+        "chance": f"{one.standing.chance_of_best:.0%}",
         "goodput": f"{good.goodput_ratio:.1%}" if good is not None else "",
         "--save-interval": f"{good.save_interval_steps:,}" if good is not None and has_progress else "",
         "spare nodes": f"{good.num_spare_nodes:,}" if good is not None and has_progress else "",

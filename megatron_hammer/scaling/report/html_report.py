@@ -32,7 +32,7 @@ from megatron_hammer.scaling.search.projection import (
 TEMPLATE_DIR = Path(__file__).resolve().parent
 PLOT_TITLES = {
     "scaling": "Throughput and MFU over the number of GPUs, with the band that holds 80 % of measured steps",
-    "breakdown": "Share of each part in the step time of the layout to start from",
+    "breakdown": "Share of each part in the step time",
     "memory": "Estimated memory of one GPU of the heaviest pipeline stage",
 }
 MAX_LISTED = 8  # entries of a list in the provenance; longer ones are counted
@@ -103,7 +103,8 @@ def list_assumptions(result: StudyResult) -> list[str]:
     return [
         f"Batch: {describe_batch(result)}; sequences of {study.seq_length:,} tokens without padding.",
         "A step is forward, backward, communication and optimizer on healthy machines. Start-up, evaluation, "
-        "checkpoints, failures and waiting for data are not in it, nor in days, energy and cost.",
+        "checkpoints, failures and waiting for data are not in it, nor in days, energy and cost. Only the decision and "
+        "its options add failures and checkpoints.",
         f"MFU is in convention {letter}: {FLOP_CONVENTIONS[letter]}; of a dense peak of {peak:g} TFLOP/s "
         f"({study.precision}). Other conventions differ by up to 24 %.",
         _describe_band(result),

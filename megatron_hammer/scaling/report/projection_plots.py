@@ -25,7 +25,7 @@ from megatron_hammer.scaling.search.projection import (
 )
 
 DOTS_PER_INCH = 130
-CHARACTERS_PER_INCH = 9.5  # of a title at most: capitals of 11 points are wider, but no title is all capitals
+CHARACTERS_PER_INCH = 11  # of a title in 11 points, which is at most 12
 # Blue to green is compute, warm colours are what the layout adds; the palette is Paul Tol's, safe for the colour-blind.
 PART_COLOURS = {
     "matmul_s": "#332288",

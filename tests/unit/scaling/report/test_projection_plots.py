@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from megatron_hammer.scaling.evidence.validation import Prediction
@@ -50,6 +51,32 @@ def test_images_are_png_and_the_same_each_time(result: StudyResult) -> None:
 
 def test_nothing_to_draw_where_nothing_fits() -> None:
     assert draw_plots(project_toy_study(build_toy_study(memory_limit_bytes=2**30, gpu_counts=(2,)))) == {}
+
+
+def test_no_chart_has_a_single_point(result: StudyResult) -> None:
+    one = project_toy_study(build_toy_study(gpu_counts=(8,), num_best=1))
+    assert draw_plots(one) == {}
+    several = project_toy_study(build_toy_study(gpu_counts=(8,)))
+    assert list(draw_plots(several)) == ["breakdown", "memory"]
+    (axis,) = plots._draw_breakdown(several).axes
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["8-1", "8-2", "8-3"]
+    assert axis.get_xlabel() == "row"
+    # A companion of one size has no curve, and then no column.
+    short = replace(result, companion=one)
+    assert len(plots._draw_scaling(short).axes) == 2
+
+
+def test_no_title_is_cut(result: StudyResult) -> None:
+    """Also of names that are far longer than the chart is wide."""
+    study = replace(result.study, model=replace(result.study.model, name="a-model-with-a-very-long-name-" * 5))
+    for draw in (plots._draw_scaling, plots._draw_breakdown, plots._draw_memory):
+        figure = draw(replace(result, study=study))
+        FigureCanvasAgg(figure).draw()
+        for text in (figure._suptitle, *(axis.title for axis in figure.axes)):
+            box = text.get_window_extent()
+            assert box.x0 >= 0
+            assert box.x1 <= figure.bbox.width
+            assert box.y1 <= figure.bbox.height
 
 
 def test_scaling_shows_both_ways_and_their_mfu(figures: dict[str, Figure]) -> None:
