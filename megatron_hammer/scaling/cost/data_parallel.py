@@ -3,14 +3,13 @@
 Source: Rajbhandari et al. 2020, arXiv 1910.02054 (ZeRO 1 to 3); megatron.core.distributed for what runs beside what.
 """
 
-from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
 from megatron_hammer.model.accounting import (
     ParallelLayout,
     RankParameters,
-    count_rank_parameters,
+    count_stage_parameters,
     padded_vocab_size,
 )
 from megatron_hammer.model.shape import ModelShape
@@ -22,6 +21,7 @@ from megatron_hammer.scaling.cost.communication import (
     estimate_gather_s,
     place_group,
 )
+from megatron_hammer.scaling.cost.layer_cost import list_layer_kinds
 from megatron_hammer.scaling.cost.pipeline import StageKind
 from megatron_hammer.scaling.plan import Plan
 
@@ -57,12 +57,9 @@ class DataParallelTime(NamedTuple):
 
 @lru_cache(maxsize=8192)
 def _count_stage_parameters(
-    model: ModelShape, tp: int, ep: int, expert_tp: int, num_layers: int, ends: tuple[bool, bool], multiple: int
+    model: ModelShape, tp: int, ep: int, expert_tp: int, counts: tuple[int, ...], ends: tuple[bool, bool], multiple: int
 ) -> RankParameters:
-    """Parameters of one rank of a stage with so many layers. ends: whether the stage has the embedding, and the head.
-
-    The parameters of one layer are the difference of two models, one with twice as many layers as the other.
-    """
+    """Parameters of one rank of a stage. counts: of its layers, by list_layer_kinds. ends: the embedding, the head."""
     layout = ParallelLayout(
         tensor_model_parallel_size=tp,
         expert_model_parallel_size=ep,
@@ -71,27 +68,29 @@ def _count_stage_parameters(
         data_parallel_size=ep * expert_tp,
         has_sequence_parallel=True,
     )
-    whole = count_rank_parameters(model, layout, 0, vocab_divisible_by=multiple)
-    two = count_rank_parameters(replace(model, num_layers=2 * model.num_layers), layout, 0, vocab_divisible_by=multiple)
-    layers = model.num_layers
-    dense_layer, expert_layer = (two.dense - whole.dense) / layers, (two.expert - whole.expert) / layers
-    end = (whole.dense - layers * dense_layer) / (1 if model.has_tied_embeddings else 2)
-    # A stage with both ends holds tied embeddings once.
-    num_ends = sum(ends) if not (model.has_tied_embeddings and all(ends)) else 1
-    return RankParameters(dense=int(num_layers * dense_layer + num_ends * end), expert=int(num_layers * expert_layer))
+    models, _ = list_layer_kinds(model)
+    kinds = list(zip(models, counts, strict=True))
+    has_embedding, has_head = ends
+    return count_stage_parameters(
+        model, layout, kinds, has_embedding=has_embedding, has_head=has_head, vocab_divisible_by=multiple
+    )
 
 
 def _count_kind_parameters(plan: Plan, kind: StageKind) -> RankParameters:
-    layout = plan.layout
-    return _count_stage_parameters(
-        plan.model,
-        layout.tensor_model_parallel_size,
-        layout.expert_model_parallel_size,
-        layout.expert_tp,
-        kind.num_layers,
-        (kind.has_embedding, kind.has_head),
-        plan.vocab_divisible_by,
-    )
+    """Parameters of one rank of a stage; of so many average layers where it does not say which kinds they are of."""
+    model, layout = plan.model, plan.layout
+    cut = (model, layout.tensor_model_parallel_size, layout.expert_model_parallel_size, layout.expert_tp)
+    ends, multiple = (kind.has_embedding, kind.has_head), plan.vocab_divisible_by
+    if model.is_uniform:
+        return _count_stage_parameters(*cut, (kind.num_layers,), ends, multiple)
+    if kind.kind_counts:
+        return _count_stage_parameters(*cut, kind.kind_counts, ends, multiple)
+    models, numbers = list_layer_kinds(model)
+    none = (0,) * len(models)
+    layers = _count_stage_parameters(*cut, tuple(map(numbers.count, range(len(models)))), (False, False), multiple)
+    end = _count_stage_parameters(*cut, none, ends, multiple)
+    dense, expert = (round(kind.num_layers * part / model.num_layers) for part in (layers.dense, layers.expert))
+    return RankParameters(dense=dense + end.dense, expert=expert)
 
 
 def _estimate_traffic(plan: Plan, parameters: RankParameters, coefficients: Coefficients) -> DataTraffic:
@@ -194,7 +193,7 @@ def estimate_optimizer_s(plan: Plan, coefficients: Coefficients) -> float:
     """Adam over the shard of the heaviest stage, bound by memory, and the clearing of the gradient buffer."""
     layout = plan.layout
     kinds = ((True, layout.pipeline_model_parallel_size == 1), (False, True))
-    num_layers = -(-plan.model.num_layers // layout.pipeline_model_parallel_size)
+    num_layers = -(-(plan.model.num_layers + plan.model.num_mtp_layers) // layout.pipeline_model_parallel_size)
     heaviest = max(
         (_count_kind_parameters(plan, StageKind(num_layers, *ends, 1)) for ends in kinds), key=lambda one: one.total
     )

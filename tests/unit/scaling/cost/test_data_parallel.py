@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from megatron_hammer.model.accounting import ParallelLayout, count_rank_parameters
+from megatron_hammer.model.shape import MoeShape
 from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.cost.coefficients import build_prior_coefficients, replace_values
 from megatron_hammer.scaling.cost.data_parallel import (
@@ -145,3 +146,23 @@ def test_what_is_hidden_and_what_shows_is_all_the_traffic():
     assert beside.exposed_reduce_s == pytest.approx(COEFFICIENTS.data_exposed_ratio * alone.exposed_reduce_s)
     assert beside.exposed_reduce_s + beside.hidden_reduce_s == pytest.approx(alone.exposed_reduce_s)
     assert beside.exposed_gather_s + beside.hidden_gather_s == pytest.approx(alone.exposed_gather_s)
+
+
+def test_parameters_of_a_stage_are_those_of_the_kinds_of_its_layers():
+    """Three dense layers and two mixtures on the first of two stages; a layer for a further token on the last."""
+    moe = MoeShape(num_experts=8, router_topk=2, ffn_hidden_size=512, dense_layers=(0, 1, 2))
+    model = dataclasses.replace(MODEL, num_layers=10, moe=moe, num_mtp_layers=1)
+    layout = ParallelLayout(pipeline_model_parallel_size=2, data_parallel_size=8, expert_model_parallel_size=4)
+    plan = dataclasses.replace(PLAN, model=model, layout=layout, global_batch_size=8)
+    for pp_rank, kind in enumerate((StageKind(5, True, False, 1, (3, 2)), StageKind(6, False, True, 1, (0, 6)))):
+        exact = count_rank_parameters(model, layout, pp_rank)
+        traffic = dataclasses.replace(plan, layout=layout)
+        dense, expert = 7 / 8 * exact.dense, 1 / 2 * exact.expert
+        expected = (4 + 2) * (dense + expert) / CLUSTER.nvlink_bytes_per_s
+        assert estimate(traffic, kind) == pytest.approx(expected, rel=1e-6)
+    # Where FSDP gathers layer by layer, a layer is the average of all.
+    fsdp = dataclasses.replace(plan, sharding="fsdp", overlaps_grad_reduce=True)
+    uniform = dataclasses.replace(model, moe=dataclasses.replace(moe, dense_layers=()))
+    assert 0 < estimate_fsdp_s(fsdp, 0.0, 0.0, COEFFICIENTS) != estimate_fsdp_s(
+        dataclasses.replace(fsdp, model=uniform), 0.0, 0.0, COEFFICIENTS
+    )
