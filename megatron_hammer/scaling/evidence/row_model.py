@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.files.typed import read_toml, validate
-from megatron_hammer.model.accounting import count_parameters
+from megatron_hammer.model.accounting import count_active_parameters, count_parameters
 from megatron_hammer.model.shape import LatentAttention, ModelShape, MoeShape, SlidingWindow
 from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.evidence.run_table import RunRow
@@ -24,6 +24,8 @@ DEFAULT_GPT_VOCAB_SIZE = 51_200  # GPT-2's 50,257 as Megatron pads them: arXiv 2
 NOTABLE_SIZE_DIFFERENCE_RATIO = 0.05
 # Of a model with experts as built and as its row states it, which has three digits or fewer.
 LARGEST_SIZE_DIFFERENCE_RATIO = 0.02
+# Of a dense model, whose stated size is often its name: Llama-3.2-1B has 1.24 billion. Beyond it is another model.
+LARGEST_NAMED_SIZE_DIFFERENCE_RATIO = 0.25
 LLAMA4_CHUNK_TOKENS = 8192  # attention_chunk_size of meta-llama/Llama-4-*
 # What a row's notes say about its layers -> why its time cannot be predicted.
 _REFUSALS = (
@@ -210,7 +212,10 @@ def _note_size(row: RunRow, model: ModelShape, assumptions: list[str]) -> None:
     if row.params_b is None:
         return
     counted = count_parameters(model) / 1e9
-    if abs(counted / row.params_b - 1) > NOTABLE_SIZE_DIFFERENCE_RATIO:
+    difference = abs(counted / row.params_b - 1)
+    if difference > LARGEST_NAMED_SIZE_DIFFERENCE_RATIO:
+        raise UnpredictableError(f"its model has {counted:.4g} B parameters as built, the row says {row.params_b:g} B")
+    if difference > NOTABLE_SIZE_DIFFERENCE_RATIO:
         assumptions.append(f"{counted:.2f} B parameters as built, where the row says {row.params_b:g} B")
 
 
@@ -309,9 +314,20 @@ def _read_sliding_window(row: RunRow, num_layers: int) -> SlidingWindow | None:
 
 
 def _refuse_other_size(row: RunRow, model: ModelShape) -> None:
-    """Raise UnpredictableError if the model as built has another size than the row states: it is another model."""
-    if row.params_b is None:
-        return
-    counted = count_parameters(model) / 1e9
-    if abs(counted / row.params_b - 1) > LARGEST_SIZE_DIFFERENCE_RATIO:
-        raise UnpredictableError(f"its model has {counted:.4g} B parameters as built, the row says {row.params_b:g} B")
+    """Raise UnpredictableError if the model as built has other sizes than the row states: it is another model.
+
+    What a token is computed with may be stated with or without its row of the input embedding.
+    """
+    active, embedding = count_active_parameters(model), model.vocab_size * model.hidden_size
+    for kind, stated, counted in (
+        ("", row.params_b, (count_parameters(model),)),
+        ("active ", row.params_active_b, (active, active - embedding)),
+    ):
+        if stated is not None and all(not _is_near(number / 1e9, stated) for number in counted):
+            raise UnpredictableError(
+                f"its model has {counted[0] / 1e9:.4g} B {kind}parameters as built, the row says {stated:g} B"
+            )
+
+
+def _is_near(counted_b: float, stated_b: float) -> bool:
+    return abs(counted_b / stated_b - 1) <= LARGEST_SIZE_DIFFERENCE_RATIO

@@ -163,6 +163,8 @@ def test_parameters_of_a_stage_are_those_of_the_kinds_of_its_layers():
     # Where FSDP gathers layer by layer, a layer is the average of all.
     fsdp = dataclasses.replace(plan, sharding="fsdp", overlaps_grad_reduce=True)
     uniform = dataclasses.replace(model, moe=dataclasses.replace(moe, dense_layers=()))
-    assert 0 < estimate_fsdp_s(fsdp, 0.0, 0.0, COEFFICIENTS) != estimate_fsdp_s(
-        dataclasses.replace(fsdp, model=uniform), 0.0, 0.0, COEFFICIENTS
+    assert (
+        0
+        < estimate_fsdp_s(fsdp, 0.0, 0.0, COEFFICIENTS)
+        != estimate_fsdp_s(dataclasses.replace(fsdp, model=uniform), 0.0, 0.0, COEFFICIENTS)
     )

@@ -84,6 +84,14 @@ def test_another_size_than_the_row_says_is_noted() -> None:
     assert "8.03 B parameters as built, where the row says 9 B" in build_row_model(row)[1]
 
 
+def test_a_mixture_whose_row_has_no_experts_is_not_taken_for_a_small_dense_model() -> None:
+    """Under whatever name: the sizes of GPT-OSS-120B without its experts are those of a model of 3 billion."""
+    sizes = {"layers": 36, "hidden": 2880, "heads": 64, "kv_heads": 8, "ffn": 2880, "vocab": 201_088, "head_dim": 64}
+    row = RunRow(row_number=2, model="our-large-one", params_b=116.8, **sizes)
+    with pytest.raises(UnpredictableError, match=r"3\.\d+ B parameters as built, the row says 116.8 B"):
+        build_row_model(row)
+
+
 @pytest.mark.parametrize(
     ("cells", "reason"),
     [
@@ -139,6 +147,12 @@ def test_the_columns_of_experts_build_the_published_model() -> None:
     assert count_parameters(model) == 30_532_122_624 - 48 * 2 * 128
 
 
+def test_active_parameters_may_be_stated_without_the_row_of_the_embedding() -> None:
+    counted, embedding = 3.353, 2048 * 151_936 / 1e9
+    for stated in (counted, counted - embedding):
+        build_row_model(replace(EXPERT_ROW, params_active_b=round(stated, 2)))
+
+
 def test_dense_layers_are_the_first_or_every_second() -> None:
     deepseek, _ = build_row_model(replace(EXPERT_ROW, params_b=None, dense_layers=3, ffn=6144))
     maverick, _ = build_row_model(replace(EXPERT_ROW, params_b=None, dense_layers=24, ffn=6144))
@@ -159,6 +173,8 @@ def test_a_window_of_alternate_layers() -> None:
     [
         ({"topk": None}, "its model has experts, and topk blank"),
         ({"params_b": 31.5}, "its model has 30.53 B parameters as built, the row says 31.5 B"),
+        ({"params_active_b": 3.6}, "its model has 3.353 B active parameters as built, the row says 3.6 B"),
+        ({"params_active_b": 2.9}, "its model has 3.353 B active parameters as built, the row says 2.9 B"),
         ({"dense_layers": 3}, "ffn is blank, the width of its dense layers"),
         ({"dense_layers": 48, "ffn": 6144}, "all of its 48 layers are dense"),
         ({"notes": "HYBRID-MAMBA: 23 Mamba2 + 23 MoE"}, "hybrid of Mamba"),
