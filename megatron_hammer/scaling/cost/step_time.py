@@ -8,6 +8,7 @@ step along its critical path. A search asks thousands of times, so the parts are
 import math
 from typing import NamedTuple
 
+from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.scaling.cost.coefficients import Coefficients, load_coefficients, select_generation
 from megatron_hammer.scaling.cost.communication import estimate_send_s, place_group
 from megatron_hammer.scaling.cost.compute import LayerTime
@@ -94,19 +95,7 @@ def build_step_costs(plan: Plan, coefficients: Coefficients) -> StepCosts:
     layout = plan.layout
     shard = build_shard(plan)
     models, layer_kinds = list_layer_kinds(plan.model)
-    costs = tuple(
-        build_layer_cost(
-            model,
-            shard,
-            plan.gpu,
-            plan.cluster,
-            coefficients,
-            plan.recompute,
-            plan.overlaps_tensor_parallel,
-            plan.recompute_modules,
-        )
-        for model in models
-    )
+    costs = tuple(_build_plan_layer(plan, model, shard, coefficients) for model in models)
     embedding, head = build_end_times(plan.model, shard, plan.gpu, coefficients)
     kinds = _list_plan_stages(plan, layer_kinds)
     layers = [average_layer_costs(costs, kind.kind_counts) for kind in kinds]
@@ -167,6 +156,20 @@ def _estimate_parts(plan: Plan, coefficients: Coefficients) -> tuple[dict[str, f
         "optimizer_s": costs.optimizer_s,
     }
     return parts, schedule.bubble_s + num_microbatches * schedule.imbalance_s
+
+
+def _build_plan_layer(plan: Plan, model: ModelShape, shard: Shard, coefficients: Coefficients) -> LayerCost:
+    """The cost of a layer of one kind; where only some layers are recomputed, every layer has its share of that."""
+    run = (model, shard, plan.gpu, plan.cluster, coefficients)
+    rest = (plan.overlaps_tensor_parallel, plan.recompute_modules)
+    layer = build_layer_cost(*run, plan.recompute, *rest)
+    if plan.recompute != "full" or plan.recompute_num_layers is None:
+        return layer
+    layout = plan.layout
+    num_chunks = layout.pipeline_model_parallel_size * layout.virtual_pipeline_model_parallel_size
+    num_repeated = min(plan.model.num_layers, plan.recompute_num_layers * num_chunks)
+    counts = (num_repeated, plan.model.num_layers - num_repeated)
+    return average_layer_costs((layer, build_layer_cost(*run, "none", *rest)), counts)
 
 
 def _list_plan_stages(plan: Plan, layer_kinds: tuple[int, ...]) -> tuple[StageKind, ...]:

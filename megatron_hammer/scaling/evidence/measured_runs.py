@@ -26,6 +26,7 @@ from megatron_hammer.scaling.evidence.row_experts import (
     read_recompute_modules,
 )
 from megatron_hammer.scaling.evidence.row_layout import Siblings, build_row_layout, collect_siblings, name_source_family
+from megatron_hammer.scaling.evidence.row_memory import fill_memory_options, fit_in_memory
 from megatron_hammer.scaling.evidence.row_model import UnpredictableError, build_row_model
 from megatron_hammer.scaling.evidence.row_step_time import find_step_time
 from megatron_hammer.scaling.evidence.run_table import MEASUREMENT_COLUMNS, RunRow, read_run_rows
@@ -183,6 +184,7 @@ def _build_run(row: RunRow, hardware: _Hardware, siblings: Siblings, dispatchers
         experts=read_expert_options(row, software, dispatchers, assumptions),
         cuda_graphs=read_cuda_graphs(row, assumptions),
     )
+    plan = fit_in_memory(fill_memory_options(plan, row, recipe, software, assumptions), row, assumptions)
     if "deterministic" in row.notes.lower():
         assumptions.append("its kernels were the deterministic ones, which are slower and not modelled")
     step_time_s, measured_as = find_step_time(row, plan, software, assumptions)

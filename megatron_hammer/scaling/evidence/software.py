@@ -14,6 +14,7 @@ from typing import Literal
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.files.typed import read_toml
 from megatron_hammer.model.accounting import FlopConvention
+from megatron_hammer.model.memory_options import RecomputeModule
 from megatron_hammer.scaling.evidence.run_table import RunRow
 from megatron_hammer.scaling.plan import Dispatcher, Precision, Recompute, Sharding, Text
 
@@ -38,6 +39,10 @@ class TrainingSoftware:
     overlaps_data_parallel: bool = True
     overlaps_tensor_parallel: bool = True
     gradient_bytes: int = 4
+    # Formats in which it trains without 16-bit weights of the linears. Block scaling in software is never one.
+    quantized_parameters: tuple[Precision, ...] = ()
+    keeps_quantized_copies: bool = True  # else 16-bit weights and inputs are quantized for each product, and kept so
+    selective_modules: tuple[RecomputeModule, ...] = ("core_attn",)  # what "selective" means there
     # How it counts FLOPs if mfu_definition is blank. "hardware": B, plus the layers' forward pass if it is recomputed.
     flop_convention: FlopConvention | Literal["hardware"] = "B"
     seq_length: int | None = None
@@ -68,6 +73,10 @@ class SourceRecipe:
     gradient_bytes: int | None = None
     dispatcher: Dispatcher | None = None
     overlap_ep: bool | None = None
+    master_bytes: int | None = None
+    moments_bytes: int | None = None
+    num_offloaded_layers: int | None = None
+    precision_pattern: str = ""  # searched in the row's precision, lower case
 
 
 SOFTWARE_PATH = Path(__file__).parent / "software.toml"
@@ -110,7 +119,7 @@ def select_recipe(row: RunRow, gpu_name: str) -> SourceRecipe | None:
     source, model = row.source.lower(), row.model.lower()
     for recipe in load_known_software().recipe:
         is_same_run = re.search(recipe.source_pattern, source) and re.search(recipe.model_pattern, model)
-        if is_same_run and recipe.gpu == gpu_name:
+        if is_same_run and recipe.gpu == gpu_name and re.search(recipe.precision_pattern, row.precision.lower()):
             return recipe
     return None
 

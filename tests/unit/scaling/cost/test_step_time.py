@@ -60,6 +60,13 @@ def test_full_recomputation_repeats_the_forward_pass():
     assert step.recompute_s == 0
 
 
+def test_a_share_of_the_layers_is_recomputed():
+    none, quarter, whole = predict(), predict(recompute="full", recompute_num_layers=8), predict(recompute="full")
+    assert quarter.recompute_s == pytest.approx(whole.recompute_s / 4)
+    assert none.total_s < quarter.total_s < whole.total_s
+    assert predict(recompute="full", recompute_num_layers=32).total_s == pytest.approx(whole.total_s)
+
+
 def test_fp8_speeds_up_matrix_products_only():
     wide, narrow = predict(), predict(precision="fp8")
     assert narrow.matmul_s < 0.65 * wide.matmul_s
