@@ -17,10 +17,16 @@ from megatron_hammer.model.shape import ModelShape
 # gradient); the 16-bit logits, and later their gradient, live beside that copy. native (fused_cross_entropy): its
 # compiled parts do not work in place, so there is a second fp32 copy; a recorded peak of Megatron-LM's tests shows it
 # (3.9 bytes more). te: the 16-bit logits become their own gradient.
-LOGIT_BYTES: dict[CrossEntropy, int] = {"in-place": 2, "chunked": 2, "unfused": 6, "native": 10, "te": 2}
+# eager: PyTorch's cross_entropy of logits cast to fp32: the 16-bit logits, the log-softmax, its gradient and that of
+# the fp32 logits. compiled: torch.compile fuses the casts, so only the 16-bit logits and their gradient exist.
+LOGIT_BYTES: dict[CrossEntropy, int] = {
+    "in-place": 2, "chunked": 2, "unfused": 6, "native": 10, "te": 2, "eager": 14, "compiled": 4,
+}  # fmt: skip
 # Of these, what stays until the backward pass: the loss of a further token waits so long, as the last token's loss is
 # computed after it and its backward pass runs first. The fp32 softmax of `unfused` and `native` is one copy.
-WAITING_LOGIT_BYTES: dict[CrossEntropy, int] = {"in-place": 2, "chunked": 2, "unfused": 4, "native": 4, "te": 2}
+WAITING_LOGIT_BYTES: dict[CrossEntropy, int] = {
+    "in-place": 2, "chunked": 2, "unfused": 4, "native": 4, "te": 2, "eager": 4, "compiled": 2,
+}  # fmt: skip
 # Hidden states that a layer for further tokens keeps beside its transformer layer: the embeddings that its norm takes,
 # two that its projection takes, those of its final norm and of the head. Source: megatron.core
 # MultiTokenPredictionLayer.

@@ -18,9 +18,9 @@ Sharding = Literal["none", "distributed_optimizer", "fsdp"]
 OffloadModule = Literal[
     "attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act", "fused_group_mlp"
 ]
-# Two of this package (model/cross_entropy.py, chunked_cross_entropy.py), and three of Megatron that only published runs
-# have: without --cross-entropy-loss-fusion, and its two implementations.
-CrossEntropy = Literal["in-place", "chunked", "unfused", "native", "te"]
+# Two of this package (model/cross_entropy.py, chunked_cross_entropy.py), and five that only published runs have: three
+# of Megatron (without --cross-entropy-loss-fusion, and its two implementations), and PyTorch's, compiled or not.
+CrossEntropy = Literal["in-place", "chunked", "unfused", "native", "te", "eager", "compiled"]
 # Tokens of which "chunked" has logits at a time. A product of the output layer with so many is still as fast as a whole
 # one. With more and smaller chunks, the sum of their 16-bit weight gradients loses precision (benchmarks/RESULTS.md).
 CHUNK_TOKENS = 4096

@@ -14,6 +14,7 @@ from typing import Any, get_args
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.accounting import MemoryOptions, ParallelLayout
 from megatron_hammer.model.layout import find_grid_problems
+from megatron_hammer.model.memory import EXPANDABLE_FRAGMENTATION_RATIO, FRAGMENTATION_RATIO
 from megatron_hammer.model.memory_options import RecomputeModule
 from megatron_hammer.model.parameters import find_shard_problems
 from megatron_hammer.model.pipeline_split import find_split_problems
@@ -48,6 +49,7 @@ class MeasuredMemory:
     micro_batch_size: int
     num_microbatches: int
     options: MemoryOptions
+    fragmentation_ratio: float = FRAGMENTATION_RATIO
     assumptions: tuple[str, ...]
 
 
@@ -100,10 +102,10 @@ def _build_measured_memory(row: MemoryRow) -> MeasuredMemory:
     layout = _build_layout(row, model, software, changes, assumptions)
     micro_batch_size = _count_or_assume(row, "micro_batch", software.micro_batch_size, software, assumptions)
     num_microbatches = _count_microbatches(row, layout, micro_batch_size, assumptions)
-    if layout.pipeline_model_parallel_size > 1 and "1f1b" in row.notes.lower():
-        # torchtitan's schedule splits its "local batch size" into micro-batches of one sequence.
-        num_microbatches, micro_batch_size = micro_batch_size, 1
-        assumptions.append("micro-batches of 1 sequence: its schedule cuts the local batch")
+    pp = layout.pipeline_model_parallel_size
+    if software.cuts_local_batch and pp > 1 and micro_batch_size % pp == 0:
+        num_microbatches, micro_batch_size = pp, micro_batch_size // pp
+        assumptions.append(f"micro-batches of {micro_batch_size} sequences: {software.name} cuts the local batch by pp")
     return MeasuredMemory(
         row_number=row.row_number,
         source=row.source,
@@ -119,6 +121,7 @@ def _build_measured_memory(row: MemoryRow) -> MeasuredMemory:
         micro_batch_size=micro_batch_size,
         num_microbatches=num_microbatches,
         options=_build_options(row, software, layout.pipeline_model_parallel_size > 1, assumptions),
+        fragmentation_ratio=EXPANDABLE_FRAGMENTATION_RATIO if software.has_expandable_segments else FRAGMENTATION_RATIO,
         assumptions=tuple(assumptions),
     )
 
@@ -138,7 +141,7 @@ def _refuse_what_is_not_modelled(row: MemoryRow) -> None:
     if "lora" in text:
         raise UnpredictableError("adapters beside frozen weights are not modelled")
     if "offload" in f"{text} {row.sharding}".lower():
-        raise UnpredictableError("offloading to the host is not modelled")
+        raise UnpredictableError("how much of it is offloaded to the host is not stated")
     if row.source.startswith("Korthikanti2022_AppB"):
         raise UnpredictableError("sequence, micro-batch and recomputation of the figure are not given")
 
@@ -297,6 +300,7 @@ def _build_options(
         reshards_after_forward=software.reshards_in_pipeline or not has_pipeline,
         has_fused_activation=software.has_fused_activation,
         gradient_bytes=software.gradient_bytes,
+        master_bytes=software.master_bytes,
         has_fused_weight_gradients=software.has_fused_weight_gradients,
         has_quantized_parameters=software.has_quantized_parameters,
         workspace_bytes=software.workspace_bytes,

@@ -53,6 +53,9 @@ class MemorySoftware:
     is_context_parallel_all_to_all: bool = False
     cross_entropy: CrossEntropy = "unfused"
     gradient_bytes: int = 4
+    master_bytes: int = 4
+    has_expandable_segments: bool = False  # PYTORCH_CUDA_ALLOC_CONF of its launch script
+    cuts_local_batch: bool = False  # a row's micro-batch is cut into as many as the pipeline has stages
     workspace_bytes: int = WORKSPACE_BYTES
 
 

@@ -19,8 +19,9 @@ from megatron_hammer.scaling.memory.measured_memory import MeasuredMemory, Unpre
 
 PROVENANCE = (
     "Workspaces (50 to 107 MiB), the bytes of a logit with native fusion and which gathered tensors meet at the head "
-    "were read off rows of SimuMax and of Megatron-LM's tests, so their errors are those of a fit. Facts about a "
-    "source's software come from its repository. All else is counted."
+    "were read off rows of SimuMax and of Megatron-LM's tests, the 14 bytes of a logit without fusion and the "
+    "fragmentation with expandable segments off torchtitan's rows of 2024, so their errors are those of a fit. Facts "
+    "about a source's software come from its repository. All else is counted."
 )
 
 
@@ -94,6 +95,7 @@ def _estimate(row: MeasuredMemory) -> tuple[StageMemory, ...]:
         seq_length=row.seq_length,
         num_microbatches=row.num_microbatches,
         options=row.options,
+        fragmentation_ratio=row.fragmentation_ratio,
     )
 
 

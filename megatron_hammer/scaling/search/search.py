@@ -278,6 +278,8 @@ def _build_plan(study: Study, layout: ParallelLayout, sharding: Sharding, global
         global_batch_size=global_batch_size,
         precision=study.precision,
         recompute="none",
+        # As NVIDIA's recipes do where Megatron can: no 16-bit weights beside the 8-bit ones.
+        has_quantized_parameters=study.precision in ("fp8", "mxfp8") and sharding != "none",
         sharding=sharding,
         overlaps_grad_reduce=has_overlap,
         overlaps_param_gather=has_overlap and sharding != "none",

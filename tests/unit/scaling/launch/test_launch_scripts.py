@@ -31,6 +31,7 @@ from megatron_hammer.scaling.launch.launch_scripts import (
 )
 from megatron_hammer.scaling.launch.training_flags import list_model_flags
 from megatron_hammer.scaling.plan import Plan
+from megatron_hammer.scaling.plan_memory import build_memory_run
 from tests.helpers.messages import raises_problem
 from tests.helpers.parsed_flags import parse
 from tests.helpers.repository import ROOT
@@ -92,6 +93,33 @@ def test_backend_follows_what_only_transformer_engine_does() -> None:
     assert select_backend(build(precision="fp8").plan) == "te"
     assert select_backend(build(layout={"context_parallel_size": 2, "data_parallel_size": 1}).plan) == "te"
     assert value_of(list_launch_flags(build(precision="fp8")), "--fp8-format") == "hybrid"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"precision": "fp8", "has_quantized_parameters": True},
+        {"precision": "mxfp8", "has_quantized_parameters": True, "gpu": "b200-sxm", "cluster": "dgx-b200"},
+        {"recompute": "full", "recompute_num_layers": 3},
+        {"recompute": "selective", "recompute_modules": ("layernorm", "mlp")},
+        {"offload_modules": ("core_attn", "attn_proj")},
+        {"num_offloaded_layers": 5, "layout": {"pipeline_model_parallel_size": 1, "data_parallel_size": 4}},
+        {"optimizer_offload_ratio": 0.5},
+    ],
+    ids=lambda changes: next(iter(changes.values())) if "precision" in changes else list(changes)[-1],
+)  # fmt: skip
+def test_preflight_counts_the_memory_that_the_plan_was_chosen_for(changes: dict[str, Any]) -> None:
+    launch = build(**changes)
+    flags = [*list_launch_flags(launch), "--mock-data", "--dry-run", "--world-size", str(launch.plan.layout.world_size)]
+    memory = parse(*flags, platform="cuda", backend="te").plan.memory
+    expected = build_memory_run(launch.plan)["options"]
+    names = ("precision", "has_quantized_parameters", "has_own_gather_buffer", "recompute", "num_offloaded_layers",
+             "offload_modules", "optimizer_offload_ratio", "moments_bytes", "master_bytes")  # fmt: skip
+    assert {name: getattr(memory, name) for name in names} == {name: getattr(expected, name) for name in names}
+    if launch.plan.recompute == "selective":
+        assert memory.recompute_modules == launch.plan.recompute_modules
+    if launch.plan.recompute == "full":
+        assert (memory.recompute_method, memory.recompute_num_layers) == ("block", 3)
 
 
 def test_shards_smaller_than_the_data_ranks() -> None:

@@ -163,7 +163,7 @@ def test_precision(tmp_path, precision, expected):
         ({"recompute": "mla_up_proj"}, "its multi-latent attention is not modelled"),
         ({"recompute": "everything"}, "its recomputation 'everything' is not known"),
         ({"sharding": "magic"}, "its sharding 'magic' is not known"),
-        ({"sharding": "ZeRO offload"}, "offloading to the host is not modelled"),
+        ({"sharding": "ZeRO offload"}, "how much of it is offloaded to the host is not stated"),
         ({"model": "DeepSeek-V3"}, "its multi-latent attention is not modelled"),
         ({"model": "Qwen3-8B LoRA"}, "adapters beside frozen weights are not modelled"),
         ({"model": "Mixtral-8x7B"}, "its model has experts, and its row does not say how many"),
@@ -233,3 +233,13 @@ def test_a_file_that_is_no_table_of_memory_is_refused(tmp_path):
     path.write_bytes(b"model,quantity,memory_value,unit\n\xff,,,\n")
     with pytest.raises(ConfigError, match=r"runs.csv: must be UTF-8 text, got invalid start byte at byte 33"):
         read_measured_memory(path)
+
+
+def test_torchtitan_cuts_its_local_batch_and_has_expandable_segments(tmp_path):
+    row = read_one(tmp_path, source="torchtitan_2024-12", micro_batch="32", global_batch="64", vpp="1")
+    assert (row.micro_batch_size, row.num_microbatches) == (8, 4)  # as many as stages
+    assert any("cuts the local batch" in assumption for assumption in row.assumptions)
+    assert row.fragmentation_ratio < read_one(tmp_path).fragmentation_ratio
+    assert (row.options.cross_entropy, row.options.master_bytes) == ("eager", 2)
+    later = read_one(tmp_path, source="torchtitan_h200_202506", global_batch="64", vpp="1")
+    assert later.options.cross_entropy == "compiled"
