@@ -83,7 +83,7 @@ class Shard(NamedTuple):
 @lru_cache(maxsize=4096)
 def build_layer_work(model: ModelShape, shard: Shard) -> LayerWork:
     """The work of one layer, forward and backward. A mixture of experts is left out: expert_work.py counts it."""
-    linears = _build_linears(model, shard)
+    linears = build_linears(model, shard)
     attention_forward, attention_backward = _build_attention(model, shard)
     forward_bytes, backward_bytes = _count_pointwise_bytes(model, shard)
     cast_forward, cast_backward = count_cast_bytes(linears, shard)
@@ -144,7 +144,7 @@ def build_head_work(model: ModelShape, shard: Shard) -> LayerWork:
     )
 
 
-def _build_linears(model: ModelShape, shard: Shard) -> list[Gemm]:
+def build_linears(model: ModelShape, shard: Shard) -> list[Gemm]:
     """Forward products of the linears of one layer, [tokens, in] x [in, out / tp] or the rows cut for the second."""
     values = model.num_attention_heads * model.value_dim
     output = Gemm(shard.num_tokens, model.hidden_size, values / shard.tp, is_low_precision=shard.is_low_precision)

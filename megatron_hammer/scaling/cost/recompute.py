@@ -1,12 +1,19 @@
 """The forward work that recomputation repeats before the backward pass of a layer."""
 
 from megatron_hammer.model.shape import ModelShape
-from megatron_hammer.scaling.cost.operators import Shard, Work, build_latent_up_projections, build_mlp_linears
+from megatron_hammer.scaling.cost.operators import (
+    Shard,
+    Work,
+    build_latent_up_projections,
+    build_linears,
+    build_mlp_linears,
+)
 from megatron_hammer.scaling.plan import RecomputeModule
 
 # Shares of a layer's kernels that a module launches again, for the host's part.
 MODULE_KERNELS: dict[RecomputeModule, int] = {
     "core_attn": 3, "layernorm": 2, "mla_up_proj": 6, "mlp": 4, "moe": 0, "moe_act": 1, "shared_experts": 4,
+    "every_other_matmul": 8,
 }  # fmt: skip
 
 
@@ -32,5 +39,11 @@ def build_recomputed_work(model: ModelShape, shard: Shard, modules: tuple[Recomp
         elif module == "shared_experts" and moe is not None:
             gemms += build_mlp_linears(model, shard, moe.shared_expert_intermediate_size)
             elements += 3 * shard.num_tokens * moe.shared_expert_intermediate_size / shard.tp
+        elif module == "every_other_matmul":
+            # Of q, k, v, out, gate, up and down, torchtitan repeats the second, fourth and sixth; up is as large as
+            # the second linear of the MLP, and k is small.
+            gemms += build_linears(model, shard)[1::2]
+            elements += 4 * shard.pointwise_tokens * model.hidden_size
+            elements += 3 * shard.num_tokens * model.ffn_hidden_size / shard.tp
         num_kernels += MODULE_KERNELS[module]
     return Work(gemms=tuple(gemms), pointwise_bytes=shard.element_bytes * elements, num_kernels=num_kernels)

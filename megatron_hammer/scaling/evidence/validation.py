@@ -19,6 +19,7 @@ from megatron_hammer.scaling.evidence.folds import Fold, FoldBy, list_folds
 from megatron_hammer.scaling.evidence.layout_ranking import Ranking, rank_layouts
 from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun, UnpredictableRow
 from megatron_hammer.scaling.plan import StepTime
+from megatron_hammer.scaling.plan_memory import estimate_heaviest_plan_stage
 
 Status = Literal["predicted", "fitted", "cross-validated"]
 
@@ -48,6 +49,16 @@ class Prediction:
     def is_in_band(self) -> bool:
         return bool(self.step.low_s <= self.run.step_time_s <= self.step.high_s)
 
+    @property
+    def memory_bytes(self) -> int:
+        """What the row's own plan needs of its GPU."""
+        return estimate_heaviest_plan_stage(self.run.plan).total_bytes
+
+    @property
+    def is_out_of_memory(self) -> bool:
+        """Whether a search would have refused the plan, although it was run."""
+        return self.memory_bytes > self.run.plan.gpu.memory_bytes
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ErrorFigures:
@@ -69,6 +80,11 @@ class ValidationReport:
     errors: Mapping[str, Mapping[str, ErrorFigures]]  # by dimension ("source", "GPU", ...), then by its value
     rankings: tuple[Ranking, ...]
     refused: Mapping[str, Mapping[str, int]]  # number of unpredictable rows: of "all", by "software" and by "source"
+
+    @property
+    def out_of_memory(self) -> Mapping[str, int]:
+        """By source, the number of rows whose own plan would be out of memory."""
+        return Counter(one.run.source or "unnamed" for one in self.predictions if one.is_out_of_memory)
 
     @property
     def counted(self) -> tuple[Prediction, ...]:

@@ -7,6 +7,7 @@ from typing import IO, Any
 
 from megatron_hammer.files import csv_table
 from megatron_hammer.model.accounting import ParallelLayout
+from megatron_hammer.model.byte_units import GIB
 from megatron_hammer.scaling.evidence.layout_ranking import (
     RANKING_TOLERANCE_RATIO,
     Ranking,
@@ -24,7 +25,7 @@ FITTED_SENTENCE = (
 ROW_COLUMNS = (
     "line", "source", "model", "gpu", "cluster", "gpus", "tp", "pp", "vpp", "cp", "dp", "micro_batch", "global_batch",
     "seq", "precision", "recompute", "sharding", "status", "measured_as", "measured_s", "predicted_s", "low_s",
-    "high_s", "error_ratio", "is_in_band", *PARTS, "assumptions", "reason",
+    "high_s", "error_ratio", "is_in_band", "memory_gib", "is_out_of_memory", *PARTS, "assumptions", "reason",
 )  # fmt: skip
 
 
@@ -68,6 +69,8 @@ def _describe_prediction(one: Prediction) -> dict[str, Any]:
         "high_s": one.step.high_s,
         "error_ratio": one.error_ratio if one.is_counted else None,
         "is_in_band": one.is_in_band if one.is_counted else None,
+        "memory_gib": one.memory_bytes / GIB,
+        "is_out_of_memory": one.is_out_of_memory,
         **{name: getattr(one.step, name) for name in PARTS},
         "assumptions": list(run.assumptions),
     }
@@ -100,7 +103,9 @@ def build_validation_document(report: ValidationReport) -> dict[str, Any]:
             "counted": len(report.counted),
             "fitted": report.num_fitted,
             "unpredictable": len(report.unpredictable),
+            "out_of_memory": sum(report.out_of_memory.values()),
         },
+        "out_of_memory": dict(report.out_of_memory),
     }
 
 
@@ -133,6 +138,8 @@ def print_report(report: ValidationReport, stream: IO[str]) -> None:
         console.print(_build_ranking_table(report.rankings))
         console.print(describe_rankings(report.rankings), markup=False)
         console.print()
+    if report.predictions:
+        console.print(describe_memory(report), markup=False, soft_wrap=True)
     if report.num_fitted:
         console.print(FITTED_SENTENCE, markup=False)
     console.print(describe_report(report), markup=False, soft_wrap=True)
@@ -156,6 +163,16 @@ def describe_report(report: ValidationReport) -> str:
     )
 
 
+def describe_memory(report: ValidationReport) -> str:
+    """How many rows ran although their own plan would be out of memory, by source."""
+    by_source = report.out_of_memory
+    if not by_source:
+        return f"None of the {len(report.predictions)} plans would be out of memory."
+    listed = ", ".join(f"{source} {number}" for source, number in sorted(by_source.items()))
+    counts = f"{sum(by_source.values())} of {len(report.predictions)} plans"
+    return f"{counts} would be out of memory although they ran, marked M: {listed}."
+
+
 def describe_rankings(rankings: Sequence[Ranking]) -> str:
     """The regret of following the prediction, in a sentence; the rankings must not be empty."""
     summary = summarise_rankings(rankings)
@@ -175,7 +192,8 @@ def _build_row_table(report: ValidationReport) -> Any:
     )
     for one in report.predictions:
         run, plan, layout = one.run, one.run.plan, one.run.plan.layout
-        error = f"{one.error_ratio:+.1%}" + ("" if one.is_in_band else " !")
+        error = f"{one.error_ratio:+.1%}" + ("" if one.is_in_band else " !") if one.is_counted else "fitted"
+        error += " M" if one.is_out_of_memory else ""
         table.add_row(
             str(run.row_number),
             run.source,
@@ -186,9 +204,11 @@ def _build_row_table(report: ValidationReport) -> Any:
             f"{run.step_time_s:.4g} s",
             f"{one.step.total_s:.4g} s",
             f"{one.step.low_s:.4g}-{one.step.high_s:.4g}",
-            error if one.is_counted else "fitted",
+            error,
         )
-    table.caption = "batch: global/micro; !: the measured time lies outside the band"
+    table.caption = (
+        "batch: global/micro; !: the measured time lies outside the band; M: the plan would be out of memory"
+    )
     return table
 
 

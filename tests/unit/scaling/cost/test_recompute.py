@@ -37,3 +37,11 @@ def test_activations_norms_and_projections() -> None:
     model = replace(DENSE, latent_attention=latent, kv_channels=None)
     projected = build_recomputed_work(model, SHARD, ("mla_up_proj",)).gemms
     assert [gemm.k for gemm in projected] == [96, 64]
+
+
+def test_every_other_product_is_half_of_the_linears() -> None:
+    """torchtitan repeats k, out and up of Llama's seven; grouped queries make k small."""
+    model = replace(DENSE, num_query_groups=4)
+    repeated = build_recomputed_work(model, SHARD, ("every_other_matmul",)).gemms
+    out_and_up = 4096 * model.hidden_size * (model.hidden_size + model.ffn_hidden_size)
+    assert sum(gemm.m * gemm.n * gemm.k for gemm in repeated) == out_and_up

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,15 @@ from megatron_hammer.cli.scaling_study import validate as command
 from megatron_hammer.scaling.cost.coefficients import load_coefficients
 from megatron_hammer.scaling.evidence.measured_runs import read_runs
 from megatron_hammer.scaling.evidence.validation import ValidationReport, validate_runs
-from megatron_hammer.scaling.evidence.validation_report import describe_report, draw_scatter, format_csv
+from megatron_hammer.scaling.evidence.validation_report import (
+    build_validation_document,
+    describe_memory,
+    describe_report,
+    draw_scatter,
+    format_csv,
+    list_rows,
+    print_report,
+)
 from tests.helpers.messages import assert_problem
 from tests.helpers.run_tables import write_table
 
@@ -34,7 +43,7 @@ def test_files_and_json_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     text = run_command(capsys, "--runs", str(path), "--json", "--output-dir", str(tmp_path / "out"))
     document = json.loads(text)
     assert json.loads((tmp_path / "out" / "validation.json").read_text()) == document
-    assert document["summary"] == {"rows": 2, "counted": 1, "fitted": 0, "unpredictable": 1}
+    assert document["summary"] == {"rows": 2, "counted": 1, "fitted": 0, "unpredictable": 1, "out_of_memory": 0}
     assert [row["status"] for row in document["rows"]] == ["predicted", "unpredictable"]
     assert_problem(document["rows"][1]["reason"], "its GPU 'abacus'", "not known", "--gpus-file")
     assert document["errors"]["all"]["all rows"]["num_rows"] == 1
@@ -46,6 +55,23 @@ def test_files_and_json_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert (tmp_path / "out" / "validation.png").read_bytes() == draw_scatter(
         build(tmp_path / "runs.csv", {}, {"gpu_type": "abacus"})
     )
+
+
+def test_rows_that_would_be_out_of_memory_are_flagged_and_counted_by_source(tmp_path: Path) -> None:
+    wide = {"hidden": "6144", "heads": "48", "kv_heads": "48", "ffn": "24576"}
+    large = wide | {"sharding": "none", "source": "there"}
+    report = build(tmp_path / "runs.csv", {"source": "here"}, large)
+    assert dict(report.out_of_memory) == {"there": 1}
+    small, flagged = list_rows(report)
+    assert (small["is_out_of_memory"], flagged["is_out_of_memory"]) == (False, True)
+    assert flagged["memory_gib"] > 80 > small["memory_gib"] > 0
+    assert build_validation_document(report)["out_of_memory"] == {"there": 1}
+    assert "1 of 2 plans would be out of memory" in describe_memory(report)
+    stream = io.StringIO()
+    print_report(report, stream)
+    assert sum(line.split()[-1:] == ["M"] for line in stream.getvalue().splitlines()) == 1
+    fitting = build(tmp_path / "runs.csv", {})
+    assert describe_memory(fitting) == "None of the 1 plans would be out of memory."
 
 
 def test_the_same_result_gives_the_same_bytes(tmp_path: Path) -> None:
