@@ -157,6 +157,7 @@ def read_layout(args: Any) -> ParallelLayout:
         num_layers_last_stage=args.decoder_last_pipeline_num_layers,
         accounts_for_embedding=args.account_for_embedding_in_pipeline_split,
         accounts_for_loss=args.account_for_loss_in_pipeline_split,
+        chunk_layers=None,  # published runs only: --pipeline-model-parallel-layout is refused
     )
 
 
