@@ -3,6 +3,7 @@
 project: the best layouts at each number of GPUs, with step time, memory, cost and an error band.
 compare: several machines for one training, with days, cost, energy and CO2.
 sensitivity: what one change at a time does to the time and to the best layout.
+diff: two studies, with the inputs and layouts that differ and why.
 emit: launch scripts of chosen rows of a projection.
 trace: a predicted step as a timeline for chrome://tracing and Perfetto.
 plan: from a target loss or tokens to size, GPUs, days and cost, with intervals.
@@ -27,6 +28,7 @@ COMMANDS: tuple[str, ...] = (
     "project",
     "compare",
     "sensitivity",
+    "diff",
     "emit",
     "trace",
     "plan",

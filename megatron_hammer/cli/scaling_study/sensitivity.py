@@ -15,15 +15,17 @@ from megatron_hammer.cli.scaling_study.study_arguments import add_study_argument
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.files.publish import publish_files
 from megatron_hammer.scaling.cost.coefficients import load_coefficients
-from megatron_hammer.scaling.decisions.sensitivity import estimate_sensitivity
-from megatron_hammer.scaling.decisions.sensitivity_report import (
+from megatron_hammer.scaling.report.projection_file import format_json
+from megatron_hammer.scaling.report.projection_tables import print_table
+from megatron_hammer.scaling.sensitivity.sensitivity import estimate_sensitivity
+from megatron_hammer.scaling.sensitivity.sensitivity_report import (
     build_document,
     build_table,
     describe_sensitivity,
     draw_tornado,
     format_csv,
 )
-from megatron_hammer.scaling.decisions.variations import (
+from megatron_hammer.scaling.sensitivity.variations import (
     QUANTITIES,
     Case,
     Variation,
@@ -31,8 +33,6 @@ from megatron_hammer.scaling.decisions.variations import (
     list_usual_variations,
     parse_variation,
 )
-from megatron_hammer.scaling.report.projection_file import format_json
-from megatron_hammer.scaling.report.projection_tables import print_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -172,6 +172,7 @@ def _build_study(study: Study) -> dict[str, Any]:
         "mfu_convention": study.mfu_convention,
         "mfu_convention_meaning": FLOP_CONVENTIONS[study.mfu_convention],
         "usd_per_gpu_hour": study.usd_per_gpu_hour,
+        "gradient_bytes": study.gradient_bytes,
         "restrictions": {name: value for name, value in asdict(study.space).items() if value is not None},
     }
 

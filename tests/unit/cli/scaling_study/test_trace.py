@@ -1,6 +1,7 @@
 """The command: a row of a projection becomes a trace; a file that this version would not have written is refused."""
 
 import json
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,17 @@ def run(*flags: str) -> None:
     arguments.run(arguments)
 
 
+def write_projection(path: Path, *flags: str) -> Path:
+    """Without --output-dir, which also draws the plots."""
+    with path.open("w", encoding="utf-8") as file, redirect_stdout(file):
+        run("project", *flags, "--json")
+    return path
+
+
 @pytest.fixture(scope="module")
 def projection(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("study")
     flags = ("--preset", "hammer-tiny", "--gpu", "a100-sxm-80gb", "--gpus", "4", "--pipeline-model-parallel-size", "4")
-    run("project", *flags, "--top", "2", "--output-dir", str(folder))
-    return folder / "projection.json"
+    return write_projection(tmp_path_factory.mktemp("study") / "projection.json", *flags, "--top", "2")
 
 
 def test_the_summary_adds_up_to_the_step(projection: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.scaling.cost.coefficients import build_prior_coefficients
-from megatron_hammer.scaling.decisions.variations import (
+from megatron_hammer.scaling.sensitivity.variations import (
     QUANTITIES,
     Case,
     apply_variation,

@@ -5,10 +5,10 @@ from typing import Any
 
 from megatron_hammer.files import csv_table
 from megatron_hammer.model.byte_units import GIB
-from megatron_hammer.scaling.decisions.sensitivity import Outcome, Sensitivity
-from megatron_hammer.scaling.decisions.variations import QUANTITIES
 from megatron_hammer.scaling.report.projection_tables import ResultTable
 from megatron_hammer.scaling.search.projection import describe_plan
+from megatron_hammer.scaling.sensitivity.sensitivity import Outcome, Sensitivity
+from megatron_hammer.scaling.sensitivity.variations import QUANTITIES
 
 FORMAT = "megatron_hammer.scaling.sensitivity"
 FORMAT_VERSION = 1

@@ -9,18 +9,18 @@ from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.byte_units import GIB
 from megatron_hammer.scaling.cost.coefficients import load_coefficients
 from megatron_hammer.scaling.cost.step_time import predict_step
-from megatron_hammer.scaling.decisions.sensitivity import Outcome, Sensitivity, estimate_sensitivity
-from megatron_hammer.scaling.decisions.sensitivity_report import (
+from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_gpu
+from megatron_hammer.scaling.plan_memory import estimate_heaviest_plan_stage
+from megatron_hammer.scaling.search.search_space import SearchSpace
+from megatron_hammer.scaling.sensitivity.sensitivity import Outcome, Sensitivity, estimate_sensitivity
+from megatron_hammer.scaling.sensitivity.sensitivity_report import (
     build_document,
     build_table,
     describe_sensitivity,
     draw_tornado,
     format_change,
 )
-from megatron_hammer.scaling.decisions.variations import Case, apply_variation, parse_variation
-from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_gpu
-from megatron_hammer.scaling.plan_memory import estimate_heaviest_plan_stage
-from megatron_hammer.scaling.search.search_space import SearchSpace
+from megatron_hammer.scaling.sensitivity.variations import Case, apply_variation, parse_variation
 from tests.helpers.toy_study import build_toy_study
 
 CHANGES = ("network=x1", "kernels=-5%", "gpus=x2", "memory=x0.02", "batch=x0.01", "network=x0.1")

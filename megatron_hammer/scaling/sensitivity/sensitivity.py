@@ -9,17 +9,18 @@ share most of their errors, so their ratio is known better than either time.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 import numpy as np
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.scaling.cost.step_time import predict_step
-from megatron_hammer.scaling.decisions.variations import Case, Variation, apply_variation
 from megatron_hammer.scaling.plan import Plan
 from megatron_hammer.scaling.plan_memory import estimate_heaviest_plan_stage
 from megatron_hammer.scaling.search.projection import Projection, SizeProjection
 from megatron_hammer.scaling.search.search import EstimateMemory, Search
 from megatron_hammer.scaling.search.search_space import SearchSpace
+from megatron_hammer.scaling.sensitivity.variations import Case, Variation, apply_variation
 
 MOST_REMEMBERED = 100_000  # plans; one takes about 1 KB
 MOST_SPLITS = 16  # layouts that differ only in how the stages share the layers
@@ -111,7 +112,7 @@ def _find_outcome(variation: Variation, varied: Case, base: SizeProjection, sear
     size = _sort_by_time(search.search_plans(varied.study, varied.num_gpus))
     if size.best is None or base.best is None:
         return Outcome(variation=variation, problem=size.problem)
-    carried = [carry_projection(one.plan, varied, search) for one in base.projections]
+    carried = [carry_plan(one.plan, varied, search).projection for one in base.projections]
     before_s = _find_token_s(base.best)
     kept = carried[0]
     time_ratio = _find_token_s(size.best) / before_s - 1
@@ -153,19 +154,30 @@ def _correlate_ranks(before: Sequence[Projection], after: Sequence[Projection | 
     return float(np.sum(first * second)) / scale if scale else None
 
 
-def carry_projection(plan: Plan, case: Case, search: Search) -> Projection | None:
-    """The same layout in another study, with as many replicas as its GPUs allow. None if it does not start or fit.
+class CarriedPlan(NamedTuple):
+    """A plan's layout in another study. projection: None if it does not start or fit.
+
+    least_memory_bytes: what it would need of a GPU where it does not fit; None where it does not start.
+    """
+
+    projection: Projection | None
+    least_memory_bytes: int | None
+
+
+def carry_plan(plan: Plan, case: Case, search: Search) -> CarriedPlan:
+    """The same layout in another study, with as many replicas as its GPUs allow.
 
     It is found by a search with nothing else allowed, so that all rules are those of the search.
     """
     layout = plan.layout
     ranks = layout.world_size // layout.data_parallel_size
     if case.num_gpus % ranks:
-        return None
+        return CarriedPlan(None, None)
     layout = replace(layout, data_parallel_size=case.num_gpus // ranks)
     study = replace(case.study, space=_restrict(plan, case.study.space), num_best=MOST_SPLITS)
-    found = search.search_plans(study, case.num_gpus).projections
-    return next((one for one in found if one.plan.layout == layout), None)
+    size = search.search_plans(study, case.num_gpus)
+    found = next((one for one in size.projections if one.plan.layout == layout), None)
+    return CarriedPlan(found, size.least_memory_bytes)
 
 
 def _restrict(plan: Plan, space: SearchSpace) -> SearchSpace:
