@@ -64,5 +64,5 @@ def _shape_of(model: ModelShape) -> ModelShape:
         init_method_std=0.0,
         rope_scaling=None,
         rotary_seq_len_interpolation_factor=None,
-        sliding_window=None,  # whose layers are estimated as those of full attention
+        sliding_window=None,  # no column of a table of runs has it
     )

@@ -14,7 +14,7 @@ from megatron_hammer import __version__
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.files import csv_table
 from megatron_hammer.files.typed import read_json, validate
-from megatron_hammer.model.accounting import FLOP_CONVENTIONS, StageMemory, count_parameters
+from megatron_hammer.model.accounting import FLOP_CONVENTIONS, StageMemory, count_active_parameters, count_parameters
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.scaling.cost.coefficients import Coefficients, list_tables, read_tables
 from megatron_hammer.scaling.plan import PARTS, Cluster, Gpu, NonNegativeFloat, Plan, PositiveFloat, PositiveInt
@@ -33,6 +33,7 @@ from megatron_hammer.scaling.search.projection import (
 FORMAT = "megatron_hammer.scaling.projection"
 FORMAT_VERSION = 1
 REMEDY_OF_A_FIELD = "Write it again with this version's scaling_study.py project."
+COUNTS_OF_A_MODEL = ("num_parameters", "num_active_parameters")  # written, and counted again by readers
 MAX_LISTED = 20  # entries of a list in the coefficients' provenance
 # The fields of a plan that a row holds besides the layout. Model, GPU and cluster are those of the study.
 PLAN_FIELDS = tuple(field.name for field in fields(Plan) if field.name not in ("model", "layout", "gpu", "cluster"))
@@ -287,9 +288,9 @@ def _describe_plan(plan: Plan) -> dict[str, Any]:
 
 
 def _describe_model(model: ModelShape) -> dict[str, Any]:
-    """The shape and its number of parameters, which readers of the file want and this package counts again."""
-    labels = {"name": model.name, "source": model.source, "num_parameters": count_parameters(model)}
-    return labels | asdict(model)
+    """The shape, and its numbers of parameters for readers of the file."""
+    counts = dict(zip(COUNTS_OF_A_MODEL, (count_parameters(model), count_active_parameters(model)), strict=True))
+    return {"name": model.name, "source": model.source} | counts | asdict(model)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -359,7 +360,7 @@ def read_projection(path: Path) -> SavedProjection:
     )
     file = read_json(path, _ProjectionFile, remedy=REMEDY_OF_A_FIELD, raises=ConfigError)
     study = file.study
-    model = {name: value for name, value in study.model.items() if name != "num_parameters"}
+    model = {name: value for name, value in study.model.items() if name not in COUNTS_OF_A_MODEL}
     subject = {"model": model, "gpu": study.gpu, "cluster": study.cluster}
     # Checked before the rows, each of which would repeat its problems.
     _validate_strictly(subject, _Subject, f"{path}: study")

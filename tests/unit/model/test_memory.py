@@ -16,7 +16,7 @@ from megatron_hammer.model.memory import (
 from megatron_hammer.model.memory_loss import estimate_head
 from megatron_hammer.model.memory_options import Batch, MemoryOptions
 from megatron_hammer.model.parameters import layer_tensors
-from megatron_hammer.model.shape import ModelShape
+from megatron_hammer.model.shape import LatentAttention, ModelShape, MoeShape
 from megatron_hammer.presets.catalogue import PRESETS
 from tests.helpers.layer_activations import count_layer_activation_bytes
 from tests.helpers.recipe_layouts import build_layout
@@ -434,3 +434,42 @@ def test_layers_for_further_tokens_stand_behind_the_last_stage():
     assert further[1].activations_bytes - plain[1].activations_bytes == kept
     assert further[1].logits_bytes - plain[1].logits_bytes == 4 * logits  # softmax in fp32, until its backward pass
     assert estimate_head(model, layout, batch, options).loss_logits == 6 * logits
+
+
+def test_peak_of_latent_attention_and_experts_recorded_by_simumax():
+    """MooreThreads/SimuMax docs/b200, release 1.2: four layers of DeepSeek-V2 on 8 B200, 44.7 GiB allocated.
+
+    tp 1, ep 4, pp 2, 4 micro-batches of one sequence of 4096, TransformerEngine's fused loss, 50 MiB of workspaces.
+    """
+    model = ModelShape(
+        name="DeepSeek-V2, 4 layers",
+        source="deepseek-ai/DeepSeek-V2",
+        num_layers=4,
+        hidden_size=5120,
+        ffn_hidden_size=12288,
+        num_attention_heads=128,
+        num_query_groups=128,
+        vocab_size=102_400,
+        max_position_embeddings=4096,
+        has_qk_norm=True,
+        latent_attention=LatentAttention(
+            q_lora_rank=1536, kv_lora_rank=512, qk_head_dim=128, qk_pos_emb_head_dim=64, v_head_dim=128
+        ),
+        moe=MoeShape(
+            num_experts=160,
+            router_topk=6,
+            ffn_hidden_size=1536,
+            shared_expert_intermediate_size=3072,
+            dense_layers=(0,),
+        ),
+    )
+    layout = ParallelLayout(pipeline_model_parallel_size=2, data_parallel_size=4, expert_model_parallel_size=4)
+    stages = estimate_memory(
+        model,
+        layout,
+        micro_batch_size=1,
+        seq_length=4096,
+        num_microbatches=4,
+        options=MemoryOptions(cross_entropy="te", workspace_bytes=50 * 2**20),
+    )
+    assert max(stage.allocated_bytes for stage in stages) == pytest.approx(44.7 * GIB, rel=0.01)  # 0.7% less

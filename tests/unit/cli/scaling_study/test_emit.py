@@ -39,3 +39,12 @@ def test_network_cards_are_for_gpus_only() -> None:
     check_network([replace(launch, plan=cpu)], KubernetesOptions())
     with pytest.raises(ConfigError, match=r"rdma: must be given for rows of GPUs only.*got llama3-8b-8-1"):
         check_network([launch, replace(launch, plan=cpu)], options)
+
+
+def test_a_model_that_can_only_be_studied_gets_no_launch() -> None:
+    projection = build_projection("8-1")
+    (row,) = projection.rows
+    studied = replace(row.plan.model, has_attention_sinks=True, activation="clamped_swiglu")
+    with pytest.raises(ConfigError, match=r"has_attention_sinks: .*not trained here") as caught:
+        build_row_launch(projection, replace(row, plan=replace(row.plan, model=studied)))
+    assert len(caught.value.problems) == 2
