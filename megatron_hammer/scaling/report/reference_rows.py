@@ -11,8 +11,8 @@ COLUMNS = (
     "here", "GiB here", "against row 1",
 )  # fmt: skip
 NOTE = (
-    "The published run of this model and GPU that is closest to each size. here: its layout with the GPUs, the batch, "
-    "the sequence length and the precision of the study; empty where they do not divide."
+    "The published run of this model that is closest to the GPU and to each size. here: its layout with the GPUs, the "
+    "batch, the sequence length and the precision of the study; empty where they do not divide."
 )
 
 
@@ -32,7 +32,7 @@ def _list_cells(one: Reference, best: Projection | None) -> tuple[str, ...]:
         f"{one.num_gpus:,}",
         f"{one.run.row_number} {one.run.source}",
         describe_plan(plan),
-        f"{plan.layout.world_size:,}",
+        f"{plan.layout.world_size:,} {plan.gpu.name}",
         f"{plan.global_batch_size:,}",
         f"{plan.precision} s={plan.seq_length}",
         f"{one.run.step_time_s:.3f}",
@@ -80,6 +80,7 @@ def _describe(one: Reference) -> dict[str, Any]:
         "row_number": one.run.row_number,
         "source": one.run.source,
         "gpus": plan.layout.world_size,
+        "gpu": plan.gpu.name,
         "layout": asdict(plan.layout),
         "description": describe_plan(plan),
         "seq_length": plan.seq_length,

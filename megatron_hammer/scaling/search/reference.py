@@ -13,6 +13,7 @@ from typing import Any
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.accounting import StageMemory, find_grid_problems
 from megatron_hammer.model.shape import ModelShape
+from megatron_hammer.scaling.cost.coefficients import select_generation
 from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun, read_runs
 from megatron_hammer.scaling.evidence.run_table import PUBLISHED_MOE_PATH, PUBLISHED_RUNS_PATH
 from megatron_hammer.scaling.plan import Plan, StepTime
@@ -22,9 +23,7 @@ from megatron_hammer.scaling.search.search_space import list_micro_batch_sizes
 # Publications of NVIDIA's own runs of Megatron, as the tables name them.
 NVIDIA_SOURCES = ("MegatronBridge", "MegatronLM_README_H100", "NVIDIA_dgxc", "dgxc_", "NeMo", "MCoreMoE")
 # What two shapes must agree in to be one model; names, sources and limits of positions differ between configurations.
-SHAPE_FIELDS = (
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "head_dim",
-)  # fmt: skip
+SHAPE_FIELDS = ("num_layers", "hidden_size", "num_attention_heads", "head_dim")
 EXPERT_FIELDS = ("num_experts", "router_topk", "ffn_hidden_size")
 
 
@@ -34,10 +33,11 @@ def find_references(
     estimate: Callable[[Plan], StageMemory],
     runs: Sequence[MeasuredRun] | None = None,
 ) -> tuple[Reference, ...]:
-    """For each size of a study, the published run of its model on its GPU that is closest; none if there is none.
+    """For each size of a study, the published run of its model that is closest; none if there is none.
 
-    Closest: the same precision, then the number of GPUs (as a ratio), the sequence length, and the newest source. A run
-    that is the closest one at several sizes is listed at each, because its layout is projected to each.
+    Closest: the same GPU, or its generation, the same precision, then the number of GPUs (as a ratio), the sequence
+    length, and the newest source. A run that is the closest one at several sizes is listed at each, because its layout
+    is projected to each.
     """
     runs = [run for run in (list_published_runs() if runs is None else runs) if _is_reference(run, study)]
     if not runs:
@@ -66,20 +66,24 @@ def _is_reference(run: MeasuredRun, study: Study) -> bool:
     return (
         run.is_megatron_style
         and run.source.startswith(NVIDIA_SOURCES)
-        and run.plan.gpu.name == study.gpu.name
         and _identify_shape(run.plan.model) == _identify_shape(study.model)
     )
 
 
 def _identify_shape(model: ModelShape) -> tuple[Any, ...]:
     moe = model.moe
-    experts = () if moe is None else tuple(getattr(moe, name) for name in EXPERT_FIELDS)
-    return (*(getattr(model, name) for name in SHAPE_FIELDS), *experts)
+    attention = tuple(getattr(model, name) for name in SHAPE_FIELDS)
+    if moe is None:
+        return (*attention, model.ffn_hidden_size)
+    # If all layers have experts, nothing has the width of a dense layer.
+    return (*attention, *(getattr(moe, name) for name in EXPERT_FIELDS))
 
 
 def _measure_remoteness(run: MeasuredRun, study: Study, num_gpus: int) -> tuple[Any, ...]:
     plan = run.plan
     return (
+        plan.gpu.name != study.gpu.name,
+        select_generation(plan.gpu) != select_generation(study.gpu),
         plan.precision != study.precision,
         abs(math.log(plan.layout.world_size / num_gpus)),
         abs(math.log(plan.seq_length / study.seq_length)),
@@ -109,6 +113,7 @@ def _project(
     own = replace(
         plan,
         model=study.model,
+        gpu=study.gpu,
         cluster=study.cluster,
         layout=layout,
         seq_length=study.seq_length,

@@ -31,7 +31,7 @@ def test_the_table_has_the_measured_and_the_predicted_time(result: StudyResult) 
     small, large = table.groups[0]
     assert len(small) == len(large) == len(table.columns)
     run = result.references[0].run
-    assert small[:4] == ("4", "17 team", describe_plan(run.plan), "8")
+    assert small[:4] == ("4", "17 team", describe_plan(run.plan), "8 toy-gpu")
     assert small[6:9] == (f"{run.step_time_s:.3f}", f"{result.references[0].step.total_s:.3f}", "+25.0%")
     assert small[-1] == "+10.0%"
     assert large[-3:] == ("", "", "")

@@ -2,8 +2,6 @@
 
 from dataclasses import replace
 
-import pytest
-
 from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.scaling.cost.step_time import predict_step
 from megatron_hammer.scaling.hardware.catalogue import select_default_cluster, select_gpu
@@ -64,9 +62,17 @@ def test_a_size_that_does_not_divide_has_the_run_only() -> None:
     assert reference.projection is None
 
 
-@pytest.mark.parametrize("changes", [{"preset": "hammer-1b4"}, {"gpu": "v100-sxm3-32gb"}])
-def test_there_is_none_for_other_models_and_gpus(changes: dict[str, str]) -> None:
-    assert find(build_study(**changes)) == ()
+def test_a_run_on_another_gpu_stands_in_where_there_is_none() -> None:
+    (reference,) = find(build_study("qwen3-30b-a3b", gpu_counts=(512,), global_batch_size=1024))
+    assert reference.run.plan.gpu.name != "h100-sxm"
+    own = reference.projection
+    assert own is not None
+    assert (own.plan.gpu.name, own.plan.layout.world_size) == ("h100-sxm", 512)
+    assert own.plan.layout.expert_model_parallel_size == reference.run.plan.layout.expert_model_parallel_size
+
+
+def test_there_is_none_for_other_models() -> None:
+    assert find(build_study("hammer-1b4")) == ()
 
 
 def test_other_software_is_no_reference() -> None:
