@@ -19,7 +19,7 @@ from pathlib import Path
 
 from megatron_hammer.cli.scaling_study.study_arguments import add_study_arguments, build_study
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.files.publish import publish_files
+from megatron_hammer.files.publish import publish_results
 from megatron_hammer.scaling.cost.coefficients import load_coefficients
 from megatron_hammer.scaling.cost.step_time import predict_step
 from megatron_hammer.scaling.decisions.compare import Comparison, Option, build_option, compare
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
     comparison = compare(options, coefficients)
     document = format_json(build_document(comparison))
     if arguments.output_dir is not None:
-        publish_files(_build_files(comparison, document, arguments.output_dir))
+        publish_results(_build_files(comparison, document, arguments.output_dir))
     if arguments.json:
         print(document, end="")
     else:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_hammer.config.model_arguments import build_model_arguments
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.files.publish import publish_files
+from megatron_hammer.files.publish import publish_results
 from megatron_hammer.scaling.launch.launch_scripts import (
     KUBERNETES_LAUNCHERS,
     LAUNCHERS,
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
         for launch in launches
         for launcher in launchers
     }
-    publish_files(files)
+    publish_results(files)
     for path in files:
         print(path)
     print(f"{len(rows)} rows of {len(projection.rows)} emitted, {len(files)} files", file=sys.stderr)

@@ -13,7 +13,7 @@ import math
 from pathlib import Path
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.files.publish import publish_files
+from megatron_hammer.files.publish import publish_results
 from megatron_hammer.model.accounting import FLOP_CONVENTIONS
 from megatron_hammer.scaling.loss_law import runs as loss_law_runs
 from megatron_hammer.scaling.loss_law.gpu_cost import read_gpu_cost
@@ -102,7 +102,7 @@ def run(arguments: argparse.Namespace) -> None:
     # One text for the file and for stdout, so the two cannot differ.
     text = json.dumps(as_object(study), indent=2)
     if arguments.output_dir is not None:
-        publish_files(
+        publish_results(
             {
                 arguments.output_dir / "loss_law.json": text + "\n",
                 arguments.output_dir / "loss_law.png": draw_study(study),

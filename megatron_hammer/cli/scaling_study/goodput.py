@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.files.publish import publish_files
+from megatron_hammer.files.publish import publish_results
 from megatron_hammer.scaling.decisions.failures import FailureRate, estimate_failure_rate
 from megatron_hammer.scaling.decisions.goodput import (
     DETECTION_S,
@@ -112,7 +112,7 @@ def run(arguments: argparse.Namespace) -> None:
     price = projection.usd_per_gpu_hour
     text = format_json(as_object(goodputs, operations, price))
     if arguments.output_dir is not None:
-        publish_files({arguments.output_dir / "goodput.json": text})
+        publish_results({arguments.output_dir / "goodput.json": text})
     stuck = [one.problem for one in goodputs if one.problem is not None]
     if arguments.json:
         print(text, end="")

@@ -17,7 +17,7 @@ from pathlib import Path
 from megatron_hammer.cli.scaling_study.goodput import add_operation_arguments, build_operations
 from megatron_hammer.cli.scaling_study.study_arguments import add_study_arguments, build_study
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.files.publish import publish_files
+from megatron_hammer.files.publish import publish_results
 from megatron_hammer.scaling.cost.coefficients import load_coefficients
 from megatron_hammer.scaling.cost.step_time import predict_step
 from megatron_hammer.scaling.decisions.goodput_report import list_assumptions
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> None:
     plan = plan_training(chosen, study, search, operations, target)
     text = format_json(as_object(plan))
     if arguments.output_dir is not None:
-        publish_files({arguments.output_dir / "plan.json": text})
+        publish_results({arguments.output_dir / "plan.json": text})
     if arguments.json:
         print(text, end="")
     else:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_hammer.cli.scaling_study.study_arguments import add_study_arguments, build_study
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.files.publish import publish_files
+from megatron_hammer.files.publish import publish_results
 from megatron_hammer.model.accounting import FLOP_CONVENTIONS
 from megatron_hammer.scaling.cost.coefficients import Coefficients, load_coefficients
 from megatron_hammer.scaling.cost.step_time import predict_step
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> None:
     if companion is not None:
         result = replace(result, companion=_project(companion, search, coefficients))
     if arguments.output_dir is not None:
-        publish_files(_build_files(result, arguments.output_dir))
+        publish_results(_build_files(result, arguments.output_dir))
     _print_result(arguments, result)
     if not any(size.best for size in result.sizes):
         raise ConfigError(*list_problems(result))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_hammer.cli.scaling_study.study_arguments import add_study_arguments, build_study
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.files.publish import publish_files
+from megatron_hammer.files.publish import publish_results
 from megatron_hammer.scaling.cost.coefficients import load_coefficients
 from megatron_hammer.scaling.report.projection_file import format_json
 from megatron_hammer.scaling.report.projection_tables import print_table
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
             folder / "sensitivity.csv": format_csv(result),
         }
         image = draw_tornado(result)
-        publish_files(files if image is None else {**files, folder / "sensitivity.png": image})
+        publish_results(files if image is None else {**files, folder / "sensitivity.png": image})
     if arguments.json:
         print(document, end="")
     else:

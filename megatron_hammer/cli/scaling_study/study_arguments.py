@@ -106,7 +106,6 @@ def build_study(arguments: argparse.Namespace, read_hf_model: Callable[[Path], M
     problems: list[str] = []
     model, recipe = _select_model(arguments, read_hf_model)
     gpu, cluster = _select_machine(arguments)
-    memory_gib = arguments.memory_gib
     study = Study(
         model=model,
         preset=arguments.preset,
@@ -117,7 +116,7 @@ def build_study(arguments: argparse.Namespace, read_hf_model: Callable[[Path], M
         seq_length=_first(arguments.seq_length, recipe and recipe.seq_length, model.max_position_embeddings),
         precision=_first(arguments.precision, recipe and recipe.precision, "bf16"),
         train_tokens=_first(_parse_tokens(arguments.train_tokens, problems), recipe and recipe.train_tokens),
-        memory_limit_bytes=round(gpu.memory_bytes * USABLE_MEMORY_RATIO if memory_gib is None else memory_gib * GIB),
+        memory_limit_bytes=_count_bytes(gpu, arguments.memory_gib),
         memory_margin_ratio=arguments.memory_margin,
         space=_build_space(arguments, problems),
         num_best=arguments.top,
@@ -133,6 +132,13 @@ def build_study(arguments: argparse.Namespace, read_hf_model: Callable[[Path], M
         # Each once: a stand-in value may cause a problem that is already listed.
         raise ConfigError(*dict.fromkeys(problems))
     return study
+
+
+def _count_bytes(gpu: Gpu, memory_gib: float | None) -> int:
+    """What a plan may need of a GPU. Exact, because a float overflows for numbers that are refused later."""
+    if memory_gib is None:
+        return round(gpu.memory_bytes * USABLE_MEMORY_RATIO)
+    return round(Fraction(memory_gib) * GIB)
 
 
 def _first(*values: Any) -> Any:

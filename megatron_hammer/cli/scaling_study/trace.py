@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.files.publish import publish_files
+from megatron_hammer.files.publish import publish_results
 from megatron_hammer.files.tables import build_table, open_console, print_json
 from megatron_hammer.scaling.report.projection_file import SavedRow, read_projection
 from megatron_hammer.scaling.search.projection import describe_plan
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
     trace = build_trace(row.plan, projection.coefficients, has_parts=arguments.detail == "parts")
     _check_time(trace, row, projection.path)
-    publish_files({arguments.output: format_trace(trace)})
+    publish_results({arguments.output: format_trace(trace)})
     summary = summarise(trace, arguments.output)
     if arguments.json:
         print_json(summary)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.files.publish import publish_files
+from megatron_hammer.files.publish import publish_results
 from megatron_hammer.scaling.cost.coefficients import load_coefficients
 from megatron_hammer.scaling.evidence.folds import FOLDS_BY
 from megatron_hammer.scaling.evidence.measured_runs import read_runs
@@ -74,7 +74,9 @@ def run(arguments: argparse.Namespace) -> None:
     _check_arguments(arguments)
     report = None if arguments.runs is None else _validate(arguments)
     memory = None if arguments.memory is None else _validate_memory(arguments.memory)
-    document: dict[str, Any] = build_validation_document(report) if report is not None else {}
+    document: dict[str, Any] = {"format": "megatron_hammer.scaling.validation"}
+    if report is not None:
+        document |= build_validation_document(report)
     if memory is not None:
         document["memory"] = memory.as_json()
     if arguments.output_dir is not None:
@@ -129,5 +131,5 @@ def _write_files(folder: Path, document: dict[str, Any], report: ValidationRepor
         if scatter is not None:
             files[folder / "validation.png"] = scatter
     # All at once, after everything was drawn: a failure leaves no half of a result.
-    publish_files(files)
+    publish_results(files)
     print(f"wrote {', '.join(path.name for path in files)} to {folder}", file=sys.stderr)

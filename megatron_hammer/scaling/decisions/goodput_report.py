@@ -113,6 +113,7 @@ def list_assumptions(operations: Operations) -> list[str]:
 def as_object(goodputs: Sequence[Goodput], operations: Operations, price: float | None) -> dict[str, Any]:
     """Everything for JSON; null for a number that does not exist or is infinite."""
     return {
+        "format": "megatron_hammer.scaling.goodput",
         "failures_per_1000_gpu_days": 1000 * operations.failure_rate.per_gpu_day,
         "has_async_save": operations.has_async_save,
         "failure_sources": {name: asdict(count) for name, count in load_failure_counts().items()}

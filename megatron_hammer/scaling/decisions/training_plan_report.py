@@ -92,6 +92,7 @@ def as_object(plan: TrainingPlan) -> dict[str, Any]:
     """Everything for JSON; null for what does not exist and for a time that never ends."""
     run, target = plan.run, plan.target
     return {
+        "format": "megatron_hammer.scaling.plan",
         "target": {
             "loss": target.loss,
             "num_tokens": target.num_tokens,

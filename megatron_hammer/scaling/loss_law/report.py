@@ -36,6 +36,7 @@ def as_object(study: LossStudy) -> dict[str, Any]:
     fit = study.fit
     names = ("E", "A", "B", "alpha", "beta")
     return {
+        "format": "megatron_hammer.scaling.loss_law",
         "law": {name: getattr(fit.law, name) for name in names},
         "law_intervals": {name: list(interval) for name, interval in fit.intervals().items()},
         "confidence": fit.confidence,

@@ -329,6 +329,7 @@ def format_trace(trace: StepTrace) -> str:
     document = {
         "displayTimeUnit": "ms",
         "otherData": {
+            "format": "megatron_hammer.scaling.trace",
             "what": "a predicted step, not a measured one",
             "model": plan.model.name,
             "gpu": plan.gpu.name,

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_hammer.errors import OutputError
 from megatron_hammer.files import publish
-from megatron_hammer.files.publish import publish_directory, publish_file, publish_files, publish_path
+from megatron_hammer.files.publish import publish_directory, publish_file, publish_files, publish_path, publish_results
 
 ERRORS = [KeyboardInterrupt(), ValueError(), OSError(errno.EIO, "broken")]
 PARTIAL = re.compile(r"(.+)\.[0-9a-f]{16}\.partial")
@@ -257,3 +257,19 @@ def test_an_input_is_never_replaced(tmp_path: Path) -> None:
         with publish_directory(target, overwrite=True, sources=[source]):
             pass
     assert names_in(tmp_path) == ["link", "run", "run/iter", "run/iter_1", "run/iter_1/export"]
+
+
+def test_results_replace_those_of_an_earlier_run_and_nothing_else(tmp_path: Path) -> None:
+    files: dict[Path, str | bytes] = {
+        tmp_path / "a.json": '{"format": "megatron_hammer.scaling.x"}',
+        tmp_path / "a.png": b"image",
+    }
+    (tmp_path / "a.json").touch()  # an empty file holds nothing
+    publish_results(files)
+    publish_results({**files, tmp_path / "a.png": b"new"})
+    assert (tmp_path / "a.png").read_bytes() == b"new"
+    (tmp_path / "a.json").write_text("notes")
+    with pytest.raises(OutputError, match=r"a\.json: file must be an earlier result of this command"):
+        publish_results(files)
+    assert (tmp_path / "a.json").read_text() == "notes"
+    assert (tmp_path / "a.png").read_bytes() == b"new"

@@ -117,3 +117,9 @@ def test_all_problems_at_once() -> None:
         "top",
         "seq-length",
     ]
+
+
+@pytest.mark.parametrize("text", ["0", "-5", "1e300", "1.7e308", "5e-324"])
+def test_memories_that_no_gpu_has(text: str) -> None:
+    with raises_problem(ConfigError, "memory-gib: must be above 0 and at most"):
+        parse(*LLAMA, "--memory-gib", text)
