@@ -138,7 +138,7 @@ def format_step_times(report: ValidationReport) -> str:
     num_refused = len(report.unpredictable)
     counts = fill(
         f"Of {len(report.predictions) + num_refused} published runs, {len(report.predictions)} are predicted and "
-        f"{num_refused} are listed with the reason why not."
+        f"{num_refused} are listed with the reason why not. {format_contradictions(report)}"
     )
     megatron = [one for one in report.predictions if one.run.is_megatron_style]
     groups = build_validation_report(megatron, []).errors
@@ -152,6 +152,13 @@ def format_step_times(report: ValidationReport) -> str:
         format_errors(OTHERS, [other, *list_sources(report, is_megatron_style=False)]),
     )
     return "\n".join([counts, *tables, format_reasons(report.unpredictable), format_ranking(report)])
+
+
+def format_contradictions(report: ValidationReport) -> str:
+    """How many predicted rows have cells that cannot all be true, and of which sources."""
+    rows = Counter(one.run.source.replace("_", " ") for one in report.predictions if one.run.contradictions)
+    named = ", ".join(f"{number} of {source}" for source, number in sorted(rows.items())) or "none"
+    return f"In {rows.total()} of them cells contradict each other, which `validate` names ({named})."
 
 
 def list_sources(report: ValidationReport, *, is_megatron_style: bool) -> list[ErrorRow]:

@@ -11,7 +11,7 @@ from megatron_hammer.files.read import cannot_read
 
 # Spreadsheets compute a cell that begins with one of these (OWASP, "CSV Injection"). An apostrophe makes it text.
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
-OTHER_SEPARATORS = {";": "semicolons", "\t": "tabs"}
+OTHER_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 Record = tuple[int, list[str]]  # (the line on which it starts, cells)
 
 
@@ -78,8 +78,9 @@ def read_csv(path: Path, *, raises: type[HammerError] = DataError) -> tuple[list
         raise raises(f"{path}:1: must be a header, got an empty file. Pass a CSV file with a header.")
     (_, header), *rest = records
     names = [name.strip().lower() for name in header]
-    # Spreadsheets write these where the comma is the decimal point.
-    if other := [word for sign, word in OTHER_SEPARATORS.items() if len(names) == 1 and sign in names[0]]:
+    # Spreadsheets write semicolons where the comma is the decimal point.
+    header_text = ",".join(names)
+    if other := [word for sign, word in OTHER_SEPARATORS.items() if header_text.count(sign) >= len(names)]:
         raise raises(f"{path}:1: cells must be separated by commas, got {other[0]}. Save it with commas and points.")
     return names, rest
 

@@ -18,6 +18,7 @@ from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.accounting import ParallelLayout, count_rank_parameters
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.presets.catalogue import PRESETS
+from megatron_hammer.scaling.evidence.row_contradictions import find_contradictions
 from megatron_hammer.scaling.evidence.row_experts import (
     DispatcherSiblings,
     collect_dispatchers,
@@ -29,6 +30,14 @@ from megatron_hammer.scaling.evidence.row_layout import Siblings, build_row_layo
 from megatron_hammer.scaling.evidence.row_memory import fill_memory_options, fit_in_memory
 from megatron_hammer.scaling.evidence.row_model import UnpredictableError, build_row_model
 from megatron_hammer.scaling.evidence.row_step_time import find_step_time
+from megatron_hammer.scaling.evidence.row_words import (
+    list_formats,
+    name_precision,
+    name_recompute,
+    name_sharding,
+    read_shard_size,
+    take_statement,
+)
 from megatron_hammer.scaling.evidence.run_table import MEASUREMENT_COLUMNS, RunRow, read_run_rows
 from megatron_hammer.scaling.evidence.software import SourceRecipe, TrainingSoftware, select_recipe, select_software
 from megatron_hammer.scaling.hardware.catalogue import (
@@ -59,6 +68,7 @@ class MeasuredRun:
     fingerprint: str  # of the cells that identify the run; the same in every file
     is_megatron_style: bool
     notes: str = ""
+    contradictions: tuple[str, ...] = ()  # cells of the row that cannot all be true
 
     @property
     def source_family(self) -> str:
@@ -154,7 +164,8 @@ def _build_run(row: RunRow, hardware: _Hardware, siblings: Siblings, dispatchers
     seq_length = _fill_seq_length(row, software, assumptions)
     micro_batch, global_batch = _fill_batch(row, layout, software, assumptions)
     precision = _read_precision(row, gpu, software, assumptions)
-    sharding, shard_size = _read_sharding(row, software, assumptions)
+    cluster = hardware.select_cluster(gpu, software)
+    sharding, shard_size = _read_sharding(row, cluster, software, assumptions)
     if shard_size == layout.data_parallel_size:
         shard_size = None  # all ranks, including context-parallel ones
     if sharding == "distributed_optimizer" and not _fits_unsharded(model, layout, gpu):
@@ -167,7 +178,7 @@ def _build_run(row: RunRow, hardware: _Hardware, siblings: Siblings, dispatchers
         model=model,
         layout=replace(layout, has_distributed_optimizer=sharding == "distributed_optimizer"),
         gpu=gpu,
-        cluster=hardware.select_cluster(gpu, software),
+        cluster=cluster,
         seq_length=seq_length,
         micro_batch_size=micro_batch,
         global_batch_size=global_batch,
@@ -203,6 +214,7 @@ def _build_run(row: RunRow, hardware: _Hardware, siblings: Siblings, dispatchers
         fingerprint=compute_fingerprint(row),
         is_megatron_style=software.is_megatron_style,
         notes=row.notes,
+        contradictions=find_contradictions(row, plan),
     )
 
 
@@ -296,13 +308,12 @@ def _assume_micro_batch(per_replica: int, pp: int, software: TrainingSoftware, a
 
 
 def _read_precision(row: RunRow, gpu: Gpu, software: TrainingSoftware, assumptions: list[str]) -> Precision:
-    text = row.precision.lower()
-    if not text:
-        assumptions.append(f"precision {software.precision}: blank, {software.name}")
-        return software.precision
-    precision = _name_precision(text)
-    if precision is None:
-        raise UnpredictableError(f"its precision {row.precision!r} is not known")
+    if row.precision:
+        precision = name_precision(row.precision)
+        if precision is None:
+            raise UnpredictableError(f"its precision {row.precision!r} is not known")
+    else:
+        precision = _fill_precision(row, software, assumptions)
     if precision == "mxfp8" and gpu.fp4_tflops is None:
         assumptions.append("precision fp8: block scaling in software, as the GPU has no MXFP8")
         precision = "fp8"
@@ -311,37 +322,34 @@ def _read_precision(row: RunRow, gpu: Gpu, software: TrainingSoftware, assumptio
     return precision
 
 
-def _name_precision(text: str) -> Precision | None:
-    """The format of the matrix products that a cell names: 'FP8-MX / fine-grained' -> mxfp8."""
-    if "fp4" in text:
-        return "nvfp4"
-    if "fp8" in text or "float8" in text:
-        return "mxfp8" if "mx" in text else "fp8"
-    for precision in ("bf16", "fp16", "fp32"):
-        if precision in text or precision in text.replace("_", ""):
-            return precision
-    return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "tf32": "fp32"}.get(text)  # type: ignore[return-value]
+def _fill_precision(row: RunRow, software: TrainingSoftware, assumptions: list[str]) -> Precision:
+    """From the model's name or the notes if these name one format, else that of the software."""
+    for where, text in (("the model's name", row.model), ("the notes", row.notes)):
+        formats = list_formats(text)
+        if len(formats) == 1:
+            assumptions.append(f"precision {formats[0]}: blank, {where}")
+            return formats[0]
+    assumptions.append(f"precision {software.precision}: blank, {software.name}")
+    return software.precision
 
 
 def _read_recompute(
     row: RunRow, recipe: SourceRecipe | None, software: TrainingSoftware, assumptions: list[str]
 ) -> Recompute:
-    text = row.recompute.lower()
-    if not text:
+    if not take_statement(row.recompute):
         recompute = (recipe.recompute if recipe else None) or software.recompute
         reason = recipe.source if recipe and recipe.recompute else software.name
         assumptions.append(f"recompute {recompute}: blank, {reason}")
         return recompute
-    if text in ("none", "no", "off", "false", "0"):
-        return "none"
-    if "full" in text or "uniform" in text or text in ("yes", "on", "true", "1"):
-        return "full"
-    if "selective" in text or "sac" in text or "core_attn" in text:
-        return "selective"
-    raise UnpredictableError(f"its recomputation {row.recompute!r} is not known")
+    named = name_recompute(row.recompute)
+    if named is None:
+        raise UnpredictableError(f"its recomputation {row.recompute!r} is not known")
+    return named
 
 
-def _read_sharding(row: RunRow, software: TrainingSoftware, assumptions: list[str]) -> tuple[Sharding, int | None]:
+def _read_sharding(
+    row: RunRow, cluster: Cluster, software: TrainingSoftware, assumptions: list[str]
+) -> tuple[Sharding, int | None]:
     """(what is sharded, over how many ranks). None means all ranks."""
     text = row.sharding.lower()
     if not text:
@@ -349,19 +357,15 @@ def _read_sharding(row: RunRow, software: TrainingSoftware, assumptions: list[st
         return software.sharding, None
     if "offload" in text:
         raise UnpredictableError("its optimizer is offloaded to the host, which is not modelled")
-    within = re.search(r"within (\d+)|(?:fsdp|shard)=(\d+)", text)
-    size = int(next(group for group in within.groups() if group)) if within else None
-    if "hybrid" in text or "hsdp" in text:
-        size = size or 8
+    sharding = name_sharding(text)
+    if sharding is None:
+        assumptions.append(f"sharding {software.sharding}: {row.sharding!r} is not known, {software.name}")
+        return software.sharding, None
+    size = read_shard_size(text)
+    if size is None and ("hybrid" in text or "hsdp" in text):
+        size = cluster.gpus_per_node
         assumptions.append(f"shards over {size} GPUs: hybrid sharding keeps to a node")
-    if any(name in text for name in ("zero-1", "zero-2", "dist", "shard_grad_op")):
-        return "distributed_optimizer", size
-    if "fsdp" in text or "zero-3" in text or "full_shard" in text or "hsdp" in text:
-        return "fsdp", size
-    if "zero-0" in text or "ddp" in text or text in ("none", "no"):
-        return "none", None
-    assumptions.append(f"sharding {software.sharding}: {row.sharding!r} is not known, {software.name}")
-    return software.sharding, None
+    return sharding, None if sharding == "none" else size
 
 
 def _fits_unsharded(model: ModelShape, layout: ParallelLayout, gpu: Gpu) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megatron_hammer.model.memory_options import RecomputeModule
 from megatron_hammer.scaling.evidence.row_model import UnpredictableError
+from megatron_hammer.scaling.evidence.row_words import name_recompute, take_statement
 from megatron_hammer.scaling.evidence.run_table import RunRow
 from megatron_hammer.scaling.evidence.software import TrainingSoftware
 from megatron_hammer.scaling.plan import (
@@ -96,7 +97,9 @@ def read_cuda_graphs(row: RunRow, assumptions: list[str]) -> CudaGraphs:
 
 def read_recompute_modules(row: RunRow) -> tuple[RecomputeModule, ...]:
     """The modules that a cell such as "selective: layernorm+moe_act" names; the core attention where it names none."""
-    listed = row.recompute.lower().partition(":")[2].partition("(")[0]
+    # Of another recomputation, what follows a colon is a remark.
+    is_selective = name_recompute(row.recompute) == "selective"
+    listed = take_statement(row.recompute).partition(":")[2] if is_selective else ""
     spellings = {"norm": "layernorm", "up_proj": "mla_up_proj"}
     words = [word.strip() for word in listed.split("+")]
     named = {spellings.get(word, word) for word in words if word}

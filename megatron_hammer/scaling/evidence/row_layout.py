@@ -17,6 +17,7 @@ from megatron_hammer.model.accounting import (
 )
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.scaling.evidence.row_model import UnpredictableError
+from megatron_hammer.scaling.evidence.row_words import name_sharding
 from megatron_hammer.scaling.evidence.run_table import RunRow
 from megatron_hammer.scaling.evidence.software import TrainingSoftware
 
@@ -122,6 +123,9 @@ def _fill_model_parallel(row: RunRow, siblings: Siblings, assumptions: list[str]
         if rest and not remainder:
             assumptions.append(f"{'tp' if row.tp is None else 'pp'} {rest}: the GPUs over the other sizes")
             return row.tp or rest, row.pp or rest
+    if row.tp is None and row.pp is None and row.sharding and name_sharding(row.sharding) == "fsdp":
+        assumptions.append(f"tp 1, pp 1: blank, {row.sharding} splits the model")
+        return 1, 1
     same = siblings.layouts.get((row.source, row.model), set())
     if row.tp is None and row.pp is None and len(same) == 1:
         tp, pp = next(iter(same))
@@ -148,9 +152,11 @@ def _fill_chunks(
         chunks = next(iter(same))
         assumptions.append(f"vpp {chunks}: blank, that of the source's other row of this model and layout")
         return chunks
-    if model.num_layers % sizes[1]:
+    # As `_split_over_stages` splits them: evenly, or with the embedding and the loss, or the loss, as layers.
+    slots = [model.num_layers + ends for ends in (0, 2, 1) if (model.num_layers + ends) % sizes[1] == 0]
+    if not slots:
         return 1
-    chunks = model.num_layers // sizes[1]
+    chunks = slots[0] // sizes[1]
     assumptions.append(f"vpp {chunks}: blank, interleaved as far as it goes, as {software.name} does")
     return chunks
 

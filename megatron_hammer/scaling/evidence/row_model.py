@@ -15,13 +15,13 @@ from megatron_hammer.files.typed import read_toml, validate
 from megatron_hammer.model.accounting import count_active_parameters, count_parameters
 from megatron_hammer.model.shape import LatentAttention, ModelShape, MoeShape, SlidingWindow
 from megatron_hammer.presets.catalogue import PRESETS
+from megatron_hammer.presets.preset import Preset
 from megatron_hammer.scaling.evidence.run_table import RunRow
 from megatron_hammer.scaling.plan import Text
 
 MODELS_PATH = Path(__file__).parent / "models.toml"
 DEFAULT_HEAD_DIM = 128
 DEFAULT_GPT_VOCAB_SIZE = 51_200  # GPT-2's 50,257 as Megatron pads them: arXiv 2104.04473, section 5
-NOTABLE_SIZE_DIFFERENCE_RATIO = 0.05
 # Of a model with experts as built and as its row states it, which has three digits or fewer.
 LARGEST_SIZE_DIFFERENCE_RATIO = 0.02
 # Of a dense model, whose stated size is often its name: Llama-3.2-1B has 1.24 billion. Beyond it is another model.
@@ -104,12 +104,15 @@ def build_row_model(row: RunRow) -> tuple[ModelShape, tuple[str, ...]]:
     if row.layers is not None and known is not None and known.layers not in (None, row.layers):
         assumptions.append(f"{row.layers} layers as the row has them, a proxy of the {known.layers} of its name")
     model = _build_model(row, shape, family, assumptions)
-    _note_size(row, model, assumptions)
+    if known is None or not _has_widths_of(row, known, shape["hidden"]):
+        model = _tie_as_stated(row, model, assumptions)
+    _refuse_another_size(row, model)
     return model, tuple(assumptions)
 
 
 def _find_preset(row: RunRow) -> ModelShape | None:
-    preset = PRESETS.get(row.model.strip()) or PRESETS.get(_PRESET_SPELLINGS.get(row.model.lower(), ""))
+    """The preset that the row names in any spelling (LLaMA-3_8B is llama3-8b), unless a cell states another size."""
+    preset = _list_preset_spellings().get(_drop_spelling(row.model))
     if preset is None:
         return None
     model = preset.model
@@ -129,6 +132,17 @@ def _find_preset(row: RunRow) -> ModelShape | None:
 _PRESET_SPELLINGS = {"hammerllm-1.4b": "hammer-1b4"}
 
 
+def _drop_spelling(name: str) -> str:
+    return re.sub(r"[^a-z0-9.]", "", name.lower())
+
+
+@functools.cache
+def _list_preset_spellings() -> dict[str, Preset]:
+    """The presets by their names without case and separators."""
+    names = {name: name for name in PRESETS} | _PRESET_SPELLINGS
+    return {_drop_spelling(spelling): PRESETS[name] for spelling, name in names.items()}
+
+
 def _fill_shape(
     row: RunRow, known: KnownModel | None, family: KnownModel | None, assumptions: list[str]
 ) -> dict[str, int]:
@@ -139,8 +153,7 @@ def _fill_shape(
         if value is None:
             raise UnpredictableError(f"{name} is blank and the model {row.model!r} is not known by its name")
         shape[name] = value
-    # Heads and ffn belong to a width: a row with another hidden size than its name implies does not take them over.
-    is_known_width = known is not None and known.hidden == shape["hidden"]
+    is_known_width = known is not None and _has_widths_of(row, known, shape["hidden"])
     for name in ("heads", "kv_heads", "ffn", "vocab"):
         value = getattr(row, name)
         if value is None and known is not None and (is_known_width or name == "vocab"):
@@ -154,6 +167,15 @@ def _fill_shape(
     if shape["heads"] % shape["kv_heads"]:
         raise UnpredictableError(f"its {shape['kv_heads']} kv heads do not divide its {shape['heads']} heads")
     return shape
+
+
+def _has_widths_of(row: RunRow, known: KnownModel, hidden: int) -> bool:
+    """Whether no stated width is another than the known model's. A row with one of its own is another model.
+
+    MegaScale's 175B (arXiv 2402.15627, table 1) has GPT-3's hidden size with 128 heads, and so not its 96 kv heads.
+    """
+    stated = {"heads": row.heads, "ffn": row.ffn, "hidden": hidden}
+    return all(size is None or getattr(known, name) in (None, size) for name, size in stated.items())
 
 
 def _fill_by_rule(name: str, shape: dict[str, int], family: KnownModel | None) -> tuple[int, str]:
@@ -208,15 +230,25 @@ def _build_model(row: RunRow, shape: dict[str, int], family: KnownModel | None, 
     return model
 
 
-def _note_size(row: RunRow, model: ModelShape, assumptions: list[str]) -> None:
+def _tie_as_stated(row: RunRow, model: ModelShape, assumptions: list[str]) -> ModelShape:
+    """The model with its embeddings tied or not as the stated size says, where only the family is known."""
+    if row.params_b is None:
+        return model
+    other = replace(model, has_tied_embeddings=not model.has_tied_embeddings)
+    gap, other_gap = (abs(count_parameters(one) / 1e9 - row.params_b) for one in (model, other))
+    if gap < 0.005 * row.params_b or other_gap > gap / 2:
+        return model
+    assumptions.append(f"{'tied' if other.has_tied_embeddings else 'untied'} embeddings: params_B {row.params_b:g}")
+    return other
+
+
+def _refuse_another_size(row: RunRow, model: ModelShape) -> None:
+    """Raise UnpredictableError if a dense model as built is far from the size that its row states."""
     if row.params_b is None:
         return
     counted = count_parameters(model) / 1e9
-    difference = abs(counted / row.params_b - 1)
-    if difference > LARGEST_NAMED_SIZE_DIFFERENCE_RATIO:
+    if abs(counted / row.params_b - 1) > LARGEST_NAMED_SIZE_DIFFERENCE_RATIO:
         raise UnpredictableError(f"its model has {counted:.4g} B parameters as built, the row says {row.params_b:g} B")
-    if difference > NOTABLE_SIZE_DIFFERENCE_RATIO:
-        assumptions.append(f"{counted:.2f} B parameters as built, where the row says {row.params_b:g} B")
 
 
 # SwiGLU, RMSNorm, a rope and an untied head: every published model with experts that is not refused, except GPT-OSS.

@@ -44,7 +44,7 @@ def find_step_time(row: RunRow, plan: Plan, software: TrainingSoftware, assumpti
         return flops / (row.tflops_per_gpu * 1e12 * num_gpus), "tflops_per_gpu"
     if row.mfu is None:
         raise UnpredictableError("it holds no measured time, throughput or utilisation")
-    peak_tflops, peak_reason = _select_peak(row, plan)
+    peak_tflops, peak_reason = select_peak(row, plan)
     assumptions.append(f"MFU of {peak_tflops:g} TFLOP/s: {peak_reason}")
     return flops / (row.mfu * peak_tflops * 1e12 * num_gpus), "mfu"
 
@@ -77,7 +77,7 @@ def _select_convention(row: RunRow, software: TrainingSoftware) -> tuple[str, st
     return software.flop_convention, f"blank, {software.name}"
 
 
-def _select_peak(row: RunRow, plan: Plan) -> tuple[float, str]:
+def select_peak(row: RunRow, plan: Plan) -> tuple[float, str]:
     """(the peak in TFLOP/s that a utilisation refers to, the reason)."""
     is_eight_bit = plan.precision in ("fp8", "mxfp8")
     # A definition such as "peak 989/1979" states the peak in 16 bits first, and then that in 8 bits.

@@ -117,11 +117,14 @@ def read_memory_rows(path: Path) -> list[MemoryRow]:
     """Every row of a CSV file of memory figures, in its order. Raises ConfigError as `read_run_rows` does."""
     names, records = read_csv(path, raises=ConfigError)
     missing = [name for name in MEMORY_COLUMNS if name not in names]
+    problems = list_repeated_columns(path, names)
     if missing:
-        raise ConfigError(
+        problems.append(
             f"{path}:1: must have the columns {', '.join(MEMORY_COLUMNS)}, got no {', '.join(missing)}. "
             "Pass a table of memory figures."
         )
+    if problems:
+        raise ConfigError(*problems)
     return _parse_rows(MemoryRow, names, records, path)
 
 
@@ -141,19 +144,25 @@ def read_run_rows(path: Path) -> list[RunRow]:
 
 
 def _check_header(names: list[str], path: Path) -> None:
-    problems = [
-        f"{path}:1: must have the column {name}, got {', '.join(names)}. Add it; its cells may be blank."
-        for name in REQUIRED_COLUMNS
-        if name not in names
-    ]
+    problems = []
+    missing = [name for name in REQUIRED_COLUMNS if name not in names]
+    if missing:
+        problems.append(
+            f"{path}:1: must have the columns {', '.join(REQUIRED_COLUMNS)}, got no {', '.join(missing)} among "
+            f"{_shorten(names)}. Add what is missing; cells may be blank."
+        )
     if not set(MEASUREMENT_COLUMNS) & set(names):
         problems.append(
-            f"{path}:1: must have one of the columns {', '.join(MEASUREMENT_COLUMNS)}, got {', '.join(names)}. "
+            f"{path}:1: must have one of the columns {', '.join(MEASUREMENT_COLUMNS)}, got {_shorten(names)}. "
             "Add what was measured."
         )
     problems += list_repeated_columns(path, names)
     if problems:
         raise ConfigError(*problems)
+
+
+def _shorten(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _parse_rows[R: RunRow](kind: type[R], names: list[str], records: list[Record], path: Path) -> list[R]:
@@ -198,9 +207,9 @@ def _parse_count(text: str, least: int = 1) -> int | None:
 
 
 def _parse_quantity(text: str) -> float | None:
-    number = _parse_number(text, "a number above 0")
+    number = _parse_number(text, "a finite number above 0")
     if number is not None and number <= 0:
-        raise ValueError("a number above 0")
+        raise ValueError("a finite number above 0")
     return number
 
 

@@ -25,7 +25,8 @@ FITTED_SENTENCE = (
 ROW_COLUMNS = (
     "line", "source", "model", "gpu", "cluster", "gpus", "tp", "pp", "vpp", "cp", "dp", "micro_batch", "global_batch",
     "seq", "precision", "recompute", "sharding", "status", "measured_as", "measured_s", "predicted_s", "low_s",
-    "high_s", "error_ratio", "is_in_band", "memory_gib", "is_out_of_memory", *PARTS, "assumptions", "reason",
+    "high_s", "error_ratio", "is_in_band", "memory_gib", "is_out_of_memory", *PARTS, "assumptions", "contradictions",
+    "reason",
 )  # fmt: skip
 
 
@@ -73,6 +74,7 @@ def _describe_prediction(one: Prediction) -> dict[str, Any]:
         "is_out_of_memory": one.is_out_of_memory,
         **{name: getattr(one.step, name) for name in PARTS},
         "assumptions": list(run.assumptions),
+        "contradictions": list(run.contradictions),
     }
 
 
@@ -110,10 +112,11 @@ def build_validation_document(report: ValidationReport) -> dict[str, Any]:
 
 
 def format_csv(report: ValidationReport) -> str:
-    """One line per row of the table, with its assumptions in one cell."""
+    """One line per row of the table, with its assumptions and contradictions in one cell each."""
     rows = list_rows(report)
     for row in rows:
-        row["assumptions"] = "; ".join(row["assumptions"] or ())
+        for name in ("assumptions", "contradictions"):
+            row[name] = "; ".join(row[name] or ())
     return csv_table.format_csv(ROW_COLUMNS, [[_format_cell(row[column]) for column in ROW_COLUMNS] for row in rows])
 
 
@@ -130,7 +133,13 @@ def print_report(report: ValidationReport, stream: IO[str]) -> None:
     from megatron_hammer.files.tables import open_console
 
     console = open_console(stream)
-    for table in (_build_row_table(report), _build_reason_table(report), *_build_error_tables(report)):
+    tables = (
+        _build_row_table(report),
+        _build_reason_table(report),
+        _build_contradiction_table(report),
+        *_build_error_tables(report),
+    )
+    for table in tables:
         if table is not None:
             console.print(table)
             console.print()
@@ -227,6 +236,16 @@ def _build_reason_table(report: ValidationReport) -> Any:
     table = _build_table("Rows that cannot be predicted", ("line", "source", "model", "reason"), ())
     for row in report.unpredictable:
         table.add_row(str(row.row_number), row.source, row.model, row.reason)
+    return table
+
+
+def _build_contradiction_table(report: ValidationReport) -> Any:
+    rows = [(one.run, sentence) for one in report.predictions for sentence in one.run.contradictions]
+    if not rows:
+        return None
+    table = _build_table("Rows whose cells contradict each other", ("line", "source", "model", "cells"), ())
+    for run, sentence in rows:
+        table.add_row(str(run.row_number), run.source, run.model, sentence)
     return table
 
 

@@ -20,6 +20,13 @@ from megatron_hammer.model.parameters import find_shard_problems
 from megatron_hammer.model.pipeline_split import find_split_problems
 from megatron_hammer.model.shape import ModelShape, MoeShape
 from megatron_hammer.scaling.evidence.row_model import UnpredictableError, build_row_model
+from megatron_hammer.scaling.evidence.row_words import (
+    name_precision,
+    name_recompute,
+    name_sharding,
+    read_shard_size,
+    take_statement,
+)
 from megatron_hammer.scaling.evidence.run_table import MemoryRow, read_memory_rows
 from megatron_hammer.scaling.memory.measured_quantity import MemoryKind, read_measurement
 from megatron_hammer.scaling.memory.software import (
@@ -308,25 +315,24 @@ def _build_options(
 
 
 def _read_precision(row: MemoryRow, software: MemorySoftware, assumptions: list[str]) -> Precision:
-    text = row.precision.lower()
-    if not text:
+    if not row.precision:
         assumptions.append(f"precision {software.precision}: blank, {software.name}")
         return software.precision
-    for name in ("mxfp8", "nvfp4", "fp8", "bf16", "fp16", "fp32"):
-        if name in text:
-            return name  # type: ignore[return-value]
-    raise UnpredictableError(f"its precision {row.precision!r} is not known")
+    precision = name_precision(row.precision)
+    if precision is None:
+        raise UnpredictableError(f"its precision {row.precision!r} is not known")
+    return precision
 
 
 def _read_recompute(
     row: MemoryRow, software: MemorySoftware, assumptions: list[str]
 ) -> tuple[Recompute, tuple[RecomputeModule, ...]]:
-    text = re.sub(r"\(.*\)", "", row.recompute.lower()).strip()
     core = software.selective_modules
+    text = take_statement(row.recompute)
     if not text:
         assumptions.append(f"recompute {software.recompute}: blank, {software.name}")
         return software.recompute, core
-    if text in ("none", "no", "[]"):
+    if text == "[]" or name_recompute(text) == "none":
         return "none", core
     if text in ("full", "selective"):
         return ("full" if text == "full" else "selective"), core
@@ -345,12 +351,7 @@ def _read_sharding(row: MemoryRow, software: MemorySoftware, assumptions: list[s
         return software.sharding, None
     if software.sharding == "fsdp":
         return "fsdp", None
-    size = re.search(r"(?:fsdp|shard|within)[ =](\d+)", text)
-    shard_size = int(size[1]) if size else None
-    if "zero-0" in text or text in ("none", "no", "ddp"):
-        return "none", None
-    if "fsdp" in text or "zero-3" in text or "full_shard" in text:
-        return "fsdp", shard_size
-    if "zero-1" in text or "dist" in text:
-        return "distributed_optimizer", shard_size
-    raise UnpredictableError(f"its sharding {row.sharding!r} is not known")
+    sharding = name_sharding(text)
+    if sharding is None:
+        raise UnpredictableError(f"its sharding {row.sharding!r} is not known")
+    return sharding, None if sharding == "none" else read_shard_size(text)

@@ -255,3 +255,21 @@ def test_experts_of_published_rows() -> None:
     assert (qwen.layout.expert_model_parallel_size, qwen.layout.expert_tp) == (32, 1)
     grok = runs[234]
     assert (grok.layout.expert_tp, grok.experts.has_grouped_gemm) == (4, False)
+
+
+def test_a_blank_precision_is_that_of_the_model_or_of_the_notes(tmp_path: Path) -> None:
+    noted = read_one(tmp_path, precision="", notes="MFU of FP8 runs")
+    assert noted.plan.precision == "fp8"
+    assert "precision fp8: blank, the notes" in noted.assumptions
+    assert read_one(tmp_path, precision="", model="GPT-tiny-fp16", notes="fp8 later").plan.precision == "fp16"
+    undecided = read_one(tmp_path, precision="", notes="fp8, compared with bf16")
+    assert undecided.plan.precision == "bf16"
+    assert any(one.startswith("precision bf16: blank, Megatron") for one in undecided.assumptions)
+
+
+def test_hybrid_sharding_keeps_to_a_node_of_the_cluster(tmp_path: Path) -> None:
+    sizes = [
+        read_one(tmp_path, sharding="FSDP HYBRID_SHARD", gpu_type=gpu, tp="1", dp="16").plan.shard_size
+        for gpu in ("H100", "A100-64GB (Leonardo)")
+    ]
+    assert sizes == [8, 4]

@@ -27,6 +27,15 @@ def test_a_blank_layout_is_filled_from_another_row_of_its_source(tmp_path: Path)
     assert "tp 2, pp 1: the layout of the source's other row of this model" in runs[1].assumptions
 
 
+def test_a_blank_layout_of_sharded_weights_is_data_parallel(tmp_path: Path) -> None:
+    cells = {"tp": "", "pp": "", "cp": "", "dp": "", "source": "elsewhere"}
+    run = read_one(tmp_path, **cells, sharding="ZeRO-3")
+    assert run.plan.layout.data_parallel_size == 16
+    assert "tp 1, pp 1: blank, ZeRO-3 splits the model" in run.assumptions
+    _, (refused,) = read_runs(write_table(tmp_path / "one.csv", cells | {"sharding": "ZeRO-1"}))
+    assert refused.reason.startswith("tp and pp blank")
+
+
 def test_a_blank_vpp_of_an_interleaving_source(tmp_path: Path) -> None:
     cells = {"source": "NeMo_suite_v1.2", "pp": "4", "gpus": "64", "vpp": ""}
     assert read_plan(tmp_path, **cells).layout.virtual_pipeline_model_parallel_size == 6  # all layers of a stage
@@ -34,6 +43,9 @@ def test_a_blank_vpp_of_an_interleaving_source(tmp_path: Path) -> None:
     runs, _ = read_runs(write_table(tmp_path / "two.csv", cells, given))
     assert [run.plan.layout.virtual_pipeline_model_parallel_size for run in runs] == [3, 3]
     assert "vpp 3: blank, that of the source's other row of this model and layout" in runs[0].assumptions
+    # 126 layers, with the embedding and the loss, are 8 per stage (arXiv 2407.21783, section 3.3.2).
+    llama = cells | {"source": "Llama3_paper", "layers": "126", "pp": "16", "gpus": "256"}
+    assert read_plan(tmp_path, **llama).layout.virtual_pipeline_model_parallel_size == 8
     unknown = cells | {"source": "team_a"}
     assert read_plan(tmp_path, **unknown).layout.virtual_pipeline_model_parallel_size == 1
 

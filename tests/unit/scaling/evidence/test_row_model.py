@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from megatron_hammer.model.accounting import count_parameters
+from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.evidence.row_model import UnpredictableError, build_row_model, load_known_models
 from megatron_hammer.scaling.evidence.run_table import RunRow
 
@@ -79,9 +80,36 @@ def test_a_name_does_not_lend_its_width_to_another() -> None:
     assert "heads 16: blank, a head of 128" in assumptions
 
 
-def test_another_size_than_the_row_says_is_noted() -> None:
-    row = RunRow(row_number=2, model="Llama-3-8B", params_b=9.0)
-    assert "8.03 B parameters as built, where the row says 9 B" in build_row_model(row)[1]
+@pytest.mark.parametrize("name", ["LLaMA3-8B", "llama-3_8b", "Llama 3 8B"])
+def test_a_preset_is_found_in_every_spelling(name: str) -> None:
+    model, assumptions = build_row_model(RunRow(row_number=2, model=name))
+    assert model is PRESETS["llama3-8b"].model
+    assert assumptions[0].startswith("model llama3-8b: the preset")
+
+
+def test_another_model_of_the_same_width_lends_no_heads() -> None:
+    """MegaScale's 175B and 530B (arXiv 2402.15627, table 1) have 128 and 160 heads; GPT-3 and MT-NLG 96 and 128."""
+    for name, layers, hidden, heads in (("GPT-175B", 96, 12288, 128), ("MT-NLG-530B", 105, 20480, 160)):
+        row = RunRow(row_number=2, model=name, layers=layers, hidden=hidden, heads=heads, vocab=64_000)
+        model, assumptions = build_row_model(row)
+        assert model.num_query_groups == heads
+        assert f"kv_heads {heads}: blank, multi-head attention" in assumptions
+    published, _ = build_row_model(RunRow(row_number=2, model="GPT-175B", heads=96))
+    assert published.num_query_groups == 96
+
+
+def test_the_stated_size_says_whether_embeddings_are_tied() -> None:
+    """Megatron-LM's README prints 7.1 B and 177 B for these sizes, which only an output layer of its own gives."""
+    for size, layers, hidden in ((7.1, 30, 4096), (177, 96, 12288)):
+        row = RunRow(row_number=2, model=f"GPT-{size}B", params_b=size, layers=layers, hidden=hidden, vocab=131_072)
+        model, assumptions = build_row_model(row)
+        assert not model.has_tied_embeddings
+        assert f"untied embeddings: params_B {size:g}" in assumptions
+        assert build_row_model(replace(row, params_b=None))[0].has_tied_embeddings
+    tied = RunRow(row_number=2, model="GPT-1B", params_b=1.16, layers=24, hidden=1920, heads=15)
+    assert build_row_model(tied)[0].has_tied_embeddings, "the size is that of tied ones"
+    known = RunRow(row_number=2, model="Llama-3-8B", params_b=7.5)
+    assert not build_row_model(known)[0].has_tied_embeddings, "published, whatever the size says"
 
 
 def test_a_mixture_whose_row_has_no_experts_is_not_taken_for_a_small_dense_model() -> None:
@@ -113,7 +141,7 @@ def test_models_that_no_rule_fills_are_refused(cells: dict[str, int | str], reas
     [
         "Mixtral-8x7B",
         "qwen3-235b-a22b",
-        "qwen3_30ba3b",
+        "qwen3_235ba22b",
         "Qwen1.5-MoE-A2.7B",
         "a3b",
         "DeepSeek-V3",

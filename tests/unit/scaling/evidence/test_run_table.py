@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.errors import ConfigError
-from megatron_hammer.scaling.evidence.run_table import read_run_rows
+from megatron_hammer.scaling.evidence.run_table import read_memory_rows, read_run_rows
 from tests.helpers.messages import assert_problems
 from tests.helpers.run_tables import COLUMNS, write_table
 
@@ -32,7 +32,7 @@ def test_every_malformed_cell_is_named_at_once(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError) as caught:
         read_run_rows(path)
-    count, quantity = "a whole number of at least 1", "a number above 0"
+    count, quantity = "a whole number of at least 1", "a finite number above 0"
     assert_problems(
         caught.value.problems,
         (f"{path}:2:", f"layers: must be {count}", "got 'many'"),
@@ -51,7 +51,8 @@ def test_columns_may_be_absent_but_not_those_of_a_layout(tmp_path: Path) -> None
     with pytest.raises(ConfigError) as caught:
         read_run_rows(path)
     text = "\n".join(caught.value.problems)
-    assert f"{path}:1: must have the column hidden, got model, layers, tp, tp. Add it; its cells may be blank." in text
+    missing = "got no hidden, seq, gpus, gpu_type, pp, dp, global_batch among model, layers, tp, tp"
+    assert [missing in line for line in caught.value.problems] == [True, False, False], "one problem, not one each"
     assert "must have one of the columns iteration_time_s, tokens_per_s_per_gpu, tflops_per_gpu, mfu, got" in text
     assert f"{path}:1: must have each column once, got tp twice. Drop one of the two." in text
 
@@ -90,3 +91,10 @@ def test_the_header_of_vtrain(tmp_path: Path) -> None:
     assert (row.seq, row.tp, row.dp, row.pp, row.gpu_type, row.recompute) == (512, 2, 1, 2, "A100", "")
     assert row.iteration_time_s == pytest.approx(0.2505)
     assert row.source == "vTrain_ground_truth_single"
+
+
+def test_a_memory_table_with_a_column_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "memory.csv"
+    path.write_text("model,quantity,memory_value,unit,tp,tp\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="each column once, got tp twice"):
+        read_memory_rows(path)
