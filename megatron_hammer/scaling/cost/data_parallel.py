@@ -189,6 +189,20 @@ def estimate_fsdp_s(plan: Plan, forward_s: float, backward_s: float, coefficient
     return shown_s + estimate_exposed_s(traffic.gather_s + traffic.reduce_s, backward_s, least)
 
 
+def estimate_hidden_fsdp_s(
+    plan: Plan, forward_s: float, backward_s: float, coefficients: Coefficients
+) -> tuple[float, float]:
+    """What estimate_fsdp_s leaves out, because it runs beside the forward and the backward pass of a layer."""
+    one_layer = StageKind(1, False, False, 1)
+    traffic = _estimate_traffic(plan, _count_kind_parameters(plan, one_layer), coefficients)
+    least = coefficients.fsdp_exposed_ratio
+    forward, backward = traffic.gather_s, traffic.gather_s + traffic.reduce_s
+    return (
+        forward - estimate_exposed_s(forward, forward_s, least),
+        backward - estimate_exposed_s(backward, backward_s, least),
+    )
+
+
 def estimate_optimizer_s(plan: Plan, coefficients: Coefficients) -> float:
     """Adam over the shard of the heaviest stage, bound by memory, and the clearing of the gradient buffer."""
     layout = plan.layout

@@ -195,6 +195,12 @@ def _estimate_context_parallel_s(
     )
 
 
+def estimate_hidden_tensor_s(layer: LayerCost, is_overlapped: bool, coefficients: Coefficients) -> tuple[float, float]:
+    """Tensor-parallel communication of a layer that runs beside its products, forward and backward."""
+    hidden = 1.0 / coefficients.tensor_exposed_ratio - 1.0 if is_overlapped else 0.0
+    return hidden * layer.tensor_forward_s, hidden * layer.tensor_backward_s
+
+
 def _slow_attention(time: LayerTime, ratio: float) -> LayerTime:
     return LayerTime(*(one._replace(attention_s=one.attention_s / ratio) for one in time))
 

@@ -23,7 +23,7 @@ from megatron_hammer.scaling.search.search_space import SearchSpace
 from megatron_hammer.scaling.sensitivity.variations import Case, Variation, apply_variation
 
 MOST_REMEMBERED = 100_000  # plans; one takes about 1 KB
-MOST_SPLITS = 16  # layouts that differ only in how the stages share the layers
+MOST_COPIES = 64  # layouts that differ only in how stages share the layers and in how many ranks share a copy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,9 +174,10 @@ def carry_plan(plan: Plan, case: Case, search: Search) -> CarriedPlan:
     if case.num_gpus % ranks:
         return CarriedPlan(None, None)
     layout = replace(layout, data_parallel_size=case.num_gpus // ranks)
-    study = replace(case.study, space=_restrict(plan, case.study.space), num_best=MOST_SPLITS)
+    study = replace(case.study, space=_restrict(plan, case.study.space), num_best=MOST_COPIES)
     size = search.search_plans(study, case.num_gpus)
-    found = next((one for one in size.projections if one.plan.layout == layout), None)
+    same = (layout, plan.shard_size)
+    found = next((one for one in size.projections if (one.plan.layout, one.plan.shard_size) == same), None)
     return CarriedPlan(found, size.least_memory_bytes)
 
 

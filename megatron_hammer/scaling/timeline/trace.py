@@ -7,7 +7,7 @@ at the same time, so each stage is one process of the trace. Its tracks:
 - step: passes, waits, the communication that nothing hides, and the optimizer. It has no gap, and ends after exactly
   the predicted step time.
 - parts: what each pass consists of, in the names of StepTime. The order inside a pass is arbitrary.
-- beside: communication over data-parallel ranks that passes hide.
+- beside: communication over data- and tensor-parallel ranks that passes hide. Its place within a pass is arbitrary.
 """
 
 import json
@@ -18,15 +18,23 @@ from typing import Any, NamedTuple
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.scaling.cost.coefficients import Coefficients
 from megatron_hammer.scaling.cost.compute import PassTime
-from megatron_hammer.scaling.cost.layer_cost import list_layer_kinds
+from megatron_hammer.scaling.cost.data_parallel import estimate_hidden_fsdp_s
+from megatron_hammer.scaling.cost.layer_cost import estimate_hidden_tensor_s, list_layer_kinds
 from megatron_hammer.scaling.cost.pipeline import count_kinds, list_chunk_layers
 from megatron_hammer.scaling.cost.step_time import StageCost, StepCosts, build_step_costs, predict_step
 from megatron_hammer.scaling.plan import Plan, StepTime
 from megatron_hammer.scaling.search.projection import PART_NAMES, describe_plan
 from megatron_hammer.scaling.timeline.schedule import Pass, PlacedPass, place_passes
 
-STEP_TRACK, PARTS_TRACK, GATHER_TRACK, REDUCE_TRACK = range(4)
-TRACK_NAMES = ("step", "parts of the passes", "parameters gathered beside", "gradients reduced beside")
+STEP_TRACK, PARTS_TRACK, GATHER_TRACK, REDUCE_TRACK, FSDP_TRACK, TENSOR_TRACK = range(6)
+TRACK_NAMES = (
+    "step",
+    "parts of the passes",
+    "parameters gathered beside",
+    "gradients reduced beside",
+    "FSDP beside the layers",
+    "tensor parallelism beside the products",
+)
 MOST_SPANS = 1_000_000  # of a file that the viewers still open
 WAIT = "wait for other stages"
 ROUNDING_RATIO = 1e-9  # sums of many spans differ by less
@@ -96,12 +104,15 @@ def build_trace(plan: Plan, coefficients: Coefficients, *, has_parts: bool = Tru
     # Where processes share cores (CPU hosts), every part takes longer by the same factor.
     slowdown = (step.total_s - step.jitter_s) / (pipeline_s + outside_s)
     clock = _Clock(data.exposed_gather_s, pipeline_s, pass_ratio, slowdown, step)
+    hidden = _list_hidden(plan, costs, coefficients)
     spans: list[Span] = []
     for rank, works in enumerate(placed):
         spans += _draw_step(rank, works, stages[rank], costs, clock)
         if has_parts:
             spans += _draw_parts(rank, works, stages[rank], clock)
         spans += _draw_beside(rank, works, costs, clock)
+        for one in hidden:
+            spans += _draw_beside_passes(rank, works, stages[rank], clock, one)
     return StepTrace(plan=plan, step=step, slowest_pp_rank=slowest, pass_ratio=pass_ratio, spans=tuple(spans))
 
 
@@ -109,8 +120,8 @@ def _check_number_of_spans(plan: Plan, has_parts: bool) -> None:
     layout = plan.layout
     passes = 2 * plan.num_microbatches * layout.pipeline_model_parallel_size
     passes *= layout.virtual_pipeline_model_parallel_size
-    # A pass has up to ten parts, and a wait before it.
-    spans = passes * (12 if has_parts else 2)
+    # A pass has up to ten parts, a wait before it, and two kinds of communication beside it.
+    spans = passes * (14 if has_parts else 4)
     if spans > MOST_SPANS:
         remedy = "Pass --detail passes, or choose" if has_parts else "Choose"
         raise ConfigError(
@@ -285,6 +296,39 @@ def _draw_beside(rank: int, works: Sequence[PlacedPass], costs: StepCosts, clock
     hidden_gather_s, hidden_reduce_s = clock.slowdown * data.hidden_gather_s, clock.slowdown * data.hidden_reduce_s
     yield Span(rank, GATHER_TRACK, "gather parameters", "hidden", start_s, start_s + hidden_gather_s, {})
     yield Span(rank, REDUCE_TRACK, "reduce gradients", "hidden", max(start_s, end_s - hidden_reduce_s), end_s, {})
+
+
+class _Hidden(NamedTuple):
+    """Communication beside every pass: its track, and seconds of one layer, forward and backward."""
+
+    track: int
+    name: str
+    layer_s: tuple[float, float]
+
+
+def _list_hidden(plan: Plan, costs: StepCosts, coefficients: Coefficients) -> list[_Hidden]:
+    layer = costs.layer
+    hidden = [
+        _Hidden(
+            TENSOR_TRACK,
+            "TP communication",
+            estimate_hidden_tensor_s(layer, plan.overlaps_tensor_parallel, coefficients),
+        )
+    ]
+    if plan.sharding == "fsdp":
+        seconds = estimate_hidden_fsdp_s(plan, layer.forward_s, layer.backward_s, coefficients)
+        hidden.append(_Hidden(FSDP_TRACK, "FSDP communication", seconds))
+    return hidden
+
+
+def _draw_beside_passes(
+    rank: int, works: Sequence[PlacedPass], chunks: Sequence[_Chunk], clock: _Clock, hidden: _Hidden
+) -> Iterator[Span]:
+    for work, start_s, end_s in works:
+        seconds = len(chunks[work.chunk].layers) * hidden.layer_s[0 if work.is_forward else 1]
+        if seconds > 0:
+            end_s = min(end_s, start_s + seconds)
+            yield Span(rank, hidden.track, hidden.name, "hidden", clock.tell(start_s), clock.tell(end_s), {})
 
 
 def _name_direction(work: Pass) -> str:

@@ -11,14 +11,16 @@ import pytest
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.accounting import ParallelLayout
 from megatron_hammer.presets.catalogue import select_preset
-from megatron_hammer.scaling.cost.coefficients import load_coefficients
+from megatron_hammer.scaling.cost.coefficients import load_coefficients, replace_values
 from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_gpu
 from megatron_hammer.scaling.plan import Plan
 from megatron_hammer.scaling.timeline.trace import (
+    FSDP_TRACK,
     GATHER_TRACK,
     PARTS_TRACK,
     REDUCE_TRACK,
     STEP_TRACK,
+    TENSOR_TRACK,
     StepTrace,
     build_trace,
     format_trace,
@@ -70,7 +72,7 @@ PLANS = {
         ),
         layout={"expert_model_parallel_size": 8, "pipeline_model_parallel_size": 4},
     ),
-    "FSDP": build_plan(sharding="fsdp"),
+    "FSDP": build_plan(sharding="fsdp", overlaps_tensor_parallel=True),
     "tied embeddings without overlap": build_plan(
         "qwen3-0.6b", overlaps_grad_reduce=False, layout={"pipeline_model_parallel_size": 4}
     ),
@@ -181,6 +183,22 @@ def test_hidden_communication_lies_beside_the_passes_that_hide_it() -> None:
     assert hidden[GATHER_TRACK]["ts"] == passes["forward", 0, 0, 0]["ts"]
     last = passes["backward", 0, 0, 7]
     assert hidden[REDUCE_TRACK]["ts"] + hidden[REDUCE_TRACK]["dur"] == last["ts"] + last["dur"]
+
+
+def test_communication_beside_a_pass_is_all_the_traffic_but_what_shows() -> None:
+    plan, coefficients = PLANS["FSDP"], load_coefficients()
+    trace = build_trace(plan, coefficients)
+    sums: dict[tuple[int, str], float] = defaultdict(float)
+    for span in trace.spans:
+        sums[span.track, span.category] += span.end_s - span.start_s
+    alone = replace(plan, overlaps_tensor_parallel=False)
+    shown_s, all_s = (build_trace(one, coefficients).step.tensor_parallel_s for one in (plan, alone))
+    assert sums[TENSOR_TRACK, "hidden"] == pytest.approx(all_s - shown_s)
+    # With all of it exposed, nothing is beside the layers, and the step shows what was there before.
+    exposed = build_trace(plan, replace_values(coefficients, {"fsdp_exposed_ratio": 1.0}))
+    assert not any(span.track == FSDP_TRACK for span in exposed.spans)
+    shown_s = trace.step.data_parallel_s
+    assert sums[FSDP_TRACK, "hidden"] == pytest.approx(exposed.step.data_parallel_s - shown_s)
 
 
 def test_a_step_of_too_many_spans_is_refused() -> None:
