@@ -4,7 +4,7 @@
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 # Of the matrix products; everything else is 16-bit beside the 8- and 4-bit ones (bf16 stands for fp16 too).
 Precision = Literal["fp32", "bf16", "fp8", "mxfp8", "nvfp4"]
@@ -18,6 +18,7 @@ Sharding = Literal["none", "distributed_optimizer", "fsdp"]
 OffloadModule = Literal[
     "attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act", "fused_group_mlp"
 ]
+OFFLOAD_MODULES: tuple[OffloadModule, ...] = get_args(OffloadModule)
 # Two of this package (model/cross_entropy.py, chunked_cross_entropy.py), and five that only published runs have: three
 # of Megatron (without --cross-entropy-loss-fusion, and its two implementations), and PyTorch's, compiled or not.
 CrossEntropy = Literal["in-place", "chunked", "unfused", "native", "te", "eager", "compiled"]

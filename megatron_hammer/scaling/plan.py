@@ -78,6 +78,8 @@ class Cluster:
     cpu_power_w_per_node: NonNegativeFloat = 0.0  # of everything in a node except its GPUs
     power_usage_effectiveness: AtLeastOne = 1.0
     usd_per_gpu_hour: NonNegativeFloat | None = None
+    host_bytes_per_s: PositiveFloat = 31.5e9  # from a GPU to its host and back: PCIe 4.0 x16
+    host_memory_bytes_per_s: PositiveFloat = 51e9  # a GPU's share of the host's memory bandwidth: DGX A100's
     # Processes of a node that compute at full speed at once; None: all. On CPU hosts it is the number of cores.
     full_speed_processes_per_node: PositiveInt | None = None
 

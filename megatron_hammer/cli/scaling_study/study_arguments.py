@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.byte_units import GIB
+from megatron_hammer.model.memory_options import OFFLOAD_MODULES
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.presets.preset import Recipe
@@ -90,6 +91,25 @@ def _add_restrictions(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{flag}", metavar="N,N,...")
     group.add_argument("--recompute", metavar="NAME,...", help=f"of {', '.join(RECOMPUTES)}")
     group.add_argument("--sharding", metavar="NAME,...", help=f"of {', '.join(SHARDINGS)}")
+    group.add_argument(
+        "--cpu-offloading-num-layers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="layers whose activations wait in the host's memory (default: 0)",
+    )
+    group.add_argument(
+        "--offload-modules",
+        metavar="NAME,...",
+        help=f"modules whose inputs wait there, of {', '.join(OFFLOAD_MODULES)} (default: none)",
+    )
+    group.add_argument(
+        "--optimizer-offload-fraction",
+        type=float,
+        default=0.0,
+        metavar="RATIO",
+        help="share of the optimizer that is kept and run on the host (default: 0)",
+    )
     group.add_argument(
         "--memory-margin",
         type=float,
@@ -231,6 +251,11 @@ def _build_space(arguments: argparse.Namespace, problems: list[str]) -> SearchSp
         shardings=_parse_names("sharding", arguments.sharding, SHARDINGS, problems),
         # None lets the search decide for each layout.
         overlaps_tensor_parallel=False if arguments.tp_comm_overlap == "off" else None,
+        num_offloaded_layers=arguments.cpu_offloading_num_layers,
+        offload_modules=()
+        if arguments.offload_modules is None
+        else _parse_names("offload-modules", arguments.offload_modules, OFFLOAD_MODULES, problems),
+        optimizer_offload_ratio=arguments.optimizer_offload_fraction,
     )
 
 

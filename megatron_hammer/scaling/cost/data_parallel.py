@@ -21,6 +21,7 @@ from megatron_hammer.scaling.cost.communication import (
     estimate_gather_s,
     place_group,
 )
+from megatron_hammer.scaling.cost.host_offload import estimate_host_optimizer_s
 from megatron_hammer.scaling.cost.layer_cost import list_layer_kinds
 from megatron_hammer.scaling.cost.pipeline import StageKind
 from megatron_hammer.scaling.plan import Plan
@@ -215,6 +216,8 @@ def estimate_optimizer_s(plan: Plan, coefficients: Coefficients) -> float:
     own_shard += heaviest.expert / _count_shards(plan, _count_expert_replicas(layout))
     # The buffer to be cleared has the gradients of all parameters of the rank; with FSDP only those of its shard.
     local = own_shard if plan.sharding == "fsdp" else heaviest.total
-    num_bytes = OPTIMIZER_BYTES_PER_PARAMETER * own_shard + plan.gradient_bytes * local
+    offloaded = plan.optimizer_offload_ratio * own_shard
+    num_bytes = OPTIMIZER_BYTES_PER_PARAMETER * (own_shard - offloaded) + plan.gradient_bytes * local
     own = coefficients.select_gpu(plan.gpu)
-    return num_bytes / (own.memory_ratio * plan.gpu.memory_bytes_per_s)
+    host_s = estimate_host_optimizer_s(offloaded, plan.cluster)
+    return num_bytes / (own.memory_ratio * plan.gpu.memory_bytes_per_s) + host_s

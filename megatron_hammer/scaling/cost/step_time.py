@@ -18,6 +18,7 @@ from megatron_hammer.scaling.cost.data_parallel import (
     estimate_fsdp_s,
     estimate_optimizer_s,
 )
+from megatron_hammer.scaling.cost.host_offload import add_waits_for_host
 from megatron_hammer.scaling.cost.layer_cost import (
     LayerCost,
     average_layer_costs,
@@ -162,7 +163,7 @@ def _build_plan_layer(plan: Plan, model: ModelShape, shard: Shard, coefficients:
     """The cost of a layer of one kind; where only some layers are recomputed, every layer has its share of that."""
     run = (model, shard, plan.gpu, plan.cluster, coefficients)
     rest = (plan.overlaps_tensor_parallel, plan.recompute_modules)
-    layer = build_layer_cost(*run, plan.recompute, *rest)
+    layer = add_waits_for_host(build_layer_cost(*run, plan.recompute, *rest), plan, model)
     if plan.recompute != "full" or plan.recompute_num_layers is None:
         return layer
     layout = plan.layout

@@ -117,8 +117,8 @@ def list_assumptions(result: StudyResult) -> list[str]:
         "waiting GPUs draw less.",
         "Cost: no price is known." if price is None else f"Cost: {price:g} USD per GPU-hour, for every GPU and hour.",
         "Every layout was considered that would start and fits in memory; the fastest of each family are shown. Left "
-        "out: uneven "
-        "stages beyond one for each pipeline size, FSDP together with pipeline stages, offloading.",
+        "out: uneven stages beyond one for each pipeline size, FSDP together with pipeline stages, offloading that was "
+        "not asked for.",
         f"The knee is the largest size up to which a GPU does at least {study.knee_ratio:.0%} of the best tokens/s/GPU "
         "of any smaller size.",
     ]

@@ -278,8 +278,10 @@ def _build_plan(study: Study, layout: ParallelLayout, sharding: Sharding, global
         global_batch_size=global_batch_size,
         precision=study.precision,
         recompute="none",
-        # As NVIDIA's recipes do where Megatron can: no 16-bit weights beside the 8-bit ones.
-        has_quantized_parameters=study.precision in ("fp8", "mxfp8") and sharding != "none",
+        has_quantized_parameters=_has_quantized_parameters(study, sharding),
+        num_offloaded_layers=study.space.num_offloaded_layers,
+        offload_modules=study.space.offload_modules,
+        optimizer_offload_ratio=study.space.optimizer_offload_ratio,
         sharding=sharding,
         overlaps_grad_reduce=has_overlap,
         overlaps_param_gather=has_overlap and sharding != "none",
@@ -332,6 +334,15 @@ def _list_study_cautions(study: Study, projection: Projection) -> tuple[str, ...
         memory_limit_bytes=study.memory_limit_bytes,
         memory_margin_ratio=study.memory_margin_ratio,
     )
+
+
+def _has_quantized_parameters(study: Study, sharding: Sharding) -> bool:
+    """As NVIDIA's recipes do where Megatron can: no 16-bit weights beside the 8-bit ones.
+
+    An optimizer on the host makes parameters of fp8 with delayed scaling only (validate_args of megatron.training).
+    """
+    formats = ("fp8",) if study.space.optimizer_offload_ratio else ("fp8", "mxfp8")
+    return study.precision in formats and sharding != "none"
 
 
 def _tie_key(plan: Plan) -> tuple[Any, ...]:

@@ -17,6 +17,7 @@ from megatron_hammer.model.accounting import (
     find_split_problems,
 )
 from megatron_hammer.model.layout import divisors
+from megatron_hammer.model.memory_options import OffloadModule
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.scaling.plan import Cluster, Recompute, Sharding
 
@@ -38,6 +39,10 @@ class SearchSpace:
     recomputes: tuple[Recompute, ...] = RECOMPUTES
     shardings: tuple[Sharding, ...] = SHARDINGS
     overlaps_tensor_parallel: bool | None = None  # None: wherever it is possible
+    # Of every layout: what it keeps on the host. The search chooses none of these by itself.
+    num_offloaded_layers: int = 0
+    offload_modules: tuple[OffloadModule, ...] = ()
+    optimizer_offload_ratio: float = 0.0
 
 
 class Grid(NamedTuple):

@@ -30,6 +30,7 @@ def find_study_problems(study: Study) -> list[str]:
         *_find_batch_problems(study),
         *_find_precision_problems(study),
         *_find_sequence_problems(study),
+        *_find_offload_problems(study),
     ]
 
 
@@ -90,6 +91,54 @@ def _find_number_problems(study: Study) -> list[str]:
         if not is_good
     ]
     return problems
+
+
+def _find_offload_problems(study: Study) -> list[str]:
+    """The rules of megatron.core's TransformerConfig and of validate_args of megatron.training."""
+    space = study.space
+    num_layers, modules, ratio = space.num_offloaded_layers, space.offload_modules, space.optimizer_offload_ratio
+    stages = space.pipeline_model_parallel_sizes
+    checks = [
+        (
+            0 <= num_layers < study.model.num_layers,
+            f"cpu-offloading-num-layers: must be below the {study.model.num_layers} layers of {study.model.name}, got "
+            f"{num_layers}. Pass a smaller number.",
+        ),
+        (
+            not num_layers or stages == (1,),
+            f"cpu-offloading-num-layers: must have no pipeline beside it, got num_layers={num_layers}. "
+            "Pass --pipeline-model-parallel-size 1 with it.",
+        ),
+        (
+            not num_layers or space.recomputes == ("none",),
+            f"cpu-offloading-num-layers: must have no recomputation beside it, got num_layers={num_layers}. "
+            "Pass --recompute none with it.",
+        ),
+        (
+            not (num_layers and modules),
+            f"offload-modules: must be passed without --cpu-offloading-num-layers, got {', '.join(modules)}. "
+            "Drop one of the two.",
+        ),
+        (
+            "attn_proj" not in modules or "core_attn" in modules,
+            "offload-modules: must have core_attn beside attn_proj, whose input is its output, got "
+            f"{', '.join(modules)}. Add core_attn.",
+        ),
+        (
+            0 <= ratio <= 1,
+            f"optimizer-offload-fraction: must be from 0 to 1, got {ratio:g}. Pass 1 to move all of the optimizer.",
+        ),
+        (
+            not ratio or space.shardings == ("distributed_optimizer",),
+            f"optimizer-offload-fraction: must have the distributed optimizer beside it, got {ratio:g}. "
+            "Pass --sharding distributed_optimizer with it.",
+        ),
+        (
+            not is_cpu_host(study.cluster) or not (num_layers or modules or ratio),
+            f"cluster: must have GPUs to offload from, got cluster={study.cluster.name}. Drop the flags of offloading.",
+        ),
+    ]
+    return [text for is_good, text in checks if not is_good]
 
 
 def _list_restricted_sizes(study: Study) -> list[tuple[str, tuple[int, ...]]]:

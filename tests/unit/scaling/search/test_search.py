@@ -228,6 +228,26 @@ def test_recomputation_only_where_nothing_less_fits() -> None:
         assert projection.memory.total_bytes <= study.memory_limit_bytes
 
 
+def test_offload_is_part_of_every_plan_that_was_asked_for_it() -> None:
+    space = SearchSpace(shardings=("distributed_optimizer",), recomputes=("none",))
+    offloading = replace(space, optimizer_offload_ratio=1.0, offload_modules=("mlp_norm",))
+    plain, offloaded = (
+        Search(predict=predict).search_plans(build_toy_study(space=one, num_best=3), 8).projections
+        for one in (space, offloading)
+    )
+    assert {one.memory.host_bytes for one in plain} == {0}
+    assert all(one.memory.host_bytes > 0 for one in offloaded)
+    assert all(one.memory.optimizer_bytes == 0 for one in offloaded)
+    assert {one.plan.offload_modules for one in offloaded} == {("mlp_norm",)}
+
+
+def test_eight_bit_plans_have_eight_bit_parameters_where_megatron_can() -> None:
+    h100 = {"gpu": select_gpu("h100-sxm"), "cluster": select_cluster("dgx-h100"), "precision": "fp8"}
+    h100["memory_limit_bytes"] = 80 * 10**9
+    found = Search(predict=predict).search_plans(build_toy_study(num_best=20, **h100), 8).projections
+    assert {(one.plan.sharding != "none") == one.plan.has_quantized_parameters for one in found} == {True}
+
+
 def test_only_one_recomputation_may_be_asked_for() -> None:
     study = build_toy_study(space=SearchSpace(recomputes=("full",)))
     found = Search(predict=predict).search_plans(study, 8).projections

@@ -40,6 +40,25 @@ def test_a_good_study_has_no_problems() -> None:
             {"global_batch_size": 10**18},
             "global-batch-size: must be at most 1,000,000,000 samples, got 1,000,000,000,000,000,000. Correct it.",
         ),
+        (
+            {"space": SearchSpace(num_offloaded_layers=3, recomputes=("none",))},
+            "cpu-offloading-num-layers: must have no pipeline beside it, got num_layers=3. "
+            "Pass --pipeline-model-parallel-size 1 with it.",
+        ),
+        (
+            {"space": SearchSpace(offload_modules=("attn_proj",))},
+            "offload-modules: must have core_attn beside attn_proj, whose input is its output, got attn_proj. "
+            "Add core_attn.",
+        ),
+        (
+            {"space": SearchSpace(optimizer_offload_ratio=1.5, shardings=("distributed_optimizer",))},
+            "optimizer-offload-fraction: must be from 0 to 1, got 1.5. Pass 1 to move all of the optimizer.",
+        ),
+        (
+            {"space": SearchSpace(optimizer_offload_ratio=0.5)},
+            "optimizer-offload-fraction: must have the distributed optimizer beside it, got 0.5. "
+            "Pass --sharding distributed_optimizer with it.",
+        ),
         ({"num_best": 0}, "top: must be at least 1, got 0. Pass --top 5."),
         (
             {"memory_limit_bytes": -(2**30)},
