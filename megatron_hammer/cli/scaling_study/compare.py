@@ -119,13 +119,14 @@ def _summarise(options: Sequence[Option]) -> str:
 
 def build_studies(arguments: argparse.Namespace) -> list[Study]:
     """One study for each option. Raises ConfigError with the problems of all options at once."""
-    problems: list[str] = []
     studies: list[Study] = []
+    by_job: dict[str, Sequence[str]] = {}
     for job in arguments.job:
         try:
             studies += _build_job_studies(arguments, job)
         except ConfigError as error:
-            problems += [problem if len(arguments.job) == 1 else f"{job}: {problem}" for problem in error.problems]
+            by_job[job] = error.problems
+    problems = _merge_problems(by_job, len(arguments.job))
     for flag in LEAST_VALUES:
         try:
             values = _read_values(arguments, flag)
@@ -144,6 +145,17 @@ def build_studies(arguments: argparse.Namespace) -> list[Study]:
         raise ConfigError(*dict.fromkeys(problems))
     prices, pues = (_read_values(arguments, flag) for flag in ("usd-per-gpu-hour", "pue"))
     return [_set_values(study, prices, pues) for study in studies]
+
+
+def _merge_problems(by_job: dict[str, Sequence[str]], num_jobs: int) -> list[str]:
+    """Problems of all options once, such as an unknown preset; the others with the option that has them."""
+    everywhere = [
+        problem
+        for problem in next(iter(by_job.values()), ())
+        if len(by_job) == num_jobs and all(problem in problems for problems in by_job.values())
+    ]
+    own = [f"{job}: {one}" for job, problems in by_job.items() for one in problems if one not in everywhere]
+    return everywhere + own
 
 
 def _build_job_studies(arguments: argparse.Namespace, job: str) -> list[Study]:

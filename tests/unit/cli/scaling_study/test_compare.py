@@ -83,3 +83,10 @@ def test_problems_of_all_options_are_reported_together() -> None:
     with pytest.raises(ConfigError) as raised:
         run(*SMALL, "--job", "x900:8", "h100-sxm:0", "--pue", "a")
     assert [problem.split(":")[0] for problem in raised.value.problems] == ["x900", "h100-sxm", "pue"]
+
+
+def test_a_problem_of_all_options_is_reported_once() -> None:
+    with pytest.raises(ConfigError) as raised:
+        run("compare", "--preset", "nobody", "--job", "h100-sxm:8", "a100-sxm-80gb:8")
+    (problem,) = raised.value.problems
+    assert problem.startswith("preset: must be a shipped one, got preset='nobody'")
