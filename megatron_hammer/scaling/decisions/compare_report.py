@@ -20,6 +20,11 @@ BEST_NAMES = {
     "co2_tonnes": "Least CO2",
 }
 UNITS = {"days": "days", "cost_usd": "USD", "energy_mwh": "MWh", "co2_tonnes": "t CO2"}
+# What to pass for a criterion that no option has.
+HINTS = {
+    "cost_usd": "Cost: not known, because no price is. Pass --usd-per-gpu-hour.",
+    "co2_tonnes": "CO2: not counted. Pass --grid-kgco2-per-kwh.",
+}
 ENERGY_NOTE = (
     "Energy is that of boards at full load, with the rest of their nodes and the building (PUE), so it is the upper "
     "side. CO2 is that of this energy; making the hardware is not counted. Restarts and evaluation are not counted."
@@ -47,7 +52,7 @@ def describe_verdict(comparison: Comparison, verdict: Verdict) -> str:
     else:
         text = f"{name}: {name_option(best)}, {amount}."
     if len(verdict.probabilities) > 1:
-        text += f" It is the best with a probability of {format_probability(verdict.probabilities[verdict.best])}."
+        text += f" Probability of being the best: {format_probability(verdict.probabilities[verdict.best])}."
     if verdict.unknown:
         text += f" Not known for {', '.join(name_option(options[one]) for one in verdict.unknown)}."
     return text
@@ -70,8 +75,10 @@ def _format(option: Option, criterion: str) -> str:
 def describe_comparison(comparison: Comparison) -> list[str]:
     """The decisions, then why some options have none."""
     sentences = [describe_verdict(comparison, verdict) for verdict in comparison.verdicts]
+    known = _list_known(comparison)
+    hints = [hint for name, hint in HINTS.items() if known and name not in known]
     problems = [f"{name_option(one)}: {one.size.problem}" for one in comparison.options if one.size.problem]
-    return sentences + problems
+    return sentences + hints + problems
 
 
 def build_tables(comparison: Comparison) -> list[ResultTable]:

@@ -25,10 +25,14 @@ KERNEL_RATIOS = ("gemm_ratio", "gemm_8bit_ratio", "gemm_4bit_ratio", "attention_
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """A study of one number of GPUs, and the coefficients that predict it."""
+    """A study of one number of GPUs, and what predicts it.
+
+    imbalance_ratio: tokens of the busiest rank of experts over the mean; a study has no field for it.
+    """
 
     study: Study
     coefficients: Coefficients
+    imbalance_ratio: float = 1.0
 
     @property
     def num_gpus(self) -> int:
@@ -105,6 +109,15 @@ def _write_host(case: Case, value: float) -> Case:
     return replace(case, coefficients=replace_values(case.coefficients, {"host_s": value}))
 
 
+def _write_imbalance(case: Case, value: float) -> Case:
+    if case.study.model.moe is None or value < 1:
+        raise ConfigError(
+            f"vary: imbalance must be of a mixture of experts and stay at least 1, got {value:g} for "
+            f"{case.study.model.name}. Pass imbalance=x1.2 for one."
+        )
+    return replace(case, imbalance_ratio=value)
+
+
 def _write_gpus(case: Case, value: int) -> Case:
     return _change_study(gpu_counts=(value,))(case)
 
@@ -173,6 +186,9 @@ QUANTITIES = {
         read=lambda case: case.coefficients.host_s,
         write=_write_host,
         usual=("x0.5", "x2"),
+    ),
+    "imbalance": Quantity(
+        words="tokens of the busiest rank of experts", read=lambda case: case.imbalance_ratio, write=_write_imbalance
     ),
     "gpus": Quantity(
         words="GPUs",
@@ -250,6 +266,8 @@ def list_usual_variations(case: Case) -> list[Variation]:
     variations = [
         Variation(name=name, change=change) for name, quantity in QUANTITIES.items() for change in quantity.usual
     ]
+    if model.moe is not None:
+        variations.append(Variation(name="imbalance", change="x1.2"))
     return [*variations, *(Variation(name="query-groups", change=str(value)) for value in sorted(groups))]
 
 

@@ -35,10 +35,11 @@ def compare(*verdicts: Verdict, options: tuple[Option, ...] = OPTIONS) -> Compar
 
 
 def test_a_tie_is_called_a_tie() -> None:
-    days, cost = describe_comparison(compare(DAYS, COST))
+    days, cost, hint = describe_comparison(compare(DAYS, COST))
     assert days.startswith("Fastest: a tie. toy-gpu x 8 (toy-cluster) bf16, ")
     assert "is not ahead of toy-gpu x 4 (toy-cluster) bf16 (+" in days
-    assert days.endswith(" It is the best with a probability of 70%.")
+    assert days.endswith(" Probability of being the best: 70%.")
+    assert hint == "CO2: not counted. Pass --grid-kgco2-per-kwh."
     assert cost.startswith("Cheapest: toy-gpu x 8 (toy-cluster) bf16, ")
     assert cost.endswith(" USD. Not known for toy-gpu x 4 (toy-cluster) bf16.")
     assert build_document(compare(DAYS, COST))["verdicts"][0]["is_tie"] is True

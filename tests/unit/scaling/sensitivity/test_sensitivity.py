@@ -110,6 +110,16 @@ def test_a_layout_that_no_longer_fits_is_said_to() -> None:
     assert draw_tornado(result) is None  # a single bar
 
 
+def test_experts_with_unequal_loads_are_slower() -> None:
+    case = build_case(preset="hammer-tiny-moe", seq_length=256, num_best=2)
+    space = replace(case.study.space, expert_model_parallel_sizes=(4,))
+    case = replace(case, study=replace(case.study, space=space))
+    (one,) = estimate_sensitivity(case, [parse_variation("imbalance=x1.5")]).outcomes
+    assert one.time_ratio is not None
+    assert one.time_ratio > 0
+    assert one.place == 1
+
+
 def test_a_base_in_which_nothing_fits_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"gpus: one GPU must hold its share"):
         estimate_sensitivity(build_case(memory_limit_bytes=GIB), [])

@@ -80,6 +80,7 @@ def test_other_generations_keep_their_kernels() -> None:
         ("memory=-100%", r"memory must stay above zero, got -100%"),
         ("gpus=x0.3", r"gpus must stay a whole number, got 2\.4 by x0\.3"),
         ("query-groups=5", r"query-groups: must divide the 32 heads .*got 5"),
+        ("imbalance=x1.2", r"imbalance must be of a mixture of experts .*got 1\.2 for hammer-1b4"),
         ("precision=fp8", r"precision: must be a format that the GPU has, got precision=fp8"),
     ],
 )
@@ -91,5 +92,7 @@ def test_changes_that_cannot_be_made_are_refused(text: str, match: str) -> None:
 def test_the_usual_changes_can_all_be_written_on_the_command_line() -> None:
     usual = list_usual_variations(CASE)
     assert [parse_variation(f"{one.name}={one.change}") for one in usual] == usual
-    assert {one.name for one in usual} == set(QUANTITIES) - {"precision"}
+    assert {one.name for one in usual} == set(QUANTITIES) - {"precision", "imbalance"}
+    mixture = Case(study=build_toy_study("hammer-tiny-moe", gpu_counts=(8,)), coefficients=CASE.coefficients)
+    assert "imbalance" in {one.name for one in list_usual_variations(mixture)}
     assert [one.change for one in usual if one.name == "query-groups"] == ["2", "8", "32"]
