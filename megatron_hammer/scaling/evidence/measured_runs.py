@@ -189,7 +189,9 @@ def _build_run(row: RunRow, hardware: _Hardware, siblings: Siblings, dispatchers
         shard_size=shard_size,
         has_flash_attention=software.has_flash_attention,
         overlaps_grad_reduce=software.overlaps_data_parallel,
-        overlaps_param_gather=software.overlaps_data_parallel and sharding != "none",
+        overlaps_param_gather=(
+            software.overlaps_data_parallel and not software.gathers_parameters_alone and sharding != "none"
+        ),
         overlaps_tensor_parallel=layout.tensor_model_parallel_size > 1 and _overlaps_tensor_parallel(row, software),
         gradient_bytes=_select_gradient_bytes(precision, recipe, software),
         experts=read_expert_options(row, software, dispatchers, assumptions),

@@ -37,6 +37,7 @@ class TrainingSoftware:
     has_sequence_parallel: bool = True  # where tp > 1
     recomputes_without_sequence_parallel: bool = False  # its runs with full recomputation have no sequence parallelism
     overlaps_data_parallel: bool = True
+    gathers_parameters_alone: bool = False  # although gradients are reduced beside the backward pass
     overlaps_tensor_parallel: bool = True
     gradient_bytes: int = 4
     # Formats in which it trains without 16-bit weights of the linears. Block scaling in software is never one.

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.model.accounting import count_active_parameters, count_parameters
+from megatron_hammer.scaling.cost.step_time import predict_step
+from megatron_hammer.scaling.evidence.layout_ranking import rank_layouts
 from megatron_hammer.scaling.evidence.measured_runs import read_runs
 from megatron_hammer.scaling.evidence.run_table import PUBLISHED_MOE_PATH, PUBLISHED_RUNS_PATH, VTRAIN_RUNS_PATH
 from tests.helpers.messages import assert_problem
@@ -273,3 +275,13 @@ def test_hybrid_sharding_keeps_to_a_node_of_the_cluster(tmp_path: Path) -> None:
         for gpu in ("H100", "A100-64GB (Leonardo)")
     ]
     assert sizes == [8, 4]
+
+
+def test_internevo_gathers_parameters_after_the_step() -> None:
+    """Its configuration overlaps gradients only, so its ZeRO inside a node is the faster one."""
+    runs = [run for run in read_runs(PUBLISHED_RUNS_PATH)[0] if run.source.startswith("InternEvo")]
+    assert len(runs) > 20
+    assert {(run.plan.overlaps_grad_reduce, run.plan.overlaps_param_gather) for run in runs} == {(True, False)}
+    losses = [one.loss_ratio for one in rank_layouts(runs, [predict_step(run.plan) for run in runs])]
+    assert len(losses) >= 12
+    assert max(losses) < 0.02
