@@ -19,12 +19,14 @@ SIZE_FLAGS = {
 }
 # Beyond every cluster and batch. The search lists the divisors of these numbers, which takes their square root.
 LARGEST_SIZE = 10**9
+LARGEST_LAYERS = 2_000  # twice the deepest published model; stages are counted layer by layer
 CPU_PRECISIONS = ("fp32", "bf16")  # platforms/cpu.py
 
 
 def find_study_problems(study: Study) -> list[str]:
     """All problems; empty if the search can start. What does not fit at one size is that size's own `problem`."""
     return [
+        *_find_depth_problems(study),
         *_find_model_problems(study),
         *_find_number_problems(study),
         *_find_batch_problems(study),
@@ -43,6 +45,16 @@ def _find_model_problems(study: Study) -> list[str]:
         "model: layers must all be alike for a projection, got "
         f"{len(moe.dense_layers)} dense ones among {study.model.num_layers} in {study.model.name}. "
         "Time training runs of it, or project a model whose layers all have experts."
+    ]
+
+
+def _find_depth_problems(study: Study) -> list[str]:
+    layers = study.model.num_layers
+    if layers <= LARGEST_LAYERS:
+        return []
+    return [
+        f"model: must have at most {LARGEST_LAYERS:,} layers, got num_layers={layers:,} in {study.model.name}. "
+        "Correct its configuration."
     ]
 
 

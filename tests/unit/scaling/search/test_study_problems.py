@@ -35,6 +35,11 @@ def test_a_good_study_has_no_problems() -> None:
             "tensor-model-parallel-size: must be whole numbers of at least 1, got 0. "
             "Pass some, as in --tensor-model-parallel-size 8,64.",
         ),
+        (
+            {"model": replace(MOE, num_layers=10**9)},
+            "model: must have at most 2,000 layers, got num_layers=1,000,000,000 in tiny-llm-zh-moe. "
+            "Correct its configuration.",
+        ),
         ({"gpu_counts": (10**9 + 1,)}, "gpus: must be at most 1,000,000,000, got 1,000,000,001. Correct it."),
         (
             {"global_batch_size": 10**18},
