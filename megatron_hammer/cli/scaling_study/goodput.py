@@ -31,16 +31,15 @@ from megatron_hammer.scaling.decisions.goodput_report import (
 from megatron_hammer.scaling.report.projection_file import format_json, read_projection
 from megatron_hammer.scaling.report.projection_tables import print_table
 
-# Each flag of a positive number, and the largest one that is meant; beyond it, units were confused.
-LARGEST = {
-    "storage_gb_per_s": 1e6,
-    "stall_s": 1e6,
-    "detection_s": 1e6,
-    "restart_s": 1e6,
-    "failures_per_1000_gpu_days": 1e6,
-    "repair_hours": 1e5,
+# The smallest and the largest value of each number that can be meant; beyond them, units were confused.
+LIMITS = {
+    "storage_gb_per_s": (1e-3, 1e6),
+    "stall_s": (0, 1e6),
+    "detection_s": (0, 1e6),
+    "restart_s": (0, 1e6),
+    "failures_per_1000_gpu_days": (1e-6, 1e6),
+    "repair_hours": (0, 1e5),
 }
-MAY_BE_ZERO = ("stall_s", "detection_s", "restart_s", "repair_hours")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,13 +77,11 @@ def add_operation_arguments(parser: argparse.ArgumentParser) -> None:
 def build_operations(arguments: argparse.Namespace) -> Operations:
     """Raises ConfigError with every flag whose value cannot be meant."""
     problems = []
-    for name, largest in LARGEST.items():
+    for name, (least, most) in LIMITS.items():
         value = getattr(arguments, name)
-        is_positive = value is None or value > 0 or (value == 0 and name in MAY_BE_ZERO)
-        if value is not None and not (is_positive and value <= largest):
-            bound = "0 or more" if name in MAY_BE_ZERO else "above 0"
+        if value is not None and not least <= value <= most:
             problems.append(
-                f"{name.replace('_', '-')}: must be {bound} and at most {largest:g}, got {value:g}. Correct it."
+                f"{name.replace('_', '-')}: must be between {least:g} and {most:g}, got {value:g}. Correct it."
             )
     if arguments.seed < 0:
         problems.append(f"seed: must be at least 0, got {arguments.seed}. Pass another.")

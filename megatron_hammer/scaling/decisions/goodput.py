@@ -6,7 +6,7 @@ planned maintenance, slow machines that do not fail, and waiting for data.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,7 @@ SPARES_CONFIDENCE = 0.95
 NUM_SAMPLES = 4000
 BAND = (10.0, 50.0, 90.0)  # percentiles; the outer two are those of a step's band
 Z_OF_BAND = 1.2816  # standard deviations of a normal distribution to either end of 80 %
+MOST_STEPS = 1e12  # of an interval; more than any run has
 EQUAL_RATIO = 1.005  # intervals whose run is longer by less than this are as good as the best one
 LEAST_GOODPUT_RATIO = 0.01  # below, a run does not end in practice
 
@@ -136,14 +137,20 @@ def build_save_cost(num_bytes: int, num_gpus: int, operations: Operations) -> Sa
 def choose_save_steps(step_s: float, cost: SaveCost, mtbf_s: float) -> int:
     """--save-interval: Daly's interval in whole steps. A save must be complete before the next one begins."""
     interval_s = max(find_best_interval_s(cost.stall_s, mtbf_s), cost.lag_s, step_s)
-    least = max(1, math.ceil(cost.lag_s / step_s))
-    candidates = {max(least, math.floor(interval_s / step_s)), max(least, math.ceil(interval_s / step_s))}
+    best = min(interval_s / step_s, MOST_STEPS)
+    least = _find_least_steps(step_s, cost)
+    candidates = {max(least, math.floor(best)), max(least, math.ceil(best))}
     return min(sorted(candidates), key=lambda steps: estimate_run_s(1.0, steps * step_s, cost, mtbf_s))
+
+
+def _find_least_steps(step_s: float, cost: SaveCost) -> int:
+    """The fewest steps between two saves that do not overlap."""
+    return max(1, math.ceil(min(cost.lag_s / step_s, MOST_STEPS)))
 
 
 def _find_equal_steps(best: int, step_s: float, cost: SaveCost, mtbf_s: float) -> tuple[int, int]:
     """The range around the best interval within EQUAL_RATIO of its run. The cost has one minimum, so it is bisected."""
-    least = max(1, math.ceil(cost.lag_s / step_s))
+    least = min(best, _find_least_steps(step_s, cost))
     limit_s = EQUAL_RATIO * estimate_run_s(1.0, best * step_s, cost, mtbf_s)
 
     def is_equal(steps: int) -> bool:
@@ -178,7 +185,7 @@ def _estimate_days(
     num_steps = -(-train_tokens // row.plan.tokens_per_step)
     work_s = num_steps * row.step_time_s
     totals_s = _draw_total_s(row, np.full(NUM_SAMPLES, float(num_steps)), steps, cost, rates, random)
-    low, middle, high = (float(value) / SECONDS_PER_DAY for value in np.percentile(totals_s, BAND))
+    low, middle, high = (days / SECONDS_PER_DAY for days in find_percentiles(totals_s, BAND))
     expected_s = estimate_run_s(work_s, steps * row.step_time_s, cost, mtbf_s)
     return {
         "ideal_days": work_s / SECONDS_PER_DAY,
@@ -208,6 +215,11 @@ def _draw_total_s(
 ) -> np.ndarray:
     step_s = draw_step_s(row, random, len(num_steps))
     return draw_run_s(num_steps * step_s, interval_steps * step_s, cost, 1 / rates, random)
+
+
+def find_percentiles(values: np.ndarray, percentiles: Sequence[float]) -> list[float]:
+    """Of values that may be infinite, for runs that do not end. Between two of those, numpy's default gives NaN."""
+    return [float(value) for value in np.percentile(values, percentiles, method="nearest")]
 
 
 def draw_step_s(row: SavedRow, random: np.random.Generator, num_samples: int) -> np.ndarray:

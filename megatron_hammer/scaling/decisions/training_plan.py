@@ -14,7 +14,15 @@ import numpy as np
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.shape import ModelShape
-from megatron_hammer.scaling.decisions.goodput import NUM_SAMPLES, Goodput, Operations, draw_days, estimate_goodput
+from megatron_hammer.scaling.decisions.goodput import (
+    BAND,
+    NUM_SAMPLES,
+    Goodput,
+    Operations,
+    draw_days,
+    estimate_goodput,
+    find_percentiles,
+)
 from megatron_hammer.scaling.decisions.scaled_shape import scale_shape
 from megatron_hammer.scaling.loss_law.law import Interval, LossFit
 from megatron_hammer.scaling.loss_law.optimum import EXTRAPOLATION_WARNING_RATIO, TokenCost
@@ -139,10 +147,9 @@ def _find_sizes(parameters: np.ndarray, cost: TokenCost, target: Target) -> tupl
 
 
 def _interval(fit: LossFit, values: np.ndarray) -> Interval:
-    """As LossFit.interval, for values of which some are infinite: numpy would make NaN between two of them."""
+    """As LossFit.interval, for values of which some are infinite."""
     tail = 50 * (1 - fit.confidence)
-    low, high = np.percentile(values, [tail, 100 - tail], method="nearest")
-    return Interval(float(low), float(high))
+    return Interval(*find_percentiles(values, (tail, 100 - tail)))
 
 
 def describe_reach(fit: LossFit, num_parameters: float, num_tokens: float, loss: float | None) -> list[str]:
@@ -191,7 +198,7 @@ def _plan_size(
     random = np.random.default_rng(operations.seed)
     tokens = random.choice(run.token_samples, NUM_SAMPLES)
     days = draw_days(good, np.ceil(tokens / best.plan.tokens_per_step), operations)
-    low, middle, high = (float(day) for day in np.percentile(days, [10, 50, 90], method="nearest"))
+    low, middle, high = find_percentiles(days, BAND)
     price = study.usd_per_gpu_hour
     per_day = None if price is None else 24 * size.num_gpus * price
     return PlannedSize(

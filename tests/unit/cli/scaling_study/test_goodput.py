@@ -44,9 +44,10 @@ def test_json_is_alone_on_stdout_and_is_the_file(
 @pytest.mark.parametrize(
     "flags, field",
     [
-        (("--storage-gb-per-s", "0"), "storage-gb-per-s: must be above 0"),
-        (("--storage-gb-per-s", "1e9"), "storage-gb-per-s: must be above 0 and at most 1e+06, got 1e+09"),
-        (("--detection-s", "-1"), "detection-s: must be 0 or more"),
+        (("--storage-gb-per-s", "0"), "storage-gb-per-s: must be between 0.001 and 1e+06, got 0"),
+        (("--storage-gb-per-s", "1e9"), "storage-gb-per-s: must be between 0.001 and 1e+06, got 1e+09"),
+        (("--detection-s", "-1"), "detection-s: must be between 0 and 1e+06, got -1"),
+        (("--failures-per-1000-gpu-days", "1e-300"), "failures-per-1000-gpu-days: must be between 1e-06 and"),
         (("--failures-per-1000-gpu-days", "nan"), "command line: argument --failures-per-1000-gpu-days"),
         (("--failures-per-1000-gpu-days", "1000000"), "row 4-1: a step, a save and a restart must fit"),
         (("--rows", "5-1"), "row='5-1'"),

@@ -118,6 +118,16 @@ def test_a_run_that_makes_no_progress_says_so() -> None:
     assert good.days is None
 
 
+def test_clusters_on_which_the_run_never_ends_are_in_the_band() -> None:
+    """Between two infinite times, an interpolated percentile would be no number."""
+    wide = FailureRate(per_gpu_day=2e-3, log_deviation=3.0, num_sources=5)
+    good = estimate_goodput(build_row(step_time_s=600.0), 2048 * 8192 * 10_000, Operations(failure_rate=wide))
+    assert good.problem is None
+    assert good.days_interval is not None
+    assert good.days_interval.low < (good.days or 0.0)
+    assert math.isinf(good.days_interval.high)
+
+
 def test_a_short_run_is_saved_once() -> None:
     good = estimate_goodput(build_row(num_gpus=8, model=PRESETS["llama3-8b"].model), 2048 * 8192 * 50, Operations())
     assert good.save_interval_steps == 50
