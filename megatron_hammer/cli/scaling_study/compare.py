@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the decisions and the tables. An option on which nothing fits is reported and is no error."""
+    """Print the decisions and the tables. Raises ConfigError, after everything is written, if no option fits."""
     studies = build_studies(arguments)
     grids = [_select_value(study, _read_values(arguments, "grid-kgco2-per-kwh")) for study in studies]
     coefficients = load_coefficients(arguments.coefficients)
@@ -90,6 +90,8 @@ def run(arguments: argparse.Namespace) -> None:
         _print_comparison(comparison)
     where = f"; written to {arguments.output_dir}" if arguments.output_dir else ""
     print(_summarise(options) + where, file=sys.stderr if arguments.json else sys.stdout)
+    if not any(one.best for one in options):
+        raise ConfigError(*(f"{name_option(one)}: {one.size.problem}" for one in options))
 
 
 def _build_files(comparison: Comparison, document: str, folder: Path) -> dict[Path, str | bytes]:
@@ -102,9 +104,12 @@ def _build_files(comparison: Comparison, document: str, folder: Path) -> dict[Pa
 
 
 def _print_comparison(comparison: Comparison) -> None:
+    tables = build_tables(comparison)
+    if not tables:  # nothing fits: the problems follow as errors
+        return
     for sentence in describe_comparison(comparison):
         print(sentence)
-    for table in build_tables(comparison):
+    for table in tables:
         print()
         print_table(table, sys.stdout)
     print()

@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_hammer.files.publish import publish_files
+from megatron_hammer.files.publish import publish_results
 from megatron_hammer.scaling.decisions.study_diff import compare_studies
 from megatron_hammer.scaling.decisions.study_diff_report import (
     build_document,
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
         folder = arguments.output_dir
         files: dict[Path, str | bytes] = {folder / "diff.json": document, folder / "diff.csv": format_csv(result)}
         image = draw_curves(result)
-        publish_files(files if image is None else {**files, folder / "diff.png": image})
+        publish_results(files if image is None else {**files, folder / "diff.png": image})
     if arguments.json:
         print(document, end="")
     else:

@@ -39,6 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Write the trace and print what fills the step of the slowest stage."""
     projection = read_projection(arguments.projection)
+    if arguments.output.resolve() == arguments.projection.resolve():
+        raise ConfigError(
+            f"output: must be another file than --projection, got {arguments.output}. Choose another name."
+        )
     row = projection.select_row(arguments.row)
     if projection.coefficients is None:
         raise ConfigError(

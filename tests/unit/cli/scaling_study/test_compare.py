@@ -85,6 +85,18 @@ def test_problems_of_all_options_are_reported_together() -> None:
     assert [problem.split(":")[0] for problem in raised.value.problems] == ["x900", "h100-sxm", "pue"]
 
 
+def test_where_no_option_fits_it_is_an_error_after_everything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        run(*SMALL, "--job", "a100-sxm-80gb:7", "h100-sxm:7", "--output-dir", str(tmp_path))
+    assert [problem.split(":")[0] for problem in raised.value.problems] == [
+        "a100-sxm-80gb x 7 (dgx-a100) fp32", "h100-sxm x 7 (dgx-h100) fp32",
+    ]  # fmt: skip
+    assert capsys.readouterr().out.startswith("2 options, 0 feasible; ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["comparison.csv", "comparison.json"]
+
+
 def test_a_problem_of_all_options_is_reported_once() -> None:
     with pytest.raises(ConfigError) as raised:
         run("compare", "--preset", "nobody", "--job", "h100-sxm:8", "a100-sxm-80gb:8")

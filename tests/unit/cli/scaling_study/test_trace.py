@@ -44,6 +44,14 @@ def test_the_summary_adds_up_to_the_step(projection: Path, tmp_path: Path, capsy
     assert "4 stages x 1 chunks" in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_the_projection_is_not_overwritten(projection: Path) -> None:
+    before = projection.read_bytes()
+    other_name = projection.parent / ".." / projection.parent.name / projection.name
+    with pytest.raises(ConfigError, match=r"output: must be another file than --projection, got .*projection\.json"):
+        run("trace", "--projection", str(projection), "--row", "4-1", "--output", str(other_name))
+    assert projection.read_bytes() == before
+
+
 def test_a_row_of_other_coefficients_is_refused(projection: Path, tmp_path: Path) -> None:
     document = json.loads(projection.read_text())
     changed = tmp_path / "projection.json"
