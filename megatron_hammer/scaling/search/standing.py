@@ -82,7 +82,10 @@ def estimate_chances(projections: Sequence[Projection], correlation: float) -> l
 
 
 def count_kinds(plan: Plan) -> int:
-    """How many mechanisms a layout needs beyond data parallelism with a distributed optimizer."""
+    """How many mechanisms a layout needs beyond data parallelism with a distributed optimizer.
+
+    A smaller group that shards is none: it costs memory, and is less exposed to the network.
+    """
     layout = plan.layout
     return sum(
         (
@@ -92,7 +95,6 @@ def count_kinds(plan: Plan) -> int:
             layout.virtual_pipeline_model_parallel_size > 1,
             layout.expert_model_parallel_size > 1,
             plan.sharding == "fsdp",
-            plan.shard_size is not None,
             plan.recompute != "none",
         )
     )
