@@ -60,6 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print the best layouts. Raises ConfigError, after everything is written, if nothing fits at any size."""
     study = build_study(arguments, arguments.read_hf_model)
+    if arguments.usd_per_gpu_hour is not None and study.train_tokens is None:
+        raise ConfigError(
+            f"usd-per-gpu-hour: must come with a number of tokens, got {arguments.usd_per_gpu_hour:g} for a model "
+            "without a recipe. Pass --train-tokens, or leave the price out."
+        )
     coefficients = load_coefficients(arguments.coefficients)
     predict = partial(predict_step, coefficients=coefficients)
     # Before the search, so that an unreadable file is reported at once.

@@ -27,6 +27,7 @@ def find_study_problems(study: Study) -> list[str]:
     """All problems; empty if the search can start. What does not fit at one size is that size's own `problem`."""
     return [
         *_find_depth_problems(study),
+        *_find_expert_problems(study),
         *_find_model_problems(study),
         *_find_number_problems(study),
         *_find_batch_problems(study),
@@ -55,6 +56,20 @@ def _find_depth_problems(study: Study) -> list[str]:
     return [
         f"model: must have at most {LARGEST_LAYERS:,} layers, got num_layers={layers:,} in {study.model.name}. "
         "Correct its configuration."
+    ]
+
+
+def _find_expert_problems(study: Study) -> list[str]:
+    """A dense model has nothing that sizes of experts could cut, so they would be ignored."""
+    if study.model.moe is not None:
+        return []
+    given = [
+        name for name in ("expert_model_parallel_sizes", "expert_tensor_parallel_sizes") if getattr(study.space, name)
+    ]
+    return [
+        f"{SIZE_FLAGS[name]}: must be left out for a model without experts, got "
+        f"{', '.join(map(str, getattr(study.space, name)))} for {study.model.name}. Drop it."
+        for name in given
     ]
 
 

@@ -125,3 +125,9 @@ def test_a_model_of_hugging_face(capsys: pytest.CaptureFixture[str]) -> None:
     study = json.loads(capsys.readouterr().out)["study"]
     assert (study["preset"], study["hf_config"], study["seq_length"]) == (None, "x/config.json", 256)
     assert study["batch"] == {"global_batch_size": None, "samples_per_gpu": 4.0}
+
+
+def test_a_price_without_tokens_would_be_ignored() -> None:
+    hf = ("--hf-config", "x/config.json", "--gpu", "h100-sxm", "--gpus", "2", "--samples-per-gpu", "4")
+    with pytest.raises(ConfigError, match="usd-per-gpu-hour: must come with a number of tokens, got 2 "):
+        run(*hf, "--usd-per-gpu-hour", "2")

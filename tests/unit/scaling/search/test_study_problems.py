@@ -40,6 +40,10 @@ def test_a_good_study_has_no_problems() -> None:
             "model: must have at most 2,000 layers, got num_layers=1,000,000,000 in tiny-llm-zh-moe. "
             "Correct its configuration.",
         ),
+        (
+            {"space": SearchSpace(expert_tensor_parallel_sizes=(7,))},
+            "expert-tensor-parallel-size: must be left out for a model without experts, got 7 for hammer-1b4. Drop it.",
+        ),
         ({"gpu_counts": (10**9 + 1,)}, "gpus: must be at most 1,000,000,000, got 1,000,000,001. Correct it."),
         (
             {"global_batch_size": 10**18},
