@@ -34,6 +34,7 @@ from megatron_hammer.scaling.evidence.layout_ranking import RANKING_TOLERANCE_RA
 from megatron_hammer.scaling.evidence.measured_runs import UnpredictableRow, read_runs
 from megatron_hammer.scaling.evidence.run_table import (
     PUBLISHED_MEMORY_PATH,
+    PUBLISHED_MOE_PATH,
     PUBLISHED_RUNS_PATH,
     VTRAIN_RUNS_PATH,
     VTRAIN_SOURCE,
@@ -65,8 +66,9 @@ def main() -> None:
     coefficients = fit_shipped_coefficients()
     texts = {SHIPPED_PATH: keep_date(format_coefficients(coefficients), SHIPPED_PATH.read_text(encoding="utf-8"))}
     runs, unpredictable = read_runs(PUBLISHED_RUNS_PATH)
-    report = cross_validate_runs(runs, unpredictable, announce, band_ratio=coefficients.band_ratio)
-    texts |= build_documents(report, validate_memory(PUBLISHED_MEMORY_PATH), coefficients)
+    report = cross_validate_runs(runs, unpredictable, announce, shipped=coefficients)
+    experts = cross_validate_runs(*read_runs(PUBLISHED_MOE_PATH), announce, shipped=coefficients)
+    texts |= build_documents(report, experts, validate_memory(PUBLISHED_MEMORY_PATH), coefficients)
     changed = {path: text for path, text in texts.items() if path.read_text(encoding="utf-8") != text}
     if arguments.write:
         publish_files(changed)
@@ -78,7 +80,7 @@ def main() -> None:
 
 def fit_shipped_coefficients() -> Coefficients:
     """Fit from the priors to all shipped tables, with the bands and the provenance of a file that can be shipped."""
-    paths = (PUBLISHED_RUNS_PATH, VTRAIN_RUNS_PATH)
+    paths = (PUBLISHED_RUNS_PATH, VTRAIN_RUNS_PATH, PUBLISHED_MOE_PATH)
     runs = select_fit_runs([run for path in paths for run in read_runs(path)[0] if run.is_megatron_style])
     start = build_prior_coefficients()
     return calibrate(runs, start, assess(cross_validate(runs, start)))
@@ -90,10 +92,12 @@ def keep_date(text: str, older: str) -> str:
     return older if date.sub("", text) == date.sub("", older) else text
 
 
-def build_documents(report: ValidationReport, memory: MemoryReport, coefficients: Coefficients) -> dict[Path, str]:
-    """The documents with the figures of these reports, by path."""
+def build_documents(
+    report: ValidationReport, experts: ValidationReport, memory: MemoryReport, coefficients: Coefficients
+) -> dict[Path, str]:
+    """The documents with the figures of these reports, by path. experts: of the table of models with experts."""
     text = DOCUMENT_PATH.read_text(encoding="utf-8")
-    for name, block in build_blocks(report, memory, coefficients.provenance).items():
+    for name, block in build_blocks(report, experts, memory, coefficients.provenance).items():
         text = replace_block(text, name, block)
     figures = report.errors["software"]["Megatron-style"]
     readmes = {path: replace_readme_row(path.read_text(encoding="utf-8"), figures) for path in README_PATHS}
@@ -124,10 +128,13 @@ def fill(sentences: str) -> str:
     return textwrap.fill(sentences, WIDTH, break_long_words=False, break_on_hyphens=False) + "\n"
 
 
-def build_blocks(report: ValidationReport, memory: MemoryReport, provenance: Mapping[str, Any]) -> dict[str, str]:
+def build_blocks(
+    report: ValidationReport, experts: ValidationReport, memory: MemoryReport, provenance: Mapping[str, Any]
+) -> dict[str, str]:
     """The blocks of docs/scaling_accuracy.md by name, in Markdown."""
     return {
         "step times": format_step_times(report),
+        "experts": format_step_times(experts),
         "fit": format_fit(provenance),
         "memory": format_memory(memory),
     }
@@ -230,10 +237,12 @@ def format_ranking(report: ValidationReport) -> str:
 def format_fit(provenance: Mapping[str, Any]) -> str:
     """What the coefficients were fitted on, and the cross-validated errors of all these rows."""
     num_runs = sum(provenance["sources"].values())
-    num_vtrain = provenance["sources"][VTRAIN_SOURCE]
+    num_vtrain, num_experts = provenance["sources"][VTRAIN_SOURCE], provenance["num_runs_with_experts"]
+    num_dense = num_runs - num_vtrain - num_experts
     return fill(
-        f"They are fitted to the {num_runs - num_vtrain} Megatron-style rows of published_runs.csv and to {num_vtrain} "
-        "of vTrain's measurements on a single node, which scatter more. With these, the cross-validated median error "
+        f"They are fitted to the {num_dense} Megatron-style rows of published_runs.csv and to {num_vtrain} "
+        "of vTrain's measurements on a single node, which scatter more. Those of experts are fitted, with all others "
+        f"held, to the {num_experts} Megatron-style rows of published_moe.csv. The cross-validated median error of all "
         f"is {provenance['cross_validated_median_ratio']:.1%} and the mean is "
         f"{provenance['cross_validated_mean_ratio']:.1%} (`provenance` in the coefficients file)."
     )

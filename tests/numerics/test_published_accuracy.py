@@ -9,7 +9,12 @@ import pytest
 from megatron_hammer.scaling.cost.coefficients import build_prior_coefficients, flatten_coefficients, load_coefficients
 from megatron_hammer.scaling.evidence.calibration import fit, select_fit_runs
 from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun, read_runs
-from megatron_hammer.scaling.evidence.run_table import PUBLISHED_MEMORY_PATH, PUBLISHED_RUNS_PATH, VTRAIN_RUNS_PATH
+from megatron_hammer.scaling.evidence.run_table import (
+    PUBLISHED_MEMORY_PATH,
+    PUBLISHED_MOE_PATH,
+    PUBLISHED_RUNS_PATH,
+    VTRAIN_RUNS_PATH,
+)
 from megatron_hammer.scaling.evidence.validation import (
     ValidationReport,
     build_validation_report,
@@ -22,9 +27,11 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from scaling_accuracy import DOCUMENT_PATH, README_PATHS, build_documents, keep_date, replace_block
 
+TABLES = (PUBLISHED_RUNS_PATH, VTRAIN_RUNS_PATH, PUBLISHED_MOE_PATH)
+
 
 def read_fit_runs() -> list[MeasuredRun]:
-    runs = [run for path in (PUBLISHED_RUNS_PATH, VTRAIN_RUNS_PATH) for run in read_runs(path)[0]]
+    runs = [run for path in TABLES for run in read_runs(path)[0]]
     return select_fit_runs([run for run in runs if run.is_megatron_style])
 
 
@@ -49,9 +56,14 @@ def report() -> ValidationReport:
 
 
 @pytest.fixture(scope="module")
-def documents(report: ValidationReport) -> dict[Path, str]:
+def experts() -> ValidationReport:
+    return cross_validate_runs(*read_runs(PUBLISHED_MOE_PATH), announce=lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def documents(report: ValidationReport, experts: ValidationReport) -> dict[Path, str]:
     """The documents as benchmarks/scaling_accuracy.py would write them, from the shipped coefficients."""
-    return build_documents(report, validate_memory(PUBLISHED_MEMORY_PATH), load_coefficients())
+    return build_documents(report, experts, validate_memory(PUBLISHED_MEMORY_PATH), load_coefficients())
 
 
 @pytest.mark.parametrize("path", [DOCUMENT_PATH, *README_PATHS], ids=lambda path: path.name)
@@ -74,9 +86,11 @@ def test_the_figures_of_the_report_stand_in_the_documents(report: ValidationRepo
     assert {name for name in sources if f"\n| {name} | " in documents[DOCUMENT_PATH]} == sources
 
 
-def test_another_report_changes_the_documents(report: ValidationReport, documents: dict[Path, str]) -> None:
+def test_another_report_changes_the_documents(
+    report: ValidationReport, experts: ValidationReport, documents: dict[Path, str]
+) -> None:
     fewer = build_validation_report(report.predictions[::2], report.unpredictable)
-    others = build_documents(fewer, validate_memory(PUBLISHED_MEMORY_PATH), load_coefficients())
+    others = build_documents(fewer, experts, validate_memory(PUBLISHED_MEMORY_PATH), load_coefficients())
     assert all(others[path] != text for path, text in documents.items())
 
 

@@ -23,7 +23,7 @@ from megatron_hammer.scaling.cost.coefficients import (
 from megatron_hammer.scaling.evidence.calibration import select_fit_runs
 from megatron_hammer.scaling.evidence.cross_validation import Assessment, assess, calibrate, cross_validate
 from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun, read_runs
-from megatron_hammer.scaling.evidence.run_table import PUBLISHED_RUNS_PATH, VTRAIN_RUNS_PATH
+from megatron_hammer.scaling.evidence.run_table import PUBLISHED_MOE_PATH, PUBLISHED_RUNS_PATH, VTRAIN_RUNS_PATH
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--runs",
         type=Path,
         nargs="+",
-        default=[PUBLISHED_RUNS_PATH, VTRAIN_RUNS_PATH],
+        default=[PUBLISHED_RUNS_PATH, VTRAIN_RUNS_PATH, PUBLISHED_MOE_PATH],
         metavar="FILE",
         help="tables of measured runs (default: the published ones that the shipped coefficients were fitted on)",
     )

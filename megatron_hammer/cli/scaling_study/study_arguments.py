@@ -17,7 +17,7 @@ from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.presets.preset import Recipe
 from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_default_cluster, select_gpu
-from megatron_hammer.scaling.plan import PRECISIONS, Cluster, Gpu
+from megatron_hammer.scaling.plan import DISPATCHERS, NATURAL_IMBALANCE_RATIO, PRECISIONS, Cluster, ExpertOptions, Gpu
 from megatron_hammer.scaling.search.projection import MEMORY_MARGIN_RATIO, Study
 from megatron_hammer.scaling.search.search_space import RECOMPUTES, SHARDINGS, SearchSpace
 from megatron_hammer.scaling.search.study_problems import SIZE_FLAGS, find_study_problems
@@ -82,6 +82,17 @@ def _add_run_arguments(parser: argparse.ArgumentParser, has_samples_per_gpu: boo
         help="(default: the recipe's, or bf16)",
     )
     run.add_argument("--train-tokens", metavar="TOKENS", help="budget; 15T or 15e12 (default: the recipe's)")
+    run.add_argument(
+        "--moe-dispatcher",
+        choices=DISPATCHERS,
+        help="how tokens reach their experts (default: alltoall; deepep and hybridep need their packages)",
+    )
+    run.add_argument(
+        "--moe-imbalance",
+        type=float,
+        metavar="RATIO",
+        help=f"tokens of the busiest rank of experts over the mean (default: {NATURAL_IMBALANCE_RATIO})",
+    )
     run.add_argument("--grad-reduce-in-bf16", action="store_true", help="gradients travel in 2 bytes instead of 4")
 
 
@@ -118,7 +129,8 @@ def _add_restrictions(parser: argparse.ArgumentParser) -> None:
         help="what the estimate of memory may be off: layouts closer to the limit are marked, and not recommended over "
         "a tie (default: %(default)s, the error on published figures)",
     )
-    group.add_argument("--tp-comm-overlap", choices=("auto", "off"), default="auto", help="(default: where possible)")
+    for flag in ("--tp-comm-overlap", "--moe-comm-overlap"):
+        group.add_argument(flag, choices=("auto", "off"), default="auto", help="(default: where possible)")
 
 
 def build_study(arguments: argparse.Namespace, read_hf_model: Callable[[Path], ModelShape]) -> Study:
@@ -145,6 +157,10 @@ def build_study(arguments: argparse.Namespace, read_hf_model: Callable[[Path], M
         knee_ratio=arguments.knee,
         # Bytes per element: bf16 or fp32.
         gradient_bytes=2 if arguments.grad_reduce_in_bf16 else 4,
+        experts=ExpertOptions(
+            dispatcher=_first(arguments.moe_dispatcher, "alltoall"),
+            imbalance_ratio=_first(arguments.moe_imbalance, NATURAL_IMBALANCE_RATIO),
+        ),
         **_select_batch(arguments, recipe, problems),
     )
     problems += find_study_problems(study)
@@ -256,6 +272,7 @@ def _build_space(arguments: argparse.Namespace, problems: list[str]) -> SearchSp
         if arguments.offload_modules is None
         else _parse_names("offload-modules", arguments.offload_modules, OFFLOAD_MODULES, problems),
         optimizer_offload_ratio=arguments.optimizer_offload_fraction,
+        overlaps_experts=False if arguments.moe_comm_overlap == "off" else None,
     )
 
 

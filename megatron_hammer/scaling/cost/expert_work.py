@@ -25,6 +25,9 @@ from megatron_hammer.scaling.plan import Dispatcher
 # experts to the receiver (2 + 2). HybridEP writes it while it receives (1 + 1).
 # Source: megatron.core.transformer.moe.token_dispatcher.
 PERMUTED_ELEMENTS: dict[Dispatcher, float] = {"allgather": 4.0, "alltoall": 7.0, "deepep": 4.0, "hybridep": 2.0}
+# Elements of an activation function that is a part of the products' kernel: backward its input is read and its gradient
+# written.
+FUSED_READ_WRITTEN = (0, 2)
 # Kernels of one pass: scores, top-k and their statistics; everything else but the experts' products.
 ROUTER_KERNELS = 12
 # Bytes of one element of the experts' output for a bias that is scaled by the router: products, sums and the joining of
@@ -59,9 +62,11 @@ def build_mixture_work(model: ModelShape, shard: Shard) -> MixtureWork:
     others = [router, *build_mlp_linears(model, shard, moe.shared_expert_intermediate_size)]
     copies = count_received_copies(moe, shard)
     read_written = (3, 5) if model.is_gated else (2, 3)
-    width = copies * moe.ffn_hidden_size / shard.expert_tp
-    width += shard.num_tokens * moe.shared_expert_intermediate_size / shard.tp
-    casts = count_cast_bytes([*linears, *others], shard)
+    width, shared = copies * moe.ffn_hidden_size / shard.expert_tp, moe.shared_expert_intermediate_size / shard.tp
+    forward_cast, backward_cast = _count_expert_casts(linears, shard)
+    other_forward, other_backward = count_cast_bytes(others, shard)
+    casts = (forward_cast + other_forward, backward_cast + other_backward)
+    activated = FUSED_READ_WRITTEN if has_fused_experts(shard) else read_written
     scores = 8.0 * shard.pointwise_tokens * moe.num_experts  # in fp32: softmax, top-k, map of tokens, auxiliary loss
     num_kernels = ROUTER_KERNELS + DISPATCH_KERNELS[options.dispatcher] + 4 * (len(others) > 1)
     # The products of a graph of the whole step add the bias themselves.
@@ -69,7 +74,8 @@ def build_mixture_work(model: ModelShape, shard: Shard) -> MixtureWork:
     passes = []
     for index in (0, 1):
         gemms = others if index == 0 else [product for linear in others for product in differentiate(linear)]
-        pointwise = shard.element_bytes * read_written[index] * width + 4.0 * scores + casts[index]
+        elements = activated[index] * width + read_written[index] * shard.num_tokens * shared
+        pointwise = shard.element_bytes * elements + 4.0 * scores + casts[index]
         if has_loose_bias:
             pointwise += BIAS_BYTES[index] * copies * model.hidden_size
         passes.append(Work(gemms=tuple(gemms), pointwise_bytes=pointwise, num_kernels=num_kernels))
@@ -86,6 +92,23 @@ def build_mixture_work(model: ModelShape, shard: Shard) -> MixtureWork:
         permuted_bytes=PERMUTED_ELEMENTS[options.dispatcher] * shard.element_bytes * copies * model.hidden_size,
         num_launches=(launches[0] * local_experts, launches[1] * local_experts),
     )
+
+
+def has_fused_experts(shard: Shard) -> bool:
+    """Whether one kernel computes both products of all experts with their activation function, and casts between them.
+
+    TransformerEngine has it for MXFP8, and graphs of a whole step need it, because the sizes of tokens stay on the
+    device (transformer_engine.pytorch.ops.fused, grouped MLP; TEGroupedMLP of megatron.core).
+    """
+    return shard.cuda_graphs == "step" and shard.precision == "mxfp8"
+
+
+def _count_expert_casts(linears: list[Gemm], shard: Shard) -> tuple[float, float]:
+    """As count_cast_bytes; a fused kernel casts the second product's input, and backward the first one's gradient."""
+    if not has_fused_experts(shard):
+        return count_cast_bytes(linears, shard)
+    first, second = linears
+    return count_cast_bytes([first], shard)[0], count_cast_bytes([second], shard)[1]
 
 
 def count_received_copies(moe: MoeShape, shard: Shard) -> float:

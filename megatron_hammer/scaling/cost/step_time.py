@@ -31,6 +31,7 @@ from megatron_hammer.scaling.cost.operators import Shard
 from megatron_hammer.scaling.cost.pipeline import Schedule, StageKind, build_schedule, list_stages
 from megatron_hammer.scaling.plan import LOW_PRECISIONS, Plan, StepTime
 
+EXPERT_BAND = "experts"  # of all models with experts, in the table of bands
 # The host launches kernels ahead of the device, so a stage takes the longer of the two times, and a little more when
 # both are similar.
 HOST_NORM = 4.0
@@ -193,16 +194,21 @@ def select_band_class(plan: Plan) -> str:
     """The class of plans with similar cross-validated errors: the key of the band in the coefficients file."""
     if plan.cluster.full_speed_processes_per_node is not None:
         return "cpu"
-    if plan.sharding == "fsdp":
+    if plan.sharding == "fsdp" and plan.model.moe is None:
         return "fsdp"
     if not plan.has_flash_attention:
         return "unfused_attention"
+    if plan.model.moe is not None:
+        return f"{select_generation(plan.gpu)}_experts"
     kind = "low_precision" if plan.precision in LOW_PRECISIONS else "16_bit"
     return f"{select_generation(plan.gpu)}_{kind}"
 
 
 def select_band_ratio(plan: Plan, coefficients: Coefficients) -> float:
-    return coefficients.band_ratio.get(select_band_class(plan), coefficients.band_ratio["default"])
+    bands = coefficients.band_ratio
+    # A class that no run belonged to: the band of all runs with experts, or of all dense ones.
+    names = (select_band_class(plan), *((EXPERT_BAND,) if plan.model.moe is not None else ()), "default")
+    return next(bands[name] for name in names if name in bands)
 
 
 def _build_stage_cost(

@@ -74,6 +74,28 @@ def fit(
     return fitted
 
 
+def fit_fold(
+    held_out: Sequence[MeasuredRun],
+    others: Sequence[MeasuredRun],
+    start: Coefficients,
+    dense_fits: dict[tuple[int, ...], Coefficients],
+    *,
+    is_prior_start: bool = False,
+) -> Coefficients:
+    """`fit` to the other runs, as far as the predictions of these depend on it: dense ones on no run with experts.
+
+    dense_fits: fits to dense runs that earlier folds with the same runs made; this one is added.
+    """
+    dense = [run for run in others if run.plan.model.moe is None]
+    key = tuple(map(id, dense))
+    if key not in dense_fits:
+        dense_fits[key] = fit(dense, start, is_prior_start=is_prior_start) if dense else start
+    experts = [run for run in others if run.plan.model.moe is not None]
+    if not experts or all(run.plan.model.moe is None for run in held_out):
+        return dense_fits[key]
+    return fit(experts, dense_fits[key], is_prior_start=is_prior_start)
+
+
 def _fit_stage(runs: Sequence[MeasuredRun], start: Coefficients, *, is_prior_start: bool) -> Coefficients:
     """The fit to runs that are all dense, or all with experts: these change the coefficients of experts only."""
     free = select_free_coefficients(runs, start, is_prior_start=is_prior_start)

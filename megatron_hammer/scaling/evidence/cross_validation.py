@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from megatron_hammer.scaling.cost.coefficients import Coefficients, load_coefficients
-from megatron_hammer.scaling.cost.step_time import predict_step, select_band_class
-from megatron_hammer.scaling.evidence.calibration import fit, name_publication
+from megatron_hammer.scaling.cost.step_time import EXPERT_BAND, predict_step, select_band_class
+from megatron_hammer.scaling.evidence.calibration import fit, fit_fold, name_publication
 from megatron_hammer.scaling.evidence.folds import FoldBy, list_folds
 from megatron_hammer.scaling.evidence.layout_ranking import (
     RankingSummary,
@@ -93,9 +93,15 @@ def cross_validate(
     """
     start = start or load_coefficients()
     predictions: dict[int, StepTime] = {}
+    dense_fits: dict[tuple[int, ...], Coefficients] = {}
     for held_out, fitted in list_folds(runs, by=by):
-        others = [runs[row] for row in fitted]
-        coefficients = fit(others, start, is_prior_start=is_prior_start) if others else start
+        coefficients = fit_fold(
+            [runs[row] for row in held_out],
+            [runs[row] for row in fitted],
+            start,
+            dense_fits,
+            is_prior_start=is_prior_start,
+        )
         predictions |= {row: predict_step(runs[row].plan, coefficients) for row in held_out}
     return [(run, predictions[row]) for row, run in enumerate(runs)]
 
@@ -127,16 +133,20 @@ def estimate_bands(predictions: Sequence[PredictedRun]) -> dict[str, float]:
     """By class, the logarithmic half-width around a prediction that contains 80 % of these errors.
 
     A publication's weight is the square root of its number of runs, because the next run will be from a publication
-    that is not among these. A class with few errors takes the band of all runs.
+    that is not among these. A class with few errors takes the band of all dense runs, or of all runs with experts.
     """
+    kinds: dict[str, list[PredictedRun]] = defaultdict(list)
     classes: dict[str, list[PredictedRun]] = defaultdict(list)
     for prediction in predictions:
-        classes[select_band_class(prediction[0].plan)].append(prediction)
-    default = _weighted_quantile(predictions)
-    bands = {"default": default}
+        plan = prediction[0].plan
+        classes[select_band_class(plan)].append(prediction)
+        kinds["default" if plan.model.moe is None else EXPERT_BAND].append(prediction)
+    bands = {name: _weighted_quantile(group) for name, group in kinds.items()}
+    # Runs with experts are less certain than dense ones, so without dense runs their band is the one of any other.
+    bands = {"default": bands.get("default", bands.get(EXPERT_BAND, 0.0))} | bands
     for name, group in sorted(classes.items()):
-        own = _weighted_quantile(group)
-        bands[name] = own if len(group) >= LEAST_RUNS_OF_A_CLASS else default
+        own = bands["default" if group[0][0].plan.model.moe is None else EXPERT_BAND]
+        bands[name] = _weighted_quantile(group) if len(group) >= LEAST_RUNS_OF_A_CLASS else own
     return bands
 
 
@@ -173,6 +183,7 @@ def calibrate(
         "date": datetime.date.today().isoformat(),
         "method": "least squares on log(predicted / measured), megatron_hammer/scaling/evidence/calibration.py",
         "num_runs": len(fingerprints),
+        "num_runs_with_experts": sum(run.plan.model.moe is not None for run in runs),
         "cross_validated_median_ratio": assessment.errors.median_ratio,
         "cross_validated_mean_ratio": assessment.errors.mean_ratio,
         "fingerprints": list(fingerprints),

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from megatron_hammer.scaling.cost.coefficients import Coefficients, build_prior_coefficients, load_coefficients
 from megatron_hammer.scaling.cost.step_time import predict_step
-from megatron_hammer.scaling.evidence.calibration import fit, name_publication, select_fit_runs
+from megatron_hammer.scaling.evidence.calibration import fit_fold, name_publication, select_fit_runs
 from megatron_hammer.scaling.evidence.folds import Fold, FoldBy, list_folds
 from megatron_hammer.scaling.evidence.layout_ranking import Ranking, rank_layouts
 from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun, UnpredictableRow
@@ -116,16 +116,22 @@ def cross_validate_runs(
     unpredictable: Sequence[UnpredictableRow],
     announce: Callable[[str], None] = print,
     *,
-    band_ratio: Mapping[str, float] | None = None,
+    shipped: Coefficients | None = None,
     by: FoldBy = "recipe",
 ) -> ValidationReport:
     """Predict every run with coefficients fitted, from the priors, to the Megatron-style runs of all other folds.
 
-    Runs of other software are in no fit: one fit to all Megatron-style runs predicts them. announce: called before each
-    fit, which takes seconds. band_ratio: the widths of the bands, by default the shipped. by: as in `folds.list_folds`.
+    Runs of other software are in no fit: one fit to all Megatron-style runs predicts them. A table of models with
+    experts only has none that coefficients of dense models are fitted to, and takes the shipped ones. announce: called
+    before each fit, which takes seconds. shipped: where the bands come from, by default the shipped coefficients. by:
+    as in `folds.list_folds`.
     """
-    start = replace(build_prior_coefficients(), band_ratio=band_ratio or load_coefficients().band_ratio)
+    shipped = shipped or load_coefficients()
     megatron = [run for run in runs if run.is_megatron_style]
+    start = replace(build_prior_coefficients(), band_ratio=shipped.band_ratio)
+    if megatron and all(run.plan.model.moe is not None for run in megatron):
+        start = replace(shipped, experts=start.experts)
+    dense_fits: dict[tuple[int, ...], Coefficients] = {}
     others = [run for run in runs if not run.is_megatron_style]
     pool = [*megatron, *others]
     folds = list_folds(megatron, by=by)
@@ -136,7 +142,7 @@ def cross_validate_runs(
         fit_runs = select_fit_runs([pool[row] for row in fitted])
         names = sorted({name_publication(pool[row].source) for row in held_out if pool[row].is_megatron_style})
         announce(f"fitting to {len(fit_runs)} runs" + (f", {', '.join(names)} left out" if names else ""))
-        coefficients = fit(fit_runs, start) if fit_runs else start
+        coefficients = fit_fold([pool[row] for row in held_out], fit_runs, start, dense_fits)
         steps |= {id(pool[row]): predict_step(pool[row].plan, coefficients) for row in held_out}
     predictions = [Prediction(run=run, step=steps[id(run)], status="cross-validated") for run in runs]
     return build_validation_report(predictions, unpredictable)

@@ -179,8 +179,11 @@ def list_plan_flags(plan: Plan, model_arguments: Mapping[str, Any], *, is_cpu: b
     model_arguments: see list_model_flags. is_cpu: its ranks are CPU processes, where no communication overlaps. Raises
     ConfigError as list_layout_flags does.
     """
+    if plan.model.moe is not None:
+        model_arguments = {**model_arguments, "moe_token_dispatcher_type": plan.experts.dispatcher_type}
     flags = [*list_model_flags(plan.model, model_arguments), "--platform", "cpu" if is_cpu else "cuda"]
     flags += list_layout_flags(plan.model, plan.layout)
+    flags += [] if plan.model.moe is None else _list_expert_flags(plan, is_cpu=is_cpu)
     flags += list_batch_flags(
         micro_batch_size=plan.micro_batch_size,
         global_batch_size=plan.global_batch_size,
@@ -194,6 +197,19 @@ def list_plan_flags(plan: Plan, model_arguments: Mapping[str, Any], *, is_cpu: b
     flags += LOW_PRECISION_FLAGS.get(plan.precision, ("--precision", plan.precision))
     flags += list_recompute_flags(plan.recompute, plan.recompute_modules, plan.recompute_num_layers)
     return [*flags, *_list_memory_flags(plan), *_list_data_parallel_flags(plan, is_cpu=is_cpu)]
+
+
+def _list_expert_flags(plan: Plan, *, is_cpu: bool) -> list[str]:
+    """How experts are computed. The imbalance is no flag: it is what the data and the router make of it."""
+    options, flags = plan.experts, list[str]()
+    # A model that is no preset has the dispatcher among its own flags.
+    if find_recipe(plan.model) is not None and options.dispatcher_type != "alltoall":
+        flags += ["--moe-token-dispatcher-type", options.dispatcher_type]
+    if options.dispatcher_type == "flex":
+        flags += ["--moe-flex-dispatcher-backend", options.dispatcher]
+    if options.overlaps_communication:
+        flags.append("--overlap-moe-expert-parallel-comm")
+    return flags if is_cpu or not options.has_grouped_gemm else [*flags, "--moe-grouped-gemm"]
 
 
 def _list_data_parallel_flags(plan: Plan, *, is_cpu: bool) -> list[str]:

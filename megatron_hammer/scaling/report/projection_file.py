@@ -167,6 +167,7 @@ def _build_study(study: Study) -> dict[str, Any]:
             "global_batch_size": study.global_batch_size,
             "samples_per_gpu": None if study.samples_per_gpu is None else float(study.samples_per_gpu),
         },
+        "experts": None if study.model.moe is None else asdict(study.experts),
         "train_tokens": study.train_tokens,
         "memory_limit_bytes": study.memory_limit_bytes,
         "memory_margin_ratio": study.memory_margin_ratio,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import IO
 
 from megatron_hammer.model.byte_units import GIB
-from megatron_hammer.scaling.plan import StepTime
+from megatron_hammer.scaling.plan import Plan, StepTime
 from megatron_hammer.scaling.report import reference_rows
 from megatron_hammer.scaling.search.projection import (
     COMPUTE_PARTS,
@@ -17,6 +17,7 @@ from megatron_hammer.scaling.search.projection import (
     PART_NAMES,
     Projection,
     SizeProjection,
+    Study,
     StudyResult,
     describe_cuts,
     estimate_bill,
@@ -113,8 +114,17 @@ def describe_study(result: StudyResult) -> str:
     study = result.study
     return (
         f"{study.model.name} on {study.gpu.name} ({study.cluster.name}): {describe_batch(result)}, sequence "
-        f"{study.seq_length:,}, {study.precision}, at most {study.memory_limit_bytes / GIB:.1f} GiB per GPU"
+        f"{study.seq_length:,}, {study.precision}{describe_expert_options(study)}, "
+        f"at most {study.memory_limit_bytes / GIB:.1f} GiB per GPU"
     )
+
+
+def describe_expert_options(study: Study) -> str:
+    """What is assumed of experts; empty for a dense model."""
+    if study.model.moe is None:
+        return ""
+    options = study.experts
+    return f", experts by {options.dispatcher} with {options.imbalance_ratio:g} times the mean load on the busiest rank"
 
 
 def describe_knee(result: StudyResult) -> str:
@@ -177,6 +187,16 @@ def describe_experts(projection: Projection) -> str:
     )
 
 
+def describe_overlap(plan: Plan) -> str:
+    """The kinds of communication that run beside other work: DP TP EP."""
+    kinds = {
+        "DP": plan.overlaps_grad_reduce,
+        "TP": plan.overlaps_tensor_parallel,
+        "EP": plan.experts.overlaps_communication,
+    }
+    return " ".join(name for name, is_overlapped in kinds.items() if is_overlapped)
+
+
 def _best(result: StudyResult) -> list[tuple[SizeProjection, Projection]]:
     return [(size, size.best) for size in result.sizes if size.best is not None]
 
@@ -231,7 +251,7 @@ def _build_layout_table(result: StudyResult) -> ResultTable:
                     f"{plan.global_batch_size:,}",
                     plan.recompute,
                     SHARDING_NAMES[plan.sharding],
-                    " ".join(["DP"] * plan.overlaps_grad_reduce + ["TP"] * plan.overlaps_tensor_parallel),
+                    describe_overlap(plan),
                     f"{projection.step.total_s:.3f}",
                     f"{estimate_mfu_ratio(projection, result.study.mfu_convention):.1%}",
                     f"{projection.memory.total_bytes / GIB:.1f}",

@@ -15,7 +15,17 @@ from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.scaling.cost.coefficients import Coefficients
 from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun, UnpredictableRow
 from megatron_hammer.scaling.evidence.validation import Prediction
-from megatron_hammer.scaling.plan import PARTS, PRECISIONS, Cluster, Gpu, Plan, Precision, StepTime
+from megatron_hammer.scaling.plan import (
+    NATURAL_IMBALANCE_RATIO,
+    PARTS,
+    PRECISIONS,
+    Cluster,
+    ExpertOptions,
+    Gpu,
+    Plan,
+    Precision,
+    StepTime,
+)
 from megatron_hammer.scaling.search.search_space import SearchSpace
 
 # Of the estimate of memory: its mean error on published figures of reserved memory, which is what decides.
@@ -56,6 +66,9 @@ MEMORY_NAMES = {
 }
 
 
+DEFAULT_EXPERTS = ExpertOptions(imbalance_ratio=NATURAL_IMBALANCE_RATIO)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Study:
     """One question: this model on this machine at these sizes. Exactly one of the two batch fields is set."""
@@ -80,6 +93,7 @@ class Study:
     knee_ratio: float = 0.8
     gradient_bytes: int = 4
     vocab_divisible_by: int = 128
+    experts: ExpertOptions = DEFAULT_EXPERTS
 
     @property
     def is_weak(self) -> bool:
@@ -201,6 +215,9 @@ def describe_cuts(plan: Plan) -> str:
 def describe_plan(plan: Plan) -> str:
     """A plan in a few words, without what is switched off: tp=8 dp=16, micro-batch 1, full recomputation, ..."""
     words = [describe_cuts(plan), f"micro-batch {plan.micro_batch_size}"]
+    if plan.model.moe is not None and plan.layout.expert_model_parallel_size > 1:
+        hidden = " (overlapped)" if plan.experts.overlaps_communication else ""
+        words.append(f"{plan.experts.dispatcher}{hidden}")
     if plan.recompute != "none":
         words.append(f"{plan.recompute} recomputation")
     words.append(

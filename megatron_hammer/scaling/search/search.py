@@ -28,13 +28,14 @@ from megatron_hammer.model.accounting import ParallelLayout, StageMemory
 from megatron_hammer.model.byte_units import GIB
 from megatron_hammer.model.layout import divisors
 from megatron_hammer.scaling.cost.coefficients import load_coefficients
-from megatron_hammer.scaling.plan import Plan, Sharding, StepTime
+from megatron_hammer.scaling.plan import ExpertOptions, Plan, Recompute, Sharding, StepTime
 from megatron_hammer.scaling.plan_memory import estimate_heaviest_plan_stage
 from megatron_hammer.scaling.search.projection import Projection, SizeProjection, Standing, Study, describe_plan
 from megatron_hammer.scaling.search.published_reach import list_cautions
 from megatron_hammer.scaling.search.search_space import (
     RECOMPUTES,
     SearchSpace,
+    can_overlap_experts,
     can_overlap_tensor_parallel,
     is_cpu_host,
     list_layouts,
@@ -189,7 +190,7 @@ class Search:
         tp, cp = layout.tensor_model_parallel_size, layout.context_parallel_size
         cut = (tp, cp, layout.expert_model_parallel_size, layout.expert_tp)
         run = (plan.model, plan.gpu, plan.cluster, plan.seq_length, plan.precision, plan.overlaps_tensor_parallel)
-        times_s = self._layer_times_s.setdefault((*run, *cut), {})
+        times_s = self._layer_times_s.setdefault((*run, *cut, plan.experts), {})
         for size in micro_batch_sizes:
             if size not in times_s:
                 times_s[size] = self._predict_layer_s(replace(plan, micro_batch_size=size))
@@ -229,7 +230,7 @@ class _Fit:
         """The micro-batch sizes, in rising order, without those above the first that does not fit."""
         if len(sizes) <= MOST_UNSORTED_SIZES:
             return sizes
-        smallest_memory = replace(plan, recompute=self._recomputes[-1])
+        smallest_memory = _recompute(plan, self._recomputes[-1])
 
         def is_too_large(size: int) -> bool:
             return self._try(replace(smallest_memory, micro_batch_size=size)) is None
@@ -243,15 +244,15 @@ class _Fit:
             return None
         # With a single choice, the first and the last one are the same.
         first, *middle, last = self._recomputes if len(self._recomputes) > 1 else self._recomputes * 2
-        fitting = self._try(replace(plan, recompute=first))
+        fitting = self._try(_recompute(plan, first))
         if fitting is not None:
             return fitting
         # The most recomputation is tried next: if even that does not fit, the ones in between need not be tried.
-        smallest = self._try(replace(plan, recompute=last))
+        smallest = self._try(_recompute(plan, last))
         if smallest is None:
             self._too_large[key] = plan.micro_batch_size
             return None
-        tries = (self._try(replace(plan, recompute=recompute)) for recompute in middle)
+        tries = (self._try(_recompute(plan, recompute)) for recompute in middle)
         return next((fitting for fitting in tries if fitting is not None), smallest)
 
     def _try(self, plan: Plan) -> tuple[Plan, StageMemory] | None:
@@ -268,7 +269,7 @@ def _build_plan(study: Study, layout: ParallelLayout, sharding: Sharding, global
     has_overlap = layout.dense_shard_size > 1 and not is_cpu_host(study.cluster)
     can_overlap_tp = can_overlap_tensor_parallel(layout, study.cluster)
     wants_overlap_tp = study.space.overlaps_tensor_parallel is not False
-    return Plan(
+    plan = Plan(
         model=study.model,
         layout=layout if sharding != "none" else replace(layout, has_distributed_optimizer=False),
         gpu=study.gpu,
@@ -288,7 +289,18 @@ def _build_plan(study: Study, layout: ParallelLayout, sharding: Sharding, global
         overlaps_tensor_parallel=can_overlap_tp and wants_overlap_tp,
         gradient_bytes=study.gradient_bytes,
         vocab_divisible_by=study.vocab_divisible_by,
+        experts=study.experts if study.model.moe is not None else ExpertOptions(),
     )
+    overlaps_experts = study.space.overlaps_experts is not False and can_overlap_experts(plan)
+    return replace(plan, experts=replace(plan.experts, overlaps_communication=overlaps_experts))
+
+
+def _recompute(plan: Plan, recompute: Recompute) -> Plan:
+    """The plan with this recomputation, and without overlap that it makes impossible."""
+    changed = replace(plan, recompute=recompute)
+    if not plan.experts.overlaps_communication or can_overlap_experts(changed):
+        return changed
+    return replace(changed, experts=replace(plan.experts, overlaps_communication=False))
 
 
 def _list_undivided_sizes(layout: ParallelLayout, sizes: Sequence[int], space: SearchSpace) -> list[int]:

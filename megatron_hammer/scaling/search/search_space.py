@@ -19,7 +19,7 @@ from megatron_hammer.model.accounting import (
 from megatron_hammer.model.layout import divisors
 from megatron_hammer.model.memory_options import OffloadModule
 from megatron_hammer.model.shape import ModelShape
-from megatron_hammer.scaling.plan import Cluster, Recompute, Sharding
+from megatron_hammer.scaling.plan import Cluster, Plan, Recompute, Sharding
 
 RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")  # from the fastest to the smallest
 SHARDINGS: tuple[Sharding, ...] = ("none", "distributed_optimizer", "fsdp")
@@ -43,6 +43,7 @@ class SearchSpace:
     num_offloaded_layers: int = 0
     offload_modules: tuple[OffloadModule, ...] = ()
     optimizer_offload_ratio: float = 0.0
+    overlaps_experts: bool | None = None  # likewise the exchange of tokens with experts
 
 
 class Grid(NamedTuple):
@@ -106,6 +107,26 @@ def can_overlap_tensor_parallel(layout: ParallelLayout, cluster: Cluster) -> boo
     tp = layout.tensor_model_parallel_size
     # megatron.training.arguments.validate_args refuses the flag without sequence parallelism.
     return layout.has_sequence_parallel and tp <= cluster.nvlink_domain_size and not is_cpu_host(cluster)
+
+
+def can_overlap_experts(plan: Plan) -> bool:
+    """Whether --overlap-moe-expert-parallel-comm works, which lets two micro-batches pass a stage at once.
+
+    Source: megatron.core TransformerConfig and the schedules that combine a forward with a backward pass: pipelines
+    must be interleaved, and nothing but parts of a layer may be recomputed.
+    """
+    layout = plan.layout
+    is_interleaved = layout.pipeline_model_parallel_size == 1 or layout.virtual_pipeline_model_parallel_size > 1
+    is_recomputed = plan.recompute == "full" or (plan.recompute == "selective" and "moe" in plan.recompute_modules)
+    return (
+        layout.expert_model_parallel_size > 1
+        and plan.experts.dispatcher != "allgather"
+        and plan.precision != "fp32"
+        and plan.sharding != "fsdp"
+        and is_interleaved
+        and not is_recomputed
+        and not is_cpu_host(plan.cluster)
+    )
 
 
 def _is_allowed(size: int, allowed: tuple[int, ...] | None) -> bool:

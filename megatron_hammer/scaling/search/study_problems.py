@@ -4,7 +4,7 @@ import math
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.byte_units import GIB
-from megatron_hammer.scaling.search.projection import Study, select_peak_tflops
+from megatron_hammer.scaling.search.projection import DEFAULT_EXPERTS, Study, select_peak_tflops
 from megatron_hammer.scaling.search.search_space import is_cpu_host
 
 # Restrictions that are sizes, by their flags.
@@ -28,7 +28,7 @@ def find_study_problems(study: Study) -> list[str]:
     return [
         *_find_depth_problems(study),
         *_find_expert_problems(study),
-        *_find_model_problems(study),
+        *_find_routing_problems(study),
         *_find_number_problems(study),
         *_find_batch_problems(study),
         *_find_precision_problems(study),
@@ -37,16 +37,16 @@ def find_study_problems(study: Study) -> list[str]:
     ]
 
 
-def _find_model_problems(study: Study) -> list[str]:
-    """The time of a step is computed from one layer, the memory of a stage from the number of its layers."""
-    moe = study.model.moe
-    if moe is None or not moe.dense_layers:
-        return []
-    return [
-        "model: layers must all be alike for a projection, got "
-        f"{len(moe.dense_layers)} dense ones among {study.model.num_layers} in {study.model.name}. "
-        "Time training runs of it, or project a model whose layers all have experts."
-    ]
+def _find_routing_problems(study: Study) -> list[str]:
+    problems = []
+    ratio = study.experts.imbalance_ratio
+    if not 1 <= ratio < math.inf:
+        problems.append(f"moe-imbalance: must be at least 1, got {ratio:g}. Pass 1 for tokens that are spread evenly.")
+    if study.model.moe is None and study.experts != DEFAULT_EXPERTS:
+        problems.append(
+            f"moe-dispatcher and moe-imbalance: need a model with experts, got {study.model.name}. Drop them."
+        )
+    return problems
 
 
 def _find_depth_problems(study: Study) -> list[str]:

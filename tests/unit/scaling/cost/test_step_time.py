@@ -9,7 +9,7 @@ from megatron_hammer.errors import ConfigError
 from megatron_hammer.model.accounting import ParallelLayout, count_flops_per_token
 from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.scaling.cost.coefficients import build_prior_coefficients, load_coefficients
-from megatron_hammer.scaling.cost.step_time import predict_step, select_band_class
+from megatron_hammer.scaling.cost.step_time import predict_step, select_band_class, select_band_ratio
 from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_gpu
 from megatron_hammer.scaling.plan import PARTS, Plan, StepTime
 
@@ -244,3 +244,13 @@ def test_a_prediction_takes_less_than_two_milliseconds():
     for plan in plans:
         predict_step(plan, PRIORS)
     assert (time.process_time() - started_s) / len(plans) < 2e-3  # about 0.1 ms on a free core
+
+
+def test_the_band_of_a_model_with_experts_is_that_of_its_class_or_of_all_of_them():
+    plan = build_plan(model=PRESETS["qwen3-30b-a3b"].model, expert_model_parallel_size=8)
+    bands = {"default": 0.1, "experts": 0.3, "hopper_experts": 0.2}
+    assert select_band_class(plan) == "hopper_experts"
+    assert select_band_ratio(plan, dataclasses.replace(PRIORS, band_ratio=bands)) == 0.2
+    del bands["hopper_experts"]
+    assert select_band_ratio(plan, dataclasses.replace(PRIORS, band_ratio=bands)) == 0.3
+    assert select_band_ratio(plan, dataclasses.replace(PRIORS, band_ratio={"default": 0.1})) == 0.1

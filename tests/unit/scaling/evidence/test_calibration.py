@@ -1,6 +1,7 @@
 """Fits find known coefficients, keep those without evidence, and are not dominated by one large table."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,15 +13,19 @@ from megatron_hammer.scaling.cost.coefficients import (
     flatten_coefficients,
     replace_values,
 )
+from megatron_hammer.scaling.cost.expert_coefficients import EXPERT_NAMES
 from megatron_hammer.scaling.cost.step_time import predict_step
 from megatron_hammer.scaling.evidence.calibration import (
     MOST_RUNS_OF_A_SOURCE,
     fit,
+    fit_fold,
     name_publication,
     select_fit_runs,
     select_free_coefficients,
     weigh_runs,
 )
+from megatron_hammer.scaling.evidence.measured_runs import read_runs
+from megatron_hammer.scaling.evidence.run_table import PUBLISHED_MOE_PATH
 from tests.helpers.simulated_runs import SimulatedRun, simulate_runs
 
 PRIORS = build_prior_coefficients()
@@ -116,3 +121,29 @@ def test_a_very_long_table_is_thinned_out_evenly():
 def test_a_fit_without_runs_is_refused():
     with pytest.raises(DataError, match=r"^runs: must hold at least.*got none"):
         fit([], PRIORS)
+
+
+def test_runs_with_experts_change_only_the_coefficients_of_experts():
+    """Made with slower permutations, which are found again; the coefficients of dense models are held."""
+    runs, _ = read_runs(PUBLISHED_MOE_PATH)
+    chosen = [run for run in runs if run.model == "qwen3-30b-a3b"]
+    truth = replace_values(PRIORS, {"experts.permute_ratio": 0.35})
+    made = [dataclasses.replace(run, step_time_s=predict_step(run.plan, truth).total_s) for run in chosen]
+    after = flatten_coefficients(fit(made, PRIORS))
+    before = flatten_coefficients(PRIORS)
+    assert after["experts.permute_ratio"] < 0.65 < before["experts.permute_ratio"]
+    assert {name for name in after if after[name] != before[name]} <= {f"experts.{name}" for name in EXPERT_NAMES}
+    dense = simulate_runs(TRUE_COEFFICIENTS)[:3]
+    assert fit([*made, *dense], PRIORS).gpus == fit(dense, PRIORS).gpus
+
+
+def test_a_fold_fits_dense_runs_once_and_experts_only_where_it_predicts_some():
+    dense = simulate_runs(TRUE_COEFFICIENTS)[:3]
+    experts = [run for run in read_runs(PUBLISHED_MOE_PATH)[0] if run.model == "qwen3-30b-a3b"][:2]
+    known: dict[tuple[int, ...], Any] = {}
+    plain = fit_fold(dense[:1], [*dense[1:], *experts], PRIORS, known)
+    assert plain.experts == PRIORS.experts
+    full = fit_fold(experts[:1], [*dense[1:], *experts[1:]], PRIORS, known)
+    assert len(known) == 1
+    assert full.gpus == plain.gpus
+    assert full.experts != PRIORS.experts

@@ -11,7 +11,7 @@ from megatron_hammer.cli.scaling_study import validate as command
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.scaling.cost.coefficients import Coefficients, load_coefficients
 from megatron_hammer.scaling.cost.step_time import predict_step
-from megatron_hammer.scaling.evidence import validation
+from megatron_hammer.scaling.evidence import calibration
 from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun, read_runs
 from megatron_hammer.scaling.evidence.validation import (
     Prediction,
@@ -109,11 +109,12 @@ def test_no_run_is_predicted_by_coefficients_of_its_publication(
     runs = read(tmp_path / "runs.csv", *cells)
     seen: list[list[str]] = []
 
-    def fit(others: list[MeasuredRun], start: Coefficients) -> Coefficients:
+    def fit(others: list[MeasuredRun], start: Coefficients, *, is_prior_start: bool) -> Coefficients:
+        assert not is_prior_start
         seen.append([other.source for other in others])
         return replace(start, step_s=start.step_s * (1 + len(seen)))
 
-    monkeypatch.setattr(validation, "fit", fit)
+    monkeypatch.setattr(calibration, "fit", fit)
     announced: list[str] = []
     report = cross_validate_runs(runs, [], announced.append, by="publication")
     assert seen == [["lab_b"], ["team_a_v1.0", "team_a_v2.0"], ["team_a_v1.0", "team_a_v2.0", "lab_b"]]

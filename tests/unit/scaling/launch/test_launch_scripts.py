@@ -30,7 +30,7 @@ from megatron_hammer.scaling.launch.launch_scripts import (
     shorten_name,
 )
 from megatron_hammer.scaling.launch.training_flags import list_model_flags
-from megatron_hammer.scaling.plan import Plan
+from megatron_hammer.scaling.plan import ExpertOptions, Plan
 from megatron_hammer.scaling.plan_memory import build_memory_run
 from tests.helpers.messages import raises_problem
 from tests.helpers.parsed_flags import parse
@@ -450,3 +450,21 @@ def test_the_shipped_layout_is_that_of_the_recipe() -> None:
     launch = build_shipped_launch()
     assert (launch.num_nodes, launch.processes_per_node) == (2, 8)
     assert launch.plan.global_batch_size == PRESETS["hammer-1b4"].recipe.global_batch_size
+
+
+def test_experts_are_sent_and_computed_as_they_were_projected() -> None:
+    """For a preset, whose recipe has the all-to-all, and for a model that is given flag by flag."""
+    model = PRESETS["qwen3-30b-a3b"].model
+    layout = {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1, "tensor_model_parallel_size": 1}
+    layout |= {"virtual_pipeline_model_parallel_size": 2}
+    for own in (model, replace(model, name="own")):
+        options = ExpertOptions(dispatcher="hybridep", overlaps_communication=True)
+        flags = list_launch_flags(build(model=own, layout=layout, seq_length=4096, experts=options))
+        assert flags.count("--moe-token-dispatcher-type") == 1
+        read = parse(*flags, "--mock-data", "--dry-run").namespace
+        assert (read.moe_token_dispatcher_type, read.moe_flex_dispatcher_backend) == ("flex", "hybridep")
+        assert read.overlap_moe_expert_parallel_comm
+        assert read.moe_grouped_gemm
+        plain = list_launch_flags(build(model=own, layout=layout, seq_length=4096))
+        read = parse(*plain, "--mock-data", "--dry-run").namespace
+        assert (read.moe_token_dispatcher_type, read.overlap_moe_expert_parallel_comm) == ("alltoall", False)

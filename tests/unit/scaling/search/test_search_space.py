@@ -12,8 +12,11 @@ from megatron_hammer.model.accounting import ParallelLayout, find_split_problems
 from megatron_hammer.model.layout import divisors
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.presets.catalogue import select_preset
+from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_gpu
+from megatron_hammer.scaling.plan import ExpertOptions, Plan
 from megatron_hammer.scaling.search.search_space import (
     SearchSpace,
+    can_overlap_experts,
     can_overlap_tensor_parallel,
     list_layouts,
     list_micro_batch_sizes,
@@ -188,3 +191,25 @@ def test_overlap_of_tensor_parallelism_stays_inside_an_nvlink_domain() -> None:
     assert not can_overlap_tensor_parallel(layout, CPU_HOST)
     assert not can_overlap_tensor_parallel(layout, replace(CLUSTER, nvlink_domain_size=4))
     assert not can_overlap_tensor_parallel(ParallelLayout(data_parallel_size=8), CLUSTER)
+
+
+def test_the_exchange_with_experts_overlaps_where_two_micro_batches_can_pass_at_once() -> None:
+    model = select_preset("qwen3-30b-a3b").model
+    layout = ParallelLayout(data_parallel_size=8, expert_model_parallel_size=8)
+    plan = Plan(
+        model=model, layout=layout, gpu=select_gpu("h100-sxm"), cluster=select_cluster("dgx-h100"), seq_length=4096,
+        micro_batch_size=1, global_batch_size=64,
+    )  # fmt: skip
+    pipeline = replace(layout, pipeline_model_parallel_size=2, data_parallel_size=8)
+    assert can_overlap_experts(plan)
+    assert can_overlap_experts(replace(plan, layout=replace(pipeline, virtual_pipeline_model_parallel_size=2)))
+    for change in (
+        {"layout": pipeline},
+        {"layout": replace(layout, expert_model_parallel_size=1)},
+        {"recompute": "full"},
+        {"recompute": "selective", "recompute_modules": ("moe",)},
+        {"experts": ExpertOptions(dispatcher="allgather")},
+        {"sharding": "fsdp"},
+        {"precision": "fp32"},
+    ):
+        assert not can_overlap_experts(replace(plan, **change))

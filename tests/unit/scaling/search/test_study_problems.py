@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_hammer.presets.catalogue import select_preset
+from megatron_hammer.scaling.plan import ExpertOptions
 from megatron_hammer.scaling.search.search_space import SearchSpace
 from megatron_hammer.scaling.search.study_problems import find_study_problems
 from tests.helpers.toy_study import CLUSTER, build_toy_study
@@ -19,6 +20,7 @@ def test_a_good_study_has_no_problems() -> None:
     assert find_study_problems(build_toy_study()) == []
     weak = build_toy_study(global_batch_size=None, samples_per_gpu=Fraction(1, 4))
     assert find_study_problems(weak) == []
+    assert find_study_problems(build_toy_study(model=MIXED)) == []
 
 
 @pytest.mark.parametrize(
@@ -107,9 +109,12 @@ def test_a_good_study_has_no_problems() -> None:
             "precision: must be fp32 or bf16 on a CPU host, got precision=fp16, cluster=cpus. Pass --precision bf16.",
         ),
         (
-            {"model": MIXED},
-            "model: layers must all be alike for a projection, got 2 dense ones among 8 in tiny-llm-zh-moe. "
-            "Time training runs of it, or project a model whose layers all have experts.",
+            {"model": MOE, "experts": ExpertOptions(imbalance_ratio=0.5)},
+            "moe-imbalance: must be at least 1, got 0.5. Pass 1 for tokens that are spread evenly.",
+        ),
+        (
+            {"experts": ExpertOptions(dispatcher="deepep")},
+            "moe-dispatcher and moe-imbalance: need a model with experts, got hammer-1b4. Drop them.",
         ),
         ({"seq_length": 0}, "seq-length: must be at least 1, got 0. Pass tokens, as in --seq-length 4096."),
         (
