@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.scaling.cost.coefficients import Coefficients
-from megatron_hammer.scaling.cost.compute import PassTime
 from megatron_hammer.scaling.cost.data_parallel import estimate_hidden_fsdp_s
-from megatron_hammer.scaling.cost.layer_cost import estimate_hidden_tensor_s, list_layer_kinds
-from megatron_hammer.scaling.cost.pipeline import count_kinds, list_chunk_layers
-from megatron_hammer.scaling.cost.step_time import StageCost, StepCosts, build_step_costs, predict_step
+from megatron_hammer.scaling.cost.layer_cost import estimate_hidden_tensor_s
+from megatron_hammer.scaling.cost.pipeline import list_chunk_layers
+from megatron_hammer.scaling.cost.step_time import StepCosts, build_step_costs, predict_step
 from megatron_hammer.scaling.plan import Plan, StepTime
 from megatron_hammer.scaling.search.projection import PART_NAMES, describe_plan
 from megatron_hammer.scaling.timeline.schedule import Pass, PlacedPass, place_passes
+from megatron_hammer.scaling.timeline.stage_chunks import StageChunk, find_slowest_rank, list_stage_chunks, select_parts
 
 STEP_TRACK, PARTS_TRACK, GATHER_TRACK, REDUCE_TRACK, FSDP_TRACK, TENSOR_TRACK = range(6)
 TRACK_NAMES = (
@@ -68,14 +68,6 @@ class StepTrace:
     spans: tuple[Span, ...]
 
 
-class _Chunk(NamedTuple):
-    """Seconds of one micro-batch through one chunk of a stage, by the parts of StepTime."""
-
-    layers: list[int]  # a layer for further tokens (MTP) has the number of the last layer
-    forward: dict[str, float]
-    backward: dict[str, float]
-
-
 def build_trace(plan: Plan, coefficients: Coefficients, *, has_parts: bool = True) -> StepTrace:
     """The predicted step of a plan. has_parts: whether the track of the passes' parts is drawn.
 
@@ -84,8 +76,8 @@ def build_trace(plan: Plan, coefficients: Coefficients, *, has_parts: bool = Tru
     _check_number_of_spans(plan, has_parts)
     costs = build_step_costs(plan, coefficients)
     step = predict_step(plan, coefficients)
-    stages = _list_stages(plan, costs)
-    slowest = _find_slowest_rank(plan, costs)
+    stages = list_stage_chunks(plan, costs)
+    slowest = find_slowest_rank(plan, costs)
     m, pp = plan.num_microbatches, plan.layout.pipeline_model_parallel_size
     slowest_s = costs.stages[costs.schedule.slowest].total_s + costs.send_s
     pipeline_s = m * slowest_s + costs.schedule.bubble_s + costs.fill_send_s
@@ -93,7 +85,7 @@ def build_trace(plan: Plan, coefficients: Coefficients, *, has_parts: bool = Tru
         pp,
         plan.layout.virtual_pipeline_model_parallel_size,
         m,
-        lambda rank, work: sum(_select_parts(stages[rank], work).values()),
+        lambda rank, work: sum(select_parts(stages[rank], work).values()),
         way_s=costs.fill_send_s / (2 * (pp - 1)) if pp > 1 else 0.0,  # each way once down and once up
     )
     pass_ratio = pipeline_s / max(works[-1].end_s for works in placed)
@@ -130,106 +122,6 @@ def _check_number_of_spans(plan: Plan, has_parts: bool) -> None:
         )
 
 
-# --- what a pass costs -----------------------------------------------------------------------------------------------
-
-
-def _list_stages(plan: Plan, costs: StepCosts) -> list[list[_Chunk]]:
-    """The chunks of every pipeline rank. The parts of a stage's chunks add up to its StageCost and its sends."""
-    split = list_chunk_layers(plan.model.num_layers, plan.layout, plan.model.num_mtp_layers)
-    _, layer_kinds = list_layer_kinds(plan.model)
-    return [_list_chunks(rank, split, layer_kinds, costs) for rank in range(len(split))]
-
-
-def _list_chunks(
-    rank: int, split: Sequence[Sequence[list[int]]], layer_kinds: tuple[int, ...], costs: StepCosts
-) -> list[_Chunk]:
-    stage = _find_stage(rank, split, layer_kinds, costs)
-    pairs = []
-    for position, layers in enumerate(split[rank]):
-        has_embedding = rank == 0 and position == 0
-        has_head = rank == len(split) - 1 and position == len(split[rank]) - 1
-        ends = [end for end, is_here in ((costs.embedding, has_embedding), (costs.head, has_head)) if is_here]
-        counts = count_kinds(layers, layer_kinds) or (len(layers),)
-        pairs.append(
-            (
-                _list_forward_parts(counts, [end.forward for end in ends], costs),
-                _list_backward_parts(counts, [end.backward for end in ends], costs),
-            )
-        )
-    whole_s = sum(sum(side.values()) for pair in pairs for side in pair)
-    # Besides its layers and ends, a stage waits for FSDP and for the host. StageCost shares that over both passes in
-    # proportion to their length, and the chunks do the same here.
-    fsdp_s, host_s = sum(map(len, split[rank])) * costs.fsdp_s, stage.total_s - stage.device_s
-    chunks = []
-    for layers, parts in zip(split[rank], pairs, strict=True):
-        for side in parts:
-            share = sum(side.values()) / whole_s
-            side["data_parallel_s"] = share * fsdp_s
-            side["overhead_s"] += share * host_s
-            side["pipeline_p2p_s"] = costs.send_s / (2 * len(pairs))
-        chunks.append(_Chunk(layers, *parts))
-    return chunks
-
-
-def _find_stage(
-    rank: int, split: Sequence[Sequence[list[int]]], layer_kinds: tuple[int, ...], costs: StepCosts
-) -> StageCost:
-    layers = [layer for chunk in split[rank] for layer in chunk]
-    key = (len(layers), rank == 0, rank == len(split) - 1)
-    counts = count_kinds(layers, layer_kinds)
-    return next(
-        stage
-        for kind, stage in zip(costs.kinds, costs.stages, strict=True)
-        if kind[:3] == key and kind.kind_counts == counts
-    )
-
-
-def _list_forward_parts(counts: tuple[int, ...], ends: list[PassTime], costs: StepCosts) -> dict[str, float]:
-    """counts: layers of each kind."""
-    pairs = list(zip(counts, costs.layer_costs, strict=True))
-    return {
-        "embedding_and_loss_s": sum(end.device_s for end in ends),
-        **_list_layer_parts([(count, layer.time.forward) for count, layer in pairs]),
-        "tensor_parallel_s": sum(count * layer.tensor_forward_s for count, layer in pairs),
-        "context_parallel_s": sum(count * layer.context_forward_s for count, layer in pairs),
-        "expert_parallel_s": sum(count * layer.expert_forward_s for count, layer in pairs),
-    }
-
-
-def _list_backward_parts(counts: tuple[int, ...], ends: list[PassTime], costs: StepCosts) -> dict[str, float]:
-    pairs = list(zip(counts, costs.layer_costs, strict=True))
-    return {
-        "recompute_s": sum(count * layer.recompute.device_s for count, layer in pairs),
-        "embedding_and_loss_s": sum(end.device_s for end in ends),
-        **_list_layer_parts([(count, layer.time.backward) for count, layer in pairs]),
-        "tensor_parallel_s": sum(count * layer.tensor_backward_s for count, layer in pairs),
-        "context_parallel_s": sum(count * layer.context_backward_s for count, layer in pairs),
-        "expert_parallel_s": sum(count * layer.expert_backward_s for count, layer in pairs),
-    }
-
-
-def _list_layer_parts(pairs: list[tuple[int, PassTime]]) -> dict[str, float]:
-    return {
-        "matmul_s": sum(count * time.matmul_s for count, time in pairs),
-        "attention_s": sum(count * time.attention_s for count, time in pairs),
-        "pointwise_s": sum(count * time.pointwise_s for count, time in pairs),
-        "overhead_s": sum(count * time.gap_s for count, time in pairs),
-    }
-
-
-def _select_parts(chunks: Sequence[_Chunk], work: Pass) -> dict[str, float]:
-    chunk = chunks[work.chunk]
-    return chunk.forward if work.is_forward else chunk.backward
-
-
-def _find_slowest_rank(plan: Plan, costs: StepCosts) -> int:
-    """The first pipeline rank of the kind that sets the pace."""
-    split = list_chunk_layers(plan.model.num_layers, plan.layout, plan.model.num_mtp_layers)
-    _, layer_kinds = list_layer_kinds(plan.model)
-    slowest = costs.stages[costs.schedule.slowest]
-    return next(rank for rank in range(len(split)) if _find_stage(rank, split, layer_kinds, costs) is slowest)
-
-
 # --- spans -----------------------------------------------------------------------------------------------------------
 
 
@@ -247,7 +139,7 @@ class _Clock(NamedTuple):
 
 
 def _draw_step(
-    rank: int, works: Sequence[PlacedPass], chunks: Sequence[_Chunk], costs: StepCosts, clock: _Clock
+    rank: int, works: Sequence[PlacedPass], chunks: Sequence[StageChunk], costs: StepCosts, clock: _Clock
 ) -> Iterator[Span]:
     """The track without gaps: each span begins where the one before it ended."""
     now_s = clock.tell(0.0)
@@ -279,9 +171,9 @@ def _draw_step(
         now_s = end_s
 
 
-def _draw_parts(rank: int, works: Sequence[PlacedPass], chunks: Sequence[_Chunk], clock: _Clock) -> Iterator[Span]:
+def _draw_parts(rank: int, works: Sequence[PlacedPass], chunks: Sequence[StageChunk], clock: _Clock) -> Iterator[Span]:
     for work, start_s, end_s in works:
-        parts = _select_parts(chunks, work)
+        parts = select_parts(chunks, work)
         now_s, whole_s = start_s, sum(parts.values())
         for name, seconds in parts.items():
             next_s = now_s + (end_s - start_s) * seconds / whole_s if whole_s else now_s
@@ -322,7 +214,7 @@ def _list_hidden(plan: Plan, costs: StepCosts, coefficients: Coefficients) -> li
 
 
 def _draw_beside_passes(
-    rank: int, works: Sequence[PlacedPass], chunks: Sequence[_Chunk], clock: _Clock, hidden: _Hidden
+    rank: int, works: Sequence[PlacedPass], chunks: Sequence[StageChunk], clock: _Clock, hidden: _Hidden
 ) -> Iterator[Span]:
     for work, start_s, end_s in works:
         seconds = len(chunks[work.chunk].layers) * hidden.layer_s[0 if work.is_forward else 1]
@@ -335,12 +227,12 @@ def _name_direction(work: Pass) -> str:
     return "forward" if work.is_forward else "backward"
 
 
-def _name_pass(work: Pass, chunks: Sequence[_Chunk]) -> str:
+def _name_pass(work: Pass, chunks: Sequence[StageChunk]) -> str:
     chunk = f" chunk {work.chunk}" if len(chunks) > 1 else ""
     return f"{_name_direction(work)} {work.microbatch}{chunk}"
 
 
-def _describe(work: Pass, chunks: Sequence[_Chunk]) -> dict[str, Any]:
+def _describe(work: Pass, chunks: Sequence[StageChunk]) -> dict[str, Any]:
     layers = chunks[work.chunk].layers
     return {
         "microbatch": work.microbatch,
