@@ -310,9 +310,6 @@ def _read_memory_options(args: Any, layout: ParallelLayout, *, has_gpu: bool) ->
         precision=_read_product_precision(args),
         has_expanded_heads=has_expanded_heads,
         has_quantized_parameters=bool((args.fp8 and args.fp8_param_gather) or (args.fp4 and args.fp4_param_gather)),
-        has_own_gather_buffer=bool(
-            args.fp8 and args.fp8_recipe == "mxfp8" and not args.reuse_grad_buf_for_mxfp8_param_ag
-        ),
         recompute=_read_recompute(args),
         recompute_modules=tuple(args.recompute_modules or ("core_attn",)),
         recompute_method=args.recompute_method or "uniform",

@@ -68,8 +68,6 @@ class MemoryOptions:
     # Products read a quantized copy of a weight forward and a transposed one backward. Blackwell multiplies per-tensor
     # fp8 in every layout and needs the first only (is_non_tn_fp8_gemm_supported of TransformerEngine).
     has_transposed_weights: bool = True
-    # Parameters in MXFP8 are gathered in 16 bits. --reuse-grad-buf-for-mxfp8-param-ag: into the gradients' buffer.
-    has_own_gather_buffer: bool = False
     master_bytes: int = 4  # of an element of 16-bit weights in the optimizer; 2 where it keeps only the lost bits
     optimizer_offload_ratio: float = 0.0  # --optimizer-cpu-offload: --optimizer-offload-fraction
     num_offloaded_layers: int = 0  # --cpu-offloading-num-layers

@@ -203,7 +203,8 @@ def _count_weight_bytes(options: MemoryOptions, total: int, linear: int) -> tupl
         return element * total, round(_count_copies(options) * quantized * linear)
     is_transposed_late = options.sharding == "fsdp" and options.precision == "fp8"
     copies = quantized * linear * (1 if is_transposed_late else _count_copies(options))
-    return element * (total - linear) + round(copies), element * linear if options.has_own_gather_buffer else 0
+    # MXFP8 is gathered in 16 bits, into the buffer of the gradients (_ParamAndGradBuffer of megatron.core).
+    return element * (total - linear) + round(copies), 0
 
 
 def _count_copies(options: MemoryOptions) -> int:

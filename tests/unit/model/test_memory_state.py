@@ -94,13 +94,6 @@ def test_blackwell_keeps_one_copy_of_per_tensor_fp8():
     assert instead.weights == estimate().weights - linears
 
 
-def test_mxfp8_parameters_need_a_gather_buffer_unless_they_share_that_of_gradients():
-    shared = estimate(precision="mxfp8", has_quantized_parameters=True)
-    own = estimate(precision="mxfp8", has_quantized_parameters=True, has_own_gather_buffer=True)
-    assert own.buffers - shared.buffers == 2 * 22 * LAYER_LINEARS
-    assert own.weights == shared.weights
-
-
 def test_fsdp_gathers_quantized_parameters_of_the_layers_at_work_only():
     layout = ParallelLayout(data_parallel_size=8)
     options = {"sharding": "fsdp", "has_fused_weight_gradients": False, "precision": "fp8"}

@@ -113,7 +113,7 @@ def test_preflight_counts_the_memory_that_the_plan_was_chosen_for(changes: dict[
     flags = [*list_launch_flags(launch), "--mock-data", "--dry-run", "--world-size", str(launch.plan.layout.world_size)]
     memory = parse(*flags, platform="cuda", backend="te").plan.memory
     expected = build_memory_run(launch.plan)["options"]
-    names = ("precision", "has_quantized_parameters", "has_own_gather_buffer", "recompute", "num_offloaded_layers",
+    names = ("precision", "has_quantized_parameters", "recompute", "num_offloaded_layers",
              "offload_modules", "optimizer_offload_ratio", "moments_bytes", "master_bytes")  # fmt: skip
     assert {name: getattr(memory, name) for name in names} == {name: getattr(expected, name) for name in names}
     if launch.plan.recompute == "selective":
