@@ -54,7 +54,10 @@ class Gpu:
 
     def find_peak_tflops(self, precision: Precision) -> float | None:
         """The dense peak of matrix products in this precision. None if the GPU has no units for it."""
-        # fp8 and its block-scaled form mxfp8 run on the same units.
+        # fp8 and its block-scaled form mxfp8 run on the same units, but only those that also multiply fp4 apply the
+        # scales of blocks.
+        if precision == "mxfp8" and self.fp4_tflops is None:
+            return None
         formats = {"mxfp8": "fp8", "nvfp4": "fp4"}
         peak: float | None = getattr(self, f"{formats.get(precision, precision)}_tflops")
         return peak

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from megatron_hammer.model.byte_units import GIB
 from megatron_hammer.presets.catalogue import select_preset
+from megatron_hammer.scaling.hardware.catalogue import select_gpu
 from megatron_hammer.scaling.plan import ExpertOptions
 from megatron_hammer.scaling.search.search_space import SearchSpace
 from megatron_hammer.scaling.search.study_problems import find_study_problems
@@ -14,6 +16,26 @@ from tests.helpers.toy_study import CLUSTER, build_toy_study
 
 MOE = select_preset("tiny-llm-zh-moe").model
 MIXED = replace(MOE, moe=replace(MOE.moe, dense_layers=(0, 1)))
+
+
+def test_formats_are_those_of_the_gpu() -> None:
+    """The table of GPUs says which there are: scales of blocks and fp4 since Blackwell, fp8 since Hopper."""
+    for gpu, precision, is_good in (
+        ("h100-sxm", "fp8", True),
+        ("h100-sxm", "mxfp8", False),
+        ("h200-sxm", "nvfp4", False),
+        ("a100-sxm-80gb", "fp8", False),
+        ("v100-sxm3-32gb", "bf16", False),
+        ("b200-sxm", "mxfp8", True),
+        ("gb200", "nvfp4", True),
+    ):
+        problems = find_study_problems(
+            build_toy_study(gpu=select_gpu(gpu), precision=precision, memory_limit_bytes=GIB)
+        )
+        assert (problems == []) == is_good, problems
+        assert is_good or problems[0].startswith(
+            f"precision: must be a format that the GPU has, got precision={precision}"
+        )
 
 
 def test_a_good_study_has_no_problems() -> None:
