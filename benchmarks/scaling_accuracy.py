@@ -165,7 +165,8 @@ def format_contradictions(report: ValidationReport) -> str:
     """How many predicted rows have cells that cannot all be true, and of which sources."""
     rows = Counter(one.run.source.replace("_", " ") for one in report.predictions if one.run.contradictions)
     named = ", ".join(f"{number} of {source}" for source, number in sorted(rows.items())) or "none"
-    return f"In {rows.total()} of them cells contradict each other, which `validate` names ({named})."
+    total = rows.total()
+    return f"Of the predicted ones, {total} have cells that contradict each other, which `validate` names ({named})."
 
 
 def list_sources(report: ValidationReport, *, is_megatron_style: bool) -> list[ErrorRow]:

@@ -32,7 +32,8 @@ def _compare_size(row: RunRow, plan: Plan) -> str:
     if row.params_b is None:
         return ""
     counted = count_parameters(plan.model) / 1e9
-    if abs(counted / row.params_b - 1) <= LARGEST_SIZE_DIFFERENCE_RATIO:
+    # A whole number may be rounded: 1 of Llama-3.2-1B's 1.24 billion.
+    if row.params_b == round(counted) or abs(counted / row.params_b - 1) <= LARGEST_SIZE_DIFFERENCE_RATIO:
         return ""
     model = plan.model
     return (

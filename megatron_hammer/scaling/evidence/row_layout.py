@@ -132,7 +132,7 @@ def _fill_model_parallel(row: RunRow, siblings: Siblings, assumptions: list[str]
         if row.gpus is not None and row.gpus % (tp * pp) == 0:
             assumptions.append(f"tp {tp}, pp {pp}: the layout of the source's other row of this model")
             return tp, pp
-    blank = " and ".join(name for name in ("tp", "pp") if getattr(row, name) is None)
+    blank = " and ".join(name for name in ("tp", "pp", "gpus") if getattr(row, name) is None)
     raise UnpredictableError(f"{blank} blank, and nothing says how its GPUs were laid out")
 
 
@@ -164,8 +164,8 @@ def _fill_chunks(
 def _split_over_stages(base: ParallelLayout, model: ModelShape, vpp: int, assumptions: list[str]) -> ParallelLayout:
     """The first exact way to split the layers: evenly, with embedding and loss as layers, or a short last stage.
 
-    If a model with experts has none, its layers are shared out over the chunks one by one, as its recipes do with
-    --pipeline-model-parallel-layout.
+    If there is none, the layers are shared out over the chunks one by one, as recipes do with
+    --pipeline-model-parallel-layout, and as nanotron always does.
     """
     num_layers = model.num_layers
     layout = replace(base, virtual_pipeline_model_parallel_size=vpp if base.pipeline_model_parallel_size > 1 else 1)
@@ -183,7 +183,7 @@ def _split_over_stages(base: ParallelLayout, model: ModelShape, vpp: int, assump
             if text:
                 assumptions.append(f"{num_layers} layers over pp {pp}, vpp {vpp}: {text}")
             return way
-    chunks = None if model.moe is None else _share_out_layers(num_layers, pp * vpp, model.num_mtp_layers)
+    chunks = _share_out_layers(num_layers, pp * vpp, model.num_mtp_layers)
     if chunks is None:
         raise UnpredictableError(f"its {num_layers} layers cannot be split over pp {pp} and vpp {vpp}")
     assumptions.append(f"{num_layers} layers over pp {pp}, vpp {vpp}: shared out as evenly as chunks allow")

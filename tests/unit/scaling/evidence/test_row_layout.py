@@ -76,7 +76,7 @@ def test_source_families(tmp_path: Path) -> None:
         assert read_one(tmp_path, source=name).source_family == family
 
 
-def test_layers_that_no_rule_splits_are_shared_out_in_models_with_experts(tmp_path: Path) -> None:
+def test_layers_that_no_rule_splits_are_shared_out_over_the_chunks(tmp_path: Path) -> None:
     cells = {"layers": "61", "pp": "8", "vpp": "4", "gpus": "128", "experts": "8", "topk": "2", "moe_ffn": "1024"}
     columns = [*COLUMNS, "experts", "topk", "moe_ffn", "mtp_layers"]
     path = write_table(tmp_path / "one.csv", cells | {"mtp_layers": "1", "ffn": ""}, columns=columns)
@@ -86,5 +86,9 @@ def test_layers_that_no_rule_splits_are_shared_out_in_models_with_experts(tmp_pa
     # 64 places for 61 layers, the embedding, the head and the layer for a further token
     assert (len(chunks), sum(chunks), chunks[0], chunks[-1]) == (32, 61, 1, 0)
     assert any("shared out as evenly" in text for text in run.assumptions)
-    dense = write_table(tmp_path / "dense.csv", {name: cells[name] for name in ("layers", "pp", "vpp", "gpus")})
-    assert read_runs(dense)[1][0].reason.startswith("its 61 layers cannot be split")
+    # nanotron's 80 layers over 32 stages
+    dense = read_plan(tmp_path, layers="80", pp="32", gpus="64", dp="1").layout.chunk_layers
+    assert dense is not None
+    assert (len(dense), sum(dense), max(dense), min(dense)) == (32, 80, 3, 1)
+    few = write_table(tmp_path / "few.csv", {"layers": "5", "pp": "8", "gpus": "16", "dp": "1"})
+    assert read_runs(few)[1][0].reason.startswith("its 5 layers cannot be split")
