@@ -41,6 +41,7 @@ from megatron_hammer.scaling.search.search_space import (
     list_layouts,
     list_micro_batch_sizes,
     list_shardings,
+    select_recompute_modules,
 )
 from megatron_hammer.scaling.search.standing import find_widest_tie_ratio, rank_families
 
@@ -279,6 +280,7 @@ def _build_plan(study: Study, layout: ParallelLayout, sharding: Sharding, global
         global_batch_size=global_batch_size,
         precision=study.precision,
         recompute="none",
+        recompute_modules=select_recompute_modules(study.model, study.precision, study.cluster),
         has_quantized_parameters=_has_quantized_parameters(study, sharding),
         num_offloaded_layers=study.space.num_offloaded_layers,
         offload_modules=study.space.offload_modules,

@@ -17,9 +17,9 @@ from megatron_hammer.model.accounting import (
     find_split_problems,
 )
 from megatron_hammer.model.layout import divisors
-from megatron_hammer.model.memory_options import OffloadModule
+from megatron_hammer.model.memory_options import OffloadModule, RecomputeModule
 from megatron_hammer.model.shape import ModelShape
-from megatron_hammer.scaling.plan import Cluster, Plan, Recompute, Sharding
+from megatron_hammer.scaling.plan import Cluster, Plan, Precision, Recompute, Sharding
 
 RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")  # from the fastest to the smallest
 SHARDINGS: tuple[Sharding, ...] = ("none", "distributed_optimizer", "fsdp")
@@ -221,3 +221,23 @@ def _list_expert_layouts(model: ModelShape, layout: ParallelLayout, space: Searc
             dealt = replace(layout, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp)
             if not find_grid_problems(dealt) and not find_shard_problems(model, dealt):
                 yield dealt
+
+
+def select_recompute_modules(model: ModelShape, precision: Precision, cluster: Cluster) -> tuple[RecomputeModule, ...]:
+    """What "selective" repeats: the core attention, or of experts and latent attention what frees much for little.
+
+    With those a layer keeps more in its experts than in its attention, of which flash attention keeps little anyway.
+    moe_act needs grouped products, which only GPUs have; neither it nor layernorm goes with delayed scaling, the recipe
+    of fp8. Source: megatron.core TransformerConfig.__post_init__.
+    """
+    if is_cpu_host(cluster) or (model.moe is None and model.latent_attention is None):
+        return ("core_attn",)
+    is_delayed = precision == "fp8"
+    chosen: dict[RecomputeModule, bool] = {
+        "layernorm": not is_delayed,
+        "mla_up_proj": model.latent_attention is not None,
+        "mlp": model.is_mixed,  # of the dense layers
+        "moe_act": model.moe is not None and not is_delayed,
+        "shared_experts": model.moe is not None and model.moe.shared_expert_intermediate_size > 0,
+    }
+    return tuple(module for module, is_chosen in chosen.items() if is_chosen) or ("core_attn",)

@@ -10,7 +10,7 @@ from megatron_hammer.config.preflight.layout import find_layout_problems
 from megatron_hammer.config.run_plan import Batch
 from megatron_hammer.model.accounting import ParallelLayout, find_split_problems
 from megatron_hammer.model.layout import divisors
-from megatron_hammer.model.shape import ModelShape
+from megatron_hammer.model.shape import LatentAttention, ModelShape
 from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_gpu
 from megatron_hammer.scaling.plan import ExpertOptions, Plan
@@ -21,6 +21,7 @@ from megatron_hammer.scaling.search.search_space import (
     list_layouts,
     list_micro_batch_sizes,
     list_shardings,
+    select_recompute_modules,
 )
 from tests.helpers.toy_study import CLUSTER
 
@@ -213,3 +214,20 @@ def test_the_exchange_with_experts_overlaps_where_two_micro_batches_can_pass_at_
         {"precision": "fp32"},
     ):
         assert not can_overlap_experts(replace(plan, **change))
+
+
+def test_selective_recomputation_repeats_what_is_cheap_in_this_model() -> None:
+    dense, moe = select_preset("hammer-1b4").model, select_preset("tiny-llm-zh-moe").model
+    assert select_recompute_modules(dense, "bf16", CLUSTER) == ("core_attn",)
+    assert select_recompute_modules(moe, "bf16", CPU_HOST) == ("core_attn",)
+    assert moe.moe.shared_expert_intermediate_size
+    assert select_recompute_modules(moe, "bf16", CLUSTER) == ("layernorm", "moe_act", "shared_experts")
+    # Delayed scaling, the recipe of fp8, goes with neither of the first two.
+    assert select_recompute_modules(moe, "fp8", CLUSTER) == ("shared_experts",)
+    latent = LatentAttention(q_lora_rank=8, kv_lora_rank=6, qk_head_dim=4, qk_pos_emb_head_dim=2, v_head_dim=4)
+    mixed = replace(moe, latent_attention=latent, moe=replace(moe.moe, dense_layers=(0,)))
+    assert select_recompute_modules(mixed, "mxfp8", CLUSTER) == (
+        *("layernorm", "mla_up_proj", "mlp", "moe_act", "shared_experts"),
+    )
+    plain = replace(moe, moe=replace(moe.moe, shared_expert_intermediate_size=0))
+    assert select_recompute_modules(plain, "fp8", CLUSTER) == ("core_attn",)
