@@ -22,6 +22,9 @@ from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.scaling.plan import Cluster, Plan, Precision, Recompute, Sharding
 
 RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")  # from the fastest to the smallest
+# Chunks of a stage, unless more are asked for. Published runs have at most 14; with dozens of chunks of one layer, the
+# times of single layers and of their exchanges decide, which nobody has measured.
+MOST_CHUNKS = 16
 SHARDINGS: tuple[Sharding, ...] = ("none", "distributed_optimizer", "fsdp")
 
 
@@ -186,7 +189,10 @@ def _list_splits(num_layers: int, layout: ParallelLayout, space: SearchSpace) ->
     splits = [split for split in splits if not find_split_problems(num_layers, split)]
     for split in splits or _list_uneven_splits(num_layers, layout):
         # Embedding and loss count as two layers at most, so a stage has at most one chunk more than layers.
-        for vp in range(1, num_layers // layout.pipeline_model_parallel_size + 2):
+        most = num_layers // layout.pipeline_model_parallel_size + 1
+        if space.virtual_pipeline_model_parallel_sizes is None:
+            most = min(most, MOST_CHUNKS)
+        for vp in range(1, most + 1):
             if _is_allowed(vp, space.virtual_pipeline_model_parallel_sizes):
                 chunked = replace(split, virtual_pipeline_model_parallel_size=vp)
                 if not find_split_problems(num_layers, chunked):

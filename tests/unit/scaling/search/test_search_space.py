@@ -231,3 +231,14 @@ def test_selective_recomputation_repeats_what_is_cheap_in_this_model() -> None:
     )
     plain = replace(moe, moe=replace(moe.moe, shared_expert_intermediate_size=0))
     assert select_recompute_modules(plain, "fp8", CLUSTER) == ("core_attn",)
+
+
+def test_dozens_of_chunks_are_searched_only_where_they_are_asked_for() -> None:
+    model = replace(select_preset("hammer-1b4").model, num_layers=48)
+
+    def list_chunks(space: SearchSpace) -> set[int]:
+        layouts = list_all(model, 2, 8, 2048, replace(space, pipeline_model_parallel_sizes=(2,)))
+        return {layout.virtual_pipeline_model_parallel_size for layout in layouts}
+
+    assert max(list_chunks(ANYTHING)) == 12
+    assert list_chunks(replace(ANYTHING, virtual_pipeline_model_parallel_sizes=(24,))) == {24}
