@@ -8,9 +8,9 @@ from typing import Any
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.files.typed import read_json
 from megatron_hammer.model.shape import ModelShape
-from megatron_hammer.scaling.plan import Cluster, Gpu, PositiveInt, Precision
+from megatron_hammer.scaling.plan import Cluster, ExpertOptions, Gpu, PositiveInt, Precision
 from megatron_hammer.scaling.report.projection_file import REMEDY_OF_A_FIELD, SavedProjection, read_projection
-from megatron_hammer.scaling.search.projection import MEMORY_MARGIN_RATIO, Study
+from megatron_hammer.scaling.search.projection import DEFAULT_EXPERTS, MEMORY_MARGIN_RATIO, Study
 from megatron_hammer.scaling.search.search_space import SearchSpace
 
 LARGEST_DENOMINATOR = 10**6  # of samples per GPU, which the file holds as a decimal number
@@ -54,6 +54,7 @@ class _Question:
     restrictions: SearchSpace
     memory_margin_ratio: float = MEMORY_MARGIN_RATIO
     gradient_bytes: PositiveInt = 4
+    experts: ExpertOptions | None = None  # of a dense model
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,7 @@ def read_study(path: Path) -> SavedStudy:
         space=question.restrictions,
         usd_per_gpu_hour=question.usd_per_gpu_hour,
         gradient_bytes=question.gradient_bytes,
+        experts=question.experts or DEFAULT_EXPERTS,
     )
     document = read_json(path, dict[str, Any], remedy=REMEDY_OF_A_FIELD, raises=ConfigError)
     return SavedStudy(study, projection, document)

@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_hammer.errors import ConfigError
 from megatron_hammer.scaling.cost.step_time import predict_step
-from megatron_hammer.scaling.plan import Plan, StepTime
+from megatron_hammer.scaling.plan import Plan
 from megatron_hammer.scaling.plan_memory import estimate_heaviest_plan_stage
 from megatron_hammer.scaling.search.projection import Projection, SizeProjection
 from megatron_hammer.scaling.search.search import EstimateMemory, Search
@@ -102,16 +102,10 @@ def _remember_memory(case: Case) -> EstimateMemory:
 
 def _build_search(case: Case, estimate: EstimateMemory) -> Search:
     return Search(
-        predict=partial(_predict, case),
+        predict=partial(predict_step, coefficients=case.coefficients),
         estimate=estimate,
         layout_correlation=case.coefficients.layout_correlation,
     )
-
-
-def _predict(case: Case, plan: Plan) -> StepTime:
-    if case.imbalance_ratio > plan.experts.imbalance_ratio:
-        plan = replace(plan, experts=replace(plan.experts, imbalance_ratio=case.imbalance_ratio))
-    return predict_step(plan, case.coefficients)
 
 
 def _find_outcome(variation: Variation, varied: Case, base: SizeProjection, search: Search) -> Outcome:

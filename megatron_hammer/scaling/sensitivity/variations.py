@@ -25,14 +25,10 @@ KERNEL_RATIOS = ("gemm_ratio", "gemm_8bit_ratio", "gemm_4bit_ratio", "attention_
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """A study of one number of GPUs, and what predicts it.
-
-    imbalance_ratio: tokens of the busiest rank of experts over the mean; a study has no field for it.
-    """
+    """A study of one number of GPUs, and the coefficients that predict it."""
 
     study: Study
     coefficients: Coefficients
-    imbalance_ratio: float = 1.0
 
     @property
     def num_gpus(self) -> int:
@@ -115,7 +111,7 @@ def _write_imbalance(case: Case, value: float) -> Case:
             f"vary: imbalance must be of a mixture of experts and stay at least 1, got {value:g} for "
             f"{case.study.model.name}. Pass imbalance=x1.2 for one."
         )
-    return replace(case, imbalance_ratio=value)
+    return _change_study(experts=replace(case.study.experts, imbalance_ratio=value))(case)
 
 
 def _write_gpus(case: Case, value: int) -> Case:
@@ -188,7 +184,9 @@ QUANTITIES = {
         usual=("x0.5", "x2"),
     ),
     "imbalance": Quantity(
-        words="tokens of the busiest rank of experts", read=lambda case: case.imbalance_ratio, write=_write_imbalance
+        words="tokens of the busiest rank of experts",
+        read=lambda case: case.study.experts.imbalance_ratio,
+        write=_write_imbalance,
     ),
     "gpus": Quantity(
         words="GPUs",

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hammer.errors import ConfigError
+from megatron_hammer.scaling.plan import ExpertOptions
 from megatron_hammer.scaling.report.projection_file import build_projection_document, format_json
 from megatron_hammer.scaling.report.saved_study import read_study
 from megatron_hammer.scaling.search.projection import Study
@@ -31,8 +32,9 @@ def write(study: Study, path: Path) -> Path:
             train_tokens=None,
             space=SearchSpace(tensor_model_parallel_sizes=(1, 2), recomputes=("none", "full"), shardings=("fsdp",)),
         ),
+        build_toy_study("hammer-tiny-moe", seq_length=256, gpu_counts=(4,), experts=ExpertOptions(imbalance_ratio=1.4)),
     ],
-    ids=["strong", "weak and restricted"],
+    ids=["strong", "weak and restricted", "experts"],
 )
 def test_the_question_is_read_back(study: Study, tmp_path: Path) -> None:
     saved = read_study(write(study, tmp_path / "projection.json"))
