@@ -233,7 +233,9 @@ def list_environment(launch: Launch) -> list[tuple[str, str, str]]:
 def select_backend(plan: Plan) -> str:
     """te if only TransformerEngine supports the plan, otherwise whatever is installed."""
     is_low = plan.precision in LOW_PRECISIONS
-    needs_te = plan.layout.context_parallel_size > 1 or is_low or plan.overlaps_tensor_parallel
+    is_cpu = plan.cluster.full_speed_processes_per_node is not None
+    is_grouped = plan.model.moe is not None and plan.experts.has_grouped_gemm and not is_cpu
+    needs_te = plan.layout.context_parallel_size > 1 or is_low or plan.overlaps_tensor_parallel or is_grouped
     return "te" if needs_te else "auto"
 
 

@@ -458,6 +458,7 @@ def test_experts_are_sent_and_computed_as_they_were_projected() -> None:
     layout = {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1, "tensor_model_parallel_size": 1}
     layout |= {"virtual_pipeline_model_parallel_size": 2}
     for own in (model, replace(model, name="own")):
+        assert select_backend(build(model=own, layout=layout, seq_length=4096).plan) == "te"  # of grouped products
         options = ExpertOptions(dispatcher="hybridep", overlaps_communication=True)
         flags = list_launch_flags(build(model=own, layout=layout, seq_length=4096, experts=options))
         assert flags.count("--moe-token-dispatcher-type") == 1
