@@ -249,7 +249,7 @@ def _build_layout_table(result: StudyResult) -> ResultTable:
                     str(layout.data_parallel_size),
                     str(plan.micro_batch_size),
                     f"{plan.global_batch_size:,}",
-                    plan.recompute,
+                    " ".join(plan.recompute_modules) if plan.recompute == "selective" else plan.recompute,
                     SHARDING_NAMES[plan.sharding],
                     describe_overlap(plan),
                     f"{projection.step.total_s:.3f}",

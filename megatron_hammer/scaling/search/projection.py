@@ -218,7 +218,9 @@ def describe_plan(plan: Plan) -> str:
     if plan.model.moe is not None and plan.layout.expert_model_parallel_size > 1:
         hidden = " (overlapped)" if plan.experts.overlaps_communication else ""
         words.append(f"{plan.experts.dispatcher}{hidden}")
-    if plan.recompute != "none":
+    if plan.recompute == "selective":
+        words.append(f"recomputes {' '.join(plan.recompute_modules)}")
+    elif plan.recompute != "none":
         words.append(f"{plan.recompute} recomputation")
     words.append(
         {"none": "no sharding", "distributed_optimizer": "distributed optimizer", "fsdp": "FSDP"}[plan.sharding]

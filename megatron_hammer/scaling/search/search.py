@@ -28,20 +28,21 @@ from megatron_hammer.model.accounting import ParallelLayout, StageMemory
 from megatron_hammer.model.byte_units import GIB
 from megatron_hammer.model.layout import divisors
 from megatron_hammer.scaling.cost.coefficients import load_coefficients
-from megatron_hammer.scaling.plan import ExpertOptions, Plan, Recompute, Sharding, StepTime
+from megatron_hammer.scaling.plan import ExpertOptions, Plan, Sharding, StepTime
 from megatron_hammer.scaling.plan_memory import estimate_heaviest_plan_stage
 from megatron_hammer.scaling.search.projection import Projection, SizeProjection, Standing, Study, describe_plan
 from megatron_hammer.scaling.search.published_reach import list_cautions
 from megatron_hammer.scaling.search.search_space import (
     RECOMPUTES,
+    Recomputation,
     SearchSpace,
     can_overlap_experts,
     can_overlap_tensor_parallel,
     is_cpu_host,
     list_layouts,
     list_micro_batch_sizes,
+    list_recomputations,
     list_shardings,
-    select_recompute_modules,
 )
 from megatron_hammer.scaling.search.standing import find_widest_tie_ratio, rank_families
 
@@ -222,7 +223,7 @@ class _Fit:
 
     def __init__(self, study: Study, estimate: EstimateMemory) -> None:
         self._limit_bytes = study.memory_limit_bytes
-        self._recomputes = [recompute for recompute in RECOMPUTES if recompute in study.space.recomputes]
+        self._recomputes = list_recomputations(study.model, study.precision, study.cluster, study.space)
         self._estimate = estimate
         self._too_large: dict[tuple[ParallelLayout, Sharding], int] = {}  # micro-batch sizes that did not fit
         self.least: _Failure | None = None
@@ -280,7 +281,6 @@ def _build_plan(study: Study, layout: ParallelLayout, sharding: Sharding, global
         global_batch_size=global_batch_size,
         precision=study.precision,
         recompute="none",
-        recompute_modules=select_recompute_modules(study.model, study.precision, study.cluster),
         has_quantized_parameters=_has_quantized_parameters(study, sharding),
         num_offloaded_layers=study.space.num_offloaded_layers,
         offload_modules=study.space.offload_modules,
@@ -297,9 +297,9 @@ def _build_plan(study: Study, layout: ParallelLayout, sharding: Sharding, global
     return replace(plan, experts=replace(plan.experts, overlaps_communication=overlaps_experts))
 
 
-def _recompute(plan: Plan, recompute: Recompute) -> Plan:
+def _recompute(plan: Plan, recompute: Recomputation) -> Plan:
     """The plan with this recomputation, and without overlap that it makes impossible."""
-    changed = replace(plan, recompute=recompute)
+    changed = replace(plan, recompute=recompute.granularity, recompute_modules=recompute.modules)
     if not plan.experts.overlaps_communication or can_overlap_experts(changed):
         return changed
     return replace(changed, experts=replace(plan.experts, overlaps_communication=False))
@@ -371,6 +371,7 @@ def _tie_key(plan: Plan) -> tuple[Any, ...]:
         layout.expert_tp,
         -plan.micro_batch_size,
         RECOMPUTES.index(plan.recompute),
+        len(plan.recompute_modules),
         TIE_SHARDINGS.index(plan.sharding),
         layout.accounts_for_embedding,
         layout.accounts_for_loss,

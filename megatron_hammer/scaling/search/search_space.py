@@ -49,6 +49,13 @@ class SearchSpace:
     overlaps_experts: bool | None = None  # likewise the exchange of tokens with experts
 
 
+class Recomputation(NamedTuple):
+    """What a plan recomputes; modules: of "selective"."""
+
+    granularity: Recompute
+    modules: tuple[RecomputeModule, ...] = ("core_attn",)
+
+
 class Grid(NamedTuple):
     """Parallel sizes of the dense ranks; their product is the number of GPUs."""
 
@@ -76,6 +83,40 @@ def list_layouts(
     for grid in _list_grids(model, cluster, num_gpus, global_batch_size, seq_length, space):
         for layout in _list_splits(model.num_layers, _dense_layout(grid), space):
             yield from _list_expert_layouts(model, layout, space)
+
+
+def list_recomputations(
+    model: ModelShape, precision: Precision, cluster: Cluster, space: SearchSpace
+) -> list[Recomputation]:
+    """From the fastest to the one that needs the least memory.
+
+    "selective" starts with what frees much for little: norms, activation functions of experts, projections of latent
+    states, shared experts and the MLP of few dense layers. Then the whole mixture, or the MLP of a dense model, is
+    repeated too. The core attention is not: flash attention keeps nothing that this would free. moe_act needs grouped
+    products, which only GPUs have; neither it nor layernorm goes with delayed scaling, the recipe of fp8. Source:
+    megatron.core TransformerConfig.__post_init__.
+    """
+    selections: list[tuple[RecomputeModule, ...]] = [("core_attn",)] if is_cpu_host(cluster) else []
+    if not selections:
+        has_experts, is_delayed = model.moe is not None, precision == "fp8"
+        is_usable: dict[RecomputeModule, bool] = {
+            "layernorm": not is_delayed,
+            "mla_up_proj": model.latent_attention is not None,
+            "mlp": model.is_mixed,  # of the dense layers
+            "moe_act": has_experts and not is_delayed,
+            "shared_experts": model.moe is not None and model.moe.shared_expert_intermediate_size > 0,
+        }
+        cheap = tuple(module for module, is_one in is_usable.items() if is_one)
+        # A whole mixture includes its activation function and its shared expert.
+        kept = tuple(module for module in cheap if module not in ("moe_act", "shared_experts"))
+        whole: RecomputeModule = "moe" if has_experts else "mlp"
+        selections = [selection for selection in (cheap, (*kept, whole)) if selection]
+    options = {
+        "none": [Recomputation("none")],
+        "selective": [Recomputation("selective", selection) for selection in selections],
+        "full": [Recomputation("full")],
+    }
+    return [option for name in RECOMPUTES if name in space.recomputes for option in options[name]]
 
 
 def list_micro_batch_sizes(layout: ParallelLayout, global_batch_size: int, space: SearchSpace) -> list[int]:
@@ -227,23 +268,3 @@ def _list_expert_layouts(model: ModelShape, layout: ParallelLayout, space: Searc
             dealt = replace(layout, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp)
             if not find_grid_problems(dealt) and not find_shard_problems(model, dealt):
                 yield dealt
-
-
-def select_recompute_modules(model: ModelShape, precision: Precision, cluster: Cluster) -> tuple[RecomputeModule, ...]:
-    """What "selective" repeats: the core attention, or of experts and latent attention what frees much for little.
-
-    With those a layer keeps more in its experts than in its attention, of which flash attention keeps little anyway.
-    moe_act needs grouped products, which only GPUs have; neither it nor layernorm goes with delayed scaling, the recipe
-    of fp8. Source: megatron.core TransformerConfig.__post_init__.
-    """
-    if is_cpu_host(cluster) or (model.moe is None and model.latent_attention is None):
-        return ("core_attn",)
-    is_delayed = precision == "fp8"
-    chosen: dict[RecomputeModule, bool] = {
-        "layernorm": not is_delayed,
-        "mla_up_proj": model.latent_attention is not None,
-        "mlp": model.is_mixed,  # of the dense layers
-        "moe_act": model.moe is not None and not is_delayed,
-        "shared_experts": model.moe is not None and model.moe.shared_expert_intermediate_size > 0,
-    }
-    return tuple(module for module, is_chosen in chosen.items() if is_chosen) or ("core_attn",)

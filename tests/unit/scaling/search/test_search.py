@@ -16,13 +16,14 @@ from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_de
 from megatron_hammer.scaling.plan import Plan, Precision, StepTime
 from megatron_hammer.scaling.plan_memory import estimate_heaviest_plan_stage
 from megatron_hammer.scaling.search.projection import Study, describe_plan
-from megatron_hammer.scaling.search.search import GIB, Predict, Search, _Fit, _identify_family
+from megatron_hammer.scaling.search.search import GIB, Predict, Search, _Fit, _identify_family, _recompute
 from megatron_hammer.scaling.search.search_space import (
-    RECOMPUTES,
+    Recomputation,
     SearchSpace,
     can_overlap_tensor_parallel,
     list_layouts,
     list_micro_batch_sizes,
+    list_recomputations,
 )
 from megatron_hammer.scaling.search.standing import find_widest_tie_ratio
 from tests.helpers.messages import assert_problem
@@ -46,7 +47,7 @@ def list_every_plan(study: Study, num_gpus: int) -> Iterator[Plan]:
             shardings.append("fsdp")
         for micro in list_micro_batch_sizes(layout, batch, study.space):
             for sharding in shardings:
-                for recompute in RECOMPUTES:
+                for recompute in list_recomputations(study.model, study.precision, study.cluster, study.space):
                     for overlap in (False, True):
                         yield Plan(
                             model=study.model,
@@ -56,7 +57,8 @@ def list_every_plan(study: Study, num_gpus: int) -> Iterator[Plan]:
                             seq_length=study.seq_length,
                             micro_batch_size=micro,
                             global_batch_size=batch,
-                            recompute=recompute,
+                            recompute=recompute.granularity,
+                            recompute_modules=recompute.modules,
                             sharding=sharding,
                             overlaps_grad_reduce=overlap and shares,
                             overlaps_param_gather=overlap and shares and sharding != "none",
@@ -182,9 +184,13 @@ def test_plans_that_the_search_skips_are_slower(preset: str, gpu: str, precision
         candidates = list(search._list_candidates(study, num_gpus, 1024, _Fit(study, estimate_heaviest_plan_stage)))
         for candidate in candidates[:: len(candidates) // 40 + 1]:
             plan = replace(candidate.plan, micro_batch_size=candidate.micro_batch_size)
-            times = [predict_step(replace(plan, recompute=recompute)).total_s for recompute in RECOMPUTES]
+            options = list_recomputations(study.model, study.precision, study.cluster, study.space)
+            plans = [_recompute(plan, option) for option in options]
+            times = [predict_step(one).total_s for one in plans]
             assert candidate.bound_s <= times[0]
             assert times == sorted(times)
+            bytes_needed = [estimate_heaviest_plan_stage(one).total_bytes for one in plans]
+            assert bytes_needed == sorted(bytes_needed, reverse=True)
 
 
 def test_the_bound_prunes() -> None:
@@ -219,33 +225,16 @@ def test_recomputation_only_where_nothing_less_fits() -> None:
     )
     study = build_toy_study(space=space, num_best=20, memory_limit_bytes=20 * GIB)
     found = Search(predict=predict).search_plans(study, 8).projections
-    assert {projection.plan.recompute for projection in found} == {"none", "full"}
+    options = list_recomputations(study.model, study.precision, study.cluster, study.space)
+    chosen = {Recomputation(one.plan.recompute, one.plan.recompute_modules) for one in found}
+    assert len(chosen) > 1
+    assert chosen < set(options)
     for projection in found:
-        less = RECOMPUTES[: RECOMPUTES.index(projection.plan.recompute)]
-        for recompute in less:
-            memory = estimate_heaviest_plan_stage(replace(projection.plan, recompute=recompute))
+        own = Recomputation(projection.plan.recompute, projection.plan.recompute_modules)
+        for less in options[: options.index(own)]:
+            memory = estimate_heaviest_plan_stage(_recompute(projection.plan, less))
             assert memory.total_bytes > study.memory_limit_bytes
         assert projection.memory.total_bytes <= study.memory_limit_bytes
-
-
-def test_offload_is_part_of_every_plan_that_was_asked_for_it() -> None:
-    space = SearchSpace(shardings=("distributed_optimizer",), recomputes=("none",))
-    offloading = replace(space, optimizer_offload_ratio=1.0, offload_modules=("mlp_norm",))
-    plain, offloaded = (
-        Search(predict=predict).search_plans(build_toy_study(space=one, num_best=3), 8).projections
-        for one in (space, offloading)
-    )
-    assert {one.memory.host_bytes for one in plain} == {0}
-    assert all(one.memory.host_bytes > 0 for one in offloaded)
-    assert all(one.memory.optimizer_bytes == 0 for one in offloaded)
-    assert {one.plan.offload_modules for one in offloaded} == {("mlp_norm",)}
-
-
-def test_eight_bit_plans_have_eight_bit_parameters_where_megatron_can() -> None:
-    h100 = {"gpu": select_gpu("h100-sxm"), "cluster": select_cluster("dgx-h100"), "precision": "fp8"}
-    h100["memory_limit_bytes"] = 80 * 10**9
-    found = Search(predict=predict).search_plans(build_toy_study(num_best=20, **h100), 8).projections
-    assert {(one.plan.sharding != "none") == one.plan.has_quantized_parameters for one in found} == {True}
 
 
 def test_only_one_recomputation_may_be_asked_for() -> None:

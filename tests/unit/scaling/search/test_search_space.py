@@ -13,15 +13,15 @@ from megatron_hammer.model.layout import divisors
 from megatron_hammer.model.shape import LatentAttention, ModelShape
 from megatron_hammer.presets.catalogue import select_preset
 from megatron_hammer.scaling.hardware.catalogue import select_cluster, select_gpu
-from megatron_hammer.scaling.plan import ExpertOptions, Plan
+from megatron_hammer.scaling.plan import Cluster, ExpertOptions, Plan, Precision, RecomputeModule
 from megatron_hammer.scaling.search.search_space import (
     SearchSpace,
     can_overlap_experts,
     can_overlap_tensor_parallel,
     list_layouts,
     list_micro_batch_sizes,
+    list_recomputations,
     list_shardings,
-    select_recompute_modules,
 )
 from tests.helpers.toy_study import CLUSTER
 
@@ -216,21 +216,36 @@ def test_the_exchange_with_experts_overlaps_where_two_micro_batches_can_pass_at_
         assert not can_overlap_experts(replace(plan, **change))
 
 
-def test_selective_recomputation_repeats_what_is_cheap_in_this_model() -> None:
+def list_selections(
+    model: ModelShape, precision: Precision = "bf16", cluster: Cluster = CLUSTER
+) -> list[tuple[RecomputeModule, ...]]:
+    first, *selective, last = list_recomputations(model, precision, cluster, SearchSpace())
+    assert (first.granularity, last.granularity) == ("none", "full")
+    assert {option.granularity for option in selective} == {"selective"}
+    return [option.modules for option in selective]
+
+
+def test_selective_recomputation_repeats_what_is_cheap_first() -> None:
     dense, moe = select_preset("hammer-1b4").model, select_preset("tiny-llm-zh-moe").model
-    assert select_recompute_modules(dense, "bf16", CLUSTER) == ("core_attn",)
-    assert select_recompute_modules(moe, "bf16", CPU_HOST) == ("core_attn",)
+    assert list_selections(dense) == [("layernorm",), ("layernorm", "mlp")]
+    assert moe.moe is not None
     assert moe.moe.shared_expert_intermediate_size
-    assert select_recompute_modules(moe, "bf16", CLUSTER) == ("layernorm", "moe_act", "shared_experts")
-    # Delayed scaling, the recipe of fp8, goes with neither of the first two.
-    assert select_recompute_modules(moe, "fp8", CLUSTER) == ("shared_experts",)
+    assert list_selections(moe) == [("layernorm", "moe_act", "shared_experts"), ("layernorm", "moe")]
+    # Delayed scaling, the recipe of fp8, goes with neither norms nor activation functions.
+    assert list_selections(dense, "fp8") == [("mlp",)]
+    assert list_selections(moe, "fp8") == [("shared_experts",), ("moe",)]
+    plain = replace(moe, moe=replace(moe.moe, shared_expert_intermediate_size=0))
+    assert list_selections(plain, "fp8") == [("moe",)]
     latent = LatentAttention(q_lora_rank=8, kv_lora_rank=6, qk_head_dim=4, qk_pos_emb_head_dim=2, v_head_dim=4)
     mixed = replace(moe, latent_attention=latent, moe=replace(moe.moe, dense_layers=(0,)))
-    assert select_recompute_modules(mixed, "mxfp8", CLUSTER) == (
-        *("layernorm", "mla_up_proj", "mlp", "moe_act", "shared_experts"),
-    )
-    plain = replace(moe, moe=replace(moe.moe, shared_expert_intermediate_size=0))
-    assert select_recompute_modules(plain, "fp8", CLUSTER) == ("core_attn",)
+    assert list_selections(mixed, "mxfp8") == [
+        ("layernorm", "mla_up_proj", "mlp", "moe_act", "shared_experts"),
+        ("layernorm", "mla_up_proj", "mlp", "moe"),
+    ]
+    # On a CPU host attention is not fused, and keeps its scores.
+    assert list_selections(moe, cluster=CPU_HOST) == [("core_attn",)]
+    only = SearchSpace(recomputes=("full",))
+    assert [option.granularity for option in list_recomputations(dense, "bf16", CLUSTER, only)] == ["full"]
 
 
 def test_dozens_of_chunks_are_searched_only_where_they_are_asked_for() -> None:
