@@ -12,7 +12,7 @@ import socket
 import time
 import uuid
 from collections.abc import Mapping
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from torch.distributed import DistError
@@ -29,6 +29,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
     DynamicRendezvousHandler,
     RendezvousSettings,
     RendezvousTimeout,
+    _BackendRendezvousStateHolder,
     create_handler,
 )
 
@@ -51,6 +52,34 @@ class NumberedNode:
 
     def __repr__(self) -> str:
         return f"node {self.node_rank} ({self.addr}, process {self.pid})"
+
+
+class ObservedHeartbeats(_BackendRendezvousStateHolder):
+    """Takes a node for lost when its heartbeat has not changed for as long as torch allows, by this host's own clock.
+
+    torch compares the dates that hosts write: where the date of one is off by 15 s, or jumps, its node counts as lost,
+    and the next attempt begins with the other nodes alone. own: the node of this launcher.
+    """
+
+    def __init__(self, backend: Any, settings: RendezvousSettings, own: Any):
+        super().__init__(backend, settings)
+        self._own = own
+        self._observed: dict[Any, tuple[datetime, float]] = {}  # a heartbeat, and when it was first seen
+
+    def _sanitize(self) -> None:
+        now, now_s = datetime.now(UTC), time.monotonic()
+        written = self._state.last_heartbeats
+        self._observed = {
+            node: self._observed[node] if self._observed.get(node, (None,))[0] == beat else (beat, now_s)
+            for node, beat in written.items()
+        }
+        self._state.last_heartbeats = {
+            node: now - timedelta(seconds=now_s - seen_at_s) for node, (_, seen_at_s) in self._observed.items()
+        }
+        super()._sanitize()
+        self._state.last_heartbeats = {node: written[node] for node in self._state.last_heartbeats}
+        if written.get(self._own, now) > now:  # the date went back: torch would not write the next heartbeat until then
+            self._state.last_heartbeats[self._own] = now - self._settings.keep_alive_interval
 
 
 class RepeatedRendezvous(DynamicRendezvousHandler):
@@ -158,7 +187,8 @@ def build_handler(parameters: RendezvousParameters, *, is_rejoining: bool = Fals
     if node_rank is not None:
         address = parameters.local_addr or find_own_address(parameters.endpoint)
         node = NumberedNode(node_rank, address, node.pid, node.local_id)
-    repeated = RepeatedRendezvous(node, handler.settings, backend.name, store, handler._state_holder)
+    heartbeats = ObservedHeartbeats(backend, handler.settings, node)
+    repeated = RepeatedRendezvous(node, handler.settings, backend.name, store, heartbeats)
     repeated.rejoin_wait_s = rejoin_wait_s
     return repeated
 

@@ -3,16 +3,20 @@ import gc
 import socket
 import sys
 import threading
+from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from torch.distributed import HashStore, run
-from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous import RendezvousParameters, dynamic_rendezvous
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 
+from megatron_hammer.training.supervision.launcher import rendezvous
 from megatron_hammer.training.supervision.launcher.rendezvous import (
     NumberedNode,
+    ObservedHeartbeats,
     RepeatedRendezvous,
     find_own_address,
     settle_rendezvous,
@@ -85,3 +89,59 @@ def test_an_abandoned_rendezvous_waits_for_no_heartbeat_that_gets_no_answer(monk
     thread.join(60)
     assert not thread.is_alive(), "it gives no other sign"
     assert problems == []
+
+
+class Rendezvous:
+    """The state that launchers share, as the launcher of node 0 sees it, with a clock that the test moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.now_s = 100.0
+        monkeypatch.setattr(rendezvous.time, "monotonic", lambda: self.now_s)
+        store: Any = HashStore()
+        self.backend = C10dRendezvousBackend(store, "run")
+        parameters = RendezvousParameters("c10d", "h:1", "run", 2, 2)
+        self.settings = create_handler(store, self.backend, parameters).settings
+        self.nodes = [NumberedNode(number, f"host{number}", 7, 0) for number in range(2)]
+        self.holder = ObservedHeartbeats(self.backend, self.settings, self.nodes[0])
+        self.holder.state.participants = dict.fromkeys(self.nodes, 0)
+
+    def write(self, *dates: datetime) -> None:
+        """The heartbeats of both nodes, by the dates of their hosts."""
+        self.holder.state.last_heartbeats = dict(zip(self.nodes, dates, strict=True))
+        self.holder.mark_dirty()
+        self.holder.sync()
+
+    def find_present(self) -> set[int]:
+        return {node.node_rank for node in self.holder.state.participants}
+
+
+@pytest.mark.parametrize("offset", [timedelta(days=2), -timedelta(hours=3)])
+def test_a_node_whose_date_is_wrong_is_there_as_long_as_its_heartbeat_changes(
+    offset: timedelta, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = Rendezvous(monkeypatch)
+    for beat in range(12):
+        now = datetime.now(UTC)
+        shared.write(now, now + offset + timedelta(seconds=5 * beat))
+        shared.now_s += 5
+    assert shared.find_present() == {0, 1}
+    written = shared.holder.state.last_heartbeats
+    assert written[shared.nodes[1]] == now + offset + timedelta(seconds=55), "as its own launcher has written it"
+    shared.now_s += 5
+    shared.write(datetime.now(UTC), written[shared.nodes[1]])
+    assert shared.find_present() == {0, 1}
+    shared.now_s += 6  # 16 s without a new one
+    shared.write(datetime.now(UTC), written[shared.nodes[1]])
+    assert shared.find_present() == {0}
+
+
+def test_a_date_that_goes_back_does_not_stop_the_own_heartbeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = Rendezvous(monkeypatch)
+    context = SimpleNamespace(state=shared.holder.state, node=shared.nodes[0], settings=shared.settings)
+    now = datetime.now(UTC)
+    shared.write(now, now)
+    context.state = shared.holder.state
+    assert not dynamic_rendezvous._should_keep_alive(context), "it has just written one"
+    shared.write(now + timedelta(hours=5), now)
+    context.state = shared.holder.state
+    assert dynamic_rendezvous._should_keep_alive(context)
