@@ -281,7 +281,8 @@ def _read_product_precision(args: Any) -> Precision:
     if args.fp4:
         return "nvfp4"
     if args.fp8:
-        return "mxfp8" if args.fp8_recipe == "mxfp8" else "fp8"
+        block_scaled: dict[str, Precision] = {"blockwise": "fp8_blockwise", "mxfp8": "mxfp8"}
+        return block_scaled.get(args.fp8_recipe, "fp8")
     return "bf16" if args.bf16 or args.fp16 else "fp32"
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 # Of the matrix products; everything else is 16-bit beside the 8- and 4-bit ones (bf16 stands for fp16 too).
-Precision = Literal["fp32", "bf16", "fp8", "mxfp8", "nvfp4"]
+Precision = Literal["fp32", "bf16", "fp8", "fp8_blockwise", "mxfp8", "nvfp4"]
 Recompute = Literal["none", "selective", "full"]
 # Megatron's --recompute-modules, and torchtitan's checkpointing of operators, which keeps every second product.
 RecomputeModule = Literal[
@@ -27,8 +27,9 @@ CrossEntropy = Literal["in-place", "chunked", "unfused", "native", "te", "eager"
 CHUNK_TOKENS = 4096
 
 # Bytes of one element that a linear keeps as its input, and of one copy of its quantized weight, with their block
-# scales: one byte per 32 elements (MXFP8), one per 16 (NVFP4). Per-tensor fp8 scales take no memory.
-QUANTIZED_BYTES: dict[Precision, float] = {"fp8": 1.0, "mxfp8": 33 / 32, "nvfp4": 9 / 16}
+# scales: four bytes per 128 elements (blockwise), one per 32 (MXFP8), one per 16 (NVFP4). Per-tensor fp8 scales take no
+# memory.
+QUANTIZED_BYTES: dict[Precision, float] = {"fp8": 1.0, "fp8_blockwise": 33 / 32, "mxfp8": 33 / 32, "nvfp4": 9 / 16}
 
 # cuBLAS takes its workspaces from torch's allocator (32 MiB each since Hopper), so they are part of a recorded peak.
 # With what TransformerEngine and small tensors add, it is 50 MiB in each of SimuMax's 15 published B200 peaks of Llama

@@ -21,9 +21,14 @@ PositiveFloat = Annotated[float, Gt(0), Lt(math.inf)]
 NonNegativeFloat = Annotated[float, Ge(0), Lt(math.inf)]
 AtLeastOne = Annotated[float, Ge(1), Lt(math.inf)]
 
-Precision = Literal["fp32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4"]  # of the matrix products; the rest is 16-bit
+# Of the matrix products; the rest is 16-bit. fp8 has one scale per tensor (delayed or current), fp8_blockwise one per
+# 128 elements or 128 x 128 of a weight, mxfp8 one per 32 elements, nvfp4 one per 16.
+Precision = Literal["fp32", "fp16", "bf16", "fp8", "fp8_blockwise", "mxfp8", "nvfp4"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-LOW_PRECISIONS: tuple[Precision, ...] = ("fp8", "mxfp8", "nvfp4")
+LOW_PRECISIONS: tuple[Precision, ...] = ("fp8", "fp8_blockwise", "mxfp8", "nvfp4")
+# The first compute capability whose tensor cores apply the scales of a format. TransformerEngine runs fp8_blockwise on
+# later GPUs too, there as mxfp8.
+SCALED_FORMATS = {"fp8_blockwise": 9.0, "mxfp8": 10.0, "nvfp4": 10.0}
 Recompute = Literal["none", "selective", "full"]
 Sharding = Literal["none", "distributed_optimizer", "fsdp"]
 # How tokens reach their experts: NCCL's all-gather or all-to-all, or the kernels of DeepEP (deepseek-ai/DeepEP) and
@@ -34,6 +39,11 @@ DISPATCHERS: tuple[Dispatcher, ...] = get_args(Dispatcher)
 CudaGraphs = Literal["none", "router", "attention", "step"]
 # What "selective" recomputation repeats: Megatron's --recompute-modules.
 RECOMPUTE_MODULES: tuple[RecomputeModule, ...] = get_args(RecomputeModule)[:-1]
+# The newest software of which runs are published (Megatron Bridge 26.06): what a plan runs unless it says otherwise.
+TODAY = 2026.5
+ContextExchange = Literal["p2p", "all_gather", "a2a", "a2a+p2p"]  # Megatron's --cp-comm-type
+CONTEXT_EXCHANGES: tuple[ContextExchange, ...] = get_args(ContextExchange)
+Routing = Literal["adaptive", "hashed"]  # of flows over equal paths: InfiniBand, or sprayed packets; RoCE with ECMP
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,16 +61,22 @@ class Gpu:
     memory_bytes: PositiveInt
     memory_bytes_per_s: PositiveFloat
     power_w: PositiveFloat  # of the board at full load
+    exponentials_per_s: PositiveFloat | None = None  # of the special function units, which attention's softmax needs
+    compute_capability: PositiveFloat | None = None  # of CUDA; None: from the formats that it multiplies in
 
     def find_peak_tflops(self, precision: Precision) -> float | None:
         """The dense peak of matrix products in this precision. None if the GPU has no units for it."""
-        # fp8 and its block-scaled form mxfp8 run on the same units, but only those that also multiply fp4 apply the
-        # scales of blocks.
-        if precision == "mxfp8" and self.fp4_tflops is None:
+        if self._find_capability() < SCALED_FORMATS.get(precision, 0.0):
             return None
-        formats = {"mxfp8": "fp8", "nvfp4": "fp4"}
+        # fp8 and its block-scaled forms run on the same units.
+        formats = {"fp8_blockwise": "fp8", "mxfp8": "fp8", "nvfp4": "fp4"}
         peak: float | None = getattr(self, f"{formats.get(precision, precision)}_tflops")
         return peak
+
+    def _find_capability(self) -> float:
+        if self.compute_capability is not None:
+            return self.compute_capability
+        return 10.0 if self.fp4_tflops else 9.0 if self.fp8_tflops else 8.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +94,10 @@ class Cluster:
     network_latency_s: NonNegativeFloat
     leaf_size: NonNegativeInt = 0  # GPUs under one leaf of the fat tree (a rail group); 0: one flat network
     spine_oversubscription_ratio: AtLeastOne = 1.0  # 2: half the bandwidth between leaves
+    pod_size: NonNegativeInt = 0  # GPUs under one switch of the next level; 0: no such level
+    pod_oversubscription_ratio: AtLeastOne = 1.0
+    routing: Routing = "adaptive"
+    has_nvlink_sums: bool = False  # NVSwitches of a domain that sum what passes them (NVLink SHARP)
     cpu_power_w_per_node: NonNegativeFloat = 0.0  # of everything in a node except its GPUs
     power_usage_effectiveness: AtLeastOne = 1.0
     usd_per_gpu_hour: NonNegativeFloat | None = None
@@ -136,10 +156,12 @@ class Plan:
     overlaps_grad_reduce: bool = True
     overlaps_param_gather: bool = True
     overlaps_tensor_parallel: bool = False  # --tp-comm-overlap
+    context_exchange: ContextExchange = "p2p"
     gradient_bytes: int = 4  # of one element in the reduction
     vocab_divisible_by: int = 128
     experts: ExpertOptions = field(default_factory=ExpertOptions)
     cuda_graphs: CudaGraphs = "none"
+    software_year: float = TODAY  # when the software was released: kernels of a new generation become faster for years
 
     @property
     def num_microbatches(self) -> int:

@@ -53,6 +53,7 @@ def build_memory_run(plan: Plan) -> dict[str, Any]:
             # Blackwell, which also has units for 4 bits, multiplies per-tensor fp8 in every layout.
             plan.precision != "fp8" or plan.gpu.fp4_tflops is None,
             plan.experts.imbalance_ratio,
+            plan.context_exchange == "a2a",
             tuple(getattr(plan, name) for name in SHARED_FIELDS),
         ),
         **allowances,
@@ -79,6 +80,7 @@ def _build_options(
     precision: Any,
     has_transposed_weights: bool,
     expert_imbalance_ratio: float,
+    is_context_parallel_all_to_all: bool,
     shared: tuple[Any, ...],
 ) -> MemoryOptions:
     fields = dict(zip(SHARED_FIELDS, shared, strict=True))
@@ -88,6 +90,7 @@ def _build_options(
         recompute_num_layers=recompute_num_layers,
         has_transposed_weights=has_transposed_weights,
         expert_imbalance_ratio=expert_imbalance_ratio,
+        is_context_parallel_all_to_all=is_context_parallel_all_to_all,
         matrix_moments_bytes=fields["moments_bytes"],
         cross_entropy="in-place",
         # The fusion is a CUDA kernel (fused_weight_gradient_mlp_cuda in megatron.core.tensor_parallel.layers).

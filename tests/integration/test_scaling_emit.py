@@ -31,15 +31,15 @@ ROWS: dict[str, tuple[str, tuple[int, int, int], dict[str, Any], dict[str, Any]]
     "uneven": ("llama3-8b", (2, 3, 8), {"num_layers_first_stage": 10, "num_layers_last_stage": 10}, {}),
     "recompute": ("llama2-70b", (8, 2, 4), {}, {"seq_length": 4096, "recompute": "full"}),
     "selective": ("llama3-8b", (4, 1, 4), {}, {"recompute": "selective", "gradient_bytes": 2}),
-    "fsdp": ("llama3-8b", (1, 1, 16), {}, {"sharding": "fsdp"}),
+    "fsdp": ("llama3-8b", (1, 1, 16), {}, {"sharding": "fsdp", "shard_size": 8}),
     "instances": ("llama3-8b", (2, 1, 16), {}, {"shard_size": 8}),
     "long": ("tinyllama-1b1", (2, 1, 4), {}, {"seq_length": 8192}),
     "unsharded": ("hammer-1b4", (2, 2, 2), {"has_distributed_optimizer": False}, {"sharding": "none"}),
     "hugging-face": ("own", (4, 1, 4), {}, {}),
 }  # fmt: skip
 NEEDS_TE: dict[str, tuple[str, tuple[int, int, int], dict[str, Any], dict[str, Any]]] = {
-    "context": ("llama3-8b", (2, 1, 2), {"context_parallel_size": 2}, {}),
-    "fp8": ("llama3-70b", (4, 4, 1), {}, {"precision": "fp8"}),
+    "context": ("llama3-8b", (2, 1, 1), {"context_parallel_size": 8}, {"context_exchange": "a2a+p2p"}),
+    "fp8": ("llama3-70b", (4, 4, 1), {}, {"precision": "fp8_blockwise"}),
 }
 
 

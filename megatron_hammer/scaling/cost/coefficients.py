@@ -42,12 +42,15 @@ class GpuCoefficients:
 
 
 # Large matrix products are known to reach 250 to 260 of 312 TFLOP/s on A100, and 690 to 740 of 989 on H100 at 700 W, so
-# the spread of these ratios is small. The other ratios are known less well.
+# the spread of these ratios is small. The other ratios are known less well. Attention: published kernels, forward and
+# backward together, less the exponentials (FlashAttention-2, arXiv 2307.08691, on A100; FlashAttention-3, 2407.08608,
+# on H100; FlashAttention-4 and cuDNN 9.13 on B200). Blog of NVIDIA on cuBLAS 12.9 (2025): fp4 products on GB200 are 4.6
+# times as fast as fp8 ones on H200 and 2.3 times as fast as its own fp8 ones, then half a year after its delivery.
 _AMPERE_PRIORS = {
     "gemm_ratio": Prior(0.80, 0.5, 0.95, 0.05),
     "gemm_8bit_ratio": Prior(0.6, 0.3, 0.95, 0.01),
     "gemm_4bit_ratio": Prior(0.5, 0.2, 0.95, 0.01),
-    "attention_ratio": Prior(0.58, 0.3, 0.9, 0.15),
+    "attention_ratio": Prior(0.62, 0.3, 0.9, 0.15),
     "memory_ratio": Prior(0.8, 0.5, 0.95, 0.1),
     "kernel_s": Prior(3e-6, 5e-7, 1.5e-5, 0.3),
 }
@@ -62,14 +65,14 @@ GPU_PRIORS: dict[str, dict[str, Prior]] = {
         **_AMPERE_PRIORS,
         "gemm_ratio": Prior(0.72, 0.4, 0.95, 0.05),
         "gemm_8bit_ratio": Prior(0.65, 0.3, 0.95, 0.1),
-        "attention_ratio": Prior(0.50, 0.25, 0.9, 0.15),
+        "attention_ratio": Prior(0.58, 0.25, 0.9, 0.15),
     },
     "blackwell": {
         **_AMPERE_PRIORS,
         "gemm_ratio": Prior(0.68, 0.35, 0.95, 0.15),
-        "gemm_8bit_ratio": Prior(0.60, 0.3, 0.95, 0.15),
-        "gemm_4bit_ratio": Prior(0.45, 0.15, 0.95, 0.2),
-        "attention_ratio": Prior(0.45, 0.2, 0.9, 0.2),
+        "gemm_8bit_ratio": Prior(0.65, 0.3, 0.95, 0.15),
+        "gemm_4bit_ratio": Prior(0.65, 0.15, 0.95, 0.2),
+        "attention_ratio": Prior(0.58, 0.2, 0.9, 0.2),
     },
 }
 # By the GPU's name, not by generation: one core of a CPU. It runs each operator when Python calls it, so nothing of the
@@ -97,6 +100,20 @@ PRIORS: dict[str, Prior] = {
     "nvlink_ratio": Prior(0.75, 0.4, 1.0, 0.15),
     "network_ratio": Prior(0.75, 0.3, 1.0, 0.2),
     "collective_s": Prior(1.5e-5, 2e-6, 1e-4, 0.5),
+    # NCCL's cost model has 14 us between nodes and 3.4 us over NVLink for a step of the ring with large messages; the
+    # clusters' latencies of a message are mostly 5 and 2 us.
+    "hop_ratio": Prior(2.2, 0.5, 5.0, 0.3),
+    "adaptive_congestion_ratio": Prior(0.03, 0.002, 0.3, 0.5),
+    "hashed_congestion_ratio": Prior(0.1, 0.01, 0.6, 0.5),
+    "exponential_exposed_ratio": Prior(0.5, 0.1, 1.0, 0.3),
+    # Over fp8 with one scale per tensor. On Hopper blockwise products add up outside of the tensor cores (DeepSeek-V3,
+    # arXiv 2412.19437, section 3.3.2): large ones are 1.75 times as fast as 16-bit ones (blog on cuBLAS 12.9), those
+    # with one scale about 1.9 times. mxfp8 also rearranges its scales for the tensor cores.
+    "blockwise_gemm_ratio": Prior(0.9, 0.5, 1.0, 0.1),
+    "mxfp8_gemm_ratio": Prior(0.95, 0.6, 1.05, 0.05),
+    # NVIDIA's MLPerf submissions with 512 H100 became 27% faster in the year after June 2023 by software alone.
+    "immaturity_ratio": Prior(0.5, 0.02, 1.5, 0.4),
+    "maturing_years": Prior(1.2, 0.4, 3.0, 0.25),
     "tensor_exposed_ratio": Prior(0.5, 0.1, 1.0, 0.3),
     "data_exposed_ratio": Prior(0.15, 0.01, 1.0, 0.5),
     "context_exposed_ratio": Prior(0.15, 0.01, 1.0, 0.5),
@@ -104,6 +121,11 @@ PRIORS: dict[str, Prior] = {
     "fsdp_exposed_ratio": Prior(0.2, 0.01, 1.0, 0.5),
     "jitter_ratio": Prior(0.006, 0.0005, 0.05, 0.5),
 }
+
+
+# When a generation was delivered whose tensor cores need kernels of a new kind: wgmma with TMA, and tcgen05 (CUTLASS).
+# Volta's and Ampere's products ran at full speed with the kernels of their first libraries.
+FIRST_DELIVERED = {"hopper": 2022.8, "blackwell": 2024.9}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -120,6 +142,14 @@ class Coefficients:
     nvlink_ratio: PositiveFloat  # of the bandwidth inside a domain that a large collective reaches
     network_ratio: PositiveFloat
     collective_s: PositiveFloat  # to start a collective, besides the latency of the wires
+    hop_ratio: PositiveFloat  # of a step of a collective, over the latency of the wires
+    adaptive_congestion_ratio: PositiveFloat  # of the time on the network, each time the leaves grow by a factor of e
+    hashed_congestion_ratio: PositiveFloat
+    exponential_exposed_ratio: PositiveFloat  # of attention's exponentials, which tensor cores wait for
+    blockwise_gemm_ratio: PositiveFloat  # speed of products over that of fp8 with one scale per tensor
+    mxfp8_gemm_ratio: PositiveFloat
+    immaturity_ratio: PositiveFloat  # of the device's work, when a generation with new kernels is launched
+    maturing_years: PositiveFloat  # in which this shrinks by a factor of e
     tensor_exposed_ratio: PositiveFloat  # of tensor-parallel communication, where it is overlapped with products
     data_exposed_ratio: PositiveFloat  # of gradients' and parameters' communication at least, where it is overlapped
     context_exposed_ratio: PositiveFloat  # of the exchange of keys and values at least

@@ -32,11 +32,15 @@ from megatron_hammer.scaling.plan import Plan
 OPTIMIZER_BYTES_PER_PARAMETER = 36
 
 
+LEAST_BUCKET_PARAMETERS, BUCKET_PARAMETERS_PER_RANK = 40_000_000, 1_000_000
+
+
 class DataTraffic(NamedTuple):
     """Seconds of the communication over data-parallel ranks, before any of it is hidden."""
 
-    reduce_s: float
+    reduce_s: float  # over the ranks that share one copy of what is sharded
     gather_s: float
+    sum_s: float  # over the copies, if there are several
 
 
 class DataParallelTime(NamedTuple):
@@ -102,7 +106,7 @@ def _estimate_traffic(plan: Plan, parameters: RankParameters, coefficients: Coef
     """
     layout, cluster = plan.layout, plan.cluster
     weight_bytes = 4 if plan.precision == "fp32" else 2
-    reduce_s = gather_s = 0.0
+    reduce_s = gather_s = sum_s = 0.0
     for number, size, stride in (
         (parameters.dense, layout.dense_shard_size, layout.tensor_model_parallel_size),
         (parameters.expert, _count_expert_replicas(layout), layout.expert_tp * layout.expert_model_parallel_size),
@@ -110,17 +114,28 @@ def _estimate_traffic(plan: Plan, parameters: RankParameters, coefficients: Coef
         if number == 0 or size == 1:
             continue
         gradient_bytes = plan.gradient_bytes * number
+        buckets = _count_buckets(plan, number, size)
         if plan.sharding == "none":
             group = place_group(size, stride, cluster)
-            reduce_s += estimate_all_reduce_s(gradient_bytes, group, cluster, coefficients)
+            reduce_s += estimate_all_reduce_s(gradient_bytes, group, cluster, coefficients, buckets)
             continue
         shards = _count_shards(plan, size)
         group = place_group(shards, stride, cluster)
-        reduce_s += estimate_gather_s(gradient_bytes, group, cluster, coefficients)
-        gather_s += estimate_gather_s(weight_bytes * number, group, cluster, coefficients)
+        reduce_s += estimate_gather_s(gradient_bytes, group, cluster, coefficients, buckets)
+        gather_s += estimate_gather_s(weight_bytes * number, group, cluster, coefficients, buckets)
         copies = place_group(size // shards, stride * shards, cluster)
-        reduce_s += estimate_all_reduce_s(gradient_bytes / shards, copies, cluster, coefficients)
-    return DataTraffic(reduce_s, gather_s)
+        sum_s += estimate_all_reduce_s(gradient_bytes / shards, copies, cluster, coefficients, buckets)
+    return DataTraffic(reduce_s, gather_s, sum_s)
+
+
+def _count_buckets(plan: Plan, num_parameters: int, num_replicas: int) -> int:
+    """Collectives that the gradients are reduced in. FSDP has one for each layer, which the caller counts.
+
+    Source: DistributedDataParallel of megatron.core: a bucket grows with the group, so that latency stays bearable.
+    """
+    if plan.sharding == "fsdp" or not plan.overlaps_grad_reduce:
+        return 1
+    return -(-num_parameters // max(LEAST_BUCKET_PARAMETERS, BUCKET_PARAMETERS_PER_RANK * num_replicas))
 
 
 def _count_expert_replicas(layout: ParallelLayout) -> int:
@@ -141,10 +156,9 @@ def build_data_parallel_time(
 
     forward_s, backward_s: of one micro-batch on this kind of stage.
     """
-    # FSDP communicates in every layer, which estimate_fsdp_s counts.
-    if plan.sharding == "fsdp":
-        return DataParallelTime(0.0, 0.0, 0.0, 0.0, 0.0)
-    reduce_s, gather_s = _estimate_traffic(plan, _count_kind_parameters(plan, kind), coefficients)
+    reduce_s, gather_s, sum_s = _estimate_traffic(plan, _count_kind_parameters(plan, kind), coefficients)
+    # FSDP communicates in every layer, which estimate_fsdp_s counts. Copies of its shards are summed once per step.
+    reduce_s, gather_s = (sum_s, 0.0) if plan.sharding == "fsdp" else (reduce_s + sum_s, gather_s)
     least = coefficients.data_exposed_ratio
     exposed_reduce_s, exposed_gather_s = reduce_s, gather_s
     if plan.overlaps_grad_reduce:
@@ -167,7 +181,7 @@ def _estimate_tied_embedding_s(plan: Plan, coefficients: Coefficients) -> float:
         return 0.0
     stride = plan.layout.world_size // pp
     is_inside = plan.layout.world_size <= plan.cluster.nvlink_domain_size
-    group = Group(2, 2 if is_inside else 1, stride * pp <= (plan.cluster.leaf_size or stride * pp))
+    group = Group(2, 2 if is_inside else 1, stride * (pp - 1))
     tp = plan.layout.tensor_model_parallel_size
     rows = padded_vocab_size(plan.model.vocab_size, divisible_by=plan.vocab_divisible_by, tensor_model_parallel_size=tp)
     num_bytes = plan.gradient_bytes * rows * plan.model.hidden_size / tp

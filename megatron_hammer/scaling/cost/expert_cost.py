@@ -28,7 +28,7 @@ def build_mixture_cost(
 ) -> MixtureCost:
     """The cost of the mixture of one layer, cached by what it depends on."""
     work = build_mixture_work(model, shard)
-    rates = build_rates(gpu, shard.precision, coefficients)
+    rates = build_rates(gpu, shard.precision, coefficients, shard.software_year)
     return MixtureCost(
         _estimate_pass(work, 0, shard, rates, coefficients),
         _estimate_pass(work, 1, shard, rates, coefficients),

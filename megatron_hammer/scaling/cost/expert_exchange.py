@@ -12,6 +12,7 @@ from megatron_hammer.scaling.cost.communication import (
     Group,
     build_link,
     estimate_all_to_all_s,
+    estimate_farthest_s,
     estimate_gather_s,
     place_group,
 )
@@ -54,7 +55,7 @@ def _estimate_fused_s(
     local_s = token_bytes * ranks / link.local_bytes_per_s
     remote_s = token_bytes * domains / (link.remote_bytes_per_s / group.local_size)
     # Copies are forwarded while others arrive.
-    return max(local_s, remote_s) + link.latency_s
+    return max(local_s, remote_s) + estimate_farthest_s(group, cluster, coefficients)
 
 
 def count_distinct_places(moe: MoeShape, num_places: float) -> float:

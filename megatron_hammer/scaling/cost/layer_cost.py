@@ -12,7 +12,7 @@ from megatron_hammer.scaling.cost.coefficients import Coefficients
 from megatron_hammer.scaling.cost.communication import (
     estimate_all_reduce_s,
     estimate_exposed_s,
-    estimate_send_s,
+    estimate_gather_s,
     place_group,
 )
 from megatron_hammer.scaling.cost.compute import (
@@ -23,6 +23,7 @@ from megatron_hammer.scaling.cost.compute import (
     estimate_layer,
     estimate_work,
 )
+from megatron_hammer.scaling.cost.context_parallel import estimate_context_parallel_s, find_all_to_all_size
 from megatron_hammer.scaling.cost.expert_cost import MixtureCost, build_mixture_cost
 from megatron_hammer.scaling.cost.operators import Shard, build_embedding_work, build_head_work, build_layer_work
 from megatron_hammer.scaling.cost.recompute import build_recomputed_work
@@ -97,6 +98,16 @@ def build_shard(plan: Plan) -> Shard:
         vocab_divisible_by=plan.vocab_divisible_by,
         experts=plan.experts,
         cuda_graphs=plan.cuda_graphs,
+        software_year=plan.software_year,
+        context_exchange=plan.context_exchange,
+        all_to_all_size=find_all_to_all_size(
+            plan.context_exchange,
+            plan.model,
+            layout.tensor_model_parallel_size,
+            layout.context_parallel_size,
+            plan.cluster,
+        )
+        or 1,
     )
 
 
@@ -129,7 +140,9 @@ def build_layer_cost(
     tensor_forward_s, tensor_backward_s = _estimate_tensor_parallel_s(
         model, shard, cluster, coefficients, overlaps_tensor_parallel
     )
-    context_forward_s, context_backward_s = _estimate_context_parallel_s(model, shard, cluster, coefficients, time)
+    context_forward_s, context_backward_s = estimate_context_parallel_s(
+        model, shard, cluster, coefficients, (time.forward.attention_s, time.backward.attention_s)
+    )
     expert_forward_s = expert_backward_s = 0.0
     if mixture is not None:
         expert_forward_s, expert_backward_s = _expose_exchange(mixture, time, shard, coefficients)
@@ -165,34 +178,15 @@ def _estimate_tensor_parallel_s(
         return 0.0, 0.0
     group = place_group(shard.tp, 1, cluster)
     num_bytes = shard.element_bytes * shard.num_tokens * model.hidden_size
-    one_s = estimate_all_reduce_s(num_bytes, group, cluster, coefficients)
+    if shard.has_sequence_parallel:
+        one_s = 2.0 * estimate_gather_s(num_bytes, group, cluster, coefficients)
+    else:
+        one_s = estimate_all_reduce_s(num_bytes, group, cluster, coefficients)
     if shard.has_sequence_parallel and shard.is_low_precision:
         one_s *= 0.75  # TransformerEngine gathers the inputs of 8-bit products in 8 bits; sums stay in 16
     shown = coefficients.tensor_exposed_ratio if is_overlapped else 1.0
     forward_s = backward_s = 2.0 * one_s * shown
     return forward_s, backward_s
-
-
-def _estimate_context_parallel_s(
-    model: ModelShape, shard: Shard, cluster: Cluster, coefficients: Coefficients, time: LayerTime
-) -> tuple[float, float]:
-    """Keys and values travel around a ring beside the attention of their chunks; backward, their gradients do too.
-
-    Source: Liu et al. 2023, arXiv 2310.01889; TransformerEngine's AttnFuncWithCPAndKVP2P.
-    """
-    if shard.cp == 1:
-        return 0.0, 0.0
-    group = place_group(shard.cp, shard.tp, cluster)
-    # Keys and values (2). If there are more tensor-parallel ranks than query groups, each rank has a whole group.
-    key_values = 2 * max(model.num_query_groups / shard.tp, 1) * model.head_dim
-    num_bytes = shard.element_bytes * shard.num_tokens * key_values
-    one_s = (shard.cp - 1) * estimate_send_s(num_bytes, group, cluster, coefficients)
-    window = (shard.cp - 1) / shard.cp  # the rank's own chunk is computed without an exchange to hide
-    least = coefficients.context_exposed_ratio
-    return (
-        estimate_exposed_s(one_s, window * time.forward.attention_s, least),
-        estimate_exposed_s(2 * one_s, window * time.backward.attention_s, least),
-    )
 
 
 def estimate_hidden_tensor_s(layer: LayerCost, is_overlapped: bool, coefficients: Coefficients) -> tuple[float, float]:
@@ -216,7 +210,9 @@ def _estimate_selective(
 ) -> PassTime:
     """What selective recomputation repeats of one layer. forward: without its mixture."""
     work = build_recomputed_work(model, shard, tuple(module for module in modules if module != "core_attn"))
-    repeated = estimate_work(work, build_rates(gpu, shard.precision, coefficients), coefficients, 1.0)
+    repeated = estimate_work(
+        work, build_rates(gpu, shard.precision, coefficients, shard.software_year), coefficients, 1.0
+    )
     if "core_attn" in modules:  # taken as a fifth of the host's work for a layer
         repeated = add_pass_times(repeated, PassTime(0.0, forward.attention_s, 0.0, 0.0, forward.host_s * 0.2))
     if "moe" in modules and mixture is not None:

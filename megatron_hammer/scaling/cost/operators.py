@@ -9,7 +9,14 @@ from typing import Any, NamedTuple
 
 from megatron_hammer.model.accounting import padded_vocab_size
 from megatron_hammer.model.shape import ModelShape
-from megatron_hammer.scaling.plan import LOW_PRECISIONS, CudaGraphs, ExpertOptions, Precision
+from megatron_hammer.scaling.plan import (
+    LOW_PRECISIONS,
+    TODAY,
+    ContextExchange,
+    CudaGraphs,
+    ExpertOptions,
+    Precision,
+)
 
 # Bytes that unfused attention moves for each of the s * s * heads scores, 16-bit elements, one-byte dropout masks.
 # Forward: scores written (2), scaled and masked softmax (2 + 2), dropout (2 + 2 + 1), read by the product with the
@@ -21,6 +28,10 @@ UNFUSED_BACKWARD_BYTES_PER_SCORE = 19
 # Dao 2023, arXiv 2307.08691, section 2.3.1: the backward pass has five matrix products where the forward pass has two,
 # because scores are not stored but computed again.
 FLASH_BACKWARD_RATIO = 2.5
+# Each further chunk of a ring of keys: attention, its message, and merging the results (TransformerEngine's
+# AttnFuncWithCPAndKVP2P). Of a causal mask the merged parts are three quarters on average.
+RING_KERNELS = 6
+RING_SHARE = 0.75
 
 
 class Gemm(NamedTuple):
@@ -39,6 +50,7 @@ class Work(NamedTuple):
 
     gemms: tuple[Gemm, ...] = ()
     attention_flops: float = 0.0  # of flash attention
+    attention_exponentials: float = 0.0  # of its softmax; the backward pass computes them again
     attention_gemms: tuple[Gemm, ...] = ()  # of unfused attention
     attention_bytes: float = 0.0  # of unfused attention
     pointwise_bytes: float = 0.0
@@ -65,6 +77,19 @@ class Shard(NamedTuple):
     vocab_divisible_by: int
     experts: ExpertOptions = ExpertOptions()
     cuda_graphs: CudaGraphs = "none"
+    software_year: float = TODAY
+    context_exchange: ContextExchange = "p2p"
+    all_to_all_size: int = 1  # of the context-parallel ranks, those that exchange heads
+
+    @property
+    def num_ring_steps(self) -> int:
+        """Chunks of keys that reach a rank one after the other. Attention is computed, and merged, chunk by chunk."""
+        return 1 if self.context_exchange == "all_gather" else self.cp // self.all_to_all_size
+
+    @property
+    def num_queries(self) -> float:
+        """Of a sequence, those whose attention one rank computes."""
+        return self.seq_length * self.all_to_all_size / self.cp
 
     @property
     def element_bytes(self) -> int:
@@ -87,7 +112,7 @@ def build_layer_work(model: ModelShape, shard: Shard) -> LayerWork:
     attention_forward, attention_backward = _build_attention(model, shard)
     forward_bytes, backward_bytes = _count_pointwise_bytes(model, shard)
     cast_forward, cast_backward = count_cast_bytes(linears, shard)
-    tensor_kernels = 2 if shard.tp > 1 else 0
+    tensor_kernels = (2 if shard.tp > 1 else 0) + RING_KERNELS * (shard.num_ring_steps - 1)
     # Stacks of 2020 to 2022: scores, masks and dropouts one by one, biases apart, random states kept for recomputation.
     unfused_kernels = 0 if shard.has_flash_attention else 25
     forward = Work(
@@ -213,9 +238,12 @@ def _build_attention(model: ModelShape, shard: Shard) -> tuple[dict[str, Any], d
     """
     heads = model.num_attention_heads / shard.tp
     if shard.has_flash_attention:
-        widths = heads * (model.head_dim + model.value_dim)
-        flops = 2.0 * shard.num_tokens * _count_keys(model, shard.seq_length) * widths
-        return {"attention_flops": flops}, {"attention_flops": FLASH_BACKWARD_RATIO * flops}
+        scores = shard.num_tokens * _count_keys(model, shard.seq_length) * heads
+        flops = 2.0 * scores * (model.head_dim + model.value_dim)
+        return (
+            {"attention_flops": flops, "attention_exponentials": scores},
+            {"attention_flops": FLASH_BACKWARD_RATIO * flops, "attention_exponentials": scores},
+        )
     s, d = shard.seq_length, model.head_dim
     heads *= shard.num_tokens * shard.cp / s  # of all sequences
     scores = heads * s * s / shard.cp
@@ -270,6 +298,8 @@ def _count_pointwise_bytes(model: ModelShape, shard: Shard) -> tuple[float, floa
         forward, backward = forward + moved + dropout, backward + moved + dropout
     else:  # the fused qkv is split into contiguous parts, and the gradient is put together again
         forward, backward = forward + (queries + 2 * key_values), backward + 2 * (queries + 2 * key_values)
+    merges = RING_SHARE * (shard.num_ring_steps - 1)  # each reads two parts and writes their sum
+    forward, backward = forward + 3 * merges * queries, backward + 3 * merges * (queries + 2 * key_values)
     if model.moe is None:
         read_written = (3, 5) if model.is_gated else (2, 3)
         width = shard.num_tokens * model.ffn_hidden_size / shard.tp
@@ -277,8 +307,19 @@ def _count_pointwise_bytes(model: ModelShape, shard: Shard) -> tuple[float, floa
     return shard.element_bytes * forward, shard.element_bytes * backward
 
 
+# Bytes of casting one operand of an 8- or 4-bit product: it is read (2) and written twice, once transposed, with the
+# scales of its blocks. nvfp4 reads it once more for the largest value, and once more for the transposed copy, which
+# goes through a Hadamard transform. TransformerEngine's recipes: delayed scaling takes the largest value in passing.
+CAST_BYTES: dict[Precision, float] = {
+    "fp8": 4.0,
+    "fp8_blockwise": 4.0 + 2 * 4 / 128,
+    "mxfp8": 4.0 + 2 / 32,
+    "nvfp4": 6.0 + 2 * (1 / 2 + 1 / 16),
+}
+
+
 def count_cast_bytes(linears: list[Gemm], shard: Shard) -> tuple[float, float]:
-    """Bytes of casting the operands of 8-bit products: each is read (2) and written twice, once transposed (1 + 1).
+    """Bytes of casting the operands of 8- and 4-bit products.
 
     Forward the inputs are cast, backward the gradients of the outputs; weights are cast once per step and kept. Source:
     TransformerEngine's cast-transpose kernels. The product of the weight's gradient uses the transposed copy.
@@ -288,4 +329,5 @@ def count_cast_bytes(linears: list[Gemm], shard: Shard) -> tuple[float, float]:
         return 0.0, 0.0
     forward = sum(linear.m * linear.k * linear.batch for linear in low)
     backward = sum(linear.m * linear.n * linear.batch for linear in low)
-    return 4.0 * forward, 4.0 * backward
+    cast_bytes = CAST_BYTES[shard.precision]
+    return cast_bytes * forward, cast_bytes * backward

@@ -38,6 +38,8 @@ HOST_NORM = 4.0
 # CPU processes that share cores: chosen between a simulation of 1F1B with more processes than cores (tests/numerics)
 # and measured times of such processes.
 SHARED_CORES_NORM = 4.0
+BAND_SCALES = ((64, "64 GPUs and less"), (1023, "65 to 1023 GPUs"))  # the largest of each, then the rest
+LARGEST_BAND_SCALE = "1024 GPUs and more"
 
 
 class StageCost(NamedTuple):
@@ -204,10 +206,31 @@ def select_band_class(plan: Plan) -> str:
     return f"{select_generation(plan.gpu)}_{kind}"
 
 
+def select_band_scale(plan: Plan) -> str:
+    """The number of GPUs as one of BAND_SCALES: runs of many GPUs err for other reasons than runs of few."""
+    num_gpus = plan.layout.world_size
+    return next((name for largest, name in BAND_SCALES if num_gpus <= largest), LARGEST_BAND_SCALE)
+
+
+def name_band(band_class: str, scale: str) -> str:
+    """The key of the band of a class at a scale."""
+    return f"{band_class}, {scale}"
+
+
+def split_band(name: str) -> str:
+    """The class of a key of name_band."""
+    return name.partition(", ")[0]
+
+
 def select_band_ratio(plan: Plan, coefficients: Coefficients) -> float:
-    bands = coefficients.band_ratio
-    # A class that no run belonged to: the band of all runs with experts, or of all dense ones.
-    names = (select_band_class(plan), *((EXPERT_BAND,) if plan.model.moe is not None else ()), "default")
+    """That of the plan's class and scale, else of its class, else of all runs with experts or of all dense ones."""
+    bands, band_class = coefficients.band_ratio, select_band_class(plan)
+    names = (
+        name_band(band_class, select_band_scale(plan)),
+        band_class,
+        *((EXPERT_BAND,) if plan.model.moe is not None else ()),
+        "default",
+    )
     return next(bands[name] for name in names if name in bands)
 
 

@@ -14,7 +14,14 @@ from typing import Any
 import numpy as np
 
 from megatron_hammer.scaling.cost.coefficients import Coefficients, load_coefficients
-from megatron_hammer.scaling.cost.step_time import EXPERT_BAND, predict_step, select_band_class
+from megatron_hammer.scaling.cost.step_time import (
+    EXPERT_BAND,
+    name_band,
+    predict_step,
+    select_band_class,
+    select_band_scale,
+    split_band,
+)
 from megatron_hammer.scaling.evidence.calibration import fit, fit_fold, name_publication
 from megatron_hammer.scaling.evidence.folds import FoldBy, list_folds
 from megatron_hammer.scaling.evidence.layout_ranking import (
@@ -24,7 +31,7 @@ from megatron_hammer.scaling.evidence.layout_ranking import (
     summarise_rankings,
 )
 from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun
-from megatron_hammer.scaling.plan import StepTime
+from megatron_hammer.scaling.plan import Plan, StepTime
 
 BAND_COVERAGE = 0.8
 LEAST_RUNS_OF_A_CLASS = 12  # a class with fewer errors takes the band of all runs
@@ -106,6 +113,11 @@ def cross_validate(
     return [(run, predictions[row]) for row, run in enumerate(runs)]
 
 
+def _name_bands(plan: Plan) -> tuple[str, str]:
+    band_class = select_band_class(plan)
+    return band_class, name_band(band_class, select_band_scale(plan))
+
+
 def find_error(prediction: PredictedRun) -> float:
     """The logarithm of predicted over measured."""
     run, step = prediction
@@ -130,16 +142,20 @@ def summarise_by_publication(predictions: Iterable[PredictedRun]) -> dict[str, E
 
 
 def estimate_bands(predictions: Sequence[PredictedRun]) -> dict[str, float]:
-    """By class, the logarithmic half-width around a prediction that contains 80 % of these errors.
+    """By class, and by class and scale, the logarithmic half-width around a prediction that holds 80 % of these errors.
 
     A publication's weight is the square root of its number of runs, because the next run will be from a publication
-    that is not among these. A class with few errors takes the band of all dense runs, or of all runs with experts.
+    that is not among these. A class with few errors takes the band of all dense runs, or of all runs with experts. A
+    scale at which a class has few errors takes the band of the class, times what the errors of all classes at this
+    scale are over the bands of theirs.
     """
     kinds: dict[str, list[PredictedRun]] = defaultdict(list)
     classes: dict[str, list[PredictedRun]] = defaultdict(list)
+    scales: dict[str, list[PredictedRun]] = defaultdict(list)
     for prediction in predictions:
         plan = prediction[0].plan
         classes[select_band_class(plan)].append(prediction)
+        scales[select_band_scale(plan)].append(prediction)
         kinds["default" if plan.model.moe is None else EXPERT_BAND].append(prediction)
     bands = {name: _weighted_quantile(group) for name, group in kinds.items()}
     # Runs with experts are less certain than dense ones, so without dense runs their band is the one of any other.
@@ -147,12 +163,39 @@ def estimate_bands(predictions: Sequence[PredictedRun]) -> dict[str, float]:
     for name, group in sorted(classes.items()):
         own = bands["default" if group[0][0].plan.model.moe is None else EXPERT_BAND]
         bands[name] = _weighted_quantile(group) if len(group) >= LEAST_RUNS_OF_A_CLASS else own
-    return bands
+    return bands | _estimate_scaled_bands(classes, scales, bands)
 
 
-def _weighted_quantile(predictions: Sequence[PredictedRun]) -> float:
-    """The BAND_COVERAGE quantile of absolute errors; a publication weighs the square root of its number of runs."""
+def _estimate_scaled_bands(
+    classes: Mapping[str, Sequence[PredictedRun]],
+    scales: Mapping[str, Sequence[PredictedRun]],
+    bands: Mapping[str, float],
+) -> dict[str, float]:
+    """The bands of classes at scales. bands: of the classes alone."""
+    factors = {
+        scale: _weighted_quantile(group, [bands[select_band_class(run.plan)] for run, _ in group])
+        for scale, group in scales.items()
+        if len(group) >= LEAST_RUNS_OF_A_CLASS
+    }
+    by_scale = {}
+    for name, group in sorted(classes.items()):
+        for scale in sorted(scales):
+            own_group = [one for one in group if select_band_scale(one[0].plan) == scale]
+            if len(own_group) >= LEAST_RUNS_OF_A_CLASS:
+                by_scale[name_band(name, scale)] = _weighted_quantile(own_group)
+            elif scale in factors:
+                by_scale[name_band(name, scale)] = bands[name] * factors[scale]
+    return by_scale
+
+
+def _weighted_quantile(predictions: Sequence[PredictedRun], units: Sequence[float] | None = None) -> float:
+    """The BAND_COVERAGE quantile of absolute errors; a publication weighs the square root of its number of runs.
+
+    units: what each error is divided by.
+    """
     errors = np.array([abs(find_error(prediction)) for prediction in predictions])
+    if units is not None:
+        errors = errors / np.array(units)
     publications = [name_publication(run.source) for run, _ in predictions]
     sizes = {name: publications.count(name) for name in set(publications)}
     weights = np.array([sizes[name] ** -0.5 for name in publications])
@@ -174,7 +217,9 @@ def calibrate(
     if is_prior_start:
         # The start's band stays for a class, unless there are enough new runs of it.
         known = {name for name, number in assessment.num_runs_by_class.items() if number >= LEAST_RUNS_OF_A_CLASS}
-        bands = {**start.band_ratio, **{name: ratio for name, ratio in own.items() if name in known}}
+        # The start's bands of a class at one scale do not outlive its band.
+        kept = {name: ratio for name, ratio in start.band_ratio.items() if split_band(name) not in known}
+        bands = {**kept, **{name: ratio for name, ratio in own.items() if name in known}}
         earlier = start.provenance
     else:
         bands, earlier = dict(assessment.bands), {}

@@ -39,7 +39,13 @@ from megatron_hammer.scaling.evidence.row_words import (
     take_statement,
 )
 from megatron_hammer.scaling.evidence.run_table import MEASUREMENT_COLUMNS, RunRow, read_run_rows
-from megatron_hammer.scaling.evidence.software import SourceRecipe, TrainingSoftware, select_recipe, select_software
+from megatron_hammer.scaling.evidence.software import (
+    SourceRecipe,
+    TrainingSoftware,
+    find_software_year,
+    select_recipe,
+    select_software,
+)
 from megatron_hammer.scaling.hardware.catalogue import (
     load_clusters,
     load_gpus,
@@ -196,6 +202,8 @@ def _build_run(row: RunRow, hardware: _Hardware, siblings: Siblings, dispatchers
         gradient_bytes=_select_gradient_bytes(precision, recipe, software),
         experts=read_expert_options(row, software, dispatchers, assumptions),
         cuda_graphs=read_cuda_graphs(row, assumptions),
+        context_exchange=software.context_exchange,
+        software_year=find_software_year(row, software),
     )
     plan = fit_in_memory(fill_memory_options(plan, row, recipe, software, assumptions), row, assumptions)
     if "deterministic" in row.notes.lower():
@@ -317,8 +325,8 @@ def _read_precision(row: RunRow, gpu: Gpu, software: TrainingSoftware, assumptio
     else:
         precision = _fill_precision(row, software, assumptions)
     if precision == "mxfp8" and gpu.fp4_tflops is None:
-        assumptions.append("precision fp8: block scaling in software, as the GPU has no MXFP8")
-        precision = "fp8"
+        assumptions.append("precision fp8_blockwise: block scaling in software, as the GPU has no MXFP8")
+        precision = "fp8_blockwise"
     if gpu.find_peak_tflops(precision) is None:
         raise UnpredictableError(f"its GPU {gpu.name} has no {precision}")
     return precision

@@ -16,7 +16,7 @@ from megatron_hammer.files.typed import read_toml
 from megatron_hammer.model.accounting import FlopConvention
 from megatron_hammer.model.memory_options import RecomputeModule
 from megatron_hammer.scaling.evidence.run_table import RunRow
-from megatron_hammer.scaling.plan import Dispatcher, Precision, Recompute, Sharding, Text
+from megatron_hammer.scaling.plan import TODAY, ContextExchange, Dispatcher, Precision, Recompute, Sharding, Text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +29,8 @@ class TrainingSoftware:
     name: str
     source_pattern: str = ""
     source: Text
+    year: float | None = None  # of its release
+    is_dated_by_version: bool = False  # the source names its release, as NVIDIA numbers them: "25.09"
     is_megatron_style: bool = True
     precision: Precision = "bf16"
     recompute: Recompute = "none"
@@ -39,6 +41,7 @@ class TrainingSoftware:
     overlaps_data_parallel: bool = True
     gathers_parameters_alone: bool = False  # although gradients are reduced beside the backward pass
     overlaps_tensor_parallel: bool = True
+    context_exchange: ContextExchange = "p2p"
     gradient_bytes: int = 4
     # Formats in which it trains without 16-bit weights of the linears. Block scaling in software is never one.
     quantized_parameters: tuple[Precision, ...] = ()
@@ -113,6 +116,14 @@ def select_software(row: RunRow, gpu_name: str) -> tuple[TrainingSoftware, tuple
         reason = f"a {gpu_name} in fp16 or an unnamed precision with full recomputation is taken as {OLD_MEGATRON}"
         return next(one for one in known.software if one.name == OLD_MEGATRON), (f"software: {reason}",)
     return known.unknown, (f"software: {known.unknown.source}",)
+
+
+def find_software_year(row: RunRow, software: TrainingSoftware) -> float:
+    """When the software of a row was released: by the version in its source, else as known; today if unknown."""
+    version = re.search(r"(?<![\d.])(2[3-9])\.(0[1-9]|1[0-2])(?!\d)", row.source)
+    if version is not None and software.is_dated_by_version:
+        return 2000 + int(version[1]) + int(version[2]) / 12
+    return TODAY if software.year is None else software.year
 
 
 def select_recipe(row: RunRow, gpu_name: str) -> SourceRecipe | None:

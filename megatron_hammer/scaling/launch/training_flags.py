@@ -12,11 +12,13 @@ from megatron_hammer.model.accounting import ParallelLayout
 from megatron_hammer.model.shape import ModelShape
 from megatron_hammer.presets.catalogue import PRESETS
 from megatron_hammer.presets.preset import Recipe
+from megatron_hammer.scaling.cost.context_parallel import find_all_to_all_size
 from megatron_hammer.scaling.plan import Plan, Recompute
 
 # Flags of a run with matrix products in 8 or 4 bits; everything else is in 16 bits. TransformerEngine's recipes.
 LOW_PRECISION_FLAGS = {
     "fp8": ("--precision", "bf16", "--fp8-format", "hybrid"),
+    "fp8_blockwise": ("--precision", "bf16", "--fp8-format", "e4m3", "--fp8-recipe", "blockwise"),
     "mxfp8": ("--precision", "bf16", "--fp8-format", "e4m3", "--fp8-recipe", "mxfp8"),
     "nvfp4": ("--precision", "bf16", "--fp4-format", "e2m1"),
 }
@@ -194,6 +196,7 @@ def list_plan_flags(plan: Plan, model_arguments: Mapping[str, Any], *, is_cpu: b
         flags += ["--max-position-embeddings", str(plan.seq_length)]
     if plan.vocab_divisible_by != DEFAULT_VOCAB_DIVISOR:
         flags += ["--make-vocab-size-divisible-by", str(plan.vocab_divisible_by)]
+    flags += _list_context_flags(plan)
     flags += LOW_PRECISION_FLAGS.get(plan.precision, ("--precision", plan.precision))
     flags += list_recompute_flags(plan.recompute, plan.recompute_modules, plan.recompute_num_layers)
     return [*flags, *_list_memory_flags(plan), *_list_data_parallel_flags(plan, is_cpu=is_cpu)]
@@ -210,6 +213,19 @@ def _list_expert_flags(plan: Plan, *, is_cpu: bool) -> list[str]:
     if options.overlaps_communication:
         flags.append("--overlap-moe-expert-parallel-comm")
     return flags if is_cpu or not options.has_grouped_gemm else [*flags, "--moe-grouped-gemm"]
+
+
+def _list_context_flags(plan: Plan) -> list[str]:
+    """How the ranks of one sequence exchange keys, values or heads; p2p is Megatron's default."""
+    layout, exchange = plan.layout, plan.context_exchange
+    cp = layout.context_parallel_size
+    if cp == 1 or exchange == "p2p":
+        return []
+    flags = ["--cp-comm-type", exchange]
+    if exchange != "a2a+p2p":
+        return flags
+    inner = find_all_to_all_size(exchange, plan.model, layout.tensor_model_parallel_size, cp, plan.cluster) or 1
+    return [*flags, "--hierarchical-context-parallel-sizes", str(inner), str(cp // inner)]
 
 
 def _list_data_parallel_flags(plan: Plan, *, is_cpu: bool) -> list[str]:

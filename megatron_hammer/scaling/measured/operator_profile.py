@@ -134,7 +134,7 @@ def build_profile(
         if is_cpu:
             measured_cluster = _measure_cluster(together, cluster, bandwidth, start.collective_s)
             # The measured bandwidth already is what collectives reach, so no ratio may lower it again.
-            coefficients = replace(coefficients, nvlink_ratio=1.0)
+            coefficients = replace(coefficients, nvlink_ratio=1.0, hop_ratio=1.0)
         else:
             coefficients = replace(coefficients, nvlink_ratio=min(1.0, bandwidth / cluster.nvlink_bytes_per_s))
     return HostProfile(gpu=measured_gpu, cluster=measured_cluster, coefficients=coefficients)

@@ -250,7 +250,7 @@ def _build_layout_table(result: StudyResult) -> ResultTable:
                     str(plan.micro_batch_size),
                     f"{plan.global_batch_size:,}",
                     " ".join(plan.recompute_modules) if plan.recompute == "selective" else plan.recompute,
-                    SHARDING_NAMES[plan.sharding],
+                    SHARDING_NAMES[plan.sharding] + (f"/{plan.shard_size}" if plan.shard_size else ""),
                     describe_overlap(plan),
                     f"{projection.step.total_s:.3f}",
                     f"{estimate_mfu_ratio(projection, result.study.mfu_convention):.1%}",

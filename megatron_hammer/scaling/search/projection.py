@@ -222,9 +222,10 @@ def describe_plan(plan: Plan) -> str:
         words.append(f"recomputes {' '.join(plan.recompute_modules)}")
     elif plan.recompute != "none":
         words.append(f"{plan.recompute} recomputation")
-    words.append(
-        {"none": "no sharding", "distributed_optimizer": "distributed optimizer", "fsdp": "FSDP"}[plan.sharding]
-    )
+    sharding = {"none": "no sharding", "distributed_optimizer": "distributed optimizer", "fsdp": "FSDP"}[plan.sharding]
+    words.append(sharding if plan.shard_size is None else f"{sharding} over {plan.shard_size} ranks")
+    if plan.layout.context_parallel_size > 1 and plan.context_exchange != "p2p":
+        words.append(f"CP by {plan.context_exchange}")
     return ", ".join(words)
 
 

@@ -28,6 +28,7 @@ from megatron_hammer.model.accounting import ParallelLayout, StageMemory
 from megatron_hammer.model.byte_units import GIB
 from megatron_hammer.model.layout import divisors
 from megatron_hammer.scaling.cost.coefficients import load_coefficients
+from megatron_hammer.scaling.cost.context_parallel import list_context_exchanges
 from megatron_hammer.scaling.plan import ExpertOptions, Plan, Sharding, StepTime
 from megatron_hammer.scaling.plan_memory import estimate_heaviest_plan_stage
 from megatron_hammer.scaling.search.projection import Projection, SizeProjection, Standing, Study, describe_plan
@@ -42,6 +43,7 @@ from megatron_hammer.scaling.search.search_space import (
     list_layouts,
     list_micro_batch_sizes,
     list_recomputations,
+    list_shard_sizes,
     list_shardings,
 )
 from megatron_hammer.scaling.search.standing import find_widest_tie_ratio, rank_families
@@ -173,11 +175,22 @@ class Search:
         for layout in layouts:
             all_sizes = _list_undivided_sizes(layout, list_micro_batch_sizes(layout, batch, study.space), study.space)
             for sharding in list_shardings(layout, study.cluster, study.space):
-                plan = _build_plan(study, layout, sharding, batch)
-                sizes = fit.drop_too_large(plan, all_sizes)
-                for size, bound_s in zip(sizes, self._list_bounds_s(plan, sizes), strict=True):
-                    yield _Candidate(bound_s, place, plan, size)
-                    place += 1
+                built = self._choose_context_exchange(_build_plan(study, layout, sharding, batch))
+                for shard_size in list_shard_sizes(layout, sharding, study.cluster):
+                    plan = replace(built, shard_size=shard_size)
+                    sizes = fit.drop_too_large(plan, all_sizes)
+                    for size, bound_s in zip(sizes, self._list_bounds_s(plan, sizes), strict=True):
+                        yield _Candidate(bound_s, place, plan, size)
+                        place += 1
+
+    def _choose_context_exchange(self, plan: Plan) -> Plan:
+        """The plan with the exchange between context-parallel ranks that is fastest with one sequence."""
+        layout = plan.layout
+        exchanges = list_context_exchanges(
+            plan.model, layout.tensor_model_parallel_size, layout.context_parallel_size, plan.cluster
+        )
+        plans = [replace(plan, context_exchange=exchange) for exchange in exchanges]
+        return min(plans, key=self._predict_layer_s) if len(plans) > 1 else plans[0]
 
     def _list_bounds_s(self, plan: Plan, micro_batch_sizes: Sequence[int]) -> Iterator[float]:
         """Lower bounds of the step time: the plan's layers for every micro-batch, and the pipeline's ideal bubble.
@@ -225,7 +238,8 @@ class _Fit:
         self._limit_bytes = study.memory_limit_bytes
         self._recomputes = list_recomputations(study.model, study.precision, study.cluster, study.space)
         self._estimate = estimate
-        self._too_large: dict[tuple[ParallelLayout, Sharding], int] = {}  # micro-batch sizes that did not fit
+        # Micro-batch sizes that did not fit, by layout, sharding and the ranks that share a copy.
+        self._too_large: dict[tuple[ParallelLayout, Sharding, int | None], int] = {}
         self.least: _Failure | None = None
 
     def drop_too_large(self, plan: Plan, sizes: list[int]) -> list[int]:
@@ -241,7 +255,7 @@ class _Fit:
 
     def choose_recompute(self, plan: Plan) -> tuple[Plan, StageMemory] | None:
         """The plan with the least recomputation that makes it fit, and its heaviest stage. None if nothing does."""
-        key = (plan.layout, plan.sharding)
+        key = (plan.layout, plan.sharding, plan.shard_size)
         if plan.micro_batch_size >= self._too_large.get(key, plan.micro_batch_size + 1):
             return None
         # With a single choice, the first and the last one are the same.
@@ -373,6 +387,7 @@ def _tie_key(plan: Plan) -> tuple[Any, ...]:
         RECOMPUTES.index(plan.recompute),
         len(plan.recompute_modules),
         TIE_SHARDINGS.index(plan.sharding),
+        -(plan.shard_size or plan.layout.dense_shard_size),
         layout.accounts_for_embedding,
         layout.accounts_for_loss,
         layout.num_layers_first_stage or 0,

@@ -6,6 +6,7 @@ has no pipeline stages (each micro-batch would gather every weight again). Of th
 size is tried: see _list_splits.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -144,6 +145,23 @@ def list_shardings(layout: ParallelLayout, cluster: Cluster, space: SearchSpace)
     if has_fsdp and "fsdp" in space.shardings:
         shardings.append("fsdp")
     return shardings if shardings or "none" not in space.shardings else ["none"]
+
+
+def list_shard_sizes(layout: ParallelLayout, sharding: Sharding, cluster: Cluster) -> list[int | None]:
+    """Ranks that share one copy of what is sharded: all (None), those of an NVLink domain, or those under a leaf.
+
+    Fewer ranks gather over faster links and shorter rings. Each holds more of the state, and the gradients are summed
+    over the copies. Megatron's --num-distributed-optimizer-instances; with FSDP that is hybrid sharding.
+    """
+    ranks = layout.dense_shard_size
+    sizes = set()
+    if sharding != "none" and not is_cpu_host(cluster):
+        for num_gpus in (cluster.nvlink_domain_size, cluster.leaf_size):
+            size = math.gcd(num_gpus // layout.tensor_model_parallel_size, ranks)
+            # megatron.core.parallel_state splits the ranks that hold the same experts into as many instances.
+            if 1 < size < ranks and layout.expert_data_parallel_size % (ranks // size) == 0:
+                sizes.add(size)
+    return [None, *sorted(sizes)]
 
 
 def can_overlap_tensor_parallel(layout: ParallelLayout, cluster: Cluster) -> bool:

@@ -52,10 +52,10 @@ def build_cluster(
         "host": (
             "links inside a host",
             "nvlink",
-            Group(ranks_per_host, ranks_per_host, True),
+            Group(ranks_per_host, ranks_per_host, 1),
             coefficients.nvlink_ratio,
         ),
-        "network": ("the network", "network", Group(num_hosts, 1, True), coefficients.network_ratio),
+        "network": ("the network", "network", Group(num_hosts, 1, ranks_per_host), coefficients.network_ratio),
     }
     for kind, (text, prefix, group, ratio) in links.items():
         fit = _average([fits[kind, collective] for collective in RING_COLLECTIVES if (kind, collective) in fits])
@@ -79,7 +79,7 @@ def _count_steps(prefix: str, group: Group, base: Cluster, coefficients: Coeffic
     """How many latencies of a wire the cost model adds up for this group."""
     latencies: dict[str, Any] = {"nvlink_latency_s": 0.0, "network_latency_s": 0.0, f"{prefix}_latency_s": 1.0}
     unit = replace(base, **latencies)
-    return build_link(group, unit, coefficients).latency_s - coefficients.collective_s
+    return build_link(group, unit, coefficients).ring_s - coefficients.collective_s
 
 
 def write_cluster(path: Path, cluster: Cluster) -> None:

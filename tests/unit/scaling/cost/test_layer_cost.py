@@ -48,7 +48,7 @@ def test_a_shard_is_what_a_plan_does_to_a_layer():
 def test_tensor_ranks_sum_the_hidden_state_twice_a_pass():
     num_bytes = 2 * 8192 * MODEL.hidden_size
     ring_s = 2 * num_bytes * 3 / 4 / (PRIORS.nvlink_ratio * CLUSTER.nvlink_bytes_per_s)
-    latency_s = 2 * (PRIORS.collective_s + 3 * CLUSTER.nvlink_latency_s)
+    latency_s = 2 * (PRIORS.collective_s + PRIORS.hop_ratio * 3 * CLUSTER.nvlink_latency_s)
     assert cost().tensor_forward_s == pytest.approx(2 * (ring_s + latency_s))
     assert cost().tensor_backward_s == cost().tensor_forward_s
     assert cost(SHARD._replace(tp=1)).tensor_forward_s == 0

@@ -11,7 +11,7 @@ from megatron_hammer.scaling.cost.coefficients import (
     load_coefficients,
     replace_values,
 )
-from megatron_hammer.scaling.cost.step_time import predict_step
+from megatron_hammer.scaling.cost.step_time import predict_step, select_band_class, select_band_ratio
 from megatron_hammer.scaling.evidence.cross_validation import (
     assess,
     calibrate,
@@ -21,8 +21,9 @@ from megatron_hammer.scaling.evidence.cross_validation import (
     summarise_by_publication,
     summarise_errors,
 )
-from megatron_hammer.scaling.evidence.measured_runs import read_runs
+from megatron_hammer.scaling.evidence.measured_runs import MeasuredRun, read_runs
 from megatron_hammer.scaling.evidence.run_table import PUBLISHED_RUNS_PATH
+from megatron_hammer.scaling.plan import Plan
 from tests.helpers.simulated_runs import simulate_runs
 
 PRIORS = build_prior_coefficients()
@@ -90,6 +91,45 @@ def test_bands_hold_four_fifths_and_weigh_publications_alike():
     one = dataclasses.replace(few, plan=dataclasses.replace(few.plan, sharding="fsdp"))
     bands = estimate_bands(predict_all([*runs, one]))
     assert bands["fsdp"] == bands["default"]  # one error is no band
+
+
+def test_bands_depend_on_the_number_of_gpus():
+    """Twelve runs of a class at a scale have their own band. With fewer, the errors of all classes at it count."""
+    small = simulate_runs(PRIORS)[0]
+    large = dataclasses.replace(small, plan=enlarge(small.plan, 2048))
+    other = dataclasses.replace(large, plan=dataclasses.replace(large.plan, sharding="fsdp"))
+    runs = [scale_time(run, factor) for run, factor in ((small, 1.05), (large, 1.2), (other, 1.2)) for _ in range(12)]
+    bands = estimate_bands(predict_all(runs[:24]))
+    own = select_band_class(small.plan)
+    assert bands[f"{own}, 64 GPUs and less"] == pytest.approx(math.log(1.05))
+    assert bands[f"{own}, 1024 GPUs and more"] == pytest.approx(math.log(1.2))
+    few = estimate_bands(predict_all(runs[:25]))
+    factor = few[f"{own}, 1024 GPUs and more"] / few[own]
+    assert few["fsdp, 1024 GPUs and more"] == pytest.approx(few["fsdp"] * max(factor, 1.0), rel=0.2)
+    coefficients = dataclasses.replace(PRIORS, band_ratio=bands)
+    assert select_band_ratio(large.plan, coefficients) == bands[f"{own}, 1024 GPUs and more"]
+    middle = enlarge(small.plan, 256)
+    assert select_band_ratio(middle, coefficients) == bands[own]  # no run of this scale
+
+
+def enlarge(plan: Plan, num_gpus: int) -> Plan:
+    layout = plan.layout
+    dp = num_gpus * layout.data_parallel_size // layout.world_size
+    larger = dataclasses.replace(layout, data_parallel_size=dp)
+    return dataclasses.replace(plan, layout=larger, global_batch_size=plan.micro_batch_size * dp)
+
+
+def scale_time(run: MeasuredRun, factor: float) -> MeasuredRun:
+    return dataclasses.replace(run, step_time_s=predict_step(run.plan, PRIORS).total_s * factor)
+
+
+def test_bands_of_a_user_replace_those_of_the_start_at_every_scale():
+    runs = [dataclasses.replace(run, fingerprint=f"{i}") for i, run in enumerate(simulate_runs(SLOW, "mine") * 2)]
+    own = select_band_class(runs[0].plan)
+    start = dataclasses.replace(PRIORS, band_ratio={"default": 0.2, own: 0.1, f"{own}, 1024 GPUs and more": 0.9})
+    mine = calibrate(runs, start, assess(predict_all(runs)), is_prior_start=True)
+    assert f"{own}, 1024 GPUs and more" not in mine.band_ratio
+    assert mine.band_ratio["default"] == 0.2
 
 
 def test_a_calibrated_file_knows_its_runs_and_those_it_started_from():

@@ -41,7 +41,7 @@ def test_a_complete_row(tmp_path: Path) -> None:
         ("FP8-CS", "H100", "fp8"),
         ("fp8 tensorwise", "H100", "fp8"),
         ("FP8-MX / fine-grained", "GB200", "mxfp8"),
-        ("FP8-MX / fine-grained", "H100", "fp8"),
+        ("FP8-MX / fine-grained", "H100", "fp8_blockwise"),
         ("NVFP4", "GB300", "nvfp4"),
         ("", "H100", "bf16"),
     ],

@@ -131,6 +131,19 @@ def test_shards_smaller_than_the_data_ranks() -> None:
     assert "--grad-reduce-in-bf16" in list_launch_flags(build(layout=layout, gradient_bytes=2))
 
 
+def test_the_exchange_of_context_parallel_ranks() -> None:
+    layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 1, "data_parallel_size": 1}
+    layout["context_parallel_size"] = 8
+    assert "--cp-comm-type" not in list_launch_flags(build(layout=layout))  # p2p
+    flags = list_launch_flags(build(layout=layout, context_exchange="all_gather"))
+    assert value_of(flags, "--cp-comm-type") == "all_gather"
+    flags = list_launch_flags(build(layout=layout, context_exchange="a2a+p2p"))
+    sizes = flags.index("--hierarchical-context-parallel-sizes")
+    assert flags[sizes + 1 : sizes + 3] == ["4", "2"]  # four ranks in a node beside tp = 2, two nodes
+    blockwise = list_launch_flags(build(precision="fp8_blockwise"))
+    assert value_of(blockwise, "--fp8-recipe") == "blockwise"
+
+
 def test_cpu_processes_have_no_overlap() -> None:
     layout = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 2, "has_sequence_parallel": False}
     launch = build("hammer-tiny", gpu="cpu-core", cluster="cpu-host", layout=layout, seq_length=256, precision="fp32")

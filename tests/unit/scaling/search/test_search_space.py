@@ -21,6 +21,7 @@ from megatron_hammer.scaling.search.search_space import (
     list_layouts,
     list_micro_batch_sizes,
     list_recomputations,
+    list_shard_sizes,
     list_shardings,
 )
 from tests.helpers.toy_study import CLUSTER
@@ -176,6 +177,20 @@ def test_shardings() -> None:
     assert list_shardings(flat, CPU_HOST, ANYTHING) == ["distributed_optimizer"]
     assert list_shardings(flat, CLUSTER, SearchSpace(shardings=("none",))) == ["none"]
     assert list_shardings(pipelined, CLUSTER, SearchSpace(shardings=("fsdp",))) == []
+
+
+def test_what_is_sharded_may_be_shared_within_a_domain_or_a_leaf() -> None:
+    cluster = replace(CLUSTER, nvlink_domain_size=8, leaf_size=64)
+    flat = ParallelLayout(data_parallel_size=256)
+    assert list_shard_sizes(flat, "fsdp", cluster) == [None, 8, 64]
+    halved = ParallelLayout(tensor_model_parallel_size=2, data_parallel_size=128, has_sequence_parallel=True)
+    assert list_shard_sizes(halved, "distributed_optimizer", cluster) == [None, 4, 32]
+    assert list_shard_sizes(ParallelLayout(data_parallel_size=8), "fsdp", cluster) == [None]  # all are in one domain
+    assert list_shard_sizes(flat, "none", cluster) == [None]
+    assert list_shard_sizes(flat, "distributed_optimizer", CPU_HOST) == [None]
+    # the ranks of an expert are split into as many copies: 256 / 8 = 32 of them, but only 16 ranks hold one
+    experts = replace(flat, expert_model_parallel_size=16)
+    assert list_shard_sizes(experts, "distributed_optimizer", cluster) == [None, 64]
 
 
 def test_a_cpu_host_has_no_context_parallelism() -> None:
