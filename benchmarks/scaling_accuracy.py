@@ -214,12 +214,14 @@ def format_ranking(report: ValidationReport) -> str:
     """The regret of following the prediction: in a sentence, and for every job where it was not the best."""
     summary = summarise_rankings(report.rankings)
     assert summary is not None
-    sentence = fill(
+    text = (
         f"{summary.num_groups} jobs were published in several layouts. In {summary.num_within_5_percent} of them the "
         f"layout predicted to be the best is within {RANKING_TOLERANCE_RATIO:.0%} of the measured best. The mean loss "
-        f"is {summary.mean_loss_ratio:.1%}, and the largest {summary.worst_loss_ratio:.1%}. The table has every job in "
-        "which another layout was measured to be faster."
+        f"is {summary.mean_loss_ratio:.1%}, and the largest {summary.worst_loss_ratio:.1%}."
     )
+    if not summary.worst_loss_ratio:
+        return fill(text)
+    text += " The table has every job in which another layout was measured to be faster."
     rows = [
         (
             f"{one.source.replace('_', ' ')}: {one.description}",
@@ -232,7 +234,7 @@ def format_ranking(report: ValidationReport) -> str:
         if one.loss_ratio > 0
     ]
     columns = ("job", "predicted best", "measured best", "layouts", "slower by")
-    return f"{sentence}\n{format_markdown_table(columns, rows, num_text=3)}"
+    return f"{fill(text)}\n{format_markdown_table(columns, rows, num_text=3)}"
 
 
 def format_fit(provenance: Mapping[str, Any]) -> str:
