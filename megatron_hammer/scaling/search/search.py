@@ -29,7 +29,7 @@ from megatron_hammer.model.byte_units import GIB
 from megatron_hammer.model.layout import divisors
 from megatron_hammer.scaling.cost.coefficients import load_coefficients
 from megatron_hammer.scaling.cost.context_parallel import list_context_exchanges
-from megatron_hammer.scaling.plan import ExpertOptions, Plan, Sharding, StepTime
+from megatron_hammer.scaling.plan import ContextExchange, ExpertOptions, Plan, Sharding, StepTime
 from megatron_hammer.scaling.plan_memory import estimate_heaviest_plan_stage
 from megatron_hammer.scaling.search.projection import Projection, SizeProjection, Standing, Study, describe_plan
 from megatron_hammer.scaling.search.published_reach import list_cautions
@@ -127,6 +127,7 @@ class Search:
         self._estimate = estimate
         self._correlation = layout_correlation or load_coefficients().layout_correlation
         self._layer_times_s: dict[tuple[Any, ...], dict[int, float]] = {}
+        self._exchanges: dict[tuple[Any, ...], ContextExchange] = {}
 
     def search_plans(self, study: Study, num_gpus: int) -> SizeProjection:
         """The study's best plans on this number of GPUs, or the reason why there are none, with a remedy."""
@@ -185,12 +186,14 @@ class Search:
 
     def _choose_context_exchange(self, plan: Plan) -> Plan:
         """The plan with the exchange between context-parallel ranks that is fastest with one sequence."""
-        layout = plan.layout
-        exchanges = list_context_exchanges(
-            plan.model, layout.tensor_model_parallel_size, layout.context_parallel_size, plan.cluster
-        )
-        plans = [replace(plan, context_exchange=exchange) for exchange in exchanges]
-        return min(plans, key=self._predict_layer_s) if len(plans) > 1 else plans[0]
+        tp, cp = plan.layout.tensor_model_parallel_size, plan.layout.context_parallel_size
+        key = (plan.model, plan.gpu, plan.cluster, plan.seq_length, plan.precision, tp, cp)
+        if key not in self._exchanges:
+            exchanges = list_context_exchanges(plan.model, tp, cp, plan.cluster)
+            plans = [replace(plan, context_exchange=exchange) for exchange in exchanges]
+            best = min(plans, key=self._predict_layer_s) if len(plans) > 1 else plans[0]
+            self._exchanges[key] = best.context_exchange
+        return replace(plan, context_exchange=self._exchanges[key])
 
     def _list_bounds_s(self, plan: Plan, micro_batch_sizes: Sequence[int]) -> Iterator[float]:
         """Lower bounds of the step time: the plan's layers for every micro-batch, and the pipeline's ideal bubble.
