@@ -6,7 +6,7 @@
 
 The coefficients are fitted from the priors, as `calibrate --from-priors` does, so it also works while the shipped file
 holds the marks of a merge conflict. In docs/scaling_accuracy.md it replaces what stands between the two comments of
-each block, in README.md and README_zh-CN.md the figures of one row. tests/numerics/test_published_accuracy.py
+each block, in README.md and README_zh-CN.md the figures of two rows. tests/numerics/test_published_accuracy.py
 compares all of them.
 """
 
@@ -49,6 +49,8 @@ from megatron_hammer.scaling.memory.validation import MemoryReport, validate_mem
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT_PATH = ROOT / "docs" / "scaling_accuracy.md"
+COMMAND = "python tools/scaling_study.py validate --cross-validate"
+EXPERTS_COMMAND = f"{COMMAND} --runs megatron_hammer/scaling/evidence/tables/published_moe.csv"
 README_PATHS = (ROOT / "README.md", ROOT / "README_zh-CN.md")
 WIDTH = 125
 FIGURES = ("rows", "refused", "median", "mean", "bias", "in the band")
@@ -99,8 +101,12 @@ def build_documents(
     text = DOCUMENT_PATH.read_text(encoding="utf-8")
     for name, block in build_blocks(report, experts, memory, coefficients.provenance).items():
         text = replace_block(text, name, block)
-    figures = report.errors["software"]["Megatron-style"]
-    readmes = {path: replace_readme_row(path.read_text(encoding="utf-8"), figures) for path in README_PATHS}
+    readmes = {path: path.read_text(encoding="utf-8") for path in README_PATHS}
+    for command, errors in ((COMMAND, report.errors), (EXPERTS_COMMAND, experts.errors)):
+        readmes = {
+            path: replace_readme_row(readme, command, errors["software"]["Megatron-style"])
+            for path, readme in readmes.items()
+        }
     return {DOCUMENT_PATH: text, **readmes}
 
 
@@ -115,12 +121,17 @@ def replace_block(text: str, name: str, block: str) -> str:
     return f"{before}{first}\n{block}\n{last}{after}"
 
 
-def replace_readme_row(text: str, figures: ErrorFigures) -> str:
-    """The text with the number of rows and the median and mean error in the row of the cross-validation."""
-    (row,) = re.findall(r"^\|.*validate --cross-validate.*$", text, re.MULTILINE)
+def replace_readme_row(text: str, command: str, figures: ErrorFigures) -> str:
+    """The text with the number of rows and the median and mean error in the row of a cross-validation."""
+    (row,) = find_readme_rows(text, command)
     errors = iter((f"{figures.median_absolute_ratio:.1%}", f"{figures.mean_absolute_ratio:.1%}"))
     changed = re.sub(r"\d+(?=( published| 次))", str(figures.num_rows), row)
     return text.replace(row, re.sub(r"[\d.]+%", lambda _: next(errors), changed))
+
+
+def find_readme_rows(text: str, command: str) -> list[str]:
+    """The rows of the table of measurements that end with a command."""
+    return re.findall(rf"^\|.*`{re.escape(command)}` \|$", text, re.MULTILINE)
 
 
 def fill(sentences: str) -> str:
