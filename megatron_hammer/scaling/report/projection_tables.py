@@ -270,7 +270,8 @@ def _build_layout_table(result: StudyResult) -> ResultTable:
         note="row: what scaling_study.py emit takes. TP is with sequence parallelism. pp 4+EL: embedding and loss take "
         "the place of a layer each. best: the chance that it, or one of its near copies, is the fastest in reality. "
         "tie: its difference to the fastest is smaller than the error. copies: plans that differ in micro-batch, "
-        "chunks, recomputation or context ranks only. Of ties, the first row has the fewest cautions and mechanisms.",
+        "chunks, recomputation, context ranks or the group that shards. Of ties, the first row has the fewest "
+        "cautions and mechanisms.",
     )
 
 

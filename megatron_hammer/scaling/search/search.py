@@ -342,7 +342,8 @@ def _list_undivided_sizes(layout: ParallelLayout, sizes: Sequence[int], space: S
 
 
 def _identify_family(plan: Plan) -> Hashable:
-    """What near copies have in common. They differ in micro-batch, chunks, split of the layers and recomputation.
+    """What near copies have in common. They differ in micro-batch, chunks, split of the layers, recomputation
+    and the size of the group that shards.
 
     They also differ in context parallelism: twice the context ranks with half the replicas and twice the micro-batch
     gives every rank as many tokens, parameters and bytes to send.
@@ -354,7 +355,6 @@ def _identify_family(plan: Plan) -> Hashable:
         layout.expert_model_parallel_size,
         layout.expert_tp,
         plan.sharding,
-        plan.shard_size,
     )
 
 
