@@ -17,6 +17,7 @@ from megatron_hammer.scaling.plan import NonNegativeInt
 
 TABLES_DIR = Path(__file__).parent / "tables"  # its README.md says what they are
 PUBLISHED_RUNS_PATH = TABLES_DIR / "published_runs.csv"
+PUBLISHED_LARGE_RUNS_PATH = TABLES_DIR / "published_large_runs.csv"
 PUBLISHED_MOE_PATH = TABLES_DIR / "published_moe.csv"
 VTRAIN_RUNS_PATH = TABLES_DIR / "vtrain_ground_truth_single.csv"
 PUBLISHED_MEMORY_PATH = TABLES_DIR / "published_memory.csv"

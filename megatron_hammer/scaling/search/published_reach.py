@@ -5,10 +5,15 @@ from functools import lru_cache
 
 from megatron_hammer.model.byte_units import GIB
 from megatron_hammer.scaling.evidence.measured_runs import read_runs
-from megatron_hammer.scaling.evidence.run_table import PUBLISHED_MOE_PATH, PUBLISHED_RUNS_PATH
+from megatron_hammer.scaling.evidence.run_table import (
+    PUBLISHED_LARGE_RUNS_PATH,
+    PUBLISHED_MOE_PATH,
+    PUBLISHED_RUNS_PATH,
+)
 from megatron_hammer.scaling.plan import Plan
 from megatron_hammer.scaling.search.search_space import is_cpu_host
 
+TABLES = (PUBLISHED_RUNS_PATH, PUBLISHED_LARGE_RUNS_PATH, PUBLISHED_MOE_PATH)
 SIZE_NAMES = {
     "fsdp": "ranks that FSDP shards over",
     "fsdp_experts": "ranks that FSDP shards an expert over",
@@ -39,7 +44,7 @@ def list_sizes(plan: Plan) -> dict[str, int]:
 @lru_cache(maxsize=1)
 def read_published_reach() -> Mapping[bool, Mapping[str, int]]:
     """The largest value of each of these sizes in published runs: of dense models (False) and of mixtures (True)."""
-    plans = [run.plan for path in (PUBLISHED_RUNS_PATH, PUBLISHED_MOE_PATH) for run in read_runs(path)[0]]
+    plans = [run.plan for path in TABLES for run in read_runs(path)[0]]
     reach = {}
     for has_experts in (False, True):
         sizes = [list_sizes(plan) for plan in plans if (plan.model.moe is not None) == has_experts]

@@ -64,6 +64,7 @@ def test_no_published_run_is_beyond_the_published_ones() -> None:
     assert {run.plan.model.moe is not None for run in runs} == {False, True}
     assert [run for run in runs if any("published" in caution for caution in mark(run.plan))] == []
     assert read_published_reach()[False]["fsdp"] == 2048  # PaxML on 2,048 H100
+    assert read_published_reach()[False]["gpus"] == 16_384  # Llama 3 405B
 
 
 def test_dense_models_say_nothing_of_mixtures() -> None:
